@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a config with its default, and what cards are made with.
+
+A card in `configs/` is a file with `get_config(values='')` that changes some
+of `default()`. `values` is what stands after a colon on the command line:
+`--config=configs/paper/t5_xl_mov.py:experts=20`.
+"""
+
+import ast
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+  """The whole tree; a key that is not here is an error."""
+  c = ConfigDict()
+  c.seed = 0
+  c.steps = 300
+  c.batch_size = 32
+  # As in moepeft.spec; 'full' trains the base itself.
+  c.method = 'molora(experts=10, rank=4)'
+  # What the method's text leaves open: 'official' (released code), 'paper'.
+  c.semantics = 'official'
+  # Weights of the router losses of moepeft.moe.losses; the paper's are zero.
+  c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
+  # A line is printed when an expert holds more than this share of a site.
+  c.router_alarm = 0.9
+  c.model = ConfigDict(
+    dict(
+      family='t5',
+      # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
+      # Face's form, or a T5X checkpoint; '' for random weights of `size`.
+      path='package:t5_tiny',
+      # An adapter to start from: moepeft's, peft's or a T5X checkpoint.
+      adapter='',
+      size='small',
+      version='1.1',
+      # Changes to the size's fields (models.t5.T5Config); random weights only.
+      shape=ConfigDict(),
+      dropout=0.1,
+      # Of activations; then of the base's weights in memory.
+      dtype='float32',
+      param_dtype='float32',
+      # 'none', 'dots' or 'full'.
+      remat='none',
+      scan=True,
+    )
+  )
+  c.data = ConfigDict(
+    dict(
+      # 'tasks' (embedded, generated) or 'jsonl' (P3's form, at `path`).
+      source='tasks',
+      # Families of moepeft.tasks: groups and names, 'B' or 'A,copy'.
+      tasks='B',
+      # A .jsonl or .jsonl.gz file, or a directory of them.
+      path='',
+      # 'bytes', a tokenizer's directory or hub name, '' for the model's own.
+      vocabulary='bytes',
+      inputs_length=160,
+      targets_length=20,
+      # 'rows': every row as often; 'datasets': every dataset as often.
+      sample='rows',
+      # The share of each dataset's last `idx` kept for validation.
+      held_out=0.05,
+    )
+  )
+  c.optimizer = ConfigDict(
+    dict(
+      # 'adamw' or 'adafactor'.
+      name='adamw',
+      learning_rate=1e-3,
+      # 'constant', 'linear' or 'cosine' (both fall to zero at `steps`).
+      schedule='constant',
+      warmup_steps=0,
+      weight_decay=0.0,
+      b1=0.9,
+      b2=0.999,
+      # Of the gradient's global norm; 0 for none.
+      clip=1.0,
+    )
+  )
+  c.evaluation = ConfigDict(
+    dict(
+      # Whether to evaluate before and after training.
+      before=True,
+      after=True,
+      # Families evaluated where the source is 'tasks'.
+      tasks='A,B,C',
+      # Rows with choices to rank, in the form of data.path; '' for none.
+      path='',
+      # At most this many examples of a task (and split of templates).
+      max_examples=100,
+      batch_size=32,
+    )
+  )
+  c.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
+  c.log = ConfigDict(dict(every_steps=10))
+  return c
+
+
+def values(text: str, **defaults: Any) -> ConfigDict:
+  """Reads a card's values: 'experts=20,rank=4' over its defaults.
+
+  Raises:
+    ValueError: the text is not of that form, or the card has no such value.
+  """
+  found = dict(defaults)
+  for part in filter(None, (text or '').split(',')):
+    key, equals, value = part.partition('=')
+    if not equals:
+      raise ValueError(
+        f'expected name=value after the colon of --config; got {part!r}'
+      )
+    if key not in defaults:
+      raise ValueError(
+        f'this config has no value {key!r}; it has '
+        f'{", ".join(defaults) or "none"}'
+      )
+    found[key] = _typed(value, defaults[key], key)
+  return ConfigDict(found)
+
+
+def _typed(value: str, like: Any, key: str) -> Any:
+  if isinstance(like, str):
+    return value
+  try:
+    typed = ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    typed = value
+  if not isinstance(typed, type(like)):
+    raise ValueError(
+      f'the value {key} is of type {type(like).__name__}; got {value!r}'
+    )
+  return typed

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back: bytes, or a model's own tokenizer."""
+
+import dataclasses
+import os
+from typing import Protocol
+
+
+class Vocabulary(Protocol):
+  """Ids 0 and 1 are padding and end of sequence, as in T5."""
+
+  size: int
+  eos: int
+
+  def encode(self, text: str) -> list[int]: ...
+
+  def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+  """UTF-8 bytes plus 3, as in ByT5 (arXiv:2105.13626): no files needed."""
+
+  size: int = 259
+  eos: int = 1
+
+  def encode(self, text: str) -> list[int]:
+    return [byte + 3 for byte in text.encode()]
+
+  def decode(self, ids: list[int]) -> str:
+    """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
+    return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
+
+
+class Tokenizer:
+  """A Hugging Face tokenizer; special tokens are ours to add."""
+
+  def __init__(self, path: str):
+    # Imported here: it costs seconds, and the default run needs none of it.
+    from transformers import AutoTokenizer
+
+    try:
+      self._tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+      reason = str(e).splitlines()[0]
+      raise ValueError(
+        f'no tokenizer could be read from {path!r} ({reason}); set '
+        'config.data.vocabulary to a directory that holds tokenizer.json, or '
+        "to 'bytes'"
+      ) from None
+    self.size = len(self._tokenizer)
+    self.eos = self._tokenizer.eos_token_id
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer(text, add_special_tokens=False)['input_ids']
+
+  def decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def vocabulary(name: str, model_path: str = '') -> Vocabulary:
+  """Makes the vocabulary of a config.
+
+  Args:
+    name: 'bytes', a tokenizer's directory or hub name, or '' for the one in
+      `model_path`.
+
+  Raises:
+    ValueError: no tokenizer is there.
+  """
+  if name == 'bytes' or (not name and model_path.startswith('package:')):
+    return Bytes()
+  if not name and not model_path:
+    raise ValueError("set config.data.vocabulary: a path, or 'bytes'")
+  return Tokenizer(os.path.expanduser(name or model_path))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which models and adapters are kept. A new one is one new file
+and one line in FORMS.
+
+- hf: base models in Hugging Face directories (config.json, safetensors).
+- t5x: T5X checkpoints, base and the released code's adapters together.
+- peft: adapters of Hugging Face's `peft` (LoRA, (IA)^3).
+- moepeft: our own adapters (adapter.safetensors, adapter.json).
+"""
+
+from pathlib import Path
+
+from moepeft.interop import adapter, hf, peft, t5x
+from moepeft.models.names import CheckpointError as CheckpointError
+
+FORMS = {'hf': hf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
+
+# The file that gives each form away, beside which the others may lie.
+_MARKS = {
+  'moepeft': adapter.CARD,
+  'peft': peft.CONFIG,
+  'hf': 'config.json',
+  't5x': t5x.INDEX,
+}
+
+
+def detect(path: str) -> str:
+  """The form of what lies at a path: a key of FORMS.
+
+  A path that does not exist is 'hf' if it can be a name on the hub.
+
+  Raises:
+    CheckpointError: it is none of them.
+  """
+  folder = Path(path)
+  for form, mark in _MARKS.items():
+    if (folder / mark).is_file():
+      return form
+  if any(folder.glob('checkpoint_*/checkpoint')):
+    return 't5x'
+  if not folder.exists():
+    hf.check_name(path)
+    return 'hf'
+  raise CheckpointError(
+    f'{path} is none of the known forms: expected one of '
+    f'{", ".join(_MARKS.values())} in it, or checkpoint_<step> directories'
+  )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing checkpoint directories: whole, or a clear error."""
+
+import contextlib
+import fnmatch
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moepeft.models.names import CheckpointError, Shape
+
+# All that a directory may hold for `directory` to replace it.
+_OURS = (
+  '*.safetensors',
+  '*.json',
+  '*.model',
+  '*.jinja',
+  '*.txt',
+  '*.md',
+  'checkpoint',
+  'checkpoint_*',
+  'base',
+  'adapter',
+)
+
+
+@contextlib.contextmanager
+def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
+  """A directory to write into, which becomes `path` when all went well.
+
+  Raises:
+    CheckpointError: `path` holds files and `overwrite` is False, or files
+      that no checkpoint has, which it would be a pity to delete.
+  """
+  target = Path(path)
+  check_output(target, overwrite)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  made = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
+  try:
+    made.chmod(0o777 & ~_umask())
+    yield made
+    if target.exists():
+      old = made.with_name(made.name + '.old')
+      target.rename(old)
+      made.rename(target)
+      shutil.rmtree(old)
+    else:
+      made.rename(target)
+  finally:
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+  """Raises a CheckpointError where `path` must not be written."""
+  if path.is_symlink() or (path.exists() and not path.is_dir()):
+    raise CheckpointError(f'{path} is not a directory: name another output')
+  names = sorted(os.listdir(path)) if path.exists() else []
+  foreign = [
+    n for n in names if not any(fnmatch.fnmatch(n, mine) for mine in _OURS)
+  ]
+  if names and not overwrite:
+    raise CheckpointError(
+      f'{path} already holds {names[0]}: name an empty or new directory, or '
+      'pass overwrite to replace it'
+    )
+  if foreign:
+    raise CheckpointError(
+      f'{path} holds {foreign[0]}, which is no part of a checkpoint: delete '
+      'the directory yourself or name another one'
+    )
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file, or a CheckpointError that names the file."""
+  try:
+    value = json.loads(Path(path).read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise CheckpointError(
+      f'{path} does not exist: expected it beside the other files'
+    ) from None
+  except ValueError as error:
+    raise CheckpointError(
+      f'{path} is not JSON ({error}): it is damaged, copy it again'
+    ) from None
+  if not isinstance(value, dict):
+    raise CheckpointError(
+      f'{path} holds a {type(value).__name__}, expected a JSON object: it is '
+      'not the file that its name says'
+    )
+  return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes JSON whose bytes depend on `value` alone."""
+  text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+  path.write_text(text + '\n', encoding='utf-8')
+
+
+class Tensors:
+  """The tensors of one safetensors file, or of several as one.
+
+  Attributes:
+    shapes: {name: shape} of all of them.
+  """
+
+  def __init__(self, paths: Mapping[str, Path] | list[Path]):
+    """Opens the files; nothing is read before `fetch`.
+
+    Raises:
+      CheckpointError: a file is absent, truncated or not safetensors.
+    """
+    self.shapes: dict[str, Shape] = {}
+    self._files = {}
+    for path in paths:
+      opened = damaged_if(path, lambda path=path: safe_open(path, 'numpy'))
+      for name in opened.keys():
+        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+        self._files[name] = (path, opened)
+
+  def fetch(self, name: str) -> np.ndarray:
+    """Reads one tensor into memory of its own."""
+    path, opened = self._files[name]
+    return damaged_if(path, lambda: opened.get_tensor(name))
+
+
+def damaged_if(path: Path, read: Callable[[], Any]) -> Any:
+  """Turns what safetensors says of a damaged file into one sentence."""
+  try:
+    return read()
+  except FileNotFoundError:
+    raise CheckpointError(
+      f'{path} does not exist, though the files beside it expect it: copy it'
+    ) from None
+  except (SafetensorError, TypeError, ValueError) as error:
+    raise CheckpointError(
+      f'{path} is truncated or damaged ({error}): copy it again'
+    ) from None

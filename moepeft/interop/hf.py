@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face model directories: config.json and safetensors, both ways."""
+
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moepeft.interop import files
+from moepeft.models import names, t5_names
+from moepeft.models.names import CheckpointError, Entry, Tree
+
+# `model_type` in config.json -> the room that knows its names.
+FAMILIES = {'t5': t5_names, 'mt5': t5_names}
+
+_ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_TOKENIZER = (
+  'tokenizer*.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'spiece.model',
+  'tokenizer.model',
+  'vocab.*',
+  'merges.txt',
+  'chat_template.jinja',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A base model in memory.
+
+  Attributes:
+    config: of its family, e.g. a T5Config.
+    params: nested dict of NumPy arrays, layers on axis 0.
+    sha256: content hash of what the files hold, whatever dtype was asked for;
+      see `moepeft.models.names.content_hash`.
+    path: the directory that was read.
+  """
+
+  config: Any
+  params: Tree
+  sha256: str
+  path: str
+
+
+def load(path: str, dtype: Any = None) -> Loaded:
+  """Reads a directory, or a model by its name on the Hugging Face hub.
+
+  One tensor is in memory at a time beside the result.
+
+  Args:
+    path: a directory with config.json and safetensors files (one, or several
+      with an index); where none exists, a name like 'google/t5-v1_1-base'.
+    dtype: cast to it, e.g. 'float32'; None keeps the files' own.
+
+  Raises:
+    CheckpointError: nothing is found, a file is damaged, the family is
+      unknown, or names or shapes differ from what config.json asks for.
+  """
+  folder = find(path)
+  family, fields = _read_config(folder)
+  tensors = open_tensors(folder)
+  shapes = {
+    name: shape
+    for name, shape in tensors.shapes.items()
+    if name not in family.HF_IGNORED
+  }
+  if _is_duplicate(family, fields, tensors):
+    del shapes[family.HF_HEAD]
+  config = family.config_from_hf(fields, tied=family.HF_HEAD not in shapes)
+  wanted = expected(family, config)
+  names.check(
+    {entry.their_name: entry.their_shape for entry in wanted},
+    shapes,
+    f'{folder} does not hold the model that its config.json describes',
+    'use the config.json that was saved with these weights',
+  )
+  sizes = family.sizes(config)
+  params, sha256 = names.read(wanted, sizes, tensors.fetch, dtype)
+  return Loaded(config, params, sha256, str(folder))
+
+
+def load_config(path: str) -> Any:
+  """The config of a model as `load` would return it, without its weights."""
+  folder = find(path)
+  family, fields = _read_config(folder)
+  tensors = open_tensors(folder)
+  tied = family.HF_HEAD not in tensors.shapes
+  tied |= _is_duplicate(family, fields, tensors)
+  return family.config_from_hf(fields, tied=tied)
+
+
+def save(
+  path: str,
+  config: Any,
+  params: Tree,
+  dtype: Any = None,
+  tokenizer: str | None = None,
+  max_shard_bytes: int = 5 * 10**9,
+  overwrite: bool = False,
+) -> None:
+  """Writes a directory that `transformers` reads; all of it or nothing.
+
+  Args:
+    params: as `load` returns it; NumPy or JAX arrays.
+    dtype: cast to it; None keeps each array's own.
+    tokenizer: a directory whose tokenizer files are copied along.
+    max_shard_bytes: files are split before they grow beyond this.
+    overwrite: whether an earlier checkpoint at `path` is replaced.
+
+  Raises:
+    CheckpointError: `params` do not fit `config`, `path` is not empty, or
+      the family is unknown.
+  """
+  family = family_of(config)
+  wanted = expected(family, config)
+  arrays = names.write(wanted, family.sizes(config), params)
+  plan = _shards(wanted, params, dtype, max_shard_bytes)
+  with files.directory(path, overwrite) as made:
+    fields = family.config_to_hf(config)
+    kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
+    if len(kinds) == 1:
+      fields |= {'dtype': kinds.pop()}
+    files.write_json(made / 'config.json', fields)
+    _write_shards(made, plan, arrays, dtype)
+    for file in tokenizer_files(tokenizer) if tokenizer else ():
+      shutil.copyfile(file, made / file.name)
+
+
+def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
+  """Every tensor of a model of this config, in Hugging Face's names."""
+  rules = family.hf_rules(config)
+  return names.entries(rules, family.sizes(config), family.depths(config))
+
+
+def family_of(config: Any) -> ModuleType:
+  """The room that knows the names of a config's family."""
+  for family in FAMILIES.values():
+    if isinstance(config, family.Config):
+      return family
+  raise CheckpointError(
+    f'there are no Hugging Face names for a {type(config).__name__}; there '
+    f'are for {", ".join(FAMILIES)}'
+  )
+
+
+def find(path: str) -> Path:
+  """A local directory as it is; else the hub's, from its cache or fetched."""
+  if Path(path).is_dir():
+    return Path(path)
+  check_name(path)
+  try:
+    import huggingface_hub
+
+    wanted = ['*.json', '*.safetensors', *_TOKENIZER]
+    return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
+  except Exception as error:  # the hub's errors have no common type
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise CheckpointError(
+      f'{path} is not a directory here and could not be fetched from the '
+      f'Hugging Face hub ({reason}): check the name or download it yourself '
+      'and give its directory'
+    ) from None
+
+
+def check_name(path: str) -> None:
+  """Raises where a path can be no name on the hub either."""
+  if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
+    raise CheckpointError(
+      f'{path} is not a directory: give one with config.json and '
+      f'{_ONE}, or a name on the Hugging Face hub'
+    )
+
+
+def open_tensors(folder: Path) -> files.Tensors:
+  """The safetensors of a directory, one file or an index's."""
+  if (folder / _ONE).exists():
+    return files.Tensors([folder / _ONE])
+  if (folder / _INDEX).exists():
+    index = files.read_json(folder / _INDEX).get('weight_map', {})
+    return files.Tensors([folder / n for n in sorted(set(index.values()))])
+  old = sorted(folder.glob('pytorch_model*.bin'))
+  if old:
+    raise CheckpointError(
+      f'{folder} holds {old[0].name}, a pickle, and no safetensors: convert '
+      'it with transformers (from_pretrained, then save_pretrained), which '
+      'writes model.safetensors'
+    )
+  raise CheckpointError(
+    f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
+    'model directory'
+  )
+
+
+def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+  fields = files.read_json(folder / 'config.json')
+  kind = fields.get('model_type')
+  if kind not in FAMILIES:
+    raise CheckpointError(
+      f'{folder / "config.json"} is of the family {kind!r}; supported are '
+      f'{", ".join(FAMILIES)}'
+    )
+  return FAMILIES[kind], fields
+
+
+def _is_duplicate(family: ModuleType, fields, tensors: files.Tensors) -> bool:
+  """Whether the head's tensor only repeats the embedding."""
+  head, embedding = family.HF_HEAD, family.HF_EMBEDDING
+  if head not in tensors.shapes or embedding not in tensors.shapes:
+    return False
+  if fields.get('tie_word_embeddings') is False:
+    return False
+  return np.array_equal(tensors.fetch(head), tensors.fetch(embedding))
+
+
+def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
+  if dtype is not None:
+    return np.dtype(dtype)
+  leaf = params
+  for key in entry.path.split('/'):
+    leaf = leaf[key]
+  return np.dtype(leaf.dtype)
+
+
+def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
+  """Splits the tensors, in order, into files of at most `most` bytes."""
+  shards, used = [[]], 0
+  for entry in wanted:
+    size = math.prod(entry.shape) * _dtype(entry, params, dtype).itemsize
+    if shards[-1] and used + size > most:
+      shards.append([])
+      used = 0
+    shards[-1].append(entry)
+    used += size
+  return shards
+
+
+def _write_shards(
+  folder: Path,
+  plan: Sequence[Sequence[Entry]],
+  arrays: Iterator[tuple[Entry, np.ndarray]],
+  dtype: Any,
+) -> None:
+  weight_map, total = {}, 0
+  for i, shard in enumerate(plan, 1):
+    name = f'model-{i:05d}-of-{len(plan):05d}.safetensors'
+    name = _ONE if len(plan) == 1 else name
+    held = {}
+    for entry in shard:
+      _, array = next(arrays)
+      held[entry.their_name] = array if dtype is None else array.astype(dtype)
+    # transformers reads no file without this note.
+    save_file(held, folder / name, metadata={'format': 'pt'})
+    total += sum(array.nbytes for array in held.values())
+    weight_map |= dict.fromkeys(held, name)
+  if len(plan) > 1:
+    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    files.write_json(folder / _INDEX, index)
+
+
+def tokenizer_files(folder: str) -> list[Path]:
+  """The tokenizer files in a directory, perhaps none."""
+  found = (Path(folder).glob(pattern) for pattern in _TOKENIZER)
+  return sorted({file for matches in found for file in matches})

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of Hugging Face's `peft` for T5: LoRA and (IA)^3, both ways.
+
+A directory with adapter_config.json and adapter_model.safetensors. (IA)^3 on
+the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
+*/mlp/hidden; on the input of others it is `ia3(on='input')`.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moepeft import spec as spec_lib
+from moepeft.interop import files, targets
+from moepeft.interop.adapter import (
+  Adapter,
+  instances,
+  site_patterns,
+  sites_in,
+)
+from moepeft.models import names, t5_names
+from moepeft.models.names import CheckpointError, Entry, Rule, Shape, Tree
+from moepeft.models.t5 import T5Config
+from moepeft.peft.ia3 import Ia3
+from moepeft.peft.lora import Lora
+from moepeft.spec import Spec
+
+ARRAYS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+_PREFIX = 'base_model.model.'
+
+# Fields that are read, or do not change what a trained adapter computes; a
+# field that is not here must be empty.
+_HARMLESS = frozenset(
+  '''
+  auto_mapping base_model_name_or_path corda_config ensure_weight_tying
+  eva_config exclude_modules feedforward_modules inference_mode
+  init_ia3_weights layers_pattern layers_to_transform lora_alpha
+  lora_dropout megatron_core peft_type peft_version qalora_group_size r
+  revision runtime_config target_modules task_type use_rslora
+  '''.split()
+)
+# Other initialisations change the base's weights along with the adapter.
+_NEUTRAL = {
+  'bias': ('none',),
+  'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
+}
+
+
+def load(path: str, config: T5Config) -> Adapter:
+  """Reads an adapter's method and 'peft' tree, in the file's dtype.
+
+  Layers that a LoRA leaves out are zeros, which training would keep.
+
+  Args:
+    config: of the base model, which the adapter's files do not hold.
+
+  Raises:
+    CheckpointError: a file is damaged, the adapter does something that is
+      not supported, or its names or shapes do not fit the model.
+  """
+  fields = read_config(path)
+  tensors = files.Tensors([Path(path) / ARRAYS])
+  read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
+  method, rules = read(config, fields, tensors.shapes)
+  sizes = t5_names.sizes(config) | {'r': fields.get('r')}
+  wanted = names.entries(rules, sizes, t5_names.depths(config))
+  left_out = _left_out(wanted, tensors.shapes)
+  names.check(
+    {e.their_name: e.their_shape for e in wanted},
+    left_out | tensors.shapes,
+    f'{Path(path) / ARRAYS} does not fit the model',
+    'give the base model that the adapter was trained on',
+  )
+  dtype = tensors.fetch(wanted[0].their_name).dtype if wanted else None
+
+  def fetch(name):
+    if name in left_out:
+      return np.zeros(left_out[name], dtype)
+    return tensors.fetch(name)
+
+  return Adapter(method, names.read(wanted, sizes, fetch)[0])
+
+
+def read_config(path: str) -> dict[str, Any]:
+  """adapter_config.json, checked to say nothing that `load` does not do."""
+  fields = files.read_json(Path(path) / CONFIG)
+  kind = fields.get('peft_type')
+  if kind not in ('LORA', 'IA3'):
+    raise CheckpointError(
+      f'{path} is a peft adapter of the type {kind!r}; LORA and IA3 are '
+      'supported'
+    )
+  for name, value in sorted(fields.items()):
+    plain = not value or value in _NEUTRAL.get(name, ())
+    if name not in _HARMLESS and not plain:
+      raise CheckpointError(
+        f'{path}/{CONFIG} sets {name}={value!r}, which is not supported: '
+        'merge the adapter into its base with peft (merge_and_unload) and '
+        'convert the merged model'
+      )
+  return fields
+
+
+def save(
+  path: str,
+  config: T5Config,
+  adapter: Adapter,
+  base: str = '',
+  like: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes a directory that `peft.PeftModel.from_pretrained` reads.
+
+  Layers in which a LoRA is all zeros are left out.
+
+  Args:
+    base: path or name of the base model, for adapter_config.json.
+    like: an earlier adapter_config.json, as `read_config` returns it, whose
+      fields are kept where they still hold.
+
+  Raises:
+    CheckpointError: peft has no such method, or `path` is not empty.
+  """
+  fields, rules, letters = _describe(config, adapter)
+  sizes = t5_names.sizes(config) | letters
+  wanted = names.entries(rules, sizes, t5_names.depths(config))
+  arrays = {
+    entry.their_name: array
+    for entry, array in names.write(wanted, sizes, adapter.tree)
+  }
+  if 'r' in fields:
+    arrays = _without_zeros(arrays)
+  like = like or {}
+  kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
+  inputs = {
+    _module(name)
+    for name, array in arrays.items()
+    if 'r' not in fields and array.shape[0] == 1
+  }
+  modules, adapted = t5_names.hf_modules(config), set(map(_module, arrays))
+  fields |= targets.describe(modules, adapted, inputs, kept)
+  if base or 'base_model_name_or_path' not in kept:
+    kept['base_model_name_or_path'] = base
+  with files.directory(path, overwrite) as made:
+    save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
+    fixed = {'inference_mode': True, 'task_type': 'SEQ_2_SEQ_LM'}
+    files.write_json(made / CONFIG, fixed | kept | fields)
+
+
+def _lora_rules(site: str, instance: str, inner: str, outer: str) -> list[Rule]:
+  ours = f'{t5_names.in_layers(site)}/{instance}'
+  theirs = f'{_PREFIX}{t5_names.hf_module(site)}.lora'
+  return [
+    Rule(f'{ours}/a', f'{theirs}_A.weight', f'{inner}r', f'r({inner})'),
+    Rule(f'{ours}/b', f'{theirs}_B.weight', f'r{outer}', f'({outer})r'),
+  ]
+
+
+def _ia3_rule(config: T5Config, site: str, instance: str, on: str) -> Rule:
+  """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
+  ours = f'{t5_names.in_layers(site)}/{instance}/scale'
+  if site in t5_names.taps():
+    # Scaling the activation or the product with wi_1 is the same function.
+    site, on = site.rpartition('/')[0] + '/wo', 'input'
+  inner, outer = t5_names.projections(config)[site]
+  theirs = f'{_PREFIX}{t5_names.hf_module(site)}.ia3_l'
+  if on == 'input':
+    return Rule(ours, theirs, inner, f'1({inner})')
+  return Rule(ours, theirs, outer, f'({outer})1')
+
+
+def _read_lora(config, fields, shapes) -> tuple[str, list[Rule]]:
+  projections = t5_names.projections(config)
+  sites = [s for s in projections if _shapes_at(s, 'lora_A.weight', shapes)]
+  options = [('rank', fields['r']), ('alpha', fields['lora_alpha'])]
+  if fields.get('use_rslora'):
+    options.append(('rslora', True))
+  if fields.get('lora_dropout'):
+    options.append(('dropout', fields['lora_dropout']))
+  options.append(('sites', site_patterns(sites, projections)))
+  rules = [_lora_rules(s, 'lora', *projections[s]) for s in sites]
+  return str(Spec('lora', tuple(options))), list(itertools.chain(*rules))
+
+
+def _read_ia3(config, fields, shapes) -> tuple[str, list[Rule]]:
+  known = t5_names.projections(config) | t5_names.taps()
+  outputs, inputs = [], []
+  for site in t5_names.projections(config):
+    found = _shapes_at(site, 'ia3_l', shapes)
+    if found and found[0][0] != 1:
+      outputs.append(site)
+    elif found and site.endswith('/wo'):
+      outputs.append(site.removesuffix('/wo') + '/hidden')
+    elif found:
+      inputs.append(site)
+  specs = []
+  if outputs:
+    specs.append(Spec('ia3', (('sites', site_patterns(outputs, known)),)))
+  if inputs:
+    options = (('on', 'input'), ('sites', site_patterns(inputs, known)))
+    specs.append(Spec('ia3', options))
+  method = spec_lib.format_method(tuple(specs))
+  last = 'ia3_2' if outputs else 'ia3'
+  rules = [_ia3_rule(config, site, 'ia3', 'output') for site in outputs]
+  rules += [_ia3_rule(config, site, last, 'input') for site in inputs]
+  return method, rules
+
+
+def _shapes_at(site: str, leaf: str, shapes: Mapping[str, Shape]):
+  """The shapes of a module's arrays, over the layers that have it."""
+  module = re.escape(_PREFIX + t5_names.hf_module(site))
+  pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
+  return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
+
+
+def _left_out(
+  wanted: Sequence[Entry], shapes: Mapping[str, Shape]
+) -> dict[str, Shape]:
+  """The LoRA arrays of modules that have neither A nor B in the file."""
+  if not shapes:
+    raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
+  held = {_module(name) for name in shapes}
+  return {
+    e.their_name: e.their_shape
+    for e in wanted
+    if '.lora_' in e.their_name and _module(e.their_name) not in held
+  }
+
+
+def _module(name: str) -> str:
+  """'base_model.model.encoder. ... .q.lora_A.weight' -> 'encoder. ... .q'."""
+  return re.sub(r'\.(lora_[AB]\.weight|ia3_l)$', '', name.removeprefix(_PREFIX))
+
+
+def _describe(
+  config: T5Config, adapter: Adapter
+) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
+  """An adapter's fields in peft's words, its rules and further letters."""
+  found = instances(adapter.method)
+  kinds = [spec.name for spec in found.values()]
+  if kinds == ['lora']:
+    return _describe_lora(config, adapter.tree, found['lora'])
+  if set(kinds) == {'ia3'}:
+    return {'peft_type': 'IA3', 'feedforward_modules': []}, _all_ia3_rules(config, adapter, found), {}
+  raise CheckpointError(
+    f'peft has no form for {adapter.method!r}: it holds one lora, or ia3; '
+    'write the moepeft form instead'
+  )
+
+
+def _describe_lora(config: T5Config, tree: Tree, spec: Spec):
+  projections = t5_names.projections(config)
+  at = sites_in(tree, 'lora')
+  _require(at, projections)
+  rank = next(iter(at.values()))['a'].shape[-1]
+  alpha = spec.get('alpha', Lora.alpha)
+  fields = {
+    'peft_type': 'LORA',
+    'r': rank,
+    'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
+    'lora_dropout': spec.get('dropout', Lora.dropout),
+    'use_rslora': spec.get('rslora', Lora.rslora),
+    'bias': 'none',
+  }
+  rules = [_lora_rules(site, 'lora', *projections[site]) for site in at]
+  return fields, list(itertools.chain(*rules)), {'r': rank}
+
+
+def _all_ia3_rules(
+  config: T5Config, adapter: Adapter, found: Mapping[str, Spec]
+) -> list[Rule]:
+  known = t5_names.projections(config) | t5_names.taps()
+  rules = []
+  for instance, spec in found.items():
+    at = sites_in(adapter.tree, instance)
+    _require(at, known)
+    on = spec.get('on', Ia3.on)
+    rules += [_ia3_rule(config, site, instance, on) for site in at]
+  if len({rule.theirs for rule in rules}) < len(rules):
+    raise CheckpointError(
+      'peft keeps one scale a module: this adapter has several at wo (act, '
+      'hidden and wo itself count as one); write the moepeft form instead'
+    )
+  return rules
+
+
+def _require(at: Mapping[str, Tree], known: Collection[str]) -> None:
+  foreign = sorted(set(at) - set(known))
+  if foreign or not at:
+    raise CheckpointError(
+      f'peft adapts projections; this adapter is at '
+      f'{", ".join(foreign) or "no site"}: write the moepeft form instead'
+    )
+
+
+def _without_zeros(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  used = {_module(name) for name, array in arrays.items() if array.any()}
+  return {n: array for n, array in arrays.items() if _module(n) in used}

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that map the names and axes of a model's arrays; any family.
+
+A canonical name is a path with the layer's number in it,
+'encoder/layers/3/self/q/kernel'. The trees that the model uses hold the same
+arrays stacked: 'encoder/layers/self/q/kernel', layers on axis 0. `sizes` give
+each letter's size and `depths` each stack's number of layers; see a family's
+`*_names.py`.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401  makes np.dtype('bfloat16') known
+import numpy as np
+
+Tree = Any
+Shape = tuple[int, ...]
+
+
+class CheckpointError(ValueError):
+  """A file or directory does not hold what it should; says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One array of ours and where another format keeps it.
+
+  Attributes:
+    ours: canonical name, `{l}` for the layer's number.
+    theirs: their name, `{l}` likewise.
+    axes: our axes, a letter each: 'dnh'; '(nh)e' joins n and h into one axis,
+      and '1' is an axis of size one.
+    their_axes: the same letters in their order: '(nh)d'.
+  """
+
+  ours: str
+  theirs: str
+  axes: str
+  their_axes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A rule at one layer (None outside of layers), with its shapes."""
+
+  rule: Rule
+  layer: int | None
+  name: str
+  their_name: str
+  shape: Shape
+  their_shape: Shape
+
+  @property
+  def path(self) -> str:
+    """Where the stacked tree holds it."""
+    return self.rule.ours.replace('/{l}', '')
+
+
+def entries(
+  rules: Sequence[Rule], sizes: Mapping[str, int], depths: Mapping[str, int]
+) -> tuple[Entry, ...]:
+  """Every expected array, rule by rule, its layers in order.
+
+  Args:
+    sizes: each axis letter's size.
+    depths: layers of each stack, keyed by what stands before '/layers/'.
+  """
+  found = []
+  for rule in rules:
+    shape = axes_shape(rule.axes, sizes)
+    theirs = axes_shape(rule.their_axes, sizes)
+    stack = rule.ours.partition('/layers/')[0]
+    for layer in range(depths[stack]) if '{l}' in rule.ours else [None]:
+      name, their_name = (
+        text.replace('{l}', str(layer)) for text in (rule.ours, rule.theirs)
+      )
+      found.append(Entry(rule, layer, name, their_name, shape, theirs))
+  return tuple(found)
+
+
+def axes_shape(axes: str, sizes: Mapping[str, int]) -> Shape:
+  """'(nh)d' -> (n * h, d)."""
+  return tuple(
+    math.prod(_size(letter, sizes) for letter in group)
+    for group in _groups(axes)
+  )
+
+
+def rearrange(
+  array: np.ndarray, source: str, target: str, sizes: Mapping[str, int]
+) -> np.ndarray:
+  """Reorders axes: '(nh)d' -> 'dnh'; a view where NumPy can make one."""
+  letters, wanted = (
+    [a for group in _groups(axes) for a in group if a != '1']
+    for axes in (source, target)
+  )
+  split = array.reshape([sizes[a] for a in letters])
+  moved = split.transpose([letters.index(a) for a in wanted])
+  return moved.reshape(axes_shape(target, sizes))
+
+
+def _groups(axes: str) -> list[str]:
+  return [group.strip('()') for group in re.findall(r'\(\w+\)|\w', axes)]
+
+
+def _size(letter: str, sizes: Mapping[str, int]) -> int:
+  return 1 if letter == '1' else sizes[letter]
+
+
+def read(
+  wanted: Sequence[Entry],
+  sizes: Mapping[str, int],
+  fetch: Callable[[str], np.ndarray],
+  dtype: Any = None,
+) -> tuple[Tree, str]:
+  """Builds the stacked tree, one of their arrays in memory at a time.
+
+  Args:
+    fetch: their name -> their array.
+    dtype: cast to it; None keeps each array's own.
+
+  Returns:
+    The nested dict of NumPy arrays, and the content hash of what was read,
+    before any cast: the same whatever `dtype` is.
+
+  Raises:
+    CheckpointError: layers of one array differ in dtype and `dtype` is None.
+  """
+  flat, lines = {}, []
+  depth = collections.Counter(entry.path for entry in wanted)
+  for entry in wanted:
+    array = fetch(entry.their_name)
+    rule = entry.rule
+    ours = rearrange(array, rule.their_axes, rule.axes, sizes)
+    lines.append(_line(entry.name, ours))
+    if entry.layer is None:
+      flat[entry.path] = np.array(ours, dtype=dtype or ours.dtype, order='C')
+      continue
+    if entry.path not in flat:
+      shape = (depth[entry.path], *entry.shape)
+      flat[entry.path] = np.empty(shape, dtype or array.dtype)
+    if dtype is None and array.dtype != flat[entry.path].dtype:
+      raise CheckpointError(
+        f'{entry.their_name} is {array.dtype}, the layers before it are '
+        f'{flat[entry.path].dtype}; name the dtype to convert all of them to'
+      )
+    flat[entry.path][entry.layer] = ours
+  return unflatten(flat), _digest(lines)
+
+
+def write(
+  wanted: Sequence[Entry], sizes: Mapping[str, int], tree: Tree
+) -> Iterator[tuple[Entry, np.ndarray]]:
+  """Each expected array, as (entry, their contiguous array), one at a time.
+
+  Raises:
+    CheckpointError: `tree` does not hold exactly the expected arrays.
+  """
+  flat = flatten(tree)
+  check(
+    stacked_shapes(wanted),
+    {path: tuple(np.shape(leaf)) for path, leaf in flat.items()},
+    'the tree to be written does not fit its config',
+    'write it with the config that it was made for',
+  )
+  return _write(wanted, sizes, flat)
+
+
+def _write(wanted, sizes, flat):
+  path = leaf = None
+  for entry in wanted:
+    if entry.path != path:
+      # Once a stack: a copy from an accelerator would be made every time.
+      path, leaf = entry.path, np.asarray(flat[entry.path])
+    ours = leaf if entry.layer is None else leaf[entry.layer]
+    rule = entry.rule
+    theirs = rearrange(ours, rule.axes, rule.their_axes, sizes)
+    # safetensors writes the buffer as it lies, whatever its strides.
+    yield entry, np.ascontiguousarray(theirs)
+
+
+def stacked_shapes(wanted: Sequence[Entry]) -> dict[str, Shape]:
+  """The path and shape of every array of the stacked tree."""
+  depth = collections.Counter(entry.path for entry in wanted)
+  return {
+    e.path: e.shape if e.layer is None else (depth[e.path], *e.shape)
+    for e in wanted
+  }
+
+
+def check(
+  expected: Mapping[str, Shape],
+  found: Mapping[str, Shape],
+  what: str,
+  advice: str,
+) -> None:
+  """Raises a CheckpointError printed like a diff where the two differ.
+
+  Lines with '-' were expected, lines with '+' were found instead.
+  """
+  lines = []
+  for name in sorted(expected.keys() | found.keys()):
+    if expected.get(name) != found.get(name):
+      for sign, side in (('-', expected), ('+', found)):
+        if name in side:
+          lines.append(f'{sign} {name} {list(side[name])}')
+  if not lines:
+    return
+  most = 40
+  more = [f'... and {len(lines) - most} more lines'] if lines[most:] else []
+  text = '\n'.join(lines[:most] + more)
+  raise CheckpointError(
+    f'{what} (- expected, + found):\n{text}\n{advice[0].upper()}{advice[1:]}.'
+  )
+
+
+def content_hash(tree: Tree) -> str:
+  """sha256 over sorted canonical names, dtypes, shapes and bytes.
+
+  Two copies of one model agree whatever format they came from. A tree that
+  is not stacked ('layers_3' or 'layers/3') hashes like its stacked form.
+  """
+  lines = []
+  for path, leaf in flatten(tree).items():
+    path = re.sub(r'/layers_(\d+)/', r'/layers/\1/', path)
+    array = np.asarray(leaf)
+    stack, layers, rest = path.partition('/layers/')
+    if layers and not rest.split('/')[0].isdigit():
+      lines += [
+        _line(f'{stack}/layers/{i}/{rest}', a) for i, a in enumerate(array)
+      ]
+    else:
+      lines.append(_line(path, array))
+  return _digest(lines)
+
+
+def array_hash(array: np.ndarray) -> str:
+  """sha256 of an array's little-endian bytes in C order."""
+  array = np.ascontiguousarray(array)
+  if array.dtype.byteorder == '>':
+    array = array.astype(array.dtype.newbyteorder('<'))
+  return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _line(name: str, array: np.ndarray) -> str:
+  return f'{name} {array.dtype} {list(array.shape)} {array_hash(array)}\n'
+
+
+def _digest(lines: Sequence[str]) -> str:
+  return hashlib.sha256(''.join(sorted(lines)).encode()).hexdigest()
+
+
+def flatten(tree: Tree, prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': x}} -> {'a/b': x}."""
+  if not isinstance(tree, Mapping):
+    return {prefix: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= flatten(value, f'{prefix}/{key}' if prefix else str(key))
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+  """{'a/b': x} -> {'a': {'b': x}}."""
+  tree: Tree = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree

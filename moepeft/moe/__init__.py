@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers, their losses and statistics; nothing here knows an adapter.
+
+A new router is one new file and one line in ROUTERS.
+"""
+
+from moepeft.moe.random import Random
+from moepeft.moe.softmax import Softmax
+from moepeft.moe.topk import TopK
+from moepeft.moe.uniform import Uniform
+
+ROUTERS = {
+  'softmax': Softmax,
+  'topk': TopK,
+  'uniform': Uniform,
+  'random': Random,
+}

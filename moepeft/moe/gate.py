@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What routers share: the linear gate, its noise, and top-k selection."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.typing import Array, Context
+
+# The released code's initialiser of router kernels.
+INIT = nn.initializers.normal(0.02)
+
+
+def gate_logits(x: Array, kernel: Array) -> Array:
+  """float32 [..., e] = x [..., d] times kernel [d, e], at full precision."""
+  return jnp.einsum(
+    '...d,de->...e',
+    x.astype(jnp.float32),
+    kernel.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
+  """x times uniform noise in [1 - jitter, 1 + jitter], in training only.
+
+  Source: Switch Transformer (arXiv:2101.03961), section 2.2. The released
+  code would add it in evaluation too; here it never does.
+  """
+  if not ctx.train or jitter == 0:
+    return x
+  x = x.astype(jnp.float32)
+  rng = module.make_rng('router')
+  return x * jax.random.uniform(rng, x.shape, minval=1 - jitter, maxval=1 + jitter)
+
+
+def expert_dropout(
+  module: nn.Module, logits: Array, rate: float, ctx: Context
+) -> Array:
+  """Removes each expert from a token's choice with probability `rate`.
+
+  In training only; the token's best expert always stays, so that weights
+  still sum to one. Source: expert dropout in SMEAR (arXiv:2306.03745), here
+  for each token.
+  """
+  if not ctx.train or rate == 0:
+    return logits
+  keep = jax.random.bernoulli(
+    module.make_rng('router'), 1 - rate, logits.shape
+  )
+  keep |= logits >= jnp.max(logits, axis=-1, keepdims=True)
+  return jnp.where(keep, logits, -1e9)
+
+
+def top_mask(x: Array, k: int) -> Array:
+  """bool [..., e]: the k largest of the last axis; ties go to the first."""
+  _, index = jax.lax.top_k(x, k)
+  return jnp.sum(jax.nn.one_hot(index, x.shape[-1]), axis=-2) > 0

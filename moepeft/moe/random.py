@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A control: a fixed random gate, never trained."""
+
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.moe.gate import gate_logits, top_mask
+from moepeft.typing import Array, Context, Routing
+
+
+class Random(nn.Module):
+  """Each token goes to k experts that a fixed random projection picks.
+
+  The same activation always meets the same experts, in training and after,
+  and the gate learns nothing: as in SMoE-Dropout (Chen et al.,
+  arXiv:2303.01610), and in spirit hash layers (Roller et al.,
+  arXiv:2106.04426). Each row sums to one. No parameters: the projection is a
+  function of the site, the layer and `seed`.
+
+  Attributes:
+    experts: e; k: experts a token; seed: of the projection.
+  """
+
+  experts: int = 1
+  k: int = 1
+  seed: int = 0
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Routing:
+    if not 1 <= self.k <= self.experts:
+      raise ValueError(
+        f'random needs 1 <= k <= experts; got k={self.k} of {self.experts}'
+      )
+    # Scanned or not, a layer's path differs in 'layers' or 'layers_3' only.
+    path = '/'.join(p for p in self.path if not p.startswith('layers'))
+    rng = jax.random.fold_in(jax.random.key(self.seed), _hash(path))
+    if ctx.layer is not None:
+      rng = jax.random.fold_in(rng, ctx.layer)
+    shape = (x.shape[-1], self.experts)
+    logits = gate_logits(x, jax.random.normal(rng, shape, jnp.float32))
+    weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
+    return Routing(logits, weights, k=self.k)
+
+
+def _hash(path: str) -> int:
+  return zlib.crc32(path.encode()) & 0x7FFFFFFF

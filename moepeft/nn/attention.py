@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention with its sites, masks, and a cache for decoding."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moepeft.nn.linear import Linear
+from moepeft.nn.norms import RMSNorm
+from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.typing import Array, Context
+
+
+@struct.dataclass
+class Heads:
+  """The input of the attention core, and what advice there may lengthen.
+
+  Attributes:
+    q: [b, t, n, h]; k, v: [b, s, n, h].
+    bias: float [1 or b, n, t, s] added to the logits, or None.
+    mask: bool [b, 1, t, s], True where t may look at s, or None.
+  """
+
+  q: Array
+  k: Array
+  v: Array
+  bias: Array | None = None
+  mask: Array | None = None
+
+
+def attend(
+  heads: Heads, scale: float = 1.0, rng=None, dropout: float = 0.0
+) -> Array:
+  """softmax(q k * scale + bias, masked) v -> [b, t, n, h].
+
+  The softmax runs in float32; the products in q's dtype.
+
+  Args:
+    rng: the key of attention dropout, or None for none.
+  """
+  logits = jnp.einsum('btnh,bsnh->bnts', heads.q, heads.k)
+  logits = logits.astype(jnp.float32) * scale
+  if heads.bias is not None:
+    logits += heads.bias.astype(jnp.float32)
+  if heads.mask is not None:
+    # Finite, so that a row without any visible key stays finite too.
+    logits = jnp.where(heads.mask, logits, -1e9)
+  weights = jax.nn.softmax(logits, axis=-1).astype(heads.q.dtype)
+  if rng is not None and dropout > 0:
+    keep = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
+    weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)
+  return jnp.einsum('bnts,bsnh->btnh', weights, heads.v)
+
+
+def visible(
+  query: Array, key: Array, query_segments=None, key_segments=None, causal=False
+) -> Array:
+  """Mask [b, 1, t, s]: real keys, of the same segment, not in the future.
+
+  Args:
+    query: bool [b, t], key: bool [b, s], True on real tokens.
+    query_segments, key_segments: int [b, t], [b, s], or None: not packed.
+    causal: whether t sees s <= t only.
+  """
+  mask = jnp.broadcast_to(key[:, None, :], (*query.shape, key.shape[1]))
+  if query_segments is not None:
+    mask &= query_segments[:, :, None] == key_segments[:, None, :]
+  if causal:
+    mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
+  return mask[:, None]
+
+
+class Attention(nn.Module):
+  """Sites below `site`: norm, q, k, v, core (whose input is `Heads`), o."""
+
+  d_model: int
+  heads: int
+  head_dim: int
+  site: str
+  advice: Advice
+  scale: float = 1.0
+  dropout: float = 0.0
+  eps: float = 1e-6
+  q_stddev: float | None = None
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def setup(self):
+    d, n, h = self.d_model, self.heads, self.head_dim
+
+    def linear(name, eqn, shape, stddev):
+      return Linear(
+        eqn,
+        shape,
+        f'{self.site}/{name}',
+        self.advice,
+        stddev=stddev,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+      )
+
+    project = 'btd,dnh->btnh'
+    self.q = linear('q', project, (d, n, h), self.q_stddev or d**-0.5)
+    self.k = linear('k', project, (d, n, h), d**-0.5)
+    self.v = linear('v', project, (d, n, h), d**-0.5)
+    self.core = Core(
+      f'{self.site}/core', self.advice, self.scale, self.dropout
+    )
+    self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
+    # The block calls it, so that the sublayer's own input is normed.
+    self.norm = RMSNorm(
+      f'{self.site}/norm', self.advice, self.eps, self.param_dtype
+    )
+
+  def __call__(
+    self,
+    x: Array,
+    ctx: Context,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    source: Array | None = None,
+    source_ctx: Context | None = None,
+  ) -> Array:
+    """x [b, t, d] -> [b, t, d].
+
+    Args:
+      source: [b, s, d], what keys and values read (cross-attention); None for
+        self-attention.
+      source_ctx: the context of `source`, whose token mask differs.
+    """
+    q = self.q(x, ctx)
+    if source is None:
+      k, v = self.k(x, ctx), self.v(x, ctx)
+      if ctx.decode:
+        k, v = self._extend(k, v, ctx)
+    else:
+      source_ctx = source_ctx.replace(layer=ctx.layer)
+      k, v = self._once(source, source_ctx, ctx.decode)
+    return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)
+
+  def _extend(self, k: Array, v: Array, ctx: Context):
+    """Writes this step's keys and values at ctx.index; returns them all."""
+    shape = (k.shape[0], ctx.cache_length, *k.shape[2:])
+    stored = []
+    for name, new in (('k', k), ('v', v)):
+      cache = self.variable('cache', f'self_{name}', jnp.zeros, shape, k.dtype)
+      cache.value = jax.lax.dynamic_update_slice_in_dim(
+        cache.value, new, ctx.index, axis=1
+      )
+      stored.append(cache.value)
+    return stored
+
+  def _once(self, source: Array, ctx: Context, decode: bool):
+    """Keys and values of the source, computed once where decoding."""
+    if not decode:
+      return self.k(source, ctx), self.v(source, ctx)
+    if not self.has_variable('cache', 'cross_k'):
+      self.put_variable('cache', 'cross_k', self.k(source, ctx))
+      self.put_variable('cache', 'cross_v', self.v(source, ctx))
+    return (
+      self.get_variable('cache', 'cross_k'),
+      self.get_variable('cache', 'cross_v'),
+    )
+
+
+class Core(nn.Module):
+  """The site around `attend`."""
+
+  site: str
+  advice: Advice
+  scale: float = 1.0
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, heads: Heads, ctx: Context) -> Array:
+    noisy = ctx.train and self.dropout > 0
+    rng = self.make_rng('dropout') if noisy else None
+    f = Frozen(lambda heads: attend(heads, self.scale, rng, self.dropout))
+    return advise(self, self.advice, self.site, f, heads, ctx)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen projections and the embedding, each one a site."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.typing import Array, Context
+
+
+class Linear(nn.Module):
+  """y = einsum(eqn, x, kernel), at a site.
+
+  Attributes:
+    eqn: 'btd,dnh->btnh' and the like; two operands, the kernel second.
+    shape: the kernel's shape in the equation's order.
+    site: the site's path, 'encoder/self/q'.
+    stddev: of the normal initialiser.
+    accumulate: the dtype of the result; None for `dtype`.
+  """
+
+  eqn: str
+  shape: tuple[int, ...]
+  site: str
+  advice: Advice
+  stddev: float
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  accumulate: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Array:
+    init = nn.initializers.normal(self.stddev)
+    kernel = self.param('kernel', init, self.shape, self.param_dtype)
+    f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate)
+    return advise(self, self.advice, self.site, f, x, ctx)
+
+
+def frozen_einsum(eqn: str, kernel: Array, dtype, accumulate=None) -> Frozen:
+  """The frozen call of a projection whose weight is `kernel`."""
+
+  def weight():
+    return kernel.astype(dtype)
+
+  def call(x):
+    return jnp.einsum(
+      eqn, x.astype(dtype), weight(), preferred_element_type=accumulate
+    )
+
+  return Frozen(call, eqn=eqn, shape=kernel.shape, kernel=weight)
+
+
+class Embedding(nn.Module):
+  """Token ids [b, t] -> [b, t, d], at the site 'embed'."""
+
+  vocab: int
+  d_model: int
+  advice: Advice
+  site: str = 'embed'
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  init: Callable = nn.initializers.normal(1.0)
+
+  @nn.compact
+  def __call__(self, ids: Array, ctx: Context) -> Array:
+    shape = (self.vocab, self.d_model)
+    table = self.param('embedding', self.init, shape, self.param_dtype)
+
+    def weight():
+      return table.astype(self.dtype)
+
+    f = Frozen(
+      lambda ids: jnp.take(weight(), ids, axis=0),
+      shape=shape,
+      kernel=weight,
+    )
+    return advise(self, self.advice, self.site, f, ids, ctx)
+
+  def attend(self) -> Array:
+    """The table [v, d] itself, for a head tied to it."""
+    return self.get_variable('params', 'embedding').astype(self.dtype)

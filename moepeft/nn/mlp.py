@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed-forward sublayer, gated (arXiv:2002.05202) or not."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.nn.linear import Linear
+from moepeft.nn.norms import RMSNorm
+from moepeft.nn.site import Advice, Tap
+from moepeft.typing import Array, Context
+
+ACTIVATIONS = {'gelu': nn.gelu, 'relu': jax.nn.relu, 'silu': jax.nn.silu}
+
+
+class Mlp(nn.Module):
+  """wo(act(wi_0 x) * wi_1 x), or wo(act(wi x)) where not gated.
+
+  Sites below `site`: norm, wi_0 and wi_1 (or wi), the taps `act` (after the gate's
+  activation) and `hidden` (the input of wo), and wo.
+  """
+
+  d_model: int
+  ffn: int
+  gated: bool
+  activation: str
+  site: str
+  advice: Advice
+  dropout: float = 0.0
+  eps: float = 1e-6
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def setup(self):
+    def linear(name, eqn, *shape):
+      return Linear(
+        eqn,
+        shape,
+        f'{self.site}/{name}',
+        self.advice,
+        stddev=shape[0] ** -0.5,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+      )
+
+    d, f = self.d_model, self.ffn
+    if self.gated:
+      self.wi_0 = linear('wi_0', 'btd,df->btf', d, f)
+      self.wi_1 = linear('wi_1', 'btd,df->btf', d, f)
+    else:
+      self.wi = linear('wi', 'btd,df->btf', d, f)
+    self.act = Tap(f'{self.site}/act', self.advice)
+    self.hidden = Tap(f'{self.site}/hidden', self.advice)
+    self.wo = linear('wo', 'btf,fd->btd', f, d)
+    self.drop = nn.Dropout(self.dropout)
+    # The block calls it, so that the sublayer's own input is normed.
+    self.norm = RMSNorm(
+      f'{self.site}/norm', self.advice, self.eps, self.param_dtype
+    )
+
+  def __call__(self, x: Array, ctx: Context) -> Array:
+    gate = self.wi_0 if self.gated else self.wi
+    y = self.act(ACTIVATIONS[self.activation](gate(x, ctx)), ctx)
+    if self.gated:
+      y = y * self.wi_1(x, ctx)
+    y = self.drop(y, deterministic=not ctx.train)
+    return self.wo(self.hidden(y, ctx), ctx)

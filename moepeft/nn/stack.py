@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers in a row: scanned, so that the program does not grow with depth."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.typing import Array, Context
+
+REMAT = {
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+# Everything that a layer owns or reports has its layers on axis 0.
+AXES = {'params': 0, 'peft': 0, 'routing': 0, 'weights': 0, 'cache': 0}
+RNGS = {'params': True, 'peft': True, 'dropout': True, 'router': True}
+
+
+def stack(
+  block: nn.Module,
+  length: int,
+  x: Array,
+  ctx: Context,
+  *args,
+  scan: bool = True,
+  remat: str = 'none',
+) -> Array:
+  """Calls `length` copies of a block one after the other.
+
+  Must be called from a compact method; the layers' variables are found under
+  'layers' (scanned) or 'layers_0', 'layers_1', ... (not).
+
+  Args:
+    block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
+    remat: 'none', 'dots' (matrix products are kept) or 'full'.
+
+  Raises:
+    ValueError: the remat policy does not exist.
+  """
+  if remat not in REMAT:
+    raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
+  if not scan:
+    for i in range(length):
+      layer = _remat(_Layer, remat)(block, name=f'layers_{i}')
+      x, _ = layer(x, jnp.int32(i), ctx, args)
+    return x
+  layers = nn.scan(
+    _remat(_Layer, remat, scanned=True),
+    variable_axes=AXES,
+    split_rngs=RNGS,
+    in_axes=(0, nn.broadcast, nn.broadcast),
+    length=length,
+  )(block, name='layers')
+  return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
+
+
+def _remat(layer, remat: str, scanned: bool = False):
+  if remat == 'none':
+    return layer
+  return nn.remat(layer, policy=REMAT[remat], prevent_cse=not scanned)
+
+
+class _Layer(nn.Module):
+  """A block whose variables lie at this module's own path."""
+
+  block: nn.Module
+
+  @nn.compact
+  def __call__(self, x, number, ctx, args):
+    nn.share_scope(self, self.block)
+    return self.block(x, ctx.replace(layer=number), *args), None

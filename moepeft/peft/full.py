@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full fine-tuning: no adapter; training sees 'params' itself."""
+
+from moepeft.peft.method import Method
+
+METHOD = Method(
+  module=None,
+  roles={'official': (), 'paper': ()},
+  why_not='full fine-tuning changes the base itself; there is nothing to merge',
+)

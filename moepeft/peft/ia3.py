@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(IA)^3 (Liu et al., arXiv:2205.05638): one learned scale a feature."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.site import Frozen, contraction
+from moepeft.peft.method import Method
+from moepeft.typing import Array, Context
+
+ONES = nn.initializers.ones
+
+
+class Ia3(nn.Module):
+  """y = f(x) * l on outputs, f(x * l) on inputs; l is ones at first.
+
+  Parameters: scale [*out] or [*in], float32.
+
+  Attributes:
+    on: 'output' or 'input'.
+  """
+
+  on: str = 'output'
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    if self.on not in ('output', 'input'):
+      raise ValueError(f"ia3's `on` is 'output' or 'input'; got {self.on!r}")
+    if self.on == 'input':
+      scale = peft_param(self, 'scale', ONES, x.shape[2:])
+      return f(x * scale.astype(x.dtype))
+    y = f(x)
+    scale = peft_param(self, 'scale', ONES, y.shape[2:])
+    return y * scale.astype(y.dtype)
+
+
+def merge(variables, adapter: Ia3, eqn: str, kernel: Array) -> Array:
+  """The kernel with its outputs (or inputs) scaled, in float32."""
+  _, inner, outer, _ = contraction(eqn)
+  letters = eqn.split('->')[0].split(',')[1]
+  side = outer if adapter.on == 'output' else inner
+  return jnp.einsum(
+    f'{letters},{side}->{letters}',
+    kernel.astype(jnp.float32),
+    variables['scale'],
+  )
+
+
+_ROLES = ('key', 'value', 'act')
+
+METHOD = Method(
+  module=Ia3, roles={'official': _ROLES, 'paper': _ROLES}, merge=merge
+)

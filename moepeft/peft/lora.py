@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA (Hu et al., arXiv:2106.09685): y = f(x) + alpha / r (x A) B."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.site import Frozen, contraction, sizes
+from moepeft.peft.method import Method
+from moepeft.typing import Array, Context
+
+INIT_A = nn.initializers.normal(0.02)
+INIT_B = nn.initializers.zeros
+
+
+def equations(eqn: str, extra: str = '') -> tuple[str, str]:
+  """The einsums of x with A and of the result with B.
+
+  'btd,dnh->btnh' gives 'btd,dr->btr' and 'btr,rnh->btnh'; `extra` letters
+  stand before r, for experts.
+  """
+  batch, inner, outer, output = contraction(eqn)
+  x, rank = eqn.split(',')[0], extra + 'r'
+  down = f'{x},{inner}{rank}->{batch}{rank}'
+  return down, f'{batch}{rank},{rank}{outer}->{output}'
+
+
+def shapes(f: Frozen, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The input's and the output's feature shapes at a projection.
+
+  Raises:
+    ValueError: the site has no weight to stand beside.
+  """
+  if f.eqn is None:
+    raise ValueError(
+      f'{name} needs sites with a projection (like */q or */wo); '
+      'change its option `sites`'
+    )
+  _, inner, outer, _ = contraction(f.eqn)
+  size = sizes(f.eqn, f.shape)
+  return tuple(size[c] for c in inner), tuple(size[c] for c in outer)
+
+
+class Lora(nn.Module):
+  """A low-rank term beside a projection; the base's function at first.
+
+  Parameters: a [*in, r] ~ N(0, 0.02^2), b [r, *out] zeros (the released
+  code's initialisers), float32, computed in x's dtype.
+
+  Attributes:
+    rank: r.
+    alpha: the term is scaled by alpha / r (16 in the released code).
+    rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
+    dropout: of the term's input, in training.
+  """
+
+  rank: int = 4
+  alpha: float = 16.0
+  rslora: bool = False
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    inside, outside = shapes(f, 'lora')
+    a = peft_param(self, 'a', INIT_A, (*inside, self.rank))
+    b = peft_param(self, 'b', INIT_B, (self.rank, *outside))
+    y = f(x)
+    drop = nn.Dropout(self.dropout)
+    x = drop(x, deterministic=not ctx.train).astype(y.dtype)
+    down, up = equations(f.eqn)
+    z = jnp.einsum(down, x, a.astype(y.dtype)) * self.scale
+    return y + jnp.einsum(up, z, b.astype(y.dtype))
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def merge(variables, adapter: Lora, eqn: str, kernel: Array) -> Array:
+  """The kernel with the term added: W + scale A B, in float32."""
+  _, inner, outer, _ = contraction(eqn)
+  letters = eqn.split('->')[0].split(',')[1]
+  term = jnp.einsum(
+    f'{inner}r,r{outer}->{letters}', variables['a'], variables['b']
+  )
+  return kernel.astype(jnp.float32) + adapter.scale * term
+
+
+_PROJECTIONS = ('query', 'key', 'value', 'output', 'gate', 'down')
+
+METHOD = Method(
+  module=Lora,
+  # The released code leaves wi_1 alone.
+  roles={'official': _PROJECTIONS, 'paper': (*_PROJECTIONS, 'up')},
+  merge=merge,
+)

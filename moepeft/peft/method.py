@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is to `build`: a module, where it acts, what it defaults to."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SEMANTICS = ('official', 'paper')
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A line of the registry.
+
+  Attributes:
+    module: the adapter's Flax module; its fields are the options. None for
+      full fine-tuning.
+    roles: {semantics: roles of the sites that it adapts by default}.
+    defaults: {semantics: options that differ between the two}.
+    merge: (variables, options, eqn, kernel) -> kernel, or None.
+    why_not: why there is no merge, as the end of a sentence.
+  """
+
+  module: Any
+  roles: Mapping[str, tuple[str, ...]]
+  defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  merge: Callable | None = None
+  why_not: str = ''

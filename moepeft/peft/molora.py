@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoLoRA (Zadouri et al., arXiv:2309.05444): a routed mixture of LoRAs."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.moe.softmax import Softmax
+from moepeft.moe.stats import route
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.site import Frozen, flatten_features
+from moepeft.peft import lora
+from moepeft.peft.method import Method
+from moepeft.typing import Array, Context
+
+
+class MoLora(nn.Module):
+  """y = f(x) + alpha / r sum_e p_e (x A_e) B_e.
+
+  The gate acts in rank space: p weights x A, and (e, r) is contracted with B
+  in one product. It equals mixing the experts' outputs, as the released code
+  does, and never builds [b, t, e, out].
+
+  Parameters: a [*in, e, r] ~ N(0, 0.02^2), b [e, r, *out] zeros, and the
+  router's, which reads the projection's whole input.
+
+  Attributes:
+    experts: e; rank: r of each; alpha, dropout: as in LoRA.
+    router: the router module.
+  """
+
+  experts: int = 10
+  rank: int = 4
+  alpha: float = 16.0
+  dropout: float = 0.0
+  router: nn.Module = Softmax(10)
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    inside, outside = lora.shapes(f, 'molora')
+    ranks = (self.experts, self.rank)
+    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks))
+    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside))
+    p = route(self, self.router, flatten_features(x), ctx).weights
+    y = f(x)
+    drop = nn.Dropout(self.dropout)
+    x = drop(x, deterministic=not ctx.train).astype(y.dtype)
+    down, up = lora.equations(f.eqn, 'e')
+    z = jnp.einsum(down, x, a.astype(y.dtype))
+    z = z * (p * (self.alpha / self.rank))[..., None].astype(y.dtype)
+    return y + jnp.einsum(up, z, b.astype(y.dtype))
+
+
+METHOD = Method(
+  module=MoLora,
+  roles=lora.METHOD.roles,
+  why_not='its experts are weighted anew for every token',
+)

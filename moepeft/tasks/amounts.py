@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families about numbers: comparing, adding and counting."""
+
+from moepeft.tasks.dice import Dice
+from moepeft.tasks.family import Family, Instance, Template
+from moepeft.tasks.lexicon import CATEGORIES, KINDS, NAMES, NOUNS
+
+_MEASURES = (
+  ('is {} years old', 'Who is older?', 'Who is younger?'),
+  ('scored {} points', 'Who got more points?', 'Who got fewer points?'),
+  ('has {} coins', 'Who has more coins?', 'Who has fewer coins?'),
+)
+_GOODS = tuple(
+  'coins cards books stamps shells apples eggs pens beads cups keys '
+  'balls'.split()
+)
+_CHANGES = (
+  ('buys {} more', 1),
+  ('finds {} more', 1),
+  ('loses {}', -1),
+  ('gives away {}', -1),
+)
+_COUNTS = ('one', 'two', 'three', 'four')
+_REST = {
+  kind: tuple(noun for noun in NOUNS if noun not in nouns)
+  for kind, nouns in CATEGORIES.items()
+}
+
+
+def _two_numbers(dice: Dice) -> tuple[int, int]:
+  """Two different numbers of two digits, in random order."""
+  first, second = dice.some(range(10, 100), 2)
+  return first, second
+
+
+def draw_comparison(dice: Dice) -> Instance:
+  """552 pairs of names x 8,010 of numbers x 6 questions = 27 million."""
+  names = dice.some(NAMES, 2)
+  numbers = _two_numbers(dice)
+  said, most, least = dice.pick(_MEASURES)
+  high = dice.coin()
+  facts = ' and '.join(
+    f'{name} {said.format(n)}' for name, n in zip(names, numbers)
+  )
+  if (numbers[0] > numbers[1]) != high:
+    names.reverse()
+  return Instance(
+    {'facts': f'{facts}.', 'question': most if high else least},
+    names[0],
+    (names[1],),
+  )
+
+
+COMPARISON = Family(
+  'comparison',
+  'A',
+  draw_comparison,
+  (
+    Template('after', '{facts} {question}'),
+    Template('before', '{question} {facts}'),
+    Template('labels', 'Facts: {facts} Question: {question} Answer:'),
+    Template('options', '{facts} {question} Choose: {options}.'),
+    Template('compare', 'Compare and answer. {facts} {question}'),
+  ),
+)
+
+
+def draw_result(dice: Dice) -> Instance:
+  """552 pairs of names x 8,010 of numbers x 2 questions = 8.8 million."""
+  names = dice.some(NAMES, 2)
+  numbers = _two_numbers(dice)
+  asked = dice.below(2)
+  win = numbers[asked] > numbers[1 - asked]
+  facts = ' and '.join(
+    f'{name} scored {n} points' for name, n in zip(names, numbers)
+  )
+  answers = ('win', 'lose') if win else ('lose', 'win')
+  return Instance(
+    {'facts': f'{facts}.', 'name': names[asked]}, answers[0], answers[1:]
+  )
+
+
+RESULT = Family(
+  'result',
+  'B',
+  draw_result,
+  (
+    Template('did', '{facts} Did {name} win or lose?'),
+    Template('how', 'How did it end for {name}? {facts}'),
+    Template('options', 'Outcome for {name} ({options})? {facts}'),
+    Template('tell', 'Tell {name} the result. {facts}'),
+    Template('report', 'Match report: {facts} Result for {name}:'),
+  ),
+)
+
+
+def draw_arithmetic(dice: Dice) -> Instance:
+  """24 names x 12 goods x 60 x 11 numbers x 4 changes = 760,320."""
+  name, goods = dice.pick(NAMES), dice.pick(_GOODS)
+  start, step = dice.between(20, 79), dice.between(2, 12)
+  change, sign = dice.pick(_CHANGES)
+  total = start + sign * step
+  below = dice.below(4)  # so that the answer is at each rank equally often
+  wrong = [total - d for d in dice.some((1, 2, 5), min(below, 3))]
+  wrong += [total + d for d in dice.some((1, 2, 5), 3 - below)]
+  story = f'{name} has {start} {goods} and {change.format(step)}.'
+  return Instance(
+    {'story': story, 'name': name, 'goods': goods},
+    str(total),
+    tuple(str(n) for n in wrong),
+  )
+
+
+ARITHMETIC = Family(
+  'arithmetic',
+  'C',
+  draw_arithmetic,
+  (
+    Template('how_many', '{story} How many {goods} does {name} have now?'),
+    Template('now', '{story} The number of {goods} is now'),
+    Template('options', 'Work it out. {story} Now {name} has ({options})'),
+    Template('count', 'Count {name}\'s {goods}. {story}'),
+  ),
+)
+
+
+def draw_counting(dice: Dice) -> Instance:
+  """Lists of five nouns, one to four of the kind that is asked: over 1e9."""
+  kind = dice.pick(KINDS)
+  count = dice.between(1, 4)
+  items = dice.some(CATEGORIES[kind], count) + dice.some(_REST[kind], 5 - count)
+  answer = _COUNTS[count - 1]
+  return Instance(
+    {'items': ', '.join(dice.shuffled(items)), 'kind': kind},
+    answer,
+    tuple(word for word in _COUNTS if word != answer),
+  )
+
+
+COUNTING = Family(
+  'counting',
+  'C',
+  draw_counting,
+  (
+    Template('how_many', 'How many of these are {kind}s? {items}'),
+    Template('list', 'List: {items}. Count the {kind}s.'),
+    Template('options', '{items}. Number of {kind}s ({options}):'),
+    Template('in_all', 'Find each {kind}: {items}. How many are there?'),
+  ),
+)

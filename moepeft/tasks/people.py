@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families about who has what and who stands where."""
+
+from moepeft.tasks.dice import Dice
+from moepeft.tasks.family import Family, Instance, Template
+from moepeft.tasks.lexicon import NAMES, NOUNS, a
+
+_RANKS = ('first', 'second', 'third', 'last')
+_MEDALS = ('gold', 'silver', 'bronze')
+
+
+def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
+  """Three names, their things, and a sentence that says so."""
+  names = dice.some(NAMES, 3)
+  things = dice.some(NOUNS, 3)
+  has = [f'{name} has {a(thing)}' for name, thing in zip(names, things)]
+  return names, things, f'{has[0]}, {has[1]} and {has[2]}.'
+
+
+def draw_lookup(dice: Dice) -> Instance:
+  """12,144 triples of names x 857,280 of nouns x 3 questions = 3e10."""
+  names, things, facts = _owners(dice)
+  asked = dice.below(3)
+  answer = things.pop(asked)
+  return Instance({'facts': facts, 'name': names[asked]}, answer, tuple(things))
+
+
+LOOKUP = Family(
+  'lookup',
+  'A',
+  draw_lookup,
+  (
+    Template('what', '{facts} What does {name} have?'),
+    Template('question', 'Question: what does {name} have? {facts}'),
+    Template('thing', '{facts} The thing that {name} has is the'),
+    Template('options', '{facts} {name} has one of these: {options}.'),
+    Template('find', 'Find what belongs to {name}. {facts}'),
+    Template('read', 'Read: {facts} Now say what {name} has.'),
+  ),
+)
+
+
+def draw_owner(dice: Dice) -> Instance:
+  """12,144 triples of names x 857,280 of nouns x 3 questions = 3e10."""
+  names, things, facts = _owners(dice)
+  asked = dice.below(3)
+  answer = names.pop(asked)
+  return Instance(
+    {'facts': facts, 'thing': things[asked]}, answer, tuple(names)
+  )
+
+
+OWNER = Family(
+  'owner',
+  'B',
+  draw_owner,
+  (
+    Template('whose', '{facts} Whose is the {thing}?'),
+    Template('belongs', '{facts} The {thing} belongs to'),
+    Template('options', 'Owner of the {thing} ({options})? {facts}'),
+    Template('owner', 'Name the owner of the {thing}. {facts}'),
+    Template('who', '{facts} Who has the {thing}?'),
+  ),
+)
+
+
+def draw_order(dice: Dice) -> Instance:
+  """255,024 queues of four x 4 ranks = 1.0 million."""
+  names = dice.some(NAMES, 4)
+  queue = ', '.join(names)
+  asked = dice.below(4)
+  answer = names.pop(asked)
+  return Instance(
+    {'queue': queue, 'rank': _RANKS[asked]}, answer, tuple(names)
+  )
+
+
+ORDER = Family(
+  'order',
+  'A',
+  draw_order,
+  (
+    Template('who', 'The queue is: {queue}. Who is {rank}?'),
+    Template('name', 'Give the {rank} name. {queue}'),
+    Template('row', '{queue} stand in a row. The {rank} one is'),
+    Template('options', 'Queue: {queue}. Who is {rank}? Pick: {options}.'),
+    Template('line', 'In the line {queue}, who comes {rank}?'),
+  ),
+)
+
+
+def draw_medal(dice: Dice) -> Instance:
+  """12,144 finishes of three x 3 runners = 36,432."""
+  names = dice.some(NAMES, 3)
+  asked = dice.below(3)
+  medals = list(_MEDALS)
+  answer = medals.pop(asked)
+  return Instance(
+    {'finish': ', '.join(names), 'name': names[asked]}, answer, tuple(medals)
+  )
+
+
+MEDAL = Family(
+  'medal',
+  'B',
+  draw_medal,
+  (
+    Template('which', 'The race ended: {finish}. Which medal did {name} win?'),
+    Template('gets', 'Finish: {finish}. {name} gets'),
+    Template('options', 'In order: {finish}. Medal for {name} ({options}):'),
+    Template('hand', 'Hand {name} the right medal. The order was {finish}.'),
+    Template('colour', 'Results: {finish}. What colour is {name}\'s medal?'),
+  ),
+)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words that every room shares: letters, Context, Routing, Batch, State.
+
+One letter names an axis everywhere (einsum, comments, docstrings):
+b batch, t query or target length, s key or source length, d model, n heads,
+h head size, f ffn, v vocabulary, e experts, r rank, l layers.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Tree = Any  # a nested dict of arrays
+Batch = dict[str, Array]
+
+
+@struct.dataclass
+class Context:
+  """What advice at a site may need, by name; None where nothing was given.
+
+  Attributes:
+    token_mask: bool [b, t], True where `x` holds a real token.
+    segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
+    positions: int32 [b, t], position within the segment.
+    prompt_mask: bool [b, t], what a sentence router may pool.
+    task_ids: int32 [b].
+    sentence_embedding: float [b, d].
+    adapter_ids: int32 [b], rows of an adapter bank.
+    routing: a given Routing, used instead of the site's own router.
+    layer: int32 scalar, the layer's number within its stack.
+    index: int32 scalar, the position that a cached decoder writes next.
+    train: whether dropout and router noise are on; static.
+    decode: whether attention reads and writes its cache; static.
+    cache_length: the cache's length in tokens; static.
+  """
+
+  token_mask: Array | None = None
+  segment_ids: Array | None = None
+  positions: Array | None = None
+  prompt_mask: Array | None = None
+  task_ids: Array | None = None
+  sentence_embedding: Array | None = None
+  adapter_ids: Array | None = None
+  routing: 'Routing | None' = None
+  layer: Array | None = None
+  index: Array | None = None
+  train: bool = struct.field(pytree_node=False, default=False)
+  decode: bool = struct.field(pytree_node=False, default=False)
+  cache_length: int = struct.field(pytree_node=False, default=0)
+
+
+@struct.dataclass
+class Routing:
+  """What a router decides for each token.
+
+  Attributes:
+    logits: float32 [..., e], before expert dropout and selection.
+    weights: float32 [..., e], what the experts are mixed with.
+    k: how many experts a token counts as sent to, for the load; static.
+  """
+
+  logits: Array
+  weights: Array
+  k: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
+class State:
+  """All that training changes or needs to go on.
+
+  Attributes:
+    step: int32 scalar, updates done.
+    trainable: what `jax.grad` sees: 'peft', or 'params' for `full`.
+    frozen: the other collection; no gradient, no optimizer state.
+    opt: the optimizer's state over `trainable`.
+    rng: the key that every step folds its number into.
+  """
+
+  step: Array
+  trainable: Tree
+  frozen: Tree
+  opt: Tree
+  rng: Array
+
+
+class Adapter(Protocol):
+  """Advice around a frozen call: `(f, x, ctx) -> y`; see `nn.site.Frozen`."""
+
+  def __call__(self, f, x: Array, ctx: Context) -> Array: ...
+
+
+class Router(Protocol):
+  """Reads activations `x` [..., d]; float32 inside."""
+
+  def __call__(self, x: Array, ctx: Context) -> Routing: ...

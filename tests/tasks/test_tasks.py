@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded tasks are balanced, short, disjoint by split and repeatable."""
+
+import collections
+import re
+
+import pytest
+
+from moepeft import tasks
+
+COUNT = 1500  # draws a family; a rate of one half then has a deviation of 1.3 %
+SLACK = 0.055  # four deviations
+ALL = tasks.families('ABC')
+
+
+def _draws(name, count=COUNT, seed=5):
+  family = tasks.FAMILIES[name]
+  return [family.draw(tasks.Dice(seed, 1, i)) for i in range(count)]
+
+
+@pytest.fixture(scope='module', params=ALL)
+def drawn(request):
+  """Examples of one family, all wordings, half of them held out."""
+  half = COUNT // 2
+  return [
+    one
+    for split in ('train', 'held_out')
+    for one in tasks.examples(
+      (request.param,), half, seed=3, split=split, templates='all'
+    )
+  ]
+
+
+def test_groups_have_the_promised_sizes():
+  assert [len(tasks.families(group)) for group in 'ABC'] == [8, 5, 8]
+  assert tasks.families('ABC') == tuple(tasks.FAMILIES)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_families_have_four_to_six_wordings_with_their_own_names(name):
+  family = tasks.FAMILIES[name]
+  assert family.name == name
+  assert 4 <= len(family.templates) <= 6
+  assert 1 <= family.held_out <= 2
+  assert len({t.name for t in family.templates}) == len(family.templates)
+  assert len({t.text for t in family.templates}) == len(family.templates)
+
+
+def test_some_wordings_list_the_options_and_some_change_the_labels():
+  templates = [t for f in tasks.FAMILIES.values() for t in f.templates]
+  listing = sum('{options}' in t.text for t in templates)
+  assert 10 <= listing <= len(templates) // 2
+  assert sum(bool(t.words) for t in templates) >= 5
+
+
+def test_an_example_depends_on_its_place_only():
+  stream = tasks.examples(ALL, 60, seed=1)
+  assert [one.idx for one in stream] == list(range(60))
+  for index in (59, 0, 31):
+    assert tasks.example(ALL, index, seed=1) == stream[index]
+  assert tasks.examples(ALL, 20, seed=1, start=40) == stream[40:]
+  assert tasks.examples(ALL, 60, seed=2) != stream
+
+
+def test_families_take_turns_and_ignore_their_company():
+  mixed = tasks.examples(('topic', 'order', 'owner'), 12, seed=1)
+  alone = tasks.examples(('order',), 4, seed=1)
+  assert [one.task for one in mixed[:4]] == ['topic', 'order', 'owner', 'topic']
+  assert [one.inputs for one in mixed[1::3]] == [one.inputs for one in alone]
+
+
+def test_choices_are_distinct_and_hold_the_target(drawn):
+  for one in drawn:
+    assert 2 <= len(one.choices) <= 4
+    assert len(set(one.choices)) == len(one.choices)
+    assert one.choices[one.label] == one.targets
+
+
+def test_texts_are_short_ascii(drawn):
+  assert all(one.inputs.isascii() and one.targets.isascii() for one in drawn)
+  assert max(len(one.inputs) for one in drawn) <= 160
+  assert max(len(choice) for one in drawn for choice in one.choices) <= 16
+
+
+def test_texts_are_clean_english(drawn):
+  wrong = re.compile(r'\ba [aeiou]|\ban [^aeiou]|  |[{}]|\.\.(?!\.)|^ | $')
+  faults = [one.inputs for one in drawn if wrong.search(one.inputs)]
+  assert [text for text in faults if ' ...' not in text] == []
+
+
+def _chance(examples):
+  return sum(1 / len(one.choices) for one in examples) / len(examples)
+
+
+def test_no_place_among_the_choices_is_a_good_guess(drawn):
+  for guess in (0, -1):
+    hits = sum(one.choices[guess] == one.targets for one in drawn)
+    assert hits / len(drawn) <= _chance(drawn) + SLACK
+
+
+def test_no_constant_answer_is_a_good_guess(drawn):
+  offered = collections.Counter(c for one in drawn for c in one.choices)
+  correct = collections.Counter(one.targets for one in drawn)
+  for answer, count in offered.items():
+    if count >= 300:
+      assert correct[answer] / count <= _chance(drawn) + 2 * SLACK
+  _, most = correct.most_common(1)[0]
+  assert most / len(drawn) <= _chance(drawn) + SLACK
+
+
+@pytest.mark.parametrize(
+  'name',
+  'odd_one_out lookup order comparison owner coreference negation'.split(),
+)
+def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
+  shown = [one for one in tasks.examples((name,), COUNT, seed=4)]
+  for find, best in ((str.find, min), (str.rfind, max)):
+    hits = sum(
+      best(one.choices, key=lambda c: find(one.inputs, c)) == one.targets  # noqa: B023
+      for one in shown
+    )
+    assert abs(hits / COUNT - _chance(shown)) <= SLACK
+
+
+@pytest.mark.parametrize(
+  'name, asked',
+  [
+    ('membership', 'a_kind'),
+    ('lookup', 'name'),
+    ('order', 'rank'),
+    ('comparison', 'question'),
+    ('entailment', 'claim'),
+    ('owner', 'thing'),
+    ('medal', 'name'),
+    ('result', 'name'),
+    ('debate', 'pair'),
+    ('arithmetic', 'name'),
+    ('counting', 'kind'),
+    ('negation', 'question'),
+  ],
+)
+def test_the_question_without_the_passage_does_not_tell_the_answer(name, asked):
+  """The best answer to each question, learned from many, stays at chance."""
+  seen = collections.Counter(
+    (one.fields[asked], one.answer) for one in _draws(name, 4000)
+  )
+  tried = _draws(name, seed=6)
+  hits = chance = 0
+  for one in tried:
+    choices = sorted((one.answer, *one.distractors))
+    guess = max(choices, key=lambda c: seen[one.fields[asked], c])  # noqa: B023
+    hits += guess == one.answer
+    chance += 1 / len(choices)
+  assert (hits - chance) / len(tried) <= SLACK
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_tenth_of_the_instances_is_held_out(name):
+  family = tasks.FAMILIES[name]
+  splits = collections.Counter(map(family.split_of, _draws(name)))
+  assert set(splits) == {'train', 'held_out'}
+  assert 0.06 <= splits['held_out'] / COUNT <= 0.14
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_train_and_held_out_share_no_text(name):
+  texts = {
+    split: {
+      one.inputs
+      for one in tasks.examples(
+        (name,), 600, seed=1, split=split, templates='all'
+      )
+    }
+    for split in ('train', 'held_out')
+  }
+  assert not texts['train'] & texts['held_out']
+  assert len(texts['held_out']) > 400
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_equal_fields_mean_equal_answers(name):
+  answers = collections.defaultdict(set)
+  for one in _draws(name):
+    answers[tuple(sorted(one.fields.items()))].add(one.answer)
+  assert all(len(found) == 1 for found in answers.values())
+  assert len(answers) > 0.9 * COUNT
+
+
+def test_held_out_templates_are_never_trained_on():
+  names = {
+    which: {
+      (one.task, one.template)
+      for one in tasks.examples(ALL, 2000, seed=0, templates=which)
+    }
+    for which in ('train', 'held_out', 'all')
+  }
+  assert not names['train'] & names['held_out']
+  assert names['train'] | names['held_out'] == names['all']
+  assert len(names['all']) == sum(
+    len(family.templates) for family in tasks.FAMILIES.values()
+  )
+
+
+def test_groups_and_names_combine():
+  assert tasks.families('order, topic') == ('order', 'topic')
+  assert tasks.families('AC') == tasks.families('A') + tasks.families('C')
+  assert tasks.families('B,topic') == (*tasks.families('B'), 'topic')
+
+
+@pytest.mark.parametrize('wrong', ['D', 'topics', '', 'A,,B'])
+def test_an_unknown_family_is_an_error_that_lists_what_exists(wrong):
+  with pytest.raises(ValueError, match=r'groups are A, B, C; families.*topic,'):
+    tasks.families(wrong)
+
+
+def test_other_wrong_arguments_say_what_is_expected():
+  with pytest.raises(ValueError, match="split is train or held_out; got 'dev'"):
+    tasks.example(ALL, 0, seed=0, split='dev')
+  with pytest.raises(ValueError, match="train, held_out, all; got 'some'"):
+    tasks.example(ALL, 0, seed=0, templates='some')
+  with pytest.raises(ValueError, match='count from 0; got seed -1, index 0'):
+    tasks.example(ALL, 0, seed=-1)
+  with pytest.raises(ValueError, match='at least one family'):
+    tasks.example((), 0, seed=0)
