@@ -8,29 +8,29 @@ The form of the input is found out: a Hugging Face model (a directory, or a
 name on the hub), a T5X checkpoint, an adapter of Hugging Face's peft, or one
 of moepeft's own.
 
-  input          --to=hf          --to=t5x             --to=peft, moepeft
-  hf             rewritten        checkpoint_0         no adapter: refused
-  t5x            the base         checkpoint_0         the adapter
-  t5x + adapter  base/, adapter/  both, released names base/, adapter/
-  peft, moepeft  refused          with --base: both    the adapter
+  input           --to=hf          --to=t5x           --to=peft, moepeft
+  hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
+  t5x + adapter   base/, adapter/  both in one        base/, adapter/
+  peft, moepeft   refused          both in one        DIR
 
 base/ is the model in the hf form; adapter/ is in the form that --to names, or
-moepeft's own with --to=hf. --workdir exports the adapter of a training run in
-moepeft's form.
+moepeft's own with --to=hf. "Both in one" is a T5X checkpoint of the base and
+the adapter under the released code's names. --workdir exports the adapter of
+a training run in moepeft's form.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from moepeft import interop
+from moepeft.base import resolve
 from moepeft.interop import adapter as own
 from moepeft.interop import files, hf, peft, t5x
 from moepeft.interop.adapter import Adapter
-from moepeft.models import t5_names
+from moepeft.models import names
 from moepeft.models.names import CheckpointError
 
 _SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
@@ -53,10 +53,11 @@ def define_flags() -> flags.FlagValues:
     'adapter names.',
     **options,
   )
-  text(
+  flags.DEFINE_enum(
     'dtype',
     None,
-    "Cast base models to it, e.g. float32, bfloat16; by default the input's.",
+    ['float32', 'bfloat16', 'float16'],
+    "Cast base models to it; by default the input's.",
     **options,
   )
   flags.DEFINE_integer(
@@ -84,7 +85,160 @@ def main(argv: Sequence[str]) -> int:
     if extra:
       raise CheckpointError(f'unexpected argument {extra[0]!r}: use --input=')
     convert(values)
-  except (CheckpointError, flags.Error, OSError) as error:
-    print(f'moepeft.convert: {error}', file=sys.stderr)
+  except (ValueError, flags.Error, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
     return 2
   return 0
+
+
+def convert(values: flags.FlagValues) -> None:
+  """Does what the flags say.
+
+  Raises:
+    CheckpointError: a flag is missing, the input is not what it should be,
+      or the form asked for cannot hold it.
+  """
+  _require(values, 'output')
+  files.check_output(Path(values.output), values.overwrite)
+  if values.workdir is not None:
+    # Imported here: it brings Orbax, and only this branch trains.
+    from moepeft import checkpoint
+
+    tree, card = checkpoint.restore_adapter(values.workdir)
+    own.save(values.output, tree, card, values.overwrite)
+  else:
+    _require(values, 'input')
+    _require(values, 'to')
+    form = interop.detect(resolve(values.input))
+    print(f'reading {values.input} as {form}')
+    if form in ('hf', 't5x'):
+      _convert_base(values)
+    elif form == 'peft':
+      _convert_peft(values)
+    else:
+      _convert_own(values)
+  print(f'wrote {values.output}')
+
+
+def _require(values: flags.FlagValues, name: str) -> None:
+  if values[name].value is None:
+    raise CheckpointError(f'--{name} is missing; see --help')
+
+
+def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
+  if not path:
+    raise CheckpointError(
+      f'{values.input} names no base model: give it with --base'
+    )
+  path = resolve(path)
+  form = interop.detect(path)
+  if form == 'hf':
+    return hf.load(path, values.dtype)
+  if form == 't5x':
+    return t5x.load(path, values.dtype, values.top_k)
+  raise CheckpointError(
+    f'{path} is an adapter ({form}), expected a base model (hf or t5x)'
+  )
+
+
+def _convert_base(values: flags.FlagValues) -> None:
+  loaded = _load_base(values, values.input)
+  if loaded.path != values.input:
+    print(f'reading {loaded.path}')
+  adapter = getattr(loaded, 'adapter', None)
+  if values.to == 't5x':
+    _write_t5x(values, loaded, adapter)
+  elif adapter is not None:
+    _write_apart(values, loaded, adapter)
+  elif values.to == 'hf':
+    _write_hf(values, values.output, loaded)
+  else:
+    raise CheckpointError(
+      f'{values.input} holds no adapter: --to={values.to} writes adapters, '
+      '--to=hf and --to=t5x write base models'
+    )
+
+
+def _convert_peft(values: flags.FlagValues) -> None:
+  fields = peft.read_config(values.input)
+  path = values.base or fields.get('base_model_name_or_path') or ''
+  _require_adapter_form(values)
+  base = _load_base(values, path)
+  adapter = peft.load(values.input, base.config)
+  if values.to == 't5x':
+    _write_t5x(values, base, adapter)
+  elif values.to == 'peft':
+    over = values.overwrite
+    peft.save(values.output, base.config, adapter, path, fields, over)
+  else:
+    card = _card(adapter, path, base.sha256, base.config)
+    own.save(values.output, adapter.tree, card, values.overwrite)
+
+
+def _convert_own(values: flags.FlagValues) -> None:
+  tree, card = own.load(values.input)
+  adapter = Adapter(card['method'], tree)
+  path = values.base or card['base']['path']
+  _require_adapter_form(values)
+  if values.to == 'moepeft':
+    own.save(values.output, tree, card, values.overwrite)
+  elif values.to == 'peft':
+    config, over = own.config_of(card), values.overwrite
+    peft.save(values.output, config, adapter, path, overwrite=over)
+  else:
+    base = _load_base(values, path)
+    if base.sha256 != card['base']['sha256']:
+      raise CheckpointError(
+        f'{path} is not the base that the adapter was trained on (content '
+        f'hash {base.sha256[:12]}, expected {card["base"]["sha256"][:12]}): '
+        'give the right one with --base'
+      )
+    _write_t5x(values, base, adapter)
+
+
+def _require_adapter_form(values: flags.FlagValues) -> None:
+  if values.to == 'hf':
+    raise CheckpointError(
+      f'{values.input} is an adapter and --to=hf writes base models: use '
+      '--to=peft, --to=moepeft, or --to=t5x, which holds both'
+    )
+
+
+def _write_t5x(values, base, adapter: Adapter | None) -> None:
+  over = values.overwrite
+  t5x.save(values.output, base.config, base.params, adapter, overwrite=over)
+
+
+def _write_hf(values, path: str, base) -> None:
+  over = values.overwrite
+  # base.path, as the input may be a name on the hub.
+  hf.save(
+    path, base.config, base.params, tokenizer=base.path, overwrite=over
+  )
+
+
+def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
+  """base/ and adapter/, as one output: both or nothing."""
+  # The hash is of what base/ holds, so of the cast weights if they were cast.
+  cast = values.dtype is not None
+  sha256 = names.content_hash(base.params) if cast else base.sha256
+  path = str(Path(values.output) / 'base')
+  with files.directory(values.output, values.overwrite) as made:
+    _write_hf(values, str(made / 'base'), base)
+    target = str(made / 'adapter')
+    if values.to == 'peft':
+      peft.save(target, base.config, adapter, path)
+    else:
+      card = _card(adapter, path, sha256, base.config)
+      own.save(target, adapter.tree, card)
+
+
+def _card(adapter: Adapter, path: str, sha256: str, config):
+  family = hf.family_of(config).FAMILY
+  return own.describe(
+    adapter.method, _SEMANTICS, path, sha256, family, config
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -51,13 +51,14 @@ _NEUTRAL = {
 }
 
 
-def load(path: str, config: T5Config) -> Adapter:
-  """Reads an adapter's method and 'peft' tree, in the file's dtype.
+def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
+  """Reads an adapter's method and 'peft' tree.
 
   Layers that a LoRA leaves out are zeros, which training would keep.
 
   Args:
     config: of the base model, which the adapter's files do not hold.
+    dtype: cast to it, as adapters train in float32; None keeps the file's.
 
   Raises:
     CheckpointError: a file is damaged, the adapter does something that is
@@ -76,14 +77,14 @@ def load(path: str, config: T5Config) -> Adapter:
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
   )
-  dtype = tensors.fetch(wanted[0].their_name).dtype if wanted else None
+  stored = tensors.fetch(next(iter(tensors.shapes))).dtype
 
   def fetch(name):
     if name in left_out:
-      return np.zeros(left_out[name], dtype)
+      return np.zeros(left_out[name], stored)
     return tensors.fetch(name)
 
-  return Adapter(method, names.read(wanted, sizes, fetch)[0])
+  return Adapter(method, names.read(wanted, sizes, fetch, dtype)[0])
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -246,7 +247,8 @@ def _describe(
   if kinds == ['lora']:
     return _describe_lora(config, adapter.tree, found['lora'])
   if set(kinds) == {'ia3'}:
-    return {'peft_type': 'IA3', 'feedforward_modules': []}, _all_ia3_rules(config, adapter, found), {}
+    fields = {'peft_type': 'IA3', 'feedforward_modules': []}
+    return fields, _all_ia3_rules(config, adapter, found), {}
   raise CheckpointError(
     f'peft has no form for {adapter.method!r}: it holds one lora, or ia3; '
     'write the moepeft form instead'

@@ -68,7 +68,8 @@ def read(
   )
   flat = {}
   for found, sizes in parts:
-    flat |= names.flatten(names.read(found, sizes, fetch)[0])
+    # Adapters train in float32, whatever they were saved in.
+    flat |= names.flatten(names.read(found, sizes, fetch, np.float32)[0])
   text = spec_lib.format_method(tuple(specs))
   return Adapter(text, names.unflatten(flat))
 

@@ -60,14 +60,20 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
     CheckpointError: nothing is found, something is damaged, or names or
       shapes are not those of flaxformer's T5.
   """
-  index = find(path)
-  leaves = {
-    name: _leaf(name, leaf, index.parent)
-    for name, leaf in _flatten(_weights(index))
-  }
+  folder, leaves = _open(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
   fetch = lambda name: leaves[name][1]()  # noqa: E731
-  return _read(shapes, fetch, str(index.parent), dtype, top_k)
+  return _read(shapes, fetch, str(folder), dtype, top_k)
+
+
+def load_config(path: str) -> T5Config:
+  """The config as `load` would infer it, without reading the weights."""
+  _, leaves = _open(path)
+  return t5_names.config_from_t5x({
+    name: shape
+    for name, (shape, _) in leaves.items()
+    if not released.is_adapter(name)
+  })
 
 
 def from_arrays(
@@ -148,6 +154,15 @@ def find(path: str) -> Path:
   latest = steps[max(steps)]
   logging.info('%s: reading the latest checkpoint, %s', path, latest.name)
   return latest / INDEX
+
+
+def _open(path: str) -> tuple[Path, dict[str, tuple[Shape, Fetch]]]:
+  """The checkpoint's directory, and each array's shape and reader."""
+  index = find(path)
+  return index.parent, {
+    name: _leaf(name, leaf, index.parent)
+    for name, leaf in _flatten(_weights(index))
+  }
 
 
 def _weights(index: Path) -> Tree:

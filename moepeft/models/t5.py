@@ -197,6 +197,7 @@ class Stack(nn.Module):
   advice: Advice
   scan: bool
   remat: str
+  unroll: int
   dtype: Any
   param_dtype: Any
 
@@ -234,6 +235,7 @@ class Stack(nn.Module):
       see,
       scan=self.scan,
       remat=self.remat,
+      unroll=self.unroll,
     )
     norm = RMSNorm(
       f'{self.side}/norm', self.advice, c.eps, self.param_dtype, name='norm'
@@ -248,6 +250,7 @@ class T5(nn.Module):
     advice: what acts at its sites; see `moepeft.peft.build`.
     scan: layers in one scanned body (True) or written out one by one.
     remat: 'none', 'dots' or 'full'.
+    unroll: layers in one step of the scan.
     dtype: of activations; logits are float32.
     param_dtype: of weights at initialisation.
   """
@@ -256,6 +259,7 @@ class T5(nn.Module):
   advice: Advice = Advice()
   scan: bool = True
   remat: str = 'none'
+  unroll: int = 1
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -268,7 +272,14 @@ class T5(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    shared = (self.advice, self.scan, self.remat, self.dtype, self.param_dtype)
+    shared = (
+      self.advice,
+      self.scan,
+      self.remat,
+      self.unroll,
+      self.dtype,
+      self.param_dtype,
+    )
     self.encoder = Stack(c, 'encoder', *shared)
     self.decoder = Stack(c, 'decoder', *shared)
     self.head = Head(c, self.advice, self.dtype, self.param_dtype)
@@ -346,3 +357,6 @@ def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
     positions=batch.get(f'{side}_positions'),
     train=train,
   )
+
+
+MODULE = T5

@@ -146,11 +146,13 @@ class Attention(nn.Module):
     shape = (k.shape[0], ctx.cache_length, *k.shape[2:])
     stored = []
     for name, new in (('k', k), ('v', v)):
-      cache = self.variable('cache', f'self_{name}', jnp.zeros, shape, k.dtype)
-      cache.value = jax.lax.dynamic_update_slice_in_dim(
-        cache.value, new, ctx.index, axis=1
+      empty = jnp.zeros(shape, new.dtype)
+      cache = self.get_variable('cache', f'self_{name}', empty)
+      cache = jax.lax.dynamic_update_slice_in_dim(
+        cache, new, ctx.index, axis=1
       )
-      stored.append(cache.value)
+      self.put_variable('cache', f'self_{name}', cache)
+      stored.append(cache)
     return stored
 
   def _once(self, source: Array, ctx: Context, decode: bool):

@@ -26,6 +26,7 @@ def stack(
   *args,
   scan: bool = True,
   remat: str = 'none',
+  unroll: int = 1,
 ) -> Array:
   """Calls `length` copies of a block one after the other.
 
@@ -35,6 +36,8 @@ def stack(
   Args:
     block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
     remat: 'none', 'dots' (matrix products are kept) or 'full'.
+    unroll: layers written out in one step of the scan: faster on CPU, and the
+      program grows with it; the variables are the same.
 
   Raises:
     ValueError: the remat policy does not exist.
@@ -43,7 +46,9 @@ def stack(
     raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
   if not scan:
     for i in range(length):
-      layer = _remat(_Layer, remat)(block, name=f'layers_{i}')
+      # A copy each: a module that is used twice shares its variables.
+      own = block.clone(parent=None)
+      layer = _remat(_Layer, remat)(own, name=f'layers_{i}')
       x, _ = layer(x, jnp.int32(i), ctx, args)
     return x
   layers = nn.scan(
@@ -52,6 +57,7 @@ def stack(
     split_rngs=RNGS,
     in_axes=(0, nn.broadcast, nn.broadcast),
     length=length,
+    unroll=min(unroll, length),
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tasks: a generated multi-task set in the spirit of P3.
-"""
+"""The embedded tasks: a generated multi-task set in the spirit of P3."""
 
 import zlib
 
@@ -13,7 +12,7 @@ from moepeft.tasks import (
   statements,
 )
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Example, Family, Instance, Template
+from moepeft.tasks.family import Example, Family
 
 _TABLE = (
   categories.TOPIC,

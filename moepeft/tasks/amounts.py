@@ -119,7 +119,7 @@ ARITHMETIC = Family(
     Template('how_many', '{story} How many {goods} does {name} have now?'),
     Template('now', '{story} The number of {goods} is now'),
     Template('options', 'Work it out. {story} Now {name} has ({options})'),
-    Template('count', 'Count {name}\'s {goods}. {story}'),
+    Template('count', "Count {name}'s {goods}. {story}"),
   ),
 )
 

@@ -203,7 +203,9 @@ ANALOGY = Family(
   (
     Template('as', '{one} is to {two} as {three} is to'),
     Template('pairs', 'Complete the pair. {one}: {two}. {three}:'),
-    Template('options', '{one} goes with {two}. {three} goes with one of: {options}.'),
+    Template(
+      'options', '{one} goes with {two}. {three} goes with one of: {options}.'
+    ),
     Template('same', '{three} is to what, as {one} is to {two}?'),
   ),
 )

@@ -70,9 +70,7 @@ def draw_order(dice: Dice) -> Instance:
   queue = ', '.join(names)
   asked = dice.below(4)
   answer = names.pop(asked)
-  return Instance(
-    {'queue': queue, 'rank': _RANKS[asked]}, answer, tuple(names)
-  )
+  return Instance({'queue': queue, 'rank': _RANKS[asked]}, answer, tuple(names))
 
 
 ORDER = Family(
@@ -109,6 +107,6 @@ MEDAL = Family(
     Template('gets', 'Finish: {finish}. {name} gets'),
     Template('options', 'In order: {finish}. Medal for {name} ({options}):'),
     Template('hand', 'Hand {name} the right medal. The order was {finish}.'),
-    Template('colour', 'Results: {finish}. What colour is {name}\'s medal?'),
+    Template('colour', "Results: {finish}. What colour is {name}'s medal?"),
   ),
 )

@@ -181,9 +181,7 @@ def draw_negation(dice: Dice) -> Instance:
   if dice.coin():
     answers = (other, doer)
     question = f'Who did not {act}?'
-  return Instance(
-    {'text': text, 'question': question}, answers[0], answers[1:]
-  )
+  return Instance({'text': text, 'question': question}, answers[0], answers[1:])
 
 
 NEGATION = Family(

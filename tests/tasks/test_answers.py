@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers agree with a second reading of the text, written without the draws."""
+"""Answers agree with a second reading of the text, made without the draws."""
 
 import re
 
@@ -93,18 +93,14 @@ READINGS = {
     'Yes' if kind in _kinds(items) else 'No'
   ),
   'odd_one_out': _odd,
-  'sentiment': lambda review, name: (
-    'positive' if _mood(review) else 'negative'
-  ),
+  'sentiment': lambda review, name: 'positive' if _mood(review) else 'negative',
   'lookup': lambda facts, name: _owned(facts)[name],
   'order': lambda queue, rank: queue.split(', ')[
     {'first': 0, 'second': 1, 'third': 2, 'last': 3}[rank]
   ],
   'comparison': _compare,
   'entailment': _entails,
-  'tidy': lambda items: (
-    'tidy' if len(set(_kinds(items))) == 1 else 'messy'
-  ),
+  'tidy': lambda items: 'tidy' if len(set(_kinds(items))) == 1 else 'messy',
   'verdict': lambda report, order, name, she: (
     'keep' if _mood(report) else 'return'
   ),

@@ -183,7 +183,7 @@ def test_equal_fields_mean_equal_answers(name):
   for one in _draws(name):
     answers[tuple(sorted(one.fields.items()))].add(one.answer)
   assert all(len(found) == 1 for found in answers.values())
-  assert len(answers) > 0.9 * COUNT
+  assert len(answers) > 0.8 * COUNT  # analogy and word_sense are small
 
 
 def test_held_out_templates_are_never_trained_on():

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoLoRA on the embedded tasks: the default run; CPU, a few minutes.
+
+python -m moepeft.train --config=configs/molora_t5.py --workdir=/tmp/molora
+"""
+
+from moepeft import config as config_lib
+
+
+def get_config(values: str = ''):
+  v = config_lib.values(values, experts=10, rank=4)
+  c = config_lib.default()
+  c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  return c

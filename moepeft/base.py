@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model and the starting adapter that a config names."""
+
+import dataclasses
+import os
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from moepeft import interop
+from moepeft.command import PACKAGE
+from moepeft.interop import adapter as adapter_lib
+from moepeft.interop import hf, t5x
+from moepeft.interop import peft as peft_files
+from moepeft.models import FAMILIES, names
+from moepeft.peft import Built, build
+from moepeft.typing import Batch, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A base model before any method.
+
+  Attributes:
+    family: its module in moepeft.models.
+    config: the family's config.
+    params: host arrays, or None for random weights.
+    path: as the config named it; '' for random weights.
+    sha256: the content hash of `params` as stored, '' for random weights.
+  """
+
+  family: ModuleType
+  config: Any
+  params: Tree | None
+  path: str
+  sha256: str
+
+
+def resolve(path: str) -> str:
+  """'package:t5_tiny' -> the directory that ships; other paths unchanged.
+
+  Raises:
+    ValueError: no such asset.
+  """
+  if not path.startswith('package:'):
+    return os.path.expanduser(path)
+  name = path.removeprefix('package:')
+  folder = os.path.join(PACKAGE, 'assets', name)
+  if not os.path.isdir(folder):
+    raise ValueError(f'moepeft ships no model {name!r}')
+  return folder
+
+
+def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
+  """The family and the model's config, without reading a weight."""
+  if model.family not in FAMILIES:
+    raise ValueError(
+      f'config.model.family is one of {", ".join(FAMILIES)}; got '
+      f'{model.family!r}'
+    )
+  family = FAMILIES[model.family]
+  if model.path:
+    path = resolve(model.path)
+    if interop.detect(path) == 't5x':
+      config = t5x.load(path).config
+    else:
+      config = hf.load_config(path)
+  else:
+    config = dataclasses.replace(
+      family.config(model.size, model.version), **model.shape
+    )
+  return family, dataclasses.replace(config, dropout=model.dropout)
+
+
+def load(model: ConfigDict) -> Base:
+  """Reads the base that `config.model` names.
+
+  Raises:
+    ValueError: nothing there, or not of the form it should be.
+  """
+  if not model.path:
+    family, config = shape(model)
+    return Base(family, config, None, '', '')
+  path = resolve(model.path)
+  dtype = jnp.dtype(model.param_dtype)
+  form = t5x if interop.detect(path) == 't5x' else hf
+  loaded = form.load(path, dtype=dtype)
+  config = dataclasses.replace(loaded.config, dropout=model.dropout)
+  family = FAMILIES[model.family]
+  return Base(family, config, loaded.params, model.path, loaded.sha256)
+
+
+def load_adapter(path: str, config: Any) -> tuple[str, Tree]:
+  """(method, 'peft' tree) of an adapter in any form that is known.
+
+  Raises:
+    ValueError: the path holds no adapter.
+  """
+  path = resolve(path)
+  form = interop.detect(path)
+  if form == 'moepeft':
+    tree, card = adapter_lib.load(path)
+    return card['method'], tree
+  if form == 'peft':
+    found = peft_files.load(path, config)
+    return found.method, found.tree
+  if form == 't5x' and (found := t5x.load(path).adapter):
+    return found.method, found.tree
+  raise ValueError(
+    f'{path} holds no adapter; expected one of moepeft, of peft, or a T5X '
+    'checkpoint of the released code'
+  )
+
+
+def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
+  """The Flax module of a config with its method's advice."""
+  built = build(config.method, base.family.sites(base.config), config.semantics)
+  model = config.model
+  return base.family.MODULE(
+    base.config,
+    built.advice,
+    remat=model.remat,
+    unroll=model.unroll,
+    dtype=jnp.dtype(model.dtype),
+    param_dtype=jnp.dtype(model.param_dtype),
+  ), built
+
+
+def example_batch(rows: int = 1) -> Batch:
+  """The smallest batch that a model can be initialised with."""
+  ids = jnp.zeros((rows, 2), jnp.int32)
+  return {'inputs': ids, 'decoder_inputs': ids}
+
+
+def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
+  """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
+  rngs = dict(zip(('params', 'peft'), jax.random.split(jax.random.key(seed))))
+  keep = ('peft',) if base.params is not None else ('params', 'peft')
+
+  @jax.jit
+  def init():
+    variables = model.init(rngs, example_batch())
+    return {key: variables.get(key, {}) for key in keep}
+
+  variables = init()
+  if base.params is not None:
+    variables['params'] = jax.tree.map(jnp.asarray, base.params)
+  return variables
+
+
+def with_adapter(
+  variables: dict[str, Tree], built: Built, path: str, config: Any
+) -> dict[str, Tree]:
+  """The variables, with an adapter read from a path in place of the fresh one.
+
+  Raises:
+    ValueError: its arrays are not those of the method; printed like a diff.
+  """
+  method, tree = load_adapter(path, config)
+  wanted, found = names.flatten(variables['peft']), names.flatten(tree)
+  names.check(
+    {name: tuple(a.shape) for name, a in wanted.items()},
+    {name: tuple(a.shape) for name, a in found.items()},
+    f'{path} holds {method!r}, not {built.method!r}',
+    'set config.method to what it holds',
+  )
+  return {**variables, 'peft': jax.tree.map(jnp.asarray, tree)}

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: what training changes, and a card about the rest.
+
+A checkpoint holds the trainable collection, the optimizer's state, the step
+and the rng; the base is named by its path and content hash. Orbax does not
+notice every flipped bit, so the card keeps a hash of each trainable array.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moepeft.interop import adapter as adapter_lib
+from moepeft.models import names
+from moepeft.peft import Built
+from moepeft.typing import State, Tree
+
+# The card's entries that a run must share with the checkpoint it resumes.
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model', 'base')
+
+
+def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
+  """What names a run: method, semantics, base and seed."""
+  described = adapter_lib.describe(
+    built.method, built.semantics, base.path, base.sha256, family, base.config
+  )
+  return described | {'trainable': built.trainable, 'seed': seed}
+
+
+class Checkpoints:
+  """The checkpoints below a work directory, the newest few kept."""
+
+  def __init__(self, workdir: str, keep: int):
+    path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, enable_async_checkpointing=False, create=True
+    )
+    self.path = path
+    self._manager = ocp.CheckpointManager(path, options=options)
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, state: State, described: dict[str, Any]) -> None:
+    """Writes the checkpoint of `state.step`; all of it or nothing."""
+    trainable = jax.tree.map(np.asarray, state.trainable)
+    hashes = {
+      name: names.array_hash(array)
+      for name, array in names.flatten(trainable).items()
+    }
+    self._manager.save(
+      int(state.step),
+      args=ocp.args.Composite(
+        trainable=ocp.args.StandardSave(trainable),
+        rest=ocp.args.StandardSave(_rest(state)),
+        card=ocp.args.JsonSave(described | {'hashes': hashes}),
+      ),
+    )
+    self._manager.wait_until_finished()
+
+  def restore(self, state: State, described: dict[str, Any]) -> State:
+    """The latest checkpoint in the place of a fresh state.
+
+    Raises:
+      ValueError: it belongs to another run, or is damaged.
+    """
+    step = self.latest()
+    found = self._card(step)
+    for key in _SAME:
+      if found.get(key) != described[key]:
+        raise ValueError(
+          f'{self.path} belongs to another run: its {key} is '
+          f'{found.get(key)!r}, this run has {described[key]!r}; choose '
+          'another --workdir, or set the config back'
+        )
+    restored = self._restore(
+      step,
+      trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
+      rest=ocp.args.StandardRestore(_abstract(_rest(state))),
+    )
+    self._verify(step, restored['trainable'], found['hashes'])
+    rest = restored['rest']
+    return state.replace(
+      trainable=restored['trainable'],
+      opt=rest['opt'],
+      step=rest['step'],
+      rng=jax.random.wrap_key_data(rest['rng']),
+    )
+
+  def restore_trainable(self) -> tuple[Tree, dict[str, Any]]:
+    """The trainable collection of the latest checkpoint, and its card.
+
+    Raises:
+      ValueError: there is no checkpoint, or it is damaged.
+    """
+    step = self.latest()
+    if step is None:
+      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    found = self._card(step)
+    tree = self._restore(step, trainable=ocp.args.StandardRestore())
+    self._verify(step, tree['trainable'], found['hashes'])
+    return jax.tree.map(np.asarray, tree['trainable']), found
+
+  def _card(self, step: int) -> dict[str, Any]:
+    return self._restore(step, card=ocp.args.JsonRestore())['card']
+
+  def _restore(self, step: int, **items) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, OSError, KeyError) as e:
+      reason = (str(e).splitlines() or [type(e).__name__])[0]
+      raise ValueError(
+        f'the checkpoint {self.path}/{step} cannot be read ({reason}); remove '
+        'that directory to go on from the one before it'
+      ) from e
+
+  def _verify(self, step: int, tree: Tree, hashes: dict[str, str]) -> None:
+    for name, array in names.flatten(tree).items():
+      if names.array_hash(np.asarray(array)) != hashes.get(name):
+        raise ValueError(
+          f'the checkpoint {self.path}/{step} is damaged: {name} differs from '
+          'its hash; remove that directory to go on from the one before it'
+        )
+
+
+def restore_adapter(workdir: str) -> tuple[Tree, dict[str, Any]]:
+  """(the trained 'peft' tree, its card) of a run, for `convert`.
+
+  Raises:
+    ValueError: no run is there, or it trained the base itself.
+  """
+  if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+    raise ValueError(f'{workdir!r} is no work directory of a run')
+  tree, found = Checkpoints(workdir, keep=1_000_000).restore_trainable()
+  if found['trainable'] != 'peft':
+    raise ValueError(
+      f'the run in {workdir!r} trained the base itself ({found["method"]}); '
+      'it has no adapter to convert'
+    )
+  return tree, found
+
+
+def _rest(state: State) -> Tree:
+  return {
+    'opt': state.opt,
+    'step': state.step,
+    'rng': jax.random.key_data(state.rng),
+  }
+
+
+def _abstract(tree: Tree) -> Tree:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples to padded arrays of token ids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moepeft.data.source import Source
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.tasks import Example
+
+PAD = 0
+
+
+def encode(
+  vocabulary: Vocabulary, example: Example, inputs: int, targets: int
+) -> tuple[list[int], list[int], bool]:
+  """Ids of inputs and targets, both with EOS, cut to their lengths.
+
+  Inputs lose their end and targets too; the EOS stays. The last value says
+  whether anything was cut.
+  """
+  x = vocabulary.encode(example.inputs)
+  y = vocabulary.encode(example.targets)
+  cut = len(x) >= inputs or len(y) >= targets
+  eos = [vocabulary.eos]
+  return x[: inputs - 1] + eos, y[: targets - 1] + eos, cut
+
+
+def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+  """int32 [b, length], padded with zeros on the right."""
+  out = np.full((len(rows), length), PAD, np.int32)
+  for i, row in enumerate(rows):
+    out[i, : len(row)] = row
+  return out
+
+
+def seq2seq(
+  inputs: Sequence[Sequence[int]],
+  targets: Sequence[Sequence[int]],
+  inputs_length: int,
+  targets_length: int,
+) -> dict[str, np.ndarray]:
+  """The batch of an encoder-decoder.
+
+  Returns:
+    inputs int32 [b, s], targets int32 [b, t], decoder_inputs (targets
+    shifted right by one, starting with padding's id, as T5 does), and the
+    masks inputs_mask, targets_mask, True on real tokens.
+  """
+  x, y = pad(inputs, inputs_length), pad(targets, targets_length)
+  return {
+    'inputs': x,
+    'targets': y,
+    'decoder_inputs': np.pad(y[:, :-1], ((0, 0), (1, 0))),
+    'inputs_mask': _real(inputs, inputs_length),
+    'targets_mask': _real(targets, targets_length),
+  }
+
+
+def batch_at(
+  source: Source, vocabulary: Vocabulary, step: int, batch_size: int,
+  inputs_length: int, targets_length: int,
+) -> dict[str, np.ndarray]:
+  """The batch of a step: a pure function of the step's number."""
+  rows = [
+    encode(vocabulary, source(i), inputs_length, targets_length)
+    for i in range(step * batch_size, (step + 1) * batch_size)
+  ]
+  return seq2seq(
+    [x for x, _, _ in rows],
+    [y for _, y, _ in rows],
+    inputs_length,
+    targets_length,
+  )
+
+
+def _real(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+  lengths = np.array([len(row) for row in rows])
+  return np.arange(length)[None, :] < lengths[:, None]

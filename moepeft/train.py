@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m moepeft.train --config=configs/molora_t5.py --workdir=DIR
+
+The one loop: pretraining, fine-tuning and adapters differ by config only.
+Read from top to bottom; what a researcher edits is inside `make_update`.
+"""
+
+import functools
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import ConfigDict
+
+from moepeft import base as base_lib
+from moepeft import command, evaluate, metrics, optim, sharding
+from moepeft.checkpoint import Checkpoints, card
+from moepeft.data import batching, sources, vocabulary
+from moepeft.moe import losses, stats
+from moepeft.objectives.seq2seq import objective, split_rngs
+from moepeft.typing import State
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Where the run keeps everything; a run that is there goes on. Default: '
+  'workdirs/<name of the config>.',
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Build everything, do one step, write no file.'
+)
+
+
+def make_update(model, built, config: ConfigDict, optimizer):
+  """One step: (state, batch) -> (state, what was seen)."""
+  router_losses = dict(config.router_losses)
+  # Wrong names are found before anything is compiled.
+  losses.total({}, router_losses)
+  other = {'peft': 'params', 'params': 'peft'}[built.trainable]
+
+  def update(state: State, batch):
+    rngs = split_rngs(jax.random.fold_in(state.rng, state.step))
+
+    def loss_fn(trainable):
+      variables = {built.trainable: trainable, other: state.frozen}
+      loss, aux = objective(model.apply, variables, batch, rngs)
+      routed = losses.total(stats.by_site(aux['routing']), router_losses)
+      return loss + routed, aux | {'loss': loss, 'router_loss': routed}
+
+    gradient, aux = jax.grad(loss_fn, has_aux=True)(state.trainable)
+    changes, opt = optimizer.update(gradient, state.opt, state.trainable)
+    aux['gradient_norm'] = optax.global_norm(gradient)
+    return state.replace(
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, changes),
+      opt=opt,
+    ), aux
+
+  return update
+
+
+def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
+  """Trains, evaluates and writes; returns the closing summary.
+
+  Args:
+    config: of `moepeft.config.default`.
+    workdir: created if need be; a checkpoint in it is gone on from.
+    dry_run: one step, no evaluation, no file.
+
+  Raises:
+    ValueError: the config, the data or the work directory does not do.
+  """
+  started = time.monotonic()
+  _compile_cache()
+
+  # ---------------------------------------------------------------- data ---
+  data = config.data
+  words = vocabulary(data.vocabulary, config.model.path)
+  source, validation, rows = sources(data, config.seed)
+  batch_at = functools.partial(
+    batching.batch_at,
+    source,
+    words,
+    batch_size=config.batch_size,
+    inputs_length=data.inputs_length,
+    targets_length=data.targets_length,
+  )
+
+  # --------------------------------------------------------------- model ---
+  base = base_lib.load(config.model)
+  if words.size > base.config.vocab:
+    raise ValueError(
+      f'the vocabulary has {words.size} tokens, the model {base.config.vocab}; '
+      'set config.data.vocabulary to the tokenizer of the model'
+    )
+  model, built = base_lib.module(base, config)
+  if base.params is None and built.trainable == 'peft':
+    raise ValueError(
+      f'{built.method} would adapt random weights; set config.model.path to a '
+      'base model'
+    )
+  variables = base_lib.initialise(base, model, config.seed)
+  if config.model.adapter:
+    variables = base_lib.with_adapter(
+      variables, built, config.model.adapter, base.config
+    )
+  mesh = sharding.make_mesh()
+  optimizer = optim.optimizer(config.optimizer, config.steps)
+  trainable = variables.pop(built.trainable)
+  state = State(
+    step=jnp.int32(0),
+    trainable=trainable,
+    frozen=next(iter(variables.values())),
+    opt=optimizer.init(trainable),
+    rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+  )
+  state = sharding.replicate(mesh, state)
+  described = card(base, built, config.seed, config.model.family)
+  _introduce(config, base, built, state, workdir)
+
+  # ------------------------------------------------------------- resume ---
+  update = jax.jit(
+    make_update(model, built, config, optimizer), donate_argnums=0
+  )
+  if dry_run:
+    state, aux = update(state, sharding.shard_batch(mesh, batch_at(0)))
+    print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
+    return {'loss': float(aux['loss'])}
+  checkpoints = _open(workdir, config)
+  if checkpoints.latest() is not None:
+    state = checkpoints.restore(state, described)
+    state = sharding.replicate(mesh, state)
+    print(f'resumed at step {int(state.step)} from {checkpoints.path}')
+  first = int(state.step)
+
+  # --------------------------------------------------------- evaluation ---
+  ranker = evaluate.Ranker(
+    model,
+    words,
+    data.inputs_length,
+    data.targets_length,
+    config.evaluation.batch_size,
+  )
+  judge = functools.partial(
+    _judge, config, model, built, ranker, validation, rows, words
+  )
+  before_path = os.path.join(workdir, 'before.json')
+  if config.evaluation.before and not os.path.exists(before_path) and not first:
+    _write_json(before_path, judge(state, 'before'))
+
+  # --------------------------------------------------------------- loop ---
+  written = metrics.Rows(workdir, step=first)
+  progress = metrics.Progress(config.steps, first)
+  rate = optim.schedule(config.optimizer, config.steps)
+  pending, alarmed = [], set()
+  for step in range(first, config.steps):
+    batch = sharding.shard_batch(mesh, batch_at(step))
+    state, aux = update(state, batch)
+    pending.append((step + 1, aux))
+    done = step + 1
+    if done % config.log.every_steps == 0 or done == config.steps:
+      _report(pending, progress, written, rate, config, data, alarmed)
+      pending = []
+    if done % config.checkpoint.every_steps == 0 or done == config.steps:
+      checkpoints.save(state, described)
+  progress.close()
+
+  # ------------------------------------------------------------ summary ---
+  plot = os.path.join(workdir, 'plots', 'loss.png')
+  history = metrics.read(written.path)
+  if history:
+    metrics.plot_loss(history, plot)
+  summary = {'method': built.method, 'semantics': built.semantics}
+  if config.evaluation.after:
+    after = judge(state, 'after')
+    _write_json(os.path.join(workdir, 'after.json'), after)
+    before = _read_json(before_path)
+    print(evaluate.table(before.get('rows', []), after['rows']))
+    summary |= {'before': before, 'after': after}
+  summary['seconds'] = round(time.monotonic() - started, 1)
+  _write_json(os.path.join(workdir, 'summary.json'), summary)
+  _conclude(summary, workdir, plot, checkpoints.path)
+  return summary
+
+
+def _open(workdir: str, config: ConfigDict) -> Checkpoints:
+  """Makes the work directory, with the resolved config in it."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, 'config.json'), 'w') as f:
+      f.write(config.to_json_best_effort(indent=2) + '\n')
+  except OSError as e:
+    raise ValueError(
+      f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
+      'another with --workdir'
+    ) from None
+  return Checkpoints(workdir, config.checkpoint.keep)
+
+
+def _compile_cache() -> None:
+  """Compiled programs outlive the process (JAX_COMPILATION_CACHE_DIR)."""
+  if jax.config.jax_compilation_cache_dir is None:
+    path = os.path.join(os.path.expanduser('~'), '.cache', 'moepeft', 'jax')
+    jax.config.update('jax_compilation_cache_dir', path)
+
+
+def _introduce(config, base, built, state, workdir) -> None:
+  size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
+  trained, frozen = size(state.trainable), size(state.frozen)
+  total = trained if built.trainable == 'params' else frozen
+  print(
+    f'method   {built.method} ({built.semantics} semantics)\n'
+    f'base     {base.path or "random weights"}, {total:,} parameters\n'
+    f'trained  {trained:,} parameters ({100 * trained / total:.2f} %)\n'
+    f'devices  {jax.device_count()} x {jax.devices()[0].device_kind}\n'
+    f'workdir  {workdir}',
+    flush=True,
+  )
+
+
+def _judge(config, model, built, ranker, validation, rows, words, state, when):
+  """Validation loss and accuracies of a state."""
+  other = {'peft': 'params', 'params': 'peft'}[built.trainable]
+  variables = {built.trainable: state.trainable, other: state.frozen}
+  data, size = config.data, config.evaluation.batch_size
+  some = validation[: 8 * size]
+  batches = [
+    batching.batch_at(
+      lambda i, some=some: some[i % len(some)],
+      words,
+      step,
+      size,
+      data.inputs_length,
+      data.targets_length,
+    )
+    for step in range(len(some) // size)
+  ]
+  found = {'when': when, 'step': int(state.step)}
+  if batches:
+    loss = evaluate.validation_loss(model, variables, batches)
+    found['validation_loss'] = loss
+  sets = evaluate.examples(config, validation, rows)
+  found['rows'] = evaluate.accuracies(ranker, variables, sets)
+  found['means'] = evaluate.means(found['rows'])
+  shown = ', '.join(f'{k} {v:.3f}' for k, v in found['means'].items())
+  loss = f'validation loss {found["validation_loss"]:.4f}; ' if batches else ''
+  print(f'{when} training: {loss}accuracy {shown}', flush=True)
+  return found
+
+
+def _report(pending, progress, written, rate, config, data, alarmed) -> None:
+  """Brings the last steps' figures from the device; rows, bar, alarms."""
+  seen = jax.device_get([(step, aux) for step, aux in pending])
+  step, last = seen[-1]
+  if not np.isfinite(last['loss']):
+    raise ValueError(
+      f'the loss is {last["loss"]} at step {step}; try a lower '
+      'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
+    )
+  examples = len(seen) * config.batch_size
+  tokens = examples * (data.inputs_length + data.targets_length)
+  rates = progress.update(step, float(last['loss']), examples, tokens)
+  sites = metrics.routing(last['routing'])
+  for number, aux in seen:
+    row = {
+      'step': number,
+      'loss': float(aux['loss']),
+      'token_accuracy': float(aux['correct'] / aux['tokens']),
+      'router_loss': float(aux['router_loss']),
+      'gradient_norm': float(aux['gradient_norm']),
+      'learning_rate': float(rate(number - 1)),
+    }
+    written.write(row | (rates | {'routing': sites} if number == step else {}))
+  for line in metrics.alarms(sites, config.router_alarm):
+    place = line.split(': expert')[0]
+    if place not in alarmed:
+      alarmed.add(place)
+      progress.say(line)
+
+
+def _conclude(summary: dict, workdir: str, plot: str, checkpoints: str) -> None:
+  print(
+    f'done in {summary["seconds"]} s: {summary["method"]}\n'
+    f'  losses       {os.path.join(workdir, "metrics.jsonl")}\n'
+    f'  plot         {plot}\n'
+    f'  evaluation   {os.path.join(workdir, "after.json")}\n'
+    f'  checkpoints  {checkpoints}\n'
+    f'  to export    python -m moepeft.convert --workdir={workdir} '
+    '--output=DIR',
+    flush=True,
+  )
+
+
+def _write_json(path: str, value: dict) -> None:
+  temporary = f'{path}.tmp'
+  with open(temporary, 'w') as f:
+    json.dump(value, f, indent=2)
+  os.replace(temporary, path)
+
+
+def _read_json(path: str) -> dict:
+  if not os.path.exists(path):
+    return {}
+  with open(path) as f:
+    return json.load(f)
+
+
+def main(argv) -> None:
+  del argv
+  workdir = _WORKDIR.value
+  if workdir is None:
+    flag = flags.FLAGS['config'].config_filename
+    name = os.path.basename(flag.partition(':')[0]).removesuffix('.py')
+    workdir = os.path.join('workdirs', name)
+  train(_CONFIG.value, os.path.expanduser(workdir), _DRY_RUN.value)
+
+
+if __name__ == '__main__':
+  _CONFIG = command.define_config('configs/molora_t5.py')
+  command.run(main)

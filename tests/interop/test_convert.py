@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `python -m moepeft.convert`."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from moepeft import convert
+from moepeft.interop import adapter as own
+from moepeft.interop import hf, peft, t5x
+from moepeft.interop.adapter import Adapter
+from moepeft.models import names
+
+from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
+
+CONFIG = CONFIGS['gated-untied']
+PARAMS = random_params(CONFIG)
+# What the released code, peft and moepeft can all hold.
+LORA = Adapter(
+  "lora(rank=7, alpha=16, sites='encoder/self/q|*/mlp/wo')",
+  adapter_tree(
+    CONFIG,
+    {'lora/a': '{in}r', 'lora/b': 'r{out}'},
+    ['encoder/self/q', 'encoder/mlp/wo', 'decoder/mlp/wo'],
+  ),
+)
+MOV = Adapter(
+  "mov(experts=2, router=softmax, reads='heads', sites='*/mlp/act')",
+  adapter_tree(
+    CONFIG,
+    {'mov/scale': 'ef', 'mov/router/kernel': 'fe'},
+    ['encoder/mlp/act', 'decoder/mlp/act'],
+  ),
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+  """Runs the command in a directory with one input of each form."""
+  monkeypatch.chdir(tmp_path)
+  hf.save('hf', CONFIG, PARAMS)
+  t5x.save('t5x', CONFIG, PARAMS, step=3)
+  t5x.save('both', CONFIG, PARAMS, LORA)
+  t5x.save('mixture', CONFIG, PARAMS, MOV)
+  peft.save('peft', CONFIG, LORA, base='hf')
+  sha256 = names.content_hash(PARAMS)
+  card = own.describe(LORA.method, 'official', 'hf', sha256, 't5', CONFIG)
+  own.save('moepeft', LORA.tree, card)
+
+  def run(*arguments):
+    code = convert.main(['convert', *arguments])
+    return code, capsys.readouterr().err
+
+  return run
+
+
+def converted(run, source, form, *more):
+  arguments = (f'--input={source}', '--output=out', f'--to={form}', *more)
+  assert run(*arguments) == (0, '')
+
+
+@pytest.mark.parametrize('source', ['hf', 't5x'])
+@pytest.mark.parametrize('form', ['hf', 't5x'])
+def test_base_models_go_both_ways(run, source, form):
+  converted(run, source, form)
+  loaded = {'hf': hf, 't5x': t5x}[form].load('out')
+  assert loaded.config == CONFIG
+  assert_equal_trees(loaded.params, PARAMS)
+
+
+def test_dtype_casts_the_base(run):
+  converted(run, 't5x', 'hf', '--dtype=bfloat16')
+  expected = hf.load('hf', 'bfloat16').params
+  assert_equal_trees(hf.load('out').params, expected)
+
+
+@pytest.mark.parametrize('source', ['peft', 'moepeft'])
+@pytest.mark.parametrize('form', ['peft', 'moepeft', 't5x'])
+def test_adapters_go_all_ways(run, source, form):
+  converted(run, source, form)
+  if form == 'moepeft':
+    tree, card = own.load('out')
+    found = Adapter(card['method'], tree)
+    assert card['base'] == own.load('moepeft')[1]['base']
+  elif form == 'peft':
+    found = peft.load('out', CONFIG)
+    assert peft.read_config('out')['base_model_name_or_path'] == 'hf'
+  else:
+    loaded = t5x.load('out')
+    assert_equal_trees(loaded.params, PARAMS)
+    found = loaded.adapter
+  assert found.method == LORA.method
+  assert_equal_trees(found.tree, LORA.tree)
+
+
+@pytest.mark.parametrize('form', ['hf', 'peft', 'moepeft'])
+def test_base_and_adapter_of_one_checkpoint_come_apart(run, form):
+  converted(run, 'both', form)
+  assert_equal_trees(hf.load('out/base').params, PARAMS)
+  if form == 'peft':
+    found = peft.load('out/adapter', CONFIG).tree
+  else:
+    found, card = own.load('out/adapter')
+    assert card['base']['path'] == 'out/base'
+    assert card['base']['sha256'] == hf.load('out/base').sha256
+    assert own.config_of(card) == CONFIG
+  assert_equal_trees(found, LORA.tree)
+
+
+def test_the_hash_is_of_the_base_that_was_written(run):
+  converted(run, 'both', 'moepeft', '--dtype=float16')
+  base = own.load('out/adapter')[1]['base']
+  assert base['sha256'] == hf.load('out/base').sha256
+
+
+def test_top_k_comes_from_the_flag(run):
+  converted(run, 'mixture', 'moepeft', '--top_k=1')
+  method = own.load('out/adapter')[1]['method']
+  assert 'router=topk(k=1, renormalize=False)' in method
+
+
+def test_workdir_exports_what_was_trained(run, monkeypatch):
+  tree, card = own.load('moepeft')
+  module = types.ModuleType('moepeft.checkpoint')
+  module.restore_adapter = lambda workdir: (tree, card | {'seed': len(workdir)})
+  monkeypatch.setitem(sys.modules, 'moepeft.checkpoint', module)
+  monkeypatch.setattr('moepeft.checkpoint', module, raising=False)
+  assert run('--workdir=run', '--output=out') == (0, '')
+  assert own.load('out')[1] == card
+  for name in (own.ARRAYS, own.CARD):
+    with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
+      assert ours.read() == f.read()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    (['--input=hf', '--to=t5x'], '--output is missing'),
+    (['--output=out', '--to=hf'], '--input is missing'),
+    (['--input=hf', '--output=out'], '--to is missing'),
+    (['--input=hf', '--output=out', '--to=gguf'], 'gguf'),
+    (['--input=hf', '--output=out', '--form=hf'], 'form'),
+    (['hf', '--output=out', '--to=hf'], "unexpected argument 'hf'"),
+    (['--input=hf', '--output=out', '--to=peft'], 'holds no adapter'),
+    (['--input=peft', '--output=out', '--to=hf'], 'is an adapter'),
+    (['--input=mixture', '--output=out', '--to=peft'], 'no form for'),
+    (['--input=/no/such', '--output=out', '--to=hf'], '/no/such is not'),
+    (['--input=.', '--output=out', '--to=hf'], 'none of the known forms'),
+    (['--input=hf', '--output=t5x', '--to=hf'], 'already holds'),
+    (
+      ['--input=peft', '--output=out', '--to=moepeft', '--base=moepeft'],
+      'expected a base model',
+    ),
+    (
+      ['--input=moepeft', '--output=out', '--to=t5x', '--base=mixture2'],
+      'mixture2',
+    ),
+  ],
+  ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_bad_input_is_one_sentence_and_code_2(
+  run, arguments, said, monkeypatch
+):
+  hub = pytest.importorskip('huggingface_hub')
+
+  def offline(*args, **kwargs):
+    raise OSError('offline')
+
+  monkeypatch.setattr(hub, 'snapshot_download', offline)
+  code, error = run(*arguments)
+  assert code == 2
+  assert said in error
+  assert len(error.splitlines()) == 1
+  assert 'Traceback' not in error
+
+
+def test_another_base_than_the_trained_one_is_refused(run):
+  hf.save('other', CONFIG, random_params(CONFIG, seed=9))
+  code, error = run(
+    '--input=moepeft', '--output=out', '--to=t5x', '--base=other'
+  )
+  assert code == 2
+  assert 'other is not the base' in error
+
+
+def test_overwrite_replaces_an_earlier_output(run):
+  converted(run, 'hf', 'hf')
+  code, error = run('--input=t5x', '--output=out', '--to=hf')
+  assert (code, 'already holds' in error) == (2, True)
+  converted(run, 't5x', 't5x', '--overwrite')
+  np.testing.assert_array_equal(
+    t5x.load('out').params['embed']['embedding'], PARAMS['embed']['embedding']
+  )
+
+
+def test_help_shows_every_flag(run, capsys):
+  assert convert.main(['convert', '--help']) == 0
+  shown = capsys.readouterr().out
+  for flag in ('input', 'output', 'to', 'workdir', 'base', 'dtype', 'top_k'):
+    assert f'--{flag}' in shown
