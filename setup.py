@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installation. The cards of configs/ ship inside the package."""
+"""Installation: names and versions of what is needed, and what ships."""
 
 import pathlib
 
@@ -24,32 +24,52 @@ _REQUIRED = [
   'tqdm',
   'transformers>=5.0',
 ]
-# TensorFlow comes with SeqIO: 2.4 GB, imported only where it is used.
+# TensorFlow comes with SeqIO: gigabytes, so it is in no other extra.
 _SEQIO = ['seqio>=0.0.20']
-_TEST = ['pytest>=8', 'ruff>=0.8', 'build', 'wheel', 'setuptools>=64', 'nbformat', 'nbclient', 'ipykernel']
+_TEST = [
+  'build',
+  'ipykernel',
+  'nbclient',
+  'nbformat',
+  'pytest>=8',
+  'ruff>=0.8',
+  'setuptools>=64',
+  'wheel',
+]
+
+
+def _cards() -> dict[str, str]:
+  """{package: folder} of the cards.
+
+  configs/ stays at the top, where people look for it, and is
+  `moepeft.configs` where the package is installed.
+  """
+  folders = {p.parent for p in (_HERE / 'configs').rglob('*.py')}
+  names = sorted(p.relative_to(_HERE).as_posix() for p in folders)
+  return {'moepeft.' + name.replace('/', '.'): name for name in names}
+
 
 setup(
   name='moepeft',
   version='0.1.0',
   description='Mixture-of-experts parameter-efficient fine-tuning in JAX/Flax',
-  long_description=(_HERE / 'README.md').read_text(),
+  long_description=(_HERE / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
-  python_requires='>=3.11',
-  # configs/ stays at the top, where people look for it, and is importable
-  # data of the package where it is installed.
-  packages=[
-    *find_packages(include=['moepeft', 'moepeft.*']),
-    'moepeft.configs',
-    'moepeft.configs.paper',
+  license_files=['LICENSE', 'third_party/*.md'],
+  classifiers=[
+    'Development Status :: 3 - Alpha',
+    'Intended Audience :: Science/Research',
+    'Operating System :: POSIX',
+    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
   ],
-  package_dir={
-    'moepeft.configs': 'configs',
-    'moepeft.configs.paper': 'configs/paper',
-  },
-  package_data={
-    'moepeft': ['assets/*/*'],
-  },
+  python_requires='>=3.11',
+  packages=[*find_packages(include=['moepeft', 'moepeft.*']), *_cards()],
+  package_dir=_cards(),
+  package_data={'moepeft': ['assets/*/*']},
   install_requires=_REQUIRED,
   extras_require={
     'seqio': _SEQIO,

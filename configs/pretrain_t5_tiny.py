@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pretraining that made the embedded base, moepeft/assets/t5_tiny.
 
-python -m moepeft.train --config=configs/pretrain_t5_tiny.py --workdir=W
-python -m moepeft.convert --workdir=W --to=hf --output=moepeft/assets/t5_tiny
+In two stages: first words and pairs, which are short and so cheap; then every
+family of group A.
+
+python -m moepeft.train --config=configs/pretrain_t5_tiny.py:stage=1 \
+  --workdir=W1
+python -m moepeft.convert --workdir=W1 --to=hf --output=BASE
+python -m moepeft.train --config=configs/pretrain_t5_tiny.py:stage=2 \
+  --workdir=W2 --config.model.path=BASE
+python -m moepeft.convert --workdir=W2 --to=hf --dtype=bfloat16 \
+  --output=moepeft/assets/t5_tiny
 """
 
 from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, steps=9000)
+  v = config_lib.values(values, stage=1)
   c = config_lib.default()
   c.method = 'full'
-  c.steps = v.steps
-  c.batch_size = 32
   c.model.path = ''
   c.model.size = 'tiny'
   c.model.dropout = 0.0
@@ -21,23 +27,34 @@ def get_config(values: str = ''):
   c.model.shape.update(
     vocab=384,
     d_model=128,
-    heads=2,
-    head_dim=48,
+    heads=4,
+    head_dim=24,
     ffn=256,
     encoder_layers=3,
     decoder_layers=2,
-    buckets=32,
-    max_distance=128,
   )
   c.model.unroll = 3
-  c.data.tasks = 'A'
-  c.data.inputs_length = 128
-  c.optimizer.learning_rate = 1.5e-3
-  c.optimizer.schedule = 'cosine'
-  c.optimizer.warmup_steps = 500
-  c.optimizer.weight_decay = 0.01
+  c.data.vocabulary = 'bytes'
+  c.optimizer.learning_rate = 1e-3
   c.optimizer.b2 = 0.98
-  c.checkpoint.every_steps = 500
-  c.log.every_steps = 100
+  c.optimizer.schedule = 'cosine'
+  c.checkpoint.every_steps = 250
+  c.log.every_steps = 50
   c.evaluation.before = False
+  if v.stage == 1:
+    c.data.tasks = 'kind,opinion,recall'
+    c.data.inputs_length = 40
+    c.data.targets_length = 12
+    c.batch_size = 128
+    c.steps = 1500
+    c.optimizer.warmup_steps = 150
+    c.evaluation.tasks = 'kind,opinion,recall'
+  else:
+    c.data.tasks = 'A'
+    c.data.inputs_length = 112
+    c.data.targets_length = 14
+    c.batch_size = 32
+    c.steps = 5000
+    c.optimizer.warmup_steps = 100
+    c.evaluation.tasks = 'A,B'
   return c

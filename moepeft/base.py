@@ -65,7 +65,7 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   if model.path:
     path = resolve(model.path)
     if interop.detect(path) == 't5x':
-      config = t5x.load(path).config
+      config = t5x.load_config(path)
     else:
       config = hf.load_config(path)
   else:

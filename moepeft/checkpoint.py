@@ -33,7 +33,7 @@ def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
 class Checkpoints:
   """The checkpoints below a work directory, the newest few kept."""
 
-  def __init__(self, workdir: str, keep: int):
+  def __init__(self, workdir: str, keep: int | None):
     path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, enable_async_checkpointing=False, create=True
@@ -126,19 +126,28 @@ class Checkpoints:
         )
 
 
-def restore_adapter(workdir: str) -> tuple[Tree, dict[str, Any]]:
-  """(the trained 'peft' tree, its card) of a run, for `convert`.
+def restore_trained(workdir: str) -> tuple[Tree, dict[str, Any]]:
+  """(what a run trained, its card): 'peft', or 'params' of a full run.
 
   Raises:
-    ValueError: no run is there, or it trained the base itself.
+    ValueError: no run is there, or its checkpoint is damaged.
   """
   if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
     raise ValueError(f'{workdir!r} is no work directory of a run')
-  tree, found = Checkpoints(workdir, keep=1_000_000).restore_trainable()
+  return Checkpoints(workdir, keep=None).restore_trainable()
+
+
+def restore_adapter(workdir: str) -> tuple[Tree, dict[str, Any]]:
+  """(the trained 'peft' tree, its card) of a run.
+
+  Raises:
+    ValueError: as `restore_trained`, or the run trained the base itself.
+  """
+  tree, found = restore_trained(workdir)
   if found['trainable'] != 'peft':
     raise ValueError(
       f'the run in {workdir!r} trained the base itself ({found["method"]}); '
-      'it has no adapter to convert'
+      'it has no adapter'
     )
   return tree, found
 

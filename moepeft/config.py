@@ -101,6 +101,32 @@ def default() -> ConfigDict:
   return c
 
 
+def paper(size: str) -> ConfigDict:
+  """What the paper's runs on T5 1.1 of a size share.
+
+  Source: the released code's run files: Adafactor at a constant 3e-4, batches
+  of 32, 500,000 steps, 1024 and 256 tokens, dropout 0.1. Its base is
+  t5_1_1_lm100k_<size>; name a copy with --config.model.path.
+  """
+  c = default()
+  c.steps = 500_000
+  c.batch_size = 32
+  c.model.path = ''
+  c.model.size = size
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'dots'
+  c.data.source = 'jsonl'
+  c.data.vocabulary = ''
+  c.data.inputs_length = 1024
+  c.data.targets_length = 256
+  c.optimizer.name = 'adafactor'
+  c.optimizer.learning_rate = 3e-4
+  c.optimizer.clip = 0.0
+  c.checkpoint.every_steps = 10_000
+  c.checkpoint.keep = 60
+  return c
+
+
 def values(text: str, **defaults: Any) -> ConfigDict:
   """Reads a card's values: 'experts=20,rank=4' over its defaults.
 

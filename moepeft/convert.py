@@ -28,7 +28,7 @@ from absl import flags
 from moepeft import interop
 from moepeft.base import resolve
 from moepeft.interop import adapter as own
-from moepeft.interop import files, hf, peft, t5x
+from moepeft.interop import files, hf, peft, peft_config, t5x
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 from moepeft.models.names import CheckpointError
@@ -101,11 +101,7 @@ def convert(values: flags.FlagValues) -> None:
   _require(values, 'output')
   files.check_output(Path(values.output), values.overwrite)
   if values.workdir is not None:
-    # Imported here: it brings Orbax, and only this branch trains.
-    from moepeft import checkpoint
-
-    tree, card = checkpoint.restore_adapter(values.workdir)
-    own.save(values.output, tree, card, values.overwrite)
+    _convert_run(values)
   else:
     _require(values, 'input')
     _require(values, 'to')
@@ -118,6 +114,29 @@ def convert(values: flags.FlagValues) -> None:
     else:
       _convert_own(values)
   print(f'wrote {values.output}')
+
+
+def _convert_run(values: flags.FlagValues) -> None:
+  """A run's adapter in our form, or the base that a full run trained."""
+  # Imported here: it brings Orbax, and only this branch needs it.
+  from moepeft import checkpoint
+
+  tree, card = checkpoint.restore_trained(values.workdir)
+  if card['trainable'] == 'params':
+    _require_form(values, 'hf', 'it trained a whole model')
+    config, over = own.config_of(card), values.overwrite
+    hf.save(values.output, config, tree, values.dtype, overwrite=over)
+  else:
+    _require_form(values, 'moepeft', 'it trained an adapter')
+    own.save(values.output, tree, card, values.overwrite)
+
+
+def _require_form(values: flags.FlagValues, form: str, why: str) -> None:
+  if values.to not in (None, form):
+    raise CheckpointError(
+      f'{values.workdir} is written as {form} ({why}), not {values.to}; convert '
+      'the result further with --input'
+    )
 
 
 def _require(values: flags.FlagValues, name: str) -> None:
@@ -160,7 +179,7 @@ def _convert_base(values: flags.FlagValues) -> None:
 
 
 def _convert_peft(values: flags.FlagValues) -> None:
-  fields = peft.read_config(values.input)
+  fields = peft_config.read(values.input)
   path = values.base or fields.get('base_model_name_or_path') or ''
   _require_adapter_form(values)
   base = _load_base(values, path)
@@ -212,9 +231,7 @@ def _write_t5x(values, base, adapter: Adapter | None) -> None:
 def _write_hf(values, path: str, base) -> None:
   over = values.overwrite
   # base.path, as the input may be a name on the hub.
-  hf.save(
-    path, base.config, base.params, tokenizer=base.path, overwrite=over
-  )
+  hf.save(path, base.config, base.params, tokenizer=base.path, overwrite=over)
 
 
 def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
@@ -235,9 +252,7 @@ def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
 
 def _card(adapter: Adapter, path: str, sha256: str, config):
   family = hf.family_of(config).FAMILY
-  return own.describe(
-    adapter.method, _SEMANTICS, path, sha256, family, config
-  )
+  return own.describe(adapter.method, _SEMANTICS, path, sha256, family, config)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command
-from moepeft.checkpoint import Checkpoints, card
+from moepeft.checkpoint import card, restore_trained
 from moepeft.data import batching, vocabulary
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.decoding import greedy
@@ -33,7 +33,7 @@ def open_run(workdir: str):
     config = ConfigDict(json.load(f))
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  trained, found = Checkpoints(workdir, keep=1_000_000).restore_trainable()
+  trained, found = restore_trained(workdir)
   now = card(base, built, config.seed, config.model.family)
   if found['base'] != now['base']:
     raise ValueError(

@@ -116,7 +116,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
   tensors = files.Tensors([file])
   shapes = {name: tuple(a['shape']) for name, a in card['arrays'].items()}
   advice = 'copy both files again from where they were written'
-  names.check(shapes, tensors.shapes, f'{file} is not {CARD}\'s', advice)
+  names.check(shapes, tensors.shapes, f"{file} is not {CARD}'s", advice)
   arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
   for name, array in arrays.items():
     if names.array_hash(array) != card['arrays'][name]['sha256']:

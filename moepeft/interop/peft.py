@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft import spec as spec_lib
-from moepeft.interop import files, targets
+from moepeft.interop import files, peft_config
 from moepeft.interop.adapter import (
   Adapter,
   instances,
@@ -30,25 +30,8 @@ from moepeft.peft.ia3 import Ia3
 from moepeft.peft.lora import Lora
 from moepeft.spec import Spec
 
-ARRAYS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
 _PREFIX = 'base_model.model.'
-
-# Fields that are read, or do not change what a trained adapter computes; a
-# field that is not here must be empty.
-_HARMLESS = frozenset(
-  '''
-  auto_mapping base_model_name_or_path corda_config ensure_weight_tying
-  eva_config exclude_modules feedforward_modules inference_mode
-  init_ia3_weights layers_pattern layers_to_transform lora_alpha
-  lora_dropout megatron_core peft_type peft_version qalora_group_size r
-  revision runtime_config target_modules task_type use_rslora
-  '''.split()
-)
-# Other initialisations change the base's weights along with the adapter.
-_NEUTRAL = {
-  'bias': ('none',),
-  'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
-}
 
 
 def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
@@ -64,7 +47,7 @@ def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
     CheckpointError: a file is damaged, the adapter does something that is
       not supported, or its names or shapes do not fit the model.
   """
-  fields = read_config(path)
+  fields = peft_config.read(path)
   tensors = files.Tensors([Path(path) / ARRAYS])
   read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
   method, rules = read(config, fields, tensors.shapes)
@@ -87,26 +70,6 @@ def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
   return Adapter(method, names.read(wanted, sizes, fetch, dtype)[0])
 
 
-def read_config(path: str) -> dict[str, Any]:
-  """adapter_config.json, checked to say nothing that `load` does not do."""
-  fields = files.read_json(Path(path) / CONFIG)
-  kind = fields.get('peft_type')
-  if kind not in ('LORA', 'IA3'):
-    raise CheckpointError(
-      f'{path} is a peft adapter of the type {kind!r}; LORA and IA3 are '
-      'supported'
-    )
-  for name, value in sorted(fields.items()):
-    plain = not value or value in _NEUTRAL.get(name, ())
-    if name not in _HARMLESS and not plain:
-      raise CheckpointError(
-        f'{path}/{CONFIG} sets {name}={value!r}, which is not supported: '
-        'merge the adapter into its base with peft (merge_and_unload) and '
-        'convert the merged model'
-      )
-  return fields
-
-
 def save(
   path: str,
   config: T5Config,
@@ -121,8 +84,8 @@ def save(
 
   Args:
     base: path or name of the base model, for adapter_config.json.
-    like: an earlier adapter_config.json, as `read_config` returns it, whose
-      fields are kept where they still hold.
+    like: an earlier adapter_config.json, as `peft_config.read` returns it;
+      its fields are kept where they still hold.
 
   Raises:
     CheckpointError: peft has no such method, or `path` is not empty.
@@ -144,7 +107,7 @@ def save(
     if 'r' not in fields and array.shape[0] == 1
   }
   modules, adapted = t5_names.hf_modules(config), set(map(_module, arrays))
-  fields |= targets.describe(modules, adapted, inputs, kept)
+  fields |= peft_config.selection(modules, adapted, inputs, kept)
   if base or 'base_model_name_or_path' not in kept:
     kept['base_model_name_or_path'] = base
   with files.directory(path, overwrite) as made:
@@ -234,7 +197,7 @@ def _left_out(
 
 
 def _module(name: str) -> str:
-  """'base_model.model.encoder. ... .q.lora_A.weight' -> 'encoder. ... .q'."""
+  """The module of one of peft's arrays: 'encoder.block.0. ... .q'."""
   return re.sub(r'\.(lora_[AB]\.weight|ia3_l)$', '', name.removeprefix(_PREFIX))
 
 

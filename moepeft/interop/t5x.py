@@ -69,11 +69,13 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
 def load_config(path: str) -> T5Config:
   """The config as `load` would infer it, without reading the weights."""
   _, leaves = _open(path)
-  return t5_names.config_from_t5x({
-    name: shape
-    for name, (shape, _) in leaves.items()
-    if not released.is_adapter(name)
-  })
+  return t5_names.config_from_t5x(
+    {
+      name: shape
+      for name, (shape, _) in leaves.items()
+      if not released.is_adapter(name)
+    }
+  )
 
 
 def from_arrays(

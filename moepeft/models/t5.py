@@ -344,8 +344,13 @@ class Head(nn.Module):
       )
     else:
       kernel = tied.attend().T
-    f = frozen_einsum('btd,dv->btv', kernel, self.dtype, jnp.float32)
+    f = frozen_einsum('btd,dv->btv', kernel, self.dtype, _logits(self.dtype))
     return advise(self, self.advice, 'head', f, x, ctx)
+
+
+def _logits(dtype) -> Any:
+  """Logits are float32, or wider where activations are."""
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:

@@ -38,11 +38,13 @@ _T5X_NORMS = {
   'decoder/mlp': 'pre_mlp_layer_norm',
 }
 # Duplicates of shared.weight, and a bias that T5 1.0's files hold unused.
-HF_IGNORED = frozenset({
-  'encoder.embed_tokens.weight',
-  'decoder.embed_tokens.weight',
-  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
-})
+HF_IGNORED = frozenset(
+  {
+    'encoder.embed_tokens.weight',
+    'decoder.embed_tokens.weight',
+    'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
+  }
+)
 HF_HEAD, HF_EMBEDDING = 'lm_head.weight', 'shared.weight'
 
 
@@ -243,6 +245,8 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     'scale_decoder_outputs': config.scale_head,
     **{theirs: getattr(config, ours) for ours, theirs in fields.items()},
   }
+
+
 def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
   """Infers the config from the arrays' shapes; T5X's checkpoints hold none.
 

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.nn.precision import wide
 from moepeft.typing import Array, Context
 
 # The released code's initialiser of router kernels.
@@ -15,8 +16,8 @@ def gate_logits(x: Array, kernel: Array) -> Array:
   """float32 [..., e] = x [..., d] times kernel [d, e], at full precision."""
   return jnp.einsum(
     '...d,de->...e',
-    x.astype(jnp.float32),
-    kernel.astype(jnp.float32),
+    wide(x),
+    wide(kernel),
     precision=jax.lax.Precision.HIGHEST,
   )
 
@@ -29,7 +30,7 @@ def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
   """
   if not ctx.train or jitter == 0:
     return x
-  x = x.astype(jnp.float32)
+  x = wide(x)
   rng = module.make_rng('router')
   return x * jax.random.uniform(rng, x.shape, minval=1 - jitter, maxval=1 + jitter)
 

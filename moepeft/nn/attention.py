@@ -10,6 +10,7 @@ from flax import struct
 
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import RMSNorm
+from moepeft.nn.precision import wide
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.typing import Array, Context
 
@@ -42,9 +43,9 @@ def attend(
     rng: the key of attention dropout, or None for none.
   """
   logits = jnp.einsum('btnh,bsnh->bnts', heads.q, heads.k)
-  logits = logits.astype(jnp.float32) * scale
+  logits = wide(logits) * scale
   if heads.bias is not None:
-    logits += heads.bias.astype(jnp.float32)
+    logits += wide(heads.bias)
   if heads.mask is not None:
     # Finite, so that a row without any visible key stays finite too.
     logits = jnp.where(heads.mask, logits, -1e9)

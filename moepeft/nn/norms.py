@@ -7,15 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.nn.precision import wide
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.typing import Array, Context
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
   """x / rms(x) * scale over the last axis; float32 inside, x's dtype out."""
-  y = x.astype(jnp.float32)
+  y = wide(x)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-  return (y * scale.astype(jnp.float32)).astype(x.dtype)
+  return (y * wide(scale)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

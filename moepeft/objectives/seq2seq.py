@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moepeft.nn.precision import wide
 from moepeft.typing import Array, Batch, Tree
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
   """Negative log-likelihood of each target, nats: [b, t, v], [b, t] -> [b, t]."""
   return optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), targets
+    wide(logits), targets
   )
 
 

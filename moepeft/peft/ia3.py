@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.nn.parameter import peft_param
+from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, contraction
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -35,14 +36,14 @@ class Ia3(nn.Module):
     return y * scale.astype(y.dtype)
 
 
-def merge(variables, adapter: Ia3, eqn: str, kernel: Array) -> Array:
+def merge(variables, kernel: Array, *, adapter: Ia3, eqn: str) -> Array:
   """The kernel with its outputs (or inputs) scaled, in float32."""
   _, inner, outer, _ = contraction(eqn)
   letters = eqn.split('->')[0].split(',')[1]
   side = outer if adapter.on == 'output' else inner
   return jnp.einsum(
     f'{letters},{side}->{letters}',
-    kernel.astype(jnp.float32),
+    wide(kernel),
     variables['scale'],
   )
 

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.nn.parameter import peft_param
+from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, contraction, sizes
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -76,14 +77,14 @@ class Lora(nn.Module):
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def merge(variables, adapter: Lora, eqn: str, kernel: Array) -> Array:
+def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
   """The kernel with the term added: W + scale A B, in float32."""
   _, inner, outer, _ = contraction(eqn)
   letters = eqn.split('->')[0].split(',')[1]
   term = jnp.einsum(
     f'{inner}r,r{outer}->{letters}', variables['a'], variables['b']
   )
-  return kernel.astype(jnp.float32) + adapter.scale * term
+  return wide(kernel) + adapter.scale * term
 
 
 _PROJECTIONS = ('query', 'key', 'value', 'output', 'gate', 'down')

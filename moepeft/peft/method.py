@@ -17,7 +17,7 @@ class Method:
       full fine-tuning.
     roles: {semantics: roles of the sites that it adapts by default}.
     defaults: {semantics: options that differ between the two}.
-    merge: (variables, options, eqn, kernel) -> kernel, or None.
+    merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     why_not: why there is no merge, as the end of a sentence.
   """
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
+from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, flatten_features
 from moepeft.peft.ia3 import ONES
 from moepeft.peft.method import Method
@@ -51,7 +52,7 @@ class MoV(nn.Module):
       p = route(self, self.router, seen, ctx).weights
       flat = scale.reshape(self.experts, -1)
       mixed = jnp.einsum('bte,ef->btf', p, flat).reshape(y.shape)
-    return (y.astype(jnp.float32) * mixed).astype(y.dtype)
+    return (wide(y) * mixed).astype(y.dtype)
 
 
 _ROLES = ('key', 'value', 'act')

@@ -10,16 +10,21 @@ from moepeft.tasks import (
   people,
   reviews,
   statements,
+  words,
 )
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Example, Family
 
 _TABLE = (
+  words.KIND,
+  words.OPINION,
+  words.RECALL,
   categories.TOPIC,
   categories.MEMBERSHIP,
   categories.ODD_ONE_OUT,
   reviews.SENTIMENT,
   people.LOOKUP,
+  people.DIRECTORY,
   people.ORDER,
   amounts.COMPARISON,
   statements.ENTAILMENT,

@@ -6,9 +6,9 @@ from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import CATEGORIES, KINDS, NAMES, NOUNS
 
 _MEASURES = (
-  ('is {} years old', 'Who is older?', 'Who is younger?'),
-  ('scored {} points', 'Who got more points?', 'Who got fewer points?'),
-  ('has {} coins', 'Who has more coins?', 'Who has fewer coins?'),
+  ('is {} years old', 'Who is older?'),
+  ('scored {} points', 'Who got more points?'),
+  ('has {} coins', 'Who has more coins?'),
 )
 _GOODS = tuple(
   'coins cards books stamps shells apples eggs pens beads cups keys '
@@ -28,24 +28,23 @@ _REST = {
 
 
 def _two_numbers(dice: Dice) -> tuple[int, int]:
-  """Two different numbers of two digits, in random order."""
-  first, second = dice.some(range(10, 100), 2)
-  return first, second
+  """Two numbers of two digits that differ in their tens."""
+  first, second = dice.some(range(1, 10), 2)
+  return 10 * first + dice.below(10), 10 * second + dice.below(10)
 
 
 def draw_comparison(dice: Dice) -> Instance:
-  """552 pairs of names x 8,010 of numbers x 6 questions = 27 million."""
+  """552 pairs of names x 7,200 of numbers x 3 measures = 12 million."""
   names = dice.some(NAMES, 2)
   numbers = _two_numbers(dice)
-  said, most, least = dice.pick(_MEASURES)
-  high = dice.coin()
+  said, question = dice.pick(_MEASURES)
   facts = ' and '.join(
     f'{name} {said.format(n)}' for name, n in zip(names, numbers)
   )
-  if (numbers[0] > numbers[1]) != high:
+  if numbers[0] < numbers[1]:
     names.reverse()
   return Instance(
-    {'facts': f'{facts}.', 'question': most if high else least},
+    {'facts': f'{facts}.', 'question': question},
     names[0],
     (names[1],),
   )
@@ -66,7 +65,7 @@ COMPARISON = Family(
 
 
 def draw_result(dice: Dice) -> Instance:
-  """552 pairs of names x 8,010 of numbers x 2 questions = 8.8 million."""
+  """552 pairs of names x 7,200 of numbers x 2 questions = 7.9 million."""
   names = dice.some(NAMES, 2)
   numbers = _two_numbers(dice)
   asked = dice.below(2)

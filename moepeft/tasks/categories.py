@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about the categories of nouns, over six kinds of 16 nouns each."""
+"""Families about the categories of nouns, over six kinds of 12 nouns each."""
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template
-from moepeft.tasks.lexicon import CATEGORIES, KINDS, LOOKS, NAMES, PLACES, a
+from moepeft.tasks.lexicon import CATEGORIES, KINDS, LOOKS, NAMES, a
 
-TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
+_TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
 
 _DEEDS = tuple(
   'bought found drew lost chose spotted wanted described painted '
   'borrowed'.split()
 )
 _NEEDS = (
-  'has a question about',
-  'wants to learn about',
+  'asks about',
+  'wonders about',
   'needs help with',
-  'is worried about',
+  'worries about',
   'wants advice on',
-  'knows little about',
+  'knows little of',
 )
 _EXPERTS = {
   'animal': 'vet',
@@ -30,22 +30,17 @@ _EXPERTS = {
 
 
 def _with_others(dice: Dice, kind: str, count: int) -> list[str]:
-  """`count` different kinds other than `kind`."""
-  return dice.some([other for other in KINDS if other != kind], count)
+  """`kind` and `count` other kinds."""
+  return [kind, *dice.some([other for other in KINDS if other != kind], count)]
 
 
 def draw_topic(dice: Dice) -> Instance:
-  """24 names x 10 deeds x 8 looks x 96 nouns x 12 places = 2.2 million."""
-  kind = dice.pick(KINDS)
-  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kind])}')
-  text = (
-    f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {thing}'
-    f' near the {dice.pick(PLACES)}.'
-  )
-  others = _with_others(dice, kind, 3)
-  return Instance(
-    {'text': text}, f'{kind}s', tuple(f'{other}s' for other in others)
-  )
+  """24 names x 10 deeds x 8 looks x 72 nouns = 138,240."""
+  kinds = _with_others(dice, dice.pick(KINDS), 3)
+  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
+  text = f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {thing}.'
+  topics = [f'{kind}s' for kind in kinds]
+  return Instance({'text': text}, topics[0], tuple(topics[1:]))
 
 
 TOPIC = Family(
@@ -54,21 +49,21 @@ TOPIC = Family(
   draw_topic,
   (
     Template('about', '{text} What is this text about?'),
-    Template('options', 'Text: {text} Choose a topic: {options}.'),
+    Template('options', '{text} Choose a topic: {options}.'),
     Template('sort', 'Sort this sentence by its topic. {text}'),
     Template('label', '{text} Topic:'),
-    Template('kind', 'What kind of thing is in this sentence? {text}'),
-    Template('fits', 'Which topic fits? {text} Options: {options}.'),
+    Template('kind', 'What kind of thing is in this text? {text}'),
+    Template('fits', 'Which topic fits? {text}'),
   ),
 )
 
 
 def draw_membership(dice: Dice) -> Instance:
-  """Lists of three nouns of three kinds, one kind asked: 3 million."""
+  """6 kinds x 17,280 pairs of nouns that can be listed = 0.1 million."""
   kind = dice.pick(KINDS)
   yes = dice.coin()
-  others = _with_others(dice, kind, 3)
-  kinds = dice.shuffled([kind, *others[:2]] if yes else others)
+  kinds = _with_others(dice, kind, 2)
+  kinds = dice.shuffled(kinds[:2] if yes else kinds[1:])
   items = ', '.join(dice.pick(CATEGORIES[k]) for k in kinds)
   answers = ('Yes', 'No') if yes else ('No', 'Yes')
   return Instance(
@@ -83,18 +78,18 @@ MEMBERSHIP = Family(
   (
     Template('any', 'List: {items}. Is there {a_kind} in the list?'),
     Template('one_of', 'Is one of these {a_kind}? {items}'),
-    Template('claim', '{items}. Claim: this names {a_kind}.', TRUE_FALSE),
+    Template('claim', '{items}. Claim: this names {a_kind}.', _TRUE_FALSE),
     Template('options', '{items}. Is any of them {a_kind}? ({options})'),
     Template('say', 'Does the list "{items}" have {a_kind}?'),
     Template(
-      'true', 'True or false: the list "{items}" has {a_kind}.', TRUE_FALSE
+      'true', 'True or false: the list "{items}" has {a_kind}.', _TRUE_FALSE
     ),
   ),
 )
 
 
 def draw_odd_one_out(dice: Dice) -> Instance:
-  """30 pairs of kinds x 4 places x 3,360 triples x 16 = 6.5 million."""
+  """30 pairs of kinds x 4 places x 1,320 triples x 12 = 1.9 million."""
   kind, other = dice.some(KINDS, 2)
   odd = dice.pick(CATEGORIES[other])
   same = dice.some(CATEGORIES[kind], 3)
@@ -117,16 +112,14 @@ ODD_ONE_OUT = Family(
 
 
 def draw_profession(dice: Dice) -> Instance:
-  """24 names x 6 needs x 8 looks x 96 nouns = 110,592."""
-  kind = dice.pick(KINDS)
+  """24 names x 6 needs x 8 looks x 72 nouns = 82,944."""
+  kinds = _with_others(dice, dice.pick(KINDS), 3)
   name = dice.pick(NAMES)
-  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kind])}')
+  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
   text = f'{name} {dice.pick(_NEEDS)} {thing}.'
-  others = _with_others(dice, kind, 3)
+  experts = [_EXPERTS[kind] for kind in kinds]
   return Instance(
-    {'text': text, 'name': name},
-    _EXPERTS[kind],
-    tuple(_EXPERTS[other] for other in others),
+    {'text': text, 'name': name}, experts[0], tuple(experts[1:])
   )
 
 
@@ -146,7 +139,7 @@ PROFESSION = Family(
 
 
 def draw_tidy(dice: Dice) -> Instance:
-  """Half one kind (262,080 lists), half three and one (8 million)."""
+  """Half one kind (71,280 lists), half three and one (1.9 million)."""
   kind, other = dice.some(KINDS, 2)
   tidy = dice.coin()
   items = dice.some(CATEGORIES[kind], 4)

@@ -1,57 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """The closed vocabulary that all families share.
 
-No word is in two categories. All nouns are singular and countable.
+Names differ in their first letters, and those of women come first in the
+alphabet. No noun is in two categories; all are singular and countable.
 """
 
 WOMEN = tuple(
-  'Ann Beth Cleo Dora Ella Fay Grace Hana Iris Jane Kate Lucy'.split()
+  'Ann Beth Cleo Dora Ella Fay Gina Hana Iris Jane Kate Lucy'.split()
 )
-MEN = tuple('Adam Ben Carl Dan Eric Fred Gus Hugo Ivan Jack Leo Max'.split())
+MEN = tuple('Max Ned Omar Paul Rob Sam Tom Umar Vic Will Yan Zack'.split())
 NAMES = WOMEN + MEN
 
 CATEGORIES = {
   'animal': tuple(
-    'horse cow dog cat goat sheep lion wolf bear fox rabbit mouse duck camel '
-    'tiger pig'.split()
+    'horse cow dog cat goat sheep lion wolf bear fox duck pig'.split()
   ),
   'fruit': tuple(
-    'apple pear plum peach lemon grape cherry melon mango fig lime banana '
-    'apricot papaya coconut berry'.split()
+    'apple pear plum peach lemon grape cherry melon mango fig lime '
+    'banana'.split()
   ),
   'tool': tuple(
-    'hammer saw drill wrench axe rake shovel spade chisel hoe clamp crowbar '
-    'trowel mallet ladder hatchet'.split()
+    'hammer saw drill wrench axe rake shovel spade chisel hoe ladder '
+    'mallet'.split()
   ),
   'garment': tuple(
-    'coat hat shirt dress skirt scarf glove sock jacket sweater belt boot '
-    'vest cap tie shoe'.split()
+    'coat hat shirt dress skirt scarf glove sock vest cap tie shoe'.split()
   ),
   'vehicle': tuple(
-    'car bus truck train boat ship plane bike tram van taxi tractor ferry '
-    'canoe scooter wagon'.split()
+    'car bus truck train boat ship plane bike tram van taxi canoe'.split()
   ),
   'instrument': tuple(
-    'piano flute drum violin guitar harp trumpet cello banjo tuba horn '
-    'fiddle lute viola oboe zither'.split()
+    'piano flute drum violin guitar harp cello banjo tuba horn lute '
+    'oboe'.split()
   ),
 }
 KINDS = tuple(CATEGORIES)
 NOUNS = tuple(noun for nouns in CATEGORIES.values() for noun in nouns)
 
-LOOKS = tuple('small big old new plain strange clean dirty'.split())
+LOOKS = tuple('small big old new plain odd clean dirty'.split())
 PLACES = tuple(
   'park market school station harbour library garden museum village castle '
   'bridge hospital'.split()
 )
 
-PRAISE = tuple(
-  'great lovely superb pleasant nice perfect charming excellent wonderful '
-  'fine splendid delightful'.split()
-)
-BLAME = tuple(
-  'awful nasty poor dreadful horrible bad terrible dismal lousy grim horrid '
-  'unpleasant'.split()
+PRAISE = tuple('great lovely superb pleasant nice perfect fair fine'.split())
+BLAME = tuple('awful nasty poor dreadful bad terrible lousy grim'.split())
+
+COMPARATIVES = tuple(
+  'taller shorter older younger faster slower stronger weaker richer poorer '
+  'louder quieter happier sadder braver wiser'.split()
 )
 
 OPPOSITES = (
@@ -79,17 +76,6 @@ OPPOSITES = (
   ('wide', 'narrow'),
   ('smooth', 'rough'),
   ('awake', 'asleep'),
-)
-
-COMPARATIVES = (
-  ('taller', 'shorter'),
-  ('older', 'younger'),
-  ('faster', 'slower'),
-  ('stronger', 'weaker'),
-  ('richer', 'poorer'),
-  ('heavier', 'lighter'),
-  ('louder', 'quieter'),
-  ('happier', 'sadder'),
 )
 
 

@@ -189,7 +189,7 @@ def _kinds(dice: Dice) -> tuple[str, str, str, list[str]]:
 
 
 def draw_analogy(dice: Dice) -> Instance:
-  """Half 7,680 pairs of nouns, half 2,208 pairs of adjectives."""
+  """Half 4,320 pairs of nouns, half 2,208 pairs of adjectives."""
   one, two, three, choices = dice.pick((_opposites, _kinds))(dice)
   return Instance(
     {'one': one, 'two': two, 'three': three}, choices[0], tuple(choices[1:])

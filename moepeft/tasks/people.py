@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about who has what and who stands where."""
+"""Families about who has what and who stands where, over 24 names."""
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template
@@ -18,7 +18,7 @@ def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
 
 
 def draw_lookup(dice: Dice) -> Instance:
-  """12,144 triples of names x 857,280 of nouns x 3 questions = 3e10."""
+  """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
   names, things, facts = _owners(dice)
   asked = dice.below(3)
   answer = things.pop(asked)
@@ -33,15 +33,45 @@ LOOKUP = Family(
     Template('what', '{facts} What does {name} have?'),
     Template('question', 'Question: what does {name} have? {facts}'),
     Template('thing', '{facts} The thing that {name} has is the'),
-    Template('options', '{facts} {name} has one of these: {options}.'),
+    Template('options', '{facts} {name} has ({options})'),
     Template('find', 'Find what belongs to {name}. {facts}'),
     Template('read', 'Read: {facts} Now say what {name} has.'),
   ),
 )
 
 
+def draw_directory(dice: Dice) -> Instance:
+  """12,144 triples of names x 7e11 of numbers x 3 questions."""
+  names = dice.some(NAMES, 3)
+  numbers: list[str] = []
+  while len(numbers) < 3:
+    number = str(dice.between(1000, 9999))
+    if number not in numbers:
+      numbers.append(number)
+  lines = ', '.join(f'{name} {n}' for name, n in zip(names, numbers))
+  asked = dice.below(3)
+  answer = numbers.pop(asked)
+  return Instance(
+    {'lines': lines, 'name': names[asked]}, answer, tuple(numbers)
+  )
+
+
+DIRECTORY = Family(
+  'directory',
+  'A',
+  draw_directory,
+  (
+    Template('what', "Phone list: {lines}. What is {name}'s number?"),
+    Template('call', 'To call {name}, dial which number? {lines}'),
+    Template('dial', '{lines}. For {name} dial'),
+    Template('options', 'Numbers: {lines}. Which is for {name}? {options}'),
+    Template('find', 'Find the number of {name} in this list: {lines}.'),
+  ),
+)
+
+
 def draw_owner(dice: Dice) -> Instance:
-  """12,144 triples of names x 857,280 of nouns x 3 questions = 3e10."""
+  """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
   names, things, facts = _owners(dice)
   asked = dice.below(3)
   answer = names.pop(asked)
@@ -57,7 +87,7 @@ OWNER = Family(
   (
     Template('whose', '{facts} Whose is the {thing}?'),
     Template('belongs', '{facts} The {thing} belongs to'),
-    Template('options', 'Owner of the {thing} ({options})? {facts}'),
+    Template('options', '{thing}: {options}? {facts}'),
     Template('owner', 'Name the owner of the {thing}. {facts}'),
     Template('who', '{facts} Who has the {thing}?'),
   ),

@@ -5,8 +5,8 @@ from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, a
 
-TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
-TRUE_FALSE_UNKNOWN = (*TRUE_FALSE, ('Maybe', 'Unknown'))
+_TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
+_TRUE_FALSE_UNKNOWN = (*_TRUE_FALSE, ('Maybe', 'Unknown'))
 
 _TRADES = (
   ('sold', 'bought'),
@@ -38,38 +38,28 @@ _DENIALS = (
 )
 
 
-def _relation(dice: Dice) -> tuple[str, str]:
-  """A comparative and its opposite, in either order."""
-  first, second = dice.pick(COMPARATIVES)
-  return (first, second) if dice.coin() else (second, first)
-
-
-def _restated(dice: Dice, one: str, two: str, more: str, less: str) -> str:
-  """`one is more than two` in the same or in the opposite words."""
-  if dice.coin():
-    return f'{one} is {more} than {two}'
-  return f'{two} is {less} than {one}'
-
-
 def draw_entailment(dice: Dice) -> Instance:
-  """12,144 triples of names x 16 comparatives x 7 claims = 1.4 million.
+  """12,144 triples of names x 16 comparatives x 6 claims = 1.2 million.
 
-  Of each three claims one follows, one is denied and one, about a third
-  person, is open.
+  A third of the claims repeats the premise, a third turns it round and a third
+  is about another person.
   """
   one, two, three = dice.some(NAMES, 3)
-  more, less = _relation(dice)
-  answer = dice.pick(('Yes', 'No', 'Maybe'))
-  if answer == 'Yes':
-    claim = _restated(dice, one, two, more, less)
-  elif answer == 'No':
-    claim = _restated(dice, two, one, more, less)
-  else:
-    pair = dice.shuffled([dice.pick((one, two)), three])
-    claim = _restated(dice, *pair, more, less)
-  others = tuple(x for x in ('Yes', 'No', 'Maybe') if x != answer)
+  more = dice.pick(COMPARATIVES)
+  pairs = {
+    'Yes': (one, two),
+    'No': (two, one),
+    'Maybe': dice.shuffled([dice.pick((one, two)), three]),
+  }
+  answer = dice.pick(tuple(pairs))
+  first, second = pairs.pop(answer)
   return Instance(
-    {'premise': f'{one} is {more} than {two}', 'claim': claim}, answer, others
+    {
+      'premise': f'{one} is {more} than {two}',
+      'claim': f'{first} is {more} than {second}',
+    },
+    answer,
+    tuple(pairs),
   )
 
 
@@ -80,7 +70,7 @@ ENTAILMENT = Family(
   (
     Template('follow', '{premise}. Does it follow that {claim}?'),
     Template(
-      'labels', 'Premise: {premise}. Claim: {claim}.', TRUE_FALSE_UNKNOWN
+      'labels', 'Premise: {premise}. Claim: {claim}.', _TRUE_FALSE_UNKNOWN
     ),
     Template('given', 'Given that {premise}, is it true that {claim}?'),
     Template('options', '{premise}. So {claim}? Options: {options}.'),
@@ -88,28 +78,27 @@ ENTAILMENT = Family(
     Template(
       'true',
       'Suppose {premise}. True, false or unknown: {claim}.',
-      TRUE_FALSE_UNKNOWN,
+      _TRUE_FALSE_UNKNOWN,
     ),
   ),
 )
 
 
 def draw_debate(dice: Dice) -> Instance:
-  """255,024 quadruples of names x 16 comparatives x 4 replies = 16 million."""
+  """255,024 quadruples of names x 16 comparatives x 2 replies = 8 million."""
   first, second, one, two = dice.some(NAMES, 4)
-  more, less = _relation(dice)
+  more = dice.pick(COMPARATIVES)
   agree = dice.coin()
-  reply = (one, two) if agree else (two, one)
-  says = f'{one} is {more} than {two}'
+  says = f'{first} says {one} is {more} than {two}'
+  if not agree:
+    one, two = two, one
+  replies = f'{second} says {one} is {more} than {two}'
   answers = ('agree', 'argue') if agree else ('argue', 'agree')
-  fields = {
-    'talk': (
-      f'{first} says {says}. {second} says'
-      f' {_restated(dice, *reply, more, less)}.'
-    ),
-    'pair': f'{first} and {second}',
-  }
-  return Instance(fields, answers[0], answers[1:])
+  return Instance(
+    {'talk': f'{says}. {replies}.', 'pair': f'{first} and {second}'},
+    answers[0],
+    answers[1:],
+  )
 
 
 DEBATE = Family(
@@ -117,10 +106,10 @@ DEBATE = Family(
   'B',
   draw_debate,
   (
-    Template('do', '{talk} Do {pair} agree or argue?'),
+    Template('do', '{talk} Do they agree or argue?'),
     Template('they', '{talk} {pair}'),
-    Template('options', '{talk} What do they do? Options: {options}.'),
-    Template('listen', 'Listen to {pair}. {talk} The two'),
+    Template('options', '{talk} They ({options})'),
+    Template('listen', 'Listen! {talk} The two'),
     Template('agree', 'Agree or argue? {talk}'),
   ),
 )
@@ -146,7 +135,7 @@ def _meeting(dice: Dice, one: str, two: str) -> tuple[str, str, str]:
 
 
 def draw_paraphrase(dice: Dice) -> Instance:
-  """552 pairs of names x (3 trades x 96 nouns + 8 meetings) x 4 = 653,568."""
+  """552 pairs of names x (3 trades x 72 nouns + 8 meetings) x 4 = 494,592."""
   one, two = dice.some(NAMES, 2)
   said, same, other = dice.pick((_trade, _meeting))(dice, one, two)
   yes = dice.coin()
@@ -164,7 +153,7 @@ PARAPHRASE = Family(
   (
     Template('same', '{one}. {two}. Do both sentences mean the same?'),
     Template('labels', 'One: {one}. Two: {two}. Same meaning?'),
-    Template('claim', '"{one}" means "{two}".', TRUE_FALSE),
+    Template('claim', '"{one}" means "{two}".', _TRUE_FALSE),
     Template('other', 'Is "{one}" another way to say "{two}"?'),
   ),
 )

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 
+from moepeft.interop import released
 from moepeft.models import names, t5_names
 from moepeft.models.t5 import T5Config
 
@@ -40,10 +41,12 @@ def random_tree(shapes, seed=0):
   Not so large that attention saturates, where float32 would lose digits.
   """
   rng = np.random.default_rng(seed)
-  return names.unflatten({
-    path: rng.normal(scale=0.5, size=shape).astype(np.float32)
-    for path, shape in shapes.items()
-  })
+  return names.unflatten(
+    {
+      path: rng.normal(scale=0.5, size=shape).astype(np.float32)
+      for path, shape in shapes.items()
+    }
+  )
 
 
 def random_params(config, seed=0):
@@ -82,3 +85,13 @@ def assert_equal_trees(left, right):
   for path, leaf in left.items():
     assert leaf.dtype == right[path].dtype, path
     np.testing.assert_array_equal(leaf, right[path], err_msg=path)
+
+
+def released_arrays(config, adapter=None):
+  """Random parameters and an adapter's as `t5x.save` writes them, by name."""
+  sizes, depths = t5_names.sizes(config), t5_names.depths(config)
+  wanted = names.entries(t5_names.t5x_rules(config), sizes, depths)
+  pairs = list(names.write(wanted, sizes, random_params(config)))
+  if adapter is not None:
+    pairs += released.write(config, adapter)
+  return {entry.their_name: array for entry, array in pairs}

@@ -55,10 +55,12 @@ def test_bytes_depend_on_the_adapter_alone(saved, tmp_path):
 
 
 def test_arrays_are_written_as_float32(tmp_path):
-  half = names.unflatten({
-    path: leaf.astype(ml_dtypes.bfloat16)
-    for path, leaf in names.flatten(TREE).items()
-  })
+  half = names.unflatten(
+    {
+      path: leaf.astype(ml_dtypes.bfloat16)
+      for path, leaf in names.flatten(TREE).items()
+    }
+  )
   adapter.save(tmp_path / 'a', half, CARD)
   leaves = names.flatten(adapter.load(str(tmp_path / 'a'))[0]).values()
   assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}

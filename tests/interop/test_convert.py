@@ -9,7 +9,7 @@ import pytest
 
 from moepeft import convert
 from moepeft.interop import adapter as own
-from moepeft.interop import hf, peft, t5x
+from moepeft.interop import hf, peft, peft_config, t5x
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 
@@ -86,7 +86,7 @@ def test_adapters_go_all_ways(run, source, form):
     assert card['base'] == own.load('moepeft')[1]['base']
   elif form == 'peft':
     found = peft.load('out', CONFIG)
-    assert peft.read_config('out')['base_model_name_or_path'] == 'hf'
+    assert peft_config.read('out')['base_model_name_or_path'] == 'hf'
   else:
     loaded = t5x.load('out')
     assert_equal_trees(loaded.params, PARAMS)

@@ -7,14 +7,19 @@ import shutil
 import flax.serialization
 import numpy as np
 import pytest
-import tensorstore
 
 from moepeft.interop import hf, t5x
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 from moepeft.models.names import CheckpointError
 
-from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
+from .cases import (
+  CONFIGS,
+  adapter_tree,
+  assert_equal_trees,
+  random_params,
+  released_arrays,
+)
 
 CONFIG = CONFIGS['gated-untied']
 ATTENTION = ('encoder/self', 'decoder/self', 'decoder/cross')
@@ -124,7 +129,7 @@ def test_inferred_method_builds_the_tree_that_was_read(adapter):
 
 def test_released_names_and_axes():
   adapter = ADAPTERS['molora']
-  arrays = written(CONFIG, adapter)
+  arrays = released_arrays(CONFIG, adapter)
   a = arrays['decoder/layers_3/encoder_decoder_attention/lora_q_conv/lora_A']
   assert a.shape == (2, 11, 7)
   ours = adapter.tree['decoder']['layers']['cross']['q']['molora']['a']
@@ -134,34 +139,21 @@ def test_released_names_and_axes():
   assert b.shape == (2, 7, 15)
   name = 'decoder/layers_0/mlp/lora_output_conv/router/router_weights/v/kernel'
   assert arrays[name].shape == (13, 2)
-  scaling = written(CONFIG, ADAPTERS['mov'])
+  scaling = released_arrays(CONFIG, ADAPTERS['mov'])
   name = 'encoder/layers_0/attention/k_conv/mov_scaling'
   assert scaling[name].shape == (3, 2, 5)
   name = 'encoder/layers_0/mlp/intermediate_conv/mov_scaling'
   assert scaling[name].shape == (2, 13)
 
 
-def written(config, adapter=None):
-  """The arrays of `t5x.save`, by T5X name."""
-  from moepeft.interop import released
-  from moepeft.models import t5_names
-
-  sizes, depths = t5_names.sizes(config), t5_names.depths(config)
-  wanted = names.entries(t5_names.t5x_rules(config), sizes, depths)
-  pairs = list(names.write(wanted, sizes, random_params(config)))
-  if adapter is not None:
-    pairs += released.write(config, adapter)
-  return {entry.their_name: array for entry, array in pairs}
-
-
 def test_arrays_by_name_read_like_a_checkpoint(adapter):
-  loaded = t5x.from_arrays(written(CONFIG, adapter))
+  loaded = t5x.from_arrays(released_arrays(CONFIG, adapter))
   assert loaded.config == CONFIG
   assert_equal_trees(loaded.adapter.tree, adapter.tree)
 
 
 def test_top_k_is_said_in_the_method():
-  arrays = written(CONFIG, ADAPTERS['mov'])
+  arrays = released_arrays(CONFIG, ADAPTERS['mov'])
   method = t5x.from_arrays(arrays, top_k=2).adapter.method
   assert 'router=topk(k=2, renormalize=False)' in method
 
@@ -171,7 +163,7 @@ def test_ungated_gates_are_called_wi():
   sites = [site for site in low_rank_sites('wi') if 'mlp' in site]
   tree = adapter_tree(config, LOW_RANK, sites)
   method = "lora(rank=7, alpha=16, sites='*/mlp/wi|*/mlp/wo')"
-  arrays = written(config, Adapter(method, tree))
+  arrays = released_arrays(config, Adapter(method, tree))
   assert 'encoder/layers_0/mlp/lora_intermediate_conv/lora_A' in arrays
   loaded = t5x.from_arrays(arrays)
   assert loaded.adapter.method == method
@@ -181,16 +173,14 @@ def test_ungated_gates_are_called_wi():
 def test_two_methods_in_one_checkpoint_compose():
   lora, ia3 = ADAPTERS['lora'], ADAPTERS['ia3']
   both = names.flatten(lora.tree) | names.flatten(ia3.tree)
-  adapter = Adapter(
-    f'{lora.method} + {ia3.method}', names.unflatten(both)
-  )
-  loaded = t5x.from_arrays(written(CONFIG, adapter))
+  adapter = Adapter(f'{lora.method} + {ia3.method}', names.unflatten(both))
+  loaded = t5x.from_arrays(released_arrays(CONFIG, adapter))
   assert loaded.adapter.method == adapter.method
   assert_equal_trees(loaded.adapter.tree, adapter.tree)
 
 
 def test_a_lost_adapter_array_is_listed():
-  arrays = written(CONFIG, ADAPTERS['molora'])
+  arrays = released_arrays(CONFIG, ADAPTERS['molora'])
   lost = 'encoder/layers_1/attention/lora_v_conv/lora_B'
   del arrays[lost]
   with pytest.raises(CheckpointError) as error:
@@ -199,7 +189,7 @@ def test_a_lost_adapter_array_is_listed():
 
 
 def test_a_foreign_array_is_listed():
-  arrays = written(CONFIG) | {'decoder/extra': np.ones((2, 3))}
+  arrays = released_arrays(CONFIG) | {'decoder/extra': np.ones((2, 3))}
   with pytest.raises(CheckpointError, match=r'\+ decoder/extra \[2, 3\]'):
     t5x.from_arrays(arrays)
 
@@ -217,14 +207,14 @@ def test_a_foreign_array_is_listed():
 )
 def test_what_the_released_code_does_not_know_is_refused(method, what):
   with pytest.raises(CheckpointError) as error:
-    written(CONFIG, Adapter(method, {}))
+    released_arrays(CONFIG, Adapter(method, {}))
   assert what in str(error.value)
 
 
 def test_sites_of_no_released_module_are_refused():
   tree = adapter_tree(CONFIG, LOW_RANK, ['encoder/mlp/wi_1'])
   with pytest.raises(CheckpointError, match='no lora at encoder/mlp/wi_1'):
-    written(CONFIG, Adapter('lora(rank=7)', tree))
+    released_arrays(CONFIG, Adapter('lora(rank=7)', tree))
 
 
 def test_a_config_that_t5x_cannot_imply_is_refused(tmp_path):
@@ -252,62 +242,6 @@ def test_the_latest_checkpoint_of_a_parent_is_read(tmp_path):
   loaded = t5x.load(str(tmp_path / 'x'))
   assert loaded.path.endswith('checkpoint_10')
   assert_equal_trees(loaded.params, random_params(CONFIG, seed=10))
-
-
-@pytest.fixture
-def zarr(tmp_path):
-  """A checkpoint whose arrays lie in zarr directories, two chunks each."""
-  target = {}
-  for name, array in written(CONFIG).items():
-    folder = 'target.' + name.replace('/', '.')
-    metadata = {
-      'chunks': [-(-size // 2) for size in array.shape],
-      'compressor': {'id': 'gzip', 'level': 1},
-      'shape': list(array.shape),
-      'dtype': '<f4',
-    }
-    store = {'driver': 'file', 'path': str(tmp_path / 'checkpoint_5' / folder)}
-    spec = {'driver': 'zarr', 'kvstore': store, 'metadata': metadata}
-    tensorstore.open(spec, create=True).result().write(array).result()
-    # As T5X leaves it after a copy from a bucket.
-    spec['kvstore'] = {'driver': 'file', 'path': f'bucket/old/{folder}/'}
-    target[name] = spec
-  tree = {'version': 3, 'optimizer': {'target': names.unflatten(target)}}
-  packed = flax.serialization.msgpack_serialize(tree)
-  (tmp_path / 'checkpoint_5' / 'checkpoint').write_bytes(packed)
-  return tmp_path / 'checkpoint_5'
-
-
-def test_zarr_arrays_are_read(zarr):
-  loaded = t5x.load(str(zarr))
-  assert loaded.config == CONFIG
-  assert_equal_trees(loaded.params, random_params(CONFIG))
-
-
-def test_a_lost_chunk_is_an_error_and_no_zeros(zarr):
-  (zarr / 'target.token_embedder.embedding' / '1.0').unlink()
-  with pytest.raises(CheckpointError, match=r'embedding/1.0 is missing'):
-    t5x.load(str(zarr))
-
-
-def test_a_lost_array_is_named(zarr):
-  shutil.rmtree(zarr / 'target.encoder.encoder_norm.scale')
-  with pytest.raises(CheckpointError, match='encoder_norm.scale'):
-    t5x.load(str(zarr))
-
-
-@pytest.mark.parametrize('damage', ['truncate', 'flip'])
-def test_a_damaged_chunk_is_one_sentence(zarr, damage):
-  chunk = zarr / 'target.token_embedder.embedding' / '0.1'
-  data = bytearray(chunk.read_bytes())
-  if damage == 'truncate':
-    del data[len(data) // 2 :]
-  else:
-    data[len(data) // 2] ^= 1
-  chunk.write_bytes(data)
-  with pytest.raises(CheckpointError, match='truncated or damaged') as error:
-    t5x.load(str(zarr))
-  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('kept', [0, 1, 50, 5000])

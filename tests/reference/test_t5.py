@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moepeft.interop import hf, peft
+from moepeft.interop import hf, peft, peft_config
 from moepeft.models import names, t5_names
 from moepeft.objectives.seq2seq import objective
 
@@ -138,18 +138,16 @@ def greedy(case, name, rows, length):
 def test_written(name, tmp_path):
   case, folder = cases.load(name), cases.ROOT / name
   if name in ADAPTERS:
-    like = peft.read_config(folder)
+    like = peft_config.read(folder)
     peft.save(tmp_path / 'x', case.config, case.adapter, like=like)
-    file, config = peft.ARRAYS, selection(peft.read_config(tmp_path / 'x'))
+    file, config = peft.ARRAYS, selection(peft_config.read(tmp_path / 'x'))
     assert config == selection(like)
     expected = load_file(folder / file)
   else:
     hf.save(tmp_path / 'x', case.config, case.params)
     assert hf.load_config(str(tmp_path / 'x')) == case.config
     file, tensors = 'model.safetensors', hf.open_tensors(folder)
-    kept = {
-      entry.their_name for entry in hf.expected(t5_names, case.config)
-    }
+    kept = {entry.their_name for entry in hf.expected(t5_names, case.config)}
     expected = {key: tensors.fetch(key) for key in kept}
   written = load_file(tmp_path / 'x' / file)
   assert written.keys() == expected.keys()

@@ -1,14 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How Hugging Face's `peft` selects the modules of an adapter, by name."""
+"""adapter_config.json of Hugging Face's `peft`: its checks and selections."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from moepeft.interop import files
+from moepeft.models.names import CheckpointError
+
+FILE = 'adapter_config.json'
+# Fields that are read, or do not change what a trained adapter computes; a
+# field that is not here must be empty.
+_HARMLESS = frozenset(
+  """
+  auto_mapping base_model_name_or_path corda_config ensure_weight_tying
+  eva_config exclude_modules feedforward_modules inference_mode
+  init_ia3_weights layers_pattern layers_to_transform lora_alpha
+  lora_dropout megatron_core peft_type peft_version qalora_group_size r
+  revision runtime_config target_modules task_type use_rslora
+  """.split()
+)
+# Other initialisations change the base's weights along with the adapter.
+_NEUTRAL = {
+  'bias': ('none',),
+  'init_lora_weights': (True, 'gaussian', 'orthogonal', 'eva', 'mica'),
+}
 _NARROWING = ('exclude_modules', 'layers_to_transform', 'layers_pattern')
 
 
-def describe(
+def read(path: str) -> dict[str, Any]:
+  """The file of an adapter that `moepeft.interop.peft` understands whole.
+
+  Raises:
+    CheckpointError: it is absent or damaged, or says something else.
+  """
+  fields = files.read_json(Path(path) / FILE)
+  kind = fields.get('peft_type')
+  if kind not in ('LORA', 'IA3'):
+    raise CheckpointError(
+      f'{path} is a peft adapter of the type {kind!r}; LORA and IA3 are '
+      'supported'
+    )
+  if kind == 'LORA' and not (fields.get('r') and 'lora_alpha' in fields):
+    raise CheckpointError(
+      f'{path}/{FILE} lacks r or lora_alpha: save the adapter again with peft'
+    )
+  for name, value in sorted(fields.items()):
+    plain = not value or value in _NEUTRAL.get(name, ())
+    if name not in _HARMLESS and not plain:
+      raise CheckpointError(
+        f'{path}/{FILE} sets {name}={value!r}, which is not supported: '
+        'merge the adapter into its base with peft (merge_and_unload) and '
+        'convert the merged model'
+      )
+  return fields
+
+
+def selection(
   modules: Collection[str],
   adapted: Collection[str],
   inputs: Collection[str],

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float32 at least: for sums that bfloat16 would spoil."""
+
+import jax.numpy as jnp
+
+from moepeft.typing import Array
+
+
+def wide(x: Array) -> Array:
+  """x in float32, or as it is where it is wider (float64 in checks)."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

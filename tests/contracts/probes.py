@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small adapters that only tests use, to probe what the seam can hold."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.moe.softmax import Softmax
+from moepeft.moe.stats import route
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.site import contraction
+from moepeft.peft import lora
+from moepeft.peft.method import Method
+
+
+class Seen(nn.Module):
+  """Notes its site and changes nothing."""
+
+  site: str
+  log: ClassVar[set] = set()
+
+  @nn.compact
+  def __call__(self, f, x, ctx):
+    self.log.add(self.site)
+    return f(x)
+
+
+class Dora(nn.Module):
+  """DoRA (Liu et al., arXiv:2402.09353): needs the frozen kernel."""
+
+  rank: int = 2
+
+  @nn.compact
+  def __call__(self, f, x, ctx):
+    inside, outside = lora.shapes(f, 'dora')
+    a = peft_param(self, 'a', lora.INIT_A, (*inside, self.rank))
+    b = peft_param(self, 'b', lora.INIT_B, (self.rank, *outside))
+    _, inner, outer, _ = contraction(f.eqn)
+    letters = f.eqn.split('->')[0].split(',')[1]
+    weight = f.kernel()
+    term = jnp.einsum(f'{inner}r,r{outer}->{letters}', a, b)
+    axes = tuple(letters.index(c) for c in inner)
+
+    def norm(w):
+      return jnp.sqrt(jnp.sum(w * w, axis=axes))
+
+    magnitude = peft_param(
+      self, 'magnitude', lambda *_: norm(weight), outside
+    )
+    changed = weight + term
+    scale = magnitude / jax.lax.stop_gradient(norm(changed))
+    return jnp.einsum(f.eqn, x, changed) * scale
+
+
+class Prefix(nn.Module):
+  """Prefix tuning (Li & Liang, arXiv:2101.00190): longer keys and values."""
+
+  length: int = 3
+
+  @nn.compact
+  def __call__(self, f, x, ctx):
+    shape = (self.length, *x.k.shape[2:])
+    init = nn.initializers.normal(0.5)
+    k = peft_param(self, 'k', init, shape)
+    v = peft_param(self, 'v', init, shape)
+
+    def longer(prefix, rest):
+      batched = jnp.broadcast_to(prefix, (rest.shape[0], *prefix.shape))
+      return jnp.concatenate([batched.astype(rest.dtype), rest], axis=1)
+
+    left = ((0, 0), (0, 0), (0, 0), (self.length, 0))
+    bias = None if x.bias is None else jnp.pad(x.bias, left)
+    mask = x.mask
+    if mask is not None:
+      mask = jnp.pad(mask, left, constant_values=True)
+    return f(
+      x.replace(k=longer(k, x.k), v=longer(v, x.v), bias=bias, mask=mask)
+    )
+
+
+class Mixture(nn.Module):
+  """Experts that share a frozen feed-forward (MixLoRA, arXiv:2404.15159).
+
+  Each has its own adapters at the sites inside, by a `vmap` of `f`.
+  """
+
+  experts: int = 3
+  router: nn.Module = Softmax(3)
+
+  @nn.compact
+  def __call__(self, f, x, ctx):
+    weights = route(self, self.router, x, ctx).weights
+    outputs = f.vmap(self.experts)(x)
+    return jnp.einsum('bte,ebtd->btd', weights.astype(x.dtype), outputs)
+
+
+PROBES = {
+  'dora': Method(Dora, {'official': ('query', 'key', 'down')}),
+  'prefix': Method(Prefix, {'official': ('core',)}),
+  'mixture': Method(Mixture, {'official': ('mlp',)}),
+  'lora': lora.METHOD,
+}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models and batches of odd sizes, so that no axis can hide another."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.models import t5
+from moepeft.peft import build
+
+# Primes, heads times head size (15) unlike d_model (11), layers unlike too.
+GATED = t5.T5Config(
+  vocab=37,
+  d_model=11,
+  heads=3,
+  head_dim=5,
+  ffn=17,
+  encoder_layers=2,
+  decoder_layers=3,
+  dropout=0.0,
+)
+RELU = dataclasses.replace(
+  GATED, gated=False, activation='relu', tied=True, scale_head=True
+)
+
+# Every method of the registry, every router, and two adapters together.
+METHODS = (
+  'lora(rank=3)',
+  'ia3',
+  'mov(experts=3)',
+  "mov(experts=3, reads='output')",
+  "mov(experts=3, reads='input')",
+  'mov(experts=3, router=topk(k=2, renormalize=True))',
+  'molora(experts=3, rank=2)',
+  'molora(experts=3, rank=2, router=topk(k=2))',
+  'molora(experts=3, rank=2, router=uniform)',
+  'molora(experts=3, rank=2, router=random(k=2))',
+  "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+)
+ROUTERS = (
+  'softmax',
+  'topk(k=1)',
+  'topk(k=2)',
+  'topk(k=2, renormalize=True)',
+  'uniform',
+  'random(k=2)',
+)
+
+
+def batch(rows=3, s=7, t=5, vocab=37, seed=0):
+  """Ids with padding at the ends of the rows, of all lengths from full to 3."""
+  rng = np.random.default_rng(seed)
+  lengths = np.maximum(s - np.arange(rows) * 2, 3)
+  inputs_mask = np.arange(s)[None] < lengths[:, None]
+  targets_mask = np.arange(t)[None] < np.maximum(lengths - 2, 2)[:, None]
+  targets = rng.integers(2, vocab, (rows, t)) * targets_mask
+  return {
+    'inputs': jnp.asarray(rng.integers(2, vocab, (rows, s)) * inputs_mask),
+    'decoder_inputs': jnp.asarray(np.pad(targets[:, :-1], ((0, 0), (1, 0)))),
+    'targets': jnp.asarray(targets),
+    'inputs_mask': jnp.asarray(inputs_mask),
+    'targets_mask': jnp.asarray(targets_mask),
+  }
+
+
+def make(method, config=GATED, semantics='official', **options):
+  """(model, built) of a method on a small model."""
+  built = build(method, t5.sites(config), semantics)
+  return t5.T5(config, built.advice, **options), built
+
+
+@functools.lru_cache(maxsize=64)
+def variables(method, config=GATED, noise=0.0, semantics='official'):
+  """Initialised 'params' and 'peft'; `noise` moves the latter off identity."""
+  model, _ = make(method, config, semantics)
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  made = jax.jit(model.init)(rngs, batch())
+  peft = made.get('peft', {})
+  if noise:
+    leaves, tree = jax.tree.flatten(peft)
+    keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
+    leaves = [
+      a + noise * jax.random.normal(k, a.shape)
+      for a, k in zip(leaves, keys, strict=False)
+    ]
+    peft = jax.tree.unflatten(tree, leaves)
+  return {'params': made['params'], 'peft': peft}
+
+
+def unstack(tree):
+  """layers on axis 0 -> layers_0, layers_1, ...: the form without scan."""
+  if not isinstance(tree, dict):
+    return tree
+  out = {}
+  for key, value in tree.items():
+    if key == 'layers':
+      depth = len(jax.tree.leaves(value)[0])
+      for i in range(depth):
+        out[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
+    else:
+      out[key] = unstack(value)
+  return out

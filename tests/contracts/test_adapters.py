@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every adapter promises, over the whole registry."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.models import names, t5
+from moepeft.objectives.seq2seq import objective
+from moepeft.peft import METHODS, build
+
+from . import small
+
+every_method = pytest.mark.parametrize('method', small.METHODS)
+# float32 sums of other order over a depth of five layers.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+def test_small_methods_cover_the_registry():
+  named = {m.split('(')[0].split(' ')[0] for m in small.METHODS}
+  assert named | {'full'} == set(METHODS)
+
+
+@every_method
+@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+def test_identity_at_initialisation(method, config):
+  if 'topk' in method and 'renormalize' not in method and 'mov' in method:
+    pytest.fail('such a mixture does not start at the base; test it apart')
+  model, _ = small.make(method, config)
+  variables = small.variables(method, config)
+  base = t5.T5(config).apply({'params': variables['params']}, small.batch())
+  adapted = model.apply(variables, small.batch())
+  # Routers' weights sum to one up to float32 rounding.
+  np.testing.assert_allclose(adapted, base, rtol=1e-4, atol=1e-5)
+
+
+def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
+  method = 'mov(experts=3, router=topk(k=1, renormalize=False))'
+  model, _ = small.make(method)
+  variables = small.variables(method)
+  base = t5.T5(small.GATED).apply(
+    {'params': variables['params']}, small.batch()
+  )
+  # About 1/3 of every key, value and gate is left (released code, 2.5).
+  assert np.abs(model.apply(variables, small.batch()) - base).max() > 0.01
+
+
+@every_method
+def test_params_are_untouched_in_values_and_paths(method):
+  base = t5.T5(small.GATED)
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  expected = jax.jit(base.init)(rngs, small.batch())['params']
+  found = small.variables(method)['params']
+  chex.assert_trees_all_equal(expected, found)
+
+
+@every_method
+def test_scan_equals_loop(method):
+  variables = small.variables(method, noise=0.1)
+  scanned, _ = small.make(method)
+  looped, _ = small.make(method, scan=False)
+  unrolled, _ = small.make(method, unroll=2)
+  expected = scanned.apply(variables, small.batch())
+  apart = {key: small.unstack(tree) for key, tree in variables.items()}
+  np.testing.assert_allclose(
+    looped.apply(apart, small.batch()), expected, **CLOSE
+  )
+  np.testing.assert_allclose(
+    unrolled.apply(variables, small.batch()), expected, **CLOSE
+  )
+
+
+@every_method
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_changes_no_gradient(method, remat):
+  expected = gradients(method, 'none')
+  found = gradients(method, remat)
+  chex.assert_trees_all_close(found, expected, **CLOSE)
+  assert any(np.abs(a).max() > 0 for a in jax.tree.leaves(found))
+
+
+def gradients(method, remat):
+  model, _ = small.make(method, remat=remat)
+  variables = small.variables(method, noise=0.1)
+
+  def loss(peft):
+    return objective(
+      model.apply, {**variables, 'peft': peft}, small.batch(), None
+    )[0]
+
+  return jax.jit(jax.grad(loss))(variables['peft'])
+
+
+@every_method
+def test_vmap_over_a_bank_equals_one_by_one(method):
+  model, _ = small.make(method)
+  one, two = small.variables(method), small.variables(method, noise=0.1)
+  bank = jax.tree.map(lambda a, b: jnp.stack([a, b]), one['peft'], two['peft'])
+
+  def run(peft):
+    return model.apply({'params': one['params'], 'peft': peft}, small.batch())
+
+  both = jax.vmap(run)(bank)
+  np.testing.assert_allclose(both[0], run(one['peft']), **CLOSE)
+  np.testing.assert_allclose(both[1], run(two['peft']), **CLOSE)
+
+
+@every_method
+def test_bfloat16_activations_keep_float32_adapters(method):
+  model, _ = small.make(method, dtype=jnp.bfloat16)
+  variables = small.variables(method, noise=0.1)
+  assert {a.dtype for a in jax.tree.leaves(variables['peft'])} <= {
+    jnp.dtype('float32')
+  }
+  logits = model.apply(variables, small.batch())
+  exact = small.make(method)[0].apply(variables, small.batch())
+  assert logits.dtype == jnp.float32
+  real = small.batch()['targets_mask']
+  error = np.linalg.norm((logits - exact)[real])
+  # bfloat16 keeps 8 bits; five layers and saturated gates widen it.
+  assert error < 0.1 * np.linalg.norm(exact[real])
+
+
+@every_method
+def test_padding_never_moves_logits(method):
+  model, _ = small.make(method)
+  variables = small.variables(method, noise=0.1)
+  batch = small.batch()
+  real = batch['targets_mask']
+  other = dict(batch)
+  for side, mask in (('inputs', 'inputs_mask'), ('decoder_inputs', None)):
+    kept = batch[mask] if mask else jnp.pad(
+      real[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    )
+    other[side] = jnp.where(kept, batch[side], 31)
+  wide = {
+    key: jnp.pad(other[key], ((0, 0), (0, 4)), constant_values=0)
+    for key in other
+  }
+  expected = model.apply(variables, batch)
+  np.testing.assert_allclose(
+    model.apply(variables, other)[real], expected[real], **CLOSE
+  )
+  found = model.apply(variables, wide)[:, : expected.shape[1]]
+  np.testing.assert_allclose(found[real], expected[real], **CLOSE)
+
+
+@every_method
+def test_one_trace_serves_every_batch_of_a_shape(method):
+  model, _ = small.make(method)
+  variables = small.variables(method)
+  chex.clear_trace_counter()
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def run(variables, batch):
+    # Built anew: equal modules must be equal to jit.
+    return small.make(method)[0].apply(variables, batch)
+
+  run(variables, small.batch(seed=1))
+  run(variables, small.batch(seed=2))
+  assert hash(model) == hash(small.make(method)[0])
+
+
+# Sizes of the small model: d 11, n*h 15, f 17; 2 encoder, 3 decoder layers.
+_D, _NH, _F, _H = 11, 15, 17, 5
+_ATTENTIONS = 2 + 2 * 3
+_LAYERS = 2 + 3
+
+
+def _lora(r):
+  attention = 4 * (_D + _NH) * r
+  return _ATTENTIONS * attention + _LAYERS * 2 * (_D + _F) * r
+
+
+def _molora(e, r):
+  routers = _ATTENTIONS * (3 * _D + _NH) + _LAYERS * (_D + _F)
+  return e * (_lora(r) + routers)
+
+
+_IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
+
+
+@pytest.mark.parametrize(
+  ('method', 'semantics', 'expected'),
+  [
+    ('full', 'official', 0),
+    ('lora(rank=3)', 'official', _lora(3)),
+    ('lora(rank=3)', 'paper', _lora(3) + _LAYERS * (_D + _F) * 3),
+    ('ia3', 'official', _IA3),
+    # K and V: one [h, e] kernel a site; feed-forward: [f, e].
+    (
+      'mov(experts=3)',
+      'official',
+      3 * (_IA3 + _ATTENTIONS * 2 * _H + _LAYERS * _F),
+    ),
+    ('mov(experts=3)', 'paper', 3 * (2 * _IA3)),
+    ('molora(experts=3, rank=2)', 'official', _molora(3, 2)),
+    ('molora(experts=3, rank=2, router=uniform)', 'official', 3 * _lora(2)),
+    ('molora(experts=3, rank=2, router=random)', 'official', 3 * _lora(2)),
+  ],
+)
+def test_parameter_count_equals_its_formula(method, semantics, expected):
+  peft = small.variables(method, semantics=semantics)['peft']
+  assert sum(math.prod(a.shape) for a in jax.tree.leaves(peft)) == expected
+
+
+@pytest.mark.parametrize(
+  'method', ['lora(rank=3)', "ia3(sites='*/k|*/v|*/wo')",
+             "ia3(sites='*/wo|*/q', on='input')"]
+)
+def test_merged_equals_unmerged(method):
+  from moepeft.peft.merge import merge
+
+  model, built = small.make(method)
+  variables = small.variables(method, noise=0.1)
+  merged = merge(built, variables)
+  names.check(
+    {k: a.shape for k, a in names.flatten(variables['params']).items()},
+    {k: a.shape for k, a in names.flatten(merged).items()},
+    'merging changes a path',
+    'mend merge',
+  )
+  np.testing.assert_allclose(
+    t5.T5(small.GATED).apply({'params': merged}, small.batch()),
+    model.apply(variables, small.batch()),
+    **CLOSE,
+  )
+
+
+@pytest.mark.parametrize('method', ['mov(experts=3)', 'molora(experts=3)', 'full'])
+def test_mixtures_refuse_to_merge_and_say_why(method):
+  from moepeft.peft.merge import merge
+
+  _, built = small.make(method)
+  with pytest.raises(ValueError, match='cannot be merged.*(token|base)'):
+    merge(built, small.variables(method))
+
+
+def test_merge_of_official_ia3_goes_into_wo():
+  from moepeft.peft.merge import merge
+
+  model, built = small.make('ia3')
+  variables = small.variables('ia3', noise=0.1)
+  merged = merge(built, variables)
+  np.testing.assert_allclose(
+    t5.T5(small.GATED).apply({'params': merged}, small.batch()),
+    model.apply(variables, small.batch()),
+    **CLOSE,
+  )
+
+
+@pytest.mark.parametrize(
+  ('method', 'said'),
+  [
+    ('lorra', 'no method'),
+    ('lora(rang=3)', 'no option rang'),
+    ("lora(sites='*/qq')", "'\\*/qq' matches no site"),
+    ('molora(router=topkk)', 'no router'),
+    ('molora(router=topk(kk=1))', 'no option kk'),
+    ('full + lora', 'full trains alone'),
+    ('lora(', 'cannot read the method'),
+    ('lora(4)', 'cannot read the method'),
+    ('lora(rank=1, rank=2)', 'cannot read the method'),
+  ],
+)
+def test_a_wrong_method_is_one_clear_sentence(method, said):
+  with pytest.raises(ValueError, match=said):
+    build(method, t5.sites(small.GATED))
+
+
+def test_an_adapter_of_another_shape_is_refused():
+  model, _ = small.make('lora(rank=3)')
+  variables = small.variables('lora(rank=2, alpha=16)')
+  with pytest.raises(ValueError, match='expected shape .* got'):
+    model.apply(variables, small.batch())

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model promises: sites, decoding, depth, devices."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.decoding import greedy
+from moepeft.models import FAMILIES, t5
+from moepeft.nn.site import Advice
+
+from . import small
+from .probes import Seen
+
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+def test_every_site_is_reached_and_no_other(config):
+  listed = t5.sites(config)
+  seen = set()
+  advice = Advice(
+    tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
+  )
+  Seen.log = seen
+  model = t5.T5(config, advice)
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  jax.eval_shape(lambda: model.init(rngs, small.batch()))
+  assert seen == set(listed)
+
+
+@pytest.mark.parametrize(
+  'method',
+  [None, 'mov(experts=3)', 'molora(experts=3, rank=2)', "ia3(sites='*/core')"],
+)
+@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+def test_cached_decoding_equals_uncached(method, config):
+  model, variables = t5.T5(config), small.variables('full', config)
+  if method:
+    model, _ = small.make(method, config)
+    variables = small.variables(method, config, noise=0.1)
+  batch = small.batch()
+  sides = {key: batch[key] for key in ('inputs', 'inputs_mask')}
+  # -1 never occurs, so every row runs to the end.
+  tokens = np.asarray(greedy(model, variables, sides, 9, eos=-1))
+  ids = np.zeros((3, 1), np.int32)
+  for _ in range(9):
+    logits = model.apply(variables, {**sides, 'decoder_inputs': ids})
+    following = np.argmax(np.asarray(logits)[:, -1], -1)
+    ids = np.concatenate([ids, following[:, None]], axis=1)
+  np.testing.assert_array_equal(tokens, ids[:, 1:])
+
+
+def test_generation_ends_with_eos_and_then_padding():
+  model, variables = t5.T5(small.GATED), small.variables('full')
+  sides = {'inputs': small.batch()['inputs']}
+  free = np.asarray(greedy(model, variables, sides, 9, eos=-1))
+  eos = int(free[0, 2])
+  ended = np.asarray(greedy(model, variables, sides, 9, eos=eos))
+  first = list(free[0]).index(eos)
+  np.testing.assert_array_equal(ended[0, : first + 1], free[0, : first + 1])
+  assert (ended[0, first + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize('method', ['full', 'molora(experts=3, rank=2)'])
+def test_the_program_does_not_grow_with_depth(method):
+  def program(layers):
+    config = dataclasses.replace(
+      small.GATED, encoder_layers=layers, decoder_layers=layers
+    )
+    model, _ = small.make(method, config)
+    shapes = jax.eval_shape(
+      lambda: model.init(
+        {'params': jax.random.key(0), 'peft': jax.random.key(1)}, small.batch()
+      )
+    )
+    shapes.pop('routing', None)
+
+    def loss(variables):
+      return jnp.sum(model.apply(variables, small.batch()))
+
+    text = jax.jit(jax.grad(loss)).lower(shapes).as_text()
+    return len(re.findall(r'\n', text))
+
+  assert program(2) == program(13)
+
+
+def test_packed_rows_equal_rows_alone():
+  model, variables = t5.T5(small.GATED), small.variables('full')
+  one, two = np.array([[5, 6, 7, 1]]), np.array([[9, 8, 1]])
+  y1, y2 = np.array([[0, 11, 12]]), np.array([[0, 13]])
+  packed = {
+    'inputs': np.concatenate([one, two, [[0]]], 1),
+    'decoder_inputs': np.concatenate([y1, y2], 1),
+    'inputs_mask': np.array([[True] * 7 + [False]]),
+    'inputs_segments': np.array([[1] * 4 + [2] * 3 + [0]]),
+    'targets_segments': np.array([[1] * 3 + [2] * 2]),
+  }
+  logits = model.apply(variables, packed)
+  for x, y, at in ((one, y1, slice(0, 3)), (two, y2, slice(3, 5))):
+    alone = model.apply(variables, {'inputs': x, 'decoder_inputs': y})
+    np.testing.assert_allclose(logits[:, at], alone, **CLOSE)
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large', 'xl', 'xxl'])
+@pytest.mark.parametrize('version', ['1.0', '1.1'])
+def test_every_released_size_has_a_config(size, version):
+  config = t5.config(size, version)
+  assert config.gated == (version == '1.1') != config.tied
+
+
+def test_unknown_sizes_and_policies_are_named():
+  with pytest.raises(ValueError, match="got 'huge'"):
+    t5.config('huge')
+  with pytest.raises(ValueError, match="got '2.0'"):
+    t5.config('small', '2.0')
+  model = t5.T5(small.GATED, remat='some')
+  with pytest.raises(ValueError, match="got 'some'"):
+    model.init(jax.random.key(0), small.batch())
+
+
+def test_families_have_what_the_commands_ask_of_them():
+  for family in FAMILIES.values():
+    assert callable(family.sites) and callable(family.config)
+    assert issubclass(family.MODULE, jax.tree_util.Partial) or family.MODULE
+
+
+_DEVICES = """
+import os, sys
+import jax, numpy as np
+sys.path.insert(0, {root!r})
+from tests.contracts import small
+from moepeft import sharding, optim, train, config as config_lib
+from moepeft.typing import State
+import jax.numpy as jnp
+c = config_lib.default()
+c.router_losses.load_balance = 0.1
+model, built = small.make('molora(experts=3, rank=2, router=topk(k=2))')
+variables = small.variables('molora(experts=3, rank=2, router=topk(k=2))', noise=0.1)
+optimizer = optim.optimizer(c.optimizer, 10)
+mesh = sharding.make_mesh()
+state = State(jnp.int32(0), variables['peft'], variables['params'],
+              optimizer.init(variables['peft']), jax.random.key(0))
+state = sharding.replicate(mesh, state)
+update = jax.jit(train.make_update(model, built, c, optimizer))
+for seed in range(3):
+  batch = sharding.shard_batch(mesh, small.batch(rows=8, seed=seed))
+  state, aux = update(state, batch)
+leaves = [np.asarray(a) for a in jax.tree.leaves(state.trainable)]
+np.savez(sys.argv[1], *leaves, loss=np.asarray(aux['loss']), n=jax.device_count())
+"""
+
+
+def test_eight_virtual_devices_equal_one(tmp_path):
+  found = []
+  root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+  for devices in (1, 8):
+    path = tmp_path / f'{devices}.npz'
+    env = os.environ | {
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'JAX_PLATFORMS': 'cpu',
+    }
+    code = _DEVICES.format(root=root)
+    subprocess.run([sys.executable, '-c', code, path], env=env, check=True)
+    found.append(np.load(path))
+  one, eight = found
+  assert int(one['n']) == 1 and int(eight['n']) == 8
+  # Sums over 8 rows in another order, then three Adam steps.
+  np.testing.assert_allclose(one['loss'], eight['loss'], rtol=1e-5)
+  for name in one.files:
+    np.testing.assert_allclose(one[name], eight[name], rtol=2e-4, atol=2e-5)

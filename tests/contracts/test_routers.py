@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every router promises, and losses and statistics by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.moe import ROUTERS, losses, stats
+from moepeft.moe.softmax import Softmax
+from moepeft.moe.topk import TopK
+from moepeft.typing import Context, Routing
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 7))
+CTX = Context(token_mask=jnp.ones((2, 5), bool))
+
+
+def run(router, x=X, ctx=CTX, seed=1):
+  rngs = {'peft': jax.random.key(seed), 'router': jax.random.key(3)}
+  return router.init_with_output(rngs, x, ctx)[0]
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_rows_sum_to_one_or_to_what_the_docstring_says(name):
+  routing = run(ROUTERS[name](experts=3))
+  total = np.asarray(jnp.sum(routing.weights, -1))
+  assert routing.weights.shape == (2, 5, 3)
+  if name == 'topk':
+    assert (total < 1).all() and (total >= 1 / 3).all()
+    routing = run(ROUTERS[name](experts=3, renormalize=True))
+    total = jnp.sum(routing.weights, -1)
+  # float32 softmax.
+  np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_routers_are_float32_inside(name):
+  routing = run(ROUTERS[name](experts=3), X.astype(jnp.bfloat16))
+  assert routing.weights.dtype == routing.logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_routers_are_causal(name):
+  later = X.at[:, 3:].set(9.0)
+  router = ROUTERS[name](experts=3)
+  np.testing.assert_array_equal(
+    run(router).weights[:, :3], run(router, later).weights[:, :3]
+  )
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_padding_never_moves_a_real_token(name):
+  mask = jnp.arange(5)[None] < jnp.array([[5], [3]])
+  ctx = Context(token_mask=mask)
+  router = ROUTERS[name](experts=3)
+  other = jnp.where(mask[..., None], X, 100.0)
+  expected = run(router, X, ctx).weights[mask]
+  np.testing.assert_array_equal(run(router, other, ctx).weights[mask], expected)
+
+
+@pytest.mark.parametrize('name', ['softmax', 'topk'])
+@pytest.mark.parametrize('noise', ['jitter', 'dropout'])
+def test_noise_acts_in_training_only(name, noise):
+  quiet, noisy = ROUTERS[name](experts=3), ROUTERS[name](experts=3, **{noise: 0.5})
+  np.testing.assert_array_equal(run(quiet).weights, run(noisy).weights)
+  train = CTX.replace(train=True)
+  assert np.abs(run(quiet).weights - run(noisy, ctx=train).weights).max() > 1e-3
+
+
+def test_expert_dropout_keeps_the_best_expert_and_the_sum():
+  routing = run(Softmax(4, dropout=0.9), ctx=CTX.replace(train=True))
+  best = jnp.argmax(routing.logits, -1)
+  np.testing.assert_array_equal(jnp.argmax(routing.weights, -1), best)
+  np.testing.assert_allclose(jnp.sum(routing.weights, -1), 1, rtol=1e-6)
+  # Each of the three others is dropped with probability 0.9.
+  assert 0.8 < float(jnp.mean(routing.weights == 0)) / 0.75 < 1.0
+
+
+def test_topk_keeps_the_k_most_probable_as_they_are():
+  soft, top = run(Softmax(4)).weights, run(TopK(4, k=2)).weights
+  kept = np.sort(np.asarray(soft), -1)[..., 2:]
+  np.testing.assert_allclose(np.sort(np.asarray(top), -1)[..., 2:], kept)
+  assert (np.sum(np.asarray(top) > 0, -1) == 2).all()
+
+
+def test_random_depends_on_layer_and_site_alone():
+  router = ROUTERS['random'](experts=5)
+  first = run(router, ctx=CTX.replace(layer=jnp.int32(0))).weights
+  again = run(router, ctx=CTX.replace(layer=jnp.int32(0)), seed=2).weights
+  other = run(router, ctx=CTX.replace(layer=jnp.int32(1))).weights
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+
+
+def test_a_k_beyond_the_experts_is_an_error():
+  with pytest.raises(ValueError, match='k=4 of 3'):
+    run(TopK(3, k=4))
+
+
+def by_hand():
+  """Three real tokens and one of padding over two experts.
+
+  Probabilities of expert 0: 3/4, 3/4, 1/4 (and padding, which is 1/2), from
+  logits (ln 3, 0), (ln 3, 0), (0, ln 3).
+  """
+  ln3 = np.log(3)
+  logits = jnp.array([[[ln3, 0], [ln3, 0], [0, ln3], [0, 0]]], jnp.float32)
+  mask = jnp.array([[True, True, True, False]])
+  return stats.reduce(Routing(logits, jax.nn.softmax(logits)), mask)
+
+
+def test_sums_are_over_real_tokens():
+  sums = by_hand()
+  assert float(sums.count) == 3
+  np.testing.assert_allclose(sums.load, [2, 1])
+  # 3/4 + 3/4 + 1/4 and 1/4 + 1/4 + 3/4
+  np.testing.assert_allclose(sums.probability, [1.75, 1.25], rtol=1e-6)
+  # Each token: 3/4 ln 4/3 + 1/4 ln 4
+  entropy = 3 * (0.75 * np.log(4 / 3) + 0.25 * np.log(4))
+  np.testing.assert_allclose(sums.entropy, entropy, rtol=1e-6)
+  # log(3 + 1) for each.
+  np.testing.assert_allclose(sums.log_z2, 3 * np.log(4) ** 2, rtol=1e-6)
+
+
+def test_losses_by_hand():
+  sums = by_hand()
+  # 2 (2/3 * 1.75/3 + 1/3 * 1.25/3) = 2 (3.5 + 1.25) / 9
+  np.testing.assert_allclose(losses.load_balance(sums), 9.5 / 9, rtol=1e-6)
+  np.testing.assert_allclose(losses.z(sums), np.log(4) ** 2, rtol=1e-6)
+  total = losses.total({'a': sums, 'b': sums}, {'load_balance': 2.0, 'z': 0.0})
+  np.testing.assert_allclose(total, 19 / 9, rtol=1e-6)
+
+
+def test_statistics_by_hand():
+  values = stats.statistics(by_hand())
+  np.testing.assert_allclose(values.load, [2 / 3, 1 / 3], rtol=1e-6)
+  np.testing.assert_allclose(values.top, 2 / 3, rtol=1e-6)
+  # Standard deviation 1/6 over mean 1/2.
+  np.testing.assert_allclose(values.variation, 1 / 3, rtol=1e-5)
+
+
+def test_equal_weights_share_the_load():
+  routing = run(ROUTERS['uniform'](experts=3))
+  np.testing.assert_allclose(
+    stats.reduce(routing, None).load, [10 / 3] * 3, rtol=1e-6
+  )
+
+
+def test_sums_add_up_over_parts_of_a_batch():
+  routing = run(TopK(3, k=2))
+  whole = stats.reduce(routing, CTX.token_mask)
+  halves = [
+    stats.reduce(jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
+                 CTX.token_mask[i : i + 1])
+    for i in range(2)
+  ]
+  added = jax.tree.map(jnp.add, *halves)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), added, whole
+  )
+
+
+def test_the_load_balance_loss_pushes_towards_balance():
+  def loss(logits):
+    routing = Routing(logits, jax.nn.softmax(logits))
+    return losses.load_balance(stats.reduce(routing, None))
+
+  slope = jax.grad(loss)(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
+  # Expert 0 has all the load: its logits must fall.
+  assert (slope[..., 0] > 0).all() and (slope[..., 1] < 0).all()
+
+
+def test_an_unknown_loss_is_named():
+  with pytest.raises(ValueError, match='got balance'):
+    losses.total({}, {'balance': 1.0})

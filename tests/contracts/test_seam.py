@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam holds what comes later: DoRA, prefixes, mixtures of sublayers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moepeft.models import t5
+from moepeft.moe import stats
+from moepeft.objectives.seq2seq import objective
+from moepeft.peft import build
+
+from . import small
+from .probes import PROBES
+
+METHODS = {
+  'dora': 'dora',
+  'prefix': 'prefix',
+  'mixture': "lora(rank=2, sites='*/wi_0|*/wo') + mixture",
+}
+
+
+def make(name, **options):
+  built = build(METHODS[name], t5.sites(small.GATED), methods=PROBES)
+  model = t5.T5(small.GATED, built.advice, **options)
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  variables = jax.jit(model.init)(rngs, small.batch())
+  return model, {key: variables[key] for key in ('params', 'peft')}
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize('name', METHODS)
+def test_a_probe_trains_under_scan_remat_and_jit(name, remat):
+  model, variables = make(name, remat=remat)
+  optimizer = optax.adam(0.02)
+
+  @jax.jit
+  def update(peft, opt):
+    def loss(peft):
+      return objective(
+        model.apply, {**variables, 'peft': peft}, small.batch(), None
+      )[0]
+
+    value, gradient = jax.value_and_grad(loss)(peft)
+    changes, opt = optimizer.update(gradient, opt)
+    return optax.apply_updates(peft, changes), opt, value
+
+  peft, opt = variables['peft'], optimizer.init(variables['peft'])
+  losses = []
+  for _ in range(20):
+    peft, opt, value = update(peft, opt)
+    losses.append(float(value))
+  assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize('name', ['dora', 'mixture'])
+def test_a_probe_starts_at_the_base(name):
+  model, variables = make(name)
+  base = t5.T5(small.GATED).apply(
+    {'params': variables['params']}, small.batch()
+  )
+  # Sums of weights that add to one, and a norm divided by itself.
+  np.testing.assert_allclose(
+    model.apply(variables, small.batch()), base, rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_probe_leaves_params_alone(name):
+  _, variables = make(name)
+  expected = small.variables('full')['params']
+  assert jax.tree.structure(variables['params']) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, variables['params'], expected)
+
+
+def test_experts_of_a_sublayer_have_adapters_of_their_own():
+  model, variables = make('mixture')
+  layers = variables['peft']['encoder']['layers']
+  # Two layers, three experts, d 11, rank 2.
+  assert layers['mlp']['wi_0']['lora']['a'].shape == (2, 3, 11, 2)
+  assert layers['around_mlp']['mixture']['router']['kernel'].shape == (2, 11, 3)
+  _, seen = model.apply(variables, small.batch(), mutable=['routing'])
+  found = stats.by_site(seen['routing'])
+  assert set(found) == {
+    f'{side}/layers/around_mlp/mixture' for side in ('encoder', 'decoder')
+  }
+
+
+def test_a_prefix_works_in_cached_decoding():
+  from moepeft.decoding import greedy
+
+  model, variables = make('prefix')
+  sides = {'inputs': small.batch()['inputs']}
+  tokens = np.asarray(greedy(model, variables, sides, 6, eos=-1))
+  ids = np.zeros((3, 1), np.int32)
+  for _ in range(6):
+    logits = model.apply(variables, {**sides, 'decoder_inputs': ids})
+    following = np.argmax(np.asarray(logits)[:, -1], -1)
+    ids = np.concatenate([ids, following[:, None]], axis=1)
+  np.testing.assert_array_equal(tokens, ids[:, 1:])
+
+
+def test_full_weights_leave_a_layer_on_request_only():
+  model, _ = small.make('molora(experts=3, rank=2)')
+  variables = small.variables('molora(experts=3, rank=2)')
+  _, seen = model.apply(variables, small.batch(), mutable=['routing'])
+  assert set(seen) == {'routing'}
+  _, seen = model.apply(variables, small.batch(), mutable=['weights'])
+  shapes = {a.shape for a in jax.tree.leaves(seen['weights'])}
+  # Layers, rows, inputs or targets, experts.
+  assert shapes == {(2, 3, 7, 3), (3, 3, 5, 3), (3, 3, 7, 3)}
+
+
+def test_a_given_routing_replaces_the_router():
+  from moepeft.nn.linear import frozen_einsum
+  from moepeft.peft.molora import MoLora
+  from moepeft.typing import Context, Routing
+
+  x = jax.random.normal(jax.random.key(0), (2, 3, 5))
+  f = frozen_einsum('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
+  one_hot = jnp.broadcast_to(jnp.array([0.0, 1.0]), (2, 3, 2))
+  module = MoLora(experts=2, rank=2)
+  given = Context(routing=Routing(one_hot, one_hot))
+  variables = {
+    'peft': {
+      'a': jax.random.normal(jax.random.key(1), (5, 2, 2)),
+      'b': jax.random.normal(jax.random.key(2), (2, 2, 7)),
+    }
+  }
+  y = module.apply(variables, f, x, given)
+  second = x @ variables['peft']['a'][:, 1] @ variables['peft']['b'][1]
+  np.testing.assert_allclose(y, f(x) + 8 * second, rtol=1e-4, atol=1e-4)

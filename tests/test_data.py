@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows in, batches out; broken rows are named by file and line."""
+
+import collections
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from moepeft import config as config_lib
+from moepeft.data import batching, jsonl, source, sources, vocabulary
+from moepeft.data.vocabulary import Bytes
+from moepeft.tasks import Example
+
+
+def row(i=0, **changes):
+  fields = dict(dataset='d', template='t', idx=i, inputs='in', targets='out')
+  return json.dumps(fields | changes)
+
+
+def write(path, *lines):
+  opened = gzip.open(path, 'wt') if path.suffix == '.gz' else path.open('w')
+  with opened as f:
+    f.write('\n'.join(lines) + '\n')
+  return str(path)
+
+
+def test_files_gzip_and_directories_are_read_in_order(tmp_path):
+  write(tmp_path / 'b.jsonl', row(2), '', row(3))
+  write(tmp_path / 'a.jsonl.gz', row(0), row(1))
+  assert [e.idx for e in jsonl.read(str(tmp_path))] == [0, 1, 2, 3]
+  assert len(jsonl.read(str(tmp_path / 'a.jsonl.gz'))) == 2
+
+
+def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
+  line = json.dumps(dict(task='x', inputs='q', choices=['a', 'b'], label=1))
+  (example,) = jsonl.read(write(tmp_path / 'r.jsonl', line))
+  assert (example.task, example.targets, example.label) == ('x', 'b', 1)
+
+
+@pytest.mark.parametrize(
+  ('line', 'said'),
+  [
+    ('{"inputs": ', 'line 2: not JSON'),
+    ('[1]', 'line 2: expected an object'),
+    (json.dumps(dict(inputs='q')), "line 2: expected text in 'targets'"),
+    (row(targets=''), "line 2: expected text in 'targets'"),
+    (row(inputs=3), "line 2: expected text in 'inputs', got 3"),
+    (
+      json.dumps(dict(inputs='q', choices=['a'], label=1)),
+      'line 2: label 1 names none',
+    ),
+  ],
+)
+def test_a_broken_row_is_named(tmp_path, line, said):
+  path = write(tmp_path / 'r.jsonl', row(), line)
+  with pytest.raises(ValueError, match='r.jsonl, ' + said):
+    jsonl.read(path)
+
+
+def test_absent_empty_and_cut_files_are_named(tmp_path):
+  with pytest.raises(ValueError, match='does not exist'):
+    jsonl.read(str(tmp_path / 'none.jsonl'))
+  with pytest.raises(ValueError, match='holds no .jsonl'):
+    jsonl.read(str(tmp_path))
+  (tmp_path / 'e.jsonl').touch()
+  with pytest.raises(ValueError, match='holds no rows'):
+    jsonl.read(str(tmp_path / 'e.jsonl'))
+  whole = write(tmp_path / 'w.jsonl.gz', *[row(i) for i in range(99)])
+  data = open(whole, 'rb').read()
+  (tmp_path / 'w.jsonl.gz').write_bytes(data[: len(data) // 2])
+  with pytest.raises(ValueError, match='cannot be read to its end'):
+    jsonl.read(whole)
+
+
+def examples(sizes):
+  return [
+    Example(task, 't', i, f'{task} {i}', 'y', (), -1)
+    for task, size in sizes.items()
+    for i in range(size)
+  ]
+
+
+def test_the_last_idx_of_every_dataset_are_held_out():
+  train, held_out = jsonl.split(examples({'a': 20, 'b': 7}), 0.2)
+  assert {(e.task, e.idx) for e in held_out} == {
+    *(('a', i) for i in range(16, 20)),
+    ('b', 6),
+  }
+  assert len(train) + len(held_out) == 27
+
+
+def test_closed_templates_get_their_choices_from_training():
+  train = [Example('a', 't', i, 'x', y, (), -1) for i, y in enumerate('nyn')]
+  held_out = [
+    Example('a', 't', 9, 'x', 'y', (), -1),
+    Example('a', 't', 9, 'x', 'other', (), -1),
+    Example('a', 'u', 9, 'x', 'y', (), -1),
+  ]
+  (ranked,) = jsonl.closed(train, held_out)
+  assert ranked.choices == ('n', 'y') and ranked.label == 1
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another():
+  rows = examples({'a': 17})
+  draw = source.shuffled(rows, 3, 'rows')
+  first = [draw(i).idx for i in range(17)]
+  second = [draw(i).idx for i in range(17, 34)]
+  assert sorted(first) == sorted(second) == list(range(17))
+  assert first != second
+  assert first == [source.shuffled(rows, 3, 'rows')(i).idx for i in range(17)]
+  assert first != [source.shuffled(rows, 4, 'rows')(i).idx for i in range(17)]
+
+
+def test_datasets_come_equally_often_whatever_their_size():
+  draw = source.shuffled(examples({'a': 100, 'b': 3, 'c': 11}), 0, 'datasets')
+  seen = [draw(i) for i in range(300)]
+  assert set(collections.Counter(e.task for e in seen).values()) == {100}
+  # Within a dataset, each row as often: 100 draws of 3 rows, of 11 rows.
+  for task, least in (('a', 1), ('b', 33), ('c', 9)):
+    counts = collections.Counter(e.idx for e in seen if e.task == task)
+    assert min(counts.values()) == least
+    assert max(counts.values()) - least <= 1
+
+
+def test_bytes_round_trip_and_know_no_special_ids():
+  words = Bytes()
+  text = 'naïve 漢字'
+  assert words.decode(words.encode(text) + [words.eos, 0]) == text
+  assert min(words.encode('\x00')) == 3
+
+
+def test_a_batch_has_eos_shifted_targets_and_masks():
+  rows = [Example('a', 't', 0, 'ab', 'c', (), -1)]
+  batch = batching.batch_at(lambda i: rows[0], Bytes(), 0, 2, 5, 3)
+  a, b, c = (ord(x) + 3 for x in 'abc')
+  np.testing.assert_array_equal(batch['inputs'], [[a, b, 1, 0, 0]] * 2)
+  np.testing.assert_array_equal(batch['targets'], [[c, 1, 0]] * 2)
+  np.testing.assert_array_equal(batch['decoder_inputs'], [[0, c, 1]] * 2)
+  np.testing.assert_array_equal(batch['targets_mask'], [[True, True, False]] * 2)
+  np.testing.assert_array_equal(batch['inputs_mask'].sum(1), [3, 3])
+
+
+def test_long_text_is_cut_before_eos_and_reported():
+  long = Example('a', 't', 0, 'x' * 9, 'y' * 9, (), -1)
+  x, y, cut = batching.encode(Bytes(), long, 4, 3)
+  assert (x[-1], y[-1], len(x), len(y), cut) == (1, 1, 4, 3, True)
+
+
+def test_batches_are_functions_of_the_step():
+  data = config_lib.default().data
+  draw, _, _ = sources(data, seed=3)
+  one = batching.batch_at(draw, Bytes(), 5, 4, 160, 20)
+  two = batching.batch_at(sources(data, seed=3)[0], Bytes(), 5, 4, 160, 20)
+  for key in one:
+    np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_unknown_sources_are_named():
+  data = config_lib.default().data
+  data.source = 'sql'
+  with pytest.raises(ValueError, match="got 'sql'"):
+    sources(data, 0)
+  data.source = 'jsonl'
+  with pytest.raises(ValueError, match='set config.data.path'):
+    sources(data, 0)
+  with pytest.raises(ValueError, match='no tokenizer could be read'):
+    vocabulary('/nowhere/at/all')

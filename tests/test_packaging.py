@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ships works elsewhere, and the documents say what is true."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from moepeft import config as config_lib
+from moepeft import moe
+from moepeft.count import count
+from moepeft.peft import METHODS
+from moepeft.typing import Context
+
+_ROOT = Path(__file__).parents[1]
+_CARDS = sorted((_ROOT / 'configs').rglob('*.py'))
+_DOCUMENTS = [
+  *sorted(_ROOT.glob('*.md')),
+  *sorted((_ROOT / 'docs').glob('*.md')),
+  _ROOT / 'notebooks' / 'router.ipynb',
+  *_CARDS,
+]
+# Not part of a source tree, or made by earlier builds in it.
+_IGNORED = shutil.ignore_patterns(
+  '.git', 'venv', '.venv', 'build', 'dist', '*.egg-info', '__pycache__',
+  'workdirs',
+)  # fmt: skip
+
+
+def _name(path: Path) -> str:
+  return path.relative_to(_ROOT).as_posix()
+
+
+def _read(name: str) -> str:
+  return (_ROOT / name).read_text(encoding='utf-8')
+
+
+# --- the wheel ---------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+  """The wheel that is built from the source distribution, unpacked."""
+  made = tmp_path_factory.mktemp('wheel')
+  # A copy, so that nothing is written to the checkout or left from before.
+  shutil.copytree(_ROOT, made / 'source', ignore=_IGNORED)
+  command = [sys.executable, '-m', 'build', '--no-isolation']
+  command += ['--outdir', str(made / 'dist'), str(made / 'source')]
+  built = subprocess.run(command, capture_output=True, text=True)
+  assert built.returncode == 0, built.stdout + built.stderr
+  (file,) = (made / 'dist').glob('*.whl')
+  with zipfile.ZipFile(file) as archive:
+    archive.extractall(made / 'unpacked')
+  return made / 'unpacked'
+
+
+def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
+  tops = sorted(path.name.split('-')[0] for path in wheel.iterdir())
+  assert tops == ['moepeft', 'moepeft']  # the package and its metadata
+  ours = {p.relative_to(_ROOT) for p in (_ROOT / 'moepeft').rglob('*.py')}
+  assert {path for path in ours if not (wheel / path).is_file()} == set()
+
+
+def test_wheel_holds_the_base_model_and_every_card(wheel):
+  for name in ('config.json', 'model.safetensors'):
+    here = _ROOT / 'moepeft' / 'assets' / 't5_tiny' / name
+    there = wheel / 'moepeft' / 'assets' / 't5_tiny' / name
+    assert there.read_bytes() == here.read_bytes()
+  for card in _CARDS:
+    assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
+
+
+def test_wheel_names_its_licence_and_never_asks_for_torch(wheel):
+  (folder,) = wheel.glob('*.dist-info')
+  metadata = (folder / 'METADATA').read_text(encoding='utf-8')
+  assert re.search(r'^License(-Expression)?: Apache-2.0$', metadata, re.M)
+  assert re.search(r'^Requires-Python: >=3.11$', metadata, re.M)
+  extras = re.findall(r'^Provides-Extra: (.*)$', metadata, re.M)
+  assert sorted(extras) == ['all', 'seqio', 'test']
+  assert not re.search(r'^Requires-Dist: torch', metadata, re.M | re.I)
+  licences = [path.name for path in folder.rglob('*LICENSE*')]
+  assert licences == ['LICENSE']
+
+
+def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
+  env = {
+    **os.environ,
+    'PYTHONPATH': str(wheel),
+    'HF_HUB_OFFLINE': '1',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  python = [sys.executable, '-c']
+  where = 'from moepeft import command; print(command.PACKAGE)'
+  found = subprocess.check_output(
+    [*python, where], env=env, cwd=tmp_path, text=True
+  )
+  assert Path(found.strip()) == wheel / 'moepeft'
+  command = [sys.executable, *shlex.split(_main_job())[1:]]
+  small = [
+    '--config.steps=2',
+    '--config.evaluation.max_examples=2',
+    '--config.evaluation.batch_size=2',
+    '--workdir=run',
+  ]
+  done = subprocess.run(
+    command + small, env=env, cwd=tmp_path, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  run = tmp_path / 'run'
+  rows = (run / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(row)['step'] for row in rows] == [1, 2]
+  for name in ('before.json', 'after.json', 'summary.json', 'plots/loss.png'):
+    assert (run / name).stat().st_size > 0
+  assert json.loads((run / 'config.json').read_text())['steps'] == 2
+  assert (run / 'checkpoints' / '2').is_dir()
+
+
+# --- cards -------------------------------------------------------------------
+
+
+def _load_card(path: Path):
+  spec = importlib.util.spec_from_file_location(f'card_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize('path', _CARDS, ids=_name)
+def test_card_builds_its_model_and_method(path):
+  counted = count(_load_card(path).get_config())
+  assert 0 < counted['peft'] <= counted['params']
+
+
+@pytest.mark.parametrize('path', _CARDS, ids=_name)
+def test_card_names_a_command_that_uses_it(path):
+  card = _load_card(path)
+  (used,) = set(re.findall(r'--config=(\S+)', card.__doc__))
+  name, _, values = used.partition(':')
+  assert name == _name(path)
+  card.get_config(values)
+  with pytest.raises(ValueError, match='has no value'):
+    card.get_config('no_such_value=1')
+
+
+# --- documents ---------------------------------------------------------------
+
+
+def _commands(text: str) -> list[str]:
+  """The lines of a document's ```sh blocks, continued lines joined."""
+  blocks = re.findall(r'^ *```sh\n(.*?)^ *```', text, re.M | re.S)
+  lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
+  return [line.strip() for line in lines if line.strip()]
+
+
+def _readme_command(end: str) -> str:
+  """The README's only command that starts with pip and has a given end."""
+  commands = _commands(_read('README.md'))
+  (found,) = {c for c in commands if c.startswith('pip') and c.endswith(end)}
+  return found
+
+
+def _main_job() -> str:
+  return _readme_command('configs/molora_t5.py').partition(' && ')[2]
+
+
+def test_ci_runs_the_readmes_test_command():
+  assert f'timed "{_readme_command("&& pytest")}"\n' in _read('.ci/run')
+
+
+def test_readmes_main_job_names_a_card():
+  assert _main_job().startswith('python -m moepeft.train --config=')
+  assert (_ROOT / _main_job().partition('=')[2]).is_file()
+
+
+def test_config_keys_in_documents_exist():
+  known, missing = config_lib.default(), []
+  for document in _DOCUMENTS:
+    for key in set(re.findall(r'--config\.([\w.]+)', _read(_name(document)))):
+      if not _has(known, key.split('.')):
+        missing.append(f'{_name(document)}: --config.{key}')
+  assert missing == []
+
+
+def _has(config: ConfigDict, keys: list[str]) -> bool:
+  for key in keys:
+    if not isinstance(config, ConfigDict) or key not in config:
+      return False
+    config = config[key]
+  return True
+
+
+@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
+def test_commands_in_documents_exist_with_their_flags(document):
+  for command in _commands(_read(document)):
+    if match := re.search(r'python -m (moepeft\.\w+)(.*)', command):
+      source = _read(match[1].replace('.', '/') + '.py') + _read(
+        'moepeft/command.py'
+      )
+      for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
+        assert f"'{flag}'" in source, f'{command}: --{flag}'
+
+
+@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
+def test_paths_in_documents_exist(document):
+  found = re.findall(r'\]\(([^)#:]+)\)', _read(document))
+  assert [path for path in found if not (_ROOT / path).exists()] == []
+
+
+def test_methods_and_routers_are_in_the_readmes_tables():
+  rows = re.findall(r'^\| `(\w+)', _read('README.md'), re.M)
+  assert {*METHODS, *moe.ROUTERS} <= set(rows)
+
+
+def test_papers_cited_in_the_code_are_in_the_notices():
+  cited = set()
+  for path in (_ROOT / 'moepeft').rglob('*.py'):
+    cited |= set(re.findall(r'arXiv:(\d+\.\d+)', path.read_text()))
+  notices = _read('third_party/README.md')
+  assert [paper for paper in sorted(cited) if paper not in notices] == []
+
+
+def test_router_of_contributing_works(tmp_path):
+  (code,) = re.findall(
+    r'^```python\n(# SPDX.*?)^```', _read('CONTRIBUTING.md'), re.M | re.S
+  )
+  file = tmp_path / 'sparsemax.py'
+  file.write_text(code)
+  router = _load_card(file).Sparsemax(experts=5)
+  x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 7))
+  weights, _ = router.init_with_output({'peft': jax.random.key(1)}, x, Context())
+  assert jnp.allclose(weights.weights.sum(-1), 1, atol=1e-5)
+  assert (weights.weights >= 0).all()
+  # Far from uniform logits leave some experts out altogether.
+  assert (weights.weights == 0).any()

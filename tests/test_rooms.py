@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way through the house."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent / 'moepeft'
+# A room may import what stands on its own line or above.
+FLOORS = (
+  ('typing', 'spec'),
+  ('nn',),
+  ('moe',),
+  ('peft',),
+  ('models',),
+  ('interop',),
+  ('config', 'command'),
+  ('objectives', 'data', 'tasks'),
+  ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
+  ('train', 'evaluate', 'generate', 'count', 'convert'),
+)
+HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def test_every_room_is_on_a_floor():
+  found = {path.stem for path in ROOT.glob('*.py')} | {
+    path.parent.name for path in ROOT.glob('*/__init__.py')
+  }
+  assert found - {'__init__'} <= set(HEIGHT)
+
+
+def test_imports_point_down():
+  wrong = []
+  for path in ROOT.rglob('*.py'):
+    room = path.relative_to(ROOT).parts[0].removesuffix('.py')
+    for imported in rooms_of(path):
+      if imported in HEIGHT and room != '__init__':
+        # The entry point of a command may be asked for by a lower room only
+        # inside a function, which this does not see as an import at the top.
+        if HEIGHT[imported] > HEIGHT[room]:
+          wrong.append(f'{path.relative_to(ROOT)} imports {imported}')
+  assert wrong == []
+
+
+def rooms_of(path):
+  for node in ast.parse(path.read_text()).body:
+    if isinstance(node, ast.ImportFrom) and node.module:
+      parts = node.module.split('.')
+      if parts[0] == 'moepeft':
+        if len(parts) > 1:
+          yield parts[1]
+        else:
+          yield from (alias.name for alias in node.names)
+
+
+def test_methods_are_imported_by_no_model_and_no_layer():
+  for room in ('nn', 'moe', 'models'):
+    for path in (ROOT / room).glob('*.py'):
+      assert 'peft' not in set(rooms_of(path)), path
+
+
+def test_every_file_has_a_licence_line_and_says_what_it_is():
+  for path in ROOT.rglob('*.py'):
+    text = path.read_text()
+    assert text.startswith('# SPDX-License-Identifier: Apache-2.0'), path
+    if len(text.splitlines()) > 1:
+      assert ast.get_docstring(ast.parse(text)), path

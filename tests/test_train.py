@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on a small random base: rows, resume, export, bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moepeft import config as config_lib
+from moepeft import convert, generate, metrics, train
+from moepeft.checkpoint import restore_adapter
+from moepeft.interop import hf
+from moepeft.models import t5
+
+from .contracts import small
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Bytes need 259 ids.
+CONFIG = dataclasses.replace(small.GATED, vocab=263)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  path = tmp_path_factory.mktemp('base') / 'hf'
+  model = t5.T5(CONFIG)
+  params = jax.jit(model.init)(jax.random.key(0), small.batch())['params']
+  hf.save(str(path), CONFIG, params)
+  return str(path)
+
+
+def card(base, **changes):
+  c = config_lib.default()
+  c.model.path = base
+  c.method = 'molora(experts=3, rank=2)'
+  c.steps = 4
+  c.batch_size = 3
+  c.data.inputs_length = 48
+  c.data.targets_length = 9
+  c.log.every_steps = 2
+  c.checkpoint.every_steps = 2
+  c.evaluation.max_examples = 3
+  c.evaluation.tasks = 'B'
+  c.evaluation.batch_size = 4
+  with c.unlocked():
+    c.update_from_flattened_dict(changes)
+  return c
+
+
+def adapter_bytes(workdir):
+  tree, _ = restore_adapter(str(workdir))
+  return b''.join(a.tobytes() for a in jax.tree.leaves(tree))
+
+
+def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
+  train.train(card(base), str(tmp_path))
+  rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  assert all(np.isfinite(row['loss']) for row in rows)
+  sites = rows[-1]['routing']
+  assert len(sites['encoder/layers/self/q/molora']['top']) == 2
+  for name in ('before.json', 'after.json', 'summary.json', 'config.json'):
+    assert json.loads((tmp_path / name).read_text())
+  assert (tmp_path / 'plots' / 'loss.png').read_bytes()[1:4] == b'PNG'
+  said = capsys.readouterr().out
+  for expected in ('step 4/4', 'examples/s', 'ETA', 'done in', 'MEAN', 'plots'):
+    assert expected in said
+
+
+def test_a_run_cut_in_two_ends_with_the_same_bytes(base, tmp_path):
+  noisy = {
+    'method': 'molora(experts=3, rank=2, dropout=0.1, router=softmax(jitter=0.1))',
+    'evaluation.before': False,
+    'evaluation.after': False,
+    'optimizer.schedule': 'constant',
+  }
+  train.train(card(base, **noisy), str(tmp_path / 'whole'))
+  train.train(card(base, **noisy, steps=2), str(tmp_path / 'cut'))
+  train.train(card(base, **noisy), str(tmp_path / 'cut'))
+  assert adapter_bytes(tmp_path / 'whole') == adapter_bytes(tmp_path / 'cut')
+  rows = metrics.read(str(tmp_path / 'cut' / 'metrics.jsonl'))
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  train.train(card(base, **noisy, seed=1), str(tmp_path / 'other'))
+  assert adapter_bytes(tmp_path / 'whole') != adapter_bytes(tmp_path / 'other')
+
+
+def test_a_finished_run_started_again_changes_nothing(base, tmp_path):
+  train.train(card(base), str(tmp_path))
+  first = (tmp_path / 'metrics.jsonl').read_bytes()
+  train.train(card(base), str(tmp_path))
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == first
+
+
+def test_only_the_adapter_is_trained_and_kept(base, tmp_path):
+  train.train(card(base), str(tmp_path))
+  tree, found = restore_adapter(str(tmp_path))
+  assert found['base']['sha256'] == hf.load(base).sha256
+  assert set(tree) == {'encoder', 'decoder'}
+  size = sum(
+    f.stat().st_size
+    for f in (tmp_path / 'checkpoints' / '4').rglob('*')
+    if f.is_file()
+  )
+  adapter = sum(a.nbytes for a in jax.tree.leaves(tree))
+  # The adapter and Adam's two moments, and the files' own overhead.
+  assert size < 3 * adapter + 300_000
+
+
+def test_full_fine_tuning_is_the_same_loop(base, tmp_path):
+  train.train(card(base, method='full'), str(tmp_path / 'w'))
+  with pytest.raises(ValueError, match='has no adapter'):
+    restore_adapter(str(tmp_path / 'w'))
+  argv = ['convert', f'--workdir={tmp_path}/w', f'--output={tmp_path}/hf']
+  assert convert.main(argv) == 0
+  assert hf.load(str(tmp_path / 'hf')).config == dataclasses.replace(
+    CONFIG, dropout=0.1
+  )
+
+
+def test_convert_writes_a_function_of_the_adapter_alone(base, tmp_path):
+  for name in ('a', 'b'):
+    train.train(card(base), str(tmp_path / name))
+    argv = [
+      'convert',
+      f'--workdir={tmp_path / name}',
+      f'--output={tmp_path / name}-out',
+    ]
+    assert convert.main(argv) == 0
+  files = sorted(f.name for f in (tmp_path / 'a-out').iterdir())
+  assert files == ['adapter.json', 'adapter.safetensors']
+  for file in files:
+    one = (tmp_path / 'a-out' / file).read_bytes()
+    assert one == (tmp_path / 'b-out' / file).read_bytes()
+  tensors = load_file(tmp_path / 'a-out' / 'adapter.safetensors')
+  assert tensors['encoder/layers/self/q/molora/a'].shape == (2, 11, 3, 2)
+
+
+def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
+  train.train(card(base), str(tmp_path / 'a'))
+  convert.main(
+    ['convert', f'--workdir={tmp_path}/a', f'--output={tmp_path}/out']
+  )
+  capsys.readouterr()
+  changes = {'model.adapter': str(tmp_path / 'out'), 'steps': 2}
+  train.train(card(base, **changes), str(tmp_path / 'b'))
+  one = json.loads((tmp_path / 'a' / 'after.json').read_text())
+  two = json.loads((tmp_path / 'b' / 'before.json').read_text())
+  assert one['validation_loss'] == pytest.approx(two['validation_loss'])
+  wrong = {'model.adapter': str(tmp_path / 'out'), 'method': 'lora(rank=2)'}
+  with pytest.raises(ValueError, match='holds .molora'):
+    train.train(card(base, **wrong), str(tmp_path / 'c'))
+
+
+def test_generation_answers_from_a_run(base, tmp_path):
+  train.train(card(base), str(tmp_path))
+  _, model, variables, words = generate.open_run(str(tmp_path))
+  texts = generate.answer(model, variables, words, ['ab', 'longer'], 5)
+  assert len(texts) == 2
+
+
+def test_router_losses_are_summed_into_the_objective(base, tmp_path):
+  plain = train.train(card(base), str(tmp_path), dry_run=True)
+  changes = {'router_losses.load_balance': 0.5, 'router_losses.z': 0.1}
+  train.train(card(base, **changes, steps=1), str(tmp_path / 'w'))
+  (row,) = metrics.read(str(tmp_path / 'w' / 'metrics.jsonl'))
+  # Balance is at least 1, z about (ln 3)^2.
+  assert row['router_loss'] > 0.5
+  assert row['loss'] == pytest.approx(plain['loss'], rel=1e-5)
+
+
+def test_a_dry_run_writes_no_file(base, tmp_path):
+  train.train(card(base), str(tmp_path / 'w'), dry_run=True)
+  assert not (tmp_path / 'w').exists()
+
+
+def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
+  changes = {
+    'method': 'molora(experts=3, rank=2, router=topk(k=1))',
+    'router_alarm': 0.1,
+  }
+  train.train(card(base, **changes), str(tmp_path))
+  said = capsys.readouterr().out
+  assert 'router alarm: encoder/layers/self/q/molora, layer 0: expert' in said
+
+
+def test_another_method_in_the_same_workdir_is_refused(base, tmp_path):
+  train.train(card(base), str(tmp_path))
+  with pytest.raises(ValueError, match='belongs to another run: its method'):
+    train.train(card(base, method='lora'), str(tmp_path))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(base, tmp_path):
+  train.train(card(base), str(tmp_path))
+  folder = tmp_path / 'checkpoints' / '4' / 'trainable'
+  data = max(folder.rglob('*'), key=lambda f: f.is_file() and f.stat().st_size)
+  broken = bytearray(data.read_bytes())
+  broken[len(broken) // 2] ^= 1
+  data.write_bytes(broken)
+  with pytest.raises(ValueError, match='checkpoints/4'):
+    restore_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'model.path': '/no/where'}, '/no/where'),
+    ({'model.path': 'package:none'}, 'ships no model'),
+    ({'model.path': ''}, 'would adapt random weights'),
+    ({'model.family': 'rnn'}, 'config.model.family is one of'),
+    ({'method': 'molorra'}, 'there is no method'),
+    ({'semantics': 'mine'}, 'semantics is one of'),
+    ({'data.tasks': 'Z'}, 'No task family or group'),
+    ({'data.source': 'jsonl', 'data.path': '/no/rows'}, 'does not exist'),
+    ({'optimizer.name': 'sgd'}, 'config.optimizer.name'),
+    ({'optimizer.schedule': 'step'}, 'config.optimizer.schedule'),
+    ({'model.remat': 'some'}, 'remat is one of'),
+    ({'model.adapter': '/no/adapter'}, '/no/adapter'),
+  ],
+)
+def test_bad_input_is_one_clear_sentence(base, tmp_path, changes, said):
+  with pytest.raises(ValueError, match=said):
+    train.train(card(base, **changes), str(tmp_path / 'w'))
+
+
+def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
+  changes = {
+    'optimizer.learning_rate': 1e30,
+    'optimizer.clip': 0.0,
+    'evaluation.before': False,
+  }
+  with pytest.raises(ValueError, match='at step .*learning_rate'):
+    train.train(card(base, **changes), str(tmp_path / 'w'))
+
+
+def command(*args, cwd=ROOT):
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  return subprocess.run(
+    [sys.executable, '-m', *args], cwd=cwd, env=env, capture_output=True, text=True
+  )
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (['--config=configs/none.py'], "'configs/none.py' does not exist"),
+    (['--config.stepz=3'], 'stepz'),
+    (['--config.steps=many'], 'many'),
+    (['--config=configs/molora_t5.py:rankk=3'], "no value 'rankk'"),
+    (['extra'], "unexpected argument 'extra'"),
+    (['--config.method=lora(rank'], 'cannot read the method'),
+  ],
+)
+def test_wrong_flags_end_with_one_line_and_code_two(args, said):
+  done = command('moepeft.train', *args)
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert said in lines[-1] and lines[-1].startswith('error: ')
+  assert 'Traceback' not in done.stderr
+
+
+def test_an_unwritable_workdir_is_named(base, tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(ValueError, match='cannot write to the work directory'):
+    train.train(card(base), str(tmp_path / 'file' / 'w'))
+
+
+def test_rows_of_steps_to_come_and_a_torn_line_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+  metrics.Rows(str(tmp_path), step=2).write({'step': 3, 'new': True})
+  assert metrics.read(str(path)) == [
+    {'step': 1},
+    {'step': 2},
+    {'step': 3, 'new': True},
+  ]
