@@ -35,15 +35,16 @@ def get_config(values: str = ''):
   )
   c.model.unroll = 3
   c.data.vocabulary = 'bytes'
-  c.optimizer.learning_rate = 1e-3
+  c.optimizer.learning_rate = 1.5e-3
   c.optimizer.b2 = 0.98
   c.optimizer.schedule = 'cosine'
   c.checkpoint.every_steps = 250
   c.log.every_steps = 50
   c.evaluation.before = False
   if v.stage == 1:
-    c.data.tasks = 'kind,opinion,recall'
-    c.data.inputs_length = 40
+    # Looking up is the harder half.
+    c.data.tasks = 'kind,opinion,recall,recall'
+    c.data.inputs_length = 48
     c.data.targets_length = 12
     c.batch_size = 128
     c.steps = 1500
@@ -51,7 +52,7 @@ def get_config(values: str = ''):
     c.evaluation.tasks = 'kind,opinion,recall'
   else:
     c.data.tasks = 'A'
-    c.data.inputs_length = 112
+    c.data.inputs_length = 96
     c.data.targets_length = 14
     c.batch_size = 32
     c.steps = 5000

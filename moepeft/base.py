@@ -137,7 +137,8 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  rngs = dict(zip(('params', 'peft'), jax.random.split(jax.random.key(seed))))
+  params_rng, peft_rng = jax.random.split(jax.random.key(seed))
+  rngs = {'params': params_rng, 'peft': peft_rng}
   keep = ('peft',) if base.params is not None else ('params', 'peft')
 
   @jax.jit

@@ -134,8 +134,8 @@ def _convert_run(values: flags.FlagValues) -> None:
 def _require_form(values: flags.FlagValues, form: str, why: str) -> None:
   if values.to not in (None, form):
     raise CheckpointError(
-      f'{values.workdir} is written as {form} ({why}), not {values.to}; convert '
-      'the result further with --input'
+      f'{values.workdir} is written as {form} ({why}), not {values.to}; '
+      'convert the result further with --input'
     )
 
 

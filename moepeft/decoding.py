@@ -26,9 +26,7 @@ def greedy(
     length: tokens to generate at most; also the cache's length.
   """
   source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
-  encoded = model.apply(
-    variables, batch['inputs'], source_ctx, method='encode'
-  )
+  encoded = model.apply(variables, batch['inputs'], source_ctx, method='encode')
   rows = batch['inputs'].shape[0]
 
   def step(variables, ids, index):

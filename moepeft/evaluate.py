@@ -67,8 +67,10 @@ def _by_task(group: str, rows: Iterable[Example], most: int):
     tables[group, row.task, ''].append(row)
   # Evenly spaced rows, so that every template has its share.
   return {
-    key: [rows[i * len(rows) // min(most, len(rows))]
-          for i in range(min(most, len(rows)))]
+    key: [
+      rows[i * len(rows) // min(most, len(rows))]
+      for i in range(min(most, len(rows)))
+    ]
     for key, rows in sorted(tables.items())
   }
 
@@ -163,8 +165,7 @@ class Ranker:
       batching.encode, self._vocabulary, inputs=inputs, targets=targets
     )
     coded = [
-      one(Example(**{**vars(row), 'targets': choice}))
-      for choice in row.choices
+      one(Example(**{**vars(row), 'targets': choice})) for choice in row.choices
     ]
     return coded[0][0], [y for _, y, _ in coded]
 

@@ -55,7 +55,9 @@ def answer(
   padded = batching.seq2seq(ids, ids, longest, longest)
   batch = {key: padded[key] for key in ('inputs', 'inputs_mask')}
   tokens = greedy(model, variables, batch, length, eos=words.eos)
-  return [words.decode([int(i) for i in row if i > words.eos]) for row in tokens]
+  return [
+    words.decode([int(i) for i in row if i > words.eos]) for row in tokens
+  ]
 
 
 def main(argv) -> None:

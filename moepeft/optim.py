@@ -34,9 +34,7 @@ def schedule(optimizer: ConfigDict, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, course], [warmup])
 
 
-def optimizer(
-  config: ConfigDict, steps: int
-) -> optax.GradientTransformation:
+def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
   """The transformation of gradients that a config names.
 
   Raises:

@@ -138,7 +138,9 @@ def test_a_batch_has_eos_shifted_targets_and_masks():
   np.testing.assert_array_equal(batch['inputs'], [[a, b, 1, 0, 0]] * 2)
   np.testing.assert_array_equal(batch['targets'], [[c, 1, 0]] * 2)
   np.testing.assert_array_equal(batch['decoder_inputs'], [[0, c, 1]] * 2)
-  np.testing.assert_array_equal(batch['targets_mask'], [[True, True, False]] * 2)
+  np.testing.assert_array_equal(
+    batch['targets_mask'], [[True, True, False]] * 2
+  )
   np.testing.assert_array_equal(batch['inputs_mask'].sum(1), [3, 3])
 
 

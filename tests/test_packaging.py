@@ -238,7 +238,9 @@ def test_router_of_contributing_works(tmp_path):
   file.write_text(code)
   router = _load_card(file).Sparsemax(experts=5)
   x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 7))
-  weights, _ = router.init_with_output({'peft': jax.random.key(1)}, x, Context())
+  weights, _ = router.init_with_output(
+    {'peft': jax.random.key(1)}, x, Context()
+  )
   assert jnp.allclose(weights.weights.sum(-1), 1, atol=1e-5)
   assert (weights.weights >= 0).all()
   # Far from uniform logits leave some experts out altogether.

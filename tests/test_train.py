@@ -241,7 +241,11 @@ def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
 def command(*args, cwd=ROOT):
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
   return subprocess.run(
-    [sys.executable, '-m', *args], cwd=cwd, env=env, capture_output=True, text=True
+    [sys.executable, '-m', *args],
+    cwd=cwd,
+    env=env,
+    capture_output=True,
+    text=True,
   )
 
 

@@ -2,7 +2,7 @@
 """MoLoRA: the paper's MoLoRA on T5 1.1 large (LM-adapted).
 
 Zadouri et al., arXiv:2309.05444, with the released code's settings.
-python -m moepeft.count --config=configs/paper/t5_large_molora.py:experts=2,rank=4
+python -m moepeft.count --config=configs/paper/t5_large_molora.py:experts=2
 """
 
 from moepeft import config as config_lib

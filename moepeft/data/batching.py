@@ -59,8 +59,12 @@ def seq2seq(
 
 
 def batch_at(
-  source: Source, vocabulary: Vocabulary, step: int, batch_size: int,
-  inputs_length: int, targets_length: int,
+  source: Source,
+  vocabulary: Vocabulary,
+  step: int,
+  batch_size: int,
+  inputs_length: int,
+  targets_length: int,
 ) -> dict[str, np.ndarray]:
   """The batch of a step: a pure function of the step's number."""
   rows = [

@@ -108,9 +108,7 @@ def split(
   without one go by their order.
   """
   keys = collections.defaultdict(set)
-  numbered = [
-    (e, e.idx if e.idx >= 0 else i) for i, e in enumerate(examples)
-  ]
+  numbered = [(e, e.idx if e.idx >= 0 else i) for i, e in enumerate(examples)]
   for e, key in numbered:
     keys[e.task].add(key)
   first = {}

@@ -181,9 +181,7 @@ class Block(nn.Module):
 
   def _residual(self, name, module, run, x, ctx):
     """x + dropout(sublayer(norm(x))), the sublayer a site of its own."""
-    around = Around(
-      f'{self.side}/{name}', self.advice, name=f'around_{name}'
-    )
+    around = Around(f'{self.side}/{name}', self.advice, name=f'around_{name}')
     y = around(module, run, module.norm(x, ctx), ctx)
     drop = nn.Dropout(self.config.dropout, broadcast_dims=(1,))
     return x + drop(y, deterministic=not ctx.train)

@@ -32,7 +32,9 @@ def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
     return x
   x = wide(x)
   rng = module.make_rng('router')
-  return x * jax.random.uniform(rng, x.shape, minval=1 - jitter, maxval=1 + jitter)
+  return x * jax.random.uniform(
+    rng, x.shape, minval=1 - jitter, maxval=1 + jitter
+  )
 
 
 def expert_dropout(
@@ -46,9 +48,7 @@ def expert_dropout(
   """
   if not ctx.train or rate == 0:
     return logits
-  keep = jax.random.bernoulli(
-    module.make_rng('router'), 1 - rate, logits.shape
-  )
+  keep = jax.random.bernoulli(module.make_rng('router'), 1 - rate, logits.shape)
   keep |= logits >= jnp.max(logits, axis=-1, keepdims=True)
   return jnp.where(keep, logits, -1e9)
 

@@ -57,9 +57,7 @@ def reduce(routing: Routing, mask: Array | None) -> Sums:
   )
 
 
-def route(
-  module: nn.Module, router: Router, x: Array, ctx: Context
-) -> Routing:
+def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
   """Calls the router (or takes ctx.routing) and reports its sums.
 
   The sums leave in the collection 'routing' and the full weights in

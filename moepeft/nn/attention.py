@@ -107,9 +107,7 @@ class Attention(nn.Module):
     self.q = linear('q', project, (d, n, h), self.q_stddev or d**-0.5)
     self.k = linear('k', project, (d, n, h), d**-0.5)
     self.v = linear('v', project, (d, n, h), d**-0.5)
-    self.core = Core(
-      f'{self.site}/core', self.advice, self.scale, self.dropout
-    )
+    self.core = Core(f'{self.site}/core', self.advice, self.scale, self.dropout)
     self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
     # The block calls it, so that the sublayer's own input is normed.
     self.norm = RMSNorm(
@@ -149,9 +147,7 @@ class Attention(nn.Module):
     for name, new in (('k', k), ('v', v)):
       empty = jnp.zeros(shape, new.dtype)
       cache = self.get_variable('cache', f'self_{name}', empty)
-      cache = jax.lax.dynamic_update_slice_in_dim(
-        cache, new, ctx.index, axis=1
-      )
+      cache = jax.lax.dynamic_update_slice_in_dim(cache, new, ctx.index, axis=1)
       self.put_variable('cache', f'self_{name}', cache)
       stored.append(cache)
     return stored

@@ -18,8 +18,8 @@ ACTIVATIONS = {'gelu': nn.gelu, 'relu': jax.nn.relu, 'silu': jax.nn.silu}
 class Mlp(nn.Module):
   """wo(act(wi_0 x) * wi_1 x), or wo(act(wi x)) where not gated.
 
-  Sites below `site`: norm, wi_0 and wi_1 (or wi), the taps `act` (after the gate's
-  activation) and `hidden` (the input of wo), and wo.
+  Sites below `site`: norm, wi_0 and wi_1 (or wi), the taps `act` (after the
+  gate's activation) and `hidden` (the input of wo), and wo.
   """
 
   d_model: int

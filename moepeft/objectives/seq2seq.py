@@ -12,10 +12,8 @@ from moepeft.typing import Array, Batch, Tree
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
-  """Negative log-likelihood of each target, nats: [b, t, v], [b, t] -> [b, t]."""
-  return optax.softmax_cross_entropy_with_integer_labels(
-    wide(logits), targets
-  )
+  """-log p of each target in nats: [b, t, v] and [b, t] -> [b, t]."""
+  return optax.softmax_cross_entropy_with_integer_labels(wide(logits), targets)
 
 
 def objective(
@@ -57,7 +55,7 @@ def sequence_log_likelihood(
 
 
 def shift_right(targets: Array) -> Array:
-  """Decoder inputs of targets [..., t]: padding's id 0, then all but the last."""
+  """Decoder inputs of targets [..., t]: the id 0, then all but the last."""
   widths = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
   return jnp.pad(targets[..., :-1], widths)
 

@@ -60,8 +60,7 @@ def build(
       f'semantics is one of {", ".join(SEMANTICS)}; got {semantics!r}'
     )
   specs = [
-    _resolve(spec, methods, semantics)
-    for spec in spec_lib.parse_method(method)
+    _resolve(spec, methods, semantics) for spec in spec_lib.parse_method(method)
   ]
   text = spec_lib.format_method(tuple(specs))
   if any(methods[spec.name].module is None for spec in specs):

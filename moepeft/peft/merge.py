@@ -44,7 +44,9 @@ def merge(built: Built, variables: dict[str, Tree]) -> Tree:
   params = flax.traverse_util.flatten_dict(variables['params'], sep='/')
   # A tap's scale also acts on what was added to the next kernel, so taps
   # come last; elsewhere the inner adapter comes first.
-  order = sorted(built.advice.entries, key=lambda e: e[0].split('/')[-1] in _NEXT)
+  order = sorted(
+    built.advice.entries, key=lambda e: e[0].split('/')[-1] in _NEXT
+  )
   for site, adapter in order:
     stack, sublayer, place = _place(site)
     peft = variables['peft'][stack]['layers'][sublayer][place][adapter.name]

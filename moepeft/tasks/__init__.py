@@ -1,5 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tasks: a generated multi-task set in the spirit of P3."""
+"""The embedded tasks: a generated multi-task set in the spirit of P3.
+
+Group A pretrains a small base, methods adapt to group B, and nothing is ever
+trained on group C. A family of B asks for something that A taught, in new
+instructions and mostly with labels that A never uses, so a base begins near
+chance and has to learn the mapping rather than the skill:
+
+    B           asks for                          after A taught
+    profession  category -> who knows about it    kind, topic, membership
+    verdict     praise or blame -> keep, return   opinion, sentiment
+    tidy        all alike, or one is not          odd_one_out, topic
+    owner       thing -> name, lookup backwards   recall, lookup, directory
+    medal       name -> its place, order reversed order, directory
+    result      is this number higher? win, lose  comparison
+
+Templates marked held out word a family in a way that training never sees; a
+tenth of each family's instances is held out too (`Family.split_of`). A new
+family is a draw and its templates in one file, and a line in the table below.
+"""
 
 import zlib
 
@@ -34,7 +52,6 @@ _TABLE = (
   people.OWNER,
   people.MEDAL,
   amounts.RESULT,
-  statements.DEBATE,
   meaning.COREFERENCE,
   meaning.WORD_SENSE,
   meaning.COMPLETION,

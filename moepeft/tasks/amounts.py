@@ -38,13 +38,12 @@ def draw_comparison(dice: Dice) -> Instance:
   names = dice.some(NAMES, 2)
   numbers = _two_numbers(dice)
   said, question = dice.pick(_MEASURES)
-  facts = ' and '.join(
-    f'{name} {said.format(n)}' for name, n in zip(names, numbers)
-  )
+  one, two = (said.format(n) for n in numbers)
+  facts = f'{names[0]} {one} and {names[1]} {two}.'
   if numbers[0] < numbers[1]:
     names.reverse()
   return Instance(
-    {'facts': f'{facts}.', 'question': question},
+    {'facts': facts, 'question': question},
     names[0],
     (names[1],),
   )
@@ -70,12 +69,13 @@ def draw_result(dice: Dice) -> Instance:
   numbers = _two_numbers(dice)
   asked = dice.below(2)
   win = numbers[asked] > numbers[1 - asked]
-  facts = ' and '.join(
-    f'{name} scored {n} points' for name, n in zip(names, numbers)
+  facts = (
+    f'{names[0]} scored {numbers[0]} points'
+    f' and {names[1]} scored {numbers[1]} points.'
   )
   answers = ('win', 'lose') if win else ('lose', 'win')
   return Instance(
-    {'facts': f'{facts}.', 'name': names[asked]}, answers[0], answers[1:]
+    {'facts': facts, 'name': names[asked]}, answers[0], answers[1:]
   )
 
 

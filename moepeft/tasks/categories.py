@@ -59,7 +59,7 @@ TOPIC = Family(
 
 
 def draw_membership(dice: Dice) -> Instance:
-  """6 kinds x 17,280 pairs of nouns that can be listed = 0.1 million."""
+  """4,320 lists of nouns of two kinds x 6 kinds asked = 25,920."""
   kind = dice.pick(KINDS)
   yes = dice.coin()
   kinds = _with_others(dice, kind, 2)
@@ -118,9 +118,7 @@ def draw_profession(dice: Dice) -> Instance:
   thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
   text = f'{name} {dice.pick(_NEEDS)} {thing}.'
   experts = [_EXPERTS[kind] for kind in kinds]
-  return Instance(
-    {'text': text, 'name': name}, experts[0], tuple(experts[1:])
-  )
+  return Instance({'text': text, 'name': name}, experts[0], tuple(experts[1:]))
 
 
 PROFESSION = Family(

@@ -13,7 +13,7 @@ def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
   """Three names, their things, and a sentence that says so."""
   names = dice.some(NAMES, 3)
   things = dice.some(NOUNS, 3)
-  has = [f'{name} has {a(thing)}' for name, thing in zip(names, things)]
+  has = [f'{names[i]} has {a(things[i])}' for i in range(3)]
   return names, things, f'{has[0]}, {has[1]} and {has[2]}.'
 
 
@@ -48,7 +48,7 @@ def draw_directory(dice: Dice) -> Instance:
     number = str(dice.between(1000, 9999))
     if number not in numbers:
       numbers.append(number)
-  lines = ', '.join(f'{name} {n}' for name, n in zip(names, numbers))
+  lines = ', '.join(f'{names[i]} {numbers[i]}' for i in range(3))
   asked = dice.below(3)
   answer = numbers.pop(asked)
   return Instance(
@@ -87,7 +87,7 @@ OWNER = Family(
   (
     Template('whose', '{facts} Whose is the {thing}?'),
     Template('belongs', '{facts} The {thing} belongs to'),
-    Template('options', '{thing}: {options}? {facts}'),
+    Template('options', 'Owner of the {thing} ({options})? {facts}'),
     Template('owner', 'Name the owner of the {thing}. {facts}'),
     Template('who', '{facts} Who has the {thing}?'),
   ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about opinions: two judgements of one colour on one thing."""
+"""Families about opinions: two judgements, both good or both bad."""
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families about what statements say: what follows, agrees, or is denied."""
+"""Families about what statements say: what follows and who did what."""
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template
@@ -39,10 +39,10 @@ _DENIALS = (
 
 
 def draw_entailment(dice: Dice) -> Instance:
-  """12,144 triples of names x 16 comparatives x 6 claims = 1.2 million.
+  """8,832 premises, each x (1 true + 1 false + 88 open claims) = 794,880.
 
-  A third of the claims repeats the premise, a third turns it round and a third
-  is about another person.
+  A third of the draws repeats the premise, a third turns it round and a third
+  claims something about another person.
   """
   one, two, three = dice.some(NAMES, 3)
   more = dice.pick(COMPARATIVES)
@@ -80,37 +80,6 @@ ENTAILMENT = Family(
       'Suppose {premise}. True, false or unknown: {claim}.',
       _TRUE_FALSE_UNKNOWN,
     ),
-  ),
-)
-
-
-def draw_debate(dice: Dice) -> Instance:
-  """255,024 quadruples of names x 16 comparatives x 2 replies = 8 million."""
-  first, second, one, two = dice.some(NAMES, 4)
-  more = dice.pick(COMPARATIVES)
-  agree = dice.coin()
-  says = f'{first} says {one} is {more} than {two}'
-  if not agree:
-    one, two = two, one
-  replies = f'{second} says {one} is {more} than {two}'
-  answers = ('agree', 'argue') if agree else ('argue', 'agree')
-  return Instance(
-    {'talk': f'{says}. {replies}.', 'pair': f'{first} and {second}'},
-    answers[0],
-    answers[1:],
-  )
-
-
-DEBATE = Family(
-  'debate',
-  'B',
-  draw_debate,
-  (
-    Template('do', '{talk} Do they agree or argue?'),
-    Template('they', '{talk} {pair}'),
-    Template('options', '{talk} They ({options})'),
-    Template('listen', 'Listen! {talk} The two'),
-    Template('agree', 'Agree or argue? {talk}'),
   ),
 )
 

@@ -3,7 +3,15 @@
 
 from moepeft.tasks.dice import Dice
 from moepeft.tasks.family import Family, Instance, Template
-from moepeft.tasks.lexicon import BLAME, CATEGORIES, KINDS, NAMES, NOUNS, PRAISE, a
+from moepeft.tasks.lexicon import (
+  BLAME,
+  CATEGORIES,
+  KINDS,
+  NAMES,
+  NOUNS,
+  PRAISE,
+  a,
+)
 
 
 def draw_kind(dice: Dice) -> Instance:
@@ -52,13 +60,19 @@ OPINION = Family(
 
 
 def draw_recall(dice: Dice) -> Instance:
-  """552 pairs of names x 5,112 of nouns x 2 questions = 5.6e6."""
-  names, things = dice.some(NAMES, 2), dice.some(NOUNS, 2)
-  pairs = [f'{name} {thing}' for name, thing in zip(names, things, strict=True)]
-  asked = dice.below(2)
+  """One to three pairs: up to 12,144 triples of names x 357,840 of nouns.
+
+  With one pair the answer is only read off, which is where looking up begins.
+  """
+  count = dice.between(1, 3)
+  names, things = dice.some(NAMES, count), dice.some(NOUNS, count + 1)
+  pairs = ', '.join(
+    f'{name} {thing}' for name, thing in zip(names, things, strict=False)
+  )
+  asked = dice.below(count)
   answer = things.pop(asked)
-  fields = {'pairs': ', '.join(pairs), 'name': names[asked]}
-  return Instance(fields, answer, tuple(things))
+  fields = {'pairs': pairs, 'name': names[asked]}
+  return Instance(fields, answer, tuple(things[: max(count - 1, 1)]))
 
 
 RECALL = Family(

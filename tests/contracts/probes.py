@@ -46,9 +46,7 @@ class Dora(nn.Module):
     def norm(w):
       return jnp.sqrt(jnp.sum(w * w, axis=axes))
 
-    magnitude = peft_param(
-      self, 'magnitude', lambda *_: norm(weight), outside
-    )
+    magnitude = peft_param(self, 'magnitude', lambda *_: norm(weight), outside)
     changed = weight + term
     scale = magnitude / jax.lax.stop_gradient(norm(changed))
     return jnp.einsum(f.eqn, x, changed) * scale

@@ -26,7 +26,9 @@ def test_small_methods_cover_the_registry():
 
 
 @every_method
-@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+@pytest.mark.parametrize(
+  'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
+)
 def test_identity_at_initialisation(method, config):
   if 'topk' in method and 'renormalize' not in method and 'mov' in method:
     pytest.fail('such a mixture does not start at the base; test it apart')
@@ -133,8 +135,10 @@ def test_padding_never_moves_logits(method):
   real = batch['targets_mask']
   other = dict(batch)
   for side, mask in (('inputs', 'inputs_mask'), ('decoder_inputs', None)):
-    kept = batch[mask] if mask else jnp.pad(
-      real[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    kept = (
+      batch[mask]
+      if mask
+      else jnp.pad(real[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     )
     other[side] = jnp.where(kept, batch[side], 31)
   wide = {
@@ -210,8 +214,12 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
 
 
 @pytest.mark.parametrize(
-  'method', ['lora(rank=3)', "ia3(sites='*/k|*/v|*/wo')",
-             "ia3(sites='*/wo|*/q', on='input')"]
+  'method',
+  [
+    'lora(rank=3)',
+    "ia3(sites='*/k|*/v|*/wo')",
+    "ia3(sites='*/wo|*/q', on='input')",
+  ],
 )
 def test_merged_equals_unmerged(method):
   from moepeft.peft.merge import merge
@@ -232,7 +240,9 @@ def test_merged_equals_unmerged(method):
   )
 
 
-@pytest.mark.parametrize('method', ['mov(experts=3)', 'molora(experts=3)', 'full'])
+@pytest.mark.parametrize(
+  'method', ['mov(experts=3)', 'molora(experts=3)', 'full']
+)
 def test_mixtures_refuse_to_merge_and_say_why(method):
   from moepeft.peft.merge import merge
 

