@@ -2,6 +2,7 @@
 """Installation: names and versions of what is needed, and what ships."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
@@ -38,6 +39,11 @@ _TEST = [
 ]
 
 
+def _version() -> str:
+  text = (_HERE / 'moepeft' / '__init__.py').read_text(encoding='utf-8')
+  return re.search(r"^__version__ = '(.*)'$", text, re.M)[1]
+
+
 def _cards() -> dict[str, str]:
   """{package: folder} of the cards.
 
@@ -51,7 +57,7 @@ def _cards() -> dict[str, str]:
 
 setup(
   name='moepeft',
-  version='0.1.0',
+  version=_version(),
   description='Mixture-of-experts parameter-efficient fine-tuning in JAX/Flax',
   long_description=(_HERE / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',

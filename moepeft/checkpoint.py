@@ -56,7 +56,9 @@ class Checkpoints:
       args=ocp.args.Composite(
         trainable=ocp.args.StandardSave(trainable),
         rest=ocp.args.StandardSave(_rest(state)),
-        card=ocp.args.JsonSave(described | {'hashes': hashes}),
+        card=ocp.args.JsonSave(
+          described | {'hashes': hashes, 'step': int(state.step)}
+        ),
       ),
     )
     self._manager.wait_until_finished()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank classification, as in T0 and the paper: the likeliest choice wins.
+"""python -m moepeft.evaluate --workdir=DIR: rank classification of a run.
+
+As in T0 and the paper, the likeliest choice wins.
 
 A choice's score is the sum of its tokens' log-probabilities, EOS included,
 not normalised by length; ties go to the first.
@@ -7,16 +9,19 @@ not normalised by length; ties go to the first.
 
 import collections
 import functools
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft import tasks
-from moepeft.data import batching, jsonl
+from moepeft import command, tasks
+from moepeft.data import batching, jsonl, sources
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.models.t5 import context
 from moepeft.objectives.seq2seq import (
@@ -24,6 +29,7 @@ from moepeft.objectives.seq2seq import (
   sequence_log_likelihood,
   shift_right,
 )
+from moepeft.runs import open_run
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Tree
 
@@ -211,6 +217,43 @@ def validation_loss(
   return total / tokens
 
 
+def judge(
+  config: ConfigDict,
+  model: Any,
+  ranker: Ranker,
+  validation: Sequence[Example],
+  train: Sequence[Example],
+  words: Vocabulary,
+  variables: Tree,
+  when: str,
+  step: int,
+) -> dict[str, Any]:
+  """Validation loss and accuracies, printed in a line and returned."""
+  data, size = config.data, config.evaluation.batch_size
+  some = validation[: 8 * size]
+  batches = [
+    batching.batch_at(
+      lambda i: some[i],
+      words,
+      number,
+      size,
+      data.inputs_length,
+      data.targets_length,
+    )
+    for number in range(len(some) // size)
+  ]
+  found = {'when': when, 'step': step}
+  if batches:
+    found['validation_loss'] = validation_loss(model, variables, batches)
+  sets = examples(config, validation, train)
+  found['rows'] = accuracies(ranker, variables, sets)
+  found['means'] = means(found['rows'])
+  shown = ', '.join(f'{k} {v:.3f}' for k, v in found['means'].items())
+  loss = f'validation loss {found["validation_loss"]:.4f}; ' if batches else ''
+  print(f'{when} training: {loss}accuracy {shown}', flush=True)
+  return found
+
+
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
   """Mean accuracy of the tasks of each (group, templates)."""
   groups = collections.defaultdict(list)
@@ -246,3 +289,36 @@ def table(before: Sequence[dict], after: Sequence[dict]) -> str:
     '  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
     for line in lines
   )
+
+
+def main(argv) -> None:
+  del argv
+  if not _WORKDIR.value:
+    raise ValueError('--workdir is missing: name a run of moepeft.train')
+  workdir = os.path.expanduser(_WORKDIR.value)
+  config, model, variables, words, step = open_run(workdir)
+  if _DATA.value:
+    config.evaluation.path = _DATA.value
+  if _MAX_EXAMPLES.value:
+    config.evaluation.max_examples = _MAX_EXAMPLES.value
+  data = config.data
+  _, validation, rows = sources(data, config.seed)
+  size = config.evaluation.batch_size
+  ranker = Ranker(model, words, data.inputs_length, data.targets_length, size)
+  found = judge(
+    config, model, ranker, validation, rows, words, variables, 'after', step
+  )
+  print(table([], found['rows']))
+  path = os.path.join(workdir, 'evaluation.json')
+  with open(path, 'w') as f:
+    json.dump(found, f, indent=2)
+  print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+  _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
+  _DATA = flags.DEFINE_string('data', None, 'Rows to rank; see jsonl.py.')
+  _MAX_EXAMPLES = flags.DEFINE_integer(
+    'max_examples', None, "Examples of a task at most; by default the run's."
+  )
+  command.run(main)

@@ -41,13 +41,12 @@ def make_update(model, built, config: ConfigDict, optimizer):
   router_losses = dict(config.router_losses)
   # Wrong names are found before anything is compiled.
   losses.total({}, router_losses)
-  other = {'peft': 'params', 'params': 'peft'}[built.trainable]
 
   def update(state: State, batch):
     rngs = split_rngs(jax.random.fold_in(state.rng, state.step))
 
     def loss_fn(trainable):
-      variables = {built.trainable: trainable, other: state.frozen}
+      variables = built.variables(state.replace(trainable=trainable))
       loss, aux = objective(model.apply, variables, batch, rngs)
       routed = losses.total(stats.by_site(aux['routing']), router_losses)
       return loss + routed, aux | {'loss': loss, 'router_loss': routed}
@@ -137,6 +136,10 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
     state = sharding.replicate(mesh, state)
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
+  # Not before: a run that is refused must leave the other's config alone.
+  _write_json(
+    os.path.join(workdir, 'config.json'), json.loads(config.to_json())
+  )
 
   # --------------------------------------------------------- evaluation ---
   ranker = evaluate.Ranker(
@@ -147,11 +150,11 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
     config.evaluation.batch_size,
   )
   judge = functools.partial(
-    _judge, config, model, built, ranker, validation, rows, words
+    evaluate.judge, config, model, ranker, validation, rows, words
   )
   before_path = os.path.join(workdir, 'before.json')
   if config.evaluation.before and not os.path.exists(before_path) and not first:
-    _write_json(before_path, judge(state, 'before'))
+    _write_json(before_path, judge(built.variables(state), 'before', 0))
 
   # --------------------------------------------------------------- loop ---
   written = metrics.Rows(workdir, step=first)
@@ -177,7 +180,7 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
     metrics.plot_loss(history, plot)
   summary = {'method': built.method, 'semantics': built.semantics}
   if config.evaluation.after:
-    after = judge(state, 'after')
+    after = judge(built.variables(state), 'after', int(state.step))
     _write_json(os.path.join(workdir, 'after.json'), after)
     before = _read_json(before_path)
     print(evaluate.table(before.get('rows', []), after['rows']))
@@ -189,11 +192,10 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
 
 
 def _open(workdir: str, config: ConfigDict) -> Checkpoints:
-  """Makes the work directory, with the resolved config in it."""
+  """Makes the work directory and sees that it can be written to."""
   try:
     os.makedirs(workdir, exist_ok=True)
-    with open(os.path.join(workdir, 'config.json'), 'w') as f:
-      f.write(config.to_json_best_effort(indent=2) + '\n')
+    open(os.path.join(workdir, 'metrics.jsonl'), 'a').close()
   except OSError as e:
     raise ValueError(
       f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
@@ -221,36 +223,6 @@ def _introduce(config, base, built, state, workdir) -> None:
     f'workdir  {workdir}',
     flush=True,
   )
-
-
-def _judge(config, model, built, ranker, validation, rows, words, state, when):
-  """Validation loss and accuracies of a state."""
-  other = {'peft': 'params', 'params': 'peft'}[built.trainable]
-  variables = {built.trainable: state.trainable, other: state.frozen}
-  data, size = config.data, config.evaluation.batch_size
-  some = validation[: 8 * size]
-  batches = [
-    batching.batch_at(
-      lambda i, some=some: some[i % len(some)],
-      words,
-      step,
-      size,
-      data.inputs_length,
-      data.targets_length,
-    )
-    for step in range(len(some) // size)
-  ]
-  found = {'when': when, 'step': int(state.step)}
-  if batches:
-    loss = evaluate.validation_loss(model, variables, batches)
-    found['validation_loss'] = loss
-  sets = evaluate.examples(config, validation, rows)
-  found['rows'] = evaluate.accuracies(ranker, variables, sets)
-  found['means'] = evaluate.means(found['rows'])
-  shown = ', '.join(f'{k} {v:.3f}' for k, v in found['means'].items())
-  loss = f'validation loss {found["validation_loss"]:.4f}; ' if batches else ''
-  print(f'{when} training: {loss}accuracy {shown}', flush=True)
-  return found
 
 
 def _report(pending, progress, written, rate, config, data, alarmed) -> None:

@@ -16,6 +16,7 @@ FLOORS = (
   ('config', 'command'),
   ('objectives', 'data', 'tasks'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
+  ('runs',),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -159,9 +159,9 @@ def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
 
 def test_generation_answers_from_a_run(base, tmp_path):
   train.train(card(base), str(tmp_path))
-  _, model, variables, words = generate.open_run(str(tmp_path))
+  _, model, variables, words, step = generate.open_run(str(tmp_path))
   texts = generate.answer(model, variables, words, ['ab', 'longer'], 5)
-  assert len(texts) == 2
+  assert len(texts) == 2 and step == 4
 
 
 def test_router_losses_are_summed_into_the_objective(base, tmp_path):

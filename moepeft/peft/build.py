@@ -10,6 +10,7 @@ from moepeft.moe import ROUTERS
 from moepeft.nn.site import Advice
 from moepeft.peft.method import SEMANTICS, Method
 from moepeft.spec import Spec
+from moepeft.typing import State, Tree
 
 # What `topk` does with the kept probabilities where it is not said.
 _RENORMALIZE = {'official': False, 'paper': True}
@@ -30,6 +31,11 @@ class Built:
   semantics: str
   advice: Advice
   trainable: str
+
+  def variables(self, state: State) -> dict[str, Tree]:
+    """{'params': ..., 'peft': ...} of a training state."""
+    other = {'peft': 'params', 'params': 'peft'}[self.trainable]
+    return {self.trainable: state.trainable, other: state.frozen}
 
 
 def build(
