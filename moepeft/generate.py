@@ -12,10 +12,6 @@ from moepeft.decoding import greedy
 from moepeft.runs import open_run
 from moepeft.typing import Tree
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
-_PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
-_LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
-
 
 def answer(
   model, variables: Tree, words: Vocabulary, prompts: list[str], length: int
@@ -41,4 +37,7 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
+  _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
+  _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
+  _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
   command.run(main)

@@ -40,13 +40,12 @@ METHODS = (
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
 )
-ROUTERS = (
-  'softmax',
-  'topk(k=1)',
-  'topk(k=2)',
-  'topk(k=2, renormalize=True)',
-  'uniform',
-  'random(k=2)',
+# One of each method, with each kind of router, for what takes long.
+ONE_EACH = (
+  'lora(rank=3)',
+  'ia3',
+  'mov(experts=3)',
+  'molora(experts=3, rank=2, router=topk(k=2))',
 )
 
 

@@ -16,8 +16,13 @@ from moepeft.peft import METHODS, build
 from . import small
 
 every_method = pytest.mark.parametrize('method', small.METHODS)
+one_each = pytest.mark.parametrize('method', small.ONE_EACH)
 # float32 sums of other order over a depth of five layers.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+def apply(model, variables, batch):
+  return jax.jit(model.apply)(variables, batch)
 
 
 def test_small_methods_cover_the_registry():
@@ -34,8 +39,8 @@ def test_identity_at_initialisation(method, config):
     pytest.fail('such a mixture does not start at the base; test it apart')
   model, _ = small.make(method, config)
   variables = small.variables(method, config)
-  base = t5.T5(config).apply({'params': variables['params']}, small.batch())
-  adapted = model.apply(variables, small.batch())
+  base = apply(t5.T5(config), {'params': variables['params']}, small.batch())
+  adapted = apply(model, variables, small.batch())
   # Routers' weights sum to one up to float32 rounding.
   np.testing.assert_allclose(adapted, base, rtol=1e-4, atol=1e-5)
 
@@ -44,11 +49,11 @@ def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
   method = 'mov(experts=3, router=topk(k=1, renormalize=False))'
   model, _ = small.make(method)
   variables = small.variables(method)
-  base = t5.T5(small.GATED).apply(
-    {'params': variables['params']}, small.batch()
+  base = apply(
+    t5.T5(small.GATED), {'params': variables['params']}, small.batch()
   )
   # About 1/3 of every key, value and gate is left (released code, 2.5).
-  assert np.abs(model.apply(variables, small.batch()) - base).max() > 0.01
+  assert np.abs(apply(model, variables, small.batch()) - base).max() > 0.01
 
 
 @every_method
@@ -66,17 +71,17 @@ def test_scan_equals_loop(method):
   scanned, _ = small.make(method)
   looped, _ = small.make(method, scan=False)
   unrolled, _ = small.make(method, unroll=2)
-  expected = scanned.apply(variables, small.batch())
+  expected = apply(scanned, variables, small.batch())
   apart = {key: small.unstack(tree) for key, tree in variables.items()}
   np.testing.assert_allclose(
-    looped.apply(apart, small.batch()), expected, **CLOSE
+    apply(looped, apart, small.batch()), expected, **CLOSE
   )
   np.testing.assert_allclose(
-    unrolled.apply(variables, small.batch()), expected, **CLOSE
+    apply(unrolled, variables, small.batch()), expected, **CLOSE
   )
 
 
-@every_method
+@one_each
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_no_gradient(method, remat):
   expected = gradients(method, 'none')
@@ -97,29 +102,29 @@ def gradients(method, remat):
   return jax.jit(jax.grad(loss))(variables['peft'])
 
 
-@every_method
+@one_each
 def test_vmap_over_a_bank_equals_one_by_one(method):
   model, _ = small.make(method)
   one, two = small.variables(method), small.variables(method, noise=0.1)
   bank = jax.tree.map(lambda a, b: jnp.stack([a, b]), one['peft'], two['peft'])
 
   def run(peft):
-    return model.apply({'params': one['params'], 'peft': peft}, small.batch())
+    return apply(model, {'params': one['params'], 'peft': peft}, small.batch())
 
   both = jax.vmap(run)(bank)
   np.testing.assert_allclose(both[0], run(one['peft']), **CLOSE)
   np.testing.assert_allclose(both[1], run(two['peft']), **CLOSE)
 
 
-@every_method
+@one_each
 def test_bfloat16_activations_keep_float32_adapters(method):
   model, _ = small.make(method, dtype=jnp.bfloat16)
   variables = small.variables(method, noise=0.1)
   assert {a.dtype for a in jax.tree.leaves(variables['peft'])} <= {
     jnp.dtype('float32')
   }
-  logits = model.apply(variables, small.batch())
-  exact = small.make(method)[0].apply(variables, small.batch())
+  logits = apply(model, variables, small.batch())
+  exact = apply(small.make(method)[0], variables, small.batch())
   assert logits.dtype == jnp.float32
   real = small.batch()['targets_mask']
   error = np.linalg.norm((logits - exact)[real])
@@ -145,15 +150,15 @@ def test_padding_never_moves_logits(method):
     key: jnp.pad(other[key], ((0, 0), (0, 4)), constant_values=0)
     for key in other
   }
-  expected = model.apply(variables, batch)
+  expected = apply(model, variables, batch)
   np.testing.assert_allclose(
-    model.apply(variables, other)[real], expected[real], **CLOSE
+    apply(model, variables, other)[real], expected[real], **CLOSE
   )
-  found = model.apply(variables, wide)[:, : expected.shape[1]]
+  found = apply(model, variables, wide)[:, : expected.shape[1]]
   np.testing.assert_allclose(found[real], expected[real], **CLOSE)
 
 
-@every_method
+@one_each
 def test_one_trace_serves_every_batch_of_a_shape(method):
   model, _ = small.make(method)
   variables = small.variables(method)
@@ -163,7 +168,7 @@ def test_one_trace_serves_every_batch_of_a_shape(method):
   @chex.assert_max_traces(n=1)
   def run(variables, batch):
     # Built anew: equal modules must be equal to jit.
-    return small.make(method)[0].apply(variables, batch)
+    return apply(small.make(method)[0], variables, batch)
 
   run(variables, small.batch(seed=1))
   run(variables, small.batch(seed=2))
@@ -234,8 +239,8 @@ def test_merged_equals_unmerged(method):
     'mend merge',
   )
   np.testing.assert_allclose(
-    t5.T5(small.GATED).apply({'params': merged}, small.batch()),
-    model.apply(variables, small.batch()),
+    apply(t5.T5(small.GATED), {'params': merged}, small.batch()),
+    apply(model, variables, small.batch()),
     **CLOSE,
   )
 
@@ -258,8 +263,8 @@ def test_merge_of_official_ia3_goes_into_wo():
   variables = small.variables('ia3', noise=0.1)
   merged = merge(built, variables)
   np.testing.assert_allclose(
-    t5.T5(small.GATED).apply({'params': merged}, small.batch()),
-    model.apply(variables, small.batch()),
+    apply(t5.T5(small.GATED), {'params': merged}, small.batch()),
+    apply(model, variables, small.batch()),
     **CLOSE,
   )
 
@@ -287,4 +292,4 @@ def test_an_adapter_of_another_shape_is_refused():
   model, _ = small.make('lora(rank=3)')
   variables = small.variables('lora(rank=2, alpha=16)')
   with pytest.raises(ValueError, match='expected shape .* got'):
-    model.apply(variables, small.batch())
+    apply(model, variables, small.batch())
