@@ -11,4 +11,7 @@ def get_config(values: str = ''):
   v = config_lib.values(values, experts=10, rank=4)
   c = config_lib.default()
   c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  c.data.inputs_length = 100
+  c.data.targets_length = 16
+  c.model.unroll = 3
   return c

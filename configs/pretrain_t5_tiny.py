@@ -35,7 +35,6 @@ def get_config(values: str = ''):
   )
   c.model.unroll = 3
   c.data.vocabulary = 'bytes'
-  c.optimizer.learning_rate = 1.5e-3
   c.optimizer.b2 = 0.98
   c.optimizer.schedule = 'cosine'
   c.checkpoint.every_steps = 250
@@ -46,6 +45,7 @@ def get_config(values: str = ''):
     c.data.tasks = 'kind,opinion,recall,recall'
     c.data.inputs_length = 48
     c.data.targets_length = 12
+    c.optimizer.learning_rate = 1.5e-3
     c.batch_size = 128
     c.steps = 1500
     c.optimizer.warmup_steps = 150
@@ -54,8 +54,9 @@ def get_config(values: str = ''):
     c.data.tasks = 'A'
     c.data.inputs_length = 96
     c.data.targets_length = 14
-    c.batch_size = 32
-    c.steps = 5000
+    c.optimizer.learning_rate = 7e-4
+    c.batch_size = 64
+    c.steps = 2200
     c.optimizer.warmup_steps = 100
     c.evaluation.tasks = 'A,B'
   return c

@@ -56,12 +56,7 @@ def resolve(path: str) -> str:
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   """The family and the model's config, without reading a weight."""
-  if model.family not in FAMILIES:
-    raise ValueError(
-      f'config.model.family is one of {", ".join(FAMILIES)}; got '
-      f'{model.family!r}'
-    )
-  family = FAMILIES[model.family]
+  family = _family(model.family)
   if model.path:
     path = resolve(model.path)
     if interop.detect(path) == 't5x':
@@ -75,6 +70,14 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   return family, dataclasses.replace(config, dropout=model.dropout)
 
 
+def _family(name: str) -> ModuleType:
+  if name not in FAMILIES:
+    raise ValueError(
+      f'config.model.family is one of {", ".join(FAMILIES)}; got {name!r}'
+    )
+  return FAMILIES[name]
+
+
 def load(model: ConfigDict) -> Base:
   """Reads the base that `config.model` names.
 
@@ -84,12 +87,12 @@ def load(model: ConfigDict) -> Base:
   if not model.path:
     family, config = shape(model)
     return Base(family, config, None, '', '')
+  family = _family(model.family)
   path = resolve(model.path)
   dtype = jnp.dtype(model.param_dtype)
   form = t5x if interop.detect(path) == 't5x' else hf
   loaded = form.load(path, dtype=dtype)
   config = dataclasses.replace(loaded.config, dropout=model.dropout)
-  family = FAMILIES[model.family]
   return Base(family, config, loaded.params, model.path, loaded.sha256)
 
 

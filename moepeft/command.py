@@ -13,14 +13,19 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 # What users cause; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
+_NAMES = ('--config', '-config')
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
 def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   """The flag --config=FILE[:values] and --config.key=value."""
+  # As an argument rather than a default: absl reads a default at once, and
+  # would meet a wrong --config.key before `run` can answer for it.
+  if not any(arg.split('=')[0] in _NAMES for arg in sys.argv):
+    sys.argv.insert(1, f'--config={default}')
   return config_flags.DEFINE_config_file(
     'config',
-    locate(default),
+    None,
     'A card: a file with get_config(), and values for it after a colon. Keys '
     'are changed by --config.key=value; moepeft/config.py lists them all.',
     lock_config=True,
@@ -62,22 +67,30 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, OSError) as e:
-    _stop(str(e).splitlines()[0])
+    _stop(_reason(str(e)))
   except (AttributeError, KeyError, TypeError) as e:
     reason = str(e).strip('\'"').splitlines()[0]
     _stop(f'a --config option does not fit the config: {reason}')
 
 
+def _reason(message: str) -> str:
+  """The line that says it: the last, where a card's traceback is quoted."""
+  lines = [line.strip() for line in message.splitlines() if line.strip()]
+  if 'Error whilst parsing config file' in lines[0]:
+    return lines[-1].removeprefix('ValueError: ')
+  return lines[0]
+
+
 def _located(arg: str) -> str:
   name, equals, value = arg.partition('=')
-  if name in ('--config', '-config') and equals:
+  if name in _NAMES and equals:
     return f'{name}={locate(value)}'
   return arg
 
 
 def _check_exists(arg: str) -> None:
   name, equals, value = arg.partition('=')
-  if name not in ('--config', '-config') or not equals:
+  if name not in _NAMES or not equals:
     return
   file = value.partition(':')[0]
   if not os.path.isfile(file):

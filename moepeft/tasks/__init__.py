@@ -3,16 +3,14 @@
 
 Group A pretrains a small base, methods adapt to group B, and nothing is ever
 trained on group C. A family of B asks for something that A taught, in new
-instructions and mostly with labels that A never uses, so a base begins near
-chance and has to learn the mapping rather than the skill:
+instructions and with labels that A never uses, so a base begins near chance
+and has to learn the mapping rather than the skill:
 
     B           asks for                          after A taught
-    profession  category -> who knows about it    kind, topic, membership
+    storage     category -> where it is kept      kind
+    profession  category -> who knows about it    kind, topic
+    stars       praise or blame -> five, one      opinion
     verdict     praise or blame -> keep, return   opinion, sentiment
-    tidy        all alike, or one is not          odd_one_out, topic
-    owner       thing -> name, lookup backwards   recall, lookup, directory
-    medal       name -> its place, order reversed order, directory
-    result      is this number higher? win, lose  comparison
 
 Templates marked held out word a family in a way that training never sees; a
 tenth of each family's instances is held out too (`Family.split_of`). A new
@@ -42,24 +40,26 @@ _TABLE = (
   categories.ODD_ONE_OUT,
   reviews.SENTIMENT,
   people.LOOKUP,
+  words.STORAGE,
+  categories.PROFESSION,
+  words.STARS,
+  reviews.VERDICT,
+  categories.TIDY,
   people.DIRECTORY,
   people.ORDER,
-  amounts.COMPARISON,
-  statements.ENTAILMENT,
-  categories.PROFESSION,
-  categories.TIDY,
-  reviews.VERDICT,
   people.OWNER,
   people.MEDAL,
+  amounts.COMPARISON,
   amounts.RESULT,
+  statements.ENTAILMENT,
+  statements.PARAPHRASE,
+  statements.NEGATION,
   meaning.COREFERENCE,
   meaning.WORD_SENSE,
   meaning.COMPLETION,
   meaning.ANALOGY,
   amounts.ARITHMETIC,
   amounts.COUNTING,
-  statements.PARAPHRASE,
-  statements.NEGATION,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
 GROUPS = ('A', 'B', 'C')

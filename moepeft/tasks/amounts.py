@@ -51,7 +51,7 @@ def draw_comparison(dice: Dice) -> Instance:
 
 COMPARISON = Family(
   'comparison',
-  'A',
+  'C',
   draw_comparison,
   (
     Template('after', '{facts} {question}'),
@@ -81,7 +81,7 @@ def draw_result(dice: Dice) -> Instance:
 
 RESULT = Family(
   'result',
-  'B',
+  'C',
   draw_result,
   (
     Template('did', '{facts} Did {name} win or lose?'),

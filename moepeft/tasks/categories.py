@@ -149,7 +149,7 @@ def draw_tidy(dice: Dice) -> Instance:
 
 TIDY = Family(
   'tidy',
-  'B',
+  'C',
   draw_tidy,
   (
     Template('is', 'A toy box holds: {items}. Is the box tidy or messy?'),

@@ -58,7 +58,7 @@ def draw_directory(dice: Dice) -> Instance:
 
 DIRECTORY = Family(
   'directory',
-  'A',
+  'C',
   draw_directory,
   (
     Template('what', "Phone list: {lines}. What is {name}'s number?"),
@@ -82,7 +82,7 @@ def draw_owner(dice: Dice) -> Instance:
 
 OWNER = Family(
   'owner',
-  'B',
+  'C',
   draw_owner,
   (
     Template('whose', '{facts} Whose is the {thing}?'),
@@ -105,7 +105,7 @@ def draw_order(dice: Dice) -> Instance:
 
 ORDER = Family(
   'order',
-  'A',
+  'C',
   draw_order,
   (
     Template('who', 'The queue is: {queue}. Who is {rank}?'),
@@ -130,7 +130,7 @@ def draw_medal(dice: Dice) -> Instance:
 
 MEDAL = Family(
   'medal',
-  'B',
+  'C',
   draw_medal,
   (
     Template('which', 'The race ended: {finish}. Which medal did {name} win?'),

@@ -65,7 +65,7 @@ def draw_entailment(dice: Dice) -> Instance:
 
 ENTAILMENT = Family(
   'entailment',
-  'A',
+  'C',
   draw_entailment,
   (
     Template('follow', '{premise}. Does it follow that {claim}?'),

@@ -86,3 +86,59 @@ RECALL = Family(
     Template('of', '{pairs}. What of {name}?'),
   ),
 )
+
+
+_HOMES = dict(
+  zip(
+    KINDS,
+    ('barn', 'bowl', 'shed', 'wardrobe', 'garage', 'orchestra'),
+    strict=True,
+  )
+)
+
+
+def draw_storage(dice: Dice) -> Instance:
+  """72 nouns x 90 numbers = 6,480; the number keeps instances apart."""
+  kind = dice.pick(KINDS)
+  noun = dice.pick(CATEGORIES[kind])
+  number = str(dice.between(10, 99))
+  others = dice.some([h for h in _HOMES.values() if h != _HOMES[kind]], 3)
+  fields = {'noun': noun, 'one': a(noun), 'number': number}
+  return Instance(fields, _HOMES[kind], tuple(others))
+
+
+STORAGE = Family(
+  'storage',
+  'B',
+  draw_storage,
+  (
+    Template('where', '{number}. Where does {one} belong?'),
+    Template('put', 'Put the {noun} ({number}) in its'),
+    Template('label', '{number} {noun}. place:'),
+    Template('look', 'To find {one}, number {number}, look in the'),
+    Template('keep', 'Where do we keep {one}? ({number})'),
+  ),
+)
+
+
+def draw_stars(dice: Dice) -> Instance:
+  """112 pairs of words of one colour x 90 numbers = 10,080."""
+  good = dice.coin()
+  one, two = dice.some(PRAISE if good else BLAME, 2)
+  fields = {'one': one, 'two': two, 'number': str(dice.between(10, 99))}
+  answers = ('five', 'one') if good else ('one', 'five')
+  return Instance(fields, answers[0], answers[1:])
+
+
+STARS = Family(
+  'stars',
+  'B',
+  draw_stars,
+  (
+    Template('how', 'Guest {number}: {one}, {two}. How many stars?'),
+    Template('give', '{number}. It was {one} and {two}. Stars:'),
+    Template('count', 'Stars from guest {number}, who said {one} and {two}:'),
+    Template('rate', '{one}, {two} ({number}). Rate it.'),
+    Template('ask', 'How many stars? Guest {number} wrote: {one}, {two}.'),
+  ),
+)

@@ -26,6 +26,8 @@ RELU = dataclasses.replace(
   GATED, gated=False, activation='relu', tied=True, scale_head=True
 )
 
+RNGS = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+
 # Every method of the registry, every router, and two adapters together.
 METHODS = (
   'lora(rank=3)',
@@ -75,9 +77,8 @@ def make(method, config=GATED, semantics='official', **options):
 def variables(method, config=GATED, noise=0.0, semantics='official'):
   """Initialised 'params' and 'peft'; `noise` moves the latter off identity."""
   model, _ = make(method, config, semantics)
-  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  made = jax.jit(model.init)(rngs, batch())
-  peft = made.get('peft', {})
+  # Only what is asked for is compiled: the base's weights once for all.
+  peft = jax.jit(lambda: model.init(RNGS, batch()).get('peft', {}))()
   if noise:
     leaves, tree = jax.tree.flatten(peft)
     keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
@@ -86,7 +87,13 @@ def variables(method, config=GATED, noise=0.0, semantics='official'):
       for a, k in zip(leaves, keys, strict=False)
     ]
     peft = jax.tree.unflatten(tree, leaves)
-  return {'params': made['params'], 'peft': peft}
+  return {'params': params(config), 'peft': peft}
+
+
+@functools.cache
+def params(config=GATED):
+  """The base's weights, without any method."""
+  return jax.jit(t5.T5(config).init)(RNGS, batch())['params']
 
 
 def unstack(tree):

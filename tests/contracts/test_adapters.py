@@ -30,9 +30,15 @@ def test_small_methods_cover_the_registry():
   assert named | {'full'} == set(METHODS)
 
 
-@every_method
+IDENTITY = [(m, small.GATED) for m in small.METHODS] + [
+  (m, small.RELU) for m in small.ONE_EACH
+]
+
+
 @pytest.mark.parametrize(
-  'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
+  ('method', 'config'),
+  IDENTITY,
+  ids=lambda v: v if isinstance(v, str) else '1.1' if v.gated else '1.0',
 )
 def test_identity_at_initialisation(method, config):
   if 'topk' in method and 'renormalize' not in method and 'mov' in method:
@@ -56,13 +62,11 @@ def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
   assert np.abs(apply(model, variables, small.batch()) - base).max() > 0.01
 
 
-@every_method
+@one_each
 def test_params_are_untouched_in_values_and_paths(method):
-  base = t5.T5(small.GATED)
-  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  expected = jax.jit(base.init)(rngs, small.batch())['params']
-  found = small.variables(method)['params']
-  chex.assert_trees_all_equal(expected, found)
+  model, _ = small.make(method)
+  found = jax.jit(model.init)(small.RNGS, small.batch())['params']
+  chex.assert_trees_all_equal(small.params(), found)
 
 
 @every_method

@@ -25,8 +25,7 @@ METHODS = {
 def make(name, **options):
   built = build(METHODS[name], t5.sites(small.GATED), methods=PROBES)
   model = t5.T5(small.GATED, built.advice, **options)
-  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  variables = jax.jit(model.init)(rngs, small.batch())
+  variables = jax.jit(model.init)(small.RNGS, small.batch())
   return model, {key: variables[key] for key in ('params', 'peft')}
 
 

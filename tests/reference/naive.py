@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The released layers of arXiv:2309.05444 written out, with no thought of speed.
+"""The released layers of arXiv:2309.05444 written out, whatever the speed.
 
 T5 1.1 with LoRA, MoLoRA, (IA)^3, MoV or none, from a flat {T5X name: array}:
-the shapes and the names say which, and how large. One operation after the
-other in flaxformer's order, in the arrays' own dtype; nothing of the package
-is used. `at` is the T5X name of a module.
+names and shapes say which, and how large. One operation after the other in
+flaxformer's order, in the arrays' own dtype, and nothing of the package.
+Throughout, `w` is that dict and `at` the T5X name of a module.
 """
 
 import re
@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.typing import Array
-
-Weights = dict[str, Array]
+Array = jax.Array
 
 # Constants of the released code and of flaxformer's T5.
 ALPHA, EPS, MASKED, MAX_DISTANCE = 16, 1e-6, -1e10, 128
 
 
 def logits(
-  w: Weights,
+  w: dict[str, Array],
   inputs: np.ndarray,
   decoder_inputs: np.ndarray,
   targets: np.ndarray,

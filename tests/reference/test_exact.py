@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ours means what the released layers mean, shown where rounding is no excuse.
 
-Some of official/*.npz are so sharp that half a unit in the last place of each
+Some of official/*.npz are so sharp that one unit in the last place of each
 weight moves float32 logits by 1e-4: no other order of operations can meet
-1e-5, and `test_t5` allows for that. Here it is shown in two steps without
-such an allowance. `naive`, the layers' maths written out in flaxformer's order
-and run operation by operation, gives the files' float32 numbers; ours gives
-the numbers of `naive` in float64, to 1e-9.
+1e-5, and `test_t5` allows for that. Two steps need no such allowance. `naive`,
+the layers' maths written out in flaxformer's order and run one operation at a
+time, gives the files' numbers in float32; ours gives those of `naive` in
+float64.
 
-The first step hangs on how a machine rounds: on a processor whose matrix
-products add in another order `test_naive_*` may fail at the sharp cases (lora,
-molora, molora_top2) though nothing is wrong. The second does not.
+The first step hangs on how a machine rounds: where matrix products add up in
+another order, `test_naive_*` may fail at the sharp cases (lora, molora,
+molora_top2) though nothing is wrong. The second step does not.
 
 A relative error is max |a - b| / max |b| of an array.
 """
@@ -51,12 +51,6 @@ _INPUTS = {
 }
 
 
-@pytest.fixture
-def float64():
-  with jax.enable_x64(True):
-    yield jnp.float64
-
-
 def of_cases(found):
   return pytest.mark.parametrize('name', found)
 
@@ -82,21 +76,43 @@ def naive_logits(name, adapter, base):
 
 
 def naive_gradients(name, dtype):
-  """{T5X name: gradient of the mean loss} of every adapter tensor."""
+  """({T5X name: gradient of the mean loss} of the adapter, logits)."""
 
   def loss(adapter, base):
     targets = cases.load(name).batch['targets']
-    return naive.mean_token_nll(naive_logits(name, adapter, base), targets)
+    logits = naive_logits(name, adapter, base)
+    return naive.mean_token_nll(logits, targets), logits
 
-  return jax.grad(loss)(*naive_weights(name, dtype))
+  return jax.grad(loss, has_aux=True)(*naive_weights(name, dtype))
 
 
-def ours(case, dtype):
-  """The model and its variables, both in `dtype`."""
-  variables = jax.tree.map(
-    functools.partial(jnp.asarray, dtype=dtype), case.variables
-  )
-  return case.model.clone(dtype=dtype), variables
+def our_gradients(name, dtype):
+  """The same of ours."""
+  case = cases.load(name)
+  model = case.model.clone(dtype=dtype)
+  cast = functools.partial(jnp.asarray, dtype=dtype)
+  variables = jax.tree.map(cast, {'peft': {}} | case.variables)
+
+  def loss(tree, params):
+    variables = {'params': params, 'peft': tree}
+    mean, _ = objective(model.apply, variables, case.batch, None)
+    return mean, model.apply(variables, case.batch)
+
+  gradient = jax.jit(jax.grad(loss, has_aux=True))
+  tree, logits = gradient(variables['peft'], variables['params'])
+  if case.adapter is None:
+    return {}, logits
+  written = released.write(case.config, Adapter(case.adapter.method, tree))
+  return {entry.their_name: array for entry, array in written}, logits
+
+
+@functools.cache
+def in_float64(name):
+  """Gradients and logits of ours, and those of `naive`; NumPy arrays."""
+  with jax.enable_x64(True):
+    found = our_gradients(name, jnp.float64)
+    expected = naive_gradients(name, jnp.float64)
+    return jax.tree.map(np.asarray, (found, expected))
 
 
 def check(found, expected, limit):
@@ -113,42 +129,31 @@ def test_naive_logits(name):
   case = cases.load(name)
   found = naive_logits(name, *naive_weights(name, jnp.float32))
   real = case.batch['targets_mask']
-  check({'logits': found[real]}, {'logits': expected_logits(case)}, LOGITS)
-
-
-def expected_logits(case):
-  return case.expected_outputs()['logits']
+  expected = case.expected_outputs()['logits']
+  check({'logits': found[real]}, {'logits': expected}, LOGITS)
 
 
 @of_cases([name for name in OFFICIAL if cases.holds(name, 'grads/')])
 def test_naive_gradients(name):
+  found, _ = naive_gradients(name, jnp.float32)
   expected = cases.below(cases.load(name).expected, 'grads/')
-  check(naive_gradients(name, jnp.float32), expected, GRADIENTS)
+  check(found, expected, GRADIENTS)
 
 
 @of_cases(OFFICIAL)
-def test_exact_logits(name, float64):
-  case = cases.load(name)
-  model, variables = ours(case, float64)
-  found = jax.jit(model.apply)(variables, case.batch)
-  expected = naive_logits(name, *naive_weights(name, float64))
-  assert found.dtype == expected.dtype == float64
-  real = case.batch['targets_mask']
-  check({'logits': found[real]}, {'logits': expected[real]}, EXACT)
+def test_exact_logits(name):
+  (_, found), (_, expected) = in_float64(name)
+  real = cases.load(name).batch['targets_mask']
+  check_exact({'logits': found[real]}, {'logits': expected[real]})
 
 
 @of_cases([name for name in OFFICIAL if has_adapter(name)])
-def test_exact_gradients(name, float64):
-  case = cases.load(name)
-  model, variables = ours(case, float64)
+def test_exact_gradients(name):
+  (found, _), (expected, _) = in_float64(name)
+  check_exact(found, expected)
 
-  def loss(tree, params):
-    variables = {'params': params, 'peft': tree}
-    return objective(model.apply, variables, case.batch, None)[0]
 
-  tree = jax.jit(jax.grad(loss))(variables['peft'], variables['params'])
-  written = released.write(case.config, Adapter(case.adapter.method, tree))
-  found = {entry.their_name: array for entry, array in written}
-  expected = naive_gradients(name, float64)
-  assert {array.dtype for array in found.values()} == {np.dtype(float64)}
+def check_exact(found, expected):
+  dtypes = {a.dtype for a in (*found.values(), *expected.values())}
+  assert dtypes == {np.dtype(np.float64)}
   check(found, expected, EXACT)
