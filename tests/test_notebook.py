@@ -33,7 +33,7 @@ def test_notebook_trains_opens_and_draws(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv('MOEPEFT_STEPS', '2')
   client = nbclient.NotebookClient(
     notebook,
-    timeout=600,
+    timeout=1800,  # seconds a cell, for a busy machine
     kernel_name='python3',
     resources={'metadata': {'path': str(tmp_path)}},
   )

@@ -284,7 +284,7 @@ def test_merge_of_official_ia3_goes_into_wo():
     ('full + lora', 'full trains alone'),
     ('lora(', 'cannot read the method'),
     ('lora(4)', 'cannot read the method'),
-    ('lora(rank=1, rank=2)', 'cannot read the method'),
+    ('lora(rank=1, rank=2)', 'given twice'),
   ],
 )
 def test_a_wrong_method_is_one_clear_sentence(method, said):

@@ -155,5 +155,5 @@ def test_eight_virtual_devices_equal_one(tmp_path):
   assert int(one['n']) == 1 and int(eight['n']) == 8
   # Sums over 8 rows in another order, then three Adam steps.
   np.testing.assert_allclose(one['loss'], eight['loss'], rtol=1e-5)
-  for name in one.files:
+  for name in set(one.files) - {'n'}:
     np.testing.assert_allclose(one[name], eight[name], rtol=2e-4, atol=2e-5)
