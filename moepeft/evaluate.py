@@ -61,7 +61,7 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
         )
   else:
     ranked = jsonl.closed(train or (), validation)
-    found |= _by_task('held-out idx', ranked, e.max_examples)
+    found |= _by_task('validation', ranked, e.max_examples)
   if e.path:
     found |= _by_task('evaluation', jsonl.read(e.path), e.max_examples)
   return found
