@@ -124,7 +124,8 @@ def test_top_k_comes_from_the_flag(run):
 def test_workdir_exports_what_was_trained(run, monkeypatch):
   tree, card = own.load('moepeft')
   module = types.ModuleType('moepeft.checkpoint')
-  module.restore_adapter = lambda workdir: (tree, card | {'seed': len(workdir)})
+  found = card | {'trainable': 'peft', 'seed': 5}
+  module.restore_trained = lambda workdir: (tree, found)
   monkeypatch.setitem(sys.modules, 'moepeft.checkpoint', module)
   monkeypatch.setattr('moepeft.checkpoint', module, raising=False)
   assert run('--workdir=run', '--output=out') == (0, '')
