@@ -143,6 +143,8 @@ def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   params_rng, peft_rng = jax.random.split(jax.random.key(seed))
   rngs = {'params': params_rng, 'peft': peft_rng}
   keep = ('peft',) if base.params is not None else ('params', 'peft')
+  # The same draws whatever the layers in a step; one compiles fastest.
+  model = model.clone(unroll=1)
 
   @jax.jit
   def init():

@@ -46,6 +46,10 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
   try:
     made.chmod(0o777 & ~_umask())
     yield made
+    # safetensors makes files that only their owner can read.
+    for file in made.rglob('*'):
+      if file.is_file():
+        file.chmod(0o666 & ~_umask())
     if target.exists():
       old = made.with_name(made.name + '.old')
       target.rename(old)

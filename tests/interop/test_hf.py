@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import tracemalloc
 
 import ml_dtypes
@@ -274,3 +275,11 @@ def test_tokenizer_files_come_along(saved, tmp_path):
     'model.safetensors',
     'tokenizer.json',
   ]
+
+
+def test_others_may_read_what_is_written(saved):
+  folder, _ = saved
+  mask = os.umask(0o022)
+  os.umask(mask)
+  for file in folder.iterdir():
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file
