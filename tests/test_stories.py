@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs, as a user starts them: minutes each, so `pytest -m slow`."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / 'shared'
+FLAN = SHARED / 'models' / 'flan-t5-small-int8'
+P3 = SHARED / 'data' / 'p3' / 'train.jsonl.gz'
+
+pytestmark = pytest.mark.slow
+
+
+def train(workdir, *options):
+  """The summary of `python -m moepeft.train --config=configs/molora_t5.py`."""
+  # The suite's own flags compile programs that are quick to make, not to run.
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  command = ['-m', 'moepeft.train', '--config=configs/molora_t5.py']
+  subprocess.run(
+    [sys.executable, *command, f'--workdir={workdir}', *options],
+    cwd=ROOT,
+    env=env,
+    check=True,
+  )
+  return json.loads((workdir / 'summary.json').read_text())
+
+
+@pytest.mark.parametrize('method', ['molora(experts=10, rank=4)', 'lora'])
+def test_the_default_run_learns_group_b(method, tmp_path):
+  summary = train(tmp_path, f'--config.method={method}')
+  before, after = summary['before']['means'], summary['after']['means']
+  # 400 examples each: a standard error of 0.025.
+  assert after['B seen'] > before['B seen'] + 0.2
+  assert after['B held_out'] > before['B held_out'] + 0.1
+
+
+@pytest.mark.skipif(
+  not (FLAN.exists() and P3.exists()),
+  reason=f'needs {FLAN} and {P3}, which are not part of the project',
+)
+@pytest.mark.parametrize('method', ['molora(experts=10, rank=4)', 'mov', 'ia3'])
+def test_a_real_model_learns_from_real_rows(method, tmp_path):
+  summary = train(
+    tmp_path,
+    f'--config.method={method}',
+    f'--config.model.path={FLAN}',
+    '--config.data.source=jsonl',
+    f'--config.data.path={P3}',
+    '--config.data.vocabulary=',
+    '--config.data.sample=datasets',
+    '--config.data.inputs_length=256',
+    '--config.data.targets_length=32',
+    '--config.batch_size=8',
+    '--config.steps=16',
+    '--config.model.unroll=1',
+    '--config.evaluation.max_examples=4',
+  )
+  before, after = summary['before'], summary['after']
+  assert after['validation_loss'] < before['validation_loss'] - 0.1
