@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command starts: flags, configs found, and errors in one sentence."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -15,6 +17,10 @@ _TRACEBACK = flags.DEFINE_bool(
 _ERRORS = (ValueError, OSError)
 _NAMES = ('--config', '-config')
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# Parameters of glibc's mallopt, and its largest value.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_MOST = 2**31 - 1
+_ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 
 
 def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
@@ -50,6 +56,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
+    keep_programs()
+    keep_pages()
     try:
       main(argv)
     except _ERRORS as e:
@@ -57,10 +65,37 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         raise
       _stop(str(e))
 
-  app.run(safe_main, flags_parser=_parse)
+  app.run(safe_main, flags_parser=parse)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def keep_programs() -> None:
+  """Compiled programs outlive the process (JAX_COMPILATION_CACHE_DIR)."""
+  if jax.config.jax_compilation_cache_dir is None:
+    path = os.path.join(os.path.expanduser('~'), '.cache', 'moepeft', 'jax')
+    jax.config.update('jax_compilation_cache_dir', path)
+
+
+def keep_pages() -> bool:
+  """Lets the process keep the memory that a step on CPU frees.
+
+  XLA takes a program's temporary buffer from malloc at every call. glibc maps
+  a block of that size anew and unmaps it after, so every step faults in all
+  of its pages (benchmarks/keep_pages.py says what that costs). One arena that
+  is never trimmed keeps them. To be called before JAX starts its threads,
+  which would have arenas of their own.
+
+  Returns:
+    Whether it was done: with glibc, and where no accelerator is seen.
+  """
+  if any(map(os.path.exists, _ACCELERATORS)):
+    return False
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _MOST))
+  return mallopt is not None and all(mallopt(*pair) == 1 for pair in wanted)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """absl's flags of a command line; a wrong one is a sentence and exit 2."""
   argv = [_located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)

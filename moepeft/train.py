@@ -75,7 +75,6 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
     ValueError: the config, the data or the work directory does not do.
   """
   started = time.monotonic()
-  _compile_cache()
 
   # ---------------------------------------------------------------- data ---
   data = config.data
@@ -202,13 +201,6 @@ def _open(workdir: str, config: ConfigDict) -> Checkpoints:
       'another with --workdir'
     ) from None
   return Checkpoints(workdir, config.checkpoint.keep)
-
-
-def _compile_cache() -> None:
-  """Compiled programs outlive the process (JAX_COMPILATION_CACHE_DIR)."""
-  if jax.config.jax_compilation_cache_dir is None:
-    path = os.path.join(os.path.expanduser('~'), '.cache', 'moepeft', 'jax')
-    jax.config.update('jax_compilation_cache_dir', path)
 
 
 def _introduce(config, base, built, state, workdir) -> None:
