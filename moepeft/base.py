@@ -16,6 +16,7 @@ from moepeft.interop import adapter as adapter_lib
 from moepeft.interop import hf, t5x
 from moepeft.interop import peft as peft_files
 from moepeft.models import FAMILIES, names
+from moepeft.nn.start import fresh
 from moepeft.peft import Built, build
 from moepeft.typing import Batch, Tree
 
@@ -140,21 +141,7 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  params_rng, peft_rng = jax.random.split(jax.random.key(seed))
-  rngs = {'params': params_rng, 'peft': peft_rng}
-  keep = ('peft',) if base.params is not None else ('params', 'peft')
-  # The same draws whatever the layers in a step; one compiles fastest.
-  model = model.clone(unroll=1)
-
-  @jax.jit
-  def init():
-    variables = model.init(rngs, example_batch())
-    return {key: variables.get(key, {}) for key in keep}
-
-  variables = init()
-  if base.params is not None:
-    variables['params'] = jax.tree.map(jnp.asarray, base.params)
-  return variables
+  return fresh(model, example_batch(), seed, base.params)
 
 
 def with_adapter(

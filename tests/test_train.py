@@ -18,6 +18,7 @@ from moepeft import convert, generate, metrics, train
 from moepeft.checkpoint import restore_adapter
 from moepeft.interop import hf
 from moepeft.models import t5
+from moepeft.nn.start import fresh
 
 from .contracts import small
 
@@ -29,8 +30,7 @@ CONFIG = dataclasses.replace(small.GATED, vocab=263)
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   path = tmp_path_factory.mktemp('base') / 'hf'
-  model = t5.T5(CONFIG)
-  params = jax.jit(model.init)(jax.random.key(0), small.batch())['params']
+  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
   hf.save(str(path), CONFIG, params)
   return str(path)
 
@@ -45,6 +45,8 @@ def card(base, **changes):
   c.data.targets_length = 9
   c.log.every_steps = 2
   c.checkpoint.every_steps = 2
+  # Compiling it takes longer than all else; tests that judge ask for it.
+  c.evaluation.before = c.evaluation.after = False
   c.evaluation.max_examples = 3
   c.evaluation.tasks = 'B'
   c.evaluation.batch_size = 4
@@ -53,13 +55,16 @@ def card(base, **changes):
   return c
 
 
+JUDGED = {'evaluation.before': True, 'evaluation.after': True}
+
+
 def adapter_bytes(workdir):
   tree, _ = restore_adapter(str(workdir))
   return b''.join(a.tobytes() for a in jax.tree.leaves(tree))
 
 
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
-  train.train(card(base), str(tmp_path))
+  train.train(card(base, **JUDGED), str(tmp_path))
   rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
   assert all(np.isfinite(row['loss']) for row in rows)
@@ -78,8 +83,6 @@ def test_a_run_cut_in_two_ends_with_the_same_bytes(base, tmp_path):
     'method': (
       'molora(experts=3, rank=2, dropout=0.1, router=softmax(jitter=0.1))'
     ),
-    'evaluation.before': False,
-    'evaluation.after': False,
     'optimizer.schedule': 'constant',
   }
   train.train(card(base, **noisy), str(tmp_path / 'whole'))
@@ -144,13 +147,13 @@ def test_convert_writes_a_function_of_the_adapter_alone(base, tmp_path):
 
 
 def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
-  train.train(card(base), str(tmp_path / 'a'))
+  train.train(card(base, **JUDGED), str(tmp_path / 'a'))
   convert.main(
     ['convert', f'--workdir={tmp_path}/a', f'--output={tmp_path}/out']
   )
   capsys.readouterr()
   changes = {'model.adapter': str(tmp_path / 'out'), 'steps': 2}
-  train.train(card(base, **changes), str(tmp_path / 'b'))
+  train.train(card(base, **JUDGED, **changes), str(tmp_path / 'b'))
   one = json.loads((tmp_path / 'a' / 'after.json').read_text())
   two = json.loads((tmp_path / 'b' / 'before.json').read_text())
   assert one['validation_loss'] == pytest.approx(two['validation_loss'])
@@ -231,11 +234,7 @@ def test_bad_input_is_one_clear_sentence(base, tmp_path, changes, said):
 
 
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
-  changes = {
-    'optimizer.learning_rate': 1e30,
-    'optimizer.clip': 0.0,
-    'evaluation.before': False,
-  }
+  changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):
     train.train(card(base, **changes), str(tmp_path / 'w'))
 

@@ -16,9 +16,11 @@ from moepeft.nn.attention import Attention, visible
 from moepeft.nn.linear import Embedding, frozen_einsum
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.norms import RMSNorm
+from moepeft.nn.parameter import param
 from moepeft.nn.positions import RelativeBias
 from moepeft.nn.site import Advice, Around, advise
 from moepeft.nn.stack import stack
+from moepeft.nn.start import Normal
 from moepeft.typing import Array, Batch, Context
 
 
@@ -334,9 +336,10 @@ class Head(nn.Module):
   def __call__(self, x, ctx, tied: Embedding | None):
     c = self.config
     if tied is None:
-      kernel = self.param(
+      kernel = param(
+        self,
         'kernel',
-        nn.initializers.normal(c.d_model**-0.5),
+        Normal(c.d_model**-0.5),
         (c.d_model, c.vocab),
         self.param_dtype,
       )

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.nn.precision import wide
+from moepeft.nn.start import Normal
 from moepeft.typing import Array, Context
 
 # The released code's initialiser of router kernels.
-INIT = nn.initializers.normal(0.02)
+INIT = Normal(0.02)
 
 
 def gate_logits(x: Array, kernel: Array) -> Array:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen projections and the embedding, each one a site."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.nn.parameter import param
 from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.nn.start import Normal
 from moepeft.typing import Array, Context
 
 
@@ -33,8 +34,8 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    init = nn.initializers.normal(self.stddev)
-    kernel = self.param('kernel', init, self.shape, self.param_dtype)
+    start = Normal(self.stddev)
+    kernel = param(self, 'kernel', start, self.shape, self.param_dtype)
     f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate)
     return advise(self, self.advice, self.site, f, x, ctx)
 
@@ -62,12 +63,13 @@ class Embedding(nn.Module):
   site: str = 'embed'
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  init: Callable = nn.initializers.normal(1.0)
+  stddev: float = 1.0
 
   @nn.compact
   def __call__(self, ids: Array, ctx: Context) -> Array:
     shape = (self.vocab, self.d_model)
-    table = self.param('embedding', self.init, shape, self.param_dtype)
+    start = Normal(self.stddev)
+    table = param(self, 'embedding', start, shape, self.param_dtype)
 
     def weight():
       return table.astype(self.dtype)

@@ -7,8 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.nn.parameter import param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.nn.start import Fill
 from moepeft.typing import Array, Context
 
 
@@ -29,8 +31,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    ones = nn.initializers.ones
-    scale = self.param('scale', ones, (x.shape[-1],), self.param_dtype)
+    scale = param(self, 'scale', Fill(1), (x.shape[-1],), self.param_dtype)
     f = Frozen(
       lambda x: rms_norm(x, scale, self.eps),
       shape=scale.shape,

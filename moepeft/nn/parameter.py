@@ -1,24 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of advice: float32, in the collection 'peft'."""
+"""Parameters: frozen ones in 'params', those of advice in 'peft'."""
 
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.nn.start import STARTS, Start
 from moepeft.typing import Array
 
 COLLECTION = 'peft'
 
 
+def param(
+  module: nn.Module,
+  name: str,
+  start: Start,
+  shape: tuple[int, ...],
+  dtype=jnp.float32,
+) -> Array:
+  """An array of the base model, in the collection 'params'."""
+  _tell(module, name, start)
+  return module.param(name, start, shape, dtype)
+
+
 def peft_param(
-  module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]
+  module: nn.Module, name: str, init: Start | Callable, shape: tuple[int, ...]
 ) -> Array:
   """A trainable array of an adapter or router, float32 [shape].
 
-  Initialised from the rng 'peft'. A stored array of another shape is an
-  error that names both.
+  A stored array of another shape is an error that names both.
+
+  Args:
+    init: `Normal`, `Fill`, or a function (key, shape, dtype) -> array where
+      the start depends on the base's weights (DoRA's magnitude).
   """
+  if isinstance(init, Start):
+    _tell(module, name, init)
   variable = module.variable(
     COLLECTION,
     name,
@@ -31,3 +49,9 @@ def peft_param(
       'adapter was made for another model or method'
     )
   return variable.value
+
+
+def _tell(module: nn.Module, name: str, start: Start) -> None:
+  """Leaves the start where whoever asked by an rng finds it."""
+  if module.has_rng(STARTS):
+    module.variable(STARTS, name, lambda: start)

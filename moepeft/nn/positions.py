@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.nn.parameter import param
+from moepeft.nn.start import Normal
 from moepeft.typing import Array
 
 
@@ -47,9 +49,10 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, queries: Array, keys: Array) -> Array:
     """queries int [t], keys int [s]: absolute positions within a row."""
-    table = self.param(
+    table = param(
+      self,
       'embedding',
-      nn.initializers.normal(self.stddev),
+      Normal(self.stddev),
       (self.buckets, self.heads),
       self.param_dtype,
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from moepeft.nn.start import STARTS
 from moepeft.typing import Array, Context
 
 
@@ -73,8 +74,8 @@ class Frozen:
       self.run,
       in_axes=None,
       axis_size=size,
-      variable_axes={'params': None, 'peft': 0, 'routing': 0},
-      split_rngs={'params': False, 'peft': True, 'dropout': True},
+      variable_axes={'params': None, 'peft': 0, STARTS: 0, 'routing': 0},
+      split_rngs={'params': False, 'peft': True, STARTS: True, 'dropout': True},
     )
     return lambda x: lifted(self.module, x)
 

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.nn.start import STARTS
 from moepeft.typing import Array, Context
 
 REMAT = {
@@ -14,8 +15,9 @@ REMAT = {
 }
 
 # Everything that a layer owns or reports has its layers on axis 0.
-AXES = {'params': 0, 'peft': 0, 'routing': 0, 'weights': 0, 'cache': 0}
-RNGS = {'params': True, 'peft': True, 'dropout': True, 'router': True}
+COLLECTIONS = ('params', 'peft', STARTS, 'routing', 'weights', 'cache')
+AXES = dict.fromkeys(COLLECTIONS, 0)
+RNGS = dict.fromkeys(('params', 'peft', STARTS, 'dropout', 'router'), True)
 
 
 def stack(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, contraction
+from moepeft.nn.start import Fill
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
 
-ONES = nn.initializers.ones
+ONES = Fill(1)
 
 
 class Ia3(nn.Module):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, contraction, sizes
+from moepeft.nn.start import Fill, Normal
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
 
-INIT_A = nn.initializers.normal(0.02)
-INIT_B = nn.initializers.zeros
+INIT_A = Normal(0.02)
+INIT_B = Fill(0)
 
 
 def equations(eqn: str, extra: str = '') -> tuple[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three training steps on all devices of this process, saved to a file."""
+"""Three training steps of each method on all devices, saved to a file."""
 
 import sys
 
@@ -9,25 +9,29 @@ import numpy as np
 
 from moepeft import config as config_lib
 from moepeft import optim, sharding, train
+from moepeft.models import names
 from moepeft.typing import State
 
 from . import small
 
-METHOD = 'molora(experts=3, rank=2, router=topk(k=2))'
+METHODS = (*small.ONE_EACH, 'full')
 
 
-def main(path: str) -> None:
+def train_three(method: str) -> dict[str, np.ndarray]:
+  """{path: trained array} and the last loss."""
   config = config_lib.default()
   config.router_losses.load_balance = 0.1
-  model, built = small.make(METHOD)
-  variables = small.variables(METHOD, noise=0.1)
+  model, built = small.make(method)
+  noise = 0.0 if method == 'full' else 0.1
+  variables = small.variables(method, noise=noise)
   optimizer = optim.optimizer(config.optimizer, 10)
   mesh = sharding.make_mesh()
+  trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
-    trainable=variables['peft'],
-    frozen=variables['params'],
-    opt=optimizer.init(variables['peft']),
+    trainable=trainable,
+    frozen=next(iter(variables.values())),
+    opt=optimizer.init(trainable),
     rng=jax.random.key(0),
   )
   state = sharding.replicate(mesh, state)
@@ -35,9 +39,15 @@ def main(path: str) -> None:
   for seed in range(3):
     batch = sharding.shard_batch(mesh, small.batch(rows=8, seed=seed))
     state, aux = update(state, batch)
-  leaves = [np.asarray(a) for a in jax.tree.leaves(state.trainable)]
-  count = jax.device_count()
-  np.savez(path, *leaves, loss=np.asarray(aux['loss']), n=count)
+  trained = names.flatten(jax.tree.map(np.asarray, state.trainable))
+  return trained | {'loss': np.asarray(aux['loss'])}
+
+
+def main(path: str) -> None:
+  found = {'devices': np.int32(jax.device_count())}
+  for method in METHODS:
+    found |= {f'{method}|{k}': v for k, v in train_three(method).items()}
+  np.savez(path, **found)
 
 
 if __name__ == '__main__':

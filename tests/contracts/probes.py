@@ -11,6 +11,7 @@ from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.site import contraction
+from moepeft.nn.start import Normal
 from moepeft.peft import lora
 from moepeft.peft.method import Method
 
@@ -60,7 +61,7 @@ class Prefix(nn.Module):
   @nn.compact
   def __call__(self, f, x, ctx):
     shape = (self.length, *x.k.shape[2:])
-    init = nn.initializers.normal(0.5)
+    init = Normal(0.5)
     k = peft_param(self, 'k', init, shape)
     v = peft_param(self, 'v', init, shape)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.models import t5
+from moepeft.nn.start import fresh
 from moepeft.peft import build
 
 # Primes, heads times head size (15) unlike d_model (11), layers unlike too.
@@ -77,8 +78,7 @@ def make(method, config=GATED, semantics='official', **options):
 def variables(method, config=GATED, noise=0.0, semantics='official'):
   """Initialised 'params' and 'peft'; `noise` moves the latter off identity."""
   model, _ = make(method, config, semantics)
-  # Only what is asked for is compiled: the base's weights once for all.
-  peft = jax.jit(lambda: model.init(RNGS, batch()).get('peft', {}))()
+  peft = fresh(model, batch(), 1, params(config))['peft']
   if noise:
     leaves, tree = jax.tree.flatten(peft)
     keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
@@ -93,7 +93,7 @@ def variables(method, config=GATED, noise=0.0, semantics='official'):
 @functools.cache
 def params(config=GATED):
   """The base's weights, without any method."""
-  return jax.jit(t5.T5(config).init)(RNGS, batch())['params']
+  return fresh(t5.T5(config), batch(), 0)['params']
 
 
 def unstack(tree):

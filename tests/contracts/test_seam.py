@@ -9,6 +9,7 @@ import pytest
 
 from moepeft.models import t5
 from moepeft.moe import stats
+from moepeft.nn.start import fresh
 from moepeft.objectives.seq2seq import objective
 from moepeft.peft import build
 
@@ -25,8 +26,7 @@ METHODS = {
 def make(name, **options):
   built = build(METHODS[name], t5.sites(small.GATED), methods=PROBES)
   model = t5.T5(small.GATED, built.advice, **options)
-  variables = jax.jit(model.init)(small.RNGS, small.batch())
-  return model, {key: variables[key] for key in ('params', 'peft')}
+  return model, fresh(model, small.batch(), 0)
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How arrays start, as values: a model's first weights without a program.
+
+A model initialised under jit is a program of random bits, one stream an array,
+that takes longer to compile than the training step. Here the host draws, from
+the shapes and from what each array says of its start.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.typing import Array, Batch, Tree
+
+# The collection, and the rng that asks for it, in which arrays say it.
+STARTS = 'starts'
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Normal:
+  """Independent draws from N(0, stddev^2)."""
+
+  stddev: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jax.random.normal(key, shape, dtype) * self.stddev
+
+  def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
+    return (rng.standard_normal(shape, np.float32) * self.stddev).astype(dtype)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Fill:
+  """One value everywhere."""
+
+  value: float
+
+  def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    del key
+    return jnp.full(shape, self.value, dtype)
+
+  def draw(self, rng: np.random.Generator, shape, dtype) -> np.ndarray:
+    del rng
+    return np.full(shape, self.value, dtype)
+
+
+Start = Normal | Fill
+
+
+def fresh(
+  model: nn.Module, batch: Batch, seed: int, params: Tree | None = None
+) -> dict[str, Tree]:
+  """{'params': ..., 'peft': ...} of a model that has not been trained.
+
+  What an array draws is a function of the seed and its path: the same
+  whatever adapters are beside it, on every device and mesh.
+
+  Args:
+    batch: the smallest that the model takes.
+    params: the base's weights; None draws them too.
+  """
+  key = jax.random.key(seed)
+  rngs = dict.fromkeys(('params', 'peft', STARTS), key)
+  shapes = jax.eval_shape(lambda: model.init(rngs, batch))
+  starts = _flatten(shapes[STARTS])
+  if params is None:
+    params = _draw(_flatten(shapes['params']), starts, seed)
+  params = jax.tree.map(jnp.asarray, params)
+  wanted = _flatten(shapes.get('peft', {}))
+  known = {path: leaf for path, leaf in wanted.items() if path in starts}
+  peft = _flatten(_draw(known, starts, seed))
+  if known != wanted:
+    # These depend on the base's weights.
+    computed = _flatten(_computed(model, batch, params, key))
+    peft |= {path: computed[path] for path in wanted.keys() - known.keys()}
+  return {'params': params, 'peft': _unflatten(peft)}
+
+
+def _draw(
+  shapes: Mapping[str, Any], starts: Mapping[str, Start], seed: int
+) -> Tree:
+  """Arrays of the shapes, each from a stream of its own."""
+  drawn = {}
+  for path, leaf in shapes.items():
+    rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
+    drawn[path] = jnp.asarray(starts[path].draw(rng, leaf.shape, leaf.dtype))
+  return _unflatten(drawn)
+
+
+def _computed(model: nn.Module, batch: Batch, params: Tree, key: Array) -> Tree:
+  @jax.jit
+  def start(params):
+    _, made = model.apply(
+      {'params': params}, batch, rngs={'peft': key}, mutable=['peft']
+    )
+    return made['peft']
+
+  return start(params)
+
+
+def _flatten(tree: Tree) -> dict[str, Any]:
+  return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Tree:
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
