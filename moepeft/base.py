@@ -18,6 +18,7 @@ from moepeft.interop import peft as peft_files
 from moepeft.models import FAMILIES, names
 from moepeft.nn.start import fresh
 from moepeft.peft import Built, build
+from moepeft.peft.build import function_of
 from moepeft.typing import Batch, Tree
 
 
@@ -97,8 +98,10 @@ def load(model: ConfigDict) -> Base:
   return Base(family, config, loaded.params, model.path, loaded.sha256)
 
 
-def load_adapter(path: str, config: Any) -> tuple[str, Tree]:
-  """(method, 'peft' tree) of an adapter in any form that is known.
+def load_adapter(path: str, config: Any) -> tuple[str, Tree, str]:
+  """(method, 'peft' tree, hash) of an adapter in any form that is known.
+
+  The hash is of the base that it was trained on, '' where the form has none.
 
   Raises:
     ValueError: the path holds no adapter.
@@ -107,12 +110,12 @@ def load_adapter(path: str, config: Any) -> tuple[str, Tree]:
   form = interop.detect(path)
   if form == 'moepeft':
     tree, card = adapter_lib.load(path)
-    return card['method'], tree
+    return card['method'], tree, card['base']['sha256']
   if form == 'peft':
     found = peft_files.load(path, config)
-    return found.method, found.tree
+    return found.method, found.tree, ''
   if form == 't5x' and (found := t5x.load(path).adapter):
-    return found.method, found.tree
+    return found.method, found.tree, ''
   raise ValueError(
     f'{path} holds no adapter; expected one of moepeft, of peft, or a T5X '
     'checkpoint of the released code'
@@ -145,19 +148,31 @@ def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
 
 
 def with_adapter(
-  variables: dict[str, Tree], built: Built, path: str, config: Any
+  variables: dict[str, Tree], built: Built, path: str, base: Base
 ) -> dict[str, Tree]:
   """The variables, with an adapter read from a path in place of the fresh one.
 
   Raises:
-    ValueError: its arrays are not those of the method; printed like a diff.
+    ValueError: it computes something else than the method, was trained on
+      another base, or its arrays are not those of the method.
   """
-  method, tree = load_adapter(path, config)
+  method, tree, sha256 = load_adapter(path, base.config)
+  if sha256 and base.sha256 and sha256 != base.sha256:
+    raise ValueError(
+      f'{path} was trained on another base than {base.path} (their content '
+      'hashes differ); set config.model.path to its own'
+    )
+  own = build(method, base.family.sites(base.config), built.semantics)
+  advice = f'set config.method to {own.method!r}, or name another adapter'
+  if function_of(own.advice) != function_of(built.advice):
+    raise ValueError(
+      f'{path} holds {own.method!r}, the config has {built.method!r}; {advice}'
+    )
   wanted, found = names.flatten(variables['peft']), names.flatten(tree)
   names.check(
     {name: tuple(a.shape) for name, a in wanted.items()},
     {name: tuple(a.shape) for name, a in found.items()},
-    f'{path} holds {method!r}, not {built.method!r}',
-    'set config.method to what it holds',
+    f'{path} does not fit {built.method!r}',
+    advice,
   )
   return {**variables, 'peft': jax.tree.map(jnp.asarray, tree)}

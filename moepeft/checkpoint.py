@@ -19,7 +19,7 @@ from moepeft.peft import Built
 from moepeft.typing import State, Tree
 
 # The card's entries that a run must share with the checkpoint it resumes.
-_SAME = ('method', 'semantics', 'trainable', 'seed', 'model', 'base')
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
 
 def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
@@ -78,6 +78,12 @@ class Checkpoints:
           f'{found.get(key)!r}, this run has {described[key]!r}; choose '
           'another --workdir, or set the config back'
         )
+    if found['base']['sha256'] != described['base']['sha256']:
+      raise ValueError(
+        f'{self.path} belongs to a run on another base than '
+        f'{described["base"]["path"]!r} (their content hashes differ); set '
+        'config.model.path to its own, or choose another --workdir'
+      )
     restored = self._restore(
       step,
       trainable=ocp.args.StandardRestore(_abstract(state.trainable)),

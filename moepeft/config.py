@@ -20,6 +20,8 @@ def default() -> ConfigDict:
   c.batch_size = 32
   # As in moepeft.spec; 'full' trains the base itself.
   c.method = 'molora(experts=10, rank=4)'
+  # What is minimised: one of moepeft.objectives.
+  c.objective = 'seq2seq'
   # What the method's text leaves open: 'official' (released code), 'paper'.
   c.semantics = 'official'
   # Weights of the router losses of moepeft.moe.losses; the paper's are zero.

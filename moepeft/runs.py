@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,56 @@ from ml_collections import ConfigDict
 from moepeft import base as base_lib
 from moepeft.checkpoint import card, restore_trained
 from moepeft.data import vocabulary
+from moepeft.models import names
+
+CONFIG = 'config.json'
+
+
+# What a run may change when it goes on: nothing that a step depends on. The
+# base and the rest of the method are compared by the checkpoint's card.
+_FREE = (
+  'steps',
+  'router_alarm',
+  'model.path',
+  'model.adapter',
+  'model.remat',
+  'model.unroll',
+  'evaluation',
+  'checkpoint',
+  'log',
+)
+
+
+def check_unchanged(
+  workdir: str, config: ConfigDict, may_differ: Sequence[str] = ()
+) -> None:
+  """Compares a config with the one that a work directory was begun with.
+
+  Args:
+    may_differ: keys, or beginnings of keys, that need not be equal.
+
+  Raises:
+    ValueError: a key differs, by name.
+  """
+  path = os.path.join(workdir, CONFIG)
+  if not os.path.exists(path):
+    return
+  with open(path) as f:
+    before = names.flatten(json.load(f))
+  now = names.flatten(json.loads(config.to_json()))
+  free = (*_FREE, *(key.removeprefix('config.') for key in may_differ))
+  if now['optimizer/schedule'] != 'constant':
+    # The rate falls to zero at the last step.
+    free = tuple(key for key in free if key != 'steps' or key in may_differ)
+  prefixes = tuple(f'{key.replace(".", "/")}/' for key in free)
+  for key in sorted(before.keys() & now.keys()):
+    if before[key] != now[key] and not f'{key}/'.startswith(prefixes):
+      dotted = key.replace('/', '.')
+      raise ValueError(
+        f'{workdir!r} holds a run with config.{dotted}={before[key]!r}, now it '
+        f'is {now[key]!r}; set it back, choose another --workdir, or allow it '
+        f'with --may_differ={dotted}'
+      )
 
 
 def open_run(workdir: str):
@@ -19,7 +70,7 @@ def open_run(workdir: str):
   Raises:
     ValueError: no run is there, or its base has changed since.
   """
-  path = os.path.join(workdir, 'config.json')
+  path = os.path.join(workdir, CONFIG)
   if not os.path.exists(path):
     raise ValueError(f'{workdir!r} is no work directory: it has no config.json')
   with open(path) as f:
@@ -28,7 +79,7 @@ def open_run(workdir: str):
   model, built = base_lib.module(base, config)
   trained, found = restore_trained(workdir)
   now = card(base, built, config.seed, config.model.family)
-  if found['base'] != now['base']:
+  if found['base']['sha256'] != now['base']['sha256']:
     raise ValueError(
       f'the base {base.path!r} is not the one that {workdir!r} was trained on '
       '(its content hash differs); put the old one back'

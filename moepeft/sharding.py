@@ -19,6 +19,11 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def round_up(mesh: Mesh, rows: int) -> int:
+  """The least number of rows, not below `rows`, that the devices share."""
+  return -(-rows // mesh.size) * mesh.size
+
+
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
   """The batch with its rows spread over the axis 'data'.
 

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from moepeft import command, evaluate, metrics, optim, sharding
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, sources, vocabulary
 from moepeft.moe import losses, stats
-from moepeft.objectives.seq2seq import objective, split_rngs
+from moepeft.objectives import objective_of
+from moepeft.objectives.seq2seq import split_rngs
+from moepeft.runs import CONFIG, check_unchanged
 from moepeft.typing import State
 
 _WORKDIR = flags.DEFINE_string(
@@ -34,10 +37,16 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'Build everything, do one step, write no file.'
 )
+_MAY_DIFFER = flags.DEFINE_list(
+  'may_differ',
+  [],
+  'Keys, like data.path, in which a run that goes on may differ from before.',
+)
 
 
 def make_update(model, built, config: ConfigDict, optimizer):
   """One step: (state, batch) -> (state, what was seen)."""
+  objective = objective_of(config.objective)
   router_losses = dict(config.router_losses)
   # Wrong names are found before anything is compiled.
   losses.total({}, router_losses)
@@ -63,13 +72,20 @@ def make_update(model, built, config: ConfigDict, optimizer):
   return update
 
 
-def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
+def train(
+  config: ConfigDict,
+  workdir: str,
+  dry_run: bool = False,
+  may_differ: Sequence[str] = (),
+) -> dict:
   """Trains, evaluates and writes; returns the closing summary.
 
   Args:
     config: of `moepeft.config.default`.
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
+    may_differ: keys in which the config may differ from that of the run that
+      is gone on from; see `runs.check_unchanged`.
 
   Raises:
     ValueError: the config, the data or the work directory does not do.
@@ -105,7 +121,7 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
   variables = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
     variables = base_lib.with_adapter(
-      variables, built, config.model.adapter, base.config
+      variables, built, config.model.adapter, base
     )
   mesh = sharding.make_mesh()
   optimizer = optim.optimizer(config.optimizer, config.steps)
@@ -122,6 +138,7 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
   _introduce(config, base, built, state, workdir)
 
   # ------------------------------------------------------------- resume ---
+  judge = evaluate.Judge(config, model, words, validation, rows)
   update = jax.jit(
     make_update(model, built, config, optimizer), donate_argnums=0
   )
@@ -131,26 +148,15 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
     return {'loss': float(aux['loss'])}
   checkpoints = _open(workdir, config)
   if checkpoints.latest() is not None:
+    check_unchanged(workdir, config, may_differ)
     state = checkpoints.restore(state, described)
     state = sharding.replicate(mesh, state)
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
-  _write_json(
-    os.path.join(workdir, 'config.json'), json.loads(config.to_json())
-  )
+  _write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
 
   # --------------------------------------------------------- evaluation ---
-  ranker = evaluate.Ranker(
-    model,
-    words,
-    data.inputs_length,
-    data.targets_length,
-    config.evaluation.batch_size,
-  )
-  judge = functools.partial(
-    evaluate.judge, config, model, ranker, validation, rows, words
-  )
   before_path = os.path.join(workdir, 'before.json')
   if config.evaluation.before and not os.path.exists(before_path) and not first:
     _write_json(before_path, judge(built.variables(state), 'before', 0))
@@ -161,14 +167,17 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> dict:
   rate = optim.schedule(config.optimizer, config.steps)
   pending, alarmed = [], set()
   for step in range(first, config.steps):
-    batch = sharding.shard_batch(mesh, batch_at(step))
-    state, aux = update(state, batch)
-    pending.append((step + 1, aux))
+    batch = batch_at(step)
+    tokens = int(batch['inputs_mask'].sum() + batch['targets_mask'].sum())
+    state, aux = update(state, sharding.shard_batch(mesh, batch))
+    pending.append((step + 1, tokens, aux))
     done = step + 1
-    if done % config.log.every_steps == 0 or done == config.steps:
-      _report(pending, progress, written, rate, config, data, alarmed)
+    save = done % config.checkpoint.every_steps == 0 or done == config.steps
+    if save or done % config.log.every_steps == 0:
+      # Before a checkpoint too: a broken state must not push out a good one.
+      _report(pending, progress, written, rate, config, alarmed)
       pending = []
-    if done % config.checkpoint.every_steps == 0 or done == config.steps:
+    if save:
       checkpoints.save(state, described)
   progress.close()
 
@@ -217,20 +226,21 @@ def _introduce(config, base, built, state, workdir) -> None:
   )
 
 
-def _report(pending, progress, written, rate, config, data, alarmed) -> None:
+def _report(pending, progress, written, rate, config, alarmed) -> None:
   """Brings the last steps' figures from the device; rows, bar, alarms."""
-  seen = jax.device_get([(step, aux) for step, aux in pending])
-  step, last = seen[-1]
-  if not np.isfinite(last['loss']):
-    raise ValueError(
-      f'the loss is {last["loss"]} at step {step}; try a lower '
-      'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
-    )
+  seen = jax.device_get(pending)
+  for step, _, aux in seen:
+    if not np.isfinite(aux['loss']):
+      raise ValueError(
+        f'the loss is {aux["loss"]} at step {step}; try a lower '
+        'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
+      )
+  step, _, last = seen[-1]
   examples = len(seen) * config.batch_size
-  tokens = examples * (data.inputs_length + data.targets_length)
+  tokens = sum(real for _, real, _ in seen)
   rates = progress.update(step, float(last['loss']), examples, tokens)
   sites = metrics.routing(last['routing'])
-  for number, aux in seen:
+  for number, _, aux in seen:
     row = {
       'step': number,
       'loss': float(aux['loss']),
@@ -281,7 +291,8 @@ def main(argv) -> None:
     flag = flags.FLAGS['config'].config_filename
     name = os.path.basename(flag.partition(':')[0]).removesuffix('.py')
     workdir = os.path.join('workdirs', name)
-  train(_CONFIG.value, os.path.expanduser(workdir), _DRY_RUN.value)
+  workdir = os.path.expanduser(workdir)
+  train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
 
 
 if __name__ == '__main__':

@@ -33,6 +33,21 @@ def test_files_gzip_and_directories_are_read_in_order(tmp_path):
   assert len(jsonl.read(str(tmp_path / 'a.jsonl.gz'))) == 2
 
 
+def ranked(**fields):
+  return json.dumps(dict(inputs='q', choices=['a', 'b']) | fields)
+
+
+def test_rows_to_rank_need_choices(tmp_path):
+  path = write(tmp_path / 'r.jsonl', ranked(label=1), row())
+  with pytest.raises(ValueError, match="line 2: a row to rank has 'choices'"):
+    jsonl.read(path, ranked=True)
+
+
+def test_a_label_follows_from_the_targets(tmp_path):
+  path = write(tmp_path / 'r.jsonl', ranked(targets='b'))
+  assert jsonl.read(path, ranked=True)[0].label == 1
+
+
 def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
   line = json.dumps(dict(task='x', inputs='q', choices=['a', 'b'], label=1))
   (example,) = jsonl.read(write(tmp_path / 'r.jsonl', line))
@@ -47,10 +62,14 @@ def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
     (json.dumps(dict(inputs='q')), "line 2: expected text in 'targets'"),
     (row(targets=''), "line 2: expected text in 'targets'"),
     (row(inputs=3), "line 2: expected text in 'inputs', got 3"),
-    (
-      json.dumps(dict(inputs='q', choices=['a'], label=1)),
-      'line 2: label 1 names none',
-    ),
+    (row(idx='7'), "line 2: expected a whole number in 'idx'"),
+    (ranked(label=2), 'line 2: label 2 names none of the 2'),
+    (ranked(label='b'), "line 2: label 'b' names none of the 2"),
+    (ranked(label=0, targets='b'), 'line 2: the targets .b. are not the'),
+    (ranked(label=0, choices=['a']), 'line 2: expected two or more different'),
+    (ranked(label=0, choices=['a', 'a']), 'line 2: expected two or more'),
+    (ranked(label=0, choices='ab'), 'line 2: expected two or more'),
+    (ranked(), 'line 2: label None names none'),
   ],
 )
 def test_a_broken_row_is_named(tmp_path, line, said):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +79,20 @@ def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
     assert expected in said
 
 
+@dataclasses.dataclass
+class Begun:
+  base: str
+  workdir: str
+
+
+@pytest.fixture(scope='module')
+def begun(base, tmp_path_factory):
+  """A finished run of four steps; to be read only."""
+  workdir = str(tmp_path_factory.mktemp('begun'))
+  train.train(card(base), workdir)
+  return Begun(base, workdir)
+
+
 def test_a_run_cut_in_two_ends_with_the_same_bytes(base, tmp_path):
   noisy = {
     'method': (
@@ -102,14 +117,13 @@ def test_a_finished_run_started_again_changes_nothing(base, tmp_path):
   assert (tmp_path / 'metrics.jsonl').read_bytes() == first
 
 
-def test_only_the_adapter_is_trained_and_kept(base, tmp_path):
-  train.train(card(base), str(tmp_path))
-  tree, found = restore_adapter(str(tmp_path))
-  assert found['base']['sha256'] == hf.load(base).sha256
+def test_only_the_adapter_is_trained_and_kept(begun):
+  tree, found = restore_adapter(begun.workdir)
+  assert found['base']['sha256'] == hf.load(begun.base).sha256
   assert set(tree) == {'encoder', 'decoder'}
   size = sum(
     f.stat().st_size
-    for f in (tmp_path / 'checkpoints' / '4').rglob('*')
+    for f in pathlib.Path(begun.workdir, 'checkpoints', '4').rglob('*')
     if f.is_file()
   )
   adapter = sum(a.nbytes for a in jax.tree.leaves(tree))
@@ -158,13 +172,43 @@ def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
   two = json.loads((tmp_path / 'b' / 'before.json').read_text())
   assert one['validation_loss'] == pytest.approx(two['validation_loss'])
   wrong = {'model.adapter': str(tmp_path / 'out'), 'method': 'lora(rank=2)'}
-  with pytest.raises(ValueError, match='holds .molora'):
+  with pytest.raises(ValueError, match='set config.method to .molora'):
     train.train(card(base, **wrong), str(tmp_path / 'c'))
 
 
-def test_generation_answers_from_a_run(base, tmp_path):
-  train.train(card(base), str(tmp_path))
-  _, model, variables, words, step = generate.open_run(str(tmp_path))
+@pytest.mark.parametrize(
+  ('method', 'said'),
+  [
+    ('molora(experts=3, rank=2, alpha=32)', 'set config.method to'),
+    ('molora(experts=3, rank=2, router=topk(k=1))', 'set config.method to'),
+    ("molora(experts=3, rank=2, sites='*/q')", 'set config.method to'),
+  ],
+)
+def test_an_adapter_that_computes_something_else_is_refused(
+  begun, tmp_path, method, said
+):
+  out = str(tmp_path / 'out')
+  convert.main(['convert', f'--workdir={begun.workdir}', f'--output={out}'])
+  changes = {'model.adapter': out, 'method': method}
+  with pytest.raises(ValueError, match=said):
+    train.train(card(begun.base, **changes), str(tmp_path / 'w'))
+  # Noise is training's own affair.
+  noisy = 'molora(experts=3, rank=2, dropout=0.3, router=softmax(jitter=0.1))'
+  train.train(
+    card(begun.base, **changes | {'method': noisy}), 'none', dry_run=True
+  )
+
+
+def test_an_adapter_of_another_base_is_refused(begun, tmp_path):
+  out, other = str(tmp_path / 'out'), str(tmp_path / 'other')
+  convert.main(['convert', f'--workdir={begun.workdir}', f'--output={out}'])
+  hf.save(other, CONFIG, fresh(t5.T5(CONFIG), small.batch(), 9)['params'])
+  with pytest.raises(ValueError, match='trained on another base'):
+    train.train(card(other, **{'model.adapter': out}), str(tmp_path / 'w'))
+
+
+def test_generation_answers_from_a_run(begun):
+  _, model, variables, words, step = generate.open_run(begun.workdir)
   texts = generate.answer(model, variables, words, ['ab', 'longer'], 5)
   assert len(texts) == 2 and step == 4
 
@@ -194,14 +238,48 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   assert 'router alarm: encoder/layers/self/q/molora, layer 0: expert' in said
 
 
-def test_another_method_in_the_same_workdir_is_refused(base, tmp_path):
-  train.train(card(base), str(tmp_path))
-  with pytest.raises(ValueError, match='belongs to another run: its method'):
-    train.train(card(base, method='lora'), str(tmp_path))
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'method': 'lora'},
+    {'seed': 1},
+    {'batch_size': 2},
+    {'data.tasks': 'C'},
+    {'optimizer.clip': 0.5},
+    {'optimizer.name': 'adafactor'},
+    {'semantics': 'paper'},
+  ],
+  ids=str,
+)
+def test_going_on_with_an_edited_config_is_refused(begun, change):
+  (key,) = change
+  with pytest.raises(ValueError, match=f'a run with config.{key}='):
+    train.train(card(begun.base, **change), begun.workdir)
 
 
-def test_a_flipped_byte_in_a_checkpoint_is_noticed(base, tmp_path):
-  train.train(card(base), str(tmp_path))
+def test_what_no_step_depends_on_may_change(begun, tmp_path):
+  shutil.copytree(begun.workdir, tmp_path / 'w')
+  changes = {'log.every_steps': 1, 'evaluation.tasks': 'C', 'steps': 5}
+  allowed = changes | {'batch_size': 2}
+  workdir = str(tmp_path / 'w')
+  train.train(card(begun.base, **allowed), workdir, may_differ=['batch_size'])
+  assert len(metrics.read(f'{workdir}/metrics.jsonl')) == 5
+
+
+def test_a_moved_base_is_the_same_and_a_changed_one_is_not(begun, tmp_path):
+  shutil.copytree(begun.workdir, tmp_path / 'w')
+  shutil.copytree(begun.base, tmp_path / 'moved')
+  moved = card(str(tmp_path / 'moved'))
+  train.train(moved, str(tmp_path / 'w'))
+  params = hf.load(begun.base).params
+  params['decoder']['norm']['scale'] = params['decoder']['norm']['scale'] + 1
+  hf.save(str(tmp_path / 'moved'), CONFIG, params, overwrite=True)
+  with pytest.raises(ValueError, match='another base'):
+    train.train(moved, str(tmp_path / 'w'))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(begun, tmp_path):
+  shutil.copytree(begun.workdir, tmp_path, dirs_exist_ok=True)
   folder = tmp_path / 'checkpoints' / '4' / 'trainable'
   data = max(folder.glob('d/*'), key=lambda file: file.stat().st_size)
   broken = bytearray(data.read_bytes())
@@ -224,6 +302,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed(base, tmp_path):
     ({'data.source': 'jsonl', 'data.path': '/no/rows'}, 'does not exist'),
     ({'optimizer.name': 'sgd'}, 'config.optimizer.name'),
     ({'optimizer.schedule': 'step'}, 'config.optimizer.schedule'),
+    ({'objective': 'dpoo'}, 'config.objective is one of'),
     ({'model.remat': 'some'}, 'remat is one of'),
     ({'model.adapter': '/no/adapter'}, '/no/adapter'),
   ],

@@ -12,19 +12,21 @@ from moepeft.tasks import Example
 PAD = 0
 
 
+def cut(
+  vocabulary: Vocabulary, text: str, length: int
+) -> tuple[list[int], bool]:
+  """(ids with EOS, whether the text's end was cut to `length` for it)."""
+  ids = vocabulary.encode(text)
+  return ids[: length - 1] + [vocabulary.eos], len(ids) >= length
+
+
 def encode(
   vocabulary: Vocabulary, example: Example, inputs: int, targets: int
 ) -> tuple[list[int], list[int], bool]:
-  """Ids of inputs and targets, both with EOS, cut to their lengths.
-
-  Inputs lose their end and targets too; the EOS stays. The last value says
-  whether anything was cut.
-  """
-  x = vocabulary.encode(example.inputs)
-  y = vocabulary.encode(example.targets)
-  cut = len(x) >= inputs or len(y) >= targets
-  eos = [vocabulary.eos]
-  return x[: inputs - 1] + eos, y[: targets - 1] + eos, cut
+  """Ids of inputs and targets, both with EOS, and whether one was cut."""
+  x, x_cut = cut(vocabulary, example.inputs, inputs)
+  y, y_cut = cut(vocabulary, example.targets, targets)
+  return x, y, x_cut or y_cut
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

@@ -18,8 +18,11 @@ from moepeft.tasks import Example
 _MAX_CHOICES = 8
 
 
-def read(path: str) -> list[Example]:
+def read(path: str, ranked: bool = False) -> list[Example]:
   """All rows under a path, in the order of file names and lines.
+
+  Args:
+    ranked: whether every row must have choices and a label.
 
   Raises:
     ValueError: nothing there, no rows, or a row that is not of the form; the
@@ -29,7 +32,13 @@ def read(path: str) -> list[Example]:
   for file in _files(os.path.expanduser(path)):
     name = os.path.basename(file).split('.jsonl')[0]
     for number, row in _rows(file):
-      examples.append(_example(row, name, f'{file}, line {number}'))
+      where = f'{file}, line {number}'
+      examples.append(_example(row, name, where))
+      if ranked and not examples[-1].choices:
+        raise ValueError(
+          f"{where}: a row to rank has 'choices' and 'label'; got "
+          f'{", ".join(sorted(row))}'
+        )
   if not examples:
     raise ValueError(f'{path} holds no rows; expected JSON lines')
   return examples
@@ -75,28 +84,55 @@ def _parse(line: str, file: str, number: int) -> dict:
 
 
 def _example(row: dict, name: str, where: str) -> Example:
-  choices = tuple(row.get('choices', ()))
-  label = row.get('label', -1)
-  targets = row.get('targets')
-  if choices and targets is None:
-    if not isinstance(label, int) or not 0 <= label < len(choices):
-      raise ValueError(f'{where}: label {label!r} names none of the choices')
-    targets = choices[label]
+  choices, label = _choices(row, where)
+  targets = row.get('targets', choices[label] if choices else None)
   for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
     if not isinstance(value, str) or not value.strip():
       raise ValueError(
         f'{where}: expected text in {field!r}, got {value!r}; mend or remove '
         'the row'
       )
+  idx = row.get('idx', -1)
+  if not isinstance(idx, int):
+    raise ValueError(f"{where}: expected a whole number in 'idx', got {idx!r}")
   return Example(
     task=row.get('dataset') or row.get('task') or name,
     template=row.get('template', ''),
-    idx=row.get('idx', -1),
+    idx=idx,
     inputs=row['inputs'],
     targets=targets,
     choices=choices,
     label=label,
   )
+
+
+def _choices(row: dict, where: str) -> tuple[tuple[str, ...], int]:
+  """A row's choices and the place of the right one; ((), -1) without any."""
+  choices = row.get('choices')
+  if not choices:
+    return (), -1
+  texts = isinstance(choices, list) and all(
+    isinstance(choice, str) and choice.strip() for choice in choices
+  )
+  if not texts or len(set(choices)) < max(len(choices), 2):
+    raise ValueError(
+      f"{where}: expected two or more different texts in 'choices', got "
+      f'{choices!r}'
+    )
+  label, targets = row.get('label'), row.get('targets')
+  if label is None and targets in choices:
+    label = choices.index(targets)
+  if type(label) is not int or not 0 <= label < len(choices):
+    raise ValueError(
+      f'{where}: label {label!r} names none of the {len(choices)} choices; '
+      'labels count from 0'
+    )
+  if targets is not None and targets != choices[label]:
+    raise ValueError(
+      f'{where}: the targets {targets!r} are not the choice that the label '
+      f'names, {choices[label]!r}'
+    )
+  return tuple(choices), label
 
 
 def split(

@@ -41,8 +41,9 @@ def reduce(routing: Routing, mask: Array | None) -> Sums:
   mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
   real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
   kth = jax.lax.top_k(weights, routing.k)[0][..., -1:]
-  # Equal weights share the load, so that a uniform router's is even.
-  chosen = (weights >= kth).astype(jnp.float32)
+  # Equal weights share the load, so that a uniform router's is even; where
+  # fewer than k are left, as under expert dropout, only they do.
+  chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
   chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)

@@ -3,7 +3,11 @@
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 
 from moepeft import spec as spec_lib
 from moepeft.moe import ROUTERS
@@ -14,6 +18,15 @@ from moepeft.typing import State, Tree
 
 # What `topk` does with the kept probabilities where it is not said.
 _RENORMALIZE = {'official': False, 'paper': True}
+# Options that change nothing but the noise of training.
+_TRAINING_ONLY = {'dropout', 'jitter'}
+_RANGES = {
+  'rank': (1, math.inf),
+  'experts': (1, math.inf),
+  'k': (1, math.inf),
+  'dropout': (0, 0.99),
+  'jitter': (0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +97,45 @@ def build(
   return Built(text, semantics, Advice(tuple(entries)), 'peft')
 
 
+def function_of(advice: Advice) -> tuple:
+  """What a table of advice computes in evaluation, as a value to compare.
+
+  Two texts of one function are equal: defaults written out or not, sites by
+  role or by name, another dropout or jitter.
+  """
+  return tuple((path, _function(adapter)) for path, adapter in advice.entries)
+
+
+def _function(module: nn.Module) -> tuple:
+  fields = []
+  for name in sorted(_defaults(module).keys() - _TRAINING_ONLY):
+    value = getattr(module, name)
+    nested = isinstance(value, nn.Module)
+    fields.append((name, _function(value) if nested else value))
+  return (type(module), *fields)
+
+
 def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   """Checks names and options and adds what the semantics decides."""
   method = _find(spec.name, methods, 'method')
   given = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
-  if method.module is not None and 'router' in _options(method.module):
-    router = given.get('router', Spec('softmax'))
+  defaults = _defaults(method.module)
+  if 'router' in defaults:
+    router = given.get('router', 'softmax')
     router = Spec(router) if isinstance(router, str) else router
-    module = _find(router.name, ROUTERS, 'router')
-    _check(router, _options(module) - {'experts'})
+    if not isinstance(router, Spec):
+      raise ValueError(
+        f'{spec.name}: a router is written like softmax or topk(k=2); got '
+        f'{router!r}'
+      )
+    router_defaults = _defaults(_find(router.name, ROUTERS, 'router'))
+    router_defaults.pop('experts')
+    _check(router, router_defaults)
     if router.name == 'topk' and router.get('renormalize') is None:
       router = router.replace(renormalize=_RENORMALIZE[semantics])
     decided['router'] = given['router'] = router
-  known = set() if method.module is None else _options(method.module)
-  _check(spec, known | ({'sites'} if known else set()))
+  _check(spec, defaults | ({'sites': ''} if defaults else {}))
   return Spec(spec.name, tuple((given | (decided | given)).items()))
 
 
@@ -134,18 +171,44 @@ def _paths(spec, method, sites, semantics) -> list[str]:
   return [path for path in sites if path in found]
 
 
-def _options(module) -> set[str]:
-  fields = {field.name for field in dataclasses.fields(module)}
-  return fields - {'parent', 'name'}
+def _defaults(module) -> dict[str, Any]:
+  """{option: default} of an adapter's or router's module; None has none."""
+  if module is None:
+    return {}
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(module)
+    if field.name not in ('parent', 'name')
+  }
 
 
-def _check(spec: Spec, known: set[str]) -> None:
-  unknown = sorted(set(dict(spec.options)) - known)
+def _check(spec: Spec, defaults: Mapping[str, Any]) -> None:
+  """Raises a ValueError for an option that is not there or cannot be."""
+  unknown = sorted(set(dict(spec.options)) - set(defaults))
   if unknown:
     raise ValueError(
       f'{spec.name} has no option {", ".join(unknown)}; it has '
-      f'{", ".join(sorted(known)) or "none"}'
+      f'{", ".join(sorted(defaults)) or "none"}'
     )
+  for option, value in spec.options:
+    default = defaults[option]
+    if isinstance(default, nn.Module):
+      continue
+    wanted = type(default)
+    taken = (int, float) if wanted is float else wanted
+    if not isinstance(value, taken) or (
+      isinstance(value, bool) and wanted is not bool
+    ):
+      raise ValueError(
+        f"{spec.name}'s option {option} is of type {wanted.__name__}; got "
+        f'{value!r}'
+      )
+    least, most = _RANGES.get(option, (-math.inf, math.inf))
+    if wanted in (int, float) and not least <= value <= most:
+      raise ValueError(
+        f"{spec.name}'s option {option} is at least {least} and at most "
+        f'{most}; got {value!r}'
+      )
 
 
 def _find(name: str, registry, kind: str):
