@@ -285,6 +285,16 @@ def test_merge_of_official_ia3_goes_into_wo():
     ('lora(', 'cannot read the method'),
     ('lora(4)', 'cannot read the method'),
     ('lora(rank=1, rank=2)', 'given twice'),
+    ('lora(rank=0)', "lora's option rank is at least 1"),
+    ('lora(rank=2.5)', 'option rank is of type int; got 2.5'),
+    ('lora(rank=x)', 'option rank is of type int'),
+    ('lora(rank=True)', 'option rank is of type int'),
+    ('lora(alpha=None)', 'option alpha is of type float'),
+    ('lora(dropout=1.0)', 'option dropout is at least 0'),
+    ('lora(sites=3)', 'option sites is of type str'),
+    ('mov(experts=0)', 'option experts is at least 1'),
+    ('molora(router=3)', 'a router is written like'),
+    ('molora(router=topk(k=0))', 'option k is at least 1'),
   ],
 )
 def test_a_wrong_method_is_one_clear_sentence(method, said):
