@@ -47,15 +47,13 @@ class Checkpoints:
   def save(self, state: State, described: dict[str, Any]) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing."""
     trainable = jax.tree.map(np.asarray, state.trainable)
-    hashes = {
-      name: names.array_hash(array)
-      for name, array in names.flatten(trainable).items()
-    }
+    rest = jax.tree.map(np.asarray, _rest(state))
+    hashes = _hashes({'trainable': trainable, 'rest': rest})
     self._manager.save(
       int(state.step),
       args=ocp.args.Composite(
         trainable=ocp.args.StandardSave(trainable),
-        rest=ocp.args.StandardSave(_rest(state)),
+        rest=ocp.args.StandardSave(rest),
         card=ocp.args.JsonSave(
           described | {'hashes': hashes, 'step': int(state.step)}
         ),
@@ -89,8 +87,9 @@ class Checkpoints:
       trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
       rest=ocp.args.StandardRestore(_abstract(_rest(state))),
     )
-    self._verify(step, restored['trainable'], found['hashes'])
     rest = restored['rest']
+    parts = {'trainable': restored['trainable'], 'rest': rest}
+    self._verify(step, parts, found['hashes'])
     return state.replace(
       trainable=restored['trainable'],
       opt=rest['opt'],
@@ -109,7 +108,7 @@ class Checkpoints:
       raise ValueError(f'{self.path} holds no checkpoint; train first')
     found = self._card(step)
     tree = self._restore(step, trainable=ocp.args.StandardRestore())
-    self._verify(step, tree['trainable'], found['hashes'])
+    self._verify(step, {'trainable': tree['trainable']}, found['hashes'])
     return jax.tree.map(np.asarray, tree['trainable']), found
 
   def _card(self, step: int) -> dict[str, Any]:
@@ -121,17 +120,32 @@ class Checkpoints:
     except (ValueError, OSError, KeyError) as e:
       reason = (str(e).splitlines() or [type(e).__name__])[0]
       raise ValueError(
-        f'the checkpoint {self.path}/{step} cannot be read ({reason}); remove '
-        'that directory to go on from the one before it'
+        f'the checkpoint {self.path}/{step} cannot be read ({reason}); if the '
+        f'config is still that of the run, it is damaged: {self._advice(step)}'
       ) from e
 
-  def _verify(self, step: int, tree: Tree, hashes: dict[str, str]) -> None:
-    for name, array in names.flatten(tree).items():
-      if names.array_hash(np.asarray(array)) != hashes.get(name):
+  def _verify(self, step: int, parts: Tree, hashes: dict[str, str]) -> None:
+    for name, found in _hashes(parts).items():
+      if found != hashes.get(name):
         raise ValueError(
           f'the checkpoint {self.path}/{step} is damaged: {name} differs from '
-          'its hash; remove that directory to go on from the one before it'
+          f'its hash; {self._advice(step)}'
         )
+
+  def _advice(self, step: int) -> str:
+    before = [s for s in self._manager.all_steps() if s < step]
+    then = f'go on from step {max(before)}' if before else 'begin anew'
+    return f'move that directory away to {then}'
+
+
+def _hashes(parts: Tree) -> dict[str, str]:
+  """{path: hash} of every array; optimizer states are no plain dicts."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): names.array_hash(
+      np.asarray(leaf)
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
+  }
 
 
 def restore_trained(workdir: str) -> tuple[Tree, dict[str, Any]]:

@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -103,9 +104,25 @@ def parse(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, ValueError, OSError) as e:
     _stop(_reason(str(e)))
+  except SyntaxError as e:
+    _stop(f'the config {e.filename!r} is not Python (line {e.lineno}: {e.msg})')
   except (AttributeError, KeyError, TypeError) as e:
-    reason = str(e).strip('\'"').splitlines()[0]
-    _stop(f'a --config option does not fit the config: {reason}')
+    _stop(
+      _unknown(argv, str(e))
+      or f'a --config option does not fit: {_reason(str(e))}'
+    )
+
+
+def _unknown(argv: Sequence[str], message: str) -> str:
+  """The sentence for the first --config.key that the config lacks."""
+  near = re.search(r'Did you mean "(\w+)"', message)
+  for arg in argv:
+    key = arg.partition('=')[0].lstrip('-')
+    parent, _, name = key.rpartition('.')
+    if parent.startswith('config') and re.match(rf'\W*{name}\b', message):
+      what = f'did you mean {parent}.{near[1]}? ' if near else ''
+      return f'there is no {key}; {what}moepeft/config.py lists all keys'
+  return ''
 
 
 def _reason(message: str) -> str:

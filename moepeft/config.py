@@ -38,7 +38,8 @@ def default() -> ConfigDict:
       adapter='',
       size='small',
       version='1.1',
-      # Changes to the size's fields (models.t5.T5Config); random weights only.
+      # Changes to the size's fields (models.t5.T5Config), in cards; random
+      # weights only.
       shape=ConfigDict(),
       dropout=0.1,
       # Of activations; then of the base's weights in memory.
@@ -59,8 +60,8 @@ def default() -> ConfigDict:
       tasks='B',
       # A .jsonl or .jsonl.gz file, or a directory of them.
       path='',
-      # 'bytes', a tokenizer's directory or hub name, '' for the model's own.
-      vocabulary='bytes',
+      # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
+      vocabulary='',
       inputs_length=160,
       targets_length=20,
       # 'rows': every row as often; 'datasets': every dataset as often.
@@ -103,6 +104,59 @@ def default() -> ConfigDict:
   return c
 
 
+# What a number may be; the upper end excluded where it is a fraction.
+_COUNTS = (
+  'steps',
+  'batch_size',
+  'model.unroll',
+  'evaluation.max_examples',
+  'evaluation.batch_size',
+  'checkpoint.every_steps',
+  'checkpoint.keep',
+  'log.every_steps',
+)
+_FRACTIONS = (
+  'model.dropout',
+  'data.held_out',
+  'optimizer.b1',
+  'optimizer.b2',
+)
+_NOT_NEGATIVE = (
+  'seed',
+  'optimizer.warmup_steps',
+  'optimizer.weight_decay',
+  'optimizer.clip',
+)
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
+
+def check(c: ConfigDict) -> None:
+  """Looks at the numbers of a config before anything is built.
+
+  Raises:
+    ValueError: one of them cannot be; the message names its key.
+  """
+
+  def demand(key: str, holds, what: str) -> None:
+    value = c
+    for part in key.split('.'):
+      value = value[part]
+    if not holds(value):
+      raise ValueError(f'config.{key} is {what}; got {value!r}')
+
+  for key in _COUNTS:
+    demand(key, lambda v: v >= 1, 'at least 1')
+  for key in _FRACTIONS:
+    demand(key, lambda v: 0 <= v < 1, 'at least 0 and below 1')
+  for key in _NOT_NEGATIVE:
+    demand(key, lambda v: v >= 0, 'not negative')
+  for key in ('data.inputs_length', 'data.targets_length'):
+    demand(key, lambda v: v >= 2, 'at least 2: a token and the end')
+  for key in ('model.dtype', 'model.param_dtype'):
+    demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
+  demand('optimizer.learning_rate', lambda v: v > 0, 'above 0')
+
+
 def paper(size: str) -> ConfigDict:
   """What the paper's runs on T5 1.1 of a size share.
 
@@ -118,7 +172,6 @@ def paper(size: str) -> ConfigDict:
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
   c.data.source = 'jsonl'
-  c.data.vocabulary = ''
   c.data.inputs_length = 1024
   c.data.targets_length = 256
   c.optimizer.name = 'adafactor'

@@ -19,6 +19,7 @@ the adapter under the released code's names. --workdir exports the adapter of
 a training run in moepeft's form.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,11 @@ def convert(values: flags.FlagValues) -> None:
     CheckpointError: a flag is missing, the input is not what it should be,
       or the form asked for cannot hold it.
   """
+  for name in ('input', 'output', 'workdir', 'base'):
+    if values[name].value is not None:
+      values[name].value = os.path.expanduser(values[name].value)
+  if values.workdir is not None and values.input is not None:
+    raise CheckpointError('--workdir and --input are both given; keep one')
   _require(values, 'output')
   files.check_output(Path(values.output), values.overwrite)
   if values.workdir is not None:

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import command, sharding, tasks
+from moepeft import config as config_lib
 from moepeft.data import batching, jsonl, sources
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import objective_of
@@ -54,23 +55,26 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
     ranked = jsonl.closed(train or (), validation)
     found |= _by_task('validation', ranked, e.max_examples)
   if e.path:
-    ranked = jsonl.read(e.path, ranked=True)
-    found |= _by_task('evaluation', ranked, e.max_examples)
+    found |= rows_to_rank(e.path, e.max_examples)
   return found
+
+
+def rows_to_rank(path: str, most: int):
+  """The same of a file or directory of rows with choices."""
+  return _by_task('evaluation', jsonl.read(path, ranked=True), most)
+
+
+def _spread(rows: Sequence[Example], most: int) -> list[Example]:
+  """Evenly spaced rows, so that every template has its share."""
+  count = min(most, len(rows))
+  return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _by_task(group: str, rows: Iterable[Example], most: int):
   tables = collections.defaultdict(list)
   for row in rows:
     tables[group, row.task, ''].append(row)
-  # Evenly spaced rows, so that every template has its share.
-  return {
-    key: [
-      rows[i * len(rows) // min(most, len(rows))]
-      for i in range(min(most, len(rows)))
-    ]
-    for key, rows in sorted(tables.items())
-  }
+  return {key: _spread(rows, most) for key, rows in sorted(tables.items())}
 
 
 class Judge:
@@ -82,17 +86,17 @@ class Judge:
     model: Any,
     words: Vocabulary,
     validation: Sequence[Example],
-    train: Sequence[Example] = (),
+    sets: dict[tuple[str, str, str], list[Example]],
   ):
-    """`validation` and `train` are rows of the source, as in `examples`."""
+    """`validation` is what the loss is taken of, `sets` is from `examples`."""
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh()
     self._rows = sharding.round_up(self._mesh, e.batch_size)
     lengths = data.inputs_length, data.targets_length
-    self._batches = list(
-      _batches(validation[: 8 * e.batch_size], words, self._rows, *lengths)
-    )
-    self._sets = examples(config, validation, train)
+    # Rows come dataset by dataset; evenly spaced ones are of all of them.
+    some = _spread(validation, 8 * e.batch_size)
+    self._batches = list(_batches(some, words, self._rows, *lengths))
+    self._sets = sets
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     self._cut = {
       key: self._ranker.check(rows) for key, rows in self._sets.items()
@@ -115,7 +119,7 @@ class Judge:
       shown = (f'{k} {v:.3f}' for k, v in found['means'].items())
       said.append(f'accuracy {", ".join(shown)}')
     said = '; '.join(said) or 'no held-out rows, nothing to judge by'
-    print(f'{when} training: {said}', flush=True)
+    print(f'{when}: {said}', flush=True)
     if cut := sum(self._cut.values()):
       total = sum(map(len, self._sets.values()))
       print(
@@ -177,27 +181,36 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(before: Sequence[dict], after: Sequence[dict]) -> str:
-  """Accuracies before and after as text, with means of the groups."""
+  """Accuracies before and after as text, with means of the groups.
+
+  Columns that say nothing are left out: templates without any, `before`
+  without rows.
+  """
   head = ('group', 'task', 'templates', 'n', 'chance', 'before', 'after')
-  was = {(r['group'], r['task'], r['templates']): r for r in before}
+  keys = [(r['group'], r['task'], r['templates']) for r in after]
+  was = dict(((r['group'], r['task'], r['templates']), r) for r in before)
   lines = [head]
-  for row in after:
-    key = row['group'], row['task'], row['templates']
-    old = was.get(key)
+  for key, row in zip(keys, after, strict=True):
     lines.append(
       (
         *key,
         str(row['examples']),
         f'{row["chance"]:.3f}',
-        f'{old["accuracy"]:.3f}' if old else '-',
+        f'{was[key]["accuracy"]:.3f}' if key in was else '-',
         f'{row["accuracy"]:.3f}',
       )
     )
-  old = means(before)
+  old = means([was[key] for key in keys if key in was])
   for key, value in means(after).items():
     first = f'{old[key]:.3f}' if key in old else '-'
     group, _, split = key.partition(' ')
     lines.append((group, 'MEAN', split, '', '', first, f'{value:.3f}'))
+  unused = {'templates'} if not any(split for _, _, split in keys) else set()
+  unused |= set() if before else {'before'}
+  lines = [
+    [cell for cell, name in zip(line, head, strict=True) if name not in unused]
+    for line in lines
+  ]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return '\n'.join(
     '  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
@@ -211,24 +224,40 @@ def main(argv) -> None:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   workdir = os.path.expanduser(_WORKDIR.value)
   config, model, variables, words, step = open_run(workdir)
-  if _DATA.value:
-    config.evaluation.path = _DATA.value
   if _MAX_EXAMPLES.value is not None:
     config.evaluation.max_examples = _MAX_EXAMPLES.value
-  _, validation, rows = sources(config.data, config.seed)
-  judge = Judge(config, model, words, validation, rows)
-  found = judge(variables, 'after', step)
+  config_lib.check(config)
+  if _DATA.value:
+    path = os.path.expanduser(_DATA.value)
+    validation = ()
+    sets = rows_to_rank(path, config.evaluation.max_examples)
+    name = os.path.basename(path.rstrip('/')).partition('.')[0]
+    output = os.path.join(workdir, f'evaluation_{name}.json')
+  else:
+    _, validation, rows = sources(config.data, config.seed)
+    sets = examples(config, validation, rows)
+    output = os.path.join(workdir, 'evaluation.json')
+  judge = Judge(config, model, words, validation, sets)
+  found = judge(variables, f'after {step} steps', step)
   print(table([], found['rows']))
-  path = os.path.join(workdir, 'evaluation.json')
-  with open(path, 'w') as f:
+  output = os.path.expanduser(_OUTPUT.value or output)
+  with open(output, 'w') as f:
     json.dump(found, f, indent=2)
-  print(f'wrote {path}')
+  print(f'wrote {output}')
 
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
-  _DATA = flags.DEFINE_string('data', None, 'Rows to rank; see jsonl.py.')
+  _DATA = flags.DEFINE_string(
+    'data', None, 'Rows to rank, and nothing else; see moepeft/data/jsonl.py.'
+  )
   _MAX_EXAMPLES = flags.DEFINE_integer(
     'max_examples', None, "Examples of a task at most; by default the run's."
+  )
+  _OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Where the figures go: by default evaluation.json in the work directory, '
+    'with --data evaluation_<its name>.json.',
   )
   command.run(main)

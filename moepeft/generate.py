@@ -31,6 +31,8 @@ def main(argv) -> None:
   del argv
   if not _WORKDIR.value or not _PROMPT.value:
     raise ValueError('--workdir and --prompt are both needed')
+  if _LENGTH.value < 1:
+    raise ValueError(f'--length is at least 1; got {_LENGTH.value}')
   _, model, variables, words, _ = open_run(os.path.expanduser(_WORKDIR.value))
   for text in answer(model, variables, words, _PROMPT.value, _LENGTH.value):
     print(text)

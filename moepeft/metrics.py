@@ -48,10 +48,16 @@ class Progress:
 
   def __init__(self, steps: int, start: int):
     self._steps, self._step = steps, start
-    self._last = (start, time.monotonic())
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm(total=steps, initial=start, unit='step', leave=True)
+    self.begin(start)
+
+  def begin(self, step: int) -> None:
+    """Lets the clock begin at a step, so that compiling is not counted."""
+    self._last = (step, time.monotonic())
+    if self._bar is not None:
+      self._bar.unpause()
 
   def update(
     self, step: int, loss: float, examples: int, tokens: int
@@ -66,13 +72,15 @@ class Progress:
     """
     now = time.monotonic()
     before, since = self._last
-    seconds = max(now - since, 1e-9)
+    timed, seconds = step - before, max(now - since, 1e-9)
     self._last = (step, now)
+    # Of what was seen, as much as falls into the time: not the first step.
+    share = timed / max(step - self._step, 1)
     rates = {
-      'examples_per_s': examples / seconds,
-      'tokens_per_s': tokens / seconds,
+      'examples_per_s': share * examples / seconds,
+      'tokens_per_s': share * tokens / seconds,
     }
-    left = (self._steps - step) * seconds / max(step - before, 1)
+    left = _clock((self._steps - step) * seconds / timed) if timed else '?'
     if self._bar is not None:
       self._bar.set_postfix_str(
         f'loss {loss:.4f}, {rates["tokens_per_s"]:,.0f} tokens/s',
@@ -84,7 +92,7 @@ class Progress:
         f'step {step}/{self._steps}  loss {loss:.4f}  '
         f'{rates["examples_per_s"]:.1f} examples/s  '
         f'{rates["tokens_per_s"]:,.0f} tokens/s  '
-        f'ETA {_clock(left)}',
+        f'ETA {left}',
         flush=True,
       )
     self._step = step
@@ -108,7 +116,7 @@ def routing(collection: Any) -> dict[str, dict[str, Any]]:
   for site, sums in stats.by_site(jax.device_get(collection)).items():
     values = stats.statistics(sums)
     found[site] = {
-      name: np.round(np.asarray(value), 4).tolist()
+      name: np.round(np.asarray(value, np.float64), 4).tolist()
       for name, value in vars(values).items()
     }
   return found

@@ -4,12 +4,14 @@
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
+from moepeft import config as config_lib
 from moepeft.checkpoint import card, restore_trained
 from moepeft.data import vocabulary
 from moepeft.models import names
@@ -43,11 +45,9 @@ def check_unchanged(
   Raises:
     ValueError: a key differs, by name.
   """
-  path = os.path.join(workdir, CONFIG)
-  if not os.path.exists(path):
+  if not os.path.exists(os.path.join(workdir, CONFIG)):
     return
-  with open(path) as f:
-    before = names.flatten(json.load(f))
+  before = names.flatten(_read(workdir))
   now = names.flatten(json.loads(config.to_json()))
   free = (*_FREE, *(key.removeprefix('config.') for key in may_differ))
   if now['optimizer/schedule'] != 'constant':
@@ -64,17 +64,29 @@ def check_unchanged(
       )
 
 
+def _read(workdir: str) -> dict[str, Any]:
+  path = os.path.join(workdir, CONFIG)
+  try:
+    with open(path) as f:
+      return json.load(f)
+  except ValueError as e:
+    raise ValueError(
+      f'{path} is damaged ({e}); give the command that began the run once '
+      'more, in a new --workdir, and copy its config.json'
+    ) from None
+
+
 def open_run(workdir: str):
   """(config, model, variables, vocabulary, step) of a trained run.
 
   Raises:
     ValueError: no run is there, or its base has changed since.
   """
-  path = os.path.join(workdir, CONFIG)
-  if not os.path.exists(path):
-    raise ValueError(f'{workdir!r} is no work directory: it has no config.json')
-  with open(path) as f:
-    config = ConfigDict(json.load(f))
+  if not os.path.exists(os.path.join(workdir, CONFIG)):
+    raise ValueError(f'{workdir!r} is no work directory: it has no {CONFIG}')
+  config = config_lib.default()
+  with config.unlocked():
+    config.update(_read(workdir))
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   trained, found = restore_trained(workdir)

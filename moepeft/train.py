@@ -8,6 +8,7 @@ Read from top to bottom; what a researcher edits is inside `make_update`.
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command, evaluate, metrics, optim, sharding
+from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, sources, vocabulary
 from moepeft.moe import losses, stats
@@ -91,6 +93,10 @@ def train(
     ValueError: the config, the data or the work directory does not do.
   """
   started = time.monotonic()
+  config_lib.check(config)
+  if not dry_run:
+    _open(workdir)
+    check_unchanged(workdir, config, may_differ)
 
   # ---------------------------------------------------------------- data ---
   data = config.data
@@ -135,10 +141,12 @@ def train(
   )
   state = sharding.replicate(mesh, state)
   described = card(base, built, config.seed, config.model.family)
-  _introduce(config, base, built, state, workdir)
+  _introduce(base, built, state, words, workdir)
+  _warn_of_cuts(source, words, data)
 
   # ------------------------------------------------------------- resume ---
-  judge = evaluate.Judge(config, model, words, validation, rows)
+  sets = evaluate.examples(config, validation, rows)
+  judge = evaluate.Judge(config, model, words, validation, sets)
   update = jax.jit(
     make_update(model, built, config, optimizer), donate_argnums=0
   )
@@ -146,9 +154,8 @@ def train(
     state, aux = update(state, sharding.shard_batch(mesh, batch_at(0)))
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
-  checkpoints = _open(workdir, config)
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   if checkpoints.latest() is not None:
-    check_unchanged(workdir, config, may_differ)
     state = checkpoints.restore(state, described)
     state = sharding.replicate(mesh, state)
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
@@ -158,12 +165,17 @@ def train(
 
   # --------------------------------------------------------- evaluation ---
   before_path = os.path.join(workdir, 'before.json')
-  if config.evaluation.before and not os.path.exists(before_path) and not first:
-    _write_json(before_path, judge(built.variables(state), 'before', 0))
+  if config.evaluation.before and not first:
+    print('evaluating before training', flush=True)
+    _write_json(
+      before_path, judge(built.variables(state), 'before training', 0)
+    )
 
   # --------------------------------------------------------------- loop ---
   written = metrics.Rows(workdir, step=first)
   progress = metrics.Progress(config.steps, first)
+  if first < config.steps:
+    progress.say('compiling the first step')
   rate = optim.schedule(config.optimizer, config.steps)
   pending, alarmed = [], set()
   for step in range(first, config.steps):
@@ -171,6 +183,10 @@ def train(
     tokens = int(batch['inputs_mask'].sum() + batch['targets_mask'].sum())
     state, aux = update(state, sharding.shard_batch(mesh, batch))
     pending.append((step + 1, tokens, aux))
+    if step == first:
+      # The first step was compiled in this time.
+      jax.block_until_ready(state)
+      progress.begin(step + 1)
     done = step + 1
     save = done % config.checkpoint.every_steps == 0 or done == config.steps
     if save or done % config.log.every_steps == 0:
@@ -183,23 +199,33 @@ def train(
 
   # ------------------------------------------------------------ summary ---
   plot = os.path.join(workdir, 'plots', 'loss.png')
-  history = metrics.read(written.path)
-  if history:
-    metrics.plot_loss(history, plot)
+  metrics.plot_loss(metrics.read(written.path), plot)
   summary = {'method': built.method, 'semantics': built.semantics}
+  after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
-    after = judge(built.variables(state), 'after', int(state.step))
-    _write_json(os.path.join(workdir, 'after.json'), after)
-    before = _read_json(before_path)
+    print('evaluating after training', flush=True)
+    after = judge(built.variables(state), 'after training', int(state.step))
+    _write_json(after_path, after)
+    before = _read_json(before_path) if config.evaluation.before else {}
     print(evaluate.table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
   summary['seconds'] = round(time.monotonic() - started, 1)
   _write_json(os.path.join(workdir, 'summary.json'), summary)
-  _conclude(summary, workdir, plot, checkpoints.path)
+  _conclude(
+    summary,
+    {
+      'losses': written.path,
+      'plot': plot,
+      'evaluation': after_path if config.evaluation.after else None,
+      'checkpoints': os.path.join(workdir, 'checkpoints'),
+      'to export': f'python -m moepeft.convert --workdir={workdir} '
+      '--output=DIR',
+    },
+  )
   return summary
 
 
-def _open(workdir: str, config: ConfigDict) -> Checkpoints:
+def _open(workdir: str) -> None:
   """Makes the work directory and sees that it can be written to."""
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -209,10 +235,9 @@ def _open(workdir: str, config: ConfigDict) -> Checkpoints:
       f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
       'another with --workdir'
     ) from None
-  return Checkpoints(workdir, config.checkpoint.keep)
 
 
-def _introduce(config, base, built, state, workdir) -> None:
+def _introduce(base, built, state, words, workdir) -> None:
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
   trained, frozen = size(state.trainable), size(state.frozen)
   total = trained if built.trainable == 'params' else frozen
@@ -220,10 +245,24 @@ def _introduce(config, base, built, state, workdir) -> None:
     f'method   {built.method} ({built.semantics} semantics)\n'
     f'base     {base.path or "random weights"}, {total:,} parameters\n'
     f'trained  {trained:,} parameters ({100 * trained / total:.2f} %)\n'
+    f'tokens   {words}\n'
     f'devices  {jax.device_count()} x {jax.devices()[0].device_kind}\n'
     f'workdir  {workdir}',
     flush=True,
   )
+
+
+def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
+  """Says how many of the first training examples are too long."""
+  lengths = data.inputs_length, data.targets_length
+  cut = sum(batching.encode(words, source(i), *lengths)[2] for i in range(rows))
+  if cut:
+    print(
+      f'{cut} of the first {rows} training examples are cut; raise '
+      'config.data.inputs_length or config.data.targets_length to keep them '
+      'whole',
+      flush=True,
+    )
 
 
 def _report(pending, progress, written, rate, config, alarmed) -> None:
@@ -257,17 +296,10 @@ def _report(pending, progress, written, rate, config, alarmed) -> None:
       progress.say(line)
 
 
-def _conclude(summary: dict, workdir: str, plot: str, checkpoints: str) -> None:
-  print(
-    f'done in {summary["seconds"]} s: {summary["method"]}\n'
-    f'  losses       {os.path.join(workdir, "metrics.jsonl")}\n'
-    f'  plot         {plot}\n'
-    f'  evaluation   {os.path.join(workdir, "after.json")}\n'
-    f'  checkpoints  {checkpoints}\n'
-    f'  to export    python -m moepeft.convert --workdir={workdir} '
-    '--output=DIR',
-    flush=True,
-  )
+def _conclude(summary: dict, places: dict[str, str | None]) -> None:
+  lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
+  lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
+  print('\n'.join(lines), flush=True)
 
 
 def _write_json(path: str, value: dict) -> None:
@@ -292,7 +324,16 @@ def main(argv) -> None:
     name = os.path.basename(flag.partition(':')[0]).removesuffix('.py')
     workdir = os.path.join('workdirs', name)
   workdir = os.path.expanduser(workdir)
-  train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
+  try:
+    train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
+  except KeyboardInterrupt:
+    print(
+      f'\nstopped; the same command goes on from the latest checkpoint in '
+      f'{workdir}/checkpoints (one every config.checkpoint.every_steps='
+      f'{_CONFIG.value.checkpoint.every_steps})',
+      file=sys.stderr,
+    )
+    sys.exit(130)
 
 
 if __name__ == '__main__':

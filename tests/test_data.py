@@ -62,7 +62,7 @@ def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
     (json.dumps(dict(inputs='q')), "line 2: expected text in 'targets'"),
     (row(targets=''), "line 2: expected text in 'targets'"),
     (row(inputs=3), "line 2: expected text in 'inputs', got 3"),
-    (row(idx='7'), "line 2: expected a whole number in 'idx'"),
+    (row(idx=None), "line 2: expected a whole number or text in 'idx'"),
     (ranked(label=2), 'line 2: label 2 names none of the 2'),
     (ranked(label='b'), "line 2: label 'b' names none of the 2"),
     (ranked(label=0, targets='b'), 'line 2: the targets .b. are not the'),

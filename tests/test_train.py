@@ -39,6 +39,7 @@ def base(tmp_path_factory):
 def card(base, **changes):
   c = config_lib.default()
   c.model.path = base
+  c.data.vocabulary = 'bytes'
   c.method = 'molora(experts=3, rank=2)'
   c.steps = 4
   c.batch_size = 3
@@ -289,6 +290,48 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed(begun, tmp_path):
     restore_adapter(str(tmp_path))
 
 
+def test_a_flipped_byte_in_the_optimizer_is_noticed(begun, tmp_path):
+  shutil.copytree(begun.workdir, tmp_path, dirs_exist_ok=True)
+  folder = tmp_path / 'checkpoints' / '4' / 'rest'
+  for data in folder.glob('**/d/*'):
+    broken = bytearray(data.read_bytes())
+    if len(broken) > 2000:  # not an index
+      broken[len(broken) // 2] ^= 1
+      data.write_bytes(broken)
+  with pytest.raises(ValueError, match='checkpoints/4.*go on from step 2'):
+    train.train(card(begun.base, steps=5), str(tmp_path))
+
+
+def test_before_is_always_of_this_run(base, tmp_path):
+  (tmp_path / 'before.json').write_text('{"rows": [], "means": {"B": 9}}')
+  changes = {'steps': 1, 'evaluation.before': True, 'evaluation.tasks': 'stars'}
+  train.train(card(base, **changes), str(tmp_path))
+  found = json.loads((tmp_path / 'before.json').read_text())
+  assert [row['task'] for row in found['rows']] == ['stars', 'stars']
+
+
+def test_long_examples_are_counted_and_told(base, tmp_path, capsys):
+  changes = {'steps': 1, 'data.inputs_length': 9}
+  train.train(card(base, **changes), str(tmp_path), dry_run=True)
+  said = capsys.readouterr().out
+  assert '500 of the first 500 training examples are cut' in said
+
+
+def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
+  row = {'task': 'x', 'inputs': 'q', 'choices': ['a', 'b'], 'label': 1}
+  path = tmp_path / 'mine.jsonl'
+  path.write_text(json.dumps(row) + '\n')
+  output = tmp_path / 'found.json'
+  flags = [f'--workdir={begun.workdir}', f'--data={path}']
+  done = command('moepeft.evaluate', *flags, f'--output={output}')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(output.read_text())
+  assert [(r['group'], r['task'], r['examples']) for r in found['rows']] == [
+    ('evaluation', 'x', 1)
+  ]
+  assert 'templates' not in done.stdout and 'before' not in done.stdout
+
+
 @pytest.mark.parametrize(
   ('changes', 'said'),
   [
@@ -303,6 +346,16 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed(begun, tmp_path):
     ({'optimizer.name': 'sgd'}, 'config.optimizer.name'),
     ({'optimizer.schedule': 'step'}, 'config.optimizer.schedule'),
     ({'objective': 'dpoo'}, 'config.objective is one of'),
+    ({'batch_size': 0}, 'config.batch_size is at least 1; got 0'),
+    ({'steps': 0}, 'config.steps is at least 1'),
+    ({'checkpoint.keep': 0}, 'config.checkpoint.keep is at least 1'),
+    ({'evaluation.max_examples': 0}, 'config.evaluation.max_examples is at'),
+    ({'optimizer.learning_rate': -1.0}, 'learning_rate is above 0'),
+    ({'data.held_out': 3.0}, 'config.data.held_out is at least 0 and below'),
+    ({'data.inputs_length': 0}, 'config.data.inputs_length is at least 2'),
+    ({'model.dtype': 'float33'}, 'config.model.dtype is one of'),
+    ({'evaluation.tasks': 'Z'}, 'No task family or group'),
+    ({'evaluation.path': '/no/rows'}, '/no/rows'),
     ({'model.remat': 'some'}, 'remat is one of'),
     ({'model.adapter': '/no/adapter'}, '/no/adapter'),
   ],
@@ -333,7 +386,8 @@ def command(*args, cwd=ROOT):
   ('args', 'said'),
   [
     (['--config=configs/none.py'], "'configs/none.py' does not exist"),
-    (['--config.stepz=3'], 'stepz'),
+    (['--config.stepz=3'], 'there is no config.stepz'),
+    (['--config=README.md'], 'is not Python'),
     (['--config.steps=many'], 'many'),
     (['--config=configs/molora_t5.py:rankk=3'], "no value 'rankk'"),
     (['extra'], "unexpected argument 'extra'"),

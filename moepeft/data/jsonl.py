@@ -10,6 +10,7 @@ import collections
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 
 from moepeft.tasks import Example
@@ -59,7 +60,9 @@ def _files(path: str) -> list[str]:
 
 
 def _rows(file: str) -> Iterator[tuple[int, dict]]:
-  opened = gzip.open(file, 'rt') if file.endswith('.gz') else open(file)
+  # Some editors begin a file with a byte order mark.
+  opener = gzip.open if file.endswith('.gz') else open
+  opened = opener(file, 'rt', encoding='utf-8-sig')
   with opened as lines:
     try:
       for number, line in enumerate(lines, 1):
@@ -79,7 +82,10 @@ def _parse(line: str, file: str, number: int) -> dict:
       f'{file}, line {number}: not JSON ({e.msg}); mend or remove the line'
     ) from None
   if not isinstance(row, dict):
-    raise ValueError(f'{file}, line {number}: expected an object {{...}}')
+    raise ValueError(
+      f'{file}, line {number}: expected an object {{...}}; mend or remove the '
+      'line'
+    )
   return row
 
 
@@ -93,8 +99,13 @@ def _example(row: dict, name: str, where: str) -> Example:
         'the row'
       )
   idx = row.get('idx', -1)
-  if not isinstance(idx, int):
-    raise ValueError(f"{where}: expected a whole number in 'idx', got {idx!r}")
+  if isinstance(idx, str):
+    # One number for one id, wherever it occurs.
+    idx = zlib.crc32(idx.encode())
+  if type(idx) is not int:
+    raise ValueError(
+      f"{where}: expected a whole number or text in 'idx', got {idx!r}"
+    )
   return Example(
     task=row.get('dataset') or row.get('task') or name,
     template=row.get('template', ''),

@@ -27,6 +27,9 @@ class Bytes:
   def encode(self, text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
+  def __str__(self) -> str:
+    return 'bytes'
+
   def decode(self, ids: list[int]) -> str:
     """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
     return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
@@ -48,8 +51,12 @@ class Tokenizer:
         'config.data.vocabulary to a directory that holds tokenizer.json, or '
         "to 'bytes'"
       ) from None
+    self._path = path
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
+
+  def __str__(self) -> str:
+    return f'{self._path}, {self.size:,} pieces'
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']

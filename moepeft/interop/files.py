@@ -72,7 +72,7 @@ def check_output(path: Path, overwrite: bool) -> None:
   if names and not overwrite:
     raise CheckpointError(
       f'{path} already holds {names[0]}: name an empty or new directory, or '
-      'pass overwrite to replace it'
+      'pass overwrite (--overwrite) to replace it'
     )
   if foreign:
     raise CheckpointError(
