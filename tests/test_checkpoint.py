@@ -35,11 +35,14 @@ def make_state(trainable=None, step=7):
   if trainable is None:
     values = jnp.arange(15, dtype=jnp.float32).reshape(3, 5)
     trainable = {'q': {'a': values, 'b': 2 * values}}
+  optimizer = optax.adam(0.1)
+  # After an update, so that its means are not all zeros.
+  _, opt = optimizer.update(trainable, optimizer.init(trainable), trainable)
   return State(
     step=jnp.int32(step),
     trainable=trainable,
     frozen={},
-    opt=optax.adam(0.1).init(trainable),
+    opt=opt,
     rng=jax.random.key(step),
   )
 

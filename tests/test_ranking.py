@@ -186,6 +186,14 @@ def test_the_shortest_of_equal_tokens_wins_and_ties_go_to_the_first():
   assert predict(rows, variables()) == [2, 0, 1]
 
 
+def test_a_choice_that_ends_where_text_ends_wins():
+  # Both letters are as likely; only what follows them tells them apart.
+  table = np.zeros((V, V), np.float32)
+  (b,) = WORDS.encode('b')
+  table[b, WORDS.eos] = 1.0
+  assert predict([make_row('q', 'abc')], variables(table)) == [1]
+
+
 def judge(tmp_path, rows, validation=(), **evaluation):
   path = tmp_path / 'rows.jsonl'
   kept = ('task', 'inputs', 'choices', 'label')
