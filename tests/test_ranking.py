@@ -11,6 +11,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import evaluate
 from moepeft.data.vocabulary import Bytes
+from moepeft.models import t5
 from moepeft.ranking import Ranker, score_choices
 from moepeft.tasks import Example
 
@@ -115,8 +116,7 @@ def test_padding_and_other_choices_never_move_a_score():
 
 
 def test_the_score_of_a_model_is_that_of_a_plain_call():
-  model, _ = small.make('molora(experts=3, rank=2)')
-  values = small.variables('molora(experts=3, rank=2)', noise=0.1)
+  model, values = t5.T5(small.GATED), {'params': small.params()}
   rng = np.random.default_rng(0)
   # Inputs of 7 and 4 tokens; choices of 5, 3 and 2, EOS and all.
   source, target = np.arange(7) < [[7], [4]], np.arange(5) < [[5], [3], [2]]
