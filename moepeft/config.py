@@ -78,6 +78,8 @@ def default() -> ConfigDict:
       # 'constant', 'linear' or 'cosine' (both fall to zero at `steps`).
       schedule='constant',
       warmup_steps=0,
+      # A step's share of the weights: for adamw times the rate, for adafactor
+      # (as in T5X) by itself.
       weight_decay=0.0,
       b1=0.9,
       b2=0.999,

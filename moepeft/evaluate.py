@@ -96,11 +96,15 @@ class Judge:
     # Rows come dataset by dataset; evenly spaced ones are of all of them.
     some = _spread(validation, 8 * e.batch_size)
     self._batches = list(_batches(some, words, self._rows, *lengths))
-    self._sets = sets
+    self._sets, self._cut, self._alike = {}, {}, 0
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
-    self._cut = {
-      key: self._ranker.check(rows) for key, rows in self._sets.items()
-    }
+    for key, rows in sets.items():
+      seen = [(row, *self._ranker.look(row)) for row in rows]
+      kept = [row for row, _, alike in seen if not alike]
+      self._alike += len(rows) - len(kept)
+      if kept:
+        self._sets[key] = kept
+        self._cut[key] = sum(cut for _, cut, alike in seen if not alike)
     objective = objective_of(config.objective)
     self._loss = jax.jit(
       lambda variables, batch: objective(model.apply, variables, batch, None)
@@ -120,14 +124,24 @@ class Judge:
       said.append(f'accuracy {", ".join(shown)}')
     said = '; '.join(said) or 'no held-out rows, nothing to judge by'
     print(f'{when}: {said}', flush=True)
-    if cut := sum(self._cut.values()):
-      total = sum(map(len, self._sets.values()))
-      print(
-        f'{cut} of {total} examples are cut to config.data.inputs_length or '
-        'targets_length',
-        flush=True,
-      )
+    for line in self._warnings():
+      print(line, flush=True)
     return found
+
+  def _warnings(self) -> list[str]:
+    total, cut = sum(map(len, self._sets.values())), sum(self._cut.values())
+    lines = []
+    if cut:
+      lines.append(
+        f'{cut} of {total} ranked examples are cut to config.data.inputs_length'
+        ' or config.data.targets_length'
+      )
+    if self._alike:
+      lines.append(
+        f'{self._alike} examples are left out: two of their choices are the '
+        'same to the tokenizer, or after config.data.targets_length'
+      )
+    return lines
 
   def validation_loss(self, variables: Tree) -> float:
     """Mean loss a real target token, in nats; no dropout."""

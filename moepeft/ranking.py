@@ -70,13 +70,14 @@ class Ranker:
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
 
-  def check(self, rows: Sequence[Example]) -> int:
-    """How many examples have an input or a choice that is cut.
+  def look(self, row: Example) -> tuple[bool, bool]:
+    """(whether its input or a choice is cut, whether two choices are one).
 
-    Raises:
-      ValueError: two choices of an example are the same after the cut.
+    Choices may be the same to the tokenizer, or in what is left after a cut;
+    such an example cannot be ranked.
     """
-    return sum(cut for _, _, cut in map(self._encode, rows))
+    _, choices, cut = self._encode(row)
+    return cut, len(set(map(tuple, choices))) < len(choices)
 
   def predict(self, variables: Tree, rows: Sequence[Example]) -> np.ndarray:
     """The place of the likeliest choice of each example: int [rows]."""
@@ -126,12 +127,6 @@ class Ranker:
       y, cut = batching.cut(self._vocabulary, choice, targets)
       short |= cut
       choices.append(y)
-    if len(set(map(tuple, choices))) < len(choices):
-      raise ValueError(
-        f'{row.task}, idx {row.idx}: choices are the same in their first '
-        f'{targets} tokens, {list(row.choices)}; raise '
-        'config.data.targets_length'
-      )
     return x, choices, short
 
 

@@ -206,7 +206,8 @@ def judge(tmp_path, rows, validation=(), **evaluation):
   config.data.source = 'jsonl'
   config.data.inputs_length, config.data.targets_length = 64, 16
   config.evaluation.update(path=str(path), batch_size=3, **evaluation)
-  return config, evaluate.Judge(config, Bigram(), WORDS, validation)
+  sets = evaluate.examples(config, ())
+  return config, evaluate.Judge(config, Bigram(), WORDS, validation, sets)
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
@@ -248,3 +249,16 @@ def test_means_are_over_tasks_of_a_group_and_its_wordings():
     )
   ]
   assert evaluate.means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
+
+
+def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
+  config = config_lib.default()
+  config.data.targets_length = 3
+  rows = [make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])]
+  sets = {('evaluation', 'x', ''): rows, ('evaluation', 'y', ''): rows[:1]}
+  judge = evaluate.Judge(config, Bigram(), WORDS, (), sets)
+  found = judge(variables(), 'now', 0)
+  assert [(r['task'], r['examples'], r['cut']) for r in found['rows']] == [
+    ('x', 1, 0)
+  ]
+  assert '2 examples are left out' in capsys.readouterr().out

@@ -74,8 +74,20 @@ class Frozen:
       self.run,
       in_axes=None,
       axis_size=size,
-      variable_axes={'params': None, 'peft': 0, STARTS: 0, 'routing': 0},
-      split_rngs={'params': False, 'peft': True, STARTS: True, 'dropout': True},
+      variable_axes={
+        'params': None,
+        'peft': 0,
+        STARTS: 0,
+        'routing': 0,
+        'weights': 0,
+      },
+      split_rngs={
+        'params': False,
+        'peft': True,
+        STARTS: True,
+        'dropout': True,
+        'router': True,
+      },
     )
     return lambda x: lifted(self.module, x)
 

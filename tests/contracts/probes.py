@@ -12,7 +12,7 @@ from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.site import contraction
 from moepeft.nn.start import Normal
-from moepeft.peft import lora
+from moepeft.peft import lora, molora
 from moepeft.peft.method import Method
 
 
@@ -100,4 +100,5 @@ PROBES = {
   'prefix': Method(Prefix, {'official': ('core',)}),
   'mixture': Method(Mixture, {'official': ('mlp',)}),
   'lora': lora.METHOD,
+  'molora': molora.METHOD,
 }

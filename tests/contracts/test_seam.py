@@ -74,6 +74,21 @@ def test_a_probe_leaves_params_alone(name):
   jax.tree.map(np.testing.assert_array_equal, variables['params'], expected)
 
 
+def test_experts_of_a_sublayer_may_be_noisy_routed_mixtures():
+  noisy = (
+    "molora(experts=2, rank=2, router=softmax(jitter=0.5), sites='*/wi_0')"
+    ' + mixture'
+  )
+  built = build(noisy, t5.sites(small.GATED), methods=PROBES)
+  model = t5.T5(small.GATED, built.advice)
+  variables = fresh(model, small.batch(), 0, small.params())
+  rngs = {'dropout': jax.random.key(0), 'router': jax.random.key(1)}
+  shape = jax.eval_shape(
+    lambda: model.apply(variables, small.batch(), train=True, rngs=rngs)
+  )
+  assert shape.shape == (3, 5, 37)
+
+
 def test_experts_of_a_sublayer_have_adapters_of_their_own():
   model, variables = make('mixture')
   layers = variables['peft']['encoder']['layers']
