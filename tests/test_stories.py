@@ -54,7 +54,6 @@ def test_a_real_model_learns_from_real_rows(method, tmp_path):
     f'--config.model.path={FLAN}',
     '--config.data.source=jsonl',
     f'--config.data.path={P3}',
-    '--config.data.vocabulary=',
     '--config.data.sample=datasets',
     '--config.data.inputs_length=256',
     '--config.data.targets_length=32',
