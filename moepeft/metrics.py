@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moepeft.moe import stats
+from moepeft.typing import State
 
 
 class Rows:
@@ -108,6 +109,33 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+
+def introduce(
+  base: Any, built: Any, state: State, words: Any, workdir: str
+) -> None:
+  """Prints what is about to be trained: method, base, sizes, devices."""
+  size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
+  trained, frozen = size(state.trainable), size(state.frozen)
+  total = trained if built.trainable == 'params' else frozen
+  print(
+    f'method   {built.method} ({built.semantics} semantics)\n'
+    f'base     {base.path or "random weights"}, {total:,} parameters\n'
+    f'trained  {trained:,} parameters ({100 * trained / total:.2f} %)\n'
+    f'tokens   {words}\n'
+    f'devices  {jax.device_count()} x {jax.devices()[0].device_kind}\n'
+    f'workdir  {workdir}',
+    flush=True,
+  )
+
+
+def conclude(
+  summary: Mapping[str, Any], places: Mapping[str, str | None]
+) -> None:
+  """Prints how long it took and where everything is."""
+  lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
+  lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
+  print('\n'.join(lines), flush=True)
 
 
 def routing(collection: Any) -> dict[str, dict[str, Any]]:

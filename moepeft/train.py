@@ -141,7 +141,7 @@ def train(
   )
   state = sharding.replicate(mesh, state)
   described = card(base, built, config.seed, config.model.family)
-  _introduce(base, built, state, words, workdir)
+  metrics.introduce(base, built, state, words, workdir)
   _warn_of_cuts(source, words, data)
 
   # ------------------------------------------------------------- resume ---
@@ -211,7 +211,7 @@ def train(
     summary |= {'before': before, 'after': after}
   summary['seconds'] = round(time.monotonic() - started, 1)
   _write_json(os.path.join(workdir, 'summary.json'), summary)
-  _conclude(
+  metrics.conclude(
     summary,
     {
       'losses': written.path,
@@ -235,21 +235,6 @@ def _open(workdir: str) -> None:
       f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
       'another with --workdir'
     ) from None
-
-
-def _introduce(base, built, state, words, workdir) -> None:
-  size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  trained, frozen = size(state.trainable), size(state.frozen)
-  total = trained if built.trainable == 'params' else frozen
-  print(
-    f'method   {built.method} ({built.semantics} semantics)\n'
-    f'base     {base.path or "random weights"}, {total:,} parameters\n'
-    f'trained  {trained:,} parameters ({100 * trained / total:.2f} %)\n'
-    f'tokens   {words}\n'
-    f'devices  {jax.device_count()} x {jax.devices()[0].device_kind}\n'
-    f'workdir  {workdir}',
-    flush=True,
-  )
 
 
 def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
@@ -294,12 +279,6 @@ def _report(pending, progress, written, rate, config, alarmed) -> None:
     if place not in alarmed:
       alarmed.add(place)
       progress.say(line)
-
-
-def _conclude(summary: dict, places: dict[str, str | None]) -> None:
-  lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
-  lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
-  print('\n'.join(lines), flush=True)
 
 
 def _write_json(path: str, value: dict) -> None:
