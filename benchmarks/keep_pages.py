@@ -46,7 +46,7 @@ def make_step(config):
     rng=jax.random.key(config.seed),
   )
   source, _, _ = sources(config.data, config.seed)
-  words = vocabulary(config.data.vocabulary)
+  words = vocabulary(config.data.vocabulary, config.model.path)
   lengths = config.data.inputs_length, config.data.targets_length
   batch = batching.batch_at(source, words, 0, config.batch_size, *lengths)
   update = train.make_update(model, built, config, optimizer)

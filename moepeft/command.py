@@ -81,7 +81,7 @@ def keep_pages() -> bool:
 
   XLA takes a program's temporary buffer from malloc at every call. glibc maps
   a block of that size anew and unmaps it after, so every step faults in all
-  of its pages (benchmarks/keep_pages.py says what that costs). One arena that
+  of its pages: 1.3 times the time (benchmarks/keep_pages.py). One arena that
   is never trimmed keeps them. To be called before JAX starts its threads,
   which would have arenas of their own.
 

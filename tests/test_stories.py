@@ -64,3 +64,16 @@ def test_a_real_model_learns_from_real_rows(method, tmp_path):
   )
   before, after = summary['before'], summary['after']
   assert after['validation_loss'] < before['validation_loss'] - 0.1
+
+
+def test_the_benchmark_of_pages_prints_its_ratios():
+  command = ['benchmarks/keep_pages.py', '--steps=2', '--rounds=1']
+  done = subprocess.run(
+    [sys.executable, *command],
+    cwd=ROOT,
+    check=True,
+    stdout=subprocess.PIPE,
+  )
+  assert json.loads(done.stdout).keys() == {
+    f'{what}_without_over_with' for what in ('time', 'system', 'faults')
+  }
