@@ -45,6 +45,12 @@ def check_unchanged(
   Raises:
     ValueError: a key differs, by name.
   """
+  checkpoints = os.path.join(workdir, 'checkpoints')
+  if not os.path.isdir(checkpoints) or not any(
+    name.isdigit() for name in os.listdir(checkpoints)
+  ):
+    # Nothing is there to go on from.
+    return
   if not os.path.exists(os.path.join(workdir, CONFIG)):
     return
   before = names.flatten(_read(workdir))
