@@ -28,6 +28,18 @@ def default() -> ConfigDict:
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
   # A line is printed when an expert holds more than this share of a site.
   c.router_alarm = 0.9
+  c.loss = ConfigDict(
+    dict(
+      # What it is a mean over: 'tokens', or 'sequences' (of each example's own
+      # mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
+      per='tokens',
+      # Weight of a token's squared log-partition (T5X: z_loss).
+      z=0.0,
+      label_smoothing=0.0,
+    )
+  )
+  # Parts that a batch is computed in, one after the other, to save memory.
+  c.accumulate = 1
   c.model = ConfigDict(
     dict(
       family='t5',
@@ -54,20 +66,43 @@ def default() -> ConfigDict:
   )
   c.data = ConfigDict(
     dict(
-      # 'tasks' (embedded, generated) or 'jsonl' (P3's form, at `path`).
+      # 'tasks' (embedded, generated), 'jsonl' (P3's form), 'datasets' (Hugging
+      # Face's: a hub name or local files) or 'seqio'.
       source='tasks',
       # Families of moepeft.tasks: groups and names, 'B' or 'A,copy'.
       tasks='B',
-      # A .jsonl or .jsonl.gz file, or a directory of them.
+      # jsonl: a .jsonl or .jsonl.gz file, or a directory of them. datasets: a
+      # hub name, 'glue/mrpc', or local json, csv, parquet or arrow files.
+      # seqio: a directory of cached tasks, '' for registered ones.
       path='',
+      # Of a dataset or a SeqIO task.
+      split='train',
+      # promptsource's templates of raw rows: a templates.yaml, or a directory
+      # of them; '' where rows have inputs and targets.
+      templates='',
+      # Rates by dataset: one of moepeft.data.mixtures ('t0_train', ...), or a
+      # registered SeqIO task or mixture; '' for the rates below.
+      mixture='',
+      # A module to import before, which registers SeqIO tasks.
+      module='',
+      # A dataset's rate is min(rows, cap) ** (1 / temperature), cap 0 for
+      # none: 1 draws every row as often, 'inf' every dataset.
+      cap=0,
+      temperature=1.0,
+      # (going) 'rows' or 'datasets'
+      sample='rows',
       # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
       vocabulary='',
       inputs_length=160,
       targets_length=20,
-      # 'rows': every row as often; 'datasets': every dataset as often.
-      sample='rows',
+      # Whether a row of a batch holds as many examples as fit.
+      packing=False,
       # The share of each dataset's last `idx` kept for validation.
       held_out=0.05,
+      # 'error', or 'skip': counted and told.
+      on_bad_row='error',
+      # Processes that read and tokenize ahead; 0 for threads.
+      workers=0,
     )
   )
   c.optimizer = ConfigDict(
@@ -85,6 +120,21 @@ def default() -> ConfigDict:
       b2=0.999,
       # Of the gradient's global norm; 0 for none.
       clip=1.0,
+      # Steps that Adafactor's decay counts as done before the first; released
+      # as 1,100,000, the steps of the base's pretraining.
+      clock=0,
+    )
+  )
+  c.sharding = ConfigDict(
+    dict(
+      # 'dp' (every device holds all weights), 'fsdp' (weights are spread over
+      # the axis 'data') or 'tp' (over the axis 'model').
+      preset='dp',
+      # Devices along the axis 'model'; the rest are along 'data'.
+      model=1,
+      # (letter, mesh axis) pairs before those of the preset; see
+      # moepeft.sharding.
+      rules=(),
     )
   )
   c.evaluation = ConfigDict(
@@ -92,6 +142,8 @@ def default() -> ConfigDict:
       # Whether to evaluate before and after training.
       before=True,
       after=True,
+      # Steps between validation losses while training; 0 for none.
+      every_steps=0,
       # Families evaluated where the source is 'tasks'.
       tasks='A,B,C',
       # Rows with choices to rank, in the form of data.path; '' for none.
@@ -101,8 +153,26 @@ def default() -> ConfigDict:
       batch_size=32,
     )
   )
-  c.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
-  c.log = ConfigDict(dict(every_steps=10))
+  c.checkpoint = ConfigDict(
+    dict(
+      every_steps=100,
+      # The newest so many are kept, and the one of the least validation loss
+      # too where `best` (needs evaluation.every_steps).
+      keep=2,
+      best=False,
+    )
+  )
+  # Ends a run whose validation loss has not fallen for so many validations; 0
+  # for never.
+  c.patience = 0
+  c.log = ConfigDict(
+    dict(
+      every_steps=10,
+      tensorboard=True,
+      # A project of Weights & Biases; '' for none.
+      wandb='',
+    )
+  )
   return c
 
 
@@ -110,7 +180,9 @@ def default() -> ConfigDict:
 _COUNTS = (
   'steps',
   'batch_size',
+  'accumulate',
   'model.unroll',
+  'sharding.model',
   'evaluation.max_examples',
   'evaluation.batch_size',
   'checkpoint.every_steps',
@@ -119,12 +191,19 @@ _COUNTS = (
 )
 _FRACTIONS = (
   'model.dropout',
+  'loss.label_smoothing',
   'data.held_out',
   'optimizer.b1',
   'optimizer.b2',
 )
 _NOT_NEGATIVE = (
   'seed',
+  'patience',
+  'loss.z',
+  'data.cap',
+  'data.workers',
+  'evaluation.every_steps',
+  'optimizer.clock',
   'optimizer.warmup_steps',
   'optimizer.weight_decay',
   'optimizer.clip',
@@ -156,15 +235,18 @@ def check(c: ConfigDict) -> None:
     demand(key, lambda v: v >= 2, 'at least 2: a token and the end')
   for key in ('model.dtype', 'model.param_dtype'):
     demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
-  demand('optimizer.learning_rate', lambda v: v > 0, 'above 0')
+  for key in ('optimizer.learning_rate', 'data.temperature'):
+    demand(key, lambda v: v > 0, 'above 0')
 
 
 def paper(size: str) -> ConfigDict:
   """What the paper's runs on T5 1.1 of a size share.
 
-  Source: the released code's run files: Adafactor at a constant 3e-4, batches
-  of 32, 500,000 steps, 1024 and 256 tokens, dropout 0.1. Its base is
-  t5_1_1_lm100k_<size>; name a copy with --config.model.path.
+  Source: the released code's run files: Adafactor at a constant 3e-4 whose
+  clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,
+  500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss averaged
+  per sequence. Its base is t5_1_1_lm100k_<size>; name a copy with
+  --config.model.path, and cached tasks of P3 with --config.data.path.
   """
   c = default()
   c.steps = 500_000
@@ -173,12 +255,17 @@ def paper(size: str) -> ConfigDict:
   c.model.size = size
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
-  c.data.source = 'jsonl'
+  c.data.source = 'seqio'
+  c.data.mixture = 't0_train'
   c.data.inputs_length = 1024
   c.data.targets_length = 256
+  c.data.packing = True
+  c.loss.per = 'sequences'
+  c.loss.z = 1e-4
   c.optimizer.name = 'adafactor'
   c.optimizer.learning_rate = 3e-4
   c.optimizer.clip = 0.0
+  c.optimizer.clock = 1_100_000
   c.checkpoint.every_steps = 10_000
   c.checkpoint.keep = 60
   return c

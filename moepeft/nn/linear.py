@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.nn.parameter import param
-from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.nn.site import Advice, Frozen, advise, contract
 from moepeft.nn.start import Normal
 from moepeft.typing import Array, Context
 
@@ -47,9 +47,7 @@ def frozen_einsum(eqn: str, kernel: Array, dtype, accumulate=None) -> Frozen:
     return kernel.astype(dtype)
 
   def call(x):
-    return jnp.einsum(
-      eqn, x.astype(dtype), weight(), preferred_element_type=accumulate
-    )
+    return contract(eqn, x.astype(dtype), weight(), accumulate)
 
   return Frozen(call, eqn=eqn, shape=kernel.shape, kernel=weight)
 

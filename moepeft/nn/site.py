@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 
 from moepeft.nn.start import STARTS
 from moepeft.typing import Array, Context
@@ -151,6 +151,22 @@ def contraction(eqn: str) -> tuple[str, str, str, str]:
   return batch, inner, outer, output
 
 
+def contract(eqn: str, x: Array, kernel: Array, accumulate=None) -> Array:
+  """jnp.einsum(eqn, x, kernel) with all that is summed as one axis.
+
+  The same sum in one matrix product: faster on CPU than a product over two
+  axes, and in the order of addition of layers that flatten heads first.
+  """
+  batch, inner, outer, output = contraction(eqn)
+  left, right = eqn.split('->')[0].split(',')
+  if (left, right, output) == (batch + inner, inner + outer, batch + outer):
+    x = x.reshape(*x.shape[: len(batch)], -1)
+    kernel = kernel.reshape(-1, *kernel.shape[len(inner) :])
+    i = inner[0]
+    eqn = f'{batch}{i},{i}{outer}->{output}'
+  return jnp.einsum(eqn, x, kernel, preferred_element_type=accumulate)
+
+
 def sizes(eqn: str, shape: tuple[int, ...]) -> dict[str, int]:
   """The size of each letter of the kernel: {'d': 512, 'n': 6, 'h': 64}."""
   return dict(zip(eqn.split('->')[0].split(',')[1], shape, strict=True))
@@ -158,4 +174,4 @@ def sizes(eqn: str, shape: tuple[int, ...]) -> dict[str, int]:
 
 def flatten_features(x: Array, keep: int = 2) -> Array:
   """[b, t, ...] -> [b, t, d]: every axis after the first `keep` in one."""
-  return jax.numpy.reshape(x, (*x.shape[:keep], -1))
+  return jnp.reshape(x, (*x.shape[:keep], -1))

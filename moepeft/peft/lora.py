@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
-from moepeft.nn.site import Frozen, contraction, sizes
+from moepeft.nn.site import Frozen, contract, contraction, sizes
 from moepeft.nn.start import Fill, Normal
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -70,8 +70,8 @@ class Lora(nn.Module):
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
     down, up = equations(f.eqn)
-    z = jnp.einsum(down, x, a.astype(y.dtype)) * self.scale
-    return y + jnp.einsum(up, z, b.astype(y.dtype))
+    z = contract(down, x, a.astype(y.dtype)) * self.scale
+    return y + contract(up, z, b.astype(y.dtype))
 
   @property
   def scale(self) -> float:

@@ -2,12 +2,11 @@
 """MoLoRA (Zadouri et al., arXiv:2309.05444): a routed mixture of LoRAs."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
-from moepeft.nn.site import Frozen, flatten_features
+from moepeft.nn.site import Frozen, contract, flatten_features
 from moepeft.peft import lora
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -45,9 +44,9 @@ class MoLora(nn.Module):
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
     down, up = lora.equations(f.eqn, 'e')
-    z = jnp.einsum(down, x, a.astype(y.dtype))
+    z = contract(down, x, a.astype(y.dtype))
     z = z * (p * (self.alpha / self.rank))[..., None].astype(y.dtype)
-    return y + jnp.einsum(up, z, b.astype(y.dtype))
+    return y + contract(up, z, b.astype(y.dtype))
 
 
 METHOD = Method(
