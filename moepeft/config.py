@@ -244,8 +244,8 @@ def paper(size: str) -> ConfigDict:
 
   Source: the released code's run files: Adafactor at a constant 3e-4 whose
   clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,
-  500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss averaged
-  per sequence. Its base is t5_1_1_lm100k_<size>; name a copy with
+  500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss
+  averaged per sequence. Its base is t5_1_1_lm100k_<size>; name a copy with
   --config.model.path, and cached tasks of P3 with --config.data.path.
   """
   c = default()
