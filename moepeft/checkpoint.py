@@ -3,21 +3,28 @@
 
 A checkpoint holds the trainable collection, the optimizer's state, the step
 and the rng; the base is named by its path and content hash. Orbax does not
-notice every flipped bit, so the card keeps a hash of each trainable array.
+notice every flipped bit, so the card keeps a hash of each array and of itself.
 """
 
+import dataclasses
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.interop import adapter as adapter_lib
 from moepeft.models import names
 from moepeft.peft import Built
+from moepeft.stopping import Course
 from moepeft.typing import State, Tree
 
+_BEGINNING = Course()
 # The card's entries that a run must share with the checkpoint it resumes.
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
@@ -30,13 +37,30 @@ def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
   return described | {'trainable': built.trainable, 'seed': seed}
 
 
+class _Kept(PreservationPolicy):
+  """The newest few, all where `newest` is None, and one that is named."""
+
+  def __init__(self, newest: int | None):
+    self._newest = newest
+    self.step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context) -> list:
+    del context
+    newest = {c.step for c in checkpoints[-(self._newest or 0) :]}
+    return [c.step in newest or c.step == self.step for c in checkpoints]
+
+
 class Checkpoints:
   """The checkpoints below a work directory, the newest few kept."""
 
-  def __init__(self, workdir: str, keep: int | None):
+  def __init__(self, workdir: str, keep: int | None, best: bool = False):
+    """Keeps the newest `keep` (None: all), and the best one where `best`."""
     path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    self._kept, self._keep_best = _Kept(keep), best
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=False, create=True
+      preservation_policy=self._kept,
+      enable_async_checkpointing=False,
+      create=True,
     )
     self.path = path
     self._manager = ocp.CheckpointManager(path, options=options)
@@ -44,19 +68,26 @@ class Checkpoints:
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: State, described: dict[str, Any]) -> None:
+  def save(
+    self, state: State, described: dict[str, Any], course: Course = _BEGINNING
+  ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing."""
+    if self._keep_best:
+      self._kept.step = course.best_step
     trainable = jax.tree.map(np.asarray, state.trainable)
     rest = jax.tree.map(np.asarray, _rest(state))
     hashes = _hashes({'trainable': trainable, 'rest': rest})
+    found = described | {
+      'hashes': hashes,
+      'step': int(state.step),
+      'course': dataclasses.asdict(course),
+    }
     self._manager.save(
       int(state.step),
       args=ocp.args.Composite(
         trainable=ocp.args.StandardSave(trainable),
         rest=ocp.args.StandardSave(rest),
-        card=ocp.args.JsonSave(
-          described | {'hashes': hashes, 'step': int(state.step)}
-        ),
+        card=ocp.args.JsonSave(found | {'sha256': _seal(found)}),
       ),
     )
     self._manager.wait_until_finished()
@@ -97,22 +128,53 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
-  def restore_trainable(self) -> tuple[Tree, dict[str, Any]]:
-    """The trainable collection of the latest checkpoint, and its card.
+  def course(self) -> Course:
+    """How the run had gone at the latest checkpoint."""
+    found = self._card(self.latest())['course']
+    place = tuple(map(tuple, found.pop('place')))
+    return Course(place=place, **found)
+
+  def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
+    """The trainable collection of a checkpoint, and its card.
+
+    Args:
+      which: '' for the latest, 'best' for that of the least validation loss,
+        or the number of its step.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint, or it is damaged.
     """
-    step = self.latest()
-    if step is None:
-      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    step = self._find(which)
     found = self._card(step)
     tree = self._restore(step, trainable=ocp.args.StandardRestore())
     self._verify(step, {'trainable': tree['trainable']}, found['hashes'])
     return jax.tree.map(np.asarray, tree['trainable']), found
 
+  def _find(self, which: str) -> int:
+    step, steps = self.latest(), sorted(self._manager.all_steps())
+    if step is None:
+      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    if which == 'best':
+      step = self.course().best_step
+    elif which:
+      step = int(which) if which.isdigit() else -1
+    if step not in steps:
+      raise ValueError(
+        f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
+        f'{", ".join(map(str, steps))} (best: train with '
+        'config.checkpoint.best=True)'
+      )
+    return step
+
   def _card(self, step: int) -> dict[str, Any]:
-    return self._restore(step, card=ocp.args.JsonRestore())['card']
+    card = self._restore(step, card=ocp.args.JsonRestore())['card']
+    sealed = {k: v for k, v in card.items() if k != 'sha256'}
+    if card.get('sha256') != _seal(sealed):
+      raise ValueError(
+        f'the checkpoint {self.path}/{step} is damaged: its card differs from '
+        f'its hash; {self._advice(step)}'
+      )
+    return card
 
   def _restore(self, step: int, **items) -> Any:
     try:
@@ -138,6 +200,10 @@ class Checkpoints:
     return f'move that directory away to {then}'
 
 
+def _seal(card: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
 def _hashes(parts: Tree) -> dict[str, str]:
   """{path: hash} of every array; optimizer states are no plain dicts."""
   return {
@@ -148,24 +214,31 @@ def _hashes(parts: Tree) -> dict[str, str]:
   }
 
 
-def restore_trained(workdir: str) -> tuple[Tree, dict[str, Any]]:
+def restore_trained(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
   """(what a run trained, its card): 'peft', or 'params' of a full run.
+
+  Args:
+    which: see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its checkpoint is damaged.
   """
   if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
     raise ValueError(f'{workdir!r} is no work directory of a run')
-  return Checkpoints(workdir, keep=None).restore_trainable()
+  return Checkpoints(workdir, keep=None).restore_trainable(which)
 
 
-def restore_adapter(workdir: str) -> tuple[Tree, dict[str, Any]]:
+def restore_adapter(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
   """(the trained 'peft' tree, its card) of a run.
 
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.
   """
-  tree, found = restore_trained(workdir)
+  tree, found = restore_trained(workdir, which)
   if found['trainable'] != 'peft':
     raise ValueError(
       f'the run in {workdir!r} trained the base itself ({found["method"]}); '

@@ -175,12 +175,12 @@ class Judge:
 
 def _batches(examples, words, size, inputs_length, targets_length):
   """Batches of `size` rows, the last filled up with rows of no real token."""
+  lengths = inputs_length, targets_length
   for at in range(0, len(examples), size):
     part = examples[at : at + size]
     filled = [*part, *[part[-1]] * (size - len(part))]
-    batch = batching.batch_at(
-      filled.__getitem__, words, 0, size, inputs_length, targets_length
-    )
+    x, y = zip(*batching.encode_all(words, filled, *lengths), strict=True)
+    batch = batching.seq2seq(x, y, *lengths)
     for key in ('inputs_mask', 'targets_mask'):
       batch[key][len(part) :] = False
     yield batch
@@ -248,8 +248,9 @@ def main(argv) -> None:
     name = os.path.basename(path.rstrip('/')).partition('.')[0]
     output = os.path.join(workdir, f'evaluation_{name}.json')
   else:
-    _, validation, rows = sources(config.data, config.seed)
-    sets = examples(config, validation, rows)
+    found = sources(config.data, config.seed)
+    validation = found.held_out
+    sets = examples(config, validation, found.rows)
     output = os.path.join(workdir, 'evaluation.json')
   judge = Judge(config, model, words, validation, sets)
   found = judge(variables, f'after {step} steps', step)

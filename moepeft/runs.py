@@ -24,6 +24,9 @@ CONFIG = 'config.json'
 _FREE = (
   'steps',
   'router_alarm',
+  'patience',
+  'sharding',
+  'data.workers',
   'model.path',
   'model.adapter',
   'model.remat',
@@ -82,8 +85,11 @@ def _read(workdir: str) -> dict[str, Any]:
     ) from None
 
 
-def open_run(workdir: str):
+def open_run(workdir: str, which: str = ''):
   """(config, model, variables, vocabulary, step) of a trained run.
+
+  Args:
+    which: checkpoint; see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its base has changed since.
@@ -95,7 +101,7 @@ def open_run(workdir: str):
     config.update(_read(workdir))
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  trained, found = restore_trained(workdir)
+  trained, found = restore_trained(workdir, which)
   now = card(base, built, config.seed, config.model.family)
   if found['base']['sha256'] != now['base']['sha256']:
     raise ValueError(

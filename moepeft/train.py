@@ -5,7 +5,7 @@ The one loop: pretraining, fine-tuning and adapters differ by config only.
 Read from top to bottom; what a researcher edits is inside `make_update`.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import sys
@@ -14,20 +14,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command, evaluate, metrics, optim, sharding
 from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
-from moepeft.data import batching, sources, vocabulary
+from moepeft.data import batching, loader, sources, vocabulary
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.seq2seq import split_rngs
+from moepeft.report import Report
 from moepeft.runs import CONFIG, check_unchanged
+from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
 
 _WORKDIR = flags.DEFINE_string(
@@ -101,14 +103,12 @@ def train(
   # ---------------------------------------------------------------- data ---
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  source, validation, rows = sources(data, config.seed)
-  batch_at = functools.partial(
-    batching.batch_at,
-    source,
-    words,
-    batch_size=config.batch_size,
-    inputs_length=data.inputs_length,
-    targets_length=data.targets_length,
+  found = sources(data, config.seed)
+  for note in found.notes:
+    print(note, flush=True)
+  hosts = jax.process_index(), jax.process_count()
+  batches = loader(
+    found, words, data, config.batch_size // hosts[1], config.seed, hosts
   )
 
   # --------------------------------------------------------------- model ---
@@ -142,22 +142,27 @@ def train(
   state = sharding.replicate(mesh, state)
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
-  _warn_of_cuts(source, words, data)
+  _warn_of_cuts(found.train, words, data)
 
   # ------------------------------------------------------------- resume ---
-  sets = evaluate.examples(config, validation, rows)
-  judge = evaluate.Judge(config, model, words, validation, sets)
+  sets = evaluate.examples(config, found.held_out, found.rows)
+  judge = evaluate.Judge(config, model, words, found.held_out, sets)
   update = jax.jit(
     make_update(model, built, config, optimizer), donate_argnums=0
   )
   if dry_run:
-    state, aux = update(state, sharding.shard_batch(mesh, batch_at(0)))
+    state, aux = update(state, sharding.shard_batch(mesh, next(batches)))
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
-  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  checkpoints = Checkpoints(
+    workdir, config.checkpoint.keep, config.checkpoint.best
+  )
+  course = Course()
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
     state = sharding.replicate(mesh, state)
+    course = checkpoints.course()
+    batches.go_to(course.place[hosts[0]])
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -174,28 +179,47 @@ def train(
   # --------------------------------------------------------------- loop ---
   written = metrics.Rows(workdir, step=first)
   progress = metrics.Progress(config.steps, first)
-  if first < config.steps:
-    progress.say('compiling the first step')
   rate = optim.schedule(config.optimizer, config.steps)
-  pending, alarmed = [], set()
-  for step in range(first, config.steps):
-    batch = batch_at(step)
-    tokens = int(batch['inputs_mask'].sum() + batch['targets_mask'].sum())
-    state, aux = update(state, sharding.shard_batch(mesh, batch))
-    pending.append((step + 1, tokens, aux))
-    if step == first:
-      # The first step was compiled in this time.
-      jax.block_until_ready(state)
-      progress.begin(step + 1)
-    done = step + 1
-    save = done % config.checkpoint.every_steps == 0 or done == config.steps
-    if save or done % config.log.every_steps == 0:
-      # Before a checkpoint too: a broken state must not push out a good one.
-      _report(pending, progress, written, rate, config, alarmed)
-      pending = []
-    if save:
-      checkpoints.save(state, described)
+  report = Report(progress, written.write, rate, config.router_alarm)
+  done = first
+  if done < config.steps:
+    progress.say('compiling the first step')
+  with Signals() as signals:
+    while done < config.steps and not course.exhausted(config.patience):
+      batch = next(batches)
+      state, aux = update(state, sharding.shard_batch(mesh, batch))
+      done += 1
+      report.add(done, batch, aux)
+      if done == first + 1:
+        # The first step was compiled in this time.
+        jax.block_until_ready(state)
+        progress.begin(done)
+      judge_now = _every(config.evaluation.every_steps, done)
+      save = _every(config.checkpoint.every_steps, done)
+      save |= done == config.steps or signals.received is not None
+      if save or judge_now or _every(config.log.every_steps, done):
+        # Before a checkpoint too: a broken state must not push out a good one.
+        report.tell()
+      if judge_now:
+        loss = judge.validation_loss(built.variables(state))
+        report.validated(done, loss)
+        course = course.judged(loss, done)
+        save |= config.checkpoint.best and course.best_step == done
+        save |= course.exhausted(config.patience)
+      if save:
+        course = dataclasses.replace(course, place=_places(batches))
+        checkpoints.save(state, described, course)
+      if signals.received is not None and done < config.steps:
+        progress.close()
+        raise Stopped(signals.received, done, checkpoints.path)
   progress.close()
+  batches.close()
+  if done < config.steps:
+    print(
+      f'stopped at step {done}: the validation loss was least, '
+      f'{course.best:.4f}, at step {course.best_step} '
+      f'(config.patience={config.patience})'
+    )
 
   # ------------------------------------------------------------ summary ---
   plot = os.path.join(workdir, 'plots', 'loss.png')
@@ -240,7 +264,7 @@ def _open(workdir: str) -> None:
 def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
   """Says how many of the first training examples are too long."""
   lengths = data.inputs_length, data.targets_length
-  cut = sum(batching.encode(words, source(i), *lengths)[2] for i in range(rows))
+  cut = sum(batching.encode(words, source[i], *lengths)[2] for i in range(rows))
   if cut:
     print(
       f'{cut} of the first {rows} training examples are cut; raise '
@@ -250,35 +274,14 @@ def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
     )
 
 
-def _report(pending, progress, written, rate, config, alarmed) -> None:
-  """Brings the last steps' figures from the device; rows, bar, alarms."""
-  seen = jax.device_get(pending)
-  for step, _, aux in seen:
-    if not np.isfinite(aux['loss']):
-      raise ValueError(
-        f'the loss is {aux["loss"]} at step {step}; try a lower '
-        'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
-      )
-  step, _, last = seen[-1]
-  examples = len(seen) * config.batch_size
-  tokens = sum(real for _, real, _ in seen)
-  rates = progress.update(step, float(last['loss']), examples, tokens)
-  sites = metrics.routing(last['routing'])
-  for number, _, aux in seen:
-    row = {
-      'step': number,
-      'loss': float(aux['loss']),
-      'token_accuracy': float(aux['correct'] / aux['tokens']),
-      'router_loss': float(aux['router_loss']),
-      'gradient_norm': float(aux['gradient_norm']),
-      'learning_rate': float(rate(number - 1)),
-    }
-    written.write(row | (rates | {'routing': sites} if number == step else {}))
-  for line in metrics.alarms(sites, config.router_alarm):
-    place = line.split(': expert')[0]
-    if place not in alarmed:
-      alarmed.add(place)
-      progress.say(line)
+def _every(steps: int, done: int) -> bool:
+  return steps > 0 and done % steps == 0
+
+
+def _places(batches) -> tuple[tuple[int, int], ...]:
+  """Where each host's next batch begins."""
+  places = multihost_utils.process_allgather(batches.place())
+  return tuple((int(w), int(r)) for w, r in places.reshape(-1, 2))
 
 
 def _write_json(path: str, value: dict) -> None:
@@ -305,11 +308,13 @@ def main(argv) -> None:
   workdir = os.path.expanduser(workdir)
   try:
     train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
+  except Stopped as e:
+    print(f'\n{e}', file=sys.stderr)
+    sys.exit(e.code)
   except KeyboardInterrupt:
     print(
       f'\nstopped; the same command goes on from the latest checkpoint in '
-      f'{workdir}/checkpoints (one every config.checkpoint.every_steps='
-      f'{_CONFIG.value.checkpoint.every_steps})',
+      f'{workdir}/checkpoints, if there is one',
       file=sys.stderr,
     )
     sys.exit(130)

@@ -13,10 +13,10 @@ FLOORS = (
   ('peft',),
   ('models',),
   ('interop',),
-  ('config', 'command'),
+  ('config', 'command', 'stopping'),
   ('objectives', 'data', 'tasks'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
-  ('runs', 'ranking'),
+  ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,88 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training examples come from, as functions of a step's place.
+"""Where training examples come from, by config.
 
-A source is stateless: `source(index)` is the same example at every call, so
-resuming needs the step's number and nothing else.
+What is trained on is endless and random-access: item i is the same example at
+every call, whatever was read before it.
 """
 
 import collections
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
-import numpy as np
+import grain
 from ml_collections import ConfigDict
 
 from moepeft import tasks
-from moepeft.data import jsonl
+from moepeft.data import jsonl, mixing
 from moepeft.tasks import Example
 
-Source = Callable[[int], Example]
+_ENDLESS = 1 << 60
 
 
-def sources(
-  data: ConfigDict, seed: int
-) -> tuple[Source, list[Example], list[Example]]:
-  """A config's training source, its held-out examples, and its rows.
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """What a config trains on.
 
-  Rows are empty where the source has no end.
+  Attributes:
+    train: endless examples.
+    shares: the share of each dataset in them, which add up to one.
+    rows: the training rows where they have an end, else none.
+    held_out: examples that `train` never gives.
+    notes: lines for the user: what was skipped or left out.
+  """
+
+  train: grain.MapDataset
+  shares: dict[str, float]
+  rows: Sequence[Example]
+  held_out: list[Example]
+  notes: tuple[str, ...] = ()
+
+
+def sources(data: ConfigDict, seed: int) -> Sources:
+  """Opens config.data.
 
   Raises:
-    ValueError: an unknown source, path, task family or way to sample.
+    ValueError: an unknown source, path, task family or mixture, or rows that
+      are not of the form.
   """
   if data.source == 'tasks':
-    names = tasks.families(data.tasks)
-    train = functools.partial(tasks.example, names, seed=seed)
-    held_out = tasks.examples(
-      names, 32 * len(names), seed=seed, split='held_out'
-    )
-    return train, held_out, []
+    return _tasks(data.tasks, seed)
   if data.source == 'jsonl':
     if not data.path:
       raise ValueError('set config.data.path to .jsonl rows, or a directory')
-    rows = jsonl.read(data.path)
-    train, held_out = jsonl.split(rows, data.held_out)
-    return shuffled(train, seed, data.sample), held_out, train
+    return _of_rows(jsonl.read(data.path), data, seed)
   raise ValueError(
     f"config.data.source is 'tasks' or 'jsonl'; got {data.source!r}"
   )
 
 
-def shuffled(rows: Sequence[Example], seed: int, sample: str) -> Source:
-  """An endless stream over rows.
+def _tasks(group: str, seed: int) -> Sources:
+  names = tasks.families(group)
+  counts = collections.Counter(names)
+  return Sources(
+    train=grain.MapDataset.source(Drawn(names, seed)),
+    shares={name: count / len(names) for name, count in counts.items()},
+    rows=(),
+    held_out=tasks.examples(
+      names, 32 * len(names), seed=seed, split='held_out'
+    ),
+  )
 
-  Args:
-    rows: the training rows.
-    seed: of the order.
-    sample: 'rows', each epoch a new permutation of all rows; or 'datasets',
-      the datasets in turn (in a new order each round), each with permuted
-      epochs of its own.
-  """
-  if sample == 'rows':
-    return lambda i: rows[_place(i, len(rows), (seed, 0))]
-  if sample != 'datasets':
-    raise ValueError(
-      f"config.data.sample is 'rows' or 'datasets'; got {sample!r}"
-    )
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Embedded tasks, drawn when they are asked for."""
+
+  names: tuple[str, ...]
+  seed: int
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, place: int) -> Example:
+    return tasks.example(self.names, place, seed=self.seed)
+
+
+def _of_rows(rows: Sequence[Example], data: ConfigDict, seed: int) -> Sources:
+  """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
+  train, held_out = jsonl.split(rows, data.held_out)
   groups = collections.defaultdict(list)
-  for row in rows:
+  for row in train:
     groups[row.task].append(row)
-  groups = [groups[name] for name in sorted(groups)]
-
-  def pick(i: int) -> Example:
-    group = _place(i, len(groups), (seed, 1))
-    # A dataset comes once in each round, so the round numbers its examples.
-    return groups[group][
-      _place(i // len(groups), len(groups[group]), (seed, 2 + group))
-    ]
-
-  return pick
-
-
-def _place(i: int, size: int, key: tuple[int, ...]) -> int:
-  epoch, offset = divmod(i, size)
-  return int(_permutation(size, (*key, epoch))[offset])
-
-
-@functools.lru_cache(maxsize=512)
-def _permutation(size: int, key: tuple[int, ...]) -> np.ndarray:
-  return np.random.default_rng(key).permutation(size)
+  sizes = {name: len(group) for name, group in groups.items()}
+  weights = mixing.rates(sizes, data.cap, data.temperature)
+  total = sum(weights.values())
+  return Sources(
+    train=mixing.mix(groups, weights, seed),
+    shares={name: weight / total for name, weight in weights.items()},
+    rows=train,
+    held_out=held_out,
+  )
