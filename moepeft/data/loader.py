@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft.data import batching, packing
@@ -76,6 +77,9 @@ class ExampleWindows:
     serial = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     windows = self._windows[number:].to_iter_dataset(serial)
     if self._workers:
+      # Grain reads absl's flags here, which nobody parsed in a notebook.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self._workers)
       windows = windows.mp_prefetch(options)
     return iter(windows)
