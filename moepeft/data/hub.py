@@ -177,10 +177,10 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   import datasets
 
   parts = path.split('/')
-  if path.startswith(('.', '~', '/')) or not 1 <= len(parts) <= 3:
-    raise ValueError('it does not exist here, and is no name on the hub')
   if _ending(path) in (*_JSON, *_READERS):
     raise ValueError('no such file')
+  if path.startswith(('.', '~', '/')) or len(parts) > 3:
+    raise ValueError('no such path, and no name on the hub')
   if len(parts) < 3:
     try:
       return datasets.load_dataset(path, split=split)

@@ -239,6 +239,11 @@ def _member(dataset: str, template: str, known: Collection[str]) -> str:
   return max(fits, key=len, default='')
 
 
+def _task(pair: tuple[str, str]) -> str:
+  """A (dataset, template) as SeqIO spells it."""
+  return clean('_'.join(part for part in pair if part))
+
+
 def _prompts(
   mixture: str,
   dataset: Dataset,
@@ -248,7 +253,8 @@ def _prompts(
   """The prompts that a mixture takes, and whether that is a guess."""
   if mixture not in (_ONE, _ALL):
     return pairs, False
-  said = [pair for pair in pairs if pair in original]
+  spelled = {_task(pair) for pair in original}
+  said = [pair for pair in pairs if _task(pair) in spelled]
   if not said and dataset.original == dataset.prompts:
     said = pairs
   if mixture == _ALL and not said:

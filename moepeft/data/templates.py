@@ -16,28 +16,21 @@ import collections
 import dataclasses
 import functools
 import os
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import yaml
-from jinja2.filters import do_truncate
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
+from moepeft.data.sandbox import DICE, MARK, SEPARATOR, Dice, compiled
 from moepeft.tasks import Example
 
-SEPARATOR = '|||'
-# What stands for it while a template is rendered, so that the separator in a
-# row's own text separates nothing.
-_MARK = '\x1emoepeft\x1e'
 # promptsource: 300 words of 4.7 characters and their spaces.
 _LONGEST = 2048
-# No template can spell this name.
-_DICE = ' dice'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +103,7 @@ def read(path: str) -> Group:
       f'{path} cannot be read as a templates.yaml: {reason}'
     ) from None
   found = tree.get('templates') if isinstance(tree, dict) else None
-  if not isinstance(found, dict) or not found:
+  if not isinstance(found, dict) or not found or not tree.get('dataset'):
     raise ValueError(
       f"{path}: expected a mapping with 'dataset' and 'templates' (names or "
       'ids, each with a !Template), as promptsource writes it'
@@ -138,7 +131,7 @@ def _template(path: str, key: str, fields: Any) -> Template:
     if not isinstance(text, str):
       raise ValueError(f'{where}: expected text in {field!r}; got {text!r}')
     try:
-      _compiled(text, 0)
+      compiled(text, 0)
     except jinja2.TemplateError as e:
       raise ValueError(f'{where}: {field!r} is not Jinja ({e})') from None
   if SEPARATOR not in jinja:
@@ -235,12 +228,12 @@ def apply(
   said = f'template {template.name!r} of {task}'
   # Rows of a list are shared by the templates, and Jinja may change them.
   fields = {k.replace('-', '_'): _copy(v) for k, v in row.items()}
-  fields[_DICE] = _Dice(f'{seed} {task} {template.name} {place}')
+  fields[DICE] = Dice(f'{seed} {task} {template.name} {place}')
   fields['answer_choices'] = choices = None
   if template.answer_choices:
-    choices = _parts(said, _compiled(template.answer_choices, 0), fields)
+    choices = _parts(said, compiled(template.answer_choices, 0), fields)
     fields['answer_choices'] = choices
-  parts = _parts(said, _compiled(template.jinja, _LONGEST), fields)
+  parts = _parts(said, compiled(template.jinja, _LONGEST), fields)
   if len(parts) != 2 and any(parts):
     raise ValueError(
       f'{said} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
@@ -257,22 +250,22 @@ def apply(
   )
 
 
-def _parts(said: str, compiled: jinja2.Template, fields: dict) -> list[str]:
+def _parts(said: str, program: jinja2.Template, fields: dict) -> list[str]:
   """The texts between the separators, stripped."""
   try:
-    text = compiled.render(fields)
+    text = program.render(fields)
   except SecurityError as e:
     raise ValueError(
       f'{said} is unsafe: {e} Templates may only read the columns of a row'
     ) from None
   # A template is a program: there is no list of what it may raise.
   except Exception as e:
-    columns = ', '.join(k for k in fields if k not in (_DICE, 'answer_choices'))
+    columns = ', '.join(k for k in fields if k not in (DICE, 'answer_choices'))
     raise BadRow(
       f'{said} fails ({str(e) or type(e).__name__}; columns: {columns}); mend '
       'the template or the row'
     ) from None
-  return [part.strip() for part in text.split(_MARK)]
+  return [part.strip() for part in text.split(MARK)]
 
 
 def _copy(value: Any) -> Any:
@@ -281,52 +274,3 @@ def _copy(value: Any) -> Any:
   if isinstance(value, dict):
     return {k: _copy(v) for k, v in value.items()}
   return value
-
-
-class _Dice:
-  """What the choices of one rendering are drawn from."""
-
-  def __init__(self, key: str):
-    self._key = key
-    self._random = None
-
-  def choice(self, items: Sequence) -> Any:
-    if self._random is None:
-      # Made here: most templates draw nothing, and seeding takes longer than
-      # rendering.
-      self._random = random.Random(self._key)
-    return self._random.choice(items)
-
-
-@jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Sequence) -> Any:
-  return context.resolve(_DICE).choice(items)
-
-
-def _most_frequent(items: Sequence) -> list | None:
-  """All items that occur as often as the one that occurs most."""
-  counts = collections.Counter(items)
-  most = max(counts.values(), default=0)
-  return [i for i, count in counts.items() if count == most] or None
-
-
-@functools.cache
-def _environment(longest: int) -> SandboxedEnvironment:
-  """Jinja with promptsource's words; values longer than this are cut."""
-
-  @jinja2.pass_environment
-  def cut(environment: jinja2.Environment, value: Any) -> str:
-    return do_truncate(environment, str(value), longest)
-
-  environment = SandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=cut if longest else None
-  )
-  environment.globals['zip'] = zip
-  environment.filters['choice'] = _choice
-  environment.filters['most_frequent'] = _most_frequent
-  return environment
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(text: str, longest: int) -> jinja2.Template:
-  return _environment(longest).from_string(text.replace(SEPARATOR, _MARK))
