@@ -15,6 +15,7 @@ FLOORS = (
   ('interop',),
   ('config', 'command'),
   ('objectives', 'data', 'tasks'),
+  ('adafactor', 'accumulate'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
   ('runs', 'ranking'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
