@@ -106,9 +106,12 @@ class Judge:
         self._sets[key] = kept
         self._cut[key] = sum(cut for _, cut, alike in seen if not alike)
     objective = objective_of(config.objective)
-    self._loss = jax.jit(
-      lambda variables, batch: objective(model.apply, variables, batch, None)
-    )
+
+    def count(variables, batch):
+      _, aux = objective(model.apply, variables, batch, None)
+      return aux['nll'], aux['tokens']
+
+    self._count = jax.jit(count)
 
   def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
     """Validation loss and accuracies, printed in a line and returned."""
@@ -144,13 +147,16 @@ class Judge:
     return lines
 
   def validation_loss(self, variables: Tree) -> float:
-    """Mean loss a real target token, in nats; no dropout."""
+    """Mean -log p of a real target token, in nats; no dropout.
+
+    Whatever config.loss says, so that runs can be compared.
+    """
     total = tokens = 0.0
     for batch in self._batches:
       batch = sharding.shard_batch(self._mesh, batch)
-      loss, aux = self._loss(variables, batch)
-      total += float(loss) * float(aux['tokens'])
-      tokens += float(aux['tokens'])
+      nll, real = self._count(variables, batch)
+      total += float(nll)
+      tokens += float(real)
     return total / tokens
 
   def accuracies(self, variables: Tree) -> list[dict[str, Any]]:

@@ -19,13 +19,14 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from moepeft import accumulate, command, evaluate, metrics, optim, sharding
 from moepeft import base as base_lib
-from moepeft import command, evaluate, metrics, optim, sharding
 from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, loader, sources, vocabulary
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
+from moepeft.objectives.loss import Loss, mean
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.report import Report
 from moepeft.runs import CONFIG, check_unchanged
@@ -50,21 +51,39 @@ _MAY_DIFFER = flags.DEFINE_list(
 
 def make_update(model, built, config: ConfigDict, optimizer):
   """One step: (state, batch) -> (state, what was seen)."""
-  objective = objective_of(config.objective)
+  loss = config.loss
+  objective = objective_of(
+    config.objective, Loss(loss.per, loss.z, loss.label_smoothing)
+  )
   router_losses = dict(config.router_losses)
-  # Wrong names are found before anything is compiled.
+  # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
+  accumulate.check(config.batch_size, config.accumulate)
 
   def update(state: State, batch):
-    rngs = split_rngs(jax.random.fold_in(state.rng, state.step))
+    rng = jax.random.fold_in(state.rng, state.step)
 
-    def loss_fn(trainable):
+    def sums_fn(trainable, rows, rng):
+      # Of some rows of the batch; nothing here may be a mean over them.
       variables = built.variables(state.replace(trainable=trainable))
-      loss, aux = objective(model.apply, variables, batch, rngs)
-      routed = losses.total(stats.by_site(aux['routing']), router_losses)
-      return loss + routed, aux | {'loss': loss, 'router_loss': routed}
+      total, aux = objective(model.apply, variables, rows, split_rngs(rng))
+      return aux | {'total': total}
 
-    gradient, aux = jax.grad(loss_fn, has_aux=True)(state.trainable)
+    def loss_fn(sums):
+      # Of the whole batch, however many parts it was computed in.
+      loss = mean(sums['total'], sums)
+      routed = losses.total(stats.by_site(sums['routing']), router_losses)
+      return loss + routed, sums | {'loss': loss, 'router_loss': routed}
+
+    gradient, aux = accumulate.gradient(
+      sums_fn,
+      loss_fn,
+      state.trainable,
+      batch,
+      rng,
+      config.accumulate,
+      curved=('routing',) if any(router_losses.values()) else (),
+    )
     changes, opt = optimizer.update(gradient, state.opt, state.trainable)
     aux['gradient_norm'] = optax.global_norm(gradient)
     return state.replace(

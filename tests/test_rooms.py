@@ -15,6 +15,7 @@ FLOORS = (
   ('interop',),
   ('config', 'command', 'stopping'),
   ('objectives', 'data', 'tasks'),
+  ('adafactor', 'accumulate'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
   ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
