@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from moepeft import command, sharding, tasks
 from moepeft import config as config_lib
-from moepeft.data import batching, jsonl, sources
+from moepeft.data import Sources, batching, jsonl, sources
+from moepeft.data.packing import Pair
+from moepeft.data.source import spread
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import objective_of
 from moepeft.ranking import Ranker
@@ -26,6 +28,8 @@ from moepeft.tasks import Example
 from moepeft.typing import Tree
 
 SPLITS = ('seen', 'held_out')
+# Batches of which the validation loss is taken.
+_BATCHES = 8
 
 
 def examples(config: ConfigDict, validation: Sequence[Example], train=None):
@@ -64,17 +68,24 @@ def rows_to_rank(path: str, most: int):
   return _by_task('evaluation', jsonl.read(path, ranked=True), most)
 
 
-def _spread(rows: Sequence[Example], most: int) -> list[Example]:
-  """Evenly spaced rows, so that every template has its share."""
-  count = min(most, len(rows))
-  return [rows[i * len(rows) // count] for i in range(count)]
+def pairs_to_judge(
+  config: ConfigDict, found: Sources, words: Vocabulary
+) -> list[Pair]:
+  """Held-out examples, as ids, whose loss a run is judged by."""
+  data = config.data
+  return found.validation(
+    words,
+    data.inputs_length,
+    data.targets_length,
+    count=_BATCHES * config.evaluation.batch_size,
+  )
 
 
 def _by_task(group: str, rows: Iterable[Example], most: int):
   tables = collections.defaultdict(list)
   for row in rows:
     tables[group, row.task, ''].append(row)
-  return {key: _spread(rows, most) for key, rows in sorted(tables.items())}
+  return {key: spread(rows, most) for key, rows in sorted(tables.items())}
 
 
 class Judge:
@@ -85,17 +96,15 @@ class Judge:
     config: ConfigDict,
     model: Any,
     words: Vocabulary,
-    validation: Sequence[Example],
+    validation: Sequence[Pair],
     sets: dict[tuple[str, str, str], list[Example]],
   ):
-    """`validation` is what the loss is taken of, `sets` is from `examples`."""
+    """`validation` is from `pairs_to_judge`, `sets` from `examples`."""
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh()
     self._rows = sharding.round_up(self._mesh, e.batch_size)
     lengths = data.inputs_length, data.targets_length
-    # Rows come dataset by dataset; evenly spaced ones are of all of them.
-    some = _spread(validation, 8 * e.batch_size)
-    self._batches = list(_batches(some, words, self._rows, *lengths))
+    self._batches = list(_batches(validation, self._rows, *lengths))
     self._sets, self._cut, self._alike = {}, {}, 0
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     for key, rows in sets.items():
@@ -179,14 +188,13 @@ class Judge:
     return rows
 
 
-def _batches(examples, words, size, inputs_length, targets_length):
+def _batches(pairs, size, inputs_length, targets_length):
   """Batches of `size` rows, the last filled up with rows of no real token."""
-  lengths = inputs_length, targets_length
-  for at in range(0, len(examples), size):
-    part = examples[at : at + size]
+  for at in range(0, len(pairs), size):
+    part = pairs[at : at + size]
     filled = [*part, *[part[-1]] * (size - len(part))]
-    x, y = zip(*batching.encode_all(words, filled, *lengths), strict=True)
-    batch = batching.seq2seq(x, y, *lengths)
+    x, y = zip(*filled, strict=True)
+    batch = batching.seq2seq(x, y, inputs_length, targets_length)
     for key in ('inputs_mask', 'targets_mask'):
       batch[key][len(part) :] = False
     yield batch
@@ -255,8 +263,8 @@ def main(argv) -> None:
     output = os.path.join(workdir, f'evaluation_{name}.json')
   else:
     found = sources(config.data, config.seed)
-    validation = found.held_out
-    sets = examples(config, validation, found.rows)
+    validation = pairs_to_judge(config, found, words)
+    sets = examples(config, found.held_out, found.rows)
     output = os.path.join(workdir, 'evaluation.json')
   judge = Judge(config, model, words, validation, sets)
   found = judge(variables, f'after {step} steps', step)

@@ -24,6 +24,7 @@ from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, loader, sources, vocabulary
+from moepeft.data.seqio_stream import Stream
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.loss import Loss, mean
@@ -122,10 +123,11 @@ def train(
   # ---------------------------------------------------------------- data ---
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  found = sources(data, config.seed)
+  hosts = jax.process_index(), jax.process_count()
+  _, shape = base_lib.shape(config.model)
+  found = sources(data, config.seed, hosts, shape.vocab)
   for note in found.notes:
     print(note, flush=True)
-  hosts = jax.process_index(), jax.process_count()
   batches = loader(
     found, words, data, config.batch_size // hosts[1], config.seed, hosts
   )
@@ -161,11 +163,13 @@ def train(
   state = sharding.replicate(mesh, state)
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
-  _warn_of_cuts(found.train, words, data)
+  if not isinstance(found.train, Stream):
+    _warn_of_cuts(found.train, words, data)
 
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, found.held_out, found.rows)
-  judge = evaluate.Judge(config, model, words, found.held_out, sets)
+  validation = evaluate.pairs_to_judge(config, found, words)
+  judge = evaluate.Judge(config, model, words, validation, sets)
   update = jax.jit(
     make_update(model, built, config, optimizer), donate_argnums=0
   )

@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft.data import batching, packing
+from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import Sources
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
@@ -192,12 +193,11 @@ def loader(
     shard: (number of this host, hosts); each reads windows of its own.
   """
   lengths = data.inputs_length, data.targets_length
+  rows = arrange(*lengths, data.packing, seed)
+  if isinstance(sources.train, Stream):
+    # SeqIO reads ahead, and by host, by itself.
+    return Loader(StreamWindows(sources.train.open, rows), batch_size)
   windows = ExampleWindows(
-    sources.train,
-    words,
-    *lengths,
-    arrange(*lengths, data.packing, seed),
-    shard,
-    data.workers,
+    sources.train, words, *lengths, rows, shard, data.workers
   )
   return Loader(windows, batch_size)

@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where training examples come from, by config.
 
-What is trained on is endless and random-access: item i is the same example at
-every call, whatever was read before it.
+What is trained on is endless. Apart from SeqIO's streams it is random-access:
+item i is the same example at every call, whatever was read before it.
 """
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import grain
 from ml_collections import ConfigDict
 
 from moepeft import tasks
-from moepeft.data import jsonl, mixing
+from moepeft.data import (
+  batching,
+  hub,
+  jsonl,
+  mixing,
+  mixtures,
+  seqio_cache,
+  seqio_stream,
+  templates,
+)
+from moepeft.data.packing import Pair
+from moepeft.data.rows import Rows
+from moepeft.data.seqio_stream import Stream
+from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
+SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio')
 _ENDLESS = 1 << 60
 
 
@@ -24,36 +38,74 @@ class Sources:
   """What a config trains on.
 
   Attributes:
-    train: endless examples.
+    train: endless examples, or a stream of their ids.
     shares: the share of each dataset in them, which add up to one.
     rows: the training rows where they have an end, else none.
     held_out: examples that `train` never gives.
     notes: lines for the user: what was skipped or left out.
   """
 
-  train: grain.MapDataset
+  train: grain.MapDataset | Stream
   shares: dict[str, float]
-  rows: Sequence[Example]
-  held_out: list[Example]
+  rows: Sequence[Example] = ()
+  held_out: Sequence[Example] = ()
   notes: tuple[str, ...] = ()
 
+  def validation(
+    self, words: Vocabulary, inputs: int, targets: int, count: int
+  ) -> list[Pair]:
+    """At most `count` held-out examples as ids, of all datasets."""
+    if isinstance(self.train, Stream):
+      held_out = self.train.validation(count)
+      return [(e['inputs'], e['targets']) for e in held_out]
+    some = spread(self.held_out, count)
+    return batching.encode_all(words, some, inputs, targets)
 
-def sources(data: ConfigDict, seed: int) -> Sources:
+
+def spread(rows: Sequence[Example], most: int) -> list[Example]:
+  """Evenly spaced rows, so that every dataset and template has its share."""
+  count = min(most, len(rows))
+  return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def sources(
+  data: ConfigDict, seed: int, shard: tuple[int, int] = (0, 1), below: int = 0
+) -> Sources:
   """Opens config.data.
+
+  Args:
+    shard: (this host, hosts), which streams of SeqIO are divided by.
+    below: the size of the model's vocabulary, which ids of SeqIO are checked
+      against; 0 for no check.
 
   Raises:
     ValueError: an unknown source, path, task family or mixture, or rows that
       are not of the form.
   """
+  if data.source not in SOURCES:
+    raise ValueError(
+      f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
+    )
   if data.source == 'tasks':
     return _tasks(data.tasks, seed)
+  if data.source == 'seqio':
+    return _seqio(data, seed, shard, below)
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to '
+      + (
+        '.jsonl rows, or a directory of them'
+        if data.source == 'jsonl'
+        else 'a name on the hub, or local files'
+      )
+    )
   if data.source == 'jsonl':
-    if not data.path:
-      raise ValueError('set config.data.path to .jsonl rows, or a directory')
-    return _of_rows(jsonl.read(data.path), data, seed)
-  raise ValueError(
-    f"config.data.source is 'tasks' or 'jsonl'; got {data.source!r}"
-  )
+    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row)
+  else:
+    rows = hub.read(
+      data.path, data.split, data.templates, data.on_bad_row, seed
+    )
+  return _of_rows(rows, data, seed)
 
 
 def _tasks(group: str, seed: int) -> Sources:
@@ -62,7 +114,6 @@ def _tasks(group: str, seed: int) -> Sources:
   return Sources(
     train=grain.MapDataset.source(Drawn(names, seed)),
     shares={name: count / len(names) for name, count in counts.items()},
-    rows=(),
     held_out=tasks.examples(
       names, 32 * len(names), seed=seed, split='held_out'
     ),
@@ -83,18 +134,76 @@ class Drawn:
     return tasks.example(self.names, place, seed=self.seed)
 
 
-def _of_rows(rows: Sequence[Example], data: ConfigDict, seed: int) -> Sources:
+def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
   """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
   train, held_out = jsonl.split(rows, data.held_out)
   groups = collections.defaultdict(list)
   for row in train:
-    groups[row.task].append(row)
+    groups[(row.task, row.template) if data.mixture else row.task].append(row)
   sizes = {name: len(group) for name, group in groups.items()}
-  weights = mixing.rates(sizes, data.cap, data.temperature)
-  total = sum(weights.values())
+  notes = list(rows.notes(data.path))
+  if data.mixture:
+    original = _original(data.templates, {dataset for dataset, _ in sizes})
+    found = mixtures.rates(data.mixture, sizes, original)
+    notes += found.notes(data.mixture)
+    weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
+    groups = {_joined(*pair): groups[pair] for pair in found.rates}
+  else:
+    weights = mixing.rates(sizes, data.cap, data.temperature)
   return Sources(
     train=mixing.mix(groups, weights, seed),
-    shares={name: weight / total for name, weight in weights.items()},
+    shares=_normalised(weights),
     rows=train,
     held_out=held_out,
+    notes=tuple(notes),
   )
+
+
+def _original(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
+  """(dataset, template) of those that ask for the dataset's own task."""
+  groups = [templates.group(path, name) for name in sorted(names) if path]
+  return {pair for group in groups for pair in group.original}
+
+
+def _joined(dataset: str, template: str) -> str:
+  return f'{dataset}/{template}'
+
+
+def _normalised(weights: dict[str, float]) -> dict[str, float]:
+  total = sum(weights.values())
+  return {name: weight / total for name, weight in weights.items()}
+
+
+def _seqio(
+  data: ConfigDict, seed: int, shard: tuple[int, int], below: int
+) -> Sources:
+  """A directory of cached tasks, or what is registered under a name."""
+  notes = ()
+  cached = data.path and not data.module
+  if cached and (not data.mixture or data.mixture in mixtures.MIXTURES):
+    rates = None
+    if data.mixture:
+      sizes = seqio_cache.sizes(data.path, data.split)
+      pairs = {(name, ''): size for name, size in sizes.items()}
+      found = mixtures.rates(data.mixture, pairs)
+      notes = tuple(found.notes(data.mixture))
+      rates = {task: rate for (task, _), rate in found.rates.items()}
+    provider = seqio_cache.mixture(data.path, rates, data.split)
+  elif data.mixture:
+    caches = [data.path] if data.path else []
+    provider = seqio_stream.registered(data.mixture, data.module, caches)
+  else:
+    raise ValueError(
+      'set config.data.mixture to a registered SeqIO task or mixture, or '
+      'config.data.path to a directory of cached tasks'
+    )
+  stream = Stream(
+    provider,
+    data.inputs_length,
+    data.targets_length,
+    seed=seed,
+    split=data.split,
+    shard=shard,
+    below=below,
+  )
+  return Sources(train=stream, shares=stream.rates(), notes=notes)
