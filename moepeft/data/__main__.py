@@ -6,6 +6,7 @@ a batch, decoded, with what is trained in brackets.
 """
 
 import collections
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from moepeft import command
 from moepeft import config as config_lib
 from moepeft.data import batching, sources, vocabulary
 from moepeft.data.loader import WINDOW, arrange
+from moepeft.data.packing import Pair
+from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import Sources
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.typing import Batch
@@ -39,21 +42,40 @@ def show(config: ConfigDict, windows: int, rows: int) -> None:
   print(f'tokens   {words}')
   for note in found.notes:
     print(note)
-  examples = [found.train[i] for i in range(windows * WINDOW)]
-  pairs = batching.encode_all(words, examples, _UNCUT, _UNCUT)
-  names = [e.task for e in examples]
   lengths = data.inputs_length, data.targets_length
+  names, pairs = look(found, words, windows * WINDOW)
   sizes = np.array([(len(x), len(y)) for x, y in pairs])
   print(f'\n{mixture(found, names, sizes, lengths)}\n')
   for side, name in enumerate(('inputs', 'targets')):
     print(histogram(sizes[:, side], name, lengths[side]))
-  cut = batching.encode_all(words, examples, *lengths)
   place = arrange(*lengths, data.packing, config.seed)
+  cut = [
+    tuple(
+      np.append(ids[: n - 1], ids[-1])
+      for ids, n in zip(pair, lengths, strict=True)
+    )
+    for pair in pairs
+  ]
   parts = [place(i, cut[i * WINDOW : (i + 1) * WINDOW]) for i in range(windows)]
-  print(f'\n{padding(parts, len(examples))}')
+  print(f'\n{padding(parts, len(pairs))}')
   for row in range(min(rows, len(parts[0]['inputs']))):
     print('\n'.join(decoded(parts[0], row, words)))
   print('\n[...] is trained: the loss is taken of these tokens')
+
+
+def look(
+  found: Sources, words: Vocabulary, count: int
+) -> tuple[list[str], list[Pair]]:
+  """(dataset, ids) of the first examples; SeqIO tells no names, and cuts."""
+  if isinstance(found.train, Stream):
+    elements = itertools.islice(found.train.open(0), count)
+    return [], [(e['inputs'], e['targets']) for e in elements]
+  examples = [found.train[i] for i in range(count)]
+  names = [e.task for e in examples]
+  if not set(names) <= set(found.shares):
+    # At the rates of a named mixture, which go by template.
+    names = [f'{e.task}/{e.template}' for e in examples]
+  return names, batching.encode_all(words, examples, _UNCUT, _UNCUT)
 
 
 def mixture(
@@ -64,6 +86,7 @@ def mixture(
 ) -> str:
   """A table of datasets: rows, rate, what came of it, lengths and cuts."""
   rows = collections.Counter(e.task for e in found.rows)
+  rows |= collections.Counter(f'{e.task}/{e.template}' for e in found.rows)
   where = collections.defaultdict(list)
   for i, name in enumerate(names):
     where[name].append(i)
@@ -76,9 +99,9 @@ def mixture(
     lines.append(
       (
         name,
-        f'{rows[name]:,}' if rows[name] else 'endless',
+        f'{rows[name]:,}' if rows[name] else '-',
         f'{share:.2%}',
-        f'{len(own) / len(names):.2%}',
+        f'{len(own) / len(names):.2%}' if names else '-',
         *_means(own),
         f'{cut:,}',
       )
@@ -93,7 +116,7 @@ def mixture(
     )
     for line in lines
   )
-  said = f'{len(names):,} examples; lengths in tokens, before cuts'
+  said = f'{len(sizes):,} examples; lengths in tokens, before cuts'
   return '\n'.join([said, *shown])
 
 
