@@ -251,7 +251,7 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   workdir = os.path.expanduser(_WORKDIR.value)
-  config, model, variables, words, step = open_run(workdir)
+  config, model, variables, words, step = open_run(workdir, _CHECKPOINT.value)
   if _MAX_EXAMPLES.value is not None:
     config.evaluation.max_examples = _MAX_EXAMPLES.value
   config_lib.check(config)
@@ -277,6 +277,9 @@ def main(argv) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
+  _CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', '', "Its step, or 'best'; by default the latest."
+  )
   _DATA = flags.DEFINE_string(
     'data', None, 'Rows to rank, and nothing else; see moepeft/data/jsonl.py.'
   )

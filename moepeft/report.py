@@ -63,7 +63,9 @@ class Report:
     for number, aux in seen:
       row = {
         'step': number,
+        # What is minimised; then -log p of a target token, whatever that is.
         'loss': float(aux['loss']),
+        'nll': float(aux['nll'] / max(aux['tokens'], 1)),
         'token_accuracy': float(aux['correct'] / max(aux['tokens'], 1)),
         'router_loss': float(aux['router_loss']),
         'gradient_norm': float(aux['gradient_norm']),
