@@ -3,6 +3,7 @@
 
 import collections
 import itertools
+import json
 import pathlib
 
 import numpy as np
@@ -264,3 +265,105 @@ def test_equal_rates_reach_every_dataset_of_p3():
   shares = sources(data, 0).shares
   assert len(shares) == len({row.task for row in found})
   np.testing.assert_allclose(list(shares.values()), 1 / len(shares))
+
+
+# ---- by config ----
+
+
+def opened_sources(path, **changes):
+  data = config_lib.default().data
+  data.source, data.path = 'jsonl', str(path)
+  data.update(changes)
+  return sources(data, 0)
+
+
+def written(path, rows):
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return path
+
+
+def glue_rows():
+  return [
+    {'dataset': d, 'template': t, 'idx': i, 'inputs': f'q{i}', 'targets': 'a'}
+    for d, t, n in (
+      ('glue_mrpc', 'same', 20),
+      ('trec', 'what', 40),
+      ('trec', 'who', 40),
+      ('squad', 'x', 20),
+    )
+    for i in range(n)
+  ]
+
+
+def test_a_named_mixture_draws_prompts_at_its_own_rates(tmp_path):
+  path = written(tmp_path / 'rows.jsonl', glue_rows())
+  found = opened_sources(path, mixture='t0_train')
+  # Training examples of T0: 3,668 of mrpc, 5,452 of trec, for each prompt.
+  total = 3668 + 2 * 5452
+  assert found.shares == pytest.approx(
+    {
+      'glue_mrpc/same': 3668 / total,
+      'trec/what': 5452 / total,
+      'trec/who': 5452 / total,
+    }
+  )
+  seen = collections.Counter(found.train[i].task for i in range(10 * 1024))
+  assert set(seen) == {'glue_mrpc', 'trec'}
+  assert seen['trec'] == pytest.approx(10 * 1024 * 2 * 5452 / total, abs=3)
+  assert found.notes[0] == 't0_train does not hold squad: left out'
+  # What is left out of training may still be validated on, and is held out.
+  assert {e.idx for e in found.held_out if e.task == 'trec'} == {38, 39}
+
+
+def test_caps_and_temperatures_go_by_dataset(tmp_path):
+  path = written(tmp_path / 'rows.jsonl', glue_rows())
+  # 95 % of 20, 40 and 20 different idx, so 19, 76 and 19 rows.
+  shares = opened_sources(path).shares
+  assert shares == pytest.approx(
+    {'glue_mrpc': 19 / 114, 'trec': 76 / 114, 'squad': 19 / 114}
+  )
+  shares = opened_sources(path, cap=38).shares
+  assert shares['trec'] == pytest.approx(38 / 76)
+  shares = opened_sources(path, temperature=2.0).shares
+  # Square roots: sqrt(76 / 19) = 2 against 1 and 1.
+  assert shares['trec'] == pytest.approx(1 / 2)
+
+
+def test_bad_rows_are_an_error_or_counted(tmp_path):
+  path = written(tmp_path / 'rows.jsonl', [*glue_rows(), {'inputs': 'x'}])
+  with pytest.raises(ValueError, match="line 121: expected text in 'targets'"):
+    opened_sources(path)
+  found = opened_sources(path, on_bad_row='skip')
+  assert len(found.rows) + len(found.held_out) == 120
+  assert found.notes[0].startswith('skipped 1 bad row of')
+  assert 'line 121' in found.notes[0]
+
+
+def test_rows_of_a_table_are_trained_from(tmp_path):
+  path = tmp_path / 'table.csv'
+  lines = ['inputs,targets', *(f'question {i},answer {i}' for i in range(30))]
+  path.write_text('\n'.join(lines))
+  found = opened_sources(path, source='datasets')
+  assert found.shares == {'table': 1.0}
+  seen = {found.train[i].inputs for i in range(len(found.rows))}
+  assert seen == {e.inputs for e in found.rows}
+  assert len(seen) + len(found.held_out) == 30
+
+
+def test_raw_rows_are_put_into_words_by_templates(tmp_path):
+  rows = [{'text': f'text {i}', 'label': i % 2} for i in range(40)]
+  path = written(tmp_path / 'raw.jsonl', rows)
+  (tmp_path / 'templates.yaml').write_text(
+    'dataset: raw\n'
+    'templates:\n'
+    '  1:\n'
+    '    name: is it?\n'
+    "    answer_choices: 'no ||| yes'\n"
+    "    jinja: '{{text}} Is it? ||| {{answer_choices[label]}}'\n"
+  )
+  templates = str(tmp_path / 'templates.yaml')
+  found = opened_sources(path, source='datasets', templates=templates)
+  example = found.train[0]
+  assert example.inputs == f'text {example.idx} Is it?'
+  assert example.targets == ('no', 'yes')[example.idx % 2]
+  assert example.choices == ('no', 'yes')
