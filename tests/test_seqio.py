@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from moepeft import tasks
-from moepeft.data import batching
+from moepeft import config as config_lib
+from moepeft import tasks, train
+from moepeft.data import batching, sources
 from moepeft.data.vocabulary import Bytes
 
 seqio = pytest.importorskip('seqio')
@@ -20,6 +21,7 @@ from moepeft.data.seqio_stream import Stream, ended  # noqa: E402
 from moepeft.tasks import seqio_tasks  # noqa: E402
 
 from . import seqio_cases as cases  # noqa: E402
+from .test_train import adapter_bytes, base, card  # noqa: E402, F401
 
 LENGTHS = {'inputs': 167, 'targets': 23}
 
@@ -320,9 +322,9 @@ def test_a_stream_begins_at_any_place(p3):
   whole = listed(read(stream, 60))
   for place in (0, 1, 17, 43):
     assert listed(read(stream, 60 - place, place)) == whole[place:]
-  mixture = registered('moepeft_b', seed=3)
-  whole = listed(read(mixture, 50))
-  assert listed(read(mixture, 19, 31)) == whole[31:]
+  task = registered('moepeft_stars', seed=3)
+  whole = listed(read(task, 50))
+  assert listed(read(task, 19, 31)) == whole[31:]
 
 
 def test_seeds_give_other_orders(p3):
@@ -336,7 +338,7 @@ from moepeft.data import seqio_cache, seqio_stream
 from moepeft.data.seqio_stream import Stream
 for provider in (
   seqio_cache.mixture(sys.argv[1]),
-  seqio_stream.registered('moepeft_b', 'moepeft.tasks.seqio_tasks'),
+  seqio_stream.registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
 ):
   seen = hashlib.sha256()
   for element in itertools.islice(Stream(provider, 99, 9, seed=5).open(7), 300):
@@ -427,6 +429,40 @@ def test_a_task_without_examples_is_told_and_never_hangs(tmp_path):
   stream = directory(str(tmp_path), shard=(1, 2))
   with pytest.raises(ValueError, match='has no example'):
     read(stream, 3)
+
+
+def _wired():
+  data = config_lib.default().data
+  data.source = 'no such source'
+  try:
+    sources(data, 0)
+  except ValueError as e:
+    return "'seqio'" in str(e)
+
+
+@pytest.mark.skipif(
+  not _wired(), reason="config.data.source='seqio' is not yet read by train"
+)
+@pytest.mark.parametrize('kind', ['cached', 'registered'])
+def test_a_run_on_seqio_cut_in_two_ends_with_the_same_bytes(
+  base,  # noqa: F811
+  p3,
+  tmp_path,
+  kind,
+):
+  changes = {
+    'cached': {'data.path': p3},
+    'registered': {
+      'data.module': 'moepeft.tasks.seqio_tasks',
+      'data.mixture': 'moepeft_b',
+    },
+  }[kind] | {'data.source': 'seqio', 'optimizer.schedule': 'constant'}
+  train.train(card(base, **changes), str(tmp_path / 'whole'))
+  train.train(card(base, **changes, steps=2), str(tmp_path / 'cut'))
+  train.train(card(base, **changes), str(tmp_path / 'cut'))
+  assert adapter_bytes(tmp_path / 'whole') == adapter_bytes(tmp_path / 'cut')
+  train.train(card(base, **changes, seed=1), str(tmp_path / 'other'))
+  assert adapter_bytes(tmp_path / 'whole') != adapter_bytes(tmp_path / 'other')
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
