@@ -13,7 +13,7 @@ FLOORS = (
   ('peft',),
   ('models',),
   ('interop',),
-  ('config', 'command'),
+  ('config', 'gin_files', 'gin_flags', 'command'),
   ('objectives', 'data', 'tasks'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
   ('runs', 'ranking'),
