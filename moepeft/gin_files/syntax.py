@@ -160,10 +160,10 @@ def _file(
       f'the gin file {path!r}{by} does not exist, here, in the package or in '
       'a folder of --gin_search_paths'
     )
-  file = os.path.relpath(found[0]) if not os.path.isabs(path) else path
-  if file in above:
+  file = os.path.normpath(found[0])
+  if os.path.abspath(file) in map(os.path.abspath, above):
     raise ValueError(f'{file} includes itself, through {above[-1]}')
-  with open(found[0], encoding='utf-8') as f:
+  with open(file, encoding='utf-8') as f:
     return list(_parse(f.read(), file, folders, (*above, file)))
 
 
