@@ -101,6 +101,7 @@ def train(
   workdir: str,
   dry_run: bool = False,
   may_differ: Sequence[str] = (),
+  gin: str = '',
 ) -> dict:
   """Trains, evaluates and writes; returns the closing summary.
 
@@ -110,6 +111,7 @@ def train(
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that
       is gone on from; see `runs.check_unchanged`.
+    gin: the gin files that the config is from as one, kept as config.gin.
 
   Raises:
     ValueError: the config, the data or the work directory does not do.
@@ -190,6 +192,9 @@ def train(
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
   _write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
+  if gin:
+    with open(os.path.join(workdir, 'config.gin'), 'w') as f:
+      f.write(gin)
 
   # --------------------------------------------------------- evaluation ---
   before_path = os.path.join(workdir, 'before.json')
@@ -330,10 +335,15 @@ def main(argv) -> None:
     workdir = os.path.join('workdirs', name)
   workdir = os.path.expanduser(workdir)
   try:
+<<<<<<< HEAD
     train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)
     sys.exit(e.code)
+=======
+    may_differ, gin = _MAY_DIFFER.value, command.gin_text()
+    train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
+>>>>>>> gin
   except KeyboardInterrupt:
     print(
       f'\nstopped; the same command goes on from the latest checkpoint in '

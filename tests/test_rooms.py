@@ -13,7 +13,7 @@ FLOORS = (
   ('peft',),
   ('models',),
   ('interop',),
-  ('config', 'command', 'stopping'),
+  ('config', 'gin_files', 'gin_flags', 'command', 'stopping'),
   ('objectives', 'data', 'tasks'),
   ('adafactor', 'accumulate'),
   ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
