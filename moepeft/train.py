@@ -20,13 +20,15 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
-from moepeft import command, evaluate, metrics, optim, sharding
+from moepeft import command, evaluate, metrics, optim, plots, sharding
 from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, sources, vocabulary
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.seq2seq import split_rngs
+from moepeft.progress import Progress
+from moepeft.rows import Rows, stream
 from moepeft.runs import CONFIG, check_unchanged
 from moepeft.typing import State
 
@@ -172,8 +174,8 @@ def train(
     )
 
   # --------------------------------------------------------------- loop ---
-  written = metrics.Rows(workdir, step=first)
-  progress = metrics.Progress(config.steps, first)
+  written = Rows(workdir, step=first)
+  progress = Progress(config.steps, first)
   if first < config.steps:
     progress.say('compiling the first step')
   rate = optim.schedule(config.optimizer, config.steps)
@@ -198,8 +200,8 @@ def train(
   progress.close()
 
   # ------------------------------------------------------------ summary ---
-  plot = os.path.join(workdir, 'plots', 'loss.png')
-  metrics.plot_loss(metrics.read(written.path), plot)
+  plot = os.path.join(workdir, 'plots')
+  plots.draw(stream(written.path), plot)
   summary = {'method': built.method, 'semantics': built.semantics}
   after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
@@ -215,7 +217,7 @@ def train(
     summary,
     {
       'losses': written.path,
-      'plot': plot,
+      'plots': plot,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),
       'to export': f'python -m moepeft.convert --workdir={workdir} '

@@ -15,7 +15,8 @@ FLOORS = (
   ('interop',),
   ('config', 'command'),
   ('objectives', 'data', 'tasks'),
-  ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
+  ('rows', 'progress', 'plots', 'writers', 'metrics', 'workdir'),
+  ('optim', 'sharding', 'base', 'checkpoint', 'decoding'),
   ('runs', 'ranking'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )
