@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the steps of a run come to: figures from the device, rows, alarms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from moepeft import metrics
+from moepeft.progress import Progress
 from moepeft.typing import Batch
+from moepeft.writers import Writer
 
 
 class Report:
@@ -16,13 +18,13 @@ class Report:
 
   def __init__(
     self,
-    progress: Any,
-    write: Callable[[Mapping[str, Any]], None],
+    progress: Progress,
+    writers: Sequence[Writer],
     rate: Callable[[int], Any],
     router_alarm: float,
   ):
-    """`write` takes rows; `rate` is the schedule, step -> learning rate."""
-    self._progress, self._write, self._rate = progress, write, rate
+    """`rate` is the schedule, step -> learning rate."""
+    self._progress, self._writers, self._rate = progress, writers, rate
     self._alarm, self._alarmed = router_alarm, set()
     self._pending = []
     self._batch_sums = []
@@ -77,6 +79,10 @@ class Report:
       if place not in self._alarmed:
         self._alarmed.add(place)
         self._progress.say(line)
+
+  def _write(self, row: Mapping[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(row)
 
   def validated(self, step: int, loss: float) -> None:
     """Writes and says a validation loss."""

@@ -19,20 +19,26 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from moepeft import accumulate, command, evaluate, metrics, optim, sharding
+from moepeft import accumulate, command, evaluate, metrics, optim, plots
 from moepeft import base as base_lib
 from moepeft import config as config_lib
+from moepeft import rows as rows_lib
+from moepeft import sharding
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, loader, sources, vocabulary
 from moepeft.data.seqio_stream import Stream
+from moepeft.history import History
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.loss import Loss, mean
 from moepeft.objectives.seq2seq import split_rngs
+from moepeft.progress import Progress
 from moepeft.report import Report
 from moepeft.runs import CONFIG, check_unchanged
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
+from moepeft.workdir import open_workdir, tell_full_disk
+from moepeft.writers import writers
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -116,11 +122,16 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  started = time.monotonic()
   config_lib.check(config)
-  if not dry_run:
-    _open(workdir)
+  if dry_run:
+    return _train(config, workdir, dry_run, gin)
+  with open_workdir(workdir):
     check_unchanged(workdir, config, may_differ)
+    return _train(config, workdir, dry_run, gin)
+
+
+def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
+  started = time.monotonic()
 
   # ---------------------------------------------------------------- data ---
   data = config.data
@@ -205,14 +216,22 @@ def train(
     )
 
   # --------------------------------------------------------------- loop ---
-  written = metrics.Rows(workdir, step=first)
-  progress = metrics.Progress(config.steps, first)
-  rate = optim.schedule(config.optimizer, config.steps)
-  report = Report(progress, written.write, rate, config.router_alarm)
+  log, figures = config.log, os.path.join(workdir, 'plots')
+  written = writers(
+    workdir, first, log.tensorboard, log.wandb, config.to_dict()
+  )
+  history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
+  progress = Progress(config.steps, first)
+  report = Report(
+    progress,
+    (*written, history),
+    optim.schedule(config.optimizer, config.steps),
+    config.router_alarm,
+  )
   done = first
   if done < config.steps:
     progress.say('compiling the first step')
-  with Signals() as signals:
+  with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
     while done < config.steps and not course.exhausted(config.patience):
       batch = next(batches)
       state, aux = update(state, sharding.shard_batch(mesh, batch))
@@ -225,23 +244,27 @@ def train(
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done)
       save |= done == config.steps or signals.received is not None
-      if save or judge_now or _every(config.log.every_steps, done):
+      if save or judge_now or _every(log.every_steps, done):
         # Before a checkpoint too: a broken state must not push out a good one.
         report.tell()
       if judge_now:
-        loss = judge.validation_loss(built.variables(state))
+        with progress.paused('validating'):
+          loss = judge.validation_loss(built.variables(state))
         report.validated(done, loss)
         course = course.judged(loss, done)
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
       if save:
-        course = dataclasses.replace(course, place=_places(batches))
-        checkpoints.save(state, described, course)
+        with progress.paused('saving'):
+          course = dataclasses.replace(course, place=_places(batches))
+          checkpoints.save(state, described, course)
+          plots.draw(history, figures)
       if signals.received is not None and done < config.steps:
-        progress.close()
-        raise Stopped(signals.received, done, checkpoints.path)
-  progress.close()
-  batches.close()
+        break
+  for writer in (*written, progress, batches):
+    writer.close()
+  if signals.received is not None and done < config.steps:
+    raise Stopped(signals.received, done, checkpoints.path)
   if done < config.steps:
     print(
       f'stopped at step {done}: the validation loss was least, '
@@ -250,8 +273,6 @@ def train(
     )
 
   # ------------------------------------------------------------ summary ---
-  plot = os.path.join(workdir, 'plots', 'loss.png')
-  metrics.plot_loss(metrics.read(written.path), plot)
   summary = {'method': built.method, 'semantics': built.semantics}
   after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
@@ -266,8 +287,9 @@ def train(
   metrics.conclude(
     summary,
     {
-      'losses': written.path,
-      'plot': plot,
+      'losses': os.path.join(workdir, rows_lib.NAME),
+      'plots': figures,
+      'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),
       'to export': f'python -m moepeft.convert --workdir={workdir} '
@@ -275,18 +297,6 @@ def train(
     },
   )
   return summary
-
-
-def _open(workdir: str) -> None:
-  """Makes the work directory and sees that it can be written to."""
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    open(os.path.join(workdir, 'metrics.jsonl'), 'a').close()
-  except OSError as e:
-    raise ValueError(
-      f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
-      'another with --workdir'
-    ) from None
 
 
 def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
@@ -335,15 +345,12 @@ def main(argv) -> None:
     workdir = os.path.join('workdirs', name)
   workdir = os.path.expanduser(workdir)
   try:
-<<<<<<< HEAD
-    train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
-  except Stopped as e:
-    print(f'\n{e}', file=sys.stderr)
-    sys.exit(e.code)
-=======
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
     train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
->>>>>>> gin
+  except Stopped as e:
+    print(f'
+{e}', file=sys.stderr)
+    sys.exit(e.code)
   except KeyboardInterrupt:
     print(
       f'\nstopped; the same command goes on from the latest checkpoint in '

@@ -16,7 +16,8 @@ FLOORS = (
   ('config', 'gin_files', 'gin_flags', 'command', 'stopping'),
   ('objectives', 'data', 'tasks'),
   ('adafactor', 'accumulate'),
-  ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
+  ('rows', 'progress', 'plots', 'writers', 'metrics', 'workdir'),
+  ('optim', 'sharding', 'base', 'checkpoint', 'decoding'),
   ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )

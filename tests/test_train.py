@@ -15,11 +15,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from moepeft import config as config_lib
-from moepeft import convert, generate, metrics, train
+from moepeft import convert, generate, train
 from moepeft.checkpoint import restore_adapter
 from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
+from moepeft.rows import Rows, read
 
 from .contracts import small
 
@@ -67,7 +68,7 @@ def adapter_bytes(workdir):
 
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path))
-  rows = metrics.read(str(tmp_path / 'metrics.jsonl'))
+  rows = read(str(tmp_path / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
   assert all(np.isfinite(row['loss']) for row in rows)
   sites = rows[-1]['routing']
@@ -105,7 +106,7 @@ def test_a_run_cut_in_two_ends_with_the_same_bytes(base, tmp_path):
   train.train(card(base, **noisy, steps=2), str(tmp_path / 'cut'))
   train.train(card(base, **noisy), str(tmp_path / 'cut'))
   assert adapter_bytes(tmp_path / 'whole') == adapter_bytes(tmp_path / 'cut')
-  rows = metrics.read(str(tmp_path / 'cut' / 'metrics.jsonl'))
+  rows = read(str(tmp_path / 'cut' / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
   train.train(card(base, **noisy, seed=1), str(tmp_path / 'other'))
   assert adapter_bytes(tmp_path / 'whole') != adapter_bytes(tmp_path / 'other')
@@ -218,7 +219,7 @@ def test_router_losses_are_summed_into_the_objective(base, tmp_path):
   plain = train.train(card(base), str(tmp_path), dry_run=True)
   changes = {'router_losses.load_balance': 0.5, 'router_losses.z': 0.1}
   train.train(card(base, **changes, steps=1), str(tmp_path / 'w'))
-  (row,) = metrics.read(str(tmp_path / 'w' / 'metrics.jsonl'))
+  (row,) = read(str(tmp_path / 'w' / 'metrics.jsonl'))
   # Balance is at least 1, z about (ln 3)^2.
   assert row['router_loss'] > 0.5
   assert row['loss'] == pytest.approx(plain['loss'], rel=1e-5)
@@ -264,7 +265,7 @@ def test_what_no_step_depends_on_may_change(begun, tmp_path):
   allowed = changes | {'batch_size': 2}
   workdir = str(tmp_path / 'w')
   train.train(card(begun.base, **allowed), workdir, may_differ=['batch_size'])
-  assert len(metrics.read(f'{workdir}/metrics.jsonl')) == 5
+  assert len(read(f'{workdir}/metrics.jsonl')) == 5
 
 
 def test_a_moved_base_is_the_same_and_a_changed_one_is_not(begun, tmp_path):
@@ -411,8 +412,8 @@ def test_an_unwritable_workdir_is_named(base, tmp_path):
 def test_rows_of_steps_to_come_and_a_torn_line_are_dropped(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-  metrics.Rows(str(tmp_path), step=2).write({'step': 3, 'new': True})
-  assert metrics.read(str(path)) == [
+  Rows(str(tmp_path), step=2).write({'step': 3, 'new': True})
+  assert read(str(path)) == [
     {'step': 1},
     {'step': 2},
     {'step': 3, 'new': True},

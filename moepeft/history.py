@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's figures need of its rows, thinned out as they come."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+# Points that a curve is drawn with at most, and states of the routers.
+_POINTS, _STATES = 4000, 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+  """The routers at one step; letters: e experts, l layers.
+
+  Attributes:
+    step: that was just done.
+    loads: {site: [l, e]} shares of the tokens.
+    entropies: {site: [l]} mean entropies over their most, ln e.
+  """
+
+  step: int
+  loads: Mapping[str, np.ndarray]
+  entropies: Mapping[str, np.ndarray]
+
+
+class Thinned:
+  """A list of at most so many, evenly spread, and always the latest."""
+
+  def __init__(self, most: int, convert: Callable[[Any], Any]):
+    """`convert` is applied to what is kept alone."""
+    self._most, self._convert = most, convert
+    self._kept, self._every, self._seen = [], 1, 0
+    self._latest = None
+
+  def add(self, item: Any) -> None:
+    self._latest = item
+    if self._seen % self._every == 0:
+      self._kept.append(self._convert(item))
+      if len(self._kept) > self._most:
+        self._kept = self._kept[::2]
+        self._every *= 2
+    self._seen += 1
+
+  def items(self) -> list[Any]:
+    if not self._seen:
+      return []
+    if (self._seen - 1) % self._every == 0:
+      return self._kept
+    return [*self._kept, self._convert(self._latest)]
+
+
+class History:
+  """A writer that remembers rows for `moepeft.plots`, in bounded memory."""
+
+  def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+    """`rows`: of the run so far."""
+    point = lambda key: lambda row: (row['step'], _number(row[key]))  # noqa: E731
+    self._curves = {
+      key: Thinned(_POINTS, point(key))
+      for key in ('loss', 'learning_rate', 'validation_loss')
+    }
+    self._routing = Thinned(_STATES, _routing)
+    for row in rows:
+      self.write(row)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    for key, curve in self._curves.items():
+      if key in row:
+        curve.add(row)
+    if row.get('routing'):
+      self._routing.add(row)
+
+  def close(self) -> None:
+    pass
+
+  def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of 'loss', 'learning_rate' or 'validation_loss'."""
+    points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+  def routing(self) -> list[Routing]:
+    """The routers over time; none where nothing is routed."""
+    return self._routing.items()
+
+
+def _number(value: float | None) -> float:
+  return np.nan if value is None else value
+
+
+def _routing(row: Mapping[str, Any]) -> Routing:
+  loads, entropies = {}, {}
+  for site, values in row['routing'].items():
+    load = np.atleast_2d(np.asarray(values['load'], np.float64))
+    if load.shape[-1] > 1:
+      most = np.log(load.shape[-1])
+      loads[site] = load
+      entropies[site] = np.atleast_1d(
+        np.asarray(values['entropy'], np.float64) / most
+      )
+  return Routing(row['step'], loads, entropies)

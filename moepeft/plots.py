@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's figures as PNGs: loss, learning rate, router load and entropy."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moepeft import router_plots
+from moepeft.history import History
+
+# Okabe and Ito's, which the colour-blind can tell apart.
+_BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
+_DPI = 110
+
+
+def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
+  """Draws what there is to draw; returns the paths of the PNGs.
+
+  Args:
+    rows: as in `moepeft.rows`, or a `History` of them.
+    folder: made if need be. A reader sees the old picture or the new.
+  """
+  seen = rows if isinstance(rows, History) else History(rows)
+  figures = {
+    'loss': _loss(seen),
+    'learning_rate': _learning_rate(seen),
+    'router_load': router_plots.load(seen.routing()),
+    'router_entropy': router_plots.entropy(seen.routing()),
+  }
+  return [
+    _save(figure, os.path.join(folder, f'{name}.png'))
+    for name, figure in figures.items()
+    if figure is not None
+  ]
+
+
+def _save(figure: Figure, path: str) -> str:
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  temporary = f'{path}.tmp'
+  figure.savefig(temporary, dpi=_DPI, format='png')
+  os.replace(temporary, path)
+  return path
+
+
+def _loss(seen: History) -> Figure | None:
+  """Training loss as it was and smoothed, and validation points."""
+  steps, values = seen.curve('loss')
+  at, validated = seen.curve('validation_loss')
+  if not len(steps) + len(at):
+    return None
+  figure, axes = _blank('Loss', 'loss (nats a token)')
+  if len(steps):
+    axes.plot(steps, values, color=_PALE, lw=0.8, alpha=0.6, label='training')
+    axes.plot(steps, smooth(values), color=_BLUE, lw=1.8, label='smoothed')
+  if len(at):
+    axes.plot(at, validated, 'o-', color=_ORANGE, ms=4, label='validation')
+  _limit(axes, values, validated)
+  # Above the axes, where no curve can run under it.
+  axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
+  return figure
+
+
+def _learning_rate(seen: History) -> Figure | None:
+  steps, values = seen.curve('learning_rate')
+  if not len(steps):
+    return None
+  figure, axes = _blank('Learning rate', 'learning rate (a step)')
+  axes.plot(steps, values, color=_BLUE, lw=1.8)
+  axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+  axes.set_ylim(bottom=0)
+  return figure
+
+
+def _blank(title: str, label: str) -> tuple[Figure, Axes]:
+  figure = Figure(figsize=(7, 4), layout='constrained')
+  axes = figure.subplots()
+  axes.set_title(title, loc='left')
+  axes.set(xlabel='step', ylabel=label)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(alpha=0.3, lw=0.6)
+  return figure, axes
+
+
+def _limit(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
+  """Lets a spike of a long run leave the picture, not flatten the rest."""
+  finite = np.isfinite(values)
+  if finite.sum() < 200:
+    return
+  most = np.percentile(values[finite], 99.5)
+  low = min([values[finite].min(), *validated[np.isfinite(validated)]])
+  high = max([most, *validated[np.isfinite(validated)]])
+  margin = 0.05 * max(high - low, 1e-9)
+  axes.set_ylim(low - margin, high + margin)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """A mean under a bell of a fiftieth of the points, which does not lag.
+
+  Where the bell hangs over an end, or over a value that is not finite, its
+  weights there are left out.
+  """
+  width = max(1.0, len(values) / 100)
+  reach = np.arange(-np.ceil(3 * width), np.ceil(3 * width) + 1)
+  bell = np.exp(-0.5 * (reach / width) ** 2)
+  finite = np.isfinite(values)
+  # 'same' is of the longer of the two: the padding makes that the values.
+  pad = len(reach)
+  mean, norm = (
+    np.convolve(np.pad(a, pad), bell, mode='same')[pad:-pad]
+    for a in (np.where(finite, values, 0.0), finite.astype(float))
+  )
+  return np.where(norm > 0, mean / np.maximum(norm, 1e-9), np.nan)

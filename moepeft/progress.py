@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+
+import collections
+import contextlib
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+# Intervals that the speed shown is a mean over.
+_INTERVALS = 10
+# From so many columns on a bar has whole words.
+_WIDE = 110
+
+
+class Interval(NamedTuple):
+  """What was done between two updates; the seconds are of training alone."""
+
+  steps: int
+  examples: float
+  tokens: float
+  seconds: float
+
+
+class Progress:
+  """Steps done, throughput, time left and memory.
+
+  The clock stands still while the run compiles (`begin`), saves or validates
+  (`paused`), so throughput and the time left are those of training.
+  """
+
+  def __init__(
+    self,
+    steps: int,
+    start: int,
+    clock: Callable[[], float] = time.monotonic,
+    memory: Callable[[], int] | None = None,
+  ):
+    """Args:
+    steps: of the whole run.
+    start: steps that were done before this process.
+    clock: seconds.
+    memory: bytes; by default `memory_bytes`.
+    """
+    self._steps, self._step = steps, start
+    self._clock, self._memory = clock, memory or memory_bytes
+    self._recent = collections.deque(maxlen=_INTERVALS)
+    self._bar = None
+    # Both: lines through a pipe (tee) would tear a bar on the same screen.
+    if sys.stderr.isatty() and sys.stdout.isatty():
+      self._bar = tqdm(
+        total=steps,
+        initial=start,
+        dynamic_ncols=True,
+        bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}',
+      )
+    self.begin(start)
+
+  def begin(self, step: int) -> None:
+    """Lets the clock begin at a step; what was before it is not timed."""
+    self._timed_from, self._since = step, self._clock()
+
+  @contextlib.contextmanager
+  def paused(self, why: str = '') -> Iterator[None]:
+    """Stops the clock inside; a bar says why."""
+    began = self._clock()
+    if self._bar is not None and why:
+      self._bar.set_postfix_str(why)
+    try:
+      yield
+    finally:
+      # `begin` may have been called inside.
+      self._since += self._clock() - max(began, self._since)
+
+  def update(
+    self, step: int, loss: float, examples: int, tokens: int
+  ) -> dict[str, float]:
+    """Shows the state at a step.
+
+    Args:
+      examples, tokens: seen since the last call.
+
+    Returns:
+      {'steps_per_s', 'examples_per_s', 'tokens_per_s'} since the last call,
+      and 'memory_bytes'.
+    """
+    now, memory = self._clock(), self._memory()
+    # Of what was seen, as much as falls into the time: not the first step.
+    timed = step - self._timed_from
+    share = timed / max(step - self._step, 1)
+    last = Interval(timed, share * examples, share * tokens, now - self._since)
+    if timed:
+      self._recent.append(last)
+    self._show(step, loss, memory)
+    self._step = step
+    self.begin(step)
+    return {
+      'steps_per_s': last.steps / max(last.seconds, 1e-9),
+      'examples_per_s': last.examples / max(last.seconds, 1e-9),
+      'tokens_per_s': last.tokens / max(last.seconds, 1e-9),
+      'memory_bytes': memory,
+    }
+
+  def say(self, line: str) -> None:
+    """Prints a line without tearing the bar."""
+    if self._bar is not None:
+      self._bar.write(line)
+    else:
+      print(line, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def _show(self, step: int, loss: float, memory: int) -> None:
+    columns = shutil.get_terminal_size().columns
+    wide = self._bar is None or columns >= _WIDE
+    parts = [f'loss {_loss(loss)}', *self._speed(step, wide)]
+    parts.append(f'mem {_size(memory)}' if wide else _size(memory))
+    if self._bar is None:
+      print(f'step {step}/{self._steps}', *parts, sep='  ', flush=True)
+      return
+    self._bar.set_postfix_str('  '.join(parts), refresh=False)
+    # Not `update`: tqdm would wait for its own clock before it draws.
+    self._bar.n = step
+    self._bar.refresh()
+
+  def _speed(self, step: int, wide: bool) -> list[str]:
+    """Of the latest intervals, not the run: a machine's speed may change."""
+    if not self._recent:
+      return ['ETA ?']
+    steps, examples, tokens, seconds = map(sum, zip(*self._recent, strict=True))
+    seconds = max(seconds, 1e-9)
+    words = ('examples/s', 'tokens/s') if wide else ('ex/s', 'tok/s')
+    return [
+      f'{_rate(examples / seconds)} {words[0]}',
+      f'{_rate(tokens / seconds)} {words[1]}',
+      f'ETA {_clock((self._steps - step) * seconds / steps)}',
+    ]
+
+
+def memory_bytes() -> int:
+  """The most that a device has had in use, or what the process has now.
+
+  The first on accelerators, where memory between steps says little; the
+  second, the resident set, on CPU.
+  """
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  peaks = [s['peak_bytes_in_use'] for s in stats if s]
+  return max(peaks) if peaks else _resident()
+
+
+def _resident() -> int:
+  try:
+    with open('/proc/self/statm') as f:
+      return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+  except OSError:
+    # Not Linux: the most so far, in bytes on macOS.
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == 'darwin' else 1024 * most
+
+
+def _loss(value: float) -> str:
+  small_or_large = value and not 0.001 <= abs(value) < 10_000
+  return f'{value:.2e}' if small_or_large else f'{value:.4f}'
+
+
+def _rate(value: float) -> str:
+  if value >= 100:
+    return f'{value:,.0f}'
+  return f'{value:.1f}' if value >= 1 else f'{value:.2g}'
+
+
+def _size(count: int) -> str:
+  if count >= 1e9:
+    return f'{count / 1e9:.1f} GB'
+  return f'{count / 1e6:.0f} MB'
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours >= 48:
+    return f'{hours // 24}d {hours % 24}h'
+  return (
+    f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+  )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl: a run's figures, one JSON object a line.
+
+Every row has a 'step'. Rows of training have 'loss' and more, and at each log
+interval 'routing'; rows of validation have 'validation_loss'.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NAME = 'metrics.jsonl'
+
+
+class Rows:
+  """`<workdir>/metrics.jsonl`, a line at a time; a kill tears none but one."""
+
+  def __init__(self, workdir: str, name: str = NAME, step: int = 0):
+    """Rows of steps after `step` are dropped: they will be done again."""
+    self.path = os.path.join(workdir, name)
+    _drop_after(self.path, step)
+    # Unbuffered: a line is with the system, or was never begun.
+    self._file = open(self.path, 'ab', buffering=0)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Appends a row; infinite and undefined numbers become null.
+
+    Raises:
+      OSError: the disk is full; the file ends with a whole line all the same.
+    """
+    line = (json.dumps(_finite(row), allow_nan=False) + '\n').encode()
+    end = os.fstat(self._file.fileno()).st_size
+    try:
+      written = 0
+      while written < len(line):
+        written += self._file.write(line[written:])
+    except OSError:
+      os.ftruncate(self._file.fileno(), end)
+      raise
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def stream(path: str) -> Iterator[dict[str, Any]]:
+  """The rows of a file, one by one; none if it does not exist.
+
+  A torn last line, which a kill left, is passed over.
+
+  Raises:
+    ValueError: another line is no row.
+  """
+  for _, row in _lines(path):
+    yield row
+
+
+def read(path: str) -> list[dict[str, Any]]:
+  """All of `stream` at once."""
+  return list(stream(path))
+
+
+def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  if not os.path.exists(path):
+    return
+  with open(path, 'rb') as lines:
+    for number, line in enumerate(lines, 1):
+      if line.endswith(b'\n'):
+        yield line, _row(line, path, number)
+
+
+def _row(line: bytes, path: str, number: int) -> dict[str, Any]:
+  try:
+    row = json.loads(line)
+    if isinstance(row['step'], int):
+      return row
+  except (ValueError, KeyError, TypeError):
+    pass
+  raise ValueError(
+    f'line {number} of {path} is no row of a run: a JSON object with a step; '
+    'remove that line'
+  )
+
+
+def _drop_after(path: str, step: int) -> None:
+  """Cuts a file, whose steps ascend, after the last row of a step.
+
+  A cut is done or not at any moment, and unlike a copy needs no space.
+  """
+  if not os.path.exists(path):
+    return
+  end = 0
+  for line, row in _lines(path):
+    if row['step'] > step:
+      break
+    end += len(line)
+  os.truncate(path, end)
+
+
+def _finite(value: Any) -> Any:
+  """A row as JSON can hold it: NaN and the infinities as None."""
+  if isinstance(value, Mapping):
+    return {key: _finite(v) for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

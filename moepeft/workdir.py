@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's directory: one process at a time, and what a full disk means."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import IO
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# As libraries in C++ say it.
+_WORDS = tuple(os.strerror(code) for code in _FULL)
+# What flock answers where the file system has no locks (some network disks).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+class Workdir:
+  """A work directory that this process alone writes to, until `close`.
+
+  The lock is the kernel's and falls away with the process, however it ends.
+  """
+
+  def __init__(self, path: str, lock: IO[str]):
+    self.path = path
+    self._lock = lock
+
+  def close(self) -> None:
+    """Lets others in; may be called again."""
+    if not self._lock.closed:
+      self._lock.truncate(0)
+      self._lock.close()
+
+  def __enter__(self) -> 'Workdir':
+    return self
+
+  def __exit__(self, *raised) -> None:
+    self.close()
+
+
+def open_workdir(path: str) -> Workdir:
+  """Makes the directory, sees that it can be written, and locks it.
+
+  The file <path>/lock says who holds it. It stays there: a lock file that is
+  removed may be one that another process has just opened.
+
+  Raises:
+    ValueError: it cannot be written, or another run is in it.
+  """
+  lock = None
+  try:
+    os.makedirs(path, exist_ok=True)
+    lock = open(os.path.join(path, 'lock'), 'a+')
+    _take(lock, path)
+    lock.truncate(0)
+    print(f'pid {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
+  except (OSError, ValueError) as e:
+    if lock is not None:
+      # What could not be written must not be tried again on closing.
+      with contextlib.suppress(OSError):
+        lock.close()
+    if isinstance(e, ValueError):
+      raise
+    raise ValueError(_unwritable(path, e)) from None
+  return Workdir(path, lock)
+
+
+def _take(lock: IO[str], path: str) -> None:
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.seek(0)
+    holder = lock.read().strip() or 'another process'
+    raise ValueError(
+      f'another run is in the work directory {path!r} ({holder}); wait for it '
+      'or stop it, or name another --workdir'
+    ) from None
+  except OSError as e:
+    if e.errno not in _NO_LOCKS:
+      raise
+    print(
+      f'the file system of {path} has no locks ({e.strerror}): nothing keeps a '
+      'second run out of this work directory',
+      flush=True,
+    )
+
+
+def _unwritable(path: str, error: OSError) -> str:
+  if is_full(error):
+    return (
+      f'the disk of the work directory {path!r} is full ({error.strerror}); '
+      'free space, or name another --workdir'
+    )
+  return (
+    f'cannot write to the work directory {path!r} ({error.strerror}); name '
+    'another with --workdir'
+  )
+
+
+def is_full(error: BaseException | None) -> bool:
+  """Whether an error, or what it was raised from, says that a disk is full."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(word in str(error) for word in _WORDS):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+@contextlib.contextmanager
+def tell_full_disk(
+  path: str, latest: Callable[[], int | None]
+) -> Iterator[None]:
+  """Turns a full disk, met inside, into a sentence that says what to do.
+
+  Args:
+    path: what is written to.
+    latest: gives the step of the latest whole checkpoint, if there is one.
+
+  Raises:
+    ValueError: the disk is full; other errors pass.
+  """
+  try:
+    yield
+  except Exception as e:
+    if not is_full(e) or isinstance(e, FullDisk):
+      raise
+    step = latest()
+    then = (
+      'begins anew, as there is no whole checkpoint yet'
+      if step is None
+      else f'goes on from the checkpoint of step {step}'
+    )
+    raise FullDisk(
+      f'the disk of {path} is full; free some space, then the same command '
+      f'{then}'
+    ) from e
+
+
+class FullDisk(ValueError):
+  """A full disk that has been told of; the sentence says what to do."""
