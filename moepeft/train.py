@@ -19,11 +19,18 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from moepeft import accumulate, command, evaluate, metrics, optim, plots
+from moepeft import (
+  accumulate,
+  command,
+  evaluate,
+  metrics,
+  optim,
+  plots,
+  sharding,
+)
 from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft import rows as rows_lib
-from moepeft import sharding
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, loader, sources, vocabulary
 from moepeft.data.seqio_stream import Stream
@@ -348,8 +355,7 @@ def main(argv) -> None:
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
     train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
   except Stopped as e:
-    print(f'
-{e}', file=sys.stderr)
+    print(f'\n{e}', file=sys.stderr)
     sys.exit(e.code)
   except KeyboardInterrupt:
     print(
