@@ -63,13 +63,15 @@ def gradient(
     through = {key: sums[key] for key in ('total', *curved)}
     return jax.grad(lambda found: loss_fn(sums | found)[0])(through)
 
-  if not curved:
+  if curved:
+    _, sums = jax.lax.scan(lambda _, x: (None, run(trainable, x)), None, xs)
+    sums = _added(sums)
+    found, _ = _swept(run, trainable, xs, slopes(sums))
+  else:
     found, sums = _swept(run, trainable, xs, {'total': 1.0})
     slope = slopes(sums)['total']
-    return jax.tree.map(lambda g: g * slope, found), loss_fn(sums)[1]
-  _, sums = jax.lax.scan(lambda _, x: (None, run(trainable, x)), None, xs)
-  sums = _added(sums)
-  found, _ = _swept(run, trainable, xs, slopes(sums))
+    found = jax.tree.map(lambda g: g * slope, found)
+  found = jax.tree.map(lambda g, a: g.astype(a.dtype), found, trainable)
   return found, loss_fn(sums)[1]
 
 
@@ -86,7 +88,7 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
-  """(sum of the parts' gradients of slopes * sums, the sums)."""
+  """(sum of the parts' gradients of slopes * sums, the sums); float32."""
 
   def linear(trainable, x):
     sums = run(trainable, x)
@@ -100,8 +102,7 @@ def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
 
   start = jax.tree.map(lambda a: jnp.zeros_like(wide(a)), trainable)
   total, sums = jax.lax.scan(add, start, xs)
-  narrow = jax.tree.map(lambda g, a: g.astype(a.dtype), total, trainable)
-  return narrow, _added(sums)
+  return total, _added(sums)
 
 
 def _added(sums: Tree) -> Tree:
