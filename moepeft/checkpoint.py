@@ -6,7 +6,12 @@ and the rng; the base is named by its path and content hash. Orbax does not
 notice every flipped bit, so the card keeps a hash of each trainable array.
 """
 
+import contextlib
+import glob
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ from moepeft.interop import adapter as adapter_lib
 from moepeft.models import names
 from moepeft.peft import Built
 from moepeft.typing import State, Tree
+from moepeft.workdir import tell_full_disk
 
 # The card's entries that a run must share with the checkpoint it resumes.
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
@@ -45,21 +51,34 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: State, described: dict[str, Any]) -> None:
-    """Writes the checkpoint of `state.step`; all of it or nothing."""
+    """Writes the checkpoint of `state.step`; all of it or nothing.
+
+    Raises:
+      ValueError: the disk is full; the checkpoints before are whole.
+    """
     trainable = jax.tree.map(np.asarray, state.trainable)
     rest = jax.tree.map(np.asarray, _rest(state))
     hashes = _hashes({'trainable': trainable, 'rest': rest})
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        trainable=ocp.args.StandardSave(trainable),
-        rest=ocp.args.StandardSave(rest),
-        card=ocp.args.JsonSave(
-          described | {'hashes': hashes, 'step': int(state.step)}
-        ),
+    args = ocp.args.Composite(
+      trainable=ocp.args.StandardSave(trainable),
+      rest=ocp.args.StandardSave(rest),
+      card=ocp.args.JsonSave(
+        described | {'hashes': hashes, 'step': int(state.step)}
       ),
     )
-    self._manager.wait_until_finished()
+    with tell_full_disk(self.path, self.latest):
+      self._write(int(state.step), args)
+
+  def _write(self, step: int, args: ocp.args.Composite) -> None:
+    try:
+      with _quiet():
+        self._manager.save(step, args=args)
+        self._manager.wait_until_finished()
+    except Exception:
+      # Half a checkpoint counts as none; its space is wanted.
+      for half in glob.glob(f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'):
+        shutil.rmtree(half, ignore_errors=True)
+      raise
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
     """The latest checkpoint in the place of a fresh state.
@@ -136,6 +155,18 @@ class Checkpoints:
     before = [s for s in self._manager.all_steps() if s < step]
     then = f'go on from step {max(before)}' if before else 'begin anew'
     return f'move that directory away to {then}'
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Orbax's threads log the traceback of what the caller is raised anyway."""
+  logger = logging.getLogger('absl')
+  before = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 def _hashes(parts: Tree) -> dict[str, str]:
