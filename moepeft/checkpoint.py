@@ -6,11 +6,15 @@ and the rng; the base is named by its path and content hash. Orbax does not
 notice every flipped bit, so the card keeps a hash of each array and of itself.
 """
 
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +27,7 @@ from moepeft.models import names
 from moepeft.peft import Built
 from moepeft.stopping import Course
 from moepeft.typing import State, Tree
+from moepeft.workdir import tell_full_disk
 
 _BEGINNING = Course()
 # The card's entries that a run must share with the checkpoint it resumes.
@@ -71,7 +76,11 @@ class Checkpoints:
   def save(
     self, state: State, described: dict[str, Any], course: Course = _BEGINNING
   ) -> None:
-    """Writes the checkpoint of `state.step`; all of it or nothing."""
+    """Writes the checkpoint of `state.step`; all of it or nothing.
+
+    Raises:
+      ValueError: the disk is full; the checkpoints before are whole.
+    """
     if self._keep_best:
       self._kept.step = course.best_step
     trainable = jax.tree.map(np.asarray, state.trainable)
@@ -82,15 +91,24 @@ class Checkpoints:
       'step': int(state.step),
       'course': dataclasses.asdict(course),
     }
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        trainable=ocp.args.StandardSave(trainable),
-        rest=ocp.args.StandardSave(rest),
-        card=ocp.args.JsonSave(found | {'sha256': _seal(found)}),
-      ),
+    args = ocp.args.Composite(
+      trainable=ocp.args.StandardSave(trainable),
+      rest=ocp.args.StandardSave(rest),
+      card=ocp.args.JsonSave(found | {'sha256': _seal(found)}),
     )
-    self._manager.wait_until_finished()
+    with tell_full_disk(self.path, self.latest):
+      self._write(int(state.step), args)
+
+  def _write(self, step: int, args: ocp.args.Composite) -> None:
+    try:
+      with _quiet():
+        self._manager.save(step, args=args)
+        self._manager.wait_until_finished()
+    except Exception:
+      # Half a checkpoint counts as none; its space is wanted.
+      for half in glob.glob(f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'):
+        shutil.rmtree(half, ignore_errors=True)
+      raise
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
     """The latest checkpoint in the place of a fresh state.
@@ -202,6 +220,18 @@ class Checkpoints:
 
 def _seal(card: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Orbax's threads log the traceback of what the caller is raised anyway."""
+  logger = logging.getLogger('absl')
+  before = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 def _hashes(parts: Tree) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 # Points that a curve is drawn with at most, and states of the routers.
-_POINTS, _STATES = 4000, 300
+_POINTS, _STATES = 2000, 150
 
 
 @dataclasses.dataclass(frozen=True)

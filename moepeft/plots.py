@@ -15,7 +15,7 @@ from moepeft.history import History
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
-_DPI = 110
+_DPI = 100
 
 
 def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
