@@ -3,7 +3,8 @@
 
 One letter names an axis everywhere (einsum, comments, docstrings):
 b batch, t query or target length, s key or source length, d model, n heads,
-h head size, f ffn, v vocabulary, e experts, r rank, l layers.
+h head size, f ffn, v vocabulary, e experts, r rank, l layers, i what a router
+reads (a site's features in one axis), p buckets of relative positions.
 """
 
 from typing import Any, Protocol
