@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from moepeft.interop import adapter as adapter_lib
 from moepeft.models import names
 from moepeft.peft import Built
+from moepeft.sharding import gather
 from moepeft.typing import State, Tree
 
 # The card's entries that a run must share with the checkpoint it resumes.
@@ -45,9 +46,11 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: State, described: dict[str, Any]) -> None:
-    """Writes the checkpoint of `state.step`; all of it or nothing."""
-    trainable = jax.tree.map(np.asarray, state.trainable)
-    rest = jax.tree.map(np.asarray, _rest(state))
+    """Writes the checkpoint of `state.step`; all of it or nothing.
+
+    It is the same however the state is spread; all processes must call it.
+    """
+    trainable, rest = gather((state.trainable, _rest(state)))
     hashes = _hashes({'trainable': trainable, 'rest': rest})
     self._manager.save(
       int(state.step),
@@ -62,7 +65,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
-    """The latest checkpoint in the place of a fresh state.
+    """The latest checkpoint in the place of a fresh state, spread as that is.
 
     Raises:
       ValueError: it belongs to another run, or is damaged.
@@ -89,7 +92,7 @@ class Checkpoints:
     )
     rest = restored['rest']
     parts = {'trainable': restored['trainable'], 'rest': rest}
-    self._verify(step, parts, found['hashes'])
+    self._verify(step, gather(parts), found['hashes'])
     return state.replace(
       trainable=restored['trainable'],
       opt=rest['opt'],

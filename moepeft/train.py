@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
-from moepeft import command, evaluate, metrics, optim, sharding
+from moepeft import command, evaluate, metrics, optim, placement, sharding
 from moepeft import config as config_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import batching, sources, vocabulary
@@ -129,35 +129,41 @@ def train(
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
-  mesh = sharding.make_mesh()
+  spread = config.sharding
+  layout = sharding.layout(spread.preset, spread.model, spread.rules)
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
-    opt=optimizer.init(trainable),
+    # Shapes: `place` makes it on the devices, to each its share.
+    opt=jax.eval_shape(optimizer.init, trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
   )
-  state = sharding.replicate(mesh, state)
+  letters = base_lib.letters(model)
+  where = placement.state_shardings(layout, state, letters, built.trainable)
+  print(placement.describe(layout, state, letters, built.trainable))
+  state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
   _warn_of_cuts(source, words, data)
 
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, validation, rows)
-  judge = evaluate.Judge(config, model, words, validation, sets)
+  judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
-    make_update(model, built, config, optimizer), donate_argnums=0
+    make_update(model, built, config, optimizer),
+    donate_argnums=0,
+    out_shardings=(where, layout.whole),
   )
   if dry_run:
-    state, aux = update(state, sharding.shard_batch(mesh, batch_at(0)))
+    state, aux = update(state, sharding.shard_batch(layout.mesh, batch_at(0)))
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
-    state = sharding.replicate(mesh, state)
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -181,7 +187,7 @@ def train(
   for step in range(first, config.steps):
     batch = batch_at(step)
     tokens = int(batch['inputs_mask'].sum() + batch['targets_mask'].sum())
-    state, aux = update(state, sharding.shard_batch(mesh, batch))
+    state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
     pending.append((step + 1, tokens, aux))
     if step == first:
       # The first step was compiled in this time.

@@ -12,6 +12,21 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
+# The letters that the axes of stored arrays may have.
+LETTERS = {
+  'd': 'model',
+  'n': 'heads',
+  'h': 'head size',
+  'f': 'ffn',
+  'v': 'vocabulary',
+  'e': 'experts',
+  'r': 'rank',
+  'l': 'layers',
+  'i': 'router input',
+  'p': 'position buckets',
+  's': 'keys',
+}
+
 Array = jax.Array
 Tree = Any  # a nested dict of arrays
 Batch = dict[str, Array]

@@ -15,7 +15,8 @@ FLOORS = (
   ('interop',),
   ('config', 'command'),
   ('objectives', 'data', 'tasks'),
-  ('optim', 'sharding', 'metrics', 'base', 'checkpoint', 'decoding'),
+  ('optim', 'sharding', 'metrics', 'base', 'decoding'),
+  ('placement', 'checkpoint'),
   ('runs', 'ranking'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )

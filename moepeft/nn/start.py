@@ -97,6 +97,9 @@ def fresh(
 ) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...} of a model that has not been trained.
 
+  Host arrays, but for what is computed from the base: they may be more than
+  one device holds.
+
   What an array draws is a function of the seed and its path: the same
   whatever adapters are beside it, on every device and mesh.
 
@@ -108,7 +111,6 @@ def fresh(
   starts = {path: a.start for path, a in _flatten(shapes[LABELS]).items()}
   if params is None:
     params = _draw(_flatten(shapes['params']), starts, seed)
-  params = jax.tree.map(jnp.asarray, params)
   wanted = _flatten(shapes.get('peft', {}))
   known = {path: leaf for path, leaf in wanted.items() if starts[path]}
   peft = _flatten(_draw(known, starts, seed))
@@ -149,7 +151,7 @@ def _draw(
   drawn = {}
   for path, leaf in shapes.items():
     rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
-    drawn[path] = jnp.asarray(starts[path].draw(rng, leaf.shape, leaf.dtype))
+    drawn[path] = starts[path].draw(rng, leaf.shape, leaf.dtype)
   return _unflatten(drawn)
 
 

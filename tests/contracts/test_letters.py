@@ -10,6 +10,7 @@ from moepeft.models import names, t5
 from moepeft.nn.parameter import param
 from moepeft.nn.start import Fill, letters
 from moepeft.peft import build
+from moepeft.typing import LETTERS
 
 from . import small
 from .probes import PROBES
@@ -67,6 +68,7 @@ def test_every_axis_has_the_size_of_its_letter(method, config):
   found = sizes_of(model)
   assert fits(found, SIZES), found
   assert found['l'] == {2, 3}
+  assert found.keys() <= LETTERS.keys()
 
 
 def test_layers_that_are_written_out_have_no_axis_of_layers():
