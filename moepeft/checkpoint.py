@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from moepeft.interop import adapter as adapter_lib
 from moepeft.models import names
 from moepeft.peft import Built
+from moepeft.sharding import gather
 from moepeft.stopping import Course
 from moepeft.typing import State, Tree
 from moepeft.workdir import tell_full_disk
@@ -78,13 +79,14 @@ class Checkpoints:
   ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing.
 
+    It is the same however the state is spread; all processes must call it.
+
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
     if self._keep_best:
       self._kept.step = course.best_step
-    trainable = jax.tree.map(np.asarray, state.trainable)
-    rest = jax.tree.map(np.asarray, _rest(state))
+    trainable, rest = gather((state.trainable, _rest(state)))
     hashes = _hashes({'trainable': trainable, 'rest': rest})
     found = described | {
       'hashes': hashes,
@@ -111,7 +113,7 @@ class Checkpoints:
       raise
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
-    """The latest checkpoint in the place of a fresh state.
+    """The latest checkpoint in the place of a fresh state, spread as that is.
 
     Raises:
       ValueError: it belongs to another run, or is damaged.
@@ -138,7 +140,7 @@ class Checkpoints:
     )
     rest = restored['rest']
     parts = {'trainable': restored['trainable'], 'rest': rest}
-    self._verify(step, parts, found['hashes'])
+    self._verify(step, gather(parts), found['hashes'])
     return state.replace(
       trainable=restored['trainable'],
       opt=rest['opt'],

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moepeft import command, sharding, tasks
@@ -98,10 +99,14 @@ class Judge:
     words: Vocabulary,
     validation: Sequence[Pair],
     sets: dict[tuple[str, str, str], list[Example]],
+    mesh: Mesh | None = None,
   ):
-    """`validation` is from `pairs_to_judge`, `sets` from `examples`."""
+    """`validation` is from `pairs_to_judge`, `sets` from `examples`.
+
+    `mesh` is the one that the variables lie on; by default, all devices.
+    """
     e, data = config.evaluation, config.data
-    self._mesh = sharding.make_mesh()
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
     lengths = data.inputs_length, data.targets_length
     self._batches = list(_batches(validation, self._rows, *lengths))

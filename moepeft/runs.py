@@ -19,8 +19,9 @@ from moepeft.models import names
 CONFIG = 'config.json'
 
 
-# What a run may change when it goes on: nothing that a step depends on. The
-# base and the rest of the method are compared by the checkpoint's card.
+# What a run may change when it goes on: nothing that a step depends on, but
+# for the order of its sums (sharding). The base and the rest of the method are
+# compared by the checkpoint's card.
 _FREE = (
   'steps',
   'router_alarm',
@@ -31,6 +32,7 @@ _FREE = (
   'model.adapter',
   'model.remat',
   'model.unroll',
+  'sharding',
   'evaluation',
   'checkpoint',
   'log',

@@ -25,6 +25,7 @@ from moepeft import (
   evaluate,
   metrics,
   optim,
+  placement,
   plots,
   sharding,
 )
@@ -170,17 +171,22 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
-  mesh = sharding.make_mesh()
+  spread = config.sharding
+  layout = sharding.layout(spread.preset, spread.model, spread.rules)
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
-    opt=optimizer.init(trainable),
+    # Shapes: `place` makes it on the devices, to each its share.
+    opt=jax.eval_shape(optimizer.init, trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
   )
-  state = sharding.replicate(mesh, state)
+  letters = base_lib.letters(model)
+  where = placement.state_shardings(layout, state, letters, built.trainable)
+  print(placement.describe(layout, state, letters, built.trainable))
+  state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
   if not isinstance(found.train, Stream):
@@ -189,12 +195,15 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, found.held_out, found.rows)
   validation = evaluate.pairs_to_judge(config, found, words)
-  judge = evaluate.Judge(config, model, words, validation, sets)
+  judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
-    make_update(model, built, config, optimizer), donate_argnums=0
+    make_update(model, built, config, optimizer),
+    donate_argnums=0,
+    out_shardings=(where, layout.whole),
   )
   if dry_run:
-    state, aux = update(state, sharding.shard_batch(mesh, next(batches)))
+    batch = sharding.shard_batch(layout.mesh, next(batches))
+    state, aux = update(state, batch)
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
   checkpoints = Checkpoints(
@@ -203,7 +212,6 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   course = Course()
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
-    state = sharding.replicate(mesh, state)
     course = checkpoints.course()
     batches.go_to(course.place[hosts[0]])
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
@@ -241,7 +249,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
     while done < config.steps and not course.exhausted(config.patience):
       batch = next(batches)
-      state, aux = update(state, sharding.shard_batch(mesh, batch))
+      state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
       done += 1
       report.add(done, batch, aux)
       if done == first + 1:

@@ -17,7 +17,8 @@ FLOORS = (
   ('objectives', 'data', 'tasks'),
   ('adafactor', 'accumulate'),
   ('rows', 'progress', 'plots', 'writers', 'metrics', 'workdir'),
-  ('optim', 'sharding', 'base', 'checkpoint', 'decoding'),
+  ('optim', 'sharding', 'base', 'decoding'),
+  ('placement', 'checkpoint'),
   ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )
