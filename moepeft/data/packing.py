@@ -29,7 +29,8 @@ def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
     open_bins = free[: len(made)]
     fits = np.all(open_bins >= lengths[item], axis=1)
     if fits.any():
-      left = np.sum((open_bins - lengths[item]) / room, axis=1)
+      # Of the inputs: longer than targets, theirs is the padding that costs.
+      left = open_bins[:, 0]
       chosen = int(np.argmin(np.where(fits, left, np.inf)))
     else:
       chosen = len(made)
