@@ -22,6 +22,7 @@ BROKEN = [
   (json.dumps(GOOD | {'idx': 1.5}), 'whole number or text'),
   (json.dumps(GOOD | {'dataset': 7}), "expected text in 'dataset', got 7"),
   (json.dumps(GOOD | {'choices': ['out', 'out']}), 'two or more different'),
+  (json.dumps(GOOD | {'choices': ['out', 'a', 'a']}), 'two or more different'),
   ('{"idx": ' + '1' * 5000 + '}', 'not JSON'),
   ('[' * 99999, 'not JSON'),
 ]

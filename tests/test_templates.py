@@ -85,10 +85,14 @@ def test_a_dataset_finds_its_file_among_promptsources(tmp_path):
   write(tmp_path / 'glue/qqp/templates.yaml', other)
   for name in ('glue/mrpc', 'glue_mrpc'):
     assert templates.group(str(tmp_path), name).task == 'glue_mrpc'
+  write(tmp_path / 'flat/a.yaml')
+  write(tmp_path / 'flat/b.yaml', other)
+  assert templates.group(str(tmp_path / 'flat'), 'glue/qqp').task == 'glue_qqp'
   single = str(tmp_path / 'glue' / 'qqp')
   assert templates.group(single, 'mine').task == 'glue_qqp'
-  with pytest.raises(ValueError, match='0 sets .* for .mine. .*glue_mrpc, gl'):
-    templates.group(str(tmp_path), 'mine')
+  said = '0 sets .* for .mine. .*glue_mrpc, glue_qqp'
+  with pytest.raises(ValueError, match=said):
+    templates.group(str(tmp_path / 'flat'), 'mine')
 
 
 def test_names_are_spelled_as_in_p3():

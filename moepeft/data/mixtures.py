@@ -235,8 +235,8 @@ def _member(dataset: str, template: str, known: Collection[str]) -> str:
   # none to train on.
   if template or name.endswith(_TWIN):
     return ''
-  fits = [key for key in known if name.startswith(key + '_')]
-  return max(fits, key=len, default='')
+  # No dataset's name is the beginning of another's.
+  return next((key for key in known if name.startswith(key + '_')), '')
 
 
 def _task(pair: tuple[str, str]) -> str:
