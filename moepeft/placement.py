@@ -83,7 +83,7 @@ def _left(shape, whole, spec: PartitionSpec) -> PartitionSpec:
     for kept in itertools.combinations(range(len(whole)), len(shape))
     if shape == tuple(whole[i] for i in kept)
   }
-  return PartitionSpec(*found.pop()) if len(found) == 1 else PartitionSpec()
+  return sharding.trimmed(*found.pop()) if len(found) == 1 else PartitionSpec()
 
 
 def place(state: State, where: State, init: Callable[[Tree], Tree]) -> State:
@@ -96,7 +96,7 @@ def place(state: State, where: State, init: Callable[[Tree], Tree]) -> State:
     init: the optimizer's, called on the devices, so that no device ever holds
       more than its share.
   """
-  rest = jax.device_put(state.replace(opt=()), where.replace(opt=()))
+  rest = sharding.put(state.replace(opt=()), where.replace(opt=()))
   opt = jax.jit(init, out_shardings=where.opt)(rest.trainable)
   return rest.replace(opt=opt)
 
@@ -115,7 +115,7 @@ def describe(
     ('optimizer', (state.opt, where.opt)),
   ):
     held, whole = _megabytes(*part)
-    lines.append(f'{name} per device: {held:.1f} of {whole:.1f} MB')
+    lines.append(f'{name} per device: {held:.3g} of {whole:.3g} MB')
   odd = []
   for own, tree in zip(
     _by_part(letters, trainable), (state.trainable, state.frozen), strict=True
@@ -124,7 +124,7 @@ def describe(
   if odd:
     odd = [text for _, text in sorted(odd, reverse=True)]
     more = f' and {len(odd) - 3} more' if len(odd) > 3 else ''
-    lines.append(f'whole, as no size divides: {", ".join(odd[:3])}{more}')
+    lines.append(f'does not divide: {", ".join(odd[:3])}{more}')
   return '; '.join(lines)
 
 
@@ -140,7 +140,7 @@ def _megabytes(tree: Tree, where: Tree) -> tuple[float, float]:
 
 
 def _misfits(layout: Layout, letters: Tree, tree: Tree) -> list:
-  """(elements, 'path (v=259)') of what a rule names and does not spread."""
+  """(elements, 'path (v=259 by 8)') of what a rule names but cannot spread."""
   found = []
   for (path, leaf), own in zip(
     _paths(tree), jax.tree.leaves(letters), strict=True
@@ -148,7 +148,7 @@ def _misfits(layout: Layout, letters: Tree, tree: Tree) -> list:
     taken = sharding.spec(layout, own, leaf.shape)
     size = dict(zip(own, leaf.shape, strict=True))
     odd = [
-      f'{letter}={size[letter]}'
+      f'{letter}={size[letter]} by {layout.mesh.shape[axis]}'
       for letter, axis in layout.rules
       if letter in size and axis not in taken
       if size[letter] % layout.mesh.shape[axis]

@@ -128,9 +128,31 @@ def spec(layout: Layout, letters: str, shape: tuple[int, ...]) -> PartitionSpec:
       free = found[i] is None and axis not in found
       if own == letter and free and along > 1 and size % along == 0:
         found[i] = axis
-  while found and found[-1] is None:
-    found.pop()
-  return PartitionSpec(*found)
+  return trimmed(*found)
+
+
+def trimmed(*entries: str | None) -> PartitionSpec:
+  """The one way to write a spec: without None at its end."""
+  while entries and entries[-1] is None:
+    entries = entries[:-1]
+  return PartitionSpec(*entries)
+
+
+def put(tree: Tree, where: Tree) -> Tree:
+  """Arrays that are the same in every process, to where they shall lie."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, where)
+  return jax.tree.map(_put, tree, where)
+
+
+def _put(array, where: NamedSharding) -> jax.Array:
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    data = _put(jax.random.key_data(array), where)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+  host = np.asarray(array)
+  return jax.make_array_from_callback(
+    host.shape, where, lambda index: host[index]
+  )
 
 
 def gather(tree: Tree) -> Tree:
