@@ -255,6 +255,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     (*written, history),
     optim.schedule(config.optimizer, config.steps),
     config.router_alarm,
+    share[1],
   )
   done = first
   if done < config.steps:
