@@ -125,7 +125,8 @@ class Progress:
     if self._bar is None:
       print(f'step {step}/{self._steps}', *parts, sep='  ', flush=True)
       return
-    self._bar.set_postfix_str('  '.join(parts), refresh=False)
+    gap = '  ' if wide else ' '
+    self._bar.set_postfix_str(gap.join(parts), refresh=False)
     # Not `update`: tqdm would wait for its own clock before it draws.
     self._bar.n = step
     self._bar.refresh()
