@@ -11,6 +11,8 @@ import glob
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,15 +72,27 @@ class Checkpoints:
       self._write(int(state.step), args)
 
   def _write(self, step: int, args: ocp.args.Composite) -> None:
-    try:
-      with _quiet():
+    with _quiet():
+      threads = set(threading.enumerate())
+      try:
         self._manager.save(step, args=args)
         self._manager.wait_until_finished()
-    except Exception:
-      # Half a checkpoint counts as none; its space is wanted.
-      for half in glob.glob(f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'):
-        shutil.rmtree(half, ignore_errors=True)
-      raise
+      except Exception:
+        self._give_up(step, threads)
+        raise
+
+  def _give_up(self, step: int, threads: set[threading.Thread]) -> None:
+    """Removes half a checkpoint: it counts as none, its space is wanted."""
+    half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
+    # Of Orbax's threads one has failed, and others still write for a while.
+    for _ in range(20):
+      for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=0.1)
+      for path in glob.glob(half):
+        shutil.rmtree(path, ignore_errors=True)
+      if not glob.glob(half):
+        break
+      time.sleep(0.1)
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
     """The latest checkpoint in the place of a fresh state.

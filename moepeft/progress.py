@@ -71,11 +71,14 @@ class Progress:
   def paused(self, why: str = '') -> Iterator[None]:
     """Stops the clock inside; a bar says why."""
     began = self._clock()
-    if self._bar is not None and why:
+    if self._bar is not None:
+      before = self._bar.postfix
       self._bar.set_postfix_str(why)
     try:
       yield
     finally:
+      if self._bar is not None:
+        self._bar.set_postfix_str(before or '')
       # `begin` may have been called inside.
       self._since += self._clock() - max(began, self._since)
 

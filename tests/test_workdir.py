@@ -82,9 +82,7 @@ def test_a_program_that_the_run_starts_does_not_keep_the_lock(tmp_path):
 def test_a_file_in_its_place_is_named(tmp_path):
   (tmp_path / 'file').touch()
   for path in (tmp_path / 'file', tmp_path / 'file' / 'w'):
-    with pytest.raises(
-      ValueError, match='cannot write to the work direct.*ile'
-    ):
+    with pytest.raises(ValueError, match='cannot write to .*file'):
       open_workdir(str(path))
 
 
@@ -112,9 +110,7 @@ def test_a_full_disk_is_named_at_the_start(full_disk):  # noqa: F811
 
 def test_a_full_disk_says_where_the_command_goes_on():
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-  with pytest.raises(
-    FullDisk, match='free some space.*the checkpoint of step 3'
-  ):
+  with pytest.raises(FullDisk, match='free some space.*of step 3$'):
     with tell_full_disk('/w', lambda: 3):
       raise full
   with pytest.raises(FullDisk, match='begins anew'):
