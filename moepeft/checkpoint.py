@@ -11,7 +11,6 @@ import glob
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -73,25 +72,25 @@ class Checkpoints:
 
   def _write(self, step: int, args: ocp.args.Composite) -> None:
     with _quiet():
-      threads = set(threading.enumerate())
       try:
         self._manager.save(step, args=args)
         self._manager.wait_until_finished()
       except Exception:
-        self._give_up(step, threads)
+        self._give_up(step)
         raise
 
-  def _give_up(self, step: int, threads: set[threading.Thread]) -> None:
+  def _give_up(self, step: int) -> None:
     """Removes half a checkpoint: it counts as none, its space is wanted."""
     half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
     # Of Orbax's threads one has failed, and others still write for a while.
-    for _ in range(20):
-      for thread in set(threading.enumerate()) - threads:
-        thread.join(timeout=0.1)
-      for path in glob.glob(half):
-        shutil.rmtree(path, ignore_errors=True)
-      if not glob.glob(half):
+    gone = 0
+    for _ in range(50):
+      found = glob.glob(half)
+      gone = 0 if found else gone + 1
+      if gone == 3:
         break
+      for path in found:
+        shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
