@@ -60,6 +60,13 @@ def _cards() -> dict[str, str]:
   return {'moepeft.' + name.replace('/', '.'): name for name in names}
 
 
+def _gin_files() -> dict[str, str]:
+  """{package: folder} of gin/, which is `moepeft.gin` where installed."""
+  folders = {p.parent for p in (_HERE / 'gin').rglob('*.gin')}
+  names = sorted(p.relative_to(_HERE).as_posix() for p in folders)
+  return {'moepeft.' + name.replace('/', '.'): name for name in names}
+
+
 setup(
   name='moepeft',
   version=_version(),
@@ -78,9 +85,14 @@ setup(
     'Topic :: Scientific/Engineering :: Artificial Intelligence',
   ],
   python_requires='>=3.11',
-  packages=[*find_packages(include=['moepeft', 'moepeft.*']), *_cards()],
-  package_dir=_cards(),
-  package_data={'moepeft': ['assets/*/*']},
+  packages=[
+    *find_packages(include=['moepeft', 'moepeft.*']),
+    *_cards(),
+    *_gin_files(),
+  ],
+  package_dir=_cards() | _gin_files(),
+  package_data={'moepeft': ['assets/*/*']}
+  | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={
     'seqio': _SEQIO,

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from moepeft import base as base_lib
 from moepeft import command, optim, train
-from moepeft.data import batching, sources, vocabulary
+from moepeft.data import loader, sources, vocabulary
 from moepeft.typing import State
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
@@ -45,10 +45,11 @@ def make_step(config):
     opt=optimizer.init(peft),
     rng=jax.random.key(config.seed),
   )
-  source, _, _ = sources(config.data, config.seed)
+  found = sources(config.data, config.seed)
   words = vocabulary(config.data.vocabulary, config.model.path)
-  lengths = config.data.inputs_length, config.data.targets_length
-  batch = batching.batch_at(source, words, 0, config.batch_size, *lengths)
+  batch = next(
+    loader(found, words, config.data, config.batch_size, config.seed)
+  )
   update = train.make_update(model, built, config, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch
 

@@ -6,7 +6,6 @@ import os
 from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -16,7 +15,7 @@ from moepeft.interop import adapter as adapter_lib
 from moepeft.interop import hf, t5x
 from moepeft.interop import peft as peft_files
 from moepeft.models import FAMILIES, names
-from moepeft.nn.start import fresh
+from moepeft.nn import start
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
 from moepeft.typing import Batch, Tree
@@ -144,7 +143,12 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  return fresh(model, example_batch(), seed, base.params)
+  return start.fresh(model, example_batch(), seed, base.params)
+
+
+def letters(model: Any) -> dict[str, Tree]:
+  """{'params': ..., 'peft': ...}: the letters of every array's axes."""
+  return start.letters(model, example_batch())
 
 
 def with_adapter(
@@ -175,4 +179,4 @@ def with_adapter(
     f'{path} does not fit {built.method!r}',
     advice,
   )
-  return {**variables, 'peft': jax.tree.map(jnp.asarray, tree)}
+  return {**variables, 'peft': tree}

@@ -3,28 +3,35 @@
 
 A checkpoint holds the trainable collection, the optimizer's state, the step
 and the rng; the base is named by its path and content hash. Orbax does not
-notice every flipped bit, so the card keeps a hash of each trainable array.
+notice every flipped bit, so the card keeps a hash of each array and of itself.
 """
 
 import contextlib
+import dataclasses
 import glob
+import hashlib
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.interop import adapter as adapter_lib
 from moepeft.models import names
 from moepeft.peft import Built
+from moepeft.sharding import gather
+from moepeft.stopping import Course
 from moepeft.typing import State, Tree
 from moepeft.workdir import tell_full_disk
 
+_BEGINNING = Course()
 # The card's entries that a run must share with the checkpoint it resumes.
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
@@ -37,13 +44,30 @@ def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
   return described | {'trainable': built.trainable, 'seed': seed}
 
 
+class _Kept(PreservationPolicy):
+  """The newest few, all where `newest` is None, and one that is named."""
+
+  def __init__(self, newest: int | None):
+    self._newest = newest
+    self.step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context) -> list:
+    del context
+    newest = {c.step for c in checkpoints[-(self._newest or 0) :]}
+    return [c.step in newest or c.step == self.step for c in checkpoints]
+
+
 class Checkpoints:
   """The checkpoints below a work directory, the newest few kept."""
 
-  def __init__(self, workdir: str, keep: int | None):
+  def __init__(self, workdir: str, keep: int | None, best: bool = False):
+    """Keeps the newest `keep` (None: all), and the best one where `best`."""
     path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    self._kept, self._keep_best = _Kept(keep), best
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=False, create=True
+      preservation_policy=self._kept,
+      enable_async_checkpointing=False,
+      create=True,
     )
     self.path = path
     self._manager = ocp.CheckpointManager(path, options=options)
@@ -51,21 +75,29 @@ class Checkpoints:
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: State, described: dict[str, Any]) -> None:
+  def save(
+    self, state: State, described: dict[str, Any], course: Course = _BEGINNING
+  ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing.
+
+    It is the same however the state is spread; all processes must call it.
 
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
-    trainable = jax.tree.map(np.asarray, state.trainable)
-    rest = jax.tree.map(np.asarray, _rest(state))
+    if self._keep_best:
+      self._kept.step = course.best_step
+    trainable, rest = gather((state.trainable, _rest(state)))
     hashes = _hashes({'trainable': trainable, 'rest': rest})
+    found = described | {
+      'hashes': hashes,
+      'step': int(state.step),
+      'course': dataclasses.asdict(course),
+    }
     args = ocp.args.Composite(
       trainable=ocp.args.StandardSave(trainable),
       rest=ocp.args.StandardSave(rest),
-      card=ocp.args.JsonSave(
-        described | {'hashes': hashes, 'step': int(state.step)}
-      ),
+      card=ocp.args.JsonSave(found | {'sha256': _seal(found)}),
     )
     with tell_full_disk(self.path, self.latest):
       self._write(int(state.step), args)
@@ -94,7 +126,7 @@ class Checkpoints:
       time.sleep(0.1)
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
-    """The latest checkpoint in the place of a fresh state.
+    """The latest checkpoint in the place of a fresh state, spread as that is.
 
     Raises:
       ValueError: it belongs to another run, or is damaged.
@@ -121,7 +153,7 @@ class Checkpoints:
     )
     rest = restored['rest']
     parts = {'trainable': restored['trainable'], 'rest': rest}
-    self._verify(step, parts, found['hashes'])
+    self._verify(step, gather(parts), found['hashes'])
     return state.replace(
       trainable=restored['trainable'],
       opt=rest['opt'],
@@ -129,22 +161,53 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
-  def restore_trainable(self) -> tuple[Tree, dict[str, Any]]:
-    """The trainable collection of the latest checkpoint, and its card.
+  def course(self) -> Course:
+    """How the run had gone at the latest checkpoint."""
+    found = self._card(self.latest())['course']
+    place = tuple(map(tuple, found.pop('place')))
+    return Course(place=place, **found)
+
+  def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
+    """The trainable collection of a checkpoint, and its card.
+
+    Args:
+      which: '' for the latest, 'best' for that of the least validation loss,
+        or the number of its step.
 
     Raises:
-      ValueError: there is no checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint, or it is damaged.
     """
-    step = self.latest()
-    if step is None:
-      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    step = self._find(which)
     found = self._card(step)
     tree = self._restore(step, trainable=ocp.args.StandardRestore())
     self._verify(step, {'trainable': tree['trainable']}, found['hashes'])
     return jax.tree.map(np.asarray, tree['trainable']), found
 
+  def _find(self, which: str) -> int:
+    step, steps = self.latest(), sorted(self._manager.all_steps())
+    if step is None:
+      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    if which == 'best':
+      step = self.course().best_step
+    elif which:
+      step = int(which) if which.isdigit() else -1
+    if step not in steps:
+      raise ValueError(
+        f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
+        f'{", ".join(map(str, steps))} (best: train with '
+        'config.checkpoint.best=True)'
+      )
+    return step
+
   def _card(self, step: int) -> dict[str, Any]:
-    return self._restore(step, card=ocp.args.JsonRestore())['card']
+    card = self._restore(step, card=ocp.args.JsonRestore())['card']
+    sealed = {k: v for k, v in card.items() if k != 'sha256'}
+    if card.get('sha256') != _seal(sealed):
+      raise ValueError(
+        f'the checkpoint {self.path}/{step} is damaged: its card differs from '
+        f'its hash; {self._advice(step)}'
+      )
+    return card
 
   def _restore(self, step: int, **items) -> Any:
     try:
@@ -170,6 +233,10 @@ class Checkpoints:
     return f'move that directory away to {then}'
 
 
+def _seal(card: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Orbax's threads log the traceback of what the caller is raised anyway."""
@@ -192,24 +259,31 @@ def _hashes(parts: Tree) -> dict[str, str]:
   }
 
 
-def restore_trained(workdir: str) -> tuple[Tree, dict[str, Any]]:
+def restore_trained(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
   """(what a run trained, its card): 'peft', or 'params' of a full run.
+
+  Args:
+    which: see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its checkpoint is damaged.
   """
   if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
     raise ValueError(f'{workdir!r} is no work directory of a run')
-  return Checkpoints(workdir, keep=None).restore_trainable()
+  return Checkpoints(workdir, keep=None).restore_trainable(which)
 
 
-def restore_adapter(workdir: str) -> tuple[Tree, dict[str, Any]]:
+def restore_adapter(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
   """(the trained 'peft' tree, its card) of a run.
 
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.
   """
-  tree, found = restore_trained(workdir)
+  tree, found = restore_trained(workdir, which)
   if found['trainable'] != 'peft':
     raise ValueError(
       f'the run in {workdir!r} trained the base itself ({found["method"]}); '

@@ -6,10 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from moepeft import gin_files, gin_flags
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -25,7 +28,13 @@ _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 
 
 def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
-  """The flag --config=FILE[:values] and --config.key=value."""
+  """The flags --config=FILE[:values] and --config.key=value, or --gin_file."""
+  gin_flags.define(flags.FLAGS)
+  _show_in_help(gin_flags.NAMES)
+  sys.argv[1:] = gin_flags.rewritten(sys.argv[1:])
+  translated = _answered(_translate, sys.argv)
+  if translated is not None:
+    return _define_translated(translated)
   # As an argument rather than a default: absl reads a default at once, and
   # would meet a wrong --config.key before `run` can answer for it.
   if not any(arg.split('=')[0] in _NAMES for arg in sys.argv):
@@ -36,6 +45,42 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
     'A card: a file with get_config(), and values for it after a colon. Keys '
     'are changed by --config.key=value; moepeft/config.py lists them all.',
     lock_config=True,
+  )
+
+
+def _show_in_help(names: Sequence[str]) -> None:
+  # --help shows the flags of the file that is run, and these belong to it.
+  for name in names:
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def gin_text() -> str:
+  """The command line's gin files and overrides as one file; '' for none."""
+  translated = _translate()
+  return translated.text if translated else ''
+
+
+def _translate() -> gin_files.Translated | None:
+  folders = (PACKAGE, os.path.dirname(PACKAGE))
+  return gin_flags.translate(sys.argv, folders)
+
+
+def _define_translated(
+  translated: gin_files.Translated,
+) -> flags.FlagHolder[ConfigDict]:
+  for note in translated.notes:
+    print(f'gin: {note}', file=sys.stderr)
+  if 'workdir' in flags.FLAGS:
+    sys.argv.insert(1, f'--workdir={translated.model_dir}')
+  # absl reads --config.key=value at once here.
+  return _answered(
+    lambda: config_flags.DEFINE_config_dict(
+      'config',
+      translated.config,
+      'What the gin files come to, to be changed by --config.key=value.',
+      lock_config=True,
+    ),
+    sys.argv,
   )
 
 
@@ -100,8 +145,13 @@ def parse(argv: Sequence[str]) -> list[str]:
   argv = [_located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
+  return _answered(lambda: flags.FLAGS(argv), argv)
+
+
+def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
+  """What is read; a sentence and exit code 2 where the user is wrong."""
   try:
-    return flags.FLAGS(argv)
+    return read()
   except (flags.Error, ValueError, OSError) as e:
     _stop(_reason(str(e)))
   except SyntaxError as e:

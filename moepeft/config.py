@@ -89,8 +89,6 @@ def default() -> ConfigDict:
       # none: 1 draws every row as often, 'inf' every dataset.
       cap=0,
       temperature=1.0,
-      # (going) 'rows' or 'datasets'
-      sample='rows',
       # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
       vocabulary='',
       inputs_length=160,

@@ -2,7 +2,7 @@
 """Converts base models and adapters between forms.
 
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
-  python -m moepeft.convert --workdir=DIR --output=DIR
+  python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
 
 The form of the input is found out: a Hugging Face model (a directory, or a
 name on the hub), a T5X checkpoint, an adapter of Hugging Face's peft, or one
@@ -15,8 +15,12 @@ of moepeft's own.
 
 base/ is the model in the hf form; adapter/ is in the form that --to names, or
 moepeft's own with --to=hf. "Both in one" is a T5X checkpoint of the base and
-the adapter under the released code's names. --workdir exports the adapter of
-a training run in moepeft's form.
+the adapter under the released code's names.
+
+--workdir takes what a training run trained: an adapter as moepeft (the
+default), peft or t5x, which is "both in one", or a whole model as hf (the
+default) or t5x. There, the checkpoint's step is config.optimizer.clock plus
+the run's own steps, as T5X counts.
 """
 
 import os
@@ -123,26 +127,54 @@ def convert(values: flags.FlagValues) -> None:
 
 
 def _convert_run(values: flags.FlagValues) -> None:
-  """A run's adapter in our form, or the base that a full run trained."""
+  """A run's adapter, or the base that a full run trained."""
   # Imported here: it brings Orbax, and only this branch needs it.
   from moepeft import checkpoint
 
   tree, card = checkpoint.restore_trained(values.workdir)
   if card['trainable'] == 'params':
-    _require_form(values, 'hf', 'it trained a whole model')
-    config, over = own.config_of(card), values.overwrite
-    hf.save(values.output, config, tree, values.dtype, overwrite=over)
-  else:
-    _require_form(values, 'moepeft', 'it trained an adapter')
-    own.save(values.output, tree, card, values.overwrite)
-
-
-def _require_form(values: flags.FlagValues, form: str, why: str) -> None:
-  if values.to not in (None, form):
+    _write_trained_base(values, tree, card)
+    return
+  values.to = values.to or 'moepeft'
+  if values.to == 'hf':
     raise CheckpointError(
-      f'{values.workdir} is written as {form} ({why}), not {values.to}; '
-      'convert the result further with --input'
+      f'{values.workdir} trained an adapter and --to=hf writes base models: '
+      'use --to=moepeft, --to=peft, or --to=t5x, which holds both'
     )
+  step = _t5x_step(values, card) if values.to == 't5x' else 0
+  _write_own(values, tree, card, step)
+
+
+def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
+  config, over = own.config_of(card), values.overwrite
+  if values.to in (None, 'hf'):
+    hf.save(values.output, config, tree, values.dtype, overwrite=over)
+  elif values.to == 't5x':
+    if values.dtype is not None:
+      raise CheckpointError(
+        '--dtype casts what is written as hf: leave it out with --to=t5x'
+      )
+    step = _t5x_step(values, card)
+    t5x.save(values.output, config, tree, step=step, overwrite=over)
+  else:
+    raise CheckpointError(
+      f'{values.workdir} trained a whole model and --to={values.to} writes '
+      'adapters: use --to=hf or --to=t5x'
+    )
+
+
+def _t5x_step(values: flags.FlagValues, card) -> int:
+  """The run's step on T5X's clock, which counts from the pretraining's start.
+
+  It is what Adafactor's decay goes by, so config.optimizer.clock says it.
+  """
+  config = files.read_json(Path(values.workdir) / 'config.json')
+  before = int(config.get('optimizer', {}).get('clock', 0))
+  step = before + card['step']
+  print(
+    f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
+  )
+  return step
 
 
 def _require(values: flags.FlagValues, name: str) -> None:
@@ -153,7 +185,8 @@ def _require(values: flags.FlagValues, name: str) -> None:
 def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
   if not path:
     raise CheckpointError(
-      f'{values.input} names no base model: give it with --base'
+      f'{values.input or values.workdir} names no base model: give it with '
+      '--base'
     )
   path = resolve(path)
   form = interop.detect(path)
@@ -201,10 +234,14 @@ def _convert_peft(values: flags.FlagValues) -> None:
 
 
 def _convert_own(values: flags.FlagValues) -> None:
-  tree, card = own.load(values.input)
+  _require_adapter_form(values)
+  _write_own(values, *own.load(values.input))
+
+
+def _write_own(values: flags.FlagValues, tree, card, step: int = 0) -> None:
+  """An adapter with its card, in the form that --to names."""
   adapter = Adapter(card['method'], tree)
   path = values.base or card['base']['path']
-  _require_adapter_form(values)
   if values.to == 'moepeft':
     own.save(values.output, tree, card, values.overwrite)
   elif values.to == 'peft':
@@ -218,7 +255,7 @@ def _convert_own(values: flags.FlagValues) -> None:
         f'hash {base.sha256[:12]}, expected {card["base"]["sha256"][:12]}): '
         'give the right one with --base'
       )
-    _write_t5x(values, base, adapter)
+    _write_t5x(values, base, adapter, step)
 
 
 def _require_adapter_form(values: flags.FlagValues) -> None:
@@ -229,9 +266,9 @@ def _require_adapter_form(values: flags.FlagValues) -> None:
     )
 
 
-def _write_t5x(values, base, adapter: Adapter | None) -> None:
+def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:
   over = values.overwrite
-  t5x.save(values.output, base.config, base.params, adapter, overwrite=over)
+  t5x.save(values.output, base.config, base.params, adapter, step, over)
 
 
 def _write_hf(values, path: str, base) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moepeft import command, sharding, tasks
 from moepeft import config as config_lib
-from moepeft.data import batching, jsonl, sources
+from moepeft.data import Sources, batching, jsonl, sources
+from moepeft.data.packing import Pair
+from moepeft.data.source import spread
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import objective_of
 from moepeft.ranking import Ranker
@@ -26,6 +29,8 @@ from moepeft.tasks import Example
 from moepeft.typing import Tree
 
 SPLITS = ('seen', 'held_out')
+# Batches of which the validation loss is taken.
+_BATCHES = 8
 
 
 def examples(config: ConfigDict, validation: Sequence[Example], train=None):
@@ -64,17 +69,24 @@ def rows_to_rank(path: str, most: int):
   return _by_task('evaluation', jsonl.read(path, ranked=True), most)
 
 
-def _spread(rows: Sequence[Example], most: int) -> list[Example]:
-  """Evenly spaced rows, so that every template has its share."""
-  count = min(most, len(rows))
-  return [rows[i * len(rows) // count] for i in range(count)]
+def pairs_to_judge(
+  config: ConfigDict, found: Sources, words: Vocabulary
+) -> list[Pair]:
+  """Held-out examples, as ids, whose loss a run is judged by."""
+  data = config.data
+  return found.validation(
+    words,
+    data.inputs_length,
+    data.targets_length,
+    count=_BATCHES * config.evaluation.batch_size,
+  )
 
 
 def _by_task(group: str, rows: Iterable[Example], most: int):
   tables = collections.defaultdict(list)
   for row in rows:
     tables[group, row.task, ''].append(row)
-  return {key: _spread(rows, most) for key, rows in sorted(tables.items())}
+  return {key: spread(rows, most) for key, rows in sorted(tables.items())}
 
 
 class Judge:
@@ -85,17 +97,19 @@ class Judge:
     config: ConfigDict,
     model: Any,
     words: Vocabulary,
-    validation: Sequence[Example],
+    validation: Sequence[Pair],
     sets: dict[tuple[str, str, str], list[Example]],
+    mesh: Mesh | None = None,
   ):
-    """`validation` is what the loss is taken of, `sets` is from `examples`."""
+    """`validation` is from `pairs_to_judge`, `sets` from `examples`.
+
+    `mesh` is the one that the variables lie on; by default, all devices.
+    """
     e, data = config.evaluation, config.data
-    self._mesh = sharding.make_mesh()
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
     lengths = data.inputs_length, data.targets_length
-    # Rows come dataset by dataset; evenly spaced ones are of all of them.
-    some = _spread(validation, 8 * e.batch_size)
-    self._batches = list(_batches(some, words, self._rows, *lengths))
+    self._batches = list(_batches(validation, self._rows, *lengths))
     self._sets, self._cut, self._alike = {}, {}, 0
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     for key, rows in sets.items():
@@ -106,9 +120,12 @@ class Judge:
         self._sets[key] = kept
         self._cut[key] = sum(cut for _, cut, alike in seen if not alike)
     objective = objective_of(config.objective)
-    self._loss = jax.jit(
-      lambda variables, batch: objective(model.apply, variables, batch, None)
-    )
+
+    def count(variables, batch):
+      _, aux = objective(model.apply, variables, batch, None)
+      return aux['nll'], aux['tokens']
+
+    self._count = jax.jit(count)
 
   def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
     """Validation loss and accuracies, printed in a line and returned."""
@@ -144,13 +161,16 @@ class Judge:
     return lines
 
   def validation_loss(self, variables: Tree) -> float:
-    """Mean loss a real target token, in nats; no dropout."""
+    """Mean -log p of a real target token, in nats; no dropout.
+
+    Whatever config.loss says, so that runs can be compared.
+    """
     total = tokens = 0.0
     for batch in self._batches:
       batch = sharding.shard_batch(self._mesh, batch)
-      loss, aux = self._loss(variables, batch)
-      total += float(loss) * float(aux['tokens'])
-      tokens += float(aux['tokens'])
+      nll, real = self._count(variables, batch)
+      total += float(nll)
+      tokens += float(real)
     return total / tokens
 
   def accuracies(self, variables: Tree) -> list[dict[str, Any]]:
@@ -173,14 +193,13 @@ class Judge:
     return rows
 
 
-def _batches(examples, words, size, inputs_length, targets_length):
+def _batches(pairs, size, inputs_length, targets_length):
   """Batches of `size` rows, the last filled up with rows of no real token."""
-  for at in range(0, len(examples), size):
-    part = examples[at : at + size]
+  for at in range(0, len(pairs), size):
+    part = pairs[at : at + size]
     filled = [*part, *[part[-1]] * (size - len(part))]
-    batch = batching.batch_at(
-      filled.__getitem__, words, 0, size, inputs_length, targets_length
-    )
+    x, y = zip(*filled, strict=True)
+    batch = batching.seq2seq(x, y, inputs_length, targets_length)
     for key in ('inputs_mask', 'targets_mask'):
       batch[key][len(part) :] = False
     yield batch
@@ -237,7 +256,7 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   workdir = os.path.expanduser(_WORKDIR.value)
-  config, model, variables, words, step = open_run(workdir)
+  config, model, variables, words, step = open_run(workdir, _CHECKPOINT.value)
   if _MAX_EXAMPLES.value is not None:
     config.evaluation.max_examples = _MAX_EXAMPLES.value
   config_lib.check(config)
@@ -248,8 +267,9 @@ def main(argv) -> None:
     name = os.path.basename(path.rstrip('/')).partition('.')[0]
     output = os.path.join(workdir, f'evaluation_{name}.json')
   else:
-    _, validation, rows = sources(config.data, config.seed)
-    sets = examples(config, validation, rows)
+    found = sources(config.data, config.seed)
+    validation = pairs_to_judge(config, found, words)
+    sets = examples(config, found.held_out, found.rows)
     output = os.path.join(workdir, 'evaluation.json')
   judge = Judge(config, model, words, validation, sets)
   found = judge(variables, f'after {step} steps', step)
@@ -262,6 +282,9 @@ def main(argv) -> None:
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
+  _CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', '', "Its step, or 'best'; by default the latest."
+  )
   _DATA = flags.DEFINE_string(
     'data', None, 'Rows to rank, and nothing else; see moepeft/data/jsonl.py.'
   )

@@ -33,13 +33,17 @@ def main(argv) -> None:
     raise ValueError('--workdir and --prompt are both needed')
   if _LENGTH.value < 1:
     raise ValueError(f'--length is at least 1; got {_LENGTH.value}')
-  _, model, variables, words, _ = open_run(os.path.expanduser(_WORKDIR.value))
+  workdir = os.path.expanduser(_WORKDIR.value)
+  _, model, variables, words, _ = open_run(workdir, _CHECKPOINT.value)
   for text in answer(model, variables, words, _PROMPT.value, _LENGTH.value):
     print(text)
 
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
+  _CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', '', "Its step, or 'best'; by default the latest."
+  )
   _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
   _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
   command.run(main)

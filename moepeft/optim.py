@@ -4,6 +4,8 @@
 import optax
 from ml_collections import ConfigDict
 
+from moepeft.adafactor import adafactor
+
 SCHEDULES = ('constant', 'linear', 'cosine')
 OPTIMIZERS = ('adamw', 'adafactor')
 
@@ -46,16 +48,7 @@ def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
       rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
     )
   elif config.name == 'adafactor':
-    # T5X's defaults: relative to the parameter's scale, updates clipped at
-    # root mean square 1, decay 1 - t^-0.8.
-    update = optax.adafactor(
-      rate,
-      min_dim_size_to_factor=128,
-      decay_rate=0.8,
-      multiply_by_parameter_scale=True,
-      clipping_threshold=1.0,
-      weight_decay_rate=config.weight_decay or None,
-    )
+    update = adafactor(rate, config.clock, config.weight_decay)
   else:
     raise ValueError(
       f'config.optimizer.name is one of {", ".join(OPTIMIZERS)}; got '

@@ -91,7 +91,8 @@ class Progress:
       examples, tokens: seen since the last call.
 
     Returns:
-      {'examples_per_s', 'tokens_per_s'} since the last call, 'memory_bytes'.
+      {'steps_per_s', 'examples_per_s', 'tokens_per_s'} since the last call,
+      and 'memory_bytes'.
     """
     now, memory = self._clock(), self._memory()
     # Of what was seen, as much as falls into the time: not the first step.
@@ -104,6 +105,7 @@ class Progress:
     self._step = step
     self.begin(step)
     return {
+      'steps_per_s': last.steps / max(last.seconds, 1e-9),
       'examples_per_s': last.examples / max(last.seconds, 1e-9),
       'tokens_per_s': last.tokens / max(last.seconds, 1e-9),
       'memory_bytes': memory,

@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+NAME = 'metrics.jsonl'
+
 
 class Rows:
   """`<workdir>/metrics.jsonl`, a line at a time; a kill tears none but one."""
 
-  def __init__(self, workdir: str, name: str = 'metrics.jsonl', step: int = 0):
+  def __init__(self, workdir: str, name: str = NAME, step: int = 0):
     """Rows of steps after `step` are dropped: they will be done again."""
     self.path = os.path.join(workdir, name)
     _drop_after(self.path, step)

@@ -19,15 +19,20 @@ from moepeft.models import names
 CONFIG = 'config.json'
 
 
-# What a run may change when it goes on: nothing that a step depends on. The
-# base and the rest of the method are compared by the checkpoint's card.
+# What a run may change when it goes on: nothing that a step depends on, but
+# for the order of its sums (sharding). The base and the rest of the method are
+# compared by the checkpoint's card.
 _FREE = (
   'steps',
   'router_alarm',
+  'patience',
+  'sharding',
+  'data.workers',
   'model.path',
   'model.adapter',
   'model.remat',
   'model.unroll',
+  'sharding',
   'evaluation',
   'checkpoint',
   'log',
@@ -82,8 +87,11 @@ def _read(workdir: str) -> dict[str, Any]:
     ) from None
 
 
-def open_run(workdir: str):
+def open_run(workdir: str, which: str = ''):
   """(config, model, variables, vocabulary, step) of a trained run.
+
+  Args:
+    which: checkpoint; see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its base has changed since.
@@ -95,7 +103,7 @@ def open_run(workdir: str):
     config.update(_read(workdir))
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  trained, found = restore_trained(workdir)
+  trained, found = restore_trained(workdir, which)
   now = card(base, built, config.seed, config.model.family)
   if found['base']['sha256'] != now['base']['sha256']:
     raise ValueError(

@@ -5,7 +5,7 @@ The one loop: pretraining, fine-tuning and adapters differ by config only.
 Read from top to bottom; what a researcher edits is inside `make_update`.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import sys
@@ -14,23 +14,39 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from moepeft import (
+  accumulate,
+  command,
+  evaluate,
+  metrics,
+  optim,
+  placement,
+  plots,
+  sharding,
+)
 from moepeft import base as base_lib
-from moepeft import command, evaluate, metrics, optim, plots, sharding
 from moepeft import config as config_lib
+from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
-from moepeft.data import batching, sources, vocabulary
+from moepeft.data import batching, loader, sources, vocabulary
+from moepeft.data.seqio_stream import Stream
+from moepeft.history import History
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
+from moepeft.objectives.loss import Loss, mean
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
-from moepeft.rows import Rows, stream
+from moepeft.report import Report
 from moepeft.runs import CONFIG, check_unchanged
+from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
+from moepeft.workdir import open_workdir, tell_full_disk
+from moepeft.writers import writers
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -50,21 +66,39 @@ _MAY_DIFFER = flags.DEFINE_list(
 
 def make_update(model, built, config: ConfigDict, optimizer):
   """One step: (state, batch) -> (state, what was seen)."""
-  objective = objective_of(config.objective)
+  loss = config.loss
+  objective = objective_of(
+    config.objective, Loss(loss.per, loss.z, loss.label_smoothing)
+  )
   router_losses = dict(config.router_losses)
-  # Wrong names are found before anything is compiled.
+  # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
+  accumulate.check(config.batch_size, config.accumulate)
 
   def update(state: State, batch):
-    rngs = split_rngs(jax.random.fold_in(state.rng, state.step))
+    rng = jax.random.fold_in(state.rng, state.step)
 
-    def loss_fn(trainable):
+    def sums_fn(trainable, rows, rng):
+      # Of some rows of the batch; nothing here may be a mean over them.
       variables = built.variables(state.replace(trainable=trainable))
-      loss, aux = objective(model.apply, variables, batch, rngs)
-      routed = losses.total(stats.by_site(aux['routing']), router_losses)
-      return loss + routed, aux | {'loss': loss, 'router_loss': routed}
+      total, aux = objective(model.apply, variables, rows, split_rngs(rng))
+      return aux | {'total': total}
 
-    gradient, aux = jax.grad(loss_fn, has_aux=True)(state.trainable)
+    def loss_fn(sums):
+      # Of the whole batch, however many parts it was computed in.
+      loss = mean(sums['total'], sums)
+      routed = losses.total(stats.by_site(sums['routing']), router_losses)
+      return loss + routed, sums | {'loss': loss, 'router_loss': routed}
+
+    gradient, aux = accumulate.gradient(
+      sums_fn,
+      loss_fn,
+      state.trainable,
+      batch,
+      rng,
+      config.accumulate,
+      curved=('routing',) if any(router_losses.values()) else (),
+    )
     changes, opt = optimizer.update(gradient, state.opt, state.trainable)
     aux['gradient_norm'] = optax.global_norm(gradient)
     return state.replace(
@@ -81,6 +115,7 @@ def train(
   workdir: str,
   dry_run: bool = False,
   may_differ: Sequence[str] = (),
+  gin: str = '',
 ) -> dict:
   """Trains, evaluates and writes; returns the closing summary.
 
@@ -90,27 +125,32 @@ def train(
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that
       is gone on from; see `runs.check_unchanged`.
+    gin: the gin files that the config is from as one, kept as config.gin.
 
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  started = time.monotonic()
   config_lib.check(config)
-  if not dry_run:
-    _open(workdir)
+  if dry_run:
+    return _train(config, workdir, dry_run, gin)
+  with open_workdir(workdir):
     check_unchanged(workdir, config, may_differ)
+    return _train(config, workdir, dry_run, gin)
+
+
+def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
+  started = time.monotonic()
 
   # ---------------------------------------------------------------- data ---
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  source, validation, rows = sources(data, config.seed)
-  batch_at = functools.partial(
-    batching.batch_at,
-    source,
-    words,
-    batch_size=config.batch_size,
-    inputs_length=data.inputs_length,
-    targets_length=data.targets_length,
+  hosts = jax.process_index(), jax.process_count()
+  _, shape = base_lib.shape(config.model)
+  found = sources(data, config.seed, hosts, shape.vocab)
+  for note in found.notes:
+    print(note, flush=True)
+  batches = loader(
+    found, words, data, config.batch_size // hosts[1], config.seed, hosts
   )
 
   # --------------------------------------------------------------- model ---
@@ -131,39 +171,56 @@ def train(
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
-  mesh = sharding.make_mesh()
+  spread = config.sharding
+  layout = sharding.layout(spread.preset, spread.model, spread.rules)
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
-    opt=optimizer.init(trainable),
+    # Shapes: `place` makes it on the devices, to each its share.
+    opt=jax.eval_shape(optimizer.init, trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
   )
-  state = sharding.replicate(mesh, state)
+  letters = base_lib.letters(model)
+  where = placement.state_shardings(layout, state, letters, built.trainable)
+  print(placement.describe(layout, state, letters, built.trainable))
+  state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
-  _warn_of_cuts(source, words, data)
+  if not isinstance(found.train, Stream):
+    _warn_of_cuts(found.train, words, data)
 
   # ------------------------------------------------------------- resume ---
-  sets = evaluate.examples(config, validation, rows)
-  judge = evaluate.Judge(config, model, words, validation, sets)
+  sets = evaluate.examples(config, found.held_out, found.rows)
+  validation = evaluate.pairs_to_judge(config, found, words)
+  judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
-    make_update(model, built, config, optimizer), donate_argnums=0
+    make_update(model, built, config, optimizer),
+    donate_argnums=0,
+    out_shardings=(where, layout.whole),
   )
   if dry_run:
-    state, aux = update(state, sharding.shard_batch(mesh, batch_at(0)))
+    batch = sharding.shard_batch(layout.mesh, next(batches))
+    state, aux = update(state, batch)
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
-  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  checkpoints = Checkpoints(
+    workdir, config.checkpoint.keep, config.checkpoint.best
+  )
+  course = Course()
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
-    state = sharding.replicate(mesh, state)
+    course = checkpoints.course()
+    batches.go_to(course.place[hosts[0]])
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
   _write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
+  if gin:
+    with open(os.path.join(workdir, 'config.gin'), 'w') as f:
+      f.write(gin)
 
   # --------------------------------------------------------- evaluation ---
   before_path = os.path.join(workdir, 'before.json')
@@ -174,34 +231,63 @@ def train(
     )
 
   # --------------------------------------------------------------- loop ---
-  written = Rows(workdir, step=first)
+  log, figures = config.log, os.path.join(workdir, 'plots')
+  written = writers(
+    workdir, first, log.tensorboard, log.wandb, config.to_dict()
+  )
+  history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
   progress = Progress(config.steps, first)
-  if first < config.steps:
+  report = Report(
+    progress,
+    (*written, history),
+    optim.schedule(config.optimizer, config.steps),
+    config.router_alarm,
+  )
+  done = first
+  if done < config.steps:
     progress.say('compiling the first step')
-  rate = optim.schedule(config.optimizer, config.steps)
-  pending, alarmed = [], set()
-  for step in range(first, config.steps):
-    batch = batch_at(step)
-    tokens = int(batch['inputs_mask'].sum() + batch['targets_mask'].sum())
-    state, aux = update(state, sharding.shard_batch(mesh, batch))
-    pending.append((step + 1, tokens, aux))
-    if step == first:
-      # The first step was compiled in this time.
-      jax.block_until_ready(state)
-      progress.begin(step + 1)
-    done = step + 1
-    save = done % config.checkpoint.every_steps == 0 or done == config.steps
-    if save or done % config.log.every_steps == 0:
-      # Before a checkpoint too: a broken state must not push out a good one.
-      _report(pending, progress, written, rate, config, alarmed)
-      pending = []
-    if save:
-      checkpoints.save(state, described)
-  progress.close()
+  with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
+    while done < config.steps and not course.exhausted(config.patience):
+      batch = next(batches)
+      state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
+      done += 1
+      report.add(done, batch, aux)
+      if done == first + 1:
+        # The first step was compiled in this time.
+        jax.block_until_ready(state)
+        progress.begin(done)
+      judge_now = _every(config.evaluation.every_steps, done)
+      save = _every(config.checkpoint.every_steps, done)
+      save |= done == config.steps or signals.received is not None
+      if save or judge_now or _every(log.every_steps, done):
+        # Before a checkpoint too: a broken state must not push out a good one.
+        report.tell()
+      if judge_now:
+        with progress.paused('validating'):
+          loss = judge.validation_loss(built.variables(state))
+        report.validated(done, loss)
+        course = course.judged(loss, done)
+        save |= config.checkpoint.best and course.best_step == done
+        save |= course.exhausted(config.patience)
+      if save:
+        with progress.paused('saving'):
+          course = dataclasses.replace(course, place=_places(batches))
+          checkpoints.save(state, described, course)
+          plots.draw(history, figures)
+      if signals.received is not None and done < config.steps:
+        break
+  for writer in (*written, progress, batches):
+    writer.close()
+  if signals.received is not None and done < config.steps:
+    raise Stopped(signals.received, done, checkpoints.path)
+  if done < config.steps:
+    print(
+      f'stopped at step {done}: the validation loss was least, '
+      f'{course.best:.4f}, at step {course.best_step} '
+      f'(config.patience={config.patience})'
+    )
 
   # ------------------------------------------------------------ summary ---
-  plot = os.path.join(workdir, 'plots')
-  plots.draw(stream(written.path), plot)
   summary = {'method': built.method, 'semantics': built.semantics}
   after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
@@ -216,8 +302,9 @@ def train(
   metrics.conclude(
     summary,
     {
-      'losses': written.path,
-      'plots': plot,
+      'losses': os.path.join(workdir, rows_lib.NAME),
+      'plots': figures,
+      'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),
       'to export': f'python -m moepeft.convert --workdir={workdir} '
@@ -227,22 +314,10 @@ def train(
   return summary
 
 
-def _open(workdir: str) -> None:
-  """Makes the work directory and sees that it can be written to."""
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    open(os.path.join(workdir, 'metrics.jsonl'), 'a').close()
-  except OSError as e:
-    raise ValueError(
-      f'cannot write to the work directory {workdir!r} ({e.strerror}); name '
-      'another with --workdir'
-    ) from None
-
-
 def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
   """Says how many of the first training examples are too long."""
   lengths = data.inputs_length, data.targets_length
-  cut = sum(batching.encode(words, source(i), *lengths)[2] for i in range(rows))
+  cut = sum(batching.encode(words, source[i], *lengths)[2] for i in range(rows))
   if cut:
     print(
       f'{cut} of the first {rows} training examples are cut; raise '
@@ -252,35 +327,14 @@ def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
     )
 
 
-def _report(pending, progress, written, rate, config, alarmed) -> None:
-  """Brings the last steps' figures from the device; rows, bar, alarms."""
-  seen = jax.device_get(pending)
-  for step, _, aux in seen:
-    if not np.isfinite(aux['loss']):
-      raise ValueError(
-        f'the loss is {aux["loss"]} at step {step}; try a lower '
-        'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
-      )
-  step, _, last = seen[-1]
-  examples = len(seen) * config.batch_size
-  tokens = sum(real for _, real, _ in seen)
-  rates = progress.update(step, float(last['loss']), examples, tokens)
-  sites = metrics.routing(last['routing'])
-  for number, _, aux in seen:
-    row = {
-      'step': number,
-      'loss': float(aux['loss']),
-      'token_accuracy': float(aux['correct'] / aux['tokens']),
-      'router_loss': float(aux['router_loss']),
-      'gradient_norm': float(aux['gradient_norm']),
-      'learning_rate': float(rate(number - 1)),
-    }
-    written.write(row | (rates | {'routing': sites} if number == step else {}))
-  for line in metrics.alarms(sites, config.router_alarm):
-    place = line.split(': expert')[0]
-    if place not in alarmed:
-      alarmed.add(place)
-      progress.say(line)
+def _every(steps: int, done: int) -> bool:
+  return steps > 0 and done % steps == 0
+
+
+def _places(batches) -> tuple[tuple[int, int], ...]:
+  """Where each host's next batch begins."""
+  places = multihost_utils.process_allgather(batches.place())
+  return tuple((int(w), int(r)) for w, r in places.reshape(-1, 2))
 
 
 def _write_json(path: str, value: dict) -> None:
@@ -306,12 +360,15 @@ def main(argv) -> None:
     workdir = os.path.join('workdirs', name)
   workdir = os.path.expanduser(workdir)
   try:
-    train(_CONFIG.value, workdir, _DRY_RUN.value, _MAY_DIFFER.value)
+    may_differ, gin = _MAY_DIFFER.value, command.gin_text()
+    train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
+  except Stopped as e:
+    print(f'\n{e}', file=sys.stderr)
+    sys.exit(e.code)
   except KeyboardInterrupt:
     print(
       f'\nstopped; the same command goes on from the latest checkpoint in '
-      f'{workdir}/checkpoints (one every config.checkpoint.every_steps='
-      f'{_CONFIG.value.checkpoint.every_steps})',
+      f'{workdir}/checkpoints, if there is one',
       file=sys.stderr,
     )
     sys.exit(130)

@@ -3,13 +3,29 @@
 
 One letter names an axis everywhere (einsum, comments, docstrings):
 b batch, t query or target length, s key or source length, d model, n heads,
-h head size, f ffn, v vocabulary, e experts, r rank, l layers.
+h head size, f ffn, v vocabulary, e experts, r rank, l layers, i what a router
+reads (a site's features in one axis), p buckets of relative positions.
 """
 
 from typing import Any, Protocol
 
 import jax
 from flax import struct
+
+# The letters that the axes of stored arrays may have.
+LETTERS = {
+  'd': 'model',
+  'n': 'heads',
+  'h': 'head size',
+  'f': 'ffn',
+  'v': 'vocabulary',
+  'e': 'experts',
+  'r': 'rank',
+  'l': 'layers',
+  'i': 'router input',
+  'p': 'position buckets',
+  's': 'keys',
+}
 
 Array = jax.Array
 Tree = Any  # a nested dict of arrays

@@ -18,6 +18,9 @@ from moepeft.rows import Rows
 
 # Curves stand together by what is before the slash; all else is 'train'.
 _PAGES = {
+  'steps_per_s': 'speed',
+  'inputs_padding': 'data',
+  'targets_padding': 'data',
   'examples_per_s': 'speed',
   'tokens_per_s': 'speed',
   'memory_bytes': 'speed',

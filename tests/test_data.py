@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows in, batches out; broken rows are named by file and line."""
 
-import collections
 import gzip
 import json
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import batching, jsonl, source, sources, vocabulary
+from moepeft.data import batching, jsonl, sources, vocabulary
 from moepeft.data.vocabulary import Bytes
 from moepeft.tasks import Example
 
@@ -121,28 +120,6 @@ def test_closed_templates_get_their_choices_from_training():
   assert ranked.choices == ('n', 'y') and ranked.label == 1
 
 
-def test_an_epoch_is_a_permutation_and_the_next_another():
-  rows = examples({'a': 17})
-  draw = source.shuffled(rows, 3, 'rows')
-  first = [draw(i).idx for i in range(17)]
-  second = [draw(i).idx for i in range(17, 34)]
-  assert sorted(first) == sorted(second) == list(range(17))
-  assert first != second
-  assert first == [source.shuffled(rows, 3, 'rows')(i).idx for i in range(17)]
-  assert first != [source.shuffled(rows, 4, 'rows')(i).idx for i in range(17)]
-
-
-def test_datasets_come_equally_often_whatever_their_size():
-  draw = source.shuffled(examples({'a': 100, 'b': 3, 'c': 11}), 0, 'datasets')
-  seen = [draw(i) for i in range(300)]
-  assert set(collections.Counter(e.task for e in seen).values()) == {100}
-  # Within a dataset, each row as often: 100 draws of 3 rows, of 11 rows.
-  for task, least in (('a', 1), ('b', 33), ('c', 9)):
-    counts = collections.Counter(e.idx for e in seen if e.task == task)
-    assert min(counts.values()) == least
-    assert max(counts.values()) - least <= 1
-
-
 def test_bytes_round_trip_and_know_no_special_ids():
   words = Bytes()
   text = 'naïve 漢字'
@@ -152,7 +129,8 @@ def test_bytes_round_trip_and_know_no_special_ids():
 
 def test_a_batch_has_eos_shifted_targets_and_masks():
   rows = [Example('a', 't', 0, 'ab', 'c', (), -1)]
-  batch = batching.batch_at(lambda i: rows[0], Bytes(), 0, 2, 5, 3)
+  x, y = zip(*batching.encode_all(Bytes(), rows * 2, 5, 3), strict=True)
+  batch = batching.seq2seq(x, y, 5, 3)
   a, b, c = (ord(x) + 3 for x in 'abc')
   np.testing.assert_array_equal(batch['inputs'], [[a, b, 1, 0, 0]] * 2)
   np.testing.assert_array_equal(batch['targets'], [[c, 1, 0]] * 2)
@@ -169,13 +147,13 @@ def test_long_text_is_cut_before_eos_and_reported():
   assert (x[-1], y[-1], len(x), len(y), cut) == (1, 1, 4, 3, True)
 
 
-def test_batches_are_functions_of_the_step():
-  data = config_lib.default().data
-  draw, _, _ = sources(data, seed=3)
-  one = batching.batch_at(draw, Bytes(), 5, 4, 160, 20)
-  two = batching.batch_at(sources(data, seed=3)[0], Bytes(), 5, 4, 160, 20)
-  for key in one:
-    np.testing.assert_array_equal(one[key], two[key])
+def test_many_texts_are_encoded_as_one_by_one():
+  rows = [Example('a', 't', 0, 'naïve 漢字', 'y' * 9, (), -1)] * 2
+  rows.append(Example('a', 't', 0, 'b', 'c', (), -1))
+  many = batching.encode_all(Bytes(), rows, 11, 5)
+  for row, (x, y) in zip(rows, many, strict=True):
+    one = batching.encode(Bytes(), row, 11, 5)
+    assert (x.tolist(), y.tolist()) == one[:2]
 
 
 def test_unknown_sources_are_named():

@@ -158,17 +158,20 @@ def test_weight_decay_of_adafactor_does_not_go_with_the_rate():
   np.testing.assert_allclose(changes[0], [-1.25 - 0.1, 1.25 - 0.7], **CLOSE)
 
 
-def test_adafactor_factors_large_matrices_only():
-  config = card(name='adafactor')
-  # Two axes of at least 128 keep a row's and a column's moments; else all.
-  for shape, kept in (((131, 137), 131 + 137), ((127, 137), 127 * 137)):
-    state = optim.optimizer(config, 10).init(jnp.ones(shape))
-    sizes = [
-      np.size(optax.tree_utils.tree_get(state, key))
-      for key in ('v_row', 'v_col', 'v')
-    ]
-    # Optax leaves one number where it keeps nothing.
-    assert sum(size for size in sizes if size > 1) == kept
+def test_the_clock_of_the_config_is_adafactor_s():
+  # At the released clock a second, smaller gradient is hardly felt: moments
+  # are c g^2 and c (g^2 + (g / 1000)^2), c = 1.1e6^-0.8 = 1.4686e-5, so that
+  # the update is 0.001 / sqrt(c) = 0.2609 of the sign, under the clipping.
+  config = card(name='adafactor', clock=1_100_000)
+  changes, _ = run(config, [(1, -1), (1e-3, -1e-3)])
+  scale = math.sqrt(np.mean((np.array(START) + (-1.25, 1.25)) ** 2))
+  step = 0.25 * 0.2609 * scale
+  # T5X rounds c to 1 / 246 of itself.
+  np.testing.assert_allclose(changes[1], [-step, step], rtol=2e-3)
+  # At no clock the first gradient counts 1 - 2^-0.8 = 0.4257.
+  changes, _ = run(card(name='adafactor'), [(1, -1), (1e-3, -1e-3)])
+  step = 0.25 * 1e-3 / math.sqrt(0.4257) * scale
+  np.testing.assert_allclose(changes[1], [-step, step], rtol=1e-4)
 
 
 def test_names_that_do_not_exist_are_errors():

@@ -32,7 +32,15 @@ _DOCUMENTS = [
   *_CARDS,
 ]
 # What a source distribution is made of, beside the files at the top.
-_FOLDERS = ('configs', 'docs', 'moepeft', 'notebooks', 'tests', 'third_party')
+_FOLDERS = (
+  'configs',
+  'docs',
+  'gin',
+  'moepeft',
+  'notebooks',
+  'tests',
+  'third_party',
+)
 
 
 def _name(path: Path) -> str:
@@ -78,6 +86,17 @@ def test_wheel_holds_the_base_model_and_every_card(wheel):
     assert there.read_bytes() == here.read_bytes()
   for card in _CARDS:
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
+
+
+def test_wheel_holds_every_gin_file_and_finds_it_elsewhere(wheel, tmp_path):
+  here = sorted((_ROOT / 'gin').rglob('*.gin'))
+  there = {p.relative_to(wheel / 'moepeft') for p in wheel.rglob('*.gin')}
+  assert there == {path.relative_to(_ROOT) for path in here}
+  command = [sys.executable, '-m', 'moepeft.count', '--gin_file=gin/mov.gin']
+  env = {**os.environ, 'PYTHONPATH': str(wheel), 'JAX_PLATFORMS': 'cpu'}
+  counted = subprocess.check_output(command, env=env, cwd=tmp_path, text=True)
+  # 30 experts on T5 1.1 large, arXiv:2309.05444.
+  assert json.loads(counted)['peft'] == 12_810_240
 
 
 def test_wheel_names_its_licence_and_never_asks_for_torch(wheel):

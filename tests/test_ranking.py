@@ -10,6 +10,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import evaluate
+from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
 from moepeft.models import t5
 from moepeft.ranking import Ranker, score_choices
@@ -232,7 +233,8 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   # Batches of three: one of long rows, one with a short row and filled up.
   texts = ('abcabc', 'cbacba', 'bcabca', 'a')
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
-  _, judged = judge(tmp_path, ROWS, rows)
+  pairs = batching.encode_all(WORDS, rows, 64, 16)
+  _, judged = judge(tmp_path, ROWS, pairs)
   found = judged.validation_loss(variables(RANDOM))
   # Six tokens and EOS three times, one and EOS once.
   expected = -sum(map(log_likelihood, texts)) / (3 * 7 + 2)

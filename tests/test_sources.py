@@ -53,10 +53,10 @@ def card(group='B'):
 def drawn(group):
   """(training examples, validation): as many of each family."""
   config = card(group)
-  train, validation, rows = sources(config.data, config.seed)
-  assert rows == []
-  families = tasks.families(group)
-  return [train(i) for i in range(COUNT * len(families))], validation
+  found = sources(config.data, config.seed)
+  assert not found.rows
+  count = COUNT * len(tasks.families(group))
+  return [found.train[i] for i in range(count)], found.held_out
 
 
 # A tenth of the instances is held out and a fifth or more of the wordings:
@@ -103,5 +103,5 @@ def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
 
 def test_seeds_give_other_training_examples():
   config = card()
-  one, two = (sources(config.data, seed)[0] for seed in (0, 1))
-  assert [one(i) for i in range(9)] != [two(i) for i in range(9)]
+  one, two = (sources(config.data, seed).train for seed in (0, 1))
+  assert [one[i] for i in range(9)] != [two[i] for i in range(9)]

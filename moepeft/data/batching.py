@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.data.source import Source
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
@@ -27,6 +26,24 @@ def encode(
   x, x_cut = cut(vocabulary, example.inputs, inputs)
   y, y_cut = cut(vocabulary, example.targets, targets)
   return x, y, x_cut or y_cut
+
+
+def encode_all(
+  vocabulary: Vocabulary, examples: Sequence[Example], inputs: int, targets: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(inputs, targets) of many examples, which tokenizers do faster at once."""
+  sides, end = [], np.int32(vocabulary.eos)
+  for texts, length in (
+    ([e.inputs for e in examples], inputs),
+    ([e.targets for e in examples], targets),
+  ):
+    sides.append(
+      [
+        np.append(np.asarray(ids[: length - 1], np.int32), end)
+        for ids in vocabulary.encode_all(texts)
+      ]
+    )
+  return list(zip(*sides, strict=True))
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -58,27 +75,6 @@ def seq2seq(
     'inputs_mask': _real(inputs, inputs_length),
     'targets_mask': _real(targets, targets_length),
   }
-
-
-def batch_at(
-  source: Source,
-  vocabulary: Vocabulary,
-  step: int,
-  batch_size: int,
-  inputs_length: int,
-  targets_length: int,
-) -> dict[str, np.ndarray]:
-  """The batch of a step: a pure function of the step's number."""
-  rows = [
-    encode(vocabulary, source(i), inputs_length, targets_length)
-    for i in range(step * batch_size, (step + 1) * batch_size)
-  ]
-  return seq2seq(
-    [x for x, _, _ in rows],
-    [y for _, y, _ in rows],
-    inputs_length,
-    targets_length,
-  )
 
 
 def _real(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows in P3's form: `.jsonl` or `.jsonl.gz`, one file or a directory.
 
-A training row has `inputs` and `targets`; a row to rank has `inputs`,
-`choices` and `label`. `dataset` (or `task`), `template` and `idx` are kept
-where they are given.
+The fields of a row are in `moepeft.data.rows`.
 """
 
 import collections
@@ -13,36 +11,37 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 
+from moepeft.data import rows as rows_lib
+from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
 # Above this many different targets, a template's answers count as open.
 _MAX_CHOICES = 8
 
 
-def read(path: str, ranked: bool = False) -> list[Example]:
+def read(path: str, ranked: bool = False, on_bad_row: str = 'error') -> Rows:
   """All rows under a path, in the order of file names and lines.
 
   Args:
+    path: a file or a directory.
     ranked: whether every row must have choices and a label.
+    on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
+      reason. A compressed file that ends early is an error in any case.
 
   Raises:
-    ValueError: nothing there, no rows, or a row that is not of the form; the
-      message names the file and the line.
+    ValueError: nothing there, no good rows, or a row that is not of the form;
+      the message names the file and the line.
   """
+  bad = Bad(on_bad_row)
   examples = []
   for file in _files(os.path.expanduser(path)):
     name = os.path.basename(file).split('.jsonl')[0]
-    for number, row in _rows(file):
-      where = f'{file}, line {number}'
-      examples.append(_example(row, name, where))
-      if ranked and not examples[-1].choices:
-        raise ValueError(
-          f"{where}: a row to rank has 'choices' and 'label'; got "
-          f'{", ".join(sorted(row))}'
-        )
-  if not examples:
-    raise ValueError(f'{path} holds no rows; expected JSON lines')
-  return examples
+    for where, row in lines(file, bad):
+      try:
+        examples.append(rows_lib.example(row, name, ranked))
+      except BadRow as e:
+        bad(where, e)
+  return rows_lib.rows(path, examples, bad)
 
 
 def _files(path: str) -> list[str]:
@@ -59,91 +58,43 @@ def _files(path: str) -> list[str]:
   return [os.path.join(path, f) for f in found]
 
 
-def _rows(file: str) -> Iterator[tuple[int, dict]]:
-  # Some editors begin a file with a byte order mark.
-  opener = gzip.open if file.endswith('.gz') else open
-  opened = opener(file, 'rt', encoding='utf-8-sig')
-  with opened as lines:
+def opener(file: str):
+  """What opens a file: `open`, or `gzip.open` for a .gz."""
+  return gzip.open if file.endswith('.gz') else open
+
+
+def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
+  """('FILE, line 1', object) of every line that is not empty.
+
+  Raises:
+    ValueError: the file cannot be read to its end, or as `bad` does.
+  """
+  with opener(file)(file, 'rb') as opened:
     try:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield number, _parse(line, file, number)
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as e:
+      for number, line in enumerate(opened, 1):
+        where = f'{file}, line {number}'
+        try:
+          if line.strip():
+            yield where, _parse(line)
+        except BadRow as e:
+          bad(where, e)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
       raise ValueError(
         f'{file} cannot be read to its end ({e}); copy it again'
       ) from None
 
 
-def _parse(line: str, file: str, number: int) -> dict:
+def _parse(line: bytes) -> dict:
   try:
-    row = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise ValueError(
-      f'{file}, line {number}: not JSON ({e.msg}); mend or remove the line'
-    ) from None
+    # Some editors begin a file with a byte order mark.
+    row = json.loads(line.decode('utf-8-sig'))
+  except (ValueError, RecursionError) as e:
+    # The decoder's own text counts lines too, from the row's beginning.
+    reason = getattr(e, 'msg', e)
+    raise BadRow(f'not JSON ({reason}); mend or remove the line') from None
   if not isinstance(row, dict):
-    raise ValueError(
-      f'{file}, line {number}: expected an object {{...}}; mend or remove the '
-      'line'
-    )
+    raise BadRow('expected an object {...}; mend or remove the line')
   return row
-
-
-def _example(row: dict, name: str, where: str) -> Example:
-  choices, label = _choices(row, where)
-  targets = row.get('targets', choices[label] if choices else None)
-  for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
-    if not isinstance(value, str) or not value.strip():
-      raise ValueError(
-        f'{where}: expected text in {field!r}, got {value!r}; mend or remove '
-        'the row'
-      )
-  idx = row.get('idx', -1)
-  if isinstance(idx, str):
-    # One number for one id, wherever it occurs.
-    idx = zlib.crc32(idx.encode())
-  if type(idx) is not int:
-    raise ValueError(
-      f"{where}: expected a whole number or text in 'idx', got {idx!r}"
-    )
-  return Example(
-    task=row.get('dataset') or row.get('task') or name,
-    template=row.get('template', ''),
-    idx=idx,
-    inputs=row['inputs'],
-    targets=targets,
-    choices=choices,
-    label=label,
-  )
-
-
-def _choices(row: dict, where: str) -> tuple[tuple[str, ...], int]:
-  """A row's choices and the place of the right one; ((), -1) without any."""
-  choices = row.get('choices')
-  if not choices:
-    return (), -1
-  texts = isinstance(choices, list) and all(
-    isinstance(choice, str) and choice.strip() for choice in choices
-  )
-  if not texts or len(set(choices)) < max(len(choices), 2):
-    raise ValueError(
-      f"{where}: expected two or more different texts in 'choices', got "
-      f'{choices!r}'
-    )
-  label, targets = row.get('label'), row.get('targets')
-  if label is None and targets in choices:
-    label = choices.index(targets)
-  if type(label) is not int or not 0 <= label < len(choices):
-    raise ValueError(
-      f'{where}: label {label!r} names none of the {len(choices)} choices; '
-      'labels count from 0'
-    )
-  if targets is not None and targets != choices[label]:
-    raise ValueError(
-      f'{where}: the targets {targets!r} are not the choice that the label '
-      f'names, {choices[label]!r}'
-    )
-  return tuple(choices), label
 
 
 def split(

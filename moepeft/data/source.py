@@ -1,88 +1,209 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training examples come from, as functions of a step's place.
+"""Where training examples come from, by config.
 
-A source is stateless: `source(index)` is the same example at every call, so
-resuming needs the step's number and nothing else.
+What is trained on is endless. Apart from SeqIO's streams it is random-access:
+item i is the same example at every call, whatever was read before it.
 """
 
 import collections
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 
-import numpy as np
+import grain
 from ml_collections import ConfigDict
 
 from moepeft import tasks
-from moepeft.data import jsonl
+from moepeft.data import (
+  batching,
+  hub,
+  jsonl,
+  mixing,
+  mixtures,
+  seqio_cache,
+  seqio_stream,
+  templates,
+)
+from moepeft.data.packing import Pair
+from moepeft.data.rows import Rows
+from moepeft.data.seqio_stream import Stream
+from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
-Source = Callable[[int], Example]
+SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio')
+_ENDLESS = 1 << 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """What a config trains on.
+
+  Attributes:
+    train: endless examples, or a stream of their ids.
+    shares: the share of each dataset in them, which add up to one.
+    rows: the training rows where they have an end, else none.
+    held_out: examples that `train` never gives.
+    notes: lines for the user: what was skipped or left out.
+  """
+
+  train: grain.MapDataset | Stream
+  shares: dict[str, float]
+  rows: Sequence[Example] = ()
+  held_out: Sequence[Example] = ()
+  notes: tuple[str, ...] = ()
+
+  def validation(
+    self, words: Vocabulary, inputs: int, targets: int, count: int
+  ) -> list[Pair]:
+    """At most `count` held-out examples as ids, of all datasets."""
+    if isinstance(self.train, Stream):
+      held_out = self.train.validation(count)
+      return [(e['inputs'], e['targets']) for e in held_out]
+    some = spread(self.held_out, count)
+    return batching.encode_all(words, some, inputs, targets)
+
+
+def spread(rows: Sequence[Example], most: int) -> list[Example]:
+  """Evenly spaced rows, so that every dataset and template has its share."""
+  count = min(most, len(rows))
+  return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def sources(
-  data: ConfigDict, seed: int
-) -> tuple[Source, list[Example], list[Example]]:
-  """A config's training source, its held-out examples, and its rows.
+  data: ConfigDict, seed: int, shard: tuple[int, int] = (0, 1), below: int = 0
+) -> Sources:
+  """Opens config.data.
 
-  Rows are empty where the source has no end.
+  Args:
+    shard: (this host, hosts), which streams of SeqIO are divided by.
+    below: the size of the model's vocabulary, which ids of SeqIO are checked
+      against; 0 for no check.
 
   Raises:
-    ValueError: an unknown source, path, task family or way to sample.
+    ValueError: an unknown source, path, task family or mixture, or rows that
+      are not of the form.
   """
-  if data.source == 'tasks':
-    names = tasks.families(data.tasks)
-    train = functools.partial(tasks.example, names, seed=seed)
-    held_out = tasks.examples(
-      names, 32 * len(names), seed=seed, split='held_out'
+  if data.source not in SOURCES:
+    raise ValueError(
+      f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
     )
-    return train, held_out, []
+  if data.source == 'tasks':
+    return _tasks(data.tasks, seed)
+  if data.source == 'seqio':
+    return _seqio(data, seed, shard, below)
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to '
+      + (
+        '.jsonl rows, or a directory of them'
+        if data.source == 'jsonl'
+        else 'a name on the hub, or local files'
+      )
+    )
   if data.source == 'jsonl':
-    if not data.path:
-      raise ValueError('set config.data.path to .jsonl rows, or a directory')
-    rows = jsonl.read(data.path)
-    train, held_out = jsonl.split(rows, data.held_out)
-    return shuffled(train, seed, data.sample), held_out, train
-  raise ValueError(
-    f"config.data.source is 'tasks' or 'jsonl'; got {data.source!r}"
+    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row)
+  else:
+    rows = hub.read(
+      data.path, data.split, data.templates, data.on_bad_row, seed
+    )
+  return _of_rows(rows, data, seed)
+
+
+def _tasks(group: str, seed: int) -> Sources:
+  names = tasks.families(group)
+  counts = collections.Counter(names)
+  return Sources(
+    train=grain.MapDataset.source(Drawn(names, seed)),
+    shares={name: count / len(names) for name, count in counts.items()},
+    held_out=tasks.examples(
+      names, 32 * len(names), seed=seed, split='held_out'
+    ),
   )
 
 
-def shuffled(rows: Sequence[Example], seed: int, sample: str) -> Source:
-  """An endless stream over rows.
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Embedded tasks, drawn when they are asked for."""
 
-  Args:
-    rows: the training rows.
-    seed: of the order.
-    sample: 'rows', each epoch a new permutation of all rows; or 'datasets',
-      the datasets in turn (in a new order each round), each with permuted
-      epochs of its own.
-  """
-  if sample == 'rows':
-    return lambda i: rows[_place(i, len(rows), (seed, 0))]
-  if sample != 'datasets':
-    raise ValueError(
-      f"config.data.sample is 'rows' or 'datasets'; got {sample!r}"
-    )
+  names: tuple[str, ...]
+  seed: int
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, place: int) -> Example:
+    return tasks.example(self.names, place, seed=self.seed)
+
+
+def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
+  """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
+  train, held_out = jsonl.split(rows, data.held_out)
   groups = collections.defaultdict(list)
-  for row in rows:
-    groups[row.task].append(row)
-  groups = [groups[name] for name in sorted(groups)]
+  for row in train:
+    groups[(row.task, row.template) if data.mixture else row.task].append(row)
+  sizes = {name: len(group) for name, group in groups.items()}
+  notes = list(rows.notes(data.path))
+  if data.mixture:
+    original = _original(data.templates, {dataset for dataset, _ in sizes})
+    found = mixtures.rates(data.mixture, sizes, original)
+    notes += found.notes(data.mixture)
+    weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
+    groups = {_joined(*pair): groups[pair] for pair in found.rates}
+  else:
+    weights = mixing.rates(sizes, data.cap, data.temperature)
+  return Sources(
+    train=mixing.mix(groups, weights, seed),
+    shares=_normalised(weights),
+    rows=train,
+    held_out=held_out,
+    notes=tuple(notes),
+  )
 
-  def pick(i: int) -> Example:
-    group = _place(i, len(groups), (seed, 1))
-    # A dataset comes once in each round, so the round numbers its examples.
-    return groups[group][
-      _place(i // len(groups), len(groups[group]), (seed, 2 + group))
-    ]
 
-  return pick
+def _original(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
+  """(dataset, template) of those that ask for the dataset's own task."""
+  groups = [templates.group(path, name) for name in sorted(names) if path]
+  return {pair for group in groups for pair in group.original}
 
 
-def _place(i: int, size: int, key: tuple[int, ...]) -> int:
-  epoch, offset = divmod(i, size)
-  return int(_permutation(size, (*key, epoch))[offset])
+def _joined(dataset: str, template: str) -> str:
+  return f'{dataset}/{template}'
 
 
-@functools.lru_cache(maxsize=512)
-def _permutation(size: int, key: tuple[int, ...]) -> np.ndarray:
-  return np.random.default_rng(key).permutation(size)
+def _normalised(weights: dict[str, float]) -> dict[str, float]:
+  total = sum(weights.values())
+  return {name: weight / total for name, weight in weights.items()}
+
+
+def _seqio(
+  data: ConfigDict, seed: int, shard: tuple[int, int], below: int
+) -> Sources:
+  """A directory of cached tasks, or what is registered under a name."""
+  notes = ()
+  cached = data.path and not data.module
+  if cached and (not data.mixture or data.mixture in mixtures.MIXTURES):
+    rates = None
+    if data.mixture:
+      sizes = seqio_cache.sizes(data.path, data.split)
+      pairs = {(name, ''): size for name, size in sizes.items()}
+      found = mixtures.rates(data.mixture, pairs)
+      notes = tuple(found.notes(data.mixture))
+      rates = {task: rate for (task, _), rate in found.rates.items()}
+    provider = seqio_cache.mixture(data.path, rates, data.split)
+  elif data.mixture:
+    caches = [data.path] if data.path else []
+    provider = seqio_stream.registered(data.mixture, data.module, caches)
+  else:
+    raise ValueError(
+      'set config.data.mixture to a registered SeqIO task or mixture, or '
+      'config.data.path to a directory of cached tasks'
+    )
+  stream = Stream(
+    provider,
+    data.inputs_length,
+    data.targets_length,
+    seed=seed,
+    split=data.split,
+    shard=shard,
+    below=below,
+  )
+  return Sources(train=stream, shares=stream.rates(), notes=notes)

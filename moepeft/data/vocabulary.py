@@ -3,7 +3,10 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
 
 
 class Vocabulary(Protocol):
@@ -13,6 +16,8 @@ class Vocabulary(Protocol):
   eos: int
 
   def encode(self, text: str) -> list[int]: ...
+
+  def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]: ...
 
   def decode(self, ids: list[int]) -> str: ...
 
@@ -26,6 +31,10 @@ class Bytes:
 
   def encode(self, text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
+
+  def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    ids = (np.frombuffer(text.encode(), np.uint8) for text in texts)
+    return [row.astype(np.int32) + 3 for row in ids]
 
   def __str__(self) -> str:
     return 'bytes'
@@ -60,6 +69,9 @@ class Tokenizer:
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']
+
+  def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    return self._tokenizer(list(texts), add_special_tokens=False)['input_ids']
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -8,7 +8,6 @@ weights are read, no optimizer state.
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import flax.serialization
 import numpy as np
-import tensorstore
 from absl import logging
 
-from moepeft.interop import files, released
+from moepeft.interop import files, released, zarr
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names, t5_names
 from moepeft.models.names import CheckpointError, Shape, Tree
@@ -101,9 +99,15 @@ def save(
   step: int = 0,
   overwrite: bool = False,
 ) -> None:
-  """Writes `path`/checkpoint_<step>, every array in the msgpack index.
+  """Writes `path`/checkpoint_<step> as T5X does: an index and zarr arrays.
 
-  The whole file is built in memory: for tests and small models.
+  There is no optimizer state in it: T5X evaluates from it as it is, and
+  trains from it with RestoreCheckpointConfig.fallback_to_scratch = True.
+
+  Args:
+    config, params: the base.
+    adapter: to go along under the released code's names, in float32.
+    step: of T5X's clock.
 
   Raises:
     CheckpointError: the arrays do not fit `config`, `path` is not empty, or
@@ -125,17 +129,23 @@ def save(
   arrays = names.write(wanted, t5_names.sizes(config), params)
   if adapter is not None:
     arrays = itertools.chain(arrays, released.write(config, adapter))
-  target = {entry.their_name: array for entry, array in arrays}
-  optimizer = {
-    'target': names.unflatten(target),
-    'state': {'step': step, 'param_states': {}},
-  }
   with files.directory(path, overwrite) as made:
-    (made / f'checkpoint_{step}').mkdir()
+    folder = made / f'checkpoint_{step}'
+    folder.mkdir()
+    target = {
+      entry.their_name: zarr.write(
+        folder, f'target.{entry.their_name.replace("/", ".")}', array
+      )
+      for entry, array in arrays
+    }
+    optimizer = {
+      'target': names.unflatten(target),
+      'state': {'step': step, 'param_states': {}},
+    }
     packed = flax.serialization.msgpack_serialize(
       {'version': 3, 'optimizer': optimizer}
     )
-    (made / f'checkpoint_{step}' / INDEX).write_bytes(packed)
+    (folder / INDEX).write_bytes(packed)
 
 
 def find(path: str) -> Path:
@@ -207,35 +217,9 @@ def _leaf(name: str, leaf: Any, folder: Path) -> tuple[Shape, Fetch]:
     )
   place = leaf.get('base', leaf).get('kvstore', {}).get('path', '')
   # The index may remember the bucket that the checkpoint was copied from.
-  zarr = folder / Path(place).name
-  fields = files.read_json(zarr / '.zarray')
-  return tuple(fields['shape']), lambda: _read_zarr(zarr, fields)
-
-
-def _read_zarr(path: Path, fields: Mapping[str, Any]) -> np.ndarray:
-  """Reads a zarr array (version 2); every chunk must be there.
-
-  tensorstore takes an absent chunk for the fill value, or for zeros where
-  the array has none, as T5X's have none: a lost file would go unnoticed.
-  """
-  grid = [
-    range(math.ceil(size / chunk))
-    for size, chunk in zip(fields['shape'], fields['chunks'], strict=True)
-  ]
-  dot = fields.get('dimension_separator', '.')
-  for cell in itertools.product(*grid):
-    chunk = path / (dot.join(map(str, cell)) or '0')
-    if fields.get('fill_value') is None and not chunk.is_file():
-      raise CheckpointError(f'{chunk} is missing: copy the checkpoint again')
-  store = {'driver': 'file', 'path': str(path.resolve())}
-  try:
-    opened = tensorstore.open({'driver': 'zarr', 'kvstore': store}).result()
-    return opened.read().result()
-  except ValueError as error:
-    reason = str(error).splitlines()[0][:200]
-    raise CheckpointError(
-      f'{path} is truncated or damaged ({reason}): copy it again'
-    ) from None
+  path = folder / Path(place).name
+  fields = zarr.fields(path)
+  return tuple(fields['shape']), lambda: zarr.read(path, fields)
 
 
 def _read(

@@ -341,6 +341,7 @@ class Head(nn.Module):
         'kernel',
         Normal(c.d_model**-0.5),
         (c.d_model, c.vocab),
+        'dv',
         self.param_dtype,
       )
     else:

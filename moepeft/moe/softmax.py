@@ -28,7 +28,7 @@ class Softmax(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
     shape = (x.shape[-1], self.experts)
-    kernel = peft_param(self, 'kernel', INIT, shape)
+    kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     return Routing(logits, jax.nn.softmax(noisy, axis=-1))

@@ -42,7 +42,8 @@ class TopK(nn.Module):
       raise ValueError(
         f'topk needs 1 <= k <= experts; got k={self.k} of {self.experts}'
       )
-    kernel = peft_param(self, 'kernel', INIT, (x.shape[-1], self.experts))
+    shape = (x.shape[-1], self.experts)
+    kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     probabilities = jax.nn.softmax(noisy, axis=-1)

@@ -177,5 +177,7 @@ class Core(nn.Module):
   def __call__(self, heads: Heads, ctx: Context) -> Array:
     noisy = ctx.train and self.dropout > 0
     rng = self.make_rng('dropout') if noisy else None
-    f = Frozen(lambda heads: attend(heads, self.scale, rng, self.dropout))
+    f = Frozen(
+      lambda heads: attend(heads, self.scale, rng, self.dropout), outside='nh'
+    )
     return advise(self, self.advice, self.site, f, heads, ctx)

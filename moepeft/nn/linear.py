@@ -7,7 +7,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.nn.parameter import param
-from moepeft.nn.site import Advice, Frozen, advise, contract
+from moepeft.nn.site import (
+  Advice,
+  Frozen,
+  advise,
+  contract,
+  contraction,
+  kernel_letters,
+)
 from moepeft.nn.start import Normal
 from moepeft.typing import Array, Context
 
@@ -35,7 +42,14 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     start = Normal(self.stddev)
-    kernel = param(self, 'kernel', start, self.shape, self.param_dtype)
+    kernel = param(
+      self,
+      'kernel',
+      start,
+      self.shape,
+      kernel_letters(self.eqn),
+      self.param_dtype,
+    )
     f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate)
     return advise(self, self.advice, self.site, f, x, ctx)
 
@@ -49,7 +63,15 @@ def frozen_einsum(eqn: str, kernel: Array, dtype, accumulate=None) -> Frozen:
   def call(x):
     return contract(eqn, x.astype(dtype), weight(), accumulate)
 
-  return Frozen(call, eqn=eqn, shape=kernel.shape, kernel=weight)
+  _, inside, outside, _ = contraction(eqn)
+  return Frozen(
+    call,
+    eqn=eqn,
+    shape=kernel.shape,
+    inside=inside,
+    outside=outside,
+    kernel=weight,
+  )
 
 
 class Embedding(nn.Module):
@@ -67,7 +89,7 @@ class Embedding(nn.Module):
   def __call__(self, ids: Array, ctx: Context) -> Array:
     shape = (self.vocab, self.d_model)
     start = Normal(self.stddev)
-    table = param(self, 'embedding', start, shape, self.param_dtype)
+    table = param(self, 'embedding', start, shape, 'vd', self.param_dtype)
 
     def weight():
       return table.astype(self.dtype)
@@ -75,6 +97,7 @@ class Embedding(nn.Module):
     f = Frozen(
       lambda ids: jnp.take(weight(), ids, axis=0),
       shape=shape,
+      outside='d',
       kernel=weight,
     )
     return advise(self, self.advice, self.site, f, ids, ctx)

@@ -51,8 +51,8 @@ class Mlp(nn.Module):
       self.wi_1 = linear('wi_1', 'btd,df->btf', d, f)
     else:
       self.wi = linear('wi', 'btd,df->btf', d, f)
-    self.act = Tap(f'{self.site}/act', self.advice)
-    self.hidden = Tap(f'{self.site}/hidden', self.advice)
+    self.act = Tap(f'{self.site}/act', self.advice, 'f')
+    self.hidden = Tap(f'{self.site}/hidden', self.advice, 'f')
     self.wo = linear('wo', 'btf,fd->btd', f, d)
     self.drop = nn.Dropout(self.dropout)
     # The block calls it, so that the sublayer's own input is normed.

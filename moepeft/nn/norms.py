@@ -31,10 +31,12 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    scale = param(self, 'scale', Fill(1), (x.shape[-1],), self.param_dtype)
+    scale = param(self, 'scale', Fill(1), x.shape[-1:], 'd', self.param_dtype)
     f = Frozen(
       lambda x: rms_norm(x, scale, self.eps),
       shape=scale.shape,
+      inside='d',
+      outside='d',
       kernel=lambda: scale,
     )
     return advise(self, self.advice, self.site, f, x, ctx)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.nn.start import STARTS, Start
+from moepeft.nn.start import LABELS, Label, Start
 from moepeft.typing import Array
 
 COLLECTION = 'peft'
@@ -17,15 +17,24 @@ def param(
   name: str,
   start: Start,
   shape: tuple[int, ...],
+  letters: str,
   dtype=jnp.float32,
 ) -> Array:
-  """An array of the base model, in the collection 'params'."""
-  _tell(module, name, start)
+  """An array of the base model, in the collection 'params'.
+
+  Args:
+    letters: one for each axis of `shape`, as in the legend.
+  """
+  _tell(module, name, shape, Label('params', letters, start))
   return module.param(name, start, shape, dtype)
 
 
 def peft_param(
-  module: nn.Module, name: str, init: Start | Callable, shape: tuple[int, ...]
+  module: nn.Module,
+  name: str,
+  init: Start | Callable,
+  shape: tuple[int, ...],
+  letters: str,
 ) -> Array:
   """A trainable array of an adapter or router, float32 [shape].
 
@@ -34,9 +43,10 @@ def peft_param(
   Args:
     init: `Normal`, `Fill`, or a function (key, shape, dtype) -> array where
       the start depends on the base's weights (DoRA's magnitude).
+    letters: one for each axis of `shape`, as in the legend.
   """
-  if isinstance(init, Start):
-    _tell(module, name, init)
+  start = init if isinstance(init, Start) else None
+  _tell(module, name, shape, Label(COLLECTION, letters, start))
   variable = module.variable(
     COLLECTION,
     name,
@@ -51,7 +61,14 @@ def peft_param(
   return variable.value
 
 
-def _tell(module: nn.Module, name: str, start: Start) -> None:
-  """Leaves the start where whoever asked by an rng finds it."""
-  if module.has_rng(STARTS):
-    module.variable(STARTS, name, lambda: start)
+def _tell(module: nn.Module, name: str, shape, label: Label) -> None:
+  """Leaves the array's label where whoever asked by an rng finds it."""
+  if not module.has_rng(LABELS):
+    return
+  if len(label.letters) != len(shape):
+    path = '/'.join((*module.path, name))
+    raise ValueError(
+      f'{path}: expected a letter for each axis of {shape}; got '
+      f'{label.letters!r}'
+    )
+  module.variable(LABELS, name, lambda: label)

@@ -54,6 +54,7 @@ class RelativeBias(nn.Module):
       'embedding',
       Normal(self.stddev),
       (self.buckets, self.heads),
+      'pn',
       self.param_dtype,
     )
     bucket = relative_bucket(

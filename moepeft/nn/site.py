@@ -13,7 +13,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.nn.start import STARTS
+from moepeft.nn.start import LABELS
 from moepeft.typing import Array, Context
 
 
@@ -41,6 +41,8 @@ class Frozen:
     eqn: the einsum of `x` and the kernel, letters as in the legend; None
       where the site has no weight.
     shape: the kernel's shape.
+    inside, outside: the letters of what x and y have after [b, t], 'd' and
+      'nh'; '' where that is no plain array of features (token ids, `Heads`).
     kernel: () -> the (dequantised) weight in the compute dtype.
     bias: the bias, or None.
     module: for a sublayer, the Flax module behind `call`, whose lifted
@@ -51,6 +53,8 @@ class Frozen:
   call: Callable[[Array], Array]
   eqn: str | None = None
   shape: tuple[int, ...] = ()
+  inside: str = ''
+  outside: str = ''
   kernel: Callable[[], Array] | None = None
   bias: Array | None = None
   module: nn.Module | None = None
@@ -77,17 +81,18 @@ class Frozen:
       variable_axes={
         'params': None,
         'peft': 0,
-        STARTS: 0,
+        LABELS: 0,
         'routing': 0,
         'weights': 0,
       },
       split_rngs={
         'params': False,
         'peft': True,
-        STARTS: True,
+        LABELS: True,
         'dropout': True,
         'router': True,
       },
+      metadata_params={'peft': 'e'},
     )
     return lambda x: lifted(self.module, x)
 
@@ -109,14 +114,24 @@ def _wrap(adapter: nn.Module, f: Frozen, ctx: Context) -> Frozen:
 
 
 class Tap(nn.Module):
-  """A site without weights: advice on a value that flows by."""
+  """A site without weights: advice on a value that flows by.
+
+  Attributes:
+    letters: of the value's features, after [b, t].
+  """
 
   site: str
   advice: Advice
+  letters: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    f = Frozen(lambda x: x, shape=x.shape[2:])
+    f = Frozen(
+      lambda x: x,
+      shape=x.shape[2:],
+      inside=self.letters,
+      outside=self.letters,
+    )
     return advise(self, self.advice, self.site, f, x, ctx)
 
 
@@ -132,7 +147,13 @@ class Around(nn.Module):
 
   @nn.compact
   def __call__(self, module: nn.Module, run, x, ctx: Context):
-    f = Frozen(lambda x: run(module, x), module=module, run=run)
+    f = Frozen(
+      lambda x: run(module, x),
+      inside='d',
+      outside='d',
+      module=module,
+      run=run,
+    )
     return advise(self, self.advice, self.site, f, x, ctx)
 
 
@@ -167,9 +188,14 @@ def contract(eqn: str, x: Array, kernel: Array, accumulate=None) -> Array:
   return jnp.einsum(eqn, x, kernel, preferred_element_type=accumulate)
 
 
+def kernel_letters(eqn: str) -> str:
+  """'btd,dnh->btnh' -> 'dnh'."""
+  return eqn.split('->')[0].split(',')[1]
+
+
 def sizes(eqn: str, shape: tuple[int, ...]) -> dict[str, int]:
   """The size of each letter of the kernel: {'d': 512, 'n': 6, 'h': 64}."""
-  return dict(zip(eqn.split('->')[0].split(',')[1], shape, strict=True))
+  return dict(zip(kernel_letters(eqn), shape, strict=True))
 
 
 def flatten_features(x: Array, keep: int = 2) -> Array:

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.nn.start import STARTS
+from moepeft.nn.start import LABELS
 from moepeft.typing import Array, Context
 
 REMAT = {
@@ -15,9 +15,9 @@ REMAT = {
 }
 
 # Everything that a layer owns or reports has its layers on axis 0.
-COLLECTIONS = ('params', 'peft', STARTS, 'routing', 'weights', 'cache')
+COLLECTIONS = ('params', 'peft', LABELS, 'routing', 'weights', 'cache')
 AXES = dict.fromkeys(COLLECTIONS, 0)
-RNGS = dict.fromkeys(('params', 'peft', STARTS, 'dropout', 'router'), True)
+RNGS = dict.fromkeys(('params', 'peft', LABELS, 'dropout', 'router'), True)
 
 
 def stack(
@@ -60,6 +60,7 @@ def stack(
     in_axes=(0, nn.broadcast, nn.broadcast),
     length=length,
     unroll=min(unroll, length),
+    metadata_params={'params': 'l', 'peft': 'l'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 

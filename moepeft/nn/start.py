@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How arrays start, as values: a model's first weights without a program.
+"""What arrays say of themselves: how they start, and their axes' letters.
 
 A model initialised under jit is a program of random bits, one stream an array,
 that takes longer to compile than the training step. Here the host draws, from
@@ -16,11 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from moepeft.typing import Array, Batch, Tree
 
 # The collection, and the rng that asks for it, in which arrays say it.
-STARTS = 'starts'
+LABELS = 'labels'
 
 
 @jax.tree_util.register_static
@@ -56,10 +57,48 @@ class Fill:
 Start = Normal | Fill
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Label(meta.AxisMetadata):
+  """What an array says of itself; static, of no array.
+
+  Scanned layers and vmapped experts put their letter in front by themselves:
+  `metadata_params` of the transform is {collection: letter}.
+
+  Attributes:
+    collection: 'params' or 'peft', which the array is in.
+    letters: its axes, 'ldnh'; the legend is in moepeft.typing.
+    start: how it starts; None where that depends on the base's weights.
+  """
+
+  collection: str
+  letters: str
+  start: Start | None
+
+  def add_axis(self, index: int, params: dict[str, str]) -> 'Label':
+    before, after = self.letters[:index], self.letters[index:]
+    letters = before + params.get(self.collection, '') + after
+    return dataclasses.replace(self, letters=letters)
+
+  def remove_axis(self, index: int, params: dict[str, str]) -> 'Label':
+    own = self.collection in params
+    letters = self.letters[:index] + self.letters[index + own :]
+    return dataclasses.replace(self, letters=letters)
+
+  def unbox(self) -> None:
+    return None
+
+  def replace_boxed(self, val: Any) -> 'Label':
+    return self
+
+
 def fresh(
   model: nn.Module, batch: Batch, seed: int, params: Tree | None = None
 ) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...} of a model that has not been trained.
+
+  Host arrays, but for what is computed from the base: they may be more than
+  one device holds.
 
   What an array draws is a function of the seed and its path: the same
   whatever adapters are beside it, on every device and mesh.
@@ -68,21 +107,41 @@ def fresh(
     batch: the smallest that the model takes.
     params: the base's weights; None draws them too.
   """
-  key = jax.random.key(seed)
-  rngs = dict.fromkeys(('params', 'peft', STARTS), key)
-  shapes = jax.eval_shape(lambda: model.init(rngs, batch))
-  starts = _flatten(shapes[STARTS])
+  shapes = _shapes(model, batch)
+  starts = {path: a.start for path, a in _flatten(shapes[LABELS]).items()}
   if params is None:
     params = _draw(_flatten(shapes['params']), starts, seed)
-  params = jax.tree.map(jnp.asarray, params)
   wanted = _flatten(shapes.get('peft', {}))
-  known = {path: leaf for path, leaf in wanted.items() if path in starts}
+  known = {path: leaf for path, leaf in wanted.items() if starts[path]}
   peft = _flatten(_draw(known, starts, seed))
   if known != wanted:
     # These depend on the base's weights.
+    key = jax.random.key(seed)
     computed = _flatten(_computed(model, batch, params, key))
     peft |= {path: computed[path] for path in wanted.keys() - known.keys()}
   return {'params': params, 'peft': _unflatten(peft)}
+
+
+def letters(model: nn.Module, batch: Batch) -> dict[str, Tree]:
+  """{'params': ..., 'peft': ...}: the letters of every array, by its path.
+
+  Args:
+    batch: the smallest that the model takes.
+  """
+  shapes = _shapes(model, batch)
+  labels = _flatten(shapes[LABELS])
+  return {
+    name: _unflatten(
+      {path: labels[path].letters for path in _flatten(shapes.get(name, {}))}
+    )
+    for name in ('params', 'peft')
+  }
+
+
+def _shapes(model: nn.Module, batch: Batch) -> dict[str, Tree]:
+  """All collections without an array: shapes, and the arrays' labels."""
+  rngs = dict.fromkeys(('params', 'peft', LABELS), jax.random.key(0))
+  return jax.eval_shape(lambda: model.init(rngs, batch))
 
 
 def _draw(
@@ -92,7 +151,7 @@ def _draw(
   drawn = {}
   for path, leaf in shapes.items():
     rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
-    drawn[path] = jnp.asarray(starts[path].draw(rng, leaf.shape, leaf.dtype))
+    drawn[path] = starts[path].draw(rng, leaf.shape, leaf.dtype)
   return _unflatten(drawn)
 
 

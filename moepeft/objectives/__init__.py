@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: pure functions `(apply, variables, batch, rngs) -> (loss, aux)`.
+"""Objectives: pure functions `(apply, variables, batch, rngs) -> (sum, aux)`.
 
-A new one is one new file and one line in OBJECTIVES.
+The sum is divided by aux['weight'], which depends on data alone: parts of a
+batch add up to the whole. A new one is one new file and one line in
+OBJECTIVES.
 """
 
+import functools
 from collections.abc import Callable
 
 from moepeft.objectives import seq2seq
+from moepeft.objectives.loss import PLAIN, Loss
 
 OBJECTIVES = {'seq2seq': seq2seq.objective}
 
 
-def objective_of(name: str) -> Callable:
-  """The objective that config.objective names.
+def objective_of(name: str, loss: Loss = PLAIN) -> Callable:
+  """The objective that config.objective names, with what config.loss says.
 
   Raises:
     ValueError: there is no such objective.
@@ -21,4 +25,4 @@ def objective_of(name: str) -> Callable:
     raise ValueError(
       f'config.objective is one of {", ".join(OBJECTIVES)}; got {name!r}'
     )
-  return OBJECTIVES[name]
+  return functools.partial(OBJECTIVES[name], loss=loss)

@@ -5,45 +5,58 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from moepeft.nn.precision import wide
+from moepeft.objectives.loss import (
+  PLAIN,
+  Loss,
+  divisors,
+  minimised_losses,
+  token_losses,
+)
 from moepeft.typing import Array, Batch, Tree
 
 
-def token_losses(logits: Array, targets: Array) -> Array:
-  """-log p of each target in nats: [b, t, v] and [b, t] -> [b, t]."""
-  return optax.softmax_cross_entropy_with_integer_labels(wide(logits), targets)
-
-
 def objective(
-  apply: Callable, variables: Tree, batch: Batch, rngs: dict[str, Array] | None
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rngs: dict[str, Array] | None,
+  loss: Loss = PLAIN,
 ) -> tuple[Array, dict[str, Tree]]:
-  """Mean loss of a real target token, and what was seen on the way.
+  """The sum of target losses, and what was seen on the way.
+
+  Everything is a sum, so that parts of a batch add up to the whole; the loss
+  is `mean(total, aux)`.
 
   Args:
     apply: the model's `apply`.
     variables: {'params': ..., 'peft': ...}.
-    batch: inputs, decoder_inputs, targets and their masks.
+    batch: inputs, decoder_inputs, targets and their masks; packed rows have
+      inputs_segments and targets_segments too.
     rngs: keys 'dropout' and 'router' in training, None in evaluation.
+    loss: what is minimised; nothing in aux but 'weight' depends on it.
 
   Returns:
-    The loss in nats a token, and {'tokens': real target tokens, 'correct':
-    how many of them are the most probable, 'routing': sums of every site}.
+    The sum in nats, and {'weight': what to divide it by, a function of the
+    batch alone; 'tokens': real target tokens; 'nll': the sum of their -log p,
+    whatever `loss` says; 'correct': how many of them are the most probable;
+    'routing': sums of every site}.
   """
   logits, seen = apply(
     variables, batch, train=rngs is not None, rngs=rngs, mutable=['routing']
   )
   real = batch['targets_mask']
-  tokens = jnp.maximum(jnp.sum(real), 1)
-  losses = token_losses(logits, batch['targets'])
+  nll = token_losses(logits, batch['targets'])
+  losses = minimised_losses(nll, logits, loss)
+  lengths, weight = divisors(batch, loss.per)
   correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & real
-  aux = {
-    'tokens': tokens,
+  return jnp.sum(jnp.where(real, losses / lengths, 0)), {
+    'weight': weight,
+    'tokens': jnp.sum(real),
+    'nll': jnp.sum(jnp.where(real, nll, 0)),
     'correct': jnp.sum(correct),
     'routing': seen.get('routing', {}),
   }
-  return jnp.sum(jnp.where(real, losses, 0)) / tokens, aux
 
 
 def sequence_log_likelihood(

@@ -30,10 +30,10 @@ class Ia3(nn.Module):
     if self.on not in ('output', 'input'):
       raise ValueError(f"ia3's `on` is 'output' or 'input'; got {self.on!r}")
     if self.on == 'input':
-      scale = peft_param(self, 'scale', ONES, x.shape[2:])
+      scale = peft_param(self, 'scale', ONES, x.shape[2:], f.inside)
       return f(x * scale.astype(x.dtype))
     y = f(x)
-    scale = peft_param(self, 'scale', ONES, y.shape[2:])
+    scale = peft_param(self, 'scale', ONES, y.shape[2:], f.outside)
     return y * scale.astype(y.dtype)
 
 

@@ -64,8 +64,8 @@ class Lora(nn.Module):
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
     inside, outside = shapes(f, 'lora')
-    a = peft_param(self, 'a', INIT_A, (*inside, self.rank))
-    b = peft_param(self, 'b', INIT_B, (self.rank, *outside))
+    a = peft_param(self, 'a', INIT_A, (*inside, self.rank), f'{f.inside}r')
+    b = peft_param(self, 'b', INIT_B, (self.rank, *outside), f'r{f.outside}')
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)

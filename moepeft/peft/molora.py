@@ -37,8 +37,8 @@ class MoLora(nn.Module):
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'molora')
     ranks = (self.experts, self.rank)
-    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks))
-    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside))
+    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
+    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
     p = route(self, self.router, flatten_features(x), ctx).weights
     y = f(x)
     drop = nn.Dropout(self.dropout)

@@ -43,7 +43,7 @@ class MoV(nn.Module):
       )
     y = f(x)
     shape = (self.experts, *y.shape[2:])
-    scale = peft_param(self, 'scale', ONES, shape)
+    scale = peft_param(self, 'scale', ONES, shape, f'e{f.outside}')
     if self.reads == 'heads' and y.ndim == 4:
       p = route(self, self.router, y, ctx).weights
       mixed = jnp.einsum('btne,enh->btnh', p, scale)

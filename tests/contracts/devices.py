@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft import config as config_lib
-from moepeft import optim, sharding, train
+from moepeft import optim, placement, sharding, train
 from moepeft.models import names
+from moepeft.nn import start
 from moepeft.typing import State
 
 from . import small
@@ -25,7 +26,7 @@ def train_three(method: str) -> dict[str, np.ndarray]:
   noise = 0.0 if method == 'full' else 0.1
   variables = small.variables(method, noise=noise)
   optimizer = optim.optimizer(config.optimizer, 10)
-  mesh = sharding.make_mesh()
+  layout = sharding.layout()
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
@@ -34,10 +35,12 @@ def train_three(method: str) -> dict[str, np.ndarray]:
     opt=optimizer.init(trainable),
     rng=jax.random.key(0),
   )
-  state = sharding.replicate(mesh, state)
+  letters = start.letters(model, small.batch())
+  where = placement.state_shardings(layout, state, letters, built.trainable)
+  state = placement.place(state, where, optimizer.init)
   update = jax.jit(train.make_update(model, built, config, optimizer))
   for seed in range(3):
-    batch = sharding.shard_batch(mesh, small.batch(rows=8, seed=seed))
+    batch = sharding.shard_batch(layout.mesh, small.batch(rows=8, seed=seed))
     state, aux = update(state, batch)
   trained = names.flatten(jax.tree.map(np.asarray, state.trainable))
   return trained | {'loss': np.asarray(aux['loss'])}

@@ -36,8 +36,10 @@ class Dora(nn.Module):
   @nn.compact
   def __call__(self, f, x, ctx):
     inside, outside = lora.shapes(f, 'dora')
-    a = peft_param(self, 'a', lora.INIT_A, (*inside, self.rank))
-    b = peft_param(self, 'b', lora.INIT_B, (self.rank, *outside))
+    a = peft_param(self, 'a', lora.INIT_A, (*inside, self.rank), f'{f.inside}r')
+    b = peft_param(
+      self, 'b', lora.INIT_B, (self.rank, *outside), f'r{f.outside}'
+    )
     _, inner, outer, _ = contraction(f.eqn)
     letters = f.eqn.split('->')[0].split(',')[1]
     weight = f.kernel()
@@ -47,7 +49,9 @@ class Dora(nn.Module):
     def norm(w):
       return jnp.sqrt(jnp.sum(w * w, axis=axes))
 
-    magnitude = peft_param(self, 'magnitude', lambda *_: norm(weight), outside)
+    magnitude = peft_param(
+      self, 'magnitude', lambda *_: norm(weight), outside, f.outside
+    )
     changed = weight + term
     scale = magnitude / jax.lax.stop_gradient(norm(changed))
     return jnp.einsum(f.eqn, x, changed) * scale
@@ -62,8 +66,8 @@ class Prefix(nn.Module):
   def __call__(self, f, x, ctx):
     shape = (self.length, *x.k.shape[2:])
     init = Normal(0.5)
-    k = peft_param(self, 'k', init, shape)
-    v = peft_param(self, 'v', init, shape)
+    k = peft_param(self, 'k', init, shape, 'snh')
+    v = peft_param(self, 'v', init, shape, 'snh')
 
     def longer(prefix, rest):
       batched = jnp.broadcast_to(prefix, (rest.shape[0], *prefix.shape))

@@ -11,6 +11,7 @@ import pytest
 
 from moepeft.models import names, t5
 from moepeft.nn.start import fresh
+from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective
 from moepeft.peft import METHODS, build
 
@@ -101,9 +102,9 @@ def gradients(method, remat):
   variables = small.variables(method, noise=0.1)
 
   def loss(peft):
-    return objective(
-      model.apply, {**variables, 'peft': peft}, small.batch(), None
-    )[0]
+    return mean(
+      *objective(model.apply, {**variables, 'peft': peft}, small.batch(), None)
+    )
 
   return jax.jit(jax.grad(loss))(variables['peft'])
 

@@ -10,6 +10,7 @@ import pytest
 from moepeft.models import t5
 from moepeft.moe import stats
 from moepeft.nn.start import fresh
+from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective
 from moepeft.peft import build
 
@@ -38,9 +39,11 @@ def test_a_probe_trains_under_scan_remat_and_jit(name, remat):
   @jax.jit
   def update(peft, opt):
     def loss(peft):
-      return objective(
-        model.apply, {**variables, 'peft': peft}, small.batch(), None
-      )[0]
+      return mean(
+        *objective(
+          model.apply, {**variables, 'peft': peft}, small.batch(), None
+        )
+      )
 
     value, gradient = jax.value_and_grad(loss)(peft)
     changes, opt = optimizer.update(gradient, opt)

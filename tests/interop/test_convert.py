@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `python -m moepeft.convert`."""
 
+import json
 import sys
 import types
 
@@ -121,18 +122,84 @@ def test_top_k_comes_from_the_flag(run):
   assert 'router=topk(k=1, renormalize=False)' in method
 
 
-def test_workdir_exports_what_was_trained(run, monkeypatch):
-  tree, card = own.load('moepeft')
-  module = types.ModuleType('moepeft.checkpoint')
-  found = card | {'trainable': 'peft', 'seed': 5}
-  module.restore_trained = lambda workdir: (tree, found)
-  monkeypatch.setitem(sys.modules, 'moepeft.checkpoint', module)
-  monkeypatch.setattr('moepeft.checkpoint', module, raising=False)
+@pytest.fixture
+def trained(run, tmp_path, monkeypatch):
+  """Puts a run's result into the work directory 'run'."""
+
+  def put(tree, **entries):
+    card = own.load('moepeft')[1] | {'seed': 5, 'step': 7} | entries
+    module = types.ModuleType('moepeft.checkpoint')
+    module.restore_trained = lambda workdir: (tree, card)
+    monkeypatch.setitem(sys.modules, 'moepeft.checkpoint', module)
+    monkeypatch.setattr('moepeft.checkpoint', module, raising=False)
+    (tmp_path / 'run').mkdir()
+    config = {'optimizer': {'clock': 1_100_000}}
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
+
+  return put
+
+
+def test_workdir_exports_what_was_trained(run, trained):
+  trained(LORA.tree, trainable='peft')
   assert run('--workdir=run', '--output=out') == (0, '')
-  assert own.load('out')[1] == card
+  assert own.load('out')[1] == own.load('moepeft')[1]
   for name in (own.ARRAYS, own.CARD):
     with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
       assert ours.read() == f.read()
+
+
+@pytest.mark.parametrize('adapter', [LORA, MOV], ids=['lora', 'mov'])
+def test_a_run_becomes_a_t5x_checkpoint_of_its_step(run, trained, adapter):
+  trained(adapter.tree, trainable='peft', method=adapter.method)
+  assert run('--workdir=run', '--output=out', '--to=t5x') == (0, '')
+  # 7 steps after the 1,100,000 of config.optimizer.clock.
+  loaded = t5x.load('out/checkpoint_1100007')
+  assert_equal_trees(loaded.params, PARAMS)
+  assert loaded.adapter.method == adapter.method
+  assert_equal_trees(loaded.adapter.tree, adapter.tree)
+
+
+def test_a_run_on_a_moved_base_names_it(run, trained):
+  trained(LORA.tree, trainable='peft')
+  arguments = ('--workdir=run', '--output=out', '--to=t5x')
+  assert run(*arguments, '--base=t5x') == (0, '')
+  hf.save('other', CONFIG, random_params(CONFIG, seed=9))
+  code, error = run(*arguments, '--base=other', '--overwrite')
+  assert (code, 'other is not the base' in error) == (2, True)
+
+
+def test_a_run_becomes_a_peft_adapter(run, trained):
+  trained(LORA.tree, trainable='peft')
+  assert run('--workdir=run', '--output=out', '--to=peft') == (0, '')
+  assert_equal_trees(peft.load('out', CONFIG).tree, LORA.tree)
+
+
+@pytest.mark.parametrize('form', ['hf', 't5x'])
+def test_a_whole_trained_model_goes_out(run, trained, form):
+  params = random_params(CONFIG, seed=3)
+  trained(params, trainable='params', method='full')
+  arguments = ('--workdir=run', '--output=out', f'--to={form}')
+  assert run(*arguments) == (0, '')
+  path = {'hf': 'out', 't5x': 'out/checkpoint_1100007'}[form]
+  loaded = {'hf': hf, 't5x': t5x}[form].load(path)
+  assert_equal_trees(loaded.params, params)
+
+
+@pytest.mark.parametrize(
+  ('trainable', 'options', 'said'),
+  [
+    ('peft', ['--to=hf'], 'trained an adapter and --to=hf'),
+    ('params', ['--to=peft'], 'trained a whole model'),
+    ('params', ['--to=moepeft'], 'trained a whole model'),
+    ('params', ['--to=t5x', '--dtype=float16'], '--dtype casts'),
+  ],
+)
+def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
+  run, trained, trainable, options, said
+):
+  trained(PARAMS if trainable == 'params' else LORA.tree, trainable=trainable)
+  code, error = run('--workdir=run', '--output=out', *options)
+  assert (code, said in error) == (2, True)
 
 
 @pytest.mark.parametrize(

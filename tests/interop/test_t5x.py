@@ -2,7 +2,10 @@
 """T5X checkpoints, base and the released code's adapters."""
 
 import dataclasses
+import json
+import os
 import shutil
+from pathlib import Path
 
 import flax.serialization
 import numpy as np
@@ -22,6 +25,8 @@ from .cases import (
 )
 
 CONFIG = CONFIGS['gated-untied']
+FIXTURES = Path(__file__).parents[3] / 'shared' / 'fixtures'
+OFFICIAL = Path(os.environ.get('MOEPEFT_FIXTURES', FIXTURES)) / 'official'
 ATTENTION = ('encoder/self', 'decoder/self', 'decoder/cross')
 MLP = ('encoder/mlp', 'decoder/mlp')
 
@@ -110,6 +115,59 @@ def test_adapter_round_trip_is_exact(adapter, tmp_path):
   assert loaded.sha256 == names.content_hash(params)
   assert loaded.adapter.method == adapter.method
   assert_equal_trees(loaded.adapter.tree, adapter.tree)
+
+
+def read_form(folder):
+  """(the index without param_states, the weights' .zarray and chunks)."""
+  packed = (folder / 'checkpoint').read_bytes()
+  index = flax.serialization.msgpack_restore(packed)
+  index['optimizer']['state'].pop('param_states')
+  arrays = {}
+  for place in folder.glob('target.*'):
+    metadata = json.loads((place / '.zarray').read_text())
+    arrays[place.name] = metadata, sorted(p.name for p in place.iterdir())
+  return index, arrays
+
+
+@pytest.mark.skipif(
+  not OFFICIAL.is_dir(), reason=f'{OFFICIAL} is not part of the project'
+)
+@pytest.mark.parametrize('name', ['t5x_t5', 't5x_molora'])
+def test_what_is_written_has_the_form_that_t5x_writes(name, tmp_path):
+  (theirs,) = (OFFICIAL / name).glob('checkpoint_*')
+  step = int(theirs.name.rpartition('_')[2])
+  loaded = t5x.load(str(theirs))
+  assert (loaded.adapter is not None) == (name == 't5x_molora')
+  t5x.save(tmp_path / 'x', loaded.config, loaded.params, loaded.adapter, step)
+  ours = tmp_path / 'x' / theirs.name
+  assert read_form(ours) == read_form(theirs)
+  again = t5x.load(str(ours))
+  assert_equal_trees(again.params, loaded.params)
+  assert again.sha256 == loaded.sha256
+  if loaded.adapter is not None:
+    assert again.adapter.method == loaded.adapter.method
+    assert_equal_trees(again.adapter.tree, loaded.adapter.tree)
+
+
+@pytest.mark.parametrize(
+  'method', ['ia3', 'lora(rank=3)', 'mov(experts=3)', 'molora(rank=3)']
+)
+def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
+  jax = pytest.importorskip('jax')
+  from moepeft.models.t5 import T5, sites
+  from moepeft.peft import build
+  from moepeft.peft.build import function_of
+
+  built = build(method, sites(CONFIG))
+  batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
+  keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  tree = jax.device_get(T5(CONFIG, built.advice).init(keys, batch)['peft'])
+  adapter = Adapter(built.method, tree)
+  t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
+  found = t5x.load(str(tmp_path / 'x')).adapter
+  assert_equal_trees(found.tree, tree)
+  again = build(found.method, sites(CONFIG))
+  assert function_of(again.advice) == function_of(built.advice)
 
 
 def test_inferred_method_builds_the_tree_that_was_read(adapter):
@@ -223,14 +281,18 @@ def test_a_config_that_t5x_cannot_imply_is_refused(tmp_path):
     t5x.save(tmp_path / 'x', config, random_params(config))
 
 
-def test_chunked_arrays_are_put_together(tmp_path, monkeypatch):
+def test_arrays_inside_of_the_index_are_read(tmp_path, monkeypatch):
   # 40 bytes: every matrix is stored in several pieces.
   monkeypatch.setattr(flax.serialization, 'MAX_CHUNK_SIZE', 40)
-  params = random_params(CONFIG)
-  t5x.save(tmp_path / 'x', CONFIG, params)
-  packed = (tmp_path / 'x' / 'checkpoint_0' / 'checkpoint').read_bytes()
+  target = names.unflatten(released_arrays(CONFIG))
+  packed = flax.serialization.msgpack_serialize(
+    {'version': 3, 'optimizer': {'target': target}}
+  )
   assert b'__msgpack_chunked_array__' in packed
-  assert_equal_trees(t5x.load(str(tmp_path / 'x')).params, params)
+  (tmp_path / 'checkpoint_0').mkdir()
+  (tmp_path / 'checkpoint_0' / 'checkpoint').write_bytes(packed)
+  loaded = t5x.load(str(tmp_path))
+  assert_equal_trees(loaded.params, random_params(CONFIG))
 
 
 def test_the_latest_checkpoint_of_a_parent_is_read(tmp_path):

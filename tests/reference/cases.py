@@ -19,6 +19,7 @@ from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 from moepeft.models.t5 import T5, T5Config, sites
 from moepeft.nn.site import Advice
+from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective, sequence_log_likelihood
 from moepeft.peft import build
 
@@ -60,7 +61,7 @@ class Case:
     batch = self.batch
     if 'targets' not in batch:
       return {'logits': self.model.apply(variables, batch)}
-    loss, _ = objective(self.model.apply, variables, batch, None)
+    loss = mean(*objective(self.model.apply, variables, batch, None))
     logits = self.model.apply(variables, batch)
     real = batch['targets_mask']
     return {

@@ -20,6 +20,7 @@ import pytest
 
 from moepeft.interop import released
 from moepeft.interop.adapter import Adapter
+from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective
 
 from . import cases, naive
@@ -88,8 +89,8 @@ def our_gradients(name):
 
   def loss(tree, params):
     variables = {'params': params, 'peft': tree}
-    mean, _ = objective(model.apply, variables, case.batch, None)
-    return mean, model.apply(variables, case.batch)
+    found = objective(model.apply, variables, case.batch, None)
+    return mean(*found), model.apply(variables, case.batch)
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   tree, logits = gradient(variables['peft'], variables['params'])

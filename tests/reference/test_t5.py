@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from moepeft.interop import hf, peft, peft_config
 from moepeft.models import names, t5_names
+from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective
 
 from . import cases
@@ -68,7 +69,7 @@ def test_gradients(name):
 
   def loss(tree, params):
     variables = {'params': params, 'peft': tree}
-    return objective(case.model.apply, variables, case.batch, None)[0]
+    return mean(*objective(case.model.apply, variables, case.batch, None))
 
   def gradients(variables):
     found = jax.grad(loss)(variables['peft'], variables['params'])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop adds to its jitted step, at T5-small size.
+
+python benchmarks/loop.py [--json=FILE]
+
+One process; both sides train the same adapter on the same base, from the same
+pipeline. The bare side calls the compiled step on one batch that lies on the
+device; the other is `moepeft.train.train` with rows, TensorBoard, progress and
+a log line every other step. Saves are apart, as is compiling. Sides take turns
+and medians are compared.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from moepeft import base as base_lib
+from moepeft import command, optim, train
+from moepeft import config as config_lib
+from moepeft import rows as rows_lib
+from moepeft.data import loader, sources, vocabulary
+from moepeft.interop import hf
+from moepeft.models import t5
+from moepeft.nn.start import fresh
+from moepeft.typing import State
+
+_JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
+_STEPS = flags.DEFINE_integer('steps', 8, 'Steps timed on either side.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Turns of either side.')
+
+
+def make_config(base: str):
+  c = config_lib.default()
+  c.model.path = base
+  c.data.vocabulary = 'bytes'
+  c.data.packing = True
+  c.data.inputs_length, c.data.targets_length = 256, 64
+  c.batch_size = 8
+  # The first step is compiled in its time, so it is not counted.
+  c.steps = _STEPS.value + 1
+  c.evaluation.before = c.evaluation.after = False
+  c.checkpoint.every_steps = 1 << 30
+  c.log.every_steps = 2
+  return c
+
+
+def make_bare(config):
+  """() -> seconds of a step, compiled before."""
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  variables = base_lib.initialise(base, model, config.seed)
+  optimizer = optim.optimizer(config.optimizer, config.steps)
+  state = State(
+    step=jnp.int32(0),
+    trainable=variables['peft'],
+    frozen=variables['params'],
+    opt=optimizer.init(variables['peft']),
+    rng=jax.random.key(0),
+  )
+  words = vocabulary(config.data.vocabulary, config.model.path)
+  found = sources(config.data, config.seed)
+  batches = loader(found, words, config.data, config.batch_size, config.seed)
+  batch = jax.device_put(next(batches))
+  batches.close()
+  update = jax.jit(
+    train.make_update(model, built, config, optimizer), donate_argnums=0
+  )
+  held = [jax.block_until_ready(update(state, batch)[0])]
+
+  def seconds() -> float:
+    began = time.perf_counter()
+    for _ in range(_STEPS.value):
+      held[0], _ = update(held[0], batch)
+    jax.block_until_ready(held[0])
+    return (time.perf_counter() - began) / _STEPS.value
+
+  return seconds
+
+
+def of_loop(config) -> float:
+  """Seconds of a step of `train`, as its own rows say."""
+  with tempfile.TemporaryDirectory() as workdir:
+    train.train(config, workdir)
+    rows = rows_lib.read(os.path.join(workdir, rows_lib.NAME))
+  timed = {row['step']: row['steps_per_s'] for row in rows[1:]}
+  return 1 / statistics.median(timed.values())
+
+
+def main(argv):
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  command.keep_programs()
+  command.keep_pages()
+  with tempfile.TemporaryDirectory() as folder:
+    shape = t5.config('small')
+    model = t5.T5(shape)
+    hf.save(folder, shape, fresh(model, base_lib.example_batch(), 0)['params'])
+    config = make_config(folder)
+    bare = make_bare(config)
+    sides = [(bare(), of_loop(config)) for _ in range(_ROUNDS.value)]
+  alone, looped = (statistics.median(side) for side in zip(*sides, strict=True))
+  found = {'time_loop_over_bare_step': round(looped / alone, 3)}
+  print(json.dumps(found))
+  if _JSON.value:
+    with open(_JSON.value, 'w') as f:
+      json.dump(found, f)
+
+
+if __name__ == '__main__':
+  app.run(main)

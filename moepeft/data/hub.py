@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of Hugging Face `datasets`: a name on the hub, or local files.
+
+Rows have `inputs` and `targets` (and what else `moepeft.data.rows` knows), or
+any columns, which templates then put into words. Tables stay on disk; JSON is
+read here, so that a broken line has a number and can be left out.
+"""
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+from moepeft.data import jsonl, rows
+from moepeft.data import templates as templates_lib
+from moepeft.data.rows import Bad, BadRow, Rows
+from moepeft.tasks import Example
+
+# What `datasets` calls the readers of files, by the files' endings.
+_READERS = {'csv': 'csv', 'parquet': 'parquet', 'arrow': 'arrow'}
+_JSON = ('json', 'jsonl')
+# What save_to_disk writes for one split, and for several.
+_SAVED = ('state.json', 'dataset_dict.json')
+
+
+def read(
+  path: str,
+  split: str = 'train',
+  templates: str = '',
+  on_bad_row: str = 'error',
+  seed: int = 0,
+) -> Rows:
+  """All examples of a dataset's split; made when they are asked for.
+
+  Args:
+    path: a .json, .jsonl, .csv, .parquet or .arrow file, a directory of them,
+      or one of `save_to_disk`; else a name on the hub, with its configuration
+      after a slash: 'imdb', 'glue/mrpc', 'nyu-mll/glue/mrpc'.
+    split: of the dataset, 'train' or 'train[:10%]'. A file, and a directory
+      that holds one saved split of no name, has all in 'train'.
+    templates: a templates.yaml or a directory of them, see
+      `moepeft.data.templates.group`; '' where rows have inputs and targets.
+    on_bad_row: 'error', or 'skip': left out, with the reason in
+      `Rows.skipped`.
+    seed: of what templates draw.
+
+  Raises:
+    ValueError: what cannot be found or read, a split that is not there, bad
+      rows; the message names the path and the row.
+  """
+  bad = Bad(on_bad_row)
+  table, where = _table(path, split, bad)
+  name = _name(path)
+  if templates:
+    group = templates_lib.group(templates, name)
+    return templates_lib.render(group, table, bad, where, seed)
+  _check_columns(path, table)
+  make = functools.partial(_plain, templates_lib.clean(name))
+  return rows.made(path, table, (make,), where, bad)
+
+
+def _name(path: str) -> str:
+  """The dataset's name: of the hub as it is, of a file without its ending."""
+  if not os.path.exists(os.path.expanduser(path)):
+    return path
+  return os.path.basename(os.path.abspath(path)).split('.')[0]
+
+
+def _plain(name: str, row: Mapping, place: int) -> Example:
+  # A table has no absent fields: they are None there.
+  kept = {k: v for k, v in row.items() if v is not None}
+  return rows.example({'idx': place} | kept, name)
+
+
+def _check_columns(path: str, table: Sequence[Mapping]) -> None:
+  columns = getattr(table, 'column_names', None)
+  if columns is None:
+    columns = sorted({column for row in table for column in row})
+  if len(table) and (
+    'inputs' not in columns or not {'targets', 'choices'} & set(columns)
+  ):
+    raise ValueError(
+      f"{path} has the columns {', '.join(columns)}; expected 'inputs' and "
+      "'targets', or set config.data.templates to put these into words"
+    )
+
+
+def _table(
+  path: str, split: str, bad: Bad
+) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+  """Rows by place, and a place in words."""
+  local = os.path.expanduser(path)
+  if os.path.isfile(local) and _ending(local) in _JSON:
+    if split != 'train':
+      raise ValueError(
+        f"{path} is one file, whose rows are the split 'train'; got {split!r}"
+      )
+    places, table = _json(local, bad)
+    return table, places.__getitem__
+  table = _load(path, local, split)
+  return table, lambda place: f'{path}, {split}, row {place}'
+
+
+def _ending(file: str) -> str:
+  return file.lower().removesuffix('.gz').rpartition('.')[2]
+
+
+def _json(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+  """(where, rows) of lines of objects, or of one array of them."""
+  if _ending(file) == 'json' and _begins(file).startswith(b'['):
+    return _array(file, bad)
+  found = list(jsonl.lines(file, bad))
+  return [where for where, _ in found], [row for _, row in found]
+
+
+def _begins(file: str) -> bytes:
+  """What a file begins with, blanks and the byte order mark aside."""
+  with jsonl.opener(file)(file, 'rb') as opened:
+    try:
+      return opened.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
+    except (OSError, EOFError, zlib.error):
+      # Whoever reads it says what is wrong.
+      return b''
+
+
+def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+  try:
+    with jsonl.opener(file)(file, 'rt', encoding='utf-8-sig') as opened:
+      items = json.load(opened)
+  except (ValueError, RecursionError, OSError, EOFError, zlib.error) as e:
+    raise ValueError(
+      f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
+      'write one object a line'
+    ) from None
+  places, table = [], []
+  for i, item in enumerate(items):
+    where = f'{file}, row {i}'
+    if isinstance(item, dict):
+      places.append(where)
+      table.append(item)
+    else:
+      bad(where, BadRow('expected an object {...}; mend or remove it'))
+  return places, table
+
+
+def _load(path: str, local: str, split: str) -> Sequence[Mapping]:
+  """A split as a `datasets.Dataset`, whatever goes wrong in one sentence."""
+  # Imported here: it costs a second, and most runs need none of it.
+  import datasets
+
+  try:
+    if not os.path.exists(local):
+      return _remote(path, split)
+    if os.path.isdir(local):
+      if any(os.path.isfile(os.path.join(local, file)) for file in _SAVED):
+        return _saved(datasets.load_from_disk(local), path, split)
+      return datasets.load_dataset(local, split=split)
+    if _ending(local) not in _READERS:
+      raise ValueError(f'expected one of .{", .".join((*_JSON, *_READERS))}')
+    reader = _READERS[_ending(local)]
+    return datasets.load_dataset(reader, data_files=local, split=split)
+  except ConnectionError as e:
+    raise ValueError(
+      f'{path!r} is no local path, and the Hugging Face hub cannot be reached '
+      f'({_reason(e)}); name local files, or connect to the network'
+    ) from None
+  except Exception as e:
+    raise ValueError(
+      f'the split {split!r} of {path!r} cannot be read ({_reason(e)}); check '
+      'config.data.path and config.data.split'
+    ) from None
+
+
+def _remote(path: str, split: str) -> Sequence[Mapping]:
+  """A name on the hub: all of it a repository, or its last part a config."""
+  import datasets
+
+  parts = path.split('/')
+  if _ending(path) in (*_JSON, *_READERS):
+    raise ValueError('no such file')
+  if path.startswith(('.', '~', '/')) or len(parts) > 3:
+    raise ValueError('no such path, and no name on the hub')
+  if len(parts) < 3:
+    try:
+      return datasets.load_dataset(path, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+      if len(parts) < 2:
+        raise
+  name, config = path.rsplit('/', 1)
+  return datasets.load_dataset(name, config, split=split)
+
+
+def _saved(found, path: str, split: str) -> Sequence[Mapping]:
+  """One split of what save_to_disk wrote."""
+  if isinstance(found, dict):
+    if split not in found:
+      raise ValueError(f'it holds the splits {", ".join(found)}')
+    return found[split]
+  its = str(found.split or 'train')
+  if split != its:
+    raise ValueError(f'it holds the split {its}')
+  return found
+
+
+def _reason(e: BaseException) -> str:
+  """What `datasets` says, and what it says it comes from, in one line."""
+  said = str(e) or type(e).__name__
+  if e.__cause__ is not None:
+    said += f': {e.__cause__}'
+  return ' '.join(said.split())[:500].rstrip('.')

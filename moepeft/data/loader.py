@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches in a fixed order, made ahead, with a place that can be kept.
+
+Examples are encoded and packed in windows of `WINDOW`. A window is a pure
+function of its number, so the stream is the same with any number of worker
+processes, and two numbers say where in it a run stands.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from moepeft.data import batching, packing
+from moepeft.data.seqio_stream import Stream
+from moepeft.data.source import Sources
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.tasks import Example
+from moepeft.typing import Batch
+
+WINDOW = 1024
+# Batches that wait for the device.
+_AHEAD = 2
+
+Rows = dict[str, np.ndarray]  # arrays [rows, ...]
+Arrange = Callable[[int, Sequence[packing.Pair]], Rows]
+
+
+class Windows(Protocol):
+  """Rows of batches by windows of examples."""
+
+  def open(self, number: int) -> Iterator[Rows]:
+    """The windows from `number` on, without end."""
+
+
+def arrange(
+  inputs_length: int, targets_length: int, packed: bool, seed: int
+) -> Arrange:
+  """(window's number, its encoded examples) -> rows."""
+
+  def rows(number: int, pairs: Sequence[packing.Pair]) -> Rows:
+    if packed:
+      rng = np.random.default_rng((seed, number))
+      return packing.pack(pairs, inputs_length, targets_length, rng)
+    x, y = zip(*pairs, strict=True)
+    return batching.seq2seq(x, y, inputs_length, targets_length)
+
+  return rows
+
+
+class ExampleWindows:
+  """Windows of a dataset whose items can be had in any order."""
+
+  def __init__(
+    self,
+    examples: grain.MapDataset,
+    words: Vocabulary,
+    inputs_length: int,
+    targets_length: int,
+    arrange: Arrange,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
+  ):
+    """Reads every `shard[1]`-th window, in `workers` processes if any."""
+
+    def window(number: int, part: Sequence[Example]) -> Rows:
+      pairs = batching.encode_all(words, part, inputs_length, targets_length)
+      return arrange(number, pairs)
+
+    windows = examples.batch(WINDOW, batch_fn=list).map_with_index(window)
+    self._windows = windows[shard[0] :: shard[1]]
+    self._workers = workers
+
+  def open(self, number: int) -> Iterator[Rows]:
+    serial = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    windows = self._windows[number:].to_iter_dataset(serial)
+    if self._workers:
+      # Grain reads absl's flags here, which nobody parsed in a notebook.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+      options = grain.MultiprocessingOptions(num_workers=self._workers)
+      windows = windows.mp_prefetch(options)
+    return iter(windows)
+
+
+class StreamWindows:
+  """Windows of encoded examples that come one after the other."""
+
+  def __init__(
+    self,
+    stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    arrange: Arrange,
+  ):
+    """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
+    self._stream, self._arrange = stream, arrange
+
+  def open(self, number: int) -> Iterator[Rows]:
+    examples = self._stream(number * WINDOW)
+    while True:
+      part = [next(examples) for _ in range(WINDOW)]
+      yield self._arrange(number, [(e['inputs'], e['targets']) for e in part])
+      number += 1
+
+
+class _Batches(grain.DatasetIterator):
+  """Cuts windows into batches; see `Loader`."""
+
+  def __init__(self, windows: Windows, batch_size: int):
+    super().__init__()
+    self._source, self._batch_size = windows, batch_size
+    self.set_state({'window': 0, 'row': 0})
+
+  def __next__(self) -> Batch:
+    parts, wanted = [], self._batch_size
+    while wanted:
+      if self._rows is None:
+        self._rows = next(self._windows)
+      held = len(self._rows['inputs'])
+      end = min(self._row + wanted, held)
+      parts.append({k: v[self._row : end] for k, v in self._rows.items()})
+      wanted -= end - self._row
+      self._row = end
+      if end == held:
+        self._window, self._row, self._rows = self._window + 1, 0, None
+    if len(parts) == 1:
+      return parts[0]
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+  def get_state(self) -> dict[str, int]:
+    return {'window': self._window, 'row': self._row}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self._window, self._row = int(state['window']), int(state['row'])
+    self._windows = self._source.open(self._window)
+    self._rows = None
+
+
+class _Dataset(grain.IterDataset):
+  def __init__(self, windows: Windows, batch_size: int):
+    super().__init__()
+    self._arguments = windows, batch_size
+
+  def __iter__(self) -> _Batches:
+    return _Batches(*self._arguments)
+
+
+class Loader:
+  """An endless iterator of batches that a thread makes ahead."""
+
+  def __init__(self, windows: Windows, batch_size: int):
+    batches = _Dataset(windows, batch_size)
+    self._batches = iter(
+      grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=_AHEAD
+      )
+    )
+
+  def __iter__(self) -> 'Loader':
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._batches)
+
+  def place(self) -> np.ndarray:
+    """Where the next batch begins: int64 [2], window and row in it."""
+    state = self._batches.get_state()
+    return np.array([state['window'], state['row']], np.int64)
+
+  def go_to(self, place: Any) -> None:
+    """Makes the next batch the one that began at `place`."""
+    window, row = (int(n) for n in place)
+    self._batches.set_state({'window': window, 'row': row})
+
+  def close(self) -> None:
+    self._batches.close()
+
+
+def loader(
+  sources: Sources,
+  words: Vocabulary,
+  data: ConfigDict,
+  batch_size: int,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
+) -> Loader:
+  """The batches of a config.
+
+  Args:
+    batch_size: rows in a batch of this host.
+    shard: (number of this host, hosts); each reads windows of its own.
+  """
+  lengths = data.inputs_length, data.targets_length
+  rows = arrange(*lengths, data.packing, seed)
+  if isinstance(sources.train, Stream):
+    # SeqIO reads ahead, and by host, by itself.
+    return Loader(StreamWindows(sources.train.open, rows), batch_size)
+  windows = ExampleWindows(
+    sources.train, words, *lengths, rows, shard, data.workers
+  )
+  return Loader(windows, batch_size)

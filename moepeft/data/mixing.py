@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several datasets as one endless stream, at rates, each in shuffled epochs."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+
+# Places in which the datasets' turns are shuffled, and their counts exact.
+_ROUND = 1024
+_UNITS = 1 << 40
+_ENDLESS = 1 << 60
+
+
+def rates(
+  sizes: Mapping[str, int], cap: int = 0, temperature: float = 1.0
+) -> dict[str, float]:
+  """min(size, cap) ** (1 / temperature) of each dataset.
+
+  Source: Raffel et al., arXiv:1910.10683, section 3.5.2: proportional (no cap,
+  temperature 1), capped, temperature-scaled, and equal (temperature inf).
+
+  Args:
+    sizes: rows of each dataset.
+    cap: the size above which datasets count alike; 0 for none.
+  """
+  capped = {k: min(n, cap) if cap else n for k, n in sizes.items()}
+  return {k: n ** (1 / temperature) for k, n in capped.items()}
+
+
+def mix(
+  datasets: Mapping[str, Sequence], weights: Mapping[str, float], seed: int
+) -> grain.MapDataset:
+  """The endless dataset that draws from `datasets` at rates.
+
+  Item i is a pure function of the arguments. A dataset's rows come in epochs,
+  each a permutation of all of them, whatever stands beside the dataset; which
+  dataset's turn it is, is shuffled within rounds that hold every rate exactly.
+
+  Args:
+    datasets: rows by name, none empty.
+    weights: the rate of each, above zero; in any unit.
+  """
+  names = sorted(datasets)
+  parts = [
+    grain.MapDataset.source(datasets[name])
+    .shuffle(seed=_seed(seed, name))
+    .repeat()
+    for name in names
+  ]
+  if len(parts) == 1:
+    return parts[0]
+  turns = Turns(tuple(weights[name] for name in names), seed)
+  return grain.MapDataset.select_from_datasets(parts, turns)
+
+
+class Turns(grain.transforms.DatasetSelectionMap):
+  """place -> (dataset, how many turns it had before)."""
+
+  def __init__(self, weights: tuple[float, ...], seed: int):
+    total = sum(weights)
+    self._units = tuple(max(1, round(w / total * _UNITS)) for w in weights)
+    self._seed = seed
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, place: int) -> tuple[int, int]:
+    turn, offset = divmod(place, _ROUND)
+    owners, keys = _round(self._units, self._seed, turn)
+    return int(owners[offset]), int(keys[offset])
+
+
+@functools.lru_cache(maxsize=64)
+def _round(
+  units: tuple[int, ...], seed: int, turn: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(whose turn, its count of turns before) at each place of a round."""
+  before = np.array(_counts(units, turn * _ROUND))
+  here = np.array(_counts(units, (turn + 1) * _ROUND)) - before
+  order = np.random.default_rng((seed, turn)).permutation(_ROUND)
+  owners = np.repeat(np.arange(len(units)), here)[order]
+  keys = np.empty(_ROUND, np.int64)
+  for owner in np.flatnonzero(here):
+    keys[owners == owner] = before[owner] + np.arange(here[owner])
+  return owners, keys
+
+
+def _counts(units: tuple[int, ...], places: int) -> list[int]:
+  """Turns of each dataset in the first places: in whole numbers, so exact.
+
+  Datasets take their share of what those before them left, so no count ever
+  falls and their sum is `places`.
+  """
+  counts, left, rest = [], places, sum(units)
+  for unit in units:
+    after = left * (rest - unit) // rest
+    counts.append(left - after)
+    left, rest = after, rest - unit
+  return counts
+
+
+def _seed(seed: int, name: str) -> int:
+  """A dataset's own seed, which does not depend on the others."""
+  sequence = np.random.SeedSequence((seed, zlib.crc32(name.encode())))
+  return int(sequence.generate_state(1)[0] >> 1)

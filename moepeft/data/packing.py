@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many examples in one row, with segments that attention keeps apart.
+
+Krell et al., arXiv:2107.02027; segments and positions as in T5X and SeqIO.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of inputs, of targets
+
+
+def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
+  """Places items into few bins: best fit, the longest item first.
+
+  Args:
+    lengths: int [items, 2], of inputs and targets; none above its room.
+    room: of a bin, for inputs and for targets.
+
+  Returns:
+    The items of each bin.
+  """
+  free = np.empty((len(lengths), 2), np.int64)
+  made: list[list[int]] = []
+  # Whichever side fills its room more decides how large an item is.
+  order = np.argsort(-np.max(lengths / np.asarray(room), axis=1), kind='stable')
+  for item in order:
+    open_bins = free[: len(made)]
+    fits = np.all(open_bins >= lengths[item], axis=1)
+    if fits.any():
+      # Of the inputs: longer than targets, theirs is the padding that costs.
+      left = open_bins[:, 0]
+      chosen = int(np.argmin(np.where(fits, left, np.inf)))
+    else:
+      chosen = len(made)
+      made.append([])
+      free[chosen] = room
+    made[chosen].append(int(item))
+    free[chosen] -= lengths[item]
+  return made
+
+
+def pack(
+  pairs: Sequence[Pair],
+  inputs_length: int,
+  targets_length: int,
+  rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+  """Rows that hold as many examples as fit, in a random order.
+
+  Returns:
+    As `batching.seq2seq`, and int32 <side>_segments (1, 2, ... in the order of
+    a row's examples, 0 on padding) and <side>_positions (from 0 in each) for
+    the sides inputs [n, s] and targets [n, t]. Decoder inputs are shifted
+    within each example, so none begins with the last token of another.
+  """
+  lengths = np.array([(len(x), len(y)) for x, y in pairs])
+  rows = bins(lengths, (inputs_length, targets_length))
+  rows = [rows[i] for i in rng.permutation(len(rows))]
+  out = {}
+  for side, length in ((0, inputs_length), (1, targets_length)):
+    name = ('inputs', 'targets')[side]
+    ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
+    for row, items in enumerate(rows):
+      at = 0
+      for segment, item in enumerate(items, 1):
+        end = at + lengths[item, side]
+        ids[row, at:end] = pairs[item][side]
+        segments[row, at:end] = segment
+        positions[row, at:end] = np.arange(end - at)
+        at = end
+    out |= {
+      name: ids,
+      f'{name}_mask': segments > 0,
+      f'{name}_segments': segments,
+      f'{name}_positions': positions,
+    }
+  shifted = np.pad(out['targets'][:, :-1], ((0, 0), (1, 0)))
+  out['decoder_inputs'] = np.where(out['targets_positions'] > 0, shifted, 0)
+  return out

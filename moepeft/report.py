@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of a run come to: figures from the device, rows, alarms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moepeft import metrics
+from moepeft.progress import Progress
+from moepeft.typing import Batch
+from moepeft.writers import Writer
+
+
+class Report:
+  """Keeps what steps saw until it is told, so that steps do not wait."""
+
+  def __init__(
+    self,
+    progress: Progress,
+    writers: Sequence[Writer],
+    rate: Callable[[int], Any],
+    router_alarm: float,
+  ):
+    """`rate` is the schedule, step -> learning rate."""
+    self._progress, self._writers, self._rate = progress, writers, rate
+    self._alarm, self._alarmed = router_alarm, set()
+    self._pending = []
+    self._batch_sums = []
+
+  def add(self, step: int, batch: Batch, aux: Mapping[str, Any]) -> None:
+    """Takes a step's batch (on the host) and aux (on the device)."""
+    if self._pending:
+      # Only the last step's routing is told.
+      self._pending[-1][1].pop('routing')
+    self._pending.append((step, dict(aux)))
+    self._batch_sums.append(_sums(batch))
+
+  def tell(self) -> None:
+    """Writes the rows of the steps since the last call; the bar, alarms.
+
+    Raises:
+      ValueError: a loss is not finite.
+    """
+    if not self._pending:
+      return
+    seen, self._pending = jax.device_get(self._pending), []
+    sums, self._batch_sums = np.array(self._batch_sums), []
+    for step, aux in seen:
+      if not np.isfinite(aux['loss']):
+        raise ValueError(
+          f'the loss is {aux["loss"]} at step {step}; try a lower '
+          'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
+        )
+    step, last = seen[-1]
+    examples, real, inputs, targets = sums.sum(0)
+    rates = self._progress.update(
+      step, float(last['loss']), int(examples), int(real)
+    )
+    rates |= {'inputs_padding': inputs, 'targets_padding': targets}
+    for key in ('inputs_padding', 'targets_padding'):
+      rates[key] = round(rates[key] / len(seen), 4)
+    sites = metrics.routing(last['routing'])
+    for number, aux in seen:
+      row = {
+        'step': number,
+        # What is minimised; then -log p of a target token, whatever that is.
+        'loss': float(aux['loss']),
+        'nll': float(aux['nll'] / max(aux['tokens'], 1)),
+        'token_accuracy': float(aux['correct'] / max(aux['tokens'], 1)),
+        'router_loss': float(aux['router_loss']),
+        'gradient_norm': float(aux['gradient_norm']),
+        'learning_rate': float(self._rate(number - 1)),
+      }
+      self._write(row | (rates | {'routing': sites} if number == step else {}))
+    for line in metrics.alarms(sites, self._alarm):
+      place = line.split(': expert')[0]
+      if place not in self._alarmed:
+        self._alarmed.add(place)
+        self._progress.say(line)
+
+  def _write(self, row: Mapping[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(row)
+
+  def validated(self, step: int, loss: float) -> None:
+    """Writes and says a validation loss."""
+    self._write({'step': step, 'validation_loss': loss})
+    self._progress.say(f'step {step}: validation loss {loss:.4f}')
+
+
+def _sums(batch: Batch) -> tuple[float, float, float, float]:
+  """Examples, real tokens, shares of padding in inputs and in targets."""
+  inputs, targets = batch['inputs_mask'], batch['targets_mask']
+  segments = batch.get('inputs_segments')
+  examples = len(inputs) if segments is None else segments.max(axis=1).sum()
+  return (
+    float(examples),
+    float(inputs.sum() + targets.sum()),
+    1 - float(inputs.mean()),
+    1 - float(targets.mean()),
+  )

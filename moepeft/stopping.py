@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a run ends before its last step: a signal, or no more progress."""
+
+import dataclasses
+import signal
+
+
+class Signals:
+  """Turns SIGTERM and the first Ctrl-C into a request, within a `with`.
+
+  The loop asks `received` after each step, saves and leaves. A second Ctrl-C
+  ends the process at once.
+  """
+
+  def __init__(self):
+    self.received: signal.Signals | None = None
+
+  def __enter__(self) -> 'Signals':
+    self._before = {
+      s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)
+    }
+    return self
+
+  def __exit__(self, *exception) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, frame) -> None:
+    del frame
+    if self.received is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = signal.Signals(number)
+
+
+class Stopped(Exception):
+  """A run that a signal ended, after it was saved.
+
+  Attributes:
+    code: the exit code that shells expect, 128 and the signal's number.
+  """
+
+  def __init__(self, received: signal.Signals, step: int, path: str):
+    super().__init__(
+      f'stopped by {received.name} after step {step}, which is saved in '
+      f'{path}; the same command goes on from there'
+    )
+    self.code = 128 + received
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+  """How a run has gone, beside its arrays; kept in each checkpoint.
+
+  Attributes:
+    place: for each host, where its next batch begins (`Loader.place`).
+    best: the least validation loss so far, None before the first.
+    best_step: the step that it was of.
+    waited: validations since.
+  """
+
+  place: tuple[tuple[int, int], ...] = ()
+  best: float | None = None
+  best_step: int = 0
+  waited: int = 0
+
+  def judged(self, loss: float, step: int) -> 'Course':
+    """The course after a validation."""
+    if self.best is None or loss < self.best:
+      return dataclasses.replace(self, best=loss, best_step=step, waited=0)
+    return dataclasses.replace(self, waited=self.waited + 1)
+
+  def exhausted(self, patience: int) -> bool:
+    """Whether `patience` validations in a row brought nothing; 0: never."""
+    return 0 < patience <= self.waited

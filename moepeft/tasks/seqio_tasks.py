@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded tasks for SeqIO's users: importing this registers them.
+
+A task a family, `moepeft_storage`, and a mixture a group, `moepeft_a`,
+`moepeft_b` and `moepeft_c`, whose families come equally often. The split
+'train' is the first TRAIN examples of a family's stream with seed 0,
+'validation' the first VALIDATION of its held-out instances, in the wordings
+that training sees. Features are ids of SeqIO's ByteVocabulary, which are those
+of `moepeft.data.vocabulary.Bytes`. Needs the extra `moepeft[seqio]`.
+"""
+
+import functools
+
+try:
+  import seqio
+  import tensorflow as tf
+except ImportError as e:
+  raise ImportError(
+    f"SeqIO cannot be imported ({e}); pip install 'moepeft[seqio]'"
+  ) from None
+
+from moepeft.tasks import FAMILIES, GROUPS, example, families
+
+TRAIN = 10_000
+VALIDATION = 1_000
+# moepeft's split, and how many of its examples SeqIO gets.
+_SPLITS = {'train': ('train', TRAIN), 'validation': ('held_out', VALIDATION)}
+
+
+def accuracy(targets, predictions) -> dict[str, float]:
+  """Percent of the answers that are the target, blanks around it aside.
+
+  Not what moepeft itself reports, which ranks the choices of an example.
+  """
+  right = [
+    target.strip() == said.strip()
+    for target, said in zip(targets, predictions, strict=True)
+  ]
+  return {'accuracy': 100 * sum(right) / max(len(right), 1)}
+
+
+def dataset(
+  split: str, shuffle_files: bool, seed: int | None = None, *, family: str
+) -> tf.data.Dataset:
+  """Texts inputs and targets, and idx; SeqIO shuffles, here nothing does."""
+  del shuffle_files, seed
+  instances, count = _SPLITS[split]
+
+  def rows():
+    for i in range(count):
+      e = example((family,), i, seed=0, split=instances)
+      yield {'inputs': e.inputs, 'targets': e.targets, 'idx': i}
+
+  text = tf.TensorSpec((), tf.string)
+  return tf.data.Dataset.from_generator(
+    rows,
+    output_signature={
+      'inputs': text,
+      'targets': text,
+      'idx': tf.TensorSpec((), tf.int32),
+    },
+  )
+
+
+def _register() -> None:
+  feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+  for family in FAMILIES:
+    seqio.TaskRegistry.add(
+      f'moepeft_{family}',
+      seqio.FunctionDataSource(
+        functools.partial(dataset, family=family),
+        splits=tuple(_SPLITS),
+        num_input_examples={s: count for s, (_, count) in _SPLITS.items()},
+      ),
+      preprocessors=[
+        seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),
+        seqio.preprocessors.append_eos,
+      ],
+      output_features={'inputs': feature, 'targets': feature},
+      metric_fns=[accuracy],
+    )
+  for group in GROUPS:
+    seqio.MixtureRegistry.add(
+      f'moepeft_{group.lower()}',
+      [f'moepeft_{family}' for family in families(group)],
+      default_rate=1.0,
+    )
+
+
+_register()

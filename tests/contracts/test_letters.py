@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every array says the letters of its axes, under whatever transform it is."""
+
+from collections import defaultdict
+
+import jax
+import pytest
+
+from moepeft.models import names, t5
+from moepeft.nn.parameter import param
+from moepeft.nn.start import Fill, letters
+from moepeft.peft import build
+from moepeft.typing import LETTERS
+
+from . import small
+from .probes import PROBES
+
+# Experts and ranks unlike every size of the base.
+METHODS = tuple(
+  method.replace('experts=3', 'experts=7').replace('rank=3', 'rank=13')
+  for method in (*small.METHODS, "ia3(sites='*')", "lora(sites='*/o')", 'full')
+)
+# The sizes of small.GATED and small.RELU; a router reads d, n h, f or h.
+SIZES = {
+  'd': {11},
+  'n': {3},
+  'h': {5},
+  'f': {17},
+  'v': {37},
+  'p': {32},
+  'l': {2, 3},
+  'e': {7},
+  'r': {2, 4, 13},
+  'i': {11, 15, 17, 5},
+}
+
+
+def sizes_of(model):
+  """{letter: the sizes of all axes that say it}."""
+  shapes = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
+  found = defaultdict(set)
+  for name, tree in letters(model, small.batch()).items():
+    said, wanted = names.flatten(tree), names.flatten(shapes.get(name, {}))
+    assert said.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+      assert len(said[path]) == len(leaf.shape), path
+      for letter, size in zip(said[path], leaf.shape, strict=True):
+        found[letter].add(size)
+  return found
+
+
+def fits(found, sizes):
+  return all(found[letter] <= sizes.get(letter, set()) for letter in found)
+
+
+CASES = [(method, small.GATED) for method in METHODS] + [
+  (method, small.RELU) for method in ("ia3(sites='*')", 'full')
+]
+
+
+@pytest.mark.parametrize(
+  ('method', 'config'),
+  CASES,
+  ids=lambda v: v if isinstance(v, str) else '1.1' if v.gated else '1.0',
+)
+def test_every_axis_has_the_size_of_its_letter(method, config):
+  model, _ = small.make(method, config)
+  found = sizes_of(model)
+  assert fits(found, SIZES), found
+  assert found['l'] == {2, 3}
+  assert found.keys() <= LETTERS.keys()
+
+
+def test_layers_that_are_written_out_have_no_axis_of_layers():
+  model, _ = small.make('molora(experts=7, rank=2)', scan=False)
+  found = sizes_of(model)
+  assert fits(found, SIZES), found
+  assert 'l' not in found
+
+
+def test_what_depends_on_the_base_and_what_is_vmapped_says_its_letters_too():
+  for method in PROBES:
+    built = build(method, t5.sites(small.GATED), methods=PROBES)
+    found = sizes_of(t5.T5(small.GATED, built.advice))
+    # The experts of a mixture are 3, of molora 10; a prefix is 3 tokens long.
+    assert fits(found, SIZES | {'e': {3, 10}, 's': {3}}), (method, found)
+  inner = "molora(experts=7, rank=2, sites='*/wi_0') + mixture"
+  advice = build(inner, t5.sites(small.GATED), methods=PROBES).advice
+  tree = letters(t5.T5(small.GATED, advice), small.batch())['peft']
+  wi_0 = tree['encoder']['layers']['mlp']['wi_0']['molora']
+  # A layer's 3 experts hold 7 each.
+  assert wi_0['a'] == 'leder' and wi_0['b'] == 'leerf'
+
+
+def test_a_letter_too_few_is_refused_with_the_array_s_path():
+  import flax.linen as nn
+
+  class Wrong(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+      return param(self, 'kernel', Fill(1), (3, 5), 'd')
+
+  with pytest.raises(ValueError, match=r"kernel: .*\(3, 5\); got 'd'"):
+    letters(Wrong(), {})
