@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,15 +103,27 @@ class Checkpoints:
       self._write(int(state.step), args)
 
   def _write(self, step: int, args: ocp.args.Composite) -> None:
-    try:
-      with _quiet():
+    with _quiet():
+      try:
         self._manager.save(step, args=args)
         self._manager.wait_until_finished()
-    except Exception:
-      # Half a checkpoint counts as none; its space is wanted.
-      for half in glob.glob(f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'):
-        shutil.rmtree(half, ignore_errors=True)
-      raise
+      except Exception:
+        self._give_up(step)
+        raise
+
+  def _give_up(self, step: int) -> None:
+    """Removes half a checkpoint: it counts as none, its space is wanted."""
+    half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
+    # Of Orbax's threads one has failed, and others still write for a while.
+    gone = 0
+    for _ in range(50):
+      found = glob.glob(half)
+      gone = 0 if found else gone + 1
+      if gone == 3:
+        break
+      for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.1)
 
   def restore(self, state: State, described: dict[str, Any]) -> State:
     """The latest checkpoint in the place of a fresh state, spread as that is.

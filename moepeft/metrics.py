@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says at its start and end, and of its routers."""
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,21 +13,34 @@ from moepeft.typing import State
 
 
 def introduce(
-  base: Any, built: Any, state: State, words: Any, workdir: str
+  base: Any,
+  built: Any,
+  state: State,
+  words: Any,
+  workdir: str,
+  more: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-  """Prints what is about to be trained: method, base, sizes, devices."""
+  """Prints what is about to be trained: method, base, sizes, devices.
+
+  Args:
+    more: {name: what} of further lines, like 'packing'; empty ones are left.
+  """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
   trained, frozen = size(state.trainable), size(state.frozen)
   total = trained if built.trainable == 'params' else frozen
-  print(
-    f'method   {built.method} ({built.semantics} semantics)\n'
-    f'base     {base.path or "random weights"}, {total:,} parameters\n'
-    f'trained  {trained:,} parameters ({100 * trained / total:.2f} %)\n'
-    f'tokens   {words}\n'
-    f'devices  {jax.device_count()} x {jax.devices()[0].device_kind}\n'
-    f'workdir  {workdir}',
-    flush=True,
-  )
+  lines = {
+    'method': f'{built.method} ({built.semantics} semantics)',
+    'base': f'{base.path or "random weights"}, {total:,} parameters',
+    'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)',
+    'tokens': words,
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    **more,
+    'workdir': workdir,
+  }
+  wide = max(map(len, lines))
+  for name, line in lines.items():
+    if line:
+      print(f'{name:{wide}}  {line}', flush=True)
 
 
 def conclude(

@@ -71,11 +71,14 @@ class Progress:
   def paused(self, why: str = '') -> Iterator[None]:
     """Stops the clock inside; a bar says why."""
     began = self._clock()
-    if self._bar is not None and why:
+    if self._bar is not None:
+      before = self._bar.postfix
       self._bar.set_postfix_str(why)
     try:
       yield
     finally:
+      if self._bar is not None:
+        self._bar.set_postfix_str(before or '')
       # `begin` may have been called inside.
       self._since += self._clock() - max(began, self._since)
 
@@ -127,7 +130,8 @@ class Progress:
     if self._bar is None:
       print(f'step {step}/{self._steps}', *parts, sep='  ', flush=True)
       return
-    self._bar.set_postfix_str('  '.join(parts), refresh=False)
+    gap = '  ' if wide else ' '
+    self._bar.set_postfix_str(gap.join(parts), refresh=False)
     # Not `update`: tqdm would wait for its own clock before it draws.
     self._bar.n = step
     self._bar.refresh()

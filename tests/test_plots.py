@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures show what the rows hold, and no more than can be drawn quickly."""
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from moepeft import plots, router_plots
+from moepeft.history import History, Thinned
+from moepeft.plots import smooth
+
+SITES = (
+  'decoder/layers/mlp/wo/molora',
+  'decoder/layers/self/k/molora',
+  'encoder/layers/self/k/molora',
+  'encoder/layers/self/q/molora',
+)
+
+
+def row(step, layers=5, experts=3, sites=SITES):
+  """The load of expert 1 in layer 2 grows with the step, up to all."""
+  share = min(step / 100, 1.0)
+  load = np.full((layers, experts), 1 / experts)
+  load[2] = (1 - share) / max(experts - 1, 1)
+  load[2, min(1, experts - 1)] = share
+  return {
+    'step': step,
+    'loss': 10 / step,
+    'learning_rate': 1e-3,
+    'routing': {
+      site: {
+        'load': load.tolist(),
+        # Layer 0 is uniform, the others half as sure.
+        'entropy': [np.log(experts)] + [np.log(experts) / 2] * (layers - 1),
+      }
+      for site in sites
+    },
+  }
+
+
+def names(drawn):
+  return {path.rpartition('/')[2].removesuffix('.png') for path in drawn}
+
+
+def test_a_routed_run_has_four_figures_that_are_pictures(tmp_path):
+  drawn = plots.draw([row(s) for s in range(1, 8)], str(tmp_path / 'plots'))
+  assert names(drawn) == {
+    'loss',
+    'learning_rate',
+    'router_load',
+    'router_entropy',
+  }
+  for path in drawn:
+    pixels = image.imread(path)
+    # Not blank: curves, words and maps are darker than paper.
+    assert pixels[..., :3].std() > 0.02, path
+  # No temporary file is left.
+  assert len(list((tmp_path / 'plots').iterdir())) == 4
+
+
+def test_there_is_no_figure_of_what_is_not_there(tmp_path):
+  folder = str(tmp_path)
+  assert plots.draw([], folder) == []
+  assert names(plots.draw([{'step': 1, 'loss': 2.0}], folder)) == {'loss'}
+  # Full fine-tuning has no routers, and one expert nothing to choose.
+  bare = row(1) | {'routing': {}}
+  single = row(1, experts=1)
+  for one in (bare, single):
+    assert names(plots.draw([one], folder)) == {'loss', 'learning_rate'}
+  validation = [{'step': 4, 'validation_loss': 2.0}]
+  assert names(plots.draw(validation, folder)) == {'loss'}
+
+
+def test_what_is_not_finite_is_left_out_not_drawn_as_zero(tmp_path):
+  rows = [row(s) for s in range(1, 300)]
+  rows[5]['loss'] = None  # as metrics.jsonl has it
+  rows[6]['loss'] = np.nan
+  rows[7]['routing'][SITES[0]]['entropy'] = [None] * 5
+  assert len(plots.draw(rows, str(tmp_path))) == 4
+
+
+def test_the_old_picture_stays_until_the_new_is_whole(tmp_path, monkeypatch):
+  rows = [row(s) for s in range(1, 8)]
+  (path, *_) = plots.draw(rows, str(tmp_path))
+  with open(path, 'rb') as f:
+    before = f.read()
+
+  def fail(self, target, **options):
+    with open(target, 'wb') as f:
+      f.write(b'half')
+    raise OSError('No space left on device')
+
+  monkeypatch.setattr(plots.Figure, 'savefig', fail)
+  with pytest.raises(OSError, match='No space'):
+    plots.draw(rows, str(tmp_path))
+  with open(path, 'rb') as f:
+    assert f.read() == before
+
+
+def panels(figure):
+  return {a.get_title(): a for a in figure.axes if a.get_title()}
+
+
+def test_the_load_is_a_map_of_layers_by_experts_at_the_latest_step():
+  seen = History([row(s) for s in range(1, 8)])
+  figure = router_plots.load(seen.routing())
+  # Three places; the fullest expert beside each, and the colours.
+  assert len(figure.axes) == 4 + 3 + 1
+  (heat,) = panels(figure)['wo'].images
+  found = np.asarray(heat.get_array())
+  assert found.shape == (5, 3)
+  np.testing.assert_allclose(found[2], [0.465, 0.07, 0.465])
+  assert figure.texts[0].get_text() == 'Router load after step 7'
+
+
+def test_the_fullest_expert_is_that_of_any_layer():
+  seen = History([row(s) for s in (10, 50, 90)])
+  axes = panels(router_plots.load(seen.routing()))[
+    'fullest expert of any layer'
+  ]
+  line = axes.lines[0]
+  np.testing.assert_array_equal(line.get_xdata(), [10, 50, 90])
+  # At step 10 layer 2 gives 0.45 to the experts 0 and 2.
+  np.testing.assert_allclose(line.get_ydata(), [0.45, 0.5, 0.9])
+
+
+def test_entropy_is_a_line_a_layer_over_its_most():
+  seen = History([row(s) for s in (1, 2, 3)])
+  axes = panels(router_plots.entropy(seen.routing()))['wo']
+  (lines,) = axes.collections
+  paths = [path.vertices for path in lines.get_paths()]
+  assert len(paths) == 5
+  np.testing.assert_allclose(paths[0], [[1, 1], [2, 1], [3, 1]])
+  np.testing.assert_allclose(paths[4], [[1, 0.5], [2, 0.5], [3, 0.5]])
+
+
+def test_places_stand_in_the_order_of_the_model():
+  figure = router_plots.entropy(History([row(1)]).routing())
+  titles = [a.get_title() for a in figure.axes if a.get_title()]
+  assert titles == ['q', 'k', 'k', 'wo']
+  places = [t.get_text() for t in figure.texts if '/' in t.get_text()]
+  assert places == ['encoder/self', 'decoder/self', 'decoder/mlp']
+
+
+def test_two_methods_at_one_place_are_told_apart():
+  sites = ('encoder/layers/self/k/mov', 'encoder/layers/self/k/molora')
+  figure = router_plots.entropy(History([row(1, sites=sites)]).routing())
+  titles = {a.get_title() for a in figure.axes if a.get_title()}
+  assert titles == {'k (mov)', 'k (molora)'}
+
+
+@pytest.mark.parametrize('count', [0, 1, 7, 8, 9, 1000, 1024, 1025])
+def test_thinning_keeps_few_evenly_and_the_latest(count):
+  thin = Thinned(8, lambda item: item)
+  for item in range(count):
+    thin.add(item)
+  found = thin.items()
+  assert len(found) <= 9
+  assert found[-1:] == list(range(count))[-1:]
+  if count > 1:
+    # Beside the latest, the distances are one power of two.
+    steps = {b - a for a, b in zip(found[:-1], found[1:-1], strict=False)}
+    assert found[0] == 0 and len(steps) <= 1
+  if count >= 8:
+    assert len(found) >= 4
+
+
+def test_a_long_run_is_drawn_from_few_rows(tmp_path):
+  sites = [f'encoder/layers/x{i}/k/mov' for i in range(3)]
+  rows = (row(s, layers=24, experts=10, sites=sites) for s in range(1, 10_001))
+  seen = History(rows)
+  assert len(seen.curve('loss')[0]) <= 2001
+  assert len(seen.routing()) <= 151
+  assert seen.routing()[-1].step == seen.curve('loss')[0][-1] == 10_000
+
+
+def test_a_spike_of_a_long_run_does_not_flatten_the_rest():
+  rows = [{'step': s, 'loss': 2 + (s % 2)} for s in range(1, 1000)]
+  rows[500]['loss'] = 1e6
+  (axes,) = plots._loss(History(rows)).axes
+  low, high = axes.get_ylim()
+  assert low < 2 and 3 < high < 4
+
+
+def test_smoothing_keeps_a_line_straight_and_does_not_lag():
+  np.testing.assert_allclose(smooth(np.full(7, 3.0)), 3.0)
+  found = smooth(np.arange(1000.0))
+  # Away from the ends, where half of the bell is cut off.
+  np.testing.assert_allclose(found[50:-50], np.arange(1000.0)[50:-50])
+  holes = np.array([1.0, np.nan, 1.0, 1.0, np.inf, 1.0])
+  np.testing.assert_allclose(smooth(holes), 1.0)
+  assert np.isnan(smooth(np.full(5, np.nan))).all()
