@@ -367,3 +367,14 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
   assert example.inputs == f'text {example.idx} Is it?'
   assert example.targets == ('no', 'yes')[example.idx % 2]
   assert example.choices == ('no', 'yes')
+
+
+def test_large_and_small_datasets_come_in_whole_epochs():
+  # On either side of where permutations are no longer held.
+  for size in (mixing._SMALL - 1, mixing._SMALL):
+    epochs = mixing.Epochs(range(size), seed=5)
+    for epoch in (0, 3):
+      begin = epoch * size
+      seen = [epochs[begin + i] for i in range(size)]
+      assert sorted(seen) == list(range(size))
+      assert seen[:9] != list(range(9))
