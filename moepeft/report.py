@@ -22,8 +22,13 @@ class Report:
     writers: Sequence[Writer],
     rate: Callable[[int], Any],
     router_alarm: float,
+    shares: int = 1,
   ):
-    """`rate` is the schedule, step -> learning rate."""
+    """Args:
+    rate: the schedule, step -> learning rate.
+    shares: of a batch, of which this process reads one.
+    """
+    self._shares = shares
     self._progress, self._writers, self._rate = progress, writers, rate
     self._alarm, self._alarmed = router_alarm, set()
     self._pending = []
@@ -56,7 +61,10 @@ class Report:
     step, last = seen[-1]
     examples, real, inputs, targets = sums.sum(0)
     rates = self._progress.update(
-      step, float(last['loss']), int(examples), int(real)
+      step,
+      float(last['loss']),
+      int(self._shares * examples),
+      int(self._shares * real),
     )
     rates |= {'inputs_padding': inputs, 'targets_padding': targets}
     for key in ('inputs_padding', 'targets_padding'):

@@ -5,6 +5,7 @@ The one loop: pretraining, fine-tuning and adapters differ by config only.
 Read from top to bottom; what a researcher edits is inside `make_update`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from moepeft import (
@@ -27,13 +27,14 @@ from moepeft import (
   optim,
   placement,
   plots,
+  processes,
   sharding,
 )
 from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
-from moepeft.data import batching, loader, sources, vocabulary
+from moepeft.data import cuts, loader, sources, vocabulary
 from moepeft.data.seqio_stream import Stream
 from moepeft.history import History
 from moepeft.moe import losses, stats
@@ -61,6 +62,12 @@ _MAY_DIFFER = flags.DEFINE_list(
   'may_differ',
   [],
   'Keys, like data.path, in which a run that goes on may differ from before.',
+)
+_DISTRIBUTED = flags.DEFINE_string(
+  'distributed',
+  None,
+  "Join the other processes of a run: 'auto' on a cluster that JAX knows (TPU, "
+  "SLURM, ...), else 'HOST:PORT,PROCESSES,NUMBER of this one'.",
 )
 
 
@@ -133,7 +140,9 @@ def train(
   config_lib.check(config)
   if dry_run:
     return _train(config, workdir, dry_run, gin)
-  with open_workdir(workdir):
+  # Of several processes the first alone holds the directory and writes to it,
+  # checkpoints aside, which they write together.
+  with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
     check_unchanged(workdir, config, may_differ)
     return _train(config, workdir, dry_run, gin)
 
@@ -144,13 +153,15 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # ---------------------------------------------------------------- data ---
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  hosts = jax.process_index(), jax.process_count()
+  spread = config.sharding
+  layout = sharding.layout(spread.preset, spread.model, spread.rules)
+  share = sharding.share(layout.mesh)
   _, shape = base_lib.shape(config.model)
-  found = sources(data, config.seed, hosts, shape.vocab)
+  found = sources(data, config.seed, share, shape.vocab)
   for note in found.notes:
     print(note, flush=True)
   batches = loader(
-    found, words, data, config.batch_size // hosts[1], config.seed, hosts
+    found, words, data, config.batch_size // share[1], config.seed, share
   )
 
   # --------------------------------------------------------------- model ---
@@ -171,8 +182,6 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
-  spread = config.sharding
-  layout = sharding.layout(spread.preset, spread.model, spread.rules)
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
@@ -190,7 +199,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   described = card(base, built, config.seed, config.model.family)
   metrics.introduce(base, built, state, words, workdir)
   if not isinstance(found.train, Stream):
-    _warn_of_cuts(found.train, words, data)
+    print(cuts(found.train, words, data), end='', flush=True)
 
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, found.held_out, found.rows)
@@ -213,12 +222,14 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
     course = checkpoints.course()
-    batches.go_to(course.place[hosts[0]])
+    batches.go_to(course.place[jax.process_index()])
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
-  _write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
-  if gin:
+  processes.write_json(
+    os.path.join(workdir, CONFIG), json.loads(config.to_json())
+  )
+  if gin and processes.first():
     with open(os.path.join(workdir, 'config.gin'), 'w') as f:
       f.write(gin)
 
@@ -226,15 +237,17 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   before_path = os.path.join(workdir, 'before.json')
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
-    _write_json(
+    processes.write_json(
       before_path, judge(built.variables(state), 'before training', 0)
     )
 
   # --------------------------------------------------------------- loop ---
   log, figures = config.log, os.path.join(workdir, 'plots')
-  written = writers(
-    workdir, first, log.tensorboard, log.wandb, config.to_dict()
-  )
+  written = []
+  if processes.first():
+    written = writers(
+      workdir, first, log.tensorboard, log.wandb, config.to_dict()
+    )
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
   progress = Progress(config.steps, first)
   report = Report(
@@ -242,6 +255,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     (*written, history),
     optim.schedule(config.optimizer, config.steps),
     config.router_alarm,
+    share[1],
   )
   done = first
   if done < config.steps:
@@ -271,9 +285,12 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         save |= course.exhausted(config.patience)
       if save:
         with progress.paused('saving'):
-          course = dataclasses.replace(course, place=_places(batches))
+          course = dataclasses.replace(
+            course, place=processes.places(batches.place())
+          )
           checkpoints.save(state, described, course)
-          plots.draw(history, figures)
+          if processes.first():
+            plots.draw(history, figures)
       if signals.received is not None and done < config.steps:
         break
   for writer in (*written, progress, batches):
@@ -293,12 +310,12 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if config.evaluation.after:
     print('evaluating after training', flush=True)
     after = judge(built.variables(state), 'after training', int(state.step))
-    _write_json(after_path, after)
+    processes.write_json(after_path, after)
     before = _read_json(before_path) if config.evaluation.before else {}
     print(evaluate.table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
   summary['seconds'] = round(time.monotonic() - started, 1)
-  _write_json(os.path.join(workdir, 'summary.json'), summary)
+  processes.write_json(os.path.join(workdir, 'summary.json'), summary)
   metrics.conclude(
     summary,
     {
@@ -314,34 +331,8 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   return summary
 
 
-def _warn_of_cuts(source, words, data, rows: int = 500) -> None:
-  """Says how many of the first training examples are too long."""
-  lengths = data.inputs_length, data.targets_length
-  cut = sum(batching.encode(words, source[i], *lengths)[2] for i in range(rows))
-  if cut:
-    print(
-      f'{cut} of the first {rows} training examples are cut; raise '
-      'config.data.inputs_length or config.data.targets_length to keep them '
-      'whole',
-      flush=True,
-    )
-
-
 def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
-
-
-def _places(batches) -> tuple[tuple[int, int], ...]:
-  """Where each host's next batch begins."""
-  places = multihost_utils.process_allgather(batches.place())
-  return tuple((int(w), int(r)) for w, r in places.reshape(-1, 2))
-
-
-def _write_json(path: str, value: dict) -> None:
-  temporary = f'{path}.tmp'
-  with open(temporary, 'w') as f:
-    json.dump(value, f, indent=2)
-  os.replace(temporary, path)
 
 
 def _read_json(path: str) -> dict:
@@ -360,6 +351,8 @@ def main(argv) -> None:
     workdir = os.path.join('workdirs', name)
   workdir = os.path.expanduser(workdir)
   try:
+    if _DISTRIBUTED.value:
+      processes.join(_DISTRIBUTED.value)
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
     train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
   except Stopped as e:

@@ -201,3 +201,18 @@ def loader(
     sources.train, words, *lengths, rows, shard, data.workers
   )
   return Loader(windows, batch_size)
+
+
+def cuts(
+  train: grain.MapDataset, words: Vocabulary, data: ConfigDict, rows: int = 500
+) -> str:
+  """A line that says how many of the first examples are too long, or ''."""
+  lengths = data.inputs_length, data.targets_length
+  cut = sum(batching.encode(words, train[i], *lengths)[2] for i in range(rows))
+  if not cut:
+    return ''
+  return (
+    f'{cut} of the first {rows} training examples are cut; raise '
+    'config.data.inputs_length or config.data.targets_length to keep them '
+    'whole\n'
+  )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one run: they come together, and the first writes."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join(how: str) -> None:
+  """Makes this process one of several; only the first goes on to print.
+
+  Args:
+    how: 'auto' on a cluster that JAX knows, else 'HOST:PORT,PROCESSES,NUMBER',
+      the address being of the first process.
+
+  Raises:
+    ValueError: `how` is not of the form, or they do not come together.
+  """
+  address, *numbers = how.split(',')
+  counted = len(numbers) == 2 and all(map(str.isdigit, numbers))
+  if how != 'auto' and not counted:
+    raise ValueError(
+      f"--distributed is 'auto' or HOST:PORT,PROCESSES,NUMBER; got {how!r}"
+    )
+  arguments = () if how == 'auto' else (address, *map(int, numbers))
+  try:
+    jax.distributed.initialize(*arguments)
+  except (ValueError, RuntimeError) as e:
+    reason = str(e).splitlines()[0]
+    raise ValueError(
+      f'the processes of --distributed={how} do not come together ({reason})'
+    ) from None
+  if not first():
+    sys.stdout = open(os.devnull, 'w')
+
+
+def first() -> bool:
+  """Whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+def places(place: np.ndarray) -> tuple[tuple[int, int], ...]:
+  """Every process's place in its data: int [2] -> a pair for each."""
+  found = multihost_utils.process_allgather(place).reshape(-1, 2)
+  return tuple((int(window), int(row)) for window, row in found)
+
+
+def write_json(path: str, value: Any) -> None:
+  """Writes a file, all of it or nothing, from the first process."""
+  if not first():
+    return
+  temporary = f'{path}.tmp'
+  with open(temporary, 'w') as f:
+    json.dump(value, f, indent=2)
+  os.replace(temporary, path)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README and its translation say the same, and their links lead on."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+_ENGLISH, _CHINESE = _NAMES = 'README.md', 'README.zh.md'
+_FENCED = re.compile(r'^ *```(\w*)\n(.*?)^ *```$', re.M | re.S)
+
+
+def _read(name: str) -> str:
+  return (_ROOT / name).read_text(encoding='utf-8')
+
+
+def _prose(text: str) -> str:
+  """A document without its fenced blocks, where '#' is no heading."""
+  return _FENCED.sub('', text)
+
+
+def _headings(text: str) -> list[tuple[str, str]]:
+  """(its number signs, its words) of each heading."""
+  return re.findall(r'^(#{1,6}) +(.+?) *$', _prose(text), re.M)
+
+
+def _tables(text: str) -> list[list[list[str]]]:
+  """Tables as rows of cells."""
+  found = re.findall(r'(?:^\|.*\|$\n?)+', _prose(text), re.M)
+  return [
+    [row.split('|')[1:-1] for row in table.splitlines()] for table in found
+  ]
+
+
+def _figures(cell: str) -> list[str]:
+  # Sorted, since languages may name them in different orders.
+  return sorted(re.findall(r'\d+(?:[.,]\d+)*', cell))
+
+
+def _code(text: str) -> set[str]:
+  """What stands in backticks; one that goes over a line's end is joined."""
+  return {' '.join(c.split()) for c in re.findall(r'`([^`]+)`', _prose(text))}
+
+
+def _links(text: str) -> list[str]:
+  found = re.findall(r'\]\(([^)\s]+)\)', _prose(text))
+  return [link for link in found if '://' not in link]
+
+
+def _slug(heading: str) -> str:
+  """The anchor that GitHub gives a heading; CJK letters count as letters."""
+  return re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+
+
+def _anchors(text: str) -> set[str]:
+  """Every anchor of a document; a repeated heading's ends with a number."""
+  found, seen = set(), {}
+  for _, heading in _headings(text):
+    slug = _slug(heading)
+    count = seen[slug] = seen.get(slug, -1) + 1
+    found.add(f'{slug}-{count}' if count else slug)
+  return found
+
+
+def _pair(what) -> tuple:
+  return tuple(what(_read(name)) for name in _NAMES)
+
+
+def test_readmes_have_the_same_levels_of_headings_in_the_same_order():
+  english, chinese = _pair(lambda text: [h[0] for h in _headings(text)])
+  assert len(english) > 1
+  assert chinese == english
+
+
+def test_readmes_have_the_same_commands():
+  english, chinese = _pair(
+    lambda text: [code for kind, code in _FENCED.findall(text) if kind == 'sh']
+  )
+  assert len(english) > 1
+  assert chinese == english
+
+
+def test_readmes_have_the_same_kinds_of_fenced_blocks():
+  english, chinese = _pair(lambda text: [b[0] for b in _FENCED.findall(text)])
+  assert chinese == english
+
+
+def test_readmes_have_tables_of_the_same_shape():
+  english, chinese = _pair(
+    lambda text: [[len(row) for row in table] for table in _tables(text)]
+  )
+  assert len(english) > 1
+  assert chinese == english
+
+
+def test_readmes_have_the_same_figures_in_every_cell():
+  english, chinese = _pair(
+    lambda text: [
+      [_figures(cell) for cell in row]
+      for table in _tables(text)
+      for row in table
+    ]
+  )
+  assert chinese == english
+
+
+def test_readmes_name_the_same_options_and_files():
+  english, chinese = _pair(_code)
+  assert english ^ chinese == set()
+
+
+@pytest.mark.parametrize(
+  'name, first',
+  [(_ENGLISH, f'[中文]({_CHINESE})'), (_CHINESE, f'[English]({_ENGLISH})')],
+)
+def test_readme_leads_to_the_other_below_its_title(name, first):
+  assert _read(name).splitlines()[1:3] == ['', first]
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_links_of_readme_lead_somewhere(name):
+  lost = []
+  for link in _links(_read(name)):
+    path, _, anchor = link.partition('#')
+    target = path or name
+    if not (_ROOT / target).exists():
+      lost.append(link)
+    elif anchor and anchor not in _anchors(_read(target)):
+      lost.append(link)
+  assert lost == []
+
+
+@pytest.mark.parametrize(
+  'heading, slug',
+  [
+    ('Semantics: the paper has two', 'semantics-the-paper-has-two'),
+    ('语义：论文有两套', '语义论文有两套'),
+    ("T5X's `gin` files, re-read", 't5xs-gin-files-re-read'),
+  ],
+)
+def test_slug_is_githubs(heading, slug):
+  assert _slug(heading) == slug
+
+
+def test_repeated_heading_has_a_numbered_anchor():
+  assert _anchors('# Data\n\n## Data\n') == {'data', 'data-1'}
