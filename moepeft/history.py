@@ -26,6 +26,21 @@ class Routing:
   entropies: Mapping[str, np.ndarray]
 
 
+def short(sites: Iterable[str]) -> dict[str, str]:
+  """{site: how people call it}: encoder/layers/self/k/mov is encoder/self/k.
+
+  The last part, the method, is told only where there is more than one.
+  """
+  sites = list(sites)
+  several = len({site.rpartition('/')[2] for site in sites}) > 1
+  found = {}
+  for site in sites:
+    path, _, method = site.rpartition('/')
+    name = '/'.join(part for part in path.split('/') if part != 'layers')
+    found[site] = f'{name} ({method})' if several else name
+  return found
+
+
 class Thinned:
   """A list of at most so many, evenly spread, and always the latest."""
 

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moepeft.history import Routing
+from moepeft.history import Routing, short
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
@@ -138,18 +138,10 @@ def _plain(axes: Axes) -> None:
 
 
 def _layout(found: Iterable[str]) -> Layout:
-  """'encoder/layers/self/k/mov' is k at encoder/self.
-
-  The last part, the method, is told only where there is more than one.
-  """
-  found = list(found)
-  several = len({site.rpartition('/')[2] for site in found}) > 1
   places = {}
-  for site in sorted(found, key=_rank):
-    path, _, method = site.rpartition('/')
-    *place, name = [part for part in path.split('/') if part != 'layers']
-    name = f'{name} ({method})' if several else name
-    places.setdefault('/'.join(place), []).append((name, site))
+  for site, name in short(sorted(found, key=_rank)).items():
+    place, _, name = name.rpartition('/')
+    places.setdefault(place, []).append((name, site))
   return places
 
 

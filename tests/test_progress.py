@@ -40,6 +40,7 @@ def test_a_line_has_all_that_a_run_is_watched_for(capsys):
     'mem 1.3 GB'
   )
   assert rates == {
+    'steps_per_s': 0.5,
     'examples_per_s': 16.0,
     'tokens_per_s': 1250.0,
     'memory_bytes': 1_340_000_000,

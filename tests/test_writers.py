@@ -70,8 +70,8 @@ def test_scalars_are_the_numbers_and_means_over_layers():
     'speed/examples_per_s': 3.0,
     'speed/tokens_per_s': 70.0,
     # (1 + 0.5) / 2, and (0.5 + 0.7) / 2
-    'router_entropy/encoder/layers/self/k/mov': 0.75,
-    'router_max_load/encoder/layers/self/k/mov': pytest.approx(0.6),
+    'entropy/encoder/self/k': 0.75,
+    'max_load/encoder/self/k': pytest.approx(0.6),
   }
   assert scalars({'step': 3, 'validation_loss': 2.0}) == {
     'validation/loss': 2.0
