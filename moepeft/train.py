@@ -243,7 +243,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     optim.schedule(config.optimizer, config.steps),
     config.router_alarm,
   )
-  done = first
+  done, leave = first, False
   if done < config.steps:
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
@@ -257,10 +257,8 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         jax.block_until_ready(state)
         progress.begin(done)
       judge_now = _every(config.evaluation.every_steps, done)
-      save = _every(config.checkpoint.every_steps, done)
-      save |= done == config.steps or signals.received is not None
-      if save or judge_now or _every(log.every_steps, done):
-        # Before a checkpoint too: a broken state must not push out a good one.
+      save = _every(config.checkpoint.every_steps, done) or done == config.steps
+      if judge_now or _every(log.every_steps, done):
         report.tell()
       if judge_now:
         with progress.paused('validating'):
@@ -269,16 +267,20 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         course = course.judged(loss, done)
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
-      if save:
+      # Asked once: a signal that comes while saving is met after a step more.
+      leave = signals.received is not None
+      if save or leave:
+        # Before it is saved: a broken state must not push out a good one.
+        report.tell()
         with progress.paused('saving'):
           course = dataclasses.replace(course, place=_places(batches))
           checkpoints.save(state, described, course)
           plots.draw(history, figures)
-      if signals.received is not None and done < config.steps:
+      if leave and done < config.steps:
         break
   for writer in (*written, progress, batches):
     writer.close()
-  if signals.received is not None and done < config.steps:
+  if leave and done < config.steps:
     raise Stopped(signals.received, done, checkpoints.path)
   if done < config.steps:
     print(
