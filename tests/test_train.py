@@ -21,6 +21,7 @@ from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
 from moepeft.rows import Rows, read
+from moepeft.runs import check_unchanged
 
 from .contracts import small
 
@@ -266,6 +267,17 @@ def test_what_no_step_depends_on_may_change(begun, tmp_path):
   workdir = str(tmp_path / 'w')
   train.train(card(begun.base, **allowed), workdir, may_differ=['batch_size'])
   assert len(read(f'{workdir}/metrics.jsonl')) == 5
+
+
+@pytest.mark.parametrize('name', ['steps', 'config.steps'])
+def test_steps_of_a_falling_rate_may_differ_where_it_is_said(tmp_path, name):
+  changes = {'optimizer.schedule': 'cosine'}
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
+  (tmp_path / 'config.json').write_text(card('', **changes).to_json())
+  longer = card('', **changes, steps=5)
+  with pytest.raises(ValueError, match='config.steps=4, now it is 5'):
+    check_unchanged(str(tmp_path), longer)
+  check_unchanged(str(tmp_path), longer, [name])
 
 
 def test_a_moved_base_is_the_same_and_a_changed_one_is_not(begun, tmp_path):
