@@ -195,6 +195,12 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, found.held_out, found.rows)
   validation = evaluate.pairs_to_judge(config, found, words)
+  if config.evaluation.every_steps and not validation:
+    raise ValueError(
+      f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
+      'row is held out to validate on; raise config.data.held_out (seqio: give '
+      "tasks with a split 'validation'), or set it to 0"
+    )
   judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
     make_update(model, built, config, optimizer),

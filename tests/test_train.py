@@ -280,6 +280,23 @@ def test_steps_of_a_falling_rate_may_differ_where_it_is_said(tmp_path, name):
   check_unchanged(str(tmp_path), longer, [name])
 
 
+@pytest.mark.parametrize(
+  'change', [{'patience': 2}, {'checkpoint.best': True}], ids=str
+)
+def test_what_goes_by_validation_losses_needs_some(tmp_path, change):
+  with pytest.raises(ValueError, match='set config.evaluation.every_steps'):
+    train.train(card('', **change), str(tmp_path))
+
+
+def test_validation_without_a_held_out_row_is_refused(base, tmp_path):
+  row = {'inputs': 'q', 'targets': 'a'}
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
+  source = {'data.source': 'jsonl', 'data.path': str(tmp_path / 'rows.jsonl')}
+  config = card(base, **source, **{'evaluation.every_steps': 2})
+  with pytest.raises(ValueError, match='no row is held out to validate on'):
+    train.train(config, str(tmp_path / 'w'))
+
+
 def test_a_moved_base_is_the_same_and_a_changed_one_is_not(begun, tmp_path):
   shutil.copytree(begun.workdir, tmp_path / 'w')
   shutil.copytree(begun.base, tmp_path / 'moved')
