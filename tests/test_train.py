@@ -20,6 +20,7 @@ from moepeft.checkpoint import restore_adapter
 from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
+from moepeft.report import Report
 from moepeft.rows import Rows, read
 from moepeft.runs import check_unchanged
 
@@ -399,6 +400,15 @@ def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
   changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):
     train.train(card(base, **changes), str(tmp_path / 'w'))
+
+
+def test_a_broken_gradient_stops_the_run_before_it_is_saved():
+  report = Report(None, [], lambda step: 0.1, 0.9)
+  aux = {'loss': np.float32(1), 'gradient_norm': np.float32(np.inf)}
+  mask = np.ones((2, 3), bool)
+  report.add(7, {'inputs_mask': mask, 'targets_mask': mask}, aux)
+  with pytest.raises(ValueError, match='gradient norm is inf at step 7; try'):
+    report.tell()
 
 
 def command(*args, cwd=ROOT):
