@@ -84,6 +84,12 @@ def test_rates_are_capped_and_tempered():
   assert mixing.rates(sizes, 100, 2.0) == {'a': 10, 'b': 10, 'c': 2}
 
 
+def test_a_temperature_too_low_for_a_number_is_refused():
+  # 7 ** 1000 is above 1e308.
+  with pytest.raises(ValueError, match='config.data.temperature=0.001'):
+    mixing.rates({'a': 7}, temperature=0.001)
+
+
 def test_a_dataset_gives_its_rows_in_an_order_of_its_own():
   both = mixing.mix(rows(a=13, b=5), {'a': 1.0, 'b': 2.0}, seed=0)
   alone = mixing.mix(rows(a=13), {'a': 1.0}, seed=0)
