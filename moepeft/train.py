@@ -143,9 +143,10 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
 
   # ---------------------------------------------------------------- data ---
   data = config.data
-  words = vocabulary(data.vocabulary, config.model.path)
   hosts = jax.process_index(), jax.process_count()
+  # First: the vocabulary is looked for in the same place.
   _, shape = base_lib.shape(config.model)
+  words = vocabulary(data.vocabulary, config.model.path)
   found = sources(data, config.seed, hosts, shape.vocab)
   for note in found.notes:
     print(note, flush=True)
@@ -173,6 +174,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     )
   spread = config.sharding
   layout = sharding.layout(spread.preset, spread.model, spread.rules)
+  sharding.check_rows(layout.mesh, config.batch_size)
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
@@ -227,6 +229,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if gin:
     with open(os.path.join(workdir, 'config.gin'), 'w') as f:
       f.write(gin)
+  # Before the evaluation, which takes minutes: one of them may be refused.
+  log, figures = config.log, os.path.join(workdir, 'plots')
+  written = writers(
+    workdir, first, log.tensorboard, log.wandb, config.to_dict()
+  )
 
   # --------------------------------------------------------- evaluation ---
   before_path = os.path.join(workdir, 'before.json')
@@ -237,10 +244,6 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     )
 
   # --------------------------------------------------------------- loop ---
-  log, figures = config.log, os.path.join(workdir, 'plots')
-  written = writers(
-    workdir, first, log.tensorboard, log.wandb, config.to_dict()
-  )
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
   progress = Progress(config.steps, first)
   report = Report(

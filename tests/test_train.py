@@ -396,6 +396,27 @@ def test_bad_input_is_one_clear_sentence(base, tmp_path, changes, said):
     train.train(card(base, **changes), str(tmp_path / 'w'))
 
 
+def test_what_is_refused_is_refused_before_the_evaluation(
+  base, tmp_path, monkeypatch
+):
+  def judged(*_):
+    raise AssertionError('it was evaluated first')
+
+  monkeypatch.setattr(train.evaluate.Judge, '__call__', judged)
+  changes = {'log.wandb': 'a project', 'evaluation.before': True}
+  # As where it is not installed.
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ValueError, match='needs the package wandb'):
+    train.train(card(base, **changes), str(tmp_path))
+
+
+def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
+  config = card('/no/model', **{'data.vocabulary': ''})
+  with pytest.raises(ValueError, match='/no/model') as e:
+    train.train(config, str(tmp_path))
+  assert 'config.data.vocabulary' not in str(e.value)
+
+
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
   changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):
