@@ -29,9 +29,18 @@ def rates(
   Args:
     sizes: rows of each dataset.
     cap: the size above which datasets count alike; 0 for none.
+
+  Raises:
+    ValueError: the temperature is so low that a rate is too large to hold.
   """
   capped = {k: min(n, cap) if cap else n for k, n in sizes.items()}
-  return {k: n ** (1 / temperature) for k, n in capped.items()}
+  try:
+    return {k: n ** (1 / temperature) for k, n in capped.items()}
+  except OverflowError:
+    raise ValueError(
+      f'config.data.temperature={temperature} makes the rate of a dataset too '
+      'large; raise it towards 1'
+    ) from None
 
 
 def mix(
