@@ -38,6 +38,7 @@ _TEST = [
   'nbclient',
   'nbformat',
   'pytest>=8',
+  'pytest-xdist>=3.5',
   'ruff>=0.8',
   'setuptools>=64',
   'wheel',

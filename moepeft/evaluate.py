@@ -167,7 +167,7 @@ class Judge:
     """
     total = tokens = 0.0
     for batch in self._batches:
-      batch = sharding.shard_batch(self._mesh, batch)
+      batch = sharding.shard_whole_batch(self._mesh, batch)
       nll, real = self._count(variables, batch)
       total += float(nll)
       tokens += float(real)

@@ -115,9 +115,9 @@ class Ranker:
     batch |= {
       key: answers[key].reshape(shape) for key in ('targets', 'targets_mask')
     }
-    batch = sharding.shard_batch(self._mesh, batch)
+    batch = sharding.shard_whole_batch(self._mesh, batch)
     targets, mask = batch.pop('targets'), batch.pop('targets_mask')
-    return np.asarray(self._score(variables, batch, targets, mask))
+    return sharding.gather(self._score(variables, batch, targets, mask))
 
   def _encode(self, row: Example) -> tuple[list[int], list[list[int]], bool]:
     inputs, targets = self._lengths

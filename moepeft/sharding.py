@@ -205,6 +205,13 @@ def check_rows(mesh: Mesh, rows: int) -> None:
     )
 
 
+def shard_whole_batch(mesh: Mesh, batch: Batch) -> Batch:
+  """`shard_batch` of rows that every process holds all of."""
+  check_rows(mesh, len(next(iter(batch.values()))))
+  where = NamedSharding(mesh, PartitionSpec('data'))
+  return put(batch, dict.fromkeys(batch, where))
+
+
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
   """The batch with its rows spread over the axis 'data'.
 

@@ -196,10 +196,15 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   )
   letters = base_lib.letters(model)
   where = placement.state_shardings(layout, state, letters, built.trainable)
-  print(placement.describe(layout, state, letters, built.trainable))
   state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed, config.model.family)
-  metrics.introduce(base, built, state, words, workdir)
+  spread_out = placement.describe(layout, state, letters, built.trainable)
+  more = {
+    'devices': spread_out,
+    'data': f'{len(found.shares)} datasets of {data.source}'
+    + (', packed' if data.packing else ''),
+  }
+  metrics.introduce(base, built, state, words, workdir, more)
   if not isinstance(found.train, Stream):
     print(cuts(found.train, words, data), end='', flush=True)
 
