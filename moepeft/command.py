@@ -39,17 +39,19 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   # would meet a wrong --config.key before `run` can answer for it.
   if not any(arg.split('=')[0] in _NAMES for arg in sys.argv):
     sys.argv.insert(1, f'--config={default}')
-  return config_flags.DEFINE_config_file(
+  found = config_flags.DEFINE_config_file(
     'config',
     None,
     'A card: a file with get_config(), and values for it after a colon. Keys '
     'are changed by --config.key=value; moepeft/config.py lists them all.',
     lock_config=True,
   )
+  _show_in_help(('config', _TRACEBACK.name))
+  return found
 
 
 def _show_in_help(names: Sequence[str]) -> None:
-  # --help shows the flags of the file that is run, and these belong to it.
+  # --help shows the flags of the file that is run alone; these are others'.
   for name in names:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 

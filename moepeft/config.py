@@ -235,6 +235,11 @@ def check(c: ConfigDict) -> None:
     demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
   for key in ('optimizer.learning_rate', 'data.temperature'):
     demand(key, lambda v: v > 0, 'above 0')
+  if (c.patience or c.checkpoint.best) and not c.evaluation.every_steps:
+    raise ValueError(
+      'config.patience and config.checkpoint.best go by validation losses; set '
+      'config.evaluation.every_steps too'
+    )
 
 
 def paper(size: str) -> ConfigDict:

@@ -46,18 +46,21 @@ class Report:
     """Writes the rows of the steps since the last call; the bar, alarms.
 
     Raises:
-      ValueError: a loss is not finite.
+      ValueError: a loss or a gradient's norm is not finite.
     """
     if not self._pending:
       return
     seen, self._pending = jax.device_get(self._pending), []
     sums, self._batch_sums = np.array(self._batch_sums), []
     for step, aux in seen:
-      if not np.isfinite(aux['loss']):
-        raise ValueError(
-          f'the loss is {aux["loss"]} at step {step}; try a lower '
-          'config.optimizer.learning_rate, or config.optimizer.clip=1.0'
-        )
+      # The step after a broken gradient would tell by its loss, but this one
+      # may be saved.
+      for key in ('loss', 'gradient_norm'):
+        if not np.isfinite(aux[key]):
+          raise ValueError(
+            f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
+            'lower config.optimizer.learning_rate, or config.optimizer.clip=1.0'
+          )
     step, last = seen[-1]
     examples, real, inputs, targets = sums.sum(0)
     rates = self._progress.update(

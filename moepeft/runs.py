@@ -26,7 +26,6 @@ _FREE = (
   'steps',
   'router_alarm',
   'patience',
-  'sharding',
   'data.workers',
   'model.path',
   'model.adapter',
@@ -60,10 +59,11 @@ def check_unchanged(
     return
   before = names.flatten(_read(workdir))
   now = names.flatten(json.loads(config.to_json()))
-  free = (*_FREE, *(key.removeprefix('config.') for key in may_differ))
+  free = _FREE
   if now['optimizer/schedule'] != 'constant':
     # The rate falls to zero at the last step.
-    free = tuple(key for key in free if key != 'steps' or key in may_differ)
+    free = tuple(key for key in free if key != 'steps')
+  free += tuple(key.removeprefix('config.') for key in may_differ)
   prefixes = tuple(f'{key.replace(".", "/")}/' for key in free)
   for key in sorted(before.keys() & now.keys()):
     if before[key] != now[key] and not f'{key}/'.startswith(prefixes):

@@ -195,6 +195,16 @@ def share(mesh: Mesh) -> tuple[int, int]:
   return mine[0], len(shares)
 
 
+def check_rows(mesh: Mesh, rows: int) -> None:
+  """Raises ValueError where a batch's rows do not divide by the devices."""
+  count = mesh.shape['data']
+  if rows % count:
+    raise ValueError(
+      f'a batch of {rows} rows does not divide by {count} devices; set '
+      'config.batch_size to a multiple'
+    )
+
+
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
   """The batch with its rows spread over the axis 'data'.
 
@@ -207,11 +217,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
   """
   rows = len(next(iter(batch.values())))
   shares = 1 if jax.process_count() == 1 else share(mesh)[1]
-  if rows * shares % mesh.shape['data']:
-    raise ValueError(
-      f'a batch of {rows * shares} rows does not divide by '
-      f'{mesh.shape["data"]} devices; set config.batch_size to a multiple'
-    )
+  check_rows(mesh, rows * shares)
   where = NamedSharding(mesh, PartitionSpec('data'))
   if jax.process_count() == 1:
     return jax.device_put(batch, where)

@@ -152,11 +152,13 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
 
   # ---------------------------------------------------------------- data ---
   data = config.data
-  words = vocabulary(data.vocabulary, config.model.path)
   spread = config.sharding
   layout = sharding.layout(spread.preset, spread.model, spread.rules)
+  sharding.check_rows(layout.mesh, config.batch_size)
   share = sharding.share(layout.mesh)
+  # First: the vocabulary is looked for in the same place.
   _, shape = base_lib.shape(config.model)
+  words = vocabulary(data.vocabulary, config.model.path)
   found = sources(data, config.seed, share, shape.vocab)
   for note in found.notes:
     print(note, flush=True)
@@ -204,6 +206,12 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # ------------------------------------------------------------- resume ---
   sets = evaluate.examples(config, found.held_out, found.rows)
   validation = evaluate.pairs_to_judge(config, found, words)
+  if config.evaluation.every_steps and not validation:
+    raise ValueError(
+      f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
+      'row is held out to validate on; raise config.data.held_out (seqio: give '
+      "tasks with a split 'validation'), or set it to 0"
+    )
   judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
     make_update(model, built, config, optimizer),
@@ -232,6 +240,13 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if gin and processes.first():
     with open(os.path.join(workdir, 'config.gin'), 'w') as f:
       f.write(gin)
+  # Before the evaluation, which takes minutes: one of them may be refused.
+  log, figures = config.log, os.path.join(workdir, 'plots')
+  written = []
+  if processes.first():
+    written = writers(
+      workdir, first, log.tensorboard, log.wandb, config.to_dict()
+    )
 
   # --------------------------------------------------------- evaluation ---
   before_path = os.path.join(workdir, 'before.json')
@@ -242,12 +257,6 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     )
 
   # --------------------------------------------------------------- loop ---
-  log, figures = config.log, os.path.join(workdir, 'plots')
-  written = []
-  if processes.first():
-    written = writers(
-      workdir, first, log.tensorboard, log.wandb, config.to_dict()
-    )
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
   progress = Progress(config.steps, first)
   report = Report(
@@ -257,7 +266,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     config.router_alarm,
     share[1],
   )
-  done = first
+  done, leave = first, False
   if done < config.steps:
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
@@ -271,10 +280,8 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         jax.block_until_ready(state)
         progress.begin(done)
       judge_now = _every(config.evaluation.every_steps, done)
-      save = _every(config.checkpoint.every_steps, done)
-      save |= done == config.steps or signals.received is not None
-      if save or judge_now or _every(log.every_steps, done):
-        # Before a checkpoint too: a broken state must not push out a good one.
+      save = _every(config.checkpoint.every_steps, done) or done == config.steps
+      if judge_now or _every(log.every_steps, done):
         report.tell()
       if judge_now:
         with progress.paused('validating'):
@@ -283,7 +290,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         course = course.judged(loss, done)
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
-      if save:
+      # Asked once: a signal that comes while saving is met after a step more.
+      leave = signals.received is not None
+      if save or leave:
+        # Before it is saved: a broken state must not push out a good one.
+        report.tell()
         with progress.paused('saving'):
           course = dataclasses.replace(
             course, place=processes.places(batches.place())
@@ -291,11 +302,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
           checkpoints.save(state, described, course)
           if processes.first():
             plots.draw(history, figures)
-      if signals.received is not None and done < config.steps:
+      if leave and done < config.steps:
         break
   for writer in (*written, progress, batches):
     writer.close()
-  if signals.received is not None and done < config.steps:
+  if leave and done < config.steps:
     raise Stopped(signals.received, done, checkpoints.path)
   if done < config.steps:
     print(

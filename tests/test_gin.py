@@ -457,7 +457,9 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
 
 
 def test_help_mentions_gin_files():
-  assert '--gin.NAME=VALUE' in run('count', '--help').stdout
+  said = run('count', '--help').stdout
+  assert '--gin.NAME=VALUE' in said
+  assert '--config: A card' in said and '--[no]traceback' in said
 
 
 def test_a_run_keeps_its_gin_files_as_one(tmp_path):

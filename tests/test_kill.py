@@ -177,6 +177,30 @@ def test_a_signal_saves_the_step_and_leaves(
   assert adapter_bytes(tmp_path / 'whole') == adapter_bytes(tmp_path / 'cut')
 
 
+def test_a_signal_while_validating_or_saving_loses_no_step(
+  base,  # noqa: F811
+  tmp_path,
+  monkeypatch,
+):
+  run = {'evaluation.every_steps': 1, 'checkpoint.every_steps': 2}
+  places = (train.evaluate.Judge, 'validation_loss'), (Checkpoints, 'save')
+  # Validated at step 1, which is then saved; saved at 2, so left after 3.
+  for (owner, name), last in zip(places, (1, 3), strict=True):
+    with monkeypatch.context() as patch:
+      plain = getattr(owner, name)
+
+      def signalling(*args, plain=plain):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+      patch.setattr(owner, name, signalling)
+      with pytest.raises(Stopped, match=f'after step {last}, which is saved'):
+        train.train(card(base, **run), str(tmp_path / name))
+    assert Checkpoints(str(tmp_path / name), 2).latest() == last
+    steps = [row['step'] for row in losses(tmp_path / name) if 'loss' in row]
+    assert steps == list(range(1, last + 1))
+
+
 def test_a_second_interrupt_does_not_wait(base, tmp_path, monkeypatch):  # noqa: F811
   interrupted(monkeypatch, [signal.SIGINT, signal.SIGINT])
   with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,11 @@
 import collections
 import itertools
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +86,12 @@ def test_rates_are_capped_and_tempered():
   assert mixing.rates(sizes, cap=100) == {'a': 100, 'b': 100, 'c': 4}
   # Square roots of 100, 100 and 4.
   assert mixing.rates(sizes, 100, 2.0) == {'a': 10, 'b': 10, 'c': 2}
+
+
+def test_a_temperature_too_low_for_a_number_is_refused():
+  # 7 ** 1000 is above 1e308.
+  with pytest.raises(ValueError, match='config.data.temperature=0.001'):
+    mixing.rates({'a': 7}, temperature=0.001)
 
 
 def test_a_dataset_gives_its_rows_in_an_order_of_its_own():
@@ -226,6 +236,44 @@ def test_worker_processes_do_not_change_the_stream():
   plain.close()
 
 
+_WORKED = """
+import multiprocessing, time
+from tests.test_pipeline import opened
+
+if __name__ == '__main__':
+  batches = opened(False, workers=1)
+  next(batches)
+  print(multiprocessing.active_children()[0].pid, flush=True)
+  time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+  (tmp_path / 'run.py').write_text(_WORKED)
+  run = subprocess.Popen(
+    [sys.executable, str(tmp_path / 'run.py')],
+    env=os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  worker = int(run.stdout.readline())
+  run.kill()
+  run.wait()
+  until = time.monotonic() + 30
+  while _alive(worker) and time.monotonic() < until:
+    time.sleep(0.1)
+  assert not _alive(worker)
+
+
+def _alive(pid):
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except FileNotFoundError:
+    return False
+  # Nobody may be there to bury it.
+  return stat.rpartition(')')[2].split()[0] != 'Z'
+
+
 def test_hosts_share_the_windows_among_them():
   both = [opened(False, (host, 2), batch_size=WINDOW) for host in (0, 1)]
   whole = opened(False, batch_size=WINDOW)
@@ -367,3 +415,14 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
   assert example.inputs == f'text {example.idx} Is it?'
   assert example.targets == ('no', 'yes')[example.idx % 2]
   assert example.choices == ('no', 'yes')
+
+
+def test_large_and_small_datasets_come_in_whole_epochs():
+  # On either side of where permutations are no longer held.
+  for size in (mixing._SMALL - 1, mixing._SMALL):
+    epochs = mixing.Epochs(range(size), seed=5)
+    for epoch in (0, 3):
+      begin = epoch * size
+      seen = [epochs[begin + i] for i in range(size)]
+      assert sorted(seen) == list(range(size))
+      assert seen[:9] != list(range(9))

@@ -20,7 +20,9 @@ from moepeft.checkpoint import restore_adapter
 from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
+from moepeft.report import Report
 from moepeft.rows import Rows, read
+from moepeft.runs import check_unchanged
 
 from .contracts import small
 
@@ -268,6 +270,34 @@ def test_what_no_step_depends_on_may_change(begun, tmp_path):
   assert len(read(f'{workdir}/metrics.jsonl')) == 5
 
 
+@pytest.mark.parametrize('name', ['steps', 'config.steps'])
+def test_steps_of_a_falling_rate_may_differ_where_it_is_said(tmp_path, name):
+  changes = {'optimizer.schedule': 'cosine'}
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
+  (tmp_path / 'config.json').write_text(card('', **changes).to_json())
+  longer = card('', **changes, steps=5)
+  with pytest.raises(ValueError, match='config.steps=4, now it is 5'):
+    check_unchanged(str(tmp_path), longer)
+  check_unchanged(str(tmp_path), longer, [name])
+
+
+@pytest.mark.parametrize(
+  'change', [{'patience': 2}, {'checkpoint.best': True}], ids=str
+)
+def test_what_goes_by_validation_losses_needs_some(tmp_path, change):
+  with pytest.raises(ValueError, match='set config.evaluation.every_steps'):
+    train.train(card('', **change), str(tmp_path))
+
+
+def test_validation_without_a_held_out_row_is_refused(base, tmp_path):
+  row = {'inputs': 'q', 'targets': 'a'}
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
+  source = {'data.source': 'jsonl', 'data.path': str(tmp_path / 'rows.jsonl')}
+  config = card(base, **source, **{'evaluation.every_steps': 2})
+  with pytest.raises(ValueError, match='no row is held out to validate on'):
+    train.train(config, str(tmp_path / 'w'))
+
+
 def test_a_moved_base_is_the_same_and_a_changed_one_is_not(begun, tmp_path):
   shutil.copytree(begun.workdir, tmp_path / 'w')
   shutil.copytree(begun.base, tmp_path / 'moved')
@@ -366,10 +396,40 @@ def test_bad_input_is_one_clear_sentence(base, tmp_path, changes, said):
     train.train(card(base, **changes), str(tmp_path / 'w'))
 
 
+def test_what_is_refused_is_refused_before_the_evaluation(
+  base, tmp_path, monkeypatch
+):
+  def judged(*_):
+    raise AssertionError('it was evaluated first')
+
+  monkeypatch.setattr(train.evaluate.Judge, '__call__', judged)
+  changes = {'log.wandb': 'a project', 'evaluation.before': True}
+  # As where it is not installed.
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ValueError, match='needs the package wandb'):
+    train.train(card(base, **changes), str(tmp_path))
+
+
+def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
+  config = card('/no/model', **{'data.vocabulary': ''})
+  with pytest.raises(ValueError, match='/no/model') as e:
+    train.train(config, str(tmp_path))
+  assert 'config.data.vocabulary' not in str(e.value)
+
+
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
   changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):
     train.train(card(base, **changes), str(tmp_path / 'w'))
+
+
+def test_a_broken_gradient_stops_the_run_before_it_is_saved():
+  report = Report(None, [], lambda step: 0.1, 0.9)
+  aux = {'loss': np.float32(1), 'gradient_norm': np.float32(np.inf)}
+  mask = np.ones((2, 3), bool)
+  report.add(7, {'inputs_mask': mask, 'targets_mask': mask}, aux)
+  with pytest.raises(ValueError, match='gradient norm is inf at step 7; try'):
+    report.tell()
 
 
 def command(*args, cwd=ROOT):

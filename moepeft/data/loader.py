@@ -6,6 +6,9 @@ function of its number, so the stream is the same with any number of worker
 processes, and two numbers say where in it a run stands.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -82,8 +85,21 @@ class ExampleWindows:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
       options = grain.MultiprocessingOptions(num_workers=self._workers)
-      windows = windows.mp_prefetch(options)
+      windows = windows.mp_prefetch(options, _end_with_parent)
     return iter(windows)
+
+
+def _end_with_parent(number: int, count: int) -> None:
+  """Ends a worker when its run is killed, of which nobody tells it."""
+  del number, count
+  parent = multiprocessing.parent_process()
+
+  def wait() -> None:
+    parent.join()
+    os._exit(1)
+
+  if parent is not None:
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class StreamWindows:

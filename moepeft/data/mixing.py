@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several datasets as one endless stream, at rates, each in shuffled epochs."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 # Places in which the datasets' turns are shuffled, and their counts exact.
 _ROUND = 1024
 _UNITS = 1 << 40
 _ENDLESS = 1 << 60
+# Rows of which a permutation is held rather than computed.
+_SMALL = 1 << 16
 
 
 def rates(
@@ -25,9 +29,18 @@ def rates(
   Args:
     sizes: rows of each dataset.
     cap: the size above which datasets count alike; 0 for none.
+
+  Raises:
+    ValueError: the temperature is so low that a rate is too large to hold.
   """
   capped = {k: min(n, cap) if cap else n for k, n in sizes.items()}
-  return {k: n ** (1 / temperature) for k, n in capped.items()}
+  try:
+    return {k: n ** (1 / temperature) for k, n in capped.items()}
+  except OverflowError:
+    raise ValueError(
+      f'config.data.temperature={temperature} makes the rate of a dataset too '
+      'large; raise it towards 1'
+    ) from None
 
 
 def mix(
@@ -45,15 +58,42 @@ def mix(
   """
   names = sorted(datasets)
   parts = [
-    grain.MapDataset.source(datasets[name])
-    .shuffle(seed=_seed(seed, name))
-    .repeat()
+    grain.MapDataset.source(Epochs(datasets[name], _seed(seed, name)))
     for name in names
   ]
   if len(parts) == 1:
     return parts[0]
   turns = Turns(tuple(weights[name] for name in names), seed)
   return grain.MapDataset.select_from_datasets(parts, turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+  """Rows without an end, in epochs that are permutations of them all."""
+
+  rows: Sequence
+  seed: int
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, place: int):
+    epoch, offset = divmod(place, len(self.rows))
+    return self.rows[_shuffled(offset, len(self.rows), self.seed, epoch)]
+
+
+def _shuffled(offset: int, size: int, seed: int, epoch: int) -> int:
+  if size < _SMALL:
+    return int(_permutation(size, seed, epoch)[offset])
+  # Holds no permutation; below 2 ** 16 it walks up to 2 ** 16 / size steps.
+  seed = (seed + epoch) % (1 << 32)
+  return index_shuffle(offset, max_index=size - 1, seed=seed, rounds=4)
+
+
+@functools.lru_cache(maxsize=1024)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+  order = np.random.default_rng((seed, epoch)).permutation(size)
+  return order.astype(np.int32)
 
 
 class Turns(grain.transforms.DatasetSelectionMap):
