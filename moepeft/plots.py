@@ -105,7 +105,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
   Where the bell hangs over an end, or over a value that is not finite, its
   weights there are left out.
   """
-  width = max(1.0, len(values) / 100)
+  width = max(2.0, len(values) / 100)
   reach = np.arange(-np.ceil(3 * width), np.ceil(3 * width) + 1)
   bell = np.exp(-0.5 * (reach / width) ** 2)
   finite = np.isfinite(values)
