@@ -41,6 +41,7 @@ _TEST = [
   'pytest-xdist>=3.5',
   'ruff>=0.8',
   'setuptools>=64',
+  'tensorboard',
   'wheel',
 ]
 
