@@ -206,14 +206,33 @@ _NOT_NEGATIVE = (
   'optimizer.weight_decay',
   'optimizer.clip',
 )
-DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+DTYPES = ('float32', 'bfloat16')
+
+# What each source and optimizer looks at; elsewhere a value would be lost.
+_OF_SOURCES = {
+  'path': ('jsonl', 'datasets', 'seqio'),
+  'split': ('datasets', 'seqio'),
+  'templates': ('jsonl', 'datasets'),
+  'mixture': ('jsonl', 'datasets', 'seqio'),
+  'module': ('seqio',),
+  'cap': ('jsonl', 'datasets'),
+  'temperature': ('jsonl', 'datasets'),
+  'on_bad_row': ('jsonl', 'datasets'),
+  'workers': ('tasks', 'jsonl', 'datasets'),
+}
+_OF_OPTIMIZERS = {
+  'b1': ('adamw',),
+  'b2': ('adamw',),
+  'clock': ('adafactor',),
+}
 
 
 def check(c: ConfigDict) -> None:
-  """Looks at the numbers of a config before anything is built.
+  """Looks at a config before anything is built.
 
   Raises:
-    ValueError: one of them cannot be; the message names its key.
+    ValueError: a number cannot be, or a key is set that nothing would look
+      at; the message names the key.
   """
 
   def demand(key: str, holds, what: str) -> None:
@@ -235,11 +254,26 @@ def check(c: ConfigDict) -> None:
     demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
   for key in ('optimizer.learning_rate', 'data.temperature'):
     demand(key, lambda v: v > 0, 'above 0')
+  demand('router_alarm', lambda v: 0 < v, 'above 0')
+  _demand_used(c, 'data', 'source', _OF_SOURCES)
+  _demand_used(c, 'optimizer', 'name', _OF_OPTIMIZERS)
   if (c.patience or c.checkpoint.best) and not c.evaluation.every_steps:
     raise ValueError(
       'config.patience and config.checkpoint.best go by validation losses; set '
       'config.evaluation.every_steps too'
     )
+
+
+def _demand_used(c: ConfigDict, section: str, kind: str, of: dict) -> None:
+  """Refuses keys that were set and that the section's kind ignores."""
+  plain, own = default()[section], c[section]
+  for key, kinds in of.items():
+    if own[key] != plain[key] and own[kind] not in kinds:
+      raise ValueError(
+        f'config.{section}.{key}={own[key]!r} does nothing with '
+        f'config.{section}.{kind}={own[kind]!r}, only with '
+        f'{" or ".join(kinds)}; set one of the two'
+      )
 
 
 def paper(size: str) -> ConfigDict:

@@ -75,7 +75,7 @@ class History:
     point = lambda key: lambda row: (row['step'], _number(row[key]))  # noqa: E731
     self._curves = {
       key: Thinned(_POINTS, point(key))
-      for key in ('loss', 'learning_rate', 'validation_loss')
+      for key in ('loss', 'nll', 'learning_rate', 'validation_loss')
     }
     self._routing = Thinned(_STATES, _routing)
     for row in rows:
@@ -92,7 +92,7 @@ class History:
     pass
 
   def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of 'loss', 'learning_rate' or 'validation_loss'."""
+    """(steps, values) of 'loss', 'nll', 'learning_rate', 'validation_loss'."""
     points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 

@@ -2,6 +2,7 @@
 """A run's figures as PNGs: loss, learning rate, router load and entropy."""
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,27 @@ from moepeft.history import History
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
+# Between two drawings while a run goes on; one takes a second or two.
+_SECONDS = 60
+
+
+class Figures:
+  """The figures of a run that goes on, below a folder."""
+
+  def __init__(self, history: History, folder: str, drawn: bool = True):
+    """`drawn`: whether this process draws them."""
+    self._history, self._folder, self._drawn = history, folder, drawn
+    self._last = time.monotonic()
+
+  def draw(self) -> None:
+    if self._drawn:
+      draw(self._history, self._folder)
+    self._last = time.monotonic()
+
+  def refresh(self) -> None:
+    """Draws them where a minute has passed since."""
+    if time.monotonic() - self._last > _SECONDS:
+      self.draw()
 
 
 def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
@@ -49,7 +71,10 @@ def _save(figure: Figure, path: str) -> str:
 
 def _loss(seen: History) -> Figure | None:
   """Training loss as it was and smoothed, and validation points."""
-  steps, values = seen.curve('loss')
+  # What validation measures too, whatever is minimised.
+  steps, values = seen.curve('nll')
+  if not len(steps):
+    steps, values = seen.curve('loss')
   at, validated = seen.curve('validation_loss')
   if not len(steps) + len(at):
     return None

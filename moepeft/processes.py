@@ -50,6 +50,28 @@ def places(place: np.ndarray) -> tuple[tuple[int, int], ...]:
   return tuple((int(window), int(row)) for window, row in found)
 
 
+def own(places: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+  """This process's of the places that a checkpoint holds.
+
+  Raises:
+    ValueError: there were more processes then, or fewer.
+  """
+  if len(places) != jax.process_count():
+    raise ValueError(
+      f'the checkpoint is of {len(places)} processes, here are '
+      f'{jax.process_count()}, which would read other examples; go on with as '
+      'many'
+    )
+  return places[jax.process_index()]
+
+
+def agree(said: bool, now: bool) -> bool:
+  """Whether any process said it; of several they ask each other `now` only."""
+  if jax.process_count() == 1:
+    return said
+  return now and bool(np.any(multihost_utils.process_allgather(said)))
+
+
 def write_json(path: str, value: Any) -> None:
   """Writes a file, all of it or nothing, from the first process."""
   if not first():

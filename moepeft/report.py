@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the steps of a run come to: figures from the device, rows, alarms."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,15 +53,21 @@ class Report:
       return
     seen, self._pending = jax.device_get(self._pending), []
     sums, self._batch_sums = np.array(self._batch_sums), []
-    for step, aux in seen:
-      # The step after a broken gradient would tell by its loss, but this one
-      # may be saved.
-      for key in ('loss', 'gradient_norm'):
-        if not np.isfinite(aux[key]):
-          raise ValueError(
-            f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
-            'lower config.optimizer.learning_rate, or config.optimizer.clip=1.0'
-          )
+    # The steps up to a broken one show how it came to that.
+    whole = list(itertools.takewhile(lambda one: not _broken(one[1]), seen))
+    if whole:
+      self._tell(whole, sums[: len(whole)])
+    if len(whole) < len(seen):
+      step, aux = seen[len(whole)]
+      key = _broken(aux)
+      raise ValueError(
+        f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
+        'lower rate (--config.optimizer.learning_rate with '
+        '--may_differ=optimizer.learning_rate goes on from the latest '
+        'checkpoint), or config.optimizer.clip=1.0'
+      )
+
+  def _tell(self, seen: list, sums: np.ndarray) -> None:
     step, last = seen[-1]
     examples, real, inputs, targets = sums.sum(0)
     rates = self._progress.update(
@@ -72,7 +79,7 @@ class Report:
     rates |= {'inputs_padding': inputs, 'targets_padding': targets}
     for key in ('inputs_padding', 'targets_padding'):
       rates[key] = round(rates[key] / len(seen), 4)
-    sites = metrics.routing(last['routing'])
+    sites = metrics.routing(last.get('routing', {}))
     for number, aux in seen:
       row = {
         'step': number,
@@ -99,6 +106,16 @@ class Report:
     """Writes and says a validation loss."""
     self._write({'step': step, 'validation_loss': loss})
     self._progress.say(f'step {step}: validation loss {loss:.4f}')
+
+
+def _broken(aux: Mapping[str, Any]) -> str:
+  """What of a step is not finite; '' where all is.
+
+  The step after a broken gradient would tell by its loss, but this one may be
+  saved.
+  """
+  broken = (k for k in ('loss', 'gradient_norm') if not np.isfinite(aux[k]))
+  return next(broken, '')
 
 
 def _sums(batch: Batch) -> tuple[float, float, float, float]:

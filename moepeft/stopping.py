@@ -2,24 +2,31 @@
 """When a run ends before its last step: a signal, or no more progress."""
 
 import dataclasses
+import math
 import signal
 
 
 class Signals:
   """Turns SIGTERM and the first Ctrl-C into a request, within a `with`.
 
-  The loop asks `received` after each step, saves and leaves. A second Ctrl-C
-  ends the process at once.
+  From `listen` on, the loop asks `received` after each step, saves and leaves;
+  a second Ctrl-C ends the process at once. Before, signals do what they did:
+  while the first step is compiled, which takes minutes, there is nothing to
+  save.
   """
 
   def __init__(self):
     self.received: signal.Signals | None = None
+    self._before = {}
 
   def __enter__(self) -> 'Signals':
-    self._before = {
-      s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)
-    }
     return self
+
+  def listen(self) -> None:
+    if not self._before:
+      self._before = {
+        s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)
+      }
 
   def __exit__(self, *exception) -> None:
     for number, handler in self._before.items():
@@ -65,7 +72,7 @@ class Course:
 
   def judged(self, loss: float, step: int) -> 'Course':
     """The course after a validation."""
-    if self.best is None or loss < self.best:
+    if math.isfinite(loss) and (self.best is None or loss < self.best):
       return dataclasses.replace(self, best=loss, best_step=step, waited=0)
     return dataclasses.replace(self, waited=self.waited + 1)
 

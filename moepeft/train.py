@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from signal import SIGTERM
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +72,17 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def make_update(model, built, config: ConfigDict, optimizer):
-  """One step: (state, batch) -> (state, what was seen)."""
+def loss_of(config: ConfigDict):
+  """The objective with the settings of config.loss."""
   loss = config.loss
-  objective = objective_of(
+  return objective_of(
     config.objective, Loss(loss.per, loss.z, loss.label_smoothing)
   )
+
+
+def make_update(model, built, config: ConfigDict, optimizer):
+  """One step: (state, batch) -> (state, what was seen)."""
+  objective = loss_of(config)
   router_losses = dict(config.router_losses)
   # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
@@ -138,6 +144,10 @@ def train(
     ValueError: the config, the data or the work directory does not do.
   """
   config_lib.check(config)
+  # What can be refused is refused before anything is read.
+  optim.optimizer(config.optimizer, config.steps)
+  loss_of(config)
+  accumulate.check(config.batch_size, config.accumulate)
   if dry_run:
     return _train(config, workdir, dry_run, gin)
   # Of several processes the first alone holds the directory and writes to it,
@@ -235,7 +245,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described)
     course = checkpoints.course()
-    batches.go_to(course.place[jax.process_index()])
+    batches.go_to(processes.own(course.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -246,7 +256,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     with open(os.path.join(workdir, 'config.gin'), 'w') as f:
       f.write(gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
-  log, figures = config.log, os.path.join(workdir, 'plots')
+  log, pictures = config.log, os.path.join(workdir, 'plots')
   written = []
   if processes.first():
     written = writers(
@@ -263,6 +273,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
+  figures = plots.Figures(history, pictures, processes.first())
   progress = Progress(config.steps, first)
   report = Report(
     progress,
@@ -284,9 +295,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         # The first step was compiled in this time.
         jax.block_until_ready(state)
         progress.begin(done)
+        signals.listen()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
-      if judge_now or _every(log.every_steps, done):
+      log_now = judge_now or _every(log.every_steps, done)
+      if log_now:
         report.tell()
       if judge_now:
         with progress.paused('validating'):
@@ -296,7 +309,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
       # Asked once: a signal that comes while saving is met after a step more.
-      leave = signals.received is not None
+      leave = processes.agree(signals.received is not None, log_now)
       if save or leave:
         # Before it is saved: a broken state must not push out a good one.
         report.tell()
@@ -305,14 +318,16 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
             course, place=processes.places(batches.place())
           )
           checkpoints.save(state, described, course)
-          if processes.first():
-            plots.draw(history, figures)
-      if leave and done < config.steps:
+          figures.draw()
+      elif log_now:
+        with progress.paused('drawing'):
+          figures.refresh()
+      if leave:
         break
   for writer in (*written, progress, batches):
     writer.close()
-  if leave and done < config.steps:
-    raise Stopped(signals.received, done, checkpoints.path)
+  if leave:
+    raise Stopped(signals.received or SIGTERM, done, checkpoints.path)
   if done < config.steps:
     print(
       f'stopped at step {done}: the validation loss was least, '
@@ -336,7 +351,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     summary,
     {
       'losses': os.path.join(workdir, rows_lib.NAME),
-      'plots': figures,
+      'plots': pictures,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),

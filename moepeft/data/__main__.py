@@ -133,13 +133,13 @@ def histogram(lengths: np.ndarray, name: str, most: int) -> str:
     f'{name}: median {half:.0f}, 90 % up to {nine:.0f}, longest '
     f'{lengths.max()}; {cut:,} of {len(lengths):,} are cut to {most}'
   ]
-  edges = np.unique(
-    np.linspace(0, lengths.max(), _BARS + 1).round().astype(int)
-  )
-  counts, edges = np.histogram(lengths, edges)
-  for count, low, high in zip(counts, edges, edges[1:], strict=False):
+  least, largest = int(lengths.min()), int(lengths.max())
+  width = -(-(largest - least + 1) // _BARS)
+  edges = range(least, largest + width + 1, width)
+  counts, _ = np.histogram(lengths, edges)
+  for count, low in zip(counts, edges, strict=False):
     bar = '#' * round(_WIDTH * count / counts.max())
-    lines.append(f'  {low:>6} .. {high:<6} {count:>7,}  {bar}')
+    lines.append(f'  {low:>6} .. {low + width - 1:<6} {count:>7,}  {bar}')
   return '\n'.join(lines)
 
 
