@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from moepeft import rows
+
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / 'shared'
 FLAN = SHARED / 'models' / 'flan-t5-small-int8'
@@ -17,10 +19,12 @@ P3 = SHARED / 'data' / 'p3' / 'train.jsonl.gz'
 pytestmark = pytest.mark.slow
 
 
-def train(workdir, *options):
+def train(workdir, *options, devices=1):
   """The summary of `python -m moepeft.train --config=configs/molora_t5.py`."""
   # The suite's own flags compile programs that are quick to make, not to run.
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  if devices > 1:
+    env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
   command = ['-m', 'moepeft.train', '--config=configs/molora_t5.py']
   subprocess.run(
     [sys.executable, *command, f'--workdir={workdir}', *options],
@@ -65,6 +69,33 @@ def test_a_real_model_learns_from_real_rows(method, tmp_path):
   )
   before, after = summary['before'], summary['after']
   assert after['validation_loss'] < before['validation_loss'] - 0.1
+
+
+def test_a_run_goes_on_under_another_layout(tmp_path):
+  options = (
+    '--config.evaluation.before=False',
+    '--config.evaluation.after=False',
+    '--config.evaluation.every_steps=2',
+    '--config.data.packing=True',
+    '--config.batch_size=8',
+    '--config.accumulate=1',
+  )
+
+  def losses(name):
+    return [
+      row.get('loss', row.get('validation_loss'))
+      for row in rows.read(str(tmp_path / name / rows.NAME))
+    ]
+
+  train(tmp_path / 'one', *options, '--config.steps=4')
+  spread = ('--config.steps=2', '--config.sharding.preset=fsdp')
+  train(tmp_path / 'many', *options, *spread, devices=8)
+  split = ('--config.sharding.preset=tp', '--config.sharding.model=2')
+  train(tmp_path / 'many', *options, *split, '--config.steps=4', devices=8)
+  # Four training losses and two validations; sums in other orders, and four
+  # steps of Adam on what they differ by.
+  assert len(losses('many')) == 6
+  assert losses('many') == pytest.approx(losses('one'), rel=1e-3)
 
 
 def test_the_benchmark_of_pages_prints_its_ratios():

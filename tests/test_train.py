@@ -20,6 +20,7 @@ from moepeft.checkpoint import restore_adapter
 from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
+from moepeft.progress import Progress
 from moepeft.report import Report
 from moepeft.rows import Rows, read
 from moepeft.runs import check_unchanged
@@ -388,6 +389,13 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
     ({'evaluation.tasks': 'Z'}, 'No task family or group'),
     ({'evaluation.path': '/no/rows'}, '/no/rows'),
     ({'model.remat': 'some'}, 'remat is one of'),
+    ({'model.dtype': 'float16'}, 'config.model.dtype is one of'),
+    ({'loss.per': 'row'}, 'config.loss.per is one of'),
+    ({'accumulate': 2}, 'config.batch_size 3 does not divide'),
+    ({'sharding.preset': 'pp'}, 'pp'),
+    ({'data.path': 'rows.jsonl'}, 'config.data.path=.* does nothing with'),
+    ({'data.on_bad_row': 'skip'}, 'on_bad_row=.* only with jsonl or datasets'),
+    ({'optimizer.clock': 5}, 'config.optimizer.clock=5 does nothing'),
     ({'model.adapter': '/no/adapter'}, '/no/adapter'),
   ],
 )
@@ -424,12 +432,21 @@ def test_an_exploding_loss_stops_with_the_step(base, tmp_path):
 
 
 def test_a_broken_gradient_stops_the_run_before_it_is_saved():
-  report = Report(None, [], lambda step: 0.1, 0.9)
-  aux = {'loss': np.float32(1), 'gradient_norm': np.float32(np.inf)}
-  mask = np.ones((2, 3), bool)
-  report.add(7, {'inputs_mask': mask, 'targets_mask': mask}, aux)
+  class Kept(list):
+    write = list.append
+
+  written, mask = Kept(), np.ones((2, 3), bool)
+  report = Report(Progress(9, 0), [written], lambda step: 0.1, 0.9)
+  for step, norm in ((5, 2.0), (6, 3.0), (7, np.inf), (8, 1.0)):
+    aux = {'loss': 1.5, 'gradient_norm': norm, 'routing': {}}
+    aux |= {'nll': 4.0, 'tokens': 2, 'correct': 1, 'router_loss': 0.0}
+    report.add(step, {'inputs_mask': mask, 'targets_mask': mask}, aux)
   with pytest.raises(ValueError, match='gradient norm is inf at step 7; try'):
     report.tell()
+  # What led to it is there.
+  assert [row['step'] for row in written] == [5, 6]
+  assert [row['gradient_norm'] for row in written] == [2.0, 3.0]
+  assert written[1]['nll'] == 2.0
 
 
 def command(*args, cwd=ROOT):
