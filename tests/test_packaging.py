@@ -219,11 +219,14 @@ def _has(config: ConfigDict, keys: list[str]) -> bool:
 def test_commands_in_documents_exist_with_their_flags(document):
   for command in _commands(_read(document)):
     if match := re.search(r'python -m (moepeft\.\w+)(.*)', command):
-      source = _read(match[1].replace('.', '/') + '.py') + _read(
-        'moepeft/command.py'
-      )
+      name = match[1].replace('.', '/')
+      if not (_ROOT / f'{name}.py').exists():
+        name += '/__main__'
+      shared = ('moepeft/command.py', 'moepeft/gin_flags.py')
+      source = ''.join(map(_read, (f'{name}.py', *shared)))
       for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
-        assert f"'{flag}'" in source, f'{command}: --{flag}'
+        known = (f"'{flag}'", f"'--{flag}", f"'{flag}.")
+        assert any(k in source for k in known), f'{command}: --{flag}'
 
 
 @pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
