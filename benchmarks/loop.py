@@ -88,8 +88,8 @@ def of_loop(config) -> float:
   with tempfile.TemporaryDirectory() as workdir:
     train.train(config, workdir)
     rows = rows_lib.read(os.path.join(workdir, rows_lib.NAME))
-  timed = {row['step']: row['steps_per_s'] for row in rows[1:]}
-  return 1 / statistics.median(timed.values())
+  speeds = [row['steps_per_s'] for row in rows if row.get('steps_per_s')]
+  return 1 / statistics.median(speeds)
 
 
 def main(argv):
