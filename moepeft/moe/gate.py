@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moepeft.nn.precision import wide
 from moepeft.nn.start import Normal
+from moepeft.nn.thin import thin_product
 from moepeft.typing import Array, Context
 
 # The released code's initialiser of router kernels.
@@ -15,12 +16,7 @@ INIT = Normal(0.02)
 
 def gate_logits(x: Array, kernel: Array) -> Array:
   """float32 [..., e] = x [..., d] times kernel [d, e], at full precision."""
-  return jnp.einsum(
-    '...d,de->...e',
-    wide(x),
-    wide(kernel),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  return thin_product(wide(x), wide(kernel), jax.lax.Precision.HIGHEST)
 
 
 def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:

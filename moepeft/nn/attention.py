@@ -32,6 +32,29 @@ class Heads:
   mask: Array | None = None
 
 
+@jax.custom_vjp
+def softmax(x: Array) -> Array:
+  """Over the last axis; its gradient keeps the result and nothing else.
+
+  Derived by `jax.grad`, the division alone would keep two more arrays of this
+  size. In reverse mode only.
+  """
+  e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+  return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
+def _softmax_forward(x):
+  p = softmax(x)
+  return p, p
+
+
+def _softmax_backward(p, dp):
+  return (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def attend(
   heads: Heads, scale: float = 1.0, rng=None, dropout: float = 0.0
 ) -> Array:
@@ -49,7 +72,7 @@ def attend(
   if heads.mask is not None:
     # Finite, so that a row without any visible key stays finite too.
     logits = jnp.where(heads.mask, logits, -1e9)
-  weights = jax.nn.softmax(logits, axis=-1).astype(heads.q.dtype)
+  weights = softmax(logits).astype(heads.q.dtype)
   if rng is not None and dropout > 0:
     keep = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
     weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)

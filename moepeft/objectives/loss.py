@@ -2,16 +2,18 @@
 """What a token costs, what its cost is divided by, and the mean of it all."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from moepeft.nn.precision import wide
 from moepeft.typing import Array, Batch
 
 PER = ('tokens', 'sequences')
+# Tokens of a row whose gradient is made at once.
+_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,35 +45,88 @@ class Loss:
 PLAIN = Loss()
 
 
+@jax.custom_vjp
+def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+  """(log-partition, the target's logit, mean logit), each float32 [b, t].
+
+  Every loss here is made of these. Their gradient is one pass over the logits
+  (softmax and one-hot are never stored), and [b, t, v] is held once: the
+  gradient takes the place of the logits. In reverse mode only.
+
+  Args:
+    logits: [b, t, v].
+    targets: int [b, t].
+  """
+  wider = wide(logits)
+  picked = jnp.take_along_axis(wider, targets[..., None], axis=-1)
+  log_z = jax.nn.logsumexp(wider, axis=-1)
+  return log_z, picked[..., 0], jnp.mean(wider, axis=-1)
+
+
+def _log_terms_forward(logits, targets):
+  terms = log_terms(logits, targets)
+  return terms, (logits, targets, terms[0])
+
+
+def _log_terms_backward(kept, slopes):
+  """Block by block along t, each in its logits' place: no second [b, t, v]."""
+  logits, targets, log_z = kept
+  t = targets.shape[1]
+  block = max(n for n in range(1, _BLOCK + 1) if t % n == 0)
+
+  def write(i, held):
+    cut = functools.partial(
+      jax.lax.dynamic_slice_in_dim,
+      start_index=i * block,
+      slice_size=block,
+      axis=1,
+    )
+    found = _slope(cut(held), cut(targets), cut(log_z), *map(cut, slopes))
+    return jax.lax.dynamic_update_slice_in_dim(held, found, i * block, axis=1)
+
+  return jax.lax.fori_loop(0, t // block, write, logits), None
+
+
+def _slope(logits, targets, log_z, of_log_z, of_picked, of_mean):
+  """The gradient of slopes [b, t] times terms: as logits [b, t, v]."""
+  p = jnp.exp(wide(logits) - log_z[..., None])
+  hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+  slope = p * of_log_z[..., None] + jnp.where(hit, of_picked[..., None], 0)
+  slope += of_mean[..., None] / logits.shape[-1]
+  return slope.astype(logits.dtype)
+
+
+log_terms.defvjp(_log_terms_forward, _log_terms_backward)
+
+
 def token_losses(logits: Array, targets: Array) -> Array:
   """-log p of each target in nats: [b, t, v] and [b, t] -> [b, t]."""
-  return optax.softmax_cross_entropy_with_integer_labels(wide(logits), targets)
+  log_z, picked, _ = log_terms(logits, targets)
+  return log_z - picked
 
 
-def minimised_losses(nll: Array, logits: Array, loss: Loss) -> Array:
-  """Token losses with smoothed labels and the z-loss: [b, t].
+def minimised_losses(
+  logits: Array, targets: Array, loss: Loss
+) -> tuple[Array, Array]:
+  """(token losses, the same with smoothed labels and the z-loss): [b, t] each.
 
   The smoothed target has 1 - s at the label and s / (v - 1) elsewhere; its
   own entropy is subtracted, so that the best prediction costs nothing. Both
-  terms are those of T5X's `compute_weighted_cross_entropy`; [b, t, v] is read
-  but no array of that size is made.
+  terms are those of T5X's `compute_weighted_cross_entropy`.
 
   Args:
-    nll: [b, t], from `token_losses`.
     logits: [b, t, v].
+    targets: int [b, t].
   """
-  if not (loss.z or loss.label_smoothing):
-    return nll
-  logits = wide(logits)
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  losses = nll
+  log_z, picked, mean_logit = log_terms(logits, targets)
+  nll = losses = log_z - picked
   if loss.label_smoothing:
     v, s = logits.shape[-1], loss.label_smoothing
     # The others' -log p: all of them, less the label's.
-    others = v * (log_z - jnp.mean(logits, axis=-1)) - nll
+    others = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
     losses = (1 - s) * nll + s / (v - 1) * others - entropy
-  return losses + loss.z * log_z**2
+  return nll, losses + loss.z * log_z**2 if loss.z else losses
 
 
 def divisors(batch: Batch, per: str) -> tuple[Array, Array]:

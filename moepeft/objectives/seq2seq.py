@@ -46,8 +46,7 @@ def objective(
     variables, batch, train=rngs is not None, rngs=rngs, mutable=['routing']
   )
   real = batch['targets_mask']
-  nll = token_losses(logits, batch['targets'])
-  losses = minimised_losses(nll, logits, loss)
+  nll, losses = minimised_losses(logits, batch['targets'], loss)
   lengths, weight = divisors(batch, loss.per)
   correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & real
   return jnp.sum(jnp.where(real, losses / lengths, 0)), {

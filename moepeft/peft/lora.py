@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
-from moepeft.nn.site import Frozen, contract, contraction, sizes
+from moepeft.nn.site import Frozen, contraction, flatten_features, sizes
 from moepeft.nn.start import Fill, Normal
+from moepeft.nn.thin import thin_product
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
 
@@ -15,16 +16,20 @@ INIT_A = Normal(0.02)
 INIT_B = Fill(0)
 
 
-def equations(eqn: str, extra: str = '') -> tuple[str, str]:
-  """The einsums of x with A and of the result with B.
+def down(x: Array, a: Array) -> Array:
+  """x A: [b, t, *in] and [*in, ...] -> [b, t, ...], in x's dtype."""
+  rank = a.shape[x.ndim - 2 :]
+  x = flatten_features(x)
+  flat = a.astype(x.dtype).reshape(x.shape[-1], -1)
+  return thin_product(x, flat).reshape(*x.shape[:2], *rank)
 
-  'btd,dnh->btnh' gives 'btd,dr->btr' and 'btr,rnh->btnh'; `extra` letters
-  stand before r, for experts.
-  """
-  batch, inner, outer, output = contraction(eqn)
-  x, rank = eqn.split(',')[0], extra + 'r'
-  down = f'{x},{inner}{rank}->{batch}{rank}'
-  return down, f'{batch}{rank},{rank}{outer}->{output}'
+
+def up(z: Array, b: Array) -> Array:
+  """z B: [b, t, ...] and [..., *out] -> [b, t, *out], in z's dtype."""
+  out = b.shape[z.ndim - 2 :]
+  z = flatten_features(z)
+  flat = b.astype(z.dtype).reshape(z.shape[-1], -1)
+  return thin_product(z, flat).reshape(*z.shape[:2], *out)
 
 
 def shapes(f: Frozen, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -69,9 +74,7 @@ class Lora(nn.Module):
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    down, up = equations(f.eqn)
-    z = contract(down, x, a.astype(y.dtype)) * self.scale
-    return y + contract(up, z, b.astype(y.dtype))
+    return y + up(down(x, a) * self.scale, b)
 
   @property
   def scale(self) -> float:

@@ -6,7 +6,7 @@ import flax.linen as nn
 from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
-from moepeft.nn.site import Frozen, contract, flatten_features
+from moepeft.nn.site import Frozen, flatten_features
 from moepeft.peft import lora
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -43,10 +43,9 @@ class MoLora(nn.Module):
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    down, up = lora.equations(f.eqn, 'e')
-    z = contract(down, x, a.astype(y.dtype))
+    z = lora.down(x, a)
     z = z * (p * (self.alpha / self.rank))[..., None].astype(y.dtype)
-    return y + contract(up, z, b.astype(y.dtype))
+    return y + lora.up(z, b)
 
 
 METHOD = Method(

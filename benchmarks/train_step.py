@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a mixture costs: training steps side by side, at T5-small size.
+
+python benchmarks/train_step.py [--json=FILE]
+
+One process, float32, random weights: d 512, 6 + 6 layers, 8 heads of 64, f
+1024, vocabulary 32128; 8 rows of 256 and 64 tokens. A step is the loss and
+the gradients of what is trained, without dropout or optimizer. All sides
+share model and loss. They take turns, and ratios are medians over the rounds
+of a round's ratio; memory is what the compiled step needs beside its
+arguments.
+
+`naive` is MoLoRA as in the released code: every expert's output is built and
+then mixed. `peft` is LoRA of Hugging Face's peft on `transformers` in torch,
+with the same shapes, where both are installed.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from moepeft import command
+from moepeft.models import t5
+from moepeft.moe.stats import route
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.site import Advice, contraction, flatten_features
+from moepeft.nn.start import fresh
+from moepeft.objectives import seq2seq
+from moepeft.objectives.loss import mean
+from moepeft.peft import build, lora
+from moepeft.peft.molora import MoLora
+
+_JSON = flags.DEFINE_string('json', None, 'Where to write the ratios.')
+_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of every side.')
+_UNROLL = flags.DEFINE_integer('unroll', 6, 'Layers in one step of the scan.')
+_ONLY = flags.DEFINE_list('only', [], 'Sides to time; by default all.')
+
+SHAPE = t5.T5Config(
+  d_model=512,
+  heads=8,
+  head_dim=64,
+  ffn=1024,
+  encoder_layers=6,
+  decoder_layers=6,
+  dropout=0.0,
+)
+ROWS, INPUTS, TARGETS = 8, 256, 64
+
+_LORA, _MOLORA = 'lora(rank=40)', 'molora(experts=10, rank=4)'
+# {side: (method, remat)}
+SIDES = {
+  'lora': (_LORA, 'none'),
+  'lora_small': ('lora(rank=4)', 'none'),
+  'molora': (_MOLORA, 'none'),
+  'naive': (_MOLORA, 'none'),
+  'mov1': ('mov(experts=1)', 'none'),
+  'mov60': ('mov(experts=60)', 'none'),
+  'molora_dots': (_MOLORA, 'dots'),
+  'molora_full': (_MOLORA, 'full'),
+  'naive_full': (_MOLORA, 'full'),
+}
+
+
+class Naive(MoLora):
+  """The same function; builds [b, t, e, out] before it mixes."""
+
+  @nn.compact
+  def __call__(self, f, x, ctx):
+    inside, outside = lora.shapes(f, 'molora')
+    ranks = (self.experts, self.rank)
+    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
+    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
+    p = route(self, self.router, flatten_features(x), ctx).weights
+    _, inner, outer, output = contraction(f.eqn)
+    z = jnp.einsum(f'bt{inner},{inner}er->bter', x, a)
+    each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
+    mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
+    return f(x) + mixed * (self.alpha / self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """() runs a step to its end; temporary memory in bytes, None if unknown."""
+
+  step: Callable[[], None]
+  memory: int | None
+
+
+def example() -> dict[str, np.ndarray]:
+  """A full batch of random tokens, every one real."""
+  rng = np.random.default_rng(0)
+  inputs = rng.integers(2, SHAPE.vocab, (ROWS, INPUTS), dtype=np.int32)
+  targets = rng.integers(2, SHAPE.vocab, (ROWS, TARGETS), dtype=np.int32)
+  return {
+    'inputs': inputs,
+    'inputs_mask': np.ones(inputs.shape, bool),
+    'targets': targets,
+    'targets_mask': np.ones(targets.shape, bool),
+    'decoder_inputs': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+  }
+
+
+def make_jax(method: str, remat: str, naive: bool) -> Side:
+  advice = build(method, t5.sites(SHAPE)).advice
+  if naive:
+    advice = Advice(tuple((path, _naive(m)) for path, m in advice.entries))
+  model = t5.T5(SHAPE, advice, remat=remat, unroll=_UNROLL.value)
+  batch = example()
+  variables = fresh(model, batch, 0)
+
+  def loss(peft, params, batch):
+    variables = {'params': params, 'peft': peft}
+    total, aux = seq2seq.objective(model.apply, variables, batch, None)
+    return mean(total, aux)
+
+  arguments = jax.device_put((variables['peft'], variables['params'], batch))
+  step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+  memory = step.memory_analysis().temp_size_in_bytes
+  return Side(lambda: jax.block_until_ready(step(*arguments)), memory)
+
+
+def _naive(molora: MoLora) -> Naive:
+  fields = ('experts', 'rank', 'alpha', 'dropout', 'router', 'name')
+  return Naive(**{key: getattr(molora, key) for key in fields}, parent=None)
+
+
+def make_peft() -> Side | None:
+  """The same of Hugging Face's; None where torch or peft is not installed."""
+  try:
+    import peft
+    import torch
+    import transformers
+  except ImportError:
+    return None
+  config = transformers.T5Config(
+    vocab_size=SHAPE.vocab,
+    d_model=SHAPE.d_model,
+    d_kv=SHAPE.head_dim,
+    d_ff=SHAPE.ffn,
+    num_layers=SHAPE.encoder_layers,
+    num_decoder_layers=SHAPE.decoder_layers,
+    num_heads=SHAPE.heads,
+    feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+    dropout_rate=0.0,
+    use_cache=False,
+    decoder_start_token_id=0,
+  )
+  sites = ['q', 'k', 'v', 'o', 'wi_0', 'wo']
+  model = peft.get_peft_model(
+    transformers.T5ForConditionalGeneration(config),
+    peft.LoraConfig(r=40, lora_alpha=16, target_modules=sites),
+  )
+  model.train()
+  batch = example()
+  ids = {
+    'input_ids': torch.tensor(batch['inputs']).long(),
+    'attention_mask': torch.tensor(batch['inputs_mask']).long(),
+    'labels': torch.tensor(batch['targets']).long(),
+  }
+  trained = [p for p in model.parameters() if p.requires_grad]
+
+  def step():
+    torch.autograd.grad(model(**ids).loss, trained)
+
+  return Side(step, None)
+
+
+def seconds(side: Side) -> float:
+  began = time.perf_counter()
+  side.step()
+  return time.perf_counter() - began
+
+
+def main(argv):
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  command.keep_programs()
+  command.keep_pages()
+  wanted = _ONLY.value or [*SIDES, 'peft']
+  sides = {
+    name: make_jax(method, remat, name.startswith('naive'))
+    for name, (method, remat) in SIDES.items()
+    if name in wanted
+  }
+  if 'peft' in wanted and (side := make_peft()):
+    sides['peft'] = side
+  for side in sides.values():
+    side.step()
+  times = {name: [] for name in sides}
+  for _ in range(_ROUNDS.value):
+    for name, side in sides.items():
+      times[name].append(seconds(side))
+  for name, side in sides.items():
+    print(name, statistics.median(times[name]), side.memory, flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)
