@@ -16,6 +16,7 @@ with the same shapes, where both are installed.
 """
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -173,10 +174,57 @@ def make_peft() -> Side | None:
   return Side(step, None)
 
 
-def seconds(side: Side) -> float:
-  began = time.perf_counter()
-  side.step()
-  return time.perf_counter() - began
+# {ratio: (side above, side below)}
+TIMES = {
+  'time_naive_over_molora': ('naive', 'molora'),
+  'time_molora_over_lora_equal_rank': ('molora', 'lora'),
+  'time_mov60_over_mov1': ('mov60', 'mov1'),
+  'time_peft_lora_over_lora': ('peft', 'lora'),
+}
+MEMORIES = {'memory_naive_over_molora': ('naive', 'molora')}
+
+
+def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+  """{side: seconds of a step, one a round}, after a step that is not timed."""
+  times = {name: [] for name in sides}
+  for number in range(rounds + 1):
+    for name, side in sides.items():
+      began = time.perf_counter()
+      side.step()
+      if number:
+        times[name].append(time.perf_counter() - began)
+  return times
+
+
+def ratios(sides, times) -> dict[str, float | None]:
+  """What the module's docstring says, None where a side is missing."""
+  found = {}
+  for name, (above, below) in TIMES.items():
+    pairs = zip(times.get(above, ()), times.get(below, ()), strict=False)
+    each = [a / b for a, b in pairs]
+    found[name] = round(statistics.median(each), 3) if each else None
+  for name, (above, below) in MEMORIES.items():
+    both = above in sides and below in sides
+    found[name] = (
+      round(sides[above].memory / sides[below].memory, 3) if both else None
+    )
+  return found
+
+
+def table(sides, times) -> str:
+  """Each side's step time and memory over molora's, or the first side's."""
+  one = 'molora' if 'molora' in sides else next(iter(sides))
+  lines = [f'{"side":12}  {"time":>6}  {"memory":>6}   over {one}']
+  for name, side in sides.items():
+    each = [a / b for a, b in zip(times[name], times[one], strict=True)]
+    memory = '-'
+    if side.memory and sides[one].memory:
+      memory = f'{side.memory / sides[one].memory:.2f}'
+    what = ', '.join(filter(None, SIDES.get(name, ('lora(rank=40) of peft',))))
+    lines.append(
+      f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {what}'
+    )
+  return '\n'.join(lines)
 
 
 def main(argv):
@@ -185,6 +233,9 @@ def main(argv):
   command.keep_programs()
   command.keep_pages()
   wanted = _ONLY.value or [*SIDES, 'peft']
+  unknown = sorted(set(wanted) - {*SIDES, 'peft'})
+  if unknown:
+    raise app.UsageError(f'--only takes {", ".join(SIDES)}, peft')
   sides = {
     name: make_jax(method, remat, name.startswith('naive'))
     for name, (method, remat) in SIDES.items()
@@ -192,14 +243,12 @@ def main(argv):
   }
   if 'peft' in wanted and (side := make_peft()):
     sides['peft'] = side
-  for side in sides.values():
-    side.step()
-  times = {name: [] for name in sides}
-  for _ in range(_ROUNDS.value):
-    for name, side in sides.items():
-      times[name].append(seconds(side))
-  for name, side in sides.items():
-    print(name, statistics.median(times[name]), side.memory, flush=True)
+  times = take_turns(sides, _ROUNDS.value)
+  found = ratios(sides, times)
+  print(table(sides, times), json.dumps(found, indent=2), sep='\n')
+  if _JSON.value:
+    with open(_JSON.value, 'w') as f:
+      json.dump(found, f, indent=2)
 
 
 if __name__ == '__main__':
