@@ -15,6 +15,7 @@ FLOORS = (
   ('interop',),
   ('config', 'gin_files', 'gin_flags', 'command', 'stopping'),
   ('objectives', 'data', 'tasks'),
+  ('scoring',),
   ('adafactor', 'accumulate'),
   (
     'rows',
