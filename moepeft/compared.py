@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs as the lines of a table: beside each other, a baseline, the paper."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
@@ -50,41 +52,30 @@ def table(
         'name the work directories of runs, or a table with --paper=t5_xl'
       )
     return _paper_alone(paper, printed, title)
-  defaults = json.loads(config_lib.default().to_json())
-  entries = [
-    entry
-    for run in runs
-    for entry in folders.read(run.rstrip('/') or run, defaults)
-  ]
-  given, entries = entries, figures.of_one_kind(entries)
+  given = _read(runs)
+  entries = figures.of_one_kind(given)
   figures.check_same_examples(entries)
-  rows = groups.group(entries)
-  compared = _find(rows, baseline) if baseline else None
-  single = [[figures.of_entry(e) for e in row.entries] for row in rows]
-  found = [figures.over_seeds(own) for own in single]
+  grouped = groups.group(entries)
+  single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
+  rows = [
+    _Row(group, figures.over_seeds(own), _match(printed, group.first))
+    for group, own in zip(grouped, single, strict=True)
+  ]
+  found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  lines, unmatched = _majority(found, keys), []
-  drawn = compared and figures.mean_draws(compared.entries)
-  for row, own in sorted(
-    zip(rows, found, strict=True), key=lambda pair: not pair[0].first.is_base
-  ):
-    match = _match(printed, row.first) if printed else None
-    if printed and match is None and not row.first.is_base:
-      unmatched.append(row)
-    lines.append(_line(row, own, row in unmatched))
-    if compared is not None and row is not compared:
-      other = found[rows.index(compared)], drawn
-      lines.append(_difference(row, own, compared, other))
-    if match is not None:
-      lines += _beside(match, own)
   columns = _columns(keys)
-  notes = remarks.of_runs(rows, found, keys)
-  notes += remarks.of_missing(rows, single, columns)
-  notes += remarks.of_after(given, entries)
-  if compared is not None:
-    notes.append(remarks.of_baseline(compared))
+  against = _against(rows, baseline) if baseline else None
+  lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
+  notes = [
+    *remarks.of_runs(grouped, found, keys),
+    *remarks.of_missing(grouped, single, columns),
+    *remarks.of_after(given, entries),
+  ]
+  if against is not None:
+    notes.append(remarks.of_baseline(against[0].group))
   if printed:
-    notes += remarks.of_paper(paper, [m for m in _matches(printed, rows) if m])
+    matched = [row.printed for row in rows if row.printed]
+    notes += remarks.of_paper(paper, matched)
   return Table(
     (_PARAMETERS, _PERCENT, _SEEDS, *columns),
     tuple(lines),
@@ -94,13 +85,43 @@ def table(
   )
 
 
-def _matches(printed, rows: Sequence[Group]) -> list[Published | None]:
-  return [_match(printed, row.first) for row in rows]
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A group with its figures, and the paper's row of its method."""
+
+  group: Group
+  figures: Mapping[Key, Figure]
+  printed: Published | None
+
+
+# The row of --baseline, and its draws.
+_Against = tuple[_Row, Mapping[Key, np.ndarray]]
+
+
+def _read(runs: Sequence[str]) -> list[Entry]:
+  defaults = json.loads(config_lib.default().to_json())
+  # A shell's glob and completion end a folder with a slash.
+  paths = [run.rstrip('/') or run for run in runs]
+  return [entry for path in paths for entry in folders.read(path, defaults)]
+
+
+def _lines(
+  rows: Sequence[_Row], paper: bool, against: _Against | None
+) -> list[Line]:
+  """A row's line, then its differences; bases first."""
+  lines = []
+  for row in sorted(rows, key=lambda row: not row.group.first.is_base):
+    lines.append(_line(row, paper))
+    if against is not None and row is not against[0]:
+      lines.append(_less(row, against))
+    if row.printed is not None:
+      lines += _beside(row.printed, row.figures)
+  return lines
 
 
 def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
   """The paper's row of a run's method."""
-  if entry.is_base:
+  if entry.is_base or not printed:
     return None
   own = plain(entry.method, entry.semantics)
   for row in printed:
@@ -109,20 +130,22 @@ def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
   return None
 
 
-def _find(rows: Sequence[Group], baseline: str) -> Group:
+def _against(rows: Sequence[_Row], baseline: str) -> _Against:
   """The row that --baseline names, by a work directory or by its method."""
   wanted = os.path.abspath(os.path.expanduser(baseline))
-  for row in rows:
-    if wanted in {os.path.abspath(entry.folder) for entry in row.entries}:
-      return row
-  found = [row for row in rows if _same_method(row.first, baseline)]
+  found = [
+    row
+    for row in rows
+    if wanted in {os.path.abspath(e.folder) for e in row.group.entries}
+    and not row.group.first.is_base
+  ] or [row for row in rows if _same_method(row.group.first, baseline)]
   if len(found) != 1:
-    there = ', '.join(row.first.method for row in rows)
+    there = ', '.join(dict.fromkeys(row.group.first.method for row in rows))
     raise ValueError(
-      f'--baseline={baseline} is the method of {len(found)} rows, expected '
-      f'one; the rows are {there}: name one of them, or its work directory'
+      f'--baseline={baseline} names {len(found)} rows, expected one; the '
+      f'methods are {there}: give one of them, or its work directory'
     )
-  return found[0]
+  return found[0], figures.mean_draws(found[0].group.entries)
 
 
 def _same_method(entry: Entry, text: str) -> bool:
@@ -157,15 +180,18 @@ def _name(key: Key, several: bool) -> str:
   return f'{name} ({key.data})' if several else name
 
 
-def _line(row: Group, own: Mapping[Key, Figure], unmatched: bool) -> Line:
-  first = row.first
-  aside = f'{row.aside} (not in the paper)' if unmatched else row.aside
-  cells: dict[Any, Cell] = {k: _cell(figure) for k, figure in own.items()}
+def _line(row: _Row, paper: bool) -> Line:
+  first, aside = row.group.first, row.group.aside
+  if paper and row.printed is None and not first.is_base:
+    aside = f'{aside} (not in the paper)'
+  cells: dict[Any, Cell] = {
+    k: _cell(figure) for k, figure in row.figures.items()
+  }
   if not first.is_base:
     trained, base = _counts(first)
     cells[_PARAMETERS.key] = Cell(trained)
     cells[_PERCENT.key] = Cell(100 * trained / base)
-    cells[_SEEDS.key] = Cell(len(row.entries))
+    cells[_SEEDS.key] = Cell(len(row.group.entries))
   kind = 'base' if first.is_base else 'run'
   return Line(kind, first.method, aside.strip(), cells=cells)
 
@@ -195,15 +221,14 @@ def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
   return [Line('majority', '', 'majority', cells=cells)] if cells else []
 
 
-def _difference(row: Group, own, baseline: Group, other) -> Line:
-  """`own`: the row's figures; `other`: the baseline's, and its draws."""
-  draws = figures.mean_draws(row.entries)
-  found = figures.differences((own, draws), other)
-  aside = f'less {baseline.first.method}'
-  if baseline.aside:
-    aside = f'{aside}, {baseline.aside}'
+def _less(row: _Row, against: _Against) -> Line:
+  other, draws = against
+  found = figures.differences(
+    (row.figures, figures.mean_draws(row.group.entries)), (other.figures, draws)
+  )
   cells = {key: _cell(figure) for key, figure in found.items()}
-  return Line('difference', '', aside, cells=cells)
+  words = ('less', other.group.first.method, other.group.aside)
+  return Line('difference', '', ' '.join(filter(None, words)), cells=cells)
 
 
 def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
