@@ -18,7 +18,7 @@ from moepeft.scoring import figures, folders, groups, published
 from moepeft.scoring.figures import AFTER, MEAN, Figure, Key
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.forms import Cell, Column, Line, Table
-from moepeft.scoring.grid import AVERAGE, EIGHT
+from moepeft.scoring.grid import AVERAGE, EIGHT, ROUNDS
 from moepeft.scoring.groups import Group
 from moepeft.scoring.published import Published
 from moepeft.scoring.rows import HELD_OUT
@@ -170,14 +170,22 @@ def _columns(keys: Sequence[Key]) -> list[Column]:
 
 def _name(key: Key, several: bool) -> str:
   measure = key.measure.replace('_', ' ')
-  if key.data == HELD_OUT:
+  if key.data == HELD_OUT and not key.dataset:
     return f'held-out {measure}'
-  if key.data == AFTER:
+  if _is_group(key):
     return key.dataset.replace('_', '-')
   if key.dataset in ('', MEAN):
     return f'{key.data} {measure}'
   name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'
   return f'{name} ({key.data})' if several else name
+
+
+def _is_group(key: Key) -> bool:
+  """Whether a column is of a group of tasks, named by the group."""
+  papers = (*EIGHT, *ROUNDS, AVERAGE)
+  return key.data == AFTER or (
+    key.data == HELD_OUT and key.dataset not in papers
+  )
 
 
 def _line(row: _Row, paper: bool) -> Line:

@@ -13,7 +13,7 @@ from moepeft.scoring.published import Published
 from moepeft.scoring.rows import HELD_OUT
 
 _BOOTSTRAP = 'the percentile bootstrap over examples'
-_STUDENT = "Student's t over seeds"
+_STUDENT = "Student's t over seeds (not over examples)"
 
 
 def of_runs(
@@ -64,6 +64,11 @@ def _measures(keys: Sequence[Key]) -> list[str]:
     said.append(
       'Held-out accuracy is in %: the mean over tasks of the median over '
       'prompts.'
+    )
+  if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
+    said.append(
+      'Accuracies of groups of embedded tasks are in %: the mean over tasks, '
+      'with wordings that training saw or that were held out.'
     )
   if any(key.data == AFTER for key in keys):
     said.append(

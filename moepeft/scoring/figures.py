@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from moepeft import tasks
 from moepeft.scoring import bootstrap, grid
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.grid import AVERAGE, EIGHT, ROUNDS
@@ -47,7 +48,7 @@ class Figure:
 def of_entry(entry: Entry) -> dict[Key, Figure]:
   """All figures of one run, or of a base."""
   found = {}
-  for key, rows in _parts(entry.rows):
+  for key, rows in _parts(entry):
     if key.measure == 'loss':
       found[key] = _pooled_figure(rows)
       continue
@@ -58,16 +59,15 @@ def of_entry(entry: Entry) -> dict[Key, Figure]:
   loss = Key(HELD_OUT, 'loss', '')
   if loss not in found and entry.loss is not None:
     found[loss] = Figure(entry.loss)
-  if Key(HELD_OUT, 'accuracy', '') not in found:
-    for name, value in entry.means.items():
-      found[Key(AFTER, 'accuracy', name)] = Figure(100 * value)
+  for name, value in entry.means.items():
+    found[Key(AFTER, 'accuracy', name)] = Figure(100 * value)
   return found
 
 
 def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
   """Bootstrap draws of the figures that have an interval, likewise scaled."""
   found = {}
-  for key, rows in _parts(entry.rows):
+  for key, rows in _parts(entry):
     if key.measure == 'loss':
       found[key] = _pooled(rows)
       continue
@@ -154,10 +154,10 @@ def check_same_examples(entries: Sequence[Entry]) -> None:
     if entry.loss is not None or entry.means:
       judged = judged or entry
       _same_judged(judged, entry)
-    for key, rows in _parts(entry.rows):
+    for key, rows in _parts(entry):
       if key.dataset != AVERAGE:
-        tasks = {row.task for row in rows}
-        _same(seen, key, tasks, entry, f'tasks for {key.measure} of {key.data}')
+        names = {row.task for row in rows}
+        _same(seen, key, names, entry, f'tasks for {key.measure} of {key.data}')
       prompts = {}
       for row in rows:
         prompts.setdefault(row.task, set()).add(row.prompt)
@@ -189,29 +189,41 @@ def _same(seen: dict, what: tuple, found, entry: Entry, where: str) -> None:
     )
 
 
-def _parts(rows: Iterable[Row]) -> Iterable[tuple[Key, list[Row]]]:
+def _parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
   """Rows that make a figure or a grid together; held-out ones first.
 
-  The dataset of a key is '' for all of the data, AVERAGE for the paper's
-  tasks, MEAN for other tasks.
+  The dataset of a key is AVERAGE for the paper's tasks, of which each has a
+  column; else it is the key of the one column that the rows have.
   """
-  groups = {}
-  for row in rows:
-    papers = AVERAGE if row.task in (*EIGHT, *ROUNDS) else MEAN
-    whole = row.data == HELD_OUT or row.measure == 'loss'
-    key = Key(row.data, row.measure, '' if whole else papers)
-    groups.setdefault(key, []).append(row)
-  return sorted(groups.items(), key=lambda item: order(item[0]))
+  parts = {}
+  for row in entry.rows:
+    key = Key(row.data, row.measure, _dataset(entry, row))
+    parts.setdefault(key, []).append(row)
+  return sorted(parts.items(), key=lambda item: order(item[0]))
+
+
+def _dataset(entry: Entry, row: Row) -> str:
+  if row.measure == 'loss':
+    return ''
+  if row.task in (*EIGHT, *ROUNDS):
+    return AVERAGE
+  if row.data != HELD_OUT:
+    return MEAN
+  if entry.source == 'tasks' and row.task in tasks.FAMILIES:
+    # Their prompts are the wordings, seen in training or held out.
+    return f'{tasks.FAMILIES[row.task].group} {row.prompt}'.strip()
+  return ''
 
 
 def order(key: Key) -> tuple:
   """Sorts columns: held-out data, then by data, measure and dataset."""
   datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
-  place = datasets.index(key.dataset) if key.dataset in datasets else -1
+  place = datasets.index(key.dataset) if key.dataset in datasets else 0
   measures = ('loss', *(m for m in MEASURES if m != 'loss'))
   first = (HELD_OUT, AFTER)
   data = first.index(key.data) if key.data in first else len(first)
-  return data, key.data, measures.index(key.measure), place
+  measure = measures.index(key.measure)
+  return data, key.data, measure, place, key.dataset
 
 
 def _named(key: Key, name: str) -> Key | None:

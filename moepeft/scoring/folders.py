@@ -192,12 +192,14 @@ def _entry(
 
 def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
   summary = _json(folder, 'summary.json')
-  path = config['model.path'] or f't5 {config["model.size"]}'
+  # As in rows: 'package:t5_tiny' is t5_tiny.
+  path = config['model.path'].rstrip('/')
+  base = os.path.basename(path).split(':')[-1] or 'random'
   return Entry(
     folder=folder,
     method=summary.get('method', config['method']),
     semantics=summary.get('semantics', config['semantics']),
-    base=os.path.basename(path.rstrip('/')),
+    base=base,
     base_parameters=None,
     parameters=None,
     seed=config['seed'],

@@ -40,6 +40,7 @@ def draw(table: Table, path: str) -> None:
   figure = Figure(
     figsize=(room + _WIDTH * across, 0.6 + height * down), layout='constrained'
   )
+  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
   grid = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
   for axes, column in zip(grid, columns, strict=False):
     _panel(axes, table, lines, column)
@@ -102,7 +103,7 @@ def _name(line: Line) -> str:
     said.append(forms.number(counted, 'count'))
   if share is not None and line.kind == 'run':
     said.append(f'{forms.number(share, "share")} %')
-  below = ' = '.join(said)
+  below = ', '.join(said)
   return '\n'.join(filter(None, (forms.joined(line), below)))
 
 
