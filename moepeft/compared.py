@@ -71,7 +71,7 @@ def table(
     *remarks.of_missing(grouped, single, columns),
     *remarks.of_after(given, entries),
   ]
-  if against is not None:
+  if against is not None and against[1]:
     notes.append(remarks.of_baseline(against[0].group))
   if printed:
     matched = [row.printed for row in rows if row.printed]

@@ -11,6 +11,7 @@ SAME = [
     'molora(rank=4, experts=10)',
     'official',
   ),
+  ('molora(experts=7, rank=3)', 'molora(rank=3, experts=7)', 'official'),
   ('lora(alpha=16.0, rank=8)', 'lora(rank=8)', 'paper'),
   # What a semantics decides may be said.
   ("mov(experts=7, reads='heads')", 'mov(experts=7)', 'official'),

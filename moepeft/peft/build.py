@@ -102,10 +102,10 @@ def plain(
   semantics: str = 'official',
   methods: Mapping[str, Method] | None = None,
 ) -> str:
-  """A method's text without what holds anyway, its options in order.
+  """A method's text without the modules' defaults, its options in order.
 
   Two texts of one method have the same: 'lora(alpha=16.0, rank=8)' and
-  'lora(rank=8)' do under either semantics.
+  'lora(rank=8)'; what the semantics decides is said.
 
   Raises:
     ValueError: as `build`.
@@ -116,13 +116,11 @@ def plain(
   for spec in spec_lib.parse_method(method):
     spec = _resolve(spec, methods, semantics)
     module = methods[spec.name].module
-    decided = methods[spec.name].defaults.get(semantics, {})
-    kept = _unusual(spec, _defaults(module) | dict(decided))
+    kept = _unusual(spec, _defaults(module))
     router = kept.pop('router', None)
     if router is not None:
-      usual = _defaults(ROUTERS[router.name])
-      usual['renormalize'] = _RENORMALIZE[semantics]
-      router = Spec(router.name, tuple(sorted(_unusual(router, usual).items())))
+      own = _unusual(router, _defaults(ROUTERS[router.name]))
+      router = Spec(router.name, tuple(sorted(own.items())))
       kept |= {'router': router} if router != Spec('softmax') else {}
     found.append(Spec(spec.name, tuple(sorted(kept.items()))))
   return spec_lib.format_method(tuple(found))
