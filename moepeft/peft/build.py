@@ -97,6 +97,40 @@ def build(
   return Built(text, semantics, Advice(tuple(entries)), 'peft')
 
 
+def plain(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] | None = None,
+) -> str:
+  """A method's text without the modules' defaults, its options in order.
+
+  Two texts of one method have the same: 'lora(alpha=16.0, rank=8)' and
+  'lora(rank=8)'; what the semantics decides is said.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  if methods is None:
+    from moepeft.peft import METHODS as methods
+  found = []
+  for spec in spec_lib.parse_method(method):
+    spec = _resolve(spec, methods, semantics)
+    module = methods[spec.name].module
+    kept = _unusual(spec, _defaults(module))
+    router = kept.pop('router', None)
+    if router is not None:
+      own = _unusual(router, _defaults(ROUTERS[router.name]))
+      router = Spec(router.name, tuple(sorted(own.items())))
+      kept |= {'router': router} if router != Spec('softmax') else {}
+    found.append(Spec(spec.name, tuple(sorted(kept.items()))))
+  return spec_lib.format_method(tuple(found))
+
+
+def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:
+  missing = object()
+  return {k: v for k, v in spec.options if usual.get(k, missing) != v}
+
+
 def function_of(advice: Advice) -> tuple:
   """What a table of advice computes in evaluation, as a value to compare.
 

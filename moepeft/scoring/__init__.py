@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What evaluations are made of: rows, intervals and the paper's measure.
+
+Numpy and libraries only; no program of JAX and no config.
+"""
+
+from moepeft.scoring.grid import Score, draws, scores
+from moepeft.scoring.rows import MEASURES, About, Row, measured, read, write
+
+__all__ = (
+  'MEASURES',
+  'About',
+  'Row',
+  'Score',
+  'draws',
+  'measured',
+  'read',
+  'scores',
+  'write',
+)
