@@ -24,6 +24,7 @@ nor are adapters (3 % of the base's weights at most in these rows, for which
 they are charged the time).
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,30 +37,6 @@ from absl import app, flags
 
 from moepeft.models import t5
 
-_SIZES = flags.DEFINE_list('sizes', ['large', 'xl'], 'Of T5 1.1.')
-_METHODS = flags.DEFINE_multi_string(
-  'method',
-  [
-    'lora(rank=4)',
-    'ia3',
-    'mov(experts=10)',
-    'molora(experts=10, rank=4)',
-    'full',
-  ],
-  'May be given several times.',
-)
-_REMAT = flags.DEFINE_list(
-  'remat', ['none', 'dots', 'full'], 'Each has a row of every method.'
-)
-_BATCH = flags.DEFINE_integer('batch', 32, 'Rows, halved until they fit.')
-_INPUTS = flags.DEFINE_integer('inputs', 1024, 'Tokens of a row.')
-_TARGETS = flags.DEFINE_integer('targets', 256, 'Tokens of a row.')
-_STEPS = flags.DEFINE_integer('steps', 10, 'Steps timed.')
-_PEAK = flags.DEFINE_float(
-  'peak_tflops', None, "The device's peak, where this file does not know it."
-)
-_JSON = flags.DEFINE_string('json', None, 'Where to write the rows.')
-
 _HERE = pathlib.Path(__file__).parent
 # The rank of peft's LoRA, as our row's.
 _RANK = 4
@@ -67,6 +44,7 @@ _RANK = 4
 PEAKS = {
   'NVIDIA A100-SXM4-40GB': 312e12,
   'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA A100-PCIE-40GB': 312e12,
   'NVIDIA A100 80GB PCIe': 312e12,
   'NVIDIA H100 80GB HBM3': 989e12,
   'NVIDIA H200': 989e12,
@@ -80,7 +58,27 @@ PEAKS = {
   'TPU v6e': 918e12,
 }
 GOALS = {'mfu_xl': 0.45, 'lora_over_peft': 1.5}
+METHODS = (
+  'lora(rank=4)',
+  'ia3',
+  'mov(experts=10)',
+  'molora(experts=10, rank=4)',
+  'full',
+)
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is measured; the flags of the command, by their names."""
+
+  sizes: Sequence[str] = ('large', 'xl')
+  methods: Sequence[str] = METHODS
+  remat: Sequence[str] = ('none', 'dots', 'full')
+  batch: int = 32
+  inputs: int = 1024
+  targets: int = 256
+  steps: int = 10
 
 
 def flops(c: t5.T5Config, rows: int, s: int, t: int, full: bool) -> int:
@@ -137,9 +135,10 @@ def run(row: Mapping[str, Any]) -> Row:
   return {'failed': f'exit code {done.returncode}: {lines[-1]}'}
 
 
-def measured(plan: Mapping[str, Any], peak: float | None) -> Iterator[Row]:
+def measured(
+  plan: Mapping[str, Any], batch: int, peak: float | None
+) -> Iterator[Row]:
   """A row for each batch that is tried, from the largest to what fits."""
-  batch = _BATCH.value
   while batch:
     row = {**plan, 'batch': batch}
     row |= run(row)
@@ -158,16 +157,20 @@ def measured(plan: Mapping[str, Any], peak: float | None) -> Iterator[Row]:
     batch = batch // 2 if 'out_of_memory' in row else 0
 
 
-def plans(platform: str, with_peft: bool) -> Iterator[Row]:
+def plans(options: Options, platform: str, with_peft: bool) -> Iterator[Row]:
   """What is to be measured: by size, method and remat."""
-  lengths = {'inputs': _INPUTS.value, 'targets': _TARGETS.value}
-  shared = lengths | {'steps': _STEPS.value, 'platform': platform}
-  for size in _SIZES.value:
-    sides = [('moepeft', method) for method in _METHODS.value]
+  shared = {
+    'inputs': options.inputs,
+    'targets': options.targets,
+    'steps': options.steps,
+    'platform': platform,
+  }
+  for size in options.sizes:
+    sides = [('moepeft', method) for method in options.methods]
     if with_peft:
       sides.append(('peft', f'lora(rank={_RANK}) in peft'))
     for side, method in sides:
-      for remat in _REMAT.value:
+      for remat in options.remat:
         # transformers has all or nothing.
         if side == 'moepeft' or remat != 'dots':
           yield {
@@ -227,37 +230,69 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   }
 
 
-def keep(kind: str, rows: Sequence[Row]) -> None:
-  if _JSON.value:
-    with open(_JSON.value, 'w') as f:
-      found = {'device': kind, 'rows': rows, 'goals': goals(rows)}
-      json.dump(found, f, indent=2)
+def keep(path: str, kind: str, rows: Sequence[Row]) -> None:
+  with open(path, 'w') as f:
+    found = {'device': kind, 'rows': rows, 'goals': goals(rows)}
+    json.dump(found, f, indent=2)
 
 
-def main(argv) -> None:
-  del argv
-  for size in _SIZES.value:
+def show(options: Options, tflops: float | None, path: str | None) -> list[Row]:
+  """Measures and prints; returns the rows.
+
+  Args:
+    path: where the rows are kept as they come.
+
+  Raises:
+    ValueError: a size or the device's peak is not known, or there is none.
+  """
+  for size in options.sizes:
     t5.config(size)
   device = run({'side': 'device'})
   if 'failed' in device:
     raise ValueError(f'no device was found ({device["failed"]})')
   kind, platform = device['kind'], device['platform']
-  peak = peak_of(kind, platform, _PEAK.value)
+  peak = peak_of(kind, platform, tflops)
   why = run({'side': 'why_no_peft', 'platform': platform})['why']
   print(f'device: {kind}', f'no rows of peft: {why}' if why else '', sep='\n')
   print(line(_HEAD), line(['---'] * len(_HEAD)), sep='\n', flush=True)
   rows = []
-  for plan in plans(platform, not why):
-    for row in measured(plan, peak):
+  for plan in plans(options, platform, not why):
+    for row in measured(plan, options.batch, peak):
       rows.append(row)
       print(line(cells(row)), flush=True)
-      keep(kind, rows)
+      if path:
+        keep(path, kind, rows)
+  print()
   for name, found in goals(rows).items():
     said = 'not measured' if found is None else f'{found:.3f}'
     print(f'{name}: {said}; the goal is at least {GOALS[name]}')
+  return rows
+
+
+def main(argv) -> None:
+  del argv
+  options = Options(*(flags.FLAGS[name].value for name in _FLAGS))
+  rows = show(options, _PEAK.value, _JSON.value)
   if any('failed' in row for row in rows):
     sys.exit(1)
 
 
+_FLAGS = [field.name for field in dataclasses.fields(Options)]
+
 if __name__ == '__main__':
+  plain = Options()
+  flags.DEFINE_list('sizes', plain.sizes, 'Of T5 1.1.')
+  flags.DEFINE_list('remat', plain.remat, 'Each has a row of every method.')
+  flags.DEFINE_multi_string('methods', plain.methods, 'Given once for each.')
+  for name, what in (
+    ('batch', 'Rows of a batch, halved until they fit.'),
+    ('inputs', 'Tokens of a row.'),
+    ('targets', 'Tokens of a row.'),
+    ('steps', 'Steps timed.'),
+  ):
+    flags.DEFINE_integer(name, getattr(plain, name), what, lower_bound=1)
+  _PEAK = flags.DEFINE_float(
+    'peak_tflops', None, "The device's peak, where this file lacks it."
+  )
+  _JSON = flags.DEFINE_string('json', None, 'Where to keep the rows.')
   app.run(main)
