@@ -52,8 +52,6 @@ def test_model_flops_are_those_counted_by_hand():
   assert TABLE.flops(*arguments, full=True) == 6 * 3070 + 3 * 912
 
 
-# Six layers in all, of which one at the bottom needs no gradient of its input
-# where its weights are frozen.
 WIDE = t5.T5Config(
   vocab=4099,
   d_model=521,
@@ -87,7 +85,16 @@ def test_model_flops_are_those_of_the_compiled_step(method):
   compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
   counted = compiled.cost_analysis()['flops']
   expected = TABLE.flops(WIDE, 2, 127, 61, method == 'full')
-  assert counted == pytest.approx(expected, rel=0.03)
+  if method == 'ia3':
+    # Below the lowest adapters, of k and v, XLA leaves out what has no use:
+    # the gradients of the embedded tokens through q, k and v, and q's own.
+    d, nh = WIDE.d_model, WIDE.heads * WIDE.head_dim
+    expected -= 2 * 2 * (127 + 61) * 3 * d * nh
+    expected -= 2 * 2 * (127**2 + 61**2) * nh
+  # Norms, softmaxes and activations are counted too, 5 to 20 to a number; the
+  # products are 500 and more to a number. One gradient of the weights of one
+  # kind of projection would be 1 to 6 % more.
+  assert counted == pytest.approx(expected, rel=0.008)
 
 
 def test_a_row_is_measured_by_the_loops_own_update():
