@@ -25,6 +25,7 @@ _REQUIRED = [
   'orbax-checkpoint>=0.11',
   'pyyaml>=6',
   'safetensors>=0.5',
+  'scipy',
   'tensorboardX>=2.6',
   'tensorstore',
   'tqdm',

@@ -96,13 +96,18 @@ def locate(path: str) -> str:
   return path
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-  """`absl.app.run`, with bad input answered by one sentence and exit code 2."""
+def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
+  """`absl.app.run`, with bad input answered by one sentence and exit code 2.
+
+  Args:
+    main: takes what is left of the command line, the program's name first.
+    arguments: whether it takes more than options.
+  """
 
   def safe_main(argv: Sequence[str]) -> None:
     # Libraries tell their every step at the level of information.
     logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
+    if len(argv) > 1 and not arguments:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
     keep_pages()

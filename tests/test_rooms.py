@@ -31,6 +31,7 @@ FLOORS = (
   ('placement', 'checkpoint'),
   ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
+  ('remarks', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -12,4 +12,5 @@ def get_config(values: str = ''):
   config_lib.values(values)
   c = config_lib.paper('large')
   c.method = 'ia3'
+  c.checkpoint.every_steps = 50_000
   return c

@@ -14,5 +14,7 @@ def get_config(values: str = ''):
   c.method = 'full'
   c.optimizer.learning_rate = 1e-3
   c.batch_size = 256
+  # TRAIN_STEPS=1_110_000 there: the clock goes on from 1,100,000 here too.
   c.steps = 10_000
+  c.checkpoint.every_steps = 1_000
   return c

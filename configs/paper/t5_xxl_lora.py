@@ -2,6 +2,7 @@
 """LoRA: the paper's LoRA on T5 1.1 xxl (LM-adapted).
 
 Zadouri et al., arXiv:2309.05444, with the released code's settings.
+The paper's table of this size has no LoRA; 4 is the least rank of the others.
 python -m moepeft.count --config=configs/paper/t5_xxl_lora.py:rank=4
 """
 
@@ -12,4 +13,5 @@ def get_config(values: str = ''):
   v = config_lib.values(values, rank=4)
   c = config_lib.paper('xxl')
   c.method = f'lora(rank={v.rank})'
+  c.checkpoint.every_steps = 50_000
   return c

@@ -97,6 +97,42 @@ def build(
   return Built(text, semantics, Advice(tuple(entries)), 'peft')
 
 
+def plain(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] | None = None,
+) -> str:
+  """A method's text without what holds anyway, its options in order.
+
+  Two texts of one method have the same: 'lora(alpha=16.0, rank=8)' and
+  'lora(rank=8)' do under either semantics.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  if methods is None:
+    from moepeft.peft import METHODS as methods
+  found = []
+  for spec in spec_lib.parse_method(method):
+    spec = _resolve(spec, methods, semantics)
+    module = methods[spec.name].module
+    decided = methods[spec.name].defaults.get(semantics, {})
+    kept = _unusual(spec, _defaults(module) | dict(decided))
+    router = kept.pop('router', None)
+    if router is not None:
+      usual = _defaults(ROUTERS[router.name])
+      usual['renormalize'] = _RENORMALIZE[semantics]
+      router = Spec(router.name, tuple(sorted(_unusual(router, usual).items())))
+      kept |= {'router': router} if router != Spec('softmax') else {}
+    found.append(Spec(spec.name, tuple(sorted(kept.items()))))
+  return spec_lib.format_method(tuple(found))
+
+
+def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:
+  missing = object()
+  return {k: v for k, v in spec.options if usual.get(k, missing) != v}
+
+
 def function_of(advice: Advice) -> tuple:
   """What a table of advice computes in evaluation, as a value to compare.
 

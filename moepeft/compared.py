@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as the lines of a table: beside each other, a baseline, the paper."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moepeft import config as config_lib
+from moepeft import remarks
+from moepeft.count import count
+from moepeft.peft.build import plain
+from moepeft.scoring import figures, folders, groups, published
+from moepeft.scoring.figures import AFTER, MEAN, Figure, Key
+from moepeft.scoring.folders import Entry
+from moepeft.scoring.forms import Cell, Column, Line, Table
+from moepeft.scoring.grid import AVERAGE, EIGHT, ROUNDS
+from moepeft.scoring.groups import Group
+from moepeft.scoring.published import Published
+from moepeft.scoring.rows import HELD_OUT
+
+_PARAMETERS = Column('parameters', 'parameters', 'count')
+_PERCENT = Column('percent', '% of base', 'share')
+_SEEDS = Column('seeds', 'seeds', 'count')
+# The data of columns of the paper's table alone.
+_PRINTED = 'paper'
+
+
+def table(
+  runs: Sequence[str], paper: str = '', baseline: str = '', title: str = ''
+) -> Table:
+  """The table of some work directories, in the order they are given.
+
+  Args:
+    runs: work directories; with none of them, the paper's table alone.
+    paper: one of the paper's tables, or ''.
+    baseline: a method, or one of the runs, that the others are compared with.
+    title: of the table.
+
+  Raises:
+    ValueError: nothing is asked for, there is no such table or baseline, or
+      runs are damaged or not to be compared.
+  """
+  printed = published.table(paper) if paper else ()
+  if not runs:
+    if not printed:
+      raise ValueError(
+        'name the work directories of runs, or a table with --paper=t5_xl'
+      )
+    return _paper_alone(paper, printed, title)
+  given = _read(runs)
+  entries = figures.of_one_kind(given)
+  figures.check_same_examples(entries)
+  grouped = groups.group(entries)
+  single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
+  rows = [
+    _Row(group, figures.over_seeds(own), _match(printed, group.first))
+    for group, own in zip(grouped, single, strict=True)
+  ]
+  found = [row.figures for row in rows]
+  keys = sorted({key for own in found for key in own}, key=figures.order)
+  columns = _columns(keys)
+  against = _against(rows, baseline) if baseline else None
+  lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
+  notes = [
+    *remarks.of_runs(grouped, found, keys),
+    *remarks.of_missing(grouped, single, columns),
+    *remarks.of_after(given, entries),
+  ]
+  if against is not None:
+    notes.append(remarks.of_baseline(against[0].group))
+  if printed:
+    matched = [row.printed for row in rows if row.printed]
+    notes += remarks.of_paper(paper, matched)
+  return Table(
+    (_PARAMETERS, _PERCENT, _SEEDS, *columns),
+    tuple(lines),
+    tuple(notes),
+    title,
+    decimals=2 if printed else 1,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A group with its figures, and the paper's row of its method."""
+
+  group: Group
+  figures: Mapping[Key, Figure]
+  printed: Published | None
+
+
+# The row of --baseline, and its draws.
+_Against = tuple[_Row, Mapping[Key, np.ndarray]]
+
+
+def _read(runs: Sequence[str]) -> list[Entry]:
+  defaults = json.loads(config_lib.default().to_json())
+  # A shell's glob and completion end a folder with a slash.
+  paths = [run.rstrip('/') or run for run in runs]
+  return [entry for path in paths for entry in folders.read(path, defaults)]
+
+
+def _lines(
+  rows: Sequence[_Row], paper: bool, against: _Against | None
+) -> list[Line]:
+  """A row's line, then its differences; bases first."""
+  lines = []
+  for row in sorted(rows, key=lambda row: not row.group.first.is_base):
+    lines.append(_line(row, paper))
+    if against is not None and row is not against[0]:
+      lines.append(_less(row, against))
+    if row.printed is not None:
+      lines += _beside(row.printed, row.figures)
+  return lines
+
+
+def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
+  """The paper's row of a run's method."""
+  if entry.is_base or not printed:
+    return None
+  own = plain(entry.method, entry.semantics)
+  for row in printed:
+    if row.method and plain(row.method, entry.semantics) == own:
+      return row
+  return None
+
+
+def _against(rows: Sequence[_Row], baseline: str) -> _Against:
+  """The row that --baseline names, by a work directory or by its method."""
+  wanted = os.path.abspath(os.path.expanduser(baseline))
+  found = [
+    row
+    for row in rows
+    if wanted in {os.path.abspath(e.folder) for e in row.group.entries}
+    and not row.group.first.is_base
+  ] or [row for row in rows if _same_method(row.group.first, baseline)]
+  if len(found) != 1:
+    there = ', '.join(dict.fromkeys(row.group.first.method for row in rows))
+    raise ValueError(
+      f'--baseline={baseline} names {len(found)} rows, expected one; the '
+      f'methods are {there}: give one of them, or its work directory'
+    )
+  return found[0], figures.mean_draws(found[0].group.entries)
+
+
+def _same_method(entry: Entry, text: str) -> bool:
+  if entry.is_base or text == folders.BASE:
+    return entry.method == text
+  try:
+    return plain(entry.method, entry.semantics) == plain(text, entry.semantics)
+  except ValueError:
+    # Neither a method nor a run: the caller lists what there is.
+    return False
+
+
+def _columns(keys: Sequence[Key]) -> list[Column]:
+  several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
+  columns = []
+  for key in keys:
+    kind = 'loss' if key.measure == 'loss' else 'score'
+    better = 'lower' if key.measure == 'loss' else 'higher'
+    columns.append(Column(key, _name(key, several), kind, better))
+  return columns
+
+
+def _name(key: Key, several: bool) -> str:
+  measure = key.measure.replace('_', ' ')
+  if key.data == HELD_OUT and not key.dataset:
+    return f'held-out {measure}'
+  if _is_group(key):
+    return key.dataset.replace('_', '-')
+  if key.dataset in ('', MEAN):
+    return f'{key.data} {measure}'
+  name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'
+  return f'{name} ({key.data})' if several else name
+
+
+def _is_group(key: Key) -> bool:
+  """Whether a column is of a group of tasks, named by the group."""
+  papers = (*EIGHT, *ROUNDS, AVERAGE)
+  return key.data == AFTER or (
+    key.data == HELD_OUT and key.dataset not in papers
+  )
+
+
+def _line(row: _Row, paper: bool) -> Line:
+  first, aside = row.group.first, row.group.aside
+  if paper and row.printed is None and not first.is_base:
+    aside = f'{aside} (not in the paper)'
+  cells: dict[Any, Cell] = {
+    k: _cell(figure) for k, figure in row.figures.items()
+  }
+  if not first.is_base:
+    trained, base = _counts(first)
+    cells[_PARAMETERS.key] = Cell(trained)
+    cells[_PERCENT.key] = Cell(100 * trained / base)
+    cells[_SEEDS.key] = Cell(len(row.group.entries))
+  kind = 'base' if first.is_base else 'run'
+  return Line(kind, first.method, aside.strip(), cells=cells)
+
+
+def _counts(entry: Entry) -> tuple[int, int]:
+  """(trained, of the base), from the rows or else from shapes."""
+  if entry.parameters is not None:
+    return entry.parameters, entry.base_parameters
+  config = config_lib.default()
+  with config.unlocked():
+    with open(os.path.join(entry.folder, 'config.json')) as f:
+      config.update(ConfigDict(json.load(f)))
+  counted = count(config)
+  return counted['peft'], counted['params']
+
+
+def _cell(figure: Figure) -> Cell:
+  return Cell(figure.value, figure.low, figure.high)
+
+
+def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
+  cells = {}
+  for key in keys:
+    values = [own[key].majority for own in found if key in own]
+    if values[0] is not None:
+      cells[key] = Cell(values[0])
+  return [Line('majority', '', 'majority', cells=cells)] if cells else []
+
+
+def _less(row: _Row, against: _Against) -> Line:
+  other, draws = against
+  found = figures.differences(
+    (row.figures, figures.mean_draws(row.group.entries)), (other.figures, draws)
+  )
+  cells = {key: _cell(figure) for key, figure in found.items()}
+  words = ('less', other.group.first.method, other.group.aside)
+  return Line('difference', '', ' '.join(filter(None, words)), cells=cells)
+
+
+def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
+  """The paper's line, and ours less the paper's."""
+  there = printed.cells()
+  paper: dict[Any, Cell] = {
+    key: Cell(there[key.dataset])
+    for key in own
+    if _is_papers(key) and key.dataset in there
+  }
+  less = {}
+  for key in paper:
+    ours, value = own[key], there[key.dataset]
+    bounds = (ours.low, ours.high)
+    low, high = (None if x is None else x - value for x in bounds)
+    less[key] = Cell(ours.value - value, low, high)
+  if printed.percent is not None:
+    paper[_PERCENT.key] = Cell(printed.percent)
+  name = 'paper' if printed.name == printed.method else f'paper: {printed.name}'
+  return [
+    Line('paper', '', name, cells=paper),
+    Line('difference', '', 'less the paper', cells=less),
+  ]
+
+
+def _is_papers(key: Key) -> bool:
+  return key.measure == 'accuracy' and key.dataset in (*EIGHT, AVERAGE)
+
+
+def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
+  keys = [Key(_PRINTED, 'accuracy', name) for name in (*EIGHT, AVERAGE)]
+  lines, notes = [], remarks.of_paper(size, ())
+  for row in printed:
+    remark = remarks.of_row(row)
+    mark = ''
+    if remark:
+      mark = str(1 + sum(note.startswith('[') for note in notes))
+      notes.append(f'[{mark}] {remark}')
+    there = row.cells()
+    cells: dict[Any, Cell] = {
+      key: Cell(there[key.dataset]) for key in keys if key.dataset in there
+    }
+    if row.percent is not None:
+      cells[_PERCENT.key] = Cell(row.percent)
+    own = row.name == row.method
+    lines.append(
+      Line('run', row.name if own else '', '' if own else row.name, mark, cells)
+    )
+  return Table((_PERCENT, *_columns(keys)), tuple(lines), tuple(notes), title)

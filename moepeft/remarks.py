@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be said below a table: intervals, examples, budgets, sources."""
+
+from collections.abc import Mapping, Sequence
+
+from moepeft.scoring import groups
+from moepeft.scoring.figures import AFTER, Figure, Key
+from moepeft.scoring.folders import Entry
+from moepeft.scoring.forms import Column
+from moepeft.scoring.grid import AVERAGE, EIGHT
+from moepeft.scoring.groups import Group
+from moepeft.scoring.published import Published
+from moepeft.scoring.rows import HELD_OUT
+
+_BOOTSTRAP = 'the percentile bootstrap over examples'
+_STUDENT = "Student's t over seeds (not over examples)"
+
+
+def of_runs(
+  rows: Sequence[Group],
+  found: Sequence[Mapping[Key, Figure]],
+  keys: Sequence[Key],
+) -> list[str]:
+  """Remarks on a table of runs.
+
+  Args:
+    rows, found: the table's rows and their figures, in one order.
+    keys: of its columns.
+  """
+  trained = [row for row in rows if not row.first.is_base]
+  notes = [
+    *_intervals(rows, found),
+    *_measures(keys),
+    *_examples(rows),
+  ]
+  if keys and AVERAGE not in {key.dataset for key in keys}:
+    notes += ['No average: not all of the eight sets are there.'] * any(
+      key.dataset in EIGHT for key in keys
+    )
+  return notes + _semantics(trained) + _budgets(trained) + _settings(trained)
+
+
+def _intervals(rows, found) -> list[str]:
+  several = {len(row.entries) > 1 for row in rows}
+  if all(f.low is None for own in found for f in own.values()):
+    return []
+  how = _STUDENT if several == {True} else _BOOTSTRAP
+  if several == {True, False}:
+    how = f'{_STUDENT} where a row has several, else {_BOOTSTRAP}'
+  return [f'± is half the width of the 95 % interval: {how}.']
+
+
+def _measures(keys: Sequence[Key]) -> list[str]:
+  said = []
+  if any(key.measure == 'loss' for key in keys):
+    said.append('Losses are nats a target token, lower is better.')
+  sets = [key for key in keys if key.dataset in EIGHT]
+  if sets:
+    said.append(
+      'Accuracies are in %: the median over the prompts of a set; anli is the '
+      'mean of its three rounds, the average that of the eight sets.'
+    )
+  if Key(HELD_OUT, 'accuracy', '') in keys:
+    said.append(
+      'Held-out accuracy is in %: the mean over tasks of the median over '
+      'prompts.'
+    )
+  if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
+    said.append(
+      'Accuracies of groups of embedded tasks are in %: the mean over tasks, '
+      'with wordings that training saw or that were held out.'
+    )
+  if any(key.data == AFTER for key in keys):
+    said.append(
+      'Accuracies of groups of tasks are in %, from after.json, without '
+      'intervals.'
+    )
+  return said
+
+
+def _examples(rows: Sequence[Group]) -> list[str]:
+  """How many examples stand behind the figures, and what was cut."""
+  notes, seen, cut, left = [], {}, 0, 0
+  for row in (r for group in rows for r in group.first.rows):
+    what = (row.data, row.task, row.prompt, row.measure)
+    if what not in seen:
+      seen[what] = row.examples
+      cut, left = cut + row.cut, left + row.left_out
+  for data in dict.fromkeys(what[0] for what in seen):
+    sizes = [n for what, n in seen.items() if what[0] == data]
+    tasks = {what[1] for what in seen if what[0] == data}
+    span = f'{min(sizes):,} to {max(sizes):,}'
+    if min(sizes) == max(sizes):
+      span = f'{min(sizes):,}'
+    name = 'the held-out rows' if data == HELD_OUT else f'{data!r}'
+    notes.append(
+      f'Examples a prompt in {name}: {span}, of {len(tasks)} '
+      f'task{"s" * (len(tasks) > 1)}.'
+    )
+  if cut or left:
+    notes.append(
+      f'{cut:,} of {sum(seen.values()):,} prompted examples were cut to the '
+      f'lengths of the run; {left:,} could not be ranked and are left out.'
+    )
+  return notes
+
+
+def of_missing(
+  rows: Sequence[Group],
+  single: Sequence[Sequence[Mapping[Key, Figure]]],
+  columns: Sequence[Column],
+) -> list[str]:
+  """What some seeds of a row have and others lack, so that it is missing.
+
+  Args:
+    single: of each row, the figures of each seed.
+  """
+  notes = []
+  for row, seeds in zip(rows, single, strict=True):
+    lacking = [
+      column.name
+      for column in columns
+      if 0 < sum(column.key in own for own in seeds) < len(seeds)
+    ]
+    if lacking:
+      folders = ', '.join(entry.folder for entry in row.entries)
+      notes.append(
+        f'{label(row)}: not all of {folders} have {", ".join(lacking)}, which '
+        'is missing.'
+      )
+  return notes
+
+
+def of_after(given: Sequence[Entry], kept: Sequence[Entry]) -> list[str]:
+  """Where losses of after.json stand, and where they were left out."""
+  if any(entry.loss is not None for entry in kept):
+    return [
+      'Held-out losses are those of after.json: the first batches of the '
+      'held-out rows, without intervals.'
+    ]
+  lacking = [
+    entry.folder
+    for entry in given
+    if entry.loss is not None and not entry.has_held_out
+  ]
+  if not lacking:
+    return []
+  return [
+    f'No held-out rows in {", ".join(lacking)}: their after.json is of other '
+    'examples than the rows of the others; python -m moepeft.evaluate '
+    '--workdir=DIR makes them.'
+  ]
+
+
+def _semantics(rows: Sequence[Group]) -> list[str]:
+  kinds = sorted({row.first.semantics for row in rows})
+  bases = sorted({row.first.base for row in rows})
+  if len(kinds) == len(bases) == 1:
+    return [f'Base {bases[0]}, {kinds[0]} semantics.']
+  return []
+
+
+def _budgets(rows: Sequence[Group]) -> list[str]:
+  budgets = {}
+  for row in rows:
+    budgets.setdefault(row.first.budget, []).append(label(row))
+  if len(budgets) < 2:
+    return [
+      f'Budget: {steps:,} steps of {batch:,} rows.' for steps, batch in budgets
+    ]
+  said = '; '.join(
+    f'{steps:,} steps of {batch:,} rows: {", ".join(labels)}'
+    for (steps, batch), labels in budgets.items()
+  )
+  return [f'**Budgets differ**: {said}.']
+
+
+def _settings(rows: Sequence[Group]) -> list[str]:
+  firsts = [row.first for row in rows]
+  notes = []
+  for key in groups.differing(firsts):
+    values = {}
+    for row in rows:
+      value = groups.shown(row.first.settings.get(key))
+      values.setdefault(value, []).append(label(row))
+    said = '; '.join(f'{v} ({", ".join(own)})' for v, own in values.items())
+    notes.append(f'{key} differs: {said}.')
+  return notes
+
+
+def label(row: Group) -> str:
+  """A row as the table calls it."""
+  return f'`{row.first.method}`' + (f' {row.aside}' if row.aside else '')
+
+
+def of_baseline(baseline: Group) -> str:
+  return (
+    f'"less {baseline.first.method}" is paired: the bootstrap resamples the '
+    'same examples for both; it holds the seeds fixed.'
+  )
+
+
+def of_paper(size: str, rows: Sequence[Published]) -> list[str]:
+  """Where the paper's figures are from, and what is wrong with some."""
+  notes = [
+    f'Paper: Zadouri et al., arXiv:2309.05444, {size}, full validation sets; '
+    'from secondary sources, to be checked against the PDF before they are '
+    'quoted. Its % are as printed: of a rounded size of the base, and not '
+    'everywhere what the released code trains.'
+  ]
+  return notes + [f"The paper's {of_row(row)}" for row in rows if of_row(row)]
+
+
+def of_row(row: Published) -> str:
+  """A sentence on a row of the paper that is not sound, or ''."""
+  said = [row.note] if row.note else []
+  if (mean := row.recomputed()) is not None:
+    said.append(f'their mean is {mean:.3f}, the printed average {row.average}')
+  return f'{row.name}: {"; ".join(said)}.' if said else ''

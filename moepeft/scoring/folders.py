@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a work directory says about its run: settings, rows, losses."""
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moepeft.scoring import rows as rows_lib
+from moepeft.scoring.rows import HELD_OUT, Row
+
+# The method's name in rows of the base without adapter.
+BASE = 'none'
+_COMMAND = 'python -m moepeft.evaluate --workdir='
+# Keys of a config that decide which examples after.json is of.
+_JUDGED = (
+  'data.held_out',
+  'data.inputs_length',
+  'data.path',
+  'data.source',
+  'data.split',
+  'data.targets_length',
+  'data.tasks',
+  'data.templates',
+  'evaluation.batch_size',
+  'evaluation.max_examples',
+  'evaluation.path',
+  'evaluation.tasks',
+)
+# Keys of a config that change no figure, or that an entry has by itself.
+_IRRELEVANT = (
+  'checkpoint',
+  'data.workers',
+  'evaluation',
+  'log',
+  'method',
+  'model.path',
+  'model.remat',
+  'model.unroll',
+  'patience',
+  'router_alarm',
+  'seed',
+  'semantics',
+  'sharding',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A run at one step, or its base without adapter.
+
+  Attributes:
+    folder: the work directory.
+    method, semantics, base, seed, step: as in rows.
+    base_parameters, parameters: as in rows; None where there are no rows.
+    settings: {dotted key: value} of the config, what changes no figure left
+      out; empty for the base.
+    source: config.data.source.
+    rows: of all its evaluations.
+    loss: after.json's validation loss, if it is of this step.
+    means: after.json's mean accuracies of groups, likewise.
+    judged: {key: value} of what decides which examples those two are of.
+  """
+
+  folder: str
+  method: str
+  semantics: str
+  base: str
+  base_parameters: int | None
+  parameters: int | None
+  seed: int
+  step: int
+  settings: Mapping[str, Any]
+  source: str
+  rows: tuple[Row, ...] = ()
+  loss: float | None = None
+  means: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  judged: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_base(self) -> bool:
+    return self.method == BASE
+
+  @property
+  def has_held_out(self) -> bool:
+    return any(row.data == HELD_OUT for row in self.rows)
+
+  @property
+  def budget(self) -> tuple[int, int]:
+    """(steps, rows a batch)."""
+    return self.step, self.settings.get('batch_size', 0)
+
+
+def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
+  """The entries of a work directory, one for each step and the base's.
+
+  Args:
+    defaults: a config's keys, nested, for those that an older run lacks.
+
+  Raises:
+    ValueError: it is no work directory, nothing was evaluated in it, two of
+      its files measure the same, or a file is damaged.
+  """
+  if not os.path.isfile(os.path.join(folder, 'config.json')):
+    raise ValueError(
+      f'{folder!r} is no work directory of moepeft.train: it has no config.json'
+    )
+  config = flatten(defaults) | flatten(_json(folder, 'config.json'))
+  after = _json(folder, 'after.json')
+  found = [
+    _entry(folder, config, after, own) for own in _grouped(folder).values()
+  ]
+  if found:
+    return found
+  if not after:
+    raise ValueError(
+      f'{folder!r} holds no evaluation; make one with {_COMMAND}{folder}, and '
+      '--data=DIR for the eight sets'
+    )
+  return [_unevaluated(folder, config, after)]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} as {'a.b': 1}; lists become tuples."""
+  found = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      found |= flatten(value, f'{prefix}{key}.')
+    else:
+      found[prefix + key] = tuple(value) if type(value) is list else value
+  return found
+
+
+def _json(folder: str, name: str) -> dict[str, Any]:
+  path = os.path.join(folder, name)
+  if not os.path.exists(path):
+    return {}
+  try:
+    with open(path, encoding='utf-8') as f:
+      found = json.load(f)
+  except ValueError as e:
+    raise ValueError(
+      f'{path} is damaged ({e}); make it again, or leave {folder!r} out'
+    ) from None
+  if not isinstance(found, dict):
+    raise ValueError(f'{path} is damaged: expected a JSON object')
+  return found
+
+
+def _grouped(folder: str) -> dict[tuple, list[Row]]:
+  """All rows of a folder by (method, semantics, step)."""
+  groups, origin = {}, {}
+  pattern = os.path.join(glob.escape(folder), 'evaluation*.jsonl')
+  for path in sorted(glob.glob(pattern)):
+    for row in rows_lib.read(path):
+      key = (row.method, row.semantics, row.step)
+      what = (*key, row.data, row.task, row.prompt, row.measure)
+      if what in origin:
+        raise ValueError(
+          f'{row.measure} of {row.task!r}, prompt {row.prompt!r}, is in '
+          f'{origin[what]} and again in {path}; remove one of the two'
+        )
+      origin[what] = path
+      groups.setdefault(key, []).append(row)
+  return groups
+
+
+def _entry(
+  folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Row]
+) -> Entry:
+  row = own[0]
+  same = after.get('step') == row.step and row.method != BASE
+  return Entry(
+    folder=folder,
+    method=row.method,
+    semantics=row.semantics,
+    base=row.base,
+    base_parameters=row.base_parameters,
+    parameters=row.parameters,
+    seed=row.seed,
+    step=row.step,
+    settings={} if row.method == BASE else _settings(config),
+    source=config['data.source'],
+    rows=tuple(own),
+    loss=after.get('validation_loss') if same else None,
+    means=after.get('means', {}) if same else {},
+    judged={key: config[key] for key in _JUDGED},
+  )
+
+
+def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
+  summary = _json(folder, 'summary.json')
+  # As in rows: 'package:t5_tiny' is t5_tiny.
+  path = config['model.path'].rstrip('/')
+  base = os.path.basename(path).split(':')[-1] or 'random'
+  return Entry(
+    folder=folder,
+    method=summary.get('method', config['method']),
+    semantics=summary.get('semantics', config['semantics']),
+    base=base,
+    base_parameters=None,
+    parameters=None,
+    seed=config['seed'],
+    step=after.get('step', config['steps']),
+    settings=_settings(config),
+    source=config['data.source'],
+    loss=after.get('validation_loss'),
+    means=after.get('means', {}),
+    judged={key: config[key] for key in _JUDGED},
+  )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+  beginnings = tuple(f'{key}.' for key in _IRRELEVANT)
+  return {
+    key: value
+    for key, value in config.items()
+    if not f'{key}.'.startswith(beginnings)
+  }

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables as text: Markdown, and LaTeX with booktabs."""
+
+import dataclasses
+import re
+from collections.abc import Hashable, Mapping
+
+MISSING = '-'
+# Lines whose figures compete for bold type.
+_COMPETING = ('run', 'base')
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column.
+
+  Attributes:
+    key: what lines have its cells under.
+    name: its head.
+    kind: 'count' (1,234,567), 'share' (three digits), 'score' (per cent, or
+      BLEU) or 'loss' (nats).
+    better: 'higher' or 'lower', or '' where nothing is best.
+  """
+
+  key: Hashable
+  name: str
+  kind: str
+  better: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A number with the ends of its interval, where it has one."""
+
+  value: float
+  low: float | None = None
+  high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A row of a table.
+
+  Attributes:
+    kind: 'run', 'base', 'majority', 'paper', or 'difference', whose numbers
+      have signs.
+    label: what it is: a method, printed as code; '' for none.
+    aside: plain words after the label.
+    mark: of a footnote, '' for none.
+    cells: {column's key: cell}; what is not there is printed as missing.
+  """
+
+  kind: str
+  label: str
+  aside: str = ''
+  mark: str = ''
+  cells: Mapping[Hashable, Cell] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Lines in columns, with notes to stand below.
+
+  Attributes:
+    decimals: of scores; the paper prints two.
+  """
+
+  columns: tuple[Column, ...]
+  lines: tuple[Line, ...]
+  notes: tuple[str, ...] = ()
+  title: str = ''
+  decimals: int = 2
+
+
+def number(
+  cell: Cell | None, kind: str, decimals: int = 2, signed: bool = False
+) -> str:
+  """A cell as text: '60.79', '60.79 ± 1.20', '+0.30', '1,234,567' or '-'.
+
+  What follows ± is half of the interval's width.
+  """
+  if cell is None:
+    return MISSING
+  if kind == 'count':
+    return f'{cell.value:,.0f}'
+  if kind == 'share':
+    return f'{cell.value:.3g}'
+  places = 3 if kind == 'loss' else decimals
+  text = f'{cell.value:{"+" if signed else ""}.{places}f}'
+  # No negative zero.
+  if float(text) == 0:
+    text = text.replace('-', '+' if signed else '')
+  if cell.low is None:
+    return text
+  return f'{text} ± {(cell.high - cell.low) / 2:.{places}f}'
+
+
+def best(table: Table) -> set[tuple[int, Hashable]]:
+  """(line, column's key) of the best of each column, as printed; ties share.
+
+  Where fewer than two compete, nothing is best.
+  """
+  found = set()
+  for column in table.columns:
+    places = 3 if column.kind == 'loss' else table.decimals
+    values = {
+      i: round(line.cells[column.key].value, places)
+      for i, line in enumerate(table.lines)
+      if line.kind in _COMPETING and column.key in line.cells
+    }
+    if column.better and len(values) > 1:
+      top = (max if column.better == 'higher' else min)(values.values())
+      found |= {(i, column.key) for i, v in values.items() if v == top}
+  return found
+
+
+def markdown(table: Table) -> str:
+  """The table as Markdown that is aligned in a terminal too."""
+  head = ['method', *(column.name for column in table.columns)]
+  bold, body = best(table), []
+  for i, line in enumerate(table.lines):
+    label = f'`{line.label}`' if line.label else ''
+    cells = [_joined(label, line)]
+    for column, text in zip(table.columns, texts(table, line), strict=True):
+      cells.append(f'**{text}**' if (i, column.key) in bold else text)
+    body.append([cell.replace('|', '\\|') for cell in cells])
+  widths = [max(map(len, cells)) for cells in zip(head, *body, strict=True)]
+  rule = ['-' * widths[0], *('-' * (w - 1) + ':' for w in widths[1:])]
+  lines = [_aligned(row, widths) for row in (head, rule, *body)]
+  if table.title:
+    lines = [f'**{table.title}**', '', *lines]
+  if table.notes:
+    lines += ['', *(f'- {note}' for note in table.notes)]
+  return '\n'.join(lines) + '\n'
+
+
+def latex(table: Table) -> str:
+  """The table as LaTeX; needs the packages booktabs and graphicx."""
+  bold, body = best(table), []
+  for i, line in enumerate(table.lines):
+    label = f'\\texttt{{{escaped(line.label)}}}' if line.label else ''
+    plain = dataclasses.replace(line, aside=escaped(line.aside))
+    cells = [_joined(label, plain)]
+    for column, text in zip(table.columns, texts(table, line), strict=True):
+      text = escaped(text)
+      cells.append(f'\\textbf{{{text}}}' if (i, column.key) in bold else text)
+    body.append(' & '.join(cells) + r' \\')
+  names = ['method', *(column.name for column in table.columns)]
+  return '\n'.join(
+    [
+      '% needs \\usepackage{booktabs,graphicx}',
+      r'\begin{table}',
+      r'\centering',
+      *([f'\\caption{{{escaped(table.title)}}}'] if table.title else []),
+      r'\resizebox{\textwidth}{!}{%',
+      f'\\begin{{tabular}}{{l{"r" * len(table.columns)}}}',
+      r'\toprule',
+      ' & '.join(map(escaped, names)) + r' \\',
+      r'\midrule',
+      *body,
+      r'\bottomrule',
+      r'\end{tabular}}',
+      *(f'\n{{\\footnotesize {escaped(note)}\\par}}' for note in table.notes),
+      r'\end{table}',
+      '',
+    ]
+  )
+
+
+def texts(table: Table, line: Line) -> list[str]:
+  """The numbers of a line as text, column by column."""
+  return [
+    number(
+      line.cells.get(column.key),
+      column.kind,
+      table.decimals,
+      signed=line.kind == 'difference',
+    )
+    for column in table.columns
+  ]
+
+
+def joined(line: Line) -> str:
+  """A line's label and what stands beside it, without any markup."""
+  return _joined(line.label, line)
+
+
+_SPECIAL = {
+  '\\': r'\textbackslash{}',
+  '&': r'\&',
+  '%': r'\%',
+  '$': r'\$',
+  '#': r'\#',
+  '_': r'\_',
+  '{': r'\{',
+  '}': r'\}',
+  '~': r'\textasciitilde{}',
+  '^': r'\textasciicircum{}',
+  '±': r'$\pm$',
+  '−': '$-$',
+  '×': r'$\times$',
+  '`': '',
+}
+
+
+def escaped(text: str) -> str:
+  """Text for LaTeX; the minus of a number becomes a minus."""
+  text = re.sub(r'(?<![\w-])-(?=\d)', '−', text)
+  return ''.join(_SPECIAL.get(c, c) for c in text)
+
+
+def _joined(label: str, line: Line) -> str:
+  mark = f'[{line.mark}]' if line.mark else ''
+  return ' '.join(filter(None, (label, line.aside, mark)))
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+  first = cells[0].ljust(widths[0])
+  others = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
+  return f'| {" | ".join((first, *others))} |'

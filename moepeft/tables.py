@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m moepeft.tables RUN...: runs side by side, and beside the paper.
+
+A RUN is a work directory of moepeft.train that moepeft.evaluate has measured.
+Markdown is printed; --output=PREFIX writes PREFIX.md, .tex and .png.
+"""
+
+import os
+import re
+
+from absl import flags
+
+from moepeft import command, compared
+from moepeft.scoring import forest, forms
+from moepeft.scoring.forms import Table
+
+
+def write(table: Table, prefix: str) -> list[str]:
+  """Writes PREFIX.md, PREFIX.tex and PREFIX.png; returns their paths."""
+  paths = [f'{prefix}{end}' for end in ('.md', '.tex', '.png')]
+  os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
+  texts = (forms.markdown(table), forms.latex(table))
+  for path, text in zip(paths, texts, strict=False):
+    with open(path, 'w', encoding='utf-8') as f:
+      f.write(text)
+  forest.draw(table, paths[-1])
+  return paths
+
+
+def put_into(path: str, name: str, text: str) -> None:
+  """Replaces what stands between a document's markers of a table.
+
+  They are `<!-- table: NAME -->` and `<!-- /table -->`, each alone in a line.
+
+  Raises:
+    ValueError: the document or its markers are not there, or are there twice.
+  """
+  if not os.path.isfile(path):
+    raise ValueError(f'--into={path}: there is no such document')
+  with open(path, encoding='utf-8') as f:
+    document = f.read()
+  start, end = f'<!-- table: {name} -->', '<!-- /table -->'
+  # Nothing but this table lies between: no other one begins there.
+  between = r'((?!<!-- table: ).)*?'
+  pattern = f'^{re.escape(start)}\n{between}^{re.escape(end)}$'
+  found = re.findall(pattern, document, re.S | re.M)
+  if not name or len(found) != 1:
+    raise ValueError(
+      f'--into={path}: expected one line {start!r}, with the --name of the '
+      f'table, and the line {end!r} after it; found {len(found)} such pairs'
+    )
+  new = re.sub(
+    pattern, lambda _: f'{start}\n{text}{end}', document, flags=re.S | re.M
+  )
+  with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+    f.write(new)
+  os.replace(f'{path}.tmp', path)
+
+
+def main(argv) -> None:
+  if bool(_INTO.value) != bool(_NAME.value):
+    raise ValueError('--into=DOCUMENT and --name=TABLE go together; give both')
+  runs = [os.path.expanduser(path) for path in argv[1:]]
+  table = compared.table(runs, _PAPER.value, _BASELINE.value, _TITLE.value)
+  text = forms.markdown(table)
+  print(text, end='')
+  if _OUTPUT.value:
+    for path in write(table, os.path.expanduser(_OUTPUT.value)):
+      print(f'wrote {path}')
+  if _INTO.value:
+    put_into(os.path.expanduser(_INTO.value), _NAME.value, text)
+    print(f'wrote the table {_NAME.value} into {_INTO.value}')
+
+
+if __name__ == '__main__':
+  _PAPER = flags.DEFINE_string(
+    'paper',
+    '',
+    "The paper's table beside the runs, or alone: t5_large, t5_xl or t5_xxl.",
+  )
+  _BASELINE = flags.DEFINE_string(
+    'baseline', '', 'A method or a RUN: the others are compared with it.'
+  )
+  _TITLE = flags.DEFINE_string('title', '', 'What stands above the table.')
+  _OUTPUT = flags.DEFINE_string(
+    'output', '', 'A path; .md, .tex and .png are written there.'
+  )
+  _INTO = flags.DEFINE_string(
+    'into', '', 'A document that holds the markers of the table --name.'
+  )
+  _NAME = flags.DEFINE_string('name', '', 'Of the table in that document.')
+  command.run(main, arguments=True)

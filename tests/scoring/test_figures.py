@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of runs, of several seeds and of differences."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moepeft import config as config_lib
+from moepeft.scoring import figures, folders, groups
+from moepeft.scoring.figures import Figure, Key
+from tests.scoring import runs
+
+DEFAULTS = config_lib.default().to_dict()
+LOSS = Key('held_out', 'loss', '')
+ACCURACY = Key('held_out', 'accuracy', '')
+
+
+def entry(folder, rows=(), changes=None, **more):
+  (found,) = folders.read(runs.make(folder, rows, changes, **more), DEFAULTS)
+  return found
+
+
+def held_out(folder, rows, **more):
+  return entry(folder, rows, {'data': 'held_out'}, **more)
+
+
+def test_loss_is_over_the_tokens_of_all_tasks(tmp_path):
+  # 2 + 4 nats of 1 + 3 tokens, and 6 of 2: 12 / 6, not a mean of means.
+  rows = [
+    ('a', 'p', 'loss', [2.0, 4.0], [1, 3]),
+    ('b', 'p', 'loss', [6.0], [2]),
+  ]
+  figure = figures.of_entry(held_out(tmp_path, rows))[LOSS]
+  assert figure.value == pytest.approx(2.0)
+  # Examples have 2, 4/3 and 3 nats a token: no resample leaves that range.
+  assert 4 / 3 <= figure.low < 2 < figure.high <= 3
+
+
+def test_held_out_accuracy_is_the_mean_over_tasks_in_per_cent(tmp_path):
+  rows = [
+    ('a', 'p', 'accuracy', runs.right(1, 4)),
+    ('a', 'q', 'accuracy', runs.right(3, 4)),
+    ('a', 'r', 'accuracy', runs.right(4, 4)),
+    ('b', 'p', 'accuracy', runs.right(1, 2)),
+  ]
+  found = figures.of_entry(held_out(tmp_path, rows))
+  # The median of 25, 75 and 100 is 75; with 50 the mean is 62.5.
+  assert found[ACCURACY].value == pytest.approx(62.5)
+  assert found[ACCURACY].majority == pytest.approx(50)
+  assert set(found) == {ACCURACY}
+
+
+def test_an_average_needs_all_eight_sets(tmp_path):
+  average = Key('eval', 'accuracy', 'average')
+  whole = figures.of_entry(entry(tmp_path / 'a', runs.grid(3, 5)))
+  assert whole[average].value == pytest.approx(60)
+  assert len(whole) == 9
+  lacking = [t for t in runs.TASKS if t != 'copa']
+  found = figures.of_entry(entry(tmp_path / 'b', runs.grid(3, 5, lacking)))
+  assert average not in found and len(found) == 7
+
+
+def test_other_tasks_do_not_enter_the_papers_average(tmp_path):
+  rows = [*runs.grid(3, 5), ('mine', 'p', 'accuracy', runs.right(0, 5))]
+  found = figures.of_entry(entry(tmp_path, rows))
+  assert found[Key('eval', 'accuracy', 'average')].value == pytest.approx(60)
+  assert found[Key('eval', 'accuracy', 'mean')].value == 0
+
+
+def test_the_interval_over_seeds_is_students():
+  # Of 1, 2 and 3: deviation 1, t with two degrees 4.3027, / sqrt(3).
+  seeds = [{LOSS: Figure(x, x - 9, x + 9)} for x in (1.0, 2.0, 3.0)]
+  figure = figures.over_seeds(seeds)[LOSS]
+  half = 4.302653 / 3**0.5
+  assert figure.value == pytest.approx(2)
+  assert (figure.low, figure.high) == pytest.approx((2 - half, 2 + half))
+  # One seed keeps the interval over examples.
+  assert figures.over_seeds(seeds[:1]) == seeds[0]
+
+
+def test_what_one_seed_lacks_is_no_mean_of_the_others():
+  seeds = [{LOSS: Figure(1.0), ACCURACY: Figure(50.0)}, {LOSS: Figure(3.0)}]
+  assert set(figures.over_seeds(seeds)) == {LOSS}
+
+
+def difference(one, other):
+  pairs = [
+    (figures.over_seeds([figures.of_entry(e)]), figures.mean_draws([e]))
+    for e in (one, other)
+  ]
+  return figures.differences(*pairs)
+
+
+def test_differences_are_paired_by_example(tmp_path):
+  n = 53
+  rng = np.random.default_rng(0)
+  each = rng.integers(0, 2, n).tolist()
+  weights = rng.integers(1, 7, n).tolist()
+  nll = (rng.random(n) * 5).tolist()
+  # One nat a token more for every example.
+  more = [x + w for x, w in zip(nll, weights, strict=True)]
+  one = held_out(
+    tmp_path / 'a',
+    [('t', 'p', 'accuracy', each), ('t', 'p', 'loss', more, weights)],
+  )
+  other = held_out(
+    tmp_path / 'b',
+    [('t', 'p', 'accuracy', each), ('t', 'p', 'loss', nll, weights)],
+  )
+  found = difference(one, other)
+  # The same answers: no resample differs. Loss differs by one in each.
+  assert found[ACCURACY] == Figure(0.0, 0.0, 0.0)
+  figure = found[LOSS]
+  values = (figure.value, figure.low, figure.high)
+  # Sums of 53 float64 numbers.
+  np.testing.assert_allclose(values, 1, rtol=1e-12)
+  # Each loss by itself is far less certain.
+  own = figures.of_entry(one)[LOSS]
+  assert own.high - own.low > 0.2
+
+
+def test_other_examples_prompts_or_tasks_are_not_compared(tmp_path):
+  def check(*rows):
+    made = [held_out(tmp_path / str(i), own) for i, own in enumerate(rows)]
+    figures.check_same_examples(made)
+
+  one = ('a', 'p', 'accuracy', runs.right(1, 3))
+  check([one], [one])
+  with pytest.raises(ValueError, match=r"examples of 'a', prompt 'p' \(3 and"):
+    check([one], [('a', 'p', 'accuracy', runs.right(1, 5))])
+  with pytest.raises(ValueError, match=r"other prompts of 'a' \(1 and 2\)"):
+    check([one], [one, ('a', 'q', 'accuracy', runs.right(1, 3))])
+  with pytest.raises(ValueError, match='other tasks for accuracy of held_out'):
+    check([one], [one, ('b', 'p', 'accuracy', runs.right(1, 3))])
+
+
+def test_a_set_that_only_one_run_has_is_no_mistake(tmp_path):
+  made = [
+    entry(tmp_path / 'a', runs.grid(3, 5)),
+    entry(tmp_path / 'b', runs.grid(3, 5, ['cb', 'rte'])),
+  ]
+  figures.check_same_examples(made)
+
+
+def test_embedded_tasks_differ_by_seed(tmp_path):
+  config = {'data.source': 'tasks'}
+  rows = [('a', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    held_out(tmp_path / 'a', rows, config=config),
+    held_out(
+      tmp_path / 'b', [('a', 'p', 'accuracy', [1, 0, 1, 0, 1])], config=config
+    ),
+  ]
+  with pytest.raises(ValueError, match='examples of'):
+    figures.check_same_examples(made)
+  figures.check_same_examples([made[0], dataclasses.replace(made[1], seed=1)])
+
+
+def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.0, 'means': {}}
+  one = entry(tmp_path / 'a', after=after)
+  other = entry(tmp_path / 'b', after=after, config={'data.held_out': 0.25})
+  figures.check_same_examples([one, one])
+  with pytest.raises(ValueError, match=r'config.data.held_out is 0.05 and 0.2'):
+    figures.check_same_examples([one, other])
+
+
+def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.0, 'means': {'A seen': 0.5}}
+  one = entry(tmp_path / 'a', after=after)
+  rows = [('t', 'p', 'loss', [1.0, 2.0], [1, 1])]
+  other = held_out(tmp_path / 'b', rows, after=after)
+  assert figures.of_entry(one)[LOSS] == Figure(2.0)
+  kept = figures.of_one_kind([one, other])
+  assert [LOSS in figures.of_entry(e) for e in kept] == [False, True]
+
+
+def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'seed': 1}),
+    entry(tmp_path / 'c', rows, config={'optimizer.learning_rate': 0.01}),
+    entry(tmp_path / 'd', rows, {'method': 'ia3'}),
+  ]
+  found = groups.group(made)
+  assert [(len(g.entries), g.aside) for g in found] == [
+    (2, 'optimizer.learning_rate=0.001'),
+    (1, 'optimizer.learning_rate=0.01'),
+    (1, ''),
+  ]
+  # Where it lies and how it is logged is no other method.
+  same = entry(tmp_path / 'e', rows, {'seed': 2}, config={'log.every_steps': 3})
+  assert len(groups.group([*made[:2], same])[0].entries) == 3
+
+
+def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'semantics': 'paper'}),
+    entry(tmp_path / 'c', rows, {'base': 'other'}),
+    entry(tmp_path / 'd', rows, {'step': 11}, config={'steps': 7}),
+  ]
+  assert [g.aside for g in groups.group(made)] == [
+    'on t5_tiny, official, step 7',
+    'on t5_tiny, paper',
+    'on other, official',
+    'on t5_tiny, official, step 11',
+  ]
+
+
+def test_one_seed_is_not_two(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  one, other = entry(tmp_path / 'a', rows), entry(tmp_path / 'b', rows)
+  with pytest.raises(ValueError, match='given twice'):
+    groups.group([one, one])
+  with pytest.raises(ValueError, match='they are no two seeds'):
+    groups.group([one, other])
+
+
+def test_embedded_tasks_are_told_apart_by_group_and_wording(tmp_path):
+  first, second, other = 'kind', 'topic', 'counting'
+  rows = [
+    (first, 'seen', 'accuracy', runs.right(1, 2)),
+    (first, 'held_out', 'accuracy', runs.right(0, 2)),
+    (second, 'seen', 'accuracy', runs.right(2, 2)),
+    (other, 'seen', 'accuracy', runs.right(0, 2)),
+  ]
+  found = figures.of_entry(
+    held_out(tmp_path, rows, config={'data.source': 'tasks'})
+  )
+  # A: the mean of 50 and 100; the wordings are no prompts of one median.
+  assert {key.dataset: f.value for key, f in found.items()} == {
+    'A seen': 75,
+    'A held_out': 0,
+    'C seen': 0,
+  }
+
+
+def test_the_papers_sets_beside_held_out_tasks_stay_apart(tmp_path):
+  rows = [
+    ('mine', 'p', 'accuracy', runs.right(1, 2)),
+    ('cb', 'p', 'accuracy', runs.right(2, 2)),
+  ]
+  found = figures.of_entry(held_out(tmp_path, rows))
+  assert found[ACCURACY].value == 50
+  assert found[Key('held_out', 'accuracy', 'cb')].value == 100

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of one method have one plain form, of two methods two."""
+
+import pytest
+
+from moepeft.peft.build import plain
+
+SAME = [
+  (
+    'molora(experts=10, rank=4, router=softmax)',
+    'molora(rank=4, experts=10)',
+    'official',
+  ),
+  ('lora(alpha=16.0, rank=8)', 'lora(rank=8)', 'paper'),
+  # What a semantics decides may be said.
+  ("mov(experts=7, reads='heads')", 'mov(experts=7)', 'official'),
+  ("mov(experts=7, reads='output')", 'mov(experts=7)', 'paper'),
+  (
+    'mov(router=topk(k=2, renormalize=True))',
+    'mov(router=topk(k=2))',
+    'paper',
+  ),
+]
+OTHER = [
+  ('lora(rank=8)', 'lora(rank=4)', 'official'),
+  ("mov(experts=7, reads='output')", 'mov(experts=7)', 'official'),
+  (
+    'mov(router=topk(k=2, renormalize=True))',
+    'mov(router=topk(k=2))',
+    'official',
+  ),
+  ('lora(rank=8, dropout=0.1)', 'lora(rank=8)', 'official'),
+  ("lora(sites='*/wo')", 'lora', 'official'),
+  ('lora + ia3', 'ia3 + lora', 'official'),
+  ('full', 'ia3', 'official'),
+]
+
+
+@pytest.mark.parametrize(('one', 'other', 'semantics'), SAME)
+def test_texts_of_one_method_are_one(one, other, semantics):
+  assert plain(one, semantics) == plain(other, semantics)
+
+
+@pytest.mark.parametrize(('one', 'other', 'semantics'), OTHER)
+def test_texts_of_two_methods_are_two(one, other, semantics):
+  assert plain(one, semantics) != plain(other, semantics)
+
+
+def test_an_unknown_method_is_refused():
+  with pytest.raises(ValueError, match="no method 'none'"):
+    plain('none')

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m moepeft.tables: what is printed, written and refused."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from matplotlib import image
+
+from moepeft import compared, tables
+from moepeft.scoring import forms
+from tests.scoring import runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT.parent / 'shared' / 'paper' / 'results.json'
+
+
+def text(*given, **options):
+  return forms.markdown(compared.table([str(run) for run in given], **options))
+
+
+def body(printed):
+  """{first cell: the others} of a Markdown table, cells without spaces."""
+  found = {}
+  for line in printed.splitlines():
+    if line.startswith('| ') and '---' not in line:
+      first, *cells = (cell.strip() for cell in line.strip('|').split(' | '))
+      assert first not in found
+      found[first] = cells
+  return found
+
+
+def two_runs(tmp_path):
+  """LoRA with one task right in 1 of 2 and 3 of 4; (IA)^3 with 1 and 1."""
+  lora = runs.make(
+    tmp_path / 'lora',
+    [
+      ('cb', 'p', 'accuracy', runs.right(1, 2)),
+      ('rte', 'p', 'accuracy', [1]),
+    ],
+  )
+  ia3 = runs.make(
+    tmp_path / 'ia3',
+    [
+      ('cb', 'p', 'accuracy', runs.right(2, 2)),
+      ('rte', 'p', 'accuracy', [0]),
+    ],
+    {'method': 'ia3', 'parameters': 300},
+  )
+  return lora, ia3
+
+
+TWO_RUNS = """\
+**Two runs**
+
+| method         | parameters | % of base | seeds |              cb |       rte |
+| -------------- | ---------: | --------: | ----: | --------------: | --------: |
+| majority       |          - |         - |     - |            50.0 |      50.0 |
+| `lora(rank=4)` |     20,000 |         2 |     1 |     50.0 ± 50.0 | **100.0** |
+| `ia3`          |        300 |      0.03 |     1 | **100.0 ± 0.0** |       0.0 |
+
+- ± is half the width of the 95 % interval: the percentile bootstrap over examples.
+- Accuracies are in %: the median over the prompts of a set; anli is the mean of its three rounds, the average that of the eight sets.
+- Examples a prompt in 'eval': 1 to 2, of 2 tasks.
+- No average: not all of the eight sets are there.
+- Base t5_tiny, official semantics.
+- Budget: 7 steps of 5 rows.
+"""  # noqa: E501
+
+
+def test_two_runs_as_markdown(tmp_path):
+  # A resample of two examples, one right, is 0, 50 or 100: the interval of 95
+  # % is all of that. Both right, or one example: no width, no interval.
+  assert text(*two_runs(tmp_path), title='Two runs') == TWO_RUNS
+
+
+def test_the_order_is_that_of_the_command_line(tmp_path):
+  lora, ia3 = two_runs(tmp_path)
+  assert list(body(text(ia3, lora + '/')))[2:] == ['`ia3`', '`lora(rank=4)`']
+
+
+def test_seeds_become_a_mean_with_students_interval(tmp_path):
+  # 40 and 60 %: mean 50, deviation sqrt(200), t with one degree 12.706,
+  # / sqrt(2): 12.706 * 10.
+  made = [
+    runs.make(
+      tmp_path / str(seed),
+      [('cb', 'p', 'accuracy', runs.right(of, 5))],
+      {'seed': seed},
+    )
+    for seed, of in ((0, 2), (1, 3))
+  ]
+  printed = text(*made)
+  cells = body(printed)['`lora(rank=4)`']
+  assert cells == ['20,000', '2', '2', '50.0 ± 127.1']
+  assert "Student's t over seeds" in printed
+
+
+def test_a_cell_that_one_seed_lacks_is_missing_and_said(tmp_path):
+  one = runs.make(tmp_path / 'a', runs.grid(3, 5, ['cb', 'rte']))
+  other = runs.make(tmp_path / 'b', runs.grid(3, 5, ['cb']), {'seed': 1})
+  third = runs.make(
+    tmp_path / 'c', runs.grid(1, 5, ['cb', 'rte']), {'method': 'ia3'}
+  )
+  printed = text(one, other, third)
+  assert body(printed)['`lora(rank=4)`'][-1] == '-'
+  assert body(printed)['`ia3`'][-1].startswith('20.0')
+  assert f'not all of {one}, {other} have rte, which is missing.' in printed
+
+
+def test_a_baseline_is_subtracted_pairwise(tmp_path):
+  lora, ia3 = two_runs(tmp_path)
+  by_method = text(lora, ia3, baseline='lora(rank=4, alpha=16.0)')
+  rows = body(by_method)
+  # 100 - 50 over resamples of two: 0, 50 or 100. One example: no interval.
+  assert rows['less lora(rank=4)'][-2:] == ['+50.0 ± 50.0', '-100.0']
+  assert 'is paired' in by_method
+  assert text(lora, ia3, baseline=lora) == by_method
+  for unknown in ('lora(rank=8)', 'nonsense', str(tmp_path / 'no')):
+    with pytest.raises(ValueError, match='names 0 rows, expected one; the me'):
+      compared.table([lora, ia3], baseline=unknown)
+
+
+def test_the_base_stands_first_and_once(tmp_path):
+  lora, ia3 = two_runs(tmp_path)
+  for run in (lora, ia3):
+    folder = pathlib.Path(run)
+    own = runs.about(folder, method='none', parameters=0, step=0, data='eval')
+    (folder / 'evaluation_eval.jsonl').rename(folder / 'evaluation_1.jsonl')
+    runs.add(
+      folder,
+      own,
+      [('cb', 'p', 'accuracy', [0, 0]), ('rte', 'p', 'accuracy', [0])],
+    )
+  rows = body(text(lora, ia3))
+  assert list(rows)[1:] == [
+    'majority',
+    '`none` the base',
+    '`lora(rank=4)`',
+    '`ia3`',
+  ]
+  assert rows['`none` the base'] == ['-', '-', '-', '0.0 ± 0.0', '0.0']
+
+
+def test_the_papers_row_and_the_difference_stand_below_ours(tmp_path):
+  made = runs.make(
+    tmp_path / 'a',
+    runs.grid(3, 5),
+    {'method': 'molora(experts=10, rank=4, router=softmax)'},
+  )
+  other = runs.make(tmp_path / 'b', runs.grid(3, 5), {'method': 'lora(rank=3)'})
+  printed = text(made, other, paper='t5_xl')
+  rows = body(printed)
+  order = list(rows)
+  at = order.index('`molora(experts=10, rank=4, router=softmax)`')
+  assert order[at + 1 : at + 3] == ['paper', 'less the paper']
+  assert rows['paper'] == [
+    '-', '3.18', '-', '38.50', '78.57', '78.16', '63.46', '50.86', '86.50',
+    '55.41', '26.72', '59.77',
+  ]  # fmt: skip
+  # 60 less each of them.
+  less = [cell.partition(' ')[0] for cell in rows['less the paper']]
+  assert less == [
+    '-', '-', '-', '+21.50', '-18.57', '-18.16', '-3.46', '+9.14', '-26.50',
+    '+4.59', '+33.28', '+0.23',
+  ]  # fmt: skip
+  assert '`lora(rank=3)` (not in the paper)' in rows
+  assert 'arXiv:2309.05444' in printed
+
+
+def test_full_finds_the_authors_own_t0(tmp_path):
+  made = runs.make(tmp_path / 'a', runs.grid(3, 5), {'method': 'full'})
+  rows = body(text(made, paper='t5_xxl'))
+  assert rows['paper: T0-11B (authors)'][-1] == '65.03'
+
+
+def test_a_row_whose_scores_are_unknown_has_no_difference(tmp_path):
+  made = runs.make(tmp_path / 'a', runs.grid(3, 5), {'method': 'ia3'})
+  printed = text(made, paper='t5_large')
+  rows = body(printed)
+  assert rows['paper'] == ['-', '0.036'] + ['-'] * 10
+  assert rows['less the paper'] == ['-'] * 12
+  assert "The paper's ia3: scores not recovered." in printed
+
+
+def test_a_missing_set_of_ours_is_no_difference(tmp_path):
+  made = runs.make(tmp_path / 'a', runs.grid(3, 5, ['cb']), {'method': 'ia3'})
+  rows = body(text(made, paper='t5_xl'))
+  # The paper's other cells and its average are not shown beside nothing.
+  assert rows['paper'] == ['-', '0.018', '-', '50.00']
+  assert rows['less the paper'][-1].startswith('+10.00')
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason='needs ../shared/paper')
+@pytest.mark.parametrize('size', ['t5_large', 't5_xl', 't5_xxl'])
+def test_the_papers_table_is_reproduced_from_its_numbers(size):
+  source = json.loads(RESULTS.read_text())['tables'][size]
+  rows = body(text(paper=size))
+  head, names = rows.pop('method'), list(rows)
+  assert head == ['% of base', *runs.EIGHT, 'average']
+  assert len(names) == len(source)
+  for name, row in zip(names, source, strict=True):
+    assert row['name'] in name
+    percent = row['paper_params_percent']
+    expected = ['-' if percent is None else f'{percent:g}']
+    scores = row['scores'] or {}
+    for key in runs.EIGHT:
+      expected.append(f'{scores[key]:.2f}' if key in scores else '-')
+    average = row['average']
+    expected.append('-' if average is None else f'{average:.2f}')
+    assert [cell.strip('*') for cell in rows[name]] == expected
+    # Footnotes stand where the source has a note.
+    assert ('[' in name) == ('note' in row)
+
+
+def test_the_papers_table_as_text():
+  printed = text(paper='t5_xl', title='Three billion')
+  lines = printed.splitlines()
+  assert lines[0] == '**Three billion**'
+  assert lines[2] == (
+    '| method                       | % of base |      anli |        cb |'
+    '       rte |       wsc |       wic |      copa | winogrande | hellaswag |'
+    '   average |'
+  )
+  assert lines[-3 - 1 - 1] == (
+    '| `molora(experts=10, rank=4)` |      3.18 |     38.50 |     78.57 |'
+    '     78.16 |     63.46 |     50.86 |     86.50 |      55.41 |     26.72 |'
+    '     59.77 |'
+  )
+  assert lines[-1] == (
+    '- [1] lora(rank=4): the cells do not sum to the average; only the average '
+    'is corroborated; their mean is 57.765, the printed average 57.51.'
+  )
+
+
+def test_runs_without_rows_have_what_after_json_says(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.5, 'means': {'B held_out': 0.25}}
+  made = runs.make(tmp_path / 'a', after=after)
+  printed = text(made)
+  # package:t5_tiny, counted from its shapes.
+  (cells,) = (v for k, v in body(printed).items() if k.startswith('`lora'))
+  assert cells[2:] == ['1', '2.500', '25.0']
+  assert body(printed)['method'][-2:] == ['held-out loss', 'B held-out']
+  assert int(cells[0].replace(',', '')) > 0
+  assert 'those of after.json' in printed
+
+
+def test_a_run_without_held_out_rows_is_not_compared_by_after_json(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.5, 'means': {}}
+  one = runs.make(
+    tmp_path / 'a',
+    [('t', 'p', 'loss', [1.0, 2.0], [1, 1])],
+    {'data': 'held_out'},
+    after=after,
+  )
+  other = runs.make(tmp_path / 'b', changes={'method': 'ia3'}, after=after)
+  printed = text(one, other)
+  assert body(printed)['`lora(rank=4)`'][-1].startswith('1.500')
+  assert body(printed)['`ia3`'][-1] == '-'
+  assert f'No held-out rows in {other}' in printed
+
+
+def test_other_budgets_and_settings_are_said(tmp_path):
+  rows = runs.grid(1, 3, ['cb'])
+  one = runs.make(tmp_path / 'a', rows)
+  other = runs.make(
+    tmp_path / 'b',
+    rows,
+    {'method': 'full', 'step': 1000},
+    config={'batch_size': 3, 'optimizer.learning_rate': 0.01},
+  )
+  printed = text(one, other)
+  assert (
+    '**Budgets differ**: 7 steps of 5 rows: `lora(rank=4)`; 1,000 steps of 3 '
+    'rows: `full`.'
+  ) in printed
+  assert (
+    'optimizer.learning_rate differs: 0.001 (`lora(rank=4)`); 0.01 (`full`).'
+  ) in printed
+
+
+def test_cut_and_unranked_examples_are_said(tmp_path):
+  made = pathlib.Path(runs.make(tmp_path / 'a', runs.grid(1, 3, ['cb'])))
+  file = made / 'evaluation_eval.jsonl'
+  row = json.loads(file.read_text()) | {'cut': 2, 'left_out': 1}
+  file.write_text(json.dumps(row) + '\n')
+  assert '2 of 3 prompted examples were cut' in text(made)
+  assert '1 could not be ranked' in text(made)
+
+
+def test_files_are_written_and_the_picture_is_one(tmp_path):
+  table = compared.table(list(two_runs(tmp_path)))
+  paths = tables.write(table, str(tmp_path / 'new' / 'table'))
+  names = [os.path.basename(path) for path in paths]
+  assert names == ['table.md', 'table.tex', 'table.png']
+  assert pathlib.Path(paths[0]).read_text() == forms.markdown(table)
+  assert pathlib.Path(paths[1]).read_text() == forms.latex(table)
+  pixels = image.imread(paths[2])
+  height, width, _ = pixels.shape
+  # 120 dots an inch: two panels of 2.6 inches beside the labels.
+  assert width > 2 * 2.6 * 120 and height > 120
+  assert pixels[..., :3].std() > 0.05
+  # The labels end inside the picture: its edges are blank.
+  edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+  assert all((edge[..., :3] == 1).all() for edge in edges)
+  assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == sorted(names)
+
+
+DOCUMENT = """\
+Before.
+<!-- table: a -->
+old
+<!-- /table -->
+Between.
+<!-- table: b -->
+<!-- /table -->
+After.
+"""
+
+
+def test_a_table_is_put_between_its_markers_alone(tmp_path):
+  path = tmp_path / 'results.md'
+  path.write_text(DOCUMENT)
+  # Backslashes are text, no references.
+  tables.put_into(str(path), 'b', '| \\1 |\n')
+  expected = DOCUMENT.replace('b -->\n', 'b -->\n| \\1 |\n')
+  assert path.read_text() == expected
+  tables.put_into(str(path), 'a', 'new\n')
+  tables.put_into(str(path), 'a', 'new\n')
+  assert path.read_text() == expected.replace('old', 'new')
+
+
+@pytest.mark.parametrize(
+  ('document', 'found'),
+  [
+    ('no marker\n', 0),
+    ('<!-- table: a -->\nno end\n', 0),
+    # The end is another table's.
+    ('<!-- table: a -->\n<!-- table: b -->\n<!-- /table -->\n', 0),
+    (DOCUMENT + DOCUMENT, 2),
+  ],
+)
+def test_a_document_without_its_markers_is_left_alone(
+  tmp_path, document, found
+):
+  path = tmp_path / 'results.md'
+  path.write_text(document)
+  with pytest.raises(ValueError, match=f'found {found} such pairs'):
+    tables.put_into(str(path), 'a', 'new\n')
+  assert path.read_text() == document
+  with pytest.raises(ValueError, match='there is no such document'):
+    tables.put_into(str(tmp_path / 'no.md'), 'a', 'new\n')
+
+
+def test_what_cannot_be_a_table_is_one_sentence(tmp_path):
+  lora, ia3 = two_runs(tmp_path)
+  bare = runs.make(tmp_path / 'bare')
+  damaged = pathlib.Path(runs.make(tmp_path / 'damaged', runs.grid(1, 2)))
+  (damaged / 'evaluation_eval.jsonl').write_text('{"run": "x"}\n')
+  broken = pathlib.Path(runs.make(tmp_path / 'broken', runs.grid(1, 2)))
+  (broken / 'after.json').write_text('{"step"')
+  twice = pathlib.Path(runs.make(tmp_path / 'twice', runs.grid(1, 2)))
+  (twice / 'evaluation_copy.jsonl').write_bytes(
+    (twice / 'evaluation_eval.jsonl').read_bytes()
+  )
+  wrong = [
+    ([], {}, '--paper=t5_xl'),
+    ([], {'paper': 't5_small'}, "t5_xxl; got 't5_small'"),
+    ([tmp_path], {}, 'is no work directory of moepeft.train'),
+    ([bare], {}, f'python -m moepeft.evaluate --workdir={bare}'),
+    ([damaged], {}, 'line 1 of'),
+    ([broken], {}, 'after.json is damaged'),
+    ([twice], {}, 'and again in'),
+    ([lora, lora], {}, 'given twice'),
+    ([lora, ia3], {'baseline': 'mov'}, 'expected one'),
+  ]
+  for given, options, said in wrong:
+    with pytest.raises(ValueError) as error:
+      text(*given, **options)
+    assert said in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def run(*options):
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, '-m', 'moepeft.tables', *options]
+  return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_command_takes_runs_and_options_in_any_order(tmp_path):
+  lora, ia3 = two_runs(tmp_path)
+  document = tmp_path / 'results.md'
+  document.write_text(DOCUMENT)
+  done = run(
+    lora, '--baseline=ia3', ia3, f'--output={tmp_path / "x"}',
+    f'--into={document}', '--name=a',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  expected = text(lora, ia3, baseline='ia3')
+  assert done.stdout.startswith(expected)
+  assert (tmp_path / 'x.png').stat().st_size > 0
+  assert expected in document.read_text()
+
+
+@pytest.mark.parametrize(
+  ('options', 'said'),
+  [
+    ([], 'name the work directories of runs'),
+    (['--paper=t5_xl', '--into=x.md'], 'go together'),
+  ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
+  done = run(*options)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ') and said in line
