@@ -67,8 +67,13 @@ for seed in ${SEEDS:-0}; do
       continue
     fi
     echo "== $cell, seed $seed"
-    "$python" -m moepeft.train --config="$root/$card:name=$cell" \
-      --workdir="$run" --config.seed="$seed" "$@" || {
+    # moepeft.evaluate measures more than training does at its end.
+    {
+      "$python" -m moepeft.train --config="$root/$card:name=$cell" \
+        --workdir="$run" --config.seed="$seed" \
+        --config.evaluation.after=False "$@" &&
+        "$python" -m moepeft.evaluate --workdir="$run"
+    } || {
       code=$?
       echo "error: the cell '$cell' with seed $seed failed; see above" >&2
       exit "$code"
