@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
-from moepeft import remarks
+from moepeft import remarks, routed
 from moepeft.count import count
 from moepeft.peft.build import plain
 from moepeft.scoring import figures, folders, groups, published
@@ -31,7 +31,11 @@ _PRINTED = 'paper'
 
 
 def table(
-  runs: Sequence[str], paper: str = '', baseline: str = '', title: str = ''
+  runs: Sequence[str],
+  paper: str = '',
+  baseline: str = '',
+  title: str = '',
+  routing: bool = False,
 ) -> Table:
   """The table of some work directories, in the order they are given.
 
@@ -40,6 +44,7 @@ def table(
     paper: one of the paper's tables, or ''.
     baseline: a method, or one of the runs, that the others are compared with.
     title: of the table.
+    routing: whether to say how the routers of the runs ended up.
 
   Raises:
     ValueError: nothing is asked for, there is no such table or baseline, or
@@ -58,12 +63,17 @@ def table(
   grouped = groups.group(entries)
   single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
   rows = [
-    _Row(group, figures.over_seeds(own), _match(printed, group.first))
+    _Row(
+      group,
+      figures.over_seeds(own),
+      _match(printed, group.first),
+      routed.cells(group.entries) if routing else {},
+    )
     for group, own in zip(grouped, single, strict=True)
   ]
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  columns = _columns(keys)
+  columns = [*_columns(keys), *(routed.COLUMNS if routing else ())]
   against = _against(rows, baseline) if baseline else None
   lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
   notes = [
@@ -73,6 +83,8 @@ def table(
   ]
   if against is not None and against[1]:
     notes.append(remarks.of_baseline(against[0].group))
+  if routing:
+    notes.append(routed.NOTE)
   if printed:
     matched = [row.printed for row in rows if row.printed]
     notes += remarks.of_paper(paper, matched)
@@ -87,11 +99,12 @@ def table(
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """A group with its figures, and the paper's row of its method."""
+  """A group with its figures, the paper's row of its method, its routing."""
 
   group: Group
   figures: Mapping[Key, Figure]
   printed: Published | None
+  routing: Mapping[str, Cell]
 
 
 # The row of --baseline, and its draws.
@@ -195,6 +208,7 @@ def _line(row: _Row, paper: bool) -> Line:
   cells: dict[Any, Cell] = {
     k: _cell(figure) for k, figure in row.figures.items()
   }
+  cells |= row.routing
   if not first.is_base:
     trained, base = _counts(first)
     cells[_PARAMETERS.key] = Cell(trained)

@@ -60,8 +60,12 @@ def put_into(path: str, name: str, text: str) -> None:
 def main(argv) -> None:
   if bool(_INTO.value) != bool(_NAME.value):
     raise ValueError('--into=DOCUMENT and --name=TABLE go together; give both')
+  if _ROUTING.value and not argv[1:]:
+    raise ValueError('--routing is of runs; name their work directories')
   runs = [os.path.expanduser(path) for path in argv[1:]]
-  table = compared.table(runs, _PAPER.value, _BASELINE.value, _TITLE.value)
+  table = compared.table(
+    runs, _PAPER.value, _BASELINE.value, _TITLE.value, _ROUTING.value
+  )
   text = forms.markdown(table)
   print(text, end='')
   if _OUTPUT.value:
@@ -80,6 +84,9 @@ if __name__ == '__main__':
   )
   _BASELINE = flags.DEFINE_string(
     'baseline', '', 'A method or a RUN: the others are compared with it.'
+  )
+  _ROUTING = flags.DEFINE_bool(
+    'routing', False, 'Columns that say how routers ended up.'
   )
   _TITLE = flags.DEFINE_string('title', '', 'What stands above the table.')
   _OUTPUT = flags.DEFINE_string(

@@ -31,7 +31,7 @@ FLOORS = (
   ('placement', 'checkpoint'),
   ('runs', 'ranking', 'report'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
-  ('remarks', 'compared', 'tables'),
+  ('remarks', 'routed', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

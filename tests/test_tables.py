@@ -2,6 +2,7 @@
 """python -m moepeft.tables: what is printed, written and refused."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -417,3 +418,51 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: ') and said in line
+
+
+def routed(folder, *steps):
+  """Writes metrics.jsonl of (step, load of the first of two experts)."""
+  with open(os.path.join(folder, 'metrics.jsonl'), 'w') as f:
+    for step, load in steps:
+      even = {'load': [[0.5, 0.5]], 'entropy': [math.log(2)]}
+      site = {'load': [[load, 1 - load]], 'entropy': [0.0]}
+      row = {'step': step, 'routing': {'encoder/q': even, 'head': site}}
+      print(json.dumps(row), file=f)
+
+
+def test_routing_is_the_last_of_each_run_and_the_mean_of_seeds(tmp_path):
+  mixture = {'method': 'molora(experts=2, rank=1)'}
+  rows = [('cb', 'p', 'accuracy', [1, 0])]
+  one = runs.make(tmp_path / 'one', rows, mixture)
+  two = runs.make(tmp_path / 'two', rows, mixture | {'seed': 1})
+  lora = runs.make(tmp_path / 'lora', rows)
+  # The rows are of step 7: what came after is of another state.
+  routed(one, (3, 0.6), (7, 0.9), (8, 1.0))
+  routed(two, (7, 0.7))
+  table = compared.table([one, two, lora], routing=True)
+  lines = body(forms.markdown(table))
+  # Entropies 1 and 0. Fullest 0.5 and 0.9, 0.5 and 0.7: means 0.7 and 0.6.
+  assert lines['`molora(experts=2, rank=1)`'][-3:] == ['0.5', '0.65', '0.8']
+  assert lines['`lora(rank=4)`'][-3:] == ['-', '-', '-']
+  assert '1 is even' in forms.markdown(table)
+  assert 'entropy' not in text(one, two, lora)
+
+
+def test_routing_without_runs_is_refused():
+  command = ['-m', 'moepeft.tables', '--paper=t5_xl', '--routing']
+  done = subprocess.run(
+    [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+  )
+  assert done.returncode == 2
+  assert '--routing is of runs' in done.stderr
+
+
+def test_rows_of_one_method_tell_their_router_losses(tmp_path):
+  rows = [('cb', 'p', 'accuracy', [1, 0])]
+  mixture = {'method': 'molora(experts=2, rank=1, router=topk(k=1))'}
+  plain = runs.make(tmp_path / 'plain', rows, mixture)
+  weighted = {'router_losses.load_balance': 0.01}
+  even = runs.make(tmp_path / 'even', rows, mixture, config=weighted)
+  lines = body(text(plain, even))
+  name = f'`{mixture["method"]}` router_losses.load_balance'
+  assert {f'{name}=0.0', f'{name}=0.01'} <= set(lines)
