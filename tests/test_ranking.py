@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft import evaluate
+from moepeft import sets as sets_lib
 from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
+from moepeft.judge import Judge, means
 from moepeft.models import t5
 from moepeft.ranking import Ranker, score_choices
 from moepeft.tasks import Example
@@ -76,7 +77,7 @@ def make_row(inputs, choices, label=0, idx=0):
 
 def predict(rows, values, batch_size=4):
   ranker = Ranker(Bigram(), WORDS, 64, 16, batch_size)
-  return ranker.predict(values, rows).tolist()
+  return ranker.predict(values, ranker.prepare(rows)).tolist()
 
 
 def scores(values, choices, length=7):
@@ -207,8 +208,8 @@ def judge(tmp_path, rows, validation=(), **evaluation):
   config.data.source = 'jsonl'
   config.data.inputs_length, config.data.targets_length = 64, 16
   config.evaluation.update(path=str(path), batch_size=3, **evaluation)
-  sets = evaluate.examples(config, ())
-  return config, evaluate.Judge(config, Bigram(), WORDS, validation, sets)
+  sets = sets_lib.examples(config, ())
+  return config, Judge(config, Bigram(), WORDS, validation, sets)
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
@@ -224,7 +225,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
 
 def test_rows_to_rank_are_taken_at_even_distances(tmp_path):
   config, _ = judge(tmp_path, ROWS, max_examples=3)
-  (rows,) = evaluate.examples(config, ()).values()
+  (rows,) = sets_lib.examples(config, ()).values()
   # 0, 8/3 and 16/3 of eight rows, rounded down.
   assert [e.idx for e in rows] == [0, 2, 5]
 
@@ -250,7 +251,7 @@ def test_means_are_over_tasks_of_a_group_and_its_wordings():
       ('a', 'held_out', 0.25),
     )
   ]
-  assert evaluate.means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
+  assert means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
 
 
 def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
@@ -258,7 +259,7 @@ def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
   config.data.targets_length = 3
   rows = [make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])]
   sets = {('evaluation', 'x', ''): rows, ('evaluation', 'y', ''): rows[:1]}
-  judge = evaluate.Judge(config, Bigram(), WORDS, (), sets)
+  judge = Judge(config, Bigram(), WORDS, (), sets)
   found = judge(variables(), 'now', 0)
   assert [(r['task'], r['examples'], r['cut']) for r in found['rows']] == [
     ('x', 1, 0)

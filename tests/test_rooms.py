@@ -28,7 +28,8 @@ FLOORS = (
   ('plots', 'writers'),
   ('optim', 'sharding', 'base', 'decoding'),
   ('placement', 'checkpoint'),
-  ('runs', 'ranking', 'likelihood', 'answering', 'report'),
+  ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
+  ('judge', 'measures'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

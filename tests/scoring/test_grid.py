@@ -157,7 +157,8 @@ def test_what_has_no_figures_by_example_has_no_interval():
   assert bleu['average'] == scoring.Score(31.0, None, None, None)
   # One example says nothing of the others.
   assert scoring.scores(some)['c'] == scoring.Score(1.0, None, None, 1.0)
-  assert scoring.draws(some) == {}
+  assert scoring.draws(some, 'bleu') == {}
+  assert np.ptp(scoring.draws(some)['c']) == 0
 
 
 def test_rows_of_two_runs_are_refused():
