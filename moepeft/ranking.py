@@ -162,10 +162,10 @@ class Ranker:
     sizes = [self._size(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
     while order:
-      c, t, s = sizes[order[0]]
+      c, s, t = sizes[order[0]]
       near = [i for i in order[: self._rows(s, t)] if sizes[i][0] == c]
-      # Rows of shorter choices may have longer inputs.
-      s = max(sizes[i][2] for i in near)
+      # Rows of shorter inputs may have longer choices.
+      t = max(sizes[i][2] for i in near)
       count = self._rows(s, t)
       if len(near) < count:
         # No more have as many choices: a smaller batch will do.
@@ -175,15 +175,15 @@ class Ranker:
       order = order[len(near[:count]) :]
 
   def _size(self, row: Ranked) -> tuple[int, int, int]:
-    """(choices, targets, inputs), as they are rounded."""
+    """(choices, inputs, targets), as they are rounded."""
     inputs, targets = self._lengths
     count = len(row.choices)
     s = -(-len(row.inputs) // _INPUTS) * _INPUTS
     t = _power(max(map(len, row.choices)))
     return (
       count if count <= 4 else _power(count),
-      min(max(t, _TARGETS), targets),
       min(s if s <= 4 * _INPUTS else _power(s), inputs),
+      min(max(t, _TARGETS), targets),
     )
 
   def _rows(self, s: int, t: int) -> int:

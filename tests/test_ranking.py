@@ -14,7 +14,7 @@ from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
 from moepeft.judge import Judge, means
 from moepeft.models import t5
-from moepeft.ranking import Ranker, score_choices
+from moepeft.ranking import Ranked, Ranker, score_choices
 from moepeft.tasks import Example
 
 from .contracts import small
@@ -177,6 +177,50 @@ def test_a_prediction_does_not_depend_on_the_rows_beside_it():
   assert together == [predict([row], values)[0] for row in ROWS]
   assert together == predict(ROWS, values, batch_size=3)
   assert together == predict(ROWS[::-1], values)[::-1]
+
+
+def rows_of(lengths):
+  """One row for each (choices, length of the inputs, of a choice), with EOS."""
+  return [
+    Ranked([7] * s, tuple([i + 7] * t for i in range(c)), False)
+    for c, s, t in lengths
+  ]
+
+
+def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
+  ranker = Ranker(Bigram(), WORDS, 512, 16, 2)
+  lengths = [(2, 60, 3)] * 17 + [(2, 300, 3)] + [(3, 65, 5)] * 3
+  parts = list(ranker.parts(rows_of(lengths)))
+  assert [part.shape for part in parts] == [
+    # Three rows: four of 128 and 8 are as large as one and a half of the
+    # longest, 512 and 16, so there is room for 2 x 2 of them.
+    (4, 3, 128, 8),
+    # 300 is rounded to 512: no more than the two of the batch size. A short
+    # row fills it.
+    (2, 2, 512, 4),
+    # 16 rows are left, of which 2 x 4 go into a batch: 16 / 4 targets.
+    (8, 2, 64, 4),
+    (8, 2, 64, 4),
+  ]
+  members = [i for part in parts for i in part.members]
+  assert sorted(members) == list(range(21))
+
+
+def test_a_last_batch_is_no_larger_than_its_rows_need():
+  ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
+  (part,) = ranker.parts(rows_of([(2, 9, 16)] * 5))
+  assert part.shape == (8, 2, 64, 16)
+
+
+def test_progress_is_told_of_every_example():
+  ranker, told = Ranker(Bigram(), WORDS, 64, 16, 2), []
+  prepared = ranker.prepare(ROWS)
+  found = ranker.scores(variables(RANDOM), prepared, told.append)
+  assert sum(told) == len(ROWS) and len(told) > 1
+  for row, own in zip(ROWS, found, strict=True):
+    np.testing.assert_allclose(
+      own, [log_likelihood(choice) for choice in row.choices], rtol=1e-5
+    )
 
 
 def test_the_shortest_of_equal_tokens_wins_and_ties_go_to_the_first():
