@@ -103,11 +103,18 @@ def test_rows_without_an_idx_are_counted_in_their_prompt():
   assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
 
 
+class Logits(Bigram):
+  """The same, with logits alone for an answer."""
+
+  def apply(self, variables, batch):
+    return super().apply(variables, batch)[0]
+
+
 def test_loss_is_a_mean_over_tokens():
   texts = ('abcabc', 'a', 'cb')
   rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
   found = sets.prompts('evaluation', rows, 9)
-  likelihood = Likelihood(Bigram(), Bytes(), 64, 16, 4)
+  likelihood = Likelihood(Logits(), Bytes(), 64, 16, 4)
   (row,) = measures.loss(likelihood, variables(RANDOM), found, ABOUT, done)
   np.testing.assert_allclose(
     row.each, [-log_likelihood(t) for t in texts], rtol=1e-5
