@@ -32,7 +32,8 @@ def accuracy(
   """
   every = ranker.prepare(_flat(prompts))
   rankable = [ids for ids in every if not ids.alike]
-  progress(len(every) - len(rankable))
+  if len(rankable) < len(every):
+    progress(len(every) - len(rankable))
   predicted = iter(ranker.predict(variables, rankable, progress))
   rows, at = [], 0
   for prompt in prompts:
