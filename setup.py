@@ -33,7 +33,9 @@ _REQUIRED = [
 ]
 # TensorFlow comes with SeqIO: gigabytes, so it is in no other extra.
 _SEQIO = ['seqio>=0.0.20']
-_TEST = [
+# What measures generated texts; imported where it is used.
+_EVAL = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
+_TEST = _EVAL + [
   'build',
   'ipykernel',
   'nbclient',
@@ -98,6 +100,7 @@ setup(
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={
+    'eval': _EVAL,
     'seqio': _SEQIO,
     'test': _TEST,
     'all': _SEQIO + _TEST,

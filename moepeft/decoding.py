@@ -19,7 +19,8 @@ def greedy(
 ) -> Array:
   """The most probable continuation, token by token: int32 [b, length].
 
-  Rows end with `eos`, then padding; a row that never ends is cut.
+  Rows end with `eos`, then padding; a row that never ends is cut. The loop
+  stops where every row has ended.
 
   Args:
     batch: inputs [b, s] and, optionally, inputs_mask.
@@ -49,14 +50,20 @@ def greedy(
 
   # The first step makes the cache, so it stands before the loop.
   first, cache = step(variables, jnp.full(rows, PAD, jnp.int32), jnp.int32(0))
+  first = first.astype(jnp.int32)
+  tokens = jnp.full((rows, length), PAD, jnp.int32).at[:, 0].set(first)
 
-  def body(carry, index):
-    token, done, cache = carry
+  def unfinished(carry):
+    index, _, done, _ = carry
+    return (index < length) & ~jnp.all(done)
+
+  def body(carry):
+    index, tokens, done, cache = carry
+    token = tokens[:, index - 1]
     following, cache = step({**variables, 'cache': cache}, token, index)
-    done |= token == eos
-    following = jnp.where(done, PAD, following)
-    return (following, done, cache), following
+    following = jnp.where(done, PAD, following).astype(jnp.int32)
+    tokens = tokens.at[:, index].set(following)
+    return index + 1, tokens, done | (following == eos), cache
 
-  carry = first, jnp.zeros(rows, bool), cache
-  _, rest = jax.lax.scan(body, carry, jnp.arange(1, length, dtype=jnp.int32))
-  return jnp.concatenate([first[None], rest]).T.astype(jnp.int32)
+  carry = jnp.int32(1), tokens, first == eos, cache
+  return jax.lax.while_loop(unfinished, body, carry)[1]

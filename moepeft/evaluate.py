@@ -1,300 +1,294 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.evaluate --workdir=DIR: how good a run is.
+"""python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: how good a run is.
 
-Validation loss, and accuracies by rank classification (`moepeft.ranking`).
+Accuracy by rank classification as in the paper, likelihood, and measures of
+generated texts; a row of each for every prompt, `moepeft.scoring.rows`.
 """
 
 import collections
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from moepeft import command, sharding, tasks
+from moepeft import command, measures, scoring, sets
 from moepeft import config as config_lib
-from moepeft.data import Sources, batching, jsonl, sources
-from moepeft.data.packing import Pair
-from moepeft.data.source import spread
-from moepeft.data.vocabulary import Vocabulary
-from moepeft.objectives import objective_of
+from moepeft.answering import Answering
+from moepeft.data import Sources, jsonl, sources
+from moepeft.judge import Judge, means, warnings
+from moepeft.likelihood import Likelihood
+from moepeft.progress import Pass
 from moepeft.ranking import Ranker
-from moepeft.runs import open_run
-from moepeft.tasks import Example
-from moepeft.typing import Tree
+from moepeft.runs import Run, load
+from moepeft.scoring import About, Row, text
+from moepeft.scoring.rows import HELD_OUT
+from moepeft.sets import Prompt
 
-SPLITS = ('seen', 'held_out')
-# Batches of which the validation loss is taken.
-_BATCHES = 8
+# Sets of prompts by the measure that is taken of them.
+Work = dict[str, list[Prompt]]
 
 
-def examples(config: ConfigDict, validation: Sequence[Example], train=None):
-  """What a config evaluates: {(group, task, templates): examples}.
-
-  Instances are held out in every entry; `templates` says whether the wording
-  was seen in training.
+def work_of(path: str, names: Sequence[str], most: int) -> Work:
+  """What is measured of a file or directory of rows.
 
   Args:
-    validation: held-out rows of the training source.
-    train: the training rows, which give closed templates their choices.
+    names: of `scoring.MEASURES`; none for accuracy where rows have choices
+      and loss where they have none.
+    most: examples of a prompt.
+
+  Raises:
+    ValueError: an unknown measure, no rows there, or accuracy is asked for
+      and a row has no choices.
   """
-  e = config.evaluation
-  found = {}
-  if config.data.source == 'tasks':
-    for name in tasks.families(e.tasks):
-      group = tasks.FAMILIES[name].group
-      for label, which in zip(SPLITS, ('train', 'held_out'), strict=True):
-        found[group, name, label] = tasks.examples(
-          (name,),
-          e.max_examples,
-          seed=config.seed,
-          split='held_out',
-          templates=which,
-        )
-  else:
-    ranked = jsonl.closed(train or (), validation)
-    found |= _by_task('validation', ranked, e.max_examples)
-  if e.path:
-    found |= rows_to_rank(e.path, e.max_examples)
+  for name in names:
+    if name not in scoring.MEASURES:
+      raise ValueError(
+        f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
+      )
+  rows = jsonl.read(path, ranked='accuracy' in names)
+  if names:
+    found = sets.prompts(sets.EVALUATION, rows, most)
+    return {name: found for name in scoring.MEASURES if name in names}
+  work = {}
+  for name, closed in (('accuracy', True), ('loss', False)):
+    some = [row for row in rows if bool(row.choices) == closed]
+    if some:
+      work[name] = sets.prompts(sets.EVALUATION, some, most)
+  return work
+
+
+def own_work(run: Run, found: Sources) -> Work:
+  """What is measured of a run's own held-out rows."""
+  work = {'accuracy': sets.own_prompts(run.config, found)}
+  most = run.config.evaluation.max_examples
+  work['loss'] = sets.whole_tasks(found.held_out, most)
+  return {name: prompts for name, prompts in work.items() if prompts}
+
+
+def measure(run: Run, work: Work, about: About) -> list[Row]:
+  """Rows of everything in `work`, with progress on stderr."""
+  data, e = run.config.data, run.config.evaluation
+  common = run.model, run.words, data.inputs_length
+  length, size = data.targets_length, e.batch_size
+  rows = []
+  for name, prompts in work.items():
+    total = sum(len(prompt.examples) for prompt in prompts)
+    if name == 'accuracy':
+      ranker = Ranker(*common, length, size)
+      with _told(total, 'ranked') as done:
+        rows += measures.accuracy(ranker, run.variables, prompts, about, done)
+    elif name == 'loss':
+      likelihood = Likelihood(*common, length, size)
+      with _told(total, 'scored') as done:
+        rows += measures.loss(likelihood, run.variables, prompts, about, done)
+  texts = [name for name in measures.TEXTS if name in work]
+  if texts:
+    answering, prompts = Answering(*common, length, size), work[texts[0]]
+    total = sum(len(prompt.examples) for prompt in prompts)
+    with _told(total, 'answered') as done:
+      rows += measures.texts(
+        answering, run.variables, prompts, texts, about, done
+      )
+  return rows
+
+
+@contextlib.contextmanager
+def _told(total: int, what: str) -> Iterator[Callable[[int], None]]:
+  shown = Pass(total, what)
+  try:
+    yield shown
+  finally:
+    shown.close()
+
+
+def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
+  """Accuracies of tasks over all of their prompts' examples.
+
+  Returns:
+    As `Judge.accuracies`: group, task, templates, examples, cut, accuracy,
+    chance.
+  """
+  groups = {(p.task, p.name): (p.group, p.task, p.templates) for p in prompts}
+  tables = collections.defaultdict(list)
+  for row in rows:
+    if row.measure == 'accuracy':
+      tables[groups[row.task, row.prompt]].append(row)
+  found = []
+  for (group, task, templates), own in tables.items():
+    counts = [row.examples for row in own]
+    found.append(
+      {
+        'group': group,
+        'task': task,
+        'templates': templates,
+        'examples': sum(counts),
+        'cut': sum(row.cut for row in own),
+        'accuracy': float(np.average([r.value for r in own], weights=counts)),
+        'chance': float(np.average([r.chance for r in own], weights=counts)),
+      }
+    )
   return found
 
 
-def rows_to_rank(path: str, most: int):
-  """The same of a file or directory of rows with choices."""
-  return _by_task('evaluation', jsonl.read(path, ranked=True), most)
+def summary(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
+  """What the rows come to: by task, by group, and the paper's measure."""
+  tasks = by_task(work.get('accuracy', ()), rows)
+  return {
+    'when': 'the base alone'
+    if run.method == 'none'
+    else f'after {run.step} steps',
+    'step': run.step,
+    'rows': tasks,
+    'means': means(tasks),
+    'scores': {
+      name: {
+        key: vars(score) for key, score in scoring.scores(rows, name).items()
+      }
+      for name in dict.fromkeys(row.measure for row in rows)
+    },
+  }
 
 
-def pairs_to_judge(
-  config: ConfigDict, found: Sources, words: Vocabulary
-) -> list[Pair]:
-  """Held-out examples, as ids, whose loss a run is judged by."""
-  data = config.data
-  return found.validation(
-    words,
-    data.inputs_length,
-    data.targets_length,
-    count=_BATCHES * config.evaluation.batch_size,
-  )
+def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
+  """Prints the scores, and what of the rows is not what was asked for."""
+  loss = found.get('validation_loss')
+  said = '' if loss is None else f': validation loss {loss:.4f}'
+  print(f'{found["when"]}{said}', flush=True)
+  print(text.table(rows) or 'no held-out rows, nothing to judge by')
+  cut = sum(row.cut for row in rows)
+  alike = sum(row.left_out for row in rows)
+  for line in warnings(sum(row.examples for row in rows), cut, alike):
+    print(line)
 
 
-def _by_task(group: str, rows: Iterable[Example], most: int):
-  tables = collections.defaultdict(list)
-  for row in rows:
-    tables[group, row.task, ''].append(row)
-  return {key: spread(rows, most) for key, rows in sorted(tables.items())}
+def validation_loss(run: Run, found: Sources) -> dict[str, float]:
+  """The loss that training reports, where rows are held out."""
+  pairs = sets.pairs_to_judge(run.config, found, run.words)
+  if not pairs:
+    return {}
+  judge = Judge(run.config, run.model, run.words, pairs, {})
+  return {'validation_loss': judge.validation_loss(run.variables)}
 
 
-class Judge:
-  """What a run is judged by, read and checked before it starts."""
+def evaluate(
+  workdir: str,
+  checkpoint: str = '',
+  data: str = '',
+  names: Sequence[str] = (),
+  most: int | None = None,
+) -> tuple[dict[str, Any], list[Row]]:
+  """(summary, rows) of a run on a file or directory of rows, or on its own.
 
-  def __init__(
-    self,
-    config: ConfigDict,
-    model: Any,
-    words: Vocabulary,
-    validation: Sequence[Pair],
-    sets: dict[tuple[str, str, str], list[Example]],
-    mesh: Mesh | None = None,
-  ):
-    """`validation` is from `pairs_to_judge`, `sets` from `examples`.
+  Args:
+    checkpoint: see `runs.load`.
+    data: '' for what the run holds out.
+    names: see `work_of`.
+    most: examples of a prompt; by default the config's.
 
-    `mesh` is the one that the variables lie on; by default, all devices.
-    """
-    e, data = config.evaluation, config.data
-    self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._rows = sharding.round_up(self._mesh, e.batch_size)
-    lengths = data.inputs_length, data.targets_length
-    self._batches = list(_batches(validation, self._rows, *lengths))
-    self._sets, self._cut, self._alike = {}, {}, 0
-    self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
-    for key, rows in sets.items():
-      seen = [(row, *self._ranker.look(row)) for row in rows]
-      kept = [row for row, _, alike in seen if not alike]
-      self._alike += len(rows) - len(kept)
-      if kept:
-        self._sets[key] = kept
-        self._cut[key] = sum(cut for _, cut, alike in seen if not alike)
-    objective = objective_of(config.objective)
-
-    def count(variables, batch):
-      _, aux = objective(model.apply, variables, batch, None)
-      return aux['nll'], aux['tokens']
-
-    self._count = jax.jit(count)
-
-  def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
-    """Validation loss and accuracies, printed in a line and returned."""
-    found = {'when': when, 'step': step}
-    said = []
-    if self._batches:
-      found['validation_loss'] = self.validation_loss(variables)
-      said.append(f'validation loss {found["validation_loss"]:.4f}')
-    found['rows'] = self.accuracies(variables)
-    found['means'] = means(found['rows'])
-    if found['means']:
-      shown = (f'{k} {v:.3f}' for k, v in found['means'].items())
-      said.append(f'accuracy {", ".join(shown)}')
-    said = '; '.join(said) or 'no held-out rows, nothing to judge by'
-    print(f'{when}: {said}', flush=True)
-    for line in self._warnings():
-      print(line, flush=True)
-    return found
-
-  def _warnings(self) -> list[str]:
-    total, cut = sum(map(len, self._sets.values())), sum(self._cut.values())
-    lines = []
-    if cut:
-      lines.append(
-        f'{cut} of {total} ranked examples are cut to config.data.inputs_length'
-        ' or config.data.targets_length'
-      )
-    if self._alike:
-      lines.append(
-        f'{self._alike} examples are left out: two of their choices are the '
-        'same to the tokenizer, or after config.data.targets_length'
-      )
-    return lines
-
-  def validation_loss(self, variables: Tree) -> float:
-    """Mean -log p of a real target token, in nats; no dropout.
-
-    Whatever config.loss says, so that runs can be compared.
-    """
-    total = tokens = 0.0
-    for batch in self._batches:
-      batch = sharding.shard_whole_batch(self._mesh, batch)
-      nll, real = self._count(variables, batch)
-      total += float(nll)
-      tokens += float(real)
-    return total / tokens
-
-  def accuracies(self, variables: Tree) -> list[dict[str, Any]]:
-    """A row for each entry of `examples`: group, task, templates, accuracy."""
-    rows = []
-    for (group, task, split), members in self._sets.items():
-      predicted = self._ranker.predict(variables, members)
-      labels = np.array([e.label for e in members])
-      rows.append(
-        {
-          'group': group,
-          'task': task,
-          'templates': split,
-          'examples': len(members),
-          'cut': self._cut[group, task, split],
-          'accuracy': float(np.mean(predicted == labels)),
-          'chance': float(np.mean([1 / len(e.choices) for e in members])),
-        }
-      )
-    return rows
-
-
-def _batches(pairs, size, inputs_length, targets_length):
-  """Batches of `size` rows, the last filled up with rows of no real token."""
-  for at in range(0, len(pairs), size):
-    part = pairs[at : at + size]
-    filled = [*part, *[part[-1]] * (size - len(part))]
-    x, y = zip(*filled, strict=True)
-    batch = batching.seq2seq(x, y, inputs_length, targets_length)
-    for key in ('inputs_mask', 'targets_mask'):
-      batch[key][len(part) :] = False
-    yield batch
-
-
-def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-  """Mean accuracy of the tasks of each (group, templates)."""
-  groups = collections.defaultdict(list)
-  for row in rows:
-    groups[f'{row["group"]} {row["templates"]}'.strip()].append(row['accuracy'])
-  return {key: float(np.mean(values)) for key, values in groups.items()}
-
-
-def table(before: Sequence[dict], after: Sequence[dict]) -> str:
-  """Accuracies before and after as text, with means of the groups.
-
-  Columns that say nothing are left out: templates without any, `before`
-  without rows.
+  Raises:
+    ValueError: no run or no rows there, or not of the form they should be.
   """
-  head = ('group', 'task', 'templates', 'n', 'chance', 'before', 'after')
-  keys = [(r['group'], r['task'], r['templates']) for r in after]
-  was = dict(((r['group'], r['task'], r['templates']), r) for r in before)
-  lines = [head]
-  for key, row in zip(keys, after, strict=True):
-    lines.append(
-      (
-        *key,
-        str(row['examples']),
-        f'{row["chance"]:.3f}',
-        f'{was[key]["accuracy"]:.3f}' if key in was else '-',
-        f'{row["accuracy"]:.3f}',
-      )
-    )
-  old = means([was[key] for key in keys if key in was])
-  for key, value in means(after).items():
-    first = f'{old[key]:.3f}' if key in old else '-'
-    group, _, split = key.partition(' ')
-    lines.append((group, 'MEAN', split, '', '', first, f'{value:.3f}'))
-  unused = {'templates'} if not any(split for _, _, split in keys) else set()
-  unused |= set() if before else {'before'}
-  lines = [
-    [cell for cell, name in zip(line, head, strict=True) if name not in unused]
-    for line in lines
-  ]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return '\n'.join(
-    '  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-    for line in lines
+  run = load(os.path.expanduser(workdir), checkpoint)
+  if most is not None:
+    run.config.evaluation.max_examples = most
+  config_lib.check(run.config)
+  most, more = run.config.evaluation.max_examples, {}
+  if data:
+    work = work_of(data, names, most)
+  else:
+    found = sources(run.config.data, run.config.seed)
+    work = own_work(run, found)
+    more = validation_loss(run, found)
+  rows = measure(run, work, about(run, workdir, data))
+  return summary(run, work, rows) | more, rows
+
+
+def about(run: Run, workdir: str, data: str) -> About:
+  """What the rows of one evaluation share."""
+  return About(
+    run=workdir,
+    method=run.method,
+    semantics=run.config.semantics,
+    base=run.base,
+    base_parameters=run.base_parameters,
+    parameters=run.parameters,
+    seed=run.config.seed,
+    step=run.step,
+    data=name_of(data) if data else HELD_OUT,
   )
+
+
+def name_of(data: str) -> str:
+  """'somewhere/cb.jsonl.gz' -> 'cb'."""
+  return os.path.basename(data.rstrip('/')).partition('.')[0]
 
 
 def main(argv) -> None:
   del argv
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
-  workdir = os.path.expanduser(_WORKDIR.value)
-  config, model, variables, words, step = open_run(workdir, _CHECKPOINT.value)
-  if _MAX_EXAMPLES.value is not None:
-    config.evaluation.max_examples = _MAX_EXAMPLES.value
-  config_lib.check(config)
-  if _DATA.value:
-    path = os.path.expanduser(_DATA.value)
-    validation = ()
-    sets = rows_to_rank(path, config.evaluation.max_examples)
-    name = os.path.basename(path.rstrip('/')).partition('.')[0]
-    output = os.path.join(workdir, f'evaluation_{name}.json')
-  else:
-    found = sources(config.data, config.seed)
-    validation = pairs_to_judge(config, found, words)
-    sets = examples(config, found.held_out, found.rows)
-    output = os.path.join(workdir, 'evaluation.json')
-  judge = Judge(config, model, words, validation, sets)
-  found = judge(variables, f'after {step} steps', step)
-  print(table([], found['rows']))
-  output = os.path.expanduser(_OUTPUT.value or output)
+  data = os.path.expanduser(_DATA.value or '')
+  if _MEASURES.value and not data:
+    raise ValueError(
+      '--measures is of the rows of --data; of its own held-out rows a run '
+      'has accuracy and loss'
+    )
+  found, rows = evaluate(
+    _WORKDIR.value,
+    _CHECKPOINT.value,
+    data,
+    _MEASURES.value,
+    _MAX_EXAMPLES.value,
+  )
+  tell(found, rows)
+  # The base's rows must not take the place of the run's.
+  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
+  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
+  output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
+  output = os.path.expanduser(output)
   with open(output, 'w') as f:
     json.dump(found, f, indent=2)
   print(f'wrote {output}')
+  if rows:
+    path = os.path.splitext(output)[0] + '.jsonl'
+    scoring.write(path, rows)
+    print(f'wrote {path}')
 
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
   _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', '', "Its step, or 'best'; by default the latest."
+    'checkpoint',
+    '',
+    "Its step, 'best', or 'base' for the base alone; by default the latest.",
   )
   _DATA = flags.DEFINE_string(
-    'data', None, 'Rows to rank, and nothing else; see moepeft/data/jsonl.py.'
+    'data',
+    None,
+    'Rows to measure, in the form of moepeft/data/jsonl.py; by default the '
+    "run's own held-out ones.",
+  )
+  _MEASURES = flags.DEFINE_list(
+    'measures',
+    [],
+    f'Of the rows of --data: some of {", ".join(scoring.MEASURES)}. By default '
+    'accuracy where rows have choices, loss where they have none.',
   )
   _MAX_EXAMPLES = flags.DEFINE_integer(
-    'max_examples', None, "Examples of a task at most; by default the run's."
+    'max_examples',
+    None,
+    "Examples of a prompt at most, the same in all of a task's prompts; by "
+    "default the run's config.evaluation.max_examples.",
   )
   _OUTPUT = flags.DEFINE_string(
     'output',
     None,
-    'Where the figures go: by default evaluation.json in the work directory, '
-    'with --data evaluation_<its name>.json.',
+    'Where the figures go, the rows beside them as .jsonl: by default '
+    'evaluation.json in the work directory, with --data evaluation_<its '
+    'name>.json, with --checkpoint=base base_<its name>.json.',
   )
   command.run(main)

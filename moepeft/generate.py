@@ -6,9 +6,8 @@ import os
 from absl import flags
 
 from moepeft import command
-from moepeft.data import batching
+from moepeft.answering import Answering
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.decoding import greedy
 from moepeft.runs import open_run
 from moepeft.typing import Tree
 
@@ -17,14 +16,9 @@ def answer(
   model, variables: Tree, words: Vocabulary, prompts: list[str], length: int
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
-  ids = [words.encode(prompt) + [words.eos] for prompt in prompts]
-  longest = max(map(len, ids))
-  padded = batching.seq2seq(ids, ids, longest, longest)
-  batch = {key: padded[key] for key in ('inputs', 'inputs_mask')}
-  tokens = greedy(model, variables, batch, length, eos=words.eos)
-  return [
-    words.decode([int(i) for i in row if i > words.eos]) for row in tokens
-  ]
+  longest = max(len(words.encode(prompt)) + 1 for prompt in prompts)
+  answering = Answering(model, words, longest, length, len(prompts))
+  return answering.texts(variables, prompts)
 
 
 def main(argv) -> None:

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 # Intervals that the speed shown is a mean over.
 _INTERVALS = 10
+# Seconds between the plain lines of a pass.
+_LINES = 10.0
 # From so many columns on a bar has whole words.
 _WIDE = 110
 
@@ -148,6 +150,55 @@ class Progress:
       f'{_rate(tokens / seconds)} {words[1]}',
       f'ETA {_clock((self._steps - step) * seconds / steps)}',
     ]
+
+
+class Pass:
+  """How far a pass over examples is, on stderr: call it with what was done.
+
+  The speed is that of the whole pass, and the time to compile counts.
+  """
+
+  def __init__(
+    self, total: int, what: str, clock: Callable[[], float] = time.monotonic
+  ):
+    """Args:
+    total: examples.
+    what: is done with them, in a word or two.
+    clock: seconds.
+    """
+    self._total, self._what, self._clock = total, what, clock
+    self._done, self._began = 0, clock()
+    self._next_line = 0.0
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm(
+        total=total,
+        desc=what,
+        dynamic_ncols=True,
+        bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}'
+        '{postfix}',
+      )
+
+  def __call__(self, done: int) -> None:
+    """Shows that so many more examples are done."""
+    self._done += done
+    seconds = max(self._clock() - self._began, 1e-9)
+    rate = self._done / seconds
+    parts = [f'{_rate(rate)} examples/s']
+    if rate:
+      parts.append(f'ETA {_clock((self._total - self._done) / rate)}')
+    if self._bar is not None:
+      self._bar.set_postfix_str('  '.join(parts), refresh=False)
+      self._bar.n = self._done
+      self._bar.refresh()
+    elif seconds >= self._next_line or self._done >= self._total:
+      self._next_line = seconds + _LINES
+      told = f'{self._what} {self._done}/{self._total}'
+      print(told, *parts, sep='  ', file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
 
 
 def memory_bytes() -> int:

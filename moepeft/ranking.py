@@ -5,9 +5,9 @@ A choice's score is the sum of its tokens' log-probabilities, EOS included,
 not normalised by length; ties go to the first.
 """
 
-import collections
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,13 @@ from moepeft.models.t5 import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Tree
+
+# Inputs are padded to a multiple of this, from 4 times it on to a power of two.
+_INPUTS = 64
+# The least length that choices are padded to.
+_TARGETS = 4
+# Short rows go into batches of at most so many times the rows.
+_MORE = 8
 
 
 def score_choices(
@@ -47,11 +54,42 @@ def score_choices(
   return sequence_log_likelihood(logits, flat, real).reshape(b, c)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+  """An example as ids.
+
+  Attributes:
+    inputs: int [s], with EOS.
+    choices: int [t] each, with EOS.
+    cut: whether the input or a choice is cut.
+  """
+
+  inputs: Sequence[int]
+  choices: tuple[Sequence[int], ...]
+  cut: bool
+
+  @property
+  def alike(self) -> bool:
+    """Whether two choices are one, so that it cannot be ranked.
+
+    They may be the same to the tokenizer, or in what is left after a cut.
+    """
+    return len({tuple(ids) for ids in self.choices}) < len(self.choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A batch: `shape` is (rows, choices, inputs, targets)."""
+
+  shape: tuple[int, int, int, int]
+  members: tuple[int, ...]
+
+
 class Ranker:
   """Ranks examples with one compiled program a shape.
 
-  Lengths and the number of choices are rounded up to powers of two and rows to
-  `batch_size`, so that few shapes occur.
+  Rows of like lengths share a batch, and lengths are rounded, so that there is
+  little padding and few shapes occur.
   """
 
   def __init__(
@@ -63,72 +101,129 @@ class Ranker:
     batch_size: int,
     mesh: Mesh | None = None,
   ):
-    """`batch_size` is rounded up to a multiple of the mesh's devices."""
+    """`batch_size` is of the longest rows; there are more of short ones.
+
+    It is rounded up to a multiple of the mesh's devices.
+    """
     self._score = jax.jit(functools.partial(score_choices, model))
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._batch_size = sharding.round_up(self._mesh, batch_size)
 
-  def look(self, row: Example) -> tuple[bool, bool]:
-    """(whether its input or a choice is cut, whether two choices are one).
+  def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
+    """Examples as ids; every different text is tokenized once."""
+    inputs, targets = self._lengths
+    sources = self._ids({row.inputs for row in rows}, inputs)
+    answers = self._ids({text for row in rows for text in row.choices}, targets)
+    prepared = []
+    for row in rows:
+      x, short = sources[row.inputs]
+      choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
+      prepared.append(Ranked(x, choices, short or any(cuts)))
+    return prepared
 
-    Choices may be the same to the tokenizer, or in what is left after a cut;
-    such an example cannot be ranked.
+  def scores(
+    self,
+    variables: Tree,
+    rows: Sequence[Ranked],
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> list[np.ndarray]:
+    """The log-likelihood of every choice of each example: float32 [choices].
+
+    Args:
+      progress: told how many more examples are done.
     """
-    _, choices, cut = self._encode(row)
-    return cut, len(set(map(tuple, choices))) < len(choices)
+    found: list = [None] * len(rows)
+    for part in self.parts(rows):
+      scores = self._scores(variables, [rows[i] for i in part.members], part)
+      for i, row in zip(part.members, scores, strict=False):
+        found[i] = row[: len(rows[i].choices)]
+      progress(len(part.members))
+    return found
 
-  def predict(self, variables: Tree, rows: Sequence[Example]) -> np.ndarray:
+  def predict(
+    self,
+    variables: Tree,
+    rows: Sequence[Ranked],
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> np.ndarray:
     """The place of the likeliest choice of each example: int [rows]."""
-    encoded = [self._encode(row) for row in rows]
-    groups = collections.defaultdict(list)
-    for i, (x, choices, _) in enumerate(encoded):
-      inputs, targets = self._lengths
-      shape = (
-        _round(len(choices), 2, 1 << 30),
-        _round(len(x), 64, inputs),
-        _round(max(map(len, choices)), 16, targets),
-      )
-      groups[shape].append(i)
-    predicted = np.zeros(len(rows), np.int64)
-    for (count, s, t), members in sorted(groups.items()):
-      for at in range(0, len(members), self._batch_size):
-        part = members[at : at + self._batch_size]
-        scores = self._scores(variables, encoded, part, count, s, t)
-        for i, row in zip(part, scores, strict=False):
-          predicted[i] = np.argmax(row[: len(rows[i].choices)])
-    return predicted
+    scores = self.scores(variables, rows, progress)
+    return np.array([np.argmax(own) for own in scores], np.int64)
 
-  def _scores(self, variables, encoded, part, count, s, t) -> np.ndarray:
+  def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
+    """The batches that rows are ranked in, of as few shapes as may be.
+
+    From the longest on, a batch takes the next rows, shorter ones too where
+    those of its shape have run out; so of each number of choices only the
+    last batch is not full.
+    """
+    sizes = [self._size(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+    while order:
+      c, s, t = sizes[order[0]]
+      near = [i for i in order[: self._rows(s, t)] if sizes[i][0] == c]
+      # Rows of shorter inputs may have longer choices.
+      t = max(sizes[i][2] for i in near)
+      count = self._rows(s, t)
+      if len(near) < count:
+        # No more have as many choices: a smaller batch will do.
+        least = sharding.round_up(self._mesh, _power(len(near)))
+        count = min(count, least)
+      yield Part((count, c, s, t), tuple(near[:count]))
+      order = order[len(near[:count]) :]
+
+  def _size(self, row: Ranked) -> tuple[int, int, int]:
+    """(choices, inputs, targets), as they are rounded."""
+    inputs, targets = self._lengths
+    count = len(row.choices)
+    s = -(-len(row.inputs) // _INPUTS) * _INPUTS
+    t = _power(max(map(len, row.choices)))
+    return (
+      count if count <= 4 else _power(count),
+      min(s if s <= 4 * _INPUTS else _power(s), inputs),
+      min(max(t, _TARGETS), targets),
+    )
+
+  def _rows(self, s: int, t: int) -> int:
+    """Rows of a batch: its arrays are no larger than those of the longest."""
+    inputs, targets = self._lengths
+    more = min(inputs // s, targets // t, _MORE)
+    return self._batch_size * (_power(more + 1) // 2)
+
+  def _scores(self, variables, rows: list[Ranked], part: Part) -> np.ndarray:
+    count, c, s, t = part.shape
     # Whole batches, and as many choices each, by repeating the last.
-    filled = part + [part[-1]] * (self._batch_size - len(part))
-    inputs = [encoded[i][0] for i in filled]
+    filled = rows + [rows[-1]] * (count - len(rows))
     choices = []
-    for i in filled:
-      own = encoded[i][1]
-      choices += own + [own[-1]] * (count - len(own))
+    for row in filled:
+      choices += [*row.choices, *[row.choices[-1]] * (c - len(row.choices))]
+    inputs = [row.inputs for row in filled]
     arrays = batching.seq2seq(inputs, inputs, s, s)
     answers = batching.seq2seq(choices, choices, t, t)
-    shape = (len(filled), count, t)
     batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
     batch |= {
-      key: answers[key].reshape(shape) for key in ('targets', 'targets_mask')
+      key: answers[key].reshape(count, c, t)
+      for key in ('targets', 'targets_mask')
     }
     batch = sharding.shard_whole_batch(self._mesh, batch)
     targets, mask = batch.pop('targets'), batch.pop('targets_mask')
     return sharding.gather(self._score(variables, batch, targets, mask))
 
-  def _encode(self, row: Example) -> tuple[list[int], list[list[int]], bool]:
-    inputs, targets = self._lengths
-    x, short = batching.cut(self._vocabulary, row.inputs, inputs)
-    choices = []
-    for choice in row.choices:
-      y, cut = batching.cut(self._vocabulary, choice, targets)
-      short |= cut
-      choices.append(y)
-    return x, choices, short
+  def _ids(
+    self, texts: set[str], length: int
+  ) -> dict[str, tuple[list[int], bool]]:
+    """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
+    end = [self._vocabulary.eos]
+    some = sorted(texts)
+    every = map(list, self._vocabulary.encode_all(some)) if some else ()
+    return {
+      text: (ids[: length - 1] + end, len(ids) >= length)
+      for text, ids in zip(some, every, strict=True)
+    }
 
 
-def _round(length: int, least: int, most: int) -> int:
-  return min(max(least, 1 << (length - 1).bit_length()), most)
+def _power(length: int) -> int:
+  """The least power of two that is not below a length."""
+  return 1 << (length - 1).bit_length()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens what `moepeft.train` left in a work directory."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft.checkpoint import card, restore_trained
 from moepeft.data import vocabulary
+from moepeft.data.vocabulary import Vocabulary
 from moepeft.models import names
+from moepeft.peft import Built
+from moepeft.typing import Tree
 
 CONFIG = 'config.json'
 
@@ -87,11 +91,43 @@ def _read(workdir: str) -> dict[str, Any]:
     ) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained run, or its base alone.
+
+  Attributes:
+    config: the run's.
+    model, variables: what computes; for the base alone without an adapter.
+    words: the vocabulary.
+    step: of the checkpoint; 0 for the base.
+    method: canonical text, 'none' for the base.
+    base: the base's name: the last part of its path, 'random' without one.
+    base_parameters, parameters: of the base, and trained.
+  """
+
+  config: ConfigDict
+  model: Any
+  variables: Tree
+  words: Vocabulary
+  step: int
+  method: str
+  base: str
+  base_parameters: int
+  parameters: int
+
+
 def open_run(workdir: str, which: str = ''):
-  """(config, model, variables, vocabulary, step) of a trained run.
+  """(config, model, variables, vocabulary, step) of `load`."""
+  run = load(workdir, which)
+  return run.config, run.model, run.variables, run.words, run.step
+
+
+def load(workdir: str, which: str = '') -> Run:
+  """Reads a run.
 
   Args:
-    which: checkpoint; see `Checkpoints.restore_trainable`.
+    which: 'base' for its base without what was trained, else a checkpoint;
+      see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its base has changed since.
@@ -102,7 +138,38 @@ def open_run(workdir: str, which: str = ''):
   with config.unlocked():
     config.update(_read(workdir))
   base = base_lib.load(config.model)
-  model, built = base_lib.module(base, config)
+  if which == 'base':
+    model, variables = _alone(base, config)
+    step, method, parameters = 0, 'none', 0
+  else:
+    model, built = base_lib.module(base, config)
+    variables, step = _trained(base, built, config, workdir, which)
+    method, parameters = built.method, _size(variables[built.trainable])
+  return Run(
+    config,
+    model,
+    jax.tree.map(jnp.asarray, variables),
+    vocabulary(config.data.vocabulary, config.model.path),
+    step,
+    method,
+    os.path.basename(base.path.rstrip('/')).split(':')[-1] or 'random',
+    _size(variables['params']),
+    parameters,
+  )
+
+
+def _alone(base: base_lib.Base, config: ConfigDict) -> tuple[Any, Tree]:
+  """(model, variables) of a base: of random weights, those of the seed."""
+  plain = config.copy_and_resolve_references()
+  plain.method = 'full'
+  model, _ = base_lib.module(base, plain)
+  return model, base_lib.initialise(base, model, config.seed)
+
+
+def _trained(
+  base: base_lib.Base, built: Built, config: ConfigDict, workdir: str, which
+) -> tuple[Tree, int]:
+  """(variables, step) of a checkpoint."""
   trained, found = restore_trained(workdir, which)
   now = card(base, built, config.seed, config.model.family)
   if found['base']['sha256'] != now['base']['sha256']:
@@ -111,6 +178,8 @@ def open_run(workdir: str, which: str = ''):
       '(its content hash differs); put the old one back'
     )
   variables = {'params': base.params, 'peft': {}} | {built.trainable: trained}
-  variables = jax.tree.map(jnp.asarray, variables)
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  return config, model, variables, words, found['step']
+  return variables, found['step']
+
+
+def _size(tree: Tree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from moepeft import (
   accumulate,
   command,
-  evaluate,
   metrics,
   optim,
   placement,
@@ -38,6 +37,7 @@ from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, loader, sources, vocabulary
 from moepeft.data.seqio_stream import Stream
 from moepeft.history import History
+from moepeft.judge import Judge, table
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.loss import Loss, mean
@@ -45,6 +45,7 @@ from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
 from moepeft.report import Report
 from moepeft.runs import CONFIG, check_unchanged
+from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
 from moepeft.workdir import open_workdir, tell_full_disk
@@ -219,15 +220,15 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     print(cuts(found.train, words, data), end='', flush=True)
 
   # ------------------------------------------------------------- resume ---
-  sets = evaluate.examples(config, found.held_out, found.rows)
-  validation = evaluate.pairs_to_judge(config, found, words)
+  sets = examples(config, found.held_out, found.rows)
+  validation = pairs_to_judge(config, found, words)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  judge = evaluate.Judge(config, model, words, validation, sets, layout.mesh)
+  judge = Judge(config, model, words, validation, sets, layout.mesh)
   update = jax.jit(
     make_update(model, built, config, optimizer),
     donate_argnums=0,
@@ -343,7 +344,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     after = judge(built.variables(state), 'after training', int(state.step))
     processes.write_json(after_path, after)
     before = _read_json(before_path) if config.evaluation.before else {}
-    print(evaluate.table(before.get('rows', []), after['rows']))
+    print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
   summary['seconds'] = round(time.monotonic() - started, 1)
   processes.write_json(os.path.join(workdir, 'summary.json'), summary)

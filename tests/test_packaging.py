@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _DOCUMENTS = [
 ]
 # What a source distribution is made of, beside the files at the top.
 _FOLDERS = (
+  'benchmarks',
   'configs',
   'docs',
   'gin',
@@ -52,9 +54,9 @@ def _read(name: str) -> str:
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory) -> Path:
-  """The wheel that is built from the source distribution, unpacked."""
-  made = tmp_path_factory.mktemp('wheel')
+def built(tmp_path_factory) -> Path:
+  """A folder with a source distribution and the wheel that is built from it."""
+  made = tmp_path_factory.mktemp('built')
   source = made / 'source'
   # A copy, so that nothing is written to the checkout or left from before.
   ignored = shutil.ignore_patterns('__pycache__', '*.egg-info')
@@ -64,12 +66,28 @@ def wheel(tmp_path_factory) -> Path:
     shutil.copy(file, source)
   command = [sys.executable, '-m', 'build', '--no-isolation']
   command += ['--outdir', str(made / 'dist'), str(source)]
-  built = subprocess.run(command, capture_output=True, text=True)
-  assert built.returncode == 0, built.stdout + built.stderr
-  (file,) = (made / 'dist').glob('*.whl')
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return made / 'dist'
+
+
+@pytest.fixture(scope='module')
+def wheel(built, tmp_path_factory) -> Path:
+  """The wheel, unpacked."""
+  unpacked = tmp_path_factory.mktemp('wheel')
+  (file,) = built.glob('*.whl')
   with zipfile.ZipFile(file) as archive:
-    archive.extractall(made / 'unpacked')
-  return made / 'unpacked'
+    archive.extractall(unpacked)
+  return unpacked
+
+
+def test_source_distribution_holds_every_file_of_python(built):
+  (file,) = built.glob('*.tar.gz')
+  with tarfile.open(file) as archive:
+    held = {name.partition('/')[2] for name in archive.getnames()}
+  ours = {_name(p) for f in _FOLDERS for p in (_ROOT / f).rglob('*.py')}
+  assert any(name.startswith('benchmarks/') for name in ours)
+  assert ours - held == set()
 
 
 def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
@@ -105,7 +123,7 @@ def test_wheel_names_its_licence_and_never_asks_for_torch(wheel):
   assert re.search(r'^License(-Expression)?: Apache-2.0$', metadata, re.M)
   assert re.search(r'^Requires-Python: >=3.11$', metadata, re.M)
   extras = re.findall(r'^Provides-Extra: (.*)$', metadata, re.M)
-  assert sorted(extras) == ['all', 'seqio', 'test']
+  assert sorted(extras) == ['all', 'eval', 'seqio', 'test']
   assert not re.search(r'^Requires-Dist: torch', metadata, re.M | re.I)
   licences = [path.name for path in folder.rglob('*LICENSE*')]
   assert licences == ['LICENSE']

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft import evaluate
+from moepeft import sets as sets_lib
 from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
+from moepeft.judge import Judge, means
 from moepeft.models import t5
-from moepeft.ranking import Ranker, score_choices
+from moepeft.ranking import Ranked, Ranker, score_choices
 from moepeft.tasks import Example
 
 from .contracts import small
@@ -76,7 +77,7 @@ def make_row(inputs, choices, label=0, idx=0):
 
 def predict(rows, values, batch_size=4):
   ranker = Ranker(Bigram(), WORDS, 64, 16, batch_size)
-  return ranker.predict(values, rows).tolist()
+  return ranker.predict(values, ranker.prepare(rows)).tolist()
 
 
 def scores(values, choices, length=7):
@@ -178,6 +179,50 @@ def test_a_prediction_does_not_depend_on_the_rows_beside_it():
   assert together == predict(ROWS[::-1], values)[::-1]
 
 
+def rows_of(lengths):
+  """One row for each (choices, length of the inputs, of a choice), with EOS."""
+  return [
+    Ranked([7] * s, tuple([i + 7] * t for i in range(c)), False)
+    for c, s, t in lengths
+  ]
+
+
+def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
+  ranker = Ranker(Bigram(), WORDS, 512, 16, 2)
+  lengths = [(2, 60, 3)] * 17 + [(2, 300, 3)] + [(3, 65, 5)] * 3
+  parts = list(ranker.parts(rows_of(lengths)))
+  assert [part.shape for part in parts] == [
+    # Three rows: four of 128 and 8 are as large as one and a half of the
+    # longest, 512 and 16, so there is room for 2 x 2 of them.
+    (4, 3, 128, 8),
+    # 300 is rounded to 512: no more than the two of the batch size. A short
+    # row fills it.
+    (2, 2, 512, 4),
+    # 16 rows are left, of which 2 x 4 go into a batch: 16 / 4 targets.
+    (8, 2, 64, 4),
+    (8, 2, 64, 4),
+  ]
+  members = [i for part in parts for i in part.members]
+  assert sorted(members) == list(range(21))
+
+
+def test_a_last_batch_is_no_larger_than_its_rows_need():
+  ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
+  (part,) = ranker.parts(rows_of([(2, 9, 16)] * 5))
+  assert part.shape == (8, 2, 64, 16)
+
+
+def test_progress_is_told_of_every_example():
+  ranker, told = Ranker(Bigram(), WORDS, 64, 16, 2), []
+  prepared = ranker.prepare(ROWS)
+  found = ranker.scores(variables(RANDOM), prepared, told.append)
+  assert sum(told) == len(ROWS) and len(told) > 1
+  for row, own in zip(ROWS, found, strict=True):
+    np.testing.assert_allclose(
+      own, [log_likelihood(choice) for choice in row.choices], rtol=1e-5
+    )
+
+
 def test_the_shortest_of_equal_tokens_wins_and_ties_go_to_the_first():
   rows = [
     make_row('q', ['abc', 'ab', 'c']),
@@ -207,8 +252,8 @@ def judge(tmp_path, rows, validation=(), **evaluation):
   config.data.source = 'jsonl'
   config.data.inputs_length, config.data.targets_length = 64, 16
   config.evaluation.update(path=str(path), batch_size=3, **evaluation)
-  sets = evaluate.examples(config, ())
-  return config, evaluate.Judge(config, Bigram(), WORDS, validation, sets)
+  sets = sets_lib.examples(config, ())
+  return config, Judge(config, Bigram(), WORDS, validation, sets)
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
@@ -224,7 +269,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
 
 def test_rows_to_rank_are_taken_at_even_distances(tmp_path):
   config, _ = judge(tmp_path, ROWS, max_examples=3)
-  (rows,) = evaluate.examples(config, ()).values()
+  (rows,) = sets_lib.examples(config, ()).values()
   # 0, 8/3 and 16/3 of eight rows, rounded down.
   assert [e.idx for e in rows] == [0, 2, 5]
 
@@ -250,7 +295,7 @@ def test_means_are_over_tasks_of_a_group_and_its_wordings():
       ('a', 'held_out', 0.25),
     )
   ]
-  assert evaluate.means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
+  assert means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
 
 
 def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
@@ -258,7 +303,7 @@ def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
   config.data.targets_length = 3
   rows = [make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])]
   sets = {('evaluation', 'x', ''): rows, ('evaluation', 'y', ''): rows[:1]}
-  judge = evaluate.Judge(config, Bigram(), WORDS, (), sets)
+  judge = Judge(config, Bigram(), WORDS, (), sets)
   found = judge(variables(), 'now', 0)
   assert [(r['task'], r['examples'], r['cut']) for r in found['rows']] == [
     ('x', 1, 0)

@@ -14,8 +14,7 @@ FLOORS = (
   ('models',),
   ('interop',),
   ('config', 'gin_files', 'gin_flags', 'command', 'stopping'),
-  ('objectives', 'data', 'tasks'),
-  ('scoring',),
+  ('objectives', 'data', 'tasks', 'scoring'),
   ('adafactor', 'accumulate'),
   (
     'rows',
@@ -29,7 +28,8 @@ FLOORS = (
   ('plots', 'writers'),
   ('optim', 'sharding', 'base', 'decoding'),
   ('placement', 'checkpoint'),
-  ('runs', 'ranking', 'report'),
+  ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
+  ('judge', 'measures'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
   ('remarks', 'routed', 'compared', 'tables'),
 )

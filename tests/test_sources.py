@@ -8,7 +8,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import tasks
 from moepeft.data import sources
-from moepeft.evaluate import examples
+from moepeft.sets import examples
 from moepeft.tasks.family import Instance, Template
 
 COUNT = 40

@@ -5,7 +5,15 @@ Numpy and libraries only; no program of JAX and no config.
 """
 
 from moepeft.scoring.grid import Score, draws, scores
-from moepeft.scoring.rows import MEASURES, About, Row, measured, read, write
+from moepeft.scoring.rows import (
+  MEASURES,
+  About,
+  Row,
+  majority,
+  measured,
+  read,
+  write,
+)
 
 __all__ = (
   'MEASURES',
@@ -13,6 +21,7 @@ __all__ = (
   'Row',
   'Score',
   'draws',
+  'majority',
   'measured',
   'read',
   'scores',

@@ -26,8 +26,8 @@ class Score:
 
   Attributes:
     value: median over prompts, or a mean of such.
-    low, high: ends of its 95 % bootstrap interval; None where the rows have
-      no per-example figures, or a task has one example only.
+    low, high: ends of its 95 % bootstrap interval; None where a row has no
+      figures by example, or a task has one example only.
     majority: the same of always giving a prompt's most frequent label; None
       where the rows have none.
   """
@@ -66,7 +66,7 @@ def scores(
   found = {}
   for name, value in values.items():
     low, high = None, None
-    if name in drawn:
+    if name in drawn and not (name in tasks and _single(tasks[name])):
       low, high = bootstrap.interval(drawn[name])
     # An average of fewer tasks than the values' would be something else.
     whole = name != AVERAGE or majorities.keys() == values.keys()
@@ -81,7 +81,8 @@ def draws(
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
-  """Bootstrap draws [draws] of every score that has an interval.
+  """Bootstrap draws [draws] of every score; none where a row has no figures
+  by example.
 
   Draw i of two runs resamples the same examples where the runs were evaluated
   on the same ones, so the draws of their difference are the differences of
@@ -119,21 +120,26 @@ def _tasks(rows: Iterable[Row], measure: str) -> dict[str, list[Row]]:
 def _draws(
   tasks: dict[str, list[Row]], count: int, seed: int
 ) -> dict[str, np.ndarray]:
+  """Of all tasks with figures by example, and of what they come to.
+
+  A task of one example is the same in every draw.
+  """
   found = {}
   for name, own in tasks.items():
     if any(row.each is None for row in own):
-      continue
+      # The average has no draws then either.
+      return {}
     each, weights = bootstrap.table(
       *zip(*[(r.idx, r.each, r.weights) for r in own], strict=True)
     )
-    if len(each) > 1:
-      drawn = bootstrap.means(each, weights, name, count, seed)
-      found[name] = np.nanmedian(drawn, axis=1)
-  joined = _grid(found)
-  if found.keys() != tasks.keys():
-    # Some task has no draws: the average has none either.
-    joined.pop(AVERAGE, None)
-  return joined
+    drawn = bootstrap.means(each, weights, name, count, seed)
+    found[name] = np.nanmedian(drawn, axis=1)
+  return _grid(found)
+
+
+def _single(rows: Sequence[Row]) -> bool:
+  """Whether all is of one example, so that there is no interval."""
+  return len({i for row in rows for i in row.idx}) < 2
 
 
 def _grid(tasks: dict) -> dict:

@@ -46,8 +46,7 @@ def test_a_task_s_score_is_the_median_over_its_prompts():
 def test_anli_is_the_mean_of_its_rounds_and_the_average_is_over_eight():
   found = scoring.scores(papers())
   assert tuple(found) == (*grid.EIGHT, 'average')
-  # (0.2 + 0.35 + 0.5) / 3; the mean over all six prompts would be the same
-  # 0.35 in none of the roundings: (1 + 2 + 6 + 3 + 4 + 5) / 60 = 0.35.
+  # (0.2 + 0.35 + 0.5) / 3.
   assert found['anli'].value == pytest.approx(0.35)
   # (0.35 + 0.3 + 0.7 + 0.6 + 0.5 + 0.8 + 0.55 + 0.3) / 8 = 4.1 / 8.
   assert found['average'].value == pytest.approx(0.5125)
@@ -120,7 +119,6 @@ def test_prompts_of_a_task_are_resampled_together():
 def test_runs_on_the_same_examples_are_drawn_alike():
   better = [row('a', 'x', [1, 1, 1, 0, 0, 1, 0], idx=range(7))]
   # The other is wrong in one example more, and its rows come in another order.
-  worse = [row('a', 'x', [1, 0, 0, 0, 1, 1, 0][::-1], idx=range(7)[::-1])]
   worse = [row('a', 'x', [0, 1, 0, 0, 1, 0, 1], idx=range(7)[::-1])]
   first, second = scoring.draws(better)['a'], scoring.draws(worse)['a']
   assert first.shape == (2000,)
@@ -157,7 +155,8 @@ def test_what_has_no_figures_by_example_has_no_interval():
   assert bleu['average'] == scoring.Score(31.0, None, None, None)
   # One example says nothing of the others.
   assert scoring.scores(some)['c'] == scoring.Score(1.0, None, None, 1.0)
-  assert scoring.draws(some) == {}
+  assert scoring.draws(some, 'bleu') == {}
+  assert np.ptp(scoring.draws(some)['c']) == 0
 
 
 def test_rows_of_two_runs_are_refused():

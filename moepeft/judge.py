@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is judged by while it trains: validation loss and accuracies."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from moepeft import sharding
+from moepeft.data import batching
+from moepeft.data.packing import Pair
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.objectives import objective_of
+from moepeft.ranking import Ranked, Ranker
+from moepeft.scoring.text import columns
+from moepeft.tasks import Example
+from moepeft.typing import Tree
+
+Key = tuple[str, str, str]
+
+
+class Judge:
+  """What a run is judged by, read and checked before it starts."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    model: Any,
+    words: Vocabulary,
+    validation: Sequence[Pair],
+    sets: dict[Key, list[Example]],
+    mesh: Mesh | None = None,
+  ):
+    """`validation` and `sets` are from `moepeft.sets`.
+
+    `mesh` is the one that the variables lie on; by default, all devices.
+    """
+    e, data = config.evaluation, config.data
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._rows = sharding.round_up(self._mesh, e.batch_size)
+    lengths = data.inputs_length, data.targets_length
+    self._batches = list(_batches(validation, self._rows, *lengths))
+    self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
+    self._sets: dict[Key, list[tuple[Example, Ranked]]] = {}
+    self._alike = 0
+    for key, rows in sets.items():
+      pairs = zip(rows, self._ranker.prepare(rows), strict=True)
+      kept = [(row, ids) for row, ids in pairs if not ids.alike]
+      self._alike += len(rows) - len(kept)
+      if kept:
+        self._sets[key] = kept
+    objective = objective_of(config.objective)
+
+    def count(variables, batch):
+      _, aux = objective(model.apply, variables, batch, None)
+      return aux['nll'], aux['tokens']
+
+    self._count = jax.jit(count)
+
+  def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
+    """Validation loss and accuracies, printed in a line and returned."""
+    found = {'when': when, 'step': step}
+    said = []
+    if self._batches:
+      found['validation_loss'] = self.validation_loss(variables)
+      said.append(f'validation loss {found["validation_loss"]:.4f}')
+    found['rows'] = self.accuracies(variables)
+    found['means'] = means(found['rows'])
+    if found['means']:
+      shown = (f'{k} {v:.3f}' for k, v in found['means'].items())
+      said.append(f'accuracy {", ".join(shown)}')
+    said = '; '.join(said) or 'no held-out rows, nothing to judge by'
+    print(f'{when}: {said}', flush=True)
+    every = [ids for kept in self._sets.values() for _, ids in kept]
+    for line in warnings(len(every), sum(e.cut for e in every), self._alike):
+      print(line, flush=True)
+    return found
+
+  def validation_loss(self, variables: Tree) -> float:
+    """Mean -log p of a real target token, in nats; no dropout.
+
+    Whatever config.loss says, so that runs can be compared.
+    """
+    total = tokens = 0.0
+    for batch in self._batches:
+      batch = sharding.shard_whole_batch(self._mesh, batch)
+      nll, real = self._count(variables, batch)
+      total += float(nll)
+      tokens += float(real)
+    return total / tokens
+
+  def accuracies(self, variables: Tree) -> list[dict[str, Any]]:
+    """A row for each entry of `sets`: group, task, templates, accuracy."""
+    # All at once: fewer batches that are not full.
+    every = [ids for kept in self._sets.values() for _, ids in kept]
+    predicted = iter(self._ranker.predict(variables, every))
+    rows = []
+    for (group, task, split), kept in self._sets.items():
+      right = [next(predicted) == row.label for row, _ in kept]
+      rows.append(
+        {
+          'group': group,
+          'task': task,
+          'templates': split,
+          'examples': len(kept),
+          'cut': sum(ids.cut for _, ids in kept),
+          'accuracy': float(np.mean(right)),
+          'chance': float(np.mean([1 / len(row.choices) for row, _ in kept])),
+        }
+      )
+    return rows
+
+
+def warnings(total: int, cut: int, alike: int) -> list[str]:
+  """Lines about ranked examples that are not what was asked for."""
+  lines = []
+  if cut:
+    lines.append(
+      f'{cut} of {total} ranked examples are cut to config.data.inputs_length'
+      ' or config.data.targets_length'
+    )
+  if alike:
+    lines.append(
+      f'{alike} examples are left out: two of their choices are the '
+      'same to the tokenizer, or after config.data.targets_length'
+    )
+  return lines
+
+
+def _batches(pairs, size, inputs_length, targets_length):
+  """Batches of `size` rows, the last filled up with rows of no real token."""
+  for at in range(0, len(pairs), size):
+    part = pairs[at : at + size]
+    filled = [*part, *[part[-1]] * (size - len(part))]
+    x, y = zip(*filled, strict=True)
+    batch = batching.seq2seq(x, y, inputs_length, targets_length)
+    for key in ('inputs_mask', 'targets_mask'):
+      batch[key][len(part) :] = False
+    yield batch
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """Mean accuracy of the tasks of each (group, templates)."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[f'{row["group"]} {row["templates"]}'.strip()].append(row['accuracy'])
+  return {key: float(np.mean(values)) for key, values in groups.items()}
+
+
+def table(before: Sequence[dict], after: Sequence[dict]) -> str:
+  """Accuracies before and after as text, with means of the groups.
+
+  Columns that say nothing are left out: templates without any, `before`
+  without rows.
+  """
+  head = ('group', 'task', 'templates', 'n', 'chance', 'before', 'after')
+  keys = [(r['group'], r['task'], r['templates']) for r in after]
+  was = dict(((r['group'], r['task'], r['templates']), r) for r in before)
+  lines = [head]
+  for key, row in zip(keys, after, strict=True):
+    lines.append(
+      (
+        *key,
+        str(row['examples']),
+        f'{row["chance"]:.3f}',
+        f'{was[key]["accuracy"]:.3f}' if key in was else '-',
+        f'{row["accuracy"]:.3f}',
+      )
+    )
+  old = means([was[key] for key in keys if key in was])
+  for key, value in means(after).items():
+    first = f'{old[key]:.3f}' if key in old else '-'
+    group, _, split = key.partition(' ')
+    lines.append((group, 'MEAN', split, '', '', first, f'{value:.3f}'))
+  unused = {'templates'} if not any(split for _, _, split in keys) else set()
+  unused |= set() if before else {'before'}
+  lines = [
+    [cell for cell, name in zip(line, head, strict=True) if name not in unused]
+    for line in lines
+  ]
+  return columns(lines)

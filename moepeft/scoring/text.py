@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of one run as text, for a terminal."""
+
+from collections.abc import Sequence
+
+from moepeft.scoring import grid
+from moepeft.scoring.rows import MEASURES, Row
+
+_HEAD = ('task', 'median', '95 % interval', 'majority', 'prompts', 'examples')
+# (unit, factor, digits) of a measure; of the others, per cent.
+_UNITS = {'loss': ('nats a token', 1, 4), 'bleu': ('0 to 100', 1, 1)}
+_PERCENT = ('%', 100, 1)
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The scores of each measure, with their intervals, and what they are of.
+
+  Raises:
+    ValueError: a prompt occurs twice.
+  """
+  blocks = []
+  for name in MEASURES:
+    own = [row for row in rows if row.measure == name]
+    if own:
+      unit = _UNITS.get(name, _PERCENT)[0]
+      blocks.append(f'{name} ({unit})\n{columns(_lines(name, own))}')
+  return '\n\n'.join(blocks)
+
+
+def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
+  _, factor, digits = _UNITS.get(name, _PERCENT)
+
+  def shown(value: float | None) -> str:
+    return '-' if value is None else f'{factor * value:.{digits}f}'
+
+  lines = [_HEAD]
+  for task, score in grid.scores(rows, name).items():
+    own = rows
+    if task != grid.AVERAGE:
+      members = grid.ROUNDS if task == 'anli' else (task,)
+      own = [row for row in rows if row.task in members]
+    none = score.low is None
+    interval = '-' if none else f'{shown(score.low)} to {shown(score.high)}'
+    counts = str(len(own)), str(_examples(own))
+    majority = shown(score.majority)
+    lines.append((task, shown(score.value), interval, majority, *counts))
+  # Of accuracy alone.
+  keep = [
+    i
+    for i, key in enumerate(_HEAD)
+    if key != 'majority' or any(row.majority is not None for row in rows)
+  ]
+  return [[line[i] for i in keep] for line in lines]
+
+
+def _examples(rows: Sequence[Row]) -> int:
+  """Different ones, whatever their prompts."""
+  return len({(row.task, i) for row in rows for i in row.idx})
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+  """Lines of cells as text, each column as wide as its widest cell."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return '\n'.join(
+    '  '.join(
+      cell.ljust(w) for cell, w in zip(line, widths, strict=True)
+    ).rstrip()
+    for line in lines
+  )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which examples a run is judged by."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from ml_collections import ConfigDict
+
+from moepeft import tasks
+from moepeft.data import Sources, jsonl
+from moepeft.data.packing import Pair
+from moepeft.data.source import spread
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.tasks import Example
+
+SPLITS = ('seen', 'held_out')
+# Groups of rows that no run was trained on, and of the run's own data.
+EVALUATION, VALIDATION = 'evaluation', 'validation'
+# Batches of which the validation loss is taken.
+_BATCHES = 8
+
+
+def examples(config: ConfigDict, validation: Sequence[Example], train=None):
+  """What is ranked in training: {(group, task, templates): examples}.
+
+  Instances are held out in every entry; `templates` says whether the wording
+  was seen in training.
+
+  Args:
+    validation: held-out rows of the training source.
+    train: the training rows, which give closed templates their choices.
+  """
+  e = config.evaluation
+  if config.data.source == 'tasks':
+    found = _families(config)
+  else:
+    ranked = jsonl.closed(train or (), validation)
+    found = _by_task(VALIDATION, ranked, e.max_examples)
+  if e.path:
+    rows = jsonl.read(e.path, ranked=True)
+    found |= _by_task(EVALUATION, rows, e.max_examples)
+  return found
+
+
+def pairs_to_judge(
+  config: ConfigDict, found: Sources, words: Vocabulary
+) -> list[Pair]:
+  """Held-out examples, as ids, whose loss a run is judged by."""
+  data = config.data
+  return found.validation(
+    words,
+    data.inputs_length,
+    data.targets_length,
+    count=_BATCHES * config.evaluation.batch_size,
+  )
+
+
+def _families(config: ConfigDict):
+  e, found = config.evaluation, {}
+  for name in tasks.families(e.tasks):
+    group = tasks.FAMILIES[name].group
+    for label, which in zip(SPLITS, ('train', 'held_out'), strict=True):
+      found[group, name, label] = tasks.examples(
+        (name,),
+        e.max_examples,
+        seed=config.seed,
+        split='held_out',
+        templates=which,
+      )
+  return found
+
+
+def _by_task(group: str, rows: Iterable[Example], most: int):
+  tables = collections.defaultdict(list)
+  for row in rows:
+    tables[group, row.task, ''].append(row)
+  return {key: spread(rows, most) for key, rows in sorted(tables.items())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """The examples of one prompt of a task.
+
+  Attributes:
+    group: of tasks: one of the embedded ones', 'validation' or 'evaluation'.
+    task: a dataset or family.
+    name: of the prompt; '' where its rows have none, or it stands for all.
+    examples: each with an `idx` that its task's other prompts share.
+  """
+
+  group: str
+  task: str
+  name: str
+  examples: tuple[Example, ...]
+
+  @property
+  def templates(self) -> str:
+    """Which wordings: one of `SPLITS` in the embedded tasks, else ''."""
+    return self.name if self.group in tasks.GROUPS else ''
+
+
+def prompts(group: str, rows: Iterable[Example], most: int) -> list[Prompt]:
+  """Rows by task and prompt, the same examples in all prompts of a task.
+
+  Examples are spread evenly over those that a task has; a prompt that lacks
+  some of them has fewer. Rows without an `idx` are counted in their prompt.
+
+  Args:
+    most: examples of a prompt.
+  """
+  tables = collections.defaultdict(lambda: collections.defaultdict(list))
+  for row in rows:
+    own = tables[row.task][row.template]
+    numbered = row.idx >= 0
+    own.append(row if numbered else dataclasses.replace(row, idx=len(own)))
+  found = []
+  for task, by_name in sorted(tables.items()):
+    taken = set(
+      spread(sorted({e.idx for e in sum(by_name.values(), [])}), most)
+    )
+    for name, own in sorted(by_name.items()):
+      kept = tuple(e for e in own if e.idx in taken)
+      found += [Prompt(group, task, name, kept)] if kept else []
+  return found
+
+
+def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
+  """What of a run's own held-out rows, and of config.evaluation.path, has
+  choices.
+
+  Of the embedded tasks a prompt stands for the wordings that were seen in
+  training, or for those that were not.
+  """
+  e = config.evaluation
+  if config.data.source == 'tasks':
+    ranked = [
+      Prompt(*key, examples=tuple(rows))
+      for key, rows in _families(config).items()
+    ]
+  else:
+    rows = jsonl.closed(found.rows, found.held_out)
+    ranked = prompts(VALIDATION, rows, e.max_examples)
+  if e.path:
+    rows = jsonl.read(e.path, ranked=True)
+    ranked += prompts(EVALUATION, rows, e.max_examples)
+  return ranked
+
+
+def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
+  """Rows by task, whatever their prompts, at most so many of each."""
+  return [
+    Prompt(VALIDATION, task, '', tuple(own))
+    for (_, task, _), own in _by_task(VALIDATION, rows, most).items()
+  ]

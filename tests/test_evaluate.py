@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation command: rows of every prompt, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moepeft import evaluate, measures, scoring, sets, train
+from moepeft.data.vocabulary import Bytes
+from moepeft.interop import hf
+from moepeft.likelihood import Likelihood
+from moepeft.models import t5
+from moepeft.nn.start import fresh
+from moepeft.progress import Pass
+from moepeft.ranking import Ranker
+from moepeft.tasks import Example
+
+from .contracts import small
+from .scoring.cases import ABOUT
+from .test_ranking import RANDOM, Bigram, log_likelihood, variables
+from .test_train import CONFIG, ROOT, card
+
+
+def made(task, prompt, idx, inputs, choices=(), label=-1, targets=''):
+  targets = targets or choices[label]
+  return Example(task, prompt, idx, inputs, targets, tuple(choices), label)
+
+
+def done(_):
+  """No progress."""
+
+
+# Two prompts on the same three examples, and a task of one.
+ROWS = [
+  made('x', 'p', 3, 'a?', 'ab', 0),
+  made('x', 'p', 5, 'b?', 'ab', 0),
+  made('x', 'p', 9, 'b?', 'ab', 1),
+  made('x', 'q', 3, 'a?', 'abc', 0),
+  made('x', 'q', 5, 'b?', 'abc', 1),
+  made('x', 'q', 9, 'c?', 'abc', 0),
+  made('y', 'p', 3, 'b?', ('a', 'b'), 1),
+]
+
+
+def accuracies(rows, most=9):
+  found = sets.prompts('evaluation', rows, most)
+  ranker = Ranker(Bigram(), Bytes(), 64, 16, 4)
+  return measures.accuracy(ranker, variables(echo=2.0), found, ABOUT, done)
+
+
+def test_every_prompt_has_a_row_with_what_each_example_came_to():
+  # The echo chooses what the inputs begin with: it is the label in 1, 0, 1 of
+  # the first prompt, 1, 1, 0 of the second and in the last.
+  found = {(r.task, r.prompt): r for r in accuracies(ROWS)}
+  assert list(found) == [('x', 'p'), ('x', 'q'), ('y', 'p')]
+  first, second, last = found.values()
+  assert (first.idx, first.each) == ((3, 5, 9), (1, 0, 1))
+  assert (second.idx, second.each) == ((3, 5, 9), (1, 1, 0))
+  assert first.value == pytest.approx(2 / 3) and last.value == 1
+  # Labels 0, 0, 1, then 0, 1, 0.
+  assert first.majority == second.majority == pytest.approx(2 / 3)
+  assert (first.chance, second.chance) == pytest.approx((1 / 2, 1 / 3))
+  assert first.measure == 'accuracy' and first.run == ABOUT.run
+
+
+def test_examples_that_cannot_be_ranked_are_counted():
+  long = 'a' * 20
+  rows = [
+    *ROWS[:2],
+    # The same after 16 tokens: left out; a long input: cut.
+    made('x', 'p', 9, 'b?', (long, long + 'b'), 1),
+    made('x', 'p', 11, 'b' * 80, 'ab', 1),
+    made('z', 'p', 9, 'b?', (long, long + 'b'), 1),
+  ]
+  (row,) = accuracies(rows)
+  assert (row.idx, row.cut, row.left_out) == ((3, 5, 11), 1, 1)
+
+
+def test_prompts_of_a_task_have_the_same_examples():
+  rows = [
+    made('x', prompt, idx, f'{idx}', 'ab', 0)
+    for prompt in 'pqr'
+    for idx in range(0, 22, 2)
+    if (prompt, idx) != ('r', 0)
+  ]
+  found = sets.prompts('evaluation', rows, 3)
+  # 0, 11/3 and 22/3 of eleven, rounded down: the idx 0, 6 and 14.
+  assert [[e.idx for e in p.examples] for p in found] == [
+    [0, 6, 14],
+    [0, 6, 14],
+    # It lacks one, and gets no other for it.
+    [6, 14],
+  ]
+
+
+def test_rows_without_an_idx_are_counted_in_their_prompt():
+  rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppqqq']
+  found = sets.prompts('evaluation', rows, 9)
+  assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
+
+
+class Logits(Bigram):
+  """The same, with logits alone for an answer."""
+
+  def apply(self, variables, batch):
+    return super().apply(variables, batch)[0]
+
+
+def test_loss_is_a_mean_over_tokens():
+  texts = ('abcabc', 'a', 'cb')
+  rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
+  found = sets.prompts('evaluation', rows, 9)
+  likelihood = Likelihood(Logits(), Bytes(), 64, 16, 4)
+  (row,) = measures.loss(likelihood, variables(RANDOM), found, ABOUT, done)
+  np.testing.assert_allclose(
+    row.each, [-log_likelihood(t) for t in texts], rtol=1e-5
+  )
+  # With EOS.
+  assert row.weights == (7, 2, 3)
+  assert row.value == pytest.approx(sum(row.each) / 12)
+  assert (row.measure, row.majority, row.chance) == ('loss', None, None)
+
+
+class Parrot:
+  """Answers with the inputs."""
+
+  def answers(self, variables, examples, progress):
+    return [e.inputs for e in examples]
+
+  def cut(self, examples):
+    return np.array([e.idx == 1 for e in examples])
+
+
+def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
+  pytest.importorskip('rouge_score')
+  pytest.importorskip('sacrebleu')
+  text = 'the cat sat on the mat'
+  rows = [
+    made('x', 'p', 0, text, targets=text),
+    made('x', 'p', 1, 'a dog', targets='no'),
+    made('x', 'q', 0, text, targets=text),
+  ]
+  found = measures.texts(
+    Parrot(),
+    {},
+    sets.prompts('evaluation', rows, 9),
+    ('exact_match', 'rouge_l', 'bleu'),
+    ABOUT,
+    done,
+  )
+  by_key = {(r.prompt, r.measure): r for r in found}
+  assert by_key['p', 'exact_match'].each == (1, 0)
+  assert by_key['p', 'exact_match'].cut == 1
+  assert by_key['p', 'rouge_l'].each == (1, 0)
+  bleu = by_key['q', 'bleu']
+  assert (bleu.value, bleu.each, bleu.low) == (pytest.approx(100), None, None)
+
+
+def test_the_table_has_medians_intervals_and_what_they_are_of():
+  lines = evaluate.text.table(accuracies(ROWS)).splitlines()
+  assert lines[0] == 'accuracy (%)'
+  cells = [line.split() for line in lines]
+  assert (
+    cells[1] == 'task median 95 % interval majority prompts examples'.split()
+  )
+  # Both prompts have 2/3, of the same three examples; one has no interval.
+  x, y, average = cells[2:]
+  assert (x[0], x[1], x[-3:]) == ('x', '66.7', ['66.7', '2', '3'])
+  assert y == ['y', '100.0', '-', '100.0', '1', '1']
+  assert (average[:2], average[-2:]) == (['average', '83.3'], ['3', '4'])
+
+
+def test_a_pass_tells_its_speed_and_the_time_left(capsys):
+  times = iter([0.0, 2.0, 3.0, 30.0])
+  told = Pass(20, 'ranked', clock=lambda: next(times))
+  for count in (4, 4, 12):
+    told(count)
+  told.close()
+  # The second comes too soon after the first for a line of its own.
+  assert capsys.readouterr().err.splitlines() == [
+    'ranked 4/20  2.0 examples/s  ETA 0:08',
+    'ranked 20/20  0.67 examples/s  ETA 0:00',
+  ]
+
+
+def dump(path, rows):
+  path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory):
+  """The work directory of a step on rows of two datasets."""
+  folder = tmp_path_factory.mktemp('evaluate')
+  rows = [
+    {
+      'dataset': name,
+      'template': template,
+      'idx': i,
+      'inputs': f'{i}?',
+      'targets': 'ab'[i % 2],
+    }
+    for name in ('one', 'two')
+    for template in ('t', 'u')
+    for i in range(10)
+  ]
+  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
+  hf.save(str(folder / 'tiny'), CONFIG, params)
+  config = card(
+    str(folder / 'tiny'),
+    steps=1,
+    **{
+      'method': 'lora(rank=2)',
+      'data.source': 'jsonl',
+      'data.path': dump(folder / 'train.jsonl', rows),
+      'data.held_out': 0.4,
+    },
+  )
+  train.train(config, str(folder / 'run'))
+  return str(folder / 'run')
+
+
+CHOICES = {'template': 't', 'inputs': 'q?', 'choices': ['a', 'b'], 'label': 1}
+OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
+
+
+def test_a_run_is_measured_on_what_it_holds_out(begun):
+  summary, rows = evaluate.evaluate(begun, most=3)
+  found = {(r.task, r.prompt, r.measure): r for r in rows}
+  assert set(found) == {
+    *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
+    ('one', '', 'loss'),
+    ('two', '', 'loss'),
+  }
+  row = found['one', 'u', 'accuracy']
+  # Three of the last four idx, 6 to 9: places 0, 4/3 and 8/3.
+  assert row.idx == (6, 7, 8)
+  assert (row.data, row.step, row.seed) == ('held_out', 1, 0)
+  assert (row.method, row.semantics) == ('lora(rank=2)', 'official')
+  assert (row.run, row.base) == (begun, 'tiny')
+  assert 0 < row.parameters < row.base_parameters
+  # A letter and EOS each.
+  assert found['one', '', 'loss'].weights == (2, 2, 2)
+  # Of one task: both prompts' three examples.
+  assert [(r['group'], r['task'], r['examples']) for r in summary['rows']] == [
+    ('validation', 'one', 6),
+    ('validation', 'two', 6),
+  ]
+  both = [found['one', p, 'accuracy'].value for p in 'tu']
+  assert summary['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
+  assert set(summary['scores']) == {'accuracy', 'loss'}
+  assert np.isfinite(summary['validation_loss'])
+
+
+def test_rows_are_ranked_where_they_have_choices_and_else_scored(
+  begun, tmp_path
+):
+  path = dump(tmp_path / 'mine.jsonl', [CHOICES, OPEN | {'task': 'open'}])
+  summary, rows = evaluate.evaluate(begun, data=path)
+  assert [(r.task, r.measure, r.data) for r in rows] == [
+    ('mine', 'accuracy', 'mine'),
+    ('open', 'loss', 'mine'),
+  ]
+  assert 'validation_loss' not in summary
+  # The targets of a row with choices are its right one: a letter and EOS.
+  _, rows = evaluate.evaluate(begun, data=path, names=['loss'])
+  assert [(r.task, r.weights) for r in rows] == [('mine', (2,)), ('open', (4,))]
+
+
+def test_the_base_alone_has_rows_too(begun, tmp_path):
+  path = dump(tmp_path / 'mine.jsonl', [OPEN])
+  _, (base,) = evaluate.evaluate(begun, 'base', path)
+  assert (base.method, base.step, base.parameters) == ('none', 0, 0)
+  _, (run,) = evaluate.evaluate(begun, '', path)
+  assert run.base_parameters == base.base_parameters
+  # One step at a rate of 1e-3 moves it a little.
+  assert run.value != base.value
+  assert run.value == pytest.approx(base.value, rel=0.05)
+
+
+def command(*args):
+  """The command in a process of its own."""
+  return subprocess.run(
+    [sys.executable, '-m', 'moepeft.evaluate', *args],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
+  data = dump(tmp_path / 'mine.jsonl', [CHOICES, CHOICES | {'label': 0}])
+  done = command(f'--workdir={begun}', f'--data={data}')
+  assert done.returncode == 0, done.stderr
+  (row,) = scoring.read(os.path.join(begun, 'evaluation_mine.jsonl'))
+  # The same inputs twice, of other labels: one of them is right.
+  assert (row.value, row.examples, row.idx) == (0.5, 2, (0, 1))
+  with open(os.path.join(begun, 'evaluation_mine.json')) as f:
+    found = json.load(f)
+  assert found['scores']['accuracy']['mine']['value'] == 0.5
+  assert found['rows'][0]['group'] == 'evaluation'
+  assert 'accuracy (%)' in done.stdout and 'ranked 2/2' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    ({'data': '/no/rows'}, "'/no/rows' does not exist; name a .jsonl"),
+    ({'data': '{empty}'}, 'holds no .jsonl or .jsonl.gz file'),
+    ({'data': '{open}', 'names': ['accuracy']}, "has 'choices' and 'label'"),
+    ({'data': '{open}', 'names': ['f1']}, "accuracy, loss, .*; got 'f1'"),
+    ({'workdir': '{empty}'}, 'is no work directory: it has no config.json'),
+    ({'checkpoint': '7'}, "holds no checkpoint '7'; it has those of the steps"),
+    ({'most': 0}, 'config.evaluation.max_examples is at least 1'),
+  ],
+)
+def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
+  (tmp_path / 'empty').mkdir()
+  paths = {
+    '{empty}': str(tmp_path / 'empty'),
+    '{open}': dump(tmp_path / 'open.jsonl', [OPEN]),
+  }
+  args = {'workdir': begun} | args
+  args = {
+    k: paths.get(v, v) if isinstance(v, str) else v for k, v in args.items()
+  }
+  with pytest.raises(ValueError, match=said) as e:
+    evaluate.evaluate(**args)
+  assert '\n' not in str(e.value)
+
+
+def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
+  done = command(f'--workdir={begun}', '--measures=f1')
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: --measures is of the rows of --data')
