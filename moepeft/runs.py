@@ -137,6 +137,8 @@ def load(workdir: str, which: str = '') -> Run:
   config = config_lib.default()
   with config.unlocked():
     config.update(_read(workdir))
+  # A pass over many shapes is mostly compiling, which unrolled layers lengthen.
+  config.model.unroll = 1
   base = base_lib.load(config.model)
   if which == 'base':
     model, variables = _alone(base, config)
