@@ -36,7 +36,9 @@ def score_choices(
 ) -> Array:
   """Log-likelihoods [b, c] of c choices for each input.
 
-  The encoder runs once for an input and is shared by its choices.
+  The encoder runs once for an input, and so do the keys and values that
+  cross-attention makes of it: its choices are one row of the decoder, packed,
+  each a segment that sees itself alone.
 
   Args:
     batch: inputs [b, s] and inputs_mask.
@@ -46,11 +48,12 @@ def score_choices(
   bound = model.bind(variables)
   source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
   encoded = bound.encode(batch['inputs'], source_ctx)
-  repeat = functools.partial(jnp.repeat, repeats=c, axis=0)
+  row = functools.partial(jnp.reshape, shape=(b, c * t))
+  numbers = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  ctx = source_ctx.replace(token_mask=row(mask), segment_ids=row(numbers))
+  logits = bound.decode(row(shift_right(targets)), ctx, encoded, source_ctx)
+  logits = logits.reshape(b * c, t, -1)
   flat, real = targets.reshape(b * c, t), mask.reshape(b * c, t)
-  ctx = source_ctx.replace(token_mask=real)
-  source_ctx = jax.tree.map(repeat, source_ctx)
-  logits = bound.decode(shift_right(flat), ctx, repeat(encoded), source_ctx)
   return sequence_log_likelihood(logits, flat, real).reshape(b, c)
 
 

@@ -310,8 +310,11 @@ class T5(nn.Module):
   ) -> Array:
     """ids [b, t] -> logits [b, t, v]; one token a call where ctx.decode."""
     real, source = ctx.token_mask, source_ctx.token_mask
-    segments = ctx.segment_ids
-    see = visible(real, source, segments, source_ctx.segment_ids)
+    segments, of_source = ctx.segment_ids, source_ctx.segment_ids
+    # Segments of one whole input see all of it.
+    see = visible(
+      real, source, None if of_source is None else segments, of_source
+    )
     if ctx.decode:
       past = jnp.arange(ctx.cache_length) <= ctx.index
       mask = past[None, None, None, :]
