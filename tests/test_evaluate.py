@@ -3,13 +3,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from moepeft import evaluate, measures, scoring, sets, train
+from moepeft import compared, evaluate, measures, scoring, sets, train
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
@@ -17,6 +18,7 @@ from moepeft.models import t5
 from moepeft.nn.start import fresh
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
+from moepeft.scoring import forms
 from moepeft.tasks import Example
 
 from .contracts import small
@@ -280,6 +282,22 @@ def test_the_base_alone_has_rows_too(begun, tmp_path):
   # One step at a rate of 1e-3 moves it a little.
   assert run.value != base.value
   assert run.value == pytest.approx(base.value, rel=0.05)
+
+
+def test_tables_set_a_run_beside_its_base(begun, tmp_path):
+  data = dump(tmp_path / 'mine.jsonl', [CHOICES, CHOICES | {'label': 0}])
+  shutil.copy(os.path.join(begun, 'config.json'), tmp_path)
+  # By the names that the command gives them.
+  for checkpoint, name in (('', 'evaluation_mine'), ('base', 'base_mine')):
+    _, rows = evaluate.evaluate(begun, checkpoint, data)
+    scoring.write(str(tmp_path / f'{name}.jsonl'), rows)
+  shown = forms.markdown(compared.table([str(tmp_path)])).splitlines()
+  # Of two equal inputs of other labels one is right, whatever the weights.
+  for label in ('the base', 'lora(rank=2)'):
+    (line,) = [
+      line for line in shown if line.startswith('| ') and label in line
+    ]
+    assert ' 50.0' in line
 
 
 def command(*args):

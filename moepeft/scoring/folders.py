@@ -13,6 +13,8 @@ from moepeft.scoring.rows import HELD_OUT, Row
 
 # The method's name in rows of the base without adapter.
 BASE = 'none'
+# What moepeft.evaluate writes, of a run and of its base alone.
+_NAMES = ('evaluation*.jsonl', 'base*.jsonl')
 _COMMAND = 'python -m moepeft.evaluate --workdir='
 # Keys of a config that decide which examples after.json is of.
 _JUDGED = (
@@ -152,8 +154,12 @@ def _json(folder: str, name: str) -> dict[str, Any]:
 def _grouped(folder: str) -> dict[tuple, list[Row]]:
   """All rows of a folder by (method, semantics, step)."""
   groups, origin = {}, {}
-  pattern = os.path.join(glob.escape(folder), 'evaluation*.jsonl')
-  for path in sorted(glob.glob(pattern)):
+  paths = [
+    path
+    for name in _NAMES
+    for path in glob.glob(os.path.join(glob.escape(folder), name))
+  ]
+  for path in sorted(paths):
     for row in rows_lib.read(path):
       key = (row.method, row.semantics, row.step)
       what = (*key, row.data, row.task, row.prompt, row.measure)
