@@ -40,6 +40,7 @@ _FOLDERS = (
   'gin',
   'moepeft',
   'notebooks',
+  'scripts',
   'tests',
   'third_party',
 )
@@ -85,7 +86,12 @@ def test_source_distribution_holds_every_file_of_python(built):
   (file,) = built.glob('*.tar.gz')
   with tarfile.open(file) as archive:
     held = {name.partition('/')[2] for name in archive.getnames()}
-  ours = {_name(p) for f in _FOLDERS for p in (_ROOT / f).rglob('*.py')}
+  ours = {
+    _name(path)
+    for folder in _FOLDERS
+    for path in (_ROOT / folder).rglob('*')
+    if path.suffix in ('.py', '.sh', '.jsonl')
+  }
   assert any(name.startswith('benchmarks/') for name in ours)
   assert ours - held == set()
 
