@@ -74,7 +74,7 @@ def compare(path, encode, words, rows, lengths, batch_size):
   assert not any(ids.cut or ids.alike for ids in prepared)
   variables = {'params': loaded.params}
   ours = ranker.scores(variables, prepared)
-  predicted = ranker.predict(variables, prepared)
+  predicted = [np.argmax(own) for own in ours]
   most = 0.0
   for row, found, best in zip(rows, ours, predicted, strict=True):
     source = encode(row.inputs)
@@ -124,7 +124,7 @@ def test_every_prompt_of_the_eight_sets_ranks_as_in_torch():
   def encode(text):
     return [*tokenizer(text, add_special_tokens=False)['input_ids'], 1]
 
-  prompts = sets.prompts('evaluation', jsonl.read(str(DATA), ranked=True), 3)
+  prompts = sets.prompts('evaluation', jsonl.read(str(DATA), ranked=True), 2)
   assert len(prompts) == 110
   rows = [example for prompt in prompts for example in prompt.examples]
   words = vocabulary('', str(BASE))
