@@ -79,8 +79,9 @@ class Naive(MoLora):
     a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
     b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
     p = route(self, self.router, flatten_features(x), ctx).weights
-    _, inner, outer, output = contraction(f.eqn)
-    z = jnp.einsum(f'bt{inner},{inner}er->bter', x, a)
+    _, _, outer, output = contraction(f.eqn)
+    # As in `MoLora`: what is compared is how the experts' outputs are mixed.
+    z = lora.down(x, a)
     each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
     mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
     return f(x) + mixed * (self.alpha / self.rank)
