@@ -33,9 +33,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from moepeft import command
 from moepeft.models import t5
+from moepeft.nn.stack import REMAT
+from moepeft.peft import build
 
 _HERE = pathlib.Path(__file__).parent
 # The rank of peft's LoRA, as our row's.
@@ -236,6 +239,27 @@ def keep(path: str, kind: str, rows: Sequence[Row]) -> None:
     json.dump(found, f, indent=2)
 
 
+def check(options: Options, path: str | None) -> None:
+  """Meets what is wrong before the first row, which takes minutes.
+
+  Raises:
+    ValueError: a size, method or remat does not exist, or there is none of
+      them, or `path` cannot be written.
+  """
+  for name in ('sizes', 'methods', 'remat'):
+    if not any(getattr(options, name)):
+      raise ValueError(f'--{name} is empty; name one, or leave it out')
+  for remat in options.remat:
+    if remat not in REMAT:
+      raise ValueError(f'--remat takes {", ".join(REMAT)}; got {remat!r}')
+  for size in options.sizes:
+    sites = t5.sites(t5.config(size))
+    for method in options.methods:
+      build(method, sites)
+  if path:
+    command.check_can_write(path)
+
+
 def show(options: Options, tflops: float | None, path: str | None) -> list[Row]:
   """Measures and prints; returns the rows.
 
@@ -243,10 +267,10 @@ def show(options: Options, tflops: float | None, path: str | None) -> list[Row]:
     path: where the rows are kept as they come.
 
   Raises:
-    ValueError: a size or the device's peak is not known, or there is none.
+    ValueError: as `check`; or the device's peak is not known, or there is
+      no device.
   """
-  for size in options.sizes:
-    t5.config(size)
+  check(options, path)
   device = run({'side': 'device'})
   if 'failed' in device:
     raise ValueError(f'no device was found ({device["failed"]})')
@@ -295,4 +319,4 @@ if __name__ == '__main__':
     'peak_tflops', None, "The device's peak, where this file lacks it."
   )
   _JSON = flags.DEFINE_string('json', None, 'Where to keep the rows.')
-  app.run(main)
+  command.run(main)

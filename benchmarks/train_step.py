@@ -16,16 +16,17 @@ with the same shapes, where both are installed.
 """
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from moepeft import command
 from moepeft.models import t5
@@ -37,11 +38,6 @@ from moepeft.objectives import seq2seq
 from moepeft.objectives.loss import mean
 from moepeft.peft import build, lora
 from moepeft.peft.molora import MoLora
-
-_JSON = flags.DEFINE_string('json', None, 'Where to write the ratios.')
-_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of every side.')
-_UNROLL = flags.DEFINE_integer('unroll', 6, 'Layers in one step of the scan.')
-_ONLY = flags.DEFINE_list('only', [], 'Sides to time; by default all.')
 
 SHAPE = t5.T5Config(
   d_model=512,
@@ -79,8 +75,9 @@ class Naive(MoLora):
     a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
     b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
     p = route(self, self.router, flatten_features(x), ctx).weights
-    _, inner, outer, output = contraction(f.eqn)
-    z = jnp.einsum(f'bt{inner},{inner}er->bter', x, a)
+    _, _, outer, output = contraction(f.eqn)
+    # As in `MoLora`: what is compared is how the experts' outputs are mixed.
+    z = lora.down(x, a)
     each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
     mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
     return f(x) + mixed * (self.alpha / self.rank)
@@ -108,11 +105,11 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def make_jax(method: str, remat: str, naive: bool) -> Side:
+def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
   advice = build(method, t5.sites(SHAPE)).advice
   if naive:
     advice = Advice(tuple((path, _naive(m)) for path, m in advice.entries))
-  model = t5.T5(SHAPE, advice, remat=remat, unroll=_UNROLL.value)
+  model = t5.T5(SHAPE, advice, remat=remat, unroll=unroll)
   batch = example()
   variables = fresh(model, batch, 0)
 
@@ -204,10 +201,9 @@ def ratios(sides, times) -> dict[str, float | None]:
     each = [a / b for a, b in pairs]
     found[name] = round(statistics.median(each), 3) if each else None
   for name, (above, below) in MEMORIES.items():
-    both = above in sides and below in sides
-    found[name] = (
-      round(sides[above].memory / sides[below].memory, 3) if both else None
-    )
+    pair = [sides[side].memory for side in (above, below) if side in sides]
+    known = len(pair) == 2 and all(pair)
+    found[name] = round(pair[0] / pair[1], 3) if known else None
   return found
 
 
@@ -227,29 +223,61 @@ def table(sides, times) -> str:
   return '\n'.join(lines)
 
 
-def main(argv):
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  command.keep_programs()
-  command.keep_pages()
-  wanted = _ONLY.value or [*SIDES, 'peft']
-  unknown = sorted(set(wanted) - {*SIDES, 'peft'})
-  if unknown:
-    raise app.UsageError(f'--only takes {", ".join(SIDES)}, peft')
+def chosen(only: Sequence[str]) -> list[str]:
+  """The sides to time: `only`, or all that can be.
+
+  Raises:
+    ValueError: a side does not exist, or is peft's and cannot be made.
+  """
+  for name in only:
+    if name not in SIDES and name != 'peft':
+      raise ValueError(f'--only takes {", ".join(SIDES)}, peft; got {name!r}')
+  needed = ('torch', 'peft', 'transformers')
+  missing = [n for n in needed if importlib.util.find_spec(n) is None]
+  if not missing:
+    return list(only) or [*SIDES, 'peft']
+  why = f"the side 'peft' needs {', '.join(missing)}, not installed here"
+  if 'peft' in only:
+    raise ValueError(f'{why}; install it or leave the side out of --only')
+  if not only:
+    print(f'{why}; it is left out', flush=True)
+  return list(only) or list(SIDES)
+
+
+def make(names: Sequence[str], unroll: int) -> dict[str, Side]:
   sides = {
-    name: make_jax(method, remat, name.startswith('naive'))
+    name: make_jax(method, remat, name.startswith('naive'), unroll)
     for name, (method, remat) in SIDES.items()
-    if name in wanted
+    if name in names
   }
-  if 'peft' in wanted and (side := make_peft()):
+  if 'peft' in names:
+    if (side := make_peft()) is None:
+      raise ValueError('torch, transformers or peft cannot be imported')
     sides['peft'] = side
+  return sides
+
+
+def main(argv) -> None:
+  del argv
+  if _JSON.value:
+    command.check_can_write(_JSON.value)
+  sides = make(chosen(_ONLY.value), _UNROLL.value)
   times = take_turns(sides, _ROUNDS.value)
   found = ratios(sides, times)
-  print(table(sides, times), json.dumps(found, indent=2), sep='\n')
+  # First, so that a write that fails loses nothing.
+  print(table(sides, times), json.dumps(found, indent=2), sep='\n', flush=True)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
       json.dump(found, f, indent=2)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  _JSON = flags.DEFINE_string('json', None, 'Where to write the ratios.')
+  _ROUNDS = flags.DEFINE_integer(
+    'rounds', 7, 'Turns of every side.', lower_bound=1
+  )
+  _UNROLL = flags.DEFINE_integer(
+    'unroll', 6, 'Layers in one step of the scan.', lower_bound=1
+  )
+  _ONLY = flags.DEFINE_list('only', [], 'Sides to time; by default all.')
+  command.run(main)

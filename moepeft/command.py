@@ -206,6 +206,21 @@ def _check_exists(arg: str) -> None:
     _stop(f'the config {file!r} does not exist, here or in the package')
 
 
+def check_can_write(path: str) -> None:
+  """To be asked before what costs minutes and ends in a file at `path`.
+
+  Raises:
+    ValueError: there is no folder for it, or the file cannot be written.
+  """
+  folder = os.path.dirname(os.path.abspath(path))
+  if not os.path.isdir(folder):
+    raise ValueError(f'{path!r} cannot be written: make the folder {folder!r}')
+  if os.path.isdir(path):
+    raise ValueError(f'{path!r} cannot be written: it is a folder; name a file')
+  if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    raise ValueError(f'{path!r} cannot be written: permission is denied')
+
+
 def _stop(message: str) -> None:
   print(f'error: {message}', file=sys.stderr)
   sys.exit(2)

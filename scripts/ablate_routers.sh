@@ -31,11 +31,21 @@ case "${1-}" in
     exit
     ;;
 esac
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
 out=workdirs/ablation
 if [[ $# -gt 0 && $1 != -* ]]; then
   out=$1
   shift
+  [[ -n $out ]] || refuse "OUT is empty; name a folder, or leave it out"
 fi
+for word; do
+  [[ $word == -* ]] ||
+    refuse "unexpected argument '$word'; OUT comes first and options are" \
+      "--config.key=value"
+done
 python=${PYTHON:-python}
 card=configs/ablate/routers.py
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -46,10 +56,15 @@ cells=${CELLS:-$(cut -f 1 <<< "$listed")}
 # Before anything is trained: a wrong name would be met after minutes.
 for cell in $cells; do
   if ! cut -f 1 <<< "$listed" | grep -qxF -- "$cell"; then
-    echo "error: there is no cell '$cell' in $card;" \
-      "there are" $(cut -f 1 <<< "$listed") >&2
-    exit 2
+    refuse "there is no cell '$cell' in $card;" \
+      "there are" $(cut -f 1 <<< "$listed")
   fi
+done
+# A run that is given twice would be two rows of the table.
+for words in "SEEDS ${SEEDS:-0}" "CELLS $cells"; do
+  again=$(tr -s '[:space:]' '\n' <<< "$words" | sort | uniq -d)
+  [[ -z $again ]] ||
+    refuse "${words%% *} has" $again "more than once; name each once"
 done
 
 runs=()

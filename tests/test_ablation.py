@@ -189,6 +189,27 @@ def test_the_script_stops_at_a_run_that_fails_and_names_it(tmp_path, told):
     assert [line.split()[1] for line in lines()] == ['moepeft.train']
 
 
+@pytest.mark.parametrize(
+  'words, env, why',
+  [
+    # As "$OUT" is where it is not set.
+    ([''], {}, 'OUT is empty'),
+    (['out', 'softmax'], {}, "unexpected argument 'softmax'"),
+    (['out', '--config.steps=2', 'x'], {}, "unexpected argument 'x'"),
+    (['out', ''], {}, "unexpected argument ''"),
+    (['--config.steps', '2'], {}, "unexpected argument '2'"),
+    (['out'], {'SEEDS': '0 5 0'}, 'SEEDS has 0 more than once'),
+    (['out'], {'CELLS': 'top1 top1'}, 'CELLS has top1 more than once'),
+  ],
+)
+def test_the_script_refuses_what_it_would_train_in_vain(told, words, env, why):
+  python, lines = told
+  done = run(*words, PYTHON=python, **{'CELLS': 'dense', **env})
+  assert done.returncode == 2
+  assert f'error: {why}' in done.stdout
+  assert not lines()
+
+
 SMALL = (
   '--config.steps=2',
   '--config.log.every_steps=1',

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -221,6 +222,68 @@ def test_goals_are_of_the_best_rows_and_the_worst_size():
   assert TABLE.goals([row('large', 'moepeft', 300)]) == none
 
 
+WRONG = {
+  'sizes': (['tiny', 'foo'], "T5 comes as .*; got 'foo'"),
+  'remat': (['none', 'foo'], "--remat takes none, dots, full; got 'foo'"),
+  'methods': (['ia3', 'foo'], 'foo'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_name_is_refused_before_any_process_starts(name, monkeypatch):
+  # Not even the device is asked for.
+  monkeypatch.setattr(TABLE, 'run', lambda row: pytest.fail(f'ran {row}'))
+  values, why = WRONG[name]
+  options = TABLE.Options(**{'sizes': ['tiny'], name: values})
+  with pytest.raises(ValueError, match=why):
+    TABLE.show(options, None, None)
+  empty = TABLE.Options(**{'sizes': ['tiny'], name: []})
+  with pytest.raises(ValueError, match=f'--{name} is empty'):
+    TABLE.show(empty, None, None)
+
+
+def test_a_missing_folder_is_met_before_any_process_starts(
+  monkeypatch, tmp_path
+):
+  monkeypatch.setattr(TABLE, 'run', lambda row: pytest.fail(f'ran {row}'))
+  with pytest.raises(ValueError, match='make the folder'):
+    TABLE.show(TABLE.Options(), None, str(tmp_path / 'no' / 'rows.json'))
+
+
+def test_no_row_is_run_on_a_device_whose_peak_is_not_known(monkeypatch):
+  asked = []
+
+  def run(row):
+    asked.append(row['side'])
+    return {'kind': 'NVIDIA X1', 'platform': 'gpu'}
+
+  monkeypatch.setattr(TABLE, 'run', run)
+  with pytest.raises(ValueError, match='--peak_tflops'):
+    TABLE.show(TABLE.Options(), None, None)
+  assert asked == ['device']
+
+
+@pytest.mark.parametrize(
+  'flag, why',
+  [
+    ('--sizes=foo', "got 'foo'"),
+    ('--batch=0', 'batch'),
+    ('tiny', "unexpected argument 'tiny'"),
+  ],
+)
+def test_the_command_answers_a_wrong_flag_in_a_sentence(flag, why):
+  done = subprocess.run(
+    [sys.executable, str(BENCHMARKS / 'device_table.py'), flag],
+    env={**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ') and why in line
+  assert not done.stdout
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_row_of_each_side_and_keeps_them(tmp_path):
   file = tmp_path / 'rows.json'
@@ -230,7 +293,8 @@ def test_the_command_prints_a_row_of_each_side_and_keeps_them(tmp_path):
       str(BENCHMARKS / 'device_table.py'),
       '--sizes=tiny',
       '--methods=lora(rank=4)',
-      '--methods=no_such_method',
+      # Builds, and is met by the router when it is called.
+      '--methods=mov(experts=2, router=topk(k=3))',
       '--remat=full',
       '--batch=2',
       '--inputs=16',

@@ -10,6 +10,21 @@ What to know when reading them: a renormalised top-1 weight is always one, so
 only the load balance ever moves that router. `uniform` and the random routers
 have the experts of the others but no router, so they train less; `dense` has no
 experts and as many parameters as the mixtures.
+
+Nor is one size of the adapter's term: alpha is 16 and the learning rate 1.5e-3
+everywhere, so alpha / r times a token's weight for an expert differs. Of each
+expert that a token uses, and of all that it uses together:
+
+  softmax, uniform      0.4 (16 / 4 * 1 / 10; softmax at first)   4
+  top1_renorm, random1  4                                         4
+  top2_renorm, random2  2 (on average)                            4
+  top1, top2            4 p, of the kept probability p: 0.4 at first, up to 4
+                        in all as the router grows sure
+  experts2              0.36 (16 / 22 * 1 / 2)                    0.73
+  experts30             0.53 (16 / 1 * 1 / 30)                    16
+  dense                 0.36 (16 / 45)                            0.36
+
+A cell that does worse may have the lesser scale rather than the worse router.
 """
 
 import dataclasses
