@@ -88,6 +88,10 @@ class Part:
   members: tuple[int, ...]
 
 
+class NotFinite(ValueError):
+  """Scores of which none is the greatest: the weights are not finite."""
+
+
 class Ranker:
   """Ranks examples with one compiled program a shape.
 
@@ -151,8 +155,20 @@ class Ranker:
     rows: Sequence[Ranked],
     progress: Callable[[int], None] = lambda done: None,
   ) -> np.ndarray:
-    """The place of the likeliest choice of each example: int [rows]."""
+    """The place of the likeliest choice of each example: int [rows].
+
+    Raises:
+      NotFinite: a score is no finite number, and would pass for the first.
+    """
     scores = self.scores(variables, rows, progress)
+    wrong = sum(not np.all(np.isfinite(own)) for own in scores)
+    if wrong:
+      raise NotFinite(
+        f'{wrong} of {len(rows)} ranked examples have scores that are not '
+        'finite: the run has diverged or its weights are not finite; take an '
+        'earlier checkpoint (--checkpoint=STEP), or train again with a lower '
+        'learning rate'
+      )
     return np.array([np.argmax(own) for own in scores], np.int64)
 
   def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
