@@ -148,8 +148,15 @@ def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
 
 
 def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
-  """Rows by task, whatever their prompts, at most so many of each."""
+  """Rows by task, whatever their prompts, at most so many of each.
+
+  Rows without an `idx` are counted in their task.
+  """
   return [
-    Prompt(VALIDATION, task, '', tuple(own))
+    Prompt(VALIDATION, task, '', tuple(map(_numbered, own, range(len(own)))))
     for (_, task, _), own in _by_task(VALIDATION, rows, most).items()
   ]
+
+
+def _numbered(row: Example, place: int) -> Example:
+  return row if row.idx >= 0 else dataclasses.replace(row, idx=place)

@@ -105,6 +105,13 @@ def test_rows_without_an_idx_are_counted_in_their_prompt():
   assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
 
 
+def test_rows_without_an_idx_are_counted_in_their_task():
+  # All -1 they would be one example, which has no interval.
+  rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppq']
+  (found,) = sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
+  assert [e.idx for e in found.examples] == [0, 1, 2, 7]
+
+
 class Logits(Bigram):
   """The same, with logits alone for an answer."""
 
