@@ -30,6 +30,8 @@ from moepeft.sets import Prompt
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
+# Names of data that rows of a run's own have in tables.
+_RESERVED = (HELD_OUT, 'after')
 
 
 def work_of(path: str, names: Sequence[str], most: int) -> Work:
@@ -223,8 +225,55 @@ def about(run: Run, workdir: str, data: str) -> About:
 
 
 def name_of(data: str) -> str:
-  """'somewhere/cb.jsonl.gz' -> 'cb'."""
-  return os.path.basename(data.rstrip('/')).partition('.')[0]
+  """'somewhere/cb.v2.jsonl.gz' -> 'cb.v2', '.' -> the directory's name.
+
+  Raises:
+    ValueError: the name is that of a run's own rows, or there is none.
+  """
+  name = os.path.basename(os.path.abspath(os.path.expanduser(data)))
+  for end in ('.gz', '.jsonl'):
+    name = name.removesuffix(end)
+  if name in ('', *_RESERVED):
+    raise ValueError(
+      f'rows are told apart by the name of their file or directory, and '
+      f"{name!r} is none or stands for a run's own rows; rename {data!r}"
+    )
+  return name
+
+
+def output_of(output: str, folder: str, name: str) -> str:
+  """Where the summary goes: `output`, by default a file `name` in `folder`.
+
+  Raises:
+    ValueError: it does not end in .json, or is in no directory.
+  """
+  path = os.path.expanduser(output or os.path.join(folder, name))
+  if not path.endswith('.json'):
+    raise ValueError(
+      f'--output is a file that ends in .json, with the rows beside it as '
+      f'.jsonl; got {output!r}'
+    )
+  if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    raise ValueError(
+      f'the directory of {path!r} does not exist; make it, or name another '
+      'with --output'
+    )
+  return path
+
+
+def write_summary(path: str, found: dict[str, Any]) -> None:
+  """Writes it all or not at all."""
+  part = f'{path}.{os.getpid()}.part'
+  try:
+    with open(part, 'w') as f:
+      json.dump(found, f, indent=2)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(part, path)
+  except BaseException:
+    if os.path.exists(part):
+      os.unlink(part)
+    raise
 
 
 def main(argv) -> None:
@@ -237,6 +286,11 @@ def main(argv) -> None:
       '--measures is of the rows of --data; of its own held-out rows a run '
       'has accuracy and loss'
     )
+  # The base's rows must not take the place of the run's.
+  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
+  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
+  # Before minutes of evaluation.
+  output = output_of(_OUTPUT.value or '', _WORKDIR.value, name)
   found, rows = evaluate(
     _WORKDIR.value,
     _CHECKPOINT.value,
@@ -245,13 +299,7 @@ def main(argv) -> None:
     _MAX_EXAMPLES.value,
   )
   tell(found, rows)
-  # The base's rows must not take the place of the run's.
-  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
-  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
-  output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
-  output = os.path.expanduser(output)
-  with open(output, 'w') as f:
-    json.dump(found, f, indent=2)
+  write_summary(output, found)
   print(f'wrote {output}')
   if rows:
     path = os.path.splitext(output)[0] + '.jsonl'

@@ -359,6 +359,33 @@ def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
   assert '\n' not in str(e.value)
 
 
+def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
+  paths = ('a/cb.v2.jsonl.gz', 'cb.jsonl', 'a/p3.1/', 'x.gz', 'a/../b')
+  found = [evaluate.name_of(path) for path in paths]
+  assert found == ['cb.v2', 'cb', 'p3.1', 'x', 'b']
+  monkeypatch.chdir(tmp_path)
+  assert evaluate.name_of('.') == tmp_path.name
+  for path in ('held_out.jsonl', 'a/after', '/'):
+    with pytest.raises(ValueError, match='rename'):
+      evaluate.name_of(path)
+
+
+def test_the_output_is_checked_and_written_whole(tmp_path):
+  folder = str(tmp_path)
+  path = evaluate.output_of('', folder, 'evaluation.json')
+  assert path == str(tmp_path / 'evaluation.json')
+  with pytest.raises(ValueError, match='ends in .json.*got .*rows.jsonl'):
+    evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
+  with pytest.raises(ValueError, match='does not exist; make it'):
+    evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
+  evaluate.write_summary(path, {'a': 1})
+  with pytest.raises(TypeError):
+    evaluate.write_summary(path, {'a': object()})
+  # What was there is whole, and nothing else is.
+  assert json.loads((tmp_path / 'evaluation.json').read_text()) == {'a': 1}
+  assert os.listdir(folder) == ['evaluation.json']
+
+
 def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
   done = command(f'--workdir={begun}', '--measures=f1')
   assert done.returncode == 2
