@@ -161,9 +161,13 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   said = '' if loss is None else f': validation loss {loss:.4f}'
   print(f'{found["when"]}{said}', flush=True)
   print(text.table(rows) or 'no held-out rows, nothing to judge by')
-  cut = sum(row.cut for row in rows)
-  alike = sum(row.left_out for row in rows)
-  for line in warnings(sum(row.examples for row in rows), cut, alike):
+  # A prompt's examples are the same ones in all of its measures.
+  prompts = collections.defaultdict(list)
+  for row in rows:
+    prompts[row.task, row.prompt].append((row.examples, row.cut, row.left_out))
+  most = [map(max, zip(*own, strict=True)) for own in prompts.values()]
+  total, cut, alike = map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
+  for line in warnings(total, cut, alike, 'measured examples'):
     print(line)
 
 
@@ -253,7 +257,8 @@ def output_of(output: str, folder: str, name: str) -> str:
       f'--output is a file that ends in .json, with the rows beside it as '
       f'.jsonl; got {output!r}'
     )
-  if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+  # A work directory that is not there is told by what reads it.
+  if output and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
     raise ValueError(
       f'the directory of {path!r} does not exist; make it, or name another '
       'with --output'

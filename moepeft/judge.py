@@ -123,12 +123,14 @@ class Judge:
     return rows
 
 
-def warnings(total: int, cut: int, alike: int) -> list[str]:
-  """Lines about ranked examples that are not what was asked for."""
+def warnings(
+  total: int, cut: int, alike: int, what: str = 'ranked examples'
+) -> list[str]:
+  """Lines about examples that are not what was asked for."""
   lines = []
   if cut:
     lines.append(
-      f'{cut} of {total} ranked examples are cut to config.data.inputs_length'
+      f'{cut} of {total} {what} are cut to config.data.inputs_length'
       ' or config.data.targets_length'
     )
   if alike:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation command: rows of every prompt, and bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -80,6 +81,14 @@ def test_examples_that_cannot_be_ranked_are_counted():
   ]
   (row,) = accuracies(rows)
   assert (row.idx, row.cut, row.left_out) == ((3, 5, 11), 1, 1)
+
+
+def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
+  rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
+  (row,) = accuracies(rows)
+  again = dataclasses.replace(row, measure='exact_match')
+  evaluate.tell({'when': 'now'}, [row, again])
+  assert '1 of 2 measured examples are cut' in capsys.readouterr().out
 
 
 def test_prompts_of_a_task_have_the_same_examples():
