@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from moepeft import compared, evaluate, measures, scoring, sets, train
+from moepeft import config as config_lib
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
@@ -119,6 +121,18 @@ def test_rows_without_an_idx_are_counted_in_their_task():
   rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppq']
   (found,) = sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
   assert [e.idx for e in found.examples] == [0, 1, 2, 7]
+
+
+def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
+  config = config_lib.default()
+  config.data.source = 'jsonl'
+  # Of the same task and prompt: not a row twice, nor in the mean.
+  config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
+  held_out = types.SimpleNamespace(rows=ROWS[:2], held_out=ROWS[2:3])
+  found = sets.own_prompts(config, held_out)
+  assert [(p.group, p.task, p.name) for p in found] == [
+    ('validation', 'x', 'p')
+  ]
 
 
 class Logits(Bigram):
