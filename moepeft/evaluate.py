@@ -24,7 +24,7 @@ from moepeft.likelihood import Likelihood
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
 from moepeft.runs import Run, load
-from moepeft.scoring import About, Row, text
+from moepeft.scoring import About, Row, answers, text
 from moepeft.scoring.rows import HELD_OUT
 from moepeft.sets import Prompt
 
@@ -139,7 +139,13 @@ def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
 def summary(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
   """What the rows come to: by task, by group, and the paper's measure."""
   tasks = by_task(work.get('accuracy', ()), rows)
-  return {
+  named, more = {row.measure for row in rows}, {}
+  if 'loss' in named:
+    losses = scoring.scores(rows, 'loss').items()
+    more['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
+  if 'bleu' in named:
+    more['bleu_signature'] = answers.bleu_signature()
+  return more | {
     'when': 'the base alone'
     if run.method == 'none'
     else f'after {run.step} steps',
@@ -161,6 +167,8 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   said = '' if loss is None else f': validation loss {loss:.4f}'
   print(f'{found["when"]}{said}', flush=True)
   print(text.table(rows) or 'no held-out rows, nothing to judge by')
+  if 'bleu_signature' in found:
+    print(f'bleu: {found["bleu_signature"]}')
   # A prompt's examples are the same ones in all of its measures.
   prompts = collections.defaultdict(list)
   for row in rows:

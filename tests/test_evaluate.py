@@ -155,6 +155,9 @@ def test_loss_is_a_mean_over_tokens():
   assert row.weights == (7, 2, 3)
   assert row.value == pytest.approx(sum(row.each) / 12)
   assert (row.measure, row.majority, row.chance) == ('loss', None, None)
+  head, cells = evaluate.text.table([row]).splitlines()[1:3]
+  assert head.split()[:3] == ['task', 'median', 'perplexity']
+  assert cells.split()[2] == f'{np.exp(row.value):.3f}'
 
 
 class Parrot:
@@ -286,6 +289,8 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   assert summary['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
   assert set(summary['scores']) == {'accuracy', 'loss'}
   assert np.isfinite(summary['validation_loss'])
+  perplexity = np.exp(found['one', '', 'loss'].value)
+  assert summary['perplexity']['one'] == pytest.approx(perplexity)
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
