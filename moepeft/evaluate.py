@@ -145,6 +145,13 @@ def summary(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
     more['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
   if 'bleu' in named:
     more['bleu_signature'] = answers.bleu_signature()
+  ranked = {(row.task, row.prompt) for row in rows if row.measure == 'accuracy'}
+  lost = [p for p in work.get('accuracy', ()) if (p.task, p.name) not in ranked]
+  if lost:
+    more['not_ranked'] = [
+      {'task': p.task, 'prompt': p.name, 'examples': len(p.examples)}
+      for p in lost
+    ]
   return more | {
     'when': 'the base alone'
     if run.method == 'none'
@@ -167,6 +174,14 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   said = '' if loss is None else f': validation loss {loss:.4f}'
   print(f'{found["when"]}{said}', flush=True)
   print(text.table(rows) or 'no held-out rows, nothing to judge by')
+  lost = found.get('not_ranked', ())
+  if lost:
+    names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)
+    print(
+      f'{len(lost)} prompts have no accuracy: in all of their '
+      f'{sum(p["examples"] for p in lost)} examples two choices are the same '
+      f'to the model: {names}'
+    )
   if 'bleu_signature' in found:
     print(f'bleu: {found["bleu_signature"]}')
   # A prompt's examples are the same ones in all of its measures.

@@ -85,6 +85,18 @@ def test_examples_that_cannot_be_ranked_are_counted():
   assert (row.idx, row.cut, row.left_out) == ((3, 5, 11), 1, 1)
 
 
+def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
+  long = 'a' * 20
+  lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
+  work = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
+  run = types.SimpleNamespace(method='none', step=0)
+  found = evaluate.summary(run, work, accuracies([*ROWS, lost]))
+  assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
+  evaluate.tell(found, accuracies(ROWS))
+  said = capsys.readouterr().out
+  assert '1 prompts have no accuracy' in said and "z 'w'" in said
+
+
 def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
   rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
   (row,) = accuracies(rows)
