@@ -221,6 +221,20 @@ def test_the_table_has_medians_intervals_and_what_they_are_of():
   assert (average[:2], average[-2:]) == (['average', '83.3'], ['3', '4'])
 
 
+def test_wordings_of_an_embedded_task_have_a_line_each():
+  rows = accuracies(ROWS[:6])
+  rows = [
+    dataclasses.replace(row, prompt=name)
+    for row, name in zip(rows, ('seen', 'held_out'), strict=True)
+  ]
+  lines = evaluate.text.table(rows).splitlines()[2:]
+  # The prompts p and q have 2/3 each; a median of both would be one line.
+  assert [line.split()[:3] for line in lines[:2]] == [
+    ['x', 'held_out', '66.7'],
+    ['x', 'seen', '66.7'],
+  ]
+
+
 def test_a_pass_tells_its_speed_and_the_time_left(capsys):
   times = iter([0.0, 2.0, 3.0, 30.0])
   told = Pass(20, 'ranked', clock=lambda: next(times))
