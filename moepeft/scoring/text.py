@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of one run as text, for a terminal."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ _HEAD = (
 _UNITS = {'loss': ('nats a token', 1, 4), 'bleu': ('0 to 100', 1, 1)}
 _PERCENT = ('%', 100, 1)
 # Prompts of the embedded tasks: wordings of training, and others.
-_WORDINGS = {'seen', 'held_out'}
+_WORDINGS = ('seen', 'held_out')
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -33,23 +32,23 @@ def table(rows: Sequence[Row]) -> str:
   """
   blocks = []
   for name in MEASURES:
-    own = _by_wordings([row for row in rows if row.measure == name])
-    if own:
-      unit = _UNITS.get(name, _PERCENT)[0]
-      blocks.append(f'{name} ({unit})\n{columns(_lines(name, own))}')
+    unit = _UNITS.get(name, _PERCENT)[0]
+    found = _by_wordings([row for row in rows if row.measure == name])
+    for which, own in found.items():
+      lines = columns(_lines(name, own))
+      blocks.append(f'{name} ({unit}){which}\n{lines}')
   return '\n\n'.join(blocks)
 
 
-def _by_wordings(rows: Sequence[Row]) -> list[Row]:
-  """Rows of the embedded tasks with a task for each of its two wordings.
-
-  A median over 'seen' and 'held_out' would be of neither.
-  """
-  if {row.prompt for row in rows} != _WORDINGS:
-    return list(rows)
-  return [
-    dataclasses.replace(row, task=f'{row.task} {row.prompt}') for row in rows
-  ]
+def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Rows of the embedded tasks by wording: a median over both is of neither."""
+  names = {row.prompt for row in rows}
+  if names != set(_WORDINGS):
+    return {'': list(rows)} if rows else {}
+  return {
+    f', wordings {name}': [row for row in rows if row.prompt == name]
+    for name in _WORDINGS
+  }
 
 
 def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
