@@ -140,7 +140,8 @@ def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
   config.data.source = 'jsonl'
   # Of the same task and prompt: not a row twice, nor in the mean.
   config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
-  held_out = types.SimpleNamespace(rows=ROWS[:2], held_out=ROWS[2:3])
+  rows = [made('x', 'p', i, 'q', targets='ab'[i % 2]) for i in range(5)]
+  held_out = types.SimpleNamespace(rows=rows[:4], held_out=rows[4:])
   found = sets.own_prompts(config, held_out)
   assert [(p.group, p.task, p.name) for p in found] == [
     ('validation', 'x', 'p')

@@ -208,8 +208,8 @@ def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
 
 def test_many_choices_make_for_fewer_rows():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 8)
-  # There is room for 8 rows of 4 choices of 16 tokens. 16 of 16 have a
-  # quarter of it; 8 of 8 as many, though their tokens are half of 16.
+  # There is room for 8 rows of 4 choices of 16 tokens. 16 of 16 take
+  # four times that each, 8 of 8 as much as 4 of 16.
   (first, *_) = ranker.parts(rows_of([(16, 9, 16)] * 9))
   assert first.shape == (2, 16, 64, 16)
   (first, *_) = ranker.parts(rows_of([(8, 9, 8)] * 9))
