@@ -24,12 +24,14 @@ from moepeft.likelihood import Likelihood
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
 from moepeft.runs import Run, load
-from moepeft.scoring import About, Row, text
+from moepeft.scoring import About, Row, answers, text
 from moepeft.scoring.rows import HELD_OUT
 from moepeft.sets import Prompt
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
+# Names of data that rows of a run's own have in tables.
+_RESERVED = (HELD_OUT, 'after')
 
 
 def work_of(path: str, names: Sequence[str], most: int) -> Work:
@@ -137,7 +139,20 @@ def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
 def summary(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
   """What the rows come to: by task, by group, and the paper's measure."""
   tasks = by_task(work.get('accuracy', ()), rows)
-  return {
+  named, more = {row.measure for row in rows}, {}
+  if 'loss' in named:
+    losses = scoring.scores(rows, 'loss').items()
+    more['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
+  if 'bleu' in named:
+    more['bleu_signature'] = answers.bleu_signature()
+  ranked = {(row.task, row.prompt) for row in rows if row.measure == 'accuracy'}
+  lost = [p for p in work.get('accuracy', ()) if (p.task, p.name) not in ranked]
+  if lost:
+    more['not_ranked'] = [
+      {'task': p.task, 'prompt': p.name, 'examples': len(p.examples)}
+      for p in lost
+    ]
+  return more | {
     'when': 'the base alone'
     if run.method == 'none'
     else f'after {run.step} steps',
@@ -159,9 +174,23 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   said = '' if loss is None else f': validation loss {loss:.4f}'
   print(f'{found["when"]}{said}', flush=True)
   print(text.table(rows) or 'no held-out rows, nothing to judge by')
-  cut = sum(row.cut for row in rows)
-  alike = sum(row.left_out for row in rows)
-  for line in warnings(sum(row.examples for row in rows), cut, alike):
+  lost = found.get('not_ranked', ())
+  if lost:
+    names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)
+    print(
+      f'{len(lost)} prompts have no accuracy: in all of their '
+      f'{sum(p["examples"] for p in lost)} examples two choices are the same '
+      f'to the model: {names}'
+    )
+  if 'bleu_signature' in found:
+    print(f'bleu: {found["bleu_signature"]}')
+  # A prompt's examples are the same ones in all of its measures.
+  prompts = collections.defaultdict(list)
+  for row in rows:
+    prompts[row.task, row.prompt].append((row.examples, row.cut, row.left_out))
+  most = [map(max, zip(*own, strict=True)) for own in prompts.values()]
+  total, cut, alike = map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
+  for line in warnings(total, cut, alike, 'measured examples'):
     print(line)
 
 
@@ -223,8 +252,56 @@ def about(run: Run, workdir: str, data: str) -> About:
 
 
 def name_of(data: str) -> str:
-  """'somewhere/cb.jsonl.gz' -> 'cb'."""
-  return os.path.basename(data.rstrip('/')).partition('.')[0]
+  """'somewhere/cb.v2.jsonl.gz' -> 'cb.v2', '.' -> the directory's name.
+
+  Raises:
+    ValueError: the name is that of a run's own rows, or there is none.
+  """
+  name = os.path.basename(os.path.abspath(os.path.expanduser(data)))
+  for end in ('.gz', '.jsonl'):
+    name = name.removesuffix(end)
+  if name in ('', *_RESERVED):
+    raise ValueError(
+      f'rows are told apart by the name of their file or directory, and '
+      f"{name!r} is none or stands for a run's own rows; rename {data!r}"
+    )
+  return name
+
+
+def output_of(output: str, folder: str, name: str) -> str:
+  """Where the summary goes: `output`, by default a file `name` in `folder`.
+
+  Raises:
+    ValueError: it does not end in .json, or is in no directory.
+  """
+  path = os.path.expanduser(output or os.path.join(folder, name))
+  if not path.endswith('.json'):
+    raise ValueError(
+      f'--output is a file that ends in .json, with the rows beside it as '
+      f'.jsonl; got {output!r}'
+    )
+  # A work directory that is not there is told by what reads it.
+  if output and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    raise ValueError(
+      f'the directory of {path!r} does not exist; make it, or name another '
+      'with --output'
+    )
+  return path
+
+
+def write_summary(path: str, found: dict[str, Any]) -> None:
+  """Writes it all or not at all."""
+  part = f'{path}.{os.getpid()}.part'
+  try:
+    with open(part, 'w') as f:
+      json.dump(found, f, indent=2)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(part, path)
+  except BaseException:
+    if os.path.exists(part):
+      os.unlink(part)
+    raise
 
 
 def main(argv) -> None:
@@ -237,6 +314,11 @@ def main(argv) -> None:
       '--measures is of the rows of --data; of its own held-out rows a run '
       'has accuracy and loss'
     )
+  # The base's rows must not take the place of the run's.
+  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
+  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
+  # Before minutes of evaluation.
+  output = output_of(_OUTPUT.value or '', _WORKDIR.value, name)
   found, rows = evaluate(
     _WORKDIR.value,
     _CHECKPOINT.value,
@@ -245,13 +327,7 @@ def main(argv) -> None:
     _MAX_EXAMPLES.value,
   )
   tell(found, rows)
-  # The base's rows must not take the place of the run's.
-  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
-  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
-  output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
-  output = os.path.expanduser(output)
-  with open(output, 'w') as f:
-    json.dump(found, f, indent=2)
+  write_summary(output, found)
   print(f'wrote {output}')
   if rows:
     path = os.path.splitext(output)[0] + '.jsonl'

@@ -15,7 +15,7 @@ from moepeft.data import batching
 from moepeft.data.packing import Pair
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import objective_of
-from moepeft.ranking import Ranked, Ranker
+from moepeft.ranking import NotFinite, Ranked, Ranker
 from moepeft.scoring.text import columns
 from moepeft.tasks import Example
 from moepeft.typing import Tree
@@ -62,13 +62,21 @@ class Judge:
     self._count = jax.jit(count)
 
   def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
-    """Validation loss and accuracies, printed in a line and returned."""
+    """Validation loss and accuracies, printed in a line and returned.
+
+    Where the weights are not finite there are no accuracies, and a line says
+    so: hours of training are not lost for it.
+    """
     found = {'when': when, 'step': step}
     said = []
     if self._batches:
       found['validation_loss'] = self.validation_loss(variables)
       said.append(f'validation loss {found["validation_loss"]:.4f}')
-    found['rows'] = self.accuracies(variables)
+    try:
+      found['rows'] = self.accuracies(variables)
+    except NotFinite as e:
+      found['rows'] = []
+      said.append(f'no accuracy: {e}')
     found['means'] = means(found['rows'])
     if found['means']:
       shown = (f'{k} {v:.3f}' for k, v in found['means'].items())
@@ -115,12 +123,14 @@ class Judge:
     return rows
 
 
-def warnings(total: int, cut: int, alike: int) -> list[str]:
-  """Lines about ranked examples that are not what was asked for."""
+def warnings(
+  total: int, cut: int, alike: int, what: str = 'ranked examples'
+) -> list[str]:
+  """Lines about examples that are not what was asked for."""
   lines = []
   if cut:
     lines.append(
-      f'{cut} of {total} ranked examples are cut to config.data.inputs_length'
+      f'{cut} of {total} {what} are cut to config.data.inputs_length'
       ' or config.data.targets_length'
     )
   if alike:

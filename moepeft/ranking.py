@@ -29,6 +29,8 @@ _INPUTS = 64
 _TARGETS = 4
 # Short rows go into batches of at most so many times the rows.
 _MORE = 8
+# Choices of as many tokens as there may be that `batch_size` has room for.
+_CHOICES = 4
 
 
 def score_choices(
@@ -86,6 +88,10 @@ class Part:
 
   shape: tuple[int, int, int, int]
   members: tuple[int, ...]
+
+
+class NotFinite(ValueError):
+  """Scores of which none is the greatest: the weights are not finite."""
 
 
 class Ranker:
@@ -151,8 +157,20 @@ class Ranker:
     rows: Sequence[Ranked],
     progress: Callable[[int], None] = lambda done: None,
   ) -> np.ndarray:
-    """The place of the likeliest choice of each example: int [rows]."""
+    """The place of the likeliest choice of each example: int [rows].
+
+    Raises:
+      NotFinite: a score is no finite number, and would pass for the first.
+    """
     scores = self.scores(variables, rows, progress)
+    wrong = sum(not np.all(np.isfinite(own)) for own in scores)
+    if wrong:
+      raise NotFinite(
+        f'{wrong} of {len(rows)} ranked examples have scores that are not '
+        'finite: the run has diverged or its weights are not finite; take an '
+        'earlier checkpoint (--checkpoint=STEP), or train again with a lower '
+        'learning rate'
+      )
     return np.array([np.argmax(own) for own in scores], np.int64)
 
   def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
@@ -166,10 +184,10 @@ class Ranker:
     order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
     while order:
       c, s, t = sizes[order[0]]
-      near = [i for i in order[: self._rows(s, t)] if sizes[i][0] == c]
+      near = [i for i in order[: self._rows(c, s, t)] if sizes[i][0] == c]
       # Rows of shorter inputs may have longer choices.
       t = max(sizes[i][2] for i in near)
-      count = self._rows(s, t)
+      count = self._rows(c, s, t)
       if len(near) < count:
         # No more have as many choices: a smaller batch will do.
         least = sharding.round_up(self._mesh, _power(len(near)))
@@ -189,10 +207,16 @@ class Ranker:
       min(max(t, _TARGETS), targets),
     )
 
-  def _rows(self, s: int, t: int) -> int:
-    """Rows of a batch: its arrays are no larger than those of the longest."""
+  def _rows(self, c: int, s: int, t: int) -> int:
+    """Rows of a batch: its arrays are no larger than those of the longest,
+    whose choices are `_CHOICES`.
+    """
     inputs, targets = self._lengths
-    more = min(inputs // s, targets // t, _MORE)
+    room = _CHOICES * targets
+    if c * t > room:
+      least = max(1, self._batch_size * room // (c * t))
+      return sharding.round_up(self._mesh, least)
+    more = min(inputs // s, targets // t, room // (c * t), _MORE)
     return self._batch_size * (_power(more + 1) // 2)
 
   def _scores(self, variables, rows: list[Ranked], part: Part) -> np.ndarray:

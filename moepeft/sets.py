@@ -126,30 +126,33 @@ def prompts(group: str, rows: Iterable[Example], most: int) -> list[Prompt]:
 
 
 def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
-  """What of a run's own held-out rows, and of config.evaluation.path, has
-  choices.
+  """What of a run's own held-out rows has choices.
 
+  The rows of config.evaluation.path are other data: training ranks them, and
+  `moepeft.evaluate --data` gives them rows under their own name.
   Of the embedded tasks a prompt stands for the wordings that were seen in
   training, or for those that were not.
   """
   e = config.evaluation
   if config.data.source == 'tasks':
-    ranked = [
+    return [
       Prompt(*key, examples=tuple(rows))
       for key, rows in _families(config).items()
     ]
-  else:
-    rows = jsonl.closed(found.rows, found.held_out)
-    ranked = prompts(VALIDATION, rows, e.max_examples)
-  if e.path:
-    rows = jsonl.read(e.path, ranked=True)
-    ranked += prompts(EVALUATION, rows, e.max_examples)
-  return ranked
+  rows = jsonl.closed(found.rows, found.held_out)
+  return prompts(VALIDATION, rows, e.max_examples)
 
 
 def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
-  """Rows by task, whatever their prompts, at most so many of each."""
+  """Rows by task, whatever their prompts, at most so many of each.
+
+  Rows without an `idx` are counted in their task.
+  """
   return [
-    Prompt(VALIDATION, task, '', tuple(own))
+    Prompt(VALIDATION, task, '', tuple(map(_numbered, own, range(len(own)))))
     for (_, task, _), own in _by_task(VALIDATION, rows, most).items()
   ]
+
+
+def _numbered(row: Example, place: int) -> Example:
+  return row if row.idx >= 0 else dataclasses.replace(row, idx=place)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation command: rows of every prompt, and bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from moepeft import compared, evaluate, measures, scoring, sets, train
+from moepeft import config as config_lib
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
@@ -82,6 +85,26 @@ def test_examples_that_cannot_be_ranked_are_counted():
   assert (row.idx, row.cut, row.left_out) == ((3, 5, 11), 1, 1)
 
 
+def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
+  long = 'a' * 20
+  lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
+  work = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
+  run = types.SimpleNamespace(method='none', step=0)
+  found = evaluate.summary(run, work, accuracies([*ROWS, lost]))
+  assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
+  evaluate.tell(found, accuracies(ROWS))
+  said = capsys.readouterr().out
+  assert '1 prompts have no accuracy' in said and "z 'w'" in said
+
+
+def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
+  rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
+  (row,) = accuracies(rows)
+  again = dataclasses.replace(row, measure='exact_match')
+  evaluate.tell({'when': 'now'}, [row, again])
+  assert '1 of 2 measured examples are cut' in capsys.readouterr().out
+
+
 def test_prompts_of_a_task_have_the_same_examples():
   rows = [
     made('x', prompt, idx, f'{idx}', 'ab', 0)
@@ -105,6 +128,26 @@ def test_rows_without_an_idx_are_counted_in_their_prompt():
   assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
 
 
+def test_rows_without_an_idx_are_counted_in_their_task():
+  # All -1 they would be one example, which has no interval.
+  rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppq']
+  (found,) = sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
+  assert [e.idx for e in found.examples] == [0, 1, 2, 7]
+
+
+def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
+  config = config_lib.default()
+  config.data.source = 'jsonl'
+  # Of the same task and prompt: not a row twice, nor in the mean.
+  config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
+  rows = [made('x', 'p', i, 'q', targets='ab'[i % 2]) for i in range(5)]
+  held_out = types.SimpleNamespace(rows=rows[:4], held_out=rows[4:])
+  found = sets.own_prompts(config, held_out)
+  assert [(p.group, p.task, p.name) for p in found] == [
+    ('validation', 'x', 'p')
+  ]
+
+
 class Logits(Bigram):
   """The same, with logits alone for an answer."""
 
@@ -125,6 +168,9 @@ def test_loss_is_a_mean_over_tokens():
   assert row.weights == (7, 2, 3)
   assert row.value == pytest.approx(sum(row.each) / 12)
   assert (row.measure, row.majority, row.chance) == ('loss', None, None)
+  head, cells = evaluate.text.table([row]).splitlines()[1:3]
+  assert head.split()[:3] == ['task', 'median', 'perplexity']
+  assert cells.split()[2] == f'{np.exp(row.value):.3f}'
 
 
 class Parrot:
@@ -174,6 +220,20 @@ def test_the_table_has_medians_intervals_and_what_they_are_of():
   assert (x[0], x[1], x[-3:]) == ('x', '66.7', ['66.7', '2', '3'])
   assert y == ['y', '100.0', '-', '100.0', '1', '1']
   assert (average[:2], average[-2:]) == (['average', '83.3'], ['3', '4'])
+
+
+def test_wordings_of_embedded_tasks_are_told_apart():
+  rows = accuracies(ROWS[:6])
+  rows = [
+    dataclasses.replace(row, prompt=name)
+    for row, name in zip(rows, ('seen', 'held_out'), strict=True)
+  ]
+  seen, held_out = evaluate.text.table(rows).split('\n\n')
+  # The prompts p and q have 2/3 each, of a prompt: no median of both.
+  for said, name in ((seen, 'seen'), (held_out, 'held_out')):
+    head, _, line, *_ = said.splitlines()
+    assert head == f'accuracy (%), wordings {name}'
+    assert line.split()[:2] == ['x', '66.7'] and line.split()[-2] == '1'
 
 
 def test_a_pass_tells_its_speed_and_the_time_left(capsys):
@@ -256,6 +316,8 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   assert summary['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
   assert set(summary['scores']) == {'accuracy', 'loss'}
   assert np.isfinite(summary['validation_loss'])
+  perplexity = np.exp(found['one', '', 'loss'].value)
+  assert summary['perplexity']['one'] == pytest.approx(perplexity)
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
@@ -350,6 +412,33 @@ def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
   with pytest.raises(ValueError, match=said) as e:
     evaluate.evaluate(**args)
   assert '\n' not in str(e.value)
+
+
+def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
+  paths = ('a/cb.v2.jsonl.gz', 'cb.jsonl', 'a/p3.1/', 'x.gz', 'a/../b')
+  found = [evaluate.name_of(path) for path in paths]
+  assert found == ['cb.v2', 'cb', 'p3.1', 'x', 'b']
+  monkeypatch.chdir(tmp_path)
+  assert evaluate.name_of('.') == tmp_path.name
+  for path in ('held_out.jsonl', 'a/after', '/'):
+    with pytest.raises(ValueError, match='rename'):
+      evaluate.name_of(path)
+
+
+def test_the_output_is_checked_and_written_whole(tmp_path):
+  folder = str(tmp_path)
+  path = evaluate.output_of('', folder, 'evaluation.json')
+  assert path == str(tmp_path / 'evaluation.json')
+  with pytest.raises(ValueError, match='ends in .json.*got .*rows.jsonl'):
+    evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
+  with pytest.raises(ValueError, match='does not exist; make it'):
+    evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
+  evaluate.write_summary(path, {'a': 1})
+  with pytest.raises(TypeError):
+    evaluate.write_summary(path, {'a': object()})
+  # What was there is whole, and nothing else is.
+  assert json.loads((tmp_path / 'evaluation.json').read_text()) == {'a': 1}
+  assert os.listdir(folder) == ['evaluation.json']
 
 
 def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):

@@ -14,7 +14,7 @@ from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
 from moepeft.judge import Judge, means
 from moepeft.models import t5
-from moepeft.ranking import Ranked, Ranker, score_choices
+from moepeft.ranking import NotFinite, Ranked, Ranker, score_choices
 from moepeft.tasks import Example
 
 from .contracts import small
@@ -206,6 +206,16 @@ def test_rows_of_like_lengths_share_batches_and_all_are_in_one():
   assert sorted(members) == list(range(21))
 
 
+def test_many_choices_make_for_fewer_rows():
+  ranker = Ranker(Bigram(), WORDS, 64, 16, 8)
+  # There is room for 8 rows of 4 choices of 16 tokens. 16 of 16 take
+  # four times that each, 8 of 8 as much as 4 of 16.
+  (first, *_) = ranker.parts(rows_of([(16, 9, 16)] * 9))
+  assert first.shape == (2, 16, 64, 16)
+  (first, *_) = ranker.parts(rows_of([(8, 9, 8)] * 9))
+  assert first.shape == (8, 8, 64, 8)
+
+
 def test_a_last_batch_is_no_larger_than_its_rows_need():
   ranker = Ranker(Bigram(), WORDS, 64, 16, 32)
   (part,) = ranker.parts(rows_of([(2, 9, 16)] * 5))
@@ -309,3 +319,18 @@ def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
     ('x', 1, 0)
   ]
   assert '2 examples are left out' in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_choose_nothing(capsys):
+  # NaN would pass for the greatest score, and choose the first.
+  table = np.zeros((V, V), np.float32)
+  table[0] = np.nan
+  with pytest.raises(NotFinite, match='2 of 2 .* the run has diverged') as e:
+    predict([make_row('q', 'ab'), make_row('q', 'abc')], variables(table))
+  assert '\n' not in str(e.value)
+  sets = {('evaluation', 'x', ''): [make_row('q', 'ab')]}
+  judged = Judge(config_lib.default(), Bigram(), WORDS, (), sets)
+  found = judged(variables(table), 'now', 0)
+  # Training goes on without accuracies, and says so.
+  assert (found['rows'], found['means']) == ([], {})
+  assert 'no accuracy: 1 of 1 ranked' in capsys.readouterr().out

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which examples share a batch: those of about the same lengths."""
 
-import collections
 from collections.abc import Sequence
 
 Lengths = tuple[int, ...]
@@ -14,23 +13,27 @@ def buckets(
   """Batches of (padded lengths, places of at most `batch_size` examples).
 
   Lengths are rounded up to powers of two, so that there are few shapes to
-  compile for. The widest come first: what does not fit into memory fails at
-  once, and an estimate of the time that is left errs on the long side.
+  compile for; examples in order of them fill one batch after the other, padded
+  to the longest of its own, so that only the last is not full. The widest come
+  first: what does not fit into memory fails at once, and an estimate of the
+  time that is left errs on the long side.
 
   Args:
     lengths: of each example, in tokens; for instance (inputs, targets).
     least: below which no length is told apart.
     most: the longest there are; lengths are not above them.
   """
-  shapes = collections.defaultdict(list)
-  for place, own in enumerate(lengths):
-    sizes = zip(own, least, most, strict=True)
-    shapes[tuple(round_up(*size) for size in sizes)].append(place)
-  return [
-    (shape, places[at : at + batch_size])
-    for shape, places in sorted(shapes.items(), reverse=True)
-    for at in range(0, len(places), batch_size)
+  shapes = [
+    tuple(round_up(*size) for size in zip(own, least, most, strict=True))
+    for own in lengths
   ]
+  order = sorted(range(len(shapes)), key=lambda i: shapes[i], reverse=True)
+  found = []
+  for at in range(0, len(order), batch_size):
+    places = order[at : at + batch_size]
+    columns = zip(*[shapes[i] for i in places], strict=True)
+    found.append((tuple(map(max, columns)), places))
+  return found
 
 
 def round_up(length: int, least: int, most: int) -> int:

@@ -3,13 +3,25 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from moepeft.scoring import grid
 from moepeft.scoring.rows import MEASURES, Row
 
-_HEAD = ('task', 'median', '95 % interval', 'majority', 'prompts', 'examples')
+_HEAD = (
+  'task',
+  'median',
+  'perplexity',
+  '95 % interval',
+  'majority',
+  'prompts',
+  'examples',
+)
 # (unit, factor, digits) of a measure; of the others, per cent.
 _UNITS = {'loss': ('nats a token', 1, 4), 'bleu': ('0 to 100', 1, 1)}
 _PERCENT = ('%', 100, 1)
+# Prompts of the embedded tasks: wordings of training, and others.
+_WORDINGS = ('seen', 'held_out')
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -20,11 +32,23 @@ def table(rows: Sequence[Row]) -> str:
   """
   blocks = []
   for name in MEASURES:
-    own = [row for row in rows if row.measure == name]
-    if own:
-      unit = _UNITS.get(name, _PERCENT)[0]
-      blocks.append(f'{name} ({unit})\n{columns(_lines(name, own))}')
+    unit = _UNITS.get(name, _PERCENT)[0]
+    found = _by_wordings([row for row in rows if row.measure == name])
+    for which, own in found.items():
+      lines = columns(_lines(name, own))
+      blocks.append(f'{name} ({unit}){which}\n{lines}')
   return '\n\n'.join(blocks)
+
+
+def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Rows of the embedded tasks by wording: a median over both is of neither."""
+  names = {row.prompt for row in rows}
+  if names != set(_WORDINGS):
+    return {'': list(rows)} if rows else {}
+  return {
+    f', wordings {name}': [row for row in rows if row.prompt == name]
+    for name in _WORDINGS
+  }
 
 
 def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
@@ -43,13 +67,13 @@ def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
     interval = '-' if none else f'{shown(score.low)} to {shown(score.high)}'
     counts = str(len(own)), str(_examples(own))
     majority = shown(score.majority)
-    lines.append((task, shown(score.value), interval, majority, *counts))
+    value, perplexity = shown(score.value), f'{np.exp(score.value):.3f}'
+    lines.append((task, value, perplexity, interval, majority, *counts))
+  unused = {'perplexity'} if name != 'loss' else set()
   # Of accuracy alone.
-  keep = [
-    i
-    for i, key in enumerate(_HEAD)
-    if key != 'majority' or any(row.majority is not None for row in rows)
-  ]
+  if all(row.majority is None for row in rows):
+    unused.add('majority')
+  keep = [i for i, key in enumerate(_HEAD) if key not in unused]
   return [[line[i] for i in keep] for line in lines]
 
 
