@@ -305,9 +305,13 @@ _FLAGS = [field.name for field in dataclasses.fields(Options)]
 
 if __name__ == '__main__':
   plain = Options()
-  flags.DEFINE_list('sizes', plain.sizes, 'Of T5 1.1.')
-  flags.DEFINE_list('remat', plain.remat, 'Each has a row of every method.')
-  flags.DEFINE_multi_string('methods', plain.methods, 'Given once for each.')
+  flags.DEFINE_list('sizes', list(plain.sizes), 'Of T5 1.1.')
+  flags.DEFINE_list(
+    'remat', list(plain.remat), 'Each has a row of every method.'
+  )
+  flags.DEFINE_multi_string(
+    'methods', list(plain.methods), 'Given once for each.'
+  )
   for name, what in (
     ('batch', 'Rows of a batch, halved until they fit.'),
     ('inputs', 'Tokens of a row.'),
