@@ -211,6 +211,47 @@ def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
   ]
 
 
+def base(folder, rows, changes=None, **more):
+  changes = {'method': 'none', 'parameters': 0, 'step': 0} | (changes or {})
+  return entry(folder, rows, changes, **more)
+
+
+def test_a_base_has_the_rows_of_all_its_evaluations(tmp_path):
+  cb, rte = runs.grid(1, 3, ['cb', 'rte'])
+  one, other = base(tmp_path / 'a', [cb]), base(tmp_path / 'b', [cb, rte])
+  (found,) = groups.group([one, other])
+  assert [row.task for row in found.first.rows] == ['cb', 'rte']
+  wrong = base(tmp_path / 'c', runs.grid(2, 3, ['cb']))
+  with pytest.raises(ValueError, match="contradict each other in .* of 'cb'"):
+    groups.group([one, wrong])
+
+
+def test_bases_that_depend_on_the_seed_stay_apart(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  asides = ['the base, seed 0', 'the base, seed 1']
+  for name, changes, config in (
+    ('random', {'base': 'random'}, {}),
+    ('tasks', {'data': 'held_out'}, {'data.source': 'tasks'}),
+  ):
+    made = [
+      base(tmp_path / f'{name}{i}', rows, changes | {'seed': i}, config=config)
+      for i in (0, 1)
+    ]
+    assert [g.aside for g in groups.group(made)] == asides
+
+
+def test_two_bases_of_one_name_are_told_apart_by_their_size(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'seed': 1, 'base_parameters': 2_000}),
+  ]
+  assert [g.aside for g in groups.group(made)] == [
+    'on t5_tiny, 1,000,000 parameters',
+    'on t5_tiny, 2,000 parameters',
+  ]
+
+
 def test_one_seed_is_not_two(tmp_path):
   rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
   one, other = entry(tmp_path / 'a', rows), entry(tmp_path / 'b', rows)
