@@ -238,8 +238,9 @@ def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
   cells = {}
   for key in keys:
     values = [own[key].majority for own in found if key in own]
-    if values[0] is not None:
-      cells[key] = Cell(values[0])
+    known = [value for value in values if value is not None]
+    if known:
+      cells[key] = Cell(float(np.mean(known)))
   return [Line('majority', '', 'majority', cells=cells)] if cells else []
 
 

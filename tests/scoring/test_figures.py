@@ -79,6 +79,11 @@ def test_the_interval_over_seeds_is_students():
   assert figures.over_seeds(seeds[:1]) == seeds[0]
 
 
+def test_the_majority_over_seeds_is_their_mean():
+  seeds = [{ACCURACY: Figure(50.0, majority=x)} for x in (30.0, 50.0)]
+  assert figures.over_seeds(seeds)[ACCURACY].majority == 40
+
+
 def test_what_one_seed_lacks_is_no_mean_of_the_others():
   seeds = [{LOSS: Figure(1.0), ACCURACY: Figure(50.0)}, {LOSS: Figure(3.0)}]
   assert set(figures.over_seeds(seeds)) == {LOSS}
