@@ -125,6 +125,20 @@ def test_a_baseline_is_subtracted_pairwise(tmp_path):
       compared.table([lora, ia3], baseline=unknown)
 
 
+def test_other_seeds_of_embedded_tasks_are_not_paired(tmp_path):
+  def made(name, **changes):
+    rows = [('kind', 'seen', 'accuracy', runs.right(1, 3))]
+    own = {'data': 'held_out'} | changes
+    config = {'data.source': 'tasks'}
+    return runs.make(tmp_path / name, rows, own, config=config)
+
+  one, other = made('a'), made('b', method='ia3', seed=1)
+  printed = text(one, other, baseline=one)
+  assert body(printed)['less lora(rank=4)'][-1] == '+0.0'
+  assert 'is paired' not in printed
+  assert 'is paired' in text(one, made('c', method='ia3'), baseline=one)
+
+
 def test_the_base_stands_first_and_once(tmp_path):
   lora, ia3 = two_runs(tmp_path)
   for run in (lora, ia3):
