@@ -81,7 +81,12 @@ def table(
     *remarks.of_missing(grouped, single, columns),
     *remarks.of_after(given, entries),
   ]
-  if against is not None and against[1]:
+  if against is not None and any(
+    cell.low is not None
+    for row in rows
+    if row is not against[0]
+    for cell in _less(row, against).cells.values()
+  ):
     notes.append(remarks.of_baseline(against[0].group))
   if routing:
     notes.append(routed.NOTE)
@@ -238,16 +243,28 @@ def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
   cells = {}
   for key in keys:
     values = [own[key].majority for own in found if key in own]
-    if values[0] is not None:
-      cells[key] = Cell(values[0])
+    known = [value for value in values if value is not None]
+    if known:
+      cells[key] = Cell(float(np.mean(known)))
   return [Line('majority', '', 'majority', cells=cells)] if cells else []
+
+
+def _paired(row: _Row, other: _Row) -> bool:
+  """Whether held-out examples of both are the same: by seed, if embedded."""
+  entries = (*row.group.entries, *other.group.entries)
+  if all(entry.source != 'tasks' for entry in entries):
+    return True
+  ours, theirs = ({e.seed for e in r.group.entries} for r in (row, other))
+  return ours == theirs
 
 
 def _less(row: _Row, against: _Against) -> Line:
   other, draws = against
-  found = figures.differences(
-    (row.figures, figures.mean_draws(row.group.entries)), (other.figures, draws)
-  )
+  ours = figures.mean_draws(row.group.entries)
+  if not _paired(row, other):
+    # What is drawn anew for every seed is not the same examples.
+    ours = {key: own for key, own in ours.items() if key.data != HELD_OUT}
+  found = figures.differences((row.figures, ours), (other.figures, draws))
   cells = {key: _cell(figure) for key, figure in found.items()}
   words = ('less', other.group.first.method, other.group.aside)
   return Line('difference', '', ' '.join(filter(None, words)), cells=cells)

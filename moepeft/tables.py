@@ -35,6 +35,14 @@ def put_into(path: str, name: str, text: str) -> None:
   Raises:
     ValueError: the document or its markers are not there, or are there twice.
   """
+  new = replaced(path, name, text)
+  with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+    f.write(new)
+  os.replace(f'{path}.tmp', path)
+
+
+def replaced(path: str, name: str, text: str) -> str:
+  """The document with the table in it; raises as `put_into`."""
   if not os.path.isfile(path):
     raise ValueError(f'--into={path}: there is no such document')
   with open(path, encoding='utf-8') as f:
@@ -49,17 +57,19 @@ def put_into(path: str, name: str, text: str) -> None:
       f'--into={path}: expected one line {start!r}, with the --name of the '
       f'table, and the line {end!r} after it; found {len(found)} such pairs'
     )
-  new = re.sub(
+  return re.sub(
     pattern, lambda _: f'{start}\n{text}{end}', document, flags=re.S | re.M
   )
-  with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-    f.write(new)
-  os.replace(f'{path}.tmp', path)
 
 
 def main(argv) -> None:
   if bool(_INTO.value) != bool(_NAME.value):
     raise ValueError('--into=DOCUMENT and --name=TABLE go together; give both')
+  if _OUTPUT.value and not os.path.basename(_OUTPUT.value):
+    raise ValueError(
+      f'--output={_OUTPUT.value} is a directory; expected a path that .md, '
+      f'.tex and .png are put behind, as {_OUTPUT.value}table'
+    )
   if _ROUTING.value and not argv[1:]:
     raise ValueError('--routing is of runs; name their work directories')
   runs = [os.path.expanduser(path) for path in argv[1:]]
@@ -67,6 +77,9 @@ def main(argv) -> None:
     runs, _PAPER.value, _BASELINE.value, _TITLE.value, _ROUTING.value
   )
   text = forms.markdown(table)
+  if _INTO.value:
+    # Before anything is written.
+    replaced(os.path.expanduser(_INTO.value), _NAME.value, text)
   print(text, end='')
   if _OUTPUT.value:
     for path in write(table, os.path.expanduser(_OUTPUT.value)):

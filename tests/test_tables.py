@@ -125,6 +125,31 @@ def test_a_baseline_is_subtracted_pairwise(tmp_path):
       compared.table([lora, ia3], baseline=unknown)
 
 
+def test_other_seeds_of_embedded_tasks_are_not_paired(tmp_path):
+  def made(name, **changes):
+    rows = [('kind', 'seen', 'accuracy', runs.right(1, 3))]
+    own = {'data': 'held_out'} | changes
+    config = {'data.source': 'tasks'}
+    return runs.make(tmp_path / name, rows, own, config=config)
+
+  one, other = made('a'), made('b', method='ia3', seed=1)
+  printed = text(one, other, baseline=one)
+  assert body(printed)['less lora(rank=4)'][-1] == '+0.0'
+  assert 'is paired' not in printed
+  assert 'is paired' in text(one, made('c', method='ia3'), baseline=one)
+
+
+def test_wrong_markers_are_seen_before_anything_is_written(tmp_path):
+  document = tmp_path / 'results.md'
+  document.write_text('no marker\n')
+  out = tmp_path / 'x'
+  done = run(
+    '--paper=t5_xl', f'--output={out}', f'--into={document}', '--name=a'
+  )
+  assert done.returncode == 2 and 'found 0 such pairs' in done.stderr
+  assert not out.with_suffix('.md').exists()
+
+
 def test_the_base_stands_first_and_once(tmp_path):
   lora, ia3 = two_runs(tmp_path)
   for run in (lora, ia3):
@@ -411,6 +436,7 @@ def test_the_command_takes_runs_and_options_in_any_order(tmp_path):
   [
     ([], 'name the work directories of runs'),
     (['--paper=t5_xl', '--into=x.md'], 'go together'),
+    (['--paper=t5_xl', '--output=new/'], '--output=new/ is a directory'),
   ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):

@@ -69,7 +69,8 @@ def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
   found = {}
   for key, rows in _parts(entry):
     if key.measure == 'loss':
-      found[key] = _pooled(rows)
+      if not _single(rows):
+        found[key] = _pooled(rows)
       continue
     scale = 100 if key.measure in _FRACTIONS else 1
     for name, drawn in grid.draws(rows, key.measure).items():
@@ -91,7 +92,9 @@ def over_seeds(runs: Sequence[Mapping[Key, Figure]]) -> dict[Key, Figure]:
       values = np.array([run[key].value for run in runs])
       mean = float(values.mean())
       half = student(values)
-      majority = runs[0][key].majority
+      majorities = [run[key].majority for run in runs]
+      # Examples may depend on the seed, and with them what is frequent.
+      majority = None if None in majorities else float(np.mean(majorities))
       found[key] = Figure(mean, mean - half, mean + half, majority)
   return found
 
@@ -242,9 +245,13 @@ def _pooled_figure(rows: Sequence[Row]) -> Figure:
   """Nats a target token over all examples of all tasks."""
   total = sum(sum(row.each) for row in rows)
   value = total / sum(sum(row.weights) for row in rows)
-  if len({(row.task, i) for row in rows for i in row.idx}) < 2:
+  if _single(rows):
     return Figure(value)
   return Figure(value, *bootstrap.interval(_pooled(rows)))
+
+
+def _single(rows: Sequence[Row]) -> bool:
+  return len({(row.task, i) for row in rows for i in row.idx}) < 2
 
 
 def _pooled(rows: Sequence[Row]) -> np.ndarray:

@@ -66,7 +66,7 @@ def scores(
   found = {}
   for name, value in values.items():
     low, high = None, None
-    if name in drawn and not (name in tasks and _single(tasks[name])):
+    if name in drawn:
       low, high = bootstrap.interval(drawn[name])
     # An average of fewer tasks than the values' would be something else.
     whole = name != AVERAGE or majorities.keys() == values.keys()
@@ -82,7 +82,7 @@ def draws(
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
   """Bootstrap draws [draws] of every score; none where a row has no figures
-  by example.
+  by example, or any task of a score has one example only.
 
   Draw i of two runs resamples the same examples where the runs were evaluated
   on the same ones, so the draws of their difference are the differences of
@@ -122,7 +122,8 @@ def _draws(
 ) -> dict[str, np.ndarray]:
   """Of all tasks with figures by example, and of what they come to.
 
-  A task of one example is the same in every draw.
+  A task of one example is the same in every draw, which says nothing of how
+  certain it is: neither it nor a mean with it has draws.
   """
   found = {}
   for name, own in tasks.items():
@@ -134,7 +135,12 @@ def _draws(
     )
     drawn = bootstrap.means(each, weights, name, count, seed)
     found[name] = np.nanmedian(drawn, axis=1)
-  return _grid(found)
+  lacking = {name for name, own in tasks.items() if _single(own)}
+  if lacking & {*ROUNDS}:
+    lacking.add('anli')
+  if lacking:
+    lacking.add(AVERAGE)
+  return {k: v for k, v in _grid(found).items() if k not in lacking}
 
 
 def _single(rows: Sequence[Row]) -> bool:

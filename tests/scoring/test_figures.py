@@ -79,6 +79,11 @@ def test_the_interval_over_seeds_is_students():
   assert figures.over_seeds(seeds[:1]) == seeds[0]
 
 
+def test_the_majority_over_seeds_is_their_mean():
+  seeds = [{ACCURACY: Figure(50.0, majority=x)} for x in (30.0, 50.0)]
+  assert figures.over_seeds(seeds)[ACCURACY].majority == 40
+
+
 def test_what_one_seed_lacks_is_no_mean_of_the_others():
   seeds = [{LOSS: Figure(1.0), ACCURACY: Figure(50.0)}, {LOSS: Figure(3.0)}]
   assert set(figures.over_seeds(seeds)) == {LOSS}
@@ -208,6 +213,47 @@ def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
     'on t5_tiny, paper',
     'on other, official',
     'on t5_tiny, official, step 11',
+  ]
+
+
+def base(folder, rows, changes=None, **more):
+  changes = {'method': 'none', 'parameters': 0, 'step': 0} | (changes or {})
+  return entry(folder, rows, changes, **more)
+
+
+def test_a_base_has_the_rows_of_all_its_evaluations(tmp_path):
+  cb, rte = runs.grid(1, 3, ['cb', 'rte'])
+  one, other = base(tmp_path / 'a', [cb]), base(tmp_path / 'b', [cb, rte])
+  (found,) = groups.group([one, other])
+  assert [row.task for row in found.first.rows] == ['cb', 'rte']
+  wrong = base(tmp_path / 'c', runs.grid(2, 3, ['cb']))
+  with pytest.raises(ValueError, match="contradict each other in .* of 'cb'"):
+    groups.group([one, wrong])
+
+
+def test_bases_that_depend_on_the_seed_stay_apart(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  asides = ['the base, seed 0', 'the base, seed 1']
+  for name, changes, config in (
+    ('random', {'base': 'random'}, {}),
+    ('tasks', {'data': 'held_out'}, {'data.source': 'tasks'}),
+  ):
+    made = [
+      base(tmp_path / f'{name}{i}', rows, changes | {'seed': i}, config=config)
+      for i in (0, 1)
+    ]
+    assert [g.aside for g in groups.group(made)] == asides
+
+
+def test_two_bases_of_one_name_are_told_apart_by_their_size(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'seed': 1, 'base_parameters': 2_000}),
+  ]
+  assert [g.aside for g in groups.group(made)] == [
+    'on t5_tiny, 1,000,000 parameters',
+    'on t5_tiny, 2,000 parameters',
   ]
 
 
