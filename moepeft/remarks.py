@@ -183,8 +183,15 @@ def _settings(rows: Sequence[Group]) -> list[str]:
     for row in rows:
       value = groups.shown(row.first.settings.get(key))
       values.setdefault(value, []).append(label(row))
-    said = '; '.join(f'{v} ({", ".join(own)})' for v, own in values.items())
-    notes.append(f'{key} differs: {said}.')
+    counts = sorted(map(len, values.values()))
+    said = [
+      # Of many rows most have one value: that one needs no list.
+      f'else {value}'
+      if len(own) == counts[-1] > counts[-2]
+      else f'{value} ({", ".join(own)})'
+      for value, own in sorted(values.items(), key=lambda item: len(item[1]))
+    ]
+    notes.append(f'{key} differs: {"; ".join(said)}.')
   return notes
 
 
