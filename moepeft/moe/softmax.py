@@ -2,10 +2,10 @@
 """The paper's router: every expert, weighted by a softmax (soft merging)."""
 
 import flax.linen as nn
-import jax
 
 from moepeft.moe.gate import INIT, expert_dropout, gate_logits, jittered
 from moepeft.nn.parameter import peft_param
+from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context, Routing
 
 
@@ -31,4 +31,4 @@ class Softmax(nn.Module):
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
-    return Routing(logits, jax.nn.softmax(noisy, axis=-1))
+    return Routing(logits, softmax(noisy))

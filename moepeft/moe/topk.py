@@ -2,7 +2,6 @@
 """Sparse routing: the k most probable experts (Shazeer et al., 2017)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from moepeft.moe.gate import (
@@ -13,6 +12,7 @@ from moepeft.moe.gate import (
   top_mask,
 )
 from moepeft.nn.parameter import peft_param
+from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context, Routing
 
 
@@ -46,7 +46,7 @@ class TopK(nn.Module):
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
-    probabilities = jax.nn.softmax(noisy, axis=-1)
+    probabilities = softmax(noisy)
     kept = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
     if self.renormalize:
       kept = kept / jnp.sum(kept, axis=-1, keepdims=True)

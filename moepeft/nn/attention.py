@@ -12,6 +12,7 @@ from moepeft.nn.linear import Linear
 from moepeft.nn.norms import RMSNorm
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context
 
 
@@ -30,29 +31,6 @@ class Heads:
   v: Array
   bias: Array | None = None
   mask: Array | None = None
-
-
-@jax.custom_vjp
-def softmax(x: Array) -> Array:
-  """Over the last axis; its gradient keeps the result and nothing else.
-
-  Derived by `jax.grad`, the division alone would keep two more arrays of this
-  size. In reverse mode only.
-  """
-  e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
-  return e / jnp.sum(e, axis=-1, keepdims=True)
-
-
-def _softmax_forward(x):
-  p = softmax(x)
-  return p, p
-
-
-def _softmax_backward(p, dp):
-  return (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def attend(

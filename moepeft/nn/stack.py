@@ -54,7 +54,7 @@ def stack(
       x, _ = layer(x, jnp.int32(i), ctx, args)
     return x
   layers = nn.scan(
-    _remat(_Layer, remat, scanned=True),
+    _remat(_Layer, remat, looped=unroll == 1),
     variable_axes=AXES,
     split_rngs=RNGS,
     in_axes=(0, nn.broadcast, nn.broadcast),
@@ -65,10 +65,12 @@ def stack(
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 
 
-def _remat(layer, remat: str, scanned: bool = False):
+def _remat(layer, remat: str, looped: bool = False):
   if remat == 'none':
     return layer
-  return nn.remat(layer, policy=REMAT[remat], prevent_cse=not scanned)
+  # In a loop's body nothing is computed twice for XLA to merge; layers that are
+  # written out would be merged with their recomputation, and nothing saved.
+  return nn.remat(layer, policy=REMAT[remat], prevent_cse=not looped)
 
 
 class _Layer(nn.Module):

@@ -9,6 +9,7 @@ from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, flatten_features
+from moepeft.nn.thin import thin_product
 from moepeft.peft.ia3 import ONES
 from moepeft.peft.method import Method
 from moepeft.typing import Array, Context
@@ -51,7 +52,7 @@ class MoV(nn.Module):
       seen = flatten_features(x if self.reads == 'input' else y)
       p = route(self, self.router, seen, ctx).weights
       flat = scale.reshape(self.experts, -1)
-      mixed = jnp.einsum('bte,ef->btf', p, flat).reshape(y.shape)
+      mixed = thin_product(p, flat).reshape(y.shape)
     return (wide(y) * mixed).astype(y.dtype)
 
 
