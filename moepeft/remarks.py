@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 
 from moepeft.scoring import groups
-from moepeft.scoring.figures import AFTER, Figure, Key
+from moepeft.scoring.figures import AFTER, MEAN, Figure, Key
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.forms import Column
 from moepeft.scoring.grid import AVERAGE, EIGHT
@@ -64,6 +64,28 @@ def _measures(keys: Sequence[Key]) -> list[str]:
     said.append(
       'Held-out accuracy is in %: the mean over tasks of the median over '
       'prompts.'
+    )
+  if any(
+    key.measure == 'accuracy' and key.data not in (HELD_OUT, AFTER)
+    for key in keys
+    if key.dataset in ('', MEAN)
+  ):
+    said.append(
+      'Accuracies of other data are in %: the mean over tasks of the median '
+      'over prompts.'
+    )
+  named = {key.measure for key in keys}
+  shares = [n.replace('_', ' ') for n in ('exact_match', 'rouge_l')]
+  shares = [name for name in shares if name.replace(' ', '_') in named]
+  if shares:
+    said.append(
+      f'{" and ".join(shares).capitalize()} in %: the mean over tasks of the '
+      'median over prompts.'
+    )
+  if 'bleu' in named:
+    said.append(
+      'BLEU is from 0 to 100, of a prompt as a corpus: the mean over tasks of '
+      'the median over prompts; it has no interval.'
     )
   if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
     said.append(

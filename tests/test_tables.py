@@ -492,3 +492,26 @@ def test_rows_of_one_method_tell_their_router_losses(tmp_path):
   lines = body(text(plain, even))
   name = f'`{mixture["method"]}` router_losses.load_balance'
   assert {f'{name}=0.0', f'{name}=0.01'} <= set(lines)
+
+
+def test_rows_of_a_run_that_was_there_before_are_refused(tmp_path):
+  # Trained anew with another method; the rows are of the old one.
+  run = runs.make(tmp_path / 'a', runs.grid(1, 2), config={'method': 'ia3'})
+  with pytest.raises(ValueError, match="rows of 'lora.rank=4.' .official."):
+    text(run)
+  # Another text of one method is no other method.
+  same = {'method': 'lora(rank=4, alpha=16.0)'}
+  assert 'lora(rank=4)' in text(
+    runs.make(tmp_path / 'b', runs.grid(1, 2), config=same)
+  )
+
+
+def test_every_measure_that_is_shown_says_its_unit(tmp_path):
+  rows = [
+    ('one', 'p', 'accuracy', [1, 0]),
+    ('one', 'p', 'exact_match', [1, 0]),
+    ('one', 'p', 'rouge_l', [0.5, 0.25]),
+  ]
+  shown = text(runs.make(tmp_path / 'a', rows))
+  assert 'Accuracies of other data are in %' in shown
+  assert 'Exact match and rouge l in %' in shown

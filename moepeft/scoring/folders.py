@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moepeft.peft.build import plain
 from moepeft.scoring import rows as rows_lib
 from moepeft.scoring.rows import HELD_OUT, Row
 
@@ -177,6 +178,7 @@ def _entry(
   folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Row]
 ) -> Entry:
   row = own[0]
+  _check_method(folder, config, row)
   same = after.get('step') == row.step and row.method != BASE
   return Entry(
     folder=folder,
@@ -194,6 +196,19 @@ def _entry(
     means=after.get('means', {}) if same else {},
     judged={key: config[key] for key in _JUDGED},
   )
+
+
+def _check_method(folder: str, config: Mapping[str, Any], row: Row) -> None:
+  """Raises ValueError where rows are of a run that was there before."""
+  if row.method == BASE:
+    return
+  now = plain(config['method'], config['semantics']), config['semantics']
+  if (plain(row.method, row.semantics), row.semantics) != now:
+    raise ValueError(
+      f'{folder!r} holds rows of {row.method!r} ({row.semantics}), its run is '
+      f'of {config["method"]!r} ({config["semantics"]}); evaluate it again '
+      f'with {_COMMAND}{folder}, and remove the old evaluation*.jsonl'
+    )
 
 
 def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
