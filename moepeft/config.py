@@ -60,7 +60,7 @@ def default() -> ConfigDict:
       # 'none', 'dots' or 'full'.
       remat='none',
       # Layers in one step of the scan: more is faster on CPU and compiles
-      # longer.
+      # longer. With remat it is one.
       unroll=1,
     )
   )

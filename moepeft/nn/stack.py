@@ -39,7 +39,8 @@ def stack(
     block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
     remat: 'none', 'dots' (matrix products are kept) or 'full'.
     unroll: layers written out in one step of the scan: faster on CPU, and the
-      program grows with it; the variables are the same.
+      program grows with it; the variables are the same. One where there is
+      remat, which needs the loop.
 
   Raises:
     ValueError: the remat policy does not exist.
@@ -54,23 +55,23 @@ def stack(
       x, _ = layer(x, jnp.int32(i), ctx, args)
     return x
   layers = nn.scan(
-    _remat(_Layer, remat, looped=unroll == 1),
+    _remat(_Layer, remat, scanned=True),
     variable_axes=AXES,
     split_rngs=RNGS,
     in_axes=(0, nn.broadcast, nn.broadcast),
     length=length,
-    unroll=min(unroll, length),
+    # Written out, XLA would merge layers with their recomputation, on CPU in
+    # spite of barriers: remat would save nothing.
+    unroll=min(unroll, length) if remat == 'none' else 1,
     metadata_params={'params': 'l', 'peft': 'l'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 
 
-def _remat(layer, remat: str, looped: bool = False):
+def _remat(layer, remat: str, scanned: bool = False):
   if remat == 'none':
     return layer
-  # In a loop's body nothing is computed twice for XLA to merge; layers that are
-  # written out would be merged with their recomputation, and nothing saved.
-  return nn.remat(layer, policy=REMAT[remat], prevent_cse=not looped)
+  return nn.remat(layer, policy=REMAT[remat], prevent_cse=not scanned)
 
 
 class _Layer(nn.Module):
