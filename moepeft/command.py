@@ -21,9 +21,9 @@ _TRACEBACK = flags.DEFINE_bool(
 _ERRORS = (ValueError, OSError)
 _NAMES = ('--config', '-config')
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# Parameters of glibc's mallopt, and its largest value.
+# Parameters of glibc's mallopt, and its threshold that is never reached.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_MOST = 2**31 - 1
+_NEVER = -1
 _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 
 
@@ -143,7 +143,7 @@ def keep_pages() -> bool:
   if any(map(os.path.exists, _ACCELERATORS)):
     return False
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _MOST))
+  wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
   return mallopt is not None and all(mallopt(*pair) == 1 for pair in wanted)
 
 
