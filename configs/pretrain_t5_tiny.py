@@ -22,6 +22,7 @@ def get_config(values: str = ''):
   c = config_lib.default()
   c.method = 'full'
   c.model.path = ''
+  c.model.family = 't5'
   c.model.size = 'tiny'
   c.model.dropout = 0.0
   # Heads times head size differs from d_model, as in T5 1.1 small.

@@ -57,26 +57,33 @@ def resolve(path: str) -> str:
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   """The family and the model's config, without reading a weight."""
-  family = _family(model.family)
   if model.path:
     path = resolve(model.path)
-    if interop.detect(path) == 't5x':
-      config = t5x.load_config(path)
-    else:
-      config = hf.load_config(path)
-  else:
-    config = dataclasses.replace(
-      family.config(model.size, model.version), **model.shape
-    )
-  return family, dataclasses.replace(config, dropout=model.dropout)
-
-
-def _family(name: str) -> ModuleType:
-  if name not in FAMILIES:
+    form = t5x if interop.detect(path) == 't5x' else hf
+    config = form.load_config(path)
+    return _family(model, config), _with_dropout(config, model)
+  if model.family not in FAMILIES:
     raise ValueError(
-      f'config.model.family is one of {", ".join(FAMILIES)}; got {name!r}'
+      f'config.model.family is one of {", ".join(FAMILIES)} where '
+      f'config.model.path is empty; got {model.family!r}'
     )
-  return FAMILIES[name]
+  config = FAMILIES[model.family].config(model.size, model.version)
+  config = dataclasses.replace(config, **model.shape)
+  return FAMILIES[model.family], _with_dropout(config, model)
+
+
+def _with_dropout(config: Any, model: ConfigDict) -> Any:
+  return dataclasses.replace(config, dropout=model.dropout)
+
+
+def _family(model: ConfigDict, config: Any) -> ModuleType:
+  """The family of a config that was read; config.model.family must agree."""
+  if model.family not in ('', config.family):
+    raise ValueError(
+      f'{model.path} is of the family {config.family!r}, config.model.family '
+      f"is {model.family!r}; set it to '' or leave it out"
+    )
+  return FAMILIES[config.family]
 
 
 def load(model: ConfigDict) -> Base:
@@ -88,12 +95,12 @@ def load(model: ConfigDict) -> Base:
   if not model.path:
     family, config = shape(model)
     return Base(family, config, None, '', '')
-  family = _family(model.family)
   path = resolve(model.path)
   dtype = jnp.dtype(model.param_dtype)
   form = t5x if interop.detect(path) == 't5x' else hf
   loaded = form.load(path, dtype=dtype)
-  config = dataclasses.replace(loaded.config, dropout=model.dropout)
+  family = _family(model, loaded.config)
+  config = _with_dropout(loaded.config, model)
   return Base(family, config, loaded.params, model.path, loaded.sha256)
 
 
@@ -136,7 +143,7 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
 
 
 def example_batch(rows: int = 1) -> Batch:
-  """The smallest batch that a model can be initialised with."""
+  """The smallest batch that a model of any family can be initialised with."""
   ids = jnp.zeros((rows, 2), jnp.int32)
   return {'inputs': ids, 'decoder_inputs': ids}
 

@@ -36,10 +36,15 @@ _BEGINNING = Course()
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
 
-def card(base: Any, built: Built, seed: int, family: str) -> dict[str, Any]:
+def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
   """What names a run: method, semantics, base and seed."""
   described = adapter_lib.describe(
-    built.method, built.semantics, base.path, base.sha256, family, base.config
+    built.method,
+    built.semantics,
+    base.path,
+    base.sha256,
+    base.config.family,
+    base.config,
   )
   return described | {'trainable': built.trainable, 'seed': seed}
 

@@ -22,6 +22,25 @@ def default() -> ConfigDict:
   c.method = 'molora(experts=10, rank=4)'
   # What is minimised: one of moepeft.objectives.
   c.objective = 'seq2seq'
+  # Of the objectives that compare answers (dpo, kto, orpo, simpo, reward).
+  c.preference = ConfigDict(
+    dict(
+      # dpo: 'sigmoid', 'hinge', 'ipo' or 'robust'.
+      loss='sigmoid',
+      beta=0.1,
+      label_smoothing=0.0,
+      # Weight of the chosen answer's own likelihood.
+      sft=0.0,
+      # simpo's target margin, over beta.
+      margin=0.5,
+      # kto's weights of good and of bad answers.
+      desirable=1.0,
+      undesirable=1.0,
+      # What rewards are measured against: 'base' (without adapter), a path of
+      # adapters that stay as they are, or 'precomputed' (before training).
+      reference='base',
+    )
+  )
   # What the method's text leaves open: 'official' (released code), 'paper'.
   c.semantics = 'official'
   # Weights of the router losses of moepeft.moe.losses; the paper's are zero.
@@ -42,7 +61,8 @@ def default() -> ConfigDict:
   c.accumulate = 1
   c.model = ConfigDict(
     dict(
-      family='t5',
+      # Of moepeft.models; '' for that of `path`. Needed for random weights.
+      family='',
       # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
       # Face's form, or a T5X checkpoint; '' for random weights of `size`.
       path='package:t5_tiny',
@@ -57,6 +77,10 @@ def default() -> ConfigDict:
       # Of activations; then of the base's weights in memory.
       dtype='float32',
       param_dtype='float32',
+      # '' as stored; 'int8' or 'nf4': the base's projections in so many bits.
+      quantise='',
+      # 'naive', 'chunked' (no array of queries x keys) or 'fused' (cuDNN's).
+      attention='naive',
       # 'none', 'dots' or 'full'.
       remat='none',
       # Layers in one step of the scan: more is faster on CPU and compiles
@@ -67,7 +91,8 @@ def default() -> ConfigDict:
   c.data = ConfigDict(
     dict(
       # 'tasks' (embedded, generated), 'jsonl' (P3's form), 'datasets' (Hugging
-      # Face's: a hub name or local files) or 'seqio'.
+      # Face's: a hub name or local files), 'seqio', 'chat' (conversations),
+      # 'preference' (answers compared or judged) or 'text' (plain).
       source='tasks',
       # Families of moepeft.tasks: groups and names, 'B' or 'A,copy'.
       tasks='B',
@@ -93,6 +118,31 @@ def default() -> ConfigDict:
       vocabulary='',
       inputs_length=160,
       targets_length=20,
+      # Tokens of a row of a decoder-only model, prompt and answer together.
+      length=512,
+      # chat, preference: 'alpaca', 'sharegpt' or 'messages'; '' finds out.
+      form='',
+      # A Jinja file instead of the tokenizer's own chat template.
+      chat_template='',
+      # Put before conversations that have no system turn.
+      system='',
+      # What is trained: 'answers' (the assistant's turns) or 'all'.
+      train_on='answers',
+      # Too long an example: 'prompt' (its prompt loses its beginning), 'end'
+      # (cut there) or 'drop'.
+      too_long='prompt',
+      # text: 'next' (causal), 'spans' (T5's corruption) or 'prefix'.
+      predict='next',
+      # The share of tokens that 'spans' hides, and a span's mean length.
+      noise=0.15,
+      span=3.0,
+      # text: near duplicates from this Jaccard similarity on are left out; 0
+      # for none. Then rules of moepeft.data.quality, 'length,repetition'.
+      duplicates=0.0,
+      quality='',
+      # Plain text mixed in at a rate, so that less is forgotten.
+      replay='',
+      replay_rate=0.0,
       # Whether a row of a batch holds as many examples as fit.
       packing=False,
       # The share of each dataset's last `idx` kept for validation.
@@ -289,6 +339,7 @@ def paper(size: str) -> ConfigDict:
   c.steps = 500_000
   c.batch_size = 32
   c.model.path = ''
+  c.model.family = 't5'
   c.model.size = size
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'

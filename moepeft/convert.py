@@ -294,7 +294,7 @@ def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
 
 
 def _card(adapter: Adapter, path: str, sha256: str, config):
-  family = hf.family_of(config).FAMILY
+  family = config.family
   return own.describe(adapter.method, _SEMANTICS, path, sha256, family, config)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moepeft.models.t5 import context
+from moepeft.models.context import context
 from moepeft.typing import Array, Batch, Context, Tree
 
 PAD, EOS = 0, 1

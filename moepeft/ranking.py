@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from moepeft import sharding
 from moepeft.data import batching
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.models.t5 import context
+from moepeft.models.context import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Tree

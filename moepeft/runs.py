@@ -173,7 +173,7 @@ def _trained(
 ) -> tuple[Tree, int]:
   """(variables, step) of a checkpoint."""
   trained, found = restore_trained(workdir, which)
-  now = card(base, built, config.seed, config.model.family)
+  now = card(base, built, config.seed)
   if found['base']['sha256'] != now['base']['sha256']:
     raise ValueError(
       f'the base {base.path!r} is not the one that {workdir!r} was trained on '

@@ -208,7 +208,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   letters = base_lib.letters(model)
   where = placement.state_shardings(layout, state, letters, built.trainable)
   state = placement.place(state, where, optimizer.init)
-  described = card(base, built, config.seed, config.model.family)
+  described = card(base, built, config.seed)
   spread_out = placement.describe(layout, state, letters, built.trainable)
   more = {
     'devices': spread_out,

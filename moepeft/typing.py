@@ -3,8 +3,9 @@
 
 One letter names an axis everywhere (einsum, comments, docstrings):
 b batch, t query or target length, s key or source length, d model, n heads,
-h head size, f ffn, v vocabulary, e experts, r rank, l layers, i what a router
-reads (a site's features in one axis), p buckets of relative positions.
+k heads of keys and values where they are fewer, h head size, f ffn,
+v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
+features in one axis), p positions or buckets of them.
 """
 
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from flax import struct
 LETTERS = {
   'd': 'model',
   'n': 'heads',
+  'k': 'kv heads',
   'h': 'head size',
   'f': 'ffn',
   'v': 'vocabulary',
@@ -39,7 +41,8 @@ class Context:
   Attributes:
     token_mask: bool [b, t], True where `x` holds a real token.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
-    positions: int32 [b, t], position within the segment.
+    positions: int32 [b, t], position within the segment; in a cached decoder
+      with right-padded prompts, also where each token is written.
     prompt_mask: bool [b, t], what a sentence router may pool.
     task_ids: int32 [b].
     sentence_embedding: float [b, d].

@@ -142,7 +142,7 @@ def run(tmp_path):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  described = card(base, built, config.seed, config.model.family)
+  described = card(base, built, config.seed)
   workdir = tmp_path / 'run'
   Checkpoints(str(workdir), 2).save(make_state(variables['peft']), described)
   (workdir / 'config.json').write_text(config.to_json())

@@ -44,6 +44,7 @@ def translate(
   _check_complete(values)
   c = config_lib.default()
   c.model.path = ''
+  c.model.family = 't5'
   c.data.source = 'seqio'
   c.optimizer.clip = 0.0
   for name, key in KEYS.items():

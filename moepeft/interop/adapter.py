@@ -136,8 +136,7 @@ def config_of(card: Mapping[str, Any]) -> Any:
       f'the card names the model family {family!r}; there are '
       f'{", ".join(FAMILIES)}'
     )
-  config = FAMILIES[family].config('small')
-  return dataclasses.replace(config, **card['model']['config'])
+  return FAMILIES[family].from_fields(card['model']['config'])
 
 
 def instances(method: str) -> dict[str, Spec]:

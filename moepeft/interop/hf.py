@@ -14,11 +14,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft.interop import files
-from moepeft.models import names, t5_names
+from moepeft.models import decoder_names, names, t5_names
 from moepeft.models.names import CheckpointError, Entry, Tree
 
 # `model_type` in config.json -> the room that knows its names.
 FAMILIES = {'t5': t5_names, 'mt5': t5_names}
+FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
 
 _ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _TOKENIZER = (

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of base models. A new one is one new file and one line."""
+"""The families of base models. A new one is one new file and one line; a
+decoder's also one in `decoder_names`."""
 
-from moepeft.models import t5
+from moepeft.models import gemma, llama, mistral, qwen2, qwen3, t5
 
-FAMILIES = {'t5': t5}
+FAMILIES = {
+  't5': t5,
+  'llama': llama,
+  'mistral': mistral,
+  'qwen2': qwen2,
+  'qwen3': qwen3,
+  'gemma': gemma,
+}

@@ -7,20 +7,20 @@ elsewhere are in `t5_names`.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.models.context import context
 from moepeft.nn.attention import Attention, visible
-from moepeft.nn.linear import Embedding, frozen_einsum
+from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
-from moepeft.nn.norms import RMSNorm
-from moepeft.nn.parameter import param
+from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.positions import RelativeBias
-from moepeft.nn.site import Advice, Around, advise
+from moepeft.nn.site import Advice, Around
 from moepeft.nn.stack import stack
-from moepeft.nn.start import Normal
 from moepeft.typing import Array, Batch, Context
 
 
@@ -51,6 +51,7 @@ class T5Config:
   max_distance: int = 128
   eps: float = 1e-6
   dropout: float = 0.1
+  family: ClassVar[str] = 't5'
 
 
 # layers, heads, head size, d_model, ffn of 1.1 (released_checkpoints.md; tiny
@@ -105,6 +106,11 @@ def config(size: str, version: str = '1.1') -> T5Config:
   )
 
 
+def from_fields(fields: Mapping[str, Any]) -> T5Config:
+  """The config whose `dataclasses.asdict` went through JSON."""
+  return T5Config(**fields)
+
+
 def sites(config: T5Config) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
   attention = {
@@ -156,7 +162,7 @@ class Block(nn.Module):
       f'{self.side}/mlp',
       self.advice,
       dropout=c.dropout,
-      eps=c.eps,
+      norm_form=NormForm(c.eps),
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       name='mlp',
@@ -172,7 +178,7 @@ class Block(nn.Module):
       f'{self.side}/{name}',
       self.advice,
       dropout=c.dropout,
-      eps=c.eps,
+      norm_form=NormForm(c.eps),
       q_stddev=(c.d_model * c.head_dim) ** -0.5,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -282,7 +288,13 @@ class T5(nn.Module):
     )
     self.encoder = Stack(c, 'encoder', *shared)
     self.decoder = Stack(c, 'decoder', *shared)
-    self.head = Head(c, self.advice, self.dtype, self.param_dtype)
+    self.head = Head(
+      c.d_model,
+      c.vocab,
+      self.advice,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
 
   def __call__(self, batch: Batch, train: bool = False) -> Array:
     """Logits float32 [b, t, v] of a batch.
@@ -325,48 +337,6 @@ class T5(nn.Module):
     if self.config.scale_head:
       x = x * self.config.d_model**-0.5
     return self.head(x, ctx, self.embed if self.config.tied else None)
-
-
-class Head(nn.Module):
-  """States [b, t, d] -> float32 logits [b, t, v], at the site 'head'."""
-
-  config: T5Config
-  advice: Advice
-  dtype: Any
-  param_dtype: Any
-
-  @nn.compact
-  def __call__(self, x, ctx, tied: Embedding | None):
-    c = self.config
-    if tied is None:
-      kernel = param(
-        self,
-        'kernel',
-        Normal(c.d_model**-0.5),
-        (c.d_model, c.vocab),
-        'dv',
-        self.param_dtype,
-      )
-    else:
-      kernel = tied.attend().T
-    f = frozen_einsum('btd,dv->btv', kernel, self.dtype, _logits(self.dtype))
-    return advise(self, self.advice, 'head', f, x, ctx)
-
-
-def _logits(dtype) -> Any:
-  """Logits are float32, or wider where activations are."""
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
-  """The context of one side of a batch; every token real where unsaid."""
-  mask = batch.get(f'{side}_mask')
-  return Context(
-    token_mask=jnp.ones(ids.shape, bool) if mask is None else mask,
-    segment_ids=batch.get(f'{side}_segments'),
-    positions=batch.get(f'{side}_positions'),
-    train=train,
-  )
 
 
 MODULE = T5

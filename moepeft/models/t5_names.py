@@ -14,7 +14,6 @@ from moepeft.models.names import CheckpointError, Rule, Shape, entries
 from moepeft.models.t5 import T5Config
 
 Config = T5Config
-FAMILY = 't5'
 
 # Sublayers in the order of Hugging Face's `layer.<i>`, with the module's names
 # there and in T5X.

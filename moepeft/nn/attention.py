@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moepeft.nn.linear import Linear
-from moepeft.nn.norms import RMSNorm
+from moepeft.nn.norms import NormForm
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.nn.softmax import softmax
@@ -21,7 +21,8 @@ class Heads:
   """The input of the attention core, and what advice there may lengthen.
 
   Attributes:
-    q: [b, t, n, h]; k, v: [b, s, n, h].
+    q: [b, t, n, h]; k, v: [b, s, k, h], the same heads or fewer (grouped
+      queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
     mask: bool [b, 1, t, s], True where t may look at s, or None.
   """
@@ -34,7 +35,11 @@ class Heads:
 
 
 def attend(
-  heads: Heads, scale: float = 1.0, rng=None, dropout: float = 0.0
+  heads: Heads,
+  scale: float = 1.0,
+  rng=None,
+  dropout: float = 0.0,
+  cap: float = 0.0,
 ) -> Array:
   """softmax(q k * scale + bias, masked) v -> [b, t, n, h].
 
@@ -42,9 +47,20 @@ def attend(
 
   Args:
     rng: the key of attention dropout, or None for none.
+    cap: logits are kept within it by cap * tanh(logits / cap), before the
+      bias (Gemma 2, arXiv:2408.00118); 0 for none.
   """
-  logits = jnp.einsum('btnh,bsnh->bnts', heads.q, heads.k)
+  b, t, n, h = heads.q.shape
+  k = heads.k.shape[2]
+  if n == k:
+    logits = jnp.einsum('btnh,bsnh->bnts', heads.q, heads.k)
+  else:
+    # Group g of n / k queries stands beside its one key head.
+    q = heads.q.reshape(b, t, k, n // k, h)
+    logits = jnp.einsum('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
   logits = wide(logits) * scale
+  if cap:
+    logits = cap * jnp.tanh(logits / cap)
   if heads.bias is not None:
     logits += wide(heads.bias)
   if heads.mask is not None:
@@ -54,11 +70,19 @@ def attend(
   if rng is not None and dropout > 0:
     keep = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
     weights = jnp.where(keep, weights / (1 - dropout), 0).astype(weights.dtype)
-  return jnp.einsum('bnts,bsnh->btnh', weights, heads.v)
+  if n == k:
+    return jnp.einsum('bnts,bsnh->btnh', weights, heads.v)
+  weights = weights.reshape(b, k, n // k, t, -1)
+  return jnp.einsum('bkgts,bskh->btkgh', weights, heads.v).reshape(b, t, n, h)
 
 
 def visible(
-  query: Array, key: Array, query_segments=None, key_segments=None, causal=False
+  query: Array,
+  key: Array,
+  query_segments=None,
+  key_segments=None,
+  causal: bool = False,
+  window: int = 0,
 ) -> Array:
   """Mask [b, 1, t, s]: real keys, of the same segment, not in the future.
 
@@ -66,12 +90,17 @@ def visible(
     query: bool [b, t], key: bool [b, s], True on real tokens.
     query_segments, key_segments: int [b, t], [b, s], or None: not packed.
     causal: whether t sees s <= t only.
+    window: with `causal`, how many tokens t sees at most, itself included
+      (arXiv:2310.06825); 0 for all.
   """
   mask = jnp.broadcast_to(key[:, None, :], (*query.shape, key.shape[1]))
   if query_segments is not None:
     mask &= query_segments[:, :, None] == key_segments[:, None, :]
   if causal:
-    mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
+    ones = jnp.ones(mask.shape[1:], bool)
+    mask &= jnp.tril(ones)
+    if window:
+      mask &= ~jnp.tril(ones, -window)
   return mask[:, None]
 
 
@@ -85,7 +114,7 @@ class Attention(nn.Module):
   advice: Advice
   scale: float = 1.0
   dropout: float = 0.0
-  eps: float = 1e-6
+  norm_form: NormForm = NormForm()
   q_stddev: float | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -111,9 +140,8 @@ class Attention(nn.Module):
     self.core = Core(f'{self.site}/core', self.advice, self.scale, self.dropout)
     self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
     # The block calls it, so that the sublayer's own input is normed.
-    self.norm = RMSNorm(
-      f'{self.site}/norm', self.advice, self.eps, self.param_dtype
-    )
+    site = f'{self.site}/norm'
+    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
 
   def __call__(
     self,
@@ -173,12 +201,14 @@ class Core(nn.Module):
   advice: Advice
   scale: float = 1.0
   dropout: float = 0.0
+  cap: float = 0.0
 
   @nn.compact
   def __call__(self, heads: Heads, ctx: Context) -> Array:
     noisy = ctx.train and self.dropout > 0
     rng = self.make_rng('dropout') if noisy else None
     f = Frozen(
-      lambda heads: attend(heads, self.scale, rng, self.dropout), outside='nh'
+      lambda heads: attend(heads, self.scale, rng, self.dropout, self.cap),
+      outside='nh',
     )
     return advise(self, self.advice, self.site, f, heads, ctx)

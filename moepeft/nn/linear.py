@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen projections and the embedding, each one a site."""
+"""Frozen projections, the embedding and the head, each one a site."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from moepeft.nn.site import (
   contraction,
   kernel_letters,
 )
-from moepeft.nn.start import Normal
+from moepeft.nn.start import Fill, Normal
 from moepeft.typing import Array, Context
 
 
 class Linear(nn.Module):
-  """y = einsum(eqn, x, kernel), at a site.
+  """y = einsum(eqn, x, kernel), plus a bias where it has one, at a site.
 
   Attributes:
     eqn: 'btd,dnh->btnh' and the like; two operands, the kernel second.
@@ -28,6 +28,7 @@ class Linear(nn.Module):
     site: the site's path, 'encoder/self/q'.
     stddev: of the normal initialiser.
     accumulate: the dtype of the result; None for `dtype`.
+    bias: whether it has one, of the shape that the kernel brings.
   """
 
   eqn: str
@@ -38,6 +39,7 @@ class Linear(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   accumulate: Any = None
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
@@ -50,18 +52,27 @@ class Linear(nn.Module):
       kernel_letters(self.eqn),
       self.param_dtype,
     )
-    f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate)
+    bias = self._bias() if self.bias else None
+    f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate, bias)
     return advise(self, self.advice, self.site, f, x, ctx)
 
+  def _bias(self) -> Array:
+    _, inside, outside, _ = contraction(self.eqn)
+    shape = self.shape[len(inside) :]
+    return param(self, 'bias', Fill(0), shape, outside, self.param_dtype)
 
-def frozen_einsum(eqn: str, kernel: Array, dtype, accumulate=None) -> Frozen:
+
+def frozen_einsum(
+  eqn: str, kernel: Array, dtype, accumulate=None, bias: Array | None = None
+) -> Frozen:
   """The frozen call of a projection whose weight is `kernel`."""
 
   def weight():
     return kernel.astype(dtype)
 
   def call(x):
-    return contract(eqn, x.astype(dtype), weight(), accumulate)
+    y = contract(eqn, x.astype(dtype), weight(), accumulate)
+    return y if bias is None else y + bias.astype(y.dtype)
 
   _, inside, outside, _ = contraction(eqn)
   return Frozen(
@@ -71,16 +82,18 @@ def frozen_einsum(eqn: str, kernel: Array, dtype, accumulate=None) -> Frozen:
     inside=inside,
     outside=outside,
     kernel=weight,
+    bias=bias,
   )
 
 
 class Embedding(nn.Module):
-  """Token ids [b, t] -> [b, t, d], at the site 'embed'."""
+  """Ids [b, t] -> [b, t, d], at a site; `letter` is that of the table."""
 
   vocab: int
   d_model: int
   advice: Advice
   site: str = 'embed'
+  letter: str = 'v'
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   stddev: float = 1.0
@@ -89,7 +102,8 @@ class Embedding(nn.Module):
   def __call__(self, ids: Array, ctx: Context) -> Array:
     shape = (self.vocab, self.d_model)
     start = Normal(self.stddev)
-    table = param(self, 'embedding', start, shape, 'vd', self.param_dtype)
+    letters = f'{self.letter}d'
+    table = param(self, 'embedding', start, shape, letters, self.param_dtype)
 
     def weight():
       return table.astype(self.dtype)
@@ -105,3 +119,31 @@ class Embedding(nn.Module):
   def attend(self) -> Array:
     """The table [v, d] itself, for a head tied to it."""
     return self.get_variable('params', 'embedding').astype(self.dtype)
+
+
+class Head(nn.Module):
+  """States [b, t, d] -> logits [b, t, v], float32 at least, at 'head'.
+
+  Attributes:
+    cap: logits are kept within it by cap * tanh(logits / cap); 0 for none.
+  """
+
+  d_model: int
+  vocab: int
+  advice: Advice
+  cap: float = 0.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context, tied: Embedding | None) -> Array:
+    if tied is None:
+      shape = (self.d_model, self.vocab)
+      start = Normal(self.d_model**-0.5)
+      kernel = param(self, 'kernel', start, shape, 'dv', self.param_dtype)
+    else:
+      kernel = tied.attend().T
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    f = frozen_einsum('btd,dv->btv', kernel, self.dtype, wide)
+    logits = advise(self, self.advice, 'head', f, x, ctx)
+    return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits

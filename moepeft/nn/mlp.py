@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward sublayer, gated (arXiv:2002.05202) or not."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,11 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.nn.linear import Linear
-from moepeft.nn.norms import RMSNorm
+from moepeft.nn.norms import NormForm
 from moepeft.nn.site import Advice, Tap
 from moepeft.typing import Array, Context
 
-ACTIVATIONS = {'gelu': nn.gelu, 'relu': jax.nn.relu, 'silu': jax.nn.silu}
+ACTIVATIONS = {
+  'gelu': nn.gelu,
+  'gelu_exact': functools.partial(nn.gelu, approximate=False),
+  'relu': jax.nn.relu,
+  'silu': jax.nn.silu,
+}
 
 
 class Mlp(nn.Module):
@@ -29,7 +35,8 @@ class Mlp(nn.Module):
   site: str
   advice: Advice
   dropout: float = 0.0
-  eps: float = 1e-6
+  norm_form: NormForm = NormForm()
+  bias: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -43,6 +50,7 @@ class Mlp(nn.Module):
         stddev=shape[0] ** -0.5,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
+        bias=self.bias,
       )
 
     d, f = self.d_model, self.ffn
@@ -56,9 +64,8 @@ class Mlp(nn.Module):
     self.wo = linear('wo', 'btf,fd->btd', f, d)
     self.drop = nn.Dropout(self.dropout)
     # The block calls it, so that the sublayer's own input is normed.
-    self.norm = RMSNorm(
-      f'{self.site}/norm', self.advice, self.eps, self.param_dtype
-    )
+    site = f'{self.site}/norm'
+    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
 
   def __call__(self, x: Array, ctx: Context) -> Array:
     gate = self.wi_0 if self.gated else self.wi

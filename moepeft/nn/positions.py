@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5's bucketed relative position bias (Raffel et al., arXiv:1910.10683)."""
+"""Positions that are added: to logits (T5's bias, ALiBi) or to embeddings."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ def relative_bucket(
   relative: Array, buckets: int, max_distance: int, bidirectional: bool
 ) -> Array:
   """Maps key position - query position to a bucket in [0, buckets).
+
+  Source: Raffel et al., arXiv:1910.10683.
 
   Half of the buckets of a direction are exact, the others grow
   logarithmically up to `max_distance`, beyond which all share the last.
@@ -65,3 +68,33 @@ class RelativeBias(nn.Module):
     )
     bias = jnp.take(table.astype(self.dtype), bucket, axis=0)
     return bias.transpose(2, 0, 1)[None]
+
+
+def alibi(heads: int, queries: Array, keys: Array) -> Array:
+  """Bias [b, n, t, s] that falls with distance, by a slope a head.
+
+  Source: Press et al., arXiv:2108.12409; slopes of a number of heads that is
+  no power of two as in its released code: those of the power below, then
+  every other one of the power above.
+
+  Args:
+    queries: positions int [b, t]; keys: int [s] or [b, s].
+  """
+  whole = 2 ** int(math.log2(heads))
+  slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+  slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
+  distance = queries[:, :, None] - jnp.atleast_2d(keys)[:, None, :]
+  slopes = jnp.array(slopes, jnp.float32)[:, None, None]
+  return -slopes * distance[:, None].astype(jnp.float32)
+
+
+def sinusoidal(positions: Array, d_model: int) -> Array:
+  """positions int [b, t] -> float32 [b, t, d]: sines, then cosines.
+
+  Source: Vaswani et al., arXiv:1706.03762, section 3.5; the two halves stand
+  one after the other, as in tensor2tensor, instead of in turn.
+  """
+  half = d_model // 2
+  waves = jnp.exp(-math.log(10000.0) / half * jnp.arange(half))
+  angles = positions[..., None].astype(jnp.float32) * waves
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from moepeft.interop import hf, peft, released, t5x
 from moepeft.interop.adapter import Adapter
-from moepeft.models import names
+from moepeft.models import names, t5_names
 from moepeft.models.t5 import T5, T5Config, sites
 from moepeft.nn.site import Advice
 from moepeft.objectives.loss import mean
@@ -242,9 +242,10 @@ def _base(name: str) -> str:
 
 def _is_t5(name: str) -> bool:
   file = ROOT / name / 'config.json'
-  return file.exists() and (
-    json.loads(file.read_text()).get('model_type') in hf.FAMILIES
-  )
+  if not file.exists():
+    return False
+  kind = json.loads(file.read_text()).get('model_type')
+  return hf.FAMILIES.get(kind) is t5_names
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only models: one module for the families that differ in options.
+
+Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
+said by a `DecoderConfig`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.models.context import context
+from moepeft.nn.attention import visible
+from moepeft.nn.causal import CausalAttention
+from moepeft.nn.linear import Embedding, Head
+from moepeft.nn.mlp import Mlp
+from moepeft.nn.norms import NormForm
+from moepeft.nn.positions import alibi, sinusoidal
+from moepeft.nn.rope import Rope
+from moepeft.nn.site import Advice, Around
+from moepeft.nn.stack import stack
+from moepeft.typing import Array, Batch, Context
+
+POSITIONS = ('rope', 'learned', 'sinusoidal', 'alibi')
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The shape of a decoder, and what its family does its own way.
+
+  Attributes:
+    family: whose names its weights have; a key of `models.FAMILIES`.
+    kv_heads: heads of keys and values; queries are grouped on them.
+    gated, activation: as of `nn.mlp.Mlp`.
+    tied: whether the head is the embedding's transpose.
+    positions: 'rope', 'learned', 'sinusoidal' (arXiv:1706.03762) or 'alibi'
+      (arXiv:2108.12409).
+    length: rows of a learned table of positions; else what the model was
+      trained for.
+    rope: its frequencies.
+    centred, eps, norm_offset: the norms'; see `nn.norms.NormForm`.
+    post_norms: whether a sublayer's output is normed too (Gemma 2).
+    qk_norm: whether heads of q and k are normed (Qwen3).
+    attention_bias, out_bias, mlp_bias: which projections have biases.
+    scale: of the attention logits; 0 for head_dim ** -0.5.
+    attention_cap, logits_cap: soft caps (Gemma 2); 0 for none.
+    window: tokens that a windowed layer sees; 0 for all.
+    windowed: whether each layer is windowed; () for all where there is a
+      window.
+    scale_embedding: whether embeddings are scaled by d_model ** 0.5 (Gemma).
+  """
+
+  family: str = 'llama'
+  vocab: int = 32000
+  d_model: int = 512
+  heads: int = 8
+  kv_heads: int = 8
+  head_dim: int = 64
+  ffn: int = 1408
+  layers: int = 8
+  gated: bool = True
+  activation: str = 'silu'
+  tied: bool = False
+  positions: str = 'rope'
+  length: int = 2048
+  rope: Rope = Rope()
+  centred: bool = False
+  eps: float = 1e-6
+  norm_offset: float = 0.0
+  post_norms: bool = False
+  qk_norm: bool = False
+  attention_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  scale: float = 0.0
+  attention_cap: float = 0.0
+  logits_cap: float = 0.0
+  window: int = 0
+  windowed: tuple[bool, ...] = ()
+  scale_embedding: bool = False
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    if self.positions not in POSITIONS:
+      raise ValueError(
+        f'positions is one of {", ".join(POSITIONS)}; got {self.positions!r}'
+      )
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
+      )
+    if self.windowed and len(self.windowed) != self.layers:
+      raise ValueError(
+        f'windowed says it of each of the {self.layers} layers; got '
+        f'{len(self.windowed)}'
+      )
+
+  @property
+  def norm_form(self) -> NormForm:
+    return NormForm(self.eps, self.centred, self.norm_offset)
+
+
+def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
+  """The config whose `dataclasses.asdict` went through JSON."""
+  typed = {
+    'rope': Rope(**fields['rope']),
+    'windowed': tuple(fields['windowed']),
+  }
+  return DecoderConfig(**{**fields, **typed})
+
+
+def sites(config: DecoderConfig) -> dict[str, str]:
+  """Every site's path and its role, which methods' defaults go by."""
+  attention = {
+    '': 'attention',
+    '/norm': 'norm',
+    '/q': 'query',
+    '/k': 'key',
+    '/v': 'value',
+    '/core': 'core',
+    '/o': 'output',
+  }
+  gate = {'/wi_0': 'gate', '/wi_1': 'up'} if config.gated else {'/wi': 'gate'}
+  taps = {'/act': 'act', '/hidden': 'hidden', '/wo': 'down'}
+  mlp = {'': 'mlp', '/norm': 'norm'} | gate | taps
+  if config.qk_norm:
+    attention |= {'/q_norm': 'norm', '/k_norm': 'norm'}
+  if config.post_norms:
+    attention |= {'_post_norm': 'norm'}
+    mlp |= {'_post_norm': 'norm'}
+  found = {'embed': 'embed'}
+  found |= {f'decoder/self{part}': role for part, role in attention.items()}
+  found |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
+  return found | {'decoder/norm': 'norm', 'head': 'head'}
+
+
+class Block(nn.Module):
+  """One layer: self-attention and a feed-forward, each added to its input."""
+
+  config: DecoderConfig
+  advice: Advice
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x, ctx, bias, mask, window_mask):
+    c = self.config
+    if window_mask is not None:
+      # All layers are one program: which mask is theirs is data.
+      windowed = jnp.array(c.windowed or (True,) * c.layers)
+      mask = jnp.where(windowed[ctx.layer], window_mask, mask)
+    attention = CausalAttention(
+      c.d_model,
+      c.heads,
+      c.kv_heads,
+      c.head_dim,
+      'decoder/self',
+      self.advice,
+      c.rope if c.positions == 'rope' else None,
+      c.scale or c.head_dim**-0.5,
+      cap=c.attention_cap,
+      dropout=c.dropout,
+      bias=c.attention_bias,
+      out_bias=c.out_bias,
+      qk_norm=c.qk_norm,
+      norm_form=c.norm_form,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='self',
+    )
+    run = lambda attention, y: attention(y, ctx, bias, mask)  # noqa: E731
+    x = self._residual('self', attention, run, x, ctx)
+    mlp = Mlp(
+      c.d_model,
+      c.ffn,
+      c.gated,
+      c.activation,
+      'decoder/mlp',
+      self.advice,
+      dropout=c.dropout,
+      norm_form=c.norm_form,
+      bias=c.mlp_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='mlp',
+    )
+    return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
+
+  def _residual(self, name, module, run, x, ctx):
+    """x + dropout(norm?(sublayer(norm(x)))), the sublayer a site of its own."""
+    c = self.config
+    around = Around(f'decoder/{name}', self.advice, name=f'around_{name}')
+    y = around(module, run, module.norm(x, ctx), ctx)
+    if c.post_norms:
+      name = f'{name}_post_norm'
+      site = f'decoder/{name}'
+      y = c.norm_form.at(site, self.advice, self.param_dtype, name)(y, ctx)
+    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    return x + drop(y, deterministic=not ctx.train)
+
+
+class Stack(nn.Module):
+  """All layers and the last norm, from embedded tokens to states."""
+
+  config: DecoderConfig
+  advice: Advice
+  scan: bool
+  remat: str
+  unroll: int
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Array:
+    c = self.config
+    mask, window_mask = masks(c, ctx)
+    bias = None
+    if c.positions == 'alibi':
+      cached = jnp.arange(ctx.cache_length)
+      keys = cached if ctx.decode else ctx.positions
+      bias = alibi(c.heads, ctx.positions, keys)
+    block = Block(c, self.advice, self.dtype, self.param_dtype, parent=None)
+    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    x = stack(
+      block,
+      c.layers,
+      drop(x, deterministic=not ctx.train),
+      ctx,
+      bias,
+      mask,
+      window_mask,
+      scan=self.scan,
+      remat=self.remat,
+      unroll=self.unroll,
+    )
+    norm = c.norm_form.at(
+      'decoder/norm', self.advice, self.param_dtype, name='norm'
+    )
+    return norm(x, ctx)
+
+
+def masks(c: DecoderConfig, ctx: Context) -> tuple[Array, Array | None]:
+  """What each query sees, bool [b, 1, t, s]; in windowed layers, if any.
+
+  In decoding s is the cache, where a token's place is its position.
+  """
+  if ctx.decode:
+    at, keys = ctx.positions[:, :, None], jnp.arange(ctx.cache_length)
+    seen = keys <= at
+    near = seen & (keys > at - c.window)
+    return seen[:, None], near[:, None] if c.window else None
+  real, segments = ctx.token_mask, ctx.segment_ids
+  see = lambda window: visible(  # noqa: E731
+    real, real, segments, segments, causal=True, window=window
+  )
+  return see(0), see(c.window) if c.window else None
+
+
+class Decoder(nn.Module):
+  """Decoder-only; `__call__` is training's, `extend` is for decoding.
+
+  Attributes: as of `models.t5.T5`.
+  """
+
+  config: DecoderConfig
+  advice: Advice = Advice()
+  scan: bool = True
+  remat: str = 'none'
+  unroll: int = 1
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def setup(self):
+    c = self.config
+    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    small = 0.02
+    self.embed = Embedding(
+      c.vocab, c.d_model, self.advice, stddev=small, **typed
+    )
+    if c.positions == 'learned':
+      # Not the site 'embed': that is the tokens'.
+      self.positions = Embedding(
+        c.length,
+        c.d_model,
+        Advice(),
+        site='positions',
+        letter='p',
+        stddev=small,
+        **typed,
+      )
+    self.decoder = Stack(
+      c,
+      self.advice,
+      self.scan,
+      self.remat,
+      self.unroll,
+      self.dtype,
+      self.param_dtype,
+    )
+    self.head = Head(c.d_model, c.vocab, self.advice, c.logits_cap, **typed)
+
+  def __call__(self, batch: Batch, train: bool = False) -> Array:
+    """Logits float32 [b, t, v] of a batch: of what follows each token.
+
+    Args:
+      batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool;
+        default: all real), and of packed rows `inputs_segments` and
+        `inputs_positions` (int). Others are not looked at.
+      train: dropout and router noise on (rngs 'dropout' and 'router').
+    """
+    ids = batch['inputs']
+    ctx = context(batch, 'inputs', ids, train)
+    return self._logits(self.states(ids, ctx), ctx)
+
+  def extend(self, ids: Array, ctx: Context, last: Array | None = None):
+    """ids [b, t] after what the cache holds -> logits [b, t, v].
+
+    Rows stand at places of their own: ctx.positions int [b, t] counts up
+    from each row's first new place, at which it is written (`ctx.decode`
+    and `ctx.cache_length` set, 'cache' mutable). Padding after a row's end
+    is written too and overwritten by what comes next: it is never seen.
+
+    Args:
+      last: int [b]: logits of this token of each row alone, [b, 1, v].
+    """
+    x = self.states(ids, ctx)
+    if last is not None:
+      x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+      ctx = ctx.replace(
+        token_mask=None
+        if ctx.token_mask is None
+        else jnp.take_along_axis(ctx.token_mask, last[:, None], axis=1)
+      )
+    return self._logits(x, ctx)
+
+  def states(self, ids: Array, ctx: Context) -> Array:
+    """ids [b, t] -> the last norm's output [b, t, d]."""
+    c = self.config
+    if ctx.positions is None:
+      places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+      ctx = ctx.replace(positions=places)
+    x = self.embed(ids, ctx)
+    if c.scale_embedding:
+      x = x * jnp.asarray(c.d_model**0.5, x.dtype)
+    if c.positions == 'learned':
+      x = x + self.positions(ctx.positions, ctx)
+    elif c.positions == 'sinusoidal':
+      x = x + sinusoidal(ctx.positions, c.d_model).astype(x.dtype)
+    return self.decoder(x, ctx)
+
+  def _logits(self, x: Array, ctx: Context) -> Array:
+    return self.head(x, ctx, self.embed if self.config.tied else None)
+
+
+MODULE = Decoder

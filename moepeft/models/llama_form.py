@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoders' arrays are called in Hugging Face's Llama form, and what
+its `config.json` says. Mistral, Qwen and Gemma share it; see their files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.decoder import DecoderConfig
+from moepeft.models.names import CheckpointError, Rule
+from moepeft.nn.rope import KINDS, Rope
+
+HF_HEAD, HF_EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
+
+_MODULES = {
+  'self/q': 'self_attn.q_proj',
+  'self/k': 'self_attn.k_proj',
+  'self/v': 'self_attn.v_proj',
+  'self/o': 'self_attn.o_proj',
+  'mlp/wi_0': 'mlp.gate_proj',
+  'mlp/wi_1': 'mlp.up_proj',
+  'mlp/wo': 'mlp.down_proj',
+}
+ACTIVATIONS = {
+  'silu': 'silu',
+  'gelu_pytorch_tanh': 'gelu',
+  'gelu_new': 'gelu',
+  'gelu': 'gelu_exact',
+  'relu': 'relu',
+}
+
+
+def sizes(config: DecoderConfig) -> dict[str, int]:
+  """The size of each axis letter."""
+  return {
+    'v': config.vocab,
+    'd': config.d_model,
+    'n': config.heads,
+    'k': config.kv_heads,
+    'h': config.head_dim,
+    'f': config.ffn,
+    'p': config.length,
+  }
+
+
+def depths(config: DecoderConfig) -> dict[str, int]:
+  """Layers of each stack."""
+  return {'decoder': config.layers}
+
+
+def projections(config: DecoderConfig) -> dict[str, tuple[str, str]]:
+  """Every projection's site and its (input, output) axes, in model order."""
+  attention = {
+    'q': ('d', 'nh'),
+    'k': ('d', 'kh'),
+    'v': ('d', 'kh'),
+    'o': ('nh', 'd'),
+  }
+  gates = ('wi_0', 'wi_1') if config.gated else ('wi',)
+  mlp = dict.fromkeys(gates, ('d', 'f')) | {'wo': ('f', 'd')}
+  found = {f'decoder/self/{name}': axes for name, axes in attention.items()}
+  return found | {f'decoder/mlp/{name}': axes for name, axes in mlp.items()}
+
+
+def biased(config: DecoderConfig) -> set[str]:
+  """The projections that have a bias."""
+  found = {f'decoder/self/{name}' for name in 'qkv' if config.attention_bias}
+  if config.out_bias:
+    found.add('decoder/self/o')
+  if config.mlp_bias:
+    found |= {site for site in projections(config) if '/mlp/' in site}
+  return found
+
+
+def taps() -> dict[str, tuple[str, str]]:
+  """The weightless sites inside the feed-forward, as `projections`."""
+  return {f'decoder/mlp/{tap}': ('f', 'f') for tap in ('act', 'hidden')}
+
+
+def in_layers(site: str) -> str:
+  """'decoder/self/q' -> 'decoder/layers/{l}/self/q'."""
+  stack, rest = site.split('/', 1)
+  return f'{stack}/layers/{{l}}/{rest}'
+
+
+def hf_module(site: str) -> str:
+  """'decoder/self/q' -> 'model.layers.{l}.self_attn.q_proj'."""
+  return f'model.layers.{{l}}.{_MODULES[site.removeprefix("decoder/")]}'
+
+
+def hf_norms(config: DecoderConfig) -> dict[str, str]:
+  """Norms within a layer, by our site."""
+  if config.post_norms:
+    return {
+      'decoder/self/norm': 'input_layernorm',
+      'decoder/self_post_norm': 'post_attention_layernorm',
+      'decoder/mlp/norm': 'pre_feedforward_layernorm',
+      'decoder/mlp_post_norm': 'post_feedforward_layernorm',
+    }
+  return {
+    'decoder/self/norm': 'input_layernorm',
+    'decoder/mlp/norm': 'post_attention_layernorm',
+  }
+
+
+def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
+  """Rules for `LlamaForCausalLM` and its like; kernels are [out, in]."""
+  rules = [Rule('embed/embedding', HF_EMBEDDING, 'vd', 'vd')]
+  with_bias = biased(config)
+  for site, (inner, outer) in projections(config).items():
+    ours, theirs = in_layers(site), hf_module(site)
+    rules.append(
+      Rule(
+        f'{ours}/kernel',
+        f'{theirs}.weight',
+        inner + outer,
+        f'({outer})({inner})',
+      )
+    )
+    if site in with_bias:
+      rules.append(Rule(f'{ours}/bias', f'{theirs}.bias', outer, f'({outer})'))
+  for site, name in hf_norms(config).items():
+    theirs = f'model.layers.{{l}}.{name}.weight'
+    rules.append(Rule(f'{in_layers(site)}/scale', theirs, 'd', 'd'))
+  for name in ('q_norm', 'k_norm') if config.qk_norm else ():
+    theirs = f'model.layers.{{l}}.self_attn.{name}.weight'
+    ours = f'{in_layers(f"decoder/self/{name}")}/scale'
+    rules.append(Rule(ours, theirs, 'h', 'h'))
+  rules.append(Rule('decoder/norm/scale', 'model.norm.weight', 'd', 'd'))
+  if not config.tied:
+    rules.append(Rule('head/kernel', HF_HEAD, 'dv', 'vd'))
+  return tuple(rules)
+
+
+def find_size(
+  family: str, table: Mapping[str, DecoderConfig], size: str
+) -> DecoderConfig:
+  """A size of a family's table, or a sentence that names them."""
+  if size not in table:
+    raise ValueError(f'{family} comes as {", ".join(table)}; got {size!r}')
+  return table[size]
+
+
+def shape_from_hf(
+  fields: Mapping[str, Any], family: str, tied: bool
+) -> DecoderConfig:
+  """What all families of this form say alike.
+
+  Raises:
+    CheckpointError: a size is absent, or an option is one that is not
+      supported.
+  """
+  wanted = {
+    'vocab': 'vocab_size',
+    'd_model': 'hidden_size',
+    'heads': 'num_attention_heads',
+    'ffn': 'intermediate_size',
+    'layers': 'num_hidden_layers',
+  }
+  absent = [key for key in wanted.values() if key not in fields]
+  if absent:
+    raise CheckpointError(
+      f'config.json lacks {", ".join(absent)}: expected the config of a '
+      f'{family} model; write it again with save_pretrained'
+    )
+  found = {ours: fields[theirs] for ours, theirs in wanted.items()}
+  return DecoderConfig(
+    family=family,
+    **found,
+    kv_heads=fields.get('num_key_value_heads') or found['heads'],
+    head_dim=fields.get('head_dim') or found['d_model'] // found['heads'],
+    activation=activation(fields),
+    tied=tied,
+    length=fields.get('max_position_embeddings', 2048),
+    rope=rope_from_hf(fields),
+    eps=fields.get('rms_norm_eps', 1e-6),
+  )
+
+
+def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The content of a `config.json` that all families of this form share."""
+  known = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+  rope = rope_to_hf(config.rope)
+  fields = {
+    'vocab_size': config.vocab,
+    'hidden_size': config.d_model,
+    'num_attention_heads': config.heads,
+    'num_key_value_heads': config.kv_heads,
+    'head_dim': config.head_dim,
+    'intermediate_size': config.ffn,
+    'num_hidden_layers': config.layers,
+    'max_position_embeddings': config.length,
+    'rms_norm_eps': config.eps,
+    'hidden_act': known[config.activation],
+    'tie_word_embeddings': config.tied,
+    'rope_parameters': rope,
+    # Of transformers 4.
+    'rope_theta': config.rope.theta,
+  }
+  if config.rope.kind != 'default':
+    fields['rope_scaling'] = {
+      key: value for key, value in rope.items() if key != 'rope_theta'
+    }
+  return fields
+
+
+def activation(fields: Mapping[str, Any]) -> str:
+  """Ours for 'hidden_activation' or 'hidden_act'."""
+  name = fields.get('hidden_activation') or fields.get('hidden_act', 'silu')
+  if name not in ACTIVATIONS:
+    raise CheckpointError(
+      f'the activation {name!r} in config.json: expected one of '
+      f'{", ".join(ACTIVATIONS)}; others are not supported'
+    )
+  return ACTIVATIONS[name]
+
+
+def windows_from_hf(
+  fields: Mapping[str, Any], usual: tuple[bool, ...]
+) -> dict[str, Any]:
+  """`window` and `windowed` of a family whose layers differ.
+
+  Args:
+    usual: whether each layer is windowed where 'layer_types' is not there.
+  """
+  window = fields.get('sliding_window') or 0
+  if not fields.get('use_sliding_window') or not window:
+    return {}
+  known = {'full_attention': False, 'sliding_attention': True}
+  kinds = fields.get('layer_types')
+  unknown = sorted(set(kinds or ()) - known.keys())
+  if unknown:
+    raise CheckpointError(
+      f'layers of the type {", ".join(unknown)} in config.json: expected '
+      f'{" or ".join(known)}; others are not supported'
+    )
+  windowed = tuple(known[kind] for kind in kinds) if kinds else usual
+  return {'window': window, 'windowed': windowed} if any(windowed) else {}
+
+
+def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The fields that `windows_from_hf` reads."""
+  windowed = config.windowed or (config.window > 0,) * config.layers
+  kinds = {False: 'full_attention', True: 'sliding_attention'}
+  return {
+    'sliding_window': config.window or None,
+    'use_sliding_window': config.window > 0,
+    'layer_types': [kinds[layer] for layer in windowed],
+  }
+
+
+# Hugging Face's names of what scales a Rope.
+_ROPE = {
+  'factor': 'factor',
+  'original': 'original_max_position_embeddings',
+  'low': 'low_freq_factor',
+  'high': 'high_freq_factor',
+  'fast': 'beta_fast',
+  'slow': 'beta_slow',
+  'attention': 'attention_factor',
+  'truncate': 'truncate',
+}
+_ROPE_OF = {
+  'default': (),
+  'linear': ('factor',),
+  'llama3': ('factor', 'original', 'low', 'high'),
+  'yarn': ('factor', 'original', 'fast', 'slow', 'attention', 'truncate'),
+}
+
+
+def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
+  """Reads `rope_parameters` (transformers 5) or `rope_theta` and
+  `rope_scaling` (4).
+
+  Raises:
+    CheckpointError: a scaling that is not supported.
+  """
+  said = dict(fields.get('rope_scaling') or {})
+  said |= fields.get('rope_parameters') or {}
+  kind = said.get('rope_type') or said.get('type') or 'default'
+  theta = said.get('rope_theta') or fields.get('rope_theta') or 10000.0
+  partial = said.get('partial_rotary_factor')
+  partial = partial or fields.get('partial_rotary_factor') or 1.0
+  if kind not in KINDS or partial != 1.0 or said.get('mscale'):
+    what = kind if kind not in KINDS else 'mscale or partial_rotary_factor'
+    raise CheckpointError(
+      f'rope_parameters in config.json have {what}: supported are '
+      f'{", ".join(KINDS)} over whole heads'
+    )
+  found = {'original': fields.get('max_position_embeddings', 2048)}
+  found |= {
+    ours: said[_ROPE[ours]]
+    for ours in _ROPE_OF[kind]
+    if said.get(_ROPE[ours]) is not None
+  }
+  if kind in ('default', 'linear'):
+    found.pop('original')
+  return Rope(theta=float(theta), kind=kind, **found)
+
+
+def rope_to_hf(rope: Rope) -> dict[str, Any]:
+  """The content of `rope_parameters`."""
+  fields = {'rope_type': rope.kind, 'rope_theta': rope.theta}
+  for name in _ROPE_OF[rope.kind]:
+    if name != 'attention' or rope.attention:
+      fields[_ROPE[name]] = getattr(rope, name)
+  return fields

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistral (arXiv:2310.06825): a Llama whose layers may see a window only."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.decoder import MODULE as MODULE
+from moepeft.models.decoder import DecoderConfig
+from moepeft.models.decoder import from_fields as from_fields
+from moepeft.models.decoder import sites as sites
+from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
+from moepeft.nn.rope import Rope
+
+HF_TYPES = ('mistral',)
+_7B = DecoderConfig(
+  family='mistral',
+  d_model=4096,
+  heads=32,
+  kv_heads=8,
+  head_dim=128,
+  ffn=14336,
+  layers=32,
+  eps=1e-5,
+  length=32768,
+)
+
+# From the models' own config.json.
+SIZES = {
+  '7b-v0.1': dataclasses.replace(_7B, window=4096),
+  '7b-v0.2': dataclasses.replace(_7B, rope=Rope(theta=1e6)),
+  '7b-v0.3': dataclasses.replace(_7B, vocab=32768, rope=Rope(theta=1e6)),
+}
+
+
+def config(size: str, version: str = '') -> DecoderConfig:
+  """The configuration of a released size; there are no versions.
+
+  Raises:
+    ValueError: there is no such size.
+  """
+  del version
+  return find_size('Mistral', SIZES, size)
+
+
+def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
+  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  return dataclasses.replace(
+    shape_from_hf(fields, 'mistral', tied),
+    window=fields.get('sliding_window') or 0,
+  )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The content of a `config.json`."""
+  return shape_to_hf(config) | {
+    'architectures': ['MistralForCausalLM'],
+    'model_type': 'mistral',
+    'sliding_window': config.window or None,
+  }

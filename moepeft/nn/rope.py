@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding (Su et al., arXiv:2104.09864) and its scalings.
+
+Halves are rotated against each other (x_i with x_{i + h/2}), as in Hugging
+Face's checkpoints. Frequencies are constants of the program.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.nn.precision import wide
+from moepeft.typing import Array
+
+KINDS = ('default', 'linear', 'llama3', 'yarn')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """What decides the frequencies; names as in Hugging Face's rope_parameters.
+
+  Attributes:
+    theta: base of the wave lengths.
+    kind: 'default', 'linear' (arXiv:2306.15595), 'llama3' (Llama 3.1) or
+      'yarn' (arXiv:2309.00071).
+    factor: how much longer contexts get; 1 changes nothing.
+    original: the context in tokens that the model was trained on (llama3,
+      yarn).
+    low, high: llama3's low_freq_factor and high_freq_factor.
+    fast, slow: yarn's beta_fast and beta_slow, in rotations over `original`.
+    attention: yarn's factor of queries and keys; 0 for 0.1 ln(factor) + 1.
+    truncate: whether yarn's bounds are rounded to whole dimensions.
+  """
+
+  theta: float = 10000.0
+  kind: str = 'default'
+  factor: float = 1.0
+  original: int = 8192
+  low: float = 1.0
+  high: float = 4.0
+  fast: float = 32.0
+  slow: float = 1.0
+  attention: float = 0.0
+  truncate: bool = True
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f'rope is one of {", ".join(KINDS)}; got {self.kind!r}')
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+  """(radians a position float32 [h / 2], the factor of queries and keys)."""
+  plain = rope.theta ** (
+    -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+  )
+  if rope.kind == 'linear':
+    found, scale = plain / rope.factor, 1.0
+  elif rope.kind == 'llama3':
+    found, scale = _llama3(rope, plain), 1.0
+  elif rope.kind == 'yarn':
+    found = _yarn(rope, plain, head_dim)
+    scale = rope.attention or 0.1 * math.log(max(rope.factor, 1)) + 1
+  else:
+    found, scale = plain, 1.0
+  return found.astype(np.float32), scale
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+  """Long waves are slowed by the factor, short ones kept, between mixed."""
+  turns = rope.original * plain / (2 * math.pi)
+  share = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+  return share * plain + (1 - share) * plain / rope.factor
+
+
+def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+  """As linear where waves are longer than the context, plain where short."""
+
+  def place(rotations):
+    # The dimension that turns so often over the original context.
+    waves = rope.original / (rotations * 2 * math.pi)
+    return head_dim * math.log(waves) / (2 * math.log(rope.theta))
+
+  first, last = place(rope.fast), place(rope.slow)
+  if rope.truncate:
+    first, last = math.floor(first), math.ceil(last)
+  first, last = max(first, 0), min(last, head_dim - 1)
+  ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+  slowed = np.clip(ramp, 0, 1)
+  return slowed * plain / rope.factor + (1 - slowed) * plain
+
+
+def rotate(x: Array, positions: Array, rope: Rope) -> Array:
+  """x [b, t, n, h] turned by its positions int [b, t]; float32 inside."""
+  radians, scale = frequencies(rope, x.shape[-1])
+  angles = positions[..., None].astype(jnp.float32) * radians
+  cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
+  first, second = jnp.split(wide(x), 2, axis=-1)
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
