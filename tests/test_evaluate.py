@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 
-from moepeft import compared, evaluate, measures, scoring, sets, train
+from moepeft import compared, evaluate, measures, scoring, sets, summary, train
 from moepeft import config as config_lib
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
@@ -21,7 +21,7 @@ from moepeft.models import t5
 from moepeft.nn.start import fresh
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
-from moepeft.scoring import forms
+from moepeft.scoring import forms, text
 from moepeft.tasks import Example
 
 from .contracts import small
@@ -90,9 +90,9 @@ def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
   work = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
   run = types.SimpleNamespace(method='none', step=0)
-  found = evaluate.summary(run, work, accuracies([*ROWS, lost]))
+  found = summary.of(run, work, accuracies([*ROWS, lost]))
   assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
-  evaluate.tell(found, accuracies(ROWS))
+  summary.tell(found, accuracies(ROWS))
   said = capsys.readouterr().out
   assert '1 prompts have no accuracy' in said and "z 'w'" in said
 
@@ -101,7 +101,7 @@ def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
   rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
   (row,) = accuracies(rows)
   again = dataclasses.replace(row, measure='exact_match')
-  evaluate.tell({'when': 'now'}, [row, again])
+  summary.tell({'when': 'now'}, [row, again])
   assert '1 of 2 measured examples are cut' in capsys.readouterr().out
 
 
@@ -168,7 +168,7 @@ def test_loss_is_a_mean_over_tokens():
   assert row.weights == (7, 2, 3)
   assert row.value == pytest.approx(sum(row.each) / 12)
   assert (row.measure, row.majority, row.chance) == ('loss', None, None)
-  head, cells = evaluate.text.table([row]).splitlines()[1:3]
+  head, cells = text.table([row]).splitlines()[1:3]
   assert head.split()[:3] == ['task', 'median', 'perplexity']
   assert cells.split()[2] == f'{np.exp(row.value):.3f}'
 
@@ -209,7 +209,7 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
 
 
 def test_the_table_has_medians_intervals_and_what_they_are_of():
-  lines = evaluate.text.table(accuracies(ROWS)).splitlines()
+  lines = text.table(accuracies(ROWS)).splitlines()
   assert lines[0] == 'accuracy (%)'
   cells = [line.split() for line in lines]
   assert (
@@ -228,7 +228,7 @@ def test_wordings_of_embedded_tasks_are_told_apart():
     dataclasses.replace(row, prompt=name)
     for row, name in zip(rows, ('seen', 'held_out'), strict=True)
   ]
-  seen, held_out = evaluate.text.table(rows).split('\n\n')
+  seen, held_out = text.table(rows).split('\n\n')
   # The prompts p and q have 2/3 each, of a prompt: no median of both.
   for said, name in ((seen, 'seen'), (held_out, 'held_out')):
     head, _, line, *_ = said.splitlines()
@@ -291,7 +291,7 @@ OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
 
 
 def test_a_run_is_measured_on_what_it_holds_out(begun):
-  summary, rows = evaluate.evaluate(begun, most=3)
+  total, rows = evaluate.evaluate(begun, most=3)
   found = {(r.task, r.prompt, r.measure): r for r in rows}
   assert set(found) == {
     *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
@@ -308,28 +308,28 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   # A letter and EOS each.
   assert found['one', '', 'loss'].weights == (2, 2, 2)
   # Of one task: both prompts' three examples.
-  assert [(r['group'], r['task'], r['examples']) for r in summary['rows']] == [
+  assert [(r['group'], r['task'], r['examples']) for r in total['rows']] == [
     ('validation', 'one', 6),
     ('validation', 'two', 6),
   ]
   both = [found['one', p, 'accuracy'].value for p in 'tu']
-  assert summary['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
-  assert set(summary['scores']) == {'accuracy', 'loss'}
-  assert np.isfinite(summary['validation_loss'])
+  assert total['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
+  assert set(total['scores']) == {'accuracy', 'loss'}
+  assert np.isfinite(total['validation_loss'])
   perplexity = np.exp(found['one', '', 'loss'].value)
-  assert summary['perplexity']['one'] == pytest.approx(perplexity)
+  assert total['perplexity']['one'] == pytest.approx(perplexity)
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
   begun, tmp_path
 ):
   path = dump(tmp_path / 'mine.jsonl', [CHOICES, OPEN | {'task': 'open'}])
-  summary, rows = evaluate.evaluate(begun, data=path)
+  total, rows = evaluate.evaluate(begun, data=path)
   assert [(r.task, r.measure, r.data) for r in rows] == [
     ('mine', 'accuracy', 'mine'),
     ('open', 'loss', 'mine'),
   ]
-  assert 'validation_loss' not in summary
+  assert 'validation_loss' not in total
   # The targets of a row with choices are its right one: a letter and EOS.
   _, rows = evaluate.evaluate(begun, data=path, names=['loss'])
   assert [(r.task, r.weights) for r in rows] == [('mine', (2,)), ('open', (4,))]
@@ -433,9 +433,9 @@ def test_the_output_is_checked_and_written_whole(tmp_path):
     evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
   with pytest.raises(ValueError, match='does not exist; make it'):
     evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
-  evaluate.write_summary(path, {'a': 1})
+  summary.write(path, {'a': 1})
   with pytest.raises(TypeError):
-    evaluate.write_summary(path, {'a': object()})
+    summary.write(path, {'a': object()})
   # What was there is whole, and nothing else is.
   assert json.loads((tmp_path / 'evaluation.json').read_text()) == {'a': 1}
   assert os.listdir(folder) == ['evaluation.json']
