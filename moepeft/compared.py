@@ -14,7 +14,7 @@ from moepeft import config as config_lib
 from moepeft import headings, remarks, routed
 from moepeft.count import count
 from moepeft.peft.build import plain
-from moepeft.scoring import figures, folders, groups, published
+from moepeft.scoring import figures, folders, groups, published, sameness
 from moepeft.scoring.figures import Figure, Key
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.forms import Cell, Line, Table
@@ -56,7 +56,7 @@ def table(
     return _paper_alone(paper, printed, title)
   given = _read(runs)
   entries = figures.of_one_kind(given)
-  figures.check_same_examples(entries)
+  sameness.check(entries)
   grouped = groups.group(entries)
   single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
   rows = [

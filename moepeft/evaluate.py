@@ -13,7 +13,7 @@ from absl import flags
 
 from moepeft import command, scoring, sets, summary, work
 from moepeft import config as config_lib
-from moepeft.data import Sources, sources
+from moepeft.data import Sources, jsonl, sources
 from moepeft.judge import Judge
 from moepeft.runs import Run, load
 from moepeft.scoring import About, Row
@@ -50,22 +50,25 @@ def evaluate(
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
+  work.check(names)
   run = load(os.path.expanduser(workdir), checkpoint)
   if most is not None:
     run.config.evaluation.max_examples = most
   config_lib.check(run.config)
   most, more = run.config.evaluation.max_examples, {}
   if data:
-    todo = work.of_data(data, names, most)
+    given = jsonl.read(data, ranked='accuracy' in names)
+    todo = work.of_rows(given, names, most)
   else:
     found = sources(run.config.data, run.config.seed)
-    todo = work.of_run(run, found)
+    given, todo = found.held_out, work.of_run(run, found)
     more = validation_loss(run, found)
-  rows = work.measure(run, todo, about(run, workdir, data))
+  shared = about(run, workdir, data, sets.digest(given))
+  rows = work.measure(run, todo, shared)
   return summary.of(run, todo, rows) | more, rows
 
 
-def about(run: Run, workdir: str, data: str) -> About:
+def about(run: Run, workdir: str, data: str, sha: str | None) -> About:
   """What the rows of one evaluation share."""
   return About(
     run=workdir,
@@ -77,6 +80,9 @@ def about(run: Run, workdir: str, data: str) -> About:
     seed=run.config.seed,
     step=run.step,
     data=name_of(data) if data else HELD_OUT,
+    data_sha=sha,
+    inputs_length=run.config.data.inputs_length,
+    targets_length=run.config.data.targets_length,
   )
 
 

@@ -6,36 +6,40 @@ from collections.abc import Callable, Iterator, Sequence
 
 from moepeft import measures, scoring, sets
 from moepeft.answering import Answering
-from moepeft.data import Sources, jsonl
+from moepeft.data import Sources
 from moepeft.likelihood import Likelihood
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
 from moepeft.runs import Run
 from moepeft.scoring import About, Row
 from moepeft.sets import Prompt
+from moepeft.tasks import Example
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
 
 
-def of_data(path: str, names: Sequence[str], most: int) -> Work:
-  """What is measured of a file or directory of rows.
-
-  Args:
-    names: of `scoring.MEASURES`; none for accuracy where rows have choices
-      and loss where they have none.
-    most: examples of a prompt.
+def check(names: Sequence[str]) -> None:
+  """Looks at the names of measures.
 
   Raises:
-    ValueError: an unknown measure, no rows there, or accuracy is asked for
-      and a row has no choices.
+    ValueError: one is not of `scoring.MEASURES`.
   """
   for name in names:
     if name not in scoring.MEASURES:
       raise ValueError(
         f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
       )
-  rows = jsonl.read(path, ranked='accuracy' in names)
+
+
+def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
+  """What is measured of the rows of a file or directory.
+
+  Args:
+    names: of `scoring.MEASURES`; none for accuracy where rows have choices
+      and loss where they have none.
+    most: examples of a prompt.
+  """
   if names:
     found = sets.prompts(sets.EVALUATION, rows, most)
     return {name: found for name in scoring.MEASURES if name in names}

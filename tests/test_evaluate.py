@@ -4,6 +4,8 @@
 import dataclasses
 import json
 import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from moepeft import compared, evaluate, measures, scoring, sets, summary, train
 from moepeft import config as config_lib
+from moepeft.data import jsonl
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
@@ -333,6 +336,22 @@ def test_rows_are_ranked_where_they_have_choices_and_else_scored(
   # The targets of a row with choices are its right one: a letter and EOS.
   _, rows = evaluate.evaluate(begun, data=path, names=['loss'])
   assert [(r.task, r.weights) for r in rows] == [('mine', (2,)), ('open', (4,))]
+
+
+def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
+  rows = [CHOICES, CHOICES | {'label': 0}]
+  path = dump(tmp_path / 'mine.jsonl', rows)
+  _, (row,) = evaluate.evaluate(begun, data=path, most=1)
+  config = json.loads((pathlib.Path(begun) / 'config.json').read_text())
+  lengths = [config['data'][f'{side}_length'] for side in ('inputs', 'targets')]
+  assert [row.inputs_length, row.targets_length] == lengths
+  # Of all that was read, however little of it is measured.
+  whole = jsonl.read(path)
+  assert row.examples == 1 and row.data_sha == sets.digest(whole)
+  assert re.fullmatch('[0-9a-f]{12}', row.data_sha)
+  other = [dataclasses.replace(e, inputs=f'{e.inputs}!') for e in whole]
+  assert sets.digest(other) != row.data_sha == sets.digest(list(whole))
+  assert sets.digest(whole[:1]) != row.data_sha and sets.digest([]) is None
 
 
 def test_the_base_alone_has_rows_too(begun, tmp_path):
