@@ -5,8 +5,9 @@ Accuracy by rank classification as in the paper, likelihood, and measures of
 generated texts; a row of each for every prompt, `moepeft.scoring.rows`.
 """
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -38,6 +39,9 @@ def evaluate(
   data: str = '',
   names: Sequence[str] = (),
   most: int | None = None,
+  inputs_length: int | None = None,
+  targets_length: int | None = None,
+  batch_size: int | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
   """(summary, rows) of a run on a file or directory of rows, or on its own.
 
@@ -45,16 +49,23 @@ def evaluate(
     checkpoint: see `runs.load`.
     data: '' for what the run holds out.
     names: see `moepeft.work`.
-    most: examples of a prompt; by default the config's.
+    most: examples of a prompt.
+    inputs_length, targets_length: tokens that texts are cut to, EOS included.
+    batch_size: rows of the longest batches. It and the other numbers are those
+      of the run's config by default.
 
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
   work.check(names)
-  run = load(os.path.expanduser(workdir), checkpoint)
-  if most is not None:
-    run.config.evaluation.max_examples = most
-  config_lib.check(run.config)
+  trained = load(os.path.expanduser(workdir), checkpoint)
+  changes = {
+    'evaluation.max_examples': most,
+    'evaluation.batch_size': batch_size,
+    'data.inputs_length': inputs_length,
+    'data.targets_length': targets_length,
+  }
+  run = _changed(trained, changes)
   most, more = run.config.evaluation.max_examples, {}
   if data:
     given = jsonl.read(data, ranked='accuracy' in names)
@@ -62,10 +73,21 @@ def evaluate(
   else:
     found = sources(run.config.data, run.config.seed)
     given, todo = found.held_out, work.of_run(run, found)
-    more = validation_loss(run, found)
+    # As training reports it, whatever is asked for.
+    more = validation_loss(trained, found)
   shared = about(run, workdir, data, sets.digest(given))
   rows = work.measure(run, todo, shared)
   return summary.of(run, todo, rows) | more, rows
+
+
+def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
+  """A run with some numbers of its config changed, None for as they are."""
+  config = run.config.copy_and_resolve_references()
+  config.update_from_flattened_dict(
+    {key: value for key, value in changes.items() if value is not None}
+  )
+  config_lib.check(config)
+  return dataclasses.replace(run, config=config)
 
 
 def about(run: Run, workdir: str, data: str, sha: str | None) -> About:
@@ -145,6 +167,9 @@ def main(argv) -> None:
     data,
     _MEASURES.value,
     _MAX_EXAMPLES.value,
+    _INPUTS_LENGTH.value,
+    _TARGETS_LENGTH.value,
+    _BATCH_SIZE.value,
   )
   summary.tell(found, rows)
   summary.write(output, found)
@@ -179,6 +204,24 @@ if __name__ == '__main__':
     None,
     "Examples of a prompt at most, the same in all of a task's prompts; by "
     "default the run's config.evaluation.max_examples.",
+  )
+  _INPUTS_LENGTH = flags.DEFINE_integer(
+    'inputs_length',
+    None,
+    "Tokens that inputs are cut to; by default the run's "
+    'config.data.inputs_length.',
+  )
+  _TARGETS_LENGTH = flags.DEFINE_integer(
+    'targets_length',
+    None,
+    'Tokens that targets, choices and generated answers are cut to; by '
+    "default the run's config.data.targets_length.",
+  )
+  _BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size',
+    None,
+    'Rows of a batch of the longest inputs, as memory allows; by default the '
+    "run's config.evaluation.batch_size.",
   )
   _OUTPUT = flags.DEFINE_string(
     'output',

@@ -102,6 +102,8 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   total, cut, alike = map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
   for line in warnings(total, cut, alike, 'measured examples'):
     print(line)
+  if cut:
+    print('--inputs_length and --targets_length let more of them be seen')
 
 
 def write(path: str, found: dict[str, Any]) -> None:

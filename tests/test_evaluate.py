@@ -354,6 +354,20 @@ def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
   assert sets.digest(whole[:1]) != row.data_sha and sets.digest([]) is None
 
 
+def test_lengths_may_be_longer_than_those_of_training(begun, tmp_path):
+  # Bytes: 300 and EOS are more than the run was trained on.
+  path = dump(tmp_path / 'mine.jsonl', [OPEN | {'inputs': 'a' * 300}])
+  options = {'data': path, 'names': ['loss']}
+  _, (short,) = evaluate.evaluate(begun, **options)
+  _, (long,) = evaluate.evaluate(begun, **options, inputs_length=301)
+  assert (short.cut, long.cut, long.inputs_length) == (1, 0, 301)
+  assert long.targets_length == short.targets_length
+  # 'abc' is three tokens and EOS: 'a' and EOS are left.
+  more = {'inputs_length': 301, 'targets_length': 2, 'batch_size': 1}
+  _, (cut,) = evaluate.evaluate(begun, **options, **more)
+  assert (cut.cut, cut.targets_length, cut.weights) == (1, 2, (2,))
+
+
 def test_the_base_alone_has_rows_too(begun, tmp_path):
   path = dump(tmp_path / 'mine.jsonl', [OPEN])
   _, (base,) = evaluate.evaluate(begun, 'base', path)
@@ -416,6 +430,8 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     ({'workdir': '{empty}'}, 'is no work directory: it has no config.json'),
     ({'checkpoint': '7'}, "holds no checkpoint '7'; it has those of the steps"),
     ({'most': 0}, 'config.evaluation.max_examples is at least 1'),
+    ({'inputs_length': 1}, 'config.data.inputs_length is at least 2'),
+    ({'batch_size': 0}, 'config.evaluation.batch_size is at least 1'),
   ],
 )
 def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
