@@ -72,7 +72,7 @@ def evaluate(
     todo = work.of_rows(given, names, most)
   else:
     found = sources(run.config.data, run.config.seed)
-    given, todo = found.held_out, work.of_run(run, found)
+    given, todo = found.held_out, work.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation_loss(trained, found)
   shared = about(run, workdir, data, sets.digest(given))
@@ -151,11 +151,6 @@ def main(argv) -> None:
   if not _WORKDIR.value:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   data = os.path.expanduser(_DATA.value or '')
-  if _MEASURES.value and not data:
-    raise ValueError(
-      '--measures is of the rows of --data; of its own held-out rows a run '
-      'has accuracy and loss'
-    )
   # The base's rows must not take the place of the run's.
   name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
   name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
@@ -196,8 +191,9 @@ if __name__ == '__main__':
   _MEASURES = flags.DEFINE_list(
     'measures',
     [],
-    f'Of the rows of --data: some of {", ".join(scoring.MEASURES)}. By default '
-    'accuracy where rows have choices, loss where they have none.',
+    f'Some of {", ".join(scoring.MEASURES)}. By default, of --data accuracy '
+    "where rows have choices and loss where they have none; of the run's own "
+    'rows both.',
   )
   _MAX_EXAMPLES = flags.DEFINE_integer(
     'max_examples',

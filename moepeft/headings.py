@@ -29,7 +29,8 @@ def _name(key: Key, several: bool) -> str:
   if key.data == HELD_OUT and not key.dataset:
     return f'held-out {measure}'
   if _is_group(key):
-    return key.dataset.replace('_', '-')
+    name = key.dataset.replace('_', '-')
+    return name if measure == 'accuracy' else f'{name} {measure}'
   if key.dataset in ('', MEAN):
     return f'{key.data} {measure}'
   name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'

@@ -51,11 +51,29 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
   return work
 
 
-def of_run(run: Run, found: Sources) -> Work:
-  """What is measured of a run's own held-out rows."""
-  work = {'accuracy': sets.own_prompts(run.config, found)}
-  most = run.config.evaluation.max_examples
-  work['loss'] = sets.whole_tasks(found.held_out, most)
+def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
+  """What is measured of a run's own held-out rows.
+
+  Args:
+    names: of `scoring.MEASURES`; none for what there is of accuracy and loss.
+
+  Raises:
+    ValueError: no held-out rows, or none with choices, have what is asked for.
+  """
+  ranked = sets.own_prompts(run.config, found)
+  whole = sets.whole_tasks(found.held_out, run.config.evaluation.max_examples)
+  work = {
+    name: ranked if name == 'accuracy' else whole
+    for name in scoring.MEASURES
+    if name in (names or ('accuracy', 'loss'))
+  }
+  lacking = [name for name, prompts in work.items() if not prompts]
+  if names and lacking:
+    raise ValueError(
+      f"--measures asks for {', '.join(lacking)}, of which the run's own "
+      'held-out rows have none (accuracy is of rows with choices); name other '
+      'rows with --data'
+    )
   return {name: prompts for name, prompts in work.items() if prompts}
 
 

@@ -14,7 +14,16 @@ import types
 import numpy as np
 import pytest
 
-from moepeft import compared, evaluate, measures, scoring, sets, summary, train
+from moepeft import (
+  compared,
+  evaluate,
+  measures,
+  scoring,
+  sets,
+  summary,
+  train,
+  work,
+)
 from moepeft import config as config_lib
 from moepeft.data import jsonl
 from moepeft.data.vocabulary import Bytes
@@ -91,9 +100,9 @@ def test_examples_that_cannot_be_ranked_are_counted():
 def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   long = 'a' * 20
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
-  work = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
+  todo = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
   run = types.SimpleNamespace(method='none', step=0)
-  found = summary.of(run, work, accuracies([*ROWS, lost]))
+  found = summary.of(run, todo, accuracies([*ROWS, lost]))
   assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
   summary.tell(found, accuracies(ROWS))
   said = capsys.readouterr().out
@@ -323,6 +332,29 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   assert total['perplexity']['one'] == pytest.approx(perplexity)
 
 
+def test_held_out_rows_have_the_measures_that_are_asked_for(begun):
+  _, rows = evaluate.evaluate(begun, most=3, names=['exact_match', 'accuracy'])
+  assert [(r.task, r.prompt, r.measure) for r in rows] == [
+    *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
+    ('one', '', 'exact_match'),
+    ('two', '', 'exact_match'),
+  ]
+  assert {row.data for row in rows} == {'held_out'}
+  assert all(row.examples == 3 for row in rows)
+
+
+def test_a_measure_that_held_out_rows_do_not_have_is_refused():
+  config = config_lib.default()
+  config.data.source = 'jsonl'
+  # Each has a target of its own: nothing to choose from.
+  rows = [made('x', 'p', i, 'q', targets=str(i)) for i in range(23)]
+  held_out = types.SimpleNamespace(rows=rows[:19], held_out=rows[19:])
+  run = types.SimpleNamespace(config=config)
+  assert set(work.of_run(run, held_out)) == {'loss'}
+  with pytest.raises(ValueError, match='asks for accuracy, of which .* --data'):
+    work.of_run(run, held_out, ['accuracy', 'loss'])
+
+
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
   begun, tmp_path
 ):
@@ -480,4 +512,4 @@ def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
   done = command(f'--workdir={begun}', '--measures=f1')
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
-  assert line.startswith('error: --measures is of the rows of --data')
+  assert line.startswith('error: --measures names some of accuracy, loss')
