@@ -2,7 +2,8 @@
 """python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: how good a run is.
 
 Accuracy by rank classification as in the paper, likelihood, and measures of
-generated texts; a row of each for every prompt, `moepeft.scoring.rows`.
+generated texts; a row of each for every prompt, `moepeft.scoring.rows`. Rows
+stand in a file .part until all are there: the same command goes on from it.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from moepeft.judge import Judge
 from moepeft.runs import Run, load
 from moepeft.scoring import About, Row
 from moepeft.scoring.rows import HELD_OUT
+from moepeft.unfinished import Unfinished
 
 # Names of data that rows of a run's own have in tables.
 _RESERVED = (HELD_OUT, 'after')
@@ -42,6 +44,7 @@ def evaluate(
   inputs_length: int | None = None,
   targets_length: int | None = None,
   batch_size: int | None = None,
+  part: str = '',
 ) -> tuple[dict[str, Any], list[Row]]:
   """(summary, rows) of a run on a file or directory of rows, or on its own.
 
@@ -53,6 +56,8 @@ def evaluate(
     inputs_length, targets_length: tokens that texts are cut to, EOS included.
     batch_size: rows of the longest batches. It and the other numbers are those
       of the run's config by default.
+    part: a file that rows go to once they are measured; those that it has of
+      the same evaluation are not measured again. '' for none.
 
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
@@ -76,7 +81,11 @@ def evaluate(
     # As training reports it, whatever is asked for.
     more = validation_loss(trained, found)
   shared = about(run, workdir, data, sets.digest(given))
-  rows = work.measure(run, todo, shared)
+  kept = Unfinished(part, shared)
+  try:
+    rows = work.measure(run, todo, shared, kept)
+  finally:
+    kept.close()
   return summary.of(run, todo, rows) | more, rows
 
 
@@ -156,6 +165,7 @@ def main(argv) -> None:
   name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
   # Before minutes of evaluation.
   output = output_of(_OUTPUT.value or '', _WORKDIR.value, name)
+  rows_path = os.path.splitext(output)[0] + '.jsonl'
   found, rows = evaluate(
     _WORKDIR.value,
     _CHECKPOINT.value,
@@ -165,14 +175,15 @@ def main(argv) -> None:
     _INPUTS_LENGTH.value,
     _TARGETS_LENGTH.value,
     _BATCH_SIZE.value,
+    f'{rows_path}.part',
   )
   summary.tell(found, rows)
   summary.write(output, found)
   print(f'wrote {output}')
   if rows:
-    path = os.path.splitext(output)[0] + '.jsonl'
-    scoring.write(path, rows)
-    print(f'wrote {path}')
+    scoring.write(rows_path, rows)
+    print(f'wrote {rows_path}')
+  os.remove(f'{rows_path}.part')
 
 
 if __name__ == '__main__':

@@ -92,8 +92,8 @@ def loss(
 def texts(
   answering: Answering,
   variables: Tree,
-  prompts: Sequence[Prompt],
   names: Sequence[str],
+  prompts: Sequence[Prompt],
   about: About,
   progress: Progress,
 ) -> list[Row]:

@@ -2,6 +2,7 @@
 """What an evaluation measures of which prompts, and the measuring."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from moepeft import measures, scoring, sets
@@ -14,9 +15,14 @@ from moepeft.runs import Run
 from moepeft.scoring import About, Row
 from moepeft.sets import Prompt
 from moepeft.tasks import Example
+from moepeft.unfinished import Unfinished
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
+Take = Callable[[Sequence[Prompt], About, measures.Progress], list[Row]]
+# Examples that are measured together: a kill loses no more than these, and
+# fewer would leave more batches half empty.
+_PORTION = 512
 
 
 def check(names: Sequence[str]) -> None:
@@ -77,31 +83,65 @@ def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
   return {name: prompts for name, prompts in work.items() if prompts}
 
 
-def measure(run: Run, work: Work, about: About) -> list[Row]:
-  """Rows of everything in `work`, with progress on stderr."""
-  data, e = run.config.data, run.config.evaluation
-  common = run.model, run.words, data.inputs_length
-  length, size = data.targets_length, e.batch_size
+def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
+  """Rows of everything in `work`, with progress on stderr.
+
+  Args:
+    kept: what is there is not measured again; the rest is added, some prompts
+      at a time.
+  """
+  wanted = [(p, name) for name, prompts in work.items() for p in prompts]
+  there = sum(kept.get(*one) is not None for one in wanted)
+  if there:
+    print(f'{there} of {len(wanted)} rows are in {kept.path}; going on')
   rows = []
-  for name, prompts in work.items():
-    total = sum(len(prompt.examples) for prompt in prompts)
-    if name == 'accuracy':
-      ranker = Ranker(*common, length, size)
-      with _told(total, 'ranked') as done:
-        rows += measures.accuracy(ranker, run.variables, prompts, about, done)
-    elif name == 'loss':
-      likelihood = Likelihood(*common, length, size)
-      with _told(total, 'scored') as done:
-        rows += measures.loss(likelihood, run.variables, prompts, about, done)
-  texts = [name for name in measures.TEXTS if name in work]
-  if texts:
-    answering, prompts = Answering(*common, length, size), work[texts[0]]
-    total = sum(len(prompt.examples) for prompt in prompts)
-    with _told(total, 'answered') as done:
-      rows += measures.texts(
-        answering, run.variables, prompts, texts, about, done
-      )
+  for names, prompts in _passes(work):
+    left = [p for p in prompts if any(kept.get(p, n) is None for n in names)]
+    if left:
+      take, what = _measure(run, names)
+      with _told(sum(len(p.examples) for p in left), what) as done:
+        for some in _portions(left):
+          kept.add(take(some, about, done))
+    found = [kept.get(p, name) for p in prompts for name in names]
+    # Of a prompt that cannot be ranked there is none.
+    rows += [row for row in found if row is not None]
   return rows
+
+
+def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
+  """(measures, their prompts), those of generated texts together."""
+  texts = tuple(name for name in measures.TEXTS if name in work)
+  alone = [(name,) for name in work if name not in texts]
+  return [(names, work[names[0]]) for names in (*alone, texts) if names]
+
+
+def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
+  """(what measures prompts, what it has done to examples)."""
+  data, variables = run.config.data, run.variables
+  lengths = data.inputs_length, data.targets_length
+  common = run.model, run.words, *lengths, run.config.evaluation.batch_size
+  if names == ('accuracy',):
+    ranker = Ranker(*common)
+    return functools.partial(measures.accuracy, ranker, variables), 'ranked'
+  if names == ('loss',):
+    likelihood = Likelihood(*common)
+    return functools.partial(measures.loss, likelihood, variables), 'scored'
+  answering = Answering(*common)
+  return functools.partial(
+    measures.texts, answering, variables, names
+  ), 'answered'
+
+
+def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+  """Prompts in their order, as few together as have `_PORTION` examples."""
+  some = []
+  for prompt in prompts:
+    some.append(prompt)
+    if sum(len(p.examples) for p in some) >= _PORTION:
+      yield some
+      some = []
+  if some:
+    yield some
 
 
 @contextlib.contextmanager

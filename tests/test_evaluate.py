@@ -35,6 +35,7 @@ from moepeft.progress import Pass
 from moepeft.ranking import Ranker
 from moepeft.scoring import forms, text
 from moepeft.tasks import Example
+from moepeft.unfinished import Unfinished
 
 from .contracts import small
 from .scoring.cases import ABOUT
@@ -207,8 +208,8 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
   found = measures.texts(
     Parrot(),
     {},
-    sets.prompts('evaluation', rows, 9),
     ('exact_match', 'rouge_l', 'bleu'),
+    sets.prompts('evaluation', rows, 9),
     ABOUT,
     done,
   )
@@ -400,6 +401,60 @@ def test_lengths_may_be_longer_than_those_of_training(begun, tmp_path):
   assert (cut.cut, cut.targets_length, cut.weights) == (1, 2, (2,))
 
 
+def test_an_evaluation_goes_on_where_it_was_killed(
+  begun, tmp_path, monkeypatch, capsys
+):
+  rows = [CHOICES | {'task': t, 'template': p} for t in 'xy' for p in 'pq']
+  path = dump(tmp_path / 'mine.jsonl', rows)
+  options = {'data': path, 'part': str(tmp_path / 'rows.jsonl.part')}
+  monkeypatch.setattr(work, '_PORTION', 1)
+  measure, asked = measures.accuracy, []
+
+  def killed_at(count):
+    def until(ranker, variables, prompts, about, done):
+      if len(asked) == count:
+        raise KeyboardInterrupt
+      asked.append([(p.task, p.name) for p in prompts])
+      return measure(ranker, variables, prompts, about, done)
+
+    monkeypatch.setattr(measures, 'accuracy', until)
+
+  killed_at(3)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(begun, **options)
+  # A kill in the middle of a line: that row is measured once more.
+  part = tmp_path / 'rows.jsonl.part'
+  part.write_bytes(part.read_bytes()[:-7])
+  capsys.readouterr()
+  asked.clear()
+  killed_at(None)
+  _, found = evaluate.evaluate(begun, **options)
+  assert asked == [[('y', 'p')], [('y', 'q')]]
+  assert f'2 of 4 rows are in {part}; going on' in capsys.readouterr().out
+  # In one go, and in the order of one go.
+  _, whole = evaluate.evaluate(begun, data=path)
+  assert found == whole and scoring.read(part) == whole
+
+
+def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
+  path = str(tmp_path / 'rows.jsonl.part')
+  row = accuracies(ROWS[:3])[0]
+  about = dataclasses.replace(ABOUT, data_sha='0123456789ab')
+  first = Unfinished(path, about)
+  first.add([dataclasses.replace(row, data_sha='0123456789ab')])
+  first.close()
+  (prompt,) = sets.prompts('evaluation', ROWS[:3], 9)
+  moved = dataclasses.replace(about, run='elsewhere')
+  assert Unfinished(path, moved).get(prompt, 'accuracy').run == 'elsewhere'
+  assert Unfinished(path, about).get(prompt, 'loss') is None
+  # Fewer examples of the prompt are another --max_examples.
+  (fewer,) = sets.prompts('evaluation', ROWS[:3], 2)
+  assert Unfinished(path, about).get(fewer, 'accuracy') is None
+  for changes in ({'data_sha': 'ba9876543210'}, {'seed': 1}, {'step': 4}):
+    other = Unfinished(path, dataclasses.replace(about, **changes))
+    assert other.get(prompt, 'accuracy') is None
+
+
 def test_the_base_alone_has_rows_too(begun, tmp_path):
   path = dump(tmp_path / 'mine.jsonl', [OPEN])
   _, (base,) = evaluate.evaluate(begun, 'base', path)
@@ -449,6 +504,7 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     found = json.load(f)
   assert found['scores']['accuracy']['mine']['value'] == 0.5
   assert found['rows'][0]['group'] == 'evaluation'
+  assert not os.path.exists(os.path.join(begun, 'evaluation_mine.jsonl.part'))
   assert 'accuracy (%)' in done.stdout and 'ranked 2/2' in done.stderr
 
 

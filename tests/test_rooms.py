@@ -29,7 +29,7 @@ FLOORS = (
   ('optim', 'sharding', 'base', 'decoding'),
   ('placement', 'checkpoint'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
-  ('judge', 'measures', 'work', 'summary'),
+  ('judge', 'measures', 'unfinished', 'work', 'summary'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
   ('headings', 'remarks', 'routed', 'compared', 'tables'),
 )
