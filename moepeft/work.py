@@ -98,6 +98,8 @@ def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
   for names, prompts in _passes(work):
     left = [p for p in prompts if any(kept.get(p, n) is None for n in names)]
     if left:
+      if names[0] in measures.TEXTS:
+        measures.check(names, left)
       take, what = _measure(run, names)
       with _told(sum(len(p.examples) for p in left), what) as done:
         for some in _portions(left):
