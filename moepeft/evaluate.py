@@ -80,7 +80,7 @@ def evaluate(
     given, todo = found.held_out, work.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation_loss(trained, found)
-  shared = about(run, workdir, data, sets.digest(given))
+  shared = about(run, workdir, checkpoint, data, sets.digest(given))
   kept = Unfinished(part, shared)
   try:
     rows = work.measure(run, todo, shared, kept)
@@ -99,7 +99,9 @@ def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
   return dataclasses.replace(run, config=config)
 
 
-def about(run: Run, workdir: str, data: str, sha: str | None) -> About:
+def about(
+  run: Run, workdir: str, checkpoint: str, data: str, sha: str | None
+) -> About:
   """What the rows of one evaluation share."""
   return About(
     run=workdir,
@@ -114,6 +116,7 @@ def about(run: Run, workdir: str, data: str, sha: str | None) -> About:
     data_sha=sha,
     inputs_length=run.config.data.inputs_length,
     targets_length=run.config.data.targets_length,
+    checkpoint=checkpoint or 'latest',
   )
 
 

@@ -37,7 +37,13 @@ def of_runs(
     notes += ['No average: not all of the eight sets are there.'] * any(
       key.dataset in EIGHT for key in keys
     )
-  return notes + _semantics(trained) + _budgets(trained) + _settings(trained)
+  return [
+    *notes,
+    *_semantics(trained),
+    *_budgets(trained),
+    *_checkpoints(trained),
+    *_settings(trained),
+  ]
 
 
 def _intervals(rows, found) -> list[str]:
@@ -195,6 +201,18 @@ def _budgets(rows: Sequence[Group]) -> list[str]:
     for (steps, batch), labels in budgets.items()
   )
   return [f'**Budgets differ**: {said}.']
+
+
+def _checkpoints(rows: Sequence[Group]) -> list[str]:
+  """At which steps the best checkpoints are."""
+  said = [
+    f'{label(row)} step {", ".join(f"{e.step:,}" for e in row.entries)}'
+    for row in rows
+    if row.first.is_best
+  ]
+  if not said:
+    return []
+  return [f'Best checkpoints, by the validation loss: {"; ".join(said)}.']
 
 
 def _settings(rows: Sequence[Group]) -> list[str]:

@@ -459,8 +459,10 @@ def test_the_base_alone_has_rows_too(begun, tmp_path):
   path = dump(tmp_path / 'mine.jsonl', [OPEN])
   _, (base,) = evaluate.evaluate(begun, 'base', path)
   assert (base.method, base.step, base.parameters) == ('none', 0, 0)
+  assert base.checkpoint == 'base'
   _, (run,) = evaluate.evaluate(begun, '', path)
   assert run.base_parameters == base.base_parameters
+  assert run.checkpoint == 'latest'
   # One step at a rate of 1e-3 moves it a little.
   assert run.value != base.value
   assert run.value == pytest.approx(base.value, rel=0.05)

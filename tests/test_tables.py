@@ -100,6 +100,24 @@ def test_seeds_become_a_mean_with_students_interval(tmp_path):
   assert "Student's t over seeds" in printed
 
 
+def test_best_checkpoints_of_seeds_are_one_row_and_their_steps_are_said(
+  tmp_path,
+):
+  made = [
+    runs.make(
+      tmp_path / str(seed),
+      [('cb', 'p', 'accuracy', runs.right(of, 5))],
+      {'seed': seed, 'step': step, 'checkpoint': 'best'},
+      config={'steps': 13},
+    )
+    for seed, step, of in ((0, 7, 2), (1, 11, 3))
+  ]
+  printed = text(*made)
+  assert body(printed)['`lora(rank=4)`'][:3] == ['20,000', '2', '2']
+  assert 'Best checkpoints, by the validation loss: `lora(rank=4)` step 7, 11.' in printed
+  assert 'Budget: 13 steps of 5 rows.' in printed
+
+
 def test_a_cell_that_one_seed_lacks_is_missing_and_said(tmp_path):
   one = runs.make(tmp_path / 'a', runs.grid(3, 5, ['cb', 'rte']))
   other = runs.make(tmp_path / 'b', runs.grid(3, 5, ['cb']), {'seed': 1})

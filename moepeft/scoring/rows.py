@@ -35,8 +35,9 @@ class About:
     data: the rows' file or directory, 'held_out' for the run's own.
     data_sha: 12 hexadecimal digits of the SHA-256 of that data's content.
     inputs_length, targets_length: tokens that texts were cut to, EOS included.
+    checkpoint: which was asked for: 'latest', 'best', 'base' or a step.
 
-  The last three are None in rows that were written before they were.
+  The last four are None in rows that were written before they were.
   """
 
   run: str
@@ -51,6 +52,7 @@ class About:
   data_sha: str | None = dataclasses.field(default=None, kw_only=True)
   inputs_length: int | None = dataclasses.field(default=None, kw_only=True)
   targets_length: int | None = dataclasses.field(default=None, kw_only=True)
+  checkpoint: str | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +242,12 @@ _COUNTS = (
 )
 _OPTIONAL = ('low', 'high', 'chance', 'majority')
 # What older rows lack.
-_LATER = {'data_sha': str, 'inputs_length': int, 'targets_length': int}
+_LATER = {
+  'data_sha': str,
+  'inputs_length': int,
+  'targets_length': int,
+  'checkpoint': str,
+}
 
 
 def _wrong(row) -> str:

@@ -237,6 +237,41 @@ def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
   ]
 
 
+def test_best_checkpoints_of_other_steps_are_seeds_of_one_row(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(
+      tmp_path / str(seed),
+      rows,
+      {'seed': seed, 'step': step, 'checkpoint': checkpoint},
+      config={'steps': 13},
+    )
+    for seed, step, checkpoint in (
+      (0, 7, 'best'),
+      (1, 11, 'best'),
+      (2, 7, 'latest'),
+      # From before rows said it.
+      (3, 7, None),
+    )
+  ]
+  found = groups.group(made)
+  assert [([e.seed for e in g.entries], g.aside) for g in found] == [
+    ([0, 1], 'best checkpoint'),
+    ([2, 3], 'step 7'),
+  ]
+  # The best of all thirteen steps.
+  assert found[0].first.budget == (13, 5)
+
+
+def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  best = {'checkpoint': 'best'}
+  runs.make(tmp_path, rows, best | {'step': 7})
+  runs.add(tmp_path, runs.about(tmp_path, data='x', step=11, **best), rows)
+  with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
+    groups.group(folders.read(str(tmp_path), DEFAULTS))
+
+
 def base(folder, rows, changes=None, **more):
   changes = {'method': 'none', 'parameters': 0, 'step': 0} | (changes or {})
   return entry(folder, rows, changes, **more)
