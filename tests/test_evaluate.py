@@ -38,7 +38,7 @@ from moepeft.tasks import Example
 from moepeft.unfinished import Unfinished
 
 from .contracts import small
-from .scoring.cases import ABOUT
+from .scoring.cases import ABOUT, right, row
 from .test_ranking import RANDOM, Bigram, log_likelihood, variables
 from .test_train import CONFIG, ROOT, card
 
@@ -225,14 +225,24 @@ def test_the_table_has_medians_intervals_and_what_they_are_of():
   lines = text.table(accuracies(ROWS)).splitlines()
   assert lines[0] == 'accuracy (%)'
   cells = [line.split() for line in lines]
-  assert (
-    cells[1] == 'task median 95 % interval majority prompts examples'.split()
-  )
+  head = 'task median over prompts 95 % interval majority prompts examples'
+  assert cells[1] == head.split()
   # Both prompts have 2/3, of the same three examples; one has no interval.
   x, y, average = cells[2:]
   assert (x[0], x[1], x[-3:]) == ('x', '66.7', ['66.7', '2', '3'])
-  assert y == ['y', '100.0', '-', '100.0', '1', '1']
+  assert x[2:5] == ['66.7', 'to', '66.7']
+  assert y == ['y', '100.0', '-', '-', '100.0', '1', '1']
   assert (average[:2], average[-2:]) == (['average', '83.3'], ['3', '4'])
+
+
+def test_the_table_has_the_spread_over_the_prompts_of_a_task():
+  # Accuracies 1/5, 4/5 and 3/5: the median says nothing of the outer two.
+  rows = [row('x', 'pqr'[i], right(of, 5)) for i, of in enumerate((1, 4, 3))]
+  line, average = text.table(rows).splitlines()[2:]
+  assert line.split()[:5] == ['x', '60.0', '20.0', 'to', '80.0']
+  # Of tasks, not of prompts.
+  assert average.split()[:3] == ['average', '60.0', '-']
+  assert 'over prompts' not in text.table(rows[:1])
 
 
 def test_wordings_of_embedded_tasks_are_told_apart():
