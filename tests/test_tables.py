@@ -118,6 +118,17 @@ def test_best_checkpoints_of_seeds_are_one_row_and_their_steps_are_said(
   assert 'Budget: 13 steps of 5 rows.' in printed
 
 
+def test_answers_of_embedded_tasks_are_told_from_their_accuracy(tmp_path):
+  # Both are columns of the group A.
+  rows = [
+    ('kind', 'seen', 'accuracy', runs.right(1, 2)),
+    ('kind', '', 'exact_match', runs.right(2, 2)),
+  ]
+  changes, config = {'data': 'held_out'}, {'data.source': 'tasks'}
+  made = runs.make(tmp_path / 'a', rows, changes, config=config)
+  assert body(text(made))['method'][-2:] == ['A seen', 'A exact match']
+
+
 def test_a_cell_that_one_seed_lacks_is_missing_and_said(tmp_path):
   one = runs.make(tmp_path / 'a', runs.grid(3, 5, ['cb', 'rte']))
   other = runs.make(tmp_path / 'b', runs.grid(3, 5, ['cb']), {'seed': 1})
