@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How probable targets are: -log p of each, and the perplexity of many."""
+"""How probable targets are: -log p of each, in nats."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,17 +31,6 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
   logits = model.apply(variables, batch)
   found = token_losses(logits, batch['targets'])
   return jnp.where(batch['targets_mask'], found, 0)
-
-
-def perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
-  """exp of the mean -log p of a token, by what `Likelihood.sums` gives.
-
-  Raises:
-    ValueError: there are no tokens.
-  """
-  if not np.sum(tokens):
-    raise ValueError('perplexity is a mean over tokens; got none')
-  return float(np.exp(np.sum(nll, dtype=np.float64) / np.sum(tokens)))
 
 
 class Likelihood:

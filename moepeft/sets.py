@@ -3,6 +3,8 @@
 
 import collections
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
@@ -156,3 +158,17 @@ def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
 
 def _numbered(row: Example, place: int) -> Example:
   return row if row.idx >= 0 else dataclasses.replace(row, idx=place)
+
+
+def digest(rows: Sequence[Example]) -> str | None:
+  """12 hexadecimal digits that tell data of one name apart; None of no rows.
+
+  They are of the SHA-256 of all that the rows say, in their order.
+  """
+  if not rows:
+    return None
+  found = hashlib.sha256()
+  for e in rows:
+    said = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
+    found.update(json.dumps(said).encode() + b'\n')
+  return found.hexdigest()[:12]

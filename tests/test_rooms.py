@@ -29,9 +29,9 @@ FLOORS = (
   ('optim', 'sharding', 'base', 'decoding'),
   ('placement', 'checkpoint'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
-  ('judge', 'measures'),
+  ('judge', 'measures', 'unfinished', 'work', 'summary'),
   ('train', 'evaluate', 'generate', 'count', 'convert'),
-  ('remarks', 'routed', 'compared', 'tables'),
+  ('headings', 'remarks', 'routed', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
