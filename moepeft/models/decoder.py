@@ -92,6 +92,10 @@ class DecoderConfig:
       raise ValueError(
         f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
       )
+    if self.positions == 'rope' and self.head_dim % 2:
+      raise ValueError(
+        f'RoPE turns pairs: head_dim is even; got {self.head_dim}'
+      )
     if self.windowed and len(self.windowed) != self.layers:
       raise ValueError(
         f'windowed says it of each of the {self.layers} layers; got '
@@ -340,6 +344,11 @@ class Decoder(nn.Module):
     """ids [b, t] -> the last norm's output [b, t, d]."""
     c = self.config
     if ctx.positions is None:
+      if c.positions == 'learned' and ids.shape[1] > c.length:
+        raise ValueError(
+          f'the model has learned {c.length} positions; got rows of '
+          f'{ids.shape[1]} tokens: make them shorter'
+        )
       places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
       ctx = ctx.replace(positions=places)
     x = self.embed(ids, ctx)

@@ -5,16 +5,23 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from moepeft.models import gemma, llama, llama_form, mistral, qwen2, qwen3
+from moepeft.models import (
+  gemma,
+  gpt2,
+  llama,
+  llama_form,
+  mistral,
+  qwen2,
+  qwen3,
+)
 from moepeft.models.decoder import DecoderConfig
-from moepeft.models.llama_form import HF_EMBEDDING as HF_EMBEDDING
-from moepeft.models.llama_form import HF_HEAD as HF_HEAD
+from moepeft.models.layout import Layout
 from moepeft.models.llama_form import depths as depths
 from moepeft.models.llama_form import in_layers as in_layers
 from moepeft.models.llama_form import projections as projections
 from moepeft.models.llama_form import sizes as sizes
 from moepeft.models.llama_form import taps as taps
-from moepeft.models.names import Rule, entries
+from moepeft.models.names import CheckpointError, Rule, entries
 
 Config = DecoderConfig
 # A new family is one new file and one entry.
@@ -24,13 +31,17 @@ _FAMILIES = {
   'qwen2': qwen2,
   'qwen3': qwen3,
   'gemma': gemma,
+  'gpt2': gpt2,
 }
 # `model_type` in config.json -> the family's file.
 HF_TYPES = {
   kind: family for family in _FAMILIES.values() for kind in family.HF_TYPES
 }
-# Constants that older files hold beside the weights.
-HF_IGNORED = frozenset()
+
+
+def layout(fields: Mapping[str, Any]) -> Layout:
+  """Of files whose `config.json` has these fields."""
+  return _room(HF_TYPES[fields['model_type']]).LAYOUT
 
 
 def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
@@ -54,7 +65,17 @@ def hf_modules(config: DecoderConfig) -> set[str]:
 
 
 def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json` whose model_type is in HF_TYPES."""
+  """Reads a `config.json` whose model_type is in HF_TYPES.
+
+  Raises:
+    CheckpointError: the family can not have what it says.
+  """
+  if tied and fields.get('tie_word_embeddings') is False:
+    raise CheckpointError(
+      'config.json says that the head is not the embedding '
+      '(tie_word_embeddings is false), and the files hold no head: expected '
+      'a model that was saved as one for causal language modelling'
+    )
   return HF_TYPES[fields['model_type']].from_hf(fields, tied)
 
 
@@ -65,5 +86,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 def _form(config: DecoderConfig) -> ModuleType:
   """Where the family's names are: its own file, if it has rules, or Llama's."""
-  family = _FAMILIES[config.family]
+  return _room(_FAMILIES[config.family])
+
+
+def _room(family: ModuleType) -> ModuleType:
   return family if hasattr(family, 'hf_rules') else llama_form
