@@ -117,7 +117,7 @@ def torch_model(name):
   else:
     sizes = COMMON
   config = getattr(transformers, f'{kind}Config')(**sizes | options)
-  model = getattr(transformers, f'{kind}ForCausalLM')(config).eval()
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
   noise = torch.Generator().manual_seed(len(name))
   with torch.no_grad():
     for weight in model.parameters():
@@ -160,7 +160,8 @@ def test_models_of_transformers_come_in_and_go_out(name, tmp_path):
   hf.save(str(tmp_path / 'ours'), loaded.config, loaded.params)
   assert hf.load(str(tmp_path / 'ours')).config == loaded.config
   back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours')
-  np.testing.assert_array_equal(torch_logits(back.eval()), expected)
+  # The same arrays, at other places in memory: sums in another order.
+  np.testing.assert_allclose(torch_logits(back.eval()), expected, atol=1e-5)
   assert back.config.eos_token_id is None
 
 
