@@ -73,6 +73,10 @@ SIZES = {
   ),
   '2-2b': _gemma2(2304, 8, 4, 9216, 26),
   '2-9b': _gemma2(3584, 16, 8, 14336, 42),
+  # Its queries are scaled as if heads x head size were the width.
+  '2-27b': dataclasses.replace(
+    _gemma2(4608, 32, 16, 36864, 46), head_dim=128, scale=144**-0.5
+  ),
 }
 
 

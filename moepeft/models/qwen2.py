@@ -42,6 +42,15 @@ SIZES = {
     ffn=8960,
     layers=28,
   ),
+  '2.5-3b': dataclasses.replace(
+    _SIZE,
+    d_model=2048,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    ffn=11008,
+    layers=36,
+  ),
   '2.5-7b': dataclasses.replace(
     _SIZE,
     vocab=152064,
