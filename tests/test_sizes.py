@@ -71,3 +71,11 @@ def test_every_released_size_is_known():
     for size in family.SIZES
   }
   assert {pair for pair in sizes if pair[1] != 'tiny'} == set(KNOWN)
+
+
+@pytest.mark.parametrize('family, size', KNOWN)
+def test_released_sizes_are_said_and_read_again(family, size):
+  config = FAMILIES[family].config(size)
+  fields = decoder_names.config_to_hf(config)
+  again = decoder_names.config_from_hf(fields, config.tied)
+  assert (again.rope, again.eps) == (config.rope, config.eps)

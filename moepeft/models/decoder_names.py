@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decoders' arrays are called elsewhere, each by its family's rules."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -80,8 +81,32 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-  """The content of a `config.json`."""
-  return _FAMILIES[config.family].to_hf(config)
+  """The content of a `config.json`.
+
+  Raises:
+    CheckpointError: it can not say all that the config says.
+  """
+  fields = _FAMILIES[config.family].to_hf(config)
+  said, wanted = _meaning(config_from_hf(fields, config.tied)), _meaning(config)
+  lost = [name for name in wanted if said[name] != wanted[name]]
+  if lost:
+    raise CheckpointError(
+      f"Hugging Face's {fields['model_type']} has no words for this model's "
+      f'{", ".join(lost)}: expected the options of its family; '
+      'keep such a model as moepeft has it'
+    )
+  return fields
+
+
+def _meaning(config: DecoderConfig) -> dict[str, Any]:
+  """Its fields, each thing in one way only; less dropout, which no file has."""
+  fields = dataclasses.asdict(config)
+  fields['scale'] = config.scale or config.head_dim**-0.5
+  windowed = config.windowed or (True,) * config.layers
+  windowed = tuple(layer and config.window > 0 for layer in windowed)
+  fields |= {'windowed': windowed, 'window': any(windowed) and config.window}
+  del fields['dropout']
+  return fields
 
 
 def _form(config: DecoderConfig) -> ModuleType:

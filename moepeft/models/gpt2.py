@@ -178,19 +178,7 @@ def _activation(name: str) -> str:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-  """The content of a `config.json`.
-
-  Raises:
-    CheckpointError: `GPT2LMHeadModel` can not compute the config.
-  """
-  if config.heads * config.head_dim != config.d_model or (
-    config.kv_heads != config.heads
-  ):
-    raise CheckpointError(
-      'GPT-2 has heads x head_dim = d_model and as many kv_heads as heads; '
-      f'got {config.heads} x {config.head_dim}, {config.d_model} and '
-      f'{config.kv_heads}: save it as another family'
-    )
+  """The content of a `config.json`."""
   return {
     'architectures': ['GPT2LMHeadModel'],
     'model_type': 'gpt2',

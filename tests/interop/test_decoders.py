@@ -4,6 +4,7 @@
 Random models of odd sizes, heads x head size unlike the width.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -290,3 +291,20 @@ def test_special_ids_come_along_with_the_tokenizer(tmp_path):
   fields = json.loads((tmp_path / 'model' / 'config.json').read_text())
   assert fields['eos_token_id'] == [7, 9] and fields['bos_token_id'] is None
   assert (tmp_path / 'model' / 'generation_config.json').exists()
+
+
+@pytest.mark.parametrize(
+  'family, changes, lost',
+  [
+    ('llama', dict(positions='alibi'), 'positions'),
+    ('llama', dict(window=5), 'windowed, window'),
+    ('llama', dict(scale=0.3, qk_norm=True), 'qk_norm, scale'),
+    ('gpt2', dict(head_dim=8), 'head_dim'),
+  ],
+)
+def test_what_hugging_face_can_not_say_is_not_written(family, changes, lost):
+  config = dataclasses.replace(small(family)[0], **changes)
+  with pytest.raises(CheckpointError, match='has no words') as error:
+    decoder_names.config_to_hf(config)
+  for name in lost.split(', '):
+    assert name in str(error.value)
