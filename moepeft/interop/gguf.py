@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.interop.hf import Loaded
+from moepeft.interop.loaded import Loaded
 from moepeft.models import decoder_names, gguf_names, names
 from moepeft.models.decoder import DecoderConfig
 from moepeft.models.names import CheckpointError, Shape

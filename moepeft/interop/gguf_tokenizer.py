@@ -39,14 +39,9 @@ def read(path: str) -> Any:
       'that does'
     )
   special = {
-    f'{kind}_token': tokens[said[f'tokenizer.ggml.{name}_token_id']]
-    for kind, name in (
-      ('bos', 'bos'),
-      ('eos', 'eos'),
-      ('unk', 'unknown'),
-      ('pad', 'padding'),
-    )
-    if f'tokenizer.ggml.{name}_token_id' in said
+    kind.removesuffix('_id'): tokens[i]
+    for kind, i in special_ids(said).items()
+    if i is not None
   }
   return PreTrainedTokenizerFast(
     tokenizer_object=_build(path, said, tokens),
@@ -54,6 +49,15 @@ def read(path: str) -> Any:
     clean_up_tokenization_spaces=False,
     **special,
   )
+
+
+def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
+  """'bos_token_id' and so on of a file's metadata; None where unsaid."""
+  kinds = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+  return {
+    f'{ours}_token_id': said.get(f'tokenizer.ggml.{theirs}_token_id')
+    for ours, theirs in kinds.items()
+  }
 
 
 def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:

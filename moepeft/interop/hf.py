@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.interop import files
+from moepeft.interop import files, gguf, gguf_tokenizer
+from moepeft.interop.loaded import Loaded as Loaded
 from moepeft.models import decoder_names, names, t5_names
 from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Entry, Shape, Tree
@@ -35,24 +36,6 @@ _TOKENIZER = (
   # Where a chat model says which tokens end its answers.
   'generation_config.json',
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A base model in memory.
-
-  Attributes:
-    config: of its family, e.g. a T5Config.
-    params: nested dict of NumPy arrays, layers on axis 0.
-    sha256: content hash of what the files hold, whatever dtype was asked for;
-      see `moepeft.models.names.content_hash`.
-    path: the directory that was read.
-  """
-
-  config: Any
-  params: Tree
-  sha256: str
-  path: str
 
 
 def load(path: str, dtype: Any = None) -> Loaded:
@@ -109,7 +92,8 @@ def save(
   Args:
     params: as `load` returns it; NumPy or JAX arrays.
     dtype: cast to it; None keeps each array's own.
-    tokenizer: a directory whose tokenizer files are copied along.
+    tokenizer: a directory whose tokenizer files are copied along, or a GGUF
+      file, whose tokenizer is written as such files.
     max_shard_bytes: files are split before they grow beyond this.
     overwrite: whether an earlier checkpoint at `path` is replaced.
 
@@ -129,8 +113,7 @@ def save(
     fields |= _special_ids(tokenizer) if config.family != 't5' else {}
     files.write_json(made / 'config.json', fields)
     _write_shards(made, plan, arrays, dtype)
-    for file in tokenizer_files(tokenizer) if tokenizer else ():
-      shutil.copyfile(file, made / file.name)
+    _write_tokenizer(made, tokenizer)
 
 
 def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
@@ -286,14 +269,25 @@ def _write_shards(
     files.write_json(folder / _INDEX, index)
 
 
+def _write_tokenizer(made: Path, tokenizer: str | None) -> None:
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    gguf_tokenizer.read(tokenizer).save_pretrained(made)
+    return
+  for file in tokenizer_files(tokenizer) if tokenizer else ():
+    shutil.copyfile(file, made / file.name)
+
+
 def _special_ids(tokenizer: str | None) -> dict[str, Any]:
   """Ids of special tokens beside a tokenizer; else nothing is special.
 
   Where config.json is silent, transformers takes those of a family's first
   model, and ends texts at them.
   """
-  config = Path(tokenizer or '') / 'config.json'
-  said = files.read_json(config) if tokenizer and config.is_file() else {}
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
+  else:
+    config = Path(tokenizer or '') / 'config.json'
+    said = files.read_json(config) if tokenizer and config.is_file() else {}
   kinds = ('bos_token_id', 'eos_token_id', 'pad_token_id')
   return {kind: said.get(kind) for kind in kinds}
 

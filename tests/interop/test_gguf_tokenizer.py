@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer and chat template that are read from a GGUF file."""
 
+import json
+
 import pytest
 
 from moepeft.data.vocabulary import Tokenizer
 from moepeft.interop import gguf_tokenizer
 from moepeft.models.names import CheckpointError
+
+from .gguf_files import CONFIGS, random_params
 
 gguf = pytest.importorskip('gguf')
 tokenizers = pytest.importorskip('tokenizers')
@@ -63,8 +67,6 @@ def trained(split):
 
 def write(path, made, split, kind='gpt2'):
   """A GGUF file without tensors, with the tokenizer's pieces and merges."""
-  import json
-
   model = json.loads(made.to_str())['model']
   tokens = sorted(model['vocab'], key=model['vocab'].get)
   writer = gguf.GGUFWriter(path, 'llama')
@@ -122,3 +124,21 @@ def test_other_tokenizers_are_refused(kind, split, tmp_path):
   with pytest.raises(CheckpointError, match='supported are') as error:
     gguf_tokenizer.read(path)
   assert '\n' not in str(error.value)
+
+
+def test_a_directory_is_written_with_the_files_tokenizer(tmp_path):
+  from transformers import AutoTokenizer
+
+  from moepeft.interop import hf
+
+  path = str(tmp_path / 'model.gguf')
+  write(path, trained('llama-bpe'), 'llama-bpe')
+  params = random_params(CONFIGS['llama'])
+  hf.save(tmp_path / 'out', CONFIGS['llama'], params, tokenizer=path)
+  again = AutoTokenizer.from_pretrained(tmp_path / 'out')
+  found = gguf_tokenizer.read(path)
+  assert again.chat_template == TEMPLATE
+  for text in (TEXT, *TRICKY):
+    assert again(text)['input_ids'] == found(text)['input_ids']
+  fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert (fields['bos_token_id'], fields['eos_token_id']) == (1, 2)
