@@ -33,7 +33,7 @@ from absl import flags
 from moepeft import interop
 from moepeft.base import resolve
 from moepeft.interop import adapter as own
-from moepeft.interop import files, hf, peft, peft_config, t5x
+from moepeft.interop import files, gguf, hf, peft, peft_config, t5x
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 from moepeft.models.names import CheckpointError
@@ -192,10 +192,12 @@ def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
   form = interop.detect(path)
   if form == 'hf':
     return hf.load(path, values.dtype)
+  if form == 'gguf':
+    return gguf.load(path, values.dtype)
   if form == 't5x':
     return t5x.load(path, values.dtype, values.top_k)
   raise CheckpointError(
-    f'{path} is an adapter ({form}), expected a base model (hf or t5x)'
+    f'{path} is an adapter ({form}), expected a base model (hf, gguf or t5x)'
   )
 
 

@@ -4,9 +4,11 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from moepeft.interop import gguf, gguf_tokenizer, packages
 
 
 class Vocabulary(Protocol):
@@ -48,11 +50,8 @@ class Tokenizer:
   """A Hugging Face tokenizer; special tokens are ours to add."""
 
   def __init__(self, path: str):
-    # Imported here: it costs seconds, and the default run needs none of it.
-    from transformers import AutoTokenizer
-
     try:
-      self._tokenizer = AutoTokenizer.from_pretrained(path)
+      self._tokenizer = tokenizer_of(path)
     except (OSError, ValueError) as e:
       reason = str(e).splitlines()[0]
       raise ValueError(
@@ -75,6 +74,21 @@ class Tokenizer:
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def tokenizer_of(path: str) -> Any:
+  """A tokenizer of `transformers`: a directory's, a GGUF file's or the hub's.
+
+  Raises:
+    OSError, ValueError: there is none.
+  """
+  # Imported here: it costs seconds, and the default run needs none of it.
+  from transformers import AutoTokenizer
+
+  path = packages.resolve(path)
+  if path.endswith(gguf.SUFFIX):
+    return gguf_tokenizer.read(path)
+  return AutoTokenizer.from_pretrained(path)
 
 
 def vocabulary(name: str, model_path: str = '') -> Vocabulary:
