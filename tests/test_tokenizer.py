@@ -56,7 +56,7 @@ def test_bytes_know_every_text(text, tmp_path):
   reason='needs sentencepiece',
 )
 def test_sentencepiece_trains_unigram_too(text, tmp_path):
-  form = Form('unigram', 60, library='sentencepiece')
+  form = Form('unigram', 36, library='sentencepiece')
   make(form, text, str(tmp_path / 'out'), 0.05)
   words = Tokenizer(str(tmp_path / 'out'))
   assert words.eos == 1 and words.decode(words.encode(LINES[3])) == LINES[3]
