@@ -37,9 +37,12 @@ _SEQIO = ['seqio>=0.0.20']
 _EVAL = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 # What reads GGUF files; imported where it is used.
 _GGUF = ['gguf>=0.17']
+# What data steps need; imported where it is used.
+_DATA = ['datasketch>=1.6', 'sentencepiece>=0.2']
 _TEST = (
   _EVAL
   + _GGUF
+  + _DATA
   + [
     'build',
     'ipykernel',
@@ -106,6 +109,7 @@ setup(
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={
+    'data': _DATA,
     'eval': _EVAL,
     'gguf': _GGUF,
     'seqio': _SEQIO,

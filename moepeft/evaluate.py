@@ -16,6 +16,7 @@ from absl import flags
 from moepeft import command, scoring, sets, summary, work
 from moepeft import config as config_lib
 from moepeft.data import Sources, jsonl, sources
+from moepeft.data.forms import Form, form
 from moepeft.judge import Judge
 from moepeft.runs import Run, load
 from moepeft.scoring import About, Row
@@ -26,9 +27,14 @@ from moepeft.unfinished import Unfinished
 _RESERVED = (HELD_OUT, 'after')
 
 
+def form_of(run: Run) -> Form:
+  """The form of the batches that a run's model reads."""
+  return form(run.config.data, run.words, run.model, run.config.seed)
+
+
 def validation_loss(run: Run, found: Sources) -> dict[str, float]:
   """The loss that training reports, where rows are held out."""
-  pairs = sets.pairs_to_judge(run.config, found, run.words)
+  pairs = sets.pairs_to_judge(run.config, found, form_of(run))
   if not pairs:
     return {}
   judge = Judge(run.config, run.model, run.words, pairs, {})
@@ -76,7 +82,8 @@ def evaluate(
     given = jsonl.read(data, ranked='accuracy' in names)
     todo = work.of_rows(given, names, most)
   else:
-    found = sources(run.config.data, run.config.seed)
+    own, vocab = form_of(trained), run.model.config.vocab
+    found = sources(run.config.data, run.config.seed, below=vocab, own=own)
     given, todo = found.held_out, work.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation_loss(trained, found)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from moepeft import measures, scoring, sets
 from moepeft.answering import Answering
 from moepeft.data import Sources
+from moepeft.data.forms import scored_lengths
 from moepeft.likelihood import Likelihood
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
@@ -67,7 +68,8 @@ def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
     ValueError: no held-out rows, or none with choices, have what is asked for.
   """
   ranked = sets.own_prompts(run.config, found)
-  whole = sets.whole_tasks(found.held_out, run.config.evaluation.max_examples)
+  held_out = sets.examples_of(found.held_out)
+  whole = sets.whole_tasks(held_out, run.config.evaluation.max_examples)
   work = {
     name: ranked if name == 'accuracy' else whole
     for name in scoring.MEASURES
@@ -119,8 +121,8 @@ def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
 
 def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
-  data, variables = run.config.data, run.variables
-  lengths = data.inputs_length, data.targets_length
+  variables = run.variables
+  lengths = scored_lengths(run.config.data, run.model)
   common = run.model, run.words, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)

@@ -9,10 +9,12 @@ OBJECTIVES.
 import functools
 from collections.abc import Callable
 
-from moepeft.objectives import seq2seq
+from moepeft.objectives import causal, seq2seq
 from moepeft.objectives.loss import PLAIN, Loss
 
-OBJECTIVES = {'seq2seq': seq2seq.objective}
+OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': causal.objective}
+# Those whose batches have an encoder's side; the others are of decoders.
+_OF_ENCODERS = ('seq2seq',)
 
 
 def objective_of(name: str, loss: Loss = PLAIN) -> Callable:
@@ -26,3 +28,21 @@ def objective_of(name: str, loss: Loss = PLAIN) -> Callable:
       f'config.objective is one of {", ".join(OBJECTIVES)}; got {name!r}'
     )
   return functools.partial(OBJECTIVES[name], loss=loss)
+
+
+def check_model(name: str, decoder_only: bool) -> None:
+  """Refuses an objective of the other kind of model.
+
+  Raises:
+    ValueError: it is.
+  """
+  if decoder_only and name in _OF_ENCODERS:
+    raise ValueError(
+      f'config.objective={name!r} is of encoder-decoders and the model is '
+      "decoder-only; set it to 'causal'"
+    )
+  if not decoder_only and name not in _OF_ENCODERS:
+    raise ValueError(
+      f'config.objective={name!r} is of decoder-only models and the model is '
+      "an encoder-decoder; set it to 'seq2seq'"
+    )
