@@ -41,6 +41,7 @@ from moepeft.judge import Judge, table
 from moepeft.moe import losses, stats
 from moepeft.objectives import objective_of
 from moepeft.objectives.loss import Loss, mean
+from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
 from moepeft.report import Report
@@ -73,17 +74,24 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def loss_of(config: ConfigDict):
-  """The objective with the settings of config.loss."""
+def loss_of(config: ConfigDict, reference=None):
+  """The objective with the settings of config.loss and config.preference.
+
+  Args:
+    reference: of `references.reference_of`.
+  """
   loss = config.loss
   return objective_of(
-    config.objective, Loss(loss.per, loss.z, loss.label_smoothing)
+    config.objective,
+    Loss(loss.per, loss.z, loss.label_smoothing),
+    preference_of(config.objective, config.preference),
+    reference,
   )
 
 
-def make_update(model, built, config: ConfigDict, optimizer):
+def make_update(model, built, config: ConfigDict, optimizer, reference=None):
   """One step: (state, batch) -> (state, what was seen)."""
-  objective = loss_of(config)
+  objective = loss_of(config, reference)
   router_losses = dict(config.router_losses)
   # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
@@ -91,6 +99,16 @@ def make_update(model, built, config: ConfigDict, optimizer):
 
   def update(state: State, batch):
     rng = jax.random.fold_in(state.rng, state.step)
+
+    def rollout(rows, rng):
+      # By the policy as it is; nothing of it has a gradient.
+      variables = built.variables(state)
+      return objective.rollout(model.apply, variables, rows, rng)
+
+    if objective.rollout:
+      own = jax.random.fold_in(rng, 1)
+      made = accumulate.mapped(rollout, batch, own, config.accumulate)
+      batch = objective.settle(batch | made)
 
     def sums_fn(trainable, rows, rng):
       # Of some rows of the batch; nothing here may be a mean over them.
