@@ -260,15 +260,15 @@ DTYPES = ('float32', 'bfloat16')
 
 # What each source and optimizer looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
-  'path': ('jsonl', 'datasets', 'seqio'),
+  'path': ('jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text'),
   'split': ('datasets', 'seqio'),
   'templates': ('jsonl', 'datasets'),
   'mixture': ('jsonl', 'datasets', 'seqio'),
   'module': ('seqio',),
   'cap': ('jsonl', 'datasets'),
   'temperature': ('jsonl', 'datasets'),
-  'on_bad_row': ('jsonl', 'datasets'),
-  'workers': ('tasks', 'jsonl', 'datasets'),
+  'on_bad_row': ('jsonl', 'datasets', 'chat', 'preference', 'text'),
+  'workers': ('tasks', 'jsonl', 'datasets', 'chat', 'preference', 'text'),
 }
 _OF_OPTIMIZERS = {
   'b1': ('adamw',),

@@ -19,6 +19,7 @@ from moepeft import command, measures, scoring, sets
 from moepeft import config as config_lib
 from moepeft.answering import Answering
 from moepeft.data import Sources, jsonl, sources
+from moepeft.data.forms import Form, form, scored_lengths
 from moepeft.judge import Judge, means, warnings
 from moepeft.likelihood import Likelihood
 from moepeft.progress import Pass
@@ -67,15 +68,16 @@ def own_work(run: Run, found: Sources) -> Work:
   """What is measured of a run's own held-out rows."""
   work = {'accuracy': sets.own_prompts(run.config, found)}
   most = run.config.evaluation.max_examples
-  work['loss'] = sets.whole_tasks(found.held_out, most)
+  held_out = sets.examples_of(found.held_out)
+  work['loss'] = sets.whole_tasks(held_out, most)
   return {name: prompts for name, prompts in work.items() if prompts}
 
 
 def measure(run: Run, work: Work, about: About) -> list[Row]:
   """Rows of everything in `work`, with progress on stderr."""
   data, e = run.config.data, run.config.evaluation
-  common = run.model, run.words, data.inputs_length
-  length, size = data.targets_length, e.batch_size
+  inputs_length, length = scored_lengths(data, run.model)
+  common, size = (run.model, run.words, inputs_length), e.batch_size
   rows = []
   for name, prompts in work.items():
     total = sum(len(prompt.examples) for prompt in prompts)
@@ -194,9 +196,14 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
     print(line)
 
 
+def form_of(run: Run) -> Form:
+  """The form of the batches that a run's model reads."""
+  return form(run.config.data, run.words, run.model, run.config.seed)
+
+
 def validation_loss(run: Run, found: Sources) -> dict[str, float]:
   """The loss that training reports, where rows are held out."""
-  pairs = sets.pairs_to_judge(run.config, found, run.words)
+  pairs = sets.pairs_to_judge(run.config, found, form_of(run))
   if not pairs:
     return {}
   judge = Judge(run.config, run.model, run.words, pairs, {})
@@ -229,7 +236,9 @@ def evaluate(
   if data:
     work = work_of(data, names, most)
   else:
-    found = sources(run.config.data, run.config.seed)
+    own = form_of(run)
+    vocab = run.model.config.vocab
+    found = sources(run.config.data, run.config.seed, below=vocab, own=own)
     work = own_work(run, found)
     more = validation_loss(run, found)
   rows = measure(run, work, about(run, workdir, data))

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moepeft import sharding
-from moepeft.data import batching
-from moepeft.data.packing import Pair
+from moepeft.data.forms import Form, form, scored_lengths
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import objective_of
 from moepeft.ranking import NotFinite, Ranked, Ranker
@@ -31,7 +30,7 @@ class Judge:
     config: ConfigDict,
     model: Any,
     words: Vocabulary,
-    validation: Sequence[Pair],
+    validation: Sequence,
     sets: dict[Key, list[Example]],
     mesh: Mesh | None = None,
   ):
@@ -42,8 +41,9 @@ class Judge:
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
-    lengths = data.inputs_length, data.targets_length
-    self._batches = list(_batches(validation, self._rows, *lengths))
+    own = form(data, words, model, config.seed)
+    self._batches = list(_batches(validation, self._rows, own))
+    lengths = scored_lengths(data, model)
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     self._sets: dict[Key, list[tuple[Example, Ranked]]] = {}
     self._alike = 0
@@ -141,13 +141,11 @@ def warnings(
   return lines
 
 
-def _batches(pairs, size, inputs_length, targets_length):
+def _batches(encoded: Sequence, size: int, own: Form):
   """Batches of `size` rows, the last filled up with rows of no real token."""
-  for at in range(0, len(pairs), size):
-    part = pairs[at : at + size]
-    filled = [*part, *[part[-1]] * (size - len(part))]
-    x, y = zip(*filled, strict=True)
-    batch = batching.seq2seq(x, y, inputs_length, targets_length)
+  for at in range(0, len(encoded), size):
+    part = encoded[at : at + size]
+    batch = own.padded([*part, *[part[-1]] * (size - len(part))])
     for key in ('inputs_mask', 'targets_mask'):
       batch[key][len(part) :] = False
     yield batch

@@ -35,11 +35,13 @@ from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, loader, sources, vocabulary
+from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
 from moepeft.history import History
 from moepeft.judge import Judge, table
+from moepeft.models import decoder_only
 from moepeft.moe import losses, stats
-from moepeft.objectives import objective_of
+from moepeft.objectives import check_model, objective_of
 from moepeft.objectives.loss import Loss, mean
 from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
@@ -188,12 +190,13 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # First: the vocabulary is looked for in the same place.
   _, shape = base_lib.shape(config.model)
   words = vocabulary(data.vocabulary, config.model.path)
-  found = sources(data, config.seed, share, shape.vocab)
+  check_model(config.objective, decoder_only(shape))
+  own = form(data, words, shape, config.seed)
+  found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     print(note, flush=True)
-  batches = loader(
-    found, words, data, config.batch_size // share[1], config.seed, share
-  )
+  rows = config.batch_size // share[1]
+  batches = loader(found, words, data, rows, config.seed, share, shape)
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)
@@ -235,11 +238,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   }
   metrics.introduce(base, built, state, words, workdir, more)
   if not isinstance(found.train, Stream):
-    print(cuts(found.train, words, data), end='', flush=True)
+    print(cuts(found.train, own), end='', flush=True)
 
   # ------------------------------------------------------------- resume ---
   sets = examples(config, found.held_out, found.rows)
-  validation = pairs_to_judge(config, found, words)
+  validation = pairs_to_judge(config, found, own)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data import (
-  batching,
   hub,
   jsonl,
   mixing,
@@ -22,14 +21,14 @@ from moepeft.data import (
   seqio_cache,
   seqio_stream,
   templates,
+  text,
 )
-from moepeft.data.packing import Pair
+from moepeft.data.forms import Form
 from moepeft.data.rows import Rows
 from moepeft.data.seqio_stream import Stream
-from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
-SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio')
+SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio', 'text')
 _ENDLESS = 1 << 60
 
 
@@ -38,38 +37,39 @@ class Sources:
   """What a config trains on.
 
   Attributes:
-    train: endless examples, or a stream of their ids.
+    train: endless examples (some may be ids already), or a stream of ids.
     shares: the share of each dataset in them, which add up to one.
     rows: the training rows where they have an end, else none.
-    held_out: examples that `train` never gives.
+    held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
   """
 
   train: grain.MapDataset | Stream
   shares: dict[str, float]
   rows: Sequence[Example] = ()
-  held_out: Sequence[Example] = ()
+  held_out: Sequence = ()
   notes: tuple[str, ...] = ()
 
-  def validation(
-    self, words: Vocabulary, inputs: int, targets: int, count: int
-  ) -> list[Pair]:
+  def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
     if isinstance(self.train, Stream):
       held_out = self.train.validation(count)
-      return [(e['inputs'], e['targets']) for e in held_out]
-    some = spread(self.held_out, count)
-    return batching.encode_all(words, some, inputs, targets)
+      return own.encode([(e['inputs'], e['targets']) for e in held_out])
+    return own.encode(spread(self.held_out, count))
 
 
-def spread(rows: Sequence[Example], most: int) -> list[Example]:
+def spread(rows: Sequence, most: int) -> list:
   """Evenly spaced rows, so that every dataset and template has its share."""
   count = min(most, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def sources(
-  data: ConfigDict, seed: int, shard: tuple[int, int] = (0, 1), below: int = 0
+  data: ConfigDict,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
+  below: int = 0,
+  own: Form | None = None,
 ) -> Sources:
   """Opens config.data.
 
@@ -77,6 +77,7 @@ def sources(
     shard: (this host, hosts), which streams of SeqIO are divided by.
     below: the size of the model's vocabulary, which ids of SeqIO are checked
       against; 0 for no check.
+    own: the form of the model's batches, which text is cut up for.
 
   Raises:
     ValueError: an unknown source, path, task family or mixture, or rows that
@@ -90,6 +91,8 @@ def sources(
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
+  if data.source == 'text':
+    return _text(data, seed, own, below)
   if not data.path:
     raise ValueError(
       'set config.data.path to '
@@ -156,6 +159,23 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
     rows=train,
     held_out=held_out,
     notes=tuple(notes),
+  )
+
+
+def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
+  """Plain text, cut up for the model."""
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a .txt file, to .jsonl rows with a text, or to '
+      'a directory of them'
+    )
+  found = text.pieces(data, own, data.path, below)
+  train, held_out = found.split(data.held_out)
+  return Sources(
+    train=found.prepared(mixing.mix({data.path: train}, {}, seed), seed),
+    shares={data.path: 1.0},
+    held_out=found.fixed(held_out, seed),
+    notes=found.notes,
   )
 
 

@@ -14,12 +14,16 @@ class Vocabulary(Protocol):
 
   size: int
   eos: int
+  # What texts of decoder-only models begin with, if anything.
+  bos: int | None
 
   def encode(self, text: str) -> list[int]: ...
 
   def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]: ...
 
   def decode(self, ids: list[int]) -> str: ...
+
+  def sentinels(self, below: int) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Bytes:
 
   size: int = 259
   eos: int = 1
+  bos: None = None
 
   def encode(self, text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
@@ -42,6 +47,14 @@ class Bytes:
   def decode(self, ids: list[int]) -> str:
     """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
     return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
+
+  def sentinels(self, below: int) -> list[int]:
+    """Ids that stand for hidden spans: the model's last ones, downwards.
+
+    Args:
+      below: the size of the model's vocabulary.
+    """
+    return list(range(below - 1, self.size - 1, -1))
 
 
 class Tokenizer:
@@ -63,6 +76,10 @@ class Tokenizer:
     self._path = path
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
+    bos = self._tokenizer.bos_token_id
+    # Some have one that no text begins with.
+    begun = self._tokenizer('a')['input_ids'][:1] == [bos]
+    self.bos = bos if begun else None
 
   def __str__(self) -> str:
     return f'{self._path}, {self.size:,} pieces'
@@ -75,6 +92,13 @@ class Tokenizer:
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def sentinels(self, below: int) -> list[int]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., as many as there are."""
+    known, found = self._tokenizer.get_vocab(), []
+    while (name := f'<extra_id_{len(found)}>') in known:
+      found.append(known[name])
+    return found
 
 
 def vocabulary(name: str, model_path: str = '') -> Vocabulary:

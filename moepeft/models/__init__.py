@@ -2,7 +2,10 @@
 """The families of base models. A new one is one new file and one line; a
 decoder's also one in `decoder_names`."""
 
+from typing import Any
+
 from moepeft.models import gemma, llama, mistral, qwen2, qwen3, t5
+from moepeft.models.decoder import Decoder, DecoderConfig
 
 FAMILIES = {
   't5': t5,
@@ -12,3 +15,8 @@ FAMILIES = {
   'qwen3': qwen3,
   'gemma': gemma,
 }
+
+
+def decoder_only(model: Any) -> bool:
+  """Whether a model, or a config of one, has no encoder."""
+  return isinstance(model, (Decoder, DecoderConfig))

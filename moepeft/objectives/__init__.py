@@ -23,13 +23,16 @@ else.
 import functools
 from collections.abc import Callable
 
-from moepeft.objectives import dpo, kto, reward, seq2seq, simpo
+from moepeft.objectives import causal, dpo, kto, reward, seq2seq, simpo
 from moepeft.objectives import preference as preference_lib
 from moepeft.objectives.loss import PLAIN, Loss
 from moepeft.objectives.objective import Objective as Objective
 from moepeft.objectives.preference import Preference
 
-OBJECTIVES = {'seq2seq': seq2seq.objective}
+OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': causal.objective}
+# Those whose batches have an encoder's side; the others are of decoders.
+_OF_ENCODERS = ('seq2seq',)
+# Of both, their batches with several sides or with labels.
 COMPARED = {
   'dpo': dpo.objective,
   'kto': kto.objective,
@@ -77,3 +80,21 @@ def objective_of(
     rollout = functools.partial(kto.rollout, reference=reference)
     return Objective(sums, rollout, kto.settle)
   return Objective(sums)
+
+
+def check_model(name: str, decoder_only: bool) -> None:
+  """Refuses an objective of the other kind of model.
+
+  Raises:
+    ValueError: it is.
+  """
+  if decoder_only and name in _OF_ENCODERS:
+    raise ValueError(
+      f'config.objective={name!r} is of encoder-decoders and the model is '
+      "decoder-only; set it to 'causal'"
+    )
+  if not decoder_only and name == 'causal':
+    raise ValueError(
+      f'config.objective={name!r} is of decoder-only models and the model is '
+      "an encoder-decoder; set it to 'seq2seq'"
+    )
