@@ -28,6 +28,7 @@ from moepeft import (
   placement,
   plots,
   processes,
+  references,
   sharding,
 )
 from moepeft import base as base_lib
@@ -35,13 +36,20 @@ from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, loader, sources, vocabulary
+from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
+from moepeft.data.source import preferences
 from moepeft.history import History
 from moepeft.judge import Judge, table
 from moepeft.models import decoder_only
 from moepeft.moe import losses, stats
-from moepeft.objectives import check_model, objective_of
+from moepeft.objectives import (
+  COMPARED,
+  REFERRING,
+  check_model,
+  objective_of,
+)
 from moepeft.objectives.loss import Loss, mean
 from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
@@ -192,11 +200,10 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   words = vocabulary(data.vocabulary, config.model.path)
   check_model(config.objective, decoder_only(shape))
   own = form(data, words, shape, config.seed)
+  own = form_of(data, config.objective, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     print(note, flush=True)
-  rows = config.batch_size // share[1]
-  batches = loader(found, words, data, rows, config.seed, share, shape)
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)
@@ -216,6 +223,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
+  # What rewards are measured against, of objectives that have any.
+  against = config.preference.reference
+  reference, adapters = references.reference_of(
+    config.objective, against, model, built, base
+  )
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
@@ -225,6 +237,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     # Shapes: `place` makes it on the devices, to each its share.
     opt=jax.eval_shape(optimizer.init, trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+    reference=adapters,
   )
   letters = base_lib.letters(model)
   where = placement.state_shardings(layout, state, letters, built.trainable)
@@ -240,6 +253,22 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   if not isinstance(found.train, Stream):
     print(cuts(found.train, own), end='', flush=True)
 
+  if config.objective in REFERRING and against == references.PRECOMPUTED:
+    # By the model as it begins, whatever step the run goes on from.
+    log_p = references.precomputed(
+      None if dry_run else workdir,
+      found.answers,
+      own,
+      model,
+      built.variables(state),
+      described,
+      layout.mesh,
+      config.evaluation.batch_size,
+    )
+    found = preferences(found.answers.with_references(log_p), data, config.seed)
+  rows = config.batch_size // share[1]
+  batches = loader(found, words, data, rows, config.seed, share, shape, own)
+
   # ------------------------------------------------------------- resume ---
   sets = examples(config, found.held_out, found.rows)
   validation = pairs_to_judge(config, found, own)
@@ -249,9 +278,14 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  judge = Judge(config, model, words, validation, sets, layout.mesh)
+  # Of likelihoods a run is judged by its own, whatever config.loss says.
+  compared = config.objective in COMPARED
+  judged = loss_of(config, reference) if compared else None
+  judge = Judge(
+    config, model, words, validation, sets, layout.mesh, own, judged
+  )
   update = jax.jit(
-    make_update(model, built, config, optimizer),
+    make_update(model, built, config, optimizer, reference),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )
@@ -325,9 +359,9 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         report.tell()
       if judge_now:
         with progress.paused('validating'):
-          loss = judge.validation_loss(built.variables(state))
-        report.validated(done, loss)
-        course = course.judged(loss, done)
+          validated = judge.validation(built.variables(state))
+        report.validated(done, validated)
+        course = course.judged(validated['validation_loss'], done)
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
       # Asked once: a signal that comes while saving is met after a step more.

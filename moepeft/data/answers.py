@@ -9,17 +9,20 @@ whole.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data import causal, forms, hub, jsonl, mixing, preference
+from moepeft.data import causal, forms, hub, jsonl, preference
 from moepeft.data.causal import Sample
 from moepeft.data.preference import Compared, Judged, Turn
 from moepeft.data.rows import Bad, BadRow
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.objectives import COMPARED
 from moepeft.objectives.sides import PAIR
 
+SOURCE = 'preference'
 # Of an answer that is judged, and of one to another prompt.
 JUDGED = ('', 'kl_')
 # The share of a decoder's row that a prompt keeps beside long answers.
@@ -57,14 +60,21 @@ class Sides:
 
   Attributes:
     own: the form of one side.
+    judged: whether answers are judged one by one, not compared.
   """
 
   own: forms.Form
-  packed = False
+  judged: bool
+  packed: ClassVar[bool] = False
 
   @property
   def words(self) -> Vocabulary:
     return self.own.words
+
+  @property
+  def sides(self) -> tuple[str, str]:
+    """What the keys of its batches begin with."""
+    return JUDGED if self.judged else PAIR
 
   def encode(self, items: Sequence[Item]) -> list[Item]:
     """What `items` has made, as it is."""
@@ -83,15 +93,14 @@ class Sides:
       'chosen_reference' ('reference' of judged ones) and its like, float32
       [b, t], where the items have them.
     """
-    judged = encoded[0].label is not None
     found = {}
-    for i, side in enumerate(JUDGED if judged else PAIR):
+    for i, side in enumerate(self.sides):
       rows = self.own.padded([item.sides[i] for item in encoded])
       found |= {f'{side}{key}': array for key, array in rows.items()}
       if encoded[0].references is not None:
         given = np.stack([item.references[i] for item in encoded])
         found[f'{side}reference'] = given
-    if judged:
+    if self.judged:
       found['label'] = np.array([item.label for item in encoded])
     return found
 
@@ -158,20 +167,43 @@ class Read:
     return jsonl.split(self.items, held_out)
 
 
+def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
+  """The form of an objective's batches.
+
+  Args:
+    objective: config.objective; own: the model's form.
+
+  Raises:
+    ValueError: the objective and config.data.source are not of one kind.
+  """
+  if (objective in COMPARED) != (data.source == SOURCE):
+    raise ValueError(
+      f'config.objective={objective!r} does not go with config.data.source='
+      f'{data.source!r}: {", ".join(COMPARED)} are of the source {SOURCE!r}, '
+      'and of no other; set one of the two'
+    )
+  return Sides(own, objective == 'kto') if objective in COMPARED else own
+
+
 def read(
-  data: ConfigDict, own: forms.Form, judged: bool, render: Render | None = None
+  data: ConfigDict, form: forms.Form, render: Render | None = None
 ) -> Read:
   """Reads config.data.path and makes ids of it.
 
   Args:
-    own: the form of one side, of `moepeft.data.forms.form`.
-    judged: whether answers are wanted one by one; pairs become two of them.
+    form: of `form_of`; where answers are judged, pairs become two of them.
     render: of a decoder; by default the tokenizer's chat template.
 
   Raises:
     ValueError: no such file; a row that is not of the form (the message names
       the file and the row), or of no use to the objective; or none that fits.
   """
+  if not isinstance(form, Sides):
+    raise ValueError(
+      f'rows of config.data.source={SOURCE!r} are for training with one of '
+      f'{", ".join(COMPARED)}; name other rows to evaluate'
+    )
+  own, judged = form.own, form.judged
   if not data.path:
     raise ValueError(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
@@ -391,20 +423,3 @@ def _notes(data, rows, spans, bad: Bad, own: forms.Form) -> tuple[str, ...]:
         f'{own.longer} to keep them whole'
       )
   return tuple(notes)
-
-
-def sources(found: Read, data: ConfigDict, seed: int):
-  """What `moepeft.data.source` gives of other sources.
-
-  Raises:
-    ValueError: config.data.held_out leaves nothing to train on.
-  """
-  from moepeft.data.source import Sources
-
-  train, held_out = found.split(data.held_out)
-  return Sources(
-    train=mixing.mix({data.path: train}, {}, seed),
-    shares={data.path: 1.0},
-    held_out=held_out,
-    notes=found.notes,
-  )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data import (
+  answers,
   hub,
   jsonl,
   mixing,
@@ -28,7 +29,7 @@ from moepeft.data.rows import Rows
 from moepeft.data.seqio_stream import Stream
 from moepeft.tasks import Example
 
-SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio', 'text')
+SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'preference')
 _ENDLESS = 1 << 60
 
 
@@ -42,6 +43,7 @@ class Sources:
     rows: the training rows where they have an end, else none.
     held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
+    answers: what was read of the source 'preference'.
   """
 
   train: grain.MapDataset | Stream
@@ -49,6 +51,7 @@ class Sources:
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
+  answers: answers.Read | None = None
 
   def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
@@ -91,6 +94,8 @@ def sources(
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
+  if data.source == answers.SOURCE:
+    return preferences(answers.read(data, own), data, seed)
   if data.source == 'text':
     return _text(data, seed, own, below)
   if not data.path:
@@ -176,6 +181,22 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
     shares={data.path: 1.0},
     held_out=found.fixed(held_out, seed),
     notes=found.notes,
+  )
+
+
+def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
+  """Compared or judged answers, which are ids already.
+
+  Raises:
+    ValueError: config.data.held_out leaves nothing to train on.
+  """
+  train, held_out = found.split(data.held_out)
+  return Sources(
+    train=mixing.mix({data.path: train}, {}, seed),
+    shares={data.path: 1.0},
+    held_out=held_out,
+    notes=found.notes,
+    answers=found,
   )
 
 
