@@ -257,7 +257,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     # By the model as it begins, whatever step the run goes on from.
     log_p = references.precomputed(
       None if dry_run else workdir,
-      found.answers,
+      found.compared,
       own,
       model,
       built.variables(state),
@@ -265,7 +265,9 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
       layout.mesh,
       config.evaluation.batch_size,
     )
-    found = preferences(found.answers.with_references(log_p), data, config.seed)
+    found = preferences(
+      found.compared.with_references(log_p), data, config.seed
+    )
   rows = config.batch_size // share[1]
   batches = loader(found, words, data, rows, config.seed, share, shape, own)
 

@@ -43,7 +43,7 @@ class Sources:
     rows: the training rows where they have an end, else none.
     held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
-    answers: what was read of the source 'preference'.
+    compared: what was read of the source 'preference'.
   """
 
   train: grain.MapDataset | Stream
@@ -51,7 +51,7 @@ class Sources:
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
-  answers: answers.Read | None = None
+  compared: answers.Read | None = None
 
   def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
@@ -196,7 +196,7 @@ def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
     shares={data.path: 1.0},
     held_out=held_out,
     notes=found.notes,
-    answers=found,
+    compared=found,
   )
 
 
