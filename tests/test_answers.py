@@ -146,20 +146,15 @@ def test_no_answer_is_cut_beside_a_whole_one(
 def test_a_template_s_last_turn_is_the_answer(tmp_path):
   # As a chat template renders: earlier turns of the model's are trained there,
   # and what ends a turn may follow the answer.
-  def render(turns, answer):
-    parts = [(f'<{t.role}>', False) for t in turns] + [('', False)]
+  def render(whole):
     ids, trained = [], []
-    for turn, (mark, _) in zip(turns, parts, strict=False):
-      for piece, own in (
-        (mark, False),
-        (turn.content, turn.role == 'assistant'),
-      ):
+    for turn in whole.turns:
+      own = turn.role == 'assistant'
+      for piece, kept in ((f'<{turn.role}>', False), (turn.content, own)):
         ids += WORDS.encode(piece)
-        trained += [own] * len(piece)
-    for piece, own in (('<assistant>', False), (answer, True), ('\n', False)):
-      ids += WORDS.encode(piece)
-      trained += [own] * len(piece)
-    return Sample(np.array(ids, np.int32), np.array(trained))
+        trained += [kept] * len(piece)
+    end = WORDS.encode('\n')
+    return Sample(np.array(ids + end, np.int32), np.array([*trained, False]))
 
   turns = [('human', 'A'), ('gpt', 'B'), ('human', 'C')]
   row = {

@@ -148,9 +148,7 @@ def by_hand(made, variables, prompt, answer):
   logits = made.apply(variables, {'inputs': jnp.array([ids[:-1]])})
   log_p = jax.nn.log_softmax(logits[0], axis=-1)
   first = len(prompt)
-  return sum(
-    float(log_p[i, ids[i + 1]]) for i in range(first, len(ids) - 1)
-  )
+  return sum(float(log_p[i, ids[i + 1]]) for i in range(first, len(ids) - 1))
 
 
 def test_likelihood_is_of_the_targets_given_the_inputs(model):

@@ -3,10 +3,12 @@
 
 import pytest
 
-from moepeft.data.preference import Compared, Judged, Turn, row, unpaired
+from moepeft.data.conversations import Conversation, Turn
+from moepeft.data.preference import Compared, Judged, row, unpaired
 from moepeft.data.rows import BadRow
 
-ASKED = (Turn('user', 'Why?'),)
+ASKED = Conversation((Turn('user', 'Why?'),))
+SO, NO = (Turn('assistant', text) for text in ('So.', 'No.'))
 USER = {'role': 'user', 'content': 'Why?'}
 GOOD = {'role': 'assistant', 'content': 'So.'}
 BAD = {'role': 'assistant', 'content': 'No.'}
@@ -36,7 +38,7 @@ PAIR = {'chosen': 'So.', 'rejected': 'No.'}
   ],
 )
 def test_every_form_of_a_pair_is_the_same_pair(fields):
-  assert row(fields) == Compared(ASKED, 'So.', 'No.')
+  assert row(fields) == Compared(ASKED, SO, NO)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_every_form_of_a_pair_is_the_same_pair(fields):
   ],
 )
 def test_every_form_of_a_judged_answer_is_the_same(fields):
-  assert row(fields) == Judged(ASKED, 'So.', True)
+  assert row(fields) == Judged(ASKED, SO, True)
 
 
 def test_turns_before_the_answer_stay_in_the_prompt():
@@ -59,7 +61,7 @@ def test_turns_before_the_answer_stay_in_the_prompt():
     'conversations': [HUMAN, GPT, {'from': 'human', 'value': 'And?'}],
   }
   found = row(fields | PAIR)
-  said = [(t.role, t.content) for t in found.prompt]
+  said = [(t.role, t.content) for t in found.prompt.turns]
   assert said == [
     ('system', 'Be brief.'),
     ('user', 'Why?'),
@@ -71,14 +73,14 @@ def test_turns_before_the_answer_stay_in_the_prompt():
     'input': '1 2',
     'history': [['Hi', 'Yes?']],
   }
-  contents = [t.content for t in row(alpaca | PAIR).prompt]
+  contents = [t.content for t in row(alpaca | PAIR).prompt.turns]
   assert contents == ['Hi', 'Yes?', 'Add\n1 2']
 
 
 def test_a_pair_is_a_good_and_a_bad_answer():
-  good, bad = unpaired(Compared(ASKED, 'So.', 'No.', 7))
-  assert good == Judged(ASKED, 'So.', True, 7)
-  assert bad == Judged(ASKED, 'No.', False, 7)
+  good, bad = unpaired(Compared(ASKED, SO, NO, 7))
+  assert good == Judged(ASKED, SO, True, 7)
+  assert bad == Judged(ASKED, NO, False, 7)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +95,14 @@ def test_a_pair_is_a_good_and_a_bad_answer():
     ({'prompt': '', 'chosen': 'B', 'rejected': 'A'}, "text in 'prompt'"),
     ({'prompt': 3, 'chosen': 'B', 'rejected': 'A'}, 'list of turns'),
     ({'conversations': []} | PAIR, 'list of turns'),
-    ({'conversations': ['Why?']} | PAIR, 'an object in .*turn 0'),
-    ({'conversations': [{'value': 'Why?'}]} | PAIR, 'expected a role'),
-    ({'conversations': [{'from': 'human'}]} | PAIR, 'expected text in .*turn'),
+    (
+      {'conversations': ['Why?']} | PAIR,
+      'turn 0 is .Why.., expected an object',
+    ),
+    ({'conversations': [{'value': 'Why?'}]} | PAIR, 'turn 0 has the role None'),
+    ({'conversations': [{'from': 'human'}]} | PAIR, 'turn 0 .user. is None'),
     ({'conversations': [HUMAN, GPT]} | PAIR, "last turn is the user's"),
-    ({'instruction': 'Why?', 'input': 3} | PAIR, "expected text in 'input'"),
+    ({'instruction': 'Why?', 'input': 3} | PAIR, "'input' is 3, expected text"),
     ({'instruction': 'Why?', 'label': True}, "the answer in 'output'"),
     ({'messages': [USER, GOOD], 'label': 1}, "true or false in 'label', got 1"),
     ({'messages': [USER], 'label': True}, 'answer as the last turn'),
@@ -105,7 +110,10 @@ def test_a_pair_is_a_good_and_a_bad_answer():
       {'chosen': [USER, GOOD], 'rejected': [dict(USER, content='?'), BAD]},
       'differ before their last turn',
     ),
-    ({'prompt': 'Why?', 'chosen': [USER], 'rejected': [BAD]}, "model's answer"),
+    (
+      {'prompt': 'Why?', 'chosen': [USER], 'rejected': [BAD]},
+      "assistant's answer",
+    ),
   ],
 )
 def test_a_broken_row_is_one_sentence(fields, said):

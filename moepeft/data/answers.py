@@ -14,11 +14,12 @@ from typing import ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data import causal, forms, hub, jsonl, preference
+from moepeft.data import causal, chat, forms, hub, jsonl, preference
 from moepeft.data.causal import Sample
-from moepeft.data.preference import Compared, Judged, Turn
+from moepeft.data.conversations import Conversation, Turn
+from moepeft.data.preference import Compared, Judged
 from moepeft.data.rows import Bad, BadRow
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Tokenizer, Vocabulary
 from moepeft.objectives import COMPARED
 from moepeft.objectives.sides import PAIR
 
@@ -28,9 +29,10 @@ JUDGED = ('', 'kl_')
 # The share of a decoder's row that a prompt keeps beside long answers.
 _LEAST = 4
 
-# (turns of a prompt, an answer) -> the text as ids, of which the last run of
-# trained tokens is the answer.
-Render = Callable[[Sequence[Turn], str], Sample]
+# A conversation as ids, of which the last run of trained tokens is the answer.
+Render = Callable[[Conversation], Sample]
+# (prompt, answers) -> Parts
+Encode = Callable[[Conversation, Sequence[Turn]], 'Parts']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ class Sides:
     return found
 
   def cut(self, items: Sequence[Item]) -> int:
-    """None: what was too long is told when rows are read."""
+    """0: what was too long was told when the rows were read."""
     del items
     return 0
 
@@ -192,7 +194,8 @@ def read(
 
   Args:
     form: of `form_of`; where answers are judged, pairs become two of them.
-    render: of a decoder; by default the tokenizer's chat template.
+    render: of a decoder; by default the chat template, or plain text where
+      the tokenizer has none.
 
   Raises:
     ValueError: no such file; a row that is not of the form (the message names
@@ -215,9 +218,8 @@ def read(
       'whose rows have several sides; set it to False'
     )
   bad = Bad(data.on_bad_row)
-  rows = _rows(data, bad, judged)
   encode = _encoder(data, own, render)
-  parts = [encode(row.prompt, row.answers) for row in rows]
+  rows, parts = _rows(data, bad, judged, encode)
   spans = [_span(one, own, data.too_long) for one in parts]
   kept = [i for i, span in enumerate(spans) if span is not None]
   if not kept:
@@ -238,30 +240,38 @@ def read(
   return Read(tuple(items), _notes(data, rows, spans, bad, own))
 
 
-def _rows(data: ConfigDict, bad: Bad, judged: bool) -> list:
-  """Rows of the one kind; those of no use are the bad ones."""
+def _rows(
+  data: ConfigDict, bad: Bad, judged: bool, encode: Encode
+) -> tuple[list, list['Parts']]:
+  """(rows of the one kind, the same as ids); those of no use are bad ones."""
   table, where = hub.table_of(data.path, data.split, bad)
-  found = []
+  rows, parts = [], []
   for i, fields in enumerate(table):
     try:
-      row = preference.row(fields, data.form, i)
-      if isinstance(row, Judged) and not judged:
-        raise BadRow(
-          'one answer with a label, but the objective compares two; set '
-          "config.objective to 'kto'"
-        )
+      found = _useful(preference.row(fields, data.form, i), judged, data.system)
+      ids = [encode(row.prompt, row.answers) for row in found]
+      rows, parts = rows + found, parts + ids
     except BadRow as e:
       bad(where(i), e)
-      continue
-    if data.system and row.prompt[0].role != 'system':
-      system = Turn('system', data.system)
-      row = dataclasses.replace(row, prompt=(system, *row.prompt))
-    pair = isinstance(row, Compared) and judged
-    found += preference.unpaired(row) if pair else [row]
-  if not found:
+  if not rows:
     first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
     raise ValueError(f'{data.path} holds no good row{first}')
-  return found
+  return rows, parts
+
+
+def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
+  """A row as the objective takes it, with a system's turn where it has none."""
+  if isinstance(row, Judged) and not judged:
+    raise BadRow(
+      'one answer with a label, but the objective compares two; set '
+      "config.objective to 'kto'"
+    )
+  if system and row.prompt.turns[0].role != 'system':
+    turns = (Turn('system', system), *row.prompt.turns)
+    prompt = dataclasses.replace(row.prompt, turns=turns)
+    row = dataclasses.replace(row, prompt=prompt)
+  pair = isinstance(row, Compared) and judged
+  return list(preference.unpaired(row)) if pair else [row]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,29 +299,39 @@ class Span:
   cut: bool
 
 
-def _encoder(data: ConfigDict, own: forms.Form, render: Render | None):
-  """(turns, answers) -> Parts."""
+def _encoder(
+  data: ConfigDict, own: forms.Form, render: Render | None
+) -> Encode:
+  """(prompt, answers) -> Parts."""
+  if data.train_on != 'answers':
+    raise ValueError(
+      f'config.data.train_on={data.train_on!r} does nothing with '
+      f'config.data.source={SOURCE!r}, whose prompts are never trained; set it '
+      "to 'answers'"
+    )
   if not isinstance(own, causal.Samples):
     words = own.words
 
-    def both(turns, answers) -> Parts:
+    def both(prompt, answers) -> Parts:
       end = np.int32(words.eos)
-      texts = words.encode_all([said(turns), *answers])
-      ids = [np.append(np.asarray(text, np.int32), end) for text in texts]
+      texts = [said(prompt), *(turn.content for turn in answers)]
+      found = words.encode_all(texts)
+      ids = [np.append(np.asarray(text, np.int32), end) for text in found]
       return Parts(ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:]))
 
     return both
   render = render or renderer(data, own.words)
 
-  def decoder(turns, answers) -> Parts:
+  def decoder(prompt, answers) -> Parts:
     prompts, found = [], []
     for answer in answers:
-      whole = render(turns, answer)
+      turns = (*prompt.turns, answer)
+      whole = render(dataclasses.replace(prompt, turns=turns))
       start = _last_run(whole.trained)
       prompts.append(whole.ids[:start])
       found.append((whole.ids[start:], whole.trained[start:]))
     if any(not np.array_equal(prompts[0], one) for one in prompts):
-      raise ValueError(
+      raise BadRow(
         'the chat template makes another prompt of each answer; name one that '
         'does not with config.data.chat_template'
       )
@@ -322,28 +342,42 @@ def _encoder(data: ConfigDict, own: forms.Form, render: Render | None):
 
 def _last_run(trained: np.ndarray) -> int:
   """Where the last run of trained tokens begins."""
+  if not trained.any():
+    raise BadRow('no token of the answer is trained; mend or remove the row')
   last = int(np.flatnonzero(trained)[-1])
   before = np.flatnonzero(~trained[:last])
   return int(before[-1]) + 1 if len(before) else 0
 
 
 def renderer(data: ConfigDict, words: Vocabulary) -> Render:
-  """The tokenizer's chat template, or plain text where it has none."""
-  del data
+  """The chat template, or plain text where the tokenizer has none.
 
-  def plain(turns: Sequence[Turn], answer: str) -> Sample:
-    (prompt,) = causal.prompts(words, [said(turns)])
-    (ids,) = causal.answers(words, [answer])
-    return causal.sample(prompt, ids)
+  Raises:
+    ValueError: config.data.chat_template cannot be read, or is for bytes.
+  """
+  if data.chat_template or templated(words):
+    return chat.template(data, words).render
+
+  def plain(whole: Conversation) -> Sample:
+    prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
+    (asked,) = causal.prompts(words, [said(prompt)])
+    (ids,) = causal.answers(words, [whole.turns[-1].content])
+    return causal.sample(asked, ids)
 
   return plain
 
 
-def said(turns: Sequence[Turn]) -> str:
+def templated(words: Vocabulary) -> bool:
+  """Whether a vocabulary brings a chat template."""
+  own = words.tokenizer if isinstance(words, Tokenizer) else None
+  return bool(own is not None and own.chat_template)
+
+
+def said(prompt: Conversation) -> str:
   """Turns as plain text: a single one as it is, several by their roles."""
-  if len(turns) == 1:
-    return turns[0].content
-  return '\n'.join(f'{turn.role}: {turn.content}' for turn in turns)
+  if len(prompt.turns) == 1:
+    return prompt.turns[0].content
+  return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
 
 
 def _span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
@@ -391,6 +425,8 @@ def _side(prompt: np.ndarray, answer, cap: int, own: forms.Form):
 def _mismatched(rows: Sequence[Judged], path: str) -> list[int]:
   """For each row the place of one with another prompt, always the same one.
 
+  It may be a row that is held out: nothing is learnt of a mismatched answer.
+
   Raises:
     ValueError: all rows have one prompt.
   """
@@ -409,6 +445,11 @@ def _mismatched(rows: Sequence[Judged], path: str) -> list[int]:
 
 def _notes(data, rows, spans, bad: Bad, own: forms.Form) -> tuple[str, ...]:
   notes = [f'skipped {reason}' for reason in bad.reasons[:1]]
+  decoder = isinstance(own, causal.Samples)
+  if decoder and not (data.chat_template or templated(own.words)):
+    notes.append(
+      f'{own.words} brings no chat template: turns are written as plain text'
+    )
   if len(bad.reasons) > 1:
     notes.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
   left = sum(span is None for span in spans)

@@ -102,7 +102,7 @@ def table_of(
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
-    places, table = _json(local, bad)
+    places, table = json_rows(local, bad)
     return table, places.__getitem__
   table = _load(path, local, split)
   return table, lambda place: f'{path}, {split}, row {place}'
@@ -112,7 +112,7 @@ def _ending(file: str) -> str:
   return file.lower().removesuffix('.gz').rpartition('.')[2]
 
 
-def _json(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
   if _ending(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)

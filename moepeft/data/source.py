@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from moepeft import tasks
 from moepeft.data import (
   answers,
+  chat,
   hub,
   jsonl,
   mixing,
@@ -24,12 +25,16 @@ from moepeft.data import (
   templates,
   text,
 )
+from moepeft.data.causal import Samples
 from moepeft.data.forms import Form
 from moepeft.data.rows import Rows
 from moepeft.data.seqio_stream import Stream
 from moepeft.tasks import Example
 
-SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'preference')
+SOURCES = (
+  *('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'chat'),
+  answers.SOURCE,
+)
 _ENDLESS = 1 << 60
 
 
@@ -98,6 +103,8 @@ def sources(
     return preferences(answers.read(data, own), data, seed)
   if data.source == 'text':
     return _text(data, seed, own, below)
+  if data.source == 'chat':
+    return _chat(data, seed, own)
   if not data.path:
     raise ValueError(
       'set config.data.path to '
@@ -197,6 +204,38 @@ def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
     held_out=held_out,
     notes=found.notes,
     compared=found,
+  )
+
+
+def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
+  """Conversations, the last of each file held out."""
+  if not isinstance(own, Samples):
+    raise ValueError(
+      "config.data.source='chat' is of decoder-only models; give an "
+      'encoder-decoder rows with inputs and targets'
+    )
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a .json or .jsonl file of conversations, or to '
+      'a directory of them'
+    )
+  found, notes = chat.samples(data, own.words)
+  train, held_out = {}, []
+  for file, some in found.items():
+    cut = len(some) - int(round(len(some) * data.held_out))
+    train |= {file: some[:cut]} if cut else {}
+    held_out += some[cut:]
+  if not train:
+    raise ValueError(
+      f'config.data.held_out={data.held_out} leaves no row to train on; lower '
+      'it'
+    )
+  weights = mixing.rates({file: len(some) for file, some in train.items()})
+  return Sources(
+    train=mixing.mix(train, weights, seed),
+    shares=_normalised(weights),
+    held_out=held_out,
+    notes=notes,
   )
 
 

@@ -4,7 +4,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -83,6 +83,11 @@ class Tokenizer:
 
   def __str__(self) -> str:
     return f'{self._path}, {self.size:,} pieces'
+
+  @property
+  def tokenizer(self) -> Any:
+    """Hugging Face's own, which has the chat template."""
+    return self._tokenizer
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']
