@@ -53,7 +53,9 @@ def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
   chosen, rejected = found.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
-  assert found.notes == ()
+  assert found.notes == (
+    'bytes brings no chat template: turns are written as plain text',
+  )
 
 
 def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
