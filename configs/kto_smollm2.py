@@ -7,8 +7,8 @@ python -m moepeft.train --config=configs/kto_smollm2.py \
 
 ANSWERS.json is in any form of moepeft.data.preference; pairs are taken as a
 good and a bad answer. Where one kind is rarer, weigh it with
-config.preference.desirable or undesirable. A batch is also what its reference point is a mean
-over, so it is not made smaller than 8.
+config.preference.desirable or undesirable. The reference point is a mean over
+a batch, which is therefore not made smaller than 8.
 """
 
 from moepeft import config as config_lib
