@@ -1,38 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compared and judged answers as ids, and as batches with several sides.
-
-A pair's prompt is the same on both sides and never trained. What is too long
-costs the prompt its beginning, or the row: no answer is cut beside one that is
-whole.
-"""
+"""Compared and judged answers as batches with several sides."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data import causal, chat, forms, hub, jsonl, preference
+from moepeft.data import answer_ids, causal, forms, hub, jsonl, preference
+from moepeft.data.answer_ids import Parts
 from moepeft.data.causal import Sample
-from moepeft.data.conversations import Conversation, Turn
+from moepeft.data.conversations import Turn
 from moepeft.data.preference import Compared, Judged
 from moepeft.data.rows import Bad, BadRow
-from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import COMPARED
 from moepeft.objectives.sides import PAIR
 
 SOURCE = 'preference'
 # Of an answer that is judged, and of one to another prompt.
 JUDGED = ('', 'kl_')
-# The share of a decoder's row that a prompt keeps beside long answers.
-_LEAST = 4
-
-# A conversation as ids, of which the last run of trained tokens is the answer.
-Render = Callable[[Conversation], Sample]
-# (prompt, answers) -> Parts
-Encode = Callable[[Conversation, Sequence[Turn]], 'Parts']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,7 +177,7 @@ def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
 
 
 def read(
-  data: ConfigDict, form: forms.Form, render: Render | None = None
+  data: ConfigDict, form: forms.Form, render: answer_ids.Render | None = None
 ) -> Read:
   """Reads config.data.path and makes ids of it.
 
@@ -218,9 +207,9 @@ def read(
       'whose rows have several sides; set it to False'
     )
   bad = Bad(data.on_bad_row)
-  encode = _encoder(data, own, render)
+  encode = answer_ids.encoder(data, own, render)
   rows, parts = _rows(data, bad, judged, encode)
-  spans = [_span(one, own, data.too_long) for one in parts]
+  spans = [answer_ids.span(one, own, data.too_long) for one in parts]
   kept = [i for i, span in enumerate(spans) if span is not None]
   if not kept:
     raise ValueError(
@@ -231,18 +220,20 @@ def read(
   items = []
   for place, i in enumerate(kept):
     prompt, cap = spans[i].prompt, spans[i].cap
-    sides = [_side(prompt, answer, cap, own) for answer in parts[i].answers]
+    sides = [
+      answer_ids.side(prompt, answer, cap, own) for answer in parts[i].answers
+    ]
     if judged:
       other = parts[kept[others[place]]].answers[0]
-      sides.append(_side(prompt, other, spans[i].room, own))
+      sides.append(answer_ids.side(prompt, other, spans[i].room, own))
     label = rows[i].label if judged else None
     items.append(Item(tuple(sides), label, rows[i].idx, place))
   return Read(tuple(items), _notes(data, rows, spans, bad, own))
 
 
 def _rows(
-  data: ConfigDict, bad: Bad, judged: bool, encode: Encode
-) -> tuple[list, list['Parts']]:
+  data: ConfigDict, bad: Bad, judged: bool, encode: answer_ids.Encode
+) -> tuple[list, list[Parts]]:
   """(rows of the one kind, the same as ids); those of no use are bad ones."""
   table, where = hub.table_of(data.path, data.split, bad)
   rows, parts = [], []
@@ -250,7 +241,8 @@ def _rows(
     try:
       found = _useful(preference.row(fields, data.form, i), judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]
-      rows, parts = rows + found, parts + ids
+      rows.extend(found)
+      parts.extend(ids)
     except BadRow as e:
       bad(where(i), e)
   if not rows:
@@ -272,154 +264,6 @@ def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
     row = dataclasses.replace(row, prompt=prompt)
   pair = isinstance(row, Compared) and judged
   return list(preference.unpaired(row)) if pair else [row]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
-  """A row as ids, of any length: its prompt, and (ids, trained) of answers."""
-
-  prompt: np.ndarray
-  answers: tuple[tuple[np.ndarray, np.ndarray], ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Span:
-  """What of a row fits.
-
-  Attributes:
-    prompt: what is left of it.
-    cap: tokens of each answer that are kept, all of them unless both are cut.
-    room: tokens that there are for an answer.
-    cut: whether anything was cut.
-  """
-
-  prompt: np.ndarray
-  cap: int
-  room: int
-  cut: bool
-
-
-def _encoder(
-  data: ConfigDict, own: forms.Form, render: Render | None
-) -> Encode:
-  """(prompt, answers) -> Parts."""
-  if data.train_on != 'answers':
-    raise ValueError(
-      f'config.data.train_on={data.train_on!r} does nothing with '
-      f'config.data.source={SOURCE!r}, whose prompts are never trained; set it '
-      "to 'answers'"
-    )
-  if not isinstance(own, causal.Samples):
-    words = own.words
-
-    def both(prompt, answers) -> Parts:
-      end = np.int32(words.eos)
-      texts = [said(prompt), *(turn.content for turn in answers)]
-      found = words.encode_all(texts)
-      ids = [np.append(np.asarray(text, np.int32), end) for text in found]
-      return Parts(ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:]))
-
-    return both
-  render = render or renderer(data, own.words)
-
-  def decoder(prompt, answers) -> Parts:
-    prompts, found = [], []
-    for answer in answers:
-      turns = (*prompt.turns, answer)
-      whole = render(dataclasses.replace(prompt, turns=turns))
-      start = _last_run(whole.trained)
-      prompts.append(whole.ids[:start])
-      found.append((whole.ids[start:], whole.trained[start:]))
-    if any(not np.array_equal(prompts[0], one) for one in prompts):
-      raise BadRow(
-        'the chat template makes another prompt of each answer; name one that '
-        'does not with config.data.chat_template'
-      )
-    return Parts(prompts[0], tuple(found))
-
-  return decoder
-
-
-def _last_run(trained: np.ndarray) -> int:
-  """Where the last run of trained tokens begins."""
-  if not trained.any():
-    raise BadRow('no token of the answer is trained; mend or remove the row')
-  last = int(np.flatnonzero(trained)[-1])
-  before = np.flatnonzero(~trained[:last])
-  return int(before[-1]) + 1 if len(before) else 0
-
-
-def renderer(data: ConfigDict, words: Vocabulary) -> Render:
-  """The chat template, or plain text where the tokenizer has none.
-
-  Raises:
-    ValueError: config.data.chat_template cannot be read, or is for bytes.
-  """
-  if data.chat_template or templated(words):
-    return chat.template(data, words).render
-
-  def plain(whole: Conversation) -> Sample:
-    prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
-    (asked,) = causal.prompts(words, [said(prompt)])
-    (ids,) = causal.answers(words, [whole.turns[-1].content])
-    return causal.sample(asked, ids)
-
-  return plain
-
-
-def templated(words: Vocabulary) -> bool:
-  """Whether a vocabulary brings a chat template."""
-  own = words.tokenizer if isinstance(words, Tokenizer) else None
-  return bool(own is not None and own.chat_template)
-
-
-def said(prompt: Conversation) -> str:
-  """Turns as plain text: a single one as it is, several by their roles."""
-  if len(prompt.turns) == 1:
-    return prompt.turns[0].content
-  return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
-
-
-def _span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
-  """What of a row fits, None where it is left out."""
-  prompt = parts.prompt
-  lengths = [len(ids) for ids, _ in parts.answers]
-  longest, both = max(lengths), min(lengths)
-  if not isinstance(own, causal.Samples):
-    most, room = own.lengths
-    over = len(prompt) > most
-    if over and too_long == 'drop':
-      return None
-    left = prompt[-most:] if too_long == 'prompt' else prompt[:most]
-    if longest <= room:
-      return Span(left, longest, room, over)
-    cut = too_long == 'end' and both > room
-    return Span(left, room, room, True) if cut else None
-  # One token more than are fed.
-  row = own.length + 1
-  if len(prompt) + longest <= row:
-    return Span(prompt, longest, row - len(prompt), False)
-  if too_long == 'prompt':
-    left = row - longest
-    if left < min(len(prompt), row // _LEAST):
-      return None
-    return Span(prompt[-left:], longest, longest, True)
-  room = row - len(prompt)
-  # Both ends are cut or none.
-  cut = too_long == 'end' and both > room >= 1
-  return Span(prompt, room, room, True) if cut else None
-
-
-def _side(prompt: np.ndarray, answer, cap: int, own: forms.Form):
-  """What the form of one side holds."""
-  ids, trained = (part[:cap] for part in answer)
-  if not isinstance(own, causal.Samples):
-    return prompt, ids
-  untrained = np.zeros(len(prompt), bool)
-  return Sample(
-    np.concatenate([prompt, ids]).astype(np.int32),
-    np.concatenate([untrained, trained]),
-  )
 
 
 def _mismatched(rows: Sequence[Judged], path: str) -> list[int]:
@@ -446,7 +290,7 @@ def _mismatched(rows: Sequence[Judged], path: str) -> list[int]:
 def _notes(data, rows, spans, bad: Bad, own: forms.Form) -> tuple[str, ...]:
   notes = [f'skipped {reason}' for reason in bad.reasons[:1]]
   decoder = isinstance(own, causal.Samples)
-  if decoder and not (data.chat_template or templated(own.words)):
+  if decoder and not (data.chat_template or answer_ids.templated(own.words)):
     notes.append(
       f'{own.words} brings no chat template: turns are written as plain text'
     )
