@@ -261,7 +261,7 @@ DTYPES = ('float32', 'bfloat16')
 # What each source and optimizer looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
   'path': ('jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text'),
-  'split': ('datasets', 'seqio'),
+  'split': ('datasets', 'seqio', 'preference'),
   'templates': ('jsonl', 'datasets'),
   'mixture': ('jsonl', 'datasets', 'seqio'),
   'module': ('seqio',),

@@ -27,7 +27,7 @@ FLOORS = (
   ),
   ('plots', 'writers'),
   ('optim', 'sharding', 'base', 'decoding'),
-  ('placement', 'checkpoint'),
+  ('placement', 'checkpoint', 'references'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
   ('judge', 'measures', 'unfinished', 'work', 'summary'),
   ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer'),

@@ -158,8 +158,8 @@ def conversation(row: Mapping, form: str = '') -> Conversation:
     turns = _alpaca(row)
   else:
     turns = _listed(row, 'messages' if kind == 'messages' else 'conversations')
-  _check_order(turns)
-  return Conversation(tuple(turns), _tools(row.get('tools')))
+  check_order(turns)
+  return Conversation(tuple(turns), tools(row.get('tools')))
 
 
 def _alpaca(row: Mapping) -> list[Turn]:
@@ -264,7 +264,12 @@ def _calls(value: Any, said: str) -> list[dict]:
   return calls
 
 
-def _tools(value: Any) -> list[dict] | None:
+def tools(value: Any) -> list[dict] | None:
+  """A row's tools, in OpenAI's form.
+
+  Raises:
+    BadRow: they are no list of JSON schemas.
+  """
   if value in (None, '', [], '[]'):
     return None
   found = _json(value, "'tools'", 'a list of tools')
@@ -290,8 +295,12 @@ def _json(value: Any, said: str, what: str) -> Any:
     ) from None
 
 
-def _check_order(turns: Sequence[Turn]) -> None:
-  """The system first, then the user; tools answer the assistant."""
+def check_order(turns: Sequence[Turn]) -> None:
+  """The system first, then the user; tools answer the assistant.
+
+  Raises:
+    BadRow: the order is another.
+  """
   begun = turns[1:] if turns[0].role == 'system' else turns
   if not begun or begun[0].role != 'user':
     who = begun[0].role if begun else 'nobody'

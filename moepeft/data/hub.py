@@ -50,7 +50,7 @@ def read(
       rows; the message names the path and the row.
   """
   bad = Bad(on_bad_row)
-  table, where = _table(path, split, bad)
+  table, where = table_of(path, split, bad)
   name = _name(path)
   if templates:
     group = templates_lib.group(templates, name)
@@ -86,10 +86,16 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
     )
 
 
-def _table(
+def table_of(
   path: str, split: str, bad: Bad
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
-  """Rows by place, and a place in words."""
+  """Rows by place as they stand, and a place in words.
+
+  Args: as of `read`.
+
+  Raises:
+    ValueError: as `read`.
+  """
   local = os.path.expanduser(path)
   if os.path.isfile(local) and _ending(local) in _JSON:
     if split != 'train':

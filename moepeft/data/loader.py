@@ -112,7 +112,7 @@ class _Batches(grain.DatasetIterator):
     while wanted:
       if self._rows is None:
         self._rows = next(self._windows)
-      held = len(self._rows['inputs'])
+      held = len(next(iter(self._rows.values())))
       end = min(self._row + wanted, held)
       parts.append({k: v[self._row : end] for k, v in self._rows.items()})
       wanted -= end - self._row
@@ -180,6 +180,7 @@ def loader(
   seed: int,
   shard: tuple[int, int] = (0, 1),
   model: Any = None,
+  own: Form | None = None,
 ) -> Loader:
   """The batches of a config.
 
@@ -188,8 +189,9 @@ def loader(
     shard: (number of this host, hosts); each reads windows of its own.
     model: the model that they are for, or its config; None for an
       encoder-decoder.
+    own: their form; by default the model's.
   """
-  own = form(data, words, model, seed)
+  own = own or form(data, words, model, seed)
   if isinstance(sources.train, Stream):
     # SeqIO reads ahead, and by host, by itself.
     return Loader(StreamWindows(sources.train.open, own), batch_size)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data import (
+  answers,
   chat,
   hub,
   jsonl,
@@ -30,7 +31,10 @@ from moepeft.data.rows import Rows
 from moepeft.data.seqio_stream import Stream
 from moepeft.tasks import Example
 
-SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'chat')
+SOURCES = (
+  *('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'chat'),
+  answers.SOURCE,
+)
 _ENDLESS = 1 << 60
 
 
@@ -44,6 +48,7 @@ class Sources:
     rows: the training rows where they have an end, else none.
     held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
+    compared: what was read of the source 'preference'.
   """
 
   train: grain.MapDataset | Stream
@@ -51,6 +56,7 @@ class Sources:
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
+  compared: answers.Read | None = None
 
   def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
@@ -107,6 +113,8 @@ def _opened(
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
+  if data.source == answers.SOURCE:
+    return preferences(answers.read(data, own), data, seed)
   if data.source == 'text':
     return _text(data, seed, own, below)
   if data.source == 'chat':
@@ -229,6 +237,22 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
     shares={data.path: 1.0},
     held_out=found.fixed(held_out, seed),
     notes=found.notes,
+  )
+
+
+def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
+  """Compared or judged answers, which are ids already.
+
+  Raises:
+    ValueError: config.data.held_out leaves nothing to train on.
+  """
+  train, held_out = found.split(data.held_out)
+  return Sources(
+    train=mixing.mix({data.path: train}, {}, seed),
+    shares={data.path: 1.0},
+    held_out=held_out,
+    notes=found.notes,
+    compared=found,
   )
 
 
