@@ -45,6 +45,8 @@ HF_IGNORED = frozenset(
   }
 )
 HF_HEAD, HF_EMBEDDING = 'lm_head.weight', 'shared.weight'
+# What Hugging Face's peft calls what the model does.
+PEFT_TASK = 'SEQ_2_SEQ_LM'
 
 
 def sizes(config: T5Config) -> dict[str, int]:
@@ -92,8 +94,9 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
-def hf_module(site: str) -> str:
+def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
+  del config  # of the same signature as decoders', whose families differ
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
@@ -104,7 +107,10 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
   rules = [Rule('embed/embedding', HF_EMBEDDING, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = in_layers(site) + '/kernel', hf_module(site) + '.weight'
+    ours, theirs = (
+      in_layers(site) + '/kernel',
+      hf_module(site, config) + '.weight',
+    )
     rules.append(Rule(ours, theirs, inner + outer, f'({outer})({inner})'))
   for stack, subs in SUBLAYERS.items():
     for i, sub in enumerate(subs):
