@@ -23,8 +23,11 @@ from moepeft.peft.merge import merge
 from . import cases
 from .test_t5 import selection
 
-# Float32 on CPU: a sum of a few hundred products rounds by 1e-6.
-LIMIT = 1e-5
+# Float32 on CPU: a sum of a few hundred products rounds by 1e-6. Where a case
+# is ill conditioned (random LoRAs make attention sharp: float64 is as far from
+# peft's logits as ours are), as often as MARGIN times what one rounding of
+# each weight does; a forward pass rounds dozens of times.
+LIMIT, MARGIN = 1e-5, 3
 
 
 def base_of(name):
@@ -65,14 +68,31 @@ def loaded(name):
 
 def logits(base, params, expected, adapter=None):
   """At real tokens, [tokens, v]."""
+  found, _ = function_of(base, expected, adapter)
+  variables = {'params': params}
+  if adapter is not None:
+    variables['peft'] = adapter.tree
+  return np.asarray(jax.jit(found)(variables)['logits'])
+
+
+def function_of(base, expected, adapter):
+  """(variables -> {'logits': at real tokens}, the variables of a case)."""
   real = expected['inputs/attention_mask'].astype(bool)
   batch = {'inputs': expected['inputs/input_ids'], 'inputs_mask': real}
-  model, variables = Decoder(base.config), {'params': params}
+  model, variables = Decoder(base.config), {'params': base.params}
   if adapter is not None:
     built = build(adapter.method, sites(base.config))
     model = Decoder(base.config, built.advice)
     variables['peft'] = adapter.tree
-  return np.asarray(jax.jit(model.apply)(variables, batch))[real]
+  return lambda v: {'logits': model.apply(v, batch)[real]}, variables
+
+
+@functools.cache
+def limit(name):
+  """How near to peft's a case's logits must be."""
+  base, adapter, expected = loaded(name)
+  _, noise = cases.with_noise(*function_of(base, expected, adapter))
+  return max(LIMIT, MARGIN * noise['logits'])
 
 
 def relative_error(ours, theirs):
@@ -90,10 +110,10 @@ def test_logits_at_real_tokens(name):
   base, adapter, expected = loaded(name)
   theirs = expected_logits(expected)
   ours = logits(base, base.params, expected, adapter)
-  assert relative_error(ours, theirs) < LIMIT
+  assert relative_error(ours, theirs) < limit(name)
   # The adapter is not next to nothing.
   without = logits(base, base.params, expected)
-  assert relative_error(without, theirs) > 100 * LIMIT
+  assert relative_error(without, theirs) > 100 * limit(name)
 
 
 @every_case
@@ -103,7 +123,7 @@ def test_merged_gives_the_same_logits(name):
   params = jax.tree.map(jnp.asarray, base.params)
   merged = merge(built, {'params': params, 'peft': adapter.tree})
   ours = logits(base, merged, expected)
-  assert relative_error(ours, expected_logits(expected)) < LIMIT
+  assert relative_error(ours, expected_logits(expected)) < limit(name)
 
 
 @every_case
@@ -143,4 +163,4 @@ def test_peft_reads_what_is_written_without_the_first_config(name, tmp_path):
       attention_mask=torch.tensor(mask),
     ).logits.numpy()
   error = relative_error(found[mask.astype(bool)], expected_logits(expected))
-  assert error < LIMIT
+  assert error < limit(name)
