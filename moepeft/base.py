@@ -105,14 +105,15 @@ def load(model: ConfigDict) -> Base:
     family, config = shape(model)
     return Base(family, config, None, '', '')
   path = resolve(model.path)
-  dtype = jnp.dtype(model.param_dtype)
+  kind, dtype = model.quantise, jnp.dtype(model.param_dtype)
   form = t5x if interop.detect(path) == 't5x' else hf
-  loaded = form.load(path, dtype=dtype)
+  # Codes are of what is stored, whatever the rest is cast to.
+  loaded = form.load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
   config = _with_dropout(loaded.config, model)
-  params, kind = loaded.params, model.quantise
+  params = loaded.params
   if kind:
-    params = quantised.pack(params, config, kind)
+    params = quantised.pack(params, config, kind, dtype)
   return Base(family, config, params, model.path, loaded.sha256, kind)
 
 

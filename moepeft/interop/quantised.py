@@ -17,24 +17,29 @@ from moepeft.models.names import Shape, Tree
 from moepeft.nn.quantised import KINDS
 
 
-def pack(params: Tree, config: Any, kind: str) -> Tree:
+def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
   """The tree with its projections quantised, a layer at a time.
 
   Args:
     params: host arrays, layers stacked.
     config: the model's, of its family.
     kind: of `moepeft.nn.quantised.KINDS`.
+    dtype: what is not quantised is cast to it; None keeps its own.
 
   Raises:
     ValueError: there is no such kind.
   """
   check(kind)
   flat, encode = names.flatten(params), KINDS[kind].encode
+  packed = {}
   for path, _, inputs in _kernels(config):
     made = [encode(layer, inputs) for layer in flat.pop(path)]
     codes, scales = (np.stack(arrays) for arrays in zip(*made, strict=True))
-    flat |= {f'{path}_{kind}': codes, f'{path}_scale': scales}
-  return names.unflatten(flat)
+    packed |= {f'{path}_{kind}': codes, f'{path}_scale': scales}
+  rest = {
+    path: a if dtype is None else a.astype(dtype) for path, a in flat.items()
+  }
+  return names.unflatten(rest | packed)
 
 
 def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:

@@ -70,4 +70,6 @@ def merge(variables, kernel: Array, *, adapter: Dora, eqn: str) -> Array:
   return jnp.einsum(f'{letters},{outer}->{letters}', changed, ratio)
 
 
-METHOD = Method(module=Dora, roles=lora.METHOD.roles, merge=merge)
+METHOD = Method(
+  module=Dora, roles=lora.METHOD.roles, merge=merge, innermost=True
+)
