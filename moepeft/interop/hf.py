@@ -31,6 +31,8 @@ _TOKENIZER = (
   'vocab.*',
   'merges.txt',
   'chat_template.jinja',
+  # Says which tokens end an answer.
+  'generation_config.json',
 )
 
 
