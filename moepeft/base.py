@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from moepeft import interop
 from moepeft.command import PACKAGE
 from moepeft.interop import adapter as adapter_lib
-from moepeft.interop import gguf, hf, packages, t5x
+from moepeft.interop import gguf, hf, packages, quantised, t5x
 from moepeft.interop import peft as peft_files
 from moepeft.models import FAMILIES, names
 from moepeft.nn import start
@@ -31,6 +31,7 @@ class Base:
     params: host arrays, or None for random weights.
     path: as the config named it; '' for random weights.
     sha256: the content hash of `params` as stored, '' for random weights.
+    quantise: what projections are kept in, 'int8' or 'nf4'; '' as they were.
   """
 
   family: ModuleType
@@ -38,6 +39,7 @@ class Base:
   params: Tree | None
   path: str
   sha256: str
+  quantise: str = ''
 
 
 def resolve(path: str) -> str:
@@ -92,20 +94,31 @@ def _family(model: ConfigDict, config: Any) -> ModuleType:
 
 
 def load(model: ConfigDict) -> Base:
-  """Reads the base that `config.model` names.
+  """Reads the base that `config.model` names, and quantises it if it says so.
 
   Raises:
     ValueError: nothing there, or not of the form it should be.
   """
+  if model.quantise:
+    quantised.check(model.quantise)
   if not model.path:
+    if model.quantise:
+      raise ValueError(
+        f'config.model.quantise={model.quantise!r} is for weights that are '
+        "read; set config.model.path, or quantise to ''"
+      )
     family, config = shape(model)
     return Base(family, config, None, '', '')
   path = resolve(model.path)
-  dtype = jnp.dtype(model.param_dtype)
-  loaded = _form(path).load(path, dtype=dtype)
+  kind, dtype = model.quantise, jnp.dtype(model.param_dtype)
+  # Codes are of what is stored, whatever the rest is cast to.
+  loaded = _form(path).load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
   config = _with_dropout(loaded.config, model)
-  return Base(family, config, loaded.params, model.path, loaded.sha256)
+  params = loaded.params
+  if kind:
+    params = quantised.pack(params, config, kind, dtype)
+  return Base(family, config, params, model.path, loaded.sha256, kind)
 
 
 def load_adapter(path: str, config: Any) -> tuple[str, Tree, str]:
@@ -158,9 +171,9 @@ def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   return start.fresh(model, example_batch(), seed, base.params)
 
 
-def letters(model: Any) -> dict[str, Tree]:
+def letters(model: Any, base: Base) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the letters of every array's axes."""
-  return start.letters(model, example_batch())
+  return start.letters(model, example_batch(), base.params)
 
 
 def with_adapter(

@@ -45,6 +45,7 @@ def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
     base.sha256,
     base.config.family,
     base.config,
+    base.quantise,
   )
   named = described | {'trainable': built.trainable, 'seed': seed}
   # Fields that are tuples are lists in the card that is read back.
@@ -152,6 +153,14 @@ class Checkpoints:
         f'{self.path} belongs to a run on another base than '
         f'{described["base"]["path"]!r} (their content hashes differ); set '
         'config.model.path to its own, or choose another --workdir'
+      )
+    before, now = (
+      card['base'].get('quantise', '') for card in (found, described)
+    )
+    if before != now:
+      raise ValueError(
+        f'{self.path} belongs to a run with config.model.quantise={before!r}, '
+        f'this run has {now!r}; set it back, or choose another --workdir'
       )
     restored = self._restore(
       step,

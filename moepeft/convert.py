@@ -11,16 +11,22 @@ of moepeft's own.
   input           --to=hf          --to=t5x           --to=peft, moepeft
   hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
-  peft, moepeft   refused          both in one        DIR
+  peft, moepeft   DIR, merged      both in one        DIR
+
+"Merged" is a model that computes alone what base and adapter do together, for
+methods whose change does not depend on the token (LoRA, DoRA, (IA)^3). Its
+directory has the base's tokenizer and chat template, so that transformers and
+llama.cpp's convert_hf_to_gguf (and Ollama with it) read it. It has the base's
+dtype; --dtype=float32 keeps every digit.
 
 base/ is the model in the hf form; adapter/ is in the form that --to names, or
 moepeft's own with --to=hf. "Both in one" is a T5X checkpoint of the base and
 the adapter under the released code's names.
 
 --workdir takes what a training run trained: an adapter as moepeft (the
-default), peft or t5x, which is "both in one", or a whole model as hf (the
-default) or t5x. There, the checkpoint's step is config.optimizer.clock plus
-the run's own steps, as T5X counts.
+default), peft, hf (merged) or t5x, which is "both in one", or a whole model
+as hf (the default) or t5x. There, the checkpoint's step is
+config.optimizer.clock plus the run's own steps, as T5X counts.
 """
 
 import os
@@ -33,10 +39,12 @@ from absl import flags
 from moepeft import interop
 from moepeft.base import resolve
 from moepeft.interop import adapter as own
-from moepeft.interop import files, gguf, hf, peft, peft_config, t5x
+from moepeft.interop import files, gguf, hf, peft, peft_config, quantised, t5x
 from moepeft.interop.adapter import Adapter
-from moepeft.models import names
+from moepeft.models import FAMILIES, names
 from moepeft.models.names import CheckpointError
+from moepeft.peft import build
+from moepeft.peft.merge import merge
 
 _SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
 
@@ -136,11 +144,6 @@ def _convert_run(values: flags.FlagValues) -> None:
     _write_trained_base(values, tree, card)
     return
   values.to = values.to or 'moepeft'
-  if values.to == 'hf':
-    raise CheckpointError(
-      f'{values.workdir} trained an adapter and --to=hf writes base models: '
-      'use --to=moepeft, --to=peft, or --to=t5x, which holds both'
-    )
   step = _t5x_step(values, card) if values.to == 't5x' else 0
   _write_own(values, tree, card, step)
 
@@ -148,7 +151,8 @@ def _convert_run(values: flags.FlagValues) -> None:
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
   config, over = own.config_of(card), values.overwrite
   if values.to in (None, 'hf'):
-    hf.save(values.output, config, tree, values.dtype, overwrite=over)
+    words = _tokenizer(card['base']['path'])
+    hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
   elif values.to == 't5x':
     if values.dtype is not None:
       raise CheckpointError(
@@ -222,10 +226,11 @@ def _convert_base(values: flags.FlagValues) -> None:
 def _convert_peft(values: flags.FlagValues) -> None:
   fields = peft_config.read(values.input)
   path = values.base or fields.get('base_model_name_or_path') or ''
-  _require_adapter_form(values)
   base = _load_base(values, path)
   adapter = peft.load(values.input, base.config)
-  if values.to == 't5x':
+  if values.to == 'hf':
+    _write_merged(values, base, adapter, _SEMANTICS)
+  elif values.to == 't5x':
     _write_t5x(values, base, adapter)
   elif values.to == 'peft':
     over = values.overwrite
@@ -236,7 +241,6 @@ def _convert_peft(values: flags.FlagValues) -> None:
 
 
 def _convert_own(values: flags.FlagValues) -> None:
-  _require_adapter_form(values)
   _write_own(values, *own.load(values.input))
 
 
@@ -257,15 +261,46 @@ def _write_own(values: flags.FlagValues, tree, card, step: int = 0) -> None:
         f'hash {base.sha256[:12]}, expected {card["base"]["sha256"][:12]}): '
         'give the right one with --base'
       )
-    _write_t5x(values, base, adapter, step)
+    if values.to == 't5x':
+      _write_t5x(values, base, adapter, step)
+    else:
+      kind = card['base'].get('quantise', '')
+      _write_merged(values, base, adapter, card['semantics'], kind)
 
 
-def _require_adapter_form(values: flags.FlagValues) -> None:
-  if values.to == 'hf':
+def _write_merged(
+  values, base, adapter: Adapter, semantics: str, kind: str = ''
+) -> None:
+  """A base with an adapter merged into it, as hf.
+
+  Args:
+    kind: what the adapter was trained on the base in, so what it is merged
+      into: only that gives the trained model's logits.
+  """
+  sites = FAMILIES[base.config.family].sites(base.config)
+  built = build(adapter.method, sites, semantics)
+  params = base.params
+  if kind:
+    print(f'merging into what the base decodes to from {kind}')
+    packed = quantised.pack(params, base.config, kind)
+    dtype = params['embed']['embedding'].dtype
+    params = quantised.unpack(packed, base.config, dtype)
+  try:
+    merged = merge(built, {'params': params, 'peft': adapter.tree})
+  except ValueError as error:
     raise CheckpointError(
-      f'{values.input} is an adapter and --to=hf writes base models: use '
-      '--to=peft, --to=moepeft, or --to=t5x, which holds both'
-    )
+      f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
+    ) from None
+  words, over = _tokenizer(base.path), values.overwrite
+  hf.save(
+    values.output, base.config, merged, values.dtype, words, overwrite=over
+  )
+
+
+def _tokenizer(path: str) -> str | None:
+  """A base's directory, which its tokenizer's files are copied from."""
+  path = resolve(path)
+  return path if Path(path).is_dir() else None
 
 
 def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command
+from moepeft.interop import quantised
 from moepeft.models import names
 
 _LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
@@ -22,8 +23,9 @@ def count(config: ConfigDict) -> dict[str, Any]:
 
   Returns:
     params: of the base; peft: what training changes (all of the base for
-    full fine-tuning); percent: 100 * peft / params; by_site: peft at each
-    site, over all layers, largest first.
+    full fine-tuning); percent: 100 * peft / params; megabytes: what the two
+    take in memory, as config.model has them (param_dtype, quantise); by_site:
+    peft at each site, over all layers, largest first.
   """
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
@@ -32,7 +34,9 @@ def count(config: ConfigDict) -> dict[str, Any]:
   shapes = jax.eval_shape(
     lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
   )
-  params = _total(shapes['params'])
+  params, kept = _total(shapes['params']), shapes['params']
+  if config.model.quantise:
+    kept = quantised.shapes(kept, model, config.model.quantise)
   trained = names.flatten(shapes.get(built.trainable, {}))
   sites = defaultdict(int)
   for path, leaf in trained.items():
@@ -42,6 +46,10 @@ def count(config: ConfigDict) -> dict[str, Any]:
     'params': params,
     'peft': peft,
     'percent': round(100 * peft / params, 4),
+    'megabytes': {
+      'params': round(quantised.size(kept) / 1e6, 3),
+      'peft': round(quantised.size(shapes.get('peft', {})) / 1e6, 3),
+    },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),
   }
 

@@ -87,7 +87,9 @@ def evaluate(
     given, todo = found.held_out, work.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation_loss(trained, found)
-  shared = about(run, workdir, checkpoint, data, sets.digest(given))
+  shared = about(
+    run, workdir, checkpoint, data, sets.digest(sets.examples_of(given))
+  )
   kept = Unfinished(part, shared)
   try:
     rows = work.measure(run, todo, shared, kept)

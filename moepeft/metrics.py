@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moepeft.interop import quantised
 from moepeft.moe import stats
 from moepeft.typing import State
 
@@ -27,10 +28,14 @@ def introduce(
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
   trained, frozen = size(state.trainable), size(state.frozen)
-  total = trained if built.trainable == 'params' else frozen
+  total, kept = trained if built.trainable == 'params' else frozen, ''
+  if base.quantise:
+    total = quantised.parameters(state.frozen, base.config)
+    held = quantised.size(state.frozen) / 1e6
+    kept = f', projections in {base.quantise}: {held:.4g} MB in all'
   lines = {
     'method': f'{built.method} ({built.semantics} semantics)',
-    'base': f'{base.path or "random weights"}, {total:,} parameters',
+    'base': f'{base.path or "random weights"}, {total:,} parameters{kept}',
     'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)',
     'tokens': words,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

@@ -16,6 +16,7 @@ from moepeft import config as config_lib
 from moepeft.checkpoint import card, restore_trained
 from moepeft.data import vocabulary
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.interop import quantised
 from moepeft.models import names
 from moepeft.peft import Built
 from moepeft.typing import Tree
@@ -155,7 +156,7 @@ def load(workdir: str, which: str = '') -> Run:
     step,
     method,
     os.path.basename(base.path.rstrip('/')).split(':')[-1] or 'random',
-    _size(variables['params']),
+    quantised.parameters(variables['params'], base.config),
     parameters,
   )
 

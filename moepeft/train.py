@@ -218,6 +218,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
       f'{built.method} would adapt random weights; set config.model.path to a '
       'base model'
     )
+  if base.quantise and built.trainable == 'params':
+    raise ValueError(
+      f'config.model.quantise={base.quantise!r} keeps frozen weights, and '
+      "full fine-tuning trains them; set it to '', or name another method"
+    )
   variables = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
     variables = base_lib.with_adapter(
@@ -239,7 +244,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=adapters,
   )
-  letters = base_lib.letters(model)
+  letters = base_lib.letters(model, base)
   where = placement.state_shardings(layout, state, letters, built.trainable)
   state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed)

@@ -11,7 +11,7 @@ from moepeft.typing import State
 
 
 def test_the_introduction_is_a_table_with_a_line_for_what_is_given(capsys):
-  base = types.SimpleNamespace(path='/base')
+  base = types.SimpleNamespace(path='/base', quantise='')
   built = types.SimpleNamespace(
     method='lora(rank=2)', semantics='paper', trainable='peft'
   )

@@ -42,6 +42,7 @@ def describe(
   base_sha256: str,
   family: str,
   config: Any,
+  quantise: str = '',
 ) -> dict[str, Any]:
   """The card of an adapter, for `save`.
 
@@ -50,11 +51,14 @@ def describe(
     semantics: 'official' or 'paper'.
     base_path, base_sha256: the frozen model and its content hash.
     family: of the model, e.g. 't5'; config: its dataclass.
+    quantise: what the base's projections were kept in; the hash is of the
+      base before.
   """
+  kept = {'quantise': quantise} if quantise else {}
   return {
     'method': method,
     'semantics': semantics,
-    'base': {'path': base_path, 'sha256': base_sha256},
+    'base': {'path': base_path, 'sha256': base_sha256} | kept,
     'model': {'family': family, 'config': dataclasses.asdict(config)},
   }
 

@@ -33,7 +33,7 @@ _TOKENIZER = (
   'vocab.*',
   'merges.txt',
   'chat_template.jinja',
-  # Where a chat model says which tokens end its answers.
+  # Says which tokens end an answer.
   'generation_config.json',
 )
 

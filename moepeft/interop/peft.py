@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of Hugging Face's `peft` for T5: LoRA and (IA)^3, both ways.
+"""Adapters of Hugging Face's `peft`: LoRA, DoRA and (IA)^3, both ways.
 
 A directory with adapter_config.json and adapter_model.safetensors. (IA)^3 on
 the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
-*/mlp/hidden; on the input of others it is `ia3(on='input')`.
+*/mlp/hidden; on the input of others it is `ia3(on='input')`. What modules are
+called is the family's to say (`hf.family_of`).
 """
 
 import itertools
@@ -16,16 +17,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft import spec as spec_lib
-from moepeft.interop import files, peft_config
+from moepeft.interop import files, hf, peft_config
 from moepeft.interop.adapter import (
   Adapter,
   instances,
   site_patterns,
   sites_in,
 )
-from moepeft.models import names, t5_names
+from moepeft.models import names
 from moepeft.models.names import CheckpointError, Entry, Rule, Shape, Tree
-from moepeft.models.t5 import T5Config
 from moepeft.peft.ia3 import Ia3
 from moepeft.peft.lora import Lora
 from moepeft.spec import Spec
@@ -34,7 +34,7 @@ ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
 _PREFIX = 'base_model.model.'
 
 
-def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
+def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   """Reads an adapter's method and 'peft' tree.
 
   Layers that a LoRA leaves out are zeros, which training would keep.
@@ -47,12 +47,12 @@ def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
     CheckpointError: a file is damaged, the adapter does something that is
       not supported, or its names or shapes do not fit the model.
   """
-  fields = peft_config.read(path)
+  fields, family = peft_config.read(path), hf.family_of(config)
   tensors = files.Tensors([Path(path) / ARRAYS])
   read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
   method, rules = read(config, fields, tensors.shapes)
-  sizes = t5_names.sizes(config) | {'r': fields.get('r')}
-  wanted = names.entries(rules, sizes, t5_names.depths(config))
+  sizes = family.sizes(config) | {'r': fields.get('r')}
+  wanted = names.entries(rules, sizes, family.depths(config))
   left_out = _left_out(wanted, tensors.shapes)
   names.check(
     {e.their_name: e.their_shape for e in wanted},
@@ -72,7 +72,7 @@ def load(path: str, config: T5Config, dtype: Any = 'float32') -> Adapter:
 
 def save(
   path: str,
-  config: T5Config,
+  config: Any,
   adapter: Adapter,
   base: str = '',
   like: Mapping[str, Any] | None = None,
@@ -90,9 +90,10 @@ def save(
   Raises:
     CheckpointError: peft has no such method, or `path` is not empty.
   """
+  family = hf.family_of(config)
   fields, rules, letters = _describe(config, adapter)
-  sizes = t5_names.sizes(config) | letters
-  wanted = names.entries(rules, sizes, t5_names.depths(config))
+  sizes = family.sizes(config) | letters
+  wanted = names.entries(rules, sizes, family.depths(config))
   arrays = {
     entry.their_name: array
     for entry, array in names.write(wanted, sizes, adapter.tree)
@@ -106,56 +107,67 @@ def save(
     for name, array in arrays.items()
     if 'r' not in fields and array.shape[0] == 1
   }
-  modules, adapted = t5_names.hf_modules(config), set(map(_module, arrays))
+  modules, adapted = family.hf_modules(config), set(map(_module, arrays))
   fields |= peft_config.selection(modules, adapted, inputs, kept)
   if base or 'base_model_name_or_path' not in kept:
     kept['base_model_name_or_path'] = base
   with files.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
-    fixed = {'inference_mode': True, 'task_type': 'SEQ_2_SEQ_LM'}
+    fixed = {'inference_mode': True, 'task_type': family.PEFT_TASK}
     files.write_json(made / CONFIG, fixed | kept | fields)
 
 
-def _lora_rules(site: str, instance: str, inner: str, outer: str) -> list[Rule]:
-  ours = f'{t5_names.in_layers(site)}/{instance}'
-  theirs = f'{_PREFIX}{t5_names.hf_module(site)}.lora'
-  return [
+def _lora_rules(config: Any, site: str, kind: str) -> list[Rule]:
+  """Of a `lora`, or of a `dora`, which has a magnitude too."""
+  family = hf.family_of(config)
+  inner, outer = family.projections(config)[site]
+  ours = f'{family.in_layers(site)}/{kind}'
+  theirs = f'{_PREFIX}{family.hf_module(site, config)}.lora'
+  rules = [
     Rule(f'{ours}/a', f'{theirs}_A.weight', f'{inner}r', f'r({inner})'),
     Rule(f'{ours}/b', f'{theirs}_B.weight', f'r{outer}', f'({outer})r'),
   ]
+  if kind == 'dora':
+    name = f'{theirs}_magnitude_vector'
+    rules.append(Rule(f'{ours}/magnitude', name, outer, f'({outer})'))
+  return rules
 
 
-def _ia3_rule(config: T5Config, site: str, instance: str, on: str) -> Rule:
+def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
   """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
-  ours = f'{t5_names.in_layers(site)}/{instance}/scale'
-  if site in t5_names.taps():
+  family = hf.family_of(config)
+  ours = f'{family.in_layers(site)}/{instance}/scale'
+  if site in family.taps():
     # Scaling the activation or the product with wi_1 is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
-  inner, outer = t5_names.projections(config)[site]
-  theirs = f'{_PREFIX}{t5_names.hf_module(site)}.ia3_l'
+  inner, outer = family.projections(config)[site]
+  theirs = f'{_PREFIX}{family.hf_module(site, config)}.ia3_l'
   if on == 'input':
     return Rule(ours, theirs, inner, f'1({inner})')
   return Rule(ours, theirs, outer, f'({outer})1')
 
 
 def _read_lora(config, fields, shapes) -> tuple[str, list[Rule]]:
-  projections = t5_names.projections(config)
-  sites = [s for s in projections if _shapes_at(s, 'lora_A.weight', shapes)]
+  projections = hf.family_of(config).projections(config)
+  kind = 'dora' if fields.get('use_dora') else 'lora'
+  leaf = 'lora_A.weight'
+  sites = [s for s in projections if _shapes_at(config, s, leaf, shapes)]
   options = [('rank', fields['r']), ('alpha', fields['lora_alpha'])]
   if fields.get('use_rslora'):
     options.append(('rslora', True))
   if fields.get('lora_dropout'):
     options.append(('dropout', fields['lora_dropout']))
   options.append(('sites', site_patterns(sites, projections)))
-  rules = [_lora_rules(s, 'lora', *projections[s]) for s in sites]
-  return str(Spec('lora', tuple(options))), list(itertools.chain(*rules))
+  rules = [_lora_rules(config, site, kind) for site in sites]
+  return str(Spec(kind, tuple(options))), list(itertools.chain(*rules))
 
 
 def _read_ia3(config, fields, shapes) -> tuple[str, list[Rule]]:
-  known = t5_names.projections(config) | t5_names.taps()
+  family = hf.family_of(config)
+  known = family.projections(config) | family.taps()
   outputs, inputs = [], []
-  for site in t5_names.projections(config):
-    found = _shapes_at(site, 'ia3_l', shapes)
+  for site in family.projections(config):
+    found = _shapes_at(config, site, 'ia3_l', shapes)
     if found and found[0][0] != 1:
       outputs.append(site)
     elif found and site.endswith('/wo'):
@@ -175,9 +187,9 @@ def _read_ia3(config, fields, shapes) -> tuple[str, list[Rule]]:
   return method, rules
 
 
-def _shapes_at(site: str, leaf: str, shapes: Mapping[str, Shape]):
+def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
   """The shapes of a module's arrays, over the layers that have it."""
-  module = re.escape(_PREFIX + t5_names.hf_module(site))
+  module = re.escape(_PREFIX + hf.family_of(config).hf_module(site, config))
   pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
   return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
 
@@ -189,39 +201,48 @@ def _left_out(
   if not shapes:
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
   held = {_module(name) for name in shapes}
-  return {
+  found = {
     e.their_name: e.their_shape
     for e in wanted
     if '.lora_' in e.their_name and _module(e.their_name) not in held
   }
+  lost = [name for name in found if name.endswith('_vector')]
+  if lost:
+    raise CheckpointError(
+      f'{ARRAYS} has no magnitude of {_module(lost[0])}: a DoRA is read where '
+      'it has all layers of a module; merge it into its base with peft '
+      '(merge_and_unload) and convert the merged model'
+    )
+  return found
 
 
 def _module(name: str) -> str:
   """The module of one of peft's arrays: 'encoder.block.0. ... .q'."""
-  return re.sub(r'\.(lora_[AB]\.weight|ia3_l)$', '', name.removeprefix(_PREFIX))
+  leaf = r'\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$'
+  return re.sub(leaf, '', name.removeprefix(_PREFIX))
 
 
 def _describe(
-  config: T5Config, adapter: Adapter
+  config: Any, adapter: Adapter
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
   """An adapter's fields in peft's words, its rules and further letters."""
   found = instances(adapter.method)
   kinds = [spec.name for spec in found.values()]
-  if kinds == ['lora']:
-    return _describe_lora(config, adapter.tree, found['lora'])
+  if kinds in (['lora'], ['dora']):
+    return _describe_lora(config, adapter.tree, found[kinds[0]])
   if set(kinds) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, found), {}
   raise CheckpointError(
-    f'peft has no form for {adapter.method!r}: it holds one lora, or ia3; '
+    f'peft has no form for {adapter.method!r}: it holds one lora, one '
+    'dora, or ia3; '
     'write the moepeft form instead'
   )
 
 
-def _describe_lora(config: T5Config, tree: Tree, spec: Spec):
-  projections = t5_names.projections(config)
-  at = sites_in(tree, 'lora')
-  _require(at, projections)
+def _describe_lora(config: Any, tree: Tree, spec: Spec):
+  at = sites_in(tree, spec.name)
+  _require(at, hf.family_of(config).projections(config))
   rank = next(iter(at.values()))['a'].shape[-1]
   alpha = spec.get('alpha', Lora.alpha)
   fields = {
@@ -230,16 +251,18 @@ def _describe_lora(config: T5Config, tree: Tree, spec: Spec):
     'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
     'lora_dropout': spec.get('dropout', Lora.dropout),
     'use_rslora': spec.get('rslora', Lora.rslora),
+    'use_dora': spec.name == 'dora',
     'bias': 'none',
   }
-  rules = [_lora_rules(site, 'lora', *projections[site]) for site in at]
+  rules = [_lora_rules(config, site, spec.name) for site in at]
   return fields, list(itertools.chain(*rules)), {'r': rank}
 
 
 def _all_ia3_rules(
-  config: T5Config, adapter: Adapter, found: Mapping[str, Spec]
+  config: Any, adapter: Adapter, found: Mapping[str, Spec]
 ) -> list[Rule]:
-  known = t5_names.projections(config) | t5_names.taps()
+  family = hf.family_of(config)
+  known = family.projections(config) | family.taps()
   rules = []
   for instance, spec in found.items():
     at = sites_in(adapter.tree, instance)

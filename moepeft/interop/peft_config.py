@@ -18,7 +18,7 @@ _HARMLESS = frozenset(
   eva_config exclude_modules feedforward_modules inference_mode
   init_ia3_weights layers_pattern layers_to_transform lora_alpha
   lora_dropout megatron_core peft_type peft_version qalora_group_size r
-  revision runtime_config target_modules task_type use_rslora
+  revision runtime_config target_modules task_type use_dora use_rslora
   """.split()
 )
 # Other initialisations change the base's weights along with the adapter.

@@ -38,6 +38,8 @@ _FAMILIES = {
 HF_TYPES = {
   kind: family for family in _FAMILIES.values() for kind in family.HF_TYPES
 }
+# What Hugging Face's peft calls what the model does.
+PEFT_TASK = 'CAUSAL_LM'
 
 
 def layout(fields: Mapping[str, Any]) -> Layout:

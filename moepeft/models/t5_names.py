@@ -48,6 +48,8 @@ LAYOUT = Layout(
   embedding='shared.weight',
   ignored='|'.join(_IGNORED),
 )
+# What Hugging Face's peft calls what the model does.
+PEFT_TASK = 'SEQ_2_SEQ_LM'
 
 
 def sizes(config: T5Config) -> dict[str, int]:
@@ -101,8 +103,9 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
-def hf_module(site: str) -> str:
+def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
+  del config  # of the same signature as decoders', whose families differ
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
@@ -113,7 +116,10 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
   rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = in_layers(site) + '/kernel', hf_module(site) + '.weight'
+    ours, theirs = (
+      in_layers(site) + '/kernel',
+      hf_module(site, config) + '.weight',
+    )
     rules.append(Rule(ours, theirs, inner + outer, f'({outer})({inner})'))
   for stack, subs in SUBLAYERS.items():
     for i, sub in enumerate(subs):

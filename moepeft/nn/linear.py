@@ -4,9 +4,12 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from moepeft.nn import quantised
 from moepeft.nn.parameter import param
+from moepeft.nn.quantised import Quantised
 from moepeft.nn.site import (
   Advice,
   Frozen,
@@ -43,15 +46,16 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    start = Normal(self.stddev)
-    kernel = param(
-      self,
-      'kernel',
-      start,
-      self.shape,
-      kernel_letters(self.eqn),
-      self.param_dtype,
-    )
+    kernel = quantised.held(self, 'kernel', self.eqn, self.shape)
+    if kernel is None:
+      kernel = param(
+        self,
+        'kernel',
+        Normal(self.stddev),
+        self.shape,
+        kernel_letters(self.eqn),
+        self.param_dtype,
+      )
     bias = self._bias() if self.bias else None
     f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate, bias)
     return advise(self, self.advice, self.site, f, x, ctx)
@@ -63,7 +67,11 @@ class Linear(nn.Module):
 
 
 def frozen_einsum(
-  eqn: str, kernel: Array, dtype, accumulate=None, bias: Array | None = None
+  eqn: str,
+  kernel: Array | Quantised,
+  dtype,
+  accumulate=None,
+  bias: Array | None = None,
 ) -> Frozen:
   """The frozen call of a projection whose weight is `kernel`."""
 
@@ -74,6 +82,9 @@ def frozen_einsum(
     y = contract(eqn, x.astype(dtype), weight(), accumulate)
     return y if bias is None else y + bias.astype(y.dtype)
 
+  if isinstance(kernel, Quantised):
+    # Decoded anew for the gradient: else a scan would keep all layers' wide.
+    call = jax.checkpoint(call)
   _, inside, outside, _ = contraction(eqn)
   return Frozen(
     call,

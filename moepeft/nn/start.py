@@ -107,7 +107,7 @@ def fresh(
     batch: the smallest that the model takes.
     params: the base's weights; None draws them too.
   """
-  shapes = _shapes(model, batch)
+  shapes = _shapes(model, batch, params)
   starts = {path: a.start for path, a in _flatten(shapes[LABELS]).items()}
   if params is None:
     params = _draw(_flatten(shapes['params']), starts, seed)
@@ -122,13 +122,17 @@ def fresh(
   return {'params': params, 'peft': _unflatten(peft)}
 
 
-def letters(model: nn.Module, batch: Batch) -> dict[str, Tree]:
+def letters(
+  model: nn.Module, batch: Batch, params: Tree | None = None
+) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the letters of every array, by its path.
 
   Args:
     batch: the smallest that the model takes.
+    params: the base's weights, or shapes, where they may be quantised; None
+      for those that the model would make.
   """
-  shapes = _shapes(model, batch)
+  shapes = _shapes(model, batch, params)
   labels = _flatten(shapes[LABELS])
   return {
     name: _unflatten(
@@ -138,10 +142,20 @@ def letters(model: nn.Module, batch: Batch) -> dict[str, Tree]:
   }
 
 
-def _shapes(model: nn.Module, batch: Batch) -> dict[str, Tree]:
+def _shapes(
+  model: nn.Module, batch: Batch, params: Tree | None
+) -> dict[str, Tree]:
   """All collections without an array: shapes, and the arrays' labels."""
   rngs = dict.fromkeys(('params', 'peft', LABELS), jax.random.key(0))
-  return jax.eval_shape(lambda: model.init(rngs, batch))
+  if params is None:
+    return jax.eval_shape(lambda: model.init(rngs, batch))
+  made = jax.eval_shape(
+    lambda params: model.apply(
+      {'params': params}, batch, rngs=rngs, mutable=['peft', LABELS]
+    )[1],
+    params,
+  )
+  return {**made, 'params': params}
 
 
 def _draw(

@@ -49,8 +49,18 @@ def merge(variables, kernel: Array, *, adapter: Ia3, eqn: str) -> Array:
   )
 
 
+def merge_bias(variables, bias: Array, *, adapter: Ia3) -> Array:
+  """Outputs are scaled with their bias; scaled inputs leave it alone."""
+  if adapter.on == 'input':
+    return bias
+  return wide(bias) * variables['scale']
+
+
 _ROLES = ('key', 'value', 'act')
 
 METHOD = Method(
-  module=Ia3, roles={'official': _ROLES, 'paper': _ROLES}, merge=merge
+  module=Ia3,
+  roles={'official': _ROLES, 'paper': _ROLES},
+  merge=merge,
+  merge_bias=merge_bias,
 )

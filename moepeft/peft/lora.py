@@ -6,7 +6,13 @@ import jax.numpy as jnp
 
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
-from moepeft.nn.site import Frozen, contraction, flatten_features, sizes
+from moepeft.nn.site import (
+  Frozen,
+  contraction,
+  flatten_features,
+  kernel_letters,
+  sizes,
+)
 from moepeft.nn.start import Fill, Normal
 from moepeft.nn.thin import thin_product
 from moepeft.peft.method import Method
@@ -83,12 +89,14 @@ class Lora(nn.Module):
 
 def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
   """The kernel with the term added: W + scale A B, in float32."""
-  _, inner, outer, _ = contraction(eqn)
-  letters = eqn.split('->')[0].split(',')[1]
-  term = jnp.einsum(
-    f'{inner}r,r{outer}->{letters}', variables['a'], variables['b']
-  )
+  term = product(variables['a'], variables['b'], eqn)
   return wide(kernel) + adapter.scale * term
+
+
+def product(a: Array, b: Array, eqn: str) -> Array:
+  """A B with the axes of the kernel of `eqn`."""
+  _, inner, outer, _ = contraction(eqn)
+  return jnp.einsum(f'{inner}r,r{outer}->{kernel_letters(eqn)}', a, b)
 
 
 _PROJECTIONS = ('query', 'key', 'value', 'output', 'gate', 'down')

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.peft.build import Built
+from moepeft.peft.method import Method
 from moepeft.spec import parse_method
 from moepeft.typing import Tree
 
+# Kernels that are quantised lie under other names.
+_PACKED = ('int8', 'nf4')
 # A tap has no weight of its own: its scale goes into the next projection's
 # inputs, which it multiplies feature by feature.
 _NEXT = {'act': 'wo', 'hidden': 'wo'}
@@ -32,13 +35,16 @@ _EQUATIONS = {
 def merge(built: Built, variables: dict[str, Tree]) -> Tree:
   """A 'params' tree that does alone what base and adapters do together.
 
+  A bias is changed only where a method scales outputs.
+
   Args:
     built: the method, from `build`.
     variables: {'params': ..., 'peft': ...}, layers stacked.
 
   Raises:
     ValueError: a method whose change depends on the token, full fine-tuning,
-      which has nothing to merge, or a site without a kernel to merge into.
+      which has nothing to merge, a site without a kernel to merge into, or
+      a base that is quantised.
   """
   methods = _mergeable(built)
   params = flax.traverse_util.flatten_dict(variables['params'], sep='/')
@@ -53,18 +59,34 @@ def merge(built: Built, variables: dict[str, Tree]) -> Tree:
     into = _NEXT.get(place, place)
     if place in _NEXT:
       adapter = dataclasses.replace(adapter, on='input')
-    one = functools.partial(
-      methods[type(adapter)], adapter=adapter, eqn=_EQUATIONS[into]
-    )
-    path = f'{stack}/layers/{sublayer}/{into}/kernel'
-    kernel = jnp.asarray(params[path])
-    merged = jax.vmap(lambda p, w, one=one: one(p, kernel=w))(peft, kernel)
-    params[path] = merged.astype(kernel.dtype)
+    method = methods[type(adapter)]
+    one = functools.partial(method.merge, adapter=adapter, eqn=_EQUATIONS[into])
+    path = f'{stack}/layers/{sublayer}/{into}'
+    _require_kernel(params, f'{path}/kernel')
+    params[f'{path}/kernel'] = _each_layer(one, peft, params[f'{path}/kernel'])
+    bias = params.get(f'{path}/bias')
+    if bias is not None and method.merge_bias is not None:
+      one = functools.partial(method.merge_bias, adapter=adapter)
+      params[f'{path}/bias'] = _each_layer(one, peft, bias)
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def _mergeable(built: Built) -> dict[type, Callable]:
-  """{adapter's type: its merge}, or the reason why there is none."""
+def _each_layer(one: Callable, peft: Tree, weight) -> jax.Array:
+  weight = jnp.asarray(weight)
+  return jax.vmap(lambda p, w: one(p, w))(peft, weight).astype(weight.dtype)
+
+
+def _require_kernel(params: dict, path: str) -> None:
+  kind = next((k for k in _PACKED if f'{path}_{k}' in params), None)
+  if kind:
+    raise ValueError(
+      f'the base is quantised ({kind}): merge into what it decodes to '
+      '(moepeft.interop.quantised.unpack), which gives the same logits'
+    )
+
+
+def _mergeable(built: Built) -> dict[type, Method]:
+  """{adapter's type: its method}, or the reason why one has no merge."""
   from moepeft.peft import METHODS
 
   found = {}
@@ -72,7 +94,15 @@ def _mergeable(built: Built) -> dict[type, Callable]:
     method = METHODS[spec.name]
     if method.merge is None:
       raise ValueError(f'{spec.name} cannot be merged: {method.why_not}')
-    found[method.module] = method.merge
+    found[method.module] = method
+  inner = set()
+  for site, adapter in built.advice.entries:
+    if found[type(adapter)].innermost and site in inner:
+      raise ValueError(
+        f'{adapter.name} cannot be merged at {site}: it goes by the norm of '
+        "the base's kernel, which the adapter inside it changes; put it first"
+      )
+    inner.add(site)
   return found
 
 

@@ -18,6 +18,8 @@ class Method:
     roles: {semantics: roles of the sites that it adapts by default}.
     defaults: {semantics: options that differ between the two}.
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
+    merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
+    innermost: whether the merge holds only where no adapter is inside of it.
     why_not: why there is no merge, as the end of a sentence.
   """
 
@@ -27,4 +29,6 @@ class Method:
     default_factory=dict
   )
   merge: Callable | None = None
+  merge_bias: Callable | None = None
+  innermost: bool = False
   why_not: str = ''

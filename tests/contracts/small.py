@@ -32,6 +32,7 @@ RNGS = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
 # Every method of the registry, every router, and two adapters together.
 METHODS = (
   'lora(rank=3)',
+  'dora(rank=3)',
   'ia3',
   'mov(experts=3)',
   "mov(experts=3, reads='output')",
@@ -46,6 +47,7 @@ METHODS = (
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (
   'lora(rank=3)',
+  'dora(rank=3)',
   'ia3',
   'mov(experts=3)',
   'molora(experts=3, rank=2, router=topk(k=2))',

@@ -207,6 +207,12 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
     ('full', 'official', 0),
     ('lora(rank=3)', 'official', _lora(3)),
     ('lora(rank=3)', 'paper', _lora(3) + _LAYERS * (_D + _F) * 3),
+    # One magnitude an output.
+    (
+      'dora(rank=3)',
+      'official',
+      _lora(3) + _ATTENTIONS * (3 * _NH + _D) + _LAYERS * (_F + _D),
+    ),
     ('ia3', 'official', _IA3),
     # K and V: one [h, e] kernel a site; feed-forward: [f, e].
     (
@@ -229,6 +235,8 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
   'method',
   [
     'lora(rank=3)',
+    'dora(rank=3)',
+    "dora(rank=3) + ia3(sites='*/k|*/act')",
     "ia3(sites='*/k|*/v|*/wo')",
     "ia3(sites='*/wo|*/q', on='input')",
   ],
@@ -261,6 +269,15 @@ def test_mixtures_refuse_to_merge_and_say_why(method):
   _, built = small.make(method)
   with pytest.raises(ValueError, match='cannot be merged.*(token|base)'):
     merge(built, small.variables(method))
+
+
+def test_a_dora_around_another_adapter_refuses_to_merge():
+  from moepeft.peft.merge import merge
+
+  # What it divides by is the norm of the base's kernel alone.
+  _, built = small.make("ia3(sites='*/k') + dora(rank=3, sites='*/k')")
+  with pytest.raises(ValueError, match='dora cannot be merged at .*put it'):
+    merge(built, {})
 
 
 def test_merge_of_official_ia3_goes_into_wo():

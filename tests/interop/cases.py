@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 
-from moepeft.interop import released
-from moepeft.models import names, t5_names
+from moepeft.interop import hf, released
+from moepeft.models import decoder_names, names, t5_names
 from moepeft.models.t5 import T5Config
 
 
@@ -35,6 +35,31 @@ CONFIGS = {
 }
 
 
+_DECODER = {
+  'vocab_size': 29,
+  'hidden_size': 12,
+  'num_attention_heads': 6,
+  'num_key_value_heads': 2,
+  'head_dim': 4,
+  'intermediate_size': 13,
+  'num_hidden_layers': 3,
+  'max_position_embeddings': 64,
+}
+# By what is special about each: biases everywhere, biases of q, k and v,
+# normed heads, norms after sublayers.
+DECODERS = {
+  kind: decoder_names.config_from_hf(
+    _DECODER | {'model_type': kind, **more}, tied=kind == 'gemma2'
+  )
+  for kind, more in {
+    'llama': {'attention_bias': True, 'mlp_bias': True},
+    'qwen2': {},
+    'qwen3': {},
+    'gemma2': {'query_pre_attn_scalar': 4, 'sliding_window': 3},
+  }.items()
+}
+
+
 def random_tree(shapes, seed=0):
   """A nested dict of float32 arrays of {path: shape}.
 
@@ -50,10 +75,9 @@ def random_tree(shapes, seed=0):
 
 
 def random_params(config, seed=0):
-  """Random parameters of a T5."""
-  rules = t5_names.hf_rules(config)
-  sizes, depths = t5_names.sizes(config), t5_names.depths(config)
-  shapes = names.stacked_shapes(names.entries(rules, sizes, depths))
+  """Random parameters of a model of any family."""
+  wanted = hf.expected(hf.family_of(config), config)
+  shapes = names.stacked_shapes(wanted)
   return random_tree(shapes, seed)
 
 
@@ -64,9 +88,10 @@ def adapter_tree(config, leaves, sites, seed=1):
     leaves: {'lora/a': '{in}r'}: axes, {in} and {out} standing for the site's.
     sites: of the model; e is 2 and r 7.
   """
-  sizes = t5_names.sizes(config) | {'e': 2, 'r': 7}
-  depths = t5_names.depths(config)
-  known = t5_names.projections(config) | t5_names.taps()
+  family = hf.family_of(config)
+  sizes = family.sizes(config) | {'e': 2, 'r': 7}
+  depths = family.depths(config)
+  known = family.projections(config) | family.taps()
   shapes = {}
   for site in sites:
     stack, rest = site.split('/', 1)

@@ -4,15 +4,19 @@
 import json
 import sys
 import types
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from moepeft import convert
 from moepeft.interop import adapter as own
-from moepeft.interop import hf, peft, peft_config, t5x
+from moepeft.interop import hf, peft, peft_config, quantised, t5x
 from moepeft.interop.adapter import Adapter
-from moepeft.models import names
+from moepeft.models import names, t5
+from moepeft.peft import build
+from moepeft.peft.merge import merge
 
 from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
 
@@ -49,6 +53,7 @@ def run(tmp_path, monkeypatch, capsys):
   sha256 = names.content_hash(PARAMS)
   card = own.describe(LORA.method, 'official', 'hf', sha256, 't5', CONFIG)
   own.save('moepeft', LORA.tree, card)
+  own.save('mixed', MOV.tree, card | {'method': MOV.method})
 
   def run(*arguments):
     code = convert.main(['convert', *arguments])
@@ -174,6 +179,40 @@ def test_a_run_becomes_a_peft_adapter(run, trained):
   assert_equal_trees(peft.load('out', CONFIG).tree, LORA.tree)
 
 
+@pytest.mark.parametrize('source', ['peft', 'moepeft', 'workdir'])
+def test_an_adapter_as_hf_is_merged_into_its_base(run, trained, source):
+  for name in ('tokenizer.json', 'generation_config.json', 'notes.txt'):
+    Path('hf', name).write_text('{}')
+  if source == 'workdir':
+    trained(LORA.tree, trainable='peft')
+    assert run('--workdir=run', '--output=out', '--to=hf') == (0, '')
+  else:
+    converted(run, source, 'hf')
+  built = build(LORA.method, t5.sites(CONFIG))
+  expected = merge(built, {'params': PARAMS, 'peft': LORA.tree})
+  expected = jax.tree.map(np.asarray, expected)
+  assert_equal_trees(hf.load('out').params, expected)
+  assert sorted(file.name for file in Path('out').iterdir()) == [
+    'config.json',
+    'generation_config.json',
+    'model.safetensors',
+    'tokenizer.json',
+  ]
+
+
+def test_what_was_trained_on_a_quantised_base_is_merged_into_that(run, trained):
+  base = own.load('moepeft')[1]['base'] | {'quantise': 'nf4'}
+  trained(LORA.tree, trainable='peft', base=base)
+  assert run('--workdir=run', '--output=out', '--to=hf') == (0, '')
+  seen = quantised.unpack(quantised.pack(PARAMS, CONFIG, 'nf4'), CONFIG)
+  built = build(LORA.method, t5.sites(CONFIG))
+  expected = merge(built, {'params': seen, 'peft': LORA.tree})
+  expected = jax.tree.map(np.asarray, expected)
+  assert_equal_trees(hf.load('out').params, expected)
+  kernel = expected['decoder']['layers']['self']['k']['kernel']
+  assert (kernel != PARAMS['decoder']['layers']['self']['k']['kernel']).any()
+
+
 @pytest.mark.parametrize('form', ['hf', 't5x'])
 def test_a_whole_trained_model_goes_out(run, trained, form):
   params = random_params(CONFIG, seed=3)
@@ -188,7 +227,6 @@ def test_a_whole_trained_model_goes_out(run, trained, form):
 @pytest.mark.parametrize(
   ('trainable', 'options', 'said'),
   [
-    ('peft', ['--to=hf'], 'trained an adapter and --to=hf'),
     ('params', ['--to=peft'], 'trained a whole model'),
     ('params', ['--to=moepeft'], 'trained a whole model'),
     ('params', ['--to=t5x', '--dtype=float16'], '--dtype casts'),
@@ -212,7 +250,7 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['--input=hf', '--output=out', '--form=hf'], 'form'),
     (['hf', '--output=out', '--to=hf'], "unexpected argument 'hf'"),
     (['--input=hf', '--output=out', '--to=peft'], 'holds no adapter'),
-    (['--input=peft', '--output=out', '--to=hf'], 'is an adapter'),
+    (['--input=mixed', '--output=out', '--to=hf'], 'mov cannot be merged'),
     (['--input=mixture', '--output=out', '--to=peft'], 'no form for'),
     (['--input=/no/such', '--output=out', '--to=hf'], '/no/such is not'),
     (['--input=.', '--output=out', '--to=hf'], 'none of the known forms'),

@@ -206,7 +206,6 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
 @pytest.mark.parametrize(
   'field',
   [
-    {'use_dora': True},
     {'modules_to_save': ['lm_head']},
     {'bias': 'lora_only'},
     {'rank_pattern': {'q': 3}},
