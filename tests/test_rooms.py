@@ -26,6 +26,7 @@ FLOORS = (
     'processes',
   ),
   ('plots', 'writers'),
+  ('sampling',),
   ('optim', 'sharding', 'base', 'decoding'),
   ('placement', 'checkpoint'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
