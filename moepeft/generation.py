@@ -185,7 +185,8 @@ class Generation:
     for count in [*range(1, most, every), most]:
       if count > 1:
         rows = advance(self._model, variables, rows, self._how, count)
-      tokens, done = sharding.gather((rows.tokens, rows.done))
+      # Copies: the next call writes over the rows.
+      tokens, done = map(np.array, sharding.gather((rows.tokens, rows.done)))
       yield tokens[:n, :count]
       over = given_up[copies]
       if (done | over).all():

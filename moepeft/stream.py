@@ -38,11 +38,17 @@ class Detokenizer:
     new = whole[self._said :]
     self._said += len(new)
     if whole == text:
-      # These ids are what the next ones are joined to.
-      self._window = self._window[self._tokens :]
-      self._tokens = len(self._window)
-      self._said = len(self._decode(self._window))
+      self._slide()
     return new
+
+  def _slide(self) -> None:
+    """Leaves the newest ids in the window: what the next are joined to."""
+    newest = self._window[self._tokens :]
+    text = self._decode(newest)
+    # Decoders drop spaces at a text's beginning, so it must be past them.
+    if text.strip():
+      self._window, self._said = newest, len(text)
+    self._tokens = len(self._window)
 
   def finish(self) -> str:
     """What was held back: bytes that never became a character, marked."""
