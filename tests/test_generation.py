@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of batches: those of rows alone, streamed or not, cut where they end."""
+"""Texts of batches are those of rows alone, and end where they should."""
 
 import dataclasses
 import functools
@@ -183,8 +183,9 @@ def test_ends_are_the_vocabularys_and_the_models(tmp_path):
     assert prompts.ends(WORDS, str(tmp_path)) == expected
 
 
-def talk(kind, sampling=Sampling(), stops=(), **manner):
-  settings = Settings(11, (-1,), sampling=sampling, stops=stops)
+def talk(kind, sampling=None, stops=(), **manner):
+  how = sampling or Sampling()
+  settings = Settings(11, (-1,), sampling=how, stops=stops)
   return Talk(*made(kind), WORDS, settings, Manner(**manner))
 
 
