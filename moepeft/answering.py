@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers: the greedy continuations of many inputs."""
+"""What a model answers: the greedy continuations of many inputs.
+
+Of a decoder-only model an input is a prompt, and the answer what follows it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +14,8 @@ from moepeft import sharding
 from moepeft.data import batching
 from moepeft.data.buckets import buckets, whole
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.decoding import greedy
+from moepeft.generation import Generation, Settings
+from moepeft.prompts import plain
 from moepeft.tasks import Example
 from moepeft.typing import Tree
 
@@ -39,18 +43,16 @@ class Answering:
     Raises:
       ValueError: `length` is below 1.
     """
-    if length < 1:
-      raise ValueError(f'an answer has at least 1 token; got length={length}')
-    self._model, self._vocabulary = model, vocabulary
-    self._most, self._length = inputs_length, length
-    self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._rows = sharding.round_up(self._mesh, batch_size)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    self._decoder_only = hasattr(model, 'extend')
+    self._vocabulary, self._most = vocabulary, inputs_length
+    self._rows = sharding.round_up(mesh, batch_size)
+    settings = Settings(length, (vocabulary.eos,))
+    self._generation = Generation(model, vocabulary, settings, mesh)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs of each are cut: bool [n]."""
-    texts = [e.inputs for e in examples]
-    found = [batching.cut(self._vocabulary, x, self._most)[1] for x in texts]
-    return np.array(found, bool)
+    return np.array([self._ids(e.inputs)[1] for e in examples], bool)
 
   def answers(
     self,
@@ -72,25 +74,22 @@ class Answering:
     progress: Callable[[int], None] | None = None,
   ) -> list[str]:
     """`answers` of inputs alone."""
-    words = self._vocabulary
-    ids = [batching.cut(words, text, self._most)[0] for text in inputs]
+    ids = [self._ids(text)[0] for text in inputs]
     lengths = [(len(x),) for x in ids]
     found = [''] * len(ids)
     for (s,), places in buckets(lengths, (_LEAST,), (self._most,), self._rows):
       rows = [ids[i] for i in whole(places, self._rows)]
-      tokens = self._tokens(variables, rows, s)
-      for i, row in zip(places, tokens.tolist(), strict=False):
-        found[i] = words.decode([token for token in row if token > words.eos])
+      said = self._generation.texts(variables, rows, s=s)
+      for i, text in zip(places, said, strict=False):
+        found[i] = text
       if progress is not None:
         progress(len(places))
     return found
 
-  def _tokens(self, variables: Tree, rows: list[list[int]], s: int):
-    """int32 [b, length] of b inputs, padded to s."""
-    batch = batching.seq2seq(rows, rows, s, s)
-    batch = {key: batch[key] for key in ('inputs', 'inputs_mask')}
-    batch = sharding.shard_whole_batch(self._mesh, batch)
-    eos = self._vocabulary.eos
-    return sharding.gather(
-      greedy(self._model, variables, batch, self._length, eos=eos)
-    )
+  def _ids(self, text: str) -> tuple[list[int], bool]:
+    """(ids of an input, whether it was cut to the most there may be)."""
+    if not self._decoder_only:
+      return batching.cut(self._vocabulary, text, self._most)
+    ids = plain(self._vocabulary, text, decoder_only=True)
+    # The end of a prompt is what is answered.
+    return ids[-self._most :], len(ids) > self._most

@@ -1,43 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.generate --workdir=DIR --prompt=TEXT: answers of a run."""
+"""python -m moepeft.generate: what a run or a model says to prompts.
+
+  python -m moepeft.generate --workdir=workdirs/x --prompt='Some text'
+  python -m moepeft.generate --model=DIR --adapter=DIR --chat --temperature=0.7
+
+Without --prompt and --file, prompts are read from the terminal, a line each.
+"""
 
 import os
+import sys
+from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft import command
+from moepeft import base, command, prompts, runs, sampling
 from moepeft.answering import Answering
+from moepeft.beams import Beams
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.runs import open_run
+from moepeft.generation import Settings
+from moepeft.runs import Run
+from moepeft.sampling import Sampling
+from moepeft.talk import Manner, Talk
 from moepeft.typing import Tree
+
+# The notebook's.
+open_run = runs.open_run
 
 
 def answer(
-  model, variables: Tree, words: Vocabulary, prompts: list[str], length: int
+  model, variables: Tree, words: Vocabulary, texts: list[str], length: int
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
-  longest = max(len(words.encode(prompt)) + 1 for prompt in prompts)
-  answering = Answering(model, words, longest, length, len(prompts))
-  return answering.texts(variables, prompts)
+  longest = max(len(words.encode(text)) + 1 for text in texts)
+  answering = Answering(model, words, longest, length, len(texts))
+  return answering.texts(variables, texts)
+
+
+def settings(run: Run) -> Settings:
+  """What the flags say.
+
+  Raises:
+    ValueError: one of them cannot be, or does nothing.
+  """
+  path = run.config.model.path
+  how = Sampling(
+    _TEMPERATURE.value or None,
+    _TOP_K.value,
+    _TOP_P.value,
+    _MIN_P.value,
+    _PENALTY.value,
+  )
+  beams = None
+  if _BEAMS.value != 1:
+    early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
+    beams = Beams(_BEAMS.value, _LENGTH_PENALTY.value, early)
+  return Settings(
+    _LENGTH.value,
+    prompts.ends(run.words, base.resolve(path) if path else ''),
+    _MIN_TOKENS.value,
+    how,
+    beams,
+    tuple(_STOP.value or ()),
+  )
+
+
+def check_flags() -> None:
+  """Looks at the flags before a model is read, which may take minutes."""
+  if bool(_WORKDIR.value) == bool(_MODEL.value):
+    raise ValueError('name one of --workdir (a run) and --model (a model)')
+  if _ADAPTER.value and not _MODEL.value:
+    raise ValueError('--adapter is for --model; a run has its own')
+  if _PROMPT.value and _FILE.value:
+    raise ValueError('--prompt and --file are both given; leave one out')
+  if _SYSTEM.value and not _CHAT.value:
+    raise ValueError('--system is a turn of a conversation; add --chat')
+  if _NUM.value < 1:
+    raise ValueError(f'--num is at least 1; got {_NUM.value}')
+  if _NUM.value > 1 and not _TEMPERATURE.value:
+    raise ValueError(
+      f'--num={_NUM.value} answers would all be the same; set --temperature'
+    )
+  if _LENGTH.value < 1:
+    raise ValueError(f'--length is at least 1; got {_LENGTH.value}')
+  sampling.check(
+    Sampling(
+      _TEMPERATURE.value,
+      _TOP_K.value,
+      _TOP_P.value,
+      _MIN_P.value,
+      _PENALTY.value,
+    )
+  )
+
+
+def given() -> list[str] | None:
+  """The prompts of --prompt or --file; None for those of the terminal."""
+  if not _FILE.value:
+    return _PROMPT.value
+  with open(os.path.expanduser(_FILE.value), encoding='utf-8') as f:
+    lines = [line.rstrip('\n') for line in f]
+  found = [line for line in lines if line.strip()]
+  if not found:
+    raise ValueError(f'--file={_FILE.value!r} holds no line of text')
+  return found
+
+
+def lines() -> Iterator[str]:
+  """Lines of standard input, asked for where it is a terminal."""
+  asked = sys.stdin.isatty()
+  while True:
+    if asked:
+      print('> ', end='', file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    if line.strip():
+      yield line.rstrip('\n')
 
 
 def main(argv) -> None:
   del argv
-  if not _WORKDIR.value or not _PROMPT.value:
-    raise ValueError('--workdir and --prompt are both needed')
-  if _LENGTH.value < 1:
-    raise ValueError(f'--length is at least 1; got {_LENGTH.value}')
-  workdir = os.path.expanduser(_WORKDIR.value)
-  _, model, variables, words, _ = open_run(workdir, _CHECKPOINT.value)
-  for text in answer(model, variables, words, _PROMPT.value, _LENGTH.value):
-    print(text)
+  check_flags()
+  texts = given()
+  if _WORKDIR.value:
+    run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
+  else:
+    run = runs.open_model(_MODEL.value, _ADAPTER.value)
+  streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
+  manner = Manner(
+    streamed,
+    _CHAT.value,
+    _SYSTEM.value,
+    _SEED.value,
+    _NUM.value,
+    _BATCH.value,
+  )
+  talk = Talk(run.model, run.variables, run.words, settings(run), manner)
+  if texts is None:
+    talk.each(lines())
+  else:
+    talk.all(texts)
+  print(talk.speed, file=sys.stderr)
 
 
 if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string('workdir', None, 'A run of moepeft.train.')
   _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', '', "Its step, or 'best'; by default the latest."
+    'checkpoint', '', "The run's step, 'best' or 'base'; else the latest."
+  )
+  _MODEL = flags.DEFINE_string(
+    'model',
+    None,
+    "Instead of a run: a model's directory or hub name, or package:t5_tiny.",
+  )
+  _ADAPTER = flags.DEFINE_string(
+    'adapter', '', "The model's adapter: a directory of moepeft or peft."
   )
   _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
+  _FILE = flags.DEFINE_string('file', None, 'Prompts, one a line.')
+  _CHAT = flags.DEFINE_bool(
+    'chat', False, "Prompts are a user's turns, in the tokenizer's template."
+  )
+  _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
   _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
+  _MIN_TOKENS = flags.DEFINE_integer(
+    'min_tokens', 0, 'Tokens before which an answer does not end.'
+  )
+  _TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, 'Of sampling; 0 takes the most probable token.'
+  )
+  _TOP_K = flags.DEFINE_integer(
+    'top_k', None, 'Sample from so many of the most probable tokens.'
+  )
+  _TOP_P = flags.DEFINE_float(
+    'top_p', None, 'Sample from the fewest tokens whose probability sums to it.'
+  )
+  _MIN_P = flags.DEFINE_float(
+    'min_p', None, "Leave out tokens below this share of the best one's."
+  )
+  _PENALTY = flags.DEFINE_float(
+    'repetition_penalty', None, 'Above 1: tokens that were there come less.'
+  )
+  _BEAMS = flags.DEFINE_integer(
+    'beams', 1, 'Search for the most probable answer with so many beams.'
+  )
+  _LENGTH_PENALTY = flags.DEFINE_float(
+    'length_penalty', 1.0, 'Of beams: the greater, the longer the answers.'
+  )
+  _EARLY = flags.DEFINE_enum(
+    'early_stopping',
+    'no',
+    ['no', 'yes', 'never'],
+    'Of beams: when a search is done; see moepeft/beams.py.',
+  )
+  _STOP = flags.DEFINE_multi_string(
+    'stop', None, 'Text that an answer is cut before; may be repeated.'
+  )
+  _SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+  _NUM = flags.DEFINE_integer('num', 1, 'Answers to each prompt.')
+  _STREAM = flags.DEFINE_bool(
+    'stream', None, 'Print tokens as they come; by default on a terminal.'
+  )
+  _BATCH = flags.DEFINE_integer(
+    'batch_size', 8, 'Answers made at once, where they are not streamed.'
+  )
   command.run(main)

@@ -161,6 +161,35 @@ def load(workdir: str, which: str = '') -> Run:
   )
 
 
+def open_model(path: str, adapter: str = '') -> Run:
+  """A base by its path, as it is or with an adapter from another path.
+
+  Raises:
+    ValueError: no model is there, no adapter, or it is another base's.
+  """
+  config = config_lib.default()
+  config.model.path = path
+  base = base_lib.load(config.model)
+  config.method = (
+    base_lib.load_adapter(adapter, base.config)[0] if adapter else 'full'
+  )
+  model, built = base_lib.module(base, config)
+  variables = base_lib.initialise(base, model, config.seed)
+  if adapter:
+    variables = base_lib.with_adapter(variables, built, adapter, base)
+  return Run(
+    config,
+    model,
+    jax.tree.map(jnp.asarray, variables),
+    vocabulary('', path),
+    0,
+    built.method if adapter else 'none',
+    os.path.basename(path.rstrip('/')).split(':')[-1],
+    _size(variables['params']),
+    _size(variables[built.trainable]) if adapter else 0,
+  )
+
+
 def _alone(base: base_lib.Base, config: ConfigDict) -> tuple[Any, Tree]:
   """(model, variables) of a base: of random weights, those of the seed."""
   plain = config.copy_and_resolve_references()

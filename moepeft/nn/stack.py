@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.nn.start import LABELS
-from moepeft.typing import Array, Context
+from moepeft.typing import Array, Context, Tree
 
 REMAT = {
   'none': None,
@@ -66,6 +66,22 @@ def stack(
     metadata_params={'params': 'l', 'peft': 'l'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
+
+
+def written_out(tree: Tree) -> Tree:
+  """Variables of scanned layers as those of layers that are not scanned.
+
+  'layers' -> 'layers_0', 'layers_1', ...: each layer's arrays are its own, so
+  that a program need not cut them out again and again.
+  """
+  found = {}
+  for key, value in tree.items():
+    if key == 'layers':
+      for i in range(len(jax.tree.leaves(value)[0])):
+        found[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
+    else:
+      found[key] = written_out(value) if isinstance(value, dict) else value
+  return found
 
 
 def _remat(layer, remat: str, scanned: bool = False):

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens/s of generation beside `transformers`' generate, on CPU, float32.
+
+python benchmarks/decode.py [--json=FILE] [--model=DIR]
+
+One process, the shapes of SmolLM2-135M with random weights (--model takes a
+directory instead); both sides have the same weights, read prompts of 64
+tokens and generate 64 greedily, at batch 1 and 8. Sides take turns; a ratio is
+the median over the rounds of a round's ratio. Compiling is apart, and so is
+moving weights: that is done once.
+
+A token at batch 1 reads every weight once: 538 MB here, so that what a machine
+reads in a second bounds its tokens.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from moepeft import command
+from moepeft.decoding import How, advance, start
+from moepeft.interop import hf
+from moepeft.models import FAMILIES
+from moepeft.nn.stack import written_out
+from moepeft.sampling import Sampling
+
+BATCHES = (1, 8)
+PROMPT, LENGTH = 64, 64
+# config.json of HuggingFaceTB/SmolLM2-135M.
+SMOLLM2 = dict(
+  vocab_size=49152,
+  hidden_size=576,
+  num_attention_heads=9,
+  num_key_value_heads=3,
+  intermediate_size=1536,
+  num_hidden_layers=30,
+  max_position_embeddings=8192,
+  rope_theta=100000.0,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=True,
+)
+
+
+def theirs(folder: str):
+  """The torch model, made of random weights where no folder is given."""
+  import torch
+  from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+  if folder:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  else:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+  return model.eval()
+
+
+def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
+  """() -> the tokens that follow prompts, int [b, LENGTH]."""
+  import torch
+
+  ids = torch.tensor(prompts)
+  mask = torch.ones_like(ids)
+
+  def generate():
+    with torch.inference_mode():
+      found = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=LENGTH,
+        min_new_tokens=LENGTH,
+        do_sample=False,
+        pad_token_id=0,
+      )
+    return found[:, PROMPT:].numpy()
+
+  return generate
+
+
+def our_side(model, variables, prompts: np.ndarray) -> Callable[[], np.ndarray]:
+  """As `their_side`."""
+  # No id is -1: no row ends.
+  how = How(Sampling(), jnp.array([-1]))
+  batch = {'inputs': prompts, 'inputs_mask': np.ones(prompts.shape, bool)}
+
+  def generate():
+    rows = start(model, variables, batch, how, LENGTH)
+    return np.asarray(advance(model, variables, rows, how, LENGTH).tokens)
+
+  return generate
+
+
+def ours(torch_model):
+  """(model, variables) with the weights of the other side."""
+  with tempfile.TemporaryDirectory() as folder:
+    torch_model.save_pretrained(folder)
+    loaded = hf.load(folder, dtype=jnp.float32)
+  model = FAMILIES[loaded.config.family].MODULE(loaded.config, scan=False)
+  params = jax.tree.map(jnp.asarray, written_out(loaded.params))
+  return model, {'params': params}
+
+
+def seconds(run: Callable[[], np.ndarray]) -> float:
+  begun = time.perf_counter()
+  run()
+  return time.perf_counter() - begun
+
+
+def compare(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+  """Seconds of both sides, and the median of the rounds' ratios."""
+  first = [run() for run in sides.values()]
+  agree = float(np.mean(first[0] == first[1]))
+  taken = []
+  for i in range(rounds):
+    names = list(sides)[:: 1 if i % 2 else -1]
+    taken.append({name: seconds(sides[name]) for name in names})
+  return {
+    'ours': statistics.median(t['ours'] for t in taken),
+    'theirs': statistics.median(t['theirs'] for t in taken),
+    'ratio': statistics.median(t['theirs'] / t['ours'] for t in taken),
+    'agree': agree,
+  }
+
+
+def main(argv) -> None:
+  del argv
+  torch_model = theirs(os.path.expanduser(_MODEL.value))
+  model, variables = ours(torch_model)
+  vocab = model.config.vocab
+  size = sum(a.nbytes for a in jax.tree.leaves(variables))
+  print(f'weights: {size / 1e6:.0f} MB, all read for each token')
+  ratios = {}
+  for b in BATCHES:
+    prompts = np.random.default_rng(b).integers(2, vocab, (b, PROMPT))
+    prompts = prompts.astype(np.int32)
+    sides = {
+      'ours': our_side(model, variables, prompts),
+      'theirs': their_side(torch_model, prompts.astype(np.int64)),
+    }
+    found = compare(sides, _ROUNDS.value)
+    for name in sides:
+      rate = b * LENGTH / found[name]
+      print(f'batch {b} {name:6} {rate:7.1f} tokens/s')
+    print(
+      f'batch {b} ratio  {found["ratio"]:7.2f}  '
+      f'({found["agree"]:.0%} of the tokens are equal)'
+    )
+    key = f'tokens_per_second_over_transformers_batch{b}'
+    ratios[key] = round(found['ratio'], 3)
+  if _JSON.value:
+    with open(_JSON.value, 'w') as f:
+      json.dump(ratios, f)
+
+
+if __name__ == '__main__':
+  _JSON = flags.DEFINE_string('json', None, 'Where to write the ratios.')
+  _MODEL = flags.DEFINE_string(
+    'model', '', "A Llama's directory instead of random weights."
+  )
+  _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of either side.')
+  command.run(main)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids to text while they come: whole characters, cut at stop strings.
+
+What was given out is final: it is never taken back, and its sum is the text
+of all ids decoded at once, up to the first stop string.
+"""
+
+from collections.abc import Callable, Sequence
+
+# What decoders put where bytes are no UTF-8, or not yet.
+_BROKEN = '\ufffd'
+
+
+class Detokenizer:
+  """Ids to text, a few at a time, never half a character.
+
+  Decoders join tokens (spaces, bytes of one character), so a token's text
+  needs those before it: a window of the newest is decoded again and again.
+  """
+
+  def __init__(self, decode: Callable[[list[int]], str]):
+    """
+    Args:
+      decode: ids to text, broken UTF-8 marked with U+FFFD.
+    """
+    self._decode = decode
+    self._window: list[int] = []
+    # How much of the window is given out: its tokens, then characters.
+    self._tokens, self._said = 0, 0
+
+  def feed(self, ids: Sequence[int]) -> str:
+    """The text that is certain now, '' while a character is incomplete."""
+    if not len(ids):
+      return ''
+    self._window += ids
+    text = self._decode(self._window)
+    whole = text.rstrip(_BROKEN)
+    new = whole[self._said :]
+    self._said += len(new)
+    if whole == text:
+      self._slide()
+    return new
+
+  def _slide(self) -> None:
+    """Leaves the newest ids in the window: what the next are joined to."""
+    newest = self._window[self._tokens :]
+    text = self._decode(newest)
+    # Decoders drop spaces at a text's beginning, so it must be past them.
+    if text.strip():
+      self._window, self._said = newest, len(text)
+    self._tokens = len(self._window)
+
+  def finish(self) -> str:
+    """What was held back: bytes that never became a character, marked."""
+    new = self._decode(self._window)[self._said :]
+    self._said += len(new)
+    return new
+
+
+class Stops:
+  """Text up to the first stop string, whichever way it comes in pieces.
+
+  The first is the one that ends first, and of those the longest; what may be
+  the beginning of one is held back.
+  """
+
+  def __init__(self, stops: Sequence[str]):
+    """
+    Raises:
+      ValueError: a stop string is empty.
+    """
+    if '' in stops:
+      raise ValueError('a stop string is empty; leave it out')
+    self._stops, self._held = tuple(stops), ''
+    self.found = False
+
+  def feed(self, text: str) -> str:
+    """What is certainly before every stop string; '' once one is found."""
+    if self.found:
+      return ''
+    text = self._held + text
+    places = [(text.find(stop), stop) for stop in self._stops]
+    ends = [(at + len(stop), at) for at, stop in places if at >= 0]
+    if ends:
+      self.found, self._held = True, ''
+      return text[: min(ends)[1]]
+    keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+    self._held = text[len(text) - keep :]
+    return text[: len(text) - keep]
+
+  def finish(self) -> str:
+    """What was held back and became no stop string."""
+    held, self._held = self._held, ''
+    return held
+
+
+class Stream:
+  """The text of one answer while its ids come."""
+
+  def __init__(
+    self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()
+  ):
+    self._detokenizer, self._stops = Detokenizer(decode), Stops(stops)
+
+  @property
+  def stopped(self) -> bool:
+    """Whether a stop string was met; what comes after it is no text."""
+    return self._stops.found
+
+  def feed(self, ids: Sequence[int]) -> str:
+    return self._stops.feed(self._detokenizer.feed(ids))
+
+  def finish(self) -> str:
+    """The rest, when no more ids come."""
+    rest = self._stops.feed(self._detokenizer.finish())
+    return rest + self._stops.finish()
+
+
+def _overlap(text: str, stop: str) -> int:
+  """How many of the last characters of a text begin a stop string."""
+  most = min(len(text), len(stop) - 1)
+  return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts prompts to a model and prints its answers, whole or as they come."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moepeft import prompts
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.generation import Generation, Settings, keys
+from moepeft.nn.stack import written_out
+from moepeft.typing import Array, Tree
+
+# Tokens between looks at answers that are not printed as they come.
+_EVERY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+  """How prompts are put and answers printed.
+
+  Attributes:
+    streamed: whether tokens are printed as they come.
+    chat: whether prompts are a user's turns.
+    system: the turn before them, '' for none.
+    seed: of sampling; an answer's draws depend on it and on which of the
+      `num` answers to its prompt it is, not on other prompts.
+    num: answers to each prompt.
+    batch_size: answers made at once, where they are not streamed.
+  """
+
+  streamed: bool = False
+  chat: bool = False
+  system: str = ''
+  seed: int = 0
+  num: int = 1
+  batch_size: int = 8
+
+
+@dataclasses.dataclass
+class Speed:
+  """Tokens that were said, and the seconds it took."""
+
+  tokens: int = 0
+  seconds: float = 0.0
+
+  def __str__(self) -> str:
+    rate = self.tokens / max(self.seconds, 1e-9)
+    return f'{self.tokens} tokens in {self.seconds:.1f} s: {rate:.1f} tokens/s'
+
+
+class Talk:
+  """A model that prompts are put to; `speed` counts what it says."""
+
+  def __init__(
+    self,
+    model: Any,
+    variables: Tree,
+    words: Vocabulary,
+    settings: Settings,
+    manner: Manner,
+  ):
+    if jax.default_backend() == 'cpu':
+      # There, layers in a loop are copied out of their stack at every token.
+      model = model.clone(scan=False)
+      variables = {key: written_out(tree) for key, tree in variables.items()}
+    self._variables, self._words, self._manner = variables, words, manner
+    self._decoder_only = hasattr(model, 'extend')
+    self._generation = Generation(model, words, settings)
+    sampled = settings.sampling.temperature is not None
+    self._keys = keys(manner.seed, manner.num) if sampled else None
+    self.speed = Speed()
+
+  def all(self, texts: Sequence[str]) -> None:
+    """Prints the answers to prompts of their own, `num` to each."""
+    rows = max(1, self._manner.batch_size // self._manner.num)
+    for at in range(0, len(texts), rows):
+      self._answer([self._ids([text]) for text in texts[at : at + rows]])
+
+  def each(self, texts: Iterable[str]) -> None:
+    """Answers one prompt after the other; of a chat, in one conversation."""
+    turns: list[str] = []
+    for text in texts:
+      said = self._answer([self._ids([*turns, text])])
+      if self._manner.chat:
+        turns += [text, said[0]]
+
+  def _ids(self, turns: list[str]) -> list[int]:
+    """Of a prompt, or of turns that change between user and assistant."""
+    if not self._manner.chat:
+      return prompts.plain(self._words, turns[-1], self._decoder_only)
+    return prompts.chat(self._words, conversation(self._manner.system, turns))
+
+  def _answer(self, ids: list[list[int]]) -> list[str]:
+    """Prints the answers to a batch of prompts, and returns them."""
+    num = self._manner.num
+    rows = [row for row in ids for _ in range(num)]
+    own = None if self._keys is None else jnp.tile(self._keys, len(ids))
+    if self._manner.streamed:
+      # A terminal shows one after the other.
+      alone = [
+        None if own is None else own[i : i + 1] for i in range(len(rows))
+      ]
+      pairs = zip(rows, alone, strict=True)
+      return [self._said([row], key)[0] for row, key in pairs]
+    found = self._said(rows, own)
+    for text in found:
+      print(text, flush=True)
+    return found
+
+  def _said(self, rows: list[list[int]], own: Array | None) -> list[str]:
+    """The answers to a batch, printed as they come where that is asked for."""
+    streamed, found = self._manner.streamed, [''] * len(rows)
+    began = time.perf_counter()
+    for news in self._generation.stream(
+      self._variables, rows, own, every=1 if streamed else _EVERY
+    ):
+      self.speed.tokens += news.tokens
+      found = [a + b for a, b in zip(found, news.texts, strict=True)]
+      if streamed:
+        print(news.texts[0], end='', flush=True)
+    self.speed.seconds += time.perf_counter() - began
+    if streamed:
+      print(flush=True)
+    return found
+
+
+def conversation(system: str, turns: Sequence[str]) -> list[dict[str, str]]:
+  """Turns of a user and an assistant, after a system turn if there is one."""
+  roles = ('user', 'assistant')
+  said = [
+    {'role': roles[i % 2], 'content': text} for i, text in enumerate(turns)
+  ]
+  return [{'role': 'system', 'content': system}, *said] if system else said
