@@ -144,6 +144,12 @@ def config_from_metadata(
       'the GGUF file is of a mixture-of-experts model: expected a dense one; '
       'they are not supported'
     )
+  differ = [key for key, value in said.items() if isinstance(value, list)]
+  if differ:
+    raise CheckpointError(
+      f'layers of the GGUF file differ in {", ".join(differ)}: expected layers '
+      'of one shape; others are not supported'
+    )
   try:
     fields = _gpt2(said) if arch == 'gpt2' else _llama(arch, said, factors)
   except KeyError as error:

@@ -71,7 +71,7 @@ CASES = {
   ),
   'llama-yarn-short': (
     'Llama',
-    dict(rope_parameters=YARN | dict(original_max_position_embeddings=5)),
+    dict(rope_parameters=YARN | dict(original_max_position_embeddings=1)),
   ),
   'mistral': ('Mistral', dict(sliding_window=5)),
   'mistral-whole': ('Mistral', dict(sliding_window=None)),

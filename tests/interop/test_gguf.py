@@ -180,6 +180,10 @@ def with_int(key, value):
   [
     (with_int('llama.expert_count', 8), 'mixture-of-experts'),
     (with_int('split.count', 3), 'one of 3 files'),
+    (
+      lambda writer: writer.add_array('llama.rope.some', [2, 3]),
+      'layers of the GGUF file differ in rope.some',
+    ),
   ],
 )
 def test_what_is_not_supported_is_one_sentence(more, sentence, tmp_path):
