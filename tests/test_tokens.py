@@ -39,7 +39,7 @@ def test_deltas_are_changed_rows_of_the_table_and_of_the_head(tied):
   moved = jax.tree.map(
     lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), peft
   )
-  params = jax.tree.map(lambda a: a, variables['params'])
+  params = jax.tree.map(jnp.asarray, variables['params'])
   rows = jnp.array([3, 5, 6, 7])
   embed, head = params['embed'], params.get('head')
   own = moved['embed']['tokens']['delta']
