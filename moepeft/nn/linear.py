@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen projections, the embedding and the head, each one a site."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -157,6 +158,7 @@ class Head(nn.Module):
       f = frozen_einsum(eqn, kernel, self.dtype, wide)
     else:
       f = _tied(eqn, tied.attend(), self.dtype, wide)
+    f = dataclasses.replace(f, tied=tied)
     logits = advise(self, self.advice, 'head', f, x, ctx)
     return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. A new one is one new file and one line in METHODS."""
 
-from moepeft.peft import dora, full, ia3, lora, molora, mov
+from moepeft.peft import dora, full, ia3, lora, molora, mov, tokens
 from moepeft.peft.build import Built as Built
 from moepeft.peft.build import build as build
 
@@ -12,4 +12,5 @@ METHODS = {
   'ia3': ia3.METHOD,
   'mov': mov.METHOD,
   'molora': molora.METHOD,
+  'tokens': tokens.METHOD,
 }
