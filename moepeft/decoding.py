@@ -125,14 +125,23 @@ def start(
   return _add(rows, logits, how)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advance(
   model: Any, variables: Tree, rows: Rows, how: How, until: Array
 ) -> Rows:
   """Adds tokens until there are `until` of each row, or all have ended.
 
-  The rows that were given are used up: their memory is written over.
+  The rows that were given are used up: their cache is written over.
   """
+  cache, rest = rows.memory.cache, rows.memory.replace(cache={})
+  return _advance(
+    model, variables, cache, rows.replace(memory=rest), how, until
+  )
+
+
+# The cache alone: others may be arrays of the caller, handed through.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(model, variables, cache, rows, how, until) -> Rows:
+  rows = rows.replace(memory=rows.memory.replace(cache=cache))
   until = jnp.minimum(until, rows.tokens.shape[1])
 
   def unfinished(rows):

@@ -106,6 +106,8 @@ def theirs(model, prompt, beams):
   tokens = found.sequences[:, begin:].numpy()
   whole = np.zeros((beams.count, LENGTH), int)
   whole[:, : tokens.shape[1]] = tokens
+  # What follows an end is the end again, where padding is 0.
+  whole[np.cumsum(whole == EOS, axis=1) - (whole == EOS) > 0] = 0
   return whole, found.sequences_scores.numpy()
 
 

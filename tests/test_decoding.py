@@ -104,7 +104,7 @@ def fed(model, variables, texts, prompts):
 METHODS = (
   'full',
   *small.METHODS,
-  "lora(rank=2, sites='head|embed|*/o')",
+  "lora(rank=2, sites='head|*/o')",
 )
 
 
