@@ -58,7 +58,7 @@ def tokens(options):
   begun = start(model, variables, rows, how, NEW)
   made = advance(model, variables, begun, how, NEW)
   specs = {
-    str(leaf.sharding.spec) for leaf in jax.tree.leaves(made.memory.cache)
+    tuple(leaf.sharding.spec) for leaf in jax.tree.leaves(made.memory.cache)
   }
   return np.asarray(made.tokens).tolist(), sorted(specs)
 
