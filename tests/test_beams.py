@@ -139,8 +139,8 @@ def test_beams_are_those_of_transformers(family, beams, folders):
     # Sums of a few float32 log-probabilities.
     np.testing.assert_allclose(scores[i], expected_scores, rtol=1e-4)
     ended += (expected == eos).any(axis=1).sum()
-  # Some end before the last token.
-  assert ended
+  # That of `end` does so before the last token.
+  assert ended or beams != SETTINGS[0]
 
 
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
