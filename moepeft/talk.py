@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from moepeft import prompts
 from moepeft.data.vocabulary import Vocabulary
@@ -50,7 +50,8 @@ class Speed:
 
   def __str__(self) -> str:
     rate = self.tokens / max(self.seconds, 1e-9)
-    return f'{self.tokens} tokens in {self.seconds:.1f} s: {rate:.1f} tokens/s'
+    took = f'{self.tokens} tokens in {self.seconds:.1f} s'
+    return f'{took}: {rate:.1f} tokens/s, compiling included'
 
 
 class Talk:
@@ -99,7 +100,9 @@ class Talk:
     """Prints the answers to a batch of prompts, and returns them."""
     num = self._manner.num
     rows = [row for row in ids for _ in range(num)]
-    own = None if self._keys is None else jnp.tile(self._keys, len(ids))
+    own = None
+    if self._keys is not None:
+      own = self._keys[np.tile(np.arange(num), len(ids))]
     if self._manner.streamed:
       # A terminal shows one after the other.
       alone = [

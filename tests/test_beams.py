@@ -12,7 +12,7 @@ from moepeft.decoding import greedy
 from moepeft.interop import hf
 from moepeft.models import FAMILIES
 
-EOS, LENGTH = 3, 9
+LENGTH = 9
 PROMPTS = ([5, 6, 7, 8, 9], [12, 13, 14])
 SETTINGS = [
   Beams(3),
@@ -30,7 +30,7 @@ def tiny(family):
   transformers = pytest.importorskip('transformers')
   torch.manual_seed(0)
   shared = dict(
-    vocab_size=23, eos_token_id=EOS, pad_token_id=0, tie_word_embeddings=False
+    vocab_size=23, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False
   )
   if family == 't5':
     model = transformers.T5ForConditionalGeneration(
@@ -86,7 +86,18 @@ def batch(prompts, s=7):
   return {'inputs': ids, 'inputs_mask': np.array(mask)}
 
 
-def theirs(model, prompt, beams):
+@functools.cache
+def end(family, folder):
+  """An id that the best beam says in its middle: it shall end there."""
+  module, variables = ours(family, folder)
+  ends = jnp.array([-1])
+  tokens, _ = search(
+    module, variables, batch(PROMPTS), ends, LENGTH, SETTINGS[0]
+  )
+  return int(tokens[0, 0, 4])
+
+
+def theirs(model, prompt, beams, eos):
   import torch
 
   ids = torch.tensor([prompt])
@@ -99,6 +110,7 @@ def theirs(model, prompt, beams):
     early_stopping=beams.early_stopping,
     max_new_tokens=LENGTH,
     do_sample=False,
+    eos_token_id=eos,
     return_dict_in_generate=True,
     output_scores=True,
   )
@@ -107,27 +119,28 @@ def theirs(model, prompt, beams):
   whole = np.zeros((beams.count, LENGTH), int)
   whole[:, : tokens.shape[1]] = tokens
   # What follows an end is the end again, where padding is 0.
-  whole[np.cumsum(whole == EOS, axis=1) - (whole == EOS) > 0] = 0
+  whole[np.cumsum(whole == eos, axis=1) - (whole == eos) > 0] = 0
   return whole, found.sequences_scores.numpy()
 
 
 @pytest.mark.parametrize('beams', SETTINGS, ids=str)
 @pytest.mark.parametrize('family', ['t5', 'llama'])
 def test_beams_are_those_of_transformers(family, beams, folders):
-  model = tiny(family)
-  module, variables = ours(family, folders[family])
+  model, folder = tiny(family), folders[family]
+  module, variables = ours(family, folder)
+  eos = end(family, folder)
   tokens, scores = search(
-    module, variables, batch(PROMPTS), jnp.array([EOS]), LENGTH, beams
+    module, variables, batch(PROMPTS), jnp.array([eos]), LENGTH, beams
   )
   ended = 0
   for i, prompt in enumerate(PROMPTS):
-    expected, expected_scores = theirs(model, prompt, beams)
+    expected, expected_scores = theirs(model, prompt, beams, eos)
     np.testing.assert_array_equal(tokens[i], expected)
     # Sums of a few float32 log-probabilities.
     np.testing.assert_allclose(scores[i], expected_scores, rtol=1e-4)
-    ended += (expected == EOS).any(axis=1).sum()
-  # Some end before the last token.
-  assert ended
+    ended += (expected == eos).any(axis=1).sum()
+  # That of `end` does so before the last token.
+  assert ended or beams != SETTINGS[0]
 
 
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
@@ -143,7 +156,8 @@ def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
 
 def test_a_search_is_a_rows_own_and_may_be_cut_short(folders):
   module, variables = ours('llama', folders['llama'])
-  ends, beams = jnp.array([EOS]), Beams(3)
+  ends = jnp.array([end('llama', folders['llama'])])
+  beams = SETTINGS[0]
   run = functools.partial(search, module, variables)
   tokens, scores = run(batch(PROMPTS), ends, LENGTH, beams)
   alone, own = run(batch(PROMPTS[1:]), ends, LENGTH, beams)

@@ -3,6 +3,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +24,7 @@ from moepeft.sampling import Sampling
 
 from .contracts import small
 
+ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = DecoderConfig(
   vocab=37,
   d_model=11,
@@ -190,3 +196,25 @@ def test_a_repetition_penalty_counts_prompt_and_answer():
   for row, prompt in zip(tokens, PROMPTS, strict=True):
     said = [*prompt, *row.tolist()]
     assert len(set(row.tolist()) | set(prompt)) == len(said)
+
+
+def test_a_cache_lies_as_the_model_does_and_tokens_are_the_same(tmp_path):
+  flags = os.environ.get('XLA_FLAGS', '')
+  env = os.environ | {
+    'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+  }
+  path = tmp_path / 'found.json'
+  command = [sys.executable, '-m', 'tests.contracts.decoded', str(path)]
+  done = subprocess.run(
+    command, env=env, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(path.read_text())
+  assert found.pop('devices') == 8
+  expected, _ = found.pop('one')
+  for name, (tokens, specs) in found.items():
+    assert tokens == expected, name
+    # Layers, rows, keys, heads: one spec for all of it.
+    heads = [None, 'model'] if name == 'tp' else []
+    assert specs == [[None, 'data', *heads]], name

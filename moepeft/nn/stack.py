@@ -76,8 +76,9 @@ def written_out(tree: Tree) -> Tree:
   """
   found = {}
   for key, value in tree.items():
-    if key == 'layers':
-      for i in range(len(jax.tree.leaves(value)[0])):
+    leaves = jax.tree.leaves(value)
+    if key == 'layers' and leaves:
+      for i in range(len(leaves[0])):
         found[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
     else:
       found[key] = written_out(value) if isinstance(value, dict) else value
