@@ -97,7 +97,7 @@ def look(found: Sources, count: int) -> tuple[list[str], list]:
     return [], [(e['inputs'], e['targets']) for e in elements]
   items = [found.train[i] for i in range(count)]
   if not all(isinstance(e, Example) for e in items):
-    return [], items
+    return list(found.shares) * count if len(found.shares) == 1 else [], items
   names = [e.task for e in items]
   if not set(names) <= set(found.shares):
     # At the rates of a named mixture, which go by template.
@@ -178,9 +178,7 @@ def padding(parts: Sequence[Batch], examples: int) -> str:
     1 - np.concatenate([part[f'{side}_mask'] for part in parts]).mean()
     for side in ('inputs', 'targets')
   ]
-  said = (
-    f'{examples / rows:.2f} examples a row; padding: {shares[0]:.1%} of the '
-  )
+  said = f'{examples / rows:.2f} examples a row; padding: {shares[0]:.1%} of '
   if 'decoder_inputs' not in parts[0]:
     trained = (1 - shares[1]) / (1 - shares[0])
     return f'{said}the tokens; {trained:.1%} of the others are trained'
