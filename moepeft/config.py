@@ -268,6 +268,10 @@ _OF_SOURCES = {
   'cap': ('jsonl', 'datasets'),
   'temperature': ('jsonl', 'datasets'),
   'on_bad_row': ('jsonl', 'datasets', 'chat', 'preference', 'text'),
+  'form': ('chat', 'preference'),
+  'chat_template': ('chat', 'preference'),
+  'system': ('chat', 'preference'),
+  'train_on': ('chat', 'preference'),
   'workers': ('tasks', 'jsonl', 'datasets', 'chat', 'preference', 'text'),
 }
 _OF_OPTIMIZERS = {
@@ -298,7 +302,7 @@ def check(c: ConfigDict) -> None:
     demand(key, lambda v: 0 <= v < 1, 'at least 0 and below 1')
   for key in _NOT_NEGATIVE:
     demand(key, lambda v: v >= 0, 'not negative')
-  for key in ('data.inputs_length', 'data.targets_length'):
+  for key in ('data.inputs_length', 'data.targets_length', 'data.length'):
     demand(key, lambda v: v >= 2, 'at least 2: a token and the end')
   for key in ('model.dtype', 'model.param_dtype'):
     demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
@@ -359,14 +363,16 @@ def paper(size: str) -> ConfigDict:
   return c
 
 
-def values(text: str, **defaults: Any) -> ConfigDict:
+def values(text: str, /, **defaults: Any) -> ConfigDict:
   """Reads a card's values: 'experts=20,rank=4' over its defaults.
+
+  Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
 
   Raises:
     ValueError: the text is not of that form, or the card has no such value.
   """
   found = dict(defaults)
-  for part in filter(None, (text or '').split(',')):
+  for part in _parts(text or ''):
     key, equals, value = part.partition('=')
     if not equals:
       raise ValueError(
@@ -379,6 +385,18 @@ def values(text: str, **defaults: Any) -> ConfigDict:
       )
     found[key] = _typed(value, defaults[key], key)
   return ConfigDict(found)
+
+
+def _parts(text: str) -> list[str]:
+  """What commas separate, those within parentheses aside; no empty parts."""
+  parts, depth = [''], 0
+  for letter in text:
+    depth += (letter == '(') - (letter == ')')
+    if letter == ',' and depth == 0:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return [part for part in parts if part]
 
 
 def _typed(value: str, like: Any, key: str) -> Any:

@@ -77,8 +77,8 @@ def test_text_is_learnt_and_a_run_cut_in_two_is_the_same(text, tmp_path):
     for name in ('whole', 'cut')
   )
   assert one == two
-  # Of 263 ids, nothing learnt.
-  assert one[0][1] == pytest.approx(np.log(263), abs=0.5)
+  # Of 263 ids, nothing learnt; random logits cost up to a nat more.
+  assert one[0][1] == pytest.approx(np.log(263), abs=1.0)
   assert one[-1][2] < one[0][1]
 
 

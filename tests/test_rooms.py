@@ -30,7 +30,7 @@ FLOORS = (
   ('placement', 'checkpoint', 'references'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
   ('judge', 'measures'),
-  ('train', 'evaluate', 'generate', 'count', 'convert'),
+  ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer'),
   ('remarks', 'routed', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
@@ -47,6 +47,8 @@ def test_imports_point_down():
   wrong = []
   for path in ROOT.rglob('*.py'):
     room = path.relative_to(ROOT).parts[0].removesuffix('.py')
+    # python -m moepeft.data is a command.
+    room = 'tables' if path.name == '__main__.py' else room
     for imported in rooms_of(path):
       if imported in HEIGHT and room != '__init__':
         if HEIGHT[imported] > HEIGHT[room]:

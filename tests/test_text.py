@@ -179,3 +179,26 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'ab\xff\xfe')
   with pytest.raises(ValueError, match='a.txt cannot be read as UTF-8'):
     documents.read(str(tmp_path))
+
+
+def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
+  (tmp_path / 'b.txt').write_text('zzzz' * 97)
+  form = Samples(Bytes(), 5)
+  changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
+  found = sources(data(path, **changes), 0, own=form)
+  # In each 1,024 places the rates are exact; z is 125.
+  old = sum(found.train[i].ids[0] == 125 for i in range(1024))
+  assert old == 256
+  assert found.shares == {path: 0.75, changes['replay']: 0.25}
+  config = data('', source='tasks', **changes)
+  found = sources(config, 0, own=form)
+  mixed = form.encode([found.train[i] for i in range(16)])
+  assert len(mixed) == 16
+
+
+@pytest.mark.parametrize(
+  'changes', [{'replay': 'x.txt'}, {'replay_rate': 0.5}], ids=str
+)
+def test_replay_needs_a_path_and_a_rate(path, changes):
+  with pytest.raises(ValueError, match='config.data.replay is a path'):
+    sources(data(path, **changes), 0, own=Samples(Bytes(), 5))

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 
-from moepeft.data import jsonl
+from moepeft.data import duplicates, jsonl, quality
 from moepeft.data.rows import Bad, BadRow
 
 _ENDS = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
@@ -96,3 +96,48 @@ def _rows(file: str, bad: Bad) -> list[Document]:
       wrong = f"expected text in 'text', got {text!r}; mend or remove the row"
       bad(where, BadRow(wrong))
   return found
+
+
+def filtered(
+  found: list[Document], names: str, least: float
+) -> tuple[list[Document], list[str]]:
+  """(documents without the passages that go, lines that say how many, why).
+
+  Args:
+    names: of rules of `moepeft.data.quality`, 'length,repetition'.
+    least: the similarity of near duplicates; 0 to leave them in.
+
+  Raises:
+    ValueError: there is no such rule, or nothing stays.
+  """
+  lines, total = [], sum(len(document.passages) for document in found)
+  for name, holds in quality.rules(names).items():
+    found, gone = _kept(found, [holds(text) for text in _passages(found)])
+    said = holds.__doc__.rstrip('.')
+    lines.append(f'{gone:,} passages go by the rule {name!r} ({said})')
+  if least:
+    again = duplicates.repeated(_passages(found), least)
+    found, gone = _kept(found, [not repeated for repeated in again])
+    lines.append(f'{gone:,} passages go as near duplicates ({least} alike)')
+  if not found:
+    raise ValueError(
+      f'none of {total:,} passages is left: {"; ".join(lines)}; ask less of '
+      'them in config.data.quality or config.data.duplicates'
+    )
+  return found, lines
+
+
+def _passages(found: list[Document]) -> list[str]:
+  return [text for document in found for text in document.passages]
+
+
+def _kept(
+  found: list[Document], keep: list[bool]
+) -> tuple[list[Document], int]:
+  """(documents of the passages that are kept, how many are not)."""
+  flags, documents = iter(keep), []
+  for document in found:
+    kept = tuple(text for text in document.passages if next(flags))
+    if kept:
+      documents.append(dataclasses.replace(document, passages=kept))
+  return documents, keep.count(False)

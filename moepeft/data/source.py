@@ -95,6 +95,20 @@ def sources(
     raise ValueError(
       f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
     )
+  found = _opened(data, seed, shard, below, own)
+  if not data.replay and not data.replay_rate:
+    return found
+  return _replayed(found, data, seed, own, below)
+
+
+def _opened(
+  data: ConfigDict,
+  seed: int,
+  shard: tuple[int, int],
+  below: int,
+  own: Form | None,
+) -> Sources:
+  """What config.data.source names."""
   if data.source == 'tasks':
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
@@ -121,6 +135,41 @@ def sources(
       data.path, data.split, data.templates, data.on_bad_row, seed
     )
   return _of_rows(rows, data, seed)
+
+
+def _replayed(
+  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
+) -> Sources:
+  """The same with plain text mixed in at config.data.replay_rate.
+
+  Raises:
+    ValueError: one of the path and the rate is missing, the rate is no share,
+      or the source is a stream of SeqIO.
+  """
+  rate = data.replay_rate
+  if not data.replay or not 0 < rate < 1:
+    raise ValueError(
+      'config.data.replay is a path of text and config.data.replay_rate its '
+      f'share, above 0 and below 1; got {data.replay!r} and {rate}'
+    )
+  if isinstance(found.train, Stream):
+    raise ValueError(
+      'config.data.replay cannot be mixed into a stream of SeqIO; make a '
+      'mixture of SeqIO that has the text'
+    )
+  old = text.pieces(data, own, data.replay, below)
+  drawn = mixing.mix({'replay': old}, {}, seed)
+  train = grain.MapDataset.select_from_datasets(
+    [found.train, old.prepared(drawn, seed)],
+    mixing.Turns((1 - rate, rate), seed),
+  )
+  shares = {name: (1 - rate) * share for name, share in found.shares.items()}
+  return dataclasses.replace(
+    found,
+    train=train,
+    shares=shares | {data.replay: rate},
+    notes=(*found.notes, *old.notes),
+  )
 
 
 def _tasks(group: str, seed: int) -> Sources:

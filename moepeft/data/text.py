@@ -98,6 +98,8 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
     else []
   )
   length, make = maker(data, own, below)
+  found, gone = documents.filtered(found, data.quality, data.duplicates)
+  notes += gone
   encoded = [encode(own.words, document) for document in found]
   if not own.packed:
     encoded = [np.concatenate(encoded)]

@@ -2,6 +2,7 @@
 """Text to token ids and back: bytes, or a model's own tokenizer."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ class Vocabulary(Protocol):
   def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]: ...
 
   def decode(self, ids: list[int]) -> str: ...
+
+  def show(self, ids: list[int]) -> str: ...
 
   def sentinels(self, below: int) -> list[int]: ...
 
@@ -47,6 +50,16 @@ class Bytes:
   def decode(self, ids: list[int]) -> str:
     """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
     return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
+
+  def show(self, ids: list[int]) -> str:
+    """The text, with what is no byte by its name."""
+    names = {0: '<pad>', 1: '<eos>', 2: '<unk>'}
+    parts = []
+    for is_byte, run in itertools.groupby(ids, lambda i: 3 <= i < 259):
+      own = list(run)
+      named = (names.get(i, f'<{i}>') for i in own)
+      parts.append(self.decode(own) if is_byte else ''.join(named))
+    return ''.join(parts)
 
   def sentinels(self, below: int) -> list[int]:
     """Ids that stand for hidden spans: the model's last ones, downwards.
@@ -97,6 +110,10 @@ class Tokenizer:
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def show(self, ids: list[int]) -> str:
+    """The text with special tokens."""
+    return self._tokenizer.decode(ids)
 
   def sentinels(self, below: int) -> list[int]:
     """Ids of <extra_id_0>, <extra_id_1>, ..., as many as there are."""

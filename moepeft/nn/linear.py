@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen projections, the embedding and the head, each one a site."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -145,5 +146,6 @@ class Head(nn.Module):
       kernel = tied.attend().T
     wide = jnp.promote_types(self.dtype, jnp.float32)
     f = frozen_einsum('btd,dv->btv', kernel, self.dtype, wide)
+    f = dataclasses.replace(f, tied=tied)
     logits = advise(self, self.advice, 'head', f, x, ctx)
     return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits

@@ -48,6 +48,7 @@ class Frozen:
     module: for a sublayer, the Flax module behind `call`, whose lifted
       transforms (`vmap`) an adapter may use.
     run: for a sublayer, (module, x) -> y, the unbound form of `call`.
+    tied: for a head, the embedding whose table it is; else None.
   """
 
   call: Callable[[Array], Array]
@@ -59,6 +60,7 @@ class Frozen:
   bias: Array | None = None
   module: nn.Module | None = None
   run: Callable[[nn.Module, Array], Array] | None = None
+  tied: nn.Module | None = None
 
   def __call__(self, x: Array) -> Array:
     return self.call(x)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. A new one is one new file and one line in METHODS."""
 
-from moepeft.peft import full, ia3, lora, molora, mov
+from moepeft.peft import full, ia3, lora, molora, mov, tokens
 from moepeft.peft.build import Built as Built
 from moepeft.peft.build import build as build
 
@@ -11,4 +11,5 @@ METHODS = {
   'ia3': ia3.METHOD,
   'mov': mov.METHOD,
   'molora': molora.METHOD,
+  'tokens': tokens.METHOD,
 }

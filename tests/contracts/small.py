@@ -42,6 +42,7 @@ METHODS = (
   'molora(experts=3, rank=2, router=uniform)',
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+  "tokens(new='3|5-7')",
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (
