@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DPO on a Llama 3 of any size, on accelerators.
 
-python -m moepeft.train --config=configs/dpo_llama3.py \
-  --config.model.path=LLAMA --config.data.path=PAIRS.json --workdir=/tmp/dpo
+python -m moepeft.train --workdir=/tmp/dpo \
+  --config=configs/dpo_llama3.py:model=LLAMA,data=PAIRS.json
 
 LLAMA is a directory or hub name in Hugging Face's form. The base is held once:
 policy and reference are two passes of the same weights.
@@ -13,19 +13,21 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, experts=8, rank=8)
+  v = config_lib.values(values, model='', data='', experts=8, rank=8)
   c = config_lib.default()
   c.objective = 'dpo'
   c.method = f'molora(experts={v.experts}, rank={v.rank})'
-  c.model.family = 'llama'
-  c.model.path = 'meta-llama/Llama-3.1-8B-Instruct'
+  c.model.path = v.model
+  if not v.model:
+    # What can be counted, not trained.
+    c.model.family, c.model.size = 'llama', '3.1-8b'
   c.model.dtype = c.model.param_dtype = 'bfloat16'
   c.model.remat = 'full'
   c.model.attention = 'chunked'
   # The first loss is then ln 2, and a pair is compared without noise.
   c.model.dropout = 0.0
   # Two answers a row, each of so many tokens, in one pass.
-  c.data.source = 'preference'
+  c.data.source, c.data.path = 'preference', v.data
   c.data.length = 2048
   c.data.held_out = 0.1
   c.batch_size = 64

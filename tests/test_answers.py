@@ -10,6 +10,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import answers
+from moepeft.data.__main__ import show
 from moepeft.data.causal import Sample, Samples
 from moepeft.data.forms import Pairs
 from moepeft.data.loader import loader
@@ -253,3 +254,22 @@ def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
     )
     changed = dataclasses.replace(found, items=(other, *found.items[1:]))
     assert changed.sha256 != found.sha256
+
+
+@pytest.mark.parametrize('objective', ['dpo', 'kto'])
+def test_both_sides_are_shown_with_what_is_trained(tmp_path, capsys, objective):
+  config = config_lib.default()
+  config.objective = objective
+  config.model.path, config.model.family, config.model.size = (
+    '',
+    'llama',
+    'tiny',
+  )
+  config.data.update(data_of(tmp_path, rows_of(9), vocabulary='bytes'))
+  show(config, 1, 1, False)
+  said = capsys.readouterr().out
+  names = {'dpo': ('chosen', 'rejected'), 'kto': ('judged', 'mismatched')}
+  for name in names[objective]:
+    assert f'\n{name}\n' in said
+  # The line's end is the prompt's.
+  assert '[good ' in said and '\n  [bad ' in said and 'bad rows' not in said

@@ -18,6 +18,7 @@ from moepeft import base as base_lib
 from moepeft import command
 from moepeft import config as config_lib
 from moepeft.data import sources, vocabulary
+from moepeft.data.answers import Sides, form_of
 from moepeft.data.forms import Form, form
 from moepeft.data.loader import WINDOW
 from moepeft.data.picture import pictures
@@ -45,19 +46,21 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   words = vocabulary(data.vocabulary, config.model.path)
   _, shape = base_lib.shape(config.model)
   own = form(data, words, shape, config.seed)
+  own = form_of(data, config.objective, own)
   found = sources(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))
   if not only:
     tell(config, found, own, names, items)
   colour = sys.stdout.isatty()
-  for row in range(min(rows, len(batch['inputs']))):
-    lines = (
-      pictures(batch, row, words, colour)
-      if decoder_only(shape)
-      else decoded(batch, row, words)
-    )
-    print('\n'.join(lines))
+  for row in range(min(rows, len(next(iter(batch.values()))))):
+    for name, part in sides_of(batch, own):
+      lines = (
+        pictures(part, row, words, colour)
+        if decoder_only(shape)
+        else decoded(part, row, words)
+      )
+      print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
   green = colour and decoder_only(shape)
   print(
     f'\n{"green" if green else "[...]"} is trained: the loss is taken of these '
@@ -86,8 +89,20 @@ def tell(
   for side, name in enumerate(sides[: len(own.lengths)]):
     print(histogram(sizes[:, side], name, most[side]))
   windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
-  parts = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
-  print(f'\n{padding(parts, len(items))}')
+  batches = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
+  parts = [part for batch in batches for _, part in sides_of(batch, own)]
+  print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
+
+
+def sides_of(batch: Batch, own: Form) -> list[tuple[str, Batch]]:
+  """(name, batch) of each side of answers; the whole of all else."""
+  if not isinstance(own, Sides):
+    return [('', batch)]
+  names = ('judged', 'mismatched') if own.judged else ('chosen', 'rejected')
+  return [
+    (name, {k.removeprefix(s): v for k, v in batch.items() if k.startswith(s)})
+    for name, s in zip(names, own.sides, strict=True)
+  ]
 
 
 def look(found: Sources, count: int) -> tuple[list[str], list]:
