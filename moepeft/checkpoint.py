@@ -37,7 +37,7 @@ _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
 
 def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
-  """What names a run: method, semantics, base and seed."""
+  """What names a run, as JSON has it: method, semantics, base and seed."""
   described = adapter_lib.describe(
     built.method,
     built.semantics,
@@ -47,7 +47,9 @@ def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
     base.config,
     base.quantise,
   )
-  return described | {'trainable': built.trainable, 'seed': seed}
+  named = described | {'trainable': built.trainable, 'seed': seed}
+  # Fields that are tuples are lists in the card that is read back.
+  return json.loads(json.dumps(named))
 
 
 class _Kept(PreservationPolicy):

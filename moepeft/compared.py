@@ -11,21 +11,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
-from moepeft import remarks, routed
+from moepeft import headings, remarks, routed
 from moepeft.count import count
 from moepeft.peft.build import plain
-from moepeft.scoring import figures, folders, groups, published
-from moepeft.scoring.figures import AFTER, MEAN, Figure, Key
+from moepeft.scoring import figures, folders, groups, published, sameness
+from moepeft.scoring.figures import Figure, Key
 from moepeft.scoring.folders import Entry
-from moepeft.scoring.forms import Cell, Column, Line, Table
-from moepeft.scoring.grid import AVERAGE, EIGHT, ROUNDS
+from moepeft.scoring.forms import Cell, Line, Table
+from moepeft.scoring.grid import AVERAGE, EIGHT
 from moepeft.scoring.groups import Group
 from moepeft.scoring.published import Published
 from moepeft.scoring.rows import HELD_OUT
 
-_PARAMETERS = Column('parameters', 'parameters', 'count')
-_PERCENT = Column('percent', '% of base', 'share')
-_SEEDS = Column('seeds', 'seeds', 'count')
 # The data of columns of the paper's table alone.
 _PRINTED = 'paper'
 
@@ -59,7 +56,7 @@ def table(
     return _paper_alone(paper, printed, title)
   given = _read(runs)
   entries = figures.of_one_kind(given)
-  figures.check_same_examples(entries)
+  sameness.check(entries)
   grouped = groups.group(entries)
   single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
   rows = [
@@ -73,7 +70,7 @@ def table(
   ]
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  columns = [*_columns(keys), *(routed.COLUMNS if routing else ())]
+  columns = [*headings.columns(keys), *(routed.COLUMNS if routing else ())]
   against = _against(rows, baseline) if baseline else None
   lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
   notes = [
@@ -94,7 +91,7 @@ def table(
     matched = [row.printed for row in rows if row.printed]
     notes += remarks.of_paper(paper, matched)
   return Table(
-    (_PARAMETERS, _PERCENT, _SEEDS, *columns),
+    (headings.PARAMETERS, headings.PERCENT, headings.SEEDS, *columns),
     tuple(lines),
     tuple(notes),
     title,
@@ -176,36 +173,6 @@ def _same_method(entry: Entry, text: str) -> bool:
     return False
 
 
-def _columns(keys: Sequence[Key]) -> list[Column]:
-  several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
-  columns = []
-  for key in keys:
-    kind = 'loss' if key.measure == 'loss' else 'score'
-    better = 'lower' if key.measure == 'loss' else 'higher'
-    columns.append(Column(key, _name(key, several), kind, better))
-  return columns
-
-
-def _name(key: Key, several: bool) -> str:
-  measure = key.measure.replace('_', ' ')
-  if key.data == HELD_OUT and not key.dataset:
-    return f'held-out {measure}'
-  if _is_group(key):
-    return key.dataset.replace('_', '-')
-  if key.dataset in ('', MEAN):
-    return f'{key.data} {measure}'
-  name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'
-  return f'{name} ({key.data})' if several else name
-
-
-def _is_group(key: Key) -> bool:
-  """Whether a column is of a group of tasks, named by the group."""
-  papers = (*EIGHT, *ROUNDS, AVERAGE)
-  return key.data == AFTER or (
-    key.data == HELD_OUT and key.dataset not in papers
-  )
-
-
 def _line(row: _Row, paper: bool) -> Line:
   first, aside = row.group.first, row.group.aside
   if paper and row.printed is None and not first.is_base:
@@ -216,9 +183,9 @@ def _line(row: _Row, paper: bool) -> Line:
   cells |= row.routing
   if not first.is_base:
     trained, base = _counts(first)
-    cells[_PARAMETERS.key] = Cell(trained)
-    cells[_PERCENT.key] = Cell(100 * trained / base)
-    cells[_SEEDS.key] = Cell(len(row.group.entries))
+    cells[headings.PARAMETERS.key] = Cell(trained)
+    cells[headings.PERCENT.key] = Cell(100 * trained / base)
+    cells[headings.SEEDS.key] = Cell(len(row.group.entries))
   kind = 'base' if first.is_base else 'run'
   return Line(kind, first.method, aside.strip(), cells=cells)
 
@@ -285,7 +252,7 @@ def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
     low, high = (None if x is None else x - value for x in bounds)
     less[key] = Cell(ours.value - value, low, high)
   if printed.percent is not None:
-    paper[_PERCENT.key] = Cell(printed.percent)
+    paper[headings.PERCENT.key] = Cell(printed.percent)
   name = 'paper' if printed.name == printed.method else f'paper: {printed.name}'
   return [
     Line('paper', '', name, cells=paper),
@@ -311,9 +278,10 @@ def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
       key: Cell(there[key.dataset]) for key in keys if key.dataset in there
     }
     if row.percent is not None:
-      cells[_PERCENT.key] = Cell(row.percent)
+      cells[headings.PERCENT.key] = Cell(row.percent)
     own = row.name == row.method
     lines.append(
       Line('run', row.name if own else '', '' if own else row.name, mark, cells)
     )
-  return Table((_PERCENT, *_columns(keys)), tuple(lines), tuple(notes), title)
+  columns = (headings.PERCENT, *headings.columns(keys))
+  return Table(columns, tuple(lines), tuple(notes), title)

@@ -260,15 +260,15 @@ DTYPES = ('float32', 'bfloat16')
 
 # What each source and optimizer looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
-  'path': ('jsonl', 'datasets', 'seqio'),
-  'split': ('datasets', 'seqio'),
+  'path': ('jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text'),
+  'split': ('datasets', 'seqio', 'preference'),
   'templates': ('jsonl', 'datasets'),
   'mixture': ('jsonl', 'datasets', 'seqio'),
   'module': ('seqio',),
   'cap': ('jsonl', 'datasets'),
   'temperature': ('jsonl', 'datasets'),
-  'on_bad_row': ('jsonl', 'datasets'),
-  'workers': ('tasks', 'jsonl', 'datasets'),
+  'on_bad_row': ('jsonl', 'datasets', 'chat', 'preference', 'text'),
+  'workers': ('tasks', 'jsonl', 'datasets', 'chat', 'preference', 'text'),
 }
 _OF_OPTIMIZERS = {
   'b1': ('adamw',),
@@ -362,11 +362,13 @@ def paper(size: str) -> ConfigDict:
 def values(text: str, **defaults: Any) -> ConfigDict:
   """Reads a card's values: 'experts=20,rank=4' over its defaults.
 
+  Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
+
   Raises:
     ValueError: the text is not of that form, or the card has no such value.
   """
   found = dict(defaults)
-  for part in filter(None, (text or '').split(',')):
+  for part in _parts(text or ''):
     key, equals, value = part.partition('=')
     if not equals:
       raise ValueError(
@@ -379,6 +381,18 @@ def values(text: str, **defaults: Any) -> ConfigDict:
       )
     found[key] = _typed(value, defaults[key], key)
   return ConfigDict(found)
+
+
+def _parts(text: str) -> list[str]:
+  """What commas separate, those within parentheses aside; no empty parts."""
+  parts, depth = [''], 0
+  for letter in text:
+    depth += (letter == '(') - (letter == ')')
+    if letter == ',' and depth == 0:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return [part for part in parts if part]
 
 
 def _typed(value: str, like: Any, key: str) -> Any:

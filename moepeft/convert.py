@@ -39,7 +39,15 @@ from absl import flags
 from moepeft import interop
 from moepeft.base import resolve
 from moepeft.interop import adapter as own
-from moepeft.interop import files, hf, peft, peft_config, quantised, t5x
+from moepeft.interop import (
+  files,
+  gguf,
+  hf,
+  peft,
+  peft_config,
+  quantised,
+  t5x,
+)
 from moepeft.interop.adapter import Adapter
 from moepeft.models import FAMILIES, names
 from moepeft.models.names import CheckpointError
@@ -196,10 +204,12 @@ def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
   form = interop.detect(path)
   if form == 'hf':
     return hf.load(path, values.dtype)
+  if form == 'gguf':
+    return gguf.load(path, values.dtype)
   if form == 't5x':
     return t5x.load(path, values.dtype, values.top_k)
   raise CheckpointError(
-    f'{path} is an adapter ({form}), expected a base model (hf or t5x)'
+    f'{path} is an adapter ({form}), expected a base model (hf, gguf or t5x)'
   )
 
 
@@ -289,16 +299,16 @@ def _write_merged(
     raise CheckpointError(
       f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
     ) from None
-  words, over = _tokenizer(base.path), values.overwrite
+  words, over = base.path, values.overwrite
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over
   )
 
 
 def _tokenizer(path: str) -> str | None:
-  """A base's directory, which its tokenizer's files are copied from."""
-  path = resolve(path)
-  return path if Path(path).is_dir() else None
+  """Where a run's base is, whose tokenizer goes along; None if it is gone."""
+  found = resolve(path) if path else ''
+  return found if found and Path(found).exists() else None
 
 
 def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:

@@ -7,6 +7,15 @@ from typing import Any
 
 import numpy as np
 
+# What objectives tell of answers that are compared; validation's too.
+FIGURES = (
+  'rewards_chosen',
+  'rewards_rejected',
+  'margins',
+  'accuracies',
+  'kl',
+  'point',
+)
 # Points that a curve is drawn with at most, and states of the routers.
 _POINTS, _STATES = 2000, 150
 
@@ -75,7 +84,11 @@ class History:
     point = lambda key: lambda row: (row['step'], _number(row[key]))  # noqa: E731
     self._curves = {
       key: Thinned(_POINTS, point(key))
-      for key in ('loss', 'nll', 'learning_rate', 'validation_loss')
+      for key in (
+        *('loss', 'nll', 'learning_rate', 'validation_loss'),
+        *FIGURES,
+        *(f'validation_{key}' for key in FIGURES),
+      )
     }
     self._routing = Thinned(_STATES, _routing)
     for row in rows:
@@ -92,7 +105,8 @@ class History:
     pass
 
   def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of 'loss', 'nll', 'learning_rate', 'validation_loss'."""
+    """(steps, values) of 'loss', 'nll', 'learning_rate', 'validation_loss',
+    and of FIGURES and 'validation_' and one of them."""
     points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 

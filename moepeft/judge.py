@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moepeft import sharding
-from moepeft.data import batching
-from moepeft.data.packing import Pair
+from moepeft.data.forms import Form, form, scored_lengths
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.objectives import objective_of
+from moepeft.objectives import Objective, objective_of
 from moepeft.ranking import NotFinite, Ranked, Ranker
 from moepeft.scoring.text import columns
 from moepeft.tasks import Example
@@ -31,19 +31,26 @@ class Judge:
     config: ConfigDict,
     model: Any,
     words: Vocabulary,
-    validation: Sequence[Pair],
+    validation: Sequence,
     sets: dict[Key, list[Example]],
     mesh: Mesh | None = None,
+    own: Form | None = None,
+    objective: Objective | None = None,
   ):
     """`validation` and `sets` are from `moepeft.sets`.
 
-    `mesh` is the one that the variables lie on; by default, all devices.
+    Args:
+      mesh: the one that the variables lie on; by default, all devices.
+      own: the form of `validation`; by default the model's.
+      objective: what is measured of it; by default the likelihood that
+        config.objective minimises, whatever config.loss says.
     """
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
-    lengths = data.inputs_length, data.targets_length
-    self._batches = list(_batches(validation, self._rows, *lengths))
+    own = own or form(data, words, model, config.seed)
+    self._batches = list(_batches(validation, self._rows, own))
+    lengths = scored_lengths(data, model)
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     self._sets: dict[Key, list[tuple[Example, Ranked]]] = {}
     self._alike = 0
@@ -53,11 +60,13 @@ class Judge:
       self._alike += len(rows) - len(kept)
       if kept:
         self._sets[key] = kept
-    objective = objective_of(config.objective)
+    objective = objective or objective_of(config.objective)
 
     def count(variables, batch):
-      _, aux = objective(model.apply, variables, batch, None)
-      return aux['nll'], aux['tokens']
+      batch = objective.prepared(model.apply, variables, batch)
+      total, aux = objective(model.apply, variables, batch, None)
+      whole = jnp.stack([total, aux['weight'].astype(total.dtype)])
+      return {'loss': whole} | aux.get('figures', {})
 
     self._count = jax.jit(count)
 
@@ -70,8 +79,12 @@ class Judge:
     found = {'when': when, 'step': step}
     said = []
     if self._batches:
-      found['validation_loss'] = self.validation_loss(variables)
-      said.append(f'validation loss {found["validation_loss"]:.4f}')
+      validated = self.validation(variables)
+      found |= validated
+      said += [
+        f'{key.replace("_", " ")} {value:.4f}'
+        for key, value in validated.items()
+      ]
     try:
       found['rows'] = self.accuracies(variables)
     except NotFinite as e:
@@ -91,15 +104,31 @@ class Judge:
   def validation_loss(self, variables: Tree) -> float:
     """Mean -log p of a real target token, in nats; no dropout.
 
-    Whatever config.loss says, so that runs can be compared.
+    Whatever config.loss says, so that runs can be compared. Of an objective
+    that compares answers, its own loss.
     """
-    total = tokens = 0.0
+    return self.validation(variables)['validation_loss']
+
+  def validation(self, variables: Tree) -> dict[str, float]:
+    """`validation_loss`, and what the objective tells beside it.
+
+    Returns:
+      {'validation_loss': ..., 'validation_margins': ...}; a figure of which
+      there is nothing is left out.
+    """
+    sums = collections.Counter()
     for batch in self._batches:
       batch = sharding.shard_whole_batch(self._mesh, batch)
-      nll, real = self._count(variables, batch)
-      total += float(nll)
-      tokens += float(real)
-    return total / tokens
+      for key, pair in self._count(variables, batch).items():
+        total, count = map(float, pair)
+        sums[key, 'total'] += total
+        sums[key, 'count'] += count
+    names = dict.fromkeys(key for key, _ in sums)
+    return {
+      f'validation_{key}': sums[key, 'total'] / sums[key, 'count']
+      for key in names
+      if sums[key, 'count']
+    }
 
   def accuracies(self, variables: Tree) -> list[dict[str, Any]]:
     """A row for each entry of `sets`: group, task, templates, accuracy."""
@@ -141,15 +170,14 @@ def warnings(
   return lines
 
 
-def _batches(pairs, size, inputs_length, targets_length):
+def _batches(encoded: Sequence, size: int, own: Form):
   """Batches of `size` rows, the last filled up with rows of no real token."""
-  for at in range(0, len(pairs), size):
-    part = pairs[at : at + size]
-    filled = [*part, *[part[-1]] * (size - len(part))]
-    x, y = zip(*filled, strict=True)
-    batch = batching.seq2seq(x, y, inputs_length, targets_length)
-    for key in ('inputs_mask', 'targets_mask'):
-      batch[key][len(part) :] = False
+  for at in range(0, len(encoded), size):
+    part = encoded[at : at + size]
+    batch = own.padded([*part, *[part[-1]] * (size - len(part))])
+    for key in batch:
+      if key.endswith('_mask'):
+        batch[key][len(part) :] = False
     yield batch
 
 

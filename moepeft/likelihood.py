@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How probable targets are: -log p of each, and the perplexity of many."""
+"""How probable targets are: -log p of each, in nats."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moepeft import sharding
-from moepeft.data import batching
 from moepeft.data.buckets import buckets, whole
+from moepeft.data.causal import Samples
+from moepeft.data.forms import Form, Pairs
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.models import decoder_only
 from moepeft.objectives.loss import token_losses
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Tree
@@ -26,22 +28,11 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
   """-log p of each token of the targets in nats, 0 on padding: [b, t].
 
   Args:
-    batch: of `moepeft.data.batching.seq2seq`.
+    batch: of `moepeft.data.batching.seq2seq`, or of `data.causal.padded`.
   """
   logits = model.apply(variables, batch)
   found = token_losses(logits, batch['targets'])
   return jnp.where(batch['targets_mask'], found, 0)
-
-
-def perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
-  """exp of the mean -log p of a token, by what `Likelihood.sums` gives.
-
-  Raises:
-    ValueError: there are no tokens.
-  """
-  if not np.sum(tokens):
-    raise ValueError('perplexity is a mean over tokens; got none')
-  return float(np.exp(np.sum(nll, dtype=np.float64) / np.sum(tokens)))
 
 
 class Likelihood:
@@ -58,16 +49,15 @@ class Likelihood:
   ):
     """`batch_size` is rounded up to a multiple of the mesh's devices."""
     self._losses = jax.jit(functools.partial(losses, model))
-    self._vocabulary = vocabulary
-    self._most = inputs_length, targets_length
+    self._form: Form = Pairs(vocabulary, inputs_length, targets_length)
+    if decoder_only(model):
+      self._form = Samples(vocabulary, inputs_length + targets_length)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs or targets of each are cut: bool [n]."""
-    words, most = self._vocabulary, self._most
-    found = [batching.encode(words, e, *most)[2] for e in examples]
-    return np.array(found, bool)
+    return np.array([self._form.cut([e]) for e in examples], bool)
 
   def sums(
     self,
@@ -85,15 +75,18 @@ class Likelihood:
     Returns:
       float64 [n] in nats, summed over tokens on the host; int64 [n].
     """
-    pairs = batching.encode_all(self._vocabulary, examples, *self._most)
-    lengths = [(len(x), len(y)) for x, y in pairs]
-    nll = np.zeros(len(pairs), np.float64)
-    for shape, places in buckets(lengths, _LEAST, self._most, self._rows):
-      filled = [pairs[i] for i in whole(places, self._rows)]
-      batch = batching.seq2seq(*zip(*filled, strict=True), *shape)
+    encoded = self._form.encode(examples)
+    lengths, tokens = self._form.sizes(encoded)
+    nll = np.zeros(len(encoded), np.float64)
+    most = self._form.lengths
+    for shape, places in buckets(
+      lengths, _LEAST[: len(most)], most, self._rows
+    ):
+      filled = [encoded[i] for i in whole(places, self._rows)]
+      batch = self._form.resized(shape).padded(filled)
       batch = sharding.shard_whole_batch(self._mesh, batch)
       found = sharding.gather(self._losses(variables, batch))
       nll[places] = found[: len(places)].sum(axis=1, dtype=np.float64)
       if progress is not None:
         progress(len(places))
-    return nll, np.array([t for _, t in lengths], np.int64)
+    return nll, np.array(tokens, np.int64)

@@ -89,22 +89,33 @@ def loss(
   return rows
 
 
+def check(names: Sequence[str], prompts: Sequence[Prompt]) -> None:
+  """Looks, before minutes of decoding, whether `texts` can measure.
+
+  Raises:
+    ValueError: a measure's library is not installed, or `rouge_l` sees nothing
+      of a target.
+  """
+  for name in names:
+    _figures(name, ['a'], ['a'])
+  if 'rouge_l' in names:
+    answers.check_words([e.targets for e in _flat(prompts)])
+
+
 def texts(
   answering: Answering,
   variables: Tree,
-  prompts: Sequence[Prompt],
   names: Sequence[str],
+  prompts: Sequence[Prompt],
   about: About,
   progress: Progress,
 ) -> list[Row]:
   """Measures of greedy answers, a row for each prompt and name in `TEXTS`.
 
   Raises:
-    ValueError: a measure's library is not installed.
+    ValueError: as `check`.
   """
-  # Before minutes of decoding.
-  for name in names:
-    _figures(name, ['a'], ['a'])
+  check(names, prompts)
   flat = _flat(prompts)
   said, cut = answering.answers(variables, flat, progress), answering.cut(flat)
   rows, at = [], 0

@@ -48,6 +48,7 @@ def state_shardings(
     frozen=tree_shardings(layout, frozen, state.frozen),
     opt=_follow(layout, state.opt, state.trainable, trained),
     rng=layout.whole,
+    reference=jax.tree.map(lambda _: layout.whole, state.reference),
   )
 
 

@@ -51,6 +51,7 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
   figures = {
     'loss': _loss(seen),
     'learning_rate': _learning_rate(seen),
+    'preference': _preference(seen),
     'router_load': router_plots.load(seen.routing()),
     'router_entropy': router_plots.entropy(seen.routing()),
   }
@@ -72,13 +73,14 @@ def _save(figure: Figure, path: str) -> str:
 def _loss(seen: History) -> Figure | None:
   """Training loss as it was and smoothed, and validation points."""
   # What validation measures too, whatever is minimised.
-  steps, values = seen.curve('nll')
+  compared = len(seen.curve('margins')[0])
+  steps, values = seen.curve('loss' if compared else 'nll')
   if not len(steps):
     steps, values = seen.curve('loss')
   at, validated = seen.curve('validation_loss')
   if not len(steps) + len(at):
     return None
-  figure, axes = _blank('Loss', 'loss (nats a token)')
+  figure, axes = _blank('Loss', 'loss' if compared else 'loss (nats a token)')
   if len(steps):
     axes.plot(steps, values, color=_PALE, lw=0.8, alpha=0.6, label='training')
     axes.plot(steps, smooth(values), color=_BLUE, lw=1.8, label='smoothed')
@@ -88,6 +90,41 @@ def _loss(seen: History) -> Figure | None:
   # Above the axes, where no curve can run under it.
   axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
   return figure
+
+
+def _preference(seen: History) -> Figure | None:
+  """Accuracy, and rewards of chosen and rejected answers, smoothed."""
+  if not len(seen.curve('margins')[0]):
+    return None
+  figure = Figure(figsize=(7, 7), layout='constrained')
+  above, below = figure.subplots(2, 1, sharex=True)
+  _curves(above, seen, {'accuracies': (_BLUE, 'accuracy')})
+  above.set(ylim=(0, 1), ylabel='share of pairs')
+  _curves(
+    below,
+    seen,
+    {
+      'rewards_chosen': (_BLUE, 'chosen'),
+      'rewards_rejected': (_ORANGE, 'rejected'),
+      'margins': (_PALE, 'margin'),
+    },
+  )
+  below.set(xlabel='step', ylabel='reward')
+  return figure
+
+
+def _curves(axes: Axes, seen: History, curves: Mapping[str, tuple]) -> None:
+  for key, (color, label) in curves.items():
+    steps, values = seen.curve(key)
+    if len(steps):
+      axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
+    at, validated = seen.curve(f'validation_{key}')
+    if len(at):
+      validation = f'{label}, validation'
+      axes.plot(at, validated, 'o--', color=color, ms=4, label=validation)
+  axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(alpha=0.3, lw=0.6)
 
 
 def _learning_rate(seen: History) -> Figure | None:

@@ -8,7 +8,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from tqdm import tqdm
 _INTERVALS = 10
 # Seconds between the plain lines of a pass.
 _LINES = 10.0
+# Of an objective's figures, those that there is room for.
+_SHOWN = {'margins': 'margin', 'accuracies': 'acc'}
 # From so many columns on a bar has whole words.
 _WIDE = 110
 
@@ -85,12 +88,18 @@ class Progress:
       self._since += self._clock() - max(began, self._since)
 
   def update(
-    self, step: int, loss: float, examples: int, tokens: int
+    self,
+    step: int,
+    loss: float,
+    examples: int,
+    tokens: int,
+    figures: Mapping[str, float] = types.MappingProxyType({}),
   ) -> dict[str, float]:
     """Shows the state at a step.
 
     Args:
       examples, tokens: seen since the last call.
+      figures: what an objective tells; those in _SHOWN are shown.
 
     Returns:
       {'steps_per_s', 'examples_per_s', 'tokens_per_s'} since the last call,
@@ -103,7 +112,7 @@ class Progress:
     last = Interval(timed, share * examples, share * tokens, now - self._since)
     if timed:
       self._recent.append(last)
-    self._show(step, loss, memory)
+    self._show(step, loss, memory, figures)
     self._step = step
     self.begin(step)
     return {
@@ -124,10 +133,18 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
 
-  def _show(self, step: int, loss: float, memory: int) -> None:
+  def _show(
+    self, step: int, loss: float, memory: int, figures: Mapping[str, float]
+  ) -> None:
     columns = shutil.get_terminal_size().columns
     wide = self._bar is None or columns >= _WIDE
-    parts = [f'loss {_loss(loss)}', *self._speed(step, wide)]
+    parts = [f'loss {_loss(loss)}']
+    parts += [
+      f'{word} {figures[key]:.3f}'
+      for key, word in _SHOWN.items()
+      if key in figures
+    ]
+    parts += self._speed(step, wide)
     parts.append(f'mem {_size(memory)}' if wide else _size(memory))
     if self._bar is None:
       print(f'step {step}/{self._steps}', *parts, sep='  ', flush=True)

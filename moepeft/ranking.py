@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moepeft import sharding
-from moepeft.data import batching
+from moepeft.data import batching, causal
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.models import decoder_only
 from moepeft.models.context import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
 from moepeft.tasks import Example
-from moepeft.typing import Array, Batch, Tree
+from moepeft.typing import Array, Batch, Context, Tree
 
 # Inputs are padded to a multiple of this, from 4 times it on to a power of two.
 _INPUTS = 64
@@ -47,6 +48,8 @@ def score_choices(
     targets: int [b, c, t]; mask: bool of the same shape.
   """
   b, c, t = targets.shape
+  if decoder_only(model):
+    return _score_in_rows(model, variables, batch, targets, mask)
   bound = model.bind(variables)
   source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
   encoded = bound.encode(batch['inputs'], source_ctx)
@@ -59,12 +62,47 @@ def score_choices(
   return sequence_log_likelihood(logits, flat, real).reshape(b, c)
 
 
+def _score_in_rows(
+  model: Any, variables: Tree, batch: Batch, targets: Array, mask: Array
+) -> Array:
+  """`score_choices` of a decoder: a row for each prompt and choice.
+
+  Prompts are moved to the end of their [s], so that a choice follows at once
+  and tokens stand as far apart as in training.
+  """
+  b, c, t = targets.shape
+  real = batch['inputs_mask']
+  s = real.shape[1]
+  short = s - jnp.sum(real, axis=1, keepdims=True)
+  moved = (jnp.arange(s) - short) % s
+  prompt, seen = (
+    jnp.repeat(jnp.take_along_axis(a, moved, axis=1), c, axis=0)
+    for a in (batch['inputs'], real)
+  )
+  flat, scored = targets.reshape(b * c, t), mask.reshape(b * c, t)
+  ids = jnp.concatenate([prompt, flat], axis=1)[:, :-1]
+  places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
+  ctx = Context(
+    token_mask=jnp.concatenate([seen, scored], axis=1)[:, :-1],
+    positions=jnp.maximum(places, 0),
+  )
+  bound = model.bind(variables)
+  # The prompt's last token and the choice's all but last say its logits.
+  states = bound.states(ids, ctx)[:, s - 1 :]
+  ctx = ctx.replace(
+    token_mask=ctx.token_mask[:, s - 1 :], positions=ctx.positions[:, s - 1 :]
+  )
+  tied = bound.embed if model.config.tied else None
+  logits = bound.head(states, ctx, tied)
+  return sequence_log_likelihood(logits, flat, scored).reshape(b, c)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranked:
   """An example as ids.
 
   Attributes:
-    inputs: int [s], with EOS.
+    inputs: int [s], with EOS; of a decoder what its answers follow.
     choices: int [t] each, with EOS.
     cut: whether the input or a choice is cut.
   """
@@ -115,6 +153,7 @@ class Ranker:
     It is rounded up to a multiple of the mesh's devices.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
+    self._causal = decoder_only(model)
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -123,7 +162,10 @@ class Ranker:
   def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
     """Examples as ids; every different text is tokenized once."""
     inputs, targets = self._lengths
-    sources = self._ids({row.inputs for row in rows}, inputs)
+    texts = {row.inputs for row in rows}
+    sources = (
+      self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
+    )
     answers = self._ids({text for row in rows for text in row.choices}, targets)
     prepared = []
     for row in rows:
@@ -247,6 +289,17 @@ class Ranker:
     every = map(list, self._vocabulary.encode_all(some)) if some else ()
     return {
       text: (ids[: length - 1] + end, len(ids) >= length)
+      for text, ids in zip(some, every, strict=True)
+    }
+
+  def _prompts(
+    self, texts: set[str], length: int
+  ) -> dict[str, tuple[list[int], bool]]:
+    """{text: (ids as in training, whether its beginning was cut)}."""
+    some = sorted(texts)
+    every = causal.prompts(self._vocabulary, some)
+    return {
+      text: (ids[-length:], len(ids) > length)
       for text, ids in zip(some, every, strict=True)
     }
 

@@ -37,7 +37,13 @@ def of_runs(
     notes += ['No average: not all of the eight sets are there.'] * any(
       key.dataset in EIGHT for key in keys
     )
-  return notes + _semantics(trained) + _budgets(trained) + _settings(trained)
+  return [
+    *notes,
+    *_semantics(trained),
+    *_budgets(trained),
+    *_checkpoints(trained),
+    *_settings(trained),
+  ]
 
 
 def _intervals(rows, found) -> list[str]:
@@ -102,29 +108,51 @@ def _measures(keys: Sequence[Key]) -> list[str]:
 
 def _examples(rows: Sequence[Group]) -> list[str]:
   """How many examples stand behind the figures, and what was cut."""
-  notes, seen, cut, left = [], {}, 0, 0
-  for row in (r for group in rows for r in group.first.rows):
-    what = (row.data, row.task, row.prompt, row.measure)
-    if what not in seen:
-      seen[what] = row.examples
-      cut, left = cut + row.cut, left + row.left_out
-  for data in dict.fromkeys(what[0] for what in seen):
-    sizes = [n for what, n in seen.items() if what[0] == data]
-    tasks = {what[1] for what in seen if what[0] == data}
+  notes = []
+  every = [r for group in rows for e in group.entries for r in e.rows]
+  for data in dict.fromkeys(row.data for row in every):
+    sizes = {row.examples for row in every if row.data == data}
+    tasks = {row.task for row in every if row.data == data}
     span = f'{min(sizes):,} to {max(sizes):,}'
-    if min(sizes) == max(sizes):
+    if len(sizes) == 1:
       span = f'{min(sizes):,}'
     name = 'the held-out rows' if data == HELD_OUT else f'{data!r}'
     notes.append(
       f'Examples a prompt in {name}: {span}, of {len(tasks)} '
       f'task{"s" * (len(tasks) > 1)}.'
     )
-  if cut or left:
-    notes.append(
-      f'{cut:,} of {sum(seen.values()):,} prompted examples were cut to the '
-      f'lengths of the run; {left:,} could not be ranked and are left out.'
-    )
-  return notes
+  return notes + _lost(rows)
+
+
+def _lost(rows: Sequence[Group]) -> list[str]:
+  """What was cut or left out: of a prompt once where it is the same in all."""
+  counts: dict[tuple, set[tuple[int, int, int]]] = {}
+  single = []
+  for group in rows:
+    own = [row for entry in group.entries for row in entry.rows]
+    single.append([(row.examples, row.cut, row.left_out) for row in own])
+    for row, count in zip(own, single[-1], strict=True):
+      what = (row.data, row.task, row.prompt, row.measure)
+      counts.setdefault(what, set()).add(count)
+  if all(len(found) == 1 for found in counts.values()):
+    return _cut('', [count for found in counts.values() for count in found])
+  return [
+    note
+    for group, own in zip(rows, single, strict=True)
+    for note in _cut(f'{label(group)}: ', own)
+  ]
+
+
+def _cut(name: str, counts: Sequence[tuple[int, int, int]]) -> list[str]:
+  if not counts:
+    return []
+  total, cut, left = map(sum, zip(*counts, strict=True))
+  if not cut and not left:
+    return []
+  return [
+    f'{name}{cut:,} of {total:,} prompted examples were cut to the lengths of '
+    f'the run; {left:,} could not be ranked and are left out.'
+  ]
 
 
 def of_missing(
@@ -195,6 +223,18 @@ def _budgets(rows: Sequence[Group]) -> list[str]:
     for (steps, batch), labels in budgets.items()
   )
   return [f'**Budgets differ**: {said}.']
+
+
+def _checkpoints(rows: Sequence[Group]) -> list[str]:
+  """At which steps the best checkpoints are."""
+  said = [
+    f'{label(row)} step {", ".join(f"{e.step:,}" for e in row.entries)}'
+    for row in rows
+    if row.first.is_best
+  ]
+  if not said:
+    return []
+  return [f'Best checkpoints, by the validation loss: {"; ".join(said)}.']
 
 
 def _settings(rows: Sequence[Group]) -> list[str]:

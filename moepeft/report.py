@@ -75,6 +75,7 @@ class Report:
       float(last['loss']),
       int(self._shares * examples),
       int(self._shares * real),
+      figures(last),
     )
     rates |= {'inputs_padding': inputs, 'targets_padding': targets}
     for key in ('inputs_padding', 'targets_padding'):
@@ -90,7 +91,7 @@ class Report:
         'router_loss': float(aux['router_loss']),
         'gradient_norm': float(aux['gradient_norm']),
         'learning_rate': float(self._rate(number - 1)),
-      }
+      } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
     for line in metrics.alarms(sites, self._alarm):
       place = line.split(': expert')[0]
@@ -102,10 +103,19 @@ class Report:
     for writer in self._writers:
       writer.write(row)
 
-  def validated(self, step: int, loss: float) -> None:
-    """Writes and says a validation loss."""
-    self._write({'step': step, 'validation_loss': loss})
-    self._progress.say(f'step {step}: validation loss {loss:.4f}')
+  def validated(self, step: int, found: Mapping[str, float]) -> None:
+    """Writes and says what `Judge.validation` found."""
+    self._write({'step': step, **found})
+    said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())
+    self._progress.say(f'step {step}: {", ".join(said)}')
+
+
+def figures(aux: Mapping[str, Any]) -> dict[str, float]:
+  """What an objective tells beside its loss; NaN where there is nothing."""
+  return {
+    key: float(total / count) if count else float('nan')
+    for key, (total, count) in aux.get('figures', {}).items()
+  }
 
 
 def _broken(aux: Mapping[str, Any]) -> str:
@@ -120,9 +130,14 @@ def _broken(aux: Mapping[str, Any]) -> str:
 
 def _sums(batch: Batch) -> tuple[float, float, float, float]:
   """Examples, real tokens, shares of padding in inputs and in targets."""
-  inputs, targets = batch['inputs_mask'], batch['targets_mask']
+  # Of all sides, where answers are compared.
+  inputs, targets = (
+    np.stack([batch[key] for key in batch if key.endswith(which)])
+    for which in ('inputs_mask', 'targets_mask')
+  )
   segments = batch.get('inputs_segments')
-  examples = len(inputs) if segments is None else segments.max(axis=1).sum()
+  rows = inputs.shape[1]
+  examples = rows if segments is None else segments.max(axis=1).sum()
   return (
     float(examples),
     float(inputs.sum() + targets.sum()),

@@ -3,15 +3,16 @@
 
 import collections
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data import Sources, jsonl
-from moepeft.data.packing import Pair
+from moepeft.data.forms import Form
 from moepeft.data.source import spread
-from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
@@ -35,7 +36,7 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
   if config.data.source == 'tasks':
     found = _families(config)
   else:
-    ranked = jsonl.closed(train or (), validation)
+    ranked = jsonl.closed(train or (), examples_of(validation))
     found = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
     rows = jsonl.read(e.path, ranked=True)
@@ -43,17 +44,15 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
   return found
 
 
-def pairs_to_judge(
-  config: ConfigDict, found: Sources, words: Vocabulary
-) -> list[Pair]:
+def pairs_to_judge(config: ConfigDict, found: Sources, own: Form) -> list:
   """Held-out examples, as ids, whose loss a run is judged by."""
-  data = config.data
-  return found.validation(
-    words,
-    data.inputs_length,
-    data.targets_length,
-    count=_BATCHES * config.evaluation.batch_size,
-  )
+  count = _BATCHES * config.evaluation.batch_size
+  return found.validation(own, count)
+
+
+def examples_of(held_out: Sequence) -> list[Example]:
+  """Those that are examples yet: texts and conversations are ids."""
+  return [e for e in held_out if isinstance(e, Example)]
 
 
 def _families(config: ConfigDict):
@@ -139,7 +138,7 @@ def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
       Prompt(*key, examples=tuple(rows))
       for key, rows in _families(config).items()
     ]
-  rows = jsonl.closed(found.rows, found.held_out)
+  rows = jsonl.closed(found.rows, examples_of(found.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 
@@ -156,3 +155,17 @@ def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
 
 def _numbered(row: Example, place: int) -> Example:
   return row if row.idx >= 0 else dataclasses.replace(row, idx=place)
+
+
+def digest(rows: Sequence[Example]) -> str | None:
+  """12 hexadecimal digits that tell data of one name apart; None of no rows.
+
+  They are of the SHA-256 of all that the rows say, in their order.
+  """
+  if not rows:
+    return None
+  found = hashlib.sha256()
+  for e in rows:
+    said = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
+    found.update(json.dumps(said).encode() + b'\n')
+  return found.hexdigest()[:12]

@@ -28,6 +28,7 @@ from moepeft import (
   placement,
   plots,
   processes,
+  references,
   sharding,
 )
 from moepeft import base as base_lib
@@ -35,12 +36,22 @@ from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, loader, sources, vocabulary
+from moepeft.data.answers import form_of
+from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
+from moepeft.data.source import preferences
 from moepeft.history import History
 from moepeft.judge import Judge, table
+from moepeft.models import decoder_only
 from moepeft.moe import losses, stats
-from moepeft.objectives import objective_of
+from moepeft.objectives import (
+  COMPARED,
+  REFERRING,
+  check_model,
+  objective_of,
+)
 from moepeft.objectives.loss import Loss, mean
+from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
 from moepeft.report import Report
@@ -73,17 +84,24 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def loss_of(config: ConfigDict):
-  """The objective with the settings of config.loss."""
+def loss_of(config: ConfigDict, reference=None):
+  """The objective with the settings of config.loss and config.preference.
+
+  Args:
+    reference: of `references.reference_of`.
+  """
   loss = config.loss
   return objective_of(
-    config.objective, Loss(loss.per, loss.z, loss.label_smoothing)
+    config.objective,
+    Loss(loss.per, loss.z, loss.label_smoothing),
+    preference_of(config.objective, config.preference),
+    reference,
   )
 
 
-def make_update(model, built, config: ConfigDict, optimizer):
+def make_update(model, built, config: ConfigDict, optimizer, reference=None):
   """One step: (state, batch) -> (state, what was seen)."""
-  objective = loss_of(config)
+  objective = loss_of(config, reference)
   router_losses = dict(config.router_losses)
   # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
@@ -91,6 +109,16 @@ def make_update(model, built, config: ConfigDict, optimizer):
 
   def update(state: State, batch):
     rng = jax.random.fold_in(state.rng, state.step)
+
+    def rollout(rows, rng):
+      # By the policy as it is; nothing of it has a gradient.
+      variables = built.variables(state)
+      return objective.rollout(model.apply, variables, rows, rng)
+
+    if objective.rollout:
+      own = jax.random.fold_in(rng, 1)
+      made = accumulate.mapped(rollout, batch, own, config.accumulate)
+      batch = objective.settle(batch | made)
 
     def sums_fn(trainable, rows, rng):
       # Of some rows of the batch; nothing here may be a mean over them.
@@ -170,12 +198,12 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   # First: the vocabulary is looked for in the same place.
   _, shape = base_lib.shape(config.model)
   words = vocabulary(data.vocabulary, config.model.path)
-  found = sources(data, config.seed, share, shape.vocab)
+  check_model(config.objective, decoder_only(shape))
+  own = form(data, words, shape, config.seed)
+  own = form_of(data, config.objective, own)
+  found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     print(note, flush=True)
-  batches = loader(
-    found, words, data, config.batch_size // share[1], config.seed, share
-  )
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)
@@ -200,6 +228,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     variables = base_lib.with_adapter(
       variables, built, config.model.adapter, base
     )
+  # What rewards are measured against, of objectives that have any.
+  against = config.preference.reference
+  reference, adapters = references.reference_of(
+    config.objective, against, model, built, base
+  )
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
@@ -209,6 +242,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     # Shapes: `place` makes it on the devices, to each its share.
     opt=jax.eval_shape(optimizer.init, trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+    reference=adapters,
   )
   letters = base_lib.letters(model, base)
   where = placement.state_shardings(layout, state, letters, built.trainable)
@@ -222,20 +256,43 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   }
   metrics.introduce(base, built, state, words, workdir, more)
   if not isinstance(found.train, Stream):
-    print(cuts(found.train, words, data), end='', flush=True)
+    print(cuts(found.train, own), end='', flush=True)
+
+  if config.objective in REFERRING and against == references.PRECOMPUTED:
+    # By the model as it begins, whatever step the run goes on from.
+    log_p = references.precomputed(
+      None if dry_run else workdir,
+      found.compared,
+      own,
+      model,
+      built.variables(state),
+      described,
+      layout.mesh,
+      config.evaluation.batch_size,
+    )
+    found = preferences(
+      found.compared.with_references(log_p), data, config.seed
+    )
+  rows = config.batch_size // share[1]
+  batches = loader(found, words, data, rows, config.seed, share, shape, own)
 
   # ------------------------------------------------------------- resume ---
   sets = examples(config, found.held_out, found.rows)
-  validation = pairs_to_judge(config, found, words)
+  validation = pairs_to_judge(config, found, own)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  judge = Judge(config, model, words, validation, sets, layout.mesh)
+  # Of likelihoods a run is judged by its own, whatever config.loss says.
+  compared = config.objective in COMPARED
+  judged = loss_of(config, reference) if compared else None
+  judge = Judge(
+    config, model, words, validation, sets, layout.mesh, own, judged
+  )
   update = jax.jit(
-    make_update(model, built, config, optimizer),
+    make_update(model, built, config, optimizer, reference),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )
@@ -309,9 +366,9 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         report.tell()
       if judge_now:
         with progress.paused('validating'):
-          loss = judge.validation_loss(built.variables(state))
-        report.validated(done, loss)
-        course = course.judged(loss, done)
+          validated = judge.validation(built.variables(state))
+        report.validated(done, validated)
+        course = course.judged(validated['validation_loss'], done)
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
       # Asked once: a signal that comes while saving is met after a step more.

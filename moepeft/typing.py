@@ -95,6 +95,8 @@ class State:
     frozen: the other collection; no gradient, no optimizer state.
     opt: the optimizer's state over `trainable`.
     rng: the key that every step folds its number into.
+    reference: adapters that stay as they are, which an objective measures
+      against; {} for none. Read anew by a run that goes on, never saved.
   """
 
   step: Array
@@ -102,6 +104,7 @@ class State:
   frozen: Tree
   opt: Tree
   rng: Array
+  reference: Tree = struct.field(default_factory=dict)
 
 
 class Adapter(Protocol):

@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from moepeft.history import short
+from moepeft.history import FIGURES, short
 from moepeft.rows import Rows
 
 # Curves stand together by what is before the slash; all else is 'train'.
@@ -26,6 +26,8 @@ _PAGES = {
   'tokens_per_s': 'speed',
   'memory_bytes': 'speed',
   'validation_loss': 'validation',
+  **dict.fromkeys(FIGURES, 'preference'),
+  **dict.fromkeys((f'validation_{key}' for key in FIGURES), 'validation'),
 }
 _WANDB_ID = 'wandb_id'
 

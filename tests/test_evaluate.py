@@ -4,6 +4,8 @@
 import dataclasses
 import json
 import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,18 @@ import types
 import numpy as np
 import pytest
 
-from moepeft import compared, evaluate, measures, scoring, sets, train
+from moepeft import (
+  compared,
+  evaluate,
+  measures,
+  scoring,
+  sets,
+  summary,
+  train,
+  work,
+)
 from moepeft import config as config_lib
+from moepeft.data import jsonl
 from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
@@ -21,11 +33,12 @@ from moepeft.models import t5
 from moepeft.nn.start import fresh
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
-from moepeft.scoring import forms
+from moepeft.scoring import forms, text
 from moepeft.tasks import Example
+from moepeft.unfinished import Unfinished
 
 from .contracts import small
-from .scoring.cases import ABOUT
+from .scoring.cases import ABOUT, right, row
 from .test_ranking import RANDOM, Bigram, log_likelihood, variables
 from .test_train import CONFIG, ROOT, card
 
@@ -88,11 +101,11 @@ def test_examples_that_cannot_be_ranked_are_counted():
 def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   long = 'a' * 20
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
-  work = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
+  todo = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
   run = types.SimpleNamespace(method='none', step=0)
-  found = evaluate.summary(run, work, accuracies([*ROWS, lost]))
+  found = summary.of(run, todo, accuracies([*ROWS, lost]))
   assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
-  evaluate.tell(found, accuracies(ROWS))
+  summary.tell(found, accuracies(ROWS))
   said = capsys.readouterr().out
   assert '1 prompts have no accuracy' in said and "z 'w'" in said
 
@@ -101,7 +114,7 @@ def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
   rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
   (row,) = accuracies(rows)
   again = dataclasses.replace(row, measure='exact_match')
-  evaluate.tell({'when': 'now'}, [row, again])
+  summary.tell({'when': 'now'}, [row, again])
   assert '1 of 2 measured examples are cut' in capsys.readouterr().out
 
 
@@ -168,7 +181,7 @@ def test_loss_is_a_mean_over_tokens():
   assert row.weights == (7, 2, 3)
   assert row.value == pytest.approx(sum(row.each) / 12)
   assert (row.measure, row.majority, row.chance) == ('loss', None, None)
-  head, cells = evaluate.text.table([row]).splitlines()[1:3]
+  head, cells = text.table([row]).splitlines()[1:3]
   assert head.split()[:3] == ['task', 'median', 'perplexity']
   assert cells.split()[2] == f'{np.exp(row.value):.3f}'
 
@@ -195,8 +208,8 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
   found = measures.texts(
     Parrot(),
     {},
-    sets.prompts('evaluation', rows, 9),
     ('exact_match', 'rouge_l', 'bleu'),
+    sets.prompts('evaluation', rows, 9),
     ABOUT,
     done,
   )
@@ -209,17 +222,27 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
 
 
 def test_the_table_has_medians_intervals_and_what_they_are_of():
-  lines = evaluate.text.table(accuracies(ROWS)).splitlines()
+  lines = text.table(accuracies(ROWS)).splitlines()
   assert lines[0] == 'accuracy (%)'
   cells = [line.split() for line in lines]
-  assert (
-    cells[1] == 'task median 95 % interval majority prompts examples'.split()
-  )
+  head = 'task median over prompts 95 % interval majority prompts examples'
+  assert cells[1] == head.split()
   # Both prompts have 2/3, of the same three examples; one has no interval.
   x, y, average = cells[2:]
   assert (x[0], x[1], x[-3:]) == ('x', '66.7', ['66.7', '2', '3'])
-  assert y == ['y', '100.0', '-', '100.0', '1', '1']
+  assert x[2:5] == ['66.7', 'to', '66.7']
+  assert y == ['y', '100.0', '-', '-', '100.0', '1', '1']
   assert (average[:2], average[-2:]) == (['average', '83.3'], ['3', '4'])
+
+
+def test_the_table_has_the_spread_over_the_prompts_of_a_task():
+  # Accuracies 1/5, 4/5 and 3/5: the median says nothing of the outer two.
+  rows = [row('x', 'pqr'[i], right(of, 5)) for i, of in enumerate((1, 4, 3))]
+  line, average = text.table(rows).splitlines()[2:]
+  assert line.split()[:5] == ['x', '60.0', '20.0', 'to', '80.0']
+  # Of tasks, not of prompts.
+  assert average.split()[:3] == ['average', '60.0', '-']
+  assert 'over prompts' not in text.table(rows[:1])
 
 
 def test_wordings_of_embedded_tasks_are_told_apart():
@@ -228,7 +251,7 @@ def test_wordings_of_embedded_tasks_are_told_apart():
     dataclasses.replace(row, prompt=name)
     for row, name in zip(rows, ('seen', 'held_out'), strict=True)
   ]
-  seen, held_out = evaluate.text.table(rows).split('\n\n')
+  seen, held_out = text.table(rows).split('\n\n')
   # The prompts p and q have 2/3 each, of a prompt: no median of both.
   for said, name in ((seen, 'seen'), (held_out, 'held_out')):
     head, _, line, *_ = said.splitlines()
@@ -291,7 +314,7 @@ OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
 
 
 def test_a_run_is_measured_on_what_it_holds_out(begun):
-  summary, rows = evaluate.evaluate(begun, most=3)
+  total, rows = evaluate.evaluate(begun, most=3)
   found = {(r.task, r.prompt, r.measure): r for r in rows}
   assert set(found) == {
     *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
@@ -308,39 +331,148 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   # A letter and EOS each.
   assert found['one', '', 'loss'].weights == (2, 2, 2)
   # Of one task: both prompts' three examples.
-  assert [(r['group'], r['task'], r['examples']) for r in summary['rows']] == [
+  assert [(r['group'], r['task'], r['examples']) for r in total['rows']] == [
     ('validation', 'one', 6),
     ('validation', 'two', 6),
   ]
   both = [found['one', p, 'accuracy'].value for p in 'tu']
-  assert summary['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
-  assert set(summary['scores']) == {'accuracy', 'loss'}
-  assert np.isfinite(summary['validation_loss'])
+  assert total['rows'][0]['accuracy'] == pytest.approx(np.mean(both))
+  assert set(total['scores']) == {'accuracy', 'loss'}
+  assert np.isfinite(total['validation_loss'])
   perplexity = np.exp(found['one', '', 'loss'].value)
-  assert summary['perplexity']['one'] == pytest.approx(perplexity)
+  assert total['perplexity']['one'] == pytest.approx(perplexity)
+
+
+def test_held_out_rows_have_the_measures_that_are_asked_for(begun):
+  _, rows = evaluate.evaluate(begun, most=3, names=['exact_match', 'accuracy'])
+  assert [(r.task, r.prompt, r.measure) for r in rows] == [
+    *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
+    ('one', '', 'exact_match'),
+    ('two', '', 'exact_match'),
+  ]
+  assert {row.data for row in rows} == {'held_out'}
+  assert all(row.examples == 3 for row in rows)
+
+
+def test_a_measure_that_held_out_rows_do_not_have_is_refused():
+  config = config_lib.default()
+  config.data.source = 'jsonl'
+  # Each has a target of its own: nothing to choose from.
+  rows = [made('x', 'p', i, 'q', targets=str(i)) for i in range(23)]
+  held_out = types.SimpleNamespace(rows=rows[:19], held_out=rows[19:])
+  run = types.SimpleNamespace(config=config)
+  assert set(work.of_run(run, held_out)) == {'loss'}
+  with pytest.raises(ValueError, match='asks for accuracy, of which .* --data'):
+    work.of_run(run, held_out, ['accuracy', 'loss'])
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
   begun, tmp_path
 ):
   path = dump(tmp_path / 'mine.jsonl', [CHOICES, OPEN | {'task': 'open'}])
-  summary, rows = evaluate.evaluate(begun, data=path)
+  total, rows = evaluate.evaluate(begun, data=path)
   assert [(r.task, r.measure, r.data) for r in rows] == [
     ('mine', 'accuracy', 'mine'),
     ('open', 'loss', 'mine'),
   ]
-  assert 'validation_loss' not in summary
+  assert 'validation_loss' not in total
   # The targets of a row with choices are its right one: a letter and EOS.
   _, rows = evaluate.evaluate(begun, data=path, names=['loss'])
   assert [(r.task, r.weights) for r in rows] == [('mine', (2,)), ('open', (4,))]
+
+
+def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
+  rows = [CHOICES, CHOICES | {'label': 0}]
+  path = dump(tmp_path / 'mine.jsonl', rows)
+  _, (row,) = evaluate.evaluate(begun, data=path, most=1)
+  config = json.loads((pathlib.Path(begun) / 'config.json').read_text())
+  lengths = [config['data'][f'{side}_length'] for side in ('inputs', 'targets')]
+  assert [row.inputs_length, row.targets_length] == lengths
+  # Of all that was read, however little of it is measured.
+  whole = jsonl.read(path)
+  assert row.examples == 1 and row.data_sha == sets.digest(whole)
+  assert re.fullmatch('[0-9a-f]{12}', row.data_sha)
+  other = [dataclasses.replace(e, inputs=f'{e.inputs}!') for e in whole]
+  assert sets.digest(other) != row.data_sha == sets.digest(list(whole))
+  assert sets.digest(whole[:1]) != row.data_sha and sets.digest([]) is None
+
+
+def test_lengths_may_be_longer_than_those_of_training(begun, tmp_path):
+  # Bytes: 300 and EOS are more than the run was trained on.
+  path = dump(tmp_path / 'mine.jsonl', [OPEN | {'inputs': 'a' * 300}])
+  options = {'data': path, 'names': ['loss']}
+  _, (short,) = evaluate.evaluate(begun, **options)
+  _, (long,) = evaluate.evaluate(begun, **options, inputs_length=301)
+  assert (short.cut, long.cut, long.inputs_length) == (1, 0, 301)
+  assert long.targets_length == short.targets_length
+  # 'abc' is three tokens and EOS: 'a' and EOS are left.
+  more = {'inputs_length': 301, 'targets_length': 2, 'batch_size': 1}
+  _, (cut,) = evaluate.evaluate(begun, **options, **more)
+  assert (cut.cut, cut.targets_length, cut.weights) == (1, 2, (2,))
+
+
+def test_an_evaluation_goes_on_where_it_was_killed(
+  begun, tmp_path, monkeypatch, capsys
+):
+  rows = [CHOICES | {'task': t, 'template': p} for t in 'xy' for p in 'pq']
+  path = dump(tmp_path / 'mine.jsonl', rows)
+  options = {'data': path, 'part': str(tmp_path / 'rows.jsonl.part')}
+  monkeypatch.setattr(work, '_PORTION', 1)
+  measure, asked = measures.accuracy, []
+
+  def killed_at(count):
+    def until(ranker, variables, prompts, about, done):
+      if len(asked) == count:
+        raise KeyboardInterrupt
+      asked.append([(p.task, p.name) for p in prompts])
+      return measure(ranker, variables, prompts, about, done)
+
+    monkeypatch.setattr(measures, 'accuracy', until)
+
+  killed_at(3)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(begun, **options)
+  # A kill in the middle of a line: that row is measured once more.
+  part = tmp_path / 'rows.jsonl.part'
+  part.write_bytes(part.read_bytes()[:-7])
+  capsys.readouterr()
+  asked.clear()
+  killed_at(None)
+  _, found = evaluate.evaluate(begun, **options)
+  assert asked == [[('y', 'p')], [('y', 'q')]]
+  assert f'2 of 4 rows are in {part}; going on' in capsys.readouterr().out
+  # In one go, and in the order of one go.
+  _, whole = evaluate.evaluate(begun, data=path)
+  assert found == whole and scoring.read(part) == whole
+
+
+def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
+  path = str(tmp_path / 'rows.jsonl.part')
+  row = accuracies(ROWS[:3])[0]
+  about = dataclasses.replace(ABOUT, data_sha='0123456789ab')
+  first = Unfinished(path, about)
+  first.add([dataclasses.replace(row, data_sha='0123456789ab')])
+  first.close()
+  (prompt,) = sets.prompts('evaluation', ROWS[:3], 9)
+  moved = dataclasses.replace(about, run='elsewhere')
+  assert Unfinished(path, moved).get(prompt, 'accuracy').run == 'elsewhere'
+  assert Unfinished(path, about).get(prompt, 'loss') is None
+  # Fewer examples of the prompt are another --max_examples.
+  (fewer,) = sets.prompts('evaluation', ROWS[:3], 2)
+  assert Unfinished(path, about).get(fewer, 'accuracy') is None
+  for changes in ({'data_sha': 'ba9876543210'}, {'seed': 1}, {'step': 4}):
+    other = Unfinished(path, dataclasses.replace(about, **changes))
+    assert other.get(prompt, 'accuracy') is None
 
 
 def test_the_base_alone_has_rows_too(begun, tmp_path):
   path = dump(tmp_path / 'mine.jsonl', [OPEN])
   _, (base,) = evaluate.evaluate(begun, 'base', path)
   assert (base.method, base.step, base.parameters) == ('none', 0, 0)
+  assert base.checkpoint == 'base'
   _, (run,) = evaluate.evaluate(begun, '', path)
   assert run.base_parameters == base.base_parameters
+  assert run.checkpoint == 'latest'
   # One step at a rate of 1e-3 moves it a little.
   assert run.value != base.value
   assert run.value == pytest.approx(base.value, rel=0.05)
@@ -384,6 +516,7 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     found = json.load(f)
   assert found['scores']['accuracy']['mine']['value'] == 0.5
   assert found['rows'][0]['group'] == 'evaluation'
+  assert not os.path.exists(os.path.join(begun, 'evaluation_mine.jsonl.part'))
   assert 'accuracy (%)' in done.stdout and 'ranked 2/2' in done.stderr
 
 
@@ -397,6 +530,8 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     ({'workdir': '{empty}'}, 'is no work directory: it has no config.json'),
     ({'checkpoint': '7'}, "holds no checkpoint '7'; it has those of the steps"),
     ({'most': 0}, 'config.evaluation.max_examples is at least 1'),
+    ({'inputs_length': 1}, 'config.data.inputs_length is at least 2'),
+    ({'batch_size': 0}, 'config.evaluation.batch_size is at least 1'),
   ],
 )
 def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
@@ -433,9 +568,9 @@ def test_the_output_is_checked_and_written_whole(tmp_path):
     evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
   with pytest.raises(ValueError, match='does not exist; make it'):
     evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
-  evaluate.write_summary(path, {'a': 1})
+  summary.write(path, {'a': 1})
   with pytest.raises(TypeError):
-    evaluate.write_summary(path, {'a': object()})
+    summary.write(path, {'a': object()})
   # What was there is whole, and nothing else is.
   assert json.loads((tmp_path / 'evaluation.json').read_text()) == {'a': 1}
   assert os.listdir(folder) == ['evaluation.json']
@@ -445,4 +580,4 @@ def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
   done = command(f'--workdir={begun}', '--measures=f1')
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
-  assert line.startswith('error: --measures is of the rows of --data')
+  assert line.startswith('error: --measures names some of accuracy, loss')

@@ -7,13 +7,13 @@ import pytest
 
 from moepeft.scoring import answers
 
-# (prediction, target): equal, partly, empty, other scripts, several lines.
+# (prediction, target): equal, partly, empty, accents, several lines.
 PAIRS = [
   ('the cat sat on the mat', 'the cat sat on the mat'),
   ('the cats were sitting there', 'a cat sits there, on the mat'),
   ('', 'something was expected'),
   ('something was said', ''),
-  ('你好 世界', '你好 世界'),
+  ('', '...'),
   ('Zoë naïvely ate 3 crêpes', 'Zoe naively ate three crêpes'),
   ('first line\nsecond one here', 'second one here\nfirst line'),
 ]
@@ -57,9 +57,29 @@ def test_rouge_l_goes_over_line_breaks():
   assert answers.rouge_l(['x1\ny1'], ['x1 y1']) == [1]
 
 
-def test_rouge_l_stems_words_and_knows_no_other_script():
+def test_rouge_l_stems_words():
   assert answers.rouge_l(['walking'], ['walked']) == [1]
-  assert answers.rouge_l(['你好'], ['你好']) == [0]
+
+
+def test_rouge_l_of_chinese_is_by_character():
+  # All 5 characters said are of the 6 meant, in their order: precision 1,
+  # recall 5 / 6, F 2 * 5/6 / (11/6) = 10 / 11.
+  assert answers.rouge_l(['我喜欢苹果'], ['我喜欢红苹果']) == [
+    pytest.approx(10 / 11)
+  ]
+  # (gpt, 好) of (gpt, 很, 好): precision 1, recall 2 / 3, F 4 / 5.
+  assert answers.rouge_l(['GPT好'], ['gpt 很好。']) == [pytest.approx(0.8)]
+  # か of (か, な), and 한 of (한, 글): 1 / 2 each.
+  assert answers.rouge_l(['かに', '한국'], ['かな', '한글']) == [0.5, 0.5]
+  assert answers.rouge_l(['something else'], ['你好']) == [0]
+
+
+def test_rouge_l_of_a_script_that_it_does_not_count_is_refused():
+  with pytest.raises(ValueError, match="the target 'привет' has none") as error:
+    answers.rouge_l(['привет', 'a'], ['привет', 'a'])
+  assert '\n' not in str(error.value)
+  # What is no letter has no script, and what is said is not chosen.
+  assert answers.rouge_l(['привет', '?'], ['yes', '?']) == [0, 0]
 
 
 def test_bleu_of_the_same_is_100_and_of_nothing_0():

@@ -15,7 +15,8 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import jsonl, loader, mixing, packing, sources
-from moepeft.data.loader import WINDOW, Loader, StreamWindows, arrange
+from moepeft.data.forms import Pairs
+from moepeft.data.loader import WINDOW, Loader, StreamWindows
 from moepeft.data.vocabulary import Bytes
 from moepeft.tasks import Example
 
@@ -291,7 +292,7 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
     for i in itertools.count(place):
       yield {'inputs': [2 + i % 97, 1], 'targets': [3 + i % 89, 1]}
 
-  windows = StreamWindows(stream, arrange(3, 3, False, 0))
+  windows = StreamWindows(stream, Pairs(Bytes(), 3, 3))
   one = Loader(windows, 300)
   seen = [next(one) for _ in range(9)]
   one.close()

@@ -27,11 +27,11 @@ FLOORS = (
   ),
   ('plots', 'writers'),
   ('optim', 'sharding', 'base', 'decoding'),
-  ('placement', 'checkpoint'),
+  ('placement', 'checkpoint', 'references'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
-  ('judge', 'measures'),
-  ('train', 'evaluate', 'generate', 'count', 'convert'),
-  ('remarks', 'routed', 'compared', 'tables'),
+  ('judge', 'measures', 'unfinished', 'work', 'summary'),
+  ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer'),
+  ('headings', 'remarks', 'routed', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -47,6 +47,8 @@ def test_imports_point_down():
   wrong = []
   for path in ROOT.rglob('*.py'):
     room = path.relative_to(ROOT).parts[0].removesuffix('.py')
+    # python -m moepeft.data is a command.
+    room = 'tables' if path.name == '__main__.py' else room
     for imported in rooms_of(path):
       if imported in HEIGHT and room != '__init__':
         if HEIGHT[imported] > HEIGHT[room]:

@@ -100,6 +100,35 @@ def test_seeds_become_a_mean_with_students_interval(tmp_path):
   assert "Student's t over seeds" in printed
 
 
+def test_best_checkpoints_of_seeds_are_one_row_and_their_steps_are_said(
+  tmp_path,
+):
+  made = [
+    runs.make(
+      tmp_path / str(seed),
+      [('cb', 'p', 'accuracy', runs.right(of, 5))],
+      {'seed': seed, 'step': step, 'checkpoint': 'best'},
+      config={'steps': 13},
+    )
+    for seed, step, of in ((0, 7, 2), (1, 11, 3))
+  ]
+  printed = text(*made)
+  assert body(printed)['`lora(rank=4)`'][:3] == ['20,000', '2', '2']
+  assert 'by the validation loss: `lora(rank=4)` step 7, 11.' in printed
+  assert 'Budget: 13 steps of 5 rows.' in printed
+
+
+def test_answers_of_embedded_tasks_are_told_from_their_accuracy(tmp_path):
+  # Both are columns of the group A.
+  rows = [
+    ('kind', 'seen', 'accuracy', runs.right(1, 2)),
+    ('kind', '', 'exact_match', runs.right(2, 2)),
+  ]
+  changes, config = {'data': 'held_out'}, {'data.source': 'tasks'}
+  made = runs.make(tmp_path / 'a', rows, changes, config=config)
+  assert body(text(made))['method'][-2:] == ['A seen', 'A exact match']
+
+
 def test_a_cell_that_one_seed_lacks_is_missing_and_said(tmp_path):
   one = runs.make(tmp_path / 'a', runs.grid(3, 5, ['cb', 'rte']))
   other = runs.make(tmp_path / 'b', runs.grid(3, 5, ['cb']), {'seed': 1})
@@ -306,6 +335,30 @@ def test_other_budgets_and_settings_are_said(tmp_path):
   assert (
     'optimizer.learning_rate differs: 0.001 (`lora(rank=4)`); 0.01 (`full`).'
   ) in printed
+
+
+def test_examples_that_only_a_later_run_has_cut_are_said(tmp_path):
+  def made(name, cut, **changes):
+    rows = [('cb', 'p', 'accuracy', runs.right(1, 3))]
+    path = runs.make(tmp_path / name, rows, changes)
+    file = tmp_path / name / 'evaluation_eval.jsonl'
+    row = json.loads(file.read_text()) | {'cut': cut}
+    file.write_text(json.dumps(row) + '\n')
+    return path
+
+  first, seed = made('a', 0), made('b', 1, seed=1)
+  other = made('c', 2, method='ia3')
+  plain = made('d', 0, method='mov(experts=3)')
+  # Of both seeds' six; a row of which none is cut has no remark.
+  lines = text(first, seed, other, plain).splitlines()
+  assert [line for line in lines if 'cut' in line] == [
+    f'- {who}: {cut} prompted examples were cut to the lengths of the run; 0 '
+    'could not be ranked and are left out.'
+    for who, cut in (('`lora(rank=4)`', '1 of 6'), ('`ia3`', '2 of 3'))
+  ]
+  # The same in all: once.
+  same = made('e', 2, method='lora(rank=5)')
+  assert '- 2 of 3 prompted examples were cut' in text(other, same)
 
 
 def test_cut_and_unranked_examples_are_said(tmp_path):

@@ -7,20 +7,25 @@ a batch, decoded, with what is trained in brackets.
 
 import collections
 import itertools
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import base as base_lib
 from moepeft import command
 from moepeft import config as config_lib
-from moepeft.data import batching, sources, vocabulary
-from moepeft.data.loader import WINDOW, arrange
-from moepeft.data.packing import Pair
+from moepeft.data import sources, vocabulary
+from moepeft.data.forms import Form, form
+from moepeft.data.loader import WINDOW
+from moepeft.data.picture import pictures
 from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import Sources
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.models import decoder_only
+from moepeft.tasks import Example
 from moepeft.typing import Batch
 
 _BARS = 8
@@ -28,54 +33,76 @@ _WIDTH = 40
 _UNCUT = 1 << 30
 
 
-def show(config: ConfigDict, windows: int, rows: int) -> None:
+def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   """Prints everything of a config.
 
   Args:
     windows: how much to look at, in windows of `WINDOW` examples.
     rows: how many rows of the first batch to decode.
+    only: whether to print these rows alone.
   """
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  found = sources(data, config.seed)
+  _, shape = base_lib.shape(config.model)
+  own = form(data, words, shape, config.seed)
+  found = sources(data, config.seed, below=shape.vocab, own=own)
+  names, items = look(found, windows * WINDOW)
+  batch = own.rows(0, own.encode(items[:WINDOW]))
+  if not only:
+    tell(config, found, own, names, items)
+  colour = sys.stdout.isatty()
+  for row in range(min(rows, len(batch['inputs']))):
+    lines = (
+      pictures(batch, row, words, colour)
+      if decoder_only(shape)
+      else decoded(batch, row, words)
+    )
+    print('\n'.join(lines))
+  green = colour and decoder_only(shape)
+  print(
+    f'\n{"green" if green else "[...]"} is trained: the loss is taken of these '
+    'tokens'
+  )
+
+
+def tell(
+  config: ConfigDict, found: Sources, own: Form, names: Sequence[str], items
+) -> None:
+  """Prints rates, lengths and padding."""
+  data = config.data
   print(f'source   {data.source} {data.path or data.tasks}')
-  print(f'tokens   {words}')
+  print(f'tokens   {own.words}')
   for note in found.notes:
     print(note)
-  lengths = data.inputs_length, data.targets_length
-  names, pairs = look(found, words, windows * WINDOW)
-  sizes = np.array([(len(x), len(y)) for x, y in pairs])
-  print(f'\n{mixture(found, names, sizes, lengths)}\n')
-  for side, name in enumerate(('inputs', 'targets')):
-    print(histogram(sizes[:, side], name, lengths[side]))
-  place = arrange(*lengths, data.packing, config.seed)
-  cut = [
-    tuple(
-      np.append(ids[: n - 1], ids[-1])
-      for ids, n in zip(pair, lengths, strict=True)
-    )
-    for pair in pairs
-  ]
-  parts = [place(i, cut[i * WINDOW : (i + 1) * WINDOW]) for i in range(windows)]
-  print(f'\n{padding(parts, len(pairs))}')
-  for row in range(min(rows, len(parts[0]['inputs']))):
-    print('\n'.join(decoded(parts[0], row, words)))
-  print('\n[...] is trained: the loss is taken of these tokens')
+  whole = own.resized((_UNCUT,) * len(own.lengths)).encode(items)
+  sides, most = ('inputs', 'targets'), own.lengths
+  sizes, trained = own.sizes(whole)
+  if len(most) == 1:
+    # Of a decoder, tokens and those of them that are trained.
+    sides, most = ('tokens', 'trained'), most * 2
+    sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
+  sizes = np.array(sizes)
+  print(f'\n{mixture(found, names, sizes, most, sides)}\n')
+  for side, name in enumerate(sides[: len(own.lengths)]):
+    print(histogram(sizes[:, side], name, most[side]))
+  windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
+  parts = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
+  print(f'\n{padding(parts, len(items))}')
 
 
-def look(
-  found: Sources, words: Vocabulary, count: int
-) -> tuple[list[str], list[Pair]]:
-  """(dataset, ids) of the first examples; SeqIO tells no names, and cuts."""
+def look(found: Sources, count: int) -> tuple[list[str], list]:
+  """(datasets, first items); SeqIO and texts tell no names, SeqIO cuts."""
   if isinstance(found.train, Stream):
     elements = itertools.islice(found.train.open(0), count)
     return [], [(e['inputs'], e['targets']) for e in elements]
-  examples = [found.train[i] for i in range(count)]
-  names = [e.task for e in examples]
+  items = [found.train[i] for i in range(count)]
+  if not all(isinstance(e, Example) for e in items):
+    return [], items
+  names = [e.task for e in items]
   if not set(names) <= set(found.shares):
     # At the rates of a named mixture, which go by template.
-    names = [f'{e.task}/{e.template}' for e in examples]
-  return names, batching.encode_all(words, examples, _UNCUT, _UNCUT)
+    names = [f'{e.task}/{e.template}' for e in items]
+  return names, items
 
 
 def mixture(
@@ -83,6 +110,7 @@ def mixture(
   names: Sequence[str],
   sizes: np.ndarray,
   lengths: tuple[int, int],
+  sides: tuple[str, str] = ('inputs', 'targets'),
 ) -> str:
   """A table of datasets: rows, rate, what came of it, lengths and cuts."""
   rows = collections.Counter(e.task for e in found.rows)
@@ -91,7 +119,7 @@ def mixture(
   for i, name in enumerate(names):
     where[name].append(i)
   lines = [
-    ('dataset', 'rows', 'rate', 'seen', 'inputs', 'targets', 'cut'),
+    ('dataset', 'rows', 'rate', 'seen', *sides, 'cut'),
   ]
   for name, share in sorted(found.shares.items(), key=lambda s: -s[1]):
     own = sizes[where[name]] if where[name] else np.zeros((0, 2))
@@ -143,17 +171,20 @@ def histogram(lengths: np.ndarray, name: str, most: int) -> str:
   return '\n'.join(lines)
 
 
-def padding(parts: Iterable[Batch], examples: int) -> str:
+def padding(parts: Sequence[Batch], examples: int) -> str:
   """Examples a row, and the shares of padding."""
   rows = sum(len(part['inputs']) for part in parts)
   shares = [
     1 - np.concatenate([part[f'{side}_mask'] for part in parts]).mean()
     for side in ('inputs', 'targets')
   ]
-  return (
+  said = (
     f'{examples / rows:.2f} examples a row; padding: {shares[0]:.1%} of the '
-    f'inputs, {shares[1]:.1%} of the targets'
   )
+  if 'decoder_inputs' not in parts[0]:
+    trained = (1 - shares[1]) / (1 - shares[0])
+    return f'{said}the tokens; {trained:.1%} of the others are trained'
+  return f'{said}the inputs, {shares[1]:.1%} of the targets'
 
 
 def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
@@ -186,7 +217,9 @@ def main(argv) -> None:
   config_lib.check(_CONFIG.value)
   if min(_WINDOWS.value, _ROWS.value) < 1:
     raise ValueError('--windows and --rows are at least 1')
-  show(_CONFIG.value, _WINDOWS.value, _ROWS.value)
+  only = _SHOW_BATCH.value
+  # A picture needs no more than a window.
+  show(_CONFIG.value, 1 if only else _WINDOWS.value, _ROWS.value, only)
 
 
 if __name__ == '__main__':
@@ -195,4 +228,7 @@ if __name__ == '__main__':
     'windows', 4, f'How much to look at, in {WINDOW:,} examples.'
   )
   _ROWS = flags.DEFINE_integer('rows', 3, 'Rows of a batch to decode.')
+  _SHOW_BATCH = flags.DEFINE_bool(
+    'show_batch', False, 'Print the decoded rows alone.'
+  )
   command.run(main)

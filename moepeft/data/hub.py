@@ -50,7 +50,7 @@ def read(
       rows; the message names the path and the row.
   """
   bad = Bad(on_bad_row)
-  table, where = _table(path, split, bad)
+  table, where = table_of(path, split, bad)
   name = _name(path)
   if templates:
     group = templates_lib.group(templates, name)
@@ -86,17 +86,23 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
     )
 
 
-def _table(
+def table_of(
   path: str, split: str, bad: Bad
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
-  """Rows by place, and a place in words."""
+  """Rows by place as they stand, and a place in words.
+
+  Args: as of `read`.
+
+  Raises:
+    ValueError: as `read`.
+  """
   local = os.path.expanduser(path)
   if os.path.isfile(local) and _ending(local) in _JSON:
     if split != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
-    places, table = _json(local, bad)
+    places, table = json_rows(local, bad)
     return table, places.__getitem__
   table = _load(path, local, split)
   return table, lambda place: f'{path}, {split}, row {place}'
@@ -106,7 +112,7 @@ def _ending(file: str) -> str:
   return file.lower().removesuffix('.gz').rpartition('.')[2]
 
 
-def _json(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
   if _ending(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)

@@ -17,19 +17,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft.data import batching, packing
+from moepeft.data.forms import Form, Rows, form
 from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import Sources
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.tasks import Example
 from moepeft.typing import Batch
 
 WINDOW = 1024
 # Batches that wait for the device.
 _AHEAD = 2
-
-Rows = dict[str, np.ndarray]  # arrays [rows, ...]
-Arrange = Callable[[int, Sequence[packing.Pair]], Rows]
 
 
 class Windows(Protocol):
@@ -39,39 +35,20 @@ class Windows(Protocol):
     """The windows from `number` on, without end."""
 
 
-def arrange(
-  inputs_length: int, targets_length: int, packed: bool, seed: int
-) -> Arrange:
-  """(window's number, its encoded examples) -> rows."""
-
-  def rows(number: int, pairs: Sequence[packing.Pair]) -> Rows:
-    if packed:
-      rng = np.random.default_rng((seed, number))
-      return packing.pack(pairs, inputs_length, targets_length, rng)
-    x, y = zip(*pairs, strict=True)
-    return batching.seq2seq(x, y, inputs_length, targets_length)
-
-  return rows
-
-
 class ExampleWindows:
   """Windows of a dataset whose items can be had in any order."""
 
   def __init__(
     self,
     examples: grain.MapDataset,
-    words: Vocabulary,
-    inputs_length: int,
-    targets_length: int,
-    arrange: Arrange,
+    own: Form,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
   ):
     """Reads every `shard[1]`-th window, in `workers` processes if any."""
 
-    def window(number: int, part: Sequence[Example]) -> Rows:
-      pairs = batching.encode_all(words, part, inputs_length, targets_length)
-      return arrange(number, pairs)
+    def window(number: int, part: Sequence) -> Rows:
+      return own.rows(number, own.encode(part))
 
     windows = examples.batch(WINDOW, batch_fn=list).map_with_index(window)
     self._windows = windows[shard[0] :: shard[1]]
@@ -108,16 +85,17 @@ class StreamWindows:
   def __init__(
     self,
     stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    arrange: Arrange,
+    own: Form,
   ):
     """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
-    self._stream, self._arrange = stream, arrange
+    self._stream, self._form = stream, own
 
   def open(self, number: int) -> Iterator[Rows]:
     examples = self._stream(number * WINDOW)
     while True:
       part = [next(examples) for _ in range(WINDOW)]
-      yield self._arrange(number, [(e['inputs'], e['targets']) for e in part])
+      pairs = [(e['inputs'], e['targets']) for e in part]
+      yield self._form.rows(number, self._form.encode(pairs))
       number += 1
 
 
@@ -134,7 +112,7 @@ class _Batches(grain.DatasetIterator):
     while wanted:
       if self._rows is None:
         self._rows = next(self._windows)
-      held = len(self._rows['inputs'])
+      held = len(next(iter(self._rows.values())))
       end = min(self._row + wanted, held)
       parts.append({k: v[self._row : end] for k, v in self._rows.items()})
       wanted -= end - self._row
@@ -201,34 +179,32 @@ def loader(
   batch_size: int,
   seed: int,
   shard: tuple[int, int] = (0, 1),
+  model: Any = None,
+  own: Form | None = None,
 ) -> Loader:
   """The batches of a config.
 
   Args:
     batch_size: rows in a batch of this host.
     shard: (number of this host, hosts); each reads windows of its own.
+    model: the model that they are for, or its config; None for an
+      encoder-decoder.
+    own: their form; by default the model's.
   """
-  lengths = data.inputs_length, data.targets_length
-  rows = arrange(*lengths, data.packing, seed)
+  own = own or form(data, words, model, seed)
   if isinstance(sources.train, Stream):
     # SeqIO reads ahead, and by host, by itself.
-    return Loader(StreamWindows(sources.train.open, rows), batch_size)
-  windows = ExampleWindows(
-    sources.train, words, *lengths, rows, shard, data.workers
-  )
+    return Loader(StreamWindows(sources.train.open, own), batch_size)
+  windows = ExampleWindows(sources.train, own, shard, data.workers)
   return Loader(windows, batch_size)
 
 
-def cuts(
-  train: grain.MapDataset, words: Vocabulary, data: ConfigDict, rows: int = 500
-) -> str:
+def cuts(train: grain.MapDataset, own: Form, rows: int = 500) -> str:
   """A line that says how many of the first examples are too long, or ''."""
-  lengths = data.inputs_length, data.targets_length
-  cut = sum(batching.encode(words, train[i], *lengths)[2] for i in range(rows))
+  cut = own.cut([train[i] for i in range(rows)])
   if not cut:
     return ''
   return (
-    f'{cut} of the first {rows} training examples are cut; raise '
-    'config.data.inputs_length or config.data.targets_length to keep them '
-    'whole\n'
+    f'{cut} of the first {rows} training examples are cut; raise {own.longer} '
+    'to keep them whole\n'
   )

@@ -15,13 +15,13 @@ def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
   """Places items into few bins: best fit, the longest item first.
 
   Args:
-    lengths: int [items, 2], of inputs and targets; none above its room.
-    room: of a bin, for inputs and for targets.
+    lengths: int [items, k], of each side; none above its room.
+    room: of a bin, for each of the k sides.
 
   Returns:
     The items of each bin.
   """
-  free = np.empty((len(lengths), 2), np.int64)
+  free = np.empty((len(lengths), len(room)), np.int64)
   made: list[list[int]] = []
   # Whichever side fills its room more decides how large an item is.
   order = np.argsort(-np.max(lengths / np.asarray(room), axis=1), kind='stable')
@@ -29,7 +29,8 @@ def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
     open_bins = free[: len(made)]
     fits = np.all(open_bins >= lengths[item], axis=1)
     if fits.any():
-      # Of the inputs: longer than targets, theirs is the padding that costs.
+      # Of the first side: inputs are longer than targets, so theirs is the
+      # padding that costs.
       left = open_bins[:, 0]
       chosen = int(np.argmin(np.where(fits, left, np.inf)))
     else:

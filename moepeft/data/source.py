@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data import (
-  batching,
+  answers,
+  chat,
   hub,
   jsonl,
   mixing,
@@ -22,14 +23,18 @@ from moepeft.data import (
   seqio_cache,
   seqio_stream,
   templates,
+  text,
 )
-from moepeft.data.packing import Pair
+from moepeft.data.causal import Samples
+from moepeft.data.forms import Form
 from moepeft.data.rows import Rows
 from moepeft.data.seqio_stream import Stream
-from moepeft.data.vocabulary import Vocabulary
 from moepeft.tasks import Example
 
-SOURCES = ('tasks', 'jsonl', 'datasets', 'seqio')
+SOURCES = (
+  *('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'chat'),
+  answers.SOURCE,
+)
 _ENDLESS = 1 << 60
 
 
@@ -38,38 +43,41 @@ class Sources:
   """What a config trains on.
 
   Attributes:
-    train: endless examples, or a stream of their ids.
+    train: endless examples (some may be ids already), or a stream of ids.
     shares: the share of each dataset in them, which add up to one.
     rows: the training rows where they have an end, else none.
-    held_out: examples that `train` never gives.
+    held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
+    compared: what was read of the source 'preference'.
   """
 
   train: grain.MapDataset | Stream
   shares: dict[str, float]
   rows: Sequence[Example] = ()
-  held_out: Sequence[Example] = ()
+  held_out: Sequence = ()
   notes: tuple[str, ...] = ()
+  compared: answers.Read | None = None
 
-  def validation(
-    self, words: Vocabulary, inputs: int, targets: int, count: int
-  ) -> list[Pair]:
+  def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
     if isinstance(self.train, Stream):
       held_out = self.train.validation(count)
-      return [(e['inputs'], e['targets']) for e in held_out]
-    some = spread(self.held_out, count)
-    return batching.encode_all(words, some, inputs, targets)
+      return own.encode([(e['inputs'], e['targets']) for e in held_out])
+    return own.encode(spread(self.held_out, count))
 
 
-def spread(rows: Sequence[Example], most: int) -> list[Example]:
+def spread(rows: Sequence, most: int) -> list:
   """Evenly spaced rows, so that every dataset and template has its share."""
   count = min(most, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def sources(
-  data: ConfigDict, seed: int, shard: tuple[int, int] = (0, 1), below: int = 0
+  data: ConfigDict,
+  seed: int,
+  shard: tuple[int, int] = (0, 1),
+  below: int = 0,
+  own: Form | None = None,
 ) -> Sources:
   """Opens config.data.
 
@@ -77,6 +85,7 @@ def sources(
     shard: (this host, hosts), which streams of SeqIO are divided by.
     below: the size of the model's vocabulary, which ids of SeqIO are checked
       against; 0 for no check.
+    own: the form of the model's batches, which text is cut up for.
 
   Raises:
     ValueError: an unknown source, path, task family or mixture, or rows that
@@ -86,10 +95,30 @@ def sources(
     raise ValueError(
       f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
     )
+  found = _opened(data, seed, shard, below, own)
+  if not data.replay and not data.replay_rate:
+    return found
+  return _replayed(found, data, seed, own, below)
+
+
+def _opened(
+  data: ConfigDict,
+  seed: int,
+  shard: tuple[int, int],
+  below: int,
+  own: Form | None,
+) -> Sources:
+  """What config.data.source names."""
   if data.source == 'tasks':
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
+  if data.source == answers.SOURCE:
+    return preferences(answers.read(data, own), data, seed)
+  if data.source == 'text':
+    return _text(data, seed, own, below)
+  if data.source == 'chat':
+    return _chat(data, seed, own)
   if not data.path:
     raise ValueError(
       'set config.data.path to '
@@ -106,6 +135,41 @@ def sources(
       data.path, data.split, data.templates, data.on_bad_row, seed
     )
   return _of_rows(rows, data, seed)
+
+
+def _replayed(
+  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
+) -> Sources:
+  """The same with plain text mixed in at config.data.replay_rate.
+
+  Raises:
+    ValueError: one of the path and the rate is missing, the rate is no share,
+      or the source is a stream of SeqIO.
+  """
+  rate = data.replay_rate
+  if not data.replay or not 0 < rate < 1:
+    raise ValueError(
+      'config.data.replay is a path of text and config.data.replay_rate its '
+      f'share, above 0 and below 1; got {data.replay!r} and {rate}'
+    )
+  if isinstance(found.train, Stream):
+    raise ValueError(
+      'config.data.replay cannot be mixed into a stream of SeqIO; make a '
+      'mixture of SeqIO that has the text'
+    )
+  old = text.pieces(data, own, data.replay, below)
+  drawn = mixing.mix({'replay': old}, {}, seed)
+  train = grain.MapDataset.select_from_datasets(
+    [found.train, old.prepared(drawn, seed)],
+    mixing.Turns((1 - rate, rate), seed),
+  )
+  shares = {name: (1 - rate) * share for name, share in found.shares.items()}
+  return dataclasses.replace(
+    found,
+    train=train,
+    shares=shares | {data.replay: rate},
+    notes=(*found.notes, *old.notes),
+  )
 
 
 def _tasks(group: str, seed: int) -> Sources:
@@ -156,6 +220,71 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
     rows=train,
     held_out=held_out,
     notes=tuple(notes),
+  )
+
+
+def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
+  """Plain text, cut up for the model."""
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a .txt file, to .jsonl rows with a text, or to '
+      'a directory of them'
+    )
+  found = text.pieces(data, own, data.path, below)
+  train, held_out = found.split(data.held_out)
+  return Sources(
+    train=found.prepared(mixing.mix({data.path: train}, {}, seed), seed),
+    shares={data.path: 1.0},
+    held_out=found.fixed(held_out, seed),
+    notes=found.notes,
+  )
+
+
+def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
+  """Compared or judged answers, which are ids already.
+
+  Raises:
+    ValueError: config.data.held_out leaves nothing to train on.
+  """
+  train, held_out = found.split(data.held_out)
+  return Sources(
+    train=mixing.mix({data.path: train}, {}, seed),
+    shares={data.path: 1.0},
+    held_out=held_out,
+    notes=found.notes,
+    compared=found,
+  )
+
+
+def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
+  """Conversations, the last of each file held out."""
+  if not isinstance(own, Samples):
+    raise ValueError(
+      "config.data.source='chat' is of decoder-only models; give an "
+      'encoder-decoder rows with inputs and targets'
+    )
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a .json or .jsonl file of conversations, or to '
+      'a directory of them'
+    )
+  found, notes = chat.samples(data, own.words)
+  train, held_out = {}, []
+  for file, some in found.items():
+    cut = len(some) - int(round(len(some) * data.held_out))
+    train |= {file: some[:cut]} if cut else {}
+    held_out += some[cut:]
+  if not train:
+    raise ValueError(
+      f'config.data.held_out={data.held_out} leaves no row to train on; lower '
+      'it'
+    )
+  weights = mixing.rates({file: len(some) for file, some in train.items()})
+  return Sources(
+    train=mixing.mix(train, weights, seed),
+    shares=_normalised(weights),
+    held_out=held_out,
+    notes=notes,
   )
 
 

@@ -2,11 +2,14 @@
 """Text to token ids and back: bytes, or a model's own tokenizer."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from moepeft.interop import gguf, gguf_tokenizer, packages
 
 
 class Vocabulary(Protocol):
@@ -14,12 +17,18 @@ class Vocabulary(Protocol):
 
   size: int
   eos: int
+  # What texts of decoder-only models begin with, if anything.
+  bos: int | None
 
   def encode(self, text: str) -> list[int]: ...
 
   def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]: ...
 
   def decode(self, ids: list[int]) -> str: ...
+
+  def show(self, ids: list[int]) -> str: ...
+
+  def sentinels(self, below: int) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Bytes:
 
   size: int = 259
   eos: int = 1
+  bos: None = None
 
   def encode(self, text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
@@ -43,16 +53,31 @@ class Bytes:
     """Ids below 3 or above 258 are dropped; broken UTF-8 is marked."""
     return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors='replace')
 
+  def show(self, ids: list[int]) -> str:
+    """The text, with what is no byte by its name."""
+    names = {0: '<pad>', 1: '<eos>', 2: '<unk>'}
+    parts = []
+    for is_byte, run in itertools.groupby(ids, lambda i: 3 <= i < 259):
+      own = list(run)
+      named = (names.get(i, f'<{i}>') for i in own)
+      parts.append(self.decode(own) if is_byte else ''.join(named))
+    return ''.join(parts)
+
+  def sentinels(self, below: int) -> list[int]:
+    """Ids that stand for hidden spans: the model's last ones, downwards.
+
+    Args:
+      below: the size of the model's vocabulary.
+    """
+    return list(range(below - 1, self.size - 1, -1))
+
 
 class Tokenizer:
   """A Hugging Face tokenizer; special tokens are ours to add."""
 
   def __init__(self, path: str):
-    # Imported here: it costs seconds, and the default run needs none of it.
-    from transformers import AutoTokenizer
-
     try:
-      self._tokenizer = AutoTokenizer.from_pretrained(path)
+      self._tokenizer = tokenizer_of(path)
     except (OSError, ValueError) as e:
       reason = str(e).splitlines()[0]
       raise ValueError(
@@ -63,9 +88,18 @@ class Tokenizer:
     self._path = path
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
+    bos = self._tokenizer.bos_token_id
+    # Some have one that no text begins with.
+    begun = self._tokenizer('a')['input_ids'][:1] == [bos]
+    self.bos = bos if begun else None
 
   def __str__(self) -> str:
     return f'{self._path}, {self.size:,} pieces'
+
+  @property
+  def tokenizer(self) -> Any:
+    """Hugging Face's own, which has the chat template."""
+    return self._tokenizer
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']
@@ -75,6 +109,32 @@ class Tokenizer:
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def show(self, ids: list[int]) -> str:
+    """The text with special tokens."""
+    return self._tokenizer.decode(ids)
+
+  def sentinels(self, below: int) -> list[int]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., as many as there are."""
+    known, found = self._tokenizer.get_vocab(), []
+    while (name := f'<extra_id_{len(found)}>') in known:
+      found.append(known[name])
+    return found
+
+
+def tokenizer_of(path: str) -> Any:
+  """A tokenizer of `transformers`: a directory's, a GGUF file's or the hub's.
+
+  Raises:
+    OSError, ValueError: there is none.
+  """
+  # Imported here: it costs seconds, and the default run needs none of it.
+  from transformers import AutoTokenizer
+
+  path = packages.resolve(path)
+  if path.endswith(gguf.SUFFIX):
+    return gguf_tokenizer.read(path)
+  return AutoTokenizer.from_pretrained(path)
 
 
 def vocabulary(name: str, model_path: str = '') -> Vocabulary:

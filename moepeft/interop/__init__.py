@@ -3,6 +3,7 @@
 and one line in FORMS.
 
 - hf: base models in Hugging Face directories (config.json, safetensors).
+- gguf: base models in GGUF files (read only).
 - t5x: T5X checkpoints, base and the released code's adapters together.
 - peft: adapters of Hugging Face's `peft` (LoRA, (IA)^3).
 - moepeft: our own adapters (adapter.safetensors, adapter.json).
@@ -10,10 +11,10 @@ and one line in FORMS.
 
 from pathlib import Path
 
-from moepeft.interop import adapter, hf, peft, t5x
+from moepeft.interop import adapter, gguf, hf, peft, t5x
 from moepeft.models.names import CheckpointError as CheckpointError
 
-FORMS = {'hf': hf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
+FORMS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
 
 # The file that gives each form away, beside which the others may lie.
 _MARKS = {
@@ -33,6 +34,8 @@ def detect(path: str) -> str:
     CheckpointError: it is none of them.
   """
   folder = Path(path)
+  if folder.suffix == gguf.SUFFIX:
+    return 'gguf'
   for form, mark in _MARKS.items():
     if (folder / mark).is_file():
       return form

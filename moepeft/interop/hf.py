@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.interop import files
+from moepeft.interop import files, gguf, gguf_tokenizer
+from moepeft.interop.loaded import Loaded as Loaded
 from moepeft.models import decoder_names, names, t5_names
-from moepeft.models.names import CheckpointError, Entry, Tree
+from moepeft.models.layout import Layout
+from moepeft.models.names import CheckpointError, Entry, Shape, Tree
 
 # `model_type` in config.json -> the room that knows its names.
 FAMILIES = {'t5': t5_names, 'mt5': t5_names}
@@ -31,27 +33,9 @@ _TOKENIZER = (
   'vocab.*',
   'merges.txt',
   'chat_template.jinja',
-  # Says which tokens end an answer.
+  # Where a chat model says which tokens end its answers.
   'generation_config.json',
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A base model in memory.
-
-  Attributes:
-    config: of its family, e.g. a T5Config.
-    params: nested dict of NumPy arrays, layers on axis 0.
-    sha256: content hash of what the files hold, whatever dtype was asked for;
-      see `moepeft.models.names.content_hash`.
-    path: the directory that was read.
-  """
-
-  config: Any
-  params: Tree
-  sha256: str
-  path: str
 
 
 def load(path: str, dtype: Any = None) -> Loaded:
@@ -70,19 +54,13 @@ def load(path: str, dtype: Any = None) -> Loaded:
   """
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = open_tensors(folder)
-  shapes = {
-    name: shape
-    for name, shape in tensors.shapes.items()
-    if name not in family.HF_IGNORED
-  }
-  if _is_duplicate(family, fields, tensors):
-    del shapes[family.HF_HEAD]
-  config = family.config_from_hf(fields, tied=family.HF_HEAD not in shapes)
+  tensors = _named(family.layout(fields), open_tensors(folder))
+  tied = _is_tied(family.layout(fields), fields, tensors)
+  config = family.config_from_hf(fields, tied)
   wanted = expected(family, config)
   names.check(
     {entry.their_name: entry.their_shape for entry in wanted},
-    shapes,
+    tensors.shapes,
     f'{folder} does not hold the model that its config.json describes',
     'use the config.json that was saved with these weights',
   )
@@ -95,10 +73,9 @@ def load_config(path: str) -> Any:
   """The config of a model as `load` would return it, without its weights."""
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = open_tensors(folder)
-  tied = family.HF_HEAD not in tensors.shapes
-  tied |= _is_duplicate(family, fields, tensors)
-  return family.config_from_hf(fields, tied=tied)
+  tensors = _named(family.layout(fields), open_tensors(folder))
+  tied = _is_tied(family.layout(fields), fields, tensors)
+  return family.config_from_hf(fields, tied)
 
 
 def save(
@@ -115,7 +92,8 @@ def save(
   Args:
     params: as `load` returns it; NumPy or JAX arrays.
     dtype: cast to it; None keeps each array's own.
-    tokenizer: a directory whose tokenizer files are copied along.
+    tokenizer: a directory whose tokenizer files are copied along, or a GGUF
+      file, whose tokenizer is written as such files.
     max_shard_bytes: files are split before they grow beyond this.
     overwrite: whether an earlier checkpoint at `path` is replaced.
 
@@ -132,10 +110,10 @@ def save(
     kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
+    fields |= _special_ids(tokenizer) if config.family != 't5' else {}
     files.write_json(made / 'config.json', fields)
     _write_shards(made, plan, arrays, dtype)
-    for file in tokenizer_files(tokenizer) if tokenizer else ():
-      shutil.copyfile(file, made / file.name)
+    _write_tokenizer(made, tokenizer)
 
 
 def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
@@ -211,17 +189,39 @@ def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
       f'{folder / "config.json"} is of the family {kind!r}; supported are '
       f'{", ".join(FAMILIES)}'
     )
+  if fields.get('quantization_config') or fields.get('quantization'):
+    raise CheckpointError(
+      f'{folder / "config.json"} is of quantised weights: expected plain ones; '
+      'take the model that was quantised, and set config.model.quantise'
+    )
   return FAMILIES[kind], fields
 
 
-def _is_duplicate(family: ModuleType, fields, tensors: files.Tensors) -> bool:
-  """Whether the head's tensor only repeats the embedding."""
-  head, embedding = family.HF_HEAD, family.HF_EMBEDDING
+@dataclasses.dataclass
+class _Named:
+  """Tensors by the names that the rules have."""
+
+  shapes: dict[str, Shape]
+  fetch: Callable[[str], np.ndarray]
+
+
+def _named(layout: Layout, tensors: files.Tensors) -> _Named:
+  known = layout.known_as(tensors.shapes)
+  shapes = {name: tensors.shapes[there] for name, there in known.items()}
+  return _Named(shapes, lambda name: tensors.fetch(known[name]))
+
+
+def _is_tied(layout: Layout, fields, tensors: _Named) -> bool:
+  """Whether the head is the embedding; forgets a tensor that repeats it."""
+  head, embedding = layout.head, layout.embedding
   if head not in tensors.shapes or embedding not in tensors.shapes:
-    return False
+    return head not in tensors.shapes
   if fields.get('tie_word_embeddings') is False:
     return False
-  return np.array_equal(tensors.fetch(head), tensors.fetch(embedding))
+  if not np.array_equal(tensors.fetch(head), tensors.fetch(embedding)):
+    return False
+  del tensors.shapes[head]
+  return True
 
 
 def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
@@ -236,8 +236,8 @@ def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
 def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
-  for entry in wanted:
-    size = math.prod(entry.shape) * _dtype(entry, params, dtype).itemsize
+  for entry in names.whole(wanted):
+    size = math.prod(entry.their_shape) * _dtype(entry, params, dtype).itemsize
     if shards[-1] and used + size > most:
       shards.append([])
       used = 0
@@ -267,6 +267,29 @@ def _write_shards(
   if len(plan) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     files.write_json(folder / _INDEX, index)
+
+
+def _write_tokenizer(made: Path, tokenizer: str | None) -> None:
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    gguf_tokenizer.read(tokenizer).save_pretrained(made)
+    return
+  for file in tokenizer_files(tokenizer) if tokenizer else ():
+    shutil.copyfile(file, made / file.name)
+
+
+def _special_ids(tokenizer: str | None) -> dict[str, Any]:
+  """Ids of special tokens beside a tokenizer; else nothing is special.
+
+  Where config.json is silent, transformers takes those of a family's first
+  model, and ends texts at them.
+  """
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
+  else:
+    config = Path(tokenizer or '') / 'config.json'
+    said = files.read_json(config) if tokenizer and config.is_file() else {}
+  kinds = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+  return {kind: said.get(kind) for kind in kinds}
 
 
 def tokenizer_files(folder: str) -> list[Path]:

@@ -2,7 +2,10 @@
 """The families of base models. A new one is one new file and one line; a
 decoder's also one in `decoder_names`."""
 
-from moepeft.models import gemma, llama, mistral, qwen2, qwen3, t5
+from typing import Any
+
+from moepeft.models import gemma, gpt2, llama, mistral, qwen2, qwen3, t5
+from moepeft.models.decoder import Decoder, DecoderConfig
 
 FAMILIES = {
   't5': t5,
@@ -11,4 +14,10 @@ FAMILIES = {
   'qwen2': qwen2,
   'qwen3': qwen3,
   'gemma': gemma,
+  'gpt2': gpt2,
 }
+
+
+def decoder_only(model: Any) -> bool:
+  """Whether a model, or a config of one, has no encoder."""
+  return isinstance(model, (Decoder, DecoderConfig))

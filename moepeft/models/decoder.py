@@ -13,13 +13,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.models.context import context
-from moepeft.nn.attention import visible
+from moepeft.models.seen import masks, sight
+from moepeft.nn.attention import check_form
 from moepeft.nn.causal import CausalAttention
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.norms import NormForm
-from moepeft.nn.positions import alibi, sinusoidal
+from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
 from moepeft.nn.rope import Rope
+from moepeft.nn.sight import NO_WINDOW
 from moepeft.nn.site import Advice, Around
 from moepeft.nn.stack import stack
 from moepeft.typing import Array, Batch, Context
@@ -92,6 +94,14 @@ class DecoderConfig:
       raise ValueError(
         f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
       )
+    if self.positions == 'rope' and self.head_dim % 2:
+      raise ValueError(
+        f'RoPE turns pairs: head_dim is even; got {self.head_dim}'
+      )
+    if self.positions == 'sinusoidal' and self.d_model % 2:
+      raise ValueError(
+        f'sines and cosines come in pairs: d_model is even; got {self.d_model}'
+      )
     if self.windowed and len(self.windowed) != self.layers:
       raise ValueError(
         f'windowed says it of each of the {self.layers} layers; got '
@@ -144,14 +154,18 @@ class Block(nn.Module):
   advice: Advice
   dtype: Any
   param_dtype: Any
+  attention: str
 
   @nn.compact
-  def __call__(self, x, ctx, bias, mask, window_mask):
+  def __call__(self, x, ctx, bias, mask, window_mask, sight):
     c = self.config
+    # All layers are one program: which of them are windowed is data.
+    windowed = jnp.array(c.windowed or (True,) * c.layers)
     if window_mask is not None:
-      # All layers are one program: which mask is theirs is data.
-      windowed = jnp.array(c.windowed or (True,) * c.layers)
       mask = jnp.where(windowed[ctx.layer], window_mask, mask)
+    if sight is not None and c.window:
+      window = jnp.where(windowed[ctx.layer], c.window, NO_WINDOW)
+      sight = sight.replace(window=window)
     attention = CausalAttention(
       c.d_model,
       c.heads,
@@ -169,9 +183,10 @@ class Block(nn.Module):
       norm_form=c.norm_form,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      form=self.attention,
       name='self',
     )
-    run = lambda attention, y: attention(y, ctx, bias, mask)  # noqa: E731
+    run = lambda attention, y: attention(y, ctx, bias, mask, sight)  # noqa: E731
     x = self._residual('self', attention, run, x, ctx)
     mlp = Mlp(
       c.d_model,
@@ -212,17 +227,29 @@ class Stack(nn.Module):
   unroll: int
   dtype: Any
   param_dtype: Any
+  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     c = self.config
-    mask, window_mask = masks(c, ctx)
-    bias = None
-    if c.positions == 'alibi':
+    mask = window_mask = bias = seen = None
+    if self.attention == 'chunked':
+      slopes = alibi_slopes(c.heads) if c.positions == 'alibi' else None
+      seen = sight(slopes, ctx)
+    else:
+      mask, window_mask = masks(c.window, ctx)
+    if c.positions == 'alibi' and seen is None:
       cached = jnp.arange(ctx.cache_length)
       keys = cached if ctx.decode else ctx.positions
       bias = alibi(c.heads, ctx.positions, keys)
-    block = Block(c, self.advice, self.dtype, self.param_dtype, parent=None)
+    block = Block(
+      c,
+      self.advice,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+      parent=None,
+    )
     drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
     x = stack(
       block,
@@ -232,6 +259,7 @@ class Stack(nn.Module):
       bias,
       mask,
       window_mask,
+      seen,
       scan=self.scan,
       remat=self.remat,
       unroll=self.unroll,
@@ -242,27 +270,11 @@ class Stack(nn.Module):
     return norm(x, ctx)
 
 
-def masks(c: DecoderConfig, ctx: Context) -> tuple[Array, Array | None]:
-  """What each query sees, bool [b, 1, t, s]; in windowed layers, if any.
-
-  In decoding s is the cache, where a token's place is its position.
-  """
-  if ctx.decode:
-    at, keys = ctx.positions[:, :, None], jnp.arange(ctx.cache_length)
-    seen = keys <= at
-    near = seen & (keys > at - c.window)
-    return seen[:, None], near[:, None] if c.window else None
-  real, segments = ctx.token_mask, ctx.segment_ids
-  see = lambda window: visible(  # noqa: E731
-    real, real, segments, segments, causal=True, window=window
-  )
-  return see(0), see(c.window) if c.window else None
-
-
 class Decoder(nn.Module):
   """Decoder-only; `__call__` is training's, `extend` is for decoding.
 
   Attributes: as of `models.t5.T5`.
+    attention: of `nn.attention.FORMS`.
   """
 
   config: DecoderConfig
@@ -272,9 +284,11 @@ class Decoder(nn.Module):
   unroll: int = 1
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  attention: str = 'naive'
 
   def setup(self):
     c = self.config
+    check_form(self.attention)
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     small = 0.02
     self.embed = Embedding(
@@ -299,6 +313,7 @@ class Decoder(nn.Module):
       self.unroll,
       self.dtype,
       self.param_dtype,
+      self.attention,
     )
     self.head = Head(c.d_model, c.vocab, self.advice, c.logits_cap, **typed)
 
@@ -340,6 +355,11 @@ class Decoder(nn.Module):
     """ids [b, t] -> the last norm's output [b, t, d]."""
     c = self.config
     if ctx.positions is None:
+      if c.positions == 'learned' and ids.shape[1] > c.length:
+        raise ValueError(
+          f'the model has learned {c.length} positions; got rows of '
+          f'{ids.shape[1]} tokens: make them shorter'
+        )
       places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
       ctx = ctx.replace(positions=places)
     x = self.embed(ids, ctx)

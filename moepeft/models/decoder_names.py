@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decoders' arrays are called elsewhere, each by its family's rules."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from moepeft.models import gemma, llama, llama_form, mistral, qwen2, qwen3
+from moepeft.models import (
+  gemma,
+  gpt2,
+  llama,
+  llama_form,
+  mistral,
+  qwen2,
+  qwen3,
+)
 from moepeft.models.decoder import DecoderConfig
-from moepeft.models.llama_form import HF_EMBEDDING as HF_EMBEDDING
-from moepeft.models.llama_form import HF_HEAD as HF_HEAD
+from moepeft.models.layout import Layout
 from moepeft.models.llama_form import depths as depths
 from moepeft.models.llama_form import in_layers as in_layers
 from moepeft.models.llama_form import projections as projections
 from moepeft.models.llama_form import sizes as sizes
 from moepeft.models.llama_form import taps as taps
-from moepeft.models.names import Rule, entries
+from moepeft.models.names import CheckpointError, Rule, entries
 
 Config = DecoderConfig
 # A new family is one new file and one entry.
@@ -24,6 +32,7 @@ _FAMILIES = {
   'qwen2': qwen2,
   'qwen3': qwen3,
   'gemma': gemma,
+  'gpt2': gpt2,
 }
 # `model_type` in config.json -> the family's file.
 HF_TYPES = {
@@ -31,8 +40,11 @@ HF_TYPES = {
 }
 # What Hugging Face's peft calls what the model does.
 PEFT_TASK = 'CAUSAL_LM'
-# Constants that older files hold beside the weights.
-HF_IGNORED = frozenset()
+
+
+def layout(fields: Mapping[str, Any]) -> Layout:
+  """Of files whose `config.json` has these fields."""
+  return _room(HF_TYPES[fields['model_type']]).LAYOUT
 
 
 def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
@@ -56,16 +68,53 @@ def hf_modules(config: DecoderConfig) -> set[str]:
 
 
 def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json` whose model_type is in HF_TYPES."""
+  """Reads a `config.json` whose model_type is in HF_TYPES.
+
+  Raises:
+    CheckpointError: the family can not have what it says.
+  """
+  if tied and fields.get('tie_word_embeddings') is False:
+    raise CheckpointError(
+      'config.json says that the head is not the embedding '
+      '(tie_word_embeddings is false), and the files hold no head: expected '
+      'a model that was saved as one for causal language modelling'
+    )
   return HF_TYPES[fields['model_type']].from_hf(fields, tied)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-  """The content of a `config.json`."""
-  return _FAMILIES[config.family].to_hf(config)
+  """The content of a `config.json`.
+
+  Raises:
+    CheckpointError: it can not say all that the config says.
+  """
+  fields = _FAMILIES[config.family].to_hf(config)
+  said, wanted = _meaning(config_from_hf(fields, config.tied)), _meaning(config)
+  lost = [name for name in wanted if said[name] != wanted[name]]
+  if lost:
+    raise CheckpointError(
+      f"Hugging Face's {fields['model_type']} has no words for this model's "
+      f'{", ".join(lost)}: expected the options of its family; '
+      'keep such a model as moepeft has it'
+    )
+  return fields
+
+
+def _meaning(config: DecoderConfig) -> dict[str, Any]:
+  """Its fields, each thing in one way only; less dropout, which no file has."""
+  fields = dataclasses.asdict(config)
+  fields['scale'] = config.scale or config.head_dim**-0.5
+  windowed = config.windowed or (True,) * config.layers
+  windowed = tuple(layer and config.window > 0 for layer in windowed)
+  fields |= {'windowed': windowed, 'window': any(windowed) and config.window}
+  del fields['dropout']
+  return fields
 
 
 def _form(config: DecoderConfig) -> ModuleType:
   """Where the family's names are: its own file, if it has rules, or Llama's."""
-  family = _FAMILIES[config.family]
+  return _room(_FAMILIES[config.family])
+
+
+def _room(family: ModuleType) -> ModuleType:
   return family if hasattr(family, 'hf_rules') else llama_form

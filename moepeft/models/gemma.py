@@ -17,6 +17,7 @@ from moepeft.models.llama_form import (
   windows_from_hf,
   windows_to_hf,
 )
+from moepeft.models.names import CheckpointError
 
 HF_TYPES = ('gemma', 'gemma2')
 _SIZE = DecoderConfig(
@@ -55,6 +56,13 @@ def _alternating(layers: int) -> tuple[bool, ...]:
   return tuple(layer % 2 == 0 for layer in range(layers))
 
 
+_USUAL = {
+  'max_position_embeddings': 8192,
+  'sliding_window': 4096,
+  'attn_logit_softcapping': 50.0,
+  'final_logit_softcapping': 30.0,
+}
+
 # From the models' own config.json.
 SIZES = {
   '2b': dataclasses.replace(
@@ -65,6 +73,10 @@ SIZES = {
   ),
   '2-2b': _gemma2(2304, 8, 4, 9216, 26),
   '2-9b': _gemma2(3584, 16, 8, 14336, 42),
+  # Its queries are scaled as if heads x head size were the width.
+  '2-27b': dataclasses.replace(
+    _gemma2(4608, 32, 16, 36864, 46), head_dim=128, scale=144**-0.5
+  ),
 }
 
 
@@ -80,8 +92,17 @@ def config(size: str, version: str = '') -> DecoderConfig:
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`; see `llama_form.shape_from_hf`."""
-  # Gemma 1's files say 'gelu' and have always meant the tanh form.
-  said = fields.get('hidden_activation') or 'gelu_pytorch_tanh'
+  if fields.get('use_bidirectional_attention'):
+    raise CheckpointError(
+      'config.json has use_bidirectional_attention: expected a Gemma that '
+      'generates text; encoders are not supported'
+    )
+  # What transformers takes where the file is silent.
+  fields = _USUAL | fields
+  said = fields.get('hidden_activation') or fields.get('hidden_act')
+  if said is None or (fields['model_type'] == 'gemma' and said == 'gelu'):
+    # Gemma 1's files say 'gelu' and have always meant the tanh form.
+    said = 'gelu_pytorch_tanh'
   shape = shape_from_hf({**fields, 'hidden_activation': said}, 'gemma', tied)
   bias = fields.get('attention_bias', False)
   shape = dataclasses.replace(
@@ -98,8 +119,8 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     shape,
     post_norms=True,
     scale=fields.get('query_pre_attn_scalar', 256) ** -0.5,
-    attention_cap=fields.get('attn_logit_softcapping') or 0.0,
-    logits_cap=fields.get('final_logit_softcapping') or 0.0,
+    attention_cap=fields['attn_logit_softcapping'] or 0.0,
+    logits_cap=fields['final_logit_softcapping'] or 0.0,
     **windows_from_hf(
       {'use_sliding_window': True, **fields}, _alternating(shape.layers)
     ),
@@ -108,10 +129,11 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
   """The content of a `config.json`."""
-  fields = shape_to_hf(config) | {
+  fields = shape_to_hf(config)
+  fields |= {
+    'hidden_activation': fields['hidden_act'],
     'architectures': ['GemmaForCausalLM'],
     'model_type': 'gemma',
-    'hidden_activation': 'gelu_pytorch_tanh',
     'attention_bias': config.attention_bias,
   }
   if not config.post_norms:

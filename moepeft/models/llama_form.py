@@ -2,14 +2,22 @@
 """What decoders' arrays are called in Hugging Face's Llama form, and what
 its `config.json` says. Mistral, Qwen and Gemma share it; see their files."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import DecoderConfig
+from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Rule
 from moepeft.nn.rope import KINDS, Rope
 
-HF_HEAD, HF_EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
+LAYOUT = Layout(
+  head='lm_head.weight',
+  embedding='model.embed_tokens.weight',
+  prefix='model.',
+  # Frequencies of RoPE, which older files keep.
+  ignored=r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq',
+)
 
 _MODULES = {
   'self/q': 'self_attn.q_proj',
@@ -104,7 +112,7 @@ def hf_norms(config: DecoderConfig) -> dict[str, str]:
 
 def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
   """Rules for `LlamaForCausalLM` and its like; kernels are [out, in]."""
-  rules = [Rule('embed/embedding', HF_EMBEDDING, 'vd', 'vd')]
+  rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
   with_bias = biased(config)
   for site, (inner, outer) in projections(config).items():
     ours, theirs = in_layers(site), hf_module(site)
@@ -127,7 +135,7 @@ def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
     rules.append(Rule(ours, theirs, 'h', 'h'))
   rules.append(Rule('decoder/norm/scale', 'model.norm.weight', 'd', 'd'))
   if not config.tied:
-    rules.append(Rule('head/kernel', HF_HEAD, 'dv', 'vd'))
+    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
   return tuple(rules)
 
 
@@ -178,7 +186,6 @@ def shape_from_hf(
 
 def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
   """The content of a `config.json` that all families of this form share."""
-  known = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   rope = rope_to_hf(config.rope)
   fields = {
     'vocab_size': config.vocab,
@@ -190,7 +197,7 @@ def shape_to_hf(config: DecoderConfig) -> dict[str, Any]:
     'num_hidden_layers': config.layers,
     'max_position_embeddings': config.length,
     'rms_norm_eps': config.eps,
-    'hidden_act': known[config.activation],
+    'hidden_act': activation_to_hf(config),
     'tie_word_embeddings': config.tied,
     'rope_parameters': rope,
     # Of transformers 4.
@@ -212,6 +219,12 @@ def activation(fields: Mapping[str, Any]) -> str:
       f'{", ".join(ACTIVATIONS)}; others are not supported'
     )
   return ACTIVATIONS[name]
+
+
+def activation_to_hf(config: DecoderConfig) -> str:
+  """Hugging Face's name of the activation."""
+  known = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+  return known[config.activation]
 
 
 def windows_from_hf(
@@ -271,36 +284,58 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
   """Reads `rope_parameters` (transformers 5) or `rope_theta` and
   `rope_scaling` (4).
 
+  Where a file says things twice, the one that `transformers` goes by counts.
+
   Raises:
     CheckpointError: a scaling that is not supported.
   """
-  said = dict(fields.get('rope_scaling') or {})
-  said |= fields.get('rope_parameters') or {}
+  said = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
   kind = said.get('rope_type') or said.get('type') or 'default'
   theta = said.get('rope_theta') or fields.get('rope_theta') or 10000.0
   partial = said.get('partial_rotary_factor')
   partial = partial or fields.get('partial_rotary_factor') or 1.0
-  if kind not in KINDS or partial != 1.0 or said.get('mscale'):
-    what = kind if kind not in KINDS else 'mscale or partial_rotary_factor'
+  what = None if kind in KINDS else repr(kind)
+  if partial != 1.0:
+    what = 'a partial_rotary_factor'
+  if any(isinstance(value, Mapping) for value in said.values()):
+    what = 'one for each type of layer'
+  if what:
     raise CheckpointError(
-      f'rope_parameters in config.json have {what}: supported are '
-      f'{", ".join(KINDS)} over whole heads'
+      f'the RoPE scaling in config.json is {what}: supported are '
+      f'{", ".join(KINDS)}, over whole heads and alike in all layers; take a '
+      'model of another scaling'
     )
-  found = {'original': fields.get('max_position_embeddings', 2048)}
-  found |= {
+  found = {
     ours: said[_ROPE[ours]]
     for ours in _ROPE_OF[kind]
     if said.get(_ROPE[ours]) is not None
   }
-  if kind in ('default', 'linear'):
-    found.pop('original')
+  if 'original' in _ROPE_OF[kind]:
+    length = fields.get('max_position_embeddings', 2048)
+    usual = found.get('original', length)
+    original = fields.get('original_max_position_embeddings') or usual
+    found['original'] = original
+    found.setdefault('factor', length / original)
+  if kind == 'yarn' and 'attention' not in found:
+    found |= _of_mscale(said, found['factor'])
   return Rope(theta=float(theta), kind=kind, **found)
+
+
+def _of_mscale(said: Mapping[str, Any], factor: float) -> dict[str, float]:
+  """YaRN's factor of queries and keys as DeepSeek's models say it."""
+  both = [said.get(key) for key in ('mscale', 'mscale_all_dim')]
+  if not all(both):
+    return {}
+  over, under = (0.1 * m * math.log(max(factor, 1)) + 1 for m in both)
+  return {'attention': over / under}
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
   """The content of `rope_parameters`."""
   fields = {'rope_type': rope.kind, 'rope_theta': rope.theta}
   for name in _ROPE_OF[rope.kind]:
-    if name != 'attention' or rope.attention:
-      fields[_ROPE[name]] = getattr(rope, name)
+    value = getattr(rope, name)
+    # What is absent there is the usual here.
+    if (name, value) not in (('attention', 0.0), ('truncate', True)):
+      fields[_ROPE[name]] = value
   return fields

@@ -45,6 +45,12 @@ def config(size: str, version: str = '') -> DecoderConfig:
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  # What transformers takes where the file is silent.
+  fields = {
+    'max_position_embeddings': 131072,
+    'sliding_window': 4096,
+    **fields,
+  }
   return dataclasses.replace(
     shape_from_hf(fields, 'mistral', tied),
     window=fields.get('sliding_window') or 0,

@@ -36,13 +36,17 @@ class Rule:
     theirs: their name, `{l}` likewise.
     axes: our axes, a letter each: 'dnh'; '(nh)e' joins n and h into one axis,
       and '1' is an axis of size one.
-    their_axes: the same letters in their order: '(nh)d'.
+    their_axes: the same letters in their order: '(nh)d'; '*' stands for the
+      axis of the parts: 'd(*nh)'.
+    part: (i, count): ours is the i-th of so many equal parts of theirs, each
+      of which has a rule of its own.
   """
 
   ours: str
   theirs: str
   axes: str
   their_axes: str
+  part: tuple[int, int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def entries(
   found = []
   for rule in rules:
     shape = axes_shape(rule.axes, sizes)
-    theirs = axes_shape(rule.their_axes, sizes)
+    theirs = axes_shape(rule.their_axes, {**sizes, '*': rule.part[1]})
     stack = rule.ours.partition('/layers/')[0]
     for layer in range(depths[stack]) if '{l}' in rule.ours else [None]:
       name, their_name = (
@@ -106,11 +110,26 @@ def rearrange(
 
 
 def _groups(axes: str) -> list[str]:
-  return [group.strip('()') for group in re.findall(r'\(\w+\)|\w', axes)]
+  found = re.findall(r'\([\w*]+\)|[\w*]', axes)
+  return [group.strip('()') for group in found]
 
 
 def _size(letter: str, sizes: Mapping[str, int]) -> int:
   return 1 if letter == '1' else sizes[letter]
+
+
+def part_of(array: np.ndarray, rule: Rule, sizes) -> np.ndarray:
+  """Their array -> the part of it that a rule reads, in our axes."""
+  if '*' not in rule.their_axes:
+    return rearrange(array, rule.their_axes, rule.axes, sizes)
+  i, count = rule.part
+  parts = {**sizes, '*': count}
+  return rearrange(array, rule.their_axes, f'*{rule.axes}', parts)[i]
+
+
+def whole(wanted: Sequence[Entry]) -> list[Entry]:
+  """One entry for each of their arrays: that of its first part."""
+  return [entry for entry in wanted if entry.rule.part[0] == 0]
 
 
 def read(
@@ -137,7 +156,7 @@ def read(
   for entry in wanted:
     array = fetch(entry.their_name)
     rule = entry.rule
-    ours = rearrange(array, rule.their_axes, rule.axes, sizes)
+    ours = part_of(array, rule, sizes)
     lines.append(_line(entry.name, ours))
     if entry.layer is None:
       flat[entry.path] = np.array(ours, dtype=dtype or ours.dtype, order='C')
@@ -159,6 +178,8 @@ def write(
 ) -> Iterator[tuple[Entry, np.ndarray]]:
   """Each expected array, as (entry, their contiguous array), one at a time.
 
+  Of an array in parts the entry is that of the first; see `whole`.
+
   Raises:
     CheckpointError: `tree` does not hold exactly the expected arrays.
   """
@@ -173,16 +194,36 @@ def write(
 
 
 def _write(wanted, sizes, flat):
-  path = leaf = None
+  parts = collections.defaultdict(list)
   for entry in wanted:
-    if entry.path != path:
-      # Once a stack: a copy from an accelerator would be made every time.
-      path, leaf = entry.path, np.asarray(flat[entry.path])
-    ours = leaf if entry.layer is None else leaf[entry.layer]
-    rule = entry.rule
-    theirs = rearrange(ours, rule.axes, rule.their_axes, sizes)
+    parts[entry.their_name].append(entry)
+  held = {}
+  for entry in whole(wanted):
+    needed = parts[entry.their_name]
+    # Once a stack: a copy from an accelerator would be made every time.
+    held = {
+      part.path: held[part.path]
+      if part.path in held
+      else np.asarray(flat[part.path])
+      for part in needed
+    }
+    theirs = _joined(needed, held, sizes)
     # safetensors writes the buffer as it lies, whatever its strides.
     yield entry, np.ascontiguousarray(theirs)
+
+
+def _joined(parts, held, sizes):
+  """Their array of the entries of its parts, in any order."""
+  ours = [
+    held[part.path] if part.layer is None else held[part.path][part.layer]
+    for part in sorted(parts, key=lambda part: part.rule.part)
+  ]
+  rule = parts[0].rule
+  if len(parts) == 1:
+    return rearrange(ours[0], rule.axes, rule.their_axes, sizes)
+  # One letter may stand for another: heads of q for those of k.
+  sizes = {**sizes, '*': len(parts)}
+  return rearrange(np.stack(ours), f'*{rule.axes}', rule.their_axes, sizes)
 
 
 def stacked_shapes(wanted: Sequence[Entry]) -> dict[str, Shape]:

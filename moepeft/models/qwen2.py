@@ -42,6 +42,15 @@ SIZES = {
     ffn=8960,
     layers=28,
   ),
+  '2.5-3b': dataclasses.replace(
+    _SIZE,
+    d_model=2048,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    ffn=11008,
+    layers=36,
+  ),
   '2.5-7b': dataclasses.replace(
     _SIZE,
     vocab=152064,
@@ -68,6 +77,12 @@ def config(size: str, version: str = '') -> DecoderConfig:
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  # What transformers takes where the file is silent.
+  fields = {
+    'max_position_embeddings': 32768,
+    'sliding_window': 4096,
+    **fields,
+  }
   shape = shape_from_hf(fields, 'qwen2', tied)
   # The first max_window_layers see everything.
   whole = fields.get('max_window_layers', 28)

@@ -57,6 +57,12 @@ def config(size: str, version: str = '') -> DecoderConfig:
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  # What transformers takes where the file is silent.
+  fields = {
+    'max_position_embeddings': 32768,
+    'sliding_window': 4096,
+    **fields,
+  }
   shape = shape_from_hf(fields, 'qwen3', tied)
   whole = fields.get('max_window_layers', 28)
   usual = tuple(layer >= whole for layer in range(shape.layers))

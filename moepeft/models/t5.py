@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.models.context import context
-from moepeft.nn.attention import Attention, visible
+from moepeft.nn.attention import Attention, check_form, visible
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.norms import NormForm, RMSNorm
@@ -147,6 +147,7 @@ class Block(nn.Module):
   advice: Advice
   dtype: Any
   param_dtype: Any
+  attention: str
 
   @nn.compact
   def __call__(self, x, ctx, bias, mask, source, source_ctx, source_mask):
@@ -182,6 +183,7 @@ class Block(nn.Module):
       q_stddev=(c.d_model * c.head_dim) ** -0.5,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      form=self.attention,
       name=name,
     )
     run = lambda attention, y: attention(y, ctx, *args)  # noqa: E731
@@ -206,6 +208,7 @@ class Stack(nn.Module):
   unroll: int
   dtype: Any
   param_dtype: Any
+  attention: str
 
   @nn.compact
   def __call__(self, x, ctx, mask, source=None, source_ctx=None, see=None):
@@ -226,7 +229,13 @@ class Stack(nn.Module):
     else:
       queries = keys = jnp.arange(x.shape[1])
     block = Block(
-      c, self.side, self.advice, self.dtype, self.param_dtype, parent=None
+      c,
+      self.side,
+      self.advice,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+      parent=None,
     )
     layers = {'encoder': c.encoder_layers, 'decoder': c.decoder_layers}
     x = stack(
@@ -259,6 +268,7 @@ class T5(nn.Module):
     unroll: layers in one step of the scan.
     dtype: of activations; logits are float32.
     param_dtype: of weights at initialisation.
+    attention: of `nn.attention.FORMS`, but for 'chunked'.
   """
 
   config: T5Config
@@ -268,9 +278,16 @@ class T5(nn.Module):
   unroll: int = 1
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  attention: str = 'naive'
 
   def setup(self):
     c = self.config
+    check_form(self.attention)
+    if self.attention == 'chunked':
+      raise ValueError(
+        "config.model.attention is 'chunked', which T5 has not: its relative "
+        "positions are an array of queries x keys; take 'naive' or 'fused'"
+      )
     self.embed = Embedding(
       c.vocab,
       c.d_model,
@@ -285,6 +302,7 @@ class T5(nn.Module):
       self.unroll,
       self.dtype,
       self.param_dtype,
+      self.attention,
     )
     self.encoder = Stack(c, 'encoder', *shared)
     self.decoder = Stack(c, 'decoder', *shared)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Rule, Shape, entries
 from moepeft.models.t5 import T5Config
 
@@ -37,14 +38,16 @@ _T5X_NORMS = {
   'decoder/mlp': 'pre_mlp_layer_norm',
 }
 # Duplicates of shared.weight, and a bias that T5 1.0's files hold unused.
-HF_IGNORED = frozenset(
-  {
-    'encoder.embed_tokens.weight',
-    'decoder.embed_tokens.weight',
-    'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
-  }
+_IGNORED = (
+  r'(encoder|decoder)\.embed_tokens\.weight',
+  r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
+  r'relative_attention_bias\.weight',
 )
-HF_HEAD, HF_EMBEDDING = 'lm_head.weight', 'shared.weight'
+LAYOUT = Layout(
+  head='lm_head.weight',
+  embedding='shared.weight',
+  ignored='|'.join(_IGNORED),
+)
 # What Hugging Face's peft calls what the model does.
 PEFT_TASK = 'SEQ_2_SEQ_LM'
 
@@ -59,6 +62,12 @@ def sizes(config: T5Config) -> dict[str, int]:
     'f': config.ffn,
     'p': config.buckets,
   }
+
+
+def layout(fields: Mapping[str, Any]) -> Layout:
+  """Of files whose `config.json` has these fields."""
+  del fields
+  return LAYOUT
 
 
 def depths(config: T5Config) -> dict[str, int]:
@@ -105,7 +114,7 @@ def hf_module(site: str, config: T5Config) -> str:
 
 def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
-  rules = [Rule('embed/embedding', HF_EMBEDDING, 'vd', 'vd')]
+  rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
     ours, theirs = (
       in_layers(site) + '/kernel',
@@ -123,7 +132,7 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
       Rule(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight', 'd', 'd'),
     ]
   if not config.tied:
-    rules.append(Rule('head/kernel', HF_HEAD, 'dv', 'vd'))
+    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
   return tuple(rules)
 
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moepeft.nn import chunked
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
 from moepeft.nn.precision import wide
+from moepeft.nn.sight import Sight
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context
@@ -25,6 +27,7 @@ class Heads:
       queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
     mask: bool [b, 1, t, s], True where t may look at s, or None.
+    sight: instead of a mask and a bias, where no array [t, s] is wanted.
   """
 
   q: Array
@@ -32,6 +35,7 @@ class Heads:
   v: Array
   bias: Array | None = None
   mask: Array | None = None
+  sight: Sight | None = None
 
 
 def attend(
@@ -76,6 +80,41 @@ def attend(
   return jnp.einsum('bkgts,bskh->btkgh', weights, heads.v).reshape(b, t, n, h)
 
 
+def fused(
+  heads: Heads,
+  scale: float = 1.0,
+  rng=None,
+  dropout: float = 0.0,
+  cap: float = 0.0,
+) -> Array:
+  """`attend` by jax.nn.dot_product_attention: cuDNN's where it can.
+
+  Raises:
+    ValueError: there are soft caps or dropout, which it does not know.
+  """
+  if cap or (rng is not None and dropout > 0):
+    what = 'soft caps' if cap else 'dropout in training'
+    raise ValueError(
+      f"config.model.attention is 'fused', which has no {what}; take 'naive' "
+      "or 'chunked'" + ('' if cap else ', or set config.model.dropout=0')
+    )
+  return jax.nn.dot_product_attention(
+    heads.q, heads.k, heads.v, heads.bias, heads.mask, scale=scale
+  )
+
+
+# The values of config.model.attention.
+FORMS = {'naive': attend, 'chunked': chunked.attend, 'fused': fused}
+
+
+def check_form(form: str) -> None:
+  """Raises a ValueError where there is no such form."""
+  if form not in FORMS:
+    raise ValueError(
+      f'config.model.attention is one of {", ".join(FORMS)}; got {form!r}'
+    )
+
+
 def visible(
   query: Array,
   key: Array,
@@ -118,6 +157,7 @@ class Attention(nn.Module):
   q_stddev: float | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  form: str = 'naive'
 
   def setup(self):
     d, n, h = self.d_model, self.heads, self.head_dim
@@ -137,7 +177,13 @@ class Attention(nn.Module):
     self.q = linear('q', project, (d, n, h), self.q_stddev or d**-0.5)
     self.k = linear('k', project, (d, n, h), d**-0.5)
     self.v = linear('v', project, (d, n, h), d**-0.5)
-    self.core = Core(f'{self.site}/core', self.advice, self.scale, self.dropout)
+    self.core = Core(
+      f'{self.site}/core',
+      self.advice,
+      self.scale,
+      self.dropout,
+      form=self.form,
+    )
     self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
     # The block calls it, so that the sublayer's own input is normed.
     site = f'{self.site}/norm'
@@ -195,20 +241,22 @@ class Attention(nn.Module):
 
 
 class Core(nn.Module):
-  """The site around `attend`."""
+  """The site around `attend`, or another of FORMS."""
 
   site: str
   advice: Advice
   scale: float = 1.0
   dropout: float = 0.0
   cap: float = 0.0
+  form: str = 'naive'
 
   @nn.compact
   def __call__(self, heads: Heads, ctx: Context) -> Array:
     noisy = ctx.train and self.dropout > 0
     rng = self.make_rng('dropout') if noisy else None
+    form = FORMS[self.form]
     f = Frozen(
-      lambda heads: attend(heads, self.scale, rng, self.dropout, self.cap),
+      lambda heads: form(heads, self.scale, rng, self.dropout, self.cap),
       outside='nh',
     )
     return advise(self, self.advice, self.site, f, heads, ctx)

@@ -11,6 +11,7 @@ from moepeft.nn.attention import Core, Heads
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.rope import Rope, rotate
+from moepeft.nn.sight import Sight
 from moepeft.nn.site import Advice
 from moepeft.typing import Array, Context
 
@@ -27,6 +28,7 @@ class CausalAttention(nn.Module):
     bias, out_bias: whether q, k, v, and o, have biases.
     qk_norm: whether each head of q and k is normed before it is turned
       (Qwen3).
+    form: of `attention.FORMS`.
   """
 
   d_model: int
@@ -45,6 +47,7 @@ class CausalAttention(nn.Module):
   norm_form: NormForm = NormForm()
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  form: str = 'naive'
 
   def setup(self):
     d, n, h = self.d_model, self.heads, self.head_dim
@@ -69,7 +72,9 @@ class CausalAttention(nn.Module):
     shape, stddev = (n, h, d), (n * h) ** -0.5
     self.o = linear('o', 'btnh,nhd->btd', shape, self.out_bias, stddev)
     site = f'{self.site}/core'
-    self.core = Core(site, self.advice, self.scale, self.dropout, self.cap)
+    self.core = Core(
+      site, self.advice, self.scale, self.dropout, self.cap, self.form
+    )
     if self.qk_norm:
       self.q_norm, self.k_norm = (
         RMSNorm(
@@ -87,13 +92,20 @@ class CausalAttention(nn.Module):
     self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
 
   def __call__(
-    self, x: Array, ctx: Context, bias: Array | None, mask: Array
+    self,
+    x: Array,
+    ctx: Context,
+    bias: Array | None,
+    mask: Array | None,
+    sight: Sight | None = None,
   ) -> Array:
     """x [b, t, d] -> [b, t, d]; ctx.positions [b, t] must be there.
 
     Args:
       bias: [1 or b, n, t, s] or None; mask: bool [b, 1, t, s], where s is the
         cache's length in decoding.
+      sight: instead of both, where the form needs no array [t, s]. Advice at
+        the core gets them all the same: it may lengthen the keys.
     """
     q, k, v = self.q(x, ctx), self.k(x, ctx), self.v(x, ctx)
     if self.qk_norm:
@@ -102,7 +114,9 @@ class CausalAttention(nn.Module):
       q, k = (rotate(a, ctx.positions, self.rope) for a in (q, k))
     if ctx.decode:
       k, v = (self._cached(name, a, ctx) for name, a in (('k', k), ('v', v)))
-    return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)
+    if sight is not None and self.advice.at(f'{self.site}/core'):
+      bias, mask, sight = sight.bias(), sight.mask(), None
+    return self.o(self.core(Heads(q, k, v, bias, mask, sight), ctx), ctx)
 
   def _cached(self, name: str, new: Array, ctx: Context) -> Array:
     """Writes new [b, t, k, h] from each row's first position on.

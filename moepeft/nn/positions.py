@@ -70,6 +70,15 @@ class RelativeBias(nn.Module):
     return bias.transpose(2, 0, 1)[None]
 
 
+def alibi_slopes(heads: int) -> list[float]:
+  """The slope of each head; see `alibi`."""
+  whole = 2 ** int(math.log2(heads))
+  slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+  return slopes + [
+    2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)
+  ]
+
+
 def alibi(heads: int, queries: Array, keys: Array) -> Array:
   """Bias [b, n, t, s] that falls with distance, by a slope a head.
 
@@ -80,11 +89,8 @@ def alibi(heads: int, queries: Array, keys: Array) -> Array:
   Args:
     queries: positions int [b, t]; keys: int [s] or [b, s].
   """
-  whole = 2 ** int(math.log2(heads))
-  slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
-  slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
   distance = queries[:, :, None] - jnp.atleast_2d(keys)[:, None, :]
-  slopes = jnp.array(slopes, jnp.float32)[:, None, None]
+  slopes = jnp.array(alibi_slopes(heads), jnp.float32)[:, None, None]
   return -slopes * distance[:, None].astype(jnp.float32)
 
 

@@ -86,7 +86,9 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
   if rope.truncate:
     first, last = math.floor(first), math.ceil(last)
   first, last = max(first, 0), min(last, head_dim - 1)
-  ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+  # Contexts so short that no dimension is left have bounds in the wrong
+  # order, which means what it means to transformers.
+  ramp = (np.arange(head_dim // 2) - first) / (last - first or 1e-3)
   slowed = np.clip(ramp, 0, 1)
   return slowed * plain / rope.factor + (1 - slowed) * plain
 

@@ -46,9 +46,10 @@ class Built:
   trainable: str
 
   def variables(self, state: State) -> dict[str, Tree]:
-    """{'params': ..., 'peft': ...} of a training state."""
+    """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     other = {'peft': 'params', 'params': 'peft'}[self.trainable]
-    return {self.trainable: state.trainable, other: state.frozen}
+    found = {self.trainable: state.trainable, other: state.frozen}
+    return found | ({'reference': state.reference} if state.reference else {})
 
 
 def build(

@@ -2,12 +2,22 @@
 """How good generated texts are: exact match, ROUGE-L and BLEU.
 
 ROUGE-L (Lin, 2004) is Google's `rouge-score`; BLEU (Papineni et al., 2002) is
-`sacrebleu`. Their figures are given as they are.
+`sacrebleu`. Their figures are given as they are, but for ROUGE-L of Chinese,
+Japanese and Korean, of which rouge-score sees nothing.
 """
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 TOKENIZE = '13a'
+# Han, kana and Hangul: a character is a word of ROUGE-L.
+_CJK = (
+  '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff'
+  '\U00020000-\U0003ffff'
+)
+_CHARACTER = re.compile(f'([{_CJK}])')
+_COUNTED = re.compile(f'[a-z0-9{_CJK}]')
 
 
 def exact_match(
@@ -32,21 +42,55 @@ def rouge_l(predictions: Sequence[str], targets: Sequence[str]) -> list[float]:
   It is `rougeL` of rouge-score with Porter's stemmer: the longest common
   subsequence of the whole texts, line breaks being white space. T5's own
   measure is another: `rougeLsum`, sentence by sentence, without a stemmer.
-  Words are runs of a-z and 0-9, so text in other scripts has none and scores
-  0, even against itself.
+  Words are runs of a-z and 0-9; rouge-score knows no others. A Chinese
+  character, kana or Korean syllable is here a word of its own, which changes
+  no figure of texts without them.
 
   Raises:
-    ValueError: as `exact_match`, or rouge-score is not installed.
+    ValueError: as `exact_match` or `check_words`, or rouge-score is not
+      installed.
   """
   pairs = _pairs(predictions, targets)
+  check_words(targets)
   try:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
   except ImportError as e:
     raise _missing('rouge_l', e) from None
-  scorer = RougeScorer(['rougeL'], use_stemmer=True)
+  words = _Words(DefaultTokenizer(use_stemmer=True))
+  scorer = RougeScorer(['rougeL'], tokenizer=words)
   return [
     scorer.score(target, said)['rougeL'].fmeasure for said, target in pairs
   ]
+
+
+def check_words(targets: Sequence[str]) -> None:
+  """Looks whether `rouge_l` sees something of each target.
+
+  Raises:
+    ValueError: a target has letters, and none of them counts.
+  """
+  for target in targets:
+    if any(map(str.isalpha, target)) and not _COUNTED.search(target.lower()):
+      raise ValueError(
+        'rouge_l counts words of a-z and 0-9 and characters of Chinese, '
+        f'Japanese and Korean; the target {target!r} has none of them, so take '
+        'exact_match, bleu or loss of these rows'
+      )
+
+
+class _Words:
+  """A tokenizer of rouge-score that splits Chinese by character."""
+
+  def __init__(self, plain: Any):
+    self._plain = plain
+
+  def tokenize(self, text: str) -> list[str]:
+    found = []
+    for piece in _CHARACTER.split(text):
+      one = _CHARACTER.fullmatch(piece)
+      found += [piece] if one else self._plain.tokenize(piece)
+    return found
 
 
 def bleu(

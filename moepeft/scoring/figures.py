@@ -48,7 +48,7 @@ class Figure:
 def of_entry(entry: Entry) -> dict[Key, Figure]:
   """All figures of one run, or of a base."""
   found = {}
-  for key, rows in _parts(entry):
+  for key, rows in parts(entry):
     if key.measure == 'loss':
       found[key] = _pooled_figure(rows)
       continue
@@ -67,7 +67,7 @@ def of_entry(entry: Entry) -> dict[Key, Figure]:
 def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
   """Bootstrap draws of the figures that have an interval, likewise scaled."""
   found = {}
-  for key, rows in _parts(entry):
+  for key, rows in parts(entry):
     if key.measure == 'loss':
       if not _single(rows):
         found[key] = _pooled(rows)
@@ -144,55 +144,7 @@ def of_one_kind(entries: Sequence[Entry]) -> list[Entry]:
   return [dataclasses.replace(e, loss=None, means={}) for e in entries]
 
 
-def check_same_examples(entries: Sequence[Entry]) -> None:
-  """Looks whether runs were evaluated on the same examples and prompts.
-
-  Embedded tasks are drawn anew for every seed: there, runs of one seed.
-
-  Raises:
-    ValueError: two runs cannot be compared.
-  """
-  seen, judged = {}, None
-  for entry in entries:
-    if entry.loss is not None or entry.means:
-      judged = judged or entry
-      _same_judged(judged, entry)
-    for key, rows in _parts(entry):
-      if key.dataset != AVERAGE:
-        names = {row.task for row in rows}
-        _same(seen, key, names, entry, f'tasks for {key.measure} of {key.data}')
-      prompts = {}
-      for row in rows:
-        prompts.setdefault(row.task, set()).add(row.prompt)
-        drawn = entry.source == 'tasks' and row.data == HELD_OUT
-        what = (key, row.task, row.prompt, entry.seed if drawn else None)
-        where = f'examples of {row.task!r}, prompt {row.prompt!r}'
-        _same(seen, what, sorted(row.idx), entry, where)
-      for task, names in prompts.items():
-        _same(seen, (key, task), names, entry, f'prompts of {task!r}')
-
-
-def _same_judged(one: Entry, other: Entry) -> None:
-  for key, value in one.judged.items():
-    if other.judged[key] != value:
-      raise ValueError(
-        f'after.json of {one.folder!r} and of {other.folder!r} are of other '
-        f'examples: config.{key} is {value!r} and {other.judged[key]!r}; '
-        'compare them by python -m moepeft.evaluate with the same --data'
-      )
-
-
-def _same(seen: dict, what: tuple, found, entry: Entry, where: str) -> None:
-  first, other = seen.setdefault(what, (found, entry.folder))
-  if first != found:
-    raise ValueError(
-      f'{other!r} and {entry.folder!r} were evaluated on other {where} '
-      f'({len(first)} and {len(found)}); evaluate both with the same --data '
-      'and --max_examples'
-    )
-
-
-def _parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
+def parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
   """Rows that make a figure or a grid together; held-out ones first.
 
   The dataset of a key is AVERAGE for the paper's tasks, of which each has a

@@ -65,6 +65,7 @@ class Entry:
     loss: after.json's validation loss, if it is of this step.
     means: after.json's mean accuracies of groups, likewise.
     judged: {key: value} of what decides which examples those two are of.
+    is_best: whether all rows are of the best checkpoint, whatever its step.
   """
 
   folder: str
@@ -81,6 +82,7 @@ class Entry:
   loss: float | None = None
   means: Mapping[str, float] = dataclasses.field(default_factory=dict)
   judged: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  is_best: bool = False
 
   @property
   def is_base(self) -> bool:
@@ -92,8 +94,14 @@ class Entry:
 
   @property
   def budget(self) -> tuple[int, int]:
-    """(steps, rows a batch)."""
-    return self.step, self.settings.get('batch_size', 0)
+    """(steps, rows a batch); the best checkpoint is chosen of all steps."""
+    steps = self.settings.get('steps', self.step) if self.is_best else self.step
+    return steps, self.settings.get('batch_size', 0)
+
+  @property
+  def at(self) -> str:
+    """Which checkpoint it is, in words that runs of other seeds share."""
+    return 'best checkpoint' if self.is_best else f'step {self.step:,}'
 
 
 def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
@@ -195,6 +203,7 @@ def _entry(
     loss=after.get('validation_loss') if same else None,
     means=after.get('means', {}) if same else {},
     judged={key: config[key] for key in _JUDGED},
+    is_best=all(row.checkpoint == 'best' for row in own),
   )
 
 

@@ -70,7 +70,7 @@ def _key(entry: Entry) -> tuple:
   if entry.is_base:
     return entry.method, base, entry.seed if _is_seeds(entry) else None
   settings = tuple(sorted((k, repr(v)) for k, v in entry.settings.items()))
-  return entry.method, entry.semantics, base, entry.step, settings
+  return entry.method, entry.semantics, base, entry.at, settings
 
 
 def _sized(entries: Sequence[Entry]) -> list[Entry]:
@@ -120,6 +120,11 @@ def _same(one: Row, other: Row) -> bool:
 
 
 def _twice(one: Entry, other: Entry) -> str:
+  if one.folder == other.folder and one.step != other.step:
+    return (
+      f'{one.folder!r} has rows of its best checkpoint at the steps {one.step} '
+      f'and {other.step}; evaluate it again on all data, or remove the old rows'
+    )
   if one.folder == other.folder:
     return f'{one.folder!r} is given twice; name it once'
   return (
@@ -151,8 +156,8 @@ def _aside(entry: Entry, rows: Sequence[tuple[Entry, ...]]) -> str:
     if (e.method, e.semantics, e.base, e.base_parameters)
     == (entry.method, entry.semantics, entry.base, entry.base_parameters)
   ]
-  if len({e.step for e in alike}) > 1:
-    words.append(f'step {entry.step:,}')
+  if len({e.at for e in alike}) > 1:
+    words.append(entry.at)
   keys = [*differing(alike), *_budget(alike)]
   words += [f'{key}={shown(entry.settings.get(key))}' for key in keys]
   return ', '.join(words)
@@ -164,7 +169,7 @@ def _budget(entries: Sequence[Entry]) -> list[str]:
     values = {entry.settings.get(key) for entry in entries}
     if len(values) > 1 and not (
       # The step has been said.
-      key == 'steps' and len({e.step for e in entries}) == len(entries)
+      key == 'steps' and len({e.at for e in entries}) == len(entries)
     ):
       found.append(key)
   return found

@@ -33,6 +33,11 @@ class About:
     base_parameters, parameters: of the base, and trained.
     seed, step: of the run.
     data: the rows' file or directory, 'held_out' for the run's own.
+    data_sha: 12 hexadecimal digits of the SHA-256 of that data's content.
+    inputs_length, targets_length: tokens that texts were cut to, EOS included.
+    checkpoint: which was asked for: 'latest', 'best', 'base' or a step.
+
+  The last four are None in rows that were written before they were.
   """
 
   run: str
@@ -44,6 +49,10 @@ class About:
   seed: int
   step: int
   data: str
+  data_sha: str | None = dataclasses.field(default=None, kw_only=True)
+  inputs_length: int | None = dataclasses.field(default=None, kw_only=True)
+  targets_length: int | None = dataclasses.field(default=None, kw_only=True)
+  checkpoint: str | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +241,13 @@ _COUNTS = (
   'left_out',
 )
 _OPTIONAL = ('low', 'high', 'chance', 'majority')
+# What older rows lack.
+_LATER = {
+  'data_sha': str,
+  'inputs_length': int,
+  'targets_length': int,
+  'checkpoint': str,
+}
 
 
 def _wrong(row) -> str:
@@ -239,8 +255,8 @@ def _wrong(row) -> str:
   if not isinstance(row, dict):
     return 'expected a JSON object'
   fields = {field.name for field in dataclasses.fields(Row)}
-  if row.keys() != fields:
-    missing, other = fields - row.keys(), row.keys() - fields
+  missing, other = fields - row.keys() - _LATER.keys(), row.keys() - fields
+  if missing or other:
     return f'it lacks {sorted(missing)}, and has the unknown {sorted(other)}'
   for key in _TEXTS:
     if not isinstance(row[key], str):
@@ -248,6 +264,9 @@ def _wrong(row) -> str:
   for key in _COUNTS:
     if type(row[key]) is not int:
       return f'expected a whole number in {key!r}, got {row[key]!r}'
+  for key, kind in _LATER.items():
+    if row.get(key) is not None and type(row[key]) is not kind:
+      return f'expected {kind.__name__} or null in {key!r}, got {row[key]!r}'
   for key in ('value', *_OPTIONAL):
     if not _number(row[key]) and (row[key] is not None or key == 'value'):
       return f'expected a number in {key!r}, got {row[key]!r}'

@@ -12,6 +12,7 @@ _HEAD = (
   'task',
   'median',
   'perplexity',
+  'over prompts',
   '95 % interval',
   'majority',
   'prompts',
@@ -26,6 +27,8 @@ _WORDINGS = ('seen', 'held_out')
 
 def table(rows: Sequence[Row]) -> str:
   """The scores of each measure, with their intervals, and what they are of.
+
+  'over prompts' is from the least to the greatest figure of a task's prompts.
 
   Raises:
     ValueError: a prompt occurs twice.
@@ -52,29 +55,47 @@ def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
-  _, factor, digits = _UNITS.get(name, _PERCENT)
-
-  def shown(value: float | None) -> str:
-    return '-' if value is None else f'{factor * value:.{digits}f}'
-
   lines = [_HEAD]
   for task, score in grid.scores(rows, name).items():
     own = rows
     if task != grid.AVERAGE:
       members = grid.ROUNDS if task == 'anli' else (task,)
       own = [row for row in rows if row.task in members]
-    none = score.low is None
-    interval = '-' if none else f'{shown(score.low)} to {shown(score.high)}'
-    counts = str(len(own)), str(_examples(own))
-    majority = shown(score.majority)
-    value, perplexity = shown(score.value), f'{np.exp(score.value):.3f}'
-    lines.append((task, value, perplexity, interval, majority, *counts))
+    lines.append(_line(name, task, score, own))
   unused = {'perplexity'} if name != 'loss' else set()
-  # Of accuracy alone.
-  if all(row.majority is None for row in rows):
-    unused.add('majority')
+  # The first is of several prompts only, the second of accuracy.
+  for key in ('over prompts', 'majority'):
+    place = _HEAD.index(key)
+    if all(line[place] == '-' for line in lines[1:]):
+      unused.add(key)
   keep = [i for i, key in enumerate(_HEAD) if key not in unused]
   return [[line[i] for i in keep] for line in lines]
+
+
+def _line(
+  name: str, task: str, score: grid.Score, rows: Sequence[Row]
+) -> Sequence[str]:
+  """Cells of all of `_HEAD`."""
+  _, factor, digits = _UNITS.get(name, _PERCENT)
+
+  def shown(value: float | None) -> str:
+    return '-' if value is None else f'{factor * value:.{digits}f}'
+
+  def span(low: float | None, high: float | None) -> str:
+    return '-' if low is None else f'{shown(low)} to {shown(high)}'
+
+  values = [row.value for row in rows]
+  single = task == grid.AVERAGE or len(values) < 2
+  return (
+    task,
+    shown(score.value),
+    f'{np.exp(score.value):.3f}',
+    '-' if single else span(min(values), max(values)),
+    span(score.low, score.high),
+    shown(score.majority),
+    str(len(rows)),
+    str(_examples(rows)),
+  )
 
 
 def _examples(rows: Sequence[Row]) -> int:

@@ -23,8 +23,9 @@ from ..interop.cases import CONFIGS, random_params
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared'
 BASE, DATA = SHARED / 'models/flan-t5-small-int8', SHARED / 'data/p3/eval'
-# What float32 loses in a score, by its size: measured as 3e-6 at most, from
-# sums in another order over 16 layers.
+# What float32 may lose in a score, by its size, from sums in another order.
+# The 2 and 4 layers of the random weights below came to 9.5e-8 at most; of the
+# 16 layers of the slow test no figure was kept, hence the room.
 TOLERANCE = 2e-5
 
 

@@ -7,16 +7,15 @@ import json
 from moepeft import config as config_lib
 from moepeft import scoring
 
-ABOUT = scoring.About(
+from . import cases
+from .cases import right as right
+
+ABOUT = dataclasses.replace(
+  cases.ABOUT,
   run='',
-  method='lora(rank=4)',
-  semantics='official',
-  base='t5_tiny',
   base_parameters=1_000_000,
   parameters=20_000,
-  seed=0,
   step=7,
-  data='eval',
 )
 ROUNDS = ('anli_r1', 'anli_r2', 'anli_r3')
 EIGHT = ('anli', 'cb', 'rte', 'wsc', 'wic', 'copa', 'winogrande', 'hellaswag')
@@ -73,11 +72,6 @@ def add(folder, own, rows):
       for task, prompt, measure, each, *weights in rows
     ],
   )
-
-
-def right(of, n):
-  """The figures of n examples of which the first `of` are right."""
-  return [1] * of + [0] * (n - of)
 
 
 def grid(of, n, tasks=TASKS):

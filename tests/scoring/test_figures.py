@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.scoring import figures, folders, groups
+from moepeft.scoring import figures, folders, groups, sameness
 from moepeft.scoring.figures import Figure, Key
 from tests.scoring import runs
 
@@ -128,7 +128,7 @@ def test_differences_are_paired_by_example(tmp_path):
 def test_other_examples_prompts_or_tasks_are_not_compared(tmp_path):
   def check(*rows):
     made = [held_out(tmp_path / str(i), own) for i, own in enumerate(rows)]
-    figures.check_same_examples(made)
+    sameness.check(made)
 
   one = ('a', 'p', 'accuracy', runs.right(1, 3))
   check([one], [one])
@@ -145,7 +145,28 @@ def test_a_set_that_only_one_run_has_is_no_mistake(tmp_path):
     entry(tmp_path / 'a', runs.grid(3, 5)),
     entry(tmp_path / 'b', runs.grid(3, 5, ['cb', 'rte'])),
   ]
-  figures.check_same_examples(made)
+  sameness.check(made)
+
+
+def test_other_data_or_lengths_of_one_name_are_not_compared(tmp_path):
+  def made(name, **changes):
+    rows = [('a', 'p', 'accuracy', runs.right(1, 3))]
+    return entry(tmp_path / name, rows, changes)
+
+  lengths = {'inputs_length': 64, 'targets_length': 8}
+  one = made('one', data_sha='0123456789ab', **lengths)
+  sameness.check([one, made('same', data_sha='0123456789ab', **lengths)])
+  # Rows from before either was written may be of anything.
+  sameness.check([one, made('old')])
+  other = made('other', data_sha='ba9876543210', **lengths)
+  with pytest.raises(ValueError, match="other rows of the name 'eval' .hashes"):
+    sameness.check([one, other])
+  # Of another name it may be other data.
+  sameness.check([one, made('named', data='mine', data_sha='ba9876543210')])
+  lengths['targets_length'] = 16
+  longer = made('longer', data_sha='0123456789ab', **lengths)
+  with pytest.raises(ValueError, match=r'\(64, 8\) and \(64, 16\)'):
+    sameness.check([one, longer])
 
 
 def test_embedded_tasks_differ_by_seed(tmp_path):
@@ -158,17 +179,17 @@ def test_embedded_tasks_differ_by_seed(tmp_path):
     ),
   ]
   with pytest.raises(ValueError, match='examples of'):
-    figures.check_same_examples(made)
-  figures.check_same_examples([made[0], dataclasses.replace(made[1], seed=1)])
+    sameness.check(made)
+  sameness.check([made[0], dataclasses.replace(made[1], seed=1)])
 
 
 def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
   after = {'step': 7, 'validation_loss': 2.0, 'means': {}}
   one = entry(tmp_path / 'a', after=after)
   other = entry(tmp_path / 'b', after=after, config={'data.held_out': 0.25})
-  figures.check_same_examples([one, one])
+  sameness.check([one, one])
   with pytest.raises(ValueError, match=r'config.data.held_out is 0.05 and 0.2'):
-    figures.check_same_examples([one, other])
+    sameness.check([one, other])
 
 
 def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
@@ -214,6 +235,41 @@ def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
     'on other, official',
     'on t5_tiny, official, step 11',
   ]
+
+
+def test_best_checkpoints_of_other_steps_are_seeds_of_one_row(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(
+      tmp_path / str(seed),
+      rows,
+      {'seed': seed, 'step': step, 'checkpoint': checkpoint},
+      config={'steps': 13},
+    )
+    for seed, step, checkpoint in (
+      (0, 7, 'best'),
+      (1, 11, 'best'),
+      (2, 7, 'latest'),
+      # From before rows said it.
+      (3, 7, None),
+    )
+  ]
+  found = groups.group(made)
+  assert [([e.seed for e in g.entries], g.aside) for g in found] == [
+    ([0, 1], 'best checkpoint'),
+    ([2, 3], 'step 7'),
+  ]
+  # The best of all thirteen steps.
+  assert found[0].first.budget == (13, 5)
+
+
+def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  best = {'checkpoint': 'best'}
+  runs.make(tmp_path, rows, best | {'step': 7})
+  runs.add(tmp_path, runs.about(tmp_path, data='x', step=11, **best), rows)
+  with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
+    groups.group(folders.read(str(tmp_path), DEFAULTS))
 
 
 def base(folder, rows, changes=None, **more):

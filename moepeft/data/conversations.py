@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations in the forms that people have: alpaca, sharegpt, messages.
+
+alpaca: `instruction`, `input`, `output`, and perhaps `system` and `history`
+(pairs of a question and an answer). sharegpt: `conversations` of {from, value}
+and perhaps `system` and `tools`. messages: OpenAI's, `messages` of {role,
+content, tool_calls}, and perhaps `tools`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moepeft.data import hub
+from moepeft.data.rows import Bad, BadRow
+
+FORMS = ('alpaca', 'sharegpt', 'messages')
+_ENDS = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
+_ROLES = {
+  'system': 'system',
+  'developer': 'system',
+  'user': 'user',
+  'human': 'user',
+  'assistant': 'assistant',
+  'gpt': 'assistant',
+  'function_call': 'call',
+  'tool': 'tool',
+  'function': 'tool',
+  'observation': 'tool',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What one side says.
+
+  Attributes:
+    role: 'system', 'user', 'assistant' or 'tool'.
+    content: not empty, but for an assistant that calls tools.
+    calls: [{'name': ..., 'arguments': {...}}] of an assistant, or None.
+  """
+
+  role: str
+  content: str
+  calls: list | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """Turns, the system's first if there is one; tools as JSON schemas."""
+
+  turns: tuple[Turn, ...]
+  tools: list | None = None
+
+  @property
+  def answered(self) -> bool:
+    return bool(self.turns) and self.turns[-1].role == 'assistant'
+
+
+def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
+  """(file, 'FILE, row 0', row) of a file or a directory of them.
+
+  Raises:
+    ValueError: nothing is there, a file cannot be read, or as `bad` does.
+  """
+  path = os.path.expanduser(path)
+  for file in _files(path):
+    for where, row in zip(*hub.json_rows(file, bad), strict=True):
+      yield file, where, row
+
+
+def _files(path: str) -> list[str]:
+  kinds = ', '.join(_ENDS)
+  if os.path.isfile(path):
+    if not path.endswith(_ENDS):
+      raise ValueError(
+        f'conversations are read from {kinds}; got {path!r}: convert it, or '
+        'name a directory of such files'
+      )
+    return [path]
+  if not os.path.isdir(path):
+    raise ValueError(
+      f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
+    )
+  found = [f for f in sorted(os.listdir(path)) if f.endswith(_ENDS)]
+  if not found:
+    raise ValueError(f'{path} holds no file of {kinds}')
+  return [os.path.join(path, f) for f in found]
+
+
+def conversations(path: str, form: str = '') -> list[Conversation]:
+  """All conversations under a path, each ending with an answer.
+
+  Raises:
+    ValueError: nothing is there, or a row is not of its form; the message
+      names the file and the row.
+  """
+  bad, found = Bad('error'), []
+  for _, where, row in rows(path, bad):
+    try:
+      found.append(answered(conversation(row, form)))
+    except BadRow as e:
+      bad(where, e)
+  return found
+
+
+def answered(found: Conversation) -> Conversation:
+  """The same.
+
+  Raises:
+    BadRow: it does not end with an answer.
+  """
+  if not found.answered:
+    raise BadRow(
+      f"the last turn is the {found.turns[-1].role}'s, expected an answer of "
+      'the assistant; add it, or remove the row'
+    )
+  return found
+
+
+def form_of(row: Mapping) -> str:
+  """The form that a row's fields are of.
+
+  Raises:
+    BadRow: it is none.
+  """
+  if 'messages' in row:
+    return 'messages'
+  if 'conversations' in row:
+    return 'sharegpt'
+  if 'instruction' in row:
+    return 'alpaca'
+  raise BadRow(
+    f'the row has {", ".join(map(repr, row)) or "no fields"}; expected '
+    "'messages', 'conversations' or 'instruction' and 'output'"
+  )
+
+
+def conversation(row: Mapping, form: str = '') -> Conversation:
+  """A row's conversation, which need not end with an answer.
+
+  Args:
+    form: one of FORMS, '' to find out by the fields.
+
+  Raises:
+    BadRow: the row is not of the form.
+    ValueError: there is no such form.
+  """
+  if form and form not in FORMS:
+    raise ValueError(
+      f'config.data.form is one of {", ".join(FORMS)}, or empty to find out; '
+      f'got {form!r}'
+    )
+  kind = form or form_of(row)
+  if kind == 'alpaca':
+    turns = _alpaca(row)
+  else:
+    turns = _listed(row, 'messages' if kind == 'messages' else 'conversations')
+  check_order(turns)
+  return Conversation(tuple(turns), tools(row.get('tools')))
+
+
+def _alpaca(row: Mapping) -> list[Turn]:
+  system = row.get('system') or ''
+  turns = [Turn('system', _text(system, "'system'"))] if system else []
+  history = row.get('history') or []
+  for i, pair in enumerate(history):
+    if not isinstance(pair, list) or len(pair) != 2:
+      raise BadRow(
+        f"expected pairs of texts in 'history', got {pair!r}; mend or remove "
+        'the row'
+      )
+    said = f"'history', pair {i},"
+    turns += [Turn('user', _text(pair[0], said))]
+    turns += [Turn('assistant', _text(pair[1], said))]
+  asked = _text(row.get('instruction'), "'instruction'")
+  more = row.get('input') or ''
+  if more:
+    asked += '\n' + _text(more, "'input'")
+  answer = _text(row.get('output'), "'output'")
+  return [*turns, Turn('user', asked), Turn('assistant', answer)]
+
+
+def _listed(row: Mapping, field: str) -> list[Turn]:
+  """The turns of a row's list, in either spelling."""
+  items = row.get(field)
+  if not isinstance(items, list) or not items:
+    raise BadRow(
+      f'expected a list of turns in {field!r}, got {items!r}; mend or remove '
+      'the row'
+    )
+  turns = [turn(item, i) for i, item in enumerate(items)]
+  system = row.get('system') or ''
+  if system and turns[0].role != 'system':
+    turns.insert(0, Turn('system', _text(system, "'system'")))
+  return turns
+
+
+def turn(item: Any, place: int) -> Turn:
+  """One turn of {from, value} or {role, content, tool_calls}.
+
+  Raises:
+    BadRow: it is neither, or empty.
+  """
+  said = f'turn {place}'
+  if not isinstance(item, dict):
+    raise BadRow(f'{said} is {item!r}, expected an object; mend the row')
+  name = item.get('role', item.get('from'))
+  if not isinstance(name, str) or name not in _ROLES:
+    raise BadRow(
+      f'{said} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
+      "'role' or 'from'"
+    )
+  role, content = _ROLES[name], item.get('content', item.get('value'))
+  if role == 'call':
+    return Turn('assistant', '', _calls(content, said))
+  calls = None
+  if role == 'assistant' and item.get('tool_calls'):
+    calls = _calls(item['tool_calls'], said)
+    if content in (None, ''):
+      return Turn(role, '', calls)
+  return Turn(role, _text(_joined(content, said), f'{said} ({role})'), calls)
+
+
+def _joined(content: Any, said: str) -> Any:
+  """OpenAI's lists of parts as one text."""
+  if not isinstance(content, list):
+    return content
+  texts = [p.get('text') for p in content if isinstance(p, dict)]
+  if len(texts) < len(content) or not all(isinstance(t, str) for t in texts):
+    raise BadRow(
+      f'{said} holds something other than text; only text can be trained: '
+      'remove the row'
+    )
+  return ''.join(texts)
+
+
+def _text(value: Any, said: str) -> str:
+  if not isinstance(value, str):
+    raise BadRow(f'{said} is {value!r}, expected text; mend or remove the row')
+  if not value.strip():
+    raise BadRow(f'{said} is empty; fill it in, or remove the row')
+  if not value.isascii() and any('\ud800' <= c <= '\udfff' for c in value):
+    raise BadRow(f'{said} holds half of a character; mend or remove the row')
+  return value
+
+
+def _calls(value: Any, said: str) -> list[dict]:
+  """[{'name', 'arguments'}] of JSON or of OpenAI's list."""
+  found = _json(value, said, 'a call of a tool')
+  found = found if isinstance(found, list) else [found]
+  calls = []
+  for call in found:
+    call = call.get('function', call) if isinstance(call, dict) else {}
+    arguments = _json(call.get('arguments', {}), said, 'arguments')
+    if not isinstance(call.get('name'), str) or not isinstance(arguments, dict):
+      raise BadRow(
+        f"{said} calls no tool: expected {{'name': ..., 'arguments': "
+        f'{{...}}}}, got {value!r}; mend or remove the row'
+      )
+    calls.append({'name': call['name'], 'arguments': arguments})
+  return calls
+
+
+def tools(value: Any) -> list[dict] | None:
+  """A row's tools, in OpenAI's form.
+
+  Raises:
+    BadRow: they are no list of JSON schemas.
+  """
+  if value in (None, '', [], '[]'):
+    return None
+  found = _json(value, "'tools'", 'a list of tools')
+  if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
+    raise BadRow(
+      f"expected a list of JSON schemas in 'tools', got {value!r}; mend or "
+      'remove the row'
+    )
+  return [
+    t if 'function' in t else {'type': 'function', 'function': t} for t in found
+  ]
+
+
+def _json(value: Any, said: str, what: str) -> Any:
+  if not isinstance(value, str):
+    return value
+  try:
+    return json.loads(value)
+  except (ValueError, RecursionError) as e:
+    raise BadRow(
+      f'{said} holds no JSON of {what} ({getattr(e, "msg", e)}); mend or '
+      'remove the row'
+    ) from None
+
+
+def check_order(turns: Sequence[Turn]) -> None:
+  """The system first, then the user; tools answer the assistant.
+
+  Raises:
+    BadRow: the order is another.
+  """
+  begun = turns[1:] if turns[0].role == 'system' else turns
+  if not begun or begun[0].role != 'user':
+    who = begun[0].role if begun else 'nobody'
+    raise BadRow(
+      f"a conversation begins with the user's turn, after the system's if "
+      f'there is one; this one with the turn of {who}'
+    )
+  for i, (before, now) in enumerate(
+    zip(begun, begun[1:], strict=False), len(turns) - len(begun) + 1
+  ):
+    if now.role == 'system':
+      raise BadRow(f'turn {i} is of the system, which may only be the first')
+    if now.role == 'tool' and before.role not in ('assistant', 'tool'):
+      raise BadRow(
+        f'turn {i} is of a tool and follows the {before.role}, expected a call '
+        'of the assistant before it'
+      )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms of batches: of encoder-decoders and of decoder-only models."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moepeft.data import batching, packing
+from moepeft.data.causal import Samples
+from moepeft.data.vocabulary import Vocabulary
+from moepeft.models import decoder_only
+from moepeft.tasks import Example
+
+Rows = dict[str, np.ndarray]  # arrays [rows, ...]
+
+
+class Form(Protocol):
+  """From what sources give to the arrays that a model reads."""
+
+  words: Vocabulary
+  packed: bool
+
+  def encode(self, items: Sequence) -> list:
+    """Examples, and what is ids already, as ids that fit a row."""
+
+  def rows(self, number: int, encoded: Sequence) -> Rows:
+    """The rows of window `number`, packed where the form is."""
+
+  def padded(self, encoded: Sequence) -> Rows:
+    """Rows of one encoded item each, in their order."""
+
+  def cut(self, items: Sequence) -> int:
+    """How many of them are too long."""
+
+  @property
+  def longer(self) -> str:
+    """What to raise so that nothing is cut."""
+
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    """Of a row, of each of its sides."""
+
+  def resized(self, lengths: tuple[int, ...]) -> 'Form':
+    """The same with other `lengths`."""
+
+  def sizes(self, encoded: Sequence) -> tuple[list[tuple[int, ...]], list[int]]:
+    """(what of `lengths` each item fills, its trained tokens)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """Inputs and targets, as encoder-decoders read them.
+
+  Attributes:
+    words: the vocabulary.
+    inputs_length, targets_length: of a row, EOS included.
+    packed: whether rows hold several examples.
+    seed: of the packed rows' order.
+  """
+
+  words: Vocabulary
+  inputs_length: int
+  targets_length: int
+  packed: bool = False
+  seed: int = 0
+
+  def encode(self, items: Sequence) -> list[packing.Pair]:
+    """Pairs of ids of examples; what is a pair already stays as it is."""
+    texts = [e for e in items if isinstance(e, Example)]
+    made = (
+      batching.encode_all(self.words, texts, *self.lengths) if texts else []
+    )
+    pairs = iter(made)
+    return [next(pairs) if isinstance(e, Example) else e for e in items]
+
+  def rows(self, number: int, encoded: Sequence[packing.Pair]) -> Rows:
+    """See `packing.pack` and `batching.seq2seq`."""
+    if not self.packed:
+      return self.padded(encoded)
+    rng = np.random.default_rng((self.seed, number))
+    return packing.pack(encoded, *self.lengths, rng)
+
+  def padded(self, encoded: Sequence[packing.Pair]) -> Rows:
+    x, y = zip(*encoded, strict=True)
+    return batching.seq2seq(x, y, *self.lengths)
+
+  def cut(self, items: Sequence) -> int:
+    texts = [e for e in items if isinstance(e, Example)]
+    return sum(batching.encode(self.words, e, *self.lengths)[2] for e in texts)
+
+  @property
+  def longer(self) -> str:
+    return 'config.data.inputs_length or config.data.targets_length'
+
+  @property
+  def lengths(self) -> tuple[int, int]:
+    return self.inputs_length, self.targets_length
+
+  def resized(self, lengths: tuple[int, int]) -> 'Pairs':
+    return dataclasses.replace(
+      self, inputs_length=lengths[0], targets_length=lengths[1]
+    )
+
+  def sizes(
+    self, encoded: Sequence[packing.Pair]
+  ) -> tuple[list[tuple[int, int]], list[int]]:
+    return [(len(x), len(y)) for x, y in encoded], [len(y) for _, y in encoded]
+
+
+def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
+  """The form that a model reads, with the lengths of config.data.
+
+  Args:
+    model: a model or its config.
+
+  Raises:
+    ValueError: config.data.too_long is none that there is.
+  """
+  if decoder_only(model):
+    return Samples(words, data.length, data.too_long, data.packing, seed)
+  lengths = data.inputs_length, data.targets_length
+  return Pairs(words, *lengths, data.packing, seed)
+
+
+def scored_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:
+  """The most tokens of the inputs and of a choice in scoring.
+
+  In a decoder they share a row: a choice has config.data.targets_length of
+  it, at most half, and the prompt the rest.
+  """
+  if not decoder_only(model):
+    return data.inputs_length, data.targets_length
+  targets = min(data.targets_length, data.length // 2)
+  return data.length - targets, targets

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that a passage of text has to keep, by name.
+
+Their figures are those of Gopher's filter (arXiv:2112.11446, table A1 and
+section A.1.1), which are of English web text in whole documents.
+"""
+
+import collections
+from collections.abc import Callable
+
+_STOP = frozenset('the be to of and that have with'.split())
+_BULLETS = ('•', '-', '*')
+# The most of a text's letters that its commonest n words in a row may have.
+_COMMONEST = ((2, 0.20), (3, 0.18), (4, 0.16))
+
+
+def length(text: str) -> bool:
+  """50 to 100,000 words."""
+  return 50 <= len(text.split()) <= 100_000
+
+
+def words(text: str) -> bool:
+  """Words of 3 to 10 letters in the mean."""
+  found = text.split()
+  return bool(found) and 3 <= sum(map(len, found)) / len(found) <= 10
+
+
+def symbols(text: str) -> bool:
+  """At most one '#' or ellipsis for ten words."""
+  count = text.count('#') + text.count('...') + text.count('…')
+  return count <= 0.1 * len(text.split())
+
+
+def letters(text: str) -> bool:
+  """A letter in 80 % of the words."""
+  found = text.split()
+  spelled = sum(any(c.isalpha() for c in word) for word in found)
+  return bool(found) and spelled >= 0.8 * len(found)
+
+
+def stopwords(text: str) -> bool:
+  """Two of the commonest words of English."""
+  return len(_STOP & {word.lower() for word in text.split()}) >= 2
+
+
+def lines(text: str) -> bool:
+  """At most 90 % of the lines are bullets, 30 % end with an ellipsis."""
+  found = [line.strip() for line in text.splitlines() if line.strip()]
+  bullets = sum(line.startswith(_BULLETS) for line in found)
+  cut = sum(line.endswith(('...', '…')) for line in found)
+  return bullets <= 0.9 * len(found) and cut <= 0.3 * len(found)
+
+
+def repetition(text: str) -> bool:
+  """At most 30 % of the lines occur before; no phrase is much of the text."""
+  found = [line.strip() for line in text.splitlines() if line.strip()]
+  if len(found) - len(set(found)) > 0.3 * len(found):
+    return False
+  own = text.split()
+  total = sum(map(len, own))
+  for n, most in _COMMONEST:
+    grams = collections.Counter(zip(*(own[i:] for i in range(n)), strict=False))
+    if not grams:
+      continue
+    gram, count = grams.most_common(1)[0]
+    if count > 1 and count * sum(map(len, gram)) > most * total:
+      return False
+  return True
+
+
+RULES: dict[str, Callable[[str], bool]] = {
+  'length': length,
+  'words': words,
+  'symbols': symbols,
+  'letters': letters,
+  'stopwords': stopwords,
+  'lines': lines,
+  'repetition': repetition,
+}
+
+
+def rules(text: str) -> dict[str, Callable[[str], bool]]:
+  """'length,repetition' -> the rules of these names, in this order.
+
+  Raises:
+    ValueError: there is no such rule.
+  """
+  names = [name.strip() for name in text.split(',') if name.strip()]
+  for name in names:
+    if name not in RULES:
+      raise ValueError(
+        f'config.data.quality names some of {", ".join(RULES)}; got {name!r}'
+      )
+  return {name: RULES[name] for name in names}

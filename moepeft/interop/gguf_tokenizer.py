@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer and the chat template that a GGUF file holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.interop import gguf
+from moepeft.models.names import CheckpointError
+
+# How text is split before bytes are merged: GPT-2's own way, Llama 3's and
+# Qwen2's patterns (published in their tokenizer.json).
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_PATTERNS = {
+  'llama-bpe': _WORDS % r'\p{N}{1,3}',
+  'qwen2': _WORDS % r'\p{N}',
+}
+SPLITS = ('gpt-2', 'smollm', *_PATTERNS)
+# `tokenizer.ggml.token_type`.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def read(path: str) -> Any:
+  """The fast tokenizer of a file, of `transformers`' type.
+
+  Raises:
+    CheckpointError: the file has none, or one of a kind that is not
+      supported.
+  """
+  from transformers import PreTrainedTokenizerFast
+
+  said = gguf.metadata(path)
+  tokens = said.get('tokenizer.ggml.tokens')
+  if not tokens:
+    raise CheckpointError(
+      f'{path} holds no tokenizer: set config.data.vocabulary to a directory '
+      'that does'
+    )
+  special = {
+    kind.removesuffix('_id'): tokens[i]
+    for kind, i in special_ids(said).items()
+    if i is not None
+  }
+  return PreTrainedTokenizerFast(
+    tokenizer_object=_build(path, said, tokens),
+    chat_template=said.get('tokenizer.chat_template'),
+    clean_up_tokenization_spaces=False,
+    **special,
+  )
+
+
+def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
+  """'bos_token_id' and so on of a file's metadata; None where unsaid."""
+  kinds = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+  return {
+    f'{ours}_token_id': said.get(f'tokenizer.ggml.{theirs}_token_id')
+    for ours, theirs in kinds.items()
+  }
+
+
+def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
+  """The `tokenizers.Tokenizer` behind it."""
+  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+  split = _split(path, said)
+  merges = [
+    tuple(pair.split(' ')) for pair in said.get('tokenizer.ggml.merges', ())
+  ]
+  bpe = models.BPE(
+    vocab={token: i for i, token in enumerate(tokens)},
+    merges=merges,
+    # Llama 3 looks a whole word up before it merges.
+    ignore_merges=split == 'llama-bpe',
+  )
+  made = Tokenizer(bpe)
+  if split == 'qwen2':
+    made.normalizer = normalizers.NFC()
+  made.pre_tokenizer = _splitter(split)
+  made.decoder = decoders.ByteLevel()
+  made.post_processor = _start(said, split, tokens)
+  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
+    if form in (_CONTROL, _USER_DEFINED):
+      added = AddedToken(tokens[i], normalized=False, special=form == _CONTROL)
+      made.add_tokens([added])
+  return made
+
+
+def _split(path: str, said: Mapping[str, Any]) -> str:
+  """The way in which text is split, one of SPLITS."""
+  kind = said.get('tokenizer.ggml.model')
+  split = said.get('tokenizer.ggml.pre', 'default')
+  if kind != 'gpt2' or split not in SPLITS:
+    raise CheckpointError(
+      f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
+      f"supported are 'gpt2' split by {', '.join(SPLITS)}; set "
+      'config.data.vocabulary to a directory with tokenizer.json'
+    )
+  return split
+
+
+def _splitter(split: str) -> Any:
+  from tokenizers import Regex, pre_tokenizers
+
+  if split == 'gpt-2':
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+  if split == 'smollm':
+    first = pre_tokenizers.Digits(individual_digits=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  else:
+    first = pre_tokenizers.Split(Regex(_PATTERNS[split]), 'isolated')
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  return pre_tokenizers.Sequence([first, rest])
+
+
+def _start(said: Mapping[str, Any], split: str, tokens: list[str]) -> Any:
+  """Puts the beginning-of-sequence token first, where the model wants it."""
+  from tokenizers import processors
+
+  usual = split == 'llama-bpe'
+  bos = said.get('tokenizer.ggml.bos_token_id')
+  if not said.get('tokenizer.ggml.add_bos_token', usual) or bos is None:
+    return processors.ByteLevel(trim_offsets=False)
+  return processors.TemplateProcessing(
+    single=f'{tokens[bos]} $A',
+    special_tokens=[(tokens[bos], bos)],
+  )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct preference optimisation and its kin (Rafailov et al., 2305.18290)."""
+
+from collections.abc import Callable
+
+from moepeft.objectives import preference, sides
+from moepeft.objectives.preference import PLAIN, Preference
+from moepeft.typing import Array, Batch, Tree
+
+
+def objective(
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rngs: dict[str, Array] | None,
+  settings: Preference = PLAIN,
+  reference: sides.LogP | None = None,
+) -> tuple[Array, dict[str, Tree]]:
+  """The sum of pairs' losses, and what was seen on the way.
+
+  Args:
+    apply: the policy's.
+    variables: {'params': ..., 'peft': ...}, and the reference's own.
+    batch: a model's batch twice, its keys after 'chosen_' and 'rejected_', and
+      'chosen_reference' and 'rejected_reference' [b, t] where they were
+      computed before.
+    rngs: as of `seq2seq.objective`; the reference never gets any.
+    settings: config.preference's.
+    reference: where the batch does not bring it.
+
+  Returns:
+    The sum, and {'weight': pairs; 'tokens', 'nll', 'correct': of the chosen
+    answers, as of `seq2seq.objective`; 'figures': {name: [sum, count]} of
+    rewards_chosen, rewards_rejected (beta times the ratio of an answer),
+    margins, accuracies, and kl (half the squared log-ratio of a token, the
+    mean over both answers: to second order the divergence of policy and
+    reference where answers are the reference's; never negative); 'routing'}.
+  """
+  seen = sides.see(apply, variables, batch, rngs, sides.PAIR, reference)
+  ratios = seen.ratios()
+  losses = loss_of(ratios, ratios / seen.lengths, settings)
+  rewards = settings.beta * ratios
+  figures = sides.compared(rewards[:, 0], rewards[:, 1], seen.real)
+  return sides.totals(seen, losses, settings.sft, figures, seen.real)
+
+
+def loss_of(ratios: Array, means: Array, settings: Preference) -> Array:
+  """The loss that the settings name, of ratios (and their means) [b, 2]."""
+  h, beta, smooth = (
+    ratios[:, 0] - ratios[:, 1],
+    settings.beta,
+    settings.label_smoothing,
+  )
+  if settings.loss == 'hinge':
+    return preference.hinge(h, beta)
+  if settings.loss == 'ipo':
+    return preference.ipo(means[:, 0] - means[:, 1], beta)
+  if settings.loss == 'robust':
+    return preference.robust(h, beta, smooth)
+  return preference.dpo(h, beta, smooth)

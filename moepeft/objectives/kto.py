@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers judged one by one: KTO (Ethayarajh et al., arXiv:2402.01306)."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from moepeft.objectives import preference, sides
+from moepeft.objectives.preference import PLAIN, Preference
+from moepeft.typing import Array, Batch, Tree
+
+OWN, MISMATCHED = ('',), ('kl_',)
+
+
+def rollout(
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rng: Array | None,
+  reference: sides.LogP | None = None,
+) -> dict[str, Array]:
+  """{'kl_ratio': [b]} of each prompt with another's answer, without noise."""
+  del rng
+  seen = sides.see(apply, variables, batch, None, MISMATCHED, reference)
+  return {'kl_ratio': seen.ratios()[:, 0]}
+
+
+def settle(batch: Batch) -> Batch:
+  """The batch with its reference point in every row, as 'point' [b]."""
+  ratios, real = batch['kl_ratio'], jnp.any(batch['targets_mask'], axis=-1)
+  point = preference.reference_point(ratios, real)
+  return batch | {'point': jnp.broadcast_to(point, ratios.shape)}
+
+
+def objective(
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rngs: dict[str, Array] | None,
+  settings: Preference = PLAIN,
+  reference: sides.LogP | None = None,
+) -> tuple[Array, dict[str, Tree]]:
+  """The sum of answers' losses, and what was seen on the way.
+
+  Args:
+    batch: a model's batch, 'label' bool [b], 'point' [b] by `settle`, and
+      'reference' [b, t] where it was computed before.
+    others: as of `dpo.objective`.
+
+  Returns:
+    The sum, and aux as of `dpo.objective`, its 'weight' counting answers.
+    rewards_chosen is of good answers and rewards_rejected of bad ones;
+    'margins' are of both, what a reward is above the point for a good one and
+    below it for a bad one; 'accuracies' the share with a positive one, and
+    'point' the reference point. 'nll' is of the good answers.
+  """
+  seen = sides.see(apply, variables, batch, rngs, OWN, reference)
+  s, label, point = settings, batch['label'], batch['point']
+  ratio = seen.ratios()[:, 0]
+  losses = preference.kto(
+    ratio, label, point, s.beta, s.desirable, s.undesirable
+  )
+  good, bad = seen.real & label, seen.real & ~label
+  margins = s.beta * jnp.where(label, ratio - point, point - ratio)
+  figures = {
+    'rewards_chosen': sides.figure(s.beta * ratio, good),
+    'rewards_rejected': sides.figure(s.beta * ratio, bad),
+    'margins': sides.figure(margins, seen.real),
+    'accuracies': sides.figure(0.5 * (1 + jnp.sign(margins)), seen.real),
+    'point': sides.figure(point, seen.real),
+  }
+  return sides.totals(seen, losses, s.sft, figures, label)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every decoder-only model promises: sites, caches, packing, adapters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.models import FAMILIES, decoder_names, names
+from moepeft.models.decoder import Decoder, DecoderConfig, sites
+from moepeft.nn.site import Advice
+from moepeft.peft import build
+
+from . import small, small_decoders
+from .probes import Prefix, Seen
+from .small_decoders import CONFIGS, LENGTHS, make, place
+
+# Float32 sums of a few tens of numbers, in another order.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+# A bfloat16 is exact to 2**-8 of itself; three layers, and sums of them.
+CLOSE_16 = dict(rtol=0.06, atol=0.06)
+
+
+def real_of(logits):
+  """Logits of real tokens, [sum of lengths, v]."""
+  return np.asarray(logits)[np.asarray(small_decoders.batch()['inputs_mask'])]
+
+
+def apply(model, variables, batch=None):
+  run = jax.jit(model.apply)
+  return np.asarray(run(variables, batch or small_decoders.batch()))
+
+
+def test_the_list_has_every_family():
+  decoders = {
+    name for name, family in FAMILIES.items() if family.MODULE is Decoder
+  }
+  assert {config.family for config in CONFIGS.values()} == decoders
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_site_is_reached_and_no_other(name):
+  config = CONFIGS[name]
+  listed = sites(config)
+  seen = set()
+  Seen.log = seen
+  advice = Advice(
+    tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
+  )
+  model = Decoder(config, advice)
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  jax.eval_shape(lambda: model.init(rngs, small_decoders.batch()))
+  assert seen == set(listed)
+
+
+@pytest.mark.parametrize('name', set(CONFIGS) - {'sinusoidal'})
+def test_rules_name_every_parameter(name):
+  config = CONFIGS[name]
+  init = lambda: Decoder(config).init(  # noqa: E731
+    jax.random.key(0), small_decoders.batch()
+  )
+  shapes = jax.eval_shape(init)['params']
+  shapes = {path: leaf.shape for path, leaf in names.flatten(shapes).items()}
+  wanted = names.entries(
+    decoder_names.hf_rules(config),
+    decoder_names.sizes(config),
+    decoder_names.depths(config),
+  )
+  assert names.stacked_shapes(wanted) == shapes
+  known = decoder_names.projections(config) | decoder_names.taps()
+  assert set(known) <= set(sites(config))
+
+
+@pytest.mark.parametrize(
+  'name, attention',
+  [(name, 'naive') for name in CONFIGS]
+  + [('gemma2', 'chunked'), ('alibi', 'chunked'), ('mistral', 'fused')],
+)
+def test_cached_decoding_equals_uncached(name, attention):
+  model, variables = make(
+    CONFIGS[name], 'lora(rank=2)', 0.1, attention=attention
+  )
+  plain, _ = make(CONFIGS[name], 'lora(rank=2)')
+  whole = apply(plain, variables)
+  np.testing.assert_allclose(
+    real_of(cached(model, variables)), real_of(whole), **CLOSE
+  )
+
+
+def cached(model, variables):
+  """Logits [b, 11, v] by pieces of 3, 2 and then one token a row.
+
+  Rows are shifted against each other: row i stops i tokens before the others
+  in the first piece and makes up for it in the second, whose padding is
+  overwritten.
+  """
+  ids = np.asarray(small_decoders.batch()['inputs'])
+
+  @jax.jit
+  def extend(variables, cache, new, positions):
+    return model.apply(
+      {**variables, **cache},
+      new,
+      place(positions, 13),
+      method='extend',
+      mutable=['cache'],
+    )
+
+  found, cache = np.zeros((3, 11, model.config.vocab), np.float32), {}
+  starts = np.zeros(3, int)
+  for width, taken in ((3, [3, 2, 1]), (3, [1, 2, 3])) + ((1, [1] * 3),) * 7:
+    positions = starts[:, None] + np.arange(width)
+    # What stands after a row's own tokens is noise.
+    new = ids[np.arange(3)[:, None], np.minimum(positions, 10)]
+    new = np.where(np.arange(width) < np.array(taken)[:, None], new, 5)
+    logits, cache = extend(variables, cache, new, jnp.asarray(positions))
+    for row, count in enumerate(taken):
+      end = starts[row] + count
+      found[row, starts[row] : end] = np.asarray(logits)[row, :count]
+    starts = starts + taken
+  return found
+
+
+@pytest.mark.parametrize('name', ['llama', 'gemma2', 'gpt2'])
+def test_cached_decoding_equals_uncached_in_bfloat16(name):
+  half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  model, variables = make(CONFIGS[name], **half)
+  whole = apply(model, variables)
+  np.testing.assert_allclose(
+    real_of(cached(model, variables)), real_of(whole), **CLOSE_16
+  )
+
+
+@pytest.mark.parametrize('attention', ['naive', 'chunked', 'fused'])
+@pytest.mark.parametrize('name', ['gemma2', 'gpt2', 'alibi'])
+def test_packed_rows_equal_rows_alone(name, attention):
+  config = CONFIGS[name]
+  if attention == 'fused':
+    config = dataclasses.replace(config, attention_cap=0.0)
+  model, variables = make(config, attention=attention)
+  alone = apply(make(config)[0], variables)
+  ids = small_decoders.batch()['inputs']
+  # Rows 1 and 2 after one another in one, and what is left is padding.
+  packed = {
+    'inputs': jnp.concatenate([ids[1:2, :4], ids[2:3, :7], ids[:1, :2]], 1),
+    'inputs_mask': jnp.arange(13)[None] < 11,
+    'inputs_segments': jnp.array([[1] * 4 + [2] * 7 + [0] * 2]),
+    'inputs_positions': jnp.array([[*range(4), *range(7), 0, 0]]),
+  }
+  found = apply(model, variables, packed)
+  np.testing.assert_allclose(found[0, :4], alone[1, :4], **CLOSE)
+  np.testing.assert_allclose(found[0, 4:11], alone[2, :7], **CLOSE)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_future_and_padding_move_nothing(name):
+  model, variables = make(CONFIGS[name])
+  batch = small_decoders.batch()
+  before = apply(model, variables)
+  changed = batch['inputs'].at[:, 4:].add(1) % 37
+  after = apply(model, variables, {**batch, 'inputs': changed})
+  np.testing.assert_allclose(after[:, :4], before[:, :4], **CLOSE)
+  assert np.abs(after[0, 4:] - before[0, 4:]).max() > 0.01
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'gemma2', 'gpt2'])
+def test_scan_equals_loop(name):
+  model, variables = make(CONFIGS[name], 'molora(experts=3, rank=2)', 0.1)
+  loop, _ = make(CONFIGS[name], 'molora(experts=3, rank=2)', scan=False)
+  np.testing.assert_allclose(
+    apply(loop, small.unstack(variables)), apply(model, variables), **CLOSE
+  )
+
+
+@pytest.mark.parametrize('method', (*small.ONE_EACH, "ia3(sites='*/core')"))
+@pytest.mark.parametrize('name', ['gemma2', 'gpt2'])
+def test_adapters_start_as_the_base_and_touch_no_weight(name, method):
+  config = CONFIGS[name]
+  base, plain = make(config)
+  model, variables = make(config, method)
+  shapes = jax.tree.map(jnp.shape, variables['params'])
+  assert shapes == jax.tree.map(jnp.shape, plain['params'])
+  assert jax.tree.leaves(variables['peft'])
+  own = {'params': plain['params'], 'peft': variables['peft']}
+  np.testing.assert_allclose(apply(model, own), apply(base, plain), **CLOSE)
+
+
+@pytest.mark.parametrize('attention', ['naive', 'chunked', 'fused'])
+def test_advice_may_lengthen_the_keys(attention):
+  config = CONFIGS['mistral']
+  prefix = Prefix(parent=None, name='prefix')
+  advice = Advice((('decoder/self/core', prefix),))
+  plain = Decoder(config, advice)
+  batch = small_decoders.batch()
+  rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
+  variables = plain.init(rngs, batch)
+  model = Decoder(config, advice, attention=attention)
+  without = Decoder(config).apply({'params': variables['params']}, batch)
+  found = apply(model, variables)
+  np.testing.assert_allclose(
+    real_of(found), real_of(apply(plain, variables)), **CLOSE
+  )
+  assert np.abs(real_of(found) - real_of(without)).max() > 1e-3
+
+
+def test_rows_have_all_lengths():
+  # A full one, and two that end at places of their own.
+  assert LENGTHS[0] == 11 and len(set(LENGTHS)) == 3
+
+
+@pytest.mark.parametrize(
+  'changes, sentence',
+  [
+    (dict(positions='some'), "got 'some'"),
+    (dict(kv_heads=4), 'kv_heads divides heads'),
+    (dict(head_dim=5), 'head_dim is even; got 5'),
+    (dict(windowed=(True,)), 'each of the 3 layers; got 1'),
+    (dict(positions='sinusoidal'), 'd_model is even; got 13'),
+  ],
+)
+def test_shapes_that_can_not_be_are_one_sentence(changes, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    dataclasses.replace(CONFIGS['llama'], **changes)
+
+
+def test_rows_longer_than_the_learned_positions_are_refused():
+  config = dataclasses.replace(CONFIGS['gpt2'], length=10)
+  with pytest.raises(ValueError, match='learned 10 positions; got rows of 11'):
+    Decoder(config).init(jax.random.key(0), small_decoders.batch())
+
+
+def test_the_registry_builds_what_it_lists():
+  for name, family in FAMILIES.items():
+    if family.MODULE is not Decoder:
+      continue
+    for size in family.SIZES:
+      config = family.config(size)
+      assert isinstance(config, DecoderConfig) and config.family == name
+      build('molora(experts=3, rank=2)', family.sites(config))
+    with pytest.raises(ValueError, match="got 'huge'"):
+      family.config('huge')

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one loop on pairs and judged answers: tiny decoder, tiny T5."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moepeft import base as base_lib
+from moepeft import config as config_lib
+from moepeft import convert, references, train
+from moepeft.data import answers, forms
+from moepeft.data.vocabulary import Bytes
+from moepeft.interop import hf
+from moepeft.models import llama, t5
+from moepeft.nn.start import fresh
+from moepeft.objectives import sides
+from moepeft.objectives.loss import mean
+from moepeft.rows import read
+from moepeft.typing import State
+
+from .contracts import small
+
+T5 = dataclasses.replace(small.GATED, vocab=263)
+LLAMA = dataclasses.replace(
+  llama.config('tiny'),
+  vocab=263,
+  d_model=22,
+  heads=2,
+  kv_heads=1,
+  head_dim=6,
+  ffn=26,
+  layers=2,
+)
+MOLORA = 'molora(experts=3, rank=2)'
+WORDS = 'sun moon star rain snow wind leaf root'.split()
+
+
+def pairs(count):
+  """Whatever is asked, 'yes' is better than 'no'; lengths differ."""
+  return [
+    {
+      'prompt': f'{WORDS[i % 8]} {WORDS[i // 8 % 8]} {i}?',
+      'chosen': 'yes' + '!' * (i % 3),
+      'rejected': 'no' + '.' * (i % 4),
+    }
+    for i in range(count)
+  ]
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+  """{family: a base's directory, 'data': a file of pairs}."""
+  folder = tmp_path_factory.mktemp('preference')
+  for name, module, config in (
+    ('llama', llama.MODULE, LLAMA),
+    ('t5', t5.T5, T5),
+  ):
+    batch = base_lib.example_batch()
+    params = fresh(module(config), batch, 0)['params']
+    hf.save(str(folder / name), config, params)
+  (folder / 'pairs.json').write_text(json.dumps(pairs(45)))
+  found = {name: str(folder / name) for name in ('llama', 't5')}
+  return found | {'data': str(folder / 'pairs.json')}
+
+
+def card(places, family='llama', **changes):
+  c = config_lib.default()
+  c.model.path, c.model.dropout = places[family], 0.0
+  c.objective, c.method = 'dpo', MOLORA
+  c.data.source, c.data.path = 'preference', places['data']
+  c.data.vocabulary, c.data.length, c.data.held_out = 'bytes', 31, 0.2
+  c.data.inputs_length, c.data.targets_length = 23, 7
+  c.steps, c.batch_size = 4, 6
+  c.log.every_steps, c.log.tensorboard = 2, False
+  c.checkpoint.every_steps = 2
+  c.optimizer.learning_rate = 1e-2
+  c.evaluation.before = c.evaluation.after = False
+  c.evaluation.batch_size = 5
+  with c.unlocked():
+    c.update_from_flattened_dict(changes)
+  return c
+
+
+@dataclasses.dataclass
+class Parts:
+  """What the loop is made of, without the loop."""
+
+  config: object
+  model: object
+  built: object
+  reference: object
+  state: State
+  batch: dict
+
+
+def parts_of(config, optimizer=None):
+  """As `train.train` makes them, and the first batch of the data."""
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  reference, adapters = references.reference_of(
+    config.objective, config.preference.reference, model, built, base
+  )
+  variables = base_lib.initialise(base, model, 0)
+  state = State(
+    step=jnp.int32(0),
+    trainable=variables['peft'],
+    frozen=variables['params'],
+    opt=(optimizer or optax.sgd(1.0)).init(variables['peft']),
+    rng=jax.random.key(0),
+    reference=adapters,
+  )
+  own = forms.form(config.data, Bytes(), base.config, 0)
+  own = answers.form_of(config.data, config.objective, own)
+  items = answers.read(config.data, own).items
+  batch = own.padded(items[: config.batch_size])
+  batch = {key: jnp.asarray(array) for key, array in batch.items()}
+  return Parts(config, model, built, reference, state, batch)
+
+
+def first_loss(config):
+  parts = parts_of(config)
+  objective = train.loss_of(config, parts.reference)
+
+  @jax.jit
+  def loss(variables, batch):
+    return mean(*objective(parts.model.apply, variables, batch, None))
+
+  return float(loss(parts.built.variables(parts.state), parts.batch))
+
+
+@pytest.mark.parametrize(
+  ('family', 'method'),
+  [
+    ('llama', 'lora(rank=2)'),
+    ('llama', MOLORA),
+    ('llama', 'mov(experts=3)'),
+    ('llama', 'ia3'),
+    ('t5', MOLORA),
+    ('t5', 'mov(experts=3)'),
+  ],
+)
+def test_the_first_loss_of_dpo_is_the_logarithm_of_two(places, family, method):
+  found = first_loss(card(places, family, method=method))
+  assert found == pytest.approx(math.log(2), abs=1e-6)
+
+
+def noisy(state, scale):
+  """The state with an adapter off its start."""
+  rng = np.random.default_rng(0)
+  moved = jax.tree.map(
+    lambda a: a + scale * jnp.asarray(rng.standard_normal(a.shape, np.float32)),
+    state.trainable,
+  )
+  return state.replace(trainable=moved)
+
+
+def test_the_reference_is_the_same_before_and_after_training(places):
+  optimizer = optax.sgd(1.0)
+  config = card(places, **{'model.dropout': 0.3})
+  parts = parts_of(config, optimizer)
+  update = jax.jit(
+    train.make_update(
+      parts.model, parts.built, config, optimizer, parts.reference
+    )
+  )
+  rows = sides.joined(parts.batch, sides.PAIR)
+  of = jax.jit(lambda variables: parts.reference(variables, rows))
+  policy = jax.jit(
+    lambda variables: sides.token_log_p(
+      parts.model.apply(variables, rows), rows
+    )
+  )
+  before = parts.built.variables(parts.state)
+  state, aux = update(parts.state, parts.batch)
+  # Two steps: experts have a gradient from the second on.
+  state, again = update(state, parts.batch)
+  after = parts.built.variables(state)
+  np.testing.assert_array_equal(of(before), of(after))
+  assert float(jnp.abs(policy(before) - policy(after)).max()) > 1e-3
+  # Dropout is the policy's alone: two calls agree, and with another adapter.
+  np.testing.assert_array_equal(of(before), of(before))
+  assert np.isfinite(float(again['loss'])) and float(aux['loss']) > 0
+
+
+@pytest.mark.parametrize('objective', ['dpo', 'kto'])
+def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
+  found = {}
+  for count in (1, 3):
+    config = card(places, objective=objective, accumulate=count)
+    optimizer = optax.sgd(100.0)
+    parts = parts_of(config, optimizer)
+    update = jax.jit(
+      train.make_update(
+        parts.model, parts.built, config, optimizer, parts.reference
+      )
+    )
+    # Of a change and its opposite one makes mismatched answers more likely.
+    for scale in (0.1, -0.1):
+      state = noisy(parts.state, scale)
+      after, aux = update(state, parts.batch)
+      change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
+      found[count, scale] = change, aux['figures'], aux['loss']
+
+  def check(a, b):
+    # Sums of float32 in another order; a mean of means errs by a hundredth.
+    most = np.max(np.abs(a), initial=0)
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * most)
+
+  for scale in (0.1, -0.1):
+    jax.tree.map(check, found[1, scale], found[3, scale])
+  assert max(np.abs(a).max() for a in jax.tree.leaves(found[1, 0.1][0])) > 1e-3
+  if objective == 'kto':
+    points = [float(found[1, s][1]['point'][0]) for s in (0.1, -0.1)]
+    # One is clipped, the other is a mean over the parts.
+    assert min(points) == 0 < max(points)
+
+
+def test_dpo_learns_what_is_preferred_and_tells_it(places, tmp_path, capsys):
+  config = card(
+    places, steps=12, **{'evaluation.every_steps': 6, 'model.dropout': 0.1}
+  )
+  train.train(config, str(tmp_path))
+  rows = read(str(tmp_path / 'metrics.jsonl'))
+  trained = [row for row in rows if 'loss' in row]
+  # Dropout of the policy alone: near ln 2, but not at it.
+  assert trained[0]['loss'] == pytest.approx(math.log(2), abs=0.1)
+  assert trained[-1]['loss'] < trained[0]['loss'] - 0.02
+  last = trained[-1]
+  assert last['margins'] == pytest.approx(
+    last['rewards_chosen'] - last['rewards_rejected'], abs=1e-5
+  )
+  assert last['kl'] > 0
+  half, end = (row for row in rows if 'validation_loss' in row)
+  assert end['validation_margins'] > half['validation_margins'] > 0
+  assert end['validation_accuracies'] == 1
+  assert end['validation_loss'] < half['validation_loss'] < math.log(2)
+  assert (tmp_path / 'plots' / 'preference.png').read_bytes()[1:4] == b'PNG'
+  said = capsys.readouterr().out
+  assert 'margin ' in said and 'validation accuracies 1.0000' in said
+
+
+def losses(workdir):
+  return [row['loss'] for row in read(str(workdir / 'metrics.jsonl'))]
+
+
+def test_a_full_run_has_its_reference_from_before_training(places, tmp_path):
+  more = {'method': 'full', 'preference.reference': 'precomputed'}
+  own = tmp_path / 'pairs.json'
+  own.write_text(json.dumps(pairs(17)))
+  more |= {'data.path': str(own), 'optimizer.learning_rate': 1e-3}
+  train.train(card(places, 't5', **more), str(tmp_path / 'whole'))
+  train.train(card(places, 't5', **more, steps=2), str(tmp_path / 'cut'))
+  kept = (tmp_path / 'cut' / 'reference' / 'log_p.npy').read_bytes()
+  train.train(card(places, 't5', **more), str(tmp_path / 'cut'))
+  assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
+  assert losses(tmp_path / 'cut')[0] == pytest.approx(math.log(2), abs=1e-6)
+  assert (tmp_path / 'cut/reference/log_p.npy').read_bytes() == kept
+  # Other data under the same path are noticed.
+  own.write_text(json.dumps(pairs(18)))
+  with pytest.raises(ValueError, match='computed of another base, adapter or'):
+    train.train(card(places, 't5', **more, steps=5), str(tmp_path / 'cut'))
+
+
+def test_training_goes_on_from_adapters_that_are_the_reference(
+  places, tmp_path
+):
+  train.train(card(places, steps=2), str(tmp_path / 'a'))
+  out = str(tmp_path / 'out')
+  convert.main(['convert', f'--workdir={tmp_path}/a', f'--output={out}'])
+  more = {'model.adapter': out, 'preference.reference': out}
+  found = first_loss(card(places, **more))
+  # Of the policy's own start it is ln 2 again; of the base it is not: here
+  # the policy is at its fresh start, and the reference is what was trained.
+  assert found != pytest.approx(math.log(2), abs=1e-6)
+  train.train(card(places, **more, steps=2), str(tmp_path / 'b'))
+  assert losses(tmp_path / 'b')[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize('objective', ['kto', 'orpo', 'simpo', 'reward'])
+def test_every_objective_trains_in_the_one_loop(places, tmp_path, objective):
+  config = card(places, objective=objective, **{'evaluation.every_steps': 4})
+  train.train(config, str(tmp_path))
+  rows = read(str(tmp_path / 'metrics.jsonl'))
+  trained = [row for row in rows if 'loss' in row]
+  assert trained[-1]['loss'] < trained[0]['loss']
+  assert rows[-1]['validation_margins'] > 0 < rows[-1]['validation_loss']
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'method': 'full'}, "set it to 'precomputed'"),
+    ({'data.source': 'tasks', 'data.path': ''}, 'does not go with'),
+    ({'objective': 'causal'}, 'does not go with'),
+    ({'preference.margin': 1.0}, 'margin=1.0 does nothing'),
+    ({'loss.z': 0.1}, 'config.loss does nothing'),
+    ({'data.packing': True}, 'config.data.packing does nothing'),
+    ({'data.length': 3}, 'none of 45 rows of .* fits config.data.length'),
+    ({'preference.reference': '/nowhere'}, '/nowhere'),
+  ],
+)
+def test_what_cannot_be_is_one_sentence(places, tmp_path, changes, said):
+  with pytest.raises(ValueError, match=said):
+    train.train(card(places, **changes), str(tmp_path))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of released decoders against the parameters that they are known for.
+
+The counts are those of the models' safetensors files on the Hugging Face hub
+(a tied head counted once).
+"""
+
+import math
+
+import pytest
+
+from moepeft.models import FAMILIES, decoder_names, names
+
+KNOWN = {
+  ('llama', '7b'): 6_738_415_616,
+  ('llama', '2-7b'): 6_738_415_616,
+  ('llama', '2-13b'): 13_015_864_320,
+  ('llama', '2-70b'): 68_976_648_192,
+  ('llama', '3-8b'): 8_030_261_248,
+  ('llama', '3-70b'): 70_553_706_496,
+  ('llama', '3.1-8b'): 8_030_261_248,
+  ('llama', '3.1-70b'): 70_553_706_496,
+  ('llama', '3.2-1b'): 1_235_814_400,
+  ('llama', '3.2-3b'): 3_212_749_824,
+  ('llama', 'smollm2-135m'): 134_515_008,
+  ('llama', 'smollm2-360m'): 361_821_120,
+  ('llama', 'smollm2-1.7b'): 1_711_376_384,
+  ('mistral', '7b-v0.1'): 7_241_732_096,
+  ('mistral', '7b-v0.2'): 7_241_732_096,
+  ('mistral', '7b-v0.3'): 7_248_023_552,
+  ('qwen2', '2.5-0.5b'): 494_032_768,
+  ('qwen2', '2.5-1.5b'): 1_543_714_304,
+  ('qwen2', '2.5-3b'): 3_085_938_688,
+  ('qwen2', '2.5-7b'): 7_615_616_512,
+  ('qwen3', '0.6b'): 596_049_920,
+  ('qwen3', '1.7b'): 1_720_574_976,
+  ('qwen3', '4b'): 4_022_468_096,
+  ('qwen3', '8b'): 8_190_735_360,
+  ('gemma', '2b'): 2_506_172_416,
+  ('gemma', '7b'): 8_537_680_896,
+  ('gemma', '2-2b'): 2_614_341_888,
+  ('gemma', '2-9b'): 9_241_705_984,
+  ('gemma', '2-27b'): 27_227_128_320,
+  ('gpt2', 'small'): 124_439_808,
+  ('gpt2', 'medium'): 354_823_168,
+  ('gpt2', 'large'): 774_030_080,
+  ('gpt2', 'xl'): 1_557_611_200,
+}
+
+
+def parameters(config):
+  """How many numbers the rules name; the contracts hold them to the model."""
+  wanted = names.entries(
+    decoder_names.hf_rules(config),
+    decoder_names.sizes(config),
+    decoder_names.depths(config),
+  )
+  return sum(math.prod(entry.shape) for entry in wanted)
+
+
+@pytest.mark.parametrize('family, size', KNOWN)
+def test_released_sizes_have_their_parameters(family, size):
+  assert parameters(FAMILIES[family].config(size)) == KNOWN[family, size]
+
+
+def test_every_released_size_is_known():
+  sizes = {
+    (name, size)
+    for name, family in FAMILIES.items()
+    if name != 't5'
+    for size in family.SIZES
+  }
+  assert {pair for pair in sizes if pair[1] != 'tiny'} == set(KNOWN)
+
+
+@pytest.mark.parametrize('family, size', KNOWN)
+def test_released_sizes_are_said_and_read_again(family, size):
+  config = FAMILIES[family].config(size)
+  fields = decoder_names.config_to_hf(config)
+  again = decoder_names.config_from_hf(fields, config.tied)
+  assert (again.rope, again.eps) == (config.rope, config.eps)

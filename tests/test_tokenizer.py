@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers trained from text: ids, round trips, errors."""
+
+import importlib.util
+
+import pytest
+
+from moepeft import tokenizer
+from moepeft.data.vocabulary import Tokenizer
+from moepeft.tokenizer import Form, make
+
+WORDS = 'the quick brown fox jumps over a lazy dog'.split()
+LINES = [' '.join(WORDS[i % 9 :] + WORDS[: i % 7]) for i in range(197)]
+
+
+@pytest.fixture
+def text(tmp_path):
+  (tmp_path / 'a.txt').write_text('\n'.join(LINES))
+  return str(tmp_path / 'a.txt')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'size'),
+  [('bytes', 300), ('bpe', 90), ('wordpiece', 90), ('unigram', 60)],
+)
+def test_each_kind_is_read_back_and_keeps_words_whole(
+  text, tmp_path, kind, size
+):
+  form = Form(kind, size, extra_ids=3, chat=True)
+  lines = make(form, text, str(tmp_path / 'out'), 0.05)
+  assert '0.00% unknown' in lines[-2]
+  words = Tokenizer(str(tmp_path / 'out'))
+  assert words.eos == 1 and words.tokenizer.pad_token_id == 0
+  assert words.decode(words.encode(LINES[3])) == LINES[3]
+  # The first sentinel has the last id.
+  assert words.sentinels(0) == [words.size - 1, words.size - 2, words.size - 3]
+  assert words.size <= size
+  # Nine words that come again and again are a piece or little more each.
+  assert len(words.encode(LINES[3])) < 2 * len(LINES[3].split())
+  shown = words.tokenizer.apply_chat_template(
+    [{'role': 'user', 'content': 'fox'}], tokenize=False
+  )
+  assert shown == '<|im_start|>user\nfox<|im_end|>\n'
+  assert words.encode('<|im_end|>') == [1]
+
+
+def test_bytes_know_every_text(text, tmp_path):
+  make(Form('bytes', 280), text, str(tmp_path / 'out'), 0.05)
+  words = Tokenizer(str(tmp_path / 'out'))
+  odd = 'naïve 漢字\n\n\ttabs  and spaces '
+  assert words.decode(words.encode(odd)) == odd
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('sentencepiece') is None,
+  reason='needs sentencepiece',
+)
+def test_sentencepiece_trains_unigram_too(text, tmp_path):
+  form = Form('unigram', 36, library='sentencepiece')
+  make(form, text, str(tmp_path / 'out'), 0.05)
+  words = Tokenizer(str(tmp_path / 'out'))
+  assert words.eos == 1 and words.decode(words.encode(LINES[3])) == LINES[3]
+  form = Form('unigram', 5000, library='sentencepiece')
+  with pytest.raises(ValueError, match='lower --size or give more text'):
+    make(form, text, str(tmp_path / 'more'), 0.05)
+
+
+def test_tokens_a_word_are_counted():
+  found = tokenizer.train(Form('bytes', 259), LINES)
+  # No merge: as many tokens as bytes; 'ab cd' has 5 of them and 2 words.
+  assert str(tokenizer.fit(found, ['ab cd'])) == (
+    '2.500 tokens a word, 1.000 a byte, 0.00% unknown'
+  )
+
+
+@pytest.mark.parametrize(
+  ('options', 'said'),
+  [
+    ({'kind': 'words'}, '--kind is one of bytes, bpe'),
+    ({'size': 200}, '--size=200 has no room for 259 pieces'),
+    ({'library': 'sentencepiece'}, 'trains --kind=unigram'),
+    ({'extra_ids': -1}, '--extra_ids=-1'),
+  ],
+  ids=str,
+)
+def test_a_form_that_cannot_be_is_refused(options, said):
+  with pytest.raises(ValueError, match=said):
+    Form(**options)
+
+
+def test_what_cannot_be_trained_or_written_is_told(text, tmp_path):
+  (tmp_path / 'one.txt').write_text('one line')
+  with pytest.raises(ValueError, match='expected at least two'):
+    make(Form(), str(tmp_path / 'one.txt'), str(tmp_path / 'out'), 0.05)
+  with pytest.raises(ValueError, match='is not empty; name another'):
+    make(Form(), text, str(tmp_path), 0.05)
