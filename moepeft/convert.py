@@ -291,16 +291,16 @@ def _write_merged(
     raise CheckpointError(
       f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
     ) from None
-  words, over = _tokenizer(base.path), values.overwrite
+  words, over = base.path, values.overwrite
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over
   )
 
 
 def _tokenizer(path: str) -> str | None:
-  """A base's directory, which its tokenizer's files are copied from."""
-  path = resolve(path)
-  return path if Path(path).is_dir() else None
+  """Where a run's base is, whose tokenizer goes along; None if it is gone."""
+  found = resolve(path) if path else ''
+  return found if found and Path(found).exists() else None
 
 
 def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:

@@ -122,7 +122,7 @@ def _lora_rules(config: Any, site: str, kind: str) -> list[Rule]:
   family = hf.family_of(config)
   inner, outer = family.projections(config)[site]
   ours = f'{family.in_layers(site)}/{kind}'
-  theirs = f'{_PREFIX}{family.hf_module(site, config)}.lora'
+  theirs = f'{_PREFIX}{_own_module(config, site)}.lora'
   rules = [
     Rule(f'{ours}/a', f'{theirs}_A.weight', f'{inner}r', f'r({inner})'),
     Rule(f'{ours}/b', f'{theirs}_B.weight', f'r{outer}', f'({outer})r'),
@@ -141,10 +141,29 @@ def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
     # Scaling the activation or the product with wi_1 is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
   inner, outer = family.projections(config)[site]
-  theirs = f'{_PREFIX}{family.hf_module(site, config)}.ia3_l'
+  theirs = f'{_PREFIX}{_own_module(config, site)}.ia3_l'
   if on == 'input':
     return Rule(ours, theirs, inner, f'1({inner})')
   return Rule(ours, theirs, outer, f'({outer})1')
+
+
+def _own_module(config: Any, site: str) -> str:
+  """The module of a projection, which it must not share with others."""
+  family = hf.family_of(config)
+  module = family.hf_module(site, config)
+  alike = [
+    other
+    for other in family.projections(config)
+    if family.hf_module(other, config) == module
+  ]
+  if len(alike) > 1:
+    raise CheckpointError(
+      f'{", ".join(alike)} are one module in Hugging Face, '
+      f'{module.rpartition("}.")[2]}, and one adapter in peft, which is not '
+      'supported: merge it into its base (with peft merge_and_unload, with '
+      'moepeft.convert --to=hf) and go on from the merged model'
+    )
+  return module
 
 
 def _read_lora(config, fields, shapes) -> tuple[str, list[Rule]]:

@@ -15,7 +15,7 @@ FILE = 'adapter_config.json'
 _HARMLESS = frozenset(
   """
   auto_mapping base_model_name_or_path corda_config ensure_weight_tying
-  eva_config exclude_modules feedforward_modules inference_mode
+  eva_config exclude_modules fan_in_fan_out feedforward_modules inference_mode
   init_ia3_weights layers_pattern layers_to_transform lora_alpha
   lora_dropout megatron_core peft_type peft_version qalora_group_size r
   revision runtime_config target_modules task_type use_dora use_rslora

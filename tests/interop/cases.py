@@ -58,6 +58,17 @@ DECODERS = {
     'gemma2': {'query_pre_attn_scalar': 4, 'sliding_window': 3},
   }.items()
 }
+# One array for q, k and v, kernels [in, out].
+_GPT2 = {
+  'model_type': 'gpt2',
+  'vocab_size': 29,
+  'n_embd': 12,
+  'n_head': 3,
+  'n_layer': 2,
+  'n_inner': 13,
+  'n_positions': 16,
+}
+GPT2 = decoder_names.config_from_hf(_GPT2, tied=True)
 
 
 def random_tree(shapes, seed=0):

@@ -18,6 +18,7 @@ from moepeft.peft import build
 
 from .cases import (
   DECODERS,
+  GPT2,
   adapter_tree,
   assert_equal_trees,
   random_params,
@@ -197,6 +198,28 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
   peft.save_file(kept, Path('a', peft.ARRAYS))
   with pytest.raises(names.CheckpointError, match='no magnitude of .*layers.1'):
     peft.load('a', config)
+
+
+def test_adapters_of_modules_that_projections_share_are_refused(folder):
+  adapter = Adapter(
+    "lora(rank=7, sites='decoder/self/q')",
+    adapter_tree(GPT2, LORA_LEAVES, AT[:1]),
+  )
+  with pytest.raises(names.CheckpointError, match='one module .* attn.c_attn'):
+    peft.save('a', GPT2, adapter)
+
+
+def test_others_of_gpt2_go_out_and_come_back(folder):
+  # peft's config says of Conv1D that kernels are [in, out]; A and B are not.
+  method = "lora(rank=7, alpha=3, sites='decoder/self/o|decoder/mlp/wo')"
+  adapter = Adapter(method, adapter_tree(GPT2, LORA_LEAVES, AT[2:]))
+  peft.save('a', GPT2, adapter)
+  file = Path('a', peft.CONFIG)
+  fields = json.loads(file.read_text()) | {'fan_in_fan_out': True}
+  file.write_text(json.dumps(fields))
+  found = peft.load('a', GPT2)
+  assert found.method == method
+  assert_equal_trees(found.tree, adapter.tree)
 
 
 def test_bits_of_a_base_that_no_adapter_touches_stay(folder):

@@ -211,7 +211,6 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
     {'rank_pattern': {'q': 3}},
     {'alpha_pattern': {'q': 3}},
     {'lora_bias': True},
-    {'fan_in_fan_out': True},
     {'init_lora_weights': 'pissa'},
     {'use_something_new': True},
   ],

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a base saves and loses in few bits: megabytes, and held-out perplexity.
+
+python benchmarks/quantised.py --config=configs/molora_t5.py [--json=FILE]
+
+The base of the config without an adapter, its projections as they are stored,
+in int8 and in nf4, on the rows that config.data holds out. A line each: the
+megabytes of all weights in memory, the mean
+-log p of a real target token in nats, and its exponential.
+"""
+
+import json
+import math
+
+from absl import flags
+
+from moepeft import base as base_lib
+from moepeft import command
+from moepeft.data import sources, vocabulary
+from moepeft.data.forms import form
+from moepeft.interop import quantised
+from moepeft.judge import Judge
+from moepeft.nn.quantised import KINDS
+from moepeft.sets import pairs_to_judge
+
+_JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
+
+
+def measure(config) -> dict[str, dict[str, float]]:
+  """{'' or a kind: its figures}."""
+  config = config.copy_and_resolve_references()
+  config.method = 'full'  # which here stands for no adapter
+  _, shape = base_lib.shape(config.model)
+  words = vocabulary(config.data.vocabulary, config.model.path)
+  own = form(config.data, words, shape, config.seed)
+  found = sources(config.data, config.seed, (0, 1), shape.vocab, own)
+  pairs = pairs_to_judge(config, found, own)
+  figures = {}
+  for kind in ('', *KINDS):
+    config.model.quantise = kind
+    base = base_lib.load(config.model)
+    model, _ = base_lib.module(base, config)
+    judge = Judge(config, model, words, pairs, {}, own=own)
+    loss = judge.validation_loss({'params': base.params, 'peft': {}})
+    figures[kind] = {
+      'megabytes': round(quantised.size(base.params) / 1e6, 3),
+      'nats': round(loss, 5),
+      'perplexity': round(math.exp(loss), 5),
+    }
+    print(f'{kind or "as stored":9}  {figures[kind]}', flush=True)
+  return figures
+
+
+def main(argv) -> None:
+  del argv
+  figures = measure(_CONFIG.value)
+  if _JSON.value:
+    with open(_JSON.value, 'w') as f:
+      json.dump(figures, f)
+
+
+if __name__ == '__main__':
+  _CONFIG = command.define_config('configs/molora_t5.py')
+  command.run(main)
