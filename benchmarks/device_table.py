@@ -28,6 +28,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,8 +135,17 @@ def run(row: Mapping[str, Any]) -> Row:
   )
   if done.returncode == 0:
     return json.loads(done.stdout.splitlines()[-1])
-  lines = done.stderr.strip().splitlines() or ['it said nothing']
-  return {'failed': f'exit code {done.returncode}: {lines[-1]}'}
+  return {'failed': f'exit code {done.returncode}: {reason(done.stderr)}'}
+
+
+def reason(stderr: str) -> str:
+  """The last line that names an error; the last of all where none does."""
+  lines = stderr.strip().splitlines() or ['it said nothing']
+  # JAX writes a remark of its own below the error.
+  named = [
+    line for line in lines if re.match(r'[\w.]+(Error|Exception)\b', line)
+  ]
+  return (named or lines)[-1]
 
 
 def measured(

@@ -284,6 +284,16 @@ def test_the_command_answers_a_wrong_flag_in_a_sentence(flag, why):
   assert not done.stdout
 
 
+def test_a_failure_is_told_by_its_error_and_not_by_what_follows():
+  table = load('device_table')
+  said = (
+    'Traceback ...\n  File "x"\nValueError: k=3 of 2\n----\nFor simplicity, ...'
+  )
+  assert table.reason(said) == 'ValueError: k=3 of 2'
+  assert table.reason('Killed\n') == 'Killed'
+  assert table.reason('') == 'it said nothing'
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_row_of_each_side_and_keeps_them(tmp_path):
   file = tmp_path / 'rows.json'
