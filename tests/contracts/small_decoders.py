@@ -91,8 +91,8 @@ def make(config, method='full', noise=0.0, **options):
 @functools.cache
 def _variables(config, method, noise, dtype):
   """Weights so large that all of them matter; biases and scales too."""
-  model = Decoder(config, build(method, sites(config)).advice)
-  variables = fresh(model.clone(param_dtype=dtype), batch(), 3)
+  advice = build(method, sites(config)).advice
+  model = Decoder(config, advice, param_dtype=dtype)
   rng = np.random.default_rng(1)
 
   def move(by):
@@ -100,10 +100,10 @@ def _variables(config, method, noise, dtype):
       leaf + jnp.asarray(by * rng.normal(size=leaf.shape), leaf.dtype)
     )
 
-  moved = {'params': jax.tree.map(move(0.2), variables['params'])}
-  if 'peft' in variables:
-    moved['peft'] = jax.tree.map(move(noise), variables['peft'])
-  return moved
+  params = jax.tree.map(move(0.2), fresh(model, batch(), 3)['params'])
+  # After it: some adapters start from the base's weights.
+  peft = fresh(model, batch(), 3, params)['peft']
+  return {'params': params, 'peft': jax.tree.map(move(noise), peft)}
 
 
 def place(positions, length):
