@@ -406,7 +406,8 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     after = judge(built.variables(state), 'after training', int(state.step))
     processes.write_json(after_path, after)
     before = _read_json(before_path) if config.evaluation.before else {}
-    print(table(before.get('rows', []), after['rows']))
+    if after['rows']:
+      print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
   summary['seconds'] = round(time.monotonic() - started, 1)
   processes.write_json(os.path.join(workdir, 'summary.json'), summary)
