@@ -62,7 +62,7 @@ def config_of(row: Row):
   c = config_lib.default()
   full = row['method'] == 'full'
   c.method, c.batch_size = row['method'], row['batch']
-  c.model.path, c.model.size = '', row['size']
+  c.model.path, c.model.family, c.model.size = '', 't5', row['size']
   c.model.dropout, c.model.remat = 0.0, row['remat']
   c.model.dtype = 'bfloat16'
   c.model.param_dtype = 'float32' if full else 'bfloat16'

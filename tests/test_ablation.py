@@ -68,8 +68,8 @@ def test_a_cell_differs_from_the_default_run_in_what_its_card_says():
 SHAPES = {
   # d 128, nh 96: 10112 e r + 5280 e, and 10112 r of `dense`.
   'embedded': ({}, (457_280, 455_488, 461_760, 455_040)),
-  'large': ({'path': '', 'size': 'large'}, (43_130_880,) * 4),
-  'xl': ({'path': '', 'size': 'xl'}, (84_049_920,) * 4),
+  'large': ({'path': '', 'family': 't5', 'size': 'large'}, (43_130_880,) * 4),
+  'xl': ({'path': '', 'family': 't5', 'size': 'xl'}, (84_049_920,) * 4),
 }
 
 

@@ -66,6 +66,7 @@ def test_t5_drops_at_all_its_places_in_training_and_nowhere_else():
 def test_the_rate_of_the_config_is_the_rate_of_the_model():
   config = config_lib.default()
   config.model.dropout = 0.3
+  config.model.family = 't5'
   for path in ('', 'package:t5_tiny'):
     config.model.path = path
     _, shape = base_lib.shape(config.model)

@@ -369,8 +369,12 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   [
     ({'model.path': '/no/where'}, '/no/where'),
     ({'model.path': 'package:none'}, 'ships no model'),
-    ({'model.path': ''}, 'would adapt random weights'),
-    ({'model.family': 'rnn'}, 'config.model.family is one of'),
+    (
+      {'model.path': '', 'model.family': 't5'},
+      'would adapt random weights',
+    ),
+    ({'model.path': ''}, 'config.model.family is one of'),
+    ({'model.family': 'rnn'}, "config.model.family is 'rnn'; set it to ''"),
     ({'method': 'molorra'}, 'there is no method'),
     ({'semantics': 'mine'}, 'semantics is one of'),
     ({'data.tasks': 'Z'}, 'No task family or group'),
