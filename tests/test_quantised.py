@@ -131,7 +131,6 @@ def noisy(variables):
 
 
 CASES = [(method, DECODER) for method in METHODS] + [
-  (METHODS[1], small.GATED),
   (METHODS[4], small.GATED),
 ]
 

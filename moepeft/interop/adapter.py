@@ -4,7 +4,19 @@
 The keys are the paths of the 'peft' tree as training holds it, layers stacked
 on axis 0: it is read back with neither a model nor a table of names. Both
 files are a function of the trained adapter alone: no dates, no work
-directories, sorted keys, float32.
+directories, sorted keys, float32. Any method has this form, mixtures too:
+
+  adapter.safetensors  decoder/layers/self/q/molora/a  [l, d, e, r]
+                       decoder/layers/self/q/molora/router/kernel  [l, d, e]
+  adapter.json  format       1
+                method       'molora(experts=10, rank=4, ...)'
+                semantics    'official' or 'paper'
+                base         path; sha256, the content hash of its weights;
+                             quantise, where it was trained on 'int8' or 'nf4'
+                model        family, and its config, field by field
+                parameters   of the adapter
+                arrays       {key: shape, sha256}
+                file_sha256, card_sha256: of both files, checked in reading
 """
 
 import dataclasses
