@@ -97,14 +97,19 @@ def our_side(model, variables, prompts: np.ndarray) -> Callable[[], np.ndarray]:
   return generate
 
 
-def ours(torch_model):
-  """(model, variables) with the weights of the other side."""
+def read(torch_model):
+  """(config, params) of the other side, layers stacked."""
   with tempfile.TemporaryDirectory() as folder:
     torch_model.save_pretrained(folder)
     loaded = hf.load(folder, dtype=jnp.float32)
-  model = FAMILIES[loaded.config.family].MODULE(loaded.config, scan=False)
-  params = jax.tree.map(jnp.asarray, written_out(loaded.params))
-  return model, {'params': params}
+  return loaded.config, loaded.params
+
+
+def ours(torch_model):
+  """(model, variables) with the weights of the other side."""
+  config, params = read(torch_model)
+  model = FAMILIES[config.family].MODULE(config, scan=False)
+  return model, {'params': jax.tree.map(jnp.asarray, written_out(params))}
 
 
 def seconds(run: Callable[[], np.ndarray]) -> float:
@@ -131,6 +136,8 @@ def compare(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 def main(argv) -> None:
   del argv
+  if _JSON.value:
+    command.check_can_write(_JSON.value)
   torch_model = theirs(os.path.expanduser(_MODEL.value))
   model, variables = ours(torch_model)
   vocab = model.config.vocab

@@ -87,7 +87,7 @@ class Naive(MoLora):
 class Side:
   """() runs a step to its end; temporary memory in bytes, None if unknown."""
 
-  step: Callable[[], None]
+  step: Callable[[], object]
   memory: int | None
 
 
@@ -193,13 +193,17 @@ def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
   return times
 
 
+def ratio(above: Sequence[float], below: Sequence[float]) -> float | None:
+  """The median over the rounds, None where a side has none."""
+  each = [a / b for a, b in zip(above, below, strict=False)]
+  return round(statistics.median(each), 3) if each else None
+
+
 def ratios(sides, times) -> dict[str, float | None]:
   """What the module's docstring says, None where a side is missing."""
   found = {}
   for name, (above, below) in TIMES.items():
-    pairs = zip(times.get(above, ()), times.get(below, ()), strict=False)
-    each = [a / b for a, b in pairs]
-    found[name] = round(statistics.median(each), 3) if each else None
+    found[name] = ratio(times.get(above, ()), times.get(below, ()))
   for name, (above, below) in MEMORIES.items():
     pair = [sides[side].memory for side in (above, below) if side in sides]
     known = len(pair) == 2 and all(pair)
@@ -207,7 +211,7 @@ def ratios(sides, times) -> dict[str, float | None]:
   return found
 
 
-def table(sides, times) -> str:
+def table(sides, times, what=SIDES) -> str:
   """Each side's step time and memory over molora's, or the first side's."""
   one = 'molora' if 'molora' in sides else next(iter(sides))
   lines = [f'{"side":12}  {"time":>6}  {"memory":>6}   over {one}']
@@ -216,9 +220,9 @@ def table(sides, times) -> str:
     memory = '-'
     if side.memory and sides[one].memory:
       memory = f'{side.memory / sides[one].memory:.2f}'
-    what = ', '.join(filter(None, SIDES.get(name, ('lora(rank=40) of peft',))))
+    made = ', '.join(what.get(name, ('LoRA of peft',)))
     lines.append(
-      f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {what}'
+      f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {made}'
     )
   return '\n'.join(lines)
 
