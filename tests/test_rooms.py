@@ -34,7 +34,7 @@ FLOORS = (
   ('placement', 'checkpoint', 'references'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
   ('judge', 'measures', 'unfinished', 'work', 'summary'),
-  ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer'),
+  ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer', 'ngrams'),
   ('headings', 'remarks', 'routed', 'compared', 'tables'),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -82,3 +82,30 @@ def corrupt(
     out[begins] = np.asarray(sentinels[:count], np.int32)
     sides.append(np.append(out[begins | ~replaced], np.int32(eos)))
   return sides[0], sides[1]
+
+
+def restore(
+  inputs: np.ndarray, targets: np.ndarray, sentinels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(ids, hidden): what `corrupt` was given, of what it made."""
+  known = np.asarray(sentinels)
+  shown, spans = (
+    np.split(side[:-1], np.flatnonzero(np.isin(side[:-1], known)))
+    for side in map(np.asarray, (inputs, targets))
+  )
+  # Shown spans after the first begin with a sentinel, as all hidden ones do;
+  # no target stands before the first.
+  shown = [shown[0], *(part[1:] for part in shown[1:])]
+  spans = [part[1:] for part in spans[1:]]
+  parts = [
+    part for pair in zip(shown, [*spans, []], strict=False) for part in pair
+  ]
+  sizes = [len(part) for part in parts]
+  ids = np.concatenate(parts).astype(np.int32)
+  return ids, np.repeat(np.arange(len(parts)) % 2 == 1, sizes)
+
+
+def lengths(hidden: np.ndarray) -> list[int]:
+  """The length of each run of True."""
+  edges = np.flatnonzero(np.diff(np.concatenate([[0], hidden, [0]])))
+  return (edges[1::2] - edges[::2]).tolist()
