@@ -129,7 +129,7 @@ def _broken(aux: Mapping[str, Any]) -> str:
 
 
 def _sums(batch: Batch) -> tuple[float, float, float, float]:
-  """Examples, real tokens, shares of padding in inputs and in targets."""
+  """Examples, tokens read, shares of padding in inputs and in targets."""
   # Of all sides, where answers are compared.
   inputs, targets = (
     np.stack([batch[key] for key in batch if key.endswith(which)])
@@ -137,10 +137,12 @@ def _sums(batch: Batch) -> tuple[float, float, float, float]:
   )
   segments = batch.get('inputs_segments')
   rows = inputs.shape[1]
+  # A decoder's targets are its inputs, one on: they are counted once.
+  apart = any(key.endswith('decoder_inputs') for key in batch)
   examples = rows if segments is None else segments.max(axis=1).sum()
   return (
     float(examples),
-    float(inputs.sum() + targets.sum()),
+    float(inputs.sum() + (targets.sum() if apart else 0)),
     1 - float(inputs.mean()),
     1 - float(targets.mean()),
   )
