@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft import base as base_lib
-from moepeft import command, optim, train
+from moepeft import command, optim, pages, train
 from moepeft import config as config_lib
 from moepeft.models import t5
 from moepeft.nn.start import LABELS
@@ -223,5 +223,5 @@ def found_of(row: Row) -> Found:
 
 if __name__ == '__main__':
   command.keep_programs()
-  command.keep_pages()
+  pages.keep()
   print(json.dumps(found_of(json.loads(sys.argv[1]))))

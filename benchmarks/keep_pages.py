@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `command.keep_pages` saves: the default run's step without and with.
+"""What `pages.keep` saves: the default run's step without and with.
 
 python benchmarks/keep_pages.py [--json=FILE]
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from moepeft import base as base_lib
-from moepeft import command, optim, train
+from moepeft import command, optim, pages, train
 from moepeft.data import loader, sources, vocabulary
 from moepeft.typing import State
 
@@ -86,7 +86,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   command.keep_programs()
   if _SIDE.value:
-    if _SIDE.value == 'with' and not command.keep_pages():
+    if _SIDE.value == 'with' and not pages.keep():
       raise SystemExit('keep_pages does nothing on this machine')
     print(json.dumps(measure(_STEPS.value)))
     return

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from moepeft import base as base_lib
-from moepeft import command, optim, train
+from moepeft import command, optim, pages, train
 from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.data import loader, sources, vocabulary
@@ -96,7 +96,7 @@ def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
   command.keep_programs()
-  command.keep_pages()
+  pages.keep()
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)

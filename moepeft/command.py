@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command starts: flags, configs found, and errors in one sentence."""
 
-import ctypes
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from moepeft import gin_files, gin_flags
+from moepeft import gin_files, gin_flags, pages
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -21,10 +20,6 @@ _TRACEBACK = flags.DEFINE_bool(
 _ERRORS = (ValueError, OSError)
 _NAMES = ('--config', '-config')
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# Parameters of glibc's mallopt, and its threshold that is never reached.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_NEVER = -1
-_ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
 
 
 def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
@@ -110,7 +105,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
     if len(argv) > 1 and not arguments:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
-    keep_pages()
+    pages.keep()
     try:
       main(argv)
     except _ERRORS as e:
@@ -126,25 +121,6 @@ def keep_programs() -> None:
   if jax.config.jax_compilation_cache_dir is None:
     path = os.path.join(os.path.expanduser('~'), '.cache', 'moepeft', 'jax')
     jax.config.update('jax_compilation_cache_dir', path)
-
-
-def keep_pages() -> bool:
-  """Lets the process keep the memory that a step on CPU frees.
-
-  XLA takes a program's temporary buffer from malloc at every call. glibc maps
-  a block of that size anew and unmaps it after, so every step faults in all
-  of its pages: 1.3 times the time (benchmarks/keep_pages.py). One arena that
-  is never trimmed keeps them. To be called before JAX starts its threads,
-  which would have arenas of their own.
-
-  Returns:
-    Whether it was done: with glibc, and where no accelerator is seen.
-  """
-  if any(map(os.path.exists, _ACCELERATORS)):
-    return False
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
-  return mallopt is not None and all(mallopt(*pair) == 1 for pair in wanted)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from moepeft import (
   command,
   metrics,
   optim,
+  pages,
   placement,
   plots,
   processes,
@@ -346,6 +347,9 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
     share[1],
   )
   done, leave = first, False
+  # What loading and evaluating took is of no use to a step.
+  pages.give_back()
+  memory = pages.Bound()
   if done < config.steps:
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
@@ -358,7 +362,9 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
         # The first step was compiled in this time.
         jax.block_until_ready(state)
         progress.begin(done)
+        memory.begin()
         signals.listen()
+      memory.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
       log_now = judge_now or _every(log.every_steps, done)

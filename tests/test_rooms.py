@@ -13,7 +13,7 @@ FLOORS = (
   ('peft',),
   ('models',),
   ('interop',),
-  ('config', 'gin_files', 'gin_flags', 'command', 'stopping'),
+  ('config', 'gin_files', 'gin_flags', 'pages', 'command', 'stopping'),
   ('objectives', 'data', 'tasks', 'scoring'),
   ('adafactor', 'accumulate'),
   (
