@@ -5,9 +5,10 @@ What n-grams of the training text make of the rows that a run of the config is
 validated on: a baseline of models that are trained from nothing. Losses are
 means over the same targets as the run's, in nats.
 
-N-grams are smoothed by Witten and Bell's interpolation (Chen and Goodman,
-1996, section 2.5). Like the model they see nothing before a row. Where spans
-are hidden they know the text to the left, hidden spans included, which the
+N-grams are smoothed by Kneser and Ney's interpolation (Chen and Goodman, 1999,
+An empirical study of smoothing techniques for language modeling), one discount
+an order. Like the model they see nothing before a row. Where spans are hidden
+they know the text to the left, hidden spans included, which the
 model has to read from its inputs and its own targets; where a span ends they
 tell from its length so far.
 """
@@ -26,6 +27,9 @@ from moepeft.data import sources, spans, text, vocabulary
 from moepeft.data.causal import Sample
 from moepeft.data.forms import form
 from moepeft.sets import pairs_to_judge
+
+# Least and largest discount of a count.
+_DISCOUNTS = 0.1, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +54,48 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Order:
-  """The n-grams of one n.
+class _Counts:
+  """How often the n-grams of one n were counted, by one way of counting.
 
   Attributes:
-    codes: [grams], context * size + token, ascending.
-    counts: [grams].
-    following: [contexts], tokens that follow each.
-    kinds: [contexts], different ones.
+    grams: [grams].
+    following: [contexts], the sum over the tokens that follow each.
+    kinds: [contexts], how many different ones follow.
+    discount: what is taken off every count.
   """
 
-  codes: np.ndarray
-  counts: np.ndarray
+  grams: np.ndarray
   following: np.ndarray
   kinds: np.ndarray
+  discount: float
+
+  def p(self, grams: np.ndarray, contexts: np.ndarray, lower: np.ndarray):
+    """p of tokens; `lower` is that of shorter contexts. -1 is unknown."""
+    following = _at(self.following, contexts)
+    off = np.maximum(_at(self.grams, grams) - self.discount, 0)
+    rest = self.discount * _at(self.kinds, contexts) * lower
+    return np.where(
+      following > 0, (off + rest) / np.maximum(following, 1), lower
+    )
+
+
+def _counts(contexts: np.ndarray, grams: np.ndarray) -> _Counts:
+  """Args: the context of each gram, and how often it was counted."""
+  once, twice = ((grams == n).sum() for n in (1, 2))
+  discount = once / max(once + 2 * twice, 1)
+  return _Counts(
+    grams,
+    np.bincount(contexts, grams),
+    np.bincount(contexts, grams > 0),
+    # Where little was counted it may be 0, which leaves nothing to the unseen.
+    float(np.clip(discount, *_DISCOUNTS)),
+  )
+
+
+def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """values[places], 0 where there is none."""
+  known = (places >= 0) & (places < len(values))
+  return np.where(known, values[np.where(known, places, 0)], 0)
 
 
 class NGrams:
@@ -77,46 +109,50 @@ class NGrams:
       size: of the vocabulary.
     """
     tokens, places = _joined(rows)
-    self._size, self._orders = size, []
+    self._size = size
+    # Of each n: codes of grams (context * size + token), ascending; what was
+    # counted; and, of shorter ones, how many different tokens came before.
+    self._codes, self._raw, self._before = [], [], []
     grams = np.zeros(len(tokens), np.int64)
     for n in range(1, order + 1):
       contexts = _contexts(grams, places, n)
-      codes = contexts * size + tokens
       known = contexts >= 0
       if not known.any():  # no row is that long
         break
-      kinds, inverse, counts = np.unique(
-        codes[known], return_inverse=True, return_counts=True
+      codes, first, inverse, counts = np.unique(
+        (contexts * size + tokens)[known],
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
       )
+      if n > 1:
+        shorter = self._codes[-1]
+        before = np.bincount(grams[known][first], minlength=len(shorter))
+        self._before.append(_counts(shorter // size, before))
+      self._codes.append(codes)
+      self._raw.append(_counts(codes // size, counts))
       grams = np.full(len(tokens), -1, np.int64)
       grams[known] = inverse
-      found = kinds // size
-      self._orders.append(
-        _Order(kinds, counts, np.bincount(found, counts), np.bincount(found))
-      )
 
   def log_p(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """For n of 1, 2, ...: log p of every token of the rows, in their order."""
     tokens, places = _joined(rows)
-    p = np.full(len(tokens), 1 / self._size)
+    lower = np.full(len(tokens), 1 / self._size)
     grams, found = np.zeros(len(tokens), np.int64), []
-    for n, order in enumerate(self._orders, 1):
+    for n, (codes, raw) in enumerate(
+      zip(self._codes, self._raw, strict=True), 1
+    ):
       contexts = _contexts(grams, places, n)
-      # A gram that was seen may end in what no context of training does.
-      known = (contexts >= 0) & (contexts < len(order.following))
-      at = np.where(known, contexts, 0)
-      codes = at * self._size + tokens
-      place = np.searchsorted(order.codes, codes)
-      place = np.minimum(place, len(order.codes) - 1)
-      seen = known & (order.codes[place] == codes)
-      count = np.where(seen, order.counts[place], 0)
-      following = np.where(known, order.following[at], 0)
-      kinds = np.where(known, order.kinds[at], 0)
-      weights = np.maximum(following + kinds, 1)
-      p = np.where(following > 0, (count + kinds * p) / weights, p)
+      wanted = contexts * self._size + tokens
+      place = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
+      seen = (contexts >= 0) & (codes[place] == wanted)
       grams = np.where(seen, place, -1)
-      found.append(np.log(p))
-    return found
+      p = raw.p(grams, contexts, lower)
+      # A row's first tokens have no longer context: theirs is all there is.
+      found.append(np.where(places >= n - 1, p, found[-1]) if found else p)
+      if n <= len(self._before):
+        lower = self._before[n - 1].p(grams, contexts, lower)
+    return [np.log(p) for p in found]
 
 
 def _joined(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,16 +20,19 @@ def probabilities(train, row, order):
   return [np.exp(p) for p in grams.log_p([np.array(row)])]
 
 
-def test_probabilities_are_witten_and_bells():
-  # Of a a b among 4 tokens: 3 counted, 2 kinds, each unseen share is 1/4:
-  # p(a) = (2 + 2/4) / 5, p(b) = (1 + 2/4) / 5, p(c) = (2/4) / 5. After a, 2
-  # counted of 2 kinds: p(b|a) = (1 + 2 p(b)) / 4, p(c|a) = 2 p(c) / 4. Nothing
-  # follows b, so after it p is that of a single token.
+def test_probabilities_are_kneser_and_neys():
+  # Of a a b among 4 tokens single ones are counted 2 and 1 times, once 1 of 1
+  # + 2 * 1, a discount of 1/3: p(a) = (2 - 1/3 + 1/3 * 2 / 4) / 3, p(b) =
+  # (1 - 1/3 + 1/6) / 3, p(c) = (1/6) / 3.
   one, two = probabilities([[A, A, B]], [A, B, C], 2)
-  np.testing.assert_allclose(one, [0.5, 0.3, 0.1])
-  np.testing.assert_allclose(two, [0.5, 0.4, 0.1])
+  np.testing.assert_allclose(one, [11 / 18, 5 / 18, 1 / 18])
+  # Of pairs, and of what came before a and b (an a, both), all were counted
+  # once: the discount is the largest, 0.9. By what came before, p(a) = p(b) =
+  # (1 - 0.9 + 0.9 * 2 / 4) / 2 = 0.275 and p(c) = 0.225, so p(b|a) = (1 - 0.9
+  # + 0.9 * 2 * 0.275) / 2. Nothing follows b. The first token stands alone.
+  np.testing.assert_allclose(two, [11 / 18, 0.2975, 0.225])
   (_, after_a) = probabilities([[A, A, B]], [A, C], 2)
-  np.testing.assert_allclose(after_a, [0.5, 0.05])
+  np.testing.assert_allclose(after_a[1], 0.9 * 0.225)
 
 
 def test_probabilities_add_up_to_one_in_every_context():
@@ -42,14 +45,18 @@ def test_probabilities_add_up_to_one_in_every_context():
 
 
 def test_nothing_is_counted_or_seen_across_rows():
-  apart = probabilities([[A, B], [C, A]], [C], 3)
-  np.testing.assert_allclose(apart[0], apart[1])
-  # b is followed by nothing: the next row's c does not follow it.
-  one, two = probabilities([[A, B], [C, A]], [B, C], 3)
-  np.testing.assert_allclose(one[1], two[1])
-  # And c is followed by a, in its own row.
-  one, two = probabilities([[A, B], [C, A]], [C, A], 3)
-  assert two[1] > one[1]
+  # a starts both rows and follows c: had b been seen before c, it would be
+  # less likely there.
+  together = probabilities([[A, B, C, A]], [B, C], 2)[1]
+  apart = probabilities([[A, B], [C, A]], [B, C], 2)[1]
+  assert apart[1] < together[1]
+  # A row's first token is as likely whatever stood in the row before.
+  grams = ngrams.NGrams([np.array([A, B, C, A])], 3, size=4)
+  alone, after = (
+    grams.log_p([np.array(r) for r in rows]) for rows in ([[C]], [[A, B], [C]])
+  )
+  for n in range(3):
+    assert alone[n][0] == after[n][2]
 
 
 def test_ends_of_spans_are_told_from_their_lengths():
