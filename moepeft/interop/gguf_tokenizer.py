@@ -4,7 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moepeft.interop import gguf
+from moepeft.interop import gguf, pieces
+from moepeft.interop.pieces import CONTROL, USER_DEFINED
 from moepeft.models.names import CheckpointError
 
 # How text is split before bytes are merged: GPT-2's own way, Llama 3's and
@@ -18,8 +19,8 @@ _PATTERNS = {
   'qwen2': _WORDS % r'\p{N}',
 }
 SPLITS = ('gpt-2', 'smollm', *_PATTERNS)
-# `tokenizer.ggml.token_type`.
-_CONTROL, _USER_DEFINED = 3, 4
+# `tokenizer.ggml.model`: SentencePiece's merges, and bytes' with a SPLIT.
+_PIECES, _BYTES = 'llama', 'gpt2'
 
 
 def read(path: str) -> Any:
@@ -60,9 +61,32 @@ def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
   }
 
 
+def sentencepiece(path: str) -> bytes | None:
+  """The `tokenizer.model` of a file whose tokenizer is of that kind."""
+  said = gguf.metadata(path)
+  if said.get('tokenizer.ggml.model') != _PIECES:
+    return None
+  return pieces.model_file(pieces.read(path, said), special_ids(said))
+
+
 def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
   """The `tokenizers.Tokenizer` behind it."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+  from tokenizers import AddedToken
+
+  if said.get('tokenizer.ggml.model') == _PIECES:
+    made = pieces.tokenizer(pieces.read(path, said))
+    made.post_processor = _start(said, True, tokens)
+  else:
+    made = _of_bytes(path, said, tokens)
+  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
+    if form in (CONTROL, USER_DEFINED):
+      added = AddedToken(tokens[i], normalized=False, special=form == CONTROL)
+      made.add_tokens([added])
+  return made
+
+
+def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
+  from tokenizers import Tokenizer, decoders, models, normalizers
 
   split = _split(path, said)
   merges = [
@@ -79,11 +103,8 @@ def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
     made.normalizer = normalizers.NFC()
   made.pre_tokenizer = _splitter(split)
   made.decoder = decoders.ByteLevel()
-  made.post_processor = _start(said, split, tokens)
-  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
-    if form in (_CONTROL, _USER_DEFINED):
-      added = AddedToken(tokens[i], normalized=False, special=form == _CONTROL)
-      made.add_tokens([added])
+  usual = split == 'llama-bpe'
+  made.post_processor = _start(said, usual, tokens)
   return made
 
 
@@ -91,11 +112,12 @@ def _split(path: str, said: Mapping[str, Any]) -> str:
   """The way in which text is split, one of SPLITS."""
   kind = said.get('tokenizer.ggml.model')
   split = said.get('tokenizer.ggml.pre', 'default')
-  if kind != 'gpt2' or split not in SPLITS:
+  if kind != _BYTES or split not in SPLITS:
     raise CheckpointError(
       f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
-      f"supported are 'gpt2' split by {', '.join(SPLITS)}; set "
-      'config.data.vocabulary to a directory with tokenizer.json'
+      f'supported are {_PIECES!r}, and {_BYTES!r} split by '
+      f'{", ".join(SPLITS)}; set config.data.vocabulary to a directory with '
+      'tokenizer.json'
     )
   return split
 
@@ -114,11 +136,14 @@ def _splitter(split: str) -> Any:
   return pre_tokenizers.Sequence([first, rest])
 
 
-def _start(said: Mapping[str, Any], split: str, tokens: list[str]) -> Any:
-  """Puts the beginning-of-sequence token first, where the model wants it."""
+def _start(said: Mapping[str, Any], usual: bool, tokens: list[str]) -> Any:
+  """Puts the beginning-of-sequence token first, where the model wants it.
+
+  Args:
+    usual: whether it does where the file is silent.
+  """
   from tokenizers import processors
 
-  usual = split == 'llama-bpe'
   bos = said.get('tokenizer.ggml.bos_token_id')
   if not said.get('tokenizer.ggml.add_bos_token', usual) or bos is None:
     return processors.ByteLevel(trim_offsets=False)
