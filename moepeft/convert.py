@@ -5,11 +5,12 @@
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
 
 The form of the input is found out: a Hugging Face model (a directory, or a
-name on the hub), a T5X checkpoint, an adapter of Hugging Face's peft, or one
-of moepeft's own.
+name on the hub), a GGUF file, a T5X checkpoint, an adapter of Hugging Face's
+peft, or one of moepeft's own.
 
   input           --to=hf          --to=t5x           --to=peft, moepeft
   hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
+  gguf            DIR              refused            refused: no adapter
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
   peft, moepeft   DIR, merged      both in one        DIR
 
@@ -125,7 +126,7 @@ def convert(values: flags.FlagValues) -> None:
     _require(values, 'to')
     form = interop.detect(resolve(values.input))
     print(f'reading {values.input} as {form}')
-    if form in ('hf', 't5x'):
+    if form in ('hf', 'gguf', 't5x'):
       _convert_base(values)
     elif form == 'peft':
       _convert_peft(values)

@@ -2,9 +2,10 @@
 """The tokenizer and the chat template that a GGUF file holds."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from moepeft.interop import gguf, pieces
+from moepeft.interop import files, gguf, pieces
 from moepeft.interop.pieces import CONTROL, USER_DEFINED
 from moepeft.models.names import CheckpointError
 
@@ -61,12 +62,31 @@ def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
   }
 
 
-def sentencepiece(path: str) -> bytes | None:
-  """The `tokenizer.model` of a file whose tokenizer is of that kind."""
+def save(path: str, folder: Path) -> None:
+  """Writes the tokenizer of a file as transformers and llama.cpp read it.
+
+  Raises:
+    CheckpointError: as of `read`.
+  """
+  made = read(path)
+  made.save_pretrained(folder)
   said = gguf.metadata(path)
   if said.get('tokenizer.ggml.model') != _PIECES:
-    return None
-  return pieces.model_file(pieces.read(path, said), special_ids(said))
+    return
+  found = pieces.read(path, said)
+  model = pieces.model_file(found, special_ids(said))
+  (folder / 'tokenizer.model').write_bytes(model)
+  # llama.cpp's converter asks here for what tokenizer.model does not say.
+  file = folder / 'tokenizer_config.json'
+  more = {
+    'add_bos_token': _begins(said, True),
+    'add_prefix_space': found.prefix,
+    'added_tokens_decoder': {
+      str(i): {'content': token.content, 'special': token.special}
+      for i, token in made.added_tokens_decoder.items()
+    },
+  }
+  files.write_json(file, files.read_json(file) | more)
 
 
 def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
@@ -75,7 +95,8 @@ def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
 
   if said.get('tokenizer.ggml.model') == _PIECES:
     made = pieces.tokenizer(pieces.read(path, said))
-    made.post_processor = _start(said, True, tokens)
+    if _begins(said, True):
+      made.post_processor = _start(said, tokens)
   else:
     made = _of_bytes(path, said, tokens)
   for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
@@ -86,7 +107,7 @@ def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
 
 
 def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
-  from tokenizers import Tokenizer, decoders, models, normalizers
+  from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
   split = _split(path, said)
   merges = [
@@ -104,7 +125,10 @@ def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
   made.pre_tokenizer = _splitter(split)
   made.decoder = decoders.ByteLevel()
   usual = split == 'llama-bpe'
-  made.post_processor = _start(said, usual, tokens)
+  if _begins(said, usual):
+    made.post_processor = _start(said, tokens)
+  else:
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
   return made
 
 
@@ -136,17 +160,21 @@ def _splitter(split: str) -> Any:
   return pre_tokenizers.Sequence([first, rest])
 
 
-def _start(said: Mapping[str, Any], usual: bool, tokens: list[str]) -> Any:
-  """Puts the beginning-of-sequence token first, where the model wants it.
+def _begins(said: Mapping[str, Any], usual: bool) -> bool:
+  """Whether texts begin with the beginning-of-sequence token.
 
   Args:
-    usual: whether it does where the file is silent.
+    usual: whether they do where the file is silent.
   """
+  if said.get('tokenizer.ggml.bos_token_id') is None:
+    return False
+  return bool(said.get('tokenizer.ggml.add_bos_token', usual))
+
+
+def _start(said: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import processors
 
-  bos = said.get('tokenizer.ggml.bos_token_id')
-  if not said.get('tokenizer.ggml.add_bos_token', usual) or bos is None:
-    return processors.ByteLevel(trim_offsets=False)
+  bos = said['tokenizer.ggml.bos_token_id']
   return processors.TemplateProcessing(
     single=f'{tokens[bos]} $A',
     special_tokens=[(tokens[bos], bos)],

@@ -271,7 +271,7 @@ def _write_shards(
 
 def _write_tokenizer(made: Path, tokenizer: str | None) -> None:
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
-    gguf_tokenizer.read(tokenizer).save_pretrained(made)
+    gguf_tokenizer.save(tokenizer, made)
     return
   for file in tokenizer_files(tokenizer) if tokenizer else ():
     shutil.copyfile(file, made / file.name)
