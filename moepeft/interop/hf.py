@@ -278,18 +278,35 @@ def _write_tokenizer(made: Path, tokenizer: str | None) -> None:
 
 
 def _special_ids(tokenizer: str | None) -> dict[str, Any]:
-  """Ids of special tokens beside a tokenizer; else nothing is special.
+  """Ids of special tokens beside a tokenizer or in it; else nothing is special.
 
   Where config.json is silent, transformers takes those of a family's first
   model, and ends texts at them.
   """
+  kinds = ('bos', 'eos', 'pad')
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
     said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
+  elif tokenizer and (Path(tokenizer) / 'config.json').is_file():
+    said = files.read_json(Path(tokenizer) / 'config.json')
   else:
-    config = Path(tokenizer or '') / 'config.json'
-    said = files.read_json(config) if tokenizer and config.is_file() else {}
-  kinds = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-  return {kind: said.get(kind) for kind in kinds}
+    said = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
+  return {f'{kind}_token_id': said.get(f'{kind}_token_id') for kind in kinds}
+
+
+def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
+  """Ids of the special tokens that a tokenizer's own files name."""
+  both = [folder / name for name in ('tokenizer_config.json', 'tokenizer.json')]
+  if not all(file.is_file() for file in both):
+    return {}
+  config, made = map(files.read_json, both)
+  known = {token['content']: token['id'] for token in made['added_tokens']}
+  found = {}
+  for kind in kinds:
+    token = config.get(f'{kind}_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    if token in known:
+      found[f'{kind}_token_id'] = known[token]
+  return found
 
 
 def tokenizer_files(folder: str) -> list[Path]:
