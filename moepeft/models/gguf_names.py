@@ -234,6 +234,7 @@ _SCALING = {
   'original_max_position_embeddings': 'original_context_length',
   'beta_fast': 'yarn_beta_fast',
   'beta_slow': 'yarn_beta_slow',
+  'attention_factor': 'yarn_attn_factor',
 }
 
 
