@@ -21,6 +21,8 @@ from moepeft.models.llama_form import (
 from moepeft.models.names import CheckpointError, Rule
 
 HF_TYPES = ('gpt2',)
+# Whether the head is the embedding where config.json is silent.
+TIED = True
 LAYOUT = Layout(
   head='lm_head.weight',
   embedding='transformer.wte.weight',
