@@ -5,19 +5,20 @@
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
 
 The form of the input is found out: a Hugging Face model (a directory, or a
-name on the hub), a T5X checkpoint, an adapter of Hugging Face's peft, or one
-of moepeft's own.
+name on the hub), a GGUF file, a T5X checkpoint, an adapter of Hugging Face's
+peft, or one of moepeft's own.
 
   input           --to=hf          --to=t5x           --to=peft, moepeft
   hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
+  gguf            DIR              refused            refused: no adapter
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
   peft, moepeft   DIR, merged      both in one        DIR
 
 "Merged" is a model that computes alone what base and adapter do together, for
 methods whose change does not depend on the token (LoRA, DoRA, (IA)^3). Its
-directory has the base's tokenizer and chat template, so that transformers and
-llama.cpp's convert_hf_to_gguf (and Ollama with it) read it. It has the base's
-dtype; --dtype=float32 keeps every digit.
+directory has the run's or the base's tokenizer and chat template, so that
+transformers and llama.cpp's convert_hf_to_gguf (and Ollama with it) read it.
+It has the base's dtype; --dtype=float32 keeps every digit.
 
 base/ is the model in the hf form; adapter/ is in the form that --to names, or
 moepeft's own with --to=hf. "Both in one" is a T5X checkpoint of the base and
@@ -125,7 +126,7 @@ def convert(values: flags.FlagValues) -> None:
     _require(values, 'to')
     form = interop.detect(resolve(values.input))
     print(f'reading {values.input} as {form}')
-    if form in ('hf', 't5x'):
+    if form in ('hf', 'gguf', 't5x'):
       _convert_base(values)
     elif form == 'peft':
       _convert_peft(values)
@@ -151,7 +152,7 @@ def _convert_run(values: flags.FlagValues) -> None:
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
   config, over = own.config_of(card), values.overwrite
   if values.to in (None, 'hf'):
-    words = _tokenizer(card['base']['path'])
+    words = _tokenizer(values, card['base']['path'])
     hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
   elif values.to == 't5x':
     if values.dtype is not None:
@@ -291,16 +292,30 @@ def _write_merged(
     raise CheckpointError(
       f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
     ) from None
-  words, over = base.path, values.overwrite
+  words, over = _tokenizer(values, base.path), values.overwrite
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over
   )
 
 
-def _tokenizer(path: str) -> str | None:
-  """Where a run's base is, whose tokenizer goes along; None if it is gone."""
-  found = resolve(path) if path else ''
-  return found if found and Path(found).exists() else None
+def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
+  """What the tokenizer is in, that a run used or else its base has.
+
+  Args:
+    base: where the base is, or ''.
+  """
+  path = base
+  if values.workdir is not None:
+    config = files.read_json(Path(values.workdir) / 'config.json')
+    path = config.get('data', {}).get('vocabulary') or base
+  if path in ('', 'bytes') or path.startswith('package:'):
+    return None
+  try:
+    path = resolve(os.path.expanduser(path))
+    return path if Path(path).is_file() else str(hf.find(path))
+  except CheckpointError as error:
+    print(f'without a tokenizer: {error}')
+    return None
 
 
 def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:

@@ -89,9 +89,48 @@ def test_chunked_equals_naive(window, cap, slopes, explicit):
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
-def test_a_query_that_sees_nothing_stays_finite():
+@pytest.mark.parametrize(
+  'window, queries, unseen',
+  [
+    # Tokens 5 to 28 are in the future of 0 to 4.
+    (NO_WINDOW, slice(0, 5), slice(5, S)),
+    # 15 is the first of its part; 9 is 6 tokens before it.
+    (6, slice(15, 20), slice(0, 10)),
+    (6, slice(15, 20), slice(20, S)),
+  ],
+)
+def test_parts_that_no_query_of_a_part_sees_are_not_computed(
+  window, queries, unseen
+):
+  places = jnp.broadcast_to(jnp.arange(S), (B, S))
+  one = jnp.ones((B, S), int)
+  seen = Sight(places, places, one, one, jnp.int32(window))
+  given = heads()
+  q = jnp.concatenate([given.q, given.q[:, :6]], axis=1)
+
+  def value(q, v):
+    out = chunked.attend(given.replace(q=q, v=v, sight=seen), chunk=5)
+    return jnp.sum(out[:, queries] ** 2)
+
+  run = jax.jit(jax.value_and_grad(value))
+  expected = run(q, given.v)
+  # Nought times what is no number would be none.
+  found = run(q, given.v.at[:, unseen].set(jnp.nan))
+  for left, right in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    # Other queries' gradients are nought times NaN, and not asked for.
+    left, right = (a if a.ndim == 0 else a[:, queries] for a in (left, right))
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize('where', ['padding', 'future'])
+def test_a_query_that_sees_nothing_stays_finite(where):
   seen = sight()
-  seen = seen.replace(key_segments=jnp.full((B, S), -1))
+  if where == 'padding':
+    seen = seen.replace(key_segments=jnp.full((B, S), -1))
+  else:
+    seen = seen.replace(query=seen.query - S)
   given = heads()
 
   def value(q):

@@ -2,9 +2,11 @@
 """The tokenizer and the chat template that a GGUF file holds."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from moepeft.interop import gguf
+from moepeft.interop import files, gguf, pieces
+from moepeft.interop.pieces import CONTROL, USER_DEFINED
 from moepeft.models.names import CheckpointError
 
 # How text is split before bytes are merged: GPT-2's own way, Llama 3's and
@@ -18,8 +20,8 @@ _PATTERNS = {
   'qwen2': _WORDS % r'\p{N}',
 }
 SPLITS = ('gpt-2', 'smollm', *_PATTERNS)
-# `tokenizer.ggml.token_type`.
-_CONTROL, _USER_DEFINED = 3, 4
+# `tokenizer.ggml.model`: SentencePiece's merges, and bytes' with a SPLIT.
+_PIECES, _BYTES = 'llama', 'gpt2'
 
 
 def read(path: str) -> Any:
@@ -60,9 +62,52 @@ def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
   }
 
 
+def save(path: str, folder: Path) -> None:
+  """Writes the tokenizer of a file as transformers and llama.cpp read it.
+
+  Raises:
+    CheckpointError: as of `read`.
+  """
+  made = read(path)
+  made.save_pretrained(folder)
+  said = gguf.metadata(path)
+  if said.get('tokenizer.ggml.model') != _PIECES:
+    return
+  found = pieces.read(path, said)
+  model = pieces.model_file(found, special_ids(said))
+  (folder / 'tokenizer.model').write_bytes(model)
+  # llama.cpp's converter asks here for what tokenizer.model does not say.
+  file = folder / 'tokenizer_config.json'
+  more = {
+    'add_bos_token': _begins(said, True),
+    'add_prefix_space': found.prefix,
+    'added_tokens_decoder': {
+      str(i): {'content': token.content, 'special': token.special}
+      for i, token in made.added_tokens_decoder.items()
+    },
+  }
+  files.write_json(file, files.read_json(file) | more)
+
+
 def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
   """The `tokenizers.Tokenizer` behind it."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+  from tokenizers import AddedToken
+
+  if said.get('tokenizer.ggml.model') == _PIECES:
+    made = pieces.tokenizer(pieces.read(path, said))
+    if _begins(said, True):
+      made.post_processor = _start(said, tokens)
+  else:
+    made = _of_bytes(path, said, tokens)
+  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
+    if form in (CONTROL, USER_DEFINED):
+      added = AddedToken(tokens[i], normalized=False, special=form == CONTROL)
+      made.add_tokens([added])
+  return made
+
+
+def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
+  from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
   split = _split(path, said)
   merges = [
@@ -79,11 +124,11 @@ def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
     made.normalizer = normalizers.NFC()
   made.pre_tokenizer = _splitter(split)
   made.decoder = decoders.ByteLevel()
-  made.post_processor = _start(said, split, tokens)
-  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
-    if form in (_CONTROL, _USER_DEFINED):
-      added = AddedToken(tokens[i], normalized=False, special=form == _CONTROL)
-      made.add_tokens([added])
+  usual = split == 'llama-bpe'
+  if _begins(said, usual):
+    made.post_processor = _start(said, tokens)
+  else:
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
   return made
 
 
@@ -91,11 +136,12 @@ def _split(path: str, said: Mapping[str, Any]) -> str:
   """The way in which text is split, one of SPLITS."""
   kind = said.get('tokenizer.ggml.model')
   split = said.get('tokenizer.ggml.pre', 'default')
-  if kind != 'gpt2' or split not in SPLITS:
+  if kind != _BYTES or split not in SPLITS:
     raise CheckpointError(
       f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
-      f"supported are 'gpt2' split by {', '.join(SPLITS)}; set "
-      'config.data.vocabulary to a directory with tokenizer.json'
+      f'supported are {_PIECES!r}, and {_BYTES!r} split by '
+      f'{", ".join(SPLITS)}; set config.data.vocabulary to a directory with '
+      'tokenizer.json'
     )
   return split
 
@@ -114,14 +160,21 @@ def _splitter(split: str) -> Any:
   return pre_tokenizers.Sequence([first, rest])
 
 
-def _start(said: Mapping[str, Any], split: str, tokens: list[str]) -> Any:
-  """Puts the beginning-of-sequence token first, where the model wants it."""
+def _begins(said: Mapping[str, Any], usual: bool) -> bool:
+  """Whether texts begin with the beginning-of-sequence token.
+
+  Args:
+    usual: whether they do where the file is silent.
+  """
+  if said.get('tokenizer.ggml.bos_token_id') is None:
+    return False
+  return bool(said.get('tokenizer.ggml.add_bos_token', usual))
+
+
+def _start(said: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import processors
 
-  usual = split == 'llama-bpe'
-  bos = said.get('tokenizer.ggml.bos_token_id')
-  if not said.get('tokenizer.ggml.add_bos_token', usual) or bos is None:
-    return processors.ByteLevel(trim_offsets=False)
+  bos = said['tokenizer.ggml.bos_token_id']
   return processors.TemplateProcessing(
     single=f'{tokens[bos]} $A',
     special_tokens=[(tokens[bos], bos)],

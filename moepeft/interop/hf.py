@@ -4,7 +4,6 @@
 import dataclasses
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.interop import files, gguf, gguf_tokenizer
+from moepeft.interop import files, words
 from moepeft.interop.loaded import Loaded as Loaded
 from moepeft.models import decoder_names, names, t5_names
 from moepeft.models.layout import Layout
@@ -24,18 +23,6 @@ FAMILIES = {'t5': t5_names, 'mt5': t5_names}
 FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
 
 _ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
-_TOKENIZER = (
-  'tokenizer*.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'spiece.model',
-  'tokenizer.model',
-  'vocab.*',
-  'merges.txt',
-  'chat_template.jinja',
-  # Says which tokens end an answer.
-  'generation_config.json',
-)
 
 
 def load(path: str, dtype: Any = None) -> Loaded:
@@ -110,10 +97,10 @@ def save(
     kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
-    fields |= _special_ids(tokenizer) if config.family != 't5' else {}
+    fields |= words.special_ids(tokenizer) if config.family != 't5' else {}
     files.write_json(made / 'config.json', fields)
     _write_shards(made, plan, arrays, dtype)
-    _write_tokenizer(made, tokenizer)
+    words.write(made, tokenizer)
 
 
 def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
@@ -141,7 +128,7 @@ def find(path: str) -> Path:
   try:
     import huggingface_hub
 
-    wanted = ['*.json', '*.safetensors', *_TOKENIZER]
+    wanted = ['*.json', '*.safetensors', *words.FILES]
     return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
   except Exception as error:  # the hub's errors have no common type
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -267,32 +254,3 @@ def _write_shards(
   if len(plan) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     files.write_json(folder / _INDEX, index)
-
-
-def _write_tokenizer(made: Path, tokenizer: str | None) -> None:
-  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
-    gguf_tokenizer.read(tokenizer).save_pretrained(made)
-    return
-  for file in tokenizer_files(tokenizer) if tokenizer else ():
-    shutil.copyfile(file, made / file.name)
-
-
-def _special_ids(tokenizer: str | None) -> dict[str, Any]:
-  """Ids of special tokens beside a tokenizer; else nothing is special.
-
-  Where config.json is silent, transformers takes those of a family's first
-  model, and ends texts at them.
-  """
-  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
-    said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
-  else:
-    config = Path(tokenizer or '') / 'config.json'
-    said = files.read_json(config) if tokenizer and config.is_file() else {}
-  kinds = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-  return {kind: said.get(kind) for kind in kinds}
-
-
-def tokenizer_files(folder: str) -> list[Path]:
-  """The tokenizer files in a directory, perhaps none."""
-  found = (Path(folder).glob(pattern) for pattern in _TOKENIZER)
-  return sorted({file for matches in found for file in matches})

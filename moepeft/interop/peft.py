@@ -31,13 +31,15 @@ from moepeft.peft.lora import Lora
 from moepeft.spec import Spec
 
 ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
-_PREFIX = 'base_model.model.'
+_PICKLE = 'adapter_model.bin'
+_PREFIX, _SCALE = 'base_model.model.', '.ia3_l'
 
 
 def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   """Reads an adapter's method and 'peft' tree.
 
-  Layers that a LoRA leaves out are zeros, which training would keep.
+  Layers that a LoRA leaves out are zeros, which training would keep; those
+  that an (IA)^3 leaves out are ones.
 
   Args:
     config: of the base model, which the adapter's files do not hold.
@@ -48,7 +50,7 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
       not supported, or its names or shapes do not fit the model.
   """
   fields, family = peft_config.read(path), hf.family_of(config)
-  tensors = files.Tensors([Path(path) / ARRAYS])
+  tensors = _open(Path(path))
   read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
   method, rules = read(config, fields, tensors.shapes)
   sizes = family.sizes(config) | {'r': fields.get('r')}
@@ -64,7 +66,8 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
 
   def fetch(name):
     if name in left_out:
-      return np.zeros(left_out[name], stored)
+      alone = np.ones if name.endswith(_SCALE) else np.zeros
+      return alone(left_out[name], stored)
     return tensors.fetch(name)
 
   return Adapter(method, names.read(wanted, sizes, fetch, dtype)[0])
@@ -115,6 +118,16 @@ def save(
     save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
     fixed = {'inference_mode': True, 'task_type': family.PEFT_TASK}
     files.write_json(made / CONFIG, fixed | kept | fields)
+
+
+def _open(folder: Path) -> files.Tensors:
+  if not (folder / ARRAYS).exists() and (folder / _PICKLE).exists():
+    raise CheckpointError(
+      f'{folder} holds {_PICKLE}, a pickle, and no {ARRAYS}: load it with peft '
+      '(PeftModel.from_pretrained) and save it again (save_pretrained), which '
+      'writes safetensors'
+    )
+  return files.Tensors([folder / ARRAYS])
 
 
 def _lora_rules(config: Any, site: str, kind: str) -> list[Rule]:
@@ -216,14 +229,14 @@ def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
 def _left_out(
   wanted: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-  """The LoRA arrays of modules that have neither A nor B in the file."""
+  """The arrays of modules that have none in the file."""
   if not shapes:
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
   held = {_module(name) for name in shapes}
   found = {
     e.their_name: e.their_shape
     for e in wanted
-    if '.lora_' in e.their_name and _module(e.their_name) not in held
+    if _module(e.their_name) not in held
   }
   lost = [name for name in found if name.endswith('_vector')]
   if lost:

@@ -113,6 +113,10 @@ def save(
     CheckpointError: the arrays do not fit `config`, `path` is not empty, or
       T5X has no words for the config or the adapter.
   """
+  if not isinstance(config, T5Config):
+    raise CheckpointError(
+      f'T5X has no words for {config.family}: expected a T5; write hf instead'
+    )
   if config.tied != config.scale_head or (config.activation == 'gelu') != (
     config.gated
   ):

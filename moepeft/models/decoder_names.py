@@ -73,13 +73,15 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   Raises:
     CheckpointError: the family can not have what it says.
   """
-  if tied and fields.get('tie_word_embeddings') is False:
+  family = HF_TYPES[fields['model_type']]
+  if tied and not fields.get('tie_word_embeddings', family.TIED):
     raise CheckpointError(
       'config.json says that the head is not the embedding '
-      '(tie_word_embeddings is false), and the files hold no head: expected '
-      'a model that was saved as one for causal language modelling'
+      '(tie_word_embeddings is false, or absent and false in this family), '
+      'and the files hold no head: expected a model that was saved as one for '
+      'causal language modelling'
     )
-  return HF_TYPES[fields['model_type']].from_hf(fields, tied)
+  return family.from_hf(fields, tied)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

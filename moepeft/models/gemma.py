@@ -20,6 +20,8 @@ from moepeft.models.llama_form import (
 from moepeft.models.names import CheckpointError
 
 HF_TYPES = ('gemma', 'gemma2')
+# Whether the head is the embedding where config.json is silent.
+TIED = True
 _SIZE = DecoderConfig(
   family='gemma',
   vocab=256000,

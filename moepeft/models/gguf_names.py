@@ -157,7 +157,8 @@ def config_from_metadata(
       f'the metadata of the GGUF file lack {arch}.{error.args[0]}: it is '
       'damaged or of an old form; convert the model again'
     ) from None
-  fields |= {'vocab_size': shapes.get(EMBEDDING, (0,))[0]}
+  vocab = shapes.get(EMBEDDING, (0,))[0]
+  fields |= {'vocab_size': vocab, 'tie_word_embeddings': tied}
   config = decoder_names.config_from_hf(fields, tied)
   if arch in ('gpt2', 'qwen2'):
     return config
@@ -234,6 +235,7 @@ _SCALING = {
   'original_max_position_embeddings': 'original_context_length',
   'beta_fast': 'yarn_beta_fast',
   'beta_slow': 'yarn_beta_slow',
+  'attention_factor': 'yarn_attn_factor',
 }
 
 

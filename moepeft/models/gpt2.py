@@ -21,6 +21,8 @@ from moepeft.models.llama_form import (
 from moepeft.models.names import CheckpointError, Rule
 
 HF_TYPES = ('gpt2',)
+# Whether the head is the embedding where config.json is silent.
+TIED = True
 LAYOUT = Layout(
   head='lm_head.weight',
   embedding='transformer.wte.weight',
@@ -188,6 +190,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'n_inner': config.ffn,
     'n_layer': config.layers,
     'n_positions': config.length,
+    # Of older files, where llama.cpp's converter looks for it.
+    'n_ctx': config.length,
     'activation_function': activation_to_hf(config),
     'layer_norm_epsilon': config.eps,
     'scale_attn_weights': config.scale != 1.0,

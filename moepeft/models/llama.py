@@ -14,6 +14,8 @@ from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('llama',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
 _LLAMA3 = Rope(theta=500000.0)
 _LLAMA31 = Rope(theta=500000.0, kind='llama3', factor=8.0, original=8192)
 _LLAMA32 = dataclasses.replace(_LLAMA31, factor=32.0)

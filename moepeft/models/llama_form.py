@@ -309,7 +309,14 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
     ours: said[_ROPE[ours]]
     for ours in _ROPE_OF[kind]
     if said.get(_ROPE[ours]) is not None
+    # Nought of these means to transformers that nothing is said.
+    and (said[_ROPE[ours]] or ours not in ('fast', 'slow'))
   }
+  if kind == 'linear' and 'factor' not in found:
+    raise CheckpointError(
+      'the RoPE scaling in config.json is linear and lacks factor: expected by '
+      'how much contexts get longer; take the config.json of the model'
+    )
   if 'original' in _ROPE_OF[kind]:
     length = fields.get('max_position_embeddings', 2048)
     usual = found.get('original', length)

@@ -13,6 +13,8 @@ from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('mistral',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
 _7B = DecoderConfig(
   family='mistral',
   d_model=4096,

@@ -19,6 +19,8 @@ from moepeft.models.llama_form import (
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('qwen2',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
 _SIZE = DecoderConfig(
   family='qwen2',
   vocab=151936,

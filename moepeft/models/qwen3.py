@@ -19,6 +19,8 @@ from moepeft.models.llama_form import (
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('qwen3',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
 _SIZE = DecoderConfig(
   family='qwen3',
   vocab=151936,

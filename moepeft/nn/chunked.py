@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.nn.precision import wide
-from moepeft.nn.sight import Sight
+from moepeft.nn.sight import NO_WINDOW, Sight
 from moepeft.typing import Array
 
 CHUNK = 256
@@ -28,9 +28,9 @@ def attend(
 
   Logits live for a part of the queries and a part of the keys; the gradient
   computes them again. What a query sees comes as `heads.sight`; a mask or bias
-  that is given is read part by part. All pairs of parts are computed, also
-  those that no query of them sees. Dropout draws other bits than the naive
-  form does.
+  that is given is read part by part. By its sight a part of the keys that lies
+  in the future of all queries of a part, or outside of their windows, is not
+  computed. Dropout draws other bits than the naive form does.
 
   Args:
     heads: `attention.Heads`.
@@ -44,16 +44,17 @@ def attend(
   sight = _sight(heads, rows, columns)
   squares = _squares(heads, rows, columns)
   places = None if sight is None else (sight.query, sight.query_segments)
+  seen = None if sight is None else _seen(heads.sight, rows, columns)
 
   def of_queries(xs):
-    i, q, places, squares = xs
+    i, q, places, squares, seen = xs
     keyed = None if rng is None else jax.random.fold_in(rng, i)
     own = sight
     if places is not None:
       own = sight.replace(query=places[0], query_segments=places[1])
-    return _of_queries(q, keys, own, squares, scale, keyed, dropout, cap)
+    return _of_queries(q, keys, own, squares, seen, scale, keyed, dropout, cap)
 
-  xs = jnp.arange(q.shape[0]), q, places, squares
+  xs = jnp.arange(q.shape[0]), q, places, squares, seen
   # Its own residuals are linear in s: a part's logits are made again.
   out = jax.lax.map(jax.checkpoint(of_queries), xs)
   out = jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)
@@ -87,6 +88,23 @@ def _sight(heads, rows: int, columns: int) -> Sight | None:
   )
 
 
+def _seen(sight: Sight, rows: int, columns: int) -> Array:
+  """bool [parts of t, parts of s]: whether a query's place sees a key's.
+
+  By the places alone, which are the same in all rows where no cache is: then
+  no device waits for the others' rows.
+  """
+
+  def ends(places, size):
+    first = jnp.min(_parts(places, size, fill=NO_WINDOW), (1, 2))
+    return first, jnp.max(_parts(places, size, fill=-NO_WINDOW), (1, 2))
+
+  (first, last), (low, high) = ends(sight.query, rows), ends(sight.key, columns)
+  ahead = low > last[:, None]
+  behind = first[:, None] - high >= sight.window
+  return ~(ahead | behind)
+
+
 def _squares(heads, rows: int, columns: int):
   """Mask and bias, [parts of t, parts of s, b, 1 or n, c, j] or None."""
   t, s = heads.q.shape[1], heads.k.shape[1]
@@ -108,12 +126,18 @@ def _squares(heads, rows: int, columns: int):
   return parts(mask, False), parts(heads.bias, 0)
 
 
-def _of_queries(q, keys, sight, squares, scale, rng, dropout, cap):
+def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
   """One part of the queries [b, c, k, g, h] against all keys, float32."""
   mask, bias = squares
   b, c, k, g, h = q.shape
 
   def step(carry, xs):
+    *xs, seen = xs
+    if seen is None:
+      return add(carry, xs), None
+    return jax.lax.cond(seen, add, lambda carry, _: carry, carry, xs), None
+
+  def add(carry, xs):
     top, total, acc = carry
     j, (key, value), mask, bias, places, segments = xs
     logits = wide(jnp.einsum('bckgh,bjkh->bkgcj', q, key)) * scale
@@ -136,7 +160,7 @@ def _of_queries(q, keys, sight, squares, scale, rng, dropout, cap):
       keep = jax.random.bernoulli(key_of, 1 - dropout, weights.shape)
       weights = jnp.where(keep, weights / (1 - dropout), 0)
     added = jnp.einsum('bkgcj,bjkh->bkgch', weights.astype(q.dtype), value)
-    return (new, total, acc * shrink[..., None] + wide(added)), None
+    return new, total, acc * shrink[..., None] + wide(added)
 
   zeros = jnp.zeros((b, k, g, c), wide(q).dtype)
   start = (zeros + 2 * _HIDDEN, zeros, jnp.zeros((b, k, g, c, h), zeros.dtype))
@@ -144,9 +168,11 @@ def _of_queries(q, keys, sight, squares, scale, rng, dropout, cap):
   if sight is not None:
     places, segments = sight.key, sight.key_segments
   numbers = jnp.arange(keys[0].shape[0])
-  xs = (numbers, keys, mask, bias, places, segments)
+  xs = (numbers, keys, mask, bias, places, segments, seen)
   step = jax.checkpoint(step, prevent_cse=False)
   (_, total, acc), _ = jax.lax.scan(step, start, xs)
+  # Where nothing was computed there is nothing to see: any number will do.
+  total = jnp.where(total > 0, total, 1)
   return jnp.moveaxis(acc / total[..., None], 3, 1)
 
 

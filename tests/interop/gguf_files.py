@@ -60,7 +60,8 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   """Writes a model.
 
   Args:
-    kind: of matrices, a name of `gguf.GGMLQuantizationType`.
+    kind: of matrices, a name of `gguf.GGMLQuantizationType`; the matrices are
+      other ones where the package reads it only.
     tensors: (name, array) to write too; more: changes the writer.
 
   Returns:
@@ -83,7 +84,7 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
     name = entry.their_name
     stored = as_converted(name, array, arch, config)
     if stored.ndim == 2 and stored.shape[0] > 1:
-      stored = gguf.quantize(stored, kind)
+      stored = quantised(stored, kind)
       found[name] = gguf.dequantize(stored, kind)
       writer.add_tensor(name, stored, raw_dtype=kind)
     else:
@@ -96,6 +97,24 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   writer.write_tensors_to_file()
   writer.close()
   return found
+
+
+def quantised(array, kind):
+  """The blocks of a matrix; random ones where nobody here makes them."""
+  import gguf
+
+  try:
+    return gguf.quantize(array, kind)
+  except NotImplementedError:
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(array.shape[0])
+    blocks = rng.integers(256, size=(4096, width), dtype=np.uint8)
+    # Some bytes are a block's scale, which may come out as inf or NaN.
+    with np.errstate(all='ignore'):
+      numbers = gguf.dequantize(blocks, kind)
+    blocks = blocks[(np.abs(numbers) < 1e4).all(axis=1)]
+    chosen = rng.integers(len(blocks), size=array.size // size)
+    return blocks[chosen].reshape(array.shape[0], -1)
 
 
 def as_converted(name, array, arch, config):

@@ -73,11 +73,55 @@ CASES = {
     'Llama',
     dict(rope_parameters=YARN | dict(original_max_position_embeddings=1)),
   ),
+  # Without both it is as if neither was there.
+  'llama-yarn-one-mscale': (
+    'Llama',
+    dict(rope_parameters=YARN | dict(mscale=0.7)),
+  ),
+  # The context before is then what the model is for.
+  'llama-yarn-unsaid': (
+    'Llama',
+    dict(rope_parameters=dict(rope_type='yarn', rope_theta=900.0, factor=4.0)),
+  ),
+  # This one counts where both say it.
+  'llama-yarn-outer': (
+    'Llama',
+    dict(rope_parameters=YARN, original_max_position_embeddings=29),
+  ),
+  # Nought is as if it was not there.
+  'llama-yarn-nought': (
+    'Llama',
+    dict(rope_parameters=YARN | dict(beta_fast=0, beta_slow=None)),
+  ),
+  'llama-whole-heads': (
+    'Llama',
+    dict(
+      rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=1.0),
+      attention_bias=True,
+      mlp_bias=True,
+    ),
+  ),
   'mistral': ('Mistral', dict(sliding_window=5)),
+  'mistral-llama3': ('Mistral', dict(rope_parameters=LLAMA3)),
   'mistral-whole': ('Mistral', dict(sliding_window=None)),
   'qwen2': (
     'Qwen2',
     dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+  ),
+  # A window that is said and not used.
+  'qwen2-unused-window': (
+    'Qwen2',
+    dict(use_sliding_window=False, sliding_window=3, max_window_layers=0),
+  ),
+  # Each layer's own type counts, not their depth.
+  'qwen2-layer-types': (
+    'Qwen2',
+    dict(
+      use_sliding_window=True,
+      sliding_window=3,
+      max_window_layers=0,
+      layer_types=['sliding_attention', 'full_attention', 'full_attention'],
+    ),
   ),
   'qwen2-yarn': (
     'Qwen2',
@@ -92,6 +136,30 @@ CASES = {
       attention_bias=True,
     ),
   ),
+  'qwen3-by-depth': (
+    'Qwen3',
+    dict(use_sliding_window=True, sliding_window=3, max_window_layers=2),
+  ),
+  'qwen3-linear': (
+    'Qwen3',
+    dict(
+      rope_parameters=dict(rope_type='linear', rope_theta=500.0, factor=3.0),
+      tie_word_embeddings=True,
+    ),
+  ),
+  'gemma-untied': ('Gemma', dict(tie_word_embeddings=False)),
+  'gemma2-uncapped': (
+    'Gemma2',
+    dict(
+      sliding_window=4,
+      layer_types=['full_attention', 'full_attention', 'sliding_attention'],
+      query_pre_attn_scalar=10,
+      attn_logit_softcapping=None,
+      final_logit_softcapping=None,
+      rope_parameters=YARN,
+      attention_bias=True,
+    ),
+  ),
   'gemma': ('Gemma', dict(hidden_act='gelu', num_key_value_heads=1)),
   'gemma2': (
     'Gemma2',
@@ -103,6 +171,7 @@ CASES = {
     ),
   ),
   'gpt2': ('GPT2', dict(n_inner=53, tie_word_embeddings=False)),
+  'gpt2-relu': ('GPT2', dict(activation_function='relu', n_inner=None)),
   'gpt2-unscaled': ('GPT2', dict(scale_attn_weights=False)),
 }
 LENGTHS = (23, 11)
@@ -170,30 +239,77 @@ def test_models_of_transformers_come_in_and_go_out(name, tmp_path):
 def test_what_transformers_4_wrote_means_the_same(name, tmp_path):
   torch_model(name).config.save_pretrained(tmp_path)
   fields = json.loads((tmp_path / 'config.json').read_text())
+  if name in ('qwen2-layer-types', 'qwen3', 'gemma2-uncapped'):
+    # 4 knew no order but the one that depth gives.
+    del fields['layer_types']
   new = decoder_names.config_from_hf(fields, tied=False)
   rope = fields.pop('rope_parameters', {})
   fields['rope_theta'] = rope.pop('rope_theta', 10000.0)
   if rope.get('rope_type', 'default') != 'default':
     fields['rope_scaling'] = {'type': rope.pop('rope_type'), **rope}
   fields.pop('layer_types', None)
-  if name == 'qwen3':
-    # 4 knew no other order than this.
-    new = decoder_names.config_from_hf(
-      {**fields, 'max_window_layers': 28}, tied=False
-    )
   assert decoder_names.config_from_hf(fields, tied=False) == new
+
+
+KINDS = ('Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma', 'Gemma2', 'GPT2')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_where_a_file_is_silent_it_means_what_transformers_takes(
+  kind, tmp_path, monkeypatch
+):
+  """Only sizes are said: theta, eps, windows, caps and whether the head is
+  the embedding are the family's usual ones."""
+  monkeypatch.setitem(CASES, 'silent', (kind, {}))
+  theirs = torch_model('silent')
+  theirs.save_pretrained(tmp_path)
+  file = tmp_path / 'config.json'
+  fields = json.loads(file.read_text())
+  said = {'n_embd', 'n_head', 'n_layer', 'n_positions', *COMMON}
+  said |= {'model_type'}
+  file.write_text(json.dumps({k: fields[k] for k in said & fields.keys()}))
+  expected = torch_logits(theirs)
+  loaded = hf.load(str(tmp_path))
+  assert loaded.config.tied == (kind in ('Gemma', 'Gemma2', 'GPT2'))
+  ids, real = batch()
+  run = jax.jit(Decoder(loaded.config).apply)
+  ours = run({'params': loaded.params}, {'inputs': ids, 'inputs_mask': real})
+  error = np.abs(np.asarray(ours)[real] - expected).max()
+  assert error < 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2', 'qwen3'])
+def test_a_head_that_is_lost_where_the_file_is_silent_is_missed(
+  family, tmp_path
+):
+  """These have one of their own unless they say otherwise: transformers
+  would draw it at random."""
+  from safetensors.numpy import load_file, save_file
+
+  config, params = small(family)
+  hf.save(tmp_path / 'model', config, params)
+  file = tmp_path / 'model' / 'model.safetensors'
+  stored = load_file(file)
+  del stored['lm_head.weight']
+  save_file(stored, file)
+  file = tmp_path / 'model' / 'config.json'
+  fields = json.loads(file.read_text())
+  del fields['tie_word_embeddings']
+  file.write_text(json.dumps(fields))
+  with pytest.raises(CheckpointError, match='hold no head'):
+    hf.load(str(tmp_path / 'model'))
+  file.write_text(json.dumps(fields | {'tie_word_embeddings': True}))
+  assert hf.load(str(tmp_path / 'model')).config.tied
 
 
 def small(family):
   """A model of a family: its config and random weights."""
   room = decoder_names
-  config = {
-    'llama': lambda: room.config_from_hf({**COMMON, 'model_type': 'llama'}, 0),
-    'gpt2': lambda: room.config_from_hf(
-      dict(model_type='gpt2', vocab_size=61, n_embd=42, n_head=6, n_layer=3),
-      True,
-    ),
-  }[family]()
+  if family == 'gpt2':
+    sizes = dict(vocab_size=61, n_embd=42, n_head=6, n_layer=3)
+    config = room.config_from_hf({**sizes, 'model_type': 'gpt2'}, True)
+  else:
+    config = room.config_from_hf({**COMMON, 'model_type': family}, False)
   rng = np.random.default_rng(0)
   shapes = names.stacked_shapes(hf.expected(room, config))
   return config, names.unflatten(
@@ -254,6 +370,11 @@ def test_files_stay_small_where_arrays_are_joined(tmp_path):
   [
     ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "is 'dynamic'"),
     ({'rope_parameters': {'rope_type': 'longrope'}}, "is 'longrope'"),
+    ({'rope_scaling': {'type': 'linear'}}, 'lacks factor'),
+    (
+      {'rope_scaling': {'rope_type': 'su', 'short_factor': [1.0]}},
+      "is 'su'",
+    ),
     ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary'),
     ({'rope_parameters': {'full_attention': {}}}, 'each type of layer'),
     ({'quantization_config': {'bits': 4}}, 'quantised weights'),

@@ -89,6 +89,67 @@ def test_every_quantisation_gives_what_the_package_says(kind, tmp_path):
   assert gguf_lib.load(path, 'bfloat16').sha256 == gguf_lib.load(path).sha256
 
 
+def read_only_kinds():
+  """What the package reads and does not write: K-quants and the like."""
+
+  def knows(kind, convert):
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    array = np.zeros((1, size), np.float32)
+    if convert is gguf.dequantize:
+      array = np.zeros((1, width), np.uint8)
+    try:
+      convert(array, kind)
+    except NotImplementedError:
+      return False
+    return True
+
+  kinds = gguf.GGMLQuantizationType
+  return [
+    kind.name
+    for kind in kinds
+    if knows(kind, gguf.dequantize) and not knows(kind, gguf.quantize)
+  ]
+
+
+@pytest.mark.parametrize('kind', read_only_kinds())
+def test_quantisations_that_nobody_here_makes_are_read_too(kind, tmp_path):
+  # Their blocks are of 256 numbers.
+  config = dataclasses.replace(
+    CONFIGS['llama'], d_model=256, heads=2, head_dim=128, ffn=256
+  )
+  path = str(tmp_path / 'model.gguf')
+  stored = write(path, 'llama', random_params(config), kind, config)
+  found = gguf_lib.load(path).params['decoder']['layers']
+  down = found['mlp']['wo']['kernel'][1]
+  np.testing.assert_array_equal(down, stored['blk.1.ffn_down.weight'].T)
+  assert np.unique(down).size > 8
+  q = stored['blk.0.attn_q.weight']
+  kernel = found['self']['q']['kernel'][0]
+  # Feature 3 of head 1 was the seventh: 2 * 3 of the first half.
+  np.testing.assert_array_equal(kernel[:, 1, 3], q[128 + 6])
+
+
+def test_the_kinds_are_all_that_the_package_knows():
+  assert {'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K'} <= {*read_only_kinds()}
+
+
+def test_types_that_the_package_does_not_know_are_one_sentence(tmp_path):
+  path = tmp_path / 'model.gguf'
+  params = random_params(CONFIGS['llama'])
+  write(str(path), 'llama', params)
+  # After a tensor's name: its axes (u32), their sizes (u64), its type (u32).
+  data = path.read_bytes()
+  name = b'blk.1.ffn_norm.weight'
+  at = data.index(name) + len(name) + 4 + 8
+  for kind, sentence in ((28, 'is F64, which'), (99, 'damaged.*99')):
+    number = kind.to_bytes(4, 'little')
+    # Twice the bytes are there: the tensors behind it.
+    path.write_bytes(data[:at] + number + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=sentence) as error:
+      gguf_lib.load(str(path))
+    assert '\n' not in str(error.value)
+
+
 def test_reading_holds_one_tensor_beside_the_model(tmp_path):
   config = dataclasses.replace(CONFIGS['llama'], layers=12, ffn=256)
   params = random_params(config)

@@ -139,53 +139,6 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
   assert_equal_trees(found.tree, adapter.tree)
 
 
-# What llama.cpp's convert_hf_to_gguf asks of config.json, by whichever of its
-# names ours has, and of the directory.
-ASKED = {
-  'architectures',
-  'model_type',
-  'vocab_size',
-  'num_hidden_layers',
-  'hidden_size',
-  'intermediate_size',
-  'num_attention_heads',
-  'num_key_value_heads',
-  'head_dim',
-  'max_position_embeddings',
-  'rms_norm_eps',
-  'rope_theta',
-  'dtype',
-}
-FILES = {
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'tokenizer.model',
-  'chat_template.jinja',
-  'generation_config.json',
-}
-
-
-@every_family
-def test_a_merged_directory_is_ready_for_llama_cpp(folder, family):
-  config = DECODERS[family]
-  export(config, random_params(config), adapter_of(config, 'lora'))
-  for name in FILES:
-    Path('base', name).write_text('{}')
-  folder('--input=adapter', '--output=out', '--to=hf', '--dtype=float16')
-  fields = json.loads(Path('out/config.json').read_text())
-  assert ASKED <= fields.keys()
-  assert fields['dtype'] == 'float16'
-  assert [a[-len('ForCausalLM') :] for a in fields['architectures']] == [
-    'ForCausalLM'
-  ]
-  found = {path.name for path in Path('out').iterdir()}
-  assert found == FILES | {'config.json', 'model.safetensors'}
-  # The head is not written twice where it is the embedding.
-  held = hf.open_tensors(Path('out')).shapes
-  assert ('lm_head.weight' in held) == (not config.tied)
-
-
 def test_a_dora_that_lacks_a_layer_is_refused(folder):
   config = DECODERS['llama']
   adapter = Adapter(
