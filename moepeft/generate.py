@@ -165,6 +165,7 @@ def main(argv) -> None:
   del argv
   check_flags()
   texts, how = given(), settings()
+  print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
   run = opened()
   path = run.config.model.path
   folder = base.resolve(path) if path else ''
@@ -172,10 +173,15 @@ def main(argv) -> None:
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
   manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
   talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)
-  if texts is None:
-    talk.each(lines())
-  else:
-    talk.all(texts)
+  try:
+    if texts is None:
+      talk.each(lines())
+    else:
+      talk.all(texts)
+  except KeyboardInterrupt:
+    # How a conversation ends at a terminal: no bug, so no traceback.
+    print(f'\n{talk.speed}', file=sys.stderr)
+    sys.exit(130)
   print(talk.speed, file=sys.stderr)
 
 

@@ -182,7 +182,7 @@ def test_a_prompt_that_is_cut_still_begins_as_texts_do():
 
 
 def uncached(prompt, count):
-  """Greedy tokens of whole calls, whose rows are as long as there are places."""
+  """Greedy tokens of whole calls, in rows as long as there are places."""
   model, variables = made('learned')
   text = np.zeros((1, 97), np.int32)
   text[0, : len(prompt)] = prompt
