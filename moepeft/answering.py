@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model answers: the greedy continuations of many inputs.
 
-Of a decoder-only model an input is a prompt, and the answer what follows it.
+Of a decoder-only model an input is a prompt, in the form of its training, and
+the answer what follows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moepeft import sharding
-from moepeft.data import batching
+from moepeft.data import batching, causal
 from moepeft.data.buckets import buckets, whole
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.generation import Generation, Settings
-from moepeft.prompts import plain
+from moepeft.generation import Generation, Settings, check_room
+from moepeft.prompts import asked
 from moepeft.tasks import Example
 from moepeft.typing import Tree
 
@@ -41,8 +42,10 @@ class Answering:
       length: tokens to generate at most, EOS included.
 
     Raises:
-      ValueError: `length` is below 1.
+      ValueError: `length` is below 1, or a decoder has no room for both.
     """
+    # Of what may come, so that it is said before anything runs.
+    check_room(model, inputs_length, length)
     mesh = sharding.make_mesh() if mesh is None else mesh
     self._decoder_only = hasattr(model, 'extend')
     self._vocabulary, self._most = vocabulary, inputs_length
@@ -90,6 +93,7 @@ class Answering:
     """(ids of an input, whether it was cut to the most there may be)."""
     if not self._decoder_only:
       return batching.cut(self._vocabulary, text, self._most)
-    ids = plain(self._vocabulary, text, decoder_only=True)
+    ids = asked(self._vocabulary, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    return ids[-self._most :], len(ids) > self._most
+    short = causal.behind_start(self._vocabulary, ids, self._most)
+    return short, len(ids) > self._most

@@ -163,7 +163,11 @@ def begin(
   """Reads prompts: (logits [b, v] of each row's first token, memory).
 
   Args:
-    length: tokens that the memory shall have room for after the prompts.
+    length: tokens that the memory shall have room for after the prompts. A
+      model that has learned its positions must have those of all real ones.
+
+  Raises:
+    ValueError: prompts are padded beyond learned positions.
   """
   ids = batch['inputs']
   ctx = context(batch, 'inputs', ids, train=False)
@@ -173,6 +177,7 @@ def begin(
     return step(
       model, variables, memory, jnp.full(len(ids), PAD, jnp.int32), jnp.int32(0)
     )
+  _check_places(model.config, ids.shape[1])
   lengths = jnp.sum(ctx.token_mask, axis=1, dtype=jnp.int32)
   places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
   memory = Memory({}, lengths, None, ids.shape[1] + length)
@@ -216,6 +221,15 @@ def _extend(model, variables, memory, ids, ctx, last=None):
     mutable=['cache'],
   )
   return logits[:, 0], memory.replace(cache=changed['cache'])
+
+
+def _check_places(config: Any, s: int) -> None:
+  # Padding there would be no number, which no mask takes out of a sum.
+  if config.positions == 'learned' and s > config.length:
+    raise ValueError(
+      f'the model has learned {config.length:,} positions; got prompts padded '
+      f'to {s:,}: pad them to less'
+    )
 
 
 def _with_cache(variables: Tree, memory: Memory) -> Tree:

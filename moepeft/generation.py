@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in, texts out: batches of token ids through a model's loop.
 
-Lengths are rounded up to powers of two, so that there are few programs.
+Lengths are rounded up to powers of two, so that there are few programs; of a
+prompt never beyond the places that a model has.
 """
 
 import dataclasses
@@ -58,6 +59,8 @@ class Settings:
       raise ValueError(
         f'the least tokens are from 0 to length={self.length}; got {self.least}'
       )
+    if '' in self.stops:
+      raise ValueError('a stop string is empty; leave it out')
     alone = self.sampling != Sampling() or self.least
     if self.beams is not None and alone:
       raise ValueError(
@@ -85,6 +88,26 @@ def keys(seed: int, rows: int) -> Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
+def check_room(model: Any, prompt: int, answer: int) -> None:
+  """Looks whether a decoder has places for a prompt and its answer.
+
+  Args:
+    prompt, answer: their tokens.
+
+  Raises:
+    ValueError: it has not.
+  """
+  if not hasattr(model, 'extend'):
+    return
+  room = model.config.length
+  if prompt + answer > room:
+    raise ValueError(
+      f'the longest prompt has {prompt:,} tokens and an answer up to '
+      f'{answer:,}; together the model has room for {room:,}: shorten the '
+      'prompt, or the length of the answer'
+    )
+
+
 class Generation:
   """Answers batches of prompts."""
 
@@ -105,6 +128,19 @@ class Generation:
       jnp.array(settings.ends, jnp.int32),
       jnp.int32(settings.least) if settings.least else None,
     )
+
+  def check(self, prompts: Sequence[Sequence[int]]) -> None:
+    """Looks at prompts (ids) before any of them is answered.
+
+    Raises:
+      ValueError: one has no token, or the model has no room for its answer.
+    """
+    lengths = [len(ids) for ids in prompts]
+    if lengths and not min(lengths):
+      raise ValueError(
+        f'prompt {lengths.index(0)} has no token to go on from; leave it out'
+      )
+    check_room(self._model, max(lengths, default=0), self._settings.length)
 
   def texts(
     self,
@@ -195,9 +231,11 @@ class Generation:
         rows = rows.replace(done=rows.done | over)
 
   def _batch(self, prompts, s):
+    self.check(prompts)
     longest = max(map(len, prompts))
-    self._check_room(longest)
-    s = s or round_up(longest, _LEAST_PROMPT, _MOST)
+    # Padding beyond learned positions would be no number, and spoil the rest.
+    most = self._model.config.length if self._decoder_only else _MOST
+    s = s or round_up(longest, _LEAST_PROMPT, most)
     many = sharding.round_up(self._mesh, len(prompts))
     rows = [prompts[i] for i in whole(range(len(prompts)), many)]
     batch = {
@@ -228,14 +266,3 @@ class Generation:
   def _said(self, row: list[int]) -> list[int]:
     """What of a row is text."""
     return [token for token in row if token not in self._silent]
-
-  def _check_room(self, longest: int) -> None:
-    if not self._decoder_only:
-      return
-    room, length = self._model.config.length, self._settings.length
-    if longest + length > room:
-      raise ValueError(
-        f'the longest prompt has {longest} tokens and an answer up to {length};'
-        f' together the model has room for {room}: shorten the prompt, or the '
-        'length'
-      )

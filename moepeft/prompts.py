@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to token ids, plain or as a conversation, and what ends answers."""
+"""Prompts to token ids, as a model was trained to read them, and what ends
+answers."""
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from ml_collections import ConfigDict
+
+from moepeft.data import causal, chat
+from moepeft.data.answer_ids import templated
+from moepeft.data.conversations import Conversation, Turn
+from moepeft.data.vocabulary import Vocabulary
 
 
 def plain(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
-  """The ids of a text: with its end for an encoder, open for a decoder."""
+  """The ids of a text: with its end for an encoder, open for a decoder.
+
+  Raises:
+    ValueError: it is empty, and a decoder has nothing to go on from.
+  """
   ids = list(words.encode(text))
   if not decoder_only:
     return [*ids, words.eos]
-  bos = getattr(words, 'bos', None)
-  ids = ids if bos is None else [bos, *ids]
+  ids = ids if words.bos is None else [words.bos, *ids]
   if not ids:
     raise ValueError(
       'an empty prompt has no token to go on from; say something'
@@ -22,21 +32,39 @@ def plain(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
   return ids
 
 
-def chat(words: Vocabulary, turns: Sequence[Mapping[str, str]]) -> list[int]:
-  """The ids of a conversation up to where the assistant speaks.
+def asked(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
+  """The ids of an example's inputs, as in training on examples."""
+  if not decoder_only:
+    return plain(words, text, decoder_only)
+  return causal.prompts(words, [text])[0]
+
+
+def template(
+  words: Vocabulary, data: ConfigDict, system: str = ''
+) -> chat.Template:
+  """The chat template of a run's config.data, or of a model's tokenizer.
 
   Args:
-    turns: {'role': 'system', 'user' or 'assistant', 'content': text}.
+    system: instead of config.data.system.
 
   Raises:
-    ValueError: the vocabulary has no chat template, or it refuses the turns.
+    ValueError: there is none.
   """
-  if not isinstance(words, Tokenizer):
+  if not data.chat_template and not templated(words):
     raise ValueError(
       f'the vocabulary {words} has no chat template; leave out --chat, or name '
       'a model that has one'
     )
-  return words.chat(turns)
+  found = chat.template(data, words)
+  return dataclasses.replace(found, system=system or found.system)
+
+
+def conversation(turns: Sequence[str]) -> Conversation:
+  """Turns that change between a user and an assistant."""
+  roles = ('user', 'assistant')
+  return Conversation(
+    tuple(Turn(roles[i % 2], text) for i, text in enumerate(turns))
+  )
 
 
 def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:

@@ -299,7 +299,10 @@ class Ranker:
     some = sorted(texts)
     every = causal.prompts(self._vocabulary, some)
     return {
-      text: (ids[-length:], len(ids) > length)
+      text: (
+        causal.behind_start(self._vocabulary, ids, length),
+        len(ids) > length,
+      )
       for text, ids in zip(some, every, strict=True)
     }
 

@@ -3,18 +3,20 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from moepeft import prompts
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Generation, Settings, keys
 from moepeft.nn.stack import written_out
+from moepeft.progress import Pass
 from moepeft.typing import Array, Tree
 
+# The ids of a prompt, the last of the turns of a user and an assistant.
+Ask = Callable[[Sequence[str]], list[int]]
 # Tokens between looks at answers that are not printed as they come.
 _EVERY = 8
 
@@ -25,8 +27,7 @@ class Manner:
 
   Attributes:
     streamed: whether tokens are printed as they come.
-    chat: whether prompts are a user's turns.
-    system: the turn before them, '' for none.
+    chat: whether prompts are a user's turns, each after those before it.
     seed: of sampling; an answer's draws depend on it and on which of the
       `num` answers to its prompt it is, not on other prompts.
     num: answers to each prompt.
@@ -35,7 +36,6 @@ class Manner:
 
   streamed: bool = False
   chat: bool = False
-  system: str = ''
   seed: int = 0
   num: int = 1
   batch_size: int = 8
@@ -62,6 +62,7 @@ class Talk:
     model: Any,
     variables: Tree,
     words: Vocabulary,
+    ask: Ask,
     settings: Settings,
     manner: Manner,
   ):
@@ -69,32 +70,39 @@ class Talk:
       # There, layers in a loop are copied out of their stack at every token.
       model = model.clone(scan=False)
       variables = {key: written_out(tree) for key, tree in variables.items()}
-    self._variables, self._words, self._manner = variables, words, manner
-    self._decoder_only = hasattr(model, 'extend')
+    self._variables, self._ask, self._manner = variables, ask, manner
     self._generation = Generation(model, words, settings)
     sampled = settings.sampling.temperature is not None
     self._keys = keys(manner.seed, manner.num) if sampled else None
     self.speed = Speed()
 
   def all(self, texts: Sequence[str]) -> None:
-    """Prints the answers to prompts of their own, `num` to each."""
+    """Prints the answers to prompts of their own, `num` to each.
+
+    Raises:
+      ValueError: one of them cannot be answered; none is, then.
+    """
+    ids = [self._ask([text]) for text in texts]
+    self._generation.check(ids)
     rows = max(1, self._manner.batch_size // self._manner.num)
-    for at in range(0, len(texts), rows):
-      self._answer([self._ids([text]) for text in texts[at : at + rows]])
+    done = None
+    if len(ids) > rows and not self._manner.streamed:
+      done = Pass(len(ids), 'answered')
+    for at in range(0, len(ids), rows):
+      some = ids[at : at + rows]
+      self._answer(some)
+      if done is not None:
+        done(len(some))
+    if done is not None:
+      done.close()
 
   def each(self, texts: Iterable[str]) -> None:
     """Answers one prompt after the other; of a chat, in one conversation."""
     turns: list[str] = []
     for text in texts:
-      said = self._answer([self._ids([*turns, text])])
+      said = self._answer([self._ask([*turns, text])])
       if self._manner.chat:
         turns += [text, said[0]]
-
-  def _ids(self, turns: list[str]) -> list[int]:
-    """Of a prompt, or of turns that change between user and assistant."""
-    if not self._manner.chat:
-      return prompts.plain(self._words, turns[-1], self._decoder_only)
-    return prompts.chat(self._words, conversation(self._manner.system, turns))
 
   def _answer(self, ids: list[list[int]]) -> list[str]:
     """Prints the answers to a batch of prompts, and returns them."""
@@ -130,12 +138,3 @@ class Talk:
     if streamed:
       print(flush=True)
     return found
-
-
-def conversation(system: str, turns: Sequence[str]) -> list[dict[str, str]]:
-  """Turns of a user and an assistant, after a system turn if there is one."""
-  roles = ('user', 'assistant')
-  said = [
-    {'role': roles[i % 2], 'content': text} for i, text in enumerate(turns)
-  ]
-  return [{'role': 'system', 'content': system}, *said] if system else said

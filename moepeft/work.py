@@ -10,6 +10,7 @@ from moepeft.answering import Answering
 from moepeft.data import Sources
 from moepeft.data.forms import scored_lengths
 from moepeft.likelihood import Likelihood
+from moepeft.models import decoder_only
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
 from moepeft.runs import Run
@@ -37,6 +38,25 @@ def check(names: Sequence[str]) -> None:
       raise ValueError(
         f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
       )
+
+
+def check_room(run: Run, names: Sequence[str]) -> None:
+  """Looks whether a decoder has places for what it is to generate.
+
+  Raises:
+    ValueError: it has not, in the lengths of the run's config.
+  """
+  data, model = run.config.data, run.model
+  if not decoder_only(model) or not set(names) & set(measures.TEXTS):
+    return
+  if data.length > model.config.length:
+    raise ValueError(
+      f'prompts and generated answers have config.data.length={data.length:,} '
+      f'tokens in this run, and the model has room for '
+      f'{model.config.length:,}; leave out '
+      f'{", ".join(n for n in names if n in measures.TEXTS)}, or train with a '
+      'lower length'
+    )
 
 
 def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search is that of `transformers`, on T5 and on a decoder."""
+"""Beams and greedy tokens are those of `transformers`, of T5 and a decoder."""
 
 import functools
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moepeft.beams import Beams, search
-from moepeft.decoding import greedy
+from moepeft.decoding import How, advance, greedy, start
 from moepeft.interop import hf
 from moepeft.models import FAMILIES
+from moepeft.sampling import Sampling
 
 LENGTH = 9
 PROMPTS = ([5, 6, 7, 8, 9], [12, 13, 14])
@@ -141,6 +142,42 @@ def test_beams_are_those_of_transformers(family, beams, folders):
     ended += (expected == eos).any(axis=1).sum()
   # That of `end` does so before the last token.
   assert ended or beams != SETTINGS[0]
+
+
+@pytest.mark.parametrize(
+  'penalty, least', [(None, 0), (1.7, 0), (None, 7), (0.6, 6)]
+)
+@pytest.mark.parametrize('family', ['t5', 'llama'])
+def test_greedy_tokens_are_those_of_transformers(
+  family, penalty, least, folders
+):
+  import torch
+
+  model, folder = tiny(family), folders[family]
+  module, variables = ours(family, folder)
+  eos = end(family, folder)
+  how = How(
+    Sampling(repetition_penalty=penalty),
+    jnp.array([eos]),
+    jnp.int32(least) if least else None,
+  )
+  rows = start(module, variables, batch(PROMPTS), how, LENGTH)
+  tokens = np.asarray(advance(module, variables, rows, how, LENGTH).tokens)
+  for row, prompt in zip(tokens, PROMPTS, strict=True):
+    ids = torch.tensor([prompt])
+    found = model.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=LENGTH,
+      min_new_tokens=least or None,
+      repetition_penalty=penalty,
+      do_sample=False,
+      eos_token_id=eos,
+    )
+    begin = 1 if model.config.is_encoder_decoder else len(prompt)
+    expected = found[0, begin:].tolist()
+    assert row.tolist() == expected + [0] * (LENGTH - len(expected))
+    assert len(expected) >= least
 
 
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):

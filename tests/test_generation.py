@@ -12,17 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft import prompts
+from moepeft import config as config_lib
+from moepeft import generate, prompts
 from moepeft.answering import Answering
 from moepeft.beams import Beams
-from moepeft.data.vocabulary import Bytes
+from moepeft.data.conversations import Turn
+from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.decoding import greedy
 from moepeft.generation import Generation, Settings, keys
 from moepeft.models.decoder import Decoder, DecoderConfig
 from moepeft.nn.start import fresh
+from moepeft.ranking import Ranker
 from moepeft.sampling import Sampling
-from moepeft.talk import Manner, Talk, conversation
+from moepeft.talk import Manner, Talk
+from moepeft.tasks import Example
 
+from . import chat_cases
 from .contracts import small
 
 WORDS = Bytes()
@@ -39,6 +44,14 @@ DECODER = DecoderConfig(
   layers=1,
   length=127,
 )
+# Of a length that is no power of two, which lengths are rounded up to.
+LEARNED = dataclasses.replace(
+  DECODER,
+  family='gpt2',
+  kv_heads=3,
+  positions='learned',
+  length=97,
+)
 TEXTS = ['a', 'where is it?', '你好']
 # Of a few hundred ids, those that are letters.
 LETTERS = {ord(c) + 3 for c in 'abcdefghijklmnopqrstuvwxyz '}
@@ -51,7 +64,7 @@ def made(kind):
     model, _ = small.make('full', T5)
     variables = {'params': small.params(T5)}
   else:
-    model = Decoder(DECODER)
+    model = Decoder(LEARNED if kind == 'learned' else DECODER)
     variables = fresh(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
   keys = iter(jax.random.split(jax.random.key(2), 999))
   moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
@@ -64,7 +77,7 @@ def made(kind):
 
 
 def ids(kind, texts=TEXTS):
-  return [prompts.plain(WORDS, text, kind == 'decoder') for text in texts]
+  return [prompts.plain(WORDS, text, kind != 't5') for text in texts]
 
 
 def generation(kind, **settings):
@@ -143,15 +156,76 @@ def test_beams_are_texts_too(kind):
 def test_evaluations_answer_with_decoders_as_with_t5():
   model, variables = made('decoder')
   ours = Answering(model, WORDS, 64, 11, 2)
+  # In the form of training: a line's end stands between inputs and targets.
   expected = generation('decoder', ends=(WORDS.eos,)).texts(
-    variables, ids('decoder')
+    variables, ids('decoder', [f'{text}\n' for text in TEXTS])
   )
   assert ours.texts(variables, TEXTS) == expected
+  assert generate.answer(model, variables, WORDS, TEXTS, 11) == expected
   # The end of a prompt is kept.
-  short = Answering(model, WORDS, 5, 11, 2)
+  short = Answering(model, WORDS, 6, 11, 2)
   assert short.texts(variables, ['x' * 9 + 'is it']) == short.texts(
     variables, ['is it']
   )
+
+
+def test_a_prompt_that_is_cut_still_begins_as_texts_do():
+  words = Bytes(bos=2)
+  ours = Answering(made('decoder')[0], words, 5, 11, 2)
+  # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
+  assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
+  assert ours._ids('cde') == ([2, 102, 103, 104, 13], False)
+  row = Example('t', 'p', 0, 'abcde', 'y', ('y', 'n'), 0)
+  ranker = Ranker(made('decoder')[0], words, 5, 3, 2)
+  (ranked,) = ranker.prepare([row])
+  assert list(ranked.inputs) == [2, 102, 103, 104, 13] and ranked.cut
+
+
+def uncached(prompt, count):
+  """Greedy tokens of whole calls, in rows as long as there are places."""
+  model, variables = made('learned')
+  text = np.zeros((1, 97), np.int32)
+  text[0, : len(prompt)] = prompt
+  for at in range(len(prompt), len(prompt) + count):
+    logits = plain_call(model, variables, {'inputs': text})
+    text[0, at] = np.argmax(logits[0, at - 1])
+  return text[0, len(prompt) : len(prompt) + count].tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_call(model, variables, batch):
+  return model.apply(variables, batch)
+
+
+def test_all_learned_positions_are_used_and_no_other():
+  variables = made('learned')[1]
+  # 86 + 11 = 97. Rounded up they would be 128 + 32.
+  prompt = np.random.default_rng(0).integers(3, 259, 86).tolist()
+  expected = uncached(prompt, 11)
+  ours = generation('learned')
+  assert ours.tokens(variables, [prompt]) == [expected]
+  together = ours.tokens(variables, [[5], prompt, prompt[:70]])
+  assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
+  searched = generation('learned', beams=Beams(1))
+  assert searched.tokens(variables, [prompt]) == [expected]
+  news = list(ours.stream(variables, [prompt]))
+  assert ''.join(n.texts[0] for n in news) == WORDS.decode(expected)
+  for wrong in (ours, searched):
+    with pytest.raises(ValueError, match='87 tokens and an answer up to 11'):
+      wrong.tokens(variables, [[5], [*prompt, 5]])
+
+
+def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
+  model, variables = made('learned')
+  ours = Answering(model, WORDS, 86, 11, 2)
+  text = 'which one is it? ' * 9
+  # The last 85 bytes, and the line's end.
+  expected = uncached([*WORDS.encode(text)[-85:], 13], 11)
+  (found,) = ours.texts(variables, [text])
+  assert found == WORDS.decode([i for i in expected if i > 1])
+  for kind, most in (('learned', 87), ('decoder', 117)):
+    with pytest.raises(ValueError, match=f'has {most} tokens and an answer up'):
+      Answering(made(kind)[0], WORDS, most, 11, 2)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +233,7 @@ def test_evaluations_answer_with_decoders_as_with_t5():
   [
     ({'length': 0}, 'at least 1 token; got length=0'),
     ({'length': 3, 'least': 4}, 'from 0 to length=3; got 4'),
+    ({'stops': ('a', '')}, 'a stop string is empty'),
     ({'beams': Beams(2), 'least': 1}, 'beams are searched'),
     ({'beams': Beams(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
   ],
@@ -177,6 +252,9 @@ def test_a_prompt_longer_than_the_model_is_refused():
 def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match='an empty prompt'):
     prompts.plain(WORDS, '', decoder_only=True)
+  with pytest.raises(ValueError, match='prompt 1 has no token'):
+    generation('decoder').texts(made('decoder')[1], [[5], []])
+  assert prompts.plain(Bytes(bos=2), '', decoder_only=True) == [2]
   assert prompts.plain(WORDS, '', decoder_only=False) == [1]
 
 
@@ -188,10 +266,11 @@ def test_ends_are_the_vocabularys_and_the_models(tmp_path):
     assert prompts.ends(WORDS, str(tmp_path)) == expected
 
 
-def talk(kind, sampling=None, stops=(), **manner):
+def talk(kind, sampling=None, stops=(), ask=None, **manner):
   how = sampling or Sampling()
   settings = Settings(11, (-1,), sampling=how, stops=stops)
-  return Talk(*made(kind), WORDS, settings, Manner(**manner))
+  ask = ask or (lambda turns: ids(kind, turns[-1:])[0])
+  return Talk(*made(kind), WORDS, ask, settings, Manner(**manner))
 
 
 @KINDS
@@ -221,15 +300,84 @@ def test_answers_to_a_prompt_differ_and_do_not_depend_on_others(capsys):
   assert said(TEXTS[:2], streamed=True) == found[:6]
 
 
-def test_a_conversation_is_turns_of_both():
-  assert conversation('Be brief.', ['a', 'b', 'c']) == [
-    {'role': 'system', 'content': 'Be brief.'},
-    {'role': 'user', 'content': 'a'},
-    {'role': 'assistant', 'content': 'b'},
-    {'role': 'user', 'content': 'c'},
-  ]
-  with pytest.raises(ValueError, match='bytes has no chat template'):
-    talk('decoder', chat=True).all(['a'])
+def test_no_prompt_is_answered_where_one_cannot_be(capsys):
+  with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
+    talk('decoder', batch_size=1).all(['a', 'b' * 120])
+  assert capsys.readouterr().out == ''
+
+
+def test_far_from_the_end_of_many_prompts_is_told_beside_the_answers(capsys):
+  talk('decoder', batch_size=2).all(TEXTS)
+  said = capsys.readouterr()
+  assert said.out.splitlines() == generation('decoder').texts(
+    made('decoder')[1], ids('decoder')
+  )
+  assert 'answered 3/3' in said.err
+
+
+def test_a_chat_asks_with_all_that_was_said_before(capsys):
+  asked = []
+
+  def ask(turns):
+    asked.append(list(turns))
+    return ids('decoder', turns[-1:])[0]
+
+  talk('decoder', ask=ask, chat=True).each(['a', 'b'])
+  first, _ = capsys.readouterr().out.splitlines()
+  assert asked == [['a'], ['a', first, 'b']]
+  asked.clear()
+  talk('decoder', ask=ask).each(['a', 'b'])
+  assert asked == [['a'], ['b']]
+
+
+def chat_data(**changes):
+  data = config_lib.default().data
+  data.update(changes)
+  return data
+
+
+def templated_words(**options):
+  words = Tokenizer.__new__(Tokenizer)
+  words._tokenizer = chat_cases.tokenizer(**options)
+  words._path = 'some/path'
+  words.size = len(words._tokenizer)
+  return words
+
+
+def test_a_chat_is_asked_as_it_is_trained(tmp_path):
+  words = templated_words()
+  talk = prompts.conversation(['a', 'b', 'c'])
+  assert [turn.role for turn in talk.turns] == ['user', 'assistant', 'user']
+  # What training makes of it and an answer, up to that answer.
+  answered = dataclasses.replace(
+    talk, turns=(*talk.turns, Turn('assistant', 'd'))
+  )
+  own = tmp_path / 'own.jinja'
+  shouted = chat_cases.CHATML.replace('assistant', 'ASSISTANT')
+  own.write_text(shouted.replace("m['role']", "m['role'].upper()"))
+  for system in ('', 'Be brief.'):
+    for path in ('', str(own)):
+      data = chat_data(chat_template=path, system=system)
+      found = prompts.template(words, data)
+      trained = found.render(answered)
+      # 'd', the end of its turn and a line's end.
+      assert found.prompt(talk) == trained.ids[:-3].tolist()
+      said = words.tokenizer.decode(found.prompt(talk))
+      assert (system in said) and ('Be brief.' in said) == bool(system)
+      assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
+  data = chat_data(system='Be brief.')
+  other = prompts.template(words, data, 'Be long.')
+  said = words.tokenizer.decode(other.prompt(talk))
+  assert 'Be long.' in said and 'Be brief.' not in said
+
+
+def test_a_chat_without_a_template_is_refused():
+  for words in (WORDS, templated_words(template=None)):
+    with pytest.raises(ValueError, match='has no chat template; leave out'):
+      prompts.template(words, chat_data())
+  refusing = templated_words(template="{{ raise_exception('no turns') }}")
+  with pytest.raises(ValueError, match='cannot render the conversation'):
+    prompts.template(refusing, chat_data()).prompt(prompts.conversation(['a']))
 
 
 def command(*args, **options):
@@ -258,6 +406,22 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
     (('--model=/nowhere/x', '--prompt=a'), '/nowhere/x'),
     (('--model=x', '--temperature=-1'), 'temperature is at least 0'),
     (('--model=x', '--num=2'), 'set --temperature'),
+    (('--model=x', '--temperature=1', '--top_p=1.5'), 'top_p is above 0'),
+    (('--model=x', '--temperature=1', '--beams=2'), 'beams are searched'),
+    (('--model=x', '--beams=0'), 'beams is at least 1; got 0'),
+    (('--model=x', '--length_penalty=2'), 'set --beams above 1 too'),
+    (('--model=x', '--early_stopping=yes'), 'set --beams above 1 too'),
+    (('--model=x', '--stop='), 'a stop string is empty'),
+    (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
+    (('--model=x', '--batch_size=0'), '--batch_size is at least 1; got 0'),
+    (
+      ('--model=x', '--file=/nowhere/y'),
+      'cannot be read (No such',
+    ),
+    (('--model=x', '--file=/'), "'/' cannot be read (Is a directory)"),
+    (('--model=x', f'--file={sys.executable}'), 'it is not UTF-8'),
+    (('--model=x', '--file=/dev/null'), 'holds no line of text'),
+    (('--model=x', '--system=a'), 'add --chat'),
     (('--model=x', '--file=/nowhere/y', '--prompt=a'), 'leave one out'),
     (('--model=package:t5_tiny', '--prompt=a', '--chat'), 'no chat template'),
   ],

@@ -134,14 +134,42 @@ def test_filters_equal_those_of_transformers():
     expected = theirs(torch.tensor(ids), torch.tensor(logits)).numpy()
     # One division or product each.
     np.testing.assert_allclose(ours(jnp.asarray(logits)), expected, rtol=1e-6)
-  together = Sampling(0.7, 31, 0.83, 0.07)
-  expected = torch.tensor(logits)
-  for theirs in (
-    process.TemperatureLogitsWarper(0.7),
-    process.TopKLogitsWarper(31),
-    process.TopPLogitsWarper(0.83),
-    process.MinPLogitsWarper(0.07),
-  ):
-    expected = theirs(torch.tensor(ids), expected)
-  found = sampling.filtered(jnp.asarray(logits), together)
-  np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    dict(temperature=0.7, top_k=31, top_p=0.83, min_p=0.07),
+    dict(temperature=2.0, top_k=90, top_p=0.6, repetition_penalty=1.7),
+    dict(temperature=0.3, min_p=0.02, repetition_penalty=0.8),
+    dict(temperature=1.5, top_p=0.99, min_p=0.1),
+  ],
+  ids=str,
+)
+def test_filters_stand_in_the_order_of_transformers(values):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  # It has the list made: a model is asked, and no weight of it.
+  with torch.device('meta'):
+    model = transformers.GPT2LMHeadModel(
+      transformers.GPT2Config(vocab_size=101, n_embd=8, n_layer=1, n_head=1)
+    )
+  unset = dict(top_k=0) | values
+  config = transformers.GenerationConfig(do_sample=True, **unset)
+  chain = model._get_logits_processor(config, 17)
+  assert len(chain) == len(values)
+  rng = np.random.default_rng(0)
+  logits = (rng.normal(size=(13, 101)) * 3).astype(np.float32)
+  ids = rng.integers(0, 101, (13, 17))
+  seen = np.zeros(logits.shape, bool)
+  np.put_along_axis(seen, ids, True, axis=1)
+  expected = chain(torch.tensor(ids), torch.tensor(logits)).numpy()
+  ours = jnp.asarray(logits)
+  if 'repetition_penalty' in values:
+    ours = sampling.penalise(ours, seen, values['repetition_penalty'])
+  found = sampling.filtered(ours, Sampling(**values))
+  # A division and a product each.
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  # Of each row something is left and something taken out.
+  left = np.isfinite(expected).sum(axis=1)
+  assert (left >= 1).all() and (left < 101).all()

@@ -58,19 +58,35 @@ def prompts(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   return [start + list(ids) for ids in words.encode_all(ended)] if ended else []
 
 
+def behind_start(
+  words: Vocabulary, ids: Sequence[int], most: int
+) -> Sequence[int]:
+  """A prompt in at most so many ids: what is too much of its beginning goes.
+
+  The token that the vocabulary begins every text with stays.
+  """
+  start = [] if words.bos is None else [words.bos]
+  if len(ids) <= most:
+    return ids
+  return [*start, *ids[len(ids) - most + len(start) :]]
+
+
 def answers(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   """Targets as ids, with EOS."""
   found = words.encode_all(texts) if texts else []
   return [[*ids, words.eos] for ids in found]
 
 
-def shortened(found: Sample, most: int, too_long: str) -> Sample | None:
+def shortened(
+  found: Sample, most: int, too_long: str, bos: int | None = None
+) -> Sample | None:
   """A sample of at most so many ids.
 
   Args:
     too_long: 'prompt' drops the beginning of what stands before the first
-      trained token, the first token aside where it begins every text, and
-      then the answer's end; 'end' drops the end; 'drop' all of it.
+      trained token, `bos` aside, and then the answer's end; 'end' drops the
+      end; 'drop' all of it.
+    bos: what every text begins with, if anything.
 
   Returns:
     None where nothing is left to train.
@@ -79,12 +95,14 @@ def shortened(found: Sample, most: int, too_long: str) -> Sample | None:
   if over > 0:
     if too_long == 'drop':
       return None
-    start = 0
+    places = np.arange(len(found.ids))
     if too_long == 'prompt':
       first = int(np.argmax(found.trained))
+      head = int(bos is not None and found.ids[0] == bos and first > 0)
       # One token before it, so that the first trained token follows one.
-      start = min(over, max(first - 1, 0))
-    kept = slice(start, start + most)
+      gone = min(over, max(first - 1, 0))
+      places = np.delete(places, np.s_[head : head + gone])
+    kept = places[:most]
     found = Sample(found.ids[kept], found.trained[kept], True)
   return found if found.teaches else None
 
@@ -170,7 +188,7 @@ class Samples:
       ValueError: none of them leaves a token to train.
     """
     short = (
-      shortened(one, self.length + 1, self.too_long)
+      shortened(one, self.length + 1, self.too_long, self.words.bos)
       for one in self.whole(items)
     )
     kept = [one for one in short if one is not None]

@@ -64,10 +64,25 @@ class Template:
 
   def render(self, found: Conversation) -> Sample:
     """See the function `render`."""
-    if self.system and found.turns[0].role != 'system':
-      turns = (Turn('system', self.system), *found.turns)
-      found = dataclasses.replace(found, turns=turns)
+    found = self._with_system(found)
     return render(found, self.tokenizer, self.train_on, self.text)
+
+  def prompt(self, found: Conversation) -> list[int]:
+    """The ids of a conversation up to where the assistant speaks.
+
+    Raises:
+      BadRow: the template cannot render it.
+    """
+    found = self._with_system(found)
+    some, tools = messages(found, _own_template(self.tokenizer, self.text))
+    text = renderer(self.tokenizer, self.text, tools)(some, True)
+    return self.tokenizer(text, add_special_tokens=False)['input_ids']
+
+  def _with_system(self, found: Conversation) -> Conversation:
+    if not self.system or found.turns[0].role == 'system':
+      return found
+    turns = (Turn('system', self.system), *found.turns)
+    return dataclasses.replace(found, turns=turns)
 
 
 def template(data: ConfigDict, words: Vocabulary) -> Template:
@@ -136,8 +151,8 @@ def renderer(tokenizer: Any, template: str, tools: Any) -> Render:
     # A template is a program: there is no list of what it may raise.
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
       raise BadRow(
-        f'the chat template cannot render the conversation ({e}); mend the row '
-        'or the template'
+        f'the chat template cannot render the conversation ({e}); mend its '
+        'turns or the template'
       ) from None
 
   return text

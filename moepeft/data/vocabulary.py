@@ -4,7 +4,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,34 +120,6 @@ class Tokenizer:
     while (name := f'<extra_id_{len(found)}>') in known:
       found.append(known[name])
     return found
-
-  def chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a conversation, by the tokenizer's template, up to where the
-    assistant speaks.
-
-    Args:
-      turns: {'role': 'user', 'content': text} and the like.
-
-    Raises:
-      ValueError: it has no template, or that refuses the turns.
-    """
-    from jinja2 import TemplateError
-
-    if not self._tokenizer.chat_template:
-      raise ValueError(
-        f'the tokenizer of {self._path!r} has no chat template; leave out '
-        '--chat, or name a model that has one'
-      )
-    try:
-      text = self._tokenizer.apply_chat_template(
-        list(turns), tokenize=False, add_generation_prompt=True
-      )
-    except TemplateError as e:
-      raise ValueError(
-        f'the chat template of {self._path!r} refuses the turns ({e}); change '
-        'their roles or order'
-      ) from None
-    return self.encode(text)
 
 
 def tokenizer_of(path: str) -> Any:
