@@ -3,14 +3,15 @@
 form: SmolLM2 (arXiv:2502.02737)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
-from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
+from moepeft.models.llama_form import released, shape_from_hf, shape_to_hf
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('llama',)
@@ -82,15 +83,7 @@ SIZES = {
   ),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Llama', SIZES, size)
+config = functools.partial(released, 'Llama', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
