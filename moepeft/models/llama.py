@@ -54,7 +54,10 @@ SIZES = {
   'tiny': DecoderConfig(
     vocab=259, d_model=128, heads=4, kv_heads=2, head_dim=32, ffn=352, layers=4
   ),
-  '7b': dataclasses.replace(_llama2(4096, 32, 32, 11008, 32), length=2048),
+  # Its code says 1e-5, what was released 1e-6.
+  '7b': dataclasses.replace(
+    _llama2(4096, 32, 32, 11008, 32), length=2048, eps=1e-6
+  ),
   '2-7b': _llama2(4096, 32, 32, 11008, 32),
   '2-13b': _llama2(5120, 40, 40, 13824, 40),
   '2-70b': _llama2(8192, 64, 8, 28672, 80),

@@ -29,7 +29,7 @@ _SIZE = DecoderConfig(
   rope=Rope(theta=1e6),
 )
 
-# Of 2.5, from the models' own config.json.
+# Of 2.5's base models, from their own config.json.
 SIZES = {
   '2.5-0.5b': dataclasses.replace(
     _SIZE, d_model=896, heads=14, kv_heads=2, ffn=4864, layers=24
@@ -42,6 +42,7 @@ SIZES = {
     head_dim=128,
     ffn=8960,
     layers=28,
+    length=131072,
   ),
   '2.5-3b': dataclasses.replace(
     _SIZE,
@@ -61,6 +62,7 @@ SIZES = {
     head_dim=128,
     ffn=18944,
     layers=28,
+    length=131072,
     tied=False,
   ),
 }
