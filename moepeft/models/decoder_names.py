@@ -66,7 +66,7 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
       '(tie_word_embeddings is false), and the files hold no head: expected '
       'a model that was saved as one for causal language modelling'
     )
-  return HF_TYPES[fields['model_type']].from_hf(fields, tied)
+  return HF_TYPES[fields['model_type']].from_hf(fields, bool(tied))
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
