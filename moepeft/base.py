@@ -59,8 +59,18 @@ def resolve(path: str) -> str:
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
-  """The family and the model's config, without reading a weight."""
+  """The family and the model's config, without reading a weight.
+
+  Raises:
+    ValueError: nothing is known by the names, or a shape cannot be.
+  """
   if model.path:
+    if model.shape:
+      raise ValueError(
+        f'config.model.shape is for random weights, and {model.path} has a '
+        "shape of its own; set config.model.path to '', or leave "
+        f'{", ".join(model.shape)} out'
+      )
     path = resolve(model.path)
     config = _form(path).load_config(path)
     return _family(model, config), _with_dropout(config, model)
@@ -69,9 +79,26 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
       f'config.model.family is one of {", ".join(FAMILIES)} where '
       f'config.model.path is empty; got {model.family!r}'
     )
-  config = FAMILIES[model.family].config(model.size, model.version)
-  config = dataclasses.replace(config, **model.shape)
-  return FAMILIES[model.family], _with_dropout(config, model)
+  family = FAMILIES[model.family]
+  config = family.config(model.size, model.version)
+  return family, _with_dropout(_shaped(family, config, model.shape), model)
+
+
+def _shaped(family: ModuleType, config: Any, changes: ConfigDict) -> Any:
+  """The config with the fields that config.model.shape changes."""
+  fields = dataclasses.asdict(config)
+  for key, value in changes.to_dict().items():
+    # It would be lost.
+    if key in ('dropout', 'family'):
+      raise ValueError(
+        f'config.model.shape.{key} is not looked at; set config.model.{key}'
+      )
+    both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+    fields[key] = {**fields[key], **value} if both else value
+  try:
+    return family.from_fields(fields)
+  except ValueError as e:
+    raise ValueError(f'config.model.shape.{e}') from e
 
 
 def _form(path: str) -> ModuleType:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command starts: flags, configs found, and errors in one sentence."""
 
+import ast
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ _TRACEBACK = flags.DEFINE_bool(
 # What users cause; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
 _NAMES = ('--config', '-config')
+# Its keys are the model's fields, which a locked config does not know.
+_SHAPE = 'model_shape'
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -26,7 +29,13 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   """The flags --config=FILE[:values] and --config.key=value, or --gin_file."""
   gin_flags.define(flags.FLAGS)
   _show_in_help(gin_flags.NAMES)
-  sys.argv[1:] = gin_flags.rewritten(sys.argv[1:])
+  flags.DEFINE_multi_string(
+    _SHAPE, [], 'KEY=VALUE, the same as --config.model.shape.KEY=VALUE.'
+  )
+  sys.argv[1:] = [
+    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
+    for arg in gin_flags.rewritten(sys.argv[1:])
+  ]
   translated = _answered(_translate, sys.argv)
   if translated is not None:
     return _define_translated(translated)
@@ -128,7 +137,35 @@ def parse(argv: Sequence[str]) -> list[str]:
   argv = [_located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
-  return _answered(lambda: flags.FLAGS(argv), argv)
+
+  def read() -> list[str]:
+    rest = flags.FLAGS(argv)
+    for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
+      _set_shape(flags.FLAGS['config'].value, text)
+    return rest
+
+  return _answered(read, argv)
+
+
+def _set_shape(config: ConfigDict, text: str) -> None:
+  """Sets config.model.shape.KEY by 'KEY=VALUE'; 'rope.kind=yarn' is a key."""
+  key, equals, value = text.partition('=')
+  if not key or not equals:
+    raise ValueError(
+      f'expected --config.model.shape.KEY=VALUE; got {key!r} without a value'
+    )
+  try:
+    typed = ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    typed = value
+  *parents, name = key.split('.')
+  with config.unlocked(), config.ignore_type():
+    node = config.model.shape
+    for parent in parents:
+      if not isinstance(node.get(parent), ConfigDict):
+        node[parent] = ConfigDict()
+      node = node[parent]
+    node[name] = typed
 
 
 def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:

@@ -70,8 +70,9 @@ def default() -> ConfigDict:
       adapter='',
       size='small',
       version='1.1',
-      # Changes to the size's fields (models.t5.T5Config), in cards; random
-      # weights only.
+      # Changes to the size's fields (of models.decoder_config.DecoderConfig or
+      # models.t5.T5Config); random weights only. On the command line too:
+      # --config.model.shape.positions=alibi.
       shape=ConfigDict(),
       dropout=0.1,
       # Of activations; then of the base's weights in memory.
@@ -79,7 +80,9 @@ def default() -> ConfigDict:
       param_dtype='float32',
       # '' as stored; 'int8' or 'nf4': the base's projections in so many bits.
       quantise='',
-      # 'naive', 'chunked' (no array of queries x keys) or 'fused' (cuDNN's).
+      # 'naive', 'chunked' (no array of queries x keys) or 'fused': JAX's own,
+      # which is cuDNN's on NVIDIA devices where that can, else XLA's, which
+      # has such an array.
       attention='naive',
       # 'none', 'dots' or 'full'.
       remat='none',

@@ -26,8 +26,9 @@ PRESETS: dict[str, Rules] = {
   # The wide axes first. Not the layers: a scan takes one after the other, so
   # each would be fetched from one device.
   'fsdp': tuple((letter, 'data') for letter in 'vfdnhi'),
-  # As T5X's rules: vocabulary, feed-forward and heads.
-  'tp': tuple((letter, 'model') for letter in 'vfn'),
+  # As T5X's rules: vocabulary, feed-forward and heads, also those of keys and
+  # values where there are fewer.
+  'tp': tuple((letter, 'model') for letter in 'vfnk'),
 }
 
 

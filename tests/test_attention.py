@@ -89,6 +89,29 @@ def test_chunked_equals_naive(window, cap, slopes, explicit):
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('form', ['naive', 'chunked', 'fused'])
+@pytest.mark.parametrize('grouped', [True, False])
+def test_bfloat16_logits_are_not_rounded(form, grouped):
+  q, k, v = (x.astype(jnp.bfloat16) for x in (heads().q, heads().k, heads().v))
+  if not grouped:
+    # As in T5, each query head has keys of its own.
+    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+  # A product of five normal numbers twice is of std 5 ** 0.5: now 16, where
+  # bfloat16's steps are 1/16 to 1/4 and a weight is off by up to an eighth.
+  scale = 16 / H**0.5
+  given = Heads(q, k, v, mask=sight().mask())
+  exact = attention.attend(
+    given.replace(**{n: getattr(given, n).astype(jnp.float32) for n in 'qkv'}),
+    scale,
+  )
+  run = attention.FORMS[form]
+  options = dict(chunk=5) if form == 'chunked' else {}
+  error = jnp.abs(run(given, scale, **options).astype(jnp.float32) - exact)
+  # Weights and the result are rounded to 2 ** -9 of outputs up to 4, a few
+  # times over; rounded logits give 0.1.
+  assert error.max() < 0.025
+
+
 @pytest.mark.parametrize(
   'window, queries, unseen',
   [

@@ -67,10 +67,30 @@ def test_presets_name_the_wide_axes(letter):
   assert ((letter, 'model') in presets['tp']) == (letter != 'd')
 
 
+@pytest.mark.parametrize(
+  ('kv_heads', 'expected'),
+  [
+    (4, P(None, None, 'model')),
+    (2, P(None, None, 'model')),
+    (3, P()),
+    (1, P()),
+  ],
+)
+def test_keys_of_grouped_queries_are_spread_where_they_divide(
+  kv_heads, expected
+):
+  # l d k h of three layers, over two devices.
+  rules = sharding.PRESETS['tp']
+  assert spec('ldkh', (3, 16, kv_heads, 6), *rules) == expected
+  assert spec('lkh', (3, kv_heads, 6), *rules) == P(*expected[1:])
+  assert spec('ldnh', (3, 16, 8, 6), *rules) == P(None, None, 'model')
+
+
 def test_rules_of_the_config_come_first_and_may_keep_a_letter_whole():
   layout = sharding.layout('tp', rules=[['e', 'data'], ['f', None]])
   # As read from a config.json: lists.
-  assert layout.rules == (('e', 'data'), ('v', 'model'), ('n', 'model'))
+  tp = (('v', 'model'), ('n', 'model'), ('k', 'model'))
+  assert layout.rules == (('e', 'data'), *tp)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of base models. A new one is one new file and one line; a
-decoder's also one in `decoder_names`."""
+"""The families of base models. A new one is a file and a line."""
 
 from typing import Any
 
 from moepeft.models import gemma, gpt2, llama, mistral, qwen2, qwen3, t5
-from moepeft.models.decoder import Decoder, DecoderConfig
+from moepeft.models.decoder import Decoder
+from moepeft.models.decoder_config import DecoderConfig
 
 FAMILIES = {
   't5': t5,

@@ -5,141 +5,33 @@ Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
 said by a `DecoderConfig`.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.models.context import context
+from moepeft.models.decoder_config import DecoderConfig
 from moepeft.models.seen import masks, sight
+from moepeft.models.sites import ATTENTION, feed_forward
 from moepeft.nn.attention import check_form
 from moepeft.nn.causal import CausalAttention
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
-from moepeft.nn.norms import NormForm
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
-from moepeft.nn.rope import Rope
 from moepeft.nn.sight import NO_WINDOW
 from moepeft.nn.site import Advice, Around
 from moepeft.nn.stack import stack
 from moepeft.typing import Array, Batch, Context
 
-POSITIONS = ('rope', 'learned', 'sinusoidal', 'alibi')
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """The shape of a decoder, and what its family does its own way.
-
-  Attributes:
-    family: whose names its weights have; a key of `models.FAMILIES`.
-    kv_heads: heads of keys and values; queries are grouped on them.
-    gated, activation: as of `nn.mlp.Mlp`.
-    tied: whether the head is the embedding's transpose.
-    positions: 'rope', 'learned', 'sinusoidal' (arXiv:1706.03762) or 'alibi'
-      (arXiv:2108.12409).
-    length: rows of a learned table of positions; else what the model was
-      trained for.
-    rope: its frequencies.
-    centred, eps, norm_offset: the norms'; see `nn.norms.NormForm`.
-    post_norms: whether a sublayer's output is normed too (Gemma 2).
-    qk_norm: whether heads of q and k are normed (Qwen3).
-    attention_bias, out_bias, mlp_bias: which projections have biases.
-    scale: of the attention logits; 0 for head_dim ** -0.5.
-    attention_cap, logits_cap: soft caps (Gemma 2); 0 for none.
-    window: tokens that a windowed layer sees; 0 for all.
-    windowed: whether each layer is windowed; () for all where there is a
-      window.
-    scale_embedding: whether embeddings are scaled by d_model ** 0.5 (Gemma).
-  """
-
-  family: str = 'llama'
-  vocab: int = 32000
-  d_model: int = 512
-  heads: int = 8
-  kv_heads: int = 8
-  head_dim: int = 64
-  ffn: int = 1408
-  layers: int = 8
-  gated: bool = True
-  activation: str = 'silu'
-  tied: bool = False
-  positions: str = 'rope'
-  length: int = 2048
-  rope: Rope = Rope()
-  centred: bool = False
-  eps: float = 1e-6
-  norm_offset: float = 0.0
-  post_norms: bool = False
-  qk_norm: bool = False
-  attention_bias: bool = False
-  out_bias: bool = False
-  mlp_bias: bool = False
-  scale: float = 0.0
-  attention_cap: float = 0.0
-  logits_cap: float = 0.0
-  window: int = 0
-  windowed: tuple[bool, ...] = ()
-  scale_embedding: bool = False
-  dropout: float = 0.0
-
-  def __post_init__(self):
-    if self.positions not in POSITIONS:
-      raise ValueError(
-        f'positions is one of {", ".join(POSITIONS)}; got {self.positions!r}'
-      )
-    if self.heads % self.kv_heads:
-      raise ValueError(
-        f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
-      )
-    if self.positions == 'rope' and self.head_dim % 2:
-      raise ValueError(
-        f'RoPE turns pairs: head_dim is even; got {self.head_dim}'
-      )
-    if self.positions == 'sinusoidal' and self.d_model % 2:
-      raise ValueError(
-        f'sines and cosines come in pairs: d_model is even; got {self.d_model}'
-      )
-    if self.windowed and len(self.windowed) != self.layers:
-      raise ValueError(
-        f'windowed says it of each of the {self.layers} layers; got '
-        f'{len(self.windowed)}'
-      )
-
-  @property
-  def norm_form(self) -> NormForm:
-    return NormForm(self.eps, self.centred, self.norm_offset)
-
-
-def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
-  """The config whose `dataclasses.asdict` went through JSON."""
-  typed = {
-    'rope': Rope(**fields['rope']),
-    'windowed': tuple(fields['windowed']),
-  }
-  return DecoderConfig(**{**fields, **typed})
-
 
 def sites(config: DecoderConfig) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
-  attention = {
-    '': 'attention',
-    '/norm': 'norm',
-    '/q': 'query',
-    '/k': 'key',
-    '/v': 'value',
-    '/core': 'core',
-    '/o': 'output',
-  }
-  gate = {'/wi_0': 'gate', '/wi_1': 'up'} if config.gated else {'/wi': 'gate'}
-  taps = {'/act': 'act', '/hidden': 'hidden', '/wo': 'down'}
-  mlp = {'': 'mlp', '/norm': 'norm'} | gate | taps
+  attention, mlp = ATTENTION, feed_forward(config.gated)
   if config.qk_norm:
-    attention |= {'/q_norm': 'norm', '/k_norm': 'norm'}
+    attention = attention | {'/q_norm': 'norm', '/k_norm': 'norm'}
   if config.post_norms:
-    attention |= {'_post_norm': 'norm'}
+    attention = attention | {'_post_norm': 'norm'}
     mlp |= {'_post_norm': 'norm'}
   found = {'embed': 'embed'}
   found |= {f'decoder/self{part}': role for part, role in attention.items()}
@@ -354,19 +246,26 @@ class Decoder(nn.Module):
   def states(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] -> the last norm's output [b, t, d]."""
     c = self.config
+    # Packed rows too: how long their texts are is not known here.
+    learned = c.positions == 'learned'
+    if learned and not ctx.decode and ids.shape[1] > c.length:
+      raise ValueError(
+        f'the model has learned {c.length} positions; got rows of '
+        f'{ids.shape[1]} tokens: make them shorter (config.data.length)'
+      )
     if ctx.positions is None:
-      if c.positions == 'learned' and ids.shape[1] > c.length:
-        raise ValueError(
-          f'the model has learned {c.length} positions; got rows of '
-          f'{ids.shape[1]} tokens: make them shorter'
-        )
       places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
       ctx = ctx.replace(positions=places)
     x = self.embed(ids, ctx)
     if c.scale_embedding:
       x = x * jnp.asarray(c.d_model**0.5, x.dtype)
-    if c.positions == 'learned':
-      x = x + self.positions(ctx.positions, ctx)
+    if learned:
+      places = ctx.positions
+      if ctx.decode:
+        # Padding may stand beyond the table; a NaN there would spread, since
+        # a weight of zero times NaN is NaN.
+        places = jnp.minimum(places, c.length - 1)
+      x = x + self.positions(places, ctx)
     elif c.positions == 'sinusoidal':
       x = x + sinusoidal(ctx.positions, c.d_model).astype(x.dtype)
     return self.decoder(x, ctx)

@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from moepeft.models import (
-  gemma,
-  gpt2,
-  llama,
-  llama_form,
-  mistral,
-  qwen2,
-  qwen3,
-)
-from moepeft.models.decoder import DecoderConfig
+from moepeft.models import FAMILIES, llama_form
+from moepeft.models.decoder import MODULE
+from moepeft.models.decoder_config import DecoderConfig
 from moepeft.models.layout import Layout
 from moepeft.models.llama_form import depths as depths
 from moepeft.models.llama_form import in_layers as in_layers
@@ -25,14 +18,8 @@ from moepeft.models.llama_form import taps as taps
 from moepeft.models.names import CheckpointError, Rule, entries
 
 Config = DecoderConfig
-# A new family is one new file and one entry.
 _FAMILIES = {
-  'llama': llama,
-  'mistral': mistral,
-  'qwen2': qwen2,
-  'qwen3': qwen3,
-  'gemma': gemma,
-  'gpt2': gpt2,
+  name: family for name, family in FAMILIES.items() if family.MODULE is MODULE
 }
 # `model_type` in config.json -> the family's file.
 HF_TYPES = {
@@ -81,7 +68,7 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
       'and the files hold no head: expected a model that was saved as one for '
       'causal language modelling'
     )
-  return family.from_hf(fields, tied)
+  return family.from_hf(fields, bool(tied))
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

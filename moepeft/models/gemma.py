@@ -3,15 +3,16 @@
 store scale - 1; 2 adds norms after sublayers, soft caps and windows."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
 from moepeft.models.llama_form import (
-  find_size,
+  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
@@ -81,15 +82,7 @@ SIZES = {
   ),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size, Gemma 2's as '2-2b'.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Gemma', SIZES, size)
+config = functools.partial(released, 'Gemma', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:

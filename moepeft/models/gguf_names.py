@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moepeft.models import decoder_names
-from moepeft.models.decoder import DecoderConfig
+from moepeft.models.decoder_config import DecoderConfig
 from moepeft.models.llama_form import biased, in_layers, projections
 from moepeft.models.names import CheckpointError, Rule, Shape
 from moepeft.nn.rope import Rope, frequencies

@@ -3,20 +3,21 @@
 Learners"): learned positions, centred norms, biases, one array for q, k, v."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
 from moepeft.models.layout import Layout
 from moepeft.models.llama_form import (
   ACTIVATIONS,
   activation_to_hf,
-  find_size,
   in_layers,
   projections,
+  released,
 )
 from moepeft.models.names import CheckpointError, Rule
 
@@ -78,15 +79,7 @@ _MODULES = {
 }
 _NORMS = {'decoder/self/norm': 'ln_1', 'decoder/mlp/norm': 'ln_2'}
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('GPT-2', SIZES, size)
+config = functools.partial(released, 'GPT-2', SIZES)
 
 
 def hf_module(site: str) -> str:

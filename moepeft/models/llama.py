@@ -3,14 +3,15 @@
 form: SmolLM2 (arXiv:2502.02737)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
-from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
+from moepeft.models.llama_form import released, shape_from_hf, shape_to_hf
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('llama',)
@@ -55,7 +56,10 @@ SIZES = {
   'tiny': DecoderConfig(
     vocab=259, d_model=128, heads=4, kv_heads=2, head_dim=32, ffn=352, layers=4
   ),
-  '7b': dataclasses.replace(_llama2(4096, 32, 32, 11008, 32), length=2048),
+  # Its code says 1e-5, what was released 1e-6.
+  '7b': dataclasses.replace(
+    _llama2(4096, 32, 32, 11008, 32), length=2048, eps=1e-6
+  ),
   '2-7b': _llama2(4096, 32, 32, 11008, 32),
   '2-13b': _llama2(5120, 40, 40, 13824, 40),
   '2-70b': _llama2(8192, 64, 8, 28672, 80),
@@ -84,15 +88,7 @@ SIZES = {
   ),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Llama', SIZES, size)
+config = functools.partial(released, 'Llama', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moepeft.models.decoder import DecoderConfig
+from moepeft.models.decoder_config import DecoderConfig
 from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Rule
 from moepeft.nn.rope import KINDS, Rope
@@ -139,10 +139,26 @@ def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def find_size(
-  family: str, table: Mapping[str, DecoderConfig], size: str
+# '1.1' is what a config has that says nothing: T5's.
+_NO_VERSION = ('', '1.1')
+
+
+def released(
+  family: str,
+  table: Mapping[str, DecoderConfig],
+  size: str,
+  version: str = '',
 ) -> DecoderConfig:
-  """A size of a family's table, or a sentence that names them."""
+  """The configuration of a released size, by its name in a family's table.
+
+  Raises:
+    ValueError: there is no such size, or a version is asked for.
+  """
+  if version not in _NO_VERSION:
+    raise ValueError(
+      f'{family} has no versions beside its sizes, {", ".join(table)}; got '
+      f'config.model.version={version!r}: leave it out'
+    )
   if size not in table:
     raise ValueError(f'{family} comes as {", ".join(table)}; got {size!r}')
   return table[size]

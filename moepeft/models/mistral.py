@@ -2,14 +2,15 @@
 """Mistral (arXiv:2310.06825): a Llama whose layers may see a window only."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
-from moepeft.models.llama_form import find_size, shape_from_hf, shape_to_hf
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
+from moepeft.models.llama_form import released, shape_from_hf, shape_to_hf
 from moepeft.nn.rope import Rope
 
 HF_TYPES = ('mistral',)
@@ -34,15 +35,7 @@ SIZES = {
   '7b-v0.3': dataclasses.replace(_7B, vocab=32768, rope=Rope(theta=1e6)),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Mistral', SIZES, size)
+config = functools.partial(released, 'Mistral', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:

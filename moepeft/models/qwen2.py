@@ -2,15 +2,16 @@
 """Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases at q, k and v."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
 from moepeft.models.llama_form import (
-  find_size,
+  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
@@ -30,7 +31,7 @@ _SIZE = DecoderConfig(
   rope=Rope(theta=1e6),
 )
 
-# Of 2.5, from the models' own config.json.
+# Of 2.5's base models, from their own config.json.
 SIZES = {
   '2.5-0.5b': dataclasses.replace(
     _SIZE, d_model=896, heads=14, kv_heads=2, ffn=4864, layers=24
@@ -43,6 +44,7 @@ SIZES = {
     head_dim=128,
     ffn=8960,
     layers=28,
+    length=131072,
   ),
   '2.5-3b': dataclasses.replace(
     _SIZE,
@@ -62,19 +64,12 @@ SIZES = {
     head_dim=128,
     ffn=18944,
     layers=28,
+    length=131072,
     tied=False,
   ),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Qwen2', SIZES, size)
+config = functools.partial(released, 'Qwen2', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:

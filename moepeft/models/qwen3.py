@@ -2,15 +2,16 @@
 """Qwen3 (arXiv:2505.09388): heads of q and k are normed, no biases."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moepeft.models.decoder import MODULE as MODULE
-from moepeft.models.decoder import DecoderConfig
-from moepeft.models.decoder import from_fields as from_fields
 from moepeft.models.decoder import sites as sites
+from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.decoder_config import from_fields as from_fields
 from moepeft.models.llama_form import (
-  find_size,
+  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
@@ -46,15 +47,7 @@ SIZES = {
   ),
 }
 
-
-def config(size: str, version: str = '') -> DecoderConfig:
-  """The configuration of a released size; there are no versions.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  del version
-  return find_size('Qwen3', SIZES, size)
+config = functools.partial(released, 'Qwen3', SIZES)
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.models import fields as fields_lib
 from moepeft.models.context import context
+from moepeft.models.sites import ATTENTION, feed_forward
 from moepeft.nn.attention import Attention, check_form, visible
 from moepeft.nn.linear import Embedding, Head
-from moepeft.nn.mlp import Mlp
+from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.positions import RelativeBias
 from moepeft.nn.site import Advice, Around
@@ -52,6 +54,32 @@ class T5Config:
   eps: float = 1e-6
   dropout: float = 0.1
   family: ClassVar[str] = 't5'
+
+  def __post_init__(self):
+    fields_lib.check(self, _LEAST)
+    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+
+
+# Of what has a lower bound, the least value; two buckets a direction, and
+# distances that outgrow the exact ones.
+_LEAST = {
+  **dict.fromkeys(
+    (
+      'vocab',
+      'd_model',
+      'heads',
+      'head_dim',
+      'ffn',
+      'encoder_layers',
+      'decoder_layers',
+    ),
+    1,
+  ),
+  'buckets': 4,
+  'max_distance': 2,
+  'eps': 0,
+  'dropout': 0,
+}
 
 
 # layers, heads, head size, d_model, ffn of 1.1 (released_checkpoints.md; tiny
@@ -107,29 +135,24 @@ def config(size: str, version: str = '1.1') -> T5Config:
 
 
 def from_fields(fields: Mapping[str, Any]) -> T5Config:
-  """The config whose `dataclasses.asdict` went through JSON."""
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  fields_lib.check_names(T5Config, fields)
   return T5Config(**fields)
 
 
 def sites(config: T5Config) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
-  attention = {
-    '': 'attention',
-    '/norm': 'norm',
-    '/q': 'query',
-    '/k': 'key',
-    '/v': 'value',
-    '/core': 'core',
-    '/o': 'output',
-  }
-  gate = {'/wi_0': 'gate', '/wi_1': 'up'} if config.gated else {'/wi': 'gate'}
-  taps = {'/act': 'act', '/hidden': 'hidden', '/wo': 'down'}
-  mlp = {'': 'mlp', '/norm': 'norm'} | gate | taps
+  mlp = feed_forward(config.gated)
   stacks = {
-    'encoder/self': attention,
+    'encoder/self': ATTENTION,
     'encoder/mlp': mlp,
-    'decoder/self': attention,
-    'decoder/cross': attention,
+    'decoder/self': ATTENTION,
+    'decoder/cross': ATTENTION,
     'decoder/mlp': mlp,
   }
   found = {'embed': 'embed'}

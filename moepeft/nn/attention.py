@@ -11,7 +11,7 @@ from flax import struct
 from moepeft.nn import chunked
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
-from moepeft.nn.precision import wide
+from moepeft.nn.precision import wide, wide_einsum
 from moepeft.nn.sight import Sight
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.nn.softmax import softmax
@@ -47,7 +47,8 @@ def attend(
 ) -> Array:
   """softmax(q k * scale + bias, masked) v -> [b, t, n, h].
 
-  The softmax runs in float32; the products in q's dtype.
+  Logits and softmax are in float32, from the product on: bfloat16's logits
+  of 64 would be a half apart. Weights meet v in q's dtype.
 
   Args:
     rng: the key of attention dropout, or None for none.
@@ -57,12 +58,12 @@ def attend(
   b, t, n, h = heads.q.shape
   k = heads.k.shape[2]
   if n == k:
-    logits = jnp.einsum('btnh,bsnh->bnts', heads.q, heads.k)
+    logits = wide_einsum('btnh,bsnh->bnts', heads.q, heads.k)
   else:
     # Group g of n / k queries stands beside its one key head.
     q = heads.q.reshape(b, t, k, n // k, h)
-    logits = jnp.einsum('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
-  logits = wide(logits) * scale
+    logits = wide_einsum('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
+  logits = logits * scale
   if cap:
     logits = cap * jnp.tanh(logits / cap)
   if heads.bias is not None:

@@ -7,7 +7,7 @@ that share a key head."""
 import jax
 import jax.numpy as jnp
 
-from moepeft.nn.precision import wide
+from moepeft.nn.precision import wide, wide_einsum
 from moepeft.nn.sight import NO_WINDOW, Sight
 from moepeft.typing import Array
 
@@ -140,7 +140,7 @@ def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
   def add(carry, xs):
     top, total, acc = carry
     j, (key, value), mask, bias, places, segments = xs
-    logits = wide(jnp.einsum('bckgh,bjkh->bkgcj', q, key)) * scale
+    logits = wide_einsum('bckgh,bjkh->bkgcj', q, key) * scale
     if cap:
       logits = cap * jnp.tanh(logits / cap)
     if sight is not None:
@@ -159,8 +159,9 @@ def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
       key_of = jax.random.fold_in(rng, j)
       keep = jax.random.bernoulli(key_of, 1 - dropout, weights.shape)
       weights = jnp.where(keep, weights / (1 - dropout), 0)
-    added = jnp.einsum('bkgcj,bjkh->bkgch', weights.astype(q.dtype), value)
-    return new, total, acc * shrink[..., None] + wide(added)
+    weights = weights.astype(q.dtype)
+    added = wide_einsum('bkgcj,bjkh->bkgch', weights, value)
+    return new, total, acc * shrink[..., None] + added
 
   zeros = jnp.zeros((b, k, g, c), wide(q).dtype)
   start = (zeros + 2 * _HIDDEN, zeros, jnp.zeros((b, k, g, c, h), zeros.dtype))

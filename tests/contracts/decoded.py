@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy tokens of layouts of eight devices, and where their caches lie.
+"""Greedy tokens and gradients of a decoder on layouts of eight devices, and
+where its caches and weights lie.
 
 Run as a command, because a process has as many devices as it begins with.
 """
@@ -13,9 +14,10 @@ import numpy as np
 
 from moepeft import placement, sharding
 from moepeft.decoding import How, advance, start
-from moepeft.models import decoder
+from moepeft.models import decoder, names
 from moepeft.models.decoder import Decoder, DecoderConfig
 from moepeft.nn import start as start_lib
+from moepeft.objectives import causal
 from moepeft.peft import build
 from moepeft.sampling import Sampling
 
@@ -27,8 +29,11 @@ LAYOUTS = {
   'one': dict(devices=slice(1)),
   'dp': dict(),
   'fsdp': dict(preset='fsdp'),
-  'tp': dict(preset='tp', model=4, rules=(('k', 'model'),)),
+  'tp': dict(preset='tp', model=4),
+  # More devices than heads of keys and values.
+  'tp8': dict(preset='tp', model=8),
 }
+KEYS = 'decoder/layers/self/k/kernel'
 ROWS, PROMPT, NEW = 8, 7, 5
 
 
@@ -39,8 +44,8 @@ def batch():
   return {'inputs': ids, 'inputs_mask': np.arange(PROMPT) < lengths}
 
 
-def tokens(options):
-  """(greedy tokens [b, t], specs of the cache) on a layout."""
+def placed(options):
+  """(layout, model, variables as they lie) of a layout's options."""
   options = dict(options)
   devices = jax.devices()[options.pop('devices', slice(None))]
   layout = sharding.layout(**options, devices=devices)
@@ -52,7 +57,11 @@ def tokens(options):
   letters = start_lib.letters(model, small)
   letters = {key: letters[key] for key in variables}
   where = placement.tree_shardings(layout, letters, variables)
-  variables = sharding.put(variables, where)
+  return layout, model, sharding.put(variables, where)
+
+
+def tokens(layout, model, variables):
+  """(greedy tokens [b, t], specs of the cache)."""
   how = How(Sampling(), jnp.array([-1]))
   rows = sharding.shard_whole_batch(layout.mesh, batch())
   begun = start(model, variables, rows, how, NEW)
@@ -63,8 +72,34 @@ def tokens(options):
   return np.asarray(made.tokens).tolist(), sorted(specs)
 
 
+def gradients(layout, model, variables):
+  """{path: host array} of a step's loss and of all its gradients."""
+  rows = batch()
+  rows |= {'targets': np.roll(rows['inputs'], -1, axis=1)}
+  rows |= {'targets_mask': rows['inputs_mask']}
+  rows = sharding.shard_whole_batch(layout.mesh, rows)
+
+  def loss(variables):
+    return causal.objective(model.apply, variables, rows, None)[0]
+
+  value, found = jax.jit(jax.value_and_grad(loss))(variables)
+  found = {'loss': value, **names.flatten(found)}
+  return {path: np.asarray(leaf) for path, leaf in found.items()}
+
+
 def main(path: str) -> None:
-  found = {name: tokens(options) for name, options in LAYOUTS.items()}
+  found, exact = {}, None
+  for name, options in LAYOUTS.items():
+    at = placed(options)
+    own = gradients(*at)
+    exact = exact or own
+    off = {
+      path: float(np.linalg.norm(own[path] - a) / (np.linalg.norm(a) or 1))
+      for path, a in exact.items()
+    }
+    keys = names.flatten(at[2]['params'])[KEYS]
+    held = keys.addressable_shards[0].data.size / keys.size
+    found[name] = (*tokens(*at), off, held)
   with open(path, 'w') as f:
     json.dump({'devices': jax.device_count(), **found}, f)
 

@@ -229,6 +229,34 @@ def test_rows_longer_than_the_learned_positions_are_refused():
   config = dataclasses.replace(CONFIGS['gpt2'], length=10)
   with pytest.raises(ValueError, match='learned 10 positions; got rows of 11'):
     Decoder(config).init(jax.random.key(0), small_decoders.batch())
+  # Also where texts of a row may be short enough: NaN would be learned.
+  places = jnp.broadcast_to(jnp.arange(11), (3, 11))
+  packed = small_decoders.batch() | {
+    'inputs_segments': jnp.ones((3, 11), jnp.int32),
+    'inputs_positions': places,
+  }
+  with pytest.raises(ValueError, match='learned 10 positions; got rows of 11'):
+    Decoder(config).init(jax.random.key(0), packed)
+
+
+def test_padding_beyond_the_learned_positions_is_harmless():
+  model, variables = make(CONFIGS['gpt2'])
+  # 19 positions: a first piece of 16, then 5 places of which 3 are there.
+  ids = np.random.default_rng(3).integers(2, 37, (2, 21))
+  whole = apply(model, variables, {'inputs': jnp.asarray(ids[:, :19])})
+  logits, cache = [], {}
+  for start, end in ((0, 16), (16, 21)):
+    places = jnp.broadcast_to(jnp.arange(start, end), (2, end - start))
+    found, cache = model.apply(
+      {**variables, **cache},
+      jnp.asarray(ids[:, start:end]),
+      place(places, 21),
+      method='extend',
+      mutable=['cache'],
+    )
+    logits.append(found)
+  logits = np.concatenate(logits, axis=1)[:, :19]
+  np.testing.assert_allclose(logits, whole, **CLOSE)
 
 
 def test_the_registry_builds_what_it_lists():
@@ -241,3 +269,6 @@ def test_the_registry_builds_what_it_lists():
       build('molora(experts=3, rank=2)', family.sites(config))
     with pytest.raises(ValueError, match="got 'huge'"):
       family.config('huge')
+    with pytest.raises(ValueError, match="no versions .*version='3.1'"):
+      family.config(next(iter(family.SIZES)), '3.1')
+    assert family.config(size, '1.1') == family.config(size)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fields of a model's config may be."""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_KINDS: dict[type, tuple[str, Any]] = {
+  bool: ('True or False', (bool, np.bool_)),
+  int: ('a whole number', numbers.Integral),
+  float: ('a number', numbers.Real),
+  str: ('a text', str),
+}
+
+
+def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
+  """Looks at the plain fields of a dataclass: their types and lower bounds.
+
+  Args:
+    least: the least value of a field, by its name.
+    prefix: what stands before a field's name where it is told.
+
+  Raises:
+    ValueError: one of them cannot be; the message begins with its name.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = prefix + field.name
+    if field.type in _KINDS:
+      what, kinds = _KINDS[field.type]
+      # Python counts truth values among the whole numbers.
+      truth = field.type is not bool and isinstance(value, (bool, np.bool_))
+      if truth or not isinstance(value, kinds):
+        raise ValueError(f'{name} is {what}; got {value!r}')
+    if field.name in least and not value >= least[field.name]:
+      raise ValueError(f'{name} is at least {least[field.name]}; got {value!r}')
+
+
+def check_one_of(name: str, value: Any, known: Any) -> None:
+  """Raises a ValueError that names the field where `value` is not known."""
+  if value not in known:
+    raise ValueError(f'{name} is one of {", ".join(known)}; got {value!r}')
+
+
+def check_names(
+  kind: type, fields: Mapping[str, Any], prefix: str = ''
+) -> None:
+  """Raises a ValueError where a name is none of a dataclass's fields."""
+  known = [field.name for field in dataclasses.fields(kind)]
+  for name in fields:
+    if name not in known:
+      raise ValueError(
+        f'{prefix}{name} is not known; there are {", ".join(known)}'
+      )
