@@ -272,8 +272,11 @@ _OF_SOURCES = {
   'chat_template': ('chat', 'preference'),
   'system': ('chat', 'preference'),
   'train_on': ('chat', 'preference'),
+  'too_long': ('tasks', 'jsonl', 'datasets', 'seqio', 'chat', 'preference'),
   'workers': ('tasks', 'jsonl', 'datasets', 'chat', 'preference', 'text'),
 }
+# Of plain text, the source's or what is replayed.
+_OF_TEXT = ('predict', 'noise', 'span', 'duplicates', 'quality')
 _OF_OPTIMIZERS = {
   'b1': ('adamw',),
   'b2': ('adamw',),
@@ -311,6 +314,7 @@ def check(c: ConfigDict) -> None:
   demand('router_alarm', lambda v: 0 < v, 'above 0')
   _demand_used(c, 'data', 'source', _OF_SOURCES)
   _demand_used(c, 'optimizer', 'name', _OF_OPTIMIZERS)
+  _demand_text(c.data)
   if (c.patience or c.checkpoint.best) and not c.evaluation.every_steps:
     raise ValueError(
       'config.patience and config.checkpoint.best go by validation losses; set '
@@ -328,6 +332,31 @@ def _demand_used(c: ConfigDict, section: str, kind: str, of: dict) -> None:
         f'config.{section}.{kind}={own[kind]!r}, only with '
         f'{" or ".join(kinds)}; set one of the two'
       )
+
+
+def _demand_text(data: ConfigDict) -> None:
+  """Refuses keys of plain text where there is none, or that it ignores."""
+  plain = default().data
+  changed = [key for key in _OF_TEXT if data[key] != plain[key]]
+  if changed and data.source != 'text' and not data.replay:
+    raise ValueError(
+      f'config.data.{changed[0]}={data[changed[0]]!r} does nothing with '
+      f'config.data.source={data.source!r}, only with plain text (the source '
+      "'text', or config.data.replay); set one of the two"
+    )
+  spans = [key for key in changed if key in ('noise', 'span')]
+  if spans and data.predict != 'spans':
+    raise ValueError(
+      f'config.data.{spans[0]}={data[spans[0]]!r} does nothing with '
+      f"config.data.predict={data.predict!r}, only with 'spans'; set one of "
+      'the two'
+    )
+  if (data.replay or data.replay_rate) and data.source == 'preference':
+    raise ValueError(
+      'config.data.replay does nothing with config.data.source='
+      "'preference', whose rows have several sides; leave it and "
+      'config.data.replay_rate out'
+    )
 
 
 def paper(size: str) -> ConfigDict:

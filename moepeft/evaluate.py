@@ -2,7 +2,9 @@
 """python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: how good a run is.
 
 Accuracy by rank classification as in the paper, likelihood, and measures of
-generated texts; a row of each for every prompt, `moepeft.scoring.rows`. Rows
+generated texts; a row of each for every prompt, `moepeft.scoring.rows`. Of its
+own rows it tells what training told too: a loss, and the margins, accuracies
+and rewards of an objective that compares answers. Rows
 stand in a file .part until all are there: the same command goes on from it.
 """
 
@@ -15,30 +17,15 @@ from absl import flags
 
 from moepeft import command, scoring, sets, summary, work
 from moepeft import config as config_lib
-from moepeft.data import Sources, jsonl, sources
-from moepeft.data.forms import Form, form
-from moepeft.judge import Judge
+from moepeft.data import jsonl, sources
 from moepeft.runs import Run, load
 from moepeft.scoring import About, Row
 from moepeft.scoring.rows import HELD_OUT
 from moepeft.unfinished import Unfinished
+from moepeft.validation import form_of, validation
 
 # Names of data that rows of a run's own have in tables.
 _RESERVED = (HELD_OUT, 'after')
-
-
-def form_of(run: Run) -> Form:
-  """The form of the batches that a run's model reads."""
-  return form(run.config.data, run.words, run.model, run.config.seed)
-
-
-def validation_loss(run: Run, found: Sources) -> dict[str, float]:
-  """The loss that training reports, where rows are held out."""
-  pairs = sets.pairs_to_judge(run.config, found, form_of(run))
-  if not pairs:
-    return {}
-  judge = Judge(run.config, run.model, run.words, pairs, {})
-  return {'validation_loss': judge.validation_loss(run.variables)}
 
 
 def evaluate(
@@ -86,7 +73,7 @@ def evaluate(
     found = sources(run.config.data, run.config.seed, below=vocab, own=own)
     given, todo = found.held_out, work.of_run(run, found, names)
     # As training reports it, whatever is asked for.
-    more = validation_loss(trained, found)
+    more = validation(trained, found, os.path.expanduser(workdir))
   shared = about(
     run, workdir, checkpoint, data, sets.digest(sets.examples_of(given))
   )

@@ -80,10 +80,14 @@ def of(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
 
 def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   """Prints the scores, and what of the rows is not what was asked for."""
-  loss = found.get('validation_loss')
-  said = '' if loss is None else f': validation loss {loss:.4f}'
-  print(f'{found["when"]}{said}', flush=True)
-  print(text.table(rows) or 'no held-out rows, nothing to judge by')
+  said = '; '.join(
+    f'{key.replace("_", " ")} {value:.4f}'
+    for key, value in found.items()
+    if key.startswith('validation_')
+  )
+  print(f'{found["when"]}{said and f": {said}"}', flush=True)
+  if rows or not said:
+    print(text.table(rows) or 'no held-out rows, nothing to judge by')
   lost = found.get('not_ranked', ())
   if lost:
     names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)

@@ -137,13 +137,30 @@ def test_no_answer_is_cut_beside_a_whole_one(
   first = next((i for i in found.items if i.idx == 0), None)
   if prompt is None:
     assert first is None
-    assert any('left out, as an answer does not fit' in n for n in found.notes)
+    assert any('left out, as they do not fit' in n for n in found.notes)
     return
   for side, count in zip(first.sides, (chosen, rejected), strict=True):
     assert int(side.trained.sum()) == count
     assert len(side.ids) - count == prompt
     if too_long == 'prompt':
       assert text(side.ids[:prompt]).endswith('nd\n')
+
+
+def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
+  # 13 tokens: the prompt with its line's end is 9, so 4 of each are kept.
+  rows = [
+    {'prompt': 'prompt 0', 'chosen': 'same, but', 'rejected': 'same, and'},
+    {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
+  ]
+  data = data_of(tmp_path, rows, too_long='end')
+  found = answers.read(data, samples(12, too_long='end'))
+  assert [item.idx for item in found.items] == [1]
+  assert any(
+    '1 of 2 rows' in n and 'the same to the tokenizer' in n and 'row 0' in n
+    for n in found.notes
+  )
+  with pytest.raises(ValueError, match='no row .* answers that differ'):
+    answers.read(data_of(tmp_path, rows[:1], too_long='end'), samples(12))
 
 
 def test_a_template_s_last_turn_is_the_answer(tmp_path):

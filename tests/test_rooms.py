@@ -34,6 +34,7 @@ FLOORS = (
   ('placement', 'checkpoint', 'references'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
   ('judge', 'measures', 'unfinished', 'work', 'summary'),
+  ('validation',),
   ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer', 'ngrams'),
   ('headings', 'remarks', 'routed', 'compared', 'tables'),
 )

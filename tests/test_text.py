@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import documents, spans, text
+from moepeft.data import documents, forms, spans, text
 from moepeft.data.causal import Samples
 from moepeft.data.forms import Pairs
 from moepeft.data.source import sources
 from moepeft.data.vocabulary import Bytes
+
+from .contracts import small
 
 TEXT = 'one two\nthree\n\n\nfour five six\n'
 
@@ -202,3 +204,34 @@ def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
 def test_replay_needs_a_path_and_a_rate(path, changes):
   with pytest.raises(ValueError, match='config.data.replay is a path'):
     sources(data(path, **changes), 0, own=Samples(Bytes(), 5))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'quality': 'length'}, "quality='length' does nothing .*'tasks', only"),
+    (
+      {'source': 'text', 'path': 'x', 'noise': 0.3},
+      "'next', only with 'spans'",
+    ),
+    ({'source': 'text', 'path': 'x', 'too_long': 'drop'}, "too_long='drop' do"),
+  ],
+)
+def test_keys_that_nothing_would_look_at_are_refused(changes, said):
+  config = config_lib.default()
+  config.data.update(changes)
+  with pytest.raises(ValueError, match=said):
+    config_lib.check(config)
+
+
+def test_plain_text_that_is_replayed_has_the_keys_of_plain_text():
+  config = config_lib.default()
+  config.data.update(replay='x.txt', replay_rate=0.1, predict='spans', span=5.0)
+  config_lib.check(config)
+
+
+def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():
+  data = config_lib.default().data
+  data.too_long = 'drop'
+  with pytest.raises(ValueError, match="too_long='drop' does nothing with an"):
+    forms.form(data, Bytes(), small.GATED, 0)

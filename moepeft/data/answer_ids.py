@@ -68,6 +68,11 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
       "it to 'answers'"
     )
   if not isinstance(own, causal.Samples):
+    if data.chat_template:
+      raise ValueError(
+        f'config.data.chat_template={data.chat_template!r} does nothing with '
+        'an encoder-decoder, which reads prompts as plain text; leave it empty'
+      )
     words = own.words
 
     def both(prompt, answers) -> Parts:
@@ -166,6 +171,20 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
   # Both ends are cut or none.
   cut = too_long == 'end' and both > room >= 1
   return Span(prompt, room, room, True) if cut else None
+
+
+def told_apart(
+  parts: Sequence[Parts], spans: Sequence[Span | None], places: Sequence[str]
+) -> tuple[list[Span | None], list[str]]:
+  """(spans, None for pairs whose answers are one to the model; where these
+  stand)."""
+  kept, alike = [], []
+  for one, span, place in zip(parts, spans, places, strict=True):
+    ids = [ids[: span.cap] for ids, _ in one.answers] if span else []
+    same = len(ids) == 2 and np.array_equal(*ids)
+    alike += [place] if same else []
+    kept.append(None if same else span)
+  return kept, alike
 
 
 def side(prompt: np.ndarray, answer, cap: int, own: forms.Form):

@@ -208,15 +208,24 @@ def read(
     )
   bad = Bad(data.on_bad_row)
   encode = answer_ids.encoder(data, own, render)
-  rows, parts = _rows(data, bad, judged, encode)
+  rows, parts, places = _rows(data, bad, judged, encode)
   spans = [answer_ids.span(one, own, data.too_long) for one in parts]
+  spans, alike = answer_ids.told_apart(parts, spans, places)
   kept = [i for i, span in enumerate(spans) if span is not None]
+  if alike and not kept:
+    raise ValueError(
+      f'no row of {data.path} compares answers that differ to the tokenizer '
+      f'within {own.longer} (the first: {alike[0]}); mend the rows, or raise '
+      'the length'
+    )
   if not kept:
     raise ValueError(
       f'none of {len(rows)} rows of {data.path} fits {own.longer} with '
-      f'config.data.too_long={data.too_long!r}; raise the length'
+      f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
+      'the length'
     )
-  others = _mismatched([rows[i] for i in kept], data.path) if judged else ()
+  mixed = [rows[i] for i in kept] if judged else []
+  others = preference.mismatched(mixed, data.path)
   items = []
   for place, i in enumerate(kept):
     prompt, cap = spans[i].prompt, spans[i].cap
@@ -228,27 +237,29 @@ def read(
       sides.append(answer_ids.side(prompt, other, spans[i].room, own))
     label = rows[i].label if judged else None
     items.append(Item(tuple(sides), label, rows[i].idx, place))
-  return Read(tuple(items), _notes(data, rows, spans, bad, own))
+  return Read(tuple(items), _notes(data, places, spans, alike, bad, own))
 
 
 def _rows(
   data: ConfigDict, bad: Bad, judged: bool, encode: answer_ids.Encode
-) -> tuple[list, list[Parts]]:
-  """(rows of the one kind, the same as ids); those of no use are bad ones."""
+) -> tuple[list, list[Parts], list[str]]:
+  """(rows of the one kind, the same as ids, where each stands); those of no
+  use are bad ones."""
   table, where = hub.table_of(data.path, data.split, bad)
-  rows, parts = [], []
+  rows, parts, places = [], [], []
   for i, fields in enumerate(table):
     try:
       found = _useful(preference.row(fields, data.form, i), judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]
       rows.extend(found)
       parts.extend(ids)
+      places.extend([where(i)] * len(found))
     except BadRow as e:
       bad(where(i), e)
   if not rows:
     first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
     raise ValueError(f'{data.path} holds no good row{first}')
-  return rows, parts
+  return rows, parts, places
 
 
 def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
@@ -266,28 +277,9 @@ def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
   return list(preference.unpaired(row)) if pair else [row]
 
 
-def _mismatched(rows: Sequence[Judged], path: str) -> list[int]:
-  """For each row the place of one with another prompt, always the same one.
-
-  It may be a row that is held out: nothing is learnt of a mismatched answer.
-
-  Raises:
-    ValueError: all rows have one prompt.
-  """
-  count, found = len(rows), []
-  for i, row in enumerate(rows):
-    places = ((i + count // 2 + step) % count for step in range(count))
-    other = next((j for j in places if rows[j].prompt != row.prompt), None)
-    if other is None:
-      raise ValueError(
-        f'all {count} rows of {path} have the same prompt, but kto measures '
-        'answers against those to other prompts; add rows'
-      )
-    found.append(other)
-  return found
-
-
-def _notes(data, rows, spans, bad: Bad, own: forms.Form) -> tuple[str, ...]:
+def _notes(
+  data, places, spans, alike, bad: Bad, own: forms.Form
+) -> tuple[str, ...]:
   notes = [f'skipped {reason}' for reason in bad.reasons[:1]]
   decoder = isinstance(own, causal.Samples)
   if decoder and not (data.chat_template or answer_ids.templated(own.words)):
@@ -296,15 +288,23 @@ def _notes(data, rows, spans, bad: Bad, own: forms.Form) -> tuple[str, ...]:
     )
   if len(bad.reasons) > 1:
     notes.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
-  left = sum(span is None for span in spans)
-  cut = sum(span is not None and span.cut for span in spans)
-  for count, what in (
-    (left, 'left out, as an answer does not fit'),
+  pairs = list(zip(places, spans, strict=True))
+  gone = set(alike)
+  left = [place for place, span in pairs if span is None and place not in gone]
+  cut = [place for place, span in pairs if span is not None and span.cut]
+  for some, what in (
+    (left, 'left out, as they do not fit'),
     (cut, 'cut'),
   ):
-    if count:
+    if some:
       notes.append(
-        f'{count:,} of {len(rows):,} rows of {data.path} are {what}; raise '
-        f'{own.longer} to keep them whole'
+        f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
+        f'(the first: {some[0]}); raise {own.longer} to keep them whole'
       )
+  if alike:
+    notes.append(
+      f'{len(alike):,} of {len(places):,} rows of {data.path} are left out, as '
+      'their answers are the same to the tokenizer, or after they are cut (the '
+      f'first: {alike[0]})'
+    )
   return tuple(notes)

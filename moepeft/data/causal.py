@@ -37,6 +37,14 @@ class Sample:
     return bool(self.trained[1:].any())
 
 
+def check_too_long(too_long: str) -> None:
+  """Raises ValueError where it is none of TOO_LONG."""
+  if too_long not in TOO_LONG:
+    raise ValueError(
+      f'config.data.too_long is one of {", ".join(TOO_LONG)}; got {too_long!r}'
+    )
+
+
 def sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
   """Of which the answer is trained."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
@@ -153,11 +161,7 @@ class Samples:
   seed: int = 0
 
   def __post_init__(self):
-    if self.too_long not in TOO_LONG:
-      raise ValueError(
-        f'config.data.too_long is one of {", ".join(TOO_LONG)}; got '
-        f'{self.too_long!r}'
-      )
+    check_too_long(self.too_long)
 
   def encode(self, items: Sequence) -> list[Sample]:
     """Samples that fit of examples, samples, and pairs of ids.

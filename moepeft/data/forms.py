@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.data import batching, packing
-from moepeft.data.causal import Samples
+from moepeft.data.causal import Samples, check_too_long
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.models import decoder_only
 from moepeft.tasks import Example
@@ -117,10 +117,18 @@ def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
     model: a model or its config.
 
   Raises:
-    ValueError: config.data.too_long is none that there is.
+    ValueError: config.data.too_long is none that there is, or nothing that
+      this model's batches look at.
   """
   if decoder_only(model):
     return Samples(words, data.length, data.too_long, data.packing, seed)
+  check_too_long(data.too_long)
+  if data.too_long != 'prompt' and data.source != 'preference':
+    raise ValueError(
+      f'config.data.too_long={data.too_long!r} does nothing with an '
+      f'encoder-decoder and config.data.source={data.source!r}, whose inputs '
+      "and targets are each cut at their end; set it to 'prompt'"
+    )
   lengths = data.inputs_length, data.targets_length
   return Pairs(words, *lengths, data.packing, seed)
 

@@ -13,7 +13,7 @@ Turns are those of `moepeft.data.conversations`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepeft.data import conversations
@@ -21,6 +21,7 @@ from moepeft.data.conversations import FORMS, Conversation, Turn
 from moepeft.data.rows import BadRow
 
 _LABELS = ('label', 'kto_tag')
+_PROMPTS = ('prompt', 'messages', 'conversations', 'instruction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,27 @@ def unpaired(pair: Compared) -> tuple[Judged, Judged]:
   )
 
 
+def mismatched(rows: Sequence[Judged], path: str) -> list[int]:
+  """For each row the place of one with another prompt, always the same one.
+
+  It may be a row that is held out: nothing is learnt of a mismatched answer.
+
+  Raises:
+    ValueError: all rows have one prompt.
+  """
+  count, found = len(rows), []
+  for i, row in enumerate(rows):
+    places = ((i + count // 2 + step) % count for step in range(count))
+    other = next((j for j in places if rows[j].prompt != row.prompt), None)
+    if other is None:
+      raise ValueError(
+        f'all {count} rows of {path} have the same prompt, but kto measures '
+        'answers against those to other prompts; add rows'
+      )
+    found.append(other)
+  return found
+
+
 def _form(fields: Mapping[str, Any]) -> str:
   for key, form in (
     ('conversations', 'sharegpt'),
@@ -100,12 +122,13 @@ def _form(fields: Mapping[str, Any]) -> str:
     ('messages', 'messages'),
     ('prompt', 'messages'),
     ('chosen', 'messages'),
+    ('rejected', 'messages'),
   ):
     if key in fields:
       return form
   raise BadRow(
     "expected 'conversations', 'instruction', 'messages' or 'prompt'; got "
-    f'{", ".join(sorted(fields)) or "no field"}'
+    f'{", ".join(sorted(fields)) or "no field"}; mend or remove the row'
   )
 
 
@@ -166,7 +189,7 @@ def _judged(
   if not found:
     raise BadRow(
       "expected 'chosen' and 'rejected', or an answer with a 'label'; got "
-      f'{", ".join(sorted(fields))}'
+      f'{", ".join(sorted(fields))}; mend or remove the row'
     )
   label = fields[found[0]]
   if not isinstance(label, bool):
@@ -184,7 +207,7 @@ def _judged(
     who = prompt[-1].role if prompt else 'nobody'
     raise BadRow(
       "expected the assistant's answer as the last turn, which is judged; got "
-      f'that of {who}'
+      f'that of {who}; mend or remove the row'
     )
   return prompt[:-1], prompt[-1], label
 
@@ -195,7 +218,7 @@ def _answer(fields: Mapping[str, Any], key: str) -> tuple[list[Turn], Turn]:
   if answer.role != 'assistant':
     raise BadRow(
       f"expected the assistant's answer at the end of {key!r}; got the turn of "
-      f'{answer.role}'
+      f'{answer.role}; mend or remove the row'
     )
   return before, answer
 
@@ -219,20 +242,33 @@ def _turns(fields: Mapping[str, Any], key: str, role: str) -> list[Turn]:
 
 
 def _turn(value: Any, role: str, where: str) -> Turn:
-  if not isinstance(value, str) or not value.strip():
+  if not isinstance(value, str):
     raise BadRow(
       f'expected text in {where}, got {value!r}; mend or remove the row'
     )
+  if not value.strip():
+    raise BadRow(f'{where} is empty; fill it in, or remove the row')
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    raise BadRow(
+      f'{where} holds half of a character; mend or remove the row'
+    ) from None
   return Turn(role, value)
 
 
 def _asked(fields: Mapping[str, Any], turns: list[Turn]) -> Conversation:
   """A prompt, which ends with a turn that asks for an answer."""
-  if not turns or turns[-1].role not in ('user', 'tool'):
-    who = turns[-1].role if turns else 'nobody'
+  if not turns:
+    raise BadRow(
+      'there is no prompt: expected one in '
+      f'{", ".join(map(repr, _PROMPTS))}, or before the answers in their own '
+      'lists; mend or remove the row'
+    )
+  if turns[-1].role not in ('user', 'tool'):
     raise BadRow(
       "expected a prompt whose last turn is the user's; got that of "
-      f'{who}; mend or remove the row'
+      f'{turns[-1].role}; mend or remove the row'
     )
   conversations.check_order(turns)
   return Conversation(tuple(turns), conversations.tools(fields.get('tools')))

@@ -2,7 +2,9 @@
 """Losses of answers that were compared or judged: pure functions of [b].
 
 A ratio is log pi(y|x) - log pi_ref(y|x) of an answer's tokens, summed over
-them unless it says mean; h is the chosen's ratio less the rejected's.
+them unless it says mean; h is the chosen's ratio less the rejected's. Papers
+are named without numbers of equations, which differ between their versions;
+where TRL computes something else, it is said.
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ class Preference:
     loss: of LOSSES, dpo's.
     beta: how much a ratio counts; orpo's is the weight of its odds ratio.
     label_smoothing: the share of comparisons taken to be the wrong way round.
-    sft: weight of the chosen answer's mean -log p of a token.
+    sft: weight of the chosen answer's mean -log p of a token, each answer's
+      own as in Pang et al., arXiv:2404.19733 (TRL: of all tokens of a batch).
     margin: simpo's target margin, over beta.
     desirable, undesirable: kto's weights of good and of bad answers.
 
@@ -66,6 +69,11 @@ class Preference:
       raise ValueError(
         'config.preference.label_smoothing is of the losses sigmoid and '
         f'robust; with {self.loss!r} it does nothing, set it to 0'
+      )
+    if self.loss == 'robust' and not self.label_smoothing:
+      raise ValueError(
+        "config.preference.loss='robust' without label_smoothing is 'sigmoid'; "
+        'set config.preference.label_smoothing to the share of wrong labels'
       )
     for key in ('sft', 'margin', 'desirable', 'undesirable'):
       if getattr(self, key) < 0:
@@ -101,8 +109,8 @@ def preference_of(name: str, values: Mapping[str, Any]) -> Preference:
 def dpo(h: Array, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
   """-(1 - s) log sigma(beta h) - s log sigma(-beta h): [b].
 
-  Source: Rafailov et al., arXiv:2305.18290, equation 7; with s > 0 the
-  conservative form of Mitchell, 'A note on DPO with noisy preferences'.
+  Source: Rafailov et al., arXiv:2305.18290; with s > 0 the conservative form
+  of Mitchell, 'A note on DPO with noisy preferences and relationship to IPO'.
   """
   s = label_smoothing
   log_sigma = jax.nn.log_sigmoid
@@ -112,9 +120,9 @@ def dpo(h: Array, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
 def robust(h: Array, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
   """The loss that flipped labels leave unbiased: [b].
 
-  Source: Chowdhury et al., arXiv:2403.00409, equation 12: ((1 - s) L(h) -
-  s L(-h)) / (1 - 2 s), L the sigmoid loss; each comparison is the wrong way
-  round with probability s.
+  Source: Chowdhury et al., arXiv:2403.00409: ((1 - s) L(h) - s L(-h)) /
+  (1 - 2 s), L the sigmoid loss; each comparison is the wrong way round with
+  probability s.
   """
   s = label_smoothing
   right, wrong = dpo(h, beta), dpo(-h, beta)
@@ -124,8 +132,8 @@ def robust(h: Array, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
 def hinge(h: Array, beta: float = 0.1) -> Array:
   """max(0, 1 - beta h): [b].
 
-  Source: Liu et al., arXiv:2309.06657, table 1 (SLiC's loss on normalised
-  likelihoods, arXiv:2305.10425).
+  Source: Liu et al., arXiv:2309.06657: the loss of SLiC (Zhao et al.,
+  arXiv:2305.10425, without a reference there) of ratios.
   """
   return jax.nn.relu(1 - beta * h)
 
@@ -133,9 +141,10 @@ def hinge(h: Array, beta: float = 0.1) -> Array:
 def ipo(mean_h: Array, beta: float = 0.1) -> Array:
   """(h - 1 / (2 beta))^2: [b].
 
-  Source: Azar et al., arXiv:2310.12036, equation 17, whose h is of sums. Here
-  as in TRL it is of means over each answer's tokens, so that the target 1 / (2
-  beta) does not ask more of a short answer's token than of a long one's.
+  Source: Azar et al., arXiv:2310.12036, whose tau is beta and whose h is of
+  sums. Here as in TRL, which asked the authors, it is of means over each
+  answer's tokens: the target 1 / (2 beta) then does not ask more of a short
+  answer's token than of a long one's.
 
   Args:
     mean_h: the chosen's mean ratio less the rejected's.
@@ -153,8 +162,8 @@ def kto(
 ) -> Array:
   """lambda (1 - sigma(+-beta (ratio - point))): [b].
 
-  Source: Ethayarajh et al., arXiv:2402.01306, equation 8, with the constant
-  lambda_y so that losses are not negative.
+  Source: Ethayarajh et al., arXiv:2402.01306: lambda_y - v(x, y), which is
+  not negative.
 
   Args:
     ratio: of each answer.
@@ -170,8 +179,10 @@ def kto(
 def reference_point(ratios: Array, real: Array) -> Array:
   """max(0, mean ratio) of mismatched answers, without gradient: [].
 
-  An estimate of KL(pi || pi_ref) by answers to other prompts; arXiv:2402.01306
-  section 4.1.
+  An estimate of KL(pi || pi_ref) by answers to other prompts, as in
+  arXiv:2402.01306 and TRL. Here it is of the whole batch, however many parts
+  it is computed in (TRL: of each part), and a prompt's other answer is always
+  the same one (TRL: of its neighbour in each batch).
 
   Args:
     ratios: [b], of each prompt with the answer to another.
@@ -194,8 +205,9 @@ def log_odds(mean_log_p: Array) -> Array:
 def orpo(chosen: Array, rejected: Array, beta: float = 0.1) -> Array:
   """-chosen - beta log sigma(log odds(chosen) - log odds(rejected)): [b].
 
-  Source: Hong et al., arXiv:2403.07691, equations 6 and 7, lambda here beta.
-  The first term is each answer's own mean; TRL takes it of prompt and answer.
+  Source: Hong et al., arXiv:2403.07691, whose lambda is beta. The first term
+  is each answer's own mean; TRL takes it of prompt and answer, and of all
+  tokens of a batch at once.
 
   Args:
     chosen, rejected: mean log p of an answer's tokens.
@@ -213,8 +225,9 @@ def simpo(
 ) -> Array:
   """-log sigma(beta (chosen - rejected - margin)): [b].
 
-  Source: Meng et al., arXiv:2405.14734, equation 6, whose gamma is beta times
-  `margin`; theirs are beta 2 to 10 and margin 0.1 to 0.8. Smoothed as `dpo`.
+  Source: Meng et al., arXiv:2405.14734, whose gamma is beta times `margin`
+  (TRL sets gamma itself: margin is simpo_gamma / beta); they use beta 2 and
+  more. Smoothed as `dpo`.
 
   Args:
     chosen, rejected: mean log p of an answer's tokens.
@@ -225,6 +238,7 @@ def simpo(
 def reward(chosen: Array, rejected: Array) -> Array:
   """-log sigma(r_chosen - r_rejected): [b].
 
-  Source: Ouyang et al., arXiv:2203.02155, equation 1, of one pair a prompt.
+  Source: Ouyang et al., arXiv:2203.02155, of one pair a prompt: the
+  likelihood of Bradley and Terry's model.
   """
   return -jax.nn.log_sigmoid(chosen - rejected)
