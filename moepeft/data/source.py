@@ -16,6 +16,7 @@ from moepeft import tasks
 from moepeft.data import (
   answers,
   chat,
+  held,
   hub,
   jsonl,
   mixing,
@@ -257,7 +258,7 @@ def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
 
 
 def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
-  """Conversations, the last of each file held out."""
+  """Conversations, the last of each file held out: see `held.last`."""
   if not isinstance(own, Samples):
     raise ValueError(
       "config.data.source='chat' is of decoder-only models; give an "
@@ -268,12 +269,13 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       'set config.data.path to a .json or .jsonl file of conversations, or to '
       'a directory of them'
     )
-  found, notes = chat.samples(data, own.words)
+  found, notes = chat.talks(data, own.words)
   train, held_out = {}, []
   for file, some in found.items():
-    cut = len(some) - int(round(len(some) * data.held_out))
-    train |= {file: some[:cut]} if cut else {}
-    held_out += some[cut:]
+    out = held.last([talk.asked for talk in some], data.held_out)
+    kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
+    train |= {file: kept} if kept else {}
+    held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
   if not train:
     raise ValueError(
       f'config.data.held_out={data.held_out} leaves no row to train on; lower '
