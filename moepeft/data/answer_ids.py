@@ -148,7 +148,9 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
     over = len(prompt) > most
     if over and too_long == 'drop':
       return None
-    left = prompt[-most:] if too_long == 'prompt' else prompt[:most]
+    left = prompt[:most]
+    if too_long == 'prompt':
+      left = causal.last(prompt, most, own.words.bos)
     if longest <= room:
       return Span(left, longest, room, over)
     cut = too_long == 'end' and both > room
@@ -161,7 +163,8 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
     left = row - longest
     if left < min(len(prompt), row // _LEAST):
       return None
-    return Span(prompt[-left:], longest, longest, True)
+    kept = causal.last(prompt, left, own.words.bos)
+    return Span(kept, longest, longest, True)
   room = row - len(prompt)
   # Both ends are cut or none.
   cut = too_long == 'end' and both > room >= 1
