@@ -174,6 +174,20 @@ def test_each_form_is_found_and_read():
   )
 
 
+def test_weights_and_thoughts_of_turns_are_read():
+  row = {
+    'messages': [
+      {'role': 'user', 'content': 'a', 'weight': 0},
+      {'role': 'assistant', 'content': 'b', 'weight': 0},
+      {'role': 'user', 'content': 'c'},
+      {'role': 'assistant', 'content': 'd', 'weight': 1, 'thinking': 'hm'},
+    ]
+  }
+  turns = conversations.conversation(row).turns
+  assert [turn.trained for turn in turns] == [True, False, True, True]
+  assert turns[3].thought == 'hm'
+
+
 def with_turn(row, field, place, **changes):
   turns = [dict(turn) for turn in row[field]]
   turns[place].update(changes)
@@ -222,8 +236,24 @@ def with_turn(row, field, place, **changes):
       with_turn(MESSAGES, 'messages', 1, role='user', content='x'),
       'turn 2 is of a tool and follows the user',
     ),
+    (
+      with_turn(MESSAGES, 'messages', 3, weight=0.5),
+      "turn 3 has the 'weight' 0.5; expected 0",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 0, weight=1),
+      "turn 0 has the 'weight' 1, but the turn of the user is not trained",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 3, reasoning_content=['hm']),
+      "turn 3, 'reasoning_content' is .'hm'., expected text",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 0, thinking='hm'),
+      "turn 0 has 'thinking', which only the assistant has",
+    ),
   ],
-  ids=range(14),
+  ids=range(18),
 )
 def test_what_is_wrong_with_a_row_is_one_sentence(row, said, tmp_path):
   path = tmp_path / 'rows.json'

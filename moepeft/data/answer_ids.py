@@ -71,6 +71,7 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
     words = own.words
 
     def both(prompt, answers) -> Parts:
+      _check_plain((*prompt.turns, *answers))
       end = np.int32(words.eos)
       texts = [said(prompt), *(turn.content for turn in answers)]
       found = words.encode_all(texts)
@@ -82,8 +83,10 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
 
   def decoder(prompt, answers) -> Parts:
     prompts, found = [], []
+    # Of no other turn is anything trained, so none is cut from what is before.
+    before = [dataclasses.replace(t, trained=False) for t in prompt.turns]
     for answer in answers:
-      turns = (*prompt.turns, answer)
+      turns = (*before, dataclasses.replace(answer, trained=True))
       whole = render(dataclasses.replace(prompt, turns=turns))
       start = _last_run(whole.trained)
       prompts.append(whole.ids[:start])
@@ -117,12 +120,22 @@ def renderer(data: ConfigDict, words: Vocabulary) -> Render:
     return chat.template(data, words).render
 
   def plain(whole: Conversation) -> Sample:
+    _check_plain(whole.turns)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
     (asked,) = causal.prompts(words, [said(prompt)])
     (ids,) = causal.answers(words, [whole.turns[-1].content])
     return causal.sample(asked, ids)
 
   return plain
+
+
+def _check_plain(turns: Sequence[Turn]) -> None:
+  """Plain text is what turns say, so there must be no more to them."""
+  if any(turn.calls or turn.thought for turn in turns):
+    raise BadRow(
+      'a turn calls tools or has thoughts, which only a chat template writes; '
+      'set config.data.chat_template, or remove the row'
+    )
 
 
 def templated(words: Vocabulary) -> bool:
@@ -169,6 +182,16 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
   # Both ends are cut or none.
   cut = too_long == 'end' and both > room >= 1
   return Span(prompt, room, room, True) if cut else None
+
+
+def alike(parts: Parts, span: Span) -> bool:
+  """Whether two answers have become one: nothing is learnt of them."""
+  cut = [tuple(part[: span.cap] for part in one) for one in parts.answers]
+  return len(cut) > 1 and all(
+    np.array_equal(part, other)
+    for one in cut[1:]
+    for part, other in zip(one, cut[0], strict=True)
+  )
 
 
 def side(prompt: np.ndarray, answer, cap: int, own: forms.Form):

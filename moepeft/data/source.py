@@ -21,6 +21,7 @@ from moepeft.data import (
   jsonl,
   mixing,
   mixtures,
+  replay,
   seqio_cache,
   seqio_stream,
   templates,
@@ -50,6 +51,7 @@ class Sources:
     held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
     compared: what was read of the source 'preference'.
+    replay: (1, ...) at each place of `train` that is replayed text, else None.
   """
 
   train: grain.MapDataset | Stream
@@ -58,6 +60,7 @@ class Sources:
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
   compared: answers.Read | None = None
+  replay: mixing.Turns | None = None
 
   def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
@@ -96,10 +99,11 @@ def sources(
     raise ValueError(
       f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
     )
+  mixed = bool(data.replay or data.replay_rate)
+  if mixed:
+    replay.check(data)
   found = _opened(data, seed, shard, below, own)
-  if not data.replay and not data.replay_rate:
-    return found
-  return _replayed(found, data, seed, own, below)
+  return replay.mixed(found, data, seed, own, below) if mixed else found
 
 
 def _opened(
@@ -136,41 +140,6 @@ def _opened(
       data.path, data.split, data.templates, data.on_bad_row, seed
     )
   return _of_rows(rows, data, seed)
-
-
-def _replayed(
-  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
-) -> Sources:
-  """The same with plain text mixed in at config.data.replay_rate.
-
-  Raises:
-    ValueError: one of the path and the rate is missing, the rate is no share,
-      or the source is a stream of SeqIO.
-  """
-  rate = data.replay_rate
-  if not data.replay or not 0 < rate < 1:
-    raise ValueError(
-      'config.data.replay is a path of text and config.data.replay_rate its '
-      f'share, above 0 and below 1; got {data.replay!r} and {rate}'
-    )
-  if isinstance(found.train, Stream):
-    raise ValueError(
-      'config.data.replay cannot be mixed into a stream of SeqIO; make a '
-      'mixture of SeqIO that has the text'
-    )
-  old = text.pieces(data, own, data.replay, below)
-  drawn = mixing.mix({'replay': old}, {}, seed)
-  train = grain.MapDataset.select_from_datasets(
-    [found.train, old.prepared(drawn, seed)],
-    mixing.Turns((1 - rate, rate), seed),
-  )
-  shares = {name: (1 - rate) * share for name, share in found.shares.items()}
-  return dataclasses.replace(
-    found,
-    train=train,
-    shares=shares | {data.replay: rate},
-    notes=(*found.notes, *old.notes),
-  )
 
 
 def _tasks(group: str, seed: int) -> Sources:

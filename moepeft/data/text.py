@@ -168,7 +168,12 @@ def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
 
 
 def _prefix(own: Form) -> tuple[int, Make]:
-  """What follows a place that is drawn, given what stands before it."""
+  """What follows a place that is drawn, given what stands before it.
+
+  An encoder sees all of the prefix at once. A decoder reads it causally, as it
+  reads prompts when it generates: only what is trained differs from 'next'. The
+  prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
+  """
   if isinstance(own, Samples):
 
     def sample(ids, rng):
