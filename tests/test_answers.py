@@ -163,6 +163,38 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     answers.read(data_of(tmp_path, rows[:1], too_long='end'), samples(12))
 
 
+@pytest.mark.parametrize('objective', [False, True])
+def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
+  same = 'a' * 20
+  rows = [
+    {'prompt': 'p', 'chosen': same + 'good', 'rejected': same + 'bad'},
+    {'prompt': 'p', 'chosen': 'good' + same, 'rejected': 'bad' + same},
+  ]
+  data = data_of(tmp_path, rows, too_long='end')
+  form = Pairs(WORDS, 9, 11) if objective else Samples(WORDS, 12, 'end')
+  found = answers.read(data, answers.Sides(form, False))
+  assert [item.idx for item in found.items] == [1]
+  assert any(
+    '1 of 2 rows' in note and 'answers are the same to the tokenizer' in note
+    for note in found.notes
+  )
+
+
+def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
+  answer = {'role': 'assistant', 'content': 'So.', 'reasoning_content': 'hm'}
+  rows = [{'prompt': 'p', 'chosen': [answer], 'rejected': 'No.'}]
+  for form in (samples(), answers.Sides(Pairs(WORDS, 17, 11), False)):
+    with pytest.raises(ValueError, match='row 0: a turn calls tools or has'):
+      answers.read(data_of(tmp_path, rows), form)
+
+
+def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
+  data = data_of(tmp_path, rows_of(), replay='no.txt', replay_rate=0.1)
+  data.path = 'no.json'
+  with pytest.raises(ValueError, match='cannot be mixed into answers'):
+    sources(data, 0, own=samples())
+
+
 def test_a_template_s_last_turn_is_the_answer(tmp_path):
   # As a chat template renders: earlier turns of the model's are trained there,
   # and what ends a turn may follow the answer.

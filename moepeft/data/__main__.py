@@ -86,12 +86,25 @@ def tell(
     sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
   sizes = np.array(sizes)
   print(f'\n{mixture(found, names, sizes, most, sides)}\n')
+  if found.replay is not None:
+    print(f'{replayed(found, trained)}\n')
   for side, name in enumerate(sides[: len(own.lengths)]):
     print(histogram(sizes[:, side], name, most[side]))
   windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
   batches = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
   parts = [part for batch in batches for _, part in sides_of(batch, own)]
   print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
+
+
+def replayed(found: Sources, trained: Sequence[int]) -> str:
+  """The share of replayed text in the trained tokens of the first examples."""
+  own = np.array([found.replay[i][0] for i in range(len(trained))], bool)
+  tokens = np.array(trained)
+  share = tokens[own].sum() / max(tokens.sum(), 1)
+  return (
+    f'replayed text: {own.mean():.1%} of the examples, {share:.1%} of the '
+    'trained tokens (before cuts)'
+  )
 
 
 def sides_of(batch: Batch, own: Form) -> list[tuple[str, Batch]]:

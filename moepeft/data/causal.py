@@ -64,13 +64,29 @@ def answers(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   return [[*ids, words.eos] for ids in found]
 
 
-def shortened(found: Sample, most: int, too_long: str) -> Sample | None:
+def last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
+  """The last ids, at most so many (1 at least).
+
+  Args:
+    bos: what texts begin with, if anything; where they do, it stays.
+  """
+  if len(ids) <= most:
+    return ids
+  if bos is None or ids[0] != bos:
+    return ids[len(ids) - most :]
+  return np.concatenate([ids[:1], ids[len(ids) - most + 1 :]])
+
+
+def shortened(
+  found: Sample, most: int, too_long: str, bos: int | None = None
+) -> Sample | None:
   """A sample of at most so many ids.
 
   Args:
+    bos: what texts begin with, if anything.
     too_long: 'prompt' drops the beginning of what stands before the first
-      trained token, the first token aside where it begins every text, and
-      then the answer's end; 'end' drops the end; 'drop' all of it.
+      trained token, `bos` aside, and then the answer's end; 'end' drops the
+      end; 'drop' all of it.
 
   Returns:
     None where nothing is left to train.
@@ -79,13 +95,14 @@ def shortened(found: Sample, most: int, too_long: str) -> Sample | None:
   if over > 0:
     if too_long == 'drop':
       return None
-    start = 0
-    if too_long == 'prompt':
-      first = int(np.argmax(found.trained))
-      # One token before it, so that the first trained token follows one.
-      start = min(over, max(first - 1, 0))
-    kept = slice(start, start + most)
-    found = Sample(found.ids[kept], found.trained[kept], True)
+    first = int(np.argmax(found.trained)) if too_long == 'prompt' else 0
+    # One token before it, so that the first trained token follows one.
+    gone = min(over, max(first - 1, 0))
+    # Of these the first may be what begins texts.
+    head = int(gone > 0 and bos is not None and found.ids[0] == bos)
+    places = np.arange(gone, gone + most)
+    places[:head] = 0
+    found = Sample(found.ids[places], found.trained[places], True)
   return found if found.teaches else None
 
 
@@ -170,7 +187,7 @@ class Samples:
       ValueError: none of them leaves a token to train.
     """
     short = (
-      shortened(one, self.length + 1, self.too_long)
+      shortened(one, self.length + 1, self.too_long, self.words.bos)
       for one in self.whole(items)
     )
     kept = [one for one in short if one is not None]

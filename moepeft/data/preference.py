@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepeft.data import conversations
+from moepeft.data import turns as turns_lib
 from moepeft.data.conversations import FORMS, Conversation, Turn
 from moepeft.data.rows import BadRow
 
@@ -236,7 +237,7 @@ def _turns(fields: Mapping[str, Any], key: str, role: str) -> list[Turn]:
       'remove the row'
     )
   try:
-    return [conversations.turn(item, i) for i, item in enumerate(value)]
+    return [turns_lib.turn(item, i) for i, item in enumerate(value)]
   except BadRow as e:
     raise BadRow(f'{key!r}, {e}') from None
 
@@ -271,4 +272,4 @@ def _asked(fields: Mapping[str, Any], turns: list[Turn]) -> Conversation:
       f'{turns[-1].role}; mend or remove the row'
     )
   conversations.check_order(turns)
-  return Conversation(tuple(turns), conversations.tools(fields.get('tools')))
+  return Conversation(tuple(turns), turns_lib.tools(fields.get('tools')))
