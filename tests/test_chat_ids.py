@@ -49,7 +49,11 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizers, kind, name, answer
 ):
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
-  found = chat.Template(tokenizer, template).render(talk_of('a dog', answer))
+  used = chat.Template(tokenizer, template)
+  talk = talk_of('a dog', answer)
+  found, whole = used.render(talk), used.write(talk).whole
+  joint = tokenizer(whole, add_special_tokens=False)['input_ids']
+  assert tokenizer.decode(found.ids.tolist()) == tokenizer.decode(joint)
   prompt = tokenizer.apply_chat_template(
     [{'role': 'user', 'content': 'a dog'}],
     chat_template=template,
