@@ -342,6 +342,17 @@ def test_too_long_may_cut_the_end_or_drop(tmp_path, saved):
     opened(written(tmp_path, LONG), saved, length=60, too_long='drop')
 
 
+def test_reading_that_takes_long_tells_how_far_it_is(
+  tmp_path, saved, monkeypatch, capsys
+):
+  path = written(tmp_path, ALPACA, LONG)
+  opened(path, saved)
+  assert capsys.readouterr().err == ''
+  monkeypatch.setattr(chat, '_QUIET', -1.0)
+  opened(path, saved)
+  assert f'{path}: 1 rows read' in capsys.readouterr().err
+
+
 def test_a_system_prompt_is_put_where_there_is_none(tmp_path, saved):
   rows = written(tmp_path, ALPACA, LONG)
   found, tokenizer = opened(rows, saved, system='be kind')

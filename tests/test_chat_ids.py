@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 
-from moepeft.data import chat
+from moepeft import config as config_lib
+from moepeft.data import answer_ids, chat
+from moepeft.data.causal import Samples
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import BadRow
 from moepeft.data.vocabulary import Tokenizer
@@ -47,7 +49,11 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizers, kind, name, answer
 ):
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
-  found = chat.Template(tokenizer, template).render(talk_of('a dog', answer))
+  used = chat.Template(tokenizer, template)
+  talk = talk_of('a dog', answer)
+  found, whole = used.render(talk), used.write(talk).whole
+  joint = tokenizer(whole, add_special_tokens=False)['input_ids']
+  assert tokenizer.decode(found.ids.tolist()) == tokenizer.decode(joint)
   prompt = tokenizer.apply_chat_template(
     [{'role': 'user', 'content': 'a dog'}],
     chat_template=template,
@@ -154,6 +160,26 @@ def test_thoughts_are_written_by_templates_that_know_them():
   assert text.endswith('[<think>\nhm\n</think>\n\nyes<|im_end|>]\n')
   with pytest.raises(BadRow, match="'reasoning_content', which the chat"):
     chat.Template(chat_cases.tokenizer()).render(talk)
+
+
+def test_compared_answers_follow_the_ids_that_are_generated_from(
+  tokenizers, tmp_path
+):
+  tokenizer = tokenizers['bytes']
+  tokenizer.save_pretrained(tmp_path)
+  words = Tokenizer(str(tmp_path))
+  data = config_lib.default().data
+  encode = answer_ids.encoder(data, Samples(words, 97), None)
+  # Tokens lie across the beginnings of an answer in the prompt and of one that
+  # is compared: only the latter's is two.
+  prompt = talk_of('a dog', '  x = 1', 'the cat')
+  answers = [Turn('assistant', text) for text in ('  x = 1', 'the mat')]
+  parts = encode(prompt, answers)
+  turns = [{'role': t.role, 'content': t.content} for t in prompt.turns]
+  assert parts.prompt.tolist() == words.chat(turns)
+  shown = [words.show(ids.tolist()) for ids, _ in parts.answers]
+  assert shown == ['  x = 1<|im_end|>\n', 'the mat<|im_end|>\n']
+  assert all(trained[:-1].all() for _, trained in parts.answers)
 
 
 def test_generation_begins_as_training_did(tokenizers, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import documents, forms, spans, text
-from moepeft.data.__main__ import replayed
+from moepeft.data.__main__ import replayed, show
 from moepeft.data.causal import Samples
 from moepeft.data.forms import Pairs
 from moepeft.data.source import sources
@@ -209,6 +209,18 @@ def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
   said = replayed(found, trained)
   assert '25.0% of the examples, 62.5% of the trained tokens' in said
+
+
+def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
+  (tmp_path / 'b.txt').write_text('zzzz' * 97)
+  config = config_lib.default()
+  config.objective = 'causal'
+  config.model.update({'path': '', 'family': 'llama', 'size': 'tiny'})
+  config.data.update({'vocabulary': 'bytes', 'length': 40, 'tasks': 'B'})
+  config.data.update({'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25})
+  show(config, 1, 1, False)
+  said = capsys.readouterr().out
+  assert 'replayed text: 25.0% of the examples, ' in said
 
 
 @pytest.mark.parametrize(

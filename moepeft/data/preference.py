@@ -32,7 +32,7 @@ class Compared:
   Attributes:
     prompt: its last turn is not the model's.
     chosen, rejected: turns of the model's.
-    idx: by which rows are held out: those of one prompt together.
+    idx: of the row in its file.
   """
 
   prompt: Conversation

@@ -7,7 +7,7 @@ item i is the same example at every call, whatever was read before it.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import grain
 from ml_collections import ConfigDict
@@ -177,7 +177,9 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
   sizes = {name: len(group) for name, group in groups.items()}
   notes = list(rows.notes(data.path))
   if data.mixture:
-    original = _original(data.templates, {dataset for dataset, _ in sizes})
+    original = templates.originals(
+      data.templates, {dataset for dataset, _ in sizes}
+    )
     found = mixtures.rates(data.mixture, sizes, original)
     notes += found.notes(data.mixture)
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
@@ -186,7 +188,7 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
     weights = mixing.rates(sizes, data.cap, data.temperature)
   return Sources(
     train=mixing.mix(groups, weights, seed),
-    shares=_normalised(weights),
+    shares=mixing.shares(weights),
     rows=train,
     held_out=held_out,
     notes=tuple(notes),
@@ -253,25 +255,14 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
   weights = mixing.rates({file: len(some) for file, some in train.items()})
   return Sources(
     train=mixing.mix(train, weights, seed),
-    shares=_normalised(weights),
+    shares=mixing.shares(weights),
     held_out=held_out,
     notes=notes,
   )
 
 
-def _original(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
-  """(dataset, template) of those that ask for the dataset's own task."""
-  groups = [templates.group(path, name) for name in sorted(names) if path]
-  return {pair for group in groups for pair in group.original}
-
-
 def _joined(dataset: str, template: str) -> str:
   return f'{dataset}/{template}'
-
-
-def _normalised(weights: dict[str, float]) -> dict[str, float]:
-  total = sum(weights.values())
-  return {name: weight / total for name, weight in weights.items()}
 
 
 def _seqio(
