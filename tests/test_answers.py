@@ -54,7 +54,8 @@ def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
   chosen, rejected = found.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
-  assert found.notes == (
+  assert found.notes[0].endswith(f': {len(found.items)} rows')
+  assert found.notes[1:] == (
     'bytes brings no chat template: turns are written as plain text',
   )
 
@@ -250,7 +251,7 @@ def test_bad_rows_may_be_skipped_and_are_told(tmp_path):
   rows = [{'prompt': 'A', 'chosen': 'B', 'rejected': 'B'}, *rows_of(2)]
   data = data_of(tmp_path, rows, on_bad_row='skip')
   found = answers.read(data, samples())
-  assert len(found.items) == 2 and 'row 0' in found.notes[0]
+  assert len(found.items) == 2 and 'row 0' in found.notes[1]
 
 
 def test_lines_and_compressed_lines_are_rows_too(tmp_path):
@@ -315,10 +316,14 @@ def test_both_sides_are_shown_with_what_is_trained(tmp_path, capsys, objective):
     'tiny',
   )
   config.data.update(data_of(tmp_path, rows_of(9), vocabulary='bytes'))
-  show(config, 1, 1, False)
+  show(config, 1, 2, False)
   said = capsys.readouterr().out
-  names = {'dpo': ('chosen', 'rejected'), 'kto': ('judged', 'mismatched')}
+  names = {'dpo': ('chosen', 'rejected'), 'kto': ('judged good', 'mismatched')}
   for name in names[objective]:
     assert f'\n{name}\n' in said
+  # What stands in brackets is not trained everywhere.
+  assert ('of mismatched answers [...] is measured' in said) == (
+    objective == 'kto'
+  )
   # The line's end is the prompt's.
   assert '[good ' in said and '\n  [bad ' in said and 'bad rows' not in said

@@ -54,18 +54,28 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     tell(config, found, own, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
-    for name, part in sides_of(batch, own):
+    for side, part in sides_of(batch, own):
+      name = heading(side, batch, row)
       lines = (
         pictures(part, row, words, colour)
         if decoder_only(shape)
         else decoded(part, row, words)
       )
       print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
-  green = colour and decoder_only(shape)
-  print(
-    f'\n{"green" if green else "[...]"} is trained: the loss is taken of these '
-    'tokens'
-  )
+  green = 'green' if colour and decoder_only(shape) else '[...]'
+  print(f'\n{green} is trained: the loss is taken of these tokens')
+  if 'label' in batch:
+    print(
+      f'of mismatched answers {green} is measured and nothing is trained: a '
+      'row beside the answer to another prompt'
+    )
+
+
+def heading(side: str, batch: Batch, row: int) -> str:
+  """A side's name, and of a judged answer what is said of it."""
+  if side != 'judged':
+    return side
+  return f'judged {"good" if batch["label"][row] else "bad"}'
 
 
 def tell(
@@ -232,10 +242,8 @@ def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
 
 
 def text(words: Vocabulary, ids: np.ndarray) -> str:
-  """Decoded ids, the end of sequence visible, lines indented."""
-  ids = ids.tolist()
-  end = ' <eos>' if ids and ids[-1] == words.eos else ''
-  return words.decode(ids).replace('\n', '\n           ') + end
+  """Decoded ids, special tokens and sentinels visible, lines indented."""
+  return words.show(ids.tolist()).replace('\n', '\n           ')
 
 
 def main(argv) -> None:

@@ -2,11 +2,18 @@
 """Rows of compared and of judged answers, read and told of."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from moepeft.data import answer_ids, causal, forms, hub, preference
+from moepeft.data import (
+  answer_ids,
+  causal,
+  conversations,
+  forms,
+  hub,
+  preference,
+)
 from moepeft.data.answer_ids import Parts
 from moepeft.data.conversations import Turn
 from moepeft.data.preference import Compared, Judged
@@ -18,7 +25,7 @@ def rows(
 ) -> tuple[list, list[Parts], list[str]]:
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
-  table, where = hub.table_of(data.path, data.split, bad)
+  table, where = _table(data, bad)
   good, parts, places = [], [], []
   for i, fields in enumerate(table):
     try:
@@ -33,6 +40,18 @@ def rows(
     first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
     raise ValueError(f'{data.path} holds no good row{first}')
   return good, parts, places
+
+
+def _table(
+  data: ConfigDict, bad: Bad
+) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+  """Rows by place, and a place in words; see `hub.table_of`."""
+  if data.split != 'train' or not conversations.of_json(data.path):
+    return hub.table_of(data.path, data.split, bad)
+  # Read as conversations are, so that a bad row has a file and a line.
+  found = list(conversations.rows(data.path, bad))
+  places = [where for _, where, _ in found]
+  return [row for _, _, row in found], places.__getitem__
 
 
 def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
@@ -64,7 +83,8 @@ def notes(
     places: where each row stands; spans: of `answer_ids.span`, None of rows
       that are left out: at `alike` as both answers are the same.
   """
-  lines = [f'skipped {reason}' for reason in bad.reasons[:1]]
+  lines = [f'{data.path}: {len(places):,} rows']
+  lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
   decoder = isinstance(own, causal.Samples)
   if decoder and not (data.chat_template or answer_ids.templated(own.words)):
     lines.append(

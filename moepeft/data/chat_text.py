@@ -97,12 +97,17 @@ def messages(found: Conversation, template: str) -> tuple[list[dict], Any]:
   """
   turns, tools = list(found.turns), found.tools
   if tools and 'tools' not in template:
-    said = _TOOLS + '\n'.join(json.dumps(t['function']) for t in tools)
+    said = _TOOLS + '\n'.join(_json(t['function']) for t in tools)
     tools = None
     if turns[0].role == 'system':
       said = f'{turns.pop(0).content}\n\n{said}'
     turns.insert(0, Turn('system', said))
   return [_message(turn, template) for turn in turns], tools
+
+
+def _json(value: Any) -> str:
+  """As templates' `tojson` writes it: letters as they are."""
+  return json.dumps(value, ensure_ascii=False)
 
 
 def _message(turn: Turn, template: str) -> dict:
@@ -125,7 +130,7 @@ def _message(turn: Turn, template: str) -> dict:
       {'type': 'function', 'function': call} for call in turn.calls
     ]
   elif turn.calls:
-    calls = (f'<tool_call>{json.dumps(c)}</tool_call>' for c in turn.calls)
+    calls = (f'<tool_call>{_json(c)}</tool_call>' for c in turn.calls)
     message['content'] = '\n'.join([turn.content, *calls]).lstrip('\n')
   return message
 

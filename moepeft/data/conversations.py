@@ -10,13 +10,16 @@ content, tool_calls}, and perhaps `tools`; an assistant's turn may have a
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from moepeft.data import hub
 from moepeft.data.rows import Bad, BadRow
 from moepeft.data.turns import Turn, text, tools, turn
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
+_OTHER = re.compile('test|valid|dev|eval')
 _ENDS = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
 
 
@@ -42,6 +45,20 @@ def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
   for file in _files(path):
     for where, row in zip(*hub.json_rows(file, bad), strict=True):
       yield file, where, row
+
+
+def of_json(path: str) -> bool:
+  """Whether a path is a directory whose files are all of rows as JSON.
+
+  Not so where a file's name says that it is of another split than 'train',
+  which `datasets` tells apart.
+  """
+  path = os.path.expanduser(path)
+  names = os.listdir(path) if os.path.isdir(path) else []
+  names = [name for name in names if not name.startswith('.')]
+  return bool(names) and all(
+    name.endswith(_ENDS) and not _OTHER.search(name) for name in names
+  )
 
 
 def _files(path: str) -> list[str]:
@@ -139,6 +156,11 @@ def _alpaca(row: Mapping) -> list[Turn]:
   system = row.get('system') or ''
   turns = [Turn('system', text(system, "'system'"))] if system else []
   history = row.get('history') or []
+  if not isinstance(history, list):
+    raise BadRow(
+      f"expected a list of pairs in 'history', got {history!r}; mend or remove "
+      'the row'
+    )
   for i, pair in enumerate(history):
     if not isinstance(pair, list) or len(pair) != 2:
       raise BadRow(
@@ -165,9 +187,25 @@ def _listed(row: Mapping, field: str) -> list[Turn]:
       'the row'
     )
   turns = [turn(item, i) for i, item in enumerate(items)]
-  system = row.get('system') or ''
-  if system and turns[0].role != 'system':
-    turns.insert(0, Turn('system', text(system, "'system'")))
+  return with_system(turns, row.get('system'))
+
+
+def with_system(turns: list[Turn], system: Any) -> list[Turn]:
+  """The turns after the system's that a row gives in its own field.
+
+  Raises:
+    BadRow: it is no text, or the turns begin with another system's.
+  """
+  if not system:
+    return turns
+  first = Turn('system', text(system, "'system'"))
+  if not turns or turns[0].role != 'system':
+    return [first, *turns]
+  if turns[0].content != first.content:
+    raise BadRow(
+      "the row has one system's text in 'system' and another as its first "
+      'turn; remove one of them'
+    )
   return turns
 
 
@@ -194,3 +232,14 @@ def check_order(turns: Sequence[Turn]) -> None:
         f'turn {i} is of a tool and follows the {before.role}, expected a call '
         'of the assistant before it'
       )
+    if now.role == 'tool' and not (before.role == 'tool' or _calls(before)):
+      raise BadRow(
+        f'turn {i} is of a tool, but the assistant called none before it; give '
+        "its call in 'tool_calls' or a turn of 'function_call', or remove the "
+        'row'
+      )
+
+
+def _calls(turn: Turn) -> bool:
+  """Whether it calls a tool, or may do so in its own words (in JSON)."""
+  return bool(turn.calls) or '{' in turn.content or '[' in turn.content

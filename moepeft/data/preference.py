@@ -147,10 +147,7 @@ def _before(fields: Mapping[str, Any], form: str) -> list[Turn]:
     raise BadRow("expected a list of turns in 'conversations', got none")
   # TRL's implicit prompt: the answers' lists begin with it.
   turns = _turns(fields, key, 'user') if key else []
-  system = fields.get('system')
-  if system and (not turns or turns[0].role != 'system'):
-    turns.insert(0, _turn(system, 'system', "'system'"))
-  return turns
+  return conversations.with_system(turns, fields.get('system'))
 
 
 def _compared(

@@ -132,8 +132,9 @@ def _calls(value: Any, said: str) -> list[dict]:
   found = _json(value, said, 'a call of a tool')
   found = found if isinstance(found, list) else [found]
   calls = []
-  for call in found:
+  for call in found or [{}]:
     call = call.get('function', call) if isinstance(call, dict) else {}
+    call = call if isinstance(call, dict) else {}
     arguments = _json(call.get('arguments', {}), said, 'arguments')
     if not isinstance(call.get('name'), str) or not isinstance(arguments, dict):
       raise BadRow(
