@@ -95,5 +95,5 @@ class Answering:
       return batching.cut(self._vocabulary, text, self._most)
     ids = asked(self._vocabulary, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    short = causal.behind_start(self._vocabulary, ids, self._most)
-    return short, len(ids) > self._most
+    short = causal.last(ids, self._most, self._vocabulary.bos)
+    return list(short), len(ids) > self._most

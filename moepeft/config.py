@@ -129,12 +129,15 @@ def default() -> ConfigDict:
       chat_template='',
       # Put before conversations that have no system turn.
       system='',
-      # What is trained: 'answers' (the assistant's turns) or 'all'.
+      # What is trained: 'answers' (the assistant's turns but those of `weight`
+      # 0) or 'all'.
       train_on='answers',
-      # Too long an example: 'prompt' (its prompt loses its beginning), 'end'
-      # (cut there) or 'drop'.
+      # Too long an example: 'prompt' (its prompt loses its beginning; chat: its
+      # oldest turns before), 'end' (cut there) or 'drop'.
       too_long='prompt',
-      # text: 'next' (causal), 'spans' (T5's corruption) or 'prefix'.
+      # text: 'next' (causal), 'spans' (T5's corruption) or 'prefix' (what
+      # follows a drawn place; a decoder reads the prefix causally too, unlike
+      # the prefix LM of arXiv:1910.10683, section 3.2.1, which sees all of it).
       predict='next',
       # The share of tokens that 'spans' hides, and a span's mean length.
       noise=0.15,
@@ -143,12 +146,14 @@ def default() -> ConfigDict:
       # for none. Then rules of moepeft.data.quality, 'length,repetition'.
       duplicates=0.0,
       quality='',
-      # Plain text mixed in at a rate, so that less is forgotten.
+      # Plain text mixed in, so that less is forgotten, and its share of the
+      # examples; python -m moepeft.data tells its share of the trained tokens.
       replay='',
       replay_rate=0.0,
       # Whether a row of a batch holds as many examples as fit.
       packing=False,
-      # The share of each dataset's last `idx` kept for validation.
+      # The share of each dataset's last `idx` kept for validation: of the last
+      # rows of chat and preference, where rows of one prompt stay together.
       held_out=0.05,
       # 'error', or 'skip': counted and told.
       on_bad_row='error',

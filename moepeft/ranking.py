@@ -298,11 +298,9 @@ class Ranker:
     """{text: (ids as in training, whether its beginning was cut)}."""
     some = sorted(texts)
     every = causal.prompts(self._vocabulary, some)
+    bos = self._vocabulary.bos
     return {
-      text: (
-        causal.behind_start(self._vocabulary, ids, length),
-        len(ids) > length,
-      )
+      text: (list(causal.last(ids, length, bos)), len(ids) > length)
       for text, ids in zip(some, every, strict=True)
     }
 

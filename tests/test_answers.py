@@ -54,7 +54,8 @@ def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
   chosen, rejected = found.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
-  assert found.notes == (
+  assert found.notes[0].endswith(f': {len(found.items)} rows')
+  assert found.notes[1:] == (
     'bytes brings no chat template: turns are written as plain text',
   )
 
@@ -163,6 +164,38 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     answers.read(data_of(tmp_path, rows[:1], too_long='end'), samples(12))
 
 
+@pytest.mark.parametrize('objective', [False, True])
+def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
+  same = 'a' * 20
+  rows = [
+    {'prompt': 'p', 'chosen': same + 'good', 'rejected': same + 'bad'},
+    {'prompt': 'p', 'chosen': 'good' + same, 'rejected': 'bad' + same},
+  ]
+  data = data_of(tmp_path, rows, too_long='end')
+  form = Pairs(WORDS, 9, 11) if objective else Samples(WORDS, 12, 'end')
+  found = answers.read(data, answers.Sides(form, False))
+  assert [item.idx for item in found.items] == [1]
+  assert any(
+    '1 of 2 rows' in note and 'answers are the same to the tokenizer' in note
+    for note in found.notes
+  )
+
+
+def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
+  answer = {'role': 'assistant', 'content': 'So.', 'reasoning_content': 'hm'}
+  rows = [{'prompt': 'p', 'chosen': [answer], 'rejected': 'No.'}]
+  for form in (samples(), answers.Sides(Pairs(WORDS, 17, 11), False)):
+    with pytest.raises(ValueError, match='row 0: a turn calls tools or has'):
+      answers.read(data_of(tmp_path, rows), form)
+
+
+def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
+  data = data_of(tmp_path, rows_of(), replay='no.txt', replay_rate=0.1)
+  data.path = 'no.json'
+  with pytest.raises(ValueError, match='cannot be mixed into answers'):
+    sources(data, 0, own=samples())
+
+
 def test_a_template_s_last_turn_is_the_answer(tmp_path):
   # As a chat template renders: earlier turns of the model's are trained there,
   # and what ends a turn may follow the answer.
@@ -218,7 +251,7 @@ def test_bad_rows_may_be_skipped_and_are_told(tmp_path):
   rows = [{'prompt': 'A', 'chosen': 'B', 'rejected': 'B'}, *rows_of(2)]
   data = data_of(tmp_path, rows, on_bad_row='skip')
   found = answers.read(data, samples())
-  assert len(found.items) == 2 and 'row 0' in found.notes[0]
+  assert len(found.items) == 2 and 'row 0' in found.notes[1]
 
 
 def test_lines_and_compressed_lines_are_rows_too(tmp_path):
@@ -283,10 +316,14 @@ def test_both_sides_are_shown_with_what_is_trained(tmp_path, capsys, objective):
     'tiny',
   )
   config.data.update(data_of(tmp_path, rows_of(9), vocabulary='bytes'))
-  show(config, 1, 1, False)
+  show(config, 1, 2, False)
   said = capsys.readouterr().out
-  names = {'dpo': ('chosen', 'rejected'), 'kto': ('judged', 'mismatched')}
+  names = {'dpo': ('chosen', 'rejected'), 'kto': ('judged good', 'mismatched')}
   for name in names[objective]:
     assert f'\n{name}\n' in said
+  # What stands in brackets is not trained everywhere.
+  assert ('of mismatched answers [...] is measured' in said) == (
+    objective == 'kto'
+  )
   # The line's end is the prompt's.
   assert '[good ' in said and '\n  [bad ' in said and 'bad rows' not in said

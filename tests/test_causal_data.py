@@ -4,16 +4,20 @@
 import numpy as np
 import pytest
 
+from moepeft.data import answer_ids
 from moepeft.data.causal import (
   Sample,
   Samples,
+  last,
   packed,
   padded,
   sample,
   shortened,
 )
-from moepeft.data.vocabulary import Bytes
+from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.tasks import Example
+
+from . import chat_cases
 
 
 def one(*ids, prompt=0):
@@ -50,6 +54,42 @@ def test_what_is_too_long_loses_what_is_asked(too_long, ids, trained):
   assert found.ids.tolist() == ids
   np.testing.assert_array_equal(found.trained, np.array(trained, bool))
   assert found.cut
+
+
+@pytest.mark.parametrize(
+  ('most', 'ids'),
+  [
+    # 0 begins texts: of 0 2 3 4 | 5 6 it stays, and what is next goes.
+    (5, [0, 3, 4, 5, 6]),
+    (3, [0, 5, 6]),
+    # Then the answer loses its end.
+    (2, [0, 5]),
+  ],
+)
+def test_what_begins_every_text_stays(most, ids):
+  found = shortened(one(0, 2, 3, 4, 5, 6, prompt=4), most, 'prompt', bos=0)
+  assert found.ids.tolist() == ids
+  assert found.trained.tolist() == [i > 4 for i in ids]
+  assert last(np.array([0, 2, 3, 4]), 3, 0).tolist() == [0, 3, 4]
+  assert last(np.array([0, 2, 3, 4]), 3, None).tolist() == [2, 3, 4]
+  assert last(np.array([0, 2, 3]), 3, 0).tolist() == [0, 2, 3]
+
+
+def test_a_tokenizer_s_beginning_stays_in_rows_and_prompts(tmp_path):
+  made = chat_cases.learnt('bytes', bos=True)
+  made.save_pretrained(tmp_path)
+  words = Tokenizer(str(tmp_path))
+  texts = Example('t', '', 0, 'again ' * 9, 'mat', (), -1)
+  (found,) = Samples(words, 7).encode([texts])
+  assert found.cut and found.ids[0] == words.bos == made.bos_token_id
+  assert (found.ids == words.bos).sum() == 1
+  parts = answer_ids.Parts(
+    np.array([words.bos, *range(50, 60)]),
+    ((np.array([61]), np.ones(1, bool)),) * 2,
+  )
+  cut = answer_ids.span(parts, Samples(words, 7), 'prompt')
+  # Eight ids a row, one of them the answer's.
+  assert cut.prompt.tolist() == [words.bos, *range(54, 60)]
 
 
 def test_an_answer_longer_than_a_row_keeps_its_beginning():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import chat, conversations
+from moepeft.data import chat, chat_text, conversations
 from moepeft.data.causal import Samples
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import BadRow
@@ -43,6 +43,10 @@ def saved(tokenizer, tmp_path_factory):
   return path
 
 
+def render(talk, tokenizer, train_on='answers', template=''):
+  return chat.Template(tokenizer, template, train_on).render(talk)
+
+
 def trained(sample, tokenizer):
   """The text with what is trained in brackets."""
   parts = []
@@ -66,7 +70,7 @@ SHOWN = (
 @pytest.mark.parametrize('name', ['CHATML', 'MARKED', 'REWRITING'])
 def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name):
   template = getattr(chat_cases, name)
-  found = chat.render(TALK, tokenizer, template=template)
+  found = render(TALK, tokenizer, template=template)
   wanted = SHOWN
   if name == 'REWRITING':
     wanted = SHOWN.replace('[ fine', '[<think></think> fine')
@@ -74,11 +78,11 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name):
 
 
 def test_ids_are_those_of_the_template(tokenizer):
-  found = chat.render(TALK, tokenizer)
-  some, _ = chat.messages(TALK, chat_cases.CHATML)
+  found = render(TALK, tokenizer)
+  some, _ = chat_text.messages(TALK, chat_cases.CHATML)
   own = tokenizer.apply_chat_template(some, return_dict=False)
   assert found.ids.tolist() == own
-  whole = chat.render(TALK, tokenizer, 'all')
+  whole = render(TALK, tokenizer, 'all')
   assert whole.ids.tolist() == own and whole.trained.all()
 
 
@@ -89,7 +93,7 @@ def test_a_template_that_hides_its_answers_is_refused(tokenizer):
     "{{ m['content'] if loop.last else m['content'] | upper }}",
   )
   with pytest.raises(BadRow, match="'{% generation %}'"):
-    chat.render(TALK, tokenizer, template=template)
+    render(TALK, tokenizer, template=template)
 
 
 def test_calls_and_tools_are_rendered_where_a_template_has_no_word(tokenizer):
@@ -104,7 +108,7 @@ def test_calls_and_tools_are_rendered_where_a_template_has_no_word(tokenizer):
     ),
     [tool],
   )
-  shown = trained(chat.render(talk, tokenizer), tokenizer)
+  shown = trained(render(talk, tokenizer), tokenizer)
   assert '{"name": "add", "parameters": {}}' in shown
   assert (
     '[<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call><|im_end|>]'
@@ -117,7 +121,7 @@ def test_calls_and_tools_are_rendered_where_a_template_has_no_word(tokenizer):
     '{{ tools | tojson }}'
     '{% if add_generation_prompt %}assistant:{% endif %}'
   )
-  some, tools = chat.messages(talk, knows)
+  some, tools = chat_text.messages(talk, knows)
   assert tools == [tool] and some[1]['tool_calls'][0]['function'] == call
 
 
@@ -170,6 +174,20 @@ def test_each_form_is_found_and_read():
   )
 
 
+def test_weights_and_thoughts_of_turns_are_read():
+  row = {
+    'messages': [
+      {'role': 'user', 'content': 'a', 'weight': 0},
+      {'role': 'assistant', 'content': 'b', 'weight': 0},
+      {'role': 'user', 'content': 'c'},
+      {'role': 'assistant', 'content': 'd', 'weight': 1, 'thinking': 'hm'},
+    ]
+  }
+  turns = conversations.conversation(row).turns
+  assert [turn.trained for turn in turns] == [True, False, True, True]
+  assert turns[3].thought == 'hm'
+
+
 def with_turn(row, field, place, **changes):
   turns = [dict(turn) for turn in row[field]]
   turns[place].update(changes)
@@ -218,8 +236,24 @@ def with_turn(row, field, place, **changes):
       with_turn(MESSAGES, 'messages', 1, role='user', content='x'),
       'turn 2 is of a tool and follows the user',
     ),
+    (
+      with_turn(MESSAGES, 'messages', 3, weight=0.5),
+      "turn 3 has the 'weight' 0.5; expected 0",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 0, weight=1),
+      "turn 0 has the 'weight' 1, but the turn of the user is not trained",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 3, reasoning_content=['hm']),
+      "turn 3, 'reasoning_content' is .'hm'., expected text",
+    ),
+    (
+      with_turn(MESSAGES, 'messages', 0, thinking='hm'),
+      "turn 0 has 'thinking', which only the assistant has",
+    ),
   ],
-  ids=range(14),
+  ids=range(18),
 )
 def test_what_is_wrong_with_a_row_is_one_sentence(row, said, tmp_path):
   path = tmp_path / 'rows.json'
@@ -308,6 +342,17 @@ def test_too_long_may_cut_the_end_or_drop(tmp_path, saved):
     opened(written(tmp_path, LONG), saved, length=60, too_long='drop')
 
 
+def test_reading_that_takes_long_tells_how_far_it_is(
+  tmp_path, saved, monkeypatch, capsys
+):
+  path = written(tmp_path, ALPACA, LONG)
+  opened(path, saved)
+  assert capsys.readouterr().err == ''
+  monkeypatch.setattr(chat, '_QUIET', -1.0)
+  opened(path, saved)
+  assert f'{path}: 1 rows read' in capsys.readouterr().err
+
+
 def test_a_system_prompt_is_put_where_there_is_none(tmp_path, saved):
   rows = written(tmp_path, ALPACA, LONG)
   found, tokenizer = opened(rows, saved, system='be kind')
@@ -375,7 +420,7 @@ def test_real_conversations_are_read_and_every_answer_is_found(name, count):
   talks = conversations.conversations(path)
   assert len(talks) == count
   for talk in talks[::23]:
-    shown = chat.render(talk, words.tokenizer)
+    shown = render(talk, words.tokenizer)
     runs = np.diff(np.concatenate([[0], shown.trained.astype(int)]))
     answers = sum(turn.role == 'assistant' for turn in talk.turns)
     assert (runs == 1).sum() == answers

@@ -12,13 +12,15 @@ from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.data.causal import Samples, packed, padded, sample
-from moepeft.data.vocabulary import Bytes
+from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.likelihood import Likelihood
 from moepeft.objectives import causal
 from moepeft.objectives.loss import token_losses
 from moepeft.ranking import Ranker
 from moepeft.rows import read
 from moepeft.tasks import Example
+
+from . import chat_cases
 
 WORDS = 'the quick brown fox jumps over a lazy dog '
 
@@ -176,6 +178,15 @@ def test_a_prompt_to_rank_loses_its_beginning(model):
   ranker = Ranker(model[0], Bytes(), 5, 4, 2)
   (_, row) = ranker.prepare(EXAMPLES)
   assert Bytes().decode(row.inputs) == ' one\n' and row.cut
+
+
+def test_a_prompt_to_rank_keeps_what_begins_every_text(model, tmp_path):
+  chat_cases.learnt('bytes', bos=True).save_pretrained(tmp_path)
+  words = Tokenizer(str(tmp_path))
+  example = Example('t', '', 0, 'again ' * 9, 'a', ('a', 'b'), 0)
+  (row,) = Ranker(model[0], words, 5, 4, 2).prepare([example])
+  assert row.cut and len(row.inputs) == 5
+  assert row.inputs[0] == words.bos and words.bos not in row.inputs[1:]
 
 
 def test_a_window_that_is_all_too_long_is_refused():

@@ -8,6 +8,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.__main__ import show
+from moepeft.data.__main__ import text as decoded_text
 from moepeft.data.causal import packed, sample
 from moepeft.data.picture import picture, pictures
 from moepeft.data.vocabulary import Bytes
@@ -53,6 +54,13 @@ def test_a_decoders_batch_is_shown(capsys, only):
   assert 'row 1, segment 1: ' in said and '<eos>]' in said
   assert ('of the others are trained' in said) != only
   assert ('tokens: median' in said) != only
+
+
+def test_an_encoder_s_hidden_spans_are_shown_with_their_sentinels():
+  # 'ab', the sentinel 299, the end; 'cd' after the sentinel.
+  x, y = np.array([*ids('ab'), 299, 1]), np.array([299, *ids('cd'), 1])
+  assert decoded_text(Bytes(), x) == 'ab<299><eos>'
+  assert decoded_text(Bytes(), y) == '<299>cd<eos>'
 
 
 def test_hidden_spans_are_shown_as_they_are_told(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import documents, forms, spans, text
+from moepeft.data.__main__ import replayed, show
 from moepeft.data.causal import Samples
 from moepeft.data.forms import Pairs
 from moepeft.data.source import sources
@@ -196,6 +197,30 @@ def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
   found = sources(config, 0, own=form)
   mixed = form.encode([found.train[i] for i in range(16)])
   assert len(mixed) == 16
+
+
+def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
+  (tmp_path / 'b.txt').write_text('zzzz' * 97)
+  form = Samples(Bytes(), 5)
+  changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
+  found = sources(data(path, **changes), 0, own=form)
+  assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
+  # In whole rounds of 1,024 a quarter: five tokens of each against one.
+  trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
+  said = replayed(found, trained)
+  assert '25.0% of the examples, 62.5% of the trained tokens' in said
+
+
+def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
+  (tmp_path / 'b.txt').write_text('zzzz' * 97)
+  config = config_lib.default()
+  config.objective = 'causal'
+  config.model.update({'path': '', 'family': 'llama', 'size': 'tiny'})
+  config.data.update({'vocabulary': 'bytes', 'length': 40, 'tasks': 'B'})
+  config.data.update({'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25})
+  show(config, 1, 1, False)
+  said = capsys.readouterr().out
+  assert 'replayed text: 25.0% of the examples, ' in said
 
 
 @pytest.mark.parametrize(

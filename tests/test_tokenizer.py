@@ -6,11 +6,18 @@ import importlib.util
 import pytest
 
 from moepeft import tokenizer
+from moepeft.data.pieces import KINDS, Form, train
 from moepeft.data.vocabulary import Tokenizer
-from moepeft.tokenizer import Form, make
+from moepeft.tokenizer import make
 
 WORDS = 'the quick brown fox jumps over a lazy dog'.split()
-LINES = [' '.join(WORDS[i % 9 :] + WORDS[: i % 7]) for i in range(197)]
+# Unigram's trainer begins with what several words share: some are plural.
+LINES = [
+  ' '.join(
+    word + 's' * (i % 3 // 2) for word in WORDS[i % 9 :] + WORDS[: i % 7]
+  )
+  for i in range(197)
+]
 
 
 @pytest.fixture
@@ -51,10 +58,51 @@ def test_bytes_know_every_text(text, tmp_path):
   assert words.decode(words.encode(odd)) == odd
 
 
-@pytest.mark.skipif(
+_SENTENCEPIECE = pytest.mark.skipif(
   importlib.util.find_spec('sentencepiece') is None,
   reason='needs sentencepiece',
 )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'library'),
+  [
+    *((kind, 'tokenizers') for kind in KINDS),
+    pytest.param('unigram', 'sentencepiece', marks=_SENTENCEPIECE),
+  ],
+)
+def test_every_kind_gives_back_lines_and_blanks(tmp_path, kind, library):
+  lines = [f'{line}\n\n  {line}.' for line in LINES]
+  # sentencepiece finds no more than 48 pieces here.
+  size = {'bytes': 300, 'wordpiece': 90}.get(kind, 47)
+  found = train(Form(kind, size, chat=True, library=library), lines)
+  found.save_pretrained(tmp_path)
+  words = Tokenizer(str(tmp_path))
+  for said in (
+    f'{LINES[3]}\n\n{LINES[5]}',
+    ' the  quick\n   lazy fox .\n\tdog \n',
+    '<|im_start|>the\nfox<|im_end|>\nthe',
+  ):
+    ids = words.encode(said)
+    assert words.tokenizer.unk_token_id not in ids
+    assert words.tokenizer.decode(ids) == said
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'wordpiece'])
+def test_marks_of_pieces_that_go_on_are_text_too(kind):
+  found = train(Form(kind, 290), [*LINES, '## #the ##fox##'] * 5)
+  said = '## the ###fox ##\n##'
+  assert found.decode(found(said)['input_ids']) == said
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'wordpiece', 'unigram'])
+def test_lines_are_known_where_the_text_has_none(kind):
+  found = train(Form(kind, 90), LINES)
+  ids = found('the\n\tfox')['input_ids']
+  assert found.unk_token_id not in ids and found.decode(ids) == 'the\n\tfox'
+
+
+@_SENTENCEPIECE
 def test_sentencepiece_trains_unigram_too(text, tmp_path):
   form = Form('unigram', 36, library='sentencepiece')
   make(form, text, str(tmp_path / 'out'), 0.05)
@@ -66,7 +114,7 @@ def test_sentencepiece_trains_unigram_too(text, tmp_path):
 
 
 def test_tokens_a_word_are_counted():
-  found = tokenizer.train(Form('bytes', 259), LINES)
+  found = train(Form('bytes', 259), LINES)
   # No merge: as many tokens as bytes; 'ab cd' has 5 of them and 2 words.
   assert str(tokenizer.fit(found, ['ab cd'])) == (
     '2.500 tokens a word, 1.000 a byte, 0.00% unknown'
@@ -94,3 +142,15 @@ def test_what_cannot_be_trained_or_written_is_told(text, tmp_path):
     make(Form(), str(tmp_path / 'one.txt'), str(tmp_path / 'out'), 0.05)
   with pytest.raises(ValueError, match='is not empty; name another'):
     make(Form(), text, str(tmp_path), 0.05)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match="file' is a file; name a directory"):
+    make(Form(), 'not read', str(tmp_path / 'file'), 0.05)
+  with pytest.raises(ValueError, match="file/out' cannot be made"):
+    make(Form(), 'not read', str(tmp_path / 'file' / 'out'), 0.05)
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'wordpiece', 'unigram'])
+def test_a_text_of_more_letters_than_pieces_is_refused(text, tmp_path, kind):
+  # The letters of WORDS are all 26, and there are 3 special pieces.
+  with pytest.raises(ValueError, match=r'are \d+ pieces, but .* 20; raise'):
+    make(Form(kind, 20), text, str(tmp_path / 'out'), 0.05)

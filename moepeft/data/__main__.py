@@ -54,18 +54,28 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     tell(config, found, own, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
-    for name, part in sides_of(batch, own):
+    for side, part in sides_of(batch, own):
+      name = heading(side, batch, row)
       lines = (
         pictures(part, row, words, colour)
         if decoder_only(shape)
         else decoded(part, row, words)
       )
       print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
-  green = colour and decoder_only(shape)
-  print(
-    f'\n{"green" if green else "[...]"} is trained: the loss is taken of these '
-    'tokens'
-  )
+  green = 'green' if colour and decoder_only(shape) else '[...]'
+  print(f'\n{green} is trained: the loss is taken of these tokens')
+  if 'label' in batch:
+    print(
+      f'of mismatched answers {green} is measured and nothing is trained: a '
+      'row beside the answer to another prompt'
+    )
+
+
+def heading(side: str, batch: Batch, row: int) -> str:
+  """A side's name, and of a judged answer what is said of it."""
+  if side != 'judged':
+    return side
+  return f'judged {"good" if batch["label"][row] else "bad"}'
 
 
 def tell(
@@ -86,12 +96,25 @@ def tell(
     sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
   sizes = np.array(sizes)
   print(f'\n{mixture(found, names, sizes, most, sides)}\n')
+  if found.replay is not None:
+    print(f'{replayed(found, trained)}\n')
   for side, name in enumerate(sides[: len(own.lengths)]):
     print(histogram(sizes[:, side], name, most[side]))
   windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
   batches = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
   parts = [part for batch in batches for _, part in sides_of(batch, own)]
   print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
+
+
+def replayed(found: Sources, trained: Sequence[int]) -> str:
+  """The share of replayed text in the trained tokens of the first examples."""
+  own = np.array([found.replay[i][0] for i in range(len(trained))], bool)
+  tokens = np.array(trained)
+  share = tokens[own].sum() / max(tokens.sum(), 1)
+  return (
+    f'replayed text: {own.mean():.1%} of the examples, {share:.1%} of the '
+    'trained tokens (before cuts)'
+  )
 
 
 def sides_of(batch: Batch, own: Form) -> list[tuple[str, Batch]]:
@@ -219,10 +242,8 @@ def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
 
 
 def text(words: Vocabulary, ids: np.ndarray) -> str:
-  """Decoded ids, the end of sequence visible, lines indented."""
-  ids = ids.tolist()
-  end = ' <eos>' if ids and ids[-1] == words.eos else ''
-  return words.decode(ids).replace('\n', '\n           ') + end
+  """Decoded ids, special tokens and sentinels visible, lines indented."""
+  return words.show(ids.tolist()).replace('\n', '\n           ')
 
 
 def main(argv) -> None:

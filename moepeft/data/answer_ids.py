@@ -76,6 +76,7 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
     words = own.words
 
     def both(prompt, answers) -> Parts:
+      _check_plain((*prompt.turns, *answers))
       end = np.int32(words.eos)
       texts = [said(prompt), *(turn.content for turn in answers)]
       found = words.encode_all(texts)
@@ -87,8 +88,10 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
 
   def decoder(prompt, answers) -> Parts:
     prompts, found = [], []
+    # Of no other turn is anything trained, so none is cut from what is before.
+    before = [dataclasses.replace(t, trained=False) for t in prompt.turns]
     for answer in answers:
-      turns = (*prompt.turns, answer)
+      turns = (*before, dataclasses.replace(answer, trained=True))
       whole = render(dataclasses.replace(prompt, turns=turns))
       start = _last_run(whole.trained)
       prompts.append(whole.ids[:start])
@@ -122,12 +125,22 @@ def renderer(data: ConfigDict, words: Vocabulary) -> Render:
     return chat.template(data, words).render
 
   def plain(whole: Conversation) -> Sample:
+    _check_plain(whole.turns)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
     (asked,) = causal.prompts(words, [said(prompt)])
     (ids,) = causal.answers(words, [whole.turns[-1].content])
     return causal.sample(asked, ids)
 
   return plain
+
+
+def _check_plain(turns: Sequence[Turn]) -> None:
+  """Plain text is what turns say, so there must be no more to them."""
+  if any(turn.calls or turn.thought for turn in turns):
+    raise BadRow(
+      'a turn calls tools or has thoughts, which only a chat template writes; '
+      'set config.data.chat_template, or remove the row'
+    )
 
 
 def templated(words: Vocabulary) -> bool:
@@ -153,7 +166,9 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
     over = len(prompt) > most
     if over and too_long == 'drop':
       return None
-    left = prompt[-most:] if too_long == 'prompt' else prompt[:most]
+    left = prompt[:most]
+    if too_long == 'prompt':
+      left = causal.last(prompt, most, own.words.bos)
     if longest <= room:
       return Span(left, longest, room, over)
     cut = too_long == 'end' and both > room
@@ -166,25 +181,22 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
     left = row - longest
     if left < min(len(prompt), row // _LEAST):
       return None
-    return Span(prompt[-left:], longest, longest, True)
+    kept = causal.last(prompt, left, own.words.bos)
+    return Span(kept, longest, longest, True)
   room = row - len(prompt)
   # Both ends are cut or none.
   cut = too_long == 'end' and both > room >= 1
   return Span(prompt, room, room, True) if cut else None
 
 
-def told_apart(
-  parts: Sequence[Parts], spans: Sequence[Span | None], places: Sequence[str]
-) -> tuple[list[Span | None], list[str]]:
-  """(spans, None for pairs whose answers are one to the model; where these
-  stand)."""
-  kept, alike = [], []
-  for one, span, place in zip(parts, spans, places, strict=True):
-    ids = [ids[: span.cap] for ids, _ in one.answers] if span else []
-    same = len(ids) == 2 and np.array_equal(*ids)
-    alike += [place] if same else []
-    kept.append(None if same else span)
-  return kept, alike
+def alike(parts: Parts, span: Span) -> bool:
+  """Whether two answers have become one: nothing is learnt of them."""
+  cut = [tuple(part[: span.cap] for part in one) for one in parts.answers]
+  return len(cut) > 1 and all(
+    np.array_equal(part, other)
+    for one in cut[1:]
+    for part, other in zip(one, cut[0], strict=True)
+  )
 
 
 def side(prompt: np.ndarray, answer, cap: int, own: forms.Form):

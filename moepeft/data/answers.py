@@ -9,12 +9,9 @@ from typing import ClassVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data import answer_ids, causal, forms, hub, jsonl, preference
-from moepeft.data.answer_ids import Parts
+from moepeft.data import answer_ids, answer_rows, forms, held, preference
 from moepeft.data.causal import Sample
-from moepeft.data.conversations import Turn
-from moepeft.data.preference import Compared, Judged
-from moepeft.data.rows import Bad, BadRow
+from moepeft.data.rows import Bad
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import COMPARED
 from moepeft.objectives.sides import PAIR
@@ -31,8 +28,9 @@ class Item:
   Attributes:
     sides: what the model's own form holds of each answer with its prompt.
     label: whether a judged answer is a good one; None of a pair.
-    idx, task: by which rows are held out.
-    place: of the row among all of its source.
+    idx: of the row in its file.
+    asked: the first row's that has its prompt: by these rows are held out.
+    place: among all items of its source.
     references: float32 [k, t], log p of each target of each side, where it
       was computed before training.
   """
@@ -40,8 +38,8 @@ class Item:
   sides: tuple
   label: bool | None
   idx: int
+  asked: int
   place: int
-  task: str = ''
   references: np.ndarray | None = None
 
 
@@ -154,8 +152,22 @@ class Read:
     return dataclasses.replace(self, items=tuple(items))
 
   def split(self, held_out: float) -> tuple[list[Item], list[Item]]:
-    """(training, validation), both answers to a prompt on one side."""
-    return jsonl.split(self.items, held_out)
+    """(training, validation), all answers to a prompt on one side.
+
+    See `moepeft.data.held.last`.
+
+    Raises:
+      ValueError: nothing is left to train on.
+    """
+    rows = {item.idx: item.asked for item in self.items}
+    out = held.last(list(rows.values()), held_out)
+    gone = {idx for idx, away in zip(rows, out, strict=True) if away}
+    if len(gone) == len(rows):
+      raise ValueError(f'held_out={held_out} leaves no row to train on')
+    parts = [], []
+    for item in self.items:
+      parts[item.idx in gone].append(item)
+    return parts
 
 
 def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
@@ -208,9 +220,14 @@ def read(
     )
   bad = Bad(data.on_bad_row)
   encode = answer_ids.encoder(data, own, render)
-  rows, parts, places = _rows(data, bad, judged, encode)
+  rows, parts, places = answer_rows.rows(data, bad, judged, encode)
   spans = [answer_ids.span(one, own, data.too_long) for one in parts]
-  spans, alike = answer_ids.told_apart(parts, spans, places)
+  same = [
+    span is not None and answer_ids.alike(one, span)
+    for one, span in zip(parts, spans, strict=True)
+  ]
+  spans = [None if one else x for x, one in zip(spans, same, strict=True)]
+  alike = [place for place, one in zip(places, same, strict=True) if one]
   kept = [i for i, span in enumerate(spans) if span is not None]
   if alike and not kept:
     raise ValueError(
@@ -224,9 +241,10 @@ def read(
       f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
       'the length'
     )
-  mixed = [rows[i] for i in kept] if judged else []
-  others = preference.mismatched(mixed, data.path)
-  items = []
+  others = (
+    preference.mismatched([rows[i] for i in kept], data.path) if judged else ()
+  )
+  items, asked = [], {}
   for place, i in enumerate(kept):
     prompt, cap = spans[i].prompt, spans[i].cap
     sides = [
@@ -236,75 +254,8 @@ def read(
       other = parts[kept[others[place]]].answers[0]
       sides.append(answer_ids.side(prompt, other, spans[i].room, own))
     label = rows[i].label if judged else None
-    items.append(Item(tuple(sides), label, rows[i].idx, place))
-  return Read(tuple(items), _notes(data, places, spans, alike, bad, own))
-
-
-def _rows(
-  data: ConfigDict, bad: Bad, judged: bool, encode: answer_ids.Encode
-) -> tuple[list, list[Parts], list[str]]:
-  """(rows of the one kind, the same as ids, where each stands); those of no
-  use are bad ones."""
-  table, where = hub.table_of(data.path, data.split, bad)
-  rows, parts, places = [], [], []
-  for i, fields in enumerate(table):
-    try:
-      found = _useful(preference.row(fields, data.form, i), judged, data.system)
-      ids = [encode(row.prompt, row.answers) for row in found]
-      rows.extend(found)
-      parts.extend(ids)
-      places.extend([where(i)] * len(found))
-    except BadRow as e:
-      bad(where(i), e)
-  if not rows:
-    first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
-    raise ValueError(f'{data.path} holds no good row{first}')
-  return rows, parts, places
-
-
-def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
-  """A row as the objective takes it, with a system's turn where it has none."""
-  if isinstance(row, Judged) and not judged:
-    raise BadRow(
-      'one answer with a label, but the objective compares two; set '
-      "config.objective to 'kto'"
-    )
-  if system and row.prompt.turns[0].role != 'system':
-    turns = (Turn('system', system), *row.prompt.turns)
-    prompt = dataclasses.replace(row.prompt, turns=turns)
-    row = dataclasses.replace(row, prompt=prompt)
-  pair = isinstance(row, Compared) and judged
-  return list(preference.unpaired(row)) if pair else [row]
-
-
-def _notes(
-  data, places, spans, alike, bad: Bad, own: forms.Form
-) -> tuple[str, ...]:
-  notes = [f'skipped {reason}' for reason in bad.reasons[:1]]
-  decoder = isinstance(own, causal.Samples)
-  if decoder and not (data.chat_template or answer_ids.templated(own.words)):
-    notes.append(
-      f'{own.words} brings no chat template: turns are written as plain text'
-    )
-  if len(bad.reasons) > 1:
-    notes.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
-  pairs = list(zip(places, spans, strict=True))
-  gone = set(alike)
-  left = [place for place, span in pairs if span is None and place not in gone]
-  cut = [place for place, span in pairs if span is not None and span.cut]
-  for some, what in (
-    (left, 'left out, as they do not fit'),
-    (cut, 'cut'),
-  ):
-    if some:
-      notes.append(
-        f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
-        f'(the first: {some[0]}); raise {own.longer} to keep them whole'
-      )
-  if alike:
-    notes.append(
-      f'{len(alike):,} of {len(places):,} rows of {data.path} are left out, as '
-      'their answers are the same to the tokenizer, or after they are cut (the '
-      f'first: {alike[0]})'
-    )
-  return tuple(notes)
+    first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
+    items.append(Item(tuple(sides), label, rows[i].idx, first, place))
+  return Read(
+    tuple(items), answer_rows.notes(data, places, spans, alike, bad, own)
+  )

@@ -58,23 +58,23 @@ def prompts(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   return [start + list(ids) for ids in words.encode_all(ended)] if ended else []
 
 
-def behind_start(
-  words: Vocabulary, ids: Sequence[int], most: int
-) -> Sequence[int]:
-  """A prompt in at most so many ids: what is too much of its beginning goes.
-
-  The token that the vocabulary begins every text with stays.
-  """
-  start = [] if words.bos is None else [words.bos]
-  if len(ids) <= most:
-    return ids
-  return [*start, *ids[len(ids) - most + len(start) :]]
-
-
 def answers(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   """Targets as ids, with EOS."""
   found = words.encode_all(texts) if texts else []
   return [[*ids, words.eos] for ids in found]
+
+
+def last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
+  """The last ids, at most so many (1 at least).
+
+  Args:
+    bos: what texts begin with, if anything; where they do, it stays.
+  """
+  if len(ids) <= most:
+    return ids
+  if bos is None or ids[0] != bos:
+    return ids[len(ids) - most :]
+  return np.concatenate([ids[:1], ids[len(ids) - most + 1 :]])
 
 
 def shortened(
@@ -83,10 +83,10 @@ def shortened(
   """A sample of at most so many ids.
 
   Args:
+    bos: what texts begin with, if anything.
     too_long: 'prompt' drops the beginning of what stands before the first
       trained token, `bos` aside, and then the answer's end; 'end' drops the
       end; 'drop' all of it.
-    bos: what every text begins with, if anything.
 
   Returns:
     None where nothing is left to train.
@@ -95,15 +95,14 @@ def shortened(
   if over > 0:
     if too_long == 'drop':
       return None
-    places = np.arange(len(found.ids))
-    if too_long == 'prompt':
-      first = int(np.argmax(found.trained))
-      head = int(bos is not None and found.ids[0] == bos and first > 0)
-      # One token before it, so that the first trained token follows one.
-      gone = min(over, max(first - 1, 0))
-      places = np.delete(places, np.s_[head : head + gone])
-    kept = places[:most]
-    found = Sample(found.ids[kept], found.trained[kept], True)
+    first = int(np.argmax(found.trained)) if too_long == 'prompt' else 0
+    # One token before it, so that the first trained token follows one.
+    gone = min(over, max(first - 1, 0))
+    # Of these the first may be what begins texts.
+    head = int(gone > 0 and bos is not None and found.ids[0] == bos)
+    places = np.arange(gone, gone + most)
+    places[:head] = 0
+    found = Sample(found.ids[places], found.trained[places], True)
   return found if found.teaches else None
 
 

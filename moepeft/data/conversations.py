@@ -4,47 +4,23 @@
 alpaca: `instruction`, `input`, `output`, and perhaps `system` and `history`
 (pairs of a question and an answer). sharegpt: `conversations` of {from, value}
 and perhaps `system` and `tools`. messages: OpenAI's, `messages` of {role,
-content, tool_calls}, and perhaps `tools`.
+content, tool_calls}, and perhaps `tools`; an assistant's turn may have a
+`weight` (0 is not trained, 1 is) and `reasoning_content` or `thinking`.
 """
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moepeft.data import hub
 from moepeft.data.rows import Bad, BadRow
+from moepeft.data.turns import Turn, text, tools, turn
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
+_OTHER = re.compile('test|valid|dev|eval')
 _ENDS = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
-_ROLES = {
-  'system': 'system',
-  'developer': 'system',
-  'user': 'user',
-  'human': 'user',
-  'assistant': 'assistant',
-  'gpt': 'assistant',
-  'function_call': 'call',
-  'tool': 'tool',
-  'function': 'tool',
-  'observation': 'tool',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """What one side says.
-
-  Attributes:
-    role: 'system', 'user', 'assistant' or 'tool'.
-    content: not empty, but for an assistant that calls tools.
-    calls: [{'name': ..., 'arguments': {...}}] of an assistant, or None.
-  """
-
-  role: str
-  content: str
-  calls: list | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +45,20 @@ def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
   for file in _files(path):
     for where, row in zip(*hub.json_rows(file, bad), strict=True):
       yield file, where, row
+
+
+def of_json(path: str) -> bool:
+  """Whether a path is a directory whose files are all of rows as JSON.
+
+  Not so where a file's name says that it is of another split than 'train',
+  which `datasets` tells apart.
+  """
+  path = os.path.expanduser(path)
+  names = os.listdir(path) if os.path.isdir(path) else []
+  names = [name for name in names if not name.startswith('.')]
+  return bool(names) and all(
+    name.endswith(_ENDS) and not _OTHER.search(name) for name in names
+  )
 
 
 def _files(path: str) -> list[str]:
@@ -164,8 +154,13 @@ def conversation(row: Mapping, form: str = '') -> Conversation:
 
 def _alpaca(row: Mapping) -> list[Turn]:
   system = row.get('system') or ''
-  turns = [Turn('system', _text(system, "'system'"))] if system else []
+  turns = [Turn('system', text(system, "'system'"))] if system else []
   history = row.get('history') or []
+  if not isinstance(history, list):
+    raise BadRow(
+      f"expected a list of pairs in 'history', got {history!r}; mend or remove "
+      'the row'
+    )
   for i, pair in enumerate(history):
     if not isinstance(pair, list) or len(pair) != 2:
       raise BadRow(
@@ -173,13 +168,13 @@ def _alpaca(row: Mapping) -> list[Turn]:
         'the row'
       )
     said = f"'history', pair {i},"
-    turns += [Turn('user', _text(pair[0], said))]
-    turns += [Turn('assistant', _text(pair[1], said))]
-  asked = _text(row.get('instruction'), "'instruction'")
+    turns += [Turn('user', text(pair[0], said))]
+    turns += [Turn('assistant', text(pair[1], said))]
+  asked = text(row.get('instruction'), "'instruction'")
   more = row.get('input') or ''
   if more:
-    asked += '\n' + _text(more, "'input'")
-  answer = _text(row.get('output'), "'output'")
+    asked += '\n' + text(more, "'input'")
+  answer = text(row.get('output'), "'output'")
   return [*turns, Turn('user', asked), Turn('assistant', answer)]
 
 
@@ -192,107 +187,26 @@ def _listed(row: Mapping, field: str) -> list[Turn]:
       'the row'
     )
   turns = [turn(item, i) for i, item in enumerate(items)]
-  system = row.get('system') or ''
-  if system and turns[0].role != 'system':
-    turns.insert(0, Turn('system', _text(system, "'system'")))
+  return with_system(turns, row.get('system'))
+
+
+def with_system(turns: list[Turn], system: Any) -> list[Turn]:
+  """The turns after the system's that a row gives in its own field.
+
+  Raises:
+    BadRow: it is no text, or the turns begin with another system's.
+  """
+  if not system:
+    return turns
+  first = Turn('system', text(system, "'system'"))
+  if not turns or turns[0].role != 'system':
+    return [first, *turns]
+  if turns[0].content != first.content:
+    raise BadRow(
+      "the row has one system's text in 'system' and another as its first "
+      'turn; remove one of them'
+    )
   return turns
-
-
-def turn(item: Any, place: int) -> Turn:
-  """One turn of {from, value} or {role, content, tool_calls}.
-
-  Raises:
-    BadRow: it is neither, or empty.
-  """
-  said = f'turn {place}'
-  if not isinstance(item, dict):
-    raise BadRow(f'{said} is {item!r}, expected an object; mend the row')
-  name = item.get('role', item.get('from'))
-  if not isinstance(name, str) or name not in _ROLES:
-    raise BadRow(
-      f'{said} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
-      "'role' or 'from'"
-    )
-  role, content = _ROLES[name], item.get('content', item.get('value'))
-  if role == 'call':
-    return Turn('assistant', '', _calls(content, said))
-  calls = None
-  if role == 'assistant' and item.get('tool_calls'):
-    calls = _calls(item['tool_calls'], said)
-    if content in (None, ''):
-      return Turn(role, '', calls)
-  return Turn(role, _text(_joined(content, said), f'{said} ({role})'), calls)
-
-
-def _joined(content: Any, said: str) -> Any:
-  """OpenAI's lists of parts as one text."""
-  if not isinstance(content, list):
-    return content
-  texts = [p.get('text') for p in content if isinstance(p, dict)]
-  if len(texts) < len(content) or not all(isinstance(t, str) for t in texts):
-    raise BadRow(
-      f'{said} holds something other than text; only text can be trained: '
-      'remove the row'
-    )
-  return ''.join(texts)
-
-
-def _text(value: Any, said: str) -> str:
-  if not isinstance(value, str):
-    raise BadRow(f'{said} is {value!r}, expected text; mend or remove the row')
-  if not value.strip():
-    raise BadRow(f'{said} is empty; fill it in, or remove the row')
-  if not value.isascii() and any('\ud800' <= c <= '\udfff' for c in value):
-    raise BadRow(f'{said} holds half of a character; mend or remove the row')
-  return value
-
-
-def _calls(value: Any, said: str) -> list[dict]:
-  """[{'name', 'arguments'}] of JSON or of OpenAI's list."""
-  found = _json(value, said, 'a call of a tool')
-  found = found if isinstance(found, list) else [found]
-  calls = []
-  for call in found:
-    call = call.get('function', call) if isinstance(call, dict) else {}
-    arguments = _json(call.get('arguments', {}), said, 'arguments')
-    if not isinstance(call.get('name'), str) or not isinstance(arguments, dict):
-      raise BadRow(
-        f"{said} calls no tool: expected {{'name': ..., 'arguments': "
-        f'{{...}}}}, got {value!r}; mend or remove the row'
-      )
-    calls.append({'name': call['name'], 'arguments': arguments})
-  return calls
-
-
-def tools(value: Any) -> list[dict] | None:
-  """A row's tools, in OpenAI's form.
-
-  Raises:
-    BadRow: they are no list of JSON schemas.
-  """
-  if value in (None, '', [], '[]'):
-    return None
-  found = _json(value, "'tools'", 'a list of tools')
-  if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
-    raise BadRow(
-      f"expected a list of JSON schemas in 'tools', got {value!r}; mend or "
-      'remove the row'
-    )
-  return [
-    t if 'function' in t else {'type': 'function', 'function': t} for t in found
-  ]
-
-
-def _json(value: Any, said: str, what: str) -> Any:
-  if not isinstance(value, str):
-    return value
-  try:
-    return json.loads(value)
-  except (ValueError, RecursionError) as e:
-    raise BadRow(
-      f'{said} holds no JSON of {what} ({getattr(e, "msg", e)}); mend or '
-      'remove the row'
-    ) from None
 
 
 def check_order(turns: Sequence[Turn]) -> None:
@@ -318,3 +232,14 @@ def check_order(turns: Sequence[Turn]) -> None:
         f'turn {i} is of a tool and follows the {before.role}, expected a call '
         'of the assistant before it'
       )
+    if now.role == 'tool' and not (before.role == 'tool' or _calls(before)):
+      raise BadRow(
+        f'turn {i} is of a tool, but the assistant called none before it; give '
+        "its call in 'tool_calls' or a turn of 'function_call', or remove the "
+        'row'
+      )
+
+
+def _calls(turn: Turn) -> bool:
+  """Whether it calls a tool, or may do so in its own words (in JSON)."""
+  return bool(turn.calls) or '{' in turn.content or '[' in turn.content

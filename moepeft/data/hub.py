@@ -132,21 +132,26 @@ def _begins(file: str) -> bytes:
 
 def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   try:
-    with jsonl.opener(file)(file, 'rt', encoding='utf-8-sig') as opened:
-      items = json.load(opened)
+    with jsonl.opener(file)(file, 'rb') as opened:
+      text = opened.read()
+    items = json.loads(text.decode('utf-8-sig'))
   except (ValueError, RecursionError, OSError, EOFError, zlib.error) as e:
     raise ValueError(
       f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
       'write one object a line'
     ) from None
-  places, table = [], []
+  places, table, torn = [], [], jsonl.HALF.search(text)
   for i, item in enumerate(items):
     where = f'{file}, row {i}'
-    if isinstance(item, dict):
+    try:
+      if not isinstance(item, dict):
+        raise BadRow('expected an object {...}; mend or remove it')
+      if torn:
+        rows.check_whole(item)
       places.append(where)
       table.append(item)
-    else:
-      bad(where, BadRow('expected an object {...}; mend or remove it'))
+    except BadRow as e:
+      bad(where, e)
   return places, table
 
 

@@ -8,6 +8,7 @@ import collections
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,8 @@ from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
+# How JSON spells a half of a surrogate pair, which may stand alone.
+HALF = re.compile(rb'\\u[dD][89a-fA-F]')
 # Above this many different targets, a template's answers count as open.
 _MAX_CHOICES = 8
 
@@ -94,6 +97,8 @@ def _parse(line: bytes) -> dict:
     raise BadRow(f'not JSON ({reason}); mend or remove the line') from None
   if not isinstance(row, dict):
     raise BadRow('expected an object {...}; mend or remove the line')
+  if HALF.search(line):
+    rows_lib.check_whole(row)
   return row
 
 

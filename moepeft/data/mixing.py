@@ -67,6 +67,12 @@ def mix(
   return grain.MapDataset.select_from_datasets(parts, turns)
 
 
+def shares(weights: dict[str, float]) -> dict[str, float]:
+  """Weights that add up to one."""
+  total = sum(weights.values())
+  return {name: weight / total for name, weight in weights.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Epochs:
   """Rows without an end, in epochs that are permutations of them all."""

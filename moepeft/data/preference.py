@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepeft.data import conversations
+from moepeft.data import turns as turns_lib
 from moepeft.data.conversations import FORMS, Conversation, Turn
 from moepeft.data.rows import BadRow
 
@@ -31,7 +32,7 @@ class Compared:
   Attributes:
     prompt: its last turn is not the model's.
     chosen, rejected: turns of the model's.
-    idx: by which rows are held out: those of one prompt together.
+    idx: of the row in its file.
   """
 
   prompt: Conversation
@@ -146,10 +147,7 @@ def _before(fields: Mapping[str, Any], form: str) -> list[Turn]:
     raise BadRow("expected a list of turns in 'conversations', got none")
   # TRL's implicit prompt: the answers' lists begin with it.
   turns = _turns(fields, key, 'user') if key else []
-  system = fields.get('system')
-  if system and (not turns or turns[0].role != 'system'):
-    turns.insert(0, _turn(system, 'system', "'system'"))
-  return turns
+  return conversations.with_system(turns, fields.get('system'))
 
 
 def _compared(
@@ -236,7 +234,7 @@ def _turns(fields: Mapping[str, Any], key: str, role: str) -> list[Turn]:
       'remove the row'
     )
   try:
-    return [conversations.turn(item, i) for i, item in enumerate(value)]
+    return [turns_lib.turn(item, i) for i, item in enumerate(value)]
   except BadRow as e:
     raise BadRow(f'{key!r}, {e}') from None
 
@@ -271,4 +269,4 @@ def _asked(fields: Mapping[str, Any], turns: list[Turn]) -> Conversation:
       f'{turns[-1].role}; mend or remove the row'
     )
   conversations.check_order(turns)
-  return Conversation(tuple(turns), conversations.tools(fields.get('tools')))
+  return Conversation(tuple(turns), turns_lib.tools(fields.get('tools')))

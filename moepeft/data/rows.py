@@ -7,8 +7,10 @@ where they are given.
 """
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -201,6 +203,23 @@ def example(row: Mapping, name: str, ranked: bool = False) -> Example:
     choices=choices,
     label=label,
   )
+
+
+def check_whole(row: Any) -> None:
+  """Looks for what JSON can spell and no text can hold, in all of a row.
+
+  Raises:
+    BadRow: half of a surrogate pair stands in it.
+  """
+  fields = row.items() if isinstance(row, Mapping) else [('the row', row)]
+  for name, value in fields:
+    try:
+      json.dumps([name, value], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise BadRow(
+        f'half of a character (a lone surrogate) stands in {name!a}; mend or '
+        'remove the row'
+      ) from None
 
 
 def _torn(text: str) -> bool:

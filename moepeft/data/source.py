@@ -7,7 +7,7 @@ item i is the same example at every call, whatever was read before it.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import grain
 from ml_collections import ConfigDict
@@ -16,10 +16,12 @@ from moepeft import tasks
 from moepeft.data import (
   answers,
   chat,
+  held,
   hub,
   jsonl,
   mixing,
   mixtures,
+  replay,
   seqio_cache,
   seqio_stream,
   templates,
@@ -49,6 +51,7 @@ class Sources:
     held_out: examples, or what is ids already, that `train` never gives.
     notes: lines for the user: what was skipped or left out.
     compared: what was read of the source 'preference'.
+    replay: (1, ...) at each place of `train` that is replayed text, else None.
   """
 
   train: grain.MapDataset | Stream
@@ -57,6 +60,7 @@ class Sources:
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
   compared: answers.Read | None = None
+  replay: mixing.Turns | None = None
 
   def validation(self, own: Form, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
@@ -95,10 +99,11 @@ def sources(
     raise ValueError(
       f'config.data.source is one of {", ".join(SOURCES)}; got {data.source!r}'
     )
+  mixed = bool(data.replay or data.replay_rate)
+  if mixed:
+    replay.check(data)
   found = _opened(data, seed, shard, below, own)
-  if not data.replay and not data.replay_rate:
-    return found
-  return _replayed(found, data, seed, own, below)
+  return replay.mixed(found, data, seed, own, below) if mixed else found
 
 
 def _opened(
@@ -137,41 +142,6 @@ def _opened(
   return _of_rows(rows, data, seed)
 
 
-def _replayed(
-  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
-) -> Sources:
-  """The same with plain text mixed in at config.data.replay_rate.
-
-  Raises:
-    ValueError: one of the path and the rate is missing, the rate is no share,
-      or the source is a stream of SeqIO.
-  """
-  rate = data.replay_rate
-  if not data.replay or not 0 < rate < 1:
-    raise ValueError(
-      'config.data.replay is a path of text and config.data.replay_rate its '
-      f'share, above 0 and below 1; got {data.replay!r} and {rate}'
-    )
-  if isinstance(found.train, Stream):
-    raise ValueError(
-      'config.data.replay cannot be mixed into a stream of SeqIO; make a '
-      'mixture of SeqIO that has the text'
-    )
-  old = text.pieces(data, own, data.replay, below)
-  drawn = mixing.mix({'replay': old}, {}, seed)
-  train = grain.MapDataset.select_from_datasets(
-    [found.train, old.prepared(drawn, seed)],
-    mixing.Turns((1 - rate, rate), seed),
-  )
-  shares = {name: (1 - rate) * share for name, share in found.shares.items()}
-  return dataclasses.replace(
-    found,
-    train=train,
-    shares=shares | {data.replay: rate},
-    notes=(*found.notes, *old.notes),
-  )
-
-
 def _tasks(group: str, seed: int) -> Sources:
   names = tasks.families(group)
   counts = collections.Counter(names)
@@ -207,7 +177,9 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
   sizes = {name: len(group) for name, group in groups.items()}
   notes = list(rows.notes(data.path))
   if data.mixture:
-    original = _original(data.templates, {dataset for dataset, _ in sizes})
+    original = templates.originals(
+      data.templates, {dataset for dataset, _ in sizes}
+    )
     found = mixtures.rates(data.mixture, sizes, original)
     notes += found.notes(data.mixture)
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
@@ -216,7 +188,7 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
     weights = mixing.rates(sizes, data.cap, data.temperature)
   return Sources(
     train=mixing.mix(groups, weights, seed),
-    shares=_normalised(weights),
+    shares=mixing.shares(weights),
     rows=train,
     held_out=held_out,
     notes=tuple(notes),
@@ -257,7 +229,7 @@ def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
 
 
 def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
-  """Conversations, the last of each file held out."""
+  """Conversations, the last of each file held out: see `held.last`."""
   if not isinstance(own, Samples):
     raise ValueError(
       "config.data.source='chat' is of decoder-only models; give an "
@@ -268,12 +240,13 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       'set config.data.path to a .json or .jsonl file of conversations, or to '
       'a directory of them'
     )
-  found, notes = chat.samples(data, own.words)
+  found, notes = chat.talks(data, own.words)
   train, held_out = {}, []
   for file, some in found.items():
-    cut = len(some) - int(round(len(some) * data.held_out))
-    train |= {file: some[:cut]} if cut else {}
-    held_out += some[cut:]
+    out = held.last([talk.asked for talk in some], data.held_out)
+    kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
+    train |= {file: kept} if kept else {}
+    held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
   if not train:
     raise ValueError(
       f'config.data.held_out={data.held_out} leaves no row to train on; lower '
@@ -282,25 +255,14 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
   weights = mixing.rates({file: len(some) for file, some in train.items()})
   return Sources(
     train=mixing.mix(train, weights, seed),
-    shares=_normalised(weights),
+    shares=mixing.shares(weights),
     held_out=held_out,
     notes=notes,
   )
 
 
-def _original(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
-  """(dataset, template) of those that ask for the dataset's own task."""
-  groups = [templates.group(path, name) for name in sorted(names) if path]
-  return {pair for group in groups for pair in group.original}
-
-
 def _joined(dataset: str, template: str) -> str:
   return f'{dataset}/{template}'
-
-
-def _normalised(weights: dict[str, float]) -> dict[str, float]:
-  total = sum(weights.values())
-  return {name: weight / total for name, weight in weights.items()}
 
 
 def _seqio(

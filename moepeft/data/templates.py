@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -274,3 +274,9 @@ def _copy(value: Any) -> Any:
   if isinstance(value, dict):
     return {k: _copy(v) for k, v in value.items()}
   return value
+
+
+def originals(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
+  """(dataset, template) of those that ask for the dataset's own task."""
+  found = [group(path, name) for name in sorted(names) if path]
+  return {pair for one in found for pair in one.original}

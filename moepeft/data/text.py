@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain text cut into pieces, and what is predicted of each.
 
-Documents follow one another, each with EOS at its end, and are cut wherever a
-row is full; where rows are packed, every document is cut by itself, and
-nothing sees another document.
+Documents follow one another, each with EOS at its end (and, where a decoder
+reads them, with what the tokenizer begins texts with before it, if anything),
+and are cut wherever a row is full; where rows are packed, every document is cut
+by itself, and nothing sees another document.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
   length, make = maker(data, own, below)
   found, gone = documents.filtered(found, data.quality, data.duplicates)
   notes += gone
-  encoded = [encode(own.words, document) for document in found]
+  encoded = encode(own.words, found, isinstance(own, Samples))
   if not own.packed:
     encoded = [np.concatenate(encoded)]
   starts = np.cumsum([0, *map(len, encoded)])
@@ -123,15 +124,23 @@ def _step(data: ConfigDict, own: Form, length: int) -> int:
   return length - 1 if data.predict == 'next' else length
 
 
-def encode(words: Vocabulary, document: Document) -> np.ndarray:
-  """int32 [n]: passages with what separates them, and EOS."""
-  last = len(document.passages) - 1
-  texts = [
-    passage + document.separator * (i < last)
-    for i, passage in enumerate(document.passages)
+def encode(
+  words: Vocabulary, found: Sequence[Document], begun: bool = False
+) -> list[np.ndarray]:
+  """int32 [n] of each document: its text, passages and all, and EOS.
+
+  Args:
+    begun: whether what the tokenizer begins texts with comes before it.
+  """
+  start = [words.bos] if begun and words.bos is not None else []
+  every = words.encode_all(
+    [document.separator.join(document.passages) for document in found]
+  )
+  ends = np.array(start, np.int32), np.array([words.eos], np.int32)
+  return [
+    np.concatenate([ends[0], np.asarray(ids, np.int32), ends[1]])
+    for ids in every
   ]
-  ids = [np.asarray(part, np.int32) for part in words.encode_all(texts)]
-  return np.concatenate([*ids, np.array([words.eos], np.int32)])
 
 
 def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
@@ -159,7 +168,12 @@ def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
 
 
 def _prefix(own: Form) -> tuple[int, Make]:
-  """What follows a place that is drawn, given what stands before it."""
+  """What follows a place that is drawn, given what stands before it.
+
+  An encoder sees all of the prefix at once. A decoder reads it causally, as it
+  reads prompts when it generates: only what is trained differs from 'next'. The
+  prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
+  """
   if isinstance(own, Samples):
 
     def sample(ids, rng):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moepeft.data import lengthy
 from moepeft.interop import gguf, gguf_tokenizer, packages
 
 
@@ -105,7 +106,7 @@ class Tokenizer:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']
 
   def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]:
-    return self._tokenizer(list(texts), add_special_tokens=False)['input_ids']
+    return lengthy.encode(self._tokenizer, texts)
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=True)
