@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention with its sites, masks, and a cache for decoding."""
 
+import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +14,7 @@ from moepeft.nn import chunked
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
 from moepeft.nn.precision import wide, wide_einsum
-from moepeft.nn.sight import Sight
+from moepeft.nn.sight import Past, Sight
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context
@@ -27,7 +29,8 @@ class Heads:
       queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
     mask: bool [b, 1, t, s], True where t may look at s, or None.
-    sight: instead of a mask and a bias, where no array [t, s] is wanted.
+    sight: instead of a mask and a bias, where no array [t, s] is wanted: a
+      `Sight` for the chunked form, a `Past` for the fused.
   """
 
   q: Array
@@ -35,7 +38,7 @@ class Heads:
   v: Array
   bias: Array | None = None
   mask: Array | None = None
-  sight: Sight | None = None
+  sight: Sight | Past | None = None
 
 
 def attend(
@@ -88,7 +91,10 @@ def fused(
   dropout: float = 0.0,
   cap: float = 0.0,
 ) -> Array:
-  """`attend` by jax.nn.dot_product_attention: cuDNN's where it can.
+  """`attend` by jax.nn.dot_product_attention, as `implementation` says.
+
+  cuDNN's holds no array of queries x keys where `heads.sight` says what is
+  seen; a mask is one. XLA's always holds one, like `attend`.
 
   Raises:
     ValueError: there are soft caps or dropout, which it does not know.
@@ -99,9 +105,44 @@ def fused(
       f"config.model.attention is 'fused', which has no {what}; take 'naive' "
       "or 'chunked'" + ('' if cap else ', or set config.model.dropout=0')
     )
-  return jax.nn.dot_product_attention(
-    heads.q, heads.k, heads.v, heads.bias, heads.mask, scale=scale
+  device = jax.devices()[0]
+  capability = getattr(device, 'compute_capability', '')
+  run = functools.partial(
+    jax.nn.dot_product_attention,
+    heads.q,
+    heads.k,
+    heads.v,
+    scale=scale,
+    implementation=implementation(device.platform, capability, heads),
   )
+  past = heads.sight
+  if past is None:
+    return run(bias=heads.bias, mask=heads.mask)
+  return run(
+    is_causal=True,
+    key_value_seq_lengths=past.lengths(),
+    local_window_size=(past.window - 1, 0) if past.window else None,
+  )
+
+
+def implementation(platform: str, capability: str, heads: Heads) -> str:
+  """'cudnn' where JAX 0.10's call of cuDNN takes these heads, else 'xla'.
+
+  Args:
+    platform, capability: the device's, 'gpu' and '9.0'; of what is not
+      NVIDIA's the latter is '' or no number.
+  """
+  t, h = heads.q.shape[1], heads.q.shape[3]
+  s = heads.k.shape[1]
+  if platform != 'gpu' or not re.fullmatch(r'\d+\.\d+', capability):
+    return 'xla'
+  # Its flash attention begins with Ampere; larger heads do with Hopper only.
+  fits = float(capability) >= 8 and h <= 128 and h % 8 == 0
+  half = heads.q.dtype in (jnp.bfloat16, jnp.float16)
+  # It would round a bias to q's dtype, and with a mask the gradient wants
+  # even lengths.
+  free = heads.bias is None and (heads.mask is None or t % 2 == s % 2 == 0)
+  return 'cudnn' if fits and half and free else 'xla'
 
 
 # The values of config.model.attention.
