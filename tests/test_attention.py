@@ -13,7 +13,7 @@ from moepeft import base
 from moepeft.config import default
 from moepeft.models.decoder import Decoder, DecoderConfig
 from moepeft.models.t5 import T5
-from moepeft.nn import attention, chunked
+from moepeft.nn import attention, chunked, fused
 from moepeft.nn.attention import Heads
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
 from moepeft.nn.sight import NO_WINDOW, Past, Sight
@@ -177,12 +177,12 @@ def test_chunked_holds_no_array_of_queries_and_keys():
 def test_fused_refuses_what_it_can_not_say():
   given = heads()
   with pytest.raises(ValueError, match='no soft caps'):
-    attention.fused(given, cap=2.0)
+    fused.attend(given, cap=2.0)
   with pytest.raises(ValueError, match='no dropout'):
-    attention.fused(given, rng=jax.random.key(0), dropout=0.1)
+    fused.attend(given, rng=jax.random.key(0), dropout=0.1)
   mask = sight(5).mask()
   np.testing.assert_allclose(
-    attention.fused(given.replace(mask=mask), 0.3),
+    fused.attend(given.replace(mask=mask), 0.3),
     attention.attend(given.replace(mask=mask), 0.3),
     rtol=1e-5,
     atol=1e-5,
@@ -205,7 +205,7 @@ def test_fused_by_lengths_equals_masks(window):
 
     return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(given.q, given.k, given.v)
 
-  ours = value(attention.fused, given.replace(sight=past))
+  ours = value(fused.attend, given.replace(sight=past))
   naive = value(attention.attend, given.replace(mask=past.mask()))
   for left, right in zip(
     jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
@@ -259,12 +259,12 @@ def of_heads(h=64, t=8, dtype=jnp.bfloat16, **changes):
   [('cpu', ''), ('tpu', ''), ('gpu', 'gfx942'), ('gpu', '7.5'), ('gpu', '')],
 )
 def test_cudnn_is_not_asked_where_it_is_not(platform, capability):
-  assert attention.implementation(platform, capability, of_heads()) == 'xla'
+  assert fused.implementation(platform, capability, of_heads()) == 'xla'
 
 
 @pytest.mark.parametrize('capability', ['8.0', '8.6', '9.0', '10.0', '12.0'])
 def test_cudnn_is_asked_for_what_it_knows(capability):
-  choose = lambda heads: attention.implementation('gpu', capability, heads)  # noqa: E731
+  choose = lambda heads: fused.implementation('gpu', capability, heads)  # noqa: E731
   square = jnp.ones((2, 1, 8, 8), bool)
   assert choose(of_heads()) == 'cudnn'
   assert choose(of_heads(dtype=jnp.float16, h=128)) == 'cudnn'
@@ -282,13 +282,13 @@ def test_cudnn_is_asked_for_what_it_knows(capability):
 
 def test_t5_is_fused_or_refuses():
   batch, variables = small.batch(), small.variables('full')
-  naive, fused = (
+  naive, ours = (
     jax.jit(T5(small.GATED, attention=form).apply)(variables, batch)
     for form in ('naive', 'fused')
   )
   real = np.asarray(batch['targets_mask'])
   np.testing.assert_allclose(
-    np.asarray(fused)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
+    np.asarray(ours)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
   )
   with pytest.raises(ValueError, match='which T5 has not'):
     T5(small.GATED, attention='chunked').apply(variables, batch)
