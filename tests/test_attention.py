@@ -13,10 +13,10 @@ from moepeft import base
 from moepeft.config import default
 from moepeft.models.decoder import Decoder, DecoderConfig
 from moepeft.models.t5 import T5
-from moepeft.nn import attention, chunked
+from moepeft.nn import attention, chunked, fused
 from moepeft.nn.attention import Heads
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
-from moepeft.nn.sight import NO_WINDOW, Sight
+from moepeft.nn.sight import NO_WINDOW, Past, Sight
 from moepeft.nn.start import fresh
 
 from .contracts import small
@@ -216,27 +216,118 @@ def test_chunked_holds_no_array_of_queries_and_keys():
 def test_fused_refuses_what_it_can_not_say():
   given = heads()
   with pytest.raises(ValueError, match='no soft caps'):
-    attention.fused(given, cap=2.0)
+    fused.attend(given, cap=2.0)
   with pytest.raises(ValueError, match='no dropout'):
-    attention.fused(given, rng=jax.random.key(0), dropout=0.1)
+    fused.attend(given, rng=jax.random.key(0), dropout=0.1)
   mask = sight(5).mask()
   np.testing.assert_allclose(
-    attention.fused(given.replace(mask=mask), 0.3),
+    fused.attend(given.replace(mask=mask), 0.3),
     attention.attend(given.replace(mask=mask), 0.3),
     rtol=1e-5,
     atol=1e-5,
   )
 
 
+@pytest.mark.parametrize('window', [0, 1, 4])
+def test_fused_by_lengths_equals_masks(window):
+  given = heads()
+  given = given.replace(k=given.k[:, :T], v=given.v[:, :T])
+  # A whole row, and one of six tokens.
+  past = Past(jnp.arange(T) < jnp.array([[T], [6]]), window)
+  weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
+
+  def value(form, given):
+    def of(q, k, v):
+      out = form(given.replace(q=q, k=k, v=v), 0.7)
+      # Padding far behind its row's tokens sees none, and may give anything.
+      return jnp.sum(out * weights * past.real[:, :, None, None])
+
+    return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(given.q, given.k, given.v)
+
+  ours = value(fused.attend, given.replace(sight=past))
+  naive = value(attention.attend, given.replace(mask=past.mask()))
+  for left, right in zip(
+    jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
+  ):
+    # Sums of up to 23 numbers of size 1 in another order.
+    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+  expected = attention.visible(past.real, past.real, causal=True, window=window)
+  np.testing.assert_array_equal(past.mask(), expected)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'packed', 'expected'),
+  [
+    ({}, False, (None, True, None)),
+    ({'window': 4}, False, (None, True, (3, 0))),
+    # Layers that differ, and rows of several texts, need a mask.
+    ({'window': 4, 'windowed': (True, False)}, False, ('mask', False, None)),
+    ({}, True, ('mask', False, None)),
+    ({'positions': 'alibi'}, False, ('mask', False, None)),
+  ],
+)
+def test_fused_is_told_lengths_where_they_say_it_all(
+  changes, packed, expected, monkeypatch
+):
+  asked = []
+
+  def record(q, k, v, bias=None, mask=None, is_causal=False, **options):
+    given = None if mask is None else 'mask'
+    asked.append((given, is_causal, options.get('local_window_size')))
+    return q
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', record)
+  batch = {'inputs': jax.ShapeDtypeStruct((2, 7), jnp.int32)}
+  if packed:
+    batch |= dict.fromkeys(
+      ('inputs_segments', 'inputs_positions'), batch['inputs']
+    )
+  config = dataclasses.replace(SMALL, **changes)
+  model = Decoder(config, attention='fused')
+  jax.eval_shape(model.init, jax.random.key(0), batch)
+  assert set(asked) == {expected}
+
+
+def of_heads(h=64, t=8, dtype=jnp.bfloat16, **changes):
+  q = jax.ShapeDtypeStruct((2, t, 4, h), dtype)
+  return Heads(q, q, q, **changes)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'capability'),
+  [('cpu', ''), ('tpu', ''), ('gpu', 'gfx942'), ('gpu', '7.5'), ('gpu', '')],
+)
+def test_cudnn_is_not_asked_where_it_is_not(platform, capability):
+  assert fused.implementation(platform, capability, of_heads()) == 'xla'
+
+
+@pytest.mark.parametrize('capability', ['8.0', '8.6', '9.0', '10.0', '12.0'])
+def test_cudnn_is_asked_for_what_it_knows(capability):
+  choose = lambda heads: fused.implementation('gpu', capability, heads)  # noqa: E731
+  square = jnp.ones((2, 1, 8, 8), bool)
+  assert choose(of_heads()) == 'cudnn'
+  assert choose(of_heads(dtype=jnp.float16, h=128)) == 'cudnn'
+  assert choose(of_heads(t=7)) == 'cudnn'
+  assert choose(of_heads(mask=square)) == 'cudnn'
+  for other in (
+    of_heads(dtype=jnp.float32),
+    of_heads(h=136),
+    of_heads(h=60),
+    of_heads(t=7, mask=square[:, :, :7, :7]),
+    of_heads(bias=square.astype(jnp.bfloat16)),
+  ):
+    assert choose(other) == 'xla'
+
+
 def test_t5_is_fused_or_refuses():
   batch, variables = small.batch(), small.variables('full')
-  naive, fused = (
+  naive, ours = (
     jax.jit(T5(small.GATED, attention=form).apply)(variables, batch)
     for form in ('naive', 'fused')
   )
   real = np.asarray(batch['targets_mask'])
   np.testing.assert_allclose(
-    np.asarray(fused)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
+    np.asarray(ours)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
   )
   with pytest.raises(ValueError, match='which T5 has not'):
     T5(small.GATED, attention='chunked').apply(variables, batch)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from moepeft.models.context import context
 from moepeft.models.decoder_config import DecoderConfig
-from moepeft.models.seen import masks, sight
+from moepeft.models.seen import masks, past, sight
 from moepeft.models.sites import ATTENTION, feed_forward
 from moepeft.nn.attention import check_form
 from moepeft.nn.causal import CausalAttention
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
-from moepeft.nn.sight import NO_WINDOW
+from moepeft.nn.sight import NO_WINDOW, Sight
 from moepeft.nn.site import Advice, Around
 from moepeft.nn.stack import stack
 from moepeft.typing import Array, Batch, Context
@@ -55,7 +55,7 @@ class Block(nn.Module):
     windowed = jnp.array(c.windowed or (True,) * c.layers)
     if window_mask is not None:
       mask = jnp.where(windowed[ctx.layer], window_mask, mask)
-    if sight is not None and c.window:
+    if isinstance(sight, Sight) and c.window:
       window = jnp.where(windowed[ctx.layer], c.window, NO_WINDOW)
       sight = sight.replace(window=window)
     attention = CausalAttention(
@@ -125,12 +125,14 @@ class Stack(nn.Module):
   def __call__(self, x: Array, ctx: Context) -> Array:
     c = self.config
     mask = window_mask = bias = seen = None
+    slopes = alibi_slopes(c.heads) if c.positions == 'alibi' else None
     if self.attention == 'chunked':
-      slopes = alibi_slopes(c.heads) if c.positions == 'alibi' else None
       seen = sight(slopes, ctx)
-    else:
+    elif self.attention == 'fused' and slopes is None:
+      seen = past(c.window, c.windowed, ctx)
+    if seen is None:
       mask, window_mask = masks(c.window, ctx)
-    if c.positions == 'alibi' and seen is None:
+    if slopes and seen is None:
       cached = jnp.arange(ctx.cache_length)
       keys = cached if ctx.decode else ctx.positions
       bias = alibi(c.heads, ctx.positions, keys)
@@ -213,9 +215,10 @@ class Decoder(nn.Module):
     """Logits float32 [b, t, v] of a batch: of what follows each token.
 
     Args:
-      batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool;
-        default: all real), and of packed rows `inputs_segments` and
-        `inputs_positions` (int). Others are not looked at.
+      batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool, False
+        on the padding after a row's tokens; default: all real), and of packed
+        rows `inputs_segments` and `inputs_positions` (int). Others are not
+        looked at.
       train: dropout and router noise on (rngs 'dropout' and 'router').
     """
     ids = batch['inputs']

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from moepeft.nn.attention import visible
-from moepeft.nn.sight import NO_WINDOW, Sight
+from moepeft.nn.sight import NO_WINDOW, Past, Sight
 from moepeft.typing import Array, Context
 
 
@@ -50,3 +50,17 @@ def sight(slopes: Sequence[float] | None, ctx: Context) -> Sight:
     key_segments = jnp.where(ctx.token_mask, query_segments, -1)
   whole = jnp.int32(NO_WINDOW)
   return Sight(query, keys, query_segments, key_segments, whole, slopes)
+
+
+def past(window: int, windowed: Sequence[bool], ctx: Context) -> Past | None:
+  """What `masks` say, in a row's length; None where that is not enough.
+
+  It is not in decoding, in packed rows, and where layers differ.
+
+  Args:
+    windowed: whether each layer has the window; () for all.
+  """
+  mixed = window and len(set(windowed)) > 1
+  if ctx.decode or ctx.segment_ids is not None or mixed:
+    return None
+  return Past(ctx.token_mask, window if all(windowed) else 0)

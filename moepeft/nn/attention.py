@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moepeft.nn import chunked
+from moepeft.nn import chunked, fused
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
 from moepeft.nn.precision import wide, wide_einsum
-from moepeft.nn.sight import Sight
+from moepeft.nn.sight import Past, Sight
 from moepeft.nn.site import Advice, Frozen, advise
 from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context
@@ -27,7 +27,8 @@ class Heads:
       queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
     mask: bool [b, 1, t, s], True where t may look at s, or None.
-    sight: instead of a mask and a bias, where no array [t, s] is wanted.
+    sight: instead of a mask and a bias, where no array [t, s] is wanted: a
+      `Sight` for the chunked form, a `Past` for the fused.
   """
 
   q: Array
@@ -35,7 +36,7 @@ class Heads:
   v: Array
   bias: Array | None = None
   mask: Array | None = None
-  sight: Sight | None = None
+  sight: Sight | Past | None = None
 
 
 def attend(
@@ -81,31 +82,8 @@ def attend(
   return jnp.einsum('bkgts,bskh->btkgh', weights, heads.v).reshape(b, t, n, h)
 
 
-def fused(
-  heads: Heads,
-  scale: float = 1.0,
-  rng=None,
-  dropout: float = 0.0,
-  cap: float = 0.0,
-) -> Array:
-  """`attend` by jax.nn.dot_product_attention: cuDNN's where it can.
-
-  Raises:
-    ValueError: there are soft caps or dropout, which it does not know.
-  """
-  if cap or (rng is not None and dropout > 0):
-    what = 'soft caps' if cap else 'dropout in training'
-    raise ValueError(
-      f"config.model.attention is 'fused', which has no {what}; take 'naive' "
-      "or 'chunked'" + ('' if cap else ', or set config.model.dropout=0')
-    )
-  return jax.nn.dot_product_attention(
-    heads.q, heads.k, heads.v, heads.bias, heads.mask, scale=scale
-  )
-
-
 # The values of config.model.attention.
-FORMS = {'naive': attend, 'chunked': chunked.attend, 'fused': fused}
+FORMS = {'naive': attend, 'chunked': chunked.attend, 'fused': fused.attend}
 
 
 def check_form(form: str) -> None:

@@ -11,7 +11,7 @@ from moepeft.nn.attention import Core, Heads
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.rope import Rope, rotate
-from moepeft.nn.sight import Sight
+from moepeft.nn.sight import Past, Sight
 from moepeft.nn.site import Advice
 from moepeft.typing import Array, Context
 
@@ -97,7 +97,7 @@ class CausalAttention(nn.Module):
     ctx: Context,
     bias: Array | None,
     mask: Array | None,
-    sight: Sight | None = None,
+    sight: Sight | Past | None = None,
   ) -> Array:
     """x [b, t, d] -> [b, t, d]; ctx.positions [b, t] must be there.
 

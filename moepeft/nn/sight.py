@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys a query sees, said in a few numbers a token instead of a mask."""
+"""Which keys a query sees, said in fewer numbers than a mask has."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -43,3 +43,31 @@ class Sight:
     distance = self.query[:, :, None] - self.key[:, None, :]
     slopes = self.slopes[:, None, None]
     return -slopes * distance[:, None].astype(jnp.float32)
+
+
+@struct.dataclass
+class Past:
+  """A query sees its row up to itself: a row is one text and its padding.
+
+  Attributes:
+    real: bool [b, t], True on tokens, which stand before all padding.
+    window: how many tokens a query sees at most, itself included; 0 for all.
+  """
+
+  real: Array
+  window: int = struct.field(pytree_node=False, default=0)
+
+  def lengths(self) -> Array:
+    """Tokens of each row, int32 [b]; one where there is none, so that the
+    softmax is of something."""
+    return jnp.maximum(jnp.sum(self.real, axis=1, dtype=jnp.int32), 1)
+
+  def mask(self) -> Array:
+    """bool [b, 1, t, t]."""
+    places = jnp.arange(self.real.shape[1])
+    distance = places[:, None] - places[None, :]
+    seen = (distance >= 0) & (distance < (self.window or NO_WINDOW))
+    return (seen & self.real[:, None, :])[:, None]
+
+  def bias(self) -> None:
+    """There is none."""
