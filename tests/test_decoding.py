@@ -266,6 +266,15 @@ def test_a_repetition_penalty_counts_prompt_and_answer():
     assert len(set(row.tolist()) | set(prompt)) == len(said)
 
 
+def test_padding_is_no_token_that_was_there():
+  model, variables = made()
+  how = How(Sampling(repetition_penalty=1.3), jnp.array([-1]))
+  rows = start(model, variables, batch(), how, 7)
+  for seen, prompt, first in zip(rows.seen, PROMPTS, rows.tokens, strict=True):
+    # Rows are padded with 3.
+    assert set(np.flatnonzero(seen)) == {*prompt, int(first[0])}
+
+
 def test_layouts_change_neither_steps_nor_tokens_of_a_decoder(tmp_path):
   flags = os.environ.get('XLA_FLAGS', '')
   env = os.environ | {

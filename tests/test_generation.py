@@ -130,7 +130,10 @@ def test_texts_end_at_stop_strings_and_at_ids(kind):
   # A row that stopped is told no more tokens of.
   news = generation(kind, stops=(stop,)).stream(variables, rows, every=1)
   alone = generation(kind, stops=(stop,)).stream(variables, rows[1:2], every=1)
+  alone = list(alone)
   assert sum(n.tokens for n in alone) == len(cut[1]) + 2
+  # No step is made after it: one news a token, and what was held back.
+  assert len(alone) == len(cut[1]) + 2 + 1
   assert sum(n.tokens for n in news) <= 3 * 11
 
 
