@@ -175,18 +175,15 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
   prompt = talk_of('a dog', '  x = 1', 'the cat')
   answers = [Turn('assistant', text) for text in ('  x = 1', 'the mat')]
   parts = encode(prompt, answers)
-  turns = [{'role': t.role, 'content': t.content} for t in prompt.turns]
-  assert parts.prompt.tolist() == words.chat(turns)
+  assert parts.prompt.tolist() == chat.Template(tokenizer).prompt(prompt)
   shown = [words.show(ids.tolist()) for ids, _ in parts.answers]
   assert shown == ['  x = 1<|im_end|>\n', 'the mat<|im_end|>\n']
   assert all(trained[:-1].all() for _, trained in parts.answers)
 
 
-def test_generation_begins_as_training_did(tokenizers, tmp_path):
+def test_generation_begins_as_training_did(tokenizers):
   tokenizer = tokenizers['bytes']
-  tokenizer.save_pretrained(tmp_path)
-  asked = [{'role': 'user', 'content': 'a dog'}]
-  ids = Tokenizer(str(tmp_path)).chat(asked)
+  ids = chat.Template(tokenizer).prompt(talk_of('a dog'))
   found = chat.Template(tokenizer).render(talk_of('a dog', '  x = 1'))
   assert found.ids[: len(ids)].tolist() == ids
   assert int(found.trained.argmax()) == len(ids)
