@@ -98,6 +98,23 @@ def test_an_answer_longer_than_a_row_keeps_its_beginning():
   assert found.ids.tolist() == [3, 4, 5]
 
 
+def test_what_texts_begin_with_stays_before_a_prompt_that_is_cut():
+  # Of 9 2 3 4 | 5 6 in 5 goes 2; of 9 2 | 5 6 7 in 3 all that can.
+  found = shortened(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', 9)
+  assert found.ids.tolist() == [9, 3, 4, 5, 6]
+  assert found.trained.tolist() == [False, False, False, True, True]
+  found = shortened(one(9, 2, 5, 6, 7, prompt=2), 3, 'prompt', 9)
+  assert found.ids.tolist() == [9, 5, 6]
+  # Without it, or where the text begins otherwise, the first goes.
+  for bos in (None, 8):
+    found = shortened(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', bos)
+    assert found.ids.tolist() == [2, 3, 4, 5, 6]
+  # b 101, the line's end 13, c 102; EOS is 1.
+  form = Samples(Bytes(bos=2), 4)
+  (made,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
+  assert made.ids.tolist() == [2, 101, 13, 102, 1]
+
+
 def test_what_has_nothing_left_to_train_is_dropped():
   long = one(2, 3, 4, 5, prompt=3)
   assert shortened(long, 3, 'end') is None

@@ -30,6 +30,7 @@ from moepeft.data.vocabulary import Bytes
 from moepeft.interop import hf
 from moepeft.likelihood import Likelihood
 from moepeft.models import t5
+from moepeft.models.decoder import Decoder, DecoderConfig
 from moepeft.nn.start import fresh
 from moepeft.progress import Pass
 from moepeft.ranking import Ranker
@@ -547,6 +548,19 @@ def test_bad_input_is_one_sentence(begun, tmp_path, args, said):
   with pytest.raises(ValueError, match=said) as e:
     evaluate.evaluate(**args)
   assert '\n' not in str(e.value)
+
+
+def test_a_decoder_without_room_for_answers_is_refused_before_anything_runs():
+  config = config_lib.default()
+  model = Decoder(DecoderConfig(length=config.data.length - 1))
+  run = types.SimpleNamespace(config=config, model=model)
+  with pytest.raises(
+    ValueError, match='length=512 tokens .* room for 511; leave out bleu'
+  ):
+    work.check_room(run, ['loss', 'bleu'])
+  work.check_room(run, ['loss', 'accuracy'])
+  config.data.length -= 1
+  work.check_room(run, ['bleu'])
 
 
 def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
