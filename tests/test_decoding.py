@@ -296,8 +296,9 @@ def test_layouts_change_neither_steps_nor_tokens_of_a_decoder(tmp_path):
     assert tokens == expected, name
     # Layers, rows, keys, heads: one spec for all of it.
     heads = [None, 'model'] if name == 'tp' else []
-    assert specs == [[None, 'data', *heads]], name
+    # Of eight devices along 'model' there is one along 'data'.
+    assert specs == [[] if name == 'tp8' else [None, 'data', *heads]], name
     assert held == shares[name], name
     # The loss and every gradient, but for the order of float32 sums, which
-    # weights three times their usual size make more of: 2e-4 was seen.
+    # weights three times their usual size make more of: 4e-4 was seen.
     assert max(off.values()) <= 2e-3, (name, off)

@@ -79,10 +79,10 @@ def gradients(layout, model, variables):
   rows |= {'targets_mask': rows['inputs_mask']}
   rows = sharding.shard_whole_batch(layout.mesh, rows)
 
-  def loss(variables):
+  def loss(variables, rows):
     return causal.objective(model.apply, variables, rows, None)[0]
 
-  value, found = jax.jit(jax.value_and_grad(loss))(variables)
+  value, found = jax.jit(jax.value_and_grad(loss))(variables, rows)
   found = {'loss': value, **names.flatten(found)}
   return {path: np.asarray(leaf) for path, leaf in found.items()}
 
