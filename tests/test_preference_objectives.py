@@ -231,3 +231,10 @@ def test_what_is_masked_has_no_gradient(name):
 def test_settings_of_likelihoods_are_refused():
   with pytest.raises(ValueError, match="config.loss does nothing .*'dpo'"):
     objective_of('dpo', Loss(z=0.1))
+
+
+def test_a_margin_within_rounding_is_a_tie():
+  # 0 and 2e-4 are within what is a tie, 1e-3 is not.
+  margins = jnp.array([0.0, 2e-4, -2e-4, 1e-3, -1e-3])
+  found = sides.won(margins, jnp.full(5, 4e-4))
+  np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 1, 0])

@@ -40,7 +40,8 @@ def objective(
   ratios = seen.ratios()
   losses = loss_of(ratios, ratios / seen.lengths, settings)
   rewards = settings.beta * ratios
-  figures = sides.compared(rewards[:, 0], rewards[:, 1], seen.real)
+  tie = settings.beta * sides.rounding(seen)
+  figures = sides.compared(rewards[:, 0], rewards[:, 1], seen.real, tie)
   return sides.totals(seen, losses, settings.sft, figures, seen.real)
 
 

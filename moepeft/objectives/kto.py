@@ -62,11 +62,12 @@ def objective(
   )
   good, bad = seen.real & label, seen.real & ~label
   margins = s.beta * jnp.where(label, ratio - point, point - ratio)
+  tie = s.beta * sides.rounding(seen)
   figures = {
     'rewards_chosen': sides.figure(s.beta * ratio, good),
     'rewards_rejected': sides.figure(s.beta * ratio, bad),
     'margins': sides.figure(margins, seen.real),
-    'accuracies': sides.figure(0.5 * (1 + jnp.sign(margins)), seen.real),
+    'accuracies': sides.figure(sides.won(margins, tie), seen.real),
     'point': sides.figure(point, seen.real),
   }
   return sides.totals(seen, losses, s.sft, figures, label)

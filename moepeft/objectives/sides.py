@@ -17,6 +17,8 @@ from moepeft.typing import Array, Batch, Tree
 # The token whose logit a reward model's score is: padding's.
 SCORE = 0
 PAIR = ('chosen_', 'rejected_')
+# Of a token's log-ratio in float32, in nats: an ulp of a logit of 32.
+_ROUNDING = 4e-6
 # What of a side the models and objectives read.
 KEYS = (
   'inputs',
@@ -177,12 +179,32 @@ def figure(values: Array, real: Array, counts: Array | int = 1) -> Array:
   return jax.lax.stop_gradient(jnp.sum(jnp.where(real, both, 0), axis=1))
 
 
-def compared(chosen: Array, rejected: Array, real: Array) -> dict[str, Array]:
-  """Figures of pairs' rewards [b]; a tie is half right, as by chance."""
+def compared(
+  chosen: Array, rejected: Array, real: Array, tie: Array | float = 0.0
+) -> dict[str, Array]:
+  """Figures of pairs' rewards [b].
+
+  Args:
+    tie: up to what difference a pair is a tie, see `won`.
+  """
   margins = chosen - rejected
   return {
     'rewards_chosen': figure(chosen, real),
     'rewards_rejected': figure(rejected, real),
     'margins': figure(margins, real),
-    'accuracies': figure(0.5 * (1 + jnp.sign(margins)), real),
+    'accuracies': figure(won(margins, tie), real),
   }
+
+
+def won(margins: Array, tie: Array | float) -> Array:
+  """1 where a margin is above a tie, 0 where it is below; ties are half right,
+  as by chance: [b]."""
+  return 0.5 * (1 + jnp.sign(jnp.where(jnp.abs(margins) > tie, margins, 0)))
+
+
+def rounding(seen: Seen) -> Array:
+  """What a row's log-ratios may differ from 0 by where nothing does: [b].
+
+  Policy and reference are two programs, so equal ones are rounded apart.
+  """
+  return _ROUNDING * jnp.sum(seen.lengths, axis=-1)
