@@ -56,7 +56,7 @@ def text(
       "a turn has 'weight' 0, but config.data.train_on='all' trains every "
       "turn; set it to 'answers', or remove the weight"
     )
-  used = _used(tokenizer, template)
+  used = all_of(tokenizer, template)
   some, tools = messages(found, used)
   render = renderer(tokenizer, template, tools)
   whole = render(some, False)
@@ -80,7 +80,7 @@ def text(
   return Text(whole, tuple(span for span, own in pairs if own))
 
 
-def _used(tokenizer: Any, template: str) -> str:
+def all_of(tokenizer: Any, template: str) -> str:
   """All that the template may say, for what it knows of."""
   own = template or tokenizer.chat_template
   return own if isinstance(own, str) else '\n'.join(own.values())
