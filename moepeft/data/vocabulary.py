@@ -180,8 +180,7 @@ def vocabulary(name: str, model_path: str = '') -> Vocabulary:
     return Bytes()
   if not name and not model_path:
     raise ValueError(
-      "name a model, which brings its tokenizer, by config.model.path (a card's model=); or "
-      "set config.data.vocabulary to a tokenizer's path, or to "
-      "'bytes'"
+      'name a model, which brings its tokenizer, by config.model.path (a card: '
+      "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
     )
   return Tokenizer(os.path.expanduser(name or model_path))
