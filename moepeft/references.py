@@ -58,6 +58,12 @@ def reference_of(
     )
   if name == BASE:
     return log_p_of(model.clone(advice=Advice())), {}
+  if not os.path.isdir(name):
+    raise ValueError(
+      f'config.preference.reference={name!r} is no directory of an adapter; '
+      f'name one (python -m moepeft.convert writes it), or {BASE!r} or '
+      f'{PRECOMPUTED!r}'
+    )
   method, _, _ = base_lib.load_adapter(name, base.config)
   own = build(method, base.family.sites(base.config), built.semantics)
   other = model.clone(advice=own.advice)

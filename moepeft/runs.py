@@ -22,6 +22,7 @@ from moepeft.peft import Built
 from moepeft.typing import Tree
 
 CONFIG = 'config.json'
+DATA = 'data.json'
 
 
 # What a run may change when it goes on: nothing that a step depends on, but
@@ -54,13 +55,7 @@ def check_unchanged(
   Raises:
     ValueError: a key differs, by name.
   """
-  checkpoints = os.path.join(workdir, 'checkpoints')
-  if not os.path.isdir(checkpoints) or not any(
-    name.isdigit() for name in os.listdir(checkpoints)
-  ):
-    # Nothing is there to go on from.
-    return
-  if not os.path.exists(os.path.join(workdir, CONFIG)):
+  if not _begun(workdir, CONFIG):
     return
   before = names.flatten(_read(workdir))
   now = names.flatten(json.loads(config.to_json()))
@@ -80,15 +75,58 @@ def check_unchanged(
       )
 
 
-def _read(workdir: str) -> dict[str, Any]:
-  path = os.path.join(workdir, CONFIG)
+def check_same_data(
+  workdir: str, found: dict[str, dict[str, str]], may_differ: Sequence[str] = ()
+) -> None:
+  """Compares data's files with those that a work directory was begun with.
+
+  Runs of before these were kept go on.
+
+  Args:
+    found: of `moepeft.data.files.hashes`.
+    may_differ: as of `check_unchanged`.
+
+  Raises:
+    ValueError: a file has changed, is new, or is gone; the message names it.
+  """
+  if not _begun(workdir, DATA):
+    return
+  before = _read(workdir, DATA)
+  free = tuple(f'{key.removeprefix("config.")}.' for key in may_differ)
+  for key in sorted(before.keys() & found.keys()):
+    if f'data.{key}.'.startswith(free):
+      continue
+    old, new = before[key], found[key]
+    for name in sorted(old.keys() | new.keys()):
+      if old.get(name) != new.get(name):
+        how = 'is gone' if name not in new else 'has changed'
+        raise ValueError(
+          f'{name!r} of config.data.{key} '
+          f'{how if name in old else "is new"} since the run in {workdir!r} '
+          'read it; put it back as it was, choose another --workdir, or allow '
+          f'it with --may_differ=data.{key}'
+        )
+
+
+def _begun(workdir: str, file: str) -> bool:
+  """Whether a checkpoint is there to go on from, and the file."""
+  checkpoints = os.path.join(workdir, 'checkpoints')
+  if not os.path.isdir(checkpoints) or not any(
+    name.isdigit() for name in os.listdir(checkpoints)
+  ):
+    return False
+  return os.path.exists(os.path.join(workdir, file))
+
+
+def _read(workdir: str, file: str = CONFIG) -> dict[str, Any]:
+  path = os.path.join(workdir, file)
   try:
     with open(path) as f:
       return json.load(f)
   except ValueError as e:
     raise ValueError(
       f'{path} is damaged ({e}); give the command that began the run once '
-      'more, in a new --workdir, and copy its config.json'
+      f'more, in a new --workdir, and copy its {file}'
     ) from None
 
 

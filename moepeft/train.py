@@ -36,7 +36,7 @@ from moepeft import base as base_lib
 from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
-from moepeft.data import cuts, loader, sources, vocabulary
+from moepeft.data import cuts, files, loader, sources, vocabulary
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
@@ -56,7 +56,7 @@ from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
 from moepeft.report import Report
-from moepeft.runs import CONFIG, check_unchanged
+from moepeft.runs import CONFIG, DATA, check_same_data, check_unchanged
 from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
@@ -179,15 +179,19 @@ def train(
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
   if dry_run:
-    return _train(config, workdir, dry_run, gin)
+    return _train(config, workdir, dry_run, gin, {})
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
   with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
     check_unchanged(workdir, config, may_differ)
-    return _train(config, workdir, dry_run, gin)
+    read = files.hashes(config.data)
+    check_same_data(workdir, read, may_differ)
+    return _train(config, workdir, dry_run, gin, read)
 
 
-def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
+def _train(
+  config: ConfigDict, workdir: str, dry_run: bool, gin: str, read: dict
+) -> dict:
   started = time.monotonic()
 
   # ---------------------------------------------------------------- data ---
@@ -316,6 +320,7 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   processes.write_json(
     os.path.join(workdir, CONFIG), json.loads(config.to_json())
   )
+  processes.write_json(os.path.join(workdir, DATA), read)
   if gin and processes.first():
     with open(os.path.join(workdir, 'config.gin'), 'w') as f:
       f.write(gin)

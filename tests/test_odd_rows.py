@@ -6,15 +6,18 @@ import json
 import pytest
 
 from moepeft import config as config_lib
+from moepeft import peft, references
 from moepeft.data import (
   answer_rows,
   chat_text,
   conversations,
   documents,
+  jsonl,
   preference,
 )
 from moepeft.data.rows import Bad, BadRow
 from moepeft.data.turns import Turn
+from moepeft.data.vocabulary import vocabulary
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
@@ -138,3 +141,46 @@ def test_calls_and_tools_are_written_in_their_own_letters():
   )
   some, _ = chat_text.messages(talk, 'a template that knows neither')
   assert '"Köln"' in some[-1]['content'] and '"天"' in some[0]['content']
+
+
+def read(path):
+  return list(conversations.rows(str(path), Bad('error')))
+
+
+@pytest.mark.parametrize(
+  ('value', 'said'),
+  [
+    ({'data': [messages()]}, "write the list in 'data' as the whole file"),
+    (messages(), "write the list in 'messages'"),
+    ({'instruction': 'a', 'output': 'b'}, r'put it into \[...\]'),
+  ],
+  ids=range(3),
+)
+def test_one_object_on_several_lines_is_told_as_such(tmp_path, value, said):
+  path = tmp_path / 'r.json'
+  path.write_text(json.dumps(value, indent=2))
+  with pytest.raises(ValueError, match=f'one object on several .*{said}'):
+    read(path)
+  path.write_text(json.dumps([messages()], indent=2))
+  assert len(read(path)) == 1
+
+
+@pytest.mark.parametrize(
+  ('reader', 'name'),
+  [(read, 'b.json'), (documents.read, 'b.txt'), (jsonl.read, 'b.jsonl')],
+)
+def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match=f'{name} is a directory, expected'):
+    reader(str(tmp_path))
+
+
+def test_without_a_model_the_sentence_asks_for_one():
+  with pytest.raises(ValueError, match='name a model, .*a card: model='):
+    vocabulary('')
+
+
+def test_a_reference_that_is_nowhere_is_asked_for_as_an_adapter():
+  built = peft.Built(None, 'lora', 'peft', 'official')
+  with pytest.raises(ValueError, match="='/nope' is no directory of an ad"):
+    references.reference_of('dpo', '/nope', None, built, None)

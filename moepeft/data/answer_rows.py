@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from moepeft.data import (
   answer_ids,
   causal,
+  chat,
   conversations,
   forms,
   hub,
@@ -90,6 +91,8 @@ def notes(
     lines.append(
       f'{own.words} brings no chat template: turns are written as plain text'
     )
+  elif decoder:
+    lines += chat.template(data, own.words).remarks
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
   pairs, gone = list(zip(places, spans, strict=True)), set(alike)

@@ -6,6 +6,7 @@ The template's text and where answers stand in it are in `chat_text` and
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.data import chat_ids, chat_text
+from moepeft.data import chat_ids, chat_probe, chat_text
 from moepeft.data import conversations as forms
 from moepeft.data.causal import Sample
 from moepeft.data.chat_fit import fitted
@@ -64,7 +65,22 @@ class Template:
   def write(self, found: Conversation) -> Text:
     """A conversation's text; see `chat_text.text`."""
     found = self._with_system(found)
+    if any(turn.role == 'tool' for turn in found.turns) and not self._results:
+      raise BadRow(
+        'a turn is of a tool, and the chat template leaves such turns out; '
+        'name one that does not with config.data.chat_template, or remove the '
+        'row'
+      )
     return chat_text.text(found, self.tokenizer, self.train_on, self.text)
+
+  @functools.cached_property
+  def remarks(self) -> tuple[str, ...]:
+    """Lines for the user; see `chat_probe.remarks`."""
+    return chat_probe.remarks(self.tokenizer, self.text)
+
+  @functools.cached_property
+  def _results(self) -> bool:
+    return chat_probe.writes_results(self.tokenizer, self.text)
 
   def encode(self, texts: Sequence[Text]) -> list[Sample]:
     """See `chat_ids.samples`."""
@@ -154,7 +170,8 @@ def talks(
       cut += talk.sample.cut
       found.setdefault(file, []).append(talk)
   count = sum(map(len, found.values()))
-  return found, tuple(_notes(data, bad, count, cut, dropped))
+  notes = _notes(data, bad, count, cut, dropped)
+  return found, (*notes, *used.remarks)
 
 
 def _read(
@@ -230,6 +247,8 @@ def _notes(
       + ' and no room for the last answer'
       * (data.too_long == 'prompt')
     )
+  if not count and len(lines) == 1:
+    raise ValueError(f'{data.path} is empty; expected conversations in it')
   if not count:
     raise ValueError(
       f'{data.path} leaves no conversation to train on'

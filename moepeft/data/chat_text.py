@@ -56,7 +56,7 @@ def text(
       "a turn has 'weight' 0, but config.data.train_on='all' trains every "
       "turn; set it to 'answers', or remove the weight"
     )
-  used = _used(tokenizer, template)
+  used = all_of(tokenizer, template)
   some, tools = messages(found, used)
   render = renderer(tokenizer, template, tools)
   whole = render(some, False)
@@ -86,11 +86,11 @@ def asked(found: Conversation, tokenizer: Any, template: str) -> str:
   Raises:
     BadRow: the template cannot render it.
   """
-  some, tools = messages(found, _used(tokenizer, template))
+  some, tools = messages(found, all_of(tokenizer, template))
   return renderer(tokenizer, template, tools)(some, True)
 
 
-def _used(tokenizer: Any, template: str) -> str:
+def all_of(tokenizer: Any, template: str) -> str:
   """All that the template may say, for what it knows of."""
   own = template or tokenizer.chat_template
   return own if isinstance(own, str) else '\n'.join(own.values())

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moepeft.data import hub
+from moepeft.data import hub, jsonl
 from moepeft.data.rows import Bad, BadRow
 from moepeft.data.turns import Turn, text, tools, turn
 
@@ -77,7 +77,7 @@ def _files(path: str) -> list[str]:
   found = [f for f in sorted(os.listdir(path)) if f.endswith(_ENDS)]
   if not found:
     raise ValueError(f'{path} holds no file of {kinds}')
-  return [os.path.join(path, f) for f in found]
+  return jsonl.check_files([os.path.join(path, f) for f in found])
 
 
 def conversations(path: str, form: str = '') -> list[Conversation]:

@@ -67,7 +67,7 @@ def _files(path: str) -> list[str]:
   found = [f for f in sorted(os.listdir(path)) if f.endswith(_ENDS)]
   if not found:
     raise ValueError(f'{path} holds no file of {", ".join(_ENDS)}')
-  return [os.path.join(path, f) for f in found]
+  return jsonl.check_files([os.path.join(path, f) for f in found])
 
 
 def _text(file: str) -> list[Document]:

@@ -116,8 +116,38 @@ def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
   if _ending(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)
+  if _ending(file) == 'json':
+    _check_lines(file)
   found = list(jsonl.lines(file, bad))
   return [where for where, _ in found], [row for _, row in found]
+
+
+def _check_lines(file: str) -> None:
+  """Looks whether a .json holds one object on several lines.
+
+  Raises:
+    ValueError: it does.
+  """
+  try:
+    with jsonl.opener(file)(file, 'rt', encoding='utf-8-sig') as opened:
+      first = opened.readline()
+      # All but '{' of a row on one line is on that line.
+      if first.strip() != '{':
+        return
+      found = json.loads(first + opened.read())
+  except (ValueError, RecursionError, OSError, EOFError, zlib.error):
+    # Whoever reads it says what is wrong.
+    return
+  lists = [key for key, value in found.items() if isinstance(value, list)]
+  raise ValueError(
+    f'{file} is one object on several lines, expected an array of rows or an '
+    'object a line; '
+    + (
+      f'write the list in {lists[0]!r} as the whole file'
+      if len(lists) == 1
+      else 'put it into [...]'
+    )
+  )
 
 
 def _begins(file: str) -> bytes:

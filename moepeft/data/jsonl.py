@@ -58,7 +58,22 @@ def _files(path: str) -> list[str]:
   found = [f for f in sorted(os.listdir(path)) if '.jsonl' in f]
   if not found:
     raise ValueError(f'{path} holds no .jsonl or .jsonl.gz file')
-  return [os.path.join(path, f) for f in found]
+  return check_files([os.path.join(path, f) for f in found])
+
+
+def check_files(found: Sequence[str]) -> list[str]:
+  """The same.
+
+  Raises:
+    ValueError: one of them is a directory, though named as a file is.
+  """
+  for file in found:
+    if os.path.isdir(file):
+      raise ValueError(
+        f'{file} is a directory, expected a file of that name; rename it, or '
+        'name it itself'
+      )
+  return list(found)
 
 
 def opener(file: str):

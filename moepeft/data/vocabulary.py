@@ -151,5 +151,8 @@ def vocabulary(name: str, model_path: str = '') -> Vocabulary:
   if name == 'bytes' or (not name and model_path.startswith('package:')):
     return Bytes()
   if not name and not model_path:
-    raise ValueError("set config.data.vocabulary: a path, or 'bytes'")
+    raise ValueError(
+      'name a model, which brings its tokenizer, by config.model.path (a card: '
+      "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
+    )
   return Tokenizer(os.path.expanduser(name or model_path))
