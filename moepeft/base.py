@@ -59,7 +59,7 @@ def resolve(path: str) -> str:
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
-  """The family and the model's config, without reading a weight.
+  """The family and the model's config, without holding the weights.
 
   Raises:
     ValueError: nothing is known by the names, or a shape cannot be.

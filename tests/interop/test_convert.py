@@ -211,6 +211,11 @@ def test_what_was_trained_on_a_quantised_base_is_merged_into_that(run, trained):
   assert_equal_trees(hf.load('out').params, expected)
   kernel = expected['decoder']['layers']['self']['k']['kernel']
   assert (kernel != PARAMS['decoder']['layers']['self']['k']['kernel']).any()
+  # The codes are of what training read, whatever is written.
+  more = ('--dtype=bfloat16', '--overwrite')
+  assert run('--workdir=run', '--output=out', '--to=hf', *more) == (0, '')
+  cast = jax.tree.map(lambda a: a.astype('bfloat16'), expected)
+  assert_equal_trees(hf.load('out').params, cast)
 
 
 @pytest.mark.parametrize('form', ['hf', 't5x'])
@@ -247,6 +252,8 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['--output=out', '--to=hf'], '--input is missing'),
     (['--input=hf', '--output=out'], '--to is missing'),
     (['--input=hf', '--output=out', '--to=gguf'], 'gguf'),
+    (['--input=peft', '--output=out', '--to=gguf'], 'gguf'),
+    (['--input=moepeft', '--output=out', '--to=gguf'], 'gguf'),
     (['--input=hf', '--output=out', '--form=hf'], 'form'),
     (['hf', '--output=out', '--to=hf'], "unexpected argument 'hf'"),
     (['--input=hf', '--output=out', '--to=peft'], 'holds no adapter'),
