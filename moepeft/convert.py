@@ -27,7 +27,8 @@ the adapter under the released code's names.
 --workdir takes what a training run trained: an adapter as moepeft (the
 default), peft, hf (merged) or t5x, which is "both in one", or a whole model
 as hf (the default) or t5x. There, the checkpoint's step is
-config.optimizer.clock plus the run's own steps, as T5X counts.
+config.optimizer.clock plus the run's own steps, as T5X counts. A chat template
+or system turn that the run's config names is written as chat_template.jinja.
 """
 
 import os
@@ -40,6 +41,8 @@ from absl import flags
 
 from moepeft import interop
 from moepeft.base import resolve
+from moepeft.data import chat_template
+from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
 from moepeft.interop import files, gguf, hf, peft, peft_config, quantised, t5x
 from moepeft.interop.adapter import Adapter
@@ -143,17 +146,39 @@ def _convert_run(values: flags.FlagValues) -> None:
   from moepeft import checkpoint
 
   tree, card = checkpoint.restore_trained(values.workdir)
-  if card['trainable'] == 'params':
+  whole = card['trainable'] == 'params'
+  values.to = values.to or ('hf' if whole else 'moepeft')
+  template = '' if values.to == 't5x' else _template(values, card)
+  if whole:
     _write_trained_base(values, tree, card)
-    return
-  values.to = values.to or 'moepeft'
-  step = _t5x_step(values, card) if values.to == 't5x' else 0
-  _write_own(values, tree, card, step)
+  else:
+    step = _t5x_step(values, card) if values.to == 't5x' else 0
+    _write_own(values, tree, card, step)
+  if template:
+    file = Path(values.output) / 'chat_template.jinja'
+    file.write_text(template, encoding='utf-8')
+
+
+def _template(values: flags.FlagValues, card) -> str:
+  """The chat template that a run was trained by, '' for its tokenizer's own.
+
+  Raises:
+    ValueError: the file that its config names is gone.
+  """
+  data = files.read_json(Path(values.workdir) / 'config.json').get('data', {})
+  path, system = data.get('chat_template', ''), data.get('system', '')
+  if not path and not system:
+    return ''
+  base = values.base or card['base']['path']
+  words = vocabulary(data.get('vocabulary', ''), base)
+  chat_template.put(words, path, system)
+  own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
+  return own if isinstance(own, str) else ''
 
 
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
   config, over = own.config_of(card), values.overwrite
-  if values.to in (None, 'hf'):
+  if values.to == 'hf':
     words = _tokenizer(values, card['base']['path'])
     hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
   elif values.to == 't5x':

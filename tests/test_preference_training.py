@@ -303,6 +303,12 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
   train.train(card(places, steps=2), str(tmp_path / 'a'))
   out = str(tmp_path / 'out')
   convert.main(['convert', f'--workdir={tmp_path}/a', f'--output={out}'])
+  # Without a reference of its own, it is told what the base is.
+  capsys.readouterr()
+  started = card(places, **{'model.adapter': out})
+  train.train(started, str(tmp_path / 'c'), dry_run=True)
+  said = f'set config.preference.reference to {out!r}'
+  assert said in capsys.readouterr().out
   more = {'model.adapter': out, 'preference.reference': out}
   found = first_loss(card(places, **more))
   # Of the policy's own start it is ln 2 again; of the base it is not: here

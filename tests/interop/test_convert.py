@@ -18,6 +18,7 @@ from moepeft.models import names, t5
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 
+from .. import chat_cases
 from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
 
 CONFIG = CONFIGS['gated-untied']
@@ -216,6 +217,30 @@ def test_what_was_trained_on_a_quantised_base_is_merged_into_that(run, trained):
   assert run('--workdir=run', '--output=out', '--to=hf', *more) == (0, '')
   cast = jax.tree.map(lambda a: a.astype('bfloat16'), expected)
   assert_equal_trees(hf.load('out').params, cast)
+
+
+@pytest.mark.parametrize('form', ['moepeft', 'peft', 'hf'])
+def test_the_template_that_a_run_was_trained_by_goes_along(run, trained, form):
+  from transformers import AutoTokenizer
+
+  trained(LORA.tree, trainable='peft')
+  chat_cases.tokenizer(template='none of it').save_pretrained('words')
+  Path('own.jinja').write_text(chat_cases.CHATML)
+  data = {'chat_template': 'own.jinja', 'system': 'Be brief.'}
+  data |= {'vocabulary': 'words'}
+  Path('run', 'config.json').write_text(json.dumps({'data': data}))
+  assert run('--workdir=run', '--output=out', f'--to={form}') == (0, '')
+  found = AutoTokenizer.from_pretrained('words')
+  found.chat_template = Path('out', 'chat_template.jinja').read_text()
+  if form == 'hf':
+    # The directory's own, whatever the tokenizer brought.
+    assert AutoTokenizer.from_pretrained('out').chat_template == (
+      found.chat_template
+    )
+  turns = [{'role': 'user', 'content': 'a'}]
+  assert found.apply_chat_template(turns, tokenize=False) == (
+    '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n'
+  )
 
 
 @pytest.mark.parametrize('form', ['hf', 't5x'])
