@@ -234,11 +234,11 @@ def _train(config: ConfigDict, workdir: str, dry_run: bool, gin: str) -> dict:
   reference, adapters = references.reference_of(
     config.objective, against, model, built, base
   )
-  started = config.model.adapter
-  if started and config.objective in REFERRING and against == references.BASE:
+  begun = config.model.adapter
+  if begun and config.objective in REFERRING and against == references.BASE:
     print(
       'note: rewards are measured against the base without '
-      f'config.model.adapter; set config.preference.reference to {started!r} '
+      f'config.model.adapter; set config.preference.reference to {begun!r} '
       'to measure against where training begins'
     )
   optimizer = optim.optimizer(config.optimizer, config.steps)
