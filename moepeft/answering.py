@@ -35,11 +35,13 @@ class Answering:
     length: int,
     batch_size: int,
     mesh: Mesh | None = None,
+    ends: Sequence[int] = (),
   ):
     """`batch_size` is rounded up to a multiple of the mesh's devices.
 
     Args:
       length: tokens to generate at most, EOS included.
+      ends: ids that end an answer; by default the vocabulary's.
 
     Raises:
       ValueError: `length` is below 1, or a decoder has no room for both.
@@ -50,7 +52,7 @@ class Answering:
     self._decoder_only = hasattr(model, 'extend')
     self._vocabulary, self._most = vocabulary, inputs_length
     self._rows = sharding.round_up(mesh, batch_size)
-    settings = Settings(length, (vocabulary.eos,))
+    settings = Settings(length, tuple(ends) or (vocabulary.eos,))
     self._generation = Generation(model, vocabulary, settings, mesh)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:

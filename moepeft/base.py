@@ -4,7 +4,7 @@
 import dataclasses
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -32,6 +32,7 @@ class Base:
     path: as the config named it; '' for random weights.
     sha256: the content hash of `params` as stored, '' for random weights.
     quantise: what projections are kept in, 'int8' or 'nf4'; '' as they were.
+    folder: the directory or file that was read, of a hub's name too.
   """
 
   family: ModuleType
@@ -40,6 +41,24 @@ class Base:
   path: str
   sha256: str
   quantise: str = ''
+  folder: str = ''
+
+
+class Start(NamedTuple):
+  """An adapter that was read.
+
+  Attributes:
+    method: its text; tree: the 'peft' tree.
+    sha256: of the base that it was trained on, '' where its form has none.
+    semantics: that it was trained with, '' where its form has none.
+    quantise: what that base was kept in, None where its form does not say.
+  """
+
+  method: str
+  tree: Tree
+  sha256: str = ''
+  semantics: str = ''
+  quantise: str | None = None
 
 
 def resolve(path: str) -> str:
@@ -59,7 +78,10 @@ def resolve(path: str) -> str:
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
-  """The family and the model's config, without reading a weight.
+  """The family and the model's config, without its weights.
+
+  Where a head and an embedding are stored, these two are read: whether they
+  are one is part of the config.
 
   Raises:
     ValueError: nothing is known by the names, or a shape cannot be.
@@ -145,13 +167,15 @@ def load(model: ConfigDict) -> Base:
   params = loaded.params
   if kind:
     params = quantised.pack(params, config, kind, dtype)
-  return Base(family, config, params, model.path, loaded.sha256, kind)
+  where = loaded.path
+  return Base(family, config, params, model.path, loaded.sha256, kind, where)
 
 
-def load_adapter(path: str, config: Any) -> tuple[str, Tree, str]:
-  """(method, 'peft' tree, hash) of an adapter in any form that is known.
+def load_adapter(path: str, config: Any) -> Start:
+  """An adapter in any form that is known.
 
-  The hash is of the base that it was trained on, '' where the form has none.
+  Args:
+    config: of the model.
 
   Raises:
     ValueError: the path holds no adapter.
@@ -160,12 +184,13 @@ def load_adapter(path: str, config: Any) -> tuple[str, Tree, str]:
   form = interop.detect(path)
   if form == 'moepeft':
     tree, card = adapter_lib.load(path)
-    return card['method'], tree, card['base']['sha256']
+    base = card['base']
+    kept = base.get('quantise', '')
+    return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
   if form == 'peft':
-    found = peft_files.load(path, config)
-    return found.method, found.tree, ''
+    return Start(*peft_files.load(path, config))
   if form == 't5x' and (found := t5x.load(path).adapter):
-    return found.method, found.tree, ''
+    return Start(*found)
   raise ValueError(
     f'{path} holds no adapter; expected one of moepeft, of peft, or a T5X '
     'checkpoint of the released code'
@@ -210,19 +235,30 @@ def with_adapter(
 
   Raises:
     ValueError: it computes something else than the method, was trained on
-      another base, or its arrays are not those of the method.
+      another base or on one kept in other bits, or its arrays are not those
+      of the method.
   """
-  method, tree, sha256 = load_adapter(path, base.config)
+  method, tree, sha256, semantics, kind = load_adapter(path, base.config)
   if sha256 and base.sha256 and sha256 != base.sha256:
     raise ValueError(
       f'{path} was trained on another base than {base.path} (their content '
       'hashes differ); set config.model.path to its own'
     )
-  own = build(method, base.family.sites(base.config), built.semantics)
-  advice = f'set config.method to {own.method!r}, or name another adapter'
+  if kind not in (None, base.quantise):
+    raise ValueError(
+      f'{path} was trained with config.model.quantise={kind!r}, this base has '
+      f'{base.quantise!r}; set it to {kind!r}, or name another adapter'
+    )
+  semantics = semantics or built.semantics
+  own = build(method, base.family.sites(base.config), semantics)
+  advice = (
+    f'set config.method to {own.method!r} and config.semantics to '
+    f'{semantics!r}, or name another adapter'
+  )
   if function_of(own.advice) != function_of(built.advice):
     raise ValueError(
-      f'{path} holds {own.method!r}, the config has {built.method!r}; {advice}'
+      f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
+      f'has {built.method!r} with {built.semantics!r}; {advice}'
     )
   wanted, found = names.flatten(variables['peft']), names.flatten(tree)
   names.check(

@@ -27,7 +27,8 @@ the adapter under the released code's names.
 --workdir takes what a training run trained: an adapter as moepeft (the
 default), peft, hf (merged) or t5x, which is "both in one", or a whole model
 as hf (the default) or t5x. There, the checkpoint's step is
-config.optimizer.clock plus the run's own steps, as T5X counts.
+config.optimizer.clock plus the run's own steps, as T5X counts. A chat template
+or system turn that the run's config names is written as chat_template.jinja.
 """
 
 import os
@@ -35,10 +36,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from moepeft import interop
 from moepeft.base import resolve
+from moepeft.data import chat_template
+from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
 from moepeft.interop import files, gguf, hf, peft, peft_config, quantised, t5x
 from moepeft.interop.adapter import Adapter
@@ -47,6 +51,8 @@ from moepeft.models.names import CheckpointError
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 
+# What --to names: GGUF files are read alone.
+_WRITTEN = tuple(form for form in interop.FORMS if form != 'gguf')
 _SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
 
 
@@ -57,8 +63,7 @@ def define_flags() -> flags.FlagValues:
   text, switch = flags.DEFINE_string, flags.DEFINE_boolean
   text('input', None, 'Model or adapter to convert.', **options)
   text('output', None, 'Directory to write.', **options)
-  forms = list(interop.FORMS)
-  flags.DEFINE_enum('to', None, forms, 'Form to write.', **options)
+  flags.DEFINE_enum('to', None, _WRITTEN, 'Form to write.', **options)
   text('workdir', None, 'Training run to export the adapter of.', **options)
   text(
     'base',
@@ -141,17 +146,39 @@ def _convert_run(values: flags.FlagValues) -> None:
   from moepeft import checkpoint
 
   tree, card = checkpoint.restore_trained(values.workdir)
-  if card['trainable'] == 'params':
+  whole = card['trainable'] == 'params'
+  values.to = values.to or ('hf' if whole else 'moepeft')
+  template = '' if values.to == 't5x' else _template(values, card)
+  if whole:
     _write_trained_base(values, tree, card)
-    return
-  values.to = values.to or 'moepeft'
-  step = _t5x_step(values, card) if values.to == 't5x' else 0
-  _write_own(values, tree, card, step)
+  else:
+    step = _t5x_step(values, card) if values.to == 't5x' else 0
+    _write_own(values, tree, card, step)
+  if template:
+    file = Path(values.output) / 'chat_template.jinja'
+    file.write_text(template, encoding='utf-8')
+
+
+def _template(values: flags.FlagValues, card) -> str:
+  """The chat template that a run was trained by, '' for its tokenizer's own.
+
+  Raises:
+    ValueError: the file that its config names is gone.
+  """
+  data = files.read_json(Path(values.workdir) / 'config.json').get('data', {})
+  path, system = data.get('chat_template', ''), data.get('system', '')
+  if not path and not system:
+    return ''
+  base = values.base or card['base']['path']
+  words = vocabulary(data.get('vocabulary', ''), base)
+  chat_template.put(words, path, system)
+  own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
+  return own if isinstance(own, str) else ''
 
 
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
   config, over = own.config_of(card), values.overwrite
-  if values.to in (None, 'hf'):
+  if values.to == 'hf':
     words = _tokenizer(values, card['base']['path'])
     hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
   elif values.to == 't5x':
@@ -187,7 +214,11 @@ def _require(values: flags.FlagValues, name: str) -> None:
     raise CheckpointError(f'--{name} is missing; see --help')
 
 
-def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
+def _load_base(
+  values: flags.FlagValues, path: str, dtype: str | None = None
+) -> hf.Loaded | t5x.Loaded:
+  """A base; `dtype` instead of the one that --dtype names."""
+  dtype = dtype or values.dtype
   if not path:
     raise CheckpointError(
       f'{values.input or values.workdir} names no base model: give it with '
@@ -196,11 +227,11 @@ def _load_base(values: flags.FlagValues, path: str) -> hf.Loaded | t5x.Loaded:
   path = resolve(path)
   form = interop.detect(path)
   if form == 'hf':
-    return hf.load(path, values.dtype)
+    return hf.load(path, dtype)
   if form == 'gguf':
-    return gguf.load(path, values.dtype)
+    return gguf.load(path, dtype)
   if form == 't5x':
-    return t5x.load(path, values.dtype, values.top_k)
+    return t5x.load(path, dtype, values.top_k)
   raise CheckpointError(
     f'{path} is an adapter ({form}), expected a base model (hf, gguf or t5x)'
   )
@@ -227,7 +258,7 @@ def _convert_base(values: flags.FlagValues) -> None:
 def _convert_peft(values: flags.FlagValues) -> None:
   fields = peft_config.read(values.input)
   path = values.base or fields.get('base_model_name_or_path') or ''
-  base = _load_base(values, path)
+  base = _load_base(values, path, _wide(values))
   adapter = peft.load(values.input, base.config)
   if values.to == 'hf':
     _write_merged(values, base, adapter, _SEMANTICS)
@@ -236,9 +267,27 @@ def _convert_peft(values: flags.FlagValues) -> None:
   elif values.to == 'peft':
     over = values.overwrite
     peft.save(values.output, base.config, adapter, path, fields, over)
-  else:
+  elif values.to == 'moepeft':
     card = _card(adapter, path, base.sha256, base.config)
     own.save(values.output, adapter.tree, card, values.overwrite)
+  else:
+    raise _unknown(values)
+
+
+def _wide(values: flags.FlagValues) -> str | None:
+  """What a base is read in to merge: --dtype casts what comes of it.
+
+  A cast before would quantise other weights than training did, and round the
+  base twice.
+  """
+  return 'float32' if values.dtype and values.to == 'hf' else None
+
+
+def _unknown(values: flags.FlagValues) -> CheckpointError:
+  return CheckpointError(
+    f'--to={values.to} is no form of an adapter: expected one of '
+    f'{", ".join(_WRITTEN)}'
+  )
 
 
 def _convert_own(values: flags.FlagValues) -> None:
@@ -254,8 +303,10 @@ def _write_own(values: flags.FlagValues, tree, card, step: int = 0) -> None:
   elif values.to == 'peft':
     config, over = own.config_of(card), values.overwrite
     peft.save(values.output, config, adapter, path, overwrite=over)
+  elif values.to not in _WRITTEN:
+    raise _unknown(values)
   else:
-    base = _load_base(values, path)
+    base = _load_base(values, path, _wide(values))
     if base.sha256 != card['base']['sha256']:
       raise CheckpointError(
         f'{path} is not the base that the adapter was trained on (content '
@@ -284,14 +335,15 @@ def _write_merged(
   if kind:
     print(f'merging into what the base decodes to from {kind}')
     packed = quantised.pack(params, base.config, kind)
-    dtype = params['embed']['embedding'].dtype
-    params = quantised.unpack(packed, base.config, dtype)
+    params = quantised.unpack(packed, base.config)
   try:
     merged = merge(built, {'params': params, 'peft': adapter.tree})
   except ValueError as error:
     raise CheckpointError(
       f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
     ) from None
+  if values.dtype is None:
+    merged = jax.tree.map(lambda a, b: a.astype(b.dtype), merged, base.params)
   words, over = _tokenizer(values, base.path), values.overwrite
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft import base, command, prompts, runs, sampling
+from moepeft import command, prompts, runs, sampling
 from moepeft.answering import Answering
 from moepeft.beams import Beams
+from moepeft.data.answer_ids import templated
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Settings
 from moepeft.models import decoder_only
@@ -153,9 +154,10 @@ def opened() -> Run:
   if not _WORKDIR.value:
     return runs.open_model(_MODEL.value, _ADAPTER.value)
   run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  if run.config.data.source == 'chat' and not _CHAT.value:
+  source, chats = run.config.data.source, templated(run.words)
+  if source in ('chat', 'preference') and chats and not _CHAT.value:
     print(
-      'the run was trained on conversations; --chat puts prompts in their form',
+      'the run was trained by a chat template; --chat puts prompts into it',
       file=sys.stderr,
     )
   return run
@@ -167,9 +169,7 @@ def main(argv) -> None:
   texts, how = given(), settings()
   print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
   run = opened()
-  path = run.config.model.path
-  folder = base.resolve(path) if path else ''
-  how = dataclasses.replace(how, ends=prompts.ends(run.words, folder))
+  how = dataclasses.replace(how, ends=run.ends)
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
   manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
   talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)

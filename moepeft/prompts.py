@@ -13,6 +13,7 @@ from moepeft.data import causal, chat
 from moepeft.data.answer_ids import templated
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.vocabulary import Vocabulary
+from moepeft.interop import gguf
 
 
 def plain(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
@@ -68,15 +69,26 @@ def conversation(turns: Sequence[str]) -> Conversation:
 
 
 def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
-  """Ids that end an answer: the vocabulary's, and those the model's files name.
+  """Ids that end an answer: the vocabulary's, what its chat template ends
+  answers with, and those that the model's files name.
 
   Args:
-    folder: the model's, with a generation_config.json or not.
+    folder: the model's directory or GGUF file, '' for none.
   """
   found = [words.eos]
-  path = os.path.join(folder, 'generation_config.json')
-  if os.path.isfile(path):
-    with open(path) as f:
-      said = json.load(f).get('eos_token_id')
-    found += said if isinstance(said, list) else [said]
+  if templated(words):
+    found += chat.Template(words.tokenizer).ends()
+  if folder.endswith(gguf.SUFFIX):
+    said = gguf.metadata(folder)
+    found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]
+  for name in ('generation_config.json', 'config.json'):
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+      with open(path) as f:
+        said = json.load(f).get('eos_token_id')
+      found += said if isinstance(said, list) else [said]
   return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+# The ends of a text, of a turn and of a message.
+_GGUF = ('eos', 'eot', 'eom')

@@ -64,8 +64,9 @@ def reference_of(
       f'name one (python -m moepeft.convert writes it), or {BASE!r} or '
       f'{PRECOMPUTED!r}'
     )
-  method, _, _ = base_lib.load_adapter(name, base.config)
-  own = build(method, base.family.sites(base.config), built.semantics)
+  found = base_lib.load_adapter(name, base.config)
+  semantics = found.semantics or built.semantics
+  own = build(found.method, base.family.sites(base.config), semantics)
   other = model.clone(advice=own.advice)
   fresh = start.fresh(other, base_lib.example_batch(), 0, base.params)
   tree = base_lib.with_adapter(fresh, own, name, base)['peft']

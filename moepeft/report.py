@@ -86,8 +86,9 @@ class Report:
         'step': number,
         # What is minimised; then -log p of a target token, whatever that is.
         'loss': float(aux['loss']),
-        'nll': float(aux['nll'] / max(aux['tokens'], 1)),
-        'token_accuracy': float(aux['correct'] / max(aux['tokens'], 1)),
+        # NaN of a batch without one, as of judged answers that are all bad.
+        'nll': _ratio(aux['nll'], aux['tokens']),
+        'token_accuracy': _ratio(aux['correct'], aux['tokens']),
         'router_loss': float(aux['router_loss']),
         'gradient_norm': float(aux['gradient_norm']),
         'learning_rate': float(self._rate(number - 1)),
@@ -113,9 +114,13 @@ class Report:
 def figures(aux: Mapping[str, Any]) -> dict[str, float]:
   """What an objective tells beside its loss; NaN where there is nothing."""
   return {
-    key: float(total / count) if count else float('nan')
+    key: _ratio(total, count)
     for key, (total, count) in aux.get('figures', {}).items()
   }
+
+
+def _ratio(total: Any, count: Any) -> float:
+  return float(total / count) if count else float('nan')
 
 
 def _broken(aux: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import config as config_lib
+from moepeft import prompts
 from moepeft.checkpoint import card, restore_trained
-from moepeft.data import vocabulary
+from moepeft.data import chat_template, vocabulary
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.interop import quantised
 from moepeft.models import names
@@ -142,6 +143,7 @@ class Run:
     method: canonical text, 'none' for the base.
     base: the base's name: the last part of its path, 'random' without one.
     base_parameters, parameters: of the base, and trained.
+    folder: where the base was read, '' for random weights.
   """
 
   config: ConfigDict
@@ -153,6 +155,14 @@ class Run:
   base: str
   base_parameters: int
   parameters: int
+  folder: str = ''
+
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """Ids that end an answer."""
+    own, path = self.config.data.vocabulary, self.config.model.path
+    folder = self.folder if own in ('', path) else os.path.expanduser(own)
+    return prompts.ends(self.words, folder)
 
 
 def open_run(workdir: str, which: str = ''):
@@ -169,7 +179,8 @@ def load(workdir: str, which: str = '') -> Run:
       see `Checkpoints.restore_trainable`.
 
   Raises:
-    ValueError: no run is there, or its base has changed since.
+    ValueError: no run is there, its base has changed since, or its chat
+      template is gone.
   """
   if not os.path.exists(os.path.join(workdir, CONFIG)):
     raise ValueError(f'{workdir!r} is no work directory: it has no {CONFIG}')
@@ -186,16 +197,19 @@ def load(workdir: str, which: str = '') -> Run:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, which)
     method, parameters = built.method, _size(variables[built.trainable])
+  words = vocabulary(config.data.vocabulary, config.model.path)
+  chat_template.put(words, config.data.chat_template, config.data.system)
   return Run(
     config,
     model,
     jax.tree.map(jnp.asarray, variables),
-    vocabulary(config.data.vocabulary, config.model.path),
+    words,
     step,
     method,
     os.path.basename(base.path.rstrip('/')).split(':')[-1] or 'random',
     quantised.parameters(variables['params'], base.config),
     parameters,
+    base.folder,
   )
 
 
@@ -206,11 +220,13 @@ def open_model(path: str, adapter: str = '') -> Run:
     ValueError: no model is there, no adapter, or it is another base's.
   """
   config = config_lib.default()
-  config.model.path = path
+  config.model.path, config.method = path, 'full'
+  if adapter:
+    found = base_lib.load_adapter(adapter, base_lib.shape(config.model)[1])
+    config.method = found.method
+    config.semantics = found.semantics or config.semantics
+    config.model.quantise = found.quantise or ''
   base = base_lib.load(config.model)
-  config.method = (
-    base_lib.load_adapter(adapter, base.config)[0] if adapter else 'full'
-  )
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
   if adapter:
@@ -223,8 +239,9 @@ def open_model(path: str, adapter: str = '') -> Run:
     0,
     built.method if adapter else 'none',
     os.path.basename(path.rstrip('/')).split(':')[-1],
-    _size(variables['params']),
+    quantised.parameters(variables['params'], base.config),
     _size(variables[built.trainable]) if adapter else 0,
+    base.folder,
   )
 
 

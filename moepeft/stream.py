@@ -2,7 +2,9 @@
 """Token ids to text while they come: whole characters, cut at stop strings.
 
 What was given out is final: it is never taken back, and its sum is the text
-of all ids decoded at once, up to the first stop string.
+of all ids decoded at once, up to the first stop string. Of bytes that are no
+UTF-8 alone a decoder may say something else at once: one that decodes a run of
+bytes together (byte fallback) breaks those before a stray one too.
 """
 
 from collections.abc import Callable, Sequence

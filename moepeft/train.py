@@ -238,6 +238,13 @@ def _train(
   reference, adapters = references.reference_of(
     config.objective, against, model, built, base
   )
+  begun = config.model.adapter
+  if begun and config.objective in REFERRING and against == references.BASE:
+    print(
+      'note: rewards are measured against the base without '
+      f'config.model.adapter; set config.preference.reference to {begun!r} '
+      'to measure against where training begins'
+    )
   optimizer = optim.optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(

@@ -150,7 +150,7 @@ def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
   if names == ('loss',):
     likelihood = Likelihood(*common)
     return functools.partial(measures.loss, likelihood, variables), 'scored'
-  answering = Answering(*common)
+  answering = Answering(*common, ends=run.ends)
   return functools.partial(
     measures.texts, answering, variables, names
   ), 'answered'

@@ -261,6 +261,32 @@ def test_an_empty_prompt_is_refused():
   assert prompts.plain(WORDS, '', decoder_only=False) == [1]
 
 
+def test_ends_are_the_templates_too(tmp_path):
+  # <|im_end|> is 2, and not the end of this vocabulary's texts.
+  words = templated_words()
+  words.eos = 0
+  assert prompts.ends(words, '') == (0, 2)
+  # An end that is text is none, and what cannot be rendered has none.
+  words.tokenizer.chat_template = "{{ messages[-1]['content'] }}!"
+  assert prompts.ends(words, '') == (0,)
+  words.tokenizer.chat_template = "{{ raise_exception('no') }}"
+  assert prompts.ends(words, '') == (0,)
+
+
+def test_ends_are_those_of_a_gguf_file(monkeypatch):
+  said = {'tokenizer.ggml.eos_token_id': 5, 'tokenizer.ggml.eot_token_id': 7}
+  monkeypatch.setattr(prompts.gguf, 'metadata', lambda path: said)
+  assert prompts.ends(WORDS, '/some/m.gguf') == (1, 5, 7)
+
+
+def test_an_answering_ends_where_it_is_told():
+  model, variables = made('decoder')
+  assert all(Answering(model, WORDS, 64, 5, 3).texts(variables, TEXTS))
+  # At whatever comes first.
+  ours = Answering(model, WORDS, 64, 5, 3, ends=range(263))
+  assert ours.texts(variables, TEXTS) == ['', '', '']
+
+
 def test_ends_are_the_vocabularys_and_the_models(tmp_path):
   assert prompts.ends(WORDS, str(tmp_path)) == (1,)
   for said, expected in ((7, (1, 7)), ([7, 1, 9], (1, 7, 9)), (None, (1,))):

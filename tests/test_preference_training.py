@@ -303,6 +303,12 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
   train.train(card(places, steps=2), str(tmp_path / 'a'))
   out = str(tmp_path / 'out')
   convert.main(['convert', f'--workdir={tmp_path}/a', f'--output={out}'])
+  # Without a reference of its own, it is told what the base is.
+  capsys.readouterr()
+  started = card(places, **{'model.adapter': out})
+  train.train(started, str(tmp_path / 'c'), dry_run=True)
+  said = f'set config.preference.reference to {out!r}'
+  assert said in capsys.readouterr().out
   more = {'model.adapter': out, 'preference.reference': out}
   found = first_loss(card(places, **more))
   # Of the policy's own start it is ln 2 again; of the base it is not: here
@@ -315,15 +321,19 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
   told_again(str(tmp_path / 'b'), row, capsys)
 
 
-@pytest.mark.parametrize('objective', ['kto', 'orpo', 'simpo', 'reward'])
+# Going on compiles all once more, and knows nothing of an objective: one does.
+@pytest.mark.parametrize(
+  ('objective', 'stops'),
+  [('kto', (4, 6)), ('orpo', (6,)), ('simpo', (6,)), ('reward', (6,))],
+)
 def test_every_objective_trains_goes_on_and_is_evaluated(
-  places, tmp_path, objective, capsys
+  places, tmp_path, objective, stops, capsys
 ):
   run, out = str(tmp_path / 'run'), str(tmp_path / 'out')
   more = {'objective': objective, 'evaluation.every_steps': 6}
-  train.train(card(places, **more, steps=4), run)
-  train.train(card(places, **more, steps=6), run)
-  assert 'resumed at step 4' in capsys.readouterr().out
+  for steps in stops:
+    train.train(card(places, **more, steps=steps), run)
+  assert ('resumed at step 4' in capsys.readouterr().out) == (4 in stops)
   rows = read(os.path.join(run, 'metrics.jsonl'))
   trained = [row for row in rows if 'loss' in row]
   assert [row['step'] for row in trained] == [1, 2, 3, 4, 5, 6]

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is counted of a step's batch."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 
 from moepeft.data import batching, causal
-from moepeft.report import _sums
+from moepeft.history import History
+from moepeft.report import Report, _sums
+from moepeft.rows import _finite
+from moepeft.writers import scalars
 
 
 def test_a_token_of_a_decoder_is_counted_once():
@@ -30,6 +36,27 @@ def test_both_sides_of_a_pair_are_counted():
 def test_inputs_and_targets_of_an_encoder_decoder_are_counted():
   rows = batching.seq2seq([[5, 6, 1]], [[7, 1]], 4, 4)
   assert _sums(rows)[:2] == (1, 5)
+
+
+def test_a_likelihood_of_no_token_is_nan():
+  rows = []
+  writer = types.SimpleNamespace(write=rows.append)
+  progress = types.SimpleNamespace(update=lambda *a: {})
+  report = Report(progress, [writer], lambda step: 0.1, 0.5)
+  none = {'tokens': 0, 'nll': 0.0, 'correct': 0}
+  some = {'tokens': 4, 'nll': 6.0, 'correct': 1}
+  for step, sums in enumerate((none, some), 1):
+    aux = {'loss': 1.0, 'router_loss': 0.0, 'gradient_norm': 1.0, 'routing': {}}
+    report.add(step, causal.padded([ONE], 5), aux | sums)
+  report.tell()
+  assert np.isnan([rows[0]['nll'], rows[0]['token_accuracy']]).all()
+  assert (rows[1]['nll'], rows[1]['token_accuracy']) == (1.5, 0.25)
+  # What takes rows takes these.
+  assert 'train/nll' not in scalars(rows[0])
+  json.dumps(_finite(rows[0]), allow_nan=False)
+  seen = History([_finite(rows[0])])
+  seen.write(rows[1])
+  np.testing.assert_array_equal(seen.curve('nll')[1], [np.nan, 1.5])
 
 
 ONE = causal.Sample(np.array([7, 8, 1]), np.array([False, True, True]))

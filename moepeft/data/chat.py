@@ -19,6 +19,7 @@ from moepeft.data import chat_ids, chat_probe, chat_text
 from moepeft.data import conversations as forms
 from moepeft.data.causal import Sample
 from moepeft.data.chat_fit import fitted
+from moepeft.data.chat_template import read
 from moepeft.data.chat_text import Text
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import Bad, BadRow
@@ -105,6 +106,17 @@ class Template:
     text = chat_text.asked(found, self.tokenizer, self.text)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
+  def ends(self) -> list[int]:
+    """The special token that ends an answer; [] where none does."""
+    talk = Conversation((Turn('user', 'a'), Turn('assistant', 'b')))
+    try:
+      found = self.render(talk)
+    except BadRow:
+      # Of what it cannot render, nothing is asked either.
+      return []
+    last = found.ids[found.trained][-1:].tolist()
+    return [i for i in last if i in chat_ids.special(self.tokenizer)]
+
   def _with_system(self, found: Conversation) -> Conversation:
     if not self.system or found.turns[0].role == 'system':
       return found
@@ -123,16 +135,7 @@ def template(data: ConfigDict, words: Vocabulary) -> Template:
       f'conversations need a tokenizer with a chat template, and the '
       f'vocabulary is {words}; set config.data.vocabulary'
     )
-  text = ''
-  if data.chat_template:
-    try:
-      with open(data.chat_template, encoding='utf-8') as f:
-        text = f.read()
-    except OSError as e:
-      raise ValueError(
-        f'config.data.chat_template={data.chat_template!r} cannot be read '
-        f'({e.strerror}); name a Jinja file'
-      ) from None
+  text = read(data.chat_template)
   return Template(words.tokenizer, text, data.train_on, data.system)
 
 

@@ -34,11 +34,9 @@ def samples(tokenizer: Any, texts: Sequence[Text]) -> list[Sample]:
     one.whole[:end] for one, own in zip(texts, ends, strict=True) for end in own
   ]
   found = iter(_encoded(tokenizer, parts) if parts else ())
-  special = _special(tokenizer)
+  known = special(tokenizer)
   return [
-    _sample(
-      tokenizer, one, own, list(itertools.islice(found, len(own))), special
-    )
+    _sample(tokenizer, one, own, list(itertools.islice(found, len(own))), known)
     for one, own in zip(texts, ends, strict=True)
   ]
 
@@ -101,7 +99,8 @@ def _following(tokenizer: Any, text: str) -> Ids:
   return _encoded(tokenizer, [text])[0]
 
 
-def _special(tokenizer: Any) -> set[int]:
+def special(tokenizer: Any) -> set[int]:
+  """Ids that are no text, as the end of a turn."""
   added = tokenizer.added_tokens_decoder.items()
   marked = {i for i, token in added if token.special}
   return marked | set(tokenizer.all_special_ids)

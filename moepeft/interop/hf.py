@@ -57,7 +57,10 @@ def load(path: str, dtype: Any = None) -> Loaded:
 
 
 def load_config(path: str) -> Any:
-  """The config of a model as `load` would return it, without its weights."""
+  """The config of a model as `load` would return it, without its weights.
+
+  A head and an embedding are read where both are there, to be compared.
+  """
   folder = find(path)
   family, fields = _read_config(folder)
   tensors = _named(family.layout(fields), open_tensors(folder))

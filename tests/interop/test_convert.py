@@ -18,6 +18,7 @@ from moepeft.models import names, t5
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 
+from .. import chat_cases
 from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
 
 CONFIG = CONFIGS['gated-untied']
@@ -211,6 +212,35 @@ def test_what_was_trained_on_a_quantised_base_is_merged_into_that(run, trained):
   assert_equal_trees(hf.load('out').params, expected)
   kernel = expected['decoder']['layers']['self']['k']['kernel']
   assert (kernel != PARAMS['decoder']['layers']['self']['k']['kernel']).any()
+  # The codes are of what training read, whatever is written.
+  more = ('--dtype=bfloat16', '--overwrite')
+  assert run('--workdir=run', '--output=out', '--to=hf', *more) == (0, '')
+  cast = jax.tree.map(lambda a: a.astype('bfloat16'), expected)
+  assert_equal_trees(hf.load('out').params, cast)
+
+
+@pytest.mark.parametrize('form', ['moepeft', 'peft', 'hf'])
+def test_the_template_that_a_run_was_trained_by_goes_along(run, trained, form):
+  from transformers import AutoTokenizer
+
+  trained(LORA.tree, trainable='peft')
+  chat_cases.tokenizer(template='none of it').save_pretrained('words')
+  Path('own.jinja').write_text(chat_cases.CHATML)
+  data = {'chat_template': 'own.jinja', 'system': 'Be brief.'}
+  data |= {'vocabulary': 'words'}
+  Path('run', 'config.json').write_text(json.dumps({'data': data}))
+  assert run('--workdir=run', '--output=out', f'--to={form}') == (0, '')
+  found = AutoTokenizer.from_pretrained('words')
+  found.chat_template = Path('out', 'chat_template.jinja').read_text()
+  if form == 'hf':
+    # The directory's own, whatever the tokenizer brought.
+    assert AutoTokenizer.from_pretrained('out').chat_template == (
+      found.chat_template
+    )
+  turns = [{'role': 'user', 'content': 'a'}]
+  assert found.apply_chat_template(turns, tokenize=False) == (
+    '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n'
+  )
 
 
 @pytest.mark.parametrize('form', ['hf', 't5x'])
@@ -247,6 +277,8 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['--output=out', '--to=hf'], '--input is missing'),
     (['--input=hf', '--output=out'], '--to is missing'),
     (['--input=hf', '--output=out', '--to=gguf'], 'gguf'),
+    (['--input=peft', '--output=out', '--to=gguf'], 'gguf'),
+    (['--input=moepeft', '--output=out', '--to=gguf'], 'gguf'),
     (['--input=hf', '--output=out', '--form=hf'], 'form'),
     (['hf', '--output=out', '--to=hf'], "unexpected argument 'hf'"),
     (['--input=hf', '--output=out', '--to=peft'], 'holds no adapter'),
