@@ -19,9 +19,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
-from moepeft.models import llama
 from moepeft import moe
 from moepeft.count import count
+from moepeft.models import llama
 from moepeft.peft import METHODS
 from moepeft.typing import Context
 
