@@ -291,10 +291,14 @@ def test_a_full_run_has_its_reference_from_before_training(
   assert losses(tmp_path / 'whole') == losses(tmp_path / 'cut')
   assert losses(tmp_path / 'cut')[0] == pytest.approx(math.log(2), abs=1e-6)
   assert (tmp_path / 'cut/reference/log_p.npy').read_bytes() == kept
-  # Other data under the same path are noticed.
+  # Other data under the same path are noticed, and where they are allowed,
+  # that the references are not of them.
   own.write_text(json.dumps(pairs(18)))
+  again = card(places, 't5', **more, steps=5), str(tmp_path / 'cut')
+  with pytest.raises(ValueError, match='has changed since the run'):
+    train.train(*again)
   with pytest.raises(ValueError, match='computed of another base, adapter or'):
-    train.train(card(places, 't5', **more, steps=5), str(tmp_path / 'cut'))
+    train.train(*again, may_differ=('data.path',))
 
 
 def test_training_goes_on_from_adapters_that_are_the_reference(
