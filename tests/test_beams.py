@@ -151,8 +151,7 @@ def test_beams_are_those_of_transformers(family, beams, folders):
 def test_greedy_tokens_are_those_of_transformers(
   family, penalty, least, folders
 ):
-  import torch
-
+  torch = pytest.importorskip('torch')
   model, folder = tiny(family), folders[family]
   module, variables = ours(family, folder)
   eos = end(family, folder)
