@@ -133,7 +133,8 @@ def main(argv) -> None:
     name: train_step.ratio(times[above], times[below])
     for name, (above, below) in TIMES.items()
   }
-  print(train_step.table(sides, times, SIDES), flush=True)
+  table = train_step.table(sides, times, SIDES, SIDES['lora'][0])
+  print(table, flush=True)
   print(json.dumps(found, indent=2), flush=True)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:

@@ -211,7 +211,7 @@ def ratios(sides, times) -> dict[str, float | None]:
   return found
 
 
-def table(sides, times, what=SIDES) -> str:
+def table(sides, times, what=SIDES, peft='lora(rank=40)') -> str:
   """Each side's step time and memory over molora's, or the first side's."""
   one = 'molora' if 'molora' in sides else next(iter(sides))
   lines = [f'{"side":12}  {"time":>6}  {"memory":>6}   over {one}']
@@ -220,7 +220,7 @@ def table(sides, times, what=SIDES) -> str:
     memory = '-'
     if side.memory and sides[one].memory:
       memory = f'{side.memory / sides[one].memory:.2f}'
-    made = ', '.join(what.get(name, ('LoRA of peft',)))
+    made = ', '.join(what.get(name, (f'{peft} of peft',)))
     lines.append(
       f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {made}'
     )
