@@ -11,7 +11,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
-from moepeft.evaluate import Judge
+from moepeft.judge import Judge
 from moepeft.likelihood import Likelihood
 from moepeft.tasks import Example
 
