@@ -9,7 +9,8 @@ PAIRS.json is in any form of moepeft.data.preference. After supervised tuning,
 go on from its adapter and measure against it:
   --config.model.adapter=DIR --config.preference.reference=DIR
 Pairs of which an answer leaves no room for a quarter of the prompt are left
-out, and told: raise length, 512 here for a CPU, to keep them.
+out, and told: raise length to keep them. Rows are packed: one holds as many
+pairs as fit, so a step is of 4 rows and of more pairs.
 """
 
 from moepeft import config as config_lib
@@ -17,7 +18,7 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   v = config_lib.values(
-    values, model='', data='', experts=4, rank=4, steps=100, length=512
+    values, model='', data='', experts=4, rank=4, steps=60, length=1024
   )
   c = config_lib.default()
   c.objective = 'dpo'
@@ -28,18 +29,19 @@ def get_config(values: str = ''):
     c.model.family, c.model.size = 'llama', 'smollm2-135m'
   # The first loss is then ln 2, and a pair is compared without noise.
   c.model.dropout = 0.0
-  # Two answers a row, each of so many tokens, in one pass.
   c.data.source, c.data.path = 'preference', v.data
-  c.data.length = v.length
-  c.data.held_out = 0.1
+  # Each of a pair's two answers in a row of so many tokens, in one pass.
+  c.data.length, c.data.packing = v.length, True
+  c.data.held_out = 0.2
   c.batch_size = c.accumulate = 4
   c.steps = v.steps
-  c.optimizer.learning_rate = 2e-4
+  c.model.remat = 'full'
+  c.optimizer.learning_rate = 5e-4
   c.optimizer.schedule = 'cosine'
   c.optimizer.warmup_steps = v.steps // 10
   c.evaluation.before = True
   c.evaluation.every_steps = 20
-  c.evaluation.batch_size = 4
+  c.evaluation.batch_size, c.evaluation.batches = 4, 16
   c.checkpoint.every_steps = 20
   c.log.every_steps = 5
   return c

@@ -7,8 +7,9 @@ python -m moepeft.train --workdir=/tmp/kto \
 
 ANSWERS.json is in any form of moepeft.data.preference; pairs are taken as a
 good and a bad answer. Where one kind is rarer, weigh it with
-config.preference.desirable or undesirable. The reference point is a mean over
-a batch, which is therefore not made smaller than 8.
+config.preference.desirable or undesirable. Rows are packed: one holds as many
+answers as fit. The reference point is a mean over the answers of a step, 8 or
+so in its 4 rows.
 """
 
 from moepeft import config as config_lib
@@ -16,7 +17,7 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   v = config_lib.values(
-    values, model='', data='', experts=4, rank=4, steps=60, length=512
+    values, model='', data='', experts=4, rank=4, steps=40, length=1024
   )
   c = config_lib.default()
   c.objective = 'kto'
@@ -27,16 +28,17 @@ def get_config(values: str = ''):
     c.model.family, c.model.size = 'llama', 'smollm2-135m'
   c.model.dropout = 0.0
   c.data.source, c.data.path = 'preference', v.data
-  c.data.length = v.length
-  c.data.held_out = 0.1
-  c.batch_size = c.accumulate = 8
+  c.data.length, c.data.packing = v.length, True
+  c.data.held_out = 0.2
+  c.batch_size = c.accumulate = 4
   c.steps = v.steps
-  c.optimizer.learning_rate = 2e-4
+  c.model.remat = 'full'
+  c.optimizer.learning_rate = 5e-4
   c.optimizer.schedule = 'cosine'
   c.optimizer.warmup_steps = v.steps // 10
   c.evaluation.before = True
   c.evaluation.every_steps = 20
-  c.evaluation.batch_size = 4
+  c.evaluation.batch_size, c.evaluation.batches = 4, 16
   c.checkpoint.every_steps = 20
   c.log.every_steps = 5
   return c

@@ -207,6 +207,9 @@ def default() -> ConfigDict:
       # At most this many examples of a task (and split of templates).
       max_examples=100,
       batch_size=32,
+      # The validation loss is of so many times batch_size held-out examples,
+      # evenly spread, or of all where there are fewer.
+      batches=8,
     )
   )
   c.checkpoint = ConfigDict(
@@ -241,6 +244,7 @@ _COUNTS = (
   'sharding.model',
   'evaluation.max_examples',
   'evaluation.batch_size',
+  'evaluation.batches',
   'checkpoint.every_steps',
   'checkpoint.keep',
   'log.every_steps',

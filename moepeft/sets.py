@@ -18,8 +18,6 @@ from moepeft.tasks import Example
 SPLITS = ('seen', 'held_out')
 # Groups of rows that no run was trained on, and of the run's own data.
 EVALUATION, VALIDATION = 'evaluation', 'validation'
-# Batches of which the validation loss is taken.
-_BATCHES = 8
 
 
 def examples(config: ConfigDict, validation: Sequence[Example], train=None):
@@ -46,8 +44,8 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
 
 def pairs_to_judge(config: ConfigDict, found: Sources, own: Form) -> list:
   """Held-out examples, as ids, whose loss a run is judged by."""
-  count = _BATCHES * config.evaluation.batch_size
-  return found.validation(own, count)
+  e = config.evaluation
+  return found.validation(own, e.batches * e.batch_size)
 
 
 def examples_of(held_out: Sequence) -> list[Example]:

@@ -119,7 +119,9 @@ def pairs_of(seed, count, inputs, targets):
 
 def test_packed_rows_hold_every_example_once_and_whole():
   pairs = pairs_of(0, 211, 37, 11)
-  out = packing.pack(pairs, 53, 17, np.random.default_rng(0))
+  lengths = np.array([(len(x), len(y)) for x, y in pairs])
+  bins = packing.shuffled(lengths, (53, 17), np.random.default_rng(0))
+  out = packing.pack(pairs, 53, 17, bins)
   found = []
   for row in range(len(out['inputs'])):
     segments = out['inputs_segments'][row]
@@ -143,7 +145,7 @@ def test_packed_rows_hold_every_example_once_and_whole():
 
 def test_decoder_inputs_are_shifted_within_each_example():
   pairs = [([5], [7, 8, 1]), ([5], [9, 1])]
-  out = packing.pack(pairs, 3, 7, np.random.default_rng(0))
+  out = packing.pack(pairs, 3, 7, [[0, 1]])
   (row,) = out['targets']
   np.testing.assert_array_equal(row, [7, 8, 1, 9, 1, 0, 0])
   np.testing.assert_array_equal(out['decoder_inputs'], [[0, 7, 8, 0, 9, 0, 0]])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one loop on pairs and judged answers: tiny decoder, tiny T5."""
 
-import dataclasses
 import json
 import math
 import os
@@ -12,117 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft import base as base_lib
-from moepeft import config as config_lib
-from moepeft import convert, evaluate, references, summary, train
-from moepeft.data import answers, forms
-from moepeft.data.vocabulary import Bytes
-from moepeft.interop import adapter, hf
-from moepeft.models import llama, t5
-from moepeft.nn.start import fresh
+from moepeft import convert, evaluate, summary, train
+from moepeft.interop import adapter
 from moepeft.objectives import sides
 from moepeft.objectives.loss import mean
 from moepeft.rows import read
 from moepeft.runs import load
-from moepeft.typing import State
 
-from .contracts import small
-
-T5 = dataclasses.replace(small.GATED, vocab=263)
-LLAMA = dataclasses.replace(
-  llama.config('tiny'),
-  vocab=263,
-  d_model=22,
-  heads=2,
-  kv_heads=1,
-  head_dim=6,
-  ffn=26,
-  layers=2,
-)
-MOLORA = 'molora(experts=3, rank=2)'
-WORDS = 'sun moon star rain snow wind leaf root'.split()
-
-
-def pairs(count):
-  """Whatever is asked, 'yes' is better than 'no'; lengths differ."""
-  return [
-    {
-      'prompt': f'{WORDS[i % 8]} {WORDS[i // 8 % 8]} {i}?',
-      'chosen': 'yes' + '!' * (i % 3),
-      'rejected': 'no' + '.' * (i % 4),
-    }
-    for i in range(count)
-  ]
+from .preferences import MOLORA, card, noisy, pairs, parts_of, written
 
 
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
-  """{family: a base's directory, 'data': a file of pairs}."""
-  folder = tmp_path_factory.mktemp('preference')
-  for name, module, config in (
-    ('llama', llama.MODULE, LLAMA),
-    ('t5', t5.T5, T5),
-  ):
-    batch = base_lib.example_batch()
-    params = fresh(module(config), batch, 0)['params']
-    hf.save(str(folder / name), config, params)
-  (folder / 'pairs.json').write_text(json.dumps(pairs(45)))
-  found = {name: str(folder / name) for name in ('llama', 't5')}
-  return found | {'data': str(folder / 'pairs.json')}
-
-
-def card(places, family='llama', **changes):
-  c = config_lib.default()
-  c.model.path, c.model.dropout = places[family], 0.0
-  c.objective, c.method = 'dpo', MOLORA
-  c.data.source, c.data.path = 'preference', places['data']
-  c.data.vocabulary, c.data.length, c.data.held_out = 'bytes', 31, 0.2
-  c.data.inputs_length, c.data.targets_length = 23, 7
-  c.steps, c.batch_size = 4, 6
-  c.log.every_steps, c.log.tensorboard = 2, False
-  c.checkpoint.every_steps = 2
-  c.optimizer.learning_rate = 1e-2
-  c.evaluation.before = c.evaluation.after = False
-  c.evaluation.batch_size = 5
-  with c.unlocked():
-    c.update_from_flattened_dict(changes)
-  return c
-
-
-@dataclasses.dataclass
-class Parts:
-  """What the loop is made of, without the loop."""
-
-  config: object
-  model: object
-  built: object
-  reference: object
-  state: State
-  batch: dict
-
-
-def parts_of(config, optimizer=None):
-  """As `train.train` makes them, and the first batch of the data."""
-  base = base_lib.load(config.model)
-  model, built = base_lib.module(base, config)
-  reference, adapters = references.reference_of(
-    config.objective, config.preference.reference, model, built, base
-  )
-  variables = base_lib.initialise(base, model, 0)
-  state = State(
-    step=jnp.int32(0),
-    trainable=variables['peft'],
-    frozen=variables['params'],
-    opt=(optimizer or optax.sgd(1.0)).init(variables['peft']),
-    rng=jax.random.key(0),
-    reference=adapters,
-  )
-  own = forms.form(config.data, Bytes(), base.config, 0)
-  own = answers.form_of(config.data, config.objective, own)
-  items = answers.read(config.data, own).items
-  batch = own.padded(items[: config.batch_size])
-  batch = {key: jnp.asarray(array) for key, array in batch.items()}
-  return Parts(config, model, built, reference, state, batch)
+  return written(tmp_path_factory.mktemp('preference'))
 
 
 def first_loss(config):
@@ -150,16 +51,6 @@ def first_loss(config):
 def test_the_first_loss_of_dpo_is_the_logarithm_of_two(places, family, method):
   found = first_loss(card(places, family, method=method))
   assert found == pytest.approx(math.log(2), abs=1e-6)
-
-
-def noisy(state, scale):
-  """The state with an adapter off its start."""
-  rng = np.random.default_rng(0)
-  moved = jax.tree.map(
-    lambda a: a + scale * jnp.asarray(rng.standard_normal(a.shape, np.float32)),
-    state.trainable,
-  )
-  return state.replace(trainable=moved)
 
 
 def test_the_reference_is_the_same_before_and_after_training(places):
@@ -375,7 +266,6 @@ def told_again(run, row, capsys):
     ({'objective': 'causal'}, 'does not go with'),
     ({'preference.margin': 1.0}, 'margin=1.0 does nothing'),
     ({'loss.z': 0.1}, 'config.loss does nothing'),
-    ({'data.packing': True}, 'config.data.packing does nothing'),
     ({'data.length': 3}, 'none of 45 rows of .* fits config.data.length'),
     ({'preference.reference': '/nowhere'}, '/nowhere'),
     ({'preference.loss': 'robust'}, 'set config.preference.label_smoothing'),

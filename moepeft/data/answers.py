@@ -4,12 +4,18 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data import answer_ids, answer_rows, forms, held, preference
+from moepeft.data import (
+  answer_ids,
+  answer_rows,
+  forms,
+  held,
+  packing,
+  preference,
+)
 from moepeft.data.causal import Sample
 from moepeft.data.rows import Bad
 from moepeft.data.vocabulary import Vocabulary
@@ -54,7 +60,14 @@ class Sides:
 
   own: forms.Form
   judged: bool
-  packed: ClassVar[bool] = False
+
+  @property
+  def packed(self) -> bool:
+    return self.own.packed
+
+  @property
+  def seed(self) -> int:
+    return self.own.seed
 
   @property
   def words(self) -> Vocabulary:
@@ -70,8 +83,14 @@ class Sides:
     return list(items)
 
   def rows(self, number: int, encoded: Sequence[Item]) -> forms.Rows:
-    del number
-    return self.padded(encoded)
+    """A window's rows: see `padded` and `laid`."""
+    if not self.packed:
+      return self.padded(encoded)
+    rng = np.random.default_rng((self.seed, number))
+    fills = [self.own.sizes(one)[0] for one in self._by_side(encoded)]
+    lengths = np.concatenate(fills, axis=1)
+    room = self.lengths * len(self.sides)
+    return self.laid(encoded, packing.shuffled(lengths, room, rng))
 
   def padded(self, encoded: Sequence[Item]) -> forms.Rows:
     """A batch of each side, its keys after the side's name.
@@ -83,15 +102,48 @@ class Sides:
       [b, t], where the items have them.
     """
     found = {}
-    for i, side in enumerate(self.sides):
-      rows = self.own.padded([item.sides[i] for item in encoded])
-      found |= {f'{side}{key}': array for key, array in rows.items()}
+    for i, one in enumerate(self._by_side(encoded)):
+      found |= self._named(i, self.own.padded(one))
       if encoded[0].references is not None:
         given = np.stack([item.references[i] for item in encoded])
-        found[f'{side}reference'] = given
+        found[f'{self.sides[i]}reference'] = given
     if self.judged:
       found['label'] = np.array([item.label for item in encoded])
     return found
+
+  def laid(
+    self, encoded: Sequence[Item], bins: Sequence[Sequence[int]]
+  ) -> forms.Rows:
+    """Rows of several items each, which have the same segment on every side.
+
+    Returns:
+      As `padded`, with the segments and positions of the model's own form;
+      'label' is [b, t], of each segment from 1 on.
+    """
+    found, t = {}, self.lengths[-1]
+    for i, one in enumerate(self._by_side(encoded)):
+      found |= self._named(i, self.own.laid(one, bins))
+      if encoded[0].references is not None:
+        given = np.zeros((len(bins), t), np.float32)
+        # Targets fill the last of a form's lengths.
+        ends = [size[-1] for size in self.own.sizes(one)[0]]
+        for row, items in enumerate(bins):
+          parts = [encoded[j].references[i][: ends[j]] for j in items]
+          whole = np.concatenate(parts)
+          given[row, : len(whole)] = whole
+        found[f'{self.sides[i]}reference'] = given
+    if self.judged:
+      found['label'] = np.zeros((len(bins), t), bool)
+      for row, items in enumerate(bins):
+        labels = [encoded[j].label for j in items]
+        found['label'][row, : len(items)] = labels
+    return found
+
+  def _by_side(self, encoded: Sequence[Item]) -> list[list]:
+    return [list(one) for one in zip(*(e.sides for e in encoded), strict=True)]
+
+  def _named(self, side: int, rows: forms.Rows) -> forms.Rows:
+    return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
 
   def cut(self, items: Sequence[Item]) -> int:
     """0: what was too long was told when the rows were read."""
@@ -212,11 +264,6 @@ def read(
     raise ValueError(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
-    )
-  if data.packing:
-    raise ValueError(
-      "config.data.packing does nothing with config.data.source='preference', "
-      'whose rows have several sides; set it to False'
     )
   bad = Bad(data.on_bad_row)
   encode = answer_ids.encoder(data, own, render)

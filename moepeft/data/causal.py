@@ -128,25 +128,25 @@ def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
 
 
 def packed(
-  samples: Sequence[Sample], length: int, rng: np.random.Generator
+  samples: Sequence[Sample], length: int, bins: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
-  """Rows that hold as many samples as fit, in a random order.
+  """Rows that hold several samples each.
+
+  Args:
+    bins: the samples of each row, that fit.
 
   Returns:
     As `padded`, and int32 [b, t] inputs_segments and targets_segments (1, 2,
     ... in the order of a row's samples, 0 on padding) and inputs_positions
     (from 0 in each).
   """
-  lengths = np.array([[len(one.ids) - 1] for one in samples])
-  bins = packing.bins(lengths, (length,))
-  bins = [bins[i] for i in rng.permutation(len(bins))]
   whole = padded(samples, length)
   rows = {k: np.zeros((len(bins), length), v.dtype) for k, v in whole.items()}
   segments, positions = np.zeros((2, len(bins), length), np.int32)
   for row, items in enumerate(bins):
     at = 0
     for segment, item in enumerate(items, 1):
-      n = int(lengths[item, 0])
+      n = len(samples[item].ids) - 1
       for key, array in rows.items():
         array[row, at : at + n] = whole[key][item, :n]
       segments[row, at : at + n] = segment
@@ -223,7 +223,11 @@ class Samples:
     if not self.packed:
       return self.padded(encoded)
     rng = np.random.default_rng((self.seed, number))
-    return packed(encoded, self.length, rng)
+    lengths = np.array(self.sizes(encoded)[0])
+    return self.laid(encoded, packing.shuffled(lengths, self.lengths, rng))
+
+  def laid(self, encoded: Sequence[Sample], bins: Sequence[Sequence[int]]):
+    return packed(encoded, self.length, bins)
 
   def padded(self, encoded: Sequence[Sample]) -> dict[str, np.ndarray]:
     return padded(encoded, self.length)

@@ -22,12 +22,16 @@ class Form(Protocol):
 
   words: Vocabulary
   packed: bool
+  seed: int
 
   def encode(self, items: Sequence) -> list:
     """Examples, and what is ids already, as ids that fit a row."""
 
   def rows(self, number: int, encoded: Sequence) -> Rows:
     """The rows of window `number`, packed where the form is."""
+
+  def laid(self, encoded: Sequence, bins: Sequence[Sequence[int]]) -> Rows:
+    """Rows that hold the items of each bin, in their order."""
 
   def padded(self, encoded: Sequence) -> Rows:
     """Rows of one encoded item each, in their order."""
@@ -81,7 +85,13 @@ class Pairs:
     if not self.packed:
       return self.padded(encoded)
     rng = np.random.default_rng((self.seed, number))
-    return packing.pack(encoded, *self.lengths, rng)
+    lengths = np.array(self.sizes(encoded)[0])
+    return self.laid(encoded, packing.shuffled(lengths, self.lengths, rng))
+
+  def laid(
+    self, encoded: Sequence[packing.Pair], bins: Sequence[Sequence[int]]
+  ) -> Rows:
+    return packing.pack(encoded, *self.lengths, bins)
 
   def padded(self, encoded: Sequence[packing.Pair]) -> Rows:
     x, y = zip(*encoded, strict=True)

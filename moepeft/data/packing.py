@@ -42,13 +42,24 @@ def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
   return made
 
 
+def shuffled(
+  lengths: np.ndarray, room: Sequence[int], rng: np.random.Generator
+) -> list[list[int]]:
+  """`bins` in a random order."""
+  made = bins(lengths, room)
+  return [made[i] for i in rng.permutation(len(made))]
+
+
 def pack(
   pairs: Sequence[Pair],
   inputs_length: int,
   targets_length: int,
-  rng: np.random.Generator,
+  rows: Sequence[Sequence[int]],
 ) -> dict[str, np.ndarray]:
-  """Rows that hold as many examples as fit, in a random order.
+  """Rows that hold several examples each.
+
+  Args:
+    rows: the examples of each row, that fit.
 
   Returns:
     As `batching.seq2seq`, and int32 <side>_segments (1, 2, ... in the order of
@@ -57,8 +68,6 @@ def pack(
     within each example, so none begins with the last token of another.
   """
   lengths = np.array([(len(x), len(y)) for x, y in pairs])
-  rows = bins(lengths, (inputs_length, targets_length))
-  rows = [rows[i] for i in rng.permutation(len(rows))]
   out = {}
   for side, length in ((0, inputs_length), (1, targets_length)):
     name = ('inputs', 'targets')[side]

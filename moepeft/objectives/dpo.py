@@ -21,7 +21,8 @@ def objective(
   Args:
     apply: the policy's.
     variables: {'params': ..., 'peft': ...}, and the reference's own.
-    batch: a model's batch twice, its keys after 'chosen_' and 'rejected_', and
+    batch: a model's batch twice, its keys after 'chosen_' and 'rejected_',
+      packed or not (a pair has the same segment on both sides), and
       'chosen_reference' and 'rejected_reference' [b, t] where they were
       computed before.
     rngs: as of `seq2seq.objective`; the reference never gets any.
@@ -37,7 +38,7 @@ def objective(
     reference where answers are the reference's; never negative); 'routing'}.
   """
   seen = sides.see(apply, variables, batch, rngs, sides.PAIR, reference)
-  ratios = seen.ratios()
+  ratios = seen.ratio
   losses = loss_of(ratios, ratios / seen.lengths, settings)
   rewards = settings.beta * ratios
   tie = settings.beta * sides.rounding(seen)
@@ -46,7 +47,7 @@ def objective(
 
 
 def loss_of(ratios: Array, means: Array, settings: Preference) -> Array:
-  """The loss that the settings name, of ratios (and their means) [b, 2]."""
+  """The loss that the settings name, of ratios (and their means) [a, 2]."""
   h, beta, smooth = (
     ratios[:, 0] - ratios[:, 1],
     settings.beta,

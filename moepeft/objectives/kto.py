@@ -19,15 +19,17 @@ def rollout(
   rng: Array | None,
   reference: sides.LogP | None = None,
 ) -> dict[str, Array]:
-  """{'kl_ratio': [b]} of each prompt with another's answer, without noise."""
+  """{'kl_ratio': as 'label'} of each prompt with another's answer, without
+  noise."""
   del rng
   seen = sides.see(apply, variables, batch, None, MISMATCHED, reference)
-  return {'kl_ratio': seen.ratios()[:, 0]}
+  return {'kl_ratio': seen.ratio[:, 0].reshape(batch['label'].shape)}
 
 
 def settle(batch: Batch) -> Batch:
-  """The batch with its reference point in every row, as 'point' [b]."""
-  ratios, real = batch['kl_ratio'], jnp.any(batch['targets_mask'], axis=-1)
+  """The batch with its reference point beside every answer, as 'point'."""
+  ratios = batch['kl_ratio']
+  real = (sides.answers(batch, OWN[0]) > 0).reshape(ratios.shape)
   point = preference.reference_point(ratios, real)
   return batch | {'point': jnp.broadcast_to(point, ratios.shape)}
 
@@ -43,8 +45,9 @@ def objective(
   """The sum of answers' losses, and what was seen on the way.
 
   Args:
-    batch: a model's batch, 'label' bool [b], 'point' [b] by `settle`, and
-      'reference' [b, t] where it was computed before.
+    batch: a model's batch, 'label' bool [b] (packed: [b, t], of each segment
+      from 1 on), 'point' like it by `settle`, and 'reference' [b, t] where it
+      was computed before.
     others: as of `dpo.objective`.
 
   Returns:
@@ -55,8 +58,8 @@ def objective(
     'point' the reference point. 'nll' is of the good answers.
   """
   seen = sides.see(apply, variables, batch, rngs, OWN, reference)
-  s, label, point = settings, batch['label'], batch['point']
-  ratio = seen.ratios()[:, 0]
+  s, label, point = settings, batch['label'].ravel(), batch['point'].ravel()
+  ratio = seen.ratio[:, 0]
   losses = preference.kto(
     ratio, label, point, s.beta, s.desirable, s.undesirable
   )
