@@ -26,9 +26,9 @@ def get_config(values: str = ''):
   c.model.attention = 'chunked'
   # The first loss is then ln 2, and a pair is compared without noise.
   c.model.dropout = 0.0
-  # Two answers a row, each of so many tokens, in one pass.
   c.data.source, c.data.path = 'preference', v.data
-  c.data.length = 2048
+  # Each of a pair's two answers in a row of so many tokens, in one pass.
+  c.data.length, c.data.packing = 2048, True
   c.data.held_out = 0.1
   c.batch_size = 64
   c.accumulate = 8
