@@ -39,13 +39,26 @@ _EVAL = ['rouge-score>=0.1.2', 'sacrebleu>=2.4']
 _GGUF = ['gguf>=0.17']
 # What data steps need; imported where it is used.
 _DATA = ['datasketch>=1.6', 'sentencepiece>=0.2']
+# What the server needs, and the agent; imported where they are used. Pinned to
+# majors: clients and servers have moved between HTTP libraries.
+_SERVE = [
+  'fastapi>=0.115,<1',
+  'llguidance>=1.3,<2',
+  'prometheus-client>=0.21,<1',
+  'uvicorn>=0.32,<1',
+]
+_AGENT = ['openai>=3,<4', 'pydantic>=2.10,<3']
 _TEST = (
   _EVAL
   + _GGUF
   + _DATA
+  + _SERVE
+  + _AGENT
   + [
     'build',
     'ipykernel',
+    'langchain-openai>=1,<2',
+    'langchain-tests>=1,<2',
     'nbclient',
     'nbformat',
     'pytest>=8',
@@ -109,10 +122,12 @@ setup(
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={
+    'agent': _AGENT,
     'data': _DATA,
     'eval': _EVAL,
     'gguf': _GGUF,
     'seqio': _SEQIO,
+    'serve': _SERVE,
     'test': _TEST,
     'all': _SEQIO + _TEST,
   },

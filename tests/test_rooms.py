@@ -37,6 +37,9 @@ FLOORS = (
   ('validation',),
   ('train', 'evaluate', 'generate', 'count', 'convert', 'tokenizer', 'ngrams'),
   ('headings', 'remarks', 'routed', 'compared', 'tables'),
+  # The agent knows a server's API alone.
+  ('serve',),
+  ('agent',),
 )
 HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
