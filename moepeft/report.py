@@ -104,6 +104,12 @@ class Report:
     for writer in self._writers:
       writer.write(row)
 
+  def began(self, found: Mapping[str, Any]) -> None:
+    """Writes what `Judge` found before the first step, for the curves."""
+    kept = {k: v for k, v in found.items() if k.startswith('validation_')}
+    if kept:
+      self._write({'step': 0, **kept})
+
   def validated(self, step: int, found: Mapping[str, float]) -> None:
     """Writes and says what `Judge.validation` found."""
     self._write({'step': step, **found})
@@ -140,7 +146,8 @@ def _sums(batch: Batch) -> tuple[float, float, float, float]:
     np.stack([batch[key] for key in batch if key.endswith(which)])
     for which in ('inputs_mask', 'targets_mask')
   )
-  segments = batch.get('inputs_segments')
+  found = (batch[key] for key in batch if key.endswith('inputs_segments'))
+  segments = next(found, None)
   rows = inputs.shape[1]
   # A decoder's targets are its inputs, one on: they are counted once.
   apart = any(key.endswith('decoder_inputs') for key in batch)

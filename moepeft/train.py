@@ -340,12 +340,11 @@ def _train(
     )
 
   # --------------------------------------------------------- evaluation ---
-  before_path = os.path.join(workdir, 'before.json')
+  before_path, before = os.path.join(workdir, 'before.json'), {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
-    processes.write_json(
-      before_path, judge(built.variables(state), 'before training', 0)
-    )
+    before = judge(built.variables(state), 'before training', 0)
+    processes.write_json(before_path, before)
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
@@ -358,7 +357,8 @@ def _train(
     config.router_alarm,
     share[1],
   )
-  done, leave = first, False
+  report.began(before)
+  done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
   memory = pages.Bound()
@@ -366,7 +366,7 @@ def _train(
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
     while done < config.steps and not course.exhausted(config.patience):
-      batch = next(batches)
+      batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
       done += 1
       report.add(done, batch, aux)
@@ -421,7 +421,9 @@ def _train(
   after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
     print('evaluating after training', flush=True)
-    after = judge(built.variables(state), 'after training', int(state.step))
+    after = judge(
+      built.variables(state), 'after training', int(state.step), validated
+    )
     processes.write_json(after_path, after)
     before = _read_json(before_path) if config.evaluation.before else {}
     if after['rows']:

@@ -72,8 +72,11 @@ def adapter_bytes(workdir):
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
-  assert [row['step'] for row in rows] == [1, 2, 3, 4]
-  assert all(np.isfinite(row['loss']) for row in rows)
+  # What was measured before the first step is the curves' first point.
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
+  before = json.loads((tmp_path / 'before.json').read_text())
+  assert rows[0]['validation_loss'] == before['validation_loss']
+  assert all(np.isfinite(row['loss']) for row in rows[1:])
   sites = rows[-1]['routing']
   assert len(sites['encoder/layers/self/q/molora']['top']) == 2
   for name in ('before.json', 'after.json', 'summary.json', 'config.json'):
