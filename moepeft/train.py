@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from moepeft import (
   accumulate,
   command,
+  config_check,
   metrics,
   optim,
   pages,
@@ -33,7 +34,6 @@ from moepeft import (
   sharding,
 )
 from moepeft import base as base_lib
-from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, files, loader, sources, vocabulary
@@ -173,7 +173,7 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  config_lib.check(config)
+  config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
   loss_of(config)
