@@ -240,10 +240,14 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   changes = {
     'method': 'molora(experts=3, rank=2, router=topk(k=1))',
     'router_alarm': 0.1,
+    'log.every_steps': 4,
   }
   train.train(card(base, **changes), str(tmp_path))
   said = capsys.readouterr().out
-  assert 'router alarm: encoder/layers/self/q/molora, layer 0: expert' in said
+  assert 'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in said
+  # Every site is over a tenth: five are told, and how many there are besides.
+  assert said.count(' of the load (config.router_alarm=0.1)') == 5
+  assert 'router alarm: so it is at ' in said
 
 
 @pytest.mark.parametrize(
