@@ -261,9 +261,10 @@ def _train(
   state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed)
   spread_out = placement.describe(layout, state, letters, built.trainable)
+  count = len(found.shares)
   more = {
     'devices': spread_out,
-    'data': f'{len(found.shares)} datasets of {data.source}'
+    'data': f'{count} dataset{"s" * (count != 1)} of {data.source}'
     + (', packed' if data.packing else ''),
   }
   metrics.introduce(base, built, state, words, workdir, more)
