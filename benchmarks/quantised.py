@@ -47,8 +47,18 @@ def measure(config) -> dict[str, dict[str, float]]:
       'nats': round(loss, 5),
       'perplexity': round(math.exp(loss), 5),
     }
-    print(f'{kind or "as stored":9}  {figures[kind]}', flush=True)
+    print(line(kind, figures[kind], figures['']), flush=True)
   return figures
+
+
+def line(kind: str, own: dict[str, float], stored: dict[str, float]) -> str:
+  """A line of the table; the last two columns are of what is stored."""
+  return (
+    f'{kind or "as stored":9}  {own["megabytes"]:8.1f} MB  {own["nats"]:.4f} '
+    f'nats  perplexity {own["perplexity"]:.3f}  '
+    f'{own["megabytes"] / stored["megabytes"]:.2f} of the memory  '
+    f'{own["nats"] - stored["nats"]:+.4f} nats'
+  )
 
 
 def main(argv) -> None:

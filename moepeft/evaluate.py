@@ -15,8 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from moepeft import command, scoring, sets, summary, work
-from moepeft import config as config_lib
+from moepeft import command, config_check, scoring, sets, summary, work
 from moepeft.data import jsonl, sources
 from moepeft.runs import Run, load
 from moepeft.scoring import About, Row
@@ -92,7 +91,7 @@ def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
   config.update_from_flattened_dict(
     {key: value for key, value in changes.items() if value is not None}
   )
-  config_lib.check(config)
+  config_check.check(config)
   return dataclasses.replace(run, config=config)
 
 

@@ -17,6 +17,7 @@ from absl import flags
 from moepeft import command, prompts, runs, sampling
 from moepeft.answering import Answering
 from moepeft.beams import Beams
+from moepeft.data import files
 from moepeft.data.answer_ids import templated
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Settings
@@ -102,16 +103,8 @@ def given() -> list[str] | None:
   """
   if not _FILE.value:
     return _PROMPT.value
-  try:
-    with open(os.path.expanduser(_FILE.value), encoding='utf-8') as f:
-      lines = [line.rstrip('\n') for line in f]
-  except (OSError, UnicodeDecodeError) as e:
-    reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
-    raise ValueError(
-      f'--file={_FILE.value!r} cannot be read ({reason}); name a file of '
-      'prompts, one a line'
-    ) from None
-  found = [line for line in lines if line.strip()]
+  lines = files.text('--file', _FILE.value, 'a file of prompts, one a line')
+  found = [line for line in lines.split('\n') if line.strip()]
   if not found:
     raise ValueError(
       f'--file={_FILE.value!r} holds no line of text; write a prompt a line'

@@ -70,8 +70,17 @@ class Judge:
 
     self._count = jax.jit(count)
 
-  def __call__(self, variables: Tree, when: str, step: int) -> dict[str, Any]:
+  def __call__(
+    self,
+    variables: Tree,
+    when: str,
+    step: int,
+    validated: dict[str, float] | None = None,
+  ) -> dict[str, Any]:
     """Validation loss and accuracies, printed in a line and returned.
+
+    Args:
+      validated: what `validation` found of these variables, if it was asked.
 
     Where the weights are not finite there are no accuracies, and a line says
     so: hours of training are not lost for it.
@@ -79,7 +88,7 @@ class Judge:
     found = {'when': when, 'step': step}
     said = []
     if self._batches:
-      validated = self.validation(variables)
+      validated = validated or self.validation(variables)
       found |= validated
       said += [
         f'{key.replace("_", " ")} {value:.4f}'

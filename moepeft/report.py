@@ -13,6 +13,9 @@ from moepeft.progress import Progress
 from moepeft.typing import Batch
 from moepeft.writers import Writer
 
+# Lines at once of experts that hold too much.
+_ALARMS = 5
+
 
 class Report:
   """Keeps what steps saw until it is told, so that steps do not wait."""
@@ -94,15 +97,30 @@ class Report:
         'learning_rate': float(self._rate(number - 1)),
       } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
-    for line in metrics.alarms(sites, self._alarm):
-      place = line.split(': expert')[0]
-      if place not in self._alarmed:
-        self._alarmed.add(place)
-        self._progress.say(line)
+    self._raise_alarms(metrics.alarms(sites, self._alarm))
+
+  def _raise_alarms(self, lines: Sequence[str]) -> None:
+    """Says those of places that have not been told yet, a few of them whole."""
+    new = {line.split(': expert')[0]: line for line in lines}
+    new = {k: line for k, line in new.items() if k not in self._alarmed}
+    self._alarmed |= new.keys()
+    for line in [*new.values()][:_ALARMS]:
+      self._progress.say(line)
+    if len(new) > _ALARMS:
+      self._progress.say(
+        f'router alarm: so it is at {len(new) - _ALARMS} other layers; '
+        'plots/router_load.png shows all'
+      )
 
   def _write(self, row: Mapping[str, Any]) -> None:
     for writer in self._writers:
       writer.write(row)
+
+  def began(self, found: Mapping[str, Any]) -> None:
+    """Writes what `Judge` found before the first step, for the curves."""
+    kept = {k: v for k, v in found.items() if k.startswith('validation_')}
+    if kept:
+      self._write({'step': 0, **kept})
 
   def validated(self, step: int, found: Mapping[str, float]) -> None:
     """Writes and says what `Judge.validation` found."""
@@ -140,7 +158,8 @@ def _sums(batch: Batch) -> tuple[float, float, float, float]:
     np.stack([batch[key] for key in batch if key.endswith(which)])
     for which in ('inputs_mask', 'targets_mask')
   )
-  segments = batch.get('inputs_segments')
+  found = (batch[key] for key in batch if key.endswith('inputs_segments'))
+  segments = next(found, None)
   rows = inputs.shape[1]
   # A decoder's targets are its inputs, one on: they are counted once.
   apart = any(key.endswith('decoder_inputs') for key in batch)

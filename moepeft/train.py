@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from moepeft import (
   accumulate,
   command,
+  config_check,
   metrics,
   optim,
   pages,
@@ -33,7 +34,6 @@ from moepeft import (
   sharding,
 )
 from moepeft import base as base_lib
-from moepeft import config as config_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, files, loader, sources, vocabulary
@@ -173,7 +173,7 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  config_lib.check(config)
+  config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
   loss_of(config)
@@ -261,9 +261,10 @@ def _train(
   state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed)
   spread_out = placement.describe(layout, state, letters, built.trainable)
+  count = len(found.shares)
   more = {
     'devices': spread_out,
-    'data': f'{len(found.shares)} datasets of {data.source}'
+    'data': f'{count} dataset{"s" * (count != 1)} of {data.source}'
     + (', packed' if data.packing else ''),
   }
   metrics.introduce(base, built, state, words, workdir, more)
@@ -340,12 +341,11 @@ def _train(
     )
 
   # --------------------------------------------------------- evaluation ---
-  before_path = os.path.join(workdir, 'before.json')
+  before_path, before = os.path.join(workdir, 'before.json'), {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
-    processes.write_json(
-      before_path, judge(built.variables(state), 'before training', 0)
-    )
+    before = judge(built.variables(state), 'before training', 0)
+    processes.write_json(before_path, before)
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
@@ -358,7 +358,8 @@ def _train(
     config.router_alarm,
     share[1],
   )
-  done, leave = first, False
+  report.began(before)
+  done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
   memory = pages.Bound()
@@ -366,7 +367,7 @@ def _train(
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
     while done < config.steps and not course.exhausted(config.patience):
-      batch = next(batches)
+      batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
       done += 1
       report.add(done, batch, aux)
@@ -421,7 +422,9 @@ def _train(
   after_path = os.path.join(workdir, 'after.json')
   if config.evaluation.after:
     print('evaluating after training', flush=True)
-    after = judge(built.variables(state), 'after training', int(state.step))
+    after = judge(
+      built.variables(state), 'after training', int(state.step), validated
+    )
     processes.write_json(after_path, after)
     before = _read_json(before_path) if config.evaluation.before else {}
     if after['rows']:

@@ -64,7 +64,8 @@ def writers(
     found.append(WandB(workdir, wandb, config))
   if tensorboard:
     found.append(TensorBoard(os.path.join(workdir, 'tensorboard'), step))
-  return [Rows(workdir, step=step), *found]
+  # A run that begins measures step 0 once more.
+  return [Rows(workdir, step=step or -1), *found]
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -97,7 +98,7 @@ class TensorBoard:
     self._events = EventsWriter(os.path.join(folder, 'events'), f'.{step:09}')
     # What earlier files hold of this step and later is then left out.
     start = SessionLog(status=SessionLog.START)
-    self._add(Event(step=step + 1, session_log=start))
+    self._add(Event(step=step + 1 if step else 0, session_log=start))
     self._events.flush()
 
   def write(self, row: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from moepeft import base as base_lib
-from moepeft import config as config_lib
+from moepeft import config_check
 from moepeft.count import count
 from moepeft.moe import losses
 
@@ -35,7 +35,7 @@ ROUTERS = card('ablate/routers.py')
 @pytest.mark.parametrize('name', ROUTERS.CELLS)
 def test_every_cell_is_a_config_whose_method_builds(name):
   c = ROUTERS.get_config(f'name={name}')
-  config_lib.check(c)
+  config_check.check(c)
   losses.total({}, dict(c.router_losses))
   assert count(c)['peft'] > 0
 

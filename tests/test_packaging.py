@@ -164,7 +164,8 @@ def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   run = tmp_path / 'run'
   rows = (run / 'metrics.jsonl').read_text().splitlines()
-  assert [json.loads(row)['step'] for row in rows] == [1, 2]
+  # What is measured before the first step is step 0's.
+  assert [json.loads(row)['step'] for row in rows] == [0, 1, 2]
   for name in ('before.json', 'after.json', 'summary.json', 'plots/loss.png'):
     assert (run / name).stat().st_size > 0
   assert json.loads((run / 'config.json').read_text())['steps'] == 2

@@ -61,10 +61,29 @@ def gradient(config, parts, batch):
 
 # With a reference that is asked, and with what was computed of it before.
 CASES = [(name, False) for name in COMPARED] + [('dpo', True), ('kto', True)]
+# What is not done by other cases: sums, labels and points, places, two lengths.
+QUICK = (
+  *(
+    ('llama', 'dpo', False),
+    ('llama', 'kto', True),
+    ('llama', 'reward', False),
+  ),
+  ('t5', 'dpo', False),
+)
 
 
-@pytest.mark.parametrize('family', ['llama', 't5'])
-@pytest.mark.parametrize(('objective', 'given'), CASES)
+@pytest.mark.parametrize(
+  ('family', 'objective', 'given'),
+  [
+    *QUICK,
+    *(
+      pytest.param(family, *case, marks=pytest.mark.slow)
+      for family in ('llama', 't5')
+      for case in CASES
+      if (family, *case) not in QUICK
+    ),
+  ],
+)
 def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
   places, family, objective, given
 ):

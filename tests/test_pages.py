@@ -40,11 +40,12 @@ class Process:
     self.given += 1
 
 
-def test_nothing_is_given_back_up_to_half_more_than_after_the_first_step():
-  process = Process(10)
+def test_nothing_is_given_back_up_to_a_quarter_more_than_after_one_step():
+  process = Process(12)
   bound = Bound(lambda: process.held, process.give_back)
   bound.begin()
   process.held = 15
+  # 1.25 times 12.
   assert not bound.check() and process.given == 0
   process.held = 16
   assert bound.check() and process.given == 1

@@ -33,6 +33,16 @@ def test_both_sides_of_a_pair_are_counted():
   assert _sums(sides)[1] == 12
 
 
+def test_pairs_of_packed_rows_are_counted():
+  # A row of two, then a row of one.
+  rows = causal.packed([ONE, ONE, ONE], 5, [[0, 2], [1]])
+  sides = {
+    f'{s}_{k}': v for s in ('chosen', 'rejected') for k, v in rows.items()
+  }
+  # 3 pairs of 2 tokens on either side.
+  assert _sums(sides)[:2] == (3, 12)
+
+
 def test_inputs_and_targets_of_an_encoder_decoder_are_counted():
   rows = batching.seq2seq([[5, 6, 1]], [[7, 1]], 4, 4)
   assert _sums(rows)[:2] == (1, 5)

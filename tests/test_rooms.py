@@ -13,7 +13,15 @@ FLOORS = (
   ('peft',),
   ('models',),
   ('interop',),
-  ('config', 'gin_files', 'gin_flags', 'pages', 'command', 'stopping'),
+  (
+    'config',
+    'config_check',
+    'gin_files',
+    'gin_flags',
+    'pages',
+    'command',
+    'stopping',
+  ),
   ('objectives', 'data', 'tasks', 'scoring'),
   ('adafactor', 'accumulate'),
   (

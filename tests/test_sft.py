@@ -8,8 +8,7 @@ import pathlib
 import pytest
 
 from moepeft import base as base_lib
-from moepeft import config as config_lib
-from moepeft import evaluate, train
+from moepeft import config_check, evaluate, train
 from moepeft.data import spans
 from moepeft.interop import hf
 from moepeft.rows import read
@@ -88,7 +87,7 @@ def test_a_cards_value_may_hold_commas_in_parentheses():
   c = load('sft.py').get_config(text)
   assert c.method == 'molora(experts=2, router=topk(k=1))'
   assert (c.model.path, c.data.path) == ('m', 'd')
-  config_lib.check(c)
+  config_check.check(c)
 
 
 def test_the_card_of_text_for_t5_fills_its_rows():
@@ -98,5 +97,5 @@ def test_the_card_of_text_for_t5_fills_its_rows():
     c.data.inputs_length,
     c.data.targets_length,
   )
-  config_lib.check(c)
+  config_check.check(c)
   assert c.data.predict == 'spans'

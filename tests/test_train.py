@@ -72,8 +72,11 @@ def adapter_bytes(workdir):
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
-  assert [row['step'] for row in rows] == [1, 2, 3, 4]
-  assert all(np.isfinite(row['loss']) for row in rows)
+  # What was measured before the first step is the curves' first point.
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
+  before = json.loads((tmp_path / 'before.json').read_text())
+  assert rows[0]['validation_loss'] == before['validation_loss']
+  assert all(np.isfinite(row['loss']) for row in rows[1:])
   sites = rows[-1]['routing']
   assert len(sites['encoder/layers/self/q/molora']['top']) == 2
   for name in ('before.json', 'after.json', 'summary.json', 'config.json'):
@@ -237,10 +240,14 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   changes = {
     'method': 'molora(experts=3, rank=2, router=topk(k=1))',
     'router_alarm': 0.1,
+    'log.every_steps': 4,
   }
   train.train(card(base, **changes), str(tmp_path))
   said = capsys.readouterr().out
-  assert 'router alarm: encoder/layers/self/q/molora, layer 0: expert' in said
+  assert 'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in said
+  # Every site is over a tenth: five are told, and how many there are besides.
+  assert said.count(' of the load (config.router_alarm=0.1)') == 5
+  assert 'router alarm: so it is at ' in said
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
-from moepeft import command
-from moepeft import config as config_lib
+from moepeft import command, config_check
 from moepeft.data import sources, vocabulary
 from moepeft.data.answers import Sides, form_of
 from moepeft.data.forms import Form, form
@@ -248,7 +247,7 @@ def text(words: Vocabulary, ids: np.ndarray) -> str:
 
 def main(argv) -> None:
   del argv
-  config_lib.check(_CONFIG.value)
+  config_check.check(_CONFIG.value)
   if min(_WINDOWS.value, _ROWS.value) < 1:
     raise ValueError('--windows and --rows are at least 1')
   only = _SHOW_BATCH.value

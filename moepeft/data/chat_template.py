@@ -2,8 +2,8 @@
 """The chat template that config.data names, as one Jinja text."""
 
 import json
-import os
 
+from moepeft.data import files
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
 
 
@@ -15,15 +15,7 @@ def read(path: str) -> str:
   """
   if not path:
     return ''
-  try:
-    with open(os.path.expanduser(path), encoding='utf-8') as f:
-      return f.read()
-  except (OSError, UnicodeDecodeError) as e:
-    reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
-    raise ValueError(
-      f'config.data.chat_template={path!r} cannot be read ({reason}); name a '
-      'Jinja file'
-    ) from None
+  return files.text('config.data.chat_template', path, 'a Jinja file')
 
 
 def put(words: Vocabulary, path: str, system: str) -> None:

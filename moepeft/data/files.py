@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes of the files that config.data names, to know them again later."""
+"""Files that users name: their text, and hashes to know them again later."""
 
 import hashlib
 import os
@@ -17,6 +17,25 @@ _READ = re.compile(
 # Of a file up to this size every byte counts, of a larger one these blocks.
 _WHOLE = 1 << 28
 _BLOCKS, _BLOCK = 256, 1 << 20
+
+
+def text(key: str, path: str, what: str) -> str:
+  """The text of a file that `key`, a flag or a key of a config, names.
+
+  Args:
+    what: kind of file it is to be, for the message.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  try:
+    with open(os.path.expanduser(path), encoding='utf-8') as f:
+      return f.read()
+  except (OSError, UnicodeDecodeError) as e:
+    reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
+    raise ValueError(
+      f'{key}={path!r} cannot be read ({reason}); name {what}'
+    ) from None
 
 
 def hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
