@@ -85,7 +85,8 @@ class FakeEngine:
         raise protocol.Refused('the engine takes no more requests')
       if request.adapter and request.adapter not in self.loads:
         raise protocol.Unknown(f'there is no adapter {request.adapter!r}')
-      if len(request.ids) + request.length > self.places:
+      own = len(request.ids) if self.decoder_only else 0
+      if own + request.length > self.places:
         raise protocol.TooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
         raise protocol.Full('the queue is full; try again later', 2.5)

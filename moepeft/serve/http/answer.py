@@ -133,7 +133,12 @@ async def deltas(
   async for batch in underway.batches():
     found: dict[int, Delta] = {}
     for index, event in batch:
-      new = _delta(answers[index], event, tally)
+      try:
+        new = _delta(answers[index], event, tally)
+      except Problem:
+        # What came before it is given out first.
+        yield list(found.items())
+        raise
       if answers[index].stopped:
         underway.end(index)
       found[index] = found.get(index, Delta()) + new

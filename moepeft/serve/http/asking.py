@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moepeft.sampling import Sampling
 from moepeft.serve import protocol
-from moepeft.serve.http.errors import Problem, refused, wrong
+from moepeft.serve.http.errors import Problem, later, refused, wrong
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.schemas import Asked, ResponseFormat
 from moepeft.serve.http.service import Compiler
@@ -140,7 +140,9 @@ def _compiled(
   if wanted.type == 'json_object':
     return compiler.json_schema({'type': 'object'})
   if wanted.type == 'json_schema':
-    return compiler.json_schema(wanted.json_schema.schema_)
+    own = wanted.json_schema
+    # Where nothing is said, a keyword that cannot be kept is told.
+    return compiler.json_schema(own.schema_, own.strict is not False)
   made = {
     'regex': compiler.regex,
     'grammar': compiler.grammar,
@@ -162,4 +164,6 @@ def submit(
   try:
     return Underway(engine, requests)
   except protocol.Refused as e:
+    if not engine.ready:
+      raise later(str(e), 10, 'not_ready') from None
     raise refused(e, param) from None

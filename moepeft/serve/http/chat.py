@@ -16,9 +16,10 @@ from moepeft.serve.http import asking, logprobs
 from moepeft.serve.http.answer import REASONS, Answer, Delta, deltas
 from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import wrong
+from moepeft.serve.http.message import Plain, message
 from moepeft.serve.http.models import Model
 from moepeft.serve.http.schemas import Chat
-from moepeft.serve.http.service import Service
+from moepeft.serve.http.service import Plan, Reader, Service
 from moepeft.serve.http.sse import EventStream
 from moepeft.serve.http.tally import Tally
 from moepeft.serve.http.underway import Underway, unless_gone
@@ -30,6 +31,7 @@ class Talk:
   """One request for a turn of the assistant.
 
   Attributes:
+    plan: of its tools, None where there are none.
     id: of the completion.
     created: Unix time.
   """
@@ -37,6 +39,7 @@ class Talk:
   service: Service
   asked: Chat
   model: Model
+  plan: Plan | None
   tally: Tally
   id: str
   created: int
@@ -60,11 +63,17 @@ async def chat(service: Service, request: Request) -> Response:
   model = service.models.find(asked.model)
   tally.model = model.name
   name = f'chatcmpl-{secrets.token_hex(12)}'
-  talk = Talk(service, asked, model, tally, name, int(time.time()))
-  words = service.words
-  ids = await words.away(
-    words.chat, asked.messages, asked.tools or (), model.voice
+  plan = await asyncio.to_thread(
+    planned,
+    service,
+    model,
+    asked.tools,
+    asked.tool_choice,
+    asked.parallel_tool_calls is not False,
   )
+  talk = Talk(service, asked, model, plan, tally, name, int(time.time()))
+  words = service.words
+  ids = await words.away(words.chat, asked.messages, model.voice, plan)
   tally.prompt = len(ids)
   requests = await asyncio.to_thread(_requests, talk, ids)
   underway = asking.submit(service.engine, requests, 'messages')
@@ -84,6 +93,41 @@ def _check(asked: Chat) -> None:
     raise wrong('stream_options needs stream=true', 'stream_options')
 
 
+def planned(
+  service: Service,
+  model: Model,
+  tools: list | None,
+  choice: Any,
+  parallel: bool,
+) -> Plan | None:
+  """What comes of OpenAI's tools and tool_choice; None without tools.
+
+  Raises:
+    Problem: they are wrong.
+  """
+  if not tools:
+    if choice not in (None, 'none', 'auto'):
+      raise wrong('tool_choice needs tools', 'tool_choice')
+    return None
+  if service.calling is None:
+    raise wrong('this server does not call tools; leave them out', 'tools')
+  template = service.words.template(model.voice)
+  return service.calling.plan(tools, choice, parallel, template)
+
+
+def _constraint(talk: Talk) -> protocol.Constraint | None:
+  plan, wanted = talk.plan, talk.asked.response_format
+  if plan is None:
+    return asking.constraint(wanted, talk.service.compiler)
+  if wanted is not None and wanted.type != 'text' and plan.free:
+    raise wrong(
+      'response_format and tools that need not be called cannot both be kept; '
+      "leave one out, or set tool_choice to 'required'",
+      'response_format',
+    )
+  return plan.constraint()
+
+
 def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
   """An answer's question each."""
   service, asked = talk.service, talk.asked
@@ -101,7 +145,7 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
       service.words.ends,
       (asked.top_logprobs or 0) if asked.logprobs else None,
       None,
-      asking.constraint(asked.response_format, service.compiler),
+      _constraint(talk),
       asked.routing,
       service.limits.seconds,
     )
@@ -115,6 +159,11 @@ def _answers(talk: Talk) -> list[Answer]:
   ]
 
 
+def _readers(talk: Talk) -> list[Reader]:
+  count = range(talk.asked.n)
+  return [talk.plan.reader() if talk.plan else Plain() for _ in count]
+
+
 async def _whole(talk: Talk, underway: Underway) -> dict[str, Any]:
   answers = _answers(talk)
   found = [Delta() for _ in answers]
@@ -125,22 +174,24 @@ async def _whole(talk: Talk, underway: Underway) -> dict[str, Any]:
 
 
 def _json(talk: Talk, found: Sequence[Delta]) -> dict[str, Any]:
+  pairs = zip(found, _readers(talk), strict=True)
   return talk.head('chat.completion') | {
     'choices': [
       {
         'index': i,
-        'message': {
-          'role': 'assistant',
-          'content': delta.text,
-          'refusal': None,
-        },
-        'finish_reason': REASONS[delta.reason],
+        'message': message([*reader.feed(delta.text), *reader.finish()]),
+        'finish_reason': _reason(reader, delta),
         **_extras(talk, delta),
       }
-      for i, delta in enumerate(found)
+      for i, (delta, reader) in enumerate(pairs)
     ],
     'usage': usage(talk.tally),
   }
+
+
+def _reason(reader: Reader, delta: Delta) -> str:
+  found = REASONS[delta.reason]
+  return 'tool_calls' if reader.called and found == 'stop' else found
 
 
 def _extras(talk: Talk, delta: Delta) -> dict[str, Any]:
@@ -162,25 +213,32 @@ async def _stream(
   head = talk.head('chat.completion.chunk')
   if talk.asked.usage:
     head['usage'] = None
-  answers = _answers(talk)
+  answers, readers = _answers(talk), _readers(talk)
   for i in range(talk.asked.n):
     yield head | {'choices': [_part(i, {'role': 'assistant', 'content': ''})]}
   async for news in deltas(underway, answers, talk.tally):
     for index, delta in news:
-      for choice in _parts(talk, index, delta):
+      for choice in _parts(talk, index, delta, readers[index]):
         yield head | {'choices': [choice]}
   if talk.asked.usage:
     yield head | {'choices': [], 'usage': usage(talk.tally)}
 
 
-def _parts(talk: Talk, index: int, delta: Delta) -> list[dict[str, Any]]:
+def _parts(
+  talk: Talk, index: int, delta: Delta, reader: Reader
+) -> list[dict[str, Any]]:
   """What a stream says of news: the text, and that it is at its end."""
-  found = []
-  if delta.text or delta.entries:
-    part = _part(index, {'content': delta.text})
-    found.append(part | _extras(talk, delta))
+  said = reader.feed(delta.text) if delta.text else []
   if delta.reason:
-    found.append(_part(index, {}, REASONS[delta.reason]))
+    said += reader.finish()
+  if delta.entries and not said:
+    # Its tokens are told even where their text is held back.
+    said = [{'content': ''}]
+  found = [_part(index, one) for one in said]
+  if found:
+    found[0] |= _extras(talk, delta)
+  if delta.reason:
+    found.append(_part(index, {}, _reason(reader, delta)))
   return found
 
 

@@ -120,7 +120,7 @@ def _path(loc: tuple) -> str:
 
 
 # pydantic puts the name of a union's member into the path.
-_MEMBERS = {'str', 'int', 'bool', 'float', 'Part', 'Named', 'StreamOptions'}
+_MEMBERS = {'str', 'int', 'bool', 'float', 'Part'}
 
 
 def _short(value: object) -> str:

@@ -212,18 +212,6 @@ class Part(Strict):
   text: str
 
 
-class Function(Strict):
-  name: str = Field(pattern=r'^[A-Za-z0-9_.-]{1,64}$')
-  description: str | None = None
-  parameters: dict[str, Any] | None = None
-  strict: bool | None = None
-
-
-class Tool(Strict):
-  type: Literal['function']
-  function: Function
-
-
 class Called(Strict):
   name: str
   arguments: str
@@ -270,15 +258,6 @@ class Message(Strict):
       )
 
 
-class Name(Strict):
-  name: str
-
-
-class Named(Strict):
-  type: Literal['function']
-  function: Name
-
-
 class Chat(Asked):
   messages: list[Message] = Field(min_length=1)
   logprobs: bool | None = None
@@ -286,8 +265,9 @@ class Chat(Asked):
   max_tokens: int | None = Field(None, ge=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   parallel_tool_calls: bool | None = None
-  tool_choice: Literal['auto', 'none', 'required'] | Named | None = None
-  tools: list[Tool] | None = None
+  # Looked at by `moepeft.serve.tools`.
+  tool_choice: Any = None
+  tools: list[Any] | None = None
   audio: Any = None
   function_call: Any = None
   functions: Any = None
@@ -324,7 +304,7 @@ class Tokenize(Strict):
   model: str
   prompt: str | None = None
   messages: list[Message] | None = Field(None, min_length=1)
-  tools: list[Tool] | None = None
+  tools: list[Any] | None = None
 
   def model_post_init(self, context: Any) -> None:
     if (self.prompt is None) == (self.messages is None):

@@ -58,6 +58,7 @@ class Server(uvicorn.Server):
       app.make(service),
       http='h11',
       ws='none',
+      lifespan='off',
       log_config=None,
       access_log=False,
       server_header=False,

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moepeft.data.conversations import Conversation
 from moepeft.serve import protocol
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
@@ -21,13 +22,57 @@ class Compiler(Protocol):
   Every method raises ValueError for what cannot be, or is too large.
   """
 
-  def json_schema(self, schema: dict[str, Any]) -> protocol.Constraint: ...
+  def json_schema(
+    self, schema: dict[str, Any], strict: bool = True
+  ) -> protocol.Constraint: ...
 
   def regex(self, text: str) -> protocol.Constraint: ...
 
   def grammar(self, text: str) -> protocol.Constraint: ...
 
   def choice(self, texts: Sequence[str]) -> protocol.Constraint: ...
+
+
+class Reader(Protocol):
+  """Reads calls of tools out of an answer's text.
+
+  Attributes:
+    called: whether there was one.
+  """
+
+  called: bool
+
+  def feed(self, text: str) -> list[dict[str, Any]]:
+    """What is certain by now, as OpenAI's deltas."""
+
+  def finish(self) -> list[dict[str, Any]]: ...
+
+
+class Plan(Protocol):
+  """The tools of one request.
+
+  Attributes:
+    free: whether the answer may be text, without a call.
+  """
+
+  @property
+  def free(self) -> bool: ...
+
+  def offered(self, talk: Conversation) -> Conversation:
+    """The conversation with the tools that may be called."""
+
+  def constraint(self) -> protocol.Constraint | None:
+    """What keeps calls to their form; None where nothing does."""
+
+  def reader(self) -> Reader: ...
+
+
+class Calling(Protocol):
+  """What makes plans; see `calling`."""
+
+  def plan(
+    self, found: list, choice: Any, parallel: bool, template: str
+  ) -> Plan | None: ...
 
 
 class Embedder(Protocol):
@@ -69,6 +114,7 @@ class Service:
   limits: Limits = Limits()
   keys: Keys = Keys()
   compiler: Compiler | None = None
+  calling: Calling | None = None
   embedder: Embedder | None = None
   hosts: tuple[str, ...] = ()
   origins: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from starlette.responses import JSONResponse
 
 from moepeft.serve.http import asking
 from moepeft.serve.http.body import read
+from moepeft.serve.http.chat import planned
 from moepeft.serve.http.schemas import Detokenize, Tokenize
 from moepeft.serve.http.service import Service
 
@@ -17,9 +18,8 @@ async def tokenize(service: Service, request: Request) -> JSONResponse:
   if asked.messages is None:
     ids = await words.away(words.plain, asked.prompt)
   else:
-    ids = await words.away(
-      words.chat, asked.messages, asked.tools or (), model.voice
-    )
+    plan = planned(service, model, asked.tools, None, True)
+    ids = await words.away(words.chat, asked.messages, model.voice, plan)
   found = {
     'tokens': list(ids),
     'count': len(ids),

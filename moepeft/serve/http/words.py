@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from moepeft import prompts
 from moepeft.data import chat_text
@@ -20,10 +20,16 @@ from moepeft.data.turns import Turn
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.pieces import name, pieces
-from moepeft.serve.http.schemas import Call, Message, Tool
+from moepeft.serve.http.schemas import Call, Message
 from moepeft.serve.http.voices import Voice
 
 Found = TypeVar('Found')
+
+
+class Plan(Protocol):
+  """The tools of a request, as `service.Plan` has them."""
+
+  def offered(self, talk: Conversation) -> Conversation: ...
 
 
 class Words:
@@ -62,12 +68,15 @@ class Words:
       raise wrong(f'prompt: {e}', 'prompt') from None
 
   def chat(
-    self, messages: Sequence[Message], tools: Sequence[Tool], voice: Voice
+    self, messages: Sequence[Message], voice: Voice, plan: Plan | None = None
   ) -> list[int]:
     """The ids of a conversation up to where the assistant speaks.
 
     An encoder-decoder reads what is said as plain text: a single turn as it
     is, several by their roles, as it was trained.
+
+    Args:
+      plan: of the tools that may be called.
 
     Raises:
       Problem: there is no chat template, or it cannot write the turns.
@@ -75,7 +84,8 @@ class Words:
     turns = [_turn(message, i) for i, message in enumerate(messages)]
     if voice.system and turns[0].role != 'system':
       turns.insert(0, Turn('system', voice.system))
-    talk = Conversation(tuple(turns), _dumped(tools))
+    talk = Conversation(tuple(turns))
+    talk = talk if plan is None else plan.offered(talk)
     if not self.decoder_only:
       return self._spoken(talk)
     try:
@@ -92,6 +102,14 @@ class Words:
         'messages',
       )
     return self.plain(said(talk))
+
+  def template(self, voice: Voice) -> str:
+    """All that the chat template may say; '' where there is none."""
+    if not isinstance(self._words, Tokenizer):
+      return voice.template
+    if not (voice.template or self._words.tokenizer.chat_template):
+      return ''
+    return chat_text.all_of(self._words.tokenizer, voice.template)
 
   def _templated(self, voice: Voice) -> Any:
     """Hugging Face's tokenizer, where there is a template to go by."""
@@ -135,7 +153,3 @@ def _call(call: Call, place: int) -> dict[str, Any]:
       where,
     )
   return {'name': call.function.name, 'arguments': arguments}
-
-
-def _dumped(tools: Sequence[Tool]) -> list[dict] | None:
-  return [tool.model_dump(exclude_none=True) for tool in tools] or None
