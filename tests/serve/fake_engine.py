@@ -39,6 +39,14 @@ def scored(i, request, first=False):
   return Scored(i, -i / 100, tuple(top[: request.logprobs or 0]), experts)
 
 
+def choose(mask):
+  """The end where it is allowed, else the greatest id of a letter."""
+  if mask[END]:
+    return END
+  letters = mask[: ord('~') + 4]
+  return int(letters.nonzero()[0][-1])
+
+
 @dataclasses.dataclass
 class Row:
   request: protocol.Request
@@ -183,8 +191,12 @@ class FakeEngine:
       self._finish(row, protocol.LENGTH)
       return
     if request.constraint is not None:
-      token = int(request.constraint.mask().argmax())
-      over = request.constraint.accept(token)
+      try:
+        token = choose(request.constraint.mask())
+        over = request.constraint.accept(token) or token in request.ends
+      except ValueError as e:
+        self._finish(row, protocol.FAILED, str(e))
+        return
     else:
       token = row.say.popleft() if row.say else END
       over = token in request.ends

@@ -8,6 +8,9 @@ import socket
 import threading
 import time
 
+import numpy as np
+import pytest
+
 from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.models import Models
@@ -46,6 +49,20 @@ def byte_tokenizer(path):
   )
   found.save_pretrained(path)
   return Tokenizer(str(path))
+
+
+class FakeEmbedder:
+  """A vector of a text: how often it has 'a', 'b', 'c'; of unit length."""
+
+  name, width = 'vectors', 3
+
+  def encode(self, texts):
+    if any('long' in text for text in texts):
+      raise ValueError('a text is too long')
+    counts = [[text.count(c) for c in 'abc'] for text in texts]
+    found = np.asarray(counts, np.float32)
+    norms = np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
+    return found / norms, sum(map(len, texts))
 
 
 class Client:
@@ -157,6 +174,17 @@ def _wait_until(holds, seconds=10):
 def fake(words=None, **fields):
   """A service of a fake engine and bytes."""
   return service(FakeEngine(), words or Bytes(), **fields)
+
+
+def constrained(found, words):
+  """A service that can force JSON and calls of tools."""
+  pytest.importorskip('llguidance')
+  constraints = pytest.importorskip('moepeft.serve.constraints')
+  from moepeft.serve.http.calling import Calling
+
+  found.compiler = constraints.Compiler(words, found.engine.vocab, (END,))
+  found.calling = Calling(found.compiler)
+  return found
 
 
 def port_is_open(port):

@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 
-from moepeft.serve.http.errors import Problem, broken, later
+from moepeft.serve.http.errors import Problem, broken, later, wrong
 from moepeft.serve.http.tally import Tally
 from moepeft.serve.http.underway import Underway
 from moepeft.serve.http.words import Words
@@ -134,7 +134,7 @@ async def deltas(
     found: dict[int, Delta] = {}
     for index, event in batch:
       try:
-        new = _delta(answers[index], event, tally)
+        new = _delta(answers[index], event, tally, underway.trouble(index))
       except Problem:
         # What came before it is given out first.
         yield list(found.items())
@@ -145,7 +145,7 @@ async def deltas(
     yield list(found.items())
 
 
-def _delta(answer: Answer, event: Event, tally: Tally) -> Delta:
+def _delta(answer: Answer, event: Event, tally: Tally, trouble: str) -> Delta:
   if isinstance(event, Prompt):
     return Delta(prompt=event.tokens)
   if isinstance(event, Token):
@@ -154,12 +154,16 @@ def _delta(answer: Answer, event: Event, tally: Tally) -> Delta:
     return answer.feed(event.token)
   assert isinstance(event, Finished)
   tally.cached += event.cached
-  if not answer.stopped and (problem := _problem(event, answer.tokens)):
+  if not answer.stopped and (
+    problem := _problem(event, answer.tokens, trouble)
+  ):
     raise problem
   return answer.finish(event.reason)
 
 
-def _problem(event: Finished, tokens: int) -> Problem | None:
+def _problem(event: Finished, tokens: int, trouble: str) -> Problem | None:
+  if event.reason == FAILED and trouble:
+    return wrong(trouble)
   if event.reason == FAILED:
     return broken(f'the engine failed: {event.message}')
   if event.reason == CANCELLED:

@@ -12,6 +12,7 @@ from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.schemas import Asked, ResponseFormat
 from moepeft.serve.http.service import Compiler
 from moepeft.serve.http.underway import Underway
+from moepeft.serve.http.watched import Watched
 
 _MASK = (1 << 31) - 1
 
@@ -129,7 +130,7 @@ def constraint(
       'response_format',
     )
   try:
-    return _compiled(wanted, compiler)
+    return Watched(_compiled(wanted, compiler))
   except ValueError as e:
     raise wrong(f'response_format: {e}', 'response_format') from None
 

@@ -8,6 +8,7 @@ from moepeft.data.conversations import Conversation
 from moepeft.serve import calls, tools
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.service import Compiler
+from moepeft.serve.http.watched import Watched
 from moepeft.serve.protocol import Constraint
 
 
@@ -75,8 +76,8 @@ class Plan:
     if self.compiler is None:
       return None
     try:
-      return self.compiler.tools(
-        self.tools, self.choice, self.parallel, self.style
+      return Watched(
+        self.compiler.tools(self.tools, self.choice, self.parallel, self.style)
       )
     except ValueError as e:
       raise wrong(str(e), 'tools') from None

@@ -32,6 +32,7 @@ class Underway:
     self._engine, self._loop = engine, asyncio.get_running_loop()
     self._events: asyncio.Queue[Tagged] = asyncio.Queue()
     self._open: dict[int, Request] = {}
+    self._requests = tuple(requests)
     try:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
@@ -70,6 +71,10 @@ class Underway:
       return await asyncio.wait_for(self._events.get(), most)
     except TimeoutError:
       raise broken('the engine does not answer; look into its log') from None
+
+  def trouble(self, index: int) -> str:
+    """Why the constraint of one of them failed, '' if it did not."""
+    return getattr(self._requests[index].constraint, 'reason', '')
 
   def end(self, index: int) -> None:
     """No more tokens of one of them; its Finished comes."""
