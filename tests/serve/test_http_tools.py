@@ -30,8 +30,6 @@ TOOL = {
 CALL = (
   '<tool_call>{"name": "weather", "arguments": {"town": "Ulm"}}</tool_call>'
 )
-  '<tool_call>{"name": "weather", "arguments": {"town": "Ulm"}}</tool_call>'
-)
 
 
 @pytest.fixture(scope='module')

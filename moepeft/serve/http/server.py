@@ -47,6 +47,10 @@ class Server(uvicorn.Server):
 
   The first SIGTERM or SIGINT: new requests get 503, those under way a time to
   finish, then the engine ends them. The second ends all at once.
+
+  Attributes:
+    interrupted: whether it was SIGINT.
+    stopped: whether the engine has ended; it does not while it compiles.
   """
 
   def __init__(self, service: Service, seconds: float):
@@ -67,6 +71,7 @@ class Server(uvicorn.Server):
     )
     super().__init__(config)
     self._service, self._seconds = service, seconds
+    self.interrupted, self.stopped = False, False
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """What uvicorn calls at a signal, on the main thread."""
@@ -74,6 +79,7 @@ class Server(uvicorn.Server):
     if self._service.draining:
       self.should_exit = self.force_exit = True
       return
+    self.interrupted = sig == signal.SIGINT
     _LOG.info('%s: draining', signal.Signals(sig).name)
     self.drain()
 
@@ -87,7 +93,10 @@ class Server(uvicorn.Server):
     try:
       if not self._service.engine.drain(self._seconds):
         _LOG.info('answers are cut off after %g s', self._seconds)
-      self._service.engine.stop()
+      end = threading.Thread(target=self._service.engine.stop, daemon=True)
+      end.start()
+      end.join(_LAST)
+      self.stopped = not end.is_alive()
     finally:
       self.should_exit = True
 
