@@ -16,8 +16,9 @@ from moepeft.serve.http.tally import Tally
 _LOG = logging.getLogger('moepeft.serve')
 # Routes without a key: whether the process lives, and the page's own file.
 FREE = ('/health', '/')
+PROBES = ('/health', '/ready', '/metrics')
 # What is answered while the server starts or goes down.
-_ALWAYS = ('/health', '/ready', '/metrics', '/')
+_ALWAYS = (*PROBES, '/')
 _ID = re.compile(rb'[\w.-]{1,64}')
 # As proxies write it: the client closed the request.
 _LEFT = 499
@@ -99,7 +100,9 @@ class Gate:
     self._service.metrics.note(route, status, took, tally)
     # Quoted: a path may hold what moves a terminal's cursor.
     path = repr(scope['path'])[1:-1]
-    _LOG.info('%s', tally.line(scope['method'], path, status, client))
+    # Probes come every few seconds, and say nothing while all is well.
+    level = logging.DEBUG if scope['path'] in PROBES else logging.INFO
+    _LOG.log(level, '%s', tally.line(scope['method'], path, status, client))
 
 
 class _Sent:
