@@ -58,10 +58,10 @@ def _check_length(request: Request, model: Any, settings: Settings) -> None:
   places = places_of(model, settings)
   size = prompt + answer if decoder_only else max(prompt, answer)
   if size > places:
-    together = 'together ' if decoder_only else 'each '
+    whose = 'for both together' if decoder_only else 'for each'
     raise TooLong(
       f'the prompt has {prompt:,} tokens and the answer up to {answer:,}; '
-      f'{together}they have {places:,} places: shorten the prompt, or the '
+      f'there are {places:,} places {whose}: shorten the prompt, or the '
       'length of the answer'
     )
 

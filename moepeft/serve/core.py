@@ -37,10 +37,15 @@ class Core:
     decoder_only = hasattr(model, 'extend')
     self.rooms = decoding.rooms(settings) if decoder_only else settings.rooms
     plan = decoding.plan if decoder_only else encoding.plan
-    forms = len(banks.hold('').row)
-    self._empty, self._cache = None, None
-    args = self.programs, self._call, self._params, banks.tree, settings, forms
-    self._shapes = plan(*args)
+    self._cache = None
+    self._shapes = plan(
+      self.programs,
+      self._call,
+      self._params,
+      banks.tree,
+      settings,
+      _forms(banks),
+    )
     plan_cache(self.programs, self._shapes)
     plan_picking(self.programs, model.config.vocab)
 
@@ -96,6 +101,13 @@ class Core:
       self._params, self.banks.tree, self._cache, *args
     )
     return result
+
+
+def _forms(banks: Banks) -> int:
+  """How many forms adapters have."""
+  base = banks.hold('')
+  banks.release(base)
+  return len(base.row)
 
 
 def _keys(tree: Tree) -> set[str]:
