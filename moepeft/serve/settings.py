@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large an engine is: slots, places, and the shapes that are compiled."""
+"""How large an engine is: slots, places, and the shapes that are compiled.
+
+Time of a step in float32 on CPU, of 6 layers of SmolLM2-135M and its head, in
+milliseconds of one core: of 1, 2 and 8 rows 79, 88 and 107 where they have 256
+places, of 1 and 8 rows 86 and 182 where they have 1,040. So a request that is
+alone gains by a program of its own, and short texts by a room of their own;
+rows between are worth fewer programs, which take seconds each to compile.
+"""
 
 import dataclasses
 
@@ -21,7 +28,7 @@ class Settings:
     rooms: lengths of a row's keys and values that have programs; the last is
       `places`. () for `places` and a quarter of it, where that is 128 or more.
     batches: rows of a step that have programs; the last is `slots`. () for
-      the powers of two below it, and it.
+      1, 4, 16, ... below it, and it.
     routing: whether programs report what routers do.
     encoder_bytes: device memory for inputs that T5 has encoded before.
   """
@@ -48,7 +55,7 @@ class Settings:
       raise ValueError(f'least is at most chunk={self.chunk}; got {self.least}')
     quarter = self.places // 4
     self._fill('rooms', (quarter,) if quarter >= 128 else (), self.places)
-    powers = tuple(1 << i for i in range(self.slots.bit_length()))
+    powers = tuple(4**i for i in range(self.slots.bit_length()))
     self._fill('batches', powers, self.slots)
 
   def _fill(self, name: str, smaller: tuple[int, ...], last: int) -> None:

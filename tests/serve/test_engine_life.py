@@ -182,9 +182,9 @@ def test_sizes_that_cannot_be_are_refused(options, says):
 
 def test_sizes_are_made_of_the_largest():
   s = Settings()
-  assert s.batches == (1, 2, 4, 8) and s.rooms == (256, 1024)
+  assert s.batches == (1, 4, 8) and s.rooms == (256, 1024)
   assert s.chunks == (16, 64, 256)
   assert s.inputs == (16, 32, 64, 128, 256, 512, 1024)
   s = Settings(slots=6, places=100)
-  assert s.batches == (1, 2, 4, 6) and s.rooms == (100,)
+  assert s.batches == (1, 4, 6) and s.rooms == (100,)
   assert s.inputs == (16, 32, 64, 100)
