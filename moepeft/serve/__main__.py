@@ -8,6 +8,7 @@ It listens on this machine alone, unless --host says otherwise, which needs
 keys. SIGTERM lets answers finish. A chat page is at /.
 """
 
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -18,6 +19,7 @@ from absl import flags
 from moepeft import command
 from moepeft.data import chat_template
 from moepeft.serve import banner, opening, page
+from moepeft.serve.constraints import Compiler
 from moepeft.serve.embeddings import Encoder
 from moepeft.serve.http import keys as keys_lib
 from moepeft.serve.http.calling import Calling
@@ -97,9 +99,9 @@ def opened() -> opening.Opened:
   )
   named = adapters()
   print(f'reading {_MODEL.value}', file=sys.stderr, flush=True)
-  return opening.opened(
+  return opening.open_engine(
     _MODEL.value,
-    named,
+    {name: os.path.expanduser(path) for name, path in named.items()},
     _FORM.value or (),
     settings,
     _ADAPTER_SLOTS.value + 1,
@@ -114,13 +116,25 @@ def embedder() -> Sentences | None:
   if not _EMBEDDINGS.value:
     return None
   encoder = Encoder.open(_EMBEDDINGS.value)
-  return Sentences(opening.name_of(_EMBEDDINGS.value), encoder)
+  return Sentences(name_of(_EMBEDDINGS.value), encoder)
+
+
+def name_of(path: str) -> str:
+  """'~/models/smollm2/' -> 'smollm2', 'package:t5_tiny' -> 't5_tiny'."""
+  return os.path.basename(path.rstrip('/')).split(':')[-1]
+
+
+def compiler(found: opening.Opened) -> Compiler | None:
+  """What constrains answers; None where llguidance is not installed."""
+  if importlib.util.find_spec('llguidance') is None:
+    return None
+  return Compiler(found.words, found.engine.vocab, found.ends)
 
 
 def service(found: opening.Opened, given: Keys, own: Limits) -> Service:
-  name = _NAME.value or found.name
+  name = _NAME.value or name_of(_MODEL.value)
   voice = Voice(chat_template.read(_CHAT_TEMPLATE.value), _SYSTEM.value)
-  compiler, engine = opening.compiler(found), found.engine
+  constraints, engine = compiler(found), found.engine
   # Of a server that asks for no key, the name is what tells a page of
   # elsewhere that was made to lead here.
   hosts = (*_LOCAL, _HOST.value) if local(_HOST.value) else ()
@@ -131,8 +145,8 @@ def service(found: opening.Opened, given: Keys, own: Limits) -> Service:
     Metrics(engine),
     own,
     given,
-    compiler,
-    Calling(compiler),
+    constraints,
+    Calling(constraints),
     embedder(),
     () if given.users else hosts,
     tuple(_CORS.value or ()),
