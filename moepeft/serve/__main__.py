@@ -175,6 +175,15 @@ def url_of(host: str, port: int) -> str:
 
 def main(argv) -> None:
   del argv
+  try:
+    code = run()
+  except KeyboardInterrupt:
+    code = 130
+  sys.exit(code)
+
+
+def run() -> int:
+  """Serves until it is told to end; the exit code."""
   # What is wrong is told before a model is read, which takes long.
   given, own = keys(), limits()
   if _DRAIN.value < 0:
@@ -200,7 +209,7 @@ def main(argv) -> None:
   if not server.stopped:
     # A program is being compiled, for which nobody waits any more.
     os._exit(code)
-  sys.exit(code)
+  return code
 
 
 if __name__ == '__main__':

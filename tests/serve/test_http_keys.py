@@ -62,6 +62,15 @@ def test_each_key_opens(client, key):
   assert client.get('/v1/models', **bearer(key))[0] == 200
 
 
+def test_the_engine_is_told_who_asks_and_not_by_which_key(client):
+  body = {'model': 'base', 'prompt': 'a'}
+  for key in ('user-key', 'other-key', 'user-key'):
+    assert client.post('/v1/completions', body, **bearer(key))[0] == 200
+  first, second, third = [r.client for r in client.engine.asked[-3:]]
+  assert first == third != second and first
+  assert 'key' not in first
+
+
 def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch):
   compared = []
 

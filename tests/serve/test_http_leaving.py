@@ -96,6 +96,14 @@ def test_an_answer_ends_when_its_time_is_over():
     assert choice['finish_reason'] == 'length'
 
 
+def test_an_answer_has_no_more_tokens_than_the_server_gives():
+  with running(endless(answer=5)) as client:
+    status, answer = client.complete(max_tokens=6)
+    assert status == 400 and answer['error']['param'] == 'max_tokens'
+    _, answer = client.complete()
+    assert answer['choices'][0]['text'] == 'x' * 5
+
+
 def test_a_time_that_is_over_before_the_first_token_is_a_503():
   with running(endless(seconds=0.1)) as client:
     client.engine.running.clear()
@@ -137,6 +145,8 @@ def test_a_server_that_goes_down_finishes_what_is_under_way(client):
   thread.start()
   while not client.service.draining:
     time.sleep(0.005)
+  # uvicorn looks every 0.1 s whether it is to close its port.
+  time.sleep(0.35)
   # It still answers, so that a client knows to ask elsewhere.
   status, headers, body = client.send('POST', COMPLETIONS, TEXT)
   assert status == 503 and headers['retry-after'] and b'going down' in body

@@ -15,10 +15,10 @@ from moepeft.serve import protocol
 from moepeft.serve.http import asking, logprobs
 from moepeft.serve.http.answer import REASONS, Answer, Delta, deltas
 from moepeft.serve.http.body import read
+from moepeft.serve.http.chat_schema import Chat
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.message import Plain, message
 from moepeft.serve.http.models import Model
-from moepeft.serve.http.schemas import Chat
 from moepeft.serve.http.service import Plan, Reader, Service
 from moepeft.serve.http.sse import EventStream
 from moepeft.serve.http.tally import Tally
@@ -148,6 +148,7 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
       _constraint(talk),
       asked.routing,
       service.limits.seconds,
+      talk.tally.client,
     )
     for i, seed in enumerate(asking.seeds(asked, asked.n))
   ]

@@ -134,6 +134,7 @@ def _requests(task: Task) -> list[protocol.Request]:
       asking.constraint(asked.response_format, service.compiler),
       asked.routing,
       service.limits.seconds,
+      task.tally.client,
     )
     for i in range(asked.n * len(task.prompts))
     # Of a prompt alone that is not scored, there is nothing to compute.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every request passes: its id, who asks, whether now, and the log."""
 
+import hashlib
 import logging
 import re
 import secrets
@@ -35,7 +36,8 @@ class Gate:
       await self._other(scope, receive, send)
       return
     headers = dict(scope['headers'])
-    tally = scope['tally'] = Tally(_id(headers))
+    tally = Tally(_id(headers), self._client(scope, headers))
+    scope['tally'] = tally
     sent = _Sent(send, tally.id)
     try:
       self._check(scope, headers)
@@ -51,6 +53,13 @@ class Gate:
         await problem.response()(scope, receive, sent)
     finally:
       self._note(scope, sent.status, tally)
+
+  def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+    """Who shares a place among the engine's turns; no key is told."""
+    own = headers.get(b'authorization', b'')
+    if self._service.keys.users and own:
+      return hashlib.sha256(own).hexdigest()[:16]
+    return _address(scope)
 
   async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
     """The server's start and end pass; a websocket is not spoken here."""
@@ -95,14 +104,15 @@ class Gate:
 
   def _note(self, scope: Scope, status: int, tally: Tally) -> None:
     route = getattr(scope.get('route'), 'path', 'other')
-    client = (scope.get('client') or ('-',))[0]
     took = time.perf_counter() - tally.began
     self._service.metrics.note(route, status, took, tally)
     # Quoted: a path may hold what moves a terminal's cursor.
     path = repr(scope['path'])[1:-1]
     # Probes come every few seconds, and say nothing while all is well.
     level = logging.DEBUG if scope['path'] in PROBES else logging.INFO
-    _LOG.log(level, '%s', tally.line(scope['method'], path, status, client))
+    _LOG.log(
+      level, '%s', tally.line(scope['method'], path, status, _address(scope))
+    )
 
 
 class _Sent:
@@ -126,6 +136,10 @@ def _id(headers: dict[bytes, bytes]) -> str:
   if _ID.fullmatch(given):
     return given.decode()
   return f'req_{secrets.token_hex(8)}'
+
+
+def _address(scope: Scope) -> str:
+  return (scope.get('client') or ('-',))[0]
 
 
 def _bare(host: str) -> str:

@@ -11,6 +11,7 @@ class Tally:
 
   Attributes:
     id: of the request, also in the response's header x-request-id.
+    client: who asks, for the engine's turns: by key, or by address.
     model: that was asked for, '' if none was.
     prompt, cached, answer: tokens.
     began, first, last: seconds of a clock at its beginning, its first and its
@@ -18,6 +19,7 @@ class Tally:
   """
 
   id: str
+  client: str = ''
   model: str = ''
   prompt: int = 0
   cached: int = 0
@@ -44,10 +46,10 @@ class Tally:
       return None
     return (self.last - self.first) / (self.answer - 1)
 
-  def line(self, method: str, path: str, status: int, client: str) -> str:
+  def line(self, method: str, path: str, status: int, address: str) -> str:
     """The line of the access log."""
     took = time.perf_counter() - self.began
-    parts = [f'{client} {method} {path} {status} {took:.3f} s id={self.id}']
+    parts = [f'{address} {method} {path} {status} {took:.3f} s id={self.id}']
     if self.model:
       parts.append(f'model={self.model}')
     if self.prompt:

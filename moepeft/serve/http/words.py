@@ -18,9 +18,9 @@ from moepeft.data.answer_ids import said
 from moepeft.data.conversations import Conversation
 from moepeft.data.turns import Turn
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.serve.http.chat_schema import Call, Message
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.pieces import name, pieces
-from moepeft.serve.http.schemas import Call, Message
 from moepeft.serve.http.voices import Voice
 
 Found = TypeVar('Found')
