@@ -223,7 +223,7 @@ class Decoder(nn.Module):
     """
     ids = batch['inputs']
     ctx = context(batch, 'inputs', ids, train)
-    return self._logits(self.states(ids, ctx), ctx)
+    return self.logits(self.states(ids, ctx), ctx)
 
   def extend(self, ids: Array, ctx: Context, last: Array | None = None):
     """ids [b, t] after what the cache holds -> logits [b, t, v].
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         if ctx.token_mask is None
         else jnp.take_along_axis(ctx.token_mask, last[:, None], axis=1)
       )
-    return self._logits(x, ctx)
+    return self.logits(x, ctx)
 
   def states(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] -> the last norm's output [b, t, d]."""
@@ -273,7 +273,8 @@ class Decoder(nn.Module):
       x = x + sinusoidal(ctx.positions, c.d_model).astype(x.dtype)
     return self.decoder(x, ctx)
 
-  def _logits(self, x: Array, ctx: Context) -> Array:
+  def logits(self, x: Array, ctx: Context) -> Array:
+    """`states` [b, t, d] -> logits [b, t, v]."""
     return self.head(x, ctx, self.embed if self.config.tied else None)
 
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's body, read within limits: bytes to JSON to a schema."""
+
+import asyncio
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from moepeft.serve.http.errors import Problem, invalid, wrong
+
+Schema = TypeVar('Schema', bound=BaseModel)
+# Bytes beyond which parsing would hold up other requests on the event loop.
+_LONG = 1 << 15
+_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
+
+
+class Gone(Exception):
+  """The client has left; nobody reads what is answered."""
+
+
+async def read(request: Request, schema: type[Schema], most: int) -> Schema:
+  """A body as its schema.
+
+  Args:
+    most: bytes that are read.
+
+  Raises:
+    Problem: it is no JSON, not of the schema (400), or too long (413).
+    Gone: the client left before it was read.
+  """
+  kind = request.headers.get('content-type', '').partition(';')[0].strip()
+  if kind.lower() != 'application/json':
+    raise wrong(
+      f'the content type is {kind!r}; send JSON, with the header '
+      "'Content-Type: application/json'"
+    )
+  raw = await _bytes(request, most)
+  if len(raw) < _LONG:
+    return parse(raw, schema)
+  return await asyncio.to_thread(parse, raw, schema)
+
+
+async def _bytes(request: Request, most: int) -> bytes:
+  told = request.headers.get('content-length', '0')
+  if told.isdecimal() and int(told[:20]) > most:
+    raise too_long(most)
+  raw = bytearray()
+  try:
+    async for chunk in request.stream():
+      raw += chunk
+      if len(raw) > most:
+        raise too_long(most)
+  except ClientDisconnect:
+    raise Gone from None
+  return bytes(raw)
+
+
+def too_long(most: int) -> Problem:
+  return Problem(
+    413,
+    f'the body is longer than the {most:,} bytes that the server takes; send '
+    'less at once, or start it with a greater --max_body',
+    None,
+    'body_too_long',
+    headers={'Connection': 'close'},
+  )
+
+
+def parse(raw: bytes, schema: type[Schema]) -> Schema:
+  """
+  Raises:
+    Problem: it is no JSON, or not of the schema.
+  """
+  value = _json(raw)
+  if not isinstance(value, dict):
+    raise wrong('the body is JSON, but no object; send {"model": ..., ...}')
+  try:
+    return schema.model_validate(value)
+  except ValidationError as e:
+    raise invalid(e) from None
+
+
+def _json(raw: bytes) -> Any:
+  try:
+    value = json.loads(raw.decode('utf-8'), parse_constant=_no_constant)
+    if _SURROGATE.search(raw):
+      # Half a character, which no tokenizer can read.
+      json.dumps(value, ensure_ascii=False).encode('utf-8')
+    return value
+  except UnicodeError:
+    raise wrong('the body is not UTF-8, or holds half a character') from None
+  except (ValueError, RecursionError) as e:
+    reason = getattr(e, 'msg', None) or str(e).partition(';')[0]
+    raise wrong(f'the body is no JSON ({reason})') from None
+
+
+def _no_constant(name: str) -> None:
+  raise ValueError(f'{name} is no number of JSON')

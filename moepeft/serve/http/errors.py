@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors in OpenAI's form: {"error": {message, type, param, code}}."""
+
+import math
+
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+
+from moepeft.serve import protocol
+
+INVALID = 'invalid_request_error'
+SERVER = 'server_error'
+
+
+class Problem(Exception):
+  """What a client is told instead of an answer.
+
+  Attributes:
+    status: of HTTP.
+    message: a sentence.
+    kind: the `type` of OpenAI's form.
+    param: the field that is wrong, if it is one.
+    code: for programs, as 'model_not_found'.
+    headers: of the response.
+  """
+
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    kind: str = INVALID,
+    headers: dict[str, str] | None = None,
+  ):
+    super().__init__(message)
+    self.status, self.message, self.kind = status, message, kind
+    self.param, self.code, self.headers = param, code, headers or {}
+
+  def body(self) -> dict:
+    return {
+      'error': {
+        'message': self.message,
+        'type': self.kind,
+        'param': self.param,
+        'code': self.code,
+      }
+    }
+
+  def response(self) -> JSONResponse:
+    return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def wrong(message: str, param: str | None = None) -> Problem:
+  """A request that is wrong: 400."""
+  return Problem(400, message, param)
+
+
+def no_model(name: str, known: list[str]) -> Problem:
+  return Problem(
+    404,
+    f'the model {name!r} does not exist; there are {", ".join(known)}',
+    'model',
+    'model_not_found',
+  )
+
+
+def later(message: str, seconds: float, code: str) -> Problem:
+  """The server cannot now: 503, and when to try again."""
+  return Problem(503, message, None, code, SERVER, _after(seconds))
+
+
+def broken(message: str) -> Problem:
+  """Our fault, not the request's: 500."""
+  return Problem(500, message, None, 'internal_error', SERVER)
+
+
+def refused(e: protocol.Refused, param: str) -> Problem:
+  """What an engine's refusal is in HTTP.
+
+  Args:
+    param: the field that holds the prompt.
+  """
+  if isinstance(e, protocol.Full):
+    kind, headers = 'rate_limit_error', _after(e.seconds)
+    return Problem(429, str(e), None, 'queue_full', kind, headers)
+  if isinstance(e, protocol.Unknown):
+    return Problem(404, str(e), 'model', 'model_not_found')
+  if isinstance(e, protocol.TooLong):
+    return Problem(400, str(e), param, 'context_length_exceeded')
+  return wrong(str(e), None)
+
+
+def invalid(e: ValidationError) -> Problem:
+  """The first thing that pydantic found, as a sentence."""
+  found = e.errors(include_url=False, include_context=True)
+  # A union is wrong in as many ways as it has members: the one that came
+  # furthest was meant.
+  first = max(found, key=lambda error: len(error['loc']))
+  param = _path(first['loc'])
+  if first['type'] == 'extra_forbidden':
+    return wrong(f'unknown field {param!r}; leave it out', param)
+  if first['type'] == 'missing':
+    return wrong(f'the field {param!r} is missing', param)
+  reason = first['msg'].removeprefix('Value error, ')
+  if first['type'] == 'value_error':
+    return wrong(f'{param}: {reason}' if param else reason, param or None)
+  return wrong(f'{param}: {reason}; got {_short(first["input"])}', param)
+
+
+def _path(loc: tuple) -> str:
+  """('messages', 0, 'content') -> 'messages[0].content'."""
+  text = ''
+  for part in loc:
+    if isinstance(part, int):
+      text += f'[{part}]'
+    elif not part.endswith(']') and part not in _MEMBERS:
+      text += f'.{part}' if text else part
+  return text
+
+
+# pydantic puts the name of a union's member into the path.
+_MEMBERS = {'str', 'int', 'bool', 'float', 'Part'}
+
+
+def _short(value: object) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def _after(seconds: float) -> dict[str, str]:
+  return {'Retry-After': str(max(1, math.ceil(seconds)))}

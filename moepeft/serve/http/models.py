@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `model` may name: the base and its adapters."""
+
+import dataclasses
+import hashlib
+import time
+from typing import Any
+
+from moepeft.serve import protocol
+from moepeft.serve.http.errors import no_model
+from moepeft.serve.http.voices import Voice, voice
+
+OWNER = 'moepeft'
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """
+  Attributes:
+    name: what requests call it.
+    adapter: what the engine calls it, '' for the base.
+    fingerprint: of the base's and the adapter's content.
+    voice: how it talks.
+  """
+
+  name: str
+  adapter: str
+  fingerprint: str
+  voice: Voice
+
+
+class Models:
+  """The base and what the engine has loaded.
+
+  Attributes:
+    base: the base's name.
+  """
+
+  def __init__(
+    self, engine: protocol.Engine, base: str, sha256: str, own: Voice
+  ):
+    """
+    Args:
+      sha256: of the base's content.
+      own: the base's voice.
+
+    Raises:
+      ValueError: an adapter is called as the base, or its template is gone.
+    """
+    self._engine, self.base = engine, base
+    self._sha256, self._own = sha256, own
+    self._created = {base: int(time.time())}
+    self._voices: dict[str, Voice] = {}
+    for loaded in engine.adapters():
+      self._check(loaded.name)
+      self._note(loaded.name, voice(loaded.source, own))
+
+  def find(self, name: str) -> Model:
+    """
+    Raises:
+      Problem: there is none of this name.
+    """
+    if name == self.base:
+      return Model(name, '', fingerprint(self._sha256), self._own)
+    for loaded in self._engine.adapters():
+      if loaded.name == name:
+        found = fingerprint(self._sha256, loaded.sha256)
+        return Model(name, name, found, self._voices.get(name, self._own))
+    raise no_model(name, self.names())
+
+  def names(self) -> list[str]:
+    return [self.base, *(one.name for one in self._engine.adapters())]
+
+  def load(self, name: str, path: str) -> protocol.Loaded:
+    """Loads an adapter, or another one under its name.
+
+    Raises:
+      ValueError: it cannot be; what was there before stays.
+    """
+    self._check(name)
+    own = voice(path, self._own)
+    loaded = self._engine.load(name, path)
+    self._note(name, own)
+    return loaded
+
+  def unload(self, name: str) -> None:
+    """
+    Raises:
+      protocol.Unknown: there is none.
+    """
+    self._engine.unload(name)
+    self._voices.pop(name, None)
+    self._created.pop(name, None)
+
+  def cards(self) -> list[dict[str, Any]]:
+    """In OpenAI's form, with a few fields of ours."""
+    base = self._card(self.base, self._sha256, parent=None)
+    return [
+      base,
+      *(
+        self._card(one.name, one.sha256, self.base) | {'method': one.method}
+        for one in self._engine.adapters()
+      ),
+    ]
+
+  def _card(self, name: str, sha256: str, parent: str | None) -> dict[str, Any]:
+    return {
+      'id': name,
+      'object': 'model',
+      'created': self._created.get(name, self._created[self.base]),
+      'owned_by': OWNER,
+      'parent': parent,
+      'sha256': sha256,
+    }
+
+  def _check(self, name: str) -> None:
+    if name == self.base:
+      raise ValueError(
+        f'{name!r} is the name of the base; call the adapter otherwise'
+      )
+
+  def _note(self, name: str, own: Voice) -> None:
+    self._voices[name], self._created[name] = own, int(time.time())
+
+
+def fingerprint(base: str, adapter: str = '') -> str:
+  """What `system_fingerprint` is: another one where the weights are others."""
+  return 'fp_' + hashlib.sha256(f'{base}/{adapter}'.encode()).hexdigest()[:16]

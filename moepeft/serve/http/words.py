@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text side of the server: prompts to token ids, and back.
+
+What takes long (a tokenizer, a chat template) runs on one thread of its own,
+away from the event loop: tokenizers of Hugging Face are not to be used from
+several threads at once.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from moepeft import prompts
+from moepeft.data import chat_text
+from moepeft.data.answer_ids import said
+from moepeft.data.conversations import Conversation
+from moepeft.data.turns import Turn
+from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.serve.http.chat_schema import Call, Message
+from moepeft.serve.http.errors import wrong
+from moepeft.serve.http.pieces import name, pieces
+from moepeft.serve.http.voices import Voice
+
+Found = TypeVar('Found')
+
+
+class Plan(Protocol):
+  """The tools of a request, as `service.Plan` has them."""
+
+  def offered(self, talk: Conversation) -> Conversation: ...
+
+
+class Words:
+  """A vocabulary, used for a model that is served.
+
+  Attributes:
+    decoder_only: whether a prompt is part of the text.
+    ends: ids that end an answer and are no text.
+  """
+
+  def __init__(
+    self, words: Vocabulary, decoder_only: bool, ends: Sequence[int]
+  ):
+    self._words, self.decoder_only = words, decoder_only
+    self.ends = tuple(ends)
+    self._piece = pieces(words)
+    self._thread = ThreadPoolExecutor(1, 'words')
+
+  async def away(self, call: Callable[..., Found], *args: Any) -> Found:
+    """A call's result, from the thread of texts."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(self._thread, call, *args)
+
+  def close(self) -> None:
+    self._thread.shutdown(wait=False, cancel_futures=True)
+
+  def plain(self, text: str) -> list[int]:
+    """The ids of a text that is gone on from.
+
+    Raises:
+      Problem: it is empty.
+    """
+    try:
+      return prompts.plain(self._words, text, self.decoder_only)
+    except ValueError as e:
+      raise wrong(f'prompt: {e}', 'prompt') from None
+
+  def chat(
+    self, messages: Sequence[Message], voice: Voice, plan: Plan | None = None
+  ) -> list[int]:
+    """The ids of a conversation up to where the assistant speaks.
+
+    An encoder-decoder reads what is said as plain text: a single turn as it
+    is, several by their roles, as it was trained.
+
+    Args:
+      plan: of the tools that may be called.
+
+    Raises:
+      Problem: there is no chat template, or it cannot write the turns.
+    """
+    turns = [_turn(message, i) for i, message in enumerate(messages)]
+    if voice.system and turns[0].role != 'system':
+      turns.insert(0, Turn('system', voice.system))
+    talk = Conversation(tuple(turns))
+    talk = talk if plan is None else plan.offered(talk)
+    if not self.decoder_only:
+      return self._spoken(talk)
+    try:
+      text = chat_text.asked(talk, self._templated(voice), voice.template)
+    except ValueError as e:
+      raise wrong(f'messages: {e}', 'messages') from None
+    return self._words.encode(text)
+
+  def _spoken(self, talk: Conversation) -> list[int]:
+    if talk.tools or any(turn.calls or turn.thought for turn in talk.turns):
+      raise wrong(
+        'the model is an encoder-decoder, which reads turns as plain text, '
+        'without tools or thoughts; leave them out',
+        'messages',
+      )
+    return self.plain(said(talk))
+
+  def template(self, voice: Voice) -> str:
+    """All that the chat template may say; '' where there is none."""
+    if not isinstance(self._words, Tokenizer):
+      return voice.template
+    if not (voice.template or self._words.tokenizer.chat_template):
+      return ''
+    return chat_text.all_of(self._words.tokenizer, voice.template)
+
+  def _templated(self, voice: Voice) -> Any:
+    """Hugging Face's tokenizer, where there is a template to go by."""
+    own = self._words.tokenizer if isinstance(self._words, Tokenizer) else None
+    if own is None or not (voice.template or own.chat_template):
+      raise wrong(
+        'the model has no chat template; use /v1/completions, or an adapter '
+        'whose run has one',
+        'model',
+      )
+    return own
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._words.decode(list(ids))
+
+  def piece(self, i: int) -> bytes:
+    """The bytes of a token."""
+    return self._piece(i)
+
+  def name(self, i: int) -> str:
+    """A token as text."""
+    return name(self._piece(i))
+
+
+def _turn(message: Message, place: int) -> Turn:
+  role = 'system' if message.role == 'developer' else message.role
+  text = message.text or message.refusal or ''
+  calls = [_call(call, place) for call in message.tool_calls or ()] or None
+  return Turn(role, text, calls, thought=message.reasoning_content or '')
+
+
+def _call(call: Call, place: int) -> dict[str, Any]:
+  try:
+    arguments = json.loads(call.function.arguments or '{}')
+  except (ValueError, RecursionError):
+    arguments = None
+  if not isinstance(arguments, dict):
+    where = f'messages[{place}].tool_calls'
+    raise wrong(
+      f'{where}: the arguments of {call.function.name!r} are no JSON object',
+      where,
+    )
+  return {'name': call.function.name, 'arguments': arguments}

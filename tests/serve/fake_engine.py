@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine without a model: it says what a test tells it to.
+
+Ids are those of bytes, plus 3; 1 ends an answer. A token's log-probability is
+-id / 100, and -2 and -3 are those of ids 5 and 6 beside it.
+"""
+
+import collections
+import dataclasses
+import threading
+import time
+
+from moepeft.serve import protocol
+from moepeft.serve.protocol import (
+  Finished,
+  Loaded,
+  Prompt,
+  Scored,
+  Stats,
+  Token,
+)
+
+END = 1
+
+
+def ids_of(text):
+  return [byte + 3 for byte in text.encode()]
+
+
+def text_of(ids):
+  return bytes(i - 3 for i in ids if i >= 3).decode(errors='replace')
+
+
+def scored(i, request, first=False):
+  experts = {'mlp/wo': (0.25, 0.75)} if request.routing else None
+  if request.logprobs is None and request.prompt_logprobs is None or first:
+    return Scored(i, experts=experts)
+  top = sorted([(i, -i / 100), (5, -2.0), (6, -3.0)], key=lambda x: -x[1])
+  return Scored(i, -i / 100, tuple(top[: request.logprobs or 0]), experts)
+
+
+def choose(mask):
+  """The end where it is allowed, else the greatest id of a letter."""
+  if mask[END]:
+    return END
+  letters = mask[: ord('~') + 4]
+  return int(letters.nonzero()[0][-1])
+
+
+@dataclasses.dataclass
+class Row:
+  request: protocol.Request
+  deliver: object
+  say: collections.deque
+  until: float
+  said: int = 0
+
+
+class FakeEngine:
+  """
+  Attributes:
+    say: request -> the ids of its answer; by default its prompt's last
+      characters, and an end.
+    running: cleared, no token comes (`hold`); set, they come.
+    asked: every request that was taken.
+    cancelled: ids.
+  """
+
+  vocab, decoder_only = 259, True
+
+  def __init__(self, slots=4, queue=8, places=512, pause=0.0):
+    self.slots, self.queue, self.places = slots, queue, places
+    self.pause = pause
+    self.say = lambda request: [*request.ids[-5:], END]
+    self.ready = False
+    self.running = threading.Event()
+    self.running.set()
+    self.asked, self.cancelled, self.loads = [], [], {}
+    self._rows, self._lock = {}, threading.Condition()
+    self._ended, self._draining = False, False
+    self._counts = collections.Counter()
+    self._finished = collections.Counter()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def start(self, progress):
+    progress('prefill', 0, 1)
+    self.ready = True
+
+  def submit(self, request, deliver):
+    with self._lock:
+      if self._draining:
+        raise protocol.Refused('the engine takes no more requests')
+      if request.adapter and request.adapter not in self.loads:
+        raise protocol.Unknown(f'there is no adapter {request.adapter!r}')
+      own = len(request.ids) if self.decoder_only else 0
+      if own + request.length > self.places:
+        raise protocol.TooLong('prompt and answer are too long')
+      if len(self._rows) >= self.slots + self.queue:
+        raise protocol.Full('the queue is full; try again later', 2.5)
+      assert request.id not in self._rows
+      self.asked.append(request)
+      until = time.monotonic() + (request.seconds or 1e9)
+      say = collections.deque(self.say(request))
+      self._rows[request.id] = Row(request, deliver, say, until)
+      self._lock.notify_all()
+
+  def cancel(self, id):
+    with self._lock:
+      if id in self._rows:
+        self.cancelled.append(id)
+        self._finish(self._rows[id], protocol.CANCELLED)
+
+  def adapters(self):
+    return list(self.loads.values())
+
+  def load(self, name, path):
+    if 'broken' in path:
+      raise ValueError(f'{path!r} holds no adapter; name a run')
+    self.loads[name] = Loaded(name, 'lora(rank=4)', f'sha of {path}', 99, path)
+    return self.loads[name]
+
+  def unload(self, name):
+    if name not in self.loads:
+      raise protocol.Unknown(f'there is no adapter {name!r}')
+    del self.loads[name]
+
+  def stats(self):
+    with self._lock:
+      count = min(len(self._rows), self.slots)
+      return Stats(
+        count,
+        len(self._rows) - count,
+        self.slots,
+        dict(self._finished),
+        self._counts['prompt'],
+        0,
+        self._counts['answer'],
+        7,
+        len(self.loads),
+        99 * len(self.loads),
+      )
+
+  def drain(self, seconds):
+    with self._lock:
+      self._draining = True
+      return self._lock.wait_for(lambda: not self._rows, seconds)
+
+  def stop(self):
+    with self._lock:
+      self._draining = self._ended = True
+      for row in list(self._rows.values()):
+        self._finish(row, protocol.CANCELLED)
+      self._lock.notify_all()
+    self.running.set()
+    self._thread.join(5)
+
+  def idle(self, seconds=5):
+    """Whether nothing is under way, at once or soon."""
+    with self._lock:
+      return self._lock.wait_for(lambda: not self._rows, seconds)
+
+  def busy(self, count=1, seconds=5):
+    """Whether so many are under way, at once or soon."""
+    with self._lock:
+      return self._lock.wait_for(lambda: len(self._rows) >= count, seconds)
+
+  def _run(self):
+    while not self._ended:
+      held = not self.running.wait(0.01)
+      with self._lock:
+        if not self._rows:
+          self._lock.wait(0.05)
+        for row in list(self._rows.values()):
+          if time.monotonic() > row.until:
+            self._finish(row, protocol.TIME)
+        if not held:
+          for row in list(self._rows.values())[: self.slots]:
+            self._step(row)
+      if self.pause:
+        time.sleep(self.pause)
+
+  def _step(self, row):
+    request = row.request
+    if not row.said:
+      self._counts['prompt'] += len(request.ids)
+      if request.prompt_logprobs is not None:
+        found = [scored(i, request, not at) for at, i in enumerate(request.ids)]
+        row.deliver(Prompt(tuple(found)))
+    if row.said >= request.length:
+      self._finish(row, protocol.LENGTH)
+      return
+    if request.constraint is not None:
+      try:
+        token = choose(request.constraint.mask())
+        over = request.constraint.accept(token) or token in request.ends
+      except ValueError as e:
+        self._finish(row, protocol.FAILED, str(e))
+        return
+    else:
+      token = row.say.popleft() if row.say else END
+      over = token in request.ends
+    if token < 0:
+      self._finish(row, protocol.FAILED, 'as the test told it')
+      return
+    row.said += 1
+    self._counts['answer'] += 1
+    row.deliver(Token(scored(token, request)))
+    if over:
+      self._finish(row, protocol.STOP)
+    elif row.said >= request.length:
+      self._finish(row, protocol.LENGTH)
+
+  def _finish(self, row, reason, message=''):
+    del self._rows[row.request.id]
+    self._finished[reason] += 1
+    row.deliver(Finished(reason, len(row.request.ids), 0, row.said, message))
+    self._lock.notify_all()

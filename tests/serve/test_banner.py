@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command shows while it starts, and of a server that is ready."""
+
+import io
+
+from moepeft.serve import banner
+from moepeft.serve.http.keys import Keys
+from moepeft.serve.protocol import Loaded
+
+
+def test_a_file_gets_the_first_program_and_not_every_one():
+  out = io.StringIO()
+  shown = banner.Start(out)
+  for i in range(5):
+    shown('prefill 16', i, 5)
+  assert out.getvalue().count('\n') == 1
+  assert 'compiling 1 of 5: prefill 16' in out.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_is_written_over():
+  out = io.StringIO()
+  out.isatty = lambda: True
+  shown = banner.Start(out)
+  shown('prefill 16', 0, 2)
+  shown('step 8', 1, 2)
+  assert '\n' not in out.getvalue()
+  assert out.getvalue().count('\r') == 2
+  assert 'compiling 2 of 2: step 8' in out.getvalue()
+
+
+def test_a_box_says_how_to_ask():
+  law = Loaded('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
+  ia3 = Loaded('tone', 'ia3', 'sha', 7, 'runs/tone')
+  keys = Keys((b'a', b'b'), ())
+  found = banner.lines('http://x:1', 'base', [law, ia3], keys)
+  out = io.StringIO()
+  banner.Start(out).done(found)
+  rows = out.getvalue().splitlines()
+  # All rows of a box are as long.
+  assert len({len(row) for row in rows}) == 1
+  for said in (
+    'http://x:1/v1',
+    'base',
+    'law: lora(rank=4)',
+    'tone: ia3',
+    'one of 2',
+    'off (--admin_key_file)',
+  ):
+    assert any(said in row for row in rows), said
+  # No key is ever shown.
+  found = banner.lines('u', 'm', [], Keys((b'secret',), (b'other',)))
+  assert not any('secret' in line or 'other' in line for line in found)

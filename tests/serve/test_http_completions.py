@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completions in the legacy form, with what evaluation harnesses read."""
+
+import pytest
+
+from tests.serve.fake_engine import END, ids_of
+from tests.serve.small_server import fake, running
+
+PATH = '/v1/completions'
+
+
+@pytest.fixture(scope='module')
+def client():
+  with running(fake()) as found:
+    yield found
+
+
+@pytest.fixture
+def says(client):
+  before = client.engine.say
+
+  def say(text):
+    client.engine.say = lambda request: [*ids_of(text), END]
+
+  yield say
+  client.engine.say = before
+
+
+@pytest.mark.parametrize(
+  'prompt, texts',
+  [
+    ('abc', ['abc']),
+    (['abc', 'de'], ['abc', 'de']),
+    (ids_of('abc'), ['abc']),
+    ([ids_of('abc'), ids_of('de')], ['abc', 'de']),
+  ],
+)
+def test_a_prompt_is_text_or_ids_one_or_several(client, prompt, texts):
+  # The fake says what it was asked.
+  status, answer = client.complete(prompt)
+  assert status == 200
+  choices = answer['choices']
+  assert [choice['text'] for choice in choices] == texts
+  assert [choice['index'] for choice in choices] == list(range(len(texts)))
+  assert answer['usage']['prompt_tokens'] == sum(map(len, texts))
+
+
+def test_choices_are_ordered_by_prompt_and_then_by_answer(client):
+  _, answer = client.complete(['a', 'b'], n=2)
+  texts = [choice['text'] for choice in answer['choices']]
+  assert texts == ['a', 'a', 'b', 'b']
+
+
+def test_an_answer_has_16_tokens_where_no_length_is_given(client, says):
+  says('x' * 99)
+  _, answer = client.complete()
+  assert answer['choices'][0]['text'] == 'x' * 16
+  assert answer['choices'][0]['finish_reason'] == 'length'
+
+
+def test_log_probabilities_are_lists_as_long_as_the_tokens(client, says):
+  says('yz')
+  _, answer = client.complete('ab', logprobs=2)
+  found = answer['choices'][0]['logprobs']
+  # The end is a token here: harnesses count what was generated.
+  assert found['tokens'] == ['y', 'z', '']
+  # 'y' is the byte 121, its id 124, its log-probability -1.24.
+  assert found['token_logprobs'] == [-1.24, -1.25, -0.01]
+  assert found['top_logprobs'][0] == {'y': -1.24, '\x02': -2.0}
+  assert found['text_offset'] == [0, 1, 2]
+
+
+def test_echo_scores_the_prompt_from_its_second_token_on(client):
+  _, answer = client.complete('abc', echo=True, logprobs=1, max_tokens=1)
+  (choice,) = answer['choices']
+  assert choice['text'] == 'abca'
+  found = choice['logprobs']
+  assert found['tokens'] == ['a', 'b', 'c', 'a']
+  assert found['token_logprobs'] == [None, -1.01, -1.02, -1.0]
+  assert found['top_logprobs'][0] is None
+  assert found['text_offset'] == [0, 1, 2, 3]
+
+
+def test_a_harness_finds_a_continuation_by_counting_tokens(client, says):
+  # As lm-eval does: ids, one token more, and that one left out again.
+  context, continuation = ids_of('question'), ids_of('ans')
+  says('')
+  _, answer = client.complete(
+    [context + continuation], echo=True, logprobs=1, max_tokens=1
+  )
+  found = answer['choices'][0]['logprobs']
+  scored = found['token_logprobs'][len(context) : -1]
+  assert scored == [-i / 100 for i in continuation]
+  tops = found['top_logprobs'][len(context) : -1]
+  greedy = [
+    own == max(top.values()) for own, top in zip(scored, tops, strict=True)
+  ]
+  assert greedy == [True] * 3
+
+
+def test_max_tokens_0_with_echo_is_the_prompt_alone(client):
+  asked = len(client.engine.asked)
+  _, answer = client.complete('abc', echo=True, max_tokens=0)
+  assert answer['choices'][0]['text'] == 'abc'
+  # Nothing is scored, so there is nothing to compute.
+  assert len(client.engine.asked) == asked
+  _, answer = client.complete('abc', echo=True, max_tokens=0, logprobs=1)
+  assert answer['choices'][0]['logprobs']['tokens'] == ['a', 'b', 'c']
+  assert answer['usage']['completion_tokens'] == 0
+
+
+def test_offsets_count_characters_and_parts_of_one_share_its_place(client):
+  _, answer = client.complete('aßb', echo=True, logprobs=0, max_tokens=0)
+  found = answer['choices'][0]['logprobs']
+  assert found['tokens'] == ['a', 'bytes:\\xc3', 'bytes:\\x9f', 'b']
+  assert found['text_offset'] == [0, 1, 1, 2]
+  # With 0 alternatives there is the token alone.
+  assert found['top_logprobs'][3] == {'b': -1.01}
+
+
+def test_a_stream_echoes_its_prompt_first(client):
+  for logprobs in (None, 1):
+    body = dict(model='base', prompt='abc', echo=True, stream=True)
+    events, done = client.events(PATH, body | {'logprobs': logprobs})
+    assert done
+    choices = [event['choices'][0] for event in events]
+    assert ''.join(choice['text'] for choice in choices) == 'abcabc'
+    assert choices[-1]['finish_reason'] == 'stop'
+  parts = [choice['logprobs'] for choice in choices]
+  offsets = [at for part in parts for at in part['text_offset']]
+  assert offsets == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_an_answer_that_begins_inside_a_character_ends_it(client):
+  # The prompt is a byte of 'ß', and the answer its other one.
+  before = client.engine.say
+  client.engine.say = lambda request: [ids_of('ß')[1], END]
+  _, answer = client.complete(ids_of('aß')[:2])
+  client.engine.say = before
+  assert answer['choices'][0]['text'] == 'ß'
+
+
+def test_a_stop_string_cuts_tokens_and_text_alike(client, says):
+  says('abc.def')
+  _, answer = client.complete(stop='.', logprobs=0, echo=True)
+  (choice,) = answer['choices']
+  assert choice['text'] == 'helloabc'
+  assert choice['logprobs']['tokens'] == list('helloabc')
+  assert choice['finish_reason'] == 'stop'

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m moepeft.serve, as a process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+for _room in ('bank', 'constraints', 'embeddings', 'engine', 'page'):
+  pytest.importorskip(f'moepeft.serve.{_room}')
+
+SECONDS = 240
+
+
+def command(*args):
+  return [sys.executable, '-m', 'moepeft.serve', *args]
+
+
+def refused(*args):
+  """What is said of wrong options, which end in code 2."""
+  found = subprocess.run(
+    command(*args), capture_output=True, text=True, timeout=SECONDS
+  )
+  assert found.returncode == 2, found.stderr
+  assert 'Traceback' not in found.stderr
+  return found.stderr
+
+
+def test_other_machines_are_not_let_in_without_a_key():
+  # Said at once: the model, which there is not, is not looked for.
+  said = refused('--model=nothing', '--host=0.0.0.0', '--port=0')
+  assert '--api_key_file' in said and '--allow_no_key' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'args, said',
+  [
+    (['--port=0'], '--model'),
+    (['--model=/nothing', '--port=0'], '/nothing'),
+    (['--model=package:t5_tiny', '--port=0', '--adapter=x'], 'NAME=PATH'),
+    (['--model=x', '--port=0', '--api_key_file=/nothing'], 'api_key_file'),
+    (['--model=x', '--port=70000'], '--port=70000'),
+    (['--model=x', '--port=0', '--drain_seconds=-1'], 'drain_seconds'),
+    (['--model=x', '--port=0', '--max_body=0'], 'body'),
+  ],
+)
+def test_wrong_options_are_one_sentence(args, said):
+  assert said in refused(*args)
+
+
+def ask(port, path, body=None):
+  """(status, JSON); None where nobody answers yet."""
+  raw = None if body is None else json.dumps(body).encode()
+  headers = {'Content-Type': 'application/json'}
+  request = urllib.request.Request(
+    f'http://127.0.0.1:{port}{path}', raw, headers
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+      return answer.status, json.load(answer)
+  except urllib.error.HTTPError as e:
+    return e.code, json.load(e)
+  except OSError:
+    return None, None
+
+
+@pytest.mark.slow
+def test_a_server_starts_answers_drains_and_ends_with_code_0(tmp_path):
+  port = 18765
+  log = tmp_path / 'log'
+  args = [
+    '--model=package:t5_tiny',
+    '--slots=2',
+    '--places=64',
+    '--form=lora(rank=4)',
+    f'--port={port}',
+  ]
+  with open(log, 'w') as out:
+    process = subprocess.Popen(command(*args), stdout=out, stderr=out)
+  try:
+    until = time.monotonic() + SECONDS
+    while ask(port, '/ready')[0] != 200:
+      assert process.poll() is None, log.read_text()
+      assert time.monotonic() < until
+      time.sleep(0.2)
+    body = {'model': 't5_tiny', 'prompt': 'hello', 'max_tokens': 5}
+    status, first = ask(port, '/v1/completions', {**body, 'temperature': 0})
+    assert status == 200 and first['usage']['completion_tokens'] <= 5
+    _, again = ask(port, '/v1/completions', {**body, 'temperature': 0})
+    assert again['choices'] == first['choices']
+    form = {'type': 'choice', 'choice': ['yes', 'no']}
+    _, chosen = ask(port, '/v1/completions', {**body, 'response_format': form})
+    assert chosen['choices'][0]['text'] in ('yes', 'no')
+    assert ask(port, '/v1/completions', {**body, 'model': 'x'})[0] == 404
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+  finally:
+    if process.poll() is None:
+      os.kill(process.pid, signal.SIGKILL)
+      process.wait(60)
+  said = log.read_text()
+  assert f'http://127.0.0.1:{port}/v1' in said and 'ready after' in said
