@@ -2,21 +2,26 @@
 """Adapters from wherever they lie, checked whole before they are served."""
 
 import dataclasses
+import functools
 import hashlib
 import os
-from typing import Any
+from collections.abc import Mapping
 
+import flax.linen as nn
 import numpy as np
 
 from moepeft import base as base_lib
 from moepeft.base import Base
 from moepeft.checkpoint import restore_trained
 from moepeft.models import names
-from moepeft.nn.start import described
+from moepeft.nn.start import Label, described
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
 from moepeft.serve.forms import Form, form_of
 from moepeft.typing import Tree
+
+# {path in a 'peft' tree: its shape, and what it says of itself}.
+Layout = Mapping[str, tuple[tuple[int, ...], Label]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,12 @@ class _Stored:
   quantise: str | None
 
 
+@functools.lru_cache(maxsize=64)
+def arrays_of(model: nn.Module) -> Layout:
+  """The arrays in 'peft' of a model; traced once for a method."""
+  return described(model, base_lib.example_batch())
+
+
 def _stored(path: str, base: Base) -> _Stored:
   if os.path.isdir(os.path.join(path, 'checkpoints')):
     tree, card = restore_trained(path)
@@ -110,11 +121,12 @@ def _check_base(found: _Stored, path: str, base: Base) -> None:
     )
 
 
-def _check_arrays(arrays: Any, built: Built, path: str, base: Base) -> None:
-  model = base.family.MODULE(base.config, built.advice)
-  wanted = described(model, base_lib.example_batch(), base.params)
+def _check_arrays(
+  arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
+) -> None:
+  wanted = arrays_of(base.family.MODULE(base.config, built.advice))
   names.check(
-    {name: tuple(shape) for name, (shape, _) in wanted.items()},
+    {name: shape for name, (shape, _) in wanted.items()},
     {name: a.shape for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',
     'export the adapter again from its run',

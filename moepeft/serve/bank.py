@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.base import Base
-from moepeft.nn.site import Advice
 from moepeft.peft import build
 from moepeft.serve import fitting, forms
 from moepeft.serve.adapters import Adapter, read
@@ -94,7 +93,13 @@ class Banks:
   What is loaded stays on the host. The slots are for those that requests use,
   and for as many others as fit, those used longest ago out first; one that is
   out comes back when it is asked for.
+
+  Attributes:
+    forms: one a bank, in the order of the slots of a row.
+    advice: for the model: all forms, nested.
   """
+
+  row_tree = staticmethod(row_tree)
 
   def __init__(
     self,
@@ -130,11 +135,6 @@ class Banks:
     self._make()
     for name, adapter in found.items():
       self.put(name, self._fitted(adapter))
-
-  @property
-  def advice(self) -> Advice:
-    """For the model: all forms, nested."""
-    return forms.advice_of(self.forms, self._sites)
 
   @property
   def tree(self) -> Tree:
@@ -263,9 +263,8 @@ class Banks:
   def _make(self) -> None:
     """Forms, and banks that hold the identity in every slot."""
     self.forms = forms.forms_of(self._wanted, self._sites)
-    self._layouts: dict[str, Layout] = {
-      form.name: fitting.layout_of(form, self._base) for form in self.forms
-    }
+    self.advice = forms.advice_of(self.forms, self._sites)
+    self._layouts = fitting.layouts_of(self.forms, self.advice, self._base)
     self._slots_each = self._count()
     self._slots = {name: Slots(self._slots_each) for name in self._layouts}
     self._tree = {

@@ -8,27 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from moepeft import base as base_lib
 from moepeft.base import Base
 from moepeft.interop.adapter import instances
 from moepeft.models import names
 from moepeft.moe.random import projection
 from moepeft.nn.quantised import KINDS
-from moepeft.nn.start import Fill, Label, described
-from moepeft.serve.adapters import Adapter
-from moepeft.serve.forms import Form, Part, advice_of, scale_of
+from moepeft.nn.site import Advice
+from moepeft.nn.start import Fill, Label
+from moepeft.serve.adapters import Adapter, Layout, arrays_of
+from moepeft.serve.forms import Form, Part, scale_of
 from moepeft.spec import Spec
 from moepeft.typing import Tree
 
-# {path in the tree of one adapter: its shape, and what it says of itself}.
-Layout = Mapping[str, tuple[tuple[int, ...], Label]]
 
+def layouts_of(
+  forms: Sequence[Form], advice: Advice, base: Base
+) -> dict[str, Layout]:
+  """The arrays of one slot of each form.
 
-def layout_of(form: Form, base: Base) -> Layout:
-  """The arrays of one slot."""
-  advice = advice_of([form], base.family.sites(base.config))
-  model = base.family.MODULE(base.config, advice)
-  return described(model, base_lib.example_batch(), base.params)
+  Args:
+    advice: of all of them.
+  """
+  found = arrays_of(base.family.MODULE(base.config, advice))
+  return {
+    form.name: {
+      path: said
+      for path, said in found.items()
+      if any(f'/{part.name}/' in path for part in form.parts)
+    }
+    for form in forms
+  }
 
 
 def size_of(layout: Layout) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 from moepeft.base import Base, example_batch
 from moepeft.interop import adapter
 from moepeft.models import FAMILIES, names, t5
-from moepeft.models.decoder import Decoder
-from moepeft.nn.start import fresh
+from moepeft.nn.start import Fill, described
 from moepeft.peft import build
 from moepeft.serve.bank import row_tree
 
@@ -55,10 +54,13 @@ def trained(base, method, seed=0, semantics='official', noise=0.2):
   """(built, tree): an adapter moved off where it starts."""
   built = build(method, base.family.sites(base.config), semantics)
   model = model_of(base, built.advice)
-  start = fresh(model, example_batch(), 3, base.params)['peft']
   rng = np.random.default_rng((seed, 17))
-  move = lambda a: np.float32(a + noise * rng.normal(size=a.shape))  # noqa: E731
-  return built, jax.tree.map(move, start)
+  found = {}
+  for path, (shape, label) in described(model, example_batch()).items():
+    # Scales are ones at first; DoRA's magnitude is of the base's size.
+    one = label.start is None or label.start == Fill(1)
+    found[path] = np.float32(one + noise * rng.normal(size=shape))
+  return built, names.unflatten(found)
 
 
 def save(path, base, method, seed=0, semantics='official', noise=0.2):
