@@ -5,59 +5,26 @@ A bank is of one form (`moepeft.serve.forms`): 'peft' trees of the same paths
 and shapes, stacked on an axis z in front of all others. Slot 0 is the base,
 bit for bit. A row of a batch takes one slot of every bank; all but one of them
 are slot 0. Loading writes a slot, so no program is compiled anew.
-
-Bytes, for b rows and forms of S bytes a slot: a gather inside of the step
-reads b S, writes b S, and the products read b S once more, against the base's
-weights, which are read once for all rows. With SmolLM2-135M (538 MB in
-float32) and LoRA of rank 16 at all projections, S is 30 layers x 10,176
-features in and out x 16 x 4 bytes = 20 MB, so eight rows add 470 MB to a
-decoding step of 538 MB. Rows that stay for many steps are better gathered
-once, when they are admitted (`row_tree` of each), which leaves b S = 156 MB.
 """
 
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moepeft.base import Base
 from moepeft.peft import build
-from moepeft.serve import fitting, forms
+from moepeft.serve import fitting, forms, stacked
 from moepeft.serve.adapters import Adapter, read
 from moepeft.serve.fitting import Fitted, Layout
 from moepeft.serve.forms import Form
 from moepeft.serve.protocol import Loaded, Unknown
 from moepeft.serve.slots import Slots
-from moepeft.typing import Array, Tree
+from moepeft.typing import Tree
 
 # Slots of a bank, the identity's among them.
 SLOTS = 9
-
-
-def row_tree(tree: Tree, slots: Array) -> Tree:
-  """The 'peft' tree of one row, for a model with `Banks.advice`.
-
-  Pure: under `vmap` over `slots`, a batched gather.
-
-  Args:
-    tree: `Banks.tree`, {form: 'peft' tree with z in front of every leaf}.
-    slots: int32 [forms], a slot of each form in the order of their names.
-  """
-  merged = {}
-  for slot, name in zip(slots, sorted(tree), strict=True):
-    merged = _merged(merged, jax.tree.map(lambda a, i=slot: a[i], tree[name]))
-  return merged
-
-
-def _merged(left: Tree, right: Tree) -> Tree:
-  """Both trees; no two leaves have one path, as forms have entries apart."""
-  found = dict(left)
-  for key, value in right.items():
-    found[key] = _merged(found[key], value) if key in found else value
-  return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +57,8 @@ class _Content:
 class Banks:
   """The adapters of a server; any thread may call, and takes turns.
 
-  What is loaded stays on the host. The slots are for those that requests use,
+  What is loaded stays on the host, as it was trained and as a slot holds it,
+  which no budget counts. The slots are for those that requests use,
   and for as many others as fit, those used longest ago out first; one that is
   out comes back when it is asked for.
 
@@ -99,7 +67,7 @@ class Banks:
     advice: for the model: all forms, nested.
   """
 
-  row_tree = staticmethod(row_tree)
+  row_tree = staticmethod(stacked.row_tree)
 
   def __init__(
     self,
@@ -287,11 +255,9 @@ class Banks:
 
   def _bank(self, layout: Layout) -> Tree:
     alone = fitting.identity(layout)
-    bank = jax.tree.map(
-      lambda a: jnp.broadcast_to(a, (self._slots_each, *a.shape)), alone
-    )
+    bank = stacked.repeated(alone, self._slots_each)
     # Compiled here, not under traffic.
-    return _written(bank, np.int32(0), alone)
+    return stacked.written(bank, np.int32(0), alone)
 
   def _fitted(self, adapter: Adapter) -> Fitted:
     for form in self.forms:
@@ -319,7 +285,7 @@ class Banks:
     """Puts a content into a slot of its bank."""
     fitted = self._contents[sha256].fitted
     slot = np.int32(self._slots[fitted.form].take(sha256))
-    bank = _written(self._tree[fitted.form], slot, fitted.tree)
+    bank = stacked.written(self._tree[fitted.form], slot, fitted.tree)
     self._tree = self._tree | {fitted.form: bank}
 
   def _leave(self, name: str, sha256: str) -> None:
@@ -340,13 +306,3 @@ class Banks:
       self._slots[content.form].users(sha256)
       for sha256, content in self._contents.items()
     )
-
-
-@jax.jit
-def _written(bank: Tree, slot: Array, tree: Tree) -> Tree:
-  """The bank with a slot filled.
-
-  A copy: a step that is under way still reads the old one. While it lasts,
-  one bank is there twice.
-  """
-  return jax.tree.map(lambda a, one: a.at[slot].set(one), bank, tree)

@@ -43,7 +43,7 @@ class Slots:
       if idle is None:
         raise Full(
           f'requests use all {len(self._slots)} places for adapters of this '
-          'form; try again, or start the server with more (--slots)',
+          'form; try again, or start the server with more slots',
           seconds=1,
         )
       self.drop(idle)

@@ -10,7 +10,7 @@ from moepeft.interop import adapter
 from moepeft.models import FAMILIES, names, t5
 from moepeft.nn.start import Fill, described
 from moepeft.peft import build
-from moepeft.serve.bank import row_tree
+from moepeft.serve.stacked import row_tree
 
 from ..contracts import small, small_decoders
 

@@ -10,9 +10,10 @@ import pytest
 
 from moepeft.interop import adapter
 from moepeft.models.decoder import DecoderConfig
-from moepeft.serve import bank
-from moepeft.serve.bank import Banks, row_tree
+from moepeft.serve import stacked
+from moepeft.serve.bank import Banks
 from moepeft.serve.protocol import Full, Unknown
+from moepeft.serve.stacked import row_tree
 
 from . import banked
 
@@ -162,12 +163,12 @@ def test_loading_compiles_nothing(banks, paths):
     return row_tree(tree, slots)
 
   step(banks.tree, banks.row('a'))
-  writes = bank._written._cache_size()
+  writes = stacked.written._cache_size()
   for name in ('b', 'c', 'd', 'ia3'):
     banks.load(name, paths[name])
     step(banks.tree, banks.row(name))
   assert step._cache_size() == 1
-  assert bank._written._cache_size() == writes
+  assert stacked.written._cache_size() == writes
 
 
 def test_a_budget_lowers_the_slots_and_is_never_exceeded(base, paths):
