@@ -85,8 +85,9 @@ def arrays_of(model: nn.Module) -> Layout:
 
 
 def _stored(path: str, base: Base) -> _Stored:
-  if os.path.isdir(os.path.join(path, 'checkpoints')):
-    tree, card = restore_trained(path)
+  workdir = os.path.expanduser(path)
+  if os.path.isdir(os.path.join(workdir, 'checkpoints')):
+    tree, card = restore_trained(workdir)
     own = card['base']
     return _Stored(
       card['method'],

@@ -18,15 +18,15 @@ from . import banked
 # of after: some of float32's last digits.
 CLOSE = 1e-5
 QWEN2 = small_decoders.CONFIGS['qwen2']
-T5 = ('large', 'small', 'output', 'topk')
-# Biases at q, k and v, which DoRA leaves alone.
-DECODER = ('dora', 'two', 'mov', 'random')
-REST = tuple(sorted({*banked.ADAPTERS} - {*DECODER}))
+T5 = ('ia3', 'output', 'topk')
+# Biases at q, k and v, which DoRA leaves alone; two LoRA in one bank.
+DECODER = ('dora', 'large', 'small', 'mov')
+REST = tuple(sorted({*banked.ADAPTERS} - {*DECODER} | {'large'}))
 CONFIGS = {
   't5': (small.RELU, T5),
   'decoder': (QWEN2, DECODER),
   'all': (QWEN2, REST),
-  't5-more': (small.GATED, ('dora', 'mov', 'random', 'ia3', 'inputs')),
+  't5-more': (small.GATED, ('dora', 'mov', 'random', 'large', 'inputs')),
 }
 SLOW = ('all', 't5-more')
 
