@@ -3,6 +3,7 @@
 
 import dataclasses
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -117,6 +118,18 @@ def test_a_replaced_adapter_serves_its_requests_to_their_end(banks, paths):
   assert third.row[1] == before.row[1]
   np.testing.assert_allclose(query(banks, third), wanted(paths, 'c'), 1e-6)
   np.testing.assert_allclose(query(banks, now), wanted(paths, 'b'), 1e-6)
+
+
+def test_a_replaced_adapter_that_nobody_uses_is_forgotten(banks, paths):
+  fitted = banks.read(paths['b'])
+  gone = weakref.ref(fitted)
+  banks.put('a', fitted)
+  del fitted
+  held = banks.hold('a')
+  banks.load('a', paths['c'])
+  assert gone() is not None
+  banks.release(held)
+  assert gone() is None
 
 
 def test_an_unloaded_adapter_is_unknown_at_once_and_ends_in_order(banks, paths):
