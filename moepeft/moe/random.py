@@ -2,6 +2,7 @@
 """A control: a fixed random gate, never trained."""
 
 import zlib
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -34,15 +35,26 @@ class Random(nn.Module):
       raise ValueError(
         f'random needs 1 <= k <= experts; got k={self.k} of {self.experts}'
       )
-    # Scanned or not, a layer's path differs in 'layers' or 'layers_3' only.
-    path = '/'.join(p for p in self.path if not p.startswith('layers'))
-    rng = jax.random.fold_in(jax.random.key(self.seed), _hash(path))
-    if ctx.layer is not None:
-      rng = jax.random.fold_in(rng, ctx.layer)
     shape = (x.shape[-1], self.experts)
-    logits = gate_logits(x, jax.random.normal(rng, shape, jnp.float32))
+    kernel = projection(self.path, self.seed, shape, ctx.layer)
+    logits = gate_logits(x, kernel)
     weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
     return Routing(logits, weights, k=self.k)
+
+
+def projection(
+  path: Sequence[str],
+  seed: int,
+  shape: tuple[int, ...],
+  layer: Array | int | None = None,
+) -> Array:
+  """The kernel float32 [i, e] of the router at a module's path."""
+  # Scanned or not, a layer's path differs in 'layers' or 'layers_3' only.
+  site = '/'.join(p for p in path if not p.startswith('layers'))
+  rng = jax.random.fold_in(jax.random.key(seed), _hash(site))
+  if layer is not None:
+    rng = jax.random.fold_in(rng, layer)
+  return jax.random.normal(rng, shape, jnp.float32)
 
 
 def _hash(path: str) -> int:

@@ -142,6 +142,19 @@ def letters(
   }
 
 
+def described(
+  model: nn.Module, batch: Batch, params: Tree | None = None
+) -> dict[str, tuple[tuple[int, ...], Label]]:
+  """{path: (shape, what it says of itself)} of every array in 'peft'.
+
+  Args: as of `letters`.
+  """
+  shapes = _shapes(model, batch, params)
+  labels = _flatten(shapes[LABELS])
+  wanted = _flatten(shapes.get('peft', {}))
+  return {path: (leaf.shape, labels[path]) for path, leaf in wanted.items()}
+
+
 def _shapes(
   model: nn.Module, batch: Batch, params: Tree | None
 ) -> dict[str, Tree]:
