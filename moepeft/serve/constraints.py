@@ -80,13 +80,15 @@ class Following:
       return True
     inner = token if self._begun else self._tokens.inner(token)
     self._begun = True
-    if not self._matcher.consume_token(inner):
+    if inner != _NOTHING and not self._matcher.consume_token(inner):
       self._fail(f'token {token} is not allowed here')
     return self._matcher.is_stopped()
 
   def _fail(self, otherwise: str) -> None:
     self._spoil()
-    reason = _reason(self._matcher.get_error()) or otherwise
+    reason = _reason(self._matcher.get_error())
+    if not reason or reason.startswith('Parser Error'):
+      reason = otherwise
     raise ValueError(
       f'the constrained answer cannot go on ({reason}); use a simpler '
       'constraint, or another model'
@@ -251,6 +253,10 @@ class Compiler:
         del self._kept[grammar]
 
 
+# In place of an id: a token that adds nothing.
+_NOTHING = -1
+
+
 class _Tokens:
   """A vocabulary as llguidance reads it.
 
@@ -270,25 +276,25 @@ class _Tokens:
       for some in (found.later, found.first)
     )
     self._found = dataclasses.replace(found, later=later, first=first)
-    self._alike = first == later
     ids = {piece: i for i, piece in reversed(list(enumerate(later))) if piece}
-    # Empty ones, as blanks alone may be, begin nothing.
-    self._inner = np.arange(self.size)
-    self.tokens = list(later)
+    self._inner, self.tokens = np.arange(self.size), list(later)
     for i, (now, then) in enumerate(zip(first, later, strict=True)):
-      if now == then:
-        continue
       if now and now not in ids:
         ids[now] = len(self.tokens)
         self.tokens.append(now)
-      self._inner[i] = ids[now] if now else -1
+      if now != then:
+        self._inner[i] = ids.get(now, _NOTHING)
+    self._alike = first == later
+    # What a text becomes that the vocabulary cannot write.
+    self._never = len(self.tokens)
+    self.tokens.append(b'')
     self.special_token_ids = [i for i, x in enumerate(self.tokens) if not x]
     self.usable = np.array([bool(x) for x in later])
     self.usable[list(ends)] = True
     self.tokenizer = library.LLTokenizer(self, eos_token=list(ends))
 
   def __call__(self, text: str) -> list[int]:
-    return self._found.encode(text)
+    return self._found.encode(text) or [self._never] * bool(text)
 
   def bits(self, packed: bytes) -> np.ndarray:
     """bool [v and more], of llguidance's one bit a token."""
@@ -297,7 +303,7 @@ class _Tokens:
     return np.unpackbits(bits, count=count, bitorder='little').view(bool)
 
   def inner(self, token: int) -> int:
-    """The id of the bytes that a token is at the beginning."""
+    """The id of the bytes that a token is at the beginning, or _NOTHING."""
     return int(self._inner[token])
 
   def beginning(self, whole: np.ndarray, matcher: Any) -> np.ndarray:
@@ -305,6 +311,8 @@ class _Tokens:
     if self._alike:
       return whole[: self.size] & self.usable
     found = whole[self._inner] & (self._inner >= 0)
+    # A blank alone leaves the text as it is.
+    found[self._inner == _NOTHING] = (whole[: self.size] & self.usable).any()
     # Where only one text is possible, llguidance allows the one token with
     # which it would go on, not the one with which it begins.
     forced = matcher.compute_ff_bytes()
