@@ -2,10 +2,11 @@
 """What an answer may be, as masks over the vocabulary: JSON schemas, regular
 expressions, grammars, choices and calls of tools, by `llguidance`.
 
-A mask of 49,152 tokens (SmolLM2's) takes about 0.01 ms where the text is in
-the middle of a string, 0.1 ms in the mean and up to 20 ms the first time that
-a state is met; a schema takes about 1 ms to compile, once. Measured on two
-busy cores; letter: v the model's vocabulary.
+A mask of 49,152 tokens (SmolLM2's) takes 0.08 ms of processor time in the
+mean, 0.6 ms at most in 99 of 100 cases, over thirty schemas and random
+answers; a schema takes 4 ms to compile, once. What llguidance bounds at the
+worst, a pattern made to grow, holds a mask up for less than a second and ends
+the answer. Letter: v the model's vocabulary.
 """
 
 import collections
@@ -87,7 +88,7 @@ class Following:
   def _fail(self, otherwise: str) -> None:
     self._spoil()
     reason = _reason(self._matcher.get_error())
-    if not reason or reason.startswith('Parser Error'):
+    if not reason or reason.startswith(('Parser Error', 'NoExtension')):
       reason = otherwise
     raise ValueError(
       f'the constrained answer cannot go on ({reason}); use a simpler '
@@ -316,7 +317,7 @@ class _Tokens:
     # Where only one text is possible, llguidance allows the one token with
     # which it would go on, not the one with which it begins.
     forced = matcher.compute_ff_bytes()
-    ids = self._found.words.encode(forced.decode(errors='ignore'))
+    ids = self._found.spell(forced.decode(errors='ignore'))
     if forced and ids and ids[0] < self.size:
       own = self._found.first[ids[0]]
       found[ids[0]] |= bool(own) and forced.startswith(own)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moepeft.data.vocabulary import Bytes, Tokenizer, Vocabulary
@@ -27,14 +27,14 @@ class Pieces:
   """A vocabulary as bytes.
 
   Attributes:
-    words: the vocabulary.
+    spell: ids of a text as the tokenizer has them; any thread may call it.
     later: v byte strings, what each token is inside of a text; b'' for special
       ones, those that are none, and ids that only the model has.
     first: the same of a text's first token, which decoders of SentencePiece's
       kind take a blank from.
   """
 
-  words: Vocabulary
+  spell: Callable[[str], Sequence[int]]
   later: Sequence[bytes]
   first: Sequence[bytes]
 
@@ -46,7 +46,7 @@ class Pieces:
     """
     data = text.encode()
     for before in _BEFORE:
-      found = self._suffix(self.words.encode(before + text), data)
+      found = self._suffix(self.spell(before + text), data)
       if found is not None:
         return found
     return self._greedy(data)
@@ -96,7 +96,7 @@ def pieces(words: Vocabulary, size: int) -> Pieces:
   """
   if isinstance(words, Bytes):
     plain = [b'', b'', b'', *(bytes([i]) for i in range(256))]
-    return _sized(words, plain, plain, size)
+    return _sized(words.encode, plain, plain, size)
   if not isinstance(words, Tokenizer):
     raise ValueError(
       f'constrained answers need the bytes of tokens; expected a vocabulary of '
@@ -107,9 +107,14 @@ def pieces(words: Vocabulary, size: int) -> Pieces:
   return found
 
 
-def _sized(words, later: Sequence[bytes], first: Sequence[bytes], size: int):
+def _sized(
+  spell: Callable[[str], Sequence[int]],
+  later: Sequence[bytes],
+  first: Sequence[bytes],
+  size: int,
+) -> Pieces:
   more = [b''] * max(0, size - len(later))
-  return Pieces(words, [*later, *more][:size], [*first, *more][:size])
+  return Pieces(spell, [*later, *more][:size], [*first, *more][:size])
 
 
 def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
@@ -130,7 +135,22 @@ def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
   for text, i in vocabulary.items():
     if i not in special:
       first[i], later[i] = one(text)
-  return _sized(words, later, first, size)
+  return _sized(_speller(own.backend_tokenizer), later, first, size)
+
+
+def _speller(backend: Any) -> Callable[[str], Sequence[int]]:
+  """text -> ids, by a tokenizer of its own.
+
+  `transformers` sets what is cut and padded at each call, in which no other
+  thread may read the same one.
+  """
+  # Imported here, as it is where tokenizers are read.
+  import tokenizers
+
+  own = tokenizers.Tokenizer.from_str(backend.to_str())
+  own.no_truncation()
+  own.no_padding()
+  return lambda text: own.encode(text, add_special_tokens=False).ids
 
 
 def _reader(decoder: Any):

@@ -168,6 +168,12 @@ def test_where_they_are_not_a_call_comes_when_it_is_whole():
   assert parser.feed('}') == [Call(0, 'i', 'f'), Arguments(0, '{"a": 1}')]
 
 
+def test_after_content_a_call_without_a_marker_is_not_sure():
+  # No constraint keeps it to its form there.
+  text = 'so {"name": "add", "arguments": {"a": tru}}'
+  assert whole('json', text, sure=True) == [Content(text)]
+
+
 def test_half_a_marker_is_never_shown():
   text = f'a <tool_call>{LOOK}</tool_call>'
   for at in range(len(text)):

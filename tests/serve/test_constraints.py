@@ -313,6 +313,18 @@ def test_the_blank_before_a_text_is_not_of_it(spaced):
     assert spaced.decode(ids) in ('hello world', 'yes')
 
 
+def test_a_text_without_a_choice_may_begin_as_it_was_taught(tmp_path):
+  # '▁the' is a token and 'the' is none, so that llguidance would have a t.
+  made = chat_cases.learnt('spaces', texts=['the tea to two ten'] * 7, size=60)
+  made.save_pretrained(tmp_path)
+  words = Tokenizer(str(tmp_path))
+  (token,) = words.encode('the')
+  assert 'the' not in made.get_vocab()
+  constraint = Compiler(words, len(made), (words.eos,)).choice(['the'])
+  assert constraint.mask()[token]
+  assert constraint.accept(token)
+
+
 def test_a_vocabulary_without_braces_writes_no_json(tmp_path):
   # As T5's, which has no { and no line.
   made = chat_cases.learnt('spaces', texts=['yes or no, "and"'] * 7, size=40)
