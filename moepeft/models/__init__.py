@@ -28,3 +28,17 @@ def decoder_only(model: Any) -> bool:
 def encoder_only(model: Any) -> bool:
   """Whether a model, or a config of one, has no decoder."""
   return isinstance(model, (Bert, BertConfig))
+
+
+def check_decodes(model: Any) -> None:
+  """Refuses a model, or a config of one, that has no decoder.
+
+  Raises:
+    ValueError: it has none.
+  """
+  if encoder_only(model):
+    raise ValueError(
+      'the model is an encoder alone, which is neither trained nor generates '
+      'here: expected a family with a decoder; set config.model to one, or '
+      'ask moepeft.serve.embeddings for vectors'
+    )
