@@ -2,6 +2,7 @@
 """What an encoder alone promises: sites, padding, packing, adapters."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -32,15 +33,17 @@ CLOSE = dict(rtol=2e-5, atol=2e-5)
 CONFIGS = pytest.mark.parametrize(
   'config', [WHOLE, UNTIED, BARE], ids=['whole', 'untied', 'bare']
 )
-# Tokens whose embeddings are new are tested where they are heads too.
-METHODS = [m for m in small.METHODS if not m.startswith('tokens')]
-every_method = pytest.mark.parametrize('method', METHODS)
+
+
+@functools.cache
+def runner(model):
+  return jax.jit(model.apply)
 
 
 def apply(model, variables, batch=None):
   """What it says of the real tokens, and of rows."""
   batch = batch or small_bert.batch()
-  found = jax.jit(model.apply)(variables, batch)
+  found = runner(model)(variables, batch)
   real = np.asarray(batch['inputs_mask'])
   said = {'states': np.asarray(found.states)[real]}
   if found.logits is not None:
@@ -101,9 +104,8 @@ def test_every_axis_has_the_size_of_its_letter(config):
       assert wanted[path].shape == tuple(own[a] for a in said), path
 
 
-@CONFIGS
-def test_padding_never_moves_what_is_real(config):
-  model, variables = make(config, 'mov(experts=3)', 0.1)
+def test_padding_never_moves_what_is_real():
+  model, variables = make(WHOLE, 'mov(experts=3)', 0.1)
   batch = small_bert.batch()
   noise = jnp.where(batch['inputs_mask'], batch['inputs'], 5)
   before = apply(model, variables)
@@ -185,7 +187,7 @@ def test_the_program_does_not_grow_with_depth(method):
   assert program(2) == program(13)
 
 
-@every_method
+@pytest.mark.parametrize('method', small.ONE_EACH)
 def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
   model, variables = make(WHOLE, method)
   _, base = make(WHOLE)
@@ -210,32 +212,35 @@ def test_a_merged_base_does_what_base_and_adapter_do(method):
   assert_close(merged, apply(model, variables), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  'site',
-  [
-    'embed',
-    'embed_norm',
-    'pooler',
-    'transform',
-    'head',
-    'encoder/mlp',
-    'encoder/self/norm',
-  ],
-)
-def test_sites_outside_of_projections_take_scales(site):
-  method = f"ia3(sites='{site}')"
-  model, variables = make(WHOLE, method, 0.5)
+def test_sites_outside_of_projections_take_scales():
+  everything = {'states', 'pooled', 'logits'}
+  moved = {
+    'embed': everything,
+    'embed_norm': everything,
+    'encoder/mlp': everything,
+    'encoder/self/norm': everything,
+    'pooler': {'pooled'},
+    'transform': {'logits'},
+    'head': {'logits'},
+  }
+  model, variables = make(WHOLE, f"ia3(sites='{'|'.join(moved)}')")
   expected = apply(Bert(WHOLE), {'params': variables['params']})
-  said = apply(model, variables)
-  changed = {k for k in said if np.abs(said[k] - expected[k]).max() > 1e-3}
-  alone = {'pooler': {'pooled'}, 'transform': {'logits'}, 'head': {'logits'}}
-  assert changed == alone.get(site, {'states', 'pooled', 'logits'})
+  scales = names.flatten(variables['peft'])
+  assert len(scales) == len(moved)
+  for site, wanted in moved.items():
+    # The sublayer's own adapter lies beside it.
+    own = site.replace('encoder/', 'encoder/layers/')
+    own = own.replace('layers/mlp', 'layers/around_mlp')
+    turned = scales | {f'{own}/ia3/scale': 1.5 * scales[f'{own}/ia3/scale']}
+    said = apply(model, variables | {'peft': names.unflatten(turned)})
+    changed = {k for k in said if np.abs(said[k] - expected[k]).max() > 1e-3}
+    assert changed == wanted, site
 
 
 def test_bfloat16_is_near():
   plain, variables = make(WHOLE)
   model, _ = make(WHOLE, dtype=jnp.bfloat16)
-  said = jax.jit(model.apply)(variables, small_bert.batch())
+  said = runner(model)(variables, small_bert.batch())
   assert said.states.dtype == jnp.bfloat16
   assert said.logits.dtype == jnp.float32
   found = np.asarray(said.states, np.float32)
