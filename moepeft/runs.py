@@ -18,7 +18,7 @@ from moepeft.checkpoint import card, restore_trained
 from moepeft.data import chat_template, vocabulary
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.interop import quantised
-from moepeft.models import names
+from moepeft.models import check_decodes, names
 from moepeft.peft import Built
 from moepeft.typing import Tree
 
@@ -217,7 +217,8 @@ def open_model(path: str, adapter: str = '') -> Run:
   """A base by its path, as it is or with an adapter from another path.
 
   Raises:
-    ValueError: no model is there, no adapter, or it is another base's.
+    ValueError: no model is there, no adapter, or it is another base's; or
+      the model has no decoder.
   """
   config = config_lib.default()
   config.model.path, config.method = path, 'full'
@@ -227,6 +228,7 @@ def open_model(path: str, adapter: str = '') -> Run:
     config.semantics = found.semantics or config.semantics
     config.model.quantise = found.quantise or ''
   base = base_lib.load(config.model)
+  check_decodes(base.config)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
   if adapter:

@@ -43,7 +43,7 @@ from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import preferences
 from moepeft.history import History
 from moepeft.judge import Judge, table
-from moepeft.models import decoder_only
+from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import losses, stats
 from moepeft.objectives import (
   COMPARED,
@@ -202,6 +202,7 @@ def _train(
   share = sharding.share(layout.mesh)
   # First: the vocabulary is looked for in the same place.
   _, shape = base_lib.shape(config.model)
+  check_decodes(shape)
   words = vocabulary(data.vocabulary, config.model.path)
   check_model(config.objective, decoder_only(shape))
   own = form(data, words, shape, config.seed)

@@ -5,7 +5,8 @@ One letter names an axis everywhere (einsum, comments, docstrings):
 b batch, t query or target length, s key or source length, d model, n heads,
 k heads of keys and values where they are fewer, h head size, f ffn,
 v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
-features in one axis), p positions or buckets of them.
+features in one axis), p positions or buckets of them, y token types, c what a
+projection makes of d where that is d once more.
 """
 
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ LETTERS = {
   'i': 'router input',
   'p': 'position buckets',
   's': 'keys',
+  'y': 'token types',
+  'c': 'model, of outputs',
 }
 
 Array = jax.Array

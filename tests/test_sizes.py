@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of released decoders against the parameters that they are known for.
+"""Sizes of released models against the parameters that they are known for.
 
 The counts are those of the models' safetensors files on the Hugging Face hub
 (a tied head counted once).
@@ -9,7 +9,8 @@ import math
 
 import pytest
 
-from moepeft.models import FAMILIES, decoder_names, names
+from moepeft.interop import hf
+from moepeft.models import FAMILIES, decoder_names
 
 KNOWN = {
   ('llama', '7b'): 6_738_415_616,
@@ -46,21 +47,24 @@ KNOWN = {
   ('gpt2', 'large'): 774_030_080,
   ('gpt2', 'xl'): 1_557_611_200,
 }
+# With the pooler and without the head for masked tokens.
+ENCODERS = {
+  ('bert', 'minilm-l6'): 22_713_216,
+  ('bert', 'base'): 109_482_240,
+  ('bert', 'large'): 335_141_888,
+}
 
 
 def parameters(config):
   """How many numbers the rules name; the contracts hold them to the model."""
-  wanted = names.entries(
-    decoder_names.hf_rules(config),
-    decoder_names.sizes(config),
-    decoder_names.depths(config),
-  )
+  wanted = hf.expected(hf.family_of(config), config)
   return sum(math.prod(entry.shape) for entry in wanted)
 
 
-@pytest.mark.parametrize('family, size', KNOWN)
+@pytest.mark.parametrize('family, size', KNOWN | ENCODERS)
 def test_released_sizes_have_their_parameters(family, size):
-  assert parameters(FAMILIES[family].config(size)) == KNOWN[family, size]
+  known = KNOWN | ENCODERS
+  assert parameters(FAMILIES[family].config(size)) == known[family, size]
 
 
 def test_every_released_size_is_known():
@@ -70,7 +74,8 @@ def test_every_released_size_is_known():
     if name != 't5'
     for size in family.SIZES
   }
-  assert {pair for pair in sizes if pair[1] != 'tiny'} == set(KNOWN)
+  released = {pair for pair in sizes if pair[1] != 'tiny'}
+  assert released == set(KNOWN | ENCODERS)
 
 
 # What the released models' own config.json say, and not our table: eps, RoPE's

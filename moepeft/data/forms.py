@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from moepeft.data import batching, packing
 from moepeft.data.causal import Samples, check_too_long
 from moepeft.data.vocabulary import Vocabulary
-from moepeft.models import decoder_only
+from moepeft.models import check_decodes, decoder_only
 from moepeft.tasks import Example
 
 Rows = dict[str, np.ndarray]  # arrays [rows, ...]
@@ -128,8 +128,9 @@ def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
 
   Raises:
     ValueError: config.data.too_long is none that there is, or nothing that
-      this model's batches look at.
+      this model's batches look at, or the model has no decoder.
   """
+  check_decodes(model)
   if decoder_only(model):
     return Samples(words, data.length, data.too_long, data.packing, seed)
   check_too_long(data.too_long)

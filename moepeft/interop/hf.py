@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 
 from moepeft.interop import files, words
 from moepeft.interop.loaded import Loaded as Loaded
-from moepeft.models import decoder_names, names, t5_names
+from moepeft.models import bert_names, decoder_names, names, t5_names
 from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Entry, Shape, Tree
 
 # `model_type` in config.json -> the room that knows its names.
-FAMILIES = {'t5': t5_names, 'mt5': t5_names}
+FAMILIES = {'t5': t5_names, 'mt5': t5_names, 'bert': bert_names}
 FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
 
 _ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -42,8 +42,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
   folder = find(path)
   family, fields = _read_config(folder)
   tensors = _named(family.layout(fields), open_tensors(folder))
-  tied = _is_tied(family.layout(fields), fields, tensors)
-  config = family.config_from_hf(fields, tied)
+  config = _config(family, fields, tensors)
   wanted = expected(family, config)
   names.check(
     {entry.their_name: entry.their_shape for entry in wanted},
@@ -64,8 +63,7 @@ def load_config(path: str) -> Any:
   folder = find(path)
   family, fields = _read_config(folder)
   tensors = _named(family.layout(fields), open_tensors(folder))
-  tied = _is_tied(family.layout(fields), fields, tensors)
-  return family.config_from_hf(fields, tied)
+  return _config(family, fields, tensors)
 
 
 def save(
@@ -199,6 +197,14 @@ def _named(layout: Layout, tensors: files.Tensors) -> _Named:
   known = layout.known_as(tensors.shapes)
   shapes = {name: tensors.shapes[there] for name, there in known.items()}
   return _Named(shapes, lambda name: tensors.fetch(known[name]))
+
+
+def _config(family: ModuleType, fields, tensors: _Named) -> Any:
+  """What config.json says, and of what it does not say, the weights."""
+  layout = family.layout(fields)
+  tied = _is_tied(layout, fields, tensors)
+  parts = {part: name in tensors.shapes for part, name in layout.parts.items()}
+  return dataclasses.replace(family.config_from_hf(fields, tied), **parts)
 
 
 def _is_tied(layout: Layout, fields, tensors: _Named) -> bool:

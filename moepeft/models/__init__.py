@@ -3,7 +3,8 @@
 
 from typing import Any
 
-from moepeft.models import gemma, gpt2, llama, mistral, qwen2, qwen3, t5
+from moepeft.models import bert, gemma, gpt2, llama, mistral, qwen2, qwen3, t5
+from moepeft.models.bert import Bert, BertConfig
 from moepeft.models.decoder import Decoder
 from moepeft.models.decoder_config import DecoderConfig
 
@@ -15,9 +16,29 @@ FAMILIES = {
   'qwen3': qwen3,
   'gemma': gemma,
   'gpt2': gpt2,
+  'bert': bert,
 }
 
 
 def decoder_only(model: Any) -> bool:
   """Whether a model, or a config of one, has no encoder."""
   return isinstance(model, (Decoder, DecoderConfig))
+
+
+def encoder_only(model: Any) -> bool:
+  """Whether a model, or a config of one, has no decoder."""
+  return isinstance(model, (Bert, BertConfig))
+
+
+def check_decodes(model: Any) -> None:
+  """Refuses a model, or a config of one, that has no decoder.
+
+  Raises:
+    ValueError: it has none.
+  """
+  if encoder_only(model):
+    raise ValueError(
+      'the model is an encoder alone, which is neither trained nor generates '
+      'here: expected a family with a decoder; set config.model to one, or '
+      'ask moepeft.serve.embeddings for vectors'
+    )

@@ -123,7 +123,14 @@ def visible(
 
 
 class Attention(nn.Module):
-  """Sites below `site`: norm, q, k, v, core (whose input is `Heads`), o."""
+  """Sites below `site`: norm, q, k, v, core (whose input is `Heads`), o.
+
+  Attributes:
+    scale: of the logits.
+    q_stddev: of q's weights at initialisation; None for that of k and v.
+    bias: whether q, k, v and o have biases.
+    form: of FORMS.
+  """
 
   d_model: int
   heads: int
@@ -134,6 +141,7 @@ class Attention(nn.Module):
   dropout: float = 0.0
   norm_form: NormForm = NormForm()
   q_stddev: float | None = None
+  bias: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   form: str = 'naive'
@@ -150,6 +158,7 @@ class Attention(nn.Module):
         stddev=stddev,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
+        bias=self.bias,
       )
 
     project = 'btd,dnh->btnh'

@@ -138,6 +138,7 @@ class Head(nn.Module):
 
   Attributes:
     cap: logits are kept within it by cap * tanh(logits / cap); 0 for none.
+    bias: whether it has one, [v].
   """
 
   d_model: int
@@ -146,6 +147,7 @@ class Head(nn.Module):
   cap: float = 0.0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, tied: Embedding | None) -> Array:
@@ -159,8 +161,23 @@ class Head(nn.Module):
     else:
       f = _tied(eqn, tied.attend(), self.dtype, wide)
     f = dataclasses.replace(f, tied=tied)
+    if self.bias:
+      f = _biased(f, self._bias())
     logits = advise(self, self.advice, 'head', f, x, ctx)
     return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
+
+  def _bias(self) -> Array:
+    return param(self, 'bias', Fill(0), (self.vocab,), 'v', self.param_dtype)
+
+
+def _biased(f: Frozen, bias: Array) -> Frozen:
+  """A frozen call with a bias added to what it gives."""
+
+  def call(x):
+    y = f(x)
+    return y + bias.astype(y.dtype)
+
+  return dataclasses.replace(f, call=call, bias=bias)
 
 
 def _tied(eqn: str, table: Array, dtype, accumulate) -> Frozen:

@@ -207,8 +207,8 @@ def test_a_damaged_config_is_one_sentence(saved):
 
 def test_another_family_is_refused(saved):
   folder, _ = saved
-  edit_config(folder, model_type='bert')
-  with pytest.raises(CheckpointError, match="family 'bert'"):
+  edit_config(folder, model_type='roberta')
+  with pytest.raises(CheckpointError, match="family 'roberta'"):
     hf.load(str(folder))
 
 

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an encoder alone promises: sites, padding, packing, adapters."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.models import (
+  FAMILIES,
+  bert_names,
+  decoder_only,
+  encoder_only,
+  names,
+)
+from moepeft.models.bert import Bert, BertConfig, sites
+from moepeft.nn.site import Advice
+from moepeft.nn.start import letters
+from moepeft.peft import build
+from moepeft.peft.merge import merge
+from moepeft.typing import LETTERS
+
+from . import small, small_bert
+from .probes import Seen
+from .small_bert import BARE, UNTIED, WHOLE, make
+
+# Float32 sums of a few tens of numbers, in another order, over two layers.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+CONFIGS = pytest.mark.parametrize(
+  'config', [WHOLE, UNTIED, BARE], ids=['whole', 'untied', 'bare']
+)
+
+
+@functools.cache
+def runner(model):
+  return jax.jit(model.apply)
+
+
+def apply(model, variables, batch=None):
+  """What it says of the real tokens, and of rows."""
+  batch = batch or small_bert.batch()
+  found = runner(model)(variables, batch)
+  real = np.asarray(batch['inputs_mask'])
+  said = {'states': np.asarray(found.states)[real]}
+  if found.logits is not None:
+    said['logits'] = np.asarray(found.logits)[real]
+  if found.pooled is not None:
+    said['pooled'] = np.asarray(found.pooled)
+  return said
+
+
+def assert_close(found, expected, **close):
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_allclose(found[name], array, **(close or CLOSE))
+
+
+def shapes_of(model):
+  init = lambda: model.init(small.RNGS, small_bert.batch())  # noqa: E731
+  return jax.eval_shape(init)
+
+
+@CONFIGS
+def test_every_site_is_reached_and_no_other(config):
+  listed = sites(config)
+  seen = set()
+  Seen.log = seen
+  advice = Advice(
+    tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
+  )
+  shapes_of(Bert(config, advice))
+  assert seen == set(listed)
+
+
+@CONFIGS
+def test_rules_name_every_parameter(config):
+  shapes = names.flatten(shapes_of(Bert(config))['params'])
+  wanted = names.entries(
+    bert_names.hf_rules(config),
+    bert_names.sizes(config),
+    bert_names.depths(config),
+  )
+  found = {path: leaf.shape for path, leaf in shapes.items()}
+  assert names.stacked_shapes(wanted) == found
+  known = bert_names.projections(config) | bert_names.taps()
+  assert set(known) <= set(sites(config))
+
+
+@CONFIGS
+def test_every_axis_has_the_size_of_its_letter(config):
+  model, _ = make(config, 'molora(experts=7, rank=13)')
+  shapes, sizes = shapes_of(model), bert_names.sizes(config)
+  # A router reads d, the heads in one axis, or f.
+  sizes = sizes | {'l': 2, 'e': 7, 'r': 13}
+  for collection, tree in letters(model, small_bert.batch()).items():
+    wanted = names.flatten(shapes[collection])
+    for path, said in names.flatten(tree).items():
+      assert set(said) <= set(LETTERS)
+      own = sizes | {'i': wanted[path].shape[said.find('i')]}
+      assert wanted[path].shape == tuple(own[a] for a in said), path
+
+
+def test_padding_never_moves_what_is_real():
+  model, variables = make(WHOLE, 'mov(experts=3)', 0.1)
+  batch = small_bert.batch()
+  noise = jnp.where(batch['inputs_mask'], batch['inputs'], 5)
+  before = apply(model, variables)
+  # A hidden key's weight is exp of -1e9, which is zero in float32.
+  assert_close(
+    apply(model, variables, batch | {'inputs': noise}), before, rtol=0, atol=0
+  )
+  # Alone in a shorter row, it sums fewer zeros.
+  row = {key: a[1:2, :4] for key, a in batch.items()}
+  alone = apply(model, variables, row)['states']
+  np.testing.assert_allclose(before['states'][11:15], alone, **CLOSE)
+
+
+def test_a_token_sees_what_comes_after_it():
+  model, variables = make(BARE)
+  batch = small_bert.batch()
+  changed = batch['inputs'].at[0, 10].add(1)
+  moved = apply(model, variables, batch | {'inputs': changed})['states']
+  difference = np.abs(moved - apply(model, variables)['states']).max(-1)
+  assert (difference[:11] > 1e-4).all() and (difference[11:] == 0).all()
+
+
+def test_types_and_positions_are_told_apart():
+  model, variables = make(BARE)
+  batch = small_bert.batch()
+  plain = apply(model, variables)['states']
+  types = (batch['inputs_types'] + 1) % 5
+  other = apply(model, variables, batch | {'inputs_types': types})['states']
+  assert np.abs(other - plain).max() > 0.1
+  turned = {key: a[:1, ::-1] for key, a in batch.items()}
+  backwards = apply(model, variables, turned)['states'][::-1]
+  assert np.abs(backwards - plain[:11]).max() > 0.1
+
+
+def test_packed_rows_equal_rows_alone():
+  model, variables = make(WHOLE, 'lora(rank=3)', 0.1)
+  batch = small_bert.batch()
+  parts = [
+    {key: a[i : i + 1, :n] for key, a in batch.items()}
+    for i, n in ((1, 4), (2, 7))
+  ]
+  packed = {
+    key: jnp.concatenate([part[key] for part in parts], 1) for key in batch
+  }
+  packed['inputs_segments'] = jnp.array([[1] * 4 + [2] * 7])
+  packed['inputs_positions'] = jnp.array([[*range(4), *range(7)]])
+  found = apply(model, variables, packed)
+  alone = [apply(model, variables, part) for part in parts]
+  for name in ('states', 'logits'):
+    rows = np.concatenate([part[name] for part in alone])
+    np.testing.assert_allclose(found[name], rows, **CLOSE)
+
+
+@pytest.mark.parametrize(
+  'options', [{'scan': False}, {'remat': 'full'}, {'attention': 'fused'}]
+)
+def test_other_programs_compute_the_same(options):
+  method = 'molora(experts=3, rank=2)'
+  plain, variables = make(WHOLE, method, 0.1)
+  model, _ = make(WHOLE, method, 0.1, **options)
+  own = variables if options.get('scan', True) else small.unstack(variables)
+  assert_close(apply(model, own), apply(plain, variables))
+
+
+@pytest.mark.parametrize('method', ['full', 'molora(experts=3, rank=2)'])
+def test_the_program_does_not_grow_with_depth(method):
+  def program(layers):
+    config = dataclasses.replace(WHOLE, layers=layers)
+    model = Bert(config, build(method, sites(config)).advice)
+    shapes = shapes_of(model)
+    shapes.pop('routing', None)
+
+    def loss(variables):
+      return jnp.sum(model.apply(variables, small_bert.batch()).logits)
+
+    text = jax.jit(jax.grad(loss)).lower(shapes).as_text()
+    return len(re.findall(r'\n', text))
+
+  assert program(2) == program(13)
+
+
+@pytest.mark.parametrize('method', small.ONE_EACH)
+def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
+  model, variables = make(WHOLE, method)
+  _, base = make(WHOLE)
+  assert names.flatten(variables['params']).keys() == (
+    names.flatten(base['params']).keys()
+  )
+  expected = apply(Bert(WHOLE), {'params': variables['params']})
+  # Routers' weights sum to one up to float32 rounding.
+  assert_close(apply(model, variables), expected, rtol=1e-4, atol=1e-4)
+  _, moved = make(WHOLE, method, 0.1)
+  states = apply(model, moved)['states']
+  assert np.abs(states - expected['states']).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+  'method', ['lora(rank=3)', 'ia3', 'dora(rank=3)', "ia3(sites='*/hidden')"]
+)
+def test_a_merged_base_does_what_base_and_adapter_do(method):
+  built = build(method, sites(WHOLE))
+  model, variables = make(WHOLE, method, 0.1)
+  merged = apply(Bert(WHOLE), {'params': merge(built, variables)})
+  assert_close(merged, apply(model, variables), rtol=1e-4, atol=1e-4)
+
+
+def test_sites_outside_of_projections_take_scales():
+  everything = {'states', 'pooled', 'logits'}
+  moved = {
+    'embed': everything,
+    'embed_norm': everything,
+    'encoder/mlp': everything,
+    'encoder/self/norm': everything,
+    'pooler': {'pooled'},
+    'transform': {'logits'},
+    'head': {'logits'},
+  }
+  model, variables = make(WHOLE, f"ia3(sites='{'|'.join(moved)}')")
+  expected = apply(Bert(WHOLE), {'params': variables['params']})
+  scales = names.flatten(variables['peft'])
+  assert len(scales) == len(moved)
+  for site, wanted in moved.items():
+    # The sublayer's own adapter lies beside it.
+    own = site.replace('encoder/', 'encoder/layers/')
+    own = own.replace('layers/mlp', 'layers/around_mlp')
+    turned = scales | {f'{own}/ia3/scale': 1.5 * scales[f'{own}/ia3/scale']}
+    said = apply(model, variables | {'peft': names.unflatten(turned)})
+    changed = {k for k in said if np.abs(said[k] - expected[k]).max() > 1e-3}
+    assert changed == wanted, site
+
+
+def test_bfloat16_is_near():
+  plain, variables = make(WHOLE)
+  model, _ = make(WHOLE, dtype=jnp.bfloat16)
+  said = runner(model)(variables, small_bert.batch())
+  assert said.states.dtype == jnp.bfloat16
+  assert said.logits.dtype == jnp.float32
+  found = np.asarray(said.states, np.float32)
+  found = found[np.asarray(small_bert.batch()['inputs_mask'])]
+  # Exact to 2**-8 of itself; states are of a norm's size, about 1.
+  np.testing.assert_allclose(
+    found, apply(plain, variables)['states'], rtol=0.1, atol=0.1
+  )
+
+
+def test_the_registry_builds_what_it_lists():
+  family = FAMILIES['bert']
+  for size in family.SIZES:
+    config = family.config(size, '1.1')
+    assert isinstance(config, BertConfig) and config.family == 'bert'
+    assert encoder_only(config) and not decoder_only(config)
+    fields = dataclasses.asdict(config)
+    assert family.from_fields(fields) == config
+    build('molora(experts=3, rank=2)', family.sites(config))
+  assert encoder_only(Bert(WHOLE))
+  assert not any(
+    encoder_only(FAMILIES[name].config('tiny')) for name in ('t5', 'gpt2')
+  )
+
+
+def test_what_cannot_be_is_said():
+  with pytest.raises(ValueError, match="got 'huge'"):
+    FAMILIES['bert'].config('huge')
+  with pytest.raises(
+    ValueError, match='heads is a divisor of d_model=21; got 4'
+  ):
+    dataclasses.replace(WHOLE, heads=4)
+  with pytest.raises(ValueError, match='learned 19 positions; got rows of 23'):
+    Bert(WHOLE).init(small.RNGS, {'inputs': jnp.zeros((1, 23), int)})
+  with pytest.raises(ValueError, match="'chunked', which BERT has not"):
+    Bert(WHOLE, attention='chunked').init(small.RNGS, small_bert.batch())
