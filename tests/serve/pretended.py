@@ -181,12 +181,13 @@ def endless(text: str) -> Reply:
   return reply
 
 
-def cut(text: str) -> Reply:
-  """Some text, and a connection that breaks before the stream's end."""
+def cut(text: str, seen: threading.Event) -> Reply:
+  """Some text, and a connection that breaks once it has been seen."""
 
   def reply(handler):
     handler.open_stream()
     handler.write(event(text))
+    seen.wait(PATIENCE)
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
 

@@ -28,10 +28,11 @@ class Page:
 def read() -> Page:
   """The page as it is installed; to be read once, when the server starts."""
   body = _FILE.read_bytes()
+  # What a meta element cannot say: no site may frame the page.
+  policies = f"{policy(body.decode())}; frame-ancestors 'none'"
   headers = {
     'Content-Type': 'text/html; charset=utf-8',
-    # What a meta element cannot say: no site may frame the page.
-    'Content-Security-Policy': f"{policy(body.decode())}; frame-ancestors 'none'",
+    'Content-Security-Policy': policies,
     'X-Content-Type-Options': 'nosniff',
     'Referrer-Policy': 'no-referrer',
     # Kept, but asked after: an update of the package is seen at once.
