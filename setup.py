@@ -118,7 +118,7 @@ setup(
     *_gin_files(),
   ],
   package_dir=_cards() | _gin_files(),
-  package_data={'moepeft': ['assets/*/*']}
+  package_data={'moepeft': ['assets/*/*', 'serve/page/*.html']}
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={

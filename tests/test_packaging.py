@@ -113,6 +113,12 @@ def test_wheel_holds_the_base_model_and_every_card(wheel):
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
 
 
+def test_wheel_holds_the_chat_page(wheel):
+  name = 'serve/page/index.html'
+  here, there = _ROOT / 'moepeft' / name, wheel / 'moepeft' / name
+  assert there.read_bytes() == here.read_bytes()
+
+
 def test_wheel_holds_every_gin_file_and_finds_it_elsewhere(wheel, tmp_path):
   here = sorted((_ROOT / 'gin').rglob('*.gin'))
   there = {p.relative_to(wheel / 'moepeft') for p in wheel.rglob('*.gin')}
