@@ -49,12 +49,14 @@ class Result:
     text: what the tool returned, cut to the limit, or the error's sentence.
     failed: whether it is an error.
     seconds: that it took.
+    trusted: whether the model may follow it.
   """
 
   call: Call
   text: str
   failed: bool = False
   seconds: float = 0.0
+  trusted: bool = False
 
 
 def run(
@@ -88,9 +90,8 @@ def _result(tools: Mapping[str, Tool], call: Call, limits: Limits) -> Result:
       call, f'there is no tool {call.name!r}; there are {known}', True
     )
   text, failed = _in_time(tool, call, tool.seconds or limits.seconds)
-  return Result(
-    call, cut(text, limits.output), failed, round(time.monotonic() - begun, 3)
-  )
+  taken = round(time.monotonic() - begun, 3)
+  return Result(call, cut(text, limits.output), failed, taken, tool.trusted)
 
 
 def _in_time(tool: Tool, call: Call, seconds: float) -> tuple[str, bool]:
@@ -130,6 +131,8 @@ def cut(text: str, limit: int) -> str:
 
 def as_data(result: Result) -> str:
   """A result as the model reads it: between marks that it cannot end."""
+  if result.trusted and not result.failed:
+    return result.text
   text = _MARKS.sub(lambda found: f'{found[0]} ', result.text)
   kind = ' error="true"' if result.failed else ''
   return f'<tool_output{kind}>\n{text}\n</tool_output>'

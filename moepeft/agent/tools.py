@@ -35,6 +35,8 @@ class Tool:
     run: takes the arguments as JSON text and the seconds that it has, answers
       with text for the model.
     seconds: that a call may take; None for the limit of all tools.
+    trusted: whether what it returns are instructions (of the user's own
+      skills); of any other it is data.
   """
 
   name: str
@@ -42,6 +44,7 @@ class Tool:
   schema: Mapping[str, Any]
   run: Callable[[str, float], str]
   seconds: float | None = None
+  trusted: bool = False
 
   def declared(self) -> dict[str, Any]:
     """The tool as a request to chat completions names it."""
@@ -61,7 +64,10 @@ class Invalid(ValueError):
 
 
 def tool(
-  function: Callable[..., Any], name: str = '', seconds: float | None = None
+  function: Callable[..., Any],
+  name: str = '',
+  seconds: float | None = None,
+  trusted: bool = False,
 ) -> Tool:
   """A tool from a function, sync or async, with a type for each argument.
 
@@ -69,6 +75,7 @@ def tool(
     function: its docstring's beginning and `Args:` are what the model reads.
     name: instead of the function's own.
     seconds: that a call may take, where it is not the limit of all tools.
+    trusted: whether the model may follow what it returns.
 
   Raises:
     ValueError: no strict schema can be made of its signature.
@@ -90,7 +97,8 @@ def tool(
       result = asyncio.run(asyncio.wait_for(result, limit))
     return shown(result)
 
-  return Tool(name, about, strict(loose, f'the tool {name}'), run, seconds)
+  schema = strict(loose, f'the tool {name}')
+  return Tool(name, about, schema, run, seconds, trusted)
 
 
 def shown(result: Any) -> str:
