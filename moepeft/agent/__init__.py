@@ -10,3 +10,11 @@ events, traces    what it tells, written down and replayed
 skills            SKILL.md directories, loaded in three steps
 sandbox           Python and shell programs in bubblewrap
 """
+
+import importlib.util
+
+for _name in ('openai', 'pydantic'):
+  if importlib.util.find_spec(_name) is None:
+    raise ImportError(
+      f"moepeft.agent needs the package {_name}: pip install 'moepeft[agent]'"
+    )

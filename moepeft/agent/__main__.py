@@ -14,6 +14,7 @@ trust. Code that the model writes (--tools) is run in bubblewrap.
 import os
 import sys
 
+import openai
 from absl import flags
 
 from moepeft import command
@@ -75,23 +76,7 @@ def chosen_tools() -> list[Tool]:
   return [tool for tool in made if tool.name in names]
 
 
-def client(key: str):
-  """The openai package's client.
-
-  Raises:
-    ValueError: the package is not there.
-  """
-  try:
-    import openai
-  except ImportError:
-    raise ValueError(
-      "the agent needs the packages openai and pydantic: pip install 'moepeft"
-      "[agent]'"
-    ) from None
-  return openai.OpenAI(base_url=_BASE_URL.value, api_key=key or _NO_KEY)
-
-
-def model_name(api) -> str:
+def model_name(client: openai.OpenAI) -> str:
   """--model, else the first that the server has.
 
   Raises:
@@ -99,10 +84,8 @@ def model_name(api) -> str:
   """
   if _MODEL.value:
     return _MODEL.value
-  import openai
-
   try:
-    names = [model.id for model in api.models.list()]
+    names = [model.id for model in client.models.list()]
   except openai.OpenAIError as e:
     raise ValueError(
       f'the server at {_BASE_URL.value} does not tell its models ({e}); start '
@@ -178,7 +161,7 @@ def main(argv) -> None:
     print(agent(own, None, Memory(), screen).system)
     return
   key = api_key()
-  api = client(key)
+  client = openai.OpenAI(base_url=_BASE_URL.value, api_key=key or _NO_KEY)
   tell = screen
   if _TRACE.value:
     path = os.path.expanduser(_TRACE.value)
@@ -186,9 +169,9 @@ def main(argv) -> None:
     tell = both(traces.Trace(path, [key]), screen)
   # Before the server is asked for its models: flags are checked first.
   made = agent(own, None, Memory(), tell)
-  name = model_name(api)
-  made.model = Served(api, name, stream)
-  made.memory = Memory(_MEMORY.value, Tokens(api, name))
+  name = model_name(client)
+  made.model = Served(client, name, stream)
+  made.memory = Memory(_MEMORY.value, Tokens(client, name))
   if not questions:
     converse(made, screen, lines())
   elif made.ask(questions[0]).state != ANSWERED:

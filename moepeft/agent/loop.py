@@ -42,7 +42,7 @@ class Budget:
 
   Attributes:
     steps: requests to the model.
-    calls: of tools.
+    calls: of tools; after the last one it may still answer.
     tokens: of all prompts and answers, counted after each reply: the last one
       may go over.
     seconds: of the clock on the wall.
@@ -88,7 +88,7 @@ class Run:
   def spent(self) -> str:
     """Which limit is reached, a sentence; '' for none. Looks at the clock."""
     self.elapsed = round(self.clock() - self.begun, 3)
-    for name in ('steps', 'calls', 'tokens', 'seconds'):
+    for name in ('steps', 'tokens', 'seconds'):
       limit = getattr(self.budget, name)
       used = self.elapsed if name == 'seconds' else getattr(self, name)
       if limit is not None and used >= limit:

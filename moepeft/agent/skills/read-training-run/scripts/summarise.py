@@ -252,8 +252,9 @@ def _routers(trained: list[dict]) -> list[str]:
     if entropy is not None
   ]
   lines = [
-    f'routers at step {step}: {len(layers)} of {len(layers[0][1])} experts; '
-    f'fullest expert {statistics.fmean(max(own) for _, own, _ in layers):.0%} '
+    f'routers at step {step}: {len(layers)} with {len(layers[0][1])} experts '
+    'each; fullest expert '
+    f'{statistics.fmean(max(own) for _, own, _ in layers):.0%} '
     f'of the load on average, {max(tops[0][1]):.0%} at most ({tops[0][0]}); '
     f'{idle} of {every} experts below {_IDLE:.0%}'
   ]

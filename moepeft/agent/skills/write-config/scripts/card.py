@@ -191,8 +191,9 @@ def _check(c: ConfigDict) -> str:
   """
   config_lib.check(c)
   # Here, as `keys` does without them and JAX takes seconds to start.
-  from moepeft import objectives
+  from moepeft import base, objectives
   from moepeft.count import count
+  from moepeft.models import decoder_only
 
   known = {**objectives.OBJECTIVES, **objectives.COMPARED}
   if c.objective not in known:
@@ -200,6 +201,8 @@ def _check(c: ConfigDict) -> str:
       f'objective is one of {", ".join(known)}; got {c.objective!r}'
     )
   try:
+    _, shape = base.shape(c.model)
+    objectives.check_model(c.objective, decoder_only(shape))
     counted = count(c)
   except OSError as e:
     return f'not counted, as the base is not here: {e}'
