@@ -56,7 +56,8 @@ def test_imports_point_down():
   for path in ROOT.rglob('*.py'):
     room = path.relative_to(ROOT).parts[0].removesuffix('.py')
     # python -m moepeft.data is a command.
-    room = 'tables' if path.name == '__main__.py' else room
+    if path.name == '__main__.py':
+      room = max(room, 'tables', key=HEIGHT.get)
     for imported in rooms_of(path):
       if imported in HEIGHT and room != '__init__':
         if HEIGHT[imported] > HEIGHT[room]:

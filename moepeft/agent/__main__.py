@@ -13,11 +13,12 @@ trust. Code that the model writes (--tools) is run in bubblewrap.
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import openai
-from absl import flags
+from absl import app, flags
 
-from moepeft import command
 from moepeft.agent import sandbox, skills, traces
 from moepeft.agent.agent import Agent
 from moepeft.agent.calls import Limits
@@ -141,7 +142,8 @@ def agent(own: dict[str, Skill], model, memory: Memory, tell) -> Agent:
   )
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
+  """Does what the flags say."""
   questions = argv[1:]
   if len(questions) > 1:
     raise ValueError(
@@ -165,7 +167,6 @@ def main(argv) -> None:
   tell = screen
   if _TRACE.value:
     path = os.path.expanduser(_TRACE.value)
-    command.check_can_write(path)
     tell = both(traces.Trace(path, [key]), screen)
   # Before the server is asked for its models: flags are checked first.
   made = agent(own, None, Memory(), tell)
@@ -178,7 +179,38 @@ def main(argv) -> None:
     sys.exit(1)
 
 
+def parse(argv: Sequence[str]) -> list[str]:
+  """absl's flags of a command line; a wrong one is a sentence and exit 2."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    stop(str(e).splitlines()[0])
+
+
+def safe_main(argv: Sequence[str]) -> None:
+  """`main`, with bad input answered by one sentence.
+
+  `moepeft.command` does this for the others; it brings JAX, which an agent
+  has no use for and would wait for.
+  """
+  try:
+    main(argv)
+  except (ValueError, OSError) as e:
+    if _TRACEBACK.value:
+      raise
+    stop(str(e))
+
+
+def stop(message: str) -> NoReturn:
+  """Prints an error and ends the program with code 2."""
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
 if __name__ == '__main__':
+  _TRACEBACK = flags.DEFINE_bool(
+    'traceback', False, 'Show where an error was raised.'
+  )
   _BASE_URL = flags.DEFINE_string(
     'base_url', 'http://127.0.0.1:8000/v1', "The server's address."
   )
@@ -242,4 +274,4 @@ if __name__ == '__main__':
   _REPLAY = flags.DEFINE_string(
     'replay', '', 'A trace to show again, without a server.'
   )
-  command.run(main, arguments=True)
+  app.run(safe_main, flags_parser=parse)

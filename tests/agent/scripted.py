@@ -158,9 +158,11 @@ def _handler(script: Script) -> type[http.server.BaseHTTPRequestHandler]:
       self.send_response(200)
       self.send_header('Content-Type', 'text/event-stream')
       self.end_headers()
-      for chunk in _chunks(reply):
-        self.wfile.write(f'data: {json.dumps(chunk)}\n\n'.encode())
-      self.wfile.write(b'data: [DONE]\n\n')
+      # A client may leave before the end.
+      with contextlib.suppress(ConnectionError):
+        for chunk in _chunks(reply):
+          self.wfile.write(f'data: {json.dumps(chunk)}\n\n'.encode())
+        self.wfile.write(b'data: [DONE]\n\n')
 
     def log_message(self, *args):
       pass

@@ -84,6 +84,7 @@ for home in ({home!r}, '/home', '/root'):
     inside = any(folder.startswith(p) for p in (sys.prefix, sys.base_prefix))
     if files and not inside:
       print('READ', folder, files)
+    names[:] = [] if inside else names
 print(os.environ['HOME'], os.getcwd())
 print(sorted(k for k in os.environ if 'KEY' in k or 'TOKEN' in k))
 """)
