@@ -118,7 +118,10 @@ setup(
     *_gin_files(),
   ],
   package_dir=_cards() | _gin_files(),
-  package_data={'moepeft': ['assets/*/*']}
+  package_data={
+    'moepeft': ['assets/*/*'],
+    'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
+  }
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={

@@ -97,6 +97,17 @@ def model_name(client: openai.OpenAI) -> str:
   return names[0]
 
 
+def counter(client: openai.OpenAI, name: str) -> Tokens:
+  """What counts tokens for --memory_tokens; says so where it guesses."""
+  count = Tokens(client, name)
+  if _MEMORY.value and count('a') and not count.exact:
+    print(
+      'the server has no /tokenize: --memory_tokens goes by an estimate',
+      file=sys.stderr,
+    )
+  return count
+
+
 def prompt(own: dict[str, Skill]) -> str:
   """The system prompt before the rules on tools."""
   parts = (_SYSTEM.value, skills.catalogue(own))
@@ -172,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
   made = agent(own, None, Memory(), tell)
   name = model_name(client)
   made.model = Served(client, name, stream)
-  made.memory = Memory(_MEMORY.value, Tokens(client, name))
+  made.memory = Memory(_MEMORY.value, counter(client, name))
   if not questions:
     converse(made, screen, lines())
   elif made.ask(questions[0]).state != ANSWERED:

@@ -157,6 +157,8 @@ class Tokens:
     self._url = str(client.base_url).rstrip('/').removesuffix('/v1')
 
   def __call__(self, text: str) -> int:
+    if not text:
+      return 0
     if self.exact is not False:
       count = self._asked(text)
       if count is not None:
