@@ -45,7 +45,8 @@ class Budget:
     calls: of tools; after the last one it may still answer.
     tokens: of all prompts and answers, counted after each reply: the last one
       may go over.
-    seconds: of the clock on the wall.
+    seconds: of the clock on the wall; a reply is broken off then, tools that
+      run are waited for (see `Limits`).
     repeats: times that a call may give the same output.
     malformed: replies in a row that may break the protocol.
   """

@@ -141,6 +141,10 @@ def unusable() -> str:
   for name in _TOOLS:
     if not shutil.which(name):
       return f'{name} is not installed'
+  try:
+    filters.program()
+  except ValueError as e:
+    return str(e)
   # A user's own namespace may be forbidden, and in containers often is.
   tried = [*_bubblewrap(Bounds(), sys.executable), '--', *_dropped(), 'true']
   try:

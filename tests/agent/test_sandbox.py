@@ -6,6 +6,7 @@ the sandbox not hold: what it would use is a stand-in far below the machine's.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -305,6 +306,7 @@ def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
     sandbox.unusable.cache_clear()
 
 
+@pytest.mark.skipif(not shutil.which('prlimit'), reason='there is no prlimit')
 def test_told_by_name_programs_run_without_it():
   box = Sandbox(Bounds(seconds=20), unsafe_no_sandbox=True)
   ran = box.python_program('import os\nprint(os.environ.get("PWD"), 2 + 3)')
