@@ -9,7 +9,8 @@ import pydantic
 from moepeft.agent import events
 from moepeft.agent.events import Tell, ignore
 from moepeft.agent.model import Model
-from moepeft.agent.tools import reasons, strict, without_nulls
+from moepeft.agent.schemas import strict, without_nulls
+from moepeft.agent.tools import reasons
 
 Form = TypeVar('Form', bound=pydantic.BaseModel)
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import tools  # noqa: E402
+from moepeft.agent import schemas  # noqa: E402
 from moepeft.agent.tools import Invalid, tool  # noqa: E402
 
 
@@ -200,12 +200,12 @@ def test_a_model_that_holds_itself_keeps_its_references():
     name: str
     below: list['Tree'] = []
 
-  made = tools.strict(Tree.model_json_schema(), 'Tree')
+  made = schemas.strict(Tree.model_json_schema(), 'Tree')
   (definition,) = made['$defs'].values()
   assert definition['additionalProperties'] is False
   loose = Tree.model_json_schema()
   value = {'name': 'a', 'below': [{'name': 'b', 'below': None}]}
-  kept = tools.without_nulls(value, loose, loose['$defs'])
+  kept = schemas.without_nulls(value, loose, loose['$defs'])
   assert kept == {'name': 'a', 'below': [{'name': 'b'}]}
 
 
