@@ -43,7 +43,7 @@ _DATA = ['datasketch>=1.6', 'sentencepiece>=0.2']
 # majors: clients and servers have moved between HTTP libraries.
 _SERVE = [
   'fastapi>=0.115,<1',
-  'llguidance>=1.3,<2',
+  'llguidance>=1.9,<2',
   'prometheus-client>=0.21,<1',
   'uvicorn>=0.32,<1',
 ]
@@ -118,7 +118,10 @@ setup(
     *_gin_files(),
   ],
   package_dir=_cards() | _gin_files(),
-  package_data={'moepeft': ['assets/*/*', 'serve/page/*.html']}
+  package_data={
+    'moepeft': ['assets/*/*', 'serve/page/*.html'],
+    'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
+  }
   | dict.fromkeys(_gin_files(), ['*.gin']),
   install_requires=_REQUIRED,
   extras_require={

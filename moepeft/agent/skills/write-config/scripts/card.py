@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists the keys of a config, and writes cards that are checked.
+
+python card.py keys [SECTION or word]
+python card.py write FILE.py 'About it.' key=value ...
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from moepeft import config as config_lib
+
+_CARD = '''\
+# SPDX-License-Identifier: Apache-2.0
+"""{about}
+
+{command}
+"""
+
+from moepeft import config as config_lib
+
+
+def get_config(values: str = ''):
+  config_lib.values(values)
+  c = config_lib.default()
+{lines}
+  return c
+'''
+_TOP = re.compile(r'  c\.(\w+) = (.*)')
+_INNER = re.compile(r'      (\w+)=(.*?),?$')
+
+
+def main(argv: list[str]) -> str:
+  """Does what is asked and tells it.
+
+  Raises:
+    ValueError: it cannot be done, a sentence.
+  """
+  match argv:
+    case ['keys']:
+      return keys('')
+    case ['keys', word]:
+      return keys(word)
+    case ['write', path, about, *settings]:
+      return write(Path(path).expanduser(), about, settings)
+  raise ValueError(
+    "expected keys [WORD], or write FILE.py 'About it.' key=value ..."
+  )
+
+
+def keys(word: str) -> str:
+  """The sections and the top's keys, or the keys that a word is in."""
+  c = config_lib.default()
+  found = dict(_flat(c))
+  if not word:
+    sections = [
+      key for key, value in c.items() if isinstance(value, ConfigDict)
+    ]
+    top = {key: value for key, value in found.items() if '.' not in key}
+    return f'sections: {", ".join(sections)}\n{_listed(top)}'
+  chosen = {k: v for k, v in found.items() if k.startswith(f'{word}.')}
+  chosen = chosen or {k: v for k, v in found.items() if word in k}
+  if not chosen:
+    raise ValueError(
+      f'no key has {word!r} in it; keys without a word lists them'
+    )
+  return _listed(chosen)
+
+
+def _listed(found: dict) -> str:
+  about = dict(_remarks())
+  return '\n'.join(
+    f'{key}={value!r}' + (f'  # {about[key]}' if about.get(key) else '')
+    for key, value in found.items()
+  )
+
+
+def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
+  for key, value in c.items():
+    if isinstance(value, ConfigDict) and len(value):
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def _remarks() -> Iterator[tuple[str, str]]:
+  """(key, the comment above it) as moepeft/config.py has them."""
+  section, said = '', []
+  for line in inspect.getsource(config_lib.default).splitlines():
+    if line.strip().startswith('#'):
+      said.append(line.strip('# '))
+      continue
+    top, inner = _TOP.match(line), _INNER.match(line)
+    if top:
+      section = f'{top[1]}.' if top[2].startswith('ConfigDict(') else ''
+      yield top[1], ' '.join(said)
+    elif inner:
+      yield section + inner[1], ' '.join(said)
+    # What opens a section keeps its comment for nothing else.
+    said = []
+
+
+def write(path: Path, about: str, settings: list[str]) -> str:
+  """Checks the settings, writes the card, and reads it back."""
+  if path.suffix != '.py':
+    raise ValueError(f'a card is a file of Python, NAME.py; got {str(path)!r}')
+  if path.exists():
+    raise ValueError(f'{path} exists; choose another name')
+  if not path.absolute().parent.is_dir():
+    raise ValueError(f'there is no directory {str(path.parent)!r}; make it')
+  if not about.strip() or '"""' in about or '\\' in about:
+    raise ValueError('say in a plain sentence what the experiment is')
+  c, changed = config_lib.default(), {}
+  for text in settings:
+    key, value = _read(c, text)
+    _set(c, key, value)
+    changed[key] = value
+  if not changed:
+    raise ValueError('name at least one key=value that the experiment changes')
+  counted = _check(c)
+  card = _card(path, about, changed)
+  made: dict = {}
+  exec(compile(card, str(path), 'exec'), made)
+  if made['get_config']().to_json() != c.to_json():
+    raise ValueError('the card does not say what was asked; report this')
+  path.write_text(card, encoding='utf-8')
+  return f'wrote {path}\n{counted}\n\n{card}'
+
+
+def _card(path: Path, about: str, changed: dict) -> str:
+  sentence = about.strip().rstrip('.') + '.'
+  lines = [f'  c.{key} = {value!r}' for key, value in changed.items()]
+  return _CARD.format(
+    about=textwrap.fill(sentence, 77),
+    command=f'python -m moepeft.train --config={path} --workdir=DIR',
+    lines='\n'.join(lines),
+  )
+
+
+def _read(c: ConfigDict, text: str) -> tuple[str, object]:
+  """'key=value' as the key and a value of the default's type."""
+  key, equals, value = text.partition('=')
+  key = key.strip().removeprefix('config.')
+  if not equals:
+    raise ValueError(f'expected key=value; got {text!r}')
+  known = dict(_flat(c))
+  if key not in known:
+    near = [k for k in known if k.split('.')[-1] == key.split('.')[-1]]
+    raise ValueError(
+      f'there is no key {key!r}'
+      + (f'; did you mean {" or ".join(near)}?' if near else '')
+      + '; the script with `keys` lists them'
+    )
+  like = known[key]
+  return key, value if isinstance(like, str) else _typed(key, value, like)
+
+
+def _typed(key: str, text: str, like: object) -> object:
+  try:
+    value = ast.literal_eval(text.strip())
+  except (SyntaxError, ValueError):
+    value = {'true': True, 'false': False}.get(text.strip().lower(), text)
+  if isinstance(like, float) and type(value) is int:
+    return float(value)
+  if type(value) is not type(like):
+    raise ValueError(
+      f'{key} is of type {type(like).__name__}, as {like!r}; got {text!r}'
+    )
+  return value
+
+
+def _set(c: ConfigDict, key: str, value: object) -> None:
+  *parents, name = key.split('.')
+  for parent in parents:
+    c = c[parent]
+  c[name] = value
+
+
+def _check(c: ConfigDict) -> str:
+  """Looks at the config as training would, and counts what it trains.
+
+  Raises:
+    ValueError: training would refuse it.
+  """
+  config_lib.check(c)
+  # Here, as `keys` does without them and JAX takes seconds to start.
+  from moepeft import base, objectives
+  from moepeft.count import count
+  from moepeft.models import decoder_only
+
+  known = {**objectives.OBJECTIVES, **objectives.COMPARED}
+  if c.objective not in known:
+    raise ValueError(
+      f'objective is one of {", ".join(known)}; got {c.objective!r}'
+    )
+  try:
+    _, shape = base.shape(c.model)
+    objectives.check_model(c.objective, decoder_only(shape))
+    counted = count(c)
+  except OSError as e:
+    return f'not counted, as the base is not here: {e}'
+  return (
+    f'trains {counted["peft"]:,} parameters, {counted["percent"]} % of the '
+    f'base ({counted["params"]:,})'
+  )
+
+
+if __name__ == '__main__':
+  try:
+    print(main(sys.argv[1:]))
+  except ValueError as e:
+    sys.exit(f'error: {e}')

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two skills that ship: valid, and their scripts say what is so."""
+
+import importlib.util
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('openai')
+
+from moepeft.agent import skills  # noqa: E402
+
+SUMMARISE = skills.OWN / 'read-training-run' / 'scripts' / 'summarise.py'
+CARD = skills.OWN / 'write-config' / 'scripts' / 'card.py'
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_ships_is_valid_and_names_files_that_are_there():
+  own = skills.find([skills.OWN])
+  assert list(own) == ['read-training-run', 'write-config']
+  for skill in own.values():
+    for path in skill.files():
+      assert Path(path).name in skill.body, path
+
+
+def run_script(path, *arguments):
+  """What a script prints, its program in this process: JAX starts once."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  made = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(made)
+  try:
+    return made.main(list(arguments))
+  except ValueError as e:
+    return f'error: {e}\n'
+
+
+def test_the_scripts_run_by_themselves(tmp_path):
+  own = skills.find([skills.OWN])
+  (run,) = [t for t in skills.tools(own) if t.name == 'run_skill_script']
+  for name, path, arguments, said in (
+    ('write-config', 'scripts/card.py', ['keys', 'seed'], 'seed=0'),
+    (
+      'read-training-run',
+      'scripts/summarise.py',
+      [written(tmp_path, fallen())],
+      'no findings',
+    ),
+    (
+      'read-training-run',
+      'scripts/summarise.py',
+      [],
+      'error: expected one argument',
+    ),
+  ):
+    asked = {'name': name, 'path': path, 'args': arguments}
+    assert said in run.run(json.dumps(asked), 60)
+
+
+def written(folder, losses, rows=(), **more):
+  """A run's directory with a loss each step, and more rows of metrics."""
+  config = {
+    'steps': len(losses),
+    'method': 'molora(experts=3, rank=2)',
+    'objective': 'seq2seq',
+    'batch_size': 7,
+    'seed': 5,
+    'model': {'path': 'package:t5_tiny'},
+    'optimizer': {'name': 'adamw', 'learning_rate': 0.001},
+  }
+  (folder / 'config.json').write_text(json.dumps(config))
+  (folder / 'summary.json').write_text('{}')
+  made = [
+    {'step': i, 'loss': loss, 'gradient_norm': 1.5, 'tokens_per_s': 1000 + i}
+    for i, loss in enumerate(losses, 1)
+  ]
+  for step, row in rows:
+    made[step - 1] |= row
+  lines = [json.dumps(row | more) for row in made]
+  # A kill tears the last line.
+  text = '\n'.join(lines) + '\n{"step": 9'
+  (folder / 'metrics.jsonl').write_text(text)
+  return str(folder)
+
+
+def fallen(count=100):
+  """From 5 to 1 within 40 steps, then still, with a little noise."""
+  noise = random.Random(3)
+  return [
+    1 + 4 * math.exp(-i / 8) + noise.uniform(-0.05, 0.05) for i in range(count)
+  ]
+
+
+def test_a_run_that_went_well_has_no_findings(tmp_path):
+  said = run_script(SUMMARISE, written(tmp_path, fallen()))
+  assert 'molora(experts=3, rank=2)' in said and 'seed 5' in said
+  assert 'steps: 100 of 100; ended' in said
+  # The middle of the first ten of the curve, about 1 + 4 exp(-4.5 / 8) = 3.28.
+  assert 'loss: 3.2' in said and 'flat over the last third' in said
+  # Rates are 1001 to 1100, their median 1050.5.
+  assert 'throughput: 1,050 tokens/s' in said
+  assert 'gradient norm: median 1.5' in said
+  assert said.rstrip().endswith('no findings')
+  assert len(said) < 1500
+
+
+@pytest.mark.parametrize(
+  ('losses', 'found'),
+  [
+    ([*fallen(60), *(1 + 0.05 * i for i in range(40))], '! the loss diverges'),
+    ([5.0] * 60 + [None] * 3, 'not a number in 3 steps, first at step 61'),
+    ([3 + 0.01 * (i % 5) for i in range(60)], '! the loss has hardly fallen'),
+    ([5 - 0.04 * i for i in range(100)], '! the loss still falls at the end'),
+    ([*fallen(90), 30.0, *fallen(9)[8:]], '! 1 spikes of the loss'),
+  ],
+)
+def test_what_is_wrong_with_a_loss_is_found(tmp_path, losses, found):
+  assert found in run_script(SUMMARISE, written(tmp_path, losses))
+
+
+def test_overfitting_and_router_collapse_are_found(tmp_path):
+  loads = {'load': [[0.98, 0.02, 0.0], [0.4, 0.3, 0.3]], 'entropy': [0.1, 1.0]}
+  rows = [
+    (20, {'validation_loss': 2.0}),
+    (50, {'validation_loss': 1.5}),
+    (100, {'validation_loss': 1.9, 'routing': {'encoder/q/molora': loads}}),
+  ]
+  said = run_script(SUMMARISE, written(tmp_path, fallen(), rows))
+  assert 'best 1.5 at step 50, 1.9 at step 100' in said
+  assert '! the validation loss rises after step 50' in said
+  # One of six experts holds no load; (0.98 + 0.4) / 2 = 69 %.
+  assert 'fullest expert 69% of the load on average, 98% at most' in said
+  assert '1 of 6 experts below 1%' in said
+  assert 'in 1 of 2: encoder/q/molora 0' in said
+
+
+def test_the_metrics_of_a_real_run_can_be_read():
+  run = ROOT / 'docs' / 'runs' / 'smollm2' / 'molora'
+  if not run.is_dir():
+    pytest.skip('docs/runs is not beside the tests')
+  said = run_script(SUMMARISE, str(run))
+  assert 'steps: 150 of 150' in said and 'routers at step 150' in said
+
+
+def test_a_directory_that_is_no_run_is_an_error_of_one_line(tmp_path):
+  for arguments in ((), (str(tmp_path / 'x'),), (str(tmp_path),)):
+    said = run_script(SUMMARISE, *arguments)
+    assert said.startswith('error: ') and said.count('\n') == 1
+
+
+def test_keys_are_listed_with_defaults_and_what_they_mean():
+  assert 'sections: ' in run_script(CARD, 'keys')
+  said = run_script(CARD, 'keys', 'optimizer')
+  assert 'optimizer.learning_rate=0.001' in said
+  assert "optimizer.name='adamw'  # 'adamw' or 'adafactor'." in said
+  assert 'data.packing=False' in run_script(CARD, 'keys', 'packing')
+  assert "no key has 'nonsense'" in run_script(CARD, 'keys', 'nonsense')
+
+
+def test_a_card_is_written_that_training_would_take(tmp_path):
+  path = tmp_path / 'mine.py'
+  said = run_script(
+    CARD,
+    'write',
+    str(path),
+    'MoLoRA with four experts',
+    'method=molora(experts=4, rank=2)',
+    'optimizer.learning_rate=1e-4',
+    'data.packing=true',
+    'config.steps=50',
+  )
+  assert f'wrote {path}' in said and 'trains ' in said
+  made: dict = {}
+  exec(compile(path.read_text(), 'mine', 'exec'), made)
+  c = made['get_config']()
+  assert c.method == 'molora(experts=4, rank=2)'
+  assert (c.optimizer.learning_rate, c.data.packing, c.steps) == (
+    1e-4,
+    True,
+    50,
+  )
+  assert f'--config={path}' in made['__doc__']
+  assert path.read_text().startswith('# SPDX-License-Identifier: Apache-2.0')
+  # What is there stays.
+  again = run_script(CARD, 'write', str(path), 'Another.', 'steps=7')
+  assert again == f'error: {path} exists; choose another name\n'
+
+
+@pytest.mark.parametrize(
+  ('setting', 'said'),
+  [
+    ('learning_rate=1', 'did you mean optimizer.learning_rate?'),
+    ('steps', 'expected key=value'),
+    ('steps=many', 'steps is of type int'),
+    ('steps=0', 'config.steps is at least 1'),
+    ('method=mollora(rank=2)', "no method 'mollora'"),
+    ('objective=sequences', 'objective is one of'),
+    ('objective=causal', 'encoder'),
+  ],
+)
+def test_a_setting_that_training_would_refuse_is_refused(
+  tmp_path, setting, said
+):
+  path = tmp_path / 'mine.py'
+  answer = run_script(CARD, 'write', str(path), 'A try.', setting)
+  assert answer.startswith('error: ') and said in answer
+  assert not path.exists()

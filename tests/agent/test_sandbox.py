@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What programs of the model can not do. Each test bounds itself too.
+
+A program stops by itself (`signal.alarm`) long before it could do harm, should
+the sandbox not hold: what it would use is a stand-in far below the machine's.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+pytest.importorskip('openai')
+
+from moepeft.agent import filters, sandbox  # noqa: E402
+from moepeft.agent.agent import Agent  # noqa: E402
+from moepeft.agent.programs import Bounds  # noqa: E402
+from moepeft.agent.sandbox import Sandbox  # noqa: E402
+from tests.agent.scripted import says, serving, wants  # noqa: E402
+
+MB = 1 << 20
+BOUNDS = Bounds(
+  seconds=40, memory=200 * MB, processes=24, disk=4 * MB, output=4000
+)
+
+
+@pytest.fixture
+def box():
+  if why := sandbox.unusable():
+    pytest.skip(f'no sandbox here: {why}')
+
+  def late(*_):
+    raise TimeoutError('the sandbox did not end its program')
+
+  # Whatever hangs fails, and does not stay.
+  before = signal.signal(signal.SIGALRM, late)
+  signal.alarm(90)
+  yield Sandbox(BOUNDS)
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, before)
+
+
+def descendants() -> set[str]:
+  """Names of processes that have a marked argument."""
+  found = set()
+  for name in filter(str.isdigit, os.listdir('/proc')):
+    try:
+      with open(f'/proc/{name}/cmdline', 'rb') as file:
+        if b'moepeft_marked' in file.read():
+          found.add(name)
+    except OSError:
+      pass
+  return found
+
+
+def test_a_program_runs_and_says_how_it_ended(box):
+  ran = box.python_program('import numpy, sys\nprint(numpy.arange(4).sum())')
+  assert (ran.output, ran.code, ran.ended) == ('6\n', 0, '')
+  ran = box.shell_program('echo out; echo err >&2; exit 3')
+  assert (ran.output, ran.code) == ('out\nerr\n', 3)
+  assert str(ran) == 'out\nerr\n[exit status 3]'
+  assert 'ZeroDivisionError' in str(box.python_program('1 / 0'))
+  assert str(box.python_program('')) == '[no output]'
+
+
+def test_homes_and_other_files_are_not_seen(box, tmp_path):
+  secret = tmp_path / 'secret.txt'
+  secret.write_text('the secret')
+  secret.chmod(0o644)
+  home = os.path.expanduser('~')
+  ran = box.python_program(f"""
+import os, sys
+for path in ({str(secret)!r}, '/etc/shadow', '/etc/passwd', '/proc/1/environ'):
+  try:
+    print('READ', path, open(path).read()[:20])
+  except OSError as e:
+    print(type(e).__name__)
+for home in ({home!r}, '/home', '/root'):
+  for folder, names, files in os.walk(home):
+    # Of a home only what the interpreter needs.
+    inside = any(folder.startswith(p) for p in (sys.prefix, sys.base_prefix))
+    if files and not inside:
+      print('READ', folder, files)
+    names[:] = [] if inside else names
+print(os.environ['HOME'], os.getcwd())
+print(sorted(k for k in os.environ if 'KEY' in k or 'TOKEN' in k))
+""")
+  assert 'READ' not in ran.output and 'the secret' not in ran.output
+  assert ran.output.endswith('/sandbox /sandbox\n[]\n')
+
+
+def test_nothing_outside_is_written_and_the_work_directory_is_fresh(
+  box, tmp_path
+):
+  tmp_path.chmod(0o777)
+  ran = box.python_program(f"""
+for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/hostname',
+             {str(tmp_path / 'x')!r}, {str(sandbox.__file__)!r}):
+  try:
+    open(path, 'w').write('x')
+    print('WROTE', path)
+  except OSError as e:
+    print(type(e).__name__)
+open('here', 'w').write('x')
+open('/tmp/here', 'w').write('x')
+print('done')
+""")
+  assert 'WROTE' not in ran.output and ran.output.endswith('done\n')
+  assert list(tmp_path.iterdir()) == []
+  assert str(box.shell_program('ls -A . /tmp | tr -d "\\n"')) == '.:/tmp:'
+
+
+def test_there_is_no_network(box):
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+    ran = box.python_program(f"""
+import socket
+for host in ('127.0.0.1', '1.1.1.1'):
+  try:
+    socket.create_connection((host, {port}), timeout=2)
+    print('CONNECTED', host)
+  except OSError as e:
+    print(type(e).__name__)
+""")
+    server.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+      server.accept()
+  assert ran.output == 'ConnectionRefusedError\nOSError\n'
+
+
+def test_five_hundred_processes_are_contained(box):
+  before = time.monotonic()
+  ran = box.python_program("""
+import os, time
+made = 0
+for _ in range(500):
+  try:
+    if os.fork() == 0:
+      time.sleep(5)
+      os._exit(0)
+    made += 1
+  except OSError:
+    break
+print('made', made)
+""")
+  assert ran.code == 0
+  made = int(ran.output.split()[1])
+  # 24, less the program itself.
+  assert 10 < made < 24
+  # They end with it: nobody waits for the five seconds of sleep twice.
+  assert time.monotonic() - before < 40
+
+
+def test_processes_left_behind_end_with_their_program(box):
+  ran = box.shell_program(
+    'for i in 1 2 3; do setsid sh -c "sleep 77; : moepeft_marked" & done; '
+    'sleep 0.3; echo done'
+  )
+  assert ran.output == 'done\n'
+  for _ in range(50):
+    if not descendants():
+      break
+    time.sleep(0.1)
+  assert descendants() == set()
+
+
+def test_a_process_that_allocates_too_much_gets_none(box):
+  # Untouched memory is no harm where the sandbox does not hold.
+  ran = box.python_program('x = bytearray(10 << 30)\nprint("HAS IT")')
+  assert 'MemoryError' in ran.output and 'HAS IT' not in ran.output
+  assert ran.code == 1
+
+
+def test_many_processes_that_allocate_together_are_ended(box):
+  # 6 x 100 MB at most; 200 are allowed.
+  ran = box.python_program("""
+import os, signal, time
+signal.alarm(20)
+for _ in range(6):
+  if os.fork() == 0:
+    signal.alarm(20)
+    x = bytearray(b'x') * (100 << 20)
+    time.sleep(15)
+    os._exit(0)
+time.sleep(15)
+print('SURVIVED')
+""")
+  assert 'SURVIVED' not in ran.output and ran.code is None
+  assert 'all its processes together had' in ran.ended
+
+
+@pytest.mark.parametrize('path', ['/sandbox/x', '/tmp/x', '/dev/shm/x'])
+def test_files_in_memory_are_bounded(box, path):
+  ran = box.python_program(f"""
+import signal
+# A file over its limit is told by an error, not by a signal.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+made = 0
+try:
+  for i in range(8):
+    with open({path!r} + str(i), 'wb') as file:
+      file.write(b'x' * (1 << 20))
+    made += 1
+except OSError as e:
+  print(type(e).__name__)
+print(made)
+""")
+  # 4 MB, of which the directory itself may take a page.
+  assert ran.output.splitlines()[0] == 'OSError'
+  assert 3 <= int(ran.output.split()[-1]) <= 4
+
+
+def test_memory_that_is_of_no_process_is_refused(box):
+  ran = box.python_program("""
+import ctypes, os
+try:
+  os.memfd_create('x')
+  print('MADE')
+except PermissionError:
+  print('refused')
+libc = ctypes.CDLL(None, use_errno=True)
+print('MADE' if libc.shmget(0, 1 << 20, 0o1600) >= 0 else 'refused')
+print('MADE' if libc.unshare(0x10000000) == 0 else 'refused')
+""")
+  assert ran.output == 'refused\n' * 3
+
+
+def test_an_endless_loop_is_ended_and_its_output_so_far_kept(box):
+  short = Sandbox(Bounds(seconds=1.5, memory=200 * MB))
+  # The sleeping one uses no CPU; both write before.
+  for code in ('while True: pass', 'import time\ntime.sleep(60)'):
+    begun = time.monotonic()
+    ran = short.python_program(f'print("begun", flush=True)\n{code}')
+    # Far above 1.5 s, as other programs run too; far below 60.
+    assert time.monotonic() - begun < 30
+    assert ran.code is None and ran.ended == 'ended after 1.5 s'
+    # Under load the interpreter may not have begun.
+    assert ran.output in ('begun\n', '')
+
+
+def test_a_flood_of_output_keeps_its_ends_and_no_more(box):
+  ran = box.python_program("""
+import sys
+print('first')
+for _ in range(200):
+  sys.stdout.write('x' * 100_000)
+print()
+print('last')
+""")
+  assert ran.code == 0
+  assert ran.output.startswith('first\nxxx')
+  assert ran.output.endswith('xxx\nlast\n')
+  assert 'bytes are left out here]' in ran.output
+  # 4,000 bytes and the note.
+  assert len(ran.output) < 4100
+
+
+def test_its_user_is_not_root_and_has_no_rights(box):
+  ran = box.shell_program(
+    'id -u; grep -E "CapEff|NoNew|Seccomp:" /proc/self/status'
+  )
+  user, *rights = ran.output.splitlines()
+  assert int(user) != 0
+  assert [line.split()[1] for line in rights] == ['0000000000000000', '1', '2']
+
+
+def test_the_tools_tell_the_model_what_happened(box):
+  replies = [
+    wants(('run_python', {'code': 'print(6 * 7)'})),
+    wants(('run_shell', {'command': 'cat /etc/shadow'})),
+    says('42'),
+  ]
+  with serving(*replies) as script:
+    Agent(script.model(), sandbox.tools(box)).ask('6 * 7?')
+  first, second = (r['messages'][-1]['content'] for r in script.requests[1:])
+  assert first == '<tool_output>\n42\n</tool_output>'
+  assert 'No such file' in second and '[exit status 1]' in second
+
+
+def test_without_a_sandbox_the_tools_refuse(monkeypatch):
+  monkeypatch.setattr(sandbox, 'unusable', lambda: 'bwrap is not installed')
+  with pytest.raises(ValueError) as caught:
+    Sandbox(BOUNDS)
+  said = str(caught.value)
+  assert 'bwrap is not installed' in said and '--unsafe_no_sandbox' in said
+  assert '\n' not in said
+
+
+def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
+  sandbox.unusable.cache_clear()
+  try:
+    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: None)
+    assert sandbox.unusable() == 'bwrap is not installed'
+    sandbox.unusable.cache_clear()
+    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: name)
+    failed = subprocess.CompletedProcess(
+      [], 1, '', 'bwrap: No permissions to create new namespace\n'
+    )
+    monkeypatch.setattr(sandbox.subprocess, 'run', lambda *a, **k: failed)
+    assert 'No permissions to create new namespace' in sandbox.unusable()
+  finally:
+    sandbox.unusable.cache_clear()
+
+
+@pytest.mark.skipif(not shutil.which('prlimit'), reason='there is no prlimit')
+def test_told_by_name_programs_run_without_it():
+  box = Sandbox(Bounds(seconds=20), unsafe_no_sandbox=True)
+  ran = box.python_program('import os\nprint(os.environ.get("PWD"), 2 + 3)')
+  assert ran.output == 'None 5\n'
+  ended = Sandbox(Bounds(seconds=0.5), unsafe_no_sandbox=True).shell_program(
+    'sleep 30 & sleep 30'
+  )
+  assert ended.ended == 'ended after 0.5 s'
+
+
+def test_the_filter_jumps_to_where_it_means():
+  try:
+    program = filters.program()
+  except ValueError:
+    pytest.skip('this machine has no filter')
+  import struct
+
+  lines = list(struct.iter_unpack('<HBBI', program))
+  assert all(len(line) == 4 for line in lines) and len(program) % 8 == 0
+  refused = len(lines) - 1
+  for i, (code, true, false, _) in enumerate(lines[3:-2], 3):
+    if code in (0x15, 0x35):
+      assert (i + 1 + true, false) == (refused, 0)
+  # The last two lines allow, and refuse with EPERM (1).
+  assert [line[3] for line in lines[-2:]] == [0x7FFF0000, 0x00050001]

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tools from functions: their schemas, and what becomes of arguments."""
+
+import dataclasses
+import enum
+import json
+from typing import Any, Literal
+
+import pydantic
+import pytest
+
+pytest.importorskip('openai')
+
+from moepeft.agent import schemas  # noqa: E402
+from moepeft.agent.tools import Invalid, tool  # noqa: E402
+
+
+class Unit(enum.Enum):
+  CELSIUS = 'c'
+  KELVIN = 'k'
+
+
+class Place(pydantic.BaseModel):
+  """A place."""
+
+  city: str
+  floor: int = 3
+  tags: list[str] = []
+
+
+def weather(
+  place: Place,
+  days: int,
+  unit: Unit = Unit.KELVIN,
+  kind: Literal['rain', 'sun'] = 'sun',
+  note: str | None = None,
+) -> str:
+  """Tells the weather.
+
+  Of tomorrow and later.
+
+  Args:
+    place: where it is,
+      roughly.
+    days: from today on.
+
+  Returns:
+    a text.
+  """
+  return f'{place.city} {place.floor} {days} {unit.name} {kind} {note}'
+
+
+def objects(node):
+  if isinstance(node, dict):
+    if node.get('type') == 'object':
+      yield node
+    for value in node.values():
+      yield from objects(value)
+  if isinstance(node, list):
+    for value in node:
+      yield from objects(value)
+
+
+def test_a_schema_requires_all_and_allows_nothing_else():
+  schema = tool(weather).schema
+  found = list(objects(schema))
+  # The arguments and the place, which the description writes out, and the
+  # definition of it that stays.
+  assert len(found) == 3
+  for node in found:
+    assert node['additionalProperties'] is False
+    assert node['required'] == list(node['properties'])
+  assert list(schema['properties']) == ['place', 'days', 'unit', 'kind', 'note']
+  text = json.dumps(schema)
+  assert '"default"' not in text and '"title"' not in text
+
+
+def test_what_has_a_default_may_be_null_and_says_what_it_then_is():
+  own = tool(weather).schema['properties']
+  assert own['days'] == {'type': 'integer', 'description': 'from today on.'}
+  assert {'type': 'null'} in own['kind']['anyOf']
+  assert own['kind']['description'] == 'Null for "sun".'
+  # That one takes null by itself, once.
+  assert own['note']['anyOf'] == [{'type': 'string'}, {'type': 'null'}]
+
+
+def test_docstrings_describe_the_tool_and_its_arguments():
+  made = tool(weather)
+  assert made.description == 'Tells the weather.\n\nOf tomorrow and later.'
+  place = made.schema['properties']['place']
+  assert place['description'] == 'where it is, roughly.'
+
+
+def test_nulls_of_a_strict_schema_become_defaults():
+  text = json.dumps(
+    {
+      'place': {'city': 'Ulm', 'floor': None, 'tags': None},
+      'days': 2,
+      'unit': None,
+      'kind': None,
+      'note': None,
+    }
+  )
+  assert tool(weather).run(text, 5) == 'Ulm 3 2 KELVIN sun None'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    ('{"place": ', 'not JSON'),
+    ('[1]', 'not a JSON object'),
+    ('{"days": 1}', 'place: Field required'),
+    ('{"place": {"city": "U"}, "days": "x"}', 'days: Input should be'),
+    ('{"place": {"city": "U"}, "days": 1, "more": 1}', 'more: Extra inputs'),
+  ],
+)
+def test_arguments_that_do_not_fit_are_told_by_name(arguments, said):
+  with pytest.raises(Invalid, match=said):
+    tool(weather).run(arguments, 5)
+
+
+def test_a_dataclass_is_taken_and_given_back_as_json():
+  @dataclasses.dataclass
+  class Point:
+    x: float
+    y: float = 2.0
+
+  def mirrored(point: Point) -> Point:
+    """Mirrors."""
+    return Point(-point.x, -point.y)
+
+  answer = tool(mirrored).run('{"point": {"x": 1, "y": null}}', 5)
+  assert json.loads(answer) == {'x': -1.0, 'y': -2.0}
+
+
+def test_an_async_function_is_awaited_and_ended_when_late():
+  import asyncio
+
+  async def slow(seconds: float) -> str:
+    """Sleeps."""
+    await asyncio.sleep(seconds)
+    return 'done'
+
+  assert tool(slow).run('{"seconds": 0}', 5) == 'done'
+  with pytest.raises(TimeoutError):
+    tool(slow).run('{"seconds": 30}', 0.05)
+
+
+def untyped(a) -> str:
+  """No."""
+
+
+def anything(a: Any) -> str:
+  """No."""
+
+
+def free(a: dict) -> str:
+  """No."""
+
+
+def mapped(a: dict[str, int]) -> str:
+  """No."""
+
+
+def untyped_list(a: list) -> str:
+  """No."""
+
+
+def spread(*a: int) -> str:
+  """No."""
+
+
+def misspelt(a: int) -> str:
+  """No.
+
+  Args:
+    b: what is not there.
+  """
+
+
+@pytest.mark.parametrize(
+  ('function', 'said'),
+  [
+    (untyped, 'has no type; annotate it'),
+    (anything, 'without one type'),
+    (free, 'object with any keys'),
+    (mapped, 'object with any keys'),
+    (untyped_list, 'without one type'),
+    (spread, 'give each argument a name'),
+    (misspelt, "describes 'b'"),
+  ],
+)
+def test_a_function_without_a_strict_schema_is_refused(function, said):
+  with pytest.raises(ValueError, match=said):
+    tool(function)
+
+
+def test_a_model_that_holds_itself_keeps_its_references():
+  class Tree(pydantic.BaseModel):
+    name: str
+    below: list['Tree'] = []
+
+  made = schemas.strict(Tree.model_json_schema(), 'Tree')
+  (definition,) = made['$defs'].values()
+  assert definition['additionalProperties'] is False
+  loose = Tree.model_json_schema()
+  value = {'name': 'a', 'below': [{'name': 'b', 'below': None}]}
+  kept = schemas.without_nulls(value, loose, loose['$defs'])
+  assert kept == {'name': 'a', 'below': [{'name': 'b'}]}
+
+
+def test_a_tool_without_arguments_has_an_empty_strict_schema():
+  def now() -> str:
+    """Now."""
+    return 'noon'
+
+  made = tool(now)
+  assert made.schema['properties'] == {} and made.schema['required'] == []
+  assert made.run('', 5) == made.run('{}', 5) == 'noon'

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces hold all but secrets, and replay to the same outcome."""
+
+import itertools
+import json
+
+import pytest
+
+pytest.importorskip('openai')
+
+from moepeft.agent import events, traces  # noqa: E402
+from moepeft.agent.agent import Agent  # noqa: E402
+from moepeft.agent.loop import Budget  # noqa: E402
+from moepeft.agent.memory import Memory, Tokens  # noqa: E402
+from moepeft.agent.tools import tool  # noqa: E402
+from tests.agent.scripted import (  # noqa: E402
+  KEY,
+  refuses,
+  says,
+  serving,
+  wants,
+)
+
+ROLLS = itertools.count()
+
+
+def roll(sides: int) -> str:
+  """Rolls a die; never the same twice."""
+  return f'{next(ROLLS)} of {sides}'
+
+
+def leak() -> str:
+  """Says what it should not."""
+  return f'OPENAI_API_KEY={KEY}'
+
+
+def traced(path, replies, questions, **parts):
+  """The outcomes of questions, with a trace at `path`."""
+  with serving(*replies, counts=True) as script:
+    trace = traces.Trace(path, [KEY])
+    if 'memory' in parts:
+      limit, summarise = parts['memory']
+      count = Tokens(script.client(), 'scripted')
+      parts['memory'] = Memory(limit, count, summarise)
+    made = Agent(
+      script.model(), [tool(roll), tool(leak)], 'Be.', tell=trace, **parts
+    )
+    outcomes = [made.ask(question) for question in questions]
+    trace.close()
+  return outcomes
+
+
+CASES = {
+  'answered': ([wants(('roll', {'sides': 6})), says('0')], {}),
+  'several calls': (
+    [wants(('roll', {'sides': 6}), ('roll', {'sides': 8})), says('0')],
+    {},
+  ),
+  'loop': ([wants(('leak', {}))], {}),
+  'steps': ([wants(('roll', {'sides': 6}))], {'budget': Budget(steps=4)}),
+  'failed': ([wants(('roll', {'sides': 6})), refuses(500, 'oh')], {}),
+  'plan': (
+    [says('plan'), wants(('roll', {'sides': 2})), says('1'), says('OK')],
+    {'mode': 'plan'},
+  ),
+  'react': (
+    [says('Action: roll\nAction Input: {"sides": 3}'), says('hm')],
+    {'form': 'react'},
+  ),
+  'seconds': (
+    [wants(('roll', {'sides': 6}))],
+    {
+      'budget': Budget(seconds=100.0, steps=99),
+      'clock': itertools.count(0.0, 30.0).__next__,
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_trace_replays_to_its_outcome_without_a_server(name, tmp_path):
+  replies, parts = CASES[name]
+  path = str(tmp_path / 'trace.jsonl')
+  outcomes = traced(path, replies, ['What?'], **parts)
+  told = []
+  assert traces.replay(path, told.append) == outcomes
+  assert isinstance(told[-1], events.Ended)
+
+
+def test_a_conversation_with_a_short_memory_replays(tmp_path):
+  path = str(tmp_path / 'trace.jsonl')
+  replies = [wants(('roll', {'sides': 6})), says('one two three')] * 4
+  lost = itertools.count()
+  outcomes = traced(
+    path,
+    replies,
+    [f'question {i} of some words' for i in range(4)],
+    memory=(120, lambda messages: f'summary {next(lost)}'),
+  )
+  kinds = [row['event'] for row in traces.read(path)]
+  assert kinds.count('forgotten') > 1
+  assert traces.replay(path) == outcomes
+  assert {outcome.state for outcome in outcomes} == {'answered'}
+
+
+def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
+  path = str(tmp_path / 'trace.jsonl')
+  replies = [wants(('roll', {'sides': 6})), says('0')]
+  traced(path, replies, ['What?'], options={'seed': 3})
+  rows = traces.read(path)
+  assert [row['event'] for row in rows] == [
+    'started',
+    'asked',
+    'replied',
+    'called',
+    'returned',
+    'asked',
+    'replied',
+    'ended',
+  ]
+  assert all(row['at'].endswith('+00:00') for row in rows)
+  asked = [row for row in rows if row['event'] == 'asked']
+  assert all(row['request']['seed'] == 3 for row in asked)
+  assert asked[1]['request']['messages'][-1]['role'] == 'tool'
+  assert rows[2]['reply']['calls'][0]['arguments'] == '{"sides": 6}'
+  assert ' of 6' in rows[4]['result']['text']
+
+
+def test_a_key_is_never_written(tmp_path):
+  path = tmp_path / 'trace.jsonl'
+  replies = [wants(('leak', {})), refuses(401, f'wrong key {KEY}')]
+  (outcome,) = traced(str(path), replies, ['What?'])
+  text = path.read_text()
+  assert KEY not in text
+  assert text.count('[hidden]') >= 2
+  assert outcome.state == 'failed'
+
+
+def test_a_changed_or_broken_trace_is_told_where(tmp_path):
+  path = tmp_path / 'trace.jsonl'
+  replies = [wants(('roll', {'sides': 6})), says('0')]
+  traced(str(path), replies, ['What?'])
+  text = path.read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  # What the model was told of the tool is not what the tool returned.
+  rows[5]['request']['messages'][3]['content'] = 'another'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  with pytest.raises(ValueError, match=r'messages\[3\]\.content was .another'):
+    traces.replay(str(path))
+  path.write_text('{"no": "event"}\n')
+  with pytest.raises(ValueError, match='line 1 of .* is no event'):
+    traces.replay(str(path))
+  # A kill tears the last line: that question did not end.
+  path.write_text(text[:-10])
+  assert traces.replay(str(path)) == []
