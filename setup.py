@@ -57,6 +57,7 @@ _TEST = (
   + [
     'build',
     'ipykernel',
+    'jsonschema',
     'langchain-openai>=1,<2',
     'langchain-tests>=1,<2',
     'nbclient',
