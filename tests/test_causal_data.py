@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from moepeft.data import answer_ids
+from moepeft.data import answer_ids, packing
 from moepeft.data.causal import (
   Sample,
   Samples,
@@ -131,7 +131,8 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
     Sample(rng.integers(2, 90, n).astype(np.int32), rng.random(n) < 0.5)
     for n in sizes
   ]
-  rows = packed(samples, 13, rng)
+  lengths = np.array([[len(one.ids) - 1] for one in samples])
+  rows = packed(samples, 13, packing.shuffled(lengths, (13,), rng))
   found = []
   for row in range(len(rows['inputs'])):
     segments = rows['inputs_segments'][row]

@@ -27,7 +27,7 @@ def test_trained_text_stands_in_brackets_or_in_green():
 
 def test_each_segment_of_a_packed_row_is_shown():
   some = [sample(ids('ab'), ids('c')), sample(ids('d'), ids('efg'))]
-  rows = packed(some, 7, np.random.default_rng(0))
+  rows = packed(some, 7, [[1, 0]])
   lines = pictures(rows, 0, Bytes(), False)
   assert lines == [
     '\nrow 0, segment 1: 3 tokens, 3 trained',

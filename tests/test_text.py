@@ -193,11 +193,22 @@ def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
   # In each 1,024 places the rates are exact; z is 125.
   old = sum(found.train[i].ids[0] == 125 for i in range(1024))
   assert old == 256
-  assert found.shares == {path: 0.75, changes['replay']: 0.25}
+  assert found.shares == {'a.txt': 0.75, changes['replay']: 0.25}
   config = data('', source='tasks', **changes)
   found = sources(config, 0, own=form)
   mixed = form.encode([found.train[i] for i in range(16)])
   assert len(mixed) == 16
+
+
+def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
+  found = []
+  for folder in ('here', 'there'):
+    (tmp_path / folder).mkdir()
+    moved = tmp_path / folder / 'a.txt'
+    moved.write_text('\n\n'.join(f'{i} words' for i in range(31)))
+    read = sources(data(str(moved)), 0, own=Samples(Bytes(), 5)).train
+    found.append([read[i].ids.tolist() for i in range(40)])
+  assert found[0] == found[1]
 
 
 def test_the_share_of_replayed_tokens_is_told(path, tmp_path):

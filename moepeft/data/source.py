@@ -7,6 +7,7 @@ item i is the same example at every call, whatever was read before it.
 
 import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import grain
@@ -204,9 +205,10 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
     )
   found = text.pieces(data, own, data.path, below)
   train, held_out = found.split(data.held_out)
+  name = _called(data.path)
   return Sources(
-    train=found.prepared(mixing.mix({data.path: train}, {}, seed), seed),
-    shares={data.path: 1.0},
+    train=found.prepared(mixing.mix({name: train}, {}, seed), seed),
+    shares={name: 1.0},
     held_out=found.fixed(held_out, seed),
     notes=found.notes,
   )
@@ -219,9 +221,10 @@ def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
     ValueError: config.data.held_out leaves nothing to train on.
   """
   train, held_out = found.split(data.held_out)
+  name = _called(data.path)
   return Sources(
-    train=mixing.mix({data.path: train}, {}, seed),
-    shares={data.path: 1.0},
+    train=mixing.mix({name: train}, {}, seed),
+    shares={name: 1.0},
     held_out=held_out,
     notes=found.notes,
     compared=found,
@@ -245,7 +248,7 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
   for file, some in found.items():
     out = held.last([talk.asked for talk in some], data.held_out)
     kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
-    train |= {file: kept} if kept else {}
+    train |= {_within(data.path, file): kept} if kept else {}
     held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
   if not train:
     raise ValueError(
@@ -259,6 +262,20 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
     held_out=held_out,
     notes=notes,
   )
+
+
+def _called(path: str) -> str:
+  """The last part of a path: the order of rows is of names, and a file that
+  is moved keeps it."""
+  return os.path.basename(os.path.normpath(path)) or path
+
+
+def _within(path: str, file: str) -> str:
+  """What a file below a path is called, or the path's own file."""
+  inside = os.path.relpath(file, os.path.expanduser(path))
+  if inside.startswith(os.pardir):
+    return file
+  return _called(path) if inside == os.curdir else inside
 
 
 def _joined(dataset: str, template: str) -> str:
