@@ -11,7 +11,7 @@ Sides take turns; a ratio is the median over the rounds of a round's ratio.
   place taken by the next as it ends; over batches of 8 that end with their
   longest (`moepeft.decoding`, which the engine is not slower than in a step).
 - over `transformers`: 8 requests at once, over generate called for one after
-  the other; and the time to the first token of a lone request, theirs over ours.
+  the other; and the time to a lone request's first token, theirs over ours.
 """
 
 import json
