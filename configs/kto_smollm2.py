@@ -8,8 +8,8 @@ python -m moepeft.train --workdir=/tmp/kto \
 ANSWERS.json is in any form of moepeft.data.preference; pairs are taken as a
 good and a bad answer. Where one kind is rarer, weigh it with
 config.preference.desirable or undesirable. Rows are packed: one holds as many
-answers as fit. The reference point is a mean over the answers of a step, 8 or
-so in its 4 rows.
+answers as fit. The reference point is a mean over the answers of a step, and
+4 rows hold few: raise batch_size and accumulate for a steadier one.
 """
 
 from moepeft import config as config_lib

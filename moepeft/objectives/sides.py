@@ -190,7 +190,7 @@ def _given(batch: Batch, sides: Sequence[str], mask: Array) -> Array | None:
 def totals(
   seen: Seen, losses: Array, sft: float, figures: dict, good: Array
 ) -> tuple[Array, dict[str, Tree]]:
-  """(sum, aux) of an objective that has a loss for each row.
+  """(sum, aux) of an objective that has a loss for each answer or pair.
 
   Args:
     losses: [a].
@@ -246,7 +246,7 @@ def won(margins: Array, tie: Array | float) -> Array:
 
 
 def rounding(seen: Seen) -> Array:
-  """What a pair's log-ratios may differ from 0 by where nothing does: [b].
+  """What a pair's log-ratios may differ from 0 by where nothing does: [a].
 
   Policy and reference are two programs, so equal ones are rounded apart.
   """
