@@ -9,6 +9,7 @@ features in one axis), p positions or buckets of them, y token types, c what a
 projection makes of d where that is d once more.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -56,6 +57,8 @@ class Context:
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
     cache_length: the cache's length in tokens; static.
+    stack: what a stack calls instead of its layers, with the arguments of
+      `nn.stack.stack`: (block, length, x, ctx, args) -> x; static.
   """
 
   token_mask: Array | None = None
@@ -71,6 +74,7 @@ class Context:
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)
+  stack: Callable | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

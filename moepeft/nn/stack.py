@@ -33,7 +33,8 @@ def stack(
   """Calls `length` copies of a block one after the other.
 
   Must be called from a compact method; the layers' variables are found under
-  'layers' (scanned) or 'layers_0', 'layers_1', ... (not).
+  'layers' (scanned) or 'layers_0', 'layers_1', ... (not). Where `ctx.stack` is
+  set, it is called instead.
 
   Args:
     block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
@@ -45,6 +46,8 @@ def stack(
   Raises:
     ValueError: the remat policy does not exist.
   """
+  if ctx.stack is not None:
+    return ctx.stack(block, length, x, ctx.replace(stack=None), args)
   if remat not in REMAT:
     raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
   if not scan:

@@ -41,12 +41,15 @@ class Banks(Protocol):
   @property
   def tree(self) -> Tree: ...
 
-  def row_tree(self, tree: Tree, slots: Array) -> Tree:
+  def row_tree(
+    self, tree: Tree, slots: Array, layer: Array | None = None
+  ) -> Tree:
     """'peft' of one row; pure, called inside of programs.
 
     Args:
       tree: as `tree`.
       slots: int32 [forms], of the names in order.
+      layer: int32 scalar, where leaves are [z, l, ...] and one l is wanted.
     """
 
   def hold(self, name: str) -> Held:
@@ -88,7 +91,9 @@ class NoBanks:
   advice = Advice()
   tree: Tree = {}
 
-  def row_tree(self, tree: Tree, slots: Array) -> Tree:
+  def row_tree(
+    self, tree: Tree, slots: Array, layer: Array | None = None
+  ) -> Tree:
     return {}
 
   def hold(self, name: str) -> Held:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of all slots: rows are cut out, gone on with, and put back.
 
-Arrays are [slots, ..., s, k, h], s the places of a row (with scanned layers
-their axis stands before it). A step cuts out the rows that it is for, as long
-as the longest of them needs: what is idle or short costs nothing. The cuts
-are copies, which attention reads again anyway.
+Arrays of a layer are [slots, 1, s, k, h], s the places of a row. A step cuts
+out the rows that it is for, as long as the longest of them needs: what is idle
+or short costs nothing. The cuts are copies, which attention reads again
+anyway.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ _PLACES = -3
 
 
 def shapes(row: Tree, slots: int, places: int) -> Tree:
-  """Of the cache of so many rows.
+  """Of a layer's cache of so many rows.
 
   Args:
-    row: shapes of one row's cache, of any length.
+    row: shapes of one row's, [1, ...], of any length.
   """
 
   def one(a):
-    shape = list(a.shape)
+    shape = [slots, *a.shape[1:]]
     shape[_PLACES] = places
-    return jax.ShapeDtypeStruct((slots, *shape), a.dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), a.dtype)
 
   return jax.tree.map(one, row)
 
@@ -85,7 +85,7 @@ def put_source(cache: Tree, row: Array, new: Tree) -> Tree:
 
   Args:
     row: int32 scalar.
-    new: one row's cache, [..., room, k, h].
+    new: one row's cache, [1, ..., room, k, h].
   """
 
   def one(path, a, new):
@@ -93,25 +93,31 @@ def put_source(cache: Tree, row: Array, new: Tree) -> Tree:
       return a
     start = [jnp.int32(0)] * a.ndim
     start[0] = row
-    return jax.lax.dynamic_update_slice(a, new[None], start)
+    return jax.lax.dynamic_update_slice(a, new, start)
 
   return jax.tree_util.tree_map_with_path(one, cache, new)
 
 
-def copy(cache: Tree, source: Array, target: Array) -> Tree:
-  """A row's keys and values in another row too."""
-  return _write(
-    cache, target, lambda a: jax.lax.dynamic_slice_in_dim(a, source, 1)
-  )
+def copy(cache: Tree, source: Array, target: Array, axis: int) -> Tree:
+  """A row's keys and values in another row too.
+
+  Args:
+    axis: of the slots.
+  """
+  cut = lambda a: jax.lax.dynamic_slice_in_dim(a, source, 1, axis)  # noqa: E731
+  return _write(cache, target, cut, axis)
 
 
-def clear(cache: Tree, row: Array) -> Tree:
+def clear(cache: Tree, row: Array, axis: int) -> Tree:
   """Zeros in a row: a NaN there would reach those after it, since a weight of
   zero times NaN is NaN."""
-  return _write(cache, row, lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype))
+  zero = lambda a: jnp.zeros_like(jax.lax.slice_in_dim(a, 0, 1, axis=axis))  # noqa: E731
+  return _write(cache, row, zero, axis)
 
 
-def _write(cache: Tree, row: Array, of: Callable[[Array], Array]) -> Tree:
+def _write(
+  cache: Tree, row: Array, of: Callable[[Array], Array], axis: int
+) -> Tree:
   return jax.tree.map(
-    lambda a: jax.lax.dynamic_update_slice_in_dim(a, of(a), row, 0), cache
+    lambda a: jax.lax.dynamic_update_slice_in_dim(a, of(a), row, axis), cache
   )

@@ -5,17 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moepeft.nn.stack import written_out
 from moepeft.serve import cache as cache_lib
 from moepeft.serve import decoding, encoding
 from moepeft.serve.banks import Banks
+from moepeft.serve.layered import Model
 from moepeft.serve.picking import Said
-from moepeft.serve.programs import Programs, plan_cache, plan_picking
-from moepeft.serve.rows import Call
+from moepeft.serve.programs import Key, Programs, plan_picking
 from moepeft.serve.settings import Settings
+from moepeft.serve.weights import Weights
 from moepeft.typing import Array, Tree
 
 
@@ -25,29 +24,20 @@ class Core:
   def __init__(
     self, model: Any, params: Tree, banks: Banks, settings: Settings
   ):
-    model = model.clone(advice=banks.advice)
-    if jax.default_backend() == 'cpu':
-      # There, layers in a loop are copied out of their stack at every token.
-      model = model.clone(scan=False)
-      params = written_out(params) if 'layers' in _keys(params) else params
-    self.model, self.settings, self.banks = model, settings, banks
-    self._params = jax.tree.map(jnp.asarray, params)
-    self._call = Call(model, banks.row_tree, settings.routing)
-    self.programs = Programs()
+    self.model = model.clone(advice=banks.advice)
+    self.settings, self.banks = settings, banks
+    together = settings.together
+    if together is None:
+      together = jax.default_backend() != 'cpu'
+    self._weights = Weights(params, banks, together)
+    self.programs = Programs(self._weights, settings.slots)
+    of = Model(self.model, banks.row_tree, settings.routing)
     decoder_only = hasattr(model, 'extend')
     self.rooms = decoding.rooms(settings) if decoder_only else settings.rooms
     plan = decoding.plan if decoder_only else encoding.plan
-    self._cache = None
-    self._shapes = plan(
-      self.programs,
-      self._call,
-      self._params,
-      banks.tree,
-      settings,
-      _forms(banks),
-    )
-    plan_cache(self.programs, self._shapes)
+    plan(self.programs, of, settings)
     plan_picking(self.programs, model.config.vocab)
+    self._cache: Any = None
 
   def compile(self, progress: Callable[[str, int, int], None]) -> None:
     """Makes every program, and the cache.
@@ -61,27 +51,56 @@ class Core:
   def renew(self) -> None:
     """An empty cache: for the start, and after a step that broke off."""
     self._cache = None
-    self._cache = cache_lib.zeros(self._shapes)
+    self._cache = cache_lib.zeros(self.programs.cache)
 
   @property
   def whole(self) -> bool:
     """Whether the cache is there: a step that breaks off may take it along."""
     return not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
 
-  def step(self, n: int, room: int, *args: np.ndarray) -> Said:
-    return self._on(('step', n, room), *args)
+  def step(
+    self, n: int, room: int, adapters: np.ndarray, rows: np.ndarray, *inputs
+  ) -> Said:
+    """A token of n rows.
 
-  def fill(self, t: int, room: int, *args: np.ndarray) -> tuple[Array, Tree]:
-    return self._on(('fill', t, room), *args)
+    Args:
+      adapters: int32 [n, z]; rows: int32 [n], slots.
+      inputs: int32 [n] each, as of `reading.Reader.inputs`.
+    """
+    return self._run(('step', n, room), adapters, rows, inputs[1], *inputs)
 
-  def attach(self, room: int, *args: np.ndarray | Array) -> None:
-    return self._on(('attach', room), *args)
+  def fill(
+    self, t: int, room: int, adapters: np.ndarray, slot: int, ids, start, count
+  ) -> tuple[Array, Tree]:
+    """A chunk of a prompt: ids int32 [t], `count` real ones from `start` on,
+    read with adapters int32 [z] into a slot."""
+    row, start, count = (np.array([a], np.int32) for a in (slot, start, count))
+    args = adapters[None], row, start, ids[None], start, count
+    return self._run(('fill', t, room), *args)
 
-  def score(self, t: int, *args: np.ndarray | Array) -> tuple[Array, ...]:
-    return self._of(('score', t), *args)
+  def attach(
+    self, room: int, adapters: np.ndarray, slot: int, states: Array, length: int
+  ) -> None:
+    """Puts encoded inputs [room, d] into a slot."""
+    row, length = (np.array([a], np.int32) for a in (slot, length))
+    start = np.zeros(1, np.int32)
+    args = adapters[None], row, start, states[None], length
+    self._run(('attach', room), *args)
 
-  def encode(self, s: int, *args: np.ndarray) -> Array:
-    return self._of(('encode', s), *args)
+  def encode(
+    self, s: int, adapters: np.ndarray, ids: np.ndarray, length: int
+  ) -> Array:
+    """Inputs int32 [s], `length` of them real, as states [room, d]."""
+    none = np.zeros(1, np.int32)
+    length = np.array([length], np.int32)
+    args = adapters[None], none, none, ids[None], length
+    return self._run(('encode', s), *args)
+
+  def score(
+    self, t: int, adapters: np.ndarray, *args: np.ndarray | Array
+  ) -> tuple[Array, ...]:
+    w = self._weights
+    return self.programs[('score', t)](w.params, w.bank, adapters[None], *args)
 
   def copy(self, source: int, target: int) -> None:
     program = self.programs[('copy',)]
@@ -90,28 +109,29 @@ class Core:
   def clear(self, slot: int) -> None:
     self._cache = self.programs[('clear',)](self._cache, np.int32(slot))
 
-  def _of(self, key, *args):
-    """A program that needs no cache."""
-    return self.programs[key](self._params, self.banks.tree, *args)
-
-  def _on(self, key, *args):
-    """A program that the cache goes through."""
-    program = self.programs[key]
-    self._cache, result = program(
-      self._params, self.banks.tree, self._cache, *args
-    )
-    return result
-
-
-def _forms(banks: Banks) -> int:
-  """How many forms adapters have."""
-  base = banks.hold('')
-  banks.release(base)
-  return len(base.row)
-
-
-def _keys(tree: Tree) -> set[str]:
-  """All names in a tree of dicts."""
-  if not isinstance(tree, dict):
-    return set()
-  return set(tree).union(*map(_keys, tree.values()))
+  def _run(self, key: Key, adapters, rows, places, *inputs) -> Any:
+    """Calls a method: what it says."""
+    method, length = self.programs.methods[key]
+    cached = method.put is not None
+    w = self._weights
+    layers, bank = w.layers[method.side], w.layer_bank(method.side)
+    if w.together:
+      cache, said = self.programs[key](
+        *(w.params, layers, w.bank, bank, self._cache if cached else {}),
+        *(adapters, rows, places, *inputs),
+      )
+      if cached:
+        self._cache = cache
+      return said
+    shared = w.params, w.bank, adapters
+    x, flow = self.programs[(*key, 'before')](*shared, *inputs)
+    told, program = [], self.programs[(*key, 'layer')]
+    for i in range(length):
+      cache = self._cache[i] if cached else {}
+      x, cache, own = program(
+        *(layers[i], bank, cache, adapters, rows, places, np.int32(i), x, flow)
+      )
+      told.append(own)
+      if cached:
+        self._cache[i] = cache
+    return self.programs[(*key, 'after')](*shared, x, told, *inputs)

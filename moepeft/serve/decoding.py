@@ -4,13 +4,14 @@
 z is the number of forms that adapters have.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 
 from moepeft.serve import cache as cache_lib
 from moepeft.serve import picking
+from moepeft.serve.layered import Method, Model
 from moepeft.serve.programs import Programs, ints
-from moepeft.serve.rows import Call
 from moepeft.serve.settings import TOP, Settings
 from moepeft.typing import Array, Context, Tree
 
@@ -20,94 +21,88 @@ def rooms(settings: Settings) -> tuple[int, ...]:
   return (*settings.rooms[:-1], settings.places + settings.least)
 
 
-def plan(
-  programs: Programs,
-  call: Call,
-  params: Tree,
-  bank: Tree,
-  settings: Settings,
-  z: int,
-) -> Tree:
-  """Plans `fill`, `score` and `step`, as of the functions of these names.
-
-  Returns:
-    Shapes of the cache.
-  """
+def plan(programs: Programs, model: Model, settings: Settings) -> None:
+  """Plans `fill`, `step` and `score`, as of the functions of these names."""
   sizes = rooms(settings)
-  one = jax.eval_shape(
-    lambda *args: extend(call, *args, room=sizes[-1])[1],
-    *(params, bank, ints(z), {}, ints(1), ints(), ints()),
-  )
-  cache = cache_lib.shapes(one, settings.slots, sizes[-1])
-  shared = params, bank, cache
+  longest = fill(model, 1, sizes[-1])
+  programs.plan_cache(longest, sizes[-1], ints(1, 1), ints(1), ints(1))
   for room in sizes:
     for t in settings.chunks:
       if t <= room:
-        f = lambda *args, room=room: fill(call, *args, room=room)  # noqa: E731
-        args = *shared, ints(z), ints(), ints(t), ints(), ints()
-        programs.plan(('fill', t, room), f, *args, donate=(2,))
+        inputs = ints(1, t), ints(1), ints(1)
+        programs.plan_method(('fill', t, room), fill(model, t, room), *inputs)
     for n in settings.batches:
-      f = lambda *args, room=room: step(call, *args, room=room)  # noqa: E731
-      args = *shared, ints(n, z), ints(n), ints(n), ints(n)
-      programs.plan(('step', n, room), f, *args, donate=(2,))
+      inputs = ints(n), ints(n)
+      programs.plan_method(('step', n, room), step(model, n, room), *inputs)
   for t in settings.chunks:
     if t <= sizes[-1]:
-      states = programs.shapes(('fill', t, sizes[-1]))[1][0]
-      f = lambda *args: score(call, *args)  # noqa: E731
-      programs.plan(('score', t), f, params, bank, ints(z), states, ints(t))
-  return cache
+      states = programs.result(('fill', t, sizes[-1]))[0]
+      f = functools.partial(score, model)
+      programs.plan_with(('score', t), f, states, ints(t))
 
 
-def extend(
-  call: Call, params, bank, adapters, cache, ids, place, count, room: int
-):
-  """One row's states [t, d] of ids [t], the cache, and experts."""
-  t = ids.shape[0]
-  ctx = Context(
-    token_mask=(jnp.arange(t) < count)[None],
-    positions=(place + jnp.arange(t))[None],
-    decode=True,
-    cache_length=room,
-  )
-  variables = call.variables(params, bank, adapters)
-  states, cache, told = call(variables, cache, ids[None], ctx, method='states')
-  return states[0], cache, told
+def fill(model: Model, t: int, room: int) -> Method:
+  """Reads t tokens of a prompt, of which `count` are real.
 
-
-def fill(
-  call: Call,
-  params: Tree,
-  bank: Tree,
-  cache: Tree,
-  adapters: Array,
-  row: Array,
-  ids: Array,
-  place: Array,
-  count: Array,
-  room: int,
-):
-  """Reads t tokens of a prompt.
-
-  Args:
-    adapters: int32 [z].
-    ids: int32 [t], `count` of them real.
-    place: int32 scalar, where the first stands; place + t <= room.
-
-  Returns:
-    The cache, and (states [t, d], {site: [t, e]}).
+  Takes ids int32 [1, t], the place where the first stands, int32 [1], with
+  place + t <= room, and the count, int32 [1]; says states [t, d], and experts
+  {site: [t, e]}.
   """
-  rows, places = row[None], place[None]
-  own = jax.tree.map(lambda a: a[0], cache_lib.cut(cache, rows, 1, room))
-  states, own, told = extend(
-    call, params, bank, adapters, own, ids, place, count, room
-  )
-  own = jax.tree.map(lambda a: a[None], own)
-  cache = cache_lib.put(cache, rows, own, places, ids.shape[0])
-  return cache, (states, told)
+
+  def ask(stack, ids, place, count):
+    ctx = Context(
+      token_mask=(jnp.arange(t) < count)[None],
+      positions=(place + jnp.arange(t))[None],
+      decode=True,
+      cache_length=room,
+      stack=stack,
+    )
+    return ids[None], ctx
+
+  def say(states, told):
+    return states[0, 0], {path: a[0] for path, a in told.items()}
+
+  return Method(model, 'states', 'decoder', ask, say, *_cached(1, t, room))
+
+
+def step(model: Model, n: int, room: int) -> Method:
+  """Goes on by a token in each of n rows.
+
+  Takes the newest tokens and where they stand, int32 [n] each; says
+  `picking.Said`.
+  """
+
+  def ask(stack, token, place):
+    ctx = Context(
+      token_mask=jnp.ones((1, 1), bool),
+      positions=place[None, None],
+      decode=True,
+      cache_length=room,
+      stack=stack,
+    )
+    return token[None, None], ctx
+
+  def say(logits, told):
+    logits = logits[:, 0, 0].astype(jnp.float32)
+    return picking.said(logits, {path: a[:, 0] for path, a in told.items()})
+
+  return Method(model, 'extend', 'decoder', ask, say, *_cached(n, 1, room))
+
+
+def _cached(n: int, t: int, room: int):
+  """How a layer's keys and values come to n rows, and go back."""
+
+  def cut(cache, rows):
+    return cache_lib.cut(cache, rows, n, room)
+
+  def put(cache, rows, places, new):
+    return cache_lib.put(cache, rows, new, places, t)
+
+  return cut, put
 
 
 def score(
-  call: Call,
+  model: Model,
   params: Tree,
   bank: Tree,
   adapters: Array,
@@ -116,55 +111,17 @@ def score(
 ):
   """What a chunk of a prompt says of the tokens [t] that follow its own.
 
+  Args:
+    adapters: int32 [1, z].
+
   Returns:
     Their log-probabilities [t], and ids and log-probabilities [t, top] of the
     most probable.
   """
-  variables = call.variables(params, bank, adapters)
+  peft = model.row_tree(bank, adapters[0])
   ctx = Context(token_mask=jnp.ones((1, len(states)), bool))
-  logits = call.model.apply(variables, states[None], ctx, method='logits')
+  variables = {'params': params, 'peft': peft}
+  logits = model.module.apply(variables, states[None], ctx, method='logits')
   raw = logits[0].astype(jnp.float32)
   top = min(TOP, raw.shape[-1])
   return picking.score(raw, following), *picking.best(raw, top)
-
-
-def step(
-  call: Call,
-  params: Tree,
-  bank: Tree,
-  cache: Tree,
-  adapters: Array,
-  rows: Array,
-  tokens: Array,
-  places: Array,
-  room: int,
-) -> tuple[Tree, picking.Said]:
-  """Goes on by a token in each of n rows.
-
-  Args:
-    adapters: int32 [n, z].
-    rows: int32 [n], slots; a slot that is there twice is the same in all.
-    tokens: int32 [n], the newest; places: int32 [n], where they stand.
-
-  Returns:
-    The cache, and what it says.
-  """
-
-  def one(adapters, cache, token, place):
-    ctx = Context(
-      token_mask=jnp.ones((1, 1), bool),
-      positions=place[None, None],
-      decode=True,
-      cache_length=room,
-    )
-    variables = call.variables(params, bank, adapters)
-    logits, cache, told = call(
-      variables, cache, token[None, None], ctx, method='extend'
-    )
-    logits = logits[0, 0].astype(jnp.float32)
-    return logits, cache, {path: a[0] for path, a in told.items()}
-
-  own = cache_lib.cut(cache, rows, rows.shape[0], room)
-  logits, own, told = jax.vmap(one)(adapters, own, tokens, places)
-  cache = cache_lib.put(cache, rows, own, places, 1)
-  return cache, picking.said(logits, told)

@@ -67,10 +67,10 @@ class Chunks:
       t,
       at_least(self._core.rooms, start + t),
       row.held.row,
-      np.int32(slot.number),
+      slot.number,
       _padded(ids[start : start + real], t),
-      np.int32(start),
-      np.int32(real),
+      start,
+      real,
     )
     if row.request.prompt_logprobs is not None:
       self._score(row, states, told, ids[start + 1 : start + 1 + real])
@@ -143,8 +143,7 @@ class Inputs:
 
   def read(self, row: Running) -> None:
     states = self._states(row)
-    length = np.int32(len(row.request.ids))
-    slot = np.int32(row.slot.number)
+    length, slot = len(row.request.ids), row.slot.number
     self._core.attach(len(states), row.held.row, slot, states, length)
     row.read = True
 
@@ -168,8 +167,8 @@ class Inputs:
       row.cached = len(ids)
       return self._kept[key]
     s = at_least(self._core.settings.inputs, len(ids))
-    length = np.int32(len(ids))
-    states = self._core.encode(s, row.held.row, _padded(ids, s), length)
+    padded = _padded(ids, s)
+    states = self._core.encode(s, row.held.row, padded, len(ids))
     self._keep(key, states)
     return states
 

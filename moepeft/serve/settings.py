@@ -31,6 +31,8 @@ class Settings:
       1, 4, 16, ... below it, and it.
     routing: whether programs report what routers do.
     encoder_bytes: device memory for inputs that T5 has encoded before.
+    together: whether all layers are one program; None for wherever the device
+      is no CPU. See `layered`.
   """
 
   slots: int = 8
@@ -42,6 +44,7 @@ class Settings:
   batches: tuple[int, ...] = ()
   routing: bool = False
   encoder_bytes: int = 1 << 27
+  together: bool | None = None
 
   def __post_init__(self):
     for name in ('slots', 'places', 'queue'):

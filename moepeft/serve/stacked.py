@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moepeft.typing import Array, Tree
 
 
-def row_tree(tree: Tree, slots: Array) -> Tree:
+def row_tree(tree: Tree, slots: Array, layer: Array | None = None) -> Tree:
   """The 'peft' tree of one row, for a model with `Banks.advice`.
 
   Pure: under `vmap` over `slots`, a batched gather.
@@ -24,10 +24,14 @@ def row_tree(tree: Tree, slots: Array) -> Tree:
   Args:
     tree: `Banks.tree`, {form: 'peft' tree with z in front of every leaf}.
     slots: int32 [forms], a slot of each form in the order of their names.
+    layer: int32 scalar, where leaves are those of all layers, [z, l, ...], and
+      one layer's are wanted.
   """
   merged = {}
   for slot, name in zip(slots, sorted(tree), strict=True):
-    merged = _merged(merged, jax.tree.map(lambda a, i=slot: a[i], tree[name]))
+    place = slot if layer is None else (slot, layer)
+    own = jax.tree.map(lambda a, place=place: a[place], tree[name])
+    merged = _merged(merged, own)
   return merged
 
 

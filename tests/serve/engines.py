@@ -84,8 +84,9 @@ class Stacked:
     self.names = dict(names)
     self.held = collections.Counter()
 
-  def row_tree(self, tree, slots):
-    return jax.tree.map(lambda a: a[slots[0]], tree['form'])
+  def row_tree(self, tree, slots, layer=None):
+    place = slots[0] if layer is None else (slots[0], layer)
+    return jax.tree.map(lambda a: a[place], tree['form'])
 
   def hold(self, name):
     if name and name not in self.names:
