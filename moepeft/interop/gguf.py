@@ -5,10 +5,12 @@ The `gguf` package reads the file and knows its quantisations; it is an extra
 (`pip install 'moepeft[gguf]'`).
 """
 
+import functools
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,7 @@ def load_config(path: str) -> DecoderConfig:
   return open_file(path).config()
 
 
-def metadata(path: str) -> dict[str, Any]:
+def metadata(path: str) -> Mapping[str, Any]:
   """The file's key-value pairs, 'tokenizer.chat_template' and so on."""
   return open_file(path).metadata
 
@@ -84,6 +86,16 @@ def open_file(path: str) -> 'File':
   """
   if not Path(path).is_file():
     raise CheckpointError(f'{path} does not exist: expected a GGUF file')
+  stat = os.stat(path)
+  return _opened(path, stat.st_size, stat.st_mtime_ns)
+
+
+# The vocabulary alone takes seconds to read, and weights, tokenizer and chat
+# template each need it.
+@functools.lru_cache(maxsize=1)
+def _opened(path: str, size: int, changed: int) -> 'File':
+  """`open_file` of a file as it is now."""
+  del size, changed
   reader_of = package().GGUFReader
   try:
     reader = reader_of(path)
@@ -113,7 +125,8 @@ class File:
     self, path: str, pairs: dict[str, Any], tensors: Mapping[str, Any]
   ):
     self.path = path
-    self.metadata = pairs
+    # Several read it.
+    self.metadata: Mapping[str, Any] = MappingProxyType(pairs)
     self._tensors = tensors
     self.shapes: dict[str, Shape] = {
       name: tuple(int(size) for size in reversed(tensor.shape))
