@@ -34,12 +34,15 @@ class Held:
   Attributes:
     row: int32 [forms], for `row_tree`; it stays true until the release.
     sha256: of the adapter's content, what caches go by; '' is the base's.
-    form: its bank, whose entries in the tree are `Banks.form(form).parts`; ''.
+    form: its bank; ''.
+    sites: {entry in the tree: the site paths where it acts}; elsewhere its
+      bank may have more.
   """
 
   row: np.ndarray
   sha256: str = ''
   form: str = ''
+  sites: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -206,7 +209,7 @@ class Banks:
         self._write(sha256)
       slots.hold(sha256)
       row[[f.name for f in self.forms].index(form)] = slots[sha256]
-      return Held(row, sha256, form)
+      return Held(row, sha256, form, self._sites_of(sha256))
 
   def release(self, held: Held) -> None:
     """Ends the use of what `hold` gave, once each."""
@@ -269,6 +272,16 @@ class Banks:
       f'forms that this server was started with ({self._named()}); start it '
       f'with --form={adapter.built.method!r} too'
     )
+
+  def _sites_of(self, sha256: str) -> dict[str, frozenset[str]]:
+    fitted = self._contents[sha256].fitted
+    # The adapter's own parts have names of their own, in the same order.
+    return {
+      part.name: frozenset(own.sites)
+      for part, own in zip(
+        self.form(fitted.form).parts, fitted.adapter.form.parts, strict=True
+      )
+    }
 
   def _named(self) -> str:
     return ', '.join(form.method for form in self.forms) or 'none'

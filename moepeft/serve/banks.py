@@ -3,7 +3,7 @@
 adapters."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,12 +19,12 @@ class Held(Protocol):
   Attributes:
     row: int32 [forms], which adapter of each form; 0 is none.
     sha256: of its content, '' of the base's.
-    form: the name of its form, ''.
+    sites: {entry in the tree: the sites where it acts}.
   """
 
   row: np.ndarray
   sha256: str
-  form: str
+  sites: Mapping[str, frozenset[str]]
 
 
 class Banks(Protocol):
@@ -62,9 +62,6 @@ class Banks(Protocol):
 
   def release(self, held: Held) -> None: ...
 
-  def form(self, name: str) -> Any:
-    """Has `parts`, each with the `name` of its entries in the tree."""
-
   def loaded(self) -> Sequence[Loaded]: ...
 
   def read(self, path: str) -> Any:
@@ -82,7 +79,7 @@ class _Base:
 
   row: np.ndarray
   sha256: str = ''
-  form: str = ''
+  sites: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
 
 class NoBanks:
@@ -103,9 +100,6 @@ class NoBanks:
 
   def release(self, held: Held) -> None:
     pass
-
-  def form(self, name: str) -> Any:
-    raise ValueError(_NONE.format(name))
 
   def loaded(self) -> Sequence[Loaded]:
     return ()

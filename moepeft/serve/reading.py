@@ -119,7 +119,7 @@ class Chunks:
           token,
           float(logprobs[i]),
           top_of(ids[i], best[i], row.request.prompt_logprobs),
-          experts_of(told, i, row, self._core.banks),
+          experts_of(told, i, row),
         )
       )
 

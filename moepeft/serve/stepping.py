@@ -46,7 +46,7 @@ def step(
     )
   )
   return [
-    error if isinstance(error, Exception) else _scored(found, i, row, core)
+    error if isinstance(error, Exception) else _scored(found, i, row)
     for i, (row, error) in enumerate(zip(rows, asked, strict=True))
   ]
 
@@ -99,7 +99,7 @@ def _edited(core: Core, row: Running, raw: Array) -> Array:
   return core.programs[('edit',)](raw, *args)
 
 
-def _scored(found: _Found, i: int, row: Running, core: Core):
+def _scored(found: _Found, i: int, row: Running) -> Scored | Exception:
   tokens, logprobs, finite, experts = found.all
   if not finite[i]:
     return ArithmeticError(
@@ -112,5 +112,5 @@ def _scored(found: _Found, i: int, row: Running, core: Core):
     int(token[0]),
     float(logprob[0]) if wanted else None,
     top_of(best[0][0], best[1][0], row.request.logprobs) if best else (),
-    experts_of(experts, i, row, core.banks),
+    experts_of(experts, i, row),
   )

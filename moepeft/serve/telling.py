@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moepeft.serve.banks import Banks
 from moepeft.serve.running import Running
 
 
@@ -18,7 +17,7 @@ def top_of(
 
 
 def experts_of(
-  told: Mapping[str, np.ndarray], i: int, row: Running, banks: Banks
+  told: Mapping[str, np.ndarray], i: int, row: Running
 ) -> dict[str, tuple[float, ...]] | None:
   """The weights [e] at each site where the row's own adapter routes.
 
@@ -30,14 +29,14 @@ def experts_of(
   Returns:
     None where none was asked for, or its adapter does not route.
   """
-  if not row.request.routing or not row.held.form:
+  if not row.request.routing:
     return None
-  names = {part.name for part in banks.form(row.held.form).parts}
   found = {}
   for path, weights in told.items():
     keys = path.split('/')
-    own = [at for at, key in enumerate(keys) if key in names]
-    if own:
-      site = '/'.join(keys[: own[0]])
-      found[site] = tuple(float(w) for w in weights[i])
+    for at, key in enumerate(keys):
+      # A whole sublayer's adapters lie beside it.
+      site = '/'.join(keys[:at]).replace('/around_', '/')
+      if site in row.held.sites.get(key, ()):
+        found[site] = tuple(float(w) for w in weights[i])
   return found or None

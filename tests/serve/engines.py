@@ -54,17 +54,7 @@ SECONDS = 120
 class Held:
   row: np.ndarray
   sha256: str
-  form: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  parts: tuple[Part, ...]
+  sites: dict
 
 
 class Stacked:
@@ -94,14 +84,12 @@ class Stacked:
     sha256 = self.names[name] if name else ''
     self.held[sha256] += 1
     slot = self._shas.index(sha256) if name else 0
-    return Held(np.array([slot], np.int32), sha256, 'form' if name else '')
+    acts = {self.entry: frozenset(path for path, _ in self.advice.entries)}
+    return Held(np.array([slot], np.int32), sha256, acts if name else {})
 
   def release(self, held):
     assert self.held[held.sha256] > 0, 'released more often than held'
     self.held[held.sha256] -= 1
-
-  def form(self, name):
-    return Form((Part(self.entry),))
 
   def loaded(self):
     return [
