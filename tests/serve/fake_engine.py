@@ -167,10 +167,12 @@ class FakeEngine:
 
   def _run(self):
     while not self._ended:
-      held = not self.running.wait(0.01)
+      self.running.wait(0.01)
       with self._lock:
         if not self._rows:
           self._lock.wait(0.05)
+        # Not before the wait, in which a test may hold it.
+        held = not self.running.is_set()
         for row in list(self._rows.values()):
           if time.monotonic() > row.until:
             self._finish(row, protocol.TIME)
