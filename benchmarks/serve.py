@@ -37,7 +37,9 @@ from moepeft.models import names
 from moepeft.nn.start import described
 from moepeft.peft import build
 from moepeft.sampling import Sampling
-from moepeft.serve.opening import open_engine
+from moepeft.serve import banner
+from moepeft.serve.bank import Banks
+from moepeft.serve.engine import Engine
 from moepeft.serve.protocol import Finished, Request
 from moepeft.serve.settings import Settings
 
@@ -163,9 +165,11 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   base = base_lib.load(config.model)
   model, _ = base_lib.module(base, config)
   variables = {'params': jax.tree.map(jnp.asarray, base.params)}
-  opened = open_engine(path, save_adapters(base, folder), (), SETTINGS)
-  opened.engine.start(lambda what, done, all_: print(what, done, all_))
-  side, vocab = Side(opened.engine), base.config.vocab
+  engine = Engine(
+    model, base.params, Banks(base, save_adapters(base, folder)), SETTINGS
+  )
+  engine.start(banner.Start())
+  side, vocab = Side(engine), base.config.vocab
   names_ = [f'a{i}' for i in range(AT_ONCE)]
   same = [LENGTH] * AT_ONCE
 
@@ -196,7 +200,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
 
   found['requests_at_once_over_transformers'] = median(all_at_once, rounds)
   found['first_token_over_transformers'] = median(first_token, rounds)
-  opened.engine.stop()
+  engine.stop()
   return found
 
 
