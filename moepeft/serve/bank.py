@@ -15,6 +15,7 @@ import numpy as np
 
 from moepeft.base import Base
 from moepeft.peft import build
+from moepeft.peft.prompt import placeholders
 from moepeft.serve import fitting, forms, stacked
 from moepeft.serve.adapters import Adapter, read
 from moepeft.serve.fitting import Fitted, Layout
@@ -35,11 +36,13 @@ class Held:
     row: int32 [forms], for `row_tree`; it stays true until the release.
     sha256: of the adapter's content, what caches go by; '' is the base's.
     form: its bank, whose entries in the tree are `Banks.form(form).parts`; ''.
+    before: placeholders of its soft prompt, for the ids of every text.
   """
 
   row: np.ndarray
   sha256: str = ''
   form: str = ''
+  before: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -169,6 +172,7 @@ class Banks:
         sha256,
         fitting.size_of(self._layouts[fitted.form]),
         adapter.source,
+        len(self._before(adapter)),
       )
       if before and before.sha256 != sha256:
         self._leave(name, before.sha256)
@@ -206,7 +210,8 @@ class Banks:
         self._write(sha256)
       slots.hold(sha256)
       row[[f.name for f in self.forms].index(form)] = slots[sha256]
-      return Held(row, sha256, form)
+      before = self._before(self._contents[sha256].fitted.adapter)
+      return Held(row, sha256, form, before)
 
   def release(self, held: Held) -> None:
     """Ends the use of what `hold` gave, once each."""
@@ -224,6 +229,9 @@ class Banks:
     held = self.hold(name)
     self.release(held)
     return held.row
+
+  def _before(self, adapter: Adapter) -> tuple[int, ...]:
+    return placeholders(adapter.built.advice, self._base.config.vocab)
 
   def _form(self, text: str, semantics: str) -> Form:
     return forms.form_of(build(text, self._sites, semantics), repr(text))

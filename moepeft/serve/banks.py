@@ -20,11 +20,13 @@ class Held(Protocol):
     row: int32 [forms], which adapter of each form; 0 is none.
     sha256: of its content, '' of the base's.
     form: the name of its form, ''.
+    before: ids that its soft prompt puts before every text.
   """
 
   row: np.ndarray
   sha256: str
   form: str
+  before: tuple[int, ...]
 
 
 class Banks(Protocol):
@@ -83,6 +85,7 @@ class _Base:
   row: np.ndarray
   sha256: str = ''
   form: str = ''
+  before: tuple[int, ...] = ()
 
 
 class NoBanks:

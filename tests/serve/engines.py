@@ -55,6 +55,7 @@ class Held:
   row: np.ndarray
   sha256: str
   form: str
+  before: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
