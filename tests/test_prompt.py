@@ -12,6 +12,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.answering import Answering
+from moepeft.data import text
 from moepeft.data.answers import form_of
 from moepeft.data.causal import Sample, Samples, sample
 from moepeft.data.forms import Pairs, form
@@ -239,6 +240,26 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
   assert own.cut([example('a', 'b')]) == 0
 
 
+@pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])
+def test_pieces_of_text_leave_room_for_the_prompt(predict):
+  data = config_lib.default().data
+  data.predict = predict
+  # A piece has one token more than are fed; spans share a decoder's row.
+  whole, behind = (
+    text.maker(data, Samples(WORDS, n, before=front), 300)[0]
+    for n, front in ((23, ()), (26, AHEAD))
+  )
+  assert whole == behind
+  if predict == 'next':
+    assert whole == 24
+    return
+  whole, behind = (
+    text.maker(data, Pairs(WORDS, n, 9, before=front), 300)[0]
+    for n, front in ((23, ()), (26, AHEAD))
+  )
+  assert whole == behind
+
+
 def test_a_prompt_that_leaves_no_room_is_refused():
   with pytest.raises(ValueError, match='3 tokens leaves no room .*length=4'):
     Samples(WORDS, 4, before=AHEAD)
@@ -356,13 +377,14 @@ def test_answers_of_examples_are_behind_the_prompt(config):
   model, variables = made(config)
   text = EXAMPLES[0]
   answering = Answering(model, WORDS, 40, 5, 1, ends=(1000,))
-  ids = WORDS.encode(text.inputs)
-  ids = [*ids, WORDS.eos] if config is T5 else [*ids, 13]
-  generation = Generation(model, WORDS, Settings(5, (1000,)))
-  expected = generation.texts(variables, [ids])
-  assert answering.answers(variables, [text]) == expected
-  # Of 40 places the prompt has three; an encoder's inputs have an end too.
+  # Of 40 places the prompt has three, and an end or a line's end one.
   longest = example('a' * 36, '')
+  generation = Generation(model, WORDS, Settings(5, (1000,)))
+  end = WORDS.eos if config is T5 else 13
+  for one in (text, longest):
+    ids = [*WORDS.encode(one.inputs), end]
+    expected = generation.texts(variables, [ids])
+    assert answering.answers(variables, [one]) == expected
   assert not answering.cut([longest]).any()
   assert answering.cut([example('a' * 37, '')]).all()
 

@@ -51,6 +51,7 @@ class Prompt(nn.Module):
       (self.length, d),
       'rd',
     )
+    # Beyond the table there would be NaN.
     y = f(jnp.minimum(x, v - 1))
     own = jnp.take(vectors, jnp.clip(x - v, 0, self.length - 1), axis=0)
     return jnp.where((x >= v)[..., None], own.astype(y.dtype), y)
