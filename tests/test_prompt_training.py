@@ -19,7 +19,7 @@ from moepeft.serve.bank import Banks
 
 from . import test_decoder_training as decoders
 from .contracts import small_decoders
-from .test_prompt import LLAMA
+from .prompted import LLAMA
 from .test_train import base as base
 from .test_train import card
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from moepeft.base import Base
 from moepeft.peft import build
-from moepeft.peft.prompt import placeholders
 from moepeft.serve import fitting, forms, stacked
 from moepeft.serve.adapters import Adapter, read
 from moepeft.serve.fitting import Fitted, Layout
@@ -172,7 +171,7 @@ class Banks:
         sha256,
         fitting.size_of(self._layouts[fitted.form]),
         adapter.source,
-        len(self._before(adapter)),
+        len(adapter.before),
       )
       if before and before.sha256 != sha256:
         self._leave(name, before.sha256)
@@ -210,8 +209,8 @@ class Banks:
         self._write(sha256)
       slots.hold(sha256)
       row[[f.name for f in self.forms].index(form)] = slots[sha256]
-      before = self._before(self._contents[sha256].fitted.adapter)
-      return Held(row, sha256, form, before)
+      adapter = self._contents[sha256].fitted.adapter
+      return Held(row, sha256, form, adapter.before)
 
   def release(self, held: Held) -> None:
     """Ends the use of what `hold` gave, once each."""
@@ -229,9 +228,6 @@ class Banks:
     held = self.hold(name)
     self.release(held)
     return held.row
-
-  def _before(self, adapter: Adapter) -> tuple[int, ...]:
-    return placeholders(adapter.built.advice, self._base.config.vocab)
 
   def _form(self, text: str, semantics: str) -> Form:
     return forms.form_of(build(text, self._sites, semantics), repr(text))
