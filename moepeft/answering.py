@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from moepeft import sharding
 from moepeft.data import batching, causal
+from moepeft.data.before import room
 from moepeft.data.buckets import buckets, whole
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Generation, Settings, check_room
+from moepeft.peft.prompt import before
 from moepeft.prompts import asked
 from moepeft.tasks import Example
 from moepeft.typing import Tree
@@ -50,7 +52,9 @@ class Answering:
     check_room(model, inputs_length, length)
     mesh = sharding.make_mesh() if mesh is None else mesh
     self._decoder_only = hasattr(model, 'extend')
-    self._vocabulary, self._most = vocabulary, inputs_length
+    front = before(model)
+    self._before, self._vocabulary = len(front), vocabulary
+    self._most = room(inputs_length, front, 'the inputs')
     self._rows = sharding.round_up(mesh, batch_size)
     settings = Settings(length, tuple(ends) or (vocabulary.eos,))
     self._generation = Generation(model, vocabulary, settings, mesh)
@@ -84,6 +88,7 @@ class Answering:
     found = [''] * len(ids)
     for (s,), places in buckets(lengths, (_LEAST,), (self._most,), self._rows):
       rows = [ids[i] for i in whole(places, self._rows)]
+      s += self._before
       said = self._generation.texts(variables, rows, s=s)
       for i, text in zip(places, said, strict=False):
         found[i] = text

@@ -18,6 +18,7 @@ from moepeft.models import FAMILIES, names
 from moepeft.nn import start
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
+from moepeft.peft.prompt import placeholders
 from moepeft.typing import Batch, Tree
 
 
@@ -210,6 +211,18 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
     param_dtype=jnp.dtype(model.param_dtype),
     attention=model.attention,
   ), built
+
+
+def before(
+  family: ModuleType, shape: Any, config: ConfigDict
+) -> tuple[int, ...]:
+  """The ids that a config's method puts before every text.
+
+  Args:
+    family, shape: of `shape`.
+  """
+  built = build(config.method, family.sites(shape), config.semantics)
+  return placeholders(built.advice, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:

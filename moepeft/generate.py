@@ -22,6 +22,7 @@ from moepeft.data.answer_ids import templated
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Settings
 from moepeft.models import decoder_only
+from moepeft.peft.prompt import before
 from moepeft.runs import Run
 from moepeft.sampling import Sampling
 from moepeft.talk import Ask, Manner, Talk
@@ -37,6 +38,7 @@ def answer(
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
   longest = max(len(prompts.asked(words, text, causal)) for text in texts)
+  longest += len(before(model))
   answering = Answering(model, words, longest, length, len(texts))
   return answering.texts(variables, texts)
 

@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from moepeft import sharding
 from moepeft.beams import Beams, search
 from moepeft.data import batching
+from moepeft.data import before as before_lib
 from moepeft.data.buckets import round_up, whole
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.decoding import PAD, How, advance, start
+from moepeft.peft.prompt import before
 from moepeft.sampling import Sampling
 from moepeft.stream import Stream
 from moepeft.typing import Array, Tree
@@ -109,7 +111,7 @@ def check_room(model: Any, prompt: int, answer: int) -> None:
 
 
 class Generation:
-  """Answers batches of prompts."""
+  """Answers batches of prompts, the model's soft prompt before each."""
 
   def __init__(
     self,
@@ -120,7 +122,7 @@ class Generation:
   ):
     self._model, self._words, self._settings = model, words, settings
     self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._decoder_only = hasattr(model, 'extend')
+    self._decoder_only, self._before = hasattr(model, 'extend'), before(model)
     # An encoder-decoder may say padding; it is no text either.
     self._silent = {*settings.ends, *(() if self._decoder_only else (PAD,))}
     self._how = How(
@@ -140,7 +142,8 @@ class Generation:
       raise ValueError(
         f'prompt {lengths.index(0)} has no token to go on from; leave it out'
       )
-    check_room(self._model, max(lengths, default=0), self._settings.length)
+    longest = max(lengths, default=0) + len(self._before)
+    check_room(self._model, longest, self._settings.length)
 
   def texts(
     self,
@@ -153,7 +156,8 @@ class Generation:
 
     Args:
       keys: of each row's draws, where there is a temperature.
-      s: what prompts are padded to; 0 to round up the longest.
+      s: what prompts are padded to, a soft prompt included; 0 to round up
+        the longest.
     """
     if not self._settings.stops:
       tokens = self.tokens(variables, prompts, keys, s)
@@ -232,6 +236,7 @@ class Generation:
 
   def _batch(self, prompts, s):
     self.check(prompts)
+    prompts = [before_lib.put(self._before, ids) for ids in prompts]
     longest = max(map(len, prompts))
     # Padding beyond learned positions would be no number, and spoil the rest.
     most = self._model.config.length if self._decoder_only else _MOST

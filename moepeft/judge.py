@@ -15,6 +15,7 @@ from moepeft import sharding
 from moepeft.data.forms import Form, form, scored_lengths
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import Objective, objective_of
+from moepeft.peft.prompt import before
 from moepeft.ranking import NotFinite, Ranked, Ranker
 from moepeft.scoring.text import columns
 from moepeft.tasks import Example
@@ -48,7 +49,7 @@ class Judge:
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
-    own = own or form(data, words, model, config.seed)
+    own = own or form(data, words, model, config.seed, before(model))
     self._batches = list(_batches(validation, self._rows, own))
     lengths = scored_lengths(data, model)
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)

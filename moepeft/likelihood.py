@@ -17,6 +17,7 @@ from moepeft.data.forms import Form, Pairs
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.models import decoder_only
 from moepeft.objectives.loss import token_losses
+from moepeft.peft.prompt import before
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Tree
 
@@ -49,9 +50,13 @@ class Likelihood:
   ):
     """`batch_size` is rounded up to a multiple of the mesh's devices."""
     self._losses = jax.jit(functools.partial(losses, model))
-    self._form: Form = Pairs(vocabulary, inputs_length, targets_length)
+    front = before(model)
+    self._form: Form = Pairs(
+      vocabulary, inputs_length, targets_length, before=front
+    )
     if decoder_only(model):
-      self._form = Samples(vocabulary, inputs_length + targets_length)
+      both = inputs_length + targets_length
+      self._form = Samples(vocabulary, both, before=front)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 

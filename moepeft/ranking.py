@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 
 from moepeft import sharding
 from moepeft.data import batching, causal
+from moepeft.data import before as before_lib
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.models import decoder_only
 from moepeft.models.context import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
+from moepeft.peft.prompt import before
 from moepeft.tasks import Example
 from moepeft.typing import Array, Batch, Context, Tree
 
@@ -153,7 +155,7 @@ class Ranker:
     It is rounded up to a multiple of the mesh's devices.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
-    self._causal = decoder_only(model)
+    self._causal, self._before = decoder_only(model), before(model)
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -162,6 +164,7 @@ class Ranker:
   def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
     """Examples as ids; every different text is tokenized once."""
     inputs, targets = self._lengths
+    inputs = before_lib.room(inputs, self._before, 'the inputs')
     texts = {row.inputs for row in rows}
     sources = (
       self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
@@ -171,6 +174,7 @@ class Ranker:
     for row in rows:
       x, short = sources[row.inputs]
       choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
+      x = before_lib.put(self._before, x)
       prepared.append(Ranked(x, choices, short or any(cuts)))
     return prepared
 

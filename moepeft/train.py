@@ -201,11 +201,12 @@ def _train(
   sharding.check_rows(layout.mesh, config.batch_size)
   share = sharding.share(layout.mesh)
   # First: the vocabulary is looked for in the same place.
-  _, shape = base_lib.shape(config.model)
+  family, shape = base_lib.shape(config.model)
   check_decodes(shape)
   words = vocabulary(data.vocabulary, config.model.path)
   check_model(config.objective, decoder_only(shape))
-  own = form(data, words, shape, config.seed)
+  before = base_lib.before(family, shape, config)
+  own = form(data, words, shape, config.seed, before)
   own = form_of(data, config.objective, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:

@@ -10,6 +10,7 @@ from moepeft.judge import Judge
 from moepeft.objectives import COMPARED, REFERRING, Objective, objective_of
 from moepeft.objectives.preference import preference_of
 from moepeft.objectives.sides import LogP
+from moepeft.peft.prompt import before
 from moepeft.runs import Run
 from moepeft.typing import Tree
 
@@ -17,7 +18,8 @@ from moepeft.typing import Tree
 def form_of(run: Run) -> forms.Form:
   """The form of the batches that a run's objective reads."""
   config = run.config
-  own = forms.form(config.data, run.words, run.model, config.seed)
+  front = before(run.model)
+  own = forms.form(config.data, run.words, run.model, config.seed, front)
   return answers.form_of(config.data, config.objective, own)
 
 

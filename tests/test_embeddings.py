@@ -204,6 +204,14 @@ def test_an_adapter_acts_once_it_is_off_its_start(
   assert adapted.sha256 == encoder.sha256 != ''
 
 
+def test_a_soft_prompt_is_not_for_vectors_of_texts(folder, tmp_path):
+  vectors = np.zeros((3, CONFIG.d_model), np.float32)
+  tree = {'embed': {'prompt': {'vectors': vectors}}}
+  peft.save(str(tmp_path / 'a'), CONFIG, Adapter('prompt(length=3)', tree))
+  with pytest.raises(ValueError, match='a soft prompt stands before texts'):
+    Encoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
+
+
 def form_of(folder, tmp_path, **written):
   """The form of a directory with some of its files changed."""
   steps = written.pop('steps', _STEPS)

@@ -2,6 +2,7 @@
 """Rank classification by hand: the likeliest choice wins, EOS included."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from moepeft.data import batching
 from moepeft.data.vocabulary import Bytes
 from moepeft.judge import Judge, means
 from moepeft.models import t5
+from moepeft.nn.site import Advice
 from moepeft.ranking import NotFinite, Ranked, Ranker, score_choices
 from moepeft.tasks import Example
 
@@ -29,6 +31,9 @@ class Bigram:
   Its variables are {'table': logits [v, v] after each token, 'echo': what the
   first token of the inputs gains everywhere}.
   """
+
+  advice = Advice()
+  config = types.SimpleNamespace(vocab=V)
 
   def __init__(self, variables=None):
     self.variables = variables

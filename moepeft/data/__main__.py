@@ -43,8 +43,9 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   """
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
-  _, shape = base_lib.shape(config.model)
-  own = form(data, words, shape, config.seed)
+  family, shape = base_lib.shape(config.model)
+  before = base_lib.before(family, shape, config)
+  own = form(data, words, shape, config.seed, before)
   own = form_of(data, config.objective, own)
   found = sources(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)

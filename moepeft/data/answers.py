@@ -70,6 +70,10 @@ class Sides:
     return self.own.seed
 
   @property
+  def before(self) -> tuple[int, ...]:
+    return self.own.before
+
+  @property
   def words(self) -> Vocabulary:
     return self.own.words
 
@@ -158,6 +162,10 @@ class Sides:
   def lengths(self) -> tuple[int, ...]:
     return self.own.lengths
 
+  @property
+  def rooms(self) -> tuple[int, ...]:
+    return self.own.rooms
+
   def resized(self, lengths: tuple[int, ...]) -> 'Sides':
     return dataclasses.replace(self, own=self.own.resized(lengths))
 
@@ -229,7 +237,8 @@ def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
     objective: config.objective; own: the model's form.
 
   Raises:
-    ValueError: the objective and config.data.source are not of one kind.
+    ValueError: the objective and config.data.source are not of one kind, or
+      the method has a soft prompt and the objective compares answers.
   """
   if (objective in COMPARED) != (data.source == SOURCE):
     raise ValueError(
@@ -237,7 +246,15 @@ def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
       f'{data.source!r}: {", ".join(COMPARED)} are of the source {SOURCE!r}, '
       'and of no other; set one of the two'
     )
-  return Sides(own, objective == 'kto') if objective in COMPARED else own
+  if objective not in COMPARED:
+    return own
+  if own.before:
+    raise ValueError(
+      f'config.objective={objective!r} does not go with a soft prompt, which '
+      'no answer has that is measured without the adapter; leave `prompt` out '
+      'of config.method'
+    )
+  return Sides(own, objective == 'kto')
 
 
 def read(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moepeft.data import before as before_lib
 from moepeft.data import packing
 from moepeft.data.batching import PAD
 from moepeft.data.vocabulary import Vocabulary
@@ -106,6 +107,15 @@ def shortened(
   return found if found.teaches else None
 
 
+def behind(before: Sequence[int], found: Sample) -> Sample:
+  """A sample behind placeholders: the same of its tokens are trained."""
+  if not before:
+    return found
+  trained = np.pad(found.trained, (len(before), 0))
+  trained[len(before)] = False
+  return Sample(before_lib.put(before, found.ids), trained, found.cut)
+
+
 def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
   """Rows of one sample each.
 
@@ -169,6 +179,8 @@ class Samples:
     too_long: see `shortened`.
     packed: whether rows hold several samples.
     seed: of the packed rows' order.
+    before: placeholders of a soft prompt, in front of all texts; they count,
+      and none is trained, nor the token that follows them.
   """
 
   words: Vocabulary
@@ -176,9 +188,11 @@ class Samples:
   too_long: str = 'prompt'
   packed: bool = False
   seed: int = 0
+  before: tuple[int, ...] = ()
 
   def __post_init__(self):
     check_too_long(self.too_long)
+    before_lib.room(self.length, self.before, 'config.data.length')
 
   def encode(self, items: Sequence) -> list[Sample]:
     """Samples that fit of examples, samples, and pairs of ids.
@@ -186,11 +200,12 @@ class Samples:
     Raises:
       ValueError: none of them leaves a token to train.
     """
+    most = self.rooms[0] + 1
     short = (
-      shortened(one, self.length + 1, self.too_long, self.words.bos)
+      shortened(one, most, self.too_long, self.words.bos)
       for one in self.whole(items)
     )
-    kept = [one for one in short if one is not None]
+    kept = [behind(self.before, one) for one in short if one is not None]
     if items and not kept:
       raise ValueError(
         f'none of {len(items)} examples has a token to train in '
@@ -234,7 +249,7 @@ class Samples:
 
   def cut(self, items: Sequence) -> int:
     """How many of them are too long."""
-    most = self.length + 1
+    most = self.rooms[0] + 1
     return sum(len(s.ids) > most or s.cut for s in self.whole(items))
 
   @property
@@ -245,6 +260,10 @@ class Samples:
   @property
   def lengths(self) -> tuple[int]:
     return (self.length,)
+
+  @property
+  def rooms(self) -> tuple[int]:
+    return (self.length - len(self.before),)
 
   def resized(self, lengths: tuple[int]) -> 'Samples':
     return dataclasses.replace(self, length=lengths[0])

@@ -154,9 +154,12 @@ class Talk:
 
 
 def talks(
-  data: ConfigDict, words: Vocabulary
+  data: ConfigDict, words: Vocabulary, room: int = 0
 ) -> tuple[dict[str, list[Talk]], tuple[str, ...]]:
   """({file: its conversations that fit a row}, lines for the user).
+
+  Args:
+    room: tokens fed that a row has for one; 0 for config.data.length.
 
   Raises:
     ValueError: nothing to read or to train, or a bad row.
@@ -166,7 +169,7 @@ def talks(
   cut = dropped = 0
   rows = _told(forms.rows(data.path, bad), data.path)
   while some := list(itertools.islice(rows, _BATCH)):
-    for file, talk in _read(some, used, data, bad):
+    for file, talk in _read(some, used, data, bad, room or data.length):
       if talk is None:
         dropped += 1
         continue
@@ -182,6 +185,7 @@ def _read(
   used: Template,
   data: ConfigDict,
   bad: Bad,
+  room: int,
 ) -> Iterator[tuple[str, Talk | None]]:
   """(file, conversation) of each good row; None where nothing of it fits."""
   good, texts = [], []
@@ -194,19 +198,18 @@ def _read(
       bad(where, e)
   for (file, where, talk), whole in zip(good, used.encode(texts), strict=True):
     try:
-      yield file, _fitted(talk, whole, used, data)
+      yield file, _fitted(talk, whole, used, data.too_long, room + 1)
     except BadRow as e:
       bad(where, e)
 
 
 def _fitted(
-  talk: Conversation, whole: Sample, used: Template, data: ConfigDict
+  talk: Conversation, whole: Sample, used: Template, too_long: str, most: int
 ) -> Talk | None:
   if not whole.teaches:
     raise BadRow('no token of it is trained; mend or remove the row')
-  most = data.length + 1
   if len(whole.ids) > most:
-    whole = fitted(talk, used.render, most, data.too_long)
+    whole = fitted(talk, used.render, most, too_long)
   first = next(i for i, t in enumerate(talk.turns) if t.role == 'user')
   asked = tuple(turn.content for turn in talk.turns[: first + 1])
   return whole and Talk(whole, asked)

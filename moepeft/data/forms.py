@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.data import batching, packing
+from moepeft.data import before as before_lib
 from moepeft.data.causal import Samples, check_too_long
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.models import check_decodes, decoder_only
@@ -23,9 +24,11 @@ class Form(Protocol):
   words: Vocabulary
   packed: bool
   seed: int
+  before: tuple[int, ...]
 
   def encode(self, items: Sequence) -> list:
-    """Examples, and what is ids already, as ids that fit a row."""
+    """Examples, and what is ids already, as ids that fit a row, `before` in
+    front of each."""
 
   def rows(self, number: int, encoded: Sequence) -> Rows:
     """The rows of window `number`, packed where the form is."""
@@ -47,6 +50,10 @@ class Form(Protocol):
   def lengths(self) -> tuple[int, ...]:
     """Of a row, of each of its sides."""
 
+  @property
+  def rooms(self) -> tuple[int, ...]:
+    """What of `lengths` one text can fill."""
+
   def resized(self, lengths: tuple[int, ...]) -> 'Form':
     """The same with other `lengths`."""
 
@@ -63,6 +70,7 @@ class Pairs:
     inputs_length, targets_length: of a row, EOS included.
     packed: whether rows hold several examples.
     seed: of the packed rows' order.
+    before: placeholders of a soft prompt, in front of all inputs; they count.
   """
 
   words: Vocabulary
@@ -70,15 +78,26 @@ class Pairs:
   targets_length: int
   packed: bool = False
   seed: int = 0
+  before: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    before_lib.room(
+      self.inputs_length, self.before, 'config.data.inputs_length'
+    )
 
   def encode(self, items: Sequence) -> list[packing.Pair]:
-    """Pairs of ids of examples; what is a pair already stays as it is."""
+    """Pairs of ids of examples, and of what is a pair already."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = (
-      batching.encode_all(self.words, texts, *self.lengths) if texts else []
-    )
+    made = batching.encode_all(self.words, texts, *self.rooms) if texts else []
     pairs = iter(made)
-    return [next(pairs) if isinstance(e, Example) else e for e in items]
+    every = [next(pairs) if isinstance(e, Example) else e for e in items]
+    return [self._behind(x, y) for x, y in every] if self.before else every
+
+  def _behind(self, x: Sequence[int], y: Sequence[int]) -> packing.Pair:
+    """What was cut to a row, like SeqIO's, keeps its EOS."""
+    if len(x) > self.rooms[0]:
+      x = [*x[: self.rooms[0] - 1], x[-1]]
+    return before_lib.put(self.before, x), y
 
   def rows(self, number: int, encoded: Sequence[packing.Pair]) -> Rows:
     """See `packing.pack` and `batching.seq2seq`."""
@@ -99,7 +118,7 @@ class Pairs:
 
   def cut(self, items: Sequence) -> int:
     texts = [e for e in items if isinstance(e, Example)]
-    return sum(batching.encode(self.words, e, *self.lengths)[2] for e in texts)
+    return sum(batching.encode(self.words, e, *self.rooms)[2] for e in texts)
 
   @property
   def longer(self) -> str:
@@ -108,6 +127,10 @@ class Pairs:
   @property
   def lengths(self) -> tuple[int, int]:
     return self.inputs_length, self.targets_length
+
+  @property
+  def rooms(self) -> tuple[int, int]:
+    return self.inputs_length - len(self.before), self.targets_length
 
   def resized(self, lengths: tuple[int, int]) -> 'Pairs':
     return dataclasses.replace(
@@ -120,11 +143,18 @@ class Pairs:
     return [(len(x), len(y)) for x, y in encoded], [len(y) for _, y in encoded]
 
 
-def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
+def form(
+  data: ConfigDict,
+  words: Vocabulary,
+  model: Any,
+  seed: int,
+  before: tuple[int, ...] = (),
+) -> Form:
   """The form that a model reads, with the lengths of config.data.
 
   Args:
     model: a model or its config.
+    before: of `moepeft.peft.prompt`, of the model's method.
 
   Raises:
     ValueError: config.data.too_long is none that there is, or nothing that
@@ -132,7 +162,9 @@ def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
   """
   check_decodes(model)
   if decoder_only(model):
-    return Samples(words, data.length, data.too_long, data.packing, seed)
+    return Samples(
+      words, data.length, data.too_long, data.packing, seed, before
+    )
   check_too_long(data.too_long)
   if data.too_long != 'prompt' and data.source != 'preference':
     raise ValueError(
@@ -141,7 +173,7 @@ def form(data: ConfigDict, words: Vocabulary, model: Any, seed: int) -> Form:
       "and targets are each cut at their end; set it to 'prompt'"
     )
   lengths = data.inputs_length, data.targets_length
-  return Pairs(words, *lengths, data.packing, seed)
+  return Pairs(words, *lengths, data.packing, seed, before)
 
 
 def scored_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:

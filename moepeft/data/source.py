@@ -243,7 +243,7 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       'set config.data.path to a .json or .jsonl file of conversations, or to '
       'a directory of them'
     )
-  found, notes = chat.talks(data, own.words)
+  found, notes = chat.talks(data, own.words, *own.rooms)
   train, held_out = {}, []
   for file, some in found.items():
     out = held.last([talk.asked for talk in some], data.held_out)

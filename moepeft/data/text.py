@@ -164,7 +164,7 @@ def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
       "config.data.predict='next' is of decoder-only models; set it to 'spans' "
       "or 'prefix' for an encoder-decoder"
     )
-  return own.length + 1, lambda ids, rng: Sample(ids, np.ones(len(ids), bool))
+  return own.rooms[0] + 1, lambda ids, rng: Sample(ids, np.ones(len(ids), bool))
 
 
 def _prefix(own: Form) -> tuple[int, Make]:
@@ -180,8 +180,8 @@ def _prefix(own: Form) -> tuple[int, Make]:
       cut = rng.integers(1, len(ids))
       return causal.sample(ids[:cut], ids[cut:])
 
-    return own.length + 1, sample
-  most, answer = own.lengths
+    return own.rooms[0] + 1, sample
+  most, answer = own.rooms
   end = np.int32(own.words.eos)
 
   def pair(ids, rng):
@@ -201,10 +201,10 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
       f'config.data.span a length of at least 1; got {noise} and {span}'
     )
   if isinstance(own, Samples):
-    most = own.length + 1
+    most = own.rooms[0] + 1
     length = spans.longest(lambda x, y: x + y <= most, noise, span)
   else:
-    most, room = own.lengths
+    most, room = own.rooms
     length = spans.longest(lambda x, y: x <= most, noise, span)
     needed = spans.sizes(length, noise, span)[1]
     if needed > room:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of Hugging Face's `peft`: LoRA, DoRA and (IA)^3, both ways.
+"""Adapters of Hugging Face's `peft`: LoRA, DoRA, (IA)^3, prompts, both ways.
 
 A directory with adapter_config.json and adapter_model.safetensors. (IA)^3 on
 the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft import spec as spec_lib
-from moepeft.interop import files, hf, peft_config
+from moepeft.interop import files, hf, peft_config, peft_prompt
 from moepeft.interop.adapter import (
   Adapter,
   instances,
@@ -51,6 +51,8 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   """
   fields, family = peft_config.read(path), hf.family_of(config)
   tensors = _open(Path(path))
+  if fields['peft_type'] == peft_prompt.KIND:
+    return peft_prompt.read(path, config, fields, tensors)
   read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
   method, rules = read(config, fields, tensors.shapes)
   sizes = family.sizes(config) | {'r': fields.get('r')}
@@ -93,6 +95,10 @@ def save(
   Raises:
     CheckpointError: peft has no such method, or `path` is not empty.
   """
+  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+    fields, arrays = peft_prompt.write(config, adapter)
+    _write(path, config, arrays, fields, base, like or {}, overwrite)
+    return
   family = hf.family_of(config)
   fields, rules, letters = _describe(config, adapter)
   sizes = family.sizes(config) | letters
@@ -104,19 +110,34 @@ def save(
   if 'r' in fields:
     arrays = _without_zeros(arrays)
   like = like or {}
-  kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
   inputs = {
     _module(name)
     for name, array in arrays.items()
     if 'r' not in fields and array.shape[0] == 1
   }
   modules, adapted = family.hf_modules(config), set(map(_module, arrays))
+  kept = like if like.get('peft_type') == fields['peft_type'] else {}
   fields |= peft_config.selection(modules, adapted, inputs, kept)
+  _write(path, config, arrays, fields, base, like, overwrite)
+
+
+def _write(
+  path: str,
+  config: Any,
+  arrays: dict[str, np.ndarray],
+  fields: dict[str, Any],
+  base: str,
+  like: Mapping[str, Any],
+  overwrite: bool,
+) -> None:
+  """Both files; see `save`."""
+  kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
   if base or 'base_model_name_or_path' not in kept:
     kept['base_model_name_or_path'] = base
   with files.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
-    fixed = {'inference_mode': True, 'task_type': family.PEFT_TASK}
+    task = hf.family_of(config).PEFT_TASK
+    fixed = {'inference_mode': True, 'task_type': task}
     files.write_json(made / CONFIG, fixed | kept | fields)
 
 
@@ -266,9 +287,8 @@ def _describe(
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, found), {}
   raise CheckpointError(
-    f'peft has no form for {adapter.method!r}: it holds one lora, one '
-    'dora, or ia3; '
-    'write the moepeft form instead'
+    f'peft has no form for {adapter.method!r}: it holds one lora, one dora, '
+    'one prompt, or ia3; write the moepeft form instead'
   )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepeft.interop import files
+from moepeft.interop import files, peft_prompt
 from moepeft.models.names import CheckpointError
 
 FILE = 'adapter_config.json'
@@ -19,6 +19,14 @@ _HARMLESS = frozenset(
   init_ia3_weights layers_pattern layers_to_transform lora_alpha
   lora_dropout megatron_core peft_type peft_version qalora_group_size r
   revision runtime_config target_modules task_type use_dora use_rslora
+  """.split()
+)
+# Of prompt tuning: besides, how the vectors began.
+_OF_PROMPTS = frozenset(
+  """
+  num_virtual_tokens token_dim num_transformer_submodules num_attention_heads
+  num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs
+  tokenizer_name_or_path
   """.split()
 )
 # Other initialisations change the base's weights along with the adapter.
@@ -37,18 +45,19 @@ def read(path: str) -> dict[str, Any]:
   """
   fields = files.read_json(Path(path) / FILE)
   kind = fields.get('peft_type')
-  if kind not in ('LORA', 'IA3'):
+  if kind not in ('LORA', 'IA3', peft_prompt.KIND):
     raise CheckpointError(
-      f'{path} is a peft adapter of the type {kind!r}; LORA and IA3 are '
-      'supported'
+      f'{path} is a peft adapter of the type {kind!r}; LORA, IA3 and '
+      f'{peft_prompt.KIND} are supported'
     )
   if kind == 'LORA' and not (fields.get('r') and 'lora_alpha' in fields):
     raise CheckpointError(
       f'{path}/{FILE} lacks r or lora_alpha: save the adapter again with peft'
     )
+  harmless = _HARMLESS | (_OF_PROMPTS if kind == peft_prompt.KIND else set())
   for name, value in sorted(fields.items()):
     plain = not value or value in _NEUTRAL.get(name, ())
-    if name not in _HARMLESS and not plain:
+    if name not in harmless and not plain:
       raise CheckpointError(
         f'{path}/{FILE} sets {name}={value!r}, which is not supported: '
         'merge the adapter into its base with peft (merge_and_unload) and '

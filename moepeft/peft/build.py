@@ -23,6 +23,7 @@ _TRAINING_ONLY = {'dropout', 'jitter'}
 _RANGES = {
   'rank': (1, math.inf),
   'experts': (1, math.inf),
+  'length': (1, math.inf),
   'k': (1, math.inf),
   'dropout': (0, 0.99),
   'jitter': (0, 1),
@@ -89,6 +90,10 @@ def build(
     return Built(text, semantics, Advice(), 'params')
   entries, names = [], set()
   for spec in specs:
+    if methods[spec.name].once and [s.name for s in specs].count(spec.name) > 1:
+      raise ValueError(
+        f'{method!r}: {spec.name} can stand only once; make one longer'
+      )
     name = _free_name(spec.name, names)
     adapter = _module(spec, methods[spec.name], name)
     entries += [

@@ -20,6 +20,7 @@ class Method:
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
+    once: whether it can stand only once in a method's text.
     why_not: why there is no merge, as the end of a sentence.
   """
 
@@ -31,4 +32,5 @@ class Method:
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
+  once: bool = False
   why_not: str = ''

@@ -14,10 +14,8 @@ def check(request: Request, model: Any, settings: Settings) -> None:
   """
   Raises:
     Refused: it cannot; the sentence says why.
-    TooLong: it does not fit.
   """
   _check_ids(request.ids, model.config.vocab)
-  _check_length(request, model, settings)
   for name in ('logprobs', 'prompt_logprobs'):
     value = getattr(request, name)
     if value is not None and not 0 <= value <= TOP:
@@ -44,7 +42,17 @@ def _check_ids(ids: tuple[int, ...], v: int) -> None:
     )
 
 
-def _check_length(request: Request, model: Any, settings: Settings) -> None:
+def check_length(
+  request: Request, model: Any, settings: Settings, before: int
+) -> None:
+  """
+  Args:
+    before: tokens of the adapter's soft prompt.
+
+  Raises:
+    Refused: the length of the answer is none.
+    TooLong: prompt and answer do not fit.
+  """
   prompt, answer = len(request.ids), request.length
   decoder_only = hasattr(model, 'extend')
   scored = request.prompt_logprobs is not None
@@ -56,13 +64,15 @@ def _check_length(request: Request, model: Any, settings: Settings) -> None:
   if answer < (0 if scored else 1):
     raise Refused(f'the answer has at least 1 token; got length={answer}')
   places = places_of(model, settings)
-  size = prompt + answer if decoder_only else max(prompt, answer)
+  whole = before + prompt
+  size = whole + answer if decoder_only else max(whole, answer)
   if size > places:
+    more = f', {before:,} of the adapter before it,' if before else ''
     whose = 'for both together' if decoder_only else 'for each'
     raise TooLong(
-      f'the prompt has {prompt:,} tokens and the answer up to {answer:,}; '
-      f'there are {places:,} places {whose}: shorten the prompt, or the '
-      'length of the answer'
+      f'the prompt has {prompt:,} tokens{more} and the answer up to '
+      f'{answer:,}; there are {places:,} places {whose}: shorten the prompt, '
+      'or the length of the answer'
     )
 
 

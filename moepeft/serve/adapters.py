@@ -17,6 +17,7 @@ from moepeft.models import names
 from moepeft.nn.start import Label, described
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
+from moepeft.peft.prompt import placeholders
 from moepeft.serve.forms import Form, form_of
 from moepeft.typing import Tree
 
@@ -34,6 +35,7 @@ class Adapter:
     arrays: {path in the 'peft' tree: float32 array}.
     sha256: of its content: method, semantics and every array.
     source: the path that it was read from.
+    before: placeholders of its soft prompt.
   """
 
   built: Built
@@ -41,6 +43,7 @@ class Adapter:
   arrays: dict[str, np.ndarray]
   sha256: str
   source: str
+  before: tuple[int, ...] = ()
 
 
 def read(path: str, base: Base) -> Adapter:
@@ -64,7 +67,8 @@ def read(path: str, base: Base) -> Adapter:
     (plain(found.method, semantics), semantics, names.content_hash(arrays))
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
-  return Adapter(built, form, arrays, sha256, path)
+  before = placeholders(built.advice, base.config.vocab)
+  return Adapter(built, form, arrays, sha256, path, before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,12 +37,14 @@ class Held:
     form: its bank; ''.
     sites: {entry in the tree: the site paths where it acts}; elsewhere its
       bank may have more.
+    before: placeholders of its soft prompt, for the ids of every text.
   """
 
   row: np.ndarray
   sha256: str = ''
   form: str = ''
   sites: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+  before: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -172,6 +174,7 @@ class Banks:
         sha256,
         fitting.size_of(self._layouts[fitted.form]),
         adapter.source,
+        len(adapter.before),
       )
       if before and before.sha256 != sha256:
         self._leave(name, before.sha256)
@@ -209,7 +212,11 @@ class Banks:
         self._write(sha256)
       slots.hold(sha256)
       row[[f.name for f in self.forms].index(form)] = slots[sha256]
-      return Held(row, sha256, form, self._sites_of(sha256))
+      adapter, sites = (
+        self._contents[sha256].fitted.adapter,
+        self._sites_of(sha256),
+      )
+      return Held(row, sha256, form, sites, adapter.before)
 
   def release(self, held: Held) -> None:
     """Ends the use of what `hold` gave, once each."""

@@ -20,11 +20,13 @@ class Held(Protocol):
     row: int32 [forms], which adapter of each form; 0 is none.
     sha256: of its content, '' of the base's.
     sites: {entry in the tree: the sites where it acts}.
+    before: ids that its soft prompt puts before every text.
   """
 
   row: np.ndarray
   sha256: str
   sites: Mapping[str, frozenset[str]]
+  before: tuple[int, ...]
 
 
 class Banks(Protocol):
@@ -80,6 +82,7 @@ class _Base:
   row: np.ndarray
   sha256: str = ''
   sites: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+  before: tuple[int, ...] = ()
 
 
 class NoBanks:

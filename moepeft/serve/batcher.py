@@ -8,6 +8,7 @@ import collections
 import time
 from collections.abc import Callable
 
+from moepeft.serve.accept import check_length
 from moepeft.serve.core import Core
 from moepeft.serve.protocol import (
   CANCELLED,
@@ -17,6 +18,7 @@ from moepeft.serve.protocol import (
   TIME,
   Finished,
   Full,
+  Refused,
   Scored,
   Token,
 )
@@ -124,7 +126,10 @@ class Batcher:
     while len(self._turns) and self._texts.free() and not self.broken:
       row = self._turns.take()
       try:
-        row.held = self._core.banks.hold(row.request.adapter)
+        row.hold(self._core.banks.hold(row.request.adapter))
+        # Another adapter may have come under its name since it was submitted.
+        front = len(row.held.before)
+        check_length(row.request, self._core.model, self._core.settings, front)
       except Full:
         # Another's end makes room: it stays the next.
         self._turns.put_back(row.request.client, row)
@@ -215,6 +220,6 @@ class Batcher:
 def _sentence(error: Exception) -> str:
   """For the one who asked: ours as they are, of others the first line."""
   text = (str(error).splitlines() or [''])[0][:300]
-  if type(error) in (ValueError, ArithmeticError) or isinstance(error, Full):
+  if type(error) in (ValueError, ArithmeticError) or isinstance(error, Refused):
     return text
   return f'{type(error).__name__}: {text}'

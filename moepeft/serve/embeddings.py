@@ -17,6 +17,7 @@ from moepeft.models import encoder_only
 from moepeft.models.bert import Bert, sites
 from moepeft.nn.site import Advice
 from moepeft.peft import build
+from moepeft.peft.prompt import placeholders
 from moepeft.serve import sentence_form
 from moepeft.serve.pooling import POOLINGS, unit
 from moepeft.serve.sentence_form import SentenceForm
@@ -225,7 +226,13 @@ def _adapter(path: str, read: hf.Loaded) -> tuple[Advice, Tree]:
       'hashes differ): give its own'
     )
   semantics = start.semantics or 'official'
-  return build(start.method, sites(read.config), semantics).advice, start.tree
+  advice = build(start.method, sites(read.config), semantics).advice
+  if placeholders(advice, read.config.vocab):
+    raise ValueError(
+      f'{path} is {start.method!r}, and a soft prompt stands before texts that '
+      'a decoder goes on from; expected an adapter of the layers'
+    )
+  return advice, start.tree
 
 
 def lengths(places: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from moepeft.serve.accept import check, places_of
+from moepeft.serve.accept import check, check_length, places_of
 from moepeft.serve.banks import Banks
 from moepeft.serve.batcher import Batcher
 from moepeft.serve.core import Core
@@ -91,8 +91,10 @@ class Engine:
     with self._changed:
       if self._closed or self._batcher.broken:
         raise Refused(self._closed or self._batcher.broken)
+      before = 0
       if request.adapter:
-        self._check_adapter(request.adapter)
+        before = self._check_adapter(request.adapter).before
+      check_length(request, self._model, self._settings, before)
       if request.id in self._underway:
         raise Refused(f'a request {request.id!r} is under way already')
       waiting = sum(row.held is None for row in self._underway.values())
@@ -156,13 +158,15 @@ class Engine:
     if self._thread is not None:
       self._thread.join()
 
-  def _check_adapter(self, name: str) -> None:
-    names = [one.name for one in self._banks.loaded()]
+  def _check_adapter(self, name: str) -> Loaded:
+    found = {one.name: one for one in self._banks.loaded()}
+    names = list(found)
     if name not in names or name in self._leaving:
       raise Unknown(
         f'there is no adapter {name!r}; there are '
         f'{", ".join(names) or "none, but the base"}'
       )
+    return found[name]
 
   def _estimate(self, waiting: int) -> float:
     """Seconds until one of those that wait has got a slot, about."""

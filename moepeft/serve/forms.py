@@ -25,7 +25,9 @@ from moepeft.spec import Spec
 
 _LEAST_RANK = 4
 # What changes no function, or becomes data.
-_OWN = ('sites', 'dropout', 'jitter', 'rslora', 'rank', 'alpha')
+_OWN = ('sites', 'dropout', 'jitter', 'rslora', 'rank', 'alpha', 'length')
+# What is rounded up: a soft prompt's length, as ranks are.
+_SIZES = ('rank', 'length')
 _REFUSED = {
   'full': (
     'it trained the base itself; convert it into a base of its own (python -m '
@@ -46,7 +48,8 @@ class Part:
   Attributes:
     name: its entry in the 'peft' tree.
     kind: its text without rank and scale.
-    rank: the largest that fits; 0 of a method without one.
+    rank: the largest that fits; of a soft prompt the length; 0 of a method
+      without one.
     sites: in the model's order.
   """
 
@@ -58,9 +61,15 @@ class Part:
   @property
   def spec(self) -> Spec:
     """Its method, without sites."""
-    if not self.rank:
-      return self.kind
-    return self.kind.replace(rank=self.rank, alpha=float(self.rank))
+    if size_option(self.kind) != 'rank':
+      return self.sized
+    return self.sized.replace(alpha=float(self.rank))
+
+  @property
+  def sized(self) -> Spec:
+    """Its method with what fits, without sites and scale."""
+    option = size_option(self.kind)
+    return self.kind.replace(**{option: self.rank}) if option else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +87,7 @@ class Form:
   @property
   def method(self) -> str:
     """As `--form` takes it."""
-    specs = [
-      p.kind.replace(rank=p.rank) if p.rank else p.kind for p in self.parts
-    ]
-    return spec_lib.format_method(tuple(specs))
+    return spec_lib.format_method(tuple(part.sized for part in self.parts))
 
   def holds(self, other: 'Form') -> bool:
     """Whether an adapter of the form `other` fits."""
@@ -147,9 +153,18 @@ def advice_of(forms: Sequence[Form], sites: Mapping[str, str]) -> Advice:
   return Advice(tuple(entries))
 
 
+def size_option(spec: Spec) -> str:
+  """What of a method is rounded up: 'rank', 'length', or ''."""
+  module = METHODS[spec.name].module
+  return next((option for option in _SIZES if hasattr(module, option)), '')
+
+
 def rank_of(spec: Spec) -> int:
-  """0 of a method without one."""
-  return spec.get('rank', getattr(METHODS[spec.name].module, 'rank', 0))
+  """The rank, or a soft prompt's length; 0 of a method without either."""
+  option = size_option(spec)
+  if not option:
+    return 0
+  return spec.get(option, getattr(METHODS[spec.name].module, option))
 
 
 def scale_of(spec: Spec) -> float:

@@ -167,6 +167,8 @@ class Loaded:
     sha256: of its content: the method, semantics and every array.
     bytes: of device memory.
     source: the path that it was read from.
+    before: tokens of a soft prompt, which take places before every request's
+      own and are no part of what is counted or told of it.
   """
 
   name: str
@@ -174,6 +176,7 @@ class Loaded:
   sha256: str
   bytes: int
   source: str
+  before: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

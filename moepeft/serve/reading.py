@@ -48,18 +48,19 @@ class Chunks:
     self._core, self._texts = core, texts
 
   def begin(self, row: Running) -> None:
-    ids = row.request.ids
+    ids = row.ids
     # What is scored must be computed.
     known = ids[:-1] if row.request.prompt_logprobs is None else ()
     place = self._texts.take(known, row.held.sha256)
-    row.slot, row.cached = place.slot, len(place.slot.ids)
-    row.penalised(ids, self._core.model.config.vocab)
+    row.slot = place.slot
+    row.cached = max(0, len(place.slot.ids) - len(row.held.before))
+    row.penalised(row.request.ids, self._core.model.config.vocab)
     if place.source is not None:
       self._core.copy(place.source.number, place.slot.number)
     self._look(row)
 
   def read(self, row: Running) -> None:
-    ids, slot = row.request.ids, row.slot
+    ids, slot = row.ids, row.slot
     start = len(slot.ids)
     t = self._size(len(ids) - 1 - start, start)
     real = min(t, len(ids) - 1 - start)
@@ -73,20 +74,20 @@ class Chunks:
       real,
     )
     if row.request.prompt_logprobs is not None:
-      self._score(row, states, told, ids[start + 1 : start + 1 + real])
+      self._score(row, states, told, start + 1, start + 1 + real)
     slot.ids.extend(ids[start : start + real])
     self._look(row)
 
   def need(self, row: Running) -> int:
-    return len(row.request.ids) + len(row.answer)
+    return len(row.ids) + len(row.answer)
 
   def inputs(self, rows: Sequence[Running]) -> tuple[np.ndarray, ...]:
-    tokens = [(row.answer or row.request.ids)[-1] for row in rows]
+    tokens = [(row.answer or row.ids)[-1] for row in rows]
     places = [self.need(row) - 1 for row in rows]
     return np.array(tokens, np.int32), np.array(places, np.int32)
 
   def stepped(self, row: Running) -> None:
-    row.slot.ids.append((row.answer or row.request.ids)[-1])
+    row.slot.ids.append((row.answer or row.ids)[-1])
 
   def _size(self, left: int, start: int) -> int:
     """A chunk's length: what is left and little padding, or less than that."""
@@ -100,12 +101,20 @@ class Chunks:
 
   def _look(self, row: Running) -> None:
     """Whether all is read; then what was asked of the prompt is said."""
-    row.read = len(row.slot.ids) == len(row.request.ids) - 1
+    row.read = len(row.slot.ids) == len(row.ids) - 1
     if row.read and row.request.prompt_logprobs is not None:
       row.say(Prompt((Scored(row.request.ids[0]), *row.scored)))
 
-  def _score(self, row: Running, states: Array, told, following) -> None:
-    t = len(states)
+  def _score(
+    self, row: Running, states: Array, told, first: int, end: int
+  ) -> None:
+    """Notes what was said of the prompt's tokens from one place to another,
+    but for those of a soft prompt, and what follows it as if nothing did."""
+    t, front = len(states), len(row.held.before)
+    following = [
+      token if first + i > front else PAD
+      for i, token in enumerate(row.ids[first:end])
+    ]
     args = row.held.row, states, _padded(following, t)
     wanted = told if row.request.routing else {}
     logprobs, ids, best, told = jax.device_get(
@@ -114,6 +123,8 @@ class Chunks:
     if not np.isfinite(logprobs[: len(following)]).all():
       raise ArithmeticError("the prompt's log-probabilities are no numbers")
     for i, token in enumerate(following):
+      if first + i <= front:
+        continue
       row.scored.append(
         Scored(
           token,
@@ -143,28 +154,28 @@ class Inputs:
 
   def read(self, row: Running) -> None:
     states = self._states(row)
-    length, slot = len(row.request.ids), row.slot.number
+    length, slot = len(row.ids), row.slot.number
     self._core.attach(len(states), row.held.row, slot, states, length)
     row.read = True
 
   def need(self, row: Running) -> int:
-    return max(len(row.request.ids), len(row.answer) + 1)
+    return max(len(row.ids), len(row.answer) + 1)
 
   def inputs(self, rows: Sequence[Running]) -> tuple[np.ndarray, ...]:
     tokens = [row.answer[-1] if row.answer else PAD for row in rows]
     places = [len(row.answer) for row in rows]
-    lengths = [len(row.request.ids) for row in rows]
+    lengths = [len(row.ids) for row in rows]
     return tuple(np.array(a, np.int32) for a in (tokens, places, lengths))
 
   def stepped(self, row: Running) -> None:
     pass
 
   def _states(self, row: Running) -> Array:
-    ids = row.request.ids
+    ids = row.ids
     key = row.held.sha256, ids
     if key in self._kept:
       self._kept.move_to_end(key)
-      row.cached = len(ids)
+      row.cached = len(row.request.ids)
       return self._kept[key]
     s = at_least(self._core.settings.inputs, len(ids))
     padded = _padded(ids, s)

@@ -19,6 +19,8 @@ class Running:
   Attributes:
     request, deliver: as submitted.
     born: when, of `time.monotonic`.
+    ids: the prompt's, behind the soft prompt's of the adapter; () while it
+      waits.
     slot, held: None while it waits.
     answer: tokens so far.
     read: whether the whole prompt is, but for what the first step takes.
@@ -33,6 +35,7 @@ class Running:
   request: Request
   deliver: Callable[[Event], None]
   born: float = dataclasses.field(default_factory=time.monotonic)
+  ids: tuple[int, ...] = ()
   slot: Slot | None = None
   held: Held | None = None
   answer: list[int] = dataclasses.field(default_factory=list)
@@ -43,6 +46,10 @@ class Running:
   gone: bool = False
   began: float = 0.0
   sound: bool = False
+
+  def hold(self, held: Held) -> None:
+    """Goes on with an adapter."""
+    self.held, self.ids = held, (*held.before, *self.request.ids)
 
   def late(self, now: float) -> bool:
     """Whether its time is over."""

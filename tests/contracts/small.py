@@ -44,6 +44,8 @@ METHODS = (
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
   "tokens(new='3|5-7')",
+  # The base's function where no placeholders stand; see tests/test_prompt.py.
+  'prompt(length=2)',
 )
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (

@@ -224,6 +224,7 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
     ('molora(experts=3, rank=2)', 'official', _molora(3, 2)),
     ('molora(experts=3, rank=2, router=uniform)', 'official', 3 * _lora(2)),
     ('molora(experts=3, rank=2, router=random)', 'official', 3 * _lora(2)),
+    ('prompt(length=3)', 'official', 3 * _D),
   ],
 )
 def test_parameter_count_equals_its_formula(method, semantics, expected):
@@ -261,7 +262,7 @@ def test_merged_equals_unmerged(method):
 
 
 @pytest.mark.parametrize(
-  'method', ['mov(experts=3)', 'molora(experts=3)', 'full']
+  'method', ['mov(experts=3)', 'molora(experts=3)', 'full', 'prompt']
 )
 def test_mixtures_refuse_to_merge_and_say_why(method):
   from moepeft.peft.merge import merge
@@ -315,6 +316,8 @@ def test_merge_of_official_ia3_goes_into_wo():
     ('mov(experts=0)', 'option experts is at least 1'),
     ('molora(router=3)', 'a router is written like'),
     ('molora(router=topk(k=0))', 'option k is at least 1'),
+    ('prompt(length=0)', 'option length is at least 1'),
+    ('prompt + lora + prompt', 'prompt can stand only once'),
   ],
 )
 def test_a_wrong_method_is_one_clear_sentence(method, said):

@@ -55,6 +55,7 @@ class Held:
   row: np.ndarray
   sha256: str
   sites: dict
+  before: tuple[int, ...] = ()
 
 
 class Stacked:

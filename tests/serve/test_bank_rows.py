@@ -94,6 +94,7 @@ ONE_EACH = (
   'lora(rank=3)',
   'ia3',
   'molora(experts=3, rank=2)',
+  'prompt(length=3)',
 )
 
 

@@ -69,6 +69,7 @@ def length(
   engine: protocol.Engine,
   limits: Limits,
   param: str,
+  before: int = 0,
 ) -> int:
   """Tokens of an answer at most.
 
@@ -77,20 +78,21 @@ def length(
     default: then; None for as many as there is room for.
     prompt: its tokens.
     param: the field that holds the prompt.
+    before: tokens of the adapter's soft prompt, which take places too.
 
   Raises:
     Problem: more than the server gives, or there is no room.
   """
-  most = limits.answer or engine.places
+  most, places = limits.answer or engine.places, engine.places - before
   if wanted is not None and wanted > most:
     raise wrong(
       f'max_tokens is at most {most:,} here; got {wanted:,}', 'max_tokens'
     )
-  room = engine.places - (prompt if engine.decoder_only else 0)
-  if prompt > engine.places or room < (0 if wanted == 0 else 1):
+  room = places - prompt if engine.decoder_only else engine.places
+  if prompt > places or room < (0 if wanted == 0 else 1):
     raise Problem(
       400,
-      f'the prompt has {prompt:,} tokens, and the model takes {engine.places:,}'
+      f'the prompt has {prompt:,} tokens, and the model takes {places:,}'
       f'{", its answer included" * engine.decoder_only}; shorten it',
       param,
       'context_length_exceeded',

@@ -132,7 +132,13 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
   """An answer's question each."""
   service, asked = talk.service, talk.asked
   length = asking.length(
-    asked.length, None, len(ids), service.engine, service.limits, 'messages'
+    asked.length,
+    None,
+    len(ids),
+    service.engine,
+    service.limits,
+    'messages',
+    talk.model.before,
   )
   return [
     protocol.Request(

@@ -124,6 +124,7 @@ def _requests(task: Task) -> list[protocol.Request]:
         service.engine,
         service.limits,
         'prompt',
+        task.model.before,
       ),
       task.model.adapter,
       asking.sampling(asked),

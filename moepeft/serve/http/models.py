@@ -21,12 +21,14 @@ class Model:
     adapter: what the engine calls it, '' for the base.
     fingerprint: of the base's and the adapter's content.
     voice: how it talks.
+    before: tokens of the adapter's soft prompt.
   """
 
   name: str
   adapter: str
   fingerprint: str
   voice: Voice
+  before: int = 0
 
 
 class Models:
@@ -65,7 +67,8 @@ class Models:
     for loaded in self._engine.adapters():
       if loaded.name == name:
         found = fingerprint(self._sha256, loaded.sha256)
-        return Model(name, name, found, self._voices.get(name, self._own))
+        own = self._voices.get(name, self._own)
+        return Model(name, name, found, own, loaded.before)
     raise no_model(name, self.names())
 
   def names(self) -> list[str]:

@@ -24,7 +24,7 @@ async def tokenize(service: Service, request: Request) -> JSONResponse:
   found = {
     'tokens': list(ids),
     'count': len(ids),
-    'max_model_len': service.engine.places,
+    'max_model_len': service.engine.places - model.before,
   }
   return JSONResponse(found)
 

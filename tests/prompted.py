@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models with a soft prompt that is off where it starts."""
+
+import dataclasses
+import functools
+
+import jax
+
+from moepeft.models import decoder, t5
+from moepeft.peft import build
+
+from .contracts import small, small_decoders
+
+METHOD = 'prompt(length=3)'
+# float32 sums of other order over a few layers.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+# Bytes need 259 ids.
+T5 = dataclasses.replace(small.GATED, vocab=263)
+LLAMA = dataclasses.replace(
+  small_decoders.CONFIGS['llama'], vocab=263, length=127
+)
+
+
+def module(config):
+  return t5 if isinstance(config, t5.T5Config) else decoder
+
+
+def model_of(config, method=METHOD):
+  own = module(config)
+  return own.MODULE(config, build(method, own.sites(config)).advice)
+
+
+@functools.cache
+def made(config, method=METHOD, noise=0.3):
+  """(model, variables), the prompt off the rows that it starts from."""
+  if module(config) is t5:
+    return small.make(method, config)[0], small.variables(method, config, noise)
+  return small_decoders.make(config, method, noise)
+
+
+@functools.cache
+def applied(model):
+  return jax.jit(model.apply)
