@@ -16,6 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
+from moepeft import config_check
 
 _CARD = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -189,7 +190,7 @@ def _check(c: ConfigDict) -> str:
   Raises:
     ValueError: training would refuse it.
   """
-  config_lib.check(c)
+  config_check.check(c)
   # Here, as `keys` does without them and JAX takes seconds to start.
   from moepeft import base, objectives
   from moepeft.count import count
