@@ -1,138 +1,392 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent: a model, its tools and its memory, asked one question at a time."""
+"""The agent: asks the model, runs its tools, tells it the results.
 
+What happens is told as events, dicts of JSON with the key 'event':
+
+  started   question, settings (what a replay needs), earlier messages
+  counted   tokens of a request, where memory has a limit
+  forgotten messages that memory lost
+  asked     request, seconds since the question
+  piece     text, as it streams
+  replied   message, reason, tokens, estimated; or error, late
+  called    calls that are about to run, at once
+  returned  a call's id, name, arguments, text, failed, trusted
+  ended     outcome
+"""
+
+import collections
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, events
-from moepeft.agent.calls import Limits
-from moepeft.agent.events import Outcome, Tell, ignore
-from moepeft.agent.forms import FORMS
-from moepeft.agent.loop import MODES, Budget, Run, RunCalls
-from moepeft.agent.memory import Memory
-from moepeft.agent.model import Model
+from moepeft.agent import calls, react
+from moepeft.agent.calls import Result
+from moepeft.agent.memory import Full, Memory, in_turns
+from moepeft.agent.model import Failed, Late, Message, Model, Reply, Request
 from moepeft.agent.tools import Tool
 
+Event = Mapping[str, Any]
+Tell = Callable[[Event], None]
+_PLAN = (
+  'Before you begin: write a short numbered plan of how you will answer this, '
+  'at most five lines. Do not answer yet.'
+)
+_ACT = 'Now carry the plan out, and answer.'
+_REFLECT = (
+  'Check your answer: does it answer the question, and does what you found '
+  'support it? Reply with OK alone if so, else with what is wrong in a line.'
+)
+_AGAIN = 'Now mend that, and answer anew.'
+_SAME = (
+  '\nThe same call gave the same output before. Do something else, or answer.'
+)
+FORMS, MODES = ('native', 'react'), ('act', 'plan')
 
+
+def ignore(event: Any) -> None:
+  """Tells nobody."""
+  del event
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What a question may cost; None is no limit.
+
+  Attributes:
+    steps: requests to the model.
+    calls: of tools; after the last one it may still answer.
+    tokens: of all prompts and answers, counted after each reply: the last one
+      may go over.
+    seconds: of the clock on the wall; a reply is broken off then, tools that
+      run are waited for.
+    repeats: times that a call may give the same output.
+    malformed: replies in a row that may break the protocol.
+    call_seconds: that a call may take, where its tool does not say.
+    output: characters of a tool's output that the model is shown.
+  """
+
+  steps: int = 10
+  calls: int = 30
+  tokens: int | None = None
+  seconds: float | None = None
+  repeats: int = 3
+  malformed: int = 3
+  call_seconds: float = 60.0
+  output: int = 8000
+
+  def __post_init__(self):
+    for name, limit in dataclasses.asdict(self).items():
+      if limit is not None and (limit < 0 or (not limit and name != 'calls')):
+        raise ValueError(f'the budget of {name} is above 0; got {limit}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What came of a question.
+
+  Attributes:
+    state: 'answered'; 'unsure' (its own check objects), 'cut' (the server
+      ended it at its length), 'budget', 'loop' (the same calls again and
+      again), 'malformed' (not in the protocol) or 'failed' (no reply).
+    text: the answer, or what there was of one.
+    why: a sentence where it is not 'answered'.
+    steps, calls, tokens, seconds: that were used.
+    estimated: whether `tokens` is in part a guess.
+  """
+
+  state: str
+  text: str = ''
+  why: str = ''
+  steps: int = 0
+  calls: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  estimated: bool = False
+
+
+@dataclasses.dataclass
 class Agent:
-  """Answers questions; what was said before is its memory."""
+  """Answers questions; what was said before is its memory.
 
-  def __init__(
-    self,
-    model: Model,
-    tools: Sequence[Tool] = (),
-    system: str = '',
-    memory: Memory | None = None,
-    form: str = 'native',
-    mode: str = 'act',
-    budget: Budget | None = None,
-    limits: Limits | None = None,
-    options: Mapping[str, Any] | None = None,
-    tell: Tell = ignore,
-    clock: Callable[[], float] = time.monotonic,
-    run_calls: RunCalls = calls.run,
-  ):
-    """Looks at its parts; nothing is asked yet.
+  Attributes:
+    model: as `model.Served`.
+    tools: what it may call.
+    system: the system prompt; a rule on tools is added to it.
+    memory: of the conversation; without a limit by default.
+    form: 'native', or 'react' for models without tool calls.
+    mode: 'act', or 'plan' for plan, act and reflect.
+    budget: of each question.
+    options: of each request: temperature, seed, max_tokens ...; tool_choice
+      is of a question's first call alone, or it would call for ever.
+    tell: called with each event, from the thread that asks.
+    clock: seconds, for the budget.
+    run_calls: how tools are run; another one in a replay.
 
-    Args:
-      model: as `model.Served`.
-      tools: what it may call.
-      system: the system prompt; rules on tools are added to it.
-      memory: of the conversation; a new one without a limit by default.
-      form: 'native', or 'react' for models without tool calls.
-      mode: 'act', or 'plan' for plan, act and reflect.
-      budget: of each question.
-      limits: of tool calls.
-      options: of each request: temperature, seed, max_tokens ...
-      tell: called with each event, from the thread that asks.
-      clock: seconds, for the budget.
-      run_calls: how tools are run; another one in a replay.
+  Raises:
+    ValueError: two tools have one name, or there is no such form or mode.
+  """
 
-    Raises:
-      ValueError: two tools have one name, or there is no such form or mode.
-    """
-    if form not in FORMS:
-      raise ValueError(f'form is one of {", ".join(FORMS)}; got {form!r}')
-    if mode not in MODES:
-      raise ValueError(f'mode is one of {", ".join(MODES)}; got {mode!r}')
-    self.model, self.form, self.mode = model, FORMS[form], mode
-    self.tools = _by_name(tools)
-    self.memory = memory or Memory()
-    self.budget, self.limits = budget or Budget(), limits or Limits()
-    self.options = dict(options or {})
-    self.tell, self.clock, self.run_calls = tell, clock, run_calls
-    self._given = system
+  model: Model
+  tools: Sequence[Tool] = ()
+  system: str = ''
+  memory: Memory = dataclasses.field(default_factory=Memory)
+  form: str = 'native'
+  mode: str = 'act'
+  budget: Budget = Budget()
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tell: Tell = ignore
+  clock: Callable[[], float] = time.monotonic
+  run_calls: Callable[..., Sequence[Result]] = calls.run
 
-  @property
-  def system(self) -> str:
+  def __post_init__(self):
+    for what, known in (('form', FORMS), ('mode', MODES)):
+      if (found := getattr(self, what)) not in known:
+        raise ValueError(f'{what} is one of {", ".join(known)}; got {found!r}')
+    names = collections.Counter(tool.name for tool in self.tools)
+    for name, count in names.items():
+      if count > 1:
+        raise ValueError(f'two tools are named {name!r}; rename one')
+
+  def request(self, tools: Sequence[Tool], options: Mapping) -> Request:
+    """What the model is sent now."""
+    parts = [self.system, calls.RULE if self.tools else '']
+    system = '\n\n'.join(filter(None, parts))
+    first = [{'role': 'system', 'content': system}] if system else []
+    made: Request = {'messages': [*first, *self.memory.messages], **options}
+    if tools:
+      made = {**made, 'tools': [tool.declared() for tool in tools]}
+    made = react.write(made) if self.form == 'react' else made
+    return {**made, 'messages': in_turns(made['messages'])}
+
+  def prompt(self) -> str:
     """The whole system prompt."""
-    tools = list(self.tools.values())
-    parts = [self._given, calls.RULE, self.form.system(tools)]
-    return '\n\n'.join(part for part in (parts if tools else parts[:1]) if part)
+    messages = self.request(self.tools, {})['messages']
+    return messages[0]['content'] if messages else ''
 
   def ask(self, question: str) -> Outcome:
     """Answers; never raises for what a model, tool or server does.
 
     A question that is interrupted (Ctrl-C) leaves no trace in memory.
     """
-    kept, summary = list(self.memory.units), self.memory.summary
-    self.tell(events.Started(question, self._settings(), len(kept)))
-    run = Run(
-      self.model,
-      self.form,
-      self.tools,
-      self.memory,
-      self.system,
-      self.options,
-      self.budget,
-      self.limits,
-      self.tell,
-      self.clock,
-      self.run_calls,
+    memory = self.memory
+    kept = list(memory.messages), memory.asked
+    self.tell(
+      {
+        'event': 'started',
+        'question': question,
+        'earlier': len(memory.messages),
+        'settings': self._settings(),
+      }
     )
-    self.memory.question(question)
+    memory.question(question)
     try:
-      outcome = MODES[self.mode](run)
+      run = _Run(self)
+      outcome = run.act() if self.mode == 'act' else run.plan_act_reflect()
     except BaseException:
-      self.memory.units, self.memory.summary = kept, summary
+      memory.messages, memory.asked = kept
       raise
-    self._close(outcome)
-    self.tell(events.Ended(outcome))
-    return outcome
-
-  def _close(self, outcome: Outcome) -> None:
-    """Memory says how a question ended that the model did not answer."""
-    last = self.memory.units[-1].messages[-1]
+    last = memory.messages[-1]
     if last['role'] != 'assistant' or last.get('tool_calls'):
       text = f'(no answer: {outcome.why})'
-      self.memory.step([{'role': 'assistant', 'content': text}])
+      memory.messages.append({'role': 'assistant', 'content': text})
+    self.tell({'event': 'ended', 'outcome': dataclasses.asdict(outcome)})
+    return outcome
 
   def _settings(self) -> dict[str, Any]:
+    kept = ('system', 'form', 'mode', 'options')
     return {
-      'model': getattr(self.model, 'name', ''),
-      'system': self._given,
-      'form': self.form.name,
-      'mode': self.mode,
+      **{key: getattr(self, key) for key in kept},
       'memory': self.memory.limit,
-      'summarised': self.memory.summarise is not None,
       'budget': dataclasses.asdict(self.budget),
-      'limits': dataclasses.asdict(self.limits),
-      'options': self.options,
-      'tools': [
-        [tool.name, tool.description, tool.schema]
-        for tool in self.tools.values()
-      ],
+      'tools': [[t.name, t.description, t.schema] for t in self.tools],
     }
 
 
-def _by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
-  found: dict[str, Tool] = {}
-  for tool in tools:
-    if tool.name in found:
-      raise ValueError(
-        f'two tools are named {tool.name!r}; give one another name'
+class _Run:
+  """A question under way: what it has used."""
+
+  def __init__(self, agent: Agent):
+    self.agent, self.budget, self.memory = agent, agent.budget, agent.memory
+    self.begun = agent.clock()
+    self.used = Outcome('')
+    self.malformed, self.seen = 0, collections.Counter()
+
+  def end(self, state: str, text: str = '', why: str = '') -> Outcome:
+    """The outcome, with what was used so far."""
+    return dataclasses.replace(self.used, state=state, text=text, why=why)
+
+  def use(self, **values: Any) -> None:
+    self.used = dataclasses.replace(self.used, **values)
+
+  def say(self, role: str, content: str) -> None:
+    self.memory.messages.append({'role': role, 'content': content})
+
+  def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
+    """One request; an outcome where there is no budget or no reply."""
+    agent, used = self.agent, self.used
+    used = dataclasses.replace(
+      used, seconds=round(agent.clock() - self.begun, 3)
+    )
+    self.used = used
+    for name in ('steps', 'tokens', 'seconds'):
+      limit, spent = getattr(self.budget, name), getattr(used, name)
+      if limit is not None and spent >= limit:
+        why = f'the budget of {limit:,} {name} is spent ({spent:,} used)'
+        return self.end('budget', why=why)
+    try:
+      request = self._fitted(tools)
+    except Full as e:
+      return self.end('budget', why=str(e))
+    agent.tell({'event': 'asked', 'request': request, 'seconds': used.seconds})
+    self.use(steps=used.steps + 1)
+    left = self.budget.seconds and self.budget.seconds - used.seconds
+    try:
+      reply = agent.model(
+        request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
       )
-    found[tool.name] = tool
-  return found
+    except Failed as e:
+      late = isinstance(e, Late)
+      agent.tell({'event': 'replied', 'error': str(e), 'late': late})
+      return self.end('budget' if late else 'failed', why=str(e))
+    agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
+    self.use(
+      tokens=used.tokens + reply.tokens,
+      estimated=used.estimated or reply.estimated,
+    )
+    return reply
+
+  def _fitted(self, tools: Sequence[Tool]) -> Request:
+    """The request, with so much forgotten that memory holds it."""
+    memory, options = self.memory, dict(self.agent.options)
+    if not tools or self.used.calls:
+      options.pop('tool_choice', None)
+    if not tools:
+      options.pop('parallel_tool_calls', None)
+    while True:
+      request = self.agent.request(tools, options)
+      if memory.limit is None:
+        return request
+      tokens = memory.count(request)
+      self.agent.tell({'event': 'counted', 'tokens': tokens})
+      if tokens <= memory.limit:
+        return request
+      if not (lost := memory.forget()):
+        raise Full(
+          f'the question and its latest step have {tokens:,} tokens, memory '
+          f'holds {memory.limit:,}; give it more, or show less of tool outputs'
+        )
+      self.agent.tell({'event': 'forgotten', 'messages': lost})
+
+  def act(self) -> Outcome:
+    """Steps until one ends it."""
+    while (outcome := self.step()) is None:
+      pass
+    return outcome
+
+  def step(self) -> Outcome | None:
+    """Asks once and runs what is called for; the outcome where that ends it."""
+    reply = self.ask(self.agent.tools)
+    if isinstance(reply, Outcome):
+      return reply
+    message, wrong = reply.message, ''
+    text = message['content']
+    if self.agent.form == 'react' and self.agent.tools:
+      message, text, wrong = react.read(message, self.used.steps)
+    self.memory.messages.append(message)
+    if message.get('tool_calls'):
+      self.malformed = 0
+      return self._call(message['tool_calls'])
+    if reply.reason == 'length':
+      why = 'the server ended the answer at its length; raise max_tokens'
+      return self.end('cut', text, why)
+    if wrong:
+      self.malformed += 1
+      if self.malformed >= self.budget.malformed:
+        why = f'{self.malformed} replies in a row were not in the protocol'
+        return self.end('malformed', text, why)
+      self.say('user', wrong)
+      return None
+    if not text.strip():
+      return self.end('failed', why='the model answered nothing')
+    return self.end('answered', text)
+
+  def _call(self, asked: Sequence[Message]) -> Outcome | None:
+    """Runs calls; each has its answer, or there would be no conversation."""
+    agent, limits = self.agent, self.budget
+    left = limits.calls - self.used.calls
+    taken, refused = asked[:left], asked[left:]
+    agent.tell({'event': 'called', 'calls': taken})
+    tools = {tool.name: tool for tool in agent.tools}
+    results = list(
+      agent.run_calls(tools, taken, limits.call_seconds, limits.output)
+    )
+    for result in results:
+      agent.tell({'event': 'returned', **dataclasses.asdict(result)})
+    self.use(calls=self.used.calls + len(taken))
+    spent = f'the budget of {limits.calls} calls is spent'
+    results += [
+      Result(call['id'], *call['function'].values(), spent, True)
+      for call in refused
+    ]
+    counts = [self._seen(result) for result in results]
+    for result, count in zip(results, counts, strict=True):
+      note = _SAME if count > 1 else ''
+      self.memory.messages.append(
+        {
+          'role': 'tool',
+          'tool_call_id': result.id,
+          'content': calls.as_data(result) + note,
+        }
+      )
+    if (most := max(counts)) >= limits.repeats:
+      name = results[counts.index(most)].name
+      why = f'{name} was called {most} times with the same arguments and '
+      return self.end('loop', why=f'{why}the same output')
+    return self.end('budget', why=spent) if refused else None
+
+  def _seen(self, result: Result) -> int:
+    """How often a call has given this output."""
+    try:
+      arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
+    except ValueError:
+      arguments = result.arguments
+    key = result.name, arguments, result.text
+    self.seen[key] += 1
+    return self.seen[key]
+
+  def told(self, instruction: str) -> str | Outcome:
+    """What the model says to an instruction, without tools."""
+    self.say('user', instruction)
+    reply = self.ask(())
+    if isinstance(reply, Outcome):
+      return reply
+    text = reply.message['content']
+    self.say('assistant', text)
+    return text.strip()
+
+  def plan_act_reflect(self, rounds: int = 2) -> Outcome:
+    """A plan, an answer, and a check of it; answers anew so many times at most.
+
+    An answer that the last check objects to is 'unsure', never 'answered'; one
+    that could not be checked is too.
+    """
+    if isinstance(ended := self.told(_PLAN), Outcome):
+      return ended
+    self.say('user', _ACT)
+    for left in range(rounds - 1, -1, -1):
+      outcome = self.act()
+      if outcome.state != 'answered':
+        return outcome
+      said = self.told(_REFLECT)
+      if isinstance(said, Outcome):
+        why = f'the answer was not checked: {said.why}'
+        return self.end('unsure', outcome.text, why)
+      first = said.splitlines()[0] if said else ''
+      if first.strip('."\'*').lower() == 'ok':
+        return self.end('answered', outcome.text)
+      if left:
+        self.say('user', _AGAIN)
+    why = f'its own check objects: {said or "it did not say"}'
+    return self.end('unsure', outcome.text, why)

@@ -10,52 +10,30 @@ ptrace, keyrings, ...). Format: linux/filter.h, linux/seccomp.h.
 import platform
 import struct
 
-# (AUDIT_ARCH, {call: number}); numbers from 424 on are every machine's.
-_MACHINES = {
-  'x86_64': (
-    0xC000003E,
-    dict(
-      shmget=29,
-      shmat=30,
-      ptrace=101,
-      msgget=68,
-      mount=165,
-      swapon=167,
-      add_key=248,
-      request_key=249,
-      keyctl=250,
-      unshare=272,
-      perf_event_open=298,
-      setns=308,
-      memfd_create=319,
-      bpf=321,
-      userfaultfd=323,
-    ),
-  ),
-  'aarch64': (
-    0xC00000B7,
-    dict(
-      shmget=194,
-      shmat=196,
-      ptrace=117,
-      msgget=186,
-      mount=40,
-      swapon=224,
-      add_key=217,
-      request_key=218,
-      keyctl=219,
-      unshare=97,
-      perf_event_open=241,
-      setns=268,
-      memfd_create=279,
-      bpf=280,
-      userfaultfd=282,
-    ),
-  ),
+# Numbers of x86_64 and aarch64.
+_CALLS = {
+  'shmget': (29, 194),
+  'shmat': (30, 196),
+  'msgget': (68, 186),
+  'ptrace': (101, 117),
+  'mount': (165, 40),
+  'swapon': (167, 224),
+  'add_key': (248, 217),
+  'request_key': (249, 218),
+  'keyctl': (250, 219),
+  'unshare': (272, 97),
+  'perf_event_open': (298, 241),
+  'setns': (308, 268),
+  'memfd_create': (319, 279),
+  'bpf': (321, 280),
+  'userfaultfd': (323, 282),
+  'io_uring_setup': (425, 425),
+  'io_uring_enter': (426, 426),
+  'open_tree': (428, 428),
+  'memfd_secret': (447, 447),
 }
-_EVERYWHERE = dict(
-  io_uring_setup=425, io_uring_enter=426, open_tree=428, memfd_secret=447
-)
+# AUDIT_ARCH, and which number is its.
+_MACHINES = {'x86_64': (0xC000003E, 0), 'aarch64': (0xC00000B7, 1)}
 _LOAD, _EQUAL, _ABOVE, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050001
 # x86_64's other numbers (x32) begin here.
@@ -74,8 +52,8 @@ def program() -> bytes:
       f'the sandbox has filters for {" and ".join(_MACHINES)}; this is '
       f'{machine}'
     )
-  audit, named = _MACHINES[machine]
-  numbers = sorted({**named, **_EVERYWHERE}.values())
+  audit, own = _MACHINES[machine]
+  numbers = sorted(both[own] for both in _CALLS.values())
   lines = [
     (_LOAD, 0, 0, 4),
     # Of another machine's calls (32 bits) the numbers mean something else.

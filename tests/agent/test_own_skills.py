@@ -56,7 +56,7 @@ def test_the_scripts_run_by_themselves(tmp_path):
     ),
   ):
     asked = {'name': name, 'path': path, 'args': arguments}
-    assert said in run.run(json.dumps(asked), 60)
+    assert said in run.run(json.dumps(asked))
 
 
 def written(folder, losses, rows=(), **more):
