@@ -35,6 +35,7 @@ _FLAGS = (
   ('max_seconds', float, None, 'Time, a question.'),
   ('memory_tokens', int, None, 'Tokens of the conversation that are sent.'),
   ('tool_output', int, 8000, 'Characters of an output that are shown.'),
+  ('tool_choice', str, None, "required, or a tool: a question's first call."),
   ('max_tokens', int, None, 'Tokens of a reply.'),
   ('temperature', float, None, 'Of sampling.'),
   ('seed', int, None, 'Of sampling.'),
@@ -76,11 +77,6 @@ def parser() -> argparse.ArgumentParser:
   )
   add('--form', choices=FORMS, default='native', help='react: tools by text.')
   add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
-  add(
-    '--tool_choice',
-    choices=('auto', 'required', 'none'),
-    help="Whether a question's first reply has to call a tool.",
-  )
   for name, kind, default, about in _FLAGS:
     add(f'--{name}', type=kind, default=default, help=about)
   return made
@@ -154,6 +150,9 @@ def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
     tools += [tool for tool in sandbox.tools(box) if tool.name in names]
   names = ('temperature', 'seed', 'max_tokens', 'tool_choice')
   options = {name: getattr(asked, name) for name in names}
+  if asked.tool_choice not in (None, 'auto', 'none', 'required'):
+    function = {'name': asked.tool_choice}
+    options['tool_choice'] = {'type': 'function', 'function': function}
   return Agent(
     None,
     tools,

@@ -210,28 +210,24 @@ class _Run:
   def __init__(self, agent: Agent):
     self.agent, self.budget, self.memory = agent, agent.budget, agent.memory
     self.begun = agent.clock()
-    self.used = Outcome('')
-    self.malformed, self.seen = 0, collections.Counter()
+    self.steps = self.calls = self.tokens = self.malformed = 0
+    self.seconds, self.estimated = 0.0, False
+    self.seen: collections.Counter = collections.Counter()
 
   def end(self, state: str, text: str = '', why: str = '') -> Outcome:
     """The outcome, with what was used so far."""
-    return dataclasses.replace(self.used, state=state, text=text, why=why)
-
-  def use(self, **values: Any) -> None:
-    self.used = dataclasses.replace(self.used, **values)
+    used = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
+    return Outcome(state, text, why, *(getattr(self, name) for name in used))
 
   def say(self, role: str, content: str) -> None:
     self.memory.messages.append({'role': role, 'content': content})
 
   def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
     """One request; an outcome where there is no budget or no reply."""
-    agent, used = self.agent, self.used
-    used = dataclasses.replace(
-      used, seconds=round(agent.clock() - self.begun, 3)
-    )
-    self.used = used
+    agent, budget = self.agent, self.budget
+    self.seconds = round(agent.clock() - self.begun, 3)
     for name in ('steps', 'tokens', 'seconds'):
-      limit, spent = getattr(self.budget, name), getattr(used, name)
+      limit, spent = getattr(budget, name), getattr(self, name)
       if limit is not None and spent >= limit:
         why = f'the budget of {limit:,} {name} is spent ({spent:,} used)'
         return self.end('budget', why=why)
@@ -239,9 +235,9 @@ class _Run:
       request = self._fitted(tools)
     except Full as e:
       return self.end('budget', why=str(e))
-    agent.tell({'event': 'asked', 'request': request, 'seconds': used.seconds})
-    self.use(steps=used.steps + 1)
-    left = self.budget.seconds and self.budget.seconds - used.seconds
+    agent.tell({'event': 'asked', 'request': request, 'seconds': self.seconds})
+    self.steps += 1
+    left = budget.seconds and budget.seconds - self.seconds
     try:
       reply = agent.model(
         request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
@@ -251,16 +247,14 @@ class _Run:
       agent.tell({'event': 'replied', 'error': str(e), 'late': late})
       return self.end('budget' if late else 'failed', why=str(e))
     agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
-    self.use(
-      tokens=used.tokens + reply.tokens,
-      estimated=used.estimated or reply.estimated,
-    )
+    self.tokens += reply.tokens
+    self.estimated |= reply.estimated
     return reply
 
   def _fitted(self, tools: Sequence[Tool]) -> Request:
     """The request, with so much forgotten that memory holds it."""
     memory, options = self.memory, dict(self.agent.options)
-    if not tools or self.used.calls:
+    if not tools or self.calls:
       options.pop('tool_choice', None)
     if not tools:
       options.pop('parallel_tool_calls', None)
@@ -293,8 +287,8 @@ class _Run:
     message, wrong = reply.message, ''
     text = message['content']
     if self.agent.form == 'react' and self.agent.tools:
-      message, text, wrong = react.read(message, self.used.steps)
-    self.memory.messages.append(message)
+      message, text, wrong = react.read(message, self.steps)
+    self.memory.messages.append(_sendable(message))
     if message.get('tool_calls'):
       self.malformed = 0
       return self._call(message['tool_calls'])
@@ -315,7 +309,7 @@ class _Run:
   def _call(self, asked: Sequence[Message]) -> Outcome | None:
     """Runs calls; each has its answer, or there would be no conversation."""
     agent, limits = self.agent, self.budget
-    left = limits.calls - self.used.calls
+    left = limits.calls - self.calls
     taken, refused = asked[:left], asked[left:]
     agent.tell({'event': 'called', 'calls': taken})
     tools = {tool.name: tool for tool in agent.tools}
@@ -324,7 +318,7 @@ class _Run:
     )
     for result in results:
       agent.tell({'event': 'returned', **dataclasses.asdict(result)})
-    self.use(calls=self.used.calls + len(taken))
+    self.calls += len(taken)
     spent = f'the budget of {limits.calls} calls is spent'
     results += [
       Result(call['id'], *call['function'].values(), spent, True)
@@ -390,3 +384,20 @@ class _Run:
         self.say('user', _AGAIN)
     why = f'its own check objects: {said or "it did not say"}'
     return self.end('unsure', outcome.text, why)
+
+
+def _sendable(message: Message) -> Message:
+  """A reply as it can be sent back: servers refuse arguments that are no JSON
+  object, the model is to see what it wrote."""
+  asked = []
+  for call in message.get('tool_calls', ()):
+    function = call['function']
+    try:
+      fits = isinstance(json.loads(function['arguments'] or '{}'), dict)
+    except ValueError:
+      fits = False
+    if not fits:
+      wrong = json.dumps({'not_json': function['arguments']})
+      call = {**call, 'function': {**function, 'arguments': wrong}}
+    asked.append(call)
+  return {**message, 'tool_calls': asked} if asked else message

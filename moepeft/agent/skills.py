@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 import yaml
@@ -178,56 +178,52 @@ def tools(
   if not skills:
     return []
   bounds = bounds or Bounds(seconds=120.0, memory=8 << 30)
+  files = sorted({path for s in skills.values() for path in s.files()})
+  scripts = [path for path in files if path.startswith('scripts/')]
+  # The schemas name all there is, so that a server can keep a model to it.
+  name_of, file_of, script_of = (
+    Literal[tuple(known)] for known in (skills, files or [''], scripts or [''])
+  )
 
-  def named(name: str) -> Skill:
-    if name not in skills:
-      raise ValueError(
-        f'there is no skill {name!r}; there are {", ".join(skills)}'
-      )
-    return skills[name]
-
-  def load_skill(name: str) -> str:
+  def load_skill(name: name_of) -> str:
     """Loads a skill: instructions to follow, and the names of its files.
 
     Args:
       name: of the skill.
     """
-    skill = named(name)
+    skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
     return f'{skill.body}\n\nFiles of this skill:{files or " none"}'
 
-  def read_skill_file(name: str, path: str) -> str:
+  def read_skill_file(name: name_of, path: file_of) -> str:
     """Reads a file of a skill.
 
     Args:
       name: of the skill.
       path: of the file, as load_skill tells it.
     """
-    file = named(name).file(path)
+    file = skills[name].file(path)
     if file.stat().st_size > _LARGEST:
       raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')
     return file.read_text(encoding='utf-8')
 
-  def run_skill_script(name: str, path: str, args: list[str]) -> str:
+  def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
     """Runs a script of a skill and returns what it prints.
 
     Args:
       name: of the skill.
-      path: of the script, as 'scripts/x.py'.
+      path: of the script.
       args: its arguments, in order; an empty list for none.
     """
-    file = named(name).file(path)
-    if not path.startswith('scripts/'):
-      raise ValueError(f'{path!r} is no script; scripts lie in scripts/')
+    file = skills[name].file(path)
     runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
     command = [*runners.get(file.suffix, ()), str(file), *args]
     return str(watched(command, bounds, _environment()))
 
-  return [
-    tool(load_skill, trusted=True),
-    tool(read_skill_file, trusted=True),
-    tool(run_skill_script, seconds=bounds.seconds + 10),
-  ]
+  run = tool(run_skill_script, seconds=bounds.seconds + 10)
+  made = [tool(load_skill, trusted=True)]
+  made += [tool(read_skill_file, trusted=True)] if files else []
+  return made + ([run] if scripts else [])
 
 
 def _environment() -> dict[str, str]:

@@ -115,6 +115,7 @@ def test_errors_of_tools_are_told_to_the_model_and_it_goes_on():
     wants(
       ('broken', {'a': 1}),
       ('none_such', {}),
+      # A reply that was cut; sent back as it is, a server would refuse it.
       ('add', '{"a": 1, "b"'),
       ('add', {'a': 'x', 'b': 1}),
     ),
@@ -130,6 +131,8 @@ def test_errors_of_tools_are_told_to_the_model_and_it_goes_on():
   assert 'RuntimeError: no luck with 1' in said[0]
   assert "there is no tool 'none_such'; there are add" in said[1]
   assert 'Invalid JSON' in said[2]
+  called = script.requests[1]['messages'][2]['tool_calls'][2]['function']
+  assert json.loads(called['arguments']) == {'not_json': '{"a": 1, "b"'}
   assert 'a: Input should be a valid integer' in said[3]
 
 

@@ -116,13 +116,15 @@ def test_what_a_script_may_do_is_bounded(folder):
   assert run(folder, 'run_skill_script', text % 'bad.sh') == (
     'oops\n[exit status 3]'
   )
-  with pytest.raises(ValueError, match='is no script; scripts lie in scripts/'):
+  with pytest.raises(
+    ValueError, match="path: Input should be 'scripts/bad.sh'"
+  ):
     run(
       folder,
       'run_skill_script',
       '{"name": "dig", "path": "references/soil.md", "args": []}',
     )
-  with pytest.raises(ValueError, match="no skill 'x'; there are dig"):
+  with pytest.raises(ValueError, match="name: Input should be 'dig'"):
     run(folder, 'load_skill', '{"name": "x"}')
 
 
