@@ -324,7 +324,10 @@ class _Run:
       Result(call['id'], *call['function'].values(), spent, True)
       for call in refused
     ]
-    counts = [self._seen(result) for result in results]
+    # Twice in one reply is no loop: its output was not seen between.
+    keys = [_key(result) for result in results]
+    self.seen.update(set(keys))
+    counts = [self.seen[key] for key in keys]
     for result, count in zip(results, counts, strict=True):
       note = _SAME if count > 1 else ''
       self.memory.messages.append(
@@ -339,16 +342,6 @@ class _Run:
       why = f'{name} was called {most} times with the same arguments and '
       return self.end('loop', why=f'{why}the same output')
     return self.end('budget', why=spent) if refused else None
-
-  def _seen(self, result: Result) -> int:
-    """How often a call has given this output."""
-    try:
-      arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
-    except ValueError:
-      arguments = result.arguments
-    key = result.name, arguments, result.text
-    self.seen[key] += 1
-    return self.seen[key]
 
   def told(self, instruction: str) -> str | Outcome:
     """What the model says to an instruction, without tools."""
@@ -401,3 +394,12 @@ def _sendable(message: Message) -> Message:
       call = {**call, 'function': {**function, 'arguments': wrong}}
     asked.append(call)
   return {**message, 'tool_calls': asked} if asked else message
+
+
+def _key(result: Result) -> tuple[str, str, str]:
+  """What makes two results the same."""
+  try:
+    arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
+  except ValueError:
+    arguments = result.arguments
+  return result.name, arguments, result.text

@@ -219,6 +219,13 @@ def test_the_same_call_with_the_same_output_is_an_endless_loop():
   )
 
 
+def test_the_same_calls_in_one_reply_are_no_loop():
+  same = wants(*[('add', {'a': 1, 'b': 1})] * 4)
+  with serving(same, says('2')) as script:
+    outcome = agent(script).ask('?')
+  assert (outcome.state, outcome.calls) == ('answered', 4)
+
+
 def test_two_calls_in_turns_are_a_loop_too_and_new_outputs_are_none():
   first = wants(('add', '{"a": 1, "b": 2}'))
   same = wants(('add', '{"b": 2,   "a": 1}'))
