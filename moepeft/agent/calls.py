@@ -53,13 +53,8 @@ def run(
   """Runs calls in threads; results in the order of the calls.
 
   Nothing is raised: an unknown tool, wrong arguments, an exception and a call
-  that is late are results that say so. A function that is late cannot be
-  ended from outside, it is left behind.
-
-  Args:
-    calls: as a message's tool_calls.
-    seconds: that a call may take, where its tool does not say.
-    output: characters of a result that the model is shown.
+  that is late (by its tool's seconds, or these) are results that say so. A
+  function that is late cannot be ended from outside, it is left behind.
   """
   begun, boxes = time.monotonic(), [queue.SimpleQueue() for _ in calls]
   for call, box in zip(calls, boxes, strict=True):

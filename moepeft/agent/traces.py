@@ -76,14 +76,9 @@ def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
   """Runs a trace's questions again with what was recorded.
 
   The loop is the real one; the model, the tools, the clock and the counts of
-  tokens are the trace's. So it shows what happened without a server, and
-  that the loop of today would do the same.
-
-  Args:
-    tell: is told the events.
-
-  Returns:
-    an outcome for each question that ended.
+  tokens are the trace's. So `tell` is told what happened without a server, and
+  that the loop of today would do the same. Returns the outcome of each question
+  that ended.
 
   Raises:
     ValueError: the trace is broken, or the loop asks for something else than
@@ -92,13 +87,21 @@ def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
   outcomes, memory = [], Memory()
   for rows in _questions(read(path)):
     first, was = rows[0], Outcome(**rows[-1]['outcome'])
-    tape = _Tape(rows)
-    if not first['earlier']:
-      memory = Memory(first['settings']['memory'])
+    settings, tape = dict(first['settings']), _Tape(rows)
+    limit = settings.pop('memory')
+    memory = memory if first['earlier'] else Memory(limit)
     memory.count = tape.count
-    outcome = _agent(first['settings'], memory, tape, tell).ask(
-      first['question']
+    agent = Agent(
+      tape.model,
+      [Tool(*parts, run=str) for parts in settings.pop('tools')],
+      memory=memory,
+      budget=Budget(**settings.pop('budget')),
+      tell=tell,
+      clock=tape.clock,
+      run_calls=tape.results,
+      **settings,
     )
+    outcome = agent.ask(first['question'])
     if outcome != was:
       raise ValueError(
         f'the replay ends as {outcome}, the trace as {was}; the loop has '
@@ -118,19 +121,6 @@ def _questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
       raise ValueError('the trace does not begin with a question')
     found[-1].append(row)
   return [own for own in found if own[-1]['event'] == 'ended']
-
-
-def _agent(settings: Mapping, memory: Memory, tape: '_Tape', tell) -> Agent:
-  return Agent(
-    model=tape.model,
-    tools=[Tool(*parts, run=str) for parts in settings['tools']],
-    memory=memory,
-    budget=Budget(**settings['budget']),
-    tell=tell,
-    clock=tape.clock,
-    run_calls=tape.results,
-    **{key: settings[key] for key in ('system', 'form', 'mode', 'options')},
-  )
 
 
 class _Tape:
@@ -175,14 +165,12 @@ class _Tape:
 
 def _difference(was: Any, now: Any, where: str) -> str:
   """Where two JSON values first differ; '' where they do not."""
-  if type(was) is type(now) and isinstance(was, dict | list):
-    if isinstance(was, list):
-      was, now = dict(enumerate(was)), dict(enumerate(now))
-    for key in [*was, *(key for key in now if key not in was)]:
-      inner = f'{where}[{key!r}]'
-      if key not in was or key not in now:
-        return f'{inner} is only in one of them'
-      if found := _difference(was[key], now[key], inner):
-        return found
-    return ''
-  return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+  if isinstance(was, list) and isinstance(now, list):
+    was, now = dict(enumerate(was)), dict(enumerate(now))
+  if not (isinstance(was, dict) and isinstance(now, dict)):
+    return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+  parts = (
+    _difference(was.get(key), now.get(key), f'{where}[{key!r}]')
+    for key in {**was, **now}
+  )
+  return next(filter(None, parts), '')
