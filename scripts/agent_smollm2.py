@@ -19,7 +19,8 @@ import openai
 import pydantic
 
 from moepeft.agent import skills
-from moepeft.agent.agent import Agent, Budget
+from moepeft.agent.agent import Agent
+from moepeft.agent.loop import Budget
 from moepeft.agent.model import Served
 from moepeft.agent.structured import fill
 from moepeft.agent.tools import tool

@@ -3,7 +3,7 @@
 
 tools, calls      typed functions with strict schemas; how calls are run
 model             what answers: an OpenAI-compatible server
-agent             asks, calls, plans and reflects within a budget; its events
+agent, loop       asks, calls, plans and reflects within a budget; its events
 react             tools by text, for models without calls
 memory            the conversation, kept within so many tokens
 structured        a pydantic model in, an instance out

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 import openai
 
 from moepeft.agent import sandbox, skills, traces
-from moepeft.agent.agent import FORMS, MODES, Agent, Budget, Event
+from moepeft.agent.agent import FORMS, MODES, Agent
+from moepeft.agent.loop import Budget, Event
 from moepeft.agent.memory import Memory, Tokens
 from moepeft.agent.model import Served
 

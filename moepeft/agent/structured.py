@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from moepeft.agent.agent import Tell, ignore
+from moepeft.agent.loop import Tell, ignore
 from moepeft.agent.model import Message, Model
 from moepeft.agent.tools import reasons, strict
 

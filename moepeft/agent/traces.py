@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.agent.agent import Agent, Budget, Event, Outcome, Tell, ignore
+from moepeft.agent.agent import Agent
 from moepeft.agent.calls import Result
+from moepeft.agent.loop import Budget, Event, Outcome, Tell, ignore
 from moepeft.agent.memory import Memory
 from moepeft.agent.model import Failed, Late, Reply
 from moepeft.agent.tools import Tool

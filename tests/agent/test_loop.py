@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent.agent import Agent, Budget  # noqa: E402
+from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.calls import RULE  # noqa: E402
+from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.tools import tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,

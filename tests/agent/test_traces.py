@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent import traces  # noqa: E402
-from moepeft.agent.agent import Agent, Budget  # noqa: E402
+from moepeft.agent.agent import Agent  # noqa: E402
+from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.memory import Memory, Tokens  # noqa: E402
 from moepeft.agent.tools import tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402

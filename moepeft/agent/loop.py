@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: asks the model, runs its tools, tells it the results.
+
+What happens is told as events, dicts of JSON with the key 'event':
+
+  started   question, settings (what a replay needs), earlier messages
+  counted   tokens of a request, where memory has a limit
+  forgotten messages that memory lost
+  asked     request, seconds since the question
+  piece     text, as it streams
+  replied   message, reason, tokens, estimated; or error, late
+  called    calls that are about to run, at once
+  returned  a call's id, name, arguments, text, failed, trusted
+  ended     outcome
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moepeft.agent import calls, react
+from moepeft.agent.calls import Result
+from moepeft.agent.memory import Full
+from moepeft.agent.model import Failed, Late, Message, Reply, Request
+from moepeft.agent.tools import Tool
+
+Event = Mapping[str, Any]
+Tell = Callable[[Event], None]
+_PLAN = (
+  'Before you begin: write a short numbered plan of how you will answer this, '
+  'at most five lines. Do not answer yet.'
+)
+_ACT = 'Now carry the plan out, and answer.'
+_REFLECT = (
+  'Check your answer: does it answer the question, and does what you found '
+  'support it? Reply with OK alone if so, else with what is wrong in a line.'
+)
+_AGAIN = 'Now mend that, and answer anew.'
+_SAME = (
+  '\nThe same call gave the same output before. Do something else, or answer.'
+)
+
+
+def ignore(event: Any) -> None:
+  """Tells nobody."""
+  del event
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What a question may cost; None is no limit.
+
+  Attributes:
+    steps: requests to the model.
+    calls: of tools; after the last one it may still answer.
+    tokens: of all prompts and answers, counted after each reply: the last one
+      may go over.
+    seconds: of the clock on the wall; a reply is broken off then, tools that
+      run are waited for.
+    repeats: times that a call may give the same output.
+    malformed: replies in a row that may break the protocol.
+    call_seconds: that a call may take, where its tool does not say.
+    output: characters of a tool's output that the model is shown.
+  """
+
+  steps: int = 10
+  calls: int = 30
+  tokens: int | None = None
+  seconds: float | None = None
+  repeats: int = 3
+  malformed: int = 3
+  call_seconds: float = 60.0
+  output: int = 8000
+
+  def __post_init__(self):
+    for name, limit in dataclasses.asdict(self).items():
+      if limit is not None and (limit < 0 or (not limit and name != 'calls')):
+        raise ValueError(f'the budget of {name} is above 0; got {limit}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What came of a question.
+
+  Attributes:
+    state: 'answered'; 'unsure' (its own check objects), 'cut' (the server
+      ended it at its length), 'budget', 'loop' (the same calls again and
+      again), 'malformed' (not in the protocol) or 'failed' (no reply).
+    text: the answer, or what there was of one.
+    why: a sentence where it is not 'answered'.
+    steps, calls, tokens, seconds: that were used.
+    estimated: whether `tokens` is in part a guess.
+  """
+
+  state: str
+  text: str = ''
+  why: str = ''
+  steps: int = 0
+  calls: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  estimated: bool = False
+
+
+class Run:
+  """A question under way: what it has used."""
+
+  def __init__(self, agent: Any):
+    """Of an `agent.Agent`, whose parts it works with; begins now."""
+    self.agent, self.budget, self.memory = agent, agent.budget, agent.memory
+    self.begun = agent.clock()
+    self.steps = self.calls = self.tokens = self.malformed = 0
+    self.seconds, self.estimated = 0.0, False
+    self.seen: collections.Counter = collections.Counter()
+
+  def end(self, state: str, text: str = '', why: str = '') -> Outcome:
+    """The outcome, with what was used so far."""
+    used = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
+    return Outcome(state, text, why, *(getattr(self, name) for name in used))
+
+  def say(self, role: str, content: str) -> None:
+    self.memory.messages.append({'role': role, 'content': content})
+
+  def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
+    """One request; an outcome where there is no budget or no reply."""
+    agent, budget = self.agent, self.budget
+    self.seconds = round(agent.clock() - self.begun, 3)
+    for name in ('steps', 'tokens', 'seconds'):
+      limit, spent = getattr(budget, name), getattr(self, name)
+      if limit is not None and spent >= limit:
+        why = f'the budget of {limit:,} {name} is spent ({spent:,} used)'
+        return self.end('budget', why=why)
+    try:
+      request = self._fitted(tools)
+    except Full as e:
+      return self.end('budget', why=str(e))
+    agent.tell({'event': 'asked', 'request': request, 'seconds': self.seconds})
+    self.steps += 1
+    left = budget.seconds and budget.seconds - self.seconds
+    try:
+      reply = agent.model(
+        request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
+      )
+    except Failed as e:
+      late = isinstance(e, Late)
+      agent.tell({'event': 'replied', 'error': str(e), 'late': late})
+      return self.end('budget' if late else 'failed', why=str(e))
+    agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
+    self.tokens += reply.tokens
+    self.estimated |= reply.estimated
+    return reply
+
+  def _fitted(self, tools: Sequence[Tool]) -> Request:
+    """The request, with so much forgotten that memory holds it."""
+    memory, options = self.memory, dict(self.agent.options)
+    if not tools or self.calls:
+      options.pop('tool_choice', None)
+    if not tools:
+      options.pop('parallel_tool_calls', None)
+    while True:
+      request = self.agent.request(tools, options)
+      if memory.limit is None:
+        return request
+      tokens = memory.count(request)
+      self.agent.tell({'event': 'counted', 'tokens': tokens})
+      if tokens <= memory.limit:
+        return request
+      if not (lost := memory.forget()):
+        raise Full(
+          f'the question and its latest step have {tokens:,} tokens, memory '
+          f'holds {memory.limit:,}; give it more, or show less of tool outputs'
+        )
+      self.agent.tell({'event': 'forgotten', 'messages': lost})
+
+  def act(self) -> Outcome:
+    """Steps until one ends it."""
+    while (outcome := self.step()) is None:
+      pass
+    return outcome
+
+  def step(self) -> Outcome | None:
+    """Asks once and runs what is called for; the outcome where that ends it."""
+    reply = self.ask(self.agent.tools)
+    if isinstance(reply, Outcome):
+      return reply
+    message, wrong = reply.message, ''
+    text = message['content']
+    if self.agent.form == 'react' and self.agent.tools:
+      message, text, wrong = react.read(message, self.steps)
+    self.memory.messages.append(_sendable(message))
+    if message.get('tool_calls'):
+      self.malformed = 0
+      return self._call(message['tool_calls'])
+    if reply.reason == 'length':
+      why = 'the server ended the answer at its length; raise max_tokens'
+      return self.end('cut', text, why)
+    if wrong:
+      self.malformed += 1
+      if self.malformed >= self.budget.malformed:
+        why = f'{self.malformed} replies in a row were not in the protocol'
+        return self.end('malformed', text, why)
+      self.say('user', wrong)
+      return None
+    if not text.strip():
+      return self.end('failed', why='the model answered nothing')
+    return self.end('answered', text)
+
+  def _call(self, asked: Sequence[Message]) -> Outcome | None:
+    """Runs calls; each has its answer, or there would be no conversation."""
+    agent, limits = self.agent, self.budget
+    left = limits.calls - self.calls
+    taken, refused = asked[:left], asked[left:]
+    agent.tell({'event': 'called', 'calls': taken})
+    tools = {tool.name: tool for tool in agent.tools}
+    results = list(
+      agent.run_calls(tools, taken, limits.call_seconds, limits.output)
+    )
+    for result in results:
+      agent.tell({'event': 'returned', **dataclasses.asdict(result)})
+    self.calls += len(taken)
+    spent = f'the budget of {limits.calls} calls is spent'
+    results += [
+      Result(call['id'], *call['function'].values(), spent, True)
+      for call in refused
+    ]
+    # Twice in one reply is no loop: its output was not seen between.
+    keys = [_key(result) for result in results]
+    self.seen.update(set(keys))
+    counts = [self.seen[key] for key in keys]
+    for result, count in zip(results, counts, strict=True):
+      note = _SAME if count > 1 else ''
+      self.memory.messages.append(
+        {
+          'role': 'tool',
+          'tool_call_id': result.id,
+          'content': calls.as_data(result) + note,
+        }
+      )
+    if (most := max(counts)) >= limits.repeats:
+      name = results[counts.index(most)].name
+      why = f'{name} was called {most} times with the same arguments and '
+      return self.end('loop', why=f'{why}the same output')
+    return self.end('budget', why=spent) if refused else None
+
+  def told(self, instruction: str) -> str | Outcome:
+    """What the model says to an instruction, without tools."""
+    self.say('user', instruction)
+    reply = self.ask(())
+    if isinstance(reply, Outcome):
+      return reply
+    text = reply.message['content']
+    self.say('assistant', text)
+    return text.strip()
+
+  def plan_act_reflect(self, rounds: int = 2) -> Outcome:
+    """A plan, an answer, and a check of it; answers anew so many times at most.
+
+    An answer that the last check objects to is 'unsure', never 'answered'; one
+    that could not be checked is too.
+    """
+    if isinstance(ended := self.told(_PLAN), Outcome):
+      return ended
+    self.say('user', _ACT)
+    for left in range(rounds - 1, -1, -1):
+      outcome = self.act()
+      if outcome.state != 'answered':
+        return outcome
+      said = self.told(_REFLECT)
+      if isinstance(said, Outcome):
+        why = f'the answer was not checked: {said.why}'
+        return self.end('unsure', outcome.text, why)
+      first = said.splitlines()[0] if said else ''
+      if first.strip('."\'*').lower() == 'ok':
+        return self.end('answered', outcome.text)
+      if left:
+        self.say('user', _AGAIN)
+    why = f'its own check objects: {said or "it did not say"}'
+    return self.end('unsure', outcome.text, why)
+
+
+def _sendable(message: Message) -> Message:
+  """A reply as it can be sent back: servers refuse arguments that are no JSON
+  object, the model is to see what it wrote."""
+  asked = []
+  for call in message.get('tool_calls', ()):
+    function = call['function']
+    try:
+      fits = isinstance(json.loads(function['arguments'] or '{}'), dict)
+    except ValueError:
+      fits = False
+    if not fits:
+      wrong = json.dumps({'not_json': function['arguments']})
+      call = {**call, 'function': {**function, 'arguments': wrong}}
+    asked.append(call)
+  return {**message, 'tool_calls': asked} if asked else message
+
+
+def _key(result: Result) -> tuple[str, str, str]:
+  """What makes two results the same."""
+  try:
+    arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
+  except ValueError:
+    arguments = result.arguments
+  return result.name, arguments, result.text
