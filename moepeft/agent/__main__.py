@@ -12,6 +12,7 @@ trust. Code that the model writes (--tools) is run in bubblewrap.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -203,11 +204,9 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
 
 def lines() -> Iterator[str]:
   """Lines of the terminal until its end; Ctrl-C there begins a new one."""
-  try:
+  with contextlib.suppress(ImportError):
     # Gives input() a history and keys to edit with.
     import readline  # noqa: F401
-  except ImportError:
-    pass
   while True:
     try:
       line = input('> ' if sys.stdin.isatty() else '')

@@ -36,15 +36,13 @@ _Text = Annotated[
 ]
 
 
-class Skill(pydantic.BaseModel, populate_by_name=True):
-  """A directory with a valid SKILL.md.
+class Skill(pydantic.BaseModel):
+  """A directory with a valid SKILL.md; its other fields are for people.
 
   Attributes:
     name: of the skill and of its directory: lower-case letters, digits, single
       hyphens between them.
     description: what it does and when to use it.
-    license, compatibility, allowed_tools, metadata: what the front matter says;
-      for people, nothing here acts on it.
     body: the instructions, Markdown.
     path: the directory.
   """
@@ -53,10 +51,6 @@ class Skill(pydantic.BaseModel, populate_by_name=True):
     _Text, pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$')
   ]
   description: Annotated[_Text, pydantic.Field(min_length=1, max_length=1024)]
-  license: _Text | None = None
-  compatibility: Annotated[_Text, pydantic.Field(max_length=500)] | None = None
-  allowed_tools: _Text | None = pydantic.Field(None, alias='allowed-tools')
-  metadata: dict | None = None
   body: str
   path: pathlib.Path
 
