@@ -55,28 +55,16 @@ def parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  add = made.add_argument
+  add, code = made.add_argument, ('python', 'shell')
   add('question', nargs='?')
   add('--list_skills', action='store_true', help='Print the skills and end.')
   add('--show_prompt', action='store_true', help='Print the prompt and end.')
-  add(
-    '--skills',
-    action='append',
-    help="A directory of skills, or a skill; repeatable, '' for none. "
-    'Otherwise those that ship with moepeft.',
-  )
-  add(
-    '--tools',
-    action='append',
-    choices=('python', 'shell'),
-    default=[],
-    help='Code that the model may run; repeatable.',
-  )
-  add(
-    '--unsafe_no_sandbox',
-    action='store_true',
-    help='Run that code as you, without bubblewrap.',
-  )
+  about = "A directory of skills, or a skill; repeatable, '' for none."
+  add('--skills', action='append', help=about)
+  about = 'Code that the model may run; repeatable.'
+  add('--tools', action='append', choices=code, default=[], help=about)
+  about = 'Run that code as you, without bubblewrap.'
+  add('--unsafe_no_sandbox', action='store_true', help=about)
   add('--form', choices=FORMS, default='native', help='react: tools by text.')
   add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
   for name, kind, default, about in _FLAGS:
@@ -182,24 +170,23 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   # Where a server asks for no key the client still wants one.
   client = openai.OpenAI(base_url=asked.base_url, api_key=key or 'none')
   try:
-    name = asked.model or next(iter(client.models.list())).id
-  except StopIteration:
-    raise ValueError(f'the server at {asked.base_url} has no model') from None
+    names = (
+      [asked.model] if asked.model else [m.id for m in client.models.list()]
+    )
   except openai.OpenAIError as e:
     raise ValueError(
       f'the server at {asked.base_url} does not tell its models ({e}); start '
-      'it, as with python -m moepeft.serve, or name --base_url and --model'
+      'it, as with python -m moepeft.serve, or name another by --base_url'
     ) from None
-  made.model = Served(client, name, stream)
-  count = Tokens(client, name)
+  if not names:
+    raise ValueError(f'the server at {asked.base_url} has no model')
+  made.model, count = Served(client, names[0], stream), Tokens(client, names[0])
   made.memory = Memory(asked.memory_tokens, count)
   if asked.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
     if not count.exact:
-      print(
-        'the server has no /tokenize: --memory_tokens goes by an estimate',
-        file=sys.stderr,
-      )
+      said = 'the server has no /tokenize: --memory_tokens goes by an estimate'
+      print(said, file=sys.stderr)
 
 
 def lines() -> Iterator[str]:
