@@ -2,6 +2,7 @@
 """Tool calls as they are run: at once, in time, and their results as data."""
 
 import dataclasses
+import json
 import queue
 import re
 import threading
@@ -111,3 +112,29 @@ def as_data(result: Result) -> str:
   text = _MARKS.sub(lambda found: f'{found[0]} ', result.text)
   kind = ' error="true"' if result.failed else ''
   return f'<tool_output{kind}>\n{text}\n</tool_output>'
+
+
+def sendable(message: Message) -> Message:
+  """A reply as it can be sent back: servers refuse arguments that are no JSON
+  object, the model is to see what it wrote."""
+  asked = []
+  for call in message.get('tool_calls', ()):
+    function = call['function']
+    try:
+      fits = isinstance(json.loads(function['arguments'] or '{}'), dict)
+    except ValueError:
+      fits = False
+    if not fits:
+      wrong = json.dumps({'not_json': function['arguments']})
+      call = {**call, 'function': {**function, 'arguments': wrong}}
+    asked.append(call)
+  return {**message, 'tool_calls': asked} if asked else message
+
+
+def key(result: Result) -> tuple[str, str, str]:
+  """What makes two results the same."""
+  try:
+    arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
+  except ValueError:
+    arguments = result.arguments
+  return result.name, arguments, result.text

@@ -16,7 +16,6 @@ What happens is told as events, dicts of JSON with the key 'event':
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -189,7 +188,7 @@ class Run:
     text = message['content']
     if self.agent.form == 'react' and self.agent.tools:
       message, text, wrong = react.read(message, self.steps)
-    self.memory.messages.append(_sendable(message))
+    self.memory.messages.append(calls.sendable(message))
     if message.get('tool_calls'):
       self.malformed = 0
       return self._call(message['tool_calls'])
@@ -226,7 +225,7 @@ class Run:
       for call in refused
     ]
     # Twice in one reply is no loop: its output was not seen between.
-    keys = [_key(result) for result in results]
+    keys = [calls.key(result) for result in results]
     self.seen.update(set(keys))
     counts = [self.seen[key] for key in keys]
     for result, count in zip(results, counts, strict=True):
@@ -278,29 +277,3 @@ class Run:
         self.say('user', _AGAIN)
     why = f'its own check objects: {said or "it did not say"}'
     return self.end('unsure', outcome.text, why)
-
-
-def _sendable(message: Message) -> Message:
-  """A reply as it can be sent back: servers refuse arguments that are no JSON
-  object, the model is to see what it wrote."""
-  asked = []
-  for call in message.get('tool_calls', ()):
-    function = call['function']
-    try:
-      fits = isinstance(json.loads(function['arguments'] or '{}'), dict)
-    except ValueError:
-      fits = False
-    if not fits:
-      wrong = json.dumps({'not_json': function['arguments']})
-      call = {**call, 'function': {**function, 'arguments': wrong}}
-    asked.append(call)
-  return {**message, 'tool_calls': asked} if asked else message
-
-
-def _key(result: Result) -> tuple[str, str, str]:
-  """What makes two results the same."""
-  try:
-    arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
-  except ValueError:
-    arguments = result.arguments
-  return result.name, arguments, result.text
