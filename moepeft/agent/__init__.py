@@ -3,10 +3,11 @@
 
 tools, calls      typed functions with strict schemas; how calls are run
 model             what answers: an OpenAI-compatible server
-forms, loop       native calls and ReAct; step, act, plan, reflect; budgets
-agent, memory     an agent, asked a question at a time; what it remembers
+agent, loop       asks, calls, plans and reflects within a budget; its events
+react             tools by text, for models without calls
+memory            the conversation, kept within so many tokens
 structured        a pydantic model in, an instance out
-events, traces    what it tells, written down and replayed
+traces            events written down, and replayed
 skills            SKILL.md directories, loaded in three steps
 sandbox           Python and shell programs in bubblewrap
 """

@@ -11,278 +11,249 @@ python -m moepeft.serve. Scripts of skills are run as you: name those that you
 trust. Code that the model writes (--tools) is run in bubblewrap.
 """
 
+import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 import openai
-from absl import app, flags
 
 from moepeft.agent import sandbox, skills, traces
-from moepeft.agent.agent import Agent
-from moepeft.agent.calls import Limits
-from moepeft.agent.console import Screen, converse, lines
-from moepeft.agent.events import ANSWERED, both
-from moepeft.agent.forms import FORMS
-from moepeft.agent.loop import MODES, Budget
+from moepeft.agent.agent import FORMS, MODES, Agent
+from moepeft.agent.loop import Budget, Event
 from moepeft.agent.memory import Memory, Tokens
 from moepeft.agent.model import Served
-from moepeft.agent.skills import Skill
-from moepeft.agent.tools import Tool
 
-_TOOLS = {'python': 'run_python', 'shell': 'run_shell'}
-# Where a server asks for no key the client still wants one.
-_NO_KEY = 'none'
+_WIDE = 100
+_FLAGS = (
+  ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
+  ('model', str, '', 'Its name; by default the first that the server has.'),
+  ('api_key_file', str, '', 'With the key; by default OPENAI_API_KEY.'),
+  ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
+  ('max_steps', int, 10, 'Requests to the model, a question.'),
+  ('max_calls', int, 30, 'Tool calls, a question.'),
+  ('max_all_tokens', int, None, 'Tokens of prompts and replies, a question.'),
+  ('max_seconds', float, None, 'Time, a question.'),
+  ('memory_tokens', int, None, 'Tokens of the conversation that are sent.'),
+  ('tool_output', int, 8000, 'Characters of an output that are shown.'),
+  ('tool_choice', str, None, "required, or a tool: a question's first call."),
+  ('max_tokens', int, None, 'Tokens of a reply.'),
+  ('temperature', float, None, 'Of sampling.'),
+  ('seed', int, None, 'Of sampling.'),
+  ('trace', str, '', 'A file that all that happens is written to.'),
+  ('replay', str, '', 'A trace to show again, without a server.'),
+)
 
 
-def found_skills() -> dict[str, Skill]:
-  """Those of --skills, else ours."""
-  folders = _SKILLS.value or [str(skills.OWN)]
-  return skills.find(
-    [os.path.expanduser(folder) for folder in folders if folder]
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  made = argparse.ArgumentParser(
+    'python -m moepeft.agent',
+    '%(prog)s [--flag=value ...] ["question"]',
+    __doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add, code = made.add_argument, ('python', 'shell')
+  add('question', nargs='?')
+  add('--list_skills', action='store_true', help='Print the skills and end.')
+  add('--show_prompt', action='store_true', help='Print the prompt and end.')
+  about = "A directory of skills, or a skill; repeatable, '' for none."
+  add('--skills', action='append', help=about)
+  about = 'Code that the model may run; repeatable.'
+  add('--tools', action='append', choices=code, default=[], help=about)
+  about = 'Run that code as you, without bubblewrap.'
+  add('--unsafe_no_sandbox', action='store_true', help=about)
+  add('--form', choices=FORMS, default='native', help='react: tools by text.')
+  add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
+  for name, kind, default, about in _FLAGS:
+    add(f'--{name}', type=kind, default=default, help=about)
+  return made
+
+
+class Screen:
+  """Prints events: the model's text to stdout, what it does to stderr.
+
+  Without `stream` only the answer is printed, once it is there.
+  """
+
+  def __init__(self, stream: bool):
+    """Prints nothing yet."""
+    self.stream, self._open = stream, False
+
+  def __call__(self, event: Event) -> None:
+    match event:
+      case {'event': 'piece', 'text': text} if self.stream:
+        print(text, end='', flush=True)
+        self._open = not text.endswith('\n')
+      case {'event': 'called', 'calls': calls}:
+        for call in calls:
+          own = call['function']
+          self.note(f'-> {own["name"]} {own["arguments"]}')
+      case {'event': 'returned', 'text': text, 'failed': failed}:
+        self.note(f'<- {"error: " if failed else ""}{text}')
+      case {'event': 'ended', 'outcome': {'state': state} as outcome}:
+        if outcome['text'] and not self.stream:
+          print(outcome['text'], flush=True)
+        if state != 'answered':
+          self.note(f'[{state}] {outcome["why"]}', 10 * _WIDE)
+        self.end_line()
+
+  def end_line(self) -> None:
+    """Whatever comes next begins a line."""
+    if self._open:
+      print(flush=True)
+    self._open = False
+
+  def note(self, text: str, wide: int = _WIDE) -> None:
+    """A line of what is done."""
+    self.end_line()
+    text = ' '.join(text.split())
+    text = text if len(text) <= wide else f'{text[: wide - 3]}...'
+    print(text, file=sys.stderr, flush=True)
+
+
+def api_key(path: str) -> str:
+  """The key of a file, else of OPENAI_API_KEY, or '' for none.
+
+  Raises:
+    ValueError: the file holds no single line. OSError: it cannot be read.
+  """
+  if not path:
+    return os.environ.get('OPENAI_API_KEY', '')
+  with open(os.path.expanduser(path), encoding='utf-8') as file:
+    words = file.read().split()
+  if len(words) != 1:
+    raise ValueError(f'--api_key_file={path!r} is to hold one key and no more')
+  return words[0]
+
+
+def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
+  """The agent that the flags describe, without a model yet."""
+  if asked.unsafe_no_sandbox and not asked.tools:
+    raise ValueError('--unsafe_no_sandbox is of --tools; name python or shell')
+  tools = skills.tools(own)
+  if asked.tools:
+    box = sandbox.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)
+    names = {f'run_{name}' for name in asked.tools}
+    tools += [tool for tool in sandbox.tools(box) if tool.name in names]
+  names = ('temperature', 'seed', 'max_tokens', 'tool_choice')
+  options = {name: getattr(asked, name) for name in names}
+  if asked.tool_choice not in (None, 'auto', 'none', 'required'):
+    function = {'name': asked.tool_choice}
+    options['tool_choice'] = {'type': 'function', 'function': function}
+  return Agent(
+    None,
+    tools,
+    '\n\n'.join(filter(None, [asked.system, skills.catalogue(own)])),
+    form=asked.form,
+    mode=asked.mode,
+    budget=Budget(
+      asked.max_steps,
+      asked.max_calls,
+      asked.max_all_tokens,
+      asked.max_seconds,
+      output=asked.tool_output,
+    ),
+    options={k: value for k, value in options.items() if value is not None},
+    tell=tell,
   )
 
 
-def api_key() -> str:
-  """The key of --api_key_file, of OPENAI_API_KEY, or '' for none.
+def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
+  """Gives an agent its model, and what counts its memory's tokens.
 
   Raises:
-    ValueError: the file cannot be read or holds no single line.
+    ValueError: the server does not answer, or has no model.
   """
-  if not _API_KEY_FILE.value:
-    return os.environ.get('OPENAI_API_KEY', '')
-  path = os.path.expanduser(_API_KEY_FILE.value)
+  # Where a server asks for no key the client still wants one.
+  client = openai.OpenAI(base_url=asked.base_url, api_key=key or 'none')
   try:
-    with open(path, encoding='utf-8') as file:
-      key = file.read().strip()
-  except (OSError, UnicodeDecodeError) as e:
-    raise ValueError(f'--api_key_file={path!r} cannot be read: {e}') from None
-  if not key or len(key.split()) > 1:
-    raise ValueError(f'--api_key_file={path!r} is to hold one key and no more')
-  return key
-
-
-def chosen_tools() -> list[Tool]:
-  """The sandbox's tools that --tools names."""
-  if not _TOOL.value:
-    if _UNSAFE.value:
-      raise ValueError(
-        '--unsafe_no_sandbox is of --tools; name python or shell'
-      )
-    return []
-  bounds = sandbox.Bounds(seconds=_TOOL_SECONDS.value)
-  made = sandbox.tools(sandbox.Sandbox(bounds, unsafe_no_sandbox=_UNSAFE.value))
-  names = {_TOOLS[name] for name in _TOOL.value}
-  return [tool for tool in made if tool.name in names]
-
-
-def model_name(client: openai.OpenAI) -> str:
-  """--model, else the first that the server has.
-
-  Raises:
-    ValueError: the server does not answer, or has none.
-  """
-  if _MODEL.value:
-    return _MODEL.value
-  try:
-    names = [model.id for model in client.models.list()]
+    names = (
+      [asked.model] if asked.model else [m.id for m in client.models.list()]
+    )
   except openai.OpenAIError as e:
     raise ValueError(
-      f'the server at {_BASE_URL.value} does not tell its models ({e}); start '
-      'it, as with python -m moepeft.serve, or name --base_url and --model'
+      f'the server at {asked.base_url} does not tell its models ({e}); start '
+      'it, as with python -m moepeft.serve, or name another by --base_url'
     ) from None
   if not names:
-    raise ValueError(f'the server at {_BASE_URL.value} has no model')
-  return names[0]
+    raise ValueError(f'the server at {asked.base_url} has no model')
+  made.model, count = Served(client, names[0], stream), Tokens(client, names[0])
+  made.memory = Memory(asked.memory_tokens, count)
+  if asked.memory_tokens:
+    count({'messages': [{'role': 'user', 'content': 'a'}]})
+    if not count.exact:
+      said = 'the server has no /tokenize: --memory_tokens goes by an estimate'
+      print(said, file=sys.stderr)
 
 
-def counter(client: openai.OpenAI, name: str) -> Tokens:
-  """What counts tokens for --memory_tokens; says so where it guesses."""
-  count = Tokens(client, name)
-  if _MEMORY.value and count('a') and not count.exact:
-    print(
-      'the server has no /tokenize: --memory_tokens goes by an estimate',
-      file=sys.stderr,
-    )
-  return count
+def lines() -> Iterator[str]:
+  """Lines of the terminal until its end; Ctrl-C there begins a new one."""
+  with contextlib.suppress(ImportError):
+    # Gives input() a history and keys to edit with.
+    import readline  # noqa: F401
+  while True:
+    try:
+      line = input('> ' if sys.stdin.isatty() else '')
+    except EOFError:
+      return
+    except KeyboardInterrupt:
+      print(file=sys.stderr)
+      continue
+    if line.strip():
+      yield line
 
 
-def prompt(own: dict[str, Skill]) -> str:
-  """The system prompt before the rules on tools."""
-  parts = (_SYSTEM.value, skills.catalogue(own))
-  return '\n\n'.join(part for part in parts if part)
-
-
-def options() -> dict:
-  """What every request says beside the conversation."""
-  said = {
-    'temperature': _TEMPERATURE.value,
-    'seed': _SEED.value,
-    'max_tokens': _MAX_TOKENS.value,
-  }
-  return {key: value for key, value in said.items() if value is not None}
-
-
-def budget() -> Budget:
-  """What the flags allow a question.
+def main(asked: argparse.Namespace) -> int:
+  """Does what the flags say; the exit status.
 
   Raises:
-    ValueError: a limit is below what it can be.
+    ValueError, OSError: it cannot be done, a sentence.
   """
-  for flag in (_STEPS, _CALLS, _TOKENS, _SECONDS, _MEMORY, _MAX_TOKENS):
-    least = 0 if flag is _CALLS else 1
-    if flag.value is not None and flag.value < least:
-      raise ValueError(f'--{flag.name} is at least {least}; got {flag.value}')
-  return Budget(_STEPS.value, _CALLS.value, _TOKENS.value, _SECONDS.value)
-
-
-def agent(own: dict[str, Skill], model, memory: Memory, tell) -> Agent:
-  """The agent that the flags describe."""
-  return Agent(
-    model,
-    [*skills.tools(own), *chosen_tools()],
-    prompt(own),
-    memory,
-    _FORM.value,
-    _MODE.value,
-    budget(),
-    Limits(output=_OUTPUT.value),
-    options(),
-    tell,
-  )
-
-
-def main(argv: Sequence[str]) -> None:
-  """Does what the flags say."""
-  questions = argv[1:]
-  if len(questions) > 1:
-    raise ValueError(
-      f'one question is asked at a time; got {len(questions)}: put it in quotes'
-    )
-  stream = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
-  screen = Screen(sys.stdout, sys.stderr, stream)
-  if _REPLAY.value:
-    traces.replay(_REPLAY.value, screen)
-    return
-  own = found_skills()
-  if _LIST.value:
+  screen = Screen(sys.stdout.isatty())
+  if asked.replay:
+    traces.replay(asked.replay, screen)
+    return 0
+  folders = asked.skills or [str(skills.OWN)]
+  own = skills.find([os.path.expanduser(f) for f in folders if f])
+  if asked.list_skills:
     for skill in own.values():
       print(f'{skill.name}: {" ".join(skill.description.split())}')
-    return
-  if _SHOW.value:
-    print(agent(own, None, Memory(), screen).system)
-    return
-  key = api_key()
-  client = openai.OpenAI(base_url=_BASE_URL.value, api_key=key or _NO_KEY)
-  tell = screen
-  if _TRACE.value:
-    path = os.path.expanduser(_TRACE.value)
-    tell = both(traces.Trace(path, [key]), screen)
-  # Before the server is asked for its models: flags are checked first.
-  made = agent(own, None, Memory(), tell)
-  name = model_name(client)
-  made.model = Served(client, name, stream)
-  made.memory = Memory(_MEMORY.value, counter(client, name))
-  if not questions:
-    converse(made, screen, lines())
-  elif made.ask(questions[0]).state != ANSWERED:
-    sys.exit(1)
+    return 0
+  key, tell = api_key(asked.api_key_file), screen
+  if asked.trace:
+    trace = traces.Trace(os.path.expanduser(asked.trace), [key])
+
+    def tell(event: Event) -> None:
+      trace(event)
+      screen(event)
+
+  made = agent(asked, own, tell)
+  if asked.show_prompt:
+    print(made.prompt())
+    return 0
+  connect(made, asked, key, screen.stream)
+  if asked.question is not None:
+    return int(made.ask(asked.question).state != 'answered')
+  for question in lines():
+    try:
+      made.ask(question)
+    except KeyboardInterrupt:
+      screen.note('(interrupted)')
+  return 0
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-  """absl's flags of a command line; a wrong one is a sentence and exit 2."""
+def run(argv: Sequence[str] | None = None) -> None:
+  """`main`, with bad input answered by one sentence."""
+  flags = parser()
+  asked = flags.parse_args(argv)
   try:
-    return flags.FLAGS(argv)
-  except flags.Error as e:
-    stop(str(e).splitlines()[0])
-
-
-def safe_main(argv: Sequence[str]) -> None:
-  """`main`, with bad input answered by one sentence.
-
-  `moepeft.command` does this for the others; it brings JAX, which an agent
-  has no use for and would wait for.
-  """
-  try:
-    main(argv)
+    sys.exit(main(asked))
   except (ValueError, OSError) as e:
-    if _TRACEBACK.value:
-      raise
-    stop(str(e))
-
-
-def stop(message: str) -> NoReturn:
-  """Prints an error and ends the program with code 2."""
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
+    flags.exit(2, f'error: {e}\n')
 
 
 if __name__ == '__main__':
-  _TRACEBACK = flags.DEFINE_bool(
-    'traceback', False, 'Show where an error was raised.'
-  )
-  _BASE_URL = flags.DEFINE_string(
-    'base_url', 'http://127.0.0.1:8000/v1', "The server's address."
-  )
-  _MODEL = flags.DEFINE_string(
-    'model', '', "Its name; '' for the first that the server has."
-  )
-  _API_KEY_FILE = flags.DEFINE_string(
-    'api_key_file', '', 'A file with the key; else OPENAI_API_KEY is taken.'
-  )
-  _SKILLS = flags.DEFINE_multi_string(
-    'skills',
-    None,
-    "A directory of skills, or a skill; may be repeated, '' for none. "
-    'Otherwise those that ship with moepeft.',
-  )
-  _LIST = flags.DEFINE_bool('list_skills', False, 'Print the skills and end.')
-  _SHOW = flags.DEFINE_bool(
-    'show_prompt', False, 'Print the system prompt and end.'
-  )
-  _SYSTEM = flags.DEFINE_string(
-    'system', 'You are a careful assistant.', 'How the system prompt begins.'
-  )
-  _TOOL = flags.DEFINE_multi_enum(
-    'tools', None, list(_TOOLS), 'Code that the model may run; repeatable.'
-  )
-  _UNSAFE = flags.DEFINE_bool(
-    'unsafe_no_sandbox', False, 'Run that code as you, without bubblewrap.'
-  )
-  _TOOL_SECONDS = flags.DEFINE_float(
-    'tool_seconds', 30.0, 'That a program of --tools may take.'
-  )
-  _OUTPUT = flags.DEFINE_integer(
-    'tool_output', 8000, 'Characters of an output that the model is shown.'
-  )
-  _FORM = flags.DEFINE_enum(
-    'form', 'native', list(FORMS), 'How tools are called; react is by text.'
-  )
-  _MODE = flags.DEFINE_enum(
-    'mode', 'act', list(MODES), "'plan' plans, acts and checks the answer."
-  )
-  _STEPS = flags.DEFINE_integer(
-    'max_steps', 10, 'Requests to the model, a question.'
-  )
-  _CALLS = flags.DEFINE_integer('max_calls', 30, 'Tool calls, a question.')
-  _TOKENS = flags.DEFINE_integer(
-    'max_all_tokens', None, 'Tokens of all requests and replies, a question.'
-  )
-  _SECONDS = flags.DEFINE_float('max_seconds', None, 'Time, a question.')
-  _MEMORY = flags.DEFINE_integer(
-    'memory_tokens', None, 'Tokens of the conversation that are sent.'
-  )
-  _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens of a reply.')
-  _TEMPERATURE = flags.DEFINE_float('temperature', None, 'Of sampling.')
-  _SEED = flags.DEFINE_integer('seed', None, 'Of sampling.')
-  _STREAM = flags.DEFINE_bool(
-    'stream', None, 'Print text as it comes; by default on a terminal.'
-  )
-  _TRACE = flags.DEFINE_string(
-    'trace', '', 'A file that all that happens is written to, as JSON lines.'
-  )
-  _REPLAY = flags.DEFINE_string(
-    'replay', '', 'A trace to show again, without a server.'
-  )
-  app.run(safe_main, flags_parser=parse)
+  run()

@@ -1,138 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
 """An agent: a model, its tools and its memory, asked one question at a time."""
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, events
-from moepeft.agent.calls import Limits
-from moepeft.agent.events import Outcome, Tell, ignore
-from moepeft.agent.forms import FORMS
-from moepeft.agent.loop import MODES, Budget, Run, RunCalls
-from moepeft.agent.memory import Memory
-from moepeft.agent.model import Model
+from moepeft.agent import calls, react
+from moepeft.agent.calls import Result
+from moepeft.agent.loop import Budget, Outcome, Run, Tell, ignore
+from moepeft.agent.memory import Memory, in_turns
+from moepeft.agent.model import Model, Request
 from moepeft.agent.tools import Tool
 
+FORMS, MODES = ('native', 'react'), ('act', 'plan')
 
+
+@dataclasses.dataclass
 class Agent:
-  """Answers questions; what was said before is its memory."""
+  """Answers questions; what was said before is its memory.
 
-  def __init__(
-    self,
-    model: Model,
-    tools: Sequence[Tool] = (),
-    system: str = '',
-    memory: Memory | None = None,
-    form: str = 'native',
-    mode: str = 'act',
-    budget: Budget | None = None,
-    limits: Limits | None = None,
-    options: Mapping[str, Any] | None = None,
-    tell: Tell = ignore,
-    clock: Callable[[], float] = time.monotonic,
-    run_calls: RunCalls = calls.run,
-  ):
-    """Looks at its parts; nothing is asked yet.
+  Attributes:
+    model: as `model.Served`.
+    tools: what it may call.
+    system: the system prompt; a rule on tools is added to it.
+    memory: of the conversation; without a limit by default.
+    form: 'native', or 'react' for models without tool calls.
+    mode: 'act', or 'plan' for plan, act and reflect.
+    budget: of each question.
+    options: of each request: temperature, seed, max_tokens ...; tool_choice
+      is of a question's first call alone, or it would call for ever.
+    tell: called with each event, from the thread that asks.
+    clock: seconds, for the budget.
+    run_calls: how tools are run; another one in a replay.
 
-    Args:
-      model: as `model.Served`.
-      tools: what it may call.
-      system: the system prompt; rules on tools are added to it.
-      memory: of the conversation; a new one without a limit by default.
-      form: 'native', or 'react' for models without tool calls.
-      mode: 'act', or 'plan' for plan, act and reflect.
-      budget: of each question.
-      limits: of tool calls.
-      options: of each request: temperature, seed, max_tokens ...
-      tell: called with each event, from the thread that asks.
-      clock: seconds, for the budget.
-      run_calls: how tools are run; another one in a replay.
+  Raises:
+    ValueError: two tools have one name, or there is no such form or mode.
+  """
 
-    Raises:
-      ValueError: two tools have one name, or there is no such form or mode.
-    """
-    if form not in FORMS:
-      raise ValueError(f'form is one of {", ".join(FORMS)}; got {form!r}')
-    if mode not in MODES:
-      raise ValueError(f'mode is one of {", ".join(MODES)}; got {mode!r}')
-    self.model, self.form, self.mode = model, FORMS[form], mode
-    self.tools = _by_name(tools)
-    self.memory = memory or Memory()
-    self.budget, self.limits = budget or Budget(), limits or Limits()
-    self.options = dict(options or {})
-    self.tell, self.clock, self.run_calls = tell, clock, run_calls
-    self._given = system
+  model: Model
+  tools: Sequence[Tool] = ()
+  system: str = ''
+  memory: Memory = dataclasses.field(default_factory=Memory)
+  form: str = 'native'
+  mode: str = 'act'
+  budget: Budget = Budget()
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tell: Tell = ignore
+  clock: Callable[[], float] = time.monotonic
+  run_calls: Callable[..., Sequence[Result]] = calls.run
 
-  @property
-  def system(self) -> str:
+  def __post_init__(self):
+    for what, known in (('form', FORMS), ('mode', MODES)):
+      if (found := getattr(self, what)) not in known:
+        raise ValueError(f'{what} is one of {", ".join(known)}; got {found!r}')
+    names = collections.Counter(tool.name for tool in self.tools)
+    for name, count in names.items():
+      if count > 1:
+        raise ValueError(f'two tools are named {name!r}; rename one')
+
+  def request(self, tools: Sequence[Tool], options: Mapping) -> Request:
+    """What the model is sent now."""
+    parts = [self.system, calls.RULE if self.tools else '']
+    system = '\n\n'.join(filter(None, parts))
+    first = [{'role': 'system', 'content': system}] if system else []
+    made: Request = {'messages': [*first, *self.memory.messages], **options}
+    if tools:
+      made = {**made, 'tools': [tool.declared() for tool in tools]}
+    made = react.write(made) if self.form == 'react' else made
+    return {**made, 'messages': in_turns(made['messages'])}
+
+  def prompt(self) -> str:
     """The whole system prompt."""
-    tools = list(self.tools.values())
-    parts = [self._given, calls.RULE, self.form.system(tools)]
-    return '\n\n'.join(part for part in (parts if tools else parts[:1]) if part)
+    messages = self.request(self.tools, {})['messages']
+    return messages[0]['content'] if messages else ''
 
   def ask(self, question: str) -> Outcome:
     """Answers; never raises for what a model, tool or server does.
 
     A question that is interrupted (Ctrl-C) leaves no trace in memory.
     """
-    kept, summary = list(self.memory.units), self.memory.summary
-    self.tell(events.Started(question, self._settings(), len(kept)))
-    run = Run(
-      self.model,
-      self.form,
-      self.tools,
-      self.memory,
-      self.system,
-      self.options,
-      self.budget,
-      self.limits,
-      self.tell,
-      self.clock,
-      self.run_calls,
+    memory = self.memory
+    kept = list(memory.messages), memory.asked
+    self.tell(
+      {
+        'event': 'started',
+        'question': question,
+        'earlier': len(memory.messages),
+        'settings': self._settings(),
+      }
     )
-    self.memory.question(question)
+    memory.question(question)
     try:
-      outcome = MODES[self.mode](run)
+      run = Run(self)
+      outcome = run.act() if self.mode == 'act' else run.plan_act_reflect()
     except BaseException:
-      self.memory.units, self.memory.summary = kept, summary
+      memory.messages, memory.asked = kept
       raise
-    self._close(outcome)
-    self.tell(events.Ended(outcome))
-    return outcome
-
-  def _close(self, outcome: Outcome) -> None:
-    """Memory says how a question ended that the model did not answer."""
-    last = self.memory.units[-1].messages[-1]
+    last = memory.messages[-1]
     if last['role'] != 'assistant' or last.get('tool_calls'):
       text = f'(no answer: {outcome.why})'
-      self.memory.step([{'role': 'assistant', 'content': text}])
+      memory.messages.append({'role': 'assistant', 'content': text})
+    self.tell({'event': 'ended', 'outcome': dataclasses.asdict(outcome)})
+    return outcome
 
   def _settings(self) -> dict[str, Any]:
+    kept = ('system', 'form', 'mode', 'options')
     return {
-      'model': getattr(self.model, 'name', ''),
-      'system': self._given,
-      'form': self.form.name,
-      'mode': self.mode,
+      **{key: getattr(self, key) for key in kept},
       'memory': self.memory.limit,
-      'summarised': self.memory.summarise is not None,
       'budget': dataclasses.asdict(self.budget),
-      'limits': dataclasses.asdict(self.limits),
-      'options': self.options,
-      'tools': [
-        [tool.name, tool.description, tool.schema]
-        for tool in self.tools.values()
-      ],
+      'tools': [[t.name, t.description, t.schema] for t in self.tools],
     }
-
-
-def _by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
-  found: dict[str, Tool] = {}
-  for tool in tools:
-    if tool.name in found:
-      raise ValueError(
-        f'two tools are named {tool.name!r}; give one another name'
-      )
-    found[tool.name] = tool
-  return found

@@ -2,13 +2,14 @@
 """Tool calls as they are run: at once, in time, and their results as data."""
 
 import dataclasses
+import json
 import queue
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from moepeft.agent.model import Call
+from moepeft.agent.model import Message
 from moepeft.agent.tools import Invalid, Tool
 
 # Told to the model once, in its system prompt.
@@ -26,92 +27,70 @@ _MARKS = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-  """Of tool calls.
-
-  Attributes:
-    parallel: calls that run at once.
-    seconds: that a call may take, where its tool does not say.
-    output: characters of a result that the model is shown.
-  """
-
-  parallel: int = 4
-  seconds: float = 60.0
-  output: int = 8000
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
   """What came of a call.
 
   Attributes:
-    call: what was asked for.
+    id, name, arguments: what was asked for.
     text: what the tool returned, cut to the limit, or the error's sentence.
     failed: whether it is an error.
-    seconds: that it took.
     trusted: whether the model may follow it.
   """
 
-  call: Call
+  id: str
+  name: str
+  arguments: str
   text: str
   failed: bool = False
-  seconds: float = 0.0
   trusted: bool = False
 
 
 def run(
-  tools: Mapping[str, Tool], calls: Sequence[Call], limits: Limits
+  tools: Mapping[str, Tool],
+  calls: Sequence[Message],
+  seconds: float = 60.0,
+  output: int = 8000,
 ) -> list[Result]:
   """Runs calls in threads; results in the order of the calls.
 
   Nothing is raised: an unknown tool, wrong arguments, an exception and a call
-  that is late are results that say so. A function that is late cannot be
-  ended from outside, it is left behind (an async one is ended).
+  that is late (by its tool's seconds, or these) are results that say so. A
+  function that is late cannot be ended from outside, it is left behind.
   """
-  gate = threading.BoundedSemaphore(limits.parallel)
-  boxes = [queue.SimpleQueue() for _ in calls]
-
-  def watch(call: Call, box: queue.SimpleQueue) -> None:
-    with gate:
-      box.put(_result(tools, call, limits))
-
+  begun, boxes = time.monotonic(), [queue.SimpleQueue() for _ in calls]
   for call, box in zip(calls, boxes, strict=True):
     # Daemons, so that a call that hangs does not keep the program.
-    threading.Thread(target=watch, args=(call, box), daemon=True).start()
-  return [box.get() for box in boxes]
+    asked = call['function']
+    threading.Thread(
+      target=lambda box=box, asked=asked: box.put(_answer(tools, asked)),
+      daemon=True,
+    ).start()
+  results = []
+  for call, box in zip(calls, boxes, strict=True):
+    name, arguments = call['function']['name'], call['function']['arguments']
+    tool = tools.get(name)
+    limit = (tool and tool.seconds) or seconds
+    try:
+      left = max(0.0, begun + limit - time.monotonic())
+      text, failed = box.get(timeout=left)
+    except queue.Empty:
+      text, failed = f'the tool did not answer in {limit:.3g} s', True
+    trusted = bool(tool and tool.trusted and not failed)
+    results.append(
+      Result(call['id'], name, arguments, cut(text, output), failed, trusted)
+    )
+  return results
 
 
-def _result(tools: Mapping[str, Tool], call: Call, limits: Limits) -> Result:
-  begun = time.monotonic()
-  tool = tools.get(call.name)
+def _answer(tools: Mapping[str, Tool], asked: Message) -> tuple[str, bool]:
+  tool = tools.get(asked['name'])
   if tool is None:
     known = ', '.join(tools) or 'none'
-    return Result(
-      call, f'there is no tool {call.name!r}; there are {known}', True
-    )
-  text, failed = _in_time(tool, call, tool.seconds or limits.seconds)
-  taken = round(time.monotonic() - begun, 3)
-  return Result(call, cut(text, limits.output), failed, taken, tool.trusted)
-
-
-def _in_time(tool: Tool, call: Call, seconds: float) -> tuple[str, bool]:
-  box: queue.SimpleQueue = queue.SimpleQueue()
-  threading.Thread(
-    target=lambda: box.put(_answer(tool, call, seconds)), daemon=True
-  ).start()
+    return f'there is no tool {asked["name"]!r}; there are {known}', True
   try:
-    return box.get(timeout=seconds)
-  except queue.Empty:
-    return f'the tool did not answer in {seconds:.3g} s', True
-
-
-def _answer(tool: Tool, call: Call, seconds: float) -> tuple[str, bool]:
-  try:
-    return tool.run(call.arguments, seconds), False
+    return tool.run(asked['arguments']), False
   except Invalid as e:
     return str(e), True
-  except TimeoutError as e:
-    return f'the tool did not answer in time: {e}'.removesuffix(': '), True
   # Whatever a tool does, the model is told and may try something else.
   except BaseException as e:  # noqa: B036
     return f'{type(e).__name__}: {e}', True
@@ -122,17 +101,40 @@ def cut(text: str, limit: int) -> str:
   if len(text) <= limit:
     return text
   half = limit // 2
-  note = (
-    f'\n[{len(text) - 2 * half:,} of {len(text):,} characters are left out '
-    'here]\n'
-  )
-  return text[:half] + note + text[len(text) - half :]
+  left = f'{len(text) - 2 * half:,} of {len(text):,} characters'
+  return f'{text[:half]}\n[{left} are left out here]\n{text[-half:]}'
 
 
 def as_data(result: Result) -> str:
   """A result as the model reads it: between marks that it cannot end."""
-  if result.trusted and not result.failed:
+  if result.trusted:
     return result.text
   text = _MARKS.sub(lambda found: f'{found[0]} ', result.text)
   kind = ' error="true"' if result.failed else ''
   return f'<tool_output{kind}>\n{text}\n</tool_output>'
+
+
+def sendable(message: Message) -> Message:
+  """A reply as it can be sent back: servers refuse arguments that are no JSON
+  object, the model is to see what it wrote."""
+  asked = []
+  for call in message.get('tool_calls', ()):
+    function = call['function']
+    try:
+      fits = isinstance(json.loads(function['arguments'] or '{}'), dict)
+    except ValueError:
+      fits = False
+    if not fits:
+      wrong = json.dumps({'not_json': function['arguments']})
+      call = {**call, 'function': {**function, 'arguments': wrong}}
+    asked.append(call)
+  return {**message, 'tool_calls': asked} if asked else message
+
+
+def key(result: Result) -> tuple[str, str, str]:
+  """What makes two results the same."""
+  try:
+    arguments = json.dumps(json.loads(result.arguments), sort_keys=True)
+  except ValueError:
+    arguments = result.arguments
+  return result.name, arguments, result.text

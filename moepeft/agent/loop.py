@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: ask the model, run its tools, tell it the results, until it ends.
+"""The loop: asks the model, runs its tools, tells it the results.
 
-Acting, planning and reflecting are functions over the same `step`.
+What happens is told as events, dicts of JSON with the key 'event':
+
+  started   question, settings (what a replay needs), earlier messages
+  counted   tokens of a request, where memory has a limit
+  forgotten messages that memory lost
+  asked     request, seconds since the question
+  piece     text, as it streams
+  replied   message, reason, tokens, estimated; or error, late
+  called    calls that are about to run, at once
+  returned  a call's id, name, arguments, text, failed, trusted
+  ended     outcome
 """
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import events
-from moepeft.agent.calls import Limits, Result
-from moepeft.agent.events import Outcome, Tell
-from moepeft.agent.forms import Form, Said
-from moepeft.agent.memory import Full, Memory
-from moepeft.agent.model import Call, Failed, Late, Model, Reply
+from moepeft.agent import calls, react
+from moepeft.agent.calls import Result
+from moepeft.agent.memory import Full
+from moepeft.agent.model import Failed, Late, Message, Reply, Request
 from moepeft.agent.tools import Tool
 
-RunCalls = Callable[
-  [Mapping[str, Tool], Sequence[Call], Limits], Sequence[Result]
-]
+Event = Mapping[str, Any]
+Tell = Callable[[Event], None]
 _PLAN = (
   'Before you begin: write a short numbered plan of how you will answer this, '
   'at most five lines. Do not answer yet.'
@@ -36,6 +42,11 @@ _SAME = (
 )
 
 
+def ignore(event: Any) -> None:
+  """Tells nobody."""
+  del event
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
   """What a question may cost; None is no limit.
@@ -46,9 +57,11 @@ class Budget:
     tokens: of all prompts and answers, counted after each reply: the last one
       may go over.
     seconds: of the clock on the wall; a reply is broken off then, tools that
-      run are waited for (see `Limits`).
+      run are waited for.
     repeats: times that a call may give the same output.
     malformed: replies in a row that may break the protocol.
+    call_seconds: that a call may take, where its tool does not say.
+    output: characters of a tool's output that the model is shown.
   """
 
   steps: int = 10
@@ -57,221 +70,210 @@ class Budget:
   seconds: float | None = None
   repeats: int = 3
   malformed: int = 3
+  call_seconds: float = 60.0
+  output: int = 8000
+
+  def __post_init__(self):
+    for name, limit in dataclasses.asdict(self).items():
+      if limit is not None and (limit < 0 or (not limit and name != 'calls')):
+        raise ValueError(f'the budget of {name} is above 0; got {limit}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What came of a question.
+
+  Attributes:
+    state: 'answered'; 'unsure' (its own check objects), 'cut' (the server
+      ended it at its length), 'budget', 'loop' (the same calls again and
+      again), 'malformed' (not in the protocol) or 'failed' (no reply).
+    text: the answer, or what there was of one.
+    why: a sentence where it is not 'answered'.
+    steps, calls, tokens, seconds: that were used.
+    estimated: whether `tokens` is in part a guess.
+  """
+
+  state: str
+  text: str = ''
+  why: str = ''
+  steps: int = 0
+  calls: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  estimated: bool = False
 
 
 class Run:
-  """A question under way: what it has used, and what it works with."""
+  """A question under way: what it has used."""
 
-  def __init__(
-    self,
-    model: Model,
-    form: Form,
-    tools: Mapping[str, Tool],
-    memory: Memory,
-    system: str,
-    options: Mapping[str, Any],
-    budget: Budget,
-    limits: Limits,
-    tell: Tell,
-    clock: Callable[[], float],
-    run_calls: RunCalls,
-  ):
-    """Begins now."""
-    self.model, self.form, self.tools = model, form, tools
-    self.memory, self.system, self.options = memory, system, options
-    self.budget, self.limits = budget, limits
-    self.tell, self.clock, self.run_calls = tell, clock, run_calls
-    self.begun, self.elapsed = clock(), 0.0
+  def __init__(self, agent: Any):
+    """Of an `agent.Agent`, whose parts it works with; begins now."""
+    self.agent, self.budget, self.memory = agent, agent.budget, agent.memory
+    self.begun = agent.clock()
     self.steps = self.calls = self.tokens = self.malformed = 0
-    self.estimated = False
+    self.seconds, self.estimated = 0.0, False
     self.seen: collections.Counter = collections.Counter()
-
-  def spent(self) -> str:
-    """Which limit is reached, a sentence; '' for none. Looks at the clock."""
-    self.elapsed = round(self.clock() - self.begun, 3)
-    for name in ('steps', 'tokens', 'seconds'):
-      limit = getattr(self.budget, name)
-      used = self.elapsed if name == 'seconds' else getattr(self, name)
-      if limit is not None and used >= limit:
-        return f'the budget of {limit:,} {name} is spent ({used:,} used)'
-    return ''
 
   def end(self, state: str, text: str = '', why: str = '') -> Outcome:
     """The outcome, with what was used so far."""
-    return Outcome(
-      state,
-      text,
-      why,
-      self.steps,
-      self.calls,
-      self.tokens,
-      self.estimated,
-      self.elapsed,
-    )
+    used = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
+    return Outcome(state, text, why, *(getattr(self, name) for name in used))
+
+  def say(self, role: str, content: str) -> None:
+    self.memory.messages.append({'role': role, 'content': content})
 
   def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
     """One request; an outcome where there is no budget or no reply."""
-    if why := self.spent():
-      return self.end(events.BUDGET, why=why)
+    agent, budget = self.agent, self.budget
+    self.seconds = round(agent.clock() - self.begun, 3)
+    for name in ('steps', 'tokens', 'seconds'):
+      limit, spent = getattr(budget, name), getattr(self, name)
+      if limit is not None and spent >= limit:
+        why = f'the budget of {limit:,} {name} is spent ({spent:,} used)'
+        return self.end('budget', why=why)
     try:
-      messages = self.memory.messages(self.system, self.tell)
+      request = self._fitted(tools)
     except Full as e:
-      return self.end(events.BUDGET, why=str(e))
-    request = {
-      'messages': messages,
-      **self.form.request(tools),
-      **self.options,
-    }
-    self.tell(events.Asked(request, self.elapsed))
+      return self.end('budget', why=str(e))
+    agent.tell({'event': 'asked', 'request': request, 'seconds': self.seconds})
     self.steps += 1
+    left = budget.seconds and budget.seconds - self.seconds
     try:
-      reply = self.model(request, self._piece, self._left())
+      reply = agent.model(
+        request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
+      )
     except Failed as e:
       late = isinstance(e, Late)
-      self.tell(events.Replied(None, str(e), late))
-      state = events.BUDGET if late else events.FAILED
-      return self.end(state, why=str(e))
-    self.tell(events.Replied(reply))
+      agent.tell({'event': 'replied', 'error': str(e), 'late': late})
+      return self.end('budget' if late else 'failed', why=str(e))
+    agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
     self.tokens += reply.tokens
-    self.estimated = self.estimated or reply.estimated
+    self.estimated |= reply.estimated
     return reply
 
-  def _left(self) -> float | None:
-    if self.budget.seconds is None:
+  def _fitted(self, tools: Sequence[Tool]) -> Request:
+    """The request, with so much forgotten that memory holds it."""
+    memory, options = self.memory, dict(self.agent.options)
+    if not tools or self.calls:
+      options.pop('tool_choice', None)
+    if not tools:
+      options.pop('parallel_tool_calls', None)
+    while True:
+      request = self.agent.request(tools, options)
+      if memory.limit is None:
+        return request
+      tokens = memory.count(request)
+      self.agent.tell({'event': 'counted', 'tokens': tokens})
+      if tokens <= memory.limit:
+        return request
+      if not (lost := memory.forget()):
+        raise Full(
+          f'the question and its latest step have {tokens:,} tokens, memory '
+          f'holds {memory.limit:,}; give it more, or show less of tool outputs'
+        )
+      self.agent.tell({'event': 'forgotten', 'messages': lost})
+
+  def act(self) -> Outcome:
+    """Steps until one ends it."""
+    while (outcome := self.step()) is None:
+      pass
+    return outcome
+
+  def step(self) -> Outcome | None:
+    """Asks once and runs what is called for; the outcome where that ends it."""
+    reply = self.ask(self.agent.tools)
+    if isinstance(reply, Outcome):
+      return reply
+    message, wrong = reply.message, ''
+    text = message['content']
+    if self.agent.form == 'react' and self.agent.tools:
+      message, text, wrong = react.read(message, self.steps)
+    self.memory.messages.append(calls.sendable(message))
+    if message.get('tool_calls'):
+      self.malformed = 0
+      return self._call(message['tool_calls'])
+    if reply.reason == 'length':
+      why = 'the server ended the answer at its length; raise max_tokens'
+      return self.end('cut', text, why)
+    if wrong:
+      self.malformed += 1
+      if self.malformed >= self.budget.malformed:
+        why = f'{self.malformed} replies in a row were not in the protocol'
+        return self.end('malformed', text, why)
+      self.say('user', wrong)
       return None
-    return max(0.001, self.budget.seconds - self.elapsed)
+    if not text.strip():
+      return self.end('failed', why='the model answered nothing')
+    return self.end('answered', text)
 
-  def _piece(self, text: str) -> None:
-    self.tell(events.Piece(text))
-
-
-def step(run: Run) -> Outcome | None:
-  """Asks once and runs what is called for; the outcome where that ends it."""
-  reply = run.ask(list(run.tools.values()))
-  if isinstance(reply, Outcome):
-    return reply
-  said = run.form.read(reply, run.steps)
-  if said.calls:
-    run.malformed = 0
-    return _run_calls(run, said)
-  if said.wrong:
-    return _wrong(run, said)
-  run.memory.step([said.message])
-  if reply.reason == 'length':
-    why = 'the server ended the answer at its length; raise max_tokens'
-    return run.end(events.CUT, said.text, why)
-  if not said.text.strip():
-    return run.end(events.FAILED, why='the model answered nothing')
-  return run.end(events.ANSWERED, said.text)
-
-
-def _wrong(run: Run, said: Said) -> Outcome | None:
-  """A reply outside the protocol: the model is told, some times."""
-  run.malformed += 1
-  if run.malformed >= run.budget.malformed:
-    run.memory.step([said.message])
-    why = f'{run.malformed} replies in a row were not in the protocol'
-    return run.end(events.MALFORMED, said.text, why)
-  run.memory.step([said.message, {'role': 'user', 'content': said.wrong}])
-  return None
-
-
-def _run_calls(run: Run, said: Said) -> Outcome | None:
-  left = max(0, run.budget.calls - run.calls)
-  taken, refused = said.calls[:left], said.calls[left:]
-  run.tell(events.Called(taken))
-  results = list(run.run_calls(run.tools, taken, run.limits)) if taken else []
-  run.calls += len(taken)
-  for result in results:
-    run.tell(events.Returned(result))
-  # Each call has its answer, or the conversation would not be one.
-  why = f'the budget of {run.budget.calls} calls is spent'
-  results += [Result(call, why, True) for call in refused]
-  counts = [_seen(run, result) for result in results]
-  notes = [_SAME if count > 1 else '' for count in counts]
-  told = run.form.results(list(zip(results, notes, strict=True)))
-  run.memory.step([said.message, *told])
-  if max(counts) >= run.budget.repeats:
-    name = results[counts.index(max(counts))].call.name
-    return run.end(
-      events.LOOP,
-      why=f'{name} was called {max(counts)} times with the same arguments and '
-      'the same output',
+  def _call(self, asked: Sequence[Message]) -> Outcome | None:
+    """Runs calls; each has its answer, or there would be no conversation."""
+    agent, limits = self.agent, self.budget
+    left = limits.calls - self.calls
+    taken, refused = asked[:left], asked[left:]
+    agent.tell({'event': 'called', 'calls': taken})
+    tools = {tool.name: tool for tool in agent.tools}
+    results = list(
+      agent.run_calls(tools, taken, limits.call_seconds, limits.output)
     )
-  return run.end(events.BUDGET, why=why) if refused else None
+    for result in results:
+      agent.tell({'event': 'returned', **dataclasses.asdict(result)})
+    self.calls += len(taken)
+    spent = f'the budget of {limits.calls} calls is spent'
+    results += [
+      Result(call['id'], *call['function'].values(), spent, True)
+      for call in refused
+    ]
+    # Twice in one reply is no loop: its output was not seen between.
+    keys = [calls.key(result) for result in results]
+    self.seen.update(set(keys))
+    counts = [self.seen[key] for key in keys]
+    for result, count in zip(results, counts, strict=True):
+      note = _SAME if count > 1 else ''
+      self.memory.messages.append(
+        {
+          'role': 'tool',
+          'tool_call_id': result.id,
+          'content': calls.as_data(result) + note,
+        }
+      )
+    if (most := max(counts)) >= limits.repeats:
+      name = results[counts.index(most)].name
+      why = f'{name} was called {most} times with the same arguments and '
+      return self.end('loop', why=f'{why}the same output')
+    return self.end('budget', why=spent) if refused else None
 
+  def told(self, instruction: str) -> str | Outcome:
+    """What the model says to an instruction, without tools."""
+    self.say('user', instruction)
+    reply = self.ask(())
+    if isinstance(reply, Outcome):
+      return reply
+    text = reply.message['content']
+    self.say('assistant', text)
+    return text.strip()
 
-def _seen(run: Run, result: Result) -> int:
-  """How often a call has given this output."""
-  try:
-    arguments = json.dumps(json.loads(result.call.arguments), sort_keys=True)
-  except ValueError:
-    arguments = result.call.arguments
-  key = (result.call.name, arguments, result.text)
-  run.seen[key] += 1
-  return run.seen[key]
+  def plan_act_reflect(self, rounds: int = 2) -> Outcome:
+    """A plan, an answer, and a check of it; answers anew so many times at most.
 
-
-def act(run: Run) -> Outcome:
-  """Steps until one ends it."""
-  while (outcome := step(run)) is None:
-    pass
-  return outcome
-
-
-def say(run: Run, instruction: str) -> Reply | Outcome:
-  """One request without tools, kept in memory with its instruction."""
-  run.memory.step([{'role': 'user', 'content': instruction}])
-  reply = run.ask(())
-  if isinstance(reply, Reply):
-    # A pair, so that the roles stay in turns when one is forgotten.
-    asked = run.memory.units.pop().messages
-    answer = {'role': 'assistant', 'content': reply.text}
-    run.memory.step([*asked, answer])
-  return reply
-
-
-def plan(run: Run) -> Outcome | None:
-  """Has the model write a plan first; an outcome where it could not."""
-  reply = say(run, _PLAN)
-  if isinstance(reply, Outcome):
-    return reply
-  run.memory.step([{'role': 'user', 'content': _ACT}])
-  return None
-
-
-def reflect(run: Run) -> str | Outcome:
-  """What the model has against its answer; '' for nothing."""
-  reply = say(run, _REFLECT)
-  if isinstance(reply, Outcome):
-    return reply
-  text = reply.text.strip()
-  is_ok = text.strip('."\'*').lower() == 'ok' or text.lower().startswith('ok\n')
-  return '' if is_ok else text or 'it did not say'
-
-
-def plan_act_reflect(run: Run, rounds: int = 2) -> Outcome:
-  """A plan, an answer, and a check of it; answers anew so many times at most.
-
-  An answer that the last check objects to is UNSURE, never ANSWERED; one that
-  could not be checked is too.
-  """
-  if ended := plan(run):
-    return ended
-  for left in range(rounds - 1, -1, -1):
-    outcome = act(run)
-    if outcome.state != events.ANSWERED:
-      return outcome
-    objection = reflect(run)
-    if isinstance(objection, Outcome):
-      why = f'the answer was not checked: {objection.why}'
-      return run.end(events.UNSURE, outcome.text, why)
-    if not objection:
-      return run.end(events.ANSWERED, outcome.text)
-    if left:
-      run.memory.step([{'role': 'user', 'content': _AGAIN}])
-  why = f'its own check objects: {objection}'
-  return run.end(events.UNSURE, outcome.text, why)
-
-
-MODES = {'act': act, 'plan': plan_act_reflect}
+    An answer that the last check objects to is 'unsure', never 'answered'; one
+    that could not be checked is too.
+    """
+    if isinstance(ended := self.told(_PLAN), Outcome):
+      return ended
+    self.say('user', _ACT)
+    for left in range(rounds - 1, -1, -1):
+      outcome = self.act()
+      if outcome.state != 'answered':
+        return outcome
+      said = self.told(_REFLECT)
+      if isinstance(said, Outcome):
+        why = f'the answer was not checked: {said.why}'
+        return self.end('unsure', outcome.text, why)
+      first = said.splitlines()[0] if said else ''
+      if first.strip('."\'*').lower() == 'ok':
+        return self.end('answered', outcome.text)
+      if left:
+        self.say('user', _AGAIN)
+    why = f'its own check objects: {said or "it did not say"}'
+    return self.end('unsure', outcome.text, why)

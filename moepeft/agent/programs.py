@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs that are run and watched: time, memory, and how much they print."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-
-_PAUSE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +44,10 @@ class Ran:
   ended: str = ''
 
   def __str__(self) -> str:
+    ended = self.ended or (self.code and f'exit status {self.code}')
     said = self.output.rstrip('\n')
-    if self.ended:
-      return f'{said}\n[{self.ended}]'.lstrip('\n')
-    if self.code:
-      return f'{said}\n[exit status {self.code}]'.lstrip('\n')
-    return said or '[no output]'
+    note = f'[{ended}]' if ended else '' if said else '[no output]'
+    return '\n'.join(filter(None, [said, note]))
 
 
 def watched(
@@ -84,12 +81,14 @@ def watched(
     target=kept.drain, args=(process.stdout,), daemon=True
   )
   reader.start()
-  ended = ''
   try:
     ended = _wait(process, bounds)
   finally:
     # The sandbox ends with bwrap; without one, the session does.
-    _kill(process)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, 9)
+    process.kill()
+    process.wait()
     reader.join(5)
   return Ran(kept.text(), None if ended else process.returncode, ended)
 
@@ -97,59 +96,35 @@ def watched(
 def _wait(process: subprocess.Popen, bounds: Bounds) -> str:
   """Why a process has to be ended; '' once it has ended by itself."""
   begun = time.monotonic()
-  pause = 0.01
   while True:
-    try:
-      process.wait(pause)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(0.1)
       return ''
-    except subprocess.TimeoutExpired:
-      pause = _PAUSE
     if time.monotonic() - begun > bounds.seconds:
       return f'ended after {bounds.seconds:.3g} s'
-    used = _memory(process.pid)
-    if used > bounds.memory:
+    if (used := _memory(process.pid)) > bounds.memory:
       return (
         f'ended: all its processes together had {used >> 20:,} MB of memory, '
         f'{bounds.memory >> 20:,} are allowed'
       )
 
 
-def _kill(process: subprocess.Popen) -> None:
-  try:
-    os.killpg(process.pid, 9)
-  except ProcessLookupError:
-    pass
-  process.kill()
-  process.wait()
-
-
 def _memory(pid: int) -> int:
   """Bytes that a process and all its descendants hold, files aside."""
-  parents: dict[int, list[int]] = {}
+  held, below = {}, {}
   for name in filter(str.isdigit, os.listdir('/proc')):
-    try:
-      with open(f'/proc/{name}/stat') as file:
-        parent = int(file.read().rpartition(')')[2].split()[1])
-    except (OSError, IndexError, ValueError):
-      continue
-    parents.setdefault(parent, []).append(int(name))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+      with open(f'/proc/{name}/status') as lines:
+        said = dict(line.split(':', 1) for line in lines)
+      below.setdefault(int(said['PPid']), []).append(int(name))
+      held[int(name)] = sum(
+        int(said[key].split()[0]) for key in ('RssAnon', 'RssShmem')
+      )
   total, left = 0, [pid]
   while left:
-    total += _own_memory(own := left.pop())
-    left += parents.get(own, [])
-  return total
-
-
-def _own_memory(pid: int) -> int:
-  try:
-    with open(f'/proc/{pid}/status') as lines:
-      return 1024 * sum(
-        int(line.split()[1])
-        for line in lines
-        if line.startswith(('RssAnon:', 'RssShmem:'))
-      )
-  except (OSError, IndexError, ValueError):
-    return 0
+    total += held.get(own := left.pop(), 0)
+    left += below.get(own, [])
+  return 1024 * total
 
 
 class _Kept:

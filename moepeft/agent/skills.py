@@ -8,23 +8,21 @@ read_skill_file, and scripts, of which only the output enters the context, by
 run_skill_script. Form: agentskills.io/specification.
 """
 
-import dataclasses
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Literal
 
+import pydantic
 import yaml
 
 from moepeft.agent.programs import Bounds, watched
-from moepeft.agent.tools import Tool, tool
+from moepeft.agent.tools import Tool, reasons, tool
 
 FILE = 'SKILL.md'
 OWN = pathlib.Path(__file__).parent / 'skills'
-_NAME = re.compile(r'[a-z0-9]+(-[a-z0-9]+)*')
-_LENGTHS = {'name': 64, 'description': 1024, 'compatibility': 500}
 # Of a file that is shown to a model.
 _LARGEST = 1 << 20
 _SECRET = re.compile(r'KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.I)
@@ -33,40 +31,52 @@ You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
 says. The skills:
 {}"""
+_Text = Annotated[
+  str, pydantic.StringConstraints(strict=True, strip_whitespace=True)
+]
 
 
-@dataclasses.dataclass(frozen=True)
-class Skill:
-  """A directory with a valid SKILL.md.
+class Skill(pydantic.BaseModel):
+  """A directory with a valid SKILL.md; its other fields are for people.
 
   Attributes:
-    name: of the skill and of its directory.
-    description: what it does and when to use it; at most 1,024 characters.
+    name: of the skill and of its directory: lower-case letters, digits, single
+      hyphens between them.
+    description: what it does and when to use it.
     body: the instructions, Markdown.
     path: the directory.
-    license, compatibility, allowed_tools, metadata: what the front matter says;
-      for people, nothing here acts on it.
   """
 
-  name: str
-  description: str
+  name: Annotated[
+    _Text, pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$')
+  ]
+  description: Annotated[_Text, pydantic.Field(min_length=1, max_length=1024)]
   body: str
   path: pathlib.Path
-  license: str = ''
-  compatibility: str = ''
-  allowed_tools: str = ''
-  metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def files(self) -> list[str]:
     """Paths of what lies beside SKILL.md, links and hidden files aside."""
     found = []
+    # Links to directories are not followed.
     for folder, names, files in os.walk(self.path):
-      names[:] = [n for n in sorted(names) if not n.startswith(('.', '__'))]
-      for name in sorted(files):
-        path = pathlib.Path(folder, name)
-        if not name.startswith('.') and not path.is_symlink():
-          found.append(path.relative_to(self.path).as_posix())
-    return [path for path in found if path != FILE]
+      names[:] = [n for n in names if not n.startswith(('.', '__'))]
+      paths = [pathlib.Path(folder, n) for n in files if n[0] != '.']
+      found += [p for p in paths if not p.is_symlink()]
+    told = sorted(p.relative_to(self.path).as_posix() for p in found)
+    return [path for path in told if path != FILE]
+
+  def file(self, path: str) -> pathlib.Path:
+    """A file of the skill.
+
+    Raises:
+      ValueError: it is not in the skill's directory, or there by a link.
+    """
+    if path not in [FILE, *self.files()]:
+      raise ValueError(
+        f'the skill {self.name} has no file {path!r}; it has '
+        f'{", ".join(self.files()) or "none"}'
+      )
+    return self.path / path
 
 
 def read(path: str | os.PathLike) -> Skill:
@@ -83,18 +93,34 @@ def read(path: str | os.PathLike) -> Skill:
     text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError:
     raise ValueError(f'{file} is not UTF-8; save it as that') from None
-  fields, body = _split(text, file)
-  _check(fields, file, path.resolve().name)
-  return Skill(
-    fields['name'],
-    fields['description'].strip(),
-    body.strip(),
-    path.resolve(),
-    fields.get('license') or '',
-    fields.get('compatibility') or '',
-    fields.get('allowed-tools') or '',
-    fields.get('metadata') or {},
-  )
+  found = re.match(r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M)
+  if not found:
+    raise ValueError(
+      f'{file} has no front matter; begin it with a line ---, then name and '
+      'description, then another line ---'
+    )
+  try:
+    fields = yaml.safe_load(found[1])
+    rest = {'body': text[found.end() :].strip(), 'path': path.resolve()}
+    skill = Skill.model_validate({**fields, **rest})
+  except yaml.YAMLError as e:
+    said = ' '.join(str(e).split())
+    raise ValueError(
+      f'the front matter of {file} is not YAML ({said}); quote values that '
+      'hold a colon'
+    ) from None
+  except TypeError:
+    raise ValueError(
+      f'the front matter of {file} is no list of name: value'
+    ) from None
+  except pydantic.ValidationError as e:
+    raise ValueError(f'the front matter of {file}: {reasons(e)}') from None
+  if skill.name != skill.path.name:
+    raise ValueError(
+      f'the name {skill.name!r} in {file} differs from its directory '
+      f'{skill.path.name!r}; rename one of them'
+    )
+  return skill
 
 
 def find(folders: Sequence[str | os.PathLike]) -> dict[str, Skill]:
@@ -109,7 +135,12 @@ def find(folders: Sequence[str | os.PathLike]) -> dict[str, Skill]:
       raise ValueError(
         f'the directory of skills {str(folder)!r} does not exist'
       )
-    for path in [folder] if (folder / FILE).exists() else _within(folder):
+    within = [
+      path
+      for path in sorted(folder.iterdir())
+      if path.is_dir() and not path.name.startswith(('.', '__'))
+    ]
+    for path in [folder] if (folder / FILE).exists() else within:
       skill = read(path)
       if skill.name in found:
         raise ValueError(
@@ -118,65 +149,6 @@ def find(folders: Sequence[str | os.PathLike]) -> dict[str, Skill]:
         )
       found[skill.name] = skill
   return found
-
-
-def _within(folder: pathlib.Path) -> list[pathlib.Path]:
-  return [
-    path
-    for path in sorted(folder.iterdir())
-    if path.is_dir() and not path.name.startswith(('.', '__'))
-  ]
-
-
-def _split(text: str, file: pathlib.Path) -> tuple[dict[str, Any], str]:
-  found = re.match(
-    r'---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)', text, re.S | re.M
-  )
-  if not found:
-    raise ValueError(
-      f'{file} has no front matter; begin it with a line ---, then name and '
-      'description, then another line ---'
-    )
-  try:
-    fields = yaml.safe_load(found[1])
-  except yaml.YAMLError as e:
-    where = getattr(e, 'problem_mark', None)
-    line = f' in line {where.line + 2}' if where else ''
-    raise ValueError(
-      f'the front matter of {file} is not YAML{line}: '
-      f'{getattr(e, "problem", None) or e}; quote values that hold a colon'
-    ) from None
-  if not isinstance(fields, dict):
-    raise ValueError(f'the front matter of {file} is no list of name: value')
-  return fields, text[found.end() :]
-
-
-def _check(fields: Mapping[str, Any], file: pathlib.Path, folder: str) -> None:
-  for key in ('name', 'description'):
-    if not isinstance(fields.get(key), str) or not fields[key].strip():
-      raise ValueError(f'the front matter of {file} lacks a {key}, a text')
-  for key in ('license', 'compatibility', 'allowed-tools'):
-    if not isinstance(fields.get(key) or '', str):
-      raise ValueError(f'{key} in the front matter of {file} is to be a text')
-  for key, most in _LENGTHS.items():
-    if (length := len(fields.get(key) or '')) > most:
-      raise ValueError(
-        f'the {key} in {file} has {length:,} characters; at most {most:,}'
-      )
-  name = fields['name']
-  if not _NAME.fullmatch(name):
-    raise ValueError(
-      f'the name {name!r} in {file} is to be of lower-case letters, digits and '
-      'single hyphens between them'
-    )
-  if name != folder:
-    raise ValueError(
-      f'the name {name!r} in {file} differs from its directory {folder!r}; '
-      'rename one of them'
-    )
-  metadata = fields.get('metadata') or {}
-  if not isinstance(metadata, dict):
-    raise ValueError(f'metadata in {file} is to be a list of name: value')
 
 
 def catalogue(skills: Mapping[str, Skill]) -> str:
@@ -200,91 +172,52 @@ def tools(
   if not skills:
     return []
   bounds = bounds or Bounds(seconds=120.0, memory=8 << 30)
+  files = sorted({path for s in skills.values() for path in s.files()})
+  scripts = [path for path in files if path.startswith('scripts/')]
+  # The schemas name all there is, so that a server can keep a model to it.
+  name_of, file_of, script_of = (
+    Literal[tuple(known)] for known in (skills, files or [''], scripts or [''])
+  )
 
-  def load_skill(name: str) -> str:
+  def load_skill(name: name_of) -> str:
     """Loads a skill: instructions to follow, and the names of its files.
 
     Args:
       name: of the skill.
     """
-    skill = _named(skills, name)
+    skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
     return f'{skill.body}\n\nFiles of this skill:{files or " none"}'
 
-  def read_skill_file(name: str, path: str) -> str:
+  def read_skill_file(name: name_of, path: file_of) -> str:
     """Reads a file of a skill.
 
     Args:
       name: of the skill.
       path: of the file, as load_skill tells it.
     """
-    file = inside(_named(skills, name), path)
+    file = skills[name].file(path)
     if file.stat().st_size > _LARGEST:
       raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')
-    try:
-      return file.read_text(encoding='utf-8')
-    except UnicodeDecodeError:
-      raise ValueError(f'{path!r} is no text') from None
+    return file.read_text(encoding='utf-8')
 
-  def run_skill_script(name: str, path: str, args: list[str]) -> str:
+  def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
     """Runs a script of a skill and returns what it prints.
 
     Args:
       name: of the skill.
-      path: of the script, as 'scripts/x.py'.
+      path: of the script.
       args: its arguments, in order; an empty list for none.
     """
-    file = inside(_named(skills, name), path)
-    if pathlib.PurePosixPath(path).parts[0] != 'scripts':
-      raise ValueError(f'{path!r} is no script; scripts lie in scripts/')
-    return str(watched([*_runner(file), *args], bounds, _environment()))
+    file = skills[name].file(path)
+    runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
+    command = [*runners.get(file.suffix, ()), str(file), *args]
+    return str(watched(command, bounds, _environment()))
 
-  limit = bounds.seconds + 10
-  return [
-    tool(load_skill, trusted=True),
-    tool(read_skill_file, trusted=True),
-    tool(run_skill_script, seconds=limit),
-  ]
-
-
-def _named(skills: Mapping[str, Skill], name: str) -> Skill:
-  if name not in skills:
-    raise ValueError(
-      f'there is no skill {name!r}; there are {", ".join(skills)}'
-    )
-  return skills[name]
-
-
-def inside(skill: Skill, path: str) -> pathlib.Path:
-  """A file of a skill.
-
-  Raises:
-    ValueError: it is not in the skill's directory, or there by a link.
-  """
-  parts = pathlib.PurePosixPath(path).parts
-  if not parts or os.path.isabs(path) or '..' in parts or '\0' in path:
-    raise ValueError(
-      f'{path!r} is not a path inside the skill; it is to be relative, without '
-      '..'
-    )
-  file = skill.path
-  for part in parts:
-    file = file / part
-    if file.is_symlink():
-      raise ValueError(f'{path!r} is or passes a link, which is not followed')
-  if not file.is_file():
-    raise ValueError(
-      f'the skill {skill.name} has no file {path!r}; it has '
-      f'{", ".join(skill.files()) or "none"}'
-    )
-  return file
-
-
-def _runner(file: pathlib.Path) -> list[str]:
-  runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
-  if file.suffix not in runners and not os.access(file, os.X_OK):
-    raise ValueError(f'{file.name!r} is not .py, .sh or executable')
-  return [*runners.get(file.suffix, ()), str(file)]
+  run = tool(run_skill_script, seconds=bounds.seconds + 10)
+  made = [tool(load_skill, trusted=True)]
+  made += [tool(read_skill_file, trusted=True)] if files else []
+  return made + ([run] if scripts else [])
 
 
 def _environment() -> dict[str, str]:

@@ -6,11 +6,9 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from moepeft.agent import events
-from moepeft.agent.events import Tell, ignore
-from moepeft.agent.model import Model
-from moepeft.agent.schemas import strict, without_nulls
-from moepeft.agent.tools import reasons
+from moepeft.agent.loop import Tell, ignore
+from moepeft.agent.model import Message, Model
+from moepeft.agent.tools import reasons, strict
 
 Form = TypeVar('Form', bound=pydantic.BaseModel)
 
@@ -18,10 +16,9 @@ Form = TypeVar('Form', bound=pydantic.BaseModel)
 def fill(
   model: Model,
   form: type[Form],
-  messages: Sequence[Mapping[str, Any]],
+  messages: Sequence[Message],
   retries: int = 2,
   options: Mapping[str, Any] | None = None,
-  seconds: float | None = None,
   tell: Tell = ignore,
 ) -> Form:
   """Asks for an instance of a pydantic model.
@@ -33,48 +30,27 @@ def fill(
     messages: the conversation, the last one the question.
     retries: times that it is asked again after an answer that does not fit.
     options: of each request: temperature, seed, max_tokens ...
-    seconds: that a reply may take.
     tell: is told the requests and replies.
 
   Raises:
     ValueError: no answer fits, or `form` has no strict schema.
     Failed: there is no reply.
   """
-  loose = form.model_json_schema()
-  schema = {
-    'name': form.__name__,
-    'schema': strict(loose, form.__name__),
-    'strict': True,
-  }
-  said = list(messages)
+  name = form.__name__
+  schema = {'name': name, 'schema': strict(form, name), 'strict': True}
+  response = {'type': 'json_schema', 'json_schema': schema}
+  said, wrong = list(messages), ''
   for _ in range(retries + 1):
-    request = {
-      'messages': said,
-      'response_format': {'type': 'json_schema', 'json_schema': schema},
-      **(options or {}),
-    }
-    tell(events.Asked(request, 0.0))
-    reply = model(request, lambda text: tell(events.Piece(text)), seconds)
-    tell(events.Replied(reply))
-    made, wrong = _read(form, loose, reply.text)
-    if made is not None:
-      return made
-    said = [
-      *said,
-      {'role': 'assistant', 'content': reply.text},
-      {'role': 'user', 'content': f'That does not fit: {wrong}. Answer anew.'},
-    ]
+    request = {'messages': said, 'response_format': response, **(options or {})}
+    tell({'event': 'asked', 'request': request})
+    reply = model(request, ignore, None)
+    tell({'event': 'replied', 'message': reply.message})
+    try:
+      return form.model_validate_json(reply.message['content'])
+    except pydantic.ValidationError as e:
+      wrong = reasons(e)
+    again = {'role': 'user', 'content': f'That does not fit: {wrong}. Again.'}
+    said = [*said, reply.message, again]
   raise ValueError(
-    f'no answer in {retries + 1} fits {form.__name__}; the last one: {wrong}'
+    f'no answer in {retries + 1} fits {name}; the last one: {wrong}'
   )
-
-
-def _read(
-  form: type[Form], loose: Mapping[str, Any], text: str
-) -> tuple[Form | None, str]:
-  try:
-    value = pydantic.TypeAdapter(Any).validate_json(text)
-    value = without_nulls(value, loose, loose.get('$defs', {}))
-    return form.model_validate(value), ''
-  except pydantic.ValidationError as e:
-    return None, reasons(e)

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces: all that an agent did, a JSON object a line, and its replay."""
 
-import dataclasses
 import datetime
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import events
 from moepeft.agent.agent import Agent
-from moepeft.agent.calls import Limits, Result
-from moepeft.agent.events import Event, Outcome, Tell, ignore
-from moepeft.agent.loop import Budget
-from moepeft.agent.memory import AROUND, Memory, digest
-from moepeft.agent.model import Call, Failed, Late, Reply
+from moepeft.agent.calls import Result
+from moepeft.agent.loop import Budget, Event, Outcome, Tell, ignore
+from moepeft.agent.memory import Memory
+from moepeft.agent.model import Failed, Late, Reply
 from moepeft.agent.tools import Tool
-
-_HIDDEN = '[hidden]'
 
 
 class Trace:
@@ -35,20 +30,16 @@ class Trace:
       OSError: it cannot be written.
     """
     self._file = open(path, 'a', encoding='utf-8')
-    self._secrets = [_inside(text) for text in secrets if text]
+    # As they stand inside a JSON string.
+    self._secrets = [_json(text)[1:-1] for text in secrets if text]
 
   def __call__(self, event: Event) -> None:
-    if isinstance(event, events.Piece):
+    if event['event'] == 'piece':
       return
     now = datetime.datetime.now(datetime.UTC)
-    row = {
-      'at': now.isoformat(timespec='milliseconds'),
-      'event': type(event).__name__.lower(),
-      **dataclasses.asdict(event),
-    }
-    line = json.dumps(row, ensure_ascii=False, default=str)
+    line = _json({'at': now.isoformat(timespec='milliseconds'), **event})
     for secret in self._secrets:
-      line = line.replace(secret, _HIDDEN)
+      line = line.replace(secret, '[hidden]')
     print(line, file=self._file, flush=True)
 
   def close(self) -> None:
@@ -56,9 +47,8 @@ class Trace:
     self._file.close()
 
 
-def _inside(text: str) -> str:
-  """A text as it stands inside a JSON string."""
-  return json.dumps(text, ensure_ascii=False)[1:-1]
+def _json(value: Any) -> str:
+  return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -87,29 +77,32 @@ def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
   """Runs a trace's questions again with what was recorded.
 
   The loop is the real one; the model, the tools, the clock and the counts of
-  tokens are the trace's. So it shows what happened without a server, and
-  that the loop of today would do the same.
-
-  Args:
-    tell: is told the events.
-
-  Returns:
-    an outcome for each question that ended.
+  tokens are the trace's. So `tell` is told what happened without a server, and
+  that the loop of today would do the same. Returns the outcome of each question
+  that ended.
 
   Raises:
     ValueError: the trace is broken, or the loop asks for something else than
       it did; the message says where.
   """
-  outcomes, agent, every = [], None, read(path)
-  counts = {
-    row['digest']: row['tokens'] for row in every if row['event'] == 'counted'
-  }
-  for rows in _questions(every):
-    tape = _Tape(rows)
-    if agent is None or rows[0]['earlier'] == 0:
-      agent = _Replaying(rows[0]['settings'], counts, tell)
-    outcome = agent.ask(rows[0]['question'], tape)
-    was = Outcome(**rows[-1]['outcome'])
+  outcomes, memory = [], Memory()
+  for rows in _questions(read(path)):
+    first, was = rows[0], Outcome(**rows[-1]['outcome'])
+    settings, tape = dict(first['settings']), _Tape(rows)
+    limit = settings.pop('memory')
+    memory = memory if first['earlier'] else Memory(limit)
+    memory.count = tape.count
+    agent = Agent(
+      tape.model,
+      [Tool(*parts, run=str) for parts in settings.pop('tools')],
+      memory=memory,
+      budget=Budget(**settings.pop('budget')),
+      tell=tell,
+      clock=tape.clock,
+      run_calls=tape.results,
+      **settings,
+    )
+    outcome = agent.ask(first['question'])
     if outcome != was:
       raise ValueError(
         f'the replay ends as {outcome}, the trace as {was}; the loop has '
@@ -131,97 +124,54 @@ def _questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
   return [own for own in found if own[-1]['event'] == 'ended']
 
 
-class _Replaying:
-  """An agent with recorded parts, over the questions of one conversation."""
-
-  def __init__(
-    self, settings: Mapping[str, Any], counts: Mapping[str, int], tell: Tell
-  ):
-    self._tape = _Tape(())
-    memory = Memory(
-      settings['memory'],
-      lambda text: counts.get(digest(text), AROUND) - AROUND,
-      (lambda lost: self._tape.take('forgotten')['summary'])
-      if settings['summarised']
-      else None,
-    )
-    self._agent = Agent(
-      self._model,
-      [
-        Tool(name, about, schema, _never)
-        for name, about, schema in settings['tools']
-      ],
-      settings['system'],
-      memory,
-      settings['form'],
-      settings['mode'],
-      Budget(**settings['budget']),
-      Limits(**settings['limits']),
-      settings['options'],
-      tell,
-      lambda: self._tape.now(),
-      self._results,
-    )
-
-  def ask(self, question: str, tape: '_Tape') -> Outcome:
-    self._tape = tape
-    return self._agent.ask(question)
-
-  def _model(self, request, piece, seconds) -> Reply:
-    was = self._tape.take('asked')['request']
-    if where := _difference(was, json.loads(json.dumps(request)), 'request'):
-      raise ValueError(f'the replay does not ask what the trace did: {where}')
-    row = self._tape.take('replied')
-    if row['reply'] is None:
-      raise (Late if row['late'] else Failed)(row['error'])
-    calls = tuple(Call(**call) for call in row['reply'].pop('calls'))
-    reply = Reply(calls=calls, **row['reply'])
-    piece(reply.text)
-    return reply
-
-  def _results(self, tools, calls, limits) -> list[Result]:
-    rows = [self._tape.take('returned')['result'] for _ in calls]
-    return [Result(call=Call(**row.pop('call')), **row) for row in rows]
-
-
 class _Tape:
-  """The rows of a question, taken in order, each kind by itself."""
+  """The rows of a question, each kind in order, as the parts of an agent."""
 
   def __init__(self, rows: Sequence[Mapping[str, Any]]):
     self._rows: dict[str, deque] = {}
     for row in rows:
       self._rows.setdefault(row['event'], deque()).append(row)
-    times = [row['seconds'] for row in self._rows.get('asked', ())]
-    ends = [row['outcome']['seconds'] for row in self._rows.get('ended', ())]
-    self._times = deque([0.0, *times, *ends])
+    asked = [row['seconds'] for row in self._rows.get('asked', ())]
+    self._times = deque([0.0, *asked, rows[-1]['outcome']['seconds']])
 
-  def take(self, kind: str) -> dict[str, Any]:
+  def _take(self, kind: str) -> Mapping[str, Any]:
     if not self._rows.get(kind):
       raise ValueError(
         f'the replay does more than the trace: there is no further {kind!r}'
       )
-    return dict(self._rows[kind].popleft())
+    return self._rows[kind].popleft()
 
-  def now(self) -> float:
+  def clock(self) -> float:
     return self._times.popleft() if len(self._times) > 1 else self._times[0]
 
+  def count(self, request) -> int:
+    return self._take('counted')['tokens']
 
-def _never(text: str, seconds: float) -> str:
-  raise AssertionError('a replay runs no tools')
+  def model(self, request, piece, seconds) -> Reply:
+    was = self._take('asked')['request']
+    if where := _difference(was, json.loads(_json(request)), 'request'):
+      raise ValueError(f'the replay does not ask what the trace did: {where}')
+    row = self._take('replied')
+    if 'error' in row:
+      raise (Late if row['late'] else Failed)(row['error'])
+    piece(row['message']['content'])
+    keys = ('message', 'reason', 'tokens', 'estimated')
+    return Reply(**{key: row[key] for key in keys})
+
+  def results(self, tools, calls, seconds, output) -> list[Result]:
+    rows = [dict(self._take('returned')) for _ in calls]
+    keys = ('id', 'name', 'arguments', 'text', 'failed', 'trusted')
+    return [Result(**{key: row[key] for key in keys}) for row in rows]
 
 
 def _difference(was: Any, now: Any, where: str) -> str:
   """Where two JSON values first differ; '' where they do not."""
-  if isinstance(was, dict) and isinstance(now, dict):
-    for key in [*was, *(key for key in now if key not in was)]:
-      if key not in was or key not in now:
-        return f'{where}.{key} is only in one of them'
-      if found := _difference(was[key], now[key], f'{where}.{key}'):
-        return found
-    return ''
-  if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-    for i, (old, new) in enumerate(zip(was, now, strict=True)):
-      if found := _difference(old, new, f'{where}[{i}]'):
-        return found
-    return ''
-  return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+  if isinstance(was, list) and isinstance(now, list):
+    was, now = dict(enumerate(was)), dict(enumerate(now))
+  if not (isinstance(was, dict) and isinstance(now, dict)):
+    return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+  parts = (
+    _difference(was.get(key), now.get(key), f'{where}[{key!r}]')
+    for key in {**was, **now}
+  )
+  return next(filter(None, parts), '')

@@ -50,7 +50,8 @@ class Parser:
   (no JSON, no name, a name that is no tool where the style has no opening)
   is content, every letter of it; it is held back until that is known. An
   answer that ends inside of a call is content from there on, unless the calls
-  are known to be well formed: then what came of it is out already.
+  are known to be well formed: then what came of it is out already, and a call
+  without a name yet is none.
 
   Attributes:
     calls: how many there were.
@@ -91,8 +92,10 @@ class Parser:
 
   def finish(self) -> list[Event]:
     """The rest, when no more comes."""
-    if self._state == self._inside and not self._told:
-      self._say(self._before + self._raw)
+    if self._state == self._inside:
+      # What is sure to be a call is not content because it was cut short.
+      if not self._told and not self._streams:
+        self._say(self._before + self._raw)
     elif self._state == self._free:
       self._say(self._text)
     self._text = ''

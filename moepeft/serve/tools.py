@@ -85,10 +85,12 @@ class Choice:
   Attributes:
     mode: 'none', 'auto' or 'required'.
     names: of those that may.
+    once: whether there is one call exactly, as of a tool that is named.
   """
 
   mode: str
   names: tuple[str, ...]
+  once: bool = False
 
 
 def check(found: Any) -> tuple[Tool, ...]:
@@ -178,7 +180,7 @@ def chosen(found: Any, tools: Sequence[Tool]) -> Choice:
     return Choice(found, names)
   kind = found.get('type') if isinstance(found, dict) else None
   if kind == 'function':
-    return Choice('required', (_named(found, names),))
+    return Choice('required', (_named(found, names),), once=True)
   if kind == 'allowed_tools':
     # The API has both a flat form and one inside of its own key.
     said = found.get('allowed_tools', found)

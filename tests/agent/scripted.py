@@ -46,6 +46,11 @@ def refuses(status: int, message: str) -> dict:
   return {'status': status, 'error': {'message': message, 'type': 'wrong'}}
 
 
+def breaks(text: str) -> dict:
+  """A reply whose connection breaks off in its middle."""
+  return {**says(text), 'breaks': True}
+
+
 def _reply(message: dict, reason: str, tokens: int | None) -> dict:
   usage = tokens and {
     'prompt_tokens': tokens - 2,
@@ -77,7 +82,7 @@ class Script:
   Attributes:
     requests: bodies of chat completions, in order.
     headers: theirs.
-    counts: whether there is a /tokenize, which counts words.
+    counts: whether there is a /tokenize, which counts words of messages.
     pause: an event that a reply waits for, if there is one.
   """
 
@@ -135,6 +140,8 @@ def _handler(script: Script) -> type[http.server.BaseHTTPRequestHandler]:
         script.pause.wait(20)
       if 'status' in reply:
         self._json(reply['status'], {'error': reply['error']})
+      elif 'breaks' in reply:
+        self._break(reply, body.get('stream'))
       elif body.get('stream'):
         self._stream(reply)
       else:
@@ -143,8 +150,9 @@ def _handler(script: Script) -> type[http.server.BaseHTTPRequestHandler]:
     def _count(self, body):
       if not script.counts:
         return self._json(404, {'error': {'message': 'no such route'}})
-      script.counted.append(body['prompt'])
-      self._json(200, {'count': len(body['prompt'].split()), 'tokens': []})
+      said = ' '.join(str(m['content']) for m in body['messages'])
+      script.counted.append(body)
+      self._json(200, {'count': len(said.split()), 'tokens': []})
 
     def _json(self, status, value):
       data = json.dumps(value).encode()
@@ -153,6 +161,17 @@ def _handler(script: Script) -> type[http.server.BaseHTTPRequestHandler]:
       self.send_header('Content-Length', str(len(data)))
       self.end_headers()
       self.wfile.write(data)
+
+    def _break(self, reply, stream):
+      # Fewer bytes than announced, and the connection ends.
+      self.send_response(200)
+      kind = 'text/event-stream' if stream else 'application/json'
+      self.send_header('Content-Type', kind)
+      self.send_header('Content-Length', '10000')
+      self.end_headers()
+      text = json.dumps(next(_chunks(reply)))
+      self.wfile.write(f'data: {text}\n\n'.encode() if stream else b'{"id')
+      self.close_connection = True
 
     def _stream(self, reply):
       self.send_response(200)

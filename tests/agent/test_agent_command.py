@@ -99,9 +99,10 @@ def test_what_is_no_answer_is_said_and_is_an_exit_code():
   ('arguments', 'said'),
   [
     (('--skills=nowhere', '--list_skills'), "'nowhere' does not exist"),
-    (('one', 'two'), 'one question is asked at a time'),
+    (('one', 'two'), 'unrecognized arguments: two'),
     (('?', '--base_url=http://127.0.0.1:9/v1'), 'does not tell its models'),
-    (('--max_steps=0', '?'), '--max_steps is at least 1; got 0'),
+    (('--max_steps=0', '?'), 'the budget of steps is above 0; got 0'),
+    (('--max_step=3', '?'), 'unrecognized arguments: --max_step=3'),
   ],
 )
 def test_mistakes_are_one_sentence(arguments, said):

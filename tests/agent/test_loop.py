@@ -8,13 +8,13 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import events  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.calls import RULE  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.tools import tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
+  breaks,
   refuses,
   says,
   serving,
@@ -79,7 +79,7 @@ def test_a_tool_is_called_and_its_result_answered_with(stream):
   assert called['tool_calls'][0]['function']['arguments'] == '{"a": 2, "b": 3}'
   assert returned['tool_call_id'] == called['tool_calls'][0]['id']
   assert returned['content'] == '<tool_output>\n5\n</tool_output>'
-  pieces = [e.text for e in told if isinstance(e, events.Piece)]
+  pieces = [e['text'] for e in told if e['event'] == 'piece']
   assert ''.join(pieces) == ('It is 5, or fünf.' if stream else '')
   assert len(pieces) > 3 or not stream
 
@@ -88,15 +88,15 @@ def test_events_come_in_the_order_of_what_happens():
   with serving(wants(('add', {'a': 1, 'b': 1})), says('2')) as script:
     told = []
     agent(script, tell=told.append).ask('1 + 1?')
-  assert [type(event).__name__ for event in told] == [
-    'Started',
-    'Asked',
-    'Replied',
-    'Called',
-    'Returned',
-    'Asked',
-    'Replied',
-    'Ended',
+  assert [event['event'] for event in told] == [
+    'started',
+    'asked',
+    'replied',
+    'called',
+    'returned',
+    'asked',
+    'replied',
+    'ended',
   ]
 
 
@@ -116,6 +116,7 @@ def test_errors_of_tools_are_told_to_the_model_and_it_goes_on():
     wants(
       ('broken', {'a': 1}),
       ('none_such', {}),
+      # A reply that was cut; sent back as it is, a server would refuse it.
       ('add', '{"a": 1, "b"'),
       ('add', {'a': 'x', 'b': 1}),
     ),
@@ -130,7 +131,9 @@ def test_errors_of_tools_are_told_to_the_model_and_it_goes_on():
   assert all(text.startswith('<tool_output error="true">') for text in said)
   assert 'RuntimeError: no luck with 1' in said[0]
   assert "there is no tool 'none_such'; there are add" in said[1]
-  assert 'the arguments are not JSON' in said[2]
+  assert 'Invalid JSON' in said[2]
+  called = script.requests[1]['messages'][2]['tool_calls'][2]['function']
+  assert json.loads(called['arguments']) == {'not_json': '{"a": 1, "b"'}
   assert 'a: Input should be a valid integer' in said[3]
 
 
@@ -173,7 +176,7 @@ def test_a_spent_budget_is_said_and_never_an_answer(budget, said, steps):
   # No more is run than allowed.
   assert outcome.calls == {3: 4 if budget.calls == 4 else 6, 2: 4}[steps]
   # The conversation says so too, and can go on.
-  last = made.memory.messages('')[-1]
+  last = made.memory.messages[-1]
   assert last['role'] == 'assistant' and 'no answer' in last['content']
 
 
@@ -217,6 +220,13 @@ def test_the_same_call_with_the_same_output_is_an_endless_loop():
   )
 
 
+def test_the_same_calls_in_one_reply_are_no_loop():
+  same = wants(*[('add', {'a': 1, 'b': 1})] * 4)
+  with serving(same, says('2')) as script:
+    outcome = agent(script).ask('?')
+  assert (outcome.state, outcome.calls) == ('answered', 4)
+
+
 def test_two_calls_in_turns_are_a_loop_too_and_new_outputs_are_none():
   first = wants(('add', '{"a": 1, "b": 2}'))
   same = wants(('add', '{"b": 2,   "a": 1}'))
@@ -246,6 +256,30 @@ def test_an_answer_that_was_cut_or_is_empty_is_not_an_answer():
   assert (empty.state, empty.text) == ('failed', '')
 
 
+def test_a_forced_call_is_forced_once_and_never_without_tools():
+  replies = [
+    says('plan'),
+    wants(('add', {'a': 2, 'b': 2})),
+    says('4'),
+    says('OK'),
+  ]
+  with serving(*replies) as script:
+    options = {'tool_choice': 'required', 'parallel_tool_calls': False}
+    outcome = agent(script, mode='plan', options=options).ask('2 + 2?')
+  assert outcome.state == 'answered'
+  forced = ['tool_choice' in request for request in script.requests]
+  assert forced == [False, True, False, False]
+  said = ['parallel_tool_calls' in request for request in script.requests]
+  assert said == [False, True, True, False]
+
+
+def test_a_server_that_leaves_in_the_middle_is_a_failure():
+  for stream in (False, True):
+    with serving(breaks('It is')) as script:
+      outcome = agent(script, stream=stream).ask('?')
+    assert outcome.state == 'failed' and 'gave no reply' in outcome.why
+
+
 def test_a_servers_refusal_is_its_sentence():
   with serving(refuses(400, 'the prompt is too long')) as script:
     outcome = agent(script).ask('?')
@@ -254,7 +288,7 @@ def test_a_servers_refusal_is_its_sentence():
     'the server refused the request (HTTP 400): the prompt is too long'
   )
   gone = agent(script).ask('?')
-  assert gone.state == 'failed' and 'no server answers at' in gone.why
+  assert gone.state == 'failed' and 'is a server running' in gone.why
   assert KEY not in gone.why
 
 
@@ -287,17 +321,17 @@ def test_a_second_question_knows_the_first():
 
 def test_an_interrupted_question_leaves_nothing_in_memory():
   def interrupt(event):
-    if isinstance(event, events.Called):
+    if event['event'] == 'called':
       raise KeyboardInterrupt
 
   with serving(says('Hi.'), wants(('add', {'a': 1, 'b': 1}))) as script:
     made = agent(script)
     made.ask('Hello.')
-    before = made.memory.messages('')
+    before = list(made.memory.messages)
     made.tell = interrupt
     with pytest.raises(KeyboardInterrupt):
       made.ask('Add.')
-  assert made.memory.messages('') == before
+  assert made.memory.messages == before
 
 
 def test_planning_acts_and_checks_and_mends_what_the_check_objects_to():
@@ -337,7 +371,7 @@ def test_an_answer_that_its_own_check_objects_to_is_unsure():
 
 
 def test_two_tools_of_one_name_and_unknown_forms_are_refused():
-  with pytest.raises(ValueError, match="two tools are named 'add'"):
+  with pytest.raises(ValueError, match="two tools are named 'add'; rename one"):
     Agent(None, [tool(add), tool(add)])
   with pytest.raises(ValueError, match='form is one of native, react'):
     Agent(None, form='magic')

@@ -6,8 +6,7 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.forms import ReAct  # noqa: E402
-from moepeft.agent.model import Reply  # noqa: E402
+from moepeft.agent.react import read  # noqa: E402
 from moepeft.agent.tools import tool  # noqa: E402
 from tests.agent.scripted import says, serving  # noqa: E402
 
@@ -66,7 +65,7 @@ def test_wrong_json_is_an_observation():
     says('Action: add\nAction Input: a=2, b=3'), says('Final Answer: ?')
   )
   assert outcome.state == 'answered'
-  assert 'not JSON' in requests[1]['messages'][-1]['content']
+  assert 'Invalid JSON' in requests[1]['messages'][-1]['content']
 
 
 @pytest.mark.parametrize(
@@ -79,13 +78,17 @@ def test_wrong_json_is_an_observation():
   ],
 )
 def test_actions_are_found_however_they_are_dressed(text, name, arguments):
-  said = ReAct().read(Reply(text), 4)
-  (call,) = said.calls
-  assert (call.id, call.name) == ('react_4', name)
-  assert call.arguments == (arguments or '{"a": {"b": "}"}}')
+  message, _, _ = read({'content': text}, 4)
+  (call,) = message['tool_calls']
+  assert call['id'] == 'react_4' and call['function'] == {
+    'name': name,
+    'arguments': arguments or '{"a": {"b": "}"}}',
+  }
 
 
 def test_what_comes_first_counts():
   action = 'Action: add\nAction Input: {}'
-  assert ReAct().read(Reply(f'{action}\nFinal Answer: 1'), 1).calls
-  assert ReAct().read(Reply(f'Final Answer: 1\n{action}'), 1).calls == ()
+  message, _, _ = read({'content': f'{action}\nFinal Answer: 1'}, 1)
+  assert message['tool_calls']
+  message, answer, _ = read({'content': f'Final Answer: 1\n{action}'}, 1)
+  assert 'tool_calls' not in message and answer.startswith('1\n')

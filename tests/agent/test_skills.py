@@ -37,7 +37,7 @@ def folder(tmp_path):
 def run(folder, name, arguments, bounds=None):
   made = skills.tools(skills.find([folder]), bounds)
   (tool,) = [tool for tool in made if tool.name == name]
-  return tool.run(arguments, 20)
+  return tool.run(arguments)
 
 
 def test_a_skill_is_loaded_in_three_steps(folder):
@@ -116,13 +116,15 @@ def test_what_a_script_may_do_is_bounded(folder):
   assert run(folder, 'run_skill_script', text % 'bad.sh') == (
     'oops\n[exit status 3]'
   )
-  with pytest.raises(ValueError, match='is no script; scripts lie in scripts/'):
+  with pytest.raises(
+    ValueError, match="path: Input should be 'scripts/bad.sh'"
+  ):
     run(
       folder,
       'run_skill_script',
       '{"name": "dig", "path": "references/soil.md", "args": []}',
     )
-  with pytest.raises(ValueError, match="no skill 'x'; there are dig"):
+  with pytest.raises(ValueError, match="name: Input should be 'dig'"):
     run(folder, 'load_skill', '{"name": "x"}')
 
 
@@ -143,18 +145,16 @@ def wrong(name='dig', description='Digs.', more=''):
     (None, 'has no SKILL.md; write one'),
     ('# Dig\n', 'has no front matter'),
     ('---\nname: dig\n', 'has no front matter'),
-    ('---\nname: a: b\n---\n', 'is not YAML in line 2'),
+    ('---\nname: a: b\n---\n', 'is not YAML .*line 1'),
     ('---\n- dig\n---\n', 'is no list of name: value'),
-    ('---\nname: dig\n---\n', 'lacks a description'),
-    ('---\ndescription: x\n---\n', 'lacks a name'),
-    (wrong(name='3'), 'lacks a name, a text'),
-    (wrong(name='Dig'), "the name 'Dig' .* lower-case letters"),
-    (wrong(name='dig--a'), 'single hyphens'),
+    ('---\nname: dig\n---\n', 'description: Field required'),
+    ('---\ndescription: x\n---\n', 'name: Field required'),
+    (wrong(name='3'), 'name: Input should be a valid string'),
+    (wrong(name='Dig'), 'name: .* should match pattern'),
+    (wrong(name='dig--a'), 'name: .* should match pattern'),
     (wrong(name='dug'), "'dug' .* differs from its directory 'dig'"),
-    (wrong(description='x' * 1025), 'has 1,025 characters; at most 1,024'),
-    (wrong(name='d' * 65), 'the name .* has 65 characters; at most 64'),
-    (wrong(more='license: [a]\n'), 'license .* is to be a text'),
-    (wrong(more='metadata: [a]\n'), 'metadata .* list of name: value'),
+    (wrong(description='x' * 1025), 'description: .* at most 1024 characters'),
+    (wrong(name='d' * 65), 'name: .* at most 64 characters'),
   ],
 )
 def test_a_skill_that_is_not_valid_is_one_clear_sentence(tmp_path, text, said):
@@ -167,7 +167,7 @@ def test_a_skill_that_is_not_valid_is_one_clear_sentence(tmp_path, text, said):
   assert '\n' not in str(caught.value)
 
 
-def test_all_fields_of_the_convention_are_read(tmp_path):
+def test_other_fields_and_other_line_ends_are_no_mistakes(tmp_path):
   own = tmp_path / 'dig'
   own.mkdir()
   more = (
@@ -178,12 +178,7 @@ def test_all_fields_of_the_convention_are_read(tmp_path):
   text = '\ufeff' + wrong(more=more).replace('\n', '\r\n')
   (own / 'SKILL.md').write_bytes(text.encode())
   skill = skills.find([own])['dig']
-  assert (skill.license, skill.compatibility) == ('MIT', 'needs a spade')
-  assert (skill.allowed_tools, skill.metadata) == (
-    'Read Bash',
-    {'author': 'me'},
-  )
-  assert skill.body == 'body'
+  assert (skill.name, skill.body) == ('dig', 'body')
 
 
 def test_two_skills_of_one_name_and_missing_directories_are_refused(tmp_path):

@@ -162,6 +162,13 @@ def test_where_calls_are_sure_arguments_come_as_they_are_written():
   assert parser.calls == 1
 
 
+def test_a_sure_call_that_is_cut_before_its_name_is_no_content():
+  for cut in ('<tool_call>', '<tool_call>\n{"name":'):
+    parser = Parser(STYLES['hermes'], sure=True)
+    assert parser.feed(cut) == parser.finish() == []
+    assert parser.calls == 0
+
+
 def test_where_they_are_not_a_call_comes_when_it_is_whole():
   parser = Parser(STYLES['hermes'], ids=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}') == []

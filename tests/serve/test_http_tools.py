@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from moepeft.serve.http.calling import Calling
 from tests.serve.fake_engine import END, ids_of, text_of
 from tests.serve.small_server import (
   byte_tokenizer,
@@ -126,6 +127,14 @@ def test_a_forced_call_fits_its_schema(client, choice):
   assert json.loads(call['function']['arguments'])['town'] in ('Ulm', 'Rom')
   events, _ = client.events(CHAT, talk(stream=True, **fields))
   assert events[-1]['choices'][0]['finish_reason'] == 'tool_calls'
+
+
+def test_a_named_tool_is_called_exactly_once():
+  named = {'type': 'function', 'function': {'name': 'weather'}}
+  for choice, several in (('required', True), (named, False)):
+    # Whether the answer may have more calls after the first.
+    plan = Calling(object()).plan([TOOL], choice, True, '')
+    assert plan.parallel is several
 
 
 def test_calls_and_their_results_go_back_into_the_prompt(client, says):

@@ -92,7 +92,7 @@ def test_a_choice_names_what_may_be_called():
     (None, Choice('auto', ('a', 'b'))),
     ('none', Choice('none', ('a', 'b'))),
     ('required', Choice('required', ('a', 'b'))),
-    (named, Choice('required', ('b',))),
+    (named, Choice('required', ('b',), once=True)),
     (some, Choice('required', ('b',))),
   ):
     assert serve_tools.chosen(found, tools) == expected

@@ -48,7 +48,8 @@ class Calling:
         "run pip install 'moepeft[serve]', or set tool_choice to 'auto'",
         'tool_choice',
       )
-    return Plan(some, chosen, style, parallel, template, self._compiler)
+    several = parallel and not chosen.once
+    return Plan(some, chosen, style, several, template, self._compiler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ _DIVERGED, _SPIKE = 1.5, 3.0
 _RISE = 1.02
 # Shares of a site's load: of an expert that holds all, and of one that is idle.
 _FULL, _IDLE = 0.9, 0.01
+# Of its most: an entropy below it is of weights that differ.
+_SHARP = 0.9
 
 
 def main(argv: list[str]) -> str:
@@ -121,7 +123,9 @@ def _losses(trained: list[dict]) -> list[str]:
     f'{least:.4g} at step {least_step}; {trend} over the last third '
     f'({slope * 100:+.3g} per 100 steps)'
   )
-  if last > _DIVERGED * _least_median(losses):
+  # Losses of pairs (DPO) are noisy: a low batch alone is no divergence.
+  up = last > first or trend == 'rising'
+  if up and last > _DIVERGED * _least_median(losses):
     lines.append('! the loss diverges: its end is far above its least')
   elif last > 0.97 * first and len(losses) > 20:
     lines.append('! the loss has hardly fallen')
@@ -260,7 +264,11 @@ def _routers(trained: list[dict]) -> list[str]:
   ]
   if shares:
     lines[0] += f'; entropy {statistics.fmean(shares):.0%} of its most'
-  full = [name for name, loads, _ in layers if max(loads) > _FULL]
+  full = [
+    name
+    for name, loads, entropy in layers
+    if max(loads) > _FULL and _is_sharp(entropy, len(loads))
+  ]
   if full:
     lines.append(
       f'! router collapse: one expert holds over {_FULL:.0%} of the load in '
@@ -270,6 +278,12 @@ def _routers(trained: list[dict]) -> list[str]:
   elif idle > every / 4:
     lines.append(f'! {idle} of {every} experts are idle')
   return lines
+
+
+def _is_sharp(entropy: float | None, experts: int) -> bool:
+  """Whether weights are far from even: a soft router's load counts the
+  largest weight of a token, however little it is ahead."""
+  return entropy is None or entropy < _SHARP * math.log(experts)
 
 
 def _layers(routing: dict):

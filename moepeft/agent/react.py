@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ReAct: tools by text, for models that know no calls.
+
+A request with tools becomes one of text, and the text that comes back a
+message with calls. Yao et al., arXiv:2210.03629, with JSON as actions' input.
+"""
+
+import json
+import re
+
+from moepeft.agent.model import Message, Request
+
+_RULES = """\
+You may use tools. Answer in exactly one of these two forms.
+
+To use a tool:
+Thought: why you need it
+Action: the tool's name, one of {names}
+Action Input: its arguments as a JSON object on one line
+
+You are then shown a line Observation: with what it returned.
+
+To answer the user:
+Thought: why you are done
+Final Answer: the answer
+
+The tools, with the JSON schema of their arguments:
+{tools}"""
+WRONG = (
+  'That was in neither form. Write "Action:" and "Action Input:" to use a '
+  'tool, or "Final Answer:" and the answer.'
+)
+_OBSERVATION = 'Observation:'
+_FINAL = re.compile(r'^\s*\**Final Answer:\**[ \t]*', re.M | re.I)
+_ACTION = re.compile(
+  r'^\s*\**Action:\**[ \t]*`?([\w-]+)`?[^\n]*\n+\s*\**Action Input:\**[ \t]*',
+  re.M | re.I,
+)
+
+
+def write(request: Request) -> Request:
+  """A request with tools as one without."""
+  made = [_written(message) for message in request['messages']]
+  tools = [item['function'] for item in request.get('tools', ())]
+  kept = {
+    key: value
+    for key, value in request.items()
+    if key not in ('tools', 'tool_choice', 'parallel_tool_calls')
+  }
+  if not tools:
+    return {**kept, 'messages': made}
+  rules = _RULES.format(
+    names=', '.join(tool['name'] for tool in tools),
+    tools='\n'.join(
+      f'- {tool["name"]}: {tool["description"]} '
+      f'{json.dumps(tool["parameters"])}'
+      for tool in tools
+    ),
+  )
+  if made and made[0]['role'] == 'system':
+    rules = f'{made.pop(0)["content"]}\n\n{rules}'
+  # What a tool returns is for us to say.
+  made.insert(0, {'role': 'system', 'content': rules})
+  return {**kept, 'messages': made, 'stop': [_OBSERVATION]}
+
+
+def _written(message: Message) -> Message:
+  if message['role'] == 'tool':
+    return {'role': 'user', 'content': f'{_OBSERVATION}\n{message["content"]}'}
+  return {key: message[key] for key in ('role', 'content')}
+
+
+def read(message: Message, number: int) -> tuple[Message, str, str]:
+  """A reply, the question's `number`-th: (message, answer, what is wrong)."""
+  text = message['content'].partition(_OBSERVATION)[0].rstrip()
+  message = {'role': 'assistant', 'content': text}
+  final, action = _FINAL.search(text), _ACTION.search(text)
+  if final and not (action and action.start() < final.start()):
+    return message, text[final.end() :].strip(), ''
+  if not action:
+    return message, text, WRONG
+  function = {
+    'name': action[1],
+    'arguments': _first_object(text[action.end() :]),
+  }
+  call = {'id': f'react_{number}', 'type': 'function', 'function': function}
+  return {**message, 'tool_calls': [call]}, '', ''
+
+
+def _first_object(text: str) -> str:
+  """The JSON object that a text begins with; the text where there is none."""
+  text = re.sub(r'^```\w*\s*', '', text.strip())
+  try:
+    return text[: json.JSONDecoder().raw_decode(text)[1]]
+  except ValueError:
+    return text
