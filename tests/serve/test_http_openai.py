@@ -223,7 +223,7 @@ def test_errors_are_those_of_the_package(client, server):
 def test_leaving_a_stream_frees_its_slot(client, server):
   said = server.engine.say
   server.engine.say = lambda request: [*ids_of('x' * 400), END]
-  server.engine.pause = 0.002
+  server.engine.pause = 0.02
   stream = client.chat.completions.create(
     model='base', messages=TURNS, stream=True
   )

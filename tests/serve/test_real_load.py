@@ -19,11 +19,10 @@ REQUESTS, CONNECTIONS = 200, 32
 SECONDS = 500
 MIB = 1 << 20
 KINDS = ('whole', 'stream', 'left', 'bad')
-# What the process may grow by between the two rounds of the same size. A leak
-# of one request's events, ids or cache (24 tokens of 46 KiB) in each of 200
-# requests would be 200 MiB of caches; what the allocator keeps in pieces was
-# seen to be far less.
-GROWTH = 96 * MIB
+# What the process may grow by in a round of the same size as the one before:
+# seen were less than 1 MiB. A row of logits (49,152 of 4 bytes) that each
+# request left behind would be 37 MiB.
+GROWTH = 32 * MIB
 
 
 class Plan:
