@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m moepeft.serve` with SmolLM2 and three adapters, as a process.
 
-For slow tests: it takes a minute to start, and 3 GB of memory. A test run of
-several files has one. MOEPEFT_REAL_SERVER names the `server.json` of one that
-runs already (it is written beside the server's log), for work on the tests.
+For slow tests: it takes a minute to start, and 3 GB of memory. A run of
+several files has one for all, each of pytest's workers its own: run them with
+`-n 0`. For work on the tests, `python -m tests.serve.real_server DIR` starts
+one that stays, and MOEPEFT_REAL_SERVER=DIR/server.json names it.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ METHODS = {
   'molora': 'molora(experts=3, rank=2, router=softmax)',
   'ia3': 'ia3',
 }
+# So far from where they start: the answers change, and stay words.
 NOISE = 0.03
 BASE, EMBEDDER = 'smollm2', 'minilm'
 SLOTS, PLACES, QUEUE = 4, 512, 64
@@ -104,15 +106,13 @@ class Trainer:
 
   def _of(self, adapter: str):
     """(model, variables)."""
-    params = self._base.params
-    if not adapter:
-      built = build('full', self._base.family.sites(self._base.config))
-      return banked.model_of(self._base, built.advice), {'params': params}
-    path = self._real.adapters[adapter]
-    start = base_lib.load_adapter(path, self._base.config)
+    start = base_lib.Start('full', {}, semantics='official')
+    if adapter:
+      path = self._real.adapters[adapter]
+      start = base_lib.load_adapter(path, self._base.config)
     sites = self._base.family.sites(self._base.config)
     built = build(start.method, sites, start.semantics)
-    variables = {'params': params, 'peft': start.tree}
+    variables = {'params': self._base.params, 'peft': start.tree}
     return banked.model_of(self._base, built.advice), variables
 
 

@@ -380,6 +380,57 @@ def test_a_free_answer_with_tools_goes_on_after_the_result(client):
   assert not answer.choices[0].message.tool_calls
 
 
+def called(number, city, result):
+  """The turns of a question that was answered by a tool."""
+  function = {'name': 'get_weather', 'arguments': f'{{"location": "{city}"}}'}
+  call = {'id': f'c{number}', 'type': 'function', 'function': function}
+  return [
+    {'role': 'user', 'content': f'What is the weather in {city}?'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+    {'role': 'tool', 'tool_call_id': f'c{number}', 'content': result},
+    {'role': 'assistant', 'content': result},
+  ]
+
+
+@pytest.mark.parametrize('stream', (False, True))
+def test_after_examples_the_model_calls_a_tool_by_itself(client, stream):
+  """That it does not without them is the model's doing, not the server's."""
+  tool = {
+    'type': 'function',
+    'function': {
+      'name': 'get_weather',
+      'description': 'Get the weather at a location.',
+      'parameters': {
+        'type': 'object',
+        'properties': {'location': {'type': 'string', 'maxLength': 20}},
+        'required': ['location'],
+      },
+    },
+  }
+  fields = {
+    'model': BASE,
+    'messages': [
+      *called(0, 'Berlin', 'It is raining.'),
+      *called(1, 'Rome', 'It is sunny.'),
+      {'role': 'user', 'content': 'What is the weather in Paris?'},
+    ],
+    'tools': [tool],
+    'temperature': 0,
+    'max_tokens': 60,
+    'parallel_tool_calls': False,
+  }
+  if stream:
+    with client.chat.completions.stream(**fields) as events:
+      answer = events.get_final_completion()
+  else:
+    answer = client.chat.completions.create(**fields)
+  (choice,) = answer.choices
+  assert choice.finish_reason == 'tool_calls' and not choice.message.content
+  (call,) = choice.message.tool_calls
+  assert call.function.name == 'get_weather'
+  assert json.loads(call.function.arguments) == {'location': 'Paris'}
+
+
 def test_a_call_that_is_cut_off_is_no_text(client):
   for length in (3, 8, 20):
     said = chat(
