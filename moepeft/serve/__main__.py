@@ -134,20 +134,21 @@ def compiler(found: opening.Opened) -> Compiler | None:
 def service(found: opening.Opened, given: Keys, own: Limits) -> Service:
   name = _NAME.value or name_of(_MODEL.value)
   voice = Voice(chat_template.read(_CHAT_TEMPLATE.value), _SYSTEM.value)
-  constraints, engine = compiler(found), found.engine
+  constraints, engine, vectors = compiler(found), found.engine, embedder()
+  taken = () if vectors is None else (vectors.name,)
   # Of a server that asks for no key, the name is what tells a page of
   # elsewhere that was made to lead here.
   hosts = (*_LOCAL, _HOST.value) if local(_HOST.value) else ()
   return Service(
     engine,
     Words(found.words, engine.decoder_only, found.ends),
-    Models(engine, name, found.sha256, voice),
+    Models(engine, name, found.sha256, voice, taken),
     Metrics(engine),
     own,
     given,
     constraints,
     Calling(constraints),
-    embedder(),
+    vectors,
     () if given.users else hosts,
     tuple(_CORS.value or ()),
     page.read() if _PAGE.value else None,

@@ -50,8 +50,8 @@ class Parser:
   (no JSON, no name, a name that is no tool where the style has no opening)
   is content, every letter of it; it is held back until that is known. An
   answer that ends inside of a call is content from there on, unless the calls
-  are known to be well formed: then what came of it is out already, and a call
-  without a name yet is none.
+  are known to be well formed: then what came of it is out already, and a name
+  that was cut off is nobody's.
 
   Attributes:
     calls: how many there were.
@@ -63,6 +63,7 @@ class Parser:
     names: Collection[str] = (),
     sure: bool = False,
     ids: Callable[[], str] = new_id,
+    forced: bool = False,
   ):
     """
     Args:
@@ -70,9 +71,11 @@ class Parser:
       sure: whether a constraint keeps calls to their form, so that arguments
         are given out as they come; else each call comes at once.
       ids: makes the id of a call.
+      forced: whether the constraint lets nothing but calls be written.
     """
     self.calls = 0
     self._style, self._sure, self._ids = style, sure, ids
+    self._forced = forced
     # An opening says that a call is meant, so that an unknown name is the
     # caller's to complain of.
     self._names = () if style.opening else names
@@ -92,11 +95,10 @@ class Parser:
 
   def finish(self) -> list[Event]:
     """The rest, when no more comes."""
-    if self._state == self._inside:
-      # What is sure to be a call is not content because it was cut short.
-      if not self._told and not self._streams:
-        self._say(self._before + self._raw)
-    elif self._state == self._free:
+    cut = self._forced or self._streams and self._state == self._inside
+    if self._state == self._inside and not (self._told or cut):
+      self._say(self._before + self._raw)
+    elif self._state == self._free and not cut:
       self._say(self._text)
     self._text = ''
     return self._taken()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine for the tests that leave it as it was."""
+"""One engine for the tests that leave it as it was, and one real server."""
 
 import pytest
 
 from . import engines
+from .real_server import real  # noqa: F401
 
 
 @pytest.fixture(scope='session')

@@ -152,6 +152,22 @@ def test_an_answer_cut_inside_of_a_call_is_content():
   assert whole('hermes', text) == [Content(text)]
 
 
+@pytest.mark.parametrize('cut', ('<tool_', '<tool_call>\n{"name": "lo'))
+def test_of_forced_calls_half_a_one_is_not_shown(cut):
+  look = f'<tool_call>{LOOK}</tool_call>\n'
+  for text in (cut, look + cut):
+    parser = Parser(STYLES['hermes'], NAMES, True, forced=True)
+    events = [*parser.feed(text), *parser.finish()]
+    assert not any(isinstance(event, Content) for event in events)
+    assert parser.calls == (text != cut)
+
+
+def test_of_a_sure_call_a_name_that_was_cut_off_is_not_shown():
+  parser = Parser(STYLES['hermes'], NAMES, True)
+  said = parser.feed('Let me see. <tool_call>{"name": "lo')
+  assert [*said, *parser.finish()] == [Content('Let me see.')]
+
+
 def test_where_calls_are_sure_arguments_come_as_they_are_written():
   parser = Parser(STYLES['hermes'], sure=True, ids=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "argu') == [Call(0, 'i', 'f')]

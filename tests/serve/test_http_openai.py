@@ -3,10 +3,13 @@
 
 import json
 import math
+import operator
 
 import pytest
 
 from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.models import Models
+from moepeft.serve.http.voices import Voice
 from tests.serve.fake_engine import END, ids_of
 from tests.serve.small_server import (
   FakeEmbedder,
@@ -58,6 +61,33 @@ def test_models(client, server):
   server.engine.unload('law')
   with pytest.raises(openai.NotFoundError):
     client.chat.completions.create(model='law', messages=TURNS)
+
+
+def test_the_model_for_embeddings_is_told_from_those_that_write(client, server):
+  kinds = {model.id: model.type for model in client.models.list()}
+  assert kinds == {'base': 'language', 'vectors': 'embedding'}
+  ask = {
+    'chat.completions': {'messages': TURNS},
+    'completions': {'prompt': 'a'},
+  }
+  for route, fields in ask.items():
+    create = operator.attrgetter(f'{route}.create')(client)
+    with pytest.raises(openai.BadRequestError, match='/v1/embeddings') as e:
+      create(model='vectors', **fields)
+    assert e.value.param == 'model'
+  with pytest.raises(openai.BadRequestError, match="name 'vectors'"):
+    client.embeddings.create(model='base', input='a')
+  with pytest.raises(openai.NotFoundError):
+    client.embeddings.create(model='x', input='a')
+
+
+def test_two_models_do_not_have_one_name(server):
+  engine, voice = server.engine, Voice()
+  with pytest.raises(ValueError, match='--name'):
+    Models(engine, 'base', '', voice, ['base'])
+  found = Models(engine, 'base', '', voice, ['vectors'])
+  with pytest.raises(ValueError, match='for embeddings'):
+    found.load('vectors', 'runs/a')
 
 
 def test_chat(client):
@@ -193,7 +223,7 @@ def test_errors_are_those_of_the_package(client, server):
 def test_leaving_a_stream_frees_its_slot(client, server):
   said = server.engine.say
   server.engine.say = lambda request: [*ids_of('x' * 400), END]
-  server.engine.pause = 0.002
+  server.engine.pause = 0.02
   stream = client.chat.completions.create(
     model='base', messages=TURNS, stream=True
   )

@@ -509,6 +509,17 @@ def test_a_model_without_experts_says_so(tab, server):
   expect(tab.locator('#sites')).to_be_hidden()
 
 
+def test_a_model_for_embeddings_is_not_offered(visit, server):
+  data = [
+    {'id': 'vectors', 'object': 'model', 'type': 'embedding'},
+    {'id': 'base', 'object': 'model', 'type': 'language'},
+    # Another server says nothing of it.
+    {'id': 'other', 'object': 'model'},
+  ]
+  server.models = json_of({'object': 'list', 'data': data})
+  expect(visit().locator('#model option')).to_have_text(['base', 'other'])
+
+
 def test_a_busy_server_is_asked_again_after_the_time_it_said(tab, server):
   server.replies.append(error(429, 'full', Retry_After='2'))
   server.replies.append(says('at last'))

@@ -86,7 +86,10 @@ class Plan:
   def reader(self) -> 'Reader':
     return Reader(
       calls.Parser(
-        self.style, self.choice.names, sure=self.compiler is not None
+        self.style,
+        self.choice.names,
+        sure=self.compiler is not None,
+        forced=self.compiler is not None and not self.free,
       )
     )
 

@@ -60,7 +60,7 @@ async def chat(service: Service, request: Request) -> Response:
   asked = await read(request, Chat, service.limits.body)
   _check(asked)
   asking.check_choices(asked.n, service.limits)
-  model = service.models.find(asked.model)
+  model = service.find(asked.model)
   tally.model = model.name
   name = f'chatcmpl-{secrets.token_hex(12)}'
   plan = await asyncio.to_thread(

@@ -65,7 +65,7 @@ class Task:
 async def completions(service: Service, request: Request) -> Response:
   tally = request.scope['tally']
   asked = await read(request, Completion, service.limits.body)
-  model = service.models.find(asked.model)
+  model = service.find(asked.model)
   tally.model = model.name
   _check(asked, service)
   prompts = await service.words.away(_ids, asked.prompts, service)

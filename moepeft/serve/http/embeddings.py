@@ -27,6 +27,12 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
       'model_not_found',
     )
   if asked.model != embedder.name:
+    if asked.model in service.models.names():
+      raise wrong(
+        f'the model {asked.model!r} makes no embeddings; name '
+        f'{embedder.name!r}',
+        'model',
+      )
     raise no_model(asked.model, [embedder.name])
   tally = request.scope['tally']
   tally.model = embedder.name

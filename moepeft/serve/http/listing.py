@@ -34,6 +34,8 @@ def _cards(service: Service) -> list[dict[str, Any]]:
         'object': 'model',
         'created': cards[0]['created'],
         'owned_by': OWNER,
+        # What a page goes by that offers models to talk to.
+        'type': 'embedding',
         'parent': None,
       }
     )

@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from moepeft.serve import protocol
@@ -39,17 +40,28 @@ class Models:
   """
 
   def __init__(
-    self, engine: protocol.Engine, base: str, sha256: str, own: Voice
+    self,
+    engine: protocol.Engine,
+    base: str,
+    sha256: str,
+    own: Voice,
+    taken: Sequence[str] = (),
   ):
     """
     Args:
       sha256: of the base's content.
       own: the base's voice.
+      taken: names of models that the engine has nothing to do with.
 
     Raises:
-      ValueError: an adapter is called as the base, or its template is gone.
+      ValueError: two models have one name, or an adapter's template is gone.
     """
-    self._engine, self.base = engine, base
+    if base in taken:
+      raise ValueError(
+        f'{base!r} is the name of the model for embeddings too; give the base '
+        'another with --name'
+      )
+    self._engine, self.base, self._taken = engine, base, tuple(taken)
     self._sha256, self._own = sha256, own
     self._created = {base: int(time.time())}
     self._voices: dict[str, Voice] = {}
@@ -112,6 +124,7 @@ class Models:
       'object': 'model',
       'created': self._created.get(name, self._created[self.base]),
       'owned_by': OWNER,
+      'type': 'language',
       'parent': parent,
       'sha256': sha256,
     }
@@ -120,6 +133,11 @@ class Models:
     if name == self.base:
       raise ValueError(
         f'{name!r} is the name of the base; call the adapter otherwise'
+      )
+    if name in self._taken:
+      raise ValueError(
+        f'{name!r} is the name of the model for embeddings; call the adapter '
+        'otherwise'
       )
 
   def _note(self, name: str, own: Voice) -> None:

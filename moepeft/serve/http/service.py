@@ -9,10 +9,11 @@ import numpy as np
 
 from moepeft.data.conversations import Conversation
 from moepeft.serve import protocol
+from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.models import Models
+from moepeft.serve.http.models import Model, Models
 from moepeft.serve.http.words import Words
 
 
@@ -120,3 +121,17 @@ class Service:
   origins: tuple[str, ...] = ()
   page: Page | None = None
   draining: bool = False
+
+  def find(self, name: str) -> Model:
+    """A model that writes text.
+
+    Raises:
+      Problem: there is none of this name, or it makes embeddings alone.
+    """
+    if self.embedder is not None and name == self.embedder.name:
+      raise wrong(
+        f'the model {name!r} makes embeddings and writes no text; ask it at '
+        f'/v1/embeddings, or name one of {", ".join(self.models.names())}',
+        'model',
+      )
+    return self.models.find(name)

@@ -15,7 +15,7 @@ from moepeft.serve.http.service import Service
 async def tokenize(service: Service, request: Request) -> JSONResponse:
   """{model, prompt} or {model, messages, tools} -> {tokens, count}."""
   asked = await read(request, Tokenize, service.limits.body)
-  model, words = service.models.find(asked.model), service.words
+  model, words = service.find(asked.model), service.words
   if asked.messages is None:
     ids = await words.away(words.plain, asked.prompt)
   else:
@@ -32,7 +32,7 @@ async def tokenize(service: Service, request: Request) -> JSONResponse:
 async def detokenize(service: Service, request: Request) -> JSONResponse:
   """{model, tokens} -> {prompt}."""
   asked = await read(request, Detokenize, service.limits.body)
-  service.models.find(asked.model)
+  service.find(asked.model)
   asking.check_ids(asked.tokens, service.engine.vocab, 'tokens')
   words = service.words
   text = await words.away(words.decode, asked.tokens)
