@@ -250,9 +250,9 @@ def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
     return own
   if own.before:
     raise ValueError(
-      f'config.objective={objective!r} does not go with a soft prompt, which '
-      'no answer has that is measured without the adapter; leave `prompt` out '
-      'of config.method'
+      f'config.objective={objective!r} does not go with a soft prompt: no '
+      'objective that compares answers has placeholders in what its reference '
+      'reads; leave `prompt` out of config.method, or take another objective'
     )
   return Sides(own, objective == 'kto')
 
