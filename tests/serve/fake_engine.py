@@ -167,14 +167,15 @@ class FakeEngine:
 
   def _run(self):
     while not self._ended:
-      held = not self.running.wait(0.01)
+      self.running.wait(0.01)
       with self._lock:
         if not self._rows:
           self._lock.wait(0.05)
         for row in list(self._rows.values()):
           if time.monotonic() > row.until:
             self._finish(row, protocol.TIME)
-        if not held:
+        # Looked at when there is a row: it may have been held in between.
+        if self.running.is_set():
           for row in list(self._rows.values())[: self.slots]:
             self._step(row)
       if self.pause:
