@@ -176,7 +176,8 @@ class FakeEngine:
         for row in list(self._rows.values()):
           if time.monotonic() > row.until:
             self._finish(row, protocol.TIME)
-        if not held:
+        # Looked at when there is a row: it may have been held in between.
+        if self.running.is_set():
           for row in list(self._rows.values())[: self.slots]:
             self._step(row)
       if self.pause:
