@@ -152,8 +152,8 @@ def running(found, started=True, seconds=5.0):
   )
   thread.start()
   client.thread = thread
-  _wait_until(lambda: client.server.started)
-  _wait_until(lambda: found.engine.ready or not started)
+  wait_until(lambda: client.server.started)
+  wait_until(lambda: found.engine.ready or not started)
   try:
     yield client
   finally:
@@ -164,7 +164,7 @@ def running(found, started=True, seconds=5.0):
     assert not thread.is_alive()
 
 
-def _wait_until(holds, seconds=10):
+def wait_until(holds, seconds=10):
   until = time.monotonic() + seconds
   while not holds():
     assert time.monotonic() < until

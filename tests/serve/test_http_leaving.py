@@ -15,6 +15,7 @@ from tests.serve.small_server import (
   port_is_open,
   running,
   service,
+  wait_until,
 )
 
 CHAT, COMPLETIONS = '/v1/chat/completions', '/v1/completions'
@@ -180,7 +181,14 @@ def test_the_log_has_a_line_a_request_with_its_tokens(client, caplog):
     'POST', COMPLETIONS, {**TEXT, 'max_tokens': 5}, X_Request_Id='mine-7'
   )
   assert headers['x-request-id'] == 'mine-7'
-  (line,) = (r.getMessage() for r in caplog.records if 'POST' in r.getMessage())
+
+  def lines():
+    said = (record.getMessage() for record in caplog.records)
+    return [line for line in said if 'POST' in line]
+
+  # It is written when the answer is out.
+  wait_until(lines)
+  (line,) = lines()
   assert '127.0.0.1 POST /v1/completions 200' in line
   assert 'id=mine-7 model=base in=1 cached=0 out=5 first=' in line
   assert 'tokens/s' in line
