@@ -157,7 +157,7 @@ def _reader(decoder: Any):
   """token -> (its bytes as a text's first, and later on)."""
   made = json.loads(decoder.__getstate__())
   kinds = {made['type'], *(d['type'] for d in made.get('decoders', ()))}
-  letters = _alphabet() if kinds == {'ByteLevel'} else None
+  letters = alphabet() if kinds == {'ByteLevel'} else None
 
   def read(text: str) -> tuple[bytes, bytes]:
     if letters is not None:
@@ -177,7 +177,7 @@ def _reader(decoder: Any):
 
 
 @functools.cache
-def _alphabet() -> dict[str, int]:
+def alphabet() -> dict[str, int]:
   """The letters that byte-level tokenizers write bytes with (GPT-2's)."""
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = (i for i in range(256) if i not in shown)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes that each token stands for, as log-probabilities name them.
 
-A token may be a part of a character, so its text alone is not enough.
+A token may be a part of a character, so its text alone is not enough. Here
+special tokens have names too, which `moepeft.serve.token_bytes` leaves out:
+nothing constrained is made of them.
 """
 
 import json
@@ -9,6 +11,7 @@ import re
 from collections.abc import Callable
 
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.serve.token_bytes import alphabet
 
 Piece = Callable[[int], bytes]
 # How SentencePiece writes a byte, and a space.
@@ -25,9 +28,8 @@ def pieces(words: Vocabulary) -> Piece:
 
 def _of(tokenizer) -> Piece:
   backend = json.loads(tokenizer.backend_tokenizer.to_str())
-  letters = (
-    _letters() if '"ByteLevel"' in json.dumps(backend['decoder']) else {}
-  )
+  byte_level = '"ByteLevel"' in json.dumps(backend['decoder'])
+  letters = alphabet() if byte_level else {}
   added = {item['id']: item['content'] for item in backend['added_tokens']}
 
   def piece(i: int) -> bytes:
@@ -44,17 +46,6 @@ def _of(tokenizer) -> Piece:
     return text.replace(_SPACE, ' ').encode()
 
   return piece
-
-
-def _letters() -> dict[str, int]:
-  """The letters that byte-level BPE writes bytes with, as GPT-2 has them.
-
-  Bytes that print are themselves, the others follow from 256 on.
-  """
-  printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printed]
-  found = {chr(byte): byte for byte in printed}
-  return found | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def name(piece: bytes) -> str:
