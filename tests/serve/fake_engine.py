@@ -171,8 +171,6 @@ class FakeEngine:
       with self._lock:
         if not self._rows:
           self._lock.wait(0.05)
-        # Not before the wait, in which a test may hold it.
-        held = not self.running.is_set()
         for row in list(self._rows.values()):
           if time.monotonic() > row.until:
             self._finish(row, protocol.TIME)

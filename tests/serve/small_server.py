@@ -14,11 +14,11 @@ import pytest
 from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.models import Models
-from moepeft.serve.http.pieces import _letters
 from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import Service
 from moepeft.serve.http.voices import Voice
 from moepeft.serve.http.words import Words
+from moepeft.serve.token_bytes import alphabet
 from tests.serve.fake_engine import END, FakeEngine
 
 # Turns as 'u:text|', of an assistant 'a:', then 'a:' for the answer.
@@ -36,7 +36,7 @@ def byte_tokenizer(path):
   from transformers import PreTrainedTokenizerFast
 
   vocab = {'<pad>': 0, '<eos>': END, '<unk>': 2}
-  vocab |= {letter: byte + 3 for letter, byte in _letters().items()}
+  vocab |= {letter: byte + 3 for letter, byte in alphabet().items()}
   backend = Backend(models.BPE(vocab, []))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
