@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -150,6 +151,8 @@ def _own_terminal():
   import fcntl
   import termios
 
+  # A suite that runs in the background was told to ignore it.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   os.setsid()
   fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
