@@ -304,8 +304,14 @@ class Banks:
   def _write(self, sha256: str) -> None:
     """Puts a content into a slot of its bank."""
     fitted = self._contents[sha256].fitted
-    slot = np.int32(self._slots[fitted.form].take(sha256))
-    bank = stacked.written(self._tree[fitted.form], slot, fitted.tree)
+    slots, bank = self._slots[fitted.form], self._tree[fitted.form]
+    slot = np.int32(slots.take(sha256))
+    try:
+      bank = stacked.written(bank, slot, fitted.tree)
+    except BaseException:
+      # Else the next to ask would be served what lies there still.
+      slots.drop(sha256)
+      raise
     self._tree = self._tree | {fitted.form: bank}
 
   def _leave(self, name: str, sha256: str) -> None:

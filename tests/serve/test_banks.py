@@ -160,6 +160,29 @@ def test_an_adapter_that_made_room_comes_back_when_it_is_asked_for(
   assert len(banks.loaded()) == 4
 
 
+def test_a_slot_that_could_not_be_written_serves_nobody(
+  banks, paths, monkeypatch
+):
+  # There are two slots: 'a' has made room.
+  for name in 'bc':
+    banks.load(name, paths[name])
+
+  def fails(*_):
+    raise RuntimeError('out of memory')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(stacked, 'written', fails)
+    with pytest.raises(RuntimeError):
+      banks.hold('a')
+    with pytest.raises(RuntimeError):
+      banks.load('d', paths['d'])
+  banks.load('d', paths['d'])
+  for name in 'abcd':
+    held = banks.hold(name)
+    np.testing.assert_allclose(query(banks, held), wanted(paths, name), 1e-6)
+    banks.release(held)
+
+
 def test_a_step_that_is_under_way_keeps_its_tree(banks, paths):
   tree, held = banks.tree, banks.hold('a')
   banks.release(held)
