@@ -7,7 +7,7 @@ import pytest
 
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.voices import Voice, voice
-from tests.serve.fake_engine import text_of
+from tests.serve.fake_engine import END, text_of
 from tests.serve.small_server import byte_tokenizer, fake, running
 
 BASE = Voice('base {{ messages[0].content }}', 'be kind')
@@ -73,6 +73,27 @@ def test_each_model_talks_by_its_own_template(tmp_path):
     assert client.post('/v1/adapters', {'name': 'law', 'path': path})[0] == 200
     client.chat('a', model='law')
     assert text_of(client.engine.asked[-1].ids) == 'u:a|a:'
+
+
+def test_each_model_ends_as_its_own_template_does(tmp_path):
+  (tmp_path / 'words').mkdir()
+  words = byte_tokenizer(tmp_path / 'words')
+  words.tokenizer.add_special_tokens({'pad_token': '<end>'})
+  end = words.tokenizer.pad_token_id
+  template = tmp_path / 'own.jinja'
+  template.write_text(
+    '{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>{% endfor %}'
+    '{% if add_generation_prompt %}a:{% endif %}'
+  )
+  path = run(tmp_path / 'run', chat_template=str(template))
+  with running(fake(words, keys=Keys((), (b'admin',)))) as client:
+    client.key = 'admin'
+    client.post('/v1/adapters', {'name': 'law', 'path': path})
+    for model, ends in (('law', {END, end}), ('base', {END})):
+      client.chat('a', model=model)
+      assert set(client.engine.asked[-1].ends) == ends
+      client.complete('a', model=model)
+      assert set(client.engine.asked[-1].ends) == ends
 
 
 def test_a_template_has_no_way_out_of_its_sandbox(tmp_path):

@@ -78,16 +78,21 @@ class Answer:
   """
 
   def __init__(
-    self, words: Words, stops: Sequence[str] = (), before: Sequence[int] = ()
+    self,
+    words: Words,
+    ends: Sequence[int],
+    stops: Sequence[str] = (),
+    before: Sequence[int] = (),
   ):
     """
     Args:
+      ends: ids that end it and are no text.
       before: ids whose text the answer's is joined to, as a space may be at
         the joint.
     """
     self._detokenizer, self._stops = Detokenizer(words.decode), Stops(stops)
     self._detokenizer.feed(before)
-    self._ends = frozenset(words.ends)
+    self._ends = frozenset(ends)
     self._held: list[Entry] = []
     # Characters that tokens came to, and of these, those that were given out.
     self._read = self._said = 0

@@ -34,6 +34,7 @@ class Talk:
     plan: of its tools, None where there are none.
     id: of the completion.
     created: Unix time.
+    ends: ids that end an answer.
   """
 
   service: Service
@@ -43,6 +44,7 @@ class Talk:
   tally: Tally
   id: str
   created: int
+  ends: tuple[int, ...]
 
   def head(self, kind: str) -> dict[str, Any]:
     """What the whole answer, and each part of a stream, begins with."""
@@ -71,8 +73,9 @@ async def chat(service: Service, request: Request) -> Response:
     asked.tool_choice,
     asked.parallel_tool_calls is not False,
   )
-  talk = Talk(service, asked, model, plan, tally, name, int(time.time()))
-  words = service.words
+  words, now = service.words, int(time.time())
+  ends = await words.away(words.ends_of, model.voice)
+  talk = Talk(service, asked, model, plan, tally, name, now, ends)
   ids = await words.away(words.chat, asked.messages, model.voice, plan)
   tally.prompt = len(ids)
   requests = await asyncio.to_thread(_requests, talk, ids)
@@ -148,7 +151,7 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
       talk.model.adapter,
       asking.sampling(asked),
       seed,
-      service.words.ends,
+      talk.ends,
       (asked.top_logprobs or 0) if asked.logprobs else None,
       None,
       _constraint(talk),
@@ -162,7 +165,8 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
 
 def _answers(talk: Talk) -> list[Answer]:
   return [
-    Answer(talk.service.words, talk.asked.stops) for _ in range(talk.asked.n)
+    Answer(talk.service.words, talk.ends, talk.asked.stops)
+    for _ in range(talk.asked.n)
   ]
 
 

@@ -39,6 +39,7 @@ class Task:
     prompts: as ids; choice i goes on from prompt i // n.
     id: of the completion.
     created: Unix time.
+    ends: ids that end an answer.
   """
 
   service: Service
@@ -48,6 +49,7 @@ class Task:
   prompts: Sequence[Sequence[int]]
   id: str
   created: int
+  ends: tuple[int, ...]
 
   def head(self) -> dict[str, Any]:
     return {
@@ -71,7 +73,9 @@ async def completions(service: Service, request: Request) -> Response:
   prompts = await service.words.away(_ids, asked.prompts, service)
   tally.prompt = sum(map(len, prompts))
   name = f'cmpl-{secrets.token_hex(12)}'
-  task = Task(service, asked, model, tally, prompts, name, int(time.time()))
+  ends = await service.words.away(service.words.ends_of, model.voice)
+  now = int(time.time())
+  task = Task(service, asked, model, tally, prompts, name, now, ends)
   requests = await asyncio.to_thread(_requests, task)
   underway = asking.submit(service.engine, requests, 'prompt')
   if asked.stream:
@@ -129,7 +133,7 @@ def _requests(task: Task) -> list[protocol.Request]:
       task.model.adapter,
       asking.sampling(asked),
       seeds[i % asked.n],
-      service.words.ends,
+      task.ends,
       asked.logprobs,
       of_prompt,
       asking.constraint(asked.response_format, service.compiler),
@@ -147,7 +151,7 @@ def _answers(task: Task) -> list[Answer]:
   words, stops = task.service.words, task.asked.stops
   joint = _JOINT if words.decoder_only else 0
   return [
-    Answer(words, stops, task.prompt(i)[-joint:] if joint else ())
+    Answer(words, task.ends, stops, task.prompt(i)[-joint:] if joint else ())
     for i in range(task.asked.n * len(task.prompts))
   ]
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from moepeft import prompts
-from moepeft.data import chat_text
+from moepeft.data import chat, chat_text
 from moepeft.data.answer_ids import said
 from moepeft.data.conversations import Conversation
 from moepeft.data.turns import Turn
@@ -46,6 +46,7 @@ class Words:
     self._words, self.decoder_only = words, decoder_only
     self.ends = tuple(ends)
     self._piece = pieces(words)
+    self._ends_of: dict[str, tuple[int, ...]] = {}
     self._thread = ThreadPoolExecutor(1, 'words')
 
   async def away(self, call: Callable[..., Found], *args: Any) -> Found:
@@ -110,6 +111,16 @@ class Words:
     if not (voice.template or self._words.tokenizer.chat_template):
       return ''
     return chat_text.all_of(self._words.tokenizer, voice.template)
+
+  def ends_of(self, voice: Voice) -> tuple[int, ...]:
+    """Ids that end an answer in a voice: its template may have its own."""
+    text = voice.template
+    if not (text and isinstance(self._words, Tokenizer)):
+      return self.ends
+    if text not in self._ends_of:
+      own = chat.Template(self._words.tokenizer, text).ends()
+      self._ends_of[text] = tuple(dict.fromkeys((*self.ends, *own)))
+    return self._ends_of[text]
 
   def _templated(self, voice: Voice) -> Any:
     """Hugging Face's tokenizer, where there is a template to go by."""
