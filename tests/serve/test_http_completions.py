@@ -51,6 +51,17 @@ def test_choices_are_ordered_by_prompt_and_then_by_answer(client):
   assert texts == ['a', 'a', 'b', 'b']
 
 
+def test_a_prompt_that_is_asked_twice_is_drawn_twice(client):
+  fields = {'n': 2, 'temperature': 1.0}
+  client.complete(['a', 'a'], **fields)
+  seeds = [request.seed for request in client.engine.asked[-4:]]
+  assert len(set(seeds)) == 4
+  # What is named holds for each prompt, whatever is beside it.
+  client.complete(['a', 'b'], seed=5, **fields)
+  seeds = [request.seed for request in client.engine.asked[-4:]]
+  assert seeds[:2] == seeds[2:] and seeds[0] == 5 != seeds[1]
+
+
 def test_an_answer_has_16_tokens_where_no_length_is_given(client, says):
   says('x' * 99)
   _, answer = client.complete()

@@ -116,7 +116,9 @@ def _requests(task: Task) -> list[protocol.Request]:
   """A choice's question each."""
   service, asked = task.service, task.asked
   of_prompt = asked.logprobs if asked.echo else None
-  seeds = asking.seeds(asked, asked.n)
+  # Prompts share what a request names; else one asked twice is drawn twice.
+  count = asked.n * (len(task.prompts) if asked.seed is None else 1)
+  seeds = asking.seeds(asked, count)
   return [
     protocol.Request(
       f'{task.id}/{i}',
@@ -132,7 +134,7 @@ def _requests(task: Task) -> list[protocol.Request]:
       ),
       task.model.adapter,
       asking.sampling(asked),
-      seeds[i % asked.n],
+      seeds[i % count],
       task.ends,
       asked.logprobs,
       of_prompt,
