@@ -109,7 +109,10 @@ class Tokenizer:
     return lengthy.encode(self._tokenizer, texts)
 
   def decode(self, ids: list[int]) -> str:
-    return self._tokenizer.decode(ids, skip_special_tokens=True)
+    # Old files ask to take blanks away before signs, which texts may have.
+    return self._tokenizer.decode(
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
   def show(self, ids: list[int]) -> str:
     """The text with special tokens."""
