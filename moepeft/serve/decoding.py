@@ -18,7 +18,7 @@ from moepeft.typing import Array, Context, Tree
 
 def rooms(settings: Settings) -> tuple[int, ...]:
   """Lengths of keys and values: the last chunk's padding has places too."""
-  return (*settings.rooms[:-1], settings.places + settings.least)
+  return (*settings.rooms[:-1], settings.places + settings.chunks[0])
 
 
 def plan(programs: Programs, model: Model, settings: Settings) -> None:

@@ -13,6 +13,7 @@ from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import Problem, no_model, wrong
 from moepeft.serve.http.schemas import Embedding
 from moepeft.serve.http.service import Embedder, Service
+from moepeft.serve.http.underway import unless_gone
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
@@ -38,7 +39,9 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
   tally.model = embedder.name
   texts, width = _texts(asked, service), _width(asked, embedder)
   try:
-    vectors, tally.prompt = await asyncio.to_thread(embedder.encode, texts)
+    loop = asyncio.get_running_loop()
+    work = loop.run_in_executor(service.vectors, embedder.encode, texts)
+    vectors, tally.prompt = await unless_gone(request.receive, work)
   except ValueError as e:
     raise wrong(f'input: {e}', 'input') from None
   return JSONResponse(

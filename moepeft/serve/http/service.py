@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,6 +107,7 @@ class Service:
     hosts: values of the header Host that are answered; () for any.
     origins: whose pages' scripts may ask (CORS); ('*',) for any.
     page: the chat page; None for none.
+    vectors: where texts become vectors, so that long ones hold up no chat.
   """
 
   engine: protocol.Engine
@@ -121,6 +123,9 @@ class Service:
   origins: tuple[str, ...] = ()
   page: Page | None = None
   draining: bool = False
+  vectors: ThreadPoolExecutor = dataclasses.field(
+    default_factory=lambda: ThreadPoolExecutor(1, 'vectors')
+  )
 
   def find(self, name: str) -> Model:
     """A model that writes text.

@@ -3,7 +3,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from starlette.types import Receive
@@ -93,9 +93,7 @@ async def gone(receive: Receive) -> None:
     pass
 
 
-async def unless_gone(
-  receive: Receive, work: Coroutine[None, None, Found]
-) -> Found:
+async def unless_gone(receive: Receive, work: Awaitable[Found]) -> Found:
   """What the work returns, which is cancelled when the client leaves.
 
   A handler is not cancelled by itself when nobody waits for it any more.
