@@ -20,6 +20,8 @@ RUN useradd --create-home --uid=10001 moepeft
 COPY --from=built /installed /usr/local
 USER moepeft
 WORKDIR /home/moepeft
+# A volume there takes over whose it is.
+RUN mkdir -p .cache/jax
 EXPOSE 8000
 # Programs are compiled once where this is a volume.
 ENV JAX_COMPILATION_CACHE_DIR=/home/moepeft/.cache/jax \

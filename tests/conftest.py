@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small programs are compiled quickly, and once for all tests."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -10,6 +11,7 @@ _QUICK = '--xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Kept for the machine's temporary life: a second run of the suite is faster.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'moepeft-tests-jax'
@@ -17,3 +19,17 @@ _CACHE = pathlib.Path(tempfile.gettempdir()) / 'moepeft-tests-jax'
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+# Every kernel of a program on CPU is mapped, and Linux lets a process have
+# 65,530 areas (vm.max_map_count): beyond, compiling ends in a crash.
+_AREAS = 30_000
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _programs_do_not_pile_up():
+  """Forgets compiled programs once there are many: they are on the disk."""
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and len(maps.read_bytes().splitlines()) > _AREAS:
+    jax.clear_caches()
+    gc.collect()

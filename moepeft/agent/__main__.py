@@ -133,6 +133,11 @@ def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
   """The agent that the flags describe, without a model yet."""
   if asked.unsafe_no_sandbox and not asked.tools:
     raise ValueError('--unsafe_no_sandbox is of --tools; name python or shell')
+  if asked.tool_choice and asked.form == 'react':
+    raise ValueError(
+      "--tool_choice is the server's to keep, which --form=react asks for no "
+      'calls; leave one of them out'
+    )
   tools = skills.tools(own)
   if asked.tools:
     box = sandbox.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)

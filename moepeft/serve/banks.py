@@ -35,6 +35,7 @@ class Banks(Protocol):
   Attributes:
     advice: of the model that computes with them.
     tree: {form: 'peft' of all of its adapters}; the shapes never change.
+    bytes: of the tree.
   """
 
   @property
@@ -42,6 +43,9 @@ class Banks(Protocol):
 
   @property
   def tree(self) -> Tree: ...
+
+  @property
+  def bytes(self) -> int: ...
 
   def row_tree(
     self, tree: Tree, slots: Array, layer: Array | None = None
@@ -90,6 +94,7 @@ class NoBanks:
 
   advice = Advice()
   tree: Tree = {}
+  bytes = 0
 
   def row_tree(
     self, tree: Tree, slots: Array, layer: Array | None = None

@@ -123,6 +123,7 @@ class Batcher:
     self._texts.leave(row.slot)
 
   def _admit(self) -> None:
+    full = []
     while len(self._turns) and self._texts.free() and not self.broken:
       row = self._turns.take()
       try:
@@ -131,15 +132,17 @@ class Batcher:
         front = len(row.held.before)
         check_length(row.request, self._core.model, self._core.settings, front)
       except Full:
-        # Another's end makes room: it stays the next.
-        self._turns.put_back(row.request.client, row)
-        return
+        # Another's end makes room; who needs no such room does not wait.
+        full.append(row)
+        continue
       except Exception as e:
         self.end(row, FAILED, _sentence(e))
         continue
       row.began = time.monotonic()
       self._rows.append(row)
       self._of_row(row, self._reader.begin)
+    for row in reversed(full):
+      self._turns.put_back(row.request.client, row)
 
   def _read(self) -> None:
     """A part of the prompt that came first of those not read yet."""

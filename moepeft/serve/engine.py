@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests in, tokens out, on one thread that owns JAX.
+"""The engine: requests in, tokens out, computed on one thread.
 
 Others leave what they want done in an inbox, which that thread empties
 between two turns of its `Batcher`.
@@ -142,7 +142,7 @@ class Engine:
         answer_tokens=counts.answer_tokens if counts else 0,
         compiled=len(self._core.programs) if self._core else 0,
         adapters=len(loaded),
-        adapter_bytes=sum(one.bytes for one in loaded),
+        adapter_bytes=self._banks.bytes,
       )
 
   def drain(self, seconds: float) -> bool:

@@ -189,7 +189,7 @@ class Stats:
     finished: {reason: requests}.
     prompt_tokens, cached_tokens, answer_tokens: in all.
     compiled: programs so far; does not grow once `ready`.
-    adapters: loaded ones; adapter_bytes: what they hold.
+    adapters: loaded ones; adapter_bytes: of their banks, empty slots too.
   """
 
   running: int

@@ -72,6 +72,7 @@ class Stacked:
     self._shas = list(contents)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *contents.values())
     self.tree = {'form': stacked}
+    self.bytes = sum(a.nbytes for a in jax.tree.leaves(stacked))
     self.names = dict(names)
     self.held = collections.Counter()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.serve.protocol import LENGTH, Token, Unknown
+from moepeft.serve.protocol import LENGTH, Full, Token, Unknown
 from moepeft.serve.texts import Texts
 
 from .engines import ask, decoder, expected, paused, prompt
@@ -175,3 +175,26 @@ def test_no_slot_is_given_twice():
   assert texts.free() == 0
   with pytest.raises(ValueError, match='no slot is free'):
     texts.take((), '')
+
+
+def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
+  banks, hold = engine._banks, engine._banks.hold
+  room = threading.Event()
+
+  def full(name):
+    if name == 'one' and not room.is_set():
+      raise Full('requests use every slot of its form', 1.0)
+    return hold(name)
+
+  monkeypatch.setattr(banks, 'hold', full)
+  with paused(engine):
+    first, second = (
+      ask(engine, prompt(i, 3), 2, adapter='one') for i in (1, 2)
+    )
+    base = ask(engine, prompt(3, 3), 2)
+  assert base.end.reason == LENGTH
+  assert not first.events and not second.events
+  room.set()
+  # The engine looks again when something happens.
+  assert ask(engine, prompt(4, 3), 2).end.reason == LENGTH
+  assert first.end.reason == second.end.reason == LENGTH

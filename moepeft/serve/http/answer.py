@@ -27,7 +27,6 @@ REASONS = {
   STOP: 'stop',
   LENGTH: 'length',
   TIME: 'length',
-  'tools': 'tool_calls',
 }
 
 

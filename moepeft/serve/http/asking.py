@@ -14,7 +14,7 @@ from moepeft.serve.http.service import Compiler
 from moepeft.serve.http.underway import Underway
 from moepeft.serve.http.watched import Watched
 
-_MASK = (1 << 31) - 1
+_MASK = (1 << 64) - 1
 
 
 def sampling(asked: Asked) -> Sampling:

@@ -11,7 +11,8 @@ class Limits:
     body: bytes of a request.
     answer: tokens of an answer; 0 for as many as the model has places.
     choices: prompts times n.
-    seconds: from the request to the last token, waiting included.
+    seconds: from when the engine has a request to its last token, waiting
+      included.
     inputs: texts of a request for embeddings.
   """
 

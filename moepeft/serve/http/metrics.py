@@ -18,7 +18,7 @@ _GAUGES = {
   'waiting': 'Requests in the queue.',
   'slots': 'Requests that can be answered at once.',
   'adapters': 'Adapters that are loaded.',
-  'adapter_bytes': 'Device memory that adapters hold.',
+  'adapter_bytes': 'Device memory of all banks, empty slots too.',
 }
 _COUNTERS = {
   'prompt_tokens': 'Tokens of prompts.',

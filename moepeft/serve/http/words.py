@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text side of the server: prompts to token ids, and back.
 
-What takes long (a tokenizer, a chat template) runs on one thread of its own,
-away from the event loop: tokenizers of Hugging Face are not to be used from
-several threads at once.
+What takes long (reading a prompt, a chat template) runs on one thread of its
+own, away from the event loop, on which single tokens become text.
 """
 
 import asyncio
