@@ -7,7 +7,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent / 'moepeft'
 # A room may import what stands on its own line or above.
 FLOORS = (
-  ('typing', 'spec'),
+  ('typing', 'spec', 'core'),
   ('nn',),
   ('moe',),
   ('peft',),

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files opened for reading: regular files only.
+
+Opening a named pipe blocks until somebody writes to it, and reading a device
+may never end, so everything that reads a path that a user or a request named
+opens it here, or calls `check_file` before a library opens it.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+_KINDS = (
+  (stat.S_ISFIFO, 'a named pipe'),
+  (stat.S_ISSOCK, 'a socket'),
+  (stat.S_ISCHR, 'a device'),
+  (stat.S_ISBLK, 'a device'),
+)
+
+
+class NotAFile(OSError):
+  """A path names a pipe, a socket or a device."""
+
+  def __init__(self, path: str | os.PathLike, kind: str):
+    reason = f'it is {kind}, expected a regular file'
+    super().__init__(errno.EINVAL, reason, os.fspath(path))
+
+  def __str__(self) -> str:
+    return f'{self.filename!r} cannot be read: {self.strerror}'
+
+
+def open_file(
+  path: str | os.PathLike, mode: str = 'rb', encoding: str | None = None
+) -> IO:
+  """Opens a regular file for reading.
+
+  Args:
+    path: the file; a symbolic link is followed.
+    mode: 'rb' or 'r'.
+    encoding: of a text file; 'utf-8-sig' by default, which leaves a byte order
+      mark out of the text.
+
+  Raises:
+    NotAFile: the path is a pipe, a socket or a device. It is not opened.
+    OSError: it does not exist, is a directory, or may not be read.
+  """
+  if mode not in ('r', 'rb'):
+    raise ValueError(f"expected mode 'r' or 'rb', got {mode!r}")
+  check_file(path)
+  if mode == 'r' and encoding is None:
+    encoding = 'utf-8-sig'
+  return open(path, mode, encoding=encoding, opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+  # The path may have been replaced since it was checked: O_NONBLOCK keeps the
+  # opening of a pipe from blocking, and the descriptor is checked again.
+  descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+  try:
+    _check_mode(path, os.fstat(descriptor).st_mode)
+  except NotAFile:
+    os.close(descriptor)
+    raise
+  return descriptor
+
+
+def check_file(path: str | os.PathLike) -> None:
+  """
+  Raises:
+    NotAFile: the path is a pipe, a socket or a device. Nothing is raised for a
+      path that does not exist or is a directory.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except (FileNotFoundError, NotADirectoryError):
+    return
+  _check_mode(path, mode)
+
+
+def check_files(folder: str | os.PathLike) -> None:
+  """Checks a path and, of a directory, what lies directly in it.
+
+  Raises:
+    NotAFile: as `check_file`; for libraries that open a directory's files.
+  """
+  check_file(folder)
+  if os.path.isdir(folder):
+    for entry in os.scandir(folder):
+      check_file(entry.path)
+
+
+def _check_mode(path: str | os.PathLike, mode: int) -> None:
+  for matches, kind in _KINDS:
+    if matches(mode):
+      raise NotAFile(path, kind)
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """The text of a UTF-8 file, without a byte order mark.
+
+  Raises:
+    OSError: as `open_file`.
+    UnicodeDecodeError: it is not UTF-8.
+  """
+  with open_file(path, 'r') as file:
+    return file.read()
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """The bytes of a file; raises as `open_file`."""
+  with open_file(Path(path)) as file:
+    return file.read()

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON and YAML from files, requests and model servers, read within limits.
+
+`json.loads` raises RecursionError on deep nesting, accepts half of a surrogate
+pair, which no tokenizer and no terminal can encode, and says nothing of types.
+Whatever moepeft did not write itself a moment ago is read here; every fault is
+a `Malformed`, a ValueError whose message is one sentence.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from moepeft.core import files
+
+Kind = TypeVar('Kind')
+
+# Nesting beyond which a text is refused. Configs, schemas and tool calls of
+# real use stay under 30 levels.
+MAX_DEPTH = 100
+# Nodes that a YAML text may have after its aliases are expanded.
+_MAX_NODES = 1_000_000
+# Integers of JSON have no bound, arrays of NumPy and JAX do.
+_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
+_SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
+_REQUIRED = object()
+_NAMES = {
+  bool: 'true or false',
+  dict: 'an object',
+  float: 'a number',
+  int: 'an integer',
+  list: 'a list',
+  str: 'a text',
+}
+
+
+class Malformed(ValueError):
+  """A text is not JSON or YAML, or a value in it is not of its type."""
+
+
+def parse_json(
+  text: str | bytes, max_depth: int = MAX_DEPTH, allow_nan: bool = True
+) -> Any:
+  """The value of a JSON text.
+
+  Args:
+    text: UTF-8 where it is bytes; a byte order mark at its start is ignored.
+    max_depth: levels of lists and objects.
+    allow_nan: whether NaN and Infinity, which Python writes, are numbers.
+
+  Raises:
+    Malformed: not JSON, nested too deeply, or a string holds half a surrogate
+      pair. The message has no name of a source: 'not JSON (...)'.
+  """
+  constant = {} if allow_nan else {'parse_constant': _refuse_constant}
+  try:
+    if isinstance(text, bytes):
+      text = text.decode('utf-8-sig')
+    value = json.loads(text.removeprefix('\ufeff'), **constant)
+  except UnicodeDecodeError:
+    raise Malformed('not UTF-8') from None
+  except json.JSONDecodeError as error:
+    where = f'line {error.lineno}, column {error.colno}'
+    raise Malformed(f'not JSON ({error.msg}: {where})') from None
+  except RecursionError:
+    raise Malformed(_too_deep(max_depth)) from None
+  except ValueError as error:  # an integer of more than 4,300 digits; NaN
+    raise Malformed(f'not JSON ({str(error).partition(";")[0]})') from None
+  # Most texts have fewer brackets in all than levels are allowed.
+  if text.count('[') + text.count('{') > max_depth:
+    _check_depth(value, max_depth)
+  if _SURROGATE.search(text):
+    check_encodable(value)
+  return value
+
+
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader):
+  """The value of a YAML text; raises Malformed as `parse_json` does.
+
+  Args:
+    loader: a safe loader, which makes plain values only.
+  """
+  try:
+    value = yaml.load(text.removeprefix('\ufeff'), loader)  # noqa: S506
+  except yaml.YAMLError as error:
+    raise Malformed(f'not YAML ({" ".join(str(error).split())})') from None
+  except RecursionError:
+    raise Malformed(_too_deep(MAX_DEPTH)) from None
+  except (ValueError, TypeError) as error:
+    # A date of month 13; a list as a mapping's key.
+    raise Malformed(f'not YAML ({error})') from None
+  _check_depth(value, MAX_DEPTH, _MAX_NODES)
+  check_encodable(value)
+  return value
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The value of a JSON file.
+
+  Raises:
+    Malformed: as `parse_json`, and the message names the file.
+    OSError: the file cannot be opened, or is no regular file.
+  """
+  raw = files.read_bytes(path)
+  try:
+    return parse_json(raw)
+  except Malformed as error:
+    raise Malformed(f'{os.fspath(path)} is {error}; copy it again') from None
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+  """The object of a JSON file; raises as `read_json`."""
+  value = read_json(path)
+  if not isinstance(value, dict):
+    raise Malformed(
+      f'{os.fspath(path)} holds {_name_of(value)}, expected a JSON object'
+    )
+  return value
+
+
+def field(
+  source: Any, key: str, kind: type[Kind], default: Any = _REQUIRED
+) -> Kind:
+  """A field of a parsed object, of the type that is expected.
+
+  Args:
+    source: the object, or whatever stands in its place.
+    key: the field's name; 'message.content' goes down two levels.
+    kind: bool, int (of 64 bits), float (integers too), str, list or dict.
+    default: the value where the field is absent or null; without a default
+      such a field is an error.
+
+  Raises:
+    Malformed: 'expected an integer in 'n', got a text'.
+  """
+  *parents, name = key.split('.')
+  absent = _REQUIRED if default is _REQUIRED else {}
+  for parent in parents:
+    source = field(source, parent, dict, absent)
+  if not isinstance(source, Mapping):
+    raise Malformed(f'expected an object with {key!r}, got {_name_of(source)}')
+  value = source.get(name)
+  if value is None:
+    if default is _REQUIRED:
+      raise Malformed(f'expected {_NAMES[kind]} in {key!r}, got none')
+    return default
+  if not _is(value, kind):
+    raise Malformed(
+      f'expected {_NAMES[kind]} in {key!r}, got {_name_of(value)}'
+    )
+  if kind in (int, float) and not _MIN_INT <= value <= _MAX_INT:
+    if isinstance(value, int):
+      raise Malformed(f'expected 64 bits in {key!r}, got a larger integer')
+  return float(value) if kind is float else value
+
+
+def check_encodable(value: Any) -> None:
+  """
+  Raises:
+    Malformed: a string in the value, or a key, holds half a surrogate pair.
+  """
+  for node, _ in _walk(value):
+    if isinstance(node, str):
+      try:
+        node.encode('utf-8')
+      except UnicodeEncodeError:
+        raise Malformed(
+          'not text (half a surrogate pair in a string, which has no UTF-8)'
+        ) from None
+
+
+def _is(value: Any, kind: type) -> bool:
+  if kind is float:
+    kind = (int, float)
+  return isinstance(value, kind) and (
+    kind is bool or not isinstance(value, bool)
+  )
+
+
+def _name_of(value: Any) -> str:
+  if value is None:
+    return 'null'
+  for kind, name in _NAMES.items():
+    if isinstance(value, kind):
+      return name
+  return type(value).__name__
+
+
+def _check_depth(
+  value: Any, max_depth: int, max_nodes: float = math.inf
+) -> None:
+  for count, (node, depth) in enumerate(_walk(value)):
+    if depth > max_depth and isinstance(node, (dict, list)):
+      raise Malformed(_too_deep(max_depth))
+    if count > max_nodes:
+      raise Malformed(f'too large (more than {max_nodes:,} nodes)')
+
+
+def _walk(value: Any):
+  """(node, level) of a value, from 1, and of all in it, keys included."""
+  stack = [(value, 1)]
+  while stack:
+    node, depth = stack.pop()
+    yield node, depth
+    if isinstance(node, dict):
+      stack.extend((key, depth + 1) for key in node)
+      stack.extend((child, depth + 1) for child in node.values())
+    elif isinstance(node, list):
+      stack.extend((child, depth + 1) for child in node)
+
+
+def _refuse_constant(name: str) -> None:
+  raise ValueError(f'{name} is no number of JSON')
+
+
+def _too_deep(max_depth: int) -> str:
+  return f'nested too deeply (more than {max_depth} levels)'
