@@ -2,46 +2,55 @@
 """What an answer may be, as masks over the vocabulary: JSON schemas, regular
 expressions, grammars, choices and calls of tools, by `llguidance`.
 
-A mask of 49,152 tokens (SmolLM2's) takes 0.08 ms of processor time in the
-mean, 0.6 ms at most in 99 of 100 cases, over thirty schemas and random
-answers; a schema takes 4 ms to compile, once. What llguidance bounds at the
-worst, a pattern made to grow, holds a mask up for less than a second and ends
-the answer. Letter: v the model's vocabulary.
+Each grammar is compiled and followed in a process of its own (`grammar_pool`),
+which the kernel ends beyond its limits: a schema may take minutes and
+gigabytes, and no other request waits for it. In that process a mask of 49,152
+tokens (SmolLM2's) takes 0.08 ms of processor time in the mean, 0.6 ms at most
+in 99 of 100 cases, over thirty schemas and random answers; a schema takes 4 ms
+to compile, once. Letter: v the model's vocabulary.
 """
 
 import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.serve import call_grammar, json_schemas, lark
-from moepeft.serve.protocol import Constraint
-from moepeft.serve.token_bytes import Pieces, pieces
+from moepeft.serve.grammar_pool import (
+  GrammarLimit,
+  GrammarPool,
+  GrammarProcess,
+  Matcher,
+)
+from moepeft.serve.grammar_worker import Pieces, ProcessLimits, vocabulary
+from moepeft.serve.protocol import Constraint, Full
+from moepeft.serve.token_bytes import pieces
 from moepeft.serve.tools import Choice, Style, Tool
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What compiling and following a grammar may cost.
+  """Limits of compiling and following grammars.
 
   Attributes:
-    kept: compiled grammars, those used last.
+    cached: compiled grammars that are kept, those used last.
+    processes: grammars in use at once, those that are being compiled and those
+      that are kept among them.
     regex: characters of a regular expression at most.
     options: of a choice, at most.
-    states: of a grammar's lexer at most; about 2 kB each.
-    fuel: expressions that a grammar's lexer begins with, at most; a hundred
-      thousand are about 0.2 s.
+    process: limits of each grammar's process.
   """
 
-  kept: int = 32
+  cached: int = 16
+  processes: int = 48
   regex: int = 10_000
   options: int = 10_000
-  states: int = 50_000
-  fuel: int = 100_000
+  process: ProcessLimits = ProcessLimits()
 
 
 class Following:
@@ -51,8 +60,15 @@ class Following:
   a blank from a text's beginning, the first token may have one.
   """
 
-  def __init__(self, matcher: Any, tokens: '_Tokens', spoil: Callable):
-    self._matcher, self._tokens, self._spoil = matcher, tokens, spoil
+  def __init__(
+    self, matcher: Matcher, tokens: '_Tokens', forget: Callable[[], None]
+  ):
+    """
+    Args:
+      forget: called where the matcher fails, since its lexer, which all
+        answers of a grammar share, may have come to a limit.
+    """
+    self._matcher, self._tokens, self._forget = matcher, tokens, forget
     self._begun = False
 
   def mask(self) -> np.ndarray:
@@ -62,14 +78,17 @@ class Following:
       ValueError: the grammar has grown too complex, or no token of the
         vocabulary goes on.
     """
-    whole = self._tokens.bits(self._matcher.compute_bitmask())
-    if self._begun:
-      found = whole[: self._tokens.size] & self._tokens.usable
-    else:
-      found = self._tokens.beginning(whole, self._matcher)
-    if self._matcher.is_error() or not found.any():
+    packed = self._matcher.bitmask()
+    if self._matcher.error:
       self._fail('no token of the vocabulary goes on from here')
-    return found
+    whole = self._tokens.bits(packed)
+    if self._begun:
+      mask = whole[: self._tokens.size] & self._tokens.usable
+    else:
+      mask = self._tokens.beginning(whole, self._matcher)
+    if not mask.any():
+      self._fail('no token of the vocabulary goes on from here')
+    return mask
 
   def accept(self, token: int) -> bool:
     """Goes on by a token; whether the text must end.
@@ -77,17 +96,17 @@ class Following:
     Raises:
       ValueError: the mask does not allow it.
     """
-    if token in self._tokens.ends and self._matcher.is_accepting():
+    if token in self._tokens.ends and self._matcher.accepting:
       return True
     inner = token if self._begun else self._tokens.inner(token)
     self._begun = True
-    if inner != _NOTHING and not self._matcher.consume_token(inner):
+    if inner != _NOTHING and not self._matcher.consume(inner):
       self._fail(f'token {token} is not allowed here')
-    return self._matcher.is_stopped()
+    return self._matcher.stopped
 
   def _fail(self, otherwise: str) -> None:
-    self._spoil()
-    reason = _reason(self._matcher.get_error())
+    self._forget()
+    reason = _reason(self._matcher.error)
     if not reason or reason.startswith(('Parser Error', 'NoExtension')):
       reason = otherwise
     raise ValueError(
@@ -132,9 +151,16 @@ class Compiler:
         f'vocabulary, got {tuple(ends)}'
       )
     self._library, self._limits = llguidance, limits
-    self._tokens = _Tokens(llguidance, pieces(words, vocab), tuple(ends))
-    self._kept: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    self._tokens = _Tokens(pieces(words, vocab), tuple(ends))
+    self._pool = GrammarPool(
+      self._tokens.vocabulary(), limits.processes, limits.process
+    )
+    # Grammars that are compiled or being compiled, the last used at the end.
+    self._cache: collections.OrderedDict[str, Future[GrammarProcess]]
+    self._cache = collections.OrderedDict()
+    # Held for a look into the cache, never while a grammar is compiled.
     self._lock = threading.Lock()
+    self._waiting = threading.BoundedSemaphore(limits.processes)
 
   def json_schema(self, schema: Any, strict: bool = True) -> Constraint:
     """JSON that fits a schema; see `json_schemas.prepared`.
@@ -214,44 +240,75 @@ class Compiler:
     grammar = self._library.LLMatcher.grammar_from_lark(text)
     return self._following(grammar, 'the tools')
 
-  def _following(self, grammar: str, what: str) -> Following:
-    with self._lock:
-      matcher = self._kept.pop(grammar, None)
-      if matcher is None:
-        matcher = self._compiled(grammar, what)
-      self._kept[grammar] = matcher
-      while len(self._kept) > self._limits.kept:
-        self._kept.popitem(last=False)
-      own = matcher.deep_copy()
-    return Following(own, self._tokens, lambda: self._forget(grammar, matcher))
-
-  def _compiled(self, grammar: str, what: str) -> Any:
-    limits = self._library.LLParserLimits(
-      max_lexer_states=self._limits.states,
-      initial_lexer_fuel=self._limits.fuel,
-      verbose_errors=False,
-    )
-    tokenizer = self._tokens.tokenizer
-    made = self._library.LLMatcher(
-      tokenizer, grammar, log_level=0, limits=limits
-    )
-    if made.is_error():
-      raise ValueError(
-        f'{what} cannot be followed: {_reason(made.get_error())}; change it'
+  def _following(self, grammar: str, label: str) -> Following:
+    # Threads that wait for a grammar are few, so that others are left.
+    if not self._waiting.acquire(blocking=False):
+      raise Full(
+        f'{self._limits.processes} requests wait for their constraints to be '
+        'compiled, as many as may; try again in a moment',
+        self._limits.process.compile_seconds,
       )
     try:
-      Following(made.deep_copy(), self._tokens, lambda: None).mask()
+      process = self._process(grammar, label)
+    finally:
+      self._waiting.release()
+    return Following(
+      process.matcher(), self._tokens, lambda: self._forget(grammar, process)
+    )
+
+  def _process(self, grammar: str, label: str) -> GrammarProcess:
+    """A grammar's process: one that is kept, or a new one."""
+    with self._lock:
+      future, first = self._cache.get(grammar), False
+      if future is None:
+        future, first = Future(), True
+        self._cache[grammar] = future
+      self._cache.move_to_end(grammar)
+      while len(self._cache) > self._limits.cached or (
+        first and self._pool.full() and len(self._cache) > 1
+      ):
+        # Answers that still follow it keep its process.
+        self._cache.popitem(last=False)
+    if first:
+      try:
+        future.set_result(self._compiled(grammar, label))
+      except BaseException as error:
+        self._forget(grammar)
+        future.set_exception(error)
+    return future.result()
+
+  def _compiled(self, grammar: str, label: str) -> GrammarProcess:
+    process = self._pool.process()
+    try:
+      error = process.compile(grammar)
+    except GrammarLimit as e:
+      raise ValueError(
+        f'{label} cannot be compiled: {e}; make it simpler'
+      ) from None
+    if error:
+      raise ValueError(
+        f'{label} cannot be followed: {_reason(error)}; change it'
+      )
+    try:
+      Following(process.matcher(), self._tokens, lambda: None).mask()
     except ValueError:
       raise ValueError(
-        f'{what} allows no text that the vocabulary can write; change it'
+        f'{label} allows no text that the vocabulary can write; change it'
       ) from None
-    return made
+    return process
 
-  def _forget(self, grammar: str, matcher: Any) -> None:
-    """Its lexer, which all answers share, may have come to a limit."""
+  def _forget(
+    self, grammar: str, process: GrammarProcess | None = None
+  ) -> None:
+    """Leaves a grammar out of the cache; of a process, only where it is its."""
     with self._lock:
-      if self._kept.get(grammar) is matcher:
-        del self._kept[grammar]
+      future = self._cache.get(grammar)
+      if future and (process is None or _result(future) is process):
+        del self._cache[grammar]
+
+
+def _result(future: Future) -> GrammarProcess | None:
+  return future.result() if future.done() else None
 
 
 # In place of an id: a token that adds nothing.
@@ -259,55 +316,49 @@ _NOTHING = -1
 
 
 class _Tokens:
-  """A vocabulary as llguidance reads it.
+  """A vocabulary's ids, and those that llguidance has for them.
 
   Tokens that are others at a text's beginning ('▁a', which is 'a' there) are
   found by an id of the same bytes, if need be one above v.
   """
 
-  # What llguidance asks a tokenizer for.
-  is_tokenizer_wrapper = True
-  bos_token_id = None
-
-  def __init__(self, library: Any, found: Pieces, ends: tuple[int, ...]):
-    self.ends, self.size, self.eos_token_id = ends, len(found.later), ends[0]
+  def __init__(self, made: Pieces, ends: tuple[int, ...]):
+    self.ends, self.size = ends, len(made.later)
     # An end is one wherever it stands, though it be a line's.
     later, first = (
-      [b'' if i in ends else piece for i, piece in enumerate(some)]
-      for some in (found.later, found.first)
+      [b'' if i in ends else piece for i, piece in enumerate(texts)]
+      for texts in (made.later, made.first)
     )
-    self._found = dataclasses.replace(found, later=later, first=first)
+    self._pieces = dataclasses.replace(made, later=later, first=first)
     ids = {piece: i for i, piece in reversed(list(enumerate(later))) if piece}
-    self._inner, self.tokens = np.arange(self.size), list(later)
+    self._inner, self._bytes = np.arange(self.size), list(later)
     for i, (now, then) in enumerate(zip(first, later, strict=True)):
       if now and now not in ids:
-        ids[now] = len(self.tokens)
-        self.tokens.append(now)
+        ids[now] = len(self._bytes)
+        self._bytes.append(now)
       if now != then:
         self._inner[i] = ids.get(now, _NOTHING)
     self._alike = first == later
-    # What a text becomes that the vocabulary cannot write.
-    self._never = len(self.tokens)
-    self.tokens.append(b'')
-    self.special_token_ids = [i for i, x in enumerate(self.tokens) if not x]
+    # For a text that the vocabulary cannot write.
+    self._bytes.append(b'')
     self.usable = np.array([bool(x) for x in later])
     self.usable[list(ends)] = True
-    self.tokenizer = library.LLTokenizer(self, eos_token=list(ends))
 
-  def __call__(self, text: str) -> list[int]:
-    return self._found.encode(text) or [self._never] * bool(text)
+  def vocabulary(self) -> bytes:
+    """The message for the processes that follow grammars."""
+    return vocabulary(self._pieces.tokenizer, self.size, self._bytes, self.ends)
 
   def bits(self, packed: bytes) -> np.ndarray:
     """bool [v and more], of llguidance's one bit a token."""
     bits = np.frombuffer(packed, np.uint8)
-    count = len(self.tokens)
+    count = len(self._bytes)
     return np.unpackbits(bits, count=count, bitorder='little').view(bool)
 
   def inner(self, token: int) -> int:
     """The id of the bytes that a token is at the beginning, or _NOTHING."""
     return int(self._inner[token])
 
-  def beginning(self, whole: np.ndarray, matcher: Any) -> np.ndarray:
+  def beginning(self, whole: np.ndarray, matcher: Matcher) -> np.ndarray:
     """bool [v], what may come first."""
     if self._alike:
       return whole[: self.size] & self.usable
@@ -316,10 +367,10 @@ class _Tokens:
     found[self._inner == _NOTHING] = (whole[: self.size] & self.usable).any()
     # Where only one text is possible, llguidance allows the one token with
     # which it would go on, not the one with which it begins.
-    forced = matcher.compute_ff_bytes()
-    ids = self._found.spell(forced.decode(errors='ignore'))
+    forced = matcher.forced()
+    ids = self._pieces.spell(forced.decode(errors='ignore'))
     if forced and ids and ids[0] < self.size:
-      own = self._found.first[ids[0]]
+      own = self._pieces.first[ids[0]]
       found[ids[0]] |= bool(own) and forced.startswith(own)
     return found & self.usable
 

@@ -6,82 +6,18 @@ JSON's signs together. Letter: v the model's vocabulary, which may be wider
 than the tokenizer's.
 """
 
-import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moepeft.data.vocabulary import Bytes, Tokenizer, Vocabulary
+from moepeft.serve.grammar_worker import Pieces
 
 # A text with what decoders are known to change: blanks, signs, accents.
 _PROBE = 'It\'s {"a b": [1, true, "é  x"]} .'
-# What a text may be tokenized after, for tokenizers that begin one otherwise.
-_BEFORE = ('', '\n', '.', 'a')
 _FALLBACK = re.compile('<0x([0-9A-Fa-f]{2})>')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pieces:
-  """A vocabulary as bytes.
-
-  Attributes:
-    spell: ids of a text as the tokenizer has them; any thread may call it.
-    later: v byte strings, what each token is inside of a text; b'' for special
-      ones, those that are none, and ids that only the model has.
-    first: the same of a text's first token, which decoders of SentencePiece's
-      kind take a blank from.
-  """
-
-  spell: Callable[[str], Sequence[int]]
-  later: Sequence[bytes]
-  first: Sequence[bytes]
-
-  def encode(self, text: str) -> list[int]:
-    """Ids whose bytes, inside of a text, are exactly this text's.
-
-    As the tokenizer has them where it can, else the longest ones from the
-    left; [] where no tokens make it up.
-    """
-    data = text.encode()
-    for before in _BEFORE:
-      found = self._suffix(self.spell(before + text), data)
-      if found is not None:
-        return found
-    return self._greedy(data)
-
-  def _suffix(self, ids: Sequence[int], data: bytes) -> list[int] | None:
-    """The last ids whose bytes are the data, if some are."""
-    left = len(data)
-    for at in range(len(ids) - 1, -1, -1):
-      piece = self._of(ids[at])
-      left -= len(piece)
-      if not piece or left < 0 or data[left : left + len(piece)] != piece:
-        return None
-      if not left:
-        return [int(i) for i in ids[at:]]
-    return None
-
-  def _of(self, token: int) -> bytes:
-    return self.later[token] if token < len(self.later) else b''
-
-  def _greedy(self, data: bytes) -> list[int]:
-    found, at = [], 0
-    longest = max(map(len, self._ids), default=0)
-    while at < len(data):
-      sizes = range(min(longest, len(data) - at), 0, -1)
-      size = next((n for n in sizes if data[at : at + n] in self._ids), None)
-      if size is None:
-        return []
-      found.append(self._ids[data[at : at + size]])
-      at += size
-    return found
-
-  @functools.cached_property
-  def _ids(self) -> dict[bytes, int]:
-    pairs = enumerate(self.later)
-    return {piece: i for i, piece in reversed(list(pairs)) if piece}
 
 
 def pieces(words: Vocabulary, size: int) -> Pieces:
@@ -96,7 +32,7 @@ def pieces(words: Vocabulary, size: int) -> Pieces:
   """
   if isinstance(words, Bytes):
     plain = [b'', b'', b'', *(bytes([i]) for i in range(256))]
-    return _sized(words.encode, plain, plain, size)
+    return _sized('', plain, plain, size)
   if not isinstance(words, Tokenizer):
     raise ValueError(
       f'constrained answers need the bytes of tokens; expected a vocabulary of '
@@ -108,13 +44,13 @@ def pieces(words: Vocabulary, size: int) -> Pieces:
 
 
 def _sized(
-  spell: Callable[[str], Sequence[int]],
+  tokenizer: str,
   later: Sequence[bytes],
   first: Sequence[bytes],
   size: int,
 ) -> Pieces:
   more = [b''] * max(0, size - len(later))
-  return Pieces(spell, [*later, *more][:size], [*first, *more][:size])
+  return Pieces(tokenizer, [*later, *more][:size], [*first, *more][:size])
 
 
 def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
@@ -135,22 +71,7 @@ def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
   for text, i in vocabulary.items():
     if i not in special:
       first[i], later[i] = one(text)
-  return _sized(_speller(own.backend_tokenizer), later, first, size)
-
-
-def _speller(backend: Any) -> Callable[[str], Sequence[int]]:
-  """text -> ids, by a tokenizer of its own.
-
-  `transformers` sets what is cut and padded at each call, in which no other
-  thread may read the same one.
-  """
-  # Imported here, as it is where tokenizers are read.
-  import tokenizers
-
-  own = tokenizers.Tokenizer.from_str(backend.to_str())
-  own.no_truncation()
-  own.no_padding()
-  return lambda text: own.encode(text, add_special_tokens=False).ids
+  return _sized(own.backend_tokenizer.to_str(), later, first, size)
 
 
 def _reader(decoder: Any):

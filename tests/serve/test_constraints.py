@@ -9,6 +9,7 @@ import pytest
 
 from moepeft.data.vocabulary import Bytes, Tokenizer
 from moepeft.serve.constraints import Compiler, Limits
+from moepeft.serve.grammar_worker import ProcessLimits
 from tests import chat_cases
 from tests.serve import json_cases, small_words
 
@@ -349,7 +350,7 @@ def test_constraints_of_one_grammar_do_not_know_of_each_other(compiler):
 
 
 def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch):
-  compiler, made = Compiler(Bytes(), WIDE, (1,), Limits(kept=2)), []
+  compiler, made = Compiler(Bytes(), WIDE, (1,), Limits(cached=2)), []
   compiled = compiler._compiled
 
   def counted(grammar, what):
@@ -367,7 +368,9 @@ def test_a_grammar_that_grows_too_complex_fails_and_is_compiled_anew():
   # Each of the last 200 letters may have been the a: 2^200 states.
   text, favour = '(a|b)*a(a|b){200}', np.zeros(WIDE)
   favour[1] = -99
-  compiler = Compiler(Bytes(), WIDE, (1,), Limits(states=500))
+  compiler = Compiler(
+    Bytes(), WIDE, (1,), Limits(process=ProcessLimits(states=500))
+  )
   rng = np.random.default_rng(37)
   for _ in range(2):
     with pytest.raises(ValueError, match='cannot go on .*too many'):

@@ -133,6 +133,8 @@ def constraint(
     )
   try:
     return Watched(_compiled(wanted, compiler))
+  except protocol.Full as e:
+    raise refused(e, 'response_format') from None
   except ValueError as e:
     raise wrong(f'response_format: {e}', 'response_format') from None
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from moepeft.data.conversations import Conversation
 from moepeft.serve import calls, tools
-from moepeft.serve.http.errors import wrong
+from moepeft.serve.http.errors import refused, wrong
 from moepeft.serve.http.service import Compiler
 from moepeft.serve.http.watched import Watched
-from moepeft.serve.protocol import Constraint
+from moepeft.serve.protocol import Constraint, Full
 
 
 class Calling:
@@ -80,6 +80,8 @@ class Plan:
       return Watched(
         self.compiler.tools(self.tools, self.choice, self.parallel, self.style)
       )
+    except Full as e:
+      raise refused(e, 'tools') from None
     except ValueError as e:
       raise wrong(str(e), 'tools') from None
 
