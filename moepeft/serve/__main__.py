@@ -204,6 +204,7 @@ def run() -> int:
     loaded, base = found.engine.adapters(), found.models.base
     shown.done(banner.lines(url, base, loaded, given, vectors))
 
+  server.overdue = lambda: os._exit(130 if server.interrupted else 0)
   serve(server, sock, start)
   # As a shell has it for what Ctrl-C has ended.
   code = 130 if server.interrupted else 0
@@ -278,7 +279,9 @@ if __name__ == '__main__':
     'seconds', 600.0, 'Of a request, after which its answer ends.'
   )
   _DRAIN = flags.DEFINE_float(
-    'drain_seconds', 30.0, 'That answers have to finish at SIGTERM.'
+    'drain_seconds',
+    30.0,
+    'That answers have to finish at SIGTERM; 10 s later the process ends.',
   )
   _ROUTING = flags.DEFINE_bool(
     'routing', True, 'Tell which experts tokens used, to who asks.'

@@ -14,6 +14,8 @@ from moepeft.data.vocabulary import Bytes
 from moepeft.serve.constraints import Compiler, Limits
 from moepeft.serve.grammar_worker import ProcessLimits
 from moepeft.serve.protocol import Full
+from tests.serve.fake_engine import FakeEngine, ids_of
+from tests.serve.small_server import running, service
 
 pytest.importorskip('llguidance')
 
@@ -182,3 +184,40 @@ def test_many_answers_of_one_grammar_use_one_process(compiler):
   for _ in range(29):
     write(answers[rng.integers(7)], 'ab'[rng.integers(2)])
   assert len(children()) == 1
+
+
+def test_a_server_answers_400_and_others_meanwhile():
+  engine = FakeEngine()
+  engine.say = lambda request: ids_of('abc')
+  # Sixteen at once are more than asyncio's own pool has threads on two cores.
+  limits = Limits(processes=8, process=QUICK)
+  found = service(
+    engine, Bytes(), compiler=Compiler(Bytes(), WIDE, (1,), limits)
+  )
+  body = {
+    'type': 'json_schema',
+    'json_schema': {'name': 'x', 'schema': OVERLAPPING},
+  }
+  with running(found) as client:
+    answers = []
+    threads = [
+      threading.Thread(
+        target=lambda: answers.append(client.complete(response_format=body))
+      )
+      for _ in range(16)
+    ]
+    for thread in threads:
+      thread.start()
+    assert wait(lambda: answers or children())
+    before = len(answers)
+    assert client.complete()[0] == 200
+    constrained = {'type': 'choice', 'choice': ['abc', 'b']}
+    assert client.complete(response_format=constrained)[0] in (200, 429)
+    assert before < 16
+    for thread in threads:
+      thread.join()
+    assert {status for status, _ in answers} <= {400, 429}
+    refused = [body['error'] for status, body in answers if status == 400]
+    assert refused and refused[0]['param'] == 'response_format'
+    assert 'processor time' in refused[0]['message']
+    assert client.complete(response_format=constrained)[0] == 200

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from moepeft.data.vocabulary import Bytes
+from moepeft.serve.http import server as server_lib
 from moepeft.serve.http.limits import Limits
 from tests.serve.fake_engine import FakeEngine, ids_of
 from tests.serve.small_server import (
@@ -173,6 +174,24 @@ def test_a_stream_that_does_not_end_is_cut_when_the_server_goes_down(client):
   last = answer.read().decode().strip().split('\n\n')[-1]
   assert '"error"' in last and 'the server stops' in last
   connection.close()
+
+
+def test_a_server_that_cannot_end_says_so_to_its_command(monkeypatch):
+  monkeypatch.setattr(server_lib, '_LAST', 0.2)
+  released, overdue = threading.Event(), threading.Event()
+  found = endless()
+  with running(found) as client:
+    # As where a thread holds the engine's lock for ever.
+    found.engine.drain = lambda seconds: released.wait(TIMEOUT)
+    client.server.overdue = overdue.set
+    begun = time.monotonic()
+    client.server._seconds = 0.3
+    client.server.drain()
+    assert overdue.wait(TIMEOUT)
+    # The time for answers, then twice what is left for the rest.
+    assert time.monotonic() - begun >= 0.3 + 2 * 0.2
+    assert client.thread.is_alive()
+    released.set()
 
 
 def test_the_log_has_a_line_a_request_with_its_tokens(client, caplog):

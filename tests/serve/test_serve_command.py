@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m moepeft.serve, as a process."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -79,6 +81,7 @@ def test_a_server_starts_answers_drains_and_ends_with_code_0(tmp_path):
     '--model=package:t5_tiny',
     '--slots=2',
     '--places=64',
+    '--drain_seconds=5',
     '--form=lora(rank=4)',
     f'--port={port}',
   ]
@@ -99,8 +102,22 @@ def test_a_server_starts_answers_drains_and_ends_with_code_0(tmp_path):
     _, chosen = ask(port, '/v1/completions', {**body, 'response_format': form})
     assert chosen['choices'][0]['text'] in ('yes', 'no')
     assert ask(port, '/v1/completions', {**body, 'model': 'x'})[0] == 404
+    # Schemas that are compiled without end; see test_grammar_limits.
+    patterns = [{'pattern': f'(ab|b|a){{{i}}}.*'} for i in range(22)]
+    schema = {'name': 'x', 'schema': {'type': 'string', 'allOf': patterns}}
+    form = {'type': 'json_schema', 'json_schema': schema}
+
+    def compile_bad():
+      # The server may be gone before it has answered.
+      with contextlib.suppress(ValueError):
+        ask(port, '/v1/completions', {**body, 'response_format': form})
+
+    for _ in range(3):
+      threading.Thread(target=compile_bad, daemon=True).start()
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    # Answers have 5 s, and the process ends within 10 s after them.
+    assert process.wait(16) == 0
   finally:
     if process.poll() is None:
       os.kill(process.pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -15,6 +16,8 @@ from moepeft.serve.http import app
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
+# Of the pool that requests use; twice `constraints.Limits.processes`.
+_THREADS = 96
 # Seconds that connections have after the engine has ended all answers.
 _LAST = 5
 # Seconds for an idle connection, more than proxies keep theirs.
@@ -51,6 +54,9 @@ class Server(uvicorn.Server):
   Attributes:
     interrupted: whether it was SIGINT.
     stopped: whether the engine has ended; it does not while it compiles.
+    overdue: called on a thread of its own where the server has not ended ten
+      seconds after the time that answers have, or five after a second signal:
+      something hangs, and the command ends the process.
   """
 
   def __init__(self, service: Service, seconds: float):
@@ -72,12 +78,14 @@ class Server(uvicorn.Server):
     super().__init__(config)
     self._service, self._seconds = service, seconds
     self.interrupted, self.stopped = False, False
+    self.overdue: Callable[[], None] = lambda: None
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
     """What uvicorn calls at a signal, on the main thread."""
     del frame
     if self._service.draining:
       self.should_exit = self.force_exit = True
+      self._end_after(_LAST)
       return
     self.interrupted = sig == signal.SIGINT
     _LOG.info('%s: draining', signal.Signals(sig).name)
@@ -86,8 +94,14 @@ class Server(uvicorn.Server):
   def drain(self) -> None:
     """Begins the end; may be called from any thread, and returns at once."""
     self._service.draining = True
+    self._end_after(self._seconds + 2 * _LAST)
     # The engine's lock is not to be waited for in a signal's handler.
     threading.Thread(target=self._drain, name='drain', daemon=True).start()
+
+  def _end_after(self, seconds: float) -> None:
+    timer = threading.Timer(seconds, lambda: self.overdue())
+    timer.daemon = True
+    timer.start()
 
   def _drain(self) -> None:
     try:
@@ -99,6 +113,14 @@ class Server(uvicorn.Server):
       self.stopped = not end.is_alive()
     finally:
       self.should_exit = True
+
+
+async def _run(server: Server, sock: socket.socket) -> None:
+  # Threads wait for constraints that are compiled and for adapters that are
+  # read: more than may do so, so that bodies are always parsed.
+  threads = ThreadPoolExecutor(_THREADS, 'request')
+  asyncio.get_running_loop().set_default_executor(threads)
+  await server.serve([sock])
 
 
 def serve(
@@ -125,6 +147,6 @@ def serve(
 
   thread = threading.Thread(target=begin, name='start', daemon=True)
   thread.start()
-  asyncio.run(server.serve([sock]))
+  asyncio.run(_run(server, sock))
   if failed:
     raise failed[0]
