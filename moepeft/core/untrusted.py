@@ -44,7 +44,10 @@ class Malformed(ValueError):
 
 
 def parse_json(
-  text: str | bytes, max_depth: int = MAX_DEPTH, allow_nan: bool = True
+  text: str | bytes,
+  max_depth: int = MAX_DEPTH,
+  allow_nan: bool = True,
+  check_text: bool = True,
 ) -> Any:
   """The value of a JSON text.
 
@@ -52,6 +55,8 @@ def parse_json(
     text: UTF-8 where it is bytes; a byte order mark at its start is ignored.
     max_depth: levels of lists and objects.
     allow_nan: whether NaN and Infinity, which Python writes, are numbers.
+    check_text: whether strings are looked at for halves of surrogate pairs;
+      False where the caller does so and names the field.
 
   Raises:
     Malformed: not JSON, nested too deeply, or a string holds half a surrogate
@@ -74,7 +79,7 @@ def parse_json(
   # Most texts have fewer brackets in all than levels are allowed.
   if text.count('[') + text.count('{') > max_depth:
     _check_depth(value, max_depth)
-  if _SURROGATE.search(text):
+  if check_text and _SURROGATE.search(text):
     check_encodable(value)
   return value
 
