@@ -11,6 +11,8 @@ import datetime
 import json
 import re
 
+from ml_collections import ConfigDict
+
 from moepeft.data import files
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
 
@@ -87,6 +89,23 @@ def dated(template: str, date: str) -> str:
       'another template with config.data.chat_template'
     )
   return found
+
+
+def with_date(config: ConfigDict, words: Vocabulary) -> ConfigDict:
+  """A config whose chat template writes the same date whenever it is read.
+
+  Args:
+    config: of a run; where config.data.date is empty and the template asks
+      for the date, it becomes today's.
+  """
+  data = config.data
+  if data.source not in ('chat', 'preference') or data.date:
+    return config
+  if not reads_clock(text_of(words, data.chat_template)):
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.date = datetime.date.today().isoformat()
+  return config
 
 
 def check_fixed(template: str) -> None:
