@@ -73,8 +73,8 @@ _TRAINED = (True, 1)
 # Of a request, not of a row; anything but this restricts the tools.
 _FREE_CHOICE = 'auto'
 _TEXTS = (
-  'chosen completion completions context contexts conversation conversations '
-  'dialog dialogue document documents history input inputs instruction '
+  'chosen completion completions content context contexts conversation '
+  'conversations dialog dialogue document documents history input inputs instruction '
   'instructions messages output passage passages prompt query question '
   'rejected rejected_response response target targets text'
 )
@@ -100,7 +100,9 @@ _TOKENS = (
   'attention_mask input_ids label_ids labels position_ids target_ids '
   'token_type_ids'
 )
-_NAMES = 'name'
+# Of turns alone: in a row these are metadata.
+_SPEAKERS = 'from name role'
+_VALUES = 'value'
 # What one of the names below is, for the message.
 _MEANINGFUL = {
   key_of(name): what
@@ -113,7 +115,8 @@ _MEANINGFUL = {
     (_SETTINGS, 'which changes what a template writes'),
     (_JUDGEMENT, 'which says how good an answer is'),
     (_TOKENS, 'which is of token ids'),
-    (_NAMES, 'which says who speaks'),
+    (_SPEAKERS, 'which says who speaks'),
+    (_VALUES, 'which is text'),
   )
   for name in names.split()
 }
@@ -122,8 +125,7 @@ _MEDIA = re.compile(
   's?(path|url|file|data|byte|base64|list)?s?'
 )
 _MEDIUM = 'which is no text and cannot be trained'
-# A name of a person is metadata of a row, and a speaker's of a turn.
-_OF_TURNS = frozenset(map(key_of, _NAMES.split()))
+_OF_TURNS = frozenset(map(key_of, f'{_SPEAKERS} {_VALUES}'.split()))
 # A mask of 1 may mark what is trained or what is not.
 _LOSS_KEYS = frozenset(
   key_of(name) for name in _LOSS.split() if not name.startswith('mask')
@@ -194,16 +196,16 @@ class Fields(Mapping):
     unused = unused if unused is not None else Unused()
     of_row = self._where == 'the row'
     for name, value in self._values.items():
-      if name in self._taken or key_of(name) in unused.ignore:
+      if name in self._taken:
         continue
-      what = meaning(name)
-      if key_of(name) in _OF_TURNS and of_row:
+      key, what = key_of(name), meaning(name)
+      if key in unused.ignore or key in _OF_TURNS and of_row:
         what = ''
       if what and not _says_nothing(name, value) and not _repeats(value, texts):
         raise BadRow(
-          f'{self._where} has {name!r}, {what} and is not read here; use a '
-          'field that is, remove the row, or leave the field unused with '
-          f'config.data.ignore={name}'
+          f'{self._where} has {name!r}, {what}, and nothing reads it here; '
+          'give it in a field that is read, remove the row, or leave the field '
+          f'unused with config.data.ignore={name}'
         )
       unused.add(name if of_row else f'{name} (of turns)')
 

@@ -175,14 +175,14 @@ def opened(file: str) -> Iterator[IO[bytes]]:
 
 
 def _check_beginning(file: str, head: bytes) -> None:
+  if head[:2] == b'\x1f\x8b':
+    raise ValueError(
+      f'{file} is compressed with gzip; give it a name that ends with .gz'
+    )
   if head[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in head:
     raise ValueError(
       f'{file} is not UTF-8 (it begins as UTF-16 or UTF-32 does); convert it, '
       'as by iconv -f UTF-16 -t UTF-8'
-    )
-  if head[:2] == b'\x1f\x8b':
-    raise ValueError(
-      f'{file} is compressed with gzip; give it a name that ends with .gz'
     )
 
 
