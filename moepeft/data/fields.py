@@ -74,9 +74,9 @@ _TRAINED = (True, 1)
 _FREE_CHOICE = 'auto'
 _TEXTS = (
   'chosen completion completions content context contexts conversation '
-  'conversations dialog dialogue document documents history input inputs instruction '
-  'instructions messages output passage passages prompt query question '
-  'rejected rejected_response response target targets text'
+  'conversations dialog dialogue document documents history input inputs '
+  'instruction instructions messages output passage passages prompt query '
+  'question rejected rejected_response response target targets text'
 )
 _TOOLS = (
   'available_tools function function_call function_calls functions observation '
