@@ -212,7 +212,8 @@ def test_results_in_another_order_than_their_calls_are_refused():
   with pytest.raises(BadRow, match='row has the id of a call, and the chat'):
     rendered(chat_cases.CHATML, *talk('c2', 'c1'))
   writing = chat_cases.CHATML.replace(
-    "{{ m['role'] }}",
-    "{{ m['role'] }}{{ m['tool_call_id'] }}{{ m['tool_calls'] | tojson if m['tool_calls'] }}",
+    "{{ m['content'] }}",
+    "{{ m['tool_call_id'] }}{% if m['tool_calls'] %}"
+    "{{ m['tool_calls'] | tojson }}{% endif %}{{ m['content'] }}",
   )
-  assert 'toolc2' in rendered(writing, *talk('c2', 'c1'))
+  assert 'tool\nc22' in rendered(writing, *talk('c2', 'c1'))
