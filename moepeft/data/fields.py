@@ -20,7 +20,20 @@ _MOST_NAMES = 1000
 
 
 class BadRow(ValueError):
-  """What is wrong with one row; a reader adds where it stands."""
+  """What is wrong with one row; a reader adds where it stands.
+
+  The message is one line that can be printed, whatever it quotes of the row.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+  """A text with control characters and halves of surrogate pairs escaped."""
+  if text.isprintable():
+    return text
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def key_of(name: str) -> str:
@@ -59,7 +72,7 @@ class Unused:
 def named(names: Iterable[str], most: int = 9) -> str:
   """Names in a row, as many as a line holds."""
   names = list(names)
-  shown = ', '.join(name or "''" for name in names[:most])
+  shown = ', '.join(printable(name) or "''" for name in names[:most])
   return f'{shown} and {len(names) - most} more' * (len(names) > most) or shown
 
 

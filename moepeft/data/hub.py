@@ -15,7 +15,7 @@ from moepeft.core import files as core_files
 from moepeft.core import untrusted
 from moepeft.data import csv_table, files, jsonl, rows
 from moepeft.data import templates as templates_lib
-from moepeft.data.fields import Unused
+from moepeft.data.fields import Unused, named
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
@@ -95,7 +95,7 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
     'inputs' not in columns or not {'targets', 'choices'} & set(columns)
   ):
     raise ValueError(
-      f"{path} has the columns {', '.join(columns)}; expected 'inputs' and "
+      f"{path} has the columns {named(columns)}; expected 'inputs' and "
       "'targets', or set config.data.templates to put these into words"
     )
 

@@ -216,4 +216,4 @@ def test_results_in_another_order_than_their_calls_are_refused():
     "{{ m['tool_call_id'] }}{% if m['tool_calls'] %}"
     "{{ m['tool_calls'] | tojson }}{% endif %}{{ m['content'] }}",
   )
-  assert 'tool\nc22' in rendered(writing, *talk('c2', 'c1'))
+  assert 'tool\nc21' in rendered(writing, *talk('c2', 'c1'))
