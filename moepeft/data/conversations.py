@@ -142,6 +142,8 @@ def conversation(
   check_order(turns)
   found = Conversation(tuple(turns), tools(fields))
   fields.close(unused, texts_of(turns))
+  for turn in turns if unused is not None else ():
+    unused.see(turn.content)
   return found
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 # A byte order mark, which some exports leave at a text's beginning.
 MARK = '\ufeff'
+# What exports of multimodal data have in the place of a medium.
+_PLACEHOLDER = re.compile(r'<\|?(?:image|audio|video)(?:_pad)?\|?>')
 # Names that a source's list of unused fields holds.
 _MOST_NAMES = 1000
 
@@ -57,6 +59,12 @@ class Unused:
     names = (name for name in ignore.split(',') if name.strip())
     self.ignore = frozenset(map(key_of, names))
     self._names: dict[str, None] = {}
+    self._media: dict[str, None] = {}
+
+  def see(self, text: str) -> None:
+    """Looks for what stands for an image or a sound in a text."""
+    if '<' in text:
+      self._media |= dict.fromkeys(_PLACEHOLDER.findall(text))
 
   def add(self, name: str) -> None:
     if len(self._names) < _MOST_NAMES:
@@ -64,9 +72,15 @@ class Unused:
 
   def notes(self, path: str) -> list[str]:
     """A line that lists them; none where there are none."""
-    if not self._names:
-      return []
-    return [f'{path}: fields that nothing reads: {named(self._names)}']
+    lines = []
+    if self._names:
+      lines.append(f'{path}: fields that nothing reads: {named(self._names)}')
+    if self._media:
+      lines.append(
+        f'{path}: {named(self._media)} stands in its texts and is trained as '
+        'text, as nothing but text is read'
+      )
+    return lines
 
 
 def named(names: Iterable[str], most: int = 9) -> str:

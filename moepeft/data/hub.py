@@ -255,7 +255,7 @@ def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   try:
     with files.opened(file) as stream:
       text = stream.read()
-    items = untrusted.parse_json(text, check_text=False)
+    items = untrusted.parse_json(text, check_text=False, unique_keys=True)
   except untrusted.Malformed as e:
     raise ValueError(
       f'{file} cannot be read as one array of JSON ({e}); mend the file, or '

@@ -74,7 +74,7 @@ def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
 
 def _parse(line: bytes) -> dict:
   try:
-    row = untrusted.parse_json(line, check_text=False)
+    row = untrusted.parse_json(line, check_text=False, unique_keys=True)
   except untrusted.Malformed as e:
     raise BadRow(f'{e}; mend or remove the line') from None
   if not isinstance(row, dict):

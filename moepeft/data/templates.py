@@ -162,6 +162,7 @@ def group(path: str, name: str) -> Group:
     ValueError: none there, or none for this dataset.
   """
   path = os.path.expanduser(path)
+  core_files.check_file(path)
   if os.path.isfile(path):
     return read(path)
   inside = os.path.join(path, name, 'templates.yaml')

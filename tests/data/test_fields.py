@@ -8,6 +8,7 @@ import pytest
 from moepeft.data import conversations, documents, jsonl, preference
 from moepeft.data import rows as rows_lib
 from moepeft.data.fields import BadRow, Unused
+from moepeft.data.rows import Bad
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
@@ -289,6 +290,26 @@ def test_a_pair_beside_other_messages_is_refused():
   row = {**PAIR, 'messages': [{'role': 'user', 'content': 'Else?'}, SO]}
   with pytest.raises(BadRow, match="the row has 'messages', which is text"):
     preference.row(row)
+
+
+def test_placeholders_of_images_are_told(tmp_path):
+  path = tmp_path / 'r.jsonl'
+  turns = [{'role': 'user', 'content': '<image>\nWho?'}, SO]
+  path.write_text(json.dumps({'messages': turns}))
+  bad = Bad()
+  for _, _, row in conversations.rows(str(path), bad):
+    chat(row, bad.unused)
+  (line,) = bad.notes('f')
+  assert line.startswith('f: <image> stands in its texts and is trained as tex')
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'json'])
+def test_a_field_that_stands_twice_is_refused(tmp_path, kind):
+  path = tmp_path / f'r.{kind}'
+  text = '{"instruction": "a", "output": "b", "output": "c"}'
+  path.write_text(text if kind == 'jsonl' else f'[{text}]')
+  with pytest.raises(ValueError, match="an object has the key 'output' twice"):
+    conversations.conversations(str(path))
 
 
 def test_fields_of_plain_text_are_refused_or_listed(tmp_path):
