@@ -248,9 +248,16 @@ def _named(path: str, kind: str, deep: bool) -> Iterator[tuple[str, str]]:
   if not os.path.isdir(path):
     yield os.path.basename(path), path
     return
-  for file in listed(path, ENDINGS[kind], deep).files if kind else ():
+  if not kind:
+    return
+  found = listed(path, ENDINGS[kind], deep)
+  for file in found.files:
     if os.path.isfile(file):
       yield os.path.relpath(file, path), file
+  # save_to_disk's descriptions name the files of its tables.
+  for name in found.left_out if kind in ('datasets', 'preference') else ():
+    if os.path.basename(name) in _DESCRIPTIONS:
+      yield name, os.path.join(path, name)
 
 
 def sha256(file: str, whole: int = _WHOLE) -> str:

@@ -9,6 +9,8 @@ from moepeft.data import conversations, documents, jsonl, preference
 from moepeft.data import rows as rows_lib
 from moepeft.data.fields import BadRow, Unused
 from moepeft.data.rows import Bad
+from moepeft.serve.http import words
+from moepeft.serve.http.chat_schema import Message
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
@@ -182,6 +184,17 @@ def test_a_legacy_call_is_a_call_of_a_tool():
     chat({**row, 'tools': [{'name': 'g'}]})
   with pytest.raises(BadRow, match="turn 0 has 'function_call'"):
     chat({'messages': [{**USER, 'function_call': call}, SO]})
+
+
+def test_a_request_is_read_as_the_row_that_was_trained():
+  call = {'id': 'c1', 'function': {'name': 'f', 'arguments': '{"x": 1}'}}
+  row = [
+    {**USER, 'name': 'Ann'},
+    {**SO, 'tool_calls': [call], 'reasoning_content': 'hm'},
+    {'role': 'tool', 'tool_call_id': 'c1', 'content': '2'},
+  ]
+  sent = [words._turn(Message(**turn), i) for i, turn in enumerate(row)]
+  assert sent == list(chat({'messages': row}).turns)
 
 
 def test_ids_of_calls_are_kept():

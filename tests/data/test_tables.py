@@ -192,6 +192,18 @@ def test_endings_tell_what_is_data(name, data):
   assert not files.is_data('dataset_info.json', files.ENDINGS['chat'])
 
 
+def test_descriptions_of_saved_tables_are_watched(tmp_path):
+  for name in ('state.json', 'data.arrow', 'README.md', '.hidden.arrow'):
+    (tmp_path / name).write_text('{}')
+  (tmp_path / 'train').mkdir()
+  (tmp_path / 'train' / 'dataset_info.json').write_text('{}')
+  data = config_lib.default().data
+  data.source, data.path = 'datasets', str(tmp_path)
+  assert sorted(files.hashes(data)['path']) == [
+    *('data.arrow', 'state.json', 'train/dataset_info.json')
+  ]
+
+
 def test_pipes_and_sockets_are_refused_at_once(tmp_path):
   pipe = tmp_path / 'train.jsonl'
   os.mkfifo(pipe)
