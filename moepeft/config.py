@@ -127,6 +127,9 @@ def default() -> ConfigDict:
       form='',
       # A Jinja file instead of the tokenizer's own chat template.
       chat_template='',
+      # What chat templates write that ask for the date, '2024-07-26'; '' for
+      # the day of the run's first start, which is kept.
+      date='',
       # Put before conversations that have no system turn.
       system='',
       # What is trained: 'answers' (the assistant's turns but those of `weight`
@@ -157,6 +160,9 @@ def default() -> ConfigDict:
       held_out=0.05,
       # 'error', or 'skip': counted and told.
       on_bad_row='error',
+      # Fields of rows and turns that may be left unused though they change
+      # what a row means, 'images,context'; others of that kind are refused.
+      ignore='',
       # Processes that read and tokenize ahead; 0 for threads.
       workers=0,
     )

@@ -10,6 +10,7 @@ stand in a file .part until all are there: the same command goes on from it.
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ def evaluate(
   most, more = run.config.evaluation.max_examples, {}
   if data:
     given = jsonl.read(data, ranked='accuracy' in names)
+    for note in given.notes(data):
+      print(note, file=sys.stderr)
     todo = work.of_rows(given, names, most)
   else:
     own, vocab = form_of(trained), run.model.config.vocab

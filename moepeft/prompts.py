@@ -57,7 +57,8 @@ def template(
       'a model that has one'
     )
   found = chat.template(data, words)
-  return dataclasses.replace(found, system=system or found.system)
+  # What is asked is dated today, whatever day the run was begun on.
+  return dataclasses.replace(found, system=system or found.system, date='')
 
 
 def conversation(turns: Sequence[str]) -> Conversation:

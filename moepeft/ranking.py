@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from moepeft import sharding
 from moepeft.data import batching, causal
 from moepeft.data import before as before_lib
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, eos_of
 from moepeft.models import decoder_only
 from moepeft.models.context import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
@@ -288,7 +288,7 @@ class Ranker:
     self, texts: set[str], length: int
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
-    end = [self._vocabulary.eos]
+    end = [eos_of(self._vocabulary)]
     some = sorted(texts)
     every = map(list, self._vocabulary.encode_all(some)) if some else ()
     return {

@@ -76,6 +76,20 @@ def check_unchanged(
       )
 
 
+def dated(workdir: str, config: ConfigDict) -> ConfigDict:
+  """A config with the date that a run's chat template has written so far.
+
+  Args:
+    workdir: of a run that goes on, or of a new one.
+    config: its config.data.date stays where it is set.
+  """
+  if config.data.date or not _begun(workdir, CONFIG):
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.date = _read(workdir).get('data', {}).get('date', '')
+  return config
+
+
 def check_same_data(
   workdir: str, found: dict[str, dict[str, str]], may_differ: Sequence[str] = ()
 ) -> None:

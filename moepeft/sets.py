@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
@@ -38,6 +39,8 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
     found = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
     rows = jsonl.read(e.path, ranked=True)
+    for note in rows.notes(e.path):
+      print(note, file=sys.stderr)
     found |= _by_task(EVALUATION, rows, e.max_examples)
   return found
 

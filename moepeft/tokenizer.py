@@ -65,7 +65,8 @@ def make(form: Form, path: str, output: str, held_out: float) -> list[str]:
       f'--held_out is a share above 0 and below 1; got {held_out}'
     )
   output = _made(output)
-  texts = list(passages(documents.read(path)[0]))
+  found, bad = documents.read(path)
+  texts = list(passages(found))
   cut = len(texts) - max(1, round(len(texts) * held_out))
   if not cut:
     raise ValueError(
@@ -75,6 +76,7 @@ def make(form: Form, path: str, output: str, held_out: float) -> list[str]:
   found = train(form, texts[:cut])
   found.save_pretrained(output)
   lines = [f'{cut:,} passages read; {len(texts) - cut:,} held out']
+  lines += bad.notes(path)
   if len(found) < form.size:
     lines.append(
       f'the text has no more than {len(found):,} of --size={form.size:,} pieces'

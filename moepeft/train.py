@@ -36,7 +36,14 @@ from moepeft import (
 from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
-from moepeft.data import cuts, files, loader, sources, vocabulary
+from moepeft.data import (
+  chat_template,
+  cuts,
+  files,
+  loader,
+  sources,
+  vocabulary,
+)
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
@@ -56,7 +63,13 @@ from moepeft.objectives.preference import preference_of
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.progress import Progress
 from moepeft.report import Report
-from moepeft.runs import CONFIG, DATA, check_same_data, check_unchanged
+from moepeft.runs import (
+  CONFIG,
+  DATA,
+  check_same_data,
+  check_unchanged,
+  dated,
+)
 from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
@@ -183,6 +196,7 @@ def train(
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
   with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
+    config = dated(workdir, config)
     check_unchanged(workdir, config, may_differ)
     read = files.hashes(config.data)
     check_same_data(workdir, read, may_differ)
@@ -205,6 +219,9 @@ def _train(
   check_decodes(shape)
   words = vocabulary(data.vocabulary, config.model.path)
   check_model(config.objective, decoder_only(shape))
+  # What a chat template writes as today's, also when the run goes on.
+  config = chat_template.with_date(config, words)
+  data = config.data
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
   own = form_of(data, config.objective, own)

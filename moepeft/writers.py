@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from moepeft.core import secrets
 from moepeft.history import FIGURES, short
 from moepeft.rows import Rows
 
@@ -159,10 +160,12 @@ class WandB:
       )
     except wandb.errors.Error as e:
       reason = (str(e).splitlines() or [type(e).__name__])[0]
+      # Without its cause, whose trace may hold the key.
       raise ValueError(
-        f'Weights & Biases did not begin the run ({reason}); run `wandb '
+        f'Weights & Biases did not begin the run ({secrets.hidden(reason)}); '
+        'run `wandb '
         'login`, or unset config.log.wandb'
-      ) from e
+      ) from None
 
   def write(self, row: Mapping[str, Any]) -> None:
     # It drops steps that it has; after a resume these are the same numbers.

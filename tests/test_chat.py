@@ -233,7 +233,9 @@ def with_turn(row, field, place, **changes):
       'only text can be trained',
     ),
     (
-      with_turn(MESSAGES, 'messages', 1, role='user', content='x'),
+      with_turn(
+        MESSAGES, 'messages', 1, role='user', content='x', tool_calls='GONE'
+      ),
       'turn 2 is of a tool and follows the user',
     ),
     (

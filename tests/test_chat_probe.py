@@ -34,7 +34,8 @@ NAMES = ('CHATML', 'MARKED', 'REWRITING', 'FORGETTING')
 def test_of_whole_templates_nothing_is_told(name):
   tokenizer = chat_cases.tokenizer(getattr(chat_cases, name))
   assert chat_probe.remarks(tokenizer, '') == ()
-  assert chat_probe.writes_results(tokenizer, '')
+  written = {"a system's turn", "a tool's turn", 'a call beside an answer'}
+  assert not written & chat_probe.left_out(tokenizer, '')
   assert chat_probe.remarks(tokenizer, TWO) == ()
 
 
@@ -74,7 +75,9 @@ def test_rows_of_tools_are_refused_where_a_template_leaves_them_out():
   ]
   talk = chat.Conversation(tuple(turns))
   used = chat.Template(chat_cases.tokenizer(), TWO)
-  with pytest.raises(BadRow, match='of a tool, and the chat template leaves'):
+  with pytest.raises(
+    BadRow, match="a tool's turn, and the chat template leaves"
+  ):
     used.render(talk)
   used.render(chat.Conversation((turns[0], turns[3])))
   chat.Template(chat_cases.tokenizer()).render(talk)

@@ -80,7 +80,7 @@ def test_a_broken_row_is_named(tmp_path, line, said):
 def test_absent_empty_and_cut_files_are_named(tmp_path):
   with pytest.raises(ValueError, match='does not exist'):
     jsonl.read(str(tmp_path / 'none.jsonl'))
-  with pytest.raises(ValueError, match='holds no .jsonl'):
+  with pytest.raises(ValueError, match='holds no file of .jsonl'):
     jsonl.read(str(tmp_path))
   (tmp_path / 'e.jsonl').touch()
   with pytest.raises(ValueError, match='holds no rows'):

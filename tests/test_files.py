@@ -26,7 +26,6 @@ def begun(tmp_path):
   folder, workdir = tmp_path / 'rows', tmp_path / 'w'
   folder.mkdir()
   (folder / 'a.jsonl').write_text('{}')
-  (folder / 'b.json').write_text('[]')
   (workdir / 'checkpoints' / '4').mkdir(parents=True)
   seen = files.hashes(data_of(folder))
   (workdir / DATA).write_text(json.dumps(seen))
@@ -38,9 +37,9 @@ def test_an_edited_file_is_refused_by_name(begun, source):
   folder, workdir = begun
   check_same_data(workdir, files.hashes(data_of(folder, source)))
   # As many bytes as before.
-  (folder / 'b.json').write_text('{}')
+  (folder / 'a.jsonl').write_text('[]')
   now = files.hashes(data_of(folder, source))
-  with pytest.raises(ValueError, match="'b.json' of config.data.path has chan"):
+  with pytest.raises(ValueError, match="'a.jsonl' of config.data.path has ch"):
     check_same_data(workdir, now)
   with pytest.raises(ValueError, match='--may_differ=data.path'):
     check_same_data(workdir, now, ['data.paths'])

@@ -44,7 +44,11 @@ class Malformed(ValueError):
 
 
 def parse_json(
-  text: str | bytes, max_depth: int = MAX_DEPTH, allow_nan: bool = True
+  text: str | bytes,
+  max_depth: int = MAX_DEPTH,
+  allow_nan: bool = True,
+  check_text: bool = True,
+  unique_keys: bool = False,
 ) -> Any:
   """The value of a JSON text.
 
@@ -52,16 +56,22 @@ def parse_json(
     text: UTF-8 where it is bytes; a byte order mark at its start is ignored.
     max_depth: levels of lists and objects.
     allow_nan: whether NaN and Infinity, which Python writes, are numbers.
+    check_text: whether strings are looked at for halves of surrogate pairs;
+      False where the caller does so and names the field.
+    unique_keys: whether an object may have a key once alone; else the last of
+      its values counts, as elsewhere in Python.
 
   Raises:
     Malformed: not JSON, nested too deeply, or a string holds half a surrogate
       pair. The message has no name of a source: 'not JSON (...)'.
   """
-  constant = {} if allow_nan else {'parse_constant': _refuse_constant}
+  options = {} if allow_nan else {'parse_constant': _refuse_constant}
+  if unique_keys:
+    options['object_pairs_hook'] = _object_of
   try:
     if isinstance(text, bytes):
       text = text.decode('utf-8-sig')
-    value = json.loads(text.removeprefix('\ufeff'), **constant)
+    value = json.loads(text.removeprefix('\ufeff'), **options)
   except UnicodeDecodeError:
     raise Malformed('not UTF-8') from None
   except json.JSONDecodeError as error:
@@ -74,7 +84,7 @@ def parse_json(
   # Most texts have fewer brackets in all than levels are allowed.
   if text.count('[') + text.count('{') > max_depth:
     _check_depth(value, max_depth)
-  if _SURROGATE.search(text):
+  if check_text and _SURROGATE.search(text):
     check_encodable(value)
   return value
 
@@ -212,6 +222,15 @@ def _walk(value: Any):
       stack.extend((child, depth + 1) for child in node.values())
     elif isinstance(node, list):
       stack.extend((child, depth + 1) for child in node)
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in found if keys.count(key) > 1)
+    raise ValueError(f'an object has the key {twice!a} twice')
+  return found
 
 
 def _refuse_constant(name: str) -> None:

@@ -50,12 +50,14 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   found = sources(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))
-  if not only:
+  if only:
+    print(*found.notes, sep='\n', file=sys.stderr)
+  else:
     tell(config, found, own, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
     for side, part in sides_of(batch, own):
-      name = heading(side, batch, row)
+      name = heading(side, batch, row, own.packed)
       lines = (
         pictures(part, row, words, colour)
         if decoder_only(shape)
@@ -71,11 +73,20 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     )
 
 
-def heading(side: str, batch: Batch, row: int) -> str:
-  """A side's name, and of a judged answer what is said of it."""
+def heading(side: str, batch: Batch, row: int, packed: bool = False) -> str:
+  """A side's name, and of a judged answer what is said of it.
+
+  Args:
+    packed: whether a row has several answers, each with a label.
+  """
   if side != 'judged':
     return side
-  return f'judged {"good" if batch["label"][row] else "bad"}'
+  if not packed:
+    return f'judged {"good" if batch["label"][row] else "bad"}'
+  # A segment's label is at its number less one.
+  count = int(batch['inputs_segments'][row].max())
+  words = ('good' if label else 'bad' for label in batch['label'][row][:count])
+  return f'judged {", ".join(words)} (segment by segment)'
 
 
 def tell(

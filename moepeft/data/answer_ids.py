@@ -15,7 +15,7 @@ from moepeft.data import causal, chat, forms
 from moepeft.data.causal import Sample
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import BadRow
-from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.data.vocabulary import Tokenizer, Vocabulary, eos_of
 
 # The share of a decoder's row that a prompt keeps beside long answers.
 _LEAST = 4
@@ -76,8 +76,8 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
     words = own.words
 
     def both(prompt, answers) -> Parts:
-      _check_plain((*prompt.turns, *answers))
-      end = np.int32(words.eos)
+      _check_plain(prompt, answers)
+      end = np.int32(eos_of(words))
       texts = [said(prompt), *(turn.content for turn in answers)]
       found = words.encode_all(texts)
       ids = [np.append(np.asarray(text, np.int32), end) for text in found]
@@ -125,7 +125,7 @@ def renderer(data: ConfigDict, words: Vocabulary) -> Render:
     return chat.template(data, words).render
 
   def plain(whole: Conversation) -> Sample:
-    _check_plain(whole.turns)
+    _check_plain(whole)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
     (asked,) = causal.prompts(words, [said(prompt)])
     (ids,) = causal.answers(words, [whole.turns[-1].content])
@@ -134,12 +134,17 @@ def renderer(data: ConfigDict, words: Vocabulary) -> Render:
   return plain
 
 
-def _check_plain(turns: Sequence[Turn]) -> None:
+def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
   """Plain text is what turns say, so there must be no more to them."""
-  if any(turn.calls or turn.thought for turn in turns):
+  turns = (*whole.turns, *answers)
+  if whole.tools or any(
+    turn.calls or turn.thought or turn.name and turn.role != 'tool'
+    for turn in turns
+  ):
     raise BadRow(
-      'a turn calls tools or has thoughts, which only a chat template writes; '
-      'set config.data.chat_template, or remove the row'
+      'a turn calls tools or has thoughts or a name, or the row has tools, '
+      'which only a chat template writes; set config.data.chat_template, or '
+      'remove the row'
     )
 
 

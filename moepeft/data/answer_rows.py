@@ -2,7 +2,7 @@
 """Rows of compared and of judged answers, read and told of."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -10,7 +10,6 @@ from moepeft.data import (
   answer_ids,
   causal,
   chat,
-  conversations,
   forms,
   hub,
   preference,
@@ -26,11 +25,12 @@ def rows(
 ) -> tuple[list, list[Parts], list[str]]:
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
-  table, where = _table(data, bad)
+  table, where = hub.table_of(data.path, data.split, bad)
   good, parts, places = [], [], []
   for i, fields in enumerate(table):
     try:
-      found = _useful(preference.row(fields, data.form, i), judged, data.system)
+      row = preference.row(fields, data.form, i, bad.unused)
+      found = _useful(row, judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]
       good.extend(found)
       parts.extend(ids)
@@ -41,18 +41,6 @@ def rows(
     first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
     raise ValueError(f'{data.path} holds no good row{first}')
   return good, parts, places
-
-
-def _table(
-  data: ConfigDict, bad: Bad
-) -> tuple[Sequence[Mapping], Callable[[int], str]]:
-  """Rows by place, and a place in words; see `hub.table_of`."""
-  if data.split != 'train' or not conversations.of_json(data.path):
-    return hub.table_of(data.path, data.split, bad)
-  # Read as conversations are, so that a bad row has a file and a line.
-  found = list(conversations.rows(data.path, bad))
-  places = [where for _, where, _ in found]
-  return [row for _, _, row in found], places.__getitem__
 
 
 def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
@@ -107,6 +95,7 @@ def notes(
         f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
         f'(the first: {some[0]}); raise {own.longer} to keep them whole'
       )
+  lines += bad.notes(data.path)
   if alike:
     lines.append(
       f'{len(alike):,} of {len(places):,} rows of {data.path} are left out, as '

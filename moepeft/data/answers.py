@@ -282,7 +282,7 @@ def read(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
-  bad = Bad(data.on_bad_row)
+  bad = Bad(data.on_bad_row, data.ignore)
   encode = answer_ids.encoder(data, own, render)
   rows, parts, places = answer_rows.rows(data, bad, judged, encode)
   spans = [answer_ids.span(one, own, data.too_long) for one in parts]
@@ -320,6 +320,16 @@ def read(
     label = rows[i].label if judged else None
     first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
     items.append(Item(tuple(sides), label, rows[i].idx, first, place))
-  return Read(
-    tuple(items), answer_rows.notes(data, places, spans, alike, bad, own)
+  notes = answer_rows.notes(data, places, spans, alike, bad, own)
+  labels = {item.label for item in items}
+  if judged and len(labels) == 1:
+    notes = (*notes, _one_class(data.path, labels == {True}))
+  return Read(tuple(items), notes)
+
+
+def _one_class(path: str, good: bool) -> str:
+  present, missing = ('good', 'bad') if good else ('bad', 'good')
+  return (
+    f'note: every answer of {path} is {present} and none is {missing}, so that '
+    f'kto has one side alone; add rows whose label is {str(not good).lower()}'
   )

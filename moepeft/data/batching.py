@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, eos_of
 from moepeft.tasks import Example
 
 PAD = 0
@@ -16,7 +16,7 @@ def cut(
 ) -> tuple[list[int], bool]:
   """(ids with EOS, whether the text's end was cut to `length` for it)."""
   ids = vocabulary.encode(text)
-  return ids[: length - 1] + [vocabulary.eos], len(ids) >= length
+  return ids[: length - 1] + [eos_of(vocabulary)], len(ids) >= length
 
 
 def encode(
@@ -32,7 +32,7 @@ def encode_all(
   vocabulary: Vocabulary, examples: Sequence[Example], inputs: int, targets: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(inputs, targets) of many examples, which tokenizers do faster at once."""
-  sides, end = [], np.int32(vocabulary.eos)
+  sides, end = [], np.int32(eos_of(vocabulary))
   for texts, length in (
     ([e.inputs for e in examples], inputs),
     ([e.targets for e in examples], targets),

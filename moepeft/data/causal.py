@@ -9,7 +9,7 @@ import numpy as np
 from moepeft.data import before as before_lib
 from moepeft.data import packing
 from moepeft.data.batching import PAD
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, eos_of
 from moepeft.tasks import Example
 
 TOO_LONG = ('prompt', 'end', 'drop')
@@ -62,7 +62,8 @@ def prompts(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
 def answers(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
   """Targets as ids, with EOS."""
   found = words.encode_all(texts) if texts else []
-  return [[*ids, words.eos] for ids in found]
+  end = eos_of(words) if texts else None
+  return [[*ids, end] for ids in found]
 
 
 def last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:

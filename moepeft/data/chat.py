@@ -15,11 +15,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.data import chat_ids, chat_probe, chat_text
+from moepeft.data import chat_ids, chat_probe, chat_template, chat_text
 from moepeft.data import conversations as forms
 from moepeft.data.causal import Sample
 from moepeft.data.chat_fit import fitted
-from moepeft.data.chat_template import read
 from moepeft.data.chat_text import Text
 from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import Bad, BadRow
@@ -41,15 +40,18 @@ class Template:
     text: Jinja; '' for the tokenizer's own.
     train_on: 'answers', or 'all'.
     system: put before conversations without a system's turn.
+    date: what the template writes as today's; see `chat_template.dated`.
 
   Raises:
-    ValueError: there is no template, or `train_on` is neither.
+    ValueError: there is no template, it draws at random, or `train_on` is
+      neither.
   """
 
   tokenizer: Any
   text: str = ''
   train_on: str = 'answers'
   system: str = ''
+  date: str = ''
 
   def __post_init__(self):
     if self.train_on not in TRAIN_ON:
@@ -62,17 +64,17 @@ class Template:
         'the tokenizer has no chat template; name a Jinja file with '
         'config.data.chat_template'
       )
+    chat_template.check_fixed(self._whole)
 
   def write(self, found: Conversation) -> Text:
-    """A conversation's text; see `chat_text.text`."""
+    """A conversation's text; see `chat_text.text`.
+
+    Raises:
+      BadRow: the template cannot render it, or leaves out part of it.
+    """
     found = self._with_system(found)
-    if any(turn.role == 'tool' for turn in found.turns) and not self._results:
-      raise BadRow(
-        'a turn is of a tool, and the chat template leaves such turns out; '
-        'name one that does not with config.data.chat_template, or remove the '
-        'row'
-      )
-    return chat_text.text(found, self.tokenizer, self.train_on, self.text)
+    chat_probe.check_written(found, self._left_out)
+    return chat_text.text(found, self.tokenizer, self.train_on, self._dated)
 
   @functools.cached_property
   def remarks(self) -> tuple[str, ...]:
@@ -80,8 +82,25 @@ class Template:
     return chat_probe.remarks(self.tokenizer, self.text)
 
   @functools.cached_property
-  def _results(self) -> bool:
-    return chat_probe.writes_results(self.tokenizer, self.text)
+  def _left_out(self) -> frozenset[str]:
+    return chat_probe.left_out(self.tokenizer, self.text)
+
+  @property
+  def _whole(self) -> str:
+    return chat_text.all_of(self.tokenizer, self.text)
+
+  @functools.cached_property
+  def _dated(self) -> str:
+    """The text, with its date; '' for the tokenizer's own as it is."""
+    if not self.date or not chat_template.reads_clock(self._whole):
+      return self.text
+    own = self.text or self.tokenizer.chat_template
+    if not isinstance(own, str):
+      raise ValueError(
+        'the tokenizer has several chat templates and one of them asks for '
+        'the date; name one with config.data.chat_template'
+      )
+    return chat_template.dated(own, self.date)
 
   def encode(self, texts: Sequence[Text]) -> list[Sample]:
     """See `chat_ids.samples`."""
@@ -103,7 +122,7 @@ class Template:
       BadRow: the template cannot render it.
     """
     found = self._with_system(found)
-    text = chat_text.asked(found, self.tokenizer, self.text)
+    text = chat_text.asked(found, self.tokenizer, self._dated)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   def ends(self) -> list[int]:
@@ -135,8 +154,13 @@ def template(data: ConfigDict, words: Vocabulary) -> Template:
       f'conversations need a tokenizer with a chat template, and the '
       f'vocabulary is {words}; set config.data.vocabulary'
     )
-  text = read(data.chat_template)
-  return Template(words.tokenizer, text, data.train_on, data.system)
+  return Template(
+    words.tokenizer,
+    chat_template.read(data.chat_template),
+    data.train_on,
+    data.system,
+    data.date,
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +188,7 @@ def talks(
   Raises:
     ValueError: nothing to read or to train, or a bad row.
   """
-  used, bad = template(data, words), Bad(data.on_bad_row)
+  used, bad = template(data, words), Bad(data.on_bad_row, data.ignore)
   found: dict[str, list[Talk]] = {}
   cut = dropped = 0
   rows = _told(forms.rows(data.path, bad), data.path)
@@ -191,7 +215,7 @@ def _read(
   good, texts = [], []
   for file, where, row in rows:
     try:
-      talk = forms.answered(forms.conversation(row, data.form))
+      talk = forms.answered(forms.conversation(row, data.form, bad.unused))
       texts.append(used.write(talk))
       good.append((file, where, talk))
     except BadRow as e:
@@ -255,6 +279,7 @@ def _notes(
     )
   if not count and len(lines) == 1:
     raise ValueError(f'{data.path} is empty; expected conversations in it')
+  lines += bad.notes(data.path)
   if not count:
     raise ValueError(
       f'{data.path} leaves no conversation to train on'

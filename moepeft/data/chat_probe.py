@@ -51,19 +51,99 @@ def _ends(tokenizer: Any) -> Sequence[str]:
   return [*special, *tokenizer.all_special_tokens]
 
 
-def writes_results(tokenizer: Any, template: str) -> bool:
-  """Whether what tools answer is in a template's text."""
-  turns = (
-    _TALK[0],
-    Turn('assistant', '', [_CALL]),
-    Turn('tool', _RESULT),
-    _TALK[1],
-  )
-  try:
-    used = chat_text.all_of(tokenizer, template)
-    some, tools = chat_text.messages(Conversation(turns), used)
-    whole = chat_text.renderer(tokenizer, template, tools)(some, False)
-  except BadRow:
-    # It refuses them: each row is told so.
-    return True
-  return _RESULT in whole
+# What a conversation may have besides turns of a user and an assistant: the
+# turns of a talk that has it, and a word that its text must hold.
+_FEATURES: dict[str, tuple[tuple[Turn, ...], str]] = {
+  "a system's turn": ((Turn('system', 'System7'), *_TALK), 'System7'),
+  "a tool's turn": (
+    (
+      _TALK[0],
+      Turn('assistant', '', [_CALL]),
+      Turn('tool', _RESULT, name='look', call_id='abcdefgh7'),
+      _TALK[1],
+    ),
+    _RESULT,
+  ),
+  'an answer beside a call': (
+    (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+    _SAID,
+  ),
+  'a call beside an answer': (
+    (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+    'look',
+  ),
+  "a user's name": ((Turn('user', _ASKED, name='Name7'), _TALK[1]), 'Name7'),
+  "an assistant's name": (
+    (_TALK[0], Turn('assistant', _SAID, name='Name7')),
+    'Name7',
+  ),
+  'the id of a call': (
+    (
+      _TALK[0],
+      Turn('assistant', '', [_CALL | {'id': 'abcdefgh7'}]),
+      Turn('tool', _RESULT, name='look', call_id='abcdefgh7'),
+      _TALK[1],
+    ),
+    'abcdefgh7',
+  ),
+}
+
+
+def left_out(tokenizer: Any, template: str) -> frozenset[str]:
+  """What of `_FEATURES` a template leaves out without a word."""
+  used, missing = chat_text.all_of(tokenizer, template), set()
+  for feature, (turns, word) in _FEATURES.items():
+    try:
+      some, tools = chat_text.messages(Conversation(turns), used)
+      whole = chat_text.renderer(tokenizer, template, tools)(some, False)
+    except BadRow:
+      # It refuses them: each row is told so.
+      continue
+    if word.lower() not in whole.lower():
+      missing.add(feature)
+  return frozenset(missing)
+
+
+def _features(found: Conversation) -> set[str]:
+  """What of `_FEATURES` a conversation has and cannot be without."""
+  features = set()
+  for turn in found.turns:
+    if turn.role in ('system', 'tool'):
+      features.add(f"a {turn.role}'s turn")
+    elif turn.name:
+      article = 'an' if turn.role == 'assistant' else 'a'
+      features.add(f"{article} {turn.role}'s name")
+    if turn.calls and turn.content:
+      features |= {'an answer beside a call', 'a call beside an answer'}
+  if not _in_order(found):
+    features.add('the id of a call')
+  return features
+
+
+def _in_order(found: Conversation) -> bool:
+  """Whether tools answer calls in the order in which they were called."""
+  waiting: list[str] = []
+  for turn in found.turns:
+    if turn.calls:
+      waiting = [call.get('id', '') for call in turn.calls]
+    elif turn.role == 'tool' and waiting:
+      due = waiting.pop(0)
+      if turn.call_id and due and turn.call_id != due:
+        return False
+  return True
+
+
+def check_written(found: Conversation, missing: frozenset[str]) -> None:
+  """
+  Args:
+    missing: of `left_out`.
+
+  Raises:
+    BadRow: the conversation has what the template leaves out.
+  """
+  gone = sorted(_features(found) & missing) if missing else []
+  if gone:
+    raise BadRow(
+      f'the row has {gone[0]}, and the chat template leaves it out; name one '
+      'that does not with config.data.chat_template, or remove the row'
+    )

@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat template that config.data names, as one Jinja text."""
+"""The chat template that config.data names, as one Jinja text.
 
+Templates may ask for the date (Llama 3's do), by `strftime_now`, so that a run
+that goes on another day would train on another text. A run keeps the date of
+its first start in config.data.date; generating and serving use today's, as
+these templates are meant.
+"""
+
+import datetime
 import json
+import re
+
+from ml_collections import ConfigDict
 
 from moepeft.data import files
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
+
+_CLOCK = 'strftime_now'
+_CALL = re.compile(rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+_ASKED = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
+# Jinja's words that draw from Python's own generator, which no seed of ours
+# sets.
+_RANDOM = re.compile(r'\|\s*random\b|\blipsum\s*\(')
 
 
 def read(path: str) -> str:
@@ -16,6 +33,94 @@ def read(path: str) -> str:
   if not path:
     return ''
   return files.text('config.data.chat_template', path, 'a Jinja file')
+
+
+def text_of(words: Vocabulary, path: str) -> str:
+  """All that the template of a config may say; '' where there is none."""
+  own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
+  found = read(path) or own or ''
+  return found if isinstance(found, str) else '\n'.join(found.values())
+
+
+def reads_clock(template: str) -> bool:
+  """Whether a template writes the date."""
+  return _CLOCK in _ASKED.sub('', template)
+
+
+def day(text: str) -> datetime.datetime:
+  """config.data.date as a date.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return datetime.datetime.fromisoformat(text)
+  except ValueError:
+    raise ValueError(
+      f"config.data.date is a date like '2024-07-26', or empty for today's; "
+      f'got {text!r}'
+    ) from None
+
+
+def dated(template: str, date: str) -> str:
+  """A template that writes a date wherever it asked for the day's.
+
+  Args:
+    date: config.data.date; '' leaves the template as it is.
+
+  Raises:
+    ValueError: it is no date, or the template asks in a way that cannot be
+      replaced.
+  """
+  if not date:
+    return template
+  when = day(date)
+
+  def written(call: re.Match) -> str:
+    said = json.dumps(when.strftime(call[2]), ensure_ascii=False)
+    # A call may stand within {{ }}, so its text is an expression too.
+    return f'({said})'
+
+  found = _CALL.sub(written, template)
+  if reads_clock(found):
+    raise ValueError(
+      f'the chat template calls {_CLOCK} with a format that is no text in '
+      'quotes, so that its date cannot be kept for a run that goes on; name '
+      'another template with config.data.chat_template'
+    )
+  return found
+
+
+def with_date(config: ConfigDict, words: Vocabulary) -> ConfigDict:
+  """A config whose chat template writes the same date whenever it is read.
+
+  Args:
+    config: of a run; where config.data.date is empty and the template asks
+      for the date, it becomes today's.
+  """
+  data = config.data
+  if data.source not in ('chat', 'preference') or data.date:
+    return config
+  if not reads_clock(text_of(words, data.chat_template)):
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.date = datetime.date.today().isoformat()
+  return config
+
+
+def check_fixed(template: str) -> None:
+  """
+  Raises:
+    ValueError: the template draws at random, so that a run that goes on would
+      train on another text.
+  """
+  word = _RANDOM.search(template)
+  if word:
+    raise ValueError(
+      f'the chat template draws at random ({word[0]!r}), so that its text is '
+      'another one each time; name another template with '
+      'config.data.chat_template'
+    )
 
 
 def put(words: Vocabulary, path: str, system: str) -> None:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from moepeft.data import chat_spans
 from moepeft.data.chat_spans import Render
 from moepeft.data.conversations import Conversation, Turn
@@ -135,14 +133,25 @@ def _message(turn: Turn, template: str) -> dict:
         "the thoughts into 'content'"
       )
     message[name] = turn.thought
+  if turn.name:
+    message['name'] = turn.name
+  if turn.call_id:
+    message['tool_call_id'] = turn.call_id
   if turn.calls and 'tool_calls' in template:
     message['tool_calls'] = [
-      {'type': 'function', 'function': call} for call in turn.calls
+      {k: v for k, v in call.items() if k == 'id'}
+      | {'type': 'function', 'function': _bare(call)}
+      for call in turn.calls
     ]
   elif turn.calls:
-    calls = (f'<tool_call>{_json(c)}</tool_call>' for c in turn.calls)
+    calls = (f'<tool_call>{_json(_bare(c))}</tool_call>' for c in turn.calls)
     message['content'] = '\n'.join([turn.content, *calls]).lstrip('\n')
   return message
+
+
+def _bare(call: dict) -> dict:
+  """A call without its id."""
+  return {k: v for k, v in call.items() if k != 'id'}
 
 
 def renderer(tokenizer: Any, template: str, tools: Any) -> Render:
@@ -158,10 +167,11 @@ def renderer(tokenizer: Any, template: str, tools: Any) -> Render:
         add_generation_prompt=begun,
       )
     # A template is a program: there is no list of what it may raise.
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
+    except Exception as e:
+      reason = ' '.join(str(e).split()) or type(e).__name__
       raise BadRow(
-        f'the chat template cannot render the conversation ({e}); mend its '
-        'turns or the template'
+        f'the chat template cannot render the conversation ({reason}); mend '
+        'its turns or the template'
       ) from None
 
   return render

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations in the forms that people have: alpaca, sharegpt, messages.
 
-alpaca: `instruction`, `input`, `output`, and perhaps `system` and `history`
-(pairs of a question and an answer). sharegpt: `conversations` of {from, value}
-and perhaps `system` and `tools`. messages: OpenAI's, `messages` of {role,
-content, tool_calls}, and perhaps `tools`; an assistant's turn may have a
-`weight` (0 is not trained, 1 is) and `reasoning_content` or `thinking`.
+alpaca: `instruction`, `input`, `output`, and perhaps `history` (pairs of a
+question and an answer). sharegpt: `conversations` of {from, value}. messages:
+OpenAI's, `messages` of {role, content, tool_calls}, or TRL's `prompt` and
+`completion`, of which the completion is trained. All may have `system` and
+`tools` (or `functions`); an assistant's turn may have a `weight`, `loss` or
+`train` (0 is not trained, 1 is), a `function_call` and `reasoning_content` or
+`thinking`. What else a row has is in `moepeft.data.fields`.
 """
 
 import dataclasses
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moepeft.data import hub, jsonl
+from moepeft.data import files, hub
+from moepeft.data import turns as turns_lib
+from moepeft.data.fields import Fields, Unused
 from moepeft.data.rows import Bad, BadRow
-from moepeft.data.turns import Turn, text, tools, turn
+from moepeft.data.turns import Turn, text, tools
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
-_OTHER = re.compile('test|valid|dev|eval')
-_ENDS = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
+# A row's own field for the system's text, in the spellings of exports.
+_SYSTEM = ('system', 'system_prompt', 'system_message')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,43 +43,9 @@ def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
-  path = os.path.expanduser(path)
-  for file in _files(path):
+  for file in files.data_files(path, 'chat', bad):
     for where, row in zip(*hub.json_rows(file, bad), strict=True):
       yield file, where, row
-
-
-def of_json(path: str) -> bool:
-  """Whether a path is a directory whose files are all of rows as JSON.
-
-  Not so where a file's name says that it is of another split than 'train',
-  which `datasets` tells apart.
-  """
-  path = os.path.expanduser(path)
-  names = os.listdir(path) if os.path.isdir(path) else []
-  names = [name for name in names if not name.startswith('.')]
-  return bool(names) and all(
-    name.endswith(_ENDS) and not _OTHER.search(name) for name in names
-  )
-
-
-def _files(path: str) -> list[str]:
-  kinds = ', '.join(_ENDS)
-  if os.path.isfile(path):
-    if not path.endswith(_ENDS):
-      raise ValueError(
-        f'conversations are read from {kinds}; got {path!r}: convert it, or '
-        'name a directory of such files'
-      )
-    return [path]
-  if not os.path.isdir(path):
-    raise ValueError(
-      f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
-    )
-  found = [f for f in sorted(os.listdir(path)) if f.endswith(_ENDS)]
-  if not found:
-    raise ValueError(f'{path} holds no file of {kinds}')
-  return jsonl.check_files([os.path.join(path, f) for f in found])
 
 
 def conversations(path: str, form: str = '') -> list[Conversation]:
@@ -90,7 +58,7 @@ def conversations(path: str, form: str = '') -> list[Conversation]:
   bad, found = Bad('error'), []
   for _, where, row in rows(path, bad):
     try:
-      found.append(answered(conversation(row, form)))
+      found.append(answered(conversation(row, form, bad.unused)))
     except BadRow as e:
       bad(where, e)
   return found
@@ -116,46 +84,91 @@ def form_of(row: Mapping) -> str:
   Raises:
     BadRow: it is none.
   """
-  if 'messages' in row:
+  for key, form in (
+    ('messages', 'messages'),
+    ('conversations', 'sharegpt'),
+    ('instruction', 'alpaca'),
+  ):
+    if key in row:
+      return form
+  if 'prompt' in row and 'completion' in row:
     return 'messages'
-  if 'conversations' in row:
-    return 'sharegpt'
-  if 'instruction' in row:
-    return 'alpaca'
   raise BadRow(
     f'the row has {", ".join(map(repr, row)) or "no fields"}; expected '
-    "'messages', 'conversations' or 'instruction' and 'output'"
+    "'messages', 'conversations', 'instruction' and 'output', or 'prompt' and "
+    "'completion'"
   )
 
 
-def conversation(row: Mapping, form: str = '') -> Conversation:
-  """A row's conversation, which need not end with an answer.
-
-  Args:
-    form: one of FORMS, '' to find out by the fields.
-
-  Raises:
-    BadRow: the row is not of the form.
-    ValueError: there is no such form.
-  """
+def check_form(form: str) -> None:
+  """Raises ValueError where config.data.form is none of FORMS, nor empty."""
   if form and form not in FORMS:
     raise ValueError(
       f'config.data.form is one of {", ".join(FORMS)}, or empty to find out; '
       f'got {form!r}'
     )
-  kind = form or form_of(row)
+
+
+def conversation(
+  row: Mapping, form: str = '', unused: Unused | None = None
+) -> Conversation:
+  """A row's conversation, which need not end with an answer.
+
+  Args:
+    form: one of FORMS, '' to find out by the fields.
+    unused: told of the fields that are not read.
+
+  Raises:
+    BadRow: the row is not of the form, or has a field that changes its
+      meaning and cannot be used.
+    ValueError: there is no such form.
+  """
+  check_form(form)
+  fields = Fields(row)
+  kind = form or form_of(fields)
   if kind == 'alpaca':
-    turns = _alpaca(row)
+    turns = asked(fields)
+    turns.append(Turn('assistant', text(fields.get('output'), "'output'")))
+  elif kind == 'sharegpt':
+    turns = turns_lib.turns(
+      fields.get('conversations'), 'conversations', unused
+    )
+  elif 'messages' not in fields and 'prompt' in fields:
+    turns = _completed(fields, unused)
   else:
-    turns = _listed(row, 'messages' if kind == 'messages' else 'conversations')
+    turns = turns_lib.turns(fields.get('messages'), 'messages', unused)
+  if kind != 'alpaca':
+    turns = with_system(turns, fields)
   check_order(turns)
-  return Conversation(tuple(turns), tools(row.get('tools')))
+  found = Conversation(tuple(turns), tools(fields))
+  fields.close(unused, texts_of(turns))
+  for turn in turns if unused is not None else ():
+    unused.see(turn.content)
+  return found
 
 
-def _alpaca(row: Mapping) -> list[Turn]:
-  system = row.get('system') or ''
-  turns = [Turn('system', text(system, "'system'"))] if system else []
-  history = row.get('history') or []
+def texts_of(turns: Iterable[Turn]) -> set[str]:
+  """What turns say, stripped; of an instruction and its input each, too."""
+  texts = {turn.content.strip() for turn in turns}
+  parts = {part for whole in texts for part in whole.split('\n', 1)}
+  return texts | {part.strip() for part in parts}
+
+
+def asked(fields: Fields) -> list[Turn]:
+  """The turns of an alpaca row up to its question."""
+  turns = with_system(_history(fields), fields)
+  question = text(fields.get('instruction'), "'instruction'")
+  more = fields.get('input')
+  if more is not None and not _is_blank(more):
+    question += '\n' + text(more, "'input'")
+  return [*turns, Turn('user', question)]
+
+
+def _history(fields: Fields) -> list[Turn]:
+  """The exchanges before the question of an alpaca row."""
+  history, turns = fields.get('history', ''), []
+  if history == '':
+    return []
   if not isinstance(history, list):
     raise BadRow(
       f"expected a list of pairs in 'history', got {history!r}; mend or remove "
@@ -167,43 +180,41 @@ def _alpaca(row: Mapping) -> list[Turn]:
         f"expected pairs of texts in 'history', got {pair!r}; mend or remove "
         'the row'
       )
-    said = f"'history', pair {i},"
-    turns += [Turn('user', text(pair[0], said))]
-    turns += [Turn('assistant', text(pair[1], said))]
-  asked = text(row.get('instruction'), "'instruction'")
-  more = row.get('input') or ''
-  if more:
-    asked += '\n' + text(more, "'input'")
-  answer = text(row.get('output'), "'output'")
-  return [*turns, Turn('user', asked), Turn('assistant', answer)]
+    where = f"'history', pair {i},"
+    turns += [Turn('user', text(pair[0], where))]
+    turns += [Turn('assistant', text(pair[1], where))]
+  return turns
 
 
-def _listed(row: Mapping, field: str) -> list[Turn]:
-  """The turns of a row's list, in either spelling."""
-  items = row.get(field)
-  if not isinstance(items, list) or not items:
-    raise BadRow(
-      f'expected a list of turns in {field!r}, got {items!r}; mend or remove '
-      'the row'
-    )
-  turns = [turn(item, i) for i, item in enumerate(items)]
-  return with_system(turns, row.get('system'))
+def _completed(fields: Fields, unused: Unused | None) -> list[Turn]:
+  """TRL's prompt and completion, of which the completion is trained."""
+  prompt = turns_lib.spoken(fields, 'prompt', 'user', unused)
+  answer = turns_lib.spoken(fields, 'completion', 'assistant', unused)
+  return [
+    dataclasses.replace(turn, trained=turn.role != 'assistant')
+    for turn in prompt
+  ] + answer
 
 
-def with_system(turns: list[Turn], system: Any) -> list[Turn]:
+def _is_blank(value: Any) -> bool:
+  return isinstance(value, str) and not value.strip()
+
+
+def with_system(turns: list[Turn], fields: Fields) -> list[Turn]:
   """The turns after the system's that a row gives in its own field.
 
   Raises:
     BadRow: it is no text, or the turns begin with another system's.
   """
-  if not system:
+  key, system = fields.given(_SYSTEM)
+  if system is None or _is_blank(system):
     return turns
-  first = Turn('system', text(system, "'system'"))
+  first = Turn('system', text(system, repr(key)))
   if not turns or turns[0].role != 'system':
     return [first, *turns]
   if turns[0].content != first.content:
     raise BadRow(
-      "the row has one system's text in 'system' and another as its first "
+      f"the row has one system's text in {key!r} and another as its first "
       'turn; remove one of them'
     )
   return turns
@@ -215,7 +226,7 @@ def check_order(turns: Sequence[Turn]) -> None:
   Raises:
     BadRow: the order is another.
   """
-  begun = turns[1:] if turns[0].role == 'system' else turns
+  begun = turns[1:] if turns and turns[0].role == 'system' else turns
   if not begun or begun[0].role != 'user':
     who = begun[0].role if begun else 'nobody'
     raise BadRow(

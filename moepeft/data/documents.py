@@ -7,15 +7,13 @@ passage. Filters leave out passages; what stays keeps its place.
 """
 
 import dataclasses
-import gzip
 import os
 import re
-import zlib
 
-from moepeft.data import duplicates, jsonl, quality
+from moepeft.data import duplicates, files, jsonl, quality
+from moepeft.data.fields import MARK, Fields
 from moepeft.data.rows import Bad, BadRow
 
-_ENDS = ('.txt', '.txt.gz', '.jsonl', '.jsonl.gz')
 _BLANK = re.compile(r'\n[ \t]*\n\s*')
 
 
@@ -34,15 +32,20 @@ class Document:
   separator: str = '\n\n'
 
 
-def read(path: str, on_bad_row: str = 'error') -> tuple[list[Document], Bad]:
+def read(
+  path: str, on_bad_row: str = 'error', ignore: str = ''
+) -> tuple[list[Document], Bad]:
   """(the documents of a file or a directory of files, what was skipped).
+
+  Args:
+    ignore: fields that may be left unused, of config.data.ignore.
 
   Raises:
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
-  bad, found = Bad(on_bad_row), []
-  for file in _files(os.path.expanduser(path)):
-    if '.jsonl' in os.path.basename(file):
+  bad, found = Bad(on_bad_row, ignore), []
+  for file in files.data_files(path, 'text', bad):
+    if '.jsonl' in os.path.basename(file).lower():
       found += _rows(file, bad)
     else:
       found += _text(file)
@@ -51,35 +54,8 @@ def read(path: str, on_bad_row: str = 'error') -> tuple[list[Document], Bad]:
   return found, bad
 
 
-def _files(path: str) -> list[str]:
-  if os.path.isfile(path):
-    if not path.endswith(_ENDS):
-      raise ValueError(
-        f'text is read from {", ".join(_ENDS)}; got {path!r}: rename it, or '
-        'name a directory of such files'
-      )
-    return [path]
-  if not os.path.isdir(path):
-    raise ValueError(
-      f'{path!r} does not exist; name a file of {", ".join(_ENDS)}, or a '
-      'directory of them'
-    )
-  found = [f for f in sorted(os.listdir(path)) if f.endswith(_ENDS)]
-  if not found:
-    raise ValueError(f'{path} holds no file of {", ".join(_ENDS)}')
-  return jsonl.check_files([os.path.join(path, f) for f in found])
-
-
 def _text(file: str) -> list[Document]:
-  try:
-    with jsonl.opener(file)(file, 'rt', encoding='utf-8-sig') as opened:
-      text = opened.read().strip()
-  except (UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
-    if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile):
-      raise
-    raise ValueError(
-      f'{file} cannot be read as UTF-8 text ({e}); convert or copy it again'
-    ) from None
+  text = files.read_text(file).strip()
   separator = '\n\n' if _BLANK.search(text) else '\n'
   parts = _BLANK.split(text) if separator == '\n\n' else text.split('\n')
   passages = tuple(part for part in parts if part.strip())
@@ -89,12 +65,18 @@ def _text(file: str) -> list[Document]:
 def _rows(file: str, bad: Bad) -> list[Document]:
   found = []
   for where, row in jsonl.lines(file, bad):
-    text = row.get('text')
-    if isinstance(text, str) and text.strip():
-      found.append(Document(where, (text.strip(),)))
-    else:
-      wrong = f"expected text in 'text', got {text!r}; mend or remove the row"
-      bad(where, BadRow(wrong))
+    fields = Fields(row)
+    text = fields.get('text')
+    try:
+      if not isinstance(text, str) or not text.removeprefix(MARK).strip():
+        raise BadRow(
+          f"expected text in 'text', got {text!r}; mend or remove the row"
+        )
+      text = text.removeprefix(MARK).strip()
+      fields.close(bad.unused, {text})
+      found.append(Document(where, (text,)))
+    except BadRow as e:
+      bad(where, e)
   return found
 
 

@@ -7,19 +7,31 @@ read here, so that a broken line has a number and can be left out.
 """
 
 import functools
-import json
 import os
-import zlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
-from moepeft.data import jsonl, rows
+from moepeft.core import files as core_files
+from moepeft.core import untrusted
+from moepeft.data import csv_table, files, jsonl, rows
 from moepeft.data import templates as templates_lib
+from moepeft.data.fields import Unused, named
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
 # What `datasets` calls the readers of files, by the files' endings.
-_READERS = {'csv': 'csv', 'parquet': 'parquet', 'arrow': 'arrow'}
+_READERS = {'parquet': 'parquet', 'arrow': 'arrow'}
+# Read here: `datasets` would infer numbers, dates and nulls from texts.
 _JSON = ('json', 'jsonl')
+_READ_HERE = (*_JSON, 'csv')
+# The split that a word of a file's name tells, as `datasets` has it.
+_SPLITS = {
+  **dict.fromkeys(('train', 'training'), 'train'),
+  **dict.fromkeys(('test', 'testing', 'eval', 'evaluation'), 'test'),
+  **dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'validation'),
+}
+# Bytes of a README in which its list of files is looked for.
+_HEAD = 1 << 16
 # What save_to_disk writes for one split, and for several.
 _SAVED = ('state.json', 'dataset_dict.json')
 
@@ -30,6 +42,7 @@ def read(
   templates: str = '',
   on_bad_row: str = 'error',
   seed: int = 0,
+  ignore: str = '',
 ) -> Rows:
   """All examples of a dataset's split; made when they are asked for.
 
@@ -44,19 +57,20 @@ def read(
     on_bad_row: 'error', or 'skip': left out, with the reason in
       `Rows.skipped`.
     seed: of what templates draw.
+    ignore: fields that may be left unused, of config.data.ignore.
 
   Raises:
     ValueError: what cannot be found or read, a split that is not there, bad
       rows; the message names the path and the row.
   """
-  bad = Bad(on_bad_row)
+  bad = Bad(on_bad_row, ignore)
   table, where = table_of(path, split, bad)
   name = _name(path)
   if templates:
     group = templates_lib.group(templates, name)
     return templates_lib.render(group, table, bad, where, seed)
   _check_columns(path, table)
-  make = functools.partial(_plain, templates_lib.clean(name))
+  make = functools.partial(_plain, templates_lib.clean(name), bad.unused)
   return rows.made(path, table, (make,), where, bad)
 
 
@@ -67,10 +81,10 @@ def _name(path: str) -> str:
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
 
-def _plain(name: str, row: Mapping, place: int) -> Example:
+def _plain(name: str, unused: Unused, row: Mapping, place: int) -> Example:
   # A table has no absent fields: they are None there.
   kept = {k: v for k, v in row.items() if v is not None}
-  return rows.example({'idx': place} | kept, name)
+  return rows.example({'idx': place} | kept, name, unused=unused)
 
 
 def _check_columns(path: str, table: Sequence[Mapping]) -> None:
@@ -81,7 +95,7 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
     'inputs' not in columns or not {'targets', 'choices'} & set(columns)
   ):
     raise ValueError(
-      f"{path} has the columns {', '.join(columns)}; expected 'inputs' and "
+      f"{path} has the columns {named(columns)}; expected 'inputs' and "
       "'targets', or set config.data.templates to put these into words"
     )
 
@@ -97,15 +111,96 @@ def table_of(
     ValueError: as `read`.
   """
   local = os.path.expanduser(path)
-  if os.path.isfile(local) and _ending(local) in _JSON:
+  core_files.check_file(local)
+  if os.path.isfile(local) and _ending(local) in _READ_HERE:
     if split != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
-    places, table = json_rows(local, bad)
-    return table, places.__getitem__
-  table = _load(path, local, split)
+    return _table([local], bad)
+  if os.path.isdir(local) and not _described(local):
+    of_split = _of_split(path, local, split, bad)
+    if all(_ending(file) in _READ_HERE for file in of_split):
+      return _table(of_split, bad)
+    table = _load(path, local, split, of_split)
+  else:
+    table = _load(path, local, split)
   return table, lambda place: f'{path}, {split}, row {place}'
+
+
+def _table(
+  files_read: Sequence[str], bad: Bad
+) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+  """The rows of files of JSON and CSV, one file after the other."""
+  places, table = [], []
+  for file in files_read:
+    where, part = (
+      csv_table.read(file, bad)
+      if _ending(file) == 'csv'
+      else json_rows(file, bad)
+    )
+    places += where
+    # One file of CSV stays as it is, which takes less memory.
+    table = part if len(files_read) == 1 else [*table, *part]
+  return table, places.__getitem__
+
+
+def _described(folder: str) -> bool:
+  """Whether save_to_disk wrote a directory, or its README names its files."""
+  if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED):
+    return True
+  readme = os.path.join(folder, 'README.md')
+  if not os.path.isfile(readme):
+    return False
+  with core_files.open_file(readme) as stream:
+    head = stream.read(_HEAD).decode(errors='replace')
+  return head.startswith('---') and 'data_files:' in head.split('\n---')[0]
+
+
+def _of_split(path: str, folder: str, split: str, bad: Bad) -> list[str]:
+  """The files of a split in a directory, by their names.
+
+  A name tells a split as `datasets` has it: 'train-00000.parquet' and
+  'data/test/a.json'; where no name does, all are 'train'.
+
+  Raises:
+    ValueError: there are none.
+  """
+  found = files.listed(folder, files.ENDINGS['datasets'], deep=True)
+  by_split: dict[str, list[str]] = {}
+  for file in found.files:
+    words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())
+    told = [_SPLITS[word] for word in words if word in _SPLITS]
+    by_split.setdefault(told[-1] if told else '', []).append(file)
+  rest = by_split.pop('', [])
+  if not by_split:
+    by_split = {'train': rest} if rest else {}
+    rest = []
+  bad.left_out += found.left_out
+  bad.left_out += [
+    f'{os.path.relpath(file, folder)} (no split)' for file in rest
+  ]
+  name = split.partition('[')[0]
+  if name not in by_split:
+    there = ', '.join(by_split) or 'none, and no file of data'
+    raise ValueError(
+      f'the split {split!r} of {path!r} cannot be read (there: {there}); check '
+      'config.data.path and config.data.split'
+    )
+  chosen = by_split[name]
+  kinds = sorted({_READERS.get(_ending(file), 'text') for file in chosen})
+  here = all(_ending(file) in _READ_HERE for file in chosen)
+  if len(kinds) > 1 and not here or here and name != split:
+    what = (
+      f'its files are of several kinds: {", ".join(kinds)}'
+      if not here
+      else f'of files of JSON and CSV whole splits are read, not {split!r}'
+    )
+    raise ValueError(
+      f'the split {split!r} of {path!r} cannot be read ({what}); check '
+      'config.data.path and config.data.split'
+    )
+  return chosen
 
 
 def _ending(file: str) -> str:
@@ -129,13 +224,13 @@ def _check_lines(file: str) -> None:
     ValueError: it does.
   """
   try:
-    with jsonl.opener(file)(file, 'rt', encoding='utf-8-sig') as opened:
-      first = opened.readline()
+    with files.opened(file) as stream:
+      first = stream.readline()
       # All but '{' of a row on one line is on that line.
-      if first.strip() != '{':
+      if first.decode('utf-8-sig').strip() != '{':
         return
-      found = json.loads(first + opened.read())
-  except (ValueError, RecursionError, OSError, EOFError, zlib.error):
+      found = untrusted.parse_json(first + stream.read())
+  except (ValueError, OSError):
     # Whoever reads it says what is wrong.
     return
   lists = [key for key, value in found.items() if isinstance(value, list)]
@@ -152,20 +247,16 @@ def _check_lines(file: str) -> None:
 
 def _begins(file: str) -> bytes:
   """What a file begins with, blanks and the byte order mark aside."""
-  with jsonl.opener(file)(file, 'rb') as opened:
-    try:
-      return opened.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
-    except (OSError, EOFError, zlib.error):
-      # Whoever reads it says what is wrong.
-      return b''
+  with files.opened(file) as stream:
+    return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
 
 def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   try:
-    with jsonl.opener(file)(file, 'rb') as opened:
-      text = opened.read()
-    items = json.loads(text.decode('utf-8-sig'))
-  except (ValueError, RecursionError, OSError, EOFError, zlib.error) as e:
+    with files.opened(file) as stream:
+      text = stream.read()
+    items = untrusted.parse_json(text, check_text=False, unique_keys=True)
+  except untrusted.Malformed as e:
     raise ValueError(
       f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
       'write one object a line'
@@ -185,20 +276,32 @@ def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   return places, table
 
 
-def _load(path: str, local: str, split: str) -> Sequence[Mapping]:
-  """A split as a `datasets.Dataset`, whatever goes wrong in one sentence."""
+def _load(
+  path: str, local: str, split: str, of_split: Sequence[str] = ()
+) -> Sequence[Mapping]:
+  """A split as a `datasets.Dataset`, whatever goes wrong in one sentence.
+
+  Args:
+    of_split: the split's files, where they are known.
+  """
   # Imported here: it costs a second, and most runs need none of it.
   import datasets
 
   try:
     if not os.path.exists(local):
       return _remote(path, split)
+    if of_split:
+      reader, name = _READERS[_ending(of_split[0])], split.partition('[')[0]
+      named = {name: list(of_split)}
+      return datasets.load_dataset(reader, data_files=named, split=split)
     if os.path.isdir(local):
+      core_files.check_files(local)
       if any(os.path.isfile(os.path.join(local, file)) for file in _SAVED):
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
     if _ending(local) not in _READERS:
-      raise ValueError(f'expected one of .{", .".join((*_JSON, *_READERS))}')
+      known = ', .'.join((*_READ_HERE, *_READERS))
+      raise ValueError(f'expected one of .{known}')
     reader = _READERS[_ending(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
   except ConnectionError as e:
@@ -218,7 +321,7 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   import datasets
 
   parts = path.split('/')
-  if _ending(path) in (*_JSON, *_READERS):
+  if _ending(path) in (*_READ_HERE, *_READERS):
     raise ValueError('no such file')
   if path.startswith(('.', '~', '/')) or len(parts) > 3:
     raise ValueError('no such path, and no name on the hub')

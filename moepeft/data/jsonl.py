@@ -5,13 +5,12 @@ The fields of a row are in `moepeft.data.rows`.
 """
 
 import collections
-import gzip
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 
+from moepeft.core import untrusted
+from moepeft.data import files
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
@@ -22,7 +21,9 @@ HALF = re.compile(rb'\\u[dD][89a-fA-F]')
 _MAX_CHOICES = 8
 
 
-def read(path: str, ranked: bool = False, on_bad_row: str = 'error') -> Rows:
+def read(
+  path: str, ranked: bool = False, on_bad_row: str = 'error', ignore: str = ''
+) -> Rows:
   """All rows under a path, in the order of file names and lines.
 
   Args:
@@ -30,55 +31,29 @@ def read(path: str, ranked: bool = False, on_bad_row: str = 'error') -> Rows:
     ranked: whether every row must have choices and a label.
     on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
       reason. A compressed file that ends early is an error in any case.
+    ignore: fields that may be left unused, of config.data.ignore.
 
   Raises:
     ValueError: nothing there, no good rows, or a row that is not of the form;
       the message names the file and the line.
   """
-  bad = Bad(on_bad_row)
+  bad = Bad(on_bad_row, ignore)
   examples = []
-  for file in _files(os.path.expanduser(path)):
-    name = os.path.basename(file).split('.jsonl')[0]
+  for file in _files(os.path.expanduser(path), bad):
+    name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
     for where, row in lines(file, bad):
       try:
-        examples.append(rows_lib.example(row, name, ranked))
+        examples.append(rows_lib.example(row, name, ranked, bad.unused))
       except BadRow as e:
         bad(where, e)
   return rows_lib.rows(path, examples, bad)
 
 
-def _files(path: str) -> list[str]:
+def _files(path: str, bad: Bad) -> list[str]:
+  # A file that is named itself may have any name.
   if os.path.isfile(path):
     return [path]
-  if not os.path.isdir(path):
-    raise ValueError(
-      f'{path!r} does not exist; name a .jsonl or .jsonl.gz file, or a '
-      'directory of them'
-    )
-  found = [f for f in sorted(os.listdir(path)) if '.jsonl' in f]
-  if not found:
-    raise ValueError(f'{path} holds no .jsonl or .jsonl.gz file')
-  return check_files([os.path.join(path, f) for f in found])
-
-
-def check_files(found: Sequence[str]) -> list[str]:
-  """The same.
-
-  Raises:
-    ValueError: one of them is a directory, though named as a file is.
-  """
-  for file in found:
-    if os.path.isdir(file):
-      raise ValueError(
-        f'{file} is a directory, expected a file of that name; rename it, or '
-        'name it itself'
-      )
-  return list(found)
-
-
-def opener(file: str):
-  """What opens a file: `open`, or `gzip.open` for a .gz."""
-  return gzip.open if file.endswith('.gz') else open
+  return files.data_files(path, 'jsonl', bad)
 
 
 def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
@@ -87,29 +62,21 @@ def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
   Raises:
     ValueError: the file cannot be read to its end, or as `bad` does.
   """
-  with opener(file)(file, 'rb') as opened:
-    try:
-      for number, line in enumerate(opened, 1):
-        where = f'{file}, line {number}'
-        try:
-          if line.strip():
-            yield where, _parse(line)
-        except BadRow as e:
-          bad(where, e)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-      raise ValueError(
-        f'{file} cannot be read to its end ({e}); copy it again'
-      ) from None
+  with files.opened(file) as stream:
+    for number, line in enumerate(stream, 1):
+      where = f'{file}, line {number}'
+      try:
+        if line.strip():
+          yield where, _parse(line)
+      except BadRow as e:
+        bad(where, e)
 
 
 def _parse(line: bytes) -> dict:
   try:
-    # Some editors begin a file with a byte order mark.
-    row = json.loads(line.decode('utf-8-sig'))
-  except (ValueError, RecursionError) as e:
-    # The decoder's own text counts lines too, from the row's beginning.
-    reason = getattr(e, 'msg', e)
-    raise BadRow(f'not JSON ({reason}); mend or remove the line') from None
+    row = untrusted.parse_json(line, check_text=False, unique_keys=True)
+  except untrusted.Malformed as e:
+    raise BadRow(f'{e}; mend or remove the line') from None
   if not isinstance(row, dict):
     raise BadRow('expected an object {...}; mend or remove the line')
   if HALF.search(line):

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepeft.data import conversations
-from moepeft.data import turns as turns_lib
-from moepeft.data.conversations import FORMS, Conversation, Turn
-from moepeft.data.rows import BadRow
+from moepeft.data.conversations import Conversation, Turn
+from moepeft.data.fields import BadRow, Fields, Unused
+from moepeft.data.turns import spoken, tools
 
 _LABELS = ('label', 'kto_tag')
+_ANSWERS = {'chosen', 'rejected', 'completion'}
 _PROMPTS = ('prompt', 'messages', 'conversations', 'instruction')
 
 
@@ -60,31 +61,39 @@ class Judged:
 
 
 def row(
-  fields: Mapping[str, Any], form: str = '', idx: int = -1
+  row: Mapping[str, Any],
+  form: str = '',
+  idx: int = -1,
+  unused: Unused | None = None,
 ) -> Compared | Judged:
   """Looks at one row.
 
   Args:
     form: of FORMS; '' finds out.
+    unused: told of the fields that are not read.
 
   Raises:
-    BadRow: it is not of the form, or says nothing.
+    BadRow: it is not of the form, says nothing, or has a field that changes
+      its meaning and cannot be used.
     ValueError: there is no such form.
   """
+  conversations.check_form(form)
   # A table has no absent fields: they are None there.
-  fields = {k: v for k, v in fields.items() if v is not None}
-  if form and form not in FORMS:
-    raise ValueError(
-      f'config.data.form is one of {", ".join(FORMS)}, or empty to find out; '
-      f'got {form!r}'
-    )
+  fields = Fields(row)
   form = form or _form(fields)
-  turns = _alpaca(fields) if form == 'alpaca' else _before(fields, form)
+  if form == 'alpaca':
+    turns = conversations.asked(fields)
+  else:
+    turns = _before(fields, form, unused)
   if 'chosen' in fields or 'rejected' in fields:
-    prompt, chosen, rejected = _compared(fields, turns)
-    return Compared(_asked(fields, prompt), chosen, rejected, idx)
-  prompt, answer, label = _judged(fields, turns, form)
-  return Judged(_asked(fields, prompt), answer, label, idx)
+    prompt, chosen, rejected = _compared(fields, turns, unused)
+    found = Compared(_asked(fields, prompt), chosen, rejected, idx)
+  else:
+    prompt, answer, label = _judged(fields, turns, form, unused)
+    found = Judged(_asked(fields, prompt), answer, label, idx)
+  said = (*found.prompt.turns, *found.answers)
+  fields.close(unused, conversations.texts_of(said))
+  return found
 
 
 def unpaired(pair: Compared) -> tuple[Judged, Judged]:
@@ -116,7 +125,7 @@ def mismatched(rows: Sequence[Judged], path: str) -> list[int]:
   return found
 
 
-def _form(fields: Mapping[str, Any]) -> str:
+def _form(fields: Fields) -> str:
   for key, form in (
     ('conversations', 'sharegpt'),
     ('instruction', 'alpaca'),
@@ -133,25 +142,24 @@ def _form(fields: Mapping[str, Any]) -> str:
   )
 
 
-def _alpaca(fields: Mapping[str, Any]) -> list[Turn]:
-  # Its own answer, which is judged or not there, is not looked at here.
-  whole = conversations.conversation({**fields, 'output': '-'}, 'alpaca')
-  return list(whole.turns[:-1])
-
-
-def _before(fields: Mapping[str, Any], form: str) -> list[Turn]:
+def _before(fields: Fields, form: str, unused: Unused | None) -> list[Turn]:
   """What a row gives before its answers; a judged row's last turn too."""
-  keys = ('conversations',) if form == 'sharegpt' else ('messages', 'prompt')
-  key = next((key for key in keys if key in fields), '')
-  if not key and form == 'sharegpt':
-    raise BadRow("expected a list of turns in 'conversations', got none")
+  if form == 'sharegpt':
+    key = 'conversations'
+    if key not in fields:
+      raise BadRow("expected a list of turns in 'conversations', got none")
+  elif 'prompt' in fields and _ANSWERS & set(fields):
+    # 'messages' beside it may only repeat what else the row says.
+    key = 'prompt'
+  else:
+    key = 'messages' if 'messages' in fields else 'prompt'
   # TRL's implicit prompt: the answers' lists begin with it.
-  turns = _turns(fields, key, 'user') if key else []
-  return conversations.with_system(turns, fields.get('system'))
+  turns = spoken(fields, key, 'user', unused) if key in fields else []
+  return conversations.with_system(turns, fields)
 
 
 def _compared(
-  fields: Mapping[str, Any], prompt: list[Turn]
+  fields: Fields, prompt: list[Turn], unused: Unused | None
 ) -> tuple[list[Turn], Turn, Turn]:
   """(prompt, chosen, rejected)."""
   for key in ('chosen', 'rejected'):
@@ -160,47 +168,73 @@ def _compared(
         f"expected 'chosen' and 'rejected', but there is no {key!r}; mend or "
         'remove the row'
       )
-  before, chosen = _answer(fields, 'chosen')
-  also, rejected = _answer(fields, 'rejected')
+  before, chosen = _answer(fields, 'chosen', unused)
+  also, rejected = _answer(fields, 'rejected', unused)
   if before != also:
     raise BadRow(
       'the chosen and the rejected conversation differ before their last turn, '
       'so no prompt is shared; mend or remove the row'
     )
-  # The answers' lists may hold the prompt once more.
-  if prompt[len(prompt) - len(before) :] != before:
-    repeated = before[len(before) - len(prompt) :] == prompt
-    prompt = before if repeated else prompt + before
   if chosen == rejected:
     raise BadRow(
       'the chosen and the rejected answer are the same, so nothing is '
       'compared; mend or remove the row'
     )
-  return prompt, chosen, rejected
+  return _joined(prompt, before, chosen), chosen, rejected
+
+
+def _joined(prompt: list[Turn], before: list[Turn], chosen: Turn) -> list[Turn]:
+  """The prompt once, of what a row gives as such and what its answers' lists
+  begin with.
+
+  Raises:
+    BadRow: the two are different turns of a user's, in an order that nothing
+      tells.
+  """
+  if before and len(prompt) > 1 and prompt[-1] == chosen:
+    # The whole conversation with its chosen answer.
+    prompt = prompt[:-1]
+  if not before or not prompt:
+    return prompt or before
+  given, begun = list(map(_stripped, prompt)), list(map(_stripped, before))
+  if given[-len(begun) :] == begun:
+    return prompt
+  if given in (begun[-len(given) :], begun[: len(given)]):
+    return before
+  goes_on = before[0].role != 'user' and prompt[-1].role in ('user', 'tool')
+  if goes_on or [turn.role for turn in prompt] == ['system']:
+    return prompt + before
+  raise BadRow(
+    'the prompt and the turns before the answers in their lists are different '
+    'ones, and nothing tells which come first; leave one of them out'
+  )
+
+
+def _stripped(turn: Turn) -> Turn:
+  return dataclasses.replace(turn, content=turn.content.strip())
 
 
 def _judged(
-  fields: Mapping[str, Any], prompt: list[Turn], form: str
+  fields: Fields, prompt: list[Turn], form: str, unused: Unused | None
 ) -> tuple[list[Turn], Turn, bool]:
   """(prompt, answer, label)."""
-  found = [key for key in _LABELS if key in fields]
-  if not found:
+  name, label = fields.given(_LABELS)
+  if not name:
     raise BadRow(
       "expected 'chosen' and 'rejected', or an answer with a 'label'; got "
       f'{", ".join(sorted(fields))}; mend or remove the row'
     )
-  label = fields[found[0]]
   if not isinstance(label, bool):
     raise BadRow(
-      f'expected true or false in {found[0]!r}, got {label!r}; mend or remove '
+      f'expected true or false in {name!r}, got {label!r}; mend or remove '
       'the row'
     )
   key = 'output' if form == 'alpaca' else 'completion'
   if form == 'alpaca' or key in fields:
     if key not in fields:
       raise BadRow(f'expected the answer in {key!r}; mend or remove the row')
-    before, answer = _answer(fields, key)
-    return prompt + before, answer, label
+    before, answer = _answer(fields, key, unused)
+    return _joined(prompt, before, answer), answer, label
   if not prompt or prompt[-1].role != 'assistant':
     who = prompt[-1].role if prompt else 'nobody'
     raise BadRow(
@@ -210,52 +244,21 @@ def _judged(
   return prompt[:-1], prompt[-1], label
 
 
-def _answer(fields: Mapping[str, Any], key: str) -> tuple[list[Turn], Turn]:
+def _answer(
+  fields: Fields, key: str, unused: Unused | None
+) -> tuple[list[Turn], Turn]:
   """(turns before it, an answer): a text, a turn, or a conversation."""
-  *before, answer = _turns(fields, key, 'assistant')
-  if answer.role != 'assistant':
+  turns = spoken(fields, key, 'assistant', unused)
+  if not turns or turns[-1].role != 'assistant':
+    who = turns[-1].role if turns else 'nobody'
     raise BadRow(
       f"expected the assistant's answer at the end of {key!r}; got the turn of "
-      f'{answer.role}; mend or remove the row'
+      f'{who}; mend or remove the row'
     )
-  return before, answer
+  return turns[:-1], turns[-1]
 
 
-def _turns(fields: Mapping[str, Any], key: str, role: str) -> list[Turn]:
-  """A field's turns: a text is one of `role`, an object one of its own."""
-  value = fields[key]
-  if isinstance(value, str):
-    return [_turn(value, role, repr(key))]
-  if isinstance(value, Mapping):
-    value = [value]
-  if not isinstance(value, list) or not value:
-    raise BadRow(
-      f'expected text or a list of turns in {key!r}, got {value!r}; mend or '
-      'remove the row'
-    )
-  try:
-    return [turns_lib.turn(item, i) for i, item in enumerate(value)]
-  except BadRow as e:
-    raise BadRow(f'{key!r}, {e}') from None
-
-
-def _turn(value: Any, role: str, where: str) -> Turn:
-  if not isinstance(value, str):
-    raise BadRow(
-      f'expected text in {where}, got {value!r}; mend or remove the row'
-    )
-  if not value.strip():
-    raise BadRow(f'{where} is empty; fill it in, or remove the row')
-  try:
-    value.encode()
-  except UnicodeEncodeError:
-    raise BadRow(
-      f'{where} holds half of a character; mend or remove the row'
-    ) from None
-  return Turn(role, value)
-
-
-def _asked(fields: Mapping[str, Any], turns: list[Turn]) -> Conversation:
+def _asked(fields: Fields, turns: list[Turn]) -> Conversation:
   """A prompt, which ends with a turn that asks for an answer."""
   if not turns:
     raise BadRow(
@@ -269,4 +272,4 @@ def _asked(fields: Mapping[str, Any], turns: list[Turn]) -> Conversation:
       f'{turns[-1].role}; mend or remove the row'
     )
   conversations.check_order(turns)
-  return Conversation(tuple(turns), turns_lib.tools(fields.get('tools')))
+  return Conversation(tuple(turns), tools(fields))

@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.data.fields import MARK, Fields, Unused, named
+from moepeft.data.fields import BadRow as BadRow
 from moepeft.tasks import Example
 
 # (a table's row, its place in the table) -> its example; None where there is
 # none to make.
 Maker = Callable[[Mapping, int], Example | None]
-
-
-class BadRow(ValueError):
-  """What is wrong with one row; a reader adds where it stands."""
+# Of the reason that a bad row has.
+_MOST_LETTERS = 600
+# NumPy and JAX hold no larger integer.
+_MIN_IDX, _MAX_IDX = -(2**63), 2**63 - 1
 
 
 class Bad:
@@ -30,10 +32,15 @@ class Bad:
 
   Attributes:
     reasons: 'FILE, line 7: what is wrong', one for each row left out.
+    unused: the fields of good rows that nothing reads.
+    left_out: names in the directory that are no data files.
   """
 
-  def __init__(self, on_bad_row: str):
+  def __init__(self, on_bad_row: str = 'error', ignore: str = ''):
     """
+    Args:
+      ignore: config.data.ignore.
+
     Raises:
       ValueError: `on_bad_row` is neither 'error' nor 'skip'.
     """
@@ -43,12 +50,31 @@ class Bad:
       )
     self._skip = on_bad_row == 'skip'
     self.reasons: list[str] = []
+    self.unused = Unused(ignore)
+    self.left_out: list[str] = []
 
   def __call__(self, where: str, wrong: BadRow) -> None:
-    reason = f'{where}: {wrong}'
+    reason = f'{where}: {_shortened(str(wrong))}'
     if not self._skip:
       raise ValueError(reason) from None
     self.reasons.append(reason)
+
+  def notes(self, path: str) -> list[str]:
+    """Lines on what of a source was not read, bad rows aside."""
+    lines = []
+    if self.left_out:
+      lines.append(
+        f'{path}: left out, as no data files: {named(self.left_out)}'
+      )
+    return lines + self.unused.notes(path)
+
+
+def _shortened(message: str) -> str:
+  """A message without the middle of what it quotes at length."""
+  if len(message) <= _MOST_LETTERS:
+    return message
+  half = _MOST_LETTERS // 2
+  return f'{message[:half]} ... {message[-half:]}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +85,13 @@ class Rows(Sequence):
     examples: the good ones, in the order of the source.
     skipped: why each bad row was left out: where it stands and what is wrong.
     inapplicable: how often a template had nothing to say of a row.
+    remarks: lines on what was not read; see `Bad.notes`.
   """
 
   examples: Sequence[Example]
   skipped: tuple[str, ...] = ()
   inapplicable: int = 0
+  remarks: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -85,7 +113,7 @@ class Rows(Sequence):
         f'{self.inapplicable:,} pairs of row and template of {path} are left '
         'out: the template renders nothing there'
       )
-    return lines
+    return lines + list(self.remarks)
 
 
 def rows(
@@ -97,7 +125,9 @@ def rows(
     ValueError: no good row.
   """
   if examples:
-    return Rows(examples, tuple(bad.reasons), inapplicable)
+    return Rows(
+      examples, tuple(bad.reasons), inapplicable, tuple(bad.notes(path))
+    )
   if bad.reasons:
     raise ValueError(
       f'{path} holds {len(bad.reasons):,} bad rows and no good one, the first: '
@@ -172,17 +202,24 @@ def made(
   return rows(path, Made(table, makers, found), bad, none)
 
 
-def example(row: Mapping, name: str, ranked: bool = False) -> Example:
+def example(
+  row: Mapping, name: str, ranked: bool = False, unused: Unused | None = None
+) -> Example:
   """Looks at one row and makes its example.
 
   Args:
     row: its fields.
     name: the task where the row names no dataset.
     ranked: whether it must have choices and a label.
+    unused: told of the fields that are not read.
 
   Raises:
     BadRow: it is not of the form.
   """
+  if 'idx' in row and row['idx'] is None:
+    # A table has no absent fields, a row of JSON has.
+    _idx(None)
+  row = Fields(row)
   choices, label = _choices(row)
   targets = row.get('targets', choices[label] if choices else None)
   for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
@@ -194,15 +231,18 @@ def example(row: Mapping, name: str, ranked: bool = False) -> Example:
     raise BadRow(
       f"a row to rank has 'choices' and 'label'; got {', '.join(sorted(row))}"
     )
-  return Example(
-    task=_text(row, 'dataset') or _text(row, 'task') or name,
+  task = _text(row, 'task')
+  found = Example(
+    task=_text(row, 'dataset') or task or name,
     template=_text(row, 'template'),
     idx=_idx(row.get('idx', -1)),
-    inputs=row['inputs'],
-    targets=targets,
+    inputs=row['inputs'].removeprefix(MARK),
+    targets=targets.removeprefix(MARK),
     choices=choices,
     label=label,
   )
+  row.close(unused, {found.inputs.strip(), found.targets.strip()})
+  return found
 
 
 def check_whole(row: Any) -> None:
@@ -228,8 +268,8 @@ def _torn(text: str) -> bool:
 
 
 def _text(row: Mapping, field: str) -> str:
-  value = row.get(field) or ''
-  if not isinstance(value, str):
+  value = row.get(field, '')
+  if not isinstance(value, str) or _torn(value):
     raise BadRow(f'expected text in {field!r}, got {value!r}')
   return value
 
@@ -237,9 +277,14 @@ def _text(row: Mapping, field: str) -> str:
 def _idx(idx) -> int:
   if isinstance(idx, str):
     # One number for one id, wherever it occurs.
-    return zlib.crc32(idx.encode())
+    return zlib.crc32(idx.encode(errors='surrogatepass'))
   if type(idx) is not int:
     raise BadRow(f"expected a whole number or text in 'idx', got {idx!r}")
+  if not _MIN_IDX <= idx <= _MAX_IDX:
+    raise BadRow(
+      f"expected an integer of 64 bits in 'idx', got {idx}; number the rows "
+      'anew, or write it as text'
+    )
   return idx
 
 
@@ -251,14 +296,14 @@ def distinct(choices: Iterable) -> bool:
 
 def _choices(row: Mapping) -> tuple[tuple[str, ...], int]:
   """A row's choices and the place of the right one; ((), -1) without any."""
-  choices = row.get('choices')
-  if not choices:
+  choices, label = row.get('choices', ''), row.get('label')
+  if choices in ('', []):
     return (), -1
   if not isinstance(choices, list) or not distinct(choices):
     raise BadRow(
       f"expected two or more different texts in 'choices', got {choices!r}"
     )
-  label, targets = row.get('label'), row.get('targets')
+  targets = row.get('targets')
   if label is None and targets in choices:
     label = choices.index(targets)
   if type(label) is not int or not 0 <= label < len(choices):

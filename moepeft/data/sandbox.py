@@ -51,14 +51,19 @@ def _environment(longest: int) -> SandboxedEnvironment:
   """Jinja with promptsource's words; values longer than this are cut."""
 
   @jinja2.pass_environment
-  def cut(environment: jinja2.Environment, value: Any) -> str:
-    return do_truncate(environment, str(value), longest)
+  def printed(environment: jinja2.Environment, value: Any) -> str:
+    if value is None:
+      raise jinja2.UndefinedError('a null has no text to print')
+    text = str(value)
+    return do_truncate(environment, text, longest) if longest else text
 
   environment = SandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=cut if longest else None
+    undefined=jinja2.StrictUndefined, finalize=printed
   )
   environment.globals['zip'] = zip
-  environment.filters['choice'] = _choice
+  # Jinja's own `random` and `lipsum` draw from what no seed of ours sets.
+  environment.filters['choice'] = environment.filters['random'] = _choice
+  del environment.globals['lipsum']
   environment.filters['most_frequent'] = _most_frequent
   return environment
 

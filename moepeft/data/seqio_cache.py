@@ -7,11 +7,11 @@ has to be registered. Needs the extra `moepeft[seqio]`.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moepeft.core import files, untrusted
 from moepeft.data.seqio_stream import SIDES, library
 
 # Tasks of P3 that rank answers have a row for every choice, right or wrong.
@@ -30,7 +30,7 @@ class _Split:
   def files(self) -> list[str]:
     """The TFRecord files, as many as `info` says."""
     _, tf = library()
-    count = int(self.info['num_shards'])
+    count = untrusted.field(self.info, 'num_shards', int)
     pattern = f'{self.path}/{self.name}.tfrecord-*-of-{count:05d}'
     found = sorted(tf.io.gfile.glob(pattern))
     if len(found) != count:
@@ -38,6 +38,8 @@ class _Split:
         f'expected {count} files {pattern}, got {len(found)}; copy the task '
         'again'
       )
+    for file in found:
+      files.check_file(file)
     return found
 
 
@@ -123,15 +125,29 @@ def _find(path: str) -> dict[str, dict[str, _Split]]:
 def _split(path: str, info: str) -> _Split:
   name = os.path.basename(info).removeprefix('info.').removesuffix('.json')
   stats = os.path.join(path, f'stats.{name}.json')
-  return _Split(path, name, _json(info), int(_json(stats)['examples']))
+  try:
+    examples = untrusted.field(_json(stats), 'examples', int)
+    found = _Split(path, name, _json(info), examples)
+    untrusted.field(found.info, 'num_shards', int)
+    untrusted.field(found.info, 'features', dict)
+    return found
+  except untrusted.Malformed as e:
+    raise ValueError(
+      f'{info} and its stats are not what SeqIO writes ({e}); copy the task '
+      'again'
+    ) from None
 
 
 def _json(path: str) -> dict[str, Any]:
   _, tf = library()
   try:
-    with tf.io.gfile.GFile(path) as f:
-      return json.load(f)
-  except (tf.errors.OpError, json.JSONDecodeError) as e:
+    files.check_file(path)
+    with tf.io.gfile.GFile(path, 'rb') as f:
+      found = untrusted.parse_json(f.read())
+    if not isinstance(found, dict):
+      raise untrusted.Malformed('expected a JSON object')
+    return found
+  except (tf.errors.OpError, untrusted.Malformed) as e:
     reason = str(e).splitlines()[0]
     raise ValueError(
       f'{path} cannot be read ({reason}); copy the task again'
@@ -140,11 +156,11 @@ def _json(path: str) -> dict[str, Any]:
 
 def _task(name: str, splits: Mapping[str, _Split]) -> Any:
   """A seqio.Task of the ids on disk, whatever their vocabulary."""
-  seqio, _ = library()
+  seqio, tf = library()
   for split in splits.values():
-    _check_features(name, split.info['features'])
+    _check_features(name, split.info)
   source = seqio.FileDataSource(
-    _read,
+    _reader(tf),
     {split.name: split.files() for split in splits.values()},
     num_input_examples={s.name: s.examples for s in splits.values()},
   )
@@ -154,23 +170,34 @@ def _task(name: str, splits: Mapping[str, _Split]) -> Any:
   return seqio.Task(name, source, dict.fromkeys(SIDES, unknown))
 
 
-def _read(files):
-  """The two features of the rows of TFRecord files, int32 as they were."""
-  _, tf = library()
+def _reader(tf: Any) -> Callable[[Any], Any]:
+  """What reads the two features of the rows of TFRecord files.
+
+  TensorFlow traces it. AutoGraph would take apart all that it calls, and print
+  objects that it cannot convert, `os.environ` with every key among them: so
+  nothing is converted, and nothing but TensorFlow is used.
+  """
+  untraced = tf.autograph.experimental.do_not_convert
   ids = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
 
+  @untraced
   def parse(record):
     row = tf.io.parse_single_example(record, dict.fromkeys(SIDES, ids))
     return {side: tf.cast(row[side], tf.int32) for side in SIDES}
 
-  # In one map: a step of the pipeline costs more than what is done in it.
-  records = tf.data.TFRecordDataset(files)
-  return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+  @untraced
+  def read(files):
+    # In one map: a step of the pipeline costs more than what is done in it.
+    records = tf.data.TFRecordDataset(files)
+    return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+  return read
 
 
-def _check_features(name: str, features: Mapping[str, Mapping]) -> None:
+def _check_features(name: str, info: Mapping[str, Any]) -> None:
+  features = untrusted.field(info, 'features', dict)
   for side in SIDES:
-    feature = features.get(side, {})
+    feature = untrusted.field(features, side, dict, {})
     whole = feature.get('dtype') in ('int32', 'int64')
     if feature.get('shape') != [None] or not whole:
       raise ValueError(

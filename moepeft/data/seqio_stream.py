@@ -265,10 +265,13 @@ def _sides(dataset):
   if set(dataset.element_spec) == set(SIDES):
     return dataset
   _, tf = library()
-  return dataset.map(
-    lambda element: {side: element[side] for side in SIDES},
-    num_parallel_calls=tf.data.AUTOTUNE,
-  )
+
+  # As in seqio_cache: AutoGraph has nothing to convert here.
+  @tf.autograph.experimental.do_not_convert
+  def choose(element):
+    return {side: element[side] for side in SIDES}
+
+  return dataset.map(choose, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 @contextlib.contextmanager

@@ -135,10 +135,11 @@ def _opened(
       )
     )
   if data.source == 'jsonl':
-    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row)
+    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore)
   else:
     rows = hub.read(
-      data.path, data.split, data.templates, data.on_bad_row, seed
+      *(data.path, data.split, data.templates, data.on_bad_row),
+      *(seed, data.ignore),
     )
   return _of_rows(rows, data, seed)
 

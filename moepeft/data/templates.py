@@ -5,11 +5,12 @@ A `templates.yaml` holds the templates of one dataset; a template is a text in
 Jinja whose `|||` stands between inputs and targets. Form and meaning follow
 promptsource 0.2.3 (arXiv:2202.01279): its filters `choice` and
 `most_frequent`, its function `zip`, values cut to 2,048 characters, a hyphen
-in a column's name read as `_`. It departs from promptsource in four things:
-Jinja runs in its sandbox; `choice` is drawn from (seed, dataset, template,
-row), so that a row is the same at every rendering; a column or element that
-is not there is an error, not an empty text; and a value is cut as a whole,
-where promptsource cuts the last operand of the expression that prints it.
+in a column's name read as `_`. It departs from promptsource in five things:
+Jinja runs in its sandbox; `choice` and Jinja's `random` draw from (seed,
+dataset, template, row), so that a row is the same at every rendering; a column
+or element that is not there is an error, not an empty text; a null that is
+printed is one, not 'None'; and a value is cut as a whole, where promptsource
+cuts the last operand of the expression that prints it.
 """
 
 import collections
@@ -24,6 +25,9 @@ import jinja2
 import yaml
 from jinja2.sandbox import SecurityError
 
+from moepeft.core import files as core_files
+from moepeft.core import untrusted
+from moepeft.data import files as files_lib
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.data.sandbox import DICE, MARK, SEPARATOR, Dice, compiled
@@ -95,9 +99,8 @@ def read(path: str) -> Group:
       and the template.
   """
   try:
-    with open(path, encoding='utf-8') as f:
-      tree = yaml.load(f, _Loader)  # noqa: S506 (a SafeLoader)
-  except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    tree = untrusted.parse_yaml(core_files.read_text(path), _Loader)
+  except (OSError, UnicodeDecodeError, untrusted.Malformed) as e:
     reason = ' '.join(str(e).split())
     raise ValueError(
       f'{path} cannot be read as a templates.yaml: {reason}'
@@ -126,14 +129,17 @@ def _template(path: str, key: str, fields: Any) -> Template:
     raise ValueError(f'{path}: expected a !Template at {key!r}; got {fields!r}')
   name = str(fields.get('name') or key)
   where = f'{path}, template {name!r}'
-  jinja, choices = fields.get('jinja'), fields.get('answer_choices') or ''
+  jinja, choices = fields.get('jinja'), fields.get('answer_choices')
+  choices = '' if choices is None else choices
   for field, text in (('jinja', jinja), ('answer_choices', choices)):
     if not isinstance(text, str):
       raise ValueError(f'{where}: expected text in {field!r}; got {text!r}')
     try:
       compiled(text, 0)
-    except jinja2.TemplateError as e:
-      raise ValueError(f'{where}: {field!r} is not Jinja ({e})') from None
+    # Jinja writes Python, whose compiler has bounds of its own.
+    except Exception as e:
+      reason = ' '.join(str(e).split()) or type(e).__name__
+      raise ValueError(f'{where}: {field!r} is not Jinja ({reason})') from None
   if SEPARATOR not in jinja:
     raise ValueError(
       f'{where}: expected {SEPARATOR!r} between inputs and targets; got none'
@@ -156,16 +162,16 @@ def group(path: str, name: str) -> Group:
     ValueError: none there, or none for this dataset.
   """
   path = os.path.expanduser(path)
+  core_files.check_file(path)
   if os.path.isfile(path):
     return read(path)
   inside = os.path.join(path, name, 'templates.yaml')
   if name and os.path.isfile(inside):
     return read(inside)
-  files = sorted(
-    os.path.join(folder, file)
-    for folder, _, names in os.walk(path)
-    for file in names
-    if file.endswith(('.yaml', '.yml'))
+  files = (
+    files_lib.listed(path, files_lib.ENDINGS['templates'], deep=True).files
+    if os.path.isdir(path)
+    else ()
   )
   if len(files) == 1:
     return read(files[0])

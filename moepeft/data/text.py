@@ -19,7 +19,7 @@ from moepeft.data import causal, documents, spans
 from moepeft.data.causal import Sample, Samples
 from moepeft.data.documents import Document
 from moepeft.data.forms import Form
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, eos_of
 
 PREDICT = ('next', 'spans', 'prefix')
 # (ids, what is drawn from) -> a Sample, or a pair of ids.
@@ -89,7 +89,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  found, bad = documents.read(path, data.on_bad_row)
+  found, bad = documents.read(path, data.on_bad_row, data.ignore)
   notes = (
     [
       f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
@@ -98,6 +98,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
     if bad.reasons
     else []
   )
+  notes += bad.notes(path)
   length, make = maker(data, own, below)
   found, gone = documents.filtered(found, data.quality, data.duplicates)
   notes += gone
@@ -136,7 +137,7 @@ def encode(
   every = words.encode_all(
     [document.separator.join(document.passages) for document in found]
   )
-  ends = np.array(start, np.int32), np.array([words.eos], np.int32)
+  ends = np.array(start, np.int32), np.array([eos_of(words)], np.int32)
   return [
     np.concatenate([ends[0], np.asarray(ids, np.int32), ends[1]])
     for ids in every
@@ -182,7 +183,7 @@ def _prefix(own: Form) -> tuple[int, Make]:
 
     return own.rooms[0] + 1, sample
   most, answer = own.rooms
-  end = np.int32(own.words.eos)
+  end = np.int32(eos_of(own.words))
 
   def pair(ids, rng):
     # The suffix fits its side, and neither is empty.
@@ -194,7 +195,7 @@ def _prefix(own: Form) -> tuple[int, Make]:
 
 def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = data.noise, data.span, own.words.eos
+  noise, span, eos = data.noise, data.span, eos_of(own.words)
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
       'config.data.noise is a share of the tokens, above 0 and below 1, and '

@@ -2,11 +2,17 @@
 """One turn of a conversation, and the tools that it may call."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from typing import Any
 
-from moepeft.data.rows import BadRow
+from moepeft.core import untrusted
+from moepeft.data.fields import MARK, BadRow, Fields, Unused
 
+# Spellings of whether a turn is trained: OpenAI's, ms-swift's, axolotl's.
+_LOSS = ('weight', 'loss', 'train', 'training')
+_THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')
+# Kinds of parts that are text.
+_PARTS = ('text', 'input_text', 'output_text')
 _ROLES = {
   'system': 'system',
   'developer': 'system',
@@ -28,9 +34,12 @@ class Turn:
   Attributes:
     role: 'system', 'user', 'assistant' or 'tool'.
     content: not empty, but for an assistant that calls tools.
-    calls: [{'name': ..., 'arguments': {...}}] of an assistant, or None.
-    trained: whether an assistant's is trained (OpenAI's `weight`).
+    calls: [{'name': ..., 'arguments': {...}}] of an assistant, with an 'id'
+      where it has one, or None.
+    trained: whether an assistant's is trained (`weight`, `loss`, `train`).
     thought: of an assistant, before it answers (`reasoning_content`).
+    name: of who speaks, or of the tool.
+    call_id: of the call that a tool answers.
   """
 
   role: str
@@ -38,88 +47,157 @@ class Turn:
   calls: list | None = None
   trained: bool = True
   thought: str = ''
+  name: str = ''
+  call_id: str = ''
 
 
-def turn(item: Any, place: int) -> Turn:
-  """One turn of {from, value} or {role, content, tool_calls}.
+def turns(items: Any, field: str, unused: Unused | None = None) -> list[Turn]:
+  """The turns of a list; a system's turn without a text is none.
 
   Raises:
-    BadRow: it is neither, or empty.
+    BadRow: it is no list, it is empty, or a turn is not of its form.
   """
-  said = f'turn {place}'
-  if not isinstance(item, dict):
-    raise BadRow(f'{said} is {item!r}, expected an object; mend the row')
-  name = item.get('role', item.get('from'))
+  if not isinstance(items, list) or not items:
+    raise BadRow(
+      f'expected a list of turns in {field!r}, got {items!r}; mend or remove '
+      'the row'
+    )
+  every = [turn(item, i, unused) for i, item in enumerate(items)]
+  return [t for t in every if t.role != 'system' or t.content]
+
+
+def spoken(
+  fields: Fields, key: str, role: str, unused: Unused | None = None
+) -> list[Turn]:
+  """A field's turns: a text is one of `role`, an object one of its own.
+
+  Raises:
+    BadRow: as `turns`; the message names the field.
+  """
+  value = fields.get(key)
+  if isinstance(value, str):
+    return [Turn(role, text(value, repr(key)))]
+  if isinstance(value, Mapping):
+    value = [value]
+  if not isinstance(value, list) or not value:
+    raise BadRow(
+      f'expected text or a list of turns in {key!r}, got {value!r}; mend or '
+      'remove the row'
+    )
+  try:
+    return turns(value, key, unused)
+  except BadRow as e:
+    raise BadRow(f'{key!r}, {e}') from None
+
+
+def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
+  """One turn of {from, value} or {role, content, tool_calls}.
+
+  Args:
+    unused: told of the fields that are not read.
+
+  Raises:
+    BadRow: it is neither, it is empty (the system's aside), or it has a field
+      that changes its meaning and cannot be used.
+  """
+  where = f'turn {place}'
+  if not isinstance(item, Mapping):
+    raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
+  fields = Fields(item, where)
+  _, name = fields.given(('role', 'from'))
   if not isinstance(name, str) or name not in _ROLES:
     raise BadRow(
-      f'{said} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
+      f'{where} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
       "'role' or 'from'"
     )
-  role, content = _ROLES[name], item.get('content', item.get('value'))
+  role, calls = _ROLES[name], None
+  _, content = fields.given(('content', 'value'))
   if role == 'call':
-    return Turn('assistant', '', _calls(content, said))
-  calls, trained = None, _weight(item, role, said)
-  thought = _thought(item, role, said)
-  if role == 'assistant' and item.get('tool_calls'):
-    calls = _calls(item['tool_calls'], said)
-    if content in (None, ''):
-      return Turn(role, '', calls, trained, thought)
-  content = text(_joined(content, said), f'{said} ({role})')
-  return Turn(role, content, calls, trained, thought)
+    role, calls, content = 'assistant', _calls(content, where), ''
+  elif role == 'assistant':
+    _, value = fields.given(('tool_calls', 'function_call'))
+    if value not in (None, '', [], {}):
+      calls = _calls(value, where)
+  content = _joined(content, where)
+  blank = content is None or isinstance(content, str) and not content.strip()
+  if blank and (calls or role == 'system'):
+    content = ''
+  else:
+    content = text(content, f'{where} ({role})')
+  found = Turn(
+    role,
+    content,
+    calls,
+    _trained(fields, role, where),
+    _thought(fields, role, where),
+    _label(fields, 'name', where),
+    _label(fields, 'tool_call_id', where) if role == 'tool' else '',
+  )
+  fields.close(unused, {content.strip()})
+  return found
 
 
-def _weight(item: dict, role: str, said: str) -> bool:
+def _trained(fields: Fields, role: str, where: str) -> bool:
   """Whether an assistant's turn is trained."""
-  weight = item.get('weight')
-  if weight is None:
+  key, value = fields.given(_LOSS)
+  if value in (None, ''):
     return True
-  if isinstance(weight, bool) or weight not in (0, 1):
+  if not isinstance(value, (bool, int, float)) or value not in (0, 1):
     raise BadRow(
-      f"{said} has the 'weight' {weight!r}; expected 0 (not trained) or 1"
+      f'{where} has the {key!r} {value!r}; expected 0 (not trained) or 1'
     )
-  if weight and role != 'assistant':
+  if value and role != 'assistant':
     raise BadRow(
-      f"{said} has the 'weight' 1, but the turn of the {role} is not trained; "
-      'remove it'
+      f'{where} has the {key!r} {value!r}, but the turn of the {role} is not '
+      'trained; remove it'
     )
-  return role != 'assistant' or bool(weight)
+  return role != 'assistant' or bool(value)
 
 
-def _thought(item: dict, role: str, said: str) -> str:
+def _thought(fields: Fields, role: str, where: str) -> str:
   """What an assistant thinks before it answers, '' if nothing."""
-  for key in ('reasoning_content', 'thinking'):
-    value = item.get(key)
-    if value in (None, ''):
-      continue
-    if role != 'assistant':
-      raise BadRow(
-        f'{said} has {key!r}, which only the assistant has; remove it'
-      )
-    return text(value, f'{said}, {key!r}')
-  return ''
+  key, value = fields.given(_THOUGHTS)
+  if value in (None, ''):
+    return ''
+  if role != 'assistant':
+    raise BadRow(
+      f'{where} has {key!r}, which only the assistant has; remove it'
+    )
+  return text(value, f'{where}, {key!r}')
 
 
-def _joined(content: Any, said: str) -> Any:
+def _label(fields: Fields, key: str, where: str) -> str:
+  value = fields.get(key, '')
+  return value and text(value, f'{where}, {key!r}')
+
+
+def _joined(content: Any, where: str) -> Any:
   """OpenAI's lists of parts as one text."""
   if not isinstance(content, list):
     return content
-  texts = [p.get('text') for p in content if isinstance(p, dict)]
-  if len(texts) < len(content) or not all(isinstance(t, str) for t in texts):
-    raise BadRow(
-      f'{said} holds something other than text; only text can be trained: '
-      'remove the row'
-    )
+  texts = []
+  for part in content:
+    fields = Fields(part if isinstance(part, Mapping) else {}, where)
+    value = fields.get('text')
+    if fields.get('type', 'text') not in _PARTS or not isinstance(value, str):
+      raise BadRow(
+        f'{where} holds something other than text; only text can be trained: '
+        'remove the row'
+      )
+    fields.close()
+    texts.append(value)
   return ''.join(texts)
 
 
 def text(value: Any, said: str) -> str:
-  """A value that is text and not empty.
+  """A value that is text and not empty, without a byte order mark.
 
   Raises:
     BadRow: it is not; `said` names it.
   """
   if not isinstance(value, str):
     raise BadRow(f'{said} is {value!r}, expected text; mend or remove the row')
+  value = value.removeprefix(MARK)
   if not value.strip():
     raise BadRow(f'{said} is empty; fill it in, or remove the row')
   if not value.isascii() and any('\ud800' <= c <= '\udfff' for c in value):
@@ -127,50 +205,78 @@ def text(value: Any, said: str) -> str:
   return value
 
 
-def _calls(value: Any, said: str) -> list[dict]:
+def _calls(value: Any, where: str) -> list[dict]:
   """[{'name', 'arguments'}] of JSON or of OpenAI's list."""
-  found = _json(value, said, 'a call of a tool')
+  found = _json(value, where, 'a call of a tool')
   found = found if isinstance(found, list) else [found]
   calls = []
-  for call in found or [{}]:
-    call = call.get('function', call) if isinstance(call, dict) else {}
-    call = call if isinstance(call, dict) else {}
-    arguments = _json(call.get('arguments', {}), said, 'arguments')
-    if not isinstance(call.get('name'), str) or not isinstance(arguments, dict):
+  for item in found or [{}]:
+    outer = Fields(item if isinstance(item, Mapping) else {}, where)
+    inner = outer.get('function')
+    call = Fields(inner, where) if isinstance(inner, Mapping) else outer
+    name, arguments = call.get('name'), call.get('arguments')
+    arguments = _json(arguments, where, 'arguments') if arguments else {}
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
       raise BadRow(
-        f"{said} calls no tool: expected {{'name': ..., 'arguments': "
+        f"{where} calls no tool: expected {{'name': ..., 'arguments': "
         f'{{...}}}}, got {value!r}; mend or remove the row'
       )
-    calls.append({'name': call['name'], 'arguments': arguments})
+    call_id = outer.get('id', '')
+    if not isinstance(call_id, str):
+      raise BadRow(
+        f"{where} has the 'id' {call_id!r} of a call, expected text; mend or "
+        'remove the row'
+      )
+    calls.append(
+      {'name': name, 'arguments': arguments}
+      | ({'id': call_id} if call_id else {})
+    )
   return calls
 
 
-def tools(value: Any) -> list[dict] | None:
+def tools(fields: Fields) -> list[dict] | None:
   """A row's tools, in OpenAI's form.
 
   Raises:
     BadRow: they are no list of JSON schemas.
   """
-  if value in (None, '', [], '[]'):
+  key, value = fields.given(('tools', 'functions'))
+  if value in (None, '', []):
     return None
-  found = _json(value, "'tools'", 'a list of tools')
-  if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
-    raise BadRow(
-      f"expected a list of JSON schemas in 'tools', got {value!r}; mend or "
-      'remove the row'
+  found = _json(value, repr(key), 'a list of tools')
+  if found == []:
+    return None
+  if not isinstance(found, list):
+    raise _no_tools(key, value)
+  every = []
+  for item in found:
+    # Some exports write each tool as JSON.
+    tool = _json(item, repr(key), 'a tool')
+    if not isinstance(tool, dict):
+      raise _no_tools(key, value)
+    tool = (
+      tool if 'function' in tool else {'type': 'function', 'function': tool}
     )
-  return [
-    t if 'function' in t else {'type': 'function', 'function': t} for t in found
-  ]
+    function = tool['function']
+    if not isinstance(function, dict):
+      raise _no_tools(key, value)
+    every.append(tool)
+  return every
 
 
-def _json(value: Any, said: str, what: str) -> Any:
+def _no_tools(key: str, value: Any) -> BadRow:
+  return BadRow(
+    f'expected a list of JSON schemas in {key!r}, got {value!r}; mend or '
+    'remove the row'
+  )
+
+
+def _json(value: Any, where: str, what: str) -> Any:
   if not isinstance(value, str):
     return value
   try:
-    return json.loads(value)
-  except (ValueError, RecursionError) as e:
+    return untrusted.parse_json(value)
+  except untrusted.Malformed as e:
     raise BadRow(
-      f'{said} holds no JSON of {what} ({getattr(e, "msg", e)}); mend or '
-      'remove the row'
+      f'{where} holds no JSON of {what} ({e}); mend or remove the row'
     ) from None

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moepeft.core import files
 from moepeft.data import lengthy
+from moepeft.data.fields import MARK
 from moepeft.interop import gguf, gguf_tokenizer, packages
 
 
@@ -17,7 +19,8 @@ class Vocabulary(Protocol):
   """Ids 0 and 1 are padding and end of sequence, as in T5."""
 
   size: int
-  eos: int
+  # None where texts have no end.
+  eos: int | None
   # What texts of decoder-only models begin with, if anything.
   bos: int | None
 
@@ -30,6 +33,21 @@ class Vocabulary(Protocol):
   def show(self, ids: list[int]) -> str: ...
 
   def sentinels(self, below: int) -> list[int]: ...
+
+
+def eos_of(words: Vocabulary) -> int:
+  """The id that ends a text.
+
+  Raises:
+    ValueError: the vocabulary has none.
+  """
+  if words.eos is None:
+    raise ValueError(
+      f'the tokenizer {words} has no end-of-sequence token; name one as '
+      "'eos_token' in its tokenizer_config.json, or set config.data.vocabulary "
+      'to a tokenizer that has one'
+    )
+  return words.eos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +105,13 @@ class Tokenizer:
         "to 'bytes'"
       ) from None
     self._path = path
+    own = self._tokenizer.chat_template
+    if isinstance(own, str):
+      self._tokenizer.chat_template = own.replace(MARK, '')
+    elif own:
+      self._tokenizer.chat_template = {
+        name: text.replace(MARK, '') for name, text in own.items()
+      }
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
     bos = self._tokenizer.bos_token_id
@@ -136,6 +161,7 @@ def tokenizer_of(path: str) -> Any:
   from transformers import AutoTokenizer
 
   path = packages.resolve(path)
+  files.check_files(path)
   if path.endswith(gguf.SUFFIX):
     return gguf_tokenizer.read(path)
   return AutoTokenizer.from_pretrained(path)

@@ -148,7 +148,14 @@ def _turn(message: Message, place: int) -> Turn:
   role = 'system' if message.role == 'developer' else message.role
   text = message.text or message.refusal or ''
   calls = [_call(call, place) for call in message.tool_calls or ()] or None
-  return Turn(role, text, calls, thought=message.reasoning_content or '')
+  return Turn(
+    role,
+    text,
+    calls,
+    thought=message.reasoning_content or '',
+    name=message.name or '',
+    call_id=(message.tool_call_id or '') if role == 'tool' else '',
+  )
 
 
 def _call(call: Call, place: int) -> dict[str, Any]:
@@ -162,4 +169,5 @@ def _call(call: Call, place: int) -> dict[str, Any]:
       f'{where}: the arguments of {call.function.name!r} are no JSON object',
       where,
     )
-  return {'name': call.function.name, 'arguments': arguments}
+  found = {'name': call.function.name, 'arguments': arguments}
+  return found | ({'id': call.id} if call.id else {})

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of rows and of turns: used, refused, or listed as unused.
+
+A reader takes a row's fields out of `Fields`, which knows afterwards which of
+them nobody took. Those of `_MEANINGFUL` change what a row means, so that
+training without them would be training on another row: they are refused. The
+names are those of the exports of OpenAI, LLaMA-Factory, TRL, axolotl, ms-swift
+and LLaVA, compared without case and punctuation ('toolCalls' is 'tool_calls').
+Any other field is listed once for a source.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+# A byte order mark, which some exports leave at a text's beginning.
+MARK = '\ufeff'
+# What exports of multimodal data have in the place of a medium.
+_PLACEHOLDER = re.compile(r'<\|?(?:image|audio|video)(?:_pad)?\|?>')
+# Names that a source's list of unused fields holds.
+_MOST_NAMES = 1000
+
+
+class BadRow(ValueError):
+  """What is wrong with one row; a reader adds where it stands.
+
+  The message is one line that can be printed, whatever it quotes of the row.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+  """A text with control characters and halves of surrogate pairs escaped."""
+  if text.isprintable():
+    return text
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def key_of(name: str) -> str:
+  """A field's name without case and punctuation: 'toolcalls'."""
+  return re.sub(r'[\W_]', '', name.lower())
+
+
+class Unused:
+  """The fields of a source that nothing reads.
+
+  Attributes:
+    ignore: keys of fields that may be left unused though they change what a
+      row means; of config.data.ignore.
+  """
+
+  def __init__(self, ignore: str = ''):
+    """
+    Args:
+      ignore: names, separated by commas.
+    """
+    names = (name for name in ignore.split(',') if name.strip())
+    self.ignore = frozenset(map(key_of, names))
+    self._names: dict[str, None] = {}
+    self._media: dict[str, None] = {}
+
+  def see(self, text: str) -> None:
+    """Looks for what stands for an image or a sound in a text."""
+    if '<' in text:
+      self._media |= dict.fromkeys(_PLACEHOLDER.findall(text))
+
+  def add(self, name: str) -> None:
+    if len(self._names) < _MOST_NAMES:
+      self._names[name] = None
+
+  def notes(self, path: str) -> list[str]:
+    """A line that lists them; none where there are none."""
+    lines = []
+    if self._names:
+      lines.append(f'{path}: fields that nothing reads: {named(self._names)}')
+    if self._media:
+      lines.append(
+        f'{path}: {named(self._media)} stands in its texts and is trained as '
+        'text, as nothing but text is read'
+      )
+    return lines
+
+
+def named(names: Iterable[str], most: int = 9) -> str:
+  """Names in a row, as many as a line holds."""
+  names = list(names)
+  shown = ', '.join(printable(name) or "''" for name in names[:most])
+  return f'{shown} and {len(names) - most} more' * (len(names) > most) or shown
+
+
+# Fields that say what is trained; with a value of _TRAINED they say nothing.
+_LOSS = (
+  'loss loss_mask loss_masks loss_scale loss_weight loss_weights mask masks '
+  'masked train trainable training train_detail train_mask learn weight '
+  'weights sample_weight assistant_mask assistant_masks completion_mask'
+)
+_TRAINED = (True, 1)
+# Of a request, not of a row; anything but this restricts the tools.
+_FREE_CHOICE = 'auto'
+_TEXTS = (
+  'chosen completion completions content context contexts conversation '
+  'conversations dialog dialogue document documents history input inputs '
+  'instruction instructions messages output passage passages prompt query '
+  'question rejected rejected_response response target targets text'
+)
+_TOOLS = (
+  'available_tools function function_call function_calls functions observation '
+  'tool tool_call_id tool_calls tool_choice tool_responses tool_results tools'
+)
+_THOUGHTS = (
+  'chain_of_thought cot rationale reasoning reasoning_content '
+  'reasoning_details scratchpad think thinking thought thoughts'
+)
+_SYSTEM = (
+  'developer developer_message developer_prompt sys_prompt system '
+  'system_instruction system_instructions system_message system_prompt'
+)
+_SETTINGS = (
+  'channel chat_template chat_template_kwargs enable_thinking model_identity '
+  'prefill prefix reasoning_effort recipient refusal suffix template_kwargs '
+  'thinking_budget'
+)
+_JUDGEMENT = 'kto_tag label margin'
+_TOKENS = (
+  'attention_mask input_ids label_ids labels position_ids target_ids '
+  'token_type_ids'
+)
+# Of turns alone: in a row these are metadata.
+_SPEAKERS = 'from name role'
+_VALUES = 'value'
+# What one of the names below is, for the message.
+_MEANINGFUL = {
+  key_of(name): what
+  for names, what in (
+    (_LOSS, 'which marks what is trained'),
+    (_TEXTS, 'which is text'),
+    (_TOOLS, 'which is of tools'),
+    (_THOUGHTS, 'which is a thought of the assistant'),
+    (_SYSTEM, "which is text of the system's turn"),
+    (_SETTINGS, 'which changes what a template writes'),
+    (_JUDGEMENT, 'which says how good an answer is'),
+    (_TOKENS, 'which is of token ids'),
+    (_SPEAKERS, 'which says who speaks'),
+    (_VALUES, 'which is text'),
+  )
+  for name in names.split()
+}
+_MEDIA = re.compile(
+  '(input|output)?(image|img|picture|photo|pixelvalue|audio|sound|video|media)'
+  's?(path|url|file|data|byte|base64|list)?s?'
+)
+_MEDIUM = 'which is no text and cannot be trained'
+_OF_TURNS = frozenset(map(key_of, f'{_SPEAKERS} {_VALUES}'.split()))
+# A mask of 1 may mark what is trained or what is not.
+_LOSS_KEYS = frozenset(
+  key_of(name) for name in _LOSS.split() if not name.startswith('mask')
+)
+
+
+class Fields(Mapping):
+  """A row or a turn, of which each field that is taken counts as used.
+
+  A field that is null is absent, as tables have no other way to say so.
+  """
+
+  def __init__(self, values: Mapping[str, Any], where: str = 'the row'):
+    """
+    Args:
+      where: named in errors; 'the row', or a turn of it.
+    """
+    self._values = {k: v for k, v in values.items() if v is not None}
+    self._taken: set[str] = set()
+    self._where = where
+
+  def __getitem__(self, name: str) -> Any:
+    value = self._values[name]
+    self._taken.add(name)
+    return value
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._values
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._values)
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def given(self, names: Iterable[str]) -> tuple[str, Any]:
+    """(name, value) of the one of several spellings that has a value.
+
+    Returns:
+      ('', None) where none has.
+
+    Raises:
+      BadRow: two of them have different values.
+    """
+    found = [(name, self[name]) for name in names if name in self]
+    found = [(n, v) for n, v in found if v not in ('', [], {})] or found
+    for name, value in found[1:]:
+      if value != found[0][1]:
+        raise BadRow(
+          f'{self._where} has one value in {found[0][0]!r} and another in '
+          f'{name!r}; remove one of them'
+        )
+    return found[0] if found else ('', None)
+
+  def close(
+    self, unused: Unused | None = None, texts: Collection[str] = ()
+  ) -> None:
+    """Refuses or lists what nobody has taken.
+
+    Args:
+      unused: told of the fields that nothing reads.
+      texts: what the row says, each text stripped: a field that only repeats
+        some of it loses nothing.
+
+    Raises:
+      BadRow: a field that changes the meaning is left.
+    """
+    unused = unused if unused is not None else Unused()
+    of_row = self._where == 'the row'
+    for name, value in self._values.items():
+      if name in self._taken:
+        continue
+      key, what = key_of(name), meaning(name)
+      if key in unused.ignore or key in _OF_TURNS and of_row:
+        what = ''
+      if what and not _says_nothing(name, value) and not _repeats(value, texts):
+        raise BadRow(
+          f'{self._where} has {name!r}, {what}, and nothing reads it here; '
+          'give it in a field that is read, remove the row, or leave the field '
+          f'unused with config.data.ignore={name}'
+        )
+      unused.add(name if of_row else f'{name} (of turns)')
+
+
+def meaning(name: str) -> str:
+  """What a field is whose loss would change a row; '' of any other."""
+  key = key_of(name)
+  return _MEANINGFUL.get(key) or (_MEDIUM if _MEDIA.fullmatch(key) else '')
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+  """Whether a row is the same without a field of this value."""
+  if value in ('', '[]', '{}', 'null') or value in ([], {}):
+    return True
+  key = key_of(name)
+  if key in _LOSS_KEYS:
+    return value in _TRAINED
+  if key in ('label', 'margin'):
+    # KTO's; a category in words is metadata.
+    return isinstance(value, str)
+  if _MEDIA.fullmatch(key):
+    return value is False
+  return key in ('toolchoice', 'functioncall') and value == _FREE_CHOICE
+
+
+def _repeats(value: Any, texts: Collection[str]) -> bool:
+  """Whether a value is some of the texts, in whatever form."""
+  if isinstance(value, str):
+    return value.strip() in texts
+  if isinstance(value, Mapping):
+    content = value.get('content', value.get('value'))
+    return isinstance(content, str) and content.strip() in texts
+  return isinstance(value, list) and all(_repeats(v, texts) for v in value)
