@@ -135,6 +135,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
   names.check(shapes, tensors.shapes, f"{file} is not {CARD}'s", advice)
   arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
   for name, array in arrays.items():
+    names.check_finite(name, array, file)
     if names.array_hash(array) != card['arrays'][name]['sha256']:
       raise CheckpointError(
         f'{file} is damaged: {name} differs from its hash in {CARD}; {advice}'

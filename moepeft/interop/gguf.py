@@ -48,7 +48,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
     'convert the model again',
   )
   fetch = lambda name: file.fetch_for(name, config)  # noqa: E731
-  params, sha256 = names.read(wanted, sizes, fetch, dtype)
+  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
   return Loaded(config, params, sha256, path)
 
 

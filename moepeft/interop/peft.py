@@ -72,7 +72,7 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
       return alone(left_out[name], stored)
     return tensors.fetch(name)
 
-  return Adapter(method, names.read(wanted, sizes, fetch, dtype)[0])
+  return Adapter(method, names.read(wanted, sizes, fetch, dtype, path)[0])
 
 
 def save(

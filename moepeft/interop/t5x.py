@@ -246,7 +246,7 @@ def _read(
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',
   )
-  params, sha256 = names.read(wanted, sizes, fetch, dtype)
+  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
   rest = {name: shape for name, shape in shapes.items() if name not in base}
-  adapter = released.read(config, rest, fetch, top_k)
+  adapter = released.read(config, rest, fetch, top_k, path)
   return Loaded(config, params, sha256, path, adapter)

@@ -186,7 +186,7 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> BertConfig:
     CheckpointError: a size is absent, or an option is one that is not
       supported.
   """
-  absent = [key for key in _SIZES.values() if key not in fields]
+  absent = [key for key in _SIZES.values() if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a BERT; '
