@@ -4,12 +4,15 @@
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
 
+The N of checkpoint_N is the input's where that is a T5X checkpoint, else 1: T5X
+takes 0 for none.
+
 The form of the input is found out: a Hugging Face model (a directory, or a
 name on the hub), a GGUF file, a T5X checkpoint, an adapter of Hugging Face's
 peft, or one of moepeft's own.
 
   input           --to=hf          --to=t5x           --to=peft, moepeft
-  hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
+  hf, t5x         DIR              DIR/checkpoint_N   refused: no adapter
   gguf            DIR              refused            refused: no adapter
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
   peft, moepeft   DIR, merged      both in one        DIR
@@ -152,7 +155,7 @@ def _convert_run(values: flags.FlagValues) -> None:
   if whole:
     _write_trained_base(values, tree, card)
   else:
-    step = _t5x_step(values, card) if values.to == 't5x' else 0
+    step = _t5x_step(values, card) if values.to == 't5x' else 1
     _write_own(values, tree, card, step)
   if template:
     file = Path(values.output) / 'chat_template.jinja'
@@ -243,7 +246,7 @@ def _convert_base(values: flags.FlagValues) -> None:
     print(f'reading {loaded.path}')
   adapter = getattr(loaded, 'adapter', None)
   if values.to == 't5x':
-    _write_t5x(values, loaded, adapter)
+    _write_t5x(values, loaded, adapter, max(getattr(loaded, 'step', 0), 1))
   elif adapter is not None:
     _write_apart(values, loaded, adapter)
   elif values.to == 'hf':
@@ -294,7 +297,7 @@ def _convert_own(values: flags.FlagValues) -> None:
   _write_own(values, *own.load(values.input))
 
 
-def _write_own(values: flags.FlagValues, tree, card, step: int = 0) -> None:
+def _write_own(values: flags.FlagValues, tree, card, step: int = 1) -> None:
   """An adapter with its card, in the form that --to names."""
   adapter = Adapter(card['method'], tree)
   path = values.base or card['base']['path']
@@ -370,7 +373,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
     return None
 
 
-def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:
+def _write_t5x(values, base, adapter: Adapter | None, step: int = 1) -> None:
   over = values.overwrite
   t5x.save(values.output, base.config, base.params, adapter, step, over)
 

@@ -172,6 +172,18 @@ def open_tensors(folder: Path) -> files.Tensors:
     return files.Tensors([folder / _ONE])
   if (folder / _INDEX).exists():
     return files.Tensors(_shard_files(folder))
+  check_foreign(folder)
+  raise CheckpointError(
+    f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
+    'model directory'
+  )
+
+
+def check_foreign(folder: Path) -> None:
+  """
+  Raises:
+    CheckpointError: a directory holds weights in a form that is not read.
+  """
   for pattern, kind in _FOREIGN.items():
     for old in sorted(folder.glob(pattern))[:1]:
       raise CheckpointError(
@@ -179,10 +191,6 @@ def open_tensors(folder: Path) -> files.Tensors:
         'it with transformers (from_pretrained, then save_pretrained), '
         f'which writes {_ONE}'
       )
-  raise CheckpointError(
-    f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
-    'model directory'
-  )
 
 
 def _shard_files(folder: Path) -> list[Path]:

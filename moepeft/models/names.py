@@ -138,10 +138,21 @@ def check_finite(name: str, array: np.ndarray, path: Any) -> None:
     path: of the file that holds the array.
 
   Raises:
-    CheckpointError: the array, of any dtype, holds NaN or infinity.
+    CheckpointError: the array holds NaN or infinity, or no numbers.
   """
-  if _is_finite(array):
+  try:
+    # Types of bfloat16's kind are of NumPy's kind V.
+    finite = array.dtype.kind in 'fiuV' and _is_finite(array)
+    number = array.dtype.kind in 'fiuV'
+  except TypeError:
+    finite = number = False
+  if finite:
     return
+  if not number:
+    raise CheckpointError(
+      f'{name} in {path} is of the type {array.dtype}, expected numbers: the '
+      'file is damaged or of another model'
+    )
   count = int(np.count_nonzero(~np.isfinite(array.astype(np.float32))))
   raise CheckpointError(
     f'{name} in {path} holds {count:,} numbers of {array.size:,} that are NaN '
