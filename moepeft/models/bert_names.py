@@ -95,6 +95,12 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
+def ends(config: BertConfig) -> dict[str, tuple[str, str]]:
+  """Neither the embedding nor the head take an adapter of peft's."""
+  del config
+  return {}
+
+
 def hf_module(site: str, config: BertConfig) -> str:
   """'encoder/self/q' -> 'encoder.layer.{l}.attention.self.query'.
 

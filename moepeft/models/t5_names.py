@@ -103,9 +103,20 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
+def ends(config: T5Config) -> dict[str, tuple[str, str]]:
+  """The site of the head, as `projections`.
+
+  peft puts none of its adapters at the embedding that both stacks share.
+  """
+  del config
+  return {'head': ('d', 'v')}
+
+
 def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
   del config  # of the same signature as decoders', whose families differ
+  if site == 'head':
+    return LAYOUT.head.removesuffix('.weight')
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
