@@ -44,6 +44,7 @@ from absl import flags
 
 from moepeft import interop
 from moepeft.base import resolve
+from moepeft.core import untrusted
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
@@ -168,15 +169,22 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = files.read_json(Path(values.workdir) / 'config.json').get('data', {})
-  path, system = data.get('chat_template', ''), data.get('system', '')
+  data = _section(values, 'data')
+  path = untrusted.field(data, 'chat_template', str, '')
+  system = untrusted.field(data, 'system', str, '')
   if not path and not system:
     return ''
   base = values.base or card['base']['path']
-  words = vocabulary(data.get('vocabulary', ''), base)
+  words = vocabulary(untrusted.field(data, 'vocabulary', str, ''), base)
   chat_template.put(words, path, system)
   own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
   return own if isinstance(own, str) else ''
+
+
+def _section(values: flags.FlagValues, name: str) -> dict:
+  """A section of a run's config.json."""
+  config = files.read_json(Path(values.workdir) / 'config.json')
+  return untrusted.field(config, name, dict, {})
 
 
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
@@ -203,8 +211,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = files.read_json(Path(values.workdir) / 'config.json')
-  before = int(config.get('optimizer', {}).get('clock', 0))
+  before = untrusted.field(_section(values, 'optimizer'), 'clock', int, 0)
   step = before + card['step']
   print(
     f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
@@ -342,8 +349,9 @@ def _write_merged(
   try:
     merged = merge(built, {'params': params, 'peft': adapter.tree})
   except ValueError as error:
+    forms = ' or '.join(f'--to={f}' for f in _kept_by(base.config, adapter))
     raise CheckpointError(
-      f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
+      f'{error}; {forms} keeps the adapter as it is'
     ) from None
   if values.dtype is None:
     merged = jax.tree.map(lambda a, b: a.astype(b.dtype), merged, base.params)
@@ -351,6 +359,18 @@ def _write_merged(
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over
   )
+
+
+def _kept_by(config, adapter: Adapter) -> list[str]:
+  """The forms that an adapter can be written in without its base."""
+  found = ['moepeft']
+  for name, check in (('peft', peft.check), ('t5x', t5x.check)):
+    try:
+      check(config, adapter)
+      found.append(name)
+    except ValueError:
+      continue
+  return found
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
@@ -361,8 +381,8 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = files.read_json(Path(values.workdir) / 'config.json')
-    path = config.get('data', {}).get('vocabulary') or base
+    data = _section(values, 'data')
+    path = untrusted.field(data, 'vocabulary', str, '') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None
   try:

@@ -125,6 +125,17 @@ def save(
   _write(path, config, arrays, fields, base, like, overwrite)
 
 
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: peft has no form for the adapter.
+  """
+  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+    peft_prompt.write(config, adapter)
+  else:
+    _describe(config, adapter)
+
+
 def _write(
   path: str,
   config: Any,

@@ -111,18 +111,7 @@ def save(
   """
   if not 1 <= step < 2**31:
     raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
-  if not isinstance(config, T5Config):
-    raise CheckpointError(
-      f'T5X has no words for {config.family}: expected a T5; write hf instead'
-    )
-  if config.tied != config.scale_head or (config.activation == 'gelu') != (
-    config.gated
-  ):
-    raise CheckpointError(
-      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
-      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
-      'model in the hf form instead'
-    )
+  _require_known(config)
   wanted = names.entries(
     t5_names.t5x_rules(config),
     t5_names.sizes(config),
@@ -148,6 +137,31 @@ def save(
       {'version': 3, 'optimizer': optimizer}
     )
     (folder / t5x_files.INDEX).write_bytes(packed)
+
+
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: T5X has no words for the config or the adapter.
+  """
+  _require_known(config)
+  for _ in released.write(config, adapter):
+    pass
+
+
+def _require_known(config: Any) -> None:
+  if not isinstance(config, T5Config):
+    raise CheckpointError(
+      f'T5X has no words for {config.family}: expected a T5; write hf instead'
+    )
+  if config.tied != config.scale_head or (config.activation == 'gelu') != (
+    config.gated
+  ):
+    raise CheckpointError(
+      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
+      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
+      'model in the hf form instead'
+    )
 
 
 def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
