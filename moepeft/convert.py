@@ -4,12 +4,15 @@
   python -m moepeft.convert --input=PATH --output=DIR --to=hf|t5x|peft|moepeft
   python -m moepeft.convert --workdir=RUN --output=DIR [--to=FORM]
 
+The N of checkpoint_N is the input's where that is a T5X checkpoint, else 1: T5X
+takes 0 for none.
+
 The form of the input is found out: a Hugging Face model (a directory, or a
 name on the hub), a GGUF file, a T5X checkpoint, an adapter of Hugging Face's
 peft, or one of moepeft's own.
 
   input           --to=hf          --to=t5x           --to=peft, moepeft
-  hf, t5x         DIR              DIR/checkpoint_0   refused: no adapter
+  hf, t5x         DIR              DIR/checkpoint_N   refused: no adapter
   gguf            DIR              refused            refused: no adapter
   t5x + adapter   base/, adapter/  both in one        base/, adapter/
   peft, moepeft   DIR, merged      both in one        DIR
@@ -41,6 +44,7 @@ from absl import flags
 
 from moepeft import interop
 from moepeft.base import resolve
+from moepeft.core import untrusted
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
@@ -152,7 +156,7 @@ def _convert_run(values: flags.FlagValues) -> None:
   if whole:
     _write_trained_base(values, tree, card)
   else:
-    step = _t5x_step(values, card) if values.to == 't5x' else 0
+    step = _t5x_step(values, card) if values.to == 't5x' else 1
     _write_own(values, tree, card, step)
   if template:
     file = Path(values.output) / 'chat_template.jinja'
@@ -165,15 +169,22 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = files.read_json(Path(values.workdir) / 'config.json').get('data', {})
-  path, system = data.get('chat_template', ''), data.get('system', '')
+  data = _section(values, 'data')
+  path = untrusted.field(data, 'chat_template', str, '')
+  system = untrusted.field(data, 'system', str, '')
   if not path and not system:
     return ''
   base = values.base or card['base']['path']
-  words = vocabulary(data.get('vocabulary', ''), base)
+  words = vocabulary(untrusted.field(data, 'vocabulary', str, ''), base)
   chat_template.put(words, path, system)
   own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
   return own if isinstance(own, str) else ''
+
+
+def _section(values: flags.FlagValues, name: str) -> dict:
+  """A section of a run's config.json."""
+  config = files.read_json(Path(values.workdir) / 'config.json')
+  return untrusted.field(config, name, dict, {})
 
 
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
@@ -200,8 +211,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = files.read_json(Path(values.workdir) / 'config.json')
-  before = int(config.get('optimizer', {}).get('clock', 0))
+  before = untrusted.field(_section(values, 'optimizer'), 'clock', int, 0)
   step = before + card['step']
   print(
     f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
@@ -243,7 +253,7 @@ def _convert_base(values: flags.FlagValues) -> None:
     print(f'reading {loaded.path}')
   adapter = getattr(loaded, 'adapter', None)
   if values.to == 't5x':
-    _write_t5x(values, loaded, adapter)
+    _write_t5x(values, loaded, adapter, max(getattr(loaded, 'step', 0), 1))
   elif adapter is not None:
     _write_apart(values, loaded, adapter)
   elif values.to == 'hf':
@@ -294,7 +304,7 @@ def _convert_own(values: flags.FlagValues) -> None:
   _write_own(values, *own.load(values.input))
 
 
-def _write_own(values: flags.FlagValues, tree, card, step: int = 0) -> None:
+def _write_own(values: flags.FlagValues, tree, card, step: int = 1) -> None:
   """An adapter with its card, in the form that --to names."""
   adapter = Adapter(card['method'], tree)
   path = values.base or card['base']['path']
@@ -339,8 +349,9 @@ def _write_merged(
   try:
     merged = merge(built, {'params': params, 'peft': adapter.tree})
   except ValueError as error:
+    forms = ' or '.join(f'--to={f}' for f in _kept_by(base.config, adapter))
     raise CheckpointError(
-      f'{error}; --to=moepeft, --to=peft and --to=t5x keep adapters as they are'
+      f'{error}; {forms} keeps the adapter as it is'
     ) from None
   if values.dtype is None:
     merged = jax.tree.map(lambda a, b: a.astype(b.dtype), merged, base.params)
@@ -348,6 +359,18 @@ def _write_merged(
   hf.save(
     values.output, base.config, merged, values.dtype, words, overwrite=over
   )
+
+
+def _kept_by(config, adapter: Adapter) -> list[str]:
+  """The forms that an adapter can be written in without its base."""
+  found = ['moepeft']
+  for name, check in (('peft', peft.check), ('t5x', t5x.check)):
+    try:
+      check(config, adapter)
+      found.append(name)
+    except ValueError:
+      continue
+  return found
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
@@ -358,8 +381,8 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = files.read_json(Path(values.workdir) / 'config.json')
-    path = config.get('data', {}).get('vocabulary') or base
+    data = _section(values, 'data')
+    path = untrusted.field(data, 'vocabulary', str, '') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None
   try:
@@ -370,7 +393,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
     return None
 
 
-def _write_t5x(values, base, adapter: Adapter | None, step: int = 0) -> None:
+def _write_t5x(values, base, adapter: Adapter | None, step: int = 1) -> None:
   over = values.overwrite
   t5x.save(values.output, base.config, base.params, adapter, step, over)
 

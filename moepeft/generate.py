@@ -117,9 +117,22 @@ def given() -> list[str] | None:
 def asking(run: Run) -> Ask:
   """How prompts become ids: as the run was trained to read them.
 
+  The result raises a ValueError where an id is beyond the model's embedding.
+
   Raises:
     ValueError: with --chat, where there is no template.
   """
+  ask, vocab = _asking(run), run.model.config.vocab
+
+  def checked(turns):
+    ids = ask(turns)
+    prompts.check_ids(ids, vocab)
+    return ids
+
+  return checked
+
+
+def _asking(run: Run) -> Ask:
   data, words = run.config.data, run.words
   if _CHAT.value:
     template = prompts.template(words, data, _SYSTEM.value)

@@ -3,12 +3,12 @@
 answers."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from moepeft.core import untrusted
 from moepeft.data import causal, chat
 from moepeft.data.answer_ids import templated
 from moepeft.data.conversations import Conversation, Turn
@@ -38,6 +38,20 @@ def asked(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
   if not decoder_only:
     return plain(words, text, decoder_only)
   return causal.prompts(words, [text])[0]
+
+
+def check_ids(ids: Sequence[int], vocab: int) -> None:
+  """
+  Raises:
+    ValueError: an id is beyond the model's embedding, of `vocab` rows.
+  """
+  beyond = [i for i in ids if not 0 <= i < vocab]
+  if beyond:
+    raise ValueError(
+      f'the prompt has the token {beyond[0]}, the model has tokens 0 to '
+      f'{vocab - 1}: its tokenizer has more tokens than its embedding; leave '
+      'that token out, or use the tokenizer that belongs to the model'
+    )
 
 
 def template(
@@ -85,9 +99,13 @@ def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
   for name in ('generation_config.json', 'config.json'):
     path = os.path.join(folder, name)
     if os.path.isfile(path):
-      with open(path) as f:
-        said = json.load(f).get('eos_token_id')
+      said = untrusted.read_json_object(path).get('eos_token_id')
       found += said if isinstance(said, list) else [said]
+      if not all(i is None or type(i) is int for i in found):
+        raise ValueError(
+          f"{path} has {said!r:.60} in 'eos_token_id', expected ids of tokens; "
+          'copy it again'
+        )
   return tuple(dict.fromkeys(i for i in found if i is not None))
 
 

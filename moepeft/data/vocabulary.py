@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,7 +165,33 @@ def tokenizer_of(path: str) -> Any:
   files.check_files(path)
   if path.endswith(gguf.SUFFIX):
     return gguf_tokenizer.read(path)
-  return AutoTokenizer.from_pretrained(path)
+  _require_sentencepiece(path)
+  try:
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+  except OSError:
+    raise
+  except Exception as error:  # tokenizers raises plain Exceptions
+    reason = str(error).strip() or type(error).__name__
+    raise ValueError(reason) from None
+
+
+def _require_sentencepiece(path: str) -> None:
+  """
+  Raises:
+    ValueError: a directory has a tokenizer of SentencePiece alone, and the
+      package that reads it is not installed.
+  """
+  held = [
+    name
+    for name in ('spiece.model', 'tokenizer.model')
+    if os.path.isfile(os.path.join(path, name))
+  ]
+  whole = os.path.isfile(os.path.join(path, 'tokenizer.json'))
+  if held and not whole and find_spec('sentencepiece') is None:
+    raise ValueError(
+      f'{held[0]} is read with the package sentencepiece, which is not '
+      'installed: pip install sentencepiece'
+    )
 
 
 def vocabulary(name: str, model_path: str = '') -> Vocabulary:

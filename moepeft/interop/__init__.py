@@ -11,7 +11,7 @@ and one line in FORMS.
 
 from pathlib import Path
 
-from moepeft.interop import adapter, gguf, hf, peft, t5x
+from moepeft.interop import adapter, gguf, hf, peft, t5x, t5x_files
 from moepeft.models.names import CheckpointError as CheckpointError
 
 FORMS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
@@ -21,7 +21,6 @@ _MARKS = {
   'moepeft': adapter.CARD,
   'peft': peft.CONFIG,
   'hf': 'config.json',
-  't5x': t5x.INDEX,
 }
 
 
@@ -39,12 +38,13 @@ def detect(path: str) -> str:
   for form, mark in _MARKS.items():
     if (folder / mark).is_file():
       return form
-  if any(folder.glob('checkpoint_*/checkpoint')):
+  if t5x_files.holds(path):
     return 't5x'
   if not folder.exists():
     hf.check_name(path)
     return 'hf'
+  hf.check_foreign(folder)
   raise CheckpointError(
     f'{path} is none of the known forms: expected one of '
-    f'{", ".join(_MARKS.values())} in it, or checkpoint_<step> directories'
+    f'{", ".join(_MARKS.values())} in it, or checkpoint_<step> of T5X'
   )

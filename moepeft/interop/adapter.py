@@ -30,6 +30,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft import spec as spec_lib
+from moepeft.core import untrusted
 from moepeft.interop import files
 from moepeft.models import FAMILIES, names
 from moepeft.models.names import CheckpointError, Tree
@@ -128,6 +129,13 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
       f'{path}/{CARD} was altered after it was written (its own hash '
       'differs): copy it again or export the adapter again'
     )
+  try:
+    _check_types(card)
+  except ValueError as error:
+    raise CheckpointError(
+      f'{path}/{CARD} is no card of an adapter ({error}): export the adapter '
+      'again'
+    ) from None
   file = Path(path) / ARRAYS
   tensors = files.Tensors([file])
   shapes = {name: tuple(a['shape']) for name, a in card['arrays'].items()}
@@ -135,6 +143,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
   names.check(shapes, tensors.shapes, f"{file} is not {CARD}'s", advice)
   arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
   for name, array in arrays.items():
+    names.check_finite(name, array, file)
     if names.array_hash(array) != card['arrays'][name]['sha256']:
       raise CheckpointError(
         f'{file} is damaged: {name} differs from its hash in {CARD}; {advice}'
@@ -144,8 +153,30 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
   return names.unflatten(arrays), card
 
 
+def _check_types(card: Mapping[str, Any]) -> None:
+  """
+  Raises:
+    ValueError: a field of a card is absent or of another type.
+  """
+  for name in ('method', 'semantics', 'base.path', 'base.sha256'):
+    untrusted.field(card, name, str)
+  untrusted.field(card, 'base.quantise', str, '')
+  untrusted.field(card, 'model.family', str)
+  untrusted.field(card, 'model.config', dict)
+  untrusted.field(card, 'file_sha256', str)
+  for name, array in untrusted.field(card, 'arrays', dict).items():
+    untrusted.field(array, 'sha256', str)
+    shape = untrusted.field(array, 'shape', list)
+    if not all(type(size) is int and size >= 0 for size in shape):
+      raise ValueError(f'expected sizes in the shape of {name}, got {shape}')
+
+
 def config_of(card: Mapping[str, Any]) -> Any:
-  """The model config that a card describes, as its family's dataclass."""
+  """The model config that a card describes, as its family's dataclass.
+
+  Raises:
+    ValueError: the family or a field is unknown or cannot be.
+  """
   family = card['model']['family']
   if family not in FAMILIES:
     raise CheckpointError(

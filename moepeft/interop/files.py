@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moepeft.core import untrusted
+from moepeft.core.files import check_file
 from moepeft.models.names import CheckpointError, Shape
 
 # All that a directory may hold for `directory` to replace it.
@@ -88,23 +90,20 @@ def _umask() -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file, or a CheckpointError that names the file."""
+  """A JSON object from a file, or a CheckpointError that names the file.
+
+  Raises:
+    CheckpointError: it is absent, not JSON, or no object.
+    OSError: it cannot be read, or is no regular file.
+  """
   try:
-    value = json.loads(Path(path).read_text(encoding='utf-8'))
+    return untrusted.read_json_object(path)
   except FileNotFoundError:
     raise CheckpointError(
       f'{path} does not exist: expected it beside the other files'
     ) from None
-  except ValueError as error:
-    raise CheckpointError(
-      f'{path} is not JSON ({error}): it is damaged, copy it again'
-    ) from None
-  if not isinstance(value, dict):
-    raise CheckpointError(
-      f'{path} holds a {type(value).__name__}, expected a JSON object: it is '
-      'not the file that its name says'
-    )
-  return value
+  except untrusted.Malformed as error:
+    raise CheckpointError(str(error)) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -129,6 +128,7 @@ class Tensors:
     self.shapes: dict[str, Shape] = {}
     self._files = {}
     for path in paths:
+      check_file(path)
       opened = damaged_if(path, lambda path=path: safe_open(path, 'numpy'))
       for name in opened.keys():
         self.shapes[name] = tuple(opened.get_slice(name).get_shape())

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.core.files import check_file
 from moepeft.interop.loaded import Loaded
 from moepeft.models import decoder_names, gguf_names, names
 from moepeft.models.decoder import DecoderConfig
@@ -48,7 +49,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
     'convert the model again',
   )
   fetch = lambda name: file.fetch_for(name, config)  # noqa: E731
-  params, sha256 = names.read(wanted, sizes, fetch, dtype)
+  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
   return Loaded(config, params, sha256, path)
 
 
@@ -84,6 +85,7 @@ def open_file(path: str) -> 'File':
   Raises:
     CheckpointError: there is no file, or it is damaged.
   """
+  check_file(path)
   if not Path(path).is_file():
     raise CheckpointError(f'{path} does not exist: expected a GGUF file')
   stat = os.stat(path)
@@ -101,13 +103,15 @@ def _opened(path: str, size: int, changed: int) -> 'File':
     reader = reader_of(path)
     pairs = {name: field.contents() for name, field in reader.fields.items()}
   # What the package raises depends on where the file ends.
-  except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+  except Exception as error:
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise CheckpointError(
-      f'{path} is truncated, damaged or no GGUF file ({error}): copy it again'
+      f'{path} is truncated, damaged or no GGUF file ({reason}): copy it again'
     ) from None
-  if pairs.get('split.count', 1) > 1:
+  parts = pairs.get('split.count', 1)
+  if parts not in (0, 1):
     raise CheckpointError(
-      f'{path} is one of {pairs["split.count"]} files of a split model: '
+      f'{path} is one of {parts} files of a split model: '
       'expected a whole one; join them with llama-gguf-split --merge'
     )
   return File(path, pairs, {t.name: t for t in reader.tensors})
@@ -137,9 +141,17 @@ class File:
     """What its metadata say."""
     rope = gguf_names.ROPE
     factors = self.fetch(rope) if rope in self.shapes else None
-    return gguf_names.config_from_metadata(
-      self.metadata, self.shapes, self._is_tied(), factors
-    )
+    try:
+      return gguf_names.config_from_metadata(
+        self.metadata, self.shapes, self._is_tied(), factors
+      )
+    except CheckpointError:
+      raise
+    except ValueError as error:
+      raise CheckpointError(
+        f'the metadata of {self.path} describe no model that can be: {error}; '
+        'convert the model again'
+      ) from None
 
   def _is_tied(self) -> bool:
     """Whether there is no head, or one that only repeats the embedding."""
@@ -159,6 +171,12 @@ class File:
     tensor = self._tensors[name]
     try:
       array = package().dequantize(tensor.data, tensor.tensor_type)
+    except (ValueError, TypeError, IndexError) as error:
+      reason = ' '.join(str(error).split())[:200]
+      raise CheckpointError(
+        f'{name} of {self.path} cannot be dequantised ({reason}): it is '
+        'damaged, copy it again'
+      ) from None
     except NotImplementedError:
       raise CheckpointError(
         f'{name} of {self.path} is {tensor.tensor_type.name}, which the '

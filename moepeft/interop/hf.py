@@ -14,14 +14,31 @@ from safetensors.numpy import save_file
 
 from moepeft.interop import files, words
 from moepeft.interop.loaded import Loaded as Loaded
-from moepeft.models import bert_names, decoder_names, names, t5_names
+from moepeft.models import (
+  bert_names,
+  decoder_names,
+  hf_fields,
+  names,
+  t5_names,
+)
 from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Entry, Shape, Tree
 
+# Weights in forms that are not read, by the files' names.
+_FOREIGN = {
+  'pytorch_model*.bin': 'a pickle',
+  '*.pt': 'a pickle',
+  '*.pth': 'a pickle',
+  '*.h5': "weights of TensorFlow's Keras",
+  '*.ckpt.index': 'a checkpoint of TensorFlow',
+  '*.ckpt-*.index': 'a checkpoint of TensorFlow',
+  'flax_model*.msgpack': "weights of transformers' Flax models",
+}
 # `model_type` in config.json -> the room that knows its names.
 FAMILIES = {'t5': t5_names, 'mt5': t5_names, 'bert': bert_names}
 FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
 
+_CONFIG = 'config.json'
 _ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
@@ -42,7 +59,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
   folder = find(path)
   family, fields = _read_config(folder)
   tensors = _named(family.layout(fields), open_tensors(folder))
-  config = _config(family, fields, tensors)
+  config = _config(folder, family, fields, tensors)
   wanted = expected(family, config)
   names.check(
     {entry.their_name: entry.their_shape for entry in wanted},
@@ -51,7 +68,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
     'use the config.json that was saved with these weights',
   )
   sizes = family.sizes(config)
-  params, sha256 = names.read(wanted, sizes, tensors.fetch, dtype)
+  params, sha256 = names.read(wanted, sizes, tensors.fetch, dtype, folder)
   return Loaded(config, params, sha256, str(folder))
 
 
@@ -63,7 +80,7 @@ def load_config(path: str) -> Any:
   folder = find(path)
   family, fields = _read_config(folder)
   tensors = _named(family.layout(fields), open_tensors(folder))
-  return _config(family, fields, tensors)
+  return _config(folder, family, fields, tensors)
 
 
 def save(
@@ -99,7 +116,7 @@ def save(
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
     fields |= words.special_ids(tokenizer) if config.family != 't5' else {}
-    files.write_json(made / 'config.json', fields)
+    files.write_json(made / _CONFIG, fields)
     _write_shards(made, plan, arrays, dtype)
     words.write(made, tokenizer)
 
@@ -154,35 +171,61 @@ def open_tensors(folder: Path) -> files.Tensors:
   if (folder / _ONE).exists():
     return files.Tensors([folder / _ONE])
   if (folder / _INDEX).exists():
-    index = files.read_json(folder / _INDEX).get('weight_map', {})
-    return files.Tensors([folder / n for n in sorted(set(index.values()))])
-  old = sorted(folder.glob('pytorch_model*.bin'))
-  if old:
-    raise CheckpointError(
-      f'{folder} holds {old[0].name}, a pickle, and no safetensors: convert '
-      'it with transformers (from_pretrained, then save_pretrained), which '
-      'writes model.safetensors'
-    )
+    return files.Tensors(_shard_files(folder))
+  check_foreign(folder)
   raise CheckpointError(
     f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
     'model directory'
   )
 
 
-def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
-  fields = files.read_json(folder / 'config.json')
-  kind = fields.get('model_type')
-  if kind not in FAMILIES:
+def check_foreign(folder: Path) -> None:
+  """
+  Raises:
+    CheckpointError: a directory holds weights in a form that is not read.
+  """
+  for pattern, kind in _FOREIGN.items():
+    for old in sorted(folder.glob(pattern))[:1]:
+      raise CheckpointError(
+        f'{folder} holds {old.name}, {kind}, and no safetensors: convert '
+        'it with transformers (from_pretrained, then save_pretrained), '
+        f'which writes {_ONE}'
+      )
+
+
+def _shard_files(folder: Path) -> list[Path]:
+  """The files that an index names, each in the index's directory."""
+  file = folder / _INDEX
+  found = files.read_json(file).get('weight_map')
+  shards = found.values() if isinstance(found, dict) else [None]
+  if not all(isinstance(n, str) and Path(n).name == n for n in shards):
     raise CheckpointError(
-      f'{folder / "config.json"} is of the family {kind!r}; supported are '
-      f'{", ".join(FAMILIES)}'
+      f"{file} is damaged: expected file names in its 'weight_map'; copy it "
+      'again'
+    )
+  return [folder / name for name in sorted(set(shards))]
+
+
+def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+  file = folder / _CONFIG
+  fields = files.read_json(file)
+  kind = fields.get('model_type')
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise CheckpointError(
+      f'{file} is of the family {kind!r}; supported are {", ".join(FAMILIES)}'
     )
   if fields.get('quantization_config') or fields.get('quantization'):
     raise CheckpointError(
-      f'{folder / "config.json"} is of quantised weights: expected plain ones; '
+      f'{file} is of quantised weights: expected plain ones; '
       'take the model that was quantised, and set config.model.quantise'
     )
-  return FAMILIES[kind], fields
+  try:
+    hf_fields.check(fields)
+  except ValueError as error:
+    raise CheckpointError(
+      f'{file} is damaged or of another model: {error}; copy it again'
+    ) from None
+  return FAMILIES[kind], hf_fields.named(fields)
 
 
 @dataclasses.dataclass
@@ -199,12 +242,21 @@ def _named(layout: Layout, tensors: files.Tensors) -> _Named:
   return _Named(shapes, lambda name: tensors.fetch(known[name]))
 
 
-def _config(family: ModuleType, fields, tensors: _Named) -> Any:
+def _config(folder: Path, family: ModuleType, fields, tensors: _Named) -> Any:
   """What config.json says, and of what it does not say, the weights."""
   layout = family.layout(fields)
   tied = _is_tied(layout, fields, tensors)
   parts = {part: name in tensors.shapes for part, name in layout.parts.items()}
-  return dataclasses.replace(family.config_from_hf(fields, tied), **parts)
+  try:
+    config = family.config_from_hf(fields, tied)
+  except CheckpointError:
+    raise
+  except ValueError as error:
+    raise CheckpointError(
+      f'{folder / _CONFIG} describes no model that can be: {error}; use '
+      'the one that was saved with these weights'
+    ) from None
+  return dataclasses.replace(config, **parts)
 
 
 def _is_tied(layout: Layout, fields, tensors: _Named) -> bool:

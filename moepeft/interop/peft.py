@@ -7,9 +7,8 @@ the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
 called is the family's to say (`hf.family_of`).
 """
 
-import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,22 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft import spec as spec_lib
-from moepeft.interop import files, hf, peft_config, peft_prompt
+from moepeft.interop import files, hf, peft_config, peft_lora, peft_prompt
 from moepeft.interop.adapter import (
   Adapter,
   instances,
   site_patterns,
   sites_in,
 )
+from moepeft.interop.peft_names import PREFIX, module_of, own_module
 from moepeft.models import names
-from moepeft.models.names import CheckpointError, Entry, Rule, Shape, Tree
+from moepeft.models.names import CheckpointError, Entry, Rule, Shape
 from moepeft.peft.ia3 import Ia3
-from moepeft.peft.lora import Lora
 from moepeft.spec import Spec
 
 ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
 _PICKLE = 'adapter_model.bin'
-_PREFIX, _SCALE = 'base_model.model.', '.ia3_l'
+_SCALE = '.ia3_l'
 
 
 def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
@@ -53,26 +52,31 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   tensors = _open(Path(path))
   if fields['peft_type'] == peft_prompt.KIND:
     return peft_prompt.read(path, config, fields, tensors)
-  read = _read_lora if fields['peft_type'] == 'LORA' else _read_ia3
-  method, rules = read(config, fields, tensors.shapes)
-  sizes = family.sizes(config) | {'r': fields.get('r')}
+  letters, shapes, fetch_one = {}, tensors.shapes, tensors.fetch
+  if fields['peft_type'] == 'LORA':
+    read = peft_lora.read(config, fields, tensors)
+    method, rules, letters = read.method, read.rules, read.letters
+    shapes, fetch_one = read.shapes, read.fetch
+  else:
+    method, rules = _read_ia3(config, shapes)
+  sizes = family.sizes(config) | letters
   wanted = names.entries(rules, sizes, family.depths(config))
-  left_out = _left_out(wanted, tensors.shapes)
+  left_out = _left_out(wanted, shapes)
   names.check(
     {e.their_name: e.their_shape for e in wanted},
-    left_out | tensors.shapes,
+    left_out | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
   )
-  stored = tensors.fetch(next(iter(tensors.shapes))).dtype
+  stored = tensors.fetch(next(iter(shapes))).dtype
 
   def fetch(name):
     if name in left_out:
       alone = np.ones if name.endswith(_SCALE) else np.zeros
       return alone(left_out[name], stored)
-    return tensors.fetch(name)
+    return fetch_one(name)
 
-  return Adapter(method, names.read(wanted, sizes, fetch, dtype)[0])
+  return Adapter(method, names.read(wanted, sizes, fetch, dtype, path)[0])
 
 
 def save(
@@ -111,14 +115,25 @@ def save(
     arrays = _without_zeros(arrays)
   like = like or {}
   inputs = {
-    _module(name)
+    module_of(name)
     for name, array in arrays.items()
     if 'r' not in fields and array.shape[0] == 1
   }
-  modules, adapted = family.hf_modules(config), set(map(_module, arrays))
+  modules, adapted = family.hf_modules(config), set(map(module_of, arrays))
   kept = like if like.get('peft_type') == fields['peft_type'] else {}
   fields |= peft_config.selection(modules, adapted, inputs, kept)
   _write(path, config, arrays, fields, base, like, overwrite)
+
+
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: peft has no form for the adapter.
+  """
+  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+    peft_prompt.write(config, adapter)
+  else:
+    _describe(config, adapter)
 
 
 def _write(
@@ -151,22 +166,6 @@ def _open(folder: Path) -> files.Tensors:
   return files.Tensors([folder / ARRAYS])
 
 
-def _lora_rules(config: Any, site: str, kind: str) -> list[Rule]:
-  """Of a `lora`, or of a `dora`, which has a magnitude too."""
-  family = hf.family_of(config)
-  inner, outer = family.projections(config)[site]
-  ours = f'{family.in_layers(site)}/{kind}'
-  theirs = f'{_PREFIX}{_own_module(config, site)}.lora'
-  rules = [
-    Rule(f'{ours}/a', f'{theirs}_A.weight', f'{inner}r', f'r({inner})'),
-    Rule(f'{ours}/b', f'{theirs}_B.weight', f'r{outer}', f'({outer})r'),
-  ]
-  if kind == 'dora':
-    name = f'{theirs}_magnitude_vector'
-    rules.append(Rule(f'{ours}/magnitude', name, outer, f'({outer})'))
-  return rules
-
-
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
   """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
   family = hf.family_of(config)
@@ -175,47 +174,13 @@ def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
     # Scaling the activation or the product with wi_1 is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
   inner, outer = family.projections(config)[site]
-  theirs = f'{_PREFIX}{_own_module(config, site)}.ia3_l'
+  theirs = f'{PREFIX}{own_module(config, site)}.ia3_l'
   if on == 'input':
     return Rule(ours, theirs, inner, f'1({inner})')
   return Rule(ours, theirs, outer, f'({outer})1')
 
 
-def _own_module(config: Any, site: str) -> str:
-  """The module of a projection, which it must not share with others."""
-  family = hf.family_of(config)
-  module = family.hf_module(site, config)
-  alike = [
-    other
-    for other in family.projections(config)
-    if family.hf_module(other, config) == module
-  ]
-  if len(alike) > 1:
-    raise CheckpointError(
-      f'{", ".join(alike)} are one module in Hugging Face, '
-      f'{module.rpartition("}.")[2]}, and one adapter in peft, which is not '
-      'supported: merge it into its base (with peft merge_and_unload, with '
-      'moepeft.convert --to=hf) and go on from the merged model'
-    )
-  return module
-
-
-def _read_lora(config, fields, shapes) -> tuple[str, list[Rule]]:
-  projections = hf.family_of(config).projections(config)
-  kind = 'dora' if fields.get('use_dora') else 'lora'
-  leaf = 'lora_A.weight'
-  sites = [s for s in projections if _shapes_at(config, s, leaf, shapes)]
-  options = [('rank', fields['r']), ('alpha', fields['lora_alpha'])]
-  if fields.get('use_rslora'):
-    options.append(('rslora', True))
-  if fields.get('lora_dropout'):
-    options.append(('dropout', fields['lora_dropout']))
-  options.append(('sites', site_patterns(sites, projections)))
-  rules = [_lora_rules(config, site, kind) for site in sites]
-  return str(Spec(kind, tuple(options))), list(itertools.chain(*rules))
-
-
-def _read_ia3(config, fields, shapes) -> tuple[str, list[Rule]]:
+def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
   family = hf.family_of(config)
   known = family.projections(config) | family.taps()
   outputs, inputs = [], []
@@ -242,7 +207,7 @@ def _read_ia3(config, fields, shapes) -> tuple[str, list[Rule]]:
 
 def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
   """The shapes of a module's arrays, over the layers that have it."""
-  module = re.escape(_PREFIX + hf.family_of(config).hf_module(site, config))
+  module = re.escape(PREFIX + hf.family_of(config).hf_module(site, config))
   pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
   return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
 
@@ -253,26 +218,20 @@ def _left_out(
   """The arrays of modules that have none in the file."""
   if not shapes:
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
-  held = {_module(name) for name in shapes}
+  held = {module_of(name) for name in shapes}
   found = {
     e.their_name: e.their_shape
     for e in wanted
-    if _module(e.their_name) not in held
+    if module_of(e.their_name) not in held
   }
   lost = [name for name in found if name.endswith('_vector')]
   if lost:
     raise CheckpointError(
-      f'{ARRAYS} has no magnitude of {_module(lost[0])}: a DoRA is read where '
-      'it has all layers of a module; merge it into its base with peft '
+      f'{ARRAYS} has no magnitude of {module_of(lost[0])}: a DoRA is read '
+      'where it has all layers of a module; merge it into its base with peft '
       '(merge_and_unload) and convert the merged model'
     )
   return found
-
-
-def _module(name: str) -> str:
-  """The module of one of peft's arrays: 'encoder.block.0. ... .q'."""
-  leaf = r'\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$'
-  return re.sub(leaf, '', name.removeprefix(_PREFIX))
 
 
 def _describe(
@@ -281,8 +240,8 @@ def _describe(
   """An adapter's fields in peft's words, its rules and further letters."""
   found = instances(adapter.method)
   kinds = [spec.name for spec in found.values()]
-  if kinds in (['lora'], ['dora']):
-    return _describe_lora(config, adapter.tree, found[kinds[0]])
+  if set(kinds) in ({'lora'}, {'dora'}):
+    return peft_lora.describe(config, adapter.tree, found)
   if set(kinds) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
     return fields, _all_ia3_rules(config, adapter, found), {}
@@ -290,24 +249,6 @@ def _describe(
     f'peft has no form for {adapter.method!r}: it holds one lora, one dora, '
     'one prompt, or ia3; write the moepeft form instead'
   )
-
-
-def _describe_lora(config: Any, tree: Tree, spec: Spec):
-  at = sites_in(tree, spec.name)
-  _require(at, hf.family_of(config).projections(config))
-  rank = next(iter(at.values()))['a'].shape[-1]
-  alpha = spec.get('alpha', Lora.alpha)
-  fields = {
-    'peft_type': 'LORA',
-    'r': rank,
-    'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
-    'lora_dropout': spec.get('dropout', Lora.dropout),
-    'use_rslora': spec.get('rslora', Lora.rslora),
-    'use_dora': spec.name == 'dora',
-    'bias': 'none',
-  }
-  rules = [_lora_rules(config, site, spec.name) for site in at]
-  return fields, list(itertools.chain(*rules)), {'r': rank}
 
 
 def _all_ia3_rules(
@@ -318,7 +259,7 @@ def _all_ia3_rules(
   rules = []
   for instance, spec in found.items():
     at = sites_in(adapter.tree, instance)
-    _require(at, known)
+    peft_lora.require(at, known)
     on = spec.get('on', Ia3.on)
     rules += [_ia3_rule(config, site, instance, on) for site in at]
   if len({rule.theirs for rule in rules}) < len(rules):
@@ -329,15 +270,6 @@ def _all_ia3_rules(
   return rules
 
 
-def _require(at: Mapping[str, Tree], known: Collection[str]) -> None:
-  foreign = sorted(set(at) - set(known))
-  if foreign or not at:
-    raise CheckpointError(
-      f'peft adapts projections; this adapter is at '
-      f'{", ".join(foreign) or "no site"}: write the moepeft form instead'
-    )
-
-
 def _without_zeros(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  used = {_module(name) for name, array in arrays.items() if array.any()}
-  return {n: array for n, array in arrays.items() if _module(n) in used}
+  used = {module_of(name) for name, array in arrays.items() if array.any()}
+  return {n: array for n, array in arrays.items() if module_of(n) in used}

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """adapter_config.json of Hugging Face's `peft`: its checks and selections."""
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from moepeft.core import untrusted
 from moepeft.interop import files, peft_prompt
 from moepeft.models.names import CheckpointError
 
 FILE = 'adapter_config.json'
+_TYPES = ('LORA', 'IA3', peft_prompt.KIND)
 # Fields that are read, or do not change what a trained adapter computes; a
 # field that is not here must be empty.
 _HARMLESS = frozenset(
   """
   auto_mapping base_model_name_or_path corda_config ensure_weight_tying
   eva_config exclude_modules fan_in_fan_out feedforward_modules inference_mode
-  init_ia3_weights layers_pattern layers_to_transform lora_alpha
+  alpha_pattern init_ia3_weights layers_pattern layers_to_transform lora_alpha
   lora_dropout megatron_core peft_type peft_version qalora_group_size r
+  rank_pattern
   revision runtime_config target_modules task_type use_dora use_rslora
   """.split()
 )
@@ -45,18 +49,29 @@ def read(path: str) -> dict[str, Any]:
   """
   fields = files.read_json(Path(path) / FILE)
   kind = fields.get('peft_type')
-  if kind not in ('LORA', 'IA3', peft_prompt.KIND):
+  if not isinstance(kind, str) or kind not in _TYPES:
     raise CheckpointError(
       f'{path} is a peft adapter of the type {kind!r}; LORA, IA3 and '
       f'{peft_prompt.KIND} are supported'
     )
-  if kind == 'LORA' and not (fields.get('r') and 'lora_alpha' in fields):
+  try:
+    _check(fields)
+  except ValueError as error:
     raise CheckpointError(
-      f'{path}/{FILE} lacks r or lora_alpha: save the adapter again with peft'
+      f'{path}/{FILE} is damaged or not of this adapter: {error}; save the '
+      'adapter again with peft'
+    ) from None
+  trained = fields.get('modules_to_save')
+  if trained:
+    raise CheckpointError(
+      f'{path} trained the modules {trained} whole beside the adapter '
+      '(modules_to_save), which is not supported: merge both into the base '
+      'with peft (merge_and_unload) and use the merged model'
     )
   harmless = _HARMLESS | (_OF_PROMPTS if kind == peft_prompt.KIND else set())
   for name, value in sorted(fields.items()):
-    plain = not value or value in _NEUTRAL.get(name, ())
+    neutral = _NEUTRAL.get(name, ())
+    plain = not value or any(value == other for other in neutral)
     if name not in harmless and not plain:
       raise CheckpointError(
         f'{path}/{FILE} sets {name}={value!r}, which is not supported: '
@@ -64,6 +79,80 @@ def read(path: str) -> dict[str, Any]:
         'convert the merged model'
       )
   return fields
+
+
+# Fields by their type; ranks and lengths are at least 1.
+_KINDS: dict[str, type] = {
+  **dict.fromkeys(('r', 'num_virtual_tokens', 'token_dim'), int),
+  **dict.fromkeys(('num_transformer_submodules',), int),
+  **dict.fromkeys(('lora_alpha', 'lora_dropout'), float),
+  **dict.fromkeys(('use_dora', 'use_rslora', 'fan_in_fan_out'), bool),
+  **dict.fromkeys(('rank_pattern', 'alpha_pattern'), dict),
+  'base_model_name_or_path': str,
+}
+_MOST = 2**31 - 1
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+  """
+  Raises:
+    ValueError: a field is of another type or out of range.
+  """
+  for name, kind in _KINDS.items():
+    value = untrusted.field(fields, name, kind, None)
+    if value is not None and kind is int and not 1 <= value <= _MOST:
+      raise ValueError(f'expected 1 to {_MOST:,} in {name!r}, got {value}')
+    if value is not None and kind is float and not 0 <= value <= _MOST:
+      raise ValueError(f'expected 0 to {_MOST:,} in {name!r}, got {value}')
+  if fields['peft_type'] == 'LORA':
+    untrusted.field(fields, 'r', int)
+    untrusted.field(fields, 'lora_alpha', float)
+  if (fields.get('lora_dropout') or 0) > 0.99:
+    raise ValueError(
+      f"expected at most 0.99 in 'lora_dropout', got {fields['lora_dropout']}"
+    )
+  for name in ('rank_pattern', 'alpha_pattern'):
+    for pattern, value in (fields.get(name) or {}).items():
+      _compiled(pattern)
+      whole = name == 'rank_pattern'
+      kinds = int if whole else (int, float)
+      if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f'expected numbers in {name!r}, got {value!r:.60}')
+      if not int(whole) <= value <= _MOST:
+        raise ValueError(f'expected other numbers in {name!r}, got {value}')
+
+
+def pattern_value(
+  fields: Mapping[str, Any], name: str, module: str, usual: Any
+) -> Any:
+  """A module's value in `rank_pattern` or `alpha_pattern`.
+
+  As `peft.utils.get_pattern_key` decides it: the first key that is the end of
+  the module's name, as a regular expression.
+  """
+  for pattern, value in (fields.get(name) or {}).items():
+    if _compiled(pattern).match(module):
+      return value
+  return usual
+
+
+@functools.lru_cache
+def _compiled(pattern: str) -> re.Pattern:
+  """
+  Raises:
+    ValueError: it is no regular expression, or one that could take for ever.
+  """
+  repeats = len(re.findall(r'[*+{]', pattern))
+  if len(pattern) > 500 or repeats > 3 or re.search(r'\)[*+{]', pattern):
+    raise ValueError(
+      f'expected a plain pattern of module names, got {pattern!r:.60}'
+    )
+  try:
+    return re.compile(rf'(.*\.)?({pattern})$')
+  except (re.error, OverflowError) as error:
+    raise ValueError(
+      f'expected a regular expression, got {pattern!r:.60} ({error})'
+    ) from None
 
 
 def selection(

@@ -11,6 +11,7 @@ import numpy as np
 
 from moepeft.interop import files
 from moepeft.interop.adapter import Adapter, sites_in
+from moepeft.models import names
 from moepeft.models.names import CheckpointError, Shape
 from moepeft.spec import Spec
 
@@ -49,7 +50,9 @@ def read(
       f'{path} holds {tensors.shapes}, expected {wanted}: give the base model '
       'that the adapter was trained on'
     )
-  vectors = np.asarray(tensors.fetch(_NAME), np.float32)
+  vectors = tensors.fetch(_NAME)
+  names.check_finite(_NAME, vectors, path)
+  vectors = np.asarray(vectors, np.float32)
   method = str(Spec('prompt', (('length', length),)))
   return Adapter(method, {_SITE: {'prompt': {'vectors': vectors}}})
 

@@ -39,12 +39,14 @@ def read(
   shapes: Mapping[str, Shape],
   fetch: Fetch,
   top_k: int | None = None,
+  path: str = 'the checkpoint',
 ) -> Adapter | None:
   """Infers the method from names and shapes, and reads its tree.
 
   Args:
     shapes: of the adapter arrays, keyed by T5X name.
     top_k: of the routers, not renormalised; None where all experts count.
+    path: of the checkpoint, for messages.
 
   Raises:
     CheckpointError: arrays are missing, unknown or of another shape.
@@ -69,7 +71,7 @@ def read(
   flat = {}
   for found, sizes in parts:
     # Adapters train in float32, whatever they were saved in.
-    flat |= names.flatten(names.read(found, sizes, fetch, np.float32)[0])
+    flat |= names.flatten(names.read(found, sizes, fetch, np.float32, path)[0])
   text = spec_lib.format_method(tuple(specs))
   return Adapter(text, names.unflatten(flat))
 

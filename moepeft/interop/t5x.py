@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5X checkpoints of T5, with or without the released code's adapters.
 
-A checkpoint is a directory `checkpoint_<step>` with a msgpack index, whose
-leaves are arrays or name zarr directories beside it (T5X's version 3). Only
-weights are read, no optimizer state.
+Only weights are read, no optimizer state; the forms of checkpoints are in
+`t5x_files`.
 """
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.serialization
 import numpy as np
-from absl import logging
 
-from moepeft.interop import files, released, zarr
+from moepeft.interop import files, released, t5x_files, zarr
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names, t5_names
 from moepeft.models.names import CheckpointError, Shape, Tree
 from moepeft.models.t5 import T5Config
-
-INDEX = 'checkpoint'
-
-Fetch = Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +27,7 @@ class Loaded:
   Attributes:
     config, params, sha256: as in `interop.hf.Loaded`.
     path: the checkpoint that was read, the latest one of a parent directory.
+    step: of T5X's clock, 0 where the checkpoint has none.
     adapter: method and 'peft' tree, or None.
   """
 
@@ -43,6 +36,7 @@ class Loaded:
   sha256: str
   path: str
   adapter: Adapter | None
+  step: int = 0
 
 
 def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
@@ -58,22 +52,22 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
     CheckpointError: nothing is found, something is damaged, or names or
       shapes are not those of flaxformer's T5.
   """
-  folder, leaves = _open(path)
+  folder, leaves, step = t5x_files.read(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
   fetch = lambda name: leaves[name][1]()  # noqa: E731
-  return _read(shapes, fetch, str(folder), dtype, top_k)
+  loaded = _read(shapes, fetch, str(folder), dtype, top_k)
+  return dataclasses.replace(loaded, step=step)
 
 
 def load_config(path: str) -> T5Config:
   """The config as `load` would infer it, without reading the weights."""
-  _, leaves = _open(path)
-  return t5_names.config_from_t5x(
-    {
-      name: shape
-      for name, (shape, _) in leaves.items()
-      if not released.is_adapter(name)
-    }
-  )
+  checkpoint = t5x_files.read(path)
+  shapes = {
+    name: shape
+    for name, (shape, _) in checkpoint.leaves.items()
+    if not released.is_adapter(name)
+  }
+  return _config(shapes, str(checkpoint.folder))
 
 
 def from_arrays(
@@ -96,35 +90,28 @@ def save(
   config: T5Config,
   params: Tree,
   adapter: Adapter | None = None,
-  step: int = 0,
+  step: int = 1,
   overwrite: bool = False,
 ) -> None:
   """Writes `path`/checkpoint_<step> as T5X does: an index and zarr arrays.
 
-  There is no optimizer state in it: T5X evaluates from it as it is, and
-  trains from it with RestoreCheckpointConfig.fallback_to_scratch = True.
+  T5X reads the step as an int32 array, and takes a checkpoint of step 0 for
+  none. There is no optimizer state: T5X evaluates from it as it is, and trains
+  from it with RestoreCheckpointConfig.fallback_to_scratch = True.
 
   Args:
     config, params: the base.
     adapter: to go along under the released code's names, in float32.
-    step: of T5X's clock.
+    step: of T5X's clock, at least 1.
 
   Raises:
+    ValueError: the step is less.
     CheckpointError: the arrays do not fit `config`, `path` is not empty, or
       T5X has no words for the config or the adapter.
   """
-  if not isinstance(config, T5Config):
-    raise CheckpointError(
-      f'T5X has no words for {config.family}: expected a T5; write hf instead'
-    )
-  if config.tied != config.scale_head or (config.activation == 'gelu') != (
-    config.gated
-  ):
-    raise CheckpointError(
-      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
-      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
-      'model in the hf form instead'
-    )
+  if not 1 <= step < 2**31:
+    raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
+  _require_known(config)
   wanted = names.entries(
     t5_names.t5x_rules(config),
     t5_names.sizes(config),
@@ -144,86 +131,54 @@ def save(
     }
     optimizer = {
       'target': names.unflatten(target),
-      'state': {'step': step, 'param_states': {}},
+      'state': {'step': np.asarray(step, np.int32)},
     }
     packed = flax.serialization.msgpack_serialize(
       {'version': 3, 'optimizer': optimizer}
     )
-    (folder / INDEX).write_bytes(packed)
+    (folder / t5x_files.INDEX).write_bytes(packed)
 
 
-def find(path: str) -> Path:
-  """The index file of a checkpoint, or of the latest one inside `path`."""
-  folder = Path(path)
-  if (folder / INDEX).is_file():
-    return folder / INDEX
-  steps = {}
-  for child in folder.glob('checkpoint_*'):
-    match = re.fullmatch(r'checkpoint_(\d+)', child.name)
-    if match and (child / INDEX).is_file():
-      steps[int(match[1])] = child
-  if not steps:
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: T5X has no words for the config or the adapter.
+  """
+  _require_known(config)
+  for _ in released.write(config, adapter):
+    pass
+
+
+def _require_known(config: Any) -> None:
+  if not isinstance(config, T5Config):
     raise CheckpointError(
-      f'{path} is no T5X checkpoint: expected a directory checkpoint_<step> '
-      f'with a file {INDEX!r} in it, or one that holds such directories'
+      f'T5X has no words for {config.family}: expected a T5; write hf instead'
     )
-  latest = steps[max(steps)]
-  logging.info('%s: reading the latest checkpoint, %s', path, latest.name)
-  return latest / INDEX
+  if config.tied != config.scale_head or (config.activation == 'gelu') != (
+    config.gated
+  ):
+    raise CheckpointError(
+      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
+      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
+      'model in the hf form instead'
+    )
 
 
-def _open(path: str) -> tuple[Path, dict[str, tuple[Shape, Fetch]]]:
-  """The checkpoint's directory, and each array's shape and reader."""
-  index = find(path)
-  return index.parent, {
-    name: _leaf(name, leaf, index.parent)
-    for name, leaf in _flatten(_weights(index))
-  }
+def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
+  """The config that shapes imply.
 
-
-def _weights(index: Path) -> Tree:
-  """The part of the index that holds parameters."""
+  Raises:
+    CheckpointError: arrays are absent, or the sizes cannot be.
+  """
   try:
-    tree = flax.serialization.msgpack_restore(index.read_bytes())
-  except Exception as error:  # msgpack, flax and NumPy each raise their own
+    return t5_names.config_from_t5x(shapes)
+  except CheckpointError:
+    raise
+  except (ValueError, ZeroDivisionError, IndexError) as error:
     raise CheckpointError(
-      f'{index} is truncated or not msgpack ({error}): copy it again'
+      f'the shapes of {path or "the arrays"} are of no T5 ({error}): copy the '
+      'checkpoint again'
     ) from None
-  for keys in (('optimizer', 'target'), ('target',), ('params',)):
-    node = tree
-    for key in keys:
-      node = node.get(key) if isinstance(node, Mapping) else None
-    if node:
-      # Flax's own train states keep the collection's name.
-      return node.get('params', node)
-  raise CheckpointError(
-    f'{index} has no optimizer/target: expected the index of a T5X checkpoint'
-  )
-
-
-def _flatten(tree: Tree, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    name = f'{prefix}/{key}' if prefix else key
-    if isinstance(value, Mapping) and 'driver' not in value:
-      yield from _flatten(value, name)
-    else:
-      yield name, value
-
-
-def _leaf(name: str, leaf: Any, folder: Path) -> tuple[Shape, Fetch]:
-  """An array's shape, and what reads it."""
-  if isinstance(leaf, np.ndarray):
-    return leaf.shape, lambda: leaf
-  if not isinstance(leaf, Mapping):
-    raise CheckpointError(
-      f'{folder}: {name} is a {type(leaf).__name__} ({leaf!r:.60}), expected '
-      'an array or the place of one; only T5X version 3 is read'
-    )
-  place = leaf.get('base', leaf).get('kvstore', {}).get('path', '')
-  # The index may remember the bucket that the checkpoint was copied from.
-  path = folder / Path(place).name
-  fields = zarr.fields(path)
-  return tuple(fields['shape']), lambda: zarr.read(path, fields)
 
 
 def _read(
@@ -235,7 +190,7 @@ def _read(
 ) -> Loaded:
   """Base and adapter of one flat tree."""
   base = {n: s for n, s in shapes.items() if not released.is_adapter(n)}
-  config = t5_names.config_from_t5x(base)
+  config = _config(base, path)
   sizes = t5_names.sizes(config)
   wanted = names.entries(
     t5_names.t5x_rules(config), sizes, t5_names.depths(config)
@@ -246,7 +201,7 @@ def _read(
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',
   )
-  params, sha256 = names.read(wanted, sizes, fetch, dtype)
+  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
   rest = {name: shape for name, shape in shapes.items() if name not in base}
-  adapter = released.read(config, rest, fetch, top_k)
+  adapter = released.read(config, rest, fetch, top_k, path)
   return Loaded(config, params, sha256, path, adapter)

@@ -95,6 +95,12 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
+def ends(config: BertConfig) -> dict[str, tuple[str, str]]:
+  """Neither the embedding nor the head take an adapter of peft's."""
+  del config
+  return {}
+
+
 def hf_module(site: str, config: BertConfig) -> str:
   """'encoder/self/q' -> 'encoder.layer.{l}.attention.self.query'.
 
@@ -186,7 +192,7 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> BertConfig:
     CheckpointError: a size is absent, or an option is one that is not
       supported.
   """
-  absent = [key for key in _SIZES.values() if key not in fields]
+  absent = [key for key in _SIZES.values() if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a BERT; '

@@ -71,7 +71,7 @@ class DecoderConfig:
 
   def __post_init__(self):
     fields_lib.check(self, _LEAST)
-    fields_lib.check(self.rope, {'theta': 1, 'factor': 0.1}, 'rope.')
+    _check_rope(self.rope)
     fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
     fields_lib.check_one_of('positions', self.positions, POSITIONS)
     if self.heads % self.kv_heads:
@@ -124,6 +124,29 @@ _LEAST = {
     ('eps', 'scale', 'attention_cap', 'logits_cap', 'window', 'dropout'), 0
   ),
 }
+
+
+# YaRN takes logarithms of rotations, and of a base above 1.
+_LEAST_ROPE = {
+  'theta': 1,
+  'factor': 0.1,
+  'original': 1,
+  'low': 0,
+  'high': 0,
+  'fast': 1e-3,
+  'slow': 1e-3,
+  'attention': 0,
+}
+
+
+def _check_rope(rope: Rope) -> None:
+  fields_lib.check(rope, _LEAST_ROPE, 'rope.')
+  if rope.kind == 'yarn' and rope.theta <= 1:
+    raise ValueError(f'rope.theta is above 1 for yarn; got {rope.theta}')
+  if rope.kind == 'llama3' and rope.high <= rope.low:
+    raise ValueError(
+      f'rope.high is above rope.low for llama3; got {rope.high} and {rope.low}'
+    )
 
 
 def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:

@@ -39,8 +39,18 @@ def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
   return _form(config).hf_rules(config)
 
 
+def ends(config: DecoderConfig) -> dict[str, tuple[str, str]]:
+  """The sites of the embedding and the head, as `projections`."""
+  del config
+  return {'embed': ('v', 'd'), 'head': ('d', 'v')}
+
+
 def hf_module(site: str, config: DecoderConfig) -> str:
   """'decoder/self/q' -> 'model.layers.{l}.self_attn.q_proj'."""
+  layout = _form(config).LAYOUT
+  if site in ('embed', 'head'):
+    name = layout.embedding if site == 'embed' else layout.head
+    return name.removesuffix('.weight')
   return _form(config).hf_module(site)
 
 

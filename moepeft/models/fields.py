@@ -2,11 +2,16 @@
 """What the fields of a model's config may be."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+# Array sizes of JAX and XLA are of 32 bits in places; no model is near them.
+# Layers are listed one by one, so they have a bound of their own.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 _KINDS: dict[type, tuple[str, Any]] = {
   bool: ('True or False', (bool, np.bool_)),
@@ -17,7 +22,7 @@ _KINDS: dict[type, tuple[str, Any]] = {
 
 
 def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
-  """Looks at the plain fields of a dataclass: their types and lower bounds.
+  """Checks the plain fields of a dataclass: their types and ranges.
 
   Args:
     least: the least value of a field, by its name.
@@ -37,6 +42,11 @@ def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
         raise ValueError(f'{name} is {what}; got {value!r}')
     if field.name in least and not value >= least[field.name]:
       raise ValueError(f'{name} is at least {least[field.name]}; got {value!r}')
+    if field.type is float and not math.isfinite(value):
+      raise ValueError(f'{name} is a finite number; got {value!r}')
+    most = _MOST_LAYERS if field.name.endswith('layers') else _MOST
+    if field.type is int and value > most:
+      raise ValueError(f'{name} is at most {most:,}; got {value!r}')
 
 
 def check_one_of(name: str, value: Any, known: Any) -> None:

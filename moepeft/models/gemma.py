@@ -94,26 +94,33 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     )
   # What transformers takes where the file is silent.
   fields = _USUAL | fields
-  said = fields.get('hidden_activation') or fields.get('hidden_act')
-  if said is None or (fields['model_type'] == 'gemma' and said == 'gelu'):
+  of_2 = fields['model_type'] == 'gemma2'
+  # Each class reads one of the two names and ignores the other.
+  said = fields.get('hidden_activation' if of_2 else 'hidden_act')
+  if said is None or (not of_2 and said == 'gelu'):
     # Gemma 1's files say 'gelu' and have always meant the tanh form.
     said = 'gelu_pytorch_tanh'
-  shape = shape_from_hf({**fields, 'hidden_activation': said}, 'gemma', tied)
+  shape = shape_from_hf(
+    {**fields, 'hidden_activation': said},
+    'gemma',
+    tied,
+    kv_heads=4 if of_2 else 16,
+  )
   bias = fields.get('attention_bias', False)
   shape = dataclasses.replace(
     shape,
-    head_dim=fields.get('head_dim', 256),
+    head_dim=fields.get('head_dim') or 256,
     norm_offset=1.0,
     scale_embedding=True,
     attention_bias=bias,
     out_bias=bias,
   )
-  if fields['model_type'] == 'gemma':
+  if not of_2:
     return shape
   return dataclasses.replace(
     shape,
     post_norms=True,
-    scale=fields.get('query_pre_attn_scalar', 256) ** -0.5,
+    scale=(fields.get('query_pre_attn_scalar') or 256) ** -0.5,
     attention_cap=fields['attn_logit_softcapping'] or 0.0,
     logits_cap=fields['final_logit_softcapping'] or 0.0,
     **windows_from_hf(

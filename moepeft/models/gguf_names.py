@@ -129,7 +129,7 @@ def config_from_metadata(
     CheckpointError: an architecture or option that is not supported.
   """
   arch = metadata.get('general.architecture')
-  if arch not in ARCHITECTURES:
+  if not isinstance(arch, str) or arch not in ARCHITECTURES:
     raise CheckpointError(
       f'the GGUF file is of the architecture {arch!r}; supported are '
       f'{", ".join(ARCHITECTURES)}'
@@ -144,6 +144,7 @@ def config_from_metadata(
       'the GGUF file is of a mixture-of-experts model: expected a dense one; '
       'they are not supported'
     )
+  _check(said)
   differ = [key for key, value in said.items() if isinstance(value, list)]
   if differ:
     raise CheckpointError(
@@ -169,6 +170,50 @@ def config_from_metadata(
     out_bias=has('attn_output'),
     mlp_bias=has('ffn_up'),
   )
+
+
+# Sizes, at least 1; other numbers above 0 if they are not said to be none; and
+# texts.
+_SIZES = """
+  embedding_length attention.head_count attention.head_count_kv block_count
+  attention.key_length rope.dimension_count feed_forward_length context_length
+  rope.scaling.original_context_length
+"""
+_NUMBERS = """
+  attention.layer_norm_rms_epsilon attention.layer_norm_epsilon rope.freq_base
+  rope.scale_linear rope.scaling.factor rope.scaling.attn_factor
+  rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+  rope.scaling.yarn_attn_factor attn_logit_softcapping
+  final_logit_softcapping attention.sliding_window
+"""
+
+
+def _check(said: Mapping[str, Any]) -> None:
+  """
+  Raises:
+    CheckpointError: a value of the metadata is of another type or range.
+  """
+  for kind, least, names in (
+    (int, 1, _SIZES),
+    ((int, float), 0, _NUMBERS),
+  ):
+    for name in names.split():
+      value = said.get(name)
+      # Lists, one value a layer, are refused by themselves.
+      if value is None or isinstance(value, list):
+        continue
+      number = isinstance(value, kind) and not isinstance(value, bool)
+      if not number or not least <= value < 2**31:
+        raise CheckpointError(
+          f'the GGUF file has {name} = {value!r:.60} in its metadata, expected '
+          f'a number of at least {least}: convert the model again'
+        )
+  scaling = said.get('rope.scaling.type', '')
+  if not isinstance(scaling, str):
+    raise CheckpointError(
+      f'the GGUF file has rope.scaling.type = {scaling!r:.60} in its metadata, '
+      'expected a text: it is damaged, convert the model again'
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -242,7 +287,13 @@ _SCALING = {
 def _rope(said: Mapping[str, Any], head_dim: int, factors) -> dict[str, Any]:
   """Hugging Face's `rope_parameters`."""
   theta = said.get('rope.freq_base', 10000.0)
-  kind = said.get('rope.scaling.type', 'none')
+  # Files from before the other keys have this one, of linear scaling.
+  if 'rope.scale_linear' in said:
+    said = {'rope.scaling.factor': said['rope.scale_linear']} | dict(said)
+  # llama.cpp takes a factor without a type for linear, and 0 for none.
+  factor = said.get('rope.scaling.factor') or 1
+  usual = 'none' if factor == 1 else 'linear'
+  kind = said.get('rope.scaling.type', usual)
   found = {
     theirs: said[f'rope.scaling.{name}']
     for theirs, name in _SCALING.items()
@@ -250,7 +301,8 @@ def _rope(said: Mapping[str, Any], head_dim: int, factors) -> dict[str, Any]:
   }
   if factors is not None and not np.allclose(factors, 1):
     return _llama3(theta, head_dim, np.asarray(factors, np.float64))
-  kind = 'default' if kind == 'none' else kind
+  if kind == 'none':
+    kind, found = 'default', {}
   return {'rope_type': kind, 'rope_theta': theta, **found}
 
 

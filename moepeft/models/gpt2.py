@@ -133,7 +133,7 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
       supported.
   """
   wanted = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
-  absent = [key for key in wanted if key not in fields]
+  absent = [key for key in wanted if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a gpt2 '

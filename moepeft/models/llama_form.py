@@ -164,9 +164,13 @@ def released(
 
 
 def shape_from_hf(
-  fields: Mapping[str, Any], family: str, tied: bool
+  fields: Mapping[str, Any], family: str, tied: bool, kv_heads: int = 0
 ) -> DecoderConfig:
-  """What all families of this form say alike.
+  """The options that all families of this form have.
+
+  Args:
+    kv_heads: those that transformers takes where the file is silent; 0 for as
+      many as heads.
 
   Raises:
     CheckpointError: a size is absent, or an option is one that is not
@@ -179,18 +183,20 @@ def shape_from_hf(
     'ffn': 'intermediate_size',
     'layers': 'num_hidden_layers',
   }
-  absent = [key for key in wanted.values() if key not in fields]
+  absent = [key for key in wanted.values() if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a '
       f'{family} model; write it again with save_pretrained'
     )
   found = {ours: fields[theirs] for ours, theirs in wanted.items()}
+  heads = found['heads']
+  usual = min(kv_heads, heads) or heads
   return DecoderConfig(
     family=family,
     **found,
-    kv_heads=fields.get('num_key_value_heads') or found['heads'],
-    head_dim=fields.get('head_dim') or found['d_model'] // found['heads'],
+    kv_heads=fields.get('num_key_value_heads', usual) or heads,
+    head_dim=fields.get('head_dim') or found['d_model'] // heads,
     activation=activation(fields),
     tied=tied,
     length=fields.get('max_position_embeddings', 2048),

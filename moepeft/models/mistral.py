@@ -47,7 +47,7 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     **fields,
   }
   return dataclasses.replace(
-    shape_from_hf(fields, 'mistral', tied),
+    shape_from_hf(fields, 'mistral', tied, kv_heads=8),
     window=fields.get('sliding_window') or 0,
   )
 

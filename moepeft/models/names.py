@@ -132,29 +132,83 @@ def whole(wanted: Sequence[Entry]) -> list[Entry]:
   return [entry for entry in wanted if entry.rule.part[0] == 0]
 
 
+def check_finite(name: str, array: np.ndarray, path: Any) -> None:
+  """
+  Args:
+    path: of the file that holds the array.
+
+  Raises:
+    CheckpointError: the array holds NaN or infinity, or no numbers.
+  """
+  try:
+    # Types of bfloat16's kind are of NumPy's kind V.
+    finite = array.dtype.kind in 'fiuV' and _is_finite(array)
+    number = array.dtype.kind in 'fiuV'
+  except TypeError:
+    finite = number = False
+  if finite:
+    return
+  if not number:
+    raise CheckpointError(
+      f'{name} in {path} is of the type {array.dtype}, expected numbers: the '
+      'file is damaged or of another model'
+    )
+  count = int(np.count_nonzero(~np.isfinite(array.astype(np.float32))))
+  raise CheckpointError(
+    f'{name} in {path} holds {count:,} numbers of {array.size:,} that are NaN '
+    'or infinite: the file is damaged or training had diverged before it was '
+    'saved; copy it again, or take an earlier checkpoint'
+  )
+
+
+# Exponents that are all ones, of the two-byte types.
+_EXPONENTS = {'float16': 0x7C00, 'bfloat16': 0x7F80}
+# Elements looked at at once, so that no large array is allocated beside.
+_BLOCK = 2**22
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  exponent = _EXPONENTS.get(array.dtype.name)
+  flat = array.reshape(-1)
+  for start in range(0, flat.size, _BLOCK):
+    block = flat[start : start + _BLOCK]
+    if exponent is None:
+      finite = np.isfinite(block).all()
+    else:
+      bits = np.ascontiguousarray(block).view(np.uint16) & exponent
+      finite = (bits != exponent).all()
+    if not finite:
+      return False
+  return True
+
+
 def read(
   wanted: Sequence[Entry],
   sizes: Mapping[str, int],
   fetch: Callable[[str], np.ndarray],
   dtype: Any = None,
+  path: Any = 'the file',
 ) -> tuple[Tree, str]:
   """Builds the stacked tree, one of their arrays in memory at a time.
 
   Args:
     fetch: their name -> their array.
     dtype: cast to it; None keeps each array's own.
+    path: of the file that is read, for messages.
 
   Returns:
     The nested dict of NumPy arrays, and the content hash of what was read,
     before any cast: the same whatever `dtype` is.
 
   Raises:
-    CheckpointError: layers of one array differ in dtype and `dtype` is None.
+    CheckpointError: layers of one array differ in dtype and `dtype` is None,
+      or an array holds NaN or infinity.
   """
   flat, lines = {}, []
   depth = collections.Counter(entry.path for entry in wanted)
   for entry in wanted:
     array = fetch(entry.their_name)
+    check_finite(entry.their_name, array, path)
     rule = entry.rule
     ours = part_of(array, rule, sizes)
     lines.append(_line(entry.name, ours))

@@ -80,9 +80,10 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     'sliding_window': 4096,
     **fields,
   }
-  shape = shape_from_hf(fields, 'qwen2', tied)
+  shape = shape_from_hf(fields, 'qwen2', tied, kv_heads=32)
   # The first max_window_layers see everything.
-  whole = fields.get('max_window_layers', 28)
+  whole = fields.get('max_window_layers')
+  whole = 28 if whole is None else whole
   usual = tuple(layer >= whole for layer in range(shape.layers))
   return dataclasses.replace(
     shape, attention_bias=True, **windows_from_hf(fields, usual)

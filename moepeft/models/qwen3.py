@@ -58,13 +58,14 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     'sliding_window': 4096,
     **fields,
   }
-  shape = shape_from_hf(fields, 'qwen3', tied)
-  whole = fields.get('max_window_layers', 28)
+  shape = shape_from_hf(fields, 'qwen3', tied, kv_heads=32)
+  whole = fields.get('max_window_layers')
+  whole = 28 if whole is None else whole
   usual = tuple(layer >= whole for layer in range(shape.layers))
   bias = fields.get('attention_bias', False)
   return dataclasses.replace(
     shape,
-    head_dim=fields.get('head_dim', 128),
+    head_dim=fields.get('head_dim') or 128,
     qk_norm=True,
     attention_bias=bias,
     out_bias=bias,

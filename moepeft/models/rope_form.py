@@ -65,7 +65,7 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
       'how much contexts get longer; take the config.json of the model'
     )
   if 'original' in _ROPE_OF[kind]:
-    length = fields.get('max_position_embeddings', 2048)
+    length = fields.get('max_position_embeddings') or 2048
     usual = found.get('original', length)
     original = fields.get('original_max_position_embeddings') or usual
     found['original'] = original

@@ -103,9 +103,20 @@ def in_layers(site: str) -> str:
   return f'{stack}/layers/{{l}}/{rest}'
 
 
+def ends(config: T5Config) -> dict[str, tuple[str, str]]:
+  """The site of the head, as `projections`.
+
+  peft puts none of its adapters at the embedding that both stacks share.
+  """
+  del config
+  return {'head': ('d', 'v')}
+
+
 def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
   del config  # of the same signature as decoders', whose families differ
+  if site == 'head':
+    return LAYOUT.head.removesuffix('.weight')
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
@@ -178,21 +189,28 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
   Args:
     fields: its content.
     tied: whether the weights hold no head of their own. What they hold
-      decides, as in transformers 5; `tie_word_embeddings` says no more than
-      whether the head is scaled, and only where `scale_decoder_outputs`,
-      which version 5 writes, does not.
+      decides, as in transformers 5, not `tie_word_embeddings`.
 
   Raises:
     CheckpointError: a size is absent, or the activation is another one.
   """
-  absent = [key for key in _HF_SIZES.values() if key not in fields]
+  absent = [key for key in _HF_SIZES.values() if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a T5; '
       'write it again with save_pretrained'
     )
-  gated, activation = _activation(fields.get('feed_forward_proj', 'relu'))
-  scaled = fields.get('tie_word_embeddings') is not False
+  start = fields.get('decoder_start_token_id')
+  if start:
+    raise CheckpointError(
+      f'config.json has decoder_start_token_id {start}: expected 0, the '
+      'padding, which decoders of T5 start from; others are not supported'
+    )
+  multilingual = fields.get('model_type') == 'mt5'
+  usual = 'gated-gelu' if multilingual else 'relu'
+  projection = fields.get('feed_forward_proj') or usual
+  gated, activation = _activation(projection)
+  scaled = _scaled_mt5 if multilingual else _scaled
   layers = fields['num_layers']
   optional = {
     ours: fields[theirs]
@@ -206,8 +224,32 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
     gated=gated,
     activation=activation,
     tied=tied,
-    scale_head=fields.get('scale_decoder_outputs', scaled),
+    scale_head=scaled(fields, tied),
   )
+
+
+def _scaled(fields: Mapping[str, Any], tied: bool) -> bool:
+  """Whether a T5 scales its head's input.
+
+  `tie_word_embeddings` says it in files of transformers 4, whatever the head
+  is; version 5 always writes `true` there, and `scale_decoder_outputs` beside
+  it.
+  """
+  del tied
+  usual = fields.get('tie_word_embeddings') is not False
+  said = fields.get('scale_decoder_outputs')
+  return usual if said is None else said
+
+
+def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
+  """Whether an mT5 scales its head's input.
+
+  transformers 5 never does, and writes `tie_word_embeddings: true` for all of
+  them; version 4 does where that is true, which ties the head.
+  """
+  major = (fields.get('transformers_version') or '4').partition('.')[0]
+  said = fields.get('tie_word_embeddings') is True
+  return tied and said and major.isdigit() and int(major) < 5
 
 
 _HF_SIZES = {
@@ -224,24 +266,50 @@ _HF_OPTIONAL = {
   'eps': 'layer_norm_epsilon',
   'dropout': 'dropout_rate',
 }
-# (gated, ours) -> feed_forward_proj; 'gated-gelu' has always meant tanh.
-_HF_ACTIVATIONS = {
-  (True, 'gelu'): 'gated-gelu',
-  (False, 'gelu'): 'gelu_new',
-  (True, 'relu'): 'gated-relu',
-  (False, 'relu'): 'relu',
+# Hugging Face's names of activations, ours for each; the first that has ours
+# is written.
+_ACTIVATIONS = {
+  'gelu_new': 'gelu',
+  'relu': 'relu',
+  'gelu': 'gelu_exact',
+  'silu': 'silu',
+  'gelu_pytorch_tanh': 'gelu',
 }
+# It has always meant the tanh form.
+_GATED_GELU = 'gated-gelu'
 
 
 def _activation(projection: str) -> tuple[bool, str]:
-  known = {theirs: ours for ours, theirs in _HF_ACTIVATIONS.items()}
-  known['gated-gelu_new'] = (True, 'gelu')
-  if projection not in known:
+  """(gated, ours) of `feed_forward_proj`."""
+  if projection == _GATED_GELU:
+    return True, 'gelu'
+  name = projection.removeprefix('gated-')
+  if name not in _ACTIVATIONS:
     raise CheckpointError(
       f'feed_forward_proj {projection!r} in config.json: expected one of '
-      f'{", ".join(known)}; other activations are not supported'
+      f"{', '.join(_ACTIVATIONS)}, perhaps after 'gated-'; other activations "
+      'are not supported'
     )
-  return known[projection]
+  return name != projection, _ACTIVATIONS[name]
+
+
+def _projection_to_hf(config: T5Config) -> str:
+  """`feed_forward_proj` of a config.
+
+  Raises:
+    CheckpointError: it has no word for it.
+  """
+  if config.gated and config.activation == 'gelu':
+    return _GATED_GELU
+  if config.gated and config.activation == 'gelu_exact':
+    raise CheckpointError(
+      "Hugging Face's T5 has no word for a gated GELU in its exact form "
+      "('gated-gelu' is the tanh form): keep such a model as moepeft has it"
+    )
+  name = next(
+    n for n, ours in _ACTIVATIONS.items() if ours == config.activation
+  )
+  return f'gated-{name}' if config.gated else name
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
@@ -254,7 +322,7 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     'pad_token_id': 0,
     'eos_token_id': 1,
     'decoder_start_token_id': 0,
-    'feed_forward_proj': _HF_ACTIVATIONS[config.gated, config.activation],
+    'feed_forward_proj': _projection_to_hf(config),
     'tie_word_embeddings': config.tied,
     'scale_decoder_outputs': config.scale_head,
     **{theirs: getattr(config, ours) for ours, theirs in fields.items()},

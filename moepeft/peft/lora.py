@@ -74,6 +74,8 @@ class Lora(nn.Module):
 
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      return self._of_table(f, x)
     inside, outside = shapes(f, 'lora')
     a = peft_param(self, 'a', INIT_A, (*inside, self.rank), f'{f.inside}r')
     b = peft_param(self, 'b', INIT_B, (self.rank, *outside), f'r{f.outside}')
@@ -81,6 +83,15 @@ class Lora(nn.Module):
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
     return y + up(down(x, a) * self.scale, b)
+
+  def _of_table(self, f: Frozen, ids: Array) -> Array:
+    """At an embedding: y = table[ids] + alpha / r A[ids] B, a [v, r]."""
+    vocab, width = f.shape
+    a = peft_param(self, 'a', INIT_A, (vocab, self.rank), 'vr')
+    b = peft_param(self, 'b', INIT_B, (self.rank, width), 'rd')
+    y = f(ids)
+    rows = jnp.take(a, ids, axis=0).astype(y.dtype)
+    return y + up(rows * self.scale, b)
 
   @property
   def scale(self) -> float:

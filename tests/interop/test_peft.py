@@ -206,10 +206,7 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
 @pytest.mark.parametrize(
   'field',
   [
-    {'modules_to_save': ['lm_head']},
     {'bias': 'lora_only'},
-    {'rank_pattern': {'q': 3}},
-    {'alpha_pattern': {'q': 3}},
     {'lora_bias': True},
     {'init_lora_weights': 'pissa'},
     {'use_something_new': True},
