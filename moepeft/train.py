@@ -77,6 +77,12 @@ _MAY_DIFFER = flags.DEFINE_list(
   [],
   'Keys, like data.path, in which a run that goes on may differ from before.',
 )
+_SKIP_DAMAGED = flags.DEFINE_bool(
+  'skip_damaged',
+  False,
+  'Go on from the checkpoint before one that is damaged, which is moved to '
+  '<workdir>/damaged.',
+)
 _DISTRIBUTED = flags.DEFINE_string(
   'distributed',
   None,
@@ -159,6 +165,7 @@ def train(
   dry_run: bool = False,
   may_differ: Sequence[str] = (),
   gin: str = '',
+  skip_damaged: bool = False,
 ) -> dict:
   """Trains, evaluates and writes; returns the closing summary.
 
@@ -169,6 +176,7 @@ def train(
     may_differ: keys in which the config may differ from that of the run that
       is gone on from; see `runs.check_unchanged`.
     gin: the gin files that the config is from as one, kept as config.gin.
+    skip_damaged: goes on from the checkpoint before one that is damaged.
 
   Raises:
     ValueError: the config, the data or the work directory does not do.
@@ -179,18 +187,23 @@ def train(
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
   if dry_run:
-    return _train(config, workdir, dry_run, gin, {})
+    return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
   with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
     check_unchanged(workdir, config, may_differ)
     read = files.hashes(config.data)
     check_same_data(workdir, read, may_differ)
-    return _train(config, workdir, dry_run, gin, read)
+    return _train(config, workdir, gin, read, skip_damaged=skip_damaged)
 
 
 def _train(
-  config: ConfigDict, workdir: str, dry_run: bool, gin: str, read: dict
+  config: ConfigDict,
+  workdir: str,
+  gin: str,
+  read: dict,
+  dry_run: bool = False,
+  skip_damaged: bool = False,
 ) -> dict:
   started = time.monotonic()
 
@@ -321,7 +334,7 @@ def _train(
   )
   course = Course()
   if checkpoints.latest() is not None:
-    state = checkpoints.restore(state, described)
+    state = checkpoints.restore(state, described, skip_damaged)
     course = checkpoints.course()
     batches.go_to(processes.own(course.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
@@ -472,7 +485,8 @@ def main(argv) -> None:
     if _DISTRIBUTED.value:
       processes.join(_DISTRIBUTED.value)
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
-    train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
+    dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
+    train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)
     sys.exit(e.code)
