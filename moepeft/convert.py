@@ -39,7 +39,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepeft import interop
+from moepeft import interop, run_config
 from moepeft.base import resolve
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
@@ -165,7 +165,7 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = files.read_json(Path(values.workdir) / 'config.json').get('data', {})
+  data = run_config.read(values.workdir).get('data', {})
   path, system = data.get('chat_template', ''), data.get('system', '')
   if not path and not system:
     return ''
@@ -200,7 +200,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = files.read_json(Path(values.workdir) / 'config.json')
+  config = run_config.read(values.workdir)
   before = int(config.get('optimizer', {}).get('clock', 0))
   step = before + card['step']
   print(
@@ -358,7 +358,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = files.read_json(Path(values.workdir) / 'config.json')
+    config = run_config.read(values.workdir)
     path = config.get('data', {}).get('vocabulary') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moepeft.core import files
+
 
 def join(how: str) -> None:
   """Makes this process one of several; only the first goes on to print.
@@ -76,7 +78,4 @@ def write_json(path: str, value: Any) -> None:
   """Writes a file, all of it or nothing, from the first process."""
   if not first():
     return
-  temporary = f'{path}.tmp'
-  with open(temporary, 'w') as f:
-    json.dump(value, f, indent=2)
-  os.replace(temporary, path)
+  files.write_text(path, json.dumps(value, indent=2))

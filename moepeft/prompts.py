@@ -3,12 +3,12 @@
 answers."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from moepeft.core import untrusted
 from moepeft.data import causal, chat
 from moepeft.data.answer_ids import templated
 from moepeft.data.conversations import Conversation, Turn
@@ -83,10 +83,17 @@ def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
     found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]
   for name in ('generation_config.json', 'config.json'):
     path = os.path.join(folder, name)
-    if os.path.isfile(path):
-      with open(path) as f:
-        said = json.load(f).get('eos_token_id')
-      found += said if isinstance(said, list) else [said]
+    if os.path.exists(path):
+      source = untrusted.read_json_object(path)
+      try:
+        untrusted.check_shape(source, {'eos_token_id?': (int, [int], None)})
+      except untrusted.Malformed:
+        raise ValueError(
+          f'{path} has eos_token_id={source["eos_token_id"]!r}, expected an '
+          'integer or a list of them; copy it again'
+        ) from None
+      ids = source.get('eos_token_id')
+      found += ids if isinstance(ids, list) else [ids]
   return tuple(dict.fromkeys(i for i in found if i is not None))
 
 

@@ -31,11 +31,13 @@ from moepeft import (
   plots,
   processes,
   references,
+  run_config,
   sharding,
 )
 from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
+from moepeft.core import files as core_files
 from moepeft.data import cuts, files, loader, sources, vocabulary
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
@@ -60,7 +62,12 @@ from moepeft.runs import CONFIG, DATA, check_same_data, check_unchanged
 from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
-from moepeft.workdir import open_workdir, tell_full_disk
+from moepeft.workdir import (
+  Workdir,
+  latest_checkpoint,
+  open_workdir,
+  tell_full_disk,
+)
 from moepeft.writers import writers
 
 _WORKDIR = flags.DEFINE_string(
@@ -190,11 +197,17 @@ def train(
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
-  with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
+  alone = open_workdir(workdir) if processes.first() else None
+  with (
+    alone or contextlib.nullcontext(),
+    tell_full_disk(workdir, lambda: latest_checkpoint(workdir)),
+  ):
     check_unchanged(workdir, config, may_differ)
     read = files.hashes(config.data)
     check_same_data(workdir, read, may_differ)
-    return _train(config, workdir, gin, read, skip_damaged=skip_damaged)
+    return _train(
+      config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
+    )
 
 
 def _train(
@@ -202,6 +215,7 @@ def _train(
   workdir: str,
   gin: str,
   read: dict,
+  alone: Workdir | None = None,
   dry_run: bool = False,
   skip_damaged: bool = False,
 ) -> dict:
@@ -345,8 +359,7 @@ def _train(
   )
   processes.write_json(os.path.join(workdir, DATA), read)
   if gin and processes.first():
-    with open(os.path.join(workdir, 'config.gin'), 'w') as f:
-      f.write(gin)
+    core_files.write_text(os.path.join(workdir, 'config.gin'), gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
   log, pictures = config.log, os.path.join(workdir, 'plots')
   written = []
@@ -361,6 +374,9 @@ def _train(
     print('evaluating before training', flush=True)
     before = judge(built.variables(state), 'before training', 0)
     processes.write_json(before_path, before)
+  elif config.evaluation.before and config.evaluation.after:
+    # Not at the end, where damage to it would cost the summary.
+    before = _read_before(before_path)
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
@@ -373,14 +389,14 @@ def _train(
     config.router_alarm,
     share[1],
   )
-  report.began(before)
+  report.began({} if first else before)
   done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
   memory = pages.Bound()
   if done < config.steps:
     progress.say('compiling the first step')
-  with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
+  with Signals() as signals:
     while done < config.steps and not course.exhausted(config.patience):
       batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
@@ -393,6 +409,8 @@ def _train(
         memory.begin()
         signals.listen()
       memory.check()
+      if alone:
+        alone.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
       log_now = judge_now or _every(log.every_steps, done)
@@ -414,6 +432,8 @@ def _train(
           course = dataclasses.replace(
             course, place=processes.places(batches.place())
           )
+          if alone:
+            alone.check()
           checkpoints.save(state, described, course)
           figures.draw()
       elif log_now:
@@ -440,8 +460,10 @@ def _train(
     after = judge(
       built.variables(state), 'after training', int(state.step), validated
     )
+    if alone:
+      # Evaluating takes minutes.
+      alone.check()
     processes.write_json(after_path, after)
-    before = _read_json(before_path) if config.evaluation.before else {}
     if after['rows']:
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
@@ -466,11 +488,20 @@ def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
 
 
-def _read_json(path: str) -> dict:
+_MEASURED = {
+  'group': str,
+  'task': str,
+  'templates': str,
+  'accuracy': float,
+}
+
+
+def _read_before(path: str) -> dict:
   if not os.path.exists(path):
     return {}
-  with open(path) as f:
-    return json.load(f)
+  return run_config.read_object(
+    path, {'rows?': [_MEASURED]}, 'remove it to go on without it'
+  )
 
 
 def main(argv) -> None:

@@ -15,6 +15,7 @@ from moepeft import train
 from moepeft.checkpoint import Checkpoints, DamagedCheckpoint
 from moepeft.checkpoint_card import seal
 from moepeft.rows import read
+from moepeft.workdir import LostWorkdir
 
 from .disks import full_disk  # noqa: F401
 from .test_checkpoint import DESCRIBED, blank, make_state
@@ -305,3 +306,41 @@ def test_training_goes_on_from_the_checkpoint_before_if_asked_to(
   rows = read(str(workdir / 'metrics.jsonl'))
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
   assert adapter_bytes(workdir) == expected
+
+
+@pytest.mark.parametrize('step', [2, 3])
+def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
+  base,  # noqa: F811
+  begun,
+  tmp_path,
+  monkeypatch,
+  step,
+):
+  workdir, moved = tmp_path / 'w', tmp_path / 'moved'
+  plain = train.loader
+
+  def opened(*args):
+    batches = plain(*args)
+
+    class Moving:
+      place, go_to, close = batches.place, batches.go_to, batches.close
+
+      def __next__(self):
+        if batches.place()[1] and not moved.exists():
+          workdir.rename(moved)
+        return next(batches)
+
+    return Moving()
+
+  if step == 3:
+    shutil.copytree(begun, workdir)
+  monkeypatch.setattr(train, 'loader', opened)
+  ending = 'of step 2' if step == 3 else 'begins anew'
+  with pytest.raises(LostWorkdir, match=f'moved.*{ending}'):
+    train.train(card(base), str(workdir))
+  assert not workdir.exists()
+  # Put back, it goes on.
+  monkeypatch.undo()
+  moved.rename(workdir)
+  train.train(card(base), str(workdir))
+  assert Checkpoints(str(workdir), 2).latest() == 4

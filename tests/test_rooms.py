@@ -16,6 +16,7 @@ FLOORS = (
   (
     'config',
     'config_check',
+    'run_config',
     'gin_files',
     'gin_flags',
     'pages',
