@@ -97,6 +97,15 @@ _DISTRIBUTED = flags.DEFINE_string(
   "SLURM, ...), else 'HOST:PORT,PROCESSES,NUMBER of this one'.",
 )
 
+_DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
+  'distributed_timeout',
+  300,
+  'Seconds that processes wait for each other to come, and after which one '
+  'that does not answer counts as lost.',
+  lower_bound=processes.SHORTEST,
+  upper_bound=processes.LONGEST,
+)
+
 
 def loss_of(config: ConfigDict, reference=None):
   """The objective with the settings of config.loss and config.preference.
@@ -514,10 +523,11 @@ def main(argv) -> None:
   workdir = os.path.expanduser(workdir)
   try:
     if _DISTRIBUTED.value:
-      processes.join(_DISTRIBUTED.value)
+      processes.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
     dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
-    train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
+    with processes.together(_DISTRIBUTED_TIMEOUT.value):
+      train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)
     sys.exit(e.code)

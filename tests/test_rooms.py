@@ -32,6 +32,7 @@ FLOORS = (
     'router_plots',
     'metrics',
     'workdir',
+    'meeting',
     'processes',
   ),
   ('plots', 'writers'),
