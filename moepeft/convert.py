@@ -39,7 +39,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepeft import interop, run_config
+from moepeft import command, interop, run_config
 from moepeft.base import resolve
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
@@ -106,6 +106,12 @@ def main(argv: Sequence[str]) -> int:
     convert(values)
   except (ValueError, flags.Error, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
+    return 2
+  except Exception as error:
+    sentence = command.sentence_of(error)
+    if sentence is None:
+      raise
+    print(f'error: {sentence}', file=sys.stderr)
     return 2
   return 0
 
