@@ -299,7 +299,9 @@ class Checkpoints:
       # Orbax and TensorStore raise many types at damaged bytes.
       if is_out_of_memory(e) or isinstance(e, PermissionError):
         raise
-      reason = (str(e).splitlines() or [''])[0] or type(e).__name__
+      # TensorStore's own error says more than what Orbax wraps it in.
+      error = e.__cause__ or e
+      reason = (str(error).splitlines() or [''])[0] or type(error).__name__
       if len(reason) > _QUOTED:
         reason = f'{reason[:_QUOTED]}...'
       raise self._damaged(step, f'it cannot be read ({reason})') from e
@@ -317,8 +319,8 @@ class Checkpoints:
       advice = f'name another of its steps: {others}'
     elif before:
       advice = (
-        f'add --skip_damaged to moepeft.train to go on from step {before[-1]}; '
-        'other commands take it as it is by --checkpoint'
+        f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
+        f'which evaluate and generate read by --checkpoint={before[-1]}'
       )
     else:
       advice = 'there is none before it: begin anew in another --workdir'

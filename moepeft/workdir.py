@@ -9,10 +9,9 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import IO
 
+from moepeft.core.files import is_full
+
 _LOCK = 'lock'
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries in C++ say it.
-_WORDS = tuple(os.strerror(code) for code in _FULL)
 # What flock answers where the file system has no locks (some network disks).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -149,17 +148,6 @@ def latest_checkpoint(path: str) -> int | None:
   except OSError:
     return None
   return max((int(name) for name in names if name.isdecimal()), default=None)
-
-
-def is_full(error: BaseException | None) -> bool:
-  """Whether an error, or what it was raised from, says that a disk is full."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(word in str(error) for word in _WORDS):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
 
   Raises:
     CheckpointError: `path` holds files and `overwrite` is False, or files
-      that no checkpoint has, which it would be a pity to delete.
+      that no checkpoint has, which it would be a pity to delete; or the disk
+      is full.
   """
   target = Path(path)
   check_output(target, overwrite)
@@ -62,6 +63,13 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
       replace_directory(target, made)
     else:
       made.rename(target)
+  except Exception as error:
+    # Of safetensors and TensorStore too, which have errors of their own.
+    if not core_files.is_full(error):
+      raise
+    raise CheckpointError(
+      f'the disk of {target} is full; free some space, or name another output'
+    ) from error
   finally:
     shutil.rmtree(made, ignore_errors=True)
 

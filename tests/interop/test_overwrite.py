@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A directory that is replaced is the old one or the new one at any moment."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
-from moepeft.interop import files
+from moepeft.interop import adapter, files, hf, t5x
+from moepeft.models import t5
+from moepeft.nn.start import fresh
+
+from ..contracts import small
+from ..disks import full_disk  # noqa: F401
 
 
 class Killed(BaseException):
@@ -112,3 +119,27 @@ def test_what_an_interrupted_call_left_is_named(tmp_path, capsys):
   write(target, 'new')
   assert f'{left} is left' in capsys.readouterr().out
   assert content(left) == both('old')
+
+
+@pytest.mark.parametrize('kind', ['hf', 't5x', 'moepeft'])
+def test_an_export_that_fills_the_disk_is_one_sentence(
+  full_disk,  # noqa: F811
+  capfd,
+  kind,
+):
+  large = {'a': {'kernel': np.random.default_rng(0).normal(size=700_000)}}
+  shape = dataclasses.replace(small.GATED, vocab=20_011)
+  target = full_disk.path / 'out'
+  full_disk.fill(leave=100_000)
+  with pytest.raises(files.CheckpointError, match='disk of .*out is full') as e:
+    if kind == 'moepeft':
+      described = adapter.describe(
+        'lora(rank=2)', 'official', '', '', 't5', shape
+      )
+      adapter.save(str(target), large, described)
+    else:
+      params = fresh(t5.T5(shape), small.batch(), 0)['params']
+      {'hf': hf, 't5x': t5x}[kind].save(str(target), shape, params)
+  assert len(str(e.value).splitlines()) == 1
+  assert capfd.readouterr().err == ''
+  assert os.listdir(full_disk.path) == ['filler']
