@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
+from moepeft import config_check
 from moepeft.core import untrusted
 
 NAME = 'config.json'
@@ -34,10 +35,18 @@ def read(workdir: str) -> dict[str, Any]:
 
 
 def load(workdir: str) -> ConfigDict:
-  """The same as a config, with the defaults for what it lacks."""
+  """The same as a config, with the defaults for what it lacks.
+
+  Raises:
+    ValueError: as `read`, or a value is none that training takes.
+  """
   config = config_lib.default()
   with config.unlocked():
     config.update(read(workdir))
+  try:
+    config_check.check(config)
+  except ValueError as e:
+    raise ValueError(f'{os.path.join(workdir, NAME)}: {e}') from None
   return config
 
 

@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 
-from moepeft import compared, config_check, runs, train
+from moepeft import compared, runs, train
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints
 from moepeft.history import History
@@ -274,7 +274,6 @@ def test_a_run_that_is_opened_with_damaged_files(run, capsys):
 
   def read():
     opened = runs.load(str(run))
-    config_check.check(opened.config)
     opened.ends  # noqa: B018
 
   fuzz('evaluate, generate', folder, names, read, 120, capsys)
