@@ -6,16 +6,13 @@ and the rng; the base is named by its path and content hash. Orbax does not
 notice every flipped bit, so the card keeps a hash of each array and of itself.
 """
 
-import contextlib
 import dataclasses
 import glob
-import hashlib
-import json
-import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,33 +20,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from moepeft.interop import adapter as adapter_lib
-from moepeft.models import names
-from moepeft.peft import Built
+from moepeft import checkpoint_card, orbax_output, processes
+from moepeft.checkpoint_card import card, hashes, seal
+from moepeft.core import files
+from moepeft.core.memory import is_out_of_memory
 from moepeft.sharding import gather
 from moepeft.stopping import Course
 from moepeft.typing import State, Tree
 from moepeft.workdir import tell_full_disk
 
+__all__ = [
+  'Checkpoints',
+  'DamagedCheckpoint',
+  'card',
+  'restore_adapter',
+  'restore_trained',
+]
 _BEGINNING = Course()
 # The card's entries that a run must share with the checkpoint it resumes.
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
+# Characters of a library's message that a sentence quotes.
+_QUOTED = 160
 
 
-def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
-  """What names a run, as JSON has it: method, semantics, base and seed."""
-  described = adapter_lib.describe(
-    built.method,
-    built.semantics,
-    base.path,
-    base.sha256,
-    base.config.family,
-    base.config,
-    base.quantise,
-  )
-  named = described | {'trainable': built.trainable, 'seed': seed}
-  # Fields that are tuples are lists in the card that is read back.
-  return json.loads(json.dumps(named))
+class DamagedCheckpoint(ValueError):
+  """A checkpoint that cannot be read, or is not what was written."""
 
 
 class _Kept(PreservationPolicy):
@@ -77,7 +72,7 @@ class Checkpoints:
       enable_async_checkpointing=False,
       create=True,
     )
-    self.path = path
+    self.path, self._options = path, options
     self._manager = ocp.CheckpointManager(path, options=options)
 
   def latest(self) -> int | None:
@@ -96,22 +91,21 @@ class Checkpoints:
     if self._keep_best:
       self._kept.step = course.best_step
     trainable, rest = gather((state.trainable, _rest(state)))
-    hashes = _hashes({'trainable': trainable, 'rest': rest})
-    found = described | {
-      'hashes': hashes,
+    written = described | {
+      'hashes': hashes({'trainable': trainable, 'rest': rest}),
       'step': int(state.step),
       'course': dataclasses.asdict(course),
     }
     args = ocp.args.Composite(
       trainable=ocp.args.StandardSave(trainable),
       rest=ocp.args.StandardSave(rest),
-      card=ocp.args.JsonSave(found | {'sha256': _seal(found)}),
+      card=ocp.args.JsonSave(written | {'sha256': seal(written)}),
     )
     with tell_full_disk(self.path, self.latest):
       self._write(int(state.step), args)
 
   def _write(self, step: int, args: ocp.args.Composite) -> None:
-    with _quiet():
+    with orbax_output.quiet():
       try:
         self._manager.save(step, args=args)
         self._manager.wait_until_finished()
@@ -133,43 +127,49 @@ class Checkpoints:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
 
-  def restore(self, state: State, described: dict[str, Any]) -> State:
+  def restore(
+    self,
+    state: State,
+    described: Mapping[str, Any],
+    skip_damaged: bool = False,
+  ) -> State:
     """The latest checkpoint in the place of a fresh state, spread as that is.
 
+    Args:
+      skip_damaged: a checkpoint that is damaged is moved to <workdir>/damaged,
+        and the one before it is read. All processes must find the same.
+
     Raises:
-      ValueError: it belongs to another run, or is damaged.
+      ValueError: it belongs to another run.
+      DamagedCheckpoint: it is damaged, and with `skip_damaged` none is whole.
     """
-    step = self.latest()
-    found = self._card(step)
-    for key in _SAME:
-      if found.get(key) != described[key]:
-        raise ValueError(
-          f'{self.path} belongs to another run: its {key} is '
-          f'{found.get(key)!r}, this run has {described[key]!r}; choose '
-          'another --workdir, or set the config back'
-        )
-    if found['base']['sha256'] != described['base']['sha256']:
-      raise ValueError(
-        f'{self.path} belongs to a run on another base than '
-        f'{described["base"]["path"]!r} (their content hashes differ); set '
-        'config.model.path to its own, or choose another --workdir'
+    while True:
+      step = self.latest()
+      try:
+        return self._restored(step, state, described)
+      except DamagedCheckpoint as e:
+        if not skip_damaged or not self._before(step):
+          raise
+        print(f'skipped: {e}', file=sys.stderr)
+        print(f'moved it to {self._set_aside(step)}', file=sys.stderr)
+
+  def _restored(
+    self, step: int, state: State, described: Mapping[str, Any]
+  ) -> State:
+    read = self._card(step)
+    self._check_run(read, described)
+    try:
+      restored = self._restore(
+        step,
+        trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
+        rest=ocp.args.StandardRestore(_abstract(_rest(state))),
       )
-    before, now = (
-      card['base'].get('quantise', '') for card in (found, described)
-    )
-    if before != now:
-      raise ValueError(
-        f'{self.path} belongs to a run with config.model.quantise={before!r}, '
-        f'this run has {now!r}; set it back, or choose another --workdir'
-      )
-    restored = self._restore(
-      step,
-      trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
-      rest=ocp.args.StandardRestore(_abstract(_rest(state))),
-    )
+    except DamagedCheckpoint:
+      self._check_fits(step, read)
+      raise
     rest = restored['rest']
     parts = {'trainable': restored['trainable'], 'rest': rest}
-    self._verify(step, gather(parts), found['hashes'])
+    self._verify(step, gather(parts), read)
     return state.replace(
       trainable=restored['trainable'],
       opt=rest['opt'],
@@ -177,11 +177,53 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
+  def _check_run(
+    self, read: Mapping[str, Any], described: Mapping[str, Any]
+  ) -> None:
+    for key in _SAME:
+      if read.get(key) != described[key]:
+        raise ValueError(
+          f'{self.path} belongs to another run: its {key} is '
+          f'{read.get(key)!r}, this run has {described[key]!r}; choose '
+          'another --workdir, or set the config back'
+        )
+    if read['base'].get('sha256') != described['base']['sha256']:
+      raise ValueError(
+        f'{self.path} belongs to a run on another base than '
+        f'{described["base"]["path"]!r} (their content hashes differ); set '
+        'config.model.path to its own, or choose another --workdir'
+      )
+    before, now = (
+      card['base'].get('quantise', '') for card in (read, described)
+    )
+    if before != now:
+      raise ValueError(
+        f'{self.path} belongs to a run with config.model.quantise={before!r}, '
+        f'this run has {now!r}; set it back, or choose another --workdir'
+      )
+
+  def _check_fits(self, step: int, read: Mapping[str, Any]) -> None:
+    """Tells a config that has changed from damage.
+
+    Raises:
+      ValueError: the checkpoint is whole as it lies there, so that what does
+        not fit it is the config's state.
+    """
+    plain = ocp.args.StandardRestore
+    try:
+      parts = self._restore(step, trainable=plain(), rest=plain())
+      self._verify(step, {**parts}, read)
+    except DamagedCheckpoint:
+      return
+    raise ValueError(
+      f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
+      "those of this config (another optimizer?); set the run's config back, "
+      'or choose another --workdir'
+    )
+
   def course(self) -> Course:
     """How the run had gone at the latest checkpoint."""
-    found = self._card(self.latest())['course']
-    place = tuple(map(tuple, found.pop('place')))
-    return Course(place=place, **found)
+    return checkpoint_card.course(self._card(self.latest()))
 
   def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
     """The trainable collection of a checkpoint, and its card.
@@ -191,22 +233,23 @@ class Checkpoints:
         or the number of its step.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint.
+      DamagedCheckpoint: it is damaged.
     """
     step = self._find(which)
-    found = self._card(step)
+    read = self._card(step)
     tree = self._restore(step, trainable=ocp.args.StandardRestore())
-    self._verify(step, {'trainable': tree['trainable']}, found['hashes'])
-    return jax.tree.map(np.asarray, tree['trainable']), found
+    self._verify(step, {'trainable': tree['trainable']}, read)
+    return jax.tree.map(np.asarray, tree['trainable']), read
 
   def _find(self, which: str) -> int:
-    step, steps = self.latest(), sorted(self._manager.all_steps())
+    step, steps = self.latest(), self._steps()
     if step is None:
       raise ValueError(f'{self.path} holds no checkpoint; train first')
     if which == 'best':
       step = self.course().best_step
     elif which:
-      step = int(which) if which.isdigit() else -1
+      step = int(which) if which.isdecimal() and len(which) < 19 else -1
     if step not in steps:
       raise ValueError(
         f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
@@ -215,64 +258,75 @@ class Checkpoints:
       )
     return step
 
+  def _steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def _before(self, step: int) -> list[int]:
+    return [other for other in self._steps() if other < step]
+
+  def _set_aside(self, step: int) -> str:
+    """Moves a checkpoint out of the way; returns its new path."""
+    folder = os.path.join(os.path.dirname(self.path), 'damaged')
+    target, number = os.path.join(folder, str(step)), 1
+    while os.path.lexists(target):
+      target, number = os.path.join(folder, f'{step}.{number}'), number + 1
+    # Nobody moves it while another process still reads it.
+    processes.agree(True, True)
+    if processes.first():
+      os.makedirs(folder, exist_ok=True)
+      os.rename(os.path.join(self.path, str(step)), target)
+    processes.agree(True, True)
+    self._manager = ocp.CheckpointManager(self.path, options=self._options)
+    return target
+
   def _card(self, step: int) -> dict[str, Any]:
-    card = self._restore(step, card=ocp.args.JsonRestore())['card']
-    sealed = {k: v for k, v in card.items() if k != 'sha256'}
-    if card.get('sha256') != _seal(sealed):
-      raise ValueError(
-        f'the checkpoint {self.path}/{step} is damaged: its card differs from '
-        f'its hash; {self._advice(step)}'
-      )
-    return card
+    read = self._restore(step, card=ocp.args.JsonRestore())['card']
+    try:
+      checkpoint_card.check(read)
+    except ValueError as e:
+      raise self._damaged(step, str(e)) from None
+    return read
 
   def _restore(self, step: int, **items) -> Any:
+    folder = os.path.join(self.path, str(step))
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, OSError, KeyError) as e:
-      reason = (str(e).splitlines() or [type(e).__name__])[0]
-      raise ValueError(
-        f'the checkpoint {self.path}/{step} cannot be read ({reason}); if the '
-        f'config is still that of the run, it is damaged: {self._advice(step)}'
-      ) from e
+      for parent, _, file_names in os.walk(folder):
+        for name in file_names:
+          files.check_file(os.path.join(parent, name))
+      with orbax_output.quiet():
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:
+      # Orbax and TensorStore raise many types at damaged bytes.
+      if is_out_of_memory(e) or isinstance(e, PermissionError):
+        raise
+      # TensorStore's own error says more than what Orbax wraps it in.
+      error = e.__cause__ or e
+      reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+      if len(reason) > _QUOTED:
+        reason = f'{reason[:_QUOTED]}...'
+      raise self._damaged(step, f'it cannot be read ({reason})') from e
 
-  def _verify(self, step: int, parts: Tree, hashes: dict[str, str]) -> None:
-    for name, found in _hashes(parts).items():
-      if found != hashes.get(name):
-        raise ValueError(
-          f'the checkpoint {self.path}/{step} is damaged: {name} differs from '
-          f'its hash; {self._advice(step)}'
-        )
+  def _verify(self, step: int, parts: Tree, read: Mapping[str, Any]) -> None:
+    try:
+      checkpoint_card.verify(parts, read['hashes'])
+    except ValueError as e:
+      raise self._damaged(step, str(e)) from None
 
-  def _advice(self, step: int) -> str:
-    before = [s for s in self._manager.all_steps() if s < step]
-    then = f'go on from step {max(before)}' if before else 'begin anew'
-    return f'move that directory away to {then}'
-
-
-def _seal(card: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Orbax's threads log the traceback of what the caller is raised anyway."""
-  logger = logging.getLogger('absl')
-  before = logger.level
-  logger.setLevel(logging.CRITICAL)
-  try:
-    yield
-  finally:
-    logger.setLevel(before)
-
-
-def _hashes(parts: Tree) -> dict[str, str]:
-  """{path: hash} of every array; optimizer states are no plain dicts."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): names.array_hash(
-      np.asarray(leaf)
+  def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
+    before = self._before(step)
+    if step != self.latest():
+      others = ', '.join(str(s) for s in self._steps() if s != step)
+      advice = f'name another of its steps: {others}'
+    elif before:
+      advice = (
+        f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
+        f'which evaluate and generate read by --checkpoint={before[-1]}'
+      )
+    else:
+      advice = 'there is none before it: begin anew in another --workdir'
+    return DamagedCheckpoint(
+      f'the checkpoint {self.path}/{step} is damaged: {reason}; {advice}'
     )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
-  }
 
 
 def restore_trained(
@@ -299,13 +353,13 @@ def restore_adapter(
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.
   """
-  tree, found = restore_trained(workdir, which)
-  if found['trainable'] != 'peft':
+  tree, read = restore_trained(workdir, which)
+  if read['trainable'] != 'peft':
     raise ValueError(
-      f'the run in {workdir!r} trained the base itself ({found["method"]}); '
+      f'the run in {workdir!r} trained the base itself ({read["method"]}); '
       'it has no adapter'
     )
-  return tree, found
+  return tree, read
 
 
 def _rest(state: State) -> Tree:

@@ -2,9 +2,11 @@
 """How a command starts: flags, configs found, and errors in one sentence."""
 
 import ast
+import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moepeft import gin_files, gin_flags, pages
 from moepeft.core import secrets
+from moepeft.core.memory import is_out_of_memory
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -116,14 +119,65 @@ def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
     pages.keep()
-    try:
-      main(argv)
-    except _ERRORS as e:
-      if _TRACEBACK.value:
-        raise
-      _stop(str(e))
+    answer(lambda: main(argv), _TRACEBACK.value)
 
   app.run(safe_main, flags_parser=parse)
+
+
+def answer(main: Callable[[], None], with_traceback: bool = False) -> None:
+  """Runs a command's work; what a user can mend ends it with a sentence.
+
+  Exit codes are 2, 130 after Ctrl-C, and 141 where the reader of the output,
+  like `head`, has left.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    # A terminal of ASCII gets escapes in place of an error.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+  try:
+    main()
+    sys.stdout.flush()
+  except KeyboardInterrupt:
+    print('\nstopped', file=sys.stderr)
+    sys.exit(130)
+  except BrokenPipeError:
+    # Python would try to write the rest at exit, and say so.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(141)
+  except Exception as e:
+    sentence = sentence_of(e)
+    if sentence is None or with_traceback:
+      raise
+    _stop(sentence)
+
+
+def sentence_of(error: Exception) -> str | None:
+  """What a user is told of an error; None for a fault of the program."""
+  first = (str(error).splitlines() or [''])[0]
+  if is_out_of_memory(error):
+    detail = f' ({first})' if first else ''
+    return (
+      f'memory ran out{detail}; lower config.batch_size, the lengths of '
+      'config.data or --batch_size, raise config.accumulate, or set '
+      'config.model.remat=True or config.model.quantise'
+    )
+  if isinstance(error, _ERRORS):
+    return str(error)
+  if _is_of_start(error):
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    return (
+      f'JAX cannot start with JAX_PLATFORMS={platforms!r}'
+      f'{f" ({first})" if first else ""}; install the JAX of that device, or '
+      'unset JAX_PLATFORMS'
+    )
+  return None
+
+
+def _is_of_start(error: Exception) -> bool:
+  """Whether JAX raised it as it looked for devices: it has no type for that."""
+  trace = error.__traceback__
+  files = [frame.filename for frame in traceback.extract_tb(trace)]
+  return any(name.endswith('jax/_src/xla_bridge.py') for name in files)
 
 
 def keep_programs() -> None:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
-from moepeft import headings, remarks, routed
+from moepeft import headings, remarks, routed, run_config
 from moepeft.count import count
 from moepeft.peft.build import plain
 from moepeft.scoring import figures, folders, groups, published, sameness
@@ -194,11 +193,7 @@ def _counts(entry: Entry) -> tuple[int, int]:
   """(trained, of the base), from the rows or else from shapes."""
   if entry.parameters is not None:
     return entry.parameters, entry.base_parameters
-  config = config_lib.default()
-  with config.unlocked():
-    with open(os.path.join(entry.folder, 'config.json')) as f:
-      config.update(ConfigDict(json.load(f)))
-  counted = count(config)
+  counted = count(run_config.load(entry.folder))
   return counted['peft'], counted['params']
 
 

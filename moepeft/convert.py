@@ -42,7 +42,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepeft import interop
+from moepeft import command, interop, run_config
 from moepeft.base import resolve
 from moepeft.core import untrusted
 from moepeft.data import chat_template
@@ -111,6 +111,12 @@ def main(argv: Sequence[str]) -> int:
   except (ValueError, flags.Error, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except Exception as error:
+    sentence = command.sentence_of(error)
+    if sentence is None:
+      raise
+    print(f'error: {sentence}', file=sys.stderr)
+    return 2
   return 0
 
 
@@ -169,9 +175,8 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = _section(values, 'data')
-  path = untrusted.field(data, 'chat_template', str, '')
-  system = untrusted.field(data, 'system', str, '')
+  data = run_config.read(values.workdir).get('data', {})
+  path, system = data.get('chat_template', ''), data.get('system', '')
   if not path and not system:
     return ''
   base = values.base or card['base']['path']
@@ -179,12 +184,6 @@ def _template(values: flags.FlagValues, card) -> str:
   chat_template.put(words, path, system)
   own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
   return own if isinstance(own, str) else ''
-
-
-def _section(values: flags.FlagValues, name: str) -> dict:
-  """A section of a run's config.json."""
-  config = files.read_json(Path(values.workdir) / 'config.json')
-  return untrusted.field(config, name, dict, {})
 
 
 def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
@@ -211,7 +210,8 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  before = untrusted.field(_section(values, 'optimizer'), 'clock', int, 0)
+  config = run_config.read(values.workdir)
+  before = int(config.get('optimizer', {}).get('clock', 0))
   step = before + card['step']
   print(
     f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
@@ -381,8 +381,8 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    data = _section(values, 'data')
-    path = untrusted.field(data, 'vocabulary', str, '') or base
+    config = run_config.read(values.workdir)
+    path = config.get('data', {}).get('vocabulary') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None
   try:

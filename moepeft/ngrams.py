@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command
+from moepeft.core import files
 from moepeft.data import sources, spans, text, vocabulary
 from moepeft.data.causal import Sample
 from moepeft.data.forms import form
@@ -262,8 +263,7 @@ def main(argv) -> None:
     best = '  the least' if nats == min(found) else ''
     print(f'{n}-gram  {nats:.4f}{best}')
   if _JSON.value:
-    with open(_JSON.value, 'w') as f:
-      json.dump(dict(enumerate(found, 1)), f)
+    files.write_text(_JSON.value, json.dumps(dict(enumerate(found, 1))))
 
 
 if __name__ == '__main__':

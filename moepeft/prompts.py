@@ -98,14 +98,17 @@ def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
     found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]
   for name in ('generation_config.json', 'config.json'):
     path = os.path.join(folder, name)
-    if os.path.isfile(path):
-      said = untrusted.read_json_object(path).get('eos_token_id')
-      found += said if isinstance(said, list) else [said]
-      if not all(i is None or type(i) is int for i in found):
+    if os.path.exists(path):
+      source = untrusted.read_json_object(path)
+      try:
+        untrusted.check_shape(source, {'eos_token_id?': (int, [int], None)})
+      except untrusted.Malformed:
         raise ValueError(
-          f"{path} has {said!r:.60} in 'eos_token_id', expected ids of tokens; "
-          'copy it again'
-        )
+          f'{path} has eos_token_id={source["eos_token_id"]!r}, expected an '
+          'integer or a list of them; copy it again'
+        ) from None
+      ids = source.get('eos_token_id')
+      found += ids if isinstance(ids, list) else [ids]
   return tuple(dict.fromkeys(i for i in found if i is not None))
 
 

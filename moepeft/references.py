@@ -4,7 +4,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from moepeft import base as base_lib
 from moepeft import processes
+from moepeft.core import files as core_files
+from moepeft.core import untrusted
 from moepeft.data.answers import Read, Sides
 from moepeft.models import names
 from moepeft.nn import start
@@ -120,13 +122,16 @@ def precomputed(
   folder = workdir and os.path.join(workdir, 'reference')
   card = {'key': _key(found, own, variables, described)}
   if folder and os.path.exists(os.path.join(folder, _CARD)):
-    with open(os.path.join(folder, _CARD)) as f:
-      if json.load(f) != card:
-        raise ValueError(
-          f'{folder} was computed of another base, adapter or data than those '
-          'of this run; put them back, or choose another --workdir'
-        )
-    return np.load(os.path.join(folder, _ARRAY), mmap_mode='r')
+    if _kept(folder, _CARD, untrusted.read_json_object) != card:
+      raise ValueError(
+        f'{folder} was computed of another base, adapter or data than those '
+        'of this run; put them back, or choose another --workdir'
+      )
+    array = _kept(folder, _ARRAY, _mapped)
+    expected = (len(found.items), len(own.sides))
+    if array.dtype != np.float32 or array.shape[:2] != expected:
+      raise _damaged(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
+    return array
   array = _computed(found, own, model, variables, mesh, rows)
   if folder and processes.first():
     os.makedirs(folder, exist_ok=True)
@@ -138,6 +143,27 @@ def precomputed(
 
 
 _ARRAY, _CARD = 'log_p.npy', 'card.json'
+
+
+def _kept(folder: str, name: str, read: Callable[[str], Any]) -> Any:
+  path = os.path.join(folder, name)
+  try:
+    return read(path)
+  except (ValueError, EOFError) as e:
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    raise _damaged(folder, name, reason) from None
+
+
+def _mapped(path: str) -> np.ndarray:
+  core_files.check_file(path)
+  return np.load(path, mmap_mode='r', allow_pickle=False)
+
+
+def _damaged(folder: str, name: str, reason: str) -> ValueError:
+  return ValueError(
+    f'{folder}/{name} is damaged ({reason}); remove {folder} to compute it '
+    'again'
+  )
 
 
 def _key(found: Read, own: Sides, variables: Tree, described) -> str:

@@ -8,8 +8,10 @@ interval 'routing'; rows of validation have 'validation_loss'.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from moepeft.core import files, untrusted
 
 NAME = 'metrics.jsonl'
 
@@ -52,7 +54,7 @@ def stream(path: str) -> Iterator[dict[str, Any]]:
   Raises:
     ValueError: another line is no row.
   """
-  for _, row in _lines(path):
+  for _, row in _lines(path, _check_figures):
     yield row
 
 
@@ -61,26 +63,63 @@ def read(path: str) -> list[dict[str, Any]]:
   return list(stream(path))
 
 
-def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(
+  path: str, check: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
   if not os.path.exists(path):
     return
-  with open(path, 'rb') as lines:
+  with files.open_file(path) as lines:
     for number, line in enumerate(lines, 1):
       if line.endswith(b'\n'):
-        yield line, _row(line, path, number)
+        yield line, _row(line, path, number, check)
 
 
-def _row(line: bytes, path: str, number: int) -> dict[str, Any]:
+def _row(
+  line: bytes,
+  path: str,
+  number: int,
+  check: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
   try:
-    row = json.loads(line)
-    if isinstance(row['step'], int):
-      return row
-  except (ValueError, KeyError, TypeError):
-    pass
-  raise ValueError(
-    f'line {number} of {path} is no row of a run: a JSON object with a step; '
-    'remove that line'
-  )
+    row = untrusted.parse_json(line, allow_nan=False)
+    untrusted.check_shape(row, {'step': int})
+    check(row)
+  except untrusted.Malformed as e:
+    raise ValueError(
+      f'line {number} of {path} is no row of a run ({e}); remove that line'
+    ) from None
+  return row
+
+
+# Figures of a site: one, one a layer, or one for each expert of each layer.
+_FIGURES = (float, [float], [[float]])
+_SITE = {'load': ([[float]], [float]), 'entropy': (float, [float])}
+
+
+def _check_figures(row: dict[str, Any]) -> None:
+  """
+  Raises:
+    Malformed: a figure is no number, or the layers of a site have others.
+  """
+  for key, value in row.items():
+    if key != 'routing':
+      untrusted.check_shape(value, (float, None), key)
+  untrusted.check_shape(row, {'routing?': {str: _SITE}})
+  for site, values in row.get('routing', {}).items():
+    _check_site(values, f'routing.{site}')
+
+
+def _check_site(values: Mapping[str, Any], where: str) -> None:
+  for key, value in values.items():
+    untrusted.check_shape(value, _FIGURES, f'{where}.{key}')
+    if isinstance(value, list) and len({*map(_length, value)}) != 1:
+      raise untrusted.Malformed(
+        f'expected layers of as many figures each in {where + "." + key!r}'
+      )
+
+
+def _length(value: Any) -> int:
+  return len(value) if isinstance(value, list) else -1
 
 
 def _drop_after(path: str, step: int) -> None:
@@ -91,7 +130,7 @@ def _drop_after(path: str, step: int) -> None:
   if not os.path.exists(path):
     return
   end = 0
-  for line, row in _lines(path):
+  for line, row in _lines(path, lambda row: None):
     if row['step'] > step:
       break
     end += len(line)

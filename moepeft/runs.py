@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import config as config_lib
-from moepeft import prompts
+from moepeft import prompts, run_config
 from moepeft.checkpoint import card, restore_trained
 from moepeft.data import chat_template, vocabulary
 from moepeft.data.vocabulary import Vocabulary
@@ -22,7 +22,7 @@ from moepeft.models import check_decodes, names
 from moepeft.peft import Built
 from moepeft.typing import Tree
 
-CONFIG = 'config.json'
+CONFIG = run_config.NAME
 DATA = 'data.json'
 
 
@@ -58,7 +58,7 @@ def check_unchanged(
   """
   if not _begun(workdir, CONFIG):
     return
-  before = names.flatten(_read(workdir))
+  before = names.flatten(run_config.read(workdir))
   now = names.flatten(json.loads(config.to_json()))
   free = _FREE
   if now['optimizer/schedule'] != 'constant':
@@ -86,7 +86,7 @@ def dated(workdir: str, config: ConfigDict) -> ConfigDict:
   if config.data.date or not _begun(workdir, CONFIG):
     return config
   config = config.copy_and_resolve_references()
-  config.data.date = _read(workdir).get('data', {}).get('date', '')
+  config.data.date = run_config.read(workdir).get('data', {}).get('date', '')
   return config
 
 
@@ -106,7 +106,11 @@ def check_same_data(
   """
   if not _begun(workdir, DATA):
     return
-  before = _read(workdir, DATA)
+  before = run_config.read_object(
+    os.path.join(workdir, DATA),
+    {str: {str: str}},
+    'allow other data with --may_differ=data, after removing it',
+  )
   free = tuple(f'{key.removeprefix("config.")}.' for key in may_differ)
   for key in sorted(before.keys() & found.keys()):
     if f'data.{key}.'.startswith(free):
@@ -131,18 +135,6 @@ def _begun(workdir: str, file: str) -> bool:
   ):
     return False
   return os.path.exists(os.path.join(workdir, file))
-
-
-def _read(workdir: str, file: str = CONFIG) -> dict[str, Any]:
-  path = os.path.join(workdir, file)
-  try:
-    with open(path) as f:
-      return json.load(f)
-  except ValueError as e:
-    raise ValueError(
-      f'{path} is damaged ({e}); give the command that began the run once '
-      f'more, in a new --workdir, and copy its {file}'
-    ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +188,7 @@ def load(workdir: str, which: str = '') -> Run:
     ValueError: no run is there, its base has changed since, or its chat
       template is gone.
   """
-  if not os.path.exists(os.path.join(workdir, CONFIG)):
-    raise ValueError(f'{workdir!r} is no work directory: it has no {CONFIG}')
-  config = config_lib.default()
-  with config.unlocked():
-    config.update(_read(workdir))
+  config = run_config.load(workdir)
   # A pass over many shapes is mostly compiling, which unrolled layers lengthen.
   config.model.unroll = 1
   base = base_lib.load(config.model)

@@ -3,13 +3,13 @@
 
 import collections
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moepeft import scoring
+from moepeft.core import files
 from moepeft.judge import means, warnings
 from moepeft.runs import Run
 from moepeft.scoring import Row, answers, text
@@ -112,14 +112,4 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
 
 def write(path: str, found: dict[str, Any]) -> None:
   """Writes it all or not at all."""
-  part = f'{path}.{os.getpid()}.part'
-  try:
-    with open(part, 'w') as f:
-      json.dump(found, f, indent=2)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, path)
-  except BaseException:
-    if os.path.exists(part):
-      os.unlink(part)
-    raise
+  files.write_text(path, json.dumps(found, indent=2))

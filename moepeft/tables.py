@@ -11,6 +11,7 @@ import re
 from absl import flags
 
 from moepeft import command, compared
+from moepeft.core import files
 from moepeft.scoring import forest, forms
 from moepeft.scoring.forms import Table
 
@@ -21,8 +22,7 @@ def write(table: Table, prefix: str) -> list[str]:
   os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
   texts = (forms.markdown(table), forms.latex(table))
   for path, text in zip(paths, texts, strict=False):
-    with open(path, 'w', encoding='utf-8') as f:
-      f.write(text)
+    files.write_text(path, text)
   forest.draw(table, paths[-1])
   return paths
 
@@ -36,17 +36,14 @@ def put_into(path: str, name: str, text: str) -> None:
     ValueError: the document or its markers are not there, or are there twice.
   """
   new = replaced(path, name, text)
-  with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-    f.write(new)
-  os.replace(f'{path}.tmp', path)
+  files.write_text(path, new)
 
 
 def replaced(path: str, name: str, text: str) -> str:
   """The document with the table in it; raises as `put_into`."""
-  if not os.path.isfile(path):
+  if not os.path.exists(path):
     raise ValueError(f'--into={path}: there is no such document')
-  with open(path, encoding='utf-8') as f:
-    document = f.read()
+  document = files.read_text(path)
   start, end = f'<!-- table: {name} -->', '<!-- /table -->'
   # Nothing but this table lies between: no other one begins there.
   between = r'((?!<!-- table: ).)*?'

@@ -31,11 +31,13 @@ from moepeft import (
   plots,
   processes,
   references,
+  run_config,
   sharding,
 )
 from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
+from moepeft.core import files as core_files
 from moepeft.data import (
   chat_template,
   cuts,
@@ -73,7 +75,12 @@ from moepeft.runs import (
 from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
-from moepeft.workdir import open_workdir, tell_full_disk
+from moepeft.workdir import (
+  Workdir,
+  latest_checkpoint,
+  open_workdir,
+  tell_full_disk,
+)
 from moepeft.writers import writers
 
 _WORKDIR = flags.DEFINE_string(
@@ -90,11 +97,26 @@ _MAY_DIFFER = flags.DEFINE_list(
   [],
   'Keys, like data.path, in which a run that goes on may differ from before.',
 )
+_SKIP_DAMAGED = flags.DEFINE_bool(
+  'skip_damaged',
+  False,
+  'Go on from the checkpoint before one that is damaged, which is moved to '
+  '<workdir>/damaged.',
+)
 _DISTRIBUTED = flags.DEFINE_string(
   'distributed',
   None,
   "Join the other processes of a run: 'auto' on a cluster that JAX knows (TPU, "
   "SLURM, ...), else 'HOST:PORT,PROCESSES,NUMBER of this one'.",
+)
+
+_DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
+  'distributed_timeout',
+  300,
+  'Seconds that processes wait for each other to come, and after which one '
+  'that does not answer counts as lost.',
+  lower_bound=processes.SHORTEST,
+  upper_bound=processes.LONGEST,
 )
 
 
@@ -172,6 +194,7 @@ def train(
   dry_run: bool = False,
   may_differ: Sequence[str] = (),
   gin: str = '',
+  skip_damaged: bool = False,
 ) -> dict:
   """Trains, evaluates and writes; returns the closing summary.
 
@@ -182,6 +205,7 @@ def train(
     may_differ: keys in which the config may differ from that of the run that
       is gone on from; see `runs.check_unchanged`.
     gin: the gin files that the config is from as one, kept as config.gin.
+    skip_damaged: goes on from the checkpoint before one that is damaged.
 
   Raises:
     ValueError: the config, the data or the work directory does not do.
@@ -192,19 +216,31 @@ def train(
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
   if dry_run:
-    return _train(config, workdir, dry_run, gin, {})
+    return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
-  with open_workdir(workdir) if processes.first() else contextlib.nullcontext():
+  alone = open_workdir(workdir) if processes.first() else None
+  with (
+    alone or contextlib.nullcontext(),
+    tell_full_disk(workdir, lambda: latest_checkpoint(workdir)),
+  ):
     config = dated(workdir, config)
     check_unchanged(workdir, config, may_differ)
     read = files.hashes(config.data)
     check_same_data(workdir, read, may_differ)
-    return _train(config, workdir, dry_run, gin, read)
+    return _train(
+      config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
+    )
 
 
 def _train(
-  config: ConfigDict, workdir: str, dry_run: bool, gin: str, read: dict
+  config: ConfigDict,
+  workdir: str,
+  gin: str,
+  read: dict,
+  alone: Workdir | None = None,
+  dry_run: bool = False,
+  skip_damaged: bool = False,
 ) -> dict:
   started = time.monotonic()
 
@@ -338,7 +374,7 @@ def _train(
   )
   course = Course()
   if checkpoints.latest() is not None:
-    state = checkpoints.restore(state, described)
+    state = checkpoints.restore(state, described, skip_damaged)
     course = checkpoints.course()
     batches.go_to(processes.own(course.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
@@ -349,8 +385,7 @@ def _train(
   )
   processes.write_json(os.path.join(workdir, DATA), read)
   if gin and processes.first():
-    with open(os.path.join(workdir, 'config.gin'), 'w') as f:
-      f.write(gin)
+    core_files.write_text(os.path.join(workdir, 'config.gin'), gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
   log, pictures = config.log, os.path.join(workdir, 'plots')
   written = []
@@ -365,6 +400,9 @@ def _train(
     print('evaluating before training', flush=True)
     before = judge(built.variables(state), 'before training', 0)
     processes.write_json(before_path, before)
+  elif config.evaluation.before and config.evaluation.after:
+    # Not at the end, where damage to it would cost the summary.
+    before = _read_before(before_path)
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
@@ -377,14 +415,14 @@ def _train(
     config.router_alarm,
     share[1],
   )
-  report.began(before)
+  report.began({} if first else before)
   done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
   memory = pages.Bound()
   if done < config.steps:
     progress.say('compiling the first step')
-  with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
+  with Signals() as signals:
     while done < config.steps and not course.exhausted(config.patience):
       batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
@@ -397,6 +435,8 @@ def _train(
         memory.begin()
         signals.listen()
       memory.check()
+      if alone:
+        alone.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
       log_now = judge_now or _every(log.every_steps, done)
@@ -418,6 +458,8 @@ def _train(
           course = dataclasses.replace(
             course, place=processes.places(batches.place())
           )
+          if alone:
+            alone.check()
           checkpoints.save(state, described, course)
           figures.draw()
       elif log_now:
@@ -444,8 +486,10 @@ def _train(
     after = judge(
       built.variables(state), 'after training', int(state.step), validated
     )
+    if alone:
+      # Evaluating takes minutes.
+      alone.check()
     processes.write_json(after_path, after)
-    before = _read_json(before_path) if config.evaluation.before else {}
     if after['rows']:
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
@@ -470,11 +514,20 @@ def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
 
 
-def _read_json(path: str) -> dict:
+_MEASURED = {
+  'group': str,
+  'task': str,
+  'templates': str,
+  'accuracy': float,
+}
+
+
+def _read_before(path: str) -> dict:
   if not os.path.exists(path):
     return {}
-  with open(path) as f:
-    return json.load(f)
+  return run_config.read_object(
+    path, {'rows?': [_MEASURED]}, 'remove it to go on without it'
+  )
 
 
 def main(argv) -> None:
@@ -487,9 +540,11 @@ def main(argv) -> None:
   workdir = os.path.expanduser(workdir)
   try:
     if _DISTRIBUTED.value:
-      processes.join(_DISTRIBUTED.value)
+      processes.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
     may_differ, gin = _MAY_DIFFER.value, command.gin_text()
-    train(_CONFIG.value, workdir, _DRY_RUN.value, may_differ, gin)
+    dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
+    with processes.together(_DISTRIBUTED_TIMEOUT.value):
+      train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)
     sys.exit(e.code)

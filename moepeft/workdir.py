@@ -9,9 +9,9 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import IO
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries in C++ say it.
-_WORDS = tuple(os.strerror(code) for code in _FULL)
+from moepeft.core.files import is_full
+
+_LOCK = 'lock'
 # What flock answers where the file system has no locks (some network disks).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -26,6 +26,43 @@ class Workdir:
     self.path = path
     self._lock = lock
 
+  def check(self) -> None:
+    """To be called before anything is written: is the directory still there?
+
+    Libraries would make it anew, empty, and the run would go on in it.
+
+    Raises:
+      LostWorkdir: it was deleted, moved or replaced.
+    """
+    held = os.fstat(self._lock.fileno())
+    try:
+      there = os.stat(os.path.join(self.path, _LOCK))
+    except OSError:
+      there = None
+    if there and (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+      return
+    raise LostWorkdir(
+      f'the work directory {self.path!r} was deleted, moved or replaced while '
+      f'the run wrote to it; {self._remains()}'
+    )
+
+  def _remains(self) -> str:
+    """What to do about a directory that has moved, or is gone."""
+    try:
+      # As Linux says it; the link of a deleted file ends in ' (deleted)'.
+      lock = os.readlink(f'/proc/self/fd/{self._lock.fileno()}')
+    except OSError:
+      return f'put it back, then the same command {_then(None)}'
+    folder = os.path.dirname(lock)
+    step = latest_checkpoint(folder)
+    if os.path.lexists(lock):
+      return f'move {folder!r} back, then the same command {_then(step)}'
+    if step is None:
+      return 'no checkpoint is left of it, and the same command begins anew'
+    return (
+      f'its lock file is gone, the same command {_then(step)} in {folder!r}'
+    )
+
   def close(self) -> None:
     """Lets others in; may be called again."""
     if not self._lock.closed:
@@ -35,8 +72,14 @@ class Workdir:
   def __enter__(self) -> 'Workdir':
     return self
 
-  def __exit__(self, *raised) -> None:
-    self.close()
+  def __exit__(self, kind, error, trace) -> None:
+    del kind, trace
+    try:
+      # An error of a directory that is gone says less than that.
+      if isinstance(error, Exception) and not isinstance(error, LostWorkdir):
+        self.check()
+    finally:
+      self.close()
 
 
 def open_workdir(path: str) -> Workdir:
@@ -51,7 +94,7 @@ def open_workdir(path: str) -> Workdir:
   lock = None
   try:
     os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, 'lock'), 'a+')
+    lock = open(os.path.join(path, _LOCK), 'a+')
     _take(lock, path)
     lock.truncate(0)
     print(f'pid {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
@@ -98,15 +141,13 @@ def _unwritable(path: str, error: OSError) -> str:
   )
 
 
-def is_full(error: BaseException | None) -> bool:
-  """Whether an error, or what it was raised from, says that a disk is full."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(word in str(error) for word in _WORDS):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
+def latest_checkpoint(path: str) -> int | None:
+  """The step of a work directory's latest checkpoint, if it has any."""
+  try:
+    names = os.listdir(os.path.join(path, 'checkpoints'))
+  except OSError:
+    return None
+  return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 @contextlib.contextmanager
@@ -127,16 +168,20 @@ def tell_full_disk(
   except Exception as e:
     if not is_full(e) or isinstance(e, FullDisk):
       raise
-    step = latest()
-    then = (
-      'begins anew, as there is no whole checkpoint yet'
-      if step is None
-      else f'goes on from the checkpoint of step {step}'
-    )
     raise FullDisk(
       f'the disk of {path} is full; free some space, then the same command '
-      f'{then}'
+      f'{_then(latest())}'
     ) from e
+
+
+def _then(step: int | None) -> str:
+  if step is None:
+    return 'begins anew, as there is no whole checkpoint yet'
+  return f'goes on from the checkpoint of step {step}'
+
+
+class LostWorkdir(ValueError):
+  """A work directory that is no longer where it was."""
 
 
 class FullDisk(ValueError):

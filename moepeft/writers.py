@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from moepeft.core import secrets
+from moepeft.core import files, secrets
 from moepeft.history import FIGURES, short
 from moepeft.rows import Rows
 
@@ -179,10 +179,7 @@ def _wandb_id(workdir: str) -> str:
   """The run's name at Weights & Biases, kept in the work directory."""
   path = os.path.join(workdir, _WANDB_ID)
   if os.path.exists(path):
-    with open(path) as f:
-      return f.read().strip()
+    return files.read_text(path).strip()
   name = uuid.uuid4().hex[:8]
-  with open(f'{path}.tmp', 'w') as f:
-    f.write(name)
-  os.replace(f'{path}.tmp', path)
+  files.write_text(path, name)
   return name

@@ -12,7 +12,8 @@ import pytest
 
 from moepeft import base as base_lib
 from moepeft import config as config_lib
-from moepeft.checkpoint import Checkpoints, _seal, card, restore_adapter
+from moepeft.checkpoint import Checkpoints, card, restore_adapter
+from moepeft.checkpoint_card import seal
 from moepeft.interop import hf
 from moepeft.models import t5
 from moepeft.nn.start import fresh
@@ -100,7 +101,7 @@ def change_card(path, change):
   change(found['hashes'])
   # The card is whole, what it says of an array is not so.
   del found['sha256']
-  found['sha256'] = _seal(found)
+  found['sha256'] = seal(found)
   file.write_text(json.dumps(found))
 
 

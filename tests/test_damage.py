@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """No damage to a run's files is silent, and none takes what was whole."""
 
+import json
 import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moepeft import train
-from moepeft.checkpoint import Checkpoints
+from moepeft.checkpoint import Checkpoints, DamagedCheckpoint
+from moepeft.checkpoint_card import seal
 from moepeft.rows import read
+from moepeft.workdir import LostWorkdir
 
 from .disks import full_disk  # noqa: F401
 from .test_checkpoint import DESCRIBED, blank, make_state
-from .test_train import base, card  # noqa: F401
+from .test_train import adapter_bytes, base, card  # noqa: F401
 
 
 @pytest.fixture(scope='module')
@@ -105,6 +109,108 @@ def test_doing_what_a_damage_says_goes_on_from_the_one_before(whole, tmp_path):
   assert equal(leaves(found), leaves(make_state(step=5)))
 
 
+@pytest.mark.parametrize('name', ['trainable', 'rest'])
+def test_an_array_that_the_metadata_lost_is_named(whole, tmp_path, name):
+  shutil.copytree(whole, tmp_path / 'w')
+  path = tmp_path / 'w' / 'checkpoints' / '7' / name / '_METADATA'
+  found = json.loads(path.read_text())
+  entry = next(key for key in found['tree_metadata'] if "'b'" in key)
+  del found['tree_metadata'][entry]
+  path.write_text(json.dumps(found))
+  checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
+  with pytest.raises(
+    DamagedCheckpoint, match='7 is damaged.*go on from step 5'
+  ):
+    checkpoints.restore(blank(), DESCRIBED)
+  if name == 'trainable':
+    # Read without a state that says what should be there.
+    with pytest.raises(DamagedCheckpoint, match='trainable/q/b is absent'):
+      checkpoints.restore_trainable()
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('hashes', []),
+    ('hashes', {'trainable/q/a': 3}),
+    ('step', 'seven'),
+    ('step', 2**70),
+    ('course', None),
+    ('course', {'place': [[0]], 'best': None, 'best_step': 0, 'waited': 0}),
+    ('course', {'place': 3, 'best': None, 'best_step': 0, 'waited': 0}),
+    ('base', 'aa'),
+    ('method', None),
+  ],
+)
+def test_a_sealed_card_of_wrong_types_is_damaged(whole, tmp_path, key, value):
+  shutil.copytree(whole, tmp_path / 'w')
+  path = tmp_path / 'w' / 'checkpoints' / '7' / 'card' / 'metadata'
+  found = json.loads(path.read_text()) | {key: value}
+  path.write_text(json.dumps(found | {'sha256': seal(found)}))
+  checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
+  for reading in (
+    lambda: checkpoints.restore(blank(), DESCRIBED),
+    checkpoints.restore_trainable,
+    checkpoints.course,
+  ):
+    with pytest.raises(DamagedCheckpoint, match=f'damaged.*{key}|place') as e:
+      reading()
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_pipe_in_a_checkpoint_is_named_and_not_opened(whole, tmp_path):
+  shutil.copytree(whole, tmp_path / 'w')
+  path = tmp_path / 'w' / 'checkpoints' / '7' / 'trainable' / '_METADATA'
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(DamagedCheckpoint, match='7 is damaged.*a named pipe'):
+    Checkpoints(str(tmp_path / 'w'), keep=2).restore_trainable()
+
+
+def test_a_damaged_checkpoint_is_skipped_and_stays_on_the_disk(
+  whole, tmp_path, capsys
+):
+  for name in ('w/damaged/7', 'w/damaged/7.1'):
+    (tmp_path / name).mkdir(parents=True)
+  shutil.copytree(whole, tmp_path / 'w', dirs_exist_ok=True)
+  damaged = tmp_path / 'w' / 'checkpoints' / '7'
+  for data in damaged.rglob('d/*'):
+    cut(data)
+  before = {f.relative_to(damaged) for f in damaged.rglob('*')}
+  checkpoints = Checkpoints(str(tmp_path / 'w'), keep=2)
+  found = checkpoints.restore(blank(), DESCRIBED, skip_damaged=True)
+  assert equal(leaves(found), leaves(make_state(step=5)))
+  assert 'skipped: the checkpoint' in capsys.readouterr().err
+  aside = tmp_path / 'w' / 'damaged' / '7.2'
+  assert {f.relative_to(aside) for f in aside.rglob('*')} == before
+  # The step is done again and saved in its place.
+  checkpoints.save(make_state(), DESCRIBED)
+  again = Checkpoints(str(tmp_path / 'w'), keep=2)
+  assert equal(leaves(again.restore(blank(), DESCRIBED)), leaves(make_state()))
+
+
+def test_the_last_whole_checkpoint_is_never_moved(whole, tmp_path):
+  shutil.copytree(whole, tmp_path / 'w')
+  for name in ('5', '7'):
+    cut(tmp_path / 'w' / 'checkpoints' / name / 'card' / 'metadata')
+  with pytest.raises(DamagedCheckpoint, match='5 is damaged.*begin anew'):
+    Checkpoints(str(tmp_path / 'w'), 2).restore(blank(), DESCRIBED, True)
+  assert (tmp_path / 'w' / 'checkpoints' / '5').is_dir()
+  assert (tmp_path / 'w' / 'damaged' / '7').is_dir()
+
+
+def test_a_config_that_does_not_fit_is_no_damage(whole, tmp_path):
+  shutil.copytree(whole, tmp_path / 'w')
+  state = blank()
+  other = state.replace(opt=optax.sgd(0.1, 0.9).init(state.trainable))
+  for opt in (other.opt, optax.adam(0.1).init({'q': jnp.zeros(7)})):
+    checkpoints = Checkpoints(str(tmp_path / 'w'), 2)
+    with pytest.raises(ValueError, match='is whole, but its arrays') as e:
+      checkpoints.restore(state.replace(opt=opt), DESCRIBED, skip_damaged=True)
+    assert not isinstance(e.value, DamagedCheckpoint)
+  assert not (tmp_path / 'w' / 'damaged').exists()
+
+
 def large(step):
   """Some 500 kB with Adam's moments, that no compression makes smaller."""
   noise = jax.random.normal(jax.random.key(0), (41_000,))
@@ -115,6 +221,7 @@ def large(step):
 def test_a_checkpoint_that_meets_a_full_disk_is_a_sentence(
   full_disk,  # noqa: F811
   leave,
+  capfd,
 ):
   workdir = str(full_disk.path / 'w')
   checkpoints = Checkpoints(workdir, keep=2)
@@ -122,6 +229,8 @@ def test_a_checkpoint_that_meets_a_full_disk_is_a_sentence(
   full_disk.fill(leave)
   with pytest.raises(ValueError, match='is full; free some.*of step 3') as told:
     checkpoints.save(large(5), DESCRIBED)
+  # No thread of the library says it again.
+  assert capfd.readouterr().err == ''
   assert len(str(told.value).splitlines()) == 1
   # Half a checkpoint is none, now and for the next process, and takes no room.
   assert checkpoints.latest() == Checkpoints(workdir, keep=2).latest() == 3
@@ -178,3 +287,60 @@ def test_training_refuses_a_cut_checkpoint_in_one_sentence(
   with pytest.raises(ValueError, match='checkpoints/2.*begin anew') as refused:
     train.train(card(base), str(tmp_path / 'w'))
   assert len(str(refused.value).splitlines()) == 1
+
+
+def test_training_goes_on_from_the_checkpoint_before_if_asked_to(
+  base,  # noqa: F811
+  begun,
+  tmp_path,
+):
+  workdir = tmp_path / 'w'
+  shutil.copytree(begun, workdir)
+  train.train(card(base), str(workdir))
+  expected = adapter_bytes(workdir)
+  for data in (workdir / 'checkpoints' / '4').rglob('d/*'):
+    cut(data)
+  with pytest.raises(ValueError, match='4 is damaged.*--skip_damaged.*step 2'):
+    train.train(card(base), str(workdir))
+  train.train(card(base), str(workdir), skip_damaged=True)
+  rows = read(str(workdir / 'metrics.jsonl'))
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  assert adapter_bytes(workdir) == expected
+
+
+@pytest.mark.parametrize('step', [2, 3])
+def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
+  base,  # noqa: F811
+  begun,
+  tmp_path,
+  monkeypatch,
+  step,
+):
+  workdir, moved = tmp_path / 'w', tmp_path / 'moved'
+  plain = train.loader
+
+  def opened(*args):
+    batches = plain(*args)
+
+    class Moving:
+      place, go_to, close = batches.place, batches.go_to, batches.close
+
+      def __next__(self):
+        if batches.place()[1] and not moved.exists():
+          workdir.rename(moved)
+        return next(batches)
+
+    return Moving()
+
+  if step == 3:
+    shutil.copytree(begun, workdir)
+  monkeypatch.setattr(train, 'loader', opened)
+  ending = 'of step 2' if step == 3 else 'begins anew'
+  with pytest.raises(LostWorkdir, match=f'moved.*{ending}'):
+    train.train(card(base), str(workdir))
+  assert not workdir.exists()
+  # Put back, it goes on.
+  monkeypatch.undo()
+  moved.rename(workdir)
+  train.train(card(base), str(workdir))
+  assert Checkpoints(str(workdir), 2).latest() == 4

@@ -78,7 +78,8 @@ import sys
 from moepeft.rows import Rows
 rows = Rows(sys.argv[1], step=int(sys.argv[2]))
 for step in range(int(sys.argv[2]) + 1, 10**9):
-  rows.write({'step': step, 'routing': {'q': {'load': [0.5] * (step % 997)}}})
+  load = [0.5] * (1 + step % 997)
+  rows.write({'step': step, 'routing': {'q': {'load': load, 'entropy': 0.5}}})
   if step % 100 == 0:
     print(step, flush=True)
 """
@@ -106,7 +107,8 @@ def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
 
 def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
   rows = Rows(str(full_disk.path))
-  row = {'step': 1, 'loss': [0.5] * 3000}
+  site = {'load': [0.5] * 3000, 'entropy': 0.5}
+  row = {'step': 1, 'routing': {'q': site}}
   with pytest.raises(OSError, match='No space left'):
     for _ in range(10_000):
       rows.write(row)

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,13 @@ import sys
 
 import pytest
 
-from moepeft.workdir import FullDisk, is_full, open_workdir, tell_full_disk
+from moepeft.workdir import (
+  FullDisk,
+  LostWorkdir,
+  is_full,
+  open_workdir,
+  tell_full_disk,
+)
 
 from .disks import full_disk, locked_disk  # noqa: F401
 
@@ -129,3 +136,36 @@ def test_other_errors_pass_as_they_are():
   assert not is_full(ValueError('RESOURCE_EXHAUSTED: Out of memory'))
   assert is_full(ValueError('RESOURCE_EXHAUSTED: No space left on device'))
   assert is_full(OSError(errno.EDQUOT, 'quota'))
+
+
+def test_a_directory_that_is_deleted_is_not_written_to_again(tmp_path):
+  path = tmp_path / 'w'
+  with pytest.raises(LostWorkdir, match='deleted.*no checkpoint is left'):
+    with open_workdir(str(path)) as workdir:
+      workdir.check()
+      shutil.rmtree(path)
+      # Another one of its name is another one.
+      path.mkdir()
+      (path / 'lock').touch()
+      workdir.check()
+
+
+def test_a_directory_that_is_moved_is_named_with_its_checkpoint(tmp_path):
+  path = tmp_path / 'w'
+  # What fails because of it says so too.
+  with pytest.raises(LostWorkdir, match='checkpoint of step 12') as e:
+    with open_workdir(str(path)):
+      for step in ('2', '12', '13.orbax-checkpoint-tmp'):
+        (path / 'checkpoints' / step).mkdir(parents=True)
+      path.rename(tmp_path / 'elsewhere')
+      (path / 'config.json').write_text('{}')
+  assert f"move '{tmp_path}/elsewhere' back" in str(e.value)
+  assert isinstance(e.value.__context__, FileNotFoundError)
+
+
+def test_a_directory_whose_lock_is_gone_may_be_entered_by_others(tmp_path):
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
+  with pytest.raises(LostWorkdir, match='lock file is gone.*of step 4'):
+    with open_workdir(str(tmp_path)) as workdir:
+      (tmp_path / 'lock').unlink()
+      workdir.check()

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files opened for reading: regular files only.
+"""Files opened for reading, regular ones only, and files replaced whole.
 
 Opening a named pipe blocks until somebody writes to it, and reading a device
 may never end, so everything that reads a path that a user or a request named
 opens it here, or calls `check_file` before a library opens it.
 """
 
+import contextlib
 import errno
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +21,11 @@ _KINDS = (
   (stat.S_ISCHR, 'a device'),
   (stat.S_ISBLK, 'a device'),
 )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# As libraries in C++ say it.
+_WORDS = tuple(os.strerror(code) for code in _FULL)
 
 
 class NotAFile(OSError):
@@ -112,3 +120,51 @@ def read_bytes(path: str | os.PathLike) -> bytes:
   """The bytes of a file; raises as `open_file`."""
   with open_file(Path(path)) as file:
     return file.read()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+  """A temporary path beside a file, which replaces it when the block ends.
+
+  At any moment the file is the old one or the new one, whole.
+
+  Raises:
+    OSError: it cannot be written; the old file is as it was.
+  """
+  folder, name = os.path.split(os.path.abspath(path))
+  descriptor, made = tempfile.mkstemp(prefix=f'.{name}.', dir=folder)
+  os.close(descriptor)
+  try:
+    yield made
+    with open(made, 'rb+') as file:
+      os.fsync(file.fileno())
+    os.chmod(made, 0o666 & ~umask())
+    os.replace(made, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(made)
+    raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a UTF-8 file, all of it or nothing; raises as `replacing`."""
+  with replacing(path) as made, open(made, 'w', encoding='utf-8') as file:
+    file.write(text)
+
+
+def umask() -> int:
+  """The process's mask of permissions; the one way to ask is to set it."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def is_full(error: BaseException | None) -> bool:
+  """Whether an error, or what it was raised from, says that a disk is full."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(word in str(error) for word in _WORDS):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

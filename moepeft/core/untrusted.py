@@ -169,6 +169,67 @@ def field(
   return float(value) if kind is float else value
 
 
+def check_shape(value: Any, shape: Any, path: str = '') -> None:
+  """Compares a parsed value with the shape that its reader expects.
+
+  Args:
+    shape: a type (float takes integers, and only finite numbers); None for
+      null; a tuple of alternatives; [shape] for a list; {str: shape} for an
+      object of any keys; {'key': shape} for an object that has the keys,
+      those that end in '?' if need be, and whatever else.
+    path: where the value lies, for the message.
+
+  Raises:
+    Malformed: "expected a number in 'rows[2].accuracy', got a text".
+  """
+  if isinstance(shape, tuple):
+    errors = []
+    for alternative in shape:
+      try:
+        return check_shape(value, alternative, path)
+      except Malformed as error:
+        errors.append(error)
+    raise errors[0]
+  if isinstance(shape, list):
+    _check_kind(value, list, path)
+    for i, item in enumerate(value):
+      check_shape(item, shape[0], f'{path}[{i}]')
+  elif isinstance(shape, dict):
+    _check_kind(value, dict, path)
+    beginning = path and f'{path}.'
+    for key, inner in shape.items():
+      if key is str:
+        for name, item in value.items():
+          check_shape(item, inner, f'{beginning}{name}')
+        continue
+      name = key.removesuffix('?')
+      if name in value:
+        check_shape(value[name], inner, f'{beginning}{name}')
+      elif name == key:
+        raise Malformed(f'{beginning + name!r} is absent')
+  elif shape is None:
+    if value is not None:
+      raise Malformed(f'expected null{_at(path)}, got {_name_of(value)}')
+  else:
+    _check_kind(value, shape, path)
+    if shape in (int, float) and not _MIN_INT <= value <= _MAX_INT:
+      if isinstance(value, int):
+        raise Malformed(f'expected 64 bits{_at(path)}, got a larger integer')
+      if not math.isfinite(value):
+        raise Malformed(f'expected a finite number{_at(path)}, got {value}')
+
+
+def _check_kind(value: Any, kind: type, path: str) -> None:
+  if not _is(value, kind):
+    raise Malformed(
+      f'expected {_NAMES[kind]}{_at(path)}, got {_name_of(value)}'
+    )
+
+
+def _at(path: str) -> str:
+  return f' in {path!r}' if path else ''
+
+
 def check_encodable(value: Any) -> None:
   """
   Raises:

@@ -2,7 +2,10 @@
 """Reading and writing checkpoint directories: whole, or a clear error."""
 
 import contextlib
+import ctypes
+import errno
 import fnmatch
+import glob
 import json
 import os
 import shutil
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moepeft.core import files as core_files
 from moepeft.core import untrusted
 from moepeft.core.files import check_file
 from moepeft.models.names import CheckpointError, Shape
@@ -37,34 +41,107 @@ _OURS = (
 def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
   """A directory to write into, which becomes `path` when all went well.
 
+  At any moment `path` is the old directory or the new one, whole; where the
+  file system cannot exchange two directories, the old one may be left as
+  `.<name>.*.old`, and the next call puts it back.
+
   Raises:
     CheckpointError: `path` holds files and `overwrite` is False, or files
-      that no checkpoint has, which it would be a pity to delete.
+      that no checkpoint has, which it would be a pity to delete; or the disk
+      is full.
   """
   target = Path(path)
   check_output(target, overwrite)
   target.parent.mkdir(parents=True, exist_ok=True)
   made = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
   try:
-    made.chmod(0o777 & ~_umask())
+    made.chmod(0o777 & ~core_files.umask())
     yield made
     # safetensors makes files that only their owner can read.
     for file in made.rglob('*'):
       if file.is_file():
-        file.chmod(0o666 & ~_umask())
+        file.chmod(0o666 & ~core_files.umask())
     if target.exists():
-      old = made.with_name(made.name + '.old')
-      target.rename(old)
-      made.rename(target)
-      shutil.rmtree(old)
+      replace_directory(target, made)
     else:
       made.rename(target)
+  except Exception as error:
+    # Of safetensors and TensorStore too, which have errors of their own.
+    if not core_files.is_full(error):
+      raise
+    raise CheckpointError(
+      f'the disk of {target} is full; free some space, or name another output'
+    ) from error
   finally:
     shutil.rmtree(made, ignore_errors=True)
 
 
+def replace_directory(target: Path, made: Path) -> None:
+  """Puts one directory in the place of another, which is deleted."""
+  if exchange(target, made):
+    # The old one, under the temporary name.
+    shutil.rmtree(made)
+    return
+  old = made.with_name(f'{made.name}{_OLD}')
+  target.rename(old)
+  try:
+    made.rename(target)
+  except BaseException:
+    old.rename(target)
+    raise
+  shutil.rmtree(old)
+
+
+_OLD = '.old'
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def exchange(one: Path, other: Path) -> bool:
+  """Swaps two paths in one step; False where the system cannot.
+
+  Raises:
+    OSError: it can, and these it does not swap.
+  """
+  try:
+    renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+  except (AttributeError, OSError):
+    # Not Linux, or a C library without it.
+    return False
+  paths = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+  if renameat2(*paths, _RENAME_EXCHANGE) == 0:
+    return True
+  code = ctypes.get_errno()
+  if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    return False
+  raise OSError(code, os.strerror(code), os.fspath(one))
+
+
+def recover(target: Path) -> None:
+  """Puts back an old directory, where a process was killed as it replaced it.
+
+  It waits as `.<name>.*.old` until the new one is in place. Whatever else such
+  a process left beside `target` is named.
+  """
+  pattern = f'.{glob.escape(target.name)}.????????'
+  waiting = [*target.parent.glob(f'{pattern}{_OLD}')]
+  if waiting and not target.exists():
+    newest = max(waiting, key=lambda path: path.stat().st_mtime_ns)
+    print(f'{target} was left half replaced: put its old content back')
+    newest.rename(target)
+    waiting.remove(newest)
+  for path in (*waiting, *target.parent.glob(pattern)):
+    print(
+      f'note: {path} is left of another call, ended or under way; remove it if '
+      'none is under way'
+    )
+
+
 def check_output(path: Path, overwrite: bool) -> None:
-  """Raises a CheckpointError where `path` must not be written."""
+  """Raises a CheckpointError where `path` must not be written.
+
+  What an interrupted call left of it is put back first.
+  """
+  recover(path)
   if path.is_symlink() or (path.exists() and not path.is_dir()):
     raise CheckpointError(f'{path} is not a directory: name another output')
   names = sorted(os.listdir(path)) if path.exists() else []
@@ -81,12 +158,6 @@ def check_output(path: Path, overwrite: bool) -> None:
       f'{path} holds {foreign[0]}, which is no part of a checkpoint: delete '
       'the directory yourself or name another one'
     )
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
 
 
 def read_json(path: Path) -> dict[str, Any]:

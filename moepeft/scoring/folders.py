@@ -3,11 +3,11 @@
 
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moepeft import run_config
 from moepeft.peft.build import plain
 from moepeft.scoring import rows as rows_lib
 from moepeft.scoring.rows import HELD_OUT, Row
@@ -17,6 +17,9 @@ BASE = 'none'
 # What moepeft.evaluate writes, of a run and of its base alone.
 _NAMES = ('evaluation*.jsonl', 'base*.jsonl')
 _COMMAND = 'python -m moepeft.evaluate --workdir='
+# The entries that are read of after.json and of summary.json.
+_AFTER = {'step?': int, 'validation_loss?': float, 'means?': {str: float}}
+_SUMMARY = {'method?': str, 'semantics?': str}
 # Keys of a config that decide which examples after.json is of.
 _JUDGED = (
   'data.held_out',
@@ -114,12 +117,8 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
     ValueError: it is no work directory, nothing was evaluated in it, two of
       its files measure the same, or a file is damaged.
   """
-  if not os.path.isfile(os.path.join(folder, 'config.json')):
-    raise ValueError(
-      f'{folder!r} is no work directory of moepeft.train: it has no config.json'
-    )
-  config = flatten(defaults) | flatten(_json(folder, 'config.json'))
-  after = _json(folder, 'after.json')
+  config = flatten(defaults) | flatten(run_config.read(folder))
+  after = _json(folder, 'after.json', _AFTER)
   found = [
     _entry(folder, config, after, own) for own in _grouped(folder).values()
   ]
@@ -144,20 +143,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return found
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
+def _json(folder: str, name: str, shape: Any) -> dict[str, Any]:
   path = os.path.join(folder, name)
   if not os.path.exists(path):
     return {}
-  try:
-    with open(path, encoding='utf-8') as f:
-      found = json.load(f)
-  except ValueError as e:
-    raise ValueError(
-      f'{path} is damaged ({e}); make it again, or leave {folder!r} out'
-    ) from None
-  if not isinstance(found, dict):
-    raise ValueError(f'{path} is damaged: expected a JSON object')
-  return found
+  advice = f'make it again, or leave {folder!r} out'
+  return run_config.read_object(path, shape, advice)
 
 
 def _grouped(folder: str) -> dict[tuple, list[Row]]:
@@ -221,7 +212,7 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Row) -> None:
 
 
 def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
-  summary = _json(folder, 'summary.json')
+  summary = _json(folder, 'summary.json', _SUMMARY)
   # As in rows: 'package:t5_tiny' is t5_tiny.
   path = config['model.path'].rstrip('/')
   base = os.path.basename(path).split(':')[-1] or 'random'

@@ -9,11 +9,11 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moepeft.core import files, untrusted
 from moepeft.scoring import bootstrap
 
 # Fractions in [0, 1]; loss is in nats a token, bleu from 0 to 100.
@@ -159,20 +159,7 @@ def write(path: str, rows: Iterable[Row]) -> None:
   Raises:
     OSError: the file cannot be written; what was there before is whole.
   """
-  folder, name = os.path.split(os.path.abspath(path))
-  lines = [_line(row) for row in rows]
-  with tempfile.NamedTemporaryFile(
-    'w', dir=folder, prefix=f'.{name}.', delete=False, encoding='utf-8'
-  ) as f:
-    try:
-      f.writelines(lines)
-      f.flush()
-      os.fsync(f.fileno())
-      os.chmod(f.name, 0o666 & ~_umask())
-      os.replace(f.name, path)
-    except BaseException:
-      os.unlink(f.name)
-      raise
+  files.write_text(path, ''.join(map(_line, rows)))
 
 
 def read(path: str) -> list[Row]:
@@ -181,11 +168,11 @@ def read(path: str) -> list[Row]:
   Raises:
     ValueError: no file or no rows there, or a line that is not a row.
   """
-  if not os.path.isfile(path):
+  if not os.path.exists(path):
     raise ValueError(
       f'{path!r} does not exist; make it with python -m moepeft.evaluate'
     )
-  with open(path, encoding='utf-8') as lines:
+  with files.open_file(path, 'r') as lines:
     try:
       rows = [_row(line, path, i) for i, line in enumerate(lines, 1)]
     except UnicodeDecodeError:
@@ -204,23 +191,16 @@ def _plain(values: Sequence[float] | None) -> tuple | None:
   return None if values is None else tuple(np.asarray(values).tolist())
 
 
-def _umask() -> int:
-  # The only way to ask is to set it.
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
-
-
 def _line(row: Row) -> str:
   return json.dumps(vars(row), allow_nan=False, ensure_ascii=False) + '\n'
 
 
 def _row(line: str, path: str, number: int) -> Row:
   try:
-    found = json.loads(line)
-  except (ValueError, RecursionError):
-    found = None
-  wrong = _wrong(found)
+    found = untrusted.parse_json(line, allow_nan=False)
+    wrong = _wrong(found)
+  except untrusted.Malformed as e:
+    wrong = str(e)
   if wrong:
     raise ValueError(
       f'line {number} of {path} is no row of an evaluation: {wrong}; make the '
@@ -262,7 +242,7 @@ def _wrong(row) -> str:
     if not isinstance(row[key], str):
       return f'expected text in {key!r}, got {row[key]!r}'
   for key in _COUNTS:
-    if type(row[key]) is not int:
+    if type(row[key]) is not int or not _number(row[key]):
       return f'expected a whole number in {key!r}, got {row[key]!r}'
   for key, kind in _LATER.items():
     if row.get(key) is not None and type(row[key]) is not kind:
@@ -292,4 +272,7 @@ def _wrong_arrays(row: dict) -> str:
 
 
 def _number(value) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
+  # JSON has integers that no float holds.
+  if type(value) is int:
+    return abs(value) < 2**63
+  return type(value) is float and math.isfinite(value)

@@ -8,6 +8,7 @@ import yaml
 
 from moepeft.core.untrusted import (
   Malformed,
+  check_shape,
   field,
   parse_json,
   parse_yaml,
@@ -124,3 +125,45 @@ def test_fields_have_their_types():
   for kind in (int, float):
     with pytest.raises(Malformed, match='64 bits'):
       field({'n': 10**400}, 'n', kind)
+
+
+SHAPE = {
+  'step': int,
+  'loss?': (float, None),
+  'names?': [str],
+  'sites?': {str: {'load': [float]}},
+}
+
+
+@pytest.mark.parametrize(
+  'value',
+  [
+    {'step': 1},
+    {'step': 1, 'loss': None, 'names': [], 'sites': {}, 'other': object},
+    {'step': 1, 'loss': 2, 'names': ['a'], 'sites': {'q': {'load': [1, 2.5]}}},
+  ],
+)
+def test_a_value_of_the_shape_passes(value):
+  check_shape(value, SHAPE)
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    ([], 'expected an object, got a list'),
+    ({}, "'step' is absent"),
+    ({'step': True}, "expected an integer in 'step', got true or false"),
+    ({'step': 2**63}, "expected 64 bits in 'step', got a larger integer"),
+    ({'step': 1, 'loss': 'x'}, "expected a number in 'loss', got a text"),
+    ({'step': 1, 'names': ['a', 3]}, "expected a text in 'names[1]'"),
+    ({'step': 1, 'sites': {'q': {}}}, "'sites.q.load' is absent"),
+    (
+      {'step': 1, 'sites': {'q': {'load': [1, float('nan')]}}},
+      "expected a finite number in 'sites.q.load[1]', got nan",
+    ),
+  ],
+)
+def test_a_value_of_another_shape_is_named_by_its_place(value, message):
+  with pytest.raises(Malformed) as e:
+    check_shape(value, SHAPE)
+  assert message in str(e.value)
