@@ -36,8 +36,8 @@ def default() -> ConfigDict:
       # kto's weights of good and of bad answers.
       desirable=1.0,
       undesirable=1.0,
-      # What rewards are measured against: 'base' (without adapter), a path of
-      # adapters that stay as they are, or 'precomputed' (before training).
+      # What rewards are measured against: 'base' (without adapter), a run or
+      # adapter that stays as it is, or 'precomputed' (before training).
       reference='base',
     )
   )
@@ -66,7 +66,8 @@ def default() -> ConfigDict:
       # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
       # Face's form, or a T5X checkpoint; '' for random weights of `size`.
       path='package:t5_tiny',
-      # An adapter to start from: moepeft's, peft's or a T5X checkpoint.
+      # An adapter to start from: a run's work directory (its latest
+      # checkpoint), an adapter of moepeft or peft, or a T5X checkpoint.
       adapter='',
       size='small',
       version='1.1',
