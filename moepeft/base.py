@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from moepeft import interop
 from moepeft.checkpoint import restore_adapter
-from moepeft.command import PACKAGE
+from moepeft.core.files import local_path
 from moepeft.interop import adapter as adapter_lib
 from moepeft.interop import gguf, hf, packages, quantised, t5x
 from moepeft.interop import peft as peft_files
@@ -70,13 +70,7 @@ def resolve(path: str) -> str:
   Raises:
     ValueError: no such asset, or the package is not installed.
   """
-  if not path.startswith('package:'):
-    return packages.resolve(os.path.expanduser(path))
-  name = path.removeprefix('package:')
-  folder = os.path.join(PACKAGE, 'assets', name)
-  if not os.path.isdir(folder):
-    raise ValueError(f'moepeft ships no model {name!r}')
-  return folder
+  return packages.resolve(local_path(path))
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:

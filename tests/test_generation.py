@@ -431,7 +431,7 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
   'args, said',
   [
     ((), 'one of --workdir'),
-    (('--model=package:none', '--prompt=a'), "ships no model 'none'"),
+    (('--model=package:none', '--prompt=a'), "ships no 'none'"),
     (('--model=/nowhere/x', '--prompt=a'), '/nowhere/x'),
     (('--model=x', '--temperature=-1'), 'temperature is at least 0'),
     (('--model=x', '--num=2'), 'set --temperature'),

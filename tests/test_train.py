@@ -375,7 +375,7 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   ('changes', 'said'),
   [
     ({'model.path': '/no/where'}, '/no/where'),
-    ({'model.path': 'package:none'}, 'ships no model'),
+    ({'model.path': 'package:none'}, "ships no 'none'"),
     (
       {'model.path': '', 'model.family': 't5'},
       'would adapt random weights',

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moepeft.core.files import local_path
 from moepeft.data import hub, jsonl
 from moepeft.data.rows import Bad, BadRow
 from moepeft.data.turns import Turn, text, tools, turn
@@ -41,7 +42,7 @@ def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
-  path = os.path.expanduser(path)
+  path = local_path(path)
   for file in _files(path):
     for where, row in zip(*hub.json_rows(file, bad), strict=True):
       yield file, where, row
@@ -53,7 +54,7 @@ def of_json(path: str) -> bool:
   Not so where a file's name says that it is of another split than 'train',
   which `datasets` tells apart.
   """
-  path = os.path.expanduser(path)
+  path = local_path(path)
   names = os.listdir(path) if os.path.isdir(path) else []
   names = [name for name in names if not name.startswith('.')]
   return bool(names) and all(

@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 
+from moepeft.core.files import local_path
 from moepeft.data import duplicates, jsonl, quality
 from moepeft.data.rows import Bad, BadRow
 
@@ -41,7 +42,7 @@ def read(path: str, on_bad_row: str = 'error') -> tuple[list[Document], Bad]:
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
   bad, found = Bad(on_bad_row), []
-  for file in _files(os.path.expanduser(path)):
+  for file in _files(local_path(path)):
     if '.jsonl' in os.path.basename(file):
       found += _rows(file, bad)
     else:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from moepeft.core.files import local_path
+
 # Sources that are read from local files, each whole.
 _SOURCES = ('jsonl', 'datasets', 'text', 'chat', 'preference')
 _KEYS = ('path', 'replay', 'templates', 'chat_template')
@@ -29,7 +31,7 @@ def text(key: str, path: str, what: str) -> str:
     ValueError: it cannot be read.
   """
   try:
-    with open(os.path.expanduser(path), encoding='utf-8') as f:
+    with open(local_path(path), encoding='utf-8') as f:
       return f.read()
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
@@ -46,7 +48,7 @@ def hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
   """
   found = {}
   for key in _KEYS if data.source in _SOURCES else ():
-    path = os.path.expanduser(data[key])
+    path = local_path(data[key])
     # `datasets` and templates may lie deeper.
     deep = key == 'templates' or data.source == 'datasets'
     if path and os.path.exists(path):

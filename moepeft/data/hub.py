@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
+from moepeft.core.files import local_path
 from moepeft.data import jsonl, rows
 from moepeft.data import templates as templates_lib
 from moepeft.data.rows import Bad, BadRow, Rows
@@ -62,7 +63,7 @@ def read(
 
 def _name(path: str) -> str:
   """The dataset's name: of the hub as it is, of a file without its ending."""
-  if not os.path.exists(os.path.expanduser(path)):
+  if not os.path.exists(local_path(path)):
     return path
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
@@ -96,7 +97,7 @@ def table_of(
   Raises:
     ValueError: as `read`.
   """
-  local = os.path.expanduser(path)
+  local = local_path(path)
   if os.path.isfile(local) and _ending(local) in _JSON:
     if split != 'train':
       raise ValueError(

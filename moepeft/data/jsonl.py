@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 
+from moepeft.core.files import local_path
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.tasks import Example
@@ -37,7 +38,7 @@ def read(path: str, ranked: bool = False, on_bad_row: str = 'error') -> Rows:
   """
   bad = Bad(on_bad_row)
   examples = []
-  for file in _files(os.path.expanduser(path)):
+  for file in _files(local_path(path)):
     name = os.path.basename(file).split('.jsonl')[0]
     for where, row in lines(file, bad):
       try:

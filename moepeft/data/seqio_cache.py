@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moepeft.core.files import local_path
 from moepeft.data.seqio_stream import SIDES, library
 
 # Tasks of P3 that rank answers have a row for every choice, right or wrong.
@@ -99,7 +100,7 @@ def _with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
 def _find(path: str) -> dict[str, dict[str, _Split]]:
   """{task: {split: what is there}}, those that rank answers left out."""
   _, tf = library()
-  path = os.path.expanduser(path)
+  path = local_path(path)
   if not tf.io.gfile.isdir(path):
     raise ValueError(
       f'{path!r} is no directory; set config.data.path to one of cached tasks'

@@ -24,6 +24,7 @@ import jinja2
 import yaml
 from jinja2.sandbox import SecurityError
 
+from moepeft.core.files import local_path
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
 from moepeft.data.sandbox import DICE, MARK, SEPARATOR, Dice, compiled
@@ -155,7 +156,7 @@ def group(path: str, name: str) -> Group:
   Raises:
     ValueError: none there, or none for this dataset.
   """
-  path = os.path.expanduser(path)
+  path = local_path(path)
   if os.path.isfile(path):
     return read(path)
   inside = os.path.join(path, name, 'templates.yaml')

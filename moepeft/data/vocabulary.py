@@ -3,12 +3,12 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from moepeft.core.files import local_path
 from moepeft.data import lengthy
 from moepeft.interop import gguf, gguf_tokenizer, packages
 
@@ -158,4 +158,4 @@ def vocabulary(name: str, model_path: str = '') -> Vocabulary:
       'name a model, which brings its tokenizer, by config.model.path (a card: '
       "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
     )
-  return Tokenizer(os.path.expanduser(name or model_path))
+  return Tokenizer(local_path(name or model_path))
