@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command starts: flags, configs found, and errors in one sentence."""
 
-import ast
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from moepeft import gin_files, gin_flags, pages
+from moepeft import config_check, gin_files, gin_flags, hints, pages
+from moepeft.core.untrusted import parse_literal
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
 )
-# What users cause; anything else is a bug and keeps its traceback.
+# Caused by users; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
+_HELP = ('help', 'helpshort', 'helpfull', 'helpxml', '?', 'h')
 _NAMES = ('--config', '-config')
 # Its keys are the model's fields, which a locked config does not know.
 _SHAPE = 'model_shape'
@@ -115,14 +117,34 @@ def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
     pages.keep()
-    try:
-      main(argv)
-    except _ERRORS as e:
-      if _TRACEBACK.value:
-        raise
-      _stop(str(e))
+    answer_errors(main, argv)
 
   app.run(safe_main, flags_parser=parse)
+
+
+def answer_errors(
+  main: Callable[[Sequence[str]], None], argv: Sequence[str]
+) -> None:
+  """Calls `main`; an error that a user causes is a sentence and exit code 2."""
+  try:
+    main(argv)
+  except (*_ERRORS, MemoryError, jax.errors.JaxRuntimeError) as e:
+    bug = not (isinstance(e, _ERRORS) or _out_of_memory(e))
+    if bug or (flags.FLAGS.is_parsed() and _TRACEBACK.value):
+      raise
+    _stop(str(e) if isinstance(e, _ERRORS) else _memory_advice(e))
+
+
+def _out_of_memory(error: Exception) -> bool:
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+
+
+def _memory_advice(error: Exception) -> str:
+  reason = (str(error).splitlines() or ['no more can be allocated'])[0]
+  return (
+    f'out of memory ({reason}); lower the batch size or the lengths, or name a '
+    'smaller model'
+  )
 
 
 def keep_programs() -> None:
@@ -133,8 +155,11 @@ def keep_programs() -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's flags of a command line; a wrong one is a sentence and exit 2."""
-  argv = [_located(arg) for arg in argv]
+  """absl's flags of a command line; a wrong one is a sentence and exit 2.
+
+  --help ends with 0.
+  """
+  argv = ['--help' if arg == '-h' else _located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
 
@@ -142,9 +167,37 @@ def parse(argv: Sequence[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
       _set_shape(flags.FLAGS['config'].value, text)
+    _check_values()
     return rest
 
-  return _answered(read, argv)
+  try:
+    return _answered(read, argv)
+  except SystemExit as e:
+    # absl ends with 1 after printing the help.
+    if e.code == 1 and any(arg.lstrip('-') in _HELP for arg in argv):
+      sys.exit(0)
+    raise
+
+
+def _check_values() -> None:
+  """
+  Raises:
+    ValueError: a flag is not a number, which bounds do not exclude, or a key of
+      the config is out of its range.
+  """
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, float) and math.isnan(value):
+      raise ValueError(f'--{name} is a number; got nan')
+  if 'config' not in flags.FLAGS:
+    return
+  config = flags.FLAGS['config'].value
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f'get_config() of {flags.FLAGS["config"].config_filename} returned '
+      f'{type(config).__name__}; expected the config of moepeft.config.default'
+    )
+  config_check.check_ranges(config)
 
 
 def _set_shape(config: ConfigDict, text: str) -> None:
@@ -155,8 +208,8 @@ def _set_shape(config: ConfigDict, text: str) -> None:
       f'expected --config.model.shape.KEY=VALUE; got {key!r} without a value'
     )
   try:
-    typed = ast.literal_eval(value)
-  except (SyntaxError, ValueError):
+    typed = parse_literal(value)
+  except ValueError:
     typed = value
   *parents, name = key.split('.')
   with config.unlocked(), config.ignore_type():
@@ -169,35 +222,40 @@ def _set_shape(config: ConfigDict, text: str) -> None:
 
 
 def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
-  """What is read; a sentence and exit code 2 where the user is wrong."""
+  """The result of `read`; a sentence and exit code 2 where the user is wrong.
+
+  A config is a user's Python, so any exception may come out of reading one.
+  """
   try:
     return read()
+  except flags.UnrecognizedFlagError as e:
+    has_config = 'config' in flags.FLAGS
+    _stop(hints.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
   except (flags.Error, ValueError, OSError) as e:
-    _stop(_reason(str(e)))
+    _stop(_of_keys(argv) or _reason(str(e)))
   except SyntaxError as e:
     _stop(f'the config {e.filename!r} is not Python (line {e.lineno}: {e.msg})')
-  except (AttributeError, KeyError, TypeError) as e:
-    _stop(
-      _unknown(argv, str(e))
-      or f'a --config option does not fit: {_reason(str(e))}'
-    )
+  except Exception as e:
+    if '--traceback' in argv:
+      raise
+    reason = f'{type(e).__name__}: {_reason(str(e))}'
+    _stop(_of_keys(argv) or f'the config cannot be read: {reason}')
 
 
-def _unknown(argv: Sequence[str], message: str) -> str:
-  """The sentence for the first --config.key that the config lacks."""
-  near = re.search(r'Did you mean "(\w+)"', message)
-  for arg in argv:
-    key = arg.partition('=')[0].lstrip('-')
-    parent, _, name = key.rpartition('.')
-    if parent.startswith('config') and re.match(rf'\W*{name}\b', message):
-      what = f'did you mean {parent}.{near[1]}? ' if near else ''
-      return f'there is no {key}; {what}moepeft/config.py lists all keys'
-  return ''
+def _of_keys(argv: Sequence[str]) -> str:
+  """The sentence for the first --config.key=value that cannot be, or ''."""
+  keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
+  found = (
+    hint(arg) for hint in (hints.unknown_key, hints.wrong_type) for arg in keys
+  )
+  return next(filter(None, found), '')
 
 
 def _reason(message: str) -> str:
-  """The line that says it: the last, where a card's traceback is quoted."""
+  """The line that says it: the last, where a config's traceback is quoted."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
+  if not lines:
+    return 'no reason given'
   if 'Error whilst parsing config file' in lines[0]:
     return lines[-1].removeprefix('ValueError: ')
   return lines[0]
@@ -216,7 +274,8 @@ def _check_exists(arg: str) -> None:
     return
   file = value.partition(':')[0]
   if not os.path.isfile(file):
-    _stop(f'the config {file!r} does not exist, here or in the package')
+    folders = (PACKAGE, os.path.dirname(PACKAGE))
+    _stop(hints.unknown_config(file, folders))
 
 
 def check_can_write(path: str) -> None:
@@ -234,6 +293,6 @@ def check_can_write(path: str) -> None:
     raise ValueError(f'{path!r} cannot be written: permission is denied')
 
 
-def _stop(message: str) -> None:
+def _stop(message: str) -> NoReturn:
   print(f'error: {message}', file=sys.stderr)
   sys.exit(2)

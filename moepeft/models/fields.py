@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.core.ranges import Range, shortened, suggestion
+
+# Sizes of arrays that XLA indexes by 32 bits.
+_MOST = 2**31 - 1
 _KINDS: dict[type, tuple[str, Any]] = {
   bool: ('True or False', (bool, np.bool_)),
   int: ('a whole number', numbers.Integral),
@@ -17,7 +21,7 @@ _KINDS: dict[type, tuple[str, Any]] = {
 
 
 def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
-  """Looks at the plain fields of a dataclass: their types and lower bounds.
+  """Looks at the plain fields of a dataclass: their types and ranges.
 
   Args:
     least: the least value of a field, by its name.
@@ -34,15 +38,19 @@ def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
       # Python counts truth values among the whole numbers.
       truth = field.type is not bool and isinstance(value, (bool, np.bool_))
       if truth or not isinstance(value, kinds):
-        raise ValueError(f'{name} is {what}; got {value!r}')
-    if field.name in least and not value >= least[field.name]:
-      raise ValueError(f'{name} is at least {least[field.name]}; got {value!r}')
+        raise ValueError(f'{name} is {what}; got {shortened(value)}')
+    if field.type in (int, float):
+      low = least.get(field.name, -_MOST)
+      Range(low, _MOST).check(name, value)
 
 
 def check_one_of(name: str, value: Any, known: Any) -> None:
   """Raises a ValueError that names the field where `value` is not known."""
   if value not in known:
-    raise ValueError(f'{name} is one of {", ".join(known)}; got {value!r}')
+    raise ValueError(
+      f'{name} is one of {", ".join(known)}; got {shortened(value)}'
+      f'{suggestion(value, known)}'
+    )
 
 
 def check_names(
@@ -54,4 +62,5 @@ def check_names(
     if name not in known:
       raise ValueError(
         f'{prefix}{name} is not known; there are {", ".join(known)}'
+        f'{suggestion(name, known)}'
       )
