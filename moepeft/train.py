@@ -24,6 +24,7 @@ from moepeft import (
   accumulate,
   command,
   config_check,
+  memory,
   metrics,
   optim,
   pages,
@@ -178,6 +179,7 @@ def train(
   optim.optimizer(config.optimizer, config.steps)
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
+  memory.check(config)
   if dry_run:
     return _train(config, workdir, dry_run, gin, {})
   # Of several processes the first alone holds the directory and writes to it,
@@ -364,7 +366,7 @@ def _train(
   done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
-  memory = pages.Bound()
+  held = pages.Bound()
   if done < config.steps:
     progress.say('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
@@ -377,9 +379,9 @@ def _train(
         # The first step was compiled in this time.
         jax.block_until_ready(state)
         progress.begin(done)
-        memory.begin()
+        held.begin()
         signals.listen()
-      memory.check()
+      held.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
       log_now = judge_now or _every(log.every_steps, done)

@@ -435,7 +435,10 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
     (('--model=/nowhere/x', '--prompt=a'), '/nowhere/x'),
     (('--model=x', '--temperature=-1'), '-1.0 is not a number in the range'),
     (('--model=x', '--num=2'), 'set --temperature'),
-    (('--model=x', '--temperature=1', '--top_p=1.5'), '1.5 is not a number in the range'),
+    (
+      ('--model=x', '--temperature=1', '--top_p=1.5'),
+      '1.5 is not a number in the range',
+    ),
     (('--model=x', '--temperature=1', '--beams=2'), 'beams are searched'),
     (('--model=x', '--beams=0'), '--beams=0: 0 is not an integer in the range'),
     (('--model=x', '--length_penalty=2'), 'set --beams above 1 too'),

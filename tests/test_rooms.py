@@ -41,7 +41,7 @@ FLOORS = (
   ('beams', 'prompts'),
   ('generation',),
   ('talk',),
-  ('placement', 'references'),
+  ('placement', 'references', 'memory'),
   ('runs', 'ranking', 'likelihood', 'answering', 'report', 'sets'),
   ('judge', 'measures', 'unfinished', 'work', 'summary'),
   ('validation',),
