@@ -34,10 +34,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   flags.DEFINE_multi_string(
     _SHAPE, [], 'KEY=VALUE, the same as --config.model.shape.KEY=VALUE.'
   )
-  sys.argv[1:] = [
-    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
-    for arg in gin_flags.rewritten(sys.argv[1:])
-  ]
+  sys.argv[1:] = rewritten(sys.argv[1:])
   translated = _answered(_translate, sys.argv)
   if translated is not None:
     return _define_translated(translated)
@@ -54,6 +51,14 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   )
   _show_in_help(('config', _TRACEBACK.name))
   return found
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+  """Arguments with flags of ours in place of --gin.x and model.shape.x."""
+  return [
+    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
+    for arg in gin_flags.rewritten(argv)
+  ]
 
 
 def _show_in_help(names: Sequence[str]) -> None:
@@ -294,5 +299,8 @@ def check_can_write(path: str) -> None:
 
 
 def _stop(message: str) -> NoReturn:
+  # A value of thousands of characters, or of lines, would bury the sentence.
+  message = ' '.join(message.splitlines())
+  message = re.sub(r'(\S{100})\S{400,}', r'\1...', message)
   print(f'error: {message}', file=sys.stderr)
   sys.exit(2)
