@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft import command, prompts, runs, sampling
+from moepeft import command, memory, prompts, runs, sampling
 from moepeft.answering import Answering
 from moepeft.beams import Beams
 from moepeft.core.ranges import MAX_SEED
@@ -164,6 +164,11 @@ def main(argv) -> None:
   run = opened()
   how = dataclasses.replace(how, ends=run.ends)
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
+  prompts_at_once = max(1, _BATCH.value // _NUM.value)
+  rows = _NUM.value * min(prompts_at_once, len(texts) if texts else 1)
+  memory.check_answers(
+    run.model, (1 if streamed else rows) * _BEAMS.value, _LENGTH.value
+  )
   manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
   talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)
   try:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a training run fits into memory, estimated before it allocates.
+"""Whether training or generation fits into memory, estimated from shapes.
 
-The estimate is a lower bound from shapes alone: weights, gradients and
-optimizer state, a batch, and of its activations one layer's and the logits. A
-run that exceeds it cannot work; one below it may still need more.
+The estimate is a lower bound, before anything is allocated: weights, gradients
+and optimizer state, a batch, and of its activations one layer's and the logits;
+or the cache of answers. What exceeds the memory cannot work; what does not may
+still need more.
 """
 
 import dataclasses
@@ -136,6 +137,31 @@ def check(config: ConfigDict) -> None:
     raise ValueError(
       f'training needs at least {_text(total)} of memory ({listed}), and '
       f'{where} has {_text(there)}; {_ADVICE[largest]}'
+    )
+
+
+def check_answers(model: Any, rows: int, tokens: int) -> None:
+  """Looks at the cache of keys and values of answers that are made at once.
+
+  Args:
+    model: a model that generates.
+    rows: answers, times the beams of each; tokens: the most of an answer.
+
+  Raises:
+    ValueError: they need more bytes than there are, with both figures.
+  """
+  shape = model.config
+  layers = shape.layers if decoder_only(model) else shape.decoder_layers
+  heads = shape.kv_heads if decoder_only(model) else shape.heads
+  item = jnp.dtype(model.dtype).itemsize
+  cache = 2 * rows * tokens * layers * heads * shape.head_dim * item
+  logits = rows * shape.vocab * 4
+  there, where = available()
+  if there and cache + logits > there:
+    raise ValueError(
+      f'{rows:,} answers of {tokens:,} tokens need at least '
+      f'{_text(cache + logits)} of memory, and {where} has {_text(there)}; '
+      'lower --length, --batch_size, --num or --beams'
     )
 
 

@@ -85,6 +85,27 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch):
     memory.check(decoder(**{'model.size': '3-70b'}))
 
 
+@pytest.mark.parametrize(
+  ('changes', 'bytes_each'),
+  # Keys and values of 4 layers of 2 heads of 32, and of 2 layers of 4 of 24.
+  [
+    ({'model.family': 'llama', 'model.size': 'tiny'}, 2 * 4 * 2 * 32 * 4),
+    ({'model.path': 'package:t5_tiny'}, 2 * 2 * 4 * 24 * 4),
+  ],
+)
+def test_a_cache_of_answers_is_counted(changes, bytes_each, monkeypatch):
+  c = config(**{'model.path': '', 'method': 'full'} | changes)
+  family, shape = base_lib.shape(c.model)
+  model, _ = base_lib.module(base_lib.Base(family, shape, None, '', ''), c)
+  rows, tokens = 5, 1_000_000
+  least = rows * tokens * bytes_each
+  monkeypatch.setattr(memory, 'available', lambda: (2 * least, 'x'))
+  memory.check_answers(model, rows, tokens)
+  monkeypatch.setattr(memory, 'available', lambda: (least, 'x'))
+  with pytest.raises(ValueError, match='5 answers of 1,000,000 tokens need'):
+    memory.check_answers(model, rows, tokens)
+
+
 def test_without_a_figure_nothing_is_refused(monkeypatch):
   monkeypatch.setattr(memory, 'available', lambda: (0, ''))
   memory.check(config(method='molora(experts=65536, rank=65536)'))
