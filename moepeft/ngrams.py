@@ -268,6 +268,12 @@ def main(argv) -> None:
 
 if __name__ == '__main__':
   _CONFIG = command.define_config('configs/pretrain_gpt_tiny.py')
-  _ORDER = flags.DEFINE_integer('order', 8, 'The largest n.', lower_bound=1)
+  _ORDER = flags.DEFINE_integer(
+    'order',
+    8,
+    'The largest n.',
+    lower_bound=1,
+    upper_bound=64,
+  )
   _JSON = flags.DEFINE_string('json', None, 'Where to write the losses.')
   command.run(main)

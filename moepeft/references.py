@@ -60,10 +60,10 @@ def reference_of(
     )
   if name == BASE:
     return log_p_of(model.clone(advice=Advice())), {}
-  if not os.path.isdir(name):
+  if not os.path.isdir(os.path.expanduser(name)):
     raise ValueError(
-      f'config.preference.reference={name!r} is no directory of an adapter; '
-      f'name one (python -m moepeft.convert writes it), or {BASE!r} or '
+      f'config.preference.reference={name!r} is no directory; name a run, an '
+      f'adapter that python -m moepeft.convert wrote, {BASE!r} or '
       f'{PRECOMPUTED!r}'
     )
   found = base_lib.load_adapter(name, base.config)

@@ -8,6 +8,11 @@ A method is one Spec or several joined by ' + ', which nest at shared sites.
 import ast
 import dataclasses
 
+from moepeft.core.ranges import shortened
+
+# Characters of a method; real ones have under 200.
+_MAX_LENGTH = 10_000
+
 Value = 'int | float | str | bool | None | tuple | Spec'
 
 
@@ -44,15 +49,20 @@ def parse(text: str) -> Spec:
   """
   specs = parse_method(text)
   if len(specs) != 1:
-    raise ValueError(f'expected one spec, got {len(specs)} in {text!r}')
+    raise ValueError(
+      f'expected one spec, got {len(specs)} in {shortened(text)}'
+    )
   return specs[0]
 
 
 def parse_method(text: str) -> tuple[Spec, ...]:
   """Reads 'a(...) + b(...)' into its specs; see `parse`."""
   try:
+    if len(text) > _MAX_LENGTH:
+      raise _error(text)
     tree = ast.parse(text.strip(), mode='eval').body
-  except SyntaxError:
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    # A MemoryError is how the parser refuses a text that is nested too deeply.
     raise _error(text) from None
   specs = []
   while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
@@ -75,7 +85,7 @@ def _spec(node: ast.expr, text: str) -> Spec:
     raise _error(text)
   options = tuple((k.arg, _value(k.value, text)) for k in node.keywords)
   if len(dict(options)) != len(options):
-    raise ValueError(f'an option is given twice in {text!r}; keep one')
+    raise ValueError(f'an option is given twice in {shortened(text)}; keep one')
   return Spec(node.func.id, options)
 
 
@@ -86,7 +96,7 @@ def _value(node: ast.expr, text: str) -> Value:
     return node.id
   try:
     value = ast.literal_eval(node)
-  except ValueError:
+  except (ValueError, TypeError):  # TypeError: {[]: 1}
     raise _error(text) from None
   return tuple(value) if isinstance(value, list) else value
 
@@ -97,7 +107,7 @@ def _show(value: Value) -> str:
 
 def _error(text: str) -> ValueError:
   return ValueError(
-    f'cannot read the method {text!r}: write it like '
+    f'cannot read the method {shortened(text)}: write it like '
     "'molora(experts=10, rank=4, router=topk(k=2))', options by name, several "
     "methods joined by ' + '"
   )

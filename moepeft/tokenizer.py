@@ -121,16 +121,30 @@ def main(argv) -> None:
 if __name__ == '__main__':
   _TEXT = flags.DEFINE_string('text', None, 'A .txt or .jsonl, or many.')
   _OUTPUT = flags.DEFINE_string('output', None, 'A directory to write.')
-  _KIND = flags.DEFINE_string('kind', 'bytes', f'One of {", ".join(KINDS)}.')
-  _SIZE = flags.DEFINE_integer('size', 8000, 'Pieces, special ones included.')
+  _KIND = flags.DEFINE_enum('kind', 'bytes', list(KINDS), 'Of the pieces.')
+  _SIZE = flags.DEFINE_integer(
+    'size',
+    8000,
+    'Pieces, special ones included.',
+    lower_bound=1,
+    upper_bound=10_000_000,
+  )
   _EXTRA_IDS = flags.DEFINE_integer(
-    'extra_ids', 0, 'Sentinels for span corruption; T5 has 100.'
+    'extra_ids',
+    0,
+    'Sentinels for span corruption; T5 has 100.',
+    lower_bound=0,
+    upper_bound=100_000,
   )
   _CHAT = flags.DEFINE_bool('chat', False, "Add ChatML's tokens and template.")
-  _LIBRARY = flags.DEFINE_string(
-    'library', 'tokenizers', f'One of {", ".join(LIBRARIES)}.'
+  _LIBRARY = flags.DEFINE_enum(
+    'library', 'tokenizers', list(LIBRARIES), 'The package that trains it.'
   )
   _HELD_OUT = flags.DEFINE_float(
-    'held_out', 0.05, 'The share of passages that is looked at only.'
+    'held_out',
+    0.05,
+    'The share of passages that is looked at only.',
+    lower_bound=0,
+    upper_bound=1,
   )
   command.run(main)

@@ -24,6 +24,7 @@ from moepeft import (
   accumulate,
   command,
   config_check,
+  memory,
   metrics,
   optim,
   pages,
@@ -215,6 +216,7 @@ def train(
   optim.optimizer(config.optimizer, config.steps)
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
+  memory.check(config)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
@@ -419,7 +421,7 @@ def _train(
   done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
   pages.give_back()
-  memory = pages.Bound()
+  held = pages.Bound()
   if done < config.steps:
     progress.say('compiling the first step')
   with Signals() as signals:
@@ -432,9 +434,9 @@ def _train(
         # The first step was compiled in this time.
         jax.block_until_ready(state)
         progress.begin(done)
-        memory.begin()
+        held.begin()
         signals.listen()
-      memory.check()
+      held.check()
       if alone:
         alone.check()
       judge_now = _every(config.evaluation.every_steps, done)

@@ -104,10 +104,10 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
   assert {path for path in ours if not (wheel / path).is_file()} == set()
 
 
-def test_wheel_holds_the_base_model_and_every_card(wheel):
-  for name in ('config.json', 'model.safetensors'):
-    here = _ROOT / 'moepeft' / 'assets' / 't5_tiny' / name
-    there = wheel / 'moepeft' / 'assets' / 't5_tiny' / name
+def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
+  assets = _ROOT / 'moepeft' / 'assets'
+  for here in filter(Path.is_file, assets.rglob('*')):
+    there = wheel / 'moepeft' / 'assets' / here.relative_to(assets)
     assert there.read_bytes() == here.read_bytes()
   for card in _CARDS:
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()

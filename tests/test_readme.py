@@ -81,6 +81,58 @@ def test_readmes_have_the_same_commands():
   assert chinese == english
 
 
+def _pictures(text: str) -> list[str]:
+  """Plain blocks without Chinese characters: the same in both."""
+  blocks = [code for kind, code in _FENCED.findall(text) if kind == 'text']
+  return [code for code in blocks if not re.search('[一-鿿]', code)]
+
+
+def _tree(text: str) -> list[str]:
+  """The files and folders that the tree names, in its order."""
+  (tree,) = (
+    code for kind, code in _FENCED.findall(text) if 'moepeft/\n' in code
+  )
+  return re.findall(r'[\w.]+(?:\.(?:py|md|sh|ipynb)|/)(?!\w)', tree)
+
+
+def _items(text: str) -> list[int]:
+  """How many items of lists each section has."""
+  sections = re.split(r'^#{1,6} ', _prose(text), flags=re.M)
+  return [len(re.findall(r'^ *- ', part, re.M)) for part in sections]
+
+
+def test_readmes_have_the_same_picture():
+  english, chinese = _pair(_pictures)
+  assert chinese[0] == english[0] and '(+)' in english[0]
+
+
+def test_readmes_have_the_same_tree():
+  english, chinese = _pair(_tree)
+  assert len(english) > 50
+  assert chinese == english
+
+
+def test_files_of_the_tree_exist():
+  found = {path.name for path in _ROOT.rglob('*') if '.venv' not in path.parts}
+  names = [name.rstrip('/') for name in _tree(_read(_ENGLISH))]
+  assert [name for name in names if name not in found] == []
+
+
+def test_readmes_have_lists_of_the_same_lengths():
+  english, chinese = _pair(_items)
+  assert sum(english) > 20
+  assert chinese == english
+
+
+def test_both_first_paragraphs_name_both_kinds_of_models():
+  for text, kinds in (
+    (_read(_ENGLISH), ('T5', 'decoder-only')),
+    (_read(_CHINESE), ('T5', '仅解码器')),
+  ):
+    first = text.split('```')[0]
+    assert all(kind in first for kind in kinds)
+
+
 def test_readmes_have_the_same_kinds_of_fenced_blocks():
   english, chinese = _pair(lambda text: [b[0] for b in _FENCED.findall(text)])
   assert chinese == english

@@ -375,13 +375,14 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   ('changes', 'said'),
   [
     ({'model.path': '/no/where'}, '/no/where'),
-    ({'model.path': 'package:none'}, 'ships no model'),
+    ({'model.path': 'package:none'}, "ships no 'none'"),
     (
       {'model.path': '', 'model.family': 't5'},
       'would adapt random weights',
     ),
     ({'model.path': ''}, 'config.model.family is one of'),
-    ({'model.family': 'rnn'}, "config.model.family is 'rnn'; set it to ''"),
+    ({'model.family': 'rnn'}, 'config.model.family is one of'),
+    ({'model.family': 'llama'}, "config.model.family is 'llama'; set it to"),
     ({'method': 'molorra'}, 'there is no method'),
     ({'semantics': 'mine'}, 'semantics is one of'),
     ({'data.tasks': 'Z'}, 'No task family or group'),
@@ -389,7 +390,10 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
     ({'optimizer.name': 'sgd'}, 'config.optimizer.name'),
     ({'optimizer.schedule': 'step'}, 'config.optimizer.schedule'),
     ({'objective': 'dpoo'}, 'config.objective is one of'),
-    ({'batch_size': 0}, 'config.batch_size is at least 1; got 0'),
+    (
+      {'batch_size': 0},
+      'config.batch_size is at least 1 and at most 1,048,576; got 0',
+    ),
     ({'steps': 0}, 'config.steps is at least 1'),
     ({'checkpoint.keep': 0}, 'config.checkpoint.keep is at least 1'),
     ({'evaluation.max_examples': 0}, 'config.evaluation.max_examples is at'),

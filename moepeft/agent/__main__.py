@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import openai
 
@@ -26,21 +26,51 @@ from moepeft.agent.memory import Memory, Tokens
 from moepeft.agent.model import Served
 
 _WIDE = 100
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+  """Reads a flag's number and holds it to a range."""
+
+  def read(text: str) -> float:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = None
+    # NaN is in no range.
+    if value is None or not low <= value <= high:
+      raise argparse.ArgumentTypeError(
+        f'{text[:80]!r} is not {"an integer" if kind is int else "a number"} '
+        f'from {low:,} to {high:,}'
+      )
+    return value
+
+  return read
+
+
+_COUNT = number(int, 1, 1_000_000_000)
+_SECONDS = number(float, 0, 1_000_000)
+_TEMPERATURE = number(float, 0, 1_000)
+_SEED = number(int, 0, 2**63 - 1)
 _FLAGS = (
   ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
   ('model', str, '', 'Its name; by default the first that the server has.'),
   ('api_key_file', str, '', 'With the key; by default OPENAI_API_KEY.'),
   ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
-  ('max_steps', int, 10, 'Requests to the model, a question.'),
-  ('max_calls', int, 30, 'Tool calls, a question.'),
-  ('max_all_tokens', int, None, 'Tokens of prompts and replies, a question.'),
-  ('max_seconds', float, None, 'Time, a question.'),
-  ('memory_tokens', int, None, 'Tokens of the conversation that are sent.'),
-  ('tool_output', int, 8000, 'Characters of an output that are shown.'),
+  ('max_steps', _COUNT, 10, 'Requests to the model, a question.'),
+  ('max_calls', _COUNT, 30, 'Tool calls, a question.'),
+  (
+    'max_all_tokens',
+    _COUNT,
+    None,
+    'Tokens of prompts and replies, a question.',
+  ),
+  ('max_seconds', _SECONDS, None, 'Time, a question.'),
+  ('memory_tokens', _COUNT, None, 'Tokens of the conversation that are sent.'),
+  ('tool_output', _COUNT, 8000, 'Characters of an output that are shown.'),
   ('tool_choice', str, None, "required, or a tool: a question's first call."),
-  ('max_tokens', int, None, 'Tokens of a reply.'),
-  ('temperature', float, None, 'Of sampling.'),
-  ('seed', int, None, 'Of sampling.'),
+  ('max_tokens', _COUNT, None, 'Tokens of a reply.'),
+  ('temperature', _TEMPERATURE, None, 'Of sampling.'),
+  ('seed', _SEED, None, 'Of sampling.'),
   ('trace', str, '', 'A file that all that happens is written to.'),
   ('replay', str, '', 'A trace to show again, without a server.'),
 )

@@ -15,17 +15,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+# Models and data that ship with the package, by name.
+ASSETS = Path(__file__).parents[1] / 'assets'
+_PACKAGE = 'package:'
 _KINDS = (
   (stat.S_ISFIFO, 'a named pipe'),
   (stat.S_ISSOCK, 'a socket'),
   (stat.S_ISCHR, 'a device'),
   (stat.S_ISBLK, 'a device'),
 )
-
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # As libraries in C++ say it.
 _WORDS = tuple(os.strerror(code) for code in _FULL)
+
+
+def local_path(path: str) -> str:
+  """The path as the file system has it.
+
+  Args:
+    path: 'package:NAME' for a directory that ships with moepeft, '~/...' for
+      one in the home directory; any other is returned unchanged.
+
+  Raises:
+    ValueError: nothing of that name ships.
+  """
+  if not path.startswith(_PACKAGE):
+    return os.path.expanduser(path)
+  name = path.removeprefix(_PACKAGE)
+  shipped = sorted(entry.name for entry in ASSETS.iterdir())
+  if name not in shipped:
+    raise ValueError(
+      f'moepeft ships no {name!r}; expected {_PACKAGE}NAME with one of '
+      f'{", ".join(shipped)}'
+    )
+  return str(ASSETS / name)
 
 
 class NotAFile(OSError):

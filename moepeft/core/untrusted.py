@@ -7,6 +7,7 @@ Whatever moepeft did not write itself a moment ago is read here; every fault is
 a `Malformed`, a ValueError whose message is one sentence.
 """
 
+import ast
 import json
 import math
 import os
@@ -25,6 +26,8 @@ Kind = TypeVar('Kind')
 MAX_DEPTH = 100
 # Nodes that a YAML text may have after its aliases are expanded.
 _MAX_NODES = 1_000_000
+# Characters of a literal.
+_MAX_LITERAL = 10_000
 # Integers of JSON have no bound, arrays of NumPy and JAX do.
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
@@ -107,6 +110,21 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader):
   _check_depth(value, MAX_DEPTH, _MAX_NODES)
   check_encodable(value)
   return value
+
+
+def parse_literal(text: str) -> Any:
+  """The value of a Python literal, such as a command line has.
+
+  Raises:
+    Malformed: it is no literal, or is longer than 10,000 characters.
+  """
+  try:
+    if len(text) > _MAX_LITERAL:
+      raise ValueError
+    return ast.literal_eval(text.strip())
+  except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    # A MemoryError is how the parser refuses a text that is nested too deeply.
+    raise Malformed('no literal of Python') from None
 
 
 def read_json(path: str | os.PathLike) -> Any:

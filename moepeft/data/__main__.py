@@ -260,8 +260,6 @@ def text(words: Vocabulary, ids: np.ndarray) -> str:
 def main(argv) -> None:
   del argv
   config_check.check(_CONFIG.value)
-  if min(_WINDOWS.value, _ROWS.value) < 1:
-    raise ValueError('--windows and --rows are at least 1')
   only = _SHOW_BATCH.value
   # A picture needs no more than a window.
   show(_CONFIG.value, 1 if only else _WINDOWS.value, _ROWS.value, only)
@@ -270,9 +268,19 @@ def main(argv) -> None:
 if __name__ == '__main__':
   _CONFIG = command.define_config('configs/molora_t5.py')
   _WINDOWS = flags.DEFINE_integer(
-    'windows', 4, f'How much to look at, in {WINDOW:,} examples.'
+    'windows',
+    4,
+    f'How much to look at, in {WINDOW:,} examples.',
+    lower_bound=1,
+    upper_bound=100_000,
   )
-  _ROWS = flags.DEFINE_integer('rows', 3, 'Rows of a batch to decode.')
+  _ROWS = flags.DEFINE_integer(
+    'rows',
+    3,
+    'Rows of a batch to decode.',
+    lower_bound=1,
+    upper_bound=100_000,
+  )
   _SHOW_BATCH = flags.DEFINE_bool(
     'show_batch', False, 'Print the decoded rows alone.'
   )

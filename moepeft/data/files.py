@@ -124,7 +124,7 @@ def data_files(path: str, kind: str, bad: Bad | None = None) -> list[str]:
     ValueError: nothing is there, or nothing of the kind.
     NotAFile: it is a pipe, a socket or a device, or one of its files is.
   """
-  path, endings = os.path.expanduser(path), ENDINGS[kind]
+  path, endings = core_files.local_path(path), ENDINGS[kind]
   kinds = ', '.join(endings)
   core_files.check_file(path)
   if os.path.isfile(path):
@@ -215,7 +215,7 @@ def text(key: str, path: str, what: str) -> str:
     ValueError: it cannot be read.
   """
   try:
-    return core_files.read_text(os.path.expanduser(path)).replace(MARK, '')
+    return core_files.read_text(core_files.local_path(path)).replace(MARK, '')
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
     raise ValueError(
@@ -232,7 +232,7 @@ def hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
   found = {}
   kinds = {'path': data.source, **_OF_KEYS}
   for key, kind in kinds.items() if data.source in ENDINGS else ():
-    path = os.path.expanduser(data[key])
+    path = core_files.local_path(data[key])
     if path and os.path.exists(path):
       # `datasets` and templates may lie deeper.
       deep = kind in ('datasets', 'preference', 'templates')

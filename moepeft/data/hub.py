@@ -76,7 +76,7 @@ def read(
 
 def _name(path: str) -> str:
   """The dataset's name: of the hub as it is, of a file without its ending."""
-  if not os.path.exists(os.path.expanduser(path)):
+  if not os.path.exists(core_files.local_path(path)):
     return path
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
@@ -110,7 +110,7 @@ def table_of(
   Raises:
     ValueError: as `read`.
   """
-  local = os.path.expanduser(path)
+  local = core_files.local_path(path)
   core_files.check_file(local)
   if os.path.isfile(local) and _ending(local) in _READ_HERE:
     if split != 'train':

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from moepeft.core import untrusted
+from moepeft.core.files import local_path
 from moepeft.data import files
 from moepeft.data import rows as rows_lib
 from moepeft.data.rows import Bad, BadRow, Rows
@@ -39,7 +40,7 @@ def read(
   """
   bad = Bad(on_bad_row, ignore)
   examples = []
-  for file in _files(os.path.expanduser(path), bad):
+  for file in _files(local_path(path), bad):
     name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
     for where, row in lines(file, bad):
       try:

@@ -101,7 +101,7 @@ def _with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
 def _find(path: str) -> dict[str, dict[str, _Split]]:
   """{task: {split: what is there}}, those that rank answers left out."""
   _, tf = library()
-  path = os.path.expanduser(path)
+  path = files.local_path(path)
   if not tf.io.gfile.isdir(path):
     raise ValueError(
       f'{path!r} is no directory; set config.data.path to one of cached tasks'

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.core.files import local_path
+
 EOS = 1
 SIDES = ('inputs', 'targets')
 
@@ -62,7 +64,7 @@ def registered(name: str, module: str = '', caches: Sequence[str] = ()) -> Any:
         f'config.data.module={module!r} cannot be imported ({e}); name a '
         'module that registers SeqIO tasks, from here or installed'
       ) from None
-  seqio.add_global_cache_dirs([os.path.expanduser(path) for path in caches])
+  seqio.add_global_cache_dirs([local_path(path) for path in caches])
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if name not in known:
     near = difflib.get_close_matches(name, sorted(known)) or sorted(known)[:3]

@@ -14,6 +14,7 @@ import grain
 from ml_collections import ConfigDict
 
 from moepeft import tasks
+from moepeft.core.files import local_path
 from moepeft.data import (
   answers,
   chat,
@@ -273,7 +274,7 @@ def _called(path: str) -> str:
 
 def _within(path: str, file: str) -> str:
   """What a file below a path is called, or the path's own file."""
-  inside = os.path.relpath(file, os.path.expanduser(path))
+  inside = os.path.relpath(file, local_path(path))
   if inside.startswith(os.pardir):
     return file
   return _called(path) if inside == os.curdir else inside

@@ -161,7 +161,7 @@ def group(path: str, name: str) -> Group:
   Raises:
     ValueError: none there, or none for this dataset.
   """
-  path = os.path.expanduser(path)
+  path = core_files.local_path(path)
   core_files.check_file(path)
   if os.path.isfile(path):
     return read(path)

@@ -211,4 +211,4 @@ def vocabulary(name: str, model_path: str = '') -> Vocabulary:
       'name a model, which brings its tokenizer, by config.model.path (a card: '
       "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
     )
-  return Tokenizer(os.path.expanduser(name or model_path))
+  return Tokenizer(files.local_path(name or model_path))

@@ -2,17 +2,17 @@
 """What the fields of a model's config may be."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-# Array sizes of JAX and XLA are of 32 bits in places; no model is near them.
-# Layers are listed one by one, so they have a bound of their own.
-_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
+from moepeft.core.ranges import Range, shortened, suggestion
 
+# Sizes of arrays that XLA indexes by 32 bits; no model is near them. Layers are
+# listed one by one, so they have a bound of their own.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 _KINDS: dict[type, tuple[str, Any]] = {
   bool: ('True or False', (bool, np.bool_)),
   int: ('a whole number', numbers.Integral),
@@ -39,20 +39,20 @@ def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
       # Python counts truth values among the whole numbers.
       truth = field.type is not bool and isinstance(value, (bool, np.bool_))
       if truth or not isinstance(value, kinds):
-        raise ValueError(f'{name} is {what}; got {value!r}')
-    if field.name in least and not value >= least[field.name]:
-      raise ValueError(f'{name} is at least {least[field.name]}; got {value!r}')
-    if field.type is float and not math.isfinite(value):
-      raise ValueError(f'{name} is a finite number; got {value!r}')
-    most = _MOST_LAYERS if field.name.endswith('layers') else _MOST
-    if field.type is int and value > most:
-      raise ValueError(f'{name} is at most {most:,}; got {value!r}')
+        raise ValueError(f'{name} is {what}; got {shortened(value)}')
+    if field.type in (int, float):
+      low = least.get(field.name, -_MOST)
+      most = _MOST_LAYERS if field.name.endswith('layers') else _MOST
+      Range(low, most).check(name, value)
 
 
 def check_one_of(name: str, value: Any, known: Any) -> None:
   """Raises a ValueError that names the field where `value` is not known."""
   if value not in known:
-    raise ValueError(f'{name} is one of {", ".join(known)}; got {value!r}')
+    raise ValueError(
+      f'{name} is one of {", ".join(known)}; got {shortened(value)}'
+      f'{suggestion(value, known)}'
+    )
 
 
 def check_names(
@@ -64,4 +64,5 @@ def check_names(
     if name not in known:
       raise ValueError(
         f'{prefix}{name} is not known; there are {", ".join(known)}'
+        f'{suggestion(name, known)}'
       )

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Range
 from moepeft.nn.precision import wide
 from moepeft.nn.start import Normal
 from moepeft.nn.thin import thin_product
@@ -12,6 +13,9 @@ from moepeft.typing import Array, Context
 
 # The released code's initialiser of router kernels.
 INIT = Normal(0.02)
+EXPERTS = Range(1, 65_536)
+JITTER = Range(0, 1)
+DROPOUT = Range(0, 1, below=True)
 
 
 def gate_logits(x: Array, kernel: Array) -> Array:

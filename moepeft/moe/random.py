@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.moe.gate import gate_logits, top_mask
+from moepeft.core.ranges import MAX_SEED, Range, option
+from moepeft.moe.gate import EXPERTS, gate_logits, top_mask
 from moepeft.typing import Array, Context, Routing
 
 
@@ -25,9 +26,9 @@ class Random(nn.Module):
     experts: e; k: experts a token; seed: of the projection.
   """
 
-  experts: int = 1
-  k: int = 1
-  seed: int = 0
+  experts: int = option(1, EXPERTS)
+  k: int = option(1, EXPERTS)
+  seed: int = option(0, Range(0, MAX_SEED))
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:

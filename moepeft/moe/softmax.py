@@ -3,7 +3,16 @@
 
 import flax.linen as nn
 
-from moepeft.moe.gate import INIT, expert_dropout, gate_logits, jittered
+from moepeft.core.ranges import option
+from moepeft.moe.gate import (
+  DROPOUT,
+  EXPERTS,
+  INIT,
+  JITTER,
+  expert_dropout,
+  gate_logits,
+  jittered,
+)
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.softmax import softmax
 from moepeft.typing import Array, Context, Routing
@@ -21,9 +30,9 @@ class Softmax(nn.Module):
     dropout: of experts, in training; see `gate.expert_dropout`.
   """
 
-  experts: int = 1
-  jitter: float = 0.0
-  dropout: float = 0.0
+  experts: int = option(1, EXPERTS)
+  jitter: float = option(0.0, JITTER)
+  dropout: float = option(0.0, DROPOUT)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:

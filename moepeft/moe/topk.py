@@ -4,8 +4,12 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import option
 from moepeft.moe.gate import (
+  DROPOUT,
+  EXPERTS,
   INIT,
+  JITTER,
   expert_dropout,
   gate_logits,
   jittered,
@@ -30,11 +34,11 @@ class TopK(nn.Module):
     jitter, dropout: as in `Softmax`.
   """
 
-  experts: int = 1
-  k: int = 1
+  experts: int = option(1, EXPERTS)
+  k: int = option(1, EXPERTS)
   renormalize: bool = False
-  jitter: float = 0.0
-  dropout: float = 0.0
+  jitter: float = option(0.0, JITTER)
+  dropout: float = option(0.0, DROPOUT)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:

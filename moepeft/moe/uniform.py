@@ -4,13 +4,15 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import option
+from moepeft.moe.gate import EXPERTS
 from moepeft.typing import Array, Context, Routing
 
 
 class Uniform(nn.Module):
   """weights = 1 / e; each row sums to one. No parameters."""
 
-  experts: int = 1
+  experts: int = option(1, EXPERTS)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:

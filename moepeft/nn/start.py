@@ -7,6 +7,7 @@ the shapes and from what each array says of its start.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -155,20 +156,42 @@ def described(
   return {path: (leaf.shape, labels[path]) for path, leaf in wanted.items()}
 
 
+def shapes(
+  model: nn.Module, batch: Batch, params: Tree | None = None
+) -> dict[str, Tree]:
+  """{'params': ..., 'peft': ...}: the shapes of every array.
+
+  Args: as of `letters`.
+  """
+  found = _shapes(model, batch, params)
+  return {name: found.get(name, {}) for name in ('params', 'peft')}
+
+
 def _shapes(
   model: nn.Module, batch: Batch, params: Tree | None
 ) -> dict[str, Tree]:
   """All collections without an array: shapes, and the arrays' labels."""
+  leaves, tree = jax.tree.flatten((batch, params))
+  made = _traced(model, tuple((a.shape, a.dtype) for a in leaves), tree)
+  return made if params is None else {**made, 'params': params}
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
+  """Traced once for a model, which takes a second or two."""
+  batch, params = tree.unflatten(
+    [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]
+  )
   rngs = dict.fromkeys(('params', 'peft', LABELS), jax.random.key(0))
   if params is None:
-    return jax.eval_shape(lambda: model.init(rngs, batch))
-  made = jax.eval_shape(
-    lambda params: model.apply(
+    return jax.eval_shape(lambda batch: model.init(rngs, batch), batch)
+  return jax.eval_shape(
+    lambda params, batch: model.apply(
       {'params': params}, batch, rngs=rngs, mutable=['peft', LABELS]
     )[1],
     params,
+    batch,
   )
-  return {**made, 'params': params}
 
 
 def _draw(

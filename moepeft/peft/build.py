@@ -3,13 +3,13 @@
 
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
 from moepeft import spec as spec_lib
+from moepeft.core.ranges import Choices, Range, shortened, suggestion
 from moepeft.moe import ROUTERS
 from moepeft.nn.site import Advice
 from moepeft.peft.method import SEMANTICS, Method
@@ -20,14 +20,6 @@ from moepeft.typing import State, Tree
 _RENORMALIZE = {'official': False, 'paper': True}
 # Options that change nothing but the noise of training.
 _TRAINING_ONLY = {'dropout', 'jitter'}
-_RANGES = {
-  'rank': (1, math.inf),
-  'experts': (1, math.inf),
-  'length': (1, math.inf),
-  'k': (1, math.inf),
-  'dropout': (0, 0.99),
-  'jitter': (0, 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +161,14 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
         f'{spec.name}: a router is written like softmax or topk(k=2); got '
         f'{router!r}'
       )
-    router_defaults = _defaults(_find(router.name, ROUTERS, 'router'))
+    router_module = _find(router.name, ROUTERS, 'router')
+    router_defaults = _defaults(router_module)
     router_defaults.pop('experts')
-    _check(router, router_defaults)
+    _check(router, router_module, router_defaults)
     if router.name == 'topk' and router.get('renormalize') is None:
       router = router.replace(renormalize=_RENORMALIZE[semantics])
     decided['router'] = given['router'] = router
-  _check(spec, defaults | ({'sites': ''} if defaults else {}))
+  _check(spec, method.module, defaults | ({'sites': ''} if defaults else {}))
   return Spec(spec.name, tuple((given | (decided | given)).items()))
 
 
@@ -222,14 +215,25 @@ def _defaults(module) -> dict[str, Any]:
   }
 
 
-def _check(spec: Spec, defaults: Mapping[str, Any]) -> None:
+def allowed(module) -> dict[str, Range | Choices]:
+  """{option: the values that it may take}, as its field declares them."""
+  return {
+    field.name: field.metadata['allowed']
+    for field in (dataclasses.fields(module) if module else ())
+    if 'allowed' in field.metadata
+  }
+
+
+def _check(spec: Spec, module, defaults: Mapping[str, Any]) -> None:
   """Raises a ValueError for an option that is not there or cannot be."""
   unknown = sorted(set(dict(spec.options)) - set(defaults))
   if unknown:
     raise ValueError(
       f'{spec.name} has no option {", ".join(unknown)}; it has '
       f'{", ".join(sorted(defaults)) or "none"}'
+      f'{suggestion(unknown[0], defaults)}'
     )
+  ranges = allowed(module)
   for option, value in spec.options:
     default = defaults[option]
     if isinstance(default, nn.Module):
@@ -241,20 +245,17 @@ def _check(spec: Spec, defaults: Mapping[str, Any]) -> None:
     ):
       raise ValueError(
         f"{spec.name}'s option {option} is of type {wanted.__name__}; got "
-        f'{value!r}'
+        f'{shortened(value)}'
       )
-    least, most = _RANGES.get(option, (-math.inf, math.inf))
-    if wanted in (int, float) and not least <= value <= most:
-      raise ValueError(
-        f"{spec.name}'s option {option} is at least {least} and at most "
-        f'{most}; got {value!r}'
-      )
+    if option in ranges:
+      ranges[option].check(f"{spec.name}'s option {option}", value)
 
 
 def _find(name: str, registry, kind: str):
   if name not in registry:
     raise ValueError(
       f'there is no {kind} {name!r}; there are {", ".join(registry)}'
+      f'{suggestion(name, registry)}'
     )
   return registry[name]
 

@@ -4,6 +4,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Choices, option
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import Frozen, contraction
@@ -23,12 +24,10 @@ class Ia3(nn.Module):
     on: 'output' or 'input'.
   """
 
-  on: str = 'output'
+  on: str = option('output', Choices(('output', 'input')))
 
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
-    if self.on not in ('output', 'input'):
-      raise ValueError(f"ia3's `on` is 'output' or 'input'; got {self.on!r}")
     if self.on == 'input':
       scale = peft_param(self, 'scale', ONES, x.shape[2:], f.inside)
       return f(x * scale.astype(x.dtype))

@@ -4,6 +4,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Range, option
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.precision import wide
 from moepeft.nn.site import (
@@ -20,6 +21,9 @@ from moepeft.typing import Array, Context
 
 INIT_A = Normal(0.02)
 INIT_B = Fill(0)
+RANK = Range(1, 65_536)
+ALPHA = Range(0, 1_000_000)
+DROPOUT = Range(0, 1, below=True)
 
 
 def down(x: Array, a: Array) -> Array:
@@ -67,10 +71,10 @@ class Lora(nn.Module):
     dropout: of the term's input, in training.
   """
 
-  rank: int = 4
-  alpha: float = 16.0
+  rank: int = option(4, RANK)
+  alpha: float = option(16.0, ALPHA)
   rslora: bool = False
-  dropout: float = 0.0
+  dropout: float = option(0.0, DROPOUT)
 
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:

@@ -3,6 +3,8 @@
 
 import flax.linen as nn
 
+from moepeft.core.ranges import option
+from moepeft.moe.gate import EXPERTS
 from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
@@ -27,10 +29,10 @@ class MoLora(nn.Module):
     router: the router module.
   """
 
-  experts: int = 10
-  rank: int = 4
-  alpha: float = 16.0
-  dropout: float = 0.0
+  experts: int = option(10, EXPERTS)
+  rank: int = option(4, lora.RANK)
+  alpha: float = option(16.0, lora.ALPHA)
+  dropout: float = option(0.0, lora.DROPOUT)
   router: nn.Module = Softmax(10)
 
   @nn.compact

@@ -4,6 +4,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Choices, option
+from moepeft.moe.gate import EXPERTS
 from moepeft.moe.softmax import Softmax
 from moepeft.moe.stats import route
 from moepeft.nn.parameter import peft_param
@@ -32,16 +34,12 @@ class MoV(nn.Module):
       is 'output'.
   """
 
-  experts: int = 10
+  experts: int = option(10, EXPERTS)
   router: nn.Module = Softmax(10)
-  reads: str = 'heads'
+  reads: str = option('heads', Choices(READS))
 
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
-    if self.reads not in READS:
-      raise ValueError(
-        f"mov's `reads` is one of {', '.join(READS)}; got {self.reads!r}"
-      )
     y = f(x)
     shape = (self.experts, *y.shape[2:])
     scale = peft_param(self, 'scale', ONES, shape, f'e{f.outside}')

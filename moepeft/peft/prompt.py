@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Range, option
 from moepeft.nn.parameter import peft_param
 from moepeft.nn.site import Advice, Frozen
 from moepeft.peft.method import Method
@@ -37,7 +38,7 @@ class Prompt(nn.Module):
     length: tokens of the prompt.
   """
 
-  length: int = 20
+  length: int = option(20, Range(1, 65_536))
 
   @nn.compact
   def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:

@@ -8,6 +8,7 @@ the table, and of the head's columns; with a tied head they are the same ones.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import shortened
 from moepeft.nn.parameter import COLLECTION, peft_param
 from moepeft.nn.site import Frozen
 from moepeft.nn.start import Fill
@@ -81,12 +82,13 @@ def token_ids(text: str, f: Frozen) -> tuple[int, ...]:
         "tokens names ids like new='1|2' or new='49152-49155'; got "
         f'new={text!r}'
       )
-    found |= set(range(int(low), int(high or low) + 1))
-  if not found or max(found) >= vocab:
-    raise ValueError(
-      f'tokens(new={text!r}) names an id that is not below {vocab}, the size '
-      "of the model's vocabulary"
-    )
+    first, last = int(low), int(high or low)
+    if not first <= last < vocab:
+      raise ValueError(
+        f'tokens(new={shortened(text)}) names ids from {first} to {last}; '
+        f"expected ids below {vocab}, the size of the model's vocabulary"
+      )
+    found |= set(range(first, last + 1))
   return tuple(sorted(found))
 
 

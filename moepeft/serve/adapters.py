@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -12,7 +11,6 @@ import numpy as np
 
 from moepeft import base as base_lib
 from moepeft.base import Base
-from moepeft.checkpoint import restore_trained
 from moepeft.models import names
 from moepeft.nn.start import Label, described
 from moepeft.peft import Built, build
@@ -89,17 +87,6 @@ def arrays_of(model: nn.Module) -> Layout:
 
 
 def _stored(path: str, base: Base) -> _Stored:
-  workdir = os.path.expanduser(path)
-  if os.path.isdir(os.path.join(workdir, 'checkpoints')):
-    tree, card = restore_trained(workdir)
-    own = card['base']
-    return _Stored(
-      card['method'],
-      tree,
-      card['semantics'],
-      own['sha256'],
-      own.get('quantise', ''),
-    )
   found = base_lib.load_adapter(path, base.config)
   # Only our own form says it, and what was kept in how many bits with it.
   said = found.quantise is not None

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawn flags and config values of every command: a config or one sentence."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_DRIVER = pathlib.Path(__file__).with_name('flag_driver.py')
+# Command lines of each command; those with a config are built by shapes, which
+# takes a second or two where the config is right.
+_COUNTS = {
+  'train': 200,
+  'count': 300,
+  'data': 200,
+  'ngrams': 100,
+  'evaluate': 600,
+  'generate': 800,
+  'tokenizer': 600,
+  'tables': 400,
+}
+_SEED = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', _COUNTS)
+def test_no_flag_or_value_is_a_traceback_or_a_hang(name):
+  command = [sys.executable, str(_DRIVER), f'moepeft.{name}']
+  done = subprocess.run(
+    [*command, str(_SEED), str(_COUNTS[name])],
+    cwd=_ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(_ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  faults = found.pop('faults')
+  print(name, found)
+  assert faults == []
+  # The values that are drawn are neither all wrong nor all right.
+  assert found['built'] > 0 and found['refused'] > _COUNTS[name] / 4
+  assert found['built'] + found['refused'] == _COUNTS[name]
