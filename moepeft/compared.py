@@ -70,7 +70,8 @@ def table(
   ]
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  columns = [*headings.columns(keys), *(routed.COLUMNS if routing else ())]
+  about_routers = routed.columns(row.routing for row in rows) if routing else []
+  columns = [*headings.columns(keys), *about_routers]
   against = _against(rows, baseline) if baseline else None
   lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
   notes = [
@@ -86,7 +87,7 @@ def table(
   ):
     notes.append(remarks.of_baseline(against[0].group))
   if routing:
-    notes.append(routed.NOTE)
+    notes += routed.notes(about_routers)
   if printed:
     matched = [row.printed for row in rows if row.printed]
     notes += remarks.of_paper(paper, matched)

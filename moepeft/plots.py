@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's figures as PNGs: loss, learning rate, router load and entropy."""
+"""A run's figures as PNGs: losses, learning rate, routers, before and after."""
 
 import os
 import time
@@ -17,6 +17,8 @@ from moepeft.history import History
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
+# {key of rows.SHARES: name of the figure}; sites of a run may be of two kinds.
+_SHARES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Between two drawings while a run goes on; one takes a second or two.
 _SECONDS = 60
 
@@ -52,7 +54,10 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     'loss': _loss(seen),
     'learning_rate': _learning_rate(seen),
     'preference': _preference(seen),
-    'router_load': router_plots.load(seen.routing()),
+    **{
+      f'router_{name}': router_plots.shares(seen.routing(), kind)
+      for kind, name in _SHARES.items()
+    },
     'router_entropy': router_plots.entropy(seen.routing()),
   }
   return [

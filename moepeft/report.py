@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the steps of a run come to: figures from the device, rows, alarms."""
 
+import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from moepeft.progress import Progress
 from moepeft.typing import Batch
 from moepeft.writers import Writer
 
-# Lines at once of experts that hold too much.
-_ALARMS = 5
+# Alarms that are printed at once, and for how many logs in a row a router is
+# collapsed before there is one.
+_ALARMS, _IN_A_ROW = 5, 3
 
 
 class Report:
@@ -34,7 +36,8 @@ class Report:
     """
     self._shares = shares
     self._progress, self._writers, self._rate = progress, writers, rate
-    self._alarm, self._alarmed = router_alarm, set()
+    self._limit, self._alarmed = router_alarm, set()
+    self._collapsed = collections.Counter()
     self._pending = []
     self._batch_sums = []
 
@@ -97,19 +100,29 @@ class Report:
         'learning_rate': float(self._rate(number - 1)),
       } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
-    self._raise_alarms(metrics.alarms(sites, self._alarm))
+    self._raise_alarms(metrics.collapsed(sites, self._limit))
 
-  def _raise_alarms(self, lines: Sequence[str]) -> None:
-    """Says those of places that have not been told yet, a few of them whole."""
-    new = {line.split(': expert')[0]: line for line in lines}
-    new = {k: line for k, line in new.items() if k not in self._alarmed}
-    self._alarmed |= new.keys()
-    for line in [*new.values()][:_ALARMS]:
-      self._progress.say(line)
+  def _raise_alarms(self, lines: Mapping[str, str]) -> None:
+    """Prints an alarm of each place once, after _IN_A_ROW logs in a row.
+
+    Args:
+      lines: from `metrics.collapsed`, of this log.
+    """
+    self._collapsed = collections.Counter(
+      {place: self._collapsed[place] + 1 for place in lines}
+    )
+    new = [
+      place
+      for place, count in self._collapsed.items()
+      if count >= _IN_A_ROW and place not in self._alarmed
+    ]
+    self._alarmed.update(new)
+    for place in new[:_ALARMS]:
+      self._progress.say(f'router alarm: {place}: {lines[place]}')
     if len(new) > _ALARMS:
       self._progress.say(
-        f'router alarm: so it is at {len(new) - _ALARMS} other layers; '
-        'plots/router_load.png shows all'
+        f'router alarm: {len(new) - _ALARMS} other layers are collapsed, too; '
+        'plots/router_weight.png and router_tokens.png show all'
       )
 
   def _write(self, row: Mapping[str, Any]) -> None:

@@ -12,6 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 NAME = 'metrics.jsonl'
+# What a site of a row's 'routing' has by layer and expert, under one of these
+# keys: 'weight' where the router is dense, 'tokens' where it is sparse. 'load'
+# is in rows from before the two were told apart: a token counts 1/k for each of
+# its k experts, and of a dense router for the expert with the largest weight,
+# however little that is ahead.
+SHARES = {
+  'weight': 'mean weight',
+  'tokens': 'token share',
+  'load': 'argmax share',
+}
 
 
 class Rows:
@@ -54,6 +64,17 @@ def stream(path: str) -> Iterator[dict[str, Any]]:
   """
   for _, row in _lines(path):
     yield row
+
+
+def shares(site: Mapping[str, Any]) -> tuple[str, list]:
+  """(key of SHARES, [l][e]) of a site; a site without layers gets one.
+
+  Args:
+    site: a value of a row's 'routing'.
+  """
+  key = next(key for key in SHARES if key in site)
+  values = site[key]
+  return key, values if isinstance(values[0], list) else [values]
 
 
 def read(path: str) -> list[dict[str, Any]]:

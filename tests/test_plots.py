@@ -17,8 +17,8 @@ SITES = (
 )
 
 
-def row(step, layers=5, experts=3, sites=SITES):
-  """The load of expert 1 in layer 2 grows with the step, up to all."""
+def row(step, layers=5, experts=3, sites=SITES, kind='weight'):
+  """The share of expert 1 in layer 2 grows with the step, up to all."""
   share = min(step / 100, 1.0)
   load = np.full((layers, experts), 1 / experts)
   load[2] = (1 - share) / max(experts - 1, 1)
@@ -29,7 +29,7 @@ def row(step, layers=5, experts=3, sites=SITES):
     'learning_rate': 1e-3,
     'routing': {
       site: {
-        'load': load.tolist(),
+        kind: load.tolist(),
         # Layer 0 is uniform, the others half as sure.
         'entropy': [np.log(experts)] + [np.log(experts) / 2] * (layers - 1),
       }
@@ -47,7 +47,7 @@ def test_a_routed_run_has_four_figures_that_are_pictures(tmp_path):
   assert names(drawn) == {
     'loss',
     'learning_rate',
-    'router_load',
+    'router_weight',
     'router_entropy',
   }
   for path in drawn:
@@ -101,21 +101,43 @@ def panels(figure):
   return {a.get_title(): a for a in figure.axes if a.get_title()}
 
 
-def test_the_load_is_a_map_of_layers_by_experts_at_the_latest_step():
+def test_shares_are_a_map_of_layers_by_experts_at_the_latest_step():
   seen = History([row(s) for s in range(1, 8)])
-  figure = router_plots.load(seen.routing())
+  figure = router_plots.shares(seen.routing(), 'weight')
   # Three places; the fullest expert beside each, and the colours.
   assert len(figure.axes) == 4 + 3 + 1
   (heat,) = panels(figure)['wo'].images
   found = np.asarray(heat.get_array())
   assert found.shape == (5, 3)
   np.testing.assert_allclose(found[2], [0.465, 0.07, 0.465])
-  assert figure.texts[0].get_text() == 'Router load after step 7'
+  assert figure.texts[0].get_text() == 'Mean weight of experts after step 7'
+
+
+def test_each_kind_of_share_has_a_figure_that_names_it(tmp_path):
+  dense, sparse = SITES[:2], SITES[2:]
+  rows = []
+  for step in (1, 2):
+    mixed = row(step, sites=dense)
+    mixed['routing'] |= row(step, sites=sparse, kind='tokens')['routing']
+    rows.append(mixed)
+  drawn = names(plots.draw(rows, str(tmp_path)))
+  assert {n for n in drawn if n.startswith('router')} == {
+    'router_weight',
+    'router_tokens',
+    'router_entropy',
+  }
+  states = History(rows).routing()
+  assert set(panels(router_plots.shares(states, 'tokens'))) & {'k', 'q'}
+  assert 'wo' not in panels(router_plots.shares(states, 'tokens'))
+  old = History([row(1, kind='load')]).routing()
+  assert router_plots.shares(old, 'weight') is None
+  said = [t.get_text() for t in router_plots.shares(old, 'load').texts]
+  assert 'Argmax share' in said[0] and 'no mean weight' in said[1]
 
 
 def test_the_fullest_expert_is_that_of_any_layer():
   seen = History([row(s) for s in (10, 50, 90)])
-  axes = panels(router_plots.load(seen.routing()))[
+  axes = panels(router_plots.shares(seen.routing(), 'weight'))[
     'fullest expert of any layer'
   ]
   line = axes.lines[0]

@@ -499,12 +499,12 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
   assert line.startswith('error: ') and said in line
 
 
-def routed(folder, *steps):
-  """Writes metrics.jsonl of (step, load of the first of two experts)."""
+def routed(folder, *steps, kind='weight'):
+  """Writes metrics.jsonl of (step, share of the first of two experts)."""
   with open(os.path.join(folder, 'metrics.jsonl'), 'w') as f:
-    for step, load in steps:
-      even = {'load': [[0.5, 0.5]], 'entropy': [math.log(2)]}
-      site = {'load': [[load, 1 - load]], 'entropy': [0.0]}
+    for step, share in steps:
+      even = {kind: [[0.5, 0.5]], 'entropy': [math.log(2)]}
+      site = {kind: [[share, 1 - share]], 'entropy': [0.0]}
       row = {'step': step, 'routing': {'encoder/q': even, 'head': site}}
       print(json.dumps(row), file=f)
 
@@ -525,6 +525,35 @@ def test_routing_is_the_last_of_each_run_and_the_mean_of_seeds(tmp_path):
   assert lines['`lora(rank=4)`'][-3:] == ['-', '-', '-']
   assert '1 is even' in forms.markdown(table)
   assert 'entropy' not in text(one, two, lora)
+
+
+def test_mean_weights_and_token_shares_have_columns_of_their_own(tmp_path):
+  rows = [('cb', 'p', 'accuracy', [1, 0])]
+  made = []
+  for kind, router in (
+    ('weight', 'softmax'),
+    ('tokens', 'topk(k=1)'),
+    # An older log.
+    ('load', 'uniform'),
+  ):
+    method = {'method': f'molora(experts=2, rank=1, router={router})'}
+    made.append(runs.make(tmp_path / kind, rows, method))
+    routed(made[-1], (7, 0.9), kind=kind)
+  printed = text(*made, routing=True)
+  lines = body(printed)
+  assert lines['method'][-7:] == [
+    'router entropy',
+    'fullest expert, mean weight', 'mean weight, worst site',
+    'fullest expert, token share', 'token share, worst site',
+    'fullest expert, argmax share', 'argmax share, worst site',
+  ]  # fmt: skip
+  cells = ['0.7', '0.9']
+  for i, line in enumerate(list(lines.values())[2:]):
+    expected = ['-'] * 6
+    expected[2 * i : 2 * i + 2] = cells
+    assert line[-6:] == expected
+  assert 'does not say how much weight the expert has' in printed
+  assert 'Argmax' not in text(*made[:2], routing=True)
 
 
 def test_routing_without_runs_is_refused():

@@ -240,14 +240,29 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   changes = {
     'method': 'molora(experts=3, rank=2, router=topk(k=1))',
     'router_alarm': 0.1,
-    'log.every_steps': 4,
+    'log.every_steps': 1,
   }
   train.train(card(base, **changes), str(tmp_path))
   said = capsys.readouterr().out
   assert 'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in said
-  # Every site is over a tenth: five are told, and how many there are besides.
-  assert said.count(' of the load (config.router_alarm=0.1)') == 5
-  assert 'router alarm: so it is at ' in said
+  # Every site is over a tenth in each of the four logs: at the third, five
+  # alarms are printed, and how many there are besides.
+  assert said.count(' of the tokens, the entropy of a token') == 5
+  assert said.count('(config.router_alarm=0.1)') == 5
+  assert (
+    said.index('step 3/4') < said.index('router alarm') < said.index('step 4/4')
+  )
+  assert ' other layers are collapsed, too' in said
+
+
+def test_a_dense_router_raises_no_alarm_at_its_start(base, tmp_path, capsys):
+  # Nearly even weights: the share of argmax says nothing of them.
+  changes = {'router_alarm': 0.3, 'log.every_steps': 1}
+  train.train(card(base, **changes), str(tmp_path))
+  assert 'router alarm' not in capsys.readouterr().out
+  rows = read(str(tmp_path / 'metrics.jsonl'))
+  (site, *_) = rows[-1]['routing'].values()
+  np.testing.assert_allclose(np.sum(site['weight'], -1), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(
