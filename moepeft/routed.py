@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Columns of a table of runs about their routers at the end."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moepeft import rows
+from moepeft.peft.build import routers
 from moepeft.scoring import routing
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.forms import Cell, Column
+from moepeft.typing import Context
 
 ENTROPY = Column('entropy', 'router entropy', 'share')
 _NOTES = {
@@ -23,10 +28,9 @@ _NOTES = {
     'to the fullest of the e experts (k/e is even).'
   ),
   'load': (
-    'Argmax share is what logs had before mean weights and token shares: the '
-    'share of the tokens for which an expert has the largest weight, of top-k '
-    'each of its k experts counted 1/k. Of a dense router it does not say how '
-    'much weight the expert has; the entropy does.'
+    'Argmax share is what older logs have of dense routers instead of mean '
+    'weights: the share of the tokens for which an expert has the largest '
+    'weight. It does not say how much weight the expert has; the entropy does.'
   ),
 }
 
@@ -90,5 +94,42 @@ def of_entry(entry: Entry) -> routing.Routing | None:
     if row['step'] <= entry.step and row.get('routing'):
       last = row['routing']
   return routing.summary(
-    {site: (*rows.shares(own), own['entropy']) for site, own in last.items()}
+    {
+      site: (*_shares(site, own, entry), own['entropy'])
+      for site, own in last.items()
+    }
   )
+
+
+def _shares(
+  site: str, values: Mapping[str, Any], entry: Entry
+) -> tuple[str, np.ndarray]:
+  """(key of rows.SHARES, [l, e]) of a site, an older log's told apart.
+
+  There a token counts 1/k for each of its k experts, so that k times as much
+  is the token share of a sparse router.
+  """
+  kind, shares = rows.shares(values)
+  shares = np.asarray(shares, np.float64)
+  if kind == 'load':
+    name = site.rpartition('/')[2]
+    k = _selected(entry.method, entry.semantics).get(name)
+    if k is not None:
+      return 'tokens', k * shares
+  return kind, shares
+
+
+@functools.cache
+def _selected(method: str, semantics: str) -> dict[str, int]:
+  """{adapter's name: k} of a method's sparse routers, from their routing."""
+  forms = {
+    name: jax.eval_shape(
+      lambda router=router: router.init_with_output(
+        {'peft': jax.random.key(0), 'router': jax.random.key(0)},
+        jnp.zeros((1, 1, 1)),
+        Context(),
+      )[0]
+    )
+    for name, router in routers(method, semantics).items()
+  }
+  return {name: form.k for name, form in forms.items() if form.sparse}
