@@ -8,14 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft import rows as rows_lib
 from moepeft.interop import quantised
 from moepeft.moe import stats
 from moepeft.typing import State
-
-# Of ln e: with a mean entropy of a token's weights from here on, a router mixes
-# several experts, whichever has the most.
-EVEN = 0.75
 
 
 def introduce(
@@ -77,35 +72,3 @@ def routing(collection: Any) -> dict[str, dict[str, Any]]:
       for name, value in values.items()
     }
   return rows
-
-
-def collapsed(
-  sites: Mapping[str, Mapping[str, Any]], limit: float
-) -> dict[str, str]:
-  """{'site, layer n': what is so} where one expert has nearly all.
-
-  A router is collapsed where one expert has more than `limit` of the weight
-  (dense) or gets more than `limit` of the tokens (sparse), and the entropy of
-  a token's weights is below EVEN of ln e. So a dense router that is even, with
-  one expert ahead by little, is none.
-  """
-  lines = {}
-  for site, values in sites.items():
-    kind, shares = rows_lib.shares(values)
-    entropies = np.atleast_1d(np.asarray(values['weight_entropy'], np.float64))
-    for layer, (share, nats) in enumerate(zip(shares, entropies, strict=True)):
-      if len(share) < 2 or max(share) <= limit:
-        continue
-      evenness = nats / np.log(len(share))
-      if evenness < EVEN:
-        has = (
-          'gets {:.0%} of the tokens'
-          if kind == 'tokens'
-          else ('has {:.0%} of the weight')
-        )
-        lines[f'{site}, layer {layer}'] = (
-          f'expert {int(np.argmax(share))} {has.format(max(share))}, the '
-          f"entropy of a token's weights is {evenness:.2f} of ln "
-          f'{len(share)} (config.router_alarm={limit})'
-        )
-  return lines

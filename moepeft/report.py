@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft import metrics
+from moepeft import curves, metrics
 from moepeft.progress import Progress
 from moepeft.typing import Batch
 from moepeft.writers import Writer
@@ -100,13 +100,13 @@ class Report:
         'learning_rate': float(self._rate(number - 1)),
       } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
-    self._raise_alarms(metrics.collapsed(sites, self._limit))
+    self._raise_alarms(curves.collapsed(sites, self._limit))
 
   def _raise_alarms(self, lines: Mapping[str, str]) -> None:
     """Prints an alarm of each place once, after _IN_A_ROW logs in a row.
 
     Args:
-      lines: from `metrics.collapsed`, of this log.
+      lines: from `curves.collapsed`, of this log.
     """
     self._collapsed = collections.Counter(
       {place: self._collapsed[place] + 1 for place in lines}

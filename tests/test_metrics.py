@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft import metrics
+from moepeft import curves, metrics
 from moepeft.moe import stats
 from moepeft.typing import Routing, State
 
@@ -53,7 +53,7 @@ def test_a_collapsed_router_is_named_with_its_expert():
     # One expert has all of it, and must.
     'single': {'weight': [[1.0]], 'weight_entropy': [0.0]},
   }
-  lines = metrics.collapsed(sites, 0.9)
+  lines = curves.collapsed(sites, 0.9)
   assert list(lines) == ['dense, layer 1', 'sparse, layer 0']
   assert lines['dense, layer 1'].startswith('expert 1 has 95% of the weight')
   assert '0.14 of ln 2' in lines['dense, layer 1']
@@ -72,4 +72,4 @@ def test_a_dense_router_with_one_expert_ahead_by_little_is_not_collapsed():
   assert 'tokens' not in site and 'load' not in site
   assert site['weight_entropy'] / np.log(4) > 0.98
   # An alarm at a share of weight that any router has, were it not for entropy.
-  assert metrics.collapsed({'q': site}, 0.25) == {}
+  assert curves.collapsed({'q': site}, 0.25) == {}

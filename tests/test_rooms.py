@@ -26,6 +26,7 @@ FLOORS = (
   ('adafactor', 'accumulate'),
   (
     'rows',
+    'curves',
     'progress',
     'history',
     'router_plots',
