@@ -112,6 +112,11 @@ class History:
     points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
+  def last(self, key: str) -> int | None:
+    """The last step that has a figure, one of `curve`'s; None without one."""
+    steps, _ = self.curve(key)
+    return int(steps[-1]) if len(steps) else None
+
   def routing(self) -> list[Routing]:
     """The routers over time; none where nothing is routed."""
     return self._routing.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says at its start and end, and of its routers."""
+"""What a run says at its start, and of its routers."""
 
 import types
 from collections.abc import Mapping
@@ -46,15 +46,6 @@ def introduce(
   for name, line in lines.items():
     if line:
       print(f'{name:{wide}}  {line}', flush=True)
-
-
-def conclude(
-  summary: Mapping[str, Any], places: Mapping[str, str | None]
-) -> None:
-  """Prints how long it took and where everything is."""
-  lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
-  lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
-  print('\n'.join(lines), flush=True)
 
 
 def routing(collection: Any) -> dict[str, dict[str, Any]]:

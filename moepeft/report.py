@@ -29,11 +29,14 @@ class Report:
     rate: Callable[[int], Any],
     router_alarm: float,
     shares: int = 1,
+    validated: int | None = None,
   ):
     """Args:
     rate: the schedule, step -> learning rate.
     shares: of a batch, of which this process reads one.
+    validated: the last step that has a row of held-out figures.
     """
+    self._validated = validated
     self._shares = shares
     self._progress, self._writers, self._rate = progress, writers, rate
     self._limit, self._alarmed = router_alarm, set()
@@ -135,9 +138,27 @@ class Report:
     if kept:
       self._write({'step': 0, **kept})
 
+  def concluded(self, step: int, evaluation: Mapping[str, Any]) -> bool:
+    """Writes the held-out figures after the last step, for the curves.
+
+    Args:
+      evaluation: from `Judge`.
+
+    Returns:
+      Whether anything was written: a step is validated once.
+    """
+    figures = {
+      k: v for k, v in evaluation.items() if k.startswith('validation_')
+    }
+    if not figures or step == self._validated:
+      return False
+    self._write({'step': step, **figures})
+    return True
+
   def validated(self, step: int, found: Mapping[str, float]) -> None:
     """Writes and says what `Judge.validation` found."""
     self._write({'step': step, **found})
+    self._validated = step
     said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())
     self._progress.say(f'step {step}: {", ".join(said)}')
 

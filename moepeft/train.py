@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from moepeft import (
   accumulate,
   command,
   config_check,
+  curves,
   metrics,
+  next_steps,
   optim,
   pages,
   placement,
@@ -37,6 +40,7 @@ from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.data import cuts, files, loader, sources, vocabulary
+from moepeft.data.answer_ids import templated
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
@@ -61,7 +65,10 @@ from moepeft.sets import examples, pairs_to_judge
 from moepeft.stopping import Course, Signals, Stopped
 from moepeft.typing import State
 from moepeft.workdir import open_workdir, tell_full_disk
-from moepeft.writers import writers
+from moepeft.writers import Writer, writers
+
+# Tasks that the table at the end has at most; before_after.png has all.
+_TABLE = 12
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -359,6 +366,7 @@ def _train(
     optim.schedule(config.optimizer, config.steps),
     config.router_alarm,
     share[1],
+    history.last('validation_loss'),
   )
   report.began(before)
   done, leave, validated = first, False, None
@@ -366,7 +374,7 @@ def _train(
   pages.give_back()
   memory = pages.Bound()
   if done < config.steps:
-    progress.say('compiling the first step')
+    progress.phase('compiling the first step')
   with Signals() as signals, tell_full_disk(workdir, checkpoints.latest):
     while done < config.steps and not course.exhausted(config.patience):
       batch, validated = next(batches), None
@@ -379,6 +387,7 @@ def _train(
         progress.begin(done)
         memory.begin()
         signals.listen()
+      progress.step(done)
       memory.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
@@ -386,8 +395,9 @@ def _train(
       if log_now:
         report.tell()
       if judge_now:
-        with progress.paused('validating'):
-          validated = judge.validation(built.variables(state))
+        total = judge.validation_rows
+        with progress.paused('validating', total) as count:
+          validated = judge.validation(built.variables(state), count)
         report.validated(done, validated)
         course = course.judged(validated['validation_loss'], done)
         save |= config.checkpoint.best and course.best_step == done
@@ -408,9 +418,10 @@ def _train(
           figures.refresh()
       if leave:
         break
-  for writer in (*written, progress, batches):
-    writer.close()
+  progress.close()
+  batches.close()
   if leave:
+    _close(written)
     raise Stopped(signals.received or SIGTERM, done, checkpoints.path)
   if done < config.steps:
     print(
@@ -422,31 +433,48 @@ def _train(
   # ------------------------------------------------------------ summary ---
   summary = {'method': built.method, 'semantics': built.semantics}
   after_path = os.path.join(workdir, 'after.json')
+  changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
     after = judge(
       built.variables(state), 'after training', int(state.step), validated
     )
     processes.write_json(after_path, after)
+    if report.concluded(done, after):
+      figures.draw()
     before = _read_json(before_path) if config.evaluation.before else {}
-    if after['rows']:
+    if 0 < len(after['rows']) <= _TABLE:
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
+    changes = curves.changes(before, after)
+    if processes.first():
+      plots.draw_before_after(before, after, pictures)
+  _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
   processes.write_json(os.path.join(workdir, 'summary.json'), summary)
-  metrics.conclude(
+  chat = data.source in ('chat', 'preference') and (
+    bool(data.chat_template) or templated(words)
+  )
+  prompt = next((e.inputs for own in sets.values() for e in own), '')
+  next_steps.tell(
     summary,
+    changes,
+    curves.findings(pathlib.Path(workdir)),
     {
       'losses': os.path.join(workdir, rows_lib.NAME),
       'plots': pictures,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),
-      'to export': f'python -m moepeft.convert --workdir={workdir} '
-      '--output=DIR',
+      **next_steps.commands(workdir, config, built, chat, prompt),
     },
   )
   return summary
+
+
+def _close(written: Sequence[Writer]) -> None:
+  for writer in written:
+    writer.close()
 
 
 def _every(steps: int, done: int) -> bool:

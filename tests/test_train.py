@@ -72,18 +72,32 @@ def adapter_bytes(workdir):
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
-  # What was measured before the first step is the curves' first point.
-  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
-  before = json.loads((tmp_path / 'before.json').read_text())
+  # What was measured before the first step and after the last are the first and
+  # the last point of the curve.
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4, 4]
+  before, after = (
+    json.loads((tmp_path / f'{name}.json').read_text())
+    for name in ('before', 'after')
+  )
   assert rows[0]['validation_loss'] == before['validation_loss']
-  assert all(np.isfinite(row['loss']) for row in rows[1:])
-  sites = rows[-1]['routing']
+  assert rows[-1]['validation_loss'] == after['validation_loss']
+  assert all(np.isfinite(row['loss']) for row in rows[1:-1])
+  sites = rows[-2]['routing']
   assert len(sites['encoder/layers/self/q/molora']['top']) == 2
   for name in ('before.json', 'after.json', 'summary.json', 'config.json'):
     assert json.loads((tmp_path / name).read_text())
   assert (tmp_path / 'plots' / 'loss.png').read_bytes()[1:4] == b'PNG'
   said = capsys.readouterr().out
   for expected in ('step 4/4', 'examples/s', 'ETA', 'done in', 'MEAN', 'plots'):
+    assert expected in said
+  assert (tmp_path / 'plots' / 'before_after.png').read_bytes()[1:4] == b'PNG'
+  # The words of the end, and commands as they can be run.
+  assert f'  validation loss fell from {before["validation_loss"]:.4g}' in said
+  for expected in (
+    f'try it       python -m moepeft.generate --workdir={tmp_path} --prompt=',
+    f'serve it     python -m moepeft.serve --model={base} --adapter=',
+    f'export it    python -m moepeft.convert --workdir={tmp_path} --output=',
+  ):
     assert expected in said
 
 
