@@ -13,10 +13,17 @@ from moepeft import config as config_lib
 from moepeft import headings, remarks, routed, run_config
 from moepeft.count import count
 from moepeft.peft.build import plain
-from moepeft.scoring import figures, folders, groups, published, sameness
+from moepeft.scoring import (
+  bootstrap,
+  figures,
+  folders,
+  groups,
+  published,
+  sameness,
+)
 from moepeft.scoring.figures import Figure, Key
 from moepeft.scoring.folders import Entry
-from moepeft.scoring.forms import Cell, Line, Table
+from moepeft.scoring.forms import Cell, Column, Line, Table
 from moepeft.scoring.grid import AVERAGE, EIGHT
 from moepeft.scoring.groups import Group
 from moepeft.scoring.published import Published
@@ -58,34 +65,45 @@ def table(
   sameness.check(entries)
   grouped = groups.group(entries)
   single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
+  drawn = [figures.mean_draws(row.entries) for row in grouped]
   rows = [
     _Row(
       group,
-      figures.over_seeds(own),
+      figures.over_seeds(own, draws),
+      draws,
       _match(printed, group.first),
       routed.cells(group.entries) if routing else {},
     )
-    for group, own in zip(grouped, single, strict=True)
+    for group, own, draws in zip(grouped, single, drawn, strict=True)
   ]
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  columns = [*headings.columns(keys), *(routed.COLUMNS if routing else ())]
+  about_routers = routed.columns(row.routing for row in rows) if routing else []
+  columns = [*headings.columns(keys), *about_routers]
   against = _against(rows, baseline) if baseline else None
-  lines = [*_majority(found, keys), *_lines(rows, bool(printed), against)]
+  majority = _majority(found, keys)
+  placed = _lines(rows, bool(printed), against)
+  lines = [*majority, *(line for line, _ in placed)]
+  of_rows = {
+    i: row
+    for i, (_, row) in enumerate(placed, len(majority))
+    if row is not None
+  }
   notes = [
     *remarks.of_runs(grouped, found, keys),
+    *remarks.of_best(grouped),
     *remarks.of_missing(grouped, single, columns),
     *remarks.of_after(given, entries),
   ]
   if against is not None and any(
     cell.low is not None
     for row in rows
-    if row is not against[0]
+    if row is not against
     for cell in _less(row, against).cells.values()
   ):
-    notes.append(remarks.of_baseline(against[0].group))
+    notes.append(remarks.of_baseline(against.group))
   if routing:
-    notes.append(routed.NOTE)
+    notes += routed.notes(about_routers)
   if printed:
     matched = [row.printed for row in rows if row.printed]
     notes += remarks.of_paper(paper, matched)
@@ -95,21 +113,19 @@ def table(
     tuple(notes),
     title,
     decimals=2 if printed else 1,
+    best=_best(of_rows, headings.columns(keys)),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """A group with its figures, the paper's row of its method, its routing."""
+  """A group with its figures, their draws, the paper's row, its routing."""
 
   group: Group
   figures: Mapping[Key, Figure]
+  draws: Mapping[Key, np.ndarray]
   printed: Published | None
   routing: Mapping[str, Cell]
-
-
-# The row of --baseline, and its draws.
-_Against = tuple[_Row, Mapping[Key, np.ndarray]]
 
 
 def _read(runs: Sequence[str]) -> list[Entry]:
@@ -120,17 +136,42 @@ def _read(runs: Sequence[str]) -> list[Entry]:
 
 
 def _lines(
-  rows: Sequence[_Row], paper: bool, against: _Against | None
-) -> list[Line]:
-  """A row's line, then its differences; bases first."""
+  rows: Sequence[_Row], paper: bool, against: _Row | None
+) -> list[tuple[Line, _Row | None]]:
+  """A row's line with the row, then its differences; bases first."""
   lines = []
   for row in sorted(rows, key=lambda row: not row.group.first.is_base):
-    lines.append(_line(row, paper))
-    if against is not None and row is not against[0]:
-      lines.append(_less(row, against))
+    lines.append((_line(row, paper), row))
+    if against is not None and row is not against:
+      lines.append((_less(row, against), None))
     if row.printed is not None:
-      lines += _beside(row.printed, row.figures)
+      lines += [(line, None) for line in _beside(row.printed, row.figures)]
   return lines
+
+
+def _best(
+  rows: Mapping[int, _Row], columns: Sequence[Column]
+) -> frozenset[tuple[int, Key]]:
+  """(line, key) of figures that are clearly the best of their column.
+
+  The 95 % interval of the difference from each other row, over the same
+  resamples, has no 0; a figure without draws is not told from the others.
+  """
+  best = set()
+  for column in columns:
+    key = column.key
+    sign = 1 if column.better == 'higher' else -1
+    there = {i: row for i, row in rows.items() if key in row.figures}
+    if len(there) < 2:
+      continue
+    top = max(there, key=lambda i: sign * there[i].figures[key].value)
+    others = [row for i, row in there.items() if i != top]
+    if all(key in row.draws for row in there.values()) and all(
+      bootstrap.interval(sign * (there[top].draws[key] - row.draws[key]))[0] > 0
+      for row in others
+    ):
+      best.add((top, key))
+  return frozenset(best)
 
 
 def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
@@ -144,7 +185,7 @@ def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
   return None
 
 
-def _against(rows: Sequence[_Row], baseline: str) -> _Against:
+def _against(rows: Sequence[_Row], baseline: str) -> _Row:
   """The row that --baseline names, by a work directory or by its method."""
   wanted = os.path.abspath(os.path.expanduser(baseline))
   found = [
@@ -159,7 +200,7 @@ def _against(rows: Sequence[_Row], baseline: str) -> _Against:
       f'--baseline={baseline} names {len(found)} rows, expected one; the '
       f'methods are {there}: give one of them, or its work directory'
     )
-  return found[0], figures.mean_draws(found[0].group.entries)
+  return found[0]
 
 
 def _same_method(entry: Entry, text: str) -> bool:
@@ -198,7 +239,7 @@ def _counts(entry: Entry) -> tuple[int, int]:
 
 
 def _cell(figure: Figure) -> Cell:
-  return Cell(figure.value, figure.low, figure.high)
+  return Cell(figure.value, figure.low, figure.high, figure.seeds)
 
 
 def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
@@ -220,13 +261,13 @@ def _paired(row: _Row, other: _Row) -> bool:
   return ours == theirs
 
 
-def _less(row: _Row, against: _Against) -> Line:
-  other, draws = against
-  ours = figures.mean_draws(row.group.entries)
+def _less(row: _Row, other: _Row) -> Line:
+  ours = row.draws
   if not _paired(row, other):
     # What is drawn anew for every seed is not the same examples.
     ours = {key: own for key, own in ours.items() if key.data != HELD_OUT}
-  found = figures.differences((row.figures, ours), (other.figures, draws))
+  theirs = (other.figures, other.draws)
+  found = figures.differences((row.figures, ours), theirs)
   cells = {key: _cell(figure) for key, figure in found.items()}
   words = ('less', other.group.first.method, other.group.aside)
   return Line('difference', '', ' '.join(filter(None, words)), cells=cells)

@@ -47,7 +47,10 @@ def default() -> ConfigDict:
   c.semantics = 'official'
   # Weights of the router losses of moepeft.moe.losses; the paper's are zero.
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
-  # A line is printed when an expert holds more than this share of a site.
+  # A line is printed when a router is collapsed in three logs in a row: one
+  # expert has more than this share of the weight (softmax: every expert has
+  # weight) or gets more than this share of the tokens (top-k), and the mean
+  # entropy of a token's weights is below 0.75 of ln e.
   c.router_alarm = 0.9
   c.loss = ConfigDict(
     dict(

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from moepeft import rows as rows_lib
+
 # What objectives tell of answers that are compared; validation's too.
 FIGURES = (
   'rewards_chosen',
@@ -26,12 +28,12 @@ class Routing:
 
   Attributes:
     step: that was just done.
-    loads: {site: [l, e]} shares of the tokens.
+    shares: {key of rows.SHARES: {site: [l, e]}}.
     entropies: {site: [l]} mean entropies over their most, ln e.
   """
 
   step: int
-  loads: Mapping[str, np.ndarray]
+  shares: Mapping[str, Mapping[str, np.ndarray]]
   entropies: Mapping[str, np.ndarray]
 
 
@@ -110,6 +112,11 @@ class History:
     points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
+  def last(self, key: str) -> int | None:
+    """The last step that has a figure, one of `curve`'s; None without one."""
+    steps, _ = self.curve(key)
+    return int(steps[-1]) if len(steps) else None
+
   def routing(self) -> list[Routing]:
     """The routers over time; none where nothing is routed."""
     return self._routing.items()
@@ -120,13 +127,14 @@ def _number(value: float | None) -> float:
 
 
 def _routing(row: Mapping[str, Any]) -> Routing:
-  loads, entropies = {}, {}
+  shares, entropies = {}, {}
   for site, values in row['routing'].items():
-    load = np.atleast_2d(np.asarray(values['load'], np.float64))
-    if load.shape[-1] > 1:
-      most = np.log(load.shape[-1])
-      loads[site] = load
+    kind, share = rows_lib.shares(values)
+    share = np.asarray(share, np.float64)
+    if share.shape[-1] > 1:
+      most = np.log(share.shape[-1])
+      shares.setdefault(kind, {})[site] = share
       entropies[site] = np.atleast_1d(
         np.asarray(values['entropy'], np.float64) / most
       )
-  return Routing(row['step'], loads, entropies)
+  return Routing(row['step'], shares, entropies)

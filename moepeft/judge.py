@@ -2,7 +2,7 @@
 """What a run is judged by while it trains: validation loss and accuracies."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from moepeft.data.forms import Form, form, scored_lengths
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.objectives import Objective, objective_of
 from moepeft.peft.prompt import before
+from moepeft.progress import Pass
 from moepeft.ranking import NotFinite, Ranked, Ranker
 from moepeft.scoring.text import columns
 from moepeft.tasks import Example
@@ -88,25 +89,28 @@ class Judge:
     """
     found = {'when': when, 'step': step}
     said = []
+    every = [ids for kept in self._sets.values() for _, ids in kept]
+    batches = 0 if validated else self.validation_rows
+    shown = Pass(batches + len(every), when)
     if self._batches:
-      validated = validated or self.validation(variables)
+      validated = validated or self.validation(variables, shown)
       found |= validated
       said += [
         f'{key.replace("_", " ")} {value:.4f}'
         for key, value in validated.items()
       ]
     try:
-      found['rows'] = self.accuracies(variables)
+      found['rows'] = self.accuracies(variables, shown)
     except NotFinite as e:
       found['rows'] = []
       said.append(f'no accuracy: {e}')
+    shown.close()
     found['means'] = means(found['rows'])
     if found['means']:
       shown = (f'{k} {v:.3f}' for k, v in found['means'].items())
       said.append(f'accuracy {", ".join(shown)}')
     said = '; '.join(said) or 'no held-out rows, nothing to judge by'
     print(f'{when}: {said}', flush=True)
-    every = [ids for kept in self._sets.values() for _, ids in kept]
     for line in warnings(len(every), sum(e.cut for e in every), self._alike):
       print(line, flush=True)
     return found
@@ -119,8 +123,20 @@ class Judge:
     """
     return self.validation(variables)['validation_loss']
 
-  def validation(self, variables: Tree) -> dict[str, float]:
+  @property
+  def validation_rows(self) -> int:
+    """Rows that `validation` reads, those that fill its last batch included."""
+    return self._rows * len(self._batches)
+
+  def validation(
+    self,
+    variables: Tree,
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> dict[str, float]:
     """`validation_loss`, and what the objective tells beside it.
+
+    Args:
+      progress: called with the rows of each batch that is done.
 
     Returns:
       {'validation_loss': ..., 'validation_margins': ...}; a figure of which
@@ -133,6 +149,7 @@ class Judge:
         total, count = map(float, pair)
         sums[key, 'total'] += total
         sums[key, 'count'] += count
+      progress(self._rows)
     names = dict.fromkeys(key for key, _ in sums)
     return {
       f'validation_{key}': sums[key, 'total'] / sums[key, 'count']
@@ -140,11 +157,19 @@ class Judge:
       if sums[key, 'count']
     }
 
-  def accuracies(self, variables: Tree) -> list[dict[str, Any]]:
-    """A row for each entry of `sets`: group, task, templates, accuracy."""
+  def accuracies(
+    self,
+    variables: Tree,
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> list[dict[str, Any]]:
+    """A row for each entry of `sets`: group, task, templates, accuracy.
+
+    Args:
+      progress: called with the number of examples that were ranked.
+    """
     # All at once: fewer batches that are not full.
     every = [ids for kept in self._sets.values() for _, ids in kept]
-    predicted = iter(self._ranker.predict(variables, every))
+    predicted = iter(self._ranker.predict(variables, every, progress))
     rows = []
     for (group, task, split), kept in self._sets.items():
       right = [next(predicted) == row.label for row, _ in kept]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says at its start and end, and of its routers."""
+"""What a run says at its start, and of its routers."""
 
 import types
 from collections.abc import Mapping
@@ -48,36 +48,18 @@ def introduce(
       print(f'{name:{wide}}  {line}', flush=True)
 
 
-def conclude(
-  summary: Mapping[str, Any], places: Mapping[str, str | None]
-) -> None:
-  """Prints how long it took and where everything is."""
-  lines = [f'done in {summary["seconds"]} s: {summary["method"]}']
-  lines += [f'  {name:11}  {place}' for name, place in places.items() if place]
-  print('\n'.join(lines), flush=True)
-
-
 def routing(collection: Any) -> dict[str, dict[str, Any]]:
-  """{site: statistics}, arrays as lists, one entry a layer."""
-  found = {}
+  """{site: statistics}, arrays as lists, one entry a layer.
+
+  The shares of experts are under 'weight' or 'tokens'; see `rows.SHARES`.
+  """
+  rows = {}
   for site, sums in stats.by_site(jax.device_get(collection)).items():
-    values = stats.statistics(sums)
-    found[site] = {
+    values = vars(stats.statistics(sums))
+    share = values.pop('share')
+    values = {'tokens' if values.pop('sparse') else 'weight': share} | values
+    rows[site] = {
       name: np.round(np.asarray(value, np.float64), 4).tolist()
-      for name, value in vars(values).items()
+      for name, value in values.items()
     }
-  return found
-
-
-def alarms(sites: Mapping[str, Mapping[str, Any]], limit: float) -> list[str]:
-  """A line for each site and layer where one expert holds too much."""
-  lines = []
-  for site, values in sites.items():
-    loads = np.atleast_2d(values['load'])
-    for layer, load in enumerate(loads):
-      if len(load) > 1 and load.max() > limit:
-        lines.append(
-          f'router alarm: {site}, layer {layer}: expert {load.argmax()} holds '
-          f'{load.max():.0%} of the load (config.router_alarm={limit})'
-        )
-  return lines
+  return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's figures as PNGs: loss, learning rate, router load and entropy."""
+"""A run's figures as PNGs: losses, learning rate, routers, before and after."""
 
 import os
 import time
@@ -9,16 +9,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import (
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullFormatter,
+)
 
-from moepeft import router_plots
+from moepeft import before_after, router_plots
 from moepeft.history import History
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _PALE = '#0072B2', '#D55E00', '#56B4E9'
 _DPI = 100
+# {key of rows.SHARES: name of the figure}; sites of a run may be of two kinds.
+_SHARES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Between two drawings while a run goes on; one takes a second or two.
 _SECONDS = 60
+# Times the least that the largest loss has on a linear axis, at most.
+_LOG = 5
 
 
 class Figures:
@@ -40,6 +49,16 @@ class Figures:
       self.draw()
 
 
+def draw_before_after(
+  before: Mapping[str, Any], after: Mapping[str, Any], folder: str
+) -> list[str]:
+  """Draws before_after.png; [] where nothing was measured both times."""
+  figure = before_after.draw(before, after)
+  if figure is None:
+    return []
+  return [_save(figure, os.path.join(folder, 'before_after.png'))]
+
+
 def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
   """Draws what there is to draw; returns the paths of the PNGs.
 
@@ -52,7 +71,10 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     'loss': _loss(seen),
     'learning_rate': _learning_rate(seen),
     'preference': _preference(seen),
-    'router_load': router_plots.load(seen.routing()),
+    **{
+      f'router_{name}': router_plots.shares(seen.routing(), kind)
+      for kind, name in _SHARES.items()
+    },
     'router_entropy': router_plots.entropy(seen.routing()),
   }
   return [
@@ -86,7 +108,7 @@ def _loss(seen: History) -> Figure | None:
     axes.plot(steps, smooth(values), color=_BLUE, lw=1.8, label='smoothed')
   if len(at):
     axes.plot(at, validated, 'o-', color=_ORANGE, ms=4, label='validation')
-  _limit(axes, values, validated)
+  _scale(axes, values, validated)
   # Above the axes, where no curve can run under it.
   axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=3, frameon=False)
   return figure
@@ -149,16 +171,32 @@ def _blank(title: str, label: str) -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _limit(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
-  """Lets a spike of a long run leave the picture, not flatten the rest."""
-  finite = np.isfinite(values)
-  if finite.sum() < 200:
+def _scale(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
+  """A scale on which the end of a run is seen as well as its beginning.
+
+  Spikes of a long run, those over the 99.5th percentile, leave the picture.
+  Positive values that span more than five times the least have a logarithmic
+  axis: a fall from 10 to 1 does not flatten the one from 1 to 0.9.
+  """
+  finite, points = (a[np.isfinite(a)] for a in (values, validated))
+  if not len(finite) + len(points):
     return
-  most = np.percentile(values[finite], 99.5)
-  low = min([values[finite].min(), *validated[np.isfinite(validated)]])
-  high = max([most, *validated[np.isfinite(validated)]])
-  margin = 0.05 * max(high - low, 1e-9)
-  axes.set_ylim(low - margin, high + margin)
+  high = finite
+  if len(finite) >= 200:
+    high = [np.percentile(finite, 99.5)]
+  low = min([*finite, *points])
+  high = max([*high, *points])
+  if low > 0 and high > _LOG * low:
+    axes.set_yscale('log')
+    room = (high / low) ** 0.05
+    axes.set_ylim(low / room, high * room)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:g}'))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return
+  if len(finite) >= 200:
+    room = 0.05 * max(high - low, 1e-9)
+    axes.set_ylim(low - room, high + room)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ _LINES = 10.0
 _SHOWN = {'margins': 'margin', 'accuracies': 'acc'}
 # From so many columns on a bar has whole words.
 _WIDE = 110
+# Seconds between two drawings of a bar that steps move.
+_REDRAWN = 0.1
 
 
 class Interval(NamedTuple):
@@ -57,13 +59,13 @@ class Progress:
     self._steps, self._step = steps, start
     self._clock, self._memory = clock, memory or memory_bytes
     self._recent = collections.deque(maxlen=_INTERVALS)
-    self._bar = None
+    self._bar, self._phase, self._drawn = None, '', 0.0
     # Both: lines through a pipe (tee) would tear a bar on the same screen.
     if sys.stderr.isatty() and sys.stdout.isatty():
       self._bar = tqdm(
         total=steps,
         initial=start,
-        dynamic_ncols=True,
+        ncols=_columns(),
         bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}',
       )
     self.begin(start)
@@ -72,20 +74,54 @@ class Progress:
     """Lets the clock begin at a step; what was before it is not timed."""
     self._timed_from, self._since = step, self._clock()
 
+  def phase(self, name: str) -> None:
+    """Says what is done before the first step; the next step ends it."""
+    if self._bar is None:
+      print(name, flush=True)
+      return
+    self._phase = name
+    self._postfix(name)
+
   @contextlib.contextmanager
-  def paused(self, why: str = '') -> Iterator[None]:
-    """Stops the clock inside; a bar says why."""
-    began = self._clock()
+  def paused(
+    self, why: str = '', total: int = 0
+  ) -> Iterator[Callable[[int], None]]:
+    """Stops the clock inside; a bar says why.
+
+    Args:
+      total: of what is done inside, where it is counted.
+
+    Yields:
+      A function that takes how much more of it is done.
+    """
+    began, done = self._clock(), 0
     if self._bar is not None:
       before = self._bar.postfix
-      self._bar.set_postfix_str(why)
+      self._postfix(why)
+
+    def count(more: int) -> None:
+      nonlocal done
+      done += more
+      if self._bar is not None and self._due():
+        self._postfix(f'{why} {done}/{total}')
+
     try:
-      yield
+      yield count
     finally:
       if self._bar is not None:
-        self._bar.set_postfix_str(before or '')
+        self._postfix(before or '')
       # `begin` may have been called inside.
       self._since += self._clock() - max(began, self._since)
+
+  def step(self, step: int) -> None:
+    """Moves the bar; its figures stay those of the last `update`."""
+    if self._bar is None or not self._due():
+      return
+    self._bar.n = step
+    if self._phase:
+      self._phase = ''
+      self._bar.set_postfix_str('', refresh=False)
+    self._refresh()
 
   def update(
     self,
@@ -136,8 +172,7 @@ class Progress:
   def _show(
     self, step: int, loss: float, memory: int, figures: Mapping[str, float]
   ) -> None:
-    columns = shutil.get_terminal_size().columns
-    wide = self._bar is None or columns >= _WIDE
+    wide = self._bar is None or _columns() >= _WIDE
     parts = [f'loss {_loss(loss)}']
     parts += [
       f'{word} {figures[key]:.3f}'
@@ -152,8 +187,21 @@ class Progress:
     gap = '  ' if wide else ' '
     self._bar.set_postfix_str(gap.join(parts), refresh=False)
     # Not `update`: tqdm would wait for its own clock before it draws.
-    self._bar.n = step
+    self._bar.n, self._phase = step, ''
+    self._refresh()
+
+  def _postfix(self, text: str) -> None:
+    self._bar.set_postfix_str(text, refresh=False)
+    self._refresh()
+
+  def _refresh(self) -> None:
+    self._drawn = time.monotonic()
+    self._bar.ncols = _columns()
     self._bar.refresh()
+
+  def _due(self) -> bool:
+    """Whether the bar may be drawn anew: steps can take microseconds."""
+    return time.monotonic() - self._drawn > _REDRAWN
 
   def _speed(self, step: int, wide: bool) -> list[str]:
     """Of the latest intervals, not the run: a machine's speed may change."""
@@ -187,11 +235,11 @@ class Pass:
     self._done, self._began = 0, clock()
     self._next_line = 0.0
     self._bar = None
-    if sys.stderr.isatty():
+    if total and sys.stderr.isatty():
       self._bar = tqdm(
         total=total,
         desc=what,
-        dynamic_ncols=True,
+        ncols=_columns(),
         bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}'
         '{postfix}',
       )
@@ -206,7 +254,7 @@ class Pass:
       parts.append(f'ETA {_clock((self._total - self._done) / rate)}')
     if self._bar is not None:
       self._bar.set_postfix_str('  '.join(parts), refresh=False)
-      self._bar.n = self._done
+      self._bar.n, self._bar.ncols = self._done, _columns()
       self._bar.refresh()
     elif seconds >= self._next_line or self._done >= self._total:
       self._next_line = seconds + _LINES
@@ -216,6 +264,12 @@ class Pass:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+
+def _columns() -> int:
+  """Of the terminal; 80 where it says 0, as one that nobody has sized does,
+  on which tqdm would draw nothing."""
+  return shutil.get_terminal_size().columns
 
 
 def memory_bytes() -> int:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from moepeft.scoring import groups
+from moepeft.scoring import figures, groups
 from moepeft.scoring.figures import AFTER, MEAN, Figure, Key
 from moepeft.scoring.folders import Entry
 from moepeft.scoring.forms import Column
@@ -12,8 +12,8 @@ from moepeft.scoring.groups import Group
 from moepeft.scoring.published import Published
 from moepeft.scoring.rows import HELD_OUT
 
-_BOOTSTRAP = 'the percentile bootstrap over examples'
-_STUDENT = "Student's t over seeds (not over examples)"
+# Of fewer seeds a bootstrap cannot say how far the next one may lie.
+_FEW = 5
 
 
 def of_runs(
@@ -29,7 +29,8 @@ def of_runs(
   """
   trained = [row for row in rows if not row.first.is_base]
   notes = [
-    *_intervals(rows, found),
+    *_intervals(found),
+    *_few_seeds(rows),
     *_measures(keys),
     *_examples(rows),
   ]
@@ -46,14 +47,38 @@ def of_runs(
   ]
 
 
-def _intervals(rows, found) -> list[str]:
-  several = {len(row.entries) > 1 for row in rows}
-  if all(f.low is None for own in found for f in own.values()):
+def _intervals(found) -> list[str]:
+  used = {f.how for own in found for f in own.values() if f.low is not None}
+  where = {
+    figures.SEEDS_AND_EXAMPLES: ' where a row has several seeds',
+    figures.STUDENT: ' where seeds have no figures by example',
+    figures.EXAMPLES: '',
+  }
+  hows = [how for how in where if how in used]
+  if not hows:
     return []
-  how = _STUDENT if several == {True} else _BOOTSTRAP
-  if several == {True, False}:
-    how = f'{_STUDENT} where a row has several, else {_BOOTSTRAP}'
-  return [f'± is half the width of the 95 % interval: {how}.']
+  if len(hows) > 1:
+    hows = [how + where[how] for how in hows]
+  return [f'± is half the width of the 95 % interval: {"; else ".join(hows)}.']
+
+
+def _few_seeds(rows: Sequence[Group]) -> list[str]:
+  if not any(1 < len(row.entries) < _FEW for row in rows):
+    return []
+  return [
+    f'Intervals of fewer than {_FEW} seeds are of these seeds: they do not '
+    'say how far another one may lie. The picture has a dot for each.'
+  ]
+
+
+def of_best(rows: Sequence[Group]) -> list[str]:
+  """A remark on bold type; none where there is one row."""
+  if len(rows) < 2:
+    return []
+  return [
+    'Bold is a best figure whose difference from every other one has a 95 % '
+    'interval (paired bootstrap) without 0; elsewhere there is none.'
+  ]
 
 
 def _measures(keys: Sequence[Key]) -> list[str]:
@@ -265,7 +290,7 @@ def label(row: Group) -> str:
 def of_baseline(baseline: Group) -> str:
   return (
     f'"less {baseline.first.method}" is paired: the bootstrap resamples the '
-    'same examples for both; it holds the seeds fixed.'
+    'same examples for both, and the same seeds where both have as many.'
   )
 
 

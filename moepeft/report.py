@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the steps of a run come to: figures from the device, rows, alarms."""
 
+import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft import metrics
+from moepeft import curves, metrics
 from moepeft.progress import Progress
 from moepeft.typing import Batch
 from moepeft.writers import Writer
 
-# Lines at once of experts that hold too much.
-_ALARMS = 5
+# Alarms that are printed at once, and for how many logs in a row a router is
+# collapsed before there is one.
+_ALARMS, _IN_A_ROW = 5, 3
 
 
 class Report:
@@ -27,14 +29,18 @@ class Report:
     rate: Callable[[int], Any],
     router_alarm: float,
     shares: int = 1,
+    validated: int | None = None,
   ):
     """Args:
     rate: the schedule, step -> learning rate.
     shares: of a batch, of which this process reads one.
+    validated: the last step that has a row of held-out figures.
     """
+    self._validated = validated
     self._shares = shares
     self._progress, self._writers, self._rate = progress, writers, rate
-    self._alarm, self._alarmed = router_alarm, set()
+    self._limit, self._alarmed = router_alarm, set()
+    self._collapsed = collections.Counter()
     self._pending = []
     self._batch_sums = []
 
@@ -97,19 +103,29 @@ class Report:
         'learning_rate': float(self._rate(number - 1)),
       } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
-    self._raise_alarms(metrics.alarms(sites, self._alarm))
+    self._raise_alarms(curves.collapsed(sites, self._limit))
 
-  def _raise_alarms(self, lines: Sequence[str]) -> None:
-    """Says those of places that have not been told yet, a few of them whole."""
-    new = {line.split(': expert')[0]: line for line in lines}
-    new = {k: line for k, line in new.items() if k not in self._alarmed}
-    self._alarmed |= new.keys()
-    for line in [*new.values()][:_ALARMS]:
-      self._progress.say(line)
+  def _raise_alarms(self, lines: Mapping[str, str]) -> None:
+    """Prints an alarm of each place once, after _IN_A_ROW logs in a row.
+
+    Args:
+      lines: from `curves.collapsed`, of this log.
+    """
+    self._collapsed = collections.Counter(
+      {place: self._collapsed[place] + 1 for place in lines}
+    )
+    new = [
+      place
+      for place, count in self._collapsed.items()
+      if count >= _IN_A_ROW and place not in self._alarmed
+    ]
+    self._alarmed.update(new)
+    for place in new[:_ALARMS]:
+      self._progress.say(f'router alarm: {place}: {lines[place]}')
     if len(new) > _ALARMS:
       self._progress.say(
-        f'router alarm: so it is at {len(new) - _ALARMS} other layers; '
-        'plots/router_load.png shows all'
+        f'router alarm: {len(new) - _ALARMS} other layers are collapsed, too; '
+        'plots/router_weight.png and router_tokens.png show all'
       )
 
   def _write(self, row: Mapping[str, Any]) -> None:
@@ -122,9 +138,27 @@ class Report:
     if kept:
       self._write({'step': 0, **kept})
 
+  def concluded(self, step: int, evaluation: Mapping[str, Any]) -> bool:
+    """Writes the held-out figures after the last step, for the curves.
+
+    Args:
+      evaluation: from `Judge`.
+
+    Returns:
+      Whether anything was written: a step is validated once.
+    """
+    figures = {
+      k: v for k, v in evaluation.items() if k.startswith('validation_')
+    }
+    if not figures or step == self._validated:
+      return False
+    self._write({'step': step, **figures})
+    return True
+
   def validated(self, step: int, found: Mapping[str, float]) -> None:
     """Writes and says what `Judge.validation` found."""
     self._write({'step': step, **found})
+    self._validated = step
     said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())
     self._progress.say(f'step {step}: {", ".join(said)}')
 

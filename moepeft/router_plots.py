@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of routers, a panel a site: load by expert, entropy by layer.
+"""Figures of routers, a panel a site: shares by expert, entropy by layer.
 
 A row of panels is a place (`encoder/self`), a panel in it what is adapted
 there (`k`). Letters: e experts, l layers.
@@ -26,28 +26,49 @@ _SMALL, _TINY = 8, 7
 # What people expect: encoder before decoder, q before k, in before out.
 _ORDER = ('encoder', 'decoder', 'self', 'cross', 'mlp', 'q', 'k', 'v', 'o')
 
+# {key of rows.SHARES: (title, subtitle)}.
+_TITLES = {
+  'weight': (
+    'Mean weight of experts',
+    'combine weights, mean over the tokens; every expert has some',
+  ),
+  'tokens': (
+    'Token share of experts',
+    'share of the tokens that are sent to an expert',
+  ),
+  'load': (
+    'Argmax share of experts (an older log)',
+    "share of the tokens whose largest weight is the expert's; no mean weight",
+  ),
+}
+
 # {place: [(name, site)]}
 Layout = dict[str, list[tuple[str, str]]]
 
 
-def load(states: Sequence[Routing]) -> Figure | None:
-  """Heat maps [l, e] of the latest load, and the fullest expert over steps."""
-  if not states or not states[-1].loads:
+def shares(states: Sequence[Routing], kind: str) -> Figure | None:
+  """Heat maps [l, e] of the latest shares, and the fullest expert over steps.
+
+  Args:
+    kind: of rows.SHARES; None is returned where no site has shares of it.
+  """
+  if not states or kind not in states[-1].shares:
     return None
-  now = states[-1].loads
+  now = states[-1].shares[kind]
   layout = _layout(now)
-  even = 1 / max(a.shape[1] for a in now.values())
+  # A token that is sent to k experts counts for k of them: k / e is even.
+  even = min(float(a.sum(-1).mean()) / a.shape[1] for a in now.values())
+  even = min(max(even, 1e-6), 1 - 1e-6)
+  title, subtitle = _TITLES[kind]
   norm = TwoSlopeNorm(even, vmin=0, vmax=1)
   sheet = Sheet(layout, wide=2.9)
-  sheet.title(
-    f'Router load after step {states[-1].step:,}',
-    'share of the tokens that each expert gets',
-  )
+  sheet.title(f'{title} after step {states[-1].step:,}', subtitle)
   for row, (place, sites) in enumerate(layout.items()):
     for column, (name, site) in enumerate(sites):
       _heat(sheet.panel(row, column, name), now[site], norm)
     sheet.label(row, place, 'layer')
-    _fullest(sheet.wide_panel(row), states, sites, even)
+    curves = [(s.step, s.shares.get(kind, {})) for s in states]
+    _fullest(sheet.wide_panel(row), curves, sites, even)
   sheet.colours(
     ScalarMappable(norm, _LOADS),
     {0: '0%', even: f'{even:.0%} (even)', 1: '100%'},
@@ -75,10 +96,10 @@ def entropy(states: Sequence[Routing]) -> Figure | None:
   return sheet.figure
 
 
-def _heat(axes: Axes, loads: np.ndarray, norm: Normalize) -> None:
-  layers, experts = loads.shape
+def _heat(axes: Axes, shares: np.ndarray, norm: Normalize) -> None:
+  layers, experts = shares.shape
   axes.imshow(
-    loads, cmap=_LOADS, norm=norm, aspect='auto', interpolation='nearest'
+    shares, cmap=_LOADS, norm=norm, aspect='auto', interpolation='nearest'
   )
   axes.set_xticks(_ends(experts))
   axes.set_yticks(_ends(layers))
@@ -88,12 +109,16 @@ def _ends(count: int) -> list[int]:
   return sorted({0, count - 1})
 
 
-def _fullest(axes: Axes, states, sites, even: float) -> None:
-  """A line a site: the largest load of any expert of any layer."""
+def _fullest(axes: Axes, curves, sites, even: float) -> None:
+  """A line a site: the largest share of any expert of any layer.
+
+  Args:
+    curves: (step, {site: [l, e]}).
+  """
   for i, (name, site) in enumerate(sites):
     axes.plot(
-      [s.step for s in states if site in s.loads],
-      [s.loads[site].max() for s in states if site in s.loads],
+      [step for step, own in curves if site in own],
+      [own[site].max() for _, own in curves if site in own],
       color=_COLOURS[i % len(_COLOURS)],
       linestyle=_DASHES[i % len(_DASHES)],
       lw=1.3,

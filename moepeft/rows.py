@@ -14,6 +14,16 @@ from typing import Any
 from moepeft.core import files, untrusted
 
 NAME = 'metrics.jsonl'
+# What a site of a row's 'routing' has by layer and expert, under one of these
+# keys: 'weight' where the router is dense, 'tokens' where it is sparse. 'load'
+# is in rows from before the two were told apart: a token counts 1/k for each of
+# its k experts, and of a dense router for the expert with the largest weight,
+# however little that is ahead.
+SHARES = {
+  'weight': 'mean weight',
+  'tokens': 'token share',
+  'load': 'argmax share',
+}
 
 
 class Rows:
@@ -56,6 +66,17 @@ def stream(path: str) -> Iterator[dict[str, Any]]:
   """
   for _, row in _lines(path, _check_figures):
     yield row
+
+
+def shares(site: Mapping[str, Any]) -> tuple[str, list]:
+  """(key of SHARES, [l][e]) of a site; a site without layers gets one.
+
+  Args:
+    site: a value of a row's 'routing'.
+  """
+  key = next(key for key in SHARES if key in site)
+  values = site[key]
+  return key, values if isinstance(values[0], list) else [values]
 
 
 def read(path: str) -> list[dict[str, Any]]:

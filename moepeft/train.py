@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ from moepeft import (
   accumulate,
   command,
   config_check,
+  curves,
   memory,
   metrics,
+  next_steps,
   optim,
   pages,
   placement,
@@ -47,6 +50,7 @@ from moepeft.data import (
   sources,
   vocabulary,
 )
+from moepeft.data.answer_ids import templated
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
@@ -82,7 +86,10 @@ from moepeft.workdir import (
   open_workdir,
   tell_full_disk,
 )
-from moepeft.writers import writers
+from moepeft.writers import Writer, writers
+
+# Tasks that the table at the end has at most; before_after.png has all.
+_TABLE = 12
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -416,6 +423,7 @@ def _train(
     optim.schedule(config.optimizer, config.steps),
     config.router_alarm,
     share[1],
+    history.last('validation_loss'),
   )
   report.began({} if first else before)
   done, leave, validated = first, False, None
@@ -423,7 +431,7 @@ def _train(
   pages.give_back()
   held = pages.Bound()
   if done < config.steps:
-    progress.say('compiling the first step')
+    progress.phase('compiling the first step')
   with Signals() as signals:
     while done < config.steps and not course.exhausted(config.patience):
       batch, validated = next(batches), None
@@ -436,6 +444,7 @@ def _train(
         progress.begin(done)
         held.begin()
         signals.listen()
+      progress.step(done)
       held.check()
       if alone:
         alone.check()
@@ -445,8 +454,9 @@ def _train(
       if log_now:
         report.tell()
       if judge_now:
-        with progress.paused('validating'):
-          validated = judge.validation(built.variables(state))
+        total = judge.validation_rows
+        with progress.paused('validating', total) as count:
+          validated = judge.validation(built.variables(state), count)
         report.validated(done, validated)
         course = course.judged(validated['validation_loss'], done)
         save |= config.checkpoint.best and course.best_step == done
@@ -469,9 +479,10 @@ def _train(
           figures.refresh()
       if leave:
         break
-  for writer in (*written, progress, batches):
-    writer.close()
+  progress.close()
+  batches.close()
   if leave:
+    _close(written)
     raise Stopped(signals.received or SIGTERM, done, checkpoints.path)
   if done < config.steps:
     print(
@@ -483,6 +494,7 @@ def _train(
   # ------------------------------------------------------------ summary ---
   summary = {'method': built.method, 'semantics': built.semantics}
   after_path = os.path.join(workdir, 'after.json')
+  changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
     after = judge(
@@ -492,24 +504,40 @@ def _train(
       # Evaluating takes minutes.
       alone.check()
     processes.write_json(after_path, after)
-    if after['rows']:
+    if report.concluded(done, after):
+      figures.draw()
+    if 0 < len(after['rows']) <= _TABLE:
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
+    changes = curves.changes(before, after)
+    if processes.first():
+      plots.draw_before_after(before, after, pictures)
+  _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
   processes.write_json(os.path.join(workdir, 'summary.json'), summary)
-  metrics.conclude(
+  chat = data.source in ('chat', 'preference') and (
+    bool(data.chat_template) or templated(words)
+  )
+  prompt = next((e.inputs for own in sets.values() for e in own), '')
+  next_steps.tell(
     summary,
+    changes,
+    curves.findings(pathlib.Path(workdir)),
     {
       'losses': os.path.join(workdir, rows_lib.NAME),
       'plots': pictures,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),
-      'to export': f'python -m moepeft.convert --workdir={workdir} '
-      '--output=DIR',
+      **next_steps.commands(workdir, config, built, chat, prompt),
     },
   )
   return summary
+
+
+def _close(written: Sequence[Writer]) -> None:
+  for writer in written:
+    writer.close()
 
 
 def _every(steps: int, done: int) -> bool:

@@ -84,12 +84,18 @@ class Routing:
   Attributes:
     logits: float32 [..., e], before expert dropout and selection.
     weights: float32 [..., e], what the experts are mixed with.
-    k: how many experts a token counts as sent to, for the load; static.
+    k: how many experts have weight, the same for every token; None where all
+      of them may have some. Static.
   """
 
   logits: Array
   weights: Array
-  k: int = struct.field(pytree_node=False, default=1)
+  k: int | None = struct.field(pytree_node=False, default=None)
+
+  @property
+  def sparse(self) -> bool:
+    """Whether a token is sent to k of the experts and no others."""
+    return self.k is not None and self.k < self.weights.shape[-1]
 
 
 @struct.dataclass

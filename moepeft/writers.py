@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from moepeft import rows as rows_lib
 from moepeft.core import files, secrets
 from moepeft.history import FIGURES, short
 from moepeft.rows import Rows
@@ -72,7 +73,8 @@ def writers(
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
   """{tag: value} of a row's finite numbers, for a page of curves.
 
-  A site's entropy and the share of its fullest expert are means over layers.
+  A site's entropy and the share of its fullest expert are means over layers;
+  the tag says which share of `rows.SHARES` it is.
   """
   found = {}
   for key, value in row.items():
@@ -82,7 +84,8 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
   routing = row.get('routing', {})
   for site, name in short(routing).items():
     found[f'entropy/{name}'] = float(np.mean(routing[site]['entropy']))
-    found[f'max_load/{name}'] = float(np.mean(routing[site]['top']))
+    kind, shares = rows_lib.shares(routing[site])
+    found[f'max_{kind}/{name}'] = float(np.mean([max(own) for own in shares]))
   return {tag: v for tag, v in found.items() if math.isfinite(v)}
 
 
@@ -110,7 +113,8 @@ class TensorBoard:
     ]
     routing = row.get('routing', {})
     for site, name in short(routing).items():
-      values += _load(f'load/{name}', routing[site]['load']).value
+      kind, shares = rows_lib.shares(routing[site])
+      values += _histogram(f'{kind}/{name}', shares).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
     # With the system, so that a kill leaves no gap before a checkpoint.
     self._events.flush()
@@ -123,9 +127,9 @@ class TensorBoard:
     self._events.write_event(event)
 
 
-def _load(tag: str, load: Any) -> Summary:
+def _histogram(tag: str, shares: list) -> Summary:
   """A histogram with a bar an expert: its share, the mean over layers."""
-  shares = np.atleast_2d(np.asarray(load, np.float64)).mean(axis=0)
+  shares = np.asarray(shares, np.float64).mean(axis=0)
   experts = np.arange(len(shares))
   return summary.histogram_raw(
     tag,

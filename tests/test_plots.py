@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from moepeft import plots, router_plots
+from moepeft import before_after, plots, router_plots
 from moepeft.history import History, Thinned
 from moepeft.plots import smooth
 
@@ -17,8 +17,8 @@ SITES = (
 )
 
 
-def row(step, layers=5, experts=3, sites=SITES):
-  """The load of expert 1 in layer 2 grows with the step, up to all."""
+def row(step, layers=5, experts=3, sites=SITES, kind='weight'):
+  """The share of expert 1 in layer 2 grows with the step, up to all."""
   share = min(step / 100, 1.0)
   load = np.full((layers, experts), 1 / experts)
   load[2] = (1 - share) / max(experts - 1, 1)
@@ -29,7 +29,7 @@ def row(step, layers=5, experts=3, sites=SITES):
     'learning_rate': 1e-3,
     'routing': {
       site: {
-        'load': load.tolist(),
+        kind: load.tolist(),
         # Layer 0 is uniform, the others half as sure.
         'entropy': [np.log(experts)] + [np.log(experts) / 2] * (layers - 1),
       }
@@ -47,7 +47,7 @@ def test_a_routed_run_has_four_figures_that_are_pictures(tmp_path):
   assert names(drawn) == {
     'loss',
     'learning_rate',
-    'router_load',
+    'router_weight',
     'router_entropy',
   }
   for path in drawn:
@@ -101,21 +101,43 @@ def panels(figure):
   return {a.get_title(): a for a in figure.axes if a.get_title()}
 
 
-def test_the_load_is_a_map_of_layers_by_experts_at_the_latest_step():
+def test_shares_are_a_map_of_layers_by_experts_at_the_latest_step():
   seen = History([row(s) for s in range(1, 8)])
-  figure = router_plots.load(seen.routing())
+  figure = router_plots.shares(seen.routing(), 'weight')
   # Three places; the fullest expert beside each, and the colours.
   assert len(figure.axes) == 4 + 3 + 1
   (heat,) = panels(figure)['wo'].images
   found = np.asarray(heat.get_array())
   assert found.shape == (5, 3)
   np.testing.assert_allclose(found[2], [0.465, 0.07, 0.465])
-  assert figure.texts[0].get_text() == 'Router load after step 7'
+  assert figure.texts[0].get_text() == 'Mean weight of experts after step 7'
+
+
+def test_each_kind_of_share_has_a_figure_that_names_it(tmp_path):
+  dense, sparse = SITES[:2], SITES[2:]
+  rows = []
+  for step in (1, 2):
+    mixed = row(step, sites=dense)
+    mixed['routing'] |= row(step, sites=sparse, kind='tokens')['routing']
+    rows.append(mixed)
+  drawn = names(plots.draw(rows, str(tmp_path)))
+  assert {n for n in drawn if n.startswith('router')} == {
+    'router_weight',
+    'router_tokens',
+    'router_entropy',
+  }
+  states = History(rows).routing()
+  assert set(panels(router_plots.shares(states, 'tokens'))) & {'k', 'q'}
+  assert 'wo' not in panels(router_plots.shares(states, 'tokens'))
+  old = History([row(1, kind='load')]).routing()
+  assert router_plots.shares(old, 'weight') is None
+  said = [t.get_text() for t in router_plots.shares(old, 'load').texts]
+  assert 'Argmax share' in said[0] and 'no mean weight' in said[1]
 
 
 def test_the_fullest_expert_is_that_of_any_layer():
   seen = History([row(s) for s in (10, 50, 90)])
-  axes = panels(router_plots.load(seen.routing()))[
+  axes = panels(router_plots.shares(seen.routing(), 'weight'))[
     'fullest expert of any layer'
   ]
   line = axes.lines[0]
@@ -180,6 +202,75 @@ def test_a_spike_of_a_long_run_does_not_flatten_the_rest():
   (axes,) = plots._loss(History(rows)).axes
   low, high = axes.get_ylim()
   assert low < 2 and 3 < high < 4
+
+
+def loss_axes(rows):
+  (axes,) = plots._loss(History(rows)).axes
+  return axes
+
+
+def test_losses_of_different_size_have_a_logarithmic_scale():
+  # 10, 10/2, ..., 10/50.
+  axes = loss_axes([{'step': s, 'loss': 10 / s} for s in range(1, 51)])
+  assert axes.get_yscale() == 'log'
+  low, high = axes.get_ylim()
+  assert low < 0.2 and high > 10
+  near = loss_axes([{'step': s, 'loss': 2 + 1 / s} for s in range(1, 51)])
+  assert near.get_yscale() == 'linear'
+  # Rewards and the like may be negative.
+  negative = loss_axes([{'step': s, 'loss': 5.0 - s} for s in range(1, 51)])
+  assert negative.get_yscale() == 'linear'
+
+
+def test_the_last_validation_is_the_last_point_of_the_curve():
+  rows = [{'step': 0, 'validation_loss': 3.0}]
+  rows += [{'step': s, 'loss': 3.0 - s / 10} for s in range(1, 8)]
+  rows += [{'step': 7, 'validation_loss': 2.25}]
+  (curve,) = [
+    line for line in loss_axes(rows).lines if line.get_label() == 'validation'
+  ]
+  np.testing.assert_array_equal(curve.get_xdata(), [0, 7])
+  np.testing.assert_array_equal(curve.get_ydata(), [3.0, 2.25])
+
+
+def judged(loss, right):
+  """As `Judge` returns it: two tasks, one with two kinds of templates."""
+  row = {'group': 'B', 'examples': 10, 'chance': 0.25}
+  return {
+    'validation_loss': loss,
+    'validation_margins': -loss,
+    'rows': [
+      row | {'task': 'kind', 'templates': 'seen', 'accuracy': right},
+      row | {'task': 'kind', 'templates': 'held_out', 'accuracy': 0.5},
+      row | {'task': 'stars', 'templates': 'seen', 'accuracy': 1 - right},
+    ],
+  }
+
+
+def test_before_and_after_are_drawn_task_by_task(tmp_path):
+  figure = before_after.draw(judged(3.0, 0.25), judged(1.5, 0.75))
+  axes = {a.get_title() or a.get_title('left'): a for a in figure.axes}
+  assert set(axes) == {
+    'validation loss',
+    'validation margins',
+    'accuracy (%), seen templates',
+    'accuracy (%), held out templates',
+  }
+  (line,) = axes['validation loss'].lines
+  np.testing.assert_array_equal(line.get_ydata(), [3.0, 1.5])
+  seen = axes['accuracy (%), seen templates']
+  assert seen.get_xlim() == (0, 100)
+  ends = [list(line.get_xdata()) for line in seen.lines[::4]]
+  assert ends == [[25.0, 75.0], [75.0, 25.0]]
+  colors = [line.get_color() for line in seen.lines[::4]]
+  assert colors == [before_after._ROSE, before_after._FELL]
+  (path,) = plots.draw_before_after(
+    judged(3.0, 0), judged(1.5, 1), str(tmp_path)
+  )
+  assert path.endswith('before_after.png')
+  assert image.imread(path)[..., :3].std() > 0.02
+  # Nothing before, or nothing in common.
+  assert plots.draw_before_after({}, judged(1.5, 1), str(tmp_path)) == []
 
 
 def test_smoothing_keeps_a_line_straight_and_does_not_lag():

@@ -167,8 +167,30 @@ progress.close()
 """
 
 
-def on_terminal(columns: int) -> str:
-  """What the program writes to a terminal of so many columns."""
+STEPS = """
+import time
+from moepeft.progress import Pass, Progress
+shown = Pass(20, 'before training')
+for _ in range(4):
+  shown(5)
+shown.close()
+progress = Progress(9, 0)
+progress.phase('compiling the first step')
+for step in range(1, 10):
+  time.sleep(0.11)
+  progress.step(step)
+  if step == 5:
+    progress.update(step, 2.5, 10, 100)
+with progress.paused('validating', 7) as count:
+  for _ in range(7):
+    time.sleep(0.11)
+    count(1)
+progress.close()
+"""
+
+
+def on_terminal(columns: int, program: str = RUN) -> str:
+  """What a program writes to a terminal of so many columns."""
   fcntl = pytest.importorskip('fcntl')
   termios = pytest.importorskip('termios')
   ours, theirs = pty.openpty()
@@ -176,7 +198,7 @@ def on_terminal(columns: int) -> str:
   fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
   env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES')}
   process = subprocess.Popen(
-    [sys.executable, '-c', RUN], stdout=theirs, stderr=theirs, env=env
+    [sys.executable, '-c', program], stdout=theirs, stderr=theirs, env=env
   )
   os.close(theirs)
   found = b''
@@ -206,6 +228,22 @@ def test_the_bar_fits_its_terminal_and_has_everything(columns):
   # The alarm stands on a line of its own, and the bar after it again.
   assert 'router alarm: decoder/layers/cross/o/molora, layer 0' in states
   assert any('saving' in s for s in states)
+
+
+@pytest.mark.parametrize('columns', [0, 100])
+def test_the_bar_moves_at_each_step_and_stands_in_each_phase(columns):
+  # A terminal that nobody has sized has no columns; tqdm draws nothing there.
+  states = re.split(r'[\r\n]', on_terminal(columns, STEPS))
+  for done in (0, 5, 10, 15, 20):
+    assert any(f'| {done}/20' in s and 'before training' in s for s in states)
+  for step in range(1, 10):
+    assert any(f'| {step}/9' in s for s in states), step
+  compiling = [s for s in states if 'compiling the first step' in s]
+  assert compiling and all('| 0/9' in s for s in compiling)
+  # Steps keep the figures of the last log.
+  assert any('| 6/9' in s and 'loss 2.5000' in s for s in states)
+  for done in range(1, 8):
+    assert any(f'validating {done}/7' in s for s in states), done
 
 
 def test_piped_there_are_plain_lines_only():

@@ -69,4 +69,16 @@ def test_a_likelihood_of_no_token_is_nan():
   np.testing.assert_array_equal(seen.curve('nll')[1], [np.nan, 1.5])
 
 
+def test_a_router_that_is_collapsed_three_logs_in_a_row_raises_an_alarm():
+  lines = []
+  progress = types.SimpleNamespace(say=lines.append)
+  report = Report(progress, [], lambda step: 0.1, 0.9)
+  for logs in ('q', 'q', '', 'q', 'q', 'q', 'q'):
+    report._raise_alarms({f'{site}, layer 0': 'so' for site in logs})
+    expected = [] if len(lines) == 0 else ['router alarm: q, layer 0: so']
+    assert lines == expected
+  # Not at the second log in a row, and once at the third.
+  assert lines == ['router alarm: q, layer 0: so']
+
+
 ONE = causal.Sample(np.array([7, 8, 1]), np.array([False, True, True]))

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from moepeft import compared, tables
-from moepeft.scoring import forms
+from moepeft.scoring import forest, forms
 from tests.scoring import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -57,11 +58,11 @@ def two_runs(tmp_path):
 TWO_RUNS = """\
 **Two runs**
 
-| method         | parameters | % of base | seeds |              cb |       rte |
-| -------------- | ---------: | --------: | ----: | --------------: | --------: |
-| majority       |          - |         - |     - |            50.0 |      50.0 |
-| `lora(rank=4)` |     20,000 |         2 |     1 |     50.0 ± 50.0 | **100.0** |
-| `ia3`          |        300 |      0.03 |     1 | **100.0 ± 0.0** |       0.0 |
+| method         | parameters | % of base | seeds |          cb |   rte |
+| -------------- | ---------: | --------: | ----: | ----------: | ----: |
+| majority       |          - |         - |     - |        50.0 |  50.0 |
+| `lora(rank=4)` |     20,000 |         2 |     1 | 50.0 ± 50.0 | 100.0 |
+| `ia3`          |        300 |      0.03 |     1 | 100.0 ± 0.0 |   0.0 |
 
 - ± is half the width of the 95 % interval: the percentile bootstrap over examples.
 - Accuracies are in %: the median over the prompts of a set; anli is the mean of its three rounds, the average that of the eight sets.
@@ -69,6 +70,7 @@ TWO_RUNS = """\
 - No average: not all of the eight sets are there.
 - Base t5_tiny, official semantics.
 - Budget: 7 steps of 5 rows.
+- Bold is a best figure whose difference from every other one has a 95 % interval (paired bootstrap) without 0; elsewhere there is none.
 """  # noqa: E501
 
 
@@ -83,21 +85,92 @@ def test_the_order_is_that_of_the_command_line(tmp_path):
   assert list(body(text(ia3, lora + '/')))[2:] == ['`ia3`', '`lora(rank=4)`']
 
 
-def test_seeds_become_a_mean_with_students_interval(tmp_path):
-  # 40 and 60 %: mean 50, deviation sqrt(200), t with one degree 12.706,
-  # / sqrt(2): 12.706 * 10.
-  made = [
+def seeds(tmp_path, method, rights, n, **changes):
+  """A run for each seed, with so many of n right."""
+  return [
     runs.make(
-      tmp_path / str(seed),
-      [('cb', 'p', 'accuracy', runs.right(of, 5))],
-      {'seed': seed},
+      tmp_path / f'{method}{seed}',
+      [('cb', 'p', 'accuracy', runs.right(of, n))],
+      {'seed': seed, 'method': method} | changes,
     )
-    for seed, of in ((0, 2), (1, 3))
+    for seed, of in enumerate(rights)
   ]
+
+
+def test_an_interval_of_two_seeds_is_of_what_can_be(tmp_path):
+  # 40 and 60 % of 50: mean 50; Student's interval would be 12.706 * 10. Seeds
+  # deviate by sqrt(200) / 2 = 7.1, examples by 7.1: 1.96 * 10 = 19.6.
+  made = seeds(tmp_path, 'lora(rank=4)', (20, 30), 50)
   printed = text(*made)
-  cells = body(printed)['`lora(rank=4)`']
-  assert cells == ['20,000', '2', '2', '50.0 ± 127.1']
-  assert "Student's t over seeds" in printed
+  *cells, score = body(printed)['`lora(rank=4)`']
+  assert cells == ['20,000', '2', '2']
+  value, _, half = score.partition(' ± ')
+  assert value == '50.0' and 17 < float(half) < 22
+  assert 'bootstrap over seeds and examples' in printed
+  assert 'Intervals of fewer than 5 seeds' in printed
+  # All right: no interval reaches over 100 %.
+  high = seeds(tmp_path, 'ia3', (49, 50), 50)
+  table = compared.table([*made, *high])
+  (*_, cell) = table.lines[-1].cells.values()
+  cells = [c for line in table.lines for c in line.cells.values() if c.seeds]
+  assert [c.seeds for c in cells] == [(40.0, 60.0), (98.0, 100.0)]
+  assert all(0 <= c.low < c.value < c.high <= 100 for c in cells)
+
+
+def bold(printed):
+  return [line for line, cells in body(printed).items() if '**' in str(cells)]
+
+
+def test_what_is_best_within_its_interval_is_not_bold(tmp_path):
+  # 25 and 22 of 50, on the same examples: the difference of 6 % is always at
+  # least 0, and 0 where none of three examples is drawn, (47 / 50)^50 = 4.5 %.
+  one, _ = seeds(tmp_path, 'lora(rank=4)', (25, 0), 50)
+  near, far = seeds(tmp_path, 'ia3', (22, 10), 50)
+  assert bold(text(one, near)) == []
+  # 30 %: more than any resample makes up.
+  assert bold(text(one, far)) == ['`lora(rank=4)`']
+  latex = forms.latex(compared.table([one, far]))
+  assert latex.count('textbf') == 1
+
+
+def test_two_seeds_that_disagree_make_no_bold_best(tmp_path):
+  # One method is better by 40 % with seed 0 and worse by 20 % with seed 1.
+  one = seeds(tmp_path, 'lora(rank=4)', (40, 20), 50)
+  other = seeds(tmp_path, 'ia3', (20, 30), 50)
+  assert bold(text(*one, *other)) == []
+  # Better by 40 % with both.
+  clear = seeds(tmp_path / 'x', 'ia3', (20, 0), 50)
+  assert bold(text(*one, *clear)) == ['`lora(rank=4)`']
+
+
+def test_figures_without_intervals_are_not_called_best(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.5, 'means': {'B held_out': 0.25}}
+  one = runs.make(tmp_path / 'a', after=after)
+  worse = after | {'validation_loss': 2.6}
+  other = runs.make(tmp_path / 'b', changes={'method': 'ia3'}, after=worse)
+  assert bold(text(one, other)) == []
+  # The paper's table is printed as the paper has it.
+  assert bold(text(paper='t5_xl')) != []
+
+
+def test_axes_of_the_picture_end_where_the_measure_does(tmp_path):
+  made = seeds(tmp_path, 'lora(rank=4)', (49, 50), 50)
+  made += seeds(tmp_path, 'ia3', (0, 2), 50)
+  table = compared.table(made)
+  column = next(c for c in table.columns if c.kind == 'score')
+  lines = [line for line in table.lines if line.kind == 'run']
+  low, high = forest._limits(table, lines, column)
+  assert low == 0 and high == 100
+  # Fitted to what is there: about 90 to 100 % alone.
+  table = compared.table(made[:2])
+  lines = [line for line in table.lines if line.kind == 'run']
+  low, high = forest._limits(table, lines, column)
+  assert 40 < low < 50 and high == 100  # the majority's 50 is drawn, too
+  figure = Figure()
+  axes = figure.subplots()
+  forest._panel(axes, table, lines, column)
+  drawn = [set(line.get_xdata()) for line in axes.lines]
+  assert {98.0, 100.0} in drawn
 
 
 def test_best_checkpoints_of_seeds_are_one_row_and_their_steps_are_said(
@@ -499,12 +572,12 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
   assert line.startswith('error: ') and said in line
 
 
-def routed(folder, *steps):
-  """Writes metrics.jsonl of (step, load of the first of two experts)."""
+def routed(folder, *steps, kind='weight'):
+  """Writes metrics.jsonl of (step, share of the first of two experts)."""
   with open(os.path.join(folder, 'metrics.jsonl'), 'w') as f:
-    for step, load in steps:
-      even = {'load': [[0.5, 0.5]], 'entropy': [math.log(2)]}
-      site = {'load': [[load, 1 - load]], 'entropy': [0.0]}
+    for step, share in steps:
+      even = {kind: [[0.5, 0.5]], 'entropy': [math.log(2)]}
+      site = {kind: [[share, 1 - share]], 'entropy': [0.0]}
       row = {'step': step, 'routing': {'encoder/q': even, 'head': site}}
       print(json.dumps(row), file=f)
 
@@ -525,6 +598,52 @@ def test_routing_is_the_last_of_each_run_and_the_mean_of_seeds(tmp_path):
   assert lines['`lora(rank=4)`'][-3:] == ['-', '-', '-']
   assert '1 is even' in forms.markdown(table)
   assert 'entropy' not in text(one, two, lora)
+
+
+def test_mean_weights_and_token_shares_have_columns_of_their_own(tmp_path):
+  rows = [('cb', 'p', 'accuracy', [1, 0])]
+  made = []
+  for kind, router in (
+    ('weight', 'softmax'),
+    ('tokens', 'topk(k=1)'),
+    # An older log.
+    ('load', 'uniform'),
+  ):
+    method = {'method': f'molora(experts=2, rank=1, router={router})'}
+    made.append(runs.make(tmp_path / kind, rows, method))
+    routed(made[-1], (7, 0.9), kind=kind)
+  printed = text(*made, routing=True)
+  lines = body(printed)
+  assert lines['method'][-7:] == [
+    'router entropy',
+    'fullest expert, mean weight', 'mean weight, worst site',
+    'fullest expert, token share', 'token share, worst site',
+    'fullest expert, argmax share', 'argmax share, worst site',
+  ]  # fmt: skip
+  cells = ['0.7', '0.9']
+  for i, line in enumerate(list(lines.values())[2:]):
+    expected = ['-'] * 6
+    expected[2 * i : 2 * i + 2] = cells
+    assert line[-6:] == expected
+  assert 'does not say how much weight the expert has' in printed
+  assert 'Argmax' not in text(*made[:2], routing=True)
+
+
+def test_token_shares_of_older_logs_are_not_called_argmax_shares(tmp_path):
+  rows = [('cb', 'p', 'accuracy', [1, 0])]
+  method = 'molora(experts=3, rank=1, router=topk(k=2)) + mov(experts=3)'
+  made = runs.make(tmp_path / 'a', rows, {'method': method})
+  # Each token goes to two of three experts, and counted half for each.
+  site = {'load': [[0.5, 0.4, 0.1]], 'entropy': [0.0]}
+  soft = {'load': [[0.9, 0.1, 0.0]], 'entropy': [math.log(3)]}
+  routing = {'encoder/layers/self/q/molora': site, 'encoder/x/mov': soft}
+  (tmp_path / 'a' / 'metrics.jsonl').write_text(
+    json.dumps({'step': 7, 'routing': routing}) + '\n'
+  )
+  lines = body(text(made, routing=True))
+  cells = dict(zip(lines['method'], [*lines.values()][-1], strict=True))
+  assert cells['fullest expert, token share'] == '1'
+  assert cells['fullest expert, argmax share'] == '0.9'
 
 
 def test_routing_without_runs_is_refused():

@@ -72,18 +72,32 @@ def adapter_bytes(workdir):
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
-  # What was measured before the first step is the curves' first point.
-  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
-  before = json.loads((tmp_path / 'before.json').read_text())
+  # What was measured before the first step and after the last are the first and
+  # the last point of the curve.
+  assert [row['step'] for row in rows] == [0, 1, 2, 3, 4, 4]
+  before, after = (
+    json.loads((tmp_path / f'{name}.json').read_text())
+    for name in ('before', 'after')
+  )
   assert rows[0]['validation_loss'] == before['validation_loss']
-  assert all(np.isfinite(row['loss']) for row in rows[1:])
-  sites = rows[-1]['routing']
+  assert rows[-1]['validation_loss'] == after['validation_loss']
+  assert all(np.isfinite(row['loss']) for row in rows[1:-1])
+  sites = rows[-2]['routing']
   assert len(sites['encoder/layers/self/q/molora']['top']) == 2
   for name in ('before.json', 'after.json', 'summary.json', 'config.json'):
     assert json.loads((tmp_path / name).read_text())
   assert (tmp_path / 'plots' / 'loss.png').read_bytes()[1:4] == b'PNG'
   said = capsys.readouterr().out
   for expected in ('step 4/4', 'examples/s', 'ETA', 'done in', 'MEAN', 'plots'):
+    assert expected in said
+  assert (tmp_path / 'plots' / 'before_after.png').read_bytes()[1:4] == b'PNG'
+  # The words of the end, and commands as they can be run.
+  assert f'  validation loss fell from {before["validation_loss"]:.4g}' in said
+  for expected in (
+    f'try it       python -m moepeft.generate --workdir={tmp_path} --prompt=',
+    f'serve it     python -m moepeft.serve --model={base} --adapter=',
+    f'export it    python -m moepeft.convert --workdir={tmp_path} --output=',
+  ):
     assert expected in said
 
 
@@ -240,14 +254,29 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   changes = {
     'method': 'molora(experts=3, rank=2, router=topk(k=1))',
     'router_alarm': 0.1,
-    'log.every_steps': 4,
+    'log.every_steps': 1,
   }
   train.train(card(base, **changes), str(tmp_path))
   said = capsys.readouterr().out
   assert 'router alarm: decoder/layers/cross/k/molora, layer 0: expert' in said
-  # Every site is over a tenth: five are told, and how many there are besides.
-  assert said.count(' of the load (config.router_alarm=0.1)') == 5
-  assert 'router alarm: so it is at ' in said
+  # Every site is over a tenth in each of the four logs: at the third, five
+  # alarms are printed, and how many there are besides.
+  assert said.count(' of the tokens, the entropy of a token') == 5
+  assert said.count('(config.router_alarm=0.1)') == 5
+  assert (
+    said.index('step 3/4') < said.index('router alarm') < said.index('step 4/4')
+  )
+  assert ' other layers are collapsed, too' in said
+
+
+def test_a_dense_router_raises_no_alarm_at_its_start(base, tmp_path, capsys):
+  # Nearly even weights: the share of argmax says nothing of them.
+  changes = {'router_alarm': 0.3, 'log.every_steps': 1}
+  train.train(card(base, **changes), str(tmp_path))
+  assert 'router alarm' not in capsys.readouterr().out
+  rows = read(str(tmp_path / 'metrics.jsonl'))
+  (site, *_) = rows[-1]['routing'].values()
+  np.testing.assert_allclose(np.sum(site['weight'], -1), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(

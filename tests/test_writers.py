@@ -27,7 +27,7 @@ def row(step, loss=None):
     found['routing'] = {
       # Two layers, three experts.
       'encoder/layers/self/k/mov': {
-        'load': [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]],
+        'weight': [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]],
         'entropy': [1.0, 0.5],
         'variation': [0.7, 0.8],
         'top': [0.5, 0.7],
@@ -71,7 +71,7 @@ def test_scalars_are_the_numbers_and_means_over_layers():
     'speed/tokens_per_s': 70.0,
     # (1 + 0.5) / 2, and (0.5 + 0.7) / 2
     'entropy/encoder/self/k': 0.75,
-    'max_load/encoder/self/k': pytest.approx(0.6),
+    'max_weight/encoder/self/k': pytest.approx(0.6),
   }
   assert scalars({'step': 3, 'validation_loss': 2.0}) == {
     'validation/loss': 2.0

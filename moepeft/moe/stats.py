@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.scipy.special import entr
 
 from moepeft.typing import Array, Context, Router, Routing, Tree
 
@@ -19,18 +20,28 @@ class Sums:
 
   Attributes:
     count: [] how many tokens (times heads where heads are routed).
-    load: [e] tokens sent to each expert, a token's k experts 1/k each; a
-      router that weights every expert counts as sending to its largest.
+    share: [e] of a sparse router, the number of tokens that each expert gets,
+      k times `count` in all; of a dense one, sums of the combine weights, a
+      token's divided by their sum, `count` in all.
+    weight_entropy: [] sums of the entropy of a token's combine weights,
+      divided by their sum, in nats: 0 where one expert has all, ln e where
+      all have the same.
+    load: [e] of the load-balance loss: a token's k experts count 1/k each, of
+      a dense router the expert with the largest weight counts 1.
     probability: [e] sums of the softmax of the logits.
     entropy: [] sums of that softmax's entropy, in nats.
     log_z2: [] sums of the squared log-partition of the logits.
+    sparse: whether the router is sparse, `Routing.sparse`; static.
   """
 
   count: Array
+  share: Array
+  weight_entropy: Array
   load: Array
   probability: Array
   entropy: Array
   log_z2: Array
+  sparse: bool = struct.field(pytree_node=False, default=False)
 
 
 def reduce(routing: Routing, mask: Array | None) -> Sums:
@@ -40,21 +51,26 @@ def reduce(routing: Routing, mask: Array | None) -> Sums:
     mask = jnp.ones(weights.shape[:2], bool)
   mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
   real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
-  kth = jax.lax.top_k(weights, routing.k)[0][..., -1:]
+  kth = jax.lax.top_k(weights, routing.k or 1)[0][..., -1:]
   # Equal weights share the load, so that a uniform router's is even; where
   # fewer than k are left, as under expert dropout, only they do.
   chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
   chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+  mixed = weights / jnp.sum(weights, axis=-1, keepdims=True)
+  share = (weights > 0).astype(jnp.float32) if routing.sparse else mixed
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)
   log_z = jax.nn.logsumexp(routing.logits, axis=-1)
   every = tuple(range(real.ndim))
   return Sums(
     count=jnp.sum(real),
+    share=jnp.sum(share * real[..., None], axis=every),
+    weight_entropy=jnp.sum(jnp.sum(entr(mixed), axis=-1) * real),
     load=jnp.sum(chosen * real[..., None], axis=every),
     probability=jnp.sum(p * real[..., None], axis=every),
     entropy=-jnp.sum(jnp.sum(p * log_p, axis=-1) * real),
     log_z2=jnp.sum(log_z**2 * real),
+    sparse=routing.sparse,
   )
 
 
@@ -96,29 +112,37 @@ def by_site(collection: Tree) -> dict[str, Sums]:
 
 @struct.dataclass
 class Statistics:
-  """What a site's sums say; arrays may have a layer axis in front.
+  """Means over a site's tokens; arrays may have a layer axis in front.
 
   Attributes:
-    load: [e] share of the tokens sent to each expert; sums to one.
-    entropy: [] mean entropy of the router, nats; ln e at most.
-    variation: [] the load's standard deviation over its mean.
-    top: [] the share of the fullest expert.
+    share: [e] of a sparse router, the share of the tokens that each expert
+      gets, k in all; of a dense one, the mean combine weight, 1 in all.
+    weight_entropy: [] mean entropy of a token's combine weights, nats.
+    entropy: [] mean entropy of the softmax of the logits, before any
+      selection, nats; ln e at most.
+    variation: [] the shares' standard deviation over their mean.
+    top: [] the largest of the shares.
+    sparse: which of the two `share` is; static.
   """
 
-  load: Array
+  share: Array
+  weight_entropy: Array
   entropy: Array
   variation: Array
   top: Array
+  sparse: bool = struct.field(pytree_node=False, default=False)
 
 
 def statistics(sums: Sums) -> Statistics:
   """Pure; a site without a real token gives zeros."""
   count = jnp.maximum(sums.count, 1)
-  load = sums.load / count[..., None]
-  mean = jnp.maximum(jnp.mean(load, axis=-1), 1e-9)
+  share = sums.share / count[..., None]
+  mean = jnp.maximum(jnp.mean(share, axis=-1), 1e-9)
   return Statistics(
-    load=load,
+    share=share,
+    weight_entropy=sums.weight_entropy / count,
     entropy=sums.entropy / count,
-    variation=jnp.std(load, axis=-1) / mean,
-    top=jnp.max(load, axis=-1),
+    variation=jnp.std(share, axis=-1) / mean,
+    top=jnp.max(share, axis=-1),
+    sparse=sums.sparse,
   )

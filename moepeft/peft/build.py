@@ -95,6 +95,26 @@ def build(
   return Built(text, semantics, Advice(tuple(entries)), 'peft')
 
 
+def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
+  """{adapter's name: its router} of a method, without those that have none.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  from moepeft.peft import METHODS
+
+  result, names = {}, set()
+  for spec in spec_lib.parse_method(method):
+    spec = _resolve(spec, METHODS, semantics)
+    if METHODS[spec.name].module is None:
+      continue
+    name = _free_name(spec.name, names)
+    router = getattr(_module(spec, METHODS[spec.name], name), 'router', None)
+    if router is not None:
+      result[name] = router
+  return result
+
+
 def plain(
   method: str,
   semantics: str = 'official',

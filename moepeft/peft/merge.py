@@ -85,6 +85,17 @@ def _require_kernel(params: dict, path: str) -> None:
     )
 
 
+def is_mergeable(built: Built) -> bool:
+  """Whether `merge` takes a method, as far as its text and sites tell."""
+  try:
+    _mergeable(built)
+    for site, _ in built.advice.entries:
+      _place(site)
+  except ValueError:
+    return False
+  return True
+
+
 def _mergeable(built: Built) -> dict[type, Method]:
   """{adapter's type: its method}, or the reason why one has no merge."""
   from moepeft.peft import METHODS

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Percentile bootstrap over examples, the same resamples for every run.
+"""Percentile bootstrap over examples and seeds, the same for every run.
 
-Letters: n examples, p prompts. Source: Efron and Tibshirani, An Introduction
-to the Bootstrap, 1993, chapter 13.
+Letters: n examples, p prompts. Sources: Efron and Tibshirani, An Introduction
+to the Bootstrap, 1993, chapter 13; for seeds, which are crossed with the
+examples, Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2),
+2007: each of the two is resampled by itself.
 """
 
 import zlib
@@ -47,6 +49,17 @@ def means(
     with np.errstate(invalid='ignore', divide='ignore'):
       parts.append(np.where(weight > 0, total / weight, np.nan))
   return np.concatenate(parts)
+
+
+def seed_weights(count: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+  """Weights of resampled seeds: float64 [draws, count]; rows sum to one.
+
+  Rows with as many seeds get the same resamples, so that draws of theirs can
+  be subtracted. Of two seeds a draw is one of them, or with probability 1/2
+  their mean.
+  """
+  rng = np.random.default_rng((seed, zlib.crc32(b'seeds')))
+  return rng.multinomial(count, np.full(count, 1 / count), draws) / count
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 """From rows to the figures of a table: of a run, of seeds, of differences."""
 
 import dataclasses
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,16 @@ AFTER = 'after'
 # The dataset of a mean over tasks that are not the paper's.
 MEAN = 'mean'
 _FRACTIONS = ('accuracy', 'exact_match', 'rouge_l')
+# With fewer seeds Student's interval is many times as wide as they are apart
+# (of two, 9 times): there is none.
+_STUDENTS_SEEDS = 5
+# How an interval was made.
+EXAMPLES = 'the percentile bootstrap over examples'
+SEEDS_AND_EXAMPLES = (
+  'the percentile bootstrap over seeds and examples, each resampled by itself '
+  '(Owen, 2007)'
+)
+STUDENT = "Student's t over seeds (not over examples)"
 
 
 class Key(NamedTuple):
@@ -37,12 +48,16 @@ class Figure:
     value: the figure.
     low, high: ends of the interval; None where there is none.
     majority: of always giving the most frequent answer, or None.
+    seeds: the figure of each seed where it is a mean over several.
+    how: EXAMPLES, SEEDS_AND_EXAMPLES or STUDENT, where there is an interval.
   """
 
   value: float
   low: float | None = None
   high: float | None = None
   majority: float | None = None
+  seeds: tuple[float, ...] = ()
+  how: str = dataclasses.field(default='', compare=False)
 
 
 def of_entry(entry: Entry) -> dict[Key, Figure]:
@@ -79,24 +94,45 @@ def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
   return found
 
 
-def over_seeds(runs: Sequence[Mapping[Key, Figure]]) -> dict[Key, Figure]:
+def over_seeds(
+  runs: Sequence[Mapping[Key, Figure]],
+  draws: Mapping[Key, np.ndarray] = types.MappingProxyType({}),
+) -> dict[Key, Figure]:
   """Means over runs that differ by seed, of the figures that all of them have.
 
-  The interval is Student's over the runs; of one run, its own.
+  Of one run, its own figures. Of several, the interval is that of `draws`;
+  where there are none (figures that are not kept by example), Student's over
+  five or more runs, cut to the values that the measure can have, and none over
+  fewer.
+
+  Args:
+    draws: from `mean_draws` of the same runs.
   """
   if len(runs) == 1:
     return dict(runs[0])
-  found = {}
+  means = {}
   for key in runs[0]:
     if all(key in run for run in runs):
       values = np.array([run[key].value for run in runs])
       mean = float(values.mean())
-      half = student(values)
+      low, high, how = None, None, ''
+      if key in draws:
+        (low, high), how = bootstrap.interval(draws[key]), SEEDS_AND_EXAMPLES
+      elif len(values) >= _STUDENTS_SEEDS:
+        half, how = student(values), STUDENT
+        least, most = bounds(key.measure)
+        low, high = max(mean - half, least), min(mean + half, most)
       majorities = [run[key].majority for run in runs]
       # Examples may depend on the seed, and with them what is frequent.
       majority = None if None in majorities else float(np.mean(majorities))
-      found[key] = Figure(mean, mean - half, mean + half, majority)
-  return found
+      seeds = tuple(values.tolist())
+      means[key] = Figure(mean, low, high, majority, seeds, how)
+  return means
+
+
+def bounds(measure: str) -> tuple[float, float]:
+  """The least and the largest figure that a measure can have."""
+  return (0.0, np.inf) if measure == 'loss' else (0.0, 100.0)
 
 
 def student(values: np.ndarray) -> float:
@@ -125,10 +161,14 @@ def differences(
 
 
 def mean_draws(entries: Sequence[Entry]) -> dict[Key, np.ndarray]:
-  """`draws_of` several seeds, their mean, where all of them have draws."""
-  drawn = [draws_of(entry) for entry in entries]
+  """Draws of the mean over seeds, where all of them have draws.
+
+  Draw i resamples the examples, the same ones for every seed, and the seeds.
+  """
+  drawn = [draws_of(e) for e in sorted(entries, key=lambda e: e.seed)]
+  weights = bootstrap.seed_weights(len(drawn))
   return {
-    key: np.mean([own[key] for own in drawn], axis=0)
+    key: np.einsum('is,si->i', weights, [own[key] for own in drawn])
     for key in drawn[0]
     if all(key in own for own in drawn)
   }
@@ -190,7 +230,8 @@ def _named(key: Key, name: str) -> Key | None:
 
 def _scaled(score: grid.Score, scale: float) -> Figure:
   fields = (score.value, score.low, score.high, score.majority)
-  return Figure(*(None if x is None else scale * x for x in fields))
+  scaled = (None if x is None else scale * x for x in fields)
+  return Figure(*scaled, how='' if score.low is None else EXAMPLES)
 
 
 def _pooled_figure(rows: Sequence[Row]) -> Figure:
@@ -199,7 +240,7 @@ def _pooled_figure(rows: Sequence[Row]) -> Figure:
   value = total / sum(sum(row.weights) for row in rows)
   if _single(rows):
     return Figure(value)
-  return Figure(value, *bootstrap.interval(_pooled(rows)))
+  return Figure(value, *bootstrap.interval(_pooled(rows)), how=EXAMPLES)
 
 
 def _single(rows: Sequence[Row]) -> bool:

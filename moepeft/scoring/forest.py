@@ -17,12 +17,15 @@ _BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#666666'
 _DPI = 120
 # Panels side by side; inches of a panel, a line and the rest.
 _ACROSS, _WIDTH, _LINE, _REST = 4, 2.6, 0.36, 1.1
+# Lines that the dots of seeds lie below their mean.
+_SEEDS_BELOW = 0.27
 
 
 def draw(table: Table, path: str) -> None:
   """Writes a PNG: whole or not at all.
 
-  The paper's values are hollow, the majority's a dotted line.
+  Seeds are small dots, the paper's values hollow, the majority's a dotted line.
+  An axis ends where the measure does.
 
   Raises:
     ValueError: no figure of a run is there to be drawn.
@@ -63,7 +66,14 @@ def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
     if cell is not None:
       if cell.low is not None:
         axes.plot([cell.low, cell.high], [y, y], color=color, lw=1.8)
-      axes.plot(cell.value, y, 'o', color=color, ms=5)
+      below = [y + _SEEDS_BELOW] * len(cell.seeds)
+      dots = axes.plot(
+        cell.seeds, below, '.', color=color, alpha=0.7, ms=6, mew=0
+      )
+      dots += axes.plot(cell.value, y, 'o', color=color, ms=5)
+      for dot in dots:
+        # Whole at the end of an axis, too.
+        dot.set(clip_on=False, in_layout=False)
     printed = papers.get(id(line), {}).get(column.key)
     if printed is not None:
       axes.plot(
@@ -78,9 +88,31 @@ def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
     unit = 'BLEU'
   axes.set_title(f'{column.name} ({unit})', fontsize=10, loc='left')
   axes.tick_params(labelsize=8)
-  axes.margins(x=0.08)
+  axes.set_xlim(*_limits(table, lines, column))
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='x', alpha=0.3, lw=0.6)
+
+
+def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
+  """The figures with some room beside them, within what a figure can be."""
+  papers = _papers(table).values()
+  cells = [
+    *(line.cells.get(column.key) for line in lines),
+    *(own.get(column.key) for own in papers),
+    *(o.cells.get(column.key) for o in table.lines if o.kind == 'majority'),
+  ]
+  numbers = [
+    number
+    for cell in cells
+    if cell is not None
+    for number in (cell.value, cell.low, cell.high, *cell.seeds)
+    if number is not None and math.isfinite(number)
+  ]
+  least, most = (0, math.inf) if column.kind == 'loss' else (0, 100)
+  low, high = min(numbers, default=0), max(numbers, default=1)
+  # Of equal figures, a hundredth of them.
+  room = 0.08 * (high - low) or 0.01 * max(abs(high), 1)
+  return max(low - room, least), min(high + room, most)
 
 
 def _papers(table: Table) -> dict[int, dict]:
@@ -112,6 +144,9 @@ def _legend(figure: Figure, table: Table) -> None:
   handles = [
     Line2D([], [], color=_BLUE, marker='o', lw=1.8, label='run, 95 % interval')
   ]
+  if any(cell.seeds for line in table.lines for cell in line.cells.values()):
+    dot = dict(color=_BLUE, marker='.', ls='', mew=0, alpha=0.7)
+    handles.append(Line2D([], [], label='one seed', **dot))
   if 'base' in kinds:
     handles.append(Line2D([], [], color=_GREY, marker='o', label='base'))
   if 'paper' in kinds:

@@ -30,11 +30,16 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A number with the ends of its interval, where it has one."""
+  """A number with the ends of its interval, where it has one.
+
+  Attributes:
+    seeds: of what it is the mean of, where that is several seeds.
+  """
 
   value: float
   low: float | None = None
   high: float | None = None
+  seeds: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Table:
 
   Attributes:
     decimals: of scores; the paper prints two.
+    best: (line, column's key) in bold type; None: of each column the best by
+      its printed number, for tables whose numbers have no intervals.
   """
 
   columns: tuple[Column, ...]
@@ -70,6 +77,7 @@ class Table:
   notes: tuple[str, ...] = ()
   title: str = ''
   decimals: int = 2
+  best: frozenset[tuple[int, Hashable]] | None = None
 
 
 def number(
@@ -96,10 +104,13 @@ def number(
 
 
 def best(table: Table) -> set[tuple[int, Hashable]]:
-  """(line, column's key) of the best of each column, as printed; ties share.
+  """(line, column's key) that stand in bold type.
 
-  Where fewer than two compete, nothing is best.
+  `table.best`, or else of each column the best as printed; ties share, and
+  where fewer than two compete, nothing is best.
   """
+  if table.best is not None:
+    return set(table.best)
   found = set()
   for column in table.columns:
     places = 3 if column.kind == 'loss' else table.decimals

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How routers of a run ended up, in three figures; letters: l layers, e."""
+"""The routers of a run in a few figures; letters: l layers, e experts."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,43 +15,32 @@ class Routing:
   Attributes:
     entropy: the mean of the routers' entropies over ln e: 1 is even, 0
       certain. Of the softmax of the logits, before any selection.
-    top: the mean share of the tokens that the fullest expert gets; 1/e is
-      even, 1 a collapse.
-    worst: the largest of these shares.
+    tops: {key of rows.SHARES: (mean, largest)} of the shares of the fullest
+      experts, over the sites that have this kind of share.
   """
 
   entropy: float
-  top: float
-  worst: float
+  tops: Mapping[str, tuple[float, float]]
 
 
-def summary(row: Mapping[str, Any]) -> Routing | None:
-  """The figures of a row of metrics.jsonl; None where nothing is routed.
+def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> Routing | None:
+  """The figures of one row of metrics.jsonl; None where nothing is routed.
 
   Args:
-    row: its `routing` is {site: {'load': [l, e] or [e], 'entropy': [l] or
-      one number, in nats}}.
+    sites: {site: (key of rows.SHARES, shares [l, e], entropies in nats [l])}.
   """
-  entropies, tops = [], []
-  for site in row.get('routing', {}).values():
-    load = np.atleast_2d(np.asarray(site['load'], np.float64))
-    if load.shape[-1] > 1:
-      nats = np.atleast_1d(np.asarray(site['entropy'], np.float64))
-      entropies.append(nats / np.log(load.shape[-1]))
-      tops.append(load.max(axis=-1))
+  entropies: list[np.ndarray] = []
+  tops: dict[str, list[np.ndarray]] = {}
+  for kind, shares, nats in sites.values():
+    shares = np.asarray(shares, np.float64)
+    if shares.shape[-1] > 1:
+      nats = np.atleast_1d(np.asarray(nats, np.float64))
+      entropies.append(nats / np.log(shares.shape[-1]))
+      tops.setdefault(kind, []).append(shares.max(axis=-1))
   if not tops:
     return None
-  each = np.concatenate(tops)
+  each = {kind: np.concatenate(own) for kind, own in tops.items()}
   return Routing(
     float(np.concatenate(entropies).mean()),
-    float(each.mean()),
-    float(each.max()),
+    {kind: (float(own.mean()), float(own.max())) for kind, own in each.items()},
   )
-
-
-def latest(rows: Iterable[Mapping[str, Any]]) -> Routing | None:
-  """The figures of the last row of a run that tells of routers."""
-  found = None
-  for row in rows:
-    found = row if row.get('routing') else found
-  return summary(found) if found else None

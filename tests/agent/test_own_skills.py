@@ -120,20 +120,41 @@ def test_what_is_wrong_with_a_loss_is_found(tmp_path, losses, found):
   assert found in run_script(SUMMARISE, written(tmp_path, losses))
 
 
+def routed(**site):
+  """Three logs of one site, for rows of `written`."""
+  return [(s, {'routing': {'encoder/q/molora': site}}) for s in (80, 90, 100)]
+
+
 def test_overfitting_and_router_collapse_are_found(tmp_path):
-  loads = {'load': [[0.98, 0.02, 0.0], [0.4, 0.3, 0.3]], 'entropy': [0.1, 1.0]}
+  site = {
+    'weight': [[0.98, 0.02, 0.0], [0.4, 0.3, 0.3]],
+    'entropy': [0.1, 1.0],
+    'weight_entropy': [0.1, 1.0],
+  }
   rows = [
     (20, {'validation_loss': 2.0}),
     (50, {'validation_loss': 1.5}),
-    (100, {'validation_loss': 1.9, 'routing': {'encoder/q/molora': loads}}),
+    (100, {'validation_loss': 1.9}),
+    *routed(**site),
   ]
   said = run_script(SUMMARISE, written(tmp_path, fallen(), rows))
   assert 'best 1.5 at step 50, 1.9 at step 100' in said
   assert '! the validation loss rises after step 50' in said
-  # One of six experts holds no load; (0.98 + 0.4) / 2 = 69 %.
-  assert 'fullest expert 69% of the load on average, 98% at most' in said
+  # One of six experts has no weight; (0.98 + 0.4) / 2 = 69 %.
+  assert 'the fullest expert has 69% of the weight on average, 98% at' in said
   assert '1 of 6 experts below 1%' in said
-  assert 'in 1 of 2: encoder/q/molora 0' in said
+  assert 'at 1 of 2: encoder/q/molora, layer 0' in said
+
+
+def test_one_log_of_a_collapsed_router_is_no_finding(tmp_path):
+  site = {'tokens': [[1.0, 0.0]], 'entropy': [0.1], 'weight_entropy': [0.0]}
+  rows = routed(tokens=[[0.5, 0.5]], entropy=[0.6], weight_entropy=[0.0])[:2]
+  rows += routed(**site)[2:]
+  said = run_script(SUMMARISE, written(tmp_path, fallen(), rows))
+  assert 'the fullest expert gets 100% of the tokens' in said
+  assert 'collapse' not in said
+  always = run_script(SUMMARISE, written(tmp_path, fallen(), routed(**site)))
+  assert '! router collapse' in always
 
 
 def test_low_losses_of_noisy_pairs_are_no_divergence(tmp_path):
@@ -144,11 +165,25 @@ def test_low_losses_of_noisy_pairs_are_no_divergence(tmp_path):
 
 
 def test_a_soft_routers_even_weights_are_no_collapse(tmp_path):
-  # Of three experts one is always ahead, by little: ln 3 = 1.099.
-  loads = {'load': [[0.99, 0.01, 0.0]], 'entropy': [1.08]}
-  rows = [(100, {'routing': {'encoder/q/molora': loads}})]
+  # Of three experts one is always ahead, by little: ln 3 = 1.099. An older log.
+  rows = routed(load=[[0.99, 0.01, 0.0]], entropy=[1.08])
   said = run_script(SUMMARISE, written(tmp_path, fallen(), rows))
+  assert 'argmax share (an older log, no mean weights)' in said
   assert '99% at most' in said and 'collapse' not in said
+
+
+def test_what_rose_and_what_fell_is_told_in_words(tmp_path):
+  run = written(tmp_path, fallen())
+  for name, loss, right in (('before', 2.0, 0.5), ('after', 1.25, 0.75)):
+    row = {'group': 'B', 'task': 'kind', 'templates': 'seen', 'examples': 100}
+    rows = [row | {'accuracy': right}, row | {'task': 'x', 'accuracy': 0.25}]
+    means = {'B seen': (right + 0.25) / 2}
+    found = {'validation_loss': loss, 'rows': rows, 'means': means}
+    (tmp_path / f'{name}.json').write_text(json.dumps(found))
+  said = run_script(SUMMARISE, run)
+  assert 'validation loss fell from 2 to 1.25' in said
+  assert 'accuracy rose: B seen 37.5 -> 50.0 %' in said
+  assert 'tasks that moved the most: kind seen +25 points' in said
 
 
 def test_the_metrics_of_a_real_run_can_be_read():
@@ -157,6 +192,8 @@ def test_the_metrics_of_a_real_run_can_be_read():
     pytest.skip('docs/runs is not beside the tests')
   said = run_script(SUMMARISE, str(run))
   assert 'steps: 150 of 150' in said and 'routers at step 150' in said
+  # Its entropies leave no expert 90 % of the weight.
+  assert 'argmax share' in said and 'collapse' not in said
 
 
 def test_a_directory_that_is_no_run_is_an_error_of_one_line(tmp_path):

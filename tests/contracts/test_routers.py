@@ -136,10 +136,62 @@ def test_losses_by_hand():
 
 def test_statistics_by_hand():
   values = stats.statistics(by_hand())
-  np.testing.assert_allclose(values.load, [2 / 3, 1 / 3], rtol=1e-6)
-  np.testing.assert_allclose(values.top, 2 / 3, rtol=1e-6)
-  # Standard deviation 1/6 over mean 1/2.
-  np.testing.assert_allclose(values.variation, 1 / 3, rtol=1e-5)
+  # A softmax gives every expert weight: the mean of (3/4, 3/4, 1/4) is 7/12,
+  # though expert 0 has the largest weight of two tokens of three.
+  np.testing.assert_allclose(values.share, [7 / 12, 5 / 12], rtol=1e-6)
+  np.testing.assert_allclose(values.top, 7 / 12, rtol=1e-6)
+  # Standard deviation 1/12 over mean 1/2.
+  np.testing.assert_allclose(values.variation, 1 / 6, rtol=1e-5)
+  np.testing.assert_allclose(values.weight_entropy, values.entropy, rtol=1e-6)
+  assert not values.sparse
+
+
+def direct(weights, logits, mask):
+  """(mean weight, token share, entropies) in float64, a token at a time."""
+  tokens = [(w, z) for w, z, m in zip(weights, logits, mask, strict=True) if m]
+  mixed = [w / w.sum() for w, _ in tokens]
+  nats = [-sum(p * np.log(p) for p in w if p > 0) for w in mixed]
+  soft = [np.exp(z - z.max()) / np.exp(z - z.max()).sum() for _, z in tokens]
+  before = [-sum(p * np.log(p) for p in s) for s in soft]
+  share = [(w > 0).astype(float) for w, _ in tokens]
+  return tuple(np.mean(a, axis=0) for a in (mixed, share, nats, before))
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_shares_and_entropies_equal_a_direct_form(name):
+  mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
+  routing = run(ROUTERS[name](experts=7))
+  values = stats.statistics(stats.reduce(routing, jnp.asarray(mask)))
+  flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
+  weight, share, nats, before = direct(
+    flat(routing.weights), flat(routing.logits), mask.ravel()
+  )
+  # A router that leaves experts without weight is sparse, and no other.
+  assert values.sparse == bool((flat(routing.weights) == 0).any())
+  expected = share if values.sparse else weight
+  np.testing.assert_allclose(values.share, expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(values.weight_entropy, nats, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(values.entropy, before, rtol=1e-5)
+
+
+def test_a_token_of_top_k_counts_for_each_of_its_experts():
+  values = stats.statistics(stats.reduce(run(TopK(5, k=2)), None))
+  np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
+  # Every token goes to expert 0 and one other: all of the tokens, not half.
+  weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
+  shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
+  values = stats.statistics(stats.reduce(shared, None))
+  np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+  'router',
+  [Softmax(4, dropout=0.9), ROUTERS['uniform'](experts=4), TopK(4, k=4)],
+  ids=str,
+)
+def test_expert_dropout_makes_no_dense_router_sparse(router):
+  routing = run(router, ctx=CTX.replace(train=True))
+  assert not routing.sparse
 
 
 def test_equal_weights_share_the_load():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.scoring import figures, folders, groups, sameness
+from moepeft.scoring import bootstrap, figures, folders, groups, sameness
 from moepeft.scoring.figures import Figure, Key
 from tests.scoring import runs
 
@@ -68,15 +68,55 @@ def test_other_tasks_do_not_enter_the_papers_average(tmp_path):
   assert found[Key('eval', 'accuracy', 'mean')].value == 0
 
 
-def test_the_interval_over_seeds_is_students():
-  # Of 1, 2 and 3: deviation 1, t with two degrees 4.3027, / sqrt(3).
-  seeds = [{LOSS: Figure(x, x - 9, x + 9)} for x in (1.0, 2.0, 3.0)]
+def test_without_examples_five_seeds_have_students_interval_and_fewer_none():
+  # Of 2, 3, ..., 6: deviation sqrt(5/2), t with four degrees 2.7764, / sqrt(5).
+  seeds = [{LOSS: Figure(x, x - 9, x + 9)} for x in (2.0, 3.0, 4.0, 5.0, 6.0)]
   figure = figures.over_seeds(seeds)[LOSS]
-  half = 4.302653 / 3**0.5
-  assert figure.value == pytest.approx(2)
-  assert (figure.low, figure.high) == pytest.approx((2 - half, 2 + half))
+  half = 2.776445 * 2.5**0.5 / 5**0.5
+  assert figure.value == pytest.approx(4)
+  assert (figure.low, figure.high) == pytest.approx((4 - half, 4 + half))
+  assert figure.seeds == (2, 3, 4, 5, 6)
+  few = figures.over_seeds(seeds[:4])[LOSS]
+  assert (few.value, few.low, few.high) == (3.5, None, None)
   # One seed keeps the interval over examples.
   assert figures.over_seeds(seeds[:1]) == seeds[0]
+
+
+def test_students_interval_ends_where_the_measure_does():
+  accuracies = (100.0, 100.0, 100.0, 100.0, 80.0)
+  seeds = [{ACCURACY: Figure(x), LOSS: Figure(x / 100)} for x in accuracies]
+  found = figures.over_seeds(seeds)
+  # 96 +- 2.776 * 8.94 / sqrt(5) = 96 +- 11.1.
+  assert found[ACCURACY].high == 100 and 84 < found[ACCURACY].low < 85
+  assert found[LOSS].high == pytest.approx(1.07, abs=0.01)
+
+
+def test_two_seeds_are_resampled_with_their_examples(tmp_path):
+  # 20 and 25 of 50 examples are right, the same 20 in both.
+  n, rights = 50, (20, 25)
+  made = [
+    held_out(tmp_path / str(s), [('t', 'p', 'accuracy', runs.right(of, n))])
+    for s, of in enumerate(rights)
+  ]
+  made = [dataclasses.replace(e, seed=s) for s, e in enumerate(made)]
+  single = [figures.of_entry(e) for e in made]
+  draws = figures.mean_draws(made)
+  figure = figures.over_seeds(single, draws)[ACCURACY]
+  assert figure.value == pytest.approx(45)
+  assert figure.seeds == (40, 50)
+  # By hand: draw i of both seeds counts the same examples; seeds are drawn too.
+  one, two = (figures.draws_of(e)[ACCURACY] for e in made)
+  assert (two >= one).all()
+  first = bootstrap.seed_weights(2)[:, 0]
+  np.testing.assert_allclose(draws[ACCURACY], first * one + (1 - first) * two)
+  assert {*first} == {0, 0.5, 1}
+  # sqrt(0.45 * 0.55 / 50) = 7.0 % of the examples and sqrt(12.5) = 3.5 % of
+  # the seeds: 1.96 * 7.9 = 15.4. Student's would be 12.7 * 5 = 63.5.
+  assert (figure.high - figure.low) / 2 == pytest.approx(15.4, abs=1.5)
+  assert 0 <= figure.low < 40 and 50 < figure.high <= 100
+  # The order of the command line is no matter.
+  again = figures.mean_draws(made[::-1])
+  np.testing.assert_array_equal(again[ACCURACY], draws[ACCURACY])
 
 
 def test_the_majority_over_seeds_is_their_mean():
