@@ -7,39 +7,67 @@
 
 Without a question, questions are read from the terminal, a line each; Ctrl-C
 ends an answer, Ctrl-D the program. The server is any with OpenAI's API, as
-python -m moepeft.serve. Scripts of skills are run as you: name those that you
-trust. Code that the model writes (--tools) is run in bubblewrap.
+python -m moepeft.serve. Scripts of skills, and code that the model writes
+(--tools), run in bubblewrap or not at all; scripts read the workspace, and may
+write a config card into it. Instructions of skills are followed: name those
+that you trust.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
-import openai
-
-from moepeft.agent import sandbox, skills, traces
+from moepeft.agent import model, sandbox, skills, traces
 from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.loop import Budget, Event
 from moepeft.agent.memory import Memory, Tokens
-from moepeft.agent.model import Served
+from moepeft.agent.model import Failed, Served
+from moepeft.core import files, terminal
+from moepeft.core.untrusted import Malformed, check_encodable
 
 _WIDE = 100
+
+
+def _number(kind: type, least: float, above: bool = False):
+  """A flag's type: finite, of at least so much."""
+
+  def read(text: str) -> float:
+    value = kind(text)
+    if not math.isfinite(value) or value < least or (above and value == least):
+      raise argparse.ArgumentTypeError(
+        f'expected a number {"above" if above else "of at least"} {least}; '
+        f'got {text!r}'
+      )
+    return value
+
+  read.__name__ = kind.__name__
+  return read
+
+
+_COUNT, _SECONDS = _number(int, 1), _number(float, 0, above=True)
 _FLAGS = (
   ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
   ('model', str, '', 'Its name; by default the first that the server has.'),
   ('api_key_file', str, '', 'With the key; by default OPENAI_API_KEY.'),
   ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
-  ('max_steps', int, 10, 'Requests to the model, a question.'),
-  ('max_calls', int, 30, 'Tool calls, a question.'),
-  ('max_all_tokens', int, None, 'Tokens of prompts and replies, a question.'),
-  ('max_seconds', float, None, 'Time, a question.'),
-  ('memory_tokens', int, None, 'Tokens of the conversation that are sent.'),
-  ('tool_output', int, 8000, 'Characters of an output that are shown.'),
+  ('workspace', str, '.', 'What scripts may read; cards go there.'),
+  ('max_steps', _COUNT, 10, 'Requests to the model, a question.'),
+  ('max_calls', _number(int, 0), 30, 'Tool calls, a question.'),
+  (
+    'max_all_tokens',
+    _COUNT,
+    None,
+    'Tokens of prompts and replies, a question.',
+  ),
+  ('max_seconds', _SECONDS, None, 'Time, a question.'),
+  ('memory_tokens', _COUNT, None, 'Tokens of the conversation that are sent.'),
+  ('tool_output', _COUNT, 8000, 'Characters of an output that are shown.'),
   ('tool_choice', str, None, "required, or a tool: a question's first call."),
-  ('max_tokens', int, None, 'Tokens of a reply.'),
-  ('temperature', float, None, 'Of sampling.'),
+  ('max_tokens', _COUNT, None, 'Tokens of a reply.'),
+  ('temperature', _number(float, 0), None, 'Of sampling.'),
   ('seed', int, None, 'Of sampling.'),
   ('trace', str, '', 'A file that all that happens is written to.'),
   ('replay', str, '', 'A trace to show again, without a server.'),
@@ -63,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
   add('--skills', action='append', help=about)
   about = 'Code that the model may run; repeatable.'
   add('--tools', action='append', choices=code, default=[], help=about)
-  about = 'Run that code as you, without bubblewrap.'
+  about = 'Run that code and scripts as you, without bubblewrap.'
   add('--unsafe_no_sandbox', action='store_true', help=about)
   add('--form', choices=FORMS, default='native', help='react: tools by text.')
   add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
@@ -75,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
 class Screen:
   """Prints events: the model's text to stdout, what it does to stderr.
 
-  Without `stream` only the answer is printed, once it is there.
+  Without `stream` only the answer is printed, once it is there. Control
+  characters are made visible, also where the output is no terminal.
   """
 
   def __init__(self, stream: bool):
@@ -85,7 +114,7 @@ class Screen:
   def __call__(self, event: Event) -> None:
     match event:
       case {'event': 'piece', 'text': text} if self.stream:
-        print(text, end='', flush=True)
+        terminal.show(text, end='')
         self._open = not text.endswith('\n')
       case {'event': 'called', 'calls': calls}:
         for call in calls:
@@ -95,7 +124,7 @@ class Screen:
         self.note(f'<- {"error: " if failed else ""}{text}')
       case {'event': 'ended', 'outcome': {'state': state} as outcome}:
         if outcome['text'] and not self.stream:
-          print(outcome['text'], flush=True)
+          terminal.show(outcome['text'])
         if state != 'answered':
           self.note(f'[{state}] {outcome["why"]}', 10 * _WIDE)
         self.end_line()
@@ -111,7 +140,7 @@ class Screen:
     self.end_line()
     text = ' '.join(text.split())
     text = text if len(text) <= wide else f'{text[: wide - 3]}...'
-    print(text, file=sys.stderr, flush=True)
+    terminal.show(text, file=sys.stderr)
 
 
 def api_key(path: str) -> str:
@@ -122,8 +151,7 @@ def api_key(path: str) -> str:
   """
   if not path:
     return os.environ.get('OPENAI_API_KEY', '')
-  with open(os.path.expanduser(path), encoding='utf-8') as file:
-    words = file.read().split()
+  words = files.read_text(os.path.expanduser(path)).split()
   if len(words) != 1:
     raise ValueError(f'--api_key_file={path!r} is to hold one key and no more')
   return words[0]
@@ -131,14 +159,26 @@ def api_key(path: str) -> str:
 
 def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
   """The agent that the flags describe, without a model yet."""
-  if asked.unsafe_no_sandbox and not asked.tools:
-    raise ValueError('--unsafe_no_sandbox is of --tools; name python or shell')
   if asked.tool_choice and asked.form == 'react':
     raise ValueError(
       "--tool_choice is the server's to keep, which --form=react asks for no "
       'calls; leave one of them out'
     )
-  tools = skills.tools(own)
+  if not os.path.isdir(asked.workspace):
+    raise ValueError(f'--workspace={asked.workspace!r} is no directory')
+  box = None
+  if any(
+    p.startswith('scripts/') for skill in own.values() for p in skill.files()
+  ):
+    try:
+      box = skills.box(
+        own, asked.workspace, unsafe_no_sandbox=asked.unsafe_no_sandbox
+      )
+    except ValueError as e:
+      skills.warn(
+        f'run_skill_script is left out, as scripts run in bubblewrap alone: {e}'
+      )
+  tools = skills.tools(own, box, asked.workspace)
   if asked.tools:
     box = sandbox.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)
     names = {f'run_{name}' for name in asked.tools}
@@ -172,13 +212,10 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   Raises:
     ValueError: the server does not answer, or has no model.
   """
-  # Where a server asks for no key the client still wants one.
-  client = openai.OpenAI(base_url=asked.base_url, api_key=key or 'none')
+  client = model.client(asked.base_url, key)
   try:
-    names = (
-      [asked.model] if asked.model else [m.id for m in client.models.list()]
-    )
-  except openai.OpenAIError as e:
+    names = [asked.model] if asked.model else model.models(client)
+  except Failed as e:
     raise ValueError(
       f'the server at {asked.base_url} does not tell its models ({e}); start '
       'it, as with python -m moepeft.serve, or name another by --base_url'
@@ -190,8 +227,9 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   if asked.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
     if not count.exact:
-      said = 'the server has no /tokenize: --memory_tokens goes by an estimate'
-      print(said, file=sys.stderr)
+      skills.warn(
+        'the server has no /tokenize: --memory_tokens goes by an estimate'
+      )
 
 
 def lines() -> Iterator[str]:
@@ -218,6 +256,8 @@ def main(asked: argparse.Namespace) -> int:
     ValueError, OSError: it cannot be done, a sentence.
   """
   screen = Screen(sys.stdout.isatty())
+  # Of bytes in arguments that are no UTF-8, Python makes half surrogates.
+  check_encodable(vars(asked))
   if asked.replay:
     traces.replay(asked.replay, screen)
     return 0
@@ -225,7 +265,7 @@ def main(asked: argparse.Namespace) -> int:
   own = skills.find([os.path.expanduser(f) for f in folders if f])
   if asked.list_skills:
     for skill in own.values():
-      print(f'{skill.name}: {" ".join(skill.description.split())}')
+      terminal.show(f'{skill.name}: {" ".join(skill.description.split())}')
     return 0
   key, tell = api_key(asked.api_key_file), screen
   if asked.trace:
@@ -237,14 +277,17 @@ def main(asked: argparse.Namespace) -> int:
 
   made = agent(asked, own, tell)
   if asked.show_prompt:
-    print(made.prompt())
+    terminal.show(made.prompt())
     return 0
   connect(made, asked, key, screen.stream)
   if asked.question is not None:
     return int(made.ask(asked.question).state != 'answered')
   for question in lines():
     try:
+      check_encodable(question)
       made.ask(question)
+    except Malformed as e:
+      screen.note(f'error: the question is {e}')
     except KeyboardInterrupt:
       screen.note('(interrupted)')
   return 0
@@ -257,7 +300,7 @@ def run(argv: Sequence[str] | None = None) -> None:
   try:
     sys.exit(main(asked))
   except (ValueError, OSError) as e:
-    flags.exit(2, f'error: {e}\n')
+    flags.exit(2, f'error: {terminal.visible(e)}\n')
 
 
 if __name__ == '__main__':

@@ -179,13 +179,15 @@ def _bubblewrap(
   room = ['--perms', '1777', '--size', str(bounds.disk), '--tmpfs']
   made += [*room, _WORK, *room, '/tmp']
   # After /tmp, below which some may be; what holds others before them.
+  there: set[str] = set()
   for path in sorted({*_interpreter(), *readable}):
     if f'{path}/'.startswith('/usr/'):
       continue
     for parent in reversed(pathlib.PurePath(path).parents[:-1]):
       # Which bubblewrap would make for its own user alone.
-      if str(parent) not in made:
+      if str(parent) not in there:
         made += ['--perms', '0755', '--dir', str(parent)]
+        there.add(str(parent))
     made += ['--ro-bind', path, path]
   made += ['--proc', '/proc', '--dev', '/dev', *room, '/dev/shm']
   return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
