@@ -7,8 +7,10 @@
 
 Without a question, questions are read from the terminal, a line each; Ctrl-C
 ends an answer, Ctrl-D the program. The server is any with OpenAI's API, as
-python -m moepeft.serve. Scripts of skills are run as you: name those that you
-trust. Code that the model writes (--tools) is run in bubblewrap.
+python -m moepeft.serve. Scripts of skills, and code that the model writes
+(--tools), run in bubblewrap or not at all; scripts read the workspace, and may
+write a config card into it. Instructions of skills are followed: name those
+that you trust.
 """
 
 import argparse
@@ -17,13 +19,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import openai
-
-from moepeft.agent import sandbox, skills, traces
+from moepeft.agent import model, sandbox, skills, traces
 from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.loop import Budget, Event
 from moepeft.agent.memory import Memory, Tokens
-from moepeft.agent.model import Served
+from moepeft.agent.model import Failed, Served
+from moepeft.core import files, terminal
+from moepeft.core.untrusted import Malformed, check_encodable
 
 _WIDE = 100
 
@@ -56,8 +58,9 @@ _FLAGS = (
   ('model', str, '', 'Its name; by default the first that the server has.'),
   ('api_key_file', str, '', 'With the key; by default OPENAI_API_KEY.'),
   ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
+  ('workspace', str, '.', 'What scripts may read; cards go there.'),
   ('max_steps', _COUNT, 10, 'Requests to the model, a question.'),
-  ('max_calls', _COUNT, 30, 'Tool calls, a question.'),
+  ('max_calls', number(int, 0, 1_000_000_000), 30, 'Tool calls, a question.'),
   (
     'max_all_tokens',
     _COUNT,
@@ -93,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
   add('--skills', action='append', help=about)
   about = 'Code that the model may run; repeatable.'
   add('--tools', action='append', choices=code, default=[], help=about)
-  about = 'Run that code as you, without bubblewrap.'
+  about = 'Run that code and scripts as you, without bubblewrap.'
   add('--unsafe_no_sandbox', action='store_true', help=about)
   add('--form', choices=FORMS, default='native', help='react: tools by text.')
   add('--mode', choices=MODES, default='act', help='plan: plan, act, reflect.')
@@ -105,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
 class Screen:
   """Prints events: the model's text to stdout, what it does to stderr.
 
-  Without `stream` only the answer is printed, once it is there.
+  Without `stream` only the answer is printed, once it is there. Control
+  characters are made visible, also where the output is no terminal.
   """
 
   def __init__(self, stream: bool):
@@ -115,7 +119,7 @@ class Screen:
   def __call__(self, event: Event) -> None:
     match event:
       case {'event': 'piece', 'text': text} if self.stream:
-        print(text, end='', flush=True)
+        terminal.show(text, end='')
         self._open = not text.endswith('\n')
       case {'event': 'called', 'calls': calls}:
         for call in calls:
@@ -125,7 +129,7 @@ class Screen:
         self.note(f'<- {"error: " if failed else ""}{text}')
       case {'event': 'ended', 'outcome': {'state': state} as outcome}:
         if outcome['text'] and not self.stream:
-          print(outcome['text'], flush=True)
+          terminal.show(outcome['text'])
         if state != 'answered':
           self.note(f'[{state}] {outcome["why"]}', 10 * _WIDE)
         self.end_line()
@@ -141,7 +145,7 @@ class Screen:
     self.end_line()
     text = ' '.join(text.split())
     text = text if len(text) <= wide else f'{text[: wide - 3]}...'
-    print(text, file=sys.stderr, flush=True)
+    terminal.show(text, file=sys.stderr)
 
 
 def api_key(path: str) -> str:
@@ -152,8 +156,7 @@ def api_key(path: str) -> str:
   """
   if not path:
     return os.environ.get('OPENAI_API_KEY', '')
-  with open(os.path.expanduser(path), encoding='utf-8') as file:
-    words = file.read().split()
+  words = files.read_text(os.path.expanduser(path)).split()
   if len(words) != 1:
     raise ValueError(f'--api_key_file={path!r} is to hold one key and no more')
   return words[0]
@@ -161,14 +164,26 @@ def api_key(path: str) -> str:
 
 def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
   """The agent that the flags describe, without a model yet."""
-  if asked.unsafe_no_sandbox and not asked.tools:
-    raise ValueError('--unsafe_no_sandbox is of --tools; name python or shell')
   if asked.tool_choice and asked.form == 'react':
     raise ValueError(
       "--tool_choice is the server's to keep, which --form=react asks for no "
       'calls; leave one of them out'
     )
-  tools = skills.tools(own)
+  if not os.path.isdir(asked.workspace):
+    raise ValueError(f'--workspace={asked.workspace!r} is no directory')
+  box = None
+  if any(
+    p.startswith('scripts/') for skill in own.values() for p in skill.files()
+  ):
+    try:
+      box = skills.box(
+        own, asked.workspace, unsafe_no_sandbox=asked.unsafe_no_sandbox
+      )
+    except ValueError as e:
+      skills.warn(
+        f'run_skill_script is left out, as scripts run in bubblewrap alone: {e}'
+      )
+  tools = skills.tools(own, box, asked.workspace)
   if asked.tools:
     box = sandbox.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)
     names = {f'run_{name}' for name in asked.tools}
@@ -202,13 +217,10 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   Raises:
     ValueError: the server does not answer, or has no model.
   """
-  # Where a server asks for no key the client still wants one.
-  client = openai.OpenAI(base_url=asked.base_url, api_key=key or 'none')
+  client = model.client(asked.base_url, key)
   try:
-    names = (
-      [asked.model] if asked.model else [m.id for m in client.models.list()]
-    )
-  except openai.OpenAIError as e:
+    names = [asked.model] if asked.model else model.models(client)
+  except Failed as e:
     raise ValueError(
       f'the server at {asked.base_url} does not tell its models ({e}); start '
       'it, as with python -m moepeft.serve, or name another by --base_url'
@@ -220,8 +232,9 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   if asked.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
     if not count.exact:
-      said = 'the server has no /tokenize: --memory_tokens goes by an estimate'
-      print(said, file=sys.stderr)
+      skills.warn(
+        'the server has no /tokenize: --memory_tokens goes by an estimate'
+      )
 
 
 def lines() -> Iterator[str]:
@@ -248,6 +261,8 @@ def main(asked: argparse.Namespace) -> int:
     ValueError, OSError: it cannot be done, a sentence.
   """
   screen = Screen(sys.stdout.isatty())
+  # Of bytes in arguments that are no UTF-8, Python makes half surrogates.
+  check_encodable(vars(asked))
   if asked.replay:
     traces.replay(asked.replay, screen)
     return 0
@@ -255,7 +270,7 @@ def main(asked: argparse.Namespace) -> int:
   own = skills.find([os.path.expanduser(f) for f in folders if f])
   if asked.list_skills:
     for skill in own.values():
-      print(f'{skill.name}: {" ".join(skill.description.split())}')
+      terminal.show(f'{skill.name}: {" ".join(skill.description.split())}')
     return 0
   key, tell = api_key(asked.api_key_file), screen
   if asked.trace:
@@ -267,14 +282,17 @@ def main(asked: argparse.Namespace) -> int:
 
   made = agent(asked, own, tell)
   if asked.show_prompt:
-    print(made.prompt())
+    terminal.show(made.prompt())
     return 0
   connect(made, asked, key, screen.stream)
   if asked.question is not None:
     return int(made.ask(asked.question).state != 'answered')
   for question in lines():
     try:
+      check_encodable(question)
       made.ask(question)
+    except Malformed as e:
+      screen.note(f'error: the question is {e}')
     except KeyboardInterrupt:
       screen.note('(interrupted)')
   return 0
@@ -287,7 +305,7 @@ def run(argv: Sequence[str] | None = None) -> None:
   try:
     sys.exit(main(asked))
   except (ValueError, OSError) as e:
-    flags.exit(2, f'error: {e}\n')
+    flags.exit(2, f'error: {terminal.visible(e)}\n')
 
 
 if __name__ == '__main__':

@@ -65,7 +65,7 @@ class Agent:
     parts = [self.system, calls.RULE if self.tools else '']
     system = '\n\n'.join(filter(None, parts))
     first = [{'role': 'system', 'content': system}] if system else []
-    made: Request = {'messages': [*first, *self.memory.messages], **options}
+    made: Request = {**options, 'messages': [*first, *self.memory.messages]}
     if tools:
       made = {**made, 'tools': [tool.declared() for tool in tools]}
     made = react.write(made) if self.form == 'react' else made

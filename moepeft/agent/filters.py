@@ -1,38 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """A seccomp filter: system calls that a sandboxed program is refused.
 
-Refused with EPERM are those that make memory which belongs to no process, so
-that no limit counts it, new user namespaces, and doors into the kernel that
-programs do without. Format: linux/filter.h, linux/seccomp.h.
+Refused with EPERM are calls that make memory which belongs to no process, new
+user namespaces, and interfaces of the kernel that ordinary programs do not use.
+Sockets are of AF_UNIX alone, any other family is EAFNOSUPPORT: a network
+namespace does not hold AF_VSOCK, which reaches a virtual machine's host, and
+AF_ALG, AF_NETLINK and AF_PACKET are large interfaces. Format: linux/filter.h,
+linux/seccomp.h.
 """
 
 import platform
 import struct
 
-# AUDIT_ARCH, and the numbers of shmget, msgget, ptrace, mount, add_key,
-# request_key, keyctl, unshare, perf_event_open, setns, memfd_create, bpf and
-# userfaultfd; then, on all machines, io_uring's two, open_tree to fspick,
-# mount_setattr and memfd_secret.
+# AUDIT_ARCH, and the numbers of shmget, semget, msgget, ptrace, mount, add_key,
+# request_key, keyctl, unshare, perf_event_open, fanotify_init, setns,
+# memfd_create, bpf and userfaultfd.
 _MACHINES = {
   'x86_64': (
     0xC000003E,
-    (29, 68, 101, 165, 248, 249, 250, 272, 298, 308, 319, 321, 323),
+    (29, 64, 68, 101, 165, 248, 249, 250, 272, 298, 300, 308, 319, 321, 323),
   ),
   'aarch64': (
     0xC00000B7,
-    (194, 186, 117, 40, 217, 218, 219, 97, 241, 268, 279, 280, 282),
+    (194, 190, 186, 117, 40, 217, 218, 219, 97, 241, 262, 268, 279, 280, 282),
   ),
 }
-_EVERYWHERE = (425, 426, 428, 429, 430, 431, 432, 433, 442, 447)
+# On all machines: io_uring's three, open_tree to fspick, mount_setattr and
+# memfd_secret.
+_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 442, 447)
 # New processes, of which none may get a user namespace of its own. The flags of
 # clone3 lie in memory, where no filter looks: as if there were no such call.
 _CLONE = {'x86_64': 56, 'aarch64': 220}
 _CLONE3, _NEW_USER = 435, 0x10000000
+# socket and socketpair.
+_SOCKETS = {'x86_64': (41, 53), 'aarch64': (198, 199)}
+_AF_UNIX = 1
 _LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050001
-_NO_SUCH = 0x00050026
+# A verdict, its low bits an errno: EPERM, ENOSYS, EAFNOSUPPORT.
+_VERDICTS = {
+  'allow': 0x7FFF0000,
+  'kill': 0x80000000,
+  'refuse': 0x00050001,
+  'no call': 0x00050026,
+  'no family': 0x00050061,
+}
 # x86_64's other numbers (x32) begin here.
 _X32 = 0x40000000
+# Where the architecture, the call's number and its first argument lie; the
+# kernel reads flags and families as 32 bits, the low half.
+_ARCH, _NUMBER, _FIRST = 4, 0, 16
 
 
 def program() -> bytes:
@@ -47,24 +63,38 @@ def program() -> bytes:
       f'there are filters for {" and ".join(_MACHINES)}; this is {machine}'
     )
   audit, numbers = _MACHINES[machine]
-  numbers = sorted(numbers + _EVERYWHERE)
+  # (code, target where it holds, target where not, value); None is the next.
   lines = [
-    (_LOAD, 0, 0, 4),
+    (_LOAD, None, None, _ARCH),
     # Of another machine's calls (32 bits) the numbers mean something else.
-    (_EQUAL, 1, 0, audit),
-    (_RETURN, 0, 0, _KILL),
-    (_LOAD, 0, 0, 0),
-    (_ABOVE, len(numbers) + 5, 0, _X32),
+    (_EQUAL, None, 'kill', audit),
+    (_LOAD, None, None, _NUMBER),
+    (_ABOVE, 'refuse', None, _X32),
   ]
-  for i, number in enumerate(numbers):
-    lines.append((_EQUAL, len(numbers) + 4 - i, 0, number))
+  for number in sorted(numbers + _EVERYWHERE):
+    lines.append((_EQUAL, 'refuse', None, number))
+  lines.append((_EQUAL, 'no call', None, _CLONE3))
+  for number in _SOCKETS[machine]:
+    lines.append((_EQUAL, 'socket', None, number))
   lines += [
-    (_EQUAL, 5, 0, _CLONE3),
-    (_EQUAL, 0, 2, _CLONE[machine]),
-    (_LOAD, 0, 0, 16),
-    (_ANY, 1, 0, _NEW_USER),
-    (_RETURN, 0, 0, _ALLOW),
-    (_RETURN, 0, 0, _REFUSE),
-    (_RETURN, 0, 0, _NO_SUCH),
+    (_EQUAL, None, 'allow', _CLONE[machine]),
+    (_LOAD, None, None, _FIRST),
+    (_ANY, 'refuse', 'allow', _NEW_USER),
   ]
-  return b''.join(struct.pack('<HBBI', *line) for line in lines)
+  labels = {'socket': len(lines)}
+  lines += [
+    (_LOAD, None, None, _FIRST),
+    (_EQUAL, 'allow', 'no family', _AF_UNIX),
+  ]
+  for name, verdict in _VERDICTS.items():
+    labels[name] = len(lines)
+    lines.append((_RETURN, None, None, verdict))
+  return b''.join(
+    struct.pack(
+      '<HBBI',
+      code,
+      *(0 if to is None else labels[to] - at - 1 for to in (true, false)),
+      value,
+    )
+    for at, (code, true, false, value) in enumerate(lines)
+  )

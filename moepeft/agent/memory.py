@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import openai
 
-from moepeft.agent.model import Message, Request, estimate
+from moepeft.agent.model import Message, Request, estimate, httpx
+from moepeft.core.untrusted import Malformed, field, parse_json
 
 
 class Full(ValueError):
@@ -91,11 +92,11 @@ class Tokens:
     try:
       answer = self._client.post(
         f'{self._url}/tokenize',
-        cast_to=object,
+        cast_to=httpx.Response,
         body={'model': self._model, **said},
       )
-      count = answer['count']
-    except (openai.OpenAIError, KeyError, TypeError):
-      count = None
-    self.exact = isinstance(count, int)
+      count = field(parse_json(answer.content), 'count', int)
+    except (openai.OpenAIError, httpx.HTTPError, Malformed):
+      count = -1
+    self.exact = count >= 0
     return count if self.exact else estimate(request)

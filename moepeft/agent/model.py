@@ -2,13 +2,19 @@
 """A model as the agent asks it: a request's JSON in, a reply out."""
 
 import dataclasses
+import importlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import openai
-from openai.lib.streaming.chat import ChatCompletionStreamState
+
+from moepeft.core.untrusted import Malformed, field, parse_json
+
+# The HTTP library of the client: httpx, or httpx2 in its later versions.
+_LIBRARY = openai.DefaultHttpxClient.__base__.__module__.partition('.')[0]
+httpx = importlib.import_module(_LIBRARY)
 
 Message = Mapping[str, Any]
 Request = Mapping[str, Any]
@@ -44,6 +50,115 @@ class Late(Failed):
   """A reply that was not whole in time."""
 
 
+# Of a server's reply: bytes, seconds, calls, and characters of its error.
+_LARGEST, _LONGEST = 64 << 20, 3600.0
+_CALLS, _SENTENCE = 128, 500
+# Seconds for the body of an error, which no one waits for.
+_ERROR_SECONDS = 60.0
+
+
+class _Bounded(httpx.SyncByteStream):
+  """A body that ends with an error after so many bytes or seconds."""
+
+  def __init__(self, response: httpx.Response):
+    self._stream, self._request = response.stream, response.request
+    self._end = time.monotonic() + (
+      _ERROR_SECONDS if response.is_error else _LONGEST
+    )
+
+  def __iter__(self) -> Iterator[bytes]:
+    left = _LARGEST
+    for data in self._stream:
+      left -= len(data)
+      if left < 0:
+        what = f'its reply is longer than {_LARGEST >> 20} MB'
+        raise httpx.ReadError(what, request=self._request)
+      if time.monotonic() > self._end:
+        raise httpx.ReadTimeout('its reply has no end', request=self._request)
+      yield data
+
+  def close(self) -> None:
+    self._stream.close()
+
+
+def _bound(response: httpx.Response) -> None:
+  if response.headers.get('content-encoding', 'identity') != 'identity':
+    # A megabyte may unpack to a thousand; none was asked for.
+    raise httpx.DecodingError(
+      'its reply is compressed, which was not asked for',
+      request=response.request,
+    )
+  response.stream = _Bounded(response)
+
+
+def client(base_url: str, key: str = '') -> openai.OpenAI:
+  """A client of a server that is not trusted: replies of any kind are bounded.
+
+  Raises:
+    ValueError: the address is none.
+  """
+  http = openai.DefaultHttpxClient(
+    event_hooks={'response': [_bound]},
+    headers={'Accept-Encoding': 'identity'},
+  )
+  try:
+    # Where a server asks for no key the client still wants one.
+    return openai.OpenAI(
+      base_url=base_url, api_key=key or 'none', http_client=http
+    )
+  except httpx.InvalidURL as e:
+    raise ValueError(f'{base_url!r} is no address of a server: {e}') from None
+
+
+def models(client: openai.OpenAI) -> list[str]:
+  """The names of a server's models.
+
+  Raises:
+    Failed: it does not say.
+  """
+  answer = _asked(client, lambda: client.get('/models', cast_to=httpx.Response))
+  try:
+    rows = field(parse_json(answer.content), 'data', list)
+    return [field(row, 'id', str) for row in rows]
+  except Malformed as e:
+    raise Failed(_other(client, e)) from None
+
+
+def _asked(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
+  """What a request gives, its errors as sentences."""
+  try:
+    return ask()
+  except (openai.APITimeoutError, httpx.TimeoutException):
+    raise Late('the server took too long to reply') from None
+  except openai.APIStatusError as e:
+    body = e.body if isinstance(e.body, dict) else {}
+    message = body.get('message')
+    message = message if isinstance(message, str) and message else e.message
+    raise Failed(
+      f'the server refused the request (HTTP {e.status_code}): '
+      f'{_sentence(message)}'
+    ) from None
+  except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
+    raise Failed(
+      f'{client.base_url} gave no reply ({_sentence(e)}); is a server running '
+      'there, as of python -m moepeft.serve?'
+    ) from None
+  except Malformed as e:
+    raise Failed(_other(client, e)) from None
+
+
+def _other(client: openai.OpenAI, fault: Exception) -> str:
+  return (
+    f'{client.base_url} gave no reply of the form of the OpenAI API: '
+    f'{_sentence(fault)}'
+  )
+
+
+def _sentence(text: Any) -> str:
+  text = ' '.join(str(text).split())
+  return text if len(text) <= _SENTENCE else f'{text[:_SENTENCE]}...'
+
+
 class Served:
   """A model behind an OpenAI-compatible server."""
 
@@ -59,70 +174,128 @@ class Served:
   ) -> Reply:
     """Implements `Model`."""
     try:
-      return self._ask(request, piece, seconds)
-    except openai.APITimeoutError:
+      return _asked(self.client, lambda: self._ask(request, piece, seconds))
+    except Late:
       if seconds is None:
         raise Failed('the server took too long to reply') from None
       raise Late(f'the model did not answer in {seconds:.3g} s') from None
-    except openai.APIStatusError as e:
-      body = e.body if isinstance(e.body, dict) else {}
-      raise Failed(
-        f'the server refused the request (HTTP {e.status_code}): '
-        f'{body.get("message") or e.message}'
-      ) from None
-    except openai.OpenAIError as e:
-      raise Failed(
-        f'{self.client.base_url} gave no reply ({e}); is a server running '
-        'there, as of python -m moepeft.serve?'
-      ) from None
 
   def _ask(self, request, piece, seconds) -> Reply:
     client = self.client
     if seconds is not None:
       # A late request is not asked again.
       client = client.with_options(timeout=seconds, max_retries=0)
-    create = client.chat.completions.create
-    if not self.stream:
-      return _reply(create(**request, model=self.name), request)
-    end = time.monotonic() + (math.inf if seconds is None else seconds)
-    state, usage = ChatCompletionStreamState(), {'include_usage': True}
-    last = None
+    create = client.chat.completions.with_streaming_response.create
+    usage = {'stream_options': {'include_usage': True}} if self.stream else {}
+    end = time.monotonic() + min(_LONGEST, seconds or math.inf)
     with create(
-      **request, model=self.name, stream=True, stream_options=usage
-    ) as chunks:
-      for chunk in chunks:
-        # The client's own limit is of the time between two chunks.
-        if time.monotonic() > end:
-          raise Late(f'the model did not end in {seconds:.3g} s')
-        for event in state.handle_chunk(chunk):
-          if event.type == 'content.delta' and event.delta:
-            piece(event.delta)
-        last = state.current_completion_snapshot
-    return _reply(last, request)
+      **request, model=self.name, stream=self.stream, **usage
+    ) as response:
+      data = _in_time(response.iter_bytes(), end)
+      if not self.stream:
+        return _reply(parse_json(b''.join(data)), request)
+      return _reply(_joined(_events(data), piece), request)
+
+
+def _in_time(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
+  """Bytes until a time; the client's own limit is of the time between two."""
+  left = _LARGEST
+  for data in pieces:
+    if time.monotonic() > end:
+      raise Late('the reply did not end in time')
+    left -= len(data)
+    if left < 0:
+      raise Malformed(f'it is longer than {_LARGEST >> 20} MB')
+    yield data
+
+
+def _events(pieces: Iterable[bytes]) -> Iterator[Any]:
+  """The JSON values of a stream of server-sent events."""
+  held: list[bytes] = []
+  for data in pieces:
+    *lines, rest = data.split(b'\n')
+    for line in lines:
+      line, held = b''.join([*held, line]).strip(), []
+      if line == b'data: [DONE]':
+        return
+      if line.startswith(b'data:'):
+        yield parse_json(line.removeprefix(b'data:'))
+    held.append(rest)
+
+
+def _joined(chunks: Iterable[Any], piece: Callable[[str], None]) -> Mapping:
+  """The pieces of a reply as the whole that they are of."""
+  texts, calls = [], {}
+  reason, usage, begun = None, None, False
+  for chunk in chunks:
+    if error := field(chunk, 'error', dict, {}):
+      raise Malformed(field(error, 'message', str, 'an error'))
+    usage = field(chunk, 'usage', dict, usage)
+    for choice in field(chunk, 'choices', list, [])[:1]:
+      begun = True
+      reason = field(choice, 'finish_reason', str, reason)
+      delta = field(choice, 'delta', dict, {})
+      if text := field(delta, 'content', str, ''):
+        texts.append(text)
+        piece(text)
+      for part in field(delta, 'tool_calls', list, []):
+        _join(calls, part)
+  made = [
+    {
+      'id': call['id'],
+      'function': {
+        'name': call['name'],
+        'arguments': ''.join(call['arguments']),
+      },
+    }
+    for _, call in sorted(calls.items())
+  ]
+  message = {'content': ''.join(texts), 'tool_calls': made}
+  choice = {'message': message, 'finish_reason': reason}
+  return {'choices': [choice] if begun else [], 'usage': usage}
+
+
+def _join(calls: dict[int, dict], part: Any) -> None:
+  index = field(part, 'index', int, 0)
+  if not 0 <= index < _CALLS:
+    raise Malformed(f"expected 'index' of 0 to {_CALLS - 1}, got {index}")
+  call = calls.setdefault(index, {'id': '', 'name': '', 'arguments': []})
+  function = field(part, 'function', dict, {})
+  # A name comes at once; some servers say it again with each piece.
+  call['id'] = call['id'] or field(part, 'id', str, '')
+  call['name'] = call['name'] or field(function, 'name', str, '')
+  call['arguments'].append(field(function, 'arguments', str, ''))
 
 
 def _reply(answer: Any, request: Request) -> Reply:
-  if not getattr(answer, 'choices', None):
+  choices = field(answer, 'choices', list, [])
+  if not choices:
     raise Failed('the server gave no reply: it has no choices')
-  said, reason = answer.choices[0].message, answer.choices[0].finish_reason
-  message = {'role': 'assistant', 'content': said.content or ''}
+  message = field(choices[0], 'message', dict)
+  reason = field(choices[0], 'finish_reason', str, '') or 'stop'
+  asked = field(message, 'tool_calls', list, [])
+  if len(asked) > _CALLS:
+    raise Malformed(f'it calls {len(asked):,} tools, {_CALLS} at most are run')
   calls = [
     {
-      'id': call.id or f'call_{i}',
+      'id': field(call, 'id', str, '') or f'call_{i}',
       'type': 'function',
       'function': {
-        'name': call.function.name,
-        'arguments': call.function.arguments or '',
+        'name': field(call, 'function.name', str),
+        'arguments': field(call, 'function.arguments', str, ''),
       },
     }
-    for i, call in enumerate(said.tool_calls or ())
-    if getattr(call, 'function', None)
+    for i, call in enumerate(asked)
   ]
-  message |= {'tool_calls': calls} if calls else {}
-  if answer.usage:
-    return Reply(message, reason or 'stop', answer.usage.total_tokens)
-  guess = estimate(request) + _guess(message)
-  return Reply(message, reason or 'stop', guess, True)
+  made: Message = {
+    'role': 'assistant',
+    'content': field(message, 'content', str, ''),
+  }
+  made = {**made, 'tool_calls': calls} if calls else made
+  usage = field(answer, 'usage', dict, {})
+  if (tokens := field(usage, 'total_tokens', int, -1)) >= 0:
+    return Reply(made, reason, tokens)
+  return Reply(made, reason, estimate(request) + _guess(made), True)
 
 
 def estimate(request: Request) -> int:

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from moepeft.agent import groups
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -16,7 +18,9 @@ class Bounds:
 
   Attributes:
     seconds: on the wall, together; and of CPU, each process.
-    memory: bytes, each process and all together.
+    memory: bytes, of all processes together and of what the kernel holds for
+      them.
+    address_space: bytes that a process may map; None for as many as `memory`.
     processes: and threads, at once.
     disk: bytes of the work directory, and of each file.
     output: bytes that are kept, the beginning and the end.
@@ -27,6 +31,7 @@ class Bounds:
   processes: int = 64
   disk: int = 64 << 20
   output: int = 20_000
+  address_space: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,28 +66,44 @@ def watched(
 
   Args:
     command: and its arguments; no shell reads them.
-    bounds: of these the time, the memory and the output are held here.
+    bounds: of these the time, the memory, the number of processes and the
+      output are held here.
     environment: all of it.
     passed: files that it inherits.
     cwd: where it runs; None is here.
   """
-  process = subprocess.Popen(
-    command,
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    pass_fds=passed,
-    cwd=cwd,
-    env=dict(environment),
-    start_new_session=True,
-  )
+  group = groups.make(bounds.memory, bounds.processes)
+  try:
+    command = group.wrapped(list(command)) if group else command
+    return _watched(command, bounds, environment, passed, cwd, group)
+  finally:
+    if group:
+      group.close()
+
+
+def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
+  machine = groups.Machine()
+  try:
+    process = subprocess.Popen(
+      command,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      pass_fds=passed,
+      cwd=cwd,
+      env=dict(environment),
+      start_new_session=True,
+    )
+  except (OSError, ValueError) as e:
+    # Arguments that are too long, hold a NUL or half of a surrogate pair.
+    return Ran('', None, f'it does not start: {e}')
   kept = _Kept(bounds.output)
   reader = threading.Thread(
     target=kept.drain, args=(process.stdout,), daemon=True
   )
   reader.start()
   try:
-    ended = _wait(process, bounds)
+    ended = _wait(process, bounds, group, machine)
   finally:
     # The sandbox ends with bwrap; without one, the session does.
     with contextlib.suppress(ProcessLookupError):
@@ -90,41 +111,60 @@ def watched(
     process.kill()
     process.wait()
     reader.join(5)
+  if not ended and group and group.exceeded():
+    ended = f'ended: it had more than {bounds.memory >> 20:,} MB of memory'
   return Ran(kept.text(), None if ended else process.returncode, ended)
 
 
-def _wait(process: subprocess.Popen, bounds: Bounds) -> str:
+def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
   """Why a process has to be ended; '' once it has ended by itself."""
-  begun = time.monotonic()
+  begun, allowed = time.monotonic(), f'{bounds.memory >> 20:,} are allowed'
   while True:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(0.1)
       return ''
     if time.monotonic() - begun > bounds.seconds:
       return f'ended after {bounds.seconds:.3g} s'
-    if (used := _memory(process.pid)) > bounds.memory:
+    used, threads = _used(process.pid)
+    if used > bounds.memory:
       return (
         f'ended: all its processes together had {used >> 20:,} MB of memory, '
-        f'{bounds.memory >> 20:,} are allowed'
+        f'{allowed}'
       )
+    if threads > bounds.processes + groups.HELPERS:
+      return (
+        f'ended: it had {threads} processes and threads, {bounds.processes} '
+        'are allowed'
+      )
+    # A control group counts what the kernel holds, and counts no others'.
+    if not group and (grown := machine.growth()) + used > bounds.memory:
+      return (
+        f'ended: its processes had {used >> 20:,} MB of memory, and memory of '
+        f'no process (buffers of sockets and pipes, files in memory) grew by '
+        f'{grown >> 20:,} MB on this machine, {allowed}'
+      )
+    if machine.is_short():
+      return 'ended: the machine has hardly any memory left'
 
 
-def _memory(pid: int) -> int:
-  """Bytes that a process and all its descendants hold, files aside."""
-  held, below = {}, {}
+def _used(pid: int) -> tuple[int, int]:
+  """Private bytes of a process and all its descendants, and their threads."""
+  held, threads, below = {}, {}, {}
   for name in filter(str.isdigit, os.listdir('/proc')):
     with contextlib.suppress(OSError, ValueError, KeyError):
       with open(f'/proc/{name}/status') as lines:
-        said = dict(line.split(':', 1) for line in lines)
-      below.setdefault(int(said['PPid']), []).append(int(name))
-      held[int(name)] = sum(
-        int(said[key].split()[0]) for key in ('RssAnon', 'RssShmem')
-      )
-  total, left = 0, [pid]
+        status = dict(line.split(':', 1) for line in lines)
+      below.setdefault(int(status['PPid']), []).append(int(name))
+      held[int(name)] = int(status['RssAnon'].split()[0])
+      threads[int(name)] = int(status['Threads'])
+  pids, left = set(), [pid]
   while left:
-    total += held.get(own := left.pop(), 0)
-    left += below.get(own, [])
-  return 1024 * total
+    pids.add(parent := left.pop())
+    left += set(below.get(parent, ())) - pids
+  return (
+    1024 * sum(held.get(pid, 0) for pid in pids),
+    sum(threads.get(pid, 0) for pid in pids),
+  )
 
 
 class _Kept:

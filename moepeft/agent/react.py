@@ -92,5 +92,5 @@ def _first_object(text: str) -> str:
   text = re.sub(r'^```\w*\s*', '', text.strip())
   try:
     return text[: json.JSONDecoder().raw_decode(text)[1]]
-  except ValueError:
+  except (ValueError, RecursionError):
     return text

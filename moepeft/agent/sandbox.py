@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code and shell tools that run in a bubblewrap sandbox, or not at all.
+"""Programs in a bubblewrap sandbox, or not at all: code of models, scripts.
 
 A program in it has no network, no home and no environment; it sees the system
 and the interpreter read-only, and a work directory of its own in memory, which
-is gone afterwards. It is another user, who is nobody; each process has rlimits,
-and from outside the time and the memory of all together are watched. Made for
+is gone afterwards; of the rest only directories that it is given, read-only.
+It is another user, who is nobody; each process has rlimits, and the time, the
+memory and the processes of all together are bounded from outside. Made for
 programs that models write, which go wrong; the kernel is shared.
 """
 
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moepeft.agent import filters
 from moepeft.agent.programs import Bounds, Ran, watched
@@ -32,18 +33,28 @@ class Sandbox:
   """Runs programs within bounds."""
 
   def __init__(
-    self, bounds: Bounds | None = None, unsafe_no_sandbox: bool = False
+    self,
+    bounds: Bounds | None = None,
+    unsafe_no_sandbox: bool = False,
+    readable: Sequence[str | os.PathLike] = (),
+    environment: Mapping[str, str] | None = None,
+    cwd: str | None = None,
   ):
     """Looks whether bubblewrap works here.
 
     Args:
       bounds: of each program.
       unsafe_no_sandbox: run programs as you, with limits of a process alone.
+      readable: absolute paths of directories that programs may read.
+      environment: variables beside the few that each program has.
+      cwd: where programs start, one of `readable`; else the work directory.
 
     Raises:
       ValueError: it does not work, and nobody said that this is fine.
     """
     self.bounds, self.unsafe = bounds or Bounds(), unsafe_no_sandbox
+    self._readable = tuple(map(os.fspath, readable))
+    self._more, self._cwd = dict(environment or {}), cwd
     if not self.unsafe and (why := unusable()):
       raise ValueError(
         f'programs of the model are run in bubblewrap alone, and {why}; '
@@ -53,24 +64,40 @@ class Sandbox:
 
   def python_program(self, code: str) -> Ran:
     """Runs a program of Python."""
-    return self._run([sys.executable, '-I', '-X', 'utf8', '-c', code])
+    return self.run([sys.executable, '-I', '-X', 'utf8', '-c', code])
 
   def shell_program(self, code: str) -> Ran:
     """Runs a program of sh."""
-    return self._run(['/bin/sh', '-c', code])
+    return self.run(['/bin/sh', '-c', code])
 
-  def _run(self, command: Sequence[str]) -> Ran:
+  def run(
+    self,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    passed: Sequence[int] = (),
+  ) -> Ran:
+    """Runs a command, which no shell reads.
+
+    Args:
+      command: and its arguments.
+      environment: more variables.
+      passed: descriptors that it inherits.
+    """
+    more = {**self._more, **(environment or {})}
     limited = [*_limits(self.bounds, not self.unsafe), *command]
     if self.unsafe:
       with tempfile.TemporaryDirectory() as folder:
-        return watched(limited, self.bounds, _environment(folder), cwd=folder)
+        made = {**_environment(folder), **more}
+        cwd = self._cwd or folder
+        return watched(limited, self.bounds, made, passed, cwd)
+    made = {**_environment(_WORK), **more}
     with tempfile.TemporaryFile() as seccomp:
       seccomp.write(filters.program())
       seccomp.seek(0)
       file = seccomp.fileno()
-      wrapped = [*_bubblewrap(self.bounds), '--seccomp', str(file), '--']
-      command = [*wrapped, *_dropped(), *limited]
-      return watched(command, self.bounds, _environment(_WORK), [file])
+      box = _bubblewrap(self.bounds, made, self._readable, self._cwd or _WORK)
+      command = [*box, '--seccomp', str(file), '--', *_dropped(), *limited]
+      return watched(command, self.bounds, made, [file, *passed])
 
 
 def tools(sandbox: Sandbox) -> list[Tool]:
@@ -107,7 +134,12 @@ def unusable() -> str:
     if not shutil.which(name):
       return f'{name} is not installed'
   # A user's own namespace may be forbidden, and in containers often is.
-  tried = [*_bubblewrap(Bounds()), '--', *_dropped(), 'true']
+  tried = [
+    *_bubblewrap(Bounds(), _environment(_WORK), (), _WORK),
+    '--',
+    *_dropped(),
+    'true',
+  ]
   try:
     filters.program()
     done = subprocess.run(tried, capture_output=True, text=True, timeout=20)
@@ -118,7 +150,12 @@ def unusable() -> str:
   return ''
 
 
-def _bubblewrap(bounds: Bounds) -> list[str]:
+def _bubblewrap(
+  bounds: Bounds,
+  environment: Mapping[str, str],
+  readable: Sequence[str],
+  cwd: str,
+) -> list[str]:
   made = (
     'bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts '
     '--unshare-cgroup-try --die-with-parent --new-session --clearenv '
@@ -128,7 +165,7 @@ def _bubblewrap(bounds: Bounds) -> list[str]:
   root = '--cap-add CAP_SETUID --cap-add CAP_SETGID'
   made += root if os.geteuid() == 0 else '--unshare-user --disable-userns'
   made = made.split()
-  for name, value in _environment(_WORK).items():
+  for name, value in environment.items():
     made += ['--setenv', name, value]
   made += ['--ro-bind', '/usr', '/usr']
   for path in ('/bin', '/sbin', '/lib', '/lib32', '/lib64'):
@@ -141,17 +178,30 @@ def _bubblewrap(bounds: Bounds) -> list[str]:
     made += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
   room = ['--perms', '1777', '--size', str(bounds.disk), '--tmpfs']
   made += [*room, _WORK, *room, '/tmp']
-  # After /tmp, below which an interpreter may be.
-  for prefix in sorted({sys.prefix, sys.base_prefix}):
-    if f'{prefix}/'.startswith('/usr/'):
+  # After /tmp, below which some may be; what holds others before them.
+  there: set[str] = set()
+  for path in sorted({*_interpreter(), *readable}):
+    if f'{path}/'.startswith('/usr/'):
       continue
-    for parent in reversed(pathlib.PurePath(prefix).parents[:-1]):
+    for parent in reversed(pathlib.PurePath(path).parents[:-1]):
       # Which bubblewrap would make for its own user alone.
-      if str(parent) not in made:
+      if str(parent) not in there:
         made += ['--perms', '0755', '--dir', str(parent)]
-    made += ['--ro-bind', prefix, prefix]
+        there.add(str(parent))
+    made += ['--ro-bind', path, path]
   made += ['--proc', '/proc', '--dev', '/dev', *room, '/dev/shm']
-  return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), _WORK]
+  return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
+
+
+def _interpreter() -> set[str]:
+  """Directories of this Python and of the packages that it imports."""
+  packages = {
+    path
+    for path in sys.path
+    if os.path.basename(path) in ('site-packages', 'dist-packages')
+    and os.path.isdir(path)
+  }
+  return {sys.prefix, sys.base_prefix, *packages}
 
 
 def _dropped() -> list[str]:
@@ -170,8 +220,9 @@ def _limits(bounds: Bounds, alone: bool) -> list[str]:
   """prlimit's command; `alone` where no other processes are the user's."""
   # Of a user's other programs the count would be full already.
   count = f'--nproc={bounds.processes} ' if alone else ''
+  space = bounds.address_space or bounds.memory
   return (
-    f'prlimit --cpu={max(1, round(bounds.seconds))} --as={bounds.memory} '
+    f'prlimit --cpu={max(1, round(bounds.seconds))} --as={space} '
     f'--fsize={bounds.disk} --nofile=256 --core=0 {count}--'
   ).split()
 

@@ -12,20 +12,29 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import pydantic
-import yaml
 
-from moepeft.agent.programs import Bounds, watched
+from moepeft.agent import cards
+from moepeft.agent.programs import Bounds
+from moepeft.agent.sandbox import Sandbox, unusable
 from moepeft.agent.tools import Tool, reasons, tool
+from moepeft.core import files as files_lib
+from moepeft.core import terminal
+from moepeft.core.untrusted import Malformed, parse_yaml
 
 FILE = 'SKILL.md'
 OWN = pathlib.Path(__file__).parent / 'skills'
 # Of a file that is shown to a model.
 _LARGEST = 1 << 20
-_SECRET = re.compile(r'KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.I)
+# Of a script, JAX among them: it maps far more than it uses, and has threads
+# by the processor.
+BOUNDS = Bounds(
+  seconds=120.0, memory=8 << 30, processes=1024, address_space=1 << 38
+)
 _ADVICE = """\
 You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
@@ -61,7 +70,7 @@ class Skill(pydantic.BaseModel):
     for folder, names, files in os.walk(self.path):
       names[:] = [n for n in names if not n.startswith(('.', '__'))]
       paths = [pathlib.Path(folder, n) for n in files if n[0] != '.']
-      found += [p for p in paths if not p.is_symlink()]
+      found += [p for p in paths if p.is_file() and not p.is_symlink()]
     told = sorted(p.relative_to(self.path).as_posix() for p in found)
     return [path for path in told if path != FILE]
 
@@ -90,9 +99,13 @@ def read(path: str | os.PathLike) -> Skill:
   if not file.is_file():
     raise ValueError(f'the skill {path} has no {FILE}; write one')
   try:
-    text = file.read_text(encoding='utf-8-sig')
+    with files_lib.open_file(file) as stream:
+      data = stream.read(_LARGEST + 1)
+    text = data.decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError:
     raise ValueError(f'{file} is not UTF-8; save it as that') from None
+  if len(data) > _LARGEST:
+    raise ValueError(f'{file} has more than {_LARGEST:,} bytes; shorten it')
   found = re.match(r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M)
   if not found:
     raise ValueError(
@@ -100,18 +113,16 @@ def read(path: str | os.PathLike) -> Skill:
       'description, then another line ---'
     )
   try:
-    fields = yaml.safe_load(found[1])
+    fields = parse_yaml(found[1])
+    if not isinstance(fields, dict) or not all(
+      isinstance(k, str) for k in fields
+    ):
+      raise ValueError(f'the front matter of {file} is no list of name: value')
     rest = {'body': text[found.end() :].strip(), 'path': path.resolve()}
     skill = Skill.model_validate({**fields, **rest})
-  except yaml.YAMLError as e:
-    said = ' '.join(str(e).split())
+  except Malformed as e:
     raise ValueError(
-      f'the front matter of {file} is not YAML ({said}); quote values that '
-      'hold a colon'
-    ) from None
-  except TypeError:
-    raise ValueError(
-      f'the front matter of {file} is no list of name: value'
+      f'the front matter of {file} is {e}; quote values that hold a colon'
     ) from None
   except pydantic.ValidationError as e:
     raise ValueError(f'the front matter of {file}: {reasons(e)}') from None
@@ -123,13 +134,26 @@ def read(path: str | os.PathLike) -> Skill:
   return skill
 
 
-def find(folders: Sequence[str | os.PathLike]) -> dict[str, Skill]:
-  """{name: skill} of all skills in some directories, or that these are.
+def warn(text: str) -> None:
+  """Prints a line to standard error."""
+  terminal.show(text, file=sys.stderr)
+
+
+def find(
+  folders: Sequence[str | os.PathLike], warn: Callable[[str], None] = warn
+) -> dict[str, Skill]:
+  """{name: skill} of all valid skills in some directories, or that these are.
+
+  Args:
+    folders: directories of skills, or skills.
+    warn: is told of each that is not valid, a sentence.
 
   Raises:
-    ValueError: one is not valid, or two have one name.
+    ValueError: there are skills and none is valid, two have one name, or a
+      directory does not exist.
   """
-  found: dict[str, Skill] = {}
+  valid: dict[str, Skill] = {}
+  faults = []
   for folder in map(pathlib.Path, folders):
     if not folder.is_dir():
       raise ValueError(
@@ -141,14 +165,22 @@ def find(folders: Sequence[str | os.PathLike]) -> dict[str, Skill]:
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
     for path in [folder] if (folder / FILE).exists() else within:
-      skill = read(path)
-      if skill.name in found:
+      try:
+        skill = read(path)
+      except (ValueError, OSError) as e:
+        faults.append(str(e))
+        continue
+      if skill.name in valid:
         raise ValueError(
-          f'two skills are named {skill.name!r}: {found[skill.name].path} and '
+          f'two skills are named {skill.name!r}: {valid[skill.name].path} and '
           f'{skill.path}; rename one'
         )
-      found[skill.name] = skill
-  return found
+      valid[skill.name] = skill
+  if faults and not valid:
+    raise ValueError('; '.join(faults))
+  for fault in faults:
+    warn(f'a skill is left out: {fault}')
+  return valid
 
 
 def catalogue(skills: Mapping[str, Skill]) -> str:
@@ -160,18 +192,64 @@ def catalogue(skills: Mapping[str, Skill]) -> str:
   return _ADVICE.format('\n'.join(lines)) if lines else ''
 
 
+def box(
+  skills: Mapping[str, Skill],
+  workspace: str | os.PathLike = '.',
+  bounds: Bounds = BOUNDS,
+  unsafe_no_sandbox: bool = False,
+) -> Sandbox:
+  """The sandbox of skills' scripts.
+
+  A script reads its skill, this package, the cache of models and the workspace,
+  where it starts, and writes nowhere but in memory of its own.
+
+  Raises:
+    ValueError: there can be no sandbox, or the workspace holds a home.
+  """
+  workspace = pathlib.Path(workspace).resolve()
+  home = pathlib.Path.home().resolve()
+  if not unsafe_no_sandbox and (why := unusable()):
+    raise ValueError(why)
+  if home.is_relative_to(workspace) and not unsafe_no_sandbox:
+    raise ValueError(
+      f'the workspace {str(workspace)!r} holds the home directory, whose keys '
+      'a script could read; name one below it by --workspace'
+    )
+  package = pathlib.Path(__file__).parents[1]
+  hub = pathlib.Path(
+    os.environ.get('HF_HUB_CACHE')
+    or pathlib.Path(
+      os.environ.get('HF_HOME') or home / '.cache' / 'huggingface', 'hub'
+    )
+  )
+  paths = [workspace, package, *(skill.path for skill in skills.values())]
+  environment = {
+    'PYTHONPATH': str(package.parent),
+    'PYTHONUTF8': '1',
+    'JAX_PLATFORMS': 'cpu',
+    'HF_HUB_OFFLINE': '1',
+  }
+  if hub.is_dir():
+    paths.append(hub.resolve())
+    environment['HF_HUB_CACHE'] = str(hub.resolve())
+  return Sandbox(bounds, unsafe_no_sandbox, paths, environment, str(workspace))
+
+
 def tools(
-  skills: Mapping[str, Skill], bounds: Bounds | None = None
+  skills: Mapping[str, Skill],
+  box: Sandbox | None = None,
+  workspace: str | os.PathLike = '.',
 ) -> list[Tool]:
   """load_skill, read_skill_file and run_skill_script; none for no skills.
 
-  Scripts are run as you, not in a sandbox: they were installed with the skill,
-  and the model only chooses which, and its arguments. Environment variables
-  that look like keys are kept from them.
+  Args:
+    skills: by name.
+    box: where scripts run, as `box` makes it; None for no run_skill_script.
+    workspace: where a config card is written, the one file that a script may
+      hand over: MOEPEFT_OUTPUT is the number of a descriptor for it.
   """
   if not skills:
     return []
-  bounds = bounds or Bounds(seconds=120.0, memory=8 << 30)
   files = sorted({path for s in skills.values() for path in s.files()})
   scripts = [path for path in files if path.startswith('scripts/')]
   # The schemas name all there is, so that a server can keep a model to it.
@@ -187,7 +265,10 @@ def tools(
     """
     skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
-    return f'{skill.body}\n\nFiles of this skill:{files or " none"}'
+    note = ''
+    if box is None and any(p.startswith('scripts/') for p in skill.files()):
+      note = '\nScripts cannot be run here: there is no sandbox. Say so.'
+    return f'{skill.body}\n\nFiles of this skill:{files or " none"}{note}'
 
   def read_skill_file(name: name_of, path: file_of) -> str:
     """Reads a file of a skill.
@@ -197,9 +278,11 @@ def tools(
       path: of the file, as load_skill tells it.
     """
     file = skills[name].file(path)
-    if file.stat().st_size > _LARGEST:
+    with files_lib.open_file(file) as stream:
+      data = stream.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
       raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')
-    return file.read_text(encoding='utf-8')
+    return data.decode('utf-8-sig')
 
   def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
     """Runs a script of a skill and returns what it prints.
@@ -212,17 +295,18 @@ def tools(
     file = skills[name].file(path)
     runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
     command = [*runners.get(file.suffix, ()), str(file), *args]
-    return str(watched(command, bounds, _environment()))
+    with tempfile.TemporaryFile() as handed:
+      number = handed.fileno()
+      output = {'MOEPEFT_OUTPUT': str(number)}
+      ran = box.run(command, output, [number])
+      handed.seek(0)
+      data = handed.read(cards.LARGEST + 1)
+    if data and ran.code == 0:
+      cards.save(data, workspace)
+    return str(ran)
 
-  run = tool(run_skill_script, seconds=bounds.seconds + 10)
   made = [tool(load_skill, trusted=True)]
   made += [tool(read_skill_file, trusted=True)] if files else []
-  return made + ([run] if scripts else [])
-
-
-def _environment() -> dict[str, str]:
-  kept = {k: v for k, v in os.environ.items() if not _SECRET.search(k)}
-  # Where this package is, for scripts of ours where it is not installed.
-  package = str(pathlib.Path(__file__).parents[2])
-  paths = [package, *filter(None, [kept.get('PYTHONPATH')])]
-  return {**kept, 'PYTHONPATH': os.pathsep.join(paths)}
+  if scripts and box:
+    made.append(tool(run_skill_script, seconds=box.bounds.seconds + 10))
+  return made

@@ -169,7 +169,10 @@ def _check(node: dict[str, Any], what: str) -> None:
 
 def reasons(error: pydantic.ValidationError) -> str:
   """What does not fit where, in a line."""
-  return '; '.join(
-    f'{".".join(map(str, item["loc"])) or "it"}: {item["msg"]}'
-    for item in error.errors(include_url=False)
-  )
+  # Keys are the model's, of any length and number.
+  items = error.errors(include_url=False)
+  parts = [
+    f'{".".join(map(str, item["loc"]))[:200] or "it"}: {item["msg"]}'
+    for item in items[:10]
+  ]
+  return '; '.join([*parts, *(['...'] if len(items) > 10 else [])])

@@ -1,18 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces: all that an agent did, a JSON object a line, and its replay."""
 
+import dataclasses
 import datetime
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from moepeft.agent.agent import Agent
+import pydantic
+
+from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.calls import Result
 from moepeft.agent.loop import Budget, Event, Outcome, Tell, ignore
 from moepeft.agent.memory import Memory
 from moepeft.agent.model import Failed, Late, Reply
-from moepeft.agent.tools import Tool
+from moepeft.agent.tools import Tool, reasons
+from moepeft.core import files, terminal
+from moepeft.core.untrusted import Malformed, field, parse_json
+
+# The fields that a replay reads, of each event. Their values are as they were
+# written: nothing is converted.
+_STRICT = pydantic.ConfigDict(strict=True)
+
+
+def _of(form: type) -> type[pydantic.BaseModel]:
+  """The fields of a dataclass, all of them and no others."""
+  fields = {field.name: (field.type, ...) for field in dataclasses.fields(form)}
+  config = pydantic.ConfigDict(strict=True, extra='forbid')
+  return pydantic.create_model(form.__name__, __config__=config, **fields)
+
+
+class _Settings(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(strict=True, extra='forbid')
+  system: str
+  form: Literal[FORMS]
+  mode: Literal[MODES]
+  options: dict[str, Any]
+  memory: int | None
+  budget: _of(Budget)
+  # A list in JSON.
+  tools: list[
+    Annotated[tuple[str, str, dict[str, Any]], pydantic.Field(strict=False)]
+  ]
+
+
+class _Function(pydantic.BaseModel):
+  model_config = _STRICT
+  name: str
+  arguments: str
+
+
+class _Call(pydantic.BaseModel):
+  model_config = _STRICT
+  id: str
+  function: _Function
+
+
+class _Message(pydantic.BaseModel):
+  model_config = _STRICT
+  role: Literal['assistant']
+  content: str
+  tool_calls: list[_Call] = []
+
+
+def _event(event: str, /, **fields: Any) -> type[pydantic.BaseModel]:
+  made = {key: (kind, ...) for key, kind in fields.items()}
+  kind = (Literal[event], ...)
+  return pydantic.create_model(event, __config__=_STRICT, event=kind, **made)
+
+
+_KINDS = {
+  'started': _event('started', question=str, earlier=int, settings=_Settings),
+  'counted': _event('counted', tokens=int),
+  'asked': _event('asked', request=dict[str, Any], seconds=float),
+  'replied': _event(
+    'replied', message=_Message, reason=str, tokens=int, estimated=bool
+  ),
+  'failed': _event('replied', error=str, late=bool),
+  'called': _event('called', calls=list[_Call]),
+  'returned': _event(
+    'returned',
+    id=str,
+    name=str,
+    arguments=str,
+    text=str,
+    failed=bool,
+    trusted=bool,
+  ),
+  'ended': _event('ended', outcome=_of(Outcome)),
+}
+
+
+def _check(row: Any) -> None:
+  """
+  Raises:
+    Malformed: a row is no event, or lacks what a replay reads.
+  """
+  kind = field(row, 'event', str)
+  if kind == 'replied' and 'error' in row:
+    kind = 'failed'
+  # Other events, as 'forgotten', are of no use to a replay.
+  if kind in _KINDS:
+    try:
+      _KINDS[kind].model_validate(row)
+    except pydantic.ValidationError as e:
+      raise Malformed(f'{kind}: {reasons(e)}') from None
 
 
 class Trace:
@@ -29,6 +122,7 @@ class Trace:
     Raises:
       OSError: it cannot be written.
     """
+    files.check_file(path)
     self._file = open(path, 'a', encoding='utf-8')
     # As they stand inside a JSON string.
     self._secrets = [_json(text)[1:-1] for text in secrets if text]
@@ -48,7 +142,9 @@ class Trace:
 
 
 def _json(value: Any) -> str:
-  return json.dumps(value, ensure_ascii=False, default=str)
+  # So that a trace can be looked at in a terminal.
+  text = json.dumps(value, ensure_ascii=False, default=str)
+  return terminal.json_safe(text)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -58,16 +154,16 @@ def read(path: str) -> list[dict[str, Any]]:
     ValueError: another line is no event. OSError: it cannot be read.
   """
   rows = []
-  with open(path, encoding='utf-8') as lines:
+  with files.open_file(path) as lines:
     for number, line in enumerate(lines, 1):
-      if not line.endswith('\n'):
+      if not line.endswith(b'\n'):
         break
       try:
-        row = json.loads(line)
-        row['event']
-      except (ValueError, KeyError, TypeError):
+        row = parse_json(line)
+        _check(row)
+      except Malformed as e:
         raise ValueError(
-          f'line {number} of {path} is no event of a trace; remove it'
+          f'line {number} of {path} is no event of a trace ({e}); remove it'
         ) from None
       rows.append(row)
   return rows

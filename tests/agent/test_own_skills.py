@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two skills that ship: valid, and their scripts say what is so."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import skills  # noqa: E402
+from moepeft.agent import cards, sandbox, skills  # noqa: E402
 
 SUMMARISE = skills.OWN / 'read-training-run' / 'scripts' / 'summarise.py'
 CARD = skills.OWN / 'write-config' / 'scripts' / 'card.py'
@@ -37,9 +38,17 @@ def run_script(path, *arguments):
     return f'error: {e}\n'
 
 
-def test_the_scripts_run_by_themselves(tmp_path):
+def script_tool(workspace):
+  """run_skill_script of what ships; in the sandbox where there is one."""
   own = skills.find([skills.OWN])
-  (run,) = [t for t in skills.tools(own) if t.name == 'run_skill_script']
+  workspace.chmod(0o755)
+  box = skills.box(own, workspace, unsafe_no_sandbox=bool(sandbox.unusable()))
+  made = skills.tools(own, box, workspace)
+  return next(tool for tool in made if tool.name == 'run_skill_script')
+
+
+def test_the_scripts_run_by_themselves(tmp_path):
+  run = script_tool(tmp_path)
   for name, path, arguments, said in (
     ('write-config', 'scripts/card.py', ['keys', 'seed'], 'seed=0'),
     (
@@ -211,8 +220,119 @@ def test_keys_are_listed_with_defaults_and_what_they_mean():
   assert "no key has 'nonsense'" in run_script(CARD, 'keys', 'nonsense')
 
 
-def test_a_card_is_written_that_training_would_take(tmp_path):
-  path = tmp_path / 'mine.py'
+INJECTIONS = (
+  ('x"""\nimport os\nos.system("touch OWNED")\n"""y.py', 'About', 'steps=10'),
+  ('a.py', '"""\nimport os\nos.system("touch OWNED")\n"""', 'steps=10'),
+  ('a.py', 'x\\', 'steps=10'),
+  ('a.py', 'About', 'steps=__import__("os").system("touch OWNED")'),
+  ('a.py', 'About', 'steps=10;import os'),
+  ('a.py', 'About', 'method=lora()"\n  import os; os.system("touch OWNED")'),
+  ('a.py', 'About', 'x.y)=1'),
+  ('$(touch OWNED).py', 'About', 'steps=10'),
+  ('a;touch OWNED;.py', 'About', 'steps=10'),
+  ('--config=a.py', 'About', 'steps=10'),
+  ('-.py', 'About', 'steps=10'),
+  ('../a.py', 'About', 'steps=10'),
+  ('/tmp/moepeft_owned.py', 'About', 'steps=10'),
+  ('~/a.py', 'About', 'steps=10'),
+  ('sub/a.py', 'About', 'steps=10'),
+  ('a\0.py', 'About', 'steps=10'),
+  ('a.py', 'About', f'steps={"(" * 5000}'),
+  ('a.py', 'About', f'optimizer.learning_rate={"9" * 400}'),
+)
+
+
+@pytest.mark.parametrize('arguments', INJECTIONS)
+def test_nothing_in_the_arguments_becomes_code(
+  tmp_path, monkeypatch, arguments
+):
+  monkeypatch.chdir(tmp_path)
+  text = run_script(CARD, 'write', *arguments)
+  # The text of a docstring may hold anything; it is a constant.
+  if text.startswith('wrote'):
+    tree = ast.parse((tmp_path / 'a.py').read_text())
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert [n.module for n in imports] == ['moepeft']
+    assert not any(isinstance(n, ast.Import) for n in ast.walk(tree))
+  else:
+    assert text.startswith('error: ')
+    assert list(tmp_path.iterdir()) == []
+  assert not (tmp_path / 'OWNED').exists()
+
+
+@pytest.mark.slow
+def test_a_prompt_injection_writes_nothing_and_a_plain_call_a_card(tmp_path):
+  run = script_tool(tmp_path)
+
+  def call(*args):
+    asked = {'name': 'write-config', 'path': 'scripts/card.py', 'args': args}
+    return run.run(json.dumps(asked))
+
+  for arguments in INJECTIONS[:2]:
+    assert 'error: ' in call('write', *arguments)
+  assert list(tmp_path.iterdir()) == []
+  text = call('write', 'mine.py', 'Four experts', 'steps=7')
+  assert text.startswith('wrote mine.py\ntrains '), text
+  assert cards.read((tmp_path / 'mine.py').read_text()) == {'steps': 7}
+
+
+@pytest.mark.parametrize('about', ['"""', 'x\'"', '\\', 'a\nb', '\x1b[2J'])
+def test_any_text_in_a_card_is_read_back_as_it_was(about):
+  values = {'a': about, 'b.c': -1.5e-9, 'd_e.f': True, 'g': None, 'h': -3}
+  text = cards.render(about, values)
+  assert cards.read(text) == values
+  assert ast.get_docstring(ast.parse(text), clean=False) == about
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'x = 1',
+    'import os',
+    cards.render('A.', {'a': 1}) + 'import os\n',
+    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = open'),
+    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = [1]'),
+    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = 1e999'),
+    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = b = 1'),
+    cards.render('A.', {'a': 1}).replace('  return c', '  exit()\n  return c'),
+    cards.render('A.', {'a': 1}).replace("str=''", 'str=open("x")'),
+    cards.render('A.', {'a': 1}).replace('def get', '@print\ndef get'),
+    cards.render('A.', {'a': 1}).replace('"""A."""', 'f"""{open}"""'),
+    '(' * 10_000,
+    'x' * 100_000,
+    '\0',
+    '\ud800',
+  ],
+)
+def test_other_texts_are_no_cards(text):
+  with pytest.raises(ValueError, match='no config card'):
+    cards.read(text)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('a b', 1),
+    ('a.', 1),
+    ('__class__', 1.0e999),
+    ('import', 1),
+    ('a)', 1),
+    ('', 1),
+    ('a', float('nan')),
+    ('a', float('-inf')),
+    ('a', [1]),
+    ('a', b'x'),
+  ],
+)
+def test_other_keys_and_values_are_refused(key, value):
+  with pytest.raises(ValueError):
+    cards.render('A.', {key: value})
+
+
+def test_a_card_is_written_that_training_would_take(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = Path('mine.py')
   said = run_script(
     CARD,
     'write',
@@ -233,7 +353,7 @@ def test_a_card_is_written_that_training_would_take(tmp_path):
     True,
     50,
   )
-  assert f'--config={path}' in made['__doc__']
+  assert '--config=mine.py --workdir=DIR' in made['__doc__']
   assert path.read_text().startswith('# SPDX-License-Identifier: Apache-2.0')
   # What is there stays.
   again = run_script(CARD, 'write', str(path), 'Another.', 'steps=7')
@@ -253,9 +373,10 @@ def test_a_card_is_written_that_training_would_take(tmp_path):
   ],
 )
 def test_a_setting_that_training_would_refuse_is_refused(
-  tmp_path, setting, said
+  tmp_path, monkeypatch, setting, said
 ):
-  path = tmp_path / 'mine.py'
+  monkeypatch.chdir(tmp_path)
+  path = Path('mine.py')
   answer = run_script(CARD, 'write', str(path), 'A try.', setting)
   assert answer.startswith('error: ') and said in answer
   assert not path.exists()

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import skills  # noqa: E402
+from moepeft.agent import cards, sandbox, skills  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.programs import Bounds  # noqa: E402
 from tests.agent.scripted import says, serving, wants  # noqa: E402
@@ -18,6 +18,8 @@ HEAD = '---\nname: dig\ndescription: Digs holes. Use for holes.\n---\n'
 @pytest.fixture
 def folder(tmp_path):
   """A directory with the skill `dig`, and a secret beside it."""
+  # As root, the sandbox's user is another: pytest's directories are private.
+  tmp_path.chmod(0o755)
   own = tmp_path / 'skills' / 'dig'
   (own / 'scripts').mkdir(parents=True)
   (own / 'references').mkdir()
@@ -34,8 +36,17 @@ def folder(tmp_path):
   return tmp_path / 'skills'
 
 
-def run(folder, name, arguments, bounds=None):
-  made = skills.tools(skills.find([folder]), bounds)
+needs_sandbox = pytest.mark.skipif(
+  bool(sandbox.unusable()), reason=f'no sandbox here: {sandbox.unusable()}'
+)
+
+
+def run(folder, name, arguments, bounds=skills.BOUNDS, **options):
+  own = skills.find([folder])
+  options.setdefault('unsafe_no_sandbox', bool(sandbox.unusable()))
+  workspace = options.setdefault('workspace', folder)
+  box = skills.box(own, bounds=bounds, **options)
+  made = skills.tools(own, box, workspace)
   (tool,) = [tool for tool in made if tool.name == name]
   return tool.run(arguments)
 
@@ -54,7 +65,9 @@ def test_a_skill_is_loaded_in_three_steps(folder):
   ]
   own = skills.find([folder])
   with serving(*replies) as script:
-    agent = Agent(script.model(), skills.tools(own), skills.catalogue(own))
+    box = skills.box(own, folder, unsafe_no_sandbox=True)
+    made = skills.tools(own, box, folder)
+    agent = Agent(script.model(), made, skills.catalogue(own))
     assert agent.ask('I need a hole.').text == 'A hole.'
   first, second, third, fourth = (r['messages'] for r in script.requests)
   # At first the model knows a name and a description, and no more.
@@ -73,9 +86,9 @@ def test_a_skill_is_loaded_in_three_steps(folder):
 
 
 def test_a_skill_that_loads_is_followed_and_what_scripts_say_is_data(folder):
-  trusted = {
-    tool.name: tool.trusted for tool in skills.tools(skills.find([folder]))
-  }
+  own = skills.find([folder])
+  box = skills.box(own, folder, unsafe_no_sandbox=True)
+  trusted = {tool.name: tool.trusted for tool in skills.tools(own, box)}
   assert trusted == {
     'load_skill': True,
     'read_skill_file': True,
@@ -190,3 +203,147 @@ def test_two_skills_of_one_name_and_missing_directories_are_refused(tmp_path):
   with pytest.raises(ValueError, match='does not exist'):
     skills.find([tmp_path / 'c'])
   assert skills.tools({}) == [] and skills.catalogue({}) == ''
+
+
+def script(folder, text):
+  """A script of the skill `dig`, which is run by its path."""
+  (folder / 'dig' / 'scripts' / 'mine.py').write_text(text)
+  return '{"name": "dig", "path": "scripts/mine.py", "args": []}'
+
+
+@needs_sandbox
+def test_a_script_reads_the_workspace_and_writes_nothing(folder):
+  arguments = script(
+    folder,
+    f"""
+import os
+print(open('dig/references/soil.md').read(), os.getcwd())
+for path in ('x', 'dig/SKILL.md', 'dig/scripts/mine.py', '../x', '/etc/x'):
+  try:
+    open(path, 'a').write('x')
+    print('WROTE', path)
+  except OSError:
+    pass
+for path in ('../secret.txt', {str(folder.parent / 'secret.txt')!r},
+             'dig/references/link.txt', 'dig/up/secret.txt', '/etc/passwd'):
+  try:
+    print('READ', open(path).read())
+  except OSError:
+    pass
+open('/sandbox/x', 'w').write('scratch')
+print(os.path.exists('/sandbox/x'), os.geteuid() != 0)
+""",
+  )
+  text = run(folder, 'run_skill_script', arguments)
+  assert text == f'Clay is hard. {folder}\nTrue True'
+  assert not (folder / 'x').exists()
+
+
+def test_arguments_that_no_program_can_have_are_said(folder):
+  for args, reason in (
+    ('["a\\u0000b"]', 'null byte'),
+    ('["' + 'x' * 200_000 + '"]', 'too long'),
+  ):
+    arguments = f'{{"name": "dig", "path": "scripts/dig.py", "args": {args}}}'
+    text = run(folder, 'run_skill_script', arguments)
+    assert text.startswith('[it does not start: ') and reason in text
+
+
+HAND_OVER = """
+import os
+with open(int(os.environ['MOEPEFT_OUTPUT']), 'wb', closefd=False) as file:
+  file.write({!r})
+print('done')
+"""
+
+
+def test_a_script_hands_over_a_card_and_nothing_else(folder):
+  card = cards.render('About.', {'steps': 7}).encode()
+  arguments = script(folder, HAND_OVER.format(b'mine.py\n' + card))
+  assert run(folder, 'run_skill_script', arguments) == 'done'
+  assert (folder / 'mine.py').read_bytes() == card
+  # The file is there now; a link of the name is not followed.
+  with pytest.raises(ValueError, match='mine.py exists'):
+    run(folder, 'run_skill_script', arguments)
+  os.symlink(folder.parent / 'elsewhere.py', folder / 'link.py')
+  for handed in (
+    b'link.py\n' + card,
+    b'../up.py\n' + card,
+    b'/tmp/moepeft_up.py\n' + card,
+    b'-c.py\n' + card,
+    b'.hidden.py\n' + card,
+    b'SKILL.md\n' + card,
+    b'a\0b.py\n' + card,
+    b'other.py\nimport os\n',
+    b'other.py\n' + card + b'import os\n',
+    b'other.py\n' + card.replace(b'= 7', b'= __import__("os")'),
+    b'other.py\n' + b'(' * 60_000,
+    b'\xff' * 10,
+    b'x' * 100_000,
+  ):
+    with pytest.raises(ValueError):
+      cards.save(handed, folder)
+  assert sorted(path.name for path in folder.iterdir()) == [
+    'dig',
+    'link.py',
+    'mine.py',
+  ]
+  assert not (folder.parent / 'elsewhere.py').exists()
+
+
+def test_without_a_sandbox_there_is_no_tool_for_scripts(folder, monkeypatch):
+  monkeypatch.setattr(skills, 'unusable', lambda: 'bwrap is not installed')
+  own = skills.find([folder])
+  with pytest.raises(ValueError, match='bwrap is not installed'):
+    skills.box(own, folder)
+  made = {tool.name: tool for tool in skills.tools(own)}
+  assert sorted(made) == ['load_skill', 'read_skill_file']
+  text = made['load_skill'].run('{"name": "dig"}')
+  assert 'Scripts cannot be run here: there is no sandbox' in text
+
+
+@needs_sandbox
+def test_a_workspace_that_holds_the_home_is_refused(folder, monkeypatch):
+  monkeypatch.setenv('HOME', str(folder / 'dig'))
+  for workspace in (folder, folder / 'dig', '/'):
+    with pytest.raises(ValueError, match='holds the home directory'):
+      skills.box(skills.find([folder]), workspace)
+
+
+def test_bad_skills_are_left_out_and_named_and_good_ones_stay(folder):
+  for name, text in (
+    ('colon', wrong('colon', 'Use when: a thing happens.')),
+    ('other', wrong('acme')),
+    ('deep', f'---\nname: {"[" * 1000}\n---\n'),
+    ('bomb', '---\na: &a [x, x]\n' + bomb() + 'name: bomb\n---\n'),
+    ('keys', '---\n? [a, b]\n: 3\n1: 2\n---\n'),
+    ('binary', '---\nname: \x00\n---\n'),
+  ):
+    (folder / name).mkdir()
+    (folder / name / 'SKILL.md').write_text(text)
+  (folder / 'docs').mkdir()
+  (folder / 'docs' / 'README.md').write_text('notes')
+  (folder / 'README.md').write_text('notes')
+  (folder / 'pipe').mkdir()
+  os.mkfifo(folder / 'pipe' / 'SKILL.md')
+  faults = []
+  assert list(skills.find([folder], faults.append)) == ['dig']
+  names = ['binary', 'bomb', 'colon', 'deep', 'docs', 'keys', 'other', 'pipe']
+  assert len(faults) == len(names)
+  for name, fault in zip(names, faults, strict=True):
+    assert fault.startswith('a skill is left out: ') and '\n' not in fault
+    assert f'/{name}' in fault, fault
+
+
+def bomb() -> str:
+  """Aliases that are ten million nodes in 300 bytes."""
+  names = 'abcdefgh'
+  return ''.join(
+    f'{b}: &{b} [{", ".join([f"*{a}"] * 10)}]\n'
+    for a, b in zip(names, names[1:], strict=False)
+  )
+
+
+def test_a_pipe_among_a_skills_files_is_none_of_them(folder):
+  os.mkfifo(folder / 'dig' / 'references' / 'pipe.md')
+  assert 'references/pipe.md' not in skills.find([folder])['dig'].files()

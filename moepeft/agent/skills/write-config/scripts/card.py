@@ -7,33 +7,18 @@ python card.py write FILE.py 'About it.' key=value ...
 
 import ast
 import inspect
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
 from moepeft import config_check
+from moepeft.agent import cards
 
-_CARD = '''\
-# SPDX-License-Identifier: Apache-2.0
-"""{about}
-
-{command}
-"""
-
-from moepeft import config as config_lib
-
-
-def get_config(values: str = ''):
-  config_lib.values(values)
-  c = config_lib.default()
-{lines}
-  return c
-'''
 _TOP = re.compile(r'  c\.(\w+) = (.*)')
 _INNER = re.compile(r'      (\w+)=(.*?),?$')
 
@@ -49,8 +34,8 @@ def main(argv: list[str]) -> str:
       return keys('')
     case ['keys', word]:
       return keys(word)
-    case ['write', path, about, *settings]:
-      return write(Path(path).expanduser(), about, settings)
+    case ['write', name, about, *settings]:
+      return write(name, about, settings)
   raise ValueError(
     "expected keys [WORD], or write FILE.py 'About it.' key=value ..."
   )
@@ -108,15 +93,12 @@ def _remarks() -> Iterator[tuple[str, str]]:
     said = []
 
 
-def write(path: Path, about: str, settings: list[str]) -> str:
-  """Checks the settings, writes the card, and reads it back."""
-  if path.suffix != '.py':
-    raise ValueError(f'a card is a file of Python, NAME.py; got {str(path)!r}')
-  if path.exists():
-    raise ValueError(f'{path} exists; choose another name')
-  if not path.absolute().parent.is_dir():
-    raise ValueError(f'there is no directory {str(path.parent)!r}; make it')
-  if not about.strip() or '"""' in about or '\\' in about:
+def write(name: str, about: str, settings: list[str]) -> str:
+  """Checks the settings, writes the card, and reads it back by parsing it."""
+  cards.check_name(name)
+  if os.path.lexists(name):
+    raise ValueError(f'{name} exists; choose another name')
+  if not about.strip() or not about.isprintable() or len(about) > 500:
     raise ValueError('say in a plain sentence what the experiment is')
   c, changed = config_lib.default(), {}
   for text in settings:
@@ -126,23 +108,26 @@ def write(path: Path, about: str, settings: list[str]) -> str:
   if not changed:
     raise ValueError('name at least one key=value that the experiment changes')
   counted = _check(c)
-  card = _card(path, about, changed)
-  made: dict = {}
-  exec(compile(card, str(path), 'exec'), made)
-  if made['get_config']().to_json() != c.to_json():
+  sentence = textwrap.fill(about.strip().rstrip('.') + '.', 77)
+  command = f'python -m moepeft.train --config={name} --workdir=DIR'
+  card = cards.render(f'{sentence}\n\n{command}\n', changed)
+  again = config_lib.default()
+  for key, value in cards.read(card).items():
+    _set(again, key, value)
+  if again.to_json() != c.to_json():
     raise ValueError('the card does not say what was asked; report this')
-  path.write_text(card, encoding='utf-8')
-  return f'wrote {path}\n{counted}\n\n{card}'
+  _hand_over(name, card)
+  return f'wrote {name}\n{counted}\n\n{card}'
 
 
-def _card(path: Path, about: str, changed: dict) -> str:
-  sentence = about.strip().rstrip('.') + '.'
-  lines = [f'  c.{key} = {value!r}' for key, value in changed.items()]
-  return _CARD.format(
-    about=textwrap.fill(sentence, 77),
-    command=f'python -m moepeft.train --config={path} --workdir=DIR',
-    lines='\n'.join(lines),
-  )
+def _hand_over(name: str, card: str) -> None:
+  """To the agent, which looks at it and writes it; to a file without one."""
+  if number := os.environ.get('MOEPEFT_OUTPUT'):
+    with open(int(number), 'w', encoding='utf-8', closefd=False) as file:
+      file.write(f'{name}\n{card}')
+  else:
+    with open(name, 'x', encoding='utf-8') as file:
+      file.write(card)
 
 
 def _read(c: ConfigDict, text: str) -> tuple[str, object]:
@@ -166,10 +151,13 @@ def _read(c: ConfigDict, text: str) -> tuple[str, object]:
 def _typed(key: str, text: str, like: object) -> object:
   try:
     value = ast.literal_eval(text.strip())
-  except (SyntaxError, ValueError):
+  except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
     value = {'true': True, 'false': False}.get(text.strip().lower(), text)
   if isinstance(like, float) and type(value) is int:
-    return float(value)
+    try:
+      value = float(value)
+    except OverflowError:
+      raise ValueError(f'{key} is too large for a number: {text!r}') from None
   if type(value) is not type(like):
     raise ValueError(
       f'{key} is of type {type(like).__name__}, as {like!r}; got {text!r}'

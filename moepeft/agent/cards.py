@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config cards as data: written from a syntax tree, read without being run.
+
+A card is a file of Python that `--config=` takes. What a model names gets into
+one as a constant of the tree alone, so no text of it can become code. A card is
+read by parsing it; only a text that this module would have written is one.
+"""
+
+import ast
+import keyword
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+Constant = bool | int | float | str | None
+
+_LICENSE = '# SPDX-License-Identifier: Apache-2.0\n'
+_FORM = """
+from moepeft import config as config_lib
+
+def get_config(values: str=''):
+  config_lib.values(values)
+  c = config_lib.default()
+  return c
+"""
+# A name without directories, that is no option.
+_NAME = re.compile(r'[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}\.py')
+_KEY = re.compile(r'[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*', re.ASCII)
+# Bytes of a card; those that are written by hand have about 2,000.
+LARGEST = 1 << 16
+
+
+def check_name(name: str) -> None:
+  """
+  Raises:
+    ValueError: it is not the plain name of a file of Python.
+  """
+  if not _NAME.fullmatch(name):
+    raise ValueError(
+      f'expected a file name as my_card.py, of letters, digits, - and _ and '
+      f'without a directory; got {name!r}'
+    )
+
+
+def render(about: str, values: Mapping[str, Constant]) -> str:
+  """The text of a card.
+
+  Args:
+    about: its docstring, any text.
+    values: what it sets, by key: 'optimizer.learning_rate'.
+
+  Raises:
+    ValueError: a key or a value cannot be in a card.
+  """
+  tree = ast.parse(_FORM)
+  body = tree.body[-1].body
+  for key, value in values.items():
+    body.insert(-1, ast.Assign([_target(key)], _constant(key, value)))
+  tree.body.insert(0, ast.Expr(ast.Constant(about)))
+  return _LICENSE + ast.unparse(ast.fix_missing_locations(tree)) + '\n'
+
+
+def _target(key: str) -> ast.expr:
+  parts = key.split('.')
+  if not _KEY.fullmatch(key) or any(map(keyword.iskeyword, parts)):
+    raise ValueError(f'{key!r} is no key of a config')
+  node: ast.expr = ast.Name('c', ast.Load())
+  for part in parts[:-1]:
+    node = ast.Attribute(node, part, ast.Load())
+  return ast.Attribute(node, parts[-1], ast.Store())
+
+
+def _constant(key: str, value: Constant) -> ast.expr:
+  if type(value) not in (bool, int, float, str, type(None)):
+    raise ValueError(
+      f'{key} is a number, a text, True, False or None; got '
+      f'{type(value).__name__}'
+    )
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f'{key} is a finite number; got {value}')
+  return ast.parse(repr(value), mode='eval').body
+
+
+def read(text: str) -> dict[str, Constant]:
+  """The values that a card sets, by key. Nothing of it is run.
+
+  Raises:
+    ValueError: the text is not one that `render` gives.
+  """
+  try:
+    if len(text.encode()) > LARGEST:
+      raise ValueError('it is too long')
+    tree = ast.parse(text)
+    about = tree.body[0].value.value
+    values = {}
+    for node in tree.body[-1].body:
+      if isinstance(node, ast.Assign):
+        key = ast.unparse(node.targets[0])
+        if key.startswith('c.'):
+          values[key.removeprefix('c.')] = ast.literal_eval(node.value)
+    if render(about, values) == text:
+      return values
+  # Whatever the text is; a parser runs out of stack or memory in deep ones.
+  except (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+  ):
+    pass
+  raise ValueError(
+    'the text is no config card: a docstring and get_config, which sets keys '
+    'to constants and does nothing else'
+  )
+
+
+def save(handed: bytes, folder: str | os.PathLike) -> str:
+  """Writes a card that a script handed over, into a directory; its name.
+
+  Args:
+    handed: the card's file name, a newline, and its text.
+    folder: where it is written; no file there is overwritten or followed.
+
+  Raises:
+    ValueError: it is no card, or a file of its name is there.
+  """
+  if len(handed) > LARGEST:
+    raise ValueError(f'a card has at most {LARGEST:,} bytes')
+  try:
+    name, _, text = handed.decode().partition('\n')
+  except UnicodeDecodeError:
+    raise ValueError('a card is UTF-8') from None
+  check_name(name)
+  read(text)
+  # 'x' creates a file, or fails: also where a link of that name is.
+  try:
+    with open(Path(folder) / name, 'x', encoding='utf-8') as file:
+      file.write(text)
+  except FileExistsError:
+    raise ValueError(f'{name} exists; choose another name') from None
+  return name

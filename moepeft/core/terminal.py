@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of models, files and requests, made safe to print at a terminal.
+
+Control characters move the cursor, retitle the window, write the clipboard or
+reorder a line. Whatever text moepeft did not write itself is printed through
+`visible`, to terminals and to pipes alike: `| less -R` and `| tee` lead to a
+terminal too. Exact text is in what the API and `--trace` give.
+"""
+
+import re
+from typing import Any, TextIO
+
+# C0 but tab and newline, DEL, C1; line ends of Unicode with the embeddings and
+# overrides of UAX 9, its isolates; halves of surrogate pairs. The marks of
+# right-to-left scripts (U+200E, U+200F, U+061C) move nothing but themselves.
+_CONTROL = re.compile(
+  '[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+)
+
+
+def visible(value: Any) -> str:
+  r"""A value's text with control characters written as `\x1b` or `\u202e`.
+
+  Newlines and tabs stay. Each character is looked at by itself, so a text may
+  come in pieces of any size; only a `\r\n` that is split is not one newline.
+  """
+  text = str(value).replace('\r\n', '\n')
+  return _CONTROL.sub(lambda match: escaped(match[0]), text)
+
+
+def escaped(char: str) -> str:
+  r"""A character of the basic plane as `\x1b` or `\u202e`."""
+  code = ord(char)
+  return f'\\x{code:02x}' if code < 0x100 else f'\\u{code:04x}'
+
+
+def json_safe(text: str) -> str:
+  r"""A JSON text whose strings have `\u009b` for each control character.
+
+  The value of the text is the same: `json.dumps(ensure_ascii=False)` leaves
+  C1, DEL, overrides and halves of surrogates as they are.
+  """
+  return _CONTROL.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
+
+
+def show(value: Any, end: str = '\n', file: TextIO | None = None) -> None:
+  """Prints a value's visible text at once; standard output by default."""
+  print(visible(value), end=end, file=file, flush=True)
