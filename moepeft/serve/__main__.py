@@ -23,6 +23,7 @@ from moepeft.serve.constraints import Compiler
 from moepeft.serve.embeddings import Encoder
 from moepeft.serve.http import keys as keys_lib
 from moepeft.serve.http.calling import Calling
+from moepeft.serve.http.connection import ConnectionLimits, open_files
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.metrics import Metrics
@@ -88,6 +89,26 @@ def limits() -> Limits:
   return Limits(
     _MAX_BODY.value, _MAX_ANSWER.value, _MAX_CHOICES.value, _SECONDS.value
   )
+
+
+def connection_limits() -> ConnectionLimits:
+  """Those of the flags, and no more than the process may open files for."""
+  wanted = ConnectionLimits(
+    _MAX_CONNECTIONS.value,
+    _HEAD_SECONDS.value,
+    _BODY_SECONDS.value,
+    _IDLE_SECONDS.value,
+    _SEND_SECONDS.value,
+    _MAX_HEAD.value,
+  )
+  allowed = open_files(wanted)
+  if allowed.count < wanted.count:
+    print(
+      f'--max_connections={wanted.count} is lowered to {allowed.count}, as the '
+      'process may not open more files (ulimit -n)',
+      file=sys.stderr,
+    )
+  return allowed
 
 
 def opened() -> opening.Opened:
@@ -186,14 +207,14 @@ def main(argv) -> None:
 def run() -> int:
   """Serves until it is told to end; the exit code."""
   # What is wrong is told before a model is read, which takes long.
-  given, own = keys(), limits()
+  given, own, connections = keys(), limits(), connection_limits()
   if _DRAIN.value < 0:
     raise ValueError(f'--drain_seconds is at least 0; got {_DRAIN.value}')
   sock = listen(_HOST.value, _PORT.value)
   start_log()
   shown = banner.Start()
   found = service(opened(), given, own)
-  server = Server(found, _DRAIN.value)
+  server = Server(found, _DRAIN.value, connections)
 
   def start() -> None:
     found.engine.start(shown)
@@ -277,6 +298,24 @@ if __name__ == '__main__':
   )
   _SECONDS = flags.DEFINE_float(
     'seconds', 600.0, 'Of a request, after which its answer ends.'
+  )
+  _MAX_CONNECTIONS = flags.DEFINE_integer(
+    'max_connections', 512, 'Connections at once.', 1, 100_000
+  )
+  _MAX_HEAD = flags.DEFINE_integer(
+    'max_head', 1 << 15, "Bytes of a request's headers.", 1 << 10, 1 << 20
+  )
+  _HEAD_SECONDS = flags.DEFINE_float(
+    'head_seconds', 20.0, "For a request's headers to come.", 0.1, 1e6
+  )
+  _BODY_SECONDS = flags.DEFINE_float(
+    'body_seconds', 60.0, "For a request's body to come.", 0.1, 1e6
+  )
+  _IDLE_SECONDS = flags.DEFINE_float(
+    'idle_seconds', 75.0, 'That a connection stays between requests.', 0.1, 1e6
+  )
+  _SEND_SECONDS = flags.DEFINE_float(
+    'send_seconds', 60.0, 'For a client to read some of its answer.', 0.1, 1e6
   )
   _DRAIN = flags.DEFINE_float(
     'drain_seconds',

@@ -61,6 +61,7 @@ class FakeEngine:
   Attributes:
     say: request -> the ids of its answer; by default its prompt's last
       characters, and an end.
+    failure: the message of an answer that an id below 0 ends.
     running: cleared, no token comes (`hold`); set, they come.
     asked: every request that was taken.
     cancelled: ids.
@@ -72,6 +73,7 @@ class FakeEngine:
     self.slots, self.queue, self.places = slots, queue, places
     self.pause = pause
     self.say = lambda request: [*request.ids[-5:], END]
+    self.failure = 'as the test told it'
     self.ready = False
     self.running = threading.Event()
     self.running.set()
@@ -202,7 +204,7 @@ class FakeEngine:
       token = row.say.popleft() if row.say else END
       over = token in request.ends
     if token < 0:
-      self._finish(row, protocol.FAILED, 'as the test told it')
+      self._finish(row, protocol.FAILED, self.failure)
       return
     row.said += 1
     self._counts['answer'] += 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moepeft.data.vocabulary import Bytes, Tokenizer
+from moepeft.serve.http.connection import DEFAULT
 from moepeft.serve.http.metrics import Metrics
 from moepeft.serve.http.models import Models
 from moepeft.serve.http.server import Server, listen, serve
@@ -136,12 +137,12 @@ def service(engine, words, **fields):
 
 
 @contextlib.contextmanager
-def running(found, started=True, seconds=5.0):
+def running(found, started=True, seconds=5.0, connections=DEFAULT):
   """A client of a service that is served; `client.server` ends it."""
   sock = listen('127.0.0.1', 0)
   client = Client(sock.getsockname()[1])
   client.service, client.engine = found, found.engine
-  client.server = Server(found, seconds)
+  client.server = Server(found, seconds, connections)
 
   def start():
     if started:

@@ -19,8 +19,8 @@ _LOG = logging.getLogger('moepeft.serve')
 
 
 async def listed(service: Service, request: Request) -> JSONResponse:
-  del request
-  found = [_card(one) for one in service.engine.adapters()]
+  shown = _is_admin(service, request)
+  found = [_card(one, shown) for one in service.engine.adapters()]
   return JSONResponse({'object': 'list', 'data': found})
 
 
@@ -34,8 +34,8 @@ async def load(service: Service, request: Request) -> JSONResponse:
     )
   except (ValueError, OSError) as e:
     raise wrong(f'the adapter {asked.name!r} is not loaded: {e}') from None
-  _LOG.info('loaded %s from %s (%s)', loaded.name, loaded.source, loaded.sha256)
-  return JSONResponse(_card(loaded))
+  _LOG.info('loaded %s from %r (%s)', loaded.name, loaded.source, loaded.sha256)
+  return JSONResponse(_card(loaded, True))
 
 
 async def unload(service: Service, request: Request) -> JSONResponse:
@@ -74,8 +74,7 @@ def _check(service: Service, request: Request) -> None:
       'adapters_locked',
       'permission_error',
     )
-  header = request.headers.get('authorization')
-  if not service.keys.may_change(header and header.encode('latin-1')):
+  if not _is_admin(service, request):
     raise Problem(
       403,
       'adapters are loaded and unloaded with an admin key; this is none',
@@ -85,9 +84,17 @@ def _check(service: Service, request: Request) -> None:
     )
 
 
-def _card(loaded: protocol.Loaded) -> dict[str, Any]:
-  return {
-    'id': loaded.name,
-    'object': 'adapter',
-    **dataclasses.asdict(loaded),
-  }
+def _is_admin(service: Service, request: Request) -> bool:
+  header = request.headers.get('authorization')
+  return service.keys.may_change(header and header.encode('latin-1'))
+
+
+def _card(loaded: protocol.Loaded, with_source: bool) -> dict[str, Any]:
+  """
+  Args:
+    with_source: whether the card has the adapter's path on the server.
+  """
+  fields = dataclasses.asdict(loaded)
+  if not with_source:
+    del fields['source']
+  return {'id': loaded.name, 'object': 'adapter', **fields}

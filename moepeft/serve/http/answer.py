@@ -2,6 +2,7 @@
 """An answer's tokens as text while they come, cut at stop strings."""
 
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 from moepeft.serve.http.errors import Problem, broken, later, wrong
@@ -22,6 +23,7 @@ from moepeft.serve.protocol import (
 )
 from moepeft.stream import Detokenizer, Stops
 
+_LOG = logging.getLogger('moepeft.serve')
 # Why an answer ended, in OpenAI's words, which has none for a time that is up.
 REASONS = {
   STOP: 'stop',
@@ -169,7 +171,8 @@ def _problem(event: Finished, tokens: int, trouble: str) -> Problem | None:
   if event.reason == FAILED and trouble:
     return wrong(trouble)
   if event.reason == FAILED:
-    return broken(f'the engine failed: {event.message}')
+    _LOG.error('the engine failed: %s', event.message)
+    return broken("the engine failed; the server's log says why")
   if event.reason == CANCELLED:
     return later('the answer was cut off: the server stops', 5, 'cancelled')
   if event.reason == TIME and not tokens:

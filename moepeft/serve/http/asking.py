@@ -2,6 +2,7 @@
 """What a client asks, as questions to the engine."""
 
 import hashlib
+import logging
 import secrets
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from moepeft.serve.http.service import Compiler
 from moepeft.serve.http.underway import Underway
 from moepeft.serve.http.watched import Watched
 
+_LOG = logging.getLogger('moepeft.serve')
 _MASK = (1 << 64) - 1
 
 
@@ -170,5 +172,10 @@ def submit(
     return Underway(engine, requests)
   except protocol.Refused as e:
     if not engine.ready:
-      raise later(str(e), 10, 'not_ready') from None
+      _LOG.error('the engine takes no request: %s', e)
+      raise later(
+        "the engine takes no requests now; the server's log says why",
+        10,
+        'not_ready',
+      ) from None
     raise refused(e, param) from None

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from moepeft.serve.http import app
+from moepeft.serve.http.connection import DEFAULT, ConnectionLimits, limited
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
@@ -20,8 +21,6 @@ _LOG = logging.getLogger('moepeft.serve')
 _THREADS = 96
 # Seconds that connections have after the engine has ended all answers.
 _LAST = 5
-# Seconds for an idle connection, more than proxies keep theirs.
-_IDLE = 75
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,20 +58,27 @@ class Server(uvicorn.Server):
       something hangs, and the command ends the process.
   """
 
-  def __init__(self, service: Service, seconds: float):
+  def __init__(
+    self,
+    service: Service,
+    seconds: float,
+    connections: ConnectionLimits = DEFAULT,
+  ):
     """
     Args:
       seconds: that answers under way have to finish.
     """
     config = uvicorn.Config(
       app.make(service),
-      http='h11',
+      http=limited(connections),
       ws='none',
       lifespan='off',
       log_config=None,
       access_log=False,
       server_header=False,
-      timeout_keep_alive=_IDLE,
+      # The protocol has its own timer.
+      timeout_keep_alive=2 * connections.idle,
+      h11_max_incomplete_event_size=connections.head_bytes,
       timeout_graceful_shutdown=_LAST,
     )
     super().__init__(config)
