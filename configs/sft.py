@@ -5,9 +5,9 @@ python -m moepeft.train --workdir=DIR \
   --config=configs/sft.py:model=PATH,data=FILE,method='molora(experts=4,rank=4)'
 
 PATH is a directory or hub name in Hugging Face's form, or 'smollm2'; FILE holds
-conversations as alpaca, sharegpt or OpenAI's messages. The loss is that of the
-assistant's turns. See what is trained with python -m moepeft.data
---show_batch and the same --config.
+conversations as alpaca, sharegpt, OpenAI's messages or TRL's prompt and
+completion. The loss is that of the assistant's turns. See what is trained with
+python -m moepeft.data --show_batch and the same --config.
 """
 
 from moepeft import config as config_lib

@@ -10,7 +10,7 @@ from moepeft.data.rows import BadRow
 
 _ASKED, _SAID, _RESULT = 'Question7', 'Answer7', 'Result7'
 _TALK = (Turn('user', _ASKED), Turn('assistant', _SAID))
-_CALL = {'name': 'look', 'arguments': {'x': 7}}
+_CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
 
 
 def remarks(tokenizer: Any, template: str) -> tuple[str, ...]:
@@ -51,50 +51,69 @@ def _ends(tokenizer: Any) -> Sequence[str]:
   return [*special, *tokenizer.all_special_tokens]
 
 
-# What a conversation may have besides turns of a user and an assistant: the
-# turns of a talk that has it, and a word that its text must hold.
-_FEATURES: dict[str, tuple[tuple[Turn, ...], str]] = {
-  "a system's turn": ((Turn('system', 'System7'), *_TALK), 'System7'),
-  "a tool's turn": (
+_OTHER_CALL = {'name': 'seek', 'arguments': {'y': 7}}
+_TOOL = {
+  'type': 'function',
+  'function': {
+    'name': 'Tool7',
+    'description': 'It looks.',
+    'parameters': {'type': 'object', 'properties': {}},
+  },
+}
+_ID = 'abcdefgh7'
+
+
+def _answered(*calls: dict) -> tuple[Turn, ...]:
+  """A talk in which a tool is called and answers."""
+  result = Turn('tool', _RESULT, name='look', call_id=_ID)
+  return _TALK[0], Turn('assistant', '', list(calls)), result, _TALK[1]
+
+
+# What a conversation may have besides turns of a user and an assistant: a
+# talk that has it, and a word that its text must hold.
+_FEATURES: dict[str, tuple[Conversation, str]] = {
+  name: (Conversation(turns, tools), word)
+  for name, turns, word, tools in (
+    ("a system's turn", (Turn('system', 'System7'), *_TALK), 'System7', None),
+    ('tools', _TALK, 'Tool7', [_TOOL]),
+    ('a call of a tool', _answered(_CALL), 'Called7', None),
+    ('several calls at once', _answered(_CALL, _OTHER_CALL), 'seek', None),
+    ("a tool's turn", _answered(_CALL), _RESULT, None),
+    ('the id of a call', _answered(_CALL | {'id': _ID}), _ID, None),
     (
-      _TALK[0],
-      Turn('assistant', '', [_CALL]),
-      Turn('tool', _RESULT, name='look', call_id='abcdefgh7'),
-      _TALK[1],
+      'an answer beside a call',
+      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      _SAID,
+      None,
     ),
-    _RESULT,
-  ),
-  'an answer beside a call': (
-    (_TALK[0], Turn('assistant', _SAID, [_CALL])),
-    _SAID,
-  ),
-  'a call beside an answer': (
-    (_TALK[0], Turn('assistant', _SAID, [_CALL])),
-    'look',
-  ),
-  "a user's name": ((Turn('user', _ASKED, name='Name7'), _TALK[1]), 'Name7'),
-  "an assistant's name": (
-    (_TALK[0], Turn('assistant', _SAID, name='Name7')),
-    'Name7',
-  ),
-  'the id of a call': (
     (
-      _TALK[0],
-      Turn('assistant', '', [_CALL | {'id': 'abcdefgh7'}]),
-      Turn('tool', _RESULT, name='look', call_id='abcdefgh7'),
-      _TALK[1],
+      'a call beside an answer',
+      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      'Called7',
+      None,
     ),
-    'abcdefgh7',
-  ),
+    (
+      "a user's name",
+      (Turn('user', _ASKED, name='Name7'), _TALK[1]),
+      'Name7',
+      None,
+    ),
+    (
+      "an assistant's name",
+      (_TALK[0], Turn('assistant', _SAID, name='Name7')),
+      'Name7',
+      None,
+    ),
+  )
 }
 
 
 def left_out(tokenizer: Any, template: str) -> frozenset[str]:
   """What of `_FEATURES` a template leaves out without a word."""
   used, missing = chat_text.all_of(tokenizer, template), set()
-  for feature, (turns, word) in _FEATURES.items():
+  for feature, (talk, word) in _FEATURES.items():
     try:
-      some, tools = chat_text.messages(Conversation(turns), used)
+      some, tools = chat_text.messages(talk, used)
       whole = chat_text.renderer(tokenizer, template, tools)(some, False)
     except BadRow:
       # It refuses them: each row is told so.
@@ -106,13 +125,17 @@ def left_out(tokenizer: Any, template: str) -> frozenset[str]:
 
 def _features(found: Conversation) -> set[str]:
   """What of `_FEATURES` a conversation has and cannot be without."""
-  features = set()
+  features = {'tools'} if found.tools else set()
   for turn in found.turns:
     if turn.role in ('system', 'tool'):
       features.add(f"a {turn.role}'s turn")
     elif turn.name:
       article = 'an' if turn.role == 'assistant' else 'a'
       features.add(f"{article} {turn.role}'s name")
+    if turn.calls:
+      features.add('a call of a tool')
+    if len(turn.calls or ()) > 1:
+      features.add('several calls at once')
     if turn.calls and turn.content:
       features |= {'an answer beside a call', 'a call beside an answer'}
   if not _in_order(found):

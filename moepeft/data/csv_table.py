@@ -8,7 +8,7 @@ is the empty text.
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from moepeft.data import files
 from moepeft.data.fields import MARK
@@ -33,7 +33,9 @@ class Table(Sequence):
   def __len__(self) -> int:
     return len(self.cells)
 
-  def __getitem__(self, place: int) -> Mapping[str, str]:
+  def __getitem__(self, place):
+    if isinstance(place, slice):
+      return dataclasses.replace(self, cells=self.cells[place])
     return dict(zip(self.column_names, self.cells[place], strict=True))
 
 

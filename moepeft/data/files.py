@@ -63,6 +63,12 @@ def is_data(name: str, endings: tuple[str, ...]) -> bool:
   return _PART.sub('', name.lower()).endswith(endings)
 
 
+def ending_of(file: str) -> str:
+  """What a name ends with, '.gz' and a part's number aside: 'jsonl'."""
+  name = _PART.sub('', os.path.basename(file).lower())
+  return name.removesuffix('.gz').rpartition('.')[2]
+
+
 @dataclasses.dataclass(frozen=True)
 class Listing:
   """A directory.

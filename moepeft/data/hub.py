@@ -8,12 +8,11 @@ read here, so that a broken line has a number and can be left out.
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from moepeft.core import files as core_files
 from moepeft.core import untrusted
-from moepeft.data import csv_table, files, jsonl, rows
+from moepeft.data import csv_table, files, jsonl, rows, splits
 from moepeft.data import templates as templates_lib
 from moepeft.data.fields import Unused, named
 from moepeft.data.rows import Bad, BadRow, Rows
@@ -24,16 +23,6 @@ _READERS = {'parquet': 'parquet', 'arrow': 'arrow'}
 # Read here: `datasets` would infer numbers, dates and nulls from texts.
 _JSON = ('json', 'jsonl')
 _READ_HERE = (*_JSON, 'csv')
-# The split that a word of a file's name tells, as `datasets` has it.
-_SPLITS = {
-  **dict.fromkeys(('train', 'training'), 'train'),
-  **dict.fromkeys(('test', 'testing', 'eval', 'evaluation'), 'test'),
-  **dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'validation'),
-}
-# Bytes of a README in which its list of files is looked for.
-_HEAD = 1 << 16
-# What save_to_disk writes for one split, and for several.
-_SAVED = ('state.json', 'dataset_dict.json')
 
 
 def read(
@@ -112,16 +101,22 @@ def table_of(
   """
   local = core_files.local_path(path)
   core_files.check_file(local)
-  if os.path.isfile(local) and _ending(local) in _READ_HERE:
-    if split != 'train':
+  if os.path.isfile(local) and files.ending_of(local) in _READ_HERE:
+    if splits.name_of(split) != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
-    return _table([local], bad)
-  if os.path.isdir(local) and not _described(local):
-    of_split = _of_split(path, local, split, bad)
-    if all(_ending(file) in _READ_HERE for file in of_split):
-      return _table(of_split, bad)
+    return _table([local], path, split, bad)
+  if os.path.isdir(local) and not splits.described(local):
+    of_split = splits.files_of(path, local, split, bad)
+    here = {files.ending_of(file) in _READ_HERE for file in of_split}
+    if here == {True}:
+      return _table(of_split, path, split, bad)
+    kinds = sorted(set(map(files.ending_of, of_split)))
+    if len(kinds) > 1:
+      raise splits.unreadable(
+        path, split, f'its files are of several kinds: {", ".join(kinds)}'
+      )
     table = _load(path, local, split, of_split)
   else:
     table = _load(path, local, split)
@@ -129,89 +124,28 @@ def table_of(
 
 
 def _table(
-  files_read: Sequence[str], bad: Bad
+  of_split: Sequence[str], path: str, split: str, bad: Bad
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
   """The rows of files of JSON and CSV, one file after the other."""
   places, table = [], []
-  for file in files_read:
+  for file in of_split:
     where, part = (
       csv_table.read(file, bad)
-      if _ending(file) == 'csv'
+      if files.ending_of(file) == 'csv'
       else json_rows(file, bad)
     )
     places += where
     # One file of CSV stays as it is, which takes less memory.
-    table = part if len(files_read) == 1 else [*table, *part]
-  return table, places.__getitem__
-
-
-def _described(folder: str) -> bool:
-  """Whether save_to_disk wrote a directory, or its README names its files."""
-  if any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED):
-    return True
-  readme = os.path.join(folder, 'README.md')
-  if not os.path.isfile(readme):
-    return False
-  with core_files.open_file(readme) as stream:
-    head = stream.read(_HEAD).decode(errors='replace')
-  return head.startswith('---') and 'data_files:' in head.split('\n---')[0]
-
-
-def _of_split(path: str, folder: str, split: str, bad: Bad) -> list[str]:
-  """The files of a split in a directory, by their names.
-
-  A name tells a split as `datasets` has it: 'train-00000.parquet' and
-  'data/test/a.json'; where no name does, all are 'train'.
-
-  Raises:
-    ValueError: there are none.
-  """
-  found = files.listed(folder, files.ENDINGS['datasets'], deep=True)
-  by_split: dict[str, list[str]] = {}
-  for file in found.files:
-    words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())
-    told = [_SPLITS[word] for word in words if word in _SPLITS]
-    by_split.setdefault(told[-1] if told else '', []).append(file)
-  rest = by_split.pop('', [])
-  if not by_split:
-    by_split = {'train': rest} if rest else {}
-    rest = []
-  bad.left_out += found.left_out
-  bad.left_out += [
-    f'{os.path.relpath(file, folder)} (no split)' for file in rest
-  ]
-  name = split.partition('[')[0]
-  if name not in by_split:
-    there = ', '.join(by_split) or 'none, and no file of data'
-    raise ValueError(
-      f'the split {split!r} of {path!r} cannot be read (there: {there}); check '
-      'config.data.path and config.data.split'
-    )
-  chosen = by_split[name]
-  kinds = sorted({_READERS.get(_ending(file), 'text') for file in chosen})
-  here = all(_ending(file) in _READ_HERE for file in chosen)
-  if len(kinds) > 1 and not here or here and name != split:
-    what = (
-      f'its files are of several kinds: {", ".join(kinds)}'
-      if not here
-      else f'of files of JSON and CSV whole splits are read, not {split!r}'
-    )
-    raise ValueError(
-      f'the split {split!r} of {path!r} cannot be read ({what}); check '
-      'config.data.path and config.data.split'
-    )
-  return chosen
-
-
-def _ending(file: str) -> str:
-  return file.lower().removesuffix('.gz').rpartition('.')[2]
+    table = part if len(of_split) == 1 else [*table, *part]
+  chosen = splits.slice_of(path, split, len(places))
+  return table[chosen], places[chosen].__getitem__
 
 
 def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
-  if _ending(file) == 'json' and _begins(file).startswith(b'['):
+  if files.ending_of(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)
-  if _ending(file) == 'json':
+  if files.ending_of(file) == 'json':
     _check_lines(file)
   found = list(jsonl.lines(file, bad))
   return [where for where, _ in found], [row for _, row in found]
@@ -291,18 +225,18 @@ def _load(
     if not os.path.exists(local):
       return _remote(path, split)
     if of_split:
-      reader, name = _READERS[_ending(of_split[0])], split.partition('[')[0]
-      named = {name: list(of_split)}
-      return datasets.load_dataset(reader, data_files=named, split=split)
+      reader = _READERS[files.ending_of(of_split[0])]
+      by_name = {splits.name_of(split): list(of_split)}
+      return datasets.load_dataset(reader, data_files=by_name, split=split)
     if os.path.isdir(local):
       core_files.check_files(local)
-      if any(os.path.isfile(os.path.join(local, file)) for file in _SAVED):
+      if splits.saved(local):
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
-    if _ending(local) not in _READERS:
+    if files.ending_of(local) not in _READERS:
       known = ', .'.join((*_READ_HERE, *_READERS))
       raise ValueError(f'expected one of .{known}')
-    reader = _READERS[_ending(local)]
+    reader = _READERS[files.ending_of(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
   except ConnectionError as e:
     raise ValueError(
@@ -321,7 +255,7 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   import datasets
 
   parts = path.split('/')
-  if _ending(path) in (*_READ_HERE, *_READERS):
+  if files.ending_of(path) in (*_READ_HERE, *_READERS):
     raise ValueError('no such file')
   if path.startswith(('.', '~', '/')) or len(parts) > 3:
     raise ValueError('no such path, and no name on the hub')

@@ -9,7 +9,9 @@ The forms, told by their keys (config.data.form names one instead):
   which the last is judged by `label`; `prompt`, `completion` and `label`.
 - alpaca: `instruction`, `input`, and `chosen`, `rejected`, or `output` and
   `kto_tag`; `system` and `history` where there are any.
-Turns are those of `moepeft.data.conversations`.
+A prompt that the row gives in two places is there once; where the places
+differ and nothing tells their order, the row is refused. Turns are those of
+`moepeft.data.conversations`.
 """
 
 import dataclasses

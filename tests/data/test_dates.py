@@ -173,8 +173,7 @@ CALL = {'name': 'f', 'arguments': {'x': 1}}
 # Writes an answer or its calls, as Llama 3's.
 EITHER = chat_cases.CHATML.replace(
   "{{ m['content'] }}",
-  "{{ m['tool_calls'][0]['function']['name'] if m['tool_calls'] else "
-  "m['content'] }}",
+  "{{ m['tool_calls'] | tojson if m['tool_calls'] else m['content'] }}",
 )
 NAMING = chat_cases.CHATML.replace(
   "{{ m['role'] }}", "{{ m['role'] }}{{ ' ' + m['name'] if m['name'] }}"
@@ -190,6 +189,23 @@ def test_what_a_template_leaves_out_is_refused():
     rendered(deaf, chat.Turn('system', 's'), ASKED, SAID)
   with pytest.raises(BadRow, match='row has an answer beside a call'):
     rendered(EITHER, ASKED, chat.Turn('assistant', 'b', [CALL]))
+  # Writes what is said in the place of a call, as a template of Mistral's.
+  mute = chat_cases.CHATML + '{% if false %}tool_calls{% endif %}'
+  with pytest.raises(BadRow, match='row has a call of a tool, and the chat te'):
+    rendered(mute, ASKED, chat.Turn('assistant', '', [CALL]))
+  first = chat_cases.CHATML.replace(
+    "{{ m['content'] }}",
+    "{{ m['tool_calls'][0] | tojson if m['tool_calls'] else m['content'] }}",
+  )
+  rendered(first, ASKED, chat.Turn('assistant', '', [CALL]))
+  with pytest.raises(BadRow, match='row has several calls at once'):
+    rendered(first, ASKED, chat.Turn('assistant', '', [CALL, CALL]))
+  with pytest.raises(BadRow, match='row has tools, and the chat template leav'):
+    used = chat.Template(
+      chat_cases.tokenizer(chat_cases.CHATML + '{% if tools %}{% endif %}')
+    )
+    tool = {'type': 'function', 'function': {'name': 'f'}}
+    used.write(chat.Conversation((ASKED, SAID), [tool]))
   named = chat.Turn('user', 'a', name='Ann')
   with pytest.raises(BadRow, match="row has a user's name"):
     rendered(chat_cases.CHATML, named, SAID)

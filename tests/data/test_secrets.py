@@ -51,3 +51,40 @@ def test_what_tensorflow_traces_calls_nothing_of_ours(tmp_path, monkeypatch):
   monkeypatch.setattr(seqio_cache, 'library', None)
   element = next(Stream(provider, 8, 4).open(0))
   assert element['inputs'].tolist()[0] == 3
+
+
+@pytest.mark.parametrize(
+  ('name', 'text'),
+  [
+    ('info', '{"num_shards": "1", "features": {}}'),
+    ('info', '{"num_shards": 1}'),
+    ('info', '{"num_shards": 1, "features": [1]}'),
+    ('info', '[1]'),
+    ('info', '[' * 9999),
+    ('stats', '{"examples": null}'),
+    ('stats', '{"examples": [5]}'),
+    ('stats', '{"examples": 1' + '0' * 40 + '}'),
+    ('stats', 'null'),
+  ],
+)
+def test_descriptions_of_a_cache_of_odd_types_are_one_sentence(
+  tmp_path, name, text
+):
+  cases.write(
+    tmp_path / 'task', 'train', [cases.p3_row(3, i) for i in range(3)]
+  )
+  (tmp_path / 'task' / f'{name}.train.json').write_text(text)
+  with pytest.raises(ValueError, match='copy the task again') as e:
+    seqio_cache.mixture(str(tmp_path))
+  assert '\n' not in str(e.value)
+
+
+def test_a_pipe_in_the_place_of_a_cache_is_refused_at_once(tmp_path):
+  cases.write(
+    tmp_path / 'task', 'train', [cases.p3_row(3, i) for i in range(3)]
+  )
+  (records,) = (tmp_path / 'task').glob('*.tfrecord-*')
+  records.unlink()
+  os.mkfifo(records)
+  with pytest.raises(OSError, match='it is a named pipe'):
+    seqio_cache.mixture(str(tmp_path))

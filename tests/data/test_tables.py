@@ -192,6 +192,35 @@ def test_endings_tell_what_is_data(name, data):
   assert not files.is_data('dataset_info.json', files.ENDINGS['chat'])
 
 
+def test_parts_of_a_table_are_read(tmp_path):
+  rows = [{'inputs': f'q{i}', 'targets': 'a'} for i in range(11)]
+  text = '\n'.join(map(json.dumps, rows))
+  (tmp_path / 'r.csv').write_text(
+    'inputs,targets\n' + ''.join(f'q{i},a\n' for i in range(11))
+  )
+  (tmp_path / 'd').mkdir()
+  # Of one part, as T5X writes it.
+  (tmp_path / 'd' / 'r.jsonl-00000-of-00001').write_text(text)
+  for path in (tmp_path / 'r.csv', tmp_path / 'd'):
+    # A fifth of eleven rows is 2.2.
+    for split, wanted in (
+      *(('train[:20%]', [0, 1]), ('train[9:]', [9, 10])),
+      *(('train[-1:]', [10]), ('train[3:5]', [3, 4])),
+    ):
+      found = hub.read(str(path), split)
+      assert [row.inputs for row in found] == [f'q{i}' for i in wanted]
+    with pytest.raises(
+      ValueError, match="'train.:x.' of .*expected a name, or"
+    ):
+      hub.read(str(path), 'train[:x]')
+
+
+def test_files_beside_those_of_a_training_split_are_of_it(tmp_path):
+  for name in ('train.jsonl', 'more.jsonl'):
+    (tmp_path / name).write_text(json.dumps(ROW[jsonl.read]))
+  assert len(hub.read(str(tmp_path))) == 2
+
+
 def test_descriptions_of_saved_tables_are_watched(tmp_path):
   for name in ('state.json', 'data.arrow', 'README.md', '.hidden.arrow'):
     (tmp_path / name).write_text('{}')
