@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from moepeft import measures, scoring, sets
 from moepeft.answering import Answering
+from moepeft.core.ranges import suggestion
 from moepeft.data import Sources
 from moepeft.data.forms import scored_lengths
 from moepeft.likelihood import Likelihood
@@ -37,6 +38,7 @@ def check(names: Sequence[str]) -> None:
     if name not in scoring.MEASURES:
       raise ValueError(
         f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
+        f'{suggestion(name, scoring.MEASURES)}'
       )
 
 

@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from moepeft import __main__ as listing
-from moepeft import command, hints
+from moepeft import command, hints, tasks, work
+from moepeft.core.files import local_path
+from moepeft.data import quality
+from moepeft.models import llama, t5
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGE = _ROOT / 'moepeft'
@@ -180,3 +183,19 @@ def test_a_bug_keeps_its_traceback():
 
   with pytest.raises(ZeroDivisionError):
     command.answer(main)
+
+
+@pytest.mark.parametrize(
+  ('read', 'said'),
+  [
+    (lambda: tasks.families('storge'), "'storage'"),
+    (lambda: work.check(['acuracy']), "'accuracy'"),
+    (lambda: t5.config('smal'), "'small'"),
+    (lambda: llama.config('3-8bb'), "'3-8b'"),
+    (lambda: quality.rules('lenght'), "'length'"),
+    (lambda: local_path('package:chat'), "'chats'"),
+  ],
+)
+def test_wrong_names_of_other_kinds_suggest_the_nearest(read, said):
+  with pytest.raises(ValueError, match=rf'; did you mean {said}\?$'):
+    read()

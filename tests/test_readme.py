@@ -186,8 +186,8 @@ def test_links_of_readme_lead_somewhere(name):
 @pytest.mark.parametrize(
   'heading, slug',
   [
-    ('Semantics: the paper has two', 'semantics-the-paper-has-two'),
-    ('语义：论文有两套', '语义论文有两套'),
+    ('Semantics: released code and paper', 'semantics-released-code-and-paper'),
+    ('语义：公开代码与论文', '语义公开代码与论文'),
     ("T5X's `gin` files, re-read", 't5xs-gin-files-re-read'),
   ],
 )

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from moepeft.core.ranges import suggestion
+
 # Models and data that ship with the package, by name.
 ASSETS = Path(__file__).parents[1] / 'assets'
 _PACKAGE = 'package:'
@@ -46,7 +48,7 @@ def local_path(path: str) -> str:
   if name not in shipped:
     raise ValueError(
       f'moepeft ships no {name!r}; expected {_PACKAGE}NAME with one of '
-      f'{", ".join(shipped)}'
+      f'{", ".join(shipped)}{suggestion(name, shipped)}'
     )
   return str(ASSETS / name)
 

@@ -8,6 +8,8 @@ section A.1.1), which are of English web text in whole documents.
 import collections
 from collections.abc import Callable
 
+from moepeft.core.ranges import suggestion
+
 _STOP = frozenset('the be to of and that have with'.split())
 _BULLETS = ('•', '-', '*')
 # The most of a text's letters that its commonest n words in a row may have.
@@ -90,5 +92,6 @@ def rules(text: str) -> dict[str, Callable[[str], bool]]:
     if name not in RULES:
       raise ValueError(
         f'config.data.quality names some of {", ".join(RULES)}; got {name!r}'
+        f'{suggestion(name, RULES)}'
       )
   return {name: RULES[name] for name in names}

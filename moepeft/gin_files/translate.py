@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
 from moepeft import spec
+from moepeft.core.ranges import suggestion
 from moepeft.gin_files.names import KEYS, SHAPE
 from moepeft.gin_files.syntax import Reference
 from moepeft.interop import t5x
@@ -78,7 +79,9 @@ def _one_of(name: str, table: Mapping[str, str], values) -> str:
   value = values[name]
   if not isinstance(value, str) or value not in table:
     choices = ', '.join(map(repr, table))
-    raise ValueError(f'{name} is one of {choices}; got {value!r}')
+    raise ValueError(
+      f'{name} is one of {choices}; got {value!r}{suggestion(value, table)}'
+    )
   return table[value]
 
 

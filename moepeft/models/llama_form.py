@@ -5,6 +5,7 @@ its `config.json` says. Mistral, Qwen and Gemma share it; see their files."""
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.core.ranges import suggestion
 from moepeft.models.decoder_config import DecoderConfig
 from moepeft.models.layout import Layout
 from moepeft.models.names import CheckpointError, Rule
@@ -159,7 +160,10 @@ def released(
       f'config.model.version={version!r}: leave it out'
     )
   if size not in table:
-    raise ValueError(f'{family} comes as {", ".join(table)}; got {size!r}')
+    raise ValueError(
+      f'{family} comes as {", ".join(table)}; got {size!r}'
+      f'{suggestion(size, table)}'
+    )
   return table[size]
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.ranges import suggestion
 from moepeft.models import fields as fields_lib
 from moepeft.models.context import context
 from moepeft.models.sites import ATTENTION, feed_forward
@@ -117,7 +118,9 @@ def config(size: str, version: str = '1.1') -> T5Config:
   if table is None:
     raise ValueError(f"T5's version is '1.0' or '1.1'; got {version!r}")
   if size not in table:
-    raise ValueError(f'T5 comes as {", ".join(table)}; got {size!r}')
+    raise ValueError(
+      f'T5 comes as {", ".join(table)}; got {size!r}{suggestion(size, table)}'
+    )
   layers, heads, head_dim, d_model, ffn = table[size]
   new = version == '1.1'
   return T5Config(

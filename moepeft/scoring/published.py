@@ -8,6 +8,7 @@ up in the paper before you publish it.
 
 import dataclasses
 
+from moepeft.core.ranges import suggestion
 from moepeft.scoring.grid import EIGHT
 from moepeft.spec import Spec
 
@@ -187,5 +188,6 @@ def table(size: str) -> tuple[Published, ...]:
   if size not in TABLES:
     raise ValueError(
       f'the paper has the tables {", ".join(TABLES)}; got {size!r}'
+      f'{suggestion(size, TABLES)}'
     )
   return TABLES[size]

@@ -19,6 +19,7 @@ family is a draw and its templates in one file, and a line in the table below.
 
 import zlib
 
+from moepeft.core.ranges import suggestion
 from moepeft.tasks import (
   amounts,
   categories,
@@ -85,7 +86,7 @@ def families(group: str) -> tuple[str, ...]:
     else:
       raise ValueError(
         f'No task family or group {part!r}: groups are {", ".join(GROUPS)};'
-        f' families are {", ".join(FAMILIES)}.'
+        f' families are {", ".join(FAMILIES)}{suggestion(part, FAMILIES)}'
       )
   return tuple(names)
 
