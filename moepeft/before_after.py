@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moepeft import curves
+
 # Okabe and Ito's, which the colour-blind can tell apart.
 _ROSE, _FELL, _GREY = '#0072B2', '#D55E00', '0.6'
 _LINE, _PANEL = 0.21, 1.9
@@ -36,7 +38,7 @@ def draw(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure | None:
     return None
   columns = list(dict.fromkeys(row['templates'] for _, row in pairs))
   tasks = list(dict.fromkeys((r['group'], r['task']) for _, r in pairs))
-  heights = [1.9] * bool(figures) + [_LINE * len(tasks) + 1.2] * bool(pairs)
+  heights = [2.1] * bool(figures) + [_LINE * len(tasks) + 1.2] * bool(pairs)
   width = max(_PANEL * len(figures), 2 + 2.6 * len(columns), 3.2)
   figure = Figure(figsize=(width, sum(heights)), layout='constrained')
   parts = list(
@@ -45,9 +47,13 @@ def draw(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure | None:
     ]
   )
   if figures:
-    axes = parts.pop(0).subplots(1, len(figures), squeeze=False)[0]
-    for one, key in zip(axes, figures, strict=True):
+    # As many as there is room for: one panel is not as wide as all.
+    count = max(len(figures), int(width / _PANEL))
+    axes = parts.pop(0).subplots(1, count, squeeze=False)[0]
+    for one, key in zip(axes, figures, strict=False):
       _slope(one, key, before[key], after[key])
+    for one in axes[len(figures) :]:
+      one.remove()
   if pairs:
     _accuracies(parts[0], pairs, tasks, columns)
   return figure
@@ -59,11 +65,12 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _slope(axes: Axes, key: str, old: float, new: float) -> None:
   axes.plot([0, 1], [old, new], 'o-', color=_ROSE, ms=5)
-  axes.set_title(key.replace('_', ' '), fontsize=9)
+  axes.set_title(key.replace('_', ' ').replace(' ', '\n', 1), fontsize=9)
   axes.set_xticks([0, 1], ['before', 'after'], fontsize=8)
-  for x, value in enumerate((old, new)):
+  texts = curves.numbers(old, new)
+  for x, (value, text) in enumerate(zip((old, new), texts, strict=True)):
     axes.annotate(
-      f'{value:.4g}',
+      text,
       (x, value),
       xytext=(0, 6),
       textcoords='offset points',

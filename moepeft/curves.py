@@ -88,7 +88,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     if _is_number(old) and _is_number(new):
       verb = 'rose' if new > old else 'fell'
       name = key.replace('_', ' ')
-      lines.append(f'{name} {verb} from {old:.4g} to {new:.4g}')
+      lines.append('{} {} from {} to {}'.format(name, verb, *numbers(old, new)))
   groups = _groups(before, after)
   for name, chosen in (
     ('accuracy rose', [g for g in groups if g[1] > g[2]]),
@@ -99,6 +99,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
       lines.append(f'{name}: {", ".join(g[0] for g in chosen[:_NAMED])}')
       lines[-1] += ', ...' if len(chosen) > _NAMED else ''
   return lines + _extremes(before, after)
+
+
+def numbers(old: float, new: float) -> tuple[str, str]:
+  """Two numbers to be compared; what is nothing beside the other is 0."""
+  nothing = 1e-4 * max(abs(old), abs(new))
+  return tuple('0' if abs(x) < nothing else f'{x:.4g}' for x in (old, new))
 
 
 def _groups(before, after) -> list[tuple[str, float, float]]:

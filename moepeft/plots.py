@@ -27,7 +27,7 @@ _SHARES = {'weight': 'weight', 'tokens': 'tokens', 'load': 'argmax'}
 # Between two drawings while a run goes on; one takes a second or two.
 _SECONDS = 60
 # Times the least that the largest loss has on a linear axis, at most.
-_LOG = 5
+_LOG = 2.5
 
 
 class Figures:
@@ -175,7 +175,7 @@ def _scale(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
   """A scale on which the end of a run is seen as well as its beginning.
 
   Spikes of a long run, those over the 99.5th percentile, leave the picture.
-  Positive values that span more than five times the least have a logarithmic
+  Positive values whose largest is over _LOG times the least have a logarithmic
   axis: a fall from 10 to 1 does not flatten the one from 1 to 0.9.
   """
   finite, points = (a[np.isfinite(a)] for a in (values, validated))
@@ -190,7 +190,9 @@ def _scale(axes: Axes, values: np.ndarray, validated: np.ndarray) -> None:
     axes.set_yscale('log')
     room = (high / low) ** 0.05
     axes.set_ylim(low / room, high * room)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    # Within a decade and a half three numbers are too few.
+    subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:g}'))
     axes.yaxis.set_minor_formatter(NullFormatter())
     return

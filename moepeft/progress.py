@@ -23,6 +23,8 @@ _LINES = 10.0
 _SHOWN = {'margins': 'margin', 'accuracies': 'acc'}
 # From so many columns on a bar has whole words.
 _WIDE = 110
+# Of a terminal, for tqdm, which hides a bar where a terminal says 0 of itself.
+_LINES_OF_TERMINAL = 24
 # Seconds between two drawings of a bar that steps move.
 _REDRAWN = 0.1
 
@@ -66,6 +68,7 @@ class Progress:
         total=steps,
         initial=start,
         ncols=_columns(),
+        nrows=_LINES_OF_TERMINAL,
         bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}',
       )
     self.begin(start)
@@ -240,6 +243,7 @@ class Pass:
         total=total,
         desc=what,
         ncols=_columns(),
+        nrows=_LINES_OF_TERMINAL,
         bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}'
         '{postfix}',
       )

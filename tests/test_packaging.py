@@ -172,7 +172,8 @@ def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
   run = tmp_path / 'run'
   rows = (run / 'metrics.jsonl').read_text().splitlines()
   # What is measured before the first step is step 0's.
-  assert [json.loads(row)['step'] for row in rows] == [0, 1, 2]
+  # ... and what is measured after the last step is the last step's.
+  assert [json.loads(row)['step'] for row in rows] == [0, 1, 2, 2]
   for name in ('before.json', 'after.json', 'summary.json', 'plots/loss.png'):
     assert (run / name).stat().st_size > 0
   assert json.loads((run / 'config.json').read_text())['steps'] == 2

@@ -215,6 +215,11 @@ def test_losses_of_different_size_have_a_logarithmic_scale():
   assert axes.get_yscale() == 'log'
   low, high = axes.get_ylim()
   assert low < 0.2 and high > 10
+  # A bend from 5.8 to 1.6 leaves nothing of the end to be seen.
+  bend = [
+    {'step': s, 'loss': 1.6 + 4.2 * np.exp(-s / 40)} for s in range(1, 300)
+  ]
+  assert loss_axes(bend).get_yscale() == 'log'
   near = loss_axes([{'step': s, 'loss': 2 + 1 / s} for s in range(1, 51)])
   assert near.get_yscale() == 'linear'
   # Rewards and the like may be negative.
@@ -251,12 +256,12 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   figure = before_after.draw(judged(3.0, 0.25), judged(1.5, 0.75))
   axes = {a.get_title() or a.get_title('left'): a for a in figure.axes}
   assert set(axes) == {
-    'validation loss',
-    'validation margins',
+    'validation\nloss',
+    'validation\nmargins',
     'accuracy (%), seen templates',
     'accuracy (%), held out templates',
   }
-  (line,) = axes['validation loss'].lines
+  (line,) = axes['validation\nloss'].lines
   np.testing.assert_array_equal(line.get_ydata(), [3.0, 1.5])
   seen = axes['accuracy (%), seen templates']
   assert seen.get_xlim() == (0, 100)

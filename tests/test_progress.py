@@ -194,7 +194,8 @@ def on_terminal(columns: int, program: str = RUN) -> str:
   fcntl = pytest.importorskip('fcntl')
   termios = pytest.importorskip('termios')
   ours, theirs = pty.openpty()
-  size = struct.pack('HHHH', 24, columns, 0, 0)
+  # Nobody has sized a terminal of no columns.
+  size = struct.pack('HHHH', 24 if columns else 0, columns, 0, 0)
   fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
   env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES')}
   process = subprocess.Popen(

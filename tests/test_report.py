@@ -81,4 +81,22 @@ def test_a_router_that_is_collapsed_three_logs_in_a_row_raises_an_alarm():
   assert lines == ['router alarm: q, layer 0: so']
 
 
+def test_the_evaluation_after_training_is_a_row_where_the_step_has_none():
+  rows = []
+  writer = types.SimpleNamespace(write=rows.append)
+  progress = types.SimpleNamespace(say=lambda line: None)
+  make = lambda last: Report(  # noqa: E731
+    progress, [writer], lambda step: 0.1, 0.5, validated=last
+  )
+  after = {'step': 7, 'validation_loss': 1.5, 'means': {'B': 0.5}}
+  assert make(None).concluded(7, after) and make(5).concluded(7, after)
+  assert rows == [{'step': 7, 'validation_loss': 1.5}] * 2
+  # A finished run that is started again, and one validated at its last step.
+  assert not make(7).concluded(7, after)
+  report = make(None)
+  report.validated(7, {'validation_loss': 1.5})
+  assert not report.concluded(7, after)
+  assert not make(None).concluded(7, {'step': 7, 'means': {}})
+
+
 ONE = causal.Sample(np.array([7, 8, 1]), np.array([False, True, True]))
