@@ -123,7 +123,8 @@ def _check_figures(row: dict[str, Any]) -> None:
     Malformed: a figure is no number, or the layers of a site have others.
   """
   for key, value in row.items():
-    if key != 'routing':
+    # Rows of another version may say yes or no of something.
+    if key != 'routing' and not isinstance(value, bool):
       untrusted.check_shape(value, (float, None), key)
   untrusted.check_shape(row, {'routing?': {str: _SITE}})
   for site, values in row.get('routing', {}).items():

@@ -303,4 +303,4 @@ def test_a_damaged_checkpoint(tmp_path, capsys):
       if not (tree['q'][name] == expected).all():
         raise AssertionError('restored another adapter')
 
-  fuzz('checkpoint', workdir, sorted(names), read, 250, capsys)
+  fuzz('checkpoint', workdir, sorted(names), read, 60, capsys)
