@@ -167,7 +167,13 @@ def tokenizer_of(path: str) -> Any:
     return gguf_tokenizer.read(path)
   _require_sentencepiece(path)
   try:
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    made = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # Some faults of a file are met only where the tokenizer is used.
+    if not made('a')['input_ids'] and len(made) < 1:
+      raise ValueError('it has no tokens')
+    for kind in ('bos', 'eos', 'pad', 'unk'):
+      getattr(made, f'{kind}_token_id')
+    return made
   except OSError:
     raise
   except Exception as error:  # tokenizers raises plain Exceptions

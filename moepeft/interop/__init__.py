@@ -4,8 +4,9 @@ and one line in FORMS.
 
 - hf: base models in Hugging Face directories (config.json, safetensors).
 - gguf: base models in GGUF files (read only).
-- t5x: T5X checkpoints, base and the released code's adapters together.
-- peft: adapters of Hugging Face's `peft` (LoRA, DoRA, (IA)^3).
+- t5x: T5X checkpoints (its own, Orbax's, single files), base and the released
+  code's adapters together.
+- peft: adapters of Hugging Face's `peft` (LoRA, DoRA, (IA)^3, prompts).
 - moepeft: our own adapters (adapter.safetensors, adapter.json).
 """
 

@@ -31,9 +31,23 @@ def read(path: str) -> Any:
     CheckpointError: the file has none, or one of a kind that is not
       supported.
   """
+  said = gguf.metadata(path)
+  try:
+    return _tokenizer(path, said)
+  except CheckpointError:
+    raise
+  except Exception as error:  # tokenizers raises plain Exceptions
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise CheckpointError(
+      f'the tokenizer in {path} is damaged ({type(error).__name__}: {reason}): '
+      'convert the model again, or set config.data.vocabulary to a directory '
+      'with tokenizer.json'
+    ) from None
+
+
+def _tokenizer(path: str, said: Mapping[str, Any]) -> Any:
   from transformers import PreTrainedTokenizerFast
 
-  said = gguf.metadata(path)
   tokens = said.get('tokenizer.ggml.tokens')
   if not tokens:
     raise CheckpointError(
@@ -54,12 +68,23 @@ def read(path: str) -> Any:
 
 
 def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
-  """'bos_token_id' and so on of a file's metadata; None where unsaid."""
+  """'bos_token_id' and so on of a file's metadata; None where unsaid.
+
+  Raises:
+    CheckpointError: one of them is no id.
+  """
   kinds = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
-  return {
+  found = {
     f'{ours}_token_id': said.get(f'tokenizer.ggml.{theirs}_token_id')
     for ours, theirs in kinds.items()
   }
+  for name, value in found.items():
+    if value is not None and (type(value) is not int or value < 0):
+      raise CheckpointError(
+        f'the GGUF file has {value!r:.60} for its {name}, expected the id of a '
+        'token: convert the model again'
+      )
+  return found
 
 
 def save(path: str, folder: Path) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moepeft.core import untrusted
 from moepeft.interop import files, gguf, gguf_tokenizer
+from moepeft.models.names import CheckpointError
 
 FILES = (
   'tokenizer*.json',
@@ -53,14 +55,20 @@ def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
   if not all(file.is_file() for file in both):
     return {}
   config, made = map(files.read_json, both)
-  known = {
-    token['content']: token['id'] for token in made.get('added_tokens', ())
-  }
+  try:
+    known = {
+      untrusted.field(token, 'content', str): untrusted.field(token, 'id', int)
+      for token in untrusted.field(made, 'added_tokens', list, [])
+    }
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f"{both[1]} is damaged in its 'added_tokens' ({error}): copy it again"
+    ) from None
   found = {}
   for kind in kinds:
     token = config.get(f'{kind}_token')
     token = token.get('content') if isinstance(token, dict) else token
-    if token in known:
+    if isinstance(token, str) and token in known:
       found[f'{kind}_token_id'] = known[token]
   return found
 

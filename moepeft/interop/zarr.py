@@ -47,7 +47,7 @@ def fields(path: Path) -> dict[str, Any]:
         f'expected sizes and as many chunk sizes, got {shape} and {chunks}'
       )
     dot = untrusted.field(said, 'dimension_separator', str, '.')
-    if dot not in './':
+    if dot not in ('.', '/'):
       raise untrusted.Malformed(f"expected '.' or '/' between, got {dot!r}")
     count = math.prod(map(_cells, shape, chunks))
     if count > _MAX_CHUNKS:
@@ -79,7 +79,7 @@ def read(path: Path, said: Mapping[str, Any]) -> np.ndarray:
     range(_cells(size, chunk))
     for size, chunk in zip(said['shape'], said['chunks'], strict=True)
   ]
-  dot = said.get('dimension_separator', '.')
+  dot = said.get('dimension_separator') or '.'
   stored = 0
   for cell in itertools.product(*grid):
     chunk = path / (dot.join(map(str, cell)) or '0')

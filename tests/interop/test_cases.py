@@ -232,3 +232,28 @@ def test_no_type_in_our_card_is_a_traceback(tmp_path, value):
       own.config_of(own.load(str(tmp_path / 'a'))[1])
     except (ValueError, OSError) as error:
       assert str(error)
+
+
+@pytest.mark.parametrize('value', ['x', -1, [1], 1e9, True])
+def test_odd_ids_of_a_gguf_file_are_refused(value):
+  from moepeft.interop import gguf_tokenizer
+
+  said = {'tokenizer.ggml.bos_token_id': value}
+  with pytest.raises(
+    names.CheckpointError, match='bos_token_id, expected the id'
+  ):
+    gguf_tokenizer.special_ids(said)
+
+
+@pytest.mark.parametrize(
+  'tokens', [3, [3], [{}], [{'content': 3, 'id': 1}], [{'content': 'a'}]]
+)
+def test_odd_added_tokens_are_refused_where_a_model_is_written(
+  tmp_path, tokens
+):
+  from moepeft.interop import words
+
+  (tmp_path / 'tokenizer.json').write_text(json.dumps({'added_tokens': tokens}))
+  (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "a"}')
+  with pytest.raises(names.CheckpointError, match='added_tokens'):
+    words.special_ids(str(tmp_path))

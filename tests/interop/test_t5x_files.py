@@ -204,6 +204,7 @@ def test_odd_metadata_of_orbax_are_one_sentence(tmp_path, said):
     {'dtype': 3},
     {'compressor': 'x'},
     {'dimension_separator': 3},
+    {'dimension_separator': ''},
   ],
 )
 def test_odd_zarr_metadata_are_one_sentence(tmp_path, changes):
