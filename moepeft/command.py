@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moepeft import gin_files, gin_flags, pages
+from moepeft.core import terminal
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -235,5 +236,5 @@ def check_can_write(path: str) -> None:
 
 
 def _stop(message: str) -> None:
-  print(f'error: {message}', file=sys.stderr)
+  terminal.show(f'error: {message}', file=sys.stderr)
   sys.exit(2)

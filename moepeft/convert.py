@@ -41,6 +41,7 @@ from absl import flags
 
 from moepeft import interop
 from moepeft.base import resolve
+from moepeft.core import terminal
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
       raise CheckpointError(f'unexpected argument {extra[0]!r}: use --input=')
     convert(values)
   except (ValueError, flags.Error, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    terminal.show(f'error: {error}', file=sys.stderr)
     return 2
   return 0
 

@@ -36,6 +36,7 @@ from moepeft import (
 from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
+from moepeft.core import terminal
 from moepeft.data import cuts, files, loader, sources, vocabulary
 from moepeft.data.answers import form_of
 from moepeft.data.forms import form
@@ -210,7 +211,7 @@ def _train(
   own = form_of(data, config.objective, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
-    print(note, flush=True)
+    terminal.show(note)
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)

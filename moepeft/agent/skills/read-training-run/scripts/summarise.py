@@ -64,7 +64,7 @@ def _rows(path: Path) -> list[dict]:
   for line in path.read_text(encoding='utf-8').splitlines():
     try:
       row = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
       # A kill may leave a torn last line.
       continue
     if isinstance(row, dict) and 'step' in row:
@@ -73,12 +73,9 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _json(path: Path) -> dict:
-  # A pipe would block for ever.
-  if not path.is_file():
-    return {}
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
+  except (OSError, ValueError):
     return {}
   return found if isinstance(found, dict) else {}
 
