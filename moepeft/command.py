@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moepeft import config_check, gin_files, gin_flags, hints, pages
-from moepeft.core import secrets
+from moepeft.core import secrets, terminal
 from moepeft.core.memory import is_out_of_memory
 from moepeft.core.untrusted import parse_literal
 
@@ -337,5 +337,5 @@ def _stop(message: str) -> NoReturn:
   # A value of thousands of characters, or of lines, would bury the sentence.
   message = ' '.join(secrets.hidden(message).splitlines())
   message = re.sub(r'(\S{100})\S{400,}', r'\1...', message)
-  print(f'error: {message}', file=sys.stderr)
+  terminal.show(f'error: {message}', file=sys.stderr)
   sys.exit(2)

@@ -44,7 +44,7 @@ from absl import flags
 
 from moepeft import command, interop, run_config
 from moepeft.base import resolve
-from moepeft.core import untrusted
+from moepeft.core import terminal, untrusted
 from moepeft.data import chat_template
 from moepeft.data.vocabulary import Tokenizer, vocabulary
 from moepeft.interop import adapter as own
@@ -110,13 +110,13 @@ def main(argv: Sequence[str]) -> int:
       raise CheckpointError(f'unexpected argument {extra[0]!r}: use --input=')
     convert(values)
   except (ValueError, flags.Error, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    terminal.show(f'error: {error}', file=sys.stderr)
     return 2
   except Exception as error:
     sentence = command.sentence_of(error)
     if sentence is None:
       raise
-    print(f'error: {sentence}', file=sys.stderr)
+    terminal.show(f'error: {sentence}', file=sys.stderr)
     return 2
   return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moepeft import scoring
-from moepeft.core import files
+from moepeft.core import files, terminal
 from moepeft.judge import means, warnings
 from moepeft.runs import Run
 from moepeft.scoring import Row, answers, text
@@ -87,7 +87,7 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   )
   print(f'{found["when"]}{said and f": {said}"}', flush=True)
   if rows or not said:
-    print(text.table(rows) or 'no held-out rows, nothing to judge by')
+    terminal.show(text.table(rows) or 'no held-out rows, nothing to judge by')
   lost = found.get('not_ranked', ())
   if lost:
     names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)

@@ -11,7 +11,7 @@ import re
 from absl import flags
 
 from moepeft import command, compared
-from moepeft.core import files
+from moepeft.core import files, terminal
 from moepeft.scoring import forest, forms
 from moepeft.scoring.forms import Table
 
@@ -77,7 +77,7 @@ def main(argv) -> None:
   if _INTO.value:
     # Before anything is written.
     replaced(os.path.expanduser(_INTO.value), _NAME.value, text)
-  print(text, end='')
+  terminal.show(text, end='')
   if _OUTPUT.value:
     for path in write(table, os.path.expanduser(_OUTPUT.value)):
       print(f'wrote {path}')

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts prompts to a model and prints its answers, whole or as they come."""
+"""Puts prompts to a model and prints its answers, whole or as they come.
+
+Control characters of answers are printed visibly, also where the output is no
+terminal; `answering.Answering` and the server give the exact text.
+"""
 
 import dataclasses
 import time
@@ -9,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moepeft.core import terminal
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.generation import Generation, Settings, keys
 from moepeft.nn.stack import written_out
@@ -120,7 +125,7 @@ class Talk:
       return [self._said([row], key)[0] for row, key in pairs]
     found = self._said(rows, own)
     for text in found:
-      print(text, flush=True)
+      terminal.show(text)
     return found
 
   def _said(self, rows: list[list[int]], own: Array | None) -> list[str]:
@@ -133,7 +138,7 @@ class Talk:
       self.speed.tokens += news.tokens
       found = [a + b for a, b in zip(found, news.texts, strict=True)]
       if streamed:
-        print(news.texts[0], end='', flush=True)
+        terminal.show(news.texts[0], end='')
     self.speed.seconds += time.perf_counter() - began
     if streamed:
       print(flush=True)

@@ -42,6 +42,7 @@ from moepeft import base as base_lib
 from moepeft import rows as rows_lib
 from moepeft.checkpoint import Checkpoints, card
 from moepeft.core import files as core_files
+from moepeft.core import terminal
 from moepeft.data import (
   chat_template,
   cuts,
@@ -272,7 +273,7 @@ def _train(
   own = form_of(data, config.objective, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
-    print(note, flush=True)
+    terminal.show(note)
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)

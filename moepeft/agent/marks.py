@@ -25,7 +25,7 @@ _ELEMENT = re.compile(r'</?([a-z][a-z0-9]*)(?:\s[^<>]*)?/?>')
 _LOOKALIKES = str.maketrans('‹〈⟨❮❬≺⧼ᐸ⟦〔【〖', '<<<<<<<<[[[[')
 # An angle before a letter, a bar, a slash: anything but what follows a
 # comparison, a shift or an arrow. Before a number where it is closed: <2en>.
-_ANGLE = re.compile(r'<(?!$|[\s\d=.,;()\'"-])|<(?=\w{1,60}>|\s*/)')
+_ANGLE = re.compile(r'<(?!$|[\s\d<=.,;()\'"-])|<(?=\w{1,60}>|\s*/)')
 # The mark of this program, however it is spaced.
 _OUTPUT = re.compile(r'<(?=\W{0,40}tool[\W_]{0,40}output)', re.IGNORECASE)
 # [INST], [/TOOL_CALLS], [gMASK]; those of known names in small letters too.

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from moepeft import base as base_lib
 from moepeft import command, config_check
+from moepeft.core import terminal
 from moepeft.data import sources, vocabulary
 from moepeft.data.answers import Sides, form_of
 from moepeft.data.forms import Form, form
@@ -97,7 +98,7 @@ def tell(
   print(f'source   {data.source} {data.path or data.tasks}')
   print(f'tokens   {own.words}')
   for note in found.notes:
-    print(note)
+    terminal.show(note)
   whole = own.resized((_UNCUT,) * len(own.lengths)).encode(items)
   sides, most = ('inputs', 'targets'), own.lengths
   sizes, trained = own.sizes(whole)
@@ -106,7 +107,7 @@ def tell(
     sides, most = ('tokens', 'trained'), most * 2
     sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
   sizes = np.array(sizes)
-  print(f'\n{mixture(found, names, sizes, most, sides)}\n')
+  terminal.show(f'\n{mixture(found, names, sizes, most, sides)}\n')
   if found.replay is not None:
     print(f'{replayed(found, trained)}\n')
   for side, name in enumerate(sides[: len(own.lengths)]):
@@ -248,7 +249,8 @@ def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
       text(words, part[side][row][own == segment])
       for side, own in zip(('inputs', 'targets'), segments, strict=True)
     )
-    lines += [f'  inputs   {x}', f'  targets  [{y}]']
+    shown = [f'  inputs   {x}', f'  targets  [{y}]']
+    lines += map(terminal.visible, shown)
   return lines
 
 

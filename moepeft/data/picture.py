@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 
+from moepeft.core import terminal
 from moepeft.data.vocabulary import Vocabulary
 from moepeft.typing import Batch
 
@@ -32,7 +33,7 @@ def picture(
   for own, run in itertools.groupby(
     zip(ids.tolist(), trained, strict=True), lambda pair: bool(pair[1])
   ):
-    text = words.show([token for token, _ in run])
+    text = terminal.visible(words.show([token for token, _ in run]))
     if own:
       text = f'{_GREEN}{text}{_PLAIN}' if colour else f'[{text}]'
     shown.append(text)
