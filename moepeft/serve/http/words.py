@@ -137,6 +137,20 @@ class Words:
   def decode(self, ids: Sequence[int]) -> str:
     return self._words.decode(list(ids))
 
+  def hidden(self, text: str) -> dict[int, str]:
+    """{id: content} of the special tokens in a text that `decode` leaves out.
+
+    Where one's content is within another's, both are there.
+    """
+    if not isinstance(self._words, Tokenizer):
+      return {}
+    added = self._words.tokenizer.added_tokens_decoder
+    return {
+      i: token.content
+      for i, token in added.items()
+      if token.content in text and token.content and not self.decode([i])
+    }
+
   def piece(self, i: int) -> bytes:
     """The bytes of a token."""
     return self._piece(i)
