@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import numpy as np
 
 from moepeft import base as base_lib
 from moepeft.base import Base
+from moepeft.core import files
 from moepeft.models import names
 from moepeft.nn.start import Label, described
 from moepeft.peft import Built, build
@@ -50,7 +52,9 @@ def read(path: str, base: Base) -> Adapter:
   Raises:
     ValueError: nothing is there, it is damaged, another base's, or not for
       serving.
+    OSError: something in it is a pipe, a socket or a device.
   """
+  check_regular(os.path.expanduser(path))
   found = _stored(path, base)
   _check_base(found, path, base)
   semantics = found.semantics or 'official'
@@ -67,6 +71,21 @@ def read(path: str, base: Base) -> Adapter:
   sha256 = hashlib.sha256(content.encode()).hexdigest()
   before = placeholders(built.advice, base.config.vocab)
   return Adapter(built, form, arrays, sha256, path, before)
+
+
+def check_regular(path: str) -> None:
+  """Checks all that lies below a path before libraries open it, which would
+  wait for ever for a pipe.
+
+  Raises:
+    OSError: something is a pipe, a socket or a device.
+  """
+  files.check_file(path)
+  # Links to directories are followed one level deep, by `check_files`.
+  for folder, folders, _ in os.walk(path):
+    files.check_files(folder)
+    for name in folders:
+      files.check_files(os.path.join(folder, name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of tools written as JSON (RFC 8259), read letter by letter."""
 
-import json
 import re
 from collections.abc import Collection
 from typing import Any
+
+from moepeft.core import untrusted
 
 DEPTH = 64
 _BLANKS = ' \t\r\n'
@@ -198,9 +199,9 @@ class Calls:
   def _member_end(self) -> None:
     target, self._target, raw = self._target, '', self._raw
     if target == 'name':
-      self._call(json.loads(raw))
+      self._call(_parsed(raw))
     elif target == 'arguments' and raw[0] == '"':
-      self._say(_object(json.loads(raw)))
+      self._say(_object(_parsed(raw)))
     elif target == 'arguments' and raw[0] == 'n':
       self._say('{}')
 
@@ -231,10 +232,17 @@ class Calls:
 
 def _object(text: str) -> str:
   """The same, where it is a JSON object written as a text."""
-  try:
-    right = isinstance(json.loads(text), dict)
-  except (ValueError, RecursionError):
-    right = False
-  if not right:
+  if not isinstance(_parsed(text), dict):
     raise Malformed('the arguments are a text that is no JSON object')
   return text
+
+
+def _parsed(text: str) -> Any:
+  """
+  Raises:
+    Malformed: it is not JSON, or its text cannot be sent to a client.
+  """
+  try:
+    return untrusted.parse_json(text)
+  except untrusted.Malformed as error:
+    raise Malformed(str(error)) from None

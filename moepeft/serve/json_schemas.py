@@ -189,7 +189,12 @@ def _mend(part: _Part, close: bool) -> None:
   if pattern:
     del said['format']
     if 'pattern' in said:
-      said['allOf'] = [*said.get('allOf', ()), {'pattern': pattern}]
+      joined = said.get('allOf', [])
+      if not isinstance(joined, list):
+        raise ValueError(
+          f"'allOf' of a JSON schema is a list, got {type(joined).__name__}"
+        )
+      said['allOf'] = [*joined, {'pattern': pattern}]
     else:
       said['pattern'] = pattern
   if close and not part.joined and _closable(said):

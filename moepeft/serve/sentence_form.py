@@ -6,11 +6,11 @@ tokens that a text may have are in sentence_bert_config.json.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moepeft.core import untrusted
 from moepeft.interop import files
 from moepeft.models.names import CheckpointError
 from moepeft.serve.pooling import POOLINGS
@@ -61,11 +61,22 @@ def read(folder: Path) -> SentenceForm:
       f'{folder} leaves its prompt {prompt!r} out of the pooling: expected one '
       'that counts; it is not supported'
     )
+  try:
+    length = untrusted.field(said, 'max_seq_length', int, 0)
+    lower = untrusted.field(said, 'do_lower_case', bool, False)
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f'sentence_bert_config.json of {folder}: {error}'
+    ) from None
+  if length < 0:
+    raise CheckpointError(
+      f'{folder} reads texts of max_seq_length {length}: expected 1 or more'
+    )
   return SentenceForm(
     _pooling(pooling, folder),
     'Normalize' in steps,
-    said.get('max_seq_length'),
-    bool(said.get('do_lower_case')),
+    length or None,
+    lower,
     prompt,
   )
 
@@ -73,9 +84,15 @@ def read(folder: Path) -> SentenceForm:
 def _steps(folder: Path) -> dict[str, str]:
   """{kind: folder below} of the steps, which must be those known, in order."""
   try:
-    steps = json.loads((folder / _MODULES).read_text(encoding='utf-8'))
-    found = {step['type'].rpartition('.')[2]: step['path'] for step in steps}
-  except (OSError, ValueError, TypeError, KeyError):
+    steps = untrusted.read_json(folder / _MODULES)
+    if not isinstance(steps, list):
+      raise untrusted.Malformed(f'expected a list in {_MODULES}')
+    field = untrusted.field
+    found = {
+      field(step, 'type', str).rpartition('.')[2]: field(step, 'path', str)
+      for step in steps
+    }
+  except (OSError, untrusted.Malformed):
     raise CheckpointError(
       f'{folder} holds no {_MODULES} that can be read: expected a directory of '
       'sentence-transformers, which says how tokens become a vector'
@@ -98,18 +115,24 @@ def _pooling(fields: Mapping[str, Any], folder: Path) -> str:
       for name, on in fields.items()
       if name.startswith(_FLAG) and on
     ]
-  chosen = [chosen] if isinstance(chosen, str) else list(chosen)
-  if len(chosen) != 1 or chosen[0] not in POOLINGS:
+  chosen = chosen if isinstance(chosen, list) else [chosen]
+  if len(chosen) != 1 or str(chosen[0]) not in POOLINGS:
     raise CheckpointError(
-      f'{folder} pools by {" and ".join(chosen) or "nothing"}: expected one of '
-      f'{", ".join(POOLINGS)}; others are not supported'
+      f'{folder} pools by {" and ".join(map(str, chosen)) or "nothing"}: '
+      f'expected one of {", ".join(POOLINGS)}; others are not supported'
     )
   return chosen[0]
 
 
 def _prompt(fields: Mapping[str, Any]) -> str:
-  name = fields.get('default_prompt_name')
-  return fields.get('prompts', {}).get(name, '') if name else ''
+  try:
+    name = untrusted.field(fields, 'default_prompt_name', str, '')
+    prompts = untrusted.field(fields, 'prompts', dict, {})
+    return untrusted.field(prompts, name, str, '') if name else ''
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f'config_sentence_transformers.json: {error}'
+    ) from None
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -30,10 +30,15 @@ def test_a_run_brings_its_template_and_system(tmp_path):
 def test_what_a_run_does_not_bring_is_the_bases(tmp_path):
   assert voice(run(tmp_path / 'run'), BASE) == BASE
   assert voice(str(tmp_path), BASE) == BASE
-  damaged = tmp_path / 'damaged'
-  damaged.mkdir()
-  (damaged / 'config.json').write_text('[')
-  assert voice(str(damaged), BASE) == BASE
+
+
+@pytest.mark.parametrize(
+  'text', ['[', '7', '{"data": 7}', '{"data": {"system": 7}}', '[' * 10_000]
+)
+def test_a_damaged_config_does_not_lose_the_template_in_silence(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match='config.json'):
+    voice(str(tmp_path), BASE)
 
 
 def test_an_exported_adapter_brings_its_template(tmp_path):

@@ -9,9 +9,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from moepeft.core.memory import is_out_of_memory
 from moepeft.serve import protocol
 from moepeft.serve.http.body import read
-from moepeft.serve.http.errors import Problem, refused, wrong
+from moepeft.serve.http.errors import SERVER, Problem, later, refused, wrong
 from moepeft.serve.http.schemas import Load, Unload
 from moepeft.serve.http.service import Service
 
@@ -32,10 +33,36 @@ async def load(service: Service, request: Request) -> JSONResponse:
     loaded = await asyncio.to_thread(
       service.models.load, asked.name, asked.path
     )
-  except (ValueError, OSError) as e:
-    raise wrong(f'the adapter {asked.name!r} is not loaded: {e}') from None
+  except Exception as e:
+    raise _not_loaded(asked.name, e) from None
   _LOG.info('loaded %s from %r (%s)', loaded.name, loaded.source, loaded.sha256)
   return JSONResponse(_card(loaded, True))
+
+
+def _not_loaded(name: str, error: Exception) -> Problem:
+  """The answer to a request whose adapter was not loaded."""
+  said = f'the adapter {name!r} is not loaded'
+  if isinstance(error, protocol.Refused):
+    return later(f'{said}: {error}', 10, 'not_ready')
+  if is_out_of_memory(error):
+    _LOG.error('%s: %s', said, error)
+    return Problem(
+      507,
+      f'{said}: memory has run out; unload others, or start the server with '
+      'fewer --adapter_slots',
+      'path',
+      'out_of_memory',
+      SERVER,
+    )
+  if isinstance(error, ValueError | OSError):
+    return wrong(f'{said}: {error}', 'path')
+  # Files are a caller's, and may hold anything in place of anything else.
+  _LOG.error('%s', said, exc_info=error)
+  return wrong(
+    f'{said}: its files do not hold what an adapter has '
+    f"({type(error).__name__}; the server's log says where); export it again",
+    'path',
+  )
 
 
 async def unload(service: Service, request: Request) -> JSONResponse:
@@ -54,8 +81,10 @@ async def delete(service: Service, request: Request) -> JSONResponse:
 async def _unloaded(service: Service, name: str) -> JSONResponse:
   try:
     await asyncio.to_thread(service.models.unload, name)
-  except protocol.Refused as e:
+  except protocol.Unknown as e:
     raise refused(e, 'name') from None
+  except protocol.Refused as e:
+    raise later(str(e), 10, 'not_ready') from None
   _LOG.info('unloaded %s', name)
   return JSONResponse({'id': name, 'object': 'adapter', 'deleted': True})
 

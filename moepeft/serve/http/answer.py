@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
 
 from moepeft.serve.http.errors import Problem, broken, later, wrong
@@ -24,6 +25,7 @@ from moepeft.serve.protocol import (
 from moepeft.stream import Detokenizer, Stops
 
 _LOG = logging.getLogger('moepeft.serve')
+_MARKER = re.compile('[\ud800-\udfff]')
 # Why an answer ended, in OpenAI's words, which has none for a time that is up.
 REASONS = {
   STOP: 'stop',
@@ -70,6 +72,40 @@ class Delta:
     )
 
 
+class Markers:
+  """Stop strings with special tokens, which have no text in an answer.
+
+  A special token of a stop string is marked in the answer's text by a
+  character that no text has, half of a surrogate pair, and the stop string is
+  looked for in both forms: an answer may also spell such a token out.
+
+  Attributes:
+    stops: the stop strings, and those of the marked form.
+    of: {id of a special token: its marker}.
+  """
+
+  def __init__(self, words: Words, stops: Sequence[str]):
+    hidden = words.hidden('\n'.join(stops)) if stops else {}
+    # Surrogates are 2,048 characters; stop strings hold fewer tokens.
+    pairs = zip(hidden.items(), map(chr, range(0xD800, 0xE000)), strict=False)
+    self.of, by_content = {}, {}
+    for (i, content), marker in pairs:
+      self.of[i] = by_content[content] = marker
+    self.stops = tuple(stops)
+    if by_content:
+      # As tokenizers do: of two that begin at one place, the longer.
+      longest = sorted(by_content, key=len, reverse=True)
+      pattern = re.compile('|'.join(map(re.escape, longest)))
+      marked = (
+        pattern.sub(lambda match: by_content[match[0]], stop) for stop in stops
+      )
+      self.stops = tuple(dict.fromkeys((*stops, *marked)))
+
+  def removed(self, text: str) -> str:
+    """The text without markers."""
+    return _MARKER.sub('', text) if self.of else text
+
+
 class Answer:
   """One answer.
 
@@ -91,7 +127,9 @@ class Answer:
       before: ids whose text the answer's is joined to, as a space may be at
         the joint.
     """
-    self._detokenizer, self._stops = Detokenizer(words.decode), Stops(stops)
+    self._detokenizer = Detokenizer(words.decode)
+    self._markers = Markers(words, stops)
+    self._stops = Stops(self._markers.stops)
     self._detokenizer.feed(before)
     self._ends = frozenset(ends)
     self._held: list[Entry] = []
@@ -105,7 +143,13 @@ class Answer:
     self.tokens += 1
     end = token.id in self._ends
     self._held.append(Entry(token, self._read, end))
-    return Delta() if end else self._given(self._detokenizer.feed([token.id]))
+    if end:
+      return Delta()
+    delta = self._given(self._detokenizer.feed([token.id]))
+    marker = self._markers.of.get(token.id)
+    if marker and not self.stopped:
+      delta += self._given(marker)
+    return delta
 
   def finish(self, reason: str) -> Delta:
     """What was held back, and why no more comes."""
@@ -113,13 +157,13 @@ class Answer:
       return Delta(reason=STOP)
     last = self._given(self._detokenizer.finish())
     if not self.stopped:
-      rest = self._stops.finish()
+      rest = self._markers.removed(self._stops.finish())
       last += Delta(rest, tuple(self._held))
     return last + Delta(reason=STOP if self.stopped else reason)
 
   def _given(self, text: str) -> Delta:
-    self._read += len(text)
-    out = self._stops.feed(text)
+    self._read += len(self._markers.removed(text))
+    out = self._markers.removed(self._stops.feed(text))
     self._said += len(out)
     self.stopped = self._stops.found
     # A token whose text may become a stop string waits with it.

@@ -2,19 +2,17 @@
 """A request's body, read within limits: bytes to JSON to a schema."""
 
 import asyncio
-import json
-import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from moepeft.core import untrusted
 from moepeft.serve.http.errors import Problem, invalid, wrong
 
 Schema = TypeVar('Schema', bound=BaseModel)
 # Bytes beyond which parsing would hold up other requests on the event loop.
 _LONG = 1 << 15
-_SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
 
 
 class Gone(Exception):
@@ -72,30 +70,15 @@ def too_long(most: int) -> Problem:
 def parse(raw: bytes, schema: type[Schema]) -> Schema:
   """
   Raises:
-    Problem: it is no JSON, or not of the schema.
+    Problem: it is not JSON, or not of the schema.
   """
-  value = _json(raw)
+  try:
+    value = untrusted.parse_json(raw, allow_nan=False)
+  except untrusted.Malformed as error:
+    raise wrong(f'the body is {error}') from None
   if not isinstance(value, dict):
     raise wrong('the body is JSON, but no object; send {"model": ..., ...}')
   try:
     return schema.model_validate(value)
   except ValidationError as e:
     raise invalid(e) from None
-
-
-def _json(raw: bytes) -> Any:
-  try:
-    value = json.loads(raw.decode('utf-8'), parse_constant=_no_constant)
-    if _SURROGATE.search(raw):
-      # Half a character, which no tokenizer can read.
-      json.dumps(value, ensure_ascii=False).encode('utf-8')
-    return value
-  except UnicodeError:
-    raise wrong('the body is not UTF-8, or holds half a character') from None
-  except (ValueError, RecursionError) as e:
-    reason = getattr(e, 'msg', None) or str(e).partition(';')[0]
-    raise wrong(f'the body is no JSON ({reason})') from None
-
-
-def _no_constant(name: str) -> None:
-  raise ValueError(f'{name} is no number of JSON')

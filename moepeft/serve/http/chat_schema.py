@@ -3,23 +3,47 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moepeft.serve.http.schemas import MOST_LOGPROBS, Asked, Strict
 
 
-class Part(Strict):
+class Echoed(Strict):
+  """Clients send answers back with fields of their own, empty in most."""
+
+  @model_validator(mode='before')
+  @classmethod
+  def _without_empty(cls, value: Any) -> Any:
+    if not isinstance(value, dict):
+      return value
+    return {
+      name: field
+      for name, field in value.items()
+      if name in cls.model_fields or not _is_empty(field)
+    }
+
+
+def _is_empty(value: Any) -> bool:
+  """Whether a value is null, or a text, a list or an object of nothing."""
+  if isinstance(value, dict):
+    return all(map(_is_empty, value.values()))
+  if isinstance(value, list):
+    return all(map(_is_empty, value))
+  return value is None or value == ''
+
+
+class Part(Echoed):
   type: Literal['text']
   text: str
 
 
-class Called(Strict):
+class Called(Echoed):
   name: str
   arguments: str
 
 
-class Call(Strict):
+class Call(Echoed):
   id: str | None = None
   type: Literal['function'] = 'function'
   function: Called
@@ -27,17 +51,15 @@ class Call(Strict):
   index: int | None = None
 
 
-class Message(Strict):
+class Message(Echoed):
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
   content: str | list[Part] | None = None
   name: str | None = None
   reasoning_content: str | None = None
   tool_call_id: str | None = None
   tool_calls: list[Call] | None = None
-  # Answers are sent back as they came, with what is empty in them.
+  # Of an answer that was sent back: where its text comes from.
   annotations: list | None = None
-  audio: None = None
-  function_call: None = None
   refusal: str | None = None
 
   @property

@@ -6,6 +6,8 @@ import hmac
 import os
 from collections.abc import Sequence
 
+from moepeft.core import files
+
 _SCHEME = b'bearer '
 
 
@@ -54,7 +56,7 @@ def read(path: str, flag: str) -> tuple[bytes, ...]:
   if not path:
     return ()
   try:
-    with open(os.path.expanduser(path), encoding='utf-8') as f:
+    with files.open_file(os.path.expanduser(path), 'r') as f:
       lines = [line.strip() for line in f]
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'

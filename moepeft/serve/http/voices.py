@@ -2,11 +2,10 @@
 """How a base and each adapter talk: their chat templates and system turns."""
 
 import dataclasses
-import json
 import os
-from typing import Any
 
 from moepeft import runs
+from moepeft.core import files, untrusted
 from moepeft.data import chat_template
 
 # What Hugging Face calls a template beside a model or an adapter.
@@ -32,26 +31,33 @@ def voice(source: str, base: Voice) -> Voice:
     source: a run of moepeft.train, or a directory of an adapter.
 
   Raises:
-    ValueError: the template that the run names is gone.
+    ValueError: the run's config is damaged, or the template that it names is
+      gone.
+    OSError: one of them is a pipe, a socket or a device.
   """
   source = os.path.expanduser(source)
   data = _data(os.path.join(source, runs.CONFIG))
   if data:
-    text = chat_template.read(data.get('chat_template') or '')
-    return Voice(text or base.template, data.get('system') or base.system)
+    text = chat_template.read(data['chat_template'])
+    return Voice(text or base.template, data['system'] or base.system)
   path = os.path.join(source, _FILE)
+  files.check_file(path)
   if os.path.isfile(path):
     return Voice(chat_template.read(path), base.system)
   return base
 
 
-def _data(path: str) -> dict[str, Any]:
-  """config.data of a run; {} of what is no run."""
+def _data(path: str) -> dict[str, str]:
+  """The template and the system text that a run names; {} where none is."""
+  files.check_file(path)
   if not os.path.isfile(path):
     return {}
+  config = untrusted.read_json(path)
   try:
-    with open(path, encoding='utf-8') as f:
-      found = json.load(f).get('data')
-  except (OSError, ValueError, AttributeError):
-    return {}
-  return found if isinstance(found, dict) else {}
+    data = untrusted.field(config, 'data', dict, {})
+    return data and {
+      key: untrusted.field(data, key, str, '')
+      for key in ('chat_template', 'system')
+    }
+  except untrusted.Malformed as error:
+    raise ValueError(f'{path}: {error}') from None

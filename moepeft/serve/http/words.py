@@ -6,12 +6,12 @@ own, away from the event loop, on which single tokens become text.
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from moepeft import prompts
+from moepeft.core import untrusted
 from moepeft.data import chat, chat_text
 from moepeft.data.answer_ids import said
 from moepeft.data.conversations import Conversation
@@ -23,6 +23,8 @@ from moepeft.serve.http.pieces import name, pieces
 from moepeft.serve.http.voices import Voice
 
 Found = TypeVar('Found')
+# Levels of a call's arguments; a template writes them by recursion.
+_MAX_DEPTH = 64
 
 
 class Plan(Protocol):
@@ -135,6 +137,20 @@ class Words:
   def decode(self, ids: Sequence[int]) -> str:
     return self._words.decode(list(ids))
 
+  def hidden(self, text: str) -> dict[int, str]:
+    """{id: content} of the special tokens in a text that `decode` leaves out.
+
+    Where one's content is within another's, both are there.
+    """
+    if not isinstance(self._words, Tokenizer):
+      return {}
+    added = self._words.tokenizer.added_tokens_decoder
+    return {
+      i: token.content
+      for i, token in added.items()
+      if token.content in text and token.content and not self.decode([i])
+    }
+
   def piece(self, i: int) -> bytes:
     """The bytes of a token."""
     return self._piece(i)
@@ -159,15 +175,21 @@ def _turn(message: Message, place: int) -> Turn:
 
 
 def _call(call: Call, place: int) -> dict[str, Any]:
+  where = f'messages[{place}].tool_calls'
+  tool = call.function.name
   try:
-    arguments = json.loads(call.function.arguments or '{}')
-  except (ValueError, RecursionError):
-    arguments = None
-  if not isinstance(arguments, dict):
-    where = f'messages[{place}].tool_calls'
-    raise wrong(
-      f'{where}: the arguments of {call.function.name!r} are no JSON object',
-      where,
+    # A JSON text within one: an escaped half of a surrogate pair is text to the
+    # reader of the body, and so is its nesting.
+    arguments = untrusted.parse_json(
+      call.function.arguments or '{}', _MAX_DEPTH, allow_nan=False
     )
-  found = {'name': call.function.name, 'arguments': arguments}
-  return found | ({'id': call.id} if call.id else {})
+  except untrusted.Malformed as error:
+    raise wrong(
+      f'{where}: the arguments of {tool!r} are {error}', where
+    ) from None
+  if not isinstance(arguments, dict):
+    raise wrong(
+      f'{where}: the arguments of {tool!r} are JSON, but no object', where
+    )
+  written = {'name': tool, 'arguments': arguments}
+  return written | ({'id': call.id} if call.id else {})
