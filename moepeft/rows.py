@@ -113,8 +113,11 @@ def _row(
 
 
 # Figures of a site: one, one a layer, or one for each expert of each layer.
-_FIGURES = (float, [float], [[float]])
-_SITE = {'load': ([[float]], [float]), 'entropy': (float, [float])}
+# Numbers that are not finite are null.
+_NUMBER = (float, None)
+_FIGURES = (float, None, [_NUMBER], [[_NUMBER]])
+_SITE = {f'{share}?': ([[_NUMBER]], [_NUMBER]) for share in SHARES}
+_SITE |= {'entropy': (*_NUMBER, [_NUMBER])}
 
 
 def _check_figures(row: dict[str, Any]) -> None:
@@ -132,6 +135,8 @@ def _check_figures(row: dict[str, Any]) -> None:
 
 
 def _check_site(values: Mapping[str, Any], where: str) -> None:
+  if not any(share in values for share in SHARES):
+    raise untrusted.Malformed(f'{where!r} has no share of experts')
   for key, value in values.items():
     untrusted.check_shape(value, _FIGURES, f'{where}.{key}')
     if isinstance(value, list) and len({*map(_length, value)}) != 1:
