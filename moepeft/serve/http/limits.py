@@ -3,6 +3,9 @@
 
 import dataclasses
 
+# No time, size or count of a request comes near it.
+_LARGEST = 10**12
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -23,10 +26,13 @@ class Limits:
   inputs: int = 2048
 
   def __post_init__(self):
-    for name in ('body', 'choices', 'seconds', 'inputs'):
-      if getattr(self, name) <= 0:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      above = value >= 0 if field.name == 'answer' else value > 0
+      # NaN is neither above nor below.
+      if not (above and value <= _LARGEST):
+        least = 'at least' if field.name == 'answer' else 'above'
         raise ValueError(
-          f'the limit {name} is above 0; got {getattr(self, name)}'
+          f'the limit {field.name} is {least} 0 and at most {_LARGEST:,}; got '
+          f'{value}'
         )
-    if self.answer < 0:
-      raise ValueError(f'the limit answer is at least 0; got {self.answer}')
