@@ -88,7 +88,11 @@ def keys() -> Keys:
 
 def limits() -> Limits:
   return Limits(
-    _MAX_BODY.value, _MAX_ANSWER.value, _MAX_CHOICES.value, _SECONDS.value
+    _MAX_BODY.value,
+    _MAX_ANSWER.value,
+    _MAX_CHOICES.value,
+    _SECONDS.value,
+    queue=_QUEUE.value,
   )
 
 

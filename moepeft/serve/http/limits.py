@@ -17,6 +17,7 @@ class Limits:
     seconds: from when the engine has a request to its last token, waiting
       included.
     inputs: texts of a request for embeddings.
+    queue: requests for embeddings that wait; the engine has a queue of its own.
   """
 
   body: int = 1 << 20
@@ -24,6 +25,7 @@ class Limits:
   choices: int = 64
   seconds: float = 600.0
   inputs: int = 2048
+  queue: int = 64
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
