@@ -31,7 +31,9 @@ def read(workdir: str) -> dict[str, Any]:
     raise ValueError(
       f'{workdir!r} is no work directory of moepeft.train: it has no {NAME}'
     )
-  return read_object(path, _shape(), 'copy it from another run of its command')
+  # data.temperature may be infinite; `load` checks every value's range.
+  advice = 'copy it from another run of its command'
+  return read_object(path, _shape(), advice, finite=False)
 
 
 def load(workdir: str) -> ConfigDict:
@@ -50,12 +52,15 @@ def load(workdir: str) -> ConfigDict:
   return config
 
 
-def read_object(path: str, shape: Any, advice: str) -> dict[str, Any]:
+def read_object(
+  path: str, shape: Any, advice: str, finite: bool = True
+) -> dict[str, Any]:
   """A JSON object that a run has written.
 
   Args:
     shape: see `untrusted.check_shape`.
     advice: what to do about a damaged file.
+    finite: whether its numbers have to be.
 
   Raises:
     ValueError: it is damaged; the message names the file.
@@ -63,7 +68,7 @@ def read_object(path: str, shape: Any, advice: str) -> dict[str, Any]:
   """
   try:
     value = untrusted.read_json_object(path)
-    untrusted.check_shape(value, shape)
+    untrusted.check_shape(value, shape, finite=finite)
   except untrusted.Malformed as e:
     reason = str(e).removeprefix(f'{path} ').removesuffix('; copy it again')
     raise ValueError(f'{path} is damaged ({reason}); {advice}') from None

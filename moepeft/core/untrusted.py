@@ -187,7 +187,9 @@ def field(
   return float(value) if kind is float else value
 
 
-def check_shape(value: Any, shape: Any, path: str = '') -> None:
+def check_shape(
+  value: Any, shape: Any, path: str = '', finite: bool = True
+) -> None:
   """Compares a parsed value with the shape that its reader expects.
 
   Args:
@@ -196,6 +198,7 @@ def check_shape(value: Any, shape: Any, path: str = '') -> None:
       object of any keys; {'key': shape} for an object that has the keys,
       those that end in '?' if need be, and whatever else.
     path: where the value lies, for the message.
+    finite: whether numbers have to be.
 
   Raises:
     Malformed: "expected a number in 'rows[2].accuracy', got a text".
@@ -204,25 +207,25 @@ def check_shape(value: Any, shape: Any, path: str = '') -> None:
     errors = []
     for alternative in shape:
       try:
-        return check_shape(value, alternative, path)
+        return check_shape(value, alternative, path, finite)
       except Malformed as error:
         errors.append(error)
     raise errors[0]
   if isinstance(shape, list):
     _check_kind(value, list, path)
     for i, item in enumerate(value):
-      check_shape(item, shape[0], f'{path}[{i}]')
+      check_shape(item, shape[0], f'{path}[{i}]', finite)
   elif isinstance(shape, dict):
     _check_kind(value, dict, path)
     beginning = path and f'{path}.'
     for key, inner in shape.items():
       if key is str:
         for name, item in value.items():
-          check_shape(item, inner, f'{beginning}{name}')
+          check_shape(item, inner, f'{beginning}{name}', finite)
         continue
       name = key.removesuffix('?')
       if name in value:
-        check_shape(value[name], inner, f'{beginning}{name}')
+        check_shape(value[name], inner, f'{beginning}{name}', finite)
       elif name == key:
         raise Malformed(f'{beginning + name!r} is absent')
   elif shape is None:
@@ -233,7 +236,7 @@ def check_shape(value: Any, shape: Any, path: str = '') -> None:
     if shape in (int, float) and not _MIN_INT <= value <= _MAX_INT:
       if isinstance(value, int):
         raise Malformed(f'expected 64 bits{_at(path)}, got a larger integer')
-      if not math.isfinite(value):
+      if finite and not math.isfinite(value):
         raise Malformed(f'expected a finite number{_at(path)}, got {value}')
 
 

@@ -11,6 +11,7 @@ keys. SIGTERM lets answers finish. A chat page is at /.
 import importlib.util
 import ipaddress
 import logging
+import math
 import os
 import sys
 
@@ -87,7 +88,11 @@ def keys() -> Keys:
 
 def limits() -> Limits:
   return Limits(
-    _MAX_BODY.value, _MAX_ANSWER.value, _MAX_CHOICES.value, _SECONDS.value
+    _MAX_BODY.value,
+    _MAX_ANSWER.value,
+    _MAX_CHOICES.value,
+    _SECONDS.value,
+    queue=_QUEUE.value,
   )
 
 
@@ -208,8 +213,9 @@ def run() -> int:
   """Serves until it is told to end; the exit code."""
   # What is wrong is told before a model is read, which takes long.
   given, own, connections = keys(), limits(), connection_limits()
-  if _DRAIN.value < 0:
-    raise ValueError(f'--drain_seconds is at least 0; got {_DRAIN.value}')
+  if math.isnan(_DRAIN.value):
+    # Bounds of flags do not exclude it.
+    raise ValueError('--drain_seconds is at least 0; got nan')
   sock = listen(_HOST.value, _PORT.value)
   start_log()
   shown = banner.Start()
@@ -255,10 +261,14 @@ if __name__ == '__main__':
     'of --adapter are there already. May be repeated.',
   )
   _ADAPTER_SLOTS = flags.DEFINE_integer(
-    'adapter_slots', 8, 'Adapters of a form on the device at once.'
+    'adapter_slots', 8, 'Adapters of a form on the device at once.', 1, 10_000
   )
   _ADAPTER_BYTES = flags.DEFINE_integer(
-    'adapter_bytes', None, 'Device memory for adapters; by default no limit.'
+    'adapter_bytes',
+    None,
+    'Device memory for adapters; by default no limit.',
+    1,
+    1 << 50,
   )
   _QUANTISE = flags.DEFINE_enum(
     'quantise', '', ['', 'int8', 'nf4'], "Keep the model's projections so."
@@ -269,7 +279,9 @@ if __name__ == '__main__':
   _HOST = flags.DEFINE_string(
     'host', '127.0.0.1', 'The address to listen on; 0.0.0.0 for all, with keys.'
   )
-  _PORT = flags.DEFINE_integer('port', 8000, 'Of the address; 0 for any.')
+  _PORT = flags.DEFINE_integer(
+    'port', 8000, 'Of the address; 0 for any.', 0, 65535
+  )
   _API_KEYS = flags.DEFINE_string(
     'api_key_file', '', 'Keys that may ask, one a line.'
   )
@@ -282,22 +294,30 @@ if __name__ == '__main__':
   _CORS = flags.DEFINE_multi_string(
     'cors', None, "An origin whose pages' scripts may ask; '*' for all."
   )
-  _SLOTS = flags.DEFINE_integer('slots', 8, 'Requests that run at once.')
-  _QUEUE = flags.DEFINE_integer('queue', 64, 'Requests that wait, at most.')
+  _SLOTS = flags.DEFINE_integer(
+    'slots', 8, 'Requests that run at once.', 1, 1024
+  )
+  _QUEUE = flags.DEFINE_integer(
+    'queue', 64, 'Requests that wait, at most.', 1, 1_000_000
+  )
   _PLACES = flags.DEFINE_integer(
-    'places', 1024, 'Tokens of a prompt and its answer, at most.'
+    'places', 1024, 'Tokens of a prompt and its answer, at most.', 1, 1 << 24
   )
   _MAX_ANSWER = flags.DEFINE_integer(
-    'max_answer', 0, 'Tokens of an answer, at most; 0 for as many as fit.'
+    'max_answer',
+    0,
+    'Tokens of an answer, at most; 0 for as many as fit.',
+    0,
+    1 << 24,
   )
   _MAX_BODY = flags.DEFINE_integer(
-    'max_body', 1 << 20, 'Bytes of a request, at most.'
+    'max_body', 1 << 20, 'Bytes of a request, at most.', 1, 1 << 32
   )
   _MAX_CHOICES = flags.DEFINE_integer(
-    'max_choices', 64, 'Answers that a request may ask for.'
+    'max_choices', 64, 'Answers that a request may ask for.', 1, 1_000_000
   )
   _SECONDS = flags.DEFINE_float(
-    'seconds', 600.0, 'Of a request, after which its answer ends.'
+    'seconds', 600.0, 'Of a request, after which its answer ends.', 0.001, 1e6
   )
   _MAX_CONNECTIONS = flags.DEFINE_integer(
     'max_connections', 512, 'Connections at once.', 1, 100_000
@@ -321,6 +341,8 @@ if __name__ == '__main__':
     'drain_seconds',
     30.0,
     'That answers have to finish at SIGTERM; 10 s later the process ends.',
+    0,
+    1e6,
   )
   _ROUTING = flags.DEFINE_bool(
     'routing', True, 'Tell which experts tokens used, to who asks.'

@@ -15,7 +15,7 @@ import numpy as np
 
 from moepeft.base import Base
 from moepeft.peft import build
-from moepeft.serve import fitting, forms, stacked
+from moepeft.serve import fitting, forms, memory, stacked
 from moepeft.serve.adapters import Adapter, read
 from moepeft.serve.fitting import Fitted, Layout
 from moepeft.serve.forms import Form
@@ -261,6 +261,11 @@ class Banks:
         f'for {self._named()}; got slots={self._most} and a budget of '
         f'{self._budget}: raise them, or name fewer adapters and forms'
       )
+    memory.check(
+      count * one,
+      f'{count:,} slots each for adapters of {self._named()}',
+      '--adapter_slots, or set --adapter_bytes',
+    )
     return count
 
   def _bank(self, layout: Layout) -> Tree:

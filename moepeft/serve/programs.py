@@ -2,6 +2,7 @@
 """Programs that are compiled before the first request, and never after it."""
 
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from moepeft.sampling import Sampling
 from moepeft.serve import cache as cache_lib
-from moepeft.serve import picking
+from moepeft.serve import memory, picking
 from moepeft.serve.layered import Method
 from moepeft.serve.settings import TOP
 from moepeft.serve.weights import Weights
@@ -69,6 +70,9 @@ class Programs:
 
     Args:
       method: any of one row that makes it; inputs: shapes of its own.
+
+    Raises:
+      ValueError: the cache does not fit into memory.
     """
     method = Method(
       method.model,
@@ -83,6 +87,13 @@ class Programs:
       self._layer(method, block), *self._of_layer(method, {}, inputs)
     )
     layer = cache_lib.shapes(row, self._slots, places)
+    leaves = jax.tree.leaves(layer)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    memory.check(
+      size * length,
+      f'keys and values of {self._slots:,} requests of {places:,} tokens',
+      '--slots or --places',
+    )
     axis = 0
     self.cache = [layer] * length
     if self.weights.together:

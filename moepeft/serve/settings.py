@@ -10,6 +10,8 @@ rows between are worth fewer programs, which take seconds each to compile.
 
 import dataclasses
 
+# Rows and tokens are int32.
+_LARGEST = 2**31 - 1
 # Alternatives that a token comes with, at most.
 TOP = 20
 
@@ -48,8 +50,11 @@ class Settings:
 
   def __post_init__(self):
     for name in ('slots', 'places', 'queue'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} is at least 1; got {getattr(self, name)}')
+      value = getattr(self, name)
+      if not 1 <= value <= _LARGEST:
+        raise ValueError(
+          f'{name} is at least 1 and at most {_LARGEST:,}; got {value:,}'
+        )
     for name in ('chunk', 'least'):
       value = getattr(self, name)
       if value < 1 or value & (value - 1):

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from moepeft.serve.http import app
 from moepeft.serve.http.keys import Keys
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
@@ -296,3 +297,33 @@ def test_no_body_ends_in_a_5xx_or_hangs(client, number):
   assert not faults, f'{len(faults)} faults; the first: {faults[0]}'
   assert counts[400]
   assert client.engine.idle()
+
+
+def test_no_path_or_method_ends_in_a_5xx_or_hangs(client):
+  rng = random.Random(SEED)
+  routes = sorted({path for _, path, _ in app.ROUTES})
+  names = (
+    '',
+    'a',
+    'base',
+    '..',
+    '%',
+    'a/b',
+    '\0',
+    '\x1b[2J',
+    'ä🎈',
+    'a' * 5000,
+  )
+  counts = collections.Counter()
+  for _ in range(ROUNDS):
+    path = rng.choice(routes)
+    for mark in ('{name:path}', '{name}'):
+      path = path.replace(mark, rng.choice(names))
+    path += rng.choice(('', '', '', '/', '//', '?', '/..', 'x'))
+    method = rng.choice(('GET', 'GET', 'DELETE', 'PUT', 'HEAD', 'OPTIONS', 'X'))
+    status, _, _ = client.send(method, path, rng.choice((b'', b'{}')), LIMIT)
+    assert status < 500, (method, path)
+    counts[status] += 1
+    client.engine.load('a', 'runs/a')
+  print(f'paths: {ROUNDS}, {dict(sorted(counts.items()))}')
+  assert counts[200] and counts[404] and counts[405]

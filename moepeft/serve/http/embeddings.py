@@ -9,8 +9,9 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from moepeft.serve import protocol
 from moepeft.serve.http.body import read
-from moepeft.serve.http.errors import Problem, no_model, wrong
+from moepeft.serve.http.errors import Problem, later, no_model, refused, wrong
 from moepeft.serve.http.schemas import Embedding
 from moepeft.serve.http.service import Embedder, Service
 from moepeft.serve.http.underway import unless_gone
@@ -38,10 +39,21 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
   tally = request.scope['tally']
   tally.model = embedder.name
   texts, width = _texts(asked, service), _width(asked, embedder)
+  seconds = service.limits.seconds
   try:
-    loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(service.vectors, embedder.encode, texts)
-    vectors, tally.prompt = await unless_gone(request.receive, work)
+    work = service.vectors.submit(service.limits.queue, embedder.encode, texts)
+    vectors, tally.prompt = await unless_gone(
+      request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds)
+    )
+  except TimeoutError:
+    raise later(
+      f'the vectors were not there within {seconds:g} s; try again later, or '
+      'send less',
+      5,
+      'timeout',
+    ) from None
+  except protocol.Refused as e:
+    raise refused(e, 'input') from None
   except ValueError as e:
     raise wrong(f'input: {e}', 'input') from None
   return JSONResponse(

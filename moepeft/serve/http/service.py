@@ -3,13 +3,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from moepeft.data.conversations import Conversation
 from moepeft.serve import protocol
+from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
@@ -123,8 +123,8 @@ class Service:
   origins: tuple[str, ...] = ()
   page: Page | None = None
   draining: bool = False
-  vectors: ThreadPoolExecutor = dataclasses.field(
-    default_factory=lambda: ThreadPoolExecutor(1, 'vectors')
+  vectors: BoundedThread = dataclasses.field(
+    default_factory=lambda: BoundedThread('vectors')
   )
 
   def find(self, name: str) -> Model:
