@@ -19,7 +19,7 @@ from moepeft.beams import Beams, search
 from moepeft.data import batching
 from moepeft.data import before as before_lib
 from moepeft.data.buckets import round_up, whole
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, hidden
 from moepeft.decoding import PAD, How, advance, start
 from moepeft.peft.prompt import before
 from moepeft.sampling import Sampling
@@ -189,8 +189,10 @@ class Generation:
     s: int = 0,
   ) -> Iterator[News]:
     """Texts as they come, every so many tokens."""
+    stops = self._settings.stops
     streams = [
-      Stream(self._words.decode, self._settings.stops) for _ in prompts
+      Stream(self._words.decode, stops, lambda text: hidden(self._words, text))
+      for _ in prompts
     ]
     given_up = np.zeros(len(prompts), bool)
     before = [0] * len(prompts)

@@ -7,10 +7,12 @@ UTF-8 alone a decoder may say something else at once: one that decodes a run of
 bytes together (byte fallback) breaks those before a stray one too.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 # What decoders put where bytes are no UTF-8, or not yet.
 _BROKEN = '\ufffd'
+_MARKER = re.compile('[\ud800-\udfff]')
 
 
 class Detokenizer:
@@ -96,13 +98,64 @@ class Stops:
     return held
 
 
+class Markers:
+  """Stop strings with special tokens, which have no text in an answer.
+
+  A special token of a stop string is marked in the answer's text by a
+  character that no text has, half of a surrogate pair, and the stop string is
+  looked for in both forms: an answer may also spell such a token out.
+
+  Attributes:
+    stops: the stop strings, and those of the marked form.
+    of: {id of a special token: its marker}.
+  """
+
+  def __init__(
+    self, hidden: Callable[[str], Mapping[int, str]], stops: Sequence[str]
+  ):
+    """
+    Args:
+      hidden: {id: content} of a text's special tokens, see `vocabulary.hidden`.
+    """
+    tokens = hidden('\n'.join(stops)) if stops else {}
+    # Surrogates are 2,048 characters; stop strings hold fewer tokens.
+    pairs = zip(tokens.items(), map(chr, range(0xD800, 0xE000)), strict=False)
+    self.of, by_content = {}, {}
+    for (i, content), marker in pairs:
+      self.of[i] = by_content[content] = marker
+    self.stops = tuple(stops)
+    if by_content:
+      # As tokenizers do: of two that begin at one place, the longer.
+      longest = sorted(by_content, key=len, reverse=True)
+      pattern = re.compile('|'.join(map(re.escape, longest)))
+      marked = (
+        pattern.sub(lambda match: by_content[match[0]], stop) for stop in stops
+      )
+      self.stops = tuple(dict.fromkeys((*stops, *marked)))
+
+  def removed(self, text: str) -> str:
+    """The text without markers."""
+    return _MARKER.sub('', text) if self.of else text
+
+
 class Stream:
   """The text of one answer while its ids come."""
 
   def __init__(
-    self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()
+    self,
+    decode: Callable[[list[int]], str],
+    stops: Sequence[str] = (),
+    hidden: Callable[[str], Mapping[int, str]] = lambda text: {},
   ):
-    self._detokenizer, self._stops = Detokenizer(decode), Stops(stops)
+    """
+    Args:
+      hidden: special tokens that stop strings may hold, see `Markers`.
+    """
+    self._detokenizer, self._markers = (
+      Detokenizer(decode),
+      Markers(hidden, stops),
+    )
+    self._stops = Stops(self._markers.stops)
 
   @property
   def stopped(self) -> bool:
@@ -110,12 +163,18 @@ class Stream:
     return self._stops.found
 
   def feed(self, ids: Sequence[int]) -> str:
-    return self._stops.feed(self._detokenizer.feed(ids))
+    if not self._markers.of:
+      return self._stops.feed(self._detokenizer.feed(ids))
+    text = ''
+    for i in ids:
+      text += self._stops.feed(self._detokenizer.feed([i]))
+      text += self._stops.feed(self._markers.of.get(i, ''))
+    return self._markers.removed(text)
 
   def finish(self) -> str:
     """The rest, when no more ids come."""
     rest = self._stops.feed(self._detokenizer.finish())
-    return rest + self._stops.finish()
+    return self._markers.removed(rest + self._stops.finish())
 
 
 def _overlap(text: str, stop: str) -> int:

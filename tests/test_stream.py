@@ -134,3 +134,28 @@ def test_a_stream_holds_characters_and_stop_strings():
     sizes = tuple(rng.integers(1, 5, 9))
     found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
     assert found + stream.finish() == 'ask 你 ' and stream.stopped
+
+
+@pytest.mark.parametrize('sizes', [(1,), (2,), (3, 1, 5), (100,)])
+def test_a_stop_string_may_hold_special_tokens(sizes):
+  # Decoded, 300 and 301 have no text, as special tokens of a tokenizer.
+  contents = {300: '<|user|>', 301: '<|end|>'}
+
+  def decode(ids):
+    return WORDS.decode([i for i in ids if i not in contents])
+
+  def hidden(text):
+    return {i: content for i, content in contents.items() if content in text}
+
+  ids = [*WORDS.encode('a\n'), 300, *WORDS.encode('b'), 301, 300]
+  ids += WORDS.encode('\nc')
+  for stop, text in (
+    ('<|user|>', 'a\n'),
+    ('\n<|user|>b', 'a'),
+    ('<|end|><|user|>\n', 'a\nb'),
+    ('<|user|>c', 'a\nb\nc'),
+  ):
+    stream = Stream(decode, (stop,), hidden)
+    found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
+    assert found + stream.finish() == text
+    assert stream.stopped == (text != 'a\nb\nc')

@@ -152,6 +152,20 @@ class Tokenizer:
     return found
 
 
+def hidden(words: Vocabulary, text: str) -> dict[int, str]:
+  """{id: content} of the special tokens in a text that `decode` leaves out.
+
+  Where the content of one is within another's, both are there.
+  """
+  if not isinstance(words, Tokenizer):
+    return {}
+  return {
+    i: token.content
+    for i, token in words.tokenizer.added_tokens_decoder.items()
+    if token.content and token.content in text and not words.decode([i])
+  }
+
+
 def tokenizer_of(path: str) -> Any:
   """A tokenizer of `transformers`: a directory's, a GGUF file's or the hub's.
 

@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import re
 from collections.abc import AsyncIterator, Sequence
 
 from moepeft.serve.http.errors import Problem, broken, later, wrong
@@ -22,10 +21,9 @@ from moepeft.serve.protocol import (
   Scored,
   Token,
 )
-from moepeft.stream import Detokenizer, Stops
+from moepeft.stream import Detokenizer, Markers, Stops
 
 _LOG = logging.getLogger('moepeft.serve')
-_MARKER = re.compile('[\ud800-\udfff]')
 # Why an answer ended, in OpenAI's words, which has none for a time that is up.
 REASONS = {
   STOP: 'stop',
@@ -72,40 +70,6 @@ class Delta:
     )
 
 
-class Markers:
-  """Stop strings with special tokens, which have no text in an answer.
-
-  A special token of a stop string is marked in the answer's text by a
-  character that no text has, half of a surrogate pair, and the stop string is
-  looked for in both forms: an answer may also spell such a token out.
-
-  Attributes:
-    stops: the stop strings, and those of the marked form.
-    of: {id of a special token: its marker}.
-  """
-
-  def __init__(self, words: Words, stops: Sequence[str]):
-    hidden = words.hidden('\n'.join(stops)) if stops else {}
-    # Surrogates are 2,048 characters; stop strings hold fewer tokens.
-    pairs = zip(hidden.items(), map(chr, range(0xD800, 0xE000)), strict=False)
-    self.of, by_content = {}, {}
-    for (i, content), marker in pairs:
-      self.of[i] = by_content[content] = marker
-    self.stops = tuple(stops)
-    if by_content:
-      # As tokenizers do: of two that begin at one place, the longer.
-      longest = sorted(by_content, key=len, reverse=True)
-      pattern = re.compile('|'.join(map(re.escape, longest)))
-      marked = (
-        pattern.sub(lambda match: by_content[match[0]], stop) for stop in stops
-      )
-      self.stops = tuple(dict.fromkeys((*stops, *marked)))
-
-  def removed(self, text: str) -> str:
-    """The text without markers."""
-    return _MARKER.sub('', text) if self.of else text
-
-
 class Answer:
   """One answer.
 
@@ -128,7 +92,7 @@ class Answer:
         the joint.
     """
     self._detokenizer = Detokenizer(words.decode)
-    self._markers = Markers(words, stops)
+    self._markers = Markers(words.hidden, stops)
     self._stops = Stops(self._markers.stops)
     self._detokenizer.feed(before)
     self._ends = frozenset(ends)

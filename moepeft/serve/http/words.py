@@ -16,7 +16,7 @@ from moepeft.data import chat, chat_text
 from moepeft.data.answer_ids import said
 from moepeft.data.conversations import Conversation
 from moepeft.data.turns import Turn
-from moepeft.data.vocabulary import Tokenizer, Vocabulary
+from moepeft.data.vocabulary import Tokenizer, Vocabulary, hidden
 from moepeft.serve.http.chat_schema import Call, Message
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.pieces import name, pieces
@@ -138,18 +138,8 @@ class Words:
     return self._words.decode(list(ids))
 
   def hidden(self, text: str) -> dict[int, str]:
-    """{id: content} of the special tokens in a text that `decode` leaves out.
-
-    Where one's content is within another's, both are there.
-    """
-    if not isinstance(self._words, Tokenizer):
-      return {}
-    added = self._words.tokenizer.added_tokens_decoder
-    return {
-      i: token.content
-      for i, token in added.items()
-      if token.content in text and token.content and not self.decode([i])
-    }
+    """The special tokens of a text, see `vocabulary.hidden`."""
+    return hidden(self._words, text)
 
   def piece(self, i: int) -> bytes:
     """The bytes of a token."""
