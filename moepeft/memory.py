@@ -165,6 +165,25 @@ def check_answers(model: Any, rows: int, tokens: int) -> None:
     )
 
 
+def check_arrays(size: int, name: str, advice: str) -> None:
+  """Checks that arrays of a server fit before they are made.
+
+  Args:
+    size: bytes of them.
+    name: of the arrays, a plural.
+    advice: the flags to lower.
+
+  Raises:
+    ValueError: there are fewer bytes, with both figures.
+  """
+  there, where = available()
+  if there and size > there:
+    raise ValueError(
+      f'{name} need {_text(size)} of memory, and {where} has {_text(there)}; '
+      f'lower {advice}'
+    )
+
+
 def _per_device(needed: Need, config: ConfigDict) -> int:
   """Bytes of the need that the memory of `available` must hold."""
   if jax.default_backend() == 'cpu':
@@ -183,7 +202,8 @@ def available() -> tuple[int, str]:
   if device.platform == 'cpu':
     return _host(), 'this machine'
   stats: Mapping[str, int] = device.memory_stats() or {}
-  return stats.get('bytes_limit', 0), f'the device {device.device_kind}'
+  free = stats.get('bytes_limit', 0) - stats.get('bytes_in_use', 0)
+  return max(free, 0), f'the device {device.device_kind}'
 
 
 def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:

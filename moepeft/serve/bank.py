@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moepeft import memory
 from moepeft.base import Base
 from moepeft.peft import build
-from moepeft.serve import fitting, forms, memory, stacked
+from moepeft.serve import fitting, forms, stacked
 from moepeft.serve.adapters import Adapter, read
 from moepeft.serve.fitting import Fitted, Layout
 from moepeft.serve.forms import Form
@@ -261,7 +262,7 @@ class Banks:
         f'for {self._named()}; got slots={self._most} and a budget of '
         f'{self._budget}: raise them, or name fewer adapters and forms'
       )
-    memory.check(
+    memory.check_arrays(
       count * one,
       f'{count:,} slots each for adapters of {self._named()}',
       '--adapter_slots, or set --adapter_bytes',

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft import memory
 from moepeft.sampling import Sampling
 from moepeft.serve import cache as cache_lib
-from moepeft.serve import memory, picking
+from moepeft.serve import picking
 from moepeft.serve.layered import Method
 from moepeft.serve.settings import TOP
 from moepeft.serve.weights import Weights
@@ -89,7 +90,7 @@ class Programs:
     layer = cache_lib.shapes(row, self._slots, places)
     leaves = jax.tree.leaves(layer)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    memory.check(
+    memory.check_arrays(
       size * length,
       f'keys and values of {self._slots:,} requests of {places:,} tokens',
       '--slots or --places',
