@@ -104,6 +104,8 @@ TEXTS = (
   'model.size',
   'model.version',
   'data.tasks',
+  'data.ignore',
+  'data.date',
   'data.path',
   'data.split',
   'data.templates',

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values of macros -> a ConfigDict."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from moepeft import spec
 from moepeft.core.ranges import suggestion
 from moepeft.gin_files.names import KEYS, SHAPE
 from moepeft.gin_files.syntax import Reference
-from moepeft.interop import t5x
+from moepeft.interop import t5x_files
 from moepeft.models import t5
 
 _PER = {'AVERAGE_PER_SEQUENCE': 'sequences', 'NUM_REAL_TARGET_TOKENS': 'tokens'}
@@ -160,18 +160,12 @@ def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
 
 def _restored_step(path: str) -> int | None:
   """The step in the name of a T5X checkpoint; None for other models."""
-  name = os.path.basename(path.rstrip('/'))
-  folder = os.path.expanduser(path)
-  if path and any(map(os.path.isfile, _indices(folder))):
-    name = t5x.find(folder).parent.name
-  match = re.fullmatch(r'checkpoint_(\d+)', name)
-  return int(match[1]) if match else None
-
-
-def _indices(folder: str) -> list[str]:
-  children = os.listdir(folder) if os.path.isdir(folder) else []
-  inside = [c for c in children if re.fullmatch(r'checkpoint_\d+', c)]
-  return [os.path.join(folder, child, t5x.INDEX) for child in inside]
+  index = Path(path).expanduser()
+  if path and t5x_files.holds(str(index)):
+    index = t5x_files.find(str(index))
+  # The index is a single file, or lies in the checkpoint or an item of it.
+  steps = (re.fullmatch(r'checkpoint_(\d+)', p) for p in index.parts[-3:])
+  return next((int(step[1]) for step in reversed(list(steps)) if step), None)
 
 
 def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
