@@ -92,7 +92,7 @@ class Sandbox:
         return watched(limited, self.bounds, made, passed, cwd)
     made = {**_environment(_WORK), **more}
     with tempfile.TemporaryFile() as seccomp:
-      seccomp.write(filters.program())
+      seccomp.write(filters.program(connects=not self._readable))
       seccomp.seek(0)
       file = seccomp.fileno()
       box = _bubblewrap(self.bounds, made, self._readable, self._cwd or _WORK)

@@ -322,6 +322,46 @@ print(asyncio.run(asyncio.sleep(0, 'asyncio')))
   assert ran.output == '[1]\nasyncio\n'
 
 
+@pytest.mark.parametrize('kind', ['STREAM', 'DGRAM', 'SEQPACKET', 'RAW'])
+def test_a_socket_in_a_readable_directory_is_not_reached(box, kind):
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    path = f'{folder}/socket'
+    made = {'RAW': 'DGRAM'}.get(kind, kind)
+    with socket.socket(socket.AF_UNIX, getattr(socket, f'SOCK_{made}')) as host:
+      host.bind(path)
+      os.chmod(path, 0o777)
+      host.setblocking(False)
+      if made != 'DGRAM':
+        host.listen()
+      ran = Sandbox(readable=[folder]).python_program(f"""
+import os, socket
+ends = []
+for make in (socket.socket, socket.socketpair):
+  try:
+    made = make(socket.AF_UNIX, socket.SOCK_{kind})
+    ends += [made] if make is socket.socket else made
+  except OSError:
+    pass
+for end in ends:
+  for way in (
+    lambda: end.sendto(b'x', {path!r}),
+    lambda: end.sendmsg([b'x'], [], 0, {path!r}),
+    lambda: end.connect({path!r}),
+  ):
+    try:
+      way()
+    except OSError:
+      pass
+print(os.path.exists({path!r}))
+import asyncio
+print(asyncio.run(asyncio.sleep(0, 'asyncio')))
+""")
+      assert ran.output == 'True\nasyncio\n'
+      with pytest.raises(BlockingIOError):
+        host.recv(1) if made == 'DGRAM' else host.accept()
+
+
 def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
   # A directory in place of cgroupfs, as no such group may be had here: what is
   # written, in what order and where, not what a kernel does with it.
