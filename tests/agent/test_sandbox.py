@@ -5,6 +5,7 @@ A program stops by itself (`signal.alarm`) long before it could do harm, should
 the sandbox not hold: what it would use is a stand-in far below the machine's.
 """
 
+import io
 import os
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import filters, groups, sandbox  # noqa: E402
+from moepeft.agent import filters, groups, programs, sandbox  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.programs import Bounds  # noqa: E402
 from moepeft.agent.sandbox import Sandbox  # noqa: E402
@@ -298,6 +299,28 @@ print('SURVIVED')
 """)
   assert 'SURVIVED' not in ran.output and ran.code is None
   assert 'of memory' in ran.ended and ran.ended.startswith('ended: ')
+
+
+def test_names_of_files_count_and_end_the_program(box, monkeypatch):
+  # The figures of the machine show them as memory that can be had back.
+  monkeypatch.setattr(programs.groups.Machine, 'growth', lambda machine: 0)
+  ran = Sandbox(Bounds(seconds=20, memory=60 * MB)).shell_program("""
+cd /tmp && echo > f && for i in 1 2 3 4 5 6 7 8; do
+  mkdir $i && python3 -c "
+import os
+for n in range(15000): os.link('f', '$i/' + str(n).rjust(250, 'x'))"
+done
+echo SURVIVED
+""")
+  assert 'SURVIVED' not in ran.output and 'of memory' in ran.ended
+
+
+def test_memory_in_swap_counts(monkeypatch):
+  status = 'PPid:\t1\nRssAnon:\t7 kB\nVmSwap:\t11 kB\nThreads:\t2\n'
+  monkeypatch.setattr(programs.os, 'listdir', lambda path: ['4000000'])
+  opened = lambda path: io.StringIO(status)  # noqa: E731
+  monkeypatch.setattr(programs, 'open', opened, raising=False)
+  assert programs._used(4000000) == (18 * 1024, 2)
 
 
 def test_sockets_are_of_one_family_and_pairs_too(box):
