@@ -24,7 +24,7 @@ from moepeft.agent.agent import FORMS, MODES, Agent
 from moepeft.agent.loop import Budget, Event
 from moepeft.agent.memory import Memory, Tokens
 from moepeft.agent.model import Failed, Served
-from moepeft.core import files, terminal
+from moepeft.core import files, secrets, terminal
 from moepeft.core.untrusted import Malformed, check_encodable
 
 _WIDE = 100
@@ -50,7 +50,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 _COUNT = number(int, 1, 1_000_000_000)
-_SECONDS = number(float, 0, 1_000_000)
+_SECONDS = number(float, 0.001, 1_000_000)
 _TEMPERATURE = number(float, 0, 1_000)
 _SEED = number(int, 0, 2**63 - 1)
 _FLAGS = (
@@ -305,7 +305,7 @@ def run(argv: Sequence[str] | None = None) -> None:
   try:
     sys.exit(main(asked))
   except (ValueError, OSError) as e:
-    flags.exit(2, f'error: {terminal.visible(e)}\n')
+    flags.exit(2, f'error: {terminal.visible(secrets.hidden(str(e)))}\n')
 
 
 if __name__ == '__main__':

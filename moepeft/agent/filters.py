@@ -5,8 +5,10 @@ Refused with EPERM are calls that make memory which belongs to no process, new
 user namespaces, and interfaces of the kernel that ordinary programs do not use.
 Sockets are of AF_UNIX alone, any other family is EAFNOSUPPORT: a network
 namespace does not hold AF_VSOCK, which reaches a virtual machine's host, and
-AF_ALG, AF_NETLINK and AF_PACKET are large interfaces. Format: linux/filter.h,
-linux/seccomp.h.
+AF_ALG, AF_NETLINK and AF_PACKET are large interfaces. A program that sees
+directories of the user's is refused `connect`, and sockets of messages, which
+send without it: a socket that lies there, as of tmux or of an agent of keys,
+leads out of the sandbox. Format: linux/filter.h, linux/seccomp.h.
 """
 
 import platform
@@ -34,8 +36,9 @@ _CLONE = {'x86_64': 56, 'aarch64': 220}
 _CLONE3, _NEW_USER = 435, 0x10000000
 # socket and socketpair.
 _SOCKETS = {'x86_64': (41, 53), 'aarch64': (198, 199)}
-_AF_UNIX = 1
-_LOAD, _EQUAL, _ABOVE, _ANY, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_CONNECT = {'x86_64': 42, 'aarch64': 203}
+_AF_UNIX, _SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPES = 1, 1, 5, 0xF
+_LOAD, _EQUAL, _ABOVE, _ANY, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 # A verdict, its low bits an errno: EPERM, ENOSYS, EAFNOSUPPORT.
 _VERDICTS = {
   'allow': 0x7FFF0000,
@@ -46,13 +49,16 @@ _VERDICTS = {
 }
 # x86_64's other numbers (x32) begin here.
 _X32 = 0x40000000
-# Where the architecture, the call's number and its first argument lie; the
-# kernel reads flags and families as 32 bits, the low half.
-_ARCH, _NUMBER, _FIRST = 4, 0, 16
+# Where the architecture, the call's number and its first arguments lie; the
+# kernel reads flags, families and types as 32 bits, the low half.
+_ARCH, _NUMBER, _FIRST, _SECOND = 4, 0, 16, 24
 
 
-def program() -> bytes:
+def program(connects: bool = True) -> bytes:
   """The filter for this machine, as bwrap's --seccomp reads it.
+
+  Args:
+    connects: whether sockets may reach a path; pairs work without.
 
   Raises:
     ValueError: the machine is not known.
@@ -71,6 +77,8 @@ def program() -> bytes:
     (_LOAD, None, None, _NUMBER),
     (_ABOVE, 'refuse', None, _X32),
   ]
+  if not connects:
+    numbers += (_CONNECT[machine],)
   for number in sorted(numbers + _EVERYWHERE):
     lines.append((_EQUAL, 'refuse', None, number))
   lines.append((_EQUAL, 'no call', None, _CLONE3))
@@ -84,8 +92,15 @@ def program() -> bytes:
   labels = {'socket': len(lines)}
   lines += [
     (_LOAD, None, None, _FIRST),
-    (_EQUAL, 'allow', 'no family', _AF_UNIX),
+    (_EQUAL, 'allow' if connects else None, 'no family', _AF_UNIX),
   ]
+  if not connects:
+    lines += [
+      (_LOAD, None, None, _SECOND),
+      (_AND, None, None, _SOCK_TYPES),
+      (_EQUAL, 'allow', None, _SOCK_STREAM),
+      (_EQUAL, 'allow', 'refuse', _SOCK_SEQPACKET),
+    ]
   for name, verdict in _VERDICTS.items():
     labels[name] = len(lines)
     lines.append((_RETURN, None, None, verdict))

@@ -21,18 +21,24 @@ _HTML = frozenset(
   'ul'.split()
 )
 _ELEMENT = re.compile(r'</?([a-z][a-z0-9]*)(?:\s[^<>]*)?/?>')
-# Angles and brackets that are no compatibility form of the ASCII ones.
-_LOOKALIKES = str.maketrans('‹〈⟨❮❬≺⧼ᐸ⟦〔【〖', '<<<<<<<<[[[[')
+# Angles, brackets and slashes that are no compatibility form of the ASCII ones.
+# Quotation marks («, 《) are left as they are: whole languages use them.
+_LOOKALIKES = str.maketrans(
+  '‹〈⟨❮❬❰≺⧼ᐸ˂⦑⟦〔【〖⁅⦋⟧〕】〗⁆⦌∕⁄⧸', '<<<<<<<<<<<[[[[[[]]]]]]///'
+)
 # An angle before a letter, a bar, a slash: anything but what follows a
 # comparison, a shift or an arrow. Before a number where it is closed: <2en>.
-_ANGLE = re.compile(r'<(?!$|[\s\d<=.,;()\'"-])|<(?=\w{1,60}>|\s*/)')
+_ANGLE = re.compile(r'<(?!$|[\s\d<=.,;()\'"-])|<(?=\w{1,60}>|\s*[/|])')
 # The mark of this program, however it is spaced.
 _OUTPUT = re.compile(r'<(?=\W{0,40}tool[\W_]{0,40}output)', re.IGNORECASE)
-# [INST], [/TOOL_CALLS], [gMASK]; those of known names in small letters too.
+# [INST], [/TOOL_CALLS], [gMASK]; those of known names in small letters too;
+# [|user|], [e~[, ]~b] and ]~!b[ by their first two characters.
 _UPPER = re.compile(r'\[(?=[\s/_]{0,40}\w{0,40}[A-Z]{2}[\w ]{0,40}\s*\])')
 _NAMED = re.compile(
-  r'\[(?=[\s/_]{0,40}(?:inst|tool\w*|available_\w*|system\w*|sys|unused\w*|'
-  r'[gs]?mask|cls|sep|bos|eos)\s*\])|\[(?=e~\[)|\](?=~[a-z]\])',
+  r'\[(?=[\s/_]{0,40}(?:b_inst|e_inst|inst|tool\w*|available_\w*|system\w*|'
+  r'sys|unused\w*|[gs]?mask|cls|sep|bos|eos|pad|unk|im_\w+|start_\w+|'
+  r'end_\w+|think\w*|user|assistant|human|bot|args|call_id|model_settings)'
+  r'\s*\])|\[(?=[\s_]{0,40}\||e~\[)|\](?=~)',
   re.IGNORECASE,
 )
 _ESCAPED = {'<': '&lt;', '[': '&#91;', ']': '&#93;'}
@@ -61,18 +67,18 @@ def escape(text: str) -> str:
 def _folded(text: str) -> str:
   """A text of the same length in which lookalikes are what they look like.
 
-  A character that is not seen (a joiner, a mark of direction) becomes a `_`, so
-  that a mark with one inside is a mark.
+  A character that is not seen (a joiner, a mark of direction, a control
+  character) becomes a `_`, so that a mark with one inside is a mark.
   """
-  if text.isascii():
+  if text.isascii() and text.isprintable():
     return text
   return ''.join(map(_fold, text))
 
 
 def _fold(char: str) -> str:
-  if char.isascii():
+  if char.isascii() and (char.isprintable() or char.isspace()):
     return char
-  plain = unicodedata.normalize('NFKC', char.translate(_LOOKALIKES))
-  if unicodedata.category(char) in ('Cf', 'Mn'):
+  if unicodedata.category(char) in ('Cc', 'Cf', 'Me', 'Mn'):
     return '_'
+  plain = unicodedata.normalize('NFKC', char).translate(_LOOKALIKES)
   return plain if len(plain) == 1 else char

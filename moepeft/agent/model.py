@@ -100,6 +100,8 @@ def client(base_url: str, key: str = '') -> openai.OpenAI:
   http = openai.DefaultHttpxClient(
     event_hooks={'response': [_bound]},
     headers={'Accept-Encoding': 'identity'},
+    # The conversation is for the server that was named, and for no other.
+    follow_redirects=False,
   )
   try:
     # Where a server asks for no key the client still wants one.

@@ -7,9 +7,15 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moepeft.agent import groups
+
+# Directories of a sandbox that are file systems in memory; the first one is on
+# no other system.
+IN_MEMORY = ('/sandbox', '/tmp', '/dev/shm')
+# Bytes of a name in one: its inode, its entry, the name itself.
+_NAME = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,23 +154,39 @@ def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
 
 
 def _used(pid: int) -> tuple[int, int]:
-  """Private bytes of a process and all its descendants, and their threads."""
+  """Bytes of a process and all its descendants, and their threads.
+
+  Bytes are private memory, in swap too, and names of files in memory, which the
+  machine's figures tell as if the kernel could give them back.
+  """
   held, threads, below = {}, {}, {}
   for name in filter(str.isdigit, os.listdir('/proc')):
     with contextlib.suppress(OSError, ValueError, KeyError):
       with open(f'/proc/{name}/status') as lines:
         status = dict(line.split(':', 1) for line in lines)
       below.setdefault(int(status['PPid']), []).append(int(name))
-      held[int(name)] = int(status['RssAnon'].split()[0])
+      held[int(name)] = sum(
+        int(status[key].split()[0]) for key in ('RssAnon', 'VmSwap')
+      )
       threads[int(name)] = int(status['Threads'])
   pids, left = set(), [pid]
   while left:
     pids.add(parent := left.pop())
     left += set(below.get(parent, ())) - pids
   return (
-    1024 * sum(held.get(pid, 0) for pid in pids),
+    1024 * sum(held.get(pid, 0) for pid in pids) + _NAME * _names(pids),
     sum(threads.get(pid, 0) for pid in pids),
   )
+
+
+def _names(pids: Iterable[int]) -> int:
+  """Files and links in the file systems in memory that processes see."""
+  for pid in pids:
+    # Outside of the sandbox there is no such directory.
+    with contextlib.suppress(OSError):
+      figures = [os.statvfs(f'/proc/{pid}/root{path}') for path in IN_MEMORY]
+      return sum(one.f_files - one.f_ffree for one in figures)
+  return 0
 
 
 class _Kept:

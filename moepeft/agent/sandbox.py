@@ -20,11 +20,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 from moepeft.agent import filters
-from moepeft.agent.programs import Bounds, Ran, watched
+from moepeft.agent.programs import IN_MEMORY, Bounds, Ran, watched
 from moepeft.agent.tools import Tool, tool
 
 # A name that no system has, so that it hides nothing.
-_WORK = '/sandbox'
+_WORK = IN_MEMORY[0]
 # Read by the linker, by time zones and by what checks certificates.
 _ETC = ('alternatives', 'ld.so.cache', 'ld.so.conf', 'localtime')
 
@@ -92,7 +92,7 @@ class Sandbox:
         return watched(limited, self.bounds, made, passed, cwd)
     made = {**_environment(_WORK), **more}
     with tempfile.TemporaryFile() as seccomp:
-      seccomp.write(filters.program())
+      seccomp.write(filters.program(connects=not self._readable))
       seccomp.seek(0)
       file = seccomp.fileno()
       box = _bubblewrap(self.bounds, made, self._readable, self._cwd or _WORK)
@@ -177,7 +177,8 @@ def _bubblewrap(
   for name in _ETC:
     made += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
   room = ['--perms', '1777', '--size', str(bounds.disk), '--tmpfs']
-  made += [*room, _WORK, *room, '/tmp']
+  work, temporary, shared = IN_MEMORY
+  made += [*room, work, *room, temporary]
   # After /tmp, below which some may be; what holds others before them.
   there: set[str] = set()
   for path in sorted({*_interpreter(), *readable}):
@@ -189,7 +190,7 @@ def _bubblewrap(
         made += ['--perms', '0755', '--dir', str(parent)]
         there.add(str(parent))
     made += ['--ro-bind', path, path]
-  made += ['--proc', '/proc', '--dev', '/dev', *room, '/dev/shm']
+  made += ['--proc', '/proc', '--dev', '/dev', *room, shared]
   return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
 
 

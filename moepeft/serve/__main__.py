@@ -185,7 +185,7 @@ def start_log() -> None:
   """Lines of the server, and warnings of uvicorn, to standard error."""
   handler = logging.StreamHandler()
   form = '%(asctime)s %(levelname).1s %(message)s'
-  handler.setFormatter(logging.Formatter(form, '%H:%M:%S'))
+  handler.setFormatter(banner.Formatter(form, '%H:%M:%S'))
   for name, level in (
     ('moepeft.serve', logging.INFO if _ACCESS_LOG.value else logging.WARNING),
     ('uvicorn', logging.WARNING),

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command shows: how far its start is, and then how to ask."""
+"""The command's output: how far its start is, how to ask, and its log."""
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from moepeft.core import secrets, terminal
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.protocol import Loaded
 
 # Seconds between two lines where the output is no terminal.
 _EVERY = 10.0
+
+
+class Formatter(logging.Formatter):
+  """Lines without secrets and control characters, tracebacks included."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return terminal.visible(secrets.hidden(super().format(record)))
 
 
 class Start:
@@ -34,7 +43,7 @@ class Start:
     """Shows lines in a box."""
     clear = '\r\x1b[K' if self._out.isatty() else ''
     seconds = time.monotonic() - self._began
-    lines = [f'ready after {seconds:.0f} s', *lines]
+    lines = [f'ready after {seconds:.0f} s', *map(terminal.visible, lines)]
     width = max(map(len, lines))
     rule = '─' * (width + 2)
     rows = [f'│ {line.ljust(width)} │' for line in lines]

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent import model, traces  # noqa: E402
-from moepeft.agent.__main__ import main, parser  # noqa: E402
+from moepeft.agent.__main__ import main, parser, run  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.memory import Tokens  # noqa: E402
@@ -181,6 +181,23 @@ def test_a_compressed_reply_is_refused_before_it_is_unpacked(client):
   with Bodies(b'x' * 100, headers={'Content-Encoding': 'gzip'}) as server:
     outcome = ask(client, server.url, False)
   assert outcome.state == 'failed' and '\n' not in outcome.why
+
+
+def test_a_conversation_is_not_sent_on_to_another_server(client):
+  with serving(says('from elsewhere')) as other:
+    for status in (301, 302, 303, 307, 308):
+      with Bodies(status=status, headers=[('Location', other.url)]) as bodies:
+        for stream in (False, True):
+          outcome = ask(client, bodies.url, stream)
+          assert outcome.state == 'failed'
+          assert f'HTTP {status}' in outcome.why
+    assert not other.requests
+
+
+def test_a_password_in_the_address_is_in_no_error(capsys):
+  with pytest.raises(SystemExit):
+    run(['--base_url=http://me:hush-hush@127.0.0.1:1/v1', '--skills=', '?'])
+  assert 'hush' not in capsys.readouterr().err
 
 
 def test_an_errors_message_is_cut_and_one_line(client):

@@ -70,6 +70,14 @@ TOKENS = (
   '[MASK]',
   '[PAD]',
   '[unused1]',
+  # EXAONE, MiniMax M2; small letters.
+  '[|user|]',
+  '[|endofturn|]',
+  ']~!b[',
+  '[think]',
+  '[/think]',
+  '[pad]',
+  '[assistant]',
 )
 # This program's own, in every spelling that somebody may think of.
 ENDS = (
@@ -97,6 +105,16 @@ ENDS = (
   '</\u200dtool\u200d_output>',
   '<\u202e/tool_output>',
   '<\u00ad/tool_output>',
+  '\u2329/tool_output\u232a',
+  '\u02c2/tool_output\u02c3',
+  '❰/tool_output❱',
+  '<∕tool_output>',
+  '< \u2044tool_output>',
+  '[\x00INST]',
+  '[\u20ddINST]',
+  '[∕INST]',
+  '⁅INST⁆',
+  '< |im_start|>',
 )
 
 
@@ -125,7 +143,7 @@ def test_an_element_hides_no_mark(mark):
     'a < b, c > d and 1<2, x <= y, i << 3, a <- b, (<), "<"',
     '<b>bold</b>, <div class="x">\n<a href="u">l</a></div><br/>',
     'x[0], x[i], [1, 2], [link](url), [a-z]+, d["key"], - [ ] open',
-    'ordinary text: Grüße, 日本語, שלום 👩‍👩‍👧',
+    'ordinary text: Grüße, «да», 《红楼梦》, 日本語, שלום 👩‍👩‍👧',
     '',
   ],
 )

@@ -5,6 +5,7 @@ A program stops by itself (`signal.alarm`) long before it could do harm, should
 the sandbox not hold: what it would use is a stand-in far below the machine's.
 """
 
+import io
 import os
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import filters, groups, sandbox  # noqa: E402
+from moepeft.agent import filters, groups, programs, sandbox  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.programs import Bounds  # noqa: E402
 from moepeft.agent.sandbox import Sandbox  # noqa: E402
@@ -300,6 +301,28 @@ print('SURVIVED')
   assert 'of memory' in ran.ended and ran.ended.startswith('ended: ')
 
 
+def test_names_of_files_count_and_end_the_program(box, monkeypatch):
+  # The figures of the machine show them as memory that can be had back.
+  monkeypatch.setattr(programs.groups.Machine, 'growth', lambda machine: 0)
+  ran = Sandbox(Bounds(seconds=20, memory=60 * MB)).shell_program("""
+cd /tmp && echo > f && for i in 1 2 3 4 5 6 7 8; do
+  mkdir $i && python3 -c "
+import os
+for n in range(15000): os.link('f', '$i/' + str(n).rjust(250, 'x'))"
+done
+echo SURVIVED
+""")
+  assert 'SURVIVED' not in ran.output and 'of memory' in ran.ended
+
+
+def test_memory_in_swap_counts(monkeypatch):
+  status = 'PPid:\t1\nRssAnon:\t7 kB\nVmSwap:\t11 kB\nThreads:\t2\n'
+  monkeypatch.setattr(programs.os, 'listdir', lambda path: ['4000000'])
+  opened = lambda path: io.StringIO(status)  # noqa: E731
+  monkeypatch.setattr(programs, 'open', opened, raising=False)
+  assert programs._used(4000000) == (18 * 1024, 2)
+
+
 def test_sockets_are_of_one_family_and_pairs_too(box):
   ran = box.python_program("""
 import socket
@@ -320,6 +343,46 @@ import asyncio
 print(asyncio.run(asyncio.sleep(0, 'asyncio')))
 """)
   assert ran.output == '[1]\nasyncio\n'
+
+
+@pytest.mark.parametrize('kind', ['STREAM', 'DGRAM', 'SEQPACKET', 'RAW'])
+def test_a_socket_in_a_readable_directory_is_not_reached(box, kind):
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    path = f'{folder}/socket'
+    made = {'RAW': 'DGRAM'}.get(kind, kind)
+    with socket.socket(socket.AF_UNIX, getattr(socket, f'SOCK_{made}')) as host:
+      host.bind(path)
+      os.chmod(path, 0o777)
+      host.setblocking(False)
+      if made != 'DGRAM':
+        host.listen()
+      ran = Sandbox(readable=[folder]).python_program(f"""
+import os, socket
+ends = []
+for make in (socket.socket, socket.socketpair):
+  try:
+    made = make(socket.AF_UNIX, socket.SOCK_{kind})
+    ends += [made] if make is socket.socket else made
+  except OSError:
+    pass
+for end in ends:
+  for way in (
+    lambda: end.sendto(b'x', {path!r}),
+    lambda: end.sendmsg([b'x'], [], 0, {path!r}),
+    lambda: end.connect({path!r}),
+  ):
+    try:
+      way()
+    except OSError:
+      pass
+print(os.path.exists({path!r}))
+import asyncio
+print(asyncio.run(asyncio.sleep(0, 'asyncio')))
+""")
+      assert ran.output == 'True\nasyncio\n'
+      with pytest.raises(BlockingIOError):
+        host.recv(1) if made == 'DGRAM' else host.accept()
 
 
 def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):

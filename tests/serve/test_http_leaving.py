@@ -176,6 +176,24 @@ def test_a_stream_that_does_not_end_is_cut_when_the_server_goes_down(client):
   connection.close()
 
 
+def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
+  monkeypatch.setattr(server_lib, '_LAST', 1)
+  found = endless()
+  with running(found) as client:
+    found.engine.running.clear()
+    connection = client.connect()
+    client.begin(connection, 'POST', COMPLETIONS, TEXT)
+    assert client.engine.busy(1)
+    # As where it compiles a program for minutes.
+    stop, found.engine.stop = found.engine.stop, lambda: None
+    assert drained(client, 0.1)
+    answer = connection.getresponse()
+    assert answer.status == 503 and b'going down' in answer.read()
+    connection.close()
+    found.engine.stop = stop
+  assert 'Traceback' not in caplog.text and 'Exception' not in caplog.text
+
+
 def test_a_server_that_cannot_end_says_so_to_its_command(monkeypatch):
   monkeypatch.setattr(server_lib, '_LAST', 0.2)
   released, overdue = threading.Event(), threading.Event()

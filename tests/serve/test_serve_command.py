@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 for _room in ('bank', 'constraints', 'embeddings', 'engine', 'page'):
   pytest.importorskip(f'moepeft.serve.{_room}')
+
+from moepeft.serve.banner import Formatter  # noqa: E402
 
 SECONDS = 240
 
@@ -124,3 +127,18 @@ def test_a_server_starts_answers_drains_and_ends_with_code_0(tmp_path):
       process.wait(60)
   said = log.read_text()
   assert f'http://127.0.0.1:{port}/v1' in said and 'ready after' in said
+
+
+def test_the_log_holds_no_control_characters_and_no_secrets(monkeypatch):
+  monkeypatch.setenv('A_SECRET_KEY', 'abcdef012345')
+  form = Formatter('%(message)s')
+  try:
+    raise ValueError('\x1b]52;c;eA==\x07 in \u202e of abcdef012345')
+  except ValueError:
+    record = logging.makeLogRecord(
+      {'msg': '%s', 'args': ('a\x9bb',), 'exc_info': sys.exc_info()}
+    )
+  text = form.format(record)
+  assert text.isascii() and text.replace('\n', '').isprintable()
+  assert r'a\x9bb' in text and r'\x1b]52' in text and 'Traceback' in text
+  assert 'abcdef012345' not in text

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every request passes: its id, who asks, whether now, and the log."""
 
+import asyncio
 import hashlib
 import logging
 import re
@@ -46,6 +47,12 @@ class Gate:
       sent.status = _LEFT
     except Problem as e:
       await e.response()(scope, receive, sent)
+    except asyncio.CancelledError:
+      # The server cancels, as its last act, what the engine did not end.
+      if not self._service.draining or sent.begun:
+        raise
+      problem = later('the server is going down', 10, 'draining')
+      await problem.response()(scope, receive, sent)
     except Exception:
       _LOG.exception('request %s failed', tally.id)
       if not sent.begun:
