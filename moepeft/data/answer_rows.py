@@ -26,9 +26,10 @@ def rows(
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
   table, where = hub.table_of(data.path, data.split, bad)
-  good, parts, places = [], [], []
+  good, parts, places, nulls = [], [], [], hub.fills_in(table)
   for i, fields in enumerate(table):
     try:
+      fields = hub.without_nulls(fields) if nulls else fields
       row = preference.row(fields, data.form, i, bad.unused)
       found = _useful(row, judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]

@@ -74,7 +74,9 @@ class Template:
     """
     found = self._with_system(found)
     chat_probe.check_written(found, self._left_out)
-    return chat_text.text(found, self.tokenizer, self.train_on, self._dated)
+    text = chat_text.text(found, self.tokenizer, self.train_on, self._dated)
+    chat_template.check_written(text.whole, (t.content for t in found.turns))
+    return text
 
   @functools.cached_property
   def remarks(self) -> tuple[str, ...]:

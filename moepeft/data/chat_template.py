@@ -10,18 +10,29 @@ these templates are meant.
 import datetime
 import json
 import re
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from moepeft.data import files
+from moepeft.data.fields import BadRow
 from moepeft.data.vocabulary import Tokenizer, Vocabulary
 
 _CLOCK = 'strftime_now'
-_CALL = re.compile(rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+# One text in quotes, so that nothing of an expression is taken for a format.
+_CALL = re.compile(
+  rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)"""
+)
+_COMMENT = re.compile(r'\{#.*?#\}', re.S)
 _ASKED = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
 # Jinja's words that draw from Python's own generator, which no seed of ours
 # sets.
-_RANDOM = re.compile(r'\|\s*random\b|\blipsum\s*\(')
+_RANDOM = re.compile(
+  r'\|\s*random\b|\bfilter\s+random\b|\bmap\s*\(\s*["\']random["\']'
+  r'|\blipsum\b'
+)
+# How Python writes a value that has no text, such as a method not called.
+_ADDRESS = re.compile(r'<[^<>]* at 0x[0-9a-f]+>')
 
 
 def read(path: str) -> str:
@@ -44,7 +55,7 @@ def text_of(words: Vocabulary, path: str) -> str:
 
 def reads_clock(template: str) -> bool:
   """Whether a template writes the date."""
-  return _CLOCK in _ASKED.sub('', template)
+  return _CLOCK in _ASKED.sub('', _COMMENT.sub('', template))
 
 
 def day(text: str) -> datetime.datetime:
@@ -114,11 +125,29 @@ def check_fixed(template: str) -> None:
     ValueError: the template draws at random, so that a run that goes on would
       train on another text.
   """
-  word = _RANDOM.search(template)
+  word = _RANDOM.search(_COMMENT.sub('', template))
   if word:
     raise ValueError(
       f'the chat template draws at random ({word[0]!r}), so that its text is '
       'another one each time; name another template with '
+      'config.data.chat_template'
+    )
+
+
+def check_written(text: str, given: Iterable[str]) -> None:
+  """
+  Args:
+    text: what a template wrote of a conversation.
+    given: the texts of the conversation.
+
+  Raises:
+    BadRow: the template wrote an address, which is another one in each process.
+  """
+  found = _ADDRESS.search(text)
+  if found and not any(found[0] in part for part in given):
+    raise BadRow(
+      f'the chat template writes {found[0]!r} where a text should be, as of a '
+      'method that it does not call; mend the template, or name another with '
       'config.data.chat_template'
     )
 

@@ -91,27 +91,37 @@ def named(names: Iterable[str], most: int = 9) -> str:
 
 
 # Fields that say what is trained; with a value of _TRAINED they say nothing.
-_LOSS = (
-  'loss loss_mask loss_masks loss_scale loss_weight loss_weights mask masks '
-  'masked train trainable training train_detail train_mask learn weight '
-  'weights sample_weight assistant_mask assistant_masks completion_mask'
+_ON = 'loss|train(?:able|ed|ing)?|learn(?:able|ed)?|supervised?|weight'
+_OF_LOSS = re.compile(
+  '(?:is|do|to|should|use|has|with|in|compute|calculate|assistant|completion|'
+  f'token|turn|row|sample|example)*(?:{_ON}|masks?)(?:mask|scale|weight|detail|'
+  'factor|flag|on|turn)*s?'
 )
+# What holds back a turn, or trains what is not an answer.
+_OF_NO_LOSS = re.compile(
+  f'(?:is|no|not|skip|ignore|exclude|from|in)*(?:{_ON}|ignored?|skip(?:ped)?|'
+  f'excluded?|masked)|(?:{_ON}|mask)(?:on)?(?:prompt|input|history)s?'
+)
+# 'target' is a text of a row, and these say whether a turn is one.
+_TARGETS = 'is_target is_targets'
 _TRAINED = (True, 1)
 # Of a request, not of a row; anything but this restricts the tools.
 _FREE_CHOICE = 'auto'
 _TEXTS = (
   'chosen completion completions content context contexts conversation '
   'conversations dialog dialogue document documents history input inputs '
-  'instruction instructions messages output passage passages prompt query '
-  'question rejected rejected_response response target targets text'
+  'instruction instructions messages negative_messages output passage passages '
+  'positive_messages prompt query question rejected rejected_messages '
+  'rejected_response response target targets text'
 )
 _TOOLS = (
   'available_tools function function_call function_calls functions observation '
   'tool tool_call_id tool_calls tool_choice tool_responses tool_results tools'
 )
-_THOUGHTS = (
-  'chain_of_thought cot rationale reasoning reasoning_content '
-  'reasoning_details scratchpad think thinking thought thoughts'
+_THOUGHTS = re.compile(
+  '(?:assistant|complex|long|short|model)?(?:chainofthought|cot|rationale|'
+  'reasoning|scratchpad|think|thinking|thought)(?:chain|content|detail|process|'
+  'step|text|trace)?s?'
 )
 _SYSTEM = (
   'developer developer_message developer_prompt sys_prompt system '
@@ -122,6 +132,7 @@ _SETTINGS = (
   'prefill prefix reasoning_effort recipient refusal suffix template_kwargs '
   'thinking_budget'
 )
+_MARKS = 'which marks what is trained'
 _JUDGEMENT = 'kto_tag label margin'
 _TOKENS = (
   'attention_mask input_ids label_ids labels position_ids target_ids '
@@ -134,10 +145,9 @@ _VALUES = 'value'
 _MEANINGFUL = {
   key_of(name): what
   for names, what in (
-    (_LOSS, 'which marks what is trained'),
+    (_TARGETS, _MARKS),
     (_TEXTS, 'which is text'),
     (_TOOLS, 'which is of tools'),
-    (_THOUGHTS, 'which is a thought of the assistant'),
     (_SYSTEM, "which is text of the system's turn"),
     (_SETTINGS, 'which changes what a template writes'),
     (_JUDGEMENT, 'which says how good an answer is'),
@@ -148,15 +158,13 @@ _MEANINGFUL = {
   for name in names.split()
 }
 _MEDIA = re.compile(
-  '(input|output)?(image|img|picture|photo|pixelvalue|audio|sound|video|media)'
-  's?(path|url|file|data|byte|base64|list)?s?'
+  '(?:input|output|user|assistant|prompt|question|answer|response|chosen|'
+  'rejected|has)?(?:image|img|picture|photo|screenshot|pixelvalue|audio|sound|'
+  'speech|video|media|multimodal|mm)s?'
+  r'(?:path|url|uri|file|name|data|byte|base64|b64|list|input)?s?\d*'
 )
 _MEDIUM = 'which is no text and cannot be trained'
 _OF_TURNS = frozenset(map(key_of, f'{_SPEAKERS} {_VALUES}'.split()))
-# A mask of 1 may mark what is trained or what is not.
-_LOSS_KEYS = frozenset(
-  key_of(name) for name in _LOSS.split() if not name.startswith('mask')
-)
 
 
 class Fields(Mapping):
@@ -228,7 +236,14 @@ class Fields(Mapping):
       key, what = key_of(name), meaning(name)
       if key in unused.ignore or key in _OF_TURNS and of_row:
         what = ''
-      if what and not _says_nothing(name, value) and not _repeats(value, texts):
+      needless = (
+        not what
+        or _says_nothing(name, value)
+        or _repeats(value, texts)
+        or of_row
+        and _renders(name, value, texts)
+      )
+      if not needless:
         raise BadRow(
           f'{self._where} has {name!r}, {what}, and nothing reads it here; '
           'give it in a field that is read, remove the row, or leave the field '
@@ -240,22 +255,54 @@ class Fields(Mapping):
 def meaning(name: str) -> str:
   """What a field is whose loss would change a row; '' of any other."""
   key = key_of(name)
-  return _MEANINGFUL.get(key) or (_MEDIUM if _MEDIA.fullmatch(key) else '')
+  if key in _MEANINGFUL:
+    return _MEANINGFUL[key]
+  patterns = (
+    (_OF_LOSS, _MARKS),
+    (_OF_NO_LOSS, _MARKS),
+    (_THOUGHTS, 'which is a thought of the assistant'),
+    (_MEDIA, _MEDIUM),
+  )
+  return next((what for form, what in patterns if form.fullmatch(key)), '')
 
 
 def _says_nothing(name: str, value: Any) -> bool:
   """Whether a row is the same without a field of this value."""
-  if value in ('', '[]', '{}', 'null') or value in ([], {}):
+  if _is_empty(value) or value in ('[]', '{}', 'null'):
     return True
   key = key_of(name)
-  if key in _LOSS_KEYS:
-    return value in _TRAINED
+  # A mask of 1 may mark what is trained or what is not.
+  if key.startswith('mask') and key != 'masked':
+    return False
+  if meaning(name) == _MARKS:
+    trained = key in map(key_of, _TARGETS.split()) or _OF_LOSS.fullmatch(key)
+    return value in _TRAINED if trained and key != 'masked' else value is False
   if key in ('label', 'margin'):
     # KTO's; a category in words is metadata.
     return isinstance(value, str)
   if _MEDIA.fullmatch(key):
     return value is False
   return key in ('toolchoice', 'functioncall') and value == _FREE_CHOICE
+
+
+def _is_empty(value: Any) -> bool:
+  """Whether a value holds nothing, as lists and objects of nulls do."""
+  if isinstance(value, Mapping):
+    value = list(value.values())
+  if isinstance(value, list):
+    return all(map(_is_empty, value))
+  return value in ('', None)
+
+
+def _renders(name: str, value: Any, texts: Collection[str]) -> bool:
+  """Whether a row's 'text' is all of the row again, in a template's words.
+
+  It is alpaca's fourth column.
+  """
+  lines = [line.strip() for text in texts for line in text.splitlines()]
+  if name != 'text' or not isinstance(value, str) or not lines:
+    return False
+  return all(line in value for line in lines)
 
 
 def _repeats(value: Any, texts: Collection[str]) -> bool:

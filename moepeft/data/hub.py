@@ -9,6 +9,7 @@ read here, so that a broken line has a number and can be left out.
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from moepeft.core import files as core_files
 from moepeft.core import untrusted
@@ -121,6 +122,18 @@ def table_of(
   else:
     table = _load(path, local, split)
   return table, lambda place: f'{path}, {split}, row {place}'
+
+
+def fills_in(table: Sequence[Mapping]) -> bool:
+  """Whether each object in a table has the fields of all others, as null."""
+  return hasattr(table, 'features')
+
+
+def without_nulls(value: Any) -> Any:
+  """A value of such a table with the fields that it was written with."""
+  if isinstance(value, Mapping):
+    return {k: without_nulls(v) for k, v in value.items() if v is not None}
+  return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def _table(

@@ -93,9 +93,29 @@ def row(
   else:
     prompt, answer, label = _judged(fields, turns, form, unused)
     found = Judged(_asked(fields, prompt), answer, label, idx)
+  _check_answers(found.prompt.turns[-1].content.strip(), found.answers)
   said = (*found.prompt.turns, *found.answers)
   fields.close(unused, conversations.texts_of(said))
   return found
+
+
+def _check_answers(asked: str, answers: Sequence[Turn]) -> None:
+  """
+  Raises:
+    BadRow: an answer is marked as not trained, or both begin with what was
+      asked: they are whole texts, prompt and all. One word may be an answer's.
+  """
+  if not all(turn.trained for turn in answers):
+    raise BadRow(
+      'an answer is marked as not trained, and answers are all that is trained '
+      'here; remove the mark, or the row'
+    )
+  begun = [turn.content.lstrip().startswith(asked) for turn in answers]
+  if len(answers) > 1 and all(begun) and len(asked.split()) > 1:
+    raise BadRow(
+      'both answers begin with the whole prompt, which would be there twice; '
+      'leave it out of them'
+    )
 
 
 def unpaired(pair: Compared) -> tuple[Judged, Judged]:

@@ -20,10 +20,14 @@ _ROLES = {
   'human': 'user',
   'assistant': 'assistant',
   'gpt': 'assistant',
+  'chatgpt': 'assistant',
+  'model': 'assistant',
   'function_call': 'call',
+  'tool_call': 'call',
   'tool': 'tool',
   'function': 'tool',
   'observation': 'tool',
+  'tool_response': 'tool',
 }
 
 

@@ -136,6 +136,12 @@ def test_011_a_byte_order_mark_of_a_template_is_no_text():
   assert '\ufeff' not in text and '[Hi.<|im_end|>]' in text
 
 
+def test_011_a_model_whose_config_begins_with_a_mark_brings_its_tokenizer():
+  marked = vocabulary('', str(CASES / '011' / 'model_bom'))
+  text = 'Hello, wörld.'
+  assert marked.encode(text) == vocabulary('', MODEL).encode(text)
+
+
 def test_017_a_tokenizer_without_an_end_is_one_sentence():
   words = vocabulary('', str(CASES / '017' / 'none'))
   rows, _ = examples('jsonl', '017/train.jsonl')

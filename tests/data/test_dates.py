@@ -70,7 +70,14 @@ def test_a_clock_that_cannot_be_set_is_refused():
 
 
 @pytest.mark.parametrize(
-  'word', ['{{ ["a", "b"] | random }}', '{{ lipsum() }}']
+  'word',
+  [
+    '{{ ["a", "b"] | random }}',
+    '{% filter random %}ab{% endfilter %}',
+    '{{ ["ab", "cd"] | map("random") | join }}',
+    '{{ lipsum() }}',
+    '{% set words = lipsum %}{{ words(n=1) }}',
+  ],
 )
 def test_a_template_that_draws_at_random_is_refused(word):
   tokenizer = chat_cases.tokenizer(chat_cases.CHATML + word)
@@ -233,3 +240,29 @@ def test_results_in_another_order_than_their_calls_are_refused():
     "{{ m['tool_calls'] | tojson }}{% endif %}{{ m['content'] }}",
   )
   assert 'tool\nc21' in rendered(writing, *talk('c2', 'c1'))
+
+
+def test_a_template_may_speak_of_the_clock_and_of_chance_in_comments():
+  for said in ('{# strftime_now #}', '{# a | random\nlipsum() #}'):
+    assert text(said + chat_cases.CHATML, '2021-02-03') == text(
+      chat_cases.CHATML, ''
+    )
+
+
+@pytest.mark.parametrize(
+  'form', ["'%d' ~ '%b'", r"'%H o\'clock'", "'%d', '%b'"]
+)
+def test_a_format_that_is_more_than_one_text_is_refused(form):
+  with pytest.raises(ValueError, match='a format that is no text in quotes'):
+    chat_template.dated(f'{{{{ strftime_now({form}) }}}}', '2021-02-03')
+
+
+def test_a_method_that_a_template_does_not_call_is_no_text():
+  template = chat_cases.CHATML.replace("['content']", "['content'].strip")
+  assert template != chat_cases.CHATML
+  with pytest.raises(BadRow, match='method strip of str object at 0x.* where'):
+    text(template, '')
+  shown = '<object object at 0x7f00deadbeef>'
+  talk = chat.Conversation((chat.Turn('user', shown), TALK.turns[1]))
+  used = chat.Template(chat_cases.tokenizer(chat_cases.CHATML))
+  assert shown in used.write(talk).whole

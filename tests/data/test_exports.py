@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as other programs export them: read whole, or refused by name."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from moepeft.data import answer_rows, conversations, preference
+from moepeft.data.fields import BadRow, Unused
+from moepeft.data.rows import Bad
+
+USER = {'role': 'user', 'content': 'Why is it so?'}
+SO = {'role': 'assistant', 'content': 'So.'}
+NO = {'role': 'assistant', 'content': 'No.'}
+PAIR = {'prompt': 'Why is it so?', 'chosen': 'So.', 'rejected': 'No.'}
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    *((name, False) for name in ('is_train', 'train_on_turn', 'should_train')),
+    *((name, False) for name in ('compute_loss', 'calculate_loss')),
+    *((name, False) for name in ('is_target', 'supervise', 'trainable')),
+    *((name, True) for name in ('ignore', 'no_loss', 'skip', 'masked')),
+    ('token_weights', [0, 1]),
+    ('train_on_inputs', True),
+  ],
+)
+def test_a_mark_of_any_spelling_is_refused_where_it_holds_a_turn_back(
+  name, value
+):
+  row = {'messages': [USER, {**SO, name: value}, USER, SO]}
+  with pytest.raises(BadRow, match=f"'{name}', which marks what is trained"):
+    conversations.conversation(row)
+  if isinstance(value, bool):
+    # Its opposite is how every turn is.
+    row['messages'][1][name] = not value
+    assert all(t.trained for t in conversations.conversation(row).turns)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['rejected_images', 'user_audio', 'image_1', 'screenshots', 'video_url']
+  + ['Complex_CoT', 'thinking_content', 'reasoning_trace']
+  + ['rejected_messages'],
+)
+def test_media_and_thoughts_of_any_spelling_are_refused(name):
+  for value in ('a', ['a']):
+    with pytest.raises(BadRow, match=f"the row has '{name}', which"):
+      conversations.conversation({'messages': [USER, SO], name: value})
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['social_media', 'trainer', 'source', 'id', 'score_chosen', 'answer']
+  + ['losses_of_rows_that_were_left_out', 'constraint', 'num_turns'],
+)
+def test_metadata_is_no_mark(name):
+  unused = Unused()
+  conversations.conversation({'messages': [USER, SO], name: 7}, unused=unused)
+  assert unused.notes('f') == [f'f: fields that nothing reads: {name}']
+
+
+def test_lists_and_objects_of_nulls_say_nothing():
+  row = {
+    'messages': [USER, SO],
+    'images': [None],
+    'chat_template_kwargs': {'enable_thinking': None, 'python_tools': []},
+  }
+  assert len(conversations.conversation(row).turns) == 2
+  row['chat_template_kwargs']['enable_thinking'] = False
+  with pytest.raises(BadRow, match="'chat_template_kwargs', which"):
+    conversations.conversation(row)
+
+
+def test_the_text_of_an_alpaca_row_only_repeats_it():
+  row = {'instruction': 'Sum it up.', 'input': 'A long\nstory.', 'output': 'S.'}
+  told = 'Below is an instruction.\n\n### Instruction:\nSum it up.\n\n'
+  text = f'{told}### Input:\nA long\nstory.\n\n### Response:\nS.'
+  unused = Unused()
+  conversations.conversation({**row, 'text': text}, unused=unused)
+  assert unused.notes('f') == ['f: fields that nothing reads: text']
+  with pytest.raises(BadRow, match="'text', which is text"):
+    conversations.conversation({**row, 'text': 'Sum it up. S.'})
+
+
+def test_roles_of_other_programs_are_read():
+  call = {'role': 'tool_call', 'content': '{"name": "f", "arguments": {}}'}
+  result = {'role': 'tool_response', 'content': '2'}
+  row = {'messages': [USER, call, result, {**SO, 'role': 'model'}]}
+  found = conversations.conversation(row).turns
+  assert [t.role for t in found] == ['user', 'assistant', 'tool', 'assistant']
+  assert found[1].calls == [{'name': 'f', 'arguments': {}}]
+
+
+@pytest.mark.parametrize('before', ['', '\n\n'])
+def test_answers_that_begin_with_the_whole_prompt_are_refused(before):
+  asked = PAIR['prompt']
+  whole = {k: f'{before}{asked} {PAIR[k]}' for k in ('chosen', 'rejected')}
+  for prompt in (asked, f'{before}{asked}', [USER]):
+    with pytest.raises(BadRow, match='begin with the whole prompt, .* twice'):
+      preference.row({'prompt': prompt, **whole})
+  # One answer may repeat a question, and a greeting is answered by one.
+  preference.row({**PAIR, 'chosen': whole['chosen']})
+  preference.row({'prompt': 'Hi', 'chosen': 'Hi!', 'rejected': 'Hi there.'})
+
+
+def test_an_answer_to_compare_or_judge_that_is_not_trained_is_refused():
+  off = {**SO, 'weight': 0}
+  for row in (
+    {'prompt': [USER], 'chosen': [off], 'rejected': [NO]},
+    {'prompt': [USER], 'chosen': [NO], 'rejected': [off]},
+    {'messages': [USER, off], 'label': True},
+  ):
+    with pytest.raises(BadRow, match='an answer is marked as not trained'):
+      preference.row(row)
+  # Of the turns before it nothing is trained in any case.
+  preference.row({'messages': [USER, off, USER, SO], 'label': True})
+
+
+def test_nulls_that_a_table_fills_in_are_not_in_the_prompt(tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet')
+  arrow = pytest.importorskip('pyarrow')
+  tools = [
+    {'name': 'f', 'parameters': {'properties': {'x': {'type': 'string'}}}},
+    {'name': 'g', 'parameters': {'properties': {'y': {'type': 'number'}}}},
+  ]
+  path = str(tmp_path / 'pairs.parquet')
+  rows = [{**PAIR, 'tools': [tool]} for tool in tools]
+  parquet.write_table(arrow.Table.from_pylist(rows), path)
+  data = ConfigDict({'path': path, 'split': 'train', 'form': '', 'system': ''})
+  good, _, _ = answer_rows.rows(data, Bad(), False, lambda *_: None)
+  read = [row.prompt.tools[0]['function'] for row in good]
+  assert read == tools
