@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back: bytes, or a model's own tokenizer."""
 
+import codecs
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -14,6 +17,9 @@ from moepeft.core import files
 from moepeft.data import lengthy
 from moepeft.data.fields import MARK
 from moepeft.interop import gguf, gguf_tokenizer, packages
+
+# Files of a tokenizer's directory that are text.
+_TEXTS = ('.json', '.jinja', '.txt')
 
 
 class Vocabulary(Protocol):
@@ -167,7 +173,8 @@ def tokenizer_of(path: str) -> Any:
     return gguf_tokenizer.read(path)
   _require_sentencepiece(path)
   try:
-    made = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with _without_marks(path) as folder:
+      made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Some faults of a file are met only where the tokenizer is used.
     if not made('a')['input_ids'] and len(made) < 1:
       raise ValueError('it has no tokens')
@@ -179,6 +186,37 @@ def tokenizer_of(path: str) -> Any:
   except Exception as error:  # tokenizers raises plain Exceptions
     reason = str(error).strip() or type(error).__name__
     raise ValueError(reason) from None
+
+
+@contextlib.contextmanager
+def _without_marks(path: str) -> Iterator[str]:
+  """A directory whose JSON, text and template files have no byte order mark.
+
+  `transformers` calls a config with one damaged, and takes the mark of a
+  template for text.
+
+  Args:
+    path: a directory, which is yielded itself where no file has a mark; any
+      other path is yielded unchanged.
+  """
+  marked = []
+  entries = list(os.scandir(path)) if os.path.isdir(path) else []
+  for entry in entries:
+    if entry.name.endswith(_TEXTS) and entry.is_file():
+      with files.open_file(entry.path) as file:
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+          marked.append(entry.name)
+  if not marked:
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    for entry in entries:
+      copy = os.path.join(folder, entry.name)
+      if entry.name in marked:
+        files.write_text(copy, files.read_text(entry.path))
+      else:
+        os.symlink(os.path.abspath(entry.path), copy)
+    yield folder
 
 
 def _require_sentencepiece(path: str) -> None:
