@@ -24,6 +24,7 @@ from moepeft import checkpoint_card, orbax_output, processes
 from moepeft.checkpoint_card import card, hashes, seal
 from moepeft.core import files
 from moepeft.core.memory import is_out_of_memory
+from moepeft.models.names import check_finite
 from moepeft.sharding import gather
 from moepeft.stopping import Course
 from moepeft.typing import State, Tree
@@ -235,12 +236,18 @@ class Checkpoints:
     Raises:
       ValueError: there is no such checkpoint.
       DamagedCheckpoint: it is damaged.
+      CheckpointError: an array holds NaN or infinity, as the last update of a
+        run that diverges may leave it.
     """
     step = self._find(which)
     read = self._card(step)
     tree = self._restore(step, trainable=ocp.args.StandardRestore())
     self._verify(step, {'trainable': tree['trainable']}, read)
-    return jax.tree.map(np.asarray, tree['trainable']), read
+    trainable = jax.tree.map(np.asarray, tree['trainable'])
+    for path, array in jax.tree_util.tree_leaves_with_path(trainable):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
+    return trainable, read
 
   def _find(self, which: str) -> int:
     step, steps = self.latest(), self._steps()

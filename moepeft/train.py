@@ -56,6 +56,7 @@ from moepeft.data.answers import form_of
 from moepeft.data.forms import form
 from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import preferences
+from moepeft.data.vocabulary import check_size
 from moepeft.history import History
 from moepeft.judge import Judge, table
 from moepeft.models import check_decodes, decoder_only
@@ -264,6 +265,7 @@ def _train(
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
   words = vocabulary(data.vocabulary, config.model.path)
+  check_size(words, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # What a chat template writes as today's, also when the run goes on.
   config = chat_template.with_date(config, words)
@@ -277,11 +279,6 @@ def _train(
 
   # --------------------------------------------------------------- model ---
   base = base_lib.load(config.model)
-  if words.size > base.config.vocab:
-    raise ValueError(
-      f'the vocabulary has {words.size} tokens, the model {base.config.vocab}; '
-      'set config.data.vocabulary to the tokenizer of the model'
-    )
   model, built = base_lib.module(base, config)
   if base.params is None and built.trainable == 'peft':
     raise ValueError(

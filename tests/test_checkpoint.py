@@ -131,6 +131,20 @@ def test_an_array_that_differs_from_its_hash_is_named(
   assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+  """The last update of a run may leave them where no loss shows it."""
+  values = np.ones((3, 5), np.float32)
+  broken = values.copy()
+  broken[1, 2] = value
+  state = make_state({'q': {'a': values, 'b': broken}})
+  Checkpoints(str(tmp_path), keep=2).save(state, DESCRIBED)
+  with pytest.raises(
+    ValueError, match='q/b in the checkpoint of step 7 .* 1 numbers of 15'
+  ):
+    restore_adapter(str(tmp_path))
+
+
 @pytest.fixture
 def run(tmp_path):
   """(work directory, base's directory) of a run, as training leaves it."""

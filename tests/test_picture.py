@@ -74,3 +74,11 @@ def test_hidden_spans_are_shown_as_they_are_told(tmp_path, capsys):
   said = capsys.readouterr().out
   before, _, after = said.partition('<eos>[')
   assert '<299>' in before and after.startswith('<299>')
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused():
+  # Bytes are 259 tokens; `train` refuses the same.
+  config = decoder(**{'data.tasks': 'stars'})
+  config.model.shape.update(vocab=258)
+  with pytest.raises(ValueError, match='has 259 tokens, the model 258'):
+    show(config, 1, 1, True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers trained from text: ids, round trips, errors."""
 
+import codecs
 import importlib.util
 
 import pytest
@@ -154,3 +155,16 @@ def test_a_text_of_more_letters_than_pieces_is_refused(text, tmp_path, kind):
   # The letters of WORDS are all 26, and there are 3 special pieces.
   with pytest.raises(ValueError, match=r'are \d+ pieces, but .* 20; raise'):
     make(Form(kind, 20), text, str(tmp_path / 'out'), 0.05)
+
+
+def test_a_byte_order_mark_in_a_tokenizers_files_is_no_text(text, tmp_path):
+  """As editors of Windows save them (cases 011)."""
+  folder = tmp_path / 'out'
+  make(Form('bpe', 90, chat=True), text, str(folder), 0.05)
+  (folder / 'config.json').write_text('{"model_type": "llama"}')
+  plain = Tokenizer(str(folder))
+  for file in folder.iterdir():
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+  marked = Tokenizer(str(folder))
+  assert marked.encode('a quick dog') == plain.encode('a quick dog')
+  assert marked.tokenizer.chat_template == plain.tokenizer.chat_template

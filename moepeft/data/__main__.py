@@ -24,7 +24,7 @@ from moepeft.data.loader import WINDOW
 from moepeft.data.picture import pictures
 from moepeft.data.seqio_stream import Stream
 from moepeft.data.source import Sources
-from moepeft.data.vocabulary import Vocabulary
+from moepeft.data.vocabulary import Vocabulary, check_size
 from moepeft.models import decoder_only
 from moepeft.tasks import Example
 from moepeft.typing import Batch
@@ -45,6 +45,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   data = config.data
   words = vocabulary(data.vocabulary, config.model.path)
   family, shape = base_lib.shape(config.model)
+  check_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
   own = form_of(data, config.objective, own)

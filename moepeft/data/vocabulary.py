@@ -57,6 +57,21 @@ def eos_of(words: Vocabulary) -> int:
   return words.eos
 
 
+def check_size(words: Vocabulary, rows: int) -> None:
+  """
+  Args:
+    rows: of the model's embedding.
+
+  Raises:
+    ValueError: the vocabulary has more tokens than the embedding.
+  """
+  if words.size > rows:
+    raise ValueError(
+      f'the vocabulary has {words.size} tokens, the model {rows}; '
+      'set config.data.vocabulary to the tokenizer of the model'
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Bytes:
   """UTF-8 bytes plus 3, as in ByT5 (arXiv:2105.13626): no files needed."""
