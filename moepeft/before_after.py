@@ -5,6 +5,7 @@ Above, a panel for each figure of the held-out rows (validation loss, margins);
 below, the accuracy of each task, hollow before and full after.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ from moepeft import curves
 # Okabe and Ito's, which the colour-blind can tell apart.
 _ROSE, _FELL, _GREY = '#0072B2', '#D55E00', '0.6'
 _LINE, _PANEL = 0.21, 1.9
+# The values that a figure can have; others can be any number.
+_POSSIBLE = {
+  'validation_loss': (0.0, math.inf),
+  'validation_accuracies': (0.0, 1.0),
+}
 
 
 def draw(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure | None:
@@ -68,19 +74,28 @@ def _slope(axes: Axes, key: str, old: float, new: float) -> None:
   axes.set_title(key.replace('_', ' ').replace(' ', '\n', 1), fontsize=9)
   axes.set_xticks([0, 1], ['before', 'after'], fontsize=8)
   texts = curves.numbers(old, new)
-  for x, (value, text) in enumerate(zip((old, new), texts, strict=True)):
+  # Beside the points, where the line between them does not cross the numbers.
+  for x, value, text, side in zip(
+    (0, 1), (old, new), texts, ('right', 'left'), strict=True
+  ):
     axes.annotate(
       text,
       (x, value),
-      xytext=(0, 6),
+      xytext=(12 * x - 6, 0),
       textcoords='offset points',
-      ha='center',
+      ha=side,
+      va='center',
       fontsize=8,
     )
-  axes.set_xlim(-0.45, 1.45)
-  # Room for the numbers; a change of nearly nothing is drawn as one.
+  axes.set_xlim(-0.95, 1.95)
+  # A change of nearly nothing is drawn as one.
   room = max(0.35 * abs(new - old), 0.05 * max(abs(old), abs(new)), 1e-3)
-  axes.set_ylim(min(old, new) - room, max(old, new) + 1.6 * room)
+  least, most = _POSSIBLE.get(key, (-math.inf, math.inf))
+  axes.set_ylim(
+    max(min(old, new) - room, least), min(max(old, new) + room, most)
+  )
+  for line in axes.lines:
+    line.set_clip_on(False)
   axes.tick_params(axis='y', labelsize=7)
   axes.spines[['top', 'right']].set_visible(False)
 

@@ -87,8 +87,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     old, new = before.get(key), after.get(key)
     if _is_number(old) and _is_number(new):
       verb = 'rose' if new > old else 'fell'
-      name = key.replace('_', ' ')
-      lines.append('{} {} from {} to {}'.format(name, verb, *numbers(old, new)))
+      name, (first, last) = key.replace('_', ' '), numbers(old, new)
+      lines.append(
+        f'{name} stayed at {last}'
+        if first == last
+        else f'{name} {verb} from {first} to {last}'
+      )
   groups = _groups(before, after)
   for name, chosen in (
     ('accuracy rose', [g for g in groups if g[1] > g[2]]),
@@ -127,14 +131,19 @@ def _groups(before, after) -> list[tuple[str, float, float]]:
 
 
 def _extremes(before, after) -> list[str]:
-  """The tasks that rose and fell the most, beyond their noise."""
+  """The tasks that rose and fell the most, beyond their noise.
+
+  The largest of many differences is large by chance alone, so the 5 % are those
+  of all tasks together (Bonferroni).
+  """
   olds = {_task(row): row for row in _tasks(before)}
+  errors = statistics.NormalDist().inv_cdf(1 - 0.025 / max(len(olds), 1))
   moved = []
   for row in _tasks(after):
     old = olds.get(_task(row))
     if old is not None:
       change = row['accuracy'] - old['accuracy']
-      if abs(change) > _ERRORS * math.sqrt(_variance(row) + _variance(old)):
+      if abs(change) > errors * math.sqrt(_variance(row) + _variance(old)):
         moved.append((100 * change, _task(row)))
   if len(olds) < 2 or not moved:
     return []

@@ -278,6 +278,27 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   assert plots.draw_before_after({}, judged(1.5, 1), str(tmp_path)) == []
 
 
+def test_the_axis_of_a_loss_has_no_negative_values():
+  figure = before_after.draw({'validation_loss': 10}, {'validation_loss': 0.4})
+  (axes,) = figure.axes
+  assert axes.get_ylim()[0] == 0.0
+  share = 'validation_accuracies'
+  figure = before_after.draw({share: 0.1}, {share: 1.0})
+  (axes,) = figure.axes
+  assert axes.get_ylim() == (0.0, 1.0)
+
+
+def test_the_numbers_of_a_slope_stand_outside_its_line():
+  figure = before_after.draw({'validation_loss': 10}, {'validation_loss': 0.4})
+  (axes,) = figure.axes
+  figure.draw_without_rendering()
+  (line,) = axes.lines
+  box = line.get_window_extent()
+  for text in axes.texts:
+    place = text.get_window_extent()
+    assert place.x1 <= box.x0 or place.x0 >= box.x1
+
+
 def test_smoothing_keeps_a_line_straight_and_does_not_lag():
   np.testing.assert_allclose(smooth(np.full(7, 3.0)), 3.0)
   found = smooth(np.arange(1000.0))

@@ -48,7 +48,7 @@ def _judged(one: Entry, other: Entry) -> None:
       raise ValueError(
         f'after.json of {one.folder!r} and of {other.folder!r} are of other '
         f'examples: config.{key} is {value!r} and {other.judged[key]!r}; '
-        'compare them by python -m moepeft.evaluate with the same --data'
+        'train both with the same value to compare them'
       )
 
 
