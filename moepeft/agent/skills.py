@@ -96,7 +96,7 @@ def read(path: str | os.PathLike) -> Skill:
   """
   path = pathlib.Path(path)
   file = path / FILE
-  if not file.is_file():
+  if not os.path.lexists(file):
     raise ValueError(f'the skill {path} has no {FILE}; write one')
   try:
     with files_lib.open_file(file) as stream:
@@ -156,26 +156,33 @@ def find(
   faults = []
   for folder in map(pathlib.Path, folders):
     if not folder.is_dir():
-      raise ValueError(
-        f'the directory of skills {str(folder)!r} does not exist'
-      )
+      what = 'is no directory' if folder.exists() else 'does not exist'
+      raise ValueError(f'the directory of skills {str(folder)!r} {what}')
     within = [
       path
       for path in sorted(folder.iterdir())
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
-    for path in [folder] if (folder / FILE).exists() else within:
+    if os.path.lexists(folder / FILE):
+      # A skill, or a directory of skills that has a stray file.
+      within = [
+        folder,
+        *(path for path in within if os.path.lexists(path / FILE)),
+      ]
+    for path in within:
       try:
         skill = read(path)
       except (ValueError, OSError) as e:
         faults.append(str(e))
         continue
-      if skill.name in valid:
+      first = valid.setdefault(skill.name, skill)
+      if first.path != skill.path:
         raise ValueError(
-          f'two skills are named {skill.name!r}: {valid[skill.name].path} and '
+          f'two skills are named {skill.name!r}: {first.path} and '
           f'{skill.path}; rename one'
         )
-      valid[skill.name] = skill
+      if path is folder:
+        break
   if faults and not valid:
     raise ValueError('; '.join(faults))
   for fault in faults:

@@ -205,6 +205,21 @@ def test_two_skills_of_one_name_and_missing_directories_are_refused(tmp_path):
   assert skills.tools({}) == [] and skills.catalogue({}) == ''
 
 
+def test_a_stray_file_and_a_link_to_a_skill_refuse_no_good_ones(tmp_path):
+  (tmp_path / 'dig').mkdir()
+  (tmp_path / 'dig' / 'SKILL.md').write_text(wrong())
+  (tmp_path / 'again').symlink_to('dig')
+  (tmp_path / 'SKILL.md').write_text('a template, left here')
+  (tmp_path / 'pipe').mkdir()
+  os.mkfifo(tmp_path / 'pipe' / 'SKILL.md')
+  told = []
+  assert set(skills.find([tmp_path, tmp_path / 'dig'], told.append)) == {'dig'}
+  assert len(told) == 2
+  assert 'has no front matter' in told[0] and 'a named pipe' in told[1]
+  with pytest.raises(ValueError, match='is no directory'):
+    skills.find([tmp_path / 'SKILL.md'])
+
+
 def script(folder, text):
   """A script of the skill `dig`, which is run by its path."""
   (folder / 'dig' / 'scripts' / 'mine.py').write_text(text)
