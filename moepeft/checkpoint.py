@@ -8,6 +8,7 @@ notice every flipped bit, so the card keeps a hash of each array and of itself.
 
 import dataclasses
 import glob
+import json
 import os
 import shutil
 import sys
@@ -61,6 +62,28 @@ class _Kept(PreservationPolicy):
     return [c.step in newest or c.step == self.step for c in checkpoints]
 
 
+def _check_metadata(path: str) -> None:
+  """Checks the files that Orbax reads of every checkpoint when it opens them.
+
+  Orbax goes on without one that is no JSON.
+
+  Raises:
+    DamagedCheckpoint: one is no regular file, or is JSON of too many levels.
+  """
+  for file in glob.glob(f'{glob.escape(path)}/*/_CHECKPOINT_METADATA'):
+    try:
+      with files.open_file(file) as opened:
+        json.loads(opened.read())
+    except (files.NotAFile, RecursionError) as error:
+      reason = str(error).splitlines()[0]
+      raise DamagedCheckpoint(
+        f'the checkpoint {os.path.dirname(file)} is damaged ({file}: '
+        f'{reason}); move it away to go on from the one before it'
+      ) from None
+    except (OSError, ValueError):
+      pass
+
+
 class Checkpoints:
   """The checkpoints below a work directory, the newest few kept."""
 
@@ -74,6 +97,7 @@ class Checkpoints:
       create=True,
     )
     self.path, self._options = path, options
+    _check_metadata(path)
     self._manager = ocp.CheckpointManager(path, options=options)
 
   def latest(self) -> int | None:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,20 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     ValueError, match='q/b in the checkpoint of step 7 .* 1 numbers of 15'
   ):
     restore_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'deep'])
+def test_metadata_that_orbax_cannot_open_is_one_sentence(kept, tmp_path, kind):
+  del kept
+  (file,) = tmp_path.glob('checkpoints/7/_CHECKPOINT_METADATA')
+  file.unlink()
+  if kind == 'pipe':
+    os.mkfifo(file)
+  else:
+    file.write_text('[' * 100_000)
+  with pytest.raises(ValueError, match='checkpoints/7 is damaged') as refused:
+    restore_adapter(str(tmp_path))
+  assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.fixture
