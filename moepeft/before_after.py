@@ -81,10 +81,10 @@ def _slope(axes: Axes, key: str, old: float, new: float) -> None:
     axes.annotate(
       text,
       (x, value),
-      xytext=(12 * x - 6, 0),
+      xytext=(12 * x - 6, 1),
       textcoords='offset points',
       ha=side,
-      va='center',
+      va='bottom',
       fontsize=8,
     )
   axes.set_xlim(-0.95, 1.95)
