@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from moepeft.tasks import Example
 from . import chat_cases
 from .contracts import small
 
+EMPTY = tempfile.NamedTemporaryFile()
 WORDS = Bytes()
 T5 = dataclasses.replace(
   small.GATED, vocab=263, encoder_layers=1, decoder_layers=1
@@ -455,7 +457,8 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
     ),
     (('--model=x', '--file=/'), "'/' cannot be read (Is a directory)"),
     (('--model=x', f'--file={sys.executable}'), 'it is not UTF-8'),
-    (('--model=x', '--file=/dev/null'), 'holds no line of text'),
+    (('--model=x', '--file=/dev/null'), 'it is a device'),
+    (('--model=x', f'--file={EMPTY.name}'), 'holds no line of text'),
     (('--model=x', '--system=a'), 'add --chat'),
     (('--model=x', '--file=/nowhere/y', '--prompt=a'), 'leave one out'),
     (('--model=package:t5_tiny', '--prompt=a', '--chat'), 'no chat template'),
