@@ -524,8 +524,8 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'said'),
   [
-    ({'data': '/no/rows'}, "'/no/rows' does not exist; name a .jsonl"),
-    ({'data': '{empty}'}, 'holds no .jsonl or .jsonl.gz file'),
+    ({'data': '/no/rows'}, "'/no/rows' does not exist; name a file of .jsonl"),
+    ({'data': '{empty}'}, 'holds no file of .jsonl, .jsonl.gz'),
     ({'data': '{open}', 'names': ['accuracy']}, "has 'choices' and 'label'"),
     ({'data': '{open}', 'names': ['f1']}, "accuracy, loss, .*; got 'f1'"),
     ({'workdir': '{empty}'}, 'is no work directory .*it has no config.json'),
