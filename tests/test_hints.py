@@ -34,8 +34,8 @@ def commands():
   for path in sorted(_PACKAGE.rglob('*.py')):
     if "if __name__ == '__main__':" not in path.read_text():
       continue
-    # Scripts of skills are the agent's.
-    if 'skills' not in path.parts and path.parent != _PACKAGE / '__main__':
+    # Scripts of skills and the server's own processes are run by their paths.
+    if path.parent == _PACKAGE or path.name == '__main__.py':
       parts = path.relative_to(_PACKAGE).with_suffix('').parts
       yield '.'.join(part for part in parts if part != '__main__')
 
