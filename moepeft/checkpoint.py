@@ -387,8 +387,9 @@ def restore_adapter(
   tree, read = restore_trained(workdir, which)
   if read['trainable'] != 'peft':
     raise ValueError(
-      f'the run in {workdir!r} trained the base itself ({read["method"]}); '
-      'it has no adapter'
+      f'the run in {workdir!r} trained the base itself ({read["method"]}) and '
+      'has no adapter; make it a base model with python -m moepeft.convert '
+      '--workdir=RUN --output=DIR, and name that'
     )
   return tree, read
 

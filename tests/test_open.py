@@ -123,6 +123,7 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   with open('own.jinja', 'w') as f:
     f.write(chat_cases.CHATML)
   c = config()
+  c.data.source, c.data.path = 'chat', 'chats.jsonl'
   c.data.chat_template, c.data.system = 'own.jinja', 'Say "\u00fc"\n\U0001f600'
   os.mkdir('run')
   with open('run/config.json', 'w') as f:

@@ -67,7 +67,7 @@ def test_ids_are_named_one_by_one_or_as_a_range():
   [
     ('', "new='1|2'"),
     ('<|im_start|>', 'names ids like'),
-    ('3|37', 'not below 37'),
+    ('3|37', 'expected ids below 37'),
   ],
 )
 def test_ids_that_cannot_be_are_refused(new, said):
