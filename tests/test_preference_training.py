@@ -292,7 +292,9 @@ def test_what_cannot_be_is_one_sentence(places, tmp_path, changes, said):
   ],
 )
 def test_what_an_encoder_decoder_ignores_is_one_sentence(
-  places, tmp_path, changes, said
+  places, tmp_path, changes, said, monkeypatch
 ):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a.jinja').write_text('{{ messages }}')
   with pytest.raises(ValueError, match=said):
-    train.train(card(places, 't5', **changes), str(tmp_path))
+    train.train(card(places, 't5', **changes), str(tmp_path / 'w'))

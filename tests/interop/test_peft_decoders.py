@@ -162,20 +162,10 @@ def test_adapters_of_peft_come_in_and_go_out(name, tmp_path):
 
 
 REFUSED = {
-  'ranks': (
-    'Llama',
-    lora(target_modules=ATTENTION, rank_pattern={'v_proj': 2}),
-    'sets rank_pattern=',
-  ),
-  'alphas': (
-    'Llama',
-    lora(target_modules=ATTENTION, alpha_pattern={'v_proj': 2}),
-    'sets alpha_pattern=',
-  ),
   'whole-modules': (
     'Llama',
     lora(target_modules=ATTENTION, modules_to_save=['lm_head']),
-    'sets modules_to_save=',
+    '(modules_to_save), which is not supported',
   ),
   'biases': (
     'Qwen2',
@@ -226,11 +216,4 @@ def test_pickles_are_refused_by_name(tmp_path):
   file = tmp_path / 'adapter' / peft.ARRAYS
   file.rename(file.with_name('adapter_model.bin'))
   with pytest.raises(CheckpointError, match='adapter_model.bin, a pickle'):
-    ours(tmp_path)
-
-
-@pytest.mark.parametrize('target', ['embed_tokens', 'lm_head'])
-def test_what_is_no_projection_is_named(target, tmp_path):
-  adapted('Llama', lora(target_modules=['q_proj', target]), tmp_path)
-  with pytest.raises(CheckpointError, match=f'(?s)does not fit.*{target}'):
     ours(tmp_path)
