@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts and words that the data sets in moepeft/assets are generated from."""
+"""Facts and words that the data sets in moepeft/assets are generated from, and
+functions that write such a file."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
 
 # (country, capital, language of the state, continent)
 COUNTRIES = (
@@ -186,3 +191,15 @@ EXPLANATIONS = (
     'This is called photosynthesis.',
   ),
 )
+
+
+def json_lines(rows: Iterable[Mapping]) -> str:
+  """The text of a file with a JSON object on each line."""
+  lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+  return '\n'.join(lines) + '\n'
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(text, encoding='utf-8')
+  print(f'wrote {path}')

@@ -23,6 +23,8 @@ from data_facts import (
   PLACES,
   UNITS,
   WORDS,
+  json_lines,
+  write,
 )
 
 COUNT = 200
@@ -232,11 +234,8 @@ def rows() -> list[dict]:
 
 def text() -> str:
   """The file that ships."""
-  lines = (json.dumps(row, ensure_ascii=False) for row in rows())
-  return '\n'.join(lines) + '\n'
+  return json_lines(rows())
 
 
 if __name__ == '__main__':
-  OUTPUT.parent.mkdir(exist_ok=True)
-  OUTPUT.write_text(text(), encoding='utf-8')
-  print(f'wrote {OUTPUT}')
+  write(OUTPUT, text())

@@ -7,7 +7,6 @@ and in the form that was asked for; the rejected one is wrong, evasive, rude, or
 in another form.
 """
 
-import json
 import pathlib
 import random
 
@@ -20,6 +19,8 @@ from data_facts import (
   NAMES,
   UNITS,
   WORDS,
+  json_lines,
+  write,
 )
 
 COUNT = 200
@@ -207,11 +208,8 @@ def rows() -> list[dict[str, str]]:
 
 def text() -> str:
   """The file that ships."""
-  lines = (json.dumps(row, ensure_ascii=False) for row in rows())
-  return '\n'.join(lines) + '\n'
+  return json_lines(rows())
 
 
 if __name__ == '__main__':
-  OUTPUT.parent.mkdir(exist_ok=True)
-  OUTPUT.write_text(text(), encoding='utf-8')
-  print(f'wrote {OUTPUT}')
+  write(OUTPUT, text())

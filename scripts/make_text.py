@@ -11,7 +11,15 @@ learn beyond spelling. One passage in eight is in Chinese.
 import pathlib
 import random
 
-from data_facts import CHINESE_NAMES, COLOURS, DAYS, GOODS, NAMES, PLACES
+from data_facts import (
+  CHINESE_NAMES,
+  COLOURS,
+  DAYS,
+  GOODS,
+  NAMES,
+  PLACES,
+  write,
+)
 
 SIZE = 110_000
 OUTPUT = pathlib.Path(__file__).parents[1] / 'moepeft/assets/text/text.txt'
@@ -107,6 +115,4 @@ def text() -> str:
 
 
 if __name__ == '__main__':
-  OUTPUT.parent.mkdir(exist_ok=True)
-  OUTPUT.write_text(text(), encoding='utf-8')
-  print(f'wrote {OUTPUT}')
+  write(OUTPUT, text())

@@ -14,6 +14,7 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
 from tests.serve.small_server import FakeEmbedder, byte_tokenizer, constrained
 from tests.serve.small_server import service as http_service
+from tests.serve.test_http_fuzz import places
 
 pytestmark = pytest.mark.slow
 
@@ -187,15 +188,6 @@ NAMES = (
   *('pattern', 'provider_specific_fields', 'reasoning', 'tools', 'functions'),
   *('prefixItems', 'required', '$ref', 'x-guidance', 'multipleOf', 'not', ''),
 )
-
-
-def places(value, path=()):
-  """Every place of a body."""
-  yield path
-  items = value.items() if isinstance(value, dict) else ()
-  items = enumerate(value) if isinstance(value, list) else items
-  for key, item in items:
-    yield from places(item, (*path, key))
 
 
 def mutated(rng, body):
