@@ -56,10 +56,10 @@ def draw(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure | None:
     # As many as there is room for: one panel is not as wide as all.
     count = max(len(figures), int(width / _PANEL))
     axes = parts.pop(0).subplots(1, count, squeeze=False)[0]
-    for one, key in zip(axes, figures, strict=False):
-      _slope(one, key, before[key], after[key])
-    for one in axes[len(figures) :]:
-      one.remove()
+    for panel, key in zip(axes, figures, strict=False):
+      _slope(panel, key, before[key], after[key])
+    for panel in axes[len(figures) :]:
+      panel.remove()
   if pairs:
     _accuracies(parts[0], pairs, tasks, columns)
   return figure

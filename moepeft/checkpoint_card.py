@@ -28,7 +28,7 @@ _TYPES = (
 
 
 def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
-  """What names a run, as JSON has it: method, semantics, base and seed."""
+  """A run's identity as JSON: method, semantics, base and seed."""
   described = adapter_lib.describe(
     built.method,
     built.semantics,
@@ -68,7 +68,7 @@ def check(card: Any) -> None:
 
 
 def course(card: Mapping[str, Any]) -> Course:
-  """How a run had gone at its checkpoint.
+  """The course of a run up to its checkpoint.
 
   Raises:
     Malformed: an entry is of another type than a run writes.

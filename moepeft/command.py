@@ -159,7 +159,7 @@ def answer(main: Callable[[], None], with_traceback: bool = False) -> None:
 
 
 def sentence_of(error: Exception) -> str | None:
-  """What a user is told of an error; None for a fault of the program."""
+  """The sentence for an error of a user; None for a fault of the program."""
   first = (str(error).splitlines() or [''])[0]
   if is_out_of_memory(error):
     detail = f' ({first})' if first else ''

@@ -70,7 +70,7 @@ def findings(folder: Path) -> list[str]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-  """What rose and what fell, a line each; none without a `before`.
+  """Lines on what rose and what fell; none without a `before`.
 
   A difference of accuracies within 1.96 standard errors of as many independent
   examples is called noise.
@@ -121,9 +121,9 @@ def _groups(before, after) -> list[tuple[str, float, float]]:
     old = olds.get(name)
     if _is_number(old) and _is_number(new):
       variances = []
-      for found in (before, after):
-        own = [r for r in _tasks(found) if _group(r) == name]
-        variances += [_variance(r) / len(own) ** 2 for r in own]
+      for evaluation in (before, after):
+        rows = [r for r in _tasks(evaluation) if _group(r) == name]
+        variances += [_variance(r) / len(rows) ** 2 for r in rows]
       text = f'{name} {100 * old:.1f} -> {100 * new:.1f} %'
       half = _ERRORS * math.sqrt(sum(variances))
       groups.append((text, new - old, half))
@@ -148,8 +148,8 @@ def _extremes(before, after) -> list[str]:
   if len(olds) < 2 or not moved:
     return []
   ends = dict.fromkeys((max(moved), min(moved)))
-  said = ', '.join(f'{name} {change:+.0f} points' for change, name in ends)
-  return [f'tasks that moved the most: {said}']
+  tasks = ', '.join(f'{name} {change:+.0f} points' for change, name in ends)
+  return [f'tasks that moved the most: {tasks}']
 
 
 def _tasks(evaluation) -> list[dict]:
@@ -170,8 +170,8 @@ def _task(row: Mapping[str, Any]) -> str:
 
 
 def _variance(row: Mapping[str, Any]) -> float:
-  """Of an accuracy of n examples: p (1 - p) / n, with p drawn to the middle
-  (Agresti and Coull, 1998), so that 0 and 1 are not held for certain."""
+  """The variance of an accuracy of n examples: p (1 - p) / n, with p drawn to
+  the middle (Agresti and Coull, 1998), so that 0 and 1 are not certain."""
   count = row.get('examples')
   count = count if _is_number(count) and count > 0 else 1
   p = (row['accuracy'] * count + 2) / (count + 4)
@@ -231,8 +231,8 @@ def _layers(
     kind, layers = rows_lib.shares(values)
     entropies = {}
     for key in ('entropy', 'weight_entropy'):
-      own = values.get(key)
-      entropies[key] = own if isinstance(own, list) else [own]
+      value = values.get(key)
+      entropies[key] = value if isinstance(value, list) else [value]
     for layer, shares in enumerate(layers):
       shares = [s if _is_number(s) else 0.0 for s in shares]
       if len(shares) > 1:
@@ -242,9 +242,9 @@ def _layers(
           kind,
           shares,
           {
-            key: own[layer]
-            for key, own in entropies.items()
-            if layer < len(own) and _is_number(own[layer])
+            key: by_layer[layer]
+            for key, by_layer in entropies.items()
+            if layer < len(by_layer) and _is_number(by_layer[layer])
           },
         )
 
@@ -354,8 +354,8 @@ def _trend(pairs: list[tuple[int, float]]) -> tuple[float, bool]:
     return 0.0, False
   steps, values = zip(*pairs, strict=True)
   slope, level = statistics.linear_regression(steps, values)
-  left = [v - (slope * s + level) for s, v in pairs]
-  spread = math.sqrt(sum(r * r for r in left) / (len(left) - 2))
+  residuals = [v - (slope * s + level) for s, v in pairs]
+  spread = math.sqrt(sum(r * r for r in residuals) / (len(residuals) - 2))
   wide = math.sqrt(sum((s - statistics.fmean(steps)) ** 2 for s in steps))
   # Two and a half standard errors; less is within the noise of batches.
   return slope, abs(slope) > 2.5 * spread / wide
@@ -448,7 +448,7 @@ def _routers(trained: list[dict]) -> list[str]:
   for kind in rows_lib.SHARES:
     lines += _shares(kind, [layer for layer in layers if layer[2] == kind])
   full = [collapsed(row['routing'], _FULL) for row in routed[-_IN_A_ROW:]]
-  lasting = [place for place in full[-1] if all(place in own for own in full)]
+  lasting = [place for place in full[-1] if all(place in log for log in full)]
   if lasting:
     lines.append(
       f'! router collapse: one expert has over {_FULL:.0%} (see '
@@ -463,7 +463,7 @@ def _shares(kind: str, layers: list[tuple]) -> list[str]:
   """A line on one kind of share, and idle experts."""
   if not layers:
     return []
-  tops = sorted(((max(own[3]), own) for own in layers), key=lambda p: -p[0])
+  tops = sorted(((max(row[3]), row) for row in layers), key=lambda p: -p[0])
   most, (site, layer, *_) = tops[0]
   mean = statistics.fmean(top for top, _ in tops)
   idle = sum(share < _IDLE for *_, shares, _ in layers for share in shares)
@@ -487,18 +487,19 @@ def _shares(kind: str, layers: list[tuple]) -> list[str]:
 def _evaluation(folder: Path) -> list[str]:
   evaluations = {n: _json(folder / f'{n}.json') for n in ('before', 'after')}
   lines = []
-  for name, own in evaluations.items():
-    means = own.get('means')
+  for name, evaluation in evaluations.items():
+    means = evaluation.get('means')
     scores = {
       key: value
       for key, value in (means if isinstance(means, dict) else {}).items()
       if _is_number(value)
     }
-    if _is_number(own.get('validation_loss')):
-      scores = {'validation_loss': own['validation_loss'], **scores}
+    loss = evaluation.get('validation_loss')
+    if _is_number(loss):
+      scores = {'validation_loss': loss, **scores}
     if scores:
-      said = ', '.join(f'{key} {value:.4g}' for key, value in scores.items())
-      lines.append(f'{name} training: {said}')
+      text = ', '.join(f'{key} {value:.4g}' for key, value in scores.items())
+      lines.append(f'{name} training: {text}')
   return lines + changes(*evaluations.values())
 
 

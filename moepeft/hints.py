@@ -95,13 +95,13 @@ def unknown_flag(name: str, flags: Iterable[str], has_config: bool) -> str:
     has_config: whether keys of a config are among its flags.
   """
   close = nearest(name, flags)
-  found = [close] if close else []
+  similar = [close] if close else []
   if has_config:
     same = similar_keys(name, list(keys()))
     exact = [key for key in same if key.rpartition('.')[2] == name]
     if exact or not close:
-      found = [f'config.{key}' for key in exact or same]
-  advice = _options([f'--{flag}' for flag in found]) or '; see --help'
+      similar = [f'config.{key}' for key in exact or same]
+  advice = _options([f'--{flag}' for flag in similar]) or '; see --help'
   return f'there is no flag --{_short(name)}{advice}'
 
 

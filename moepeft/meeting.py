@@ -43,7 +43,7 @@ def wait_for_all(address: str, count: int, number: int, timeout: float) -> None:
 def _listen(
   address: str, port: int, count: int, timeout: float, deadline: float
 ) -> None:
-  there: dict[int, socket.socket] = {}
+  connections: dict[int, socket.socket] = {}
   tell = _Telling()
   try:
     server = _server(port)
@@ -54,8 +54,8 @@ def _listen(
     ) from None
   with server:
     try:
-      while len(there) < count - 1:
-        absent = [n for n in range(1, count) if n not in there]
+      while len(connections) < count - 1:
+        absent = [n for n in range(1, count) if n not in connections]
         names = ', '.join(map(str, absent[:8])) + ', ...' * (len(absent) > 8)
         words = (
           f'{len(absent)} of {count} processes at {address} (number {names})'
@@ -71,24 +71,24 @@ def _listen(
           connection, _ = server.accept()
         except TimeoutError:
           continue
-        one = _greeted(connection, count)
-        if one is None:
+        number = _greeted(connection, count)
+        if number is None:
           connection.close()
-        elif one in there:
+        elif number in connections:
           raise ValueError(
-            f'two processes at {address} are number {one} of {count}; give '
+            f'two processes at {address} are number {number} of {count}; give '
             'each its own with --distributed'
           )
         else:
-          there[one] = connection
-      for connection in there.values():
+          connections[number] = connection
+      for connection in connections.values():
         connection.sendall(_GO)
-      for connection in there.values():
+      for connection in connections.values():
         # They close first: a port that closes first stays in use for a while.
         connection.settimeout(_LINE_S)
         _until(connection.recv, 1)
     finally:
-      for connection in there.values():
+      for connection in connections.values():
         connection.close()
 
 

@@ -74,11 +74,11 @@ def need(config: ConfigDict) -> Need:
   base = base_lib.Base(family, shape, None, '', '')
   model, built = base_lib.module(base, config)
   shapes = start.shapes(model, base_lib.example_batch())
-  kept = shapes['params']
+  base_shapes = shapes['params']
   if config.model.quantise and built.trainable != 'params':
-    kept = quantised.shapes(kept, shape, config.model.quantise)
+    base_shapes = quantised.shapes(base_shapes, shape, config.model.quantise)
   trained = shapes[built.trainable]
-  weights = size(kept) + size(shapes['peft'])
+  weights = size(base_shapes) + size(shapes['peft'])
   # The gradient is as large as the weights that it is of.
   state = size(trained)
   if state < _MANY:
@@ -128,15 +128,15 @@ def check(config: ConfigDict) -> None:
       figures and says what to lower.
   """
   needed = need(config)
-  there, where = available()
+  free, owner = available()
   total = _per_device(needed, config)
-  if there and total > there:
+  if free and total > free:
     parts = dataclasses.asdict(needed)
     largest = max(parts, key=parts.get)
     listed = ', '.join(f'{k} {_text(v)}' for k, v in parts.items() if v)
     raise ValueError(
       f'training needs at least {_text(total)} of memory ({listed}), and '
-      f'{where} has {_text(there)}; {_ADVICE[largest]}'
+      f'{owner} has {_text(free)}; {_ADVICE[largest]}'
     )
 
 
@@ -156,17 +156,15 @@ def check_answers(model: Any, rows: int, tokens: int) -> None:
   item = jnp.dtype(model.dtype).itemsize
   cache = 2 * rows * tokens * layers * heads * shape.head_dim * item
   logits = rows * shape.vocab * 4
-  there, where = available()
-  if there and cache + logits > there:
-    raise ValueError(
-      f'{rows:,} answers of {tokens:,} tokens need at least '
-      f'{_text(cache + logits)} of memory, and {where} has {_text(there)}; '
-      'lower --length, --batch_size, --num or --beams'
-    )
+  check_arrays(
+    cache + logits,
+    f'{rows:,} answers of {tokens:,} tokens',
+    '--length, --batch_size, --num or --beams',
+  )
 
 
 def check_arrays(size: int, name: str, advice: str) -> None:
-  """Checks that arrays of a server fit before they are made.
+  """Checks that arrays fit before they are made.
 
   Args:
     size: bytes of them.
@@ -176,11 +174,11 @@ def check_arrays(size: int, name: str, advice: str) -> None:
   Raises:
     ValueError: there are fewer bytes, with both figures.
   """
-  there, where = available()
-  if there and size > there:
+  free, owner = available()
+  if free and size > free:
     raise ValueError(
-      f'{name} need {_text(size)} of memory, and {where} has {_text(there)}; '
-      f'lower {advice}'
+      f'{name} need at least {_text(size)} of memory, and {owner} has '
+      f'{_text(free)}; lower {advice}'
     )
 
 
@@ -208,12 +206,12 @@ def available() -> tuple[int, str]:
 
 def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
   """Available memory and swap, or less where a control group says so."""
-  found = []
+  limits = []
   try:
     with open(meminfo) as f:
       lines = dict(line.split(':', 1) for line in f)
     kilobytes = [lines[k].split()[0] for k in ('MemAvailable', 'SwapFree')]
-    found.append(sum(map(int, kilobytes)) * 1024)
+    limits.append(sum(map(int, kilobytes)) * 1024)
   except (OSError, KeyError, ValueError):
     pass
   for most, used in (
@@ -221,14 +219,14 @@ def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
     ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
   ):
     try:
-      limit, held = (
+      limit, used_bytes = (
         int(_line(os.path.join(group, name))) for name in (most, used)
       )
       # Pages of files that the group holds count as used and can be dropped.
-      found.append(max(limit - held, 0) + _cache(group, most))
+      limits.append(max(limit - used_bytes, 0) + _cache(group, most))
     except (OSError, ValueError):  # no such group, or 'max'
       continue
-  return min(found, default=0)
+  return min(limits, default=0)
 
 
 def _cache(group: str, most: str) -> int:

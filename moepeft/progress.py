@@ -271,7 +271,7 @@ class Pass:
 
 
 def _columns() -> int:
-  """Of the terminal; 80 where it says 0, as one that nobody has sized does,
+  """Columns of the terminal; 80 where it tells 0, as one without a size does,
   on which tqdm would draw nothing."""
   return shutil.get_terminal_size().columns
 

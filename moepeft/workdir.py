@@ -47,7 +47,7 @@ class Workdir:
     )
 
   def _remains(self) -> str:
-    """What to do about a directory that has moved, or is gone."""
+    """The advice on a directory that has moved, or is gone."""
     try:
       # As Linux says it; the link of a deleted file ends in ' (deleted)'.
       lock = os.readlink(f'/proc/self/fd/{self._lock.fileno()}')

@@ -77,15 +77,15 @@ def make(memory: int, processes: int) -> Group | None:
     if not parent.is_relative_to(_ROOT):
       continue
     with contextlib.suppress(OSError):
-      given = (parent / 'cgroup.subtree_control').read_text().split()
-      if {'memory', 'pids'} <= set(given):
-        return _made(
+      controllers = (parent / 'cgroup.subtree_control').read_text().split()
+      if {'memory', 'pids'} <= set(controllers):
+        return _create(
           parent / f'moepeft-{secrets.token_hex(8)}', memory, processes
         )
   return None
 
 
-def _made(path: Path, memory: int, processes: int) -> Group | None:
+def _create(path: Path, memory: int, processes: int) -> Group | None:
   path.mkdir()
   group = Group(path)
   try:

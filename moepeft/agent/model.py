@@ -127,7 +127,7 @@ def models(client: openai.OpenAI) -> list[str]:
 
 
 def _asked(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
-  """What a request gives, its errors as sentences."""
+  """The result of a request; its errors are sentences."""
   try:
     return ask()
   except (openai.APITimeoutError, httpx.TimeoutException):

@@ -157,23 +157,23 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     OSError: it cannot be written; the old file is as it was.
   """
   folder, name = os.path.split(os.path.abspath(path))
-  descriptor, made = tempfile.mkstemp(prefix=f'.{name}.', dir=folder)
+  descriptor, temporary = tempfile.mkstemp(prefix=f'.{name}.', dir=folder)
   os.close(descriptor)
   try:
-    yield made
-    with open(made, 'rb+') as file:
+    yield temporary
+    with open(temporary, 'rb+') as file:
       os.fsync(file.fileno())
-    os.chmod(made, 0o666 & ~umask())
-    os.replace(made, path)
+    os.chmod(temporary, 0o666 & ~umask())
+    os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(FileNotFoundError):
-      os.unlink(made)
+      os.unlink(temporary)
     raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes a UTF-8 file, all of it or nothing; raises as `replacing`."""
-  with replacing(path) as made, open(made, 'w', encoding='utf-8') as file:
+  with replacing(path) as new, open(new, 'w', encoding='utf-8') as file:
     file.write(text)
 
 

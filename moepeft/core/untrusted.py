@@ -307,12 +307,12 @@ def _walk(value: Any):
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
+  value = dict(pairs)
+  if len(value) < len(pairs):
     keys = [key for key, _ in pairs]
-    twice = next(key for key in found if keys.count(key) > 1)
+    twice = next(key for key in value if keys.count(key) > 1)
     raise ValueError(f'an object has the key {twice!a} twice')
-  return found
+  return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -109,7 +109,7 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
 
 
 def left_out(tokenizer: Any, template: str) -> frozenset[str]:
-  """What of `_FEATURES` a template leaves out without a word."""
+  """The `_FEATURES` that a template leaves out without an error."""
   used, missing = chat_text.all_of(tokenizer, template), set()
   for feature, (talk, word) in _FEATURES.items():
     try:
@@ -124,7 +124,7 @@ def left_out(tokenizer: Any, template: str) -> frozenset[str]:
 
 
 def _features(found: Conversation) -> set[str]:
-  """What of `_FEATURES` a conversation has and cannot be without."""
+  """The `_FEATURES` that a conversation has and cannot be without."""
   features = {'tools'} if found.tools else set()
   for turn in found.turns:
     if turn.role in ('system', 'tool'):

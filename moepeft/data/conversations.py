@@ -148,7 +148,7 @@ def conversation(
 
 
 def texts_of(turns: Iterable[Turn]) -> set[str]:
-  """What turns say, stripped; of an instruction and its input each, too."""
+  """Texts of turns, stripped; an instruction and its input apart, too."""
   texts = {turn.content.strip() for turn in turns}
   parts = {part for whole in texts for part in whole.split('\n', 1)}
   return texts | {part.strip() for part in parts}

@@ -22,7 +22,7 @@ _MOST_NAMES = 1000
 
 
 class BadRow(ValueError):
-  """What is wrong with one row; a reader adds where it stands.
+  """A fault of one row; a reader adds where the row stands.
 
   The message is one line that can be printed, whatever it quotes of the row.
   """
@@ -205,15 +205,15 @@ class Fields(Mapping):
     Raises:
       BadRow: two of them have different values.
     """
-    found = [(name, self[name]) for name in names if name in self]
-    found = [(n, v) for n, v in found if v not in ('', [], {})] or found
-    for name, value in found[1:]:
-      if value != found[0][1]:
+    pairs = [(name, self[name]) for name in names if name in self]
+    pairs = [(n, v) for n, v in pairs if v not in ('', [], {})] or pairs
+    for name, value in pairs[1:]:
+      if value != pairs[0][1]:
         raise BadRow(
-          f'{self._where} has one value in {found[0][0]!r} and another in '
+          f'{self._where} has one value in {pairs[0][0]!r} and another in '
           f'{name!r}; remove one of them'
         )
-    return found[0] if found else ('', None)
+    return pairs[0] if pairs else ('', None)
 
   def close(
     self, unused: Unused | None = None, texts: Collection[str] = ()
@@ -253,7 +253,7 @@ class Fields(Mapping):
 
 
 def meaning(name: str) -> str:
-  """What a field is whose loss would change a row; '' of any other."""
+  """The meaning of a field whose loss would change a row; '' of any other."""
   key = key_of(name)
   if key in _MEANINGFUL:
     return _MEANINGFUL[key]

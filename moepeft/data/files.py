@@ -64,7 +64,7 @@ def is_data(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def ending_of(file: str) -> str:
-  """What a name ends with, '.gz' and a part's number aside: 'jsonl'."""
+  """The ending of a name, '.gz' and a part's number aside: 'jsonl'."""
   name = _PART.sub('', os.path.basename(file).lower())
   return name.removesuffix('.gz').rpartition('.')[2]
 

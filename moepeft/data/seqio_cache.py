@@ -171,7 +171,7 @@ def _task(name: str, splits: Mapping[str, _Split]) -> Any:
 
 
 def _reader(tf: Any) -> Callable[[Any], Any]:
-  """What reads the two features of the rows of TFRecord files.
+  """A function that reads the two features of rows of TFRecord files.
 
   TensorFlow traces it. AutoGraph would take apart all that it calls, and print
   objects that it cannot convert, `os.environ` with every key among them: so

@@ -83,20 +83,20 @@ def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
   Raises:
     ValueError: there are none.
   """
-  found = files.listed(folder, files.ENDINGS['datasets'], deep=True)
+  listing = files.listed(folder, files.ENDINGS['datasets'], deep=True)
   by_split: dict[str, list[str]] = {}
-  for file in found.files:
+  for file in listing.files:
     words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())
     named = [_WORDS[word] for word in words if word in _WORDS]
     by_split.setdefault(named[-1] if named else '', []).append(file)
-  if found.files and set(by_split) <= {'train', ''}:
-    by_split = {'train': list(found.files)}
+  if listing.files and set(by_split) <= {'train', ''}:
+    by_split = {'train': list(listing.files)}
   rest = by_split.pop('', [])
-  bad.left_out += found.left_out
+  bad.left_out += listing.left_out
   bad.left_out += [
     f'{os.path.relpath(file, folder)} (no split)' for file in rest
   ]
   if name_of(split) not in by_split:
-    there = ', '.join(by_split) or 'none, and no file of data'
-    raise unreadable(path, split, f'there: {there}')
+    known = ', '.join(by_split) or 'none, and no file of data'
+    raise unreadable(path, split, f'there: {known}')
   return by_split[name_of(split)]

@@ -81,12 +81,12 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
   family = hf.family_of(config)
   places = family.projections(config) | family.ends(config)
   shapes = _without_copies(config, tensors.shapes)
-  found = [
+  all_sites = [
     site
     for path in places
     if (site := _site(config, path, fields, shapes)) is not None
   ]
-  ends = [site.path for site in found if '/' not in site.path]
+  ends = [site.path for site in all_sites if '/' not in site.path]
   if ends and fields.get('ensure_weight_tying') and config.tied:
     raise CheckpointError(
       f'the adapter is at {" and ".join(ends)} of a model whose head is its '
@@ -94,7 +94,7 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
       'supported: merge it into its base with peft (merge_and_unload)'
     )
   groups = collections.defaultdict(list)
-  for site in found:
+  for site in all_sites:
     groups[site.rank, site.alpha].append(site)
   if len(groups) > len(string.ascii_uppercase):
     raise CheckpointError(
@@ -113,9 +113,9 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
     for path in paths:
       rules += rules_at(config, path, kind, instance, letter)
   factors = dict(
-    itertools.chain.from_iterable(site.factors.items() for site in found)
+    itertools.chain.from_iterable(site.factors.items() for site in all_sites)
   )
-  ranks = {module: site.rank for site in found for module in site.factors}
+  ranks = {module: site.rank for site in all_sites for module in site.factors}
   method = spec_lib.format_method(tuple(specs))
   filled = {
     name: _filled_shape(name, shape, ranks) for name, shape in shapes.items()
@@ -239,18 +239,18 @@ def _without_copies(
   sizes = family.sizes(config)
   table = (sizes['v'], sizes['d'])
   tables = {own_module(config, path) for path in family.ends(config)}
-  kept = {}
+  others = {}
   for name, shape in shapes.items():
     match = _COPY.fullmatch(name)
     if not match or match[1] not in tables:
-      kept[name] = shape
+      others[name] = shape
     elif shape != table:
       raise CheckpointError(
         f'{name} has the shape {list(shape)}, the model {list(table)}: its '
         'vocabulary was resized for the adapter, which is not supported; merge '
         'it into its base with peft (merge_and_unload)'
       )
-  return kept
+  return others
 
 
 def _site(
@@ -263,17 +263,17 @@ def _site(
   module = re.escape(PREFIX + hf.family_of(config).hf_module(path, config))
   leaf = re.escape(_leaves(path)[0])
   pattern = module.replace(re.escape('{l}'), r'\d+') + rf'\.{leaf}'
-  found = {}
+  modules = {}
   for name, shape in shapes.items():
     if re.fullmatch(pattern, name):
-      found[module_of(name)] = _rank_and_alpha(module_of(name), shape, fields)
-  if not found:
+      modules[module_of(name)] = _rank_and_alpha(module_of(name), shape, fields)
+  if not modules:
     return None
-  rank = max(r for r, _ in found.values())
-  alpha = next(alpha for r, alpha in found.values() if r == rank)
+  rank = max(r for r, _ in modules.values())
+  alpha = next(alpha for r, alpha in modules.values() if r == rank)
   scale = _scale(rank, alpha, fields)
   factors = {
-    name: (r, _scale(r, a, fields) / scale) for name, (r, a) in found.items()
+    name: (r, _scale(r, a, fields) / scale) for name, (r, a) in modules.items()
   }
   return Site(path, rank, alpha, factors)
 

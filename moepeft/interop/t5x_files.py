@@ -114,12 +114,12 @@ def _index(path: Path) -> Path | None:
 
 def _children(folder: Path) -> dict[int, Path]:
   """{step: index} of the checkpoints in a directory."""
-  found = {}
+  indices = {}
   for child in folder.glob('checkpoint_*'):
     match = _STEP.fullmatch(child.name)
     if match and (index := _index(child)):
-      found[int(match[1])] = index
-  return found
+      indices[int(match[1])] = index
+  return indices
 
 
 def _unpacked(index: Path) -> Any:
@@ -142,10 +142,10 @@ def _unpacked(index: Path) -> Any:
 
 def _metadata(index: Path) -> Tree:
   """Orbax's `_METADATA` as a tree of the names of its arrays."""
-  said = files.read_json(index)
+  content = files.read_json(index)
   flat = {}
   try:
-    for entry in untrusted.field(said, 'tree_metadata', dict).values():
+    for entry in untrusted.field(content, 'tree_metadata', dict).values():
       keys = untrusted.field(entry, 'key_metadata', list)
       parts = [str(key['key']) for key in keys if isinstance(key, dict)]
       kind = untrusted.field(entry, 'value_metadata.value_type', str, '')

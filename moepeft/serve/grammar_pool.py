@@ -181,9 +181,9 @@ class GrammarPool:
           # The template process is gone, as by an operator's kill.
           self._template = None
           self._pass_on(message, theirs)
-      made = GrammarProcess(Connection(ours.detach()), self._limits)
-      self._alive.add(made)
-    return made
+      process = GrammarProcess(Connection(ours.detach()), self._limits)
+      self._alive.add(process)
+    return process
 
   def _pass_on(self, message: bytes, end: socket.socket) -> None:
     if self._template is None:

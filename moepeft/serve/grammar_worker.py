@@ -70,10 +70,10 @@ def speller(tokenizer: str) -> Callable[[str], Sequence[int]]:
   # thread may read the same tokenizer, so this one is made anew.
   import tokenizers
 
-  made = tokenizers.Tokenizer.from_str(tokenizer)
-  made.no_truncation()
-  made.no_padding()
-  return lambda text: made.encode(text, add_special_tokens=False).ids
+  backend = tokenizers.Tokenizer.from_str(tokenizer)
+  backend.no_truncation()
+  backend.no_padding()
+  return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,13 +112,13 @@ class Pieces:
 
   def _suffix(self, ids: Sequence[int], data: bytes) -> list[int] | None:
     """The last ids whose bytes are the data, if some are."""
-    left = len(data)
+    start = len(data)
     for at in range(len(ids) - 1, -1, -1):
       piece = self._of(ids[at])
-      left -= len(piece)
-      if not piece or left < 0 or data[left : left + len(piece)] != piece:
+      start -= len(piece)
+      if not piece or start < 0 or data[start : start + len(piece)] != piece:
         return None
-      if not left:
+      if not start:
         return [int(i) for i in ids[at:]]
     return None
 
@@ -169,7 +169,7 @@ class _Tokenizer:
 def vocabulary(
   tokenizer: str, size: int, tokens: Sequence[bytes], ends: Sequence[int]
 ) -> bytes:
-  """What the template process reads from standard input."""
+  """The message that the template process reads from standard input."""
   head = json.dumps(
     {
       'tokenizer': tokenizer,
