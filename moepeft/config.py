@@ -166,8 +166,8 @@ def default() -> ConfigDict:
       held_out=0.05,
       # 'error', or 'skip': counted and told.
       on_bad_row='error',
-      # Fields of rows and turns that may be left unused though they change
-      # what a row means, 'images,context'; others of that kind are refused.
+      # Fields of rows and turns that are left unused, 'images,name'. Others
+      # that change what a row means are used or refused.
       ignore='',
       # Processes that read and tokenize ahead; 0 for threads.
       workers=0,

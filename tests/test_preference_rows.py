@@ -86,7 +86,7 @@ def test_a_pair_is_a_good_and_a_bad_answer():
 @pytest.mark.parametrize(
   ('fields', 'said'),
   [
-    ({'question': 'Why?'}, "'messages' or 'prompt'; got question"),
+    ({'topic': 'Why?'}, "'messages' or 'prompt'; got topic"),
     ({}, 'got no field'),
     ({'prompt': 'Why?', 'chosen': 'So.'}, "there is no 'rejected'"),
     ({'prompt': 'Why?'}, "an answer with a 'label'; got prompt"),

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations in the forms that people have: alpaca, sharegpt, messages.
 
-alpaca: `instruction`, `input`, `output`, and perhaps `history` (pairs of a
-question and an answer). sharegpt: `conversations` of {from, value}. messages:
-OpenAI's, `messages` of {role, content, tool_calls}, or TRL's `prompt` and
-`completion`, of which the completion is trained. All may have `system` and
-`tools` (or `functions`); an assistant's turn may have a `weight`, `loss` or
-`train` (0 is not trained, 1 is), a `function_call` and `reasoning_content` or
-`thinking`. What else a row has is in `moepeft.data.fields`.
+alpaca: `instruction`, `input`, `output` (Dolly: `context`, `response`), and
+perhaps `history` (pairs of a question and an answer). sharegpt:
+`conversations` of {from, value}. messages: OpenAI's, `messages` of {role,
+content, tool_calls}, or TRL's `prompt` and `completion` (or `response`), of
+which the latter is trained. All may have `system` and `tools` (or
+`functions`); an assistant's turn may have a `weight`, `loss` or `train` (0 is
+not trained, 1 is), a `function_call` and `reasoning_content` or `thinking`.
+Other fields are the subject of `moepeft.data.fields`.
 """
 
 import dataclasses
@@ -21,6 +22,9 @@ from moepeft.data.rows import Bad, BadRow
 from moepeft.data.turns import Turn, text, tools
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
+# Alpaca's names and Dolly's.
+_INPUTS, _ANSWERS = ('input', 'context'), ('output', 'response')
+_COMPLETIONS = ('completion', 'response')
 # A row's own field for the system's text, in the spellings of exports.
 _SYSTEM = ('system', 'system_prompt', 'system_message')
 
@@ -91,7 +95,7 @@ def form_of(row: Mapping) -> str:
   ):
     if key in row:
       return form
-  if 'prompt' in row and 'completion' in row:
+  if 'prompt' in row and any(key in row for key in _COMPLETIONS):
     return 'messages'
   raise BadRow(
     f'the row has {", ".join(map(repr, row)) or "no fields"}; expected '
@@ -124,11 +128,12 @@ def conversation(
     ValueError: there is no such form.
   """
   check_form(form)
-  fields = Fields(row)
+  fields = Fields(row, unused=unused)
   kind = form or form_of(fields)
   if kind == 'alpaca':
     turns = asked(fields)
-    turns.append(Turn('assistant', text(fields.get('output'), "'output'")))
+    key, answer = fields.given(_ANSWERS)
+    turns.append(Turn('assistant', text(answer, repr(key or 'output'))))
   elif kind == 'sharegpt':
     turns = turns_lib.turns(
       fields.get('conversations'), 'conversations', unused
@@ -141,7 +146,7 @@ def conversation(
     turns = with_system(turns, fields)
   check_order(turns)
   found = Conversation(tuple(turns), tools(fields))
-  fields.close(unused, texts_of(turns))
+  fields.close(texts_of(turns))
   for turn in turns if unused is not None else ():
     unused.see(turn.content)
   return found
@@ -158,9 +163,9 @@ def asked(fields: Fields) -> list[Turn]:
   """The turns of an alpaca row up to its question."""
   turns = with_system(_history(fields), fields)
   question = text(fields.get('instruction'), "'instruction'")
-  more = fields.get('input')
+  key, more = fields.given(_INPUTS)
   if more is not None and not _is_blank(more):
-    question += '\n' + text(more, "'input'")
+    question += '\n' + text(more, repr(key))
   return [*turns, Turn('user', question)]
 
 
@@ -189,7 +194,8 @@ def _history(fields: Fields) -> list[Turn]:
 def _completed(fields: Fields, unused: Unused | None) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
   prompt = turns_lib.spoken(fields, 'prompt', 'user', unused)
-  answer = turns_lib.spoken(fields, 'completion', 'assistant', unused)
+  key, _ = fields.given(_COMPLETIONS)
+  answer = turns_lib.spoken(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
     for turn in prompt

@@ -60,7 +60,11 @@ def read(file: str, bad: Bad) -> tuple[list[str], Table]:
           continue
         if header is None:
           header = _header(file, row)
-        elif len(row) != len(header):
+          continue
+        # Spreadsheets write empty cells after the last column.
+        while len(row) > len(header) and not row[-1]:
+          row.pop()
+        if len(row) != len(header):
           bad(
             where,
             BadRow(
@@ -78,7 +82,9 @@ def read(file: str, bad: Bad) -> tuple[list[str], Table]:
   return places, Table(header or (), cells)
 
 
-def _header(file: str, row: Sequence[str]) -> tuple[str, ...]:
+def _header(file: str, row: list[str]) -> tuple[str, ...]:
+  while row and not row[-1]:
+    row.pop()
   twice = [name for i, name in enumerate(row) if name in row[:i]]
   if twice:
     raise ValueError(

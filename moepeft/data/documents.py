@@ -65,7 +65,7 @@ def _text(file: str) -> list[Document]:
 def _rows(file: str, bad: Bad) -> list[Document]:
   found = []
   for where, row in jsonl.lines(file, bad):
-    fields = Fields(row)
+    fields = Fields(row, unused=bad.unused)
     text = fields.get('text')
     try:
       if not isinstance(text, str) or not text.removeprefix(MARK).strip():
@@ -73,7 +73,7 @@ def _rows(file: str, bad: Bad) -> list[Document]:
           f"expected text in 'text', got {text!r}; mend or remove the row"
         )
       text = text.removeprefix(MARK).strip()
-      fields.close(bad.unused, {text})
+      fields.close({text})
       found.append(Document(where, (text,)))
     except BadRow as e:
       bad(where, e)

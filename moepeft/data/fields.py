@@ -170,17 +170,29 @@ _OF_TURNS = frozenset(map(key_of, f'{_SPEAKERS} {_VALUES}'.split()))
 class Fields(Mapping):
   """A row or a turn, of which each field that is taken counts as used.
 
-  A field that is null is absent, as tables have no other way to say so.
+  A field that is null is absent, as tables have no other way to say so, and so
+  is one that config.data.ignore names.
   """
 
-  def __init__(self, values: Mapping[str, Any], where: str = 'the row'):
+  def __init__(
+    self,
+    values: Mapping[str, Any],
+    where: str = 'the row',
+    unused: Unused | None = None,
+  ):
     """
     Args:
       where: named in errors; 'the row', or a turn of it.
+      unused: told of the fields that nothing reads.
     """
-    self._values = {k: v for k, v in values.items() if v is not None}
-    self._taken: set[str] = set()
+    self._unused = unused if unused is not None else Unused()
+    self._values, self._taken = {}, set()
     self._where = where
+    for name, value in values.items():
+      if key_of(name) in self._unused.ignore:
+        self._list(name)
+      elif value is not None:
+        self._values[name] = value
 
   def __getitem__(self, name: str) -> Any:
     value = self._values[name]
@@ -215,26 +227,22 @@ class Fields(Mapping):
         )
     return pairs[0] if pairs else ('', None)
 
-  def close(
-    self, unused: Unused | None = None, texts: Collection[str] = ()
-  ) -> None:
-    """Refuses or lists what nobody has taken.
+  def close(self, texts: Collection[str] = ()) -> None:
+    """Refuses or lists the fields that nobody has taken.
 
     Args:
-      unused: told of the fields that nothing reads.
-      texts: what the row says, each text stripped: a field that only repeats
-        some of it loses nothing.
+      texts: of the row, stripped: a field that only repeats some of them loses
+        nothing.
 
     Raises:
       BadRow: a field that changes the meaning is left.
     """
-    unused = unused if unused is not None else Unused()
     of_row = self._where == 'the row'
     for name, value in self._values.items():
       if name in self._taken:
         continue
       key, what = key_of(name), meaning(name)
-      if key in unused.ignore or key in _OF_TURNS and of_row:
+      if key in _OF_TURNS and of_row:
         what = ''
       needless = (
         not what
@@ -249,7 +257,11 @@ class Fields(Mapping):
           'give it in a field that is read, remove the row, or leave the field '
           f'unused with config.data.ignore={name}'
         )
-      unused.add(name if of_row else f'{name} (of turns)')
+      self._list(name)
+
+  def _list(self, name: str) -> None:
+    of_turns = '' if self._where == 'the row' else ' (of turns)'
+    self._unused.add(name + of_turns)
 
 
 def meaning(name: str) -> str:

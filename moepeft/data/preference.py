@@ -4,9 +4,10 @@
 The forms, told by their keys (config.data.form names one instead):
 - sharegpt: `conversations` of {from, value}; `chosen` and `rejected`, each a
   turn or text; or a last turn of the model's and `kto_tag` (or `label`).
-- messages: `prompt` and `chosen`, `rejected` as texts or lists of {role,
-  content}, the prompt's turns in the answers' lists or not; `messages` of
-  which the last is judged by `label`; `prompt`, `completion` and `label`.
+- messages: `prompt` (or `question`) and `chosen`, `rejected` as texts or lists
+  of {role, content}, the prompt's turns in the answers' lists or not;
+  `messages` of which the last is judged by `label`; `prompt`, `completion` and
+  `label`.
 - alpaca: `instruction`, `input`, and `chosen`, `rejected`, or `output` and
   `kto_tag`; `system` and `history` where there are any.
 A prompt that the row gives in two places is there once; where the places
@@ -24,8 +25,9 @@ from moepeft.data.fields import BadRow, Fields, Unused
 from moepeft.data.turns import spoken, tools
 
 _LABELS = ('label', 'kto_tag')
+_TRUTHS = {'true': True, 'false': False}
 _ANSWERS = {'chosen', 'rejected', 'completion'}
-_PROMPTS = ('prompt', 'messages', 'conversations', 'instruction')
+_PROMPTS = ('prompt', 'question', 'messages', 'conversations', 'instruction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def row(
   """
   conversations.check_form(form)
   # A table has no absent fields: they are None there.
-  fields = Fields(row)
+  fields = Fields(row, unused=unused)
   form = form or _form(fields)
   if form == 'alpaca':
     turns = conversations.asked(fields)
@@ -95,7 +97,7 @@ def row(
     found = Judged(_asked(fields, prompt), answer, label, idx)
   _check_answers(found.prompt.turns[-1].content.strip(), found.answers)
   said = (*found.prompt.turns, *found.answers)
-  fields.close(unused, conversations.texts_of(said))
+  fields.close(conversations.texts_of(said))
   return found
 
 
@@ -153,6 +155,7 @@ def _form(fields: Fields) -> str:
     ('instruction', 'alpaca'),
     ('messages', 'messages'),
     ('prompt', 'messages'),
+    ('question', 'messages'),
     ('chosen', 'messages'),
     ('rejected', 'messages'),
   ):
@@ -170,11 +173,11 @@ def _before(fields: Fields, form: str, unused: Unused | None) -> list[Turn]:
     key = 'conversations'
     if key not in fields:
       raise BadRow("expected a list of turns in 'conversations', got none")
-  elif 'prompt' in fields and _ANSWERS & set(fields):
-    # 'messages' beside it may only repeat what else the row says.
-    key = 'prompt'
   else:
-    key = 'messages' if 'messages' in fields else 'prompt'
+    key = 'question' if 'prompt' not in fields else 'prompt'
+    # 'messages' beside it may only repeat what else the row says.
+    if 'messages' in fields and not (key in fields and _ANSWERS & set(fields)):
+      key = 'messages'
   # TRL's implicit prompt: the answers' lists begin with it.
   turns = spoken(fields, key, 'user', unused) if key in fields else []
   return conversations.with_system(turns, fields)
@@ -246,6 +249,9 @@ def _judged(
       "expected 'chosen' and 'rejected', or an answer with a 'label'; got "
       f'{", ".join(sorted(fields))}; mend or remove the row'
     )
+  if isinstance(label, str):
+    # Tables of text have no other way to write it.
+    label = _TRUTHS.get(label.strip().lower(), label)
   if not isinstance(label, bool):
     raise BadRow(
       f'expected true or false in {name!r}, got {label!r}; mend or remove '

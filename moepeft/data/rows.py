@@ -219,7 +219,7 @@ def example(
   if 'idx' in row and row['idx'] is None:
     # A table has no absent fields, a row of JSON has.
     _idx(None)
-  row = Fields(row)
+  row = Fields(row, unused=unused)
   choices, label = _choices(row)
   targets = row.get('targets', choices[label] if choices else None)
   for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
@@ -241,7 +241,7 @@ def example(
     choices=choices,
     label=label,
   )
-  row.close(unused, {found.inputs.strip(), found.targets.strip()})
+  row.close({found.inputs.strip(), found.targets.strip()})
   return found
 
 

@@ -37,7 +37,7 @@ class Turn:
 
   Attributes:
     role: 'system', 'user', 'assistant' or 'tool'.
-    content: not empty, but for an assistant that calls tools.
+    content: not empty, but for an assistant that calls tools, and of tools.
     calls: [{'name': ..., 'arguments': {...}}] of an assistant, with an 'id'
       where it has one, or None.
     trained: whether an assistant's is trained (`weight`, `loss`, `train`).
@@ -101,13 +101,13 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
     unused: told of the fields that are not read.
 
   Raises:
-    BadRow: it is neither, it is empty (the system's aside), or it has a field
-      that changes its meaning and cannot be used.
+    BadRow: it is neither, it is empty (a system's or a tool's aside), or has
+      a field that changes its meaning and cannot be used.
   """
   where = f'turn {place}'
   if not isinstance(item, Mapping):
     raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
-  fields = Fields(item, where)
+  fields = Fields(item, where, unused)
   _, name = fields.given(('role', 'from'))
   if not isinstance(name, str) or name not in _ROLES:
     raise BadRow(
@@ -124,7 +124,8 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
       calls = _calls(value, where)
   content = _joined(content, where)
   blank = content is None or isinstance(content, str) and not content.strip()
-  if blank and (calls or role == 'system'):
+  # Tools that do something often have nothing to tell.
+  if blank and (calls or role in ('system', 'tool')):
     content = ''
   else:
     content = text(content, f'{where} ({role})')
@@ -137,7 +138,7 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
     _label(fields, 'name', where),
     _label(fields, 'tool_call_id', where) if role == 'tool' else '',
   )
-  fields.close(unused, {content.strip()})
+  fields.close({content.strip()})
   return found
 
 

@@ -4,7 +4,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from moepeft.data import answer_rows, conversations, preference
+from moepeft.data import answer_rows, conversations, csv_table, preference
 from moepeft.data.fields import BadRow, Unused
 from moepeft.data.rows import Bad
 
@@ -131,3 +131,66 @@ def test_nulls_that_a_table_fills_in_are_not_in_the_prompt(tmp_path):
   good, _, _ = answer_rows.rows(data, Bad(), False, lambda *_: None)
   read = [row.prompt.tools[0]['function'] for row in good]
   assert read == tools
+
+
+def test_dollys_and_orcas_names_are_read():
+  talk = conversations.conversation(
+    {'instruction': 'Sum up.', 'context': 'Text.', 'response': 'T.'}
+  )
+  assert [t.content for t in talk.turns] == ['Sum up.\nText.', 'T.']
+  talk = conversations.conversation({'prompt': 'Why?', 'response': 'So.'})
+  assert [t.content for t in talk.turns] == ['Why?', 'So.']
+  # Intel/orca_dpo_pairs.
+  row = {'system': 'S', 'question': 'Why?', 'chosen': 'So.', 'rejected': 'No.'}
+  pair = preference.row(row)
+  assert [t.content for t in pair.prompt.turns] == ['S', 'Why?']
+  with pytest.raises(BadRow, match="'question', which is text"):
+    preference.row({**row, 'prompt': 'How?'})
+  with pytest.raises(BadRow, match="one value in 'output' and another in"):
+    conversations.conversation(
+      {'instruction': 'a', 'output': 'b', 'response': 'c'}
+    )
+
+
+def test_a_tool_may_have_nothing_to_tell():
+  call = {'function': {'name': 'save', 'arguments': '{}'}}
+  turns = [
+    USER,
+    {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+    {'role': 'tool', 'content': ''},
+    SO,
+  ]
+  talk = conversations.conversation({'messages': turns})
+  assert [t.content for t in talk.turns] == [USER['content'], '', '', 'So.']
+
+
+def test_an_ignored_field_is_unused_where_it_would_be_read_too():
+  turns = [{**USER, 'name': 'Ada'}, SO]
+  unused = Unused('name')
+  talk = conversations.conversation({'messages': turns}, unused=unused)
+  assert [t.name for t in talk.turns] == ['', '']
+  assert unused.notes('f') == ['f: fields that nothing reads: name (of turns)']
+  talk = conversations.conversation({'messages': turns})
+  assert talk.turns[0].name == 'Ada'
+
+
+@pytest.mark.parametrize('label', [True, 'True', 'true', ' TRUE'])
+def test_a_label_may_be_a_tables_text(label):
+  row = {'prompt': 'Why?', 'completion': 'So.', 'label': label}
+  assert preference.row(row).label is True
+  for wrong in ('yes', '1', 1):
+    with pytest.raises(BadRow, match='expected true or false'):
+      preference.row({**row, 'label': wrong})
+
+
+def test_empty_cells_after_the_last_column_are_no_columns(tmp_path):
+  file = tmp_path / 'a.csv'
+  file.write_text('inputs,targets,,\na,b,,\nc,d\n')
+  _, table = csv_table.read(str(file), Bad())
+  assert list(table) == [
+    {'inputs': 'a', 'targets': 'b'},
+    {'inputs': 'c', 'targets': 'd'},
+  ]
+  file.write_text('inputs,targets,,\na,b,,x\n')
+  with pytest.raises(ValueError, match='4 cells, and the header has 2'):
+    csv_table.read(str(file), Bad())

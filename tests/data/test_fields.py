@@ -57,7 +57,7 @@ REFUSED = {
   'weight': 0.5,
   'loss': False,
   'documents': [{'text': 'D'}],
-  'context': 'C',
+  'passage': 'C',
   'chat_template_kwargs': {'enable_thinking': False},
   'reasoning': 'since',
   'toolCalls': [{'name': 'f'}],
