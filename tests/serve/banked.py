@@ -95,13 +95,14 @@ def together(base, banks, names_, batch):
   """Logits of a batch of the same row under several adapters."""
   model = model_of(base, banks.advice)
   slots = np.stack([banks.row(name) for name in names_])
+  rows = jax.tree.map(lambda a: jnp.stack([a] * len(names_)), batch)
 
   @jax.jit
-  def served(params, tree, slots):
-    def row(slots):
+  def served(params, tree, slots, rows):
+    def one(slots, row):
       peft = row_tree(tree, slots)
-      return model.apply({'params': params, 'peft': peft}, batch)
+      return model.apply({'params': params, 'peft': peft}, row)
 
-    return jax.vmap(row)(slots)
+    return jax.vmap(one)(slots, rows)
 
-  return served(base.params, banks.tree, jnp.asarray(slots))
+  return served(base.params, banks.tree, jnp.asarray(slots), rows)
