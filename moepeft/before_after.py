@@ -2,7 +2,8 @@
 """A figure of a run's evaluations before and after training.
 
 Above, a panel for each figure of the held-out rows (validation loss, margins);
-below, the accuracy of each task, hollow before and full after.
+below, the accuracy of each task, hollow before and full after, colored where
+the change is more than the noise of its examples.
 """
 
 import math
@@ -114,7 +115,9 @@ def _accuracies(
         continue
       y = tasks.index((new['group'], new['task']))
       start, end = 100 * old['accuracy'], 100 * new['accuracy']
-      color = _ROSE if end > start else _FELL if end < start else _GREY
+      color = _GREY
+      if curves.differ(old, new, len(pairs)):
+        color = _ROSE if end > start else _FELL
       axes.plot([start, end], [y, y], color=color, lw=1.6)
       axes.plot(start, y, 'o', color=color, mfc='white', ms=5, clip_on=False)
       axes.plot(end, y, 'o', color=color, ms=5, clip_on=False)
@@ -133,6 +136,7 @@ def _accuracies(
     Line2D([], [], color='0.3', ls='', marker='o', label='after'),
     Line2D([], [], color=_ROSE, lw=1.6, label='rose'),
     Line2D([], [], color=_FELL, lw=1.6, label='fell'),
+    Line2D([], [], color=_GREY, lw=1.6, label='within noise'),
     Line2D([], [], color=_GREY, ls='', marker='|', label='chance'),
   ]
   figure.legend(

@@ -130,26 +130,35 @@ def _groups(before, after) -> list[tuple[str, float, float]]:
   return groups
 
 
-def _extremes(before, after) -> list[str]:
-  """The tasks that rose and fell the most, beyond their noise.
+def differ(old: Mapping[str, Any], new: Mapping[str, Any], tasks: int) -> bool:
+  """Whether a task's accuracies differ by more than the noise of its examples.
 
   The largest of many differences is large by chance alone, so the 5 % are those
   of all tasks together (Bonferroni).
+
+  Args:
+    old, new: rows of before.json and after.json.
+    tasks: rows that are compared.
   """
+  errors = statistics.NormalDist().inv_cdf(1 - 0.025 / max(tasks, 1))
+  noise = errors * math.sqrt(_variance(old) + _variance(new))
+  return abs(new['accuracy'] - old['accuracy']) > noise
+
+
+def _extremes(before, after) -> list[str]:
+  """The tasks that rose and fell the most, beyond their noise."""
   olds = {_task(row): row for row in _tasks(before)}
-  errors = statistics.NormalDist().inv_cdf(1 - 0.025 / max(len(olds), 1))
-  moved = []
-  for row in _tasks(after):
-    old = olds.get(_task(row))
-    if old is not None:
-      change = row['accuracy'] - old['accuracy']
-      if abs(change) > errors * math.sqrt(_variance(row) + _variance(old)):
-        moved.append((100 * change, _task(row)))
+  pairs = [(olds[_task(r)], r) for r in _tasks(after) if _task(r) in olds]
+  moved = [
+    (100 * (new['accuracy'] - old['accuracy']), _task(new))
+    for old, new in pairs
+    if differ(old, new, len(olds))
+  ]
   if len(olds) < 2 or not moved:
     return []
   ends = dict.fromkeys((max(moved), min(moved)))
-  tasks = ', '.join(f'{name} {change:+.0f} points' for change, name in ends)
-  return [f'tasks that moved the most: {tasks}']
+  names = ', '.join(f'{name} {change:+.0f} points' for change, name in ends)
+  return [f'tasks that moved the most: {names}']
 
 
 def _tasks(evaluation) -> list[dict]:

@@ -247,6 +247,9 @@ class Pass:
         bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}'
         '{postfix}',
       )
+    elif total:
+      # The first batch is compiled before it is run, which may take minutes.
+      self._line(f'{what} 0/{total}')
 
   def __call__(self, done: int) -> None:
     """Shows that so many more examples are done."""
@@ -262,12 +265,14 @@ class Pass:
       self._bar.refresh()
     elif seconds >= self._next_line or self._done >= self._total:
       self._next_line = seconds + _LINES
-      told = f'{self._what} {self._done}/{self._total}'
-      print(told, *parts, sep='  ', file=sys.stderr, flush=True)
+      self._line(f'{self._what} {self._done}/{self._total}', *parts)
 
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+  def _line(self, *parts: str) -> None:
+    print(*parts, sep='  ', file=sys.stderr, flush=True)
 
 
 def _columns() -> int:

@@ -268,6 +268,7 @@ def test_a_pass_tells_its_speed_and_the_time_left(capsys):
   told.close()
   # The second comes too soon after the first for a line of its own.
   assert capsys.readouterr().err.splitlines() == [
+    'ranked 0/20',
     'ranked 4/20  2.0 examples/s  ETA 0:08',
     'ranked 20/20  0.67 examples/s  ETA 0:00',
   ]

@@ -253,7 +253,7 @@ def judged(loss, right):
 
 
 def test_before_and_after_are_drawn_task_by_task(tmp_path):
-  figure = before_after.draw(judged(3.0, 0.25), judged(1.5, 0.75))
+  figure = before_after.draw(judged(3.0, 0.125), judged(1.5, 0.875))
   axes = {a.get_title() or a.get_title('left'): a for a in figure.axes}
   assert set(axes) == {
     'validation\nloss',
@@ -266,7 +266,7 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   seen = axes['accuracy (%), seen templates']
   assert seen.get_xlim() == (0, 100)
   ends = [list(line.get_xdata()) for line in seen.lines[::4]]
-  assert ends == [[25.0, 75.0], [75.0, 25.0]]
+  assert ends == [[12.5, 87.5], [87.5, 12.5]]
   colors = [line.get_color() for line in seen.lines[::4]]
   assert colors == [before_after._ROSE, before_after._FELL]
   (path,) = plots.draw_before_after(
@@ -276,6 +276,15 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   assert image.imread(path)[..., :3].std() > 0.02
   # Nothing before, or nothing in common.
   assert plots.draw_before_after({}, judged(1.5, 1), str(tmp_path)) == []
+
+
+def test_a_change_within_the_noise_of_its_examples_is_grey():
+  # Of ten examples each: 5 and 7 are right, and 5 and 3.
+  figure = before_after.draw(judged(3.0, 0.5), judged(1.5, 0.7))
+  seen = figure.axes[2]
+  assert [line.get_color() for line in seen.lines[::4]] == [
+    before_after._GREY
+  ] * 2
 
 
 def test_the_axis_of_a_loss_has_no_negative_values():

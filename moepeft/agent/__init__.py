@@ -12,10 +12,6 @@ skills            SKILL.md directories, loaded in three steps
 sandbox           Python and shell programs in bubblewrap
 """
 
-import importlib.util
+from moepeft.core.extras import require
 
-for _name in ('openai', 'pydantic'):
-  if importlib.util.find_spec(_name) is None:
-    raise ImportError(
-      f"moepeft.agent needs the package {_name}: pip install 'moepeft[agent]'"
-    )
+require(__name__, 'agent', ('openai', 'pydantic'))

@@ -8,3 +8,7 @@ model of `schemas`, becomes token ids in `words` and a question to the engine
 in `asking`; the engine's events come back through `underway`, become text in
 `answer` and JSON in `chat` or `completions`.
 """
+
+from moepeft.core.extras import require
+
+require('moepeft.serve', 'serve', ('fastapi', 'prometheus_client', 'uvicorn'))
