@@ -239,6 +239,8 @@ def default() -> ConfigDict:
   c.log = ConfigDict(
     dict(
       every_steps=10,
+      # Pictures in <workdir>/plots, drawn once a minute and at the end.
+      plots=True,
       tensorboard=True,
       # A project of Weights & Biases; '' for none.
       wandb='',

@@ -413,7 +413,8 @@ def _train(
 
   # --------------------------------------------------------------- loop ---
   history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
-  figures = plots.Figures(history, pictures, processes.first())
+  drawn = log.plots and processes.first()
+  figures = plots.Figures(history, pictures, drawn)
   progress = Progress(config.steps, first)
   report = Report(
     progress,
@@ -471,14 +472,15 @@ def _train(
           if alone:
             alone.check()
           checkpoints.save(state, described, course)
-          figures.draw()
-      elif log_now:
+      if log_now:
         with progress.paused('drawing'):
           figures.refresh()
       if leave:
         break
   progress.close()
   batches.close()
+  if leave or not config.evaluation.after:
+    figures.draw()
   if leave:
     _close(written)
     raise Stopped(signals.received or SIGTERM, done, checkpoints.path)
@@ -508,7 +510,7 @@ def _train(
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
     changes = curves.changes(before, after)
-    if processes.first():
+    if drawn:
       plots.draw_before_after(before, after, pictures)
   _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
@@ -523,7 +525,7 @@ def _train(
     curves.findings(pathlib.Path(workdir)),
     {
       'losses': os.path.join(workdir, rows_lib.NAME),
-      'plots': pictures,
+      'plots': pictures if log.plots else None,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
       'evaluation': after_path if config.evaluation.after else None,
       'checkpoints': os.path.join(workdir, 'checkpoints'),

@@ -9,16 +9,15 @@ import tempfile
 # Before JAX starts: compiling is most of the suite's time, running is none.
 _QUICK = '--xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
+# In the environment, so that the commands which tests start share it. Kept for
+# the machine's temporary life: a second run of the suite is faster.
+_CACHE = pathlib.Path(tempfile.gettempdir()) / 'moepeft-tests-jax'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-# Kept for the machine's temporary life: a second run of the suite is faster.
-_CACHE = pathlib.Path(tempfile.gettempdir()) / 'moepeft-tests-jax'
-
-jax.config.update('jax_compilation_cache_dir', str(_CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 # Every kernel of a program on CPU is mapped, and Linux lets a process have
 # 65,530 areas (vm.max_map_count): beyond, compiling ends in a crash.

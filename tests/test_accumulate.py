@@ -96,6 +96,7 @@ def test_a_mean_of_the_parts_means_would_be_another():
   assert abs(np.mean(each) - mean_of(BATCH)) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_model_of_many_layers_is_trained_the_same_in_parts():
   model, built = small.make(MOLORA)
   variables = small.variables(MOLORA, noise=0.1)

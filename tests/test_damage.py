@@ -62,7 +62,13 @@ def flip(file):
   file.write_bytes(data)
 
 
-@pytest.mark.parametrize('damage', [remove, empty, cut, flip])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    flip,
+    *(pytest.param(d, marks=pytest.mark.slow) for d in (remove, empty, cut)),
+  ],
+)
 def test_every_file_of_a_checkpoint_is_as_written_or_named(
   whole, tmp_path, damage
 ):
@@ -257,6 +263,7 @@ def begun(base, tmp_path_factory):  # noqa: F811
   return workdir
 
 
+@pytest.mark.slow
 def test_training_that_filled_the_disk_goes_on_when_there_is_space(
   base,  # noqa: F811
   begun,
@@ -308,7 +315,7 @@ def test_training_goes_on_from_the_checkpoint_before_if_asked_to(
   assert adapter_bytes(workdir) == expected
 
 
-@pytest.mark.parametrize('step', [2, 3])
+@pytest.mark.parametrize('step', [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
   base,  # noqa: F811
   begun,

@@ -33,6 +33,7 @@ def card(**changes):
   c.objective, c.method, c.data.vocabulary = 'causal', 'full', 'bytes'
   c.steps, c.batch_size, c.data.length = 4, 3, 96
   c.log.every_steps = 2
+  c.log.plots = False
   c.checkpoint.every_steps = 2
   c.evaluation.before = c.evaluation.after = False
   c.evaluation.max_examples, c.evaluation.batch_size = 3, 4

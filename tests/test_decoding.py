@@ -123,7 +123,7 @@ METHODS = (
 @pytest.mark.parametrize(
   'method, config',
   [
-    *((m, CONFIG) for m in METHODS),
+    *small.others_slow((m, CONFIG) for m in METHODS),
     ('molora(experts=3, rank=2, router=topk(k=2))', OTHER),
     ('molora(experts=3, rank=2)', WINDOWED),
     ('mov(experts=3)', ALIBI),
@@ -147,9 +147,14 @@ def test_cached_logits_of_rows_together_equal_uncached_ones_alone(
 @pytest.mark.parametrize(
   'method, config',
   [
-    *((m, CONFIG) for m in ('full', *small.ONE_EACH)),
-    ('molora(experts=3, rank=2)', CONFIG),
-    ("tokens(new='3|5-7')", CONFIG),
+    *small.others_slow(
+      (
+        *((m, CONFIG) for m in ('full', *small.ONE_EACH)),
+        ('molora(experts=3, rank=2)', CONFIG),
+        ("tokens(new='3|5-7')", CONFIG),
+      ),
+      quick=small.FEW,
+    ),
     ('molora(experts=3, rank=2, router=topk(k=2))', OTHER),
     ('lora(rank=3)', WINDOWED),
     ('lora(rank=3)', ALIBI),
@@ -175,7 +180,9 @@ def test_in_float64_cached_logits_equal_uncached_ones_to_ten_digits(
       near(row, whole(exact, variables, text)[len(prompt) - 1 :], 1e-10)
 
 
-@pytest.mark.parametrize('method', small.ONE_EACH)
+@pytest.mark.parametrize(
+  'method', small.others_slow(small.ONE_EACH, quick=small.FEW)
+)
 def test_in_float64_an_encoder_decoders_cached_logits_are_the_uncached(method):
   model, _ = small.make(method, dtype=jnp.float64, param_dtype=jnp.float64)
   variables = jax.tree.map(np.asarray, small.variables(method, noise=0.1))
@@ -275,6 +282,7 @@ def test_padding_is_no_token_that_was_there():
     assert set(np.flatnonzero(seen)) == {*prompt, int(first[0])}
 
 
+@pytest.mark.slow
 def test_layouts_change_neither_steps_nor_tokens_of_a_decoder(tmp_path):
   flags = os.environ.get('XLA_FLAGS', '')
   env = os.environ | {

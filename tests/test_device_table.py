@@ -98,6 +98,7 @@ def test_model_flops_are_those_of_the_compiled_step(method):
   assert counted == pytest.approx(expected, rel=0.008)
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_by_the_loops_own_update():
   row = {
     'side': 'moepeft',

@@ -7,8 +7,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -38,10 +36,11 @@ from moepeft.scoring import forms, text
 from moepeft.tasks import Example
 from moepeft.unfinished import Unfinished
 
+from . import commands
 from .contracts import small
 from .scoring.cases import ABOUT, right, row
 from .test_ranking import RANDOM, Bigram, log_likelihood, variables
-from .test_train import CONFIG, ROOT, card
+from .test_train import CONFIG, card
 
 
 def made(task, prompt, idx, inputs, choices=(), label=-1, targets=''):
@@ -496,20 +495,11 @@ def test_tables_set_a_run_beside_its_base(begun, tmp_path):
     assert ' 50.0' in line
 
 
-def command(*args):
-  """The command in a process of its own."""
-  return subprocess.run(
-    [sys.executable, '-m', 'moepeft.evaluate', *args],
-    cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-  )
-
-
 def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
   data = dump(tmp_path / 'mine.jsonl', [CHOICES, CHOICES | {'label': 0}])
-  done = command(f'--workdir={begun}', f'--data={data}')
+  done = commands.run(
+    'moepeft.evaluate', f'--workdir={begun}', f'--data={data}'
+  )
   assert done.returncode == 0, done.stderr
   (row,) = scoring.read(os.path.join(begun, 'evaluation_mine.jsonl'))
   # The same inputs twice, of other labels: one of them is right.
@@ -592,7 +582,7 @@ def test_the_output_is_checked_and_written_whole(tmp_path):
 
 
 def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
-  done = command(f'--workdir={begun}', '--measures=f1')
+  done = commands.run('moepeft.evaluate', f'--workdir={begun}', '--measures=f1')
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: --measures names some of accuracy, loss')

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 import tempfile
 
@@ -28,7 +27,7 @@ from moepeft.sampling import Sampling
 from moepeft.talk import Manner, Talk
 from moepeft.tasks import Example
 
-from . import chat_cases
+from . import chat_cases, commands
 from .contracts import small
 
 EMPTY = tempfile.NamedTemporaryFile()
@@ -411,19 +410,13 @@ def test_a_chat_without_a_template_is_refused():
     prompts.template(refusing, chat_data()).prompt(prompts.conversation(['a']))
 
 
-def command(*args, **options):
-  return subprocess.run(
-    [sys.executable, '-m', 'moepeft.generate', *args],
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-    **options,
-  )
-
-
 def test_the_command_answers_from_a_model_and_from_the_terminal():
-  done = command('--model=package:t5_tiny', '--length=5', input='ab\n\ncd\n')
+  done = commands.run(
+    'moepeft.generate',
+    '--model=package:t5_tiny',
+    '--length=5',
+    stdin='ab\n\ncd\n',
+  )
   assert done.returncode == 0, done.stderr
   assert len(done.stdout.splitlines()) >= 2
   assert 'tokens/s' in done.stderr.splitlines()[-1]
@@ -465,7 +458,7 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
   ],
 )
 def test_bad_flags_are_one_sentence(args, said):
-  done = command(*args, stdin=subprocess.DEVNULL)
+  done = commands.run('moepeft.generate', *args)
   assert done.returncode == 2
   (line,) = done.stderr.strip().splitlines()[-1:]
   assert line.startswith('error: ') and said in line

@@ -6,13 +6,13 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from moepeft import gin_files, gin_flags
 from moepeft.models import names, t5
+
+from . import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 METHODS = ('full', 'ia3', 'lora', 'mov', 'molora')
@@ -418,22 +418,15 @@ def test_no_gin_flag_is_no_translation():
   assert flags('--config=configs/molora_t5.py', '--config.steps=3') is None
 
 
-def run(module, *options, cwd=ROOT):
-  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, '-m', f'moepeft.{module}', *options]
-  return subprocess.run(
-    command, env=env, cwd=cwd, capture_output=True, text=True
-  )
-
-
 def test_count_prints_the_same_as_for_the_card():
   size, method = f'--gin_file={size_file("xl")}', '--gin_file=gin/mov.gin'
   # The key above all: 30 experts in the file, 20, then 60.
-  gin = run(
-    'count', size, method, '--gin.NUM_EXPERTS=20',
+  gin = commands.run('moepeft.count', size, method, '--gin.NUM_EXPERTS=20',
     '--config.method=mov(experts=60)',
   )  # fmt: skip
-  card = run('count', '--config=configs/paper/t5_xl_mov.py:experts=60')
+  card = commands.run(
+    'moepeft.count', '--config=configs/paper/t5_xl_mov.py:experts=60'
+  )
   assert (gin.returncode, gin.stderr) == (0, '')
   assert gin.stdout == card.stdout
   # 60 experts on T5 1.1 xl, arXiv:2309.05444.
@@ -448,7 +441,7 @@ def test_count_prints_the_same_as_for_the_card():
   ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
-  done = run('count', *options)
+  done = commands.run('moepeft.count', *options)
   assert done.returncode == 2
   lines = done.stderr.splitlines()
   lines = [line for line in lines if not line.startswith('gin: ')]
@@ -457,7 +450,7 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
 
 
 def test_help_mentions_gin_files():
-  said = run('count', '--help').stdout
+  said = commands.run('moepeft.count', '--help').stdout
   assert '--gin.NAME=VALUE' in said
   assert '--config: A card' in said and '--[no]traceback' in said
 
@@ -476,7 +469,7 @@ def test_a_run_keeps_its_gin_files_as_one(tmp_path):
     '--config.evaluation.before=False',
     '--config.evaluation.after=False',
   ]
-  done = run('train', '--gin_file=gin/ia3.gin', *small)
+  done = commands.run('moepeft.train', '--gin_file=gin/ia3.gin', *small)
   assert done.returncode == 0, done.stderr
   kept = tmp_path / 'run' / 'config.gin'
   written = json.loads((tmp_path / 'run' / 'config.json').read_text())

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands answer a wrong flag, key or config by one sentence and a hint."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -15,21 +12,13 @@ from moepeft.core.files import local_path
 from moepeft.data import quality
 from moepeft.models import llama, t5
 
+from . import commands
+
 _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGE = _ROOT / 'moepeft'
 
 
-def run(*args):
-  return subprocess.run(
-    [sys.executable, '-m', *args],
-    cwd=_ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-  )
-
-
-def commands():
+def modules():
   """Modules of the package that `python -m` runs."""
   for path in sorted(_PACKAGE.rglob('*.py')):
     if "if __name__ == '__main__':" not in path.read_text():
@@ -41,11 +30,11 @@ def commands():
 
 
 def test_every_command_is_listed():
-  assert set(listing.COMMANDS) == {name for name in commands() if name}
+  assert set(listing.COMMANDS) == {name for name in modules() if name}
 
 
 def test_the_package_lists_its_commands():
-  done = run('moepeft')
+  done = commands.run('moepeft')
   assert done.returncode == 0
   for name in listing.COMMANDS:
     assert f'python -m moepeft.{name} ' in done.stdout
@@ -67,14 +56,14 @@ def test_the_package_runs_no_command_itself(argv, said, capsys):
 @pytest.mark.parametrize('name', listing.COMMANDS)
 @pytest.mark.parametrize('flag', ['--help', '-h'])
 def test_help_of_every_command_ends_with_zero(name, flag):
-  done = run(f'moepeft.{name}', flag)
+  done = commands.run(f'moepeft.{name}', flag)
   assert done.returncode == 0, done.stderr
   assert f'moepeft.{name}' in done.stdout
   assert 'Traceback' not in done.stderr
 
 
 def test_help_ends_with_zero():
-  done = run('moepeft.count', '--help')
+  done = commands.run('moepeft.count', '--help')
   assert done.returncode == 0, done.stderr
   assert '--config' in done.stdout
 
@@ -171,7 +160,7 @@ def test_a_config_that_fails_is_one_sentence(tmp_path):
   for i, (source, said) in enumerate(cases.items()):
     file = tmp_path / f'{i}.py'
     file.write_text(source)
-    done = run('moepeft.count', f'--config={file}')
+    done = commands.run('moepeft.count', f'--config={file}')
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('error: ') and said in last, last

@@ -41,6 +41,7 @@ OPTIONS = (
   '--config.evaluation.every_steps=7',
   '--config.checkpoint.best=True',
   '--config.log.every_steps=3',
+  '--config.log.plots=False',
 )
 
 
@@ -153,7 +154,10 @@ def interrupted(monkeypatch, numbers, at=3):
   monkeypatch.setattr(train, 'loader', opened)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_the_step_and_leaves(
   base,  # noqa: F811
   tmp_path,
@@ -177,6 +181,7 @@ def test_a_signal_saves_the_step_and_leaves(
   assert adapter_bytes(tmp_path / 'whole') == adapter_bytes(tmp_path / 'cut')
 
 
+@pytest.mark.slow
 def test_a_signal_while_validating_or_saving_loses_no_step(
   base,  # noqa: F811
   tmp_path,
@@ -233,6 +238,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   return [row['step'] for row in rows if 'validation_loss' in row]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_it_stays_ended(
   base,  # noqa: F811
   tmp_path,
@@ -254,6 +260,7 @@ def test_patience_ends_a_run_and_it_stays_ended(
   assert judged(base, [9.0], monkeypatch, tmp_path, **run) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest(
   base,  # noqa: F811
   tmp_path,

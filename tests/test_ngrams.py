@@ -3,14 +3,14 @@
 
 import importlib
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from moepeft import ngrams
 from moepeft.data import spans
+
+from . import commands
 
 A, B, C = 0, 1, 2
 
@@ -118,9 +118,11 @@ def test_only_text_has_a_baseline(tmp_path):
 def test_the_command_prints_a_line_for_each_n(tmp_path):
   file = tmp_path / 'text.txt'
   file.write_text('the cat sat on the mat.\n\n' * 300)
-  command = [sys.executable, '-m', 'moepeft.ngrams', '--order=3']
-  command += [f'--config=configs/pretrain_gpt_tiny.py:text={file}']
-  found = subprocess.run(command, capture_output=True, text=True)
+  found = commands.run(
+    'moepeft.ngrams',
+    '--order=3',
+    f'--config=configs/pretrain_gpt_tiny.py:text={file}',
+  )
   assert found.returncode == 0, found.stderr
   assert [line.split()[0] for line in found.stdout.splitlines()[1:]] == [
     '1-gram',

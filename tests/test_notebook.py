@@ -3,7 +3,6 @@
 
 from pathlib import Path
 
-import jax
 import nbclient
 import nbformat
 import pytest
@@ -27,8 +26,6 @@ def test_notebook_is_kept_without_outputs(notebook):
 
 def test_notebook_trains_opens_and_draws(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(_ROOT))
-  cache = jax.config.jax_compilation_cache_dir
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', cache or str(tmp_path))
   monkeypatch.setenv('MOEPEFT_WORKDIR', '')
   monkeypatch.setenv('MOEPEFT_STEPS', '2')
   client = nbclient.NotebookClient(

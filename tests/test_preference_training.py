@@ -81,7 +81,9 @@ def test_the_reference_is_the_same_before_and_after_training(places):
   assert np.isfinite(float(again['loss'])) and float(aux['loss']) > 0
 
 
-@pytest.mark.parametrize('objective', ['dpo', 'kto'])
+@pytest.mark.parametrize(
+  'objective', ['dpo', pytest.param('kto', marks=pytest.mark.slow)]
+)
 def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
   """In float64: a defect stays there, rounding does not.
 
@@ -140,7 +142,7 @@ def test_dpo_learns_what_is_preferred_and_tells_it(places, tmp_path, capsys):
   config = card(
     places, steps=12, **{'evaluation.every_steps': 6, 'model.dropout': 0.1}
   )
-  config.evaluation.before = True
+  config.evaluation.before = config.log.plots = True
   train.train(config, str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
   trained = [row for row in rows if 'loss' in row]
@@ -169,6 +171,7 @@ def losses(workdir):
   return [row['loss'] for row in rows if 'loss' in row]
 
 
+@pytest.mark.slow
 def test_a_full_run_has_its_reference_from_before_training(
   places, tmp_path, capsys
 ):
@@ -196,6 +199,7 @@ def test_a_full_run_has_its_reference_from_before_training(
     train.train(*again, may_differ=('data.path',))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_adapters_that_are_the_reference(
   places, tmp_path, capsys
 ):
@@ -223,7 +227,12 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
 # Going on compiles all once more, and knows nothing of an objective: one does.
 @pytest.mark.parametrize(
   ('objective', 'stops'),
-  [('kto', (4, 6)), ('orpo', (6,)), ('simpo', (6,)), ('reward', (6,))],
+  [
+    ('kto', (4, 6)),
+    ('reward', (6,)),
+    pytest.param('orpo', (6,), marks=pytest.mark.slow),
+    pytest.param('simpo', (6,), marks=pytest.mark.slow),
+  ],
 )
 def test_every_objective_trains_goes_on_and_is_evaluated(
   places, tmp_path, objective, stops, capsys

@@ -430,7 +430,9 @@ def test_a_task_without_examples_is_told_and_never_hangs(tmp_path):
     read(stream, 3)
 
 
-@pytest.mark.parametrize('kind', ['cached', 'registered'])
+@pytest.mark.parametrize(
+  'kind', ['cached', pytest.param('registered', marks=pytest.mark.slow)]
+)
 def test_a_run_on_seqio_cut_in_two_ends_with_the_same_bytes(
   base,  # noqa: F811
   p3,

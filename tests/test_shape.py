@@ -3,8 +3,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,8 @@ from moepeft import base, train
 from moepeft import config as config_lib
 from moepeft.nn.rope import Rope
 from moepeft.rows import read
+
+from . import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = dict(
@@ -121,16 +121,11 @@ def test_every_kind_of_positions_trains(tmp_path, positions):
 
 def count(*shape):
   """The command's exit code, its parameters and its error."""
-  ran = subprocess.run(
-    [
-      *(sys.executable, '-m', 'moepeft.count'),
-      '--config=configs/pretrain_gpt_tiny.py',
-      *('--config.model.family=gpt2', '--config.method=full'),
-      *(f'--config.model.shape.{text}' for text in shape),
-    ],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
+  ran = commands.run(
+    'moepeft.count',
+    '--config=configs/pretrain_gpt_tiny.py',
+    *('--config.model.family=gpt2', '--config.method=full'),
+    *(f'--config.model.shape.{text}' for text in shape),
   )
   params = json.loads(ran.stdout)['params'] if ran.stdout else 0
   return ran.returncode, params, ran.stderr

@@ -193,8 +193,6 @@ def start(module, *args, devices):
   env = os.environ | {
     'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir or '',
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
   command = [sys.executable, '-m', f'tests.contracts.{module}', *map(str, args)]
   return subprocess.Popen(

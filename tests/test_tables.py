@@ -5,8 +5,6 @@ import json
 import math
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from matplotlib import image
@@ -15,6 +13,8 @@ from matplotlib.figure import Figure
 from moepeft import compared, tables
 from moepeft.scoring import forest, forms
 from tests.scoring import runs
+
+from . import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT.parent / 'shared' / 'paper' / 'results.json'
@@ -245,8 +245,12 @@ def test_wrong_markers_are_seen_before_anything_is_written(tmp_path):
   document = tmp_path / 'results.md'
   document.write_text('no marker\n')
   out = tmp_path / 'x'
-  done = run(
-    '--paper=t5_xl', f'--output={out}', f'--into={document}', '--name=a'
+  done = commands.run(
+    'moepeft.tables',
+    '--paper=t5_xl',
+    f'--output={out}',
+    f'--into={document}',
+    '--name=a',
   )
   assert done.returncode == 2 and 'found 0 such pairs' in done.stderr
   assert not out.with_suffix('.md').exists()
@@ -536,17 +540,11 @@ def test_what_cannot_be_a_table_is_one_sentence(tmp_path):
     assert '\n' not in str(error.value)
 
 
-def run(*options):
-  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, '-m', 'moepeft.tables', *options]
-  return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
 def test_the_command_takes_runs_and_options_in_any_order(tmp_path):
   lora, ia3 = two_runs(tmp_path)
   document = tmp_path / 'results.md'
   document.write_text(DOCUMENT)
-  done = run(
+  done = commands.run('moepeft.tables',
     lora, '--baseline=ia3', ia3, f'--output={tmp_path / "x"}',
     f'--into={document}', '--name=a',
   )  # fmt: skip
@@ -566,7 +564,7 @@ def test_the_command_takes_runs_and_options_in_any_order(tmp_path):
   ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
-  done = run(*options)
+  done = commands.run('moepeft.tables', *options)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: ') and said in line
@@ -647,10 +645,7 @@ def test_token_shares_of_older_logs_are_not_called_argmax_shares(tmp_path):
 
 
 def test_routing_without_runs_is_refused():
-  command = ['-m', 'moepeft.tables', '--paper=t5_xl', '--routing']
-  done = subprocess.run(
-    [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
-  )
+  done = commands.run('moepeft.tables', '--paper=t5_xl', '--routing')
   assert done.returncode == 2
   assert '--routing is of runs' in done.stderr
 

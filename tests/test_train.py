@@ -3,10 +3,8 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -26,6 +24,7 @@ from moepeft.report import Report
 from moepeft.rows import Rows, read
 from moepeft.runs import check_unchanged
 
+from . import commands
 from .contracts import small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,6 +50,8 @@ def card(base, **changes):
   c.data.inputs_length = 48
   c.data.targets_length = 9
   c.log.every_steps = 2
+  # They cost as much as the steps; the tests of pictures ask for them.
+  c.log.plots = False
   c.checkpoint.every_steps = 2
   # Compiling it takes longer than all else; tests that judge ask for it.
   c.evaluation.before = c.evaluation.after = False
@@ -71,7 +72,7 @@ def adapter_bytes(workdir):
 
 
 def test_the_job_leaves_all_its_files_and_says_where(base, tmp_path, capsys):
-  train.train(card(base, **JUDGED), str(tmp_path))
+  train.train(card(base, **JUDGED, **{'log.plots': True}), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))
   # What was measured before the first step and after the last are the first and
   # the last point of the curve.
@@ -165,6 +166,7 @@ def test_full_fine_tuning_is_the_same_loop(base, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_convert_writes_a_function_of_the_adapter_alone(base, tmp_path):
   for name in ('a', 'b'):
     train.train(card(base), str(tmp_path / name))
@@ -203,8 +205,16 @@ def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
   ('method', 'said'),
   [
     ('molora(experts=3, rank=2, alpha=32)', 'set config.method to'),
-    ('molora(experts=3, rank=2, router=topk(k=1))', 'set config.method to'),
-    ("molora(experts=3, rank=2, sites='*/q')", 'set config.method to'),
+    pytest.param(
+      'molora(experts=3, rank=2, router=topk(k=1))',
+      'set config.method to',
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      "molora(experts=3, rank=2, sites='*/q')",
+      'set config.method to',
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_an_adapter_that_computes_something_else_is_refused(
@@ -236,6 +246,7 @@ def test_generation_answers_from_a_run(begun):
   assert len(texts) == 2 and step == 4
 
 
+@pytest.mark.slow
 def test_router_losses_are_summed_into_the_objective(base, tmp_path):
   plain = train.train(card(base), str(tmp_path), dry_run=True)
   changes = {'router_losses.load_balance': 0.5, 'router_losses.z': 0.1}
@@ -379,6 +390,7 @@ def test_before_is_always_of_this_run(base, tmp_path):
   assert [row['task'] for row in found['rows']] == ['stars', 'stars']
 
 
+@pytest.mark.slow
 def test_long_examples_are_counted_and_told(base, tmp_path, capsys):
   changes = {'steps': 1, 'data.inputs_length': 9}
   train.train(card(base, **changes), str(tmp_path), dry_run=True)
@@ -392,7 +404,7 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   path.write_text(json.dumps(row) + '\n')
   output = tmp_path / 'found.json'
   flags = [f'--workdir={begun.workdir}', f'--data={path}']
-  done = command('moepeft.evaluate', *flags, f'--output={output}')
+  done = commands.run('moepeft.evaluate', *flags, f'--output={output}')
   assert done.returncode == 0, done.stderr
   found = json.loads(output.read_text())
   assert [(r['group'], r['task'], r['examples']) for r in found['rows']] == [
@@ -497,17 +509,6 @@ def test_a_broken_gradient_stops_the_run_before_it_is_saved():
   assert written[1]['nll'] == 2.0
 
 
-def command(*args, cwd=ROOT):
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  return subprocess.run(
-    [sys.executable, '-m', *args],
-    cwd=cwd,
-    env=env,
-    capture_output=True,
-    text=True,
-  )
-
-
 @pytest.mark.parametrize(
   ('args', 'said'),
   [
@@ -521,7 +522,7 @@ def command(*args, cwd=ROOT):
   ],
 )
 def test_wrong_flags_end_with_one_line_and_code_two(args, said):
-  done = command('moepeft.train', *args)
+  done = commands.run('moepeft.train', *args)
   assert done.returncode == 2, done.stderr
   lines = done.stderr.strip().splitlines()
   assert said in lines[-1] and lines[-1].startswith('error: ')

@@ -66,6 +66,9 @@ def stack(
     # Written out, XLA would merge layers with their recomputation, on CPU in
     # spite of barriers: remat would save nothing.
     unroll=min(unroll, length) if remat == 'none' else 1,
+    # No variable is broadcast: without the check a layer is traced once, not
+    # twice, and tracing is most of a short run's start.
+    check_constancy_invariants=False,
     metadata_params={'params': 'l', 'peft': 'l'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]

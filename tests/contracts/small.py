@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moepeft.models import t5
 from moepeft.nn.start import fresh
@@ -55,6 +56,21 @@ ONE_EACH = (
   'mov(experts=3)',
   'molora(experts=3, rank=2, router=topk(k=2))',
 )
+
+
+# For what takes long even so: a plain method, and a mixture with a choice.
+FEW = (ONE_EACH[0], ONE_EACH[-1])
+
+
+def others_slow(values, quick=ONE_EACH):
+  """The values as parameters of a test, slow but for those of `quick`.
+
+  A value of several parameters is a tuple, whose first counts.
+  """
+  return [
+    pytest.param(*v, marks=() if v[0] in quick else pytest.mark.slow)
+    for v in ((v if isinstance(v, tuple) else (v,)) for v in values)
+  ]
 
 
 def batch(rows=3, s=7, t=5, vocab=37, seed=0):

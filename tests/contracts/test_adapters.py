@@ -17,7 +17,9 @@ from moepeft.peft import METHODS, build
 
 from . import small
 
-every_method = pytest.mark.parametrize('method', small.METHODS)
+every_method = pytest.mark.parametrize(
+  'method', small.others_slow(small.METHODS)
+)
 one_each = pytest.mark.parametrize('method', small.ONE_EACH)
 # float32 sums of other order over a depth of five layers.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
@@ -32,9 +34,11 @@ def test_small_methods_cover_the_registry():
   assert named | {'full'} == set(METHODS)
 
 
-IDENTITY = [(m, small.GATED) for m in small.METHODS] + [
-  (m, small.RELU) for m in small.ONE_EACH
-]
+IDENTITY = small.others_slow(
+  (m, small.GATED) for m in small.METHODS
+) + small.others_slow(
+  ((m, small.RELU) for m in small.ONE_EACH), quick=small.FEW
+)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,9 @@ def test_scan_equals_loop(method):
 
 
 @one_each
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['full', pytest.param('dots', marks=pytest.mark.slow)]
+)
 def test_remat_changes_no_gradient(method, remat):
   expected = gradients(method, 'none')
   found = gradients(method, remat)

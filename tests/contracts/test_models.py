@@ -17,7 +17,7 @@ from moepeft.decoding import greedy
 from moepeft.models import FAMILIES, t5
 from moepeft.nn.site import Advice
 
-from . import devices, small
+from . import small
 from .probes import Seen
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
@@ -41,7 +41,15 @@ def test_every_site_is_reached_and_no_other(config):
 
 @pytest.mark.parametrize(
   'method',
-  [None, 'mov(experts=3)', 'molora(experts=3, rank=2)', "ia3(sites='*/core')"],
+  small.others_slow(
+    (
+      None,
+      'mov(experts=3)',
+      'molora(experts=3, rank=2)',
+      "ia3(sites='*/core')",
+    ),
+    quick=('molora(experts=3, rank=2)',),
+  ),
 )
 @pytest.mark.parametrize(
   'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
@@ -139,32 +147,33 @@ def test_families_have_what_the_commands_ask_of_them():
     assert issubclass(family.MODULE, nn.Module)
 
 
-@pytest.fixture(scope='module')
-def on_devices(tmp_path_factory):
-  """What `devices` saves on one device and on eight."""
-  found = {}
+# Compiling for eight devices takes long; a mixture has every kind of leaf.
+*_OTHERS, _MIXTURE = (*small.ONE_EACH[:-1], 'full', small.ONE_EACH[-1])
+
+
+@pytest.mark.parametrize(
+  'methods', [(_MIXTURE,), pytest.param(_OTHERS, marks=pytest.mark.slow)]
+)
+def test_eight_virtual_devices_equal_one(methods, tmp_path):
   root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
   command = [sys.executable, '-m', 'tests.contracts.devices']
+  arrays = {}
   for count in (1, 8):
-    path = tmp_path_factory.mktemp('devices') / f'{count}.npz'
+    path = tmp_path / f'{count}.npz'
     flag = f'--xla_force_host_platform_device_count={count}'
     env = os.environ | {
       'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}',
       'JAX_PLATFORMS': 'cpu',
     }
-    subprocess.run([*command, path], env=env, cwd=root, check=True)
-    found[count] = dict(np.load(path))
-    assert found[count]['devices'] == count
-  return found
-
-
-@pytest.mark.parametrize('method', devices.METHODS)
-def test_eight_virtual_devices_equal_one(on_devices, method):
-  one, eight = on_devices[1], on_devices[8]
+    subprocess.run([*command, path, *methods], env=env, cwd=root, check=True)
+    arrays[count] = dict(np.load(path))
+    assert arrays[count].pop('devices') == count
+  one, eight = arrays[1], arrays[8]
   assert one.keys() == eight.keys()
-  mine = [name for name in one if name.startswith(f'{method}|')]
-  assert f'{method}|loss' in mine and len(mine) > 1
-  for name in mine:
+  for method in methods:
+    names = [name for name in one if name.startswith(f'{method}|')]
+    assert f'{method}|loss' in names and len(names) > 1
+  for name in one:
     # Sums over 8 rows in another order, then three Adam steps.
     close = dict(rtol=2e-4, atol=2e-5) if 'loss' not in name else {'rtol': 1e-5}
     np.testing.assert_allclose(one[name], eight[name], **close)

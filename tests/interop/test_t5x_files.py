@@ -97,8 +97,12 @@ def test_a_single_file_of_flaxs_train_state_is_read(tmp_path, target):
   assert_read(file, 5)
 
 
-@pytest.mark.parametrize('ocdbt', [True, False])
-@pytest.mark.parametrize('zarr3', [False, True])
+@pytest.mark.parametrize(
+  ('zarr3', 'ocdbt'),
+  [(False, True), (False, False), (True, True)]
+  # Orbax itself takes most of a minute for its files.
+  + [pytest.param(True, False, marks=pytest.mark.slow)],
+)
 def test_an_orbax_checkpoint_is_read(tmp_path, target, ocdbt, zarr3):
   import orbax.checkpoint as ocp
 

@@ -71,6 +71,7 @@ def test_there_are_thirty_schemas():
   assert len(SCHEMAS) == 30
 
 
+@pytest.mark.slow
 def test_every_answer_of_learnt_tokens_fits_its_schema(learnt):
   check(learnt.run(360, seed=3))
 

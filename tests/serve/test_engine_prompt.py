@@ -120,7 +120,9 @@ def check(found, name, ids, answer):
   assert answer.end.prompt == len(ids)
 
 
-@pytest.mark.parametrize('kind', ['llama', 'encoder'])
+@pytest.mark.parametrize(
+  'kind', ['llama', pytest.param('encoder', marks=pytest.mark.slow)]
+)
 def test_a_mixed_batch_says_what_each_adapters_own_model_says(kind, request):
   found = request.getfixturevalue(kind)
   names = ('', *METHODS)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs commands of moepeft as processes that start in a tenth of a second.
+
+Importing JAX and the other libraries takes three seconds. One process imports
+them, and each command is a fork of it: it has its own arguments, directory and
+files, and parses, prints and exits as `python -m` does.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Libraries, and what the commands are made of: none of these is a command.
+_IMPORTED = (
+  *('transformers', 'matplotlib.figure', 'scipy.stats', 'safetensors.numpy'),
+  *('moepeft.command', 'moepeft.judge', 'moepeft.prompts', 'moepeft.report'),
+)
+_SERVER: list[subprocess.Popen] = []
+
+
+def run(
+  module: str,
+  *args: object,
+  cwd: str | os.PathLike = ROOT,
+  stdin: str = '',
+) -> subprocess.CompletedProcess:
+  """Runs `python -m MODULE ARGS` on CPU and returns how it ended."""
+  if not _SERVER or _SERVER[0].poll() is not None:
+    _SERVER[:] = [
+      subprocess.Popen(
+        [sys.executable, '-m', 'tests.commands'],
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # JAX warns of every fork.
+        stderr=subprocess.DEVNULL,
+        text=True,
+      )
+    ]
+  (server,) = _SERVER
+  command = [module, *map(str, args)]
+  with tempfile.TemporaryDirectory() as folder:
+    files = [os.path.join(folder, name) for name in ('in', 'out', 'err')]
+    pathlib.Path(files[0]).write_text(stdin)
+    request = {'command': command, 'cwd': str(cwd), 'files': files}
+    print(json.dumps(request), file=server.stdin, flush=True)
+    code = json.loads(server.stdout.readline())
+    out, err = (pathlib.Path(path).read_text() for path in files[1:])
+  return subprocess.CompletedProcess(command, code, out, err)
+
+
+def _serve() -> None:
+  for name in _IMPORTED:
+    importlib.import_module(name)
+  for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+      _become(**request)
+      return
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _become(command: list[str], cwd: str, files: list[str]) -> None:
+  os.chdir(cwd)
+  for number, (path, mode) in enumerate(
+    zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)
+  ):
+    os.dup2(os.open(path, mode), number)
+  sys.stdin = open(0)
+  sys.path[0] = cwd
+  sys.argv = command
+  runpy.run_module(command[0], run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  _serve()
