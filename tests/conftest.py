@@ -7,12 +7,16 @@ import pathlib
 import tempfile
 
 # Before JAX starts: compiling is most of the suite's time, running is none.
-_QUICK = '--xla_backend_optimization_level=0'
+_QUICK = (
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+)
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
 # In the environment, so that the commands which tests start share it. Kept for
 # the machine's temporary life: a second run of the suite is faster.
 _CACHE = pathlib.Path(tempfile.gettempdir()) / 'moepeft-tests-jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+# Programs carry no tracebacks, which take time to write.
+os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 

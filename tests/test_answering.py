@@ -87,6 +87,7 @@ def test_answers_are_those_of_a_loop_without_cache_and_padding():
   assert texts == [WORDS.decode(list(row)) for row in kept]
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_rows_beside_it():
   variables = ending()
   together = answering(words=Listening()).answers(variables, ROWS)

@@ -40,6 +40,7 @@ def test_counts_are_the_published_ones(size, method, params, peft):
 
 
 @pytest.mark.skipif(not FILE.exists(), reason=f'{FILE} is not at hand')
+@pytest.mark.slow
 def test_counts_agree_with_the_whole_file():
   counts = json.loads(FILE.read_text())
   for size, total in counts['base'].items():

@@ -57,6 +57,7 @@ def text(tmp_path):
   return {'data.source': 'text', 'data.path': str(tmp_path / 'a.txt')}
 
 
+@pytest.mark.slow
 def test_embedded_tasks_train_and_judge_a_decoder(tmp_path, capsys):
   found = train.train(card(**{'evaluation.after': True}), str(tmp_path))
   rows = read(str(tmp_path / 'metrics.jsonl'))

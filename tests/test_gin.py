@@ -455,6 +455,7 @@ def test_help_mentions_gin_files():
   assert '--config: A card' in said and '--[no]traceback' in said
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_gin_files_as_one(tmp_path):
   small = [
     "--gin.INITIAL_CHECKPOINT_PATH='package:t5_tiny'",

@@ -74,6 +74,7 @@ def test_sums_are_those_of_plain_calls():
   np.testing.assert_allclose(nll, [alone(row) for row in ROWS], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_and_order_never_move_a_sum():
   variables = made()[1]
   nll, tokens = likelihood().sums(variables, ROWS)

@@ -158,7 +158,10 @@ def test_an_answer_keeps_its_label_and_its_references(places):
 
 @pytest.mark.parametrize(
   ('family', 'objective'),
-  [('llama', 'dpo'), pytest.param('t5', 'kto', marks=pytest.mark.slow)],
+  [
+    pytest.param('llama', 'dpo', marks=pytest.mark.slow),
+    pytest.param('t5', 'kto', marks=pytest.mark.slow),
+  ],
 )
 def test_a_packed_run_learns_and_goes_on_exactly(
   places, tmp_path, family, objective

@@ -29,7 +29,7 @@ S, T = 13, 11
 MOLORA = 'molora(experts=3, rank=2)'
 CASES = [
   (MOLORA, 'tokens'),
-  ('mov(experts=3)', 'sequences'),
+  pytest.param('mov(experts=3)', 'sequences', marks=pytest.mark.slow),
   *(
     pytest.param(method, per, marks=pytest.mark.slow)
     for method in small.ONE_EACH

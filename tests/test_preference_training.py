@@ -53,6 +53,7 @@ def test_the_first_loss_of_dpo_is_the_logarithm_of_two(places, family, method):
   assert found == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_same_before_and_after_training(places):
   optimizer = optax.sgd(1.0)
   config = card(places, **{'model.dropout': 0.3})
@@ -84,6 +85,7 @@ def test_the_reference_is_the_same_before_and_after_training(places):
 @pytest.mark.parametrize(
   'objective', ['dpo', pytest.param('kto', marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
   """In float64: a defect stays there, rounding does not.
 
@@ -229,7 +231,7 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
   ('objective', 'stops'),
   [
     ('kto', (4, 6)),
-    ('reward', (6,)),
+    pytest.param('reward', (6,), marks=pytest.mark.slow),
     pytest.param('orpo', (6,), marks=pytest.mark.slow),
     pytest.param('simpo', (6,), marks=pytest.mark.slow),
   ],

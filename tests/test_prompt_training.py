@@ -33,6 +33,7 @@ def vectors(workdir):
   return np.asarray(tree['embed']['prompt']['vectors'])
 
 
+@pytest.mark.slow
 def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   config = card(
     base,

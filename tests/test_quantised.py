@@ -130,8 +130,16 @@ def noisy(variables):
   )
 
 
-CASES = [(method, DECODER) for method in METHODS] + [
-  (METHODS[4], small.GATED),
+CASES = [
+  pytest.param(
+    method,
+    config,
+    marks=() if config is DECODER and 'molora' in method else pytest.mark.slow,
+  )
+  for method, config in (
+    *((method, DECODER) for method in METHODS),
+    (METHODS[4], small.GATED),
+  )
 ]
 
 

@@ -346,6 +346,7 @@ for provider in (
 """
 
 
+@pytest.mark.slow
 def test_fresh_processes_agree_on_the_order(p3):
   command = [sys.executable, '-c', FRESH, p3]
   running = [

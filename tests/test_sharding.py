@@ -230,6 +230,7 @@ def close(found, expected, path=''):
 
 
 @cases
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_device(on_eight, method, name):
   arrays, _ = on_eight
   own = f'{method}|{name}|'
@@ -288,6 +289,7 @@ HELD = {
 
 
 @cases
+@pytest.mark.slow
 def test_a_device_holds_its_share_of_weights_and_optimizer(
   on_eight, method, name
 ):
@@ -299,11 +301,13 @@ def test_a_device_holds_its_share_of_weights_and_optimizer(
 
 
 @cases
+@pytest.mark.slow
 def test_a_donated_step_leaves_every_array_where_it_was(on_eight, method, name):
   fact = on_eight[1][f'{method}|{name}']
   assert fact['same'] and fact['given']
 
 
+@pytest.mark.slow
 def test_what_a_rule_could_not_spread_is_told(on_eight):
   said = on_eight[1]['full|fsdp']['said']
   assert '8 x cpu (data 8, model 1)' in said
@@ -312,10 +316,12 @@ def test_what_a_rule_could_not_spread_is_told(on_eight):
 
 
 @pytest.mark.parametrize('way', ['fsdp to one', 'one to tp2', 'tp2 to fsdp'])
+@pytest.mark.slow
 def test_a_checkpoint_goes_to_any_number_of_devices(on_eight, way):
   assert on_eight[1]['moved'][way]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_are_refused(on_eight):
   assert on_eight[1]['refused'] == (
     'a batch of 7 rows does not divide by 4 devices; set config.batch_size to '

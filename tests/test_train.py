@@ -185,6 +185,7 @@ def test_convert_writes_a_function_of_the_adapter_alone(base, tmp_path):
   assert tensors['encoder/layers/self/q/molora/a'].shape == (2, 11, 3, 2)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
   train.train(card(base, **JUDGED), str(tmp_path / 'a'))
   convert.main(
@@ -310,6 +311,7 @@ def test_going_on_with_an_edited_config_is_refused(begun, change):
     train.train(card(begun.base, **change), begun.workdir)
 
 
+@pytest.mark.slow
 def test_what_no_step_depends_on_may_change(begun, tmp_path):
   shutil.copytree(begun.workdir, tmp_path / 'w')
   changes = {'log.every_steps': 1, 'evaluation.tasks': 'C', 'steps': 5}

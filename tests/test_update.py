@@ -172,6 +172,7 @@ def test_noise_is_off_in_evaluation(method):
   assert float(found) == float(expected)
 
 
+@pytest.mark.slow
 def test_a_step_in_bfloat16_is_near_that_in_float32():
   optimizer = optax.adam(0.01)
   config = config_lib.default()

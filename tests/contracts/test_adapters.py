@@ -21,6 +21,9 @@ every_method = pytest.mark.parametrize(
   'method', small.others_slow(small.METHODS)
 )
 one_each = pytest.mark.parametrize('method', small.ONE_EACH)
+few = pytest.mark.parametrize(
+  'method', small.others_slow(small.METHODS, quick=small.FEW)
+)
 # float32 sums of other order over a depth of five layers.
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
@@ -76,7 +79,7 @@ def test_params_are_untouched_in_values_and_paths(method):
   )
 
 
-@every_method
+@few
 def test_scan_equals_loop(method):
   variables = small.variables(method, noise=0.1)
   scanned, _ = small.make(method)
@@ -92,7 +95,9 @@ def test_scan_equals_loop(method):
   )
 
 
-@one_each
+@pytest.mark.parametrize(
+  'method', small.others_slow(small.ONE_EACH, quick=small.FEW)
+)
 @pytest.mark.parametrize(
   'remat', ['full', pytest.param('dots', marks=pytest.mark.slow)]
 )
@@ -115,7 +120,9 @@ def gradients(method, remat):
   return jax.jit(jax.grad(loss))(variables['peft'])
 
 
-@one_each
+@pytest.mark.parametrize(
+  'method', small.others_slow(small.ONE_EACH, quick=small.FEW)
+)
 def test_vmap_over_a_bank_equals_one_by_one(method):
   model, _ = small.make(method)
   one, two = small.variables(method), small.variables(method, noise=0.1)

@@ -22,6 +22,9 @@ CLOSE = dict(rtol=2e-5, atol=2e-5)
 # A bfloat16 is exact to 2**-8 of itself; three layers, and sums of them.
 CLOSE_16 = dict(rtol=0.06, atol=0.06)
 
+# Families that differ most; the others are for the slow suite.
+QUICK = ('llama', 'gemma2', 'gpt2')
+
 
 def real_of(logits):
   """Logits of real tokens, [sum of lengths, v]."""
@@ -75,7 +78,7 @@ def test_rules_name_every_parameter(name):
 
 @pytest.mark.parametrize(
   'name, attention',
-  [(name, 'naive') for name in CONFIGS]
+  small.others_slow(((name, 'naive') for name in CONFIGS), quick=QUICK)
   + [('gemma2', 'chunked'), ('alibi', 'chunked'), ('mistral', 'fused')],
 )
 def test_cached_decoding_equals_uncached(name, attention):
@@ -154,7 +157,7 @@ def test_packed_rows_equal_rows_alone(name, attention):
   np.testing.assert_allclose(found[0, 4:11], alone[2, :7], **CLOSE)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', small.others_slow(CONFIGS, quick=QUICK))
 def test_the_future_and_padding_move_nothing(name):
   model, variables = make(CONFIGS[name])
   batch = small_decoders.batch()
@@ -165,7 +168,9 @@ def test_the_future_and_padding_move_nothing(name):
   assert np.abs(after[0, 4:] - before[0, 4:]).max() > 0.01
 
 
-@pytest.mark.parametrize('name', ['qwen2', 'gemma2', 'gpt2'])
+@pytest.mark.parametrize(
+  'name', small.others_slow(('qwen2', 'gemma2', 'gpt2'), quick=QUICK)
+)
 def test_scan_equals_loop(name):
   model, variables = make(CONFIGS[name], 'molora(experts=3, rank=2)', 0.1)
   loop, _ = make(CONFIGS[name], 'molora(experts=3, rank=2)', scan=False)
@@ -175,7 +180,9 @@ def test_scan_equals_loop(name):
 
 
 @pytest.mark.parametrize('method', (*small.ONE_EACH, "ia3(sites='*/core')"))
-@pytest.mark.parametrize('name', ['gemma2', 'gpt2'])
+@pytest.mark.parametrize(
+  'name', ['gpt2', pytest.param('gemma2', marks=pytest.mark.slow)]
+)
 def test_adapters_start_as_the_base_and_touch_no_weight(name, method):
   config = CONFIGS[name]
   base, plain = make(config)

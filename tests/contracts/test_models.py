@@ -52,7 +52,11 @@ def test_every_site_is_reached_and_no_other(config):
   ),
 )
 @pytest.mark.parametrize(
-  'config', [small.GATED, small.RELU], ids=['1.1', '1.0']
+  'config',
+  [
+    pytest.param(small.GATED, id='1.1'),
+    pytest.param(small.RELU, id='1.0', marks=pytest.mark.slow),
+  ],
 )
 def test_cached_decoding_equals_uncached(method, config):
   model, variables = t5.T5(config), small.variables('full', config)

@@ -105,6 +105,7 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
   }
 
 
+@pytest.mark.slow
 def test_a_prefix_works_in_cached_decoding():
   from moepeft.decoding import greedy
 

@@ -150,7 +150,14 @@ def test_what_is_written_has_the_form_that_t5x_writes(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'method', ['ia3', 'lora(rank=3)', 'mov(experts=3)', 'molora(rank=3)']
+  'method',
+  [
+    'molora(rank=3)',
+    *(
+      pytest.param(method, marks=pytest.mark.slow)
+      for method in ('ia3', 'lora(rank=3)', 'mov(experts=3)')
+    ),
+  ],
 )
 def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
   jax = pytest.importorskip('jax')

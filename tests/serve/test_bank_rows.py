@@ -26,7 +26,7 @@ CONFIGS = {
   'all': (QWEN2, REST),
   't5-more': (small.GATED, ('dora', 'mov', 'random', 'large', 'inputs')),
 }
-SLOW = ('all', 't5-more')
+SLOW = ('all', 't5', 't5-more')
 
 
 def serve(config, tmp_path, names, slots=4):

@@ -181,6 +181,7 @@ def test_texts_are_found_again_by_the_adapter_and_counted_without_it(llama):
   assert ask(llama.engine, ids, 3, adapter='longer').end.cached == 0
 
 
+@pytest.mark.slow
 def test_an_encoders_inputs_are_found_again_by_the_adapter(encoder):
   ids = prompt(8, 12)
   assert ask(encoder.engine, ids, 3, adapter='prompt').end.cached == 0

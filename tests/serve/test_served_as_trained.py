@@ -31,10 +31,12 @@ CONFIGS = {
   'decoder': (QWEN2, FEW, False),
   't5': (small.GATED, FEW, False),
   'decoder, scanned': (LLAMA, ('molora', 'large'), True),
-  't5, scanned, slow': (small.GATED, ('mov', 'large'), True),
-  'decoder, all, slow': (LLAMA, ALL, False),
-  't5, all, slow': (small.RELU, ALL, False),
+  't5, scanned': (small.GATED, ('mov', 'large'), True),
+  'decoder, all': (LLAMA, ALL, False),
+  't5, all': (small.RELU, ALL, False),
 }
+# The others are tried by the slow suite.
+QUICK = ('decoder',)
 
 
 def test_every_kind_of_adapter_is_tried():
@@ -46,7 +48,7 @@ def test_every_kind_of_adapter_is_tried():
 @pytest.fixture(
   scope='module',
   params=[
-    pytest.param(name, marks=pytest.mark.slow if 'slow' in name else ())
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in CONFIGS
   ],
 )
