@@ -28,6 +28,14 @@ import pytest  # noqa: E402
 _AREAS = 30_000
 
 
+# Files of minutes, begun first: at the end one worker would have them alone.
+_LONG = ('test_train', 'test_adapters', 'test_packaging', 'test_generation')
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _programs_do_not_pile_up():
   """Forgets compiled programs once there are many: they are on the disk."""
