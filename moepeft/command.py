@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command starts: flags, configs found, and errors in one sentence."""
+"""The start of a command: flags, configs found, and errors in one sentence."""
 
 import io
 import math

@@ -250,7 +250,7 @@ def default() -> ConfigDict:
 
 
 def paper(size: str) -> ConfigDict:
-  """What the paper's runs on T5 1.1 of a size share.
+  """The settings that the paper's runs on T5 1.1 of a size share.
 
   Source: the released code's run files: Adafactor at a constant 3e-4 whose
   clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,

@@ -22,7 +22,7 @@ Request = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a model says.
+  """The reply of a model.
 
   Attributes:
     message: as the conversation keeps it: role, content, tool_calls.
