@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of wrong bodies for every route: no 5xx, and no hang."""
+"""Thousands of wrong bodies for every route: no 5xx, and no hang.
+
+The fast suite sends a few to each route, the slow suite the rest.
+"""
 
 import collections
 import copy
@@ -14,11 +17,11 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
 from tests.serve.small_server import FakeEmbedder, byte_tokenizer, constrained
 from tests.serve.small_server import service as http_service
-from tests.serve.test_http_fuzz import places
 
-pytestmark = pytest.mark.slow
-
-SEED, ROUNDS = 15, 400
+SEED = 15
+ROUNDS = pytest.mark.parametrize(
+  'rounds', [30, pytest.param(400, marks=pytest.mark.slow)]
+)
 # Seconds that one request may take; nearly all take milliseconds.
 LIMIT = 60
 SCHEMA = {
@@ -190,6 +193,15 @@ NAMES = (
 )
 
 
+def places(value, path=()):
+  """Every place of a body."""
+  yield path
+  items = value.items() if isinstance(value, dict) else ()
+  items = enumerate(value) if isinstance(value, list) else items
+  for key, item in items:
+    yield from places(item, (*path, key))
+
+
 def mutated(rng, body):
   """A body that is changed at one to three places."""
   body = copy.deepcopy(body)
@@ -266,14 +278,15 @@ def check(client, path, raw):
   return status
 
 
+@ROUNDS
 @pytest.mark.parametrize('number', range(len(BODIES)))
-def test_no_body_ends_in_a_5xx_or_hangs(client, number):
+def test_no_body_ends_in_a_5xx_or_hangs(client, number, rounds):
   path, valid = BODIES[number]
   rng = random.Random(f'{SEED}/{number}')
   client.engine.load('a', 'runs/a')
   assert check(client, path, json.dumps(valid).encode()) == 200, valid
   counts, faults = collections.Counter(), []
-  for i in range(ROUNDS):
+  for i in range(rounds):
     client.engine.load('a', 'runs/a')
     # The fake engine keeps each request, and with it its grammar's process.
     client.engine.asked.clear()
@@ -285,7 +298,7 @@ def test_no_body_ends_in_a_5xx_or_hangs(client, number):
     except (AssertionError, Hung) as fault:
       faults.append(fault)
   print(
-    f'{path}: {ROUNDS} bodies, {dict(sorted(counts.items()))}, '
+    f'{path}: {rounds} bodies, {dict(sorted(counts.items()))}, '
     f'{len(faults)} faults, slowest {client.slowest:.2f} s'
   )
   assert not faults, f'{len(faults)} faults; the first: {faults[0]}'
@@ -295,7 +308,8 @@ def test_no_body_ends_in_a_5xx_or_hangs(client, number):
   assert client.engine.idle()
 
 
-def test_no_path_or_method_ends_in_a_5xx_or_hangs(client):
+@ROUNDS
+def test_no_path_or_method_ends_in_a_5xx_or_hangs(client, rounds):
   rng = random.Random(SEED)
   routes = sorted({path for _, path, _ in app.ROUTES})
   names = (
@@ -311,7 +325,7 @@ def test_no_path_or_method_ends_in_a_5xx_or_hangs(client):
     'a' * 5000,
   )
   counts = collections.Counter()
-  for _ in range(ROUNDS):
+  for _ in range(rounds):
     path = rng.choice(routes)
     for mark in ('{name:path}', '{name}'):
       path = path.replace(mark, rng.choice(names))
@@ -321,5 +335,5 @@ def test_no_path_or_method_ends_in_a_5xx_or_hangs(client):
     assert status < 500, (method, path)
     counts[status] += 1
     client.engine.load('a', 'runs/a')
-  print(f'paths: {ROUNDS}, {dict(sorted(counts.items()))}')
+  print(f'paths: {rounds}, {dict(sorted(counts.items()))}')
   assert counts[200] and counts[404] and counts[405]

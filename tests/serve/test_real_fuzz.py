@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from tests.fuzz.test_fuzz_http import damaged, mutated
 from tests.serve.real_server import BASE, EMBEDDER
-from tests.serve.test_http_fuzz import damaged, mutated
 
 pytestmark = pytest.mark.slow
 CHAT, COMPLETIONS = '/v1/chat/completions', '/v1/completions'
@@ -179,7 +179,7 @@ def test_no_mutation_of_a_body_ends_in_a_5xx(real, path, valid):
   assert first == (403 if 'adapters' in path else 200)
   found = set()
   for seed in range(30):
-    body = mutated(f'{path}/{seed}', valid)
+    body = mutated(random.Random(f'{path}/{seed}'), valid)
     body = short(body) if path in (CHAT, COMPLETIONS) else body
     found.add(check(real, path, json.dumps(body).encode()))
   assert 'adapters' in path or 400 in found
@@ -190,7 +190,7 @@ def test_no_mutation_of_a_body_ends_in_a_5xx(real, path, valid):
 def test_no_damage_to_a_body_ends_in_a_5xx(real, path, valid):
   raw = json.dumps(valid).encode()
   for seed in range(12):
-    check(real, path, damaged(f'{path}/{seed}', raw))
+    check(real, path, damaged(random.Random(f'{path}/{seed}'), raw))
   answers(real)
 
 
