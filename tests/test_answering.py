@@ -105,6 +105,7 @@ def test_an_answer_does_not_depend_on_padding():
   assert found == expected
 
 
+@pytest.mark.slow
 def test_what_is_cut_and_done_is_told():
   told = []
   ours = answering(2)

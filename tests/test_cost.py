@@ -93,6 +93,7 @@ def test_logits_are_held_once():
   assert logits <= held < 1.5 * logits
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_where_layers_are_written_out():
   shape = t5.T5Config(
     vocab=31,

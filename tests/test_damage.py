@@ -283,6 +283,7 @@ def test_training_that_filled_the_disk_goes_on_when_there_is_space(
   assert Checkpoints(str(workdir), keep=2).latest() == 4
 
 
+@pytest.mark.slow
 def test_training_refuses_a_cut_checkpoint_in_one_sentence(
   base,  # noqa: F811
   begun,
@@ -296,6 +297,7 @@ def test_training_refuses_a_cut_checkpoint_in_one_sentence(
   assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_checkpoint_before_if_asked_to(
   base,  # noqa: F811
   begun,

@@ -314,6 +314,7 @@ CHOICES = {'template': 't', 'inputs': 'q?', 'choices': ['a', 'b'], 'label': 1}
 OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_on_what_it_holds_out(begun):
   total, rows = evaluate.evaluate(begun, most=3)
   found = {(r.task, r.prompt, r.measure): r for r in rows}

@@ -107,6 +107,7 @@ def test_large_files_are_known_by_their_size_and_blocks(tmp_path):
   assert files.sha256(str(file), 7) != blocks
 
 
+@pytest.mark.slow
 def test_a_run_whose_rows_were_edited_does_not_go_on(tmp_path):
   path = tmp_path / 'rows.jsonl'
   rows = [{**ROW, 'inputs': f'in {i}', 'idx': i} for i in range(40)]

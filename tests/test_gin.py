@@ -418,6 +418,7 @@ def test_no_gin_flag_is_no_translation():
   assert flags('--config=configs/molora_t5.py', '--config.steps=3') is None
 
 
+@pytest.mark.slow
 def test_count_prints_the_same_as_for_the_card():
   size, method = f'--gin_file={size_file("xl")}', '--gin_file=gin/mov.gin'
   # The key above all: 30 experts in the file, 20, then 60.

@@ -206,6 +206,7 @@ def test_a_signal_while_validating_or_saving_loses_no_step(
     assert steps == list(range(1, last + 1))
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait(base, tmp_path, monkeypatch):  # noqa: F811
   interrupted(monkeypatch, [signal.SIGINT, signal.SIGINT])
   with pytest.raises(KeyboardInterrupt):
@@ -282,6 +283,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     kept.restore_trainable('5')
 
 
+@pytest.mark.slow
 def test_an_edited_card_of_a_checkpoint_is_noticed(base, tmp_path):  # noqa: F811
   train.train(card(base), str(tmp_path))
   (path,) = (tmp_path / 'checkpoints' / '4' / 'card').glob('metadata')

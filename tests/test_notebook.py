@@ -24,6 +24,7 @@ def test_notebook_is_kept_without_outputs(notebook):
   assert all(cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 def test_notebook_trains_opens_and_draws(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(_ROOT))
   monkeypatch.setenv('MOEPEFT_WORKDIR', '')

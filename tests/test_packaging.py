@@ -143,6 +143,7 @@ def test_wheel_names_its_licence_and_never_asks_for_torch(wheel):
   assert licences == ['LICENSE']
 
 
+@pytest.mark.slow
 def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
   env = {
     **os.environ,

@@ -74,7 +74,9 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   assert not slot[5:].any() and own['on'].tolist()[held.row[0]] == 1
 
 
-@pytest.mark.parametrize('source', ['tasks', 'text'])
+@pytest.mark.parametrize(
+  'source', ['tasks', pytest.param('text', marks=pytest.mark.slow)]
+)
 def test_a_decoder_is_trained_behind_a_prompt(source, tmp_path):
   config = dataclasses.replace(LLAMA, layers=1)
   params = small_decoders.make(config)[1]['params']

@@ -431,9 +431,8 @@ def test_a_task_without_examples_is_told_and_never_hangs(tmp_path):
     read(stream, 3)
 
 
-@pytest.mark.parametrize(
-  'kind', ['cached', pytest.param('registered', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['cached', 'registered'])
 def test_a_run_on_seqio_cut_in_two_ends_with_the_same_bytes(
   base,  # noqa: F811
   p3,

@@ -282,6 +282,7 @@ def test_an_expert_that_holds_too_much_raises_an_alarm(base, tmp_path, capsys):
   assert ' other layers are collapsed, too' in said
 
 
+@pytest.mark.slow
 def test_a_dense_router_raises_no_alarm_at_its_start(base, tmp_path, capsys):
   # Nearly even weights: the share of argmax says nothing of them.
   changes = {'router_alarm': 0.3, 'log.every_steps': 1}
@@ -384,6 +385,7 @@ def test_a_flipped_byte_in_the_optimizer_is_noticed(begun, tmp_path):
     train.train(card(begun.base, steps=5), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_before_is_always_of_this_run(base, tmp_path):
   (tmp_path / 'before.json').write_text('{"rows": [], "means": {"B": 9}}')
   changes = {'steps': 1, 'evaluation.before': True, 'evaluation.tasks': 'stars'}
@@ -400,6 +402,7 @@ def test_long_examples_are_counted_and_told(base, tmp_path, capsys):
   assert '500 of the first 500 training examples are cut' in said
 
 
+@pytest.mark.slow
 def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
   row = {'task': 'x', 'inputs': 'q', 'choices': ['a', 'b'], 'label': 1}
   path = tmp_path / 'mine.jsonl'

@@ -120,9 +120,8 @@ def check(found, name, ids, answer):
   assert answer.end.prompt == len(ids)
 
 
-@pytest.mark.parametrize(
-  'kind', ['llama', pytest.param('encoder', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['llama', 'encoder'])
 def test_a_mixed_batch_says_what_each_adapters_own_model_says(kind, request):
   found = request.getfixturevalue(kind)
   names = ('', *METHODS)
@@ -189,6 +188,7 @@ def test_an_encoders_inputs_are_found_again_by_the_adapter(encoder):
   assert ask(encoder.engine, ids, 3, adapter='longer').end.cached == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_takes_places(llama, encoder):
   # 31 places: 20 asked, 6 answered, 5 of the prompt.
   answer = ask(llama.engine, prompt(1, 20), 6, adapter='longer', logprobs=1)
