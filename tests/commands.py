@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import ROOT
+
 # Libraries, and what the commands are made of: none of these is a command.
 _IMPORTED = (
   *('transformers', 'matplotlib.figure', 'scipy.stats', 'safetensors.numpy'),

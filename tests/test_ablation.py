@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -14,8 +13,8 @@ from moepeft import base as base_lib
 from moepeft import config_check
 from moepeft.count import count
 from moepeft.moe import losses
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CARDS = ROOT / 'configs'
 SCRIPT = ROOT / 'scripts' / 'ablate_routers.sh'
 

@@ -4,7 +4,6 @@
 import gzip
 import itertools
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ from moepeft.data.conversations import Conversation, Turn
 from moepeft.data.rows import BadRow
 from moepeft.data.source import sources
 from moepeft.data.vocabulary import Bytes, Tokenizer
+from tests import ROOT
 
 from . import chat_cases
 
-SHARED = pathlib.Path(__file__).parents[2] / 'shared'
+SHARED = ROOT.parent / 'shared'
 TALK = Conversation(
   (
     Turn('system', 'be kind'),

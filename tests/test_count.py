@@ -2,7 +2,6 @@
 """Counts from shapes alone agree with the published ones."""
 
 import json
-import pathlib
 import re
 import tracemalloc
 
@@ -10,8 +9,9 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.count import count
+from tests import ROOT
 
-PAPER = pathlib.Path(__file__).parent.parent.parent / 'shared' / 'paper'
+PAPER = ROOT.parent / 'shared' / 'paper'
 FILE = PAPER / 'parameter_counts.json'
 # Zadouri et al., arXiv:2309.05444, released code's shapes; base sizes are
 # those of the public checkpoints.

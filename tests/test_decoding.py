@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -21,10 +20,10 @@ from moepeft.nn.stack import written_out
 from moepeft.nn.start import fresh
 from moepeft.peft import build
 from moepeft.sampling import Sampling
+from tests import ROOT
 
 from .contracts import small
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = DecoderConfig(
   vocab=37,
   d_model=11,

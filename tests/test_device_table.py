@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,8 +15,9 @@ from moepeft.models import t5
 from moepeft.objectives import seq2seq
 from moepeft.objectives.loss import mean
 from moepeft.peft import build
+from tests import ROOT
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
+BENCHMARKS = ROOT / 'benchmarks'
 
 
 def load(name):

@@ -5,16 +5,15 @@ import importlib.util
 import itertools
 import json
 import os
-import pathlib
 
 import pytest
 
 from moepeft import gin_files, gin_flags
 from moepeft.models import names, t5
+from tests import ROOT
 
 from . import commands
 
-ROOT = pathlib.Path(__file__).parent.parent
 METHODS = ('full', 'ia3', 'lora', 'mov', 'molora')
 RUN = 'gin/molora.gin'
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands answer a wrong flag, key or config by one sentence and a hint."""
 
-import pathlib
 import re
 
 import pytest
@@ -11,11 +10,11 @@ from moepeft import command, hints, tasks, work
 from moepeft.core.files import local_path
 from moepeft.data import quality
 from moepeft.models import llama, t5
+from tests import ROOT
 
 from . import commands
 
-_ROOT = pathlib.Path(__file__).parents[1]
-_PACKAGE = _ROOT / 'moepeft'
+_PACKAGE = ROOT / 'moepeft'
 
 
 def modules():
@@ -141,11 +140,11 @@ def test_without_a_config_no_key_is_suggested():
   ],
 )
 def test_an_unknown_config_suggests_one_that_ships(file, said):
-  found = hints.unknown_config(file, [str(_ROOT)])
+  found = hints.unknown_config(file, [str(ROOT)])
   assert said in found
   # What is suggested exists.
   for path in re.findall(r'did you mean (\S+)\?', found):
-    assert (_ROOT / path).is_file()
+    assert (ROOT / path).is_file()
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ from moepeft import rows as rows_lib
 from moepeft import train
 from moepeft.checkpoint import Checkpoints
 from moepeft.stopping import Course, Stopped
+from tests import ROOT
 
 from .test_train import adapter_bytes, base, card  # noqa: F401
 
 # What is of the machine, not of the model.
 SPEED = ('steps_per_s', 'examples_per_s', 'tokens_per_s', 'memory_bytes')
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 40
 # Everything random is on: dropout of the model and of the adapter, noise in
 # the router, packing in an order of its own.

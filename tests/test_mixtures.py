@@ -3,14 +3,14 @@
 
 import collections
 import csv
-import pathlib
 
 import pytest
 
 from moepeft.data import jsonl, mixtures
 from moepeft.data.templates import clean
+from tests import ROOT
 
-SHARED = pathlib.Path(__file__).parent.parent.parent / 'shared'
+SHARED = ROOT.parent / 'shared'
 P3 = SHARED / 'data' / 'p3' / 'train.jsonl.gz'
 TABLE = SHARED / 'paper' / 't0_mixtures.csv'
 ONE, ALL = 't0_train_one_og_prompt', 't0_train_all_og_prompts'

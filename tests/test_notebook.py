@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The notebook runs from its first cell to its last on a short run."""
 
-from pathlib import Path
-
 import nbclient
 import nbformat
 import pytest
 
-_ROOT = Path(__file__).parents[1]
-_PATH = _ROOT / 'notebooks' / 'router.ipynb'
+from tests import ROOT
+
+_PATH = ROOT / 'notebooks' / 'router.ipynb'
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def test_notebook_is_kept_without_outputs(notebook):
 
 @pytest.mark.slow
 def test_notebook_trains_opens_and_draws(notebook, tmp_path, monkeypatch):
-  monkeypatch.setenv('PYTHONPATH', str(_ROOT))
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('MOEPEFT_WORKDIR', '')
   monkeypatch.setenv('MOEPEFT_STEPS', '2')
   client = nbclient.NotebookClient(

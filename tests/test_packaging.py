@@ -24,13 +24,13 @@ from moepeft.count import count
 from moepeft.models import llama
 from moepeft.peft import METHODS
 from moepeft.typing import Context
+from tests import ROOT
 
-_ROOT = Path(__file__).parents[1]
-_CARDS = sorted((_ROOT / 'configs').rglob('*.py'))
+_CARDS = sorted((ROOT / 'configs').rglob('*.py'))
 _DOCUMENTS = [
-  *sorted(_ROOT.glob('*.md')),
-  *sorted((_ROOT / 'docs').glob('*.md')),
-  _ROOT / 'notebooks' / 'router.ipynb',
+  *sorted(ROOT.glob('*.md')),
+  *sorted((ROOT / 'docs').glob('*.md')),
+  ROOT / 'notebooks' / 'router.ipynb',
   *_CARDS,
 ]
 # What a source distribution is made of, beside the files at the top.
@@ -48,11 +48,11 @@ _FOLDERS = (
 
 
 def _name(path: Path) -> str:
-  return path.relative_to(_ROOT).as_posix()
+  return path.relative_to(ROOT).as_posix()
 
 
 def _read(name: str) -> str:
-  return (_ROOT / name).read_text(encoding='utf-8')
+  return (ROOT / name).read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='module')
@@ -63,8 +63,8 @@ def built(tmp_path_factory) -> Path:
   # A copy, so that nothing is written to the checkout or left from before.
   ignored = shutil.ignore_patterns('__pycache__', '*.egg-info')
   for folder in _FOLDERS:
-    shutil.copytree(_ROOT / folder, source / folder, ignore=ignored)
-  for file in filter(Path.is_file, _ROOT.iterdir()):
+    shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+  for file in filter(Path.is_file, ROOT.iterdir()):
     shutil.copy(file, source)
   command = [sys.executable, '-m', 'build', '--no-isolation']
   command += ['--outdir', str(made / 'dist'), str(source)]
@@ -90,7 +90,7 @@ def test_source_distribution_holds_every_file_of_python(built):
   ours = {
     _name(path)
     for folder in _FOLDERS
-    for path in (_ROOT / folder).rglob('*')
+    for path in (ROOT / folder).rglob('*')
     if path.suffix in ('.py', '.sh', '.jsonl')
   }
   assert any(name.startswith('benchmarks/') for name in ours)
@@ -100,12 +100,12 @@ def test_source_distribution_holds_every_file_of_python(built):
 def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
   tops = sorted(path.name.split('-')[0] for path in wheel.iterdir())
   assert tops == ['moepeft', 'moepeft']  # the package and its metadata
-  ours = {p.relative_to(_ROOT) for p in (_ROOT / 'moepeft').rglob('*.py')}
+  ours = {p.relative_to(ROOT) for p in (ROOT / 'moepeft').rglob('*.py')}
   assert {path for path in ours if not (wheel / path).is_file()} == set()
 
 
 def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
-  assets = _ROOT / 'moepeft' / 'assets'
+  assets = ROOT / 'moepeft' / 'assets'
   for here in filter(Path.is_file, assets.rglob('*')):
     there = wheel / 'moepeft' / 'assets' / here.relative_to(assets)
     assert there.read_bytes() == here.read_bytes()
@@ -115,14 +115,14 @@ def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
 
 def test_wheel_holds_the_chat_page(wheel):
   name = 'serve/page/index.html'
-  here, there = _ROOT / 'moepeft' / name, wheel / 'moepeft' / name
+  here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name
   assert there.read_bytes() == here.read_bytes()
 
 
 def test_wheel_holds_every_gin_file_and_finds_it_elsewhere(wheel, tmp_path):
-  here = sorted((_ROOT / 'gin').rglob('*.gin'))
+  here = sorted((ROOT / 'gin').rglob('*.gin'))
   there = {p.relative_to(wheel / 'moepeft') for p in wheel.rglob('*.gin')}
-  assert there == {path.relative_to(_ROOT) for path in here}
+  assert there == {path.relative_to(ROOT) for path in here}
   command = [sys.executable, '-m', 'moepeft.count', '--gin_file=gin/mov.gin']
   env = {**os.environ, 'PYTHONPATH': str(wheel), 'JAX_PLATFORMS': 'cpu'}
   counted = subprocess.check_output(command, env=env, cwd=tmp_path, text=True)
@@ -228,7 +228,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_readmes_main_job_names_a_card():
   assert _main_job().startswith('python -m moepeft.train --config=')
-  assert (_ROOT / _main_job().partition('=')[2]).is_file()
+  assert (ROOT / _main_job().partition('=')[2]).is_file()
 
 
 def test_config_keys_in_documents_exist():
@@ -261,7 +261,7 @@ def test_commands_in_documents_exist_with_their_flags(document):
   for command in _commands(_read(document)):
     if match := re.search(r'python -m (moepeft\.\w+)(.*)', command):
       name = match[1].replace('.', '/')
-      if not (_ROOT / f'{name}.py').exists():
+      if not (ROOT / f'{name}.py').exists():
         name += '/__main__'
       shared = ('moepeft/command.py', 'moepeft/gin_flags.py')
       source = ''.join(map(_read, (f'{name}.py', *shared)))
@@ -273,7 +273,7 @@ def test_commands_in_documents_exist_with_their_flags(document):
 @pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
 def test_paths_in_documents_exist(document):
   found = re.findall(r'\]\(([^)#:]+)\)', _read(document))
-  assert [path for path in found if not (_ROOT / path).exists()] == []
+  assert [path for path in found if not (ROOT / path).exists()] == []
 
 
 def test_methods_and_routers_are_in_the_readmes_tables():
@@ -283,7 +283,7 @@ def test_methods_and_routers_are_in_the_readmes_tables():
 
 def test_papers_cited_in_the_code_are_in_the_notices():
   cited = set()
-  for path in (_ROOT / 'moepeft').rglob('*.py'):
+  for path in (ROOT / 'moepeft').rglob('*.py'):
     cited |= set(re.findall(r'arXiv:(\d+\.\d+)', path.read_text()))
   notices = _read('third_party/README.md')
   assert [paper for paper in sorted(cited) if paper not in notices] == []

@@ -8,13 +8,13 @@ tests/test_gin.py holds the gin files to the same cards.
 
 import importlib.util
 import itertools
-import pathlib
 
 import pytest
 
 from moepeft.scoring import published
+from tests import ROOT
 
-CARDS = pathlib.Path(__file__).parent.parent / 'configs' / 'paper'
+CARDS = ROOT / 'configs' / 'paper'
 SIZES = ('large', 'xl', 'xxl')
 METHODS = ('full', 'ia3', 'lora', 'mov', 'molora')
 GRID = list(itertools.product(SIZES, METHODS))

@@ -19,8 +19,9 @@ from moepeft.data.forms import Pairs
 from moepeft.data.loader import WINDOW, Loader, StreamWindows
 from moepeft.data.vocabulary import Bytes
 from moepeft.tasks import Example
+from tests import ROOT
 
-P3 = pathlib.Path(__file__).parents[2] / 'shared/data/p3/train.jsonl.gz'
+P3 = ROOT.parent / 'shared/data/p3/train.jsonl.gz'
 
 
 def rows(**sizes):
@@ -255,7 +256,7 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
   (tmp_path / 'run.py').write_text(_WORKED)
   run = subprocess.Popen(
     [sys.executable, str(tmp_path / 'run.py')],
-    env=os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)},
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
     stdout=subprocess.PIPE,
     text=True,
   )

@@ -4,7 +4,6 @@
 import ast
 import dataclasses
 import math
-import pathlib
 
 import pytest
 from ml_collections import ConfigDict
@@ -21,8 +20,9 @@ from moepeft.objectives import COMPARED, OBJECTIVES, loss, preference
 from moepeft.optim import OPTIMIZERS, SCHEDULES
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
+from tests import ROOT
 
-_PACKAGE = pathlib.Path(__file__).parents[1] / 'moepeft'
+_PACKAGE = ROOT / 'moepeft'
 _SITES = llama.sites(llama.config('tiny'))
 
 

@@ -2,17 +2,17 @@
 """The README and its translation say the same, and their links lead on."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 _ENGLISH, _CHINESE = _NAMES = 'README.md', 'README.zh.md'
 _FENCED = re.compile(r'^ *```(\w*)\n(.*?)^ *```$', re.M | re.S)
 
 
 def _read(name: str) -> str:
-  return (_ROOT / name).read_text(encoding='utf-8')
+  return (ROOT / name).read_text(encoding='utf-8')
 
 
 def _prose(text: str) -> str:
@@ -113,7 +113,7 @@ def test_readmes_have_the_same_tree():
 
 
 def test_files_of_the_tree_exist():
-  found = {path.name for path in _ROOT.rglob('*') if '.venv' not in path.parts}
+  found = {path.name for path in ROOT.rglob('*') if '.venv' not in path.parts}
   names = [name.rstrip('/') for name in _tree(_read(_ENGLISH))]
   assert [name for name in names if name not in found] == []
 
@@ -176,7 +176,7 @@ def test_links_of_readme_lead_somewhere(name):
   for link in _links(_read(name)):
     path, _, anchor = link.partition('#')
     target = path or name
-    if not (_ROOT / target).exists():
+    if not (ROOT / target).exists():
       lost.append(link)
     elif anchor and anchor not in _anchors(_read(target)):
       lost.append(link)

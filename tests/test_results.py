@@ -3,7 +3,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from scipy.optimize import brentq
 
 from moepeft import compared, rows
 from moepeft.scoring import forms
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
   path.relative_to(ROOT).as_posix()
   for path in (ROOT / 'docs').glob('*.md')

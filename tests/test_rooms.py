@@ -2,9 +2,10 @@
 """Imports point one way through the house."""
 
 import ast
-import pathlib
 
-ROOT = pathlib.Path(__file__).parent.parent / 'moepeft'
+from tests import ROOT
+
+PACKAGE = ROOT / 'moepeft'
 # A room may import what stands on its own line or above.
 FLOORS = (
   ('typing', 'spec', 'core'),
@@ -69,23 +70,23 @@ HEIGHT = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def test_every_room_is_on_a_floor():
-  found = {path.stem for path in ROOT.glob('*.py')} | {
-    path.parent.name for path in ROOT.glob('*/__init__.py')
+  found = {path.stem for path in PACKAGE.glob('*.py')} | {
+    path.parent.name for path in PACKAGE.glob('*/__init__.py')
   }
   assert found - {'__init__'} <= set(HEIGHT)
 
 
 def test_imports_point_down():
   wrong = []
-  for path in ROOT.rglob('*.py'):
-    room = path.relative_to(ROOT).parts[0].removesuffix('.py')
+  for path in PACKAGE.rglob('*.py'):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
     # python -m moepeft.data is a command; the server's is the server's.
-    if path.name == '__main__.py' and path.parent != ROOT:
+    if path.name == '__main__.py' and path.parent != PACKAGE:
       room = max(room, 'tables', key=HEIGHT.get)
     for imported in rooms_of(path):
       if imported in HEIGHT and room != '__init__':
         if HEIGHT[imported] > HEIGHT[room]:
-          wrong.append(f'{path.relative_to(ROOT)} imports {imported}')
+          wrong.append(f'{path.relative_to(PACKAGE)} imports {imported}')
   assert wrong == []
 
 
@@ -103,12 +104,12 @@ def rooms_of(path):
 
 def test_methods_are_imported_by_no_model_and_no_layer():
   for room in ('nn', 'moe', 'models'):
-    for path in (ROOT / room).glob('*.py'):
+    for path in (PACKAGE / room).glob('*.py'):
       assert 'peft' not in set(rooms_of(path)), path
 
 
 def test_every_file_has_a_licence_line_and_says_what_it_is():
-  for path in ROOT.rglob('*.py'):
+  for path in PACKAGE.rglob('*.py'):
     text = path.read_text()
     assert text.startswith('# SPDX-License-Identifier: Apache-2.0'), path
     if len(text.splitlines()) > 1:

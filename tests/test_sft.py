@@ -3,7 +3,6 @@
 
 import importlib.util
 import json
-import pathlib
 
 import pytest
 
@@ -12,11 +11,10 @@ from moepeft import config_check, evaluate, train
 from moepeft.data import spans
 from moepeft.interop import hf
 from moepeft.rows import read
+from tests import ROOT
 
 from . import chat_cases
 from .test_decoder_training import card as decoder_card
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,6 @@
 """config.model.shape: what it changes, and what it cannot be."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from moepeft.rows import read
 
 from . import commands
 
-ROOT = pathlib.Path(__file__).parent.parent
 SMALL = dict(
   vocab=263, d_model=16, heads=2, kv_heads=1, head_dim=6, ffn=22, layers=2
 )

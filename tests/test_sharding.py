@@ -20,10 +20,9 @@ from moepeft import placement, sharding
 from moepeft.models import names
 from moepeft.sharding import Layout
 from moepeft.typing import State
+from tests import ROOT
 
 from .contracts import sharded
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def over(data, model, *rules):

@@ -3,7 +3,6 @@
 
 import importlib
 import json
-import pathlib
 import re
 import sys
 
@@ -15,10 +14,11 @@ from moepeft.data import answers, conversations, documents, files, forms
 from moepeft.data.source import sources
 from moepeft.data.vocabulary import Tokenizer
 from moepeft.models import llama
+from tests import ROOT
 
 from . import chat_cases
 
-_SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
+_SCRIPTS = ROOT / 'scripts'
 _FILES = {
   'chats': ASSETS / 'chats' / 'chats.jsonl',
   'pairs': ASSETS / 'pairs' / 'pairs.jsonl',

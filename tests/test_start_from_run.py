@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 from moepeft import base as base_lib
 from moepeft import train
 from moepeft.checkpoint import restore_trained
+from tests import ROOT
 
 from .preferences import card, written
 
-_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+_CONFIGS = ROOT / 'configs'
 
 
 @pytest.fixture(scope='module')

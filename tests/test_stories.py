@@ -3,15 +3,14 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from moepeft import rows
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / 'shared'
 FLAN = SHARED / 'models' / 'flan-t5-small-int8'
 P3 = SHARED / 'data' / 'p3' / 'train.jsonl.gz'

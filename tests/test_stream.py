@@ -2,13 +2,13 @@
 """Text that comes token by token is that of all tokens, whole and cut."""
 
 import itertools
-import pathlib
 
 import numpy as np
 import pytest
 
 from moepeft.data.vocabulary import Bytes
 from moepeft.stream import Detokenizer, Stops, Stream
+from tests import ROOT
 
 WORDS = Bytes()
 TEXT = 'naïve 你好 🙂 e\u0301!'
@@ -75,7 +75,7 @@ def test_a_token_is_joined_to_those_before_it(sizes):
   assert found + stream.finish() == 'hi you你 you你你 hi'
 
 
-TOKENIZERS = pathlib.Path(__file__).parents[2] / 'shared' / 'models'
+TOKENIZERS = ROOT.parent / 'shared' / 'models'
 
 
 @pytest.mark.parametrize('name', ['smollm2-tokenizer', 'flan-t5-small-int8'])

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from moepeft import compared, tables
 from moepeft.scoring import forest, forms
+from tests import ROOT
 from tests.scoring import runs
 
 from . import commands
 
-ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT.parent / 'shared' / 'paper' / 'results.json'
 
 

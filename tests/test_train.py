@@ -27,7 +27,6 @@ from moepeft.runs import check_unchanged
 from . import commands
 from .contracts import small
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Bytes need 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
 

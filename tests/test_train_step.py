@@ -3,7 +3,6 @@
 
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,8 +15,9 @@ from moepeft.moe.softmax import Softmax
 from moepeft.nn.site import Frozen
 from moepeft.peft.molora import MoLora
 from moepeft.typing import Context
+from tests import ROOT
 
-FILE = pathlib.Path(__file__).parent.parent / 'benchmarks' / 'train_step.py'
+FILE = ROOT / 'benchmarks' / 'train_step.py'
 
 
 def load():

@@ -4,7 +4,6 @@
 import ast
 import contextlib
 import os
-import pathlib
 import pty
 import signal
 import subprocess
@@ -17,9 +16,9 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent import traces  # noqa: E402
+from tests import ROOT
 from tests.agent.scripted import KEY, NAME, says, serving, wants  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[2]
 # A program starts within seconds; much more is a hang.
 _LONG = 120
 

@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent import cards, sandbox, skills  # noqa: E402
+from tests import ROOT
 
 SUMMARISE = skills.OWN / 'read-training-run' / 'scripts' / 'summarise.py'
 CARD = skills.OWN / 'write-config' / 'scripts' / 'card.py'
-ROOT = Path(__file__).parents[2]
 
 
 def test_what_ships_is_valid_and_names_files_that_are_there():

@@ -25,6 +25,7 @@ from moepeft.agent import filters, groups, programs, sandbox  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.programs import Bounds  # noqa: E402
 from moepeft.agent.sandbox import Sandbox  # noqa: E402
+from tests import ROOT
 from tests.agent.scripted import says, serving, wants  # noqa: E402
 
 MB = 1 << 20
@@ -430,7 +431,7 @@ def as_nobody(command, folder):
     capture_output=True,
     text=True,
     timeout=280,
-    cwd=pathlib.Path(__file__).parents[2],
+    cwd=ROOT,
     env={
       'PATH': os.environ['PATH'],
       'HOME': folder,

@@ -4,16 +4,15 @@
 The same claims stand without the folder in tests/data.
 """
 
-import pathlib
-
 import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import answers, jsonl, picture, sources, vocabulary
 from moepeft.data.causal import Samples
 from moepeft.data.forms import Pairs
+from tests import ROOT
 
-CASES = pathlib.Path(__file__).parents[3] / 'shared' / 'cases'
+CASES = ROOT.parent / 'shared' / 'cases'
 MODEL = str(CASES / 'tiny_model')
 LENGTH = 256
 pytestmark = pytest.mark.skipif(

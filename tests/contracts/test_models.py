@@ -16,6 +16,7 @@ import pytest
 from moepeft.decoding import greedy
 from moepeft.models import FAMILIES, t5
 from moepeft.nn.site import Advice
+from tests import ROOT
 
 from . import small
 from .probes import Seen
@@ -159,7 +160,6 @@ def test_families_have_what_the_commands_ask_of_them():
   'methods', [(_MIXTURE,), pytest.param(_OTHERS, marks=pytest.mark.slow)]
 )
 def test_eight_virtual_devices_equal_one(methods, tmp_path):
-  root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
   command = [sys.executable, '-m', 'tests.contracts.devices']
   arrays = {}
   for count in (1, 8):
@@ -169,7 +169,7 @@ def test_eight_virtual_devices_equal_one(methods, tmp_path):
       'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}',
       'JAX_PLATFORMS': 'cpu',
     }
-    subprocess.run([*command, path, *methods], env=env, cwd=root, check=True)
+    subprocess.run([*command, path, *methods], env=env, cwd=ROOT, check=True)
     arrays[count] = dict(np.load(path))
     assert arrays[count].pop('devices') == count
   one, eight = arrays[1], arrays[8]

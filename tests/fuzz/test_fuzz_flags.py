@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parents[2]
+from tests import ROOT
+
 _DRIVER = pathlib.Path(__file__).with_name('flag_driver.py')
 # Command lines of each command; those with a config are built by shapes, which
 # takes a second or two where the config is right.
@@ -32,8 +33,8 @@ def test_no_flag_or_value_is_a_traceback_or_a_hang(name):
   command = [sys.executable, str(_DRIVER), f'moepeft.{name}']
   done = subprocess.run(
     [*command, str(_SEED), str(_COUNTS[name])],
-    cwd=_ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(_ROOT)},
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
   )

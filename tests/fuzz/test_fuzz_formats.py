@@ -4,11 +4,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 _MUTATIONS = 300
 
 
@@ -16,7 +16,7 @@ _MUTATIONS = 300
 def test_damaged_files_are_read_or_refused_in_a_sentence():
   command = [sys.executable, '-m', 'tests.fuzz.formats', '0', str(_MUTATIONS)]
   run = subprocess.run(
-    command, cwd=_ROOT, capture_output=True, text=True, timeout=3000
+    command, cwd=ROOT, capture_output=True, text=True, timeout=3000
   )
   assert run.returncode == 0, run.stderr[-2000:]
   figures = json.loads(run.stdout.splitlines()[-1])

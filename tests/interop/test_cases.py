@@ -4,7 +4,6 @@
 import importlib
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +14,14 @@ from moepeft.interop import adapter as own
 from moepeft.interop import gguf as gguf_lib
 from moepeft.interop import hf
 from moepeft.models import names
+from tests import ROOT
 
 from . import gguf_files
 from .cases import CONFIGS, adapter_tree, random_params
 
 # The package gives its function the module's name.
 vocabulary_lib = importlib.import_module('moepeft.data.vocabulary')
-SHARED = Path(__file__).parents[3] / 'shared' / 'cases'
+SHARED = ROOT.parent / 'shared' / 'cases'
 here = pytest.mark.skipif(not SHARED.exists(), reason='the cases are not here')
 
 

@@ -15,6 +15,7 @@ from moepeft.interop import hf, t5x
 from moepeft.interop.adapter import Adapter
 from moepeft.models import names
 from moepeft.models.names import CheckpointError
+from tests import ROOT
 
 from .cases import (
   CONFIGS,
@@ -25,7 +26,7 @@ from .cases import (
 )
 
 CONFIG = CONFIGS['gated-untied']
-FIXTURES = Path(__file__).parents[3] / 'shared' / 'fixtures'
+FIXTURES = ROOT.parent / 'shared' / 'fixtures'
 OFFICIAL = Path(os.environ.get('MOEPEFT_FIXTURES', FIXTURES)) / 'official'
 ATTENTION = ('encoder/self', 'decoder/self', 'decoder/cross')
 MLP = ('encoder/mlp', 'decoder/mlp')

@@ -22,8 +22,9 @@ from moepeft.nn.site import Advice
 from moepeft.objectives.loss import mean
 from moepeft.objectives.seq2seq import objective, sequence_log_likelihood
 from moepeft.peft import build
+from tests import ROOT
 
-_DEFAULT = Path(__file__).parents[3] / 'shared' / 'fixtures'
+_DEFAULT = ROOT.parent / 'shared' / 'fixtures'
 ROOT = Path(os.environ.get('MOEPEFT_FIXTURES', _DEFAULT))
 
 

@@ -6,7 +6,6 @@ There, one choice of one input at a time, with no padding and no batch.
 
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from moepeft.interop import hf
 from moepeft.models.t5 import T5
 from moepeft.ranking import Ranker
 from moepeft.tasks import Example
+from tests import ROOT
 
 from ..interop.cases import CONFIGS, random_params
 
-SHARED = pathlib.Path(__file__).parents[3] / 'shared'
+SHARED = ROOT.parent / 'shared'
 BASE, DATA = SHARED / 'models/flan-t5-small-int8', SHARED / 'data/p3/eval'
 # What float32 may lose in a score, by its size, from sums in another order.
 # The 2 and 4 layers of the random weights below came to 9.5e-8 at most, the 16

@@ -2,15 +2,13 @@
 """The paper's figures are those that were handed down, and are consistent."""
 
 import json
-import pathlib
 
 import pytest
 
 from moepeft.scoring import published
+from tests import ROOT
 
-RESULTS = (
-  pathlib.Path(__file__).parents[3] / 'shared' / 'paper' / 'results.json'
-)
+RESULTS = ROOT.parent / 'shared' / 'paper' / 'results.json'
 needs_results = pytest.mark.skipif(
   not RESULTS.exists(), reason='needs ../shared/paper'
 )
