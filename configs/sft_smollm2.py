@@ -21,7 +21,9 @@ def get_config(values: str = ''):
   )
   c = config_lib.default()
   c.objective, c.method = 'causal', v.method
-  c.steps, c.batch_size = v.steps, 4
+  c.steps = v.steps
+  # One row after the other: 5 GB instead of 10, in the same time on a CPU.
+  c.batch_size = c.accumulate = 4
   c.model.path, c.model.dropout = v.model, 0.0
   if not v.model:
     # What can be counted, not trained.
