@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moepeft import command
-from moepeft.decoding import How, advance, start
-from moepeft.interop import hf
+from moepeft.checkpoints.hf import model as hf
+from moepeft.config import flags as command
+from moepeft.inference.decode import How, advance, start
+from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
-from moepeft.nn.stack import written_out
-from moepeft.sampling import Sampling
+from moepeft.nn.scan_layers import written_out
 
 BATCHES = (1, 8)
 PROMPT, LENGTH = 64, 64

@@ -22,12 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft import base as base_lib
-from moepeft import command, optim, pages, train
-from moepeft import config as config_lib
-from moepeft.models import t5
-from moepeft.nn.start import LABELS
-from moepeft.typing import State
+from moepeft import train
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import default as config_lib
+from moepeft.config import flags as command
+from moepeft.core import host_memory as pages
+from moepeft.core.types import State
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import LABELS
+from moepeft.training import optim
 
 # Examples of a row of the batch, about as many as P3 packs.
 _SEGMENTS = 4

@@ -36,9 +36,9 @@ from typing import Any
 
 from absl import flags
 
-from moepeft import command
-from moepeft.models import t5
-from moepeft.nn.stack import REMAT
+from moepeft.config import flags as command
+from moepeft.models.t5 import model as t5
+from moepeft.nn.scan_layers import REMAT
 from moepeft.peft import build
 
 _HERE = pathlib.Path(__file__).parent

@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from moepeft import base as base_lib
-from moepeft import command, optim, pages, train
+from moepeft import train
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import flags as command
+from moepeft.core import host_memory as pages
+from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
-from moepeft.typing import State
+from moepeft.training import optim
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps timed on either side.')

@@ -20,15 +20,18 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from moepeft import base as base_lib
-from moepeft import command, optim, pages, train
-from moepeft import config as config_lib
-from moepeft import rows as rows_lib
+from moepeft import train
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.hf import model as hf
+from moepeft.config import default as config_lib
+from moepeft.config import flags as command
+from moepeft.core import host_memory as pages
+from moepeft.core import jsonl_log as rows_lib
+from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
-from moepeft.interop import hf
-from moepeft.models import t5
-from moepeft.nn.start import fresh
-from moepeft.typing import State
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import fresh
+from moepeft.training import optim
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
 _STEPS = flags.DEFINE_integer('steps', 8, 'Steps timed on either side.')

@@ -14,14 +14,14 @@ import math
 
 from absl import flags
 
-from moepeft import base as base_lib
-from moepeft import command
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints import quantize as quantised
+from moepeft.config import flags as command
 from moepeft.data import sources, vocabulary
-from moepeft.data.forms import form
-from moepeft.interop import quantised
-from moepeft.judge import Judge
-from moepeft.nn.quantised import KINDS
-from moepeft.sets import pairs_to_judge
+from moepeft.data.batching.collators import form
+from moepeft.evaluation.eval_sets import pairs_to_judge
+from moepeft.evaluation.validator import Judge
+from moepeft.nn.quantization import KINDS
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 

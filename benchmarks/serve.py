@@ -9,7 +9,7 @@ Sides take turns; a ratio is the median over the rounds of a round's ratio.
 - mixed over one: tokens/s of 8 requests of 8 adapters, over 8 of one adapter.
 - continuous over static: requests of very different lengths, 8 at once, each
   place taken by the next as it ends; over batches of 8 that end with their
-  longest (`moepeft.decoding`, which the engine is not slower than in a step).
+  longest (`moepeft.inference.decode`, whose steps are as fast as the engine's).
 - over `transformers`: 8 requests at once, over generate called for one after
   the other; and the time to a lone request's first token, theirs over ours.
 """
@@ -28,20 +28,20 @@ import numpy as np
 from absl import flags
 from decode import SMOLLM2
 
-from moepeft import base as base_lib
-from moepeft import command
-from moepeft import config as config_lib
-from moepeft.decoding import How, advance, start
-from moepeft.interop import adapter
-from moepeft.models import names
-from moepeft.nn.start import described
+from moepeft.checkpoints import adapter
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import default as config_lib
+from moepeft.config import flags as command
+from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.api import Finished, Request
+from moepeft.inference.decode import How, advance, start
+from moepeft.inference.engine.engine import Engine
+from moepeft.inference.engine.limits import Settings
+from moepeft.inference.sampling import Sampling
+from moepeft.models import weight_mapping as names
+from moepeft.nn.initializers import described
 from moepeft.peft import build
-from moepeft.sampling import Sampling
 from moepeft.serve import banner
-from moepeft.serve.bank import Banks
-from moepeft.serve.engine import Engine
-from moepeft.serve.protocol import Finished, Request
-from moepeft.serve.settings import Settings
 
 AT_ONCE, PROMPT, LENGTH = 8, 64, 64
 METHOD = 'lora(rank=8)'

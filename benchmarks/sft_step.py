@@ -22,12 +22,12 @@ import numpy as np
 import train_step
 from absl import flags
 
-from moepeft import command
+from moepeft.config import flags as command
 from moepeft.models import FAMILIES
-from moepeft.nn.stack import written_out
-from moepeft.nn.start import fresh
+from moepeft.nn.initializers import fresh
+from moepeft.nn.scan_layers import written_out
 from moepeft.objectives import causal
-from moepeft.objectives.loss import mean
+from moepeft.objectives.cross_entropy import mean
 from moepeft.peft import build
 
 ROWS, LENGTH = 4, 256

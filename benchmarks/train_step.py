@@ -28,16 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moepeft import command
-from moepeft.models import t5
-from moepeft.moe.stats import route
+from moepeft.config import flags as command
+from moepeft.models.t5 import model as t5
+from moepeft.moe.router_stats import route
+from moepeft.nn.adapter_hook import Advice, contraction, flatten_features
+from moepeft.nn.initializers import fresh
 from moepeft.nn.parameter import peft_param
-from moepeft.nn.site import Advice, contraction, flatten_features
-from moepeft.nn.start import fresh
 from moepeft.objectives import seq2seq
-from moepeft.objectives.loss import mean
-from moepeft.peft import build, lora
-from moepeft.peft.molora import MoLora
+from moepeft.objectives.cross_entropy import mean
+from moepeft.peft import build
+from moepeft.peft.methods import lora
+from moepeft.peft.methods.molora import MoLora
 
 SHAPE = t5.T5Config(
   d_model=512,

@@ -6,16 +6,16 @@ python -m moepeft.train --workdir=DIR \
   --config=configs/dpo_smollm2.py:model=smollm2,data=package:pairs
 
 package:pairs is 200 pairs that ship with moepeft; give a file of your own
-instead, in any form of moepeft.data.preference. After supervised tuning with
-configs/sft_smollm2.py, start from the adapter of that run and measure rewards
-against it:
+instead, in any form of moepeft.data.preference.formats. After supervised tuning
+with configs/sft_smollm2.py, start from the adapter of that run and measure
+rewards against it:
   --config.model.adapter=RUN --config.preference.reference=RUN
 A pair with an answer that leaves no room for a quarter of the prompt is left
 out, and the count is printed: raise length to keep it. Rows are packed: one
 holds as many pairs as fit, so a step has 4 rows and more pairs.
 """
 
-from moepeft import config as config_lib
+from moepeft.config import default as config_lib
 
 
 def get_config(values: str = ''):

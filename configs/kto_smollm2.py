@@ -6,14 +6,14 @@ python -m moepeft.train --workdir=DIR \
   --config=configs/kto_smollm2.py:model=smollm2,data=package:pairs
 
 package:pairs is 200 pairs that ship with moepeft; give a file of your own
-instead, in any form of moepeft.data.preference. A pair is taken as a good and a
-bad answer. Where one kind is rarer, weigh it with config.preference.desirable
-or undesirable. Rows are packed: one holds as many answers as fit. The reference
-point is a mean over the answers of a step, and 4 rows hold few: raise
-batch_size and accumulate for a steadier one.
+instead, in any form of moepeft.data.preference.formats. A pair is taken as a
+good and a bad answer. Where one kind is rarer, weigh it with
+config.preference.desirable or undesirable. Rows are packed: one holds as many
+answers as fit. The reference point is a mean over the answers of a step, and 4
+rows hold few: raise batch_size and accumulate for a steadier one.
 """
 
-from moepeft import config as config_lib
+from moepeft.config import default as config_lib
 
 
 def get_config(values: str = ''):

@@ -42,18 +42,26 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepeft import command, interop, run_config
-from moepeft.base import resolve
+from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import formats as interop
+from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.base import resolve
+from moepeft.checkpoints.gguf import model as gguf
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft, peft_config
+from moepeft.checkpoints.t5x import model as t5x
+from moepeft.config import flags as command
 from moepeft.core import terminal, untrusted
-from moepeft.data import chat_template
-from moepeft.data.vocabulary import Tokenizer, vocabulary
-from moepeft.interop import adapter as own
-from moepeft.interop import files, gguf, hf, peft, peft_config, quantised, t5x
-from moepeft.interop.adapter import Adapter
-from moepeft.models import FAMILIES, names
-from moepeft.models.names import CheckpointError
+from moepeft.data.chat import template as chat_template
+from moepeft.data.tokenizers.tokenizer import Tokenizer, vocabulary
+from moepeft.models import FAMILIES
+from moepeft.models import weight_mapping as names
+from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
 from moepeft.peft.merge import merge
+from moepeft.runs import config as run_config
 
 # What --to names: GGUF files are read alone.
 _WRITTEN = tuple(form for form in interop.FORMS if form != 'gguf')
@@ -154,7 +162,7 @@ def convert(values: flags.FlagValues) -> None:
 def _convert_run(values: flags.FlagValues) -> None:
   """A run's adapter, or the base that a full run trained."""
   # Imported here: it brings Orbax, and only this branch needs it.
-  from moepeft import checkpoint
+  from moepeft.checkpoints import manager as checkpoint
 
   tree, card = checkpoint.restore_trained(values.workdir)
   whole = card['trainable'] == 'params'

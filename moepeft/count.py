@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from moepeft import base as base_lib
-from moepeft import command
-from moepeft.interop import quantised
-from moepeft.models import names
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints import quantize as quantised
+from moepeft.config import flags as command
+from moepeft.models import weight_mapping as names
 
 _LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 

@@ -2,10 +2,10 @@
 """python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: how good a run is.
 
 Accuracy by rank classification as in the paper, likelihood, and measures of
-generated texts; a row of each for every prompt, `moepeft.scoring.rows`. Of its
-own rows it tells what training told too: a loss, and the margins, accuracies
-and rewards of an objective that compares answers. Rows
-stand in a file .part until all are there: the same command goes on from it.
+generated texts; a row of each for every prompt, `moepeft.evaluation.results`.
+Of its own rows it tells what training told too: a loss, and the margins,
+accuracies and rewards of an objective that compares answers. Rows stand in a
+file .part until all are there: the same command goes on from it.
 """
 
 import dataclasses
@@ -16,13 +16,19 @@ from typing import Any
 
 from absl import flags
 
-from moepeft import command, config_check, scoring, sets, summary, work
-from moepeft.data import jsonl, sources
-from moepeft.runs import Run, load
-from moepeft.scoring import About, Row
-from moepeft.scoring.rows import HELD_OUT
-from moepeft.unfinished import Unfinished
-from moepeft.validation import form_of, validation
+from moepeft.config import check as config_check
+from moepeft.config import flags as command
+from moepeft.data import sources
+from moepeft.data.readers import jsonl
+from moepeft.evaluation import eval_sets as sets
+from moepeft.evaluation import runner as work
+from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import summary
+from moepeft.evaluation.results import HELD_OUT
+from moepeft.evaluation.scores import About, Row
+from moepeft.evaluation.unfinished import Unfinished
+from moepeft.evaluation.validation import form_of, validation
+from moepeft.runs.run import Run, load
 
 # Names of data that rows of a run's own have in tables.
 _RESERVED = (HELD_OUT, 'after')
@@ -44,7 +50,7 @@ def evaluate(
   Args:
     checkpoint: see `runs.load`.
     data: '' for what the run holds out.
-    names: see `moepeft.work`.
+    names: see `moepeft.evaluation.runner`.
     most: examples of a prompt.
     inputs_length, targets_length: tokens that texts are cut to, EOS included.
     batch_size: rows of the longest batches. It and the other numbers are those
@@ -198,8 +204,8 @@ if __name__ == '__main__':
   _DATA = flags.DEFINE_string(
     'data',
     None,
-    'Rows to measure, in the form of moepeft/data/jsonl.py; by default the '
-    "run's own held-out ones.",
+    'Rows to measure, in the form of moepeft/data/readers/jsonl.py; by default '
+    "the run's own held-out ones.",
   )
   _MEASURES = flags.DEFINE_list(
     'measures',

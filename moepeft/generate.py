@@ -14,20 +14,23 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft import command, memory, prompts, runs, sampling
-from moepeft.answering import Answering
-from moepeft.beams import Beams
+from moepeft.config import flags as command
 from moepeft.core.ranges import MAX_SEED
-from moepeft.data import files
-from moepeft.data.answer_ids import templated
-from moepeft.data.vocabulary import Vocabulary
-from moepeft.generation import Settings
+from moepeft.core.types import Tree
+from moepeft.data import fingerprint as files
+from moepeft.data.preference.tokenize import templated
+from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.evaluation.greedy_answers import Answering
+from moepeft.inference import prompts, sampling
+from moepeft.inference.beam_search import Beams
+from moepeft.inference.chat_repl import Ask, Manner, Talk
+from moepeft.inference.generator import Settings
+from moepeft.inference.sampling import Sampling
 from moepeft.models import decoder_only
-from moepeft.peft.prompt import before
-from moepeft.runs import Run
-from moepeft.sampling import Sampling
-from moepeft.talk import Ask, Manner, Talk
-from moepeft.typing import Tree
+from moepeft.peft.methods.prompt_tuning import before
+from moepeft.runs import run as runs
+from moepeft.runs.run import Run
+from moepeft.training import memory_estimate as memory
 
 # The notebook's.
 open_run = runs.open_run

@@ -10,10 +10,12 @@ import re
 
 from absl import flags
 
-from moepeft import command, compared
+from moepeft.config import flags as command
 from moepeft.core import files, terminal
-from moepeft.scoring import forest, forms
-from moepeft.scoring.forms import Table
+from moepeft.evaluation.tables import compare as compared
+from moepeft.evaluation.tables import forest_plot as forest
+from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables.render import Table
 
 
 def write(table: Table, prefix: str) -> list[str]:

@@ -13,10 +13,15 @@ from typing import Any
 
 from absl import flags
 
-from moepeft import command
-from moepeft.data import documents
-from moepeft.data.documents import Document
-from moepeft.data.pieces import KINDS, LIBRARIES, Form, train
+from moepeft.config import flags as command
+from moepeft.data.text import documents
+from moepeft.data.text.documents import Document
+from moepeft.data.tokenizers.train_tokenizer import (
+  KINDS,
+  LIBRARIES,
+  Form,
+  train,
+)
 
 
 def passages(found: Sequence[Document]) -> Iterator[str]:

@@ -21,74 +21,66 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft import (
-  accumulate,
-  command,
-  config_check,
-  curves,
-  memory,
-  metrics,
-  next_steps,
-  optim,
-  pages,
-  placement,
-  plots,
-  processes,
-  references,
-  run_config,
-  sharding,
-)
-from moepeft import base as base_lib
-from moepeft import rows as rows_lib
-from moepeft.checkpoint import Checkpoints, card
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.config import check as config_check
+from moepeft.config import flags as command
+from moepeft.core import distributed as processes
 from moepeft.core import files as core_files
-from moepeft.core import terminal
-from moepeft.data import (
-  chat_template,
-  cuts,
-  files,
-  loader,
-  sources,
-  vocabulary,
-)
-from moepeft.data.answer_ids import templated
-from moepeft.data.answers import form_of
-from moepeft.data.forms import form
-from moepeft.data.seqio_stream import Stream
-from moepeft.data.source import preferences
-from moepeft.data.vocabulary import check_size
-from moepeft.history import History
-from moepeft.judge import Judge, table
+from moepeft.core import host_memory as pages
+from moepeft.core import jsonl_log as rows_lib
+from moepeft.core import sharding, terminal
+from moepeft.core.progress import Progress
+from moepeft.core.types import State
+from moepeft.data import cuts, loader, sources, vocabulary
+from moepeft.data import fingerprint as files
+from moepeft.data.batching.collators import form
+from moepeft.data.chat import template as chat_template
+from moepeft.data.preference.dataset import form_of
+from moepeft.data.preference.tokenize import templated
+from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.registry import preferences
+from moepeft.data.tokenizers.tokenizer import check_size
+from moepeft.evaluation.eval_sets import examples, pairs_to_judge
+from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe import losses, stats
+from moepeft.moe import aux_losses as losses
+from moepeft.moe import router_stats as stats
 from moepeft.objectives import (
   COMPARED,
   REFERRING,
   check_model,
   objective_of,
 )
-from moepeft.objectives.loss import Loss, mean
-from moepeft.objectives.preference import preference_of
+from moepeft.objectives import reference_model as references
+from moepeft.objectives.cross_entropy import Loss, mean
+from moepeft.objectives.preference_losses import preference_of
 from moepeft.objectives.seq2seq import split_rngs
-from moepeft.progress import Progress
-from moepeft.report import Report
-from moepeft.runs import (
+from moepeft.runs import config as run_config
+from moepeft.runs import diagnosis as curves
+from moepeft.runs import next_steps, plots
+from moepeft.runs.directory import (
+  Workdir,
+  latest_checkpoint,
+  open_workdir,
+  tell_full_disk,
+)
+from moepeft.runs.history import History
+from moepeft.runs.run import (
   CONFIG,
   DATA,
   check_same_data,
   check_unchanged,
   dated,
 )
-from moepeft.sets import examples, pairs_to_judge
-from moepeft.stopping import Course, Signals, Stopped
-from moepeft.typing import State
-from moepeft.workdir import (
-  Workdir,
-  latest_checkpoint,
-  open_workdir,
-  tell_full_disk,
-)
-from moepeft.writers import Writer, writers
+from moepeft.runs.trackers import Writer, writers
+from moepeft.training import grad_accumulation as accumulate
+from moepeft.training import memory_estimate as memory
+from moepeft.training import optim
+from moepeft.training import state_sharding as placement
+from moepeft.training import summary as metrics
+from moepeft.training.metrics_logger import Report
+from moepeft.training.signals import Course, Signals, Stopped
 
 # Tasks that the table at the end has at most; before_after.png has all.
 _TABLE = 12
@@ -209,7 +201,7 @@ def train(
   """Trains, evaluates and writes; returns the closing summary.
 
   Args:
-    config: of `moepeft.config.default`.
+    config: of `moepeft.config.default.default`.
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that

@@ -20,7 +20,12 @@ from tests import ROOT
 # Libraries, and what the commands are made of: none of these is a command.
 _IMPORTED = (
   *('transformers', 'matplotlib.figure', 'scipy.stats', 'safetensors.numpy'),
-  *('moepeft.command', 'moepeft.judge', 'moepeft.prompts', 'moepeft.report'),
+  *(
+    'moepeft.config.flags',
+    'moepeft.evaluation.validator',
+    'moepeft.inference.prompts',
+    'moepeft.training.metrics_logger',
+  ),
 )
 _SERVER: list[subprocess.Popen] = []
 

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moepeft import base as base_lib
-from moepeft import config as config_lib
-from moepeft import references
-from moepeft.data import answers, forms
-from moepeft.data.vocabulary import Bytes
-from moepeft.interop import hf
-from moepeft.models import llama, t5
-from moepeft.nn.start import fresh
-from moepeft.typing import State
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.hf import model as hf
+from moepeft.config import default as config_lib
+from moepeft.core.types import State
+from moepeft.data.batching import collators as forms
+from moepeft.data.preference import dataset as answers
+from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.models.decoder import llama
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import fresh
+from moepeft.objectives import reference_model as references
 
 from .contracts import small
 

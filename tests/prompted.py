@@ -6,7 +6,8 @@ import functools
 
 import jax
 
-from moepeft.models import decoder, t5
+from moepeft.models.decoder import model as decoder
+from moepeft.models.t5 import model as t5
 from moepeft.peft import build
 
 from .contracts import small, small_decoders

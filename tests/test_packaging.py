@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moepeft import config as config_lib
 from moepeft import moe
+from moepeft.config import default as config_lib
+from moepeft.core.types import Context
 from moepeft.count import count
-from moepeft.models import llama
+from moepeft.models.decoder import llama
 from moepeft.peft import METHODS
-from moepeft.typing import Context
 from tests import ROOT
 
 _CARDS = sorted((ROOT / 'configs').rglob('*.py'))
@@ -263,7 +263,7 @@ def test_commands_in_documents_exist_with_their_flags(document):
       name = match[1].replace('.', '/')
       if not (ROOT / f'{name}.py').exists():
         name += '/__main__'
-      shared = ('moepeft/command.py', 'moepeft/gin_flags.py')
+      shared = ('moepeft/config/flags.py', 'moepeft/config/gin/flags.py')
       source = ''.join(map(_read, (f'{name}.py', *shared)))
       for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
         known = (f"'{flag}'", f"'--{flag}", f"'{flag}.")

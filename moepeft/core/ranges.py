@@ -2,7 +2,7 @@
 """Ranges of numbers and sets of names that options may take.
 
 Every number and every enumerated text that a user gives has one of these beside
-its default: keys of a config in `moepeft.config_ranges`, options of methods and
+its default: keys of a config in `moepeft.config.ranges`, options of methods and
 routers in the fields of their modules.
 """
 

@@ -3,6 +3,6 @@
 
 from moepeft.data.loader import cuts as cuts
 from moepeft.data.loader import loader as loader
-from moepeft.data.source import Sources as Sources
-from moepeft.data.source import sources as sources
-from moepeft.data.vocabulary import vocabulary as vocabulary
+from moepeft.data.registry import Sources as Sources
+from moepeft.data.registry import sources as sources
+from moepeft.data.tokenizers.tokenizer import vocabulary as vocabulary

@@ -14,20 +14,21 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft import base as base_lib
-from moepeft import command, config_check
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import check as config_check
+from moepeft.config import flags as command
 from moepeft.core import terminal
+from moepeft.core.types import Batch
 from moepeft.data import sources, vocabulary
-from moepeft.data.answers import Sides, form_of
-from moepeft.data.forms import Form, form
+from moepeft.data.batching.collators import Form, form
 from moepeft.data.loader import WINDOW
-from moepeft.data.picture import pictures
-from moepeft.data.seqio_stream import Stream
-from moepeft.data.source import Sources
-from moepeft.data.vocabulary import Vocabulary, check_size
+from moepeft.data.preference.dataset import Sides, form_of
+from moepeft.data.preview import pictures
+from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.registry import Sources
+from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
 from moepeft.models import decoder_only
 from moepeft.tasks import Example
-from moepeft.typing import Batch
 
 _BARS = 8
 _WIDTH = 40

@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft.data.forms import Form, Rows, form
-from moepeft.data.seqio_stream import Stream
-from moepeft.data.source import Sources
-from moepeft.data.vocabulary import Vocabulary
-from moepeft.typing import Batch
+from moepeft.core.types import Batch
+from moepeft.data.batching.collators import Form, Rows, form
+from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.registry import Sources
+from moepeft.data.tokenizers.tokenizer import Vocabulary
 
 WINDOW = 1024
 # Batches that wait for the device.

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import grain
 from ml_collections import ConfigDict
 
-from moepeft.data import answers, mixing, text
-from moepeft.data.forms import Form
+from moepeft.data import mixing
+from moepeft.data.batching.collators import Form
+from moepeft.data.preference import dataset as answers
+from moepeft.data.text import dataset as text
 
 if TYPE_CHECKING:
-  from moepeft.data.source import Sources
+  from moepeft.data.registry import Sources
 
 
 def check(data: ConfigDict) -> None:

@@ -3,10 +3,12 @@
 
 from typing import Any
 
-from moepeft.models import bert, gemma, gpt2, llama, mistral, qwen2, qwen3, t5
-from moepeft.models.bert import Bert, BertConfig
-from moepeft.models.decoder import Decoder
-from moepeft.models.decoder_config import DecoderConfig
+from moepeft.models.bert import model as bert
+from moepeft.models.bert.model import Bert, BertConfig
+from moepeft.models.decoder import gemma, gpt2, llama, mistral, qwen2, qwen3
+from moepeft.models.decoder.config import DecoderConfig
+from moepeft.models.decoder.model import Decoder
+from moepeft.models.t5 import model as t5
 
 FAMILIES = {
   't5': t5,
@@ -40,5 +42,5 @@ def check_decodes(model: Any) -> None:
     raise ValueError(
       'the model is an encoder alone, which is neither trained nor generates '
       'here: expected a family with a decoder; set config.model to one, or '
-      'ask moepeft.serve.embeddings for vectors'
+      'ask moepeft.serve.embeddings.encoder for vectors'
     )

@@ -3,7 +3,7 @@
 
 import jax.numpy as jnp
 
-from moepeft.typing import Array, Batch, Context
+from moepeft.core.types import Array, Batch, Context
 
 
 def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:

@@ -4,10 +4,10 @@
 A new router is one new file and one line in ROUTERS.
 """
 
-from moepeft.moe.random import Random
-from moepeft.moe.softmax import Softmax
-from moepeft.moe.topk import TopK
-from moepeft.moe.uniform import Uniform
+from moepeft.moe.routers.random import Random
+from moepeft.moe.routers.softmax import Softmax
+from moepeft.moe.routers.topk import TopK
+from moepeft.moe.routers.uniform import Uniform
 
 ROUTERS = {
   'softmax': Softmax,

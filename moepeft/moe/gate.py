@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.ranges import Range
-from moepeft.nn.precision import wide
-from moepeft.nn.start import Normal
-from moepeft.nn.thin import thin_product
-from moepeft.typing import Array, Context
+from moepeft.core.types import Array, Context
+from moepeft.nn.initializers import Normal
+from moepeft.nn.low_rank_matmul import thin_product
+from moepeft.nn.numerics import wide
 
 # The released code's initialiser of router kernels.
 INIT = Normal(0.02)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moepeft.nn import chunked, fused
+from moepeft.core.types import Array, Context
+from moepeft.nn import chunked_attention as chunked
+from moepeft.nn import dot_product_attention as fused
+from moepeft.nn.adapter_hook import Advice, Frozen, advise
+from moepeft.nn.attention_mask import Past, Sight
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
-from moepeft.nn.precision import wide, wide_einsum
-from moepeft.nn.sight import Past, Sight
-from moepeft.nn.site import Advice, Frozen, advise
+from moepeft.nn.numerics import wide, wide_einsum
 from moepeft.nn.softmax import softmax
-from moepeft.typing import Array, Context
 
 
 @struct.dataclass

@@ -8,10 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.nn import quantised
-from moepeft.nn.parameter import param
-from moepeft.nn.quantised import Quantised
-from moepeft.nn.site import (
+from moepeft.core.types import Array, Context
+from moepeft.nn import quantization as quantised
+from moepeft.nn.adapter_hook import (
   Advice,
   Frozen,
   advise,
@@ -19,8 +18,9 @@ from moepeft.nn.site import (
   contraction,
   kernel_letters,
 )
-from moepeft.nn.start import Fill, Normal
-from moepeft.typing import Array, Context
+from moepeft.nn.initializers import Fill, Normal
+from moepeft.nn.parameter import param
+from moepeft.nn.quantization import Quantised
 
 
 class Linear(nn.Module):

@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Advice, Tap
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
-from moepeft.nn.site import Advice, Tap
-from moepeft.typing import Array, Context
 
 ACTIVATIONS = {
   'gelu': nn.gelu,

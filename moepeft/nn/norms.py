@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Advice, Frozen, advise
+from moepeft.nn.initializers import Fill
+from moepeft.nn.numerics import wide
 from moepeft.nn.parameter import param
-from moepeft.nn.precision import wide
-from moepeft.nn.site import Advice, Frozen, advise
-from moepeft.nn.start import Fill
-from moepeft.typing import Array, Context
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

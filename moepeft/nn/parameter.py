@@ -6,8 +6,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.nn.start import LABELS, Label, Start
-from moepeft.typing import Array
+from moepeft.core.types import Array
+from moepeft.nn.initializers import LABELS, Label, Start
 
 COLLECTION = 'peft'
 

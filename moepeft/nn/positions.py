@@ -7,9 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from moepeft.core.types import Array
+from moepeft.nn.initializers import Normal
 from moepeft.nn.parameter import param
-from moepeft.nn.start import Normal
-from moepeft.typing import Array
 
 
 def relative_bucket(

@@ -11,8 +11,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.nn.precision import wide
-from moepeft.typing import Array
+from moepeft.core.types import Array
+from moepeft.nn.numerics import wide
 
 KINDS = ('default', 'linear', 'llama3', 'yarn')
 

@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from moepeft.typing import Array
+from moepeft.core.types import Array
 
 
 @jax.custom_vjp

@@ -23,11 +23,12 @@ else.
 import functools
 from collections.abc import Callable
 
-from moepeft.objectives import causal, dpo, kto, reward, seq2seq, simpo
-from moepeft.objectives import preference as preference_lib
-from moepeft.objectives.loss import PLAIN, Loss
+from moepeft.objectives import causal, dpo, kto, reward, seq2seq
+from moepeft.objectives import preference_losses as preference_lib
+from moepeft.objectives import simpo_orpo as simpo
+from moepeft.objectives.cross_entropy import PLAIN, Loss
 from moepeft.objectives.objective import Objective as Objective
-from moepeft.objectives.preference import Preference
+from moepeft.objectives.preference_losses import Preference
 
 OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': causal.objective}
 # Those whose batches have an encoder's side; the others are of decoders.

@@ -4,9 +4,9 @@ pretraining where all are trained, fine-tuning where the answers are."""
 
 from collections.abc import Callable
 
+from moepeft.core.types import Array, Batch, Tree
 from moepeft.objectives import seq2seq
-from moepeft.objectives.loss import PLAIN, Loss
-from moepeft.typing import Array, Batch, Tree
+from moepeft.objectives.cross_entropy import PLAIN, Loss
 
 
 def objective(

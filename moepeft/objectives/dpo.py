@@ -3,9 +3,10 @@
 
 from collections.abc import Callable
 
-from moepeft.objectives import preference, sides
-from moepeft.objectives.preference import PLAIN, Preference
-from moepeft.typing import Array, Batch, Tree
+from moepeft.core.types import Array, Batch, Tree
+from moepeft.objectives import paired_batch as sides
+from moepeft.objectives import preference_losses as preference
+from moepeft.objectives.preference_losses import PLAIN, Preference
 
 
 def objective(

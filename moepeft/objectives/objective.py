@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from moepeft.typing import Array, Batch, Tree
+from moepeft.core.types import Array, Batch, Tree
 
 # (apply, variables, rows, rngs) -> (sum, aux).
 Sums = Callable[..., tuple[Array, dict[str, Any]]]

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moepeft.objectives.loss import (
+from moepeft.core.types import Array, Batch, Tree
+from moepeft.objectives.cross_entropy import (
   PLAIN,
   Loss,
   divisors,
   minimised_losses,
   token_losses,
 )
-from moepeft.typing import Array, Batch, Tree
 
 
 def objective(

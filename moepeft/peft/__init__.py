@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. A new one is one new file and one line in METHODS."""
 
-from moepeft.peft import dora, full, ia3, lora, molora, mov, prompt, tokens
 from moepeft.peft.build import Built as Built
 from moepeft.peft.build import build as build
+from moepeft.peft.methods import dora, full, ia3, lora, molora, mov, tokens
+from moepeft.peft.methods import prompt_tuning as prompt
 
 METHODS = {
   'full': full.METHOD,

@@ -8,13 +8,13 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft import spec as spec_lib
+from moepeft.config import method_string as spec_lib
+from moepeft.config.method_string import Spec
 from moepeft.core.ranges import Choices, Range, shortened, suggestion
+from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
-from moepeft.nn.site import Advice
+from moepeft.nn.adapter_hook import Advice
 from moepeft.peft.method import SEMANTICS, Method
-from moepeft.spec import Spec
-from moepeft.typing import State, Tree
 
 # What `topk` does with the kept probabilities where it is not said.
 _RENORMALIZE = {'official': False, 'paper': True}

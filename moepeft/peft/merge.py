@@ -9,10 +9,10 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from moepeft.config.method_string import parse_method
+from moepeft.core.types import Tree
 from moepeft.peft.build import Built
 from moepeft.peft.method import Method
-from moepeft.spec import parse_method
-from moepeft.typing import Tree
 
 # Kernels that are quantised lie under other names.
 _PACKED = ('int8', 'nf4')
@@ -81,7 +81,7 @@ def _require_kernel(params: dict, path: str) -> None:
   if kind:
     raise ValueError(
       f'the base is quantised ({kind}): merge into what it decodes to '
-      '(moepeft.interop.quantised.unpack), which gives the same logits'
+      '(moepeft.checkpoints.quantize.unpack), which gives the same logits'
     )
 
 

@@ -17,24 +17,25 @@ import sys
 
 from absl import flags
 
-from moepeft import command
-from moepeft.data import chat_template
-from moepeft.serve import banner, opening, page
-from moepeft.serve.constraints import Compiler
-from moepeft.serve.embeddings import Encoder
+from moepeft.config import flags as command
+from moepeft.data.chat import template as chat_template
+from moepeft.inference.constraints.grammar import Compiler
+from moepeft.inference.engine.limits import Settings
+from moepeft.serve import banner, page
+from moepeft.serve import open_engine as opening
+from moepeft.serve.embeddings.encoder import Encoder
+from moepeft.serve.embeddings.sentences import Sentences
 from moepeft.serve.http import keys as keys_lib
-from moepeft.serve.http.calling import Calling
+from moepeft.serve.http.chat_templates import Voice
 from moepeft.serve.http.connection import ConnectionLimits, open_files
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.models import Models
+from moepeft.serve.http.model_registry import Models
 from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.voices import Voice
-from moepeft.serve.http.words import Words
-from moepeft.serve.sentences import Sentences
-from moepeft.serve.settings import Settings
+from moepeft.serve.http.text import Words
+from moepeft.serve.http.tool_calls import Calling
 
 _LOCAL = ('localhost', '127.0.0.1', '[::1]')
 

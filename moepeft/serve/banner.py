@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from moepeft.core import secrets, terminal
+from moepeft.inference.api import Loaded
 from moepeft.serve.http.keys import Keys
-from moepeft.serve.protocol import Loaded
 
 # Seconds between two lines where the output is no terminal.
 _EVERY = 10.0

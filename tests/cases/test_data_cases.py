@@ -6,10 +6,13 @@ The same claims stand without the folder in tests/data.
 
 import pytest
 
-from moepeft import config as config_lib
-from moepeft.data import answers, jsonl, picture, sources, vocabulary
-from moepeft.data.causal import Samples
-from moepeft.data.forms import Pairs
+from moepeft.config import default as config_lib
+from moepeft.data import preview as picture
+from moepeft.data import sources, vocabulary
+from moepeft.data.batching.collators import Pairs
+from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.preference import dataset as answers
+from moepeft.data.readers import jsonl
 from tests import ROOT
 
 CASES = ROOT.parent / 'shared' / 'cases'

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft import placement, sharding
-from moepeft.decoding import How, advance, start
-from moepeft.models import decoder, names
-from moepeft.models.decoder import Decoder, DecoderConfig
-from moepeft.nn import start as start_lib
+from moepeft.core import sharding
+from moepeft.inference.decode import How, advance, start
+from moepeft.inference.sampling import Sampling
+from moepeft.models import weight_mapping as names
+from moepeft.models.decoder import model as decoder
+from moepeft.models.decoder.model import Decoder, DecoderConfig
+from moepeft.nn import initializers as start_lib
 from moepeft.objectives import causal
 from moepeft.peft import build
-from moepeft.sampling import Sampling
+from moepeft.training import state_sharding as placement
 
 CONFIG = DecoderConfig(
   vocab=40, d_model=16, heads=8, kv_heads=4, head_dim=6, ffn=24, layers=3

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft import config as config_lib
-from moepeft import optim, placement, sharding, train
-from moepeft.models import names
-from moepeft.nn import start
-from moepeft.typing import State
+from moepeft import train
+from moepeft.config import default as config_lib
+from moepeft.core import sharding
+from moepeft.core.types import State
+from moepeft.models import weight_mapping as names
+from moepeft.nn import initializers as start
+from moepeft.training import optim
+from moepeft.training import state_sharding as placement
 
 from . import small
 

@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moepeft.moe.softmax import Softmax
-from moepeft.moe.stats import route
+from moepeft.moe.router_stats import route
+from moepeft.moe.routers.softmax import Softmax
+from moepeft.nn.adapter_hook import contraction
+from moepeft.nn.initializers import Normal
 from moepeft.nn.parameter import peft_param
-from moepeft.nn.site import contraction
-from moepeft.nn.start import Normal
-from moepeft.peft import lora, molora
 from moepeft.peft.method import Method
+from moepeft.peft.methods import lora, molora
 
 
 class Seen(nn.Module):

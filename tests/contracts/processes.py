@@ -9,9 +9,9 @@ import sys
 import jax
 import numpy as np
 
-from moepeft import sharding
-from moepeft.checkpoint import Checkpoints
-from moepeft.models import names
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.core import sharding
+from moepeft.models import weight_mapping as names
 
 
 def main(number, count, port, name, path, workdir) -> None:

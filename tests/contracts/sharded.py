@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moepeft import config as config_lib
-from moepeft import placement, sharding, train
-from moepeft.checkpoint import Checkpoints
-from moepeft.models import names
-from moepeft.nn import start
-from moepeft.typing import State
+from moepeft import train
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.config import default as config_lib
+from moepeft.core import sharding
+from moepeft.core.types import State
+from moepeft.models import weight_mapping as names
+from moepeft.nn import initializers as start
+from moepeft.training import state_sharding as placement
 
 from . import small
 

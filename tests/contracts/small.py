@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import t5
-from moepeft.nn.start import fresh
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import fresh
 from moepeft.peft import build
 
 # Primes, heads times head size (15) unlike d_model (11), layers unlike too.
@@ -45,7 +45,8 @@ METHODS = (
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
   "tokens(new='3|5-7')",
-  # The base's function where no placeholders stand; see tests/test_prompt.py.
+  # The base's function where no placeholders stand; see
+  # tests/peft/test_prompt_tuning.py.
   'prompt(length=2)',
 )
 # One of each method, with each kind of router, for what takes long.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.models.bert import Bert, BertConfig, sites
-from moepeft.nn.start import fresh
+from moepeft.models.bert.model import Bert, BertConfig, sites
+from moepeft.nn.initializers import fresh
 from moepeft.peft import build
 
 # Primes but for the width, which heads of 7 share.

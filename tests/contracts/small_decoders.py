@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.models.decoder import Decoder, DecoderConfig, sites
+from moepeft.core.types import Context
+from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
+from moepeft.nn.initializers import fresh
 from moepeft.nn.rope import Rope
-from moepeft.nn.start import fresh
 from moepeft.peft import build
-from moepeft.typing import Context
 
 # Heads times head size (24) unlike d_model (13), 6 heads on 2, 3 layers.
 _LLAMA = DecoderConfig(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import names, t5
-from moepeft.nn.start import fresh
-from moepeft.objectives.loss import mean
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import fresh
+from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 from moepeft.peft import METHODS, build
 

@@ -10,19 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import (
-  FAMILIES,
-  bert_names,
-  decoder_only,
-  encoder_only,
-  names,
-)
-from moepeft.models.bert import Bert, BertConfig, sites
-from moepeft.nn.site import Advice
-from moepeft.nn.start import letters
+from moepeft.core.types import LETTERS
+from moepeft.models import FAMILIES, decoder_only, encoder_only
+from moepeft.models import weight_mapping as names
+from moepeft.models.bert import weights as bert_names
+from moepeft.models.bert.model import Bert, BertConfig, sites
+from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.initializers import letters
 from moepeft.peft import build
 from moepeft.peft.merge import merge
-from moepeft.typing import LETTERS
 
 from . import small, small_bert
 from .probes import Seen

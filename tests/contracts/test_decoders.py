@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import FAMILIES, decoder_names, names
-from moepeft.models.decoder import Decoder, DecoderConfig, sites
-from moepeft.nn.site import Advice
+from moepeft.models import FAMILIES
+from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import weight_mapping as names
+from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
+from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import build
 
 from . import small, small_decoders

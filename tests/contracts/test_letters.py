@@ -6,11 +6,12 @@ from collections import defaultdict
 import jax
 import pytest
 
-from moepeft.models import names, t5
+from moepeft.core.types import LETTERS
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import Fill, letters
 from moepeft.nn.parameter import param
-from moepeft.nn.start import Fill, letters
 from moepeft.peft import build
-from moepeft.typing import LETTERS
 
 from . import small
 from .probes import PROBES

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.decoding import greedy
-from moepeft.models import FAMILIES, t5
-from moepeft.nn.site import Advice
+from moepeft.inference.decode import greedy
+from moepeft.models import FAMILIES
+from moepeft.models.t5 import model as t5
+from moepeft.nn.adapter_hook import Advice
 from tests import ROOT
 
 from . import small

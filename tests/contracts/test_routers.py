@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.moe import ROUTERS, losses, stats
-from moepeft.moe.softmax import Softmax
-from moepeft.moe.topk import TopK
-from moepeft.typing import Context, Routing
+from moepeft.core.types import Context, Routing
+from moepeft.moe import ROUTERS
+from moepeft.moe import aux_losses as losses
+from moepeft.moe import router_stats as stats
+from moepeft.moe.routers.softmax import Softmax
+from moepeft.moe.routers.topk import TopK
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 7))
 CTX = Context(token_mask=jnp.ones((2, 5), bool))

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft.models import t5
-from moepeft.moe import stats
-from moepeft.nn.start import fresh
-from moepeft.objectives.loss import mean
+from moepeft.models.t5 import model as t5
+from moepeft.moe import router_stats as stats
+from moepeft.nn.initializers import fresh
+from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 from moepeft.peft import build
 
@@ -107,7 +107,7 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
 
 @pytest.mark.slow
 def test_a_prefix_works_in_cached_decoding():
-  from moepeft.decoding import greedy
+  from moepeft.inference.decode import greedy
 
   model, variables = make('prefix')
   sides = {'inputs': small.batch()['inputs']}
@@ -132,9 +132,9 @@ def test_full_weights_leave_a_layer_on_request_only():
 
 
 def test_a_given_routing_replaces_the_router():
+  from moepeft.core.types import Context, Routing
   from moepeft.nn.linear import frozen_einsum
-  from moepeft.peft.molora import MoLora
-  from moepeft.typing import Context, Routing
+  from moepeft.peft.methods.molora import MoLora
 
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
   f = frozen_einsum('btd,df->btf', jnp.ones((5, 7)), jnp.float32)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft import command
+from moepeft.config import flags as command
 from moepeft.core import secrets
 
 

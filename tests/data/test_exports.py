@@ -4,9 +4,12 @@
 import pytest
 from ml_collections import ConfigDict
 
-from moepeft.data import answer_rows, conversations, csv_table, preference
-from moepeft.data.fields import BadRow, Unused
-from moepeft.data.rows import Bad
+from moepeft.data.chat import formats as conversations
+from moepeft.data.example import Bad
+from moepeft.data.preference import formats as preference
+from moepeft.data.preference import rows as answer_rows
+from moepeft.data.readers import csv_table
+from moepeft.data.row_fields import BadRow, Unused
 
 USER = {'role': 'user', 'content': 'Why is it so?'}
 SO = {'role': 'assistant', 'content': 'So.'}

@@ -19,9 +19,11 @@ import traceback
 
 from absl import flags
 
-from moepeft import command, config_check, memory
-from moepeft.config_ranges import ALLOWED
-from moepeft.hints import keys
+from moepeft.config import check as config_check
+from moepeft.config import flags as command
+from moepeft.config.ranges import ALLOWED
+from moepeft.config.suggestions import keys
+from moepeft.training import memory_estimate as memory
 
 # Longer than any of these takes by far; a hang is a failure.
 _SECONDS = 60

@@ -21,10 +21,16 @@ from pathlib import Path
 import flax.serialization
 import numpy as np
 
-from moepeft import base, prompts
-from moepeft.interop import adapter, gguf, gguf_tokenizer, hf, peft, t5x
-from moepeft.interop.adapter import Adapter
-from tests.interop import cases, gguf_files
+from moepeft.checkpoints import adapter, base
+from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.gguf import model as gguf
+from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft
+from moepeft.checkpoints.t5x import model as t5x
+from moepeft.inference import prompts
+
+from ..checkpoints import cases, gguf_files
 
 # Beyond what the process has when all is imported.
 _MEMORY = 2**30
@@ -120,7 +126,7 @@ def _targets(root: Path):
   _tokenizer(root / 'words')
   load = lambda folder: hf.load(str(folder))  # noqa: E731
   lora_of = lambda folder: base.load_adapter(str(folder), _CONFIG)  # noqa: E731
-  words = importlib.import_module('moepeft.data.vocabulary')
+  words = importlib.import_module('moepeft.data.tokenizers.tokenizer')
   read_words = lambda folder: words.vocabulary('', str(folder))  # noqa: E731
   found = {
     'hf config, T5': ('t5', 'config.json', load),

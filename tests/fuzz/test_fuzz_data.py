@@ -18,22 +18,19 @@ import time
 import pytest
 import yaml
 
-from moepeft import config as config_lib
-from moepeft.data import (
-  answer_ids,
-  chat,
-  conversations,
-  csv_table,
-  documents,
-  hub,
-  jsonl,
-  preference,
-  templates,
-)
-from moepeft.data import rows as rows_lib
-from moepeft.data.causal import Samples
-from moepeft.data.rows import Bad
-from moepeft.data.vocabulary import Bytes, Tokenizer
+from moepeft.config import default as config_lib
+from moepeft.data import example as rows_lib
+from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import formats as conversations
+from moepeft.data.example import Bad
+from moepeft.data.preference import formats as preference
+from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.readers import csv_table, jsonl
+from moepeft.data.readers import huggingface as hub
+from moepeft.data.readers import promptsource as templates
+from moepeft.data.text import documents
+from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 
 from .. import chat_cases
 

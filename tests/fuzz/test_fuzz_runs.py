@@ -12,18 +12,20 @@ import signal
 import numpy as np
 import pytest
 
-from moepeft import compared, runs, train
-from moepeft import rows as rows_lib
-from moepeft.checkpoint import Checkpoints
-from moepeft.history import History
-from moepeft.judge import table
-from moepeft.plots import Figures
-from moepeft.unfinished import Unfinished
-from moepeft.writers import writers
+from moepeft import train
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.core import jsonl_log as rows_lib
+from moepeft.evaluation.tables import compare as compared
+from moepeft.evaluation.unfinished import Unfinished
+from moepeft.evaluation.validator import table
+from moepeft.runs import run as runs
+from moepeft.runs.history import History
+from moepeft.runs.plots import Figures
+from moepeft.runs.trackers import writers
 
-from ..scoring import runs as made
-from ..test_checkpoint import DESCRIBED, blank, make_state
-from ..test_train import JUDGED, base, card  # noqa: F401
+from ..checkpoints.test_manager import DESCRIBED, blank, make_state
+from ..evaluation import runs as made
+from ..training.test_train import JUDGED, base, card  # noqa: F401
 
 SEED = 20_230_905
 # Seconds after which a reader hangs.

@@ -14,12 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft.interop import hf, peft, released, t5x
-from moepeft.interop.adapter import Adapter
-from moepeft.models import names, t5_names
-from moepeft.models.t5 import T5, T5Config, sites
-from moepeft.nn.site import Advice
-from moepeft.objectives.loss import mean
+from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft
+from moepeft.checkpoints.t5x import adapters as released
+from moepeft.checkpoints.t5x import model as t5x
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import weights as t5_names
+from moepeft.models.t5.model import T5, T5Config, sites
+from moepeft.nn.adapter_hook import Advice
+from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective, sequence_log_likelihood
 from moepeft.peft import build
 from tests import ROOT

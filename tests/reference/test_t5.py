@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moepeft.interop import hf, peft, peft_config
-from moepeft.models import names, t5_names
-from moepeft.objectives.loss import mean
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft, peft_config
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import weights as t5_names
+from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 
 from . import cases

@@ -10,15 +10,8 @@ import dataclasses
 import threading
 import time
 
-from moepeft.serve import protocol
-from moepeft.serve.protocol import (
-  Finished,
-  Loaded,
-  Prompt,
-  Scored,
-  Stats,
-  Token,
-)
+from moepeft.inference import api as protocol
+from moepeft.inference.api import Finished, Loaded, Prompt, Scored, Stats, Token
 
 END = 1
 

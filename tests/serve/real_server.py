@@ -24,13 +24,13 @@ import urllib.request
 import numpy as np
 import pytest
 
-from moepeft import base as base_lib
-from moepeft import config as config_lib
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import default as config_lib
 from moepeft.data import vocabulary
-from moepeft.likelihood import losses
+from moepeft.evaluation.loglikelihood import losses
 from moepeft.peft import build
 
-from . import banked
+from ..inference import banked
 
 # By the name that requests call them.
 METHODS = {

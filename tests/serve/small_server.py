@@ -11,15 +11,15 @@ import time
 import numpy as np
 import pytest
 
-from moepeft.data.vocabulary import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.inference.constraints.token_bytes import alphabet
+from moepeft.serve.http.chat_templates import Voice
 from moepeft.serve.http.connection import DEFAULT
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.models import Models
+from moepeft.serve.http.model_registry import Models
 from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.voices import Voice
-from moepeft.serve.http.words import Words
-from moepeft.serve.token_bytes import alphabet
+from moepeft.serve.http.text import Words
 from tests.serve.fake_engine import END, FakeEngine
 
 # Turns as 'u:text|', of an assistant 'a:', then 'a:' for the answer.
@@ -180,8 +180,8 @@ def fake(words=None, **fields):
 def constrained(found, words):
   """A service that can force JSON and calls of tools."""
   pytest.importorskip('llguidance')
-  constraints = pytest.importorskip('moepeft.serve.constraints')
-  from moepeft.serve.http.calling import Calling
+  constraints = pytest.importorskip('moepeft.inference.constraints.grammar')
+  from moepeft.serve.http.tool_calls import Calling
 
   found.compiler = constraints.Compiler(words, found.engine.vocab, (END,))
   found.calling = Calling(found.compiler)

@@ -3,9 +3,9 @@
 
 import io
 
+from moepeft.inference.api import Loaded
 from moepeft.serve import banner
 from moepeft.serve.http.keys import Keys
-from moepeft.serve.protocol import Loaded
 
 
 def test_a_file_gets_the_first_program_and_not_every_one():

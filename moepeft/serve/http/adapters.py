@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from moepeft.core.memory import is_out_of_memory
-from moepeft.serve import protocol
+from moepeft.inference import api as protocol
 from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import SERVER, Problem, later, refused, wrong
 from moepeft.serve.http.schemas import Load, Unload

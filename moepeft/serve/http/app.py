@@ -18,7 +18,7 @@ from moepeft.serve.http import (
 )
 from moepeft.serve.http.cors import Cors
 from moepeft.serve.http.errors import Problem
-from moepeft.serve.http.gate import Gate
+from moepeft.serve.http.middleware import Gate
 from moepeft.serve.http.service import Service
 
 Handler = Callable[[Service, Request], Awaitable[Response]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moepeft.serve.protocol import Full
+from moepeft.inference.api import Full
 
 Result = TypeVar('Result')
 

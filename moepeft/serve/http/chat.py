@@ -11,18 +11,19 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moepeft.serve import protocol
-from moepeft.serve.http import asking, logprobs
-from moepeft.serve.http.answer import REASONS, Answer, Delta, deltas
+from moepeft.inference import api as protocol
+from moepeft.serve.http import logprobs
+from moepeft.serve.http import requests as asking
 from moepeft.serve.http.body import read
 from moepeft.serve.http.chat_schema import Chat
+from moepeft.serve.http.completion_stream import REASONS, Answer, Delta, deltas
 from moepeft.serve.http.errors import wrong
+from moepeft.serve.http.event_bridge import Underway, unless_gone
 from moepeft.serve.http.message import Plain, message
-from moepeft.serve.http.models import Model
+from moepeft.serve.http.model_registry import Model
+from moepeft.serve.http.request_stats import Tally
 from moepeft.serve.http.service import Plan, Reader, Service
 from moepeft.serve.http.sse import EventStream
-from moepeft.serve.http.tally import Tally
-from moepeft.serve.http.underway import Underway, unless_gone
 from moepeft.serve.http.usage import usage
 
 

@@ -89,7 +89,7 @@ class Chat(Asked):
   max_tokens: int | None = Field(None, ge=1)
   max_completion_tokens: int | None = Field(None, ge=1)
   parallel_tool_calls: bool | None = None
-  # Looked at by `moepeft.serve.tools`.
+  # Looked at by `moepeft.inference.tools.tools`.
   tool_choice: Any = None
   tools: list[Any] | None = None
   audio: Any = None

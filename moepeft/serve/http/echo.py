@@ -3,10 +3,10 @@
 
 from collections.abc import Sequence
 
-from moepeft.serve.http.answer import Entry
-from moepeft.serve.http.words import Words
-from moepeft.serve.protocol import Scored
-from moepeft.stream import Detokenizer
+from moepeft.inference.api import Scored
+from moepeft.inference.detokenizer import Detokenizer
+from moepeft.serve.http.completion_stream import Entry
+from moepeft.serve.http.text import Words
 
 
 def echoed(

@@ -9,12 +9,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from moepeft.serve import protocol
+from moepeft.inference import api as protocol
 from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import Problem, later, no_model, refused, wrong
+from moepeft.serve.http.event_bridge import unless_gone
 from moepeft.serve.http.schemas import Embedding
 from moepeft.serve.http.service import Embedder, Service
-from moepeft.serve.http.underway import unless_gone
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:

@@ -6,7 +6,7 @@ import math
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from moepeft.serve import protocol
+from moepeft.inference import api as protocol
 
 INVALID = 'invalid_request_error'
 SERVER = 'server_error'

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from moepeft.serve.http.errors import no_model
-from moepeft.serve.http.models import OWNER
+from moepeft.serve.http.model_registry import OWNER
 from moepeft.serve.http.service import Service
 
 

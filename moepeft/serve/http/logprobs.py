@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.serve.http.answer import Entry
-from moepeft.serve.http.words import Words
-from moepeft.serve.protocol import Scored
+from moepeft.inference.api import Scored
+from moepeft.serve.http.completion_stream import Entry
+from moepeft.serve.http.text import Words
 
 # What stands for one that is -inf, which JSON cannot say.
 _LEAST = -9999.0

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily as Counted
 from prometheus_client.core import GaugeMetricFamily as Gauged
 from prometheus_client.core import Metric
 
-from moepeft.serve import protocol
-from moepeft.serve.http.tally import Tally
+from moepeft.inference import api as protocol
+from moepeft.serve.http.request_stats import Tally
 
 CONTENT = prometheus.CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -2,16 +2,16 @@
 """The bytes that each token stands for, as log-probabilities name them.
 
 A token may be a part of a character, so its text alone is not enough. Here
-special tokens have names too, which `moepeft.serve.token_bytes` leaves out:
-nothing constrained is made of them.
+special tokens have names too, which `inference.constraints.token_bytes` leaves
+out: nothing constrained is made of them.
 """
 
 import json
 import re
 from collections.abc import Callable
 
-from moepeft.data.vocabulary import Tokenizer, Vocabulary
-from moepeft.serve.token_bytes import alphabet
+from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary
+from moepeft.inference.constraints.token_bytes import alphabet
 
 Piece = Callable[[int], bytes]
 # How SentencePiece writes a byte, and a space.

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moepeft.data.conversations import Conversation
-from moepeft.serve import protocol
+from moepeft.data.chat.formats import Conversation
+from moepeft.inference import api as protocol
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.keys import Keys
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.models import Model, Models
-from moepeft.serve.http.words import Words
+from moepeft.serve.http.model_registry import Model, Models
+from moepeft.serve.http.text import Words
 
 
 class Compiler(Protocol):

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from moepeft.serve.http.body import Gone
 from moepeft.serve.http.errors import Problem, broken
-from moepeft.serve.http.underway import unless_gone
+from moepeft.serve.http.event_bridge import unless_gone
 
 _LOG = logging.getLogger('moepeft.serve')
 DONE = b'data: [DONE]\n\n'

@@ -4,7 +4,7 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from moepeft.serve.http import asking
+from moepeft.serve.http import requests as asking
 from moepeft.serve.http.body import read
 from moepeft.serve.http.chat import planned
 from moepeft.serve.http.chat_schema import Tokenize

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from moepeft.serve.http.tally import Tally
+from moepeft.serve.http.request_stats import Tally
 
 
 def usage(tally: Tally) -> dict[str, Any]:

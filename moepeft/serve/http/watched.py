@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from moepeft.serve.protocol import Constraint
+from moepeft.inference.api import Constraint
 
 
 class Watched:

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 try:
-  from moepeft import curves
+  from moepeft.runs import diagnosis as curves
 except ModuleNotFoundError:
   # A Python that moepeft is not installed for: the script lies within it.
   sys.path.append(str(Path(__file__).resolve().parents[5]))
-  from moepeft import curves
+  from moepeft.runs import diagnosis as curves
 
 
 def main(argv: list[str]) -> str:

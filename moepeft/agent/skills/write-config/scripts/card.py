@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moepeft import config as config_lib
-from moepeft import config_check
 from moepeft.agent import cards
+from moepeft.config import check as config_check
+from moepeft.config import default as config_lib
 
 _TOP = re.compile(r'  c\.(\w+) = (.*)')
 _INNER = re.compile(r'      (\w+)=(.*?),?$')
@@ -77,7 +77,7 @@ def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def _remarks() -> Iterator[tuple[str, str]]:
-  """(key, the comment above it) as moepeft/config.py has them."""
+  """(key, the comment above it) as moepeft/config/default.py has them."""
   section, said = '', []
   for line in inspect.getsource(config_lib.default).splitlines():
     if line.strip().startswith('#'):
@@ -180,7 +180,8 @@ def _check(c: ConfigDict) -> str:
   """
   config_check.check(c)
   # Here, as `keys` does without them and JAX takes seconds to start.
-  from moepeft import base, objectives
+  from moepeft import objectives
+  from moepeft.checkpoints import base
   from moepeft.count import count
   from moepeft.models import decoder_only
 

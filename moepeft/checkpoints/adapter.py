@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own form of an adapter: adapter.safetensors and the card adapter.json.
+
+The keys are the paths of the 'peft' tree as training holds it, layers stacked
+on axis 0: it is read back with neither a model nor a table of names. Both
+files are a function of the trained adapter alone: no dates, no work
+directories, sorted keys, float32. Any method has this form, mixtures too:
+
+  adapter.safetensors  decoder/layers/self/q/molora/a  [l, d, e, r]
+                       decoder/layers/self/q/molora/router/kernel  [l, d, e]
+  adapter.json  format       1
+                method       'molora(experts=10, rank=4, ...)'
+                semantics    'official' or 'paper'
+                base         path; sha256, the content hash of its weights;
+                             quantise, where it was trained on 'int8' or 'nf4'
+                model        family, and its config, field by field
+                parameters   of the adapter
+                arrays       {key: shape, sha256}
+                file_sha256, card_sha256: of both files, checked in reading
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moepeft.checkpoints import directory as files
+from moepeft.config import method_string as spec_lib
+from moepeft.config.method_string import Spec
+from moepeft.core import untrusted
+from moepeft.models import FAMILIES
+from moepeft.models import weight_mapping as names
+from moepeft.models.weight_mapping import CheckpointError, Tree
+
+FORMAT = 1
+ARRAYS, CARD = 'adapter.safetensors', 'adapter.json'
+_GIVEN = ('method', 'semantics', 'base', 'model')
+
+
+class Adapter(NamedTuple):
+  """A method's text and the 'peft' tree that goes with it."""
+
+  method: str
+  tree: Tree
+
+
+def describe(
+  method: str,
+  semantics: str,
+  base_path: str,
+  base_sha256: str,
+  family: str,
+  config: Any,
+  quantise: str = '',
+) -> dict[str, Any]:
+  """The card of an adapter, for `save`.
+
+  Args:
+    method: its text, which `moepeft.peft.build` reads.
+    semantics: 'official' or 'paper'.
+    base_path, base_sha256: the frozen model and its content hash.
+    family: of the model, e.g. 't5'; config: its dataclass.
+    quantise: what the base's projections were kept in; the hash is of the
+      base before.
+  """
+  kept = {'quantise': quantise} if quantise else {}
+  return {
+    'method': method,
+    'semantics': semantics,
+    'base': {'path': base_path, 'sha256': base_sha256} | kept,
+    'model': {'family': family, 'config': dataclasses.asdict(config)},
+  }
+
+
+def save(
+  path: str, tree: Tree, card: Mapping[str, Any], overwrite: bool = False
+) -> None:
+  """Writes the directory, all of it or nothing.
+
+  Args:
+    tree: the 'peft' tree; arrays become float32.
+    card: what `describe` makes; what follows from `tree` is added.
+
+  Raises:
+    CheckpointError: the card lacks something or `path` is not empty.
+  """
+  absent = [key for key in _GIVEN if key not in card]
+  if absent:
+    raise CheckpointError(
+      f'the card lacks {", ".join(absent)}: make it with adapter.describe'
+    )
+  arrays = {
+    name: np.ascontiguousarray(np.asarray(leaf, np.float32))
+    for name, leaf in names.flatten(tree).items()
+  }
+  with files.directory(path, overwrite) as made:
+    save_file(arrays, made / ARRAYS)
+    full = {key: card[key] for key in _GIVEN} | {
+      'format': FORMAT,
+      'parameters': sum(array.size for array in arrays.values()),
+      'arrays': {
+        name: {'shape': list(a.shape), 'sha256': names.array_hash(a)}
+        for name, a in arrays.items()
+      },
+      'file_sha256': _file_hash(made / ARRAYS),
+    }
+    files.write_json(made / CARD, full | {'card_sha256': _card_hash(full)})
+
+
+def load(path: str) -> tuple[Tree, dict[str, Any]]:
+  """Reads what `save` wrote, every byte verified: (tree, card).
+
+  Raises:
+    CheckpointError: a file is absent, truncated or altered, or of a newer
+      format.
+  """
+  card = files.read_json(Path(path) / CARD)
+  if card.get('format') != FORMAT:
+    raise CheckpointError(
+      f'{path}/{CARD} has the format {card.get("format")!r}, this version '
+      f'reads {FORMAT}: update moepeft, or export the adapter again'
+    )
+  if card.get('card_sha256') != _card_hash(card):
+    raise CheckpointError(
+      f'{path}/{CARD} was altered after it was written (its own hash '
+      'differs): copy it again or export the adapter again'
+    )
+  try:
+    _check_types(card)
+  except ValueError as error:
+    raise CheckpointError(
+      f'{path}/{CARD} is no card of an adapter ({error}): export the adapter '
+      'again'
+    ) from None
+  file = Path(path) / ARRAYS
+  tensors = files.Tensors([file])
+  shapes = {name: tuple(a['shape']) for name, a in card['arrays'].items()}
+  advice = 'copy both files again from where they were written'
+  names.check(shapes, tensors.shapes, f"{file} is not {CARD}'s", advice)
+  arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
+  for name, array in arrays.items():
+    names.check_finite(name, array, file)
+    if names.array_hash(array) != card['arrays'][name]['sha256']:
+      raise CheckpointError(
+        f'{file} is damaged: {name} differs from its hash in {CARD}; {advice}'
+      )
+  if _file_hash(file) != card['file_sha256']:
+    raise CheckpointError(f'{file} is damaged in its header; {advice}')
+  return names.unflatten(arrays), card
+
+
+def _check_types(card: Mapping[str, Any]) -> None:
+  """
+  Raises:
+    ValueError: a field of a card is absent or of another type.
+  """
+  for name in ('method', 'semantics', 'base.path', 'base.sha256'):
+    untrusted.field(card, name, str)
+  untrusted.field(card, 'base.quantise', str, '')
+  untrusted.field(card, 'model.family', str)
+  untrusted.field(card, 'model.config', dict)
+  untrusted.field(card, 'file_sha256', str)
+  for name, array in untrusted.field(card, 'arrays', dict).items():
+    untrusted.field(array, 'sha256', str)
+    shape = untrusted.field(array, 'shape', list)
+    if not all(type(size) is int and size >= 0 for size in shape):
+      raise ValueError(f'expected sizes in the shape of {name}, got {shape}')
+
+
+def config_of(card: Mapping[str, Any]) -> Any:
+  """The model config that a card describes, as its family's dataclass.
+
+  Raises:
+    ValueError: the family or a field is unknown or cannot be.
+  """
+  family = card['model']['family']
+  if family not in FAMILIES:
+    raise CheckpointError(
+      f'the card names the model family {family!r}; there are '
+      f'{", ".join(FAMILIES)}'
+    )
+  return FAMILIES[family].from_fields(card['model']['config'])
+
+
+def instances(method: str) -> dict[str, Spec]:
+  """Each adapter's name in the tree and its spec: lora, then lora_2."""
+  found: dict[str, Spec] = {}
+  for spec in spec_lib.parse_method(method):
+    name, i = spec.name, 2
+    while name in found:
+      name, i = f'{spec.name}_{i}', i + 1
+    found[name] = spec
+  return found
+
+
+def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
+  """{site: {'a': ..., 'router/kernel': ...}} of one adapter in a tree."""
+  found: dict[str, Tree] = {}
+  for path, leaf in names.flatten(tree).items():
+    place, mine, rest = path.partition(f'/{instance}/')
+    if mine:
+      found.setdefault(place.replace('/layers/', '/'), {})[rest] = leaf
+  return found
+
+
+def site_patterns(sites: Collection[str], known: Collection[str]) -> str:
+  """The option `sites` for some of a model's sites, shortened with '*'.
+
+  'encoder/self/q' and 'decoder/self/q' become '*/self/q'.
+  """
+  patterns = []
+  for site in known:
+    suffix = site.split('/', 1)[1]
+    alike = [s for s in known if s.split('/', 1)[1] == suffix]
+    whole = len(alike) > 1 and all(s in sites for s in alike)
+    pattern = f'*/{suffix}' if whole else site
+    if site in sites and pattern not in patterns:
+      patterns.append(pattern)
+  return '|'.join(patterns)
+
+
+def _card_hash(card: Mapping[str, Any]) -> str:
+  rest = {key: value for key, value in card.items() if key != 'card_sha256'}
+  text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face model directories: config.json and safetensors, both ways."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moepeft.checkpoints import directory as files
+from moepeft.checkpoints.hf import tokenizer_files as words
+from moepeft.checkpoints.loaded import Loaded as Loaded
+from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import hf_fields
+from moepeft.models import weight_mapping as names
+from moepeft.models.bert import weights as bert_names
+from moepeft.models.hf_layout import Layout
+from moepeft.models.t5 import weights as t5_names
+from moepeft.models.weight_mapping import CheckpointError, Entry, Shape, Tree
+
+# Weights in forms that are not read, by the files' names.
+_FOREIGN = {
+  'pytorch_model*.bin': 'a pickle',
+  '*.pt': 'a pickle',
+  '*.pth': 'a pickle',
+  '*.h5': "weights of TensorFlow's Keras",
+  '*.ckpt.index': 'a checkpoint of TensorFlow',
+  '*.ckpt-*.index': 'a checkpoint of TensorFlow',
+  'flax_model*.msgpack': "weights of transformers' Flax models",
+}
+# `model_type` in config.json -> the room that knows its names.
+FAMILIES = {'t5': t5_names, 'mt5': t5_names, 'bert': bert_names}
+FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
+
+_CONFIG = 'config.json'
+_ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+
+def load(path: str, dtype: Any = None) -> Loaded:
+  """Reads a directory, or a model by its name on the Hugging Face hub.
+
+  One tensor is in memory at a time beside the result.
+
+  Args:
+    path: a directory with config.json and safetensors files (one, or several
+      with an index); where none exists, a name like 'google/t5-v1_1-base'.
+    dtype: cast to it, e.g. 'float32'; None keeps the files' own.
+
+  Raises:
+    CheckpointError: nothing is found, a file is damaged, the family is
+      unknown, or names or shapes differ from what config.json asks for.
+  """
+  folder = find(path)
+  family, fields = _read_config(folder)
+  tensors = _named(family.layout(fields), open_tensors(folder))
+  config = _config(folder, family, fields, tensors)
+  wanted = expected(family, config)
+  names.check(
+    {entry.their_name: entry.their_shape for entry in wanted},
+    tensors.shapes,
+    f'{folder} does not hold the model that its config.json describes',
+    'use the config.json that was saved with these weights',
+  )
+  sizes = family.sizes(config)
+  params, sha256 = names.read(wanted, sizes, tensors.fetch, dtype, folder)
+  return Loaded(config, params, sha256, str(folder))
+
+
+def load_config(path: str) -> Any:
+  """The config of a model as `load` would return it, without its weights.
+
+  A head and an embedding are read where both are there, to be compared.
+  """
+  folder = find(path)
+  family, fields = _read_config(folder)
+  tensors = _named(family.layout(fields), open_tensors(folder))
+  return _config(folder, family, fields, tensors)
+
+
+def save(
+  path: str,
+  config: Any,
+  params: Tree,
+  dtype: Any = None,
+  tokenizer: str | None = None,
+  max_shard_bytes: int = 5 * 10**9,
+  overwrite: bool = False,
+) -> None:
+  """Writes a directory that `transformers` reads; all of it or nothing.
+
+  Args:
+    params: as `load` returns it; NumPy or JAX arrays.
+    dtype: cast to it; None keeps each array's own.
+    tokenizer: a directory whose tokenizer files are copied along, or a GGUF
+      file, whose tokenizer is written as such files.
+    max_shard_bytes: files are split before they grow beyond this.
+    overwrite: whether an earlier checkpoint at `path` is replaced.
+
+  Raises:
+    CheckpointError: `params` do not fit `config`, `path` is not empty, or
+      the family is unknown.
+  """
+  family = family_of(config)
+  wanted = expected(family, config)
+  arrays = names.write(wanted, family.sizes(config), params)
+  plan = _shards(wanted, params, dtype, max_shard_bytes)
+  with files.directory(path, overwrite) as made:
+    fields = family.config_to_hf(config)
+    kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
+    if len(kinds) == 1:
+      fields |= {'dtype': kinds.pop()}
+    fields |= words.special_ids(tokenizer) if config.family != 't5' else {}
+    files.write_json(made / _CONFIG, fields)
+    _write_shards(made, plan, arrays, dtype)
+    words.write(made, tokenizer)
+
+
+def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
+  """Every tensor of a model of this config, in Hugging Face's names."""
+  rules = family.hf_rules(config)
+  return names.entries(rules, family.sizes(config), family.depths(config))
+
+
+def family_of(config: Any) -> ModuleType:
+  """The room that knows the names of a config's family."""
+  for family in FAMILIES.values():
+    if isinstance(config, family.Config):
+      return family
+  raise CheckpointError(
+    f'there are no Hugging Face names for a {type(config).__name__}; there '
+    f'are for {", ".join(FAMILIES)}'
+  )
+
+
+def find(path: str) -> Path:
+  """A local directory as it is; else the hub's, from its cache or fetched."""
+  if Path(path).is_dir():
+    return Path(path)
+  check_name(path)
+  try:
+    import huggingface_hub
+
+    wanted = ['*.json', '*.safetensors', *words.FILES]
+    return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
+  except Exception as error:  # the hub's errors have no common type
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise CheckpointError(
+      f'{path} is not a directory here and could not be fetched from the '
+      f'Hugging Face hub ({reason}): check the name or download it yourself '
+      'and give its directory'
+    ) from None
+
+
+def check_name(path: str) -> None:
+  """Raises where a path can be no name on the hub either."""
+  if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
+    raise CheckpointError(
+      f'{path} is not a directory: give one with config.json and '
+      f'{_ONE}, or a name on the Hugging Face hub'
+    )
+
+
+def open_tensors(folder: Path) -> files.Tensors:
+  """The safetensors of a directory, one file or an index's."""
+  if (folder / _ONE).exists():
+    return files.Tensors([folder / _ONE])
+  if (folder / _INDEX).exists():
+    return files.Tensors(_shard_files(folder))
+  check_foreign(folder)
+  raise CheckpointError(
+    f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
+    'model directory'
+  )
+
+
+def check_foreign(folder: Path) -> None:
+  """
+  Raises:
+    CheckpointError: a directory holds weights in a form that is not read.
+  """
+  for pattern, kind in _FOREIGN.items():
+    for old in sorted(folder.glob(pattern))[:1]:
+      raise CheckpointError(
+        f'{folder} holds {old.name}, {kind}, and no safetensors: convert '
+        'it with transformers (from_pretrained, then save_pretrained), '
+        f'which writes {_ONE}'
+      )
+
+
+def _shard_files(folder: Path) -> list[Path]:
+  """The files that an index names, each in the index's directory."""
+  file = folder / _INDEX
+  found = files.read_json(file).get('weight_map')
+  shards = found.values() if isinstance(found, dict) else [None]
+  if not all(isinstance(n, str) and Path(n).name == n for n in shards):
+    raise CheckpointError(
+      f"{file} is damaged: expected file names in its 'weight_map'; copy it "
+      'again'
+    )
+  return [folder / name for name in sorted(set(shards))]
+
+
+def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+  file = folder / _CONFIG
+  fields = files.read_json(file)
+  kind = fields.get('model_type')
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise CheckpointError(
+      f'{file} is of the family {kind!r}; supported are {", ".join(FAMILIES)}'
+    )
+  if fields.get('quantization_config') or fields.get('quantization'):
+    raise CheckpointError(
+      f'{file} is of quantised weights: expected plain ones; '
+      'take the model that was quantised, and set config.model.quantise'
+    )
+  try:
+    hf_fields.check(fields)
+  except ValueError as error:
+    raise CheckpointError(
+      f'{file} is damaged or of another model: {error}; copy it again'
+    ) from None
+  return FAMILIES[kind], hf_fields.named(fields)
+
+
+@dataclasses.dataclass
+class _Named:
+  """Tensors by the names that the rules have."""
+
+  shapes: dict[str, Shape]
+  fetch: Callable[[str], np.ndarray]
+
+
+def _named(layout: Layout, tensors: files.Tensors) -> _Named:
+  known = layout.known_as(tensors.shapes)
+  shapes = {name: tensors.shapes[there] for name, there in known.items()}
+  return _Named(shapes, lambda name: tensors.fetch(known[name]))
+
+
+def _config(folder: Path, family: ModuleType, fields, tensors: _Named) -> Any:
+  """What config.json says, and of what it does not say, the weights."""
+  layout = family.layout(fields)
+  tied = _is_tied(layout, fields, tensors)
+  parts = {part: name in tensors.shapes for part, name in layout.parts.items()}
+  try:
+    config = family.config_from_hf(fields, tied)
+  except CheckpointError:
+    raise
+  except ValueError as error:
+    raise CheckpointError(
+      f'{folder / _CONFIG} describes no model that can be: {error}; use '
+      'the one that was saved with these weights'
+    ) from None
+  return dataclasses.replace(config, **parts)
+
+
+def _is_tied(layout: Layout, fields, tensors: _Named) -> bool:
+  """Whether the head is the embedding; forgets a tensor that repeats it."""
+  head, embedding = layout.head, layout.embedding
+  if head not in tensors.shapes or embedding not in tensors.shapes:
+    return head not in tensors.shapes
+  if fields.get('tie_word_embeddings') is False:
+    return False
+  if not np.array_equal(tensors.fetch(head), tensors.fetch(embedding)):
+    return False
+  del tensors.shapes[head]
+  return True
+
+
+def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
+  if dtype is not None:
+    return np.dtype(dtype)
+  leaf = params
+  for key in entry.path.split('/'):
+    leaf = leaf[key]
+  return np.dtype(leaf.dtype)
+
+
+def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
+  """Splits the tensors, in order, into files of at most `most` bytes."""
+  shards, used = [[]], 0
+  for entry in names.whole(wanted):
+    size = math.prod(entry.their_shape) * _dtype(entry, params, dtype).itemsize
+    if shards[-1] and used + size > most:
+      shards.append([])
+      used = 0
+    shards[-1].append(entry)
+    used += size
+  return shards
+
+
+def _write_shards(
+  folder: Path,
+  plan: Sequence[Sequence[Entry]],
+  arrays: Iterator[tuple[Entry, np.ndarray]],
+  dtype: Any,
+) -> None:
+  weight_map, total = {}, 0
+  for i, shard in enumerate(plan, 1):
+    name = f'model-{i:05d}-of-{len(plan):05d}.safetensors'
+    name = _ONE if len(plan) == 1 else name
+    held = {}
+    for entry in shard:
+      _, array = next(arrays)
+      held[entry.their_name] = array if dtype is None else array.astype(dtype)
+    # transformers reads no file without this note.
+    save_file(held, folder / name, metadata={'format': 'pt'})
+    total += sum(array.nbytes for array in held.values())
+    weight_map |= dict.fromkeys(held, name)
+  if len(plan) > 1:
+    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    files.write_json(folder / _INDEX, index)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of Hugging Face's `peft`: LoRA, DoRA, (IA)^3, prompts, both ways.
+
+A directory with adapter_config.json and adapter_model.safetensors. (IA)^3 on
+the input of `wo`, one of peft's `feedforward_modules`, is ours at the tap
+*/mlp/hidden; on the input of others it is `ia3(on='input')`. What modules are
+called is the family's to say (`hf.family_of`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moepeft.checkpoints import directory as files
+from moepeft.checkpoints.adapter import (
+  Adapter,
+  instances,
+  site_patterns,
+  sites_in,
+)
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.hf import peft_config, peft_lora, peft_prompt
+from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
+from moepeft.config import method_string as spec_lib
+from moepeft.config.method_string import Spec
+from moepeft.models import weight_mapping as names
+from moepeft.models.weight_mapping import CheckpointError, Entry, Rule, Shape
+from moepeft.peft.methods.ia3 import Ia3
+
+ARRAYS, CONFIG = 'adapter_model.safetensors', peft_config.FILE
+_PICKLE = 'adapter_model.bin'
+_SCALE = '.ia3_l'
+
+
+def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
+  """Reads an adapter's method and 'peft' tree.
+
+  Layers that a LoRA leaves out are zeros, which training would keep; those
+  that an (IA)^3 leaves out are ones.
+
+  Args:
+    config: of the base model, which the adapter's files do not hold.
+    dtype: cast to it, as adapters train in float32; None keeps the file's.
+
+  Raises:
+    CheckpointError: a file is damaged, the adapter does something that is
+      not supported, or its names or shapes do not fit the model.
+  """
+  fields, family = peft_config.read(path), hf.family_of(config)
+  tensors = _open(Path(path))
+  if fields['peft_type'] == peft_prompt.KIND:
+    return peft_prompt.read(path, config, fields, tensors)
+  letters, shapes, fetch_one = {}, tensors.shapes, tensors.fetch
+  if fields['peft_type'] == 'LORA':
+    read = peft_lora.read(config, fields, tensors)
+    method, rules, letters = read.method, read.rules, read.letters
+    shapes, fetch_one = read.shapes, read.fetch
+  else:
+    method, rules = _read_ia3(config, shapes)
+  sizes = family.sizes(config) | letters
+  wanted = names.entries(rules, sizes, family.depths(config))
+  left_out = _left_out(wanted, shapes)
+  names.check(
+    {e.their_name: e.their_shape for e in wanted},
+    left_out | shapes,
+    f'{Path(path) / ARRAYS} does not fit the model',
+    'give the base model that the adapter was trained on',
+  )
+  stored = tensors.fetch(next(iter(shapes))).dtype
+
+  def fetch(name):
+    if name in left_out:
+      alone = np.ones if name.endswith(_SCALE) else np.zeros
+      return alone(left_out[name], stored)
+    return fetch_one(name)
+
+  return Adapter(method, names.read(wanted, sizes, fetch, dtype, path)[0])
+
+
+def save(
+  path: str,
+  config: Any,
+  adapter: Adapter,
+  base: str = '',
+  like: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes a directory that `peft.PeftModel.from_pretrained` reads.
+
+  Layers in which a LoRA is all zeros are left out.
+
+  Args:
+    base: path or name of the base model, for adapter_config.json.
+    like: an earlier adapter_config.json, as `peft_config.read` returns it;
+      its fields are kept where they still hold.
+
+  Raises:
+    CheckpointError: peft has no such method, or `path` is not empty.
+  """
+  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+    fields, arrays = peft_prompt.write(config, adapter)
+    _write(path, config, arrays, fields, base, like or {}, overwrite)
+    return
+  family = hf.family_of(config)
+  fields, rules, letters = _describe(config, adapter)
+  sizes = family.sizes(config) | letters
+  wanted = names.entries(rules, sizes, family.depths(config))
+  arrays = {
+    entry.their_name: array
+    for entry, array in names.write(wanted, sizes, adapter.tree)
+  }
+  if 'r' in fields:
+    arrays = _without_zeros(arrays)
+  like = like or {}
+  inputs = {
+    module_of(name)
+    for name, array in arrays.items()
+    if 'r' not in fields and array.shape[0] == 1
+  }
+  modules, adapted = family.hf_modules(config), set(map(module_of, arrays))
+  kept = like if like.get('peft_type') == fields['peft_type'] else {}
+  fields |= peft_config.selection(modules, adapted, inputs, kept)
+  _write(path, config, arrays, fields, base, like, overwrite)
+
+
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: peft has no form for the adapter.
+  """
+  if [spec.name for spec in instances(adapter.method).values()] == ['prompt']:
+    peft_prompt.write(config, adapter)
+  else:
+    _describe(config, adapter)
+
+
+def _write(
+  path: str,
+  config: Any,
+  arrays: dict[str, np.ndarray],
+  fields: dict[str, Any],
+  base: str,
+  like: Mapping[str, Any],
+  overwrite: bool,
+) -> None:
+  """Both files; see `save`."""
+  kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
+  if base or 'base_model_name_or_path' not in kept:
+    kept['base_model_name_or_path'] = base
+  with files.directory(path, overwrite) as made:
+    save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
+    task = hf.family_of(config).PEFT_TASK
+    fixed = {'inference_mode': True, 'task_type': task}
+    files.write_json(made / CONFIG, fixed | kept | fields)
+
+
+def _open(folder: Path) -> files.Tensors:
+  if not (folder / ARRAYS).exists() and (folder / _PICKLE).exists():
+    raise CheckpointError(
+      f'{folder} holds {_PICKLE}, a pickle, and no {ARRAYS}: load it with peft '
+      '(PeftModel.from_pretrained) and save it again (save_pretrained), which '
+      'writes safetensors'
+    )
+  return files.Tensors([folder / ARRAYS])
+
+
+def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
+  """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
+  family = hf.family_of(config)
+  ours = f'{family.in_layers(site)}/{instance}/scale'
+  if site in family.taps():
+    # Scaling the activation or the product with wi_1 is the same function.
+    site, on = site.rpartition('/')[0] + '/wo', 'input'
+  inner, outer = family.projections(config)[site]
+  theirs = f'{PREFIX}{own_module(config, site)}.ia3_l'
+  if on == 'input':
+    return Rule(ours, theirs, inner, f'1({inner})')
+  return Rule(ours, theirs, outer, f'({outer})1')
+
+
+def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
+  family = hf.family_of(config)
+  known = family.projections(config) | family.taps()
+  outputs, inputs = [], []
+  for site in family.projections(config):
+    found = _shapes_at(config, site, 'ia3_l', shapes)
+    if found and found[0][0] != 1:
+      outputs.append(site)
+    elif found and site.endswith('/wo'):
+      outputs.append(site.removesuffix('/wo') + '/hidden')
+    elif found:
+      inputs.append(site)
+  specs = []
+  if outputs:
+    specs.append(Spec('ia3', (('sites', site_patterns(outputs, known)),)))
+  if inputs:
+    options = (('on', 'input'), ('sites', site_patterns(inputs, known)))
+    specs.append(Spec('ia3', options))
+  method = spec_lib.format_method(tuple(specs))
+  last = 'ia3_2' if outputs else 'ia3'
+  rules = [_ia3_rule(config, site, 'ia3', 'output') for site in outputs]
+  rules += [_ia3_rule(config, site, last, 'input') for site in inputs]
+  return method, rules
+
+
+def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
+  """The shapes of a module's arrays, over the layers that have it."""
+  module = re.escape(PREFIX + hf.family_of(config).hf_module(site, config))
+  pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
+  return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
+
+
+def _left_out(
+  wanted: Sequence[Entry], shapes: Mapping[str, Shape]
+) -> dict[str, Shape]:
+  """The arrays of modules that have none in the file."""
+  if not shapes:
+    raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
+  held = {module_of(name) for name in shapes}
+  found = {
+    e.their_name: e.their_shape
+    for e in wanted
+    if module_of(e.their_name) not in held
+  }
+  lost = [name for name in found if name.endswith('_vector')]
+  if lost:
+    raise CheckpointError(
+      f'{ARRAYS} has no magnitude of {module_of(lost[0])}: a DoRA is read '
+      'where it has all layers of a module; merge it into its base with peft '
+      '(merge_and_unload) and convert the merged model'
+    )
+  return found
+
+
+def _describe(
+  config: Any, adapter: Adapter
+) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
+  """An adapter's fields in peft's words, its rules and further letters."""
+  found = instances(adapter.method)
+  kinds = [spec.name for spec in found.values()]
+  if set(kinds) in ({'lora'}, {'dora'}):
+    return peft_lora.describe(config, adapter.tree, found)
+  if set(kinds) == {'ia3'}:
+    fields = {'peft_type': 'IA3', 'feedforward_modules': []}
+    return fields, _all_ia3_rules(config, adapter, found), {}
+  raise CheckpointError(
+    f'peft has no form for {adapter.method!r}: it holds one lora, one dora, '
+    'one prompt, or ia3; write the moepeft form instead'
+  )
+
+
+def _all_ia3_rules(
+  config: Any, adapter: Adapter, found: Mapping[str, Spec]
+) -> list[Rule]:
+  family = hf.family_of(config)
+  known = family.projections(config) | family.taps()
+  rules = []
+  for instance, spec in found.items():
+    at = sites_in(adapter.tree, instance)
+    peft_lora.require(at, known)
+    on = spec.get('on', Ia3.on)
+    rules += [_ia3_rule(config, site, instance, on) for site in at]
+  if len({rule.theirs for rule in rules}) < len(rules):
+    raise CheckpointError(
+      'peft keeps one scale a module: this adapter has several at wo (act, '
+      'hidden and wo itself count as one); write the moepeft form instead'
+    )
+  return rules
+
+
+def _without_zeros(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  used = {module_of(name) for name, array in arrays.items() if array.any()}
+  return {n: array for n, array in arrays.items() if module_of(n) in used}

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer's files in a model directory of Hugging Face's."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moepeft.checkpoints import directory as files
+from moepeft.checkpoints.gguf import model as gguf
+from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
+from moepeft.core import untrusted
+from moepeft.models.weight_mapping import CheckpointError
+
+FILES = (
+  'tokenizer*.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'spiece.model',
+  'tokenizer.model',
+  'vocab.*',
+  'merges.txt',
+  'chat_template.jinja',
+  # Says which tokens end an answer.
+  'generation_config.json',
+)
+
+
+def write(made: Path, tokenizer: str | None) -> None:
+  """Puts what a directory, or a GGUF file, has of a tokenizer into another."""
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    gguf_tokenizer.save(tokenizer, made)
+    return
+  for file in _found(tokenizer) if tokenizer else ():
+    shutil.copyfile(file, made / file.name)
+
+
+def special_ids(tokenizer: str | None) -> dict[str, Any]:
+  """Ids of special tokens beside a tokenizer or in it; else nothing is special.
+
+  Where config.json is silent, transformers takes those of a family's first
+  model, and ends texts at them.
+  """
+  kinds = ('bos', 'eos', 'pad')
+  if tokenizer and tokenizer.endswith(gguf.SUFFIX):
+    said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
+  elif tokenizer and (Path(tokenizer) / 'config.json').is_file():
+    said = files.read_json(Path(tokenizer) / 'config.json')
+  else:
+    said = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
+  return {f'{kind}_token_id': said.get(f'{kind}_token_id') for kind in kinds}
+
+
+def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
+  """Ids of the special tokens that a tokenizer's own files name."""
+  both = [folder / name for name in ('tokenizer_config.json', 'tokenizer.json')]
+  if not all(file.is_file() for file in both):
+    return {}
+  config, made = map(files.read_json, both)
+  try:
+    known = {
+      untrusted.field(token, 'content', str): untrusted.field(token, 'id', int)
+      for token in untrusted.field(made, 'added_tokens', list, [])
+    }
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f"{both[1]} is damaged in its 'added_tokens' ({error}): copy it again"
+    ) from None
+  found = {}
+  for kind in kinds:
+    token = config.get(f'{kind}_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    if isinstance(token, str) and token in known:
+      found[f'{kind}_token_id'] = known[token]
+  return found
+
+
+def _found(folder: str) -> list[Path]:
+  """The tokenizer files in a directory, perhaps none."""
+  found = (Path(folder).glob(pattern) for pattern in FILES)
+  return sorted({file for matches in found for file in matches})

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: what training changes, and a card about the rest.
+
+A checkpoint holds the trainable collection, the optimizer's state, the step
+and the rng; the base is named by its path and content hash. Orbax does not
+notice every flipped bit, so the card keeps a hash of each array and of itself.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from moepeft.checkpoints import orbax_output
+from moepeft.checkpoints import run_metadata as checkpoint_card
+from moepeft.checkpoints.run_metadata import card, hashes, seal
+from moepeft.core import distributed as processes
+from moepeft.core import files
+from moepeft.core.memory import is_out_of_memory
+from moepeft.core.sharding import gather
+from moepeft.core.types import State, Tree
+from moepeft.models.weight_mapping import check_finite
+from moepeft.runs.directory import tell_full_disk
+from moepeft.training.signals import Course
+
+__all__ = [
+  'Checkpoints',
+  'DamagedCheckpoint',
+  'card',
+  'restore_adapter',
+  'restore_trained',
+]
+_BEGINNING = Course()
+# The card's entries that a run must share with the checkpoint it resumes.
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
+# Characters of a library's message that a sentence quotes.
+_QUOTED = 160
+
+
+class DamagedCheckpoint(ValueError):
+  """A checkpoint that cannot be read, or is not what was written."""
+
+
+class _Kept(PreservationPolicy):
+  """The newest few, all where `newest` is None, and one that is named."""
+
+  def __init__(self, newest: int | None):
+    self._newest = newest
+    self.step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context) -> list:
+    del context
+    newest = {c.step for c in checkpoints[-(self._newest or 0) :]}
+    return [c.step in newest or c.step == self.step for c in checkpoints]
+
+
+def _check_metadata(path: str) -> None:
+  """Checks the files that Orbax reads of every checkpoint when it opens them.
+
+  Orbax goes on without one that is no JSON.
+
+  Raises:
+    DamagedCheckpoint: one is no regular file, or is JSON of too many levels.
+  """
+  for file in glob.glob(f'{glob.escape(path)}/*/_CHECKPOINT_METADATA'):
+    try:
+      with files.open_file(file) as opened:
+        json.loads(opened.read())
+    except (files.NotAFile, RecursionError) as error:
+      reason = str(error).splitlines()[0]
+      raise DamagedCheckpoint(
+        f'the checkpoint {os.path.dirname(file)} is damaged ({file}: '
+        f'{reason}); move it away to go on from the one before it'
+      ) from None
+    except (OSError, ValueError):
+      pass
+
+
+class Checkpoints:
+  """The checkpoints below a work directory, the newest few kept."""
+
+  def __init__(self, workdir: str, keep: int | None, best: bool = False):
+    """Keeps the newest `keep` (None: all), and the best one where `best`."""
+    path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    self._kept, self._keep_best = _Kept(keep), best
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._kept,
+      enable_async_checkpointing=False,
+      create=True,
+    )
+    self.path, self._options = path, options
+    _check_metadata(path)
+    self._manager = ocp.CheckpointManager(path, options=options)
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(
+    self, state: State, described: dict[str, Any], course: Course = _BEGINNING
+  ) -> None:
+    """Writes the checkpoint of `state.step`; all of it or nothing.
+
+    It is the same however the state is spread; all processes must call it.
+
+    Raises:
+      ValueError: the disk is full; the checkpoints before are whole.
+    """
+    if self._keep_best:
+      self._kept.step = course.best_step
+    trainable, rest = gather((state.trainable, _rest(state)))
+    written = described | {
+      'hashes': hashes({'trainable': trainable, 'rest': rest}),
+      'step': int(state.step),
+      'course': dataclasses.asdict(course),
+    }
+    args = ocp.args.Composite(
+      trainable=ocp.args.StandardSave(trainable),
+      rest=ocp.args.StandardSave(rest),
+      card=ocp.args.JsonSave(written | {'sha256': seal(written)}),
+    )
+    with tell_full_disk(self.path, self.latest):
+      self._write(int(state.step), args)
+
+  def _write(self, step: int, args: ocp.args.Composite) -> None:
+    with orbax_output.quiet():
+      try:
+        self._manager.save(step, args=args)
+        self._manager.wait_until_finished()
+      except Exception:
+        self._give_up(step)
+        raise
+
+  def _give_up(self, step: int) -> None:
+    """Removes half a checkpoint: it counts as none, its space is wanted."""
+    half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
+    # Of Orbax's threads one has failed, and others still write for a while.
+    gone = 0
+    for _ in range(50):
+      found = glob.glob(half)
+      gone = 0 if found else gone + 1
+      if gone == 3:
+        break
+      for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.1)
+
+  def restore(
+    self,
+    state: State,
+    described: Mapping[str, Any],
+    skip_damaged: bool = False,
+  ) -> State:
+    """The latest checkpoint in the place of a fresh state, spread as that is.
+
+    Args:
+      skip_damaged: a checkpoint that is damaged is moved to <workdir>/damaged,
+        and the one before it is read. All processes must find the same.
+
+    Raises:
+      ValueError: it belongs to another run.
+      DamagedCheckpoint: it is damaged, and with `skip_damaged` none is whole.
+    """
+    while True:
+      step = self.latest()
+      try:
+        return self._restored(step, state, described)
+      except DamagedCheckpoint as e:
+        if not skip_damaged or not self._before(step):
+          raise
+        print(f'skipped: {e}', file=sys.stderr)
+        print(f'moved it to {self._set_aside(step)}', file=sys.stderr)
+
+  def _restored(
+    self, step: int, state: State, described: Mapping[str, Any]
+  ) -> State:
+    read = self._card(step)
+    self._check_run(read, described)
+    try:
+      restored = self._restore(
+        step,
+        trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
+        rest=ocp.args.StandardRestore(_abstract(_rest(state))),
+      )
+    except DamagedCheckpoint:
+      self._check_fits(step, read)
+      raise
+    rest = restored['rest']
+    parts = {'trainable': restored['trainable'], 'rest': rest}
+    self._verify(step, gather(parts), read)
+    return state.replace(
+      trainable=restored['trainable'],
+      opt=rest['opt'],
+      step=rest['step'],
+      rng=jax.random.wrap_key_data(rest['rng']),
+    )
+
+  def _check_run(
+    self, read: Mapping[str, Any], described: Mapping[str, Any]
+  ) -> None:
+    for key in _SAME:
+      if read.get(key) != described[key]:
+        raise ValueError(
+          f'{self.path} belongs to another run: its {key} is '
+          f'{read.get(key)!r}, this run has {described[key]!r}; choose '
+          'another --workdir, or set the config back'
+        )
+    if read['base'].get('sha256') != described['base']['sha256']:
+      raise ValueError(
+        f'{self.path} belongs to a run on another base than '
+        f'{described["base"]["path"]!r} (their content hashes differ); set '
+        'config.model.path to its own, or choose another --workdir'
+      )
+    before, now = (
+      card['base'].get('quantise', '') for card in (read, described)
+    )
+    if before != now:
+      raise ValueError(
+        f'{self.path} belongs to a run with config.model.quantise={before!r}, '
+        f'this run has {now!r}; set it back, or choose another --workdir'
+      )
+
+  def _check_fits(self, step: int, read: Mapping[str, Any]) -> None:
+    """Tells a config that has changed from damage.
+
+    Raises:
+      ValueError: the checkpoint is whole as it lies there, so that what does
+        not fit it is the config's state.
+    """
+    plain = ocp.args.StandardRestore
+    try:
+      parts = self._restore(step, trainable=plain(), rest=plain())
+      self._verify(step, {**parts}, read)
+    except DamagedCheckpoint:
+      return
+    raise ValueError(
+      f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
+      "those of this config (another optimizer?); set the run's config back, "
+      'or choose another --workdir'
+    )
+
+  def course(self) -> Course:
+    """How the run had gone at the latest checkpoint."""
+    return checkpoint_card.course(self._card(self.latest()))
+
+  def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
+    """The trainable collection of a checkpoint, and its card.
+
+    Args:
+      which: '' for the latest, 'best' for that of the least validation loss,
+        or the number of its step.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+      DamagedCheckpoint: it is damaged.
+      CheckpointError: an array holds NaN or infinity, as the last update of a
+        run that diverges may leave it.
+    """
+    step = self._find(which)
+    read = self._card(step)
+    tree = self._restore(step, trainable=ocp.args.StandardRestore())
+    self._verify(step, {'trainable': tree['trainable']}, read)
+    trainable = jax.tree.map(np.asarray, tree['trainable'])
+    for path, array in jax.tree_util.tree_leaves_with_path(trainable):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
+    return trainable, read
+
+  def _find(self, which: str) -> int:
+    step, steps = self.latest(), self._steps()
+    if step is None:
+      raise ValueError(f'{self.path} holds no checkpoint; train first')
+    if which == 'best':
+      step = self.course().best_step
+    elif which:
+      step = int(which) if which.isdecimal() and len(which) < 19 else -1
+    if step not in steps:
+      raise ValueError(
+        f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
+        f'{", ".join(map(str, steps))} (best: train with '
+        'config.checkpoint.best=True)'
+      )
+    return step
+
+  def _steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def _before(self, step: int) -> list[int]:
+    return [other for other in self._steps() if other < step]
+
+  def _set_aside(self, step: int) -> str:
+    """Moves a checkpoint out of the way; returns its new path."""
+    folder = os.path.join(os.path.dirname(self.path), 'damaged')
+    target, number = os.path.join(folder, str(step)), 1
+    while os.path.lexists(target):
+      target, number = os.path.join(folder, f'{step}.{number}'), number + 1
+    # Nobody moves it while another process still reads it.
+    processes.agree(True, True)
+    if processes.first():
+      os.makedirs(folder, exist_ok=True)
+      os.rename(os.path.join(self.path, str(step)), target)
+    processes.agree(True, True)
+    self._manager = ocp.CheckpointManager(self.path, options=self._options)
+    return target
+
+  def _card(self, step: int) -> dict[str, Any]:
+    read = self._restore(step, card=ocp.args.JsonRestore())['card']
+    try:
+      checkpoint_card.check(read)
+    except ValueError as e:
+      raise self._damaged(step, str(e)) from None
+    return read
+
+  def _restore(self, step: int, **items) -> Any:
+    folder = os.path.join(self.path, str(step))
+    try:
+      for parent, _, file_names in os.walk(folder):
+        for name in file_names:
+          files.check_file(os.path.join(parent, name))
+      with orbax_output.quiet():
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:
+      # Orbax and TensorStore raise many types at damaged bytes.
+      if is_out_of_memory(e) or isinstance(e, PermissionError):
+        raise
+      # TensorStore's own error says more than what Orbax wraps it in.
+      error = e.__cause__ or e
+      reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+      if len(reason) > _QUOTED:
+        reason = f'{reason[:_QUOTED]}...'
+      raise self._damaged(step, f'it cannot be read ({reason})') from e
+
+  def _verify(self, step: int, parts: Tree, read: Mapping[str, Any]) -> None:
+    try:
+      checkpoint_card.verify(parts, read['hashes'])
+    except ValueError as e:
+      raise self._damaged(step, str(e)) from None
+
+  def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
+    before = self._before(step)
+    if step != self.latest():
+      others = ', '.join(str(s) for s in self._steps() if s != step)
+      advice = f'name another of its steps: {others}'
+    elif before:
+      advice = (
+        f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
+        f'which evaluate and generate read by --checkpoint={before[-1]}'
+      )
+    else:
+      advice = 'there is none before it: begin anew in another --workdir'
+    return DamagedCheckpoint(
+      f'the checkpoint {self.path}/{step} is damaged: {reason}; {advice}'
+    )
+
+
+def restore_trained(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
+  """(what a run trained, its card): 'peft', or 'params' of a full run.
+
+  Args:
+    which: see `Checkpoints.restore_trainable`.
+
+  Raises:
+    ValueError: no run is there, or its checkpoint is damaged.
+  """
+  if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+    raise ValueError(f'{workdir!r} is no work directory of a run')
+  return Checkpoints(workdir, keep=None).restore_trainable(which)
+
+
+def restore_adapter(
+  workdir: str, which: str = ''
+) -> tuple[Tree, dict[str, Any]]:
+  """(the trained 'peft' tree, its card) of a run.
+
+  Raises:
+    ValueError: as `restore_trained`, or the run trained the base itself.
+  """
+  tree, read = restore_trained(workdir, which)
+  if read['trainable'] != 'peft':
+    raise ValueError(
+      f'the run in {workdir!r} trained the base itself ({read["method"]}) and '
+      'has no adapter; make it a base model with python -m moepeft.convert '
+      '--workdir=RUN --output=DIR, and name that'
+    )
+  return tree, read
+
+
+def _rest(state: State) -> Tree:
+  return {
+    'opt': state.opt,
+    'step': state.step,
+    'rng': jax.random.key_data(state.rng),
+  }
+
+
+def _abstract(tree: Tree) -> Tree:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base's projections in few bits, and back; see `moepeft.nn.quantization`.
+
+Embeddings, norms, biases and the head stay as they are.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from moepeft.checkpoints.hf import model as hf
+from moepeft.models import weight_mapping as names
+from moepeft.models.weight_mapping import Shape, Tree
+from moepeft.nn.quantization import KINDS
+
+
+def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
+  """The tree with its projections quantised, a layer at a time.
+
+  Args:
+    params: host arrays, layers stacked.
+    config: the model's, of its family.
+    kind: of `moepeft.nn.quantization.KINDS`.
+    dtype: what is not quantised is cast to it; None keeps its own.
+
+  Raises:
+    ValueError: there is no such kind.
+  """
+  check(kind)
+  flat, encode = names.flatten(params), KINDS[kind].encode
+  packed = {}
+  for path, _, inputs in _kernels(config):
+    made = [encode(layer, inputs) for layer in flat.pop(path)]
+    codes, scales = (np.stack(arrays) for arrays in zip(*made, strict=True))
+    packed |= {f'{path}_{kind}': codes, f'{path}_scale': scales}
+  rest = {
+    path: a if dtype is None else a.astype(dtype) for path, a in flat.items()
+  }
+  return names.unflatten(rest | packed)
+
+
+def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:
+  """The tree that computes what a quantised one does; others as they are."""
+  kind = kind_of(params)
+  if not kind:
+    return params
+  flat, decode = names.flatten(params), KINDS[kind].decode
+  for path, shape, _ in _kernels(config):
+    codes, scales = flat.pop(f'{path}_{kind}'), flat.pop(f'{path}_scale')
+    layers = [decode(c, s, shape) for c, s in zip(codes, scales, strict=True)]
+    flat[path] = np.stack([np.asarray(layer, dtype) for layer in layers])
+  return names.unflatten(flat)
+
+
+def shapes(params: Tree, config: Any, kind: str) -> Tree:
+  """`pack` of shapes: of what it would make, nothing is allocated."""
+  check(kind)
+  flat, form = names.flatten(params), KINDS[kind]
+  for path, shape, inputs in _kernels(config):
+    depth = flat.pop(path).shape[0]
+    said = form.layout(shape[:inputs], shape[inputs:], 'd', '')
+    for name, dtype in ((kind, form.dtype), ('scale', np.float32)):
+      own = said['scale' if name == 'scale' else 'codes'][0]
+      flat[f'{path}_{name}'] = jax.ShapeDtypeStruct((depth, *own), dtype)
+  return names.unflatten(flat)
+
+
+def check(kind: str) -> None:
+  """Raises a ValueError where there is no such kind."""
+  if kind not in KINDS:
+    raise ValueError(
+      f"config.model.quantise is '' or one of {', '.join(KINDS)}; got {kind!r}"
+    )
+
+
+def kind_of(params: Tree) -> str:
+  """How a tree is quantised, '' for not at all."""
+  ends = {path.rpartition('kernel_')[2] for path in names.flatten(params)}
+  return next((kind for kind in KINDS if kind in ends), '')
+
+
+def parameters(params: Tree, config: Any) -> int:
+  """How many parameters a base has, whatever they are kept in."""
+  flat, kind = names.flatten(params), kind_of(params)
+  total = sum(math.prod(leaf.shape) for leaf in flat.values())
+  for path, shape, _ in _kernels(config) if kind else ():
+    codes, scale = flat[f'{path}_{kind}'], flat[f'{path}_scale']
+    total += codes.shape[0] * math.prod(shape)
+    total -= math.prod(codes.shape) + math.prod(scale.shape)
+  return total
+
+
+def size(params: Tree) -> int:
+  """Bytes of a tree's arrays, or shapes."""
+  return sum(
+    math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    for leaf in names.flatten(params).values()
+  )
+
+
+def _kernels(config: Any) -> Iterator[tuple[str, Shape, int]]:
+  """(path in the stacked tree, a layer's shape, its input axes)."""
+  family = hf.family_of(config)
+  sizes = family.sizes(config)
+  for site, (inner, outer) in family.projections(config).items():
+    path = f'{family.in_layers(site)}/kernel'.replace('/{l}', '')
+    yield path, names.axes_shape(inner + outer, sizes), len(inner)

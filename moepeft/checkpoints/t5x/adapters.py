@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters under the names of the code released with arXiv:2309.05444.
+
+There they are modules inside T5X's tree: `lora_q_conv/lora_A`,
+`k_conv/mov_scaling`, `router/router_weights/v/kernel`. Method, experts and
+rank follow from names and shapes; alpha is the code's constant.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from moepeft.checkpoints.adapter import (
+  Adapter,
+  instances,
+  site_patterns,
+  sites_in,
+)
+from moepeft.config import method_string as spec_lib
+from moepeft.config.method_string import Spec
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import weights as t5_names
+from moepeft.models.t5.model import T5Config
+from moepeft.models.weight_mapping import (
+  CheckpointError,
+  Entry,
+  Rule,
+  Shape,
+  Tree,
+)
+
+ALPHA = 16
+METHODS = ('lora', 'molora', 'ia3', 'mov')
+
+Fetch = Callable[[str], np.ndarray]
+
+
+def is_adapter(name: str) -> bool:
+  """Whether a T5X name belongs to an adapter of the released code."""
+  return any(part.endswith('_conv') for part in name.split('/'))
+
+
+def read(
+  config: T5Config,
+  shapes: Mapping[str, Shape],
+  fetch: Fetch,
+  top_k: int | None = None,
+  path: str = 'the checkpoint',
+) -> Adapter | None:
+  """Infers the method from names and shapes, and reads its tree.
+
+  Args:
+    shapes: of the adapter arrays, keyed by T5X name.
+    top_k: of the routers, not renormalised; None where all experts count.
+    path: of the checkpoint, for messages.
+
+  Raises:
+    CheckpointError: arrays are missing, unknown or of another shape.
+  """
+  if not shapes:
+    return None
+  wanted, specs, parts = {}, [], []
+  for method in METHODS:
+    modules = _modules(config, method, shapes)
+    if modules:
+      sizes = t5_names.sizes(config) | _extra_sizes(method, modules, shapes)
+      found = _entries(config, method, modules, sizes)
+      wanted |= {e.their_name: e.their_shape for e in found}
+      specs.append(_spec(config, method, modules, sizes, top_k))
+      parts.append((found, sizes))
+  names.check(
+    wanted,
+    shapes,
+    "the adapter arrays are not the released code's",
+    'convert the base alone, or rename the arrays',
+  )
+  flat = {}
+  for found, sizes in parts:
+    # Adapters train in float32, whatever they were saved in.
+    flat |= names.flatten(names.read(found, sizes, fetch, np.float32, path)[0])
+  text = spec_lib.format_method(tuple(specs))
+  return Adapter(text, names.unflatten(flat))
+
+
+def write(
+  config: T5Config, adapter: Adapter
+) -> Iterator[tuple[Entry, np.ndarray]]:
+  """Each array of an adapter under its released name.
+
+  Raises:
+    CheckpointError: the released code has no such method, option or site.
+  """
+  flat, written = names.flatten(adapter.tree), 0
+  for instance, spec in instances(adapter.method).items():
+    _require_released(instance, spec)
+    mine = {n: leaf for n, leaf in flat.items() if f'/{instance}/' in n}
+    at = sites_in(adapter.tree, instance)
+    known = places(config, spec.name)
+    modules = {module: site for module, site in known.items() if site in at}
+    foreign = sorted(set(at) - set(modules.values()))
+    if foreign:
+      raise CheckpointError(
+        f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
+        f'can at {", ".join(known.values())}'
+      )
+    sizes = t5_names.sizes(config) | _letters(at)
+    found = _entries(config, spec.name, modules, sizes)
+    yield from names.write(found, sizes, names.unflatten(mine))
+    written += len(mine)
+  if written != len(flat):
+    raise CheckpointError(
+      f'the tree holds arrays that {adapter.method!r} does not name: write '
+      'it with the method that it was trained with'
+    )
+
+
+def places(config: T5Config, method: str) -> dict[str, str]:
+  """Where the released code can put a method: its module -> our site.
+
+  'encoder/layers_{l}/attention/k_conv' -> 'encoder/self/k'.
+  """
+  low_rank = method in ('lora', 'molora')
+  if low_rank:
+    gate = 'wi_0' if config.gated else 'wi'
+    attention = {f'lora_{x}_conv': x for x in 'qkv'} | {'lora_output_conv': 'o'}
+    mlp = {'lora_intermediate_conv': gate, 'lora_output_conv': 'wo'}
+  else:
+    attention = {'k_conv': 'k', 'v_conv': 'v'}
+    mlp = {'intermediate_conv': 'act'}
+  return {
+    f'{stack}/layers_{{l}}/{theirs}/{module}': f'{stack}/{sub}/{name}'
+    for stack, subs in t5_names.SUBLAYERS.items()
+    for sub, (_, theirs) in subs.items()
+    for module, name in (mlp if sub == 'mlp' else attention).items()
+  }
+
+
+def rules(
+  config: T5Config, method: str, module: str, site: str
+) -> tuple[Rule, ...]:
+  """Rules for one adapter of the released code; further letters e and r.
+
+  Args:
+    method: 'lora', 'molora', 'ia3' or 'mov'.
+    module, site: an item of `places`.
+  """
+  inner, outer = (t5_names.projections(config) | t5_names.taps())[site]
+  router = f'({inner})e'
+  # In attention the heads share one head-sized kernel and scales lead with n.
+  scale, mover = ('neh', 'he') if outer == 'nh' else ('ef', 'fe')
+  name = 'router/router_weights/v/kernel'
+  table = {
+    'lora': (
+      ('a', 'lora_A', f'{inner}r', f'({inner})r'),
+      ('b', 'lora_B', f'r{outer}', f'r({outer})'),
+    ),
+    'molora': (
+      ('a', 'lora_A', f'{inner}er', f'e({inner})r'),
+      ('b', 'lora_B', f'er{outer}', f'er({outer})'),
+      ('router/kernel', name, router, router),
+    ),
+    'ia3': (('scale', 'ia3_scaling', outer, outer),),
+    'mov': (
+      ('scale', 'mov_scaling', f'e{outer}', scale),
+      ('router/kernel', name, mover, mover),
+    ),
+  }
+  ours = f'{t5_names.in_layers(site)}/{method}'
+  return tuple(
+    Rule(f'{ours}/{leaf}', f'{module}/{theirs}', axes, their_axes)
+    for leaf, theirs, axes, their_axes in table[method]
+  )
+
+
+def _modules(
+  config: T5Config, method: str, shapes: Mapping[str, Shape]
+) -> dict[str, str]:
+  """Those of the places where the released code can put a method it is at."""
+  found = set()
+  for name, shape in shapes.items():
+    name = re.sub(r'/layers_\d+/', '/layers_{l}/', name)
+    module, _, leaf = name.rpartition('/')
+    low_rank = 'lora' if len(shape) == 2 else 'molora'
+    leaves = {'lora_A': low_rank, 'ia3_scaling': 'ia3', 'mov_scaling': 'mov'}
+    if leaves.get(leaf) == method:
+      found.add(module)
+  known = places(config, method)
+  return {module: site for module, site in known.items() if module in found}
+
+
+def _extra_sizes(
+  method: str, modules: Mapping[str, str], shapes: Mapping[str, Shape]
+) -> dict[str, int]:
+  """The sizes of the letters e and r, from one of the method's arrays."""
+  leaf = {'ia3': 'ia3_scaling', 'mov': 'mov_scaling'}.get(method, 'lora_A')
+  heads = f'{next(iter(modules))}/{leaf}'
+  pattern = re.escape(heads).replace(re.escape('{l}'), r'\d+')
+  shape = next(s for name, s in shapes.items() if re.fullmatch(pattern, name))
+  # mov_scaling is [n, e, h] or [e, f], lora_A [e, in, r] or [in, r].
+  expert = shape[-2] if method == 'mov' else shape[0]
+  return {'e': expert, 'r': shape[-1]}
+
+
+def _letters(at: Mapping[str, Tree]) -> dict[str, int]:
+  """The same sizes, from our stacked arrays [l, ...]."""
+  leaves = next(iter(at.values()), {})
+  if 'a' in leaves:
+    return {'e': leaves['a'].shape[-2], 'r': leaves['a'].shape[-1]}
+  return {'e': leaves['scale'].shape[1]} if 'scale' in leaves else {}
+
+
+def _entries(
+  config: T5Config,
+  method: str,
+  modules: Mapping[str, str],
+  sizes: Mapping[str, int],
+) -> tuple[Entry, ...]:
+  found = [
+    rule
+    for module, site in modules.items()
+    for rule in rules(config, method, module, site)
+  ]
+  return names.entries(found, sizes, t5_names.depths(config))
+
+
+def _spec(
+  config: T5Config,
+  method: str,
+  modules: Mapping[str, str],
+  sizes: Mapping[str, int],
+  top_k: int | None,
+) -> Spec:
+  """The method as the released code runs it, every option said."""
+  known = t5_names.projections(config) | t5_names.taps()
+  where = site_patterns(modules.values(), known)
+  router = ('router', Spec('softmax'))
+  if top_k is not None:
+    router = ('router', Spec('topk', (('k', top_k), ('renormalize', False))))
+  experts, rank = ('experts', sizes['e']), ('rank', sizes['r'])
+  options = {
+    'lora': (rank, ('alpha', ALPHA)),
+    'molora': (experts, rank, ('alpha', ALPHA), router),
+    'ia3': (),
+    'mov': (experts, router, ('reads', 'heads')),
+  }
+  return Spec(method, (*options[method], ('sites', where)))
+
+
+def _require_released(instance: str, spec: Spec) -> None:
+  """Raises where a checkpoint under released names would mean another thing."""
+  router = spec.get('router', Spec('softmax'))
+  router = Spec(router) if isinstance(router, str) else router
+  # Dropout and jitter act in training only and change no weight's meaning.
+  refused = {
+    f'{spec.name} as {instance}': instance not in METHODS,
+    f'alpha={spec.get("alpha")}': spec.get('alpha', ALPHA) != ALPHA,
+    'rslora': spec.get('rslora', False),
+    "on='input'": spec.get('on', 'output') != 'output',
+    f'reads={spec.get("reads")!r}': spec.get('reads', 'heads') != 'heads',
+    f'the router {router}': router.name not in ('softmax', 'topk')
+    or router.get('renormalize', False),
+  }
+  wrong = [what for what, is_wrong in refused.items() if is_wrong]
+  if wrong:
+    raise CheckpointError(
+      f'the released code knows no {wrong[0]}: T5X checkpoints under its '
+      f'names hold one each of {", ".join(METHODS)}, alpha {ALPHA}; write '
+      'the moepeft form instead'
+    )

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5X checkpoints of T5, with or without the released code's adapters.
+
+Only weights are read, no optimizer state; the forms of checkpoints are in
+`t5x_files`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.serialization
+import numpy as np
+
+from moepeft.checkpoints import directory as files
+from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.t5x import adapters as released
+from moepeft.checkpoints.t5x import files as t5x_files
+from moepeft.checkpoints.t5x import zarr
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import weights as t5_names
+from moepeft.models.t5.model import T5Config
+from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A base model in memory, and the adapter that came with it.
+
+  Attributes:
+    config, params, sha256: as in `interop.hf.Loaded`.
+    path: the checkpoint that was read, the latest one of a parent directory.
+    step: of T5X's clock, 0 where the checkpoint has none.
+    adapter: method and 'peft' tree, or None.
+  """
+
+  config: T5Config
+  params: Tree
+  sha256: str
+  path: str
+  adapter: Adapter | None
+  step: int = 0
+
+
+def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
+  """Reads a checkpoint.
+
+  Args:
+    path: `checkpoint_<step>`, or its parent, of which the latest is taken
+      (and logged).
+    dtype: cast the base to it; None keeps the checkpoint's own.
+    top_k: of the routers, which no checkpoint holds; None for all experts.
+
+  Raises:
+    CheckpointError: nothing is found, something is damaged, or names or
+      shapes are not those of flaxformer's T5.
+  """
+  folder, leaves, step = t5x_files.read(path)
+  shapes = {name: shape for name, (shape, _) in leaves.items()}
+  fetch = lambda name: leaves[name][1]()  # noqa: E731
+  loaded = _read(shapes, fetch, str(folder), dtype, top_k)
+  return dataclasses.replace(loaded, step=step)
+
+
+def load_config(path: str) -> T5Config:
+  """The config as `load` would infer it, without reading the weights."""
+  checkpoint = t5x_files.read(path)
+  shapes = {
+    name: shape
+    for name, (shape, _) in checkpoint.leaves.items()
+    if not released.is_adapter(name)
+  }
+  return _config(shapes, str(checkpoint.folder))
+
+
+def from_arrays(
+  arrays: Mapping[str, np.ndarray],
+  dtype: Any = None,
+  top_k: int | None = None,
+  path: str = '',
+) -> Loaded:
+  """As `load`, from {'encoder/layers_0/attention/query/kernel': array}.
+
+  Args:
+    path: where the arrays are from, for messages.
+  """
+  shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+  return _read(shapes, arrays.__getitem__, path, dtype, top_k)
+
+
+def save(
+  path: str,
+  config: T5Config,
+  params: Tree,
+  adapter: Adapter | None = None,
+  step: int = 1,
+  overwrite: bool = False,
+) -> None:
+  """Writes `path`/checkpoint_<step> as T5X does: an index and zarr arrays.
+
+  T5X reads the step as an int32 array, and takes a checkpoint of step 0 for
+  none. There is no optimizer state: T5X evaluates from it as it is, and trains
+  from it with RestoreCheckpointConfig.fallback_to_scratch = True.
+
+  Args:
+    config, params: the base.
+    adapter: to go along under the released code's names, in float32.
+    step: of T5X's clock, at least 1.
+
+  Raises:
+    ValueError: the step is less.
+    CheckpointError: the arrays do not fit `config`, `path` is not empty, or
+      T5X has no words for the config or the adapter.
+  """
+  if not 1 <= step < 2**31:
+    raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
+  _require_known(config)
+  wanted = names.entries(
+    t5_names.t5x_rules(config),
+    t5_names.sizes(config),
+    t5_names.depths(config),
+  )
+  arrays = names.write(wanted, t5_names.sizes(config), params)
+  if adapter is not None:
+    arrays = itertools.chain(arrays, released.write(config, adapter))
+  with files.directory(path, overwrite) as made:
+    folder = made / f'checkpoint_{step}'
+    folder.mkdir()
+    target = {
+      entry.their_name: zarr.write(
+        folder, f'target.{entry.their_name.replace("/", ".")}', array
+      )
+      for entry, array in arrays
+    }
+    optimizer = {
+      'target': names.unflatten(target),
+      'state': {'step': np.asarray(step, np.int32)},
+    }
+    packed = flax.serialization.msgpack_serialize(
+      {'version': 3, 'optimizer': optimizer}
+    )
+    (folder / t5x_files.INDEX).write_bytes(packed)
+
+
+def check(config: Any, adapter: Adapter) -> None:
+  """
+  Raises:
+    CheckpointError: T5X has no words for the config or the adapter.
+  """
+  _require_known(config)
+  for _ in released.write(config, adapter):
+    pass
+
+
+def _require_known(config: Any) -> None:
+  if not isinstance(config, T5Config):
+    raise CheckpointError(
+      f'T5X has no words for {config.family}: expected a T5; write hf instead'
+    )
+  if config.tied != config.scale_head or (config.activation == 'gelu') != (
+    config.gated
+  ):
+    raise CheckpointError(
+      'T5X checkpoints hold no config: what they are read as is 1.0 (relu) '
+      'or 1.1 (gated gelu), the head scaled where it is tied; write this '
+      'model in the hf form instead'
+    )
+
+
+def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
+  """The config that shapes imply.
+
+  Raises:
+    CheckpointError: arrays are absent, or the sizes cannot be.
+  """
+  try:
+    return t5_names.config_from_t5x(shapes)
+  except CheckpointError:
+    raise
+  except (ValueError, ZeroDivisionError, IndexError) as error:
+    raise CheckpointError(
+      f'the shapes of {path or "the arrays"} are of no T5 ({error}): copy the '
+      'checkpoint again'
+    ) from None
+
+
+def _read(
+  shapes: Mapping[str, Shape],
+  fetch: Callable[[str], np.ndarray],
+  path: str,
+  dtype: Any,
+  top_k: int | None,
+) -> Loaded:
+  """Base and adapter of one flat tree."""
+  base = {n: s for n, s in shapes.items() if not released.is_adapter(n)}
+  config = _config(base, path)
+  sizes = t5_names.sizes(config)
+  wanted = names.entries(
+    t5_names.t5x_rules(config), sizes, t5_names.depths(config)
+  )
+  names.check(
+    {entry.their_name: entry.their_shape for entry in wanted},
+    base,
+    f"{path or 'the arrays'} is not one of flaxformer's T5s",
+    'look for arrays that were lost or that another model brought',
+  )
+  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
+  rest = {name: shape for name, shape in shapes.items() if name not in base}
+  adapter = released.read(config, rest, fetch, top_k, path)
+  return Loaded(config, params, sha256, path, adapter)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a config with its default, and what cards are made with.
+
+A card in `configs/` is a file with `get_config(values='')` that changes some
+of `default()`. `values` is what stands after a colon on the command line:
+`--config=configs/paper/t5_xl_mov.py:experts=20`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moepeft.core.ranges import shortened, suggestion
+from moepeft.core.untrusted import parse_literal
+
+
+def default() -> ConfigDict:
+  """The whole tree; a key that is not here is an error."""
+  c = ConfigDict()
+  c.seed = 0
+  c.steps = 300
+  c.batch_size = 32
+  # As in moepeft.config.method_string; 'full' trains the base itself.
+  c.method = 'molora(experts=10, rank=4)'
+  # What is minimised: one of moepeft.objectives.
+  c.objective = 'seq2seq'
+  # Of the objectives that compare answers (dpo, kto, orpo, simpo, reward).
+  c.preference = ConfigDict(
+    dict(
+      # dpo: 'sigmoid', 'hinge', 'ipo' or 'robust'.
+      loss='sigmoid',
+      beta=0.1,
+      label_smoothing=0.0,
+      # Weight of the chosen answer's own likelihood.
+      sft=0.0,
+      # simpo's target margin, over beta.
+      margin=0.5,
+      # kto's weights of good and of bad answers.
+      desirable=1.0,
+      undesirable=1.0,
+      # What rewards are measured against: 'base' (without adapter), a run or
+      # adapter that stays as it is, or 'precomputed' (before training).
+      reference='base',
+    )
+  )
+  # What the method's text leaves open: 'official' (released code), 'paper'.
+  c.semantics = 'official'
+  # Weights of the router losses of moepeft.moe.aux_losses; the paper's are 0.
+  c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
+  # A line is printed when a router is collapsed in three logs in a row: one
+  # expert has more than this share of the weight (softmax: every expert has
+  # weight) or gets more than this share of the tokens (top-k), and the mean
+  # entropy of a token's weights is below 0.75 of ln e.
+  c.router_alarm = 0.9
+  c.loss = ConfigDict(
+    dict(
+      # What it is a mean over: 'tokens', or 'sequences' (of each example's own
+      # mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
+      per='tokens',
+      # Weight of a token's squared log-partition (T5X: z_loss).
+      z=0.0,
+      label_smoothing=0.0,
+    )
+  )
+  # Parts that a batch is computed in, one after the other, to save memory.
+  c.accumulate = 1
+  c.model = ConfigDict(
+    dict(
+      # Of moepeft.models; '' for that of `path`. Needed for random weights.
+      family='',
+      # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
+      # Face's form, or a T5X checkpoint; '' for random weights of `size`.
+      path='package:t5_tiny',
+      # An adapter to start from: a run's work directory (its latest
+      # checkpoint), an adapter of moepeft or peft, or a T5X checkpoint.
+      adapter='',
+      size='small',
+      version='1.1',
+      # Changes to the size's fields (of models.decoder_config.DecoderConfig or
+      # models.t5.T5Config); random weights only. On the command line too:
+      # --config.model.shape.positions=alibi.
+      shape=ConfigDict(),
+      dropout=0.1,
+      # Of activations; then of the base's weights in memory.
+      dtype='float32',
+      param_dtype='float32',
+      # '' as stored; 'int8' or 'nf4': the base's projections in so many bits.
+      quantise='',
+      # 'naive', 'chunked' (no array of queries x keys) or 'fused': JAX's own,
+      # which is cuDNN's on NVIDIA devices where that can, else XLA's, which
+      # has such an array.
+      attention='naive',
+      # 'none', 'dots' or 'full'.
+      remat='none',
+      # Layers in one step of the scan: more is faster on CPU and compiles
+      # longer. With remat it is one.
+      unroll=1,
+    )
+  )
+  c.data = ConfigDict(
+    dict(
+      # 'tasks' (embedded, generated), 'jsonl' (P3's form), 'datasets' (Hugging
+      # Face's: a hub name or local files), 'seqio', 'chat' (conversations),
+      # 'preference' (answers compared or judged) or 'text' (plain).
+      source='tasks',
+      # Families of moepeft.tasks: groups and names, 'B' or 'A,copy'.
+      tasks='B',
+      # jsonl: a .jsonl or .jsonl.gz file, or a directory of them. datasets: a
+      # hub name, 'glue/mrpc', or local json, csv, parquet or arrow files.
+      # seqio: a directory of cached tasks, '' for registered ones.
+      path='',
+      # Of a dataset or a SeqIO task.
+      split='train',
+      # promptsource's templates of raw rows: a templates.yaml, or a directory
+      # of them; '' where rows have inputs and targets.
+      templates='',
+      # Rates by dataset: one of moepeft.data.t0_mixtures ('t0_train', ...), or
+      # a registered SeqIO task or mixture; '' for the rates below.
+      mixture='',
+      # A module to import before, which registers SeqIO tasks.
+      module='',
+      # A dataset's rate is min(rows, cap) ** (1 / temperature), cap 0 for
+      # none: 1 draws every row as often, 'inf' every dataset.
+      cap=0,
+      temperature=1.0,
+      # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
+      vocabulary='',
+      inputs_length=160,
+      targets_length=20,
+      # Tokens of a row of a decoder-only model, prompt and answer together.
+      length=512,
+      # chat, preference: 'alpaca', 'sharegpt' or 'messages'; '' finds out.
+      form='',
+      # A Jinja file instead of the tokenizer's own chat template.
+      chat_template='',
+      # What chat templates write that ask for the date, '2024-07-26'; '' for
+      # the day of the run's first start, which is kept.
+      date='',
+      # Put before conversations that have no system turn.
+      system='',
+      # What is trained: 'answers' (the assistant's turns but those of `weight`
+      # 0) or 'all'.
+      train_on='answers',
+      # Too long an example: 'prompt' (its prompt loses its beginning; chat: its
+      # oldest turns before), 'end' (cut there) or 'drop'.
+      too_long='prompt',
+      # text: 'next' (causal), 'spans' (T5's corruption) or 'prefix' (what
+      # follows a drawn place; a decoder reads the prefix causally too, unlike
+      # the prefix LM of arXiv:1910.10683, section 3.2.1, which sees all of it).
+      predict='next',
+      # The share of tokens that 'spans' hides, and a span's mean length.
+      noise=0.15,
+      span=3.0,
+      # text: near duplicates from this Jaccard similarity on are left out; 0
+      # for none. Then rules of moepeft.data.text.quality, 'length,repetition'.
+      duplicates=0.0,
+      quality='',
+      # Plain text mixed in, so that less is forgotten, and its share of the
+      # examples; python -m moepeft.data tells its share of the trained tokens.
+      replay='',
+      replay_rate=0.0,
+      # Whether a row of a batch holds as many examples as fit.
+      packing=False,
+      # The share of each dataset's last `idx` kept for validation: of the last
+      # rows of chat and preference, where rows of one prompt stay together.
+      held_out=0.05,
+      # 'error', or 'skip': counted and told.
+      on_bad_row='error',
+      # Fields of rows and turns that are left unused, 'images,name'. Others
+      # that change what a row means are used or refused.
+      ignore='',
+      # Processes that read and tokenize ahead; 0 for threads.
+      workers=0,
+    )
+  )
+  c.optimizer = ConfigDict(
+    dict(
+      # 'adamw' or 'adafactor'.
+      name='adamw',
+      learning_rate=1e-3,
+      # 'constant', 'linear' or 'cosine' (both fall to zero at `steps`).
+      schedule='constant',
+      warmup_steps=0,
+      # A step's share of the weights: for adamw times the rate, for adafactor
+      # (as in T5X) by itself.
+      weight_decay=0.0,
+      b1=0.9,
+      b2=0.999,
+      # Of the gradient's global norm; 0 for none.
+      clip=1.0,
+      # Steps that Adafactor's decay counts as done before the first; released
+      # as 1,100,000, the steps of the base's pretraining.
+      clock=0,
+    )
+  )
+  c.sharding = ConfigDict(
+    dict(
+      # 'dp' (every device holds all weights), 'fsdp' (weights are spread over
+      # the axis 'data') or 'tp' (over the axis 'model').
+      preset='dp',
+      # Devices along the axis 'model'; the rest are along 'data'.
+      model=1,
+      # (letter, mesh axis) pairs before those of the preset; see
+      # moepeft.core.sharding.
+      rules=(),
+    )
+  )
+  c.evaluation = ConfigDict(
+    dict(
+      # Whether to evaluate before and after training.
+      before=True,
+      after=True,
+      # Steps between validation losses while training; 0 for none.
+      every_steps=0,
+      # Families evaluated where the source is 'tasks'.
+      tasks='A,B,C',
+      # Rows with choices to rank, in the form of data.path; '' for none.
+      path='',
+      # At most this many examples of a task (and split of templates).
+      max_examples=100,
+      batch_size=32,
+      # The validation loss is of so many times batch_size held-out examples,
+      # evenly spread, or of all where there are fewer.
+      batches=8,
+    )
+  )
+  c.checkpoint = ConfigDict(
+    dict(
+      every_steps=100,
+      # The newest so many are kept, and the one of the least validation loss
+      # too where `best` (needs evaluation.every_steps).
+      keep=2,
+      best=False,
+    )
+  )
+  # Ends a run whose validation loss has not fallen for so many validations; 0
+  # for never.
+  c.patience = 0
+  c.log = ConfigDict(
+    dict(
+      every_steps=10,
+      # Pictures in <workdir>/plots, drawn once a minute and at the end.
+      plots=True,
+      tensorboard=True,
+      # A project of Weights & Biases; '' for none.
+      wandb='',
+    )
+  )
+  return c
+
+
+def paper(size: str) -> ConfigDict:
+  """The settings that the paper's runs on T5 1.1 of a size share.
+
+  Source: the released code's run files: Adafactor at a constant 3e-4 whose
+  clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,
+  500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss
+  averaged per sequence. Its base is t5_1_1_lm100k_<size>; name a copy with
+  --config.model.path, and cached tasks of P3 with --config.data.path.
+  """
+  c = default()
+  c.steps = 500_000
+  c.batch_size = 32
+  c.model.path = ''
+  c.model.family = 't5'
+  c.model.size = size
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'dots'
+  c.data.source = 'seqio'
+  c.data.mixture = 't0_train'
+  c.data.inputs_length = 1024
+  c.data.targets_length = 256
+  c.data.packing = True
+  c.loss.per = 'sequences'
+  c.loss.z = 1e-4
+  c.optimizer.name = 'adafactor'
+  c.optimizer.learning_rate = 3e-4
+  c.optimizer.clip = 0.0
+  c.optimizer.clock = 1_100_000
+  c.checkpoint.every_steps = 10_000
+  c.checkpoint.keep = 60
+  return c
+
+
+def values(text: str, /, **defaults: Any) -> ConfigDict:
+  """Reads a card's values: 'experts=20,rank=4' over its defaults.
+
+  Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
+
+  Raises:
+    ValueError: the text is not of that form, or the card has no such value.
+  """
+  found = dict(defaults)
+  for part in _parts(text or ''):
+    key, equals, value = part.partition('=')
+    if not equals:
+      raise ValueError(
+        f'expected name=value after the colon of --config; got {part!r}'
+      )
+    if key not in defaults:
+      raise ValueError(
+        f'this config has no value {shortened(key)}; it has '
+        f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
+      )
+    found[key] = _typed(value, defaults[key], key)
+  return ConfigDict(found)
+
+
+def _parts(text: str) -> list[str]:
+  """What commas separate, those within parentheses aside; no empty parts."""
+  parts, depth = [''], 0
+  for letter in text:
+    depth += (letter == '(') - (letter == ')')
+    if letter == ',' and depth == 0:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return [part for part in parts if part]
+
+
+def _typed(value: str, like: Any, key: str) -> Any:
+  if isinstance(like, str):
+    return value
+  try:
+    typed = parse_literal(value)
+  except ValueError:
+    typed = value
+  if type(typed) is int and isinstance(like, float):
+    return float(typed)
+  if type(typed) is not type(like):
+    raise ValueError(
+      f'the value {key} is of type {type(like).__name__}; got '
+      f'{shortened(value)}'
+    )
+  return typed

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5X's way of giving a config: --gin_file=FILE, --gin.NAME=VALUE.
+
+absl parses flags after a config must be known, so these are read before it.
+"""
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+
+from moepeft.config import gin as gin_files
+
+_CACHES = 'seqio_additional_cache_dirs'
+NAMES = ('gin_file', 'gin_bindings', 'gin_search_paths', _CACHES)
+
+
+def define(values: flags.FlagValues) -> None:
+  """T5X's flags, under T5X's names."""
+  options = {'flag_values': values}
+  flags.DEFINE_multi_string(
+    'gin_file',
+    [],
+    "Instead of --config: a file with T5X's macro names, like gin/molora.gin. "
+    'Several are stacked, the later counts; --gin.NAME=VALUE changes a macro '
+    'or a binding, and --config.key=value any key of the config they give.',
+    **options,
+  )
+  flags.DEFINE_multi_string(
+    'gin_bindings', [], 'NAME=VALUE, the same as --gin.NAME=VALUE.', **options
+  )
+  flags.DEFINE_list(
+    'gin_search_paths', [], 'Where gin files are looked for too.', **options
+  )
+  flags.DEFINE_string(
+    _CACHES, '', 'With --gin_file: where cached SeqIO tasks are.', **options
+  )
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+  """The same with --gin_bindings=NAME=VALUE for --gin.NAME=VALUE."""
+  found = []
+  for arg in argv:
+    name = arg.lstrip('-')
+    own = arg.startswith('-') and name.startswith('gin.')
+    binding = name.removeprefix('gin.')
+    found.append(f'--gin_bindings={binding}' if own else arg)
+  return found
+
+
+def translate(
+  argv: Sequence[str], folders: Sequence[str]
+) -> gin_files.Translated | None:
+  """What the gin flags of a command line say; None where it has none.
+
+  Args:
+    argv: as `rewritten`; other flags are left alone.
+    folders: where gin files are looked for, after --gin_search_paths.
+
+  Returns:
+    As `gin_files.load`; model_dir is --workdir where that is given, and
+    workdirs/<names of the files> where nothing is.
+
+  Raises:
+    ValueError: flags that exclude each other, or as `gin_files.load`.
+  """
+  values = flags.FlagValues()
+  define(values)
+  text = {'flag_values': values}
+  flags.DEFINE_string('workdir', '', '', **text)
+  flags.DEFINE_string('config', '', '', **text)
+  flags.DEFINE_string('config.data.path', '', '', **text)
+  values.set_gnu_getopt(True)
+  values(argv, known_only=True)
+  files, bindings = values.gin_file, values.gin_bindings
+  if not files and not bindings:
+    if values.gin_search_paths or values[_CACHES].value:
+      raise ValueError(
+        f'--gin_search_paths and --{_CACHES} go with --gin_file=FILE'
+      )
+    return None
+  if values.config:
+    raise ValueError(
+      f'--config={values.config} and --gin_file are both given: keep one'
+    )
+  cached = values[_CACHES].value or values['config.data.path'].value
+  paths = (*values.gin_search_paths, *folders)
+  found = gin_files.load(files, bindings, paths, cached)
+  return found._replace(
+    model_dir=_workdir(values.workdir, found.model_dir, files)
+  )
+
+
+def _workdir(given: str, model_dir: str, files: Sequence[str]) -> str:
+  if given and model_dir and given != model_dir:
+    raise ValueError(
+      f'--workdir={given} and MODEL_DIR={model_dir!r} are both given: keep one'
+    )
+  names = [os.path.basename(file).removesuffix('.gin') for file in files]
+  default = os.path.join('workdirs', '_'.join(names) or 'gin')
+  return given or model_dir or default

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that have a meaning: T5X's macros and bindings, and a few of ours.
+
+They are those of its configs/runs/finetune.gin and of its and flaxformer's
+T5 1.1. METHOD, NUM_EXPERTS, RANK, LORA_RANK, PRETRAINED_STEPS and macros for
+what T5X has as bindings only are this project's.
+"""
+
+import difflib
+import fnmatch
+from typing import Any
+
+from moepeft.config import default as config_lib
+from moepeft.config.gin.syntax import Given, Statements
+
+# Macro -> the key that takes its value as it is.
+KEYS = {
+  'ACTIVATION_DTYPE': 'model.dtype',
+  'BATCH_SIZE': 'batch_size',
+  'DROPOUT_RATE': 'model.dropout',
+  'EVAL_PERIOD': 'evaluation.every_steps',
+  'INITIAL_CHECKPOINT_PATH': 'model.path',
+  'LABEL_SMOOTHING': 'loss.label_smoothing',
+  'LEARNING_RATE': 'optimizer.learning_rate',
+  'MIXTURE_OR_TASK_MODULE': 'data.module',
+  'MIXTURE_OR_TASK_NAME': 'data.mixture',
+  'NUM_MICROBATCHES': 'accumulate',
+  'PACKING': 'data.packing',
+  'RANDOM_SEED': 'seed',
+  'SAVE_KEEP': 'checkpoint.keep',
+  'SAVE_PERIOD': 'checkpoint.every_steps',
+  'SPLIT': 'data.split',
+  'WEIGHT_DECAY_RATE': 'optimizer.weight_decay',
+  'Z_LOSS': 'loss.z',
+}
+SHAPE = {
+  'NUM_ENCODER_LAYERS': 'encoder_layers',
+  'NUM_DECODER_LAYERS': 'decoder_layers',
+  'NUM_HEADS': 'heads',
+  'HEAD_DIM': 'head_dim',
+  'EMBED_DIM': 'd_model',
+  'MLP_DIM': 'ffn',
+}
+# Macros that take a line of code below, and their types.
+_KINDS = {
+  'EVAL_STEPS': int,
+  'FACTORS': str,
+  'LOSS_NORMALIZING_FACTOR': object,
+  'METHOD': str,
+  'MODEL_DIR': str,
+  'NUM_EXPERTS': int,
+  'NUM_PARTITIONS': int,
+  'OPTIMIZER': object,
+  'PRETRAINED_STEPS': int,
+  'RANK': int,
+  'REMAT_POLICY': str,
+  'STEP_OFFSET': int,
+  'TASK_FEATURE_LENGTHS': dict,
+  'TRAIN_STEPS': int,
+  'TRAIN_STEPS_RELATIVE': int,
+  'USE_CACHED_TASKS': bool,
+  'WARMUP_STEPS': int,
+} | dict.fromkeys(SHAPE, int)
+# Macros that may be None: T5X has no default to ask for.
+_OPTIONAL = (
+  'EVAL_PERIOD',
+  'INITIAL_CHECKPOINT_PATH',
+  'MIXTURE_OR_TASK_MODULE',
+  'NUM_MICROBATCHES',
+  'RANDOM_SEED',
+  'SAVE_KEEP',
+  'TRAIN_STEPS_RELATIVE',
+)
+# May stand in a file without being referred to.
+_HELPERS = ('LORA_RANK',)
+
+# T5X's bindings, without modules, and the macro that says the same.
+_BINDINGS = {
+  'Adafactor.step_offset': 'STEP_OFFSET',
+  'Adafactor.weight_decay_rate': 'WEIGHT_DECAY_RATE',
+  'EncoderDecoderModel.label_smoothing': 'LABEL_SMOOTHING',
+  'EncoderDecoderModel.loss_normalizing_factor': 'LOSS_NORMALIZING_FACTOR',
+  'EncoderDecoderModel.z_loss': 'Z_LOSS',
+  'PjitPartitioner.num_partitions': 'NUM_PARTITIONS',
+  'RestoreCheckpointConfig.path': 'INITIAL_CHECKPOINT_PATH',
+  'SaveCheckpointConfig.keep': 'SAVE_KEEP',
+  'SaveCheckpointConfig.period': 'SAVE_PERIOD',
+  'T5Config.dropout_rate': 'DROPOUT_RATE',
+  'T5Config.dtype': 'ACTIVATION_DTYPE',
+  'T5Config.emb_dim': 'EMBED_DIM',
+  'T5Config.head_dim': 'HEAD_DIM',
+  'T5Config.mlp_dim': 'MLP_DIM',
+  'T5Config.num_decoder_layers': 'NUM_DECODER_LAYERS',
+  'T5Config.num_encoder_layers': 'NUM_ENCODER_LAYERS',
+  'T5Config.num_heads': 'NUM_HEADS',
+  'T5Config.remat_policy': 'REMAT_POLICY',
+  'Trainer.num_microbatches': 'NUM_MICROBATCHES',
+  'create_learning_rate_scheduler.base_learning_rate': 'LEARNING_RATE',
+  'create_learning_rate_scheduler.factors': 'FACTORS',
+  'create_learning_rate_scheduler.warmup_steps': 'WARMUP_STEPS',
+  'train.eval_period': 'EVAL_PERIOD',
+  'train.eval_steps': 'EVAL_STEPS',
+  'train.model_dir': 'MODEL_DIR',
+  'train.random_seed': 'RANDOM_SEED',
+  'train.relative_steps': 'TRAIN_STEPS_RELATIVE',
+  'train.total_steps': 'TRAIN_STEPS',
+  'train/DatasetConfig.batch_size': 'BATCH_SIZE',
+  'train/DatasetConfig.mixture_or_task_name': 'MIXTURE_OR_TASK_NAME',
+  'train/DatasetConfig.module': 'MIXTURE_OR_TASK_MODULE',
+  'train/DatasetConfig.pack': 'PACKING',
+  'train/DatasetConfig.split': 'SPLIT',
+  'train/DatasetConfig.task_feature_lengths': 'TASK_FEATURE_LENGTHS',
+  'train/DatasetConfig.use_cached': 'USE_CACHED_TASKS',
+}
+# Bindings that have one value here.
+_FIXED = {
+  'Adafactor.clipping_threshold': 1.0,
+  'Adafactor.decay_rate': 0.8,
+  'Adafactor.multiply_by_parameter_scale': True,
+  'NUM_EMBEDDINGS': 32128,
+  'SHUFFLE_TRAIN_EXAMPLES': True,
+  'T5Config.logits_via_embedding': False,
+  'T5Config.mlp_activations': ('gelu', 'linear'),
+  'T5Config.vocab_size': 32128,
+  'train/DatasetConfig.shuffle': True,
+}
+# What T5X needs to be told and this project does not.
+_UNUSED = (
+  'Adafactor.logical_factor_rules',
+  'CheckpointConfig.*',
+  'EVALUATOR_*',
+  'EncoderDecoderModel.input_vocabulary',
+  'EncoderDecoderModel.module',
+  'EncoderDecoderModel.optimizer_def',
+  'EncoderDecoderModel.output_vocabulary',
+  'Evaluator.*',
+  'JSONLogger.*',
+  'JSON_WRITE_N_RESULTS',
+  'MODEL',
+  'PjitPartitioner.*',
+  'RestoreCheckpointConfig.*',
+  'SaveCheckpointConfig.dtype',
+  'SaveCheckpointConfig.save_dataset',
+  'SentencePieceVocabulary.*',
+  'Trainer.learning_rate_fn',
+  'Transformer.config',
+  'USE_HARDWARE_RNG',
+  'VOCABULARY',
+  'infer_eval/DatasetConfig.*',
+  'train.*_cfg',
+  'train.*_cls',
+  'train.*_fn',
+  'train.model',
+  'train.partitioner',
+  'train.use_hardware_rng',
+  'train/DatasetConfig.seed',
+  'train_eval/DatasetConfig.*',
+)
+# Imports from elsewhere are taken for modules that register SeqIO tasks.
+_LIBRARIES = ('__gin__', '__main__', 'flax', 'flaxformer', 'jax', 'seqio')
+_LIBRARIES += ('optax', 't5x')
+
+
+def known() -> list[str]:
+  """Every macro that has a meaning."""
+  return sorted(KEYS | _KINDS)
+
+
+def meaning(key: str) -> str:
+  """'t5x.utils.SaveCheckpointConfig.period' -> 'SAVE_PERIOD'.
+
+  A binding without one loses its modules only.
+  """
+  scope, slash, selector = key.rpartition('/')
+  name = f'{scope}{slash}{".".join(selector.split(".")[-2:])}'
+  # Without a scope, a binding is for all of them.
+  scoped = f'train/{name}' if name.startswith('DatasetConfig.') else name
+  return _BINDINGS.get(scoped, scoped)
+
+
+def sort(said: Statements) -> tuple[dict[str, Any], list[str], list[str]]:
+  """(values by macro, modules that register tasks, what has no meaning).
+
+  Where a macro and a binding say the same thing the later counts.
+
+  Raises:
+    ValueError: a name is unknown, or its value is of the wrong type.
+  """
+  values: dict[str, Any] = {}
+  modules, unused = _imports(said)
+  for key, given in said.values.items():
+    name = meaning(key)
+    if name in KEYS or name in _KINDS:
+      values[name] = _typed(name, said.resolve(key), given.where)
+    elif name in _FIXED:
+      _check_fixed(name, said.resolve(key), given)
+    elif any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED):
+      unused.append(_owner(key))
+    elif key not in said.used() and not _is_helper(key, given):
+      raise ValueError(_unknown(key, given.where))
+  return values, modules, list(dict.fromkeys(unused))
+
+
+def _owner(key: str) -> str:
+  """The class of a binding: of some nothing is left out, of others all."""
+  return key if 'train.' in key else key.rpartition('.')[0] or key
+
+
+def _imports(said: Statements) -> tuple[list[str], list[str]]:
+  """(modules that register tasks, libraries that are not needed)."""
+  tasks, unused = [], []
+  for module in said.imports:
+    library = module.split('.')[0]
+    if library in _LIBRARIES:
+      unused.append(f'import {library}')
+    else:
+      tasks.append(module)
+  return tasks, unused
+
+
+def _check_fixed(name: str, value: Any, given: Given) -> None:
+  if value != _FIXED[name]:
+    raise ValueError(
+      f'{name} is always {_FIXED[name]!r} here; got {value!r} ({given.where})'
+    )
+
+
+def _is_helper(key: str, given: Given) -> bool:
+  # On the command line, with nothing that refers to it, it would do nothing.
+  return key in _HELPERS and not given.where.startswith('--')
+
+
+def _unknown(key: str, where: str) -> str:
+  if key in _HELPERS:
+    return f'no value refers to {key} ({where}): give what it is for, RANK'
+  what, names = 'macro', known()
+  if '.' in key:
+    what, names = (
+      'binding',
+      sorted(n for n in {*_BINDINGS, *_FIXED} if '.' in n),
+    )
+  near = difflib.get_close_matches(meaning(key), names, 3)
+  rest = [name for name in names if name not in near]
+  return (
+    f'the {what} {key} ({where}) has no meaning here; those that have one are '
+    f'{", ".join(near + rest)}'
+  )
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+  kind = _KINDS.get(name) or _kind_of_key(KEYS[name])
+  if value is None and name in _OPTIONAL:
+    return None
+  if kind is float and type(value) is int:
+    return float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ValueError(
+      f'{name} is of type {kind.__name__}; got {value!r} ({where})'
+    )
+  return value
+
+
+def _kind_of_key(key: str) -> type:
+  value = config_lib.default()
+  for part in key.split('.'):
+    value = value[part]
+  return type(value)

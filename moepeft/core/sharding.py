@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mesh, and rules as data by which arrays are spread over it.
+
+The mesh has the axes 'data', which a batch's rows are spread over, and
+'model'. A rule is a pair of a letter, which the axes of arrays say (the legend
+is in moepeft.core.types), and the mesh axis that such an axis is spread over.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moepeft.core.types import LETTERS, Batch, Tree
+
+AXES = ('data', 'model')
+Rules = tuple[tuple[str, str], ...]
+
+PRESETS: dict[str, Rules] = {
+  # Every device holds all weights.
+  'dp': (),
+  # The wide axes first. Not the layers: a scan takes one after the other, so
+  # each would be fetched from one device.
+  'fsdp': tuple((letter, 'data') for letter in 'vfdnhi'),
+  # As T5X's rules: vocabulary, feed-forward and heads, also those of keys and
+  # values where there are fewer.
+  'tp': tuple((letter, 'model') for letter in 'vfnk'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The devices, and the rules by which arrays are spread over them.
+
+  Attributes:
+    mesh: with the axes 'data' and 'model'.
+    rules: (letter, mesh axis), tried in order.
+  """
+
+  mesh: Mesh
+  rules: Rules
+
+  @property
+  def whole(self) -> NamedSharding:
+    """Of an array that every device holds all of."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+
+def layout(
+  preset: str = 'dp', model: int = 1, rules: Sequence = (), devices=None
+) -> Layout:
+  """What `config.sharding` says, for the devices at hand.
+
+  Args:
+    preset: of PRESETS.
+    model: devices along the axis 'model'.
+    rules: (letter, mesh axis) pairs that come before the preset's; the axis
+      None keeps a letter whole, whatever the rules after it say.
+
+  Raises:
+    ValueError: there is no such preset, letter or mesh axis, or `model` does
+      not divide the devices.
+  """
+  if preset not in PRESETS:
+    raise ValueError(
+      f'config.sharding.preset is one of {", ".join(PRESETS)}; got {preset!r}'
+    )
+  kept, found = set(), []
+  for letter, axis in (*map(_rule, rules), *PRESETS[preset]):
+    if axis is None:
+      kept.add(letter)
+    elif letter not in kept:
+      found.append((letter, axis))
+  return Layout(make_mesh(model, devices), tuple(found))
+
+
+def _rule(pair: Any) -> tuple[str, str | None]:
+  if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+    raise ValueError(
+      'config.sharding.rules are (letter, mesh axis) pairs like '
+      f"('f', 'model'); got {pair!r}"
+    )
+  letter, axis = pair
+  if letter not in LETTERS:
+    said = ', '.join(f'{key} ({word})' for key, word in LETTERS.items())
+    raise ValueError(
+      f'config.sharding.rules has no letter {letter!r}; the letters of arrays '
+      f'are {said}'
+    )
+  if axis not in (*AXES, None):
+    raise ValueError(
+      f'config.sharding.rules: {letter!r} is spread over one of '
+      f'{", ".join(AXES)}, or None; got {axis!r}'
+    )
+  return letter, axis
+
+
+def make_mesh(model: int = 1, devices=None) -> Mesh:
+  """All devices, `model` of them along 'model', the rest along 'data'.
+
+  Raises:
+    ValueError: `model` does not divide the devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if model < 1 or len(devices) % model:
+    raise ValueError(
+      f'config.sharding.model={model} does not divide {len(devices)} devices; '
+      'set it to a divisor'
+    )
+  shape = (len(devices) // model, model)
+  types = (AxisType.Auto,) * 2
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def spec(layout: Layout, letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+  """Which mesh axis each axis of an array is spread over.
+
+  The first rule that fits takes its mesh axis; it fits where the array has
+  the letter and its size divides by the devices along that mesh axis.
+  """
+  found: list[str | None] = [None] * len(shape)
+  for letter, axis in layout.rules:
+    along = layout.mesh.shape[axis]
+    for i, (own, size) in enumerate(zip(letters, shape, strict=True)):
+      free = found[i] is None and axis not in found
+      if own == letter and free and along > 1 and size % along == 0:
+        found[i] = axis
+  return trimmed(*found)
+
+
+def trimmed(*entries: str | None) -> PartitionSpec:
+  """The one way to write a spec: without None at its end."""
+  while entries and entries[-1] is None:
+    entries = entries[:-1]
+  return PartitionSpec(*entries)
+
+
+def put(tree: Tree, where: Tree) -> Tree:
+  """Arrays that are the same in every process, to where they shall lie."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, where)
+  return jax.tree.map(_put, tree, where)
+
+
+def _put(array, where: NamedSharding) -> jax.Array:
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    data = _put(jax.random.key_data(array), where)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+  host = np.asarray(array)
+  return jax.make_array_from_callback(
+    host.shape, where, lambda index: host[index]
+  )
+
+
+def gather(tree: Tree) -> Tree:
+  """Host arrays, whole, in every process; all processes must call it."""
+
+  def one(array) -> np.ndarray:
+    if getattr(array, 'is_fully_addressable', True):
+      return np.asarray(array)
+    if array.is_fully_replicated:
+      return np.asarray(array.addressable_data(0))
+    return multihost_utils.process_allgather(array, tiled=True)
+
+  return jax.tree.map(one, tree)
+
+
+def round_up(mesh: Mesh, rows: int) -> int:
+  """The least number of rows, not below `rows`, that the devices share."""
+  return -(-rows // mesh.shape['data']) * mesh.shape['data']
+
+
+def share(mesh: Mesh) -> tuple[int, int]:
+  """(which, of how many): the share of every batch that this process reads.
+
+  Processes whose devices lie at the same places of 'data' read the same rows.
+
+  Raises:
+    ValueError: the processes do not share the places evenly.
+  """
+  places = [
+    frozenset(device.process_index for device in row) for row in mesh.devices
+  ]
+  shares = list(dict.fromkeys(places))
+  mine = [i for i, own in enumerate(shares) if jax.process_index() in own]
+  if len(mine) != 1 or len({places.count(own) for own in shares}) != 1:
+    raise ValueError(
+      f'config.sharding.model={mesh.shape["model"]} cuts across the '
+      f'{jax.process_count()} processes; set it to a divisor or a multiple of '
+      f'the {jax.local_device_count()} devices of one'
+    )
+  return mine[0], len(shares)
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+  """Raises ValueError where a batch's rows do not divide by the devices."""
+  count = mesh.shape['data']
+  if rows % count:
+    raise ValueError(
+      f'a batch of {rows} rows does not divide by {count} devices; set '
+      'config.batch_size to a multiple'
+    )
+
+
+def shard_whole_batch(mesh: Mesh, batch: Batch) -> Batch:
+  """`shard_batch` of rows that every process holds all of."""
+  check_rows(mesh, len(next(iter(batch.values()))))
+  where = NamedSharding(mesh, PartitionSpec('data'))
+  return put(batch, dict.fromkeys(batch, where))
+
+
+def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
+  """The batch with its rows spread over the axis 'data'.
+
+  Args:
+    batch: host arrays; where there are several processes, this one's share
+      of the rows (see `share`).
+
+  Raises:
+    ValueError: the rows do not divide by the devices.
+  """
+  rows = len(next(iter(batch.values())))
+  shares = 1 if jax.process_count() == 1 else share(mesh)[1]
+  check_rows(mesh, rows * shares)
+  where = NamedSharding(mesh, PartitionSpec('data'))
+  if jax.process_count() == 1:
+    return jax.device_put(batch, where)
+  return {
+    key: jax.make_array_from_process_local_data(where, np.asarray(own))
+    for key, own in batch.items()
+  }

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collators: examples to batches, padded, packed or bucketed."""

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as ids, by a chat template, with the answers trained.
+
+The template's text and where answers stand in it are in `chat_text` and
+`chat_spans`, its ids in `chat_ids`, what of them fits a row in `chat_fit`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.chat import formats as forms
+from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import template as chat_template
+from moepeft.data.chat import template_check as chat_probe
+from moepeft.data.chat import tokenize as chat_ids
+from moepeft.data.chat.formats import Conversation, Turn
+from moepeft.data.chat.render import Text
+from moepeft.data.chat.truncate import fitted
+from moepeft.data.example import Bad, BadRow
+from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary
+
+TRAIN_ON = ('answers', 'all')
+# Conversations that are tokenized at once.
+_BATCH = 256
+# Seconds until reading says how far it is, and between two such lines.
+_QUIET = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """How conversations become ids.
+
+  Attributes:
+    tokenizer: of Hugging Face, a fast one.
+    text: Jinja; '' for the tokenizer's own.
+    train_on: 'answers', or 'all'.
+    system: put before conversations without a system's turn.
+    date: what the template writes as today's; see `chat_template.dated`.
+
+  Raises:
+    ValueError: there is no template, it draws at random, or `train_on` is
+      neither.
+  """
+
+  tokenizer: Any
+  text: str = ''
+  train_on: str = 'answers'
+  system: str = ''
+  date: str = ''
+
+  def __post_init__(self):
+    if self.train_on not in TRAIN_ON:
+      raise ValueError(
+        f'config.data.train_on is one of {", ".join(TRAIN_ON)}; got '
+        f'{self.train_on!r}'
+      )
+    if not self.text and not self.tokenizer.chat_template:
+      raise ValueError(
+        'the tokenizer has no chat template; name a Jinja file with '
+        'config.data.chat_template'
+      )
+    chat_template.check_fixed(self._whole)
+
+  def write(self, found: Conversation) -> Text:
+    """A conversation's text; see `chat_text.text`.
+
+    Raises:
+      BadRow: the template cannot render it, or leaves out part of it.
+    """
+    found = self._with_system(found)
+    chat_probe.check_written(found, self._left_out)
+    text = chat_text.text(found, self.tokenizer, self.train_on, self._dated)
+    chat_template.check_written(text.whole, (t.content for t in found.turns))
+    return text
+
+  @functools.cached_property
+  def remarks(self) -> tuple[str, ...]:
+    """Lines for the user; see `chat_probe.remarks`."""
+    return chat_probe.remarks(self.tokenizer, self.text)
+
+  @functools.cached_property
+  def _left_out(self) -> frozenset[str]:
+    return chat_probe.left_out(self.tokenizer, self.text)
+
+  @property
+  def _whole(self) -> str:
+    return chat_text.all_of(self.tokenizer, self.text)
+
+  @functools.cached_property
+  def _dated(self) -> str:
+    """The text, with its date; '' for the tokenizer's own as it is."""
+    if not self.date or not chat_template.reads_clock(self._whole):
+      return self.text
+    own = self.text or self.tokenizer.chat_template
+    if not isinstance(own, str):
+      raise ValueError(
+        'the tokenizer has several chat templates and one of them asks for '
+        'the date; name one with config.data.chat_template'
+      )
+    return chat_template.dated(own, self.date)
+
+  def encode(self, texts: Sequence[Text]) -> list[Sample]:
+    """See `chat_ids.samples`."""
+    return chat_ids.samples(self.tokenizer, texts)
+
+  def render(self, found: Conversation) -> Sample:
+    """A conversation's ids.
+
+    Raises:
+      BadRow: the template cannot render it, or hides its answers.
+    """
+    (sample,) = self.encode([self.write(found)])
+    return sample
+
+  def prompt(self, found: Conversation) -> list[int]:
+    """The ids of a conversation up to where the assistant speaks.
+
+    Raises:
+      BadRow: the template cannot render it.
+    """
+    found = self._with_system(found)
+    text = chat_text.asked(found, self.tokenizer, self._dated)
+    return self.tokenizer(text, add_special_tokens=False)['input_ids']
+
+  def ends(self) -> list[int]:
+    """The special token that ends an answer; [] where none does."""
+    talk = Conversation((Turn('user', 'a'), Turn('assistant', 'b')))
+    try:
+      found = self.render(talk)
+    except BadRow:
+      # Of what it cannot render, nothing is asked either.
+      return []
+    last = found.ids[found.trained][-1:].tolist()
+    return [i for i in last if i in chat_ids.special(self.tokenizer)]
+
+  def _with_system(self, found: Conversation) -> Conversation:
+    if not self.system or found.turns[0].role == 'system':
+      return found
+    turns = (Turn('system', self.system), *found.turns)
+    return dataclasses.replace(found, turns=turns)
+
+
+def template(data: ConfigDict, words: Vocabulary) -> Template:
+  """The template of a config.
+
+  Raises:
+    ValueError: there is none, or the vocabulary is of bytes.
+  """
+  if not isinstance(words, Tokenizer):
+    raise ValueError(
+      f'conversations need a tokenizer with a chat template, and the '
+      f'vocabulary is {words}; set config.data.vocabulary'
+    )
+  return Template(
+    words.tokenizer,
+    chat_template.read(data.chat_template),
+    data.train_on,
+    data.system,
+    data.date,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Talk:
+  """A conversation that fits a row.
+
+  Attributes:
+    sample: its ids.
+    asked: what it begins with, the system's turn and the first question:
+      conversations that begin alike are held out together.
+  """
+
+  sample: Sample
+  asked: tuple[str, ...]
+
+
+def talks(
+  data: ConfigDict, words: Vocabulary, room: int = 0
+) -> tuple[dict[str, list[Talk]], tuple[str, ...]]:
+  """({file: its conversations that fit a row}, lines for the user).
+
+  Args:
+    room: tokens fed that a row has for one; 0 for config.data.length.
+
+  Raises:
+    ValueError: nothing to read or to train, or a bad row.
+  """
+  used, bad = template(data, words), Bad(data.on_bad_row, data.ignore)
+  found: dict[str, list[Talk]] = {}
+  cut = dropped = 0
+  rows = _told(forms.rows(data.path, bad), data.path)
+  while some := list(itertools.islice(rows, _BATCH)):
+    for file, talk in _read(some, used, data, bad, room or data.length):
+      if talk is None:
+        dropped += 1
+        continue
+      cut += talk.sample.cut
+      found.setdefault(file, []).append(talk)
+  count = sum(map(len, found.values()))
+  notes = _notes(data, bad, count, cut, dropped)
+  return found, (*notes, *used.remarks)
+
+
+def _read(
+  rows: Sequence[tuple[str, str, dict]],
+  used: Template,
+  data: ConfigDict,
+  bad: Bad,
+  room: int,
+) -> Iterator[tuple[str, Talk | None]]:
+  """(file, conversation) of each good row; None where nothing of it fits."""
+  good, texts = [], []
+  for file, where, row in rows:
+    try:
+      talk = forms.answered(forms.conversation(row, data.form, bad.unused))
+      texts.append(used.write(talk))
+      good.append((file, where, talk))
+    except BadRow as e:
+      bad(where, e)
+  for (file, where, talk), whole in zip(good, used.encode(texts), strict=True):
+    try:
+      yield file, _fitted(talk, whole, used, data.too_long, room + 1)
+    except BadRow as e:
+      bad(where, e)
+
+
+def _fitted(
+  talk: Conversation, whole: Sample, used: Template, too_long: str, most: int
+) -> Talk | None:
+  if not whole.teaches:
+    raise BadRow('no token of it is trained; mend or remove the row')
+  if len(whole.ids) > most:
+    whole = fitted(talk, used.render, most, too_long)
+  first = next(i for i, t in enumerate(talk.turns) if t.role == 'user')
+  asked = tuple(turn.content for turn in talk.turns[: first + 1])
+  return whole and Talk(whole, asked)
+
+
+def _told(rows: Iterable, path: str) -> Iterator:
+  """The same; where they take long, how many there were is told."""
+  last, told = time.monotonic(), False
+  for count, row in enumerate(rows):
+    if time.monotonic() - last > _QUIET:
+      print(f'\r{path}: {count:,} rows read', end='', file=sys.stderr)
+      last, told = time.monotonic(), True
+    yield row
+  if told:
+    print(file=sys.stderr)
+
+
+def _notes(
+  data: ConfigDict, bad: Bad, count: int, cut: int, dropped: int
+) -> list[str]:
+  """What became of the rows.
+
+  Raises:
+    ValueError: none is left.
+  """
+  lines = [f'{data.path}: {count:,} conversations']
+  if bad.reasons:
+    lines.append(
+      f'skipped {len(bad.reasons):,} bad rows of {data.path}, the first: '
+      f'{bad.reasons[0]}'
+    )
+  if cut:
+    lines.append(
+      f'{cut:,} conversations are longer than config.data.length={data.length} '
+      f'and are cut (config.data.too_long={data.too_long!r})'
+    )
+  if dropped:
+    lines.append(
+      f'{dropped:,} conversations are dropped: longer than config.data.length='
+      f'{data.length}, with config.data.too_long={data.too_long!r}'
+      + ' and no room for the last answer'
+      * (data.too_long == 'prompt')
+    )
+  if not count and len(lines) == 1:
+    raise ValueError(f'{data.path} is empty; expected conversations in it')
+  lines += bad.notes(data.path)
+  if not count:
+    raise ValueError(
+      f'{data.path} leaves no conversation to train on'
+      + ''.join(f'; {line}' for line in lines[1:])
+    )
+  return lines

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chat template leaves out, found by rendering a made up talk."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moepeft.data.chat import render as chat_text
+from moepeft.data.chat.formats import Conversation, Turn
+from moepeft.data.example import BadRow
+
+_ASKED, _SAID, _RESULT = 'Question7', 'Answer7', 'Result7'
+_TALK = (Turn('user', _ASKED), Turn('assistant', _SAID))
+_CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
+
+
+def remarks(tokenizer: Any, template: str) -> tuple[str, ...]:
+  """What a user must know of a template, one line each.
+
+  Args:
+    tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
+  """
+  try:
+    found = chat_text.text(Conversation(_TALK), tokenizer, 'answers', template)
+    render = chat_text.renderer(tokenizer, template, None)
+    asked = chat_text.messages(Conversation(_TALK[:1]), template)[0]
+    begun = render(asked, True) != render(asked, False)
+  except BadRow:
+    # It wants other turns; rows say what is wrong with it, if anything is.
+    return ()
+  lines = []
+  start, end = found.spans[-1] if found.spans else (0, 0)
+  before, _, after = found.whole[start:end].partition(_SAID)
+  if not any(token in after for token in _ends(tokenizer)):
+    lines.append(
+      'the chat template ends answers with no special token that is trained, '
+      'so that the model does not learn to stop; name another with '
+      'config.data.chat_template'
+    )
+  if not begun and before.strip():
+    lines.append(
+      'the chat template does not heed add_generation_prompt: what begins an '
+      f'answer, {before!r}, is trained and is for the model to write; name '
+      'another with config.data.chat_template'
+    )
+  return tuple(lines)
+
+
+def _ends(tokenizer: Any) -> Sequence[str]:
+  added = tokenizer.added_tokens_decoder.values()
+  special = {token.content for token in added if token.special}
+  return [*special, *tokenizer.all_special_tokens]
+
+
+_OTHER_CALL = {'name': 'seek', 'arguments': {'y': 7}}
+_TOOL = {
+  'type': 'function',
+  'function': {
+    'name': 'Tool7',
+    'description': 'It looks.',
+    'parameters': {'type': 'object', 'properties': {}},
+  },
+}
+_ID = 'abcdefgh7'
+
+
+def _answered(*calls: dict) -> tuple[Turn, ...]:
+  """A talk in which a tool is called and answers."""
+  result = Turn('tool', _RESULT, name='look', call_id=_ID)
+  return _TALK[0], Turn('assistant', '', list(calls)), result, _TALK[1]
+
+
+# What a conversation may have besides turns of a user and an assistant: a
+# talk that has it, and a word that its text must hold.
+_FEATURES: dict[str, tuple[Conversation, str]] = {
+  name: (Conversation(turns, tools), word)
+  for name, turns, word, tools in (
+    ("a system's turn", (Turn('system', 'System7'), *_TALK), 'System7', None),
+    ('tools', _TALK, 'Tool7', [_TOOL]),
+    ('a call of a tool', _answered(_CALL), 'Called7', None),
+    ('several calls at once', _answered(_CALL, _OTHER_CALL), 'seek', None),
+    ("a tool's turn", _answered(_CALL), _RESULT, None),
+    ('the id of a call', _answered(_CALL | {'id': _ID}), _ID, None),
+    (
+      'an answer beside a call',
+      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      _SAID,
+      None,
+    ),
+    (
+      'a call beside an answer',
+      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      'Called7',
+      None,
+    ),
+    (
+      "a user's name",
+      (Turn('user', _ASKED, name='Name7'), _TALK[1]),
+      'Name7',
+      None,
+    ),
+    (
+      "an assistant's name",
+      (_TALK[0], Turn('assistant', _SAID, name='Name7')),
+      'Name7',
+      None,
+    ),
+  )
+}
+
+
+def left_out(tokenizer: Any, template: str) -> frozenset[str]:
+  """The `_FEATURES` that a template leaves out without an error."""
+  used, missing = chat_text.all_of(tokenizer, template), set()
+  for feature, (talk, word) in _FEATURES.items():
+    try:
+      some, tools = chat_text.messages(talk, used)
+      whole = chat_text.renderer(tokenizer, template, tools)(some, False)
+    except BadRow:
+      # It refuses them: each row is told so.
+      continue
+    if word.lower() not in whole.lower():
+      missing.add(feature)
+  return frozenset(missing)
+
+
+def _features(found: Conversation) -> set[str]:
+  """The `_FEATURES` that a conversation has and cannot be without."""
+  features = {'tools'} if found.tools else set()
+  for turn in found.turns:
+    if turn.role in ('system', 'tool'):
+      features.add(f"a {turn.role}'s turn")
+    elif turn.name:
+      article = 'an' if turn.role == 'assistant' else 'a'
+      features.add(f"{article} {turn.role}'s name")
+    if turn.calls:
+      features.add('a call of a tool')
+    if len(turn.calls or ()) > 1:
+      features.add('several calls at once')
+    if turn.calls and turn.content:
+      features |= {'an answer beside a call', 'a call beside an answer'}
+  if not _in_order(found):
+    features.add('the id of a call')
+  return features
+
+
+def _in_order(found: Conversation) -> bool:
+  """Whether tools answer calls in the order in which they were called."""
+  waiting: list[str] = []
+  for turn in found.turns:
+    if turn.calls:
+      waiting = [call.get('id', '') for call in turn.calls]
+    elif turn.role == 'tool' and waiting:
+      due = waiting.pop(0)
+      if turn.call_id and due and turn.call_id != due:
+        return False
+  return True
+
+
+def check_written(found: Conversation, missing: frozenset[str]) -> None:
+  """
+  Args:
+    missing: of `left_out`.
+
+  Raises:
+    BadRow: the conversation has what the template leaves out.
+  """
+  gone = sorted(_features(found) & missing) if missing else []
+  if gone:
+    raise BadRow(
+      f'the row has {gone[0]}, and the chat template leaves it out; name one '
+      'that does not with config.data.chat_template, remove the row, or leave '
+      'a field unused with config.data.ignore=FIELD'
+    )

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compared and judged answers as batches with several sides."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moepeft.data import split as held
+from moepeft.data.batching import collators as forms
+from moepeft.data.batching import packing
+from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.example import Bad
+from moepeft.data.preference import formats as preference
+from moepeft.data.preference import rows as answer_rows
+from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.objectives import COMPARED
+from moepeft.objectives.paired_batch import PAIR
+
+SOURCE = 'preference'
+# Of an answer that is judged, and of one to another prompt.
+JUDGED = ('', 'kl_')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+  """A row as ids.
+
+  Attributes:
+    sides: what the model's own form holds of each answer with its prompt.
+    label: whether a judged answer is a good one; None of a pair.
+    idx: of the row in its file.
+    asked: the first row's that has its prompt: by these rows are held out.
+    place: among all items of its source.
+    references: float32 [k, t], log p of each target of each side, where it
+      was computed before training.
+  """
+
+  sides: tuple
+  label: bool | None
+  idx: int
+  asked: int
+  place: int
+  references: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+  """The form of batches with several sides; see `batching.collators`.
+
+  Attributes:
+    own: the form of one side.
+    judged: whether answers are judged one by one, not compared.
+  """
+
+  own: forms.Form
+  judged: bool
+
+  @property
+  def packed(self) -> bool:
+    return self.own.packed
+
+  @property
+  def seed(self) -> int:
+    return self.own.seed
+
+  @property
+  def before(self) -> tuple[int, ...]:
+    return self.own.before
+
+  @property
+  def words(self) -> Vocabulary:
+    return self.own.words
+
+  @property
+  def sides(self) -> tuple[str, str]:
+    """What the keys of its batches begin with."""
+    return JUDGED if self.judged else PAIR
+
+  def encode(self, items: Sequence[Item]) -> list[Item]:
+    """What `items` has made, as it is."""
+    return list(items)
+
+  def rows(self, number: int, encoded: Sequence[Item]) -> forms.Rows:
+    """A window's rows: see `padded` and `laid`."""
+    if not self.packed:
+      return self.padded(encoded)
+    rng = np.random.default_rng((self.seed, number))
+    fills = [self.own.sizes(one)[0] for one in self._by_side(encoded)]
+    lengths = np.concatenate(fills, axis=1)
+    room = self.lengths * len(self.sides)
+    return self.laid(encoded, packing.shuffled(lengths, room, rng))
+
+  def padded(self, encoded: Sequence[Item]) -> forms.Rows:
+    """A batch of each side, its keys after the side's name.
+
+    Returns:
+      'chosen_inputs', ..., 'rejected_inputs', ... of pairs; 'inputs', ...,
+      'kl_inputs', ... and 'label' bool [b] of judged answers; and
+      'chosen_reference' ('reference' of judged ones) and its like, float32
+      [b, t], where the items have them.
+    """
+    found = {}
+    for i, one in enumerate(self._by_side(encoded)):
+      found |= self._named(i, self.own.padded(one))
+      if encoded[0].references is not None:
+        given = np.stack([item.references[i] for item in encoded])
+        found[f'{self.sides[i]}reference'] = given
+    if self.judged:
+      found['label'] = np.array([item.label for item in encoded])
+    return found
+
+  def laid(
+    self, encoded: Sequence[Item], bins: Sequence[Sequence[int]]
+  ) -> forms.Rows:
+    """Rows of several items each, which have the same segment on every side.
+
+    Returns:
+      As `padded`, with the segments and positions of the model's own form;
+      'label' is [b, t], of each segment from 1 on.
+    """
+    found, t = {}, self.lengths[-1]
+    for i, one in enumerate(self._by_side(encoded)):
+      found |= self._named(i, self.own.laid(one, bins))
+      if encoded[0].references is not None:
+        given = np.zeros((len(bins), t), np.float32)
+        # Targets fill the last of a form's lengths.
+        ends = [size[-1] for size in self.own.sizes(one)[0]]
+        for row, items in enumerate(bins):
+          parts = [encoded[j].references[i][: ends[j]] for j in items]
+          whole = np.concatenate(parts)
+          given[row, : len(whole)] = whole
+        found[f'{self.sides[i]}reference'] = given
+    if self.judged:
+      found['label'] = np.zeros((len(bins), t), bool)
+      for row, items in enumerate(bins):
+        labels = [encoded[j].label for j in items]
+        found['label'][row, : len(items)] = labels
+    return found
+
+  def _by_side(self, encoded: Sequence[Item]) -> list[list]:
+    return [list(one) for one in zip(*(e.sides for e in encoded), strict=True)]
+
+  def _named(self, side: int, rows: forms.Rows) -> forms.Rows:
+    return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
+
+  def cut(self, items: Sequence[Item]) -> int:
+    """0: what was too long was told when the rows were read."""
+    del items
+    return 0
+
+  @property
+  def longer(self) -> str:
+    return self.own.longer
+
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    return self.own.lengths
+
+  @property
+  def rooms(self) -> tuple[int, ...]:
+    return self.own.rooms
+
+  def resized(self, lengths: tuple[int, ...]) -> 'Sides':
+    return dataclasses.replace(self, own=self.own.resized(lengths))
+
+  def sizes(self, encoded: Sequence[Item]):
+    """Of each row's longest side, and its trained tokens of all sides."""
+    places, trained = [], []
+    for item in encoded:
+      own, tokens = self.own.sizes(item.sides)
+      places.append(tuple(map(max, zip(*own, strict=True))))
+      trained.append(sum(tokens))
+    return places, trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """What a source of preferences holds.
+
+  Attributes:
+    items: rows that fit, in the source's order.
+    notes: lines for the user.
+  """
+
+  items: tuple[Item, ...]
+  notes: tuple[str, ...]
+
+  @property
+  def sha256(self) -> str:
+    """Of every id and what is trained of it, in order."""
+    found = hashlib.sha256()
+    for item in self.items:
+      for side in item.sides:
+        one = vars(side).values() if isinstance(side, Sample) else side
+        for part in one:
+          array = np.asarray(part, np.int32)
+          found.update(np.int64(array.size).tobytes() + array.tobytes())
+    return found.hexdigest()
+
+  def with_references(self, references: np.ndarray) -> 'Read':
+    """The same items with theirs of float32 [items, k, t]."""
+    items = (
+      dataclasses.replace(item, references=references[i])
+      for i, item in enumerate(self.items)
+    )
+    return dataclasses.replace(self, items=tuple(items))
+
+  def split(self, held_out: float) -> tuple[list[Item], list[Item]]:
+    """(training, validation), all answers to a prompt on one side.
+
+    See `moepeft.data.split.last`.
+
+    Raises:
+      ValueError: nothing is left to train on.
+    """
+    rows = {item.idx: item.asked for item in self.items}
+    out = held.last(list(rows.values()), held_out)
+    gone = {idx for idx, away in zip(rows, out, strict=True) if away}
+    if len(gone) == len(rows):
+      raise ValueError(f'held_out={held_out} leaves no row to train on')
+    parts = [], []
+    for item in self.items:
+      parts[item.idx in gone].append(item)
+    return parts
+
+
+def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
+  """The form of an objective's batches.
+
+  Args:
+    objective: config.objective; own: the model's form.
+
+  Raises:
+    ValueError: the objective and config.data.source are not of one kind, or
+      the method has a soft prompt and the objective compares answers.
+  """
+  if (objective in COMPARED) != (data.source == SOURCE):
+    raise ValueError(
+      f'config.objective={objective!r} does not go with config.data.source='
+      f'{data.source!r}: {", ".join(COMPARED)} are of the source {SOURCE!r}, '
+      'and of no other; set one of the two'
+    )
+  if objective not in COMPARED:
+    return own
+  if own.before:
+    raise ValueError(
+      f'config.objective={objective!r} does not go with a soft prompt: no '
+      'objective that compares answers has placeholders in what its reference '
+      'reads; leave `prompt` out of config.method, or take another objective'
+    )
+  return Sides(own, objective == 'kto')
+
+
+def read(
+  data: ConfigDict, form: forms.Form, render: answer_ids.Render | None = None
+) -> Read:
+  """Reads config.data.path and makes ids of it.
+
+  Args:
+    form: of `form_of`; where answers are judged, pairs become two of them.
+    render: of a decoder; by default the chat template, or plain text where
+      the tokenizer has none.
+
+  Raises:
+    ValueError: no such file; a row that is not of the form (the message names
+      the file and the row), or of no use to the objective; or none that fits.
+  """
+  if not isinstance(form, Sides):
+    raise ValueError(
+      f'rows of config.data.source={SOURCE!r} are for training with one of '
+      f'{", ".join(COMPARED)}; name other rows to evaluate'
+    )
+  own, judged = form.own, form.judged
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a .json or .jsonl file of preferences, or to a '
+      'name on the hub'
+    )
+  bad = Bad(data.on_bad_row, data.ignore)
+  encode = answer_ids.encoder(data, own, render)
+  rows, parts, places = answer_rows.rows(data, bad, judged, encode)
+  spans = [answer_ids.span(one, own, data.too_long) for one in parts]
+  same = [
+    span is not None and answer_ids.alike(one, span)
+    for one, span in zip(parts, spans, strict=True)
+  ]
+  spans = [None if one else x for x, one in zip(spans, same, strict=True)]
+  alike = [place for place, one in zip(places, same, strict=True) if one]
+  kept = [i for i, span in enumerate(spans) if span is not None]
+  if alike and not kept:
+    raise ValueError(
+      f'no row of {data.path} compares answers that differ to the tokenizer '
+      f'within {own.longer} (the first: {alike[0]}); mend the rows, or raise '
+      'the length'
+    )
+  if not kept:
+    raise ValueError(
+      f'none of {len(rows)} rows of {data.path} fits {own.longer} with '
+      f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
+      'the length'
+    )
+  others = (
+    preference.mismatched([rows[i] for i in kept], data.path) if judged else ()
+  )
+  items, asked = [], {}
+  for place, i in enumerate(kept):
+    prompt, cap = spans[i].prompt, spans[i].cap
+    sides = [
+      answer_ids.side(prompt, answer, cap, own) for answer in parts[i].answers
+    ]
+    if judged:
+      other = parts[kept[others[place]]].answers[0]
+      sides.append(answer_ids.side(prompt, other, spans[i].room, own))
+    label = rows[i].label if judged else None
+    first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
+    items.append(Item(tuple(sides), label, rows[i].idx, first, place))
+  notes = answer_rows.notes(data, places, spans, alike, bad, own)
+  labels = {item.label for item in items}
+  if judged and len(labels) == 1:
+    notes = (*notes, _one_class(data.path, labels == {True}))
+  return Read(tuple(items), notes)
+
+
+def _one_class(path: str, good: bool) -> str:
+  present, missing = ('good', 'bad') if good else ('bad', 'good')
+  return (
+    f'note: every answer of {path} is {present} and none is {missing}, so that '
+    f'kto has one side alone; add rows whose label is {str(not good).lower()}'
+  )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of compared and of judged answers, read and told of."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from moepeft.data.batching import collators as forms
+from moepeft.data.batching import decoder_only as causal
+from moepeft.data.chat import dataset as chat
+from moepeft.data.chat.formats import Turn
+from moepeft.data.example import Bad, BadRow
+from moepeft.data.preference import formats as preference
+from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.preference.formats import Compared, Judged
+from moepeft.data.preference.tokenize import Parts
+from moepeft.data.readers import huggingface as hub
+
+
+def rows(
+  data: ConfigDict, bad: Bad, judged: bool, encode: answer_ids.Encode
+) -> tuple[list, list[Parts], list[str]]:
+  """(rows of the one kind, the same as ids, where each stands); those of no
+  use are bad ones."""
+  table, where = hub.table_of(data.path, data.split, bad)
+  good, parts, places, nulls = [], [], [], hub.fills_in(table)
+  for i, fields in enumerate(table):
+    try:
+      fields = hub.without_nulls(fields) if nulls else fields
+      row = preference.row(fields, data.form, i, bad.unused)
+      found = _useful(row, judged, data.system)
+      ids = [encode(row.prompt, row.answers) for row in found]
+      good.extend(found)
+      parts.extend(ids)
+      places.extend([where(i)] * len(found))
+    except BadRow as e:
+      bad(where(i), e)
+  if not good:
+    first = f', the first: {bad.reasons[0]}' if bad.reasons else ''
+    raise ValueError(f'{data.path} holds no good row{first}')
+  return good, parts, places
+
+
+def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
+  """A row as the objective takes it, with a system's turn where it has none."""
+  if isinstance(row, Judged) and not judged:
+    raise BadRow(
+      'one answer with a label, but the objective compares two; set '
+      "config.objective to 'kto'"
+    )
+  if system and row.prompt.turns[0].role != 'system':
+    turns = (Turn('system', system), *row.prompt.turns)
+    prompt = dataclasses.replace(row.prompt, turns=turns)
+    row = dataclasses.replace(row, prompt=prompt)
+  pair = isinstance(row, Compared) and judged
+  return list(preference.unpaired(row)) if pair else [row]
+
+
+def notes(
+  data: ConfigDict,
+  places: Sequence[str],
+  spans: Sequence,
+  alike: Sequence[str],
+  bad: Bad,
+  own: forms.Form,
+) -> tuple[str, ...]:
+  """What became of the rows, in lines for the user.
+
+  Args:
+    places: where each row stands; spans: of `answer_ids.span`, None of rows
+      that are left out: at `alike` as both answers are the same.
+  """
+  lines = [f'{data.path}: {len(places):,} rows']
+  lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
+  decoder = isinstance(own, causal.Samples)
+  if decoder and not (data.chat_template or answer_ids.templated(own.words)):
+    lines.append(
+      f'{own.words} brings no chat template: turns are written as plain text'
+    )
+  elif decoder:
+    lines += chat.template(data, own.words).remarks
+  if len(bad.reasons) > 1:
+    lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
+  pairs, gone = list(zip(places, spans, strict=True)), set(alike)
+  left = [place for place, span in pairs if span is None and place not in gone]
+  cut = [place for place, span in pairs if span is not None and span.cut]
+  for some, what in (
+    (left, 'left out, as they do not fit'),
+    (cut, 'cut'),
+  ):
+    if some:
+      lines.append(
+        f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
+        f'(the first: {some[0]}); raise {own.longer} to keep them whole'
+      )
+  lines += bad.notes(data.path)
+  if alike:
+    lines.append(
+      f'{len(alike):,} of {len(places):,} rows of {data.path} are left out, as '
+      'their answers are the same to the tokenizer, or after they are cut (the '
+      f'first: {alike[0]})'
+    )
+  return tuple(lines)

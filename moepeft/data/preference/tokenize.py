@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt and its answers as ids, and what of them fits a row.
+
+The prompt is the same on all sides and never trained. What is too long costs
+it its beginning, or the row: no answer is cut beside one that is whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moepeft.data.batching import collators as forms
+from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.chat import dataset as chat
+from moepeft.data.chat.formats import Conversation, Turn
+from moepeft.data.example import BadRow
+from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary, eos_of
+
+# The share of a decoder's row that a prompt keeps beside long answers.
+_LEAST = 4
+
+# A conversation as ids, of which the last run of trained tokens is the answer.
+Render = Callable[[Conversation], Sample]
+# (prompt, answers) -> Parts
+Encode = Callable[[Conversation, Sequence[Turn]], 'Parts']
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+  """A row as ids, of any length: its prompt, and (ids, trained) of answers."""
+
+  prompt: np.ndarray
+  answers: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Span:
+  """What of a row fits.
+
+  Attributes:
+    prompt: what is left of it.
+    cap: tokens of each answer that are kept, all of them unless both are cut.
+    room: tokens that there are for an answer.
+    cut: whether anything was cut.
+  """
+
+  prompt: np.ndarray
+  cap: int
+  room: int
+  cut: bool
+
+
+def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
+  """What makes ids of a row.
+
+  Args:
+    own: the form of one side.
+    render: of a decoder; by default `renderer`'s.
+
+  Raises:
+    ValueError: config.data asks for what pairs have not, or has no template.
+  """
+  if data.train_on != 'answers':
+    raise ValueError(
+      f'config.data.train_on={data.train_on!r} does nothing with '
+      "config.data.source='preference', whose prompts are never trained; set "
+      "it to 'answers'"
+    )
+  if not isinstance(own, causal.Samples):
+    if data.chat_template:
+      raise ValueError(
+        f'config.data.chat_template={data.chat_template!r} does nothing with '
+        'an encoder-decoder, which reads prompts as plain text; leave it empty'
+      )
+    words = own.words
+
+    def both(prompt, answers) -> Parts:
+      _check_plain(prompt, answers)
+      end = np.int32(eos_of(words))
+      texts = [said(prompt), *(turn.content for turn in answers)]
+      found = words.encode_all(texts)
+      ids = [np.append(np.asarray(text, np.int32), end) for text in found]
+      return Parts(ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:]))
+
+    return both
+  render = render or renderer(data, own.words)
+
+  def decoder(prompt, answers) -> Parts:
+    prompts, found = [], []
+    # Of no other turn is anything trained, so none is cut from what is before.
+    before = [dataclasses.replace(t, trained=False) for t in prompt.turns]
+    for answer in answers:
+      turns = (*before, dataclasses.replace(answer, trained=True))
+      whole = render(dataclasses.replace(prompt, turns=turns))
+      start = _last_run(whole.trained)
+      prompts.append(whole.ids[:start])
+      found.append((whole.ids[start:], whole.trained[start:]))
+    if any(not np.array_equal(prompts[0], one) for one in prompts):
+      raise BadRow(
+        'the chat template makes another prompt of each answer; name one that '
+        'does not with config.data.chat_template'
+      )
+    return Parts(prompts[0], tuple(found))
+
+  return decoder
+
+
+def _last_run(trained: np.ndarray) -> int:
+  """Where the last run of trained tokens begins."""
+  if not trained.any():
+    raise BadRow('no token of the answer is trained; mend or remove the row')
+  last = int(np.flatnonzero(trained)[-1])
+  before = np.flatnonzero(~trained[:last])
+  return int(before[-1]) + 1 if len(before) else 0
+
+
+def renderer(data: ConfigDict, words: Vocabulary) -> Render:
+  """The chat template, or plain text where the tokenizer has none.
+
+  Raises:
+    ValueError: config.data.chat_template cannot be read, or is for bytes.
+  """
+  if data.chat_template or templated(words):
+    return chat.template(data, words).render
+
+  def plain(whole: Conversation) -> Sample:
+    _check_plain(whole)
+    prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
+    (asked,) = causal.prompts(words, [said(prompt)])
+    (ids,) = causal.answers(words, [whole.turns[-1].content])
+    return causal.sample(asked, ids)
+
+  return plain
+
+
+def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
+  """Plain text is what turns say, so there must be no more to them."""
+  turns = (*whole.turns, *answers)
+  if whole.tools or any(
+    turn.calls or turn.thought or turn.name and turn.role != 'tool'
+    for turn in turns
+  ):
+    raise BadRow(
+      'a turn calls tools or has thoughts or a name, or the row has tools, '
+      'which only a chat template writes; set config.data.chat_template, or '
+      'remove the row'
+    )
+
+
+def templated(words: Vocabulary) -> bool:
+  """Whether a vocabulary brings a chat template."""
+  own = words.tokenizer if isinstance(words, Tokenizer) else None
+  return bool(own is not None and own.chat_template)
+
+
+def said(prompt: Conversation) -> str:
+  """Turns as plain text: a single one as it is, several by their roles."""
+  if len(prompt.turns) == 1:
+    return prompt.turns[0].content
+  return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
+
+
+def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
+  """What of a row fits, None where it is left out."""
+  prompt = parts.prompt
+  lengths = [len(ids) for ids, _ in parts.answers]
+  longest, both = max(lengths), min(lengths)
+  if not isinstance(own, causal.Samples):
+    most, room = own.lengths
+    over = len(prompt) > most
+    if over and too_long == 'drop':
+      return None
+    left = prompt[:most]
+    if too_long == 'prompt':
+      left = causal.last(prompt, most, own.words.bos)
+    if longest <= room:
+      return Span(left, longest, room, over)
+    cut = too_long == 'end' and both > room
+    return Span(left, room, room, True) if cut else None
+  # One token more than are fed.
+  row = own.length + 1
+  if len(prompt) + longest <= row:
+    return Span(prompt, longest, row - len(prompt), False)
+  if too_long == 'prompt':
+    left = row - longest
+    if left < min(len(prompt), row // _LEAST):
+      return None
+    kept = causal.last(prompt, left, own.words.bos)
+    return Span(kept, longest, longest, True)
+  room = row - len(prompt)
+  # Both ends are cut or none.
+  cut = too_long == 'end' and both > room >= 1
+  return Span(prompt, room, room, True) if cut else None
+
+
+def alike(parts: Parts, span: Span) -> bool:
+  """Whether two answers have become one: nothing is learnt of them."""
+  cut = [tuple(part[: span.cap] for part in one) for one in parts.answers]
+  return len(cut) > 1 and all(
+    np.array_equal(part, other)
+    for one in cut[1:]
+    for part, other in zip(one, cut[0], strict=True)
+  )
+
+
+def side(prompt: np.ndarray, answer, cap: int, own: forms.Form):
+  """What the form of one side holds."""
+  ids, trained = (part[:cap] for part in answer)
+  if not isinstance(own, causal.Samples):
+    return prompt, ids
+  untrained = np.zeros(len(prompt), bool)
+  return Sample(
+    np.concatenate([prompt, ids]).astype(np.int32),
+    np.concatenate([untrained, trained]),
+  )

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded rows of decoder-only models: what is trained, and what is not."""
+
+import itertools
+
+import numpy as np
+
+from moepeft.core import terminal
+from moepeft.core.types import Batch
+from moepeft.data.tokenizers.tokenizer import Vocabulary
+
+_GREEN, _PLAIN = '\033[32m', '\033[0m'
+
+
+def rows_of(part: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(ids int [n], trained bool [n]) of each segment of a row."""
+  # A row of its own where nothing is packed.
+  own = part.get('inputs_segments', part['inputs_mask'].astype(int))[row]
+  found = []
+  for segment in range(1, int(own.max()) + 1):
+    at = own == segment
+    ids = np.append(part['inputs'][row][at], part['targets'][row][at][-1:])
+    trained = np.append([False], part['targets_mask'][row][at])
+    found.append((ids, trained))
+  return found
+
+
+def picture(
+  ids: np.ndarray, trained: np.ndarray, words: Vocabulary, colour: bool
+) -> str:
+  """The text, special tokens visible, trained tokens green or in brackets."""
+  shown = []
+  for own, run in itertools.groupby(
+    zip(ids.tolist(), trained, strict=True), lambda pair: bool(pair[1])
+  ):
+    text = terminal.visible(words.show([token for token, _ in run]))
+    if own:
+      text = f'{_GREEN}{text}{_PLAIN}' if colour else f'[{text}]'
+    shown.append(text)
+  return ''.join(shown)
+
+
+def pictures(
+  part: Batch, row: int, words: Vocabulary, colour: bool
+) -> list[str]:
+  """A row's segments, each under a line that says how much is trained."""
+  lines = []
+  for number, (ids, trained) in enumerate(rows_of(part, row), 1):
+    lines.append(
+      f'\nrow {row}, segment {number}: {len(ids) - 1} tokens, '
+      f'{int(trained.sum())} trained'
+    )
+    shown = picture(ids, trained, words, colour)
+    lines.append('  ' + shown.replace('\n', '\n  '))
+  return lines

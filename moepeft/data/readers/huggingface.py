@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of Hugging Face `datasets`: a name on the hub, or local files.
+
+Rows have `inputs` and `targets` (and what else `moepeft.data.example` knows),
+or any columns, which templates then put into words. Tables stay on disk; JSON
+is read here, so that a broken line has a number and can be left out.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moepeft.core import files as core_files
+from moepeft.core import untrusted
+from moepeft.data import example as rows
+from moepeft.data import fingerprint as files
+from moepeft.data.example import Bad, BadRow, Rows
+from moepeft.data.readers import csv_table, jsonl, splits
+from moepeft.data.readers import promptsource as templates_lib
+from moepeft.data.row_fields import Unused, named
+from moepeft.tasks import Example
+
+# What `datasets` calls the readers of files, by the files' endings.
+_READERS = {'parquet': 'parquet', 'arrow': 'arrow'}
+# Read here: `datasets` would infer numbers, dates and nulls from texts.
+_JSON = ('json', 'jsonl')
+_READ_HERE = (*_JSON, 'csv')
+
+
+def read(
+  path: str,
+  split: str = 'train',
+  templates: str = '',
+  on_bad_row: str = 'error',
+  seed: int = 0,
+  ignore: str = '',
+) -> Rows:
+  """All examples of a dataset's split; made when they are asked for.
+
+  Args:
+    path: a .json, .jsonl, .csv, .parquet or .arrow file, a directory of them,
+      or one of `save_to_disk`; else a name on the hub, with its configuration
+      after a slash: 'imdb', 'glue/mrpc', 'nyu-mll/glue/mrpc'.
+    split: of the dataset, 'train' or 'train[:10%]'. A file, and a directory
+      that holds one saved split of no name, has all in 'train'.
+    templates: a templates.yaml or a directory of them, see
+      `moepeft.data.readers.promptsource.group`; '' where rows have inputs and
+      targets.
+    on_bad_row: 'error', or 'skip': left out, with the reason in
+      `Rows.skipped`.
+    seed: of what templates draw.
+    ignore: fields that may be left unused, of config.data.ignore.
+
+  Raises:
+    ValueError: what cannot be found or read, a split that is not there, bad
+      rows; the message names the path and the row.
+  """
+  bad = Bad(on_bad_row, ignore)
+  table, where = table_of(path, split, bad)
+  name = _name(path)
+  if templates:
+    group = templates_lib.group(templates, name)
+    return templates_lib.render(group, table, bad, where, seed)
+  _check_columns(path, table)
+  make = functools.partial(_plain, templates_lib.clean(name), bad.unused)
+  return rows.made(path, table, (make,), where, bad)
+
+
+def _name(path: str) -> str:
+  """The dataset's name: of the hub as it is, of a file without its ending."""
+  if not os.path.exists(core_files.local_path(path)):
+    return path
+  return os.path.basename(os.path.abspath(path)).split('.')[0]
+
+
+def _plain(name: str, unused: Unused, row: Mapping, place: int) -> Example:
+  # A table has no absent fields: they are None there.
+  kept = {k: v for k, v in row.items() if v is not None}
+  return rows.example({'idx': place} | kept, name, unused=unused)
+
+
+def _check_columns(path: str, table: Sequence[Mapping]) -> None:
+  columns = getattr(table, 'column_names', None)
+  if columns is None:
+    columns = sorted({column for row in table for column in row})
+  if len(table) and (
+    'inputs' not in columns or not {'targets', 'choices'} & set(columns)
+  ):
+    raise ValueError(
+      f"{path} has the columns {named(columns)}; expected 'inputs' and "
+      "'targets', or set config.data.templates to put these into words"
+    )
+
+
+def table_of(
+  path: str, split: str, bad: Bad
+) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+  """Rows by place as they stand, and a place in words.
+
+  Args: as of `read`.
+
+  Raises:
+    ValueError: as `read`.
+  """
+  local = core_files.local_path(path)
+  core_files.check_file(local)
+  if os.path.isfile(local) and files.ending_of(local) in _READ_HERE:
+    if splits.name_of(split) != 'train':
+      raise ValueError(
+        f"{path} is one file, whose rows are the split 'train'; got {split!r}"
+      )
+    return _table([local], path, split, bad)
+  if os.path.isdir(local) and not splits.described(local):
+    of_split = splits.files_of(path, local, split, bad)
+    here = {files.ending_of(file) in _READ_HERE for file in of_split}
+    if here == {True}:
+      return _table(of_split, path, split, bad)
+    kinds = sorted(set(map(files.ending_of, of_split)))
+    if len(kinds) > 1:
+      raise splits.unreadable(
+        path, split, f'its files are of several kinds: {", ".join(kinds)}'
+      )
+    table = _load(path, local, split, of_split)
+  else:
+    table = _load(path, local, split)
+  return table, lambda place: f'{path}, {split}, row {place}'
+
+
+def fills_in(table: Sequence[Mapping]) -> bool:
+  """Whether each object in a table has the fields of all others, as null."""
+  return hasattr(table, 'features')
+
+
+def without_nulls(value: Any) -> Any:
+  """A value of such a table with the fields that it was written with."""
+  if isinstance(value, Mapping):
+    return {k: without_nulls(v) for k, v in value.items() if v is not None}
+  return [*map(without_nulls, value)] if isinstance(value, list) else value
+
+
+def _table(
+  of_split: Sequence[str], path: str, split: str, bad: Bad
+) -> tuple[Sequence[Mapping], Callable[[int], str]]:
+  """The rows of files of JSON and CSV, one file after the other."""
+  places, table = [], []
+  for file in of_split:
+    where, part = (
+      csv_table.read(file, bad)
+      if files.ending_of(file) == 'csv'
+      else json_rows(file, bad)
+    )
+    places += where
+    # One file of CSV stays as it is, which takes less memory.
+    table = part if len(of_split) == 1 else [*table, *part]
+  chosen = splits.slice_of(path, split, len(places))
+  return table[chosen], places[chosen].__getitem__
+
+
+def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+  """(where, rows) of lines of objects, or of one array of them."""
+  if files.ending_of(file) == 'json' and _begins(file).startswith(b'['):
+    return _array(file, bad)
+  if files.ending_of(file) == 'json':
+    _check_lines(file)
+  found = list(jsonl.lines(file, bad))
+  return [where for where, _ in found], [row for _, row in found]
+
+
+def _check_lines(file: str) -> None:
+  """Looks whether a .json holds one object on several lines.
+
+  Raises:
+    ValueError: it does.
+  """
+  try:
+    with files.opened(file) as stream:
+      first = stream.readline()
+      # All but '{' of a row on one line is on that line.
+      if first.decode('utf-8-sig').strip() != '{':
+        return
+      found = untrusted.parse_json(first + stream.read())
+  except (ValueError, OSError):
+    # Whoever reads it says what is wrong.
+    return
+  lists = [key for key, value in found.items() if isinstance(value, list)]
+  raise ValueError(
+    f'{file} is one object on several lines, expected an array of rows or an '
+    'object a line; '
+    + (
+      f'write the list in {lists[0]!r} as the whole file'
+      if len(lists) == 1
+      else 'put it into [...]'
+    )
+  )
+
+
+def _begins(file: str) -> bytes:
+  """What a file begins with, blanks and the byte order mark aside."""
+  with files.opened(file) as stream:
+    return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
+
+
+def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+  try:
+    with files.opened(file) as stream:
+      text = stream.read()
+    items = untrusted.parse_json(text, check_text=False, unique_keys=True)
+  except untrusted.Malformed as e:
+    raise ValueError(
+      f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
+      'write one object a line'
+    ) from None
+  places, table, torn = [], [], jsonl.HALF.search(text)
+  for i, item in enumerate(items):
+    where = f'{file}, row {i}'
+    try:
+      if not isinstance(item, dict):
+        raise BadRow('expected an object {...}; mend or remove it')
+      if torn:
+        rows.check_whole(item)
+      places.append(where)
+      table.append(item)
+    except BadRow as e:
+      bad(where, e)
+  return places, table
+
+
+def _load(
+  path: str, local: str, split: str, of_split: Sequence[str] = ()
+) -> Sequence[Mapping]:
+  """A split as a `datasets.Dataset`, whatever goes wrong in one sentence.
+
+  Args:
+    of_split: the split's files, where they are known.
+  """
+  # Imported here: it costs a second, and most runs need none of it.
+  import datasets
+
+  try:
+    if not os.path.exists(local):
+      return _remote(path, split)
+    if of_split:
+      reader = _READERS[files.ending_of(of_split[0])]
+      by_name = {splits.name_of(split): list(of_split)}
+      return datasets.load_dataset(reader, data_files=by_name, split=split)
+    if os.path.isdir(local):
+      core_files.check_files(local)
+      if splits.saved(local):
+        return _saved(datasets.load_from_disk(local), path, split)
+      return datasets.load_dataset(local, split=split)
+    if files.ending_of(local) not in _READERS:
+      known = ', .'.join((*_READ_HERE, *_READERS))
+      raise ValueError(f'expected one of .{known}')
+    reader = _READERS[files.ending_of(local)]
+    return datasets.load_dataset(reader, data_files=local, split=split)
+  except ConnectionError as e:
+    raise ValueError(
+      f'{path!r} is no local path, and the Hugging Face hub cannot be reached '
+      f'({_reason(e)}); name local files, or connect to the network'
+    ) from None
+  except Exception as e:
+    raise ValueError(
+      f'the split {split!r} of {path!r} cannot be read ({_reason(e)}); check '
+      'config.data.path and config.data.split'
+    ) from None
+
+
+def _remote(path: str, split: str) -> Sequence[Mapping]:
+  """A name on the hub: all of it a repository, or its last part a config."""
+  import datasets
+
+  parts = path.split('/')
+  if files.ending_of(path) in (*_READ_HERE, *_READERS):
+    raise ValueError('no such file')
+  if path.startswith(('.', '~', '/')) or len(parts) > 3:
+    raise ValueError('no such path, and no name on the hub')
+  if len(parts) < 3:
+    try:
+      return datasets.load_dataset(path, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+      if len(parts) < 2:
+        raise
+  name, config = path.rsplit('/', 1)
+  return datasets.load_dataset(name, config, split=split)
+
+
+def _saved(found, path: str, split: str) -> Sequence[Mapping]:
+  """One split of what save_to_disk wrote."""
+  if isinstance(found, dict):
+    if split not in found:
+      raise ValueError(f'it holds the splits {", ".join(found)}')
+    return found[split]
+  its = str(found.split or 'train')
+  if split != its:
+    raise ValueError(f'it holds the split {its}')
+  return found
+
+
+def _reason(e: BaseException) -> str:
+  """What `datasets` says, and what it says it comes from, in one line."""
+  said = str(e) or type(e).__name__
+  if e.__cause__ is not None:
+    said += f': {e.__cause__}'
+  return ' '.join(said.split())[:500].rstrip('.')

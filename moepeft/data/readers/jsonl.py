@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows in P3's form: `.jsonl` or `.jsonl.gz`, one file or a directory.
+
+The fields of a row are in `moepeft.data.example`.
+"""
+
+import collections
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from moepeft.core import untrusted
+from moepeft.core.files import local_path
+from moepeft.data import example as rows_lib
+from moepeft.data import fingerprint as files
+from moepeft.data.example import Bad, BadRow, Rows
+from moepeft.tasks import Example
+
+# How JSON spells a half of a surrogate pair, which may stand alone.
+HALF = re.compile(rb'\\u[dD][89a-fA-F]')
+# Above this many different targets, a template's answers count as open.
+_MAX_CHOICES = 8
+
+
+def read(
+  path: str, ranked: bool = False, on_bad_row: str = 'error', ignore: str = ''
+) -> Rows:
+  """All rows under a path, in the order of file names and lines.
+
+  Args:
+    path: a file or a directory.
+    ranked: whether every row must have choices and a label.
+    on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
+      reason. A compressed file that ends early is an error in any case.
+    ignore: fields that may be left unused, of config.data.ignore.
+
+  Raises:
+    ValueError: nothing there, no good rows, or a row that is not of the form;
+      the message names the file and the line.
+  """
+  bad = Bad(on_bad_row, ignore)
+  examples = []
+  for file in _files(local_path(path), bad):
+    name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
+    for where, row in lines(file, bad):
+      try:
+        examples.append(rows_lib.example(row, name, ranked, bad.unused))
+      except BadRow as e:
+        bad(where, e)
+  return rows_lib.rows(path, examples, bad)
+
+
+def _files(path: str, bad: Bad) -> list[str]:
+  # A file that is named itself may have any name.
+  if os.path.isfile(path):
+    return [path]
+  return files.data_files(path, 'jsonl', bad)
+
+
+def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
+  """('FILE, line 1', object) of every line that is not empty.
+
+  Raises:
+    ValueError: the file cannot be read to its end, or as `bad` does.
+  """
+  with files.opened(file) as stream:
+    for number, line in enumerate(stream, 1):
+      where = f'{file}, line {number}'
+      try:
+        if line.strip():
+          yield where, _parse(line)
+      except BadRow as e:
+        bad(where, e)
+
+
+def _parse(line: bytes) -> dict:
+  try:
+    row = untrusted.parse_json(line, check_text=False, unique_keys=True)
+  except untrusted.Malformed as e:
+    raise BadRow(f'{e}; mend or remove the line') from None
+  if not isinstance(row, dict):
+    raise BadRow('expected an object {...}; mend or remove the line')
+  if HALF.search(line):
+    rows_lib.check_whole(row)
+  return row
+
+
+def split(
+  examples: Sequence[Example], held_out: float
+) -> tuple[list[Example], list[Example]]:
+  """(training, validation): the last `held_out` of each dataset's idx.
+
+  Templates of one dataset share examples, so the split goes by `idx`; rows
+  without one go by their order.
+  """
+  keys = collections.defaultdict(set)
+  numbered = [(e, e.idx if e.idx >= 0 else i) for i, e in enumerate(examples)]
+  for e, key in numbered:
+    keys[e.task].add(key)
+  first = {}
+  for task, found in keys.items():
+    ordered = sorted(found)
+    cut = len(ordered) - int(round(len(ordered) * held_out))
+    first[task] = ordered[cut] if cut < len(ordered) else float('inf')
+  train = [e for e, key in numbered if key < first[e.task]]
+  validation = [e for e, key in numbered if key >= first[e.task]]
+  if not train:
+    raise ValueError(f'held_out={held_out} leaves no row to train on')
+  return train, validation
+
+
+def closed(
+  train: Sequence[Example], validation: Sequence[Example]
+) -> list[Example]:
+  """The validation rows of templates with few answers, with their choices.
+
+  The choices of a template are the targets that occur in training; rows whose
+  own target is not among them are left out.
+  """
+  answers = collections.defaultdict(set)
+  for e in train:
+    answers[e.task, e.template].add(e.targets)
+  ranked = []
+  for e in validation:
+    choices = tuple(sorted(answers[e.task, e.template]))
+    if 2 <= len(choices) <= _MAX_CHOICES and e.targets in choices:
+      ranked.append(
+        Example(
+          **{
+            **vars(e),
+            'choices': choices,
+            'label': choices.index(e.targets),
+          }
+        )
+      )
+  return ranked

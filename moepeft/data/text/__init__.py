@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain text: documents, deduplication, quality, span corruption."""

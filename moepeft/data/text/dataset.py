@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain text cut into pieces, and what is predicted of each.
+
+Documents follow one another, each with EOS at its end (and, where a decoder
+reads them, with what the tokenizer begins texts with before it, if anything),
+and are cut wherever a row is full; where rows are packed, every document is cut
+by itself, and nothing sees another document.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching.collators import Form
+from moepeft.data.batching.decoder_only import Sample, Samples
+from moepeft.data.text import documents
+from moepeft.data.text import span_corruption as spans
+from moepeft.data.text.documents import Document
+from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+
+PREDICT = ('next', 'spans', 'prefix')
+# (ids, what is drawn from) -> a Sample, or a pair of ids.
+Make = Callable[[np.ndarray, np.random.Generator], Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces(Sequence):
+  """Pieces of text as ids.
+
+  Attributes:
+    ids: int32 [tokens].
+    bounds: int64 [pieces, 2], where each begins and ends.
+    make: what is predicted of one.
+    notes: lines for the user.
+  """
+
+  ids: np.ndarray
+  bounds: np.ndarray
+  make: Make
+  notes: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.bounds)
+
+  def __getitem__(self, place: int) -> np.ndarray:
+    start, end = self.bounds[place]
+    return self.ids[start:end]
+
+  def split(self, held_out: float) -> tuple['Pieces', 'Pieces']:
+    """(training, validation): the last `held_out` of the pieces.
+
+    Raises:
+      ValueError: nothing is left to train on.
+    """
+    cut = len(self) - int(round(len(self) * held_out))
+    if not cut:
+      raise ValueError(f'held_out={held_out} leaves no text to train on')
+    parts = self.bounds[:cut], self.bounds[cut:]
+    train, rest = (dataclasses.replace(self, bounds=part) for part in parts)
+    return train, rest
+
+  def prepared(self, drawn: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """What is predicted of pieces, drawn anew at each place."""
+    make = self.make
+
+    def prepare(place: int, ids: np.ndarray):
+      return make(ids, np.random.default_rng((seed, 1, place)))
+
+    return drawn.map_with_index(prepare)
+
+  def fixed(self, held_out: 'Pieces', seed: int) -> list:
+    """What is predicted of each held-out piece, the same every time."""
+    return [
+      self.make(ids, np.random.default_rng((seed, 2, i)))
+      for i, ids in enumerate(held_out)
+    ]
+
+
+def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
+  """The text under a path, cut up for a form as config.data says.
+
+  Args:
+    below: the size of the model's vocabulary, at whose end sentinels are
+      where the vocabulary is of bytes.
+
+  Raises:
+    ValueError: no text is there, or the model cannot predict it that way.
+  """
+  found, bad = documents.read(path, data.on_bad_row, data.ignore)
+  notes = (
+    [
+      f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
+      f'{bad.reasons[0]}'
+    ]
+    if bad.reasons
+    else []
+  )
+  notes += bad.notes(path)
+  length, make = maker(data, own, below)
+  found, gone = documents.filtered(found, data.quality, data.duplicates)
+  notes += gone
+  encoded = encode(own.words, found, isinstance(own, Samples))
+  if not own.packed:
+    encoded = [np.concatenate(encoded)]
+  starts = np.cumsum([0, *map(len, encoded)])
+  bounds = [
+    (start + at, min(start + at + length, start + len(ids)))
+    for start, ids in zip(starts, encoded, strict=False)
+    # A piece begins with the token that the one before ended with, where all
+    # but the first of each are predicted.
+    for at in range(0, len(ids) - 1, _step(data, own, length))
+  ]
+  ids = np.concatenate(encoded)
+  notes.append(
+    f'{path}: {len(ids):,} tokens of {len(found):,} documents in '
+    f'{len(bounds):,} pieces of up to {length:,}'
+  )
+  return Pieces(ids, np.array(bounds, np.int64), make, tuple(notes))
+
+
+def _step(data: ConfigDict, own: Form, length: int) -> int:
+  return length - 1 if data.predict == 'next' else length
+
+
+def encode(
+  words: Vocabulary, found: Sequence[Document], begun: bool = False
+) -> list[np.ndarray]:
+  """int32 [n] of each document: its text, passages and all, and EOS.
+
+  Args:
+    begun: whether what the tokenizer begins texts with comes before it.
+  """
+  start = [words.bos] if begun and words.bos is not None else []
+  every = words.encode_all(
+    [document.separator.join(document.passages) for document in found]
+  )
+  ends = np.array(start, np.int32), np.array([eos_of(words)], np.int32)
+  return [
+    np.concatenate([ends[0], np.asarray(ids, np.int32), ends[1]])
+    for ids in every
+  ]
+
+
+def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
+  """(tokens of a piece, what is predicted of it) by config.data.predict.
+
+  Raises:
+    ValueError: there is no such way, or the model has not.
+  """
+  decoder = isinstance(own, Samples)
+  if data.predict not in PREDICT:
+    raise ValueError(
+      f'config.data.predict is one of {", ".join(PREDICT)}; got '
+      f'{data.predict!r}'
+    )
+  if data.predict == 'spans':
+    return _spans(data, own, below)
+  if data.predict == 'prefix':
+    return _prefix(own)
+  if not decoder:
+    raise ValueError(
+      "config.data.predict='next' is of decoder-only models; set it to 'spans' "
+      "or 'prefix' for an encoder-decoder"
+    )
+  return own.rooms[0] + 1, lambda ids, rng: Sample(ids, np.ones(len(ids), bool))
+
+
+def _prefix(own: Form) -> tuple[int, Make]:
+  """What follows a place that is drawn, given what stands before it.
+
+  An encoder sees all of the prefix at once. A decoder reads it causally, as it
+  reads prompts when it generates: only what is trained differs from 'next'. The
+  prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
+  """
+  if isinstance(own, Samples):
+
+    def sample(ids, rng):
+      cut = rng.integers(1, len(ids))
+      return causal.sample(ids[:cut], ids[cut:])
+
+    return own.rooms[0] + 1, sample
+  most, answer = own.rooms
+  end = np.int32(eos_of(own.words))
+
+  def pair(ids, rng):
+    # The suffix fits its side, and neither is empty.
+    cut = rng.integers(max(1, len(ids) - answer + 1), len(ids))
+    return np.append(ids[:cut], end), np.append(ids[cut:], end)
+
+  return most, pair
+
+
+def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
+  """Hidden spans given the rest; a decoder reads both in one row."""
+  noise, span, eos = data.noise, data.span, eos_of(own.words)
+  if not 0 < noise < 1 or span < 1:
+    raise ValueError(
+      'config.data.noise is a share of the tokens, above 0 and below 1, and '
+      f'config.data.span a length of at least 1; got {noise} and {span}'
+    )
+  if isinstance(own, Samples):
+    most = own.rooms[0] + 1
+    length = spans.longest(lambda x, y: x + y <= most, noise, span)
+  else:
+    most, room = own.rooms
+    length = spans.longest(lambda x, y: x <= most, noise, span)
+    needed = spans.sizes(length, noise, span)[1]
+    if needed > room:
+      raise ValueError(
+        f'spans of {most} inputs have {needed} targets (config.data.noise='
+        f'{noise}, config.data.span={span}); set config.data.targets_length '
+        f'to {needed}, it is {room}'
+      )
+  sentinels = own.words.sentinels(below)
+  needed = spans.counts(length, noise, span)[1]
+  if needed > len(sentinels):
+    raise ValueError(
+      f'pieces of {length} tokens have {needed} hidden spans, and '
+      f'{own.words} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
+      "bytes, the model's ids from 259 on); give a vocabulary that has them, "
+      'shorten the rows or raise config.data.span'
+    )
+
+  def make(ids, rng):
+    hidden = spans.mask(len(ids), noise, span, rng)
+    x, y = spans.corrupt(ids, hidden, sentinels, eos)
+    return causal.sample(x, y) if isinstance(own, Samples) else (x, y)
+
+  return length, make

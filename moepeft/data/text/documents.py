@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain text from files: .txt as it is, .jsonl rows with a field `text`.
+
+A .txt file is one document; its passages are what blank lines separate, or
+its lines where it has no blank line. A row of .jsonl is a document of one
+passage. Filters leave out passages; what stays keeps its place.
+"""
+
+import dataclasses
+import os
+import re
+
+from moepeft.data import fingerprint as files
+from moepeft.data.example import Bad, BadRow
+from moepeft.data.readers import jsonl
+from moepeft.data.row_fields import MARK, Fields
+from moepeft.data.text import dedup as duplicates
+from moepeft.data.text import quality
+
+_BLANK = re.compile(r'\n[ \t]*\n\s*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A text in passages.
+
+  Attributes:
+    name: where it stands, for errors.
+    passages: not empty.
+    separator: what stands between two of them.
+  """
+
+  name: str
+  passages: tuple[str, ...]
+  separator: str = '\n\n'
+
+
+def read(
+  path: str, on_bad_row: str = 'error', ignore: str = ''
+) -> tuple[list[Document], Bad]:
+  """(the documents of a file or a directory of files, what was skipped).
+
+  Args:
+    ignore: fields that may be left unused, of config.data.ignore.
+
+  Raises:
+    ValueError: nothing is there, a file cannot be read, or a bad row.
+  """
+  bad, found = Bad(on_bad_row, ignore), []
+  for file in files.data_files(path, 'text', bad):
+    if '.jsonl' in os.path.basename(file).lower():
+      found += _rows(file, bad)
+    else:
+      found += _text(file)
+  if not found:
+    raise ValueError(f'{path} holds no text; expected at least a line')
+  return found, bad
+
+
+def _text(file: str) -> list[Document]:
+  text = files.read_text(file).strip()
+  separator = '\n\n' if _BLANK.search(text) else '\n'
+  parts = _BLANK.split(text) if separator == '\n\n' else text.split('\n')
+  passages = tuple(part for part in parts if part.strip())
+  return [Document(file, passages, separator)] if passages else []
+
+
+def _rows(file: str, bad: Bad) -> list[Document]:
+  found = []
+  for where, row in jsonl.lines(file, bad):
+    fields = Fields(row, unused=bad.unused)
+    text = fields.get('text')
+    try:
+      if not isinstance(text, str) or not text.removeprefix(MARK).strip():
+        raise BadRow(
+          f"expected text in 'text', got {text!r}; mend or remove the row"
+        )
+      text = text.removeprefix(MARK).strip()
+      fields.close({text})
+      found.append(Document(where, (text,)))
+    except BadRow as e:
+      bad(where, e)
+  return found
+
+
+def filtered(
+  found: list[Document], names: str, least: float
+) -> tuple[list[Document], list[str]]:
+  """(documents without the passages that go, lines that say how many, why).
+
+  Args:
+    names: of rules of `moepeft.data.text.quality`, 'length,repetition'.
+    least: the similarity of near duplicates; 0 to leave them in.
+
+  Raises:
+    ValueError: there is no such rule, or nothing stays.
+  """
+  lines, total = [], sum(len(document.passages) for document in found)
+  for name, holds in quality.rules(names).items():
+    found, gone = _kept(found, [holds(text) for text in _passages(found)])
+    said = holds.__doc__.rstrip('.')
+    lines.append(f'{gone:,} passages go by the rule {name!r} ({said})')
+  if least:
+    again = duplicates.repeated(_passages(found), least)
+    found, gone = _kept(found, [not repeated for repeated in again])
+    lines.append(f'{gone:,} passages go as near duplicates ({least} alike)')
+  if not found:
+    raise ValueError(
+      f'none of {total:,} passages is left: {"; ".join(lines)}; ask less of '
+      'them in config.data.quality or config.data.duplicates'
+    )
+  return found, lines
+
+
+def _passages(found: list[Document]) -> list[str]:
+  return [text for document in found for text in document.passages]
+
+
+def _kept(
+  found: list[Document], keep: list[bool]
+) -> tuple[list[Document], int]:
+  """(documents of the passages that are kept, how many are not)."""
+  flags, documents = iter(keep), []
+  for document in found:
+    kept = tuple(text for text in document.passages if next(flags))
+    if kept:
+      documents.append(dataclasses.replace(document, passages=kept))
+  return documents, keep.count(False)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How probable targets are: -log p of each, in nats."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moepeft.core import sharding
+from moepeft.core.types import Array, Batch, Tree
+from moepeft.data.batching.bucketing import buckets, whole
+from moepeft.data.batching.collators import Form, Pairs
+from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.models import decoder_only
+from moepeft.objectives.cross_entropy import token_losses
+from moepeft.peft.methods.prompt_tuning import before
+from moepeft.tasks import Example
+
+# Below these, lengths of inputs and targets are not worth a program.
+_LEAST = 64, 16
+
+
+def losses(model: Any, variables: Tree, batch: Batch) -> Array:
+  """-log p of each token of the targets in nats, 0 on padding: [b, t].
+
+  Args:
+    batch: of `batching.seq2seq.seq2seq`, or of `batching.decoder_only.padded`.
+  """
+  logits = model.apply(variables, batch)
+  found = token_losses(logits, batch['targets'])
+  return jnp.where(batch['targets_mask'], found, 0)
+
+
+class Likelihood:
+  """Scores the targets of examples, with one compiled program a shape."""
+
+  def __init__(
+    self,
+    model: Any,
+    vocabulary: Vocabulary,
+    inputs_length: int,
+    targets_length: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+  ):
+    """`batch_size` is rounded up to a multiple of the mesh's devices."""
+    self._losses = jax.jit(functools.partial(losses, model))
+    front = before(model)
+    self._form: Form = Pairs(
+      vocabulary, inputs_length, targets_length, before=front
+    )
+    if decoder_only(model):
+      both = inputs_length + targets_length
+      self._form = Samples(vocabulary, both, before=front)
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._rows = sharding.round_up(self._mesh, batch_size)
+
+  def cut(self, examples: Sequence[Example]) -> np.ndarray:
+    """Whether the inputs or targets of each are cut: bool [n]."""
+    return np.array([self._form.cut([e]) for e in examples], bool)
+
+  def sums(
+    self,
+    variables: Tree,
+    examples: Sequence[Example],
+    progress: Callable[[int], None] | None = None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """(-log p of each example's targets, how many tokens they are).
+
+    Targets are those of training: cut to the length, with EOS, which counts.
+
+    Args:
+      progress: told after each batch how many more examples are done.
+
+    Returns:
+      float64 [n] in nats, summed over tokens on the host; int64 [n].
+    """
+    encoded = self._form.encode(examples)
+    lengths, tokens = self._form.sizes(encoded)
+    nll = np.zeros(len(encoded), np.float64)
+    most = self._form.lengths
+    for shape, places in buckets(
+      lengths, _LEAST[: len(most)], most, self._rows
+    ):
+      filled = [encoded[i] for i in whole(places, self._rows)]
+      batch = self._form.resized(shape).padded(filled)
+      batch = sharding.shard_whole_batch(self._mesh, batch)
+      found = sharding.gather(self._losses(variables, batch))
+      nll[places] = found[: len(places)].sum(axis=1, dtype=np.float64)
+      if progress is not None:
+        progress(len(places))
+    return nll, np.array(tokens, np.int64)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""N-gram language models, a baseline of models that are trained from nothing.
+
+python -m moepeft.evaluation.ngrams \
+  --config=configs/pretrain_gpt_tiny.py:text=PATH
+
+N-grams of the training text predict the rows that a run of the config is
+validated on. Losses are means over the same targets as the run's, in nats.
+
+N-grams are smoothed by Kneser and Ney's interpolation (Chen and Goodman, 1999,
+An empirical study of smoothing techniques for language modeling), one discount
+an order. Like the model they see nothing before a row. Where spans are hidden
+they know the text to the left, hidden spans included, which the
+model has to read from its inputs and its own targets; where a span ends they
+tell from its length so far.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from moepeft.checkpoints import base as base_lib
+from moepeft.config import flags as command
+from moepeft.core import files
+from moepeft.data import sources, vocabulary
+from moepeft.data.batching.collators import form
+from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.text import dataset as text
+from moepeft.data.text import span_corruption as spans
+from moepeft.evaluation.eval_sets import pairs_to_judge
+
+# Least and largest discount of a count.
+_DISCOUNTS = 0.1, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A text, of which some tokens are predicted.
+
+  Attributes:
+    ids: int [n].
+    predicted: bool [n].
+    spans: the length of each hidden span, whose ends are predicted too.
+    given: targets that are always the same.
+  """
+
+  ids: np.ndarray
+  predicted: np.ndarray
+  spans: Sequence[int] = ()
+  given: int = 0
+
+  @property
+  def targets(self) -> int:
+    return int(self.predicted.sum()) + len(self.spans) + self.given
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+  """How often the n-grams of one n were counted, by one way of counting.
+
+  Attributes:
+    grams: [grams].
+    following: [contexts], the sum over the tokens that follow each.
+    kinds: [contexts], how many different ones follow.
+    discount: what is taken off every count.
+  """
+
+  grams: np.ndarray
+  following: np.ndarray
+  kinds: np.ndarray
+  discount: float
+
+  def p(self, grams: np.ndarray, contexts: np.ndarray, lower: np.ndarray):
+    """p of tokens; `lower` is that of shorter contexts. -1 is unknown."""
+    following = _at(self.following, contexts)
+    off = np.maximum(_at(self.grams, grams) - self.discount, 0)
+    rest = self.discount * _at(self.kinds, contexts) * lower
+    return np.where(
+      following > 0, (off + rest) / np.maximum(following, 1), lower
+    )
+
+
+def _counts(contexts: np.ndarray, grams: np.ndarray) -> _Counts:
+  """Args: the context of each gram, and how often it was counted."""
+  once, twice = ((grams == n).sum() for n in (1, 2))
+  discount = once / max(once + 2 * twice, 1)
+  return _Counts(
+    grams,
+    np.bincount(contexts, grams),
+    np.bincount(contexts, grams > 0),
+    # Where little was counted it may be 0, which leaves nothing to the unseen.
+    float(np.clip(discount, *_DISCOUNTS)),
+  )
+
+
+def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """values[places], 0 where there is none."""
+  known = (places >= 0) & (places < len(values))
+  return np.where(known, values[np.where(known, places, 0)], 0)
+
+
+class NGrams:
+  """p(token | up to n - 1 tokens before it in its row)."""
+
+  def __init__(self, rows: Sequence[np.ndarray], order: int, size: int):
+    """
+    Args:
+      rows: int [n] each, what is counted.
+      order: the largest n, if a row is that long.
+      size: of the vocabulary.
+    """
+    tokens, places = _joined(rows)
+    self._size = size
+    # Of each n: codes of grams (context * size + token), ascending; what was
+    # counted; and, of shorter ones, how many different tokens came before.
+    self._codes, self._raw, self._before = [], [], []
+    grams = np.zeros(len(tokens), np.int64)
+    for n in range(1, order + 1):
+      contexts = _contexts(grams, places, n)
+      known = contexts >= 0
+      if not known.any():  # no row is that long
+        break
+      codes, first, inverse, counts = np.unique(
+        (contexts * size + tokens)[known],
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
+      )
+      if n > 1:
+        shorter = self._codes[-1]
+        before = np.bincount(grams[known][first], minlength=len(shorter))
+        self._before.append(_counts(shorter // size, before))
+      self._codes.append(codes)
+      self._raw.append(_counts(codes // size, counts))
+      grams = np.full(len(tokens), -1, np.int64)
+      grams[known] = inverse
+
+  def log_p(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For n of 1, 2, ...: log p of every token of the rows, in their order."""
+    tokens, places = _joined(rows)
+    lower = np.full(len(tokens), 1 / self._size)
+    grams, found = np.zeros(len(tokens), np.int64), []
+    for n, (codes, raw) in enumerate(
+      zip(self._codes, self._raw, strict=True), 1
+    ):
+      contexts = _contexts(grams, places, n)
+      wanted = contexts * self._size + tokens
+      place = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
+      seen = (contexts >= 0) & (codes[place] == wanted)
+      grams = np.where(seen, place, -1)
+      p = raw.p(grams, contexts, lower)
+      # A row's first tokens have no longer context: theirs is all there is.
+      found.append(np.where(places >= n - 1, p, found[-1]) if found else p)
+      if n <= len(self._before):
+        lower = self._before[n - 1].p(grams, contexts, lower)
+    return [np.log(p) for p in found]
+
+
+def _joined(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens of all rows, the place of each in its row)."""
+  places = np.concatenate([np.arange(len(row)) for row in rows])
+  return np.concatenate(rows).astype(np.int64), places
+
+
+def _contexts(grams: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
+  """The (n - 1)-gram before each token; -1 where its row has none."""
+  if n == 1:
+    return np.zeros(len(places), np.int64)
+  before = np.concatenate([[-1], grams[:-1]])
+  return np.where(places >= n - 1, before, -1)
+
+
+def ends(lengths: Sequence[int], most: int) -> np.ndarray:
+  """p [most] that a span ends at 1, 2, ... tokens, given that it gets there.
+
+  One span that ends and one that goes on are added to each count.
+  """
+  counts = np.bincount(lengths, minlength=most + 1)
+  there = counts[::-1].cumsum()[::-1]
+  return ((counts + 1) / (there + 2))[1 : most + 1]
+
+
+def ends_nats(lengths: Sequence[int], p: np.ndarray) -> float:
+  """The loss of where spans end and where they go on, in sum."""
+  goes_on = np.concatenate([[0], np.log1p(-p).cumsum()])
+  at = np.asarray(lengths, int) - 1
+  return -float((goes_on[at] + np.log(p)[at]).sum())
+
+
+def losses(
+  train: Sequence[Row], rows: Sequence[Row], order: int, size: int
+) -> list[float]:
+  """Nats a target of n-grams of 1 to `order`."""
+  grams = NGrams([row.ids for row in train], order, size)
+  targets = sum(row.targets for row in rows)
+  predicted = np.concatenate([row.predicted for row in rows])
+  seen = [n for row in train for n in row.spans]
+  hidden = [n for row in rows for n in row.spans]
+  closing = 0.0
+  if hidden:
+    closing = ends_nats(hidden, ends(seen, max(hidden + seen)))
+  return [
+    float((closing - log_p[predicted].sum()) / targets)
+    for log_p in grams.log_p([row.ids for row in rows])
+  ]
+
+
+def row(item, predict: str, sentinels: Sequence[int]) -> Row:
+  """What is predicted of a piece of text; `item` is a Sample or two ids."""
+  if predict == 'spans':
+    if isinstance(item, Sample):
+      item = item.ids[~item.trained], item.ids[item.trained]
+    ids, hidden = spans.restore(*item, sentinels)
+    # The first target is always the first sentinel.
+    return Row(ids, hidden, spans.lengths(hidden), given=1)
+  if isinstance(item, Sample):
+    # Nothing stands before the first token, so it is never predicted.
+    return Row(item.ids, item.trained & (np.arange(len(item.ids)) > 0))
+  # Without the end of the inputs, which is always the same.
+  inputs, targets = np.asarray(item[0])[:-1], np.asarray(item[1])
+  ids = np.concatenate([inputs, targets])
+  return Row(ids, np.arange(len(ids)) >= len(inputs))
+
+
+def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
+  """(targets, nats a target of 1-grams, 2-grams, ...).
+
+  Raises:
+    ValueError: the config reads no plain text, or holds none out.
+  """
+  data = config.data
+  if data.source != 'text':
+    raise ValueError(
+      'n-grams are counted in plain text; give a config with config.data.source'
+      f"='text', it is {data.source!r}"
+    )
+  words = vocabulary(data.vocabulary, config.model.path)
+  _, shape = base_lib.shape(config.model)
+  own = form(data, words, shape, config.seed)
+  found = sources(data, config.seed, below=shape.vocab, own=own)
+  judged = pairs_to_judge(config, found, own)
+  if not judged:
+    raise ValueError('no text is held out; raise config.data.held_out')
+  pieces, _ = text.pieces(data, own, data.path, shape.vocab).split(
+    data.held_out
+  )
+  sentinels = words.sentinels(shape.vocab)
+  train, rows = (
+    [row(item, data.predict, sentinels) for item in items]
+    for items in (pieces.fixed(pieces, config.seed), judged)
+  )
+  nats = losses(train, rows, order, words.size)
+  return sum(one.targets for one in rows), nats
+
+
+def main(argv) -> None:
+  del argv
+  if _JSON.value:
+    command.check_can_write(_JSON.value)
+  targets, found = baseline(_CONFIG.value, _ORDER.value)
+  print(f'nats a target, of {targets:,} held-out targets')
+  for n, nats in enumerate(found, 1):
+    best = '  the least' if nats == min(found) else ''
+    print(f'{n}-gram  {nats:.4f}{best}')
+  if _JSON.value:
+    files.write_text(_JSON.value, json.dumps(dict(enumerate(found, 1))))
+
+
+if __name__ == '__main__':
+  _CONFIG = command.define_config('configs/pretrain_gpt_tiny.py')
+  _ORDER = flags.DEFINE_integer(
+    'order',
+    8,
+    'The largest n.',
+    lower_bound=1,
+    upper_bound=64,
+  )
+  _JSON = flags.DEFINE_string('json', None, 'Where to write the losses.')
+  command.run(main)

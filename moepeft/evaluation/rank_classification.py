@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank classification, as in T0 and the paper: the likeliest choice wins.
+
+A choice's score is the sum of its tokens' log-probabilities, EOS included,
+not normalised by length; ties go to the first.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moepeft.core import sharding
+from moepeft.core.types import Array, Batch, Context, Tree
+from moepeft.data.batching import before as before_lib
+from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching import seq2seq as batching
+from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+from moepeft.models import decoder_only
+from moepeft.models.context import context
+from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
+from moepeft.peft.methods.prompt_tuning import before
+from moepeft.tasks import Example
+
+# Inputs are padded to a multiple of this, from 4 times it on to a power of two.
+_INPUTS = 64
+# The least length that choices are padded to.
+_TARGETS = 4
+# Short rows go into batches of at most so many times the rows.
+_MORE = 8
+# Choices of as many tokens as there may be that `batch_size` has room for.
+_CHOICES = 4
+
+
+def score_choices(
+  model: Any, variables: Tree, batch: Batch, targets: Array, mask: Array
+) -> Array:
+  """Log-likelihoods [b, c] of c choices for each input.
+
+  The encoder runs once for an input, and so do the keys and values that
+  cross-attention makes of it: its choices are one row of the decoder, packed,
+  each a segment that sees itself alone.
+
+  Args:
+    batch: inputs [b, s] and inputs_mask.
+    targets: int [b, c, t]; mask: bool of the same shape.
+  """
+  b, c, t = targets.shape
+  if decoder_only(model):
+    return _score_in_rows(model, variables, batch, targets, mask)
+  bound = model.bind(variables)
+  source_ctx = context(batch, 'inputs', batch['inputs'], train=False)
+  encoded = bound.encode(batch['inputs'], source_ctx)
+  row = functools.partial(jnp.reshape, shape=(b, c * t))
+  numbers = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  ctx = source_ctx.replace(token_mask=row(mask), segment_ids=row(numbers))
+  logits = bound.decode(row(shift_right(targets)), ctx, encoded, source_ctx)
+  logits = logits.reshape(b * c, t, -1)
+  flat, real = targets.reshape(b * c, t), mask.reshape(b * c, t)
+  return sequence_log_likelihood(logits, flat, real).reshape(b, c)
+
+
+def _score_in_rows(
+  model: Any, variables: Tree, batch: Batch, targets: Array, mask: Array
+) -> Array:
+  """`score_choices` of a decoder: a row for each prompt and choice.
+
+  Prompts are moved to the end of their [s], so that a choice follows at once
+  and tokens stand as far apart as in training.
+  """
+  b, c, t = targets.shape
+  real = batch['inputs_mask']
+  s = real.shape[1]
+  short = s - jnp.sum(real, axis=1, keepdims=True)
+  moved = (jnp.arange(s) - short) % s
+  prompt, seen = (
+    jnp.repeat(jnp.take_along_axis(a, moved, axis=1), c, axis=0)
+    for a in (batch['inputs'], real)
+  )
+  flat, scored = targets.reshape(b * c, t), mask.reshape(b * c, t)
+  ids = jnp.concatenate([prompt, flat], axis=1)[:, :-1]
+  places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
+  ctx = Context(
+    token_mask=jnp.concatenate([seen, scored], axis=1)[:, :-1],
+    positions=jnp.maximum(places, 0),
+  )
+  bound = model.bind(variables)
+  # The prompt's last token and the choice's all but last say its logits.
+  states = bound.states(ids, ctx)[:, s - 1 :]
+  ctx = ctx.replace(
+    token_mask=ctx.token_mask[:, s - 1 :], positions=ctx.positions[:, s - 1 :]
+  )
+  tied = bound.embed if model.config.tied else None
+  logits = bound.head(states, ctx, tied)
+  return sequence_log_likelihood(logits, flat, scored).reshape(b, c)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+  """An example as ids.
+
+  Attributes:
+    inputs: int [s], with EOS; of a decoder what its answers follow.
+    choices: int [t] each, with EOS.
+    cut: whether the input or a choice is cut.
+  """
+
+  inputs: Sequence[int]
+  choices: tuple[Sequence[int], ...]
+  cut: bool
+
+  @property
+  def alike(self) -> bool:
+    """Whether two choices are one, so that it cannot be ranked.
+
+    They may be the same to the tokenizer, or in what is left after a cut.
+    """
+    return len({tuple(ids) for ids in self.choices}) < len(self.choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A batch: `shape` is (rows, choices, inputs, targets)."""
+
+  shape: tuple[int, int, int, int]
+  members: tuple[int, ...]
+
+
+class NotFinite(ValueError):
+  """Scores of which none is the greatest: the weights are not finite."""
+
+
+class Ranker:
+  """Ranks examples with one compiled program a shape.
+
+  Rows of like lengths share a batch, and lengths are rounded, so that there is
+  little padding and few shapes occur.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    vocabulary: Vocabulary,
+    inputs_length: int,
+    targets_length: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+  ):
+    """`batch_size` is of the longest rows; there are more of short ones.
+
+    It is rounded up to a multiple of the mesh's devices.
+    """
+    self._score = jax.jit(functools.partial(score_choices, model))
+    self._causal, self._before = decoder_only(model), before(model)
+    self._vocabulary = vocabulary
+    self._lengths = inputs_length, targets_length
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._batch_size = sharding.round_up(self._mesh, batch_size)
+
+  def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
+    """Examples as ids; every different text is tokenized once."""
+    inputs, targets = self._lengths
+    inputs = before_lib.room(inputs, self._before, 'the inputs')
+    texts = {row.inputs for row in rows}
+    sources = (
+      self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
+    )
+    answers = self._ids({text for row in rows for text in row.choices}, targets)
+    prepared = []
+    for row in rows:
+      x, short = sources[row.inputs]
+      choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
+      x = before_lib.put(self._before, x)
+      prepared.append(Ranked(x, choices, short or any(cuts)))
+    return prepared
+
+  def scores(
+    self,
+    variables: Tree,
+    rows: Sequence[Ranked],
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> list[np.ndarray]:
+    """The log-likelihood of every choice of each example: float32 [choices].
+
+    Args:
+      progress: told how many more examples are done.
+    """
+    found: list = [None] * len(rows)
+    for part in self.parts(rows):
+      scores = self._scores(variables, [rows[i] for i in part.members], part)
+      for i, row in zip(part.members, scores, strict=False):
+        found[i] = row[: len(rows[i].choices)]
+      progress(len(part.members))
+    return found
+
+  def predict(
+    self,
+    variables: Tree,
+    rows: Sequence[Ranked],
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> np.ndarray:
+    """The place of the likeliest choice of each example: int [rows].
+
+    Raises:
+      NotFinite: a score is no finite number, and would pass for the first.
+    """
+    scores = self.scores(variables, rows, progress)
+    wrong = sum(not np.all(np.isfinite(own)) for own in scores)
+    if wrong:
+      raise NotFinite(
+        f'{wrong} of {len(rows)} ranked examples have scores that are not '
+        'finite: the run has diverged or its weights are not finite; take an '
+        'earlier checkpoint (--checkpoint=STEP), or train again with a lower '
+        'learning rate'
+      )
+    return np.array([np.argmax(own) for own in scores], np.int64)
+
+  def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
+    """The batches that rows are ranked in, of as few shapes as may be.
+
+    From the longest on, a batch takes the next rows, shorter ones too where
+    those of its shape have run out; so of each number of choices only the
+    last batch is not full.
+    """
+    sizes = [self._size(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+    while order:
+      c, s, t = sizes[order[0]]
+      near = [i for i in order[: self._rows(c, s, t)] if sizes[i][0] == c]
+      # Rows of shorter inputs may have longer choices.
+      t = max(sizes[i][2] for i in near)
+      count = self._rows(c, s, t)
+      if len(near) < count:
+        # No more have as many choices: a smaller batch will do.
+        least = sharding.round_up(self._mesh, _power(len(near)))
+        count = min(count, least)
+      yield Part((count, c, s, t), tuple(near[:count]))
+      order = order[len(near[:count]) :]
+
+  def _size(self, row: Ranked) -> tuple[int, int, int]:
+    """(choices, inputs, targets), as they are rounded."""
+    inputs, targets = self._lengths
+    count = len(row.choices)
+    s = -(-len(row.inputs) // _INPUTS) * _INPUTS
+    t = _power(max(map(len, row.choices)))
+    return (
+      count if count <= 4 else _power(count),
+      min(s if s <= 4 * _INPUTS else _power(s), inputs),
+      min(max(t, _TARGETS), targets),
+    )
+
+  def _rows(self, c: int, s: int, t: int) -> int:
+    """Rows of a batch: its arrays are no larger than those of the longest,
+    whose choices are `_CHOICES`.
+    """
+    inputs, targets = self._lengths
+    room = _CHOICES * targets
+    if c * t > room:
+      least = max(1, self._batch_size * room // (c * t))
+      return sharding.round_up(self._mesh, least)
+    more = min(inputs // s, targets // t, room // (c * t), _MORE)
+    return self._batch_size * (_power(more + 1) // 2)
+
+  def _scores(self, variables, rows: list[Ranked], part: Part) -> np.ndarray:
+    count, c, s, t = part.shape
+    # Whole batches, and as many choices each, by repeating the last.
+    filled = rows + [rows[-1]] * (count - len(rows))
+    choices = []
+    for row in filled:
+      choices += [*row.choices, *[row.choices[-1]] * (c - len(row.choices))]
+    inputs = [row.inputs for row in filled]
+    arrays = batching.seq2seq(inputs, inputs, s, s)
+    answers = batching.seq2seq(choices, choices, t, t)
+    batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
+    batch |= {
+      key: answers[key].reshape(count, c, t)
+      for key in ('targets', 'targets_mask')
+    }
+    batch = sharding.shard_whole_batch(self._mesh, batch)
+    targets, mask = batch.pop('targets'), batch.pop('targets_mask')
+    return sharding.gather(self._score(variables, batch, targets, mask))
+
+  def _ids(
+    self, texts: set[str], length: int
+  ) -> dict[str, tuple[list[int], bool]]:
+    """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
+    end = [eos_of(self._vocabulary)]
+    some = sorted(texts)
+    every = map(list, self._vocabulary.encode_all(some)) if some else ()
+    return {
+      text: (ids[: length - 1] + end, len(ids) >= length)
+      for text, ids in zip(some, every, strict=True)
+    }
+
+  def _prompts(
+    self, texts: set[str], length: int
+  ) -> dict[str, tuple[list[int], bool]]:
+    """{text: (ids as in training, whether its beginning was cut)}."""
+    some = sorted(texts)
+    every = causal.prompts(self._vocabulary, some)
+    bos = self._vocabulary.bos
+    return {
+      text: (list(causal.last(ids, length, bos)), len(ids) > length)
+      for text, ids in zip(some, every, strict=True)
+    }
+
+
+def _power(length: int) -> int:
+  """The least power of two that is not below a length."""
+  return 1 << (length - 1).bit_length()

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows to the figures of a table: of a run, of seeds, of differences."""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from moepeft import tasks
+from moepeft.evaluation import bootstrap
+from moepeft.evaluation import paper_measure as grid
+from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
+from moepeft.evaluation.results import HELD_OUT, MEASURES, Row
+from moepeft.evaluation.tables.run_results import Entry
+
+# The data of what after.json says of a run's own groups of tasks.
+AFTER = 'after'
+# The dataset of a mean over tasks that are not the paper's.
+MEAN = 'mean'
+_FRACTIONS = ('accuracy', 'exact_match', 'rouge_l')
+# With fewer seeds Student's interval is many times as wide as they are apart
+# (of two, 9 times): there is none.
+_STUDENTS_SEEDS = 5
+# How an interval was made.
+EXAMPLES = 'the percentile bootstrap over examples'
+SEEDS_AND_EXAMPLES = (
+  'the percentile bootstrap over seeds and examples, each resampled by itself '
+  '(Owen, 2007)'
+)
+STUDENT = "Student's t over seeds (not over examples)"
+
+
+class Key(NamedTuple):
+  """What a column holds; dataset '' for all of the data together."""
+
+  data: str
+  measure: str
+  dataset: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A value with its 95 % interval, fractions in per cent.
+
+  Attributes:
+    value: the figure.
+    low, high: ends of the interval; None where there is none.
+    majority: of always giving the most frequent answer, or None.
+    seeds: the figure of each seed where it is a mean over several.
+    how: EXAMPLES, SEEDS_AND_EXAMPLES or STUDENT, where there is an interval.
+  """
+
+  value: float
+  low: float | None = None
+  high: float | None = None
+  majority: float | None = None
+  seeds: tuple[float, ...] = ()
+  how: str = dataclasses.field(default='', compare=False)
+
+
+def of_entry(entry: Entry) -> dict[Key, Figure]:
+  """All figures of one run, or of a base."""
+  found = {}
+  for key, rows in parts(entry):
+    if key.measure == 'loss':
+      found[key] = _pooled_figure(rows)
+      continue
+    scale = 100 if key.measure in _FRACTIONS else 1
+    for name, score in grid.scores(rows, key.measure).items():
+      if (named := _named(key, name)) is not None:
+        found[named] = _scaled(score, scale)
+  loss = Key(HELD_OUT, 'loss', '')
+  if loss not in found and entry.loss is not None:
+    found[loss] = Figure(entry.loss)
+  for name, value in entry.means.items():
+    found[Key(AFTER, 'accuracy', name)] = Figure(100 * value)
+  return found
+
+
+def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
+  """Bootstrap draws of the figures that have an interval, likewise scaled."""
+  found = {}
+  for key, rows in parts(entry):
+    if key.measure == 'loss':
+      if not _single(rows):
+        found[key] = _pooled(rows)
+      continue
+    scale = 100 if key.measure in _FRACTIONS else 1
+    for name, drawn in grid.draws(rows, key.measure).items():
+      if (named := _named(key, name)) is not None:
+        found[named] = scale * drawn
+  return found
+
+
+def over_seeds(
+  runs: Sequence[Mapping[Key, Figure]],
+  draws: Mapping[Key, np.ndarray] = types.MappingProxyType({}),
+) -> dict[Key, Figure]:
+  """Means over runs that differ by seed, of the figures that all of them have.
+
+  Of one run, its own figures. Of several, the interval is that of `draws`;
+  where there are none (figures that are not kept by example), Student's over
+  five or more runs, cut to the values that the measure can have, and none over
+  fewer.
+
+  Args:
+    draws: from `mean_draws` of the same runs.
+  """
+  if len(runs) == 1:
+    return dict(runs[0])
+  means = {}
+  for key in runs[0]:
+    if all(key in run for run in runs):
+      values = np.array([run[key].value for run in runs])
+      mean = float(values.mean())
+      low, high, how = None, None, ''
+      if key in draws:
+        (low, high), how = bootstrap.interval(draws[key]), SEEDS_AND_EXAMPLES
+      elif len(values) >= _STUDENTS_SEEDS:
+        half, how = student(values), STUDENT
+        least, most = bounds(key.measure)
+        low, high = max(mean - half, least), min(mean + half, most)
+      majorities = [run[key].majority for run in runs]
+      # Examples may depend on the seed, and with them what is frequent.
+      majority = None if None in majorities else float(np.mean(majorities))
+      seeds = tuple(values.tolist())
+      means[key] = Figure(mean, low, high, majority, seeds, how)
+  return means
+
+
+def bounds(measure: str) -> tuple[float, float]:
+  """The least and the largest figure that a measure can have."""
+  return (0.0, np.inf) if measure == 'loss' else (0.0, 100.0)
+
+
+def student(values: np.ndarray) -> float:
+  """Half of the 95 % interval of a mean: t sd / sqrt(n), n - 1 degrees."""
+  n = len(values)
+  deviation = np.std(values, ddof=1)
+  return float(special.stdtrit(n - 1, 0.975) * deviation / np.sqrt(n))
+
+
+def differences(
+  ours: tuple[Mapping[Key, Figure], Mapping[Key, np.ndarray]],
+  baseline: tuple[Mapping[Key, Figure], Mapping[Key, np.ndarray]],
+) -> dict[Key, Figure]:
+  """Ours less the baseline's, with intervals over the same resamples.
+
+  Args:
+    ours, baseline: figures from `over_seeds` and draws from `mean_draws`.
+  """
+  found = {}
+  for key in ours[0].keys() & baseline[0].keys():
+    low = high = None
+    if key in ours[1] and key in baseline[1]:
+      low, high = bootstrap.interval(ours[1][key] - baseline[1][key])
+    found[key] = Figure(ours[0][key].value - baseline[0][key].value, low, high)
+  return found
+
+
+def mean_draws(entries: Sequence[Entry]) -> dict[Key, np.ndarray]:
+  """Draws of the mean over seeds, where all of them have draws.
+
+  Draw i resamples the examples, the same ones for every seed, and the seeds.
+  """
+  drawn = [draws_of(e) for e in sorted(entries, key=lambda e: e.seed)]
+  weights = bootstrap.seed_weights(len(drawn))
+  return {
+    key: np.einsum('is,si->i', weights, [own[key] for own in drawn])
+    for key in drawn[0]
+    if all(key in own for own in drawn)
+  }
+
+
+def of_one_kind(entries: Sequence[Entry]) -> list[Entry]:
+  """Leaves out what after.json says where any run has held-out rows.
+
+  The two are not of the same examples.
+  """
+  if not any(entry.has_held_out for entry in entries):
+    return list(entries)
+  return [dataclasses.replace(e, loss=None, means={}) for e in entries]
+
+
+def parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
+  """Rows that make a figure or a grid together; held-out ones first.
+
+  The dataset of a key is AVERAGE for the paper's tasks, of which each has a
+  column; else it is the key of the one column that the rows have.
+  """
+  parts = {}
+  for row in entry.rows:
+    key = Key(row.data, row.measure, _dataset(entry, row))
+    parts.setdefault(key, []).append(row)
+  return sorted(parts.items(), key=lambda item: order(item[0]))
+
+
+def _dataset(entry: Entry, row: Row) -> str:
+  if row.measure == 'loss':
+    return ''
+  if row.task in (*EIGHT, *ROUNDS):
+    return AVERAGE
+  if row.data != HELD_OUT:
+    return MEAN
+  if entry.source == 'tasks' and row.task in tasks.FAMILIES:
+    # Their prompts are the wordings, seen in training or held out.
+    return f'{tasks.FAMILIES[row.task].group} {row.prompt}'.strip()
+  return ''
+
+
+def order(key: Key) -> tuple:
+  """Sorts columns: held-out data, then by data, measure and dataset."""
+  datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
+  place = datasets.index(key.dataset) if key.dataset in datasets else 0
+  measures = ('loss', *(m for m in MEASURES if m != 'loss'))
+  first = (HELD_OUT, AFTER)
+  data = first.index(key.data) if key.data in first else len(first)
+  measure = measures.index(key.measure)
+  return data, key.data, measure, place, key.dataset
+
+
+def _named(key: Key, name: str) -> Key | None:
+  """The column of a grid's score; None for one that has no column."""
+  if key.dataset == AVERAGE:
+    return key._replace(dataset=name)
+  return key if name == AVERAGE else None
+
+
+def _scaled(score: grid.Score, scale: float) -> Figure:
+  fields = (score.value, score.low, score.high, score.majority)
+  scaled = (None if x is None else scale * x for x in fields)
+  return Figure(*scaled, how='' if score.low is None else EXAMPLES)
+
+
+def _pooled_figure(rows: Sequence[Row]) -> Figure:
+  """Nats a target token over all examples of all tasks."""
+  total = sum(sum(row.each) for row in rows)
+  value = total / sum(sum(row.weights) for row in rows)
+  if _single(rows):
+    return Figure(value)
+  return Figure(value, *bootstrap.interval(_pooled(rows)), how=EXAMPLES)
+
+
+def _single(rows: Sequence[Row]) -> bool:
+  return len({(row.task, i) for row in rows for i in row.idx}) < 2
+
+
+def _pooled(rows: Sequence[Row]) -> np.ndarray:
+  """Draws of the same; an example is drawn with all of its prompts."""
+  pairs = sorted({(row.task, i) for row in rows for i in row.idx})
+  place = {pair: i for i, pair in enumerate(pairs)}
+  idx, each, weights = [], [], []
+  for row in rows:
+    idx += [place[row.task, i] for i in row.idx]
+    each += row.each
+    weights += row.weights
+  table = bootstrap.table([idx], [each], [weights])
+  return bootstrap.means(*table, 'loss')[:, 0]

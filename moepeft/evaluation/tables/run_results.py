@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a work directory says about its run: settings, rows, losses."""
+
+import dataclasses
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moepeft.evaluation import results as rows_lib
+from moepeft.evaluation.results import HELD_OUT, Row
+from moepeft.peft.build import plain
+from moepeft.runs import config as run_config
+
+# The method's name in rows of the base without adapter.
+BASE = 'none'
+# What moepeft.evaluate writes, of a run and of its base alone.
+_NAMES = ('evaluation*.jsonl', 'base*.jsonl')
+_COMMAND = 'python -m moepeft.evaluate --workdir='
+# The entries that are read of after.json and of summary.json.
+_AFTER = {'step?': int, 'validation_loss?': float, 'means?': {str: float}}
+_SUMMARY = {'method?': str, 'semantics?': str}
+# Keys of a config that decide which examples after.json is of.
+_JUDGED = (
+  'data.held_out',
+  'data.inputs_length',
+  'data.path',
+  'data.source',
+  'data.split',
+  'data.targets_length',
+  'data.tasks',
+  'data.templates',
+  'evaluation.batch_size',
+  'evaluation.max_examples',
+  'evaluation.path',
+  'evaluation.tasks',
+)
+# Keys of a config that change no figure, or that an entry has by itself.
+_IRRELEVANT = (
+  'checkpoint',
+  'data.workers',
+  'evaluation',
+  'log',
+  'method',
+  'model.path',
+  'model.remat',
+  'model.unroll',
+  'patience',
+  'router_alarm',
+  'seed',
+  'semantics',
+  'sharding',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A run at one step, or its base without adapter.
+
+  Attributes:
+    folder: the work directory.
+    method, semantics, base, seed, step: as in rows.
+    base_parameters, parameters: as in rows; None where there are no rows.
+    settings: {dotted key: value} of the config, what changes no figure left
+      out; empty for the base.
+    source: config.data.source.
+    rows: of all its evaluations.
+    loss: after.json's validation loss, if it is of this step.
+    means: after.json's mean accuracies of groups, likewise.
+    judged: {key: value} of what decides which examples those two are of.
+    is_best: whether all rows are of the best checkpoint, whatever its step.
+  """
+
+  folder: str
+  method: str
+  semantics: str
+  base: str
+  base_parameters: int | None
+  parameters: int | None
+  seed: int
+  step: int
+  settings: Mapping[str, Any]
+  source: str
+  rows: tuple[Row, ...] = ()
+  loss: float | None = None
+  means: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  judged: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  is_best: bool = False
+
+  @property
+  def is_base(self) -> bool:
+    return self.method == BASE
+
+  @property
+  def has_held_out(self) -> bool:
+    return any(row.data == HELD_OUT for row in self.rows)
+
+  @property
+  def budget(self) -> tuple[int, int]:
+    """(steps, rows a batch); the best checkpoint is chosen of all steps."""
+    steps = self.settings.get('steps', self.step) if self.is_best else self.step
+    return steps, self.settings.get('batch_size', 0)
+
+  @property
+  def at(self) -> str:
+    """Which checkpoint it is, in words that runs of other seeds share."""
+    return 'best checkpoint' if self.is_best else f'step {self.step:,}'
+
+
+def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
+  """The entries of a work directory, one for each step and the base's.
+
+  Args:
+    defaults: a config's keys, nested, for those that an older run lacks.
+
+  Raises:
+    ValueError: it is no work directory, nothing was evaluated in it, two of
+      its files measure the same, or a file is damaged.
+  """
+  config = flatten(defaults) | flatten(run_config.read(folder))
+  after = _json(folder, 'after.json', _AFTER)
+  found = [
+    _entry(folder, config, after, own) for own in _grouped(folder).values()
+  ]
+  if found:
+    return found
+  if not after:
+    raise ValueError(
+      f'{folder!r} holds no evaluation; make one with {_COMMAND}{folder}, and '
+      '--data=DIR for the eight sets'
+    )
+  return [_unevaluated(folder, config, after)]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} as {'a.b': 1}; lists become tuples."""
+  found = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      found |= flatten(value, f'{prefix}{key}.')
+    else:
+      found[prefix + key] = tuple(value) if type(value) is list else value
+  return found
+
+
+def _json(folder: str, name: str, shape: Any) -> dict[str, Any]:
+  path = os.path.join(folder, name)
+  if not os.path.exists(path):
+    return {}
+  advice = f'make it again, or leave {folder!r} out'
+  return run_config.read_object(path, shape, advice)
+
+
+def _grouped(folder: str) -> dict[tuple, list[Row]]:
+  """All rows of a folder by (method, semantics, step)."""
+  groups, origin = {}, {}
+  paths = [
+    path
+    for name in _NAMES
+    for path in glob.glob(os.path.join(glob.escape(folder), name))
+  ]
+  for path in sorted(paths):
+    for row in rows_lib.read(path):
+      key = (row.method, row.semantics, row.step)
+      what = (*key, row.data, row.task, row.prompt, row.measure)
+      if what in origin:
+        raise ValueError(
+          f'{row.measure} of {row.task!r}, prompt {row.prompt!r}, is in '
+          f'{origin[what]} and again in {path}; remove one of the two'
+        )
+      origin[what] = path
+      groups.setdefault(key, []).append(row)
+  return groups
+
+
+def _entry(
+  folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Row]
+) -> Entry:
+  row = own[0]
+  _check_method(folder, config, row)
+  same = after.get('step') == row.step and row.method != BASE
+  return Entry(
+    folder=folder,
+    method=row.method,
+    semantics=row.semantics,
+    base=row.base,
+    base_parameters=row.base_parameters,
+    parameters=row.parameters,
+    seed=row.seed,
+    step=row.step,
+    settings={} if row.method == BASE else _settings(config),
+    source=config['data.source'],
+    rows=tuple(own),
+    loss=after.get('validation_loss') if same else None,
+    means=after.get('means', {}) if same else {},
+    judged={key: config[key] for key in _JUDGED},
+    is_best=all(row.checkpoint == 'best' for row in own),
+  )
+
+
+def _check_method(folder: str, config: Mapping[str, Any], row: Row) -> None:
+  """Raises ValueError where rows are of a run that was there before."""
+  if row.method == BASE:
+    return
+  now = plain(config['method'], config['semantics']), config['semantics']
+  if (plain(row.method, row.semantics), row.semantics) != now:
+    raise ValueError(
+      f'{folder!r} holds rows of {row.method!r} ({row.semantics}), its run is '
+      f'of {config["method"]!r} ({config["semantics"]}); evaluate it again '
+      f'with {_COMMAND}{folder}, and remove the old evaluation*.jsonl'
+    )
+
+
+def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
+  summary = _json(folder, 'summary.json', _SUMMARY)
+  # As in rows: 'package:t5_tiny' is t5_tiny.
+  path = config['model.path'].rstrip('/')
+  base = os.path.basename(path).split(':')[-1] or 'random'
+  return Entry(
+    folder=folder,
+    method=summary.get('method', config['method']),
+    semantics=summary.get('semantics', config['semantics']),
+    base=base,
+    base_parameters=None,
+    parameters=None,
+    seed=config['seed'],
+    step=after.get('step', config['steps']),
+    settings=_settings(config),
+    source=config['data.source'],
+    loss=after.get('validation_loss'),
+    means=after.get('means', {}),
+    judged={key: config[key] for key in _JUDGED},
+  )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+  beginnings = tuple(f'{key}.' for key in _IRRELEVANT)
+  return {
+    key: value
+    for key, value in config.items()
+    if not f'{key}.'.startswith(beginnings)
+  }

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stacked adapters, so that a batch mixes several."""

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms: what a bank's adapters have in common, so that one program serves
+them all.
+
+A form is a method whose rank is rounded up to 4, 8, 16, ... and whose scale is
+one: smaller ranks are padded with zeros, and alpha / r is multiplied into B.
+It acts wherever the method does by default, and wherever one that was named
+at the start does; an adapter that leaves sites out has the identity there.
+
+One form for each method, of the largest rank that was named, not one for each
+rank: every row reads its slot of every bank, so a second bank of LoRA would
+add its bytes, and its operations at every site, to every row.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from moepeft.checkpoints.adapter import instances
+from moepeft.config import method_string as spec_lib
+from moepeft.config.method_string import Spec
+from moepeft.inference.adapters.served_modules import stand_in
+from moepeft.nn.adapter_hook import Advice
+from moepeft.peft import METHODS, Built, build
+from moepeft.peft.build import plain
+
+_LEAST_RANK = 4
+# What changes no function, or becomes data.
+_OWN = ('sites', 'dropout', 'jitter', 'rslora', 'rank', 'alpha', 'length')
+# What is rounded up: a soft prompt's length, as ranks are.
+_SIZES = ('rank', 'length')
+_REFUSED = {
+  'full': (
+    'it trained the base itself; convert it into a base of its own (python -m '
+    'moepeft.convert --workdir=RUN --output=DIR) and serve that'
+  ),
+  'tokens': (
+    'it changes rows of the embedding and of the head, which a batch of other '
+    "adapters shares; train those with method='full' and serve the result as "
+    'a base of its own'
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One of the methods that a form nests.
+
+  Attributes:
+    name: its entry in the 'peft' tree.
+    kind: its text without rank and scale.
+    rank: the largest that fits; of a soft prompt the length; 0 of a method
+      without one.
+    sites: in the model's order.
+  """
+
+  name: str
+  kind: Spec
+  rank: int
+  sites: tuple[str, ...]
+
+  @property
+  def spec(self) -> Spec:
+    """Its method, without sites."""
+    if size_option(self.kind) != 'rank':
+      return self.sized
+    return self.sized.replace(alpha=float(self.rank))
+
+  @property
+  def sized(self) -> Spec:
+    """Its method with what fits, without sites and scale."""
+    option = size_option(self.kind)
+    return self.kind.replace(**{option: self.rank}) if option else self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What the adapters of one bank have in common.
+
+  Attributes:
+    name: the bank's.
+    parts: one, or the methods that nest, the first innermost.
+  """
+
+  name: str
+  parts: tuple[Part, ...]
+
+  @property
+  def method(self) -> str:
+    """As `--form` takes it."""
+    return spec_lib.format_method(tuple(part.sized for part in self.parts))
+
+  def holds(self, other: 'Form') -> bool:
+    """Whether an adapter of the form `other` fits."""
+    return _kinds(self.parts) == _kinds(other.parts) and all(
+      mine.rank >= its.rank and set(mine.sites) >= set(its.sites)
+      for mine, its in zip(self.parts, other.parts, strict=True)
+    )
+
+
+def form_of(built: Built, what: str) -> Form:
+  """The smallest form of an adapter: its own sites, its rank's bucket.
+
+  Args:
+    what: names it in an error.
+
+  Raises:
+    ValueError: it is not for a bank; the message says what to do.
+  """
+  parts = []
+  for name, spec in instances(built.method).items():
+    if spec.name in _REFUSED:
+      raise ValueError(
+        f'{what} is {built.method!r}, which cannot be served beside other '
+        f'adapters: {_REFUSED[spec.name]}'
+      )
+    entries = built.advice.entries
+    sites = tuple(path for path, module in entries if module.name == name)
+    parts.append(Part(name, _kind(spec), bucket(rank_of(spec)), sites))
+  return Form('', tuple(parts))
+
+
+def forms_of(
+  wanted: Sequence[Form], sites: Mapping[str, str]
+) -> tuple[Form, ...]:
+  """The forms that hold all of those; sorted by name.
+
+  Args:
+    wanted: of `form_of`.
+    sites: {path: role} of the model.
+  """
+  found: dict[tuple[Spec, ...], Form] = {}
+  for form in wanted:
+    key = _kinds(form.parts)
+    found[key] = _union(found.get(key, form), form, sites)
+  named, taken = [], set()
+  for form in found.values():
+    name = _free('_'.join(part.kind.name for part in form.parts), taken)
+    named.append(_renamed(form, name))
+  return tuple(sorted(named, key=lambda form: form.name))
+
+
+def advice_of(forms: Sequence[Form], sites: Mapping[str, str]) -> Advice:
+  """The table that the model takes: all forms nested."""
+  entries = []
+  for form in forms:
+    for part in form.parts:
+      spec = part.spec.replace(sites='|'.join(part.sites))
+      built = build(str(spec), sites)
+      entries += [
+        (path, stand_in(module, part.name))
+        for path, module in built.advice.entries
+      ]
+  return Advice(tuple(entries))
+
+
+def size_option(spec: Spec) -> str:
+  """What of a method is rounded up: 'rank', 'length', or ''."""
+  module = METHODS[spec.name].module
+  return next((option for option in _SIZES if hasattr(module, option)), '')
+
+
+def rank_of(spec: Spec) -> int:
+  """The rank, or a soft prompt's length; 0 of a method without either."""
+  option = size_option(spec)
+  if not option:
+    return 0
+  return spec.get(option, getattr(METHODS[spec.name].module, option))
+
+
+def scale_of(spec: Spec) -> float:
+  """What the term of a method with a rank is multiplied by."""
+  module, rank = METHODS[spec.name].module, rank_of(spec)
+  root = spec.get('rslora', False)
+  return spec.get('alpha', module.alpha) / (rank**0.5 if root else rank)
+
+
+def bucket(rank: int) -> int:
+  """The next of 4, 8, 16, ...; 0 stays."""
+  return max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+def _kind(spec: Spec) -> Spec:
+  """The same for all adapters of a form, defaults left out."""
+  spec = _without(spec, _OWN)
+  router = spec.get('router')
+  if isinstance(router, Spec):
+    router = _without(router, (*_OWN, 'seed'))
+    spec = spec.replace(router=router)
+  return spec_lib.parse(plain(str(spec)))
+
+
+def _without(spec: Spec, options: Sequence[str]) -> Spec:
+  kept = tuple((k, v) for k, v in spec.options if k not in options)
+  return Spec(spec.name, kept)
+
+
+def _kinds(parts: Sequence[Part]) -> tuple[Spec, ...]:
+  return tuple(part.kind for part in parts)
+
+
+def _union(mine: Form, other: Form, sites: Mapping[str, str]) -> Form:
+  """With the default sites, and those and the ranks of both."""
+  parts = []
+  for a, b in zip(mine.parts, other.parts, strict=True):
+    roles = {
+      role for some in METHODS[a.kind.name].roles.values() for role in some
+    }
+    own = {path for path, role in sites.items() if role in roles}
+    own |= {*a.sites, *b.sites}
+    parts.append(
+      dataclasses.replace(
+        a,
+        rank=max(a.rank, b.rank),
+        sites=tuple(path for path in sites if path in own),
+      )
+    )
+  return Form('', tuple(parts))
+
+
+def _renamed(form: Form, name: str) -> Form:
+  """With entries that no other form has."""
+  several = len(form.parts) > 1
+  return Form(
+    name,
+    tuple(
+      dataclasses.replace(part, name=f'{name}.{i}' if several else name)
+      for i, part in enumerate(form.parts)
+    ),
+  )
+
+
+def _free(name: str, taken: set[str]) -> str:
+  free, i = name, 2
+  while free in taken:
+    free, i = f'{name}.{i}', i + 1
+  taken.add(free)
+  return free

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree of an adapter as one slot of its form's bank holds it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moepeft.checkpoints.adapter import instances
+from moepeft.checkpoints.base import Base
+from moepeft.config.method_string import Spec
+from moepeft.core.types import Tree
+from moepeft.inference.adapters.buckets import Form, Part, scale_of
+from moepeft.inference.adapters.load import Adapter, Layout, arrays_of
+from moepeft.models import weight_mapping as names
+from moepeft.moe.routers.random import projection
+from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.initializers import Fill, Label
+from moepeft.nn.quantization import KINDS
+
+
+def layouts_of(
+  forms: Sequence[Form], advice: Advice, base: Base
+) -> dict[str, Layout]:
+  """The arrays of one slot of each form.
+
+  Args:
+    advice: of all of them.
+  """
+  found = arrays_of(base.family.MODULE(base.config, advice))
+  return {
+    form.name: {
+      path: said
+      for path, said in found.items()
+      if any(f'/{part.name}/' in path for part in form.parts)
+    }
+    for form in forms
+  }
+
+
+def size_of(layout: Layout) -> int:
+  """Bytes of one slot."""
+  return 4 * sum(math.prod(shape) for shape, _ in layout.values())
+
+
+def identity(layout: Layout) -> Tree:
+  """Slot 0: the base's function bit for bit."""
+  return names.unflatten(
+    {path: _filled(shape, label) for path, (shape, label) in layout.items()}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """An adapter with what is written into a slot, on the host.
+
+  Attributes:
+    form: the bank's name.
+    tree: with the paths and shapes of the form's layout.
+  """
+
+  adapter: Adapter
+  form: str
+  tree: Tree
+
+
+def fitted(adapter: Adapter, form: Form, layout: Layout, base: Base) -> Fitted:
+  """The slot of an adapter.
+
+  Raises:
+    ValueError: a DoRA stands where its weight is not one of its own.
+  """
+  filled = {}
+  specs = instances(adapter.built.method)
+  for part, (instance, spec) in zip(form.parts, specs.items(), strict=True):
+    source = _Source(adapter.arrays, instance, spec, part, base)
+    for path, (shape, label) in layout.items():
+      place, mine, leaf = path.partition(f'/{part.name}/')
+      if mine and source.at(place):
+        filled[path] = source.leaf(place, leaf, shape, label)
+      elif mine:
+        filled[path] = _filled(shape, label)
+  return Fitted(adapter, form.name, names.unflatten(filled))
+
+
+class _Source:
+  """The arrays of one part of an adapter, by place and leaf."""
+
+  def __init__(
+    self,
+    arrays: Mapping[str, np.ndarray],
+    instance: str,
+    spec: Spec,
+    part: Part,
+    base: Base,
+  ):
+    self._instance, self._spec, self._part = instance, spec, part
+    self._base = base
+    self._arrays: dict[str, dict[str, np.ndarray]] = {}
+    for path, array in arrays.items():
+      place, mine, leaf = path.partition(f'/{instance}/')
+      if mine:
+        self._arrays.setdefault(place, {})[leaf] = array
+
+  def at(self, place: str) -> dict[str, np.ndarray] | None:
+    return self._arrays.get(place)
+
+  def leaf(self, place: str, leaf: str, shape: Any, label: Label) -> np.ndarray:
+    here = self._arrays[place]
+    if leaf == 'on':
+      return np.ones(shape, np.float32)
+    if leaf == 'ratio':
+      return self._ratio(place)
+    if leaf == 'router/kernel' and leaf not in here:
+      return self._projection(place, shape)
+    array = here[leaf]
+    if leaf == 'b' and self._part.rank:
+      array = array * np.float32(scale_of(self._spec))
+    return _padded(array, shape)
+
+  def _ratio(self, place: str) -> np.ndarray:
+    """DoRA's m / |W + s A B|, over a layer's outputs."""
+    if '/layers/' not in place:
+      raise ValueError(
+        f'{self._spec.name} at {place} cannot be served, only at projections '
+        'within layers; merge the adapter (python -m moepeft.convert --to=hf) '
+        'and serve the result as a base of its own'
+      )
+    here, scale = self._arrays[place], np.float32(scale_of(self._spec))
+    found = []
+    for i, (a, b, m) in enumerate(
+      zip(here['a'], here['b'], here['magnitude'], strict=True)
+    ):
+      a, b = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
+      kernel = _kernel(self._base, place, i, (len(a), b.shape[1]))
+      size = np.linalg.norm(kernel + scale * (a @ b), axis=0).reshape(m.shape)
+      found.append(m / np.where(size > 0, size, 1))
+    return np.stack(found)
+
+  def _projection(self, place: str, shape: Sequence[int]) -> np.ndarray:
+    """The fixed router's, which trees do not hold."""
+    path = (*place.split('/'), self._instance, 'router')
+    seed = self._spec.get('router').get('seed', 0)
+    layers = range(shape[0]) if len(shape) == 3 else [None]
+    made = [np.asarray(projection(path, seed, shape[-2:], i)) for i in layers]
+    return np.stack(made).reshape(shape)
+
+
+def _kernel(
+  base: Base, place: str, layer: int, shape: tuple[int, int]
+) -> np.ndarray:
+  """The weight of a projection, float32 [inputs, outputs]."""
+  flat = names.flatten(base.params)
+  if f'{place}/kernel' in flat:
+    found = flat[f'{place}/kernel'][layer].astype(np.float32)
+    return found.reshape(shape)
+  kind = base.quantise
+  codes, scale = (flat[f'{place}/kernel_{n}'] for n in (kind, 'scale'))
+  kernel = KINDS[kind].decode(codes[layer], scale[layer], shape)
+  return np.asarray(kernel, np.float32).reshape(shape)
+
+
+def _filled(shape: Sequence[int], label: Label) -> np.ndarray:
+  """The identity, where no adapter is."""
+  value = label.start.value if isinstance(label.start, Fill) else 0
+  return np.full(shape, value, np.float32)
+
+
+def _padded(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """With zeros after the last rank; other axes are of one size."""
+  pairs = zip(shape, array.shape, strict=True)
+  return np.pad(array, [(0, new - old) for new, old in pairs])

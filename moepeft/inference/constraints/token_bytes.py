@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes that each token adds to a text, of any vocabulary.
+
+A grammar is over bytes: tokens may hold parts of characters, several words or
+JSON's signs together. Letter: v the model's vocabulary, which may be wider
+than the tokenizer's.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer, Vocabulary
+from moepeft.inference.constraints.grammar_worker import Pieces
+
+# A text with what decoders are known to change: blanks, signs, accents.
+_PROBE = 'It\'s {"a b": [1, true, "é  x"]} .'
+_FALLBACK = re.compile('<0x([0-9A-Fa-f]{2})>')
+
+
+def pieces(words: Vocabulary, size: int) -> Pieces:
+  """The bytes of all tokens.
+
+  Args:
+    size: v.
+
+  Raises:
+    ValueError: the texts of the vocabulary are not those of its tokens one
+      after the other.
+  """
+  if isinstance(words, Bytes):
+    plain = [b'', b'', b'', *(bytes([i]) for i in range(256))]
+    return _sized('', plain, plain, size)
+  if not isinstance(words, Tokenizer):
+    raise ValueError(
+      f'constrained answers need the bytes of tokens; expected a vocabulary of '
+      f'bytes or a Hugging Face tokenizer, got {words}'
+    )
+  found = _of_tokenizer(words, size)
+  _check(words, found)
+  return found
+
+
+def _sized(
+  tokenizer: str,
+  later: Sequence[bytes],
+  first: Sequence[bytes],
+  size: int,
+) -> Pieces:
+  more = [b''] * max(0, size - len(later))
+  return Pieces(tokenizer, [*later, *more][:size], [*first, *more][:size])
+
+
+def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
+  own = words.tokenizer
+  decoder = getattr(getattr(own, 'backend_tokenizer', None), 'decoder', None)
+  if decoder is None:
+    raise ValueError(
+      f'the tokenizer {words} has no decoder of its own; constrained answers '
+      'need a fast tokenizer (tokenizer.json)'
+    )
+  added = own.added_tokens_decoder
+  special = {i for i, token in added.items() if token.special}
+  special.update(own.all_special_ids)
+  vocabulary = own.get_vocab()
+  later = [b''] * (1 + max(vocabulary.values()))
+  first = list(later)
+  one = _reader(decoder)
+  for text, i in vocabulary.items():
+    if i not in special:
+      first[i], later[i] = one(text)
+  return _sized(own.backend_tokenizer.to_str(), later, first, size)
+
+
+def _reader(decoder: Any):
+  """token -> (its bytes as a text's first, and later on)."""
+  made = json.loads(decoder.__getstate__())
+  kinds = {made['type'], *(d['type'] for d in made.get('decoders', ()))}
+  letters = alphabet() if kinds == {'ByteLevel'} else None
+
+  def read(text: str) -> tuple[bytes, bytes]:
+    if letters is not None:
+      known = all(letter in letters for letter in text)
+      same = bytes(map(letters.get, text)) if known else text.encode()
+      return same, same
+    byte = _FALLBACK.fullmatch(text)
+    if byte and 'ByteFallback' in kinds:
+      same = bytes.fromhex(byte[1])
+      return same, same
+    # After a letter, which no decoder changes.
+    return decoder.decode([text]).encode(), decoder.decode(['a', text])[
+      1:
+    ].encode()
+
+  return read
+
+
+@functools.cache
+def alphabet() -> dict[str, int]:
+  """The letters that byte-level tokenizers write bytes with (GPT-2's)."""
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = (i for i in range(256) if i not in shown)
+  return {chr(i): i for i in shown} | {
+    chr(256 + n): i for n, i in enumerate(others)
+  }
+
+
+def _check(words: Tokenizer, found: Pieces) -> None:
+  size = len(found.later)
+  ids = [i for i in words.encode(_PROBE) if i < size and found.later[i]]
+  ours = b''.join([found.first[i] for i in ids[:1]])
+  ours += b''.join(found.later[i] for i in ids[1:])
+  theirs = words.decode(ids)
+  if ours.decode(errors='replace') != theirs:
+    raise ValueError(
+      f'the tokenizer {words} decodes {_PROBE!r} to {theirs!r}, but its tokens '
+      f'one by one are {ours!r}; constrained answers need a tokenizer whose '
+      'texts are its tokens in a row'
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of an encoder-decoder: inputs, then steps of answers.
+
+z is the number of forms that adapters have. Inputs and answer have the same
+room: that of the longer.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.types import Array, Context
+from moepeft.inference.decode import PAD
+from moepeft.inference.engine import kv_cache as cache_lib
+from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine.compiled import Programs, ints
+from moepeft.inference.engine.limits import Settings, at_least
+from moepeft.inference.engine.per_layer import Method, Model
+
+
+def plan(programs: Programs, model: Model, settings: Settings) -> None:
+  """Plans `encode`, `attach` and `step`, as of the functions of these names."""
+  for s in settings.inputs:
+    room = at_least(settings.rooms, s)
+    method = encode(model, s, room)
+    programs.plan_method(('encode', s), method, ints(1, s), ints(1))
+  d, dtype = model.module.config.d_model, model.module.dtype
+  most = settings.rooms[-1]
+  states = jax.ShapeDtypeStruct((1, most, d), dtype)
+  programs.plan_cache(attach(model, most), most, states, ints(1))
+  for room in settings.rooms:
+    states = jax.ShapeDtypeStruct((1, room, d), dtype)
+    programs.plan_method(('attach', room), attach(model, room), states, ints(1))
+    for n in settings.batches:
+      inputs = ints(n), ints(n), ints(n)
+      programs.plan_method(('step', n, room), step(model, n, room), *inputs)
+
+
+def _source(length: Array, room: int, stack=None) -> Context:
+  mask = (jnp.arange(room) < length)[None]
+  return Context(token_mask=mask, stack=stack)
+
+
+def encode(model: Model, s: int, room: int) -> Method:
+  """Reads inputs, int32 [1, s], `length` of them real, int32 [1]: says states
+  [room, d]."""
+
+  def ask(stack, ids, length):
+    return ids[None], _source(length, s, stack)
+
+  def say(states, told):
+    return jnp.pad(states[0, 0], ((0, room - s), (0, 0)))
+
+  return Method(model, 'encode', 'encoder', ask, say)
+
+
+def attach(model: Model, room: int) -> Method:
+  """Puts keys and values of encoded inputs [1, room, d], of a length int32
+  [1], into a slot; says nothing."""
+
+  def ask(stack, states, length):
+    ctx = Context(
+      token_mask=jnp.ones((1, 1), bool),
+      index=jnp.int32(0),
+      decode=True,
+      cache_length=room,
+      stack=stack,
+    )
+    ids = jnp.full((1, 1), PAD, jnp.int32)
+    return ids, ctx, states[None], _source(length, room)
+
+  def put(cache, rows, places, new):
+    return cache_lib.put_source(cache, rows[0], new)
+
+  # What the decoder says to its first token is left out by the compiler.
+  return Method(
+    model, 'decode', 'decoder', ask, lambda *_: (), lambda *_: {}, put
+  )
+
+
+def step(model: Model, n: int, room: int) -> Method:
+  """As `decoding.step`.
+
+  Takes one more, int32 [n]: tokens of each row's inputs.
+  """
+
+  def ask(stack, token, place, length):
+    ctx = Context(
+      token_mask=jnp.ones((1, 1), bool),
+      index=place,
+      decode=True,
+      cache_length=room,
+      stack=stack,
+    )
+    # Its keys and values are in the cache: it is not read.
+    module = model.module
+    encoded = jnp.zeros((1, room, module.config.d_model), module.dtype)
+    return token[None, None], ctx, encoded, _source(length, room)
+
+  def say(logits, told):
+    logits = logits[:, 0, 0].astype(jnp.float32)
+    return picking.said(logits, {path: a[:, 0] for path, a in told.items()})
+
+  def cut(cache, rows):
+    return cache_lib.cut(cache, rows, n, room)
+
+  def put(cache, rows, places, new):
+    return cache_lib.put(cache, rows, new, places, 1)
+
+  return Method(model, 'decode', 'decoder', ask, say, cut, put)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tool calls: their definitions and their parsing."""

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BERT (Devlin et al., arXiv:1810.04805): an encoder alone, its norms after
+the sums, learned positions, token types. The names of its weights elsewhere
+are in `bert_names`."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+
+from moepeft.core.types import Array, Batch, Context
+from moepeft.models import config_fields as fields_lib
+from moepeft.models.context import context
+from moepeft.models.decoder.hf_config import released
+from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.nn.adapter_hook import Advice, Around
+from moepeft.nn.attention import Attention, check_form, visible
+from moepeft.nn.linear import Embedding, Head, Linear
+from moepeft.nn.mlp import ACTIVATIONS, Mlp
+from moepeft.nn.norms import NormForm
+from moepeft.nn.scan_layers import stack
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+  """The shape of a BERT.
+
+  Attributes:
+    length: learned positions.
+    types: token types.
+    activation: of `nn.mlp.ACTIVATIONS`; of the head's transform too.
+    pooler: whether it has one: tanh(W x + b) of a row's first token.
+    masked: whether it has a head that tells masked tokens.
+    tied: whether that head is the embedding's transpose.
+  """
+
+  vocab: int = 30522
+  d_model: int = 768
+  heads: int = 12
+  ffn: int = 3072
+  layers: int = 12
+  length: int = 512
+  types: int = 2
+  activation: str = 'gelu_exact'
+  pooler: bool = True
+  masked: bool = False
+  tied: bool = True
+  eps: float = 1e-12
+  dropout: float = 0.1
+  family: ClassVar[str] = 'bert'
+
+  def __post_init__(self):
+    fields_lib.check(self, _LEAST)
+    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+    if self.d_model % self.heads:
+      raise ValueError(
+        f'heads is a divisor of d_model={self.d_model}; got {self.heads}'
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.heads
+
+  @property
+  def norm_form(self) -> NormForm:
+    return NormForm(self.eps, centred=True)
+
+
+_COUNTS = ('vocab', 'd_model', 'heads', 'ffn', 'layers', 'length', 'types')
+_LEAST = dict.fromkeys(_COUNTS, 1) | {'eps': 0, 'dropout': 0}
+
+
+def _bert(d_model: int, heads: int, layers: int) -> BertConfig:
+  return BertConfig(
+    d_model=d_model, heads=heads, ffn=4 * d_model, layers=layers
+  )
+
+
+# From the config.json of the uncased models; 'tiny' is ours, for bytes.
+SIZES = {
+  'tiny': dataclasses.replace(_bert(128, 4, 4), vocab=259),
+  'minilm-l6': _bert(384, 12, 6),
+  'base': _bert(768, 12, 12),
+  'large': _bert(1024, 16, 24),
+}
+
+
+config = functools.partial(released, 'BERT', SIZES)
+
+
+def from_fields(fields: Mapping[str, Any]) -> BertConfig:
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  fields_lib.check_names(BertConfig, fields)
+  return BertConfig(**fields)
+
+
+def sites(config: BertConfig) -> dict[str, str]:
+  """Every site's path and its role, which methods' defaults go by."""
+  mlp = feed_forward(gated=False)
+  found = {'embed': 'embed', 'embed_norm': 'norm'}
+  found |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
+  found |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
+  if config.pooler:
+    found['pooler'] = 'pooler'
+  if config.masked:
+    found |= {'transform': 'transform', 'transform_norm': 'norm'}
+    found['head'] = 'head'
+  return found
+
+
+class Block(nn.Module):
+  """One layer: self-attention and a feed-forward, a norm after each sum."""
+
+  config: BertConfig
+  advice: Advice
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context, mask: Array) -> Array:
+    c = self.config
+    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    attention = Attention(
+      c.d_model,
+      c.heads,
+      c.head_dim,
+      'encoder/self',
+      self.advice,
+      scale=c.head_dim**-0.5,
+      dropout=c.dropout,
+      norm_form=c.norm_form,
+      bias=True,
+      form=self.attention,
+      name='self',
+      **typed,
+    )
+    run = lambda attention, y: attention(y, ctx, mask=mask)  # noqa: E731
+    x = self._summed('self', attention, run, x, ctx)
+    mlp = Mlp(
+      c.d_model,
+      c.ffn,
+      False,
+      c.activation,
+      'encoder/mlp',
+      self.advice,
+      norm_form=c.norm_form,
+      bias=True,
+      name='mlp',
+      **typed,
+    )
+    return self._summed('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
+
+  def _summed(self, name, module, run, x, ctx):
+    """norm(x + dropout(sublayer(x))), the sublayer a site of its own."""
+    around = Around(f'encoder/{name}', self.advice, name=f'around_{name}')
+    y = around(module, run, x, ctx)
+    drop = nn.Dropout(self.config.dropout)
+    return module.norm(x + drop(y, deterministic=not ctx.train), ctx)
+
+
+class Stack(nn.Module):
+  """All layers, from normed embeddings to states."""
+
+  config: BertConfig
+  advice: Advice
+  scan: bool
+  remat: str
+  unroll: int
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Array:
+    block = Block(
+      self.config,
+      self.advice,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+      parent=None,
+    )
+    real, segments = ctx.token_mask, ctx.segment_ids
+    return stack(
+      block,
+      self.config.layers,
+      x,
+      ctx,
+      visible(real, real, segments, segments),
+      scan=self.scan,
+      remat=self.remat,
+      unroll=self.unroll,
+    )
+
+
+@struct.dataclass
+class Encoded:
+  """What an encoder says of a batch.
+
+  Attributes:
+    states: [b, t, d] of the last layer.
+    pooled: [b, d], None without a pooler.
+    logits: float32 [b, t, v], None without a head.
+  """
+
+  states: Array
+  pooled: Array | None = None
+  logits: Array | None = None
+
+
+class Bert(nn.Module):
+  """An encoder; `__call__` gives all that it has, `encode` its states alone.
+
+  Attributes: as of `models.t5.T5`.
+  """
+
+  config: BertConfig
+  advice: Advice = Advice()
+  scan: bool = True
+  remat: str = 'none'
+  unroll: int = 1
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  attention: str = 'naive'
+
+  def setup(self):
+    c = self.config
+    check_form(self.attention)
+    if self.attention == 'chunked':
+      raise ValueError(
+        "config.model.attention is 'chunked', which BERT has not: its tokens "
+        "see all others; take 'naive' or 'fused'"
+      )
+    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    self.embed = self._table(c.vocab, 'embed', 'v', self.advice)
+    # Not the site 'embed': that is the tokens'.
+    self.positions = self._table(c.length, 'positions', 'p', Advice())
+    self.types = self._table(c.types, 'types', 'y', Advice())
+    self.embed_norm = c.norm_form.at(
+      'embed_norm', self.advice, self.param_dtype
+    )
+    self.drop = nn.Dropout(c.dropout)
+    self.encoder = Stack(
+      c,
+      self.advice,
+      self.scan,
+      self.remat,
+      self.unroll,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+    )
+    if c.pooler:
+      self.pooler = self._square('pooler')
+    if c.masked:
+      self.transform = self._square('transform')
+      self.transform_norm = c.norm_form.at(
+        'transform_norm', self.advice, self.param_dtype
+      )
+      self.head = Head(c.d_model, c.vocab, self.advice, bias=True, **typed)
+
+  def _table(self, size, site, letter, advice) -> Embedding:
+    return Embedding(
+      size,
+      self.config.d_model,
+      advice,
+      site=site,
+      letter=letter,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      stddev=0.02,
+    )
+
+  def _square(self, site) -> Linear:
+    """A projection from d to as many."""
+    d = self.config.d_model
+    return Linear(
+      'btd,dc->btc',
+      (d, d),
+      site,
+      self.advice,
+      stddev=d**-0.5,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      bias=True,
+    )
+
+  def __call__(self, batch: Batch, train: bool = False) -> Encoded:
+    """States, and what the pooler and the head make of them.
+
+    Args:
+      batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool, False
+        on padding; default: all real), `inputs_types` (int, default: zeros)
+        and of packed rows `inputs_segments` and `inputs_positions` (int).
+        Others are not looked at.
+      train: dropout and router noise on (rngs 'dropout' and 'router').
+    """
+    ctx = context(batch, 'inputs', batch['inputs'], train)
+    states = self.encode(batch['inputs'], ctx, batch.get('inputs_types'))
+    pooled = logits = None
+    if self.config.pooler:
+      first = ctx.replace(token_mask=ctx.token_mask[:, :1])
+      pooled = jnp.tanh(self.pooler(states[:, :1], first))[:, 0]
+    if self.config.masked:
+      logits = self._logits(states, ctx)
+    return Encoded(states, pooled, logits)
+
+  def encode(
+    self, ids: Array, ctx: Context, types: Array | None = None
+  ) -> Array:
+    """ids [b, t] -> states [b, t, d].
+
+    Raises:
+      ValueError: rows are longer than the learned positions.
+    """
+    length = self.config.length
+    if ids.shape[1] > length:
+      raise ValueError(
+        f'the model has learned {length} positions; got rows of '
+        f'{ids.shape[1]} tokens: make them shorter'
+      )
+    if ctx.positions is None:
+      places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+      ctx = ctx.replace(positions=places)
+    types = jnp.zeros_like(ids) if types is None else types
+    x = self.embed(ids, ctx) + self.types(types, ctx)
+    x = self.embed_norm(x + self.positions(ctx.positions, ctx), ctx)
+    return self.encoder(self.drop(x, deterministic=not ctx.train), ctx)
+
+  def _logits(self, x: Array, ctx: Context) -> Array:
+    c = self.config
+    x = ACTIVATIONS[c.activation](self.transform(x, ctx))
+    x = self.transform_norm(x, ctx)
+    return self.head(x, ctx, self.embed if c.tied else None)
+
+
+MODULE = Bert

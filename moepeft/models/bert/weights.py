@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What BERT's arrays are called in Hugging Face's files, and its config."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.bert.model import BertConfig
+from moepeft.models.decoder.hf_config import ACTIVATIONS, activation_to_hf
+from moepeft.models.hf_layout import Layout
+from moepeft.models.weight_mapping import CheckpointError, Rule, entries
+
+Config = BertConfig
+
+_HEAD = 'cls.predictions'
+_BIASES = {True: f'{_HEAD}.bias', False: f'{_HEAD}.decoder.bias'}
+LAYOUT = Layout(
+  head=f'{_HEAD}.decoder.weight',
+  embedding='bert.embeddings.word_embeddings.weight',
+  prefix='bert.',
+  # A constant, and a head that tells whether one text follows another.
+  ignored=r'bert\.embeddings\.(position|token_type)_ids'
+  r'|cls\.seq_relationship\.(weight|bias)',
+  renamed={
+    'LayerNorm.gamma': 'LayerNorm.weight',
+    'LayerNorm.beta': 'LayerNorm.bias',
+  },
+  parts={
+    'pooler': 'bert.pooler.dense.weight',
+    'masked': f'{_HEAD}.transform.dense.weight',
+  },
+)
+# What Hugging Face's peft calls what the model does.
+PEFT_TASK = 'FEATURE_EXTRACTION'
+
+_MODULES = {
+  'self/q': 'attention.self.query',
+  'self/k': 'attention.self.key',
+  'self/v': 'attention.self.value',
+  'self/o': 'attention.output.dense',
+  'mlp/wi': 'intermediate.dense',
+  'mlp/wo': 'output.dense',
+}
+_NORMS = {
+  'encoder/self/norm': 'attention.output.LayerNorm',
+  'encoder/mlp/norm': 'output.LayerNorm',
+}
+
+
+def sizes(config: BertConfig) -> dict[str, int]:
+  """The size of each axis letter."""
+  return {
+    'v': config.vocab,
+    'd': config.d_model,
+    'c': config.d_model,
+    'n': config.heads,
+    'h': config.head_dim,
+    'f': config.ffn,
+    'p': config.length,
+    'y': config.types,
+  }
+
+
+def layout(fields: Mapping[str, Any]) -> Layout:
+  """Of files whose `config.json` has these fields."""
+  # One bias for a tied head, which older files repeat; two for one of its
+  # own, of which the decoder's is what counts.
+  tied = fields.get('tie_word_embeddings') is not False
+  unused = _BIASES[not tied].replace('.', r'\.')
+  return dataclasses.replace(LAYOUT, ignored=f'{LAYOUT.ignored}|{unused}')
+
+
+def depths(config: BertConfig) -> dict[str, int]:
+  """Layers of each stack."""
+  return {'encoder': config.layers}
+
+
+def projections(config: BertConfig) -> dict[str, tuple[str, str]]:
+  """Every projection's site and its (input, output) axes, in model order."""
+  del config
+  attention = dict.fromkeys('qkv', ('d', 'nh')) | {'o': ('nh', 'd')}
+  mlp = {'wi': ('d', 'f'), 'wo': ('f', 'd')}
+  found = {f'encoder/self/{name}': axes for name, axes in attention.items()}
+  return found | {f'encoder/mlp/{name}': axes for name, axes in mlp.items()}
+
+
+def taps() -> dict[str, tuple[str, str]]:
+  """The weightless sites inside the feed-forward, as `projections`."""
+  return {f'encoder/mlp/{tap}': ('f', 'f') for tap in ('act', 'hidden')}
+
+
+def in_layers(site: str) -> str:
+  """'encoder/self/q' -> 'encoder/layers/{l}/self/q'."""
+  stack, rest = site.split('/', 1)
+  return f'{stack}/layers/{{l}}/{rest}'
+
+
+def ends(config: BertConfig) -> dict[str, tuple[str, str]]:
+  """Neither the embedding nor the head take an adapter of peft's."""
+  del config
+  return {}
+
+
+def hf_module(site: str, config: BertConfig) -> str:
+  """'encoder/self/q' -> 'encoder.layer.{l}.attention.self.query'.
+
+  Below 'bert.' where there is a head.
+  """
+  name = _MODULES[site.removeprefix('encoder/')]
+  return f'{_prefix(config)}encoder.layer.{{l}}.{name}'
+
+
+def hf_modules(config: BertConfig) -> set[str]:
+  """Every module with a weight, 'encoder.layer.0.attention.self.query'."""
+  found = entries(hf_rules(config), sizes(config), depths(config))
+  return {
+    _prefix(config) + name.removesuffix('.weight').removeprefix(LAYOUT.prefix)
+    for name in (entry.their_name for entry in found)
+    if name.endswith('.weight') and not name.startswith(_HEAD)
+  }
+
+
+def _prefix(config: BertConfig) -> str:
+  return LAYOUT.prefix if config.masked else ''
+
+
+def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
+  """Rules for `BertModel` or `BertForMaskedLM`; kernels are [out, in]."""
+  rules = [
+    Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd'),
+    _table('positions', 'position', 'p'),
+    _table('types', 'token_type', 'y'),
+    *_norm('embed_norm', 'bert.embeddings.LayerNorm'),
+  ]
+  for site, axes in projections(config).items():
+    name = _MODULES[site.removeprefix('encoder/')]
+    rules += _dense(in_layers(site), f'bert.encoder.layer.{{l}}.{name}', *axes)
+  for site, name in _NORMS.items():
+    rules += _norm(in_layers(site), f'bert.encoder.layer.{{l}}.{name}')
+  if config.pooler:
+    rules += _dense('pooler', 'bert.pooler.dense', 'd', 'c')
+  if config.masked:
+    rules += _dense('transform', f'{_HEAD}.transform.dense', 'd', 'c')
+    rules += _norm('transform_norm', f'{_HEAD}.transform.LayerNorm')
+    rules.append(Rule('head/bias', _BIASES[config.tied], 'v', 'v'))
+    if not config.tied:
+      rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
+  return tuple(rules)
+
+
+def _table(ours: str, theirs: str, letter: str) -> Rule:
+  theirs = f'bert.embeddings.{theirs}_embeddings.weight'
+  return Rule(f'{ours}/embedding', theirs, f'{letter}d', f'{letter}d')
+
+
+def _dense(ours: str, theirs: str, inner: str, outer: str) -> list[Rule]:
+  weight, bias = f'{theirs}.weight', f'{theirs}.bias'
+  return [
+    Rule(f'{ours}/kernel', weight, inner + outer, f'({outer})({inner})'),
+    Rule(f'{ours}/bias', bias, outer, f'({outer})'),
+  ]
+
+
+def _norm(ours: str, theirs: str) -> list[Rule]:
+  return [
+    Rule(f'{ours}/scale', f'{theirs}.weight', 'd', 'd'),
+    Rule(f'{ours}/bias', f'{theirs}.bias', 'd', 'd'),
+  ]
+
+
+_SIZES = {
+  'vocab': 'vocab_size',
+  'd_model': 'hidden_size',
+  'heads': 'num_attention_heads',
+  'ffn': 'intermediate_size',
+  'layers': 'num_hidden_layers',
+}
+_OPTIONAL = {
+  'length': 'max_position_embeddings',
+  'types': 'type_vocab_size',
+  'eps': 'layer_norm_eps',
+  'dropout': 'hidden_dropout_prob',
+}
+
+
+def config_from_hf(fields: Mapping[str, Any], tied: bool) -> BertConfig:
+  """Reads a `config.json`.
+
+  It does not say whether there are a pooler and a head; `LAYOUT.parts` does.
+
+  Raises:
+    CheckpointError: a size is absent, or an option is one that is not
+      supported.
+  """
+  absent = [key for key in _SIZES.values() if fields.get(key) is None]
+  if absent:
+    raise CheckpointError(
+      f'config.json lacks {", ".join(absent)}: expected the config of a BERT; '
+      'write it again with save_pretrained'
+    )
+  _check(fields)
+  optional = {
+    ours: fields[theirs]
+    for ours, theirs in _OPTIONAL.items()
+    if fields.get(theirs) is not None
+  }
+  return BertConfig(
+    **{ours: fields[theirs] for ours, theirs in _SIZES.items()},
+    **optional,
+    activation=ACTIVATIONS[fields.get('hidden_act', 'gelu')],
+    tied=bool(tied),
+  )
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+  for key in ('is_decoder', 'add_cross_attention'):
+    if fields.get(key):
+      raise CheckpointError(
+        f'config.json has {key}: expected a BERT that is an encoder; decoders '
+        'of its kind are not supported'
+      )
+  positions = fields.get('position_embedding_type') or 'absolute'
+  if positions != 'absolute':
+    raise CheckpointError(
+      f'config.json has position_embedding_type {positions!r}: expected '
+      "'absolute'; others are not supported"
+    )
+  activation = fields.get('hidden_act', 'gelu')
+  if activation not in ACTIVATIONS:
+    raise CheckpointError(
+      f'the activation {activation!r} in config.json: expected one of '
+      f'{", ".join(ACTIVATIONS)}; others are not supported'
+    )
+  width, heads = fields['hidden_size'], fields['num_attention_heads']
+  if width % heads:
+    raise CheckpointError(
+      f'config.json has hidden_size {width} and {heads} heads: expected a '
+      'multiple of the heads; the file is damaged'
+    )
+
+
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+  """The content of a `config.json`."""
+  kind = 'BertForMaskedLM' if config.masked else 'BertModel'
+  fields = _SIZES | _OPTIONAL
+  return {
+    'architectures': [kind],
+    'model_type': 'bert',
+    'hidden_act': activation_to_hf(config),
+    'attention_probs_dropout_prob': config.dropout,
+    'position_embedding_type': 'absolute',
+    'tie_word_embeddings': config.tied,
+    **{name: getattr(config, ours) for ours, name in fields.items()},
+  }

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoder-only models of all families are told apart by."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models import config_fields as fields_lib
+from moepeft.nn.mlp import ACTIVATIONS
+from moepeft.nn.norms import NormForm
+from moepeft.nn.rope import Rope
+
+POSITIONS = ('rope', 'learned', 'sinusoidal', 'alibi')
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The shape of a decoder, and what its family does its own way.
+
+  Attributes:
+    family: whose names its weights have; a key of `models.FAMILIES`.
+    kv_heads: heads of keys and values; queries are grouped on them.
+    gated, activation: as of `nn.mlp.Mlp`.
+    tied: whether the head is the embedding's transpose.
+    positions: 'rope', 'learned', 'sinusoidal' (arXiv:1706.03762) or 'alibi'
+      (arXiv:2108.12409).
+    length: rows of a learned table of positions; else what the model was
+      trained for.
+    rope: its frequencies.
+    centred, eps, norm_offset: the norms'; see `nn.norms.NormForm`.
+    post_norms: whether a sublayer's output is normed too (Gemma 2).
+    qk_norm: whether heads of q and k are normed (Qwen3).
+    attention_bias, out_bias, mlp_bias: which projections have biases.
+    scale: of the attention logits; 0 for head_dim ** -0.5.
+    attention_cap, logits_cap: soft caps (Gemma 2); 0 for none.
+    window: tokens that a windowed layer sees; 0 for all.
+    windowed: whether each layer is windowed; () for all where there is a
+      window.
+    scale_embedding: whether embeddings are scaled by d_model ** 0.5 (Gemma).
+  """
+
+  family: str = 'llama'
+  vocab: int = 32000
+  d_model: int = 512
+  heads: int = 8
+  kv_heads: int = 8
+  head_dim: int = 64
+  ffn: int = 1408
+  layers: int = 8
+  gated: bool = True
+  activation: str = 'silu'
+  tied: bool = False
+  positions: str = 'rope'
+  length: int = 2048
+  rope: Rope = Rope()
+  centred: bool = False
+  eps: float = 1e-6
+  norm_offset: float = 0.0
+  post_norms: bool = False
+  qk_norm: bool = False
+  attention_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  scale: float = 0.0
+  attention_cap: float = 0.0
+  logits_cap: float = 0.0
+  window: int = 0
+  windowed: tuple[bool, ...] = ()
+  scale_embedding: bool = False
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    fields_lib.check(self, _LEAST)
+    _check_rope(self.rope)
+    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+    fields_lib.check_one_of('positions', self.positions, POSITIONS)
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
+      )
+    if self.positions == 'rope' and self.head_dim % 2:
+      raise ValueError(
+        f'head_dim is even, since RoPE turns pairs; got {self.head_dim}'
+      )
+    if self.positions == 'sinusoidal' and self.d_model % 2:
+      raise ValueError(
+        'd_model is even, since sines and cosines come in pairs; got '
+        f'{self.d_model}'
+      )
+    self._check_windowed()
+
+  def _check_windowed(self):
+    if not all(isinstance(layer, bool) for layer in self.windowed):
+      raise ValueError(
+        f'windowed is True or False for each layer; got {self.windowed!r}'
+      )
+    if self.windowed and len(self.windowed) != self.layers:
+      raise ValueError(
+        f'windowed says it of each of the {self.layers} layers; got '
+        f'{len(self.windowed)}'
+      )
+
+  @property
+  def norm_form(self) -> NormForm:
+    return NormForm(self.eps, self.centred, self.norm_offset)
+
+
+# Of what has a lower bound, the least value.
+_LEAST = {
+  **dict.fromkeys(
+    (
+      'vocab',
+      'd_model',
+      'heads',
+      'kv_heads',
+      'head_dim',
+      'ffn',
+      'layers',
+      'length',
+    ),
+    1,
+  ),
+  **dict.fromkeys(
+    ('eps', 'scale', 'attention_cap', 'logits_cap', 'window', 'dropout'), 0
+  ),
+}
+
+
+# YaRN takes logarithms of rotations, and of a base above 1.
+_LEAST_ROPE = {
+  'theta': 1,
+  'factor': 0.1,
+  'original': 1,
+  'low': 0,
+  'high': 0,
+  'fast': 1e-3,
+  'slow': 1e-3,
+  'attention': 0,
+}
+
+
+def _check_rope(rope: Rope) -> None:
+  fields_lib.check(rope, _LEAST_ROPE, 'rope.')
+  if rope.kind == 'yarn' and rope.theta <= 1:
+    raise ValueError(f'rope.theta is above 1 for yarn; got {rope.theta}')
+  if rope.kind == 'llama3' and rope.high <= rope.low:
+    raise ValueError(
+      f'rope.high is above rope.low for llama3; got {rope.high} and {rope.low}'
+    )
+
+
+def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  fields_lib.check_names(DecoderConfig, fields)
+  found = dict(fields)
+  if 'rope' in found:
+    found['rope'] = _rope(found['rope'])
+  if 'windowed' in found:
+    windowed = found['windowed']
+    if not isinstance(windowed, (tuple, list)):
+      raise ValueError(
+        f'windowed is a list, True or False for each layer; got {windowed!r}'
+      )
+    found['windowed'] = tuple(windowed)
+  return DecoderConfig(**found)
+
+
+def _rope(said: Any) -> Rope:
+  if isinstance(said, Rope):
+    return said
+  if not isinstance(said, Mapping):
+    raise ValueError(
+      "rope is a mapping like {'kind': 'linear', 'factor': 2.0}; got "
+      f'{said!r}'
+    )
+  fields_lib.check_names(Rope, said, 'rope.')
+  return Rope(**said)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only models: one module for the families that differ in options.
+
+Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
+said by a `DecoderConfig`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.core.types import Array, Batch, Context
+from moepeft.models.context import context
+from moepeft.models.decoder.config import DecoderConfig
+from moepeft.models.decoder.masks import masks, past, sight
+from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.nn.adapter_hook import Advice, Around
+from moepeft.nn.attention import check_form
+from moepeft.nn.attention_mask import NO_WINDOW, Sight
+from moepeft.nn.causal_attention import CausalAttention
+from moepeft.nn.linear import Embedding, Head
+from moepeft.nn.mlp import Mlp
+from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
+from moepeft.nn.scan_layers import stack
+
+
+def sites(config: DecoderConfig) -> dict[str, str]:
+  """Every site's path and its role, which methods' defaults go by."""
+  attention, mlp = ATTENTION, feed_forward(config.gated)
+  if config.qk_norm:
+    attention = attention | {'/q_norm': 'norm', '/k_norm': 'norm'}
+  if config.post_norms:
+    attention = attention | {'_post_norm': 'norm'}
+    mlp |= {'_post_norm': 'norm'}
+  found = {'embed': 'embed'}
+  found |= {f'decoder/self{part}': role for part, role in attention.items()}
+  found |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
+  return found | {'decoder/norm': 'norm', 'head': 'head'}
+
+
+class Block(nn.Module):
+  """One layer: self-attention and a feed-forward, each added to its input."""
+
+  config: DecoderConfig
+  advice: Advice
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x, ctx, bias, mask, window_mask, sight):
+    c = self.config
+    # All layers are one program: which of them are windowed is data.
+    windowed = jnp.array(c.windowed or (True,) * c.layers)
+    if window_mask is not None:
+      mask = jnp.where(windowed[ctx.layer], window_mask, mask)
+    if isinstance(sight, Sight) and c.window:
+      window = jnp.where(windowed[ctx.layer], c.window, NO_WINDOW)
+      sight = sight.replace(window=window)
+    attention = CausalAttention(
+      c.d_model,
+      c.heads,
+      c.kv_heads,
+      c.head_dim,
+      'decoder/self',
+      self.advice,
+      c.rope if c.positions == 'rope' else None,
+      c.scale or c.head_dim**-0.5,
+      cap=c.attention_cap,
+      dropout=c.dropout,
+      bias=c.attention_bias,
+      out_bias=c.out_bias,
+      qk_norm=c.qk_norm,
+      norm_form=c.norm_form,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      form=self.attention,
+      name='self',
+    )
+    run = lambda attention, y: attention(y, ctx, bias, mask, sight)  # noqa: E731
+    x = self._residual('self', attention, run, x, ctx)
+    mlp = Mlp(
+      c.d_model,
+      c.ffn,
+      c.gated,
+      c.activation,
+      'decoder/mlp',
+      self.advice,
+      dropout=c.dropout,
+      norm_form=c.norm_form,
+      bias=c.mlp_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='mlp',
+    )
+    return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
+
+  def _residual(self, name, module, run, x, ctx):
+    """x + dropout(norm?(sublayer(norm(x)))), the sublayer a site of its own."""
+    c = self.config
+    around = Around(f'decoder/{name}', self.advice, name=f'around_{name}')
+    y = around(module, run, module.norm(x, ctx), ctx)
+    if c.post_norms:
+      name = f'{name}_post_norm'
+      site = f'decoder/{name}'
+      y = c.norm_form.at(site, self.advice, self.param_dtype, name)(y, ctx)
+    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    return x + drop(y, deterministic=not ctx.train)
+
+
+class Stack(nn.Module):
+  """All layers and the last norm, from embedded tokens to states."""
+
+  config: DecoderConfig
+  advice: Advice
+  scan: bool
+  remat: str
+  unroll: int
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Array:
+    c = self.config
+    mask = window_mask = bias = seen = None
+    slopes = alibi_slopes(c.heads) if c.positions == 'alibi' else None
+    if self.attention == 'chunked':
+      seen = sight(slopes, ctx)
+    elif self.attention == 'fused' and slopes is None:
+      seen = past(c.window, c.windowed, ctx)
+    if seen is None:
+      mask, window_mask = masks(c.window, ctx)
+    if slopes and seen is None:
+      cached = jnp.arange(ctx.cache_length)
+      keys = cached if ctx.decode else ctx.positions
+      bias = alibi(c.heads, ctx.positions, keys)
+    block = Block(
+      c,
+      self.advice,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+      parent=None,
+    )
+    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    x = stack(
+      block,
+      c.layers,
+      drop(x, deterministic=not ctx.train),
+      ctx,
+      bias,
+      mask,
+      window_mask,
+      seen,
+      scan=self.scan,
+      remat=self.remat,
+      unroll=self.unroll,
+    )
+    norm = c.norm_form.at(
+      'decoder/norm', self.advice, self.param_dtype, name='norm'
+    )
+    return norm(x, ctx)
+
+
+class Decoder(nn.Module):
+  """Decoder-only; `__call__` is training's, `extend` is for decoding.
+
+  Attributes: as of `models.t5.T5`.
+    attention: of `nn.attention.FORMS`.
+  """
+
+  config: DecoderConfig
+  advice: Advice = Advice()
+  scan: bool = True
+  remat: str = 'none'
+  unroll: int = 1
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  attention: str = 'naive'
+
+  def setup(self):
+    c = self.config
+    check_form(self.attention)
+    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    small = 0.02
+    self.embed = Embedding(
+      c.vocab, c.d_model, self.advice, stddev=small, **typed
+    )
+    if c.positions == 'learned':
+      # Not the site 'embed': that is the tokens'.
+      self.positions = Embedding(
+        c.length,
+        c.d_model,
+        Advice(),
+        site='positions',
+        letter='p',
+        stddev=small,
+        **typed,
+      )
+    self.decoder = Stack(
+      c,
+      self.advice,
+      self.scan,
+      self.remat,
+      self.unroll,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+    )
+    self.head = Head(c.d_model, c.vocab, self.advice, c.logits_cap, **typed)
+
+  def __call__(self, batch: Batch, train: bool = False) -> Array:
+    """Logits float32 [b, t, v] of a batch: of what follows each token.
+
+    Args:
+      batch: `inputs` int [b, t] and, optionally, `inputs_mask` (bool, False
+        on the padding after a row's tokens; default: all real), and of packed
+        rows `inputs_segments` and `inputs_positions` (int). Others are not
+        looked at.
+      train: dropout and router noise on (rngs 'dropout' and 'router').
+    """
+    ids = batch['inputs']
+    ctx = context(batch, 'inputs', ids, train)
+    return self.logits(self.states(ids, ctx), ctx)
+
+  def extend(self, ids: Array, ctx: Context, last: Array | None = None):
+    """ids [b, t] after what the cache holds -> logits [b, t, v].
+
+    Rows stand at places of their own: ctx.positions int [b, t] counts up
+    from each row's first new place, at which it is written (`ctx.decode`
+    and `ctx.cache_length` set, 'cache' mutable). Padding after a row's end
+    is written too and overwritten by what comes next: it is never seen.
+
+    Args:
+      last: int [b]: logits of this token of each row alone, [b, 1, v].
+    """
+    x = self.states(ids, ctx)
+    if last is not None:
+      x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+      ctx = ctx.replace(
+        token_mask=None
+        if ctx.token_mask is None
+        else jnp.take_along_axis(ctx.token_mask, last[:, None], axis=1)
+      )
+    return self.logits(x, ctx)
+
+  def states(self, ids: Array, ctx: Context) -> Array:
+    """ids [b, t] -> the last norm's output [b, t, d]."""
+    c = self.config
+    # Packed rows too: how long their texts are is not known here.
+    learned = c.positions == 'learned'
+    if learned and not ctx.decode and ids.shape[1] > c.length:
+      raise ValueError(
+        f'the model has learned {c.length} positions; got rows of '
+        f'{ids.shape[1]} tokens: make them shorter (config.data.length)'
+      )
+    if ctx.positions is None:
+      places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+      ctx = ctx.replace(positions=places)
+    x = self.embed(ids, ctx)
+    if c.scale_embedding:
+      x = x * jnp.asarray(c.d_model**0.5, x.dtype)
+    if learned:
+      places = ctx.positions
+      if ctx.decode:
+        # Padding may stand beyond the table; a NaN there would spread, since
+        # a weight of zero times NaN is NaN.
+        places = jnp.minimum(places, c.length - 1)
+      x = x + self.positions(places, ctx)
+    elif c.positions == 'sinusoidal':
+      x = x + sinusoidal(ctx.positions, c.d_model).astype(x.dtype)
+    return self.decoder(x, ctx)
+
+  def logits(self, x: Array, ctx: Context) -> Array:
+    """`states` [b, t, d] -> logits [b, t, v]."""
+    return self.head(x, ctx, self.embed if self.config.tied else None)
+
+
+MODULE = Decoder

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases at q, k and v."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.decoder.config import DecoderConfig
+from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.hf_config import (
+  released,
+  shape_from_hf,
+  shape_to_hf,
+  windows_from_hf,
+  windows_to_hf,
+)
+from moepeft.models.decoder.model import MODULE as MODULE
+from moepeft.models.decoder.model import sites as sites
+from moepeft.nn.rope import Rope
+
+HF_TYPES = ('qwen2',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
+_SIZE = DecoderConfig(
+  family='qwen2',
+  vocab=151936,
+  attention_bias=True,
+  tied=True,
+  length=32768,
+  rope=Rope(theta=1e6),
+)
+
+# Of 2.5's base models, from their own config.json.
+SIZES = {
+  '2.5-0.5b': dataclasses.replace(
+    _SIZE, d_model=896, heads=14, kv_heads=2, ffn=4864, layers=24
+  ),
+  '2.5-1.5b': dataclasses.replace(
+    _SIZE,
+    d_model=1536,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    ffn=8960,
+    layers=28,
+    length=131072,
+  ),
+  '2.5-3b': dataclasses.replace(
+    _SIZE,
+    d_model=2048,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    ffn=11008,
+    layers=36,
+  ),
+  '2.5-7b': dataclasses.replace(
+    _SIZE,
+    vocab=152064,
+    d_model=3584,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    ffn=18944,
+    layers=28,
+    length=131072,
+    tied=False,
+  ),
+}
+
+config = functools.partial(released, 'Qwen2', SIZES)
+
+
+def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
+  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  # What transformers takes where the file is silent.
+  fields = {
+    'max_position_embeddings': 32768,
+    'sliding_window': 4096,
+    **fields,
+  }
+  shape = shape_from_hf(fields, 'qwen2', tied, kv_heads=32)
+  # The first max_window_layers see everything.
+  whole = fields.get('max_window_layers')
+  whole = 28 if whole is None else whole
+  usual = tuple(layer >= whole for layer in range(shape.layers))
+  return dataclasses.replace(
+    shape, attention_bias=True, **windows_from_hf(fields, usual)
+  )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The content of a `config.json`."""
+  return (
+    shape_to_hf(config)
+    | windows_to_hf(config)
+    | {'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2'}
+  )

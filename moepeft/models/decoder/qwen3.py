@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3 (arXiv:2505.09388): heads of q and k are normed, no biases."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.decoder.config import DecoderConfig
+from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.hf_config import (
+  released,
+  shape_from_hf,
+  shape_to_hf,
+  windows_from_hf,
+  windows_to_hf,
+)
+from moepeft.models.decoder.model import MODULE as MODULE
+from moepeft.models.decoder.model import sites as sites
+from moepeft.nn.rope import Rope
+
+HF_TYPES = ('qwen3',)
+# Whether the head is the embedding where config.json is silent.
+TIED = False
+_SIZE = DecoderConfig(
+  family='qwen3',
+  vocab=151936,
+  kv_heads=8,
+  head_dim=128,
+  qk_norm=True,
+  tied=True,
+  length=40960,
+  rope=Rope(theta=1e6),
+)
+
+# From the models' own config.json.
+SIZES = {
+  '0.6b': dataclasses.replace(
+    _SIZE, d_model=1024, heads=16, ffn=3072, layers=28
+  ),
+  '1.7b': dataclasses.replace(
+    _SIZE, d_model=2048, heads=16, ffn=6144, layers=28
+  ),
+  '4b': dataclasses.replace(_SIZE, d_model=2560, heads=32, ffn=9728, layers=36),
+  '8b': dataclasses.replace(
+    _SIZE, d_model=4096, heads=32, ffn=12288, layers=36, tied=False
+  ),
+}
+
+config = functools.partial(released, 'Qwen3', SIZES)
+
+
+def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
+  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  # What transformers takes where the file is silent.
+  fields = {
+    'max_position_embeddings': 32768,
+    'sliding_window': 4096,
+    **fields,
+  }
+  shape = shape_from_hf(fields, 'qwen3', tied, kv_heads=32)
+  whole = fields.get('max_window_layers')
+  whole = 28 if whole is None else whole
+  usual = tuple(layer >= whole for layer in range(shape.layers))
+  bias = fields.get('attention_bias', False)
+  return dataclasses.replace(
+    shape,
+    head_dim=fields.get('head_dim') or 128,
+    qk_norm=True,
+    attention_bias=bias,
+    out_bias=bias,
+    **windows_from_hf(fields, usual),
+  )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The content of a `config.json`."""
+  return (
+    shape_to_hf(config)
+    | windows_to_hf(config)
+    | {
+      'architectures': ['Qwen3ForCausalLM'],
+      'model_type': 'qwen3',
+      'attention_bias': config.attention_bias,
+    }
+  )

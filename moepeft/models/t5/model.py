@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5 1.0 and 1.1 (also LM-adapted and FLAN): sizes and module.
+
+Raffel et al., arXiv:1910.10683; 1.1 as in google-research/text-to-text-
+transfer-transformer's `released_checkpoints.md`. The names of its weights
+elsewhere are in `t5_names`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.core.ranges import suggestion
+from moepeft.core.types import Array, Batch, Context
+from moepeft.models import config_fields as fields_lib
+from moepeft.models.context import context
+from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.nn.adapter_hook import Advice, Around
+from moepeft.nn.attention import Attention, check_form, visible
+from moepeft.nn.linear import Embedding, Head
+from moepeft.nn.mlp import ACTIVATIONS, Mlp
+from moepeft.nn.norms import NormForm, RMSNorm
+from moepeft.nn.positions import RelativeBias
+from moepeft.nn.scan_layers import stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The shape of a T5.
+
+  Attributes:
+    gated: 1.1's act(wi_0 x) * (wi_1 x); else 1.0's act(wi x).
+    activation: 'gelu' (the tanh form) or 'relu'.
+    tied: whether the head is the embedding's transpose.
+    scale_head: whether the head's input is scaled by d_model ** -0.5.
+    buckets, max_distance: of the relative position bias.
+  """
+
+  vocab: int = 32128
+  d_model: int = 512
+  heads: int = 6
+  head_dim: int = 64
+  ffn: int = 1024
+  encoder_layers: int = 8
+  decoder_layers: int = 8
+  gated: bool = True
+  activation: str = 'gelu'
+  tied: bool = False
+  scale_head: bool = False
+  buckets: int = 32
+  max_distance: int = 128
+  eps: float = 1e-6
+  dropout: float = 0.1
+  family: ClassVar[str] = 't5'
+
+  def __post_init__(self):
+    fields_lib.check(self, _LEAST)
+    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+
+
+# Of what has a lower bound, the least value; two buckets a direction, and
+# distances that outgrow the exact ones.
+_LEAST = {
+  **dict.fromkeys(
+    (
+      'vocab',
+      'd_model',
+      'heads',
+      'head_dim',
+      'ffn',
+      'encoder_layers',
+      'decoder_layers',
+    ),
+    1,
+  ),
+  'buckets': 4,
+  'max_distance': 2,
+  'eps': 0,
+  'dropout': 0,
+}
+
+
+# layers, heads, head size, d_model, ffn of 1.1 (released_checkpoints.md; tiny
+# is the released mixture code's, for tests).
+_SIZES = {
+  'tiny': (1, 2, 16, 32, 128),
+  'small': (8, 6, 64, 512, 1024),
+  'base': (12, 12, 64, 768, 2048),
+  'large': (24, 16, 64, 1024, 2816),
+  'xl': (24, 32, 64, 2048, 5120),
+  'xxl': (24, 64, 64, 4096, 10240),
+}
+# The same of 1.0, whose xl and xxl are called 3B and 11B.
+_SIZES_1_0 = {
+  'tiny': (1, 2, 16, 32, 128),
+  'small': (6, 8, 64, 512, 2048),
+  'base': (12, 12, 64, 768, 3072),
+  'large': (24, 16, 64, 1024, 4096),
+  'xl': (24, 32, 128, 1024, 16384),
+  'xxl': (24, 128, 128, 1024, 65536),
+}
+
+
+def config(size: str, version: str = '1.1') -> T5Config:
+  """The configuration of a released size.
+
+  Args:
+    size: tiny, small, base, large, xl or xxl.
+    version: '1.0', or '1.1' (also LM-adapted and FLAN).
+
+  Raises:
+    ValueError: there is no such size or version.
+  """
+  table = {'1.0': _SIZES_1_0, '1.1': _SIZES}.get(version)
+  if table is None:
+    raise ValueError(f"T5's version is '1.0' or '1.1'; got {version!r}")
+  if size not in table:
+    raise ValueError(
+      f'T5 comes as {", ".join(table)}; got {size!r}{suggestion(size, table)}'
+    )
+  layers, heads, head_dim, d_model, ffn = table[size]
+  new = version == '1.1'
+  return T5Config(
+    d_model=d_model,
+    heads=heads,
+    head_dim=head_dim,
+    ffn=ffn,
+    encoder_layers=layers,
+    decoder_layers=layers,
+    gated=new,
+    activation='gelu' if new else 'relu',
+    tied=not new,
+    scale_head=not new,
+  )
+
+
+def from_fields(fields: Mapping[str, Any]) -> T5Config:
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  fields_lib.check_names(T5Config, fields)
+  return T5Config(**fields)
+
+
+def sites(config: T5Config) -> dict[str, str]:
+  """Every site's path and its role, which methods' defaults go by."""
+  mlp = feed_forward(config.gated)
+  stacks = {
+    'encoder/self': ATTENTION,
+    'encoder/mlp': mlp,
+    'decoder/self': ATTENTION,
+    'decoder/cross': ATTENTION,
+    'decoder/mlp': mlp,
+  }
+  found = {'embed': 'embed'}
+  for path, roles in stacks.items():
+    found |= {path + suffix: role for suffix, role in roles.items()}
+  ends = {'encoder/norm': 'norm', 'decoder/norm': 'norm', 'head': 'head'}
+  return found | ends
+
+
+class Block(nn.Module):
+  """One layer: self-attention, cross-attention in a decoder, feed-forward."""
+
+  config: T5Config
+  side: str
+  advice: Advice
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x, ctx, bias, mask, source, source_ctx, source_mask):
+    x = self._attend('self', x, ctx, bias, mask)
+    if source is not None:
+      x = self._attend('cross', x, ctx, None, source_mask, source, source_ctx)
+    c = self.config
+    mlp = Mlp(
+      c.d_model,
+      c.ffn,
+      c.gated,
+      c.activation,
+      f'{self.side}/mlp',
+      self.advice,
+      dropout=c.dropout,
+      norm_form=NormForm(c.eps),
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='mlp',
+    )
+    return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
+
+  def _attend(self, name, x, ctx, *args):
+    c = self.config
+    attention = Attention(
+      c.d_model,
+      c.heads,
+      c.head_dim,
+      f'{self.side}/{name}',
+      self.advice,
+      dropout=c.dropout,
+      norm_form=NormForm(c.eps),
+      q_stddev=(c.d_model * c.head_dim) ** -0.5,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      form=self.attention,
+      name=name,
+    )
+    run = lambda attention, y: attention(y, ctx, *args)  # noqa: E731
+    return self._residual(name, attention, run, x, ctx)
+
+  def _residual(self, name, module, run, x, ctx):
+    """x + dropout(sublayer(norm(x))), the sublayer a site of its own."""
+    around = Around(f'{self.side}/{name}', self.advice, name=f'around_{name}')
+    y = around(module, run, module.norm(x, ctx), ctx)
+    drop = nn.Dropout(self.config.dropout, broadcast_dims=(1,))
+    return x + drop(y, deterministic=not ctx.train)
+
+
+class Stack(nn.Module):
+  """The encoder or the decoder, from embedded tokens to normed states."""
+
+  config: T5Config
+  side: str
+  advice: Advice
+  scan: bool
+  remat: str
+  unroll: int
+  dtype: Any
+  param_dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, x, ctx, mask, source=None, source_ctx=None, see=None):
+    c = self.config
+    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    relpos = RelativeBias(
+      c.heads,
+      c.buckets,
+      c.max_distance,
+      bidirectional=self.side == 'encoder',
+      stddev=c.d_model**-0.5,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='relpos',
+    )
+    if ctx.decode:
+      queries, keys = ctx.index[None], jnp.arange(ctx.cache_length)
+    else:
+      queries = keys = jnp.arange(x.shape[1])
+    block = Block(
+      c,
+      self.side,
+      self.advice,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+      parent=None,
+    )
+    layers = {'encoder': c.encoder_layers, 'decoder': c.decoder_layers}
+    x = stack(
+      block,
+      layers[self.side],
+      drop(x, deterministic=not ctx.train),
+      ctx,
+      relpos(queries, keys),
+      mask,
+      source,
+      source_ctx,
+      see,
+      scan=self.scan,
+      remat=self.remat,
+      unroll=self.unroll,
+    )
+    norm = RMSNorm(
+      f'{self.side}/norm', self.advice, c.eps, self.param_dtype, name='norm'
+    )
+    return drop(norm(x, ctx), deterministic=not ctx.train)
+
+
+class T5(nn.Module):
+  """Encoder-decoder; `__call__` is training's, the rest is for decoding.
+
+  Attributes:
+    advice: what acts at its sites; see `moepeft.peft.build`.
+    scan: layers in one scanned body (True) or written out one by one.
+    remat: 'none', 'dots' or 'full'.
+    unroll: layers in one step of the scan.
+    dtype: of activations; logits are float32.
+    param_dtype: of weights at initialisation.
+    attention: of `nn.attention.FORMS`, but for 'chunked'.
+  """
+
+  config: T5Config
+  advice: Advice = Advice()
+  scan: bool = True
+  remat: str = 'none'
+  unroll: int = 1
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  attention: str = 'naive'
+
+  def setup(self):
+    c = self.config
+    check_form(self.attention)
+    if self.attention == 'chunked':
+      raise ValueError(
+        "config.model.attention is 'chunked', which T5 has not: its relative "
+        "positions are an array of queries x keys; take 'naive' or 'fused'"
+      )
+    self.embed = Embedding(
+      c.vocab,
+      c.d_model,
+      self.advice,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    shared = (
+      self.advice,
+      self.scan,
+      self.remat,
+      self.unroll,
+      self.dtype,
+      self.param_dtype,
+      self.attention,
+    )
+    self.encoder = Stack(c, 'encoder', *shared)
+    self.decoder = Stack(c, 'decoder', *shared)
+    self.head = Head(
+      c.d_model,
+      c.vocab,
+      self.advice,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+
+  def __call__(self, batch: Batch, train: bool = False) -> Array:
+    """Logits float32 [b, t, v] of a batch.
+
+    Args:
+      batch: `inputs` int [b, s], `decoder_inputs` int [b, t] and, optionally,
+        `inputs_mask`, `targets_mask` (bool; default: all real) and
+        `inputs_segments`, `targets_segments` (int, packed rows).
+      train: dropout and router noise on (rngs 'dropout' and 'router').
+    """
+    source_ctx = context(batch, 'inputs', batch['inputs'], train)
+    encoded = self.encode(batch['inputs'], source_ctx)
+    ctx = context(batch, 'targets', batch['decoder_inputs'], train)
+    return self.decode(batch['decoder_inputs'], ctx, encoded, source_ctx)
+
+  def encode(self, inputs: Array, ctx: Context) -> Array:
+    """ids [b, s] -> states [b, s, d]."""
+    x = self.embed(inputs, ctx)
+    segments = ctx.segment_ids
+    real = ctx.token_mask
+    return self.encoder(x, ctx, visible(real, real, segments, segments))
+
+  def decode(
+    self, ids: Array, ctx: Context, encoded: Array, source_ctx: Context
+  ) -> Array:
+    """ids [b, t] -> logits [b, t, v]; one token a call where ctx.decode."""
+    real, source = ctx.token_mask, source_ctx.token_mask
+    segments, of_source = ctx.segment_ids, source_ctx.segment_ids
+    # Segments of one whole input see all of it.
+    see = visible(
+      real, source, None if of_source is None else segments, of_source
+    )
+    if ctx.decode:
+      past = jnp.arange(ctx.cache_length) <= ctx.index
+      mask = past[None, None, None, :]
+    else:
+      mask = visible(real, real, segments, segments, causal=True)
+    x = self.embed(ids, ctx)
+    x = self.decoder(x, ctx, mask, encoded, source_ctx, see)
+    if self.config.scale_head:
+      x = x * self.config.d_model**-0.5
+    return self.head(x, ctx, self.embed if self.config.tied else None)
+
+
+MODULE = T5

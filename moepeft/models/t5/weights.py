@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What T5's arrays are called elsewhere, and its config in other words.
+
+Hugging Face (`transformers`) and T5X with flaxformer; the adapters of the
+released code are in `moepeft.checkpoints.t5x.adapters`. Axis letters beyond the
+legend: p buckets of relative positions.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moepeft.models.hf_layout import Layout
+from moepeft.models.t5.model import T5Config
+from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, entries
+
+Config = T5Config
+
+# Sublayers in the order of Hugging Face's `layer.<i>`, with the module's names
+# there and in T5X.
+SUBLAYERS = {
+  'encoder': {
+    'self': ('SelfAttention', 'attention'),
+    'mlp': ('DenseReluDense', 'mlp'),
+  },
+  'decoder': {
+    'self': ('SelfAttention', 'self_attention'),
+    'cross': ('EncDecAttention', 'encoder_decoder_attention'),
+    'mlp': ('DenseReluDense', 'mlp'),
+  },
+}
+_T5X_PROJECTIONS = {'q': 'query', 'k': 'key', 'v': 'value', 'o': 'out'}
+_T5X_NORMS = {
+  'encoder/self': 'pre_attention_layer_norm',
+  'encoder/mlp': 'pre_mlp_layer_norm',
+  'decoder/self': 'pre_self_attention_layer_norm',
+  'decoder/cross': 'pre_cross_attention_layer_norm',
+  'decoder/mlp': 'pre_mlp_layer_norm',
+}
+# Duplicates of shared.weight, and a bias that T5 1.0's files hold unused.
+_IGNORED = (
+  r'(encoder|decoder)\.embed_tokens\.weight',
+  r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
+  r'relative_attention_bias\.weight',
+)
+LAYOUT = Layout(
+  head='lm_head.weight',
+  embedding='shared.weight',
+  ignored='|'.join(_IGNORED),
+)
+# What Hugging Face's peft calls what the model does.
+PEFT_TASK = 'SEQ_2_SEQ_LM'
+
+
+def sizes(config: T5Config) -> dict[str, int]:
+  """The size of each axis letter."""
+  return {
+    'v': config.vocab,
+    'd': config.d_model,
+    'n': config.heads,
+    'h': config.head_dim,
+    'f': config.ffn,
+    'p': config.buckets,
+  }
+
+
+def layout(fields: Mapping[str, Any]) -> Layout:
+  """Of files whose `config.json` has these fields."""
+  del fields
+  return LAYOUT
+
+
+def depths(config: T5Config) -> dict[str, int]:
+  """Layers of each stack."""
+  return {'encoder': config.encoder_layers, 'decoder': config.decoder_layers}
+
+
+def projections(config: T5Config) -> dict[str, tuple[str, str]]:
+  """Every projection's site and its (input, output) axes, in model order."""
+  attention = dict.fromkeys('qkv', ('d', 'nh')) | {'o': ('nh', 'd')}
+  gates = ('wi_0', 'wi_1') if config.gated else ('wi',)
+  mlp = dict.fromkeys(gates, ('d', 'f')) | {'wo': ('f', 'd')}
+  return {
+    f'{stack}/{sub}/{name}': axes
+    for stack, subs in SUBLAYERS.items()
+    for sub in subs
+    for name, axes in (mlp if sub == 'mlp' else attention).items()
+  }
+
+
+def taps() -> dict[str, tuple[str, str]]:
+  """The weightless sites inside the feed-forward, as `projections`."""
+  return {
+    f'{stack}/mlp/{tap}': ('f', 'f')
+    for stack in SUBLAYERS
+    for tap in ('act', 'hidden')
+  }
+
+
+def in_layers(site: str) -> str:
+  """'encoder/self/q' -> 'encoder/layers/{l}/self/q'."""
+  stack, rest = site.split('/', 1)
+  return f'{stack}/layers/{{l}}/{rest}'
+
+
+def ends(config: T5Config) -> dict[str, tuple[str, str]]:
+  """The site of the head, as `projections`.
+
+  peft puts none of its adapters at the embedding that both stacks share.
+  """
+  del config
+  return {'head': ('d', 'v')}
+
+
+def hf_module(site: str, config: T5Config) -> str:
+  """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
+  del config  # of the same signature as decoders', whose families differ
+  if site == 'head':
+    return LAYOUT.head.removesuffix('.weight')
+  stack, sub, name = site.split('/')
+  index = list(SUBLAYERS[stack]).index(sub)
+  module = SUBLAYERS[stack][sub][0]
+  return f'{stack}.block.{{l}}.layer.{index}.{module}.{name}'
+
+
+def hf_rules(config: T5Config) -> tuple[Rule, ...]:
+  """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
+  rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
+  for site, (inner, outer) in projections(config).items():
+    ours, theirs = (
+      in_layers(site) + '/kernel',
+      hf_module(site, config) + '.weight',
+    )
+    rules.append(Rule(ours, theirs, inner + outer, f'({outer})({inner})'))
+  for stack, subs in SUBLAYERS.items():
+    for i, sub in enumerate(subs):
+      ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+      theirs = f'{stack}.block.{{l}}.layer.{i}.layer_norm.weight'
+      rules.append(Rule(ours, theirs, 'd', 'd'))
+    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    rules += [
+      Rule(f'{stack}/relpos/embedding', f'{stack}.{bias}', 'pn', 'pn'),
+      Rule(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight', 'd', 'd'),
+    ]
+  if not config.tied:
+    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
+  return tuple(rules)
+
+
+def hf_modules(config: T5Config) -> set[str]:
+  """Every module with a weight, 'encoder.block.0.layer.0.SelfAttention.q'."""
+  found = entries(hf_rules(config), sizes(config), depths(config))
+  return {entry.their_name.removesuffix('.weight') for entry in found}
+
+
+def t5x_module(site: str) -> str:
+  """'encoder/self/q' -> 'encoder/layers_{l}/attention/query'."""
+  stack, sub, name = site.split('/')
+  module = SUBLAYERS[stack][sub][1]
+  return f'{stack}/layers_{{l}}/{module}/{_T5X_PROJECTIONS.get(name, name)}'
+
+
+def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
+  """Rules for flaxformer's T5 in T5X; its kernels are [in, out]."""
+  rules = [Rule('embed/embedding', 'token_embedder/embedding', 'vd', 'vd')]
+  for site, (inner, outer) in projections(config).items():
+    ours, theirs = in_layers(site) + '/kernel', t5x_module(site) + '/kernel'
+    rules.append(Rule(ours, theirs, inner + outer, f'({inner})({outer})'))
+  for place, norm in _T5X_NORMS.items():
+    stack, sub = place.split('/')
+    ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+    rules.append(Rule(ours, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
+  for stack in SUBLAYERS:
+    bias = f'{stack}/relpos_bias/rel_embedding'
+    norm = f'{stack}/{stack}_norm/scale'
+    rules += [
+      Rule(f'{stack}/relpos/embedding', bias, 'pn', 'np'),
+      Rule(f'{stack}/norm/scale', norm, 'd', 'd'),
+    ]
+  if not config.tied:
+    head = 'decoder/logits_dense/kernel'
+    rules.append(Rule('head/kernel', head, 'dv', 'dv'))
+  return tuple(rules)
+
+
+def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
+  """Reads `config.json`.
+
+  Args:
+    fields: its content.
+    tied: whether the weights hold no head of their own. What they hold
+      decides, as in transformers 5, not `tie_word_embeddings`.
+
+  Raises:
+    CheckpointError: a size is absent, or the activation is another one.
+  """
+  absent = [key for key in _HF_SIZES.values() if fields.get(key) is None]
+  if absent:
+    raise CheckpointError(
+      f'config.json lacks {", ".join(absent)}: expected the config of a T5; '
+      'write it again with save_pretrained'
+    )
+  start = fields.get('decoder_start_token_id')
+  if start:
+    raise CheckpointError(
+      f'config.json has decoder_start_token_id {start}: expected 0, the '
+      'padding, which decoders of T5 start from; others are not supported'
+    )
+  multilingual = fields.get('model_type') == 'mt5'
+  usual = 'gated-gelu' if multilingual else 'relu'
+  projection = fields.get('feed_forward_proj') or usual
+  gated, activation = _activation(projection)
+  scaled = _scaled_mt5 if multilingual else _scaled
+  layers = fields['num_layers']
+  optional = {
+    ours: fields[theirs]
+    for ours, theirs in _HF_OPTIONAL.items()
+    if fields.get(theirs) is not None
+  }
+  return T5Config(
+    **{ours: fields[theirs] for ours, theirs in _HF_SIZES.items()},
+    **optional,
+    decoder_layers=fields.get('num_decoder_layers') or layers,
+    gated=gated,
+    activation=activation,
+    tied=tied,
+    scale_head=scaled(fields, tied),
+  )
+
+
+def _scaled(fields: Mapping[str, Any], tied: bool) -> bool:
+  """Whether a T5 scales its head's input.
+
+  `tie_word_embeddings` says it in files of transformers 4, whatever the head
+  is; version 5 always writes `true` there, and `scale_decoder_outputs` beside
+  it.
+  """
+  del tied
+  usual = fields.get('tie_word_embeddings') is not False
+  said = fields.get('scale_decoder_outputs')
+  return usual if said is None else said
+
+
+def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
+  """Whether an mT5 scales its head's input.
+
+  transformers 5 never does, and writes `tie_word_embeddings: true` for all of
+  them; version 4 does where that is true, which ties the head.
+  """
+  major = (fields.get('transformers_version') or '4').partition('.')[0]
+  said = fields.get('tie_word_embeddings') is True
+  return tied and said and major.isdigit() and int(major) < 5
+
+
+_HF_SIZES = {
+  'vocab': 'vocab_size',
+  'd_model': 'd_model',
+  'heads': 'num_heads',
+  'head_dim': 'd_kv',
+  'ffn': 'd_ff',
+  'encoder_layers': 'num_layers',
+}
+_HF_OPTIONAL = {
+  'buckets': 'relative_attention_num_buckets',
+  'max_distance': 'relative_attention_max_distance',
+  'eps': 'layer_norm_epsilon',
+  'dropout': 'dropout_rate',
+}
+# Hugging Face's names of activations, ours for each; the first that has ours
+# is written.
+_ACTIVATIONS = {
+  'gelu_new': 'gelu',
+  'relu': 'relu',
+  'gelu': 'gelu_exact',
+  'silu': 'silu',
+  'gelu_pytorch_tanh': 'gelu',
+}
+# It has always meant the tanh form.
+_GATED_GELU = 'gated-gelu'
+
+
+def _activation(projection: str) -> tuple[bool, str]:
+  """(gated, ours) of `feed_forward_proj`."""
+  if projection == _GATED_GELU:
+    return True, 'gelu'
+  name = projection.removeprefix('gated-')
+  if name not in _ACTIVATIONS:
+    raise CheckpointError(
+      f'feed_forward_proj {projection!r} in config.json: expected one of '
+      f"{', '.join(_ACTIVATIONS)}, perhaps after 'gated-'; other activations "
+      'are not supported'
+    )
+  return name != projection, _ACTIVATIONS[name]
+
+
+def _projection_to_hf(config: T5Config) -> str:
+  """`feed_forward_proj` of a config.
+
+  Raises:
+    CheckpointError: it has no word for it.
+  """
+  if config.gated and config.activation == 'gelu':
+    return _GATED_GELU
+  if config.gated and config.activation == 'gelu_exact':
+    raise CheckpointError(
+      "Hugging Face's T5 has no word for a gated GELU in its exact form "
+      "('gated-gelu' is the tanh form): keep such a model as moepeft has it"
+    )
+  name = next(
+    n for n, ours in _ACTIVATIONS.items() if ours == config.activation
+  )
+  return f'gated-{name}' if config.gated else name
+
+
+def config_to_hf(config: T5Config) -> dict[str, Any]:
+  """The content of a `config.json` that transformers 4 and 5 read."""
+  fields = _HF_SIZES | _HF_OPTIONAL | {'decoder_layers': 'num_decoder_layers'}
+  return {
+    'architectures': ['T5ForConditionalGeneration'],
+    'model_type': 't5',
+    'is_encoder_decoder': True,
+    'pad_token_id': 0,
+    'eos_token_id': 1,
+    'decoder_start_token_id': 0,
+    'feed_forward_proj': _projection_to_hf(config),
+    'tie_word_embeddings': config.tied,
+    'scale_decoder_outputs': config.scale_head,
+    **{theirs: getattr(config, ours) for ours, theirs in fields.items()},
+  }
+
+
+def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
+  """Infers the config from the arrays' shapes; T5X's checkpoints hold none.
+
+  Heads are the rows of the relative position bias, a head's size is the
+  query's width by them; a gated feed-forward is taken for 1.1's gelu, one
+  that is not for 1.0's relu, and a tied head is scaled, as in flaxformer.
+
+  Raises:
+    CheckpointError: an array that this needs is absent.
+  """
+  names = {
+    'embed': 'token_embedder/embedding',
+    'bias': 'encoder/relpos_bias/rel_embedding',
+    'query': 'encoder/layers_0/attention/query/kernel',
+    'wo': 'encoder/layers_0/mlp/wo/kernel',
+  }
+  absent = [name for name in names.values() if name not in shapes]
+  if absent:
+    raise CheckpointError(
+      f'no {", ".join(absent)} among the {len(shapes)} arrays: expected the '
+      "names of flaxformer's T5, layers apart; other models are not supported"
+    )
+  embed, bias, query, wo = (shapes[name] for name in names.values())
+  gated = 'encoder/layers_0/mlp/wi_0/kernel' in shapes
+  tied = 'decoder/logits_dense/kernel' not in shapes
+  return T5Config(
+    vocab=embed[0],
+    d_model=embed[1],
+    heads=bias[0],
+    head_dim=query[-1] // bias[0],
+    ffn=wo[0],
+    encoder_layers=_layers(shapes, 'encoder'),
+    decoder_layers=_layers(shapes, 'decoder'),
+    gated=gated,
+    activation='gelu' if gated else 'relu',
+    tied=tied,
+    scale_head=tied,
+    buckets=bias[1],
+  )
+
+
+def _layers(shapes: Mapping[str, Shape], stack: str) -> int:
+  found = [re.match(rf'{stack}/layers_(\d+)/', name) for name in shapes]
+  return 1 + max((int(match[1]) for match in found if match), default=-1)

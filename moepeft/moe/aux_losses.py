@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router losses: pure functions of a site's sums, averaged over sites.
+
+The paper's runs use none of them (its text and its released code agree);
+every weight defaults to zero.
+"""
+
+import jax.numpy as jnp
+
+from moepeft.core.types import Array
+from moepeft.moe.router_stats import Sums
+
+
+def load_balance(sums: Sums) -> Array:
+  """e * sum_e f_e P_e, at least 1 where routing is even.
+
+  f is the load's share (no gradient), P the mean probability. Source: Switch
+  Transformer (arXiv:2101.03961), equations 4 to 6, without their alpha.
+  """
+  count = jnp.maximum(sums.count, 1)[..., None]
+  products = (sums.load / count) * (sums.probability / count)
+  return jnp.mean(sums.load.shape[-1] * jnp.sum(products, axis=-1))
+
+
+def z(sums: Sums) -> Array:
+  """Mean squared log-partition. Source: ST-MoE (arXiv:2202.08906), eq. 5."""
+  return jnp.mean(sums.log_z2 / jnp.maximum(sums.count, 1))
+
+
+def entropy(sums: Sums) -> Array:
+  """Mean entropy of the router in nats; minimising it sharpens routing."""
+  return jnp.mean(sums.entropy / jnp.maximum(sums.count, 1))
+
+
+LOSSES = {'load_balance': load_balance, 'z': z, 'entropy': entropy}
+
+
+def total(sites: dict[str, Sums], weights: dict[str, float]) -> Array:
+  """The weighted sum of losses, each the mean over sites and layers.
+
+  Args:
+    sites: {path: Sums}, from `stats.by_site`.
+    weights: {name in LOSSES: weight}; zero weights cost nothing.
+
+  Raises:
+    ValueError: a name is not a loss.
+  """
+  unknown = sorted(set(weights) - set(LOSSES))
+  if unknown:
+    raise ValueError(
+      f'router losses are {", ".join(LOSSES)}; got {", ".join(unknown)}'
+    )
+  loss = jnp.float32(0)
+  for name, weight in weights.items():
+    if weight and sites:
+      values = [LOSSES[name](sums) for sums in sites.values()]
+      loss += weight * sum(values) / len(values)
+  return loss

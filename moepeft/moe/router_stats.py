@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of a site's routing over real tokens, and statistics made of them.
+
+The sums add up over microbatches, devices, heads and layers; statistics and
+`losses` are pure functions of them.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.scipy.special import entr
+
+from moepeft.core.types import Array, Context, Router, Routing, Tree
+
+
+@struct.dataclass
+class Sums:
+  """Over the real tokens of one site; a layer axis may stand in front.
+
+  Attributes:
+    count: [] how many tokens (times heads where heads are routed).
+    share: [e] of a sparse router, the number of tokens that each expert gets,
+      k times `count` in all; of a dense one, sums of the combine weights, a
+      token's divided by their sum, `count` in all.
+    weight_entropy: [] sums of the entropy of a token's combine weights,
+      divided by their sum, in nats: 0 where one expert has all, ln e where
+      all have the same.
+    load: [e] of the load-balance loss: a token's k experts count 1/k each, of
+      a dense router the expert with the largest weight counts 1.
+    probability: [e] sums of the softmax of the logits.
+    entropy: [] sums of that softmax's entropy, in nats.
+    log_z2: [] sums of the squared log-partition of the logits.
+    sparse: whether the router is sparse, `Routing.sparse`; static.
+  """
+
+  count: Array
+  share: Array
+  weight_entropy: Array
+  load: Array
+  probability: Array
+  entropy: Array
+  log_z2: Array
+  sparse: bool = struct.field(pytree_node=False, default=False)
+
+
+def reduce(routing: Routing, mask: Array | None) -> Sums:
+  """Routing [b, t, (heads,) e] and a mask [b, t] of real tokens -> Sums."""
+  weights = jax.lax.stop_gradient(routing.weights)
+  if mask is None:
+    mask = jnp.ones(weights.shape[:2], bool)
+  mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
+  real = jnp.broadcast_to(mask, weights.shape[:-1]).astype(jnp.float32)
+  kth = jax.lax.top_k(weights, routing.k or 1)[0][..., -1:]
+  # Equal weights share the load, so that a uniform router's is even; where
+  # fewer than k are left, as under expert dropout, only they do.
+  chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
+  chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+  mixed = weights / jnp.sum(weights, axis=-1, keepdims=True)
+  share = (weights > 0).astype(jnp.float32) if routing.sparse else mixed
+  log_p = jax.nn.log_softmax(routing.logits, axis=-1)
+  p = jnp.exp(log_p)
+  log_z = jax.nn.logsumexp(routing.logits, axis=-1)
+  every = tuple(range(real.ndim))
+  return Sums(
+    count=jnp.sum(real),
+    share=jnp.sum(share * real[..., None], axis=every),
+    weight_entropy=jnp.sum(jnp.sum(entr(mixed), axis=-1) * real),
+    load=jnp.sum(chosen * real[..., None], axis=every),
+    probability=jnp.sum(p * real[..., None], axis=every),
+    entropy=-jnp.sum(jnp.sum(p * log_p, axis=-1) * real),
+    log_z2=jnp.sum(log_z**2 * real),
+    sparse=routing.sparse,
+  )
+
+
+def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
+  """Calls the router (or takes ctx.routing) and reports its sums.
+
+  The sums leave in the collection 'routing' and the full weights in
+  'weights', each only where the caller of `apply` asks for it.
+  """
+  routing = ctx.routing if ctx.routing is not None else router(x, ctx)
+  if module.is_mutable_collection('routing'):
+    sums = reduce(routing, ctx.token_mask)
+    module.sow(
+      'routing',
+      'sums',
+      sums,
+      init_fn=lambda: jax.tree.map(jnp.zeros_like, sums),
+      reduce_fn=lambda a, b: jax.tree.map(jnp.add, a, b),
+    )
+  if not module.is_initializing():
+    module.sow('weights', 'weights', routing.weights)
+  return routing
+
+
+def by_site(collection: Tree) -> dict[str, Sums]:
+  """The 'routing' collection, or sums of several, as {path: Sums}."""
+  found = {}
+
+  def walk(tree, path):
+    for key, value in tree.items():
+      if isinstance(value, Sums):
+        found['/'.join(path)] = value
+      else:
+        walk(value, (*path, key))
+
+  walk(collection, ())
+  return found
+
+
+@struct.dataclass
+class Statistics:
+  """Means over a site's tokens; arrays may have a layer axis in front.
+
+  Attributes:
+    share: [e] of a sparse router, the share of the tokens that each expert
+      gets, k in all; of a dense one, the mean combine weight, 1 in all.
+    weight_entropy: [] mean entropy of a token's combine weights, nats.
+    entropy: [] mean entropy of the softmax of the logits, before any
+      selection, nats; ln e at most.
+    variation: [] the shares' standard deviation over their mean.
+    top: [] the largest of the shares.
+    sparse: which of the two `share` is; static.
+  """
+
+  share: Array
+  weight_entropy: Array
+  entropy: Array
+  variation: Array
+  top: Array
+  sparse: bool = struct.field(pytree_node=False, default=False)
+
+
+def statistics(sums: Sums) -> Statistics:
+  """Pure; a site without a real token gives zeros."""
+  count = jnp.maximum(sums.count, 1)
+  share = sums.share / count[..., None]
+  mean = jnp.maximum(jnp.mean(share, axis=-1), 1e-9)
+  return Statistics(
+    share=share,
+    weight_entropy=sums.weight_entropy / count,
+    entropy=sums.entropy / count,
+    variation=jnp.std(share, axis=-1) / mean,
+    top=jnp.max(share, axis=-1),
+    sparse=sums.sparse,
+  )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A control: a fixed random gate, never trained."""
+
+import zlib
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.ranges import MAX_SEED, Range, option
+from moepeft.core.types import Array, Context, Routing
+from moepeft.moe.gate import EXPERTS, gate_logits, top_mask
+
+
+class Random(nn.Module):
+  """Each token goes to k experts that a fixed random projection picks.
+
+  The same activation always meets the same experts, in training and after,
+  and the gate learns nothing: as in SMoE-Dropout (Chen et al.,
+  arXiv:2303.01610), and in spirit hash layers (Roller et al.,
+  arXiv:2106.04426). Each row sums to one. No parameters: the projection is a
+  function of the site, the layer and `seed`.
+
+  Attributes:
+    experts: e; k: experts a token; seed: of the projection.
+  """
+
+  experts: int = option(1, EXPERTS)
+  k: int = option(1, EXPERTS)
+  seed: int = option(0, Range(0, MAX_SEED))
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Routing:
+    if not 1 <= self.k <= self.experts:
+      raise ValueError(
+        f'random needs 1 <= k <= experts; got k={self.k} of {self.experts}'
+      )
+    shape = (x.shape[-1], self.experts)
+    kernel = projection(self.path, self.seed, shape, ctx.layer)
+    logits = gate_logits(x, kernel)
+    weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
+    return Routing(logits, weights, k=self.k)
+
+
+def projection(
+  path: Sequence[str],
+  seed: int,
+  shape: tuple[int, ...],
+  layer: Array | int | None = None,
+) -> Array:
+  """The kernel float32 [i, e] of the router at a module's path."""
+  # Scanned or not, a layer's path differs in 'layers' or 'layers_3' only.
+  site = '/'.join(p for p in path if not p.startswith('layers'))
+  rng = jax.random.fold_in(jax.random.key(seed), _hash(site))
+  if layer is not None:
+    rng = jax.random.fold_in(rng, layer)
+  return jax.random.normal(rng, shape, jnp.float32)
+
+
+def _hash(path: str) -> int:
+  return zlib.crc32(path.encode()) & 0x7FFFFFFF

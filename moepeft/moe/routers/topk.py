@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse routing: the k most probable experts (Shazeer et al., 2017)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.core.ranges import option
+from moepeft.core.types import Array, Context, Routing
+from moepeft.moe.gate import (
+  DROPOUT,
+  EXPERTS,
+  INIT,
+  JITTER,
+  expert_dropout,
+  gate_logits,
+  jittered,
+  top_mask,
+)
+from moepeft.nn.parameter import peft_param
+from moepeft.nn.softmax import softmax
+
+
+class TopK(nn.Module):
+  """weights = softmax(x W) on the k largest, zero elsewhere.
+
+  A row sums to one where `renormalize`, else to the k largest probabilities
+  (the released code): about k / e at first, so that a mixture of vectors does
+  not start at the base model. `peft.build` sets `renormalize` by the
+  semantics where it is not given: official False, paper True.
+
+  Attributes:
+    experts: e; k: how many of them a token uses.
+    renormalize: whether the kept probabilities are scaled to sum to one.
+    jitter, dropout: as in `Softmax`.
+  """
+
+  experts: int = option(1, EXPERTS)
+  k: int = option(1, EXPERTS)
+  renormalize: bool = False
+  jitter: float = option(0.0, JITTER)
+  dropout: float = option(0.0, DROPOUT)
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Routing:
+    if not 1 <= self.k <= self.experts:
+      raise ValueError(
+        f'topk needs 1 <= k <= experts; got k={self.k} of {self.experts}'
+      )
+    shape = (x.shape[-1], self.experts)
+    kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
+    logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    noisy = expert_dropout(self, logits, self.dropout, ctx)
+    probabilities = softmax(noisy)
+    kept = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
+    if self.renormalize:
+      kept = kept / jnp.sum(kept, axis=-1, keepdims=True)
+    return Routing(logits, kept, k=self.k)

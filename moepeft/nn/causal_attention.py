@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention of decoder-only models: grouped, rotary, cached."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.attention import Core, Heads
+from moepeft.nn.attention_mask import Past, Sight
+from moepeft.nn.linear import Linear
+from moepeft.nn.norms import NormForm, RMSNorm
+from moepeft.nn.rope import Rope, rotate
+
+
+class CausalAttention(nn.Module):
+  """Sites below `site`: norm, q, k, v, q_norm and k_norm (where `qk_norm`),
+  core (whose input is `Heads`), o.
+
+  Attributes:
+    kv_heads: heads of keys and values; a divisor of `heads`.
+    rope: None where positions come from elsewhere.
+    scale: of the logits.
+    cap: see `attention.attend`.
+    bias, out_bias: whether q, k, v, and o, have biases.
+    qk_norm: whether each head of q and k is normed before it is turned
+      (Qwen3).
+    form: of `attention.FORMS`.
+  """
+
+  d_model: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  site: str
+  advice: Advice
+  rope: Rope | None
+  scale: float
+  cap: float = 0.0
+  dropout: float = 0.0
+  bias: bool = False
+  out_bias: bool = False
+  qk_norm: bool = False
+  norm_form: NormForm = NormForm()
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  form: str = 'naive'
+
+  def setup(self):
+    d, n, h = self.d_model, self.heads, self.head_dim
+    k = self.kv_heads
+
+    def linear(name, eqn, shape, bias, stddev):
+      return Linear(
+        eqn,
+        shape,
+        f'{self.site}/{name}',
+        self.advice,
+        stddev=stddev,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        bias=bias,
+      )
+
+    keys = 'btd,dkh->btkh'
+    self.q = linear('q', 'btd,dnh->btnh', (d, n, h), self.bias, d**-0.5)
+    self.k = linear('k', keys, (d, k, h), self.bias, d**-0.5)
+    self.v = linear('v', keys, (d, k, h), self.bias, d**-0.5)
+    shape, stddev = (n, h, d), (n * h) ** -0.5
+    self.o = linear('o', 'btnh,nhd->btd', shape, self.out_bias, stddev)
+    site = f'{self.site}/core'
+    self.core = Core(
+      site, self.advice, self.scale, self.dropout, self.cap, self.form
+    )
+    if self.qk_norm:
+      self.q_norm, self.k_norm = (
+        RMSNorm(
+          f'{self.site}/{name}',
+          self.advice,
+          self.norm_form.eps,
+          self.param_dtype,
+          self.norm_form.offset,
+          letter='h',
+        )
+        for name in ('q_norm', 'k_norm')
+      )
+    # The block calls it, so that the sublayer's own input is normed.
+    site = f'{self.site}/norm'
+    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
+
+  def __call__(
+    self,
+    x: Array,
+    ctx: Context,
+    bias: Array | None,
+    mask: Array | None,
+    sight: Sight | Past | None = None,
+  ) -> Array:
+    """x [b, t, d] -> [b, t, d]; ctx.positions [b, t] must be there.
+
+    Args:
+      bias: [1 or b, n, t, s] or None; mask: bool [b, 1, t, s], where s is the
+        cache's length in decoding.
+      sight: instead of both, where the form needs no array [t, s]. Advice at
+        the core gets them all the same: it may lengthen the keys.
+    """
+    q, k, v = self.q(x, ctx), self.k(x, ctx), self.v(x, ctx)
+    if self.qk_norm:
+      q, k = self.q_norm(q, ctx), self.k_norm(k, ctx)
+    if self.rope is not None:
+      q, k = (rotate(a, ctx.positions, self.rope) for a in (q, k))
+    if ctx.decode:
+      k, v = (self._cached(name, a, ctx) for name, a in (('k', k), ('v', v)))
+    if sight is not None and self.advice.at(f'{self.site}/core'):
+      bias, mask, sight = sight.bias(), sight.mask(), None
+    return self.o(self.core(Heads(q, k, v, bias, mask, sight), ctx), ctx)
+
+  def _cached(self, name: str, new: Array, ctx: Context) -> Array:
+    """Writes new [b, t, k, h] from each row's first position on.
+
+    Returns:
+      All that was written so far, [b, s, k, h].
+    """
+    shape = (new.shape[0], ctx.cache_length, *new.shape[2:])
+    name = f'self_{name}'
+    cache = self.get_variable('cache', name, jnp.zeros(shape, new.dtype))
+    write = jax.vmap(
+      lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x, at, 0)
+    )
+    cache = write(cache, new, ctx.positions[:, 0])
+    self.put_variable('cache', name, cache)
+    return cache

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen kernels in few bits: int8, and the NF4 of QLoRA (arXiv:2305.14314).
+
+A kernel that is quantised lies in 'params' as two arrays in place of one, its
+codes and their scales: `kernel_int8` or `kernel_nf4`, and `kernel_scale`. The
+tree alone says which, so a model has no option for it. Letters beyond the
+legend: g blocks of inputs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.core.types import Array
+from moepeft.nn.adapter_hook import contraction
+from moepeft.nn.initializers import Fill
+from moepeft.nn.parameter import param
+
+# Inputs that share a scale in NF4, as in the paper.
+BLOCK = 64
+# NF4's values (appendix E): quantiles of a normal distribution, zero among
+# them, over the largest. So many of each sign that 0 and +-1 are exact.
+LEVELS = np.array(
+  [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+  ],
+  np.float32,
+)
+
+
+def to_int8(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Symmetric, one scale an output: codes int8 [*in, *out], scale [*out].
+
+  Args:
+    inputs: how many of the kernel's first axes are inputs.
+  """
+  kernel = kernel.astype(np.float32)
+  scale = np.max(np.abs(kernel), axis=tuple(range(inputs))) / np.float32(127)
+  codes = np.rint(kernel / np.where(scale > 0, scale, 1))
+  return codes.astype(np.int8), scale
+
+
+def from_int8(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
+  """What `to_int8` kept, float32 [shape]; off by scale / 2 at most."""
+  del shape
+  return codes.astype(jnp.float32) * scale
+
+
+def to_nf4(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+  """The nearest of LEVELS times the largest of each block of an output.
+
+  Blocks are of BLOCK inputs that follow each other, inputs in one axis; the
+  last may be shorter. A byte holds two codes, the first one high.
+
+  Returns:
+    codes uint8 [inputs / 2 rounded up, *out], scale float32 [g, *out].
+  """
+  out = kernel.shape[inputs:]
+  flat = kernel.astype(np.float32).reshape(-1, *out)
+  blocks = _padded(flat, BLOCK).reshape(-1, BLOCK, *out)
+  scale = np.max(np.abs(blocks), axis=1)
+  blocks = blocks / np.where(scale > 0, scale, 1)[:, None]
+  between = (LEVELS[1:] + LEVELS[:-1]) / 2
+  codes = np.searchsorted(between, blocks).astype(np.uint8)
+  codes = _padded(codes.reshape(-1, *out)[: len(flat)], 2)
+  return codes[0::2] << 4 | codes[1::2], scale
+
+
+def from_nf4(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
+  """What `to_nf4` kept, float32 [shape].
+
+  Off by at most 0.152 of its block's largest: half the widest gap of LEVELS.
+  """
+  out, size = codes.shape[1:], math.prod(shape) // math.prod(codes.shape[1:])
+  both = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(-1, *out)
+  values = jnp.take(jnp.asarray(LEVELS), both[:size].astype(jnp.int32))
+  scale = jnp.repeat(scale, BLOCK, axis=0)[:size]
+  return (values * scale).reshape(shape)
+
+
+def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
+  """With zeros after axis 0, so that `multiple` divides it."""
+  more = -len(array) % multiple
+  return np.pad(array, ((0, more), *[(0, 0)] * (array.ndim - 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A way to keep a kernel.
+
+  Attributes:
+    encode: (kernel, inputs) -> (codes, scale), on the host.
+    decode: (codes, scale, shape) -> the kernel, float32.
+    dtype: of the codes.
+    layout: (inputs, outputs, their letters) -> {suffix: (shape, letters)} of
+      codes and scale.
+  """
+
+  encode: Callable
+  decode: Callable
+  dtype: Any
+  layout: Callable
+
+
+def _layout_int8(inputs, outputs, inside: str, outside: str):
+  codes = (*inputs, *outputs), inside + outside
+  return {'codes': codes, 'scale': (outputs, outside)}
+
+
+def _layout_nf4(inputs, outputs, inside: str, outside: str):
+  # Inputs are one axis, which the first of their letters stands for.
+  size, letters = math.prod(inputs), inside[0] + outside
+  rows = {'codes': -(-size // 2), 'scale': -(-size // BLOCK)}
+  return {name: ((n, *outputs), letters) for name, n in rows.items()}
+
+
+KINDS = {
+  'int8': Kind(to_int8, from_int8, jnp.int8, _layout_int8),
+  'nf4': Kind(to_nf4, from_nf4, jnp.uint8, _layout_nf4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+  """Stands where a frozen kernel would: it has a shape, and `astype`.
+
+  Attributes:
+    kind: of KINDS.
+    shape: the kernel's.
+  """
+
+  kind: str
+  codes: Array
+  scale: Array
+  shape: tuple[int, ...]
+
+  def astype(self, dtype: Any) -> Array:
+    """The kernel that it was made of, as near as its bits allow."""
+    kernel = KINDS[self.kind].decode(self.codes, self.scale, self.shape)
+    return kernel.astype(dtype)
+
+
+def held(
+  module: nn.Module, name: str, eqn: str, shape: tuple[int, ...]
+) -> Quantised | None:
+  """A module's kernel where the tree has it quantised, else None."""
+  for kind, form in KINDS.items():
+    if module.has_variable('params', f'{name}_{kind}'):
+      _, inside, outside, _ = contraction(eqn)
+      n = len(inside)
+      wanted = form.layout(shape[:n], shape[n:], inside, outside)
+      start = Fill(0)
+      codes = param(
+        module, f'{name}_{kind}', start, *wanted['codes'], form.dtype
+      )
+      scale = param(module, f'{name}_scale', start, *wanted['scale'])
+      return Quantised(kind, codes, scale, shape)
+  return None

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rewards are measured against: the base, or adapters that stay."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moepeft.checkpoints import base as base_lib
+from moepeft.core import distributed as processes
+from moepeft.core import files as core_files
+from moepeft.core import untrusted
+from moepeft.core.progress import Pass
+from moepeft.core.sharding import gather, round_up, shard_whole_batch
+from moepeft.core.types import Array, Batch, Tree
+from moepeft.data.preference.dataset import Read, Sides
+from moepeft.models import weight_mapping as names
+from moepeft.nn import initializers as start
+from moepeft.nn.adapter_hook import Advice
+from moepeft.objectives import REFERRING
+from moepeft.objectives.paired_batch import LogP, joined, token_log_p
+from moepeft.peft import Built, build
+from moepeft.runs.directory import tell_full_disk
+
+BASE, PRECOMPUTED = 'base', 'precomputed'
+
+
+def reference_of(
+  objective: str, name: str, model: Any, built: Built, base: base_lib.Base
+) -> tuple[LogP | None, Tree]:
+  """The reference of an objective that has one, and the adapters it needs.
+
+  It is the frozen base with other advice than the policy's, without dropout:
+  one more pass of the same weights, and no copy of them.
+
+  Args:
+    objective: config.objective; name: config.preference.reference.
+    model, built: the policy and its method.
+
+  Returns:
+    (variables, rows) -> log p of each target, 0 where it is none, [b, t], and
+    a tree that is to be `variables['reference']`; (None, {}) where there is no
+    reference, or batches bring it.
+
+  Raises:
+    ValueError: the base itself is trained, so that nothing of it stays; or
+      the path holds no adapter of this base.
+  """
+  if objective not in REFERRING or name == PRECOMPUTED:
+    return None, {}
+  if built.trainable == 'params':
+    raise ValueError(
+      f'{built.method} changes the base, which config.preference.reference='
+      f"{name!r} would measure against; set it to 'precomputed'"
+    )
+  if name == BASE:
+    return log_p_of(model.clone(advice=Advice())), {}
+  if not os.path.isdir(os.path.expanduser(name)):
+    raise ValueError(
+      f'config.preference.reference={name!r} is no directory; name a run, an '
+      f'adapter that python -m moepeft.convert wrote, {BASE!r} or '
+      f'{PRECOMPUTED!r}'
+    )
+  found = base_lib.load_adapter(name, base.config)
+  semantics = found.semantics or built.semantics
+  own = build(found.method, base.family.sites(base.config), semantics)
+  other = model.clone(advice=own.advice)
+  fresh = start.fresh(other, base_lib.example_batch(), 0, base.params)
+  tree = base_lib.with_adapter(fresh, own, name, base)['peft']
+  return log_p_of(other), tree
+
+
+def log_p_of(model: Any) -> LogP:
+  """log p of each target by a model without noise, its adapters those of
+  `variables['reference']`."""
+
+  def log_p(variables: Tree, rows: Batch) -> Array:
+    kept = {k: v for k, v in variables.items() if k not in _OWN}
+    peft = {'peft': variables['reference']} if 'reference' in variables else {}
+    return token_log_p(model.apply(kept | peft, rows), rows)
+
+  return log_p
+
+
+# Of the policy, and what is renamed.
+_OWN = ('peft', 'reference')
+
+
+def precomputed(
+  workdir: str | None,
+  found: Read,
+  own: Sides,
+  model: Any,
+  variables: Tree,
+  described: Mapping[str, Any],
+  mesh: Mesh,
+  rows: int,
+) -> np.ndarray:
+  """log p of every target of every item, by the policy as a run begins.
+
+  They are kept in `<workdir>/reference` with the key of what they are of: the
+  base's hash, the adapter's arrays, the method and the data's ids.
+
+  Args:
+    workdir: None to keep nothing.
+    found, own: the items, and the form of their batches.
+    model, variables: the policy at the start, its adapter as it begins.
+    described: the checkpoint's card.
+    rows: of a batch, rounded up to the mesh's devices.
+
+  Returns:
+    float32 [items, k, t], 0 where there is no target; on disk.
+
+  Raises:
+    ValueError: others are kept there, of another base, adapter or data.
+  """
+  folder = workdir and os.path.join(workdir, 'reference')
+  card = {'key': _key(found, own, variables, described)}
+  if folder and os.path.exists(os.path.join(folder, _CARD)):
+    if _kept(folder, _CARD, untrusted.read_json_object) != card:
+      raise ValueError(
+        f'{folder} was computed of another base, adapter or data than those '
+        'of this run; put them back, or choose another --workdir'
+      )
+    array = _kept(folder, _ARRAY, _mapped)
+    expected = (len(found.items), len(own.sides))
+    if array.dtype != np.float32 or array.shape[:2] != expected:
+      raise _damaged(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
+    return array
+  array = _computed(found, own, model, variables, mesh, rows)
+  if folder and processes.first():
+    os.makedirs(folder, exist_ok=True)
+    with tell_full_disk(folder, lambda: None):
+      np.save(os.path.join(folder, _ARRAY), array)
+    # Last: without it the array counts as none.
+    processes.write_json(os.path.join(folder, _CARD), card)
+  return array
+
+
+_ARRAY, _CARD = 'log_p.npy', 'card.json'
+
+
+def _kept(folder: str, name: str, read: Callable[[str], Any]) -> Any:
+  path = os.path.join(folder, name)
+  try:
+    return read(path)
+  except (ValueError, EOFError) as e:
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    raise _damaged(folder, name, reason) from None
+
+
+def _mapped(path: str) -> np.ndarray:
+  core_files.check_file(path)
+  return np.load(path, mmap_mode='r', allow_pickle=False)
+
+
+def _damaged(folder: str, name: str, reason: str) -> ValueError:
+  return ValueError(
+    f'{folder}/{name} is damaged ({reason}); remove {folder} to compute it '
+    'again'
+  )
+
+
+def _key(found: Read, own: Sides, variables: Tree, described) -> str:
+  start = {
+    name: names.array_hash(np.asarray(array))
+    for name, array in names.flatten(gather(variables.get('peft', {}))).items()
+  }
+  base = described['base']['sha256'] or {
+    name: names.array_hash(np.asarray(array))
+    for name, array in names.flatten(gather(variables['params'])).items()
+  }
+  lengths, method = own.lengths, described['method']
+  parts = [found.sha256, lengths, base, method, start]
+  text = json.dumps(parts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _computed(found: Read, own: Sides, model, variables, mesh, rows: int):
+  rows = round_up(mesh, rows)
+
+  @jax.jit
+  def log_p(variables, batch):
+    one = joined(batch, own.sides)
+    found = token_log_p(model.apply(variables, one), one)
+    return found.reshape(-1, len(own.sides), found.shape[-1])
+
+  shown = Pass(len(found.items), 'reference')
+  parts = []
+  for at in range(0, len(found.items), rows):
+    part = found.items[at : at + rows]
+    batch = own.padded([*part, *[part[-1]] * (rows - len(part))])
+    whole = gather(log_p(variables, shard_whole_batch(mesh, batch)))
+    parts.append(whole[: len(part)])
+    shown(len(part))
+  shown.close()
+  return np.concatenate(parts)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA (Liu et al., arXiv:2402.09353): LoRA on a weight's direction, and a
+learned magnitude for each of its outputs."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Frozen, contraction, kernel_letters
+from moepeft.nn.numerics import wide
+from moepeft.nn.parameter import peft_param
+from moepeft.peft.method import Method
+from moepeft.peft.methods import lora
+from moepeft.peft.methods.lora import Lora
+
+
+class Dora(Lora):
+  """y = m / |W + s A B| * (f(x) + s x A B), the bias left alone.
+
+  |.| is the norm over the kernel's inputs, one of each output, and a constant
+  to the gradient (the paper's section 4.3). m starts as |W|, so the model is
+  the base's at first; where |W| is zero, m is held to be it. Dropout is of
+  the term's input alone (Hugging Face's peft lets it also into the base's
+  share of what m changes).
+
+  Parameters: a and b as in LoRA; magnitude [*out], float32. Options as in
+  LoRA.
+  """
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    inside, outside = lora.shapes(f, 'dora')
+    shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
+    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.inside}r')
+    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.outside}')
+    kernel = wide(f.kernel())
+    magnitude = peft_param(
+      self, 'magnitude', lambda *_: norm(kernel, f.eqn), outside, f.outside
+    )
+    changed = kernel + self.scale * lora.product(a, b, f.eqn)
+    size = jax.lax.stop_gradient(norm(changed, f.eqn))
+    y = f(x)
+    drop = nn.Dropout(self.dropout)
+    x = drop(x, deterministic=not ctx.train).astype(y.dtype)
+    term = lora.up(lora.down(x, a) * self.scale, b)
+    ratio = share(magnitude, size).astype(y.dtype)
+    y = ratio * (y + term)
+    return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
+
+
+def norm(kernel: Array, eqn: str) -> Array:
+  """The norm over a kernel's inputs: [*in, *out] -> [*out]."""
+  _, inner, _, _ = contraction(eqn)
+  axes = tuple(kernel_letters(eqn).index(letter) for letter in inner)
+  return jnp.sqrt(jnp.sum(kernel * kernel, axis=axes))
+
+
+def share(magnitude: Array, size: Array) -> Array:
+  """magnitude / size; a weight of the size zero has no direction to scale."""
+  return magnitude / jnp.where(size > 0, size, 1)
+
+
+def merge(variables, kernel: Array, *, adapter: Dora, eqn: str) -> Array:
+  """m / |W + s A B| * (W + s A B), in float32."""
+  changed = lora.merge(variables, kernel, adapter=adapter, eqn=eqn)
+  ratio = share(variables['magnitude'], norm(changed, eqn))
+  _, _, outer, _ = contraction(eqn)
+  letters = kernel_letters(eqn)
+  return jnp.einsum(f'{letters},{outer}->{letters}', changed, ratio)
+
+
+METHOD = Method(
+  module=Dora, roles=lora.METHOD.roles, merge=merge, innermost=True
+)

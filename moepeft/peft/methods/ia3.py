@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(IA)^3 (Liu et al., arXiv:2205.05638): one learned scale a feature."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moepeft.core.ranges import Choices, option
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Frozen, contraction
+from moepeft.nn.initializers import Fill
+from moepeft.nn.numerics import wide
+from moepeft.nn.parameter import peft_param
+from moepeft.peft.method import Method
+
+ONES = Fill(1)
+
+
+class Ia3(nn.Module):
+  """y = f(x) * l on outputs, f(x * l) on inputs; l is ones at first.
+
+  Parameters: scale [*out] or [*in], float32.
+
+  Attributes:
+    on: 'output' or 'input'.
+  """
+
+  on: str = option('output', Choices(('output', 'input')))
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    if self.on == 'input':
+      scale = peft_param(self, 'scale', ONES, x.shape[2:], f.inside)
+      return f(x * scale.astype(x.dtype))
+    y = f(x)
+    scale = peft_param(self, 'scale', ONES, y.shape[2:], f.outside)
+    return y * scale.astype(y.dtype)
+
+
+def merge(variables, kernel: Array, *, adapter: Ia3, eqn: str) -> Array:
+  """The kernel with its outputs (or inputs) scaled, in float32."""
+  _, inner, outer, _ = contraction(eqn)
+  letters = eqn.split('->')[0].split(',')[1]
+  side = outer if adapter.on == 'output' else inner
+  return jnp.einsum(
+    f'{letters},{side}->{letters}',
+    wide(kernel),
+    variables['scale'],
+  )
+
+
+def merge_bias(variables, bias: Array, *, adapter: Ia3) -> Array:
+  """Outputs are scaled with their bias; scaled inputs leave it alone."""
+  if adapter.on == 'input':
+    return bias
+  return wide(bias) * variables['scale']
+
+
+_ROLES = ('key', 'value', 'act')
+
+METHOD = Method(
+  module=Ia3,
+  roles={'official': _ROLES, 'paper': _ROLES},
+  merge=merge,
+  merge_bias=merge_bias,
+)

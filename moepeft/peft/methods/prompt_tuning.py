@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft prompts (Lester et al., arXiv:2104.08691): vectors before a text.
+
+They are the vectors of placeholders, ids that the base's vocabulary does not
+have: v, v + 1, ..., v + length - 1 for a vocabulary of v. Whoever makes ids of
+texts puts them in front (`before`), of a T5's inputs and of a decoder's whole
+text. So masks, positions, packing and caches know nothing of prompts, and each
+of several texts in a row has its own. Without them a row is the base's.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.ranges import Range, option
+from moepeft.core.types import Array, Context
+from moepeft.nn.adapter_hook import Advice, Frozen
+from moepeft.nn.parameter import peft_param
+from moepeft.peft.method import Method
+
+# The paper starts from the 5,000 most common tokens; tokenizers list the
+# pieces of a vocabulary by how common they are.
+_COMMON = 5000
+
+
+class Prompt(nn.Module):
+  """Vectors of its own for placeholders, f(x) for all other ids.
+
+  With placeholders in front the function is not the base's at first: the
+  prompt starts as a text of random common tokens (the paper's section 3.2,
+  'sampled vocabulary').
+
+  Parameters: vectors [r, d], float32, at 'embed', r being the length.
+
+  Attributes:
+    length: tokens of the prompt.
+  """
+
+  length: int = option(20, Range(1, 65_536))
+
+  @nn.compact
+  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+    if f.eqn is not None or f.kernel is None:
+      raise ValueError("prompt acts at 'embed' only; leave out `sites`")
+    v, d = f.shape
+    vectors = peft_param(
+      self,
+      'vectors',
+      lambda key, shape, dtype: common(key, f.kernel(), shape[0], dtype),
+      (self.length, d),
+      'rd',
+    )
+    # Beyond the table there would be NaN.
+    y = f(jnp.minimum(x, v - 1))
+    own = jnp.take(vectors, jnp.clip(x - v, 0, self.length - 1), axis=0)
+    return jnp.where((x >= v)[..., None], own.astype(y.dtype), y)
+
+
+def common(key: Array, table: Array, r: int, dtype: Any) -> Array:
+  """r rows of a table [v, d], drawn from the first, each once if they do."""
+  count = min(len(table), _COMMON)
+  rows = jax.random.choice(key, count, (r,), replace=r > count)
+  return table[rows].astype(dtype)
+
+
+def placeholders(advice: Advice, vocab: int) -> tuple[int, ...]:
+  """The ids that stand before every text; () of advice without a prompt.
+
+  Args:
+    vocab: v of the model.
+  """
+  lengths = [m.length for _, m in advice.entries if isinstance(m, Prompt)]
+  return tuple(range(vocab, vocab + sum(lengths)))
+
+
+def before(model: Any) -> tuple[int, ...]:
+  """The ids that stand before every text of a model."""
+  return placeholders(model.advice, model.config.vocab)
+
+
+METHOD = Method(
+  module=Prompt,
+  roles={'official': ('embed',), 'paper': ('embed',)},
+  once=True,
+  why_not="its vectors are of no token that the base's vocabulary has",
+)

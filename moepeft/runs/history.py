@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's figures need of its rows, thinned out as they come."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moepeft.core import jsonl_log as rows_lib
+
+# What objectives tell of answers that are compared; validation's too.
+FIGURES = (
+  'rewards_chosen',
+  'rewards_rejected',
+  'margins',
+  'accuracies',
+  'kl',
+  'point',
+)
+# Points that a curve is drawn with at most, and states of the routers.
+_POINTS, _STATES = 2000, 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+  """The routers at one step; letters: e experts, l layers.
+
+  Attributes:
+    step: that was just done.
+    shares: {key of rows.SHARES: {site: [l, e]}}.
+    entropies: {site: [l]} mean entropies over their most, ln e.
+  """
+
+  step: int
+  shares: Mapping[str, Mapping[str, np.ndarray]]
+  entropies: Mapping[str, np.ndarray]
+
+
+def short(sites: Iterable[str]) -> dict[str, str]:
+  """{site: how people call it}: encoder/layers/self/k/mov is encoder/self/k.
+
+  The last part, the method, is told only where there is more than one.
+  """
+  sites = list(sites)
+  several = len({site.rpartition('/')[2] for site in sites}) > 1
+  found = {}
+  for site in sites:
+    path, _, method = site.rpartition('/')
+    name = '/'.join(part for part in path.split('/') if part != 'layers')
+    found[site] = f'{name} ({method})' if several else name
+  return found
+
+
+class Thinned:
+  """A list of at most so many, evenly spread, and always the latest."""
+
+  def __init__(self, most: int, convert: Callable[[Any], Any]):
+    """`convert` is applied to what is kept alone."""
+    self._most, self._convert = most, convert
+    self._kept, self._every, self._seen = [], 1, 0
+    self._latest = None
+
+  def add(self, item: Any) -> None:
+    self._latest = item
+    if self._seen % self._every == 0:
+      self._kept.append(self._convert(item))
+      if len(self._kept) > self._most:
+        self._kept = self._kept[::2]
+        self._every *= 2
+    self._seen += 1
+
+  def items(self) -> list[Any]:
+    if not self._seen:
+      return []
+    if (self._seen - 1) % self._every == 0:
+      return self._kept
+    return [*self._kept, self._convert(self._latest)]
+
+
+class History:
+  """A writer that keeps rows for `moepeft.runs.plots`, in bounded memory."""
+
+  def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+    """`rows`: of the run so far."""
+    point = lambda key: lambda row: (row['step'], _number(row[key]))  # noqa: E731
+    self._curves = {
+      key: Thinned(_POINTS, point(key))
+      for key in (
+        *('loss', 'nll', 'learning_rate', 'validation_loss'),
+        *FIGURES,
+        *(f'validation_{key}' for key in FIGURES),
+      )
+    }
+    self._routing = Thinned(_STATES, _routing)
+    for row in rows:
+      self.write(row)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    for key, curve in self._curves.items():
+      if key in row:
+        curve.add(row)
+    if row.get('routing'):
+      self._routing.add(row)
+
+  def close(self) -> None:
+    pass
+
+  def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of 'loss', 'nll', 'learning_rate', 'validation_loss',
+    and of FIGURES and 'validation_' and one of them."""
+    points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+  def last(self, key: str) -> int | None:
+    """The last step that has a figure, one of `curve`'s; None without one."""
+    steps, _ = self.curve(key)
+    return int(steps[-1]) if len(steps) else None
+
+  def routing(self) -> list[Routing]:
+    """The routers over time; none where nothing is routed."""
+    return self._routing.items()
+
+
+def _number(value: float | None) -> float:
+  return np.nan if value is None else value
+
+
+def _routing(row: Mapping[str, Any]) -> Routing:
+  shares, entropies = {}, {}
+  for site, values in row['routing'].items():
+    kind, share = rows_lib.shares(values)
+    share = np.asarray(share, np.float64)
+    if share.shape[-1] > 1:
+      most = np.log(share.shape[-1])
+      shares.setdefault(kind, {})[site] = share
+      entropies[site] = np.atleast_1d(
+        np.asarray(values['entropy'], np.float64) / most
+      )
+  return Routing(row['step'], shares, entropies)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a directory of sentence-transformers' says beside its encoder.
+
+modules.json names the steps from a text to its vector, a folder each; the
+tokens that a text may have are in sentence_bert_config.json.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moepeft.checkpoints import directory as files
+from moepeft.core import untrusted
+from moepeft.models.weight_mapping import CheckpointError
+from moepeft.serve.embeddings.pooling import POOLINGS
+
+_MODULES = 'modules.json'
+# Their names of flags, less what all begin with; 'cls_token' is 'cls'.
+_MODE, _FLAG = 'pooling_mode', 'pooling_mode_'
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceForm:
+  """How an encoder's states become a text's vector.
+
+  Attributes:
+    pooling: of `pooling.POOLINGS`.
+    normalised: whether vectors have length one.
+    length: tokens of a text at most; None where only the encoder limits them.
+    lower: whether texts are put in lower case, beside what the tokenizer does.
+    prompt: what stands before every text.
+  """
+
+  pooling: str = 'mean'
+  normalised: bool = True
+  length: int | None = None
+  lower: bool = False
+  prompt: str = ''
+
+  def __post_init__(self):
+    if self.pooling not in POOLINGS:
+      raise ValueError(
+        f'the pooling is one of {", ".join(POOLINGS)}; got {self.pooling!r}'
+      )
+
+
+def read(folder: Path) -> SentenceForm:
+  """The form that a directory says.
+
+  Raises:
+    CheckpointError: it is no such directory, or has a step or a pooling that
+      is not supported.
+  """
+  steps = _steps(folder)
+  pooling = files.read_json(folder / steps['Pooling'] / 'config.json')
+  said = _optional(folder / 'sentence_bert_config.json')
+  prompt = _prompt(_optional(folder / 'config_sentence_transformers.json'))
+  if prompt and pooling.get('include_prompt') is False:
+    raise CheckpointError(
+      f'{folder} leaves its prompt {prompt!r} out of the pooling: expected one '
+      'that counts; it is not supported'
+    )
+  try:
+    length = untrusted.field(said, 'max_seq_length', int, 0)
+    lower = untrusted.field(said, 'do_lower_case', bool, False)
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f'sentence_bert_config.json of {folder}: {error}'
+    ) from None
+  if length < 0:
+    raise CheckpointError(
+      f'{folder} reads texts of max_seq_length {length}: expected 1 or more'
+    )
+  return SentenceForm(
+    _pooling(pooling, folder),
+    'Normalize' in steps,
+    length or None,
+    lower,
+    prompt,
+  )
+
+
+def _steps(folder: Path) -> dict[str, str]:
+  """{kind: folder below} of the steps, which must be those known, in order."""
+  try:
+    steps = untrusted.read_json(folder / _MODULES)
+    if not isinstance(steps, list):
+      raise untrusted.Malformed(f'expected a list in {_MODULES}')
+    field = untrusted.field
+    found = {
+      field(step, 'type', str).rpartition('.')[2]: field(step, 'path', str)
+      for step in steps
+    }
+  except (OSError, untrusted.Malformed):
+    raise CheckpointError(
+      f'{folder} holds no {_MODULES} that can be read: expected a directory of '
+      'sentence-transformers, which says how tokens become a vector'
+    ) from None
+  usual = ['Transformer', 'Pooling', 'Normalize']
+  if list(found) not in (usual, usual[:2]) or found['Transformer']:
+    raise CheckpointError(
+      f'{folder / _MODULES} has the steps {", ".join(found)}: expected '
+      'Transformer in the directory itself, Pooling and perhaps Normalize; '
+      'others are not supported'
+    )
+  return found
+
+
+def _pooling(fields: Mapping[str, Any], folder: Path) -> str:
+  chosen = fields.get(_MODE)
+  if not chosen:
+    chosen = [
+      name.removeprefix(_FLAG).removesuffix('_tokens').removesuffix('_token')
+      for name, on in fields.items()
+      if name.startswith(_FLAG) and on
+    ]
+  chosen = chosen if isinstance(chosen, list) else [chosen]
+  if len(chosen) != 1 or str(chosen[0]) not in POOLINGS:
+    raise CheckpointError(
+      f'{folder} pools by {" and ".join(map(str, chosen)) or "nothing"}: '
+      f'expected one of {", ".join(POOLINGS)}; others are not supported'
+    )
+  return chosen[0]
+
+
+def _prompt(fields: Mapping[str, Any]) -> str:
+  try:
+    name = untrusted.field(fields, 'default_prompt_name', str, '')
+    prompts = untrusted.field(fields, 'prompts', dict, {})
+    return untrusted.field(prompts, name, str, '') if name else ''
+  except untrusted.Malformed as error:
+    raise CheckpointError(
+      f'config_sentence_transformers.json: {error}'
+    ) from None
+
+
+def _optional(file: Path) -> dict[str, Any]:
+  return files.read_json(file) if file.is_file() else {}

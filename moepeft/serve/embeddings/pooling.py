@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the states of a text's tokens to one vector (Reimers and Gurevych,
+arXiv:1908.10084). Padding counts for nothing."""
+
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.types import Array
+from moepeft.nn.numerics import wide
+
+
+def first(states: Array, mask: Array) -> Array:
+  """That of the first token: [b, t, d] -> [b, d]."""
+  del mask
+  return wide(states[:, 0])
+
+
+def mean(states: Array, mask: Array) -> Array:
+  """The mean over real tokens, mask bool [b, t]; zeros where there are none."""
+  real = mask[..., None]
+  total = jnp.sum(jnp.where(real, wide(states), 0), axis=1)
+  return total / jnp.maximum(jnp.sum(real, axis=1), 1)
+
+
+def largest(states: Array, mask: Array) -> Array:
+  """The largest value of each feature over real tokens; zeros for none."""
+  states = jnp.where(mask[..., None], wide(states), -jnp.inf)
+  found = jnp.max(states, axis=1)
+  return jnp.where(jnp.any(mask, axis=1)[:, None], found, 0)
+
+
+# By sentence-transformers' names.
+POOLINGS = {'cls': first, 'mean': mean, 'max': largest}
+
+
+def unit(x: Array) -> Array:
+  """x [b, d] at length one; zeros stay."""
+  squares = jnp.sum(x * x, axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests at the engine, and their events on the event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from starlette.types import Receive
+
+from moepeft.inference import api as protocol
+from moepeft.inference.api import Event, Finished, Request
+from moepeft.serve.http.body import Gone
+from moepeft.serve.http.errors import broken
+
+Found = TypeVar('Found')
+# (which of the requests, what came of it)
+Tagged = tuple[int, Event]
+# Seconds beyond a request's own that an engine has to end it.
+_GRACE = 30.0
+
+
+class Underway:
+  """Requests of one client, which end together at the latest by `close`."""
+
+  def __init__(self, engine: protocol.Engine, requests: Sequence[Request]):
+    """Hands all of them to the engine, or none.
+
+    Raises:
+      protocol.Refused: the engine does not take one of them.
+    """
+    self._engine, self._loop = engine, asyncio.get_running_loop()
+    self._events: asyncio.Queue[Tagged] = asyncio.Queue()
+    self._open: dict[int, Request] = {}
+    self._requests = tuple(requests)
+    try:
+      for index, request in enumerate(requests):
+        engine.submit(request, self._deliverer(index))
+        self._open[index] = request
+    except protocol.Refused:
+      self.close()
+      raise
+
+  def _deliverer(self, index: int) -> Callable[[Event], None]:
+    def deliver(event: Event) -> None:
+      # The loop is gone where the server went down in between.
+      with contextlib.suppress(RuntimeError):
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    return deliver
+
+  async def batches(self) -> AsyncIterator[list[Tagged]]:
+    """What has come since the last time, until all requests are finished.
+
+    Raises:
+      Problem: the engine has not answered long after their time was over.
+    """
+    while self._open:
+      found = [await self._next()]
+      while not self._events.empty():
+        found.append(self._events.get_nowait())
+      for index, event in found:
+        if isinstance(event, Finished):
+          self._open.pop(index, None)
+      yield found
+
+  async def _next(self) -> Tagged:
+    times = [request.seconds for request in self._open.values()]
+    most = None if None in times else max(times) + _GRACE
+    try:
+      return await asyncio.wait_for(self._events.get(), most)
+    except TimeoutError:
+      raise broken('the engine does not answer; look into its log') from None
+
+  def trouble(self, index: int) -> str:
+    """Why the constraint of one of them failed, '' if it did not."""
+    return getattr(self._requests[index].constraint, 'reason', '')
+
+  def end(self, index: int) -> None:
+    """No more tokens of one of them; its Finished comes."""
+    if index in self._open:
+      self._engine.cancel(self._open[index].id)
+
+  def close(self) -> None:
+    """Frees what is still under way."""
+    for index in list(self._open):
+      self._engine.cancel(self._open.pop(index).id)
+
+
+async def gone(receive: Receive) -> None:
+  """Returns when the client has left."""
+  while (await receive())['type'] != 'http.disconnect':
+    pass
+
+
+async def unless_gone(receive: Receive, work: Awaitable[Found]) -> Found:
+  """What the work returns, which is cancelled when the client leaves.
+
+  A handler is not cancelled by itself when nobody waits for it any more.
+
+  Raises:
+    Gone: the client has left.
+  """
+  tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+  try:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    if tasks[0].done():
+      return tasks[0].result()
+    raise Gone
+  finally:
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch in parts, one after the other: less memory, the same gradient.
+
+A loss is a function of sums over the batch, S = S_1 + ... + S_N. Its gradient
+is the sum of the parts' J_i^T dL/dS, with dL/dS at the sums of the whole.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.types import Array, Batch, Tree
+from moepeft.nn.numerics import wide
+
+# (trainable, rows, rng) -> a dict of sums over these rows.
+SumsFn = Callable[[Tree, Batch, Array], dict[str, Tree]]
+# The sums of the whole batch -> the loss and what was seen.
+LossFn = Callable[[dict[str, Tree]], tuple[Array, dict[str, Tree]]]
+
+
+def check(rows: int, parts: int) -> None:
+  """Raises ValueError where a batch cannot be split."""
+  if rows % parts:
+    raise ValueError(
+      f'config.batch_size {rows} does not divide by config.accumulate '
+      f'{parts}; set one of them so that all parts have as many rows'
+    )
+
+
+def gradient(
+  sums_fn: SumsFn,
+  loss_fn: LossFn,
+  trainable: Tree,
+  batch: Batch,
+  rng: Array,
+  parts: int,
+  curved: Sequence[str] = (),
+) -> tuple[Tree, dict[str, Tree]]:
+  """(the gradient of the loss, what was seen) of a batch in equal parts.
+
+  Equal to that of the whole batch but for noise: each of several parts folds
+  its number into the rng.
+
+  Args:
+    sums_fn: of some rows; 'total' among its sums.
+    loss_fn: linear in 'total' but for factors that depend on data alone.
+    curved: the other sums that parameters reach the loss through. How much
+      they count is known at the end only, so where there are any, the parts
+      are run twice, once without gradients.
+  """
+  if parts == 1:
+    return jax.grad(lambda t: loss_fn(sums_fn(t, batch, rng)), has_aux=True)(
+      trainable
+    )
+  xs = split(batch, parts), jnp.arange(parts)
+
+  def run(trainable, x):
+    rows, number = x
+    return sums_fn(trainable, rows, jax.random.fold_in(rng, number))
+
+  def slopes(sums):
+    through = {key: sums[key] for key in ('total', *curved)}
+    return jax.grad(lambda found: loss_fn(sums | found)[0])(through)
+
+  if curved:
+    _, sums = jax.lax.scan(lambda _, x: (None, run(trainable, x)), None, xs)
+    sums = _added(sums)
+    found, _ = _swept(run, trainable, xs, slopes(sums))
+  else:
+    found, sums = _swept(run, trainable, xs, {'total': 1.0})
+    slope = slopes(sums)['total']
+    found = jax.tree.map(lambda g: g * slope, found)
+  found = jax.tree.map(lambda g, a: g.astype(a.dtype), found, trainable)
+  return found, loss_fn(sums)[1]
+
+
+def mapped(
+  row_fn: Callable[[Batch, Array], dict[str, Array]],
+  batch: Batch,
+  rng: Array,
+  parts: int,
+) -> dict[str, Array]:
+  """Arrays [b, ...] of a batch's rows, computed in equal parts; no gradient.
+
+  Args:
+    row_fn: (rows, rng) -> arrays of these rows.
+  """
+  if parts == 1:
+    return row_fn(batch, rng)
+
+  def run(_, x):
+    rows, number = x
+    return None, row_fn(rows, jax.random.fold_in(rng, number))
+
+  xs = split(batch, parts), jnp.arange(parts)
+  _, found = jax.lax.scan(run, None, xs)
+  # As `split`, the other way round.
+  return jax.tree.map(
+    lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), found
+  )
+
+
+def split(batch: Batch, parts: int) -> Batch:
+  """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ...
+
+  Neighbours go to different parts because devices hold neighbours: of rows
+  spread over the devices each keeps its own in every part (where b / parts
+  divides by the devices), and nothing is sent.
+  """
+  return jax.tree.map(
+    lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
+  )
+
+
+def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
+  """(sum of the parts' gradients of slopes * sums, the sums); float32."""
+
+  def linear(trainable, x):
+    sums = run(trainable, x)
+    through = {key: sums[key] for key in slopes}
+    products = jax.tree.map(lambda s, a: jnp.sum(s * a), slopes, through)
+    return sum(jax.tree.leaves(products)), sums
+
+  def add(total, x):
+    part, sums = jax.grad(linear, has_aux=True)(trainable, x)
+    return jax.tree.map(lambda a, b: a + wide(b), total, part), sums
+
+  start = jax.tree.map(lambda a: jnp.zeros_like(wide(a)), trainable)
+  total, sums = jax.lax.scan(add, start, xs)
+  return total, _added(sums)
+
+
+def _added(sums: Tree) -> Tree:
+  return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)

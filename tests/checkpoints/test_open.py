@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base and an adapter are opened as the adapter was trained."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from moepeft.checkpoints import adapter
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.hf import model as hf
+from moepeft.config import default as config_lib
+from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import template as chat_template
+from moepeft.data.chat.formats import Conversation, Turn
+from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.evaluation import runner as work
+from moepeft.models import weight_mapping as names
+from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
+from moepeft.nn.initializers import fresh
+from moepeft.objectives import reference_model as references
+from moepeft.peft import build
+from moepeft.runs import run as runs
+
+from .. import chat_cases
+
+CONFIG = DecoderConfig(
+  vocab=263, d_model=11, heads=3, kv_heads=1, head_dim=6, ffn=17, layers=1
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+  """A work place with a base in it."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(runs, 'vocabulary', lambda *names: Bytes())
+  params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
+  hf.save('base', CONFIG, params)
+  return jax.tree.map(np.asarray, params)
+
+
+def saved(params, semantics='official', quantise=''):
+  """The tree of an adapter that is now in 'adapter', and its method."""
+  built = build('lora(rank=2)', sites(CONFIG), semantics)
+  model = Decoder(CONFIG, built.advice)
+  tree = fresh(model, base_lib.example_batch(), 0, params)['peft']
+  sha256 = names.content_hash(params)
+  card = adapter.describe(
+    built.method, semantics, 'base', sha256, 'llama', CONFIG, quantise
+  )
+  adapter.save('adapter', tree, card, overwrite=True)
+  return tree, built
+
+
+def config(**model):
+  c = config_lib.default()
+  c.model.path = 'base'
+  c.model.update(model)
+  return c
+
+
+def test_an_adapter_brings_its_semantics(place):
+  tree, built = saved(place, 'paper')
+  # The official ones leave a projection out.
+  assert built.advice != build('lora(rank=2)', sites(CONFIG)).advice
+  run = runs.open_model('base', 'adapter')
+  assert run.config.semantics == 'paper'
+  jax.tree.map(np.testing.assert_array_equal, run.variables['peft'], tree)
+  c = config()
+  c.method = 'lora(rank=2)'
+  base = base_lib.load(c.model)
+  model, own = base_lib.module(base, c)
+  # A reference of other semantics than the policy's.
+  _, found = references.reference_of('dpo', 'adapter', model, own, base)
+  jax.tree.map(np.testing.assert_array_equal, found, tree)
+  with pytest.raises(ValueError, match="and config.semantics to 'paper'"):
+    base_lib.with_adapter({'peft': tree}, own, 'adapter', base)
+
+
+def test_an_adapter_brings_what_its_base_was_kept_in(place):
+  _, built = saved(place, quantise='nf4')
+  kept = runs.open_model('base', 'adapter').variables['params']
+  base = base_lib.load(config(quantise='nf4').model)
+  jax.tree.map(np.testing.assert_array_equal, kept, base.params)
+  for other in ('', 'int8'):
+    base = base_lib.load(config(quantise=other).model)
+    with pytest.raises(ValueError, match="quantise='nf4', this base has"):
+      base_lib.with_adapter({}, built, 'adapter', base)
+  saved(place)
+  with pytest.raises(ValueError, match="quantise='', this base has 'int8'"):
+    base_lib.with_adapter({}, built, 'adapter', base)
+
+
+def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
+  place, monkeypatch
+):
+  import huggingface_hub
+
+  found = os.path.abspath('base')
+  fetched = lambda name, **how: found  # noqa: E731
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fetched)
+  for name, ids in (('generation_config', [5, 7]), ('config', 9)):
+    path = f'base/{name}.json'
+    said = json.load(open(path)) if os.path.exists(path) else {}
+    with open(path, 'w') as f:
+      json.dump(said | {'eos_token_id': ids}, f)
+  run = runs.open_model('some/name')
+  assert run.ends == (1, 5, 7, 9)
+  # Of another vocabulary they would be other tokens.
+  other = run.config.copy_and_resolve_references()
+  other.data.vocabulary = 'bytes'
+  assert dataclasses.replace(run, config=other).ends == (1,)
+  seen = []
+  answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
+  monkeypatch.setattr(work, 'Answering', answering)
+  work._measure(run, ('exact_match',))
+  assert seen == [run.ends]
+
+
+def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
+  chat_cases.tokenizer(template='none of it').save_pretrained('words')
+  words = Tokenizer('words')
+  monkeypatch.setattr(runs, 'vocabulary', lambda *names: words)
+  with open('own.jinja', 'w') as f:
+    f.write(chat_cases.CHATML)
+  c = config()
+  c.data.source, c.data.path = 'chat', 'chats.jsonl'
+  c.data.chat_template, c.data.system = 'own.jinja', 'Say "\u00fc"\n\U0001f600'
+  os.mkdir('run')
+  with open('run/config.json', 'w') as f:
+    f.write(c.to_json())
+  run = runs.load('run', 'base')
+  turns = (Turn('user', 'a'),)
+  expected = chat.Template(words.tokenizer, chat_cases.CHATML).prompt(
+    Conversation((Turn('system', c.data.system), *turns))
+  )
+  assert chat.Template(run.words.tokenizer).prompt(Conversation(turns)) == (
+    expected
+  )
+  # What has a system's turn keeps it.
+  given = Conversation((Turn('system', 'b'), *turns))
+  plain = chat.Template(words.tokenizer, chat_cases.CHATML).prompt(given)
+  assert chat.Template(run.words.tokenizer).prompt(given) == plain
+  os.remove('own.jinja')
+  with pytest.raises(ValueError, match='own.jinja.* cannot be read'):
+    runs.load('run', 'base')
+
+
+def test_a_template_begins_as_before_behind_a_systems_turn():
+  tokenizer = chat_cases.tokenizer()
+  for text in ('\nbegin', '  {% if true %}x{% endif %}', ' y'):
+    tokenizer.chat_template = text
+    turns = [{'role': 'user', 'content': 'a'}]
+    plain = tokenizer.apply_chat_template(turns, tokenize=False)
+    tokenizer.chat_template = chat_template.with_system(text, 'b')
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == plain

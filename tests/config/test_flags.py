@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can mend end a command with a sentence, others do not."""
+
+import io
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moepeft.config import flags as command
+from moepeft.core.memory import is_out_of_memory
+
+
+def ended(main, capsys):
+  """(exit code, what stderr has) of a command."""
+  with pytest.raises(SystemExit) as e:
+    command.answer(main)
+  return e.value.code, capsys.readouterr().err
+
+
+def raising(error):
+  def main():
+    raise error
+
+  return main
+
+
+def test_what_a_user_caused_is_a_sentence(capsys):
+  assert ended(raising(ValueError('no data')), capsys) == (
+    2,
+    'error: no data\n',
+  )
+  # A fault of the program keeps its traceback.
+  with pytest.raises(KeyError):
+    command.answer(raising(KeyError('x')))
+
+
+def test_memory_that_ran_out_says_how_much_and_what_to_lower(capsys):
+  # 40 TB.
+  code, told = ended(lambda: jnp.zeros(10**13).block_until_ready(), capsys)
+  assert code == 2 and 'allocating 40000000000000 bytes' in told
+  assert 'lower config.batch_size' in told and len(told.splitlines()) == 1
+  code, told = ended(raising(MemoryError()), capsys)
+  assert code == 2 and told.startswith('error: memory ran out; lower')
+
+
+def test_a_full_disk_is_no_lack_of_memory():
+  assert not is_out_of_memory(
+    ValueError('RESOURCE_EXHAUSTED: No space left on device')
+  )
+  assert is_out_of_memory(OSError(12, 'Cannot allocate memory'))
+
+
+def test_an_interrupt_is_no_traceback(capsys):
+  assert ended(raising(KeyboardInterrupt()), capsys) == (130, '\nstopped\n')
+
+
+def test_a_terminal_of_ascii_gets_escapes(monkeypatch):
+  raw = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
+  command.answer(lambda: print('\u00e9\u4f60'))
+  assert raw.getvalue() == b'\\xe9\\u4f60\n'
+
+
+SCRIPT = """
+import sys
+from moepeft import command
+def main():
+  for _ in range(100_000):
+    print('a line of output')
+command.answer(main)
+"""
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_word():
+  process = subprocess.Popen(
+    [sys.executable, '-c', SCRIPT],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'a line of output\n'
+  process.stdout.close()
+  assert process.stderr.read() == ''
+  assert process.wait(60) == 141
+  process.stderr.close()
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'none'])
+def test_a_device_that_jax_does_not_have_is_named(platform):
+  if platform == 'cuda' and jax.default_backend() == 'gpu':
+    pytest.skip('here is such a device')
+  code = 'import jax; from moepeft import command; command.answer(jax.devices)'
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={**os.environ, 'JAX_PLATFORMS': platform},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert f"JAX_PLATFORMS='{platform}'" in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands answer a wrong flag, key or config by one sentence and a hint."""
+
+import re
+
+import pytest
+
+from moepeft import __main__ as listing
+from moepeft import tasks
+from moepeft.config import flags as command
+from moepeft.config import suggestions as hints
+from moepeft.core.files import local_path
+from moepeft.data.text import quality
+from moepeft.evaluation import runner as work
+from moepeft.models.decoder import llama
+from moepeft.models.t5 import model as t5
+from tests import ROOT
+
+from .. import commands
+
+_PACKAGE = ROOT / 'moepeft'
+
+
+def modules():
+  """Modules of the package that `python -m` runs."""
+  for path in sorted(_PACKAGE.rglob('*.py')):
+    if "if __name__ == '__main__':" not in path.read_text():
+      continue
+    # Scripts of skills and the server's own processes are run by their paths.
+    if path.parent == _PACKAGE or path.name == '__main__.py':
+      parts = path.relative_to(_PACKAGE).with_suffix('').parts
+      yield '.'.join(part for part in parts if part != '__main__')
+
+
+def test_every_command_is_listed():
+  assert set(listing.COMMANDS) == {name for name in modules() if name}
+
+
+def test_the_package_lists_its_commands():
+  done = commands.run('moepeft')
+  assert done.returncode == 0
+  for name in listing.COMMANDS:
+    assert f'python -m moepeft.{name} ' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('argv', 'said'),
+  [
+    (['trian'], "did you mean 'train'?"),
+    (['train'], 'python -m moepeft.train'),
+  ],
+)
+def test_the_package_runs_no_command_itself(argv, said, capsys):
+  assert listing.main(argv) == 2
+  assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', listing.COMMANDS)
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_of_every_command_ends_with_zero(name, flag):
+  done = commands.run(f'moepeft.{name}', flag)
+  assert done.returncode == 0, done.stderr
+  assert f'moepeft.{name}' in done.stdout
+  assert 'Traceback' not in done.stderr
+
+
+def test_help_ends_with_zero():
+  done = commands.run('moepeft.count', '--help')
+  assert done.returncode == 0, done.stderr
+  assert '--config' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('arg', 'said'),
+  [
+    (
+      '--config.stepz=3',
+      'there is no config.stepz; did you mean config.steps?',
+    ),
+    (
+      '--config.learning_rate=1',
+      'did you mean config.optimizer.learning_rate?',
+    ),
+    ('--config.optimiser.name=x', 'did you mean config.optimizer.name?'),
+    ('--config.modle.path=x', 'config.model.path'),
+    ('--config.qqqqqqq=1', 'moepeft/config/default.py lists all keys'),
+    ('--config.optimizer=adamw', 'is a section of a config'),
+  ],
+)
+def test_an_unknown_key_suggests_the_nearest(arg, said):
+  assert said in hints.unknown_key(arg)
+
+
+def test_known_keys_are_not_unknown():
+  for key in hints.keys():
+    assert hints.unknown_key(f'--config.{key}=1') == ''
+  assert hints.unknown_key('--config.model.shape.layers=3') == ''
+  assert hints.unknown_key('--workdir=x') == ''
+
+
+@pytest.mark.parametrize(
+  ('arg', 'said'),
+  [
+    ('--config.steps=1e9', "config.steps is a whole number; got '1e9'"),
+    ('--config.loss.z=x', "config.loss.z is a number; got 'x'"),
+    ('--config.data.packing=perhaps', 'config.data.packing is true or false'),
+    ('--config.data.packing', ''),
+    ('--config.steps=3', ''),
+    ('--config.data.path=3', ''),
+  ],
+)
+def test_a_value_of_another_type_is_named(arg, said):
+  found = hints.wrong_type(arg)
+  assert said in found
+  assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [
+    ('steps', 'did you mean --config.steps?'),
+    ('batch_size', '--config.batch_size or --config.evaluation.batch_size?'),
+    ('workdr', 'did you mean --workdir?'),
+    ('learning-rate', 'did you mean --config.optimizer.learning_rate?'),
+    ('qqqqqqq', 'see --help'),
+  ],
+)
+def test_an_unknown_flag_suggests_a_flag_or_a_key(name, said):
+  assert said in hints.unknown_flag(name, ['workdir', 'dry_run'], True)
+
+
+def test_without_a_config_no_key_is_suggested():
+  assert 'config' not in hints.unknown_flag('steps', ['length'], False)
+
+
+@pytest.mark.parametrize(
+  ('file', 'said'),
+  [
+    ('configs/sft_smolm2.py', 'did you mean configs/sft_smollm2.py?'),
+    ('sft_smollm2', 'did you mean configs/sft_smollm2.py?'),
+    ('t5_xl_molora', 'did you mean configs/paper/t5_xl_molora.py?'),
+    ('/no/where.txt', 'here or in the package'),
+  ],
+)
+def test_an_unknown_config_suggests_one_that_ships(file, said):
+  found = hints.unknown_config(file, [str(ROOT)])
+  assert said in found
+  # What is suggested exists.
+  for path in re.findall(r'did you mean (\S+)\?', found):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.slow
+def test_a_config_that_fails_is_one_sentence(tmp_path):
+  cases = {
+    'import no_such_module': 'No module named',
+    'def get_config(v=""): return 1 / 0': 'ZeroDivisionError',
+    'def get_config(v=""): return {}': 'returned dict; expected the config',
+    'def get_config(v=""): return None': 'returned NoneType',
+    'x = 1': 'get_config',
+  }
+  for i, (source, said) in enumerate(cases.items()):
+    file = tmp_path / f'{i}.py'
+    file.write_text(source)
+    done = commands.run('moepeft.count', f'--config={file}')
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: ') and said in last, last
+
+
+def test_a_bug_keeps_its_traceback():
+  def main():
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    command.answer(main)
+
+
+@pytest.mark.parametrize(
+  ('read', 'said'),
+  [
+    (lambda: tasks.families('storge'), "'storage'"),
+    (lambda: work.check(['acuracy']), "'accuracy'"),
+    (lambda: t5.config('smal'), "'small'"),
+    (lambda: llama.config('3-8bb'), "'3-8b'"),
+    (lambda: quality.rules('lenght'), "'length'"),
+    (lambda: local_path('package:chat'), "'chats'"),
+  ],
+)
+def test_wrong_names_of_other_kinds_suggest_the_nearest(read, said):
+  with pytest.raises(ValueError, match=rf'; did you mean {said}\?$'):
+    read()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl is readable, whole and without repeats, whatever happens."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from moepeft.core.jsonl_log import Rows, read, stream
+
+from ..disks import full_disk  # noqa: F401
+
+
+def test_numbers_that_are_not_finite_are_null_in_valid_json(tmp_path):
+  row = {
+    'step': 1,
+    'loss': math.nan,
+    'routing': {'q': {'load': [[0.5, math.inf]], 'entropy': (-math.inf,)}},
+  }
+  Rows(str(tmp_path)).write(row)
+
+  def refuse(constant):
+    raise AssertionError(f'{constant} is no JSON')
+
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  assert json.loads(text, parse_constant=refuse) == {
+    'step': 1,
+    'loss': None,
+    'routing': {'q': {'load': [[0.5, None]], 'entropy': [None]}},
+  }
+
+
+def test_going_on_repeats_no_step_and_keeps_the_bytes_before(tmp_path):
+  first = Rows(str(tmp_path))
+  for step in (1, 2, 3, 5):
+    first.write({'step': step, 'loss': 0.1 * step})
+    # A validation has its step's row too.
+    first.write({'step': step, 'validation_loss': 1.0})
+  path = tmp_path / 'metrics.jsonl'
+  before = path.read_bytes().splitlines(keepends=True)
+  again = Rows(str(tmp_path), step=3)
+  assert path.read_bytes() == b''.join(before[:6])
+  again.write({'step': 4})
+  assert [row['step'] for row in read(str(path))] == [1, 1, 2, 2, 3, 3, 4]
+
+
+def test_going_on_twice_without_a_step_changes_no_byte(tmp_path):
+  Rows(str(tmp_path)).write({'step': 7, 'loss': 0.25})
+  path = tmp_path / 'metrics.jsonl'
+  before = path.read_bytes()
+  Rows(str(tmp_path), step=7)
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize('line', ['{"ste}', '[1]', '{"loss": 1}', '', 'null'])
+def test_a_damaged_line_inside_is_named(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+  with pytest.raises(ValueError, match='line 2 of .*metrics.jsonl') as refused:
+    read(str(path))
+  assert len(str(refused.value).splitlines()) == 1
+
+
+def test_rows_are_read_one_by_one(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\nbroken\n')
+  found = stream(str(path))
+  assert next(found) == {'step': 1}
+
+
+# Writes rows as fast as it can, of very different lengths.
+WRITER = """
+import sys
+from moepeft.core.jsonl_log import Rows
+rows = Rows(sys.argv[1], step=int(sys.argv[2]))
+for step in range(int(sys.argv[2]) + 1, 10**9):
+  load = [0.5] * (1 + step % 997)
+  rows.write({'step': step, 'routing': {'q': {'load': load, 'entropy': 0.5}}})
+  if step % 100 == 0:
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
+  path = str(tmp_path / 'metrics.jsonl')
+  step = 0
+  for _ in range(3):
+    process = subprocess.Popen(
+      [sys.executable, '-c', WRITER, str(tmp_path), str(step)],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    told = [int(process.stdout.readline()) for _ in range(5)][-1]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    # All that was written before it told so is there.
+    found = [row['step'] for row in read(path)]
+    assert found == list(range(1, len(found) + 1)) and len(found) >= told
+    # As from a checkpoint that is older than the last row.
+    step = told - 50
+
+
+def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
+  rows = Rows(str(full_disk.path))
+  site = {'load': [0.5] * 3000, 'entropy': 0.5}
+  row = {'step': 1, 'routing': {'q': site}}
+  with pytest.raises(OSError, match='No space left'):
+    for _ in range(10_000):
+      rows.write(row)
+  # Twice: what failed must not be half there, nor come with the next.
+  with pytest.raises(OSError, match='No space left'):
+    rows.write(row)
+  rows.close()
+  path = full_disk.path / 'metrics.jsonl'
+  assert path.read_bytes().endswith(b'\n')
+  assert all(found == row for found in read(str(path)))
+  # A cut needs no space.
+  Rows(str(full_disk.path), step=0).close()
+  assert os.path.getsize(path) == 0

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bad row is an error, or it is left out and told; nothing in between."""
+
+import gzip
+import json
+import pickle
+import re
+
+import pytest
+
+from moepeft.data import example as rows_lib
+from moepeft.data.example import Bad, BadRow
+from moepeft.data.readers import jsonl
+
+GOOD = dict(dataset='d', template='t', idx=3, inputs='in', targets='out')
+BROKEN = [
+  ('{"inputs": ', 'not JSON'),
+  ('[1]', 'expected an object'),
+  (json.dumps(GOOD | {'inputs': ' '}), "expected text in 'inputs'"),
+  (json.dumps(dict(inputs='q')), "expected text in 'targets', got None"),
+  (json.dumps(GOOD | {'targets': 3}), "expected text in 'targets', got 3"),
+  (json.dumps(GOOD | {'targets': '\ud800'}), 'half of a char.* .targets.'),
+  (json.dumps(GOOD | {'idx': 1.5}), 'whole number or text'),
+  (json.dumps(GOOD | {'dataset': 7}), "expected text in 'dataset', got 7"),
+  (json.dumps(GOOD | {'choices': ['out', 'out']}), 'two or more different'),
+  (json.dumps(GOOD | {'choices': ['out', 'a', 'a']}), 'two or more different'),
+  ('{"idx": ' + '1' * 5000 + '}', 'not JSON'),
+  ('[' * 99999, 'nested too deeply'),
+]
+
+
+def write(path, *lines):
+  path.write_text('\n'.join(lines) + '\n')
+  return str(path)
+
+
+@pytest.mark.parametrize(('line', 'said'), BROKEN)
+def test_a_bad_row_is_an_error_that_names_it_or_is_left_out(
+  tmp_path, line, said
+):
+  good = json.dumps(GOOD)
+  path = write(tmp_path / 'r.jsonl', good, line, good)
+  with pytest.raises(ValueError, match=f'r.jsonl, line 2: .*{said}'):
+    jsonl.read(path)
+  found = jsonl.read(path, on_bad_row='skip')
+  assert len(found) == 2 and found.examples[1].targets == 'out'
+  (reason,) = found.skipped
+  assert reason.startswith(f'{path}, line 2: ') and re.search(said, reason)
+  assert found.notes(path) == [
+    f'skipped 1 bad row of {path}, the first: {reason}'
+  ]
+
+
+def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
+  path = tmp_path / 'r.jsonl'
+  good = json.dumps(GOOD).encode()
+  path.write_bytes(good + b'\n{"inputs": "\xff"}\n')
+  with pytest.raises(ValueError, match='line 2: not UTF-8; mend'):
+    jsonl.read(str(path))
+  assert len(jsonl.read(str(path), on_bad_row='skip')) == 1
+
+
+def test_good_rows_leave_nothing_to_tell(tmp_path):
+  found = jsonl.read(write(tmp_path / 'r.jsonl', json.dumps(GOOD)))
+  assert (found.skipped, found.notes('p')) == ((), [])
+
+
+def test_a_file_of_bad_rows_only_is_an_error(tmp_path):
+  path = write(tmp_path / 'r.jsonl', '[1]', '[2]')
+  with pytest.raises(ValueError, match='2 bad rows and no good one, the first'):
+    jsonl.read(path, on_bad_row='skip')
+
+
+def test_a_cut_file_is_an_error_where_bad_rows_are_skipped_too(tmp_path):
+  path = tmp_path / 'r.jsonl.gz'
+  # Numbers, or gzip would have it all in the part that is left.
+  rows = [json.dumps(GOOD | {'idx': i**5}) for i in range(999)]
+  data = gzip.compress('\n'.join(rows).encode())
+  path.write_bytes(data[: len(data) // 2])
+  with pytest.raises(ValueError, match='cannot be read to its end'):
+    jsonl.read(str(path), on_bad_row='skip')
+
+
+def test_what_becomes_of_bad_rows_is_one_of_two(tmp_path):
+  path = write(tmp_path / 'r.jsonl', json.dumps(GOOD))
+  with pytest.raises(ValueError, match="'error' or 'skip'; got 'ignore'"):
+    jsonl.read(path, on_bad_row='ignore')
+
+
+def odd(row, place):
+  """An example of odd numbers; none of even ones; seven is bad."""
+  if row['n'] == 7:
+    raise BadRow('seven')
+  fields = GOOD | {'inputs': str(row['n']), 'idx': place}
+  return rows_lib.example(fields, '') if row['n'] % 2 else None
+
+
+def fails(row, place):
+  raise BadRow('always')
+
+
+def test_examples_are_made_when_they_are_asked_for():
+  table = [{'n': n} for n in (2, 3, 5, 7, 11)]
+  bad = Bad('skip')
+  found = rows_lib.made('t', table, (odd,), 'row {}'.format, bad)
+  # Left are 3, 5 and 11, at places 1, 2 and 4.
+  assert [(e.inputs, e.idx) for e in found] == [('3', 1), ('5', 2), ('11', 4)]
+  assert (found.skipped, found.inapplicable) == (('row 3: seven',), 1)
+  assert [e.inputs for e in found[1:]] == ['5', '11']
+  assert found[-1].inputs == '11'
+  table[4]['n'] = 13
+  assert found[2].inputs == '13'
+  # Workers get a copy.
+  copied = pickle.loads(pickle.dumps(found.examples))
+  assert [e.inputs for e in copied] == ['3', '5', '13']
+
+
+def test_a_maker_that_never_succeeds_is_no_matter_of_bad_rows():
+  table = [{'n': 3}, {'n': 5}]
+  with pytest.raises(ValueError, match='no row of t is good, the first: row 0'):
+    rows_lib.made('t', table, (odd, fails), 'row {}'.format, Bad('skip'))

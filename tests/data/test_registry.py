@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training never sees a held-out instance or wording of the tasks."""
+
+import dataclasses
+
+import pytest
+
+from moepeft import tasks
+from moepeft.config import default as config_lib
+from moepeft.data import sources
+from moepeft.evaluation.eval_sets import examples
+from moepeft.tasks.family import Instance, Template
+
+COUNT = 40
+BETWEEN = '\n'
+
+
+@pytest.fixture
+def spelled(monkeypatch):
+  """Every wording keeps its name and spells the instance, field by field."""
+  for name, family in tasks.FAMILIES.items():
+    fields = sorted(family.draw(tasks.Dice(0, 0, 0)).fields)
+    text = BETWEEN.join(f'{{{field}}}' for field in fields)
+    templates = tuple(Template(t.name, text) for t in family.templates)
+    changed = dataclasses.replace(family, templates=templates)
+    monkeypatch.setitem(tasks.FAMILIES, name, changed)
+
+
+def split_of(example):
+  """Which instances a spelled example is of."""
+  family = tasks.FAMILIES[example.task]
+  fields = sorted(family.draw(tasks.Dice(0, 0, 0)).fields)
+  values = example.inputs.split(BETWEEN)
+  fields = dict(zip(fields, values, strict=True))
+  return family.split_of(Instance(fields, '', ()))
+
+
+def wording_of(example):
+  held_out = tasks.FAMILIES[example.task].templates_of('held_out')
+  return (
+    'held_out' if example.template in {t.name for t in held_out} else 'seen'
+  )
+
+
+def card(group='B'):
+  config = config_lib.default()
+  config.data.source = 'tasks'
+  config.data.tasks = config.evaluation.tasks = group
+  config.evaluation.max_examples = COUNT
+  return config
+
+
+def drawn(group):
+  """(training examples, validation): as many of each family."""
+  config = card(group)
+  found = sources(config.data, config.seed)
+  assert not found.rows
+  count = COUNT * len(tasks.families(group))
+  return [found.train[i] for i in range(count)], found.held_out
+
+
+# A tenth of the instances is held out and a fifth or more of the wordings:
+# where training drew any of them, 40 draws a family of four families or more
+# would miss them with a probability below 1e-7.
+@pytest.mark.parametrize('group', tasks.GROUPS)
+def test_training_sees_no_held_out_instance_and_no_held_out_wording(
+  spelled, group
+):
+  train, _ = drawn(group)
+  assert {e.task for e in train} == set(tasks.families(group))
+  assert {split_of(e) for e in train} == {'train'}
+  assert {wording_of(e) for e in train} == {'seen'}
+
+
+@pytest.mark.parametrize('group', tasks.GROUPS)
+def test_validation_is_of_held_out_instances_in_seen_wordings(spelled, group):
+  _, validation = drawn(group)
+  assert {e.task for e in validation} == set(tasks.families(group))
+  assert {split_of(e) for e in validation} == {'held_out'}
+  assert {wording_of(e) for e in validation} == {'seen'}
+
+
+def test_training_uses_every_seen_wording(spelled):
+  train, _ = drawn('B')
+  for name in tasks.families('B'):
+    # At most five wordings: 40 draws miss one with probability 1e-3 at most,
+    # and the draws are always the same.
+    assert {e.template for e in train if e.task == name} == {
+      t.name for t in tasks.FAMILIES[name].templates_of('train')
+    }
+
+
+def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
+  found = examples(card('BC'), [])
+  assert {task for _, task, _ in found} == set(tasks.families('BC'))
+  for (group, task, wording), rows in found.items():
+    assert len(rows) == COUNT
+    assert group == tasks.FAMILIES[task].group
+    assert {split_of(e) for e in rows} == {'held_out'}
+    assert {wording_of(e) for e in rows} == {wording}
+    assert {e.task for e in rows} == {task}
+
+
+def test_seeds_give_other_training_examples():
+  config = card()
+  one, two = (sources(config.data, seed).train for seed in (0, 1))
+  assert [one[i] for i in range(9)] != [two[i] for i in range(9)]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of one prompt are trained or held out together."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moepeft.data import split as held
+from moepeft.data.registry import sources
+
+from .chat import test_chat
+from .preference import test_dataset as test_answers
+
+
+@pytest.mark.parametrize('share', [0.0, 0.05, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize('count', [1, 2, 10, 97])
+def test_without_repeats_the_last_rows_are_held_out(count, share):
+  out = held.last(range(count), share)
+  cut = count - round(count * share)
+  assert out == [place >= cut for place in range(count)]
+
+
+def test_rows_of_one_prompt_stay_together_in_about_the_share():
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(0, 211, 997).tolist()
+  out = held.last(prompts, 0.1)
+  away = {p for p, gone in zip(prompts, out, strict=True) if gone}
+  kept = {p for p, gone in zip(prompts, out, strict=True) if not gone}
+  assert away and not away & kept
+  # Prompts have five rows on average, so no more than some are missed.
+  assert abs(sum(out) - 99.7) <= 5
+
+
+def test_a_prompt_of_most_rows_is_trained():
+  # The one row of 'b' is the quarter of four, rounded; 'a' has three.
+  assert held.last(['b', 'a', 'a', 'a'], 0.25) == [True, False, False, False]
+
+
+@pytest.mark.parametrize('judged', [False, True])
+def test_no_prompt_of_preferences_is_on_both_sides(tmp_path, judged):
+  rows = [
+    {'prompt': f'prompt {i % 5}', 'chosen': f'g{i}', 'rejected': f'b{i}'}
+    for i in range(20)
+  ]
+  data = test_answers.data_of(tmp_path, rows, held_out=0.2)
+  own = test_answers.samples(judged=judged)
+  found = sources(data, 0, own=own)
+
+  def prompts(items):
+    return {test_answers.said(item.sides[0])[0] for item in items}
+
+  count = 40 if judged else 20
+  trained = prompts(found.train[i] for i in range(count))
+  # A fifth of the rows are those of one of the five prompts: the last.
+  assert prompts(found.held_out) == {'prompt 4\n'}
+  assert trained == {f'prompt {i}\n' for i in range(4)}
+  assert len(found.held_out) == count // 5
+
+
+def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
+  from .. import chat_cases
+
+  saved = tmp_path / 'tokenizer'
+  chat_cases.tokenizer().save_pretrained(saved)
+  rows = [
+    {'instruction': f'say {i % 4}', 'output': f'answer {i}'} for i in range(8)
+  ]
+  # The same question of another system is another prompt.
+  rows.append({'instruction': 'say 0', 'output': 'x', 'system': 'be kind'})
+  (tmp_path / 'rows.json').write_text(json.dumps(rows))
+  path = str(tmp_path / 'rows.json')
+  found, tokenizer = test_chat.opened(path, str(saved), held_out=0.3)
+  shown = [test_chat.trained(s, tokenizer) for s in found.held_out]
+  assert len(shown) == 3
+  assert sum('say 3' in text for text in shown) == 2
+  assert 'be kind' in ''.join(shown)
+  rest = {test_chat.trained(found.train[i], tokenizer) for i in range(6)}
+  assert len(rest) == 6 and not any('say 3' in text for text in rest)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts' ids are those of the whole text, however long and however many."""
+
+import numpy as np
+import pytest
+
+from moepeft.config import default as config_lib
+from moepeft.data.batching.collators import Pairs
+from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.text import dataset as text
+from moepeft.data.text import documents
+from moepeft.data.text.documents import Document
+from moepeft.data.tokenizers import long_texts as lengthy
+from moepeft.data.tokenizers.tokenizer import Tokenizer
+
+from ... import chat_cases
+
+KINDS = ('bytes', 'lines', 'spaces')
+
+
+@pytest.fixture(scope='module')
+def vocabularies(tmp_path_factory):
+  made = {}
+  for kind in (*KINDS, 'bos'):
+    path = tmp_path_factory.mktemp(kind)
+    found = chat_cases.learnt(
+      'spaces' if kind == 'bos' else kind, kind == 'bos'
+    )
+    found.save_pretrained(path)
+    made[kind] = Tokenizer(str(path))
+  return made
+
+
+def whole(words, said):
+  return words.tokenizer(said, add_special_tokens=False)['input_ids']
+
+
+def drawn(size, seed=0):
+  rng = np.random.default_rng(seed)
+  words = ['the', 'cat', 'sat', ':)', 'x = 1', '\n\n', '\n', '  again', 'é中']
+  return ' '.join(rng.choice(words, size))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_document_s_ids_are_those_of_its_text(vocabularies, kind):
+  words = vocabularies[kind]
+  found = [
+    Document('a', ('the cat sat', 'on the mat', '  x = 1')),
+    Document('b', ('the cat sat', 'on the mat'), '\n'),
+  ]
+  for ids, document in zip(text.encode(words, found), found, strict=True):
+    joined = document.separator.join(document.passages)
+    assert ids.tolist() == [*whole(words, joined), words.eos]
+    assert ids.dtype == np.int32
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_long_text_s_ids_are_those_of_the_whole(vocabularies, kind):
+  words, said = vocabularies[kind], drawn(1999)
+  calls = []
+
+  def counted(texts, **options):
+    calls.append(max(map(len, texts)))
+    return words.tokenizer(texts, **options)
+
+  (found,) = lengthy.encode(counted, [said], part=4096, overlap=128)
+  assert found.tolist() == whole(words, said)
+  # An eighth of 4,096 characters at most: never the whole text.
+  assert max(calls) == 512 and len(calls) > 1
+
+
+def test_a_text_that_has_no_joint_is_given_as_a_whole(vocabularies):
+  # One token a character of unknown bytes would agree; a row of one letter
+  # agrees anywhere, so what must hold is the count.
+  words, said = vocabularies['bytes'], 'é' * 3001
+  (found,) = lengthy.encode(words.tokenizer, [said], part=4096, overlap=128)
+  assert found.tolist() == whole(words, said)
+
+
+def test_many_texts_keep_their_order_in_batches(vocabularies):
+  words = vocabularies['lines']
+  texts = [drawn(size, size) for size in (3, 0, 50, 7, 400, 11, 2)]
+  found = lengthy.encode(words.tokenizer, texts, part=500, overlap=32)
+  assert [ids.tolist() for ids in found] == [whole(words, t) for t in texts]
+  assert lengthy.encode(words.tokenizer, []) == []
+
+
+def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
+  vocabularies, tmp_path
+):
+  words = vocabularies['bos']
+  assert words.bos is not None and vocabularies['spaces'].bos is None
+  (tmp_path / 'a.jsonl').write_text(
+    '{"text": "the cat"}\n{"text": "on the mat"}\n'
+  )
+  data = config_lib.default().data
+  data.source, data.path = 'text', str(tmp_path)
+  found, _ = documents.read(data.path)
+  assert len(found) == 2
+  made = text.pieces(data, Samples(words, 997), data.path)
+  said = words.show(made.ids.tolist())
+  assert said.count('<s>') == said.count('</s>') == 2
+  assert made.ids[0] == words.bos and made.ids[-1] == words.eos
+  packed = text.pieces(data, Samples(words, 997, packed=True), data.path)
+  assert [ids[0] for ids in packed] == [words.bos] * 2
+  # An encoder's texts begin with nothing.
+  data.predict = 'prefix'
+  pairs = text.pieces(data, Pairs(words, 97, 97), data.path)
+  assert words.bos not in pairs.ids

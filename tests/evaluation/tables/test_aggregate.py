@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of runs, of several seeds and of differences."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moepeft.config import default as config_lib
+from moepeft.evaluation import bootstrap
+from moepeft.evaluation.tables import aggregate as figures
+from moepeft.evaluation.tables import comparable as sameness
+from moepeft.evaluation.tables import run_results as folders
+from moepeft.evaluation.tables import seeds as groups
+from moepeft.evaluation.tables.aggregate import Figure, Key
+
+from .. import runs
+
+DEFAULTS = config_lib.default().to_dict()
+LOSS = Key('held_out', 'loss', '')
+ACCURACY = Key('held_out', 'accuracy', '')
+
+
+def entry(folder, rows=(), changes=None, **more):
+  (found,) = folders.read(runs.make(folder, rows, changes, **more), DEFAULTS)
+  return found
+
+
+def held_out(folder, rows, **more):
+  return entry(folder, rows, {'data': 'held_out'}, **more)
+
+
+def test_loss_is_over_the_tokens_of_all_tasks(tmp_path):
+  # 2 + 4 nats of 1 + 3 tokens, and 6 of 2: 12 / 6, not a mean of means.
+  rows = [
+    ('a', 'p', 'loss', [2.0, 4.0], [1, 3]),
+    ('b', 'p', 'loss', [6.0], [2]),
+  ]
+  figure = figures.of_entry(held_out(tmp_path, rows))[LOSS]
+  assert figure.value == pytest.approx(2.0)
+  # Examples have 2, 4/3 and 3 nats a token: no resample leaves that range.
+  assert 4 / 3 <= figure.low < 2 < figure.high <= 3
+
+
+def test_held_out_accuracy_is_the_mean_over_tasks_in_per_cent(tmp_path):
+  rows = [
+    ('a', 'p', 'accuracy', runs.right(1, 4)),
+    ('a', 'q', 'accuracy', runs.right(3, 4)),
+    ('a', 'r', 'accuracy', runs.right(4, 4)),
+    ('b', 'p', 'accuracy', runs.right(1, 2)),
+  ]
+  found = figures.of_entry(held_out(tmp_path, rows))
+  # The median of 25, 75 and 100 is 75; with 50 the mean is 62.5.
+  assert found[ACCURACY].value == pytest.approx(62.5)
+  assert found[ACCURACY].majority == pytest.approx(50)
+  assert set(found) == {ACCURACY}
+
+
+def test_an_average_needs_all_eight_sets(tmp_path):
+  average = Key('eval', 'accuracy', 'average')
+  whole = figures.of_entry(entry(tmp_path / 'a', runs.grid(3, 5)))
+  assert whole[average].value == pytest.approx(60)
+  assert len(whole) == 9
+  lacking = [t for t in runs.TASKS if t != 'copa']
+  found = figures.of_entry(entry(tmp_path / 'b', runs.grid(3, 5, lacking)))
+  assert average not in found and len(found) == 7
+
+
+def test_other_tasks_do_not_enter_the_papers_average(tmp_path):
+  rows = [*runs.grid(3, 5), ('mine', 'p', 'accuracy', runs.right(0, 5))]
+  found = figures.of_entry(entry(tmp_path, rows))
+  assert found[Key('eval', 'accuracy', 'average')].value == pytest.approx(60)
+  assert found[Key('eval', 'accuracy', 'mean')].value == 0
+
+
+def test_without_examples_five_seeds_have_students_interval_and_fewer_none():
+  # Of 2, 3, ..., 6: deviation sqrt(5/2), t with four degrees 2.7764, / sqrt(5).
+  seeds = [{LOSS: Figure(x, x - 9, x + 9)} for x in (2.0, 3.0, 4.0, 5.0, 6.0)]
+  figure = figures.over_seeds(seeds)[LOSS]
+  half = 2.776445 * 2.5**0.5 / 5**0.5
+  assert figure.value == pytest.approx(4)
+  assert (figure.low, figure.high) == pytest.approx((4 - half, 4 + half))
+  assert figure.seeds == (2, 3, 4, 5, 6)
+  few = figures.over_seeds(seeds[:4])[LOSS]
+  assert (few.value, few.low, few.high) == (3.5, None, None)
+  # One seed keeps the interval over examples.
+  assert figures.over_seeds(seeds[:1]) == seeds[0]
+
+
+def test_students_interval_ends_where_the_measure_does():
+  accuracies = (100.0, 100.0, 100.0, 100.0, 80.0)
+  seeds = [{ACCURACY: Figure(x), LOSS: Figure(x / 100)} for x in accuracies]
+  found = figures.over_seeds(seeds)
+  # 96 +- 2.776 * 8.94 / sqrt(5) = 96 +- 11.1.
+  assert found[ACCURACY].high == 100 and 84 < found[ACCURACY].low < 85
+  assert found[LOSS].high == pytest.approx(1.07, abs=0.01)
+
+
+def test_two_seeds_are_resampled_with_their_examples(tmp_path):
+  # 20 and 25 of 50 examples are right, the same 20 in both.
+  n, rights = 50, (20, 25)
+  made = [
+    held_out(tmp_path / str(s), [('t', 'p', 'accuracy', runs.right(of, n))])
+    for s, of in enumerate(rights)
+  ]
+  made = [dataclasses.replace(e, seed=s) for s, e in enumerate(made)]
+  single = [figures.of_entry(e) for e in made]
+  draws = figures.mean_draws(made)
+  figure = figures.over_seeds(single, draws)[ACCURACY]
+  assert figure.value == pytest.approx(45)
+  assert figure.seeds == (40, 50)
+  # By hand: draw i of both seeds counts the same examples; seeds are drawn too.
+  one, two = (figures.draws_of(e)[ACCURACY] for e in made)
+  assert (two >= one).all()
+  first = bootstrap.seed_weights(2)[:, 0]
+  np.testing.assert_allclose(draws[ACCURACY], first * one + (1 - first) * two)
+  assert {*first} == {0, 0.5, 1}
+  # sqrt(0.45 * 0.55 / 50) = 7.0 % of the examples and sqrt(12.5) = 3.5 % of
+  # the seeds: 1.96 * 7.9 = 15.4. Student's would be 12.7 * 5 = 63.5.
+  assert (figure.high - figure.low) / 2 == pytest.approx(15.4, abs=1.5)
+  assert 0 <= figure.low < 40 and 50 < figure.high <= 100
+  # The order of the command line is no matter.
+  again = figures.mean_draws(made[::-1])
+  np.testing.assert_array_equal(again[ACCURACY], draws[ACCURACY])
+
+
+def test_the_majority_over_seeds_is_their_mean():
+  seeds = [{ACCURACY: Figure(50.0, majority=x)} for x in (30.0, 50.0)]
+  assert figures.over_seeds(seeds)[ACCURACY].majority == 40
+
+
+def test_what_one_seed_lacks_is_no_mean_of_the_others():
+  seeds = [{LOSS: Figure(1.0), ACCURACY: Figure(50.0)}, {LOSS: Figure(3.0)}]
+  assert set(figures.over_seeds(seeds)) == {LOSS}
+
+
+def difference(one, other):
+  pairs = [
+    (figures.over_seeds([figures.of_entry(e)]), figures.mean_draws([e]))
+    for e in (one, other)
+  ]
+  return figures.differences(*pairs)
+
+
+def test_differences_are_paired_by_example(tmp_path):
+  n = 53
+  rng = np.random.default_rng(0)
+  each = rng.integers(0, 2, n).tolist()
+  weights = rng.integers(1, 7, n).tolist()
+  nll = (rng.random(n) * 5).tolist()
+  # One nat a token more for every example.
+  more = [x + w for x, w in zip(nll, weights, strict=True)]
+  one = held_out(
+    tmp_path / 'a',
+    [('t', 'p', 'accuracy', each), ('t', 'p', 'loss', more, weights)],
+  )
+  other = held_out(
+    tmp_path / 'b',
+    [('t', 'p', 'accuracy', each), ('t', 'p', 'loss', nll, weights)],
+  )
+  found = difference(one, other)
+  # The same answers: no resample differs. Loss differs by one in each.
+  assert found[ACCURACY] == Figure(0.0, 0.0, 0.0)
+  figure = found[LOSS]
+  values = (figure.value, figure.low, figure.high)
+  # Sums of 53 float64 numbers.
+  np.testing.assert_allclose(values, 1, rtol=1e-12)
+  # Each loss by itself is far less certain.
+  own = figures.of_entry(one)[LOSS]
+  assert own.high - own.low > 0.2
+
+
+def test_other_examples_prompts_or_tasks_are_not_compared(tmp_path):
+  def check(*rows):
+    made = [held_out(tmp_path / str(i), own) for i, own in enumerate(rows)]
+    sameness.check(made)
+
+  one = ('a', 'p', 'accuracy', runs.right(1, 3))
+  check([one], [one])
+  with pytest.raises(ValueError, match=r"examples of 'a', prompt 'p' \(3 and"):
+    check([one], [('a', 'p', 'accuracy', runs.right(1, 5))])
+  with pytest.raises(ValueError, match=r"other prompts of 'a' \(1 and 2\)"):
+    check([one], [one, ('a', 'q', 'accuracy', runs.right(1, 3))])
+  with pytest.raises(ValueError, match='other tasks for accuracy of held_out'):
+    check([one], [one, ('b', 'p', 'accuracy', runs.right(1, 3))])
+
+
+def test_a_set_that_only_one_run_has_is_no_mistake(tmp_path):
+  made = [
+    entry(tmp_path / 'a', runs.grid(3, 5)),
+    entry(tmp_path / 'b', runs.grid(3, 5, ['cb', 'rte'])),
+  ]
+  sameness.check(made)
+
+
+def test_other_data_or_lengths_of_one_name_are_not_compared(tmp_path):
+  def made(name, **changes):
+    rows = [('a', 'p', 'accuracy', runs.right(1, 3))]
+    return entry(tmp_path / name, rows, changes)
+
+  lengths = {'inputs_length': 64, 'targets_length': 8}
+  one = made('one', data_sha='0123456789ab', **lengths)
+  sameness.check([one, made('same', data_sha='0123456789ab', **lengths)])
+  # Rows from before either was written may be of anything.
+  sameness.check([one, made('old')])
+  other = made('other', data_sha='ba9876543210', **lengths)
+  with pytest.raises(ValueError, match="other rows of the name 'eval' .hashes"):
+    sameness.check([one, other])
+  # Of another name it may be other data.
+  sameness.check([one, made('named', data='mine', data_sha='ba9876543210')])
+  lengths['targets_length'] = 16
+  longer = made('longer', data_sha='0123456789ab', **lengths)
+  with pytest.raises(ValueError, match=r'\(64, 8\) and \(64, 16\)'):
+    sameness.check([one, longer])
+
+
+def test_embedded_tasks_differ_by_seed(tmp_path):
+  config = {'data.source': 'tasks'}
+  rows = [('a', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    held_out(tmp_path / 'a', rows, config=config),
+    held_out(
+      tmp_path / 'b', [('a', 'p', 'accuracy', [1, 0, 1, 0, 1])], config=config
+    ),
+  ]
+  with pytest.raises(ValueError, match='examples of'):
+    sameness.check(made)
+  sameness.check([made[0], dataclasses.replace(made[1], seed=1)])
+
+
+def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.0, 'means': {}}
+  one = entry(tmp_path / 'a', after=after)
+  other = entry(tmp_path / 'b', after=after, config={'data.held_out': 0.25})
+  sameness.check([one, one])
+  with pytest.raises(ValueError, match=r'config.data.held_out is 0.05 and 0.2'):
+    sameness.check([one, other])
+
+
+def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
+  after = {'step': 7, 'validation_loss': 2.0, 'means': {'A seen': 0.5}}
+  one = entry(tmp_path / 'a', after=after)
+  rows = [('t', 'p', 'loss', [1.0, 2.0], [1, 1])]
+  other = held_out(tmp_path / 'b', rows, after=after)
+  assert figures.of_entry(one)[LOSS] == Figure(2.0)
+  kept = figures.of_one_kind([one, other])
+  assert [LOSS in figures.of_entry(e) for e in kept] == [False, True]
+
+
+def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'seed': 1}),
+    entry(tmp_path / 'c', rows, config={'optimizer.learning_rate': 0.01}),
+    entry(tmp_path / 'd', rows, {'method': 'ia3'}),
+  ]
+  found = groups.group(made)
+  assert [(len(g.entries), g.aside) for g in found] == [
+    (2, 'optimizer.learning_rate=0.001'),
+    (1, 'optimizer.learning_rate=0.01'),
+    (1, ''),
+  ]
+  # Where it lies and how it is logged is no other method.
+  same = entry(tmp_path / 'e', rows, {'seed': 2}, config={'log.every_steps': 3})
+  assert len(groups.group([*made[:2], same])[0].entries) == 3
+
+
+def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'semantics': 'paper'}),
+    entry(tmp_path / 'c', rows, {'base': 'other'}),
+    entry(tmp_path / 'd', rows, {'step': 11}, config={'steps': 7}),
+  ]
+  assert [g.aside for g in groups.group(made)] == [
+    'on t5_tiny, official, step 7',
+    'on t5_tiny, paper',
+    'on other, official',
+    'on t5_tiny, official, step 11',
+  ]
+
+
+def test_best_checkpoints_of_other_steps_are_seeds_of_one_row(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(
+      tmp_path / str(seed),
+      rows,
+      {'seed': seed, 'step': step, 'checkpoint': checkpoint},
+      config={'steps': 13},
+    )
+    for seed, step, checkpoint in (
+      (0, 7, 'best'),
+      (1, 11, 'best'),
+      (2, 7, 'latest'),
+      # From before rows said it.
+      (3, 7, None),
+    )
+  ]
+  found = groups.group(made)
+  assert [([e.seed for e in g.entries], g.aside) for g in found] == [
+    ([0, 1], 'best checkpoint'),
+    ([2, 3], 'step 7'),
+  ]
+  # The best of all thirteen steps.
+  assert found[0].first.budget == (13, 5)
+
+
+def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  best = {'checkpoint': 'best'}
+  runs.make(tmp_path, rows, best | {'step': 7})
+  runs.add(tmp_path, runs.about(tmp_path, data='x', step=11, **best), rows)
+  with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
+    groups.group(folders.read(str(tmp_path), DEFAULTS))
+
+
+def base(folder, rows, changes=None, **more):
+  changes = {'method': 'none', 'parameters': 0, 'step': 0} | (changes or {})
+  return entry(folder, rows, changes, **more)
+
+
+def test_a_base_has_the_rows_of_all_its_evaluations(tmp_path):
+  cb, rte = runs.grid(1, 3, ['cb', 'rte'])
+  one, other = base(tmp_path / 'a', [cb]), base(tmp_path / 'b', [cb, rte])
+  (found,) = groups.group([one, other])
+  assert [row.task for row in found.first.rows] == ['cb', 'rte']
+  wrong = base(tmp_path / 'c', runs.grid(2, 3, ['cb']))
+  with pytest.raises(ValueError, match="contradict each other in .* of 'cb'"):
+    groups.group([one, wrong])
+
+
+def test_bases_that_depend_on_the_seed_stay_apart(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  asides = ['the base, seed 0', 'the base, seed 1']
+  for name, changes, config in (
+    ('random', {'base': 'random'}, {}),
+    ('tasks', {'data': 'held_out'}, {'data.source': 'tasks'}),
+  ):
+    made = [
+      base(tmp_path / f'{name}{i}', rows, changes | {'seed': i}, config=config)
+      for i in (0, 1)
+    ]
+    assert [g.aside for g in groups.group(made)] == asides
+
+
+def test_two_bases_of_one_name_are_told_apart_by_their_size(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  made = [
+    entry(tmp_path / 'a', rows),
+    entry(tmp_path / 'b', rows, {'seed': 1, 'base_parameters': 2_000}),
+  ]
+  assert [g.aside for g in groups.group(made)] == [
+    'on t5_tiny, 1,000,000 parameters',
+    'on t5_tiny, 2,000 parameters',
+  ]
+
+
+def test_one_seed_is_not_two(tmp_path):
+  rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
+  one, other = entry(tmp_path / 'a', rows), entry(tmp_path / 'b', rows)
+  with pytest.raises(ValueError, match='given twice'):
+    groups.group([one, one])
+  with pytest.raises(ValueError, match='they are no two seeds'):
+    groups.group([one, other])
+
+
+def test_embedded_tasks_are_told_apart_by_group_and_wording(tmp_path):
+  first, second, other = 'kind', 'topic', 'counting'
+  rows = [
+    (first, 'seen', 'accuracy', runs.right(1, 2)),
+    (first, 'held_out', 'accuracy', runs.right(0, 2)),
+    (second, 'seen', 'accuracy', runs.right(2, 2)),
+    (other, 'seen', 'accuracy', runs.right(0, 2)),
+  ]
+  found = figures.of_entry(
+    held_out(tmp_path, rows, config={'data.source': 'tasks'})
+  )
+  # A: the mean of 50 and 100; the wordings are no prompts of one median.
+  assert {key.dataset: f.value for key, f in found.items()} == {
+    'A seen': 75,
+    'A held_out': 0,
+    'C seen': 0,
+  }
+
+
+def test_the_papers_sets_beside_held_out_tasks_stay_apart(tmp_path):
+  rows = [
+    ('mine', 'p', 'accuracy', runs.right(1, 2)),
+    ('cb', 'p', 'accuracy', runs.right(2, 2)),
+  ]
+  found = figures.of_entry(held_out(tmp_path, rows))
+  assert found[ACCURACY].value == 50
+  assert found[Key('held_out', 'accuracy', 'cb')].value == 100

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small bases with trained adapters of many methods beside them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.checkpoints import adapter
+from moepeft.checkpoints.base import Base, example_batch
+from moepeft.inference.adapters.stacking import row_tree
+from moepeft.models import FAMILIES
+from moepeft.models import weight_mapping as names
+from moepeft.models.t5 import model as t5
+from moepeft.nn.initializers import Fill, described
+from moepeft.peft import build
+
+from ..contracts import small, small_decoders
+
+# By the name that the tests load it under. 'small' has other sites than
+# 'large', another scale and a smaller rank: both are of one form.
+ADAPTERS = {
+  'large': 'lora(rank=5, alpha=7.0)',
+  'small': "lora(rank=3, rslora=True, sites='*/q|*/wo')",
+  'up': "lora(rank=2, sites='*/up')",
+  'dora': 'dora(rank=3, alpha=5.0)',
+  'ia3': 'ia3',
+  'inputs': "ia3(on='input', sites='*/wo')",
+  'mov': 'mov(experts=3)',
+  'output': "mov(experts=3, reads='output', router=topk(k=1))",
+  'molora': 'molora(experts=3, rank=2, alpha=3.0, dropout=0.1)',
+  'topk': 'molora(experts=3, rank=2, router=topk(k=2, jitter=0.1))',
+  'uniform': 'molora(experts=3, rank=2, router=uniform)',
+  'random': 'molora(experts=3, rank=2, router=random(k=2, seed=7))',
+  'two': "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+}
+# Gate and up have names of the family's.
+ADAPTERS['up'] = ADAPTERS['up'].replace('*/up', '*/wi*')
+
+
+def base_of(config):
+  """A base of a small config, with weights."""
+  if isinstance(config, t5.T5Config):
+    params = small.params(config)
+  else:
+    params = small_decoders.make(config)[1]['params']
+  params = jax.tree.map(np.asarray, params)
+  family = FAMILIES[config.family]
+  return Base(family, config, params, 'base', names.content_hash(params))
+
+
+def model_of(base, advice):
+  return base.family.MODULE(base.config, advice)
+
+
+def trained(base, method, seed=0, semantics='official', noise=0.2):
+  """(built, tree): an adapter moved off where it starts."""
+  built = build(method, base.family.sites(base.config), semantics)
+  model = model_of(base, built.advice)
+  rng = np.random.default_rng((seed, 17))
+  found = {}
+  for path, (shape, label) in described(model, example_batch()).items():
+    # Scales are ones at first; DoRA's magnitude is of the base's size.
+    one = label.start is None or label.start == Fill(1)
+    found[path] = np.float32(one + noise * rng.normal(size=shape))
+  return built, names.unflatten(found)
+
+
+def save(path, base, method, seed=0, semantics='official', noise=0.2):
+  """Writes such an adapter in our form; (path, built, tree)."""
+  built, tree = trained(base, method, seed, semantics, noise)
+  card = adapter.describe(
+    built.method,
+    semantics,
+    base.path,
+    base.sha256,
+    base.config.family,
+    base.config,
+    base.quantise,
+  )
+  adapter.save(path, tree, card)
+  return str(path), built, tree
+
+
+def batch_of(base):
+  if isinstance(base.config, t5.T5Config):
+    return small.batch(rows=1)
+  return jax.tree.map(lambda a: a[:1], small_decoders.batch())
+
+
+def alone(base, built, tree, batch):
+  """Logits of the adapter's own model, as the trainer computes them."""
+  model = model_of(base, built.advice)
+  return jax.jit(model.apply)({'params': base.params, 'peft': tree}, batch)
+
+
+def together(base, banks, names_, batch):
+  """Logits of a batch of the same row under several adapters."""
+  model = model_of(base, banks.advice)
+  slots = np.stack([banks.row(name) for name in names_])
+  rows = jax.tree.map(lambda a: jnp.stack([a] * len(names_)), batch)
+
+  @jax.jit
+  def served(params, tree, slots, rows):
+    def one(slots, row):
+      peft = row_tree(tree, slots)
+      return model.apply({'params': params, 'peft': peft}, row)
+
+    return jax.vmap(one)(slots, rows)
+
+  return served(base.params, banks.tree, jnp.asarray(slots), rows)

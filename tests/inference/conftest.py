@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine for the tests that leave it as it was."""
+
+import pytest
+
+from . import engines
+
+
+@pytest.fixture(scope='session')
+def engine():
+  """Of a small llama with adapters 'one', 'two' and 'broken'."""
+  model, params, _ = engines.decoder()
+  settings = engines.SETTINGS
+  with engines.running(model, params, engines.banks(), settings) as found:
+    yield found
+    assert found.drain(30) and engines.idle(found), 'a test left something'
+    assert not +found._banks.held, 'an adapter is still held'

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served is what was trained: log-probabilities of every kind of
+adapter, all in one batch, by the trainer's whole call and by the engine's
+cached steps."""
+
+import jax
+import numpy as np
+import pytest
+
+from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.buckets import _REFUSED
+from moepeft.inference.engine.limits import Settings
+from moepeft.models.t5 import model as t5
+from moepeft.nn.adapter_hook import Advice
+from moepeft.peft import METHODS
+
+from ...contracts import small, small_decoders
+from .. import banked
+from ..engines import ask, paused, prompt, running
+
+# Ranks padded, scales multiplied in before, sums in another order: float32's
+# last digits, of log-probabilities up to 10 or so.
+CLOSE = 1e-5
+PLACES = 16
+SIZES = (7, 3, 11, 5)
+FEW = ('dora', 'ia3', 'large', 'mov', 'molora', 'two')
+LLAMA, QWEN2 = (small_decoders.CONFIGS[name] for name in ('llama', 'qwen2'))
+ALL = tuple(banked.ADAPTERS)
+# Base, adapters, and whether all layers are one program.
+CONFIGS = {
+  'decoder': (QWEN2, FEW, False),
+  't5': (small.GATED, FEW, False),
+  'decoder, scanned': (LLAMA, ('molora', 'large'), True),
+  't5, scanned': (small.GATED, ('mov', 'large'), True),
+  'decoder, all': (LLAMA, ALL, False),
+  't5, all': (small.RELU, ALL, False),
+}
+# The others are tried by the slow suite.
+QUICK = ('decoder',)
+
+
+def test_every_kind_of_adapter_is_tried():
+  tried = {banked.ADAPTERS[name].partition('(')[0] for name in FEW}
+  # Soft prompts are tried in test_engine_prompt.
+  assert tried | {'prompt'} == set(METHODS) - set(_REFUSED)
+
+
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in CONFIGS
+  ],
+)
+def served(request, tmp_path_factory):
+  """(base, {name: (path, built, tree)}, engine)."""
+  config, names, together = CONFIGS[request.param]
+  place, base = tmp_path_factory.mktemp('served'), banked.base_of(config)
+  made = {
+    name: banked.save(place / name, base, banked.ADAPTERS[name], seed)
+    for seed, name in enumerate(names)
+  }
+  paths = {name: path for name, (path, _, _) in made.items()}
+  banks = Banks(base, paths, slots=len(names) + 1)
+  slots = len(names) + 1
+  settings = Settings(
+    slots=slots,
+    places=PLACES,
+    chunk=PLACES,
+    least=PLACES,
+    rooms=(PLACES,),
+    batches=(1, slots),
+    routing=True,
+    together=together,
+  )
+  model = banked.model_of(base, banks.advice)
+  with running(model, base.params, banks, settings) as engine:
+    yield base, made, engine
+
+
+def rows_of(base, made, name, ids, answer):
+  """log-probabilities [t, v] of an answer's tokens, as training has them."""
+  if isinstance(base.config, t5.T5Config):
+    inputs, before = np.zeros((2, 1, PLACES), np.int32)
+    inputs[0, : len(ids)], before[0, 1 : len(answer)] = ids, answer[:-1]
+    mask = np.arange(PLACES)[None] < len(ids)
+    batch = {'inputs': inputs, 'inputs_mask': mask, 'decoder_inputs': before}
+    first = 0
+  else:
+    text = (*ids, *answer[:-1])
+    inputs = np.zeros((1, PLACES), np.int32)
+    inputs[0, : len(text)] = text
+    # What stands behind the text is seen by nobody.
+    batch = {'inputs': inputs}
+    first = len(ids) - 1
+  if name:
+    _, built, tree = made[name]
+    logits = banked.alone(base, built, tree, batch)
+  else:
+    model = banked.model_of(base, Advice())
+    logits = model.apply({'params': base.params}, batch)
+  rows = np.asarray(jax.nn.log_softmax(logits[0]))
+  return rows[first : first + len(answer)]
+
+
+def test_the_servers_log_probabilities_are_the_trainers(served):
+  base, made, engine = served
+  names = ['', *made]
+  asked = [(name, prompt(i, SIZES[i % 4])) for i, name in enumerate(names)]
+  with paused(engine):
+    mixed = [
+      ask(engine, ids, 5, adapter=name, logprobs=3, routing=True)
+      for name, ids in asked
+    ]
+  for (name, ids), answer in zip(asked, mixed, strict=True):
+    rows = rows_of(base, made, name, ids, answer.tokens)
+    close = CLOSE * np.abs(rows).max()
+    for row, token in zip(rows, answer.scored, strict=True):
+      assert abs(token.logprob - row[token.id]) < close, name
+      for id, logprob in token.top:
+        assert abs(logprob - row[id]) < close, name
+      assert row.max() - row[token.id] < close, name
+
+
+def test_a_request_in_a_mixed_batch_is_as_alone(served):
+  _, made, engine = served
+  asked = [
+    (name, prompt(40 + i, SIZES[i % 4])) for i, name in enumerate(['', *made])
+  ]
+  options = {'logprobs': 5}
+  alone = [
+    ask(engine, ids, 5, adapter=name, **options).wait() for name, ids in asked
+  ]
+  with paused(engine):
+    mixed = [
+      ask(engine, ids, 5, adapter=name, **options) for name, ids in asked
+    ]
+  for one, other in zip(alone, mixed, strict=True):
+    assert one.tokens == other.tokens
+    for a, b in zip(one.scored, other.scored, strict=True):
+      wanted, found = dict(a.top), dict(b.top)
+      # The fifth may be another where two are equal nearly.
+      both = set(wanted) & set(found)
+      assert len(both) >= 4
+      for id in both:
+        assert abs(wanted[id] - found[id]) < CLOSE * max(1, abs(wanted[id]))
+
+
+def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
+  base, made, engine = served
+  for name, (_, built, _) in made.items():
+    routes = {
+      path for path, module in built.advice.entries if hasattr(module, 'router')
+    }
+    if isinstance(base.config, t5.T5Config):
+      # Answers' tokens meet neither the encoder nor the keys of its states.
+      routes -= {'decoder/cross/k', 'decoder/cross/v'}
+      routes = {path for path in routes if path.startswith('decoder/')}
+    answer = ask(engine, prompt(3, 5), 2, adapter=name, routing=True)
+    for token in answer.scored:
+      assert set(token.experts or ()) == routes, name

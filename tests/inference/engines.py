@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small engines, one who asks them, and what their answers must be."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.inference.api import (
+  Finished,
+  Loaded,
+  Prompt,
+  Request,
+  Token,
+  Unknown,
+)
+from moepeft.inference.engine.engine import Engine
+from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.task import Task
+from moepeft.models.decoder.model import Decoder, sites
+from moepeft.nn.initializers import fresh
+from moepeft.peft import build
+
+from ..contracts import small_decoders
+
+LENGTH = 47
+CONFIG = dataclasses.replace(
+  small_decoders.CONFIGS['llama'], length=LENGTH, layers=2
+)
+METHOD = 'molora(experts=3, rank=2)'
+V = CONFIG.vocab
+# Two rooms, two sizes of chunks and of batches, and no more programs.
+SETTINGS = Settings(
+  slots=3,
+  places=LENGTH,
+  queue=40,
+  chunk=8,
+  least=2,
+  rooms=(13, LENGTH),
+  batches=(1, 3),
+  routing=True,
+)
+# Of an engine that is waited for: the machine may be busy with others.
+SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+  row: np.ndarray
+  sha256: str
+  sites: dict
+  before: tuple[int, ...] = ()
+
+
+class Stacked:
+  """Banks of one form; `contents` are 'peft' trees by their hashes."""
+
+  def __init__(self, advice, contents, names, entry='molora'):
+    """
+    Args:
+      contents: {hash: 'peft' tree}, the first the identity's.
+      names: {name: hash}.
+      entry: the adapters' name in the trees.
+    """
+    self.advice, self.entry = advice, entry
+    self._shas = list(contents)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *contents.values())
+    self.tree = {'form': stacked}
+    self.bytes = sum(a.nbytes for a in jax.tree.leaves(stacked))
+    self.names = dict(names)
+    self.held = collections.Counter()
+
+  def row_tree(self, tree, slots, layer=None):
+    place = slots[0] if layer is None else (slots[0], layer)
+    return jax.tree.map(lambda a: a[place], tree['form'])
+
+  def hold(self, name):
+    if name and name not in self.names:
+      raise Unknown(f'no adapter {name!r}')
+    sha256 = self.names[name] if name else ''
+    self.held[sha256] += 1
+    slot = self._shas.index(sha256) if name else 0
+    acts = {self.entry: frozenset(path for path, _ in self.advice.entries)}
+    return Held(np.array([slot], np.int32), sha256, acts if name else {})
+
+  def release(self, held):
+    assert self.held[held.sha256] > 0, 'released more often than held'
+    self.held[held.sha256] -= 1
+
+  def loaded(self):
+    return [
+      Loaded(name, METHOD, sha256, 7, '') for name, sha256 in self.names.items()
+    ]
+
+  def read(self, path):
+    return path
+
+  def put(self, name, read):
+    self.names[name] = read
+    return self.loaded()[-1]
+
+  def unload(self, name):
+    del self.names[name]
+
+
+@functools.cache
+def decoder():
+  """(model, params, {hash: 'peft'}) of the shared engine; '' does nothing."""
+  base, variables = small_decoders.make(CONFIG)
+  params = variables['params']
+  model = Decoder(CONFIG, build(METHOD, sites(CONFIG)).advice)
+  clean = fresh(model, small_decoders.batch(), 3, params)['peft']
+  contents = {'': clean, 'one': moved(clean, 0), 'two': moved(clean, 1)}
+  contents['nan'] = jax.tree.map(lambda a: a + jnp.nan, clean)
+  return model, params, contents
+
+
+def moved(tree, seed):
+  """Away from where it does nothing."""
+  rng = np.random.default_rng(seed)
+  off = lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
+  return jax.tree.map(lambda a: a + off(a), tree)
+
+
+def banks():
+  """Adapters 'one', 'two', and one that is broken."""
+  model, _, contents = decoder()
+  names = {'one': 'one', 'two': 'two', 'broken': 'nan'}
+  return Stacked(model.advice, contents, names)
+
+
+@functools.cache
+def _full(model):
+  return jax.jit(lambda variables, batch: model.apply(variables, batch))
+
+
+def logprobs(ids, model, variables, places=LENGTH):
+  """log-probabilities [t, v] of what follows each token, by one whole call."""
+  row = np.zeros((1, places), np.int32)
+  row[0, : len(ids)] = ids
+  mask = np.arange(places)[None] < len(ids)
+  batch = {'inputs': row, 'inputs_mask': mask}
+  logits = _full(model)(variables, batch)[0, : len(ids)]
+  return np.asarray(jax.nn.log_softmax(logits))
+
+
+def expected(ids, adapter=''):
+  """`logprobs` of the shared engine's model with an adapter's hash."""
+  model, params, contents = decoder()
+  return logprobs(ids, model, {'params': params, 'peft': contents[adapter]})
+
+
+class Answer:
+  """What came of a request."""
+
+  def __init__(self):
+    self.events, self._over = [], threading.Event()
+
+  def deliver(self, event):
+    self.events.append(event)
+    if isinstance(event, Finished):
+      self._over.set()
+
+  def wait(self):
+    """Itself, once it has finished."""
+    assert self._over.wait(SECONDS), f'no end came after {self.events}'
+    return self
+
+  @property
+  def end(self):
+    self.wait()
+    assert [isinstance(e, Finished) for e in self.events].count(True) == 1
+    assert isinstance(self.events[-1], Finished)
+    return self.events[-1]
+
+  @property
+  def scored(self):
+    """The answer's tokens."""
+    self.wait()
+    return [e.token for e in self.events if isinstance(e, Token)]
+
+  @property
+  def tokens(self):
+    return [token.id for token in self.scored]
+
+  @property
+  def prompt(self):
+    self.wait()
+    (found,) = [e for e in self.events if isinstance(e, Prompt)]
+    return found.tokens
+
+
+_NUMBERS = itertools.count()
+
+
+def ask(engine, ids, length=5, hear=None, **options):
+  """Submits; an `Answer` that is not waited for.
+
+  Args:
+    hear: called with each event after it is noted, on the engine's thread.
+  """
+  answer = Answer()
+  answer.id = options.pop('id', f'r{next(_NUMBERS)}')
+
+  def deliver(event):
+    answer.deliver(event)
+    if hear is not None:
+      hear(event)
+
+  engine.submit(Request(answer.id, tuple(ids), length, **options), deliver)
+  return answer
+
+
+@contextlib.contextmanager
+def paused(engine):
+  """The engine does nothing inside, so that what is asked there is asked at
+  once."""
+  go_on = threading.Event()
+  with engine._changed:
+    engine._put(Task(lambda: go_on.wait(SECONDS)))
+  try:
+    yield
+  finally:
+    go_on.set()
+
+
+@contextlib.contextmanager
+def running(model, params, banks, settings):
+  """A started engine, which is stopped at the end."""
+  engine = Engine(model, params, banks, settings)
+  engine.start()
+  try:
+    yield engine
+  finally:
+    engine.stop()
+
+
+def idle(engine):
+  """Whether no request has anything, after all have ended."""
+  stats = engine.stats()
+  slots = engine._batcher._texts.slots
+  return (
+    stats.running == stats.waiting == 0
+    and not any(slot.busy for slot in slots)
+    and not engine._batcher.busy
+  )
+
+
+def prompt(seed, size):
+  """Tokens."""
+  return tuple(np.random.default_rng(seed).integers(2, V, size).tolist())

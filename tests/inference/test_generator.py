@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of batches are those of rows alone, and end where they should."""
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft import generate
+from moepeft.config import default as config_lib
+from moepeft.data.chat.formats import Turn
+from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.rank_classification import Ranker
+from moepeft.inference import prompts
+from moepeft.inference.beam_search import Beams
+from moepeft.inference.chat_repl import Manner, Talk
+from moepeft.inference.decode import greedy
+from moepeft.inference.generator import Generation, Settings, keys
+from moepeft.inference.sampling import Sampling
+from moepeft.models.decoder.model import Decoder, DecoderConfig
+from moepeft.nn.initializers import fresh
+from moepeft.tasks import Example
+
+from .. import chat_cases, commands
+from ..contracts import small
+
+EMPTY = tempfile.NamedTemporaryFile()
+WORDS = Bytes()
+T5 = dataclasses.replace(
+  small.GATED, vocab=263, encoder_layers=1, decoder_layers=1
+)
+DECODER = DecoderConfig(
+  vocab=263,
+  d_model=11,
+  heads=3,
+  kv_heads=1,
+  head_dim=6,
+  ffn=17,
+  layers=1,
+  length=127,
+)
+# Of a length that is no power of two, which lengths are rounded up to.
+LEARNED = dataclasses.replace(
+  DECODER,
+  family='gpt2',
+  kv_heads=3,
+  positions='learned',
+  length=97,
+)
+TEXTS = ['a', 'where is it?', '你好']
+# Of a few hundred ids, those that are letters.
+LETTERS = {ord(c) + 3 for c in 'abcdefghijklmnopqrstuvwxyz '}
+
+
+@functools.cache
+def made(kind):
+  """A model that says letters, with weights that matter."""
+  if kind == 't5':
+    model, _ = small.make('full', T5)
+    variables = {'params': small.params(T5)}
+  else:
+    model = Decoder(LEARNED if kind == 'learned' else DECODER)
+    variables = fresh(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+  keys = iter(jax.random.split(jax.random.key(2), 999))
+  moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
+  variables = jax.tree.map(moved, variables)
+  others = [i for i in range(263) if i not in LETTERS]
+  kernel = np.array(variables['params']['head']['kernel'])
+  kernel[:, others] = 0
+  variables['params']['head']['kernel'] = jnp.asarray(kernel)
+  return model, variables
+
+
+def ids(kind, texts=TEXTS):
+  return [prompts.plain(WORDS, text, kind != 't5') for text in texts]
+
+
+def generation(kind, **settings):
+  settings = {'length': 11, 'ends': (-1,), **settings}
+  return Generation(made(kind)[0], WORDS, Settings(**settings))
+
+
+KINDS = pytest.mark.parametrize('kind', ['t5', 'decoder'])
+
+
+@KINDS
+def test_texts_are_those_of_the_loop_and_of_rows_alone(kind):
+  model, variables = made(kind)
+  rows = ids(kind)
+  found = generation(kind).texts(variables, rows)
+  assert list(map(len, found)) == [11] * 3
+  # The second without padding and neighbours.
+  inputs = jnp.array([rows[1]])
+  alone = greedy(model, variables, {'inputs': inputs}, 11, eos=-1)
+  assert found[1] == WORDS.decode(alone[0].tolist())
+  assert generation(kind).texts(variables, rows[::-1]) == found[::-1]
+
+
+@KINDS
+@pytest.mark.parametrize('every', [1, 3, 99])
+def test_streamed_texts_are_the_texts(kind, every):
+  variables = made(kind)[1]
+  ours, rows = generation(kind), ids(kind)
+  news = list(ours.stream(variables, rows, every=every))
+  found = [
+    ''.join(parts) for parts in zip(*[n.texts for n in news], strict=True)
+  ]
+  assert found == ours.texts(variables, rows)
+  assert sum(n.tokens for n in news) == 3 * 11
+  # One at the start, then so many at once, then what was held back.
+  assert len(news) == 2 + -(-10 // every)
+
+
+@KINDS
+def test_texts_end_at_stop_strings_and_at_ids(kind):
+  variables = made(kind)[1]
+  rows = ids(kind)
+  free = generation(kind).texts(variables, rows)
+  stop = free[1][4:6]
+  cut = [text.split(stop)[0] for text in free]
+  assert generation(kind, stops=(stop, 'Z')).texts(variables, rows) == cut
+  end = ord(free[0][3]) + 3
+  ended = [text.split(free[0][3])[0] for text in free]
+  assert generation(kind, ends=(end, 1)).texts(variables, rows) == ended
+  # A row that stopped is told no more tokens of.
+  news = generation(kind, stops=(stop,)).stream(variables, rows, every=1)
+  alone = generation(kind, stops=(stop,)).stream(variables, rows[1:2], every=1)
+  alone = list(alone)
+  assert sum(n.tokens for n in alone) == len(cut[1]) + 2
+  # No step is made after it: one news a token, and what was held back.
+  assert len(alone) == len(cut[1]) + 2 + 1
+  assert sum(n.tokens for n in news) <= 3 * 11
+
+
+@KINDS
+def test_a_seed_says_the_same_again_whatever_stands_beside(kind):
+  variables, rows = made(kind)[1], ids(kind)
+  ours = generation(kind, sampling=Sampling(temperature=2.0, top_k=20))
+  found = ours.texts(variables, rows, keys(7, 3))
+  assert ours.texts(variables, rows, keys(7, 3)) == found
+  assert ours.texts(variables, rows, keys(8, 3)) != found
+  assert ours.texts(variables, rows[2:], keys(7, 3)[2:]) == found[2:]
+
+
+@KINDS
+def test_beams_are_texts_too(kind):
+  variables, rows = made(kind)[1], ids(kind)
+  found = generation(kind, beams=Beams(3)).texts(variables, rows)
+  assert list(map(len, found)) == [11] * 3
+  one = generation(kind, beams=Beams(1)).texts(variables, rows)
+  assert one == generation(kind).texts(variables, rows)
+
+
+def test_evaluations_answer_with_decoders_as_with_t5():
+  model, variables = made('decoder')
+  ours = Answering(model, WORDS, 64, 11, 2)
+  # In the form of training: a line's end stands between inputs and targets.
+  expected = generation('decoder', ends=(WORDS.eos,)).texts(
+    variables, ids('decoder', [f'{text}\n' for text in TEXTS])
+  )
+  assert ours.texts(variables, TEXTS) == expected
+  assert generate.answer(model, variables, WORDS, TEXTS, 11) == expected
+  # The end of a prompt is kept.
+  short = Answering(model, WORDS, 6, 11, 2)
+  assert short.texts(variables, ['x' * 9 + 'is it']) == short.texts(
+    variables, ['is it']
+  )
+
+
+def test_a_prompt_that_is_cut_still_begins_as_texts_do():
+  words = Bytes(bos=2)
+  ours = Answering(made('decoder')[0], words, 5, 11, 2)
+  # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
+  assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
+  assert ours._ids('cde') == ([2, 102, 103, 104, 13], False)
+  row = Example('t', 'p', 0, 'abcde', 'y', ('y', 'n'), 0)
+  ranker = Ranker(made('decoder')[0], words, 5, 3, 2)
+  (ranked,) = ranker.prepare([row])
+  assert list(ranked.inputs) == [2, 102, 103, 104, 13] and ranked.cut
+
+
+def uncached(prompt, count):
+  """Greedy tokens of whole calls, in rows as long as there are places."""
+  model, variables = made('learned')
+  text = np.zeros((1, 97), np.int32)
+  text[0, : len(prompt)] = prompt
+  for at in range(len(prompt), len(prompt) + count):
+    logits = plain_call(model, variables, {'inputs': text})
+    text[0, at] = np.argmax(logits[0, at - 1])
+  return text[0, len(prompt) : len(prompt) + count].tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_call(model, variables, batch):
+  return model.apply(variables, batch)
+
+
+def test_all_learned_positions_are_used_and_no_other():
+  variables = made('learned')[1]
+  # 86 + 11 = 97. Rounded up they would be 128 + 32.
+  prompt = np.random.default_rng(0).integers(3, 259, 86).tolist()
+  expected = uncached(prompt, 11)
+  ours = generation('learned')
+  assert ours.tokens(variables, [prompt]) == [expected]
+  together = ours.tokens(variables, [[5], prompt, prompt[:70]])
+  assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
+  searched = generation('learned', beams=Beams(1))
+  assert searched.tokens(variables, [prompt]) == [expected]
+  news = list(ours.stream(variables, [prompt]))
+  assert ''.join(n.texts[0] for n in news) == WORDS.decode(expected)
+  for wrong in (ours, searched):
+    with pytest.raises(ValueError, match='87 tokens and an answer up to 11'):
+      wrong.tokens(variables, [[5], [*prompt, 5]])
+
+
+def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
+  model, variables = made('learned')
+  ours = Answering(model, WORDS, 86, 11, 2)
+  text = 'which one is it? ' * 9
+  # The last 85 bytes, and the line's end.
+  expected = uncached([*WORDS.encode(text)[-85:], 13], 11)
+  (found,) = ours.texts(variables, [text])
+  assert found == WORDS.decode([i for i in expected if i > 1])
+  for kind, most in (('learned', 87), ('decoder', 117)):
+    with pytest.raises(ValueError, match=f'has {most} tokens and an answer up'):
+      Answering(made(kind)[0], WORDS, most, 11, 2)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'length': 0}, 'at least 1 token; got length=0'),
+    ({'length': 3, 'least': 4}, 'from 0 to length=3; got 4'),
+    ({'stops': ('a', '')}, 'a stop string is empty'),
+    ({'beams': Beams(2), 'least': 1}, 'beams are searched'),
+    ({'beams': Beams(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(values, message):
+  with pytest.raises(ValueError, match=message):
+    Settings(**{'length': 11, 'ends': (1,), **values})
+
+
+def test_a_prompt_longer_than_the_model_is_refused():
+  ours = generation('decoder')
+  with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
+    ours.texts(made('decoder')[1], [[5] * 120])
+
+
+def test_an_empty_prompt_is_refused():
+  with pytest.raises(ValueError, match='an empty prompt'):
+    prompts.plain(WORDS, '', decoder_only=True)
+  with pytest.raises(ValueError, match='prompt 1 has no token'):
+    generation('decoder').texts(made('decoder')[1], [[5], []])
+  assert prompts.plain(Bytes(bos=2), '', decoder_only=True) == [2]
+  assert prompts.plain(WORDS, '', decoder_only=False) == [1]
+
+
+def test_ends_are_the_templates_too(tmp_path):
+  # <|im_end|> is 2, and not the end of this vocabulary's texts.
+  words = templated_words()
+  words.eos = 0
+  assert prompts.ends(words, '') == (0, 2)
+  # An end that is text is none, and what cannot be rendered has none.
+  words.tokenizer.chat_template = "{{ messages[-1]['content'] }}!"
+  assert prompts.ends(words, '') == (0,)
+  words.tokenizer.chat_template = "{{ raise_exception('no') }}"
+  assert prompts.ends(words, '') == (0,)
+
+
+def test_ends_are_those_of_a_gguf_file(monkeypatch):
+  said = {'tokenizer.ggml.eos_token_id': 5, 'tokenizer.ggml.eot_token_id': 7}
+  monkeypatch.setattr(prompts.gguf, 'metadata', lambda path: said)
+  assert prompts.ends(WORDS, '/some/m.gguf') == (1, 5, 7)
+
+
+def test_an_answering_ends_where_it_is_told():
+  model, variables = made('decoder')
+  assert all(Answering(model, WORDS, 64, 5, 3).texts(variables, TEXTS))
+  # At whatever comes first.
+  ours = Answering(model, WORDS, 64, 5, 3, ends=range(263))
+  assert ours.texts(variables, TEXTS) == ['', '', '']
+
+
+def test_ends_are_the_vocabularys_and_the_models(tmp_path):
+  assert prompts.ends(WORDS, str(tmp_path)) == (1,)
+  for said, expected in ((7, (1, 7)), ([7, 1, 9], (1, 7, 9)), (None, (1,))):
+    file = tmp_path / 'generation_config.json'
+    file.write_text(json.dumps({'eos_token_id': said}))
+    assert prompts.ends(WORDS, str(tmp_path)) == expected
+
+
+def talk(kind, sampling=None, stops=(), ask=None, **manner):
+  how = sampling or Sampling()
+  settings = Settings(11, (-1,), sampling=how, stops=stops)
+  ask = ask or (lambda turns: ids(kind, turns[-1:])[0])
+  return Talk(*made(kind), WORDS, ask, settings, Manner(**manner))
+
+
+@KINDS
+def test_a_talk_prints_the_same_streamed_and_in_batches(kind, capsys):
+  expected = generation(kind).texts(made(kind)[1], ids(kind))
+  for manner in ({}, {'streamed': True}, {'batch_size': 2}):
+    ours = talk(kind, **manner)
+    ours.all(TEXTS)
+    assert capsys.readouterr().out.splitlines() == expected
+    assert ours.speed.tokens == 33 and ours.speed.seconds > 0
+  ours.each(iter(TEXTS))
+  assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_answers_to_a_prompt_differ_and_do_not_depend_on_others(capsys):
+  # The five most probable are letters, none of them a line break.
+  warm = Sampling(temperature=3.0, top_k=5)
+
+  def said(texts, **manner):
+    talk('decoder', warm, num=3, seed=5, **manner).all(texts)
+    return capsys.readouterr().out.splitlines()
+
+  found = said(TEXTS)
+  # Two of three may end at once; all three never do here.
+  assert all(len(set(found[i : i + 3])) > 1 for i in (0, 3, 6))
+  assert said(TEXTS[1:2]) == found[3:6]
+  assert said(TEXTS[:2], streamed=True) == found[:6]
+
+
+def test_no_prompt_is_answered_where_one_cannot_be(capsys):
+  with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
+    talk('decoder', batch_size=1).all(['a', 'b' * 120])
+  assert capsys.readouterr().out == ''
+
+
+def test_far_from_the_end_of_many_prompts_is_told_beside_the_answers(capsys):
+  talk('decoder', batch_size=2).all(TEXTS)
+  said = capsys.readouterr()
+  assert said.out.splitlines() == generation('decoder').texts(
+    made('decoder')[1], ids('decoder')
+  )
+  assert 'answered 3/3' in said.err
+
+
+def test_a_chat_asks_with_all_that_was_said_before(capsys):
+  asked = []
+
+  def ask(turns):
+    asked.append(list(turns))
+    return ids('decoder', turns[-1:])[0]
+
+  talk('decoder', ask=ask, chat=True).each(['a', 'b'])
+  first, _ = capsys.readouterr().out.splitlines()
+  assert asked == [['a'], ['a', first, 'b']]
+  asked.clear()
+  talk('decoder', ask=ask).each(['a', 'b'])
+  assert asked == [['a'], ['b']]
+
+
+def chat_data(**changes):
+  data = config_lib.default().data
+  data.update(changes)
+  return data
+
+
+def templated_words(**options):
+  words = Tokenizer.__new__(Tokenizer)
+  words._tokenizer = chat_cases.tokenizer(**options)
+  words._path = 'some/path'
+  words.size = len(words._tokenizer)
+  return words
+
+
+def test_a_chat_is_asked_as_it_is_trained(tmp_path):
+  words = templated_words()
+  talk = prompts.conversation(['a', 'b', 'c'])
+  assert [turn.role for turn in talk.turns] == ['user', 'assistant', 'user']
+  # What training makes of it and an answer, up to that answer.
+  answered = dataclasses.replace(
+    talk, turns=(*talk.turns, Turn('assistant', 'd'))
+  )
+  own = tmp_path / 'own.jinja'
+  shouted = chat_cases.CHATML.replace('assistant', 'ASSISTANT')
+  own.write_text(shouted.replace("m['role']", "m['role'].upper()"))
+  for system in ('', 'Be brief.'):
+    for path in ('', str(own)):
+      data = chat_data(chat_template=path, system=system)
+      found = prompts.template(words, data)
+      trained = found.render(answered)
+      # 'd', the end of its turn and a line's end.
+      assert found.prompt(talk) == trained.ids[:-3].tolist()
+      said = words.tokenizer.decode(found.prompt(talk))
+      assert (system in said) and ('Be brief.' in said) == bool(system)
+      assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
+  data = chat_data(system='Be brief.')
+  other = prompts.template(words, data, 'Be long.')
+  said = words.tokenizer.decode(other.prompt(talk))
+  assert 'Be long.' in said and 'Be brief.' not in said
+
+
+def test_a_chat_without_a_template_is_refused():
+  for words in (WORDS, templated_words(template=None)):
+    with pytest.raises(ValueError, match='has no chat template; leave out'):
+      prompts.template(words, chat_data())
+  refusing = templated_words(template="{{ raise_exception('no turns') }}")
+  with pytest.raises(ValueError, match='cannot render the conversation'):
+    prompts.template(refusing, chat_data()).prompt(prompts.conversation(['a']))
+
+
+def test_the_command_answers_from_a_model_and_from_the_terminal():
+  done = commands.run(
+    'moepeft.generate',
+    '--model=package:t5_tiny',
+    '--length=5',
+    stdin='ab\n\ncd\n',
+  )
+  assert done.returncode == 0, done.stderr
+  assert len(done.stdout.splitlines()) >= 2
+  assert 'tokens/s' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+  'args, said',
+  [
+    ((), 'one of --workdir'),
+    (('--model=package:none', '--prompt=a'), "ships no 'none'"),
+    (('--model=/nowhere/x', '--prompt=a'), '/nowhere/x'),
+    (('--model=x', '--temperature=-1'), '-1.0 is not a number in the range'),
+    (('--model=x', '--num=2'), 'set --temperature'),
+    (
+      ('--model=x', '--temperature=1', '--top_p=1.5'),
+      '1.5 is not a number in the range',
+    ),
+    (('--model=x', '--temperature=1', '--beams=2'), 'beams are searched'),
+    (('--model=x', '--beams=0'), '--beams=0: 0 is not an integer in the range'),
+    (('--model=x', '--length_penalty=2'), 'set --beams above 1 too'),
+    (('--model=x', '--early_stopping=yes'), 'set --beams above 1 too'),
+    (('--model=x', '--stop='), 'a stop string is empty'),
+    (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
+    (
+      ('--model=x', '--batch_size=0'),
+      '--batch_size=0: 0 is not an integer in the range',
+    ),
+    (
+      ('--model=x', '--file=/nowhere/y'),
+      'cannot be read (No such',
+    ),
+    (('--model=x', '--file=/'), "'/' cannot be read (Is a directory)"),
+    (('--model=x', f'--file={sys.executable}'), 'it is not UTF-8'),
+    (('--model=x', '--file=/dev/null'), 'it is a device'),
+    (('--model=x', f'--file={EMPTY.name}'), 'holds no line of text'),
+    (('--model=x', '--system=a'), 'add --chat'),
+    (('--model=x', '--file=/nowhere/y', '--prompt=a'), 'leave one out'),
+    (('--model=package:t5_tiny', '--prompt=a', '--chat'), 'no chat template'),
+  ],
+)
+def test_bad_flags_are_one_sentence(args, said):
+  done = commands.run('moepeft.generate', *args)
+  assert done.returncode == 2
+  (line,) = done.stderr.strip().splitlines()[-1:]
+  assert line.startswith('error: ') and said in line
+  assert 'Traceback' not in done.stderr

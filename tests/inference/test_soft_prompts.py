@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts behind a soft prompt, wherever texts become ids."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.config import default as config_lib
+from moepeft.data.batching.collators import Pairs, form
+from moepeft.data.batching.decoder_only import Sample, Samples, sample
+from moepeft.data.preference.dataset import form_of
+from moepeft.data.text import dataset as text
+from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.loglikelihood import Likelihood
+from moepeft.evaluation.rank_classification import Ranker
+from moepeft.inference.decode import How, greedy, start
+from moepeft.inference.generator import Generation, Settings
+from moepeft.inference.sampling import Sampling
+from moepeft.models.decoder.model import Decoder
+from moepeft.peft.methods.prompt_tuning import before
+from moepeft.tasks import Example
+
+from ..prompted import CLOSE, LLAMA, T5, applied, made, model_of
+
+WORDS = Bytes()
+BOTH = pytest.mark.parametrize('config', [T5, LLAMA], ids=['t5', 'llama'])
+AHEAD = (263, 264, 265)
+
+
+def example(inputs, targets, choices=()):
+  return Example('t', 't', 0, inputs, targets, choices, 0 if choices else -1)
+
+
+def test_placeholders_stand_before_a_decoders_text_and_nothing_of_it_changes():
+  own = Samples(WORDS, 10, before=AHEAD)
+  (found,) = own.encode([example('ab', 'c')])
+  # Bytes plus 3: a 100, b 101, the line's end 13, c 102; EOS is 1.
+  assert found.ids.tolist() == [*AHEAD, 100, 101, 13, 102, 1]
+  np.testing.assert_array_equal(found.trained, [0, 0, 0, 0, 0, 0, 1, 1])
+  # Of a text that is trained whole the first token follows a prompt, not a
+  # text: it is not trained, as without a prompt.
+  (whole,) = own.encode([Sample(np.array([5, 6]), np.ones(2, bool))])
+  np.testing.assert_array_equal(whole.trained, [0, 0, 0, 0, 1])
+
+
+def test_placeholders_count_in_a_decoders_row():
+  own = Samples(WORDS, 7, before=AHEAD)
+  # A row of 7 is fed, with one token more to predict: of 8, 3 are the prompt's.
+  long = sample([9, 8, 7, 6], [5, 4])
+  (found,) = own.encode([long])
+  assert found.ids.tolist() == [*AHEAD, 8, 7, 6, 5, 4]
+  assert own.cut([long]) == 1 and own.cut([sample([7, 6], [5, 4, 3])]) == 0
+  rows = own.padded([found])
+  assert rows['inputs'].tolist() == [[*AHEAD, 8, 7, 6, 5]]
+  assert rows['targets_mask'].tolist() == [[False] * 5 + [True] * 2]
+
+
+def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
+  own = Pairs(WORDS, 6, 4, before=AHEAD)
+  found = own.encode(
+    [example('a', 'b'), example('abcdef', 'b'), ([7, 8, 9, 6, 1], [5, 1])]
+  )
+  # Of six places the text has three, the last is EOS's.
+  assert [list(map(int, x)) for x, _ in found] == [
+    [*AHEAD, 100, 1],
+    [*AHEAD, 100, 101, 1],
+    [*AHEAD, 7, 8, 1],
+  ]
+  assert [list(map(int, y)) for _, y in found] == [[101, 1], [101, 1], [5, 1]]
+  assert own.cut([example('abc', 'b')]) == 1
+  assert own.cut([example('a', 'b')]) == 0
+
+
+@pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])
+def test_pieces_of_text_leave_room_for_the_prompt(predict):
+  data = config_lib.default().data
+  data.predict = predict
+  # A piece has one token more than are fed; spans share a decoder's row.
+  whole, behind = (
+    text.maker(data, Samples(WORDS, n, before=front), 300)[0]
+    for n, front in ((23, ()), (26, AHEAD))
+  )
+  assert whole == behind
+  if predict == 'next':
+    assert whole == 24
+    return
+  whole, behind = (
+    text.maker(data, Pairs(WORDS, n, 9, before=front), 300)[0]
+    for n, front in ((23, ()), (26, AHEAD))
+  )
+  assert whole == behind
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+  with pytest.raises(ValueError, match='3 tokens leaves no room .*length=4'):
+    Samples(WORDS, 4, before=AHEAD)
+  with pytest.raises(ValueError, match='no room .*inputs_length=4'):
+    Pairs(WORDS, 4, 4, before=AHEAD)
+
+
+def test_answers_that_are_compared_have_no_prompt():
+  data = config_lib.default().data
+  data.source = 'preference'
+  own = form(data, WORDS, LLAMA, 0, AHEAD)
+  with pytest.raises(ValueError, match="'dpo' does not go with a soft prompt"):
+    form_of(data, 'dpo', own)
+
+
+EXAMPLES = [
+  example('where', 'here'),
+  example('a longer one', 'no'),
+  example('x', 'yes it is'),
+]
+
+
+@BOTH
+def test_packed_texts_have_a_prompt_each_and_are_as_alone(config):
+  model, variables = made(config)
+  if config is T5:
+    own = Pairs(WORDS, 47, 29, before=AHEAD)
+  else:
+    own = Samples(WORDS, 64, before=AHEAD)
+  encoded = own.encode(EXAMPLES)
+  alone, packed = own.padded(encoded), own.laid(encoded, [[0, 1, 2]])
+  assert len(packed['inputs']) == 1
+  assert (packed['inputs'] >= 263).sum() == 9
+  # Rows of one length have one program.
+  logits = [applied(model)(variables, rows) for rows in (alone, packed)]
+  found = np.asarray(logits[1][0][packed['targets_mask'][0]])
+  np.testing.assert_allclose(
+    found, np.asarray(logits[0])[alone['targets_mask']], **CLOSE
+  )
+
+
+def log_p(model, variables, config, text):
+  """log p of each token of an example's targets, by hand."""
+  x, y = text.inputs, text.targets
+  y = [*WORDS.encode(y), WORDS.eos]
+  if config is T5:
+    x = [*AHEAD, *WORDS.encode(x), WORDS.eos]
+    batch = {'inputs': [x], 'decoder_inputs': [[0, *y[:-1]]]}
+  else:
+    x = [*AHEAD, *WORDS.encode(x + '\n')]
+    batch = {'inputs': [[*x, *y[:-1]]]}
+  batch = {key: jnp.array(rows) for key, rows in batch.items()}
+  logits = model.apply(variables, batch)[0, -len(y) :]
+  return jax.nn.log_softmax(logits)[jnp.arange(len(y)), jnp.array(y)]
+
+
+@BOTH
+def test_likelihoods_and_rankings_are_of_texts_behind_the_prompt(config):
+  model, variables = made(config)
+  text = EXAMPLES[0]
+  expected = float(log_p(model, variables, config, text).sum())
+  likelihood = Likelihood(model, WORDS, 32, 16, 1)
+  (found,), (tokens,) = likelihood.sums(variables, [text])
+  assert tokens == 5 and found == pytest.approx(-expected, rel=1e-4)
+  other = dataclasses.replace(text, targets='gone')
+  ranker = Ranker(model, WORDS, 32, 16, 1)
+  rows = ranker.prepare([dataclasses.replace(text, choices=('here', 'gone'))])
+  (scores,) = ranker.scores(variables, rows)
+  np.testing.assert_allclose(
+    scores,
+    [expected, float(log_p(model, variables, config, other).sum())],
+    rtol=1e-4,
+  )
+
+
+@BOTH
+def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
+  model, variables = made(config)
+  ids = [9, 8, 7]
+  settings = Settings(6, (1000,))
+  prompts = [ids, [5, 5, 5, 5, 5, 6]]
+  found = Generation(model, WORDS, settings).tokens(variables, prompts)
+  for own, answer in zip(prompts, found, strict=True):
+    said = [0] if config is T5 else [*AHEAD, *own]
+    begin = len(said)
+    for _ in range(6):
+      batch = {'inputs': jnp.array([said])}
+      if config is T5:
+        batch = {
+          'inputs': jnp.array([[*AHEAD, *own]]),
+          'decoder_inputs': jnp.array([said]),
+        }
+      padded = padded_to(batch, 16)
+      logits = applied(model)(variables, padded)[0, len(said) - 1]
+      said.append(int(jnp.argmax(logits)))
+    assert answer == said[begin:]
+  # Without the prompt it says something else.
+  plain = {'inputs': jnp.array([ids])}
+  assert greedy(model, variables, plain, 6, eos=1000)[0].tolist() != found[0]
+
+
+def padded_to(batch, length):
+  """So that all lengths are one program."""
+  found = {}
+  for name, ids in batch.items():
+    more = ((0, 0), (0, length - ids.shape[1]))
+    side = {'inputs': 'inputs_mask', 'decoder_inputs': 'targets_mask'}[name]
+    found[name] = jnp.pad(ids, more)
+    found[side] = jnp.arange(length)[None] < ids.shape[1]
+  return found
+
+
+@BOTH
+def test_answers_of_examples_are_behind_the_prompt(config):
+  model, variables = made(config)
+  text = EXAMPLES[0]
+  answering = Answering(model, WORDS, 40, 5, 1, ends=(1000,))
+  # Of 40 places the prompt has three, and an end or a line's end one.
+  longest = example('a' * 36, '')
+  generation = Generation(model, WORDS, Settings(5, (1000,)))
+  end = WORDS.eos if config is T5 else 13
+  for one in (text, longest):
+    ids = [*WORDS.encode(one.inputs), end]
+    expected = generation.texts(variables, [ids])
+    assert answering.answers(variables, [one]) == expected
+  assert not answering.cut([longest]).any()
+  assert answering.cut([example('a' * 37, '')]).all()
+
+
+def test_a_decoders_places_count_the_prompt():
+  generation = Generation(model_of(LLAMA), WORDS, Settings(7, (1,)))
+  # 127 places, 3 of the prompt, 7 of the answer.
+  generation.check([[5] * 117])
+  with pytest.raises(ValueError, match='has 121 tokens'):
+    generation.check([[5] * 118])
+
+
+def test_a_repetition_penalty_knows_nothing_of_placeholders():
+  model, variables = made(LLAMA)
+  how = How(Sampling(repetition_penalty=jnp.float32(1.5)), jnp.array([1000]))
+  batch = {'inputs': jnp.array([[*AHEAD, 9, 8]])}
+  rows = start(model, variables, batch, how, 4)
+  # The prompt, and the first token of the answer.
+  assert set(np.flatnonzero(rows.seen[0])) == {9, 8, int(rows.tokens[0, 0])}
+
+
+def test_a_model_without_a_prompt_has_nothing_before_its_texts():
+  model = Decoder(LLAMA)
+  assert before(model) == ()
+  own = Samples(WORDS, 7)
+  given = sample([9], [8])
+  assert own.encode([given])[0] is given

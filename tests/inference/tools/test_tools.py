@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tools are checked, chosen, and put into prompts."""
+
+import json
+
+import pytest
+
+from moepeft.data.chat.dataset import Template
+from moepeft.data.chat.formats import Conversation
+from moepeft.data.chat.messages import Turn
+from moepeft.inference.tools import tools as serve_tools
+from moepeft.inference.tools.tools import STYLES, Choice, Tool
+from tests import chat_cases
+
+CITY = {
+  'type': 'object',
+  'properties': {'city': {'type': 'string'}},
+  'required': ['city'],
+}
+# As Qwen's: tools in the system's turn, calls in tags.
+QWEN = (
+  '{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}'
+  '{% endfor %}<tool_call><|im_end|>\n{% endif %}' + chat_cases.CHATML
+)
+
+
+def function(**changes):
+  own = {'name': 'weather', 'description': 'Of a city.', 'parameters': CITY}
+  return {'type': 'function', 'function': own | changes}
+
+
+def nested(levels):
+  found = {'type': 'string'}
+  for _ in range(levels):
+    found = {'type': 'array', 'items': found}
+  return {'type': 'object', 'properties': {'a': found}}
+
+
+def test_tools_are_read_as_the_api_has_them():
+  found = serve_tools.check(
+    [function(), function(name='now', parameters=None, strict=True)]
+  )
+  assert found == (
+    Tool('weather', 'Of a city.', CITY),
+    Tool('now', 'Of a city.', {'type': 'object', 'properties': {}}, True),
+  )
+  assert found[0].said() == function()
+
+
+@pytest.mark.parametrize(
+  'tools, reason',
+  (
+    ([], 'at least one tool'),
+    ({}, 'at least one tool'),
+    ([function()] * 2, "'weather' twice"),
+    ([function(name=f'f{i}') for i in range(129)], '129 tools'),
+    ([{'type': 'web_search'}], r'tools\[0\] is no function'),
+    ([7], r'tools\[0\] is no function'),
+    ([function(name='get weather')], 'expected 1 to 64 letters'),
+    ([function(name='x' * 65)], 'expected 1 to 64 letters'),
+    ([function(name='')], 'expected 1 to 64 letters'),
+    ([function(name='a\n')], 'expected 1 to 64 letters'),
+    ([function(description=7)], 'no text'),
+    ([function(strict='yes')], 'true or false'),
+    ([function(parameters=[])], 'no object'),
+    ([function(parameters={'type': 'string'})], 'no object'),
+    ([function(parameters=nested(70))], 'deeper than 64'),
+    ([function(parameters=CITY | {'x-guidance': {}})], 'x-guidance'),
+    (
+      [
+        function(name=f'f{i}', parameters=CITY | {'title': 'x' * 9_000})
+        for i in range(12)
+      ],
+      'make them smaller',
+    ),
+  ),
+)
+def test_wrong_tools_are_one_sentence(tools, reason):
+  with pytest.raises(ValueError, match=reason) as e:
+    serve_tools.check(tools)
+  assert '\n' not in str(e.value)
+
+
+def test_a_choice_names_what_may_be_called():
+  tools = (Tool('a'), Tool('b'))
+  named = {'type': 'function', 'function': {'name': 'b'}}
+  some = {
+    'type': 'allowed_tools',
+    'allowed_tools': {'mode': 'required', 'tools': [named]},
+  }
+  for found, expected in (
+    (None, Choice('auto', ('a', 'b'))),
+    ('none', Choice('none', ('a', 'b'))),
+    ('required', Choice('required', ('a', 'b'))),
+    (named, Choice('required', ('b',), once=True)),
+    (some, Choice('required', ('b',))),
+  ):
+    assert serve_tools.chosen(found, tools) == expected
+  assert serve_tools.chosen(None, ()) == Choice('none', ())
+
+
+@pytest.mark.parametrize(
+  'found',
+  (
+    'any',
+    7,
+    [],
+    {'type': 'function', 'function': {'name': 'c'}},
+    {'type': 'function'},
+    {'type': 'allowed_tools', 'allowed_tools': {'mode': 'auto', 'tools': []}},
+    {'type': 'allowed_tools', 'allowed_tools': 7},
+  ),
+)
+def test_a_wrong_choice_is_refused(found):
+  with pytest.raises(ValueError, match="'tool_choice'"):
+    serve_tools.chosen(found, (Tool('a'),))
+
+
+def test_a_call_cannot_be_required_without_tools():
+  with pytest.raises(ValueError, match='there are no'):
+    serve_tools.chosen('required', ())
+
+
+def test_the_style_is_found_in_the_template():
+  llama = '{% if tools %}Respond with {"name": , "parameters": }{% endif %}'
+  for template, expected in (
+    ('', 'hermes'),
+    (chat_cases.CHATML, 'hermes'),
+    (QWEN, 'hermes'),
+    (llama, 'llama'),
+    ('{{ tools | tojson }}', 'json'),
+  ):
+    assert serve_tools.style_of(template).name == expected
+  with pytest.raises(ValueError, match='not supported'):
+    serve_tools.style_of('{{ tools }}<tool_call><function=name>')
+
+
+def prompt(template, choice, style):
+  """The text of a prompt with two tools."""
+  asked = Conversation((Turn('system', 'Be brief.'), Turn('user', 'Rain?')))
+  tokenizer = chat_cases.tokenizer(template)
+  tools = (Tool('weather', 'Of a city.', CITY), Tool('now'))
+  found = serve_tools.offered(asked, tools, choice, STYLES[style], template)
+  return tokenizer.decode(Template(tokenizer).prompt(found))
+
+
+BOTH = Choice('auto', ('weather', 'now'))
+
+
+def test_a_template_writes_the_tools_itself():
+  text = prompt(QWEN, BOTH, 'hermes')
+  first, second = (f'"name": "{name}"' for name in ('weather', 'now'))
+  assert text.index(first) < text.index(second) < text.index('Be brief.')
+
+
+def test_tools_are_told_as_in_training_where_the_template_has_no_words():
+  text = prompt(chat_cases.CHATML, BOTH, 'hermes')
+  assert text.startswith('<|im_start|>system\nBe brief.\n\nYou may call')
+  assert '<tool_call>{"name": ..., "arguments": ...}</tool_call>' in text
+  assert json.dumps(CITY) in text
+
+
+def test_another_style_is_told_in_its_own_form():
+  text = prompt(chat_cases.CHATML, BOTH, 'llama')
+  assert '{"name": ..., "parameters": ...}' in text
+  assert '<tool_call>' not in text
+  assert text.startswith('<|im_start|>system\nBe brief.\n\nYou may call')
+
+
+@pytest.mark.parametrize('template', (QWEN, chat_cases.CHATML))
+@pytest.mark.parametrize('style', STYLES)
+def test_no_tool_is_in_the_prompt_where_none_may_be_called(template, style):
+  text = prompt(template, Choice('none', ('weather', 'now')), style)
+  assert 'weather' not in text
+  assert 'weather' in prompt(template, BOTH, style)
+
+
+def test_only_the_tools_that_may_be_called_are_told():
+  text = prompt(QWEN, Choice('required', ('now',)), 'hermes')
+  assert '"now"' in text
+  assert 'weather' not in text

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives at known points, with a model that gives what it is told."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.objectives import OBJECTIVES, objective_of
+from moepeft.objectives.cross_entropy import Loss, mean
+from moepeft.objectives.seq2seq import (
+  sequence_log_likelihood,
+  shift_right,
+  split_rngs,
+)
+
+from ..contracts import small
+
+B, T, V = 3, 5, 37
+BATCH = small.batch()
+every_objective = pytest.mark.parametrize('name', OBJECTIVES)
+# Real target tokens: 5, 3 and 2 of the three rows' five.
+REAL = 10
+LOGITS = jax.random.normal(jax.random.key(0), (B, T, V))
+
+
+def value(name, logits, batch=BATCH, **loss):
+  """(mean loss, aux) where the model's logits are given."""
+
+  def apply(variables, batch, train, rngs, mutable):
+    del batch, train, rngs, mutable
+    return variables, {}
+
+  total, aux = objective_of(name, Loss(**loss))(apply, logits, batch, None)
+  return mean(total, aux), aux
+
+
+def permuted(batch, order):
+  return {key: array[jnp.array(order)] for key, array in batch.items()}
+
+
+@every_objective
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(name):
+  loss, aux = value(name, jnp.full((B, T, V), 3.0))
+  np.testing.assert_allclose(loss, np.log(V), rtol=1e-6)
+  assert int(aux['tokens']) == REAL
+
+
+@every_objective
+def test_loss_is_the_mean_over_real_tokens(name):
+  loss, aux = value(name, LOGITS)
+  logits = np.asarray(LOGITS, np.float64)
+  total = right = 0
+  for b in range(B):
+    for t in range(T):
+      if BATCH['targets_mask'][b, t]:
+        target = BATCH['targets'][b, t]
+        total += np.log(np.sum(np.exp(logits[b, t]))) - logits[b, t, target]
+        right += np.argmax(logits[b, t]) == target
+  np.testing.assert_allclose(loss, total / REAL, rtol=1e-6)
+  assert int(aux['correct']) == right
+
+
+@every_objective
+def test_correct_tokens_are_counted_where_they_are_real(name):
+  sure = 9.0 * jax.nn.one_hot(BATCH['targets'], V)
+  assert int(value(name, sure)[1]['correct']) == REAL
+  # The first target of the first row is missed.
+  wrong = sure.at[0, 0, (BATCH['targets'][0, 0] + 1) % V].set(99.0)
+  assert int(value(name, wrong)[1]['correct']) == REAL - 1
+
+
+@every_objective
+def test_raising_a_real_target_lowers_the_loss(name):
+  slope = jax.grad(lambda logits: value(name, logits)[0])(LOGITS)
+  targets = jax.nn.one_hot(BATCH['targets'], V, dtype=bool)
+  real = BATCH['targets_mask'][..., None]
+  assert (slope[targets & real] < 0).all()
+  assert (slope[~targets & real] > 0).all()
+  # What is masked has no gradient at all.
+  np.testing.assert_array_equal(jnp.where(real, 0, slope), 0)
+
+
+@every_objective
+def test_masked_targets_do_not_count(name):
+  real = BATCH['targets_mask']
+  other = BATCH | {'targets': jnp.where(real, BATCH['targets'], 7)}
+  logits = jnp.where(real[..., None], LOGITS, 99.0)
+  expected, aux = value(name, LOGITS)
+  found, seen = value(name, logits, other)
+  assert float(found) == float(expected)
+  assert int(seen['correct']) == int(aux['correct'])
+
+
+@every_objective
+def test_order_of_the_batch_does_not_count(name):
+  order = [2, 0, 1]
+  expected, aux = value(name, LOGITS)
+  found, seen = value(name, LOGITS[jnp.array(order)], permuted(BATCH, order))
+  # Sums in another order.
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert int(seen['correct']) == int(aux['correct'])
+
+
+@every_objective
+def test_a_batch_without_a_real_token_costs_nothing(name):
+  none = BATCH | {'targets_mask': jnp.zeros((B, T), bool)}
+  for per in ('tokens', 'sequences'):
+    loss, aux = value(name, LOGITS, none, per=per)
+    assert float(loss) == 0 == int(aux['correct']) == int(aux['weight'])
+    slope = jax.grad(lambda x, per=per: value(name, x, none, per=per)[0])
+    np.testing.assert_array_equal(slope(LOGITS), 0)
+
+
+@every_objective
+def test_noise_is_on_where_there_are_rngs_only(name):
+  seen = []
+
+  def apply(variables, batch, train, rngs, mutable):
+    del variables, batch
+    seen.append((train, None if rngs is None else set(rngs)))
+    return LOGITS, {'routing': mutable}
+
+  rngs = split_rngs(jax.random.key(0))
+  for given in (None, rngs):
+    _, aux = OBJECTIVES[name](apply, {}, BATCH, given)
+    assert aux['routing'] == ['routing']
+  assert seen == [(False, None), (True, {'dropout', 'router'})]
+  keys = [jax.random.key_data(key).tolist() for key in rngs.values()]
+  assert keys[0] != keys[1]
+
+
+def halves(costs):
+  """Logits [b, t, 2] whose target 0 has probability 2^-cost."""
+  p = 0.5 ** jnp.asarray(costs, jnp.float32)
+  return jnp.log(jnp.stack([p, 1 - p], axis=-1))
+
+
+# A row of two examples, then one of a single token and padding, in halvings:
+# the examples' means are (1 + 2 + 6) / 3 = 3, (2 + 3) / 2 = 2.5 and 7.
+COSTS = [[1, 2, 6, 2, 3], [7, 9, 9, 9, 9]]
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 0, 0, 0, 0]])
+PACKED = {
+  'targets': jnp.zeros((2, 5), jnp.int32),
+  'targets_mask': SEGMENTS > 0,
+  'targets_segments': SEGMENTS,
+}
+
+
+@every_objective
+def test_loss_per_sequence_is_a_mean_of_examples_means(name):
+  loss, aux = value(name, halves(COSTS), PACKED, per='sequences')
+  assert int(aux['weight']) == 3
+  np.testing.assert_allclose(loss, (3 + 2.5 + 7) / 3 * np.log(2), rtol=1e-6)
+  # Per token, it is a mean of six.
+  loss, aux = value(name, halves(COSTS), PACKED)
+  assert int(aux['weight']) == 6 == int(aux['tokens'])
+  np.testing.assert_allclose(loss, 21 / 6 * np.log(2), rtol=1e-6)
+
+
+@every_objective
+def test_without_segments_a_row_is_an_example(name):
+  # Rows 1 + 2 + 6 + 2 + 3 over five and 7 over one; a filling row is none.
+  rows = {key: PACKED[key] for key in ('targets', 'targets_mask')}
+  filled = {key: jnp.pad(a, ((0, 1), (0, 0))) for key, a in rows.items()}
+  expected = (14 / 5 + 7) / 2 * np.log(2)
+  for batch, costs in ((rows, COSTS), (filled, [*COSTS, [9] * 5])):
+    loss, aux = value(name, halves(costs), batch, per='sequences')
+    assert int(aux['weight']) == 2
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+@every_objective
+def test_an_example_without_a_real_target_is_none(name):
+  # The second segment's targets are masked, as a prompt's would be.
+  masked = PACKED | {'targets_mask': SEGMENTS == 1}
+  loss, aux = value(name, halves(COSTS), masked, per='sequences')
+  assert int(aux['weight']) == 2
+  np.testing.assert_allclose(loss, (3 + 7) / 2 * np.log(2), rtol=1e-6)
+
+
+@every_objective
+def test_z_loss_adds_the_squared_log_partition_of_real_tokens(name):
+  # Logits c for each of 37: log-partition c + ln 37, whatever the target.
+  loss, aux = value(name, jnp.full((B, T, V), 3.0), z=0.01)
+  expected = np.log(V) + 0.01 * (3 + np.log(V)) ** 2
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  # What is logged beside it has no such term.
+  np.testing.assert_allclose(aux['nll'] / REAL, np.log(V), rtol=1e-6)
+
+
+@every_objective
+def test_smoothed_labels_are_cheapest_at_their_own_distribution(name):
+  # 0.9 at the target and 0.1 / 36 elsewhere costs nothing, and is the least.
+  target = jax.nn.one_hot(BATCH['targets'], V)
+  best = jnp.log(jnp.where(target > 0, 0.9, 0.1 / (V - 1)))
+  loss, slope = jax.value_and_grad(
+    lambda x: value(name, x, label_smoothing=0.1)[0]
+  )(best)
+  # Of a sum of 37 numbers near ln 360 = 6 in float32.
+  np.testing.assert_allclose(loss, 0, atol=2e-6)
+  np.testing.assert_allclose(slope, 0, atol=1e-7)
+  for other in (0.5 * best, 2 * best, LOGITS):
+    assert float(value(name, other, label_smoothing=0.1)[0]) > 0.1
+
+
+@every_objective
+def test_smoothed_labels_cost_what_their_definition_says(name):
+  # Cross-entropy with the whole smoothed distribution, less its own entropy.
+  s, z = 0.2, 0.01
+  loss, aux = value(name, LOGITS, label_smoothing=s, z=z)
+  logits = np.asarray(LOGITS, np.float64)
+  log_z = np.log(np.sum(np.exp(logits), axis=-1))
+  soft = np.full((B, T, V), s / (V - 1))
+  np.put_along_axis(soft, np.asarray(BATCH['targets'])[..., None], 1 - s, -1)
+  costs = np.sum(soft * (np.log(soft) - logits + log_z[..., None]), axis=-1)
+  costs = (costs + z * log_z**2)[np.asarray(BATCH['targets_mask'])]
+  np.testing.assert_allclose(loss, np.mean(costs), rtol=1e-6)
+  plain = value(name, LOGITS)[0]
+  np.testing.assert_allclose(aux['nll'] / REAL, plain, rtol=1e-6)
+
+
+@every_objective
+def test_losses_are_float32_of_bfloat16_logits(name):
+  narrow = LOGITS.astype(jnp.bfloat16)
+  settings = dict(z=0.01, label_smoothing=0.1)
+  found, _ = value(name, narrow, **settings)
+  expected, _ = value(name, narrow.astype(jnp.float32), **settings)
+  assert found.dtype == jnp.float32
+  assert float(found) == float(expected)
+
+
+def test_a_loss_is_per_tokens_or_per_sequences():
+  with pytest.raises(ValueError, match="got 'examples'"):
+    Loss(per='examples')
+
+
+def test_a_sequence_s_likelihood_is_the_sum_of_its_real_tokens():
+  # Each real token is one of 37: rows of 5, 3 and 2.
+  uniform = jnp.zeros((B, T, V))
+  found = sequence_log_likelihood(
+    uniform, BATCH['targets'], BATCH['targets_mask']
+  )
+  np.testing.assert_allclose(found, -np.log(V) * np.array([5, 3, 2]), rtol=1e-6)
+
+
+def test_decoders_see_the_targets_one_place_later():
+  targets = jnp.array([[[5, 7, 1], [2, 1, 0]]])
+  np.testing.assert_array_equal(shift_right(targets), [[[0, 5, 7], [0, 2, 1]]])

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job with a soft prompt, and what is made of its run."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from moepeft import evaluate, generate, train
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.hf import model as hf
+from moepeft.checkpoints.manager import restore_adapter
+from moepeft.config import default as config_lib
+from moepeft.core.jsonl_log import read
+from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.generator import Generation, Settings
+from moepeft.models.decoder.model import Decoder
+from moepeft.runs import run as runs
+
+from ..contracts import small_decoders
+from ..prompted import LLAMA
+from . import test_decoder_training as decoders
+from .test_train import base as base
+from .test_train import card
+
+METHOD = 'prompt(length=5)'
+
+
+def vectors(workdir):
+  tree, _ = restore_adapter(str(workdir))
+  # Nothing else was trained.
+  assert list(tree) == ['embed'] and list(tree['embed']) == ['prompt']
+  return np.asarray(tree['embed']['prompt']['vectors'])
+
+
+@pytest.mark.slow
+def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
+  config = card(
+    base,
+    method=METHOD,
+    **{
+      'optimizer.learning_rate': 0.1,
+      'data.packing': True,
+      'evaluation.every_steps': 2,
+      'evaluation.batches': 1,
+    },
+  )
+  train.train(config, str(tmp_path))
+  rows = read(str(tmp_path / 'metrics.jsonl'))
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  assert len(losses) == 4 and np.isfinite(losses).all()
+  run = runs.load(str(tmp_path))
+  # It was moved, from rows of the table.
+  found = vectors(tmp_path)
+  table = run.variables['params']['embed']['embedding']
+  assert found.shape == (5, 11)
+  assert np.abs(found[:, None] - table[None]).sum(-1).min() > 0.1
+  # Rows behind the prompt, as in training.
+  total, measured = evaluate.evaluate(str(tmp_path), names=['loss'], most=1)
+  (*_, last) = (r['validation_loss'] for r in rows if 'validation_loss' in r)
+  assert total['validation_loss'] == pytest.approx(last, rel=1e-5)
+  assert measured
+  said = generate.answer(run.model, run.variables, run.words, ['a', 'bc'], 3)
+  generation = Generation(run.model, run.words, Settings(3, (1,)))
+  ids = [[*run.words.encode(text), 1] for text in ('a', 'bc')]
+  assert said == generation.texts(run.variables, ids)
+  served = Banks(base_lib.load(config.model), {'it': str(tmp_path)})
+  held = served.hold('it')
+  assert held.before == (263, 264, 265, 266, 267)
+  own = served.tree['prompt']['embed']['prompt']
+  slot = own['vectors'][held.row[0]]
+  # Rounded up to eight.
+  np.testing.assert_array_equal(slot[:5], found)
+  assert not slot[5:].any() and own['on'].tolist()[held.row[0]] == 1
+
+
+@pytest.mark.parametrize(
+  'source', ['tasks', pytest.param('text', marks=pytest.mark.slow)]
+)
+def test_a_decoder_is_trained_behind_a_prompt(source, tmp_path):
+  config = dataclasses.replace(LLAMA, layers=1)
+  params = small_decoders.make(config)[1]['params']
+  hf.save(str(tmp_path / 'base'), config, jax.tree.map(np.asarray, params))
+  more = {'data.packing': True, 'method': METHOD}
+  if source == 'text':
+    (tmp_path / 'a.txt').write_text(decoders.WORDS * 40)
+    more |= {'data.source': 'text', 'data.path': str(tmp_path / 'a.txt')}
+  c = decoders.card(**more)
+  c.model.path, c.model.family, c.model.size = str(tmp_path / 'base'), '', ''
+  c.model.shape = config_lib.default().model.shape
+  train.train(c, str(tmp_path / 'run'))
+  assert vectors(tmp_path / 'run').shape == (5, config.d_model)
+  run = runs.load(str(tmp_path / 'run'))
+  assert isinstance(run.model, Decoder)
+  total, _ = evaluate.evaluate(str(tmp_path / 'run'), most=1)
+  assert np.isfinite(total['validation_loss'])
