@@ -30,7 +30,7 @@ from moepeft.models import decoder_only
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.runs import run as runs
 from moepeft.runs.run import Run
-from moepeft.training import memory_estimate as memory
+from moepeft.training import memory_estimate
 
 # The notebook's.
 open_run = runs.open_run
@@ -182,7 +182,7 @@ def main(argv) -> None:
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
   prompts_at_once = max(1, _BATCH.value // _NUM.value)
   rows = _NUM.value * min(prompts_at_once, len(texts) if texts else 1)
-  memory.check_answers(
+  memory_estimate.check_answers(
     run.model, (1 if streamed else rows) * _BEAMS.value, _LENGTH.value
   )
   manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.run_progress import Course
 from moepeft.config import check as config_check
 from moepeft.config import flags as command
 from moepeft.core import distributed as processes
@@ -30,6 +31,7 @@ from moepeft.core import files as core_files
 from moepeft.core import host_memory as pages
 from moepeft.core import jsonl_log as rows_lib
 from moepeft.core import sharding, terminal
+from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
 from moepeft.core.types import State
 from moepeft.data import cuts, loader, sources, vocabulary
@@ -49,6 +51,7 @@ from moepeft.moe import router_stats as stats
 from moepeft.objectives import (
   COMPARED,
   REFERRING,
+  batch_kind,
   check_model,
   objective_of,
 )
@@ -63,7 +66,6 @@ from moepeft.runs.directory import (
   Workdir,
   latest_checkpoint,
   open_workdir,
-  tell_full_disk,
 )
 from moepeft.runs.history import History
 from moepeft.runs.run import (
@@ -75,12 +77,11 @@ from moepeft.runs.run import (
 )
 from moepeft.runs.trackers import Writer, writers
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.training import memory_estimate as memory
-from moepeft.training import optim
+from moepeft.training import memory_estimate, optim
 from moepeft.training import state_sharding as placement
 from moepeft.training import summary as metrics
 from moepeft.training.metrics_logger import Report
-from moepeft.training.signals import Course, Signals, Stopped
+from moepeft.training.signals import Signals, Stopped
 
 # Tasks that the table at the end has at most; before_after.png has all.
 _TABLE = 12
@@ -217,7 +218,7 @@ def train(
   optim.optimizer(config.optimizer, config.steps)
   loss_of(config)
   accumulate.check(config.batch_size, config.accumulate)
-  memory.check(config)
+  memory_estimate.check(config)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
@@ -264,7 +265,7 @@ def _train(
   data = config.data
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, own)
+  own = form_of(data, config.objective, batch_kind(config.objective), own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)

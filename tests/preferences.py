@@ -19,6 +19,7 @@ from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
+from moepeft.objectives import batch_kind
 from moepeft.objectives import reference_model as references
 
 from .contracts import small
@@ -112,7 +113,9 @@ def parts_of(config, optimizer=None):
     reference=adapters,
   )
   own = forms.form(config.data, Bytes(), base.config, 0)
-  own = answers.form_of(config.data, config.objective, own)
+  own = answers.form_of(
+    config.data, config.objective, batch_kind(config.objective), own
+  )
   items = answers.read(config.data, own).items
   batch = own.padded(items[: config.batch_size])
   batch = {key: jnp.asarray(array) for key, array in batch.items()}

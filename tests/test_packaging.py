@@ -19,9 +19,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from moepeft import moe
+from moepeft.checkpoints.count_parameters import count
 from moepeft.config import default as config_lib
 from moepeft.core.types import Context
-from moepeft.count import count
 from moepeft.models.decoder import llama
 from moepeft.peft import METHODS
 from tests import ROOT

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moepeft.core import disk, untrusted
 from moepeft.core import files as core_files
-from moepeft.core import untrusted
 from moepeft.core.files import check_file
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
@@ -67,7 +67,7 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
       made.rename(target)
   except Exception as error:
     # Of safetensors and TensorStore too, which have errors of their own.
-    if not core_files.is_full(error):
+    if not disk.is_full(error):
       raise
     raise CheckpointError(
       f'the disk of {target} is full; free some space, or name another output'

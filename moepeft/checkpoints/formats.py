@@ -16,8 +16,8 @@ from moepeft.checkpoints import adapter
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.t5x import files as t5x_files
 from moepeft.checkpoints.t5x import model as t5x
+from moepeft.config.gin import checkpoint_path
 from moepeft.models.weight_mapping import CheckpointError as CheckpointError
 
 FORMS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
@@ -44,7 +44,7 @@ def detect(path: str) -> str:
   for form, mark in _MARKS.items():
     if (folder / mark).is_file():
       return form
-  if t5x_files.holds(path):
+  if checkpoint_path.holds(path):
     return 't5x'
   if not folder.exists():
     hf.check_name(path)

@@ -24,14 +24,14 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from moepeft.checkpoints import orbax_output
 from moepeft.checkpoints import run_metadata as checkpoint_card
 from moepeft.checkpoints.run_metadata import card, hashes, seal
+from moepeft.checkpoints.run_progress import Course
 from moepeft.core import distributed as processes
 from moepeft.core import files
+from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
 from moepeft.core.sharding import gather
 from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
-from moepeft.runs.directory import tell_full_disk
-from moepeft.training.signals import Course
 
 __all__ = [
   'Checkpoints',

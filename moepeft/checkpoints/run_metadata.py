@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints.run_progress import Course
 from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
 from moepeft.models import weight_mapping as names
 from moepeft.peft import Built
-from moepeft.training.signals import Course
 
 _TYPES = (
   ('method', str),

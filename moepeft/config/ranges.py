@@ -11,7 +11,6 @@ from moepeft.core.ranges import MAX_SEED, Choices, Range
 from moepeft.models import FAMILIES
 from moepeft.nn.attention import FORMS
 from moepeft.nn.scan_layers import REMAT
-from moepeft.peft.method import SEMANTICS
 
 _COUNT = Range(1, 1_000_000_000)
 _COUNT_OR_NONE = Range(0, 1_000_000_000)
@@ -37,7 +36,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'preference.margin': _WEIGHT,
   'preference.desirable': _WEIGHT,
   'preference.undesirable': _WEIGHT,
-  'semantics': Choices(SEMANTICS),
+  'semantics': Choices(('official', 'paper')),
   'router_losses.load_balance': _WEIGHT,
   'router_losses.z': _WEIGHT,
   # A negative weight spreads the routing.

@@ -26,9 +26,6 @@ _KINDS = (
   (stat.S_ISCHR, 'a device'),
   (stat.S_ISBLK, 'a device'),
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries in C++ say it.
-_WORDS = tuple(os.strerror(code) for code in _FULL)
 
 
 def local_path(path: str) -> str:
@@ -182,14 +179,3 @@ def umask() -> int:
   mask = os.umask(0)
   os.umask(mask)
   return mask
-
-
-def is_full(error: BaseException | None) -> bool:
-  """Whether an error, or what it was raised from, says that a disk is full."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(word in str(error) for word in _WORDS):
-      return True
-    error = error.__cause__ or error.__context__
-  return False

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that say that memory ran out, of the host or of a device."""
+"""Free memory of the host or a device, and errors that say that it ran out."""
 
 import errno
+import os
+from collections.abc import Mapping
+
+import jax
 
 # As XLA says it. TensorStore gives a full disk the same code.
 _WORDS = ('Out of memory', 'out of memory', 'Failed to allocate')
 _CODE = 'RESOURCE_EXHAUSTED'
 _DISK = 'No space left on device'
+# Where Linux tells of a machine's and of a control group's memory.
+_MEMINFO = '/proc/meminfo'
+_GROUP = '/sys/fs/cgroup'
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -19,3 +26,77 @@ def is_out_of_memory(error: BaseException) -> bool:
   if _DISK in text:
     return False
   return _CODE in text or any(word in text for word in _WORDS)
+
+
+def check_arrays(size: int, name: str, advice: str) -> None:
+  """Checks that arrays fit before they are made.
+
+  Args:
+    size: bytes of them.
+    name: of the arrays, a plural.
+    advice: the flags to lower.
+
+  Raises:
+    ValueError: there are fewer bytes, with both figures.
+  """
+  free, owner = available()
+  if free and size > free:
+    raise ValueError(
+      f'{name} need at least {text(size)} of memory, and {owner} has '
+      f'{text(free)}; lower {advice}'
+    )
+
+
+def available() -> tuple[int, str]:
+  """(bytes that can be allocated, whose they are); 0 where nothing tells."""
+  device = jax.local_devices()[0]
+  if device.platform == 'cpu':
+    return _host(), 'this machine'
+  stats: Mapping[str, int] = device.memory_stats() or {}
+  free = stats.get('bytes_limit', 0) - stats.get('bytes_in_use', 0)
+  return max(free, 0), f'the device {device.device_kind}'
+
+
+def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
+  """Available memory and swap, or less where a control group says so."""
+  limits = []
+  try:
+    with open(meminfo) as f:
+      lines = dict(line.split(':', 1) for line in f)
+    kilobytes = [lines[k].split()[0] for k in ('MemAvailable', 'SwapFree')]
+    limits.append(sum(map(int, kilobytes)) * 1024)
+  except (OSError, KeyError, ValueError):
+    pass
+  for most, used in (
+    ('memory.max', 'memory.current'),
+    ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
+  ):
+    try:
+      limit, used_bytes = (
+        int(_line(os.path.join(group, name))) for name in (most, used)
+      )
+      # Pages of files that the group holds count as used and can be dropped.
+      limits.append(max(limit - used_bytes, 0) + _cache(group, most))
+    except (OSError, ValueError):  # no such group, or 'max'
+      continue
+  return min(limits, default=0)
+
+
+def _cache(group: str, most: str) -> int:
+  with open(os.path.join(group, os.path.dirname(most), 'memory.stat')) as f:
+    fields = dict(line.split() for line in f)
+  return int(fields.get('file', fields.get('total_cache', 0)))
+
+
+def _line(path: str) -> str:
+  with open(path) as f:
+    return f.read().strip()
+
+
+def text(count: float) -> str:
+  """2100000000 -> '2.1 GB'."""
+  for unit in ('kB', 'MB', 'GB', 'TB'):
+    count /= 1000
+    if count < 1000:
+      return f'{count:.3g} {unit}'
+  return f'{count:,.0f} TB'

@@ -36,6 +36,10 @@ LETTERS = {
 Array = jax.Array
 Tree = Any  # a nested dict of arrays
 Batch = dict[str, Array]
+# Prefixes of a batch's keys: of the two answers of a pair; of a judged answer
+# and the same answer to another prompt.
+PAIR = ('chosen_', 'rejected_')
+JUDGED = ('', 'kl_')
 
 
 @struct.dataclass

@@ -28,6 +28,7 @@ from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import Sources
 from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
 from moepeft.models import decoder_only
+from moepeft.objectives import batch_kind
 from moepeft.tasks import Example
 
 _BARS = 8
@@ -49,7 +50,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   check_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, own)
+  own = form_of(data, config.objective, batch_kind(config.objective), own)
   found = sources(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))

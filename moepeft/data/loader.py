@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from moepeft.core.types import Batch
 from moepeft.data.batching.collators import Form, Rows, form
+from moepeft.data.dataset import Sources
 from moepeft.data.readers.seqio_stream import Stream
-from moepeft.data.registry import Sources
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 
 WINDOW = 1024

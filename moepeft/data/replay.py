@@ -2,18 +2,15 @@
 """Plain text mixed into what is trained, so that less is forgotten."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import grain
 from ml_collections import ConfigDict
 
 from moepeft.data import mixing
 from moepeft.data.batching.collators import Form
+from moepeft.data.dataset import Sources
 from moepeft.data.preference import dataset as answers
 from moepeft.data.text import dataset as text
-
-if TYPE_CHECKING:
-  from moepeft.data.registry import Sources
 
 
 def check(data: ConfigDict) -> None:
@@ -42,8 +39,8 @@ def check(data: ConfigDict) -> None:
 
 
 def mixed(
-  found: 'Sources', data: ConfigDict, seed: int, own: Form, below: int
-) -> 'Sources':
+  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
+) -> Sources:
   """The same with plain text mixed in at config.data.replay_rate."""
   rate = data.replay_rate
   old = text.pieces(data, own, data.replay, below)

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from moepeft import tasks
 from moepeft.data import Sources
 from moepeft.data.batching.collators import Form
+from moepeft.data.dataset import spread
 from moepeft.data.readers import jsonl
-from moepeft.data.registry import spread
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')

@@ -11,7 +11,13 @@ from moepeft.data.preference import dataset as answers
 from moepeft.data.registry import preferences
 from moepeft.evaluation import eval_sets as sets
 from moepeft.evaluation.validator import Judge
-from moepeft.objectives import COMPARED, REFERRING, Objective, objective_of
+from moepeft.objectives import (
+  COMPARED,
+  REFERRING,
+  Objective,
+  batch_kind,
+  objective_of,
+)
 from moepeft.objectives import reference_model as references
 from moepeft.objectives.paired_batch import LogP
 from moepeft.objectives.preference_losses import preference_of
@@ -24,7 +30,9 @@ def form_of(run: Run) -> forms.Form:
   config = run.config
   front = before(run.model)
   own = forms.form(config.data, run.words, run.model, config.seed, front)
-  return answers.form_of(config.data, config.objective, own)
+  return answers.form_of(
+    config.data, config.objective, batch_kind(config.objective), own
+  )
 
 
 def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:

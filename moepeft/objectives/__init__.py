@@ -83,6 +83,13 @@ def objective_of(
   return Objective(sums)
 
 
+def batch_kind(name: str) -> str:
+  """'pair' or 'judged' for objectives of answers, else 'single'."""
+  if name not in COMPARED:
+    return 'single'
+  return 'judged' if name == 'kto' else 'pair'
+
+
 def check_model(name: str, decoder_only: bool) -> None:
   """Refuses an objective of the other kind of model.
 

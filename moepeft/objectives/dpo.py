@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 
-from moepeft.core.types import Array, Batch, Tree
+from moepeft.core.types import PAIR, Array, Batch, Tree
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives import preference_losses as preference
 from moepeft.objectives.preference_losses import PLAIN, Preference
@@ -38,7 +38,7 @@ def objective(
     mean over both answers: to second order the divergence of policy and
     reference where answers are the reference's; never negative); 'routing'}.
   """
-  seen = sides.see(apply, variables, batch, rngs, sides.PAIR, reference)
+  seen = sides.see(apply, variables, batch, rngs, PAIR, reference)
   ratios = seen.ratio
   losses = loss_of(ratios, ratios / seen.lengths, settings)
   rewards = settings.beta * ratios

@@ -19,7 +19,6 @@ from moepeft.objectives.cross_entropy import token_losses
 
 # The token whose logit a reward model's score is: padding's.
 SCORE = 0
-PAIR = ('chosen_', 'rejected_')
 # Of a token's log-ratio in float32, in nats: an ulp of a logit of 32.
 _ROUNDING = 4e-6
 # What of a side the models and objectives read.

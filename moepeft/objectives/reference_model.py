@@ -15,6 +15,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.core import distributed as processes
 from moepeft.core import files as core_files
 from moepeft.core import untrusted
+from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Pass
 from moepeft.core.sharding import gather, round_up, shard_whole_batch
 from moepeft.core.types import Array, Batch, Tree
@@ -25,7 +26,6 @@ from moepeft.nn.adapter_hook import Advice
 from moepeft.objectives import REFERRING
 from moepeft.objectives.paired_batch import LogP, joined, token_log_p
 from moepeft.peft import Built, build
-from moepeft.runs.directory import tell_full_disk
 
 BASE, PRECOMPUTED = 'base', 'precomputed'
 

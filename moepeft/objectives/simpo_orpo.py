@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 
-from moepeft.core.types import Array, Batch, Tree
+from moepeft.core.types import PAIR, Array, Batch, Tree
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives import preference_losses as preference
 from moepeft.objectives.preference_losses import PLAIN, Preference
@@ -20,7 +20,7 @@ def simpo(
   s = settings
   return _objective(
     lambda w, r: preference.simpo(w, r, s.beta, s.margin, s.label_smoothing),
-    sides.see(apply, variables, batch, rngs, sides.PAIR),
+    sides.see(apply, variables, batch, rngs, PAIR),
     settings,
   )
 
@@ -35,7 +35,7 @@ def orpo(
   """As `simpo`; the chosen's likelihood is a term of the loss itself."""
   return _objective(
     lambda w, r: preference.orpo(w, r, settings.beta),
-    sides.see(apply, variables, batch, rngs, sides.PAIR),
+    sides.see(apply, variables, batch, rngs, PAIR),
     settings,
   )
 

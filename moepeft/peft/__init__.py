@@ -1,18 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods. A new one is one new file and one line in METHODS."""
+"""Parameter-efficient fine-tuning: methods, and building and merging them."""
 
 from moepeft.peft.build import Built as Built
 from moepeft.peft.build import build as build
-from moepeft.peft.methods import dora, full, ia3, lora, molora, mov, tokens
-from moepeft.peft.methods import prompt_tuning as prompt
-
-METHODS = {
-  'full': full.METHOD,
-  'lora': lora.METHOD,
-  'dora': dora.METHOD,
-  'ia3': ia3.METHOD,
-  'mov': mov.METHOD,
-  'molora': molora.METHOD,
-  'tokens': tokens.METHOD,
-  'prompt': prompt.METHOD,
-}
+from moepeft.peft.methods import METHODS as METHODS

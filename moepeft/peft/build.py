@@ -15,6 +15,7 @@ from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft.method import SEMANTICS, Method
+from moepeft.peft.methods import METHODS
 
 # What `topk` does with the kept probabilities where it is not said.
 _RENORMALIZE = {'official': False, 'paper': True}
@@ -49,7 +50,7 @@ def build(
   method: str,
   sites: Mapping[str, str],
   semantics: str = 'official',
-  methods: Mapping[str, Method] | None = None,
+  methods: Mapping[str, Method] = METHODS,
 ) -> Built:
   """Resolves a method's names for a model.
 
@@ -60,14 +61,12 @@ def build(
     sites: {path: role} of the model, from `models.<family>.sites`.
     semantics: decides what the text leaves open; DESIGN: official is the
       released code, paper the text.
-    methods: the registry; `moepeft.peft.METHODS` by default.
+    methods: the registry.
 
   Raises:
     ValueError: a name, option or semantics does not exist, or a pattern
       matches no site.
   """
-  if methods is None:
-    from moepeft.peft import METHODS as methods
   if semantics not in SEMANTICS:
     raise ValueError(
       f'semantics is one of {", ".join(SEMANTICS)}; got {semantics!r}'
@@ -101,8 +100,6 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
   Raises:
     ValueError: as `build`.
   """
-  from moepeft.peft import METHODS
-
   result, names = {}, set()
   for spec in spec_lib.parse_method(method):
     spec = _resolve(spec, METHODS, semantics)
@@ -118,7 +115,7 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
 def plain(
   method: str,
   semantics: str = 'official',
-  methods: Mapping[str, Method] | None = None,
+  methods: Mapping[str, Method] = METHODS,
 ) -> str:
   """A method's text without the modules' defaults, its options in order.
 
@@ -128,8 +125,6 @@ def plain(
   Raises:
     ValueError: as `build`.
   """
-  if methods is None:
-    from moepeft.peft import METHODS as methods
   found = []
   for spec in spec_lib.parse_method(method):
     spec = _resolve(spec, methods, semantics)

@@ -13,6 +13,7 @@ from moepeft.config.method_string import parse_method
 from moepeft.core.types import Tree
 from moepeft.peft.build import Built
 from moepeft.peft.method import Method
+from moepeft.peft.methods import METHODS
 
 # Kernels that are quantised lie under other names.
 _PACKED = ('int8', 'nf4')
@@ -98,8 +99,6 @@ def is_mergeable(built: Built) -> bool:
 
 def _mergeable(built: Built) -> dict[type, Method]:
   """{adapter's type: its method}, or the reason why one has no merge."""
-  from moepeft.peft import METHODS
-
   found = {}
   for spec in parse_method(built.method):
     method = METHODS[spec.name]

@@ -6,10 +6,9 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator
 from typing import IO
 
-from moepeft.core.files import is_full
+from moepeft.core.disk import is_full, next_start
 
 _LOCK = 'lock'
 # What flock answers where the file system has no locks (some network disks).
@@ -52,16 +51,15 @@ class Workdir:
       # As Linux says it; the link of a deleted file ends in ' (deleted)'.
       lock = os.readlink(f'/proc/self/fd/{self._lock.fileno()}')
     except OSError:
-      return f'put it back, then the same command {_then(None)}'
+      return f'put it back, then the same command {next_start(None)}'
     folder = os.path.dirname(lock)
     step = latest_checkpoint(folder)
     if os.path.lexists(lock):
-      return f'move {folder!r} back, then the same command {_then(step)}'
+      return f'move {folder!r} back, then the same command {next_start(step)}'
     if step is None:
       return 'no checkpoint is left of it, and the same command begins anew'
-    return (
-      f'its lock file is gone, the same command {_then(step)} in {folder!r}'
-    )
+    start = next_start(step)
+    return f'its lock file is gone, the same command {start} in {folder!r}'
 
   def close(self) -> None:
     """Lets others in; may be called again."""
@@ -150,39 +148,5 @@ def latest_checkpoint(path: str) -> int | None:
   return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
-@contextlib.contextmanager
-def tell_full_disk(
-  path: str, latest: Callable[[], int | None]
-) -> Iterator[None]:
-  """Turns a full disk, met inside, into a sentence that says what to do.
-
-  Args:
-    path: what is written to.
-    latest: gives the step of the latest whole checkpoint, if there is one.
-
-  Raises:
-    ValueError: the disk is full; other errors pass.
-  """
-  try:
-    yield
-  except Exception as e:
-    if not is_full(e) or isinstance(e, FullDisk):
-      raise
-    raise FullDisk(
-      f'the disk of {path} is full; free some space, then the same command '
-      f'{_then(latest())}'
-    ) from e
-
-
-def _then(step: int | None) -> str:
-  if step is None:
-    return 'begins anew, as there is no whole checkpoint yet'
-  return f'goes on from the checkpoint of step {step}'
-
-
 class LostWorkdir(ValueError):
   """A work directory that is no longer where it was."""
-
-
-class FullDisk(ValueError):
-  """A full disk that has been told of; the sentence says what to do."""

@@ -9,8 +9,6 @@ still need more.
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,15 +17,13 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize as quantised
+from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.models import decoder_only
 from moepeft.nn import initializers as start
 from moepeft.objectives import COMPARED
 from moepeft.training import optim
 
-# Where Linux tells of a machine's and of a control group's memory.
-_MEMINFO = '/proc/meminfo'
-_GROUP = '/sys/fs/cgroup'
 # Resident bytes of a loader process after its imports, at least.
 _WORKER = 100_000_000
 # Arrays of int32 and masks that a batch has for each token, in bytes.
@@ -128,15 +124,15 @@ def check(config: ConfigDict) -> None:
       figures and says what to lower.
   """
   needed = need(config)
-  free, owner = available()
+  free, owner = memory.available()
   total = _per_device(needed, config)
   if free and total > free:
     parts = dataclasses.asdict(needed)
     largest = max(parts, key=parts.get)
-    listed = ', '.join(f'{k} {_text(v)}' for k, v in parts.items() if v)
+    listed = ', '.join(f'{k} {memory.text(v)}' for k, v in parts.items() if v)
     raise ValueError(
-      f'training needs at least {_text(total)} of memory ({listed}), and '
-      f'{owner} has {_text(free)}; {_ADVICE[largest]}'
+      f'training needs at least {memory.text(total)} of memory ({listed}), and '
+      f'{owner} has {memory.text(free)}; {_ADVICE[largest]}'
     )
 
 
@@ -156,30 +152,11 @@ def check_answers(model: Any, rows: int, tokens: int) -> None:
   item = jnp.dtype(model.dtype).itemsize
   cache = 2 * rows * tokens * layers * heads * shape.head_dim * item
   logits = rows * shape.vocab * 4
-  check_arrays(
+  memory.check_arrays(
     cache + logits,
     f'{rows:,} answers of {tokens:,} tokens',
     '--length, --batch_size, --num or --beams',
   )
-
-
-def check_arrays(size: int, name: str, advice: str) -> None:
-  """Checks that arrays fit before they are made.
-
-  Args:
-    size: bytes of them.
-    name: of the arrays, a plural.
-    advice: the flags to lower.
-
-  Raises:
-    ValueError: there are fewer bytes, with both figures.
-  """
-  free, owner = available()
-  if free and size > free:
-    raise ValueError(
-      f'{name} need at least {_text(size)} of memory, and {owner} has '
-      f'{_text(free)}; lower {advice}'
-    )
 
 
 def _per_device(needed: Need, config: ConfigDict) -> int:
@@ -192,58 +169,3 @@ def _per_device(needed: Need, config: ConfigDict) -> int:
   return (needed.weights + needed.training) // spread + (
     needed.batch + needed.activations
   ) // count
-
-
-def available() -> tuple[int, str]:
-  """(bytes that can be allocated, whose they are); 0 where nothing tells."""
-  device = jax.local_devices()[0]
-  if device.platform == 'cpu':
-    return _host(), 'this machine'
-  stats: Mapping[str, int] = device.memory_stats() or {}
-  free = stats.get('bytes_limit', 0) - stats.get('bytes_in_use', 0)
-  return max(free, 0), f'the device {device.device_kind}'
-
-
-def _host(meminfo: str = _MEMINFO, group: str = _GROUP) -> int:
-  """Available memory and swap, or less where a control group says so."""
-  limits = []
-  try:
-    with open(meminfo) as f:
-      lines = dict(line.split(':', 1) for line in f)
-    kilobytes = [lines[k].split()[0] for k in ('MemAvailable', 'SwapFree')]
-    limits.append(sum(map(int, kilobytes)) * 1024)
-  except (OSError, KeyError, ValueError):
-    pass
-  for most, used in (
-    ('memory.max', 'memory.current'),
-    ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
-  ):
-    try:
-      limit, used_bytes = (
-        int(_line(os.path.join(group, name))) for name in (most, used)
-      )
-      # Pages of files that the group holds count as used and can be dropped.
-      limits.append(max(limit - used_bytes, 0) + _cache(group, most))
-    except (OSError, ValueError):  # no such group, or 'max'
-      continue
-  return min(limits, default=0)
-
-
-def _cache(group: str, most: str) -> int:
-  with open(os.path.join(group, os.path.dirname(most), 'memory.stat')) as f:
-    fields = dict(line.split() for line in f)
-  return int(fields.get('file', fields.get('total_cache', 0)))
-
-
-def _line(path: str) -> str:
-  with open(path) as f:
-    return f.read().strip()
-
-
-def _text(count: float) -> str:
-  """2100000000 -> '2.1 GB'."""
-  for unit in ('kB', 'MB', 'GB', 'TB'):
-    count /= 1000
-    if count < 1000:
-      return f'{count:.3g} {unit}'
-  return f'{count:,.0f} TB'

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run ends before its last step: a signal, or no more progress."""
+"""Signals that end a run before its last step, once it is saved."""
 
-import dataclasses
-import math
 import signal
 
 
@@ -52,30 +50,3 @@ class Stopped(Exception):
       f'{path}; the same command goes on from there'
     )
     self.code = 128 + received
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-  """How a run has gone, beside its arrays; kept in each checkpoint.
-
-  Attributes:
-    place: for each host, where its next batch begins (`Loader.place`).
-    best: the least validation loss so far, None before the first.
-    best_step: the step that it was of.
-    waited: validations since.
-  """
-
-  place: tuple[tuple[int, int], ...] = ()
-  best: float | None = None
-  best_step: int = 0
-  waited: int = 0
-
-  def judged(self, loss: float, step: int) -> 'Course':
-    """The course after a validation."""
-    if math.isfinite(loss) and (self.best is None or loss < self.best):
-      return dataclasses.replace(self, best=loss, best_step=step, waited=0)
-    return dataclasses.replace(self, waited=self.waited + 1)
-
-  def exhausted(self, patience: int) -> bool:
-    """Whether `patience` validations in a row brought nothing; 0: never."""
-    return 0 < patience <= self.waited

@@ -211,7 +211,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_before_they_are_listed():
   config.model.path, config.model.family = '', 'llama'
   config.model.size = 'tiny'
   config.method = "tokens(new='0-99999999999999')"
-  from moepeft.count import count
+  from moepeft.checkpoints.count_parameters import count
 
   with pytest.raises(ValueError, match='expected ids below 259'):
     count(config)

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.count_parameters import count
 from moepeft.config import check as config_check
-from moepeft.count import count
 from moepeft.moe import aux_losses as losses
 from tests import ROOT
 

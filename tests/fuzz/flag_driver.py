@@ -23,7 +23,7 @@ from moepeft.config import check as config_check
 from moepeft.config import flags as command
 from moepeft.config.ranges import ALLOWED
 from moepeft.config.suggestions import keys
-from moepeft.training import memory_estimate as memory
+from moepeft.training import memory_estimate
 
 # Longer than any of these takes by far; a hang is a failure.
 _SECONDS = 60
@@ -158,7 +158,7 @@ def build(argv: list[str]) -> None:
     return
   config = flags.FLAGS['config'].value
   config_check.check(config)
-  memory.check(config)
+  memory_estimate.check(config)
 
 
 def fuzz(module: str, seed: int, count: int) -> dict:

@@ -107,7 +107,7 @@ def test_answers_that_are_compared_have_no_prompt():
   data.source = 'preference'
   own = form(data, WORDS, LLAMA, 0, AHEAD)
   with pytest.raises(ValueError, match="'dpo' does not go with a soft prompt"):
-    form_of(data, 'dpo', own)
+    form_of(data, 'dpo', 'pair', own)
 
 
 EXAMPLES = [

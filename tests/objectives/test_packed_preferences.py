@@ -17,7 +17,7 @@ from moepeft.data.batching import collators as forms
 from moepeft.data.preference import dataset as answers
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models import weight_mapping as names
-from moepeft.objectives import COMPARED
+from moepeft.objectives import COMPARED, batch_kind
 from moepeft.objectives.cross_entropy import mean
 
 from ..preferences import card, noisy, parts_of, written
@@ -35,7 +35,9 @@ def places(tmp_path_factory):
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
   own = forms.form(config.data, Bytes(), parts.model.config, 0)
-  own = answers.form_of(config.data, config.objective, own)
+  own = answers.form_of(
+    config.data, config.objective, batch_kind(config.objective), own
+  )
   found = answers.read(config.data, own)
   shape = len(found.items), 2, own.lengths[-1]
   given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft.core.types import PAIR
 from moepeft.objectives import COMPARED, objective_of
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives.cross_entropy import Loss, mean
@@ -91,7 +92,7 @@ def figures(aux):
 
 
 def test_sides_of_a_row_become_neighbours():
-  found = sides.joined(PAIRS, sides.PAIR)
+  found = sides.joined(PAIRS, PAIR)
   assert found.keys() == CHOSEN.keys()
   for key in found:
     np.testing.assert_array_equal(found[key][0::2], CHOSEN[key])

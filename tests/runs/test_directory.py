@@ -11,13 +11,8 @@ import sys
 
 import pytest
 
-from moepeft.runs.directory import (
-  FullDisk,
-  LostWorkdir,
-  is_full,
-  open_workdir,
-  tell_full_disk,
-)
+from moepeft.core.disk import FullDisk, is_full, tell_full_disk
+from moepeft.runs.directory import LostWorkdir, open_workdir
 
 from ..disks import full_disk, locked_disk  # noqa: F401
 

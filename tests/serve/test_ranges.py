@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
+from moepeft.core import memory
 from moepeft.inference.adapters.bank import Banks
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import Settings
 from moepeft.models.decoder.model import DecoderConfig
 from moepeft.serve.http.limits import Limits
-from moepeft.training import memory_estimate as memory
 
 from ..inference import banked, engines
 

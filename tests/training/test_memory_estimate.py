@@ -8,8 +8,8 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import default as config_lib
-from moepeft.training import memory_estimate as memory
-from moepeft.training import optim
+from moepeft.core import memory
+from moepeft.training import memory_estimate, optim
 
 
 def config(**changes):
@@ -33,7 +33,7 @@ def decoder(**changes):
 
 def test_the_estimate_equals_what_a_run_allocates():
   c = config()
-  needed = memory.need(c)
+  needed = memory_estimate.need(c)
   base = base_lib.load(c.model)
   model, built = base_lib.module(base, c)
   variables = base_lib.initialise(base, model, 0)
@@ -50,11 +50,11 @@ def test_the_estimate_equals_what_a_run_allocates():
 def test_a_batch_is_counted_by_rows_tokens_and_vocabulary():
   # 6 rows of 31 + 7 tokens of 9 bytes; 3 rows at once have states of
   # d_model 128 and logits of 384, float32 (moepeft/assets/t5_tiny).
-  needed = memory.need(config(accumulate=2))
+  needed = memory_estimate.need(config(accumulate=2))
   assert needed.batch == 6 * 38 * 9
   assert needed.activations == 3 * (38 * 128 + 7 * 384) * 4
   # Of a decoder every token is predicted: d_model 128, vocabulary 259.
-  needed = memory.need(decoder(**{'data.length': 101}))
+  needed = memory_estimate.need(decoder(**{'data.length': 101}))
   assert needed.batch == 6 * 101 * 9
   assert needed.activations == 6 * 101 * (128 + 259) * 4
 
@@ -73,7 +73,7 @@ def test_a_run_that_cannot_fit_is_refused_with_figures(
 ):
   monkeypatch.setattr(memory, 'available', lambda: (10**10, 'this machine'))
   if said is None:
-    memory.check(config(**changes))
+    memory_estimate.check(config(**changes))
     return
   text = rf'at least [0-9,.]+ \w+ of memory .*this machine has 10 GB; .*{said}'
   with pytest.raises(ValueError, match=text):
@@ -84,7 +84,7 @@ def test_a_run_that_cannot_fit_is_refused_with_figures(
 def test_a_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch):
   monkeypatch.setattr(memory, 'available', lambda: (10**9, 'this machine'))
   with pytest.raises(ValueError, match='this machine has 1 GB'):
-    memory.check(decoder(**{'model.size': '3-70b'}))
+    memory_estimate.check(decoder(**{'model.size': '3-70b'}))
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_a_cache_of_answers_is_counted(changes, bytes_each, monkeypatch):
   rows, tokens = 5, 1_000_000
   least = rows * tokens * bytes_each
   monkeypatch.setattr(memory, 'available', lambda: (2 * least, 'x'))
-  memory.check_answers(model, rows, tokens)
+  memory_estimate.check_answers(model, rows, tokens)
   monkeypatch.setattr(memory, 'available', lambda: (least, 'x'))
   with pytest.raises(ValueError, match='5 answers of 1,000,000 tokens need'):
-    memory.check_answers(model, rows, tokens)
+    memory_estimate.check_answers(model, rows, tokens)
 
 
 def test_without_a_figure_nothing_is_refused(monkeypatch):
   monkeypatch.setattr(memory, 'available', lambda: (0, ''))
-  memory.check(config(method='molora(experts=65536, rank=65536)'))
+  memory_estimate.check(config(method='molora(experts=65536, rank=65536)'))
 
 
 def test_a_control_group_bounds_the_machine(tmp_path):
@@ -134,7 +134,7 @@ def test_a_control_group_bounds_the_machine(tmp_path):
   [(999, '0.999 kB'), (2_100_000_000, '2.1 GB'), (10**18, '1,000,000 TB')],
 )
 def test_bytes_are_read_by_people(count, text):
-  assert memory._text(count) == text
+  assert memory.text(count) == text
 
 
 def test_this_machine_tells_its_memory():

@@ -14,6 +14,7 @@ import pytest
 from moepeft import convert, evaluate, train
 from moepeft.checkpoints import adapter
 from moepeft.core.jsonl_log import read
+from moepeft.core.types import PAIR
 from moepeft.evaluation import summary
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives.cross_entropy import mean
@@ -64,7 +65,7 @@ def test_the_reference_is_the_same_before_and_after_training(places):
       parts.model, parts.built, config, optimizer, parts.reference
     )
   )
-  rows = sides.joined(parts.batch, sides.PAIR)
+  rows = sides.joined(parts.batch, PAIR)
   of = jax.jit(lambda variables: parts.reference(variables, rows))
   policy = jax.jit(
     lambda variables: sides.token_log_p(

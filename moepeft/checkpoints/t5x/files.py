@@ -9,26 +9,21 @@
   an OCDBT database.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.serialization
 import numpy as np
-from absl import logging
 
 from moepeft.checkpoints import directory as files
 from moepeft.checkpoints.t5x import zarr
+from moepeft.config.gin.checkpoint_path import INDEX, ORBAX, STEP, find
 from moepeft.core import untrusted
 from moepeft.core.files import check_file, read_bytes
 from moepeft.models import weight_mapping as names
 from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
-INDEX, ORBAX = 'checkpoint', '_METADATA'
-# The state of T5X's and the one item of Orbax's own managers.
-_ITEMS = ('', 'state', 'default')
-_STEP = re.compile(r'checkpoint_(\d+)')
 _PLACEHOLDER = 'PLACEHOLDER://'
 _TENSORFLOW = b'model_checkpoint_path'
 # Where an index keeps the weights; a Flax train state is its own root.
@@ -56,34 +51,6 @@ class _Stored(NamedTuple):
   name: str
 
 
-def holds(path: str) -> bool:
-  """Whether a path looks like a checkpoint, or like a parent of some."""
-  folder = Path(path)
-  return bool(_index(folder) or _children(folder))
-
-
-def find(path: str) -> Path:
-  """The index of a checkpoint, or of the latest one inside `path`.
-
-  Raises:
-    CheckpointError: there is none.
-  """
-  folder = Path(path)
-  index = _index(folder)
-  if index:
-    return index
-  steps = _children(folder)
-  if not steps:
-    raise CheckpointError(
-      f'{path} is no T5X checkpoint: expected a directory checkpoint_<step> '
-      f'with a file {INDEX!r} in it or an Orbax one with {ORBAX!r}, a single '
-      'msgpack file checkpoint_<step>, or a directory that holds such'
-    )
-  latest = steps[max(steps)]
-  logging.info('%s: reading the latest checkpoint, %s', path, latest)
-  return latest
-
-
 def read(path: str) -> Checkpoint:
   """The checkpoint at a path; arrays are read where they are asked for.
 
@@ -99,28 +66,6 @@ def read(path: str) -> Checkpoint:
   }
   single = index.name not in (INDEX, ORBAX)
   return Checkpoint(index if single else folder, leaves, _step(tree, index))
-
-
-def _index(path: Path) -> Path | None:
-  """The index of the checkpoint that a path is."""
-  if not path.is_dir():
-    named = path.name == INDEX or _STEP.search(path.name)
-    return path if path.exists() and named else None
-  for item in _ITEMS:
-    for name in (INDEX, ORBAX):
-      if (path / item / name).exists() and not (path / item / name).is_dir():
-        return path / item / name
-  return None
-
-
-def _children(folder: Path) -> dict[int, Path]:
-  """{step: index} of the checkpoints in a directory."""
-  indices = {}
-  for child in folder.glob('checkpoint_*'):
-    match = _STEP.fullmatch(child.name)
-    if match and (index := _index(child)):
-      indices[int(match[1])] = index
-  return indices
 
 
 def _unpacked(index: Path) -> Any:
@@ -190,7 +135,7 @@ def _step(tree: Any, index: Path) -> int:
       isinstance(node, np.ndarray) and node.size == 1 and node.dtype.kind == 'i'
     ):
       return max(int(node), 0)
-  above = (_STEP.fullmatch(name) for name in index.absolute().parts[-3:])
+  above = (STEP.fullmatch(name) for name in index.absolute().parts[-3:])
   return next((int(match[1]) for match in above if match), 0)
 
 

@@ -18,6 +18,7 @@ from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.t5x import adapters as released
 from moepeft.checkpoints.t5x import files as t5x_files
 from moepeft.checkpoints.t5x import zarr
+from moepeft.config.gin.checkpoint_path import INDEX
 from moepeft.models import weight_mapping as names
 from moepeft.models.t5 import weights as t5_names
 from moepeft.models.t5.model import T5Config
@@ -140,7 +141,7 @@ def save(
     packed = flax.serialization.msgpack_serialize(
       {'version': 3, 'optimizer': optimizer}
     )
-    (folder / t5x_files.INDEX).write_bytes(packed)
+    (folder / INDEX).write_bytes(packed)
 
 
 def check(config: Any, adapter: Adapter) -> None:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values of macros -> a ConfigDict."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.checkpoints.t5x import files as t5x_files
 from moepeft.config import default as config_lib
 from moepeft.config import method_string as spec
+from moepeft.config.gin import checkpoint_path
 from moepeft.config.gin.names import KEYS, SHAPE
 from moepeft.config.gin.syntax import Reference
 from moepeft.core.ranges import suggestion
@@ -161,10 +160,10 @@ def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
 def _restored_step(path: str) -> int | None:
   """The step in the name of a T5X checkpoint; None for other models."""
   index = Path(path).expanduser()
-  if path and t5x_files.holds(str(index)):
-    index = t5x_files.find(str(index))
+  if path and checkpoint_path.holds(str(index)):
+    index = checkpoint_path.find(str(index))
   # The index is a single file, or lies in the checkpoint or an item of it.
-  steps = (re.fullmatch(r'checkpoint_(\d+)', p) for p in index.parts[-3:])
+  steps = (checkpoint_path.STEP.fullmatch(p) for p in index.parts[-3:])
   return next((int(step[1]) for step in reversed(list(steps)) if step), None)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from moepeft.core.types import JUDGED, PAIR
 from moepeft.data import split as held
 from moepeft.data.batching import collators as forms
 from moepeft.data.batching import packing
@@ -17,12 +18,8 @@ from moepeft.data.preference import formats as preference
 from moepeft.data.preference import rows as answer_rows
 from moepeft.data.preference import tokenize as answer_ids
 from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.objectives import COMPARED
-from moepeft.objectives.paired_batch import PAIR
 
 SOURCE = 'preference'
-# Of an answer that is judged, and of one to another prompt.
-JUDGED = ('', 'kl_')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,23 +225,27 @@ class Read:
     return parts
 
 
-def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
+def form_of(
+  data: ConfigDict, objective: str, batch: str, own: forms.Form
+) -> forms.Form:
   """The form of an objective's batches.
 
   Args:
-    objective: config.objective; own: the model's form.
+    objective: config.objective.
+    batch: `objectives.batch_kind` of it.
+    own: the model's form.
 
   Raises:
     ValueError: the objective and config.data.source are not of one kind, or
       the method has a soft prompt and the objective compares answers.
   """
-  if (objective in COMPARED) != (data.source == SOURCE):
+  if (batch != 'single') != (data.source == SOURCE):
     raise ValueError(
       f'config.objective={objective!r} does not go with config.data.source='
-      f'{data.source!r}: {", ".join(COMPARED)} are of the source {SOURCE!r}, '
-      'and of no other; set one of the two'
+      f'{data.source!r}: objectives that compare or judge answers read the '
+      f'source {SOURCE!r}, and no others do; set one of the two'
     )
-  if objective not in COMPARED:
+  if batch == 'single':
     return own
   if own.before:
     raise ValueError(
@@ -252,7 +253,7 @@ def form_of(data: ConfigDict, objective: str, own: forms.Form) -> forms.Form:
       'objective that compares answers has placeholders in what its reference '
       'reads; leave `prompt` out of config.method, or take another objective'
     )
-  return Sides(own, objective == 'kto')
+  return Sides(own, batch == 'judged')
 
 
 def read(
@@ -271,8 +272,8 @@ def read(
   """
   if not isinstance(form, Sides):
     raise ValueError(
-      f'rows of config.data.source={SOURCE!r} are for training with one of '
-      f'{", ".join(COMPARED)}; name other rows to evaluate'
+      f'rows of config.data.source={SOURCE!r} are for objectives that compare '
+      'or judge answers; name other rows to evaluate'
     )
   own, judged = form.own, form.judged
   if not data.path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from moepeft.checkpoints.count_parameters import count
 from moepeft.config import default as config_lib
-from moepeft.count import count
 from moepeft.evaluation import bootstrap, published
 from moepeft.evaluation.paper_measure import AVERAGE, EIGHT
 from moepeft.evaluation.published import Published

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moepeft.checkpoints.base import Base
+from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.inference.adapters import buckets as forms
 from moepeft.inference.adapters import pad as fitting
@@ -24,7 +25,6 @@ from moepeft.inference.adapters.lru import Slots
 from moepeft.inference.adapters.pad import Fitted, Layout
 from moepeft.inference.api import Loaded, Unknown
 from moepeft.peft import build
-from moepeft.training import memory_estimate as memory
 
 # Slots of a bank, the identity's among them.
 SLOTS = 9

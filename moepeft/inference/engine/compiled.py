@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.inference.engine import kv_cache as cache_lib
 from moepeft.inference.engine import row_sampler as picking
@@ -17,7 +18,6 @@ from moepeft.inference.engine.limits import TOP
 from moepeft.inference.engine.per_layer import Method
 from moepeft.inference.engine.weights import Weights
 from moepeft.inference.sampling import Sampling
-from moepeft.training import memory_estimate as memory
 
 Key = tuple[Hashable, ...]
 

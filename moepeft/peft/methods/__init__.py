@@ -1,2 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT methods, one a file."""
+"""The methods. A new one is one new file and one line in METHODS."""
+
+from moepeft.peft.methods import dora, full, ia3, lora, molora, mov, tokens
+from moepeft.peft.methods import prompt_tuning as prompt
+
+METHODS = {
+  'full': full.METHOD,
+  'lora': lora.METHOD,
+  'dora': dora.METHOD,
+  'ia3': ia3.METHOD,
+  'mov': mov.METHOD,
+  'molora': molora.METHOD,
+  'tokens': tokens.METHOD,
+  'prompt': prompt.METHOD,
+}

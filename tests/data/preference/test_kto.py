@@ -24,7 +24,7 @@ def read(tmp_path, labels, **changes):
   data = config_lib.default().data
   data.source, data.path = 'preference', str(tmp_path / 'r.jsonl')
   data.held_out = 0.0
-  own = answers.form_of(data, 'kto', Samples(Bytes(), 64, **changes))
+  own = answers.form_of(data, 'kto', 'judged', Samples(Bytes(), 64, **changes))
   return own, sources(data, 0, own=own)
 
 

@@ -182,7 +182,7 @@ def _check(c: ConfigDict) -> str:
   # Here, as `keys` does without them and JAX takes seconds to start.
   from moepeft import objectives
   from moepeft.checkpoints import base
-  from moepeft.count import count
+  from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
 
   known = {**objectives.OBJECTIVES, **objectives.COMPARED}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of a config's base and of its method, from shapes alone."""
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints import quantize as quantised
+from moepeft.models import weight_mapping as names
+
+_LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
+
+
+def count(config: ConfigDict) -> dict[str, Any]:
+  """Counts a config's parameters; nothing is allocated.
+
+  Returns:
+    params: of the base; peft: what training changes (all of the base for
+    full fine-tuning); percent: 100 * peft / params; megabytes: what the two
+    take in memory, as config.model has them (param_dtype, quantise); by_site:
+    peft at each site, over all layers, largest first.
+  """
+  family, model = base_lib.shape(config.model)
+  base = base_lib.Base(family, model, None, '', '')
+  made, built = base_lib.module(base, config)
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(
+    lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
+  )
+  params, kept = _total(shapes['params']), shapes['params']
+  if config.model.quantise:
+    kept = quantised.shapes(kept, model, config.model.quantise)
+  trained = names.flatten(shapes.get(built.trainable, {}))
+  sites = defaultdict(int)
+  for path, leaf in trained.items():
+    sites[_site(path, built.trainable)] += math.prod(leaf.shape)
+  peft = sum(sites.values())
+  return {
+    'params': params,
+    'peft': peft,
+    'percent': round(100 * peft / params, 4),
+    'megabytes': {
+      'params': round(quantised.size(kept) / 1e6, 3),
+      'peft': round(quantised.size(shapes.get('peft', {})) / 1e6, 3),
+    },
+    'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),
+  }
+
+
+def _total(tree: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _site(path: str, collection: str) -> str:
+  """'encoder/layers/self/q/lora/a' -> 'encoder/self/q'."""
+  path = _LAYERS.sub('', path)
+  parts = path.split('/')
+  # Below a site, an adapter and its arrays; a weight is one name.
+  if collection == 'params':
+    return '/'.join(parts[:-1])
+  cut = 3 if 'router' in parts else 2
+  return '/'.join(parts[:-cut]).replace('around_', '')

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The place of a T5X checkpoint, by the names of its files."""
+
+import re
+from pathlib import Path
+
+from absl import logging
+
+from moepeft.models.weight_mapping import CheckpointError
+
+INDEX, ORBAX = 'checkpoint', '_METADATA'
+STEP = re.compile(r'checkpoint_(\d+)')
+# T5X's state, and the one item of Orbax's own managers.
+_ITEMS = ('', 'state', 'default')
+
+
+def holds(path: str) -> bool:
+  """Whether a path looks like a checkpoint, or like a parent of some."""
+  folder = Path(path)
+  return bool(_index(folder) or _children(folder))
+
+
+def find(path: str) -> Path:
+  """The index of a checkpoint, or of the latest one inside `path`.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  folder = Path(path)
+  index = _index(folder)
+  if index:
+    return index
+  steps = _children(folder)
+  if not steps:
+    raise CheckpointError(
+      f'{path} is no T5X checkpoint: expected a directory checkpoint_<step> '
+      f'with a file {INDEX!r} in it or an Orbax one with {ORBAX!r}, a single '
+      'msgpack file checkpoint_<step>, or a directory that holds such'
+    )
+  latest = steps[max(steps)]
+  logging.info('%s: reading the latest checkpoint, %s', path, latest)
+  return latest
+
+
+def _index(path: Path) -> Path | None:
+  """The index of the checkpoint that a path is."""
+  if not path.is_dir():
+    named = path.name == INDEX or STEP.search(path.name)
+    return path if path.exists() and named else None
+  for item in _ITEMS:
+    for name in (INDEX, ORBAX):
+      if (path / item / name).exists() and not (path / item / name).is_dir():
+        return path / item / name
+  return None
+
+
+def _children(folder: Path) -> dict[int, Path]:
+  """{step: index} of the checkpoints in a directory."""
+  indices = {}
+  for child in folder.glob('checkpoint_*'):
+    match = STEP.fullmatch(child.name)
+    if match and (index := _index(child)):
+      indices[int(match[1])] = index
+  return indices

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples that a config trains on, and those that it holds out."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import grain
+
+from moepeft.data import mixing
+from moepeft.data.batching.collators import Form
+from moepeft.data.preference import dataset as answers
+from moepeft.data.readers.seqio_stream import Stream
+from moepeft.tasks import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """What a config trains on.
+
+  Attributes:
+    train: endless examples (some may be ids already), or a stream of ids.
+    shares: the share of each dataset in them, which add up to one.
+    rows: the training rows where they have an end, else none.
+    held_out: examples, or what is ids already, that `train` never gives.
+    notes: lines for the user: what was skipped or left out.
+    compared: what was read of the source 'preference'.
+    replay: (1, ...) at each place of `train` that is replayed text, else None.
+  """
+
+  train: grain.MapDataset | Stream
+  shares: dict[str, float]
+  rows: Sequence[Example] = ()
+  held_out: Sequence = ()
+  notes: tuple[str, ...] = ()
+  compared: answers.Read | None = None
+  replay: mixing.Turns | None = None
+
+  def validation(self, own: Form, count: int) -> list:
+    """At most `count` held-out examples as ids, of all datasets."""
+    if isinstance(self.train, Stream):
+      held_out = self.train.validation(count)
+      return own.encode([(e['inputs'], e['targets']) for e in held_out])
+    return own.encode(spread(self.held_out, count))
+
+
+def spread(rows: Sequence, most: int) -> list:
+  """Evenly spaced rows, so that every dataset and template has its share."""
+  count = min(most, len(rows))
+  return [rows[i * len(rows) // count] for i in range(count)]
