@@ -41,7 +41,7 @@ from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping as names
 from moepeft.nn.initializers import described
 from moepeft.peft import build
-from moepeft.serve import banner
+from moepeft.serve import __main__ as banner
 
 AT_ONCE, PROMPT, LENGTH = 8, 64, 64
 METHOD = 'lora(rank=8)'

@@ -32,8 +32,7 @@ from moepeft.config import flags as command
 from moepeft.models.t5 import model as t5
 from moepeft.moe.router_stats import route
 from moepeft.nn.adapter_hook import Advice, contraction, flatten_features
-from moepeft.nn.initializers import fresh
-from moepeft.nn.parameter import peft_param
+from moepeft.nn.initializers import fresh, peft_param
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean
 from moepeft.peft import build

@@ -25,9 +25,8 @@ from moepeft.evaluation import runner as work
 from moepeft.evaluation import scores as scoring
 from moepeft.evaluation import summary
 from moepeft.evaluation.results import HELD_OUT
+from moepeft.evaluation.runner import Unfinished, form_of, validation
 from moepeft.evaluation.scores import About, Row
-from moepeft.evaluation.unfinished import Unfinished
-from moepeft.evaluation.validation import form_of, validation
 from moepeft.runs.run import Run, load
 
 # Names of data that rows of a run's own have in tables.

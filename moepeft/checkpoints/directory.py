@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fnmatch
 import glob
@@ -20,7 +21,26 @@ from safetensors import SafetensorError, safe_open
 from moepeft.core import disk, untrusted
 from moepeft.core import files as core_files
 from moepeft.core.files import check_file
-from moepeft.models.weight_mapping import CheckpointError, Shape
+from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A base model in memory.
+
+  Attributes:
+    config: of its family, e.g. a T5Config.
+    params: nested dict of NumPy arrays, layers on axis 0.
+    sha256: content hash of what the files hold, whatever dtype was asked for;
+      see `moepeft.models.weight_mapping.content_hash`.
+    path: the directory or file that was read.
+  """
+
+  config: Any
+  params: Tree
+  sha256: str
+  path: str
+
 
 # All that a directory may hold for `directory` to replace it.
 _OURS = (

@@ -15,8 +15,8 @@ from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only as causal
 from moepeft.data.batching import seq2seq as batching
-from moepeft.data.batching.before import room
 from moepeft.data.batching.bucketing import buckets, whole
+from moepeft.data.batching.packing import room
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.inference.generator import Generation, Settings, check_room
 from moepeft.inference.prompts import asked

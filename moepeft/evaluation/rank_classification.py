@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
-from moepeft.data.batching import before as before_lib
 from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching import packing as before_lib
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
 from moepeft.models import decoder_only
-from moepeft.models.context import context
+from moepeft.models.sites import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example

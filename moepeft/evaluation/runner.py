@@ -2,13 +2,23 @@
 """What an evaluation measures of which prompts, and the measuring."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.manager import card
+from moepeft.core import jsonl_log as rows_lib
+from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
+from moepeft.core.types import Tree
 from moepeft.data import Sources
+from moepeft.data.batching import collators as forms
 from moepeft.data.batching.collators import scored_lengths
+from moepeft.data.preference import dataset as answers
+from moepeft.data.registry import preferences
 from moepeft.evaluation import eval_sets as sets
 from moepeft.evaluation import metrics as measures
 from moepeft.evaluation import scores as scoring
@@ -17,10 +27,95 @@ from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
-from moepeft.evaluation.unfinished import Unfinished
+from moepeft.evaluation.validator import Judge
 from moepeft.models import decoder_only
+from moepeft.objectives import (
+  COMPARED,
+  REFERRING,
+  Objective,
+  batch_kind,
+  objective_of,
+)
+from moepeft.objectives import reference_model as references
+from moepeft.objectives.paired_batch import LogP
+from moepeft.objectives.preference_losses import preference_of
+from moepeft.peft.methods.prompt_tuning import before
 from moepeft.runs.run import Run
 from moepeft.tasks import Example
+
+
+def form_of(run: Run) -> forms.Form:
+  """The form of the batches that a run's objective reads."""
+  config = run.config
+  front = before(run.model)
+  own = forms.form(config.data, run.words, run.model, config.seed, front)
+  return answers.form_of(
+    config.data, config.objective, batch_kind(config.objective), own
+  )
+
+
+def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
+  """{'validation_loss': ...} and the objective's figures; {} without rows.
+
+  Args:
+    found: the run's data.
+    workdir: of the run, where precomputed references are.
+
+  Raises:
+    ValueError: the run's reference is not there any more, or other than it
+      was.
+  """
+  config, own = run.config, form_of(run)
+  objective, variables = None, run.variables
+  if config.objective in COMPARED:
+    reference, adapters, found = _referred(run, found, own, workdir)
+    objective = _objective(run, reference)
+    variables = variables | ({'reference': adapters} if adapters else {})
+  rows = sets.pairs_to_judge(config, found, own)
+  if not rows:
+    return {}
+  judge = Judge(
+    config, run.model, run.words, rows, {}, own=own, objective=objective
+  )
+  return judge.validation(variables)
+
+
+def _objective(run: Run, reference: LogP | None) -> Objective:
+  name = run.config.objective
+  settings = preference_of(name, run.config.preference)
+  return objective_of(name, preference=settings, reference=reference)
+
+
+def _referred(
+  run: Run, found: Sources, own: answers.Sides, workdir: str
+) -> tuple[LogP | None, Tree, Sources]:
+  """(reference, its adapters, the data with what was computed before)."""
+  config = run.config
+  if config.objective not in REFERRING:
+    return None, {}, found
+  base, against = base_lib.load(config.model), config.preference.reference
+  model, built = base_lib.module(base, config)
+  if against != references.PRECOMPUTED:
+    return *references.reference_of(
+      config.objective, against, model, built, base
+    ), found
+  # Of the policy as it began.
+  start = base_lib.initialise(base, model, config.seed)
+  if config.model.adapter:
+    start = base_lib.with_adapter(start, built, config.model.adapter, base)
+  log_p = references.precomputed(
+    workdir,
+    found.compared,
+    own,
+    model,
+    start,
+    card(base, built, config.seed),
+    sharding.make_mesh(),
+    config.evaluation.batch_size,
+  )
+  compared = found.compared.with_references(log_p)
+  return None, {}, preferences(compared, config.data, config.seed)
+
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
@@ -107,6 +202,58 @@ def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
       'rows with --data'
     )
   return {name: prompts for name, prompts in work.items() if prompts}
+
+
+class Unfinished:
+  """A file that gets each row once it is measured, and gives it back later."""
+
+  def __init__(self, path: str, about: About):
+    """Rows of another evaluation than `about`'s are passed over.
+
+    Args:
+      path: of the file; '' for none.
+
+    Raises:
+      ValueError: a line but the last, which a kill may have torn, is no row.
+    """
+    self.path = path
+    self._file = None
+    self._found: dict[tuple[str, str, str], Row] = {}
+    if not path:
+      return
+    # This cuts a torn line off.
+    folder, name = os.path.split(os.path.abspath(path))
+    self._file = rows_lib.Rows(folder, name, about.step)
+    own = {key: value for key, value in vars(about).items() if key != 'run'}
+    for row in scoring.read(path) if os.path.getsize(path) else ():
+      if own.items() <= vars(row).items():
+        # The work directory may be spelt in another way.
+        self._keep(dataclasses.replace(row, run=about.run))
+
+  def get(self, prompt: Prompt, measure: str) -> Row | None:
+    """The row of a prompt, if it is there and of the same examples."""
+    row = self._found.get((prompt.task, prompt.name, measure))
+    if row is None or row.examples + row.left_out != len(prompt.examples):
+      return None
+    return row if {*row.idx} <= {e.idx for e in prompt.examples} else None
+
+  def add(self, rows: Iterable[Row]) -> None:
+    """Keeps rows, in the file too.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    for row in rows:
+      self._keep(row)
+      if self._file is not None:
+        self._file.write(vars(row))
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+
+  def _keep(self, row: Row) -> None:
+    self._found[row.task, row.prompt, row.measure] = row
 
 
 def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:

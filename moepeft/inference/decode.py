@@ -17,7 +17,7 @@ from flax import struct
 from moepeft.core.types import Array, Batch, Context, Tree
 from moepeft.inference import sampling
 from moepeft.inference.sampling import Sampling
-from moepeft.models.context import context
+from moepeft.models.sites import context
 
 PAD, EOS = 0, 1
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Tree
-from moepeft.data.batching import before as before_lib
+from moepeft.data.batching import packing as before_lib
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.batching.bucketing import round_up, whole
 from moepeft.data.tokenizers.tokenizer import Vocabulary, hidden

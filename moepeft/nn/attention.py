@@ -15,8 +15,7 @@ from moepeft.nn.adapter_hook import Advice, Frozen, advise
 from moepeft.nn.attention_mask import Past, Sight
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
-from moepeft.nn.numerics import wide, wide_einsum
-from moepeft.nn.softmax import softmax
+from moepeft.nn.numerics import softmax, wide, wide_einsum
 
 
 @struct.dataclass

@@ -18,8 +18,7 @@ from moepeft.nn.adapter_hook import (
   contraction,
   kernel_letters,
 )
-from moepeft.nn.initializers import Fill, Normal
-from moepeft.nn.parameter import param
+from moepeft.nn.initializers import Fill, Normal, param
 from moepeft.nn.quantization import Quantised
 
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import Advice, Frozen, advise
-from moepeft.nn.initializers import Fill
+from moepeft.nn.initializers import Fill, param
 from moepeft.nn.numerics import wide
-from moepeft.nn.parameter import param
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -1,9 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Float32 at least: for sums that bfloat16 would spoil."""
 
+import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
+
+
+@jax.custom_vjp
+def softmax(x: Array) -> Array:
+  """Over the last axis; its gradient keeps the result and nothing else.
+
+  Derived by `jax.grad`, the division alone would keep two more arrays of this
+  size. In reverse mode only: `jax.jvp` of it is an error.
+  """
+  e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+  return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
+def _softmax_forward(x):
+  p = softmax(x)
+  return p, p
+
+
+def _softmax_backward(p, dp):
+  return (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def wide(x: Array) -> Array:

@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
-from moepeft.nn.initializers import Normal
-from moepeft.nn.parameter import param
+from moepeft.nn.initializers import Normal, param
 
 
 def relative_bucket(

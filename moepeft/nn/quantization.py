@@ -18,8 +18,7 @@ import numpy as np
 
 from moepeft.core.types import Array
 from moepeft.nn.adapter_hook import contraction
-from moepeft.nn.initializers import Fill
-from moepeft.nn.parameter import param
+from moepeft.nn.initializers import Fill, param
 
 # Inputs that share a scale in NF4, as in the paper.
 BLOCK = 64

@@ -14,17 +14,21 @@ import logging
 import math
 import os
 import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
 
 from absl import flags
 
 from moepeft.config import flags as command
+from moepeft.core import secrets, terminal
 from moepeft.data.chat import template as chat_template
+from moepeft.inference.api import Loaded
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import Settings
-from moepeft.serve import banner, page
 from moepeft.serve import open_engine as opening
-from moepeft.serve.embeddings.encoder import Encoder
-from moepeft.serve.embeddings.sentences import Sentences
+from moepeft.serve import page
+from moepeft.serve.embeddings.encoder import Encoder, Sentences
 from moepeft.serve.http import keys as keys_lib
 from moepeft.serve.http.chat_templates import Voice
 from moepeft.serve.http.connection import ConnectionLimits, open_files
@@ -186,7 +190,7 @@ def start_log() -> None:
   """Lines of the server, and warnings of uvicorn, to standard error."""
   handler = logging.StreamHandler()
   form = '%(asctime)s %(levelname).1s %(message)s'
-  handler.setFormatter(banner.Formatter(form, '%H:%M:%S'))
+  handler.setFormatter(Formatter(form, '%H:%M:%S'))
   for name, level in (
     ('moepeft.serve', logging.INFO if _ACCESS_LOG.value else logging.WARNING),
     ('uvicorn', logging.WARNING),
@@ -219,7 +223,7 @@ def run() -> int:
     raise ValueError('--drain_seconds is at least 0; got nan')
   sock = listen(_HOST.value, _PORT.value)
   start_log()
-  shown = banner.Start()
+  shown = Start()
   found = service(opened(), given, own)
   server = Server(found, _DRAIN.value, connections)
 
@@ -230,7 +234,7 @@ def run() -> int:
     url = url_of(_HOST.value, sock.getsockname()[1])
     vectors = found.embedder.name if found.embedder else ''
     loaded, base = found.engine.adapters(), found.models.base
-    shown.done(banner.lines(url, base, loaded, given, vectors))
+    shown.done(lines(url, base, loaded, given, vectors))
 
   server.overdue = lambda: os._exit(130 if server.interrupted else 0)
   serve(server, sock, start)
@@ -360,3 +364,66 @@ if __name__ == '__main__':
   _PAGE = flags.DEFINE_bool('page', True, 'Serve the chat page at /.')
   _ACCESS_LOG = flags.DEFINE_bool('access_log', True, 'A line a request.')
   command.run(main)
+
+
+# Seconds between two lines where the output is no terminal.
+_EVERY = 10.0
+
+
+class Formatter(logging.Formatter):
+  """Lines without secrets and control characters, tracebacks included."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return terminal.visible(secrets.hidden(super().format(record)))
+
+
+class Start:
+  """Shows each program before it is compiled: one line that is written over
+  on a terminal, else a line now and then."""
+
+  def __init__(self, out: TextIO = sys.stderr):
+    self._out, self._began, self._told = out, time.monotonic(), 0.0
+
+  def __call__(self, what: str, done: int, count: int) -> None:
+    """What `protocol.Engine.start` calls."""
+    seconds = time.monotonic() - self._began
+    line = f'compiling {done + 1} of {count}: {what} ({seconds:.0f} s)'
+    if self._out.isatty():
+      print(f'\r\x1b[K{line}', end='', file=self._out, flush=True)
+    elif not self._told or seconds - self._told > _EVERY:
+      self._told = max(seconds, 1e-9)
+      print(line, file=self._out, flush=True)
+
+  def done(self, lines: Sequence[str]) -> None:
+    """Shows lines in a box."""
+    clear = '\r\x1b[K' if self._out.isatty() else ''
+    seconds = time.monotonic() - self._began
+    lines = [f'ready after {seconds:.0f} s', *map(terminal.visible, lines)]
+    width = max(map(len, lines))
+    rule = '─' * (width + 2)
+    rows = [f'│ {line.ljust(width)} │' for line in lines]
+    box = '\n'.join([f'┌{rule}┐', *rows, f'└{rule}┘'])
+    print(f'{clear}{box}', file=self._out, flush=True)
+
+
+def lines(
+  url: str,
+  model: str,
+  adapters: Sequence[Loaded],
+  keys: Keys,
+  embeddings: str = '',
+) -> list[str]:
+  """How to ask the server."""
+  found = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
+  for place, one in enumerate(adapters):
+    found.append(f'{"" if place else "adapters":10}{one.name}: {one.method}')
+  if not adapters:
+    found.append('adapters  none')
+  if embeddings:
+    found.append(f'vectors   {embeddings}')
+  if keys.users:
+    found.append(f'key       needed, one of {len(keys.users)}')
+  else:
+    found.append('key       none: whoever reaches the address may ask')
+  loads = 'with an admin key' if keys.admins else 'off (--admin_key_file)'
+  return [*found, f'loading   {loads}']

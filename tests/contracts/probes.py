@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import contraction
-from moepeft.nn.initializers import Normal
-from moepeft.nn.parameter import peft_param
+from moepeft.nn.initializers import Normal, peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora, molora
 

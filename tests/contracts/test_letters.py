@@ -9,8 +9,7 @@ import pytest
 from moepeft.core.types import LETTERS
 from moepeft.models import weight_mapping as names
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import Fill, letters
-from moepeft.nn.parameter import param
+from moepeft.nn.initializers import Fill, letters, param
 from moepeft.peft import build
 
 from . import small

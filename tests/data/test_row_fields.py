@@ -13,7 +13,7 @@ from moepeft.data.readers import jsonl
 from moepeft.data.row_fields import BadRow, Unused
 from moepeft.data.text import documents
 from moepeft.serve.http import text as words
-from moepeft.serve.http.chat_schema import Message
+from moepeft.serve.http.schemas import Message
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}

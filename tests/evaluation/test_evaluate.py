@@ -25,10 +25,10 @@ from moepeft.evaluation import scores as scoring
 from moepeft.evaluation import summary
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
+from moepeft.evaluation.runner import Unfinished
 from moepeft.evaluation.tables import compare as compared
 from moepeft.evaluation.tables import render as forms
 from moepeft.evaluation.tables import terminal as text
-from moepeft.evaluation.unfinished import Unfinished
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh

@@ -15,8 +15,8 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.core import jsonl_log as rows_lib
+from moepeft.evaluation.runner import Unfinished
 from moepeft.evaluation.tables import compare as compared
-from moepeft.evaluation.unfinished import Unfinished
 from moepeft.evaluation.validator import table
 from moepeft.runs import run as runs
 from moepeft.runs.history import History

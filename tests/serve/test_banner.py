@@ -4,7 +4,7 @@
 import io
 
 from moepeft.inference.api import Loaded
-from moepeft.serve import banner
+from moepeft.serve import __main__ as banner
 from moepeft.serve.http.keys import Keys
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints.loaded import Loaded
+from moepeft.checkpoints.directory import Loaded
 from moepeft.core.files import check_file
 from moepeft.models import decoder_gguf as gguf_names
 from moepeft.models import decoder_weights as decoder_names

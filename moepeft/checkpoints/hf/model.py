@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft.checkpoints import directory as files
+from moepeft.checkpoints.directory import Loaded as Loaded
 from moepeft.checkpoints.hf import tokenizer_files as words
-from moepeft.checkpoints.loaded import Loaded as Loaded
 from moepeft.models import decoder_weights as decoder_names
 from moepeft.models import hf_fields
 from moepeft.models import weight_mapping as names

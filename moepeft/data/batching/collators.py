@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data.batching import before as before_lib
 from moepeft.data.batching import packing
+from moepeft.data.batching import packing as before_lib
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.batching.decoder_only import Samples, check_too_long
 from moepeft.data.tokenizers.tokenizer import Vocabulary

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.data.batching import before as before_lib
 from moepeft.data.batching import packing
+from moepeft.data.batching import packing as before_lib
 from moepeft.data.batching.seq2seq import PAD
 from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
 from moepeft.tasks import Example

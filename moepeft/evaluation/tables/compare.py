@@ -12,21 +12,58 @@ import numpy as np
 from moepeft.checkpoints.count_parameters import count
 from moepeft.config import default as config_lib
 from moepeft.evaluation import bootstrap, published
-from moepeft.evaluation.paper_measure import AVERAGE, EIGHT
+from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.published import Published
 from moepeft.evaluation.results import HELD_OUT
 from moepeft.evaluation.tables import aggregate as figures
 from moepeft.evaluation.tables import comparable as sameness
 from moepeft.evaluation.tables import footnotes as remarks
-from moepeft.evaluation.tables import headings, routed
+from moepeft.evaluation.tables import routing as routed
 from moepeft.evaluation.tables import run_results as folders
 from moepeft.evaluation.tables import seeds as groups
-from moepeft.evaluation.tables.aggregate import Figure, Key
+from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
 from moepeft.evaluation.tables.render import Cell, Column, Line, Table
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
 from moepeft.peft.build import plain
 from moepeft.runs import config as run_config
+
+PARAMETERS = Column('parameters', 'parameters', 'count')
+PERCENT = Column('percent', '% of base', 'share')
+SEEDS = Column('seeds', 'seeds', 'count')
+
+
+def columns(keys: Sequence[Key]) -> list[Column]:
+  """A column for each key, with a name of its own."""
+  several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
+  found = []
+  for key in keys:
+    kind = 'loss' if key.measure == 'loss' else 'score'
+    better = 'lower' if key.measure == 'loss' else 'higher'
+    found.append(Column(key, _name(key, several), kind, better))
+  return found
+
+
+def _name(key: Key, several: bool) -> str:
+  measure = key.measure.replace('_', ' ')
+  if key.data == HELD_OUT and not key.dataset:
+    return f'held-out {measure}'
+  if _is_group(key):
+    name = key.dataset.replace('_', '-')
+    return name if measure == 'accuracy' else f'{name} {measure}'
+  if key.dataset in ('', MEAN):
+    return f'{key.data} {measure}'
+  name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'
+  return f'{name} ({key.data})' if several else name
+
+
+def _is_group(key: Key) -> bool:
+  """Whether a column is of a group of tasks, named by the group."""
+  papers = (*EIGHT, *ROUNDS, AVERAGE)
+  return key.data == AFTER or (
+    key.data == HELD_OUT and key.dataset not in papers
+  )
+
 
 # The data of columns of the paper's table alone.
 _PRINTED = 'paper'
@@ -78,7 +115,7 @@ def table(
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
   about_routers = routed.columns(row.routing for row in rows) if routing else []
-  columns = [*headings.columns(keys), *about_routers]
+  shown = [*columns(keys), *about_routers]
   against = _against(rows, baseline) if baseline else None
   majority = _majority(found, keys)
   placed = _lines(rows, bool(printed), against)
@@ -91,7 +128,7 @@ def table(
   notes = [
     *remarks.of_runs(grouped, found, keys),
     *remarks.of_best(grouped),
-    *remarks.of_missing(grouped, single, columns),
+    *remarks.of_missing(grouped, single, shown),
     *remarks.of_after(given, entries),
   ]
   if against is not None and any(
@@ -107,12 +144,12 @@ def table(
     matched = [row.printed for row in rows if row.printed]
     notes += remarks.of_paper(paper, matched)
   return Table(
-    (headings.PARAMETERS, headings.PERCENT, headings.SEEDS, *columns),
+    (PARAMETERS, PERCENT, SEEDS, *shown),
     tuple(lines),
     tuple(notes),
     title,
     decimals=2 if printed else 1,
-    best=_best(of_rows, headings.columns(keys)),
+    best=_best(of_rows, columns(keys)),
   )
 
 
@@ -222,9 +259,9 @@ def _line(row: _Row, paper: bool) -> Line:
   cells |= row.routing
   if not first.is_base:
     trained, base = _counts(first)
-    cells[headings.PARAMETERS.key] = Cell(trained)
-    cells[headings.PERCENT.key] = Cell(100 * trained / base)
-    cells[headings.SEEDS.key] = Cell(len(row.group.entries))
+    cells[PARAMETERS.key] = Cell(trained)
+    cells[PERCENT.key] = Cell(100 * trained / base)
+    cells[SEEDS.key] = Cell(len(row.group.entries))
   kind = 'base' if first.is_base else 'run'
   return Line(kind, first.method, aside.strip(), cells=cells)
 
@@ -287,7 +324,7 @@ def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
     low, high = (None if x is None else x - value for x in bounds)
     less[key] = Cell(ours.value - value, low, high)
   if printed.percent is not None:
-    paper[headings.PERCENT.key] = Cell(printed.percent)
+    paper[PERCENT.key] = Cell(printed.percent)
   name = 'paper' if printed.name == printed.method else f'paper: {printed.name}'
   return [
     Line('paper', '', name, cells=paper),
@@ -313,10 +350,10 @@ def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
       key: Cell(there[key.dataset]) for key in keys if key.dataset in there
     }
     if row.percent is not None:
-      cells[headings.PERCENT.key] = Cell(row.percent)
+      cells[PERCENT.key] = Cell(row.percent)
     own = row.name == row.method
     lines.append(
       Line('run', row.name if own else '', '' if own else row.name, mark, cells)
     )
-  columns = (headings.PERCENT, *headings.columns(keys))
-  return Table(columns, tuple(lines), tuple(notes), title)
+  shown = (PERCENT, *columns(keys))
+  return Table(shown, tuple(lines), tuple(notes), title)

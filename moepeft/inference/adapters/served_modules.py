@@ -14,8 +14,7 @@ from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import gate_logits, top_mask
 from moepeft.moe.routers.random import Random
 from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.initializers import Fill
-from moepeft.nn.parameter import peft_param
+from moepeft.nn.initializers import Fill, peft_param
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.dora import Dora
 from moepeft.peft.methods.ia3 import Ia3

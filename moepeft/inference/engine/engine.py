@@ -26,8 +26,12 @@ from moepeft.inference.api import (
   Stats,
   Unknown,
 )
-from moepeft.inference.engine.accept import check, check_length, places_of
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import (
+  Settings,
+  check,
+  check_length,
+  places_of,
+)
 from moepeft.inference.engine.model_runner import Core
 from moepeft.inference.engine.scheduler import Batcher
 from moepeft.inference.engine.sequence import Running

@@ -18,8 +18,7 @@ from moepeft.inference.decode import PAD
 from moepeft.inference.engine.limits import at_least
 from moepeft.inference.engine.model_runner import Core
 from moepeft.inference.engine.prefix_cache import Texts
-from moepeft.inference.engine.sequence import Running
-from moepeft.inference.engine.telling import experts_of, top_of
+from moepeft.inference.engine.sequence import Running, experts_of, top_of
 
 
 class Reader(Protocol):

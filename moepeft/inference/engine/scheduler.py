@@ -20,8 +20,8 @@ from moepeft.inference.api import (
   Scored,
   Token,
 )
-from moepeft.inference.engine.accept import check_length
 from moepeft.inference.engine.fair_queue import Turns
+from moepeft.inference.engine.limits import check_length
 from moepeft.inference.engine.model_runner import Core
 from moepeft.inference.engine.prefill import Chunks, Inputs, Reader
 from moepeft.inference.engine.prefix_cache import Texts

@@ -13,8 +13,7 @@ from moepeft.inference.engine import row_sampler as picking
 from moepeft.inference.engine.limits import at_least
 from moepeft.inference.engine.model_runner import Core
 from moepeft.inference.engine.prefill import Reader
-from moepeft.inference.engine.sequence import Running
-from moepeft.inference.engine.telling import experts_of, top_of
+from moepeft.inference.engine.sequence import Running, experts_of, top_of
 
 
 def step(

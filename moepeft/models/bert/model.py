@@ -14,9 +14,8 @@ from flax import struct
 
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields as fields_lib
-from moepeft.models.context import context
 from moepeft.models.decoder.hf_config import released
-from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import Advice, Around
 from moepeft.nn.attention import Attention, check_form, visible
 from moepeft.nn.linear import Embedding, Head, Linear

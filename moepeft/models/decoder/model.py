@@ -11,10 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Context
-from moepeft.models.context import context
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.masks import masks, past, sight
-from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import Advice, Around
 from moepeft.nn.attention import check_form
 from moepeft.nn.attention_mask import NO_WINDOW, Sight

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields as fields_lib
-from moepeft.models.context import context
-from moepeft.models.sites import ATTENTION, feed_forward
+from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import Advice, Around
 from moepeft.nn.attention import Attention, check_form, visible
 from moepeft.nn.linear import Embedding, Head

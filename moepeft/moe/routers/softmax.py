@@ -14,8 +14,8 @@ from moepeft.moe.gate import (
   gate_logits,
   jittered,
 )
-from moepeft.nn.parameter import peft_param
-from moepeft.nn.softmax import softmax
+from moepeft.nn.initializers import peft_param
+from moepeft.nn.numerics import softmax
 
 
 class Softmax(nn.Module):

@@ -16,8 +16,8 @@ from moepeft.moe.gate import (
   jittered,
   top_mask,
 )
-from moepeft.nn.parameter import peft_param
-from moepeft.nn.softmax import softmax
+from moepeft.nn.initializers import peft_param
+from moepeft.nn.numerics import softmax
 
 
 class TopK(nn.Module):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import Frozen, contraction, kernel_letters
+from moepeft.nn.initializers import peft_param
 from moepeft.nn.numerics import wide
-from moepeft.nn.parameter import peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.lora import Lora

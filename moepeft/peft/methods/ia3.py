@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import Frozen, contraction
-from moepeft.nn.initializers import Fill
+from moepeft.nn.initializers import Fill, peft_param
 from moepeft.nn.numerics import wide
-from moepeft.nn.parameter import peft_param
 from moepeft.peft.method import Method
 
 ONES = Fill(1)

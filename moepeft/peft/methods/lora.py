@@ -13,10 +13,9 @@ from moepeft.nn.adapter_hook import (
   kernel_letters,
   sizes,
 )
-from moepeft.nn.initializers import Fill, Normal
+from moepeft.nn.initializers import Fill, Normal, peft_param
 from moepeft.nn.low_rank_matmul import thin_product
 from moepeft.nn.numerics import wide
-from moepeft.nn.parameter import peft_param
 from moepeft.peft.method import Method
 
 INIT_A = Normal(0.02)

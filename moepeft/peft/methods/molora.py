@@ -9,7 +9,7 @@ from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import Frozen, flatten_features
-from moepeft.nn.parameter import peft_param
+from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 

@@ -10,9 +10,9 @@ from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import Frozen, flatten_features
+from moepeft.nn.initializers import peft_param
 from moepeft.nn.low_rank_matmul import thin_product
 from moepeft.nn.numerics import wide
-from moepeft.nn.parameter import peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods.ia3 import ONES
 

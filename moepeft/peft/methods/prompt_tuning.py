@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import Advice, Frozen
-from moepeft.nn.parameter import peft_param
+from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
 
 # The paper starts from the 5,000 most common tokens; tokenizers list the

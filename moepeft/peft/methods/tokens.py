@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import shortened
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.initializers import Fill
-from moepeft.nn.parameter import COLLECTION, peft_param
+from moepeft.nn.initializers import COLLECTION, Fill, peft_param
 from moepeft.peft.method import Method
 
 

@@ -12,10 +12,10 @@ from moepeft.serve.http import (
   chat,
   completions,
   embeddings,
-  listing,
   probes,
   tokens,
 )
+from moepeft.serve.http import probes as listing
 from moepeft.serve.http.cors import Cors
 from moepeft.serve.http.errors import Problem
 from moepeft.serve.http.middleware import Gate

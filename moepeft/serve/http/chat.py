@@ -15,16 +15,15 @@ from moepeft.inference import api as protocol
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as asking
 from moepeft.serve.http.body import read
-from moepeft.serve.http.chat_schema import Chat
 from moepeft.serve.http.completion_stream import REASONS, Answer, Delta, deltas
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.event_bridge import Underway, unless_gone
-from moepeft.serve.http.message import Plain, message
 from moepeft.serve.http.model_registry import Model
-from moepeft.serve.http.request_stats import Tally
+from moepeft.serve.http.request_stats import Tally, usage
+from moepeft.serve.http.schemas import Chat
 from moepeft.serve.http.service import Plan, Reader, Service
 from moepeft.serve.http.sse import EventStream
-from moepeft.serve.http.usage import usage
+from moepeft.serve.http.tool_calls import Plain, message
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moepeft.inference import api as protocol
+from moepeft.inference.api import Scored
+from moepeft.inference.detokenizer import Detokenizer
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as asking
 from moepeft.serve.http.body import read
@@ -22,15 +24,40 @@ from moepeft.serve.http.completion_stream import (
   Entry,
   deltas,
 )
-from moepeft.serve.http.echo import echoed
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.event_bridge import Underway, unless_gone
 from moepeft.serve.http.model_registry import Model
-from moepeft.serve.http.request_stats import Tally
+from moepeft.serve.http.request_stats import Tally, usage
 from moepeft.serve.http.schemas import Completion
 from moepeft.serve.http.service import Service
 from moepeft.serve.http.sse import EventStream
-from moepeft.serve.http.usage import usage
+from moepeft.serve.http.text import Words
+
+
+def echoed(
+  words: Words,
+  ids: Sequence[int],
+  given: str | None,
+  scored: Sequence[Scored],
+) -> tuple[str, list[Entry]]:
+  """(the prompt's text, its tokens).
+
+  Args:
+    given: the prompt where it was text, which is given back as it was.
+    scored: its tokens; () where they were not asked for.
+  """
+  if not scored:
+    return (words.decode(ids) if given is None else given), []
+  detokenizer, offsets, text = Detokenizer(words.decode), [], ''
+  for i in ids:
+    offsets.append(len(text))
+    text += detokenizer.feed([i])
+  text += detokenizer.finish()
+  text = text if given is None else given
+  # A tokenizer may write a text a little otherwise than it was.
+  pairs = zip(scored, offsets, strict=True)
+  return text, [Entry(one, min(at, len(text))) for one, at in pairs]
+
 
 # OpenAI's, where a request names none.
 _LENGTH = 16

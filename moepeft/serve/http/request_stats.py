@@ -3,6 +3,7 @@
 
 import dataclasses
 import time
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -59,3 +60,15 @@ class Tally:
     if self.per_token:
       parts.append(f'{1 / self.per_token:.1f} tokens/s')
     return ' '.join(parts)
+
+
+def usage(tally: Tally) -> dict[str, Any]:
+  return {
+    'prompt_tokens': tally.prompt,
+    'completion_tokens': tally.answer,
+    'total_tokens': tally.prompt + tally.answer,
+    'prompt_tokens_details': {
+      # Answers to one prompt share it.
+      'cached_tokens': min(tally.cached, tally.prompt)
+    },
+  }

@@ -6,14 +6,16 @@ import logging
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
+
 from moepeft.inference import api as protocol
+from moepeft.inference.api import Constraint
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import Problem, later, refused, wrong
 from moepeft.serve.http.event_bridge import Underway
 from moepeft.serve.http.limits import Limits
 from moepeft.serve.http.schemas import Asked, ResponseFormat
 from moepeft.serve.http.service import Compiler
-from moepeft.serve.http.watched import Watched
 
 _LOG = logging.getLogger('moepeft.serve')
 _MASK = (1 << 64) - 1
@@ -179,3 +181,31 @@ def submit(
         'not_ready',
       ) from None
     raise refused(e, param) from None
+
+
+class Watched:
+  """A `Constraint` that remembers why it could not go on.
+
+  A grammar may turn out too complex only when an answer has come far: this is
+  the request's fault, while the engine says no more than that it failed.
+
+  Attributes:
+    reason: a sentence; '' while all is well.
+  """
+
+  def __init__(self, constraint: Constraint):
+    self._constraint, self.reason = constraint, ''
+
+  def mask(self) -> np.ndarray:
+    try:
+      return self._constraint.mask()
+    except ValueError as e:
+      self.reason = str(e)
+      raise
+
+  def accept(self, token: int) -> bool:
+    try:
+      return self._constraint.accept(token)
+    except ValueError as e:
+      self.reason = str(e)
+      raise

@@ -7,8 +7,7 @@ from starlette.responses import JSONResponse
 from moepeft.serve.http import requests as asking
 from moepeft.serve.http.body import read
 from moepeft.serve.http.chat import planned
-from moepeft.serve.http.chat_schema import Tokenize
-from moepeft.serve.http.schemas import Detokenize
+from moepeft.serve.http.schemas import Detokenize, Tokenize
 from moepeft.serve.http.service import Service
 
 

@@ -2,6 +2,7 @@
 """Calls of tools in chat: what is asked for, forced, and read out of text."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from moepeft.data.chat.formats import Conversation
@@ -9,8 +10,37 @@ from moepeft.inference.api import Constraint, Full
 from moepeft.inference.tools import parser as calls
 from moepeft.inference.tools import tools
 from moepeft.serve.http.errors import refused, wrong
+from moepeft.serve.http.requests import Watched
 from moepeft.serve.http.service import Compiler
-from moepeft.serve.http.watched import Watched
+
+
+class Plain:
+  """The reader of answers without tools: all of the text is content."""
+
+  called = False
+
+  def feed(self, text: str) -> list[dict[str, Any]]:
+    return [{'content': text}] if text else []
+
+  def finish(self) -> list[dict[str, Any]]:
+    return []
+
+
+def message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """OpenAI's message: null content where there are calls alone."""
+  text, calls = '', []
+  for delta in deltas:
+    text += delta.get('content', '')
+    for part in delta.get('tool_calls', ()):
+      if 'id' in part:
+        own = {'name': part['function']['name'], 'arguments': ''}
+        calls.append({'id': part['id'], 'type': 'function', 'function': own})
+      function = calls[part['index']]['function']
+      function['arguments'] += part['function']['arguments']
+  found = {'role': 'assistant', 'content': text, 'refusal': None}
+  if calls:
+    found |= {'content': text or None, 'tool_calls': calls}
+  return found
 
 
 class Calling:
