@@ -268,8 +268,8 @@ def test_no_row_is_run_on_a_device_whose_peak_is_not_known(monkeypatch):
   'flag, why',
   [
     ('--sizes=foo', "got 'foo'"),
-    ('--batch=0', 'batch'),
-    ('tiny', "unexpected argument 'tiny'"),
+    pytest.param('--batch=0', 'batch', marks=pytest.mark.slow),
+    pytest.param('tiny', "unexpected argument 'tiny'", marks=pytest.mark.slow),
   ],
 )
 def test_the_command_answers_a_wrong_flag_in_a_sentence(flag, why):

@@ -230,7 +230,7 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
 @pytest.mark.parametrize(
   ('objective', 'stops'),
   [
-    ('kto', (4, 6)),
+    pytest.param('kto', (4, 6), marks=pytest.mark.slow),
     pytest.param('reward', (6,), marks=pytest.mark.slow),
     pytest.param('orpo', (6,), marks=pytest.mark.slow),
     pytest.param('simpo', (6,), marks=pytest.mark.slow),
