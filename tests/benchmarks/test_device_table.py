@@ -65,7 +65,9 @@ WIDE = t5.T5Config(
 )
 
 
-@pytest.mark.parametrize('method', ['ia3', 'full'])
+@pytest.mark.parametrize(
+  'method', ['ia3', pytest.param('full', marks=pytest.mark.slow)]
+)
 def test_model_flops_are_those_of_the_compiled_step(method):
   # Unrolled: XLA counts the body of a scan once. Shapes alone: nothing is run.
   built = build(method, t5.sites(WIDE))
@@ -116,6 +118,7 @@ def test_a_row_is_measured_by_the_loops_own_update():
   assert found['bytes'] is None
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_on_the_device_as_the_model_starts_them():
   advice = build('molora(experts=3, rank=2)', t5.sites(SMALLEST)).advice
   model = t5.T5(SMALLEST, advice, param_dtype=jnp.bfloat16)
@@ -268,8 +271,8 @@ def test_no_row_is_run_on_a_device_whose_peak_is_not_known(monkeypatch):
   'flag, why',
   [
     ('--sizes=foo', "got 'foo'"),
-    ('--batch=0', 'batch'),
-    ('tiny', "unexpected argument 'tiny'"),
+    pytest.param('--batch=0', 'batch', marks=pytest.mark.slow),
+    pytest.param('tiny', "unexpected argument 'tiny'", marks=pytest.mark.slow),
   ],
 )
 def test_the_command_answers_a_wrong_flag_in_a_sentence(flag, why):

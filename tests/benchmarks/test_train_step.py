@@ -151,7 +151,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('flags', WRONG)
+@pytest.mark.parametrize(
+  'flags',
+  [
+    pytest.param(flags, marks=pytest.mark.slow if i else ())
+    for i, flags in enumerate(WRONG)
+  ],
+)
 def test_a_wrong_flag_is_a_sentence_before_anything_is_timed(flags, tmp_path):
   done = subprocess.run(
     [sys.executable, str(FILE), *flags.split()],

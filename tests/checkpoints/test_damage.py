@@ -317,7 +317,8 @@ def test_training_goes_on_from_the_checkpoint_before_if_asked_to(
   assert adapter_bytes(workdir) == expected
 
 
-@pytest.mark.parametrize('step', [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('step', [2, 3])
 def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
   base,  # noqa: F811
   begun,

@@ -306,6 +306,7 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused(tmp_path):
     train.train(c, str(tmp_path / 'run'), dry_run=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
   c, workdir = run_config(), str(tmp_path / 'run')
   train.train(c, workdir)

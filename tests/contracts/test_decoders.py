@@ -128,7 +128,9 @@ def cached(model, variables):
   return found
 
 
-@pytest.mark.parametrize('name', ['llama', 'gemma2', 'gpt2'])
+@pytest.mark.parametrize(
+  'name', small.others_slow(('llama', 'gemma2', 'gpt2'), quick=('gemma2',))
+)
 def test_cached_decoding_equals_uncached_in_bfloat16(name):
   half = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   model, variables = make(CONFIGS[name], **half)

@@ -30,7 +30,9 @@ def make(name, **options):
   return model, fresh(model, small.batch(), 0)
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['full', pytest.param('none', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('name', METHODS)
 def test_a_probe_trains_under_scan_remat_and_jit(name, remat):
   model, variables = make(name, remat=remat)

@@ -164,6 +164,7 @@ def test_no_bin_holds_more_than_its_room_and_few_are_made():
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
+@pytest.mark.slow
 @pytest.mark.parametrize('lengths', [(512, 128), (1024, 256)])
 def test_packed_p3_wastes_less_than_a_twentieth_of_the_encoder(lengths):
   data = config_lib.default().data
@@ -311,6 +312,7 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
+@pytest.mark.slow
 def test_equal_rates_reach_every_dataset_of_p3():
   found = jsonl.read(str(P3))
   data = config_lib.default().data

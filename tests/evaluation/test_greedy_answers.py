@@ -150,7 +150,12 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-  'ends, steps', [((0, 0), 1), ((2, 4), 5), ((3, 99), 11)]
+  'ends, steps',
+  [
+    ((0, 0), 1),
+    ((2, 4), 5),
+    pytest.param((3, 99), 11, marks=pytest.mark.slow),
+  ],
 )
 def test_decoding_stops_where_every_row_has_ended(ends, steps):
   model = Counting()

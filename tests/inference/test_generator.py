@@ -87,10 +87,12 @@ def generation(kind, **settings):
   return Generation(made(kind)[0], WORDS, Settings(**settings))
 
 
-KINDS = pytest.mark.parametrize('kind', ['t5', 'decoder'])
+KINDS = pytest.mark.parametrize(
+  'kind', ['decoder', pytest.param('t5', marks=pytest.mark.slow)]
+)
 
 
-@KINDS
+@pytest.mark.parametrize('kind', ['t5', 'decoder'])
 def test_texts_are_those_of_the_loop_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)

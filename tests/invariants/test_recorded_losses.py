@@ -10,7 +10,6 @@ from . import bases, cases
 
 QUICK = (
   't5/molora_topk_accumulated_packed',
-  'llama/molora_sft',
   'llama/dpo_molora_packed',
 )
 RECORDED = json.loads(cases.FILE.read_text())

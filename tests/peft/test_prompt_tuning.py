@@ -117,7 +117,9 @@ def test_placeholders_are_the_ids_after_the_vocabulary():
   assert placeholders(model_of(small.GATED, 'lora').advice, 37) == ()
 
 
-@every
+@pytest.mark.parametrize(
+  'kind', small.others_slow(CONFIGS, quick=('t5', 'llama'))
+)
 def test_training_a_prompt_lowers_the_loss_and_moves_nothing_else(kind):
   config = CONFIGS[kind]
   model, variables = made(config, METHOD, 0.0)

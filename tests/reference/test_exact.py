@@ -45,8 +45,18 @@ _INPUTS = {
 }
 
 
+# Compiling a case in float64 takes 10 s: three methods in the fast suite.
+_SLOW = ('official/lora', 'official/molora_top2')
+
+
 def of_cases(found):
-  return pytest.mark.parametrize('name', found)
+  return pytest.mark.parametrize(
+    'name',
+    [
+      pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ())
+      for name in found
+    ],
+  )
 
 
 def has_adapter(name):

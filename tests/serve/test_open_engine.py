@@ -104,6 +104,7 @@ def check(place, ids, name, answer):
     assert row.max() - row[token.id] < CLOSE
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_says_what_each_adapters_own_model_says(engine, place):
   with paused(engine):
     # At once, with the base's: five slots.

@@ -68,6 +68,7 @@ def test_embedded_tasks_train_and_judge_a_decoder(tmp_path, capsys):
   assert 'accuracy' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_text_is_learnt_and_a_run_cut_in_two_is_the_same(text, tmp_path):
   more = {**text, 'evaluation.every_steps': 2, 'data.packing': True}
   rate = {'optimizer.learning_rate': 1e-2}

@@ -42,12 +42,17 @@ def first_loss(config):
 @pytest.mark.parametrize(
   ('family', 'method'),
   [
-    ('llama', 'lora(rank=2)'),
     ('llama', MOLORA),
-    ('llama', 'mov(experts=3)'),
-    ('llama', 'ia3'),
-    ('t5', MOLORA),
     ('t5', 'mov(experts=3)'),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('llama', 'lora(rank=2)'),
+        ('llama', 'mov(experts=3)'),
+        ('llama', 'ia3'),
+        ('t5', MOLORA),
+      )
+    ),
   ],
 )
 def test_the_first_loss_of_dpo_is_the_logarithm_of_two(places, family, method):
@@ -232,7 +237,7 @@ def test_training_goes_on_from_adapters_that_are_the_reference(
 @pytest.mark.parametrize(
   ('objective', 'stops'),
   [
-    ('kto', (4, 6)),
+    pytest.param('kto', (4, 6), marks=pytest.mark.slow),
     pytest.param('reward', (6,), marks=pytest.mark.slow),
     pytest.param('orpo', (6,), marks=pytest.mark.slow),
     pytest.param('simpo', (6,), marks=pytest.mark.slow),

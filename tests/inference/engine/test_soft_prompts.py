@@ -139,6 +139,7 @@ def test_a_mixed_batch_says_what_each_adapters_own_model_says(kind, request):
   assert len(set(said)) > 2
 
 
+@pytest.mark.slow
 def test_a_row_of_the_base_is_the_same_beside_prompts(llama):
   ids = prompt(3, 7)
   alone = ask(llama.engine, ids, 6, logprobs=1).wait()
