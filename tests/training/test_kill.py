@@ -17,8 +17,9 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_progress import Course
 from moepeft.core import jsonl_log as rows_lib
-from moepeft.training.signals import Course, Stopped
+from moepeft.training.signals import Stopped
 from tests import ROOT
 
 from .test_train import adapter_bytes, base, card  # noqa: F401
