@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.config import flags as command
 from moepeft.core import host_memory as pages
 from moepeft.core.types import State

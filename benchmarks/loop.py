@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import default as config_lib
 from moepeft.config import flags as command
 from moepeft.core import host_memory as pages
 from moepeft.core import jsonl_log as rows_lib

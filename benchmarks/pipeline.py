@@ -20,8 +20,8 @@ import time
 import numpy as np
 from absl import app, flags, logging
 
+from moepeft import config as config_lib
 from moepeft import data, tasks
-from moepeft.config import default as config_lib
 from moepeft.data.readers.seqio_stream import SIDES, library
 
 _DATA = flags.DEFINE_string(

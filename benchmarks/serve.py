@@ -28,9 +28,9 @@ import numpy as np
 from absl import flags
 from decode import SMOLLM2
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.config import flags as command
 from moepeft.inference.adapters.bank import Banks
 from moepeft.inference.api import Finished, Request

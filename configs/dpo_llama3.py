@@ -9,7 +9,7 @@ policy and reference are two passes of the same weights.
 --config.model.quantise=nf4 makes it smaller still.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -15,7 +15,7 @@ out, and the count is printed: raise length to keep it. Rows are packed: one
 holds as many pairs as fit, so a step has 4 rows and more pairs.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

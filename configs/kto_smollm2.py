@@ -13,7 +13,7 @@ answers as fit. The reference point is a mean over the answers of a step, and 4
 rows hold few: raise batch_size and accumulate for a steadier one.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -4,7 +4,7 @@
 python -m moepeft.train --config=configs/molora_t5.py --workdir=/tmp/molora
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -8,7 +8,7 @@ PATH is a .txt file, .jsonl rows with a text, or a directory of them. The last
 twentieth of the text is held out; its loss is that of a byte, in nats.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

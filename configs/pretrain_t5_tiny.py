@@ -21,7 +21,7 @@ python -m moepeft.convert --workdir=W2 --to=hf --dtype=bfloat16 \
   --output=moepeft/assets/t5_tiny
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -10,7 +10,7 @@ completion. The loss is that of the assistant's turns. See what is trained with
 python -m moepeft.data --show_batch and the same --config.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -7,7 +7,7 @@ python -m moepeft.train --workdir=DIR \
 FILE holds conversations, see configs/sft.py.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -9,7 +9,7 @@ answer with an empty thought and drops it from earlier ones; both are found
 and trained as they stand.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

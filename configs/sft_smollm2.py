@@ -12,7 +12,7 @@ method by default, so that they can start from the adapter of this run;
 method='lora(rank=18)' has as many parameters.
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

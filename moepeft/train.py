@@ -202,7 +202,7 @@ def train(
   """Trains, evaluates and writes; returns the closing summary.
 
   Args:
-    config: of `moepeft.config.default.default`.
+    config: of `moepeft.config.defaults.default`.
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that

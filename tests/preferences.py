@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import default as config_lib
 from moepeft.core.types import State
 from moepeft.data.batching import collators as forms
 from moepeft.data.preference import dataset as answers

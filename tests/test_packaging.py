@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from moepeft import config as config_lib
 from moepeft import moe
 from moepeft.checkpoints.count_parameters import count
-from moepeft.config import default as config_lib
 from moepeft.core.types import Context
 from moepeft.models.decoder import llama
 from moepeft.peft import METHODS
@@ -152,7 +152,7 @@ def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
     'JAX_PLATFORMS': 'cpu',
   }
   python = [sys.executable, '-c']
-  where = 'from moepeft import command; print(command.PACKAGE)'
+  where = 'from moepeft.config import flags; print(flags.PACKAGE)'
   found = subprocess.check_output(
     [*python, where], env=env, cwd=tmp_path, text=True
   )

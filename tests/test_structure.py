@@ -19,7 +19,7 @@ LAYERS = (
   ('training', 'evaluation', 'serve'),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
-    *('tokenizer', 'data.__main__', 'serve.__main__', '__main__'),
+    *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),
   ),
 )
 # It knows a server's API alone.

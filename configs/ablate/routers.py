@@ -29,7 +29,7 @@ A cell that does worse may have the lesser scale rather than the worse router.
 
 import dataclasses
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ this size has rank 4.
 python -m moepeft.count --config=configs/paper/t5_large_lora.py:rank=4
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -5,7 +5,7 @@ Zadouri et al., arXiv:2309.05444, with the released code's settings.
 python -m moepeft.count --config=configs/paper/t5_xl_ia3.py
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -7,7 +7,7 @@ large shapes alone.
 python -m moepeft.count --config=configs/paper/t5_xl_lora.py:rank=4
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

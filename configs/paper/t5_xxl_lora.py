@@ -6,7 +6,7 @@ The paper's table of this size has no LoRA; 4 is the least rank of the others.
 python -m moepeft.count --config=configs/paper/t5_xxl_lora.py:rank=4
 """
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.config.default import default
+from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core.ranges import shortened
 

@@ -55,7 +55,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
     'config',
     None,
     'A card: a file with get_config(), and values for it after a colon. Keys '
-    'are changed by --config.key=value; moepeft/config/default.py lists all.',
+    'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
     lock_config=True,
   )
   _show_in_help(('config', _TRACEBACK.name))
@@ -240,7 +240,7 @@ def _check_values() -> None:
   if not isinstance(config, ConfigDict):
     raise ValueError(
       f'get_config() of {flags.FLAGS["config"].config_filename} returned '
-      f'{type(config).__name__}; expected that of moepeft.config.default'
+      f'{type(config).__name__}; expected that of moepeft.config.defaults'
     )
   config_check.check_ranges(config)
 

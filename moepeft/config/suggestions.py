@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
-from moepeft.config.default import default
+from moepeft.config.defaults import default
 from moepeft.core.ranges import nearest, shortened
 
 # Its keys are fields of the model, which the config does not know.
@@ -40,7 +40,7 @@ def unknown_key(arg: str) -> str:
     inside = ', '.join(k for k in known if k.startswith(f'{key}.'))
     return f'config.{key} is a section of a config; name a key in it: {inside}'
   close = [f'config.{k}' for k in similar_keys(key, known)]
-  advice = _options(close) or '; moepeft/config/default.py lists all keys'
+  advice = _options(close) or '; moepeft/config/defaults.py lists all keys'
   return f'there is no config.{_short(key)}{advice}'
 
 

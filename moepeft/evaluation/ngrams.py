@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """N-gram language models, a baseline of models that are trained from nothing.
 
-python -m moepeft.evaluation.ngrams \
-  --config=configs/pretrain_gpt_tiny.py:text=PATH
-
 N-grams of the training text predict the rows that a run of the config is
 validated on. Losses are means over the same targets as the run's, in nats.
 
@@ -16,16 +13,12 @@ tell from its length so far.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
-from moepeft.core import files
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching.collators import form
 from moepeft.data.batching.decoder_only import Sample
@@ -255,29 +248,3 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
   )
   nats = losses(train, rows, order, words.size)
   return sum(one.targets for one in rows), nats
-
-
-def main(argv) -> None:
-  del argv
-  if _JSON.value:
-    command.check_can_write(_JSON.value)
-  targets, found = baseline(_CONFIG.value, _ORDER.value)
-  print(f'nats a target, of {targets:,} held-out targets')
-  for n, nats in enumerate(found, 1):
-    best = '  the least' if nats == min(found) else ''
-    print(f'{n}-gram  {nats:.4f}{best}')
-  if _JSON.value:
-    files.write_text(_JSON.value, json.dumps(dict(enumerate(found, 1))))
-
-
-if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/pretrain_gpt_tiny.py')
-  _ORDER = flags.DEFINE_integer(
-    'order',
-    8,
-    'The largest n.',
-    lower_bound=1,
-    upper_bound=64,
-  )
-  _JSON = flags.DEFINE_string('json', None, 'Where to write the losses.')
-  command.run(main)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moepeft.config import check as config_check
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.core import untrusted
 
 NAME = 'config.json'
@@ -24,7 +24,7 @@ def read(workdir: str) -> dict[str, Any]:
 
   Raises:
     ValueError: there is none, or it is damaged: no JSON, or a key's value is
-      of another type than in `moepeft.config.default`.
+      of another type than in `moepeft.config.defaults`.
   """
   path = os.path.join(workdir, NAME)
   if not os.path.exists(path):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize as quantised
 from moepeft.checkpoints.manager import card, restore_trained
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import vocabulary
 from moepeft.data.chat import template as chat_template

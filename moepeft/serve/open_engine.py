@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moepeft import models
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.data import vocabulary
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.inference import prompts

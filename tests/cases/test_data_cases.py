@@ -6,7 +6,7 @@ The same claims stand without the folder in tests/data.
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data import preview as picture
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching.collators import Pairs

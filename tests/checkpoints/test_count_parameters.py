@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.checkpoints.count_parameters import count
-from moepeft.config import default as config_lib
 from tests import ROOT
 
 PAPER = ROOT.parent / 'shared' / 'paper'

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import Checkpoints, card, restore_adapter
 from moepeft.checkpoints.run_metadata import seal
-from moepeft.config import default as config_lib
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh

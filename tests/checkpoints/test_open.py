@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import default as config_lib
 from moepeft.data.chat import dataset as chat
 from moepeft.data.chat import template as chat_template
 from moepeft.data.chat.formats import Conversation, Turn

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import manager as checkpoint
 from moepeft.checkpoints import quantize as quantised
 from moepeft.checkpoints.count_parameters import count
-from moepeft.config import default as config_lib
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.models.t5 import model as t5

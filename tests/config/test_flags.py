@@ -67,7 +67,7 @@ def test_a_terminal_of_ascii_gets_escapes(monkeypatch):
 
 SCRIPT = """
 import sys
-from moepeft import command
+from moepeft.config import flags as command
 def main():
   for _ in range(100_000):
     print('a line of output')
@@ -93,7 +93,9 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word():
 def test_a_device_that_jax_does_not_have_is_named(platform):
   if platform == 'cuda' and jax.default_backend() == 'gpu':
     pytest.skip('here is such a device')
-  code = 'import jax; from moepeft import command; command.answer(jax.devices)'
+  code = (
+    'import jax; from moepeft.config import flags; flags.answer(jax.devices)'
+  )
   done = subprocess.run(
     [sys.executable, '-c', code],
     env={**os.environ, 'JAX_PLATFORMS': platform},

@@ -8,10 +8,10 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
+from moepeft import config as config_lib
 from moepeft import moe
 from moepeft.checkpoints import quantize as quantised
 from moepeft.config import check as config_check
-from moepeft.config import default as config_lib
 from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core import sharding
 from moepeft.core.ranges import MAX_SEED, Choices, Range

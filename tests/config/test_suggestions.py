@@ -84,7 +84,7 @@ def test_help_ends_with_zero():
     ),
     ('--config.optimiser.name=x', 'did you mean config.optimizer.name?'),
     ('--config.modle.path=x', 'config.model.path'),
-    ('--config.qqqqqqq=1', 'moepeft/config/default.py lists all keys'),
+    ('--config.qqqqqqq=1', 'moepeft/config/defaults.py lists all keys'),
     ('--config.optimizer=adamw', 'is a section of a config'),
   ],
 )

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft import config as config_lib
 from moepeft import train
-from moepeft.config import default as config_lib
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping as names

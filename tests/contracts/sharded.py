@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.config import default as config_lib
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping as names

@@ -98,7 +98,7 @@ RUN = """
 import os, sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from moepeft import processes
+from moepeft.core import distributed as processes
 how, number, lost, how_lost = sys.argv[1], *map(int, sys.argv[2:])
 processes.join(how, 10)
 with processes.together(10):

@@ -12,7 +12,7 @@ from moepeft.core.host_memory import Bound
 # and so does what is made after, in the hole: the next does not fit there.
 STORY = """
 import numpy as np
-from moepeft import pages
+from moepeft.core import host_memory as pages
 assert pages.keep()
 held = []
 def step():

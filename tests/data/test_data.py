@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.readers import jsonl

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
-from moepeft.config import default as config_lib
 from moepeft.data import fingerprint as files
 from moepeft.runs.run import DATA, check_same_data
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data import loader, mixing, sources
 from moepeft.data.batching import packing
 from moepeft.data.batching.collators import Pairs

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import peft
-from moepeft.config import default as config_lib
 from moepeft.data.chat import formats as conversations
 from moepeft.data.chat import render as chat_text
 from moepeft.data.chat.messages import Turn

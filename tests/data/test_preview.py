@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.__main__ import show
 from moepeft.data.__main__ import text as decoded_text
 from moepeft.data.batching.decoder_only import packed, sample

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import tasks
-from moepeft.config import default as config_lib
 from moepeft.data import sources
 from moepeft.evaluation.eval_sets import examples
 from moepeft.tasks.family import Instance, Template

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.core.files import ASSETS, local_path
 from moepeft.data import fingerprint as files
 from moepeft.data.batching import collators as forms

@@ -4,7 +4,7 @@
 import dataclasses
 import json
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.evaluation import scores as scoring
 
 from . import cases

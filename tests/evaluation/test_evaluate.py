@@ -12,9 +12,9 @@ import types
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import evaluate, train
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import default as config_lib
 from moepeft.core.progress import Pass
 from moepeft.data.readers import jsonl
 from moepeft.data.tokenizers.tokenizer import Bytes

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.evaluation.loglikelihood import Likelihood

@@ -119,7 +119,7 @@ def test_the_command_prints_a_line_for_each_n(tmp_path):
   file = tmp_path / 'text.txt'
   file.write_text('the cat sat on the mat.\n\n' * 300)
   found = commands.run(
-    'moepeft.evaluation.ngrams',
+    'moepeft.ngrams',
     '--order=3',
     f'--config=configs/pretrain_gpt_tiny.py:text={file}',
   )

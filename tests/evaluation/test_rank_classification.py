@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq as batching
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.evaluation import eval_sets as sets_lib

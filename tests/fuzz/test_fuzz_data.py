@@ -18,7 +18,7 @@ import time
 import pytest
 import yaml
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data import example as rows_lib
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.chat import dataset as chat

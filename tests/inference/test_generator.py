@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import generate
-from moepeft.config import default as config_lib
 from moepeft.data.chat.formats import Turn
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 from moepeft.evaluation.greedy_answers import Answering

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching.collators import Pairs, form
 from moepeft.data.batching.decoder_only import Sample, Samples, sample
 from moepeft.data.preference.dataset import form_of

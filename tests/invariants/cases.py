@@ -10,8 +10,8 @@ import pathlib
 import sys
 import tempfile
 
+from moepeft import config as config_lib
 from moepeft import train
-from moepeft.config import default as config_lib
 
 from . import bases
 

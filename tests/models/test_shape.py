@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base
-from moepeft.config import default as config_lib
 from moepeft.core.jsonl_log import read
 from moepeft.nn.rope import Rope
 

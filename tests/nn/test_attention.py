@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import base
-from moepeft.config.default import default
+from moepeft.config.defaults import default
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5.model import T5
 from moepeft.nn import attention

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.core.types import Context
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import Advice

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.objectives import preference_losses as preference
 from moepeft.objectives.preference_losses import Preference, preference_of
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.peft.build import build
 from moepeft.runs import next_steps
 

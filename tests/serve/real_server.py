@@ -24,8 +24,8 @@ import urllib.request
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.data import vocabulary
 from moepeft.evaluation.loglikelihood import losses
 from moepeft.peft import build

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tokenizers
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import pip_models as packages
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.count_parameters import count
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.config import default as config_lib
 from moepeft.models.bert.model import BertConfig
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.runs import run as runs

@@ -40,7 +40,7 @@ FLAGS = {
 # socket; in one process of its own, since a start costs seconds.
 SCRIPT = """
 import contextlib, io, runpy, sys
-from moepeft import command
+from moepeft.config import flags as command
 command.run = lambda main: None
 module = runpy.run_module('moepeft.serve', run_name='__main__')
 run, open_socket = module['run'], module['listen']

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.core.jsonl_log import read
 from moepeft.data.batching.decoder_only import Samples, packed, padded, sample
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer

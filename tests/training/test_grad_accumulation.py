@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.core.types import State
 from moepeft.moe import aux_losses as losses
 from moepeft.objectives.cross_entropy import mean
@@ -210,7 +210,7 @@ def test_part_i_has_every_nth_row_from_i_on():
 _LOCAL = """
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from moepeft import accumulate
+from moepeft.training import grad_accumulation as accumulate
 from moepeft.objectives.cross_entropy import divisors
 assert jax.device_count() == 8
 mesh = Mesh(jax.devices(), ('data',))

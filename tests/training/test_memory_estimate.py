@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import default as config_lib
 from moepeft.core import memory
 from moepeft.training import memory_estimate, optim
 

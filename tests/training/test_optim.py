@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.training import optim
 
 # Adam divides by 1 - 0.999^t, whose float32 rounding of 6e-8 is 6e-5 of it.

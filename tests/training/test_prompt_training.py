@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import evaluate, generate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
-from moepeft.config import default as config_lib
 from moepeft.core.jsonl_log import read
 from moepeft.inference.adapters.bank import Banks
 from moepeft.inference.generator import Generation, Settings

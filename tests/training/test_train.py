@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from moepeft import config as config_lib
 from moepeft import convert, generate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
-from moepeft.config import default as config_lib
 from moepeft.config import ranges as config_ranges
 from moepeft.core.jsonl_log import Rows, read
 from moepeft.core.progress import Progress

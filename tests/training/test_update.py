@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.core.types import Context, Routing, State
 from moepeft.moe import aux_losses as losses
 from moepeft.moe import router_stats as stats

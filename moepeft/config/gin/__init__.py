@@ -3,7 +3,7 @@
 
 - syntax: reads stacked files and overrides, with gin-config's parser.
 - names: which macros and bindings have a meaning; others are errors.
-- translate: what they say, as a config of `moepeft.config.default`.
+- translate: what they say, as a config of `moepeft.config.defaults`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Translated(NamedTuple):
   """What a stack of gin files comes to.
 
   Attributes:
-    config: every key of `moepeft.config.default.default`.
+    config: every key of `moepeft.config.defaults.default`.
     model_dir: MODEL_DIR, '' where it is not given.
     text: all that was said as one gin file, to be kept beside a run.
     notes: what was assumed or left out, a sentence each.

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 from typing import Any
 
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.config.gin.syntax import Given, Statements
 
 # Macro -> the key that takes its value as it is.

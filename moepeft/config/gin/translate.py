@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.config import method_string as spec
 from moepeft.config.gin import checkpoint_path
 from moepeft.config.gin.names import KEYS, SHAPE

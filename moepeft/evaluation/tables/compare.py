@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moepeft.checkpoints.count_parameters import count
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 from moepeft.evaluation import bootstrap, published
 from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.published import Published

@@ -12,7 +12,7 @@ from moepeft.checkpoints import base
 from moepeft.checkpoints import formats as interop
 from moepeft.checkpoints import pip_models as packages
 from moepeft.checkpoints.gguf import model as gguf_lib
-from moepeft.config.default import default
+from moepeft.config.defaults import default
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder
 from moepeft.models.weight_mapping import CheckpointError

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.chat import dataset as chat
 from moepeft.data.chat import formats as conversations

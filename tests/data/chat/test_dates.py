@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from moepeft import config as config_lib
 from moepeft import train
-from moepeft.config import default as config_lib
 from moepeft.data.chat import dataset as chat
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRow

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.chat import dataset as chat
 from moepeft.data.chat import template_check as chat_probe
 from moepeft.data.example import BadRow

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.chat import dataset as chat
 from moepeft.data.chat.formats import Conversation, Turn

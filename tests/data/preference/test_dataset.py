@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.__main__ import show
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Sample, Samples

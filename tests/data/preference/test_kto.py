@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data import sources
 from moepeft.data.__main__ import heading
 from moepeft.data.batching.decoder_only import Samples

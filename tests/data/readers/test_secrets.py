@@ -17,7 +17,7 @@ from ... import seqio_cases as cases
 SECRET = 'sk-qqqqqqqqqqqqqqqqqqqqqqqq'
 READ = """
 import sys
-from moepeft.data import seqio_cache
+from moepeft.data.readers import seqio_cache
 from moepeft.data.readers.seqio_stream import Stream
 stream = Stream(seqio_cache.mixture(sys.argv[1]), 8, 4)
 print(len([next(stream.open(0)) for _ in range(3)]))

@@ -333,7 +333,7 @@ def test_seeds_give_other_orders(p3):
 
 FRESH = """
 import hashlib, itertools, sys
-from moepeft.data import seqio_cache, seqio_stream
+from moepeft.data.readers import seqio_cache, seqio_stream
 from moepeft.data.readers.seqio_stream import Stream
 for provider in (
   seqio_cache.mixture(sys.argv[1]),
@@ -456,7 +456,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
   code = f"""
 import sys
 sys.modules['seqio'] = None
-from moepeft.data import seqio_cache, seqio_stream
+from moepeft.data.readers import seqio_cache, seqio_stream
 for call in (
   lambda: seqio_stream.registered('a'),
   lambda: seqio_cache.mixture({str(tmp_path)!r}),

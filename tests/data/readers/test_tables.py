@@ -10,7 +10,7 @@ import socket
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.core.files import NotAFile
 from moepeft.data import fingerprint as files
 from moepeft.data.chat import formats as conversations

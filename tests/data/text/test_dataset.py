@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from moepeft import config as config_lib
 from moepeft.config import check as config_check
-from moepeft.config import default as config_lib
 from moepeft.data.__main__ import replayed, show
 from moepeft.data.batching import collators as forms
 from moepeft.data.batching.collators import Pairs

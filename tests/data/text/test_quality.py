@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.text import dataset as text
 from moepeft.data.text import dedup as duplicates

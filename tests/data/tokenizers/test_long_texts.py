@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.text import dataset as text

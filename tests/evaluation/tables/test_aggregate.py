@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moepeft.config import default as config_lib
+from moepeft import config as config_lib
 from moepeft.evaluation import bootstrap
 from moepeft.evaluation.tables import aggregate as figures
 from moepeft.evaluation.tables import comparable as sameness

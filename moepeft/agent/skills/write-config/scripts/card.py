@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from moepeft.agent import cards
 from moepeft.config import check as config_check
-from moepeft.config import default as config_lib
+from moepeft.config import defaults as config_lib
 
 _TOP = re.compile(r'  c\.(\w+) = (.*)')
 _INNER = re.compile(r'      (\w+)=(.*?),?$')
@@ -77,7 +77,7 @@ def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def _remarks() -> Iterator[tuple[str, str]]:
-  """(key, the comment above it) as moepeft/config/default.py has them."""
+  """(key, the comment above it) as moepeft/config/defaults.py has them."""
   section, said = '', []
   for line in inspect.getsource(config_lib.default).splitlines():
     if line.strip().startswith('#'):

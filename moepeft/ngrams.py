@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m moepeft.ngrams --config=FILE: n-grams on a config's held-out text.
+
+The least loss of an n-gram language model, in nats a target: the baseline of a
+model that is trained from nothing on the same text.
+"""
+
+import json
+
+from absl import flags
+
+from moepeft.config import flags as command
+from moepeft.core import files
+from moepeft.evaluation import ngrams
+
+
+def main(argv) -> None:
+  del argv
+  if _JSON.value:
+    command.check_can_write(_JSON.value)
+  targets, found = ngrams.baseline(_CONFIG.value, _ORDER.value)
+  print(f'nats a target, of {targets:,} held-out targets')
+  for n, nats in enumerate(found, 1):
+    best = '  the least' if nats == min(found) else ''
+    print(f'{n}-gram  {nats:.4f}{best}')
+  if _JSON.value:
+    files.write_text(_JSON.value, json.dumps(dict(enumerate(found, 1))))
+
+
+if __name__ == '__main__':
+  _CONFIG = command.define_config('configs/pretrain_gpt_tiny.py')
+  _ORDER = flags.DEFINE_integer(
+    'order',
+    8,
+    'The largest n.',
+    lower_bound=1,
+    upper_bound=64,
+  )
+  _JSON = flags.DEFINE_string('json', None, 'Where to write the losses.')
+  command.run(main)
