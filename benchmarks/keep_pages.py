@@ -101,8 +101,11 @@ def main(argv) -> None:
     side: {key: statistics.mean(f[key] for f in found) for key in found[0]}
     for side, found in sides.items()
   }
+  # Few steps may take less system time than the kernel's tick.
   ratios = {
-    f'{key}_without_over_with': round(mean['without'][key] / value, 3)
+    f'{key}_without_over_with': (
+      round(mean['without'][key] / value, 3) if value else None
+    )
     for key, value in mean['with'].items()
   }
   print(json.dumps(ratios, indent=2))
