@@ -26,7 +26,7 @@ from moepeft.config import flags as command
 from moepeft.models import FAMILIES
 from moepeft.nn.initializers import fresh
 from moepeft.nn.scan_layers import written_out
-from moepeft.objectives import causal
+from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean
 from moepeft.peft import build
 
@@ -72,7 +72,7 @@ def ours(config, params, method: str, remat: str) -> train_step.Side:
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}
-    total, aux = causal.objective(model.apply, variables, batch, None)
+    total, aux = seq2seq.objective(model.apply, variables, batch, None)
     return mean(total, aux)
 
   arguments = jax.device_put((peft, params, batch))

@@ -23,14 +23,14 @@ else.
 import functools
 from collections.abc import Callable
 
-from moepeft.objectives import causal, dpo, kto, reward, seq2seq
+from moepeft.objectives import dpo, kto, reward, seq2seq
 from moepeft.objectives import preference_losses as preference_lib
 from moepeft.objectives import simpo_orpo as simpo
 from moepeft.objectives.cross_entropy import PLAIN, Loss
 from moepeft.objectives.objective import Objective as Objective
 from moepeft.objectives.preference_losses import Preference
 
-OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': causal.objective}
+OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': seq2seq.objective}
 # Those whose batches have an encoder's side; the others are of decoders.
 _OF_ENCODERS = ('seq2seq',)
 # Of both, their batches with several sides or with labels.

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood of targets given inputs, for encoder-decoders."""
+"""Maximum likelihood of targets: of encoder-decoders, and of decoders alone.
+
+A decoder's rows have inputs [b, t] and, as targets, the token that follows
+each; its targets_mask is True on what is trained: all of a text in pretraining,
+the answers in fine-tuning.
+"""
 
 from collections.abc import Callable
 
@@ -31,8 +36,8 @@ def objective(
   Args:
     apply: the model's `apply`.
     variables: {'params': ..., 'peft': ...}.
-    batch: inputs, decoder_inputs, targets and their masks; packed rows have
-      inputs_segments and targets_segments too.
+    batch: inputs, decoder_inputs (of encoder-decoders), targets and their
+      masks; packed rows have inputs_segments and targets_segments too.
     rngs: keys 'dropout' and 'router' in training, None in evaluation.
     loss: what is minimised; nothing in aux but 'weight' depends on it.
 

@@ -19,7 +19,7 @@ from moepeft.models import weight_mapping as names
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.nn import initializers as start_lib
-from moepeft.objectives import causal
+from moepeft.objectives import seq2seq
 from moepeft.peft import build
 from moepeft.training import state_sharding as placement
 
@@ -82,7 +82,7 @@ def gradients(layout, model, variables):
   rows = sharding.shard_whole_batch(layout.mesh, rows)
 
   def loss(variables, rows):
-    return causal.objective(model.apply, variables, rows, None)[0]
+    return seq2seq.objective(model.apply, variables, rows, None)[0]
 
   value, found = jax.jit(jax.value_and_grad(loss))(variables, rows)
   found = {'loss': value, **names.flatten(found)}

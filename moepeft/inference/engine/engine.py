@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moepeft.core.types import Tree
 from moepeft.inference.adapters.protocol import Banks
@@ -35,9 +35,32 @@ from moepeft.inference.engine.limits import (
 from moepeft.inference.engine.model_runner import Core
 from moepeft.inference.engine.scheduler import Batcher
 from moepeft.inference.engine.sequence import Running
-from moepeft.inference.engine.task import Later, Task
 
 T = TypeVar('T')
+
+
+class Later(Exception):
+  """Raised by a task that cannot be done yet."""
+
+
+class Task(Generic[T]):
+  """A call whose result, or error, another thread waits for in `done`."""
+
+  def __init__(self, do: Callable[[], T]):
+    self._do = do
+    self.done: Future[T] = Future()
+
+  def run(self) -> bool:
+    """Does it; whether that was the end of it."""
+    try:
+      self.done.set_result(self._do())
+    except Later:
+      return False
+    except Exception as e:
+      self.done.set_exception(e)
+    return True
+
+
 Progress = Callable[[str, int, int], None]
 
 
