@@ -20,9 +20,8 @@ from moepeft.inference.api import (
   Token,
   Unknown,
 )
-from moepeft.inference.engine.engine import Engine
+from moepeft.inference.engine.engine import Engine, Task
 from moepeft.inference.engine.limits import Settings
-from moepeft.inference.engine.task import Task
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.initializers import fresh
 from moepeft.peft import build
