@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pages.keep` saves: the default run's step without and with.
+"""The time that `pages.keep` saves: the default run's step without and with.
 
 python benchmarks/keep_pages.py [--json=FILE]
 
@@ -80,8 +80,8 @@ def measure(steps):
 def run(side):
   """`measure` in a process of its own."""
   command_line = [sys.executable, *sys.argv, f'--side={side}']
-  found = subprocess.run(command_line, check=True, stdout=subprocess.PIPE)
-  return json.loads(found.stdout)
+  done = subprocess.run(command_line, check=True, stdout=subprocess.PIPE)
+  return json.loads(done.stdout)
 
 
 def main(argv) -> None:
@@ -95,11 +95,11 @@ def main(argv) -> None:
     return
   sides = {'without': [], 'with': []}
   for _ in range(_ROUNDS.value):
-    for side, found in sides.items():
-      found.append(run(side))
+    for side, rounds in sides.items():
+      rounds.append(run(side))
   mean = {
-    side: {key: statistics.mean(f[key] for f in found) for key in found[0]}
-    for side, found in sides.items()
+    side: {key: statistics.mean(r[key] for r in rounds) for key in rounds[0]}
+    for side, rounds in sides.items()
   }
   # Few steps may take less system time than the kernel's tick.
   ratios = {

@@ -307,7 +307,7 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
 
 
 def _parts(text: str) -> list[str]:
-  """What commas separate, those within parentheses aside; no empty parts."""
+  """The parts between commas, those within parentheses aside; none is empty."""
   parts, depth = [''], 0
   for letter in text:
     depth += (letter == '(') - (letter == ')')

@@ -220,9 +220,16 @@ def ask(engine, ids, length=5, hear=None, **options):
 def paused(engine):
   """The engine does nothing inside, so that what is asked there is asked at
   once."""
-  go_on = threading.Event()
+  begun, go_on = threading.Event(), threading.Event()
+
+  def wait():
+    begun.set()
+    return go_on.wait(SECONDS)
+
   with engine._changed:
-    engine._put(Task(lambda: go_on.wait(SECONDS)))
+    engine._put(Task(wait))
+  # Requests put before the engine takes this task would run in its turn.
+  assert begun.wait(SECONDS)
   try:
     yield
   finally:

@@ -141,6 +141,9 @@ def run(name: str, models: dict[str, str], workdir: str) -> dict:
 
 
 def main() -> None:
+  unknown = set(sys.argv[1:]) - CASES.keys()
+  if unknown:
+    raise SystemExit(f'no case {sorted(unknown)[0]!r}; name some of {[*CASES]}')
   losses = json.loads(FILE.read_text()) if FILE.exists() else {}
   with tempfile.TemporaryDirectory() as folder:
     models = bases.write(pathlib.Path(folder))
