@@ -7,7 +7,7 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-  """How a run has gone, beside its arrays; kept in each checkpoint.
+  """Progress of a run, saved in each checkpoint beside its arrays.
 
   Attributes:
     place: for each host, where its next batch begins (`Loader.place`).

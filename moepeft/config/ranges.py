@@ -12,6 +12,8 @@ from moepeft.models import FAMILIES
 from moepeft.nn.attention import FORMS
 from moepeft.nn.scan_layers import REMAT
 
+# The released code, and the paper's text.
+SEMANTICS = ('official', 'paper')
 _COUNT = Range(1, 1_000_000_000)
 _COUNT_OR_NONE = Range(0, 1_000_000_000)
 _ROWS = Range(1, 1_048_576)
@@ -36,7 +38,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'preference.margin': _WEIGHT,
   'preference.desirable': _WEIGHT,
   'preference.undesirable': _WEIGHT,
-  'semantics': Choices(('official', 'paper')),
+  'semantics': Choices(SEMANTICS),
   'router_losses.load_balance': _WEIGHT,
   'router_losses.z': _WEIGHT,
   # A negative weight spreads the routing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full disks: how errors tell them, and a sentence in their place."""
+"""Recognition of a full disk in an error, and the sentence that replaces it."""
 
 import contextlib
 import errno
@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# As libraries in C++ say it.
+# The texts of the same errors in exceptions of C++ libraries.
 _WORDS = tuple(os.strerror(code) for code in _FULL)
 
 
 class FullDisk(ValueError):
-  """A full disk that has been told of; the sentence says what to do."""
+  """A full disk, reported by a sentence that says what to do."""
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Free memory of the host or a device, and errors that say that it ran out."""
+"""Free memory of the host or a device, and out-of-memory errors."""
 
 import errno
 import os

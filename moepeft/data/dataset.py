@@ -15,15 +15,15 @@ from moepeft.tasks import Example
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-  """What a config trains on.
+  """Training examples of a config, and its held-out examples.
 
   Attributes:
     train: endless examples (some may be ids already), or a stream of ids.
     shares: the share of each dataset in them, which add up to one.
     rows: the training rows where they have an end, else none.
     held_out: examples, or what is ids already, that `train` never gives.
-    notes: lines for the user: what was skipped or left out.
-    compared: what was read of the source 'preference'.
+    notes: lines for the user about rows that were skipped or left out.
+    compared: the rows that were read of the source 'preference'.
     replay: (1, ...) at each place of `train` that is replayed text, else None.
   """
 

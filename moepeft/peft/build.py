@@ -10,11 +10,12 @@ import flax.linen as nn
 
 from moepeft.config import method_string as spec_lib
 from moepeft.config.method_string import Spec
+from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import Choices, Range, shortened, suggestion
 from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import Advice
-from moepeft.peft.method import SEMANTICS, Method
+from moepeft.peft.method import Method
 from moepeft.peft.methods import METHODS
 
 # What `topk` does with the kept probabilities where it is not said.

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is to `build`: a module, where it acts, what it defaults to."""
+"""An entry of the registry of methods: module, targets, defaults, merging."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
-
-SEMANTICS = ('official', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)

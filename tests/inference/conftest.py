@@ -8,7 +8,7 @@ from . import engines
 
 @pytest.fixture(scope='session')
 def engine():
-  """Of a small llama with adapters 'one', 'two' and 'broken'."""
+  """An engine of a small llama with adapters 'one', 'two' and 'broken'."""
   model, params, _ = engines.decoder()
   settings = engines.SETTINGS
   with engines.running(model, params, engines.banks(), settings) as found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place of a T5X checkpoint, by the names of its files."""
+"""Paths of T5X checkpoints, recognized by the names of their files."""
 
 import re
 from pathlib import Path
