@@ -19,18 +19,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from moepeft.agent import model, sandbox, skills, traces
+from moepeft.agent import chat_model, skills, traces
 from moepeft.agent.agent import FORMS, MODES, Agent
+from moepeft.agent.chat_model import ReplyError, ServerModel
 from moepeft.agent.loop import Budget, Event
-from moepeft.agent.memory import Memory, Tokens
-from moepeft.agent.model import Failed, Served
+from moepeft.agent.memory import Memory, TokenCounter
+from moepeft.agent.sandbox import bubblewrap
 from moepeft.core import files, secrets, terminal
 from moepeft.core.untrusted import Malformed, check_encodable
 
-_WIDE = 100
+_LINE_WIDTH = 100
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def number_type(kind: type, low: float, high: float) -> Callable[[str], float]:
   """Reads a flag's number and holds it to a range."""
 
   def read(text: str) -> float:
@@ -49,10 +50,10 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
   return read
 
 
-_COUNT = number(int, 1, 1_000_000_000)
-_SECONDS = number(float, 0.001, 1_000_000)
-_TEMPERATURE = number(float, 0, 1_000)
-_SEED = number(int, 0, 2**63 - 1)
+_COUNT = number_type(int, 1, 1_000_000_000)
+_SECONDS = number_type(float, 0.001, 1_000_000)
+_TEMPERATURE = number_type(float, 0, 1_000)
+_SEED = number_type(int, 0, 2**63 - 1)
 _FLAGS = (
   ('base_url', str, 'http://127.0.0.1:8000/v1', "The server's address."),
   ('model', str, '', 'Its name; by default the first that the server has.'),
@@ -60,7 +61,12 @@ _FLAGS = (
   ('system', str, 'You are a careful assistant.', 'The prompt begins so.'),
   ('workspace', str, '.', 'What scripts may read; cards go there.'),
   ('max_steps', _COUNT, 10, 'Requests to the model, a question.'),
-  ('max_calls', number(int, 0, 1_000_000_000), 30, 'Tool calls, a question.'),
+  (
+    'max_calls',
+    number_type(int, 0, 1_000_000_000),
+    30,
+    'Tool calls, a question.',
+  ),
   (
     'max_all_tokens',
     _COUNT,
@@ -105,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
   return made
 
 
-class Screen:
+class TerminalPrinter:
   """Prints events: the model's text to stdout, what it does to stderr.
 
   Without `stream` only the answer is printed, once it is there. Control
@@ -131,7 +137,7 @@ class Screen:
         if outcome['text'] and not self.stream:
           terminal.show(outcome['text'])
         if state != 'answered':
-          self.note(f'[{state}] {outcome["why"]}', 10 * _WIDE)
+          self.note(f'[{state}] {outcome["why"]}', 10 * _LINE_WIDTH)
         self.end_line()
 
   def end_line(self) -> None:
@@ -140,7 +146,7 @@ class Screen:
       print(flush=True)
     self._open = False
 
-  def note(self, text: str, wide: int = _WIDE) -> None:
+  def note(self, text: str, wide: int = _LINE_WIDTH) -> None:
     """A line of what is done."""
     self.end_line()
     text = ' '.join(text.split())
@@ -162,7 +168,7 @@ def api_key(path: str) -> str:
   return words[0]
 
 
-def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
+def make_agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
   """The agent that the flags describe, without a model yet."""
   if asked.tool_choice and asked.form == 'react':
     raise ValueError(
@@ -176,18 +182,18 @@ def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
     p.startswith('scripts/') for skill in own.values() for p in skill.files()
   ):
     try:
-      box = skills.box(
+      box = skills.script_sandbox(
         own, asked.workspace, unsafe_no_sandbox=asked.unsafe_no_sandbox
       )
     except ValueError as e:
       skills.warn(
         f'run_skill_script is left out, as scripts run in bubblewrap alone: {e}'
       )
-  tools = skills.tools(own, box, asked.workspace)
+  tools = skills.skill_tools(own, box, asked.workspace)
   if asked.tools:
-    box = sandbox.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)
+    box = bubblewrap.Sandbox(unsafe_no_sandbox=asked.unsafe_no_sandbox)
     names = {f'run_{name}' for name in asked.tools}
-    tools += [tool for tool in sandbox.tools(box) if tool.name in names]
+    tools += [tool for tool in bubblewrap.code_tools(box) if tool.name in names]
   names = ('temperature', 'seed', 'max_tokens', 'tool_choice')
   options = {name: getattr(asked, name) for name in names}
   if asked.tool_choice not in (None, 'auto', 'none', 'required'):
@@ -196,7 +202,7 @@ def agent(asked: argparse.Namespace, own: dict, tell) -> Agent:
   return Agent(
     None,
     tools,
-    '\n\n'.join(filter(None, [asked.system, skills.catalogue(own)])),
+    '\n\n'.join(filter(None, [asked.system, skills.skills_prompt(own)])),
     form=asked.form,
     mode=asked.mode,
     budget=Budget(
@@ -217,17 +223,20 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
   Raises:
     ValueError: the server does not answer, or has no model.
   """
-  client = model.client(asked.base_url, key)
+  client = chat_model.make_client(asked.base_url, key)
   try:
-    names = [asked.model] if asked.model else model.models(client)
-  except Failed as e:
+    names = [asked.model] if asked.model else chat_model.list_models(client)
+  except ReplyError as e:
     raise ValueError(
       f'the server at {asked.base_url} does not tell its models ({e}); start '
       'it, as with python -m moepeft.serve, or name another by --base_url'
     ) from None
   if not names:
     raise ValueError(f'the server at {asked.base_url} has no model')
-  made.model, count = Served(client, names[0], stream), Tokens(client, names[0])
+  made.model, count = (
+    ServerModel(client, names[0], stream),
+    TokenCounter(client, names[0]),
+  )
   made.memory = Memory(asked.memory_tokens, count)
   if asked.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
@@ -237,7 +246,7 @@ def connect(made: Agent, asked: argparse.Namespace, key: str, stream: bool):
       )
 
 
-def lines() -> Iterator[str]:
+def read_questions() -> Iterator[str]:
   """Lines of the terminal until its end; Ctrl-C there begins a new one."""
   with contextlib.suppress(ImportError):
     # Gives input() a history and keys to edit with.
@@ -260,34 +269,34 @@ def main(asked: argparse.Namespace) -> int:
   Raises:
     ValueError, OSError: it cannot be done, a sentence.
   """
-  screen = Screen(sys.stdout.isatty())
+  screen = TerminalPrinter(sys.stdout.isatty())
   # Of bytes in arguments that are no UTF-8, Python makes half surrogates.
   check_encodable(vars(asked))
   if asked.replay:
-    traces.replay(asked.replay, screen)
+    traces.replay_trace(asked.replay, screen)
     return 0
-  folders = asked.skills or [str(skills.OWN)]
-  own = skills.find([os.path.expanduser(f) for f in folders if f])
+  folders = asked.skills or [str(skills.SHIPPED)]
+  own = skills.find_skills([os.path.expanduser(f) for f in folders if f])
   if asked.list_skills:
     for skill in own.values():
       terminal.show(f'{skill.name}: {" ".join(skill.description.split())}')
     return 0
   key, tell = api_key(asked.api_key_file), screen
   if asked.trace:
-    trace = traces.Trace(os.path.expanduser(asked.trace), [key])
+    trace = traces.TraceWriter(os.path.expanduser(asked.trace), [key])
 
     def tell(event: Event) -> None:
       trace(event)
       screen(event)
 
-  made = agent(asked, own, tell)
+  made = make_agent(asked, own, tell)
   if asked.show_prompt:
     terminal.show(made.prompt())
     return 0
   connect(made, asked, key, screen.stream)
   if asked.question is not None:
     return int(made.ask(asked.question).state != 'answered')
-  for question in lines():
+  for question in read_questions():
     try:
       check_encodable(question)
       made.ask(question)

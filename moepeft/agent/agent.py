@@ -7,11 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, react
-from moepeft.agent.calls import Result
-from moepeft.agent.loop import Budget, Outcome, Run, Tell, ignore
-from moepeft.agent.memory import Memory, in_turns
-from moepeft.agent.model import Model, Request
+from moepeft.agent import react, tool_calls
+from moepeft.agent.chat_model import ChatModel, Request
+from moepeft.agent.loop import (
+  Budget,
+  Outcome,
+  AgentRun,
+  EventSink,
+  ignore_event,
+)
+from moepeft.agent.memory import Memory, merge_user_turns
+from moepeft.agent.tool_calls import ToolResult
 from moepeft.agent.tools import Tool
 
 FORMS, MODES = ('native', 'react'), ('act', 'plan')
@@ -39,7 +45,7 @@ class Agent:
     ValueError: two tools have one name, or there is no such form or mode.
   """
 
-  model: Model
+  model: ChatModel
   tools: Sequence[Tool] = ()
   system: str = ''
   memory: Memory = dataclasses.field(default_factory=Memory)
@@ -47,9 +53,9 @@ class Agent:
   mode: str = 'act'
   budget: Budget = Budget()
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  tell: Tell = ignore
+  tell: EventSink = ignore_event
   clock: Callable[[], float] = time.monotonic
-  run_calls: Callable[..., Sequence[Result]] = calls.run
+  run_calls: Callable[..., Sequence[ToolResult]] = tool_calls.run_calls
 
   def __post_init__(self):
     for what, known in (('form', FORMS), ('mode', MODES)):
@@ -62,14 +68,14 @@ class Agent:
 
   def request(self, tools: Sequence[Tool], options: Mapping) -> Request:
     """What the model is sent now."""
-    parts = [self.system, calls.RULE if self.tools else '']
+    parts = [self.system, tool_calls.SYSTEM_RULE if self.tools else '']
     system = '\n\n'.join(filter(None, parts))
     first = [{'role': 'system', 'content': system}] if system else []
     made: Request = {**options, 'messages': [*first, *self.memory.messages]}
     if tools:
       made = {**made, 'tools': [tool.declared() for tool in tools]}
-    made = react.write(made) if self.form == 'react' else made
-    return {**made, 'messages': in_turns(made['messages'])}
+    made = react.to_text_request(made) if self.form == 'react' else made
+    return {**made, 'messages': merge_user_turns(made['messages'])}
 
   def prompt(self) -> str:
     """The whole system prompt."""
@@ -93,7 +99,7 @@ class Agent:
     )
     memory.question(question)
     try:
-      run = Run(self)
+      run = AgentRun(self)
       outcome = run.act() if self.mode == 'act' else run.plan_act_reflect()
     except BaseException:
       memory.messages, memory.asked = kept

@@ -19,30 +19,36 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, react
-from moepeft.agent.calls import Result
-from moepeft.agent.memory import Full
-from moepeft.agent.model import Failed, Late, Message, Reply, Request
+from moepeft.agent import react, tool_calls
+from moepeft.agent.chat_model import (
+  ReplyError,
+  ReplyTimeout,
+  Message,
+  ChatReply,
+  Request,
+)
+from moepeft.agent.memory import MemoryFullError
+from moepeft.agent.tool_calls import ToolResult
 from moepeft.agent.tools import Tool
 
 Event = Mapping[str, Any]
-Tell = Callable[[Event], None]
-_PLAN = (
+EventSink = Callable[[Event], None]
+_PLAN_PROMPT = (
   'Before you begin: write a short numbered plan of how you will answer this, '
   'at most five lines. Do not answer yet.'
 )
-_ACT = 'Now carry the plan out, and answer.'
-_REFLECT = (
+_ACT_PROMPT = 'Now carry the plan out, and answer.'
+_REFLECT_PROMPT = (
   'Check your answer: does it answer the question, and does what you found '
   'support it? Reply with OK alone if so, else with what is wrong in a line.'
 )
-_AGAIN = 'Now mend that, and answer anew.'
-_SAME = (
+_RETRY_PROMPT = 'Now mend that, and answer anew.'
+_REPEATED_NOTE = (
   '\nThe same call gave the same output before. Do something else, or answer.'
 )
 
 
-def ignore(event: Any) -> None:
+def ignore_event(event: Any) -> None:
   """Tells nobody."""
   del event
 
@@ -65,7 +71,7 @@ class Budget:
   """
 
   steps: int = 10
-  calls: int = 30
+  tool_calls: int = 30
   tokens: int | None = None
   seconds: float | None = None
   repeats: int = 3
@@ -97,13 +103,13 @@ class Outcome:
   text: str = ''
   why: str = ''
   steps: int = 0
-  calls: int = 0
+  tool_calls: int = 0
   tokens: int = 0
   seconds: float = 0.0
   estimated: bool = False
 
 
-class Run:
+class AgentRun:
   """A question under way: what it has used."""
 
   def __init__(self, agent: Any):
@@ -122,7 +128,7 @@ class Run:
   def say(self, role: str, content: str) -> None:
     self.memory.messages.append({'role': role, 'content': content})
 
-  def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
+  def ask(self, tools: Sequence[Tool]) -> ChatReply | Outcome:
     """One request; an outcome where there is no budget or no reply."""
     agent, budget = self.agent, self.budget
     self.seconds = round(agent.clock() - self.begun, 3)
@@ -133,7 +139,7 @@ class Run:
         return self.end('budget', why=why)
     try:
       request = self._fitted(tools)
-    except Full as e:
+    except MemoryFullError as e:
       return self.end('budget', why=str(e))
     agent.tell({'event': 'asked', 'request': request, 'seconds': self.seconds})
     self.steps += 1
@@ -142,8 +148,8 @@ class Run:
       reply = agent.model(
         request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
       )
-    except Failed as e:
-      late = isinstance(e, Late)
+    except ReplyError as e:
+      late = isinstance(e, ReplyTimeout)
       agent.tell({'event': 'replied', 'error': str(e), 'late': late})
       return self.end('budget' if late else 'failed', why=str(e))
     agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
@@ -167,7 +173,7 @@ class Run:
       if tokens <= memory.limit:
         return request
       if not (lost := memory.forget()):
-        raise Full(
+        raise MemoryFullError(
           f'the question and its latest step have {tokens:,} tokens, memory '
           f'holds {memory.limit:,}; give it more, or show less of tool outputs'
         )
@@ -187,8 +193,8 @@ class Run:
     message, wrong = reply.message, ''
     text = message['content']
     if self.agent.form == 'react' and self.agent.tools:
-      message, text, wrong = react.read(message, self.steps)
-    self.memory.messages.append(calls.sendable(message))
+      message, text, wrong = react.parse_reply(message, self.steps)
+    self.memory.messages.append(tool_calls.replayable_message(message))
     if message.get('tool_calls'):
       self.malformed = 0
       return self._call(message['tool_calls'])
@@ -221,20 +227,20 @@ class Run:
     self.calls += len(taken)
     spent = f'the budget of {limits.calls} calls is spent'
     results += [
-      Result(call['id'], *call['function'].values(), spent, True)
+      ToolResult(call['id'], *call['function'].values(), spent, True)
       for call in refused
     ]
     # Twice in one reply is no loop: its output was not seen between.
-    keys = [calls.key(result) for result in results]
+    keys = [tool_calls.result_key(result) for result in results]
     self.seen.update(set(keys))
     counts = [self.seen[key] for key in keys]
     for result, count in zip(results, counts, strict=True):
-      note = _SAME if count > 1 else ''
+      note = _REPEATED_NOTE if count > 1 else ''
       self.memory.messages.append(
         {
           'role': 'tool',
           'tool_call_id': result.id,
-          'content': calls.as_data(result) + note,
+          'content': tool_calls.quote_output(result) + note,
         }
       )
     if (most := max(counts)) >= limits.repeats:
@@ -259,14 +265,14 @@ class Run:
     An answer that the last check objects to is 'unsure', never 'answered'; one
     that could not be checked is too.
     """
-    if isinstance(ended := self.told(_PLAN), Outcome):
+    if isinstance(ended := self.told(_PLAN_PROMPT), Outcome):
       return ended
-    self.say('user', _ACT)
+    self.say('user', _ACT_PROMPT)
     for left in range(rounds - 1, -1, -1):
       outcome = self.act()
       if outcome.state != 'answered':
         return outcome
-      said = self.told(_REFLECT)
+      said = self.told(_REFLECT_PROMPT)
       if isinstance(said, Outcome):
         why = f'the answer was not checked: {said.why}'
         return self.end('unsure', outcome.text, why)
@@ -274,6 +280,6 @@ class Run:
       if first.strip('."\'*').lower() == 'ok':
         return self.end('answered', outcome.text)
       if left:
-        self.say('user', _AGAIN)
+        self.say('user', _RETRY_PROMPT)
     why = f'its own check objects: {said or "it did not say"}'
     return self.end('unsure', outcome.text, why)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import openai
 
-from moepeft.agent.model import Message, Request, estimate, httpx
+from moepeft.agent.chat_model import Message, Request, estimate_tokens, httpx
 from moepeft.core.untrusted import Malformed, field, parse_json
 
 
-class Full(ValueError):
+class MemoryFullError(ValueError):
   """What cannot be forgotten is longer than the memory."""
 
 
@@ -30,7 +30,7 @@ class Memory:
   def __init__(
     self,
     limit: int | None = None,
-    count: Callable[[Request], int] = estimate,
+    count: Callable[[Request], int] = estimate_tokens,
   ):
     """An empty memory."""
     self.limit, self.count = limit, count
@@ -60,7 +60,7 @@ class Memory:
     return role == 'user' or (kind == 'step' and role != 'tool')
 
 
-def in_turns(messages: Sequence[Message]) -> list[Message]:
+def merge_user_turns(messages: Sequence[Message]) -> list[Message]:
   """The user's messages in a row as one: templates want roles in turns."""
   made: list[Message] = []
   for message in messages:
@@ -72,7 +72,7 @@ def in_turns(messages: Sequence[Message]) -> list[Message]:
   return made
 
 
-class Tokens:
+class TokenCounter:
   """Counts a request's tokens: by the server's /tokenize, else by a guess.
 
   Attributes:
@@ -99,4 +99,4 @@ class Tokens:
     except (openai.OpenAIError, httpx.HTTPError, Malformed):
       count = -1
     self.exact = count >= 0
-    return count if self.exact else estimate(request)
+    return count if self.exact else estimate_tokens(request)

@@ -18,24 +18,24 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from moepeft.agent import cards
-from moepeft.agent.programs import Bounds
-from moepeft.agent.sandbox import Sandbox, unusable
-from moepeft.agent.tools import Tool, reasons, tool
+from moepeft.agent import config_file
+from moepeft.agent.sandbox.bubblewrap import Sandbox, unavailable_reason
+from moepeft.agent.sandbox.process import ResourceLimits
+from moepeft.agent.tools import Tool, validation_message, make_tool
 from moepeft.core import files as files_lib
 from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
 
-FILE = 'SKILL.md'
-OWN = pathlib.Path(__file__).parent / 'skills'
+SKILL_FILE = 'SKILL.md'
+SHIPPED = pathlib.Path(__file__).parent / 'skills'
 # Of a file that is shown to a model.
-_LARGEST = 1 << 20
+_MAX_FILE_BYTES = 1 << 20
 # Of a script, JAX among them: it maps far more than it uses, and has threads
 # by the processor.
-BOUNDS = Bounds(
+SCRIPT_LIMITS = ResourceLimits(
   seconds=120.0, memory=8 << 30, processes=1024, address_space=1 << 38
 )
-_ADVICE = """\
+_PROMPT = """\
 You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
 says. The skills:
@@ -72,7 +72,7 @@ class Skill(pydantic.BaseModel):
       paths = [pathlib.Path(folder, n) for n in files if n[0] != '.']
       found += [p for p in paths if p.is_file() and not p.is_symlink()]
     told = sorted(p.relative_to(self.path).as_posix() for p in found)
-    return [path for path in told if path != FILE]
+    return [path for path in told if path != SKILL_FILE]
 
   def file(self, path: str) -> pathlib.Path:
     """A file of the skill.
@@ -80,7 +80,7 @@ class Skill(pydantic.BaseModel):
     Raises:
       ValueError: it is not in the skill's directory, or there by a link.
     """
-    if path not in [FILE, *self.files()]:
+    if path not in [SKILL_FILE, *self.files()]:
       raise ValueError(
         f'the skill {self.name} has no file {path!r}; it has '
         f'{", ".join(self.files()) or "none"}'
@@ -88,24 +88,26 @@ class Skill(pydantic.BaseModel):
     return self.path / path
 
 
-def read(path: str | os.PathLike) -> Skill:
+def read_skill(path: str | os.PathLike) -> Skill:
   """A skill from its directory.
 
   Raises:
     ValueError: it is none; a sentence that says what to mend.
   """
   path = pathlib.Path(path)
-  file = path / FILE
+  file = path / SKILL_FILE
   if not os.path.lexists(file):
-    raise ValueError(f'the skill {path} has no {FILE}; write one')
+    raise ValueError(f'the skill {path} has no {SKILL_FILE}; write one')
   try:
     with files_lib.open_file(file) as stream:
-      data = stream.read(_LARGEST + 1)
+      data = stream.read(_MAX_FILE_BYTES + 1)
     text = data.decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError:
     raise ValueError(f'{file} is not UTF-8; save it as that') from None
-  if len(data) > _LARGEST:
-    raise ValueError(f'{file} has more than {_LARGEST:,} bytes; shorten it')
+  if len(data) > _MAX_FILE_BYTES:
+    raise ValueError(
+      f'{file} has more than {_MAX_FILE_BYTES:,} bytes; shorten it'
+    )
   found = re.match(r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M)
   if not found:
     raise ValueError(
@@ -125,7 +127,9 @@ def read(path: str | os.PathLike) -> Skill:
       f'the front matter of {file} is {e}; quote values that hold a colon'
     ) from None
   except pydantic.ValidationError as e:
-    raise ValueError(f'the front matter of {file}: {reasons(e)}') from None
+    raise ValueError(
+      f'the front matter of {file}: {validation_message(e)}'
+    ) from None
   if skill.name != skill.path.name:
     raise ValueError(
       f'the name {skill.name!r} in {file} differs from its directory '
@@ -139,7 +143,7 @@ def warn(text: str) -> None:
   terminal.show(text, file=sys.stderr)
 
 
-def find(
+def find_skills(
   folders: Sequence[str | os.PathLike], warn: Callable[[str], None] = warn
 ) -> dict[str, Skill]:
   """{name: skill} of all valid skills in some directories, or that these are.
@@ -163,15 +167,15 @@ def find(
       for path in sorted(folder.iterdir())
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
-    if os.path.lexists(folder / FILE):
+    if os.path.lexists(folder / SKILL_FILE):
       # A skill, or a directory of skills that has a stray file.
       within = [
         folder,
-        *(path for path in within if os.path.lexists(path / FILE)),
+        *(path for path in within if os.path.lexists(path / SKILL_FILE)),
       ]
     for path in within:
       try:
-        skill = read(path)
+        skill = read_skill(path)
       except (ValueError, OSError) as e:
         faults.append(str(e))
         continue
@@ -190,19 +194,19 @@ def find(
   return valid
 
 
-def catalogue(skills: Mapping[str, Skill]) -> str:
+def skills_prompt(skills: Mapping[str, Skill]) -> str:
   """What the system prompt says of skills; '' of none."""
   lines = [
     f'- {skill.name}: {" ".join(skill.description.split())}'
     for skill in skills.values()
   ]
-  return _ADVICE.format('\n'.join(lines)) if lines else ''
+  return _PROMPT.format('\n'.join(lines)) if lines else ''
 
 
-def box(
+def script_sandbox(
   skills: Mapping[str, Skill],
   workspace: str | os.PathLike = '.',
-  bounds: Bounds = BOUNDS,
+  bounds: ResourceLimits = SCRIPT_LIMITS,
   unsafe_no_sandbox: bool = False,
 ) -> Sandbox:
   """The sandbox of skills' scripts.
@@ -215,7 +219,7 @@ def box(
   """
   workspace = pathlib.Path(workspace).resolve()
   home = pathlib.Path.home().resolve()
-  if not unsafe_no_sandbox and (why := unusable()):
+  if not unsafe_no_sandbox and (why := unavailable_reason()):
     raise ValueError(why)
   if home.is_relative_to(workspace) and not unsafe_no_sandbox:
     raise ValueError(
@@ -242,7 +246,7 @@ def box(
   return Sandbox(bounds, unsafe_no_sandbox, paths, environment, str(workspace))
 
 
-def tools(
+def skill_tools(
   skills: Mapping[str, Skill],
   box: Sandbox | None = None,
   workspace: str | os.PathLike = '.',
@@ -286,9 +290,9 @@ def tools(
     """
     file = skills[name].file(path)
     with files_lib.open_file(file) as stream:
-      data = stream.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-      raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')
+      data = stream.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+      raise ValueError(f'{path!r} has more than {_MAX_FILE_BYTES:,} bytes')
     return data.decode('utf-8-sig')
 
   def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
@@ -307,13 +311,13 @@ def tools(
       output = {'MOEPEFT_OUTPUT': str(number)}
       ran = box.run(command, output, [number])
       handed.seek(0)
-      data = handed.read(cards.LARGEST + 1)
+      data = handed.read(config_file.MAX_BYTES + 1)
     if data and ran.code == 0:
-      cards.save(data, workspace)
+      config_file.save_config(data, workspace)
     return str(ran)
 
-  made = [tool(load_skill, trusted=True)]
-  made += [tool(read_skill_file, trusted=True)] if files else []
+  made = [make_tool(load_skill, trusted=True)]
+  made += [make_tool(read_skill_file, trusted=True)] if files else []
   if scripts and box:
-    made.append(tool(run_skill_script, seconds=box.bounds.seconds + 10))
+    made.append(make_tool(run_skill_script, seconds=box.bounds.seconds + 10))
   return made

@@ -52,11 +52,11 @@ class Tool:
     return {'type': 'function', 'function': function}
 
 
-class Invalid(ValueError):
+class InvalidArguments(ValueError):
   """Arguments that do not fit; the sentence is for the model."""
 
 
-def tool(
+def make_tool(
   function: Callable[..., Any],
   seconds: float | None = None,
   trusted: bool = False,
@@ -76,23 +76,25 @@ def tool(
     raise ValueError(
       f'a tool is named by up to 64 letters, digits, _ or -; got {name!r}'
     )
-  about, notes = _documented(inspect.getdoc(function) or '')
-  form = _arguments(function, name, notes)
+  about, notes = _parse_docstring(inspect.getdoc(function) or '')
+  form = _arguments_model(function, name, notes)
 
   def run(text: str) -> str:
     try:
       made = form.model_validate_json(text or '{}')
     except pydantic.ValidationError as e:
-      raise Invalid(f'the arguments do not fit: {reasons(e)}') from None
+      raise InvalidArguments(
+        f'the arguments do not fit: {validation_message(e)}'
+      ) from None
     result = function(**{key: getattr(made, key) for key in form.model_fields})
     if isinstance(result, str):
       return result
     return pydantic_core.to_json(result, fallback=str).decode()
 
-  return Tool(name, about, strict(form, name), run, seconds, trusted)
+  return Tool(name, about, strict_schema(form, name), run, seconds, trusted)
 
 
-def _documented(text: str) -> tuple[str, dict[str, str]]:
+def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
   """A docstring's beginning, and {argument: what} of its `Args:`."""
   about, _, rest = text.partition('\nArgs:\n')
   about = re.split(r'\n(?:Returns?|Raises?):\n', about)[0].strip()
@@ -104,7 +106,7 @@ def _documented(text: str) -> tuple[str, dict[str, str]]:
   return about, {key: ' '.join(note.split()) for key, note in found}
 
 
-def _arguments(
+def _arguments_model(
   function: Callable, name: str, notes: dict[str, str]
 ) -> type[pydantic.BaseModel]:
   """A pydantic model with a field for each argument."""
@@ -139,18 +141,18 @@ def _arguments(
   return pydantic.create_model(name, __config__=form, **fields)
 
 
-def strict(form: type[pydantic.BaseModel], what: str) -> dict[str, Any]:
+def strict_schema(form: type[pydantic.BaseModel], what: str) -> dict[str, Any]:
   """A pydantic model's strict JSON schema; `what` it is of, for the error.
 
   Raises:
     ValueError: it has an object with any keys, or a value of any type.
   """
   schema = openai.pydantic_function_tool(form)['function']['parameters']
-  _check(schema, what)
+  _check_strict(schema, what)
   return schema
 
 
-def _check(node: dict[str, Any], what: str) -> None:
+def _check_strict(node: dict[str, Any], what: str) -> None:
   # The client leaves defaults in, the API refuses them.
   node.pop('default', None)
   free = node.get('additionalProperties', False) is not False
@@ -164,10 +166,10 @@ def _check(node: dict[str, Any], what: str) -> None:
   for key in ('properties', '$defs'):
     parts += node.get(key, {}).values()
   for part in [*parts, *([node['items']] if 'items' in node else [])]:
-    _check(part, what)
+    _check_strict(part, what)
 
 
-def reasons(error: pydantic.ValidationError) -> str:
+def validation_message(error: pydantic.ValidationError) -> str:
   """What does not fit where, in a line."""
   # Keys are the model's, of any length and number.
   items = error.errors(include_url=False)

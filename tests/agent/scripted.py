@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import openai
 
-from moepeft.agent.model import Served
+from moepeft.agent.chat_model import ServerModel
 
 KEY = 'sk-scripted-secret-key'
 NAME = 'scripted'
@@ -92,9 +92,9 @@ class Script:
     self.pause: threading.Event | None = None
     self.url = ''
 
-  def model(self, stream: bool = False) -> Served:
+  def model(self, stream: bool = False) -> ServerModel:
     """Asked through the openai client."""
-    return Served(self.client(), NAME, stream)
+    return ServerModel(self.client(), NAME, stream)
 
   def client(self) -> openai.OpenAI:
     return _client().with_options(base_url=self.url)

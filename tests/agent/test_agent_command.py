@@ -81,7 +81,7 @@ def test_a_question_is_answered_and_traced_and_replayed(tmp_path):
   assert script.requests[0]['model'] == NAME
   assert script.requests[0]['seed'] == 3
   assert KEY not in trace.read_text()
-  (outcome,) = traces.replay(str(trace))
+  (outcome,) = traces.replay_trace(str(trace))
   assert outcome.state == 'answered'
   again = run(f'--replay={trace}')
   assert again.stdout == done.stdout and again.returncode == 0

@@ -9,12 +9,15 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import model, traces  # noqa: E402
+from moepeft.agent import (
+  chat_model,  # noqa: E402
+  traces,
+)
 from moepeft.agent.__main__ import main, parser, run  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.memory import Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.memory import TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import says, serving  # noqa: E402
 
 DEEP = '[' * 5000 + ']' * 5000
@@ -68,12 +71,18 @@ class Bodies:
 @pytest.fixture(scope='module')
 def client():
   # Reading the system's certificates takes longer than a test.
-  return model.client('http://127.0.0.1:1/v1').with_options(max_retries=0)
+  return chat_model.make_client('http://127.0.0.1:1/v1').with_options(
+    max_retries=0
+  )
 
 
 def ask(client, url, stream):
-  served = model.Served(client.with_options(base_url=url), 'm', stream)
-  return Agent(served, [tool(add)], budget=Budget(steps=3, calls=3)).ask('?')
+  served = chat_model.ServerModel(
+    client.with_options(base_url=url), 'm', stream
+  )
+  return Agent(served, [make_tool(add)], budget=Budget(steps=3, calls=3)).ask(
+    '?'
+  )
 
 
 def choice(message):
@@ -133,11 +142,11 @@ def test_bytes_that_are_no_reply_are_one_sentence(client, stream):
       server.pieces = [b'data: ' + raw + b'\n\n' if stream else raw]
       outcome = ask(client, server.url, stream)
       assert outcome.state == 'failed', raw[:9]
-      with pytest.raises(model.Failed) as caught:
-        model.models(here)
+      with pytest.raises(chat_model.ReplyError) as caught:
+        chat_model.list_models(here)
       for why in (outcome.why, str(caught.value)):
         assert '\n' not in why and 'no reply' in why
-      count = Tokens(here, 'm')
+      count = TokenCounter(here, 'm')
       assert count({'messages': []}) == 0 and not count.exact
 
 
@@ -163,7 +172,7 @@ def test_a_streamed_piece_of_other_types_is_one_sentence(client):
 
 
 def test_an_endless_stream_ends_with_the_time_or_the_size(client, monkeypatch):
-  monkeypatch.setattr(model, '_LARGEST', 1 << 20)
+  monkeypatch.setattr(chat_model, '_LARGEST', 1 << 20)
   piece = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n' * 1000
   # Bytes without a line, lines of text, an error's body: 50 MB each.
   for pieces, status, stream in (
@@ -216,13 +225,13 @@ def test_deep_arguments_are_told_to_the_model_and_it_goes_on():
     replies = [wants(('add', arguments)), says('Oh.')]
     for stream in (False, True):
       with serving(*replies) as script:
-        outcome = Agent(script.model(stream), [tool(add)]).ask('?')
+        outcome = Agent(script.model(stream), [make_tool(add)]).ask('?')
       assert outcome.text == 'Oh.'
       result = script.requests[1]['messages'][-1]['content']
       assert 'the arguments do not fit' in result
   text = 'Action: add\nAction Input: ' + '{"a": [' * 5000
   with serving(says(text), says('Final Answer: Oh.')) as script:
-    made = Agent(script.model(), [tool(add)], form='react')
+    made = Agent(script.model(), [make_tool(add)], form='react')
     assert made.ask('?').text == 'Oh.'
 
 
@@ -264,7 +273,7 @@ def test_no_escape_code_reaches_the_output(
   assert shown.count('answer\\x1b]0;x\\x07') >= 2
   assert all(char.isprintable() or char in '\n\t' for char in shown)
   # The trace holds what was said, exactly.
-  (outcome,) = traces.replay(str(trace))
+  (outcome,) = traces.replay_trace(str(trace))
   assert outcome.text == f'answer{ESCAPES}'
 
 

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.calls import RULE  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.tool_calls import SYSTEM_RULE  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   breaks,
@@ -45,7 +45,7 @@ def page(url: str) -> str:
   )
 
 
-TOOLS = [tool(add), tool(broken), tool(page)]
+TOOLS = [make_tool(add), make_tool(broken), make_tool(page)]
 
 
 def agent(script, tools=TOOLS, stream=False, **parts) -> Agent:
@@ -151,7 +151,7 @@ def test_what_a_tool_says_is_data_and_never_of_the_systems_role():
   assert text.count('</tool_output>') == 1
   assert '<|im_start|>' not in text
   systems = [m for m in messages if m['role'] == 'system']
-  assert len(systems) == 1 and RULE in systems[0]['content']
+  assert len(systems) == 1 and SYSTEM_RULE in systems[0]['content']
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_two_calls_in_turns_are_a_loop_too_and_new_outputs_are_none():
 
   replies = [wants(('poll', {}))] * 5 + [says('ready')]
   with serving(*replies) as script:
-    outcome = agent(script, [tool(poll)]).ask('?')
+    outcome = agent(script, [make_tool(poll)]).ask('?')
   assert (outcome.state, outcome.steps) == ('answered', 6)
 
 
@@ -372,7 +372,7 @@ def test_an_answer_that_its_own_check_objects_to_is_unsure():
 
 def test_two_tools_of_one_name_and_unknown_forms_are_refused():
   with pytest.raises(ValueError, match="two tools are named 'add'; rename one"):
-    Agent(None, [tool(add), tool(add)])
+    Agent(None, [make_tool(add), make_tool(add)])
   with pytest.raises(ValueError, match='form is one of native, react'):
     Agent(None, form='magic')
   with pytest.raises(ValueError, match='mode is one of act, plan'):

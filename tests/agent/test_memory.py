@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.memory import Memory, Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.memory import Memory, TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import says, serving, wants  # noqa: E402
 
 
@@ -86,8 +86,8 @@ def test_the_limit_holds_for_all_that_is_sent(limit):
     for reply in (wants(('page', {'n': n})), says(f'read {n}'))
   ]
   with serving(*replies, counts=True) as script:
-    memory = Memory(limit, Tokens(script.client(), 'scripted'))
-    made = Agent(script.model(), [tool(page)], memory=memory)
+    memory = Memory(limit, TokenCounter(script.client(), 'scripted'))
+    made = Agent(script.model(), [make_tool(page)], memory=memory)
     states = {made.ask(f'Read page {n}.').state for n in range(7)}
   assert states == {'answered'}
   for request in script.requests:
@@ -101,10 +101,10 @@ def test_the_servers_tokenize_counts_where_there_is_one():
     'messages': [{'role': 'user', 'content': 'five words are in here'}]
   }
   with serving(says('x'), counts=True) as script:
-    count = Tokens(script.client(), 'scripted')
+    count = TokenCounter(script.client(), 'scripted')
     assert count(request) == 5 and count.exact
   with serving(says('x')) as script:
-    count = Tokens(script.client(), 'scripted')
+    count = TokenCounter(script.client(), 'scripted')
     # "{'role': 'user', 'content': 'five words are in here'}" has 53 bytes, 3 to
     # a token, rounded up, and 8 around it.
     assert count(request) == 26 and not count.exact
@@ -116,7 +116,9 @@ def test_an_agent_whose_question_does_not_fit_says_so():
     return 'word ' * 200
 
   with serving(wants(('page', {})), says('ok'), counts=True) as script:
-    memory = Memory(150, Tokens(script.client(), 'scripted'))
-    outcome = Agent(script.model(), [tool(page)], memory=memory).ask('Read.')
+    memory = Memory(150, TokenCounter(script.client(), 'scripted'))
+    outcome = Agent(script.model(), [make_tool(page)], memory=memory).ask(
+      'Read.'
+    )
   assert outcome.state == 'budget' and outcome.steps == 1
   assert 'memory holds 150' in outcome.why

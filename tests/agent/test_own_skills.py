@@ -12,15 +12,16 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import cards, sandbox, skills  # noqa: E402
+from moepeft.agent import config_file, skills
+from moepeft.agent.sandbox import bubblewrap  # noqa: E402
 from tests import ROOT
 
-SUMMARISE = skills.OWN / 'read-training-run' / 'scripts' / 'summarise.py'
-CARD = skills.OWN / 'write-config' / 'scripts' / 'card.py'
+SUMMARISE = skills.SHIPPED / 'read-training-run' / 'scripts' / 'summarise.py'
+CARD = skills.SHIPPED / 'write-config' / 'scripts' / 'card.py'
 
 
 def test_what_ships_is_valid_and_names_files_that_are_there():
-  own = skills.find([skills.OWN])
+  own = skills.find_skills([skills.SHIPPED])
   assert list(own) == ['read-training-run', 'write-config']
   for skill in own.values():
     for path in skill.files():
@@ -40,10 +41,12 @@ def run_script(path, *arguments):
 
 def script_tool(workspace):
   """run_skill_script of what ships; in the sandbox where there is one."""
-  own = skills.find([skills.OWN])
+  own = skills.find_skills([skills.SHIPPED])
   workspace.chmod(0o755)
-  box = skills.box(own, workspace, unsafe_no_sandbox=bool(sandbox.unusable()))
-  made = skills.tools(own, box, workspace)
+  box = skills.script_sandbox(
+    own, workspace, unsafe_no_sandbox=bool(bubblewrap.unavailable_reason())
+  )
+  made = skills.skill_tools(own, box, workspace)
   return next(tool for tool in made if tool.name == 'run_skill_script')
 
 
@@ -273,14 +276,16 @@ def test_a_prompt_injection_writes_nothing_and_a_plain_call_a_card(tmp_path):
   assert list(tmp_path.iterdir()) == []
   text = call('write', 'mine.py', 'Four experts', 'steps=7')
   assert text.startswith('wrote mine.py\ntrains '), text
-  assert cards.read((tmp_path / 'mine.py').read_text()) == {'steps': 7}
+  assert config_file.parse_config((tmp_path / 'mine.py').read_text()) == {
+    'steps': 7
+  }
 
 
 @pytest.mark.parametrize('about', ['"""', 'x\'"', '\\', 'a\nb', '\x1b[2J'])
 def test_any_text_in_a_card_is_read_back_as_it_was(about):
   values = {'a': about, 'b.c': -1.5e-9, 'd_e.f': True, 'g': None, 'h': -3}
-  text = cards.render(about, values)
-  assert cards.read(text) == values
+  text = config_file.render_config(about, values)
+  assert config_file.parse_config(text) == values
   assert ast.get_docstring(ast.parse(text), clean=False) == about
 
 
@@ -290,15 +295,23 @@ def test_any_text_in_a_card_is_read_back_as_it_was(about):
     '',
     'x = 1',
     'import os',
-    cards.render('A.', {'a': 1}) + 'import os\n',
-    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = open'),
-    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = [1]'),
-    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = 1e999'),
-    cards.render('A.', {'a': 1}).replace('c.a = 1', 'c.a = b = 1'),
-    cards.render('A.', {'a': 1}).replace('  return c', '  exit()\n  return c'),
-    cards.render('A.', {'a': 1}).replace("str=''", 'str=open("x")'),
-    cards.render('A.', {'a': 1}).replace('def get', '@print\ndef get'),
-    cards.render('A.', {'a': 1}).replace('"""A."""', 'f"""{open}"""'),
+    config_file.render_config('A.', {'a': 1}) + 'import os\n',
+    config_file.render_config('A.', {'a': 1}).replace('c.a = 1', 'c.a = open'),
+    config_file.render_config('A.', {'a': 1}).replace('c.a = 1', 'c.a = [1]'),
+    config_file.render_config('A.', {'a': 1}).replace('c.a = 1', 'c.a = 1e999'),
+    config_file.render_config('A.', {'a': 1}).replace('c.a = 1', 'c.a = b = 1'),
+    config_file.render_config('A.', {'a': 1}).replace(
+      '  return c', '  exit()\n  return c'
+    ),
+    config_file.render_config('A.', {'a': 1}).replace(
+      "str=''", 'str=open("x")'
+    ),
+    config_file.render_config('A.', {'a': 1}).replace(
+      'def get', '@print\ndef get'
+    ),
+    config_file.render_config('A.', {'a': 1}).replace(
+      '"""A."""', 'f"""{open}"""'
+    ),
     '(' * 10_000,
     'x' * 100_000,
     '\0',
@@ -307,7 +320,7 @@ def test_any_text_in_a_card_is_read_back_as_it_was(about):
 )
 def test_other_texts_are_no_cards(text):
   with pytest.raises(ValueError, match='no config card'):
-    cards.read(text)
+    config_file.parse_config(text)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +340,7 @@ def test_other_texts_are_no_cards(text):
 )
 def test_other_keys_and_values_are_refused(key, value):
   with pytest.raises(ValueError):
-    cards.render('A.', {key: value})
+    config_file.render_config('A.', {key: value})
 
 
 def test_a_card_is_written_that_training_would_take(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.react import read  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.react import parse_reply  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import says, serving  # noqa: E402
 
 
@@ -18,7 +18,9 @@ def add(a: int, b: int) -> int:
 
 def ask(*replies):
   with serving(*replies) as script:
-    outcome = Agent(script.model(), [tool(add)], form='react').ask('2 + 3?')
+    outcome = Agent(script.model(), [make_tool(add)], form='react').ask(
+      '2 + 3?'
+    )
   return outcome, script.requests
 
 
@@ -78,7 +80,7 @@ def test_wrong_json_is_an_observation():
   ],
 )
 def test_actions_are_found_however_they_are_dressed(text, name, arguments):
-  message, _, _ = read({'content': text}, 4)
+  message, _, _ = parse_reply({'content': text}, 4)
   (call,) = message['tool_calls']
   assert call['id'] == 'react_4' and call['function'] == {
     'name': name,
@@ -88,7 +90,7 @@ def test_actions_are_found_however_they_are_dressed(text, name, arguments):
 
 def test_what_comes_first_counts():
   action = 'Action: add\nAction Input: {}'
-  message, _, _ = read({'content': f'{action}\nFinal Answer: 1'}, 1)
+  message, _, _ = parse_reply({'content': f'{action}\nFinal Answer: 1'}, 1)
   assert message['tool_calls']
-  message, answer, _ = read({'content': f'Final Answer: 1\n{action}'}, 1)
+  message, answer, _ = parse_reply({'content': f'Final Answer: 1\n{action}'}, 1)
   assert 'tool_calls' not in message and answer.startswith('1\n')

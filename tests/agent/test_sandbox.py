@@ -21,22 +21,27 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import filters, groups, programs, sandbox  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.programs import Bounds  # noqa: E402
-from moepeft.agent.sandbox import Sandbox  # noqa: E402
+from moepeft.agent.sandbox import (
+  bubblewrap,  # noqa: E402
+  cgroup,
+  process,
+  seccomp,
+)
+from moepeft.agent.sandbox.bubblewrap import Sandbox  # noqa: E402
+from moepeft.agent.sandbox.process import ResourceLimits  # noqa: E402
 from tests import ROOT
 from tests.agent.scripted import says, serving, wants  # noqa: E402
 
 MB = 1 << 20
-BOUNDS = Bounds(
+BOUNDS = ResourceLimits(
   seconds=40, memory=200 * MB, processes=24, disk=4 * MB, output=4000
 )
 
 
 @pytest.fixture
 def box():
-  if why := sandbox.unusable():
+  if why := bubblewrap.unavailable_reason():
     pytest.skip(f'no sandbox here: {why}')
 
   def late(*_):
@@ -111,7 +116,7 @@ def test_nothing_outside_is_written_and_the_work_directory_is_fresh(
   tmp_path.chmod(0o777)
   ran = box.python_program(f"""
 for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/hostname',
-             {str(tmp_path / 'x')!r}, {str(sandbox.__file__)!r}):
+             {str(tmp_path / 'x')!r}, {str(bubblewrap.__file__)!r}):
   try:
     open(path, 'w').write('x')
     print('WROTE', path)
@@ -304,8 +309,8 @@ print('SURVIVED')
 
 def test_names_of_files_count_and_end_the_program(box, monkeypatch):
   # The figures of the machine show them as memory that can be had back.
-  monkeypatch.setattr(programs.groups.Machine, 'growth', lambda machine: 0)
-  ran = Sandbox(Bounds(seconds=20, memory=60 * MB)).shell_program("""
+  monkeypatch.setattr(process.groups.Machine, 'growth', lambda machine: 0)
+  ran = Sandbox(ResourceLimits(seconds=20, memory=60 * MB)).shell_program("""
 cd /tmp && echo > f && for i in 1 2 3 4 5 6 7 8; do
   mkdir $i && python3 -c "
 import os
@@ -318,10 +323,10 @@ echo SURVIVED
 
 def test_memory_in_swap_counts(monkeypatch):
   status = 'PPid:\t1\nRssAnon:\t7 kB\nVmSwap:\t11 kB\nThreads:\t2\n'
-  monkeypatch.setattr(programs.os, 'listdir', lambda path: ['4000000'])
+  monkeypatch.setattr(process.os, 'listdir', lambda path: ['4000000'])
   opened = lambda path: io.StringIO(status)  # noqa: E731
-  monkeypatch.setattr(programs, 'open', opened, raising=False)
-  assert programs._used(4000000) == (18 * 1024, 2)
+  monkeypatch.setattr(process, 'open', opened, raising=False)
+  assert process._usage(4000000) == (18 * 1024, 2)
 
 
 def test_sockets_are_of_one_family_and_pairs_too(box):
@@ -391,20 +396,20 @@ def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
   # written, in what order and where, not what a kernel does with it.
   (tmp_path / 'self').write_text('1:name=x:/\n0::/user/scope\n')
   (tmp_path / 'user' / 'scope').mkdir(parents=True)
-  monkeypatch.setattr(groups, '_ROOT', tmp_path)
-  monkeypatch.setattr(groups, '_SELF', tmp_path / 'self')
+  monkeypatch.setattr(cgroup, '_ROOT', tmp_path)
+  monkeypatch.setattr(cgroup, '_SELF', tmp_path / 'self')
   # A group that hands nothing on, and a parent that has not the controllers.
   (tmp_path / 'user' / 'scope' / 'cgroup.subtree_control').write_text('')
   (tmp_path / 'user' / 'cgroup.subtree_control').write_text('cpu memory')
-  assert groups.make(MB, 7) is None
+  assert cgroup.create_group(MB, 7) is None
   (tmp_path / 'user' / 'cgroup.subtree_control').write_text('memory pids')
-  group = groups.make(MB, 7)
+  group = cgroup.create_group(MB, 7)
   assert group.path.parent == tmp_path / 'user'
   written = {path.name: path.read_text() for path in group.path.iterdir()}
   assert written == {
     'memory.max': str(MB),
     # And those of the sandbox itself.
-    'pids.max': str(7 + groups.HELPERS),
+    'pids.max': str(7 + cgroup.HELPERS),
     'memory.swap.max': '0',
     'memory.oom.group': '1',
     'cgroup.procs': '0\n',
@@ -444,7 +449,7 @@ def as_nobody(command, folder):
 def test_all_of_this_holds_for_an_ordinary_user():
   if os.geteuid() != 0:
     pytest.skip('this is an ordinary user already')
-  if why := sandbox.unusable():
+  if why := bubblewrap.unavailable_reason():
     pytest.skip(f'no sandbox here: {why}')
   with tempfile.TemporaryDirectory() as folder:
     os.chown(folder, 65534, 65534)
@@ -470,7 +475,7 @@ def test_all_of_this_holds_for_an_ordinary_user():
 
 
 def test_an_endless_loop_is_ended_and_its_output_so_far_kept(box):
-  short = Sandbox(Bounds(seconds=1.5, memory=200 * MB))
+  short = Sandbox(ResourceLimits(seconds=1.5, memory=200 * MB))
   # The sleeping one uses no CPU; both write before.
   for code in ('while True: pass', 'import time\ntime.sleep(60)'):
     begun = time.monotonic()
@@ -515,14 +520,14 @@ def test_the_tools_tell_the_model_what_happened(box):
     says('42'),
   ]
   with serving(*replies) as script:
-    Agent(script.model(), sandbox.tools(box)).ask('6 * 7?')
+    Agent(script.model(), bubblewrap.code_tools(box)).ask('6 * 7?')
   first, second = (r['messages'][-1]['content'] for r in script.requests[1:])
   assert first == '<tool_output>\n42\n</tool_output>'
   assert 'No such file' in second and '[exit status 1]' in second
 
 
 def test_without_a_sandbox_the_tools_refuse(monkeypatch):
-  monkeypatch.setattr(sandbox, 'unusable', lambda: 'bwrap is not installed')
+  monkeypatch.setattr(bubblewrap, 'unusable', lambda: 'bwrap is not installed')
   with pytest.raises(ValueError) as caught:
     Sandbox(BOUNDS)
   said = str(caught.value)
@@ -531,29 +536,32 @@ def test_without_a_sandbox_the_tools_refuse(monkeypatch):
 
 
 def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
-  sandbox.unusable.cache_clear()
+  bubblewrap.unavailable_reason.cache_clear()
   try:
-    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: None)
-    assert sandbox.unusable() == 'bwrap is not installed'
-    sandbox.unusable.cache_clear()
-    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: name)
+    monkeypatch.setattr(bubblewrap.shutil, 'which', lambda name: None)
+    assert bubblewrap.unavailable_reason() == 'bwrap is not installed'
+    bubblewrap.unavailable_reason.cache_clear()
+    monkeypatch.setattr(bubblewrap.shutil, 'which', lambda name: name)
     failed = subprocess.CompletedProcess(
       [], 1, '', 'bwrap: No permissions to create new namespace\n'
     )
-    monkeypatch.setattr(sandbox.subprocess, 'run', lambda *a, **k: failed)
-    assert 'No permissions to create new namespace' in sandbox.unusable()
+    monkeypatch.setattr(bubblewrap.subprocess, 'run', lambda *a, **k: failed)
+    assert (
+      'No permissions to create new namespace'
+      in bubblewrap.unavailable_reason()
+    )
   finally:
-    sandbox.unusable.cache_clear()
+    bubblewrap.unavailable_reason.cache_clear()
 
 
 @pytest.mark.skipif(not shutil.which('prlimit'), reason='there is no prlimit')
 def test_told_by_name_programs_run_without_it():
-  box = Sandbox(Bounds(seconds=20), unsafe_no_sandbox=True)
+  box = Sandbox(ResourceLimits(seconds=20), unsafe_no_sandbox=True)
   ran = box.python_program('import os\nprint(os.environ.get("PWD"), 2 + 3)')
   assert ran.output == 'None 5\n'
-  ended = Sandbox(Bounds(seconds=0.5), unsafe_no_sandbox=True).shell_program(
-    'sleep 30 & sleep 30'
-  )
+  ended = Sandbox(
+    ResourceLimits(seconds=0.5), unsafe_no_sandbox=True
+  ).shell_program('sleep 30 & sleep 30')
   assert ended.ended == 'ended after 0.5 s'
 
 
@@ -583,8 +591,8 @@ def test_the_filter_lets_through_what_programs_need_and_no_more(monkeypatch):
     ('x86_64', 0xC000003E, 56, (29, 165, 272, 319, 323)),
     ('aarch64', 0xC00000B7, 220, (40, 97, 194, 279, 282)),
   ):
-    monkeypatch.setattr(filters.platform, 'machine', lambda name=name: name)
-    program = filters.program()
+    monkeypatch.setattr(seccomp.platform, 'machine', lambda name=name: name)
+    program = seccomp.program()
     assert len(program) % 8 == 0
     # read, exit and the like; io_uring, fsopen and memfd_secret.
     for number in (0, 1, 60, 93, 231, 257):

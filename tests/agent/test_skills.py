@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import cards, sandbox, skills  # noqa: E402
+from moepeft.agent import config_file, skills
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.programs import Bounds  # noqa: E402
+from moepeft.agent.sandbox import bubblewrap  # noqa: E402
+from moepeft.agent.sandbox.process import ResourceLimits  # noqa: E402
 from tests.agent.scripted import says, serving, wants  # noqa: E402
 
 HEAD = '---\nname: dig\ndescription: Digs holes. Use for holes.\n---\n'
@@ -37,16 +38,17 @@ def folder(tmp_path):
 
 
 needs_sandbox = pytest.mark.skipif(
-  bool(sandbox.unusable()), reason=f'no sandbox here: {sandbox.unusable()}'
+  bool(bubblewrap.unavailable_reason()),
+  reason=f'no sandbox here: {bubblewrap.unavailable_reason()}',
 )
 
 
-def run(folder, name, arguments, bounds=skills.BOUNDS, **options):
-  own = skills.find([folder])
-  options.setdefault('unsafe_no_sandbox', bool(sandbox.unusable()))
+def run(folder, name, arguments, bounds=skills.SCRIPT_LIMITS, **options):
+  own = skills.find_skills([folder])
+  options.setdefault('unsafe_no_sandbox', bool(bubblewrap.unavailable_reason()))
   workspace = options.setdefault('workspace', folder)
-  box = skills.box(own, bounds=bounds, **options)
-  made = skills.tools(own, box, workspace)
+  box = skills.script_sandbox(own, bounds=bounds, **options)
+  made = skills.skill_tools(own, box, workspace)
   (tool,) = [tool for tool in made if tool.name == name]
   return tool.run(arguments)
 
@@ -63,11 +65,11 @@ def test_a_skill_is_loaded_in_three_steps(folder):
     ),
     says('A hole.'),
   ]
-  own = skills.find([folder])
+  own = skills.find_skills([folder])
   with serving(*replies) as script:
-    box = skills.box(own, folder, unsafe_no_sandbox=True)
-    made = skills.tools(own, box, folder)
-    agent = Agent(script.model(), made, skills.catalogue(own))
+    box = skills.script_sandbox(own, folder, unsafe_no_sandbox=True)
+    made = skills.skill_tools(own, box, folder)
+    agent = Agent(script.model(), made, skills.skills_prompt(own))
     assert agent.ask('I need a hole.').text == 'A hole.'
   first, second, third, fourth = (r['messages'] for r in script.requests)
   # At first the model knows a name and a description, and no more.
@@ -86,9 +88,9 @@ def test_a_skill_is_loaded_in_three_steps(folder):
 
 
 def test_a_skill_that_loads_is_followed_and_what_scripts_say_is_data(folder):
-  own = skills.find([folder])
-  box = skills.box(own, folder, unsafe_no_sandbox=True)
-  trusted = {tool.name: tool.trusted for tool in skills.tools(own, box)}
+  own = skills.find_skills([folder])
+  box = skills.script_sandbox(own, folder, unsafe_no_sandbox=True)
+  trusted = {tool.name: tool.trusted for tool in skills.skill_tools(own, box)}
   assert trusted == {
     'load_skill': True,
     'read_skill_file': True,
@@ -124,7 +126,9 @@ def test_nothing_outside_a_skill_is_read_or_run(folder, name, path):
 
 def test_what_a_script_may_do_is_bounded(folder):
   text = '{"name": "dig", "path": "scripts/%s", "args": []}'
-  ended = run(folder, 'run_skill_script', text % 'loop.sh', Bounds(seconds=0.3))
+  ended = run(
+    folder, 'run_skill_script', text % 'loop.sh', ResourceLimits(seconds=0.3)
+  )
   assert ended == '[ended after 0.3 s]'
   assert run(folder, 'run_skill_script', text % 'bad.sh') == (
     'oops\n[exit status 3]'
@@ -176,7 +180,7 @@ def test_a_skill_that_is_not_valid_is_one_clear_sentence(tmp_path, text, said):
   if text is not None:
     (own / 'SKILL.md').write_text(text)
   with pytest.raises(ValueError, match=said) as caught:
-    skills.find([tmp_path])
+    skills.find_skills([tmp_path])
   assert '\n' not in str(caught.value)
 
 
@@ -190,7 +194,7 @@ def test_other_fields_and_other_line_ends_are_no_mistakes(tmp_path):
   # As written on Windows, with a byte order mark.
   text = '\ufeff' + wrong(more=more).replace('\n', '\r\n')
   (own / 'SKILL.md').write_bytes(text.encode())
-  skill = skills.find([own])['dig']
+  skill = skills.find_skills([own])['dig']
   assert (skill.name, skill.body) == ('dig', 'body')
 
 
@@ -199,10 +203,10 @@ def test_two_skills_of_one_name_and_missing_directories_are_refused(tmp_path):
     (tmp_path / place / 'dig').mkdir(parents=True)
     (tmp_path / place / 'dig' / 'SKILL.md').write_text(wrong())
   with pytest.raises(ValueError, match="two skills are named 'dig'"):
-    skills.find([tmp_path / 'a', tmp_path / 'b'])
+    skills.find_skills([tmp_path / 'a', tmp_path / 'b'])
   with pytest.raises(ValueError, match='does not exist'):
-    skills.find([tmp_path / 'c'])
-  assert skills.tools({}) == [] and skills.catalogue({}) == ''
+    skills.find_skills([tmp_path / 'c'])
+  assert skills.skill_tools({}) == [] and skills.skills_prompt({}) == ''
 
 
 def test_a_stray_file_and_a_link_to_a_skill_refuse_no_good_ones(tmp_path):
@@ -213,11 +217,13 @@ def test_a_stray_file_and_a_link_to_a_skill_refuse_no_good_ones(tmp_path):
   (tmp_path / 'pipe').mkdir()
   os.mkfifo(tmp_path / 'pipe' / 'SKILL.md')
   told = []
-  assert set(skills.find([tmp_path, tmp_path / 'dig'], told.append)) == {'dig'}
+  assert set(skills.find_skills([tmp_path, tmp_path / 'dig'], told.append)) == {
+    'dig'
+  }
   assert len(told) == 2
   assert 'has no front matter' in told[0] and 'a named pipe' in told[1]
   with pytest.raises(ValueError, match='is no directory'):
-    skills.find([tmp_path / 'SKILL.md'])
+    skills.find_skills([tmp_path / 'SKILL.md'])
 
 
 def script(folder, text):
@@ -273,7 +279,7 @@ print('done')
 
 
 def test_a_script_hands_over_a_card_and_nothing_else(folder):
-  card = cards.render('About.', {'steps': 7}).encode()
+  card = config_file.render_config('About.', {'steps': 7}).encode()
   arguments = script(folder, HAND_OVER.format(b'mine.py\n' + card))
   assert run(folder, 'run_skill_script', arguments) == 'done'
   assert (folder / 'mine.py').read_bytes() == card
@@ -297,7 +303,7 @@ def test_a_script_hands_over_a_card_and_nothing_else(folder):
     b'x' * 100_000,
   ):
     with pytest.raises(ValueError):
-      cards.save(handed, folder)
+      config_file.save_config(handed, folder)
   assert sorted(path.name for path in folder.iterdir()) == [
     'dig',
     'link.py',
@@ -308,10 +314,10 @@ def test_a_script_hands_over_a_card_and_nothing_else(folder):
 
 def test_without_a_sandbox_there_is_no_tool_for_scripts(folder, monkeypatch):
   monkeypatch.setattr(skills, 'unusable', lambda: 'bwrap is not installed')
-  own = skills.find([folder])
+  own = skills.find_skills([folder])
   with pytest.raises(ValueError, match='bwrap is not installed'):
-    skills.box(own, folder)
-  made = {tool.name: tool for tool in skills.tools(own)}
+    skills.script_sandbox(own, folder)
+  made = {tool.name: tool for tool in skills.skill_tools(own)}
   assert sorted(made) == ['load_skill', 'read_skill_file']
   text = made['load_skill'].run('{"name": "dig"}')
   assert 'Scripts cannot be run here: there is no sandbox' in text
@@ -322,7 +328,7 @@ def test_a_workspace_that_holds_the_home_is_refused(folder, monkeypatch):
   monkeypatch.setenv('HOME', str(folder / 'dig'))
   for workspace in (folder, folder / 'dig', '/'):
     with pytest.raises(ValueError, match='holds the home directory'):
-      skills.box(skills.find([folder]), workspace)
+      skills.script_sandbox(skills.find_skills([folder]), workspace)
 
 
 def test_bad_skills_are_left_out_and_named_and_good_ones_stay(folder):
@@ -342,7 +348,7 @@ def test_bad_skills_are_left_out_and_named_and_good_ones_stay(folder):
   (folder / 'pipe').mkdir()
   os.mkfifo(folder / 'pipe' / 'SKILL.md')
   faults = []
-  assert list(skills.find([folder], faults.append)) == ['dig']
+  assert list(skills.find_skills([folder], faults.append)) == ['dig']
   names = ['binary', 'bomb', 'colon', 'deep', 'docs', 'keys', 'other', 'pipe']
   assert len(faults) == len(names)
   for name, fault in zip(names, faults, strict=True):
@@ -361,4 +367,4 @@ def bomb() -> str:
 
 def test_a_pipe_among_a_skills_files_is_none_of_them(folder):
   os.mkfifo(folder / 'dig' / 'references' / 'pipe.md')
-  assert 'references/pipe.md' not in skills.find([folder])['dig'].files()
+  assert 'references/pipe.md' not in skills.find_skills([folder])['dig'].files()

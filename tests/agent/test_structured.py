@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent.structured import fill  # noqa: E402
+from moepeft.agent.structured_output import ask_structured  # noqa: E402
 from tests.agent.scripted import says, serving  # noqa: E402
 
 
@@ -22,7 +22,7 @@ ASKED = [{'role': 'user', 'content': 'Which city?'}]
 def test_an_answer_that_fits_is_an_instance():
   text = '{"name": "Ulm", "people": 131, "river": "none"}'
   with serving(says(text)) as script:
-    city = fill(script.model(), City, ASKED, options={'seed': 1})
+    city = ask_structured(script.model(), City, ASKED, options={'seed': 1})
   assert city == City(name='Ulm', people=131, river='none')
   (request,) = script.requests
   form = request['response_format']
@@ -39,7 +39,7 @@ def test_an_answer_that_does_not_fit_is_asked_for_again_with_the_error():
     says('{"name": "Ulm", "people": 5}'),
   ]
   with serving(*replies) as script:
-    assert fill(script.model(), City, ASKED).people == 5
+    assert ask_structured(script.model(), City, ASKED).people == 5
   said = script.requests[2]['messages']
   assert [m['role'] for m in said] == ['user', *['assistant', 'user'] * 2]
   assert 'Invalid JSON' in said[2]['content']
@@ -49,5 +49,5 @@ def test_an_answer_that_does_not_fit_is_asked_for_again_with_the_error():
 def test_it_gives_up_after_so_many_times():
   with serving(says('Ulm!')) as script:
     with pytest.raises(ValueError, match='no answer in 3 fits City'):
-      fill(script.model(), City, ASKED, retries=2)
+      ask_structured(script.model(), City, ASKED, retries=2)
   assert len(script.requests) == 3

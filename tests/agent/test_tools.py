@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent.tools import Invalid, strict, tool  # noqa: E402
+from moepeft.agent.tools import InvalidArguments, strict_schema, make_tool  # noqa: E402
 
 
 class Unit(enum.Enum):
@@ -61,7 +61,7 @@ def objects(node):
 
 
 def test_a_schema_requires_all_and_allows_nothing_else():
-  schema = tool(weather).schema
+  schema = make_tool(weather).schema
   found = list(objects(schema))
   # The arguments and the place, which the description writes out, and the
   # definition of it that stays.
@@ -75,17 +75,17 @@ def test_a_schema_requires_all_and_allows_nothing_else():
 
 
 def test_what_has_a_default_says_it_as_a_strict_schema_has_none():
-  own = tool(weather).schema['properties']
+  own = make_tool(weather).schema['properties']
   assert own['days']['description'] == 'from today on.'
   assert own['kind']['description'] == 'By default "sun".'
   assert own['note']['anyOf'] == [{'type': 'string'}, {'type': 'null'}]
   # A server that does not hold to the schema may leave it out.
   text = '{"place": {"city": "Ulm"}, "days": 2}'
-  assert tool(weather).run(text) == 'Ulm 3 2 KELVIN sun None'
+  assert make_tool(weather).run(text) == 'Ulm 3 2 KELVIN sun None'
 
 
 def test_docstrings_describe_the_tool_and_its_arguments():
-  made = tool(weather)
+  made = make_tool(weather)
   assert made.description == 'Tells the weather.\n\nOf tomorrow and later.'
   place = made.schema['properties']['place']
   assert place['description'] == 'where it is, roughly.'
@@ -102,8 +102,8 @@ def test_docstrings_describe_the_tool_and_its_arguments():
   ],
 )
 def test_arguments_that_do_not_fit_are_told_by_name(arguments, said):
-  with pytest.raises(Invalid, match=said):
-    tool(weather).run(arguments)
+  with pytest.raises(InvalidArguments, match=said):
+    make_tool(weather).run(arguments)
 
 
 def test_a_dataclass_is_taken_and_given_back_as_json():
@@ -116,7 +116,7 @@ def test_a_dataclass_is_taken_and_given_back_as_json():
     """Mirrors."""
     return Point(-point.x, -point.y)
 
-  answer = tool(mirrored).run('{"point": {"x": 1}}')
+  answer = make_tool(mirrored).run('{"point": {"x": 1}}')
   assert json.loads(answer) == {'x': -1.0, 'y': -2.0}
 
 
@@ -166,7 +166,7 @@ def misspelt(a: int) -> str:
 )
 def test_a_function_without_a_strict_schema_is_refused(function, said):
   with pytest.raises(ValueError, match=said):
-    tool(function)
+    make_tool(function)
 
 
 def test_a_model_that_holds_itself_keeps_its_references():
@@ -174,7 +174,7 @@ def test_a_model_that_holds_itself_keeps_its_references():
     name: str
     below: list['Tree'] = []
 
-  (definition,) = strict(Tree, 'Tree')['$defs'].values()
+  (definition,) = strict_schema(Tree, 'Tree')['$defs'].values()
   assert definition['additionalProperties'] is False
   assert definition['required'] == ['name', 'below']
 
@@ -184,6 +184,6 @@ def test_a_tool_without_arguments_has_an_empty_strict_schema():
     """Now."""
     return 'noon'
 
-  made = tool(now)
+  made = make_tool(now)
   assert made.schema['properties'] == {} and made.schema['required'] == []
   assert made.run('') == made.run('{}') == 'noon'

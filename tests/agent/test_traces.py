@@ -11,8 +11,8 @@ pytest.importorskip('openai')
 from moepeft.agent import traces  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.memory import Memory, Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.memory import Memory, TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   refuses,
@@ -37,12 +37,16 @@ def leak() -> str:
 def traced(path, replies, questions, **parts):
   """The outcomes of questions, with a trace at `path`."""
   with serving(*replies, counts=True) as script:
-    trace = traces.Trace(path, [KEY])
+    trace = traces.TraceWriter(path, [KEY])
     if 'memory' in parts:
-      count = Tokens(script.client(), 'scripted')
+      count = TokenCounter(script.client(), 'scripted')
       parts['memory'] = Memory(parts['memory'], count)
     made = Agent(
-      script.model(), [tool(roll), tool(leak)], 'Be.', tell=trace, **parts
+      script.model(),
+      [make_tool(roll), make_tool(leak)],
+      'Be.',
+      tell=trace,
+      **parts,
     )
     outcomes = [made.ask(question) for question in questions]
     trace.close()
@@ -82,7 +86,7 @@ def test_a_trace_replays_to_its_outcome_without_a_server(name, tmp_path):
   path = str(tmp_path / 'trace.jsonl')
   outcomes = traced(path, replies, ['What?'], **parts)
   told = []
-  assert traces.replay(path, told.append) == outcomes
+  assert traces.replay_trace(path, told.append) == outcomes
   assert told[-1]['event'] == 'ended'
 
 
@@ -96,9 +100,9 @@ def test_a_conversation_with_a_short_memory_replays(tmp_path):
     # The rule on tools has 44 words, an answered question 13.
     memory=70,
   )
-  kinds = [row['event'] for row in traces.read(path)]
+  kinds = [row['event'] for row in traces.read_trace(path)]
   assert kinds.count('forgotten') > 1
-  assert traces.replay(path) == outcomes
+  assert traces.replay_trace(path) == outcomes
   assert {outcome.state for outcome in outcomes} == {'answered'}
 
 
@@ -106,7 +110,7 @@ def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
   path = str(tmp_path / 'trace.jsonl')
   replies = [wants(('roll', {'sides': 6})), says('0')]
   traced(path, replies, ['What?'], options={'seed': 3})
-  rows = traces.read(path)
+  rows = traces.read_trace(path)
   assert [row['event'] for row in rows] == [
     'started',
     'asked',
@@ -148,10 +152,10 @@ def test_a_changed_or_broken_trace_is_told_where(tmp_path):
   rows[5]['request']['messages'][3]['content'] = 'another'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   with pytest.raises(ValueError, match=r"\[3\]\['content'\] was .another"):
-    traces.replay(str(path))
+    traces.replay_trace(str(path))
   path.write_text('{"no": "event"}\n')
   with pytest.raises(ValueError, match='line 1 of .* is no event'):
-    traces.replay(str(path))
+    traces.replay_trace(str(path))
   # A kill tears the last line: that question did not end.
   path.write_text(text[:-10])
-  assert traces.replay(str(path)) == []
+  assert traces.replay_trace(str(path)) == []

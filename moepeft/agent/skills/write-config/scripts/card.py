@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moepeft.agent import cards
+from moepeft.agent import config_file
 from moepeft.config import check as config_check
 from moepeft.config import defaults as config_lib
 
@@ -95,7 +95,7 @@ def _remarks() -> Iterator[tuple[str, str]]:
 
 def write(name: str, about: str, settings: list[str]) -> str:
   """Checks the settings, writes the card, and reads it back by parsing it."""
-  cards.check_name(name)
+  config_file.check_name(name)
   if os.path.lexists(name):
     raise ValueError(f'{name} exists; choose another name')
   if not about.strip() or not about.isprintable() or len(about) > 500:
@@ -110,9 +110,9 @@ def write(name: str, about: str, settings: list[str]) -> str:
   counted = _check(c)
   sentence = textwrap.fill(about.strip().rstrip('.') + '.', 77)
   command = f'python -m moepeft.train --config={name} --workdir=DIR'
-  card = cards.render(f'{sentence}\n\n{command}\n', changed)
+  card = config_file.render_config(f'{sentence}\n\n{command}\n', changed)
   again = config_lib.default()
-  for key, value in cards.read(card).items():
+  for key, value in config_file.parse_config(card).items():
     _set(again, key, value)
   if again.to_json() != c.to_json():
     raise ValueError('the card does not say what was asked; report this')

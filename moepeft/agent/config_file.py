@@ -17,7 +17,7 @@ from pathlib import Path
 Constant = bool | int | float | str | None
 
 _LICENSE = '# SPDX-License-Identifier: Apache-2.0\n'
-_FORM = """
+_TEMPLATE = """
 from moepeft import config as config_lib
 
 def get_config(values: str=''):
@@ -29,7 +29,7 @@ def get_config(values: str=''):
 _NAME = re.compile(r'[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}\.py')
 _KEY = re.compile(r'[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*', re.ASCII)
 # Bytes of a card; those that are written by hand have about 2,000.
-LARGEST = 1 << 16
+MAX_BYTES = 1 << 16
 
 
 def check_name(name: str) -> None:
@@ -44,7 +44,7 @@ def check_name(name: str) -> None:
     )
 
 
-def render(about: str, values: Mapping[str, Constant]) -> str:
+def render_config(about: str, values: Mapping[str, Constant]) -> str:
   """The text of a card.
 
   Args:
@@ -54,7 +54,7 @@ def render(about: str, values: Mapping[str, Constant]) -> str:
   Raises:
     ValueError: a key or a value cannot be in a card.
   """
-  tree = ast.parse(_FORM)
+  tree = ast.parse(_TEMPLATE)
   body = tree.body[-1].body
   for key, value in values.items():
     body.insert(-1, ast.Assign([_target(key)], _constant(key, value)))
@@ -83,14 +83,14 @@ def _constant(key: str, value: Constant) -> ast.expr:
   return ast.parse(repr(value), mode='eval').body
 
 
-def read(text: str) -> dict[str, Constant]:
+def parse_config(text: str) -> dict[str, Constant]:
   """The values that a card sets, by key. Nothing of it is run.
 
   Raises:
     ValueError: the text is not one that `render` gives.
   """
   try:
-    if len(text.encode()) > LARGEST:
+    if len(text.encode()) > MAX_BYTES:
       raise ValueError('it is too long')
     tree = ast.parse(text)
     about = tree.body[0].value.value
@@ -100,7 +100,7 @@ def read(text: str) -> dict[str, Constant]:
         key = ast.unparse(node.targets[0])
         if key.startswith('c.'):
           values[key.removeprefix('c.')] = ast.literal_eval(node.value)
-    if render(about, values) == text:
+    if render_config(about, values) == text:
       return values
   # Whatever the text is; a parser runs out of stack or memory in deep ones.
   except (
@@ -119,7 +119,7 @@ def read(text: str) -> dict[str, Constant]:
   )
 
 
-def save(handed: bytes, folder: str | os.PathLike) -> str:
+def save_config(handed: bytes, folder: str | os.PathLike) -> str:
   """Writes a card that a script handed over, into a directory; its name.
 
   Args:
@@ -129,14 +129,14 @@ def save(handed: bytes, folder: str | os.PathLike) -> str:
   Raises:
     ValueError: it is no card, or a file of its name is there.
   """
-  if len(handed) > LARGEST:
-    raise ValueError(f'a card has at most {LARGEST:,} bytes')
+  if len(handed) > MAX_BYTES:
+    raise ValueError(f'a card has at most {MAX_BYTES:,} bytes')
   try:
     name, _, text = handed.decode().partition('\n')
   except UnicodeDecodeError:
     raise ValueError('a card is UTF-8') from None
   check_name(name)
-  read(text)
+  parse_config(text)
   # 'x' creates a file, or fails: also where a link of that name is.
   try:
     with open(Path(folder) / name, 'x', encoding='utf-8') as file:

@@ -9,17 +9,17 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from moepeft.agent import groups
+from moepeft.agent.sandbox import cgroup
 
 # Directories of a sandbox that are file systems in memory; the first one is on
 # no other system.
-IN_MEMORY = ('/sandbox', '/tmp', '/dev/shm')
+MEMORY_DIRECTORIES = ('/sandbox', '/tmp', '/dev/shm')
 # Bytes of a name in one: its inode, its entry, the name itself.
-_NAME = 1024
+_FILE_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
+class ResourceLimits:
   """Of a program and all that it starts.
 
   Attributes:
@@ -41,7 +41,7 @@ class Bounds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
+class ProcessResult:
   """What came of a program.
 
   Attributes:
@@ -61,13 +61,13 @@ class Ran:
     return '\n'.join(filter(None, [said, note]))
 
 
-def watched(
+def run_limited(
   command: Sequence[str],
-  bounds: Bounds,
+  bounds: ResourceLimits,
   environment: Mapping[str, str],
   passed: Sequence[int] = (),
   cwd: str | None = None,
-) -> Ran:
+) -> ProcessResult:
   """Runs a command until it ends, or is ended for what it uses.
 
   Args:
@@ -78,17 +78,17 @@ def watched(
     passed: files that it inherits.
     cwd: where it runs; None is here.
   """
-  group = groups.make(bounds.memory, bounds.processes)
+  group = cgroup.create_group(bounds.memory, bounds.processes)
   try:
     command = group.wrapped(list(command)) if group else command
-    return _watched(command, bounds, environment, passed, cwd, group)
+    return _run(command, bounds, environment, passed, cwd, group)
   finally:
     if group:
       group.close()
 
 
-def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
-  machine = groups.Machine()
+def _run(command, bounds, environment, passed, cwd, group) -> ProcessResult:
+  machine = cgroup.MachineMemory()
   try:
     process = subprocess.Popen(
       command,
@@ -102,8 +102,8 @@ def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
     )
   except (OSError, ValueError) as e:
     # Arguments that are too long, hold a NUL or half of a surrogate pair.
-    return Ran('', None, f'it does not start: {e}')
-  kept = _Kept(bounds.output)
+    return ProcessResult('', None, f'it does not start: {e}')
+  kept = _OutputBuffer(bounds.output)
   reader = threading.Thread(
     target=kept.drain, args=(process.stdout,), daemon=True
   )
@@ -119,10 +119,14 @@ def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
     reader.join(5)
   if not ended and group and group.exceeded():
     ended = f'ended: it had more than {bounds.memory >> 20:,} MB of memory'
-  return Ran(kept.text(), None if ended else process.returncode, ended)
+  return ProcessResult(
+    kept.text(), None if ended else process.returncode, ended
+  )
 
 
-def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
+def _wait(
+  process, bounds: ResourceLimits, group, machine: cgroup.MachineMemory
+) -> str:
   """Why a process has to be ended; '' once it has ended by itself."""
   begun, allowed = time.monotonic(), f'{bounds.memory >> 20:,} are allowed'
   while True:
@@ -131,13 +135,13 @@ def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
       return ''
     if time.monotonic() - begun > bounds.seconds:
       return f'ended after {bounds.seconds:.3g} s'
-    used, threads = _used(process.pid)
+    used, threads = _usage(process.pid)
     if used > bounds.memory:
       return (
         f'ended: all its processes together had {used >> 20:,} MB of memory, '
         f'{allowed}'
       )
-    if threads > bounds.processes + groups.HELPERS:
+    if threads > bounds.processes + cgroup.HELPERS:
       return (
         f'ended: it had {threads} processes and threads, {bounds.processes} '
         'are allowed'
@@ -153,7 +157,7 @@ def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
       return 'ended: the machine has hardly any memory left'
 
 
-def _used(pid: int) -> tuple[int, int]:
+def _usage(pid: int) -> tuple[int, int]:
   """Bytes of a process and all its descendants, and their threads.
 
   Bytes are private memory, in swap too, and names of files in memory, which the
@@ -174,22 +178,25 @@ def _used(pid: int) -> tuple[int, int]:
     pids.add(parent := left.pop())
     left += set(below.get(parent, ())) - pids
   return (
-    1024 * sum(held.get(pid, 0) for pid in pids) + _NAME * _names(pids),
+    1024 * sum(held.get(pid, 0) for pid in pids)
+    + _FILE_BYTES * _file_count(pids),
     sum(threads.get(pid, 0) for pid in pids),
   )
 
 
-def _names(pids: Iterable[int]) -> int:
+def _file_count(pids: Iterable[int]) -> int:
   """Files and links in the file systems in memory that processes see."""
   for pid in pids:
     # Outside of the sandbox there is no such directory.
     with contextlib.suppress(OSError):
-      figures = [os.statvfs(f'/proc/{pid}/root{path}') for path in IN_MEMORY]
+      figures = [
+        os.statvfs(f'/proc/{pid}/root{path}') for path in MEMORY_DIRECTORIES
+      ]
       return sum(one.f_files - one.f_ffree for one in figures)
   return 0
 
 
-class _Kept:
+class _OutputBuffer:
   """The beginning and the end of an output of any length."""
 
   def __init__(self, limit: int):

@@ -19,12 +19,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from moepeft.agent import filters
-from moepeft.agent.programs import IN_MEMORY, Bounds, Ran, watched
-from moepeft.agent.tools import Tool, tool
+from moepeft.agent.sandbox import seccomp
+from moepeft.agent.sandbox.process import (
+  MEMORY_DIRECTORIES,
+  ResourceLimits,
+  ProcessResult,
+  run_limited,
+)
+from moepeft.agent.tools import Tool, make_tool
 
 # A name that no system has, so that it hides nothing.
-_WORK = IN_MEMORY[0]
+_WORK = MEMORY_DIRECTORIES[0]
 # Read by the linker, by time zones and by what checks certificates.
 _ETC = ('alternatives', 'ld.so.cache', 'ld.so.conf', 'localtime')
 
@@ -34,7 +39,7 @@ class Sandbox:
 
   def __init__(
     self,
-    bounds: Bounds | None = None,
+    bounds: ResourceLimits | None = None,
     unsafe_no_sandbox: bool = False,
     readable: Sequence[str | os.PathLike] = (),
     environment: Mapping[str, str] | None = None,
@@ -52,21 +57,21 @@ class Sandbox:
     Raises:
       ValueError: it does not work, and nobody said that this is fine.
     """
-    self.bounds, self.unsafe = bounds or Bounds(), unsafe_no_sandbox
+    self.bounds, self.unsafe = bounds or ResourceLimits(), unsafe_no_sandbox
     self._readable = tuple(map(os.fspath, readable))
     self._more, self._cwd = dict(environment or {}), cwd
-    if not self.unsafe and (why := unusable()):
+    if not self.unsafe and (why := unavailable_reason()):
       raise ValueError(
         f'programs of the model are run in bubblewrap alone, and {why}; '
         'install it or leave these tools out (--unsafe_no_sandbox runs them as '
         'you, with all that you may do)'
       )
 
-  def python_program(self, code: str) -> Ran:
+  def python_program(self, code: str) -> ProcessResult:
     """Runs a program of Python."""
     return self.run([sys.executable, '-I', '-X', 'utf8', '-c', code])
 
-  def shell_program(self, code: str) -> Ran:
+  def shell_program(self, code: str) -> ProcessResult:
     """Runs a program of sh."""
     return self.run(['/bin/sh', '-c', code])
 
@@ -75,7 +80,7 @@ class Sandbox:
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
     passed: Sequence[int] = (),
-  ) -> Ran:
+  ) -> ProcessResult:
     """Runs a command, which no shell reads.
 
     Args:
@@ -84,23 +89,32 @@ class Sandbox:
       passed: descriptors that it inherits.
     """
     more = {**self._more, **(environment or {})}
-    limited = [*_limits(self.bounds, not self.unsafe), *command]
+    limited = [*_prlimit(self.bounds, not self.unsafe), *command]
     if self.unsafe:
       with tempfile.TemporaryDirectory() as folder:
         made = {**_environment(folder), **more}
         cwd = self._cwd or folder
-        return watched(limited, self.bounds, made, passed, cwd)
+        return run_limited(limited, self.bounds, made, passed, cwd)
     made = {**_environment(_WORK), **more}
     with tempfile.TemporaryFile() as seccomp:
-      seccomp.write(filters.program(connects=not self._readable))
+      seccomp.write(seccomp.program(connects=not self._readable))
       seccomp.seek(0)
       file = seccomp.fileno()
-      box = _bubblewrap(self.bounds, made, self._readable, self._cwd or _WORK)
-      command = [*box, '--seccomp', str(file), '--', *_dropped(), *limited]
-      return watched(command, self.bounds, made, [file, *passed])
+      box = _bubblewrap_command(
+        self.bounds, made, self._readable, self._cwd or _WORK
+      )
+      command = [
+        *box,
+        '--seccomp',
+        str(file),
+        '--',
+        *_drop_privileges(),
+        *limited,
+      ]
+      return run_limited(command, self.bounds, made, [file, *passed])
 
 
-def tools(sandbox: Sandbox) -> list[Tool]:
+def code_tools(sandbox: Sandbox) -> list[Tool]:
   """run_python and run_shell, in a sandbox."""
 
   def run_python(code: str) -> str:
@@ -122,11 +136,11 @@ def tools(sandbox: Sandbox) -> list[Tool]:
     return str(sandbox.shell_program(command))
 
   seconds = sandbox.bounds.seconds + 10
-  return [tool(run, seconds=seconds) for run in (run_python, run_shell)]
+  return [make_tool(run, seconds=seconds) for run in (run_python, run_shell)]
 
 
 @functools.cache
-def unusable() -> str:
+def unavailable_reason() -> str:
   """Why there can be no sandbox here, for a sentence; '' where there can."""
   if not sys.platform.startswith('linux'):
     return f'it needs Linux, this is {sys.platform}'
@@ -135,13 +149,13 @@ def unusable() -> str:
       return f'{name} is not installed'
   # A user's own namespace may be forbidden, and in containers often is.
   tried = [
-    *_bubblewrap(Bounds(), _environment(_WORK), (), _WORK),
+    *_bubblewrap_command(ResourceLimits(), _environment(_WORK), (), _WORK),
     '--',
-    *_dropped(),
+    *_drop_privileges(),
     'true',
   ]
   try:
-    filters.program()
+    seccomp.program()
     done = subprocess.run(tried, capture_output=True, text=True, timeout=20)
   except (ValueError, OSError, subprocess.SubprocessError) as e:
     return f'it does not start ({e})'
@@ -150,8 +164,8 @@ def unusable() -> str:
   return ''
 
 
-def _bubblewrap(
-  bounds: Bounds,
+def _bubblewrap_command(
+  bounds: ResourceLimits,
   environment: Mapping[str, str],
   readable: Sequence[str],
   cwd: str,
@@ -177,11 +191,11 @@ def _bubblewrap(
   for name in _ETC:
     made += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
   room = ['--perms', '1777', '--size', str(bounds.disk), '--tmpfs']
-  work, temporary, shared = IN_MEMORY
+  work, temporary, shared = MEMORY_DIRECTORIES
   made += [*room, work, *room, temporary]
   # After /tmp, below which some may be; what holds others before them.
   there: set[str] = set()
-  for path in sorted({*_interpreter(), *readable}):
+  for path in sorted({*_interpreter_directories(), *readable}):
     if f'{path}/'.startswith('/usr/'):
       continue
     for parent in reversed(pathlib.PurePath(path).parents[:-1]):
@@ -194,7 +208,7 @@ def _bubblewrap(
   return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
 
 
-def _interpreter() -> set[str]:
+def _interpreter_directories() -> set[str]:
   """Directories of this Python and of the packages that it imports."""
   packages = {
     path
@@ -205,7 +219,7 @@ def _interpreter() -> set[str]:
   return {sys.prefix, sys.base_prefix, *packages}
 
 
-def _dropped() -> list[str]:
+def _drop_privileges() -> list[str]:
   """What makes root somebody without rights, whom no file belongs to."""
   if os.geteuid() != 0:
     return []
@@ -217,7 +231,7 @@ def _dropped() -> list[str]:
   ).split()
 
 
-def _limits(bounds: Bounds, alone: bool) -> list[str]:
+def _prlimit(bounds: ResourceLimits, alone: bool) -> list[str]:
   """prlimit's command; `alone` where no other processes are the user's."""
   # Of a user's other programs the count would be full already.
   count = f'--nproc={bounds.processes} ' if alone else ''

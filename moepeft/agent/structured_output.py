@@ -6,21 +6,21 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from moepeft.agent.loop import Tell, ignore
-from moepeft.agent.model import Message, Model
-from moepeft.agent.tools import reasons, strict
+from moepeft.agent.chat_model import Message, ChatModel
+from moepeft.agent.loop import EventSink, ignore_event
+from moepeft.agent.tools import validation_message, strict_schema
 
-Form = TypeVar('Form', bound=pydantic.BaseModel)
+ModelType = TypeVar('Form', bound=pydantic.BaseModel)
 
 
-def fill(
-  model: Model,
-  form: type[Form],
+def ask_structured(
+  model: ChatModel,
+  form: type[ModelType],
   messages: Sequence[Message],
   retries: int = 2,
   options: Mapping[str, Any] | None = None,
-  tell: Tell = ignore,
-) -> Form:
+  tell: EventSink = ignore_event,
+) -> ModelType:
   """Asks for an instance of a pydantic model.
 
   Args:
@@ -37,18 +37,18 @@ def fill(
     Failed: there is no reply.
   """
   name = form.__name__
-  schema = {'name': name, 'schema': strict(form, name), 'strict': True}
+  schema = {'name': name, 'schema': strict_schema(form, name), 'strict': True}
   response = {'type': 'json_schema', 'json_schema': schema}
   said, wrong = list(messages), ''
   for _ in range(retries + 1):
     request = {'messages': said, 'response_format': response, **(options or {})}
     tell({'event': 'asked', 'request': request})
-    reply = model(request, ignore, None)
+    reply = model(request, ignore_event, None)
     tell({'event': 'replied', 'message': reply.message})
     try:
       return form.model_validate_json(reply.message['content'])
     except pydantic.ValidationError as e:
-      wrong = reasons(e)
+      wrong = validation_message(e)
     again = {'role': 'user', 'content': f'That does not fit: {wrong}. Again.'}
     said = [*said, reply.message, again]
   raise ValueError(
