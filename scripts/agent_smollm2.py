@@ -20,8 +20,8 @@ import pydantic
 
 from moepeft.agent import skills
 from moepeft.agent.agent import Agent
-from moepeft.agent.loop import Budget
 from moepeft.agent.chat_model import ServerModel
+from moepeft.agent.loop import Budget
 from moepeft.agent.structured_output import ask_structured
 from moepeft.agent.tools import make_tool
 
@@ -81,7 +81,7 @@ def ask(model: ServerModel, tools, question: str, wanted: str, **parts) -> None:
   options = {**OPTIONS, **parts.pop('options', {})}
   budget = Budget(steps=4)
   agent = Agent(model, tools, budget=budget, options=options, **parts)
-  agent.tell = show
+  agent.on_event = show
   outcome = agent.ask(question)
   say(f'[{outcome.state}] {outcome.text or outcome.why}')
   done = outcome.state == 'answered' and wanted in outcome.text

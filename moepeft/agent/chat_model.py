@@ -71,8 +71,8 @@ class _BoundedStream(httpx.SyncByteStream):
     for data in self._stream:
       left -= len(data)
       if left < 0:
-        what = f'its reply is longer than {_LARGEST >> 20} MB'
-        raise httpx.ReadError(what, request=self._request)
+        fault = f'its reply is longer than {_LARGEST >> 20} MB'
+        raise httpx.ReadError(fault, request=self._request)
       if time.monotonic() > self._end:
         raise httpx.ReadTimeout('its reply has no end', request=self._request)
       yield data
@@ -171,12 +171,12 @@ class ServerModel:
   def __call__(
     self,
     request: Request,
-    piece: Callable[[str], None],
+    on_text: Callable[[str], None],
     seconds: float | None = None,
   ) -> ChatReply:
     """Implements `Model`."""
     try:
-      return _send(self.client, lambda: self._ask(request, piece, seconds))
+      return _send(self.client, lambda: self._ask(request, on_text, seconds))
     except ReplyTimeout:
       if seconds is None:
         raise ReplyError('the server took too long to reply') from None
@@ -184,7 +184,7 @@ class ServerModel:
         f'the model did not answer in {seconds:.3g} s'
       ) from None
 
-  def _ask(self, request, piece, seconds) -> ChatReply:
+  def _ask(self, request, on_text, seconds) -> ChatReply:
     client = self.client
     if seconds is not None:
       # A late request is not asked again.
@@ -198,7 +198,7 @@ class ServerModel:
       data = _until(response.iter_bytes(), end)
       if not self.stream:
         return _parse_reply(parse_json(b''.join(data)), request)
-      return _parse_reply(_merge_chunks(_events(data), piece), request)
+      return _parse_reply(_merge_chunks(_events(data), on_text), request)
 
 
 def _until(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
@@ -215,38 +215,38 @@ def _until(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
 
 def _events(pieces: Iterable[bytes]) -> Iterator[Any]:
   """The JSON values of a stream of server-sent events."""
-  held: list[bytes] = []
+  line_parts: list[bytes] = []
   for data in pieces:
     *lines, rest = data.split(b'\n')
     for line in lines:
-      line, held = b''.join([*held, line]).strip(), []
+      line, line_parts = b''.join([*line_parts, line]).strip(), []
       if line == b'data: [DONE]':
         return
       if line.startswith(b'data:'):
         yield parse_json(line.removeprefix(b'data:'))
-    held.append(rest)
+    line_parts.append(rest)
 
 
 def _merge_chunks(
-  chunks: Iterable[Any], piece: Callable[[str], None]
+  chunks: Iterable[Any], on_text: Callable[[str], None]
 ) -> Mapping:
   """The pieces of a reply as the whole that they are of."""
   texts, calls = [], {}
-  reason, usage, begun = None, None, False
+  reason, usage, started = None, None, False
   for chunk in chunks:
     if error := field(chunk, 'error', dict, {}):
       raise Malformed(field(error, 'message', str, 'an error'))
     usage = field(chunk, 'usage', dict, usage)
     for choice in field(chunk, 'choices', list, [])[:1]:
-      begun = True
+      started = True
       reason = field(choice, 'finish_reason', str, reason)
       delta = field(choice, 'delta', dict, {})
       if text := field(delta, 'content', str, ''):
         texts.append(text)
-        piece(text)
+        on_text(text)
       for part in field(delta, 'tool_calls', list, []):
         _merge_tool_call(calls, part)
-  made = [
+  merged = [
     {
       'id': call['id'],
       'function': {
@@ -256,9 +256,9 @@ def _merge_chunks(
     }
     for _, call in sorted(calls.items())
   ]
-  message = {'content': ''.join(texts), 'tool_calls': made}
+  message = {'content': ''.join(texts), 'tool_calls': merged}
   choice = {'message': message, 'finish_reason': reason}
-  return {'choices': [choice] if begun else [], 'usage': usage}
+  return {'choices': [choice] if started else [], 'usage': usage}
 
 
 def _merge_tool_call(calls: dict[int, dict], part: Any) -> None:
@@ -279,9 +279,11 @@ def _parse_reply(answer: Any, request: Request) -> ChatReply:
     raise ReplyError('the server gave no reply: it has no choices')
   message = field(choices[0], 'message', dict)
   reason = field(choices[0], 'finish_reason', str, '') or 'stop'
-  asked = field(message, 'tool_calls', list, [])
-  if len(asked) > _CALLS:
-    raise Malformed(f'it calls {len(asked):,} tools, {_CALLS} at most are run')
+  requested = field(message, 'tool_calls', list, [])
+  if len(requested) > _CALLS:
+    raise Malformed(
+      f'it calls {len(requested):,} tools, {_CALLS} at most are run'
+    )
   calls = [
     {
       'id': field(call, 'id', str, '') or f'call_{i}',
@@ -291,18 +293,23 @@ def _parse_reply(answer: Any, request: Request) -> ChatReply:
         'arguments': field(call, 'function.arguments', str, ''),
       },
     }
-    for i, call in enumerate(asked)
+    for i, call in enumerate(requested)
   ]
-  made: Message = {
+  message_dict: Message = {
     'role': 'assistant',
     'content': field(message, 'content', str, ''),
   }
-  made = {**made, 'tool_calls': calls} if calls else made
+  message_dict = (
+    {**message_dict, 'tool_calls': calls} if calls else message_dict
+  )
   usage = field(answer, 'usage', dict, {})
   if (tokens := field(usage, 'total_tokens', int, -1)) >= 0:
-    return ChatReply(made, reason, tokens)
+    return ChatReply(message_dict, reason, tokens)
   return ChatReply(
-    made, reason, estimate_tokens(request) + _estimate_part(made), True
+    message_dict,
+    reason,
+    estimate_tokens(request) + _estimate_part(message_dict),
+    True,
   )
 
 

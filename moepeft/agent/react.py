@@ -40,15 +40,15 @@ _ACTION = re.compile(
 
 def to_text_request(request: Request) -> Request:
   """A request with tools as one without."""
-  made = [_to_text_message(message) for message in request['messages']]
+  messages = [_to_text_message(message) for message in request['messages']]
   tools = [item['function'] for item in request.get('tools', ())]
-  kept = {
+  other_fields = {
     key: value
     for key, value in request.items()
     if key not in ('tools', 'tool_choice', 'parallel_tool_calls')
   }
   if not tools:
-    return {**kept, 'messages': made}
+    return {**other_fields, 'messages': messages}
   rules = _INSTRUCTIONS.format(
     names=', '.join(tool['name'] for tool in tools),
     tools='\n'.join(
@@ -57,11 +57,11 @@ def to_text_request(request: Request) -> Request:
       for tool in tools
     ),
   )
-  if made and made[0]['role'] == 'system':
-    rules = f'{made.pop(0)["content"]}\n\n{rules}'
+  if messages and messages[0]['role'] == 'system':
+    rules = f'{messages.pop(0)["content"]}\n\n{rules}'
   # What a tool returns is for us to say.
-  made.insert(0, {'role': 'system', 'content': rules})
-  return {**kept, 'messages': made, 'stop': [_OBSERVATION]}
+  messages.insert(0, {'role': 'system', 'content': rules})
+  return {**other_fields, 'messages': messages, 'stop': [_OBSERVATION]}
 
 
 def _to_text_message(message: Message) -> Message:

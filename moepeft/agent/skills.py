@@ -21,7 +21,7 @@ import pydantic
 from moepeft.agent import config_file
 from moepeft.agent.sandbox.bubblewrap import Sandbox, unavailable_reason
 from moepeft.agent.sandbox.process import ResourceLimits
-from moepeft.agent.tools import Tool, validation_message, make_tool
+from moepeft.agent.tools import Tool, make_tool, validation_message
 from moepeft.core import files as files_lib
 from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
@@ -65,14 +65,16 @@ class Skill(pydantic.BaseModel):
 
   def files(self) -> list[str]:
     """Paths of what lies beside SKILL.md, links and hidden files aside."""
-    found = []
+    paths_inside = []
     # Links to directories are not followed.
     for folder, names, files in os.walk(self.path):
       names[:] = [n for n in names if not n.startswith(('.', '__'))]
       paths = [pathlib.Path(folder, n) for n in files if n[0] != '.']
-      found += [p for p in paths if p.is_file() and not p.is_symlink()]
-    told = sorted(p.relative_to(self.path).as_posix() for p in found)
-    return [path for path in told if path != SKILL_FILE]
+      paths_inside += [p for p in paths if p.is_file() and not p.is_symlink()]
+    relative_paths = sorted(
+      p.relative_to(self.path).as_posix() for p in paths_inside
+    )
+    return [path for path in relative_paths if path != SKILL_FILE]
 
   def file(self, path: str) -> pathlib.Path:
     """A file of the skill.
@@ -108,19 +110,21 @@ def read_skill(path: str | os.PathLike) -> Skill:
     raise ValueError(
       f'{file} has more than {_MAX_FILE_BYTES:,} bytes; shorten it'
     )
-  found = re.match(r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M)
-  if not found:
+  front_matter = re.match(
+    r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M
+  )
+  if not front_matter:
     raise ValueError(
       f'{file} has no front matter; begin it with a line ---, then name and '
       'description, then another line ---'
     )
   try:
-    fields = parse_yaml(found[1])
+    fields = parse_yaml(front_matter[1])
     if not isinstance(fields, dict) or not all(
       isinstance(k, str) for k in fields
     ):
       raise ValueError(f'the front matter of {file} is no list of name: value')
-    rest = {'body': text[found.end() :].strip(), 'path': path.resolve()}
+    rest = {'body': text[front_matter.end() :].strip(), 'path': path.resolve()}
     skill = Skill.model_validate({**fields, **rest})
   except Malformed as e:
     raise ValueError(
@@ -160,20 +164,20 @@ def find_skills(
   faults = []
   for folder in map(pathlib.Path, folders):
     if not folder.is_dir():
-      what = 'is no directory' if folder.exists() else 'does not exist'
-      raise ValueError(f'the directory of skills {str(folder)!r} {what}')
-    within = [
+      problem = 'is no directory' if folder.exists() else 'does not exist'
+      raise ValueError(f'the directory of skills {str(folder)!r} {problem}')
+    candidates = [
       path
       for path in sorted(folder.iterdir())
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
     if os.path.lexists(folder / SKILL_FILE):
       # A skill, or a directory of skills that has a stray file.
-      within = [
+      candidates = [
         folder,
-        *(path for path in within if os.path.lexists(path / SKILL_FILE)),
+        *(path for path in candidates if os.path.lexists(path / SKILL_FILE)),
       ]
-    for path in within:
+    for path in candidates:
       try:
         skill = read_skill(path)
       except (ValueError, OSError) as e:
@@ -195,7 +199,7 @@ def find_skills(
 
 
 def skills_prompt(skills: Mapping[str, Skill]) -> str:
-  """What the system prompt says of skills; '' of none."""
+  """The system prompt's paragraph on skills; '' without skills."""
   lines = [
     f'- {skill.name}: {" ".join(skill.description.split())}'
     for skill in skills.values()
@@ -248,15 +252,16 @@ def script_sandbox(
 
 def skill_tools(
   skills: Mapping[str, Skill],
-  box: Sandbox | None = None,
+  sandbox: Sandbox | None = None,
   workspace: str | os.PathLike = '.',
 ) -> list[Tool]:
   """load_skill, read_skill_file and run_skill_script; none for no skills.
 
   Args:
     skills: by name.
-    box: where scripts run, as `box` makes it; None for no run_skill_script.
-    workspace: where a config card is written, the one file that a script may
+    sandbox: where scripts run, as `script_sandbox` makes it; None for no
+      run_skill_script.
+    workspace: where a config file is written, the one file that a script may
       hand over: MOEPEFT_OUTPUT is the number of a descriptor for it.
   """
   if not skills:
@@ -265,7 +270,7 @@ def skill_tools(
   scripts = [path for path in files if path.startswith('scripts/')]
   # The schemas name all there is, so that a server can keep a model to it.
   name_of, file_of, script_of = (
-    Literal[tuple(known)] for known in (skills, files or [''], scripts or [''])
+    Literal[tuple(names)] for names in (skills, files or [''], scripts or [''])
   )
 
   def load_skill(name: name_of) -> str:
@@ -277,7 +282,7 @@ def skill_tools(
     skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
     note = ''
-    if box is None and any(p.startswith('scripts/') for p in skill.files()):
+    if sandbox is None and any(p.startswith('scripts/') for p in skill.files()):
       note = '\nScripts cannot be run here: there is no sandbox. Say so.'
     return f'{skill.body}\n\nFiles of this skill:{files or " none"}{note}'
 
@@ -306,18 +311,20 @@ def skill_tools(
     file = skills[name].file(path)
     runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
     command = [*runners.get(file.suffix, ()), str(file), *args]
-    with tempfile.TemporaryFile() as handed:
-      number = handed.fileno()
-      output = {'MOEPEFT_OUTPUT': str(number)}
-      ran = box.run(command, output, [number])
-      handed.seek(0)
-      data = handed.read(config_file.MAX_BYTES + 1)
-    if data and ran.code == 0:
+    with tempfile.TemporaryFile() as output_file:
+      descriptor = output_file.fileno()
+      output = {'MOEPEFT_OUTPUT': str(descriptor)}
+      result = sandbox.run(command, output, [descriptor])
+      output_file.seek(0)
+      data = output_file.read(config_file.MAX_BYTES + 1)
+    if data and result.code == 0:
       config_file.save_config(data, workspace)
-    return str(ran)
+    return str(result)
 
-  made = [make_tool(load_skill, trusted=True)]
-  made += [make_tool(read_skill_file, trusted=True)] if files else []
-  if scripts and box:
-    made.append(make_tool(run_skill_script, seconds=box.bounds.seconds + 10))
-  return made
+  tools = [make_tool(load_skill, trusted=True)]
+  tools += [make_tool(read_skill_file, trusted=True)] if files else []
+  if scripts and sandbox:
+    tools.append(
+      make_tool(run_skill_script, seconds=sandbox.bounds.seconds + 10)
+    )
+  return tools

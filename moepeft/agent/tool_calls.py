@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tool calls as they are run: at once, in time, and their results as data."""
+"""Runs tool calls in parallel and in time, and quotes their results as data."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ SYSTEM_RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-  """What came of a call.
+  """The result of a call.
 
   Attributes:
     id, name, arguments: what was asked for.
@@ -52,12 +52,14 @@ def run_calls(
   that is late (by its tool's seconds, or these) are results that say so. A
   function that is late cannot be ended from outside, it is left behind.
   """
-  begun, boxes = time.monotonic(), [queue.SimpleQueue() for _ in calls]
+  start, boxes = time.monotonic(), [queue.SimpleQueue() for _ in calls]
   for call, box in zip(calls, boxes, strict=True):
     # Daemons, so that a call that hangs does not keep the program.
-    asked = call['function']
+    function = call['function']
     threading.Thread(
-      target=lambda box=box, asked=asked: box.put(_run_one(tools, asked)),
+      target=lambda box=box, function=function: box.put(
+        _run_one(tools, function)
+      ),
       daemon=True,
     ).start()
   results = []
@@ -66,7 +68,7 @@ def run_calls(
     tool = tools.get(name)
     limit = (tool and tool.seconds) or seconds
     try:
-      left = max(0.0, begun + limit - time.monotonic())
+      left = max(0.0, start + limit - time.monotonic())
       text, failed = box.get(timeout=left)
     except queue.Empty:
       text, failed = f'the tool did not answer in {limit:.3g} s', True
@@ -79,13 +81,13 @@ def run_calls(
   return results
 
 
-def _run_one(tools: Mapping[str, Tool], asked: Message) -> tuple[str, bool]:
-  tool = tools.get(asked['name'])
+def _run_one(tools: Mapping[str, Tool], function: Message) -> tuple[str, bool]:
+  tool = tools.get(function['name'])
   if tool is None:
-    known = ', '.join(tools) or 'none'
-    return f'there is no tool {asked["name"]!r}; there are {known}', True
+    names = ', '.join(tools) or 'none'
+    return f'there is no tool {function["name"]!r}; there are {names}', True
   try:
-    return tool.run(asked['arguments']), False
+    return tool.run(function['arguments']), False
   except InvalidArguments as e:
     return str(e), True
   # Whatever a tool does, the model is told and may try something else.
@@ -115,22 +117,22 @@ def quote_output(result: ToolResult) -> str:
 def replayable_message(message: Message) -> Message:
   """A reply as it can be sent back: servers refuse arguments that are no JSON
   object, the model is to see what it wrote."""
-  asked = []
+  calls = []
   for call in message.get('tool_calls', ()):
     function = call['function']
     try:
-      fits = isinstance(parse_json(function['arguments'] or '{}'), dict)
+      is_object = isinstance(parse_json(function['arguments'] or '{}'), dict)
     except Malformed:
-      fits = False
-    if not fits:
+      is_object = False
+    if not is_object:
       wrong = json.dumps({'not_json': function['arguments']})
       call = {**call, 'function': {**function, 'arguments': wrong}}
-    asked.append(call)
-  return {**message, 'tool_calls': asked} if asked else message
+    calls.append(call)
+  return {**message, 'tool_calls': calls} if calls else message
 
 
 def result_key(result: ToolResult) -> tuple[str, str, str]:
-  """What makes two results the same."""
+  """A key that equal results share: name, arguments and output."""
   try:
     arguments = json.dumps(parse_json(result.arguments), sort_keys=True)
   except Malformed:

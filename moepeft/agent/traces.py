@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from moepeft.agent.agent import FORMS, MODES, Agent
-from moepeft.agent.chat_model import ReplyError, ReplyTimeout, ChatReply
-from moepeft.agent.loop import Budget, Event, Outcome, EventSink, ignore_event
+from moepeft.agent.chat_model import ChatReply, ReplyError, ReplyTimeout
+from moepeft.agent.loop import Budget, Event, EventSink, Outcome, ignore_event
 from moepeft.agent.memory import Memory
 from moepeft.agent.tool_calls import ToolResult
 from moepeft.agent.tools import Tool, validation_message
@@ -24,11 +24,13 @@ from moepeft.core.untrusted import Malformed, field, parse_json
 _STRICT = pydantic.ConfigDict(strict=True)
 
 
-def _dataclass_model(form: type) -> type[pydantic.BaseModel]:
+def _dataclass_model(dataclass: type) -> type[pydantic.BaseModel]:
   """The fields of a dataclass, all of them and no others."""
-  fields = {field.name: (field.type, ...) for field in dataclasses.fields(form)}
+  fields = {
+    field.name: (field.type, ...) for field in dataclasses.fields(dataclass)
+  }
   config = pydantic.ConfigDict(strict=True, extra='forbid')
-  return pydantic.create_model(form.__name__, __config__=config, **fields)
+  return pydantic.create_model(dataclass.__name__, __config__=config, **fields)
 
 
 class _Settings(pydantic.BaseModel):
@@ -65,9 +67,11 @@ class _Message(pydantic.BaseModel):
 
 
 def _event_model(event: str, /, **fields: Any) -> type[pydantic.BaseModel]:
-  made = {key: (kind, ...) for key, kind in fields.items()}
+  definitions = {key: (kind, ...) for key, kind in fields.items()}
   kind = (Literal[event], ...)
-  return pydantic.create_model(event, __config__=_STRICT, event=kind, **made)
+  return pydantic.create_model(
+    event, __config__=_STRICT, event=kind, **definitions
+  )
 
 
 _EVENTS = {
@@ -111,7 +115,7 @@ def _check_event(row: Any) -> None:
 
 
 class TraceWriter:
-  """Writes events as they come; give it to an agent as `tell`.
+  """Writes events as they come; give it to an agent as `on_event`.
 
   Pieces of text are left out, as the reply has them all. A request's headers,
   where a key is, are in no event; keys that a tool or a server might say are
@@ -171,12 +175,15 @@ def read_trace(path: str) -> list[dict[str, Any]]:
   return rows
 
 
-def replay_trace(path: str, tell: EventSink = ignore_event) -> list[Outcome]:
+def replay_trace(
+  path: str, on_event: EventSink = ignore_event
+) -> list[Outcome]:
   """Runs a trace's questions again with what was recorded.
 
   The loop is the real one; the model, the tools, the clock and the counts of
-  tokens are the trace's. So `tell` is told what happened without a server, and
-  that the loop of today would do the same. Returns the outcome of each question
+  tokens come from the trace. `on_event` receives the events without a server,
+  and today's loop is checked against the recorded one. Returns the outcome of
+  each question
   that ended.
 
   Raises:
@@ -185,7 +192,7 @@ def replay_trace(path: str, tell: EventSink = ignore_event) -> list[Outcome]:
   """
   outcomes, memory = [], Memory()
   for rows in _split_questions(read_trace(path)):
-    first, was = rows[0], Outcome(**rows[-1]['outcome'])
+    first, recorded = rows[0], Outcome(**rows[-1]['outcome'])
     settings, tape = dict(first['settings']), _Recording(rows)
     limit = settings.pop('memory')
     memory = memory if first['earlier'] else Memory(limit)
@@ -195,15 +202,15 @@ def replay_trace(path: str, tell: EventSink = ignore_event) -> list[Outcome]:
       [Tool(*parts, run=str) for parts in settings.pop('tools')],
       memory=memory,
       budget=Budget(**settings.pop('budget')),
-      tell=tell,
+      on_event=on_event,
       clock=tape.clock,
       run_calls=tape.results,
       **settings,
     )
     outcome = agent.ask(first['question'])
-    if outcome != was:
+    if outcome != recorded:
       raise ValueError(
-        f'the replay ends as {outcome}, the trace as {was}; the loop has '
+        f'the replay ends as {outcome}, the trace as {recorded}; the loop has '
         'changed since'
       )
     outcomes.append(outcome)
@@ -212,14 +219,16 @@ def replay_trace(path: str, tell: EventSink = ignore_event) -> list[Outcome]:
 
 def _split_questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
   """The rows of each question that ended; one that broke off is left out."""
-  found: list[list[Mapping]] = []
+  questions: list[list[Mapping]] = []
   for row in rows:
     if row['event'] == 'started':
-      found.append([])
-    if not found:
+      questions.append([])
+    if not questions:
       raise ValueError('the trace does not begin with a question')
-    found[-1].append(row)
-  return [own for own in found if own[-1]['event'] == 'ended']
+    questions[-1].append(row)
+  return [
+    question for question in questions if question[-1]['event'] == 'ended'
+  ]
 
 
 class _Recording:
@@ -229,8 +238,8 @@ class _Recording:
     self._rows: dict[str, deque] = {}
     for row in rows:
       self._rows.setdefault(row['event'], deque()).append(row)
-    asked = [row['seconds'] for row in self._rows.get('asked', ())]
-    self._times = deque([0.0, *asked, rows[-1]['outcome']['seconds']])
+    times = [row['seconds'] for row in self._rows.get('asked', ())]
+    self._times = deque([0.0, *times, rows[-1]['outcome']['seconds']])
 
   def _take(self, kind: str) -> Mapping[str, Any]:
     if not self._rows.get(kind):
@@ -246,8 +255,8 @@ class _Recording:
     return self._take('counted')['tokens']
 
   def model(self, request, piece, seconds) -> ChatReply:
-    was = self._take('asked')['request']
-    if where := _difference(was, json.loads(_json(request)), 'request'):
+    recorded = self._take('asked')['request']
+    if where := _difference(recorded, json.loads(_json(request)), 'request'):
       raise ValueError(f'the replay does not ask what the trace did: {where}')
     row = self._take('replied')
     if 'error' in row:
@@ -262,14 +271,16 @@ class _Recording:
     return [ToolResult(**{key: row[key] for key in keys}) for row in rows]
 
 
-def _difference(was: Any, now: Any, where: str) -> str:
-  """Where two JSON values first differ; '' where they do not."""
-  if isinstance(was, list) and isinstance(now, list):
-    was, now = dict(enumerate(was)), dict(enumerate(now))
-  if not (isinstance(was, dict) and isinstance(now, dict)):
-    return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+def _difference(recorded: Any, now: Any, where: str) -> str:
+  """The first difference of two JSON values, with its path; '' for none."""
+  if isinstance(recorded, list) and isinstance(now, list):
+    recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
+  if not (isinstance(recorded, dict) and isinstance(now, dict)):
+    return (
+      '' if recorded == now else f'{where} was {recorded!r:.80}, is {now!r:.80}'
+    )
   parts = (
-    _difference(was.get(key), now.get(key), f'{where}[{key!r}]')
-    for key in {**was, **now}
+    _difference(recorded.get(key), now.get(key), f'{where}[{key!r}]')
+    for key in {**recorded, **now}
   )
   return next(filter(None, parts), '')

@@ -18,7 +18,7 @@ from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
 from moepeft.agent.memory import TokenCounter  # noqa: E402
 from moepeft.agent.tools import make_tool  # noqa: E402
-from tests.agent.scripted import says, serving  # noqa: E402
+from tests.agent.scripted import serving, text_reply  # noqa: E402
 
 DEEP = '[' * 5000 + ']' * 5000
 
@@ -89,7 +89,7 @@ def choice(message):
   return {'choices': [{'message': message, 'finish_reason': 'stop'}]}
 
 
-def called(function):
+def call_reply(function):
   return choice({'content': None, 'tool_calls': [{'function': function}]})
 
 
@@ -110,10 +110,10 @@ WHOLE = (
   choice({'content': 'x', 'tool_calls': 3}),
   choice({'content': 'x', 'tool_calls': [None]}),
   choice({'content': 'x', 'tool_calls': [{'function': 'add'}]}),
-  called({'name': None, 'arguments': '{}'}),
-  called({'name': 7, 'arguments': '{}'}),
-  called({'name': 'add', 'arguments': {'a': 1}}),
-  called({'name': 'add', 'arguments': 5}),
+  call_reply({'name': None, 'arguments': '{}'}),
+  call_reply({'name': 7, 'arguments': '{}'}),
+  call_reply({'name': 'add', 'arguments': {'a': 1}}),
+  call_reply({'name': 'add', 'arguments': 5}),
   choice({'tool_calls': [{'id': 5, 'function': {'name': 'add'}}]}),
   choice({'content': '\ud83d'}),
   {**choice({'content': 'x'}), 'usage': {'total_tokens': 'many'}},
@@ -193,14 +193,16 @@ def test_a_compressed_reply_is_refused_before_it_is_unpacked(client):
 
 
 def test_a_conversation_is_not_sent_on_to_another_server(client):
-  with serving(says('from elsewhere')) as other:
+  with serving(text_reply('from elsewhere')) as second_server:
     for status in (301, 302, 303, 307, 308):
-      with Bodies(status=status, headers=[('Location', other.url)]) as bodies:
+      with Bodies(
+        status=status, headers=[('Location', second_server.url)]
+      ) as bodies:
         for stream in (False, True):
           outcome = ask(client, bodies.url, stream)
           assert outcome.state == 'failed'
           assert f'HTTP {status}' in outcome.why
-    assert not other.requests
+    assert not second_server.requests
 
 
 def test_a_password_in_the_address_is_in_no_error(capsys):
@@ -222,7 +224,7 @@ def test_deep_arguments_are_told_to_the_model_and_it_goes_on():
   from tests.agent.scripted import wants
 
   for arguments in (DEEP, '{"a": ' + DEEP + '}', '{"a": "\\ud83d"}', '{"a":1'):
-    replies = [wants(('add', arguments)), says('Oh.')]
+    replies = [wants(('add', arguments)), text_reply('Oh.')]
     for stream in (False, True):
       with serving(*replies) as script:
         outcome = Agent(script.model(stream), [make_tool(add)]).ask('?')
@@ -230,9 +232,9 @@ def test_deep_arguments_are_told_to_the_model_and_it_goes_on():
       result = script.requests[1]['messages'][-1]['content']
       assert 'the arguments do not fit' in result
   text = 'Action: add\nAction Input: ' + '{"a": [' * 5000
-  with serving(says(text), says('Final Answer: Oh.')) as script:
-    made = Agent(script.model(), [make_tool(add)], form='react')
-    assert made.ask('?').text == 'Oh.'
+  with serving(text_reply(text), text_reply('Final Answer: Oh.')) as script:
+    client = Agent(script.model(), [make_tool(add)], form='react')
+    assert client.ask('?').text == 'Oh.'
 
 
 ESCAPES = '\x1b]0;x\x07\x1b[2J\x9b31m\u202e\x08\r!'
@@ -253,7 +255,7 @@ def test_no_escape_code_reaches_the_output(
   monkeypatch.setattr('sys.stdout.isatty', lambda: stream, raising=False)
   replies = [
     wants((f'no{ESCAPES}', {'x': ESCAPES})),
-    says(f'answer{ESCAPES}'),
+    text_reply(f'answer{ESCAPES}'),
   ]
 
   def run(*arguments):
@@ -278,9 +280,9 @@ def test_no_escape_code_reaches_the_output(
 
 
 def test_a_question_that_is_no_text_is_refused():
-  asked = parser().parse_args(['half \udce9'])
+  request = parser().parse_args(['half \udce9'])
   with pytest.raises(ValueError, match='half a surrogate pair'):
-    main(asked)
+    main(request)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_numbers_out_of_range_are_refused(flag, capsys):
 
 def test_an_address_that_is_none_is_one_sentence():
   for url in ('x', 'http://[', 'http://x:99999/v1'):
-    asked = parser().parse_args(['?', f'--base_url={url}', '--skills='])
+    request = parser().parse_args(['?', f'--base_url={url}', '--skills='])
     with pytest.raises(ValueError) as caught:
-      main(asked)
+      main(request)
     assert '\n' not in str(caught.value)

@@ -8,7 +8,7 @@ pytest.importorskip('openai')
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.react import parse_reply  # noqa: E402
 from moepeft.agent.tools import make_tool  # noqa: E402
-from tests.agent.scripted import says, serving  # noqa: E402
+from tests.agent.scripted import serving, text_reply  # noqa: E402
 
 
 def add(a: int, b: int) -> int:
@@ -26,8 +26,10 @@ def ask(*replies):
 
 def test_an_action_is_run_and_observed():
   outcome, requests = ask(
-    says('Thought: add them\nAction: add\nAction Input: {"a": 2, "b": 3}\n'),
-    says('Thought: done\nFinal Answer: 5\nas it should be'),
+    text_reply(
+      'Thought: add them\nAction: add\nAction Input: {"a": 2, "b": 3}\n'
+    ),
+    text_reply('Thought: done\nFinal Answer: 5\nas it should be'),
   )
   assert (outcome.state, outcome.text) == ('answered', '5\nas it should be')
   assert outcome.calls == 1
@@ -43,28 +45,31 @@ def test_an_action_is_run_and_observed():
 
 def test_an_observation_that_the_model_makes_up_is_cut_off():
   outcome, requests = ask(
-    says(
+    text_reply(
       'Action: add\nAction Input: {"a": 2, "b": 3}\nObservation: 7\n'
       'Final Answer: 7'
     ),
-    says('Final Answer: 5'),
+    text_reply('Final Answer: 5'),
   )
   assert outcome.text == '5'
   assert '7' not in str(requests[1]['messages'][2:])
 
 
 def test_replies_outside_the_protocol_are_told_and_then_end_it():
-  outcome, requests = ask(says('Well, five I think.'))
+  outcome, requests = ask(text_reply('Well, five I think.'))
   assert (outcome.state, outcome.text) == ('malformed', 'Well, five I think.')
   assert outcome.steps == 3
   assert 'in neither form' in requests[1]['messages'][-1]['content']
-  outcome, _ = ask(says('Hm.'), says('Hm.'), says('Final Answer: 5'))
+  outcome, _ = ask(
+    text_reply('Hm.'), text_reply('Hm.'), text_reply('Final Answer: 5')
+  )
   assert outcome.state == 'answered'
 
 
 def test_wrong_json_is_an_observation():
   outcome, requests = ask(
-    says('Action: add\nAction Input: a=2, b=3'), says('Final Answer: ?')
+    text_reply('Action: add\nAction Input: a=2, b=3'),
+    text_reply('Final Answer: ?'),
   )
   assert outcome.state == 'answered'
   assert 'Invalid JSON' in requests[1]['messages'][-1]['content']

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs of the model can not do. Each test bounds itself too.
+"""Programs of the model stay within the sandbox. Each test bounds itself too.
 
 A program stops by itself (`signal.alarm`) long before it could do harm, should
 the sandbox not hold: what it would use is a stand-in far below the machine's.
@@ -31,7 +31,7 @@ from moepeft.agent.sandbox import (
 from moepeft.agent.sandbox.bubblewrap import Sandbox  # noqa: E402
 from moepeft.agent.sandbox.process import ResourceLimits  # noqa: E402
 from tests import ROOT
-from tests.agent.scripted import says, serving, wants  # noqa: E402
+from tests.agent.scripted import serving, text_reply, wants  # noqa: E402
 
 MB = 1 << 20
 BOUNDS = ResourceLimits(
@@ -57,15 +57,15 @@ def box():
 
 def descendants() -> set[str]:
   """Names of processes that have a marked argument."""
-  found = set()
+  paths = set()
   for name in filter(str.isdigit, os.listdir('/proc')):
     try:
       with open(f'/proc/{name}/cmdline', 'rb') as file:
         if b'moepeft_marked' in file.read():
-          found.add(name)
+          paths.add(name)
     except OSError:
       pass
-  return found
+  return paths
 
 
 def test_a_program_runs_and_says_how_it_ended(box):
@@ -131,8 +131,8 @@ print('done')
   # Of /tmp, only the way to an interpreter that is there itself.
   roots = (pathlib.Path(p).parts for p in (sys.prefix, sys.base_prefix))
   way = {parts[2] for parts in roots if parts[1] == 'tmp'}
-  seen = str(box.shell_program('ls -A . /tmp')).split()
-  assert set(seen) == {'.:', '/tmp:', *way}
+  output = str(box.shell_program('ls -A . /tmp')).split()
+  assert set(output) == {'.:', '/tmp:', *way}
 
 
 def test_there_is_no_network(box):
@@ -170,9 +170,9 @@ for _ in range(500):
 print('made', made)
 """)
   assert ran.code == 0
-  made = int(ran.output.split()[1])
+  command = int(ran.output.split()[1])
   # 24, less the program itself.
-  assert 10 < made < 24
+  assert 10 < command < 24
   # They end with it: nobody waits for the five seconds of sleep twice.
   assert time.monotonic() - before < 40
 
@@ -356,12 +356,14 @@ def test_a_socket_in_a_readable_directory_is_not_reached(box, kind):
   with tempfile.TemporaryDirectory() as folder:
     os.chmod(folder, 0o755)
     path = f'{folder}/socket'
-    made = {'RAW': 'DGRAM'}.get(kind, kind)
-    with socket.socket(socket.AF_UNIX, getattr(socket, f'SOCK_{made}')) as host:
+    command = {'RAW': 'DGRAM'}.get(kind, kind)
+    with socket.socket(
+      socket.AF_UNIX, getattr(socket, f'SOCK_{command}')
+    ) as host:
       host.bind(path)
       os.chmod(path, 0o777)
       host.setblocking(False)
-      if made != 'DGRAM':
+      if command != 'DGRAM':
         host.listen()
       ran = Sandbox(readable=[folder]).python_program(f"""
 import os, socket
@@ -388,7 +390,7 @@ print(asyncio.run(asyncio.sleep(0, 'asyncio')))
 """)
       assert ran.output == 'True\nasyncio\n'
       with pytest.raises(BlockingIOError):
-        host.recv(1) if made == 'DGRAM' else host.accept()
+        host.recv(1) if command == 'DGRAM' else host.accept()
 
 
 def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
@@ -455,7 +457,7 @@ def test_all_of_this_holds_for_an_ordinary_user():
     os.chown(folder, 65534, 65534)
     # root's interpreter may lie in root's home: one of the system's, with the
     # packages of this one.
-    made = as_nobody(
+    command = as_nobody(
       ['/usr/bin/python3', '-m', 'venv', '--without-pip', f'{folder}/venv'],
       folder,
     )
@@ -464,7 +466,7 @@ def test_all_of_this_holds_for_an_ordinary_user():
       packages = [p for p in sys.path if p.endswith('site-packages')]
       (place / 'packages.pth').write_text('\n'.join(packages) + '\n')
     tried = ['-c', 'import moepeft.agent, numpy, pydantic_core, pytest']
-    if made.returncode or as_nobody([python, *tried], folder).returncode:
+    if command.returncode or as_nobody([python, *tried], folder).returncode:
       pytest.skip('another user has no Python here that has the packages')
     options = f'-q -n 0 -p no:cacheprovider --basetemp={folder}/tmp -m'.split()
     done = as_nobody(
@@ -517,7 +519,7 @@ def test_the_tools_tell_the_model_what_happened(box):
   replies = [
     wants(('run_python', {'code': 'print(6 * 7)'})),
     wants(('run_shell', {'command': 'cat /etc/shadow'})),
-    says('42'),
+    text_reply('42'),
   ]
   with serving(*replies) as script:
     Agent(script.model(), bubblewrap.code_tools(box)).ask('6 * 7?')
@@ -527,12 +529,14 @@ def test_the_tools_tell_the_model_what_happened(box):
 
 
 def test_without_a_sandbox_the_tools_refuse(monkeypatch):
-  monkeypatch.setattr(bubblewrap, 'unusable', lambda: 'bwrap is not installed')
+  monkeypatch.setattr(
+    bubblewrap, 'unavailable_reason', lambda: 'bwrap is not installed'
+  )
   with pytest.raises(ValueError) as caught:
     Sandbox(BOUNDS)
-  said = str(caught.value)
-  assert 'bwrap is not installed' in said and '--unsafe_no_sandbox' in said
-  assert '\n' not in said
+  output = str(caught.value)
+  assert 'bwrap is not installed' in output and '--unsafe_no_sandbox' in output
+  assert '\n' not in output
 
 
 def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
@@ -567,20 +571,20 @@ def test_told_by_name_programs_run_without_it():
 
 def verdict(program, machine, number, flags=0):
   """The filter's answer to a system call with this first argument."""
-  lines, at, held = list(struct.iter_unpack('<HBBI', program)), 0, None
-  seen = {0: number, 4: machine, 16: flags}
+  lines, at, sockets = list(struct.iter_unpack('<HBBI', program)), 0, None
+  output = {0: number, 4: machine, 16: flags}
   while True:
     code, true, false, value = lines[at]
     if code == 0x06:
       return value
     if code == 0x20:
-      held = seen[value]
+      sockets = output[value]
       at += 1
       continue
     holds = {
-      0x15: held == value,
-      0x35: held >= value,
-      0x45: held & value,
+      0x15: sockets == value,
+      0x35: sockets >= value,
+      0x45: sockets & value,
     }[code]
     at += 1 + (true if holds else false)
 

@@ -16,8 +16,8 @@ from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   refuses,
-  says,
   serving,
+  text_reply,
   wants,
 )
 
@@ -41,33 +41,38 @@ def traced(path, replies, questions, **parts):
     if 'memory' in parts:
       count = TokenCounter(script.client(), 'scripted')
       parts['memory'] = Memory(parts['memory'], count)
-    made = Agent(
+    agent_ = Agent(
       script.model(),
       [make_tool(roll), make_tool(leak)],
       'Be.',
-      tell=trace,
+      on_event=trace,
       **parts,
     )
-    outcomes = [made.ask(question) for question in questions]
+    outcomes = [agent_.ask(question) for question in questions]
     trace.close()
   return outcomes
 
 
 CASES = {
-  'answered': ([wants(('roll', {'sides': 6})), says('0')], {}),
+  'answered': ([wants(('roll', {'sides': 6})), text_reply('0')], {}),
   'several calls': (
-    [wants(('roll', {'sides': 6}), ('roll', {'sides': 8})), says('0')],
+    [wants(('roll', {'sides': 6}), ('roll', {'sides': 8})), text_reply('0')],
     {},
   ),
   'loop': ([wants(('leak', {}))], {}),
   'steps': ([wants(('roll', {'sides': 6}))], {'budget': Budget(steps=4)}),
   'failed': ([wants(('roll', {'sides': 6})), refuses(500, 'oh')], {}),
   'plan': (
-    [says('plan'), wants(('roll', {'sides': 2})), says('1'), says('OK')],
+    [
+      text_reply('plan'),
+      wants(('roll', {'sides': 2})),
+      text_reply('1'),
+      text_reply('OK'),
+    ],
     {'mode': 'plan'},
   ),
   'react': (
-    [says('Action: roll\nAction Input: {"sides": 3}'), says('hm')],
+    [text_reply('Action: roll\nAction Input: {"sides": 3}'), text_reply('hm')],
     {'form': 'react'},
   ),
   'seconds': (
@@ -85,14 +90,14 @@ def test_a_trace_replays_to_its_outcome_without_a_server(name, tmp_path):
   replies, parts = CASES[name]
   path = str(tmp_path / 'trace.jsonl')
   outcomes = traced(path, replies, ['What?'], **parts)
-  told = []
-  assert traces.replay_trace(path, told.append) == outcomes
-  assert told[-1]['event'] == 'ended'
+  events = []
+  assert traces.replay_trace(path, events.append) == outcomes
+  assert events[-1]['event'] == 'ended'
 
 
 def test_a_conversation_with_a_short_memory_replays(tmp_path):
   path = str(tmp_path / 'trace.jsonl')
-  replies = [wants(('roll', {'sides': 6})), says('one two three')] * 4
+  replies = [wants(('roll', {'sides': 6})), text_reply('one two three')] * 4
   outcomes = traced(
     path,
     replies,
@@ -108,7 +113,7 @@ def test_a_conversation_with_a_short_memory_replays(tmp_path):
 
 def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
   path = str(tmp_path / 'trace.jsonl')
-  replies = [wants(('roll', {'sides': 6})), says('0')]
+  replies = [wants(('roll', {'sides': 6})), text_reply('0')]
   traced(path, replies, ['What?'], options={'seed': 3})
   rows = traces.read_trace(path)
   assert [row['event'] for row in rows] == [
@@ -122,9 +127,9 @@ def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
     'ended',
   ]
   assert all(row['at'].endswith('+00:00') for row in rows)
-  asked = [row for row in rows if row['event'] == 'asked']
-  assert all(row['request']['seed'] == 3 for row in asked)
-  assert asked[1]['request']['messages'][-1]['role'] == 'tool'
+  question = [row for row in rows if row['event'] == 'asked']
+  assert all(row['request']['seed'] == 3 for row in question)
+  assert question[1]['request']['messages'][-1]['role'] == 'tool'
   assert (
     rows[2]['message']['tool_calls'][0]['function']['arguments']
     == '{"sides": 6}'
@@ -144,7 +149,7 @@ def test_a_key_is_never_written(tmp_path):
 
 def test_a_changed_or_broken_trace_is_told_where(tmp_path):
   path = tmp_path / 'trace.jsonl'
-  replies = [wants(('roll', {'sides': 6})), says('0')]
+  replies = [wants(('roll', {'sides': 6})), text_reply('0')]
   traced(str(path), replies, ['What?'])
   text = path.read_text()
   rows = [json.loads(line) for line in text.splitlines()]

@@ -275,7 +275,7 @@ def test_traces(tmp_path):
     lambda request, piece, seconds: replies[len(request['messages']) > 2],
     [make_tool(add)],
     'Be.',
-    tell=trace,
+    on_event=trace,
   )
   assert made.ask('?').state == 'answered'
   trace.close()
@@ -293,14 +293,19 @@ def test_traces(tmp_path):
   assert figures['refusals'] > 1000
 
 
-def test_cards(tmp_path):
+def test_config_files(tmp_path):
   draw, figures = random.Random(SEED + 5), Figures()
-  good = b'mine.py\n' + config_file.render_config('A.', {'a.b': 1, 'c': 'x'}).encode()
+  good = (
+    b'mine.py\n'
+    + config_file.render_config('A.', {'a.b': 1, 'c': 'x'}).encode()
+  )
   for _ in range(3000):
     data = torn(draw, good)
-    figures.run(lambda data=data: config_file.save_config(data, tmp_path), ValueError)
-  figures.show('cards')
-  # What was written is a card, whatever was handed over.
+    figures.run(
+      lambda data=data: config_file.save_config(data, tmp_path), ValueError
+    )
+  figures.show('config files')
+  # What was written is a config file, whatever was handed over.
   for path in tmp_path.iterdir():
     assert path.suffix == '.py'
     config_file.parse_config(path.read_text())

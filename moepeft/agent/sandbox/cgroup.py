@@ -115,10 +115,10 @@ class MachineMemory:
   """
 
   def __init__(self):
-    figures = _meminfo()
-    self._unowned = _unowned_bytes(figures)
-    available = figures.get('MemAvailable', 0)
-    self._reserve = min(_RESERVE * figures.get('MemTotal', 0), 0.5 * available)
+    meminfo = _meminfo()
+    self._unowned = _unowned_bytes(meminfo)
+    available = meminfo.get('MemAvailable', 0)
+    self._reserve = min(_RESERVE * meminfo.get('MemTotal', 0), 0.5 * available)
 
   def growth(self) -> int:
     """Bytes of such memory that came since."""

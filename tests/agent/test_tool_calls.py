@@ -13,13 +13,13 @@ from moepeft.agent.tool_calls import ToolResult, quote_output, truncate  # noqa:
 from moepeft.agent.tools import make_tool  # noqa: E402
 
 
-def run(functions, asked, **limits):
+def run(functions, arguments, **limits):
   tools = {function.__name__: make_tool(function) for function in functions}
-  made = [
+  result = [
     {'id': f'id{i}', 'function': {'name': name, 'arguments': text}}
-    for i, (name, text) in enumerate(asked)
+    for i, (name, text) in enumerate(arguments)
   ]
-  return tool_calls.run_calls(tools, made, **limits)
+  return tool_calls.run_calls(tools, result, **limits)
 
 
 def test_calls_run_at_once_and_answer_in_their_order():
@@ -32,8 +32,8 @@ def test_calls_run_at_once_and_answer_in_their_order():
     time.sleep(0.03 * (3 - n))
     return n
 
-  asked = [('meet', f'{{"n": {n}}}') for n in range(3)]
-  results = run([meet], asked)
+  arguments = [('meet', f'{{"n": {n}}}') for n in range(3)]
+  results = run([meet], arguments)
   assert [r.text for r in results] == ['0', '1', '2']
   assert not any(r.failed for r in results)
 
@@ -55,24 +55,24 @@ def test_errors_are_results_and_nothing_is_raised():
     ],
   )
   assert all(result.failed for result in results)
-  said = [result.text for result in results]
-  assert said[0] == "KeyError: 'nothing'"
-  assert said[1] == 'SystemExit: out'
-  assert said[2].startswith('the arguments do not fit: it: Invalid JSON')
-  assert said[3] == "there is no tool 'broken'; there are breaks"
+  text = [result.text for result in results]
+  assert text[0] == "KeyError: 'nothing'"
+  assert text[1] == 'SystemExit: out'
+  assert text[2].startswith('the arguments do not fit: it: Invalid JSON')
+  assert text[3] == "there is no tool 'broken'; there are breaks"
 
 
 def test_a_call_that_hangs_is_left_in_time():
-  held = threading.Event()
+  event = threading.Event()
 
   def hang() -> str:
     """Waits."""
-    held.wait(20)
+    event.wait(20)
     return 'late'
 
   begun = time.monotonic()
   (result,) = run([hang], [('hang', '{}')], seconds=0.05)
-  held.set()
+  event.set()
   assert result.failed and 'did not answer in 0.05 s' in result.text
   # Far below the 20 s of the tool, far above what 0.05 s take when busy.
   assert time.monotonic() - begun < 10
