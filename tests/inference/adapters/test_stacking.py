@@ -171,7 +171,7 @@ def test_a_slot_that_could_not_be_written_serves_nobody(
     raise RuntimeError('out of memory')
 
   with monkeypatch.context() as patch:
-    patch.setattr(stacked, 'written', fails)
+    patch.setattr(stacked, 'write_slot', fails)
     with pytest.raises(RuntimeError):
       banks.hold('a')
     with pytest.raises(RuntimeError):
