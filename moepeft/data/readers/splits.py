@@ -9,7 +9,7 @@ import os
 import re
 
 from moepeft.core import files as core_files
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad
 
 _WORDS = {
@@ -83,7 +83,9 @@ def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
   Raises:
     ValueError: there are none.
   """
-  listing = files.listed(folder, files.ENDINGS['datasets'], deep=True)
+  listing = fingerprint.listed(
+    folder, fingerprint.ENDINGS['datasets'], deep=True
+  )
   by_split: dict[str, list[str]] = {}
   for file in listing.files:
     words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())

@@ -16,9 +16,7 @@ import numpy as np
 from moepeft.checkpoints.base import Base
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.adapters import buckets as forms
-from moepeft.inference.adapters import pad as fitting
-from moepeft.inference.adapters import stacking as stacked
+from moepeft.inference.adapters import buckets, pad, stacking
 from moepeft.inference.adapters.buckets import Form
 from moepeft.inference.adapters.load import Adapter, read
 from moepeft.inference.adapters.lru import Slots
@@ -75,7 +73,7 @@ class Banks:
     advice: for the model: all forms, nested.
   """
 
-  row_tree = staticmethod(stacked.row_tree)
+  row_tree = staticmethod(stacking.row_tree)
 
   def __init__(
     self,
@@ -120,7 +118,7 @@ class Banks:
   @property
   def bytes(self) -> int:
     """Of all banks, whatever is in their slots."""
-    return self._slots_each * sum(map(fitting.size_of, self._layouts.values()))
+    return self._slots_each * sum(map(pad.size_of, self._layouts.values()))
 
   def form(self, name: str) -> Form:
     return next(form for form in self.forms if form.name == name)
@@ -175,7 +173,7 @@ class Banks:
         name,
         adapter.built.method,
         sha256,
-        fitting.size_of(self._layouts[fitted.form]),
+        pad.size_of(self._layouts[fitted.form]),
         adapter.source,
         len(adapter.before),
       )
@@ -239,13 +237,13 @@ class Banks:
     return held.row
 
   def _form(self, text: str, semantics: str) -> Form:
-    return forms.form_of(build(text, self._sites, semantics), repr(text))
+    return buckets.form_of(build(text, self._sites, semantics), repr(text))
 
   def _make(self) -> None:
     """Forms, and banks that hold the identity in every slot."""
-    self.forms = forms.forms_of(self._wanted, self._sites)
-    self.advice = forms.advice_of(self.forms, self._sites)
-    self._layouts = fitting.layouts_of(self.forms, self.advice, self._base)
+    self.forms = buckets.forms_of(self._wanted, self._sites)
+    self.advice = buckets.advice_of(self.forms, self._sites)
+    self._layouts = pad.layouts_of(self.forms, self.advice, self._base)
     self._slots_each = self._count()
     self._slots = {name: Slots(self._slots_each) for name in self._layouts}
     self._tree = {
@@ -254,7 +252,7 @@ class Banks:
 
   def _count(self) -> int:
     """How many slots a bank has."""
-    one = sum(map(fitting.size_of, self._layouts.values()))
+    one = sum(map(pad.size_of, self._layouts.values()))
     count = self._most
     if self._budget is not None and one:
       count = min(count, self._budget // one)
@@ -272,16 +270,16 @@ class Banks:
     return count
 
   def _bank(self, layout: Layout) -> Tree:
-    alone = fitting.identity(layout)
-    bank = stacked.repeated(alone, self._slots_each)
+    alone = pad.identity(layout)
+    bank = stacking.repeated(alone, self._slots_each)
     # Compiled here, not under traffic.
-    return stacked.written(bank, np.int32(0), alone)
+    return stacking.written(bank, np.int32(0), alone)
 
   def _fitted(self, adapter: Adapter) -> Fitted:
     for form in self.forms:
       if form.holds(adapter.form):
         layout = self._layouts[form.name]
-        return fitting.fitted(adapter, form, layout, self._base)
+        return pad.fitted(adapter, form, layout, self._base)
     raise ValueError(
       f'{adapter.source} is {adapter.built.method!r}, which fits none of the '
       f'forms that this server was started with ({self._named()}); start it '
@@ -315,7 +313,7 @@ class Banks:
     slots, bank = self._slots[fitted.form], self._tree[fitted.form]
     slot = np.int32(slots.take(sha256))
     try:
-      bank = stacked.written(bank, slot, fitted.tree)
+      bank = stacking.written(bank, slot, fitted.tree)
     except BaseException:
       # Else the next to ask would be served what lies there still.
       slots.drop(sha256)
