@@ -23,9 +23,9 @@ from absl import flags
 from moepeft.config import command_line
 from moepeft.core import secrets, terminal
 from moepeft.data.chat import template as chat_template
-from moepeft.inference.api import Loaded
+from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.serve import open_engine, page
 from moepeft.serve.embeddings.encoder import Encoder, Sentences
 from moepeft.serve.http import keys as http_keys
@@ -124,7 +124,7 @@ def opened() -> open_engine.Opened:
   """The model of the flags, with its adapters."""
   if not _MODEL.value:
     raise ValueError('name a model with --model, as --model=smollm2')
-  settings = Settings(
+  settings = EngineConfig(
     _SLOTS.value, _PLACES.value, _QUEUE.value, routing=_ROUTING.value
   )
   named = adapters()
@@ -408,7 +408,7 @@ class Start:
 def lines(
   url: str,
   model: str,
-  adapters: Sequence[Loaded],
+  adapters: Sequence[LoadedAdapter],
   keys: Keys,
   embeddings: str = '',
 ) -> list[str]:

@@ -14,13 +14,12 @@ import numpy as np
 import optax
 
 from moepeft import config as config_lib
-from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers
-from moepeft.training import state_sharding
+from moepeft.training import setup, state_sharding
 
 from . import small
 
@@ -93,7 +92,7 @@ def begin(method, layout):
   )
   said = state_sharding.describe(layout, state, letters, built.trainable)
   update = jax.jit(
-    train.make_update(model, built, config, OPTIMIZER),
+    setup.build_train_step(config, model, built, OPTIMIZER),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )

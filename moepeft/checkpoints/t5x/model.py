@@ -16,8 +16,7 @@ import numpy as np
 from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
-from moepeft.checkpoints.t5x import files as t5x_files
-from moepeft.checkpoints.t5x import zarr
+from moepeft.checkpoints.t5x import files, zarr
 from moepeft.config.gin.checkpoint_path import INDEX
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
@@ -57,7 +56,7 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
     CheckpointError: nothing is found, something is damaged, or names or
       shapes are not those of flaxformer's T5.
   """
-  folder, leaves, step = t5x_files.read(path)
+  folder, leaves, step = files.read(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
   fetch = lambda name: leaves[name][1]()  # noqa: E731
   loaded = _read(shapes, fetch, str(folder), dtype, top_k)
@@ -66,7 +65,7 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
 
 def load_config(path: str) -> T5Config:
   """The config as `load` would infer it, without reading the weights."""
-  checkpoint = t5x_files.read(path)
+  checkpoint = files.read(path)
   shapes = {
     name: shape
     for name, (shape, _) in checkpoint.leaves.items()

@@ -11,8 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.core import files as core_files
-from moepeft.core import untrusted
+from moepeft.core import files, untrusted
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow, Rows
@@ -68,7 +67,7 @@ def read(
 
 def _name(path: str) -> str:
   """The dataset's name: of the hub as it is, of a file without its ending."""
-  if not os.path.exists(core_files.local_path(path)):
+  if not os.path.exists(files.local_path(path)):
     return path
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
@@ -102,8 +101,8 @@ def table_of(
   Raises:
     ValueError: as `read`.
   """
-  local = core_files.local_path(path)
-  core_files.check_file(local)
+  local = files.local_path(path)
+  files.check_file(local)
   if os.path.isfile(local) and fingerprint.ending_of(local) in _READ_HERE:
     if splits.name_of(split) != 'train':
       raise ValueError(
@@ -244,7 +243,7 @@ def _load(
       by_name = {splits.name_of(split): list(of_split)}
       return datasets.load_dataset(reader, data_files=by_name, split=split)
     if os.path.isdir(local):
-      core_files.check_files(local)
+      files.check_files(local)
       if splits.saved(local):
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)

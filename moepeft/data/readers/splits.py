@@ -8,7 +8,7 @@ name none but 'train', all of them are that.
 import os
 import re
 
-from moepeft.core import files as core_files
+from moepeft.core import files
 from moepeft.data import fingerprint
 from moepeft.data.example import Bad
 
@@ -68,7 +68,7 @@ def described(folder: str) -> bool:
   readme = os.path.join(folder, 'README.md')
   if saved(folder) or not os.path.isfile(readme):
     return saved(folder)
-  with core_files.open_file(readme) as stream:
+  with files.open_file(readme) as stream:
     head = stream.read(_HEAD).decode(errors='replace')
   return head.startswith('---') and 'data_files:' in head.split('\n---')[0]
 

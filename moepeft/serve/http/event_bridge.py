@@ -37,7 +37,7 @@ class Underway:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
         self._open[index] = request
-    except api.Refused:
+    except api.RequestRefused:
       self.close()
       raise
 

@@ -137,7 +137,7 @@ def constraint(
     )
   try:
     return Watched(_compiled(wanted, compiler))
-  except api.Full as e:
+  except api.EngineFull as e:
     raise refused(e, 'response_format') from None
   except ValueError as e:
     raise wrong(f'response_format: {e}', 'response_format') from None
@@ -170,7 +170,7 @@ def submit(
   """
   try:
     return Underway(engine, requests)
-  except api.Refused as e:
+  except api.RequestRefused as e:
     if not engine.ready:
       _LOG.error('the engine takes no request: %s', e)
       raise later(
