@@ -2,7 +2,7 @@
 """python -m moepeft.train --config=configs/molora_t5.py --workdir=DIR
 
 The one loop: pretraining, fine-tuning and adapters differ by config only.
-Read from top to bottom; what a researcher edits is inside `make_update`.
+What a researcher edits is `moepeft.training.step`.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from signal import SIGTERM
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -46,19 +45,13 @@ from moepeft.data.tokenizers.tokenizer import check_size
 from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
 from moepeft.objectives import (
   COMPARED,
   REFERRING,
   batch_kind,
   check_model,
-  objective_of,
 )
 from moepeft.objectives import reference_model as references
-from moepeft.objectives.cross_entropy import Loss, mean
-from moepeft.objectives.preference_losses import preference_of
-from moepeft.objectives.seq2seq import split_rngs
 from moepeft.runs import config as run_config
 from moepeft.runs import diagnosis as curves
 from moepeft.runs import next_steps, plots
@@ -77,7 +70,7 @@ from moepeft.runs.run import (
 )
 from moepeft.runs.trackers import Writer, writers
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.training import memory_estimate, optim
+from moepeft.training import memory_estimate, optim, setup
 from moepeft.training import state_sharding as placement
 from moepeft.training import summary as metrics
 from moepeft.training.metrics_logger import Report
@@ -123,74 +116,6 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def loss_of(config: ConfigDict, reference=None):
-  """The objective with the settings of config.loss and config.preference.
-
-  Args:
-    reference: of `references.reference_of`.
-  """
-  loss = config.loss
-  return objective_of(
-    config.objective,
-    Loss(loss.per, loss.z, loss.label_smoothing),
-    preference_of(config.objective, config.preference),
-    reference,
-  )
-
-
-def make_update(model, built, config: ConfigDict, optimizer, reference=None):
-  """One step: (state, batch) -> (state, what was seen)."""
-  objective = loss_of(config, reference)
-  router_losses = dict(config.router_losses)
-  # Wrong names and sizes are found before anything is compiled.
-  losses.total({}, router_losses)
-  accumulate.check(config.batch_size, config.accumulate)
-
-  def update(state: State, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
-
-    def rollout(rows, rng):
-      # By the policy as it is; nothing of it has a gradient.
-      variables = built.variables(state)
-      return objective.rollout(model.apply, variables, rows, rng)
-
-    if objective.rollout:
-      own = jax.random.fold_in(rng, 1)
-      made = accumulate.mapped(rollout, batch, own, config.accumulate)
-      batch = objective.settle(batch | made)
-
-    def sums_fn(trainable, rows, rng):
-      # Of some rows of the batch; nothing here may be a mean over them.
-      variables = built.variables(state.replace(trainable=trainable))
-      total, aux = objective(model.apply, variables, rows, split_rngs(rng))
-      return aux | {'total': total}
-
-    def loss_fn(sums):
-      # Of the whole batch, however many parts it was computed in.
-      loss = mean(sums['total'], sums)
-      routed = losses.total(stats.by_site(sums['routing']), router_losses)
-      return loss + routed, sums | {'loss': loss, 'router_loss': routed}
-
-    gradient, aux = accumulate.gradient(
-      sums_fn,
-      loss_fn,
-      state.trainable,
-      batch,
-      rng,
-      config.accumulate,
-      curved=('routing',) if any(router_losses.values()) else (),
-    )
-    changes, opt = optimizer.update(gradient, state.opt, state.trainable)
-    aux['gradient_norm'] = optax.global_norm(gradient)
-    return state.replace(
-      step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, changes),
-      opt=opt,
-    ), aux
-
-  return update
-
-
 def train(
   config: ConfigDict,
   workdir: str,
@@ -216,7 +141,7 @@ def train(
   config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
-  loss_of(config)
+  setup.build_objective(config)
   accumulate.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -355,12 +280,12 @@ def _train(
     )
   # Of likelihoods a run is judged by its own, whatever config.loss says.
   compared = config.objective in COMPARED
-  judged = loss_of(config, reference) if compared else None
+  judged = setup.build_objective(config, reference) if compared else None
   judge = Judge(
     config, model, words, validation, sets, layout.mesh, own, judged
   )
   update = jax.jit(
-    make_update(model, built, config, optimizer, reference),
+    setup.build_train_step(config, model, built, optimizer, reference),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )

@@ -16,7 +16,7 @@ sampling policy's log p beside the prompts; rewards come from a model there, or
 from a host function by `jax.pure_callback`; `settle` makes advantages, which
 are means over a prompt's group of rows; `sums` is the clipped ratio of log p
 now and then, less the reference's divergence, and never samples. Several
-updates of one rollout need a loop around `make_update`'s gradient and nothing
+updates of one rollout need a loop around `training.step`'s gradient and nothing
 else.
 """
 

@@ -19,6 +19,7 @@ from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models import weight_mapping as names
 from moepeft.objectives import COMPARED, batch_kind
 from moepeft.objectives.cross_entropy import mean
+from moepeft.training import setup
 
 from ..preferences import card, noisy, parts_of, written
 
@@ -46,7 +47,7 @@ def items_of(config, parts):
 
 def gradient(config, parts, batch):
   """({path: gradient}, loss, aux) of a batch, the adapter off its start."""
-  objective = train.loss_of(config, parts.reference)
+  objective = setup.build_objective(config, parts.reference)
   state = noisy(parts.state, 0.1)
   variables = jax.tree.map(jnp.float64, parts.built.variables(state))
 

@@ -19,6 +19,7 @@ from moepeft.evaluation import summary
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives.cross_entropy import mean
 from moepeft.runs.run import load
+from moepeft.training import setup
 
 from ..preferences import MOLORA, card, noisy, pairs, parts_of, written
 
@@ -30,7 +31,7 @@ def places(tmp_path_factory):
 
 def first_loss(config):
   parts = parts_of(config)
-  objective = train.loss_of(config, parts.reference)
+  objective = setup.build_objective(config, parts.reference)
 
   @jax.jit
   def loss(variables, batch):
@@ -66,8 +67,8 @@ def test_the_reference_is_the_same_before_and_after_training(places):
   config = card(places, **{'model.dropout': 0.3})
   parts = parts_of(config, optimizer)
   update = jax.jit(
-    train.make_update(
-      parts.model, parts.built, config, optimizer, parts.reference
+    setup.build_train_step(
+      config, parts.model, parts.built, optimizer, parts.reference
     )
   )
   rows = sides.joined(parts.batch, PAIR)
@@ -108,8 +109,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
       optimizer = optax.sgd(100.0)
       parts = parts_of(config, optimizer)
       update = jax.jit(
-        train.make_update(
-          parts.model, parts.built, config, optimizer, parts.reference
+        setup.build_train_step(
+          config, parts.model, parts.built, optimizer, parts.reference
         )
       )
       batch = without_second(parts.batch)
