@@ -93,7 +93,11 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word():
 def test_a_device_that_jax_does_not_have_is_named(platform):
   if platform == 'cuda' and jax.default_backend() == 'gpu':
     pytest.skip('here is such a device')
-  code = 'import jax; from moepeft.config import command_line; command_line.answer(jax.devices)'
+  code = (
+    'import jax\n'
+    'from moepeft.config import command_line\n'
+    'command_line.answer(jax.devices)'
+  )
   done = subprocess.run(
     [sys.executable, '-c', code],
     env={**os.environ, 'JAX_PLATFORMS': platform},
