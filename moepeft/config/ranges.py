@@ -98,6 +98,7 @@ ALLOWED: dict[str, Range | Choices] = {
 
 # Paths, names on a hub and small languages that other modules read.
 TEXTS = (
+  'imports',
   'method',
   'preference.reference',
   'model.path',

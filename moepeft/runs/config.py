@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from moepeft.config import check as config_check
 from moepeft.config import defaults as config_lib
+from moepeft.config import imports
 from moepeft.core import untrusted
 
 NAME = 'config.json'
@@ -40,12 +41,14 @@ def load(workdir: str) -> ConfigDict:
   """The same as a config, with the defaults for what it lacks.
 
   Raises:
-    ValueError: as `read`, or a value is none that training takes.
+    ValueError: as `read`, a value is none that training takes, or a module of
+      config.imports cannot be imported.
   """
   config = config_lib.default()
   with config.unlocked():
     config.update(read(workdir))
   try:
+    imports.import_modules(config.imports)
     config_check.check(config)
   except ValueError as e:
     raise ValueError(f'{os.path.join(workdir, NAME)}: {e}') from None

@@ -32,6 +32,7 @@ DATA = 'data.json'
 # for the order of its sums (sharding). The base and the rest of the method are
 # compared by the checkpoint's card.
 _FREE = (
+  'imports',
   'steps',
   'router_alarm',
   'patience',
