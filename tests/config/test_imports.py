@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moepeft.config import default, imports
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 from .. import commands
 
@@ -50,5 +50,5 @@ def test_a_run_imports_what_its_config_names(module, tmp_path, capsys):
   config = default()
   config.imports = module
   (tmp_path / 'config.json').write_text(config.to_json())
-  assert run_config.load(str(tmp_path)).imports == module
+  assert Run(str(tmp_path)).load_config().imports == module
   assert capsys.readouterr().out == 'my_module is imported\n'

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from moepeft import train
-from moepeft.core.jsonl_log import read
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models import weight_mapping
 from moepeft.objectives import COMPARED, batch_kind
 from moepeft.objectives.cross_entropy import mean
+from moepeft.runs.metrics_log import read
 from moepeft.training import setup
 
 from ..preferences import card, noisy, parts_of, written
