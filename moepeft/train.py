@@ -38,7 +38,6 @@ from moepeft.data import cuts, loader, sources, vocabulary
 from moepeft.data import fingerprint as files
 from moepeft.data.batching.collators import form
 from moepeft.data.chat import template as chat_template
-from moepeft.data.preference.dataset import form_of
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import preferences
@@ -49,15 +48,15 @@ from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses as losses
 from moepeft.moe import router_stats as stats
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  batch_kind,
+  OBJECTIVES,
+  build_objective,
+  build_validation_objective,
+  check_config,
   check_model,
-  objective_of,
 )
 from moepeft.objectives import reference_model as references
-from moepeft.objectives.cross_entropy import Loss, mean
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.runs import config as run_config
 from moepeft.runs import diagnosis as curves
@@ -123,24 +122,9 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def loss_of(config: ConfigDict, reference=None):
-  """The objective with the settings of config.loss and config.preference.
-
-  Args:
-    reference: of `references.reference_of`.
-  """
-  loss = config.loss
-  return objective_of(
-    config.objective,
-    Loss(loss.per, loss.z, loss.label_smoothing),
-    preference_of(config.objective, config.preference),
-    reference,
-  )
-
-
 def make_update(model, built, config: ConfigDict, optimizer, reference=None):
   """One step: (state, batch) -> (state, what was seen)."""
-  objective = loss_of(config, reference)
+  objective = build_objective(config, reference)
   router_losses = dict(config.router_losses)
   # Wrong names and sizes are found before anything is compiled.
   losses.total({}, router_losses)
@@ -149,15 +133,17 @@ def make_update(model, built, config: ConfigDict, optimizer, reference=None):
   def update(state: State, batch):
     rng = jax.random.fold_in(state.rng, state.step)
 
-    def rollout(rows, rng):
+    def prepare_rows(rows, rng):
       # By the policy as it is; nothing of it has a gradient.
       variables = built.variables(state)
-      return objective.rollout(model.apply, variables, rows, rng)
+      return objective.prepare_rows(model.apply, variables, rows, rng)
 
-    if objective.rollout:
-      own = jax.random.fold_in(rng, 1)
-      made = accumulate.mapped(rollout, batch, own, config.accumulate)
-      batch = objective.settle(batch | made)
+    if objective.prepare_rows:
+      rows_rng = jax.random.fold_in(rng, 1)
+      prepared = accumulate.mapped(
+        prepare_rows, batch, rows_rng, config.accumulate
+      )
+      batch = objective.prepare_batch(batch | prepared)
 
     def sums_fn(trainable, rows, rng):
       # Of some rows of the batch; nothing here may be a mean over them.
@@ -167,7 +153,7 @@ def make_update(model, built, config: ConfigDict, optimizer, reference=None):
 
     def loss_fn(sums):
       # Of the whole batch, however many parts it was computed in.
-      loss = mean(sums['total'], sums)
+      loss = mean_loss(sums['total'], sums)
       routed = losses.total(stats.by_site(sums['routing']), router_losses)
       return loss + routed, sums | {'loss': loss, 'router_loss': routed}
 
@@ -216,7 +202,7 @@ def train(
   config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
-  loss_of(config)
+  check_config(config)
   accumulate.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -265,7 +251,7 @@ def _train(
   data = config.data
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, batch_kind(config.objective), own)
+  own = make_collator(config, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)
@@ -290,11 +276,11 @@ def _train(
     )
   # What rewards are measured against, of objectives that have any.
   against = config.preference.reference
-  reference, adapters = references.reference_of(
-    config.objective, against, model, built, base
-  )
+  reference, adapters, spec = None, {}, OBJECTIVES[config.objective]
+  if spec.needs_reference:
+    reference, adapters = references.make_reference(against, model, built, base)
   begun = config.model.adapter
-  if begun and config.objective in REFERRING and against == references.BASE:
+  if begun and spec.needs_reference and against == references.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {begun!r} '
@@ -326,7 +312,7 @@ def _train(
   if not isinstance(found.train, Stream):
     print(cuts(found.train, own), end='', flush=True)
 
-  if config.objective in REFERRING and against == references.PRECOMPUTED:
+  if spec.needs_reference and against == references.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
     log_p = references.precomputed(
       None if dry_run else workdir,
@@ -353,9 +339,7 @@ def _train(
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  # Of likelihoods a run is judged by its own, whatever config.loss says.
-  compared = config.objective in COMPARED
-  judged = loss_of(config, reference) if compared else None
+  judged = build_validation_objective(config, reference)
   judge = Judge(
     config, model, words, validation, sets, layout.mesh, own, judged
   )

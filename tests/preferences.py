@@ -19,8 +19,9 @@ from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from moepeft.objectives import reference_model as references
+from moepeft.objectives.batches import make_collator
 
 from .contracts import small
 
@@ -100,9 +101,11 @@ def parts_of(config, optimizer=None):
   """As `train.train` makes them, and the first batch of the data."""
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  reference, adapters = references.reference_of(
-    config.objective, config.preference.reference, model, built, base
-  )
+  reference, adapters = None, {}
+  if OBJECTIVES[config.objective].needs_reference:
+    reference, adapters = references.make_reference(
+      config.preference.reference, model, built, base
+    )
   variables = base_lib.initialise(base, model, 0)
   state = State(
     step=jnp.int32(0),
@@ -113,9 +116,7 @@ def parts_of(config, optimizer=None):
     reference=adapters,
   )
   own = forms.form(config.data, Bytes(), base.config, 0)
-  own = answers.form_of(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  own = make_collator(config, own)
   items = answers.read(config.data, own).items
   batch = own.padded(items[: config.batch_size])
   batch = {key: jnp.asarray(array) for key, array in batch.items()}

@@ -29,16 +29,10 @@ from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
 from moepeft.evaluation.validator import Judge
 from moepeft.models import decoder_only
-from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  Objective,
-  batch_kind,
-  objective_of,
-)
+from moepeft.objectives import OBJECTIVES, build_validation_objective
 from moepeft.objectives import reference_model as references
-from moepeft.objectives.paired_batch import LogP
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.runs.run import Run
 from moepeft.tasks import Example
@@ -49,9 +43,7 @@ def form_of(run: Run) -> forms.Form:
   config = run.config
   front = before(run.model)
   own = forms.form(config.data, run.words, run.model, config.seed, front)
-  return answers.form_of(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  return make_collator(config, own)
 
 
 def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
@@ -66,11 +58,11 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
       was.
   """
   config, own = run.config, form_of(run)
-  objective, variables = None, run.variables
-  if config.objective in COMPARED:
-    reference, adapters, found = _referred(run, found, own, workdir)
-    objective = _objective(run, reference)
-    variables = variables | ({'reference': adapters} if adapters else {})
+  variables = run.variables
+  reference, adapters, found = _referred(run, found, own, workdir)
+  objective = build_validation_objective(config, reference)
+  if adapters:
+    variables = variables | {'reference': adapters}
   rows = sets.pairs_to_judge(config, found, own)
   if not rows:
     return {}
@@ -80,25 +72,17 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
   return judge.validation(variables)
 
 
-def _objective(run: Run, reference: LogP | None) -> Objective:
-  name = run.config.objective
-  settings = preference_of(name, run.config.preference)
-  return objective_of(name, preference=settings, reference=reference)
-
-
 def _referred(
   run: Run, found: Sources, own: answers.Sides, workdir: str
-) -> tuple[LogP | None, Tree, Sources]:
+) -> tuple[ReferenceFn | None, Tree, Sources]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
-  if config.objective not in REFERRING:
+  if not OBJECTIVES.lookup(config.objective).needs_reference:
     return None, {}, found
   base, against = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
   if against != references.PRECOMPUTED:
-    return *references.reference_of(
-      config.objective, against, model, built, base
-    ), found
+    return *references.make_reference(against, model, built, base), found
   # Of the policy as it began.
   start = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:

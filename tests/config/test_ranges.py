@@ -21,9 +21,8 @@ from moepeft.data.chat import dataset as chat
 from moepeft.data.chat.formats import FORMS
 from moepeft.data.text import dataset as text
 from moepeft.models.decoder import llama
-from moepeft.objectives import COMPARED, OBJECTIVES
 from moepeft.objectives import cross_entropy as loss
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import dpo
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
 from moepeft.training.optim import OPTIMIZERS, SCHEDULES
@@ -64,8 +63,7 @@ def test_every_default_is_allowed():
 @pytest.mark.parametrize(
   ('key', 'names'),
   [
-    ('objective', OBJECTIVES | COMPARED),
-    ('preference.loss', preference.LOSSES),
+    ('preference.loss', dpo.LOSSES),
     ('loss.per', loss.PER),
     ('model.quantise', ('', *quantised.KINDS)),
     ('data.source', source.SOURCES),

@@ -18,7 +18,7 @@ from moepeft.data.registry import sources
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models.decoder import llama
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
 from .. import chat_cases
@@ -53,7 +53,9 @@ def read(words, source, objective, **changes):
   config.data.length, config.data.held_out = 1024, 0.1
   config.data.update(changes)
   form = forms.form(config.data, words, llama.config('tiny'), config.seed)
-  form = answers.form_of(config.data, objective, batch_kind(objective), form)
+  form = answers.form_of(
+    config.data, objective, OBJECTIVES[objective].batch, form
+  )
   return form, sources(config.data, config.seed, below=0, own=form)
 
 

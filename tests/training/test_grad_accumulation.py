@@ -19,8 +19,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.core.types import State
 from moepeft.moe import aux_losses as losses
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.train import make_update
 from moepeft.training import grad_accumulation as accumulate
 
@@ -89,7 +89,7 @@ def test_a_mean_of_the_parts_means_would_be_another():
   model, _, variables = test_update.make(MOLORA, 0.5)
 
   def mean_of(rows):
-    return float(mean(*objective(model.apply, variables, rows, None)))
+    return float(mean_loss(*loss_sums(model.apply, variables, rows, None)))
 
   three = accumulate.split(BATCH, 3)
   each = [mean_of({k: a[i] for k, a in three.items()}) for i in range(3)]
@@ -154,7 +154,7 @@ KEY = jax.random.key(3)
 
 def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
   def run(parts):
-    loss = lambda sums: (mean(sums['total'], sums), sums)  # noqa: E731
+    loss = lambda sums: (mean_loss(sums['total'], sums), sums)  # noqa: E731
     return accumulate.gradient(toy, loss, jnp.float32(5), {'x': X}, KEY, parts)
 
   expected = [jax.random.uniform(jax.random.fold_in(KEY, i)) for i in range(2)]
@@ -171,7 +171,7 @@ def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
 def test_both_passes_have_the_same_noise():
   # L = mean(t x) + (sum t u)^2, so dL/dt = 15/4 + 2 t (sum u)^2.
   def loss(sums):
-    return mean(sums['total'], sums) + sums['routing'] ** 2, sums
+    return mean_loss(sums['total'], sums) + sums['routing'] ** 2, sums
 
   slope, sums = accumulate.gradient(
     toy, loss, jnp.float32(5), {'x': X}, KEY, 2, curved=('routing',)
@@ -189,7 +189,7 @@ def test_gradients_have_the_parameters_dtype():
   x = jnp.array([1.0, *[2.0**-9] * 8])
   found, _ = accumulate.gradient(
     sums,
-    lambda sums: (mean(sums['total'], sums), {}),
+    lambda sums: (mean_loss(sums['total'], sums), {}),
     jnp.bfloat16(1),
     {'x': x},
     KEY,
