@@ -48,6 +48,8 @@ _SERVE = [
   'uvicorn>=0.32,<1',
 ]
 _AGENT = ['openai>=3,<4', 'pydantic>=2.10,<3']
+# What builds docs/ as a site, `mkdocs build`.
+_DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5,<10']
 _TEST = (
   _EVAL
   + _GGUF
@@ -128,11 +130,12 @@ setup(
   extras_require={
     'agent': _AGENT,
     'data': _DATA,
+    'docs': _DOCS,
     'eval': _EVAL,
     'gguf': _GGUF,
     'seqio': _SEQIO,
     'serve': _SERVE,
     'test': _TEST,
-    'all': _SEQIO + _TEST,
+    'all': _SEQIO + _TEST + _DOCS,
   },
 )

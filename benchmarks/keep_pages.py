@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import flags as command
 from moepeft.core import host_memory as pages
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
-from moepeft.training import optim
+from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps timed on either side.')
@@ -53,7 +52,7 @@ def make_step(config):
   batch = next(
     loader(found, words, config.data, config.batch_size, config.seed)
   )
-  update = train.make_update(model, built, config, optimizer)
+  update = setup.build_train_step(config, model, built, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch
 
 

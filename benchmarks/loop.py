@@ -31,7 +31,7 @@ from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.training import optim
+from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
 _STEPS = flags.DEFINE_integer('steps', 8, 'Steps timed on either side.')
@@ -72,7 +72,7 @@ def make_bare(config):
   batch = jax.device_put(next(batches))
   batches.close()
   update = jax.jit(
-    train.make_update(model, built, config, optimizer), donate_argnums=0
+    setup.build_train_step(config, model, built, optimizer), donate_argnums=0
   )
   held = [jax.block_until_ready(update(state, batch)[0])]
 

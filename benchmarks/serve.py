@@ -32,11 +32,11 @@ from moepeft import config as config_lib
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import flags as command
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.api import Finished, Request
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping as names
 from moepeft.nn.initializers import described
@@ -48,7 +48,7 @@ METHOD = 'lora(rank=8)'
 # Of answers, in tokens: most are short, some are long.
 LENGTHS = (8, 12, 16, 24, 8, 16, 12, 128)
 REQUESTS = 4 * AT_ONCE
-SETTINGS = Settings(slots=AT_ONCE, places=256, chunk=PROMPT, rooms=(256,))
+SETTINGS = EngineConfig(slots=AT_ONCE, places=256, chunk=PROMPT, rooms=(256,))
 
 
 def random_model(folder: str) -> str:
@@ -166,7 +166,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   model, _ = base_lib.module(base, config)
   variables = {'params': jax.tree.map(jnp.asarray, base.params)}
   engine = Engine(
-    model, base.params, Banks(base, save_adapters(base, folder)), SETTINGS
+    model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
   engine.start(banner.Start())
   side, vocab = Side(engine), base.config.vocab

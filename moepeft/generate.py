@@ -22,9 +22,9 @@ from moepeft.data.preference.tokenize import templated
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.inference import prompts, sampling
-from moepeft.inference.beam_search import Beams
-from moepeft.inference.chat_repl import Ask, Manner, Talk
-from moepeft.inference.generator import Settings
+from moepeft.inference.beam_search import BeamConfig
+from moepeft.inference.chat_repl import ChatRepl, EncodePrompt, ReplConfig
+from moepeft.inference.generator import GenerationConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models import decoder_only
 from moepeft.peft.methods.prompt_tuning import before
@@ -47,7 +47,7 @@ def answer(
   return answering.texts(variables, texts)
 
 
-def settings() -> Settings:
+def settings() -> GenerationConfig:
   """What the flags say, but for the ids that end an answer.
 
   Raises:
@@ -62,12 +62,12 @@ def settings() -> Settings:
   )
   sampling.check(how)
   how = how.replace(temperature=_TEMPERATURE.value or None)
-  return Settings(
+  return GenerationConfig(
     _LENGTH.value, (), _MIN_TOKENS.value, how, beams(), tuple(_STOP.value or ())
   )
 
 
-def beams() -> Beams | None:
+def beams() -> BeamConfig | None:
   """What the flags say of a search; None where there is none."""
   if _BEAMS.value == 1:
     for flag in (_LENGTH_PENALTY, _EARLY):
@@ -77,7 +77,7 @@ def beams() -> Beams | None:
         )
     return None
   early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
-  return Beams(_BEAMS.value, _LENGTH_PENALTY.value, early)
+  return BeamConfig(_BEAMS.value, _LENGTH_PENALTY.value, early)
 
 
 def check_flags() -> None:
@@ -115,7 +115,7 @@ def given() -> list[str] | None:
   return found
 
 
-def asking(run: Run) -> Ask:
+def asking(run: Run) -> EncodePrompt:
   """How prompts become ids: as the run was trained to read them.
 
   The result raises a ValueError where an id is beyond the model's embedding.
@@ -133,7 +133,7 @@ def asking(run: Run) -> Ask:
   return checked
 
 
-def _asking(run: Run) -> Ask:
+def _asking(run: Run) -> EncodePrompt:
   data, words = run.config.data, run.words
   if _CHAT.value:
     template = prompts.template(words, data, _SYSTEM.value)
@@ -185,8 +185,10 @@ def main(argv) -> None:
   memory_estimate.check_answers(
     run.model, (1 if streamed else rows) * _BEAMS.value, _LENGTH.value
   )
-  manner = Manner(streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value)
-  talk = Talk(run.model, run.variables, run.words, asking(run), how, manner)
+  manner = ReplConfig(
+    streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value
+  )
+  talk = ChatRepl(run.model, run.variables, run.words, asking(run), how, manner)
   try:
     if texts is None:
       talk.each(lines())

@@ -2,7 +2,7 @@
 """python -m moepeft.train --config=configs/molora_t5.py --workdir=DIR
 
 The one loop: pretraining, fine-tuning and adapters differ by config only.
-Read from top to bottom; what a researcher edits is inside `make_update`.
+What a researcher edits is `moepeft.training.step`.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from signal import SIGTERM
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -45,19 +44,16 @@ from moepeft.data.tokenizers.tokenizer import check_size
 from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
 from moepeft.objectives import (
   OBJECTIVES,
-  build_objective,
   build_validation_objective,
-  check_config,
   check_model,
+)
+from moepeft.objectives import (
+  check_config as check_objective,
 )
 from moepeft.objectives import reference_model as references
 from moepeft.objectives.batches import make_collator
-from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.objectives.seq2seq import split_rngs
 from moepeft.runs import config as run_config
 from moepeft.runs import diagnosis as curves
 from moepeft.runs import next_steps, plots
@@ -76,7 +72,7 @@ from moepeft.runs.run import (
 )
 from moepeft.runs.trackers import Writer, writers
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.training import memory_estimate, optim
+from moepeft.training import memory_estimate, optim, setup
 from moepeft.training import state_sharding as placement
 from moepeft.training import summary as metrics
 from moepeft.training.metrics_logger import Report
@@ -122,61 +118,6 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def make_update(model, built, config: ConfigDict, optimizer, reference=None):
-  """One step: (state, batch) -> (state, what was seen)."""
-  objective = build_objective(config, reference)
-  router_losses = dict(config.router_losses)
-  # Wrong names and sizes are found before anything is compiled.
-  losses.total({}, router_losses)
-  accumulate.check(config.batch_size, config.accumulate)
-
-  def update(state: State, batch):
-    rng = jax.random.fold_in(state.rng, state.step)
-
-    def prepare_rows(rows, rng):
-      # By the policy as it is; nothing of it has a gradient.
-      variables = built.variables(state)
-      return objective.prepare_rows(model.apply, variables, rows, rng)
-
-    if objective.prepare_rows:
-      rows_rng = jax.random.fold_in(rng, 1)
-      prepared = accumulate.mapped(
-        prepare_rows, batch, rows_rng, config.accumulate
-      )
-      batch = objective.prepare_batch(batch | prepared)
-
-    def sums_fn(trainable, rows, rng):
-      # Of some rows of the batch; nothing here may be a mean over them.
-      variables = built.variables(state.replace(trainable=trainable))
-      total, aux = objective(model.apply, variables, rows, split_rngs(rng))
-      return aux | {'total': total}
-
-    def loss_fn(sums):
-      # Of the whole batch, however many parts it was computed in.
-      loss = mean_loss(sums['total'], sums)
-      routed = losses.total(stats.by_site(sums['routing']), router_losses)
-      return loss + routed, sums | {'loss': loss, 'router_loss': routed}
-
-    gradient, aux = accumulate.gradient(
-      sums_fn,
-      loss_fn,
-      state.trainable,
-      batch,
-      rng,
-      config.accumulate,
-      curved=('routing',) if any(router_losses.values()) else (),
-    )
-    changes, opt = optimizer.update(gradient, state.opt, state.trainable)
-    aux['gradient_norm'] = optax.global_norm(gradient)
-    return state.replace(
-      step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, changes),
-      opt=opt,
-    ), aux
-
-  return update
-
-
 def train(
   config: ConfigDict,
   workdir: str,
@@ -202,7 +143,7 @@ def train(
   config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
-  check_config(config)
+  check_objective(config)
   accumulate.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -344,7 +285,7 @@ def _train(
     config, model, words, validation, sets, layout.mesh, own, judged
   )
   update = jax.jit(
-    make_update(model, built, config, optimizer, reference),
+    setup.build_train_step(config, model, built, optimizer, reference),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )

@@ -18,7 +18,7 @@ from moepeft.data.batching import seq2seq as batching
 from moepeft.data.batching.bucketing import buckets, whole
 from moepeft.data.batching.packing import room
 from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.inference.generator import Generation, Settings, check_room
+from moepeft.inference.generator import GenerationConfig, Generator, check_room
 from moepeft.inference.prompts import asked
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
@@ -57,8 +57,8 @@ class Answering:
     self._before, self._vocabulary = len(front), vocabulary
     self._most = room(inputs_length, front, 'the inputs')
     self._rows = sharding.round_up(mesh, batch_size)
-    settings = Settings(length, tuple(ends) or (vocabulary.eos,))
-    self._generation = Generation(model, vocabulary, settings, mesh)
+    settings = GenerationConfig(length, tuple(ends) or (vocabulary.eos,))
+    self._generation = Generator(model, vocabulary, settings, mesh)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs of each are cut: bool [n]."""

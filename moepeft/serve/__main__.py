@@ -23,9 +23,9 @@ from absl import flags
 from moepeft.config import flags as command
 from moepeft.core import secrets, terminal
 from moepeft.data.chat import template as chat_template
-from moepeft.inference.api import Loaded
+from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.serve import open_engine as opening
 from moepeft.serve import page
 from moepeft.serve.embeddings.encoder import Encoder, Sentences
@@ -125,7 +125,7 @@ def opened() -> opening.Opened:
   """The model of the flags, with its adapters."""
   if not _MODEL.value:
     raise ValueError('name a model with --model, as --model=smollm2')
-  settings = Settings(
+  settings = EngineConfig(
     _SLOTS.value, _PLACES.value, _QUEUE.value, routing=_ROUTING.value
   )
   named = adapters()
@@ -409,7 +409,7 @@ class Start:
 def lines(
   url: str,
   model: str,
-  adapters: Sequence[Loaded],
+  adapters: Sequence[LoadedAdapter],
   keys: Keys,
   embeddings: str = '',
 ) -> list[str]:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft import config as config_lib
-from moepeft import train
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping as names
 from moepeft.nn import initializers as start
-from moepeft.training import optim
+from moepeft.training import optim, setup
 from moepeft.training import state_sharding as placement
 
 from . import small
@@ -39,7 +38,7 @@ def train_three(method: str) -> dict[str, np.ndarray]:
   letters = start.letters(model, small.batch())
   where = placement.state_shardings(layout, state, letters, built.trainable)
   state = placement.place(state, where, optimizer.init)
-  update = jax.jit(train.make_update(model, built, config, optimizer))
+  update = jax.jit(setup.build_train_step(config, model, built, optimizer))
   for seed in range(3):
     batch = sharding.shard_batch(layout.mesh, small.batch(rows=8, seed=seed))
     state, aux = update(state, batch)

@@ -14,12 +14,12 @@ import numpy as np
 import optax
 
 from moepeft import config as config_lib
-from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping as names
 from moepeft.nn import initializers as start
+from moepeft.training import setup
 from moepeft.training import state_sharding as placement
 
 from . import small
@@ -91,7 +91,7 @@ def begin(method, layout):
   where = placement.state_shardings(layout, state, letters, built.trainable)
   said = placement.describe(layout, state, letters, built.trainable)
   update = jax.jit(
-    train.make_update(model, built, config, OPTIMIZER),
+    setup.build_train_step(config, model, built, OPTIMIZER),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )

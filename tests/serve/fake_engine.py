@@ -11,7 +11,14 @@ import threading
 import time
 
 from moepeft.inference import api as protocol
-from moepeft.inference.api import Finished, Loaded, Prompt, Scored, Stats, Token
+from moepeft.inference.api import (
+  EngineStats,
+  Finished,
+  LoadedAdapter,
+  PromptLogprobs,
+  Token,
+  TokenLogprob,
+)
 
 END = 1
 
@@ -27,9 +34,9 @@ def text_of(ids):
 def scored(i, request, first=False):
   experts = {'mlp/wo': (0.25, 0.75)} if request.routing else None
   if request.logprobs is None and request.prompt_logprobs is None or first:
-    return Scored(i, experts=experts)
+    return TokenLogprob(i, experts=experts)
   top = sorted([(i, -i / 100), (5, -2.0), (6, -3.0)], key=lambda x: -x[1])
-  return Scored(i, -i / 100, tuple(top[: request.logprobs or 0]), experts)
+  return TokenLogprob(i, -i / 100, tuple(top[: request.logprobs or 0]), experts)
 
 
 def choose(mask):
@@ -85,14 +92,16 @@ class FakeEngine:
   def submit(self, request, deliver):
     with self._lock:
       if self._draining:
-        raise protocol.Refused('the engine takes no more requests')
+        raise protocol.RequestRefused('the engine takes no more requests')
       if request.adapter and request.adapter not in self.loads:
-        raise protocol.Unknown(f'there is no adapter {request.adapter!r}')
+        raise protocol.UnknownAdapter(
+          f'there is no adapter {request.adapter!r}'
+        )
       own = len(request.ids) if self.decoder_only else 0
       if own + request.length > self.places:
-        raise protocol.TooLong('prompt and answer are too long')
+        raise protocol.PromptTooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
-        raise protocol.Full('the queue is full; try again later', 2.5)
+        raise protocol.EngineFull('the queue is full; try again later', 2.5)
       assert request.id not in self._rows
       self.asked.append(request)
       until = time.monotonic() + (request.seconds or 1e9)
@@ -112,18 +121,20 @@ class FakeEngine:
   def load(self, name, path):
     if 'broken' in path:
       raise ValueError(f'{path!r} holds no adapter; name a run')
-    self.loads[name] = Loaded(name, 'lora(rank=4)', f'sha of {path}', 99, path)
+    self.loads[name] = LoadedAdapter(
+      name, 'lora(rank=4)', f'sha of {path}', 99, path
+    )
     return self.loads[name]
 
   def unload(self, name):
     if name not in self.loads:
-      raise protocol.Unknown(f'there is no adapter {name!r}')
+      raise protocol.UnknownAdapter(f'there is no adapter {name!r}')
     del self.loads[name]
 
   def stats(self):
     with self._lock:
       count = min(len(self._rows), self.slots)
-      return Stats(
+      return EngineStats(
         count,
         len(self._rows) - count,
         self.slots,
@@ -182,7 +193,7 @@ class FakeEngine:
       self._counts['prompt'] += len(request.ids)
       if request.prompt_logprobs is not None:
         found = [scored(i, request, not at) for at, i in enumerate(request.ids)]
-        row.deliver(Prompt(tuple(found)))
+        row.deliver(PromptLogprobs(tuple(found)))
     if row.said >= request.length:
       self._finish(row, protocol.LENGTH)
       return

@@ -3,7 +3,7 @@
 
 import io
 
-from moepeft.inference.api import Loaded
+from moepeft.inference.api import LoadedAdapter
 from moepeft.serve import __main__ as banner
 from moepeft.serve.http.keys import Keys
 
@@ -29,8 +29,8 @@ def test_a_terminal_gets_one_line_that_is_written_over():
 
 
 def test_a_box_says_how_to_ask():
-  law = Loaded('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
-  ia3 = Loaded('tone', 'ia3', 'sha', 7, 'runs/tone')
+  law = LoadedAdapter('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
+  ia3 = LoadedAdapter('tone', 'ia3', 'sha', 7, 'runs/tone')
   keys = Keys((b'a', b'b'), ())
   found = banner.lines('http://x:1', 'base', [law, ia3], keys)
   out = io.StringIO()

@@ -21,8 +21,8 @@ from moepeft.core.types import State
 from moepeft.moe import aux_losses as losses
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
-from moepeft.train import make_update
 from moepeft.training import grad_accumulation as accumulate
+from moepeft.training.setup import build_train_step
 
 from ..contracts import small
 from . import test_update
@@ -48,7 +48,7 @@ def step(parts, method=MOLORA, batch=BATCH, optimizer=None, **options):
   optimizer = optimizer or optax.sgd(1.0)
   state = test_update.make_state(variables, optimizer)
   config = config_of(parts, **options)
-  run = jax.jit(make_update(model, built, config, optimizer))
+  run = jax.jit(build_train_step(config, model, built, optimizer))
   after, aux = run(state, batch)
   change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
   return change, after.opt, aux
@@ -105,7 +105,7 @@ def test_a_model_of_many_layers_is_trained_the_same_in_parts():
   def run(parts):
     config = config_of(parts, dict(per='sequences'), load_balance=0.1, z=0.1)
     state = test_update.make_state(variables, optimizer)
-    update = jax.jit(make_update(model, built, config, optimizer))
+    update = jax.jit(build_train_step(config, model, built, optimizer))
     after, aux = update(state, BATCH)
     change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
     return change, aux
@@ -134,7 +134,9 @@ def test_a_batch_without_a_real_token_leaves_the_weights_alone():
 
 def test_no_part_is_without_rows():
   with pytest.raises(ValueError, match='6 does not divide by .* 4;'):
-    make_update(*test_update.make(MOLORA)[:2], config_of(4), optax.sgd(1.0))
+    build_train_step(
+      config_of(4), *test_update.make(MOLORA)[:2], optax.sgd(1.0)
+    )
 
 
 def toy(trainable, rows, rng):
@@ -211,7 +213,7 @@ _LOCAL = """
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.objectives.cross_entropy import divisors
+from moepeft.objectives.cross_entropy import loss_divisors
 assert jax.device_count() == 8
 mesh = Mesh(jax.devices(), ('data',))
 put = lambda *axes: NamedSharding(mesh, P(*axes))
@@ -220,7 +222,7 @@ split = jax.jit(
   lambda batch: accumulate.split(batch, 3), out_shardings=put(None, 'data')
 )
 lengths = jax.jit(
-  lambda s: divisors(
+  lambda s: loss_divisors(
     {'targets_mask': s > 0, 'targets_segments': s}, 'sequences'
   )[0],
   out_shardings=put('data'),

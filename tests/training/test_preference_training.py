@@ -20,6 +20,7 @@ from moepeft.objectives import build_objective
 from moepeft.objectives import paired_batch as sides
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.runs.run import load
+from moepeft.training import setup
 
 from ..preferences import MOLORA, card, noisy, pairs, parts_of, written
 
@@ -67,8 +68,8 @@ def test_the_reference_is_the_same_before_and_after_training(places):
   config = card(places, **{'model.dropout': 0.3})
   parts = parts_of(config, optimizer)
   update = jax.jit(
-    train.make_update(
-      parts.model, parts.built, config, optimizer, parts.reference
+    setup.build_train_step(
+      config, parts.model, parts.built, optimizer, parts.reference
     )
   )
   rows = sides.stack_sides(parts.batch, PAIR)
@@ -109,8 +110,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
       optimizer = optax.sgd(100.0)
       parts = parts_of(config, optimizer)
       update = jax.jit(
-        train.make_update(
-          parts.model, parts.built, config, optimizer, parts.reference
+        setup.build_train_step(
+          config, parts.model, parts.built, optimizer, parts.reference
         )
       )
       batch = without_second(parts.batch)

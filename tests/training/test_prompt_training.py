@@ -13,8 +13,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
 from moepeft.core.jsonl_log import read
-from moepeft.inference.adapters.bank import Banks
-from moepeft.inference.generator import Generation, Settings
+from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.models.decoder.model import Decoder
 from moepeft.runs import run as runs
 
@@ -62,10 +62,10 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   assert total['validation_loss'] == pytest.approx(last, rel=1e-5)
   assert measured
   said = generate.answer(run.model, run.variables, run.words, ['a', 'bc'], 3)
-  generation = Generation(run.model, run.words, Settings(3, (1,)))
+  generation = Generator(run.model, run.words, GenerationConfig(3, (1,)))
   ids = [[*run.words.encode(text), 1] for text in ('a', 'bc')]
   assert said == generation.texts(run.variables, ids)
-  served = Banks(base_lib.load(config.model), {'it': str(tmp_path)})
+  served = AdapterPool(base_lib.load(config.model), {'it': str(tmp_path)})
   held = served.hold('it')
   assert held.before == (263, 264, 265, 266, 267)
   own = served.tree['prompt']['embed']['prompt']

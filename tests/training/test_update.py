@@ -20,7 +20,7 @@ from moepeft.nn.linear import Linear
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
-from moepeft.train import make_update
+from moepeft.training.setup import build_train_step
 
 from ..contracts import small
 
@@ -77,7 +77,7 @@ def update(method, optimizer, noise=0.0, **router_losses):
   model, built, variables = make(method, noise)
   config = config_lib.default()
   config.router_losses.update(router_losses)
-  run = jax.jit(make_update(model, built, config, optimizer))
+  run = jax.jit(build_train_step(config, model, built, optimizer))
   return run, make_state(variables, optimizer)
 
 
@@ -181,7 +181,7 @@ def test_a_step_in_bfloat16_is_near_that_in_float32():
   for dtype in (jnp.float32, jnp.bfloat16):
     model, built = small.make(MOV, dtype=dtype)
     state = make_state(small.variables(MOV, noise=0.1), optimizer)
-    run = jax.jit(make_update(model, built, config, optimizer))
+    run = jax.jit(build_train_step(config, model, built, optimizer))
     after, aux = run(state, BATCH)
     # Adapters, moments, losses and routing sums stay float32.
     sums = aux['loss'], aux['total'], aux['nll'], aux['routing']

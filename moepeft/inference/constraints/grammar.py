@@ -21,7 +21,7 @@ import numpy as np
 
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.inference import json_schema as json_schemas
-from moepeft.inference.api import Constraint, Full
+from moepeft.inference.api import Constraint, EngineFull
 from moepeft.inference.constraints import lark
 from moepeft.inference.constraints import tool_grammar as call_grammar
 from moepeft.inference.constraints.grammar_pool import (
@@ -249,7 +249,7 @@ class Compiler:
   def _following(self, grammar: str, label: str) -> Following:
     # Threads that wait for a grammar are few, so that others are left.
     if not self._waiting.acquire(blocking=False):
-      raise Full(
+      raise EngineFull(
         f'{self._limits.processes} requests wait for their constraints to be '
         'compiled, as many as may; try again in a moment',
         self._limits.process.compile_seconds,

@@ -12,7 +12,7 @@ import threading
 import weakref
 from multiprocessing.connection import Connection
 
-from moepeft.inference.api import Full
+from moepeft.inference.api import EngineFull
 from moepeft.inference.constraints import grammar_worker as worker
 
 # A process that others keep from the processor has this many times longer.
@@ -168,7 +168,7 @@ class GrammarPool:
     # a grammar is compiled.
     with self._lock:
       if self.full():
-        raise Full(
+        raise EngineFull(
           f'{self._most} constraints are in use at once, as many as are kept; '
           'try again in a moment',
           self._limits.compile_seconds,

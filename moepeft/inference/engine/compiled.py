@@ -15,7 +15,7 @@ from moepeft.core.types import Tree
 from moepeft.inference.engine import kv_cache as cache_lib
 from moepeft.inference.engine import row_sampler as picking
 from moepeft.inference.engine.limits import TOP
-from moepeft.inference.engine.per_layer import Method
+from moepeft.inference.engine.per_layer import LayeredMethod
 from moepeft.inference.engine.weights import Weights
 from moepeft.inference.sampling import Sampling
 
@@ -36,7 +36,7 @@ class Programs:
 
   def __init__(self, weights: Weights, slots: int):
     self.weights = weights
-    self.methods: dict[Key, tuple[Method, int]] = {}
+    self.methods: dict[Key, tuple[LayeredMethod, int]] = {}
     self.cache: Any = ()
     self._slots = slots
     self._planned: dict[Key, tuple[Callable, tuple, tuple]] = {}
@@ -65,7 +65,9 @@ class Programs:
     w = self.weights
     self.plan(key, f, w.params, w.bank, ints(1, w.forms), *args)
 
-  def plan_cache(self, method: Method, places: int, *inputs: Any) -> None:
+  def plan_cache(
+    self, method: LayeredMethod, places: int, *inputs: Any
+  ) -> None:
     """Decides what the cache is, and plans `copy`, a slot's keys and values to
     another, and `clear`, zeros in one.
 
@@ -75,7 +77,7 @@ class Programs:
     Raises:
       ValueError: the cache does not fit into memory.
     """
-    method = Method(
+    method = LayeredMethod(
       method.model,
       method.name,
       method.side,
@@ -107,7 +109,7 @@ class Programs:
     self.plan(('copy',), copy, self.cache, ints(), ints(), donate=(0,))
     self.plan(('clear',), clear, self.cache, ints(), donate=(0,))
 
-  def plan_method(self, key: Key, method: Method, *inputs: Any) -> None:
+  def plan_method(self, key: Key, method: LayeredMethod, *inputs: Any) -> None:
     """Plans a method of n rows.
 
     Args:

@@ -13,17 +13,17 @@ from moepeft.inference.engine import decoder_programs as decoding
 from moepeft.inference.engine import encoder_decoder_programs as encoding
 from moepeft.inference.engine import kv_cache as cache_lib
 from moepeft.inference.engine.compiled import Key, Programs, plan_picking
-from moepeft.inference.engine.limits import Settings
-from moepeft.inference.engine.per_layer import Model
-from moepeft.inference.engine.row_sampler import Said
+from moepeft.inference.engine.limits import EngineConfig
+from moepeft.inference.engine.per_layer import ServedModel
+from moepeft.inference.engine.row_sampler import StepOutput
 from moepeft.inference.engine.weights import Weights
 
 
-class Core:
+class ModelRunner:
   """What computes; its methods are named as its programs."""
 
   def __init__(
-    self, model: Any, params: Tree, banks: Banks, settings: Settings
+    self, model: Any, params: Tree, banks: Banks, settings: EngineConfig
   ):
     self.model = model.clone(advice=banks.advice)
     self.settings, self.banks = settings, banks
@@ -32,7 +32,7 @@ class Core:
       together = jax.default_backend() != 'cpu'
     self._weights = Weights(params, banks, together)
     self.programs = Programs(self._weights, settings.slots)
-    of = Model(self.model, banks.row_tree, settings.routing)
+    of = ServedModel(self.model, banks.row_tree, settings.routing)
     decoder_only = hasattr(model, 'extend')
     self.rooms = decoding.rooms(settings) if decoder_only else settings.rooms
     plan = decoding.plan if decoder_only else encoding.plan
@@ -61,7 +61,7 @@ class Core:
 
   def step(
     self, n: int, room: int, adapters: np.ndarray, rows: np.ndarray, *inputs
-  ) -> Said:
+  ) -> StepOutput:
     """A token of n rows.
 
     Args:

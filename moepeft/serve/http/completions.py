@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moepeft.inference import api as protocol
-from moepeft.inference.api import Scored
+from moepeft.inference.api import TokenLogprob
 from moepeft.inference.detokenizer import Detokenizer
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as asking
@@ -38,7 +38,7 @@ def echoed(
   words: Words,
   ids: Sequence[int],
   given: str | None,
-  scored: Sequence[Scored],
+  scored: Sequence[TokenLogprob],
 ) -> tuple[str, list[Entry]]:
   """(the prompt's text, its tokens).
 
@@ -214,7 +214,7 @@ def _json(task: Task, found: Sequence[Delta]) -> dict[str, Any]:
 
 
 def _before(
-  task: Task, choice: int, scored: Sequence[protocol.Scored]
+  task: Task, choice: int, scored: Sequence[protocol.TokenLogprob]
 ) -> tuple[str, list[Entry]]:
   """The prompt as the text begins with it, and its tokens; echo's alone."""
   if not task.asked.echo:

@@ -52,7 +52,7 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
       5,
       'timeout',
     ) from None
-  except protocol.Refused as e:
+  except protocol.RequestRefused as e:
     raise refused(e, 'input') from None
   except ValueError as e:
     raise wrong(f'input: {e}', 'input') from None

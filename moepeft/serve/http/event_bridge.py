@@ -37,7 +37,7 @@ class Underway:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
         self._open[index] = request
-    except protocol.Refused:
+    except protocol.RequestRefused:
       self.close()
       raise
 

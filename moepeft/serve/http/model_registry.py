@@ -86,7 +86,7 @@ class Models:
   def names(self) -> list[str]:
     return [self.base, *(one.name for one in self._engine.adapters())]
 
-  def load(self, name: str, path: str) -> protocol.Loaded:
+  def load(self, name: str, path: str) -> protocol.LoadedAdapter:
     """Loads an adapter, or another one under its name.
 
     Raises:

@@ -137,7 +137,7 @@ def constraint(
     )
   try:
     return Watched(_compiled(wanted, compiler))
-  except protocol.Full as e:
+  except protocol.EngineFull as e:
     raise refused(e, 'response_format') from None
   except ValueError as e:
     raise wrong(f'response_format: {e}', 'response_format') from None
@@ -172,7 +172,7 @@ def submit(
   """
   try:
     return Underway(engine, requests)
-  except protocol.Refused as e:
+  except protocol.RequestRefused as e:
     if not engine.ready:
       _LOG.error('the engine takes no request: %s', e)
       raise later(

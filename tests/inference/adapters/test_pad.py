@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import quantize as quantised
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import DecoderConfig
 
@@ -25,7 +25,7 @@ def base():
 
 
 def fitted(base, path):
-  banks = Banks(base, {'it': path}, slots=2)
+  banks = AdapterPool(base, {'it': path}, slots=2)
   return names.flatten(banks.read(path).tree)
 
 
@@ -81,4 +81,4 @@ def test_doras_ratio_is_of_the_weight_that_is_served(base, tmp_path, kind):
 def test_dora_at_the_head_is_refused(base, tmp_path):
   path, _, _ = banked.save(tmp_path / 'a', base, "dora(sites='head')")
   with pytest.raises(ValueError, match='dora at head cannot be served'):
-    Banks(base, {'it': path})
+    AdapterPool(base, {'it': path})

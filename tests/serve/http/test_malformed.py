@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from moepeft.inference import api as protocol
-from moepeft.inference.adapters.load import read
+from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.tools import parser as calls
 from moepeft.inference.tools.tools import STYLES
 from moepeft.models.decoder.model import DecoderConfig
@@ -238,8 +238,10 @@ def test_adapters_whose_card_has_odd_types_are_a_400(
   base, folder = adapter
 
   def load(name, path):
-    found = read(path, base)
-    return protocol.Loaded(name, found.built.method, found.sha256, 1, path)
+    found = read_adapter(path, base)
+    return protocol.LoadedAdapter(
+      name, found.built.method, found.sha256, 1, path
+    )
 
   monkeypatch.setattr(client.engine, 'load', load)
   card = json.loads((folder / 'adapter.json').read_text())
@@ -294,7 +296,7 @@ def test_an_engine_that_has_stopped_loads_nothing_and_says_so(
   client, monkeypatch
 ):
   def stopped(*args):
-    raise protocol.Refused('the engine has been stopped')
+    raise protocol.RequestRefused('the engine has been stopped')
 
   monkeypatch.setattr(client.engine, 'load', stopped)
   monkeypatch.setattr(client.engine, 'unload', stopped)
@@ -319,7 +321,7 @@ def test_an_adapter_that_is_no_regular_file_is_refused_at_once(
 ):
   base, folder = adapter
   monkeypatch.setattr(
-    client.engine, 'load', lambda name, path: read(path, base)
+    client.engine, 'load', lambda name, path: read_adapter(path, base)
   )
   path = tmp_path / 'a'
   special = path / name if name else path
