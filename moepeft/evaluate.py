@@ -17,13 +17,10 @@ from typing import Any
 from absl import flags
 
 from moepeft.config import check as config_check
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.data import sources
 from moepeft.data.readers import jsonl
-from moepeft.evaluation import eval_sets as sets
-from moepeft.evaluation import runner as work
-from moepeft.evaluation import scores as scoring
-from moepeft.evaluation import summary
+from moepeft.evaluation import eval_sets, runner, scores, summary
 from moepeft.evaluation.results import HELD_OUT
 from moepeft.evaluation.runner import Unfinished, form_of, validation
 from moepeft.evaluation.scores import About, Row
@@ -60,7 +57,7 @@ def evaluate(
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
-  work.check(names)
+  runner.check(names)
   trained = load(os.path.expanduser(workdir), checkpoint)
   changes = {
     'evaluation.max_examples': most,
@@ -69,25 +66,29 @@ def evaluate(
     'data.targets_length': targets_length,
   }
   run = _changed(trained, changes)
-  work.check_room(run, names)
+  runner.check_room(run, names)
   most, more = run.config.evaluation.max_examples, {}
   if data:
     given = jsonl.read(data, ranked='accuracy' in names)
     for note in given.notes(data):
       print(note, file=sys.stderr)
-    todo = work.of_rows(given, names, most)
+    todo = runner.of_rows(given, names, most)
   else:
     own, vocab = form_of(trained), run.model.config.vocab
     found = sources(run.config.data, run.config.seed, below=vocab, own=own)
-    given, todo = found.held_out, work.of_run(run, found, names)
+    given, todo = found.held_out, runner.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation(trained, found, os.path.expanduser(workdir))
   shared = about(
-    run, workdir, checkpoint, data, sets.digest(sets.examples_of(given))
+    run,
+    workdir,
+    checkpoint,
+    data,
+    eval_sets.digest(eval_sets.examples_of(given)),
   )
   kept = Unfinished(part, shared)
   try:
-    rows = work.measure(run, todo, shared, kept)
+    rows = runner.measure(run, todo, shared, kept)
   finally:
     kept.close()
   return summary.of(run, todo, rows) | more, rows
@@ -188,7 +189,7 @@ def main(argv) -> None:
   summary.write(output, found)
   print(f'wrote {output}')
   if rows:
-    scoring.write(rows_path, rows)
+    scores.write(rows_path, rows)
     print(f'wrote {rows_path}')
   os.remove(f'{rows_path}.part')
 
@@ -209,7 +210,7 @@ if __name__ == '__main__':
   _MEASURES = flags.DEFINE_list(
     'measures',
     [],
-    f'Some of {", ".join(scoring.MEASURES)}. By default, of --data accuracy '
+    f'Some of {", ".join(scores.MEASURES)}. By default, of --data accuracy '
     "where rows have choices and loss where they have none; of the run's own "
     'rows both.',
   )
@@ -252,4 +253,4 @@ if __name__ == '__main__':
     'evaluation.json in the work directory, with --data evaluation_<its '
     'name>.json, with --checkpoint=base base_<its name>.json.',
   )
-  command.run(main)
+  command_line.run(main)

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core.ranges import MAX_SEED
 from moepeft.core.types import Tree
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.evaluation.greedy_answers import Answering
@@ -28,12 +28,12 @@ from moepeft.inference.generator import GenerationConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models import decoder_only
 from moepeft.peft.methods.prompt_tuning import before
-from moepeft.runs import run as runs
+from moepeft.runs import run as run_lib
 from moepeft.runs.run import Run
 from moepeft.training import memory_estimate
 
 # The notebook's.
-open_run = runs.open_run
+open_run = run_lib.open_run
 
 
 def answer(
@@ -106,7 +106,9 @@ def given() -> list[str] | None:
   """
   if not _FILE.value:
     return _PROMPT.value
-  lines = files.text('--file', _FILE.value, 'a file of prompts, one a line')
+  lines = fingerprint.text(
+    '--file', _FILE.value, 'a file of prompts, one a line'
+  )
   found = [line for line in lines.split('\n') if line.strip()]
   if not found:
     raise ValueError(
@@ -161,8 +163,8 @@ def lines() -> Iterator[str]:
 def opened() -> Run:
   """The run of --workdir, or the model of --model."""
   if not _WORKDIR.value:
-    return runs.open_model(_MODEL.value, _ADAPTER.value)
-  run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
+    return run_lib.open_model(_MODEL.value, _ADAPTER.value)
+  run = run_lib.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
   source, chats = run.config.data.source, templated(run.words)
   if source in ('chat', 'preference') and chats and not _CHAT.value:
     print(
@@ -321,4 +323,4 @@ if __name__ == '__main__':
     lower_bound=1,
     upper_bound=65_536,
   )
-  command.run(main)
+  command_line.run(main)

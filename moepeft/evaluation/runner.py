@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import card
-from moepeft.core import jsonl_log as rows_lib
-from moepeft.core import sharding
+from moepeft.core import jsonl_log, sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
 from moepeft.data import Sources
-from moepeft.data.batching import collators as forms
+from moepeft.data.batching import collators
 from moepeft.data.batching.collators import scored_lengths
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
-from moepeft.evaluation import eval_sets as sets
-from moepeft.evaluation import metrics as measures
-from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import eval_sets, metrics, scores
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
@@ -29,8 +26,11 @@ from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
 from moepeft.evaluation.validator import Judge
 from moepeft.models import decoder_only
-from moepeft.objectives import OBJECTIVES, build_validation_objective
-from moepeft.objectives import reference_model as references
+from moepeft.objectives import (
+  OBJECTIVES,
+  build_validation_objective,
+  reference_model,
+)
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
@@ -38,11 +38,11 @@ from moepeft.runs.run import Run
 from moepeft.tasks import Example
 
 
-def form_of(run: Run) -> forms.Form:
+def form_of(run: Run) -> collators.Form:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = forms.form(config.data, run.words, run.model, config.seed, front)
+  own = collators.form(config.data, run.words, run.model, config.seed, front)
   return make_collator(config, own)
 
 
@@ -63,7 +63,7 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
   objective = build_validation_objective(config, reference)
   if adapters:
     variables = variables | {'reference': adapters}
-  rows = sets.pairs_to_judge(config, found, own)
+  rows = eval_sets.pairs_to_judge(config, found, own)
   if not rows:
     return {}
   judge = Judge(
@@ -73,7 +73,7 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
 
 
 def _referred(
-  run: Run, found: Sources, own: answers.Sides, workdir: str
+  run: Run, found: Sources, own: preference_dataset.Sides, workdir: str
 ) -> tuple[ReferenceFn | None, Tree, Sources]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
@@ -81,13 +81,13 @@ def _referred(
     return None, {}, found
   base, against = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
-  if against != references.PRECOMPUTED:
-    return *references.make_reference(against, model, built, base), found
+  if against != reference_model.PRECOMPUTED:
+    return *reference_model.make_reference(against, model, built, base), found
   # Of the policy as it began.
   start = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
     start = base_lib.with_adapter(start, built, config.model.adapter, base)
-  log_p = references.precomputed(
+  log_p = reference_model.precomputed(
     workdir,
     found.compared,
     own,
@@ -103,7 +103,7 @@ def _referred(
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
-Take = Callable[[Sequence[Prompt], About, measures.Progress], list[Row]]
+Take = Callable[[Sequence[Prompt], About, metrics.Progress], list[Row]]
 # Examples that are measured together: a kill loses no more than these, and
 # fewer would leave more batches half empty.
 _PORTION = 512
@@ -116,10 +116,10 @@ def check(names: Sequence[str]) -> None:
     ValueError: one is not of `scoring.MEASURES`.
   """
   for name in names:
-    if name not in scoring.MEASURES:
+    if name not in scores.MEASURES:
       raise ValueError(
-        f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
-        f'{suggestion(name, scoring.MEASURES)}'
+        f'--measures names some of {", ".join(scores.MEASURES)}; got {name!r}'
+        f'{suggestion(name, scores.MEASURES)}'
       )
 
 
@@ -130,14 +130,14 @@ def check_room(run: Run, names: Sequence[str]) -> None:
     ValueError: it has not, in the lengths of the run's config.
   """
   data, model = run.config.data, run.model
-  if not decoder_only(model) or not set(names) & set(measures.TEXTS):
+  if not decoder_only(model) or not set(names) & set(metrics.TEXTS):
     return
   if data.length > model.config.length:
     raise ValueError(
       f'prompts and generated answers have config.data.length={data.length:,} '
       f'tokens in this run, and the model has room for '
       f'{model.config.length:,}; leave out '
-      f'{", ".join(n for n in names if n in measures.TEXTS)}, or train with a '
+      f'{", ".join(n for n in names if n in metrics.TEXTS)}, or train with a '
       'lower length'
     )
 
@@ -151,13 +151,13 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
     most: examples of a prompt.
   """
   if names:
-    found = sets.prompts(sets.EVALUATION, rows, most)
-    return {name: found for name in scoring.MEASURES if name in names}
+    found = eval_sets.prompts(eval_sets.EVALUATION, rows, most)
+    return {name: found for name in scores.MEASURES if name in names}
   work = {}
   for name, closed in (('accuracy', True), ('loss', False)):
     some = [row for row in rows if bool(row.choices) == closed]
     if some:
-      work[name] = sets.prompts(sets.EVALUATION, some, most)
+      work[name] = eval_sets.prompts(eval_sets.EVALUATION, some, most)
   return work
 
 
@@ -170,12 +170,12 @@ def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
   Raises:
     ValueError: no held-out rows, or none with choices, have what is asked for.
   """
-  ranked = sets.own_prompts(run.config, found)
-  held_out = sets.examples_of(found.held_out)
-  whole = sets.whole_tasks(held_out, run.config.evaluation.max_examples)
+  ranked = eval_sets.own_prompts(run.config, found)
+  held_out = eval_sets.examples_of(found.held_out)
+  whole = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
   work = {
     name: ranked if name == 'accuracy' else whole
-    for name in scoring.MEASURES
+    for name in scores.MEASURES
     if name in (names or ('accuracy', 'loss'))
   }
   lacking = [name for name, prompts in work.items() if not prompts]
@@ -207,9 +207,9 @@ class Unfinished:
       return
     # This cuts a torn line off.
     folder, name = os.path.split(os.path.abspath(path))
-    self._file = rows_lib.Rows(folder, name, about.step)
+    self._file = jsonl_log.Rows(folder, name, about.step)
     own = {key: value for key, value in vars(about).items() if key != 'run'}
-    for row in scoring.read(path) if os.path.getsize(path) else ():
+    for row in scores.read(path) if os.path.getsize(path) else ():
       if own.items() <= vars(row).items():
         # The work directory may be spelt in another way.
         self._keep(dataclasses.replace(row, run=about.run))
@@ -255,8 +255,8 @@ def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
   for names, prompts in _passes(work):
     left = [p for p in prompts if any(kept.get(p, n) is None for n in names)]
     if left:
-      if names[0] in measures.TEXTS:
-        measures.check(names, left)
+      if names[0] in metrics.TEXTS:
+        metrics.check(names, left)
       take, what = _measure(run, names)
       with _told(sum(len(p.examples) for p in left), what) as done:
         for some in _portions(left):
@@ -269,7 +269,7 @@ def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
 
 def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
   """(measures, their prompts), those of generated texts together."""
-  texts = tuple(name for name in measures.TEXTS if name in work)
+  texts = tuple(name for name in metrics.TEXTS if name in work)
   alone = [(name,) for name in work if name not in texts]
   return [(names, work[names[0]]) for names in (*alone, texts) if names]
 
@@ -281,13 +281,13 @@ def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
   common = run.model, run.words, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)
-    return functools.partial(measures.accuracy, ranker, variables), 'ranked'
+    return functools.partial(metrics.accuracy, ranker, variables), 'ranked'
   if names == ('loss',):
     likelihood = Likelihood(*common)
-    return functools.partial(measures.loss, likelihood, variables), 'scored'
+    return functools.partial(metrics.loss, likelihood, variables), 'scored'
   answering = Answering(*common, ends=run.ends)
   return functools.partial(
-    measures.texts, answering, variables, names
+    metrics.texts, answering, variables, names
   ), 'answered'
 
 

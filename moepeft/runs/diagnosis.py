@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepeft.core import jsonl_log as rows_lib
-from moepeft.core import untrusted
+from moepeft.core import jsonl_log, untrusted
 
 # Of ln e: with a mean entropy of a token's weights from here on, a router mixes
 # several experts, whichever has the most.
@@ -38,11 +37,11 @@ def summary(folder: Path) -> str:
   Raises:
     ValueError: there is no run, or its metrics are damaged; a sentence.
   """
-  rows = _rows(folder / rows_lib.NAME)
+  rows = _rows(folder / jsonl_log.NAME)
   trained = [row for row in rows if 'loss' in row]
   if not trained:
     raise ValueError(
-      f'{folder / rows_lib.NAME} has no rows of training; name the work '
+      f'{folder / jsonl_log.NAME} has no rows of training; name the work '
       'directory of a run that has begun'
     )
   config = _json(folder / 'config.json')
@@ -235,9 +234,9 @@ def _layers(
   """(site, layer, key of rows.SHARES, shares, entropies) of routers with
   several experts; what is no routing is left out."""
   for site, values in sites.items():
-    if not isinstance(values, dict) or not rows_lib.SHARES.keys() & values:
+    if not isinstance(values, dict) or not jsonl_log.SHARES.keys() & values:
       continue
-    kind, layers = rows_lib.shares(values)
+    kind, layers = jsonl_log.shares(values)
     entropies = {}
     for key in ('entropy', 'weight_entropy'):
       value = values.get(key)
@@ -454,7 +453,7 @@ def _routers(trained: list[dict]) -> list[str]:
   ]
   if entropies:
     lines[0] += f', entropy {statistics.fmean(entropies):.0%} of its most'
-  for kind in rows_lib.SHARES:
+  for kind in jsonl_log.SHARES:
     lines += _shares(kind, [layer for layer in layers if layer[2] == kind])
   full = [collapsed(row['routing'], _FULL) for row in routed[-_IN_A_ROW:]]
   lasting = [place for place in full[-1] if all(place in log for log in full)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import quantize
 from moepeft.checkpoints.manager import card, restore_trained
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
@@ -20,8 +20,7 @@ from moepeft.data import vocabulary
 from moepeft.data.chat import template as chat_template
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.inference import prompts
-from moepeft.models import check_decodes
-from moepeft.models import weight_mapping as names
+from moepeft.models import check_decodes, weight_mapping
 from moepeft.peft import Built
 from moepeft.runs import config as run_config
 
@@ -61,8 +60,8 @@ def check_unchanged(
   """
   if not _begun(workdir, CONFIG):
     return
-  before = names.flatten(run_config.read(workdir))
-  now = names.flatten(json.loads(config.to_json()))
+  before = weight_mapping.flatten(run_config.read(workdir))
+  now = weight_mapping.flatten(json.loads(config.to_json()))
   free = _FREE
   if now['optimizer/schedule'] != 'constant':
     # The rate falls to zero at the last step.
@@ -212,7 +211,7 @@ def load(workdir: str, which: str = '') -> Run:
     step,
     method,
     os.path.basename(base.path.rstrip('/')).split(':')[-1] or 'random',
-    quantised.parameters(variables['params'], base.config),
+    quantize.parameters(variables['params'], base.config),
     parameters,
     base.folder,
   )
@@ -246,7 +245,7 @@ def open_model(path: str, adapter: str = '') -> Run:
     0,
     built.method if adapter else 'none',
     os.path.basename(path.rstrip('/')).split(':')[-1],
-    quantised.parameters(variables['params'], base.config),
+    quantize.parameters(variables['params'], base.config),
     _size(variables[built.trainable]) if adapter else 0,
     base.folder,
   )

@@ -14,8 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from moepeft.core import files, secrets
-from moepeft.core import jsonl_log as rows_lib
+from moepeft.core import files, jsonl_log, secrets
 from moepeft.core.jsonl_log import Rows
 from moepeft.runs.history import FIGURES, short
 
@@ -84,7 +83,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
   routing = row.get('routing', {})
   for site, name in short(routing).items():
     found[f'entropy/{name}'] = float(np.mean(routing[site]['entropy']))
-    kind, shares = rows_lib.shares(routing[site])
+    kind, shares = jsonl_log.shares(routing[site])
     found[f'max_{kind}/{name}'] = float(np.mean([max(own) for own in shares]))
   return {tag: v for tag, v in found.items() if math.isfinite(v)}
 
@@ -113,7 +112,7 @@ class TensorBoard:
     ]
     routing = row.get('routing', {})
     for site, name in short(routing).items():
-      kind, shares = rows_lib.shares(routing[site])
+      kind, shares = jsonl_log.shares(routing[site])
       values += _histogram(f'{kind}/{name}', shares).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
     # With the system, so that a kill leaves no gap before a checkpoint.

@@ -14,11 +14,11 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.core import jsonl_log as rows_lib
+from moepeft.core import jsonl_log
 from moepeft.evaluation.runner import Unfinished
-from moepeft.evaluation.tables import compare as compared
+from moepeft.evaluation.tables import compare
 from moepeft.evaluation.validator import table
-from moepeft.runs import run as runs
+from moepeft.runs import run as run_lib
 from moepeft.runs.history import History
 from moepeft.runs.plots import Figures
 from moepeft.runs.trackers import writers
@@ -224,7 +224,7 @@ def test_tables_of_damaged_files(measured, capsys):
     'tables',
     measured,
     names,
-    lambda: compared.table([one, two], routing=True),
+    lambda: compare.table([one, two], routing=True),
     600,
     capsys,
   )
@@ -237,11 +237,11 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
   config = card(base, **JUDGED)
 
   def read():
-    runs.check_unchanged(str(workdir), config)
-    runs.check_same_data(str(workdir), {'path': {}})
+    run_lib.check_unchanged(str(workdir), config)
+    run_lib.check_same_data(str(workdir), {'path': {}})
     for writer in writers(str(workdir), 4, False, '', {}):
       writer.close()
-    history = History(rows_lib.stream(str(workdir / 'metrics.jsonl')))
+    history = History(jsonl_log.stream(str(workdir / 'metrics.jsonl')))
     Figures(history, str(tmp_path / 'plots'), False).draw()
     before = train._read_before(str(workdir / 'before.json'))
     table(before.get('rows', []), after['rows'])
@@ -275,7 +275,7 @@ def test_a_run_that_is_opened_with_damaged_files(run, capsys):
   names = ['w/config.json', 'base/generation_config.json']
 
   def read():
-    opened = runs.load(str(run))
+    opened = run_lib.load(str(run))
     opened.ends  # noqa: B018
 
   fuzz('evaluate, generate', folder, names, read, 120, capsys)

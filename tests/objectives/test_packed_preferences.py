@@ -13,10 +13,10 @@ import pytest
 
 from moepeft import train
 from moepeft.core.jsonl_log import read
-from moepeft.data.batching import collators as forms
-from moepeft.data.preference import dataset as answers
+from moepeft.data.batching import collators
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.objectives import OBJECTIVES, build_objective
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.cross_entropy import mean_loss
@@ -35,9 +35,9 @@ def places(tmp_path_factory):
 
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
-  own = forms.form(config.data, Bytes(), parts.model.config, 0)
+  own = collators.form(config.data, Bytes(), parts.model.config, 0)
   own = make_collator(config, own)
-  found = answers.read(config.data, own)
+  found = preference_dataset.read(config.data, own)
   shape = len(found.items), 2, own.lengths[-1]
   given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
   return own, found.with_references(given).items[:COUNT]
@@ -58,7 +58,7 @@ def gradient(config, parts, batch):
   (value, aux), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     variables['peft']
   )
-  return jax.tree.map(np.asarray, (names.flatten(found), value, aux))
+  return jax.tree.map(np.asarray, (weight_mapping.flatten(found), value, aux))
 
 
 # With a reference that is asked, and with what was computed of it before.

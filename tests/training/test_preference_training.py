@@ -16,8 +16,7 @@ from moepeft.checkpoints import adapter
 from moepeft.core.jsonl_log import read
 from moepeft.core.types import PAIR
 from moepeft.evaluation import summary
-from moepeft.objectives import build_objective
-from moepeft.objectives import paired_batch as sides
+from moepeft.objectives import build_objective, paired_batch
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.runs.run import load
 from moepeft.training import setup
@@ -72,10 +71,10 @@ def test_the_reference_is_the_same_before_and_after_training(places):
       config, parts.model, parts.built, optimizer, parts.reference
     )
   )
-  rows = sides.stack_sides(parts.batch, PAIR)
+  rows = paired_batch.stack_sides(parts.batch, PAIR)
   of = jax.jit(lambda variables: parts.reference(variables, rows))
   policy = jax.jit(
-    lambda variables: sides.token_logps(
+    lambda variables: paired_batch.token_logps(
       parts.model.apply(variables, rows), rows
     )
   )

@@ -16,7 +16,7 @@ from moepeft.core.jsonl_log import read
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.models.decoder.model import Decoder
-from moepeft.runs import run as runs
+from moepeft.runs import run as run_lib
 
 from ..contracts import small_decoders
 from ..prompted import LLAMA
@@ -50,7 +50,7 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   rows = read(str(tmp_path / 'metrics.jsonl'))
   losses = [row['loss'] for row in rows if 'loss' in row]
   assert len(losses) == 4 and np.isfinite(losses).all()
-  run = runs.load(str(tmp_path))
+  run = run_lib.load(str(tmp_path))
   # It was moved, from rows of the table.
   found = vectors(tmp_path)
   table = run.variables['params']['embed']['embedding']
@@ -91,7 +91,7 @@ def test_a_decoder_is_trained_behind_a_prompt(source, tmp_path):
   c.model.shape = config_lib.default().model.shape
   train.train(c, str(tmp_path / 'run'))
   assert vectors(tmp_path / 'run').shape == (5, config.d_model)
-  run = runs.load(str(tmp_path / 'run'))
+  run = run_lib.load(str(tmp_path / 'run'))
   assert isinstance(run.model, Decoder)
   total, _ = evaluate.evaluate(str(tmp_path / 'run'), most=1)
   assert np.isfinite(total['validation_loss'])

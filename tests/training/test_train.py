@@ -16,7 +16,7 @@ from moepeft import config as config_lib
 from moepeft import convert, generate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
-from moepeft.config import ranges as config_ranges
+from moepeft.config import ranges
 from moepeft.core.jsonl_log import Rows, read
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range
@@ -494,7 +494,7 @@ def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
 
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path, monkeypatch):
   # Rates that are allowed do not explode in the few steps of a test.
-  allowed = config_ranges.ALLOWED
+  allowed = ranges.ALLOWED
   monkeypatch.setitem(allowed, 'optimizer.learning_rate', Range(0, 1e38))
   changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.evaluation import results as rows_lib
+from moepeft.evaluation import results
 from moepeft.evaluation.results import HELD_OUT, Row
 from moepeft.peft.build import plain
 from moepeft.runs import config as run_config
@@ -160,7 +160,7 @@ def _grouped(folder: str) -> dict[tuple, list[Row]]:
     for path in glob.glob(os.path.join(glob.escape(folder), name))
   ]
   for path in sorted(paths):
-    for row in rows_lib.read(path):
+    for row in results.read(path):
       key = (row.method, row.semantics, row.step)
       what = (*key, row.data, row.task, row.prompt, row.measure)
       if what in origin:
