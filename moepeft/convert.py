@@ -59,7 +59,7 @@ from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
 from moepeft.peft.merge import merge
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 # What --to names: GGUF files are read alone.
 _WRITTEN = tuple(form for form in checkpoint_formats.FORMS if form != 'gguf')
@@ -182,7 +182,7 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = run_config.read(values.workdir).get('data', {})
+  data = Run(values.workdir).read_config().get('data', {})
   path, system = data.get('chat_template', ''), data.get('system', '')
   if not path and not system:
     return ''
@@ -217,7 +217,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = run_config.read(values.workdir)
+  config = Run(values.workdir).read_config()
   before = int(config.get('optimizer', {}).get('clock', 0))
   step = before + card['step']
   print(
@@ -388,7 +388,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = run_config.read(values.workdir)
+    config = Run(values.workdir).read_config()
     path = config.get('data', {}).get('vocabulary') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None

@@ -25,7 +25,7 @@ from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
 from moepeft.config import check as config_check
 from moepeft.config import command_line
-from moepeft.core import distributed, host_memory, jsonl_log, sharding, terminal
+from moepeft.core import distributed, host_memory, sharding, terminal
 from moepeft.core import files as core_files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
@@ -48,21 +48,15 @@ from moepeft.objectives import (
 )
 from moepeft.objectives import check_config as check_objective
 from moepeft.objectives.batches import make_collator
-from moepeft.runs import config as run_config
 from moepeft.runs import diagnosis, next_steps, plots
-from moepeft.runs.directory import (
-  Workdir,
-  latest_checkpoint,
-  open_workdir,
-)
+from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
-from moepeft.runs.run import (
-  CONFIG,
-  DATA,
+from moepeft.runs.resume import (
   check_same_data,
   check_unchanged,
-  dated,
+  with_begun_date,
 )
+from moepeft.runs.run import Run
 from moepeft.runs.trackers import Writer, writers
 from moepeft.training import (
   grad_accumulation,
@@ -130,7 +124,7 @@ def train(
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that
-      is gone on from; see `runs.check_unchanged`.
+      is gone on from; see `resume.check_unchanged`.
     gin: the gin files that the config is from as one, kept as config.gin.
     skip_damaged: goes on from the checkpoint before one that is damaged.
 
@@ -150,12 +144,13 @@ def train(
   alone = open_workdir(workdir) if distributed.first() else None
   with (
     alone or contextlib.nullcontext(),
-    tell_full_disk(workdir, lambda: latest_checkpoint(workdir)),
+    tell_full_disk(workdir, Run(workdir).latest_step),
   ):
-    config = dated(workdir, config)
-    check_unchanged(workdir, config, may_differ)
+    run = Run(workdir)
+    config = with_begun_date(run, config)
+    check_unchanged(run, config, may_differ)
     read = fingerprint.hashes(config.data)
-    check_same_data(workdir, read, may_differ)
+    check_same_data(run, read, may_differ)
     return _train(
       config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
     )
@@ -306,14 +301,13 @@ def _train(
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
-  distributed.write_json(
-    os.path.join(workdir, CONFIG), json.loads(config.to_json())
-  )
-  distributed.write_json(os.path.join(workdir, DATA), read)
+  run = Run(workdir)
+  distributed.write_json(run.config_file, json.loads(config.to_json()))
+  distributed.write_json(run.data_file, read)
   if gin and distributed.first():
-    core_files.write_text(os.path.join(workdir, 'config.gin'), gin)
+    core_files.write_text(run.gin_file, gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
-  log, pictures = config.log, os.path.join(workdir, 'plots')
+  log, pictures = config.log, run.plots_dir
   written = []
   if distributed.first():
     written = writers(
@@ -321,17 +315,17 @@ def _train(
     )
 
   # --------------------------------------------------------- evaluation ---
-  before_path, before = os.path.join(workdir, 'before.json'), {}
+  before = {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
     before = judge(built.variables(state), 'before training', 0)
-    distributed.write_json(before_path, before)
+    distributed.write_json(run.before_file, before)
   elif config.evaluation.before and config.evaluation.after:
     # Not at the end, where damage to it would cost the summary.
-    before = _read_before(before_path)
+    before = run.before()
 
   # --------------------------------------------------------------- loop ---
-  history = History(jsonl_log.stream(os.path.join(workdir, jsonl_log.NAME)))
+  history = History(run.metrics())
   drawn = log.plots and distributed.first()
   figures = plots.Figures(history, pictures, drawn)
   progress = Progress(config.steps, first)
@@ -412,7 +406,6 @@ def _train(
 
   # ------------------------------------------------------------ summary ---
   summary = {'method': built.method, 'semantics': built.semantics}
-  after_path = os.path.join(workdir, 'after.json')
   changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
@@ -422,7 +415,7 @@ def _train(
     if alone:
       # Evaluating takes minutes.
       alone.check()
-    distributed.write_json(after_path, after)
+    distributed.write_json(run.after_file, after)
     if report.concluded(done, after):
       figures.draw()
     if 0 < len(after['rows']) <= _TABLE:
@@ -433,7 +426,7 @@ def _train(
       plots.draw_before_after(before, after, pictures)
   _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
-  distributed.write_json(os.path.join(workdir, 'summary.json'), summary)
+  distributed.write_json(run.summary_file, summary)
   chat = data.source in ('chat', 'preference') and (
     bool(data.chat_template) or templated(words)
   )
@@ -443,11 +436,11 @@ def _train(
     changes,
     diagnosis.findings(pathlib.Path(workdir)),
     {
-      'losses': os.path.join(workdir, jsonl_log.NAME),
+      'losses': run.metrics_file,
       'plots': pictures if log.plots else None,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
-      'evaluation': after_path if config.evaluation.after else None,
-      'checkpoints': os.path.join(workdir, 'checkpoints'),
+      'evaluation': run.after_file if config.evaluation.after else None,
+      'checkpoints': run.checkpoints_dir,
       **next_steps.commands(workdir, config, built, chat, prompt),
     },
   )
@@ -461,22 +454,6 @@ def _close(written: Sequence[Writer]) -> None:
 
 def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
-
-
-_MEASURED = {
-  'group': str,
-  'task': str,
-  'templates': str,
-  'accuracy': float,
-}
-
-
-def _read_before(path: str) -> dict:
-  if not os.path.exists(path):
-    return {}
-  return run_config.read_object(
-    path, {'rows?': [_MEASURED]}, 'remove it to go on without it'
-  )
 
 
 def main(argv) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import card
-from moepeft.core import jsonl_log, sharding
+from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
@@ -25,6 +25,7 @@ from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
 from moepeft.evaluation.validator import Judge
+from moepeft.inference.loaded_model import LoadedModel
 from moepeft.models import decoder_only
 from moepeft.objectives import (
   OBJECTIVES,
@@ -34,19 +35,23 @@ from moepeft.objectives import (
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
-from moepeft.runs.run import Run
+from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
 
-def form_of(run: Run) -> collators.Form:
+def form_of(run: LoadedModel) -> collators.Form:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = collators.form(config.data, run.words, run.model, config.seed, front)
+  own = collators.form(
+    config.data, run.tokenizer, run.model, config.seed, front
+  )
   return make_collator(config, own)
 
 
-def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
+def validation(
+  run: LoadedModel, found: Sources, workdir: str
+) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's figures; {} without rows.
 
   Args:
@@ -67,13 +72,13 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
   if not rows:
     return {}
   judge = Judge(
-    config, run.model, run.words, rows, {}, own=own, objective=objective
+    config, run.model, run.tokenizer, rows, {}, own=own, objective=objective
   )
   return judge.validation(variables)
 
 
 def _referred(
-  run: Run, found: Sources, own: preference_dataset.Sides, workdir: str
+  run: LoadedModel, found: Sources, own: preference_dataset.Sides, workdir: str
 ) -> tuple[ReferenceFn | None, Tree, Sources]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
@@ -123,7 +128,7 @@ def check(names: Sequence[str]) -> None:
       )
 
 
-def check_room(run: Run, names: Sequence[str]) -> None:
+def check_room(run: LoadedModel, names: Sequence[str]) -> None:
   """Looks whether a decoder has places for what it is to generate.
 
   Raises:
@@ -161,7 +166,7 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
   return work
 
 
-def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
+def of_run(run: LoadedModel, found: Sources, names: Sequence[str] = ()) -> Work:
   """What is measured of a run's own held-out rows.
 
   Args:
@@ -206,8 +211,7 @@ class Unfinished:
     if not path:
       return
     # This cuts a torn line off.
-    folder, name = os.path.split(os.path.abspath(path))
-    self._file = jsonl_log.Rows(folder, name, about.step)
+    self._file = MetricsLog(path, about.step)
     own = {key: value for key, value in vars(about).items() if key != 'run'}
     for row in scores.read(path) if os.path.getsize(path) else ():
       if own.items() <= vars(row).items():
@@ -240,7 +244,9 @@ class Unfinished:
     self._found[row.task, row.prompt, row.measure] = row
 
 
-def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
+def measure(
+  run: LoadedModel, work: Work, about: About, kept: Unfinished
+) -> list[Row]:
   """Rows of everything in `work`, with progress on stderr.
 
   Args:
@@ -274,18 +280,18 @@ def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
   return [(names, work[names[0]]) for names in (*alone, texts) if names]
 
 
-def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
+def _measure(run: LoadedModel, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
   variables = run.variables
   lengths = scored_lengths(run.config.data, run.model)
-  common = run.model, run.words, *lengths, run.config.evaluation.batch_size
+  common = run.model, run.tokenizer, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)
     return functools.partial(metrics.accuracy, ranker, variables), 'ranked'
   if names == ('loss',):
     likelihood = Likelihood(*common)
     return functools.partial(metrics.loss, likelihood, variables), 'scored'
-  answering = Answering(*common, ends=run.ends)
+  answering = Answering(*common, ends=run.eos_token_ids)
   return functools.partial(
     metrics.texts, answering, variables, names
   ), 'answered'

@@ -28,6 +28,7 @@ from moepeft.objectives.paired_batch import (
   token_logps,
 )
 from moepeft.peft import Built, build
+from moepeft.runs.run import Run
 
 BASE, PRECOMPUTED = 'base', 'precomputed'
 
@@ -123,7 +124,7 @@ def precomputed(
   Raises:
     ValueError: others are kept there, of another base, adapter or data.
   """
-  folder = workdir and os.path.join(workdir, 'reference')
+  folder = workdir and Run(workdir).reference_dir
   card = {'key': _key(found, own, variables, described)}
   if folder and os.path.exists(os.path.join(folder, _CARD)):
     if _kept(folder, _CARD, untrusted.read_json_object) != card:

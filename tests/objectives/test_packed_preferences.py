@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from moepeft import train
-from moepeft.core.jsonl_log import read
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
@@ -20,6 +19,7 @@ from moepeft.models import weight_mapping
 from moepeft.objectives import OBJECTIVES, build_objective
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.runs.metrics_log import read
 
 from ..preferences import card, noisy, parts_of, written
 

@@ -160,8 +160,6 @@ def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
     return grad_accumulation.gradient(
       toy, loss, jnp.float32(5), {'x': X}, KEY, parts
     )
-      toy, loss, jnp.float32(5), {'x': X}, KEY, parts
-    )
 
   expected = [jax.random.uniform(jax.random.fold_in(KEY, i)) for i in range(2)]
   # The mean of t x is linear in t: 15 / 4.
