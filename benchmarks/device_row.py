@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft import config as config_lib
-from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
-from moepeft.core import host_memory as pages
+from moepeft.config import command_line
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import LABELS
-from moepeft.training import optim
+from moepeft.training import optim, setup
 
 # Examples of a row of the batch, about as many as P3 packs.
 _SEGMENTS = 4
@@ -109,7 +108,7 @@ def of_moepeft(row: Row) -> Found:
   del variables, trainable
   batch = jax.device_put(example(row, shape.vocab))
   update = jax.jit(
-    train.make_update(model, built, c, optimizer), donate_argnums=0
+    setup.build_train_step(c, model, built, optimizer), donate_argnums=0
   )
   held = [state]
   del state
@@ -225,6 +224,6 @@ def found_of(row: Row) -> Found:
 
 
 if __name__ == '__main__':
-  command.keep_programs()
-  pages.keep()
+  command_line.keep_programs()
+  host_memory.keep()
   print(json.dumps(found_of(json.loads(sys.argv[1]))))

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
-from moepeft.core import host_memory as pages
+from moepeft.config import command_line as config_command_line
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
-from moepeft.training import optim
+from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps timed on either side.')
@@ -53,7 +52,7 @@ def make_step(config):
   batch = next(
     loader(found, words, config.data, config.batch_size, config.seed)
   )
-  update = train.make_update(model, built, config, optimizer)
+  update = setup.build_train_step(config, model, built, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch
 
 
@@ -87,9 +86,9 @@ def run(side):
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  command.keep_programs()
+  config_command_line.keep_programs()
   if _SIDE.value:
-    if _SIDE.value == 'with' and not pages.keep():
+    if _SIDE.value == 'with' and not host_memory.keep():
       raise SystemExit('keep_pages does nothing on this machine')
     print(json.dumps(measure(_STEPS.value)))
     return
@@ -115,5 +114,5 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
-  app.run(main, flags_parser=command.parse)
+  _CONFIG = config_command_line.define_config('configs/molora_t5.py')
+  app.run(main, flags_parser=config_command_line.parse)

@@ -46,7 +46,6 @@ PENDING = frozenset(
     'tests/contracts',
     'tests/core',
     'tests/data',
-    'tests/docs',
     'tests/evaluation',
     'tests/fuzz',
     'tests/inference',

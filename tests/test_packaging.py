@@ -29,7 +29,7 @@ from tests import ROOT
 _CARDS = sorted((ROOT / 'configs').rglob('*.py'))
 _DOCUMENTS = [
   *sorted(ROOT.glob('*.md')),
-  *sorted((ROOT / 'docs').glob('*.md')),
+  *sorted((ROOT / 'docs').rglob('*.md')),
   ROOT / 'notebooks' / 'router.ipynb',
   *_CARDS,
 ]
@@ -113,6 +113,11 @@ def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
 
 
+def test_wheel_installs_the_program(wheel):
+  (file,) = wheel.glob('*.dist-info/entry_points.txt')
+  assert 'moepeft = moepeft.__main__:main' in file.read_text()
+
+
 def test_wheel_holds_the_chat_page(wheel):
   name = 'serve/page/index.html'
   here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name
@@ -152,7 +157,7 @@ def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
     'JAX_PLATFORMS': 'cpu',
   }
   python = [sys.executable, '-c']
-  where = 'from moepeft.config import flags; print(flags.PACKAGE)'
+  where = 'from moepeft.config import command_line; print(command_line.PACKAGE)'
   found = subprocess.check_output(
     [*python, where], env=env, cwd=tmp_path, text=True
   )
@@ -256,29 +261,29 @@ def _has(config: ConfigDict, keys: list[str]) -> bool:
   return True
 
 
-@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
+@pytest.mark.parametrize(
+  'document', [_name(d) for d in _DOCUMENTS if d.suffix == '.md']
+)
 def test_commands_in_documents_exist_with_their_flags(document):
   for command in _commands(_read(document)):
     if match := re.search(r'python -m (moepeft\.\w+)(.*)', command):
       name = match[1].replace('.', '/')
       if not (ROOT / f'{name}.py').exists():
         name += '/__main__'
-      shared = ('moepeft/config/flags.py', 'moepeft/config/gin/flags.py')
+      shared = ('moepeft/config/command_line.py', 'moepeft/config/gin/flags.py')
       source = ''.join(map(_read, (f'{name}.py', *shared)))
       for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
         known = (f"'{flag}'", f"'--{flag}", f"'{flag}.")
         assert any(k in source for k in known), f'{command}: --{flag}'
 
 
-@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md'])
-def test_paths_in_documents_exist(document):
-  found = re.findall(r'\]\(([^)#:]+)\)', _read(document))
-  assert [path for path in found if not (ROOT / path).exists()] == []
-
-
-def test_methods_and_routers_are_in_the_readmes_tables():
-  rows = re.findall(r'^\| `(\w+)', _read('README.md'), re.M)
-  assert {*METHODS, *moe.ROUTERS} <= set(rows)
+def test_methods_and_routers_are_in_tables():
+  methods, routers = (
+    set(re.findall(r'^\| `(\w+)', _read(name), re.M))
+    for name in ('README.md', 'docs/methods.md')
+  )
+  assert set(METHODS) <= methods
+  assert {*METHODS, *moe.ROUTERS} <= routers
 
 
 def test_papers_cited_in_the_code_are_in_the_notices():

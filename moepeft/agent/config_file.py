@@ -2,8 +2,8 @@
 """Config files as data: written from a syntax tree, read without being run.
 
 A config file is the Python file that `--config=` takes. A model's text enters
-it only as a constant of the syntax tree, so it cannot become code. Reading means
-parsing; a text that this module would not have written is refused.
+it only as a constant of the syntax tree, so that it cannot become code. Reading
+means parsing; a text that this module would not have written is refused.
 """
 
 import ast

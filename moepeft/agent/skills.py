@@ -22,7 +22,7 @@ from moepeft.agent import config_file
 from moepeft.agent.sandbox.bubblewrap import Sandbox, unavailable_reason
 from moepeft.agent.sandbox.process import ResourceLimits
 from moepeft.agent.tools import Tool, make_tool, validation_message
-from moepeft.core import files as files_lib
+from moepeft.core import files as core_files
 from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
 
@@ -101,7 +101,7 @@ def read_skill(path: str | os.PathLike) -> Skill:
   if not os.path.lexists(file):
     raise ValueError(f'the skill {path} has no {SKILL_FILE}; write one')
   try:
-    with files_lib.open_file(file) as stream:
+    with core_files.open_file(file) as stream:
       data = stream.read(_MAX_FILE_BYTES + 1)
     text = data.decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError:
@@ -294,7 +294,7 @@ def skill_tools(
       path: of the file, as load_skill tells it.
     """
     file = skills[name].file(path)
-    with files_lib.open_file(file) as stream:
+    with core_files.open_file(file) as stream:
       data = stream.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
       raise ValueError(f'{path!r} has more than {_MAX_FILE_BYTES:,} bytes')

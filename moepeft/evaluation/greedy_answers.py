@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Tree
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.data.batching.bucketing import buckets, whole
 from moepeft.data.batching.packing import room
 from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.inference.generator import Generation, Settings, check_room
+from moepeft.inference.generator import GenerationConfig, Generator, check_room
 from moepeft.inference.prompts import asked
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
@@ -57,8 +56,8 @@ class Answering:
     self._before, self._vocabulary = len(front), vocabulary
     self._most = room(inputs_length, front, 'the inputs')
     self._rows = sharding.round_up(mesh, batch_size)
-    settings = Settings(length, tuple(ends) or (vocabulary.eos,))
-    self._generation = Generation(model, vocabulary, settings, mesh)
+    settings = GenerationConfig(length, tuple(ends) or (vocabulary.eos,))
+    self._generation = Generator(model, vocabulary, settings, mesh)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs of each are cut: bool [n]."""
@@ -100,8 +99,8 @@ class Answering:
   def _ids(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was cut to the most there may be)."""
     if not self._decoder_only:
-      return batching.cut(self._vocabulary, text, self._most)
+      return seq2seq.cut(self._vocabulary, text, self._most)
     ids = asked(self._vocabulary, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    short = causal.last(ids, self._most, self._vocabulary.bos)
+    short = decoder_only.last(ids, self._most, self._vocabulary.bos)
     return list(short), len(ids) > self._most

@@ -79,7 +79,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class TokenLogprob:
   """A token with its log-probability before temperature and filters.
 
   Attributes:
@@ -97,17 +97,17 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PromptLogprobs:
   """The prompt's tokens, scored."""
 
-  tokens: tuple[Scored, ...]
+  tokens: tuple[TokenLogprob, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
   """A new token of the answer."""
 
-  token: Scored
+  token: TokenLogprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,22 +129,22 @@ class Finished:
   message: str = ''
 
 
-Event = Prompt | Token | Finished
+Event = PromptLogprobs | Token | Finished
 
 
-class Refused(ValueError):
+class RequestRefused(ValueError):
   """A request that the engine does not take; a sentence for the user."""
 
 
-class Unknown(Refused):
+class UnknownAdapter(RequestRefused):
   """There is no such adapter."""
 
 
-class TooLong(Refused):
+class PromptTooLong(RequestRefused):
   """Prompt and answer do not fit the model's or the engine's places."""
 
 
-class Full(Refused):
+class EngineFull(RequestRefused):
   """The queue is full.
 
   Attributes:
@@ -157,7 +157,7 @@ class Full(Refused):
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedAdapter:
   """An adapter that can be asked for.
 
   Attributes:
@@ -179,7 +179,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stats:
+class EngineStats:
   """Counts since the start, and what is under way.
 
   Attributes:
@@ -235,10 +235,10 @@ class Engine(Protocol):
   def cancel(self, id: str) -> None:
     """Ends a request with CANCELLED; of an unknown id, nothing."""
 
-  def adapters(self) -> Sequence[Loaded]:
+  def adapters(self) -> Sequence[LoadedAdapter]:
     """What can be asked for beside the base."""
 
-  def load(self, name: str, path: str) -> Loaded:
+  def load(self, name: str, path: str) -> LoadedAdapter:
     """Reads an adapter (a run, or an exported directory) and puts it there.
 
     Requests under way go on with what they began with.
@@ -255,7 +255,7 @@ class Engine(Protocol):
       Unknown: there is none.
     """
 
-  def stats(self) -> Stats: ...
+  def stats(self) -> EngineStats: ...
 
   def drain(self, seconds: float) -> bool:
     """Takes no more requests and waits; whether all have finished."""

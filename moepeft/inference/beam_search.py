@@ -24,7 +24,7 @@ _NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Beams:
+class BeamConfig:
   """How beams are searched.
 
   Attributes:
@@ -49,7 +49,7 @@ class Beams:
 
 
 @struct.dataclass
-class Search:
+class BeamState:
   """Where a search stands: beams that go on, and the best that have ended.
 
   Attributes:
@@ -80,7 +80,7 @@ def search(
   batch: Batch,
   ends: Array,
   length: int,
-  beams: Beams,
+  beams: BeamConfig,
   until: Array | None = None,
 ) -> tuple[Array, Array]:
   """The best continuations, best first: int32 [b, m, length], float32 [b, m].
@@ -99,7 +99,7 @@ def search(
   rows = jnp.repeat(jnp.arange(b), m)
   memory = _take(memory, rows, b)
   none = jnp.full((b, m), _NEVER)
-  state = Search(
+  state = BeamState(
     count=jnp.int32(0),
     tokens=jnp.full((b, m, length), PAD, jnp.int32),
     ended=jnp.full((b, m, length), PAD, jnp.int32),
@@ -129,13 +129,13 @@ def search(
   return state.ended, state.scores
 
 
-def _at_once(beams: Beams) -> bool:
+def _at_once(beams: BeamConfig) -> bool:
   return beams.early_stopping is True
 
 
 def _grow(
-  state: Search, logits: Array, ends: Array, until: Array, beams: Beams
-) -> Search:
+  state: BeamState, logits: Array, ends: Array, until: Array, beams: BeamConfig
+) -> BeamState:
   """Adds a token to every beam.
 
   Args:
@@ -166,7 +166,7 @@ def _grow(
   return state.replace(open=state.open & _hope(state, until, beams))
 
 
-def _end(state, tokens, sums, over, count, beams: Beams) -> Search:
+def _end(state, tokens, sums, over, count, beams: BeamConfig) -> BeamState:
   """Puts candidates that are over among the m best that have ended."""
   m = beams.count
   # Worse candidates are there to go on only.
@@ -185,7 +185,7 @@ def _end(state, tokens, sums, over, count, beams: Beams) -> Search:
   )
 
 
-def _hope(state: Search, until: Array, beams: Beams) -> Array:
+def _hope(state: BeamState, until: Array, beams: BeamConfig) -> Array:
   """bool [b]: whether a beam that goes on may better those that ended."""
   long = beams.early_stopping == 'never' and beams.length_penalty > 0
   size = (until if long else state.count).astype(jnp.float32)

@@ -17,17 +17,17 @@ from moepeft.core import terminal
 from moepeft.core.progress import Pass
 from moepeft.core.types import Array, Tree
 from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.inference.generator import Generation, Settings, keys
+from moepeft.inference.generator import GenerationConfig, Generator, keys
 from moepeft.nn.scan_layers import written_out
 
 # The ids of a prompt, the last of the turns of a user and an assistant.
-Ask = Callable[[Sequence[str]], list[int]]
+EncodePrompt = Callable[[Sequence[str]], list[int]]
 # Tokens between looks at answers that are not printed as they come.
 _EVERY = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Manner:
+class ReplConfig:
   """How prompts are put and answers printed.
 
   Attributes:
@@ -59,7 +59,7 @@ class Speed:
     return f'{took}: {rate:.1f} tokens/s, compiling included'
 
 
-class Talk:
+class ChatRepl:
   """A model that prompts are put to; `speed` counts what it says."""
 
   def __init__(
@@ -67,16 +67,16 @@ class Talk:
     model: Any,
     variables: Tree,
     words: Vocabulary,
-    ask: Ask,
-    settings: Settings,
-    manner: Manner,
+    ask: EncodePrompt,
+    settings: GenerationConfig,
+    manner: ReplConfig,
   ):
     if jax.default_backend() == 'cpu':
       # There, layers in a loop are copied out of their stack at every token.
       model = model.clone(scan=False)
       variables = {key: written_out(tree) for key, tree in variables.items()}
     self._variables, self._ask, self._manner = variables, ask, manner
-    self._generation = Generation(model, words, settings)
+    self._generation = Generator(model, words, settings)
     sampled = settings.sampling.temperature is not None
     self._keys = keys(manner.seed, manner.num) if sampled else None
     self.speed = Speed()

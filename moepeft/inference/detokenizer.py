@@ -61,7 +61,7 @@ class Detokenizer:
     return new
 
 
-class Stops:
+class StopStrings:
   """Text up to the first stop string, whichever way it comes in pieces.
 
   The first is the one that ends first, and of those the longest; what may be
@@ -98,7 +98,7 @@ class Stops:
     return held
 
 
-class Markers:
+class SpecialTokenMarkers:
   """Stop strings with special tokens, which have no text in an answer.
 
   A special token of a stop string is marked in the answer's text by a
@@ -138,7 +138,7 @@ class Markers:
     return _MARKER.sub('', text) if self.of else text
 
 
-class Stream:
+class TextStream:
   """The text of one answer while its ids come."""
 
   def __init__(
@@ -153,9 +153,9 @@ class Stream:
     """
     self._detokenizer, self._markers = (
       Detokenizer(decode),
-      Markers(hidden, stops),
+      SpecialTokenMarkers(hidden, stops),
     )
-    self._stops = Stops(self._markers.stops)
+    self._stops = StopStrings(self._markers.stops)
 
   @property
   def stopped(self) -> bool:

@@ -16,13 +16,12 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Tree
-from moepeft.data.batching import packing as before_lib
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching.bucketing import round_up, whole
 from moepeft.data.tokenizers.tokenizer import Vocabulary, hidden
-from moepeft.inference.beam_search import Beams, search
+from moepeft.inference.beam_search import BeamConfig, search
 from moepeft.inference.decode import PAD, How, advance, start
-from moepeft.inference.detokenizer import Stream
+from moepeft.inference.detokenizer import TextStream
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.methods.prompt_tuning import before
 
@@ -34,7 +33,7 @@ _LOOK = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class GenerationConfig:
   """How answers are made.
 
   Attributes:
@@ -49,7 +48,7 @@ class Settings:
   ends: tuple[int, ...]
   least: int = 0
   sampling: Sampling = Sampling()
-  beams: Beams | None = None
+  beams: BeamConfig | None = None
   stops: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -72,7 +71,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class News:
+class Chunk:
   """What came of a batch since the last time.
 
   Attributes:
@@ -110,14 +109,14 @@ def check_room(model: Any, prompt: int, answer: int) -> None:
     )
 
 
-class Generation:
+class Generator:
   """Answers batches of prompts, the model's soft prompt before each."""
 
   def __init__(
     self,
     model: Any,
     words: Vocabulary,
-    settings: Settings,
+    settings: GenerationConfig,
     mesh: Mesh | None = None,
   ):
     self._model, self._words, self._settings = model, words, settings
@@ -187,11 +186,13 @@ class Generation:
     keys: Array | None = None,
     every: int = 1,
     s: int = 0,
-  ) -> Iterator[News]:
+  ) -> Iterator[Chunk]:
     """Texts as they come, every so many tokens."""
     stops = self._settings.stops
     streams = [
-      Stream(self._words.decode, stops, lambda text: hidden(self._words, text))
+      TextStream(
+        self._words.decode, stops, lambda text: hidden(self._words, text)
+      )
       for _ in prompts
     ]
     given_up = np.zeros(len(prompts), bool)
@@ -204,9 +205,9 @@ class Generation:
         texts.append(streams[i].feed(self._said(ids)))
         before[i] += len(ids)
         new += len(ids)
-      yield News(texts, new)
+      yield Chunk(texts, new)
       given_up[:] = [stream.stopped for stream in streams]
-    yield News([stream.finish() for stream in streams], 0)
+    yield Chunk([stream.finish() for stream in streams], 0)
 
   def _parts(self, variables, prompts, keys, every, s, given_up):
     """Yields int32 [n, count], all tokens so far.
@@ -238,7 +239,7 @@ class Generation:
 
   def _batch(self, prompts, s):
     self.check(prompts)
-    prompts = [before_lib.put(self._before, ids) for ids in prompts]
+    prompts = [packing.put(self._before, ids) for ids in prompts]
     longest = max(map(len, prompts))
     # Padding beyond learned positions would be no number, and spoil the rest.
     most = self._model.config.length if self._decoder_only else _MOST
@@ -246,7 +247,7 @@ class Generation:
     many = sharding.round_up(self._mesh, len(prompts))
     rows = [prompts[i] for i in whole(range(len(prompts)), many)]
     batch = {
-      'inputs': batching.pad(rows, s),
+      'inputs': seq2seq.pad(rows, s),
       'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
     }
     return sharding.shard_whole_batch(self._mesh, batch)

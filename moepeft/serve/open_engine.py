@@ -10,10 +10,10 @@ from moepeft.config import defaults as config_lib
 from moepeft.data import vocabulary
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.inference import prompts
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.protocol import NoBanks
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def open_engine(
   path: str,
   adapters: Mapping[str, str],
   forms: Sequence[str],
-  settings: Settings,
+  settings: EngineConfig,
   loaded: int = 9,
   budget: int | None = None,
   quantise: str = '',
@@ -66,7 +66,7 @@ def open_engine(
   model, _ = base_lib.module(base, config)
   banks = NoBanks()
   if adapters or forms:
-    banks = Banks(base, adapters, forms, loaded, budget)
+    banks = AdapterPool(base, adapters, forms, loaded, budget)
   words = vocabulary('', path)
   engine = Engine(model, base.params, banks, settings)
   ends = prompts.ends(words, base.folder)

@@ -14,14 +14,14 @@ import numpy as np
 
 from moepeft.inference.api import (
   Finished,
-  Loaded,
-  Prompt,
+  LoadedAdapter,
+  PromptLogprobs,
   Request,
   Token,
-  Unknown,
+  UnknownAdapter,
 )
 from moepeft.inference.engine.engine import Engine, Task
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.initializers import fresh
 from moepeft.peft import build
@@ -35,7 +35,7 @@ CONFIG = dataclasses.replace(
 METHOD = 'molora(experts=3, rank=2)'
 V = CONFIG.vocab
 # Two rooms, two sizes of chunks and of batches, and no more programs.
-SETTINGS = Settings(
+SETTINGS = EngineConfig(
   slots=3,
   places=LENGTH,
   queue=40,
@@ -81,7 +81,7 @@ class Stacked:
 
   def hold(self, name):
     if name and name not in self.names:
-      raise Unknown(f'no adapter {name!r}')
+      raise UnknownAdapter(f'no adapter {name!r}')
     sha256 = self.names[name] if name else ''
     self.held[sha256] += 1
     slot = self._shas.index(sha256) if name else 0
@@ -94,7 +94,8 @@ class Stacked:
 
   def loaded(self):
     return [
-      Loaded(name, METHOD, sha256, 7, '') for name, sha256 in self.names.items()
+      LoadedAdapter(name, METHOD, sha256, 7, '')
+      for name, sha256 in self.names.items()
     ]
 
   def read(self, path):
@@ -191,7 +192,7 @@ class Answer:
   @property
   def prompt(self):
     self.wait()
-    (found,) = [e for e in self.events if isinstance(e, Prompt)]
+    (found,) = [e for e in self.events if isinstance(e, PromptLogprobs)]
     return found.tokens
 
 

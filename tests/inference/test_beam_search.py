@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.inference.beam_search import Beams, search
+from moepeft.inference.beam_search import BeamConfig, search
 from moepeft.inference.decode import How, advance, greedy, start
 from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
@@ -16,11 +16,11 @@ from moepeft.models import FAMILIES
 LENGTH = 9
 PROMPTS = ([5, 6, 7, 8, 9], [12, 13, 14])
 SETTINGS = [
-  Beams(3),
-  Beams(2, early_stopping=True),
-  Beams(4, length_penalty=2.0, early_stopping='never'),
-  Beams(3, length_penalty=-0.5),
-  Beams(3, length_penalty=0.0, early_stopping='never'),
+  BeamConfig(3),
+  BeamConfig(2, early_stopping=True),
+  BeamConfig(4, length_penalty=2.0, early_stopping='never'),
+  BeamConfig(3, length_penalty=-0.5),
+  BeamConfig(3, length_penalty=0.0, early_stopping='never'),
 ]
 
 
@@ -182,10 +182,14 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
   module, variables = ours('llama', folders['llama'])
   ends = jnp.array([-1])
-  one, first = search(module, variables, batch(PROMPTS), ends, LENGTH, Beams(1))
+  one, first = search(
+    module, variables, batch(PROMPTS), ends, LENGTH, BeamConfig(1)
+  )
   plain = greedy(module, variables, batch(PROMPTS), LENGTH, eos=-1)
   np.testing.assert_array_equal(one[:, 0], plain)
-  _, wide = search(module, variables, batch(PROMPTS), ends, LENGTH, Beams(5))
+  _, wide = search(
+    module, variables, batch(PROMPTS), ends, LENGTH, BeamConfig(5)
+  )
   # Not so in general: a wide search may drop what a narrow one keeps.
   assert (wide[:, 0] >= first[:, 0] - 1e-6).all()
 
@@ -211,4 +215,4 @@ def test_a_search_is_a_rows_own_and_may_be_cut_short(folders):
 )
 def test_beams_that_cannot_be_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
-    Beams(*values)
+    BeamConfig(*values)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.inference.detokenizer import Detokenizer, Stops, Stream
+from moepeft.inference.detokenizer import Detokenizer, StopStrings, TextStream
 from tests import ROOT
 
 WORDS = Bytes()
@@ -109,28 +109,28 @@ def test_a_real_tokenizer_is_streamed(name):
 def test_a_stop_string_cuts_whatever_the_pieces_are(stops, expected):
   text = 'say: abcabd.'
   for size in range(1, len(text) + 1):
-    found = Stops(stops)
+    found = StopStrings(stops)
     parts = [found.feed(part) for part in pieces(text, (size,))]
     assert ''.join(parts) + found.finish() == expected
     assert found.found == (expected != text)
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
-  stops = Stops(('END',))
+  stops = StopStrings(('END',))
   assert [stops.feed(c) for c in 'aENEND'] == ['a', '', '', 'EN', '', '']
   assert stops.found and stops.feed('more') == '' and stops.finish() == ''
 
 
 def test_an_empty_stop_string_is_refused():
   with pytest.raises(ValueError, match='a stop string is empty'):
-    Stops(('a', ''))
+    StopStrings(('a', ''))
 
 
 def test_a_stream_holds_characters_and_stop_strings():
   rng = np.random.default_rng(0)
   ids = WORDS.encode('ask 你 STOP 好')
   for _ in range(7):
-    stream = Stream(WORDS.decode, ('STOP',))
+    stream = TextStream(WORDS.decode, ('STOP',))
     sizes = tuple(rng.integers(1, 5, 9))
     found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
     assert found + stream.finish() == 'ask 你 ' and stream.stopped
@@ -155,7 +155,7 @@ def test_a_stop_string_may_hold_special_tokens(sizes):
     ('<|end|><|user|>\n', 'a\nb'),
     ('<|user|>c', 'a\nb\nc'),
   ):
-    stream = Stream(decode, (stop,), hidden)
+    stream = TextStream(decode, (stop,), hidden)
     found = ''.join(stream.feed(part) for part in pieces(ids, sizes))
     assert found + stream.finish() == text
     assert stream.stopped == (text != 'a\nb\nc')

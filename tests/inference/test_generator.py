@@ -19,10 +19,10 @@ from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference import prompts
-from moepeft.inference.beam_search import Beams
-from moepeft.inference.chat_repl import Manner, Talk
+from moepeft.inference.beam_search import BeamConfig
+from moepeft.inference.chat_repl import ChatRepl, ReplConfig
 from moepeft.inference.decode import greedy
-from moepeft.inference.generator import Generation, Settings, keys
+from moepeft.inference.generator import GenerationConfig, Generator, keys
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.nn.initializers import fresh
@@ -84,7 +84,7 @@ def ids(kind, texts=TEXTS):
 
 def generation(kind, **settings):
   settings = {'length': 11, 'ends': (-1,), **settings}
-  return Generation(made(kind)[0], WORDS, Settings(**settings))
+  return Generator(made(kind)[0], WORDS, GenerationConfig(**settings))
 
 
 KINDS = pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_a_seed_says_the_same_again_whatever_stands_beside(kind):
 @KINDS
 def test_beams_are_texts_too(kind):
   variables, rows = made(kind)[1], ids(kind)
-  found = generation(kind, beams=Beams(3)).texts(variables, rows)
+  found = generation(kind, beams=BeamConfig(3)).texts(variables, rows)
   assert list(map(len, found)) == [11] * 3
-  one = generation(kind, beams=Beams(1)).texts(variables, rows)
+  one = generation(kind, beams=BeamConfig(1)).texts(variables, rows)
   assert one == generation(kind).texts(variables, rows)
 
 
@@ -213,7 +213,7 @@ def test_all_learned_positions_are_used_and_no_other():
   assert ours.tokens(variables, [prompt]) == [expected]
   together = ours.tokens(variables, [[5], prompt, prompt[:70]])
   assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
-  searched = generation('learned', beams=Beams(1))
+  searched = generation('learned', beams=BeamConfig(1))
   assert searched.tokens(variables, [prompt]) == [expected]
   news = list(ours.stream(variables, [prompt]))
   assert ''.join(n.texts[0] for n in news) == WORDS.decode(expected)
@@ -241,13 +241,13 @@ def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
     ({'length': 0}, 'at least 1 token; got length=0'),
     ({'length': 3, 'least': 4}, 'from 0 to length=3; got 4'),
     ({'stops': ('a', '')}, 'a stop string is empty'),
-    ({'beams': Beams(2), 'least': 1}, 'beams are searched'),
-    ({'beams': Beams(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
+    ({'beams': BeamConfig(2), 'least': 1}, 'beams are searched'),
+    ({'beams': BeamConfig(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
   ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
-    Settings(**{'length': 11, 'ends': (1,), **values})
+    GenerationConfig(**{'length': 11, 'ends': (1,), **values})
 
 
 def test_a_prompt_longer_than_the_model_is_refused():
@@ -301,9 +301,9 @@ def test_ends_are_the_vocabularys_and_the_models(tmp_path):
 
 def talk(kind, sampling=None, stops=(), ask=None, **manner):
   how = sampling or Sampling()
-  settings = Settings(11, (-1,), sampling=how, stops=stops)
+  settings = GenerationConfig(11, (-1,), sampling=how, stops=stops)
   ask = ask or (lambda turns: ids(kind, turns[-1:])[0])
-  return Talk(*made(kind), WORDS, ask, settings, Manner(**manner))
+  return ChatRepl(*made(kind), WORDS, ask, settings, ReplConfig(**manner))
 
 
 @KINDS

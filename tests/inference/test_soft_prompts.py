@@ -18,7 +18,7 @@ from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference.decode import How, greedy, start
-from moepeft.inference.generator import Generation, Settings
+from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 from moepeft.peft.methods.prompt_tuning import before
@@ -174,9 +174,9 @@ def test_likelihoods_and_rankings_are_of_texts_behind_the_prompt(config):
 def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
   model, variables = made(config)
   ids = [9, 8, 7]
-  settings = Settings(6, (1000,))
+  settings = GenerationConfig(6, (1000,))
   prompts = [ids, [5, 5, 5, 5, 5, 6]]
-  found = Generation(model, WORDS, settings).tokens(variables, prompts)
+  found = Generator(model, WORDS, settings).tokens(variables, prompts)
   for own, answer in zip(prompts, found, strict=True):
     said = [0] if config is T5 else [*AHEAD, *own]
     begin = len(said)
@@ -214,7 +214,7 @@ def test_answers_of_examples_are_behind_the_prompt(config):
   answering = Answering(model, WORDS, 40, 5, 1, ends=(1000,))
   # Of 40 places the prompt has three, and an end or a line's end one.
   longest = example('a' * 36, '')
-  generation = Generation(model, WORDS, Settings(5, (1000,)))
+  generation = Generator(model, WORDS, GenerationConfig(5, (1000,)))
   end = WORDS.eos if config is T5 else 13
   for one in (text, longest):
     ids = [*WORDS.encode(one.inputs), end]
@@ -225,7 +225,7 @@ def test_answers_of_examples_are_behind_the_prompt(config):
 
 
 def test_a_decoders_places_count_the_prompt():
-  generation = Generation(model_of(LLAMA), WORDS, Settings(7, (1,)))
+  generation = Generator(model_of(LLAMA), WORDS, GenerationConfig(7, (1,)))
   # 127 places, 3 of the prompt, 7 of the answer.
   generation.check([[5] * 117])
   with pytest.raises(ValueError, match='has 121 tokens'):

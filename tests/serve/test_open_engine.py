@@ -9,9 +9,9 @@ from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.inference.api import LENGTH, Unknown
-from moepeft.inference.engine.limits import Settings
-from moepeft.models import weight_mapping as names
+from moepeft.inference.api import LENGTH, UnknownAdapter
+from moepeft.inference.engine.limits import EngineConfig
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.initializers import fresh
 from moepeft.peft import build
@@ -58,7 +58,7 @@ def place(tmp_path_factory):
       built.method,
       'official',
       'base',
-      names.content_hash(params),
+      weight_mapping.content_hash(params),
       'llama',
       CONFIG,
       '',
@@ -71,7 +71,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope='module')
 def engine(place):
   folder, _, _ = place
-  settings = Settings(
+  settings = EngineConfig(
     slots=5,
     places=40,
     chunk=8,
@@ -143,7 +143,7 @@ def test_adapters_come_and_go_without_a_compilation(engine, place):
   check(place, ids, 'lora', busy)
   assert engine.stats().compiled == compiled
   assert not [event for event in heard if 'backend_compile' in event]
-  with pytest.raises(Unknown):
+  with pytest.raises(UnknownAdapter):
     ask(engine, ids, adapter='late')
 
 

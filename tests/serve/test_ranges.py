@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from moepeft.core import memory
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import DecoderConfig
 from moepeft.serve.http.limits import Limits
 
@@ -40,8 +40,8 @@ FLAGS = {
 # socket; in one process of its own, since a start costs seconds.
 SCRIPT = """
 import contextlib, io, runpy, sys
-from moepeft.config import flags as command
-command.run = lambda main: None
+from moepeft.config import command_line
+command_line.run = lambda main: None
 module = runpy.run_module('moepeft.serve', run_name='__main__')
 run, open_socket = module['run'], module['listen']
 class Opened(Exception):
@@ -52,10 +52,10 @@ run.__globals__['listen'] = opened
 for argument in sys.argv[1:]:
   with contextlib.redirect_stderr(io.StringIO()) as said:
     try:
-      command.flags.FLAGS.unparse_flags()
-      for flag in command.flags.FLAGS:
-        command.flags.FLAGS[flag].unparse()
-      command.parse(['serve', '--model=/nothing', argument])
+      command_line.flags.FLAGS.unparse_flags()
+      for flag in command_line.flags.FLAGS:
+        command_line.flags.FLAGS[flag].unparse()
+      command_line.parse(['serve', '--model=/nothing', argument])
       run()
       code = None
     except SystemExit as e:
@@ -80,14 +80,14 @@ def test_limits_of_requests_are_positive_and_finite(name, value):
 @pytest.mark.parametrize('value', [0, -3, 2**31, 10**30])
 def test_sizes_of_an_engine_have_a_range(name, value):
   with pytest.raises(ValueError, match=f'{name} is at least 1'):
-    Settings(**{name: value})
+    EngineConfig(**{name: value})
 
 
 def test_a_cache_that_cannot_fit_says_how_large_it_is(monkeypatch):
   model, params, _ = engines.decoder()
   monkeypatch.setattr(memory, 'available', lambda: (10**9, 'x'))
   # Nothing of this is allocated: it would be far more than the machine has.
-  settings = Settings(slots=10_000, places=1 << 20)
+  settings = EngineConfig(slots=10_000, places=1 << 20)
   engine = Engine(model, params, engines.banks(), settings)
   with pytest.raises(ValueError, match=r'10,000 requests.*TB.*1 GB.*--slots'):
     engine.start()
@@ -102,7 +102,7 @@ def test_slots_for_adapters_that_cannot_fit_say_how_large_they_are(
   base = banked.base_of(config)
   monkeypatch.setattr(memory, 'available', lambda: (10**7, 'x'))
   with pytest.raises(ValueError, match='memory.*10 MB.*--adapter_slots'):
-    Banks(base, {}, ['lora(rank=4)'], slots=10**9)
+    AdapterPool(base, {}, ['lora(rank=4)'], slots=10**9)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from moepeft.checkpoints.adapter import instances
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
-from moepeft.inference.adapters.served_modules import stand_in
+from moepeft.inference.adapters.served_modules import served_module
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import METHODS, Built, build
 from moepeft.peft.build import plain
@@ -42,7 +42,7 @@ _REFUSED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class BucketPart:
   """One of the methods that a form nests.
 
   Attributes:
@@ -73,7 +73,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Bucket:
   """What the adapters of one bank have in common.
 
   Attributes:
@@ -82,14 +82,14 @@ class Form:
   """
 
   name: str
-  parts: tuple[Part, ...]
+  parts: tuple[BucketPart, ...]
 
   @property
   def method(self) -> str:
     """As `--form` takes it."""
-    return spec_lib.format_method(tuple(part.sized for part in self.parts))
+    return method_string.format_method(tuple(part.sized for part in self.parts))
 
-  def holds(self, other: 'Form') -> bool:
+  def holds(self, other: 'Bucket') -> bool:
     """Whether an adapter of the form `other` fits."""
     return _kinds(self.parts) == _kinds(other.parts) and all(
       mine.rank >= its.rank and set(mine.sites) >= set(its.sites)
@@ -97,8 +97,8 @@ class Form:
     )
 
 
-def form_of(built: Built, what: str) -> Form:
-  """The smallest form of an adapter: its own sites, its rank's bucket.
+def bucket_of(built: Built, what: str) -> Bucket:
+  """The smallest bucket of an adapter: its own sites, its rank's bucket.
 
   Args:
     what: names it in an error.
@@ -115,20 +115,22 @@ def form_of(built: Built, what: str) -> Form:
       )
     entries = built.advice.entries
     sites = tuple(path for path, module in entries if module.name == name)
-    parts.append(Part(name, _kind(spec), bucket(rank_of(spec)), sites))
-  return Form('', tuple(parts))
+    parts.append(
+      BucketPart(name, _kind(spec), round_up_rank(rank_of(spec)), sites)
+    )
+  return Bucket('', tuple(parts))
 
 
-def forms_of(
-  wanted: Sequence[Form], sites: Mapping[str, str]
-) -> tuple[Form, ...]:
+def merge_buckets(
+  wanted: Sequence[Bucket], sites: Mapping[str, str]
+) -> tuple[Bucket, ...]:
   """The forms that hold all of those; sorted by name.
 
   Args:
-    wanted: of `form_of`.
+    wanted: of `bucket_of`.
     sites: {path: role} of the model.
   """
-  found: dict[tuple[Spec, ...], Form] = {}
+  found: dict[tuple[Spec, ...], Bucket] = {}
   for form in wanted:
     key = _kinds(form.parts)
     found[key] = _union(found.get(key, form), form, sites)
@@ -139,7 +141,7 @@ def forms_of(
   return tuple(sorted(named, key=lambda form: form.name))
 
 
-def advice_of(forms: Sequence[Form], sites: Mapping[str, str]) -> Advice:
+def adapter_map_of(forms: Sequence[Bucket], sites: Mapping[str, str]) -> Advice:
   """The table that the model takes: all forms nested."""
   entries = []
   for form in forms:
@@ -147,7 +149,7 @@ def advice_of(forms: Sequence[Form], sites: Mapping[str, str]) -> Advice:
       spec = part.spec.replace(sites='|'.join(part.sites))
       built = build(str(spec), sites)
       entries += [
-        (path, stand_in(module, part.name))
+        (path, served_module(module, part.name))
         for path, module in built.advice.entries
       ]
   return Advice(tuple(entries))
@@ -174,7 +176,7 @@ def scale_of(spec: Spec) -> float:
   return spec.get('alpha', module.alpha) / (rank**0.5 if root else rank)
 
 
-def bucket(rank: int) -> int:
+def round_up_rank(rank: int) -> int:
   """The next of 4, 8, 16, ...; 0 stays."""
   return max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
 
@@ -186,7 +188,7 @@ def _kind(spec: Spec) -> Spec:
   if isinstance(router, Spec):
     router = _without(router, (*_OWN, 'seed'))
     spec = spec.replace(router=router)
-  return spec_lib.parse(plain(str(spec)))
+  return method_string.parse(plain(str(spec)))
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
@@ -194,11 +196,11 @@ def _without(spec: Spec, options: Sequence[str]) -> Spec:
   return Spec(spec.name, kept)
 
 
-def _kinds(parts: Sequence[Part]) -> tuple[Spec, ...]:
+def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
   return tuple(part.kind for part in parts)
 
 
-def _union(mine: Form, other: Form, sites: Mapping[str, str]) -> Form:
+def _union(mine: Bucket, other: Bucket, sites: Mapping[str, str]) -> Bucket:
   """With the default sites, and those and the ranks of both."""
   parts = []
   for a, b in zip(mine.parts, other.parts, strict=True):
@@ -214,13 +216,13 @@ def _union(mine: Form, other: Form, sites: Mapping[str, str]) -> Form:
         sites=tuple(path for path in sites if path in own),
       )
     )
-  return Form('', tuple(parts))
+  return Bucket('', tuple(parts))
 
 
-def _renamed(form: Form, name: str) -> Form:
+def _renamed(form: Bucket, name: str) -> Bucket:
   """With entries that no other form has."""
   several = len(form.parts) > 1
-  return Form(
+  return Bucket(
     name,
     tuple(
       dataclasses.replace(part, name=f'{name}.{i}' if several else name)

@@ -14,8 +14,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.base import Base
 from moepeft.core import files
 from moepeft.core.types import Tree
-from moepeft.inference.adapters.buckets import Form, form_of
-from moepeft.models import weight_mapping as names
+from moepeft.inference.adapters.buckets import Bucket, bucket_of
+from moepeft.models import weight_mapping
 from moepeft.nn.initializers import Label, described
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
@@ -26,7 +26,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], Label]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class TrainedAdapter:
   """An adapter on the host, as it was trained.
 
   Attributes:
@@ -39,14 +39,14 @@ class Adapter:
   """
 
   built: Built
-  form: Form
+  form: Bucket
   arrays: dict[str, np.ndarray]
   sha256: str
   source: str
   before: tuple[int, ...] = ()
 
 
-def read(path: str, base: Base) -> Adapter:
+def read_adapter(path: str, base: Base) -> TrainedAdapter:
   """Reads a run's work directory, an adapter of ours, or one of peft's.
 
   Raises:
@@ -59,18 +59,22 @@ def read(path: str, base: Base) -> Adapter:
   _check_base(found, path, base)
   semantics = found.semantics or 'official'
   built = build(found.method, base.family.sites(base.config), semantics)
-  form = form_of(built, path)
+  form = bucket_of(built, path)
   arrays = {
     name: np.asarray(leaf, np.float32)
-    for name, leaf in names.flatten(found.tree).items()
+    for name, leaf in weight_mapping.flatten(found.tree).items()
   }
   _check_arrays(arrays, built, path, base)
   content = '\n'.join(
-    (plain(found.method, semantics), semantics, names.content_hash(arrays))
+    (
+      plain(found.method, semantics),
+      semantics,
+      weight_mapping.content_hash(arrays),
+    )
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
   before = placeholders(built.advice, base.config.vocab)
-  return Adapter(built, form, arrays, sha256, path, before)
+  return TrainedAdapter(built, form, arrays, sha256, path, before)
 
 
 def check_regular(path: str) -> None:
@@ -136,7 +140,7 @@ def _check_arrays(
   arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
 ) -> None:
   wanted = arrays_of(base.family.MODULE(base.config, built.advice))
-  names.check(
+  weight_mapping.check(
     {name: shape for name, (shape, _) in wanted.items()},
     {name: a.shape for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',

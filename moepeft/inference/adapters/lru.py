@@ -3,10 +3,10 @@
 
 import collections
 
-from moepeft.inference.api import Full
+from moepeft.inference.api import EngineFull
 
 
-class Slots:
+class LruSlots:
   """The slots 1, 2, ... of one bank; slot 0 is the identity's.
 
   Contents are named by their hash. One that is used stays; of the others the
@@ -41,7 +41,7 @@ class Slots:
     if not self._free:
       idle = next((c for c in self._slots if not self._users[c]), None)
       if idle is None:
-        raise Full(
+        raise EngineFull(
           f'requests use all {len(self._slots)} places for adapters of this '
           'form; try again, or start the server with more slots',
           seconds=1,

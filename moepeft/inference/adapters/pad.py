@@ -12,17 +12,17 @@ from moepeft.checkpoints.adapter import instances
 from moepeft.checkpoints.base import Base
 from moepeft.config.method_string import Spec
 from moepeft.core.types import Tree
-from moepeft.inference.adapters.buckets import Form, Part, scale_of
-from moepeft.inference.adapters.load import Adapter, Layout, arrays_of
-from moepeft.models import weight_mapping as names
+from moepeft.inference.adapters.buckets import Bucket, BucketPart, scale_of
+from moepeft.inference.adapters.load import Layout, TrainedAdapter, arrays_of
+from moepeft.models import weight_mapping
 from moepeft.moe.routers.random import projection
 from moepeft.nn.adapter_hook import Advice
 from moepeft.nn.initializers import Fill, Label
 from moepeft.nn.quantization import KINDS
 
 
-def layouts_of(
-  forms: Sequence[Form], advice: Advice, base: Base
+def bucket_layouts(
+  forms: Sequence[Bucket], advice: Advice, base: Base
 ) -> dict[str, Layout]:
   """The arrays of one slot of each form.
 
@@ -40,20 +40,20 @@ def layouts_of(
   }
 
 
-def size_of(layout: Layout) -> int:
+def slot_bytes(layout: Layout) -> int:
   """Bytes of one slot."""
   return 4 * sum(math.prod(shape) for shape, _ in layout.values())
 
 
-def identity(layout: Layout) -> Tree:
+def identity_tree(layout: Layout) -> Tree:
   """Slot 0: the base's function bit for bit."""
-  return names.unflatten(
+  return weight_mapping.unflatten(
     {path: _filled(shape, label) for path, (shape, label) in layout.items()}
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class PaddedAdapter:
   """An adapter with what is written into a slot, on the host.
 
   Attributes:
@@ -61,12 +61,14 @@ class Fitted:
     tree: with the paths and shapes of the form's layout.
   """
 
-  adapter: Adapter
+  adapter: TrainedAdapter
   form: str
   tree: Tree
 
 
-def fitted(adapter: Adapter, form: Form, layout: Layout, base: Base) -> Fitted:
+def pad_to_bucket(
+  adapter: TrainedAdapter, form: Bucket, layout: Layout, base: Base
+) -> PaddedAdapter:
   """The slot of an adapter.
 
   Raises:
@@ -82,7 +84,7 @@ def fitted(adapter: Adapter, form: Form, layout: Layout, base: Base) -> Fitted:
         filled[path] = source.leaf(place, leaf, shape, label)
       elif mine:
         filled[path] = _filled(shape, label)
-  return Fitted(adapter, form.name, names.unflatten(filled))
+  return PaddedAdapter(adapter, form.name, weight_mapping.unflatten(filled))
 
 
 class _Source:
@@ -93,7 +95,7 @@ class _Source:
     arrays: Mapping[str, np.ndarray],
     instance: str,
     spec: Spec,
-    part: Part,
+    part: BucketPart,
     base: Base,
   ):
     self._instance, self._spec, self._part = instance, spec, part
@@ -152,7 +154,7 @@ def _kernel(
   base: Base, place: str, layer: int, shape: tuple[int, int]
 ) -> np.ndarray:
   """The weight of a projection, float32 [inputs, outputs]."""
-  flat = names.flatten(base.params)
+  flat = weight_mapping.flatten(base.params)
   if f'{place}/kernel' in flat:
     found = flat[f'{place}/kernel'][layer].astype(np.float32)
     return found.reshape(shape)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moepeft.core.types import Array, Tree
-from moepeft.inference.api import Loaded, Unknown
+from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.nn.adapter_hook import Advice
 
 
@@ -68,12 +68,12 @@ class Banks(Protocol):
 
   def release(self, held: Held) -> None: ...
 
-  def loaded(self) -> Sequence[Loaded]: ...
+  def loaded(self) -> Sequence[LoadedAdapter]: ...
 
   def read(self, path: str) -> Any:
     """The part of loading that may take long; on any thread."""
 
-  def put(self, name: str, read: Any) -> Loaded:
+  def put(self, name: str, read: Any) -> LoadedAdapter:
     """The rest of it."""
 
   def unload(self, name: str) -> None: ...
@@ -103,13 +103,13 @@ class NoBanks:
 
   def hold(self, name: str) -> Held:
     if name:
-      raise Unknown(_NONE.format(name))
+      raise UnknownAdapter(_NONE.format(name))
     return _Base(np.zeros(0, np.int32))
 
   def release(self, held: Held) -> None:
     pass
 
-  def loaded(self) -> Sequence[Loaded]:
+  def loaded(self) -> Sequence[LoadedAdapter]:
     return ()
 
   def read(self, path: str) -> Any:
@@ -118,11 +118,11 @@ class NoBanks:
       f'forms that it shall take (--form) to load {path!r}'
     )
 
-  def put(self, name: str, read: Any) -> Loaded:
+  def put(self, name: str, read: Any) -> LoadedAdapter:
     return self.read(name)
 
   def unload(self, name: str) -> None:
-    raise Unknown(_NONE.format(name))
+    raise UnknownAdapter(_NONE.format(name))
 
 
 _NONE = 'there is no adapter {!r}; the base is all that is served'

@@ -25,7 +25,7 @@ from moepeft.peft.methods.molora import MoLora
 _EXACT = (Lora, Ia3, MoLora)
 
 
-class Switched(nn.Module):
+class SwitchedAdapter(nn.Module):
   """y = adapter(f, x) where `on`, else f(x) bit for bit.
 
   For adapters that no values make exactly the base: a mixture of vectors
@@ -45,7 +45,7 @@ class Switched(nn.Module):
     return jnp.where(on > 0, self.adapter(once, x, ctx), y)
 
 
-class Directed(nn.Module):
+class ServedDora(nn.Module):
   """DoRA with its ratio m / |W + A B| as an array: f(x) stays as cheap as in
   LoRA. Made anew from the weight, it would build every row's own W + A B.
 
@@ -68,7 +68,7 @@ class Directed(nn.Module):
     return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
 
 
-class Projected(nn.Module):
+class FixedProjectionRouter(nn.Module):
   """`random` with its projection as an array: a name is not data, and the
   projection that a router draws depends on its adapter's name.
 
@@ -87,16 +87,16 @@ class Projected(nn.Module):
     return Routing(logits, weights, k=self.k)
 
 
-def stand_in(adapter: nn.Module, name: str) -> nn.Module:
+def served_module(adapter: nn.Module, name: str) -> nn.Module:
   """What stands for a trained module, under another name."""
   router = getattr(adapter, 'router', None)
   if isinstance(router, Random):
-    router = Projected(router.experts, router.k, parent=None)
+    router = FixedProjectionRouter(router.experts, router.k, parent=None)
     adapter = adapter.clone(router=router, parent=None)
   if isinstance(adapter, Dora):
-    return Directed(adapter.rank, name=name, parent=None)
+    return ServedDora(adapter.rank, name=name, parent=None)
   if type(adapter) in _EXACT:
     return adapter.clone(name=name, parent=None)
   # Its scope is the wrapper's.
   inside = adapter.clone(name=None, parent=None)
-  return Switched(inside, name=name, parent=None)
+  return SwitchedAdapter(inside, name=name, parent=None)

@@ -43,13 +43,13 @@ def _merged(left: Tree, right: Tree) -> Tree:
   return found
 
 
-def repeated(alone: Tree, slots: int) -> Tree:
+def stack_copies(alone: Tree, slots: int) -> Tree:
   """A bank that holds one tree in every slot."""
   return jax.tree.map(lambda a: jnp.broadcast_to(a, (slots, *a.shape)), alone)
 
 
 @jax.jit
-def written(bank: Tree, slot: Array, tree: Tree) -> Tree:
+def write_slot(bank: Tree, slot: Array, tree: Tree) -> Tree:
   """The bank with a slot filled.
 
   A copy: a step that is under way still reads the old one. While it lasts,

@@ -12,10 +12,9 @@ import numpy as np
 
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.limits import TOP
-from moepeft.inference.engine.per_layer import Method
+from moepeft.inference.engine.per_layer import LayeredMethod
 from moepeft.inference.engine.weights import Weights
 from moepeft.inference.sampling import Sampling
 
@@ -36,7 +35,7 @@ class Programs:
 
   def __init__(self, weights: Weights, slots: int):
     self.weights = weights
-    self.methods: dict[Key, tuple[Method, int]] = {}
+    self.methods: dict[Key, tuple[LayeredMethod, int]] = {}
     self.cache: Any = ()
     self._slots = slots
     self._planned: dict[Key, tuple[Callable, tuple, tuple]] = {}
@@ -65,7 +64,9 @@ class Programs:
     w = self.weights
     self.plan(key, f, w.params, w.bank, ints(1, w.forms), *args)
 
-  def plan_cache(self, method: Method, places: int, *inputs: Any) -> None:
+  def plan_cache(
+    self, method: LayeredMethod, places: int, *inputs: Any
+  ) -> None:
     """Decides what the cache is, and plans `copy`, a slot's keys and values to
     another, and `clear`, zeros in one.
 
@@ -75,7 +76,7 @@ class Programs:
     Raises:
       ValueError: the cache does not fit into memory.
     """
-    method = Method(
+    method = LayeredMethod(
       method.model,
       method.name,
       method.side,
@@ -87,7 +88,7 @@ class Programs:
     _, row, _ = jax.eval_shape(
       self._layer(method, block), *self._of_layer(method, {}, inputs)
     )
-    layer = cache_lib.shapes(row, self._slots, places)
+    layer = kv_cache.shapes(row, self._slots, places)
     leaves = jax.tree.leaves(layer)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     memory.check_arrays(
@@ -102,12 +103,12 @@ class Programs:
       self.cache = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((length, *a.shape), a.dtype), layer
       )
-    copy = functools.partial(cache_lib.copy, axis=axis)
-    clear = functools.partial(cache_lib.clear, axis=axis)
+    copy = functools.partial(kv_cache.copy, axis=axis)
+    clear = functools.partial(kv_cache.clear, axis=axis)
     self.plan(('copy',), copy, self.cache, ints(), ints(), donate=(0,))
     self.plan(('clear',), clear, self.cache, ints(), donate=(0,))
 
-  def plan_method(self, key: Key, method: Method, *inputs: Any) -> None:
+  def plan_method(self, key: Key, method: LayeredMethod, *inputs: Any) -> None:
     """Plans a method of n rows.
 
     Args:
@@ -200,9 +201,9 @@ def plan_picking(programs: Programs, v: int) -> None:
   """What follows a step for rows that ask for it: see `picking`."""
   raw = jax.ShapeDtypeStruct((1, v), jnp.float32)
   bits = jax.ShapeDtypeStruct((-(-v // 8),), jnp.uint8)
-  how = picking.draw_of(Sampling(), 0, 0, v)
-  programs.plan(('edit',), picking.edit, raw, bits, bits, np.float32(1))
-  programs.plan(('draw',), picking.draw, raw, raw, how)
-  programs.plan(('draw_filtered',), picking.draw_filtered, raw, raw, how)
-  best = functools.partial(picking.best, top=min(TOP, v))
+  how = row_sampler.draw_of(Sampling(), 0, 0, v)
+  programs.plan(('edit',), row_sampler.edit, raw, bits, bits, np.float32(1))
+  programs.plan(('draw',), row_sampler.draw, raw, raw, how)
+  programs.plan(('draw_filtered',), row_sampler.draw_filtered, raw, raw, how)
+  best = functools.partial(row_sampler.best, top=min(TOP, v))
   programs.plan(('best',), best, raw)

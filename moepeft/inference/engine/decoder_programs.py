@@ -9,19 +9,20 @@ import functools
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context, Tree
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.compiled import Programs, ints
-from moepeft.inference.engine.limits import TOP, Settings
-from moepeft.inference.engine.per_layer import Method, Model
+from moepeft.inference.engine.limits import TOP, EngineConfig
+from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
 
 
-def rooms(settings: Settings) -> tuple[int, ...]:
+def rooms(settings: EngineConfig) -> tuple[int, ...]:
   """Lengths of keys and values: the last chunk's padding has places too."""
   return (*settings.rooms[:-1], settings.places + settings.chunks[0])
 
 
-def plan(programs: Programs, model: Model, settings: Settings) -> None:
+def plan(
+  programs: Programs, model: ServedModel, settings: EngineConfig
+) -> None:
   """Plans `fill`, `step` and `score`, as of the functions of these names."""
   sizes = rooms(settings)
   longest = fill(model, 1, sizes[-1])
@@ -41,7 +42,7 @@ def plan(programs: Programs, model: Model, settings: Settings) -> None:
       programs.plan_with(('score', t), f, states, ints(t))
 
 
-def fill(model: Model, t: int, room: int) -> Method:
+def fill(model: ServedModel, t: int, room: int) -> LayeredMethod:
   """Reads t tokens of a prompt, of which `count` are real.
 
   Takes ids int32 [1, t], the place where the first stands, int32 [1], with
@@ -62,10 +63,12 @@ def fill(model: Model, t: int, room: int) -> Method:
   def say(states, told):
     return states[0, 0], {path: a[0] for path, a in told.items()}
 
-  return Method(model, 'states', 'decoder', ask, say, *_cached(1, t, room))
+  return LayeredMethod(
+    model, 'states', 'decoder', ask, say, *_cached(1, t, room)
+  )
 
 
-def step(model: Model, n: int, room: int) -> Method:
+def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
   """Goes on by a token in each of n rows.
 
   Takes the newest tokens and where they stand, int32 [n] each; says
@@ -84,25 +87,29 @@ def step(model: Model, n: int, room: int) -> Method:
 
   def say(logits, told):
     logits = logits[:, 0, 0].astype(jnp.float32)
-    return picking.said(logits, {path: a[:, 0] for path, a in told.items()})
+    return row_sampler.step_output(
+      logits, {path: a[:, 0] for path, a in told.items()}
+    )
 
-  return Method(model, 'extend', 'decoder', ask, say, *_cached(n, 1, room))
+  return LayeredMethod(
+    model, 'extend', 'decoder', ask, say, *_cached(n, 1, room)
+  )
 
 
 def _cached(n: int, t: int, room: int):
   """How a layer's keys and values come to n rows, and go back."""
 
   def cut(cache, rows):
-    return cache_lib.cut(cache, rows, n, room)
+    return kv_cache.cut(cache, rows, n, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put(cache, rows, new, places, t)
+    return kv_cache.put(cache, rows, new, places, t)
 
   return cut, put
 
 
 def score(
-  model: Model,
+  model: ServedModel,
   params: Tree,
   bank: Tree,
   adapters: Array,
@@ -124,4 +131,4 @@ def score(
   logits = model.module.apply(variables, states[None], ctx, method='logits')
   raw = logits[0].astype(jnp.float32)
   top = min(TOP, raw.shape[-1])
-  return picking.score(raw, following), *picking.best(raw, top)
+  return row_sampler.score(raw, following), *row_sampler.best(raw, top)

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.inference.decode import PAD
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.compiled import Programs, ints
-from moepeft.inference.engine.limits import Settings, at_least
-from moepeft.inference.engine.per_layer import Method, Model
+from moepeft.inference.engine.limits import EngineConfig, at_least
+from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
 
 
-def plan(programs: Programs, model: Model, settings: Settings) -> None:
+def plan(
+  programs: Programs, model: ServedModel, settings: EngineConfig
+) -> None:
   """Plans `encode`, `attach` and `step`, as of the functions of these names."""
   for s in settings.inputs:
     room = at_least(settings.rooms, s)
@@ -40,7 +41,7 @@ def _source(length: Array, room: int, stack=None) -> Context:
   return Context(token_mask=mask, stack=stack)
 
 
-def encode(model: Model, s: int, room: int) -> Method:
+def encode(model: ServedModel, s: int, room: int) -> LayeredMethod:
   """Reads inputs, int32 [1, s], `length` of them real, int32 [1]: says states
   [room, d]."""
 
@@ -50,10 +51,10 @@ def encode(model: Model, s: int, room: int) -> Method:
   def say(states, told):
     return jnp.pad(states[0, 0], ((0, room - s), (0, 0)))
 
-  return Method(model, 'encode', 'encoder', ask, say)
+  return LayeredMethod(model, 'encode', 'encoder', ask, say)
 
 
-def attach(model: Model, room: int) -> Method:
+def attach(model: ServedModel, room: int) -> LayeredMethod:
   """Puts keys and values of encoded inputs [1, room, d], of a length int32
   [1], into a slot; says nothing."""
 
@@ -69,15 +70,15 @@ def attach(model: Model, room: int) -> Method:
     return ids, ctx, states[None], _source(length, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put_source(cache, rows[0], new)
+    return kv_cache.put_source(cache, rows[0], new)
 
   # What the decoder says to its first token is left out by the compiler.
-  return Method(
+  return LayeredMethod(
     model, 'decode', 'decoder', ask, lambda *_: (), lambda *_: {}, put
   )
 
 
-def step(model: Model, n: int, room: int) -> Method:
+def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
   """As `decoding.step`.
 
   Takes one more, int32 [n]: tokens of each row's inputs.
@@ -98,12 +99,14 @@ def step(model: Model, n: int, room: int) -> Method:
 
   def say(logits, told):
     logits = logits[:, 0, 0].astype(jnp.float32)
-    return picking.said(logits, {path: a[:, 0] for path, a in told.items()})
+    return row_sampler.step_output(
+      logits, {path: a[:, 0] for path, a in told.items()}
+    )
 
   def cut(cache, rows):
-    return cache_lib.cut(cache, rows, n, room)
+    return kv_cache.cut(cache, rows, n, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put(cache, rows, new, places, 1)
+    return kv_cache.put(cache, rows, new, places, 1)
 
-  return Method(model, 'decode', 'decoder', ask, say, cut, put)
+  return LayeredMethod(model, 'decode', 'decoder', ask, say, cut, put)

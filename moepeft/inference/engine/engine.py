@@ -18,22 +18,22 @@ from moepeft.inference.api import (
   CANCELLED,
   FAILED,
   LENGTH,
+  EngineFull,
+  EngineStats,
   Event,
-  Full,
-  Loaded,
-  Refused,
+  LoadedAdapter,
   Request,
-  Stats,
-  Unknown,
+  RequestRefused,
+  UnknownAdapter,
 )
 from moepeft.inference.engine.limits import (
-  Settings,
-  check,
+  EngineConfig,
   check_length,
+  check_request,
   places_of,
 )
-from moepeft.inference.engine.model_runner import Core
-from moepeft.inference.engine.scheduler import Batcher
+from moepeft.inference.engine.model_runner import ModelRunner
+from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.sequence import Running
 
 T = TypeVar('T')
@@ -72,7 +72,7 @@ class Engine:
     model: Any,
     params: Tree,
     banks: Banks,
-    settings: Settings,
+    settings: EngineConfig,
   ):
     """
     Args:
@@ -91,8 +91,8 @@ class Engine:
     self._leaving: set[str] = set()
     self._closed, self._stopped = 'the engine has not started', False
     self._thread: threading.Thread | None = None
-    self._core: Core | None = None
-    self._batcher: Batcher | None = None
+    self._core: ModelRunner | None = None
+    self._batcher: Scheduler | None = None
 
   @property
   def ready(self) -> bool:
@@ -114,20 +114,20 @@ class Engine:
     begun.result()
 
   def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
-    check(request, self._model, self._settings)
+    check_request(request, self._model, self._settings)
     with self._changed:
       if self._closed or self._batcher.broken:
-        raise Refused(self._closed or self._batcher.broken)
+        raise RequestRefused(self._closed or self._batcher.broken)
       before = 0
       if request.adapter:
         before = self._check_adapter(request.adapter).before
       check_length(request, self._model, self._settings, before)
       if request.id in self._underway:
-        raise Refused(f'a request {request.id!r} is under way already')
+        raise RequestRefused(f'a request {request.id!r} is under way already')
       waiting = sum(row.held is None for row in self._underway.values())
       # What has come in since the last turn may find slots free.
       if waiting >= self._settings.queue + self._batcher.free:
-        raise Full(
+        raise EngineFull(
           f'{waiting} requests wait already; try again later',
           self._estimate(waiting),
         )
@@ -140,10 +140,10 @@ class Engine:
       if id in self._underway:
         self._underway[id].gone = True
 
-  def adapters(self) -> Sequence[Loaded]:
+  def adapters(self) -> Sequence[LoadedAdapter]:
     return self._banks.loaded()
 
-  def load(self, name: str, path: str) -> Loaded:
+  def load(self, name: str, path: str) -> LoadedAdapter:
     # On the caller's thread: it may take long, and answers go on beside it.
     read = self._banks.read(path)
     return self._call(lambda: self._banks.put(name, read))
@@ -154,12 +154,12 @@ class Engine:
       self._leaving.add(name)
     self._call(lambda: self._unload(name))
 
-  def stats(self) -> Stats:
+  def stats(self) -> EngineStats:
     with self._changed:
       rows = list(self._underway.values())
       loaded = self._banks.loaded()
       counts, waiting = self._batcher, sum(row.held is None for row in rows)
-      return Stats(
+      return EngineStats(
         running=len(rows) - waiting,
         waiting=waiting,
         slots=self._settings.slots,
@@ -185,11 +185,11 @@ class Engine:
     if self._thread is not None:
       self._thread.join()
 
-  def _check_adapter(self, name: str) -> Loaded:
+  def _check_adapter(self, name: str) -> LoadedAdapter:
     found = {one.name: one for one in self._banks.loaded()}
     names = list(found)
     if name not in names or name in self._leaving:
-      raise Unknown(
+      raise UnknownAdapter(
         f'there is no adapter {name!r}; there are '
         f'{", ".join(names) or "none, but the base"}'
       )
@@ -210,7 +210,7 @@ class Engine:
     task = Task(do)
     with self._changed:
       if self._stopped:
-        raise Refused('the engine has been stopped')
+        raise RequestRefused('the engine has been stopped')
       if self._thread is not None:
         self._put(task)
     if self._thread is None:
@@ -245,12 +245,12 @@ class Engine:
     self._end(CANCELLED, 'the server has shut down')
 
   def _begin(self, progress: Progress) -> None:
-    core = Core(self._model, self._params, self._banks, self._settings)
+    core = ModelRunner(self._model, self._params, self._banks, self._settings)
     # The core has them as it needs them.
     self._params = None
     core.compile(progress)
     _check_runs(core)
-    batcher = Batcher(core, self._forget)
+    batcher = Scheduler(core, self._forget)
     with self._changed:
       self._core, self._batcher = core, batcher
       if not self._stopped:
@@ -288,19 +288,19 @@ class Engine:
       self._inbox.clear()
       rows = list(self._underway.values())
     for task in tasks:
-      task.done.set_exception(Refused(message))
+      task.done.set_exception(RequestRefused(message))
     for row in rows:
       self._batcher.end(row, reason, message)
 
 
-def _check_runs(core: Core) -> None:
+def _check_runs(core: ModelRunner) -> None:
   """A real generation, all the way.
 
   Raises:
     RuntimeError: it failed.
   """
   events: list[Event] = []
-  batcher = Batcher(core, lambda row: None)
+  batcher = Scheduler(core, lambda row: None)
   prompt = (0,) * max(1, min(3, core.settings.places - 2))
   batcher.arrive(Running(Request('first', prompt, 2), events.append))
   while batcher.busy:

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar('T')
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
   """A queue of queues; one client's many requests do not hold up another's."""
 
   def __init__(self):

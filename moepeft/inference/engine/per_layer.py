@@ -52,7 +52,7 @@ def _walk(tree, path, scanned, found):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ServedModel:
   """What every method is of.
 
   Attributes:
@@ -67,7 +67,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class LayeredMethod:
   """A method that calls one stack of layers.
 
   Attributes:
@@ -81,7 +81,7 @@ class Method:
       None where nothing is kept.
   """
 
-  model: Model
+  model: ServedModel
   name: str
   side: str
   ask: Callable[..., tuple]

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array
-from moepeft.inference.api import Prompt, Scored
+from moepeft.inference.api import PromptLogprobs, TokenLogprob
 from moepeft.inference.decode import PAD
 from moepeft.inference.engine.limits import at_least
-from moepeft.inference.engine.model_runner import Core
-from moepeft.inference.engine.prefix_cache import Texts
+from moepeft.inference.engine.model_runner import ModelRunner
+from moepeft.inference.engine.prefix_cache import PrefixCache
 from moepeft.inference.engine.sequence import Running, experts_of, top_of
 
 
@@ -43,7 +43,7 @@ class Reader(Protocol):
 class Chunks:
   """Of a decoder."""
 
-  def __init__(self, core: Core, texts: Texts):
+  def __init__(self, core: ModelRunner, texts: PrefixCache):
     self._core, self._texts = core, texts
 
   def begin(self, row: Running) -> None:
@@ -102,7 +102,7 @@ class Chunks:
     """Whether all is read; then what was asked of the prompt is said."""
     row.read = len(row.slot.ids) == len(row.ids) - 1
     if row.read and row.request.prompt_logprobs is not None:
-      row.say(Prompt((Scored(row.request.ids[0]), *row.scored)))
+      row.say(PromptLogprobs((TokenLogprob(row.request.ids[0]), *row.scored)))
 
   def _score(
     self, row: Running, states: Array, told, first: int, end: int
@@ -125,7 +125,7 @@ class Chunks:
       if first + i <= front:
         continue
       row.scored.append(
-        Scored(
+        TokenLogprob(
           token,
           float(logprobs[i]),
           top_of(ids[i], best[i], row.request.prompt_logprobs),
@@ -140,7 +140,7 @@ class Inputs:
   What was encoded is kept, by the adapter's hash and the inputs.
   """
 
-  def __init__(self, core: Core, texts: Texts):
+  def __init__(self, core: ModelRunner, texts: PrefixCache):
     self._core, self._texts = core, texts
     # The one used longest ago first.
     self._kept: collections.OrderedDict[tuple, Array] = (

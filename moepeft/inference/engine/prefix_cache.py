@@ -41,7 +41,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class SlotAssignment:
   """Where a request goes.
 
   Attributes:
@@ -53,7 +53,7 @@ class Place:
   source: Slot | None = None
 
 
-class Texts:
+class PrefixCache:
   """All slots."""
 
   def __init__(self, slots: int):
@@ -64,7 +64,7 @@ class Texts:
     """How many slots no request has."""
     return sum(not slot.busy for slot in self.slots)
 
-  def take(self, ids: Sequence[int], sha256: str) -> Place:
+  def take(self, ids: Sequence[int], sha256: str) -> SlotAssignment:
     """Gives a free slot: one with the longest common beginning, or the one
     used longest ago, into which that beginning is copied where the slot that
     has it is busy or has more to lose than there is to gain.
@@ -101,4 +101,4 @@ class Texts:
     self._clock += 1
     slot.ids, slot.sha256 = list(ids), sha256
     slot.busy, slot.used = True, self._clock
-    return Place(slot, source)
+    return SlotAssignment(slot, source)

@@ -17,7 +17,7 @@ from moepeft.inference.sampling import Sampling
 
 
 @struct.dataclass
-class Draw:
+class DrawParams:
   """How a row draws; neutral numbers for what it leaves out.
 
   Attributes:
@@ -35,14 +35,14 @@ class Draw:
   count: Array
 
 
-def draw_of(s: Sampling, seed: int, count: int, v: int) -> Draw:
+def draw_of(s: Sampling, seed: int, count: int, v: int) -> DrawParams:
   """
   Args:
     s: numbers.
     v: of the vocabulary.
   """
   low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-  return Draw(
+  return DrawParams(
     np.float32(s.temperature or 0),
     np.int32(min(s.top_k or v, v)),
     np.float32(1 if s.top_p is None else s.top_p),
@@ -69,7 +69,7 @@ def edit(raw: Array, allowed: Array, seen: Array, penalty: Array) -> Array:
   return jnp.where(allowed, sampling.penalise(raw, seen, penalty), -jnp.inf)
 
 
-def draw(raw: Array, edited: Array, how: Draw) -> tuple[Array, Array]:
+def draw(raw: Array, edited: Array, how: DrawParams) -> tuple[Array, Array]:
   """A token [1] and its log-probability [1], where there is no top-k or top-p
   and so nothing to sort.
 
@@ -80,7 +80,9 @@ def draw(raw: Array, edited: Array, how: Draw) -> tuple[Array, Array]:
   return _drawn(raw, edited, s, how)
 
 
-def draw_filtered(raw: Array, edited: Array, how: Draw) -> tuple[Array, Array]:
+def draw_filtered(
+  raw: Array, edited: Array, how: DrawParams
+) -> tuple[Array, Array]:
   """As `draw`, with everything."""
   s = Sampling(how.temperature, how.top_k, how.top_p, how.min_p)
   return _drawn(raw, edited, s, how)
@@ -106,7 +108,7 @@ def score(raw: Array, tokens: Array) -> Array:
 
 
 @struct.dataclass
-class Said:
+class StepOutput:
   """What a step says of its n rows.
 
   Attributes:
@@ -124,12 +126,12 @@ class Said:
   experts: dict[str, Array]
 
 
-def said(logits: Array, experts: dict[str, Array]) -> Said:
+def step_output(logits: Array, experts: dict[str, Array]) -> StepOutput:
   """Of logits float32 [n, v]."""
   tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
   rows = tuple(logits[i : i + 1] for i in range(len(logits)))
-  return Said(tokens, score(logits, tokens), finite, rows, experts)
+  return StepOutput(tokens, score(logits, tokens), finite, rows, experts)
 
 
 def _unpack(bits: Array, v: int) -> Array:

@@ -14,17 +14,17 @@ from moepeft.inference.api import (
   LENGTH,
   STOP,
   TIME,
+  EngineFull,
   Finished,
-  Full,
-  Refused,
-  Scored,
+  RequestRefused,
   Token,
+  TokenLogprob,
 )
-from moepeft.inference.engine.fair_queue import Turns
+from moepeft.inference.engine.fair_queue import FairQueue
 from moepeft.inference.engine.limits import check_length
-from moepeft.inference.engine.model_runner import Core
+from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefill import Chunks, Inputs, Reader
-from moepeft.inference.engine.prefix_cache import Texts
+from moepeft.inference.engine.prefix_cache import PrefixCache
 from moepeft.inference.engine.sequence import Running
 from moepeft.inference.engine.step import step
 
@@ -32,7 +32,7 @@ from moepeft.inference.engine.step import step
 _BROKEN = 4
 
 
-class Batcher:
+class Scheduler:
   """Requests that wait, and those that have slots.
 
   Attributes:
@@ -42,18 +42,18 @@ class Batcher:
     broken: why nothing can be computed any more; ''.
   """
 
-  def __init__(self, core: Core, ended: Callable[[Running], None]):
+  def __init__(self, core: ModelRunner, ended: Callable[[Running], None]):
     """
     Args:
       ended: called with each request after its last event.
     """
     self._core, self._ended = core, ended
-    self._texts = Texts(core.settings.slots)
+    self._texts = PrefixCache(core.settings.slots)
     decoder_only = hasattr(core.model, 'extend')
     self._reader: Reader = (Chunks if decoder_only else Inputs)(
       core, self._texts
     )
-    self._turns: Turns[Running] = Turns()
+    self._turns: FairQueue[Running] = FairQueue()
     self._rows: list[Running] = []
     self._failures = 0
     self.finished: collections.Counter[str] = collections.Counter()
@@ -131,7 +131,7 @@ class Batcher:
         # Another adapter may have come under its name since it was submitted.
         front = len(row.held.before)
         check_length(row.request, self._core.model, self._core.settings, front)
-      except Full:
+      except EngineFull:
         # Another's end makes room; who needs no such room does not wait.
         full.append(row)
         continue
@@ -170,7 +170,7 @@ class Batcher:
       else:
         self._of_row(row, lambda row, one=one: self._add(row, one))
 
-  def _add(self, row: Running, scored: Scored) -> None:
+  def _add(self, row: Running, scored: TokenLogprob) -> None:
     """A token of the answer, and whether it was the last."""
     self._reader.stepped(row)
     row.add(scored.id)
@@ -223,6 +223,8 @@ class Batcher:
 def _sentence(error: Exception) -> str:
   """For the one who asked: ours as they are, of others the first line."""
   text = (str(error).splitlines() or [''])[0][:300]
-  if type(error) in (ValueError, ArithmeticError) or isinstance(error, Refused):
+  if type(error) in (ValueError, ArithmeticError) or isinstance(
+    error, RequestRefused
+  ):
     return text
   return f'{type(error).__name__}: {text}'

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moepeft.inference.adapters.protocol import Held
-from moepeft.inference.api import Event, Request, Scored
+from moepeft.inference.api import Event, Request, TokenLogprob
 from moepeft.inference.engine.prefix_cache import Slot
 
 
@@ -41,7 +41,7 @@ class Running:
   answer: list[int] = dataclasses.field(default_factory=list)
   read: bool = False
   cached: int = 0
-  scored: list[Scored] = dataclasses.field(default_factory=list)
+  scored: list[TokenLogprob] = dataclasses.field(default_factory=list)
   seen: np.ndarray | None = None
   gone: bool = False
   began: float = 0.0

@@ -8,17 +8,17 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array
-from moepeft.inference.api import Scored
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.api import TokenLogprob
+from moepeft.inference.engine import row_sampler
 from moepeft.inference.engine.limits import at_least
-from moepeft.inference.engine.model_runner import Core
+from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefill import Reader
 from moepeft.inference.engine.sequence import Running, experts_of, top_of
 
 
 def step(
-  core: Core, reader: Reader, rows: Sequence[Running]
-) -> list[Scored | Exception]:
+  core: ModelRunner, reader: Reader, rows: Sequence[Running]
+) -> list[TokenLogprob | Exception]:
   """The next token of each row, or what went wrong with that row alone."""
   n = at_least(core.settings.batches, len(rows))
   # A place that no row has computes the first once more.
@@ -59,7 +59,7 @@ class _Found:
   all: tuple
 
 
-def _ask(core: Core, row: Running, raw: Array) -> tuple | Exception:
+def _ask(core: ModelRunner, row: Running, raw: Array) -> tuple | Exception:
   """What a row asks for beyond the most probable token: (a token and its log-
   probability, or (); alternatives, or ())."""
   request = row.request
@@ -70,7 +70,7 @@ def _ask(core: Core, row: Running, raw: Array) -> tuple | Exception:
   drawn = best = ()
   if edited is not raw or request.sampling.temperature:
     s, v = request.sampling, core.model.config.vocab
-    how = picking.draw_of(s, request.seed, len(row.answer), v)
+    how = row_sampler.draw_of(s, request.seed, len(row.answer), v)
     sorts = s.top_k is not None or s.top_p is not None
     name = 'draw_filtered' if sorts else 'draw'
     drawn = core.programs[(name,)](raw, edited, how)
@@ -79,7 +79,7 @@ def _ask(core: Core, row: Running, raw: Array) -> tuple | Exception:
   return drawn, best
 
 
-def _edited(core: Core, row: Running, raw: Array) -> Array:
+def _edited(core: ModelRunner, row: Running, raw: Array) -> Array:
   """Logits that the row chooses from."""
   constraint, v = row.request.constraint, raw.shape[1]
   if constraint is None and row.seen is None:
@@ -94,11 +94,11 @@ def _edited(core: Core, row: Running, raw: Array) -> Array:
   if row.seen is not None:
     seen = row.seen
   penalty = np.float32(row.request.sampling.repetition_penalty or 1)
-  args = picking.pack(allowed), picking.pack(seen), penalty
+  args = row_sampler.pack(allowed), row_sampler.pack(seen), penalty
   return core.programs[('edit',)](raw, *args)
 
 
-def _scored(found: _Found, i: int, row: Running) -> Scored | Exception:
+def _scored(found: _Found, i: int, row: Running) -> TokenLogprob | Exception:
   tokens, logprobs, finite, experts = found.all
   if not finite[i]:
     return ArithmeticError(
@@ -107,7 +107,7 @@ def _scored(found: _Found, i: int, row: Running) -> Scored | Exception:
   drawn, best = found.own[i]
   token, logprob = drawn if drawn else (tokens[i : i + 1], logprobs[i : i + 1])
   wanted = row.request.logprobs is not None
-  return Scored(
+  return TokenLogprob(
     int(token[0]),
     float(logprob[0]) if wanted else None,
     top_of(best[0][0], best[1][0], row.request.logprobs) if best else (),

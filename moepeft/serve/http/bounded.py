@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moepeft.inference.api import Full
+from moepeft.inference.api import EngineFull
 
 Result = TypeVar('Result')
 
@@ -30,7 +30,9 @@ class BoundedThread:
     """
     with self._lock:
       if self._count > queue:
-        raise Full(f'{queue:,} requests wait already; try again later', 2.0)
+        raise EngineFull(
+          f'{queue:,} requests wait already; try again later', 2.0
+        )
       self._count += 1
     future = self._executor.submit(call, *args)
     # Also of a call that is canceled; one that runs counts until it returns.

@@ -13,11 +13,15 @@ from moepeft.inference.api import (
   TIME,
   Event,
   Finished,
-  Prompt,
-  Scored,
+  PromptLogprobs,
   Token,
+  TokenLogprob,
 )
-from moepeft.inference.detokenizer import Detokenizer, Markers, Stops
+from moepeft.inference.detokenizer import (
+  Detokenizer,
+  SpecialTokenMarkers,
+  StopStrings,
+)
 from moepeft.serve.http.errors import Problem, broken, later, wrong
 from moepeft.serve.http.event_bridge import Underway
 from moepeft.serve.http.request_stats import Tally
@@ -40,7 +44,7 @@ class Entry:
     end: whether it ends the answer and is no text.
   """
 
-  scored: Scored
+  scored: TokenLogprob
   offset: int
   end: bool = False
 
@@ -58,7 +62,7 @@ class Delta:
 
   text: str = ''
   entries: tuple[Entry, ...] = ()
-  prompt: tuple[Scored, ...] = ()
+  prompt: tuple[TokenLogprob, ...] = ()
   reason: str = ''
 
   def __add__(self, other: 'Delta') -> 'Delta':
@@ -92,8 +96,8 @@ class Answer:
         the joint.
     """
     self._detokenizer = Detokenizer(words.decode)
-    self._markers = Markers(words.hidden, stops)
-    self._stops = Stops(self._markers.stops)
+    self._markers = SpecialTokenMarkers(words.hidden, stops)
+    self._stops = StopStrings(self._markers.stops)
     self._detokenizer.feed(before)
     self._ends = frozenset(ends)
     self._held: list[Entry] = []
@@ -101,7 +105,7 @@ class Answer:
     self._read = self._said = 0
     self.tokens, self.stopped = 0, False
 
-  def feed(self, token: Scored) -> Delta:
+  def feed(self, token: TokenLogprob) -> Delta:
     if self.stopped:
       return Delta()
     self.tokens += 1
@@ -160,7 +164,7 @@ async def deltas(
 
 
 def _delta(answer: Answer, event: Event, tally: Tally, trouble: str) -> Delta:
-  if isinstance(event, Prompt):
+  if isinstance(event, PromptLogprobs):
     return Delta(prompt=event.tokens)
   if isinstance(event, Token):
     # What comes after a stop string is nobody's.

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.inference.api import Scored
+from moepeft.inference.api import TokenLogprob
 from moepeft.serve.http.completion_stream import Entry
 from moepeft.serve.http.text import Words
 
@@ -56,7 +56,9 @@ def legacy(words: Words, entries: Sequence[Entry], top: int) -> dict[str, list]:
   }
 
 
-def _top(words: Words, scored: Scored, top: int) -> dict[str, float] | None:
+def _top(
+  words: Words, scored: TokenLogprob, top: int
+) -> dict[str, float] | None:
   """{token: log-probability}: the best ones, and the token that was chosen.
 
   None of a text's first token, which comes after nothing.
@@ -86,7 +88,7 @@ def routing(words: Words, entries: Sequence[Entry]) -> list[dict[str, Any]]:
   ]
 
 
-def _experts(scored: Scored) -> dict[str, list[float]] | None:
+def _experts(scored: TokenLogprob) -> dict[str, list[float]] | None:
   if scored.experts is None:
     return None
   return {

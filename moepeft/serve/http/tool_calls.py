@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.data.chat.formats import Conversation
-from moepeft.inference.api import Constraint, Full
+from moepeft.inference.api import Constraint, EngineFull
 from moepeft.inference.tools import parser as calls
 from moepeft.inference.tools import tools
 from moepeft.serve.http.errors import refused, wrong
@@ -111,7 +111,7 @@ class Plan:
       return Watched(
         self.compiler.tools(self.tools, self.choice, self.parallel, self.style)
       )
-    except Full as e:
+    except EngineFull as e:
       raise refused(e, 'tools') from None
     except ValueError as e:
       raise wrong(str(e), 'tools') from None

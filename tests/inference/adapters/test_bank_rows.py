@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import METHODS
 
@@ -37,7 +37,7 @@ def serve(config, tmp_path, names, slots=4):
     for seed, name in enumerate(names)
   }
   paths = {name: path for name, (path, _, _) in made.items()}
-  return base, Banks(base, paths, slots=slots), made
+  return base, AdapterPool(base, paths, slots=slots), made
 
 
 def assert_close(found, wanted):
@@ -111,7 +111,7 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
   some processors a sum then has another order.
   """
   base = banked.base_of(small_decoders.CONFIGS['llama'])
-  banks = Banks(base, texts=[method], slots=2)
+  banks = AdapterPool(base, texts=[method], slots=2)
   assert set(banks.tree) == {method.partition('(')[0]}
   batch = banked.batch_of(base)
   rows = jax.tree.map(lambda a: np.stack([a, a]), batch)

@@ -12,9 +12,9 @@ from moepeft.checkpoints import adapter
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.core.types import State
-from moepeft.inference.adapters.bank import Banks
-from moepeft.inference.adapters.load import read
-from moepeft.models import weight_mapping as names
+from moepeft.inference.adapters.load import read_adapter
+from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import DecoderConfig
 
 from .. import banked
@@ -47,8 +47,8 @@ def run(workdir, base, method, trainable=None):
 
 
 def assert_reads(path, base, tree):
-  found = read(str(path), base)
-  flat = names.flatten(tree)
+  found = read_adapter(str(path), base)
+  flat = weight_mapping.flatten(tree)
   assert found.arrays.keys() == flat.keys()
   for name, array in flat.items():
     np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
@@ -69,13 +69,13 @@ def test_an_adapter_of_hugging_faces_peft_is_read(base, tmp_path):
   peft.save(str(tmp_path / 'peft'), CONFIG, adapter.Adapter(built.method, tree))
   found = assert_reads(tmp_path / 'peft', base, tree)
   # Its sites are named in the file, ours are the default: one form.
-  own = read(banked.save(tmp_path / 'own', base, METHOD)[0], base)
+  own = read_adapter(banked.save(tmp_path / 'own', base, METHOD)[0], base)
   assert found.form.parts[0].kind == own.form.parts[0].kind
 
 
 def test_semantics_come_with_the_adapter(base, tmp_path):
-  official = read(banked.save(tmp_path / 'a', base, METHOD)[0], base)
-  paper = read(
+  official = read_adapter(banked.save(tmp_path / 'a', base, METHOD)[0], base)
+  paper = read_adapter(
     banked.save(tmp_path / 'b', base, METHOD, semantics='paper')[0], base
   )
   # The released code leaves wi_1 alone.
@@ -89,16 +89,16 @@ def test_another_base_is_refused(base, tmp_path):
   other = dataclasses.replace(base, sha256='1' * 64)
   for place in (path, str(tmp_path / 'run')):
     with pytest.raises(ValueError, match='another base than'):
-      read(place, other)
+      read_adapter(place, other)
   fewer = dataclasses.replace(base, quantise='nf4')
   with pytest.raises(ValueError, match="'full', this one is kept in 'nf4'"):
-    read(path, fewer)
+    read_adapter(path, fewer)
 
 
 def test_a_run_of_the_whole_model_is_refused_with_what_to_do(base, tmp_path):
   run(tmp_path / 'run', base, 'full', trainable=base.params)
   with pytest.raises(ValueError, match='moepeft.convert --workdir'):
-    read(str(tmp_path / 'run'), base)
+    read_adapter(str(tmp_path / 'run'), base)
 
 
 def test_what_is_damaged_or_not_there_is_an_error(base, tmp_path):
@@ -108,18 +108,18 @@ def test_what_is_damaged_or_not_there_is_an_error(base, tmp_path):
   data[-3] ^= 1
   file.write_bytes(data)
   with pytest.raises(ValueError, match='damaged'):
-    read(path, base)
+    read_adapter(path, base)
   with pytest.raises(ValueError, match='none of the known forms'):
     (tmp_path / 'empty').mkdir()
-    read(str(tmp_path / 'empty'), base)
+    read_adapter(str(tmp_path / 'empty'), base)
   with pytest.raises(ValueError, match='no checkpoint'):
     (tmp_path / 'begun' / 'checkpoints').mkdir(parents=True)
-    read(str(tmp_path / 'begun'), base)
+    read_adapter(str(tmp_path / 'begun'), base)
 
 
 def test_a_broken_adapter_leaves_what_was_loaded(base, tmp_path):
   good, _, tree = banked.save(tmp_path / 'good', base, METHOD)
-  banks = Banks(base, {'it': good}, slots=3)
+  banks = AdapterPool(base, {'it': good}, slots=3)
   before = banks.loaded()
   tree['decoder']['layers']['self']['q']['lora']['b'][1, 0, 0] = np.nan
   _, found = adapter.load(good)

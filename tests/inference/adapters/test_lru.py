@@ -3,17 +3,17 @@
 
 import pytest
 
-from moepeft.inference.adapters.lru import Slots
-from moepeft.inference.api import Full
+from moepeft.inference.adapters.lru import LruSlots
+from moepeft.inference.api import EngineFull
 
 
 def test_slot_zero_is_nobodys():
-  slots = Slots(4)
+  slots = LruSlots(4)
   assert sorted(slots.take(name) for name in 'abc') == [1, 2, 3]
 
 
 def test_the_one_used_longest_ago_makes_room():
-  slots = Slots(3)
+  slots = LruSlots(3)
   first, second = slots.take('a'), slots.take('b')
   slots.hold('a')
   slots.release('a')
@@ -23,7 +23,7 @@ def test_the_one_used_longest_ago_makes_room():
 
 
 def test_one_that_is_used_stays():
-  slots = Slots(3)
+  slots = LruSlots(3)
   slots.take('a')
   slots.hold('a')
   slots.hold('a')
@@ -35,11 +35,11 @@ def test_one_that_is_used_stays():
 
 
 def test_full_says_when_to_come_back_and_changes_nothing():
-  slots = Slots(2)
+  slots = LruSlots(2)
   slots.take('a')
   slots.hold('a')
   assert not slots.room()
-  with pytest.raises(Full, match='try again') as caught:
+  with pytest.raises(EngineFull, match='try again') as caught:
     slots.take('b')
   assert caught.value.seconds == 1
   assert 'a' in slots and 'b' not in slots
@@ -49,7 +49,7 @@ def test_full_says_when_to_come_back_and_changes_nothing():
 
 
 def test_a_slot_is_not_given_back_twice_nor_under_a_user():
-  slots = Slots(3)
+  slots = LruSlots(3)
   slots.take('a')
   slots.hold('a')
   with pytest.raises(ValueError, match='still use'):

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import quantize as quantised
-from moepeft.inference.adapters.bank import Banks
-from moepeft.models import weight_mapping as names
+from moepeft.checkpoints import quantize
+from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import DecoderConfig
 
 from .. import banked
@@ -25,8 +25,8 @@ def base():
 
 
 def fitted(base, path):
-  banks = Banks(base, {'it': path}, slots=2)
-  return names.flatten(banks.read(path).tree)
+  banks = AdapterPool(base, {'it': path}, slots=2)
+  return weight_mapping.flatten(banks.read(path).tree)
 
 
 def test_ranks_are_padded_with_zeros_and_the_scale_is_in_b(base, tmp_path):
@@ -63,8 +63,8 @@ def test_a_mixture_of_vectors_is_on_where_it_acts(base, tmp_path):
 @pytest.mark.parametrize('kind', ['int8', 'nf4'])
 def test_doras_ratio_is_of_the_weight_that_is_served(base, tmp_path, kind):
   """The same of a quantised base and of one that holds its values."""
-  packed = quantised.pack(base.params, CONFIG, kind)
-  values = quantised.unpack(packed, CONFIG)
+  packed = quantize.pack(base.params, CONFIG, kind)
+  values = quantize.unpack(packed, CONFIG)
   ratios = []
   for params, kept in ((packed, kind), (values, '')):
     one = dataclasses.replace(base, params=params, quantise=kept)
@@ -81,4 +81,4 @@ def test_doras_ratio_is_of_the_weight_that_is_served(base, tmp_path, kind):
 def test_dora_at_the_head_is_refused(base, tmp_path):
   path, _, _ = banked.save(tmp_path / 'a', base, "dora(sites='head')")
   with pytest.raises(ValueError, match='dora at head cannot be served'):
-    Banks(base, {'it': path})
+    AdapterPool(base, {'it': path})

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import adapter
-from moepeft.inference.adapters import stacking as stacked
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters import stacking
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.stacking import row_tree
-from moepeft.inference.api import Full, Unknown
+from moepeft.inference.api import EngineFull, UnknownAdapter
 from moepeft.models.decoder.model import DecoderConfig
 
 from .. import banked
@@ -46,7 +46,7 @@ def paths(base, tmp_path_factory):
 @pytest.fixture
 def banks(base, paths):
   """Room for two LoRA and two (IA)^3."""
-  return Banks(base, {'a': paths['a']}, ['ia3'], slots=3)
+  return AdapterPool(base, {'a': paths['a']}, ['ia3'], slots=3)
 
 
 def query(banks, held):
@@ -110,7 +110,7 @@ def test_a_replaced_adapter_serves_its_requests_to_their_end(banks, paths):
   np.testing.assert_allclose(query(banks, now), wanted(paths, 'b'), 1e-6)
   # Both slots are in use: a third has to wait for the end of one.
   banks.load('c', paths['c'])
-  with pytest.raises(Full) as caught:
+  with pytest.raises(EngineFull) as caught:
     banks.hold('c')
   assert caught.value.seconds == 1
   banks.release(before)
@@ -135,9 +135,9 @@ def test_a_replaced_adapter_that_nobody_uses_is_forgotten(banks, paths):
 def test_an_unloaded_adapter_is_unknown_at_once_and_ends_in_order(banks, paths):
   held = banks.hold('a')
   banks.unload('a')
-  with pytest.raises(Unknown, match="no adapter 'a'; there are none"):
+  with pytest.raises(UnknownAdapter, match="no adapter 'a'; there are none"):
     banks.hold('a')
-  with pytest.raises(Unknown):
+  with pytest.raises(UnknownAdapter):
     banks.unload('a')
   banks.load('b', paths['b'])
   banks.hold('b')
@@ -171,7 +171,7 @@ def test_a_slot_that_could_not_be_written_serves_nobody(
     raise RuntimeError('out of memory')
 
   with monkeypatch.context() as patch:
-    patch.setattr(stacked, 'written', fails)
+    patch.setattr(stacking, 'write_slot', fails)
     with pytest.raises(RuntimeError):
       banks.hold('a')
     with pytest.raises(RuntimeError):
@@ -199,29 +199,29 @@ def test_loading_compiles_nothing(banks, paths):
     return row_tree(tree, slots)
 
   step(banks.tree, banks.row('a'))
-  writes = stacked.written._cache_size()
+  writes = stacking.write_slot._cache_size()
   for name in ('b', 'c', 'd', 'ia3'):
     banks.load(name, paths[name])
     step(banks.tree, banks.row(name))
   assert step._cache_size() == 1
-  assert stacked.written._cache_size() == writes
+  assert stacking.write_slot._cache_size() == writes
 
 
 def test_a_budget_lowers_the_slots_and_is_never_exceeded(base, paths):
   # Three and a half slots are three.
-  banks = Banks(base, {'a': paths['a']}, slots=9, budget=LORA * 7 // 2)
+  banks = AdapterPool(base, {'a': paths['a']}, slots=9, budget=LORA * 7 // 2)
   assert banks.bytes == 3 * LORA
   assert jax.tree.leaves(banks.tree)[0].shape[0] == 3
   real = sum(leaf.nbytes for leaf in jax.tree.leaves(banks.tree))
   assert real == banks.bytes
   with pytest.raises(ValueError, match=rf'needs two slots.*{2 * LORA:,} bytes'):
-    Banks(base, {'a': paths['a']}, budget=2 * LORA - 1)
+    AdapterPool(base, {'a': paths['a']}, budget=2 * LORA - 1)
 
 
 def test_a_form_that_is_not_there_is_an_error_that_names_the_flag(
   base, paths, tmp_path
 ):
-  banks = Banks(base, {'a': paths['a']}, slots=2)
+  banks = AdapterPool(base, {'a': paths['a']}, slots=2)
   large, _, _ = banked.save(tmp_path / 'large', base, 'lora(rank=5)')
   for path in (paths['ia3'], large):
     with pytest.raises(ValueError, match=r'\(lora\(rank=4\)\).*--form='):
@@ -239,10 +239,10 @@ def test_a_form_that_is_not_there_is_an_error_that_names_the_flag(
 
 
 def test_without_forms_there_is_the_base_alone(base):
-  banks = Banks(base)
+  banks = AdapterPool(base)
   assert banks.tree == {} and banks.bytes == 0
   assert banks.hold('').row.shape == (0,)
-  with pytest.raises(Unknown):
+  with pytest.raises(UnknownAdapter):
     banks.hold('a')
 
 
@@ -263,7 +263,7 @@ def test_threads_take_turns(banks, paths):
     for name in rng.choice(list('abcd'), 7):
       try:
         held = banks.hold(name)
-      except Full:
+      except EngineFull:
         continue
       if not np.allclose(query(banks, held), right[name], rtol=1e-6):
         wrong.append(name)

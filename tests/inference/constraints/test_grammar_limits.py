@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.inference.api import Full
+from moepeft.inference.api import EngineFull
 from moepeft.inference.constraints.grammar import Compiler, Limits
 from moepeft.inference.constraints.grammar_worker import ProcessLimits
 from tests.serve.fake_engine import FakeEngine, ids_of
@@ -149,7 +149,7 @@ def test_requests_that_wait_are_bounded():
     thread.join()
   # Two wait for the one compilation, three are told to come back.
   assert sorted(map(str, outcomes)) == sorted(
-    map(str, 3 * [Full] + 2 * [ValueError])
+    map(str, 3 * [EngineFull] + 2 * [ValueError])
   )
 
 
@@ -158,7 +158,7 @@ def test_grammars_in_use_are_bounded_and_those_in_the_cache_make_room():
   for text in 'abcdefg':  # answers that are over free their grammars
     assert compiler.regex(text).mask().any()
   held = [compiler.regex(text) for text in 'xyz']
-  with pytest.raises(Full, match='3 constraints are in use'):
+  with pytest.raises(EngineFull, match='3 constraints are in use'):
     compiler.regex('w')
   del held[0]
   gc.collect()

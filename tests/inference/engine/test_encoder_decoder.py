@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.inference.api import LENGTH, Refused, TooLong
+from moepeft.inference.api import LENGTH, PromptTooLong, RequestRefused
 from moepeft.inference.decode import How, advance, start
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models.t5.model import T5
 
@@ -33,7 +33,7 @@ def contents():
 def engine():
   model, _ = small.make(METHOD)
   banks = Stacked(model.advice, contents(), {'one': 'one'})
-  settings = Settings(
+  settings = EngineConfig(
     slots=3,
     places=PLACES,
     least=8,
@@ -136,9 +136,9 @@ def test_experts_are_told(engine):
 
 
 def test_what_does_not_fit_is_refused(engine):
-  with pytest.raises(Refused, match='reads its prompt at once'):
+  with pytest.raises(RequestRefused, match='reads its prompt at once'):
     ask(engine, (3, 4), prompt_logprobs=1)
-  with pytest.raises(TooLong, match=f'{PLACES} places for each'):
+  with pytest.raises(PromptTooLong, match=f'{PLACES} places for each'):
     ask(engine, (3,) * (PLACES + 1), 1)
   # Inputs and answer have places of their own.
   assert ask(engine, (3,) * PLACES, PLACES).end.reason == LENGTH

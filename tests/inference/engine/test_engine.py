@@ -10,7 +10,7 @@ import pytest
 from moepeft.inference.adapters.protocol import NoBanks
 from moepeft.inference.api import LENGTH, STOP
 from moepeft.inference.decode import How, advance, start
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 
@@ -180,7 +180,7 @@ def test_an_answer_ends_with_one_of_its_ends(engine):
 def test_every_family_says_what_its_model_says(name):
   config = small_decoders.CONFIGS[name]
   model, variables = small_decoders.make(config)
-  settings = Settings(
+  settings = EngineConfig(
     slots=3, places=19, chunk=4, least=4, rooms=(19,), batches=(3,)
   )
   own = {'params': variables['params'], 'peft': {}}

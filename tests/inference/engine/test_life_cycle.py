@@ -8,10 +8,16 @@ import jax
 import pytest
 
 from moepeft.inference.adapters.protocol import NoBanks
-from moepeft.inference.api import CANCELLED, FAILED, LENGTH, Refused, Request
+from moepeft.inference.api import (
+  CANCELLED,
+  FAILED,
+  LENGTH,
+  Request,
+  RequestRefused,
+)
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.fair_queue import Turns
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.fair_queue import FairQueue
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import Decoder
 
 from ...contracts import small_decoders
@@ -20,7 +26,7 @@ from ..engines import ask, idle, paused, prompt, running
 CONFIG = dataclasses.replace(
   small_decoders.CONFIGS['llama'], layers=1, length=31
 )
-SETTINGS = Settings(
+SETTINGS = EngineConfig(
   slots=2, places=31, queue=5, chunk=4, least=4, rooms=(31,), batches=(2,)
 )
 
@@ -55,7 +61,7 @@ def failing(engine, monkeypatch, name, times, take=False):
 
 def test_it_starts_with_a_generation_and_ends_with_what_is_under_way():
   engine, told = Engine(*small()), []
-  with pytest.raises(Refused, match='has not started'):
+  with pytest.raises(RequestRefused, match='has not started'):
     engine.submit(Request('early', (3,), 2), lambda event: None)
   assert not engine.ready and engine.stats().compiled == 0
   engine.start(lambda *args: told.append(args))
@@ -77,7 +83,7 @@ def test_it_starts_with_a_generation_and_ends_with_what_is_under_way():
   assert not stop.is_alive()
   assert {answer.end.reason for answer in asked} == {CANCELLED}
   assert not engine.ready and idle(engine)
-  with pytest.raises(Refused, match='shutting down'):
+  with pytest.raises(RequestRefused, match='shutting down'):
     ask(engine, (3,), 1)
   with pytest.raises(ValueError):
     engine.load('late', 'path')
@@ -92,7 +98,7 @@ def test_it_drains():
     assert engine.drain(60) is True
     # Who had been taken was answered; no one else is.
     assert {answer.events[-1].reason for answer in asked} == {LENGTH}
-    with pytest.raises(Refused, match='shutting down'):
+    with pytest.raises(RequestRefused, match='shutting down'):
       ask(engine, (3,), 1)
     assert not engine.ready
 
@@ -135,7 +141,7 @@ def test_an_engine_that_only_fails_says_that_it_is_broken(monkeypatch):
     failing(engine, monkeypatch, 'step', -1)
     for i in range(4):
       assert ask(engine, prompt(i, 3), 9).end.reason == FAILED
-    with pytest.raises(Refused, match='can be computed.*out of memory'):
+    with pytest.raises(RequestRefused, match='can be computed.*out of memory'):
       # The last event comes before the engine has looked back.
       for _ in range(100):
         ask(engine, (3,), 1).wait()
@@ -143,7 +149,7 @@ def test_an_engine_that_only_fails_says_that_it_is_broken(monkeypatch):
 
 
 def test_clients_take_turns_and_keep_their_order():
-  turns = Turns()
+  turns = FairQueue()
   for client, item in (*[('a', i) for i in range(4)], ('b', 10), ('c', 20)):
     turns.put(client, item)
   turns.put('b', 11)
@@ -171,14 +177,14 @@ def test_clients_take_turns_and_keep_their_order():
 )
 def test_sizes_that_cannot_be_are_refused(options, says):
   with pytest.raises(ValueError, match=says):
-    Settings(**options)
+    EngineConfig(**options)
 
 
 def test_sizes_are_made_of_the_largest():
-  s = Settings()
+  s = EngineConfig()
   assert s.batches == (1, 4, 8) and s.rooms == (256, 1024)
   assert s.chunks == (16, 64, 256)
   assert s.inputs == (16, 32, 64, 128, 256, 512, 1024)
-  s = Settings(slots=6, places=100)
+  s = EngineConfig(slots=6, places=100)
   assert s.batches == (1, 4, 6) and s.rooms == (100,)
   assert s.inputs == (16, 32, 64, 100)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.api import LENGTH, Full, Token, Unknown
-from moepeft.inference.engine.prefix_cache import Texts
+from moepeft.inference.api import LENGTH, EngineFull, Token, UnknownAdapter
+from moepeft.inference.engine.prefix_cache import PrefixCache
 
 from ..engines import ask, decoder, expected, paused, prompt
 from .test_engine import CLOSE, check
@@ -74,7 +74,7 @@ def test_a_reloaded_adapter_finds_nothing_of_the_old_one(engine):
   assert same.end.cached == 14 and same.tokens == new.tokens
   assert old.tokens == ask(engine, ids, 4, adapter='one').tokens
   engine.unload('fresh')
-  with pytest.raises(Unknown, match="no adapter 'fresh'"):
+  with pytest.raises(UnknownAdapter, match="no adapter 'fresh'"):
     ask(engine, ids, 4, adapter='fresh')
 
 
@@ -88,14 +88,14 @@ def test_an_adapter_is_unloaded_when_none_waits_for_it(engine):
     with engine._changed:
       assert engine._changed.wait_for(lambda: 'going' in engine._leaving, 60)
     # It has a place in the queue, and no one else gets one.
-    with pytest.raises(Unknown, match="no adapter 'going'"):
+    with pytest.raises(UnknownAdapter, match="no adapter 'going'"):
       ask(engine, (3,), 1, adapter='going')
   unload.join(60)
   assert not unload.is_alive()
   assert waits.end.reason == LENGTH
   assert [answer.end.reason for answer in busy] == [LENGTH] * 3
   assert 'going' not in [one.name for one in engine.adapters()]
-  with pytest.raises(Unknown):
+  with pytest.raises(UnknownAdapter):
     engine.unload('going')
 
 
@@ -134,7 +134,7 @@ def test_experts_are_the_weights_of_the_token_that_was_read(engine):
 
 
 def test_a_slot_is_taken_over_where_little_is_lost():
-  texts = Texts(2)
+  texts = PrefixCache(2)
   first = texts.take((), 'a').slot
   first.ids = [*range(40)]
   texts.leave(first)
@@ -145,7 +145,7 @@ def test_a_slot_is_taken_over_where_little_is_lost():
 
 
 def test_a_long_text_is_copied_from_rather_than_lost():
-  texts = Texts(3)
+  texts = PrefixCache(3)
   first = texts.take((), 'a').slot
   first.ids = [*range(40)]
   texts.leave(first)
@@ -159,7 +159,7 @@ def test_a_long_text_is_copied_from_rather_than_lost():
 
 
 def test_a_text_of_another_adapter_is_none():
-  texts = Texts(1)
+  texts = PrefixCache(1)
   slot = texts.take((), 'a').slot
   slot.ids = [1, 2, 3]
   texts.leave(slot)
@@ -170,7 +170,7 @@ def test_a_text_of_another_adapter_is_none():
 
 
 def test_no_slot_is_given_twice():
-  texts = Texts(1)
+  texts = PrefixCache(1)
   texts.take((), '')
   assert texts.free() == 0
   with pytest.raises(ValueError, match='no slot is free'):
@@ -183,7 +183,7 @@ def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
 
   def full(name):
     if name == 'one' and not room.is_set():
-      raise Full('requests use every slot of its form', 1.0)
+      raise EngineFull('requests use every slot of its form', 1.0)
     return hold(name)
 
   monkeypatch.setattr(banks, 'hold', full)

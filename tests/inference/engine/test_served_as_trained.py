@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.bank import Banks
 from moepeft.inference.adapters.buckets import _REFUSED
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import METHODS
@@ -61,9 +61,9 @@ def served(request, tmp_path_factory):
     for seed, name in enumerate(names)
   }
   paths = {name: path for name, (path, _, _) in made.items()}
-  banks = Banks(base, paths, slots=len(names) + 1)
+  banks = AdapterPool(base, paths, slots=len(names) + 1)
   slots = len(names) + 1
-  settings = Settings(
+  settings = EngineConfig(
     slots=slots,
     places=PLACES,
     chunk=PLACES,

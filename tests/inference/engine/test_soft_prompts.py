@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.bank import Banks
-from moepeft.inference.api import LENGTH, TooLong
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.adapters.pool import AdapterPool
+from moepeft.inference.api import LENGTH, PromptTooLong
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft.methods.prompt_tuning import before
@@ -39,7 +39,7 @@ METHODS = {
 class Served:
   engine: object
   base: object
-  banks: Banks
+  banks: AdapterPool
   made: dict
 
   def model(self, name):
@@ -58,8 +58,8 @@ def served(config, folder, **sizes):
     for seed, (name, method) in enumerate(METHODS.items())
   }
   paths = {name: path for name, (path, _, _) in made.items()}
-  banks = Banks(base, paths, slots=4)
-  settings = Settings(slots=5, places=PLACES, rooms=(PLACES,), **sizes)
+  banks = AdapterPool(base, paths, slots=4)
+  settings = EngineConfig(slots=5, places=PLACES, rooms=(PLACES,), **sizes)
   model = banked.model_of(base, Advice())
   return running(model, base.params, banks, settings), base, banks, made
 
@@ -194,12 +194,14 @@ def test_a_prompt_takes_places(llama, encoder):
   # 31 places: 20 asked, 6 answered, 5 of the prompt.
   answer = ask(llama.engine, prompt(1, 20), 6, adapter='longer', logprobs=1)
   check(llama, 'longer', prompt(1, 20), answer)
-  with pytest.raises(TooLong, match='21 tokens, 5 of the adapter before it'):
+  with pytest.raises(
+    PromptTooLong, match='21 tokens, 5 of the adapter before it'
+  ):
     ask(llama.engine, prompt(1, 21), 6, adapter='longer')
   ask(llama.engine, prompt(1, 21), 6, adapter='lora').wait()
   answer = ask(encoder.engine, prompt(1, 26), 3, adapter='longer', logprobs=1)
   check(encoder, 'longer', prompt(1, 26), answer)
-  with pytest.raises(TooLong, match='5 of the adapter before it'):
+  with pytest.raises(PromptTooLong, match='5 of the adapter before it'):
     ask(encoder.engine, prompt(1, 27), 3, adapter='longer')
 
 

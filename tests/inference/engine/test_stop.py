@@ -13,12 +13,12 @@ from moepeft.inference.api import (
   LENGTH,
   STOP,
   TIME,
+  EngineFull,
   Finished,
-  Full,
-  Refused,
+  PromptTooLong,
+  RequestRefused,
   Token,
-  TooLong,
-  Unknown,
+  UnknownAdapter,
 )
 from moepeft.inference.sampling import Sampling
 
@@ -140,17 +140,25 @@ def test_what_was_cancelled_before_it_was_looked_at_leaves_no_nan(engine):
 @pytest.mark.parametrize(
   'options, error, says',
   [
-    (dict(ids=()), Refused, 'the prompt has no token'),
-    (dict(ids=(V,)), Refused, f'tokens are from 0 to {V - 1}'),
-    (dict(ids=(-1,)), Refused, 'the prompt has -1'),
-    (dict(length=0), Refused, 'at least 1 token'),
-    (dict(length=PLACES), TooLong, f'{PLACES} places'),
-    (dict(adapter='three'), Unknown, "there is no adapter 'three'"),
-    (dict(logprobs=21), Refused, 'logprobs is from 0 to 20'),
-    (dict(prompt_logprobs=-1), Refused, 'prompt_logprobs is from 0'),
-    (dict(seconds=0.0), Refused, 'seconds are above 0'),
-    (dict(sampling=Sampling(top_p=0.5)), Refused, 'without a temperature'),
-    (dict(sampling=Sampling(temperature=-1.0)), Refused, 'temperature is'),
+    (dict(ids=()), RequestRefused, 'the prompt has no token'),
+    (dict(ids=(V,)), RequestRefused, f'tokens are from 0 to {V - 1}'),
+    (dict(ids=(-1,)), RequestRefused, 'the prompt has -1'),
+    (dict(length=0), RequestRefused, 'at least 1 token'),
+    (dict(length=PLACES), PromptTooLong, f'{PLACES} places'),
+    (dict(adapter='three'), UnknownAdapter, "there is no adapter 'three'"),
+    (dict(logprobs=21), RequestRefused, 'logprobs is from 0 to 20'),
+    (dict(prompt_logprobs=-1), RequestRefused, 'prompt_logprobs is from 0'),
+    (dict(seconds=0.0), RequestRefused, 'seconds are above 0'),
+    (
+      dict(sampling=Sampling(top_p=0.5)),
+      RequestRefused,
+      'without a temperature',
+    ),
+    (
+      dict(sampling=Sampling(temperature=-1.0)),
+      RequestRefused,
+      'temperature is',
+    ),
   ],
 )
 def test_what_cannot_be_answered_is_refused_with_a_reason(
@@ -166,7 +174,7 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(
 def test_an_id_is_of_one_request_at_a_time(engine):
   with paused(engine):
     asked = ask(engine, prompt(1, 3), 4, id='same')
-    with pytest.raises(Refused, match='under way already'):
+    with pytest.raises(RequestRefused, match='under way already'):
       ask(engine, prompt(1, 3), 2, id='same')
   assert asked.end.reason == LENGTH
 
@@ -175,7 +183,7 @@ def test_a_full_queue_says_when_to_come_back(engine):
   with paused(engine):
     # 3 slots and a queue of 40.
     answers = [ask(engine, prompt(i, 3), 2) for i in range(43)]
-    with pytest.raises(Full, match='43 requests wait already') as e:
+    with pytest.raises(EngineFull, match='43 requests wait already') as e:
       ask(engine, prompt(1, 3), 2)
     assert engine.stats().waiting == 43 and engine.stats().running == 0
   assert e.value.seconds >= 1
@@ -247,7 +255,7 @@ def test_random_traffic_ends_every_request_once_and_frees_all(engine):
       answers.append(
         ask(engine, prompt(i % 5, size), chance.randrange(1, 12), **options)
       )
-    except Full:
+    except EngineFull:
       answers[chance.randrange(len(answers))].wait()
     if chance.random() < 0.3:
       engine.cancel(chance.choice(answers).id)

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.inference.adapters.bank import Banks
+from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
-from moepeft.inference.engine.limits import Settings
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.nn.adapter_hook import Advice
 
 from ...contracts import small_decoders
@@ -27,8 +27,8 @@ def client(tmp_path_factory):
   folder = tmp_path_factory.mktemp('served')
   base = banked.base_of(CONFIG)
   path, *_ = banked.save(folder / 'soft', base, 'prompt(length=5)')
-  banks = Banks(base, {'soft': path}, slots=2)
-  settings = Settings(
+  banks = AdapterPool(base, {'soft': path}, slots=2)
+  settings = EngineConfig(
     slots=2, places=PLACES, rooms=(PLACES,), chunk=8, least=8, batches=(2,)
   )
   model = banked.model_of(base, Advice())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moepeft.inference.api import Full
+from moepeft.inference.api import EngineFull
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.limits import Limits
 from tests.serve.in_process import in_process
@@ -70,7 +70,7 @@ def test_a_call_that_fails_or_is_canceled_leaves_the_queue():
   thread, go = BoundedThread('test'), threading.Event()
   first = thread.submit(1, go.wait, 20)
   second = thread.submit(1, lambda: 1 / 0)
-  with pytest.raises(Full):
+  with pytest.raises(EngineFull):
     thread.submit(1, int)
   assert second.cancel()
   third = thread.submit(1, lambda: 1 / 0)

@@ -16,14 +16,12 @@ import numpy as np
 from moepeft.checkpoints.base import Base
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.adapters import buckets as forms
-from moepeft.inference.adapters import pad as fitting
-from moepeft.inference.adapters import stacking as stacked
-from moepeft.inference.adapters.buckets import Form
-from moepeft.inference.adapters.load import Adapter, read
-from moepeft.inference.adapters.lru import Slots
-from moepeft.inference.adapters.pad import Fitted, Layout
-from moepeft.inference.api import Loaded, Unknown
+from moepeft.inference.adapters import buckets, pad, stacking
+from moepeft.inference.adapters.buckets import Bucket
+from moepeft.inference.adapters.load import TrainedAdapter, read_adapter
+from moepeft.inference.adapters.lru import LruSlots
+from moepeft.inference.adapters.pad import Layout, PaddedAdapter
+from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft import build
 
 # Slots of a bank, the identity's among them.
@@ -31,7 +29,7 @@ SLOTS = 9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Held:
+class AcquiredAdapter:
   """An adapter that a request uses; to be given back to `Banks.release`.
 
   Attributes:
@@ -54,7 +52,7 @@ class Held:
 class _Content:
   """An adapter by its hash; `names` are what it is called."""
 
-  fitted: Fitted
+  fitted: PaddedAdapter
   names: set[str]
 
   @property
@@ -62,7 +60,7 @@ class _Content:
     return self.fitted.form
 
 
-class Banks:
+class AdapterPool:
   """The adapters of a server; any thread may call, and takes turns.
 
   What is loaded stays on the host, as it was trained and as a slot holds it,
@@ -75,7 +73,7 @@ class Banks:
     advice: for the model: all forms, nested.
   """
 
-  row_tree = staticmethod(stacked.row_tree)
+  row_tree = staticmethod(stacking.row_tree)
 
   def __init__(
     self,
@@ -103,9 +101,11 @@ class Banks:
     self._base, self._sites = base, base.family.sites(base.config)
     self._lock = threading.RLock()
     self._most, self._budget = slots, budget
-    self._loaded: dict[str, Loaded] = {}
+    self._loaded: dict[str, LoadedAdapter] = {}
     self._contents: dict[str, _Content] = {}
-    found = {name: read(p, base) for name, p in (adapters or {}).items()}
+    found = {
+      name: read_adapter(p, base) for name, p in (adapters or {}).items()
+    }
     self._wanted = [adapter.form for adapter in found.values()]
     self._wanted += [self._form(text, semantics) for text in texts]
     self._make()
@@ -120,9 +120,9 @@ class Banks:
   @property
   def bytes(self) -> int:
     """Of all banks, whatever is in their slots."""
-    return self._slots_each * sum(map(fitting.size_of, self._layouts.values()))
+    return self._slots_each * sum(map(pad.slot_bytes, self._layouts.values()))
 
-  def form(self, name: str) -> Form:
+  def form(self, name: str) -> Bucket:
     return next(form for form in self.forms if form.name == name)
 
   def add_form(self, text: str, semantics: str = 'official') -> None:
@@ -141,7 +141,7 @@ class Banks:
       for content in self._contents.values():
         content.fitted = self._fitted(content.fitted.adapter)
 
-  def load(self, name: str, path: str) -> Loaded:
+  def load(self, name: str, path: str) -> LoadedAdapter:
     """Reads an adapter and puts it under a name; requests under way go on
     with what they hold.
 
@@ -151,11 +151,11 @@ class Banks:
     """
     return self.put(name, self.read(path))
 
-  def read(self, path: str) -> Fitted:
+  def read(self, path: str) -> PaddedAdapter:
     """The part of `load` that takes long, for another thread."""
-    return self._fitted(read(path, self._base))
+    return self._fitted(read_adapter(path, self._base))
 
-  def put(self, name: str, fitted: Fitted) -> Loaded:
+  def put(self, name: str, fitted: PaddedAdapter) -> LoadedAdapter:
     """The part of `load` that writes a slot, if one is not used.
 
     Raises:
@@ -171,11 +171,11 @@ class Banks:
         if self._slots[fitted.form].room():
           self._write(sha256)
       self._contents[sha256].names.add(name)
-      self._loaded[name] = Loaded(
+      self._loaded[name] = LoadedAdapter(
         name,
         adapter.built.method,
         sha256,
-        fitting.size_of(self._layouts[fitted.form]),
+        pad.slot_bytes(self._layouts[fitted.form]),
         adapter.source,
         len(adapter.before),
       )
@@ -193,11 +193,11 @@ class Banks:
       self._leave(name, self._find(name).sha256)
       del self._loaded[name]
 
-  def loaded(self) -> list[Loaded]:
+  def loaded(self) -> list[LoadedAdapter]:
     with self._lock:
       return [self._loaded[name] for name in sorted(self._loaded)]
 
-  def hold(self, name: str) -> Held:
+  def hold(self, name: str) -> AcquiredAdapter:
     """An adapter for one request, put back into a slot where it is out.
 
     Raises:
@@ -206,7 +206,7 @@ class Banks:
     """
     row = np.zeros(len(self.forms), np.int32)
     if not name:
-      return Held(row)
+      return AcquiredAdapter(row)
     with self._lock:
       sha256 = self._find(name).sha256
       form = self._contents[sha256].form
@@ -219,9 +219,9 @@ class Banks:
         self._contents[sha256].fitted.adapter,
         self._sites_of(sha256),
       )
-      return Held(row, sha256, form, sites, adapter.before)
+      return AcquiredAdapter(row, sha256, form, sites, adapter.before)
 
-  def release(self, held: Held) -> None:
+  def release(self, held: AcquiredAdapter) -> None:
     """Ends the use of what `hold` gave, once each."""
     if not held.form:
       return
@@ -238,23 +238,23 @@ class Banks:
     self.release(held)
     return held.row
 
-  def _form(self, text: str, semantics: str) -> Form:
-    return forms.form_of(build(text, self._sites, semantics), repr(text))
+  def _form(self, text: str, semantics: str) -> Bucket:
+    return buckets.bucket_of(build(text, self._sites, semantics), repr(text))
 
   def _make(self) -> None:
     """Forms, and banks that hold the identity in every slot."""
-    self.forms = forms.forms_of(self._wanted, self._sites)
-    self.advice = forms.advice_of(self.forms, self._sites)
-    self._layouts = fitting.layouts_of(self.forms, self.advice, self._base)
+    self.forms = buckets.merge_buckets(self._wanted, self._sites)
+    self.advice = buckets.adapter_map_of(self.forms, self._sites)
+    self._layouts = pad.bucket_layouts(self.forms, self.advice, self._base)
     self._slots_each = self._count()
-    self._slots = {name: Slots(self._slots_each) for name in self._layouts}
+    self._slots = {name: LruSlots(self._slots_each) for name in self._layouts}
     self._tree = {
       name: self._bank(layout) for name, layout in self._layouts.items()
     }
 
   def _count(self) -> int:
     """How many slots a bank has."""
-    one = sum(map(fitting.size_of, self._layouts.values()))
+    one = sum(map(pad.slot_bytes, self._layouts.values()))
     count = self._most
     if self._budget is not None and one:
       count = min(count, self._budget // one)
@@ -272,16 +272,16 @@ class Banks:
     return count
 
   def _bank(self, layout: Layout) -> Tree:
-    alone = fitting.identity(layout)
-    bank = stacked.repeated(alone, self._slots_each)
+    alone = pad.identity_tree(layout)
+    bank = stacking.stack_copies(alone, self._slots_each)
     # Compiled here, not under traffic.
-    return stacked.written(bank, np.int32(0), alone)
+    return stacking.write_slot(bank, np.int32(0), alone)
 
-  def _fitted(self, adapter: Adapter) -> Fitted:
+  def _fitted(self, adapter: TrainedAdapter) -> PaddedAdapter:
     for form in self.forms:
       if form.holds(adapter.form):
         layout = self._layouts[form.name]
-        return fitting.fitted(adapter, form, layout, self._base)
+        return pad.pad_to_bucket(adapter, form, layout, self._base)
     raise ValueError(
       f'{adapter.source} is {adapter.built.method!r}, which fits none of the '
       f'forms that this server was started with ({self._named()}); start it '
@@ -301,9 +301,9 @@ class Banks:
   def _named(self) -> str:
     return ', '.join(form.method for form in self.forms) or 'none'
 
-  def _find(self, name: str) -> Loaded:
+  def _find(self, name: str) -> LoadedAdapter:
     if name not in self._loaded:
-      raise Unknown(
+      raise UnknownAdapter(
         f'there is no adapter {name!r}; there are '
         f'{", ".join(sorted(self._loaded)) or "none"}'
       )
@@ -315,7 +315,7 @@ class Banks:
     slots, bank = self._slots[fitted.form], self._tree[fitted.form]
     slot = np.int32(slots.take(sha256))
     try:
-      bank = stacked.written(bank, slot, fitted.tree)
+      bank = stacking.write_slot(bank, slot, fitted.tree)
     except BaseException:
       # Else the next to ask would be served what lies there still.
       slots.drop(sha256)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step, (state, batch) -> (state, metrics): edit it here.
+
+Everything below runs within one jitted program. Sums over examples and not
+means are accumulated, so that a batch in parts has the gradient of the whole.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+from moepeft.core.types import Batch, State
+from moepeft.moe import aux_losses, router_stats
+from moepeft.objectives import Objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import split_rngs
+from moepeft.peft import Built
+from moepeft.training import grad_accumulation
+
+TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
+
+
+def make_train_step(
+  model: nn.Module,
+  method: Built,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  router_losses: Mapping[str, float] = types.MappingProxyType({}),
+  accumulate: int = 1,
+) -> TrainStep:
+  """
+  Args:
+    router_losses: weights by name; see `moepeft.moe.aux_losses`.
+    accumulate: parts that a batch is computed in, one after the other.
+
+  Returns:
+    A step. Its metrics are the objective's sums over the batch and 'loss',
+    'router_loss' and 'gradient_norm'.
+  """
+  nonlinear = ('routing',) if any(router_losses.values()) else ()
+
+  def train_step(state: State, batch: Batch):
+    rng = jax.random.fold_in(state.rng, state.step)
+
+    def prepare_rows(rows, rng):
+      # By the policy before this step; nothing of it has a gradient.
+      variables = method.variables(state)
+      return objective.prepare_rows(model.apply, variables, rows, rng)
+
+    if objective.prepare_rows:
+      rows_rng = jax.random.fold_in(rng, 1)
+      batch = objective.prepare_batch(
+        batch
+        | grad_accumulation.mapped(prepare_rows, batch, rows_rng, accumulate)
+      )
+
+    def sums_fn(trainable, rows, rng):
+      # Over some rows of the batch, so nothing here may be a mean over them.
+      variables = method.variables(state.replace(trainable=trainable))
+      total, sums = objective(model.apply, variables, rows, split_rngs(rng))
+      return sums | {'total': total}
+
+    def loss_fn(sums):
+      # Over the whole batch, however many parts it was computed in.
+      loss = mean_loss(sums['total'], sums)
+      sites = router_stats.by_site(sums['routing'])
+      router_loss = aux_losses.total(sites, router_losses)
+      return loss + router_loss, sums | {
+        'loss': loss,
+        'router_loss': router_loss,
+      }
+
+    gradient, metrics = grad_accumulation.gradient(
+      sums_fn, loss_fn, state.trainable, batch, rng, accumulate, nonlinear
+    )
+    updates, opt = optimizer.update(gradient, state.opt, state.trainable)
+    metrics['gradient_norm'] = optax.global_norm(gradient)
+    return state.replace(
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt=opt,
+    ), metrics
+
+  return train_step
