@@ -30,7 +30,7 @@ from moepeft.core import jsonl_log as rows_lib
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
@@ -103,7 +103,9 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)
-    hf.save(folder, shape, fresh(model, base_lib.example_batch(), 0)['params'])
+    hf.save(
+      folder, shape, init_params(model, base_lib.example_batch(), 0)['params']
+    )
     config = make_config(folder)
     bare = make_bare(config)
     sides = [(bare(), of_loop(config)) for _ in range(_ROUNDS.value)]

@@ -236,7 +236,7 @@ def _train(
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=adapters,
   )
-  letters = base_lib.letters(model, base)
+  letters = base_lib.logical_axes(model, base)
   where = placement.state_shardings(layout, state, letters, built.trainable)
   state = placement.place(state, where, optimizer.init)
   described = card(base, built, config.seed)

@@ -9,7 +9,7 @@ module is too low to import.
 
 from moepeft.core.ranges import MAX_SEED, Choices, Range
 from moepeft.models import FAMILIES
-from moepeft.nn.attention import FORMS
+from moepeft.nn.attention import IMPLEMENTATIONS
 from moepeft.nn.scan_layers import REMAT
 
 # The released code, and the paper's text.
@@ -53,7 +53,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'model.dtype': _DTYPE,
   'model.param_dtype': _DTYPE,
   'model.quantise': Choices(('', 'int8', 'nf4')),
-  'model.attention': Choices(tuple(FORMS)),
+  'model.attention': Choices(tuple(IMPLEMENTATIONS)),
   'model.remat': Choices(tuple(REMAT)),
   'model.unroll': Range(1, 1_024),
   'data.source': Choices(

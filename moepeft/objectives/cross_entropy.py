@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 PER = ('tokens', 'sequences')
 # Tokens of a row whose gradient is made at once.
@@ -57,7 +57,7 @@ def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
     logits: [b, t, v].
     targets: int [b, t].
   """
-  wider = wide(logits)
+  wider = to_f32(logits)
   picked = jnp.take_along_axis(wider, targets[..., None], axis=-1)
   log_z = jax.nn.logsumexp(wider, axis=-1)
   return log_z, picked[..., 0], jnp.mean(wider, axis=-1)
@@ -89,7 +89,7 @@ def _log_terms_backward(kept, slopes):
 
 def _slope(logits, targets, log_z, of_log_z, of_picked, of_mean):
   """The gradient of slopes [b, t] times terms: as logits [b, t, v]."""
-  p = jnp.exp(wide(logits) - log_z[..., None])
+  p = jnp.exp(to_f32(logits) - log_z[..., None])
   hit = jnp.arange(logits.shape[-1]) == targets[..., None]
   slope = p * of_log_z[..., None] + jnp.where(hit, of_picked[..., None], 0)
   slope += of_mean[..., None] / logits.shape[-1]

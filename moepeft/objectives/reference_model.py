@@ -22,7 +22,7 @@ from moepeft.core.types import Array, Batch, Tree
 from moepeft.data.preference.dataset import Read, Sides
 from moepeft.models import weight_mapping as names
 from moepeft.nn import initializers as start
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives import REFERRING
 from moepeft.objectives.paired_batch import LogP, joined, token_log_p
 from moepeft.peft import Built, build
@@ -35,7 +35,7 @@ def reference_of(
 ) -> tuple[LogP | None, Tree]:
   """The reference of an objective that has one, and the adapters it needs.
 
-  It is the frozen base with other advice than the policy's, without dropout:
+  It is the frozen base with other adapters than the policy's, without dropout:
   one more pass of the same weights, and no copy of them.
 
   Args:
@@ -59,7 +59,7 @@ def reference_of(
       f"{name!r} would measure against; set it to 'precomputed'"
     )
   if name == BASE:
-    return log_p_of(model.clone(advice=Advice())), {}
+    return log_p_of(model.clone(adapter_map=AdapterMap())), {}
   if not os.path.isdir(os.path.expanduser(name)):
     raise ValueError(
       f'config.preference.reference={name!r} is no directory; name a run, an '
@@ -69,8 +69,8 @@ def reference_of(
   found = base_lib.load_adapter(name, base.config)
   semantics = found.semantics or built.semantics
   own = build(found.method, base.family.sites(base.config), semantics)
-  other = model.clone(advice=own.advice)
-  fresh = start.fresh(other, base_lib.example_batch(), 0, base.params)
+  other = model.clone(adapter_map=own.adapter_map)
+  fresh = start.init_params(other, base_lib.example_batch(), 0, base.params)
   tree = base_lib.with_adapter(fresh, own, name, base)['peft']
   return log_p_of(other), tree
 

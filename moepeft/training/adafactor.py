@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from moepeft.core.types import Array, Tree
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 # T5X's defaults, which the released code keeps.
 DECAY_RATE = 0.8
@@ -86,11 +86,11 @@ def adafactor(
       strict=True,
     ):
       within = _within(path, param.ndim)
-      g = wide(g)
+      g = to_f32(g)
       new = _remember(old, g, keep)
       step = _clipped(_scaled(new, g, within), within)
-      scale = jnp.maximum(_rms(wide(param), within), EPSILON_SCALE)
-      changes.append(-weight_decay * wide(param) - lr * scale * step)
+      scale = jnp.maximum(_rms(to_f32(param), within), EPSILON_SCALE)
+      changes.append(-weight_decay * to_f32(param) - lr * scale * step)
       moments.append(new)
     return tree.unflatten(changes), AdafactorState(
       state.count + 1, tree.unflatten(moments)

@@ -51,12 +51,12 @@ def placed(options):
   options = dict(options)
   devices = jax.devices()[options.pop('devices', slice(None))]
   layout = sharding.layout(**options, devices=devices)
-  model = Decoder(CONFIG, build(METHOD, decoder.sites(CONFIG)).advice)
+  model = Decoder(CONFIG, build(METHOD, decoder.sites(CONFIG)).adapter_map)
   small = {'inputs': jnp.zeros((1, 2), jnp.int32)}
   variables = jax.tree.map(
-    lambda a: np.asarray(3 * a), start_lib.fresh(model, small, 1)
+    lambda a: np.asarray(3 * a), start_lib.init_params(model, small, 1)
   )
-  letters = start_lib.letters(model, small)
+  letters = start_lib.logical_axes(model, small)
   letters = {key: letters[key] for key in variables}
   where = placement.tree_shardings(layout, letters, variables)
   return layout, model, sharding.put(variables, where)

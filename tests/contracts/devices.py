@@ -35,7 +35,7 @@ def train_three(method: str) -> dict[str, np.ndarray]:
     opt=optimizer.init(trainable),
     rng=jax.random.key(0),
   )
-  letters = start.letters(model, small.batch())
+  letters = start.logical_axes(model, small.batch())
   where = placement.state_shardings(layout, state, letters, built.trainable)
   state = placement.place(state, where, optimizer.init)
   update = jax.jit(setup.build_train_step(config, model, built, optimizer))

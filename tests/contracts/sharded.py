@@ -87,7 +87,7 @@ def begin(method, layout):
     opt=jax.eval_shape(OPTIMIZER.init, trainable),
     rng=jax.random.key(3),
   )
-  letters = start.letters(model, small.batch())
+  letters = start.logical_axes(model, small.batch())
   where = placement.state_shardings(layout, state, letters, built.trainable)
   said = placement.describe(layout, state, letters, built.trainable)
   update = jax.jit(

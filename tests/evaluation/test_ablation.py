@@ -35,7 +35,7 @@ ROUTERS = card('ablate/routers.py')
 def test_every_cell_is_a_config_whose_method_builds(name):
   c = ROUTERS.get_config(f'name={name}')
   config_check.check(c)
-  losses.total({}, dict(c.router_losses))
+  losses.auxiliary_loss({}, dict(c.router_losses))
   assert count(c)['peft'] > 0
 
 

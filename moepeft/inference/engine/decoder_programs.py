@@ -57,7 +57,7 @@ def fill(model: ServedModel, t: int, room: int) -> LayeredMethod:
       positions=(place + jnp.arange(t))[None],
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     return ids[None], ctx
 
@@ -82,7 +82,7 @@ def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
       positions=place[None, None],
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     return token[None, None], ctx
 

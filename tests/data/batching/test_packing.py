@@ -99,7 +99,7 @@ def gradients(method, per, packed):
         Loss(per=per, z=0.01, label_smoothing=0.1),
       )
       weights = dict.fromkeys(losses.LOSSES, 0.1)
-      routed = losses.total(stats.by_site(aux['routing']), weights)
+      routed = losses.auxiliary_loss(stats.collect(aux['routing']), weights)
       return mean(total, aux) + routed, (mean(total, aux), aux, routed)
 
     found, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
