@@ -22,12 +22,12 @@ import numpy as np
 import train_step
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.models import FAMILIES
 from moepeft.nn.initializers import init_params
 from moepeft.nn.scan_layers import unstack_layers
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 
 ROWS, LENGTH = 4, 256
@@ -74,8 +74,8 @@ def ours(config, params, method: str, remat: str) -> train_step.Side:
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}
-    total, aux = seq2seq.objective(model.apply, variables, batch, None)
-    return mean(total, aux)
+    total, aux = seq2seq.loss_sums(model.apply, variables, batch, None)
+    return mean_loss(total, aux)
 
   arguments = jax.device_put((peft, params, batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
@@ -126,7 +126,7 @@ def make() -> dict[str, train_step.Side]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   sides = make()
   losses = {name: side.step() for name, side in sides.items()}
   print('first losses', {name: round(x, 5) for name, x in losses.items()})
@@ -148,4 +148,4 @@ if __name__ == '__main__':
   _ROUNDS = flags.DEFINE_integer(
     'rounds', 5, 'Turns of every side.', lower_bound=1
   )
-  command.run(main)
+  command_line.run(main)

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.models.t5 import model as t5
 from moepeft.moe.router_stats import route
 from moepeft.nn.adapter_hook import AdapterMap, contraction, flatten_features
 from moepeft.nn.initializers import init_params, peft_param
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.molora import MoLora
@@ -121,8 +121,8 @@ def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}
-    total, aux = seq2seq.objective(model.apply, variables, batch, None)
-    return mean(total, aux)
+    total, aux = seq2seq.loss_sums(model.apply, variables, batch, None)
+    return mean_loss(total, aux)
 
   arguments = jax.device_put((variables['peft'], variables['params'], batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
@@ -270,7 +270,7 @@ def make(names: Sequence[str], unroll: int) -> dict[str, Side]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   sides = make(chosen(_ONLY.value), _UNROLL.value)
   times = take_turns(sides, _ROUNDS.value)
   found = ratios(sides, times)
@@ -290,4 +290,4 @@ if __name__ == '__main__':
     'unroll', 6, 'Layers in one step of the scan.', lower_bound=1
   )
   _ONLY = flags.DEFINE_list('only', [], 'Sides to time; by default all.')
-  command.run(main)
+  command_line.run(main)

@@ -12,11 +12,12 @@ LAYERS = (
   ('moe', 'models'),
   ('config',),
   ('peft',),
+  ('runs',),
   ('checkpoints',),
   ('data',),
   ('objectives', 'inference'),
-  ('runs',),
   ('training', 'evaluation', 'serve'),
+  ('registries',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),

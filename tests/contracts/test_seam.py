@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from moepeft.models.t5 import model as t5
-from moepeft.moe import router_stats as stats
+from moepeft.moe import router_stats
 from moepeft.nn.initializers import init_params
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 
 from . import small
@@ -41,8 +41,8 @@ def test_a_probe_trains_under_scan_remat_and_jit(name, remat):
   @jax.jit
   def update(peft, opt):
     def loss(peft):
-      return mean(
-        *objective(
+      return mean_loss(
+        *loss_sums(
           model.apply, {**variables, 'peft': peft}, small.batch(), None
         )
       )
@@ -101,7 +101,7 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
   assert layers['mlp']['wi_0']['lora']['a'].shape == (2, 3, 11, 2)
   assert layers['around_mlp']['mixture']['router']['kernel'].shape == (2, 11, 3)
   _, seen = model.apply(variables, small.batch(), mutable=['routing'])
-  found = stats.collect(seen['routing'])
+  found = router_stats.collect(seen['routing'])
   assert set(found) == {
     f'{side}/layers/around_mlp/mixture' for side in ('encoder', 'decoder')
   }

@@ -11,13 +11,13 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.core.jsonl_log import read
 from moepeft.data.batching.decoder_only import Samples, packed, padded, sample
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import token_losses
+from moepeft.runs.metrics_log import read
 from moepeft.tasks import Example
 
 from .. import chat_cases
@@ -117,7 +117,7 @@ def test_packed_losses_equal_unpacked_ones(model):
   # 7 + 7, 3 + 3, 11 + 11, 5 + 5 and 2 + 2 tokens fed, 24 to a row.
   bins = [[2], [0, 1, 4], [3]]
   for rows in (padded(some, 24), packed(some, 24, bins)):
-    total, aux = seq2seq.objective(made.apply, variables, rows, None)
+    total, aux = seq2seq.loss_sums(made.apply, variables, rows, None)
     found.append((float(total), int(aux['tokens']), int(aux['correct'])))
   one, two = found
   assert len(rows['inputs']) == 3 < len(some)

@@ -18,10 +18,10 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.types import State
-from moepeft.moe import aux_losses as losses
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
-from moepeft.training import grad_accumulation as accumulate
+from moepeft.moe import aux_losses
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
+from moepeft.training import grad_accumulation
 from moepeft.training.setup import build_train_step
 
 from ..contracts import small
@@ -72,7 +72,7 @@ def test_parts_add_up_to_the_whole_batch(parts, per):
 
 
 def test_router_losses_are_those_of_the_whole_batch():
-  assert ROUTER_LOSSES.keys() == losses.LOSSES.keys()
+  assert ROUTER_LOSSES.keys() == aux_losses.LOSSES.keys()
   expected = step(1, **ROUTER_LOSSES)
   check_equal(step(3, **ROUTER_LOSSES), expected)
   # They count in it.
@@ -89,9 +89,9 @@ def test_a_mean_of_the_parts_means_would_be_another():
   model, _, variables = test_update.make(MOLORA, 0.5)
 
   def mean_of(rows):
-    return float(mean(*objective(model.apply, variables, rows, None)))
+    return float(mean_loss(*loss_sums(model.apply, variables, rows, None)))
 
-  three = accumulate.split(BATCH, 3)
+  three = grad_accumulation.split(BATCH, 3)
   each = [mean_of({k: a[i] for k, a in three.items()}) for i in range(3)]
   assert abs(np.mean(each) - mean_of(BATCH)) > 1e-2
 
@@ -156,8 +156,10 @@ KEY = jax.random.key(3)
 
 def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
   def run(parts):
-    loss = lambda sums: (mean(sums['total'], sums), sums)  # noqa: E731
-    return accumulate.gradient(toy, loss, jnp.float32(5), {'x': X}, KEY, parts)
+    loss = lambda sums: (mean_loss(sums['total'], sums), sums)  # noqa: E731
+    return grad_accumulation.gradient(
+      toy, loss, jnp.float32(5), {'x': X}, KEY, parts
+    )
 
   expected = [jax.random.uniform(jax.random.fold_in(KEY, i)) for i in range(2)]
   # The mean of t x is linear in t: 15 / 4.
@@ -173,9 +175,9 @@ def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
 def test_both_passes_have_the_same_noise():
   # L = mean(t x) + (sum t u)^2, so dL/dt = 15/4 + 2 t (sum u)^2.
   def loss(sums):
-    return mean(sums['total'], sums) + sums['routing'] ** 2, sums
+    return mean_loss(sums['total'], sums) + sums['routing'] ** 2, sums
 
-  slope, sums = accumulate.gradient(
+  slope, sums = grad_accumulation.gradient(
     toy, loss, jnp.float32(5), {'x': X}, KEY, 2, curved=('routing',)
   )
   noise = float(sums['noise'])
@@ -189,9 +191,9 @@ def test_gradients_have_the_parameters_dtype():
     return {'total': total, 'weight': jnp.int32(0)}
 
   x = jnp.array([1.0, *[2.0**-9] * 8])
-  found, _ = accumulate.gradient(
+  found, _ = grad_accumulation.gradient(
     sums,
-    lambda sums: (mean(sums['total'], sums), {}),
+    lambda sums: (mean_loss(sums['total'], sums), {}),
     jnp.bfloat16(1),
     {'x': x},
     KEY,
@@ -203,7 +205,7 @@ def test_gradients_have_the_parameters_dtype():
 
 
 def test_part_i_has_every_nth_row_from_i_on():
-  found = accumulate.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
+  found = grad_accumulation.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
   np.testing.assert_array_equal(
     found, [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
   )
@@ -213,7 +215,7 @@ _LOCAL = """
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.objectives.cross_entropy import divisors
+from moepeft.objectives.cross_entropy import loss_divisors
 assert jax.device_count() == 8
 mesh = Mesh(jax.devices(), ('data',))
 put = lambda *axes: NamedSharding(mesh, P(*axes))
@@ -222,7 +224,7 @@ split = jax.jit(
   lambda batch: accumulate.split(batch, 3), out_shardings=put(None, 'data')
 )
 lengths = jax.jit(
-  lambda s: divisors(
+  lambda s: loss_divisors(
     {'targets_mask': s > 0, 'targets_segments': s}, 'sequences'
   )[0],
   out_shardings=put('data'),

@@ -12,13 +12,12 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.types import Context, Routing, State
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
+from moepeft.moe import aux_losses, router_stats
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.initializers import init_params
 from moepeft.nn.linear import Linear
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 from moepeft.training.setup import build_train_step
 
@@ -89,7 +88,7 @@ def adapter(state):
   return tree
 
 
-@pytest.mark.parametrize('name', losses.LOSSES)
+@pytest.mark.parametrize('name', aux_losses.LOSSES)
 def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
   # B is zero at first, so the mean loss does not depend on the router: all of
   # the router's gradient is the router loss's.
@@ -100,8 +99,8 @@ def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
   def loss(kernel):
     logits = jnp.einsum('btd,de->bte', x, kernel, precision='highest')
     routing = Routing(logits, jax.nn.softmax(logits))
-    sums = stats.router_stats(routing, BATCH['targets_mask'])
-    return losses.LOSSES[name](sums)
+    sums = router_stats.router_stats(routing, BATCH['targets_mask'])
+    return aux_losses.LOSSES[name](sums)
 
   before = adapter(state)['router']['kernel']
   value, slope = jax.value_and_grad(loss)(before)
@@ -127,7 +126,7 @@ def test_without_router_losses_a_router_waits_for_its_experts():
 def test_an_update_descends_the_mean_loss_and_counts():
   run, state = update(MOLORA, optax.sgd(0.1), noise=0.1)
   model, _, variables = make(MOLORA, 0.1)
-  expected = mean(*objective(model.apply, variables, BATCH, None))
+  expected = mean_loss(*loss_sums(model.apply, variables, BATCH, None))
   after, aux = run(state, BATCH)
   # No noise here: the loss of training is that of evaluation.
   np.testing.assert_allclose(aux['loss'], expected, rtol=1e-6)
@@ -167,7 +166,7 @@ def test_every_step_has_noise_of_its_own_which_the_seed_decides(method):
 def test_noise_is_off_in_evaluation(method):
   # Evaluation gets no rngs at all; noise that were on would ask for one.
   found, expected = (
-    objective(model.apply, variables, BATCH, None)[0]
+    loss_sums(model.apply, variables, BATCH, None)[0]
     for model, _, variables in (make(method, 0.5), make(NOISY[method], 0.5))
   )
   assert float(found) == float(expected)

@@ -16,9 +16,7 @@ import numpy as np
 from moepeft.checkpoints.base import Base
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.adapters import buckets as forms
-from moepeft.inference.adapters import pad as fitting
-from moepeft.inference.adapters import stacking as stacked
+from moepeft.inference.adapters import buckets, pad, stacking
 from moepeft.inference.adapters.buckets import Bucket
 from moepeft.inference.adapters.load import TrainedAdapter, read_adapter
 from moepeft.inference.adapters.lru import LruSlots
@@ -75,7 +73,7 @@ class AdapterPool:
     adapter_map: for the model: all forms, nested.
   """
 
-  row_tree = staticmethod(stacked.row_tree)
+  row_tree = staticmethod(stacking.row_tree)
 
   def __init__(
     self,
@@ -122,9 +120,7 @@ class AdapterPool:
   @property
   def bytes(self) -> int:
     """Of all banks, whatever is in their slots."""
-    return self._slots_each * sum(
-      map(fitting.slot_bytes, self._layouts.values())
-    )
+    return self._slots_each * sum(map(pad.slot_bytes, self._layouts.values()))
 
   def form(self, name: str) -> Bucket:
     return next(form for form in self.forms if form.name == name)
@@ -180,7 +176,7 @@ class AdapterPool:
         name,
         adapter.built.method,
         sha256,
-        fitting.slot_bytes(self._layouts[fitted.form]),
+        pad.slot_bytes(self._layouts[fitted.form]),
         adapter.source,
         len(adapter.before),
       )
@@ -244,15 +240,13 @@ class AdapterPool:
     return held.row
 
   def _form(self, text: str, semantics: str) -> Bucket:
-    return forms.bucket_of(build(text, self._sites, semantics), repr(text))
+    return buckets.bucket_of(build(text, self._sites, semantics), repr(text))
 
   def _make(self) -> None:
     """Forms, and banks that hold the identity in every slot."""
-    self.forms = forms.merge_buckets(self._wanted, self._sites)
-    self.adapter_map = forms.adapter_map_of(self.forms, self._sites)
-    self._layouts = fitting.bucket_layouts(
-      self.forms, self.adapter_map, self._base
-    )
+    self.forms = buckets.merge_buckets(self._wanted, self._sites)
+    self.adapter_map = buckets.adapter_map_of(self.forms, self._sites)
+    self._layouts = pad.bucket_layouts(self.forms, self.adapter_map, self._base)
     self._slots_each = self._count()
     self._slots = {name: LruSlots(self._slots_each) for name in self._layouts}
     self._tree = {
@@ -261,7 +255,7 @@ class AdapterPool:
 
   def _count(self) -> int:
     """How many slots a bank has."""
-    one = sum(map(fitting.slot_bytes, self._layouts.values()))
+    one = sum(map(pad.slot_bytes, self._layouts.values()))
     count = self._most
     if self._budget is not None and one:
       count = min(count, self._budget // one)
@@ -279,16 +273,16 @@ class AdapterPool:
     return count
 
   def _bank(self, layout: Layout) -> Tree:
-    alone = fitting.identity_tree(layout)
-    bank = stacked.stack_copies(alone, self._slots_each)
+    alone = pad.identity_tree(layout)
+    bank = stacking.stack_copies(alone, self._slots_each)
     # Compiled here, not under traffic.
-    return stacked.write_slot(bank, np.int32(0), alone)
+    return stacking.write_slot(bank, np.int32(0), alone)
 
   def _fitted(self, adapter: TrainedAdapter) -> PaddedAdapter:
     for form in self.forms:
       if form.holds(adapter.form):
         layout = self._layouts[form.name]
-        return fitting.pad_to_bucket(adapter, form, layout, self._base)
+        return pad.pad_to_bucket(adapter, form, layout, self._base)
     raise ValueError(
       f'{adapter.source} is {adapter.built.method!r}, which fits none of the '
       f'forms that this server was started with ({self._named()}); start it '
@@ -322,7 +316,7 @@ class AdapterPool:
     slots, bank = self._slots[fitted.form], self._tree[fitted.form]
     slot = np.int32(slots.take(sha256))
     try:
-      bank = stacked.write_slot(bank, slot, fitted.tree)
+      bank = stacking.write_slot(bank, slot, fitted.tree)
     except BaseException:
       # Else the next to ask would be served what lies there still.
       slots.drop(sha256)

@@ -12,8 +12,7 @@ import numpy as np
 
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.limits import TOP
 from moepeft.inference.engine.per_layer import LayeredMethod
 from moepeft.inference.engine.weights import Weights
@@ -89,7 +88,7 @@ class Programs:
     _, row, _ = jax.eval_shape(
       self._layer(method, block), *self._of_layer(method, {}, inputs)
     )
-    layer = cache_lib.shapes(row, self._slots, places)
+    layer = kv_cache.shapes(row, self._slots, places)
     leaves = jax.tree.leaves(layer)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     memory.check_arrays(
@@ -104,8 +103,8 @@ class Programs:
       self.cache = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((length, *a.shape), a.dtype), layer
       )
-    copy = functools.partial(cache_lib.copy, axis=axis)
-    clear = functools.partial(cache_lib.clear, axis=axis)
+    copy = functools.partial(kv_cache.copy, axis=axis)
+    clear = functools.partial(kv_cache.clear, axis=axis)
     self.plan(('copy',), copy, self.cache, ints(), ints(), donate=(0,))
     self.plan(('clear',), clear, self.cache, ints(), donate=(0,))
 
@@ -202,9 +201,9 @@ def plan_picking(programs: Programs, v: int) -> None:
   """What follows a step for rows that ask for it: see `picking`."""
   raw = jax.ShapeDtypeStruct((1, v), jnp.float32)
   bits = jax.ShapeDtypeStruct((-(-v // 8),), jnp.uint8)
-  how = picking.draw_of(Sampling(), 0, 0, v)
-  programs.plan(('edit',), picking.edit, raw, bits, bits, np.float32(1))
-  programs.plan(('draw',), picking.draw, raw, raw, how)
-  programs.plan(('draw_filtered',), picking.draw_filtered, raw, raw, how)
-  best = functools.partial(picking.best, top=min(TOP, v))
+  how = row_sampler.draw_of(Sampling(), 0, 0, v)
+  programs.plan(('edit',), row_sampler.edit, raw, bits, bits, np.float32(1))
+  programs.plan(('draw',), row_sampler.draw, raw, raw, how)
+  programs.plan(('draw_filtered',), row_sampler.draw_filtered, raw, raw, how)
+  best = functools.partial(row_sampler.best, top=min(TOP, v))
   programs.plan(('best',), best, raw)

@@ -9,8 +9,7 @@ import functools
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context, Tree
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.compiled import Programs, ints
 from moepeft.inference.engine.limits import TOP, EngineConfig
 from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
@@ -88,7 +87,7 @@ def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
 
   def say(logits, told):
     logits = logits[:, 0, 0].astype(jnp.float32)
-    return picking.step_output(
+    return row_sampler.step_output(
       logits, {path: a[:, 0] for path, a in told.items()}
     )
 
@@ -101,10 +100,10 @@ def _cached(n: int, t: int, room: int):
   """How a layer's keys and values come to n rows, and go back."""
 
   def cut(cache, rows):
-    return cache_lib.cut(cache, rows, n, room)
+    return kv_cache.cut(cache, rows, n, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put(cache, rows, new, places, t)
+    return kv_cache.put(cache, rows, new, places, t)
 
   return cut, put
 
@@ -132,4 +131,4 @@ def score(
   logits = model.module.apply(variables, states[None], ctx, method='logits')
   raw = logits[0].astype(jnp.float32)
   top = min(TOP, raw.shape[-1])
-  return picking.score(raw, following), *picking.best(raw, top)
+  return row_sampler.score(raw, following), *row_sampler.best(raw, top)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
 from moepeft.inference.decode import PAD
-from moepeft.inference.engine import kv_cache as cache_lib
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import kv_cache, row_sampler
 from moepeft.inference.engine.compiled import Programs, ints
 from moepeft.inference.engine.limits import EngineConfig, at_least
 from moepeft.inference.engine.per_layer import LayeredMethod, ServedModel
@@ -71,7 +70,7 @@ def attach(model: ServedModel, room: int) -> LayeredMethod:
     return ids, ctx, states[None], _source(length, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put_source(cache, rows[0], new)
+    return kv_cache.put_source(cache, rows[0], new)
 
   # What the decoder says to its first token is left out by the compiler.
   return LayeredMethod(
@@ -100,14 +99,14 @@ def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
 
   def say(logits, told):
     logits = logits[:, 0, 0].astype(jnp.float32)
-    return picking.step_output(
+    return row_sampler.step_output(
       logits, {path: a[:, 0] for path, a in told.items()}
     )
 
   def cut(cache, rows):
-    return cache_lib.cut(cache, rows, n, room)
+    return kv_cache.cut(cache, rows, n, room)
 
   def put(cache, rows, places, new):
-    return cache_lib.put(cache, rows, new, places, 1)
+    return kv_cache.put(cache, rows, new, places, 1)
 
   return LayeredMethod(model, 'decode', 'decoder', ask, say, cut, put)

@@ -9,9 +9,11 @@ import numpy as np
 
 from moepeft.core.types import Array, Tree
 from moepeft.inference.adapters.protocol import Banks
-from moepeft.inference.engine import decoder_programs as decoding
-from moepeft.inference.engine import encoder_decoder_programs as encoding
-from moepeft.inference.engine import kv_cache as cache_lib
+from moepeft.inference.engine import (
+  decoder_programs,
+  encoder_decoder_programs,
+  kv_cache,
+)
 from moepeft.inference.engine.compiled import Key, Programs, plan_picking
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.engine.per_layer import ServedModel
@@ -34,8 +36,12 @@ class ModelRunner:
     self.programs = Programs(self._weights, settings.slots)
     of = ServedModel(self.model, banks.row_tree, settings.routing)
     decoder_only = hasattr(model, 'extend')
-    self.rooms = decoding.rooms(settings) if decoder_only else settings.rooms
-    plan = decoding.plan if decoder_only else encoding.plan
+    self.rooms = (
+      decoder_programs.rooms(settings) if decoder_only else settings.rooms
+    )
+    plan = (
+      decoder_programs.plan if decoder_only else encoder_decoder_programs.plan
+    )
     plan(self.programs, of, settings)
     plan_picking(self.programs, model.config.vocab)
     self._cache: Any = None
@@ -52,7 +58,7 @@ class ModelRunner:
   def renew(self) -> None:
     """An empty cache: for the start, and after a step that broke off."""
     self._cache = None
-    self._cache = cache_lib.zeros(self.programs.cache)
+    self._cache = kv_cache.zeros(self.programs.cache)
 
   @property
   def whole(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moepeft.core.types import Array
 from moepeft.inference.api import TokenLogprob
-from moepeft.inference.engine import row_sampler as picking
+from moepeft.inference.engine import row_sampler
 from moepeft.inference.engine.limits import at_least
 from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefill import Reader
@@ -70,7 +70,7 @@ def _ask(core: ModelRunner, row: Running, raw: Array) -> tuple | Exception:
   drawn = best = ()
   if edited is not raw or request.sampling.temperature:
     s, v = request.sampling, core.model.config.vocab
-    how = picking.draw_of(s, request.seed, len(row.answer), v)
+    how = row_sampler.draw_of(s, request.seed, len(row.answer), v)
     sorts = s.top_k is not None or s.top_p is not None
     name = 'draw_filtered' if sorts else 'draw'
     drawn = core.programs[(name,)](raw, edited, how)
@@ -94,7 +94,7 @@ def _edited(core: ModelRunner, row: Running, raw: Array) -> Array:
   if row.seen is not None:
     seen = row.seen
   penalty = np.float32(row.request.sampling.repetition_penalty or 1)
-  args = picking.pack(allowed), picking.pack(seen), penalty
+  args = row_sampler.pack(allowed), row_sampler.pack(seen), penalty
   return core.programs[('edit',)](raw, *args)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.api import Event, Finished, Request
 from moepeft.serve.http.body import Gone
 from moepeft.serve.http.errors import broken
@@ -23,7 +23,7 @@ _GRACE = 30.0
 class Underway:
   """Requests of one client, which end together at the latest by `close`."""
 
-  def __init__(self, engine: protocol.Engine, requests: Sequence[Request]):
+  def __init__(self, engine: api.Engine, requests: Sequence[Request]):
     """Hands all of them to the engine, or none.
 
     Raises:
@@ -37,7 +37,7 @@ class Underway:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
         self._open[index] = request
-    except protocol.RequestRefused:
+    except api.RequestRefused:
       self.close()
       raise
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.serve.http.chat_templates import Voice, voice
 from moepeft.serve.http.errors import no_model
 
@@ -41,7 +41,7 @@ class Models:
 
   def __init__(
     self,
-    engine: protocol.Engine,
+    engine: api.Engine,
     base: str,
     sha256: str,
     own: Voice,
@@ -86,7 +86,7 @@ class Models:
   def names(self) -> list[str]:
     return [self.base, *(one.name for one in self._engine.adapters())]
 
-  def load(self, name: str, path: str) -> protocol.LoadedAdapter:
+  def load(self, name: str, path: str) -> api.LoadedAdapter:
     """Loads an adapter, or another one under its name.
 
     Raises:

@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import weight_mapping as names
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
-from moepeft.objectives.cross_entropy import PER, Loss, mean, token_losses
-from moepeft.objectives.seq2seq import objective
+from moepeft.models import weight_mapping
+from moepeft.moe import aux_losses, router_stats
+from moepeft.objectives.cross_entropy import (
+  PER,
+  CrossEntropySettings,
+  mean_loss,
+  token_losses,
+)
+from moepeft.objectives.seq2seq import loss_sums
 
 from ...contracts import small
 
@@ -91,19 +95,25 @@ def gradients(method, per, packed):
     batch = pack(ROWS) if packed else alone()
 
     def loss(peft):
-      total, aux = objective(
+      total, aux = loss_sums(
         model.apply,
         {**variables, 'peft': peft},
         batch,
         None,
-        Loss(per=per, z=0.01, label_smoothing=0.1),
+        CrossEntropySettings(per=per, z=0.01, label_smoothing=0.1),
       )
-      weights = dict.fromkeys(losses.LOSSES, 0.1)
-      routed = losses.auxiliary_loss(stats.collect(aux['routing']), weights)
-      return mean(total, aux) + routed, (mean(total, aux), aux, routed)
+      weights = dict.fromkeys(aux_losses.LOSSES, 0.1)
+      routed = aux_losses.auxiliary_loss(
+        router_stats.collect(aux['routing']), weights
+      )
+      return mean_loss(total, aux) + routed, (
+        mean_loss(total, aux),
+        aux,
+        routed,
+      )
 
     found, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
-    return jax.tree.map(np.asarray, (names.flatten(found), *seen))
+    return jax.tree.map(np.asarray, (weight_mapping.flatten(found), *seen))
 
 
 @pytest.mark.parametrize(('method', 'per'), CASES)

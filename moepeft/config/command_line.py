@@ -17,15 +17,21 @@ from ml_collections import ConfigDict, config_flags
 
 from moepeft.config import check as config_check
 from moepeft.config import gin as gin_files
-from moepeft.config import suggestions as hints
+from moepeft.config import imports, suggestions
 from moepeft.config.gin import flags as gin_flags
-from moepeft.core import host_memory as pages
-from moepeft.core import secrets, terminal
+from moepeft.core import host_memory, secrets, terminal
 from moepeft.core.memory import is_out_of_memory
 from moepeft.core.untrusted import parse_literal
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
+)
+_IMPORTS = flags.DEFINE_string(
+  'imports',
+  '',
+  'Modules to import first, my_module,other: they register methods, routers, '
+  'objectives and other entries of their own (docs/extending). A run keeps '
+  'their names, and commands that read it import them too.',
 )
 # Caused by users; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
@@ -58,7 +64,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
     'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
     lock_config=True,
   )
-  _show_in_help(('config', _TRACEBACK.name))
+  _show_in_help(('config',))
   return found
 
 
@@ -130,7 +136,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
     if len(argv) > 1 and not arguments:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
-    pages.keep()
+    host_memory.keep()
     answer(lambda: main(argv), _TRACEBACK.value)
 
   app.run(safe_main, flags_parser=parse)
@@ -204,12 +210,14 @@ def parse(argv: Sequence[str]) -> list[str]:
 
   --help ends with 0.
   """
+  _show_in_help((_TRACEBACK.name, _IMPORTS.name))
   argv = ['--help' if arg == '-h' else _located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
 
   def read() -> list[str]:
     rest = flags.FLAGS(argv)
+    _import_modules()
     for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
       _set_shape(flags.FLAGS['config'].value, text)
     _check_values()
@@ -222,6 +230,20 @@ def parse(argv: Sequence[str]) -> list[str]:
     if e.code == 1 and any(arg.lstrip('-') in _HELP for arg in argv):
       sys.exit(0)
     raise
+
+
+def _import_modules() -> None:
+  """Imports the modules of --imports and of the config, and records them.
+
+  Raises:
+    ValueError: as `imports.import_modules`.
+  """
+  imports.import_modules(_IMPORTS.value, search_current=True)
+  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+  if isinstance(config, ConfigDict):
+    imports.import_modules(config.imports, search_current=True)
+    modules = imports.names(f'{config.imports},{_IMPORTS.value}')
+    config.imports = ','.join(dict.fromkeys(modules))
 
 
 def _check_values() -> None:
@@ -275,7 +297,7 @@ def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
     return read()
   except flags.UnrecognizedFlagError as e:
     has_config = 'config' in flags.FLAGS
-    _stop(hints.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
+    _stop(suggestions.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
   except (flags.Error, ValueError, OSError) as e:
     _stop(_of_keys(argv) or _reason(str(e)))
   except SyntaxError as e:
@@ -291,7 +313,9 @@ def _of_keys(argv: Sequence[str]) -> str:
   """The sentence for the first --config.key=value that cannot be, or ''."""
   keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
   found = (
-    hint(arg) for hint in (hints.unknown_key, hints.wrong_type) for arg in keys
+    hint(arg)
+    for hint in (suggestions.unknown_key, suggestions.wrong_type)
+    for arg in keys
   )
   return next(filter(None, found), '')
 
@@ -320,7 +344,7 @@ def _check_exists(arg: str) -> None:
   file = value.partition(':')[0]
   if not os.path.isfile(file):
     folders = (PACKAGE, os.path.dirname(PACKAGE))
-    _stop(hints.unknown_config(file, folders))
+    _stop(suggestions.unknown_config(file, folders))
 
 
 def check_can_write(path: str) -> None:
