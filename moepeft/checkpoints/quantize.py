@@ -23,7 +23,7 @@ def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
   Args:
     params: host arrays, layers stacked.
     config: the model's, of its family.
-    kind: of `moepeft.nn.quantization.KINDS`.
+    kind: of `moepeft.nn.quantization.FORMATS`.
     dtype: what is not quantised is cast to it; None keeps its own.
 
   Raises:

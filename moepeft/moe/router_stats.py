@@ -45,7 +45,7 @@ class RouterStats:
 
 
 def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
-  """Routing [b, t, (heads,) e] and a mask [b, t] of real tokens -> Sums."""
+  """Routing [b, t, (heads,) e] and a mask [b, t] of real tokens -> RouterStats."""
   weights = jax.lax.stop_gradient(routing.combine_weights)
   if mask is None:
     mask = jnp.ones(weights.shape[:2], bool)
@@ -96,7 +96,7 @@ def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
 
 
 def collect(collection: Tree) -> dict[str, RouterStats]:
-  """The 'routing' collection, or sums of several, as {path: Sums}."""
+  """The 'routing' collection, or sums of several, as {path: RouterStats}."""
   found = {}
 
   def walk(tree, path):

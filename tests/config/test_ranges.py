@@ -64,7 +64,7 @@ def test_every_default_is_allowed():
   [
     ('preference.loss', dpo.LOSSES),
     ('loss.per', loss.PER),
-    ('model.quantise', ('', *quantize.KINDS)),
+    ('model.quantise', ('', *quantize.FORMATS)),
     ('data.form', ('', *FORMS)),
     ('data.train_on', chat_dataset.TRAIN_ON),
     ('data.too_long', decoder_only.TOO_LONG),

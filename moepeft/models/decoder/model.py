@@ -169,7 +169,7 @@ class Decoder(nn.Module):
   """Decoder-only; `__call__` is training's, `extend` is for decoding.
 
   Attributes: as of `models.t5.T5`.
-    attention: of `nn.attention.FORMS`.
+    attention: of `nn.attention.IMPLEMENTATIONS`.
   """
 
   config: DecoderConfig

@@ -299,7 +299,7 @@ class T5(nn.Module):
     unroll: layers in one step of the scan.
     dtype: of activations; logits are float32.
     param_dtype: of weights at initialisation.
-    attention: of `nn.attention.FORMS`, but for 'chunked'.
+    attention: of `nn.attention.IMPLEMENTATIONS`, but for 'chunked'.
   """
 
   config: T5Config
