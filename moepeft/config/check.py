@@ -11,7 +11,7 @@ from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core.ranges import Choices, shortened
 from moepeft.core.registry import Registry
 
-# What each source and optimizer looks at; elsewhere a value would be lost.
+# What each source looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
   'path': ('jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text'),
   'split': ('datasets', 'seqio', 'preference'),
@@ -32,11 +32,6 @@ _OF_SOURCES = {
 }
 # Of plain text, the source's or what is replayed.
 _OF_TEXT = ('predict', 'noise', 'span', 'duplicates', 'quality')
-_OF_OPTIMIZERS = {
-  'b1': ('adamw',),
-  'b2': ('adamw',),
-  'clock': ('adafactor',),
-}
 
 
 def check(c: ConfigDict) -> None:
@@ -48,7 +43,6 @@ def check(c: ConfigDict) -> None:
   """
   check_ranges(c)
   _demand_used(c, 'data', 'source', _OF_SOURCES)
-  _demand_used(c, 'optimizer', 'name', _OF_OPTIMIZERS)
   _demand_text(c.data)
   if (c.patience or c.checkpoint.best) and not c.evaluation.every_steps:
     raise ValueError(

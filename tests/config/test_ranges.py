@@ -25,7 +25,6 @@ from moepeft.objectives import cross_entropy as loss
 from moepeft.objectives import dpo
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
-from moepeft.training.optim import OPTIMIZERS, SCHEDULES
 from tests import ROOT
 
 _PACKAGE = ROOT / 'moepeft'
@@ -71,8 +70,6 @@ def test_every_default_is_allowed():
     ('data.train_on', chat_dataset.TRAIN_ON),
     ('data.too_long', decoder_only.TOO_LONG),
     ('data.predict', text_dataset.PREDICT),
-    ('optimizer.name', OPTIMIZERS),
-    ('optimizer.schedule', SCHEDULES),
     ('sharding.preset', sharding.PRESETS),
   ],
 )

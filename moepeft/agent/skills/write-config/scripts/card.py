@@ -184,8 +184,10 @@ def _check(c: ConfigDict) -> str:
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
+  from moepeft.training import optimizers
 
   objectives.check_config(c)
+  optimizers.check_config(c)
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
