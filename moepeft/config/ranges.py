@@ -94,6 +94,7 @@ ALLOWED: dict[str, Range | Choices] = {
 # Paths, names on a hub, names of registries' entries, and small languages that
 # other modules read.
 TEXTS = (
+  'imports',
   'method',
   'objective',
   'preference.reference',
