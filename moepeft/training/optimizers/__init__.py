@@ -8,7 +8,6 @@ docs/extending/optimizer.md and schedule.md have worked examples.
 import optax
 from ml_collections import ConfigDict
 
-from moepeft.config.check import check_entry
 from moepeft.core.registry import Registry
 from moepeft.training.optimizers import groups as parameter_groups
 
@@ -26,18 +25,6 @@ SCHEDULES = Registry(
     'cosine': 'schedules:COSINE',
   },
 )
-
-
-def check_config(config: ConfigDict) -> None:
-  """Looks at config.optimizer and at the keys that its entries read.
-
-  Raises:
-    ValueError: there is no such optimizer or schedule, a key is set that it
-      does not read, or config.optimizer.groups is not of its form.
-  """
-  check_entry(config, 'optimizer.name', OPTIMIZERS)
-  check_entry(config, 'optimizer.schedule', SCHEDULES)
-  parameter_groups.parse_groups(config.optimizer.groups)
 
 
 def make_schedule(
