@@ -13,9 +13,9 @@ from moepeft.core import jsonl_log, sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
-from moepeft.data import Sources
+from moepeft.data import TrainingData
 from moepeft.data.batching import collators
-from moepeft.data.batching.collators import scored_lengths
+from moepeft.data.batching.collators import scoring_lengths
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
 from moepeft.evaluation import eval_sets, metrics, scores
@@ -41,17 +41,19 @@ from moepeft.runs.run import Run
 from moepeft.tasks import Example
 
 
-def form_of(run: Run) -> collators.Form:
+def form_of(run: Run) -> collators.Collator:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = collators.form(config.data, run.words, run.model, config.seed, front)
-  return preference_dataset.form_of(
+  own = collators.make_collator(
+    config.data, run.words, run.model, config.seed, front
+  )
+  return preference_dataset.objective_collator(
     config.data, config.objective, batch_kind(config.objective), own
   )
 
 
-def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
+def validation(run: Run, found: TrainingData, workdir: str) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's figures; {} without rows.
 
   Args:
@@ -84,8 +86,11 @@ def _objective(run: Run, reference: LogP | None) -> Objective:
 
 
 def _referred(
-  run: Run, found: Sources, own: preference_dataset.Sides, workdir: str
-) -> tuple[LogP | None, Tree, Sources]:
+  run: Run,
+  found: TrainingData,
+  own: preference_dataset.PairCollator,
+  workdir: str,
+) -> tuple[LogP | None, Tree, TrainingData]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
   if config.objective not in REFERRING:
@@ -174,7 +179,7 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
   return work
 
 
-def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
+def of_run(run: Run, found: TrainingData, names: Sequence[str] = ()) -> Work:
   """What is measured of a run's own held-out rows.
 
   Args:
@@ -290,7 +295,7 @@ def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
 def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
   variables = run.variables
-  lengths = scored_lengths(run.config.data, run.model)
+  lengths = scoring_lengths(run.config.data, run.model)
   common = run.model, run.words, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)

@@ -16,9 +16,9 @@ from moepeft.checkpoints import quantize
 from moepeft.checkpoints.manager import card, restore_trained
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
-from moepeft.data import vocabulary
+from moepeft.data import load_tokenizer
 from moepeft.data.chat import template as chat_template
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.models import check_decodes, weight_mapping
 from moepeft.peft import Built
@@ -157,7 +157,7 @@ class Run:
   config: ConfigDict
   model: Any
   variables: Tree
-  words: Vocabulary
+  words: Tokenizer
   step: int
   method: str
   base: str
@@ -201,8 +201,10 @@ def load(workdir: str, which: str = '') -> Run:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, which)
     method, parameters = built.method, _size(variables[built.trainable])
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  chat_template.put(words, config.data.chat_template, config.data.system)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  chat_template.set_chat_template(
+    words, config.data.chat_template, config.data.system
+  )
   return Run(
     config,
     model,
@@ -241,7 +243,7 @@ def open_model(path: str, adapter: str = '') -> Run:
     config,
     model,
     jax.tree.map(jnp.asarray, variables),
-    vocabulary('', path),
+    load_tokenizer('', path),
     0,
     built.method if adapter else 'none',
     os.path.basename(path.rstrip('/')).split(':')[-1],
