@@ -11,7 +11,6 @@ and medians are compared.
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,11 +24,12 @@ from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.config import command_line
-from moepeft.core import host_memory, jsonl_log
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
+from moepeft.runs.run import Run
 from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
@@ -91,7 +91,7 @@ def of_loop(config) -> float:
   """Seconds of a step of `train`, as its own rows say."""
   with tempfile.TemporaryDirectory() as workdir:
     train.train(config, workdir)
-    rows = jsonl_log.read(os.path.join(workdir, jsonl_log.NAME))
+    rows = list(Run(workdir).metrics())
   speeds = [row['steps_per_s'] for row in rows if row.get('steps_per_s')]
   return 1 / statistics.median(speeds)
 

@@ -51,7 +51,7 @@ from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.config import command_line
+from moepeft.config import command_line, imports
 from moepeft.core import terminal, untrusted
 from moepeft.data.chat import template as chat_template
 from moepeft.data.tokenizers.tokenizer import (
@@ -62,7 +62,7 @@ from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
 from moepeft.peft.merge import merge
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 # What --to names: GGUF files are read alone.
 _WRITTEN = tuple(form for form in checkpoint_formats.FORMS if form != 'gguf')
@@ -99,6 +99,12 @@ def define_flags() -> flags.FlagValues:
     'by default all.',
     lower_bound=1,
     upper_bound=65_536,
+    **options,
+  )
+  text(
+    'imports',
+    '',
+    'Modules to import first, my_module,other, whose methods an adapter has.',
     **options,
   )
   switch('overwrite', False, 'Replace an earlier output.', **options)
@@ -144,7 +150,10 @@ def convert(values: flags.FlagValues) -> None:
     raise CheckpointError('--workdir and --input are both given; keep one')
   _require(values, 'output')
   directory.check_output(Path(values.output), values.overwrite)
+  imports.import_modules(values.imports, search_current=True)
   if values.workdir is not None:
+    config = Run(values.workdir).read_config()
+    imports.import_modules(config.get('imports', ''))
     _convert_run(values)
   else:
     _require(values, 'input')
@@ -185,7 +194,7 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = run_config.read(values.workdir).get('data', {})
+  data = Run(values.workdir).read_config().get('data', {})
   path, system = data.get('chat_template', ''), data.get('system', '')
   if not path and not system:
     return ''
@@ -224,7 +233,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = run_config.read(values.workdir)
+  config = Run(values.workdir).read_config()
   before = int(config.get('optimizer', {}).get('clock', 0))
   step = before + card['step']
   print(
@@ -395,7 +404,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = run_config.read(values.workdir)
+    config = Run(values.workdir).read_config()
     path = config.get('data', {}).get('vocabulary') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None

@@ -24,7 +24,8 @@ from moepeft.evaluation import eval_sets, runner, scores, summary
 from moepeft.evaluation.results import HELD_OUT
 from moepeft.evaluation.runner import Unfinished, form_of, validation
 from moepeft.evaluation.scores import About, Row
-from moepeft.runs.run import Run, load
+from moepeft.inference.loaded_model import LoadedModel, load_run
+from moepeft.runs.run import Run
 
 # Names of data that rows of a run's own have in tables.
 _RESERVED = (HELD_OUT, 'after')
@@ -44,7 +45,7 @@ def evaluate(
   """(summary, rows) of a run on a file or directory of rows, or on its own.
 
   Args:
-    checkpoint: see `runs.load`.
+    checkpoint: see `load_run`.
     data: '' for what the run holds out.
     names: see `moepeft.evaluation.runner`.
     most: examples of a prompt.
@@ -58,7 +59,7 @@ def evaluate(
     ValueError: no run or no rows there, or not of the form they should be.
   """
   runner.check(names)
-  trained = load(os.path.expanduser(workdir), checkpoint)
+  trained = load_run(os.path.expanduser(workdir), checkpoint)
   changes = {
     'evaluation.max_examples': most,
     'evaluation.batch_size': batch_size,
@@ -94,7 +95,9 @@ def evaluate(
   return summary.of(run, todo, rows) | more, rows
 
 
-def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
+def _changed(
+  run: LoadedModel, changes: Mapping[str, int | None]
+) -> LoadedModel:
   """A run with some numbers of its config changed, None for as they are."""
   config = run.config.copy_and_resolve_references()
   config.update_from_flattened_dict(
@@ -105,7 +108,7 @@ def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
 
 
 def about(
-  run: Run, workdir: str, checkpoint: str, data: str, sha: str | None
+  run: LoadedModel, workdir: str, checkpoint: str, data: str, sha: str | None
 ) -> About:
   """What the rows of one evaluation share."""
   return About(
@@ -142,13 +145,13 @@ def name_of(data: str) -> str:
   return name
 
 
-def output_of(output: str, folder: str, name: str) -> str:
-  """Where the summary goes: `output`, by default a file `name` in `folder`.
+def output_of(output: str | None, default: str) -> str:
+  """Where the summary goes, checked.
 
   Raises:
     ValueError: it does not end in .json, or is in no directory.
   """
-  path = os.path.expanduser(output or os.path.join(folder, name))
+  path = os.path.expanduser(output or default)
   if not path.endswith('.json'):
     raise ValueError(
       f'--output is a file that ends in .json, with the rows beside it as '
@@ -169,10 +172,10 @@ def main(argv) -> None:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   data = os.path.expanduser(_DATA.value or '')
   # The base's rows must not take the place of the run's.
-  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
-  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
+  of_base = _CHECKPOINT.value == 'base'
+  default = Run(_WORKDIR.value).evaluation_file(data and name_of(data), of_base)
   # Before minutes of evaluation.
-  output = output_of(_OUTPUT.value or '', _WORKDIR.value, name)
+  output = output_of(_OUTPUT.value, default)
   rows_path = os.path.splitext(output)[0] + '.jsonl'
   found, rows = evaluate(
     _WORKDIR.value,

@@ -25,7 +25,7 @@ from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
 from moepeft.config import check as config_check
 from moepeft.config import command_line
-from moepeft.core import distributed, host_memory, jsonl_log, sharding, terminal
+from moepeft.core import distributed, host_memory, sharding, terminal
 from moepeft.core import files as core_files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
@@ -37,9 +37,8 @@ from moepeft.data import (
   open_data,
   truncation_note,
 )
-from moepeft.data.batching.collators import make_collator
+from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.chat import template as chat_template
-from moepeft.data.preference.dataset import objective_collator
 from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.registry import preferences
@@ -48,27 +47,22 @@ from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  batch_kind,
+  OBJECTIVES,
+  build_validation_objective,
   check_model,
   reference_model,
 )
-from moepeft.runs import config as run_config
+from moepeft.objectives import check_config as check_objective
+from moepeft.objectives.batches import make_collator
 from moepeft.runs import diagnosis, next_steps, plots
-from moepeft.runs.directory import (
-  Workdir,
-  latest_checkpoint,
-  open_workdir,
-)
+from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
-from moepeft.runs.run import (
-  CONFIG,
-  DATA,
+from moepeft.runs.resume import (
   check_same_data,
   check_unchanged,
-  dated,
+  with_begun_date,
 )
+from moepeft.runs.run import Run
 from moepeft.runs.trackers import Writer, writers
 from moepeft.training import (
   grad_accumulation,
@@ -136,7 +130,7 @@ def train(
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that
-      is gone on from; see `runs.check_unchanged`.
+      is gone on from; see `resume.check_unchanged`.
     gin: the gin files that the config is from as one, kept as config.gin.
     skip_damaged: goes on from the checkpoint before one that is damaged.
 
@@ -146,7 +140,7 @@ def train(
   config_check.check(config)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
-  setup.build_objective(config)
+  check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -156,12 +150,13 @@ def train(
   alone = open_workdir(workdir) if distributed.first() else None
   with (
     alone or contextlib.nullcontext(),
-    tell_full_disk(workdir, lambda: latest_checkpoint(workdir)),
+    tell_full_disk(workdir, Run(workdir).latest_step),
   ):
-    config = dated(workdir, config)
-    check_unchanged(workdir, config, may_differ)
+    run = Run(workdir)
+    config = with_begun_date(run, config)
+    check_unchanged(run, config, may_differ)
     read = fingerprint.data_hashes(config.data)
-    check_same_data(workdir, read, may_differ)
+    check_same_data(run, read, may_differ)
     return _train(
       config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
     )
@@ -194,10 +189,8 @@ def _train(
   config = chat_template.with_date(config, words)
   data = config.data
   before = base_lib.before(family, shape, config)
-  own = make_collator(data, words, shape, config.seed, before)
-  own = objective_collator(
-    data, config.objective, batch_kind(config.objective), own
-  )
+  own = make_model_collator(data, words, shape, config.seed, before)
+  own = make_collator(config, own)
   found = open_data(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)
@@ -222,13 +215,13 @@ def _train(
     )
   # What rewards are measured against, of objectives that have any.
   against = config.preference.reference
-  reference, adapters = reference_model.reference_of(
-    config.objective, against, model, built, base
-  )
+  reference, adapters, spec = None, {}, OBJECTIVES[config.objective]
+  if spec.needs_reference:
+    reference, adapters = reference_model.make_reference(
+      against, model, built, base
+    )
   begun = config.model.adapter
-  if (
-    begun and config.objective in REFERRING and against == reference_model.BASE
-  ):
+  if begun and spec.needs_reference and against == reference_model.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {begun!r} '
@@ -262,7 +255,7 @@ def _train(
   if not isinstance(found.train, SeqioStream):
     print(truncation_note(found.train, own), end='', flush=True)
 
-  if config.objective in REFERRING and against == reference_model.PRECOMPUTED:
+  if spec.needs_reference and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
     log_p = reference_model.precomputed(
       None if dry_run else workdir,
@@ -291,9 +284,7 @@ def _train(
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  # Of likelihoods a run is judged by its own, whatever config.loss says.
-  compared = config.objective in COMPARED
-  judged = setup.build_objective(config, reference) if compared else None
+  judged = build_validation_objective(config, reference)
   judge = Judge(
     config, model, words, validation, sets, layout.mesh, own, judged
   )
@@ -318,14 +309,13 @@ def _train(
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
-  distributed.write_json(
-    os.path.join(workdir, CONFIG), json.loads(config.to_json())
-  )
-  distributed.write_json(os.path.join(workdir, DATA), read)
+  run = Run(workdir)
+  distributed.write_json(run.config_file, json.loads(config.to_json()))
+  distributed.write_json(run.data_file, read)
   if gin and distributed.first():
-    core_files.write_text(os.path.join(workdir, 'config.gin'), gin)
+    core_files.write_text(run.gin_file, gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
-  log, pictures = config.log, os.path.join(workdir, 'plots')
+  log, pictures = config.log, run.plots_dir
   written = []
   if distributed.first():
     written = writers(
@@ -333,17 +323,17 @@ def _train(
     )
 
   # --------------------------------------------------------- evaluation ---
-  before_path, before = os.path.join(workdir, 'before.json'), {}
+  before = {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
     before = judge(built.variables(state), 'before training', 0)
-    distributed.write_json(before_path, before)
+    distributed.write_json(run.before_file, before)
   elif config.evaluation.before and config.evaluation.after:
     # Not at the end, where damage to it would cost the summary.
-    before = _read_before(before_path)
+    before = run.before()
 
   # --------------------------------------------------------------- loop ---
-  history = History(jsonl_log.stream(os.path.join(workdir, jsonl_log.NAME)))
+  history = History(run.metrics())
   drawn = log.plots and distributed.first()
   figures = plots.Figures(history, pictures, drawn)
   progress = Progress(config.steps, first)
@@ -424,7 +414,6 @@ def _train(
 
   # ------------------------------------------------------------ summary ---
   summary = {'method': built.method, 'semantics': built.semantics}
-  after_path = os.path.join(workdir, 'after.json')
   changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
@@ -434,7 +423,7 @@ def _train(
     if alone:
       # Evaluating takes minutes.
       alone.check()
-    distributed.write_json(after_path, after)
+    distributed.write_json(run.after_file, after)
     if report.concluded(done, after):
       figures.draw()
     if 0 < len(after['rows']) <= _TABLE:
@@ -445,7 +434,7 @@ def _train(
       plots.draw_before_after(before, after, pictures)
   _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
-  distributed.write_json(os.path.join(workdir, 'summary.json'), summary)
+  distributed.write_json(run.summary_file, summary)
   chat = data.source in ('chat', 'preference') and (
     bool(data.chat_template) or has_chat_template(words)
   )
@@ -455,11 +444,11 @@ def _train(
     changes,
     diagnosis.findings(pathlib.Path(workdir)),
     {
-      'losses': os.path.join(workdir, jsonl_log.NAME),
+      'losses': run.metrics_file,
       'plots': pictures if log.plots else None,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
-      'evaluation': after_path if config.evaluation.after else None,
-      'checkpoints': os.path.join(workdir, 'checkpoints'),
+      'evaluation': run.after_file if config.evaluation.after else None,
+      'checkpoints': run.checkpoints_dir,
       **next_steps.commands(workdir, config, built, chat, prompt),
     },
   )
@@ -473,22 +462,6 @@ def _close(written: Sequence[Writer]) -> None:
 
 def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
-
-
-_MEASURED = {
-  'group': str,
-  'task': str,
-  'templates': str,
-  'accuracy': float,
-}
-
-
-def _read_before(path: str) -> dict:
-  if not os.path.exists(path):
-    return {}
-  return run_config.read_object(
-    path, {'rows?': [_MEASURED]}, 'remove it to go on without it'
-  )
 
 
 def main(argv) -> None:

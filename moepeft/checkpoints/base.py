@@ -2,7 +2,6 @@
 """The base model and the starting adapter that a config names."""
 
 import dataclasses
-import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from moepeft.nn import initializers
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
 from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.runs.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def load_adapter(path: str, config: Any) -> Start:
     ValueError: the path holds no adapter.
   """
   path = resolve(path)
-  is_run = os.path.isdir(os.path.join(path, 'checkpoints'))
+  is_run = Run(path).has_checkpoints_dir
   form = '' if is_run else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
     tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)

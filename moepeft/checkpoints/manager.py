@@ -30,6 +30,7 @@ from moepeft.core.memory import is_out_of_memory
 from moepeft.core.sharding import gather
 from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
+from moepeft.runs.run import Run
 
 __all__ = [
   'Checkpoints',
@@ -89,7 +90,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int | None, best: bool = False):
     """Keeps the newest `keep` (None: all), and the best one where `best`."""
-    path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    path = os.path.abspath(Run(workdir).checkpoints_dir)
     self._kept, self._keep_best = _Kept(keep), best
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._kept,
@@ -297,7 +298,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint out of the way; returns its new path."""
-    folder = os.path.join(os.path.dirname(self.path), 'damaged')
+    folder = Run(os.path.dirname(self.path)).damaged_dir
     target, number = os.path.join(folder, str(step)), 1
     while os.path.lexists(target):
       target, number = os.path.join(folder, f'{step}.{number}'), number + 1
@@ -371,7 +372,7 @@ def restore_trained(
   Raises:
     ValueError: no run is there, or its checkpoint is damaged.
   """
-  if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+  if not Run(workdir).has_checkpoints_dir:
     raise ValueError(f'{workdir!r} is no work directory of a run')
   return Checkpoints(workdir, keep=None).restore_trainable(which)
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the values of a config may be, looked at before anything is built."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import Choices, shortened
+from moepeft.core.registry import Registry
 
 # What each source and optimizer looks at; elsewhere a value would be lost.
 _OF_SOURCES = {
@@ -53,6 +55,45 @@ def check(c: ConfigDict) -> None:
       'config.patience and config.checkpoint.best go by validation losses; set '
       'config.evaluation.every_steps too'
     )
+
+
+def check_entry(c: ConfigDict, key: str, registry: Registry) -> None:
+  """Looks at a key that names a registry's entry, and at what entries read.
+
+  Args:
+    key: 'objective', 'optimizer.name', ...
+    registry: its entries have `config_keys`, the keys that each of them reads.
+
+  Raises:
+    ValueError: there is no such entry, or a key is set that other entries read
+      and this one does not.
+  """
+  name = _value(c, key)
+  Choices(tuple(registry)).check(f'config.{key}', name)
+  readers: dict[str, list[str]] = {}
+  for entry_name, entry in registry.items():
+    for config_key in entry.config_keys:
+      readers.setdefault(config_key, []).append(entry_name)
+  defaults = dict(_flatten(default()))
+  for config_key, names in readers.items():
+    # A section that a user's own entry reads has no defaults.
+    if name in names or config_key not in defaults:
+      continue
+    value = _value(c, config_key)
+    if value != defaults[config_key]:
+      raise ValueError(
+        f'config.{config_key}={value!r} does nothing with '
+        f'config.{key}={name!r}, only with {" or ".join(names)}; set one of '
+        'the two'
+      )
+
+
+def _flatten(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in c.items():
+    if isinstance(value, ConfigDict):
+      yield from _flatten(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
 
 
 def check_ranges(c: ConfigDict) -> None:

@@ -26,9 +26,6 @@ ALLOWED: dict[str, Range | Choices] = {
   'seed': Range(0, MAX_SEED),
   'steps': _COUNT,
   'batch_size': _ROWS,
-  'objective': Choices(
-    ('seq2seq', 'causal', 'dpo', 'kto', 'orpo', 'simpo', 'reward')
-  ),
   'preference.loss': Choices(('sigmoid', 'hinge', 'ipo', 'robust')),
   'preference.beta': Range(0, 1_000, above=True),
   'preference.label_smoothing': Range(
@@ -96,9 +93,12 @@ ALLOWED: dict[str, Range | Choices] = {
   'log.every_steps': _COUNT,
 }
 
-# Paths, names on a hub and small languages that other modules read.
+# Paths, names on a hub, names of registries' entries, and small languages that
+# other modules read.
 TEXTS = (
+  'imports',
   'method',
+  'objective',
   'preference.reference',
   'model.path',
   'model.adapter',

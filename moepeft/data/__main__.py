@@ -20,15 +20,15 @@ from moepeft.config import command_line
 from moepeft.core import terminal
 from moepeft.core.types import Batch
 from moepeft.data import load_tokenizer, open_data
-from moepeft.data.batching.collators import Collator, make_collator
+from moepeft.data.batching.collators import Collator, make_model_collator
 from moepeft.data.dataset import TrainingData
 from moepeft.data.loader import WINDOW
-from moepeft.data.preference.dataset import PairCollator, objective_collator
+from moepeft.data.preference.dataset import PairCollator
 from moepeft.data.preview import row_lines
 from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.models import decoder_only
-from moepeft.objectives import batch_kind
+from moepeft.objectives.batches import make_collator
 from moepeft.tasks import Example
 
 _BARS = 8
@@ -49,10 +49,8 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   family, shape = base_lib.shape(config.model)
   check_vocab_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)
-  own = make_collator(data, words, shape, config.seed, before)
-  own = objective_collator(
-    data, config.objective, batch_kind(config.objective), own
-  )
+  own = make_model_collator(data, words, shape, config.seed, before)
+  own = make_collator(config, own)
   found = open_data(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft.core.types import Batch
-from moepeft.data.batching.collators import Collator, Rows, make_collator
+from moepeft.data.batching.collators import Collator, Rows, make_model_collator
 from moepeft.data.dataset import TrainingData
 from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -191,7 +191,7 @@ def make_loader(
       encoder-decoder.
     own: their form; by default the model's.
   """
-  own = own or make_collator(data, words, model, seed)
+  own = own or make_model_collator(data, words, model, seed)
   if isinstance(sources.train, SeqioStream):
     # SeqIO reads ahead, and by host, by itself.
     return Loader(StreamWindows(sources.train.open, own), batch_size)

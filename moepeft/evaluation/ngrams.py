@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.data import load_tokenizer, open_data
-from moepeft.data.batching.collators import make_collator
+from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
@@ -233,7 +233,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
     )
   words = load_tokenizer(data.vocabulary, config.model.path)
   _, shape = base_lib.shape(config.model)
-  own = make_collator(data, words, shape, config.seed)
+  own = make_model_collator(data, words, shape, config.seed)
   found = open_data(data, config.seed, below=shape.vocab, own=own)
   judged = pairs_to_judge(config, found, own)
   if not judged:

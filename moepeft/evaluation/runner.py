@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import card
-from moepeft.core import jsonl_log, sharding
+from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
@@ -25,35 +25,33 @@ from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
 from moepeft.evaluation.validator import Judge
+from moepeft.inference.loaded_model import LoadedModel
 from moepeft.models import decoder_only
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  Objective,
-  batch_kind,
-  objective_of,
+  OBJECTIVES,
+  build_validation_objective,
   reference_model,
 )
-from moepeft.objectives.paired_batch import LogP
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
-from moepeft.runs.run import Run
+from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
 
-def form_of(run: Run) -> collators.Collator:
+def form_of(run: LoadedModel) -> collators.Collator:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = collators.make_collator(
-    config.data, run.words, run.model, config.seed, front
+  own = collators.make_model_collator(
+    config.data, run.tokenizer, run.model, config.seed, front
   )
-  return preference_dataset.objective_collator(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  return make_collator(config, own)
 
 
-def validation(run: Run, found: TrainingData, workdir: str) -> dict[str, float]:
+def validation(
+  run: LoadedModel, found: TrainingData, workdir: str
+) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's figures; {} without rows.
 
   Args:
@@ -65,42 +63,34 @@ def validation(run: Run, found: TrainingData, workdir: str) -> dict[str, float]:
       was.
   """
   config, own = run.config, form_of(run)
-  objective, variables = None, run.variables
-  if config.objective in COMPARED:
-    reference, adapters, found = _referred(run, found, own, workdir)
-    objective = _objective(run, reference)
-    variables = variables | ({'reference': adapters} if adapters else {})
+  variables = run.variables
+  reference, adapters, found = _referred(run, found, own, workdir)
+  objective = build_validation_objective(config, reference)
+  if adapters:
+    variables = variables | {'reference': adapters}
   rows = eval_sets.pairs_to_judge(config, found, own)
   if not rows:
     return {}
   judge = Judge(
-    config, run.model, run.words, rows, {}, own=own, objective=objective
+    config, run.model, run.tokenizer, rows, {}, own=own, objective=objective
   )
   return judge.validation(variables)
 
 
-def _objective(run: Run, reference: LogP | None) -> Objective:
-  name = run.config.objective
-  settings = preference_of(name, run.config.preference)
-  return objective_of(name, preference=settings, reference=reference)
-
-
 def _referred(
-  run: Run,
+  run: LoadedModel,
   found: TrainingData,
   own: preference_dataset.PairCollator,
   workdir: str,
-) -> tuple[LogP | None, Tree, TrainingData]:
+) -> tuple[ReferenceFn | None, Tree, TrainingData]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
-  if config.objective not in REFERRING:
+  if not OBJECTIVES.lookup(config.objective).needs_reference:
     return None, {}, found
   base, against = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
   if against != reference_model.PRECOMPUTED:
-    return *reference_model.reference_of(
-      config.objective, against, model, built, base
-    ), found
+    return *reference_model.make_reference(against, model, built, base), found
   # Of the policy as it began.
   start = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
@@ -141,7 +131,7 @@ def check(names: Sequence[str]) -> None:
       )
 
 
-def check_room(run: Run, names: Sequence[str]) -> None:
+def check_room(run: LoadedModel, names: Sequence[str]) -> None:
   """Looks whether a decoder has places for what it is to generate.
 
   Raises:
@@ -179,7 +169,9 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
   return work
 
 
-def of_run(run: Run, found: TrainingData, names: Sequence[str] = ()) -> Work:
+def of_run(
+  run: LoadedModel, found: TrainingData, names: Sequence[str] = ()
+) -> Work:
   """What is measured of a run's own held-out rows.
 
   Args:
@@ -224,8 +216,7 @@ class Unfinished:
     if not path:
       return
     # This cuts a torn line off.
-    folder, name = os.path.split(os.path.abspath(path))
-    self._file = jsonl_log.Rows(folder, name, about.step)
+    self._file = MetricsLog(path, about.step)
     own = {key: value for key, value in vars(about).items() if key != 'run'}
     for row in scores.read(path) if os.path.getsize(path) else ():
       if own.items() <= vars(row).items():
@@ -258,7 +249,9 @@ class Unfinished:
     self._found[row.task, row.prompt, row.measure] = row
 
 
-def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
+def measure(
+  run: LoadedModel, work: Work, about: About, kept: Unfinished
+) -> list[Row]:
   """Rows of everything in `work`, with progress on stderr.
 
   Args:
@@ -292,18 +285,18 @@ def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
   return [(names, work[names[0]]) for names in (*alone, texts) if names]
 
 
-def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
+def _measure(run: LoadedModel, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
   variables = run.variables
   lengths = scoring_lengths(run.config.data, run.model)
-  common = run.model, run.words, *lengths, run.config.evaluation.batch_size
+  common = run.model, run.tokenizer, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)
     return functools.partial(metrics.accuracy, ranker, variables), 'ranked'
   if names == ('loss',):
     likelihood = Likelihood(*common)
     return functools.partial(metrics.loss, likelihood, variables), 'scored'
-  answering = Answering(*common, ends=run.ends)
+  answering = Answering(*common, ends=run.eos_token_ids)
   return functools.partial(
     metrics.texts, answering, variables, names
   ), 'answered'

@@ -15,7 +15,7 @@ from moepeft.evaluation.runner import Work
 from moepeft.evaluation.scores import Row
 from moepeft.evaluation.tables import terminal as tables_terminal
 from moepeft.evaluation.validator import means, warnings
-from moepeft.runs.run import Run
+from moepeft.inference.loaded_model import LoadedModel
 
 
 def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
@@ -47,7 +47,7 @@ def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
   return found
 
 
-def of(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
+def of(run: LoadedModel, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
   """What the rows come to: by task, by group, and the paper's measure."""
   tasks = by_task(work.get('accuracy', ()), rows)
   named, more = {row.measure for row in rows}, {}

@@ -16,13 +16,13 @@ from moepeft.core.progress import Pass
 from moepeft.core.types import Tree
 from moepeft.data.batching.collators import (
   Collator,
-  make_collator,
+  make_model_collator,
   scoring_lengths,
 )
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation.rank_classification import NotFinite, Ranked, Ranker
 from moepeft.evaluation.tables.terminal import columns
-from moepeft.objectives import Objective, objective_of
+from moepeft.objectives import Objective, build_validation_objective
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
 
@@ -48,13 +48,15 @@ class Judge:
     Args:
       mesh: the one that the variables lie on; by default, all devices.
       own: the form of `validation`; by default the model's.
-      objective: what is measured of it; by default the likelihood that
-        config.objective minimises, whatever config.loss says.
+      objective: of `objectives.build_validation_objective`; None for one
+        that needs no reference.
     """
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
-    own = own or make_collator(data, words, model, config.seed, before(model))
+    own = own or make_model_collator(
+      data, words, model, config.seed, before(model)
+    )
     self._batches = list(_batches(validation, self._rows, own))
     lengths = scoring_lengths(data, model)
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
@@ -66,13 +68,13 @@ class Judge:
       self._alike += len(rows) - len(kept)
       if kept:
         self._sets[key] = kept
-    objective = objective or objective_of(config.objective)
+    objective = objective or build_validation_objective(config)
 
     def count(variables, batch):
-      batch = objective.prepared(model.apply, variables, batch)
+      batch = objective.prepare(model.apply, variables, batch)
       total, aux = objective(model.apply, variables, batch, None)
       whole = jnp.stack([total, aux['weight'].astype(total.dtype)])
-      return {'loss': whole} | aux.get('figures', {})
+      return {'loss': whole} | aux.get('metrics', {})
 
     self._count = jax.jit(count)
 

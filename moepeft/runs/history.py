@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.core import jsonl_log
+from moepeft.runs import metrics_log
 
 # What objectives tell of answers that are compared; validation's too.
 FIGURES = (
@@ -16,7 +16,7 @@ FIGURES = (
   'margins',
   'accuracies',
   'kl',
-  'point',
+  'z_ref',
 )
 # Points that a curve is drawn with at most, and states of the routers.
 _POINTS, _STATES = 2000, 150
@@ -129,7 +129,7 @@ def _number(value: float | None) -> float:
 def _routing(row: Mapping[str, Any]) -> Routing:
   shares, entropies = {}, {}
   for site, values in row['routing'].items():
-    kind, share = jsonl_log.shares(values)
+    kind, share = metrics_log.shares(values)
     share = np.asarray(share, np.float64)
     if share.shape[-1] > 1:
       most = np.log(share.shape[-1])

@@ -63,7 +63,7 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
   """Draws what there is to draw; returns the paths of the PNGs.
 
   Args:
-    rows: as in `moepeft.core.jsonl_log`, or a `History` of them.
+    rows: as in `moepeft.runs.metrics_log`, or a `History` of them.
     folder: made if need be. A reader sees the old picture or the new.
   """
   seen = rows if isinstance(rows, History) else History(rows)

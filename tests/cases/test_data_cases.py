@@ -12,7 +12,7 @@ from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers import jsonl
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
 CASES = ROOT.parent / 'shared' / 'cases'
@@ -45,7 +45,7 @@ def preference(path, objective):
   words = load_tokenizer('', MODEL)
   data = data_of('preference', path)
   own = preference_dataset.objective_collator(
-    data, objective, batch_kind(objective), CausalCollator(words, LENGTH)
+    data, objective, OBJECTIVES[objective].batch, CausalCollator(words, LENGTH)
   )
   found = open_data(data, 0, own=own)
   batch = own.pad([found.train[0]])

@@ -106,10 +106,10 @@ def test_a_token_beyond_the_embedding_is_refused():
 
 @here
 def test_018_generate_refuses_a_token_beyond_the_embedding():
-  from moepeft.runs import run as run_lib
+  from moepeft.inference import loaded_model
 
-  run = run_lib.open_model(str(SHARED / '018' / 'model'))
-  ids = prompts.plain(run.words, 'a<|extra_3|>', decoder_only=True)
+  run = loaded_model.load_model(str(SHARED / '018' / 'model'))
+  ids = prompts.plain(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
   assert max(ids) >= run.model.config.vocab
   with pytest.raises(ValueError, match='more tokens than its embedding'):
     prompts.check_ids(ids, run.model.config.vocab)

@@ -14,6 +14,7 @@ from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import manager, quantize
 from moepeft.checkpoints.count_parameters import count
+from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.models.t5 import model as t5
@@ -28,7 +29,6 @@ from moepeft.nn.quantization import (
   to_nf4,
 )
 from moepeft.peft import build
-from moepeft.runs import run as run_lib
 
 from ..contracts import small
 
@@ -312,7 +312,7 @@ def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
   c, workdir = run_config(), str(tmp_path / 'run')
   train.train(c, workdir)
   assert 'projections in nf4: 0.8732 MB in all' in capsys.readouterr().out
-  run = run_lib.load(workdir)
+  run = loaded_model.load_run(workdir)
   base = base_lib.load(c.model)
   assert run.base_parameters == quantize.parameters(base.params, base.config)
   for path, leaf in weight_mapping.flatten(base.params).items():

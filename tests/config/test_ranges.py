@@ -21,12 +21,8 @@ from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import FORMS
 from moepeft.data.text import dataset as text_dataset
 from moepeft.models.decoder import llama
-from moepeft.objectives import (
-  COMPARED,
-  OBJECTIVES,
-  cross_entropy,
-  preference_losses,
-)
+from moepeft.objectives import cross_entropy as loss
+from moepeft.objectives import dpo
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
 from moepeft.training.optim import OPTIMIZERS, SCHEDULES
@@ -67,9 +63,8 @@ def test_every_default_is_allowed():
 @pytest.mark.parametrize(
   ('key', 'names'),
   [
-    ('objective', OBJECTIVES | COMPARED),
-    ('preference.loss', preference_losses.LOSSES),
-    ('loss.per', cross_entropy.PER),
+    ('preference.loss', dpo.LOSSES),
+    ('loss.per', loss.PER),
     ('model.quantise', ('', *quantize.KINDS)),
     ('data.source', data_registry.SOURCES),
     ('data.form', ('', *FORMS)),

@@ -8,7 +8,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.data import fingerprint
-from moepeft.runs.run import DATA, check_same_data
+from moepeft.runs.resume import check_same_data
+from moepeft.runs.run import Run
 
 ROW = {'dataset': 'd', 'template': 't', 'targets': 'out'}
 
@@ -28,8 +29,8 @@ def begun(tmp_path):
   (folder / 'a.jsonl').write_text('{}')
   (workdir / 'checkpoints' / '4').mkdir(parents=True)
   seen = fingerprint.data_hashes(data_of(folder))
-  (workdir / DATA).write_text(json.dumps(seen))
-  return folder, str(workdir)
+  (workdir / 'data.json').write_text(json.dumps(seen))
+  return folder, Run(str(workdir))
 
 
 @pytest.mark.parametrize('source', ['jsonl', 'chat', 'preference', 'text'])
@@ -66,9 +67,9 @@ def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
   folder, workdir = begun
   (folder / 'a.jsonl').write_text('[]')
   now = fingerprint.data_hashes(data_of(folder))
-  (folder.parent / 'w' / DATA).rename(folder.parent / DATA)
+  (folder.parent / 'w' / 'data.json').rename(folder.parent / 'data.json')
   check_same_data(workdir, now)
-  (folder.parent / DATA).rename(folder.parent / 'w' / DATA)
+  (folder.parent / 'data.json').rename(folder.parent / 'w' / 'data.json')
   (folder.parent / 'w' / 'checkpoints' / '4').rmdir()
   check_same_data(workdir, now)
 

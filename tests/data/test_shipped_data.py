@@ -18,7 +18,7 @@ from moepeft.data.registry import open_data
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder import llama
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
 from .. import chat_cases
@@ -52,11 +52,11 @@ def read(words, source, objective, **changes):
   config.objective, config.data.source = objective, source
   config.data.length, config.data.held_out = 1024, 0.1
   config.data.update(changes)
-  form = collators.make_collator(
+  form = collators.make_model_collator(
     config.data, words, llama.config('tiny'), config.seed
   )
   form = preference_dataset.objective_collator(
-    config.data, objective, batch_kind(objective), form
+    config.data, objective, OBJECTIVES[objective].batch, form
   )
   return form, open_data(config.data, config.seed, below=0, own=form)
 

@@ -566,12 +566,12 @@ def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
 
 def test_the_output_is_checked_and_written_whole(tmp_path):
   folder = str(tmp_path)
-  path = evaluate.output_of('', folder, 'evaluation.json')
+  path = evaluate.output_of(None, f'{folder}/evaluation.json')
   assert path == str(tmp_path / 'evaluation.json')
   with pytest.raises(ValueError, match='ends in .json.*got .*rows.jsonl'):
-    evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
+    evaluate.output_of(f'{folder}/rows.jsonl', f'{folder}/x.json')
   with pytest.raises(ValueError, match='does not exist; make it'):
-    evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
+    evaluate.output_of(f'{folder}/none/a.json', f'{folder}/x.json')
   summary.write(path, {'a': 1})
   with pytest.raises(TypeError):
     summary.write(path, {'a': object()})

@@ -14,13 +14,14 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.core import jsonl_log
 from moepeft.evaluation.runner import Unfinished
 from moepeft.evaluation.tables import compare
 from moepeft.evaluation.validator import table
-from moepeft.runs import run as run_lib
+from moepeft.inference import loaded_model
+from moepeft.runs import resume
 from moepeft.runs.history import History
 from moepeft.runs.plots import Figures
+from moepeft.runs.run import Run
 from moepeft.runs.trackers import writers
 
 from ..checkpoints.test_manager import DESCRIBED, blank, make_state
@@ -237,13 +238,14 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
   config = card(base, **JUDGED)
 
   def read():
-    run_lib.check_unchanged(str(workdir), config)
-    run_lib.check_same_data(str(workdir), {'path': {}})
+    directory = Run(str(workdir))
+    resume.check_unchanged(directory, config)
+    resume.check_same_data(directory, {'path': {}})
     for writer in writers(str(workdir), 4, False, '', {}):
       writer.close()
-    history = History(jsonl_log.stream(str(workdir / 'metrics.jsonl')))
+    history = History(directory.metrics())
     Figures(history, str(tmp_path / 'plots'), False).draw()
-    before = train._read_before(str(workdir / 'before.json'))
+    before = directory.before()
     table(before.get('rows', []), after['rows'])
 
   after = json.loads((workdir / 'after.json').read_text())
@@ -275,8 +277,8 @@ def test_a_run_that_is_opened_with_damaged_files(run, capsys):
   names = ['w/config.json', 'base/generation_config.json']
 
   def read():
-    opened = run_lib.load(str(run))
-    opened.ends  # noqa: B018
+    opened = loaded_model.load_run(str(run))
+    opened.eos_token_ids  # noqa: B018
 
   fuzz('evaluate, generate', folder, names, read, 120, capsys)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.collators import Seq2SeqCollator, make_collator
+from moepeft.data.batching.collators import Seq2SeqCollator, make_model_collator
 from moepeft.data.batching.decoder_only import (
   CausalCollator,
   Sample,
@@ -112,7 +112,7 @@ def test_a_prompt_that_leaves_no_room_is_refused():
 def test_answers_that_are_compared_have_no_prompt():
   data = config_lib.default().data
   data.source = 'preference'
-  own = make_collator(data, WORDS, LLAMA, 0, AHEAD)
+  own = make_model_collator(data, WORDS, LLAMA, 0, AHEAD)
   with pytest.raises(ValueError, match="'dpo' does not go with a soft prompt"):
     objective_collator(data, 'dpo', 'pair', own)
 

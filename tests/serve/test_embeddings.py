@@ -17,9 +17,9 @@ from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.count_parameters import count
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
+from moepeft.inference import loaded_model
 from moepeft.models.bert.model import BertConfig
 from moepeft.models.weight_mapping import CheckpointError
-from moepeft.runs import run as run_lib
 from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings import pooling
 from moepeft.serve.embeddings.config import SentenceForm
@@ -354,4 +354,4 @@ def test_encoders_are_counted_and_not_trained(folder, tmp_path):
     with pytest.raises(ValueError, match='the model is an encoder alone'):
       train.train(config, str(tmp_path / 'run'))
   with pytest.raises(ValueError, match='the model is an encoder alone'):
-    run_lib.open_model(str(folder))
+    loaded_model.load_model(str(folder))

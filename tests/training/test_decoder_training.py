@@ -11,7 +11,6 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.core.jsonl_log import read
 from moepeft.data.batching.decoder_only import (
   CausalCollator,
   make_sample,
@@ -26,6 +25,7 @@ from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import token_losses
+from moepeft.runs.metrics_log import read
 from moepeft.tasks import Example
 
 from .. import chat_cases
@@ -126,7 +126,7 @@ def test_packed_losses_equal_unpacked_ones(model):
   # 7 + 7, 3 + 3, 11 + 11, 5 + 5 and 2 + 2 tokens fed, 24 to a row.
   bins = [[2], [0, 1, 4], [3]]
   for rows in (pad_samples(some, 24), pack_samples(some, 24, bins)):
-    total, aux = seq2seq.objective(made.apply, variables, rows, None)
+    total, aux = seq2seq.loss_sums(made.apply, variables, rows, None)
     found.append((float(total), int(aux['tokens']), int(aux['correct'])))
   one, two = found
   assert len(rows['inputs']) == 3 < len(some)

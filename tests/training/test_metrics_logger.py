@@ -7,9 +7,9 @@ import types
 import numpy as np
 import pytest
 
-from moepeft.core.jsonl_log import _finite
 from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.runs.history import History
+from moepeft.runs.metrics_log import _finite
 from moepeft.runs.trackers import scalars
 from moepeft.training.metrics_logger import Report, _sums
 

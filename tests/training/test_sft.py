@@ -10,8 +10,8 @@ from moepeft import evaluate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.config import check as config_check
-from moepeft.core.jsonl_log import read
 from moepeft.data.text import span_corruption
+from moepeft.runs.metrics_log import read
 from tests import ROOT
 
 from .. import chat_cases

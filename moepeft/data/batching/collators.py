@@ -151,7 +151,7 @@ class Seq2SeqCollator:
     return [(len(x), len(y)) for x, y in encoded], [len(y) for _, y in encoded]
 
 
-def make_collator(
+def make_model_collator(
   data: ConfigDict,
   tokenizer: Tokenizer,
   model: Any,

@@ -239,7 +239,7 @@ def objective_collator(
 
   Args:
     objective: config.objective.
-    batch: `objectives.batch_kind` of it.
+    batch: of its `ObjectiveSpec`.
     own: the model's form.
 
   Raises:

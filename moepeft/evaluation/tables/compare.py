@@ -23,7 +23,7 @@ from moepeft.evaluation.tables.render import Cell, Column, Line, Table
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
 from moepeft.peft.build import plain
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 PARAMETERS = Column('parameters', 'parameters', 'count')
 PERCENT = Column('percent', '% of base', 'share')
@@ -269,7 +269,7 @@ def _counts(entry: Entry) -> tuple[int, int]:
   """(trained, of the base), from the rows or else from shapes."""
   if entry.parameters is not None:
     return entry.parameters, entry.base_parameters
-  counted = count(run_config.load(entry.folder))
+  counted = count(Run(entry.folder).load_config())
   return counted['peft'], counted['params']
 
 

@@ -13,8 +13,9 @@ from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRow
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
-from moepeft.inference import prompts
-from moepeft.runs import run as run_lib
+from moepeft.inference import loaded_model, prompts
+from moepeft.runs.resume import with_begun_date
+from moepeft.runs.run import Run
 
 from ... import chat_cases
 from ...training.test_sft import base, card, rows  # noqa: F401
@@ -146,7 +147,7 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
   with pytest.raises(ValueError, match="config.data.date='2021-02-03', now"):
     train.train(config, workdir)
   # What is asked of the run is dated on the day that it is asked.
-  kept = run_lib.load(workdir).config.data
+  kept = loaded_model.load_run(workdir).config.data
   used = prompts.template(HuggingFaceTokenizer(base), kept)
   assert kept.date == '2021-02-03' and used.date == ''
 
@@ -159,12 +160,12 @@ def test_a_date_is_chosen_once_and_read_back(tmp_path):
   found = chat_template.with_date(config, HuggingFaceTokenizer(str(words)))
   assert datetime.date.fromisoformat(found.data.date) and not config.data.date
   found.data.date = '2021-02-03'
-  assert run_lib.dated(str(tmp_path), config) is config
+  assert with_begun_date(Run(str(tmp_path)), config) is config
   (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
   (tmp_path / 'config.json').write_text(found.to_json())
-  assert run_lib.dated(str(tmp_path), config).data.date == '2021-02-03'
+  assert with_begun_date(Run(str(tmp_path)), config).data.date == '2021-02-03'
   config.data.date = '2021-02-04'
-  assert run_lib.dated(str(tmp_path), config) is config
+  assert with_begun_date(Run(str(tmp_path)), config) is config
 
 
 def test_a_run_without_a_clock_has_no_date(tmp_path):

@@ -292,4 +292,4 @@ def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():
   data = config_lib.default().data
   data.too_long = 'drop'
   with pytest.raises(ValueError, match="too_long='drop' does nothing with an"):
-    collators.make_collator(data, ByteTokenizer(), small.GATED, 0)
+    collators.make_model_collator(data, ByteTokenizer(), small.GATED, 0)

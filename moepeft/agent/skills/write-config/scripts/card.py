@@ -185,11 +185,7 @@ def _check(c: ConfigDict) -> str:
   from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
 
-  known = {**objectives.OBJECTIVES, **objectives.COMPARED}
-  if c.objective not in known:
-    raise ValueError(
-      f'objective is one of {", ".join(known)}; got {c.objective!r}'
-    )
+  objectives.check_config(c)
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
