@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
@@ -137,7 +138,7 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  config_check.check(config)
+  config_check.check(config, registries.BY_KEY)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
   check_objective(config)

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import check as config_check
 from moepeft.config import command_line
@@ -268,7 +269,7 @@ def text(words: Tokenizer, ids: np.ndarray) -> str:
 
 def main(argv) -> None:
   del argv
-  config_check.check(_CONFIG.value)
+  config_check.check(_CONFIG.value, registries.BY_KEY)
   only = _SHOW_BATCH.value
   # A picture needs no more than a window.
   show(_CONFIG.value, 1 if only else _WINDOWS.value, _ROWS.value, only)

@@ -108,7 +108,7 @@ class Run:
       config.update(self.read_config())
     try:
       imports.import_modules(config.imports)
-      check.check(config)
+      check.check_ranges(config)
     except ValueError as e:
       raise ValueError(f'{self.config_file}: {e}') from None
     return config
