@@ -53,11 +53,11 @@ class Likelihood:
     self._losses = jax.jit(functools.partial(losses, model))
     front = before(model)
     self._form: Collator = Seq2SeqCollator(
-      vocabulary, inputs_length, targets_length, before=front
+      vocabulary, inputs_length, targets_length, prefix_ids=front
     )
     if decoder_only(model):
       both = inputs_length + targets_length
-      self._form = CausalCollator(vocabulary, both, before=front)
+      self._form = CausalCollator(vocabulary, both, prefix_ids=front)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 

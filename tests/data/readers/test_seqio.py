@@ -342,7 +342,7 @@ from moepeft.data.readers import seqio_cache, seqio_stream
 from moepeft.data.readers.seqio_stream import Stream
 for provider in (
   seqio_cache.mixture(sys.argv[1]),
-  seqio_stream.registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
+  seqio_stream.find_registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
 ):
   seen = hashlib.sha256()
   for element in itertools.islice(Stream(provider, 99, 9, seed=5).open(7), 300):
@@ -463,7 +463,7 @@ import sys
 sys.modules['seqio'] = None
 from moepeft.data.readers import seqio_cache, seqio_stream
 for call in (
-  lambda: seqio_stream.registered('a'),
+  lambda: seqio_stream.find_registered('a'),
   lambda: seqio_cache.mixture({str(tmp_path)!r}),
 ):
   try:
