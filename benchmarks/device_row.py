@@ -28,13 +28,8 @@ from moepeft.config import command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
-<<<<<<< HEAD
 from moepeft.nn.initializers import METADATA
-from moepeft.training import optim, setup
-=======
-from moepeft.nn.initializers import LABELS
 from moepeft.training import optimizers, setup
->>>>>>> main
 
 # Examples of a row of the batch, about as many as P3 packs.
 _SEGMENTS = 4

@@ -45,7 +45,7 @@ class RouterStats:
 
 
 def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
-  """Routing [b, t, (heads,) e] and a mask [b, t] of real tokens -> RouterStats."""
+  """The sums of a Routing [b, t, (heads,) e], mask [b, t] of real tokens."""
   weights = jax.lax.stop_gradient(routing.combine_weights)
   if mask is None:
     mask = jnp.ones(weights.shape[:2], bool)

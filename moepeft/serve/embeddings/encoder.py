@@ -14,7 +14,7 @@ import numpy as np
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import Array, Context, Tree
-from moepeft.data.tokenizers.tokenizer import tokenizer_of
+from moepeft.data.tokenizers.tokenizer import read_tokenizer
 from moepeft.models import encoder_only
 from moepeft.models.bert.model import Bert, sites
 from moepeft.nn.adapter_hook import AdapterMap
@@ -141,7 +141,7 @@ class Encoder:
     adapter_map, tree = (
       _adapter(adapter, read) if adapter else (AdapterMap(), {})
     )
-    words = tokenizer_of(str(folder)).backend_tokenizer
+    words = read_tokenizer(str(folder)).backend_tokenizer
     variables = {'params': read.params} | ({'peft': tree} if tree else {})
     model = Bert(read.config, adapter_map)
     return cls(model, variables, words, form, rows, read.sha256)
@@ -221,7 +221,7 @@ class Encoder:
 
 
 def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
-  """The adapter map and the 'peft' tree of an adapter."""
+  """The advice and the 'peft' tree of an adapter of a base that was read."""
   start = base_lib.load_adapter(path, read.config)
   if start.sha256 and start.sha256 != read.sha256:
     raise ValueError(
