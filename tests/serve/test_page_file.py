@@ -219,6 +219,6 @@ def test_experts_differ_by_colour_or_by_underline(sight):
   colours = lab(hues, sight)
   for first, two in itertools.combinations(range(40), 2):
     if first % 5 == two % 5:
-      # A difference of 2.3 is just visible when side by side; words stand apart.
+      # A difference of 2.3 is just visible side by side; words stand apart.
       far = np.linalg.norm(colours[first % 8] - colours[two % 8])
       assert far > 10, (first, two, far)

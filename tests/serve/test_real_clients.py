@@ -405,7 +405,7 @@ def tool_result(number, city, result):
 
 @pytest.mark.parametrize('stream', (False, True))
 def test_after_examples_the_model_calls_a_tool_by_itself(client, stream):
-  """The it does not without them is the model's doing, not the server's."""
+  """It does not without them, which is the model's doing, not the server's."""
   tool = {
     'type': 'function',
     'function': {

@@ -17,8 +17,12 @@ from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
-from moepeft.data.preference.tokenize import said
-from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary, hidden
+from moepeft.data.preference.tokenize import plain_text
+from moepeft.data.tokenizers.tokenizer import (
+  HuggingFaceTokenizer,
+  Tokenizer,
+  skipped_special_tokens,
+)
 from moepeft.inference import prompts
 from moepeft.inference.constraints.token_bytes import alphabet
 from moepeft.serve.http.chat_templates import ChatSettings
@@ -32,9 +36,9 @@ _BYTE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
 _SPACE = '▁'
 
 
-def token_bytes_of(tokenizer: Vocabulary) -> TokenBytes:
+def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
   """id -> bytes; b'' of an id that stands for nothing."""
-  if isinstance(tokenizer, Tokenizer):
+  if isinstance(tokenizer, HuggingFaceTokenizer):
     return _tokenizer_bytes(tokenizer.tokenizer)
   return lambda i: bytes([i - 3]) if 3 <= i < 259 else b''
 
@@ -85,7 +89,7 @@ class ServedTokenizer:
 
   def __init__(
     self,
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     decoder_only: bool,
     eos_token_ids: Sequence[int],
   ):
@@ -143,7 +147,7 @@ class ServedTokenizer:
     if not self.decoder_only:
       return self._encode_as_text(conversation)
     try:
-      text = chat_render.asked(
+      text = chat_render.render_prompt(
         conversation, self._chat_tokenizer(settings), settings.template
       )
     except ValueError as e:
@@ -159,20 +163,22 @@ class ServedTokenizer:
         'without tools or thoughts; leave them out',
         'messages',
       )
-    return self.encode_prompt(said(conversation))
+    return self.encode_prompt(plain_text(conversation))
 
   def chat_template(self, settings: ChatSettings) -> str:
     """All that the chat template may say; '' where there is none."""
-    if not isinstance(self._tokenizer, Tokenizer):
+    if not isinstance(self._tokenizer, HuggingFaceTokenizer):
       return settings.template
     if not (settings.template or self._tokenizer.tokenizer.chat_template):
       return ''
-    return chat_render.all_of(self._tokenizer.tokenizer, settings.template)
+    return chat_render.template_source(
+      self._tokenizer.tokenizer, settings.template
+    )
 
   def eos_token_ids_for(self, settings: ChatSettings) -> tuple[int, ...]:
     """Ids that end an answer; a chat template may have its own."""
     text = settings.template
-    if not (text and isinstance(self._tokenizer, Tokenizer)):
+    if not (text and isinstance(self._tokenizer, HuggingFaceTokenizer)):
       return self.eos_token_ids
     if text not in self._template_eos:
       template_eos = chat_dataset.Template(
@@ -187,7 +193,7 @@ class ServedTokenizer:
     """Hugging Face's tokenizer, where there is a template to go by."""
     tokenizer = (
       self._tokenizer.tokenizer
-      if isinstance(self._tokenizer, Tokenizer)
+      if isinstance(self._tokenizer, HuggingFaceTokenizer)
       else None
     )
     if tokenizer is None or not (settings.template or tokenizer.chat_template):
@@ -203,7 +209,7 @@ class ServedTokenizer:
 
   def special_tokens(self, text: str) -> dict[int, str]:
     """The special tokens of a text, see `vocabulary.hidden`."""
-    return hidden(self._tokenizer, text)
+    return skipped_special_tokens(self._tokenizer, text)
 
   def token_bytes(self, i: int) -> bytes:
     """The bytes of a token."""

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from tests.serve.fake_engine import END, ids_of, text_of
 from tests.serve.small_server import byte_tokenizer, fake, running
 
@@ -259,7 +259,7 @@ def test_a_failure_amid_a_stream_is_its_last_event(client):
 
 
 def test_a_model_without_a_template_refuses_to_chat():
-  with running(fake(Bytes())) as client:
+  with running(fake(ByteTokenizer())) as client:
     status, answer = client.chat()
     assert status == 400
     assert 'chat template' in answer['error']['message']
@@ -267,7 +267,7 @@ def test_a_model_without_a_template_refuses_to_chat():
 
 
 def test_an_encoder_decoder_reads_turns_as_plain_text():
-  value = fake(Bytes())
+  value = fake(ByteTokenizer())
   value.engine.decoder_only = value.tokenizer.decoder_only = False
   with running(value) as client:
     assert client.chat('hello')[0] == 200

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.serve.http import server
 from moepeft.serve.http.limits import RequestLimits
 from tests.serve.fake_engine import FakeEngine, ids_of
@@ -27,7 +27,7 @@ def endless(pause=0.002, **limits):
   """A service whose engine goes on until it is told to end."""
   engine = FakeEngine(pause=pause)
   engine.answer = lambda request: ids_of('x' * 500)
-  return service(engine, Bytes(), limits=RequestLimits(**limits))
+  return service(engine, ByteTokenizer(), limits=RequestLimits(**limits))
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_counts_are_there_for_prometheus(client):
 
 
 def test_the_event_loop_answers_while_a_tokenizer_is_busy():
-  service_ = service(FakeEngine(), Bytes())
+  service_ = service(FakeEngine(), ByteTokenizer())
   entered, go_on = threading.Event(), threading.Event()
   plain = service_.tokenizer.encode_prompt
 

@@ -19,7 +19,7 @@ def load(client):
 
 @pytest.fixture(params=[KEYS, ApiKeys((), (b'admin',)), ApiKeys()])
 def client(request):
-  """Clients of servers with keys for all, for adapters alone, and for nothing."""
+  """Clients of servers with keys for all, for adapters, and for nothing."""
   with running(fake(keys=request.param)) as served:
     load(served)
     served.key = 'user'

@@ -183,9 +183,11 @@ def _check(c: ConfigDict) -> str:
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
+  from moepeft.training import optimizers
 
   config_check.check(c, registries.BY_KEY)
   objectives.check_config(c)
+  optimizers.make_optimizer(c.optimizer, c.steps)
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
