@@ -181,7 +181,7 @@ class ServedTokenizer:
     if not (text and isinstance(self._tokenizer, HuggingFaceTokenizer)):
       return self.eos_token_ids
     if text not in self._template_eos:
-      template_eos = chat_dataset.Template(
+      template_eos = chat_dataset.ChatTemplate(
         self._tokenizer.tokenizer, text
       ).ends()
       self._template_eos[text] = tuple(
