@@ -48,7 +48,7 @@ def make_step(config):
     rng=jax.random.key(config.seed),
   )
   found = sources(config.data, config.seed)
-  words = vocabulary(config.data.vocabulary, config.model.path)
+  words = vocabulary(config.data.tokenizer, config.model.path)
   batch = next(
     loader(found, words, config.data, config.batch_size, config.seed)
   )

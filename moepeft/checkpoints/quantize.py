@@ -72,7 +72,7 @@ def check(kind: str) -> None:
   """Raises a ValueError where there is no such kind."""
   if kind not in KINDS:
     raise ValueError(
-      f"config.model.quantise is '' or one of {', '.join(KINDS)}; got {kind!r}"
+      f"config.model.quantize is '' or one of {', '.join(KINDS)}; got {kind!r}"
     )
 
 

@@ -97,11 +97,13 @@ def _opened(
       )
     )
   if data.source == 'jsonl':
-    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore)
+    rows = jsonl.read(
+      data.path, on_bad_row=data.on_bad_row, ignore=data.ignore_fields
+    )
   else:
     rows = huggingface.read(
       *(data.path, data.split, data.templates, data.on_bad_row),
-      *(seed, data.ignore),
+      *(seed, data.ignore_fields),
     )
   return _of_rows(rows, data, seed)
 
@@ -134,7 +136,7 @@ class Drawn:
 
 def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
   """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
-  train, held_out = jsonl.split(rows, data.held_out)
+  train, held_out = jsonl.split(rows, data.validation_fraction)
   groups = collections.defaultdict(list)
   for row in train:
     groups[(row.task, row.template) if data.mixture else row.task].append(row)
@@ -149,7 +151,7 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
     groups = {_joined(*pair): groups[pair] for pair in found.rates}
   else:
-    weights = mixing.rates(sizes, data.cap, data.temperature)
+    weights = mixing.rates(sizes, data.max_examples_per_task, data.temperature)
   return Sources(
     train=mixing.mix(groups, weights, seed),
     shares=mixing.shares(weights),
@@ -167,7 +169,7 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
       'a directory of them'
     )
   found = text_dataset.pieces(data, own, data.path, below)
-  train, held_out = found.split(data.held_out)
+  train, held_out = found.split(data.validation_fraction)
   name = _called(data.path)
   return Sources(
     train=found.prepared(mixing.mix({name: train}, {}, seed), seed),
@@ -183,9 +185,9 @@ def preferences(
   """Compared or judged answers, which are ids already.
 
   Raises:
-    ValueError: config.data.held_out leaves nothing to train on.
+    ValueError: config.data.validation_fraction leaves nothing to train on.
   """
-  train, held_out = found.split(data.held_out)
+  train, held_out = found.split(data.validation_fraction)
   name = _called(data.path)
   return Sources(
     train=mixing.mix({name: train}, {}, seed),
@@ -211,13 +213,14 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
   found, notes = chat_dataset.talks(data, own.words, *own.rooms)
   train, held_out = {}, []
   for file, some in found.items():
-    out = split.last([talk.asked for talk in some], data.held_out)
+    out = split.last([talk.asked for talk in some], data.validation_fraction)
     kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
     train |= {_within(data.path, file): kept} if kept else {}
     held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
   if not train:
     raise ValueError(
-      f'config.data.held_out={data.held_out} leaves no row to train on; lower '
+      f'config.data.validation_fraction={data.validation_fraction} leaves no '
+      'row to train on; lower '
       'it'
     )
   weights = mixing.rates({file: len(some) for file, some in train.items()})

@@ -48,12 +48,12 @@ def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
       rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
     )
   elif config.name == 'adafactor':
-    update = adafactor(rate, config.clock, config.weight_decay)
+    update = adafactor(rate, config.decay_offset, config.weight_decay)
   else:
     raise ValueError(
       f'config.optimizer.name is one of {", ".join(OPTIMIZERS)}; got '
       f'{config.name!r}'
     )
-  if config.clip:
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  if config.max_grad_norm:
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
   return update

@@ -185,7 +185,7 @@ def small(packed, workers=0):
   data = config_lib.default().data
   data.tasks = 'storage'
   data.inputs_length, data.targets_length = 96, 13
-  data.packing, data.workers = packed, workers
+  data.packing, data.num_workers = packed, workers
   return data
 
 
@@ -228,14 +228,14 @@ def test_batches_made_ahead_do_not_move_the_place():
 
 
 def test_worker_processes_do_not_change_the_stream():
-  plain, working = opened(True), opened(True, workers=2)
+  plain, working = opened(True), opened(True, num_workers=2)
   for _ in range(60):
     equal(next(plain), next(working))
   place = plain.place()
   plain.close()
   working.close()
   # Nor does a place belong to a number of them.
-  other, plain = opened(True, workers=1), opened(True)
+  other, plain = opened(True, num_workers=1), opened(True)
   other.go_to(place)
   plain.go_to(place)
   equal(next(other), next(plain))
@@ -248,7 +248,7 @@ import multiprocessing, time
 from tests.data.test_loader import opened
 
 if __name__ == '__main__':
-  batches = opened(False, workers=1)
+  batches = opened(False, num_workers=1)
   next(batches)
   print(multiprocessing.active_children()[0].pid, flush=True)
   time.sleep(600)
@@ -378,7 +378,7 @@ def test_caps_and_temperatures_go_by_dataset(tmp_path):
   assert shares == pytest.approx(
     {'glue_mrpc': 19 / 114, 'trec': 76 / 114, 'squad': 19 / 114}
   )
-  shares = opened_sources(path, cap=38).shares
+  shares = opened_sources(path, max_examples_per_task=38).shares
   assert shares['trec'] == pytest.approx(38 / 76)
   shares = opened_sources(path, temperature=2.0).shares
   # Square roots: sqrt(76 / 19) = 2 against 1 and 1.

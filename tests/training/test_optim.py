@@ -19,7 +19,7 @@ START = (1.0, 7.0)
 
 def card(**changes):
   c = config_lib.default().optimizer
-  c.update({'learning_rate': 0.25, 'clip': 0.0, **changes})
+  c.update({'learning_rate': 0.25, 'max_grad_norm': 0.0, **changes})
   return c
 
 
@@ -123,7 +123,7 @@ def test_no_weight_decays_unless_asked(name):
 )
 def test_a_gradient_is_scaled_down_to_the_norm(clip, gradient, expected):
   # Adam does not feel a gradient's size at first, but its mean remembers.
-  _, state = run(card(clip=clip, b1=0.5), [gradient])
+  _, state = run(card(max_grad_norm=clip, b1=0.5), [gradient])
   mean = optax.tree_utils.tree_get(state, 'mu')
   np.testing.assert_allclose(mean, np.multiply(0.5, expected), **CLOSE)
 

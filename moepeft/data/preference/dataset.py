@@ -282,10 +282,10 @@ def read(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
-  bad = Bad(data.on_bad_row, data.ignore)
+  bad = Bad(data.on_bad_row, data.ignore_fields)
   encode = preference_tokenize.encoder(data, own, render)
   rows, parts, places = preference_rows.rows(data, bad, judged, encode)
-  spans = [preference_tokenize.span(one, own, data.too_long) for one in parts]
+  spans = [preference_tokenize.span(one, own, data.truncation) for one in parts]
   same = [
     span is not None and preference_tokenize.alike(one, span)
     for one, span in zip(parts, spans, strict=True)
@@ -302,7 +302,8 @@ def read(
   if not kept:
     raise ValueError(
       f'none of {len(rows)} rows of {data.path} fits {own.longer} with '
-      f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
+      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
+      'raise '
       'the length'
     )
   others = (

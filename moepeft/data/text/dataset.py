@@ -90,7 +90,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  found, bad = documents.read(path, data.on_bad_row, data.ignore)
+  found, bad = documents.read(path, data.on_bad_row, data.ignore_fields)
   notes = (
     [
       f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
@@ -101,7 +101,9 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
   )
   notes += bad.notes(path)
   length, make = maker(data, own, below)
-  found, gone = documents.filtered(found, data.quality, data.duplicates)
+  found, gone = documents.filtered(
+    found, data.quality_filters, data.dedup_threshold
+  )
   notes += gone
   encoded = encode(own.words, found, isinstance(own, Samples))
   if not own.packed:
@@ -123,7 +125,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
 
 
 def _step(data: ConfigDict, own: Form, length: int) -> int:
-  return length - 1 if data.predict == 'next' else length
+  return length - 1 if data.pretraining_objective == 'next' else length
 
 
 def encode(
@@ -146,24 +148,25 @@ def encode(
 
 
 def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
-  """(tokens of a piece, what is predicted of it) by config.data.predict.
+  """(tokens of a piece, how examples are made of it), by config.data.
 
   Raises:
     ValueError: there is no such way, or the model has not.
   """
   decoder = isinstance(own, Samples)
-  if data.predict not in PREDICT:
+  if data.pretraining_objective not in PREDICT:
     raise ValueError(
-      f'config.data.predict is one of {", ".join(PREDICT)}; got '
-      f'{data.predict!r}'
+      f'config.data.pretraining_objective is one of {", ".join(PREDICT)}; got '
+      f'{data.pretraining_objective!r}'
     )
-  if data.predict == 'spans':
+  if data.pretraining_objective == 'spans':
     return _spans(data, own, below)
-  if data.predict == 'prefix':
+  if data.pretraining_objective == 'prefix':
     return _prefix(own)
   if not decoder:
     raise ValueError(
-      "config.data.predict='next' is of decoder-only models; set it to 'spans' "
+      "config.data.pretraining_objective='next' is of decoder-only models; set "
+      "it to 'spans' "
       "or 'prefix' for an encoder-decoder"
     )
   return own.rooms[0] + 1, lambda ids, rng: Sample(ids, np.ones(len(ids), bool))
@@ -196,11 +199,17 @@ def _prefix(own: Form) -> tuple[int, Make]:
 
 def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = data.noise, data.span, eos_of(own.words)
+  noise, span, eos = (
+    data.noise_density,
+    data.mean_noise_span_length,
+    eos_of(own.words),
+  )
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
-      'config.data.noise is a share of the tokens, above 0 and below 1, and '
-      f'config.data.span a length of at least 1; got {noise} and {span}'
+      'config.data.noise_density is a share of the tokens, above 0 and below '
+      '1, and '
+      f'config.data.mean_noise_span_length a length of at least 1; got {noise} '
+      f'and {span}'
     )
   if isinstance(own, Samples):
     most = own.rooms[0] + 1
@@ -211,8 +220,10 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
     needed = span_corruption.sizes(length, noise, span)[1]
     if needed > room:
       raise ValueError(
-        f'spans of {most} inputs have {needed} targets (config.data.noise='
-        f'{noise}, config.data.span={span}); set config.data.targets_length '
+        f'spans of {most} inputs have {needed} targets '
+        '(config.data.noise_density='
+        f'{noise}, config.data.mean_noise_span_length={span}); set '
+        'config.data.targets_length '
         f'to {needed}, it is {room}'
       )
   sentinels = own.words.sentinels(below)
@@ -222,7 +233,7 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
       f'pieces of {length} tokens have {needed} hidden spans, and '
       f'{own.words} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
       "bytes, the model's ids from 259 on); give a vocabulary that has them, "
-      'shorten the rows or raise config.data.span'
+      'shorten the rows or raise config.data.mean_noise_span_length'
     )
 
   def make(ids, rng):

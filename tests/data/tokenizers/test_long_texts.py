@@ -108,6 +108,6 @@ def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
   )
   assert [ids[0] for ids in packed] == [words.bos] * 2
   # An encoder's texts begin with nothing.
-  data.predict = 'prefix'
+  data.pretraining_objective = 'prefix'
   pairs = text_dataset.pieces(data, Pairs(words, 97, 97), data.path)
   assert words.bos not in pairs.ids
