@@ -30,8 +30,8 @@ the adapter under the released code's names.
 --workdir takes what a training run trained: an adapter as moepeft (the
 default), peft, hf (merged) or t5x, which is "both in one", or a whole model
 as hf (the default) or t5x. There, the checkpoint's step is
-config.optimizer.decay_offset plus the run's own steps, as T5X counts. A chat
-template or system turn of the run's config is written as chat_template.jinja.
+config.optimizer.decay_initial_step plus the run's own steps, as T5X counts. A
+chat template or system turn of the run's config is written as chat_template.jinja.
 """
 
 import os
@@ -224,10 +224,10 @@ def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
 def _t5x_step(values: flags.FlagValues, card) -> int:
   """The run's step on T5X's clock, which counts from the pretraining's start.
 
-  Adafactor's decay goes by it, so config.optimizer.decay_offset has it.
+  Adafactor's decay goes by it, so config.optimizer.decay_initial_step has it.
   """
   config = Run(values.workdir).read_config()
-  before = int(config.get('optimizer', {}).get('decay_offset', 0))
+  before = int(config.get('optimizer', {}).get('decay_initial_step', 0))
   step = before + card['step']
   print(
     f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'

@@ -62,7 +62,7 @@ from moepeft.runs.trackers import Writer, writers
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
-  optim,
+  optimizers,
   setup,
   state_sharding,
 )
@@ -134,7 +134,7 @@ def train(
   """
   config_check.check(config, registries.BY_KEY)
   # What can be refused is refused before anything is read.
-  optim.optimizer(config.optimizer, config.steps)
+  optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
   grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
@@ -222,7 +222,7 @@ def _train(
       f'config.model.adapter; set config.preference.reference to {begun!r} '
       'to measure against where training begins'
     )
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
@@ -334,7 +334,7 @@ def _train(
   report = Report(
     progress,
     (*written, history),
-    optim.schedule(config.optimizer, config.steps),
+    optimizers.make_schedule(config.optimizer, config.steps),
     config.router_collapse_threshold,
     share[1],
     history.last('validation_loss'),

@@ -246,7 +246,10 @@ def _optimizer() -> ConfigDict:
       max_grad_norm=1.0,
       # Steps that Adafactor's decay counts as done before the first; released
       # as 1,100,000, the steps of the base's pretraining.
-      decay_offset=0,
+      decay_initial_step=0,
+      # Rates and decay by parameter, '*/router/*: learning_rate=1e-4,
+      # weight_decay=0; ...': patterns of paths, of which the first decides.
+      groups='',
     )
   )
 
@@ -345,7 +348,7 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
   c.optimizer.name = 'adafactor'
   c.optimizer.learning_rate = 3e-4
   c.optimizer.max_grad_norm = 0.0
-  c.optimizer.decay_offset = 1_100_000
+  c.optimizer.decay_initial_step = 1_100_000
   c.checkpoint.every_steps = 10_000
   c.checkpoint.max_to_keep = 60
   return c

@@ -35,7 +35,7 @@ RENAMED = {
   'data.ignore': 'data.ignore_fields',
   'data.workers': 'data.num_workers',
   'optimizer.clip': 'optimizer.max_grad_norm',
-  'optimizer.clock': 'optimizer.decay_offset',
+  'optimizer.clock': 'optimizer.decay_initial_step',
   'sharding.model': 'sharding.model_parallel_size',
   'evaluation.batches': 'evaluation.max_batches',
   'checkpoint.keep': 'checkpoint.max_to_keep',

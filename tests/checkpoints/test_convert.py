@@ -145,7 +145,7 @@ def trained(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
     monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
     (tmp_path / 'run').mkdir()
-    config = {'optimizer': {'decay_offset': 1_100_000}}
+    config = {'optimizer': {'decay_initial_step': 1_100_000}}
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
 
   return put
@@ -164,7 +164,7 @@ def test_workdir_exports_what_was_trained(run, trained):
 def test_a_run_becomes_a_t5x_checkpoint_of_its_step(run, trained, adapter):
   trained(adapter.tree, trainable='peft', method=adapter.method)
   assert run('--workdir=run', '--output=out', '--to=t5x') == (0, '')
-  # 7 steps after the 1,100,000 of config.optimizer.decay_offset.
+  # 7 steps after the 1,100,000 of config.optimizer.decay_initial_step.
   loaded = t5x.load('out/checkpoint_1100007')
   assert_equal_trees(loaded.params, PARAMS)
   assert loaded.adapter.method == adapter.method

@@ -91,7 +91,8 @@ MACROS = [
   ('INITIAL_CHECKPOINT_PATH', 'a/b', 'model/path', 'a/b'),
   ('LABEL_SMOOTHING', 0.1, 'loss/label_smoothing', 0.1),
   ('LEARNING_RATE', 0.01, 'optimizer/learning_rate', 0.01),
-  ('LOSS_NORMALIZING_FACTOR', 'NUM_REAL_TARGET_TOKENS', 'loss/average_over', 'tokens'),
+  ('LOSS_NORMALIZING_FACTOR', 'NUM_REAL_TARGET_TOKENS', 'loss/average_over',
+   'tokens'),
   ('METHOD', "molora(router=topk(k=2))", 'method',
    'molora(router=topk(k=2), experts=10, rank=4)'),
   ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'data/module', 'my.tasks'),
@@ -104,7 +105,7 @@ MACROS = [
   ('RANDOM_SEED', 3, 'seed', 3),
   ('RANK', 5, 'method', 'molora(experts=10, rank=5)'),
   ('REMAT_POLICY', 'full', 'model/remat', 'full'),
-  ('STEP_OFFSET', 100_000, 'optimizer/decay_offset', 1_000_000),
+  ('STEP_OFFSET', 100_000, 'optimizer/decay_initial_step', 1_000_000),
   ('TASK_FEATURE_LENGTHS', {'inputs': 5, 'targets': 3},
    'data/inputs_length', 5),
   ('TRAIN_STEPS', 70, 'steps', 70),
@@ -171,7 +172,7 @@ def test_train_steps_count_from_the_restored_step(
   config = load(
     RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS=train_steps
   ).config
-  assert (config.steps, config.optimizer.decay_offset) == (steps, clock)
+  assert (config.steps, config.optimizer.decay_initial_step) == (steps, clock)
 
 
 def test_the_latest_checkpoint_of_a_folder_is_counted_from(tmp_path):
@@ -180,7 +181,7 @@ def test_the_latest_checkpoint_of_a_folder_is_counted_from(tmp_path):
     (tmp_path / f'checkpoint_{step}' / 'checkpoint').touch()
   path = str(tmp_path)
   config = load(RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS=13).config
-  assert (config.steps, config.optimizer.decay_offset) == (3, 10)
+  assert (config.steps, config.optimizer.decay_initial_step) == (3, 10)
 
 
 def test_relative_steps_need_no_arithmetic():
@@ -188,7 +189,7 @@ def test_relative_steps_need_no_arithmetic():
   config = load(
     RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS_RELATIVE=7
   ).config
-  assert (config.steps, config.optimizer.decay_offset) == (7, 1_100_000)
+  assert (config.steps, config.optimizer.decay_initial_step) == (7, 1_100_000)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ def test_rate_batch_steps_and_saves_are_the_released_ones(size, method):
   rate, rows, steps, period = OWN[method]
   assert (c.optimizer.learning_rate, c.batch_size) == (rate, rows)
   # The restored step is Adafactor's clock, of full fine-tuning too.
-  assert (c.steps, c.optimizer.decay_offset) == (steps - 1_100_000, 1_100_000)
+  assert (c.steps, c.optimizer.decay_initial_step) == (
+    steps - 1_100_000,
+    1_100_000,
+  )
   # keep 60 in every gin file.
   assert (c.checkpoint.every_steps, c.checkpoint.max_to_keep) == (period, 60)
 

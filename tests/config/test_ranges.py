@@ -98,7 +98,7 @@ def test_every_key_that_an_entry_reads_exists():
   [
     ({'data.path': 'rows'}, "source='tasks', only with jsonl or datasets or"),
     (
-      {'optimizer.decay_offset': 3},
+      {'optimizer.decay_initial_step': 3},
       "name='adamw', only with adafactor; set one of",
     ),
     (

@@ -71,7 +71,7 @@ CASES = {
     {
       'method': 'lora(rank=3)',
       'optimizer.name': 'adafactor',
-      'optimizer.decay_offset': 1_100_000,
+      'optimizer.decay_initial_step': 1_100_000,
       'optimizer.max_grad_norm': 0.0,
     },
   ),

@@ -472,8 +472,8 @@ def test_rows_at_hand_are_evaluated_alone(begun, tmp_path):
     ({'data.path': 'rows.jsonl'}, 'config.data.path=.* does nothing with'),
     ({'data.on_bad_row': 'skip'}, 'on_bad_row=.* only with jsonl or datasets'),
     (
-      {'optimizer.decay_offset': 5},
-      'config.optimizer.decay_offset=5 does nothing',
+      {'optimizer.decay_initial_step': 5},
+      'config.optimizer.decay_initial_step=5 does nothing',
     ),
     ({'model.adapter': '/no/adapter'}, '/no/adapter'),
   ],

@@ -154,7 +154,7 @@ def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
       )
   if restored is None:
     restored = values.get('PRETRAINED_STEPS', 0)
-  c.optimizer.decay_offset = restored - values.get('STEP_OFFSET', 0)
+  c.optimizer.decay_initial_step = restored - values.get('STEP_OFFSET', 0)
 
 
 def _restored_step(path: str) -> int | None:
@@ -179,14 +179,15 @@ def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
   factors = {factor.strip() for factor in text.split('*')}
   if factors == {'constant', 'linear_warmup'}:
     warmup = values.get('WARMUP_STEPS', _WARMUP_STEPS)
-    if 0 < c.optimizer.decay_offset < warmup:
+    if 0 < c.optimizer.decay_initial_step < warmup:
       raise ValueError(
-        f'the base has {c.optimizer.decay_offset} of {warmup} warm-up steps '
+        f'the base has {c.optimizer.decay_initial_step} of {warmup} warm-up '
+        'steps '
         'behind '
         'it, and a ramp begins at its beginning: set warmup_steps to less'
       )
     # It counts from the pretraining's first step.
-    c.optimizer.warmup_steps = 0 if c.optimizer.decay_offset else warmup
+    c.optimizer.warmup_steps = 0 if c.optimizer.decay_initial_step else warmup
   elif factors != {'constant'}:
     raise ValueError(
       "create_learning_rate_scheduler.factors is 'constant' or 'constant * "
