@@ -31,7 +31,8 @@ the adapter under the released code's names.
 default), peft, hf (merged) or t5x, which is "both in one", or a whole model
 as hf (the default) or t5x. There, the checkpoint's step is
 config.optimizer.decay_initial_step plus the run's own steps, as T5X counts. A
-chat template or system turn of the run's config is written as chat_template.jinja.
+chat template or system turn of the run's config is written as
+chat_template.jinja.
 """
 
 import os

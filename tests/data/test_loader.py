@@ -228,14 +228,14 @@ def test_batches_made_ahead_do_not_move_the_place():
 
 
 def test_worker_processes_do_not_change_the_stream():
-  plain, working = opened(True), opened(True, num_workers=2)
+  plain, working = opened(True), opened(True, workers=2)
   for _ in range(60):
     equal(next(plain), next(working))
   place = plain.place()
   plain.close()
   working.close()
   # Nor does a place belong to a number of them.
-  other, plain = opened(True, num_workers=1), opened(True)
+  other, plain = opened(True, workers=1), opened(True)
   other.go_to(place)
   plain.go_to(place)
   equal(next(other), next(plain))
@@ -248,7 +248,7 @@ import multiprocessing, time
 from tests.data.test_loader import opened
 
 if __name__ == '__main__':
-  batches = opened(False, num_workers=1)
+  batches = opened(False, workers=1)
   next(batches)
   print(multiprocessing.active_children()[0].pid, flush=True)
   time.sleep(600)
