@@ -83,7 +83,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
   def losses(name):
     return [
       row.get('loss', row.get('validation_loss'))
-      for row in metrics_log.read(str(tmp_path / name / metrics_log.NAME))
+      for row in metrics_log.read(str(tmp_path / name / 'metrics.jsonl'))
     ]
 
   train(tmp_path / 'one', *options, '--config.steps=4')
