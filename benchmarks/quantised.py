@@ -18,10 +18,11 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.config import command_line
 from moepeft.data import sources, vocabulary
-from moepeft.data.batching.collators import form
-from moepeft.evaluation.eval_sets import pairs_to_judge
-from moepeft.evaluation.validator import Judge
+from moepeft.data.batching.collators import form, scored_lengths
+from moepeft.evaluation.eval_sets import validation_rows
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.nn.quantization import KINDS
+from moepeft.objectives import objective_of
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 
@@ -34,14 +35,23 @@ def measure(config) -> dict[str, dict[str, float]]:
   words = vocabulary(config.data.vocabulary, config.model.path)
   own = form(config.data, words, shape, config.seed)
   found = sources(config.data, config.seed, (0, 1), shape.vocab, own)
-  pairs = pairs_to_judge(config, found, own)
+  pairs = validation_rows(config, found, own)
   figures = {}
   for kind in ('', *KINDS):
     config.model.quantise = kind
     base = base_lib.load(config.model)
     model, _ = base_lib.module(base, config)
-    judge = Judge(config, model, words, pairs, {}, own=own)
-    loss = judge.validation_loss({'params': base.params, 'peft': {}})
+    evaluator = Evaluator(
+      model,
+      words,
+      scored_lengths(config.data, model),
+      config.evaluation.batch_size,
+      validation=pairs,
+      collator=own,
+      objective=objective_of(config.objective),
+    )
+    variables = {'params': base.params, 'peft': {}}
+    loss = evaluator.validation(variables)['validation_loss']
     figures[kind] = {
       'megabytes': round(quantize.size(base.params) / 1e6, 3),
       'nats': round(loss, 5),

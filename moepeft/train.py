@@ -31,21 +31,23 @@ from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
 from moepeft.core.types import State
 from moepeft.data import cuts, fingerprint, loader, sources, vocabulary
-from moepeft.data.batching.collators import form
+from moepeft.data.batching.collators import form, scored_lengths
 from moepeft.data.chat import template as chat_template
 from moepeft.data.preference.dataset import form_of
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import preferences
 from moepeft.data.tokenizers.tokenizer import check_size
-from moepeft.evaluation.eval_sets import examples, pairs_to_judge
-from moepeft.evaluation.validator import Judge, table
+from moepeft.evaluation.eval_sets import training_prompts, validation_rows
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.summary import before_after_table
 from moepeft.models import check_decodes, decoder_only
 from moepeft.objectives import (
   COMPARED,
   REFERRING,
   batch_kind,
   check_model,
+  objective_of,
   reference_model,
 )
 from moepeft.runs import diagnosis, next_steps, plots
@@ -268,8 +270,8 @@ def _train(
   batches = loader(found, words, data, rows, config.seed, share, shape, own)
 
   # ------------------------------------------------------------- resume ---
-  sets = examples(config, found.held_out, found.rows)
-  validation = pairs_to_judge(config, found, own)
+  prompts = training_prompts(config, found.held_out, found.rows)
+  validation = validation_rows(config, found, own)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
@@ -278,9 +280,21 @@ def _train(
     )
   # Of likelihoods a run is judged by its own, whatever config.loss says.
   compared = config.objective in COMPARED
-  judged = setup.build_objective(config, reference) if compared else None
-  judge = Judge(
-    config, model, words, validation, sets, layout.mesh, own, judged
+  judged = (
+    setup.build_objective(config, reference)
+    if compared
+    else objective_of(config.objective)
+  )
+  evaluator = Evaluator(
+    model,
+    words,
+    scored_lengths(data, model),
+    config.evaluation.batch_size,
+    validation=validation,
+    collator=own,
+    objective=judged,
+    prompts=prompts,
+    mesh=layout.mesh,
   )
   update = jax.jit(
     setup.build_train_step(config, model, built, optimizer, reference),
@@ -320,7 +334,7 @@ def _train(
   before = {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
-    before = judge(built.variables(state), 'before training', 0)
+    before = evaluator(built.variables(state), 'before training', 0)
     distributed.write_json(run.before_file, before)
   elif config.evaluation.before and config.evaluation.after:
     # Not at the end, where damage to it would cost the summary.
@@ -362,15 +376,15 @@ def _train(
       held.check()
       if alone:
         alone.check()
-      judge_now = _every(config.evaluation.every_steps, done)
+      validate_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
-      log_now = judge_now or _every(log.every_steps, done)
+      log_now = validate_now or _every(log.every_steps, done)
       if log_now:
         report.tell()
-      if judge_now:
-        total = judge.validation_rows
+      if validate_now:
+        total = evaluator.validation_rows
         with progress.paused('validating', total) as count:
-          validated = judge.validation(built.variables(state), count)
+          validated = evaluator.validation(built.variables(state), count)
         report.validated(done, validated)
         course = course.judged(validated['validation_loss'], done)
         save |= config.checkpoint.best and course.best_step == done
@@ -411,7 +425,7 @@ def _train(
   changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
-    after = judge(
+    after = evaluator(
       built.variables(state), 'after training', int(state.step), validated
     )
     if alone:
@@ -421,7 +435,7 @@ def _train(
     if report.concluded(done, after):
       figures.draw()
     if 0 < len(after['rows']) <= _TABLE:
-      print(table(before.get('rows', []), after['rows']))
+      print(before_after_table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
     changes = diagnosis.changes(before, after)
     if drawn:
@@ -432,7 +446,7 @@ def _train(
   chat = data.source in ('chat', 'preference') and (
     bool(data.chat_template) or templated(words)
   )
-  prompt = next((e.inputs for own in sets.values() for e in own), '')
+  prompt = next((e.inputs for p in prompts for e in p.examples), '')
   next_steps.tell(
     summary,
     changes,

@@ -24,7 +24,7 @@ from moepeft.data.batching.collators import form
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
-from moepeft.evaluation.eval_sets import pairs_to_judge
+from moepeft.evaluation.eval_sets import validation_rows
 
 # Least and largest discount of a count.
 _DISCOUNTS = 0.1, 0.9
@@ -235,7 +235,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
   _, shape = base_lib.shape(config.model)
   own = form(data, words, shape, config.seed)
   found = sources(data, config.seed, below=shape.vocab, own=own)
-  judged = pairs_to_judge(config, found, own)
+  judged = validation_rows(config, found, own)
   if not judged:
     raise ValueError('no text is held out; raise config.data.held_out')
   pieces, _ = text_dataset.pieces(data, own, data.path, shape.vocab).split(

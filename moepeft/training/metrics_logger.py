@@ -134,7 +134,7 @@ class Report:
       writer.write(row)
 
   def began(self, found: Mapping[str, Any]) -> None:
-    """Writes what `Judge` found before the first step, for the curves."""
+    """Writes what `Evaluator` found before the first step, for the curves."""
     kept = {k: v for k, v in found.items() if k.startswith('validation_')}
     if kept:
       self._write({'step': 0, **kept})
@@ -143,7 +143,7 @@ class Report:
     """Writes the held-out figures after the last step, for the curves.
 
     Args:
-      evaluation: from `Judge`.
+      evaluation: from `Evaluator`.
 
     Returns:
       Whether anything was written: a step is validated once.
@@ -157,7 +157,7 @@ class Report:
     return True
 
   def validated(self, step: int, found: Mapping[str, float]) -> None:
-    """Writes and says what `Judge.validation` found."""
+    """Writes and says what `Evaluator.validation` found."""
     self._write({'step': step, **found})
     self._validated = step
     said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())

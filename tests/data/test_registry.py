@@ -8,7 +8,7 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import tasks
 from moepeft.data import sources
-from moepeft.evaluation.eval_sets import examples
+from moepeft.evaluation.eval_sets import training_prompts
 from moepeft.tasks.family import Instance, Template
 
 COUNT = 40
@@ -91,7 +91,7 @@ def test_training_uses_every_seen_wording(spelled):
 
 
 def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
-  found = examples(card('BC'), [])
+  found = training_prompts(card('BC'), [])
   assert {task for _, task, _ in found} == set(tasks.families('BC'))
   for (group, task, wording), rows in found.items():
     assert len(rows) == COUNT

@@ -25,12 +25,12 @@ def draw(table: Table, path: str) -> None:
   """Writes a PNG: whole or not at all.
 
   Seeds are small dots, the paper's values hollow, the majority's a dotted line.
-  An axis ends where the measure does.
+  An axis ends where the metric does.
 
   Raises:
     ValueError: no figure of a run is there to be drawn.
   """
-  columns = [c for c in table.columns if c.kind in ('score', 'loss')]
+  columns = [c for c in table.columns if c.kind == 'score']
   lines = [line for line in table.lines if line.kind in ('run', 'base')]
   columns = [c for c in columns if any(c.key in line.cells for line in lines)]
   if not columns:
@@ -83,10 +83,7 @@ def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
     if line.kind == 'majority' and column.key in line.cells:
       at = line.cells[column.key].value
       axes.axvline(at, color=_GREY, ls=':', lw=1.2)
-  unit = {'loss': 'nats', 'score': '%'}[column.kind]
-  if column.kind == 'score' and 'bleu' in column.name:
-    unit = 'BLEU'
-  axes.set_title(f'{column.name} ({unit})', fontsize=10, loc='left')
+  axes.set_title(f'{column.name} ({column.unit})', fontsize=10, loc='left')
   axes.tick_params(labelsize=8)
   axes.set_xlim(*_limits(table, lines, column))
   axes.spines[['top', 'right']].set_visible(False)
@@ -108,7 +105,7 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
     for number in (cell.value, cell.low, cell.high, *cell.seeds)
     if number is not None and math.isfinite(number)
   ]
-  least, most = (0, math.inf) if column.kind == 'loss' else (0, 100)
+  least, most = column.bounds
   low, high = min(numbers, default=0), max(numbers, default=1)
   # Of equal figures, a hundredth of them.
   room = 0.08 * (high - low) or 0.01 * max(abs(high), 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's measure: medians over prompts, and their mean over datasets.
+"""The paper's metric: medians over prompts, and their mean over datasets.
 
 The accuracy of each prompt; its median over the prompts of a task; ANLI is
 the mean of its three rounds' medians; the average is over eight datasets.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moepeft.evaluation import bootstrap
-from moepeft.evaluation.results import Row
+from moepeft.evaluation.results import ACCURACY, Result
 
 ROUNDS = ('anli_r1', 'anli_r2', 'anli_r3')
 EIGHT = ('anli', 'cb', 'rte', 'wsc', 'wic', 'copa', 'winogrande', 'hellaswag')
@@ -39,8 +39,8 @@ class Score:
 
 
 def scores(
-  rows: Iterable[Row],
-  measure: str = 'accuracy',
+  rows: Iterable[Result],
+  metric: str = ACCURACY,
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, Score]:
@@ -53,7 +53,7 @@ def scores(
   Raises:
     ValueError: a prompt occurs twice.
   """
-  tasks = _tasks(rows, measure)
+  tasks = _tasks(rows, metric)
   values = _grid({k: _median([r.value for r in v]) for k, v in tasks.items()})
   majorities = _grid(
     {
@@ -76,8 +76,8 @@ def scores(
 
 
 def draws(
-  rows: Iterable[Row],
-  measure: str = 'accuracy',
+  rows: Iterable[Result],
+  metric: str = ACCURACY,
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -91,22 +91,22 @@ def draws(
   Raises:
     ValueError: a prompt occurs twice.
   """
-  return _draws(_tasks(rows, measure), draws, seed)
+  return _draws(_tasks(rows, metric), draws, seed)
 
 
-def _tasks(rows: Iterable[Row], measure: str) -> dict[str, list[Row]]:
-  """Rows of a measure by task, as they come, prompts in order of their names.
+def _tasks(rows: Iterable[Result], metric: str) -> dict[str, list[Result]]:
+  """Rows of a metric by task, as they come, prompts in order of their names.
 
   The order of tasks and prompts then changes no sum.
   """
-  tables: dict[str, dict[str, Row]] = collections.defaultdict(dict)
+  tables: dict[str, dict[str, Result]] = collections.defaultdict(dict)
   for row in rows:
-    if row.measure != measure:
+    if row.metric != metric:
       continue
     if row.prompt in tables[row.task]:
       other = tables[row.task][row.prompt]
       raise ValueError(
-        f'the prompt {row.prompt!r} of {row.task!r} has two rows of {measure}, '
+        f'the prompt {row.prompt!r} of {row.task!r} has two rows of {metric}, '
         f'of {other.run!r} and {row.run!r}; give the rows of one run and one '
         'evaluation'
       )
@@ -118,7 +118,7 @@ def _tasks(rows: Iterable[Row], measure: str) -> dict[str, list[Row]]:
 
 
 def _draws(
-  tasks: dict[str, list[Row]], count: int, seed: int
+  tasks: dict[str, list[Result]], count: int, seed: int
 ) -> dict[str, np.ndarray]:
   """Of all tasks with figures by example, and of what they come to.
 
@@ -143,7 +143,7 @@ def _draws(
   return {k: v for k, v in _grid(found).items() if k not in lacking}
 
 
-def _single(rows: Sequence[Row]) -> bool:
+def _single(rows: Sequence[Result]) -> bool:
   """Whether all is of one example, so that there is no interval."""
   return len({i for row in rows for i in row.idx}) < 2
 
