@@ -122,10 +122,11 @@ setup(
   ],
   package_dir=_cards() | _gin_files(),
   package_data={
-    'moepeft': ['assets/*/*', 'serve/page/*.html'],
+    'moepeft': ['assets/*/*', 'evaluation/*.toml', 'serve/page/*.html'],
     'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
   }
   | dict.fromkeys(_gin_files(), ['*.gin']),
+  entry_points={'console_scripts': ['moepeft=moepeft.__main__:main']},
   install_requires=_REQUIRED,
   extras_require={
     'agent': _AGENT,

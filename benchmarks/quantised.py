@@ -22,7 +22,7 @@ from moepeft.data.batching.collators import form, scored_lengths
 from moepeft.evaluation.eval_sets import validation_rows
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.nn.quantization import KINDS
-from moepeft.objectives import objective_of
+from moepeft.objectives import build_validation_objective
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 
@@ -48,7 +48,7 @@ def measure(config) -> dict[str, dict[str, float]]:
       config.evaluation.batch_size,
       validation=pairs,
       collator=own,
-      objective=objective_of(config.objective),
+      objective=build_validation_objective(config),
     )
     variables = {'params': base.params, 'peft': {}}
     loss = evaluator.validation(variables)['validation_loss']

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
@@ -33,7 +34,6 @@ from moepeft.core.types import State
 from moepeft.data import cuts, fingerprint, loader, sources, vocabulary
 from moepeft.data.batching.collators import form, scored_lengths
 from moepeft.data.chat import template as chat_template
-from moepeft.data.preference.dataset import form_of
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import preferences
@@ -43,13 +43,13 @@ from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.summary import before_after_table
 from moepeft.models import check_decodes, decoder_only
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  batch_kind,
+  OBJECTIVES,
+  build_validation_objective,
   check_model,
-  objective_of,
   reference_model,
 )
+from moepeft.objectives import check_config as check_objective
+from moepeft.objectives.batches import make_collator
 from moepeft.runs import diagnosis, next_steps, plots
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
@@ -133,10 +133,10 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  config_check.check(config)
+  config_check.check(config, registries.BY_KEY)
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
-  setup.build_objective(config)
+  check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -186,7 +186,7 @@ def _train(
   data = config.data
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, batch_kind(config.objective), own)
+  own = make_collator(config, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)
@@ -211,13 +211,13 @@ def _train(
     )
   # What rewards are measured against, of objectives that have any.
   against = config.preference.reference
-  reference, adapters = reference_model.reference_of(
-    config.objective, against, model, built, base
-  )
+  reference, adapters, spec = None, {}, OBJECTIVES[config.objective]
+  if spec.needs_reference:
+    reference, adapters = reference_model.make_reference(
+      against, model, built, base
+    )
   begun = config.model.adapter
-  if (
-    begun and config.objective in REFERRING and against == reference_model.BASE
-  ):
+  if begun and spec.needs_reference and against == reference_model.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {begun!r} '
@@ -251,7 +251,7 @@ def _train(
   if not isinstance(found.train, Stream):
     print(cuts(found.train, own), end='', flush=True)
 
-  if config.objective in REFERRING and against == reference_model.PRECOMPUTED:
+  if spec.needs_reference and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
     log_p = reference_model.precomputed(
       None if dry_run else workdir,
@@ -278,13 +278,6 @@ def _train(
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  # Of likelihoods a run is judged by its own, whatever config.loss says.
-  compared = config.objective in COMPARED
-  judged = (
-    setup.build_objective(config, reference)
-    if compared
-    else objective_of(config.objective)
-  )
   evaluator = Evaluator(
     model,
     words,
@@ -292,7 +285,7 @@ def _train(
     config.evaluation.batch_size,
     validation=validation,
     collator=own,
-    objective=judged,
+    objective=build_validation_objective(config, reference),
     prompts=prompts,
     mesh=layout.mesh,
   )

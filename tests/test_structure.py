@@ -8,8 +8,8 @@ from scripts import structure
 # A unit may import those of the lines above its own, and none beside it.
 LAYERS = (
   ('core',),
-  ('nn', 'tasks'),
-  ('moe', 'models'),
+  ('nn', 'metrics'),
+  ('moe', 'models', 'tasks'),
   ('config',),
   ('peft',),
   ('runs',),
@@ -17,6 +17,7 @@ LAYERS = (
   ('data',),
   ('objectives', 'inference'),
   ('training', 'evaluation', 'serve'),
+  ('registries',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),

@@ -90,10 +90,10 @@ class Evaluator:
     self._batches = list(_batches(validation, self._rows, collator))
 
     def objective_sums(variables, batch):
-      batch = objective.prepared(model.apply, variables, batch)
+      batch = objective.prepare(model.apply, variables, batch)
       total, aux = objective(model.apply, variables, batch, None)
       loss = jnp.stack([total, aux['weight'].astype(total.dtype)])
-      return {'loss': loss} | aux.get('figures', {})
+      return {'loss': loss} | aux.get('metrics', {})
 
     self._objective_sums = jax.jit(objective_sums)
 
@@ -163,13 +163,13 @@ class Evaluator:
   def validation(
     self, variables: Tree, progress: Progress = _no_progress
   ) -> dict[str, float]:
-    """The objective's loss on the validation rows, and its figures.
+    """The objective's loss on the validation rows, and its metrics.
 
     Args:
       progress: called with the rows of each batch that is done.
 
     Returns:
-      {'validation_loss': ..., 'validation_margins': ...}; a figure without
+      {'validation_loss': ..., 'validation_margins': ...}; a metric without
       any rows is left out.
     """
     sums = collections.Counter()

@@ -17,33 +17,30 @@ from moepeft.evaluation import eval_sets
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.inference.loaded_model import LoadedModel
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  batch_kind,
-  objective_of,
+  OBJECTIVES,
+  build_validation_objective,
   reference_model,
 )
-from moepeft.objectives.paired_batch import LogP
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
 
 
 def collator_of(run: LoadedModel) -> collators.Form:
   """The collator of the batches that a run's objective reads."""
   config = run.config
-  collator = collators.form(
-    config.data, run.tokenizer, run.model, config.seed, before(run.model)
-  )
-  kind = batch_kind(config.objective)
-  return preference_dataset.form_of(
-    config.data, config.objective, kind, collator
+  return make_collator(
+    config,
+    collators.form(
+      config.data, run.tokenizer, run.model, config.seed, before(run.model)
+    ),
   )
 
 
 def run_validation(
   run: LoadedModel, sources: Sources, workdir: str
 ) -> dict[str, float]:
-  """{'validation_loss': ...} and the objective's figures; {} without rows.
+  """{'validation_loss': ...} and the objective's metrics; {} without rows.
 
   Args:
     sources: the run's data.
@@ -53,17 +50,11 @@ def run_validation(
     ValueError: the run's reference model has changed or is gone.
   """
   config, collator, variables = run.config, collator_of(run), run.variables
-  if config.objective in COMPARED:
-    reference, adapters, sources = _with_reference(
-      run, sources, collator, workdir
-    )
-    settings = preference_of(config.objective, config.preference)
-    objective = objective_of(
-      config.objective, preference=settings, reference=reference
-    )
-    variables = variables | ({'reference': adapters} if adapters else {})
-  else:
-    objective = objective_of(config.objective)
+  reference, adapters, sources = _with_reference(
+    run, sources, collator, workdir
+  )
+  if adapters:
+    variables = variables | {'reference': adapters}
   rows = eval_sets.validation_rows(config, sources, collator)
   if not rows:
     return {}
@@ -74,7 +65,7 @@ def run_validation(
     config.evaluation.batch_size,
     validation=rows,
     collator=collator,
-    objective=objective,
+    objective=build_validation_objective(config, reference),
   )
   return evaluator.validation(variables)
 
@@ -84,17 +75,15 @@ def _with_reference(
   sources: Sources,
   collator: preference_dataset.Sides,
   workdir: str,
-) -> tuple[LogP | None, Tree, Sources]:
+) -> tuple[ReferenceFn | None, Tree, Sources]:
   """(reference, its adapters, the data with precomputed log-probabilities)."""
   config = run.config
-  if config.objective not in REFERRING:
+  if not OBJECTIVES.lookup(config.objective).needs_reference:
     return None, {}, sources
   base, name = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
   if name != reference_model.PRECOMPUTED:
-    reference = reference_model.reference_of(
-      config.objective, name, model, built, base
-    )
+    reference = reference_model.make_reference(name, model, built, base)
     return *reference, sources
   # By the policy as it began.
   start = base_lib.initialise(base, model, config.seed)

@@ -13,7 +13,7 @@ from moepeft.data.batching.collators import Pairs
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.loglikelihood import Likelihood
-from moepeft.objectives import objective_of
+from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -95,7 +95,7 @@ def test_the_mean_is_the_validation_loss():
     3,
     validation=seq2seq.encode_all(WORDS, ROWS, *LENGTHS),
     collator=Pairs(WORDS, *LENGTHS),
-    objective=objective_of('seq2seq'),
+    objective=OBJECTIVES['seq2seq'].build(),
   )
   nll, tokens = likelihood().sums(variables, ROWS)
   expected = evaluator.validation(variables)['validation_loss']

@@ -25,7 +25,7 @@ from moepeft.evaluation.rank_classification import (
 from moepeft.evaluation.summary import mean_accuracies
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import Advice
-from moepeft.objectives import objective_of
+from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -283,7 +283,7 @@ def evaluator_of(tmp_path, rows, validation=(), **evaluation):
     3,
     validation=validation,
     collator=Pairs(WORDS, 64, 16),
-    objective=objective_of('seq2seq'),
+    objective=OBJECTIVES['seq2seq'].build(),
     prompts=eval_sets.training_prompts(config, ()),
   )
 
