@@ -50,7 +50,7 @@ from moepeft.objectives import (
 )
 from moepeft.objectives import check_config as check_objective
 from moepeft.objectives.batches import make_collator
-from moepeft.runs import diagnosis, next_steps, plots
+from moepeft.runs import diagnosis, next_steps, plots, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
 from moepeft.runs.resume import (
@@ -59,7 +59,7 @@ from moepeft.runs.resume import (
   with_begun_date,
 )
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import Writer, writers
+from moepeft.runs.trackers import Tracker, open_trackers
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
@@ -139,6 +139,7 @@ def train(
   check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
+  trackers.specs(config.log.trackers)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
@@ -319,9 +320,7 @@ def _train(
   log, pictures = config.log, run.plots_dir
   written = []
   if distributed.first():
-    written = writers(
-      workdir, first, log.tensorboard, log.wandb, config.to_dict()
-    )
+    written = open_trackers(run, first, config.to_dict())
 
   # --------------------------------------------------------- evaluation ---
   before = {}
@@ -447,7 +446,7 @@ def _train(
     {
       'losses': run.metrics_file,
       'plots': pictures if log.plots else None,
-      'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
+      'curves': trackers.view_commands(log.trackers, workdir),
       'evaluation': run.after_file if config.evaluation.after else None,
       'checkpoints': run.checkpoints_dir,
       **next_steps.commands(workdir, config, built, chat, prompt),
@@ -456,7 +455,7 @@ def _train(
   return summary
 
 
-def _close(written: Sequence[Writer]) -> None:
+def _close(written: Sequence[Tracker]) -> None:
   for writer in written:
     writer.close()
 

@@ -114,5 +114,6 @@ TEXTS = (
   'optimizer.schedule',
   'evaluation.tasks',
   'evaluation.path',
-  'log.wandb',
+  'log.trackers',
+  'log.wandb_project',
 )

@@ -107,7 +107,7 @@ def _opened(
 
 
 def _tasks(group: str, seed: int) -> Sources:
-  names = tasks.families(group)
+  names = tasks.task_names(group)
   counts = collections.Counter(names)
   return Sources(
     train=grain.MapDataset.source(Drawn(names, seed)),

@@ -27,8 +27,8 @@ class Prompt:
   """The examples of one prompt of a task.
 
   Attributes:
-    group: of tasks: one of the embedded ones', 'validation' or 'evaluation'.
-    task: a dataset or family.
+    group: of an embedded task, or 'validation' or 'evaluation'.
+    task: a dataset or an embedded task.
     name: of the prompt; '' where its rows have none, or it stands for all.
     examples: each with an `idx` that its task's other prompts share.
   """
@@ -36,12 +36,12 @@ class Prompt:
   group: str
   task: str
   name: str
-  training_prompts: tuple[Example, ...]
+  examples: tuple[Example, ...]
 
   @property
   def templates(self) -> str:
     """The templates' split: one of `SPLITS` in embedded tasks, else ''."""
-    return self.name if self.group in tasks.GROUPS else ''
+    return '' if self.group in (VALIDATION, EVALUATION) else self.name
 
 
 def training_prompts(
@@ -58,16 +58,16 @@ def training_prompts(
   """
   e = config.evaluation
   if config.data.source == 'tasks':
-    found = _embedded_prompts(config)
+    ranked_prompts = _embedded_prompts(config)
   else:
     ranked = jsonl.closed(train or (), examples_of(held_out))
-    found = _by_task(VALIDATION, ranked, e.max_examples)
+    ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
     rows = jsonl.read(e.path, ranked=True)
     for note in rows.notes(e.path):
       print(note, file=sys.stderr)
-    found += _by_task(EVALUATION, rows, e.max_examples)
-  return found
+    ranked_prompts += _by_task(EVALUATION, rows, e.max_examples)
+  return ranked_prompts
 
 
 def validation_rows(
@@ -86,7 +86,7 @@ def examples_of(held_out: Sequence) -> list[Example]:
 def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
   return [
     Prompt(
-      tasks.FAMILIES[name].group,
+      tasks.TASKS[name].group,
       name,
       split,
       tuple(
@@ -99,7 +99,7 @@ def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
         )
       ),
     )
-    for name in tasks.families(config.evaluation.tasks)
+    for name in tasks.task_names(config.evaluation.tasks)
     for split, templates in zip(SPLITS, ('train', 'held_out'), strict=True)
   ]
 

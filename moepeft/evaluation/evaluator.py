@@ -43,8 +43,8 @@ Progress = Callable[[int], None]
 _PORTION = 512
 
 
-def _no_progress(done: int) -> None:
-  del done
+def _no_progress(count: int) -> None:
+  del count
 
 
 class Evaluator:
@@ -212,15 +212,15 @@ class Evaluator:
       print(f'{there} of {len(pairs)} rows are in {partial.path}; going on')
     results = []
     for names, prompts in _passes(plan):
-      left = [
+      missing = [
         prompt
         for prompt in prompts
         if any(partial.get(prompt, name) is None for name in names)
       ]
-      if left:
-        measure, verb = self._measure_of(names, left)
-        with _progress(len(_examples(left)), verb) as progress:
-          for portion in _portions(left):
+      if missing:
+        measure, verb = self._measure_of(names, missing)
+        with _progress(len(_examples(missing)), verb) as progress:
+          for portion in _portions(missing):
             measured = measure(variables, portion, progress)
             partial.add(make_result(info, m) for m in measured)
       stored = [partial.get(p, name) for p in prompts for name in names]

@@ -182,7 +182,7 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize(
   ('read', 'said'),
   [
-    (lambda: tasks.families('storge'), "'storage'"),
+    (lambda: tasks.task_names('storge'), "'storage'"),
     (lambda: plan.check_metrics(['acuracy']), "'accuracy'"),
     (lambda: t5.config('smal'), "'small'"),
     (lambda: llama.config('3-8bb'), "'3-8b'"),

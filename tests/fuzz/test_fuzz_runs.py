@@ -22,7 +22,7 @@ from moepeft.runs import resume
 from moepeft.runs.history import History
 from moepeft.runs.plots import Figures
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import writers
+from moepeft.runs.trackers import open_trackers
 
 from ..checkpoints.test_manager import DESCRIBED, blank, make_state
 from ..evaluation import runs as made
@@ -241,7 +241,7 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
     directory = Run(str(workdir))
     resume.check_unchanged(directory, config)
     resume.check_same_data(directory, {'path': {}})
-    for writer in writers(str(workdir), 4, False, '', {}):
+    for writer in open_trackers(directory, 4, {'log': {'trackers': ''}}):
       writer.close()
     history = History(directory.metrics())
     Figures(history, str(tmp_path / 'plots'), False).draw()

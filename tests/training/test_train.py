@@ -479,7 +479,8 @@ def test_what_is_refused_is_refused_before_the_evaluation(
     raise AssertionError('it was evaluated first')
 
   monkeypatch.setattr(train.Evaluator, '__call__', judged)
-  changes = {'log.wandb': 'a project', 'evaluation.before': True}
+  changes = {'log.trackers': 'wandb', 'log.wandb_project': 'a project'}
+  changes |= {'evaluation.before': True}
   # As where it is not installed.
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(ValueError, match='needs the package wandb'):

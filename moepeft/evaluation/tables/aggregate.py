@@ -205,9 +205,9 @@ def _dataset(entry: Entry, row: Result) -> str:
     return AVERAGE
   if row.data != HELD_OUT:
     return MEAN
-  if entry.source == 'tasks' and row.task in tasks.FAMILIES:
+  if entry.source == 'tasks' and row.task in tasks.TASKS:
     # Their prompts are the wordings, seen in training or held out.
-    return f'{tasks.FAMILIES[row.task].group} {row.prompt}'.strip()
+    return f'{tasks.TASKS[row.task].group} {row.prompt}'.strip()
   return ''
 
 

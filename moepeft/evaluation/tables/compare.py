@@ -19,15 +19,19 @@ from moepeft.evaluation.tables import aggregate as figures
 from moepeft.evaluation.tables import comparable, footnotes, run_results, seeds
 from moepeft.evaluation.tables import routing as routing_tables
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
-from moepeft.evaluation.tables.render import Cell, Column, Line, Table
+from moepeft.evaluation.tables.render import (
+  PARAMETERS,
+  PERCENT,
+  SEEDS,
+  Cell,
+  Column,
+  Line,
+  Table,
+)
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
 from moepeft.peft.build import plain
 from moepeft.runs.run import Run
-
-PARAMETERS = Column('parameters', 'parameters', 'count')
-PERCENT = Column('percent', '% of base', 'share')
-SEEDS = Column('seeds', 'seeds', 'count')
 
 
 def columns(keys: Sequence[Key]) -> list[Column]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moepeft.evaluation.tables import render as table_render
-from moepeft.evaluation.tables.render import Line, Table
+from moepeft.evaluation.tables.render import PARAMETERS, PERCENT, Line, Table
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#666666'
@@ -95,7 +95,7 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
   papers = _papers(table).values()
   cells = [
     *(line.cells.get(column.key) for line in lines),
-    *(own.get(column.key) for own in papers),
+    *(paper_cells.get(column.key) for paper_cells in papers),
     *(o.cells.get(column.key) for o in table.lines if o.kind == 'majority'),
   ]
   numbers = [
@@ -114,26 +114,24 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
 
 def _papers(table: Table) -> dict[int, dict]:
   """{id of a run's line: the cells of the paper's line below it}."""
-  found, last = {}, None
+  papers, last = {}, None
   for line in table.lines:
     if line.kind == 'run':
       last = line
     elif line.kind == 'paper' and last is not None:
-      found[id(last)] = dict(line.cells)
-  return found
+      papers[id(last)] = dict(line.cells)
+  return papers
 
 
 def _name(line: Line) -> str:
-  """The label with its number of parameters below."""
-  counted = line.cells.get('parameters')
-  share = line.cells.get('percent')
-  said = []
-  if counted is not None and line.kind == 'run':
-    said.append(table_render.number(counted, 'count'))
-  if share is not None and line.kind == 'run':
-    said.append(f'{table_render.number(share, "share")} %')
-  below = ', '.join(said)
-  return '\n'.join(filter(None, (table_render.joined(line), below)))
+  """A line's label, with the size of a run below it."""
+  sizes = [
+    table_render.number(line.cells[column.key], column) + unit
+    for column, unit in ((PARAMETERS, ''), (PERCENT, ' %'))
+    if line.kind == 'run' and column.key in line.cells
+  ]
+  parts = table_render.joined(line), ', '.join(sizes)
+  return '\n'.join(filter(None, parts))
 
 
 def _legend(figure: Figure, table: Table) -> None:

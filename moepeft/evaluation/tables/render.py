@@ -33,6 +33,11 @@ class Column:
   decimals: int | None = None
 
 
+PARAMETERS = Column('parameters', 'parameters', 'count')
+PERCENT = Column('percent', '% of base', 'share')
+SEEDS = Column('seeds', 'seeds', 'count')
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
   """A number with the ends of its interval, where it has one.
@@ -116,7 +121,7 @@ def best(table: Table) -> set[tuple[int, Hashable]]:
   """
   if table.best is not None:
     return set(table.best)
-  found = set()
+  bold = set()
   for column in table.columns:
     places = column.decimals
     places = table.decimals if places is None else places
@@ -127,8 +132,8 @@ def best(table: Table) -> set[tuple[int, Hashable]]:
     }
     if column.better and len(values) > 1:
       top = (max if column.better == 'higher' else min)(values.values())
-      found |= {(i, column.key) for i, v in values.items() if v == top}
-  return found
+      bold |= {(i, column.key) for i, v in values.items() if v == top}
+  return bold
 
 
 def markdown(table: Table) -> str:
@@ -233,5 +238,5 @@ def _joined(label: str, line: Line) -> str:
 
 def _aligned(cells: list[str], widths: list[int]) -> str:
   first = cells[0].ljust(widths[0])
-  others = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
-  return f'| {" | ".join((first, *others))} |'
+  numbers = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
+  return f'| {" | ".join((first, *numbers))} |'

@@ -38,10 +38,10 @@ def table(rows: Sequence[Result]) -> str:
   blocks = []
   for name in metric_names():
     unit = metric_info(name).unit
-    found = _by_wordings([row for row in rows if row.metric == name])
-    for which, own in found.items():
-      lines = aligned(_lines(name, own))
-      blocks.append(f'{name} ({unit}){which}\n{lines}')
+    by_split = _by_wordings([row for row in rows if row.metric == name])
+    for suffix, split_rows in by_split.items():
+      lines = aligned(_lines(name, split_rows))
+      blocks.append(f'{name} ({unit}){suffix}\n{lines}')
   return '\n\n'.join(blocks)
 
 
@@ -59,11 +59,11 @@ def _by_wordings(rows: Sequence[Result]) -> dict[str, list[Result]]:
 def _lines(name: str, rows: Sequence[Result]) -> list[Sequence[str]]:
   lines = [_HEAD]
   for task, score in paper_metric.scores(rows, name).items():
-    own = rows
+    of_task = rows
     if task != paper_metric.AVERAGE:
       members = paper_metric.ROUNDS if task == 'anli' else (task,)
-      own = [row for row in rows if row.task in members]
-    lines.append(_line(name, task, score, own))
+      of_task = [row for row in rows if row.task in members]
+    lines.append(_line(name, task, score, of_task))
   unused = {'perplexity'} if name != LOSS else set()
   # The first is of several prompts only, the second of accuracy.
   for key in ('over prompts', 'majority'):
