@@ -63,7 +63,7 @@ from moepeft.runs.trackers import Tracker, open_trackers
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
-  optim,
+  optimizers,
   setup,
   state_sharding,
 )
@@ -135,7 +135,7 @@ def train(
   """
   config_check.check(config, registries.BY_KEY)
   # What can be refused is refused before anything is read.
-  optim.optimizer(config.optimizer, config.steps)
+  optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
@@ -224,7 +224,7 @@ def _train(
       f'config.model.adapter; set config.preference.reference to {begun!r} '
       'to measure against where training begins'
     )
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
@@ -340,7 +340,7 @@ def _train(
   report = Report(
     progress,
     (*written, history),
-    optim.schedule(config.optimizer, config.steps),
+    optimizers.make_schedule(config.optimizer, config.steps),
     config.router_alarm,
     share[1],
     history.last('validation_loss'),
