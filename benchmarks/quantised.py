@@ -17,11 +17,11 @@ from absl import flags
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.config import command_line
-from moepeft.data import sources, vocabulary
-from moepeft.data.batching.collators import form, scored_lengths
+from moepeft.data import load_tokenizer, open_data
+from moepeft.data.batching.collators import make_model_collator, scoring_lengths
 from moepeft.evaluation.eval_sets import validation_rows
 from moepeft.evaluation.evaluator import Evaluator
-from moepeft.nn.quantization import KINDS
+from moepeft.nn.quantization import FORMATS
 from moepeft.objectives import build_validation_objective
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
@@ -32,19 +32,19 @@ def measure(config) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references()
   config.method = 'full'  # which here stands for no adapter
   _, shape = base_lib.shape(config.model)
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  own = form(config.data, words, shape, config.seed)
-  found = sources(config.data, config.seed, (0, 1), shape.vocab, own)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  own = make_model_collator(config.data, words, shape, config.seed)
+  found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
   pairs = validation_rows(config, found, own)
   figures = {}
-  for kind in ('', *KINDS):
+  for kind in ('', *FORMATS):
     config.model.quantise = kind
     base = base_lib.load(config.model)
     model, _ = base_lib.module(base, config)
     evaluator = Evaluator(
       model,
       words,
-      scored_lengths(config.data, model),
+      scoring_lengths(config.data, model),
       config.evaluation.batch_size,
       validation=pairs,
       collator=own,

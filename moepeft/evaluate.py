@@ -19,8 +19,8 @@ from absl import flags
 
 from moepeft.config import check as config_check
 from moepeft.config import command_line
-from moepeft.data import sources
-from moepeft.data.batching.collators import scored_lengths
+from moepeft.data import open_data
+from moepeft.data.batching.collators import scoring_lengths
 from moepeft.data.readers import jsonl
 from moepeft.evaluation import eval_sets, summary
 from moepeft.evaluation import results as results_lib
@@ -92,7 +92,7 @@ def evaluate(
       print(note, file=sys.stderr)
     plan = plan_from_rows(rows, metrics, run.config.evaluation.max_examples)
   else:
-    found = sources(
+    found = open_data(
       run.config.data,
       run.config.seed,
       below=run.model.config.vocab,
@@ -107,7 +107,7 @@ def evaluate(
   evaluator = Evaluator(
     run.model,
     run.tokenizer,
-    scored_lengths(run.config.data, run.model),
+    scoring_lengths(run.config.data, run.model),
     run.config.evaluation.batch_size,
     eos_token_ids=run.eos_token_ids,
   )

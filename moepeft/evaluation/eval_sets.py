@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from ml_collections import ConfigDict
 
 from moepeft import tasks
-from moepeft.data import Sources
-from moepeft.data.batching.collators import Form
-from moepeft.data.dataset import spread
+from moepeft.data import TrainingData
+from moepeft.data.batching.collators import Collator
+from moepeft.data.dataset import evenly_spaced
 from moepeft.data.readers import jsonl
 from moepeft.tasks import Example
 
@@ -60,7 +60,7 @@ def training_prompts(
   if config.data.source == 'tasks':
     ranked_prompts = _embedded_prompts(config)
   else:
-    ranked = jsonl.closed(train or (), examples_of(held_out))
+    ranked = jsonl.with_closed_choices(train or (), examples_of(held_out))
     ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
     rows = jsonl.read(e.path, ranked=True)
@@ -71,7 +71,7 @@ def training_prompts(
 
 
 def validation_rows(
-  config: ConfigDict, sources: Sources, collator: Form
+  config: ConfigDict, sources: TrainingData, collator: Collator
 ) -> list:
   """Held-out examples, as ids, that the validation loss is of."""
   e = config.evaluation
@@ -112,7 +112,7 @@ def _by_task(
   for row in rows:
     by_task[row.task].append(row)
   return [
-    Prompt(group, task, '', tuple(spread(of_task, max_examples)))
+    Prompt(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
     for task, of_task in sorted(by_task.items())
   ]
 
@@ -135,14 +135,16 @@ def prompts(
   result = []
   for task, by_name in sorted(tables.items()):
     numbers = sorted({e.idx for e in sum(by_name.values(), [])})
-    chosen = set(spread(numbers, max_examples))
+    chosen = set(evenly_spaced(numbers, max_examples))
     for name, of_prompt in sorted(by_name.items()):
       examples = tuple(e for e in of_prompt if e.idx in chosen)
       result += [Prompt(group, task, name, examples)] if examples else []
   return result
 
 
-def prompts_with_choices(config: ConfigDict, sources: Sources) -> list[Prompt]:
+def prompts_with_choices(
+  config: ConfigDict, sources: TrainingData
+) -> list[Prompt]:
   """Prompts of a run's held-out rows that have choices.
 
   The rows of config.evaluation.path are other data: training ranks them, and
@@ -153,7 +155,7 @@ def prompts_with_choices(config: ConfigDict, sources: Sources) -> list[Prompt]:
   e = config.evaluation
   if config.data.source == 'tasks':
     return _embedded_prompts(config)
-  rows = jsonl.closed(sources.rows, examples_of(sources.held_out))
+  rows = jsonl.with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.types import Tree
-from moepeft.data.batching.collators import Form
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.collators import Collator
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation import summary
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.greedy_answers import Answering
@@ -56,12 +56,12 @@ class Evaluator:
   def __init__(
     self,
     model: Any,
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     lengths: tuple[int, int],
     batch_size: int,
     *,
     validation: Sequence = (),
-    collator: Form | None = None,
+    collator: Collator | None = None,
     objective: Objective | None = None,
     prompts: Sequence[Prompt] = (),
     eos_token_ids: Sequence[int] = (),
@@ -395,7 +395,7 @@ def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     yield portion
 
 
-def _batches(rows: Sequence, size: int, collator: Form | None):
+def _batches(rows: Sequence, size: int, collator: Collator | None):
   """Batches of `size` rows, the last filled up with rows of no real token."""
   if not rows:
     return

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 
-from moepeft.data import Sources
+from moepeft.data import TrainingData
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation import results as results_lib
 from moepeft.evaluation.eval_sets import Prompt
@@ -79,7 +79,7 @@ def plan_from_rows(
 
 
 def plan_from_run(
-  run: LoadedModel, sources: Sources, names: Sequence[str] = ()
+  run: LoadedModel, sources: TrainingData, names: Sequence[str] = ()
 ) -> EvalPlan:
   """The plan for a run's held-out rows.
 

@@ -9,7 +9,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import card
 from moepeft.core import sharding
 from moepeft.core.types import Tree
-from moepeft.data import Sources
+from moepeft.data import TrainingData
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
@@ -26,19 +26,19 @@ from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
 
 
-def collator_of(run: LoadedModel) -> collators.Form:
+def collator_of(run: LoadedModel) -> collators.Collator:
   """The collator of the batches that a run's objective reads."""
   config = run.config
   return make_collator(
     config,
-    collators.form(
+    collators.make_model_collator(
       config.data, run.tokenizer, run.model, config.seed, before(run.model)
     ),
   )
 
 
 def run_validation(
-  run: LoadedModel, sources: Sources, workdir: str
+  run: LoadedModel, sources: TrainingData, workdir: str
 ) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's metrics; {} without rows.
 
@@ -61,7 +61,7 @@ def run_validation(
   evaluator = Evaluator(
     run.model,
     run.tokenizer,
-    collators.scored_lengths(config.data, run.model),
+    collators.scoring_lengths(config.data, run.model),
     config.evaluation.batch_size,
     validation=rows,
     collator=collator,
@@ -72,10 +72,10 @@ def run_validation(
 
 def _with_reference(
   run: LoadedModel,
-  sources: Sources,
-  collator: preference_dataset.Sides,
+  sources: TrainingData,
+  collator: preference_dataset.PairCollator,
   workdir: str,
-) -> tuple[ReferenceFn | None, Tree, Sources]:
+) -> tuple[ReferenceFn | None, Tree, TrainingData]:
   """(reference, its adapters, the data with precomputed log-probabilities)."""
   config = run.config
   if not OBJECTIVES.lookup(config.objective).needs_reference:

@@ -17,7 +17,7 @@ from moepeft import evaluate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.progress import Pass
 from moepeft.data.readers import jsonl
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets, plan, results, summary
 from moepeft.evaluation import evaluator as evaluator_lib
 from moepeft.evaluation.evaluator import Evaluator
@@ -27,7 +27,7 @@ from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables import terminal as text
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import commands
@@ -55,7 +55,7 @@ ROWS = [
 
 
 def small_evaluator(model):
-  return Evaluator(model, Bytes(), (64, 16), 4)
+  return Evaluator(model, ByteTokenizer(), (64, 16), 4)
 
 
 def accuracies(rows, most=9):
@@ -287,7 +287,7 @@ def begun(tmp_path_factory):
     for template in ('t', 'u')
     for i in range(10)
   ]
-  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
+  params = init_params(t5.T5(CONFIG), small.batch(), 0)['params']
   hf.save(str(folder / 'tiny'), CONFIG, params)
   config = card(
     str(folder / 'tiny'),

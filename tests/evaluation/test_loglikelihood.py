@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moepeft.data.batching import seq2seq
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.objectives import OBJECTIVES
@@ -18,7 +18,7 @@ from moepeft.tasks import Example
 
 from ..contracts import small
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 # Bytes have 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
 METHOD = 'molora(experts=3, rank=2)'
@@ -57,9 +57,9 @@ def plain_call():
 
 def alone(row):
   """-log p of a row's targets by a call without padded inputs, in float64."""
-  x, y, _ = seq2seq.encode(WORDS, row, *LENGTHS)
+  x, y, _ = seq2seq.encode_example(WORDS, row, *LENGTHS)
   # What comes after a position does not reach it: the decoder is causal.
-  said = seq2seq.pad([[0, *y[:-1]]], LENGTHS[1])
+  said = seq2seq.pad_rows([[0, *y[:-1]]], LENGTHS[1])
   batch = {'inputs': np.array([x]), 'decoder_inputs': said}
   logits = np.asarray(plain_call()(made()[1], batch)[0], np.float64)
   log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
@@ -93,8 +93,8 @@ def test_the_mean_is_the_validation_loss():
     WORDS,
     LENGTHS,
     3,
-    validation=seq2seq.encode_all(WORDS, ROWS, *LENGTHS),
-    collator=Pairs(WORDS, *LENGTHS),
+    validation=seq2seq.encode_examples(WORDS, ROWS, *LENGTHS),
+    collator=Seq2SeqCollator(WORDS, *LENGTHS),
     objective=OBJECTIVES['seq2seq'].build(),
   )
   nll, tokens = likelihood().sums(variables, ROWS)

@@ -11,8 +11,8 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.evaluator import Evaluator
@@ -24,13 +24,13 @@ from moepeft.evaluation.rank_classification import (
 )
 from moepeft.evaluation.summary import mean_accuracies
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
 from ..contracts import small
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 V = WORDS.size
 
 
@@ -41,7 +41,7 @@ class Bigram:
   first token of the inputs gains everywhere}.
   """
 
-  advice = Advice()
+  adapter_map = AdapterMap()
   config = types.SimpleNamespace(vocab=V)
 
   def __init__(self, variables=None):
@@ -282,7 +282,7 @@ def evaluator_of(tmp_path, rows, validation=(), **evaluation):
     (64, 16),
     3,
     validation=validation,
-    collator=Pairs(WORDS, 64, 16),
+    collator=Seq2SeqCollator(WORDS, 64, 16),
     objective=OBJECTIVES['seq2seq'].build(),
     prompts=eval_sets.training_prompts(config, ()),
   )
@@ -310,7 +310,7 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   # Batches of three: one of long rows, one with a short row and filled up.
   texts = ('abcabc', 'cbacba', 'bcabca', 'a')
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
-  pairs = seq2seq.encode_all(WORDS, rows, 64, 16)
+  pairs = seq2seq.encode_examples(WORDS, rows, 64, 16)
   _, evaluator = evaluator_of(tmp_path, ROWS, pairs)
   found = evaluator.validation(variables(RANDOM))['validation_loss']
   # Six tokens and EOS three times, one and EOS once.
