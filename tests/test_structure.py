@@ -68,8 +68,8 @@ BRANCHES = {
 # A unit may import those of the lines above its own, and none beside it.
 LAYERS = (
   ('core',),
-  ('nn', 'tasks'),
-  ('moe', 'models'),
+  ('nn', 'metrics'),
+  ('moe', 'models', 'tasks'),
   ('config',),
   ('peft',),
   ('runs',),
