@@ -246,6 +246,11 @@ def default() -> ConfigDict:
       wandb='',
     )
   )
+  # 'FIRST:LAST', as in '5:8': steps that JAX's profiler traces, both included,
+  # into <workdir>/profile, which TensorBoard and Perfetto open; '' for none.
+  c.profile = ConfigDict(dict(steps=''))
+  # Further callbacks of moepeft.training.callbacks, 'mine,another'.
+  c.callbacks = ''
   return c
 
 

@@ -120,4 +120,6 @@ TEXTS = (
   'evaluation.tasks',
   'evaluation.path',
   'log.wandb',
+  'profile.steps',
+  'callbacks',
 )

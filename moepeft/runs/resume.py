@@ -26,6 +26,8 @@ _FREE = (
   'evaluation',
   'checkpoint',
   'log',
+  'profile',
+  'callbacks',
 )
 
 

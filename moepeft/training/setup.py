@@ -1,22 +1,272 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the parts of a training run from its config.
 
-Config objects end here: the parts below take explicit arguments.
+Config objects end here: the parts take explicit arguments.
 """
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.run_progress import Course
+from moepeft.config import check as config_check
+from moepeft.core import distributed, files, sharding, terminal
+from moepeft.core.sharding import Layout
+from moepeft.core.types import State
+from moepeft.data import Sources, cuts, loader, sources, vocabulary
+from moepeft.data.batching.collators import Form, form
+from moepeft.data.chat import template as chat_template
+from moepeft.data.loader import Loader
+from moepeft.data.preference.dataset import form_of
+from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.registry import preferences
+from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
+from moepeft.evaluation.eval_sets import examples, pairs_to_judge
+from moepeft.evaluation.validator import Judge
+from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses
-from moepeft.objectives import Objective, objective_of
+from moepeft.objectives import (
+  COMPARED,
+  REFERRING,
+  Objective,
+  batch_kind,
+  check_model,
+  objective_of,
+  reference_model,
+)
 from moepeft.objectives.cross_entropy import Loss
 from moepeft.objectives.preference_losses import preference_of
 from moepeft.peft import Built
-from moepeft.training import grad_accumulation
+from moepeft.runs.directory import Workdir
+from moepeft.runs.history import History
+from moepeft.runs.run import Run
+from moepeft.runs.trackers import Writer, writers
+from moepeft.tasks import Example
+from moepeft.training import (
+  grad_accumulation,
+  memory_estimate,
+  optim,
+  state_sharding,
+  summary,
+)
+from moepeft.training.loop import TrainingLoop
+from moepeft.training.metrics_logger import MetricsLogger
 from moepeft.training.step import TrainStep, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The parts of a run before anything is restored or written.
+
+  Attributes:
+    config: with the date that its chat template writes.
+    layout: the mesh, and how arrays are spread over it.
+    tokenizer: of the base.
+    method: built for the model.
+    state: before the first step, on the devices.
+    train_step: jitted; takes over the state that it is given.
+    batches: on the host, from the beginning of the data.
+    evaluator: of held-out rows.
+    eval_sets: {(group, task, templates): examples} that it ranks.
+    identity: of the run, written into each checkpoint.
+  """
+
+  config: ConfigDict
+  layout: Layout
+  tokenizer: Vocabulary
+  method: Built
+  state: State
+  train_step: TrainStep
+  batches: Loader
+  evaluator: Judge
+  eval_sets: dict[tuple[str, str, str], list[Example]]
+  identity: dict[str, Any]
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses what can be refused before any data is read.
+
+  Raises:
+    ValueError: a value, or the memory that training needs, is not available.
+  """
+  config_check.check(config)
+  optim.optimizer(config.optimizer, config.steps)
+  build_objective(config)
+  grad_accumulation.check(config.batch_size, config.accumulate)
+  memory_estimate.check(config)
+
+
+def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
+  """Reads data and base, and makes all parts; nothing is trained or restored.
+
+  Args:
+    workdir: printed; log-probabilities of a precomputed reference are kept
+      there.
+    dry_run: write no file.
+
+  Raises:
+    ValueError: the config and the data or the base do not fit together.
+  """
+  options = config.sharding
+  layout = sharding.layout(options.preset, options.model, options.rules)
+  sharding.check_rows(layout.mesh, config.batch_size)
+  share = sharding.share(layout.mesh)
+  # First, as the tokenizer is looked for in the same place.
+  family, shape = base_lib.shape(config.model)
+  check_decodes(shape)
+  tokenizer = vocabulary(config.data.vocabulary, config.model.path)
+  check_size(tokenizer, shape.vocab)
+  check_model(config.objective, decoder_only(shape))
+  # The date of a chat template, which stays when the run goes on.
+  config = chat_template.with_date(config, tokenizer)
+  collator = _build_collator(config, tokenizer, family, shape)
+  data = sources(config.data, config.seed, share, shape.vocab, collator)
+  for note in data.notes:
+    terminal.show(note)
+
+  base = base_lib.load(config.model)
+  model, method = base_lib.module(base, config)
+  optimizer = optim.optimizer(config.optimizer, config.steps)
+  state, reference = _build_state(config, base, model, method, optimizer)
+  logical_axes = base_lib.letters(model, base)
+  shardings = state_sharding.state_shardings(
+    layout, state, logical_axes, method.trainable
+  )
+  state = state_sharding.place(state, shardings, optimizer.init)
+  identity = card(base, method, config.seed)
+  summary.print_summary(
+    base,
+    method,
+    state,
+    tokenizer,
+    workdir,
+    {
+      'devices': state_sharding.describe(
+        layout, state, logical_axes, method.trainable
+      ),
+      'data': _describe_data(config, data),
+    },
+  )
+  if not isinstance(data.train, Stream):
+    print(cuts(data.train, collator), end='', flush=True)
+  data = _with_precomputed_reference(
+    config,
+    data,
+    collator,
+    model,
+    method.variables(state),
+    identity,
+    layout,
+    None if dry_run else workdir,
+  )
+  eval_sets = examples(config, data.held_out, data.rows)
+  return Training(
+    config=config,
+    layout=layout,
+    tokenizer=tokenizer,
+    method=method,
+    state=state,
+    train_step=jax.jit(
+      build_train_step(config, model, method, optimizer, reference),
+      donate_argnums=0,
+      out_shardings=(shardings, layout.whole),
+    ),
+    batches=loader(
+      data,
+      tokenizer,
+      config.data,
+      config.batch_size // share[1],
+      config.seed,
+      share,
+      shape,
+      collator,
+    ),
+    evaluator=_build_evaluator(
+      config, model, tokenizer, data, eval_sets, layout, collator, reference
+    ),
+    eval_sets=eval_sets,
+    identity=identity,
+  )
+
+
+def start(
+  training: Training,
+  run: Run,
+  workdir: Workdir | None,
+  data_hashes: dict[str, dict[str, str]],
+  gin: str = '',
+  skip_damaged: bool = False,
+) -> TrainingLoop:
+  """Restores the latest checkpoint, if there is one, and opens the trackers.
+
+  Args:
+    workdir: holds the lock of the directory; None where this process does not
+      write.
+    data_hashes: from `data.fingerprint`, kept to compare when the run goes on.
+    gin: the gin files that the config is from as one, kept beside it.
+    skip_damaged: goes on from the checkpoint before a damaged one.
+  """
+  config, state = training.config, training.state
+  checkpoints = Checkpoints(
+    run.path, config.checkpoint.keep, config.checkpoint.best
+  )
+  early_stopping = Course()
+  if checkpoints.latest() is not None:
+    state = checkpoints.restore(state, training.identity, skip_damaged)
+    early_stopping = checkpoints.course()
+    training.batches.go_to(distributed.own(early_stopping.place))
+    print(f'resumed at step {int(state.step)} from {checkpoints.path}')
+  step = int(state.step)
+  # Not before: a run that is refused must leave the other's config alone.
+  distributed.write_json(run.config_file, json.loads(config.to_json()))
+  distributed.write_json(run.data_file, data_hashes)
+  if gin and distributed.first():
+    files.write_text(run.gin_file, gin)
+  # Before any evaluation, which takes minutes: a tracker may be refused.
+  trackers: list[Writer] = []
+  if distributed.first():
+    trackers += writers(
+      run.path,
+      step,
+      config.log.tensorboard,
+      config.log.wandb,
+      config.to_dict(),
+    )
+  history = History(run.metrics())
+  trackers.append(history)
+  return TrainingLoop(
+    steps=config.steps,
+    step=step,
+    first_step=step,
+    state=state,
+    train_step=training.train_step,
+    mesh=training.layout.mesh,
+    batches=training.batches,
+    method=training.method,
+    evaluator=training.evaluator,
+    run=run,
+    workdir=workdir,
+    checkpoints=checkpoints,
+    identity=training.identity,
+    early_stopping=early_stopping,
+    trackers=trackers,
+    history=history,
+    metrics=MetricsLogger(
+      trackers,
+      optim.schedule(config.optimizer, config.steps),
+      config.router_alarm,
+      sharding.share(training.layout.mesh)[1],
+    ),
+  )
 
 
 def build_objective(
@@ -59,4 +309,133 @@ def build_train_step(
     optimizer,
     router_losses,
     config.accumulate,
+  )
+
+
+def _build_collator(
+  config: ConfigDict, tokenizer: Vocabulary, family: Any, shape: Any
+) -> Form:
+  prefix = base_lib.before(family, shape, config)
+  collator = form(config.data, tokenizer, shape, config.seed, prefix)
+  kind = batch_kind(config.objective)
+  return form_of(config.data, config.objective, kind, collator)
+
+
+def _build_state(
+  config: ConfigDict,
+  base: base_lib.Base,
+  model: nn.Module,
+  method: Built,
+  optimizer: optax.GradientTransformation,
+) -> tuple[State, Callable | None]:
+  """The state on the host, its optimizer's arrays as shapes; the reference."""
+  if base.params is None and method.trainable == 'peft':
+    raise ValueError(
+      f'{method.method} would adapt random weights; set config.model.path to '
+      'a base model'
+    )
+  if base.quantise and method.trainable == 'params':
+    raise ValueError(
+      f'config.model.quantise={base.quantise!r} keeps frozen weights, and '
+      "full fine-tuning trains them; set it to '', or name another method"
+    )
+  variables = base_lib.initialise(base, model, config.seed)
+  adapter = config.model.adapter
+  if adapter:
+    variables = base_lib.with_adapter(variables, method, adapter, base)
+  against = config.preference.reference
+  reference, reference_adapters = reference_model.reference_of(
+    config.objective, against, model, method, base
+  )
+  if (
+    adapter
+    and config.objective in REFERRING
+    and against == reference_model.BASE
+  ):
+    print(
+      'note: rewards are measured against the base without '
+      f'config.model.adapter; set config.preference.reference to {adapter!r} '
+      'to measure against where training begins'
+    )
+  trainable = variables.pop(method.trainable)
+  state = State(
+    step=jnp.int32(0),
+    trainable=trainable,
+    frozen=next(iter(variables.values())),
+    # Shapes: the arrays are made on the devices, on each its share.
+    opt=jax.eval_shape(optimizer.init, trainable),
+    rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+    reference=reference_adapters,
+  )
+  return state, reference
+
+
+def _describe_data(config: ConfigDict, data: Sources) -> str:
+  count = len(data.shares)
+  return f'{count} dataset{"s" * (count != 1)} of {config.data.source}' + (
+    ', packed' if config.data.packing else ''
+  )
+
+
+def _with_precomputed_reference(
+  config: ConfigDict,
+  data: Sources,
+  collator: Form,
+  model: nn.Module,
+  variables: dict[str, Any],
+  identity: dict[str, Any],
+  layout: Layout,
+  workdir: str | None,
+) -> Sources:
+  """The data with log-probabilities of the model before its first step."""
+  if (
+    config.objective not in REFERRING
+    or config.preference.reference != reference_model.PRECOMPUTED
+  ):
+    return data
+  log_p = reference_model.precomputed(
+    workdir,
+    data.compared,
+    collator,
+    model,
+    variables,
+    identity,
+    layout.mesh,
+    config.evaluation.batch_size,
+  )
+  compared = data.compared.with_references(log_p)
+  return preferences(compared, config.data, config.seed)
+
+
+def _build_evaluator(
+  config: ConfigDict,
+  model: nn.Module,
+  tokenizer: Vocabulary,
+  data: Sources,
+  eval_sets: dict[tuple[str, str, str], Sequence[Example]],
+  layout: Layout,
+  collator: Form,
+  reference: Callable | None,
+) -> Judge:
+  validation = pairs_to_judge(config, data, collator)
+  if config.evaluation.every_steps and not validation:
+    raise ValueError(
+      f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
+      'row is held out to validate on; raise config.data.held_out (seqio: give '
+      "tasks with a split 'validation'), or set it to 0"
+    )
+  # Preference objectives are validated by their own loss. Likelihoods are
+  # validated by plain NLL whatever config.loss says, so that runs compare.
+  objective = None
+  if config.objective in COMPARED:
+    objective = build_objective(config, reference)
+  return Judge(
+    config,
+    model,
+    tokenizer,
+    validation,
+    eval_sets,
+    layout.mesh,
+    collator,
+    objective,
   )
