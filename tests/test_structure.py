@@ -16,7 +16,8 @@ LAYERS = (
   ('checkpoints',),
   ('data',),
   ('objectives', 'inference'),
-  ('training', 'evaluation', 'serve'),
+  ('evaluation', 'serve'),
+  ('training',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),

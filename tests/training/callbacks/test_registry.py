@@ -45,15 +45,15 @@ def test_keys_of_the_config_turn_callbacks_on_and_off():
 
 
 def test_a_registered_callback_runs_where_it_is_named(monkeypatch):
-  class Mine(Callback):
+  class Logger(Callback):
     pass
 
   monkeypatch.setattr(CALLBACKS, '_entries', dict(CALLBACKS._entries))
-  CALLBACKS.register('mine_registered', CallbackEntry(lambda config: Mine()))
-  assert 'Mine' not in enabled()
+  CALLBACKS.register('mine_registered', CallbackEntry(lambda config: Logger()))
+  assert 'Logger' not in enabled()
   # Before the step is saved, so that it may ask for that.
   names = enabled(callbacks='mine_registered')
-  assert names.index('Mine') + 1 == names.index('SignalHandling')
+  assert names.index('Logger') + 1 == names.index('SignalHandling')
 
 
 def test_an_unknown_callback_is_refused():
