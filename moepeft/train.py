@@ -18,6 +18,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
+from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
@@ -97,6 +99,7 @@ def train(
     Stopped: a signal ended the run.
   """
   started = time.monotonic()
+  config_check.check(config, registries.BY_KEY)
   setup.check(config)
   callbacks = build_callbacks(config)
   if dry_run:

@@ -48,7 +48,6 @@ PENDING = frozenset(
     'tests/contracts',
     'tests/core',
     'tests/data',
-    'tests/docs',
     'tests/evaluation',
     'tests/fuzz',
     'tests/inference',

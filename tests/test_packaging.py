@@ -113,6 +113,11 @@ def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
 
 
+def test_wheel_installs_the_program(wheel):
+  (file,) = wheel.glob('*.dist-info/entry_points.txt')
+  assert 'moepeft = moepeft.__main__:main' in file.read_text()
+
+
 def test_wheel_holds_the_chat_page(wheel):
   name = 'serve/page/index.html'
   here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name

@@ -18,6 +18,7 @@ LAYERS = (
   ('objectives', 'inference'),
   ('evaluation', 'serve'),
   ('training',),
+  ('registries',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),

@@ -18,6 +18,9 @@ def default() -> ConfigDict:
   """The whole tree; a key that is not here is an error."""
   c = ConfigDict()
   c.seed = 0
+  # Modules to import first, 'my_module,other': they register entries of their
+  # own. --imports adds to them.
+  c.imports = ''
   c.steps = 300
   c.batch_size = 32
   # As in moepeft.config.method_string; 'full' trains the base itself.

@@ -21,7 +21,7 @@ from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.models import decoder_only
 from moepeft.nn import initializers
-from moepeft.objectives import COMPARED
+from moepeft.objectives import OBJECTIVES
 from moepeft.training import optim
 
 # Resident bytes of a loader process after its imports, at least.
@@ -81,7 +81,7 @@ def need(config: ConfigDict) -> Need:
     optimizer = optim.optimizer(config.optimizer, config.steps)
     state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
-  sides = 2 if config.objective in COMPARED else 1
+  sides = OBJECTIVES.lookup(config.objective).answers_per_row
   data = config.data
   if decoder_only(shape):
     fed, predicted = data.length, data.length

@@ -170,7 +170,7 @@ def _ratios(metrics: Mapping[str, Any]) -> dict[str, float]:
   """The metrics of an objective beside its loss; NaN where the count is 0."""
   return {
     key: _ratio(total, count)
-    for key, (total, count) in metrics.get('figures', {}).items()
+    for key, (total, count) in metrics.get('metrics', {}).items()
   }
 
 

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
-from moepeft.config import check as config_check
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout
 from moepeft.core.types import State
@@ -26,7 +25,6 @@ from moepeft.data import Sources, cuts, loader, sources, vocabulary
 from moepeft.data.batching.collators import Form, form
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.preference.dataset import form_of
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import preferences
 from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
@@ -35,16 +33,14 @@ from moepeft.evaluation.validator import Judge
 from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  Objective,
-  batch_kind,
+  OBJECTIVES,
+  build_objective,
+  build_validation_objective,
   check_model,
-  objective_of,
   reference_model,
 )
-from moepeft.objectives.cross_entropy import Loss
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives import check_config as check_objective
+from moepeft.objectives.batches import make_collator
 from moepeft.peft import Built
 from moepeft.runs.directory import Workdir
 from moepeft.runs.history import History
@@ -98,9 +94,8 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: a value, or the memory that training needs, is not available.
   """
-  config_check.check(config)
   optim.optimizer(config.optimizer, config.steps)
-  build_objective(config)
+  check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
 
@@ -269,23 +264,6 @@ def start(
   )
 
 
-def build_objective(
-  config: ConfigDict, reference: Callable | None = None
-) -> Objective:
-  """The objective with the settings of config.loss and config.preference.
-
-  Args:
-    reference: from `objectives.reference_model.reference_of`.
-  """
-  loss = config.loss
-  return objective_of(
-    config.objective,
-    Loss(loss.per, loss.z, loss.label_smoothing),
-    preference_of(config.objective, config.preference),
-    reference,
-  )
-
-
 def build_train_step(
   config: ConfigDict,
   model: nn.Module,
@@ -317,8 +295,7 @@ def _build_collator(
 ) -> Form:
   prefix = base_lib.before(family, shape, config)
   collator = form(config.data, tokenizer, shape, config.seed, prefix)
-  kind = batch_kind(config.objective)
-  return form_of(config.data, config.objective, kind, collator)
+  return make_collator(config, collator)
 
 
 def _build_state(
@@ -343,15 +320,14 @@ def _build_state(
   adapter = config.model.adapter
   if adapter:
     variables = base_lib.with_adapter(variables, method, adapter, base)
-  against = config.preference.reference
-  reference, reference_adapters = reference_model.reference_of(
-    config.objective, against, model, method, base
-  )
-  if (
-    adapter
-    and config.objective in REFERRING
-    and against == reference_model.BASE
-  ):
+  reference, reference_adapters = None, {}
+  source = config.preference.reference
+  needs_reference = OBJECTIVES[config.objective].needs_reference
+  if needs_reference:
+    reference, reference_adapters = reference_model.make_reference(
+      source, model, method, base
+    )
+  if adapter and needs_reference and source == reference_model.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {adapter!r} '
@@ -389,7 +365,7 @@ def _with_precomputed_reference(
 ) -> Sources:
   """The data with log-probabilities of the model before its first step."""
   if (
-    config.objective not in REFERRING
+    not OBJECTIVES[config.objective].needs_reference
     or config.preference.reference != reference_model.PRECOMPUTED
   ):
     return data
@@ -424,11 +400,6 @@ def _build_evaluator(
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  # Preference objectives are validated by their own loss. Likelihoods are
-  # validated by plain NLL whatever config.loss says, so that runs compare.
-  objective = None
-  if config.objective in COMPARED:
-    objective = build_objective(config, reference)
   return Judge(
     config,
     model,
@@ -437,5 +408,5 @@ def _build_evaluator(
     eval_sets,
     layout.mesh,
     collator,
-    objective,
+    build_validation_objective(config, reference),
   )

@@ -38,19 +38,23 @@ def test_the_package_lists_its_commands():
   done = commands.run('moepeft')
   assert done.returncode == 0
   for name in __main__.COMMANDS:
-    assert f'python -m moepeft.{name} ' in done.stdout
+    assert f'  moepeft {name} ' in done.stdout
 
 
-@pytest.mark.parametrize(
-  ('argv', 'said'),
-  [
-    (['trian'], "did you mean 'train'?"),
-    (['train'], 'python -m moepeft.train'),
-  ],
-)
-def test_the_package_runs_no_command_itself(argv, said, capsys):
-  assert __main__.main(argv) == 2
-  assert said in capsys.readouterr().err
+def test_an_unknown_command_is_refused_with_the_nearest(capsys):
+  assert __main__.main(['trian']) == 2
+  assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_subcommand_is_the_command():
+  arguments = ('--config=configs/paper/t5_large_ia3.py',)
+  alone = commands.run('moepeft.count', *arguments)
+  assert alone.returncode == 0, alone.stderr
+  assert '282624' in alone.stdout
+  assert commands.run('moepeft', 'count', *arguments).stdout == alone.stdout
+  # The exit code and the sentence of a mistake are the command's own.
+  mistaken = commands.run('moepeft', 'count', '--config.stpes=3')
+  assert mistaken.returncode == 2 and 'steps' in mistaken.stderr
 
 
 @pytest.mark.slow

@@ -178,18 +178,14 @@ def _check(c: ConfigDict) -> str:
   Raises:
     ValueError: training would refuse it.
   """
-  config_check.check(c)
   # Here, as `keys` does without them and JAX takes seconds to start.
-  from moepeft import objectives
+  from moepeft import objectives, registries
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
 
-  known = {**objectives.OBJECTIVES, **objectives.COMPARED}
-  if c.objective not in known:
-    raise ValueError(
-      f'objective is one of {", ".join(known)}; got {c.objective!r}'
-    )
+  config_check.check(c, registries.BY_KEY)
+  objectives.check_config(c)
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))
