@@ -22,8 +22,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line as config_command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
-from moepeft.data import loader, sources, vocabulary
-from moepeft.training import optim, setup
+from moepeft.data import load_tokenizer, make_loader, open_data
+from moepeft.training import optimizers, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps timed on either side.')
@@ -38,7 +38,7 @@ def make_step(config):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   peft = variables['peft']
   state = State(
     step=jnp.int32(0),
@@ -47,10 +47,10 @@ def make_step(config):
     opt=optimizer.init(peft),
     rng=jax.random.key(config.seed),
   )
-  found = sources(config.data, config.seed)
-  words = vocabulary(config.data.vocabulary, config.model.path)
+  found = open_data(config.data, config.seed)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
   batch = next(
-    loader(found, words, config.data, config.batch_size, config.seed)
+    make_loader(found, words, config.data, config.batch_size, config.seed)
   )
   update = setup.build_train_step(config, model, built, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch

@@ -26,11 +26,11 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.config import command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
-from moepeft.data import loader, sources, vocabulary
+from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
 from moepeft.runs.run import Run
-from moepeft.training import optim, setup
+from moepeft.training import optimizers, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
 _STEPS = flags.DEFINE_integer('steps', 8, 'Steps timed on either side.')
@@ -57,7 +57,7 @@ def make_bare(config):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   state = State(
     step=jnp.int32(0),
     trainable=variables['peft'],
@@ -65,9 +65,11 @@ def make_bare(config):
     opt=optimizer.init(variables['peft']),
     rng=jax.random.key(0),
   )
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  found = sources(config.data, config.seed)
-  batches = loader(found, words, config.data, config.batch_size, config.seed)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  found = open_data(config.data, config.seed)
+  batches = make_loader(
+    found, words, config.data, config.batch_size, config.seed
+  )
   batch = jax.device_put(next(batches))
   batches.close()
   update = jax.jit(

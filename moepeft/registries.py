@@ -7,6 +7,7 @@ from typing import Any
 
 from moepeft.models import FAMILIES
 from moepeft.objectives import OBJECTIVES
+from moepeft.training.optimizers import OPTIMIZERS, SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ def _table(
   }
 
 
-# TODO: goes when readers and optimizers have registries of their own.
+# TODO: goes when readers have a registry of their own.
 _ROWS = ('jsonl', 'datasets')
 _CHATS = ('chat', 'preference')
 _READERS = _table(
@@ -60,17 +61,10 @@ _READERS = _table(
     'quality': ('text',),
   },
 )
-_OPTIMIZERS = _table(
-  'optimizer',
-  'adamw adafactor',
-  {'b1': ('adamw',), 'b2': ('adamw',), 'clock': ('adafactor',)},
-)
-_SCHEDULES = _table('optimizer', 'constant linear cosine', {})
-
 BY_KEY: Mapping[str, Mapping[str, Any]] = {
   'model.family': FAMILIES,
   'objective': OBJECTIVES,
   'data.source': _READERS,
-  'optimizer.name': _OPTIMIZERS,
-  'optimizer.schedule': _SCHEDULES,
+  'optimizer.name': OPTIMIZERS,
+  'optimizer.schedule': SCHEDULES,
 }

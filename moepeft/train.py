@@ -24,7 +24,7 @@ from moepeft.config import command_line
 from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
-from moepeft.data.preference.tokenize import templated
+from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.runs import diagnosis, next_steps
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
@@ -114,7 +114,7 @@ def train(
   ):
     config = with_begun_date(run, config)
     check_unchanged(run, config, may_differ)
-    data_hashes = fingerprint.hashes(config.data)
+    data_hashes = fingerprint.data_hashes(config.data)
     check_same_data(run, data_hashes, may_differ)
     training = setup.build(config, workdir)
     loop = setup.start(training, run, lock, data_hashes, gin, skip_damaged)
@@ -186,7 +186,7 @@ def _summarize(
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = config.data.source in ('chat', 'preference') and (
-    bool(config.data.chat_template) or templated(training.tokenizer)
+    bool(config.data.chat_template) or has_chat_template(training.tokenizer)
   )
   prompts = (
     example.inputs

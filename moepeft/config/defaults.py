@@ -194,6 +194,9 @@ def default() -> ConfigDict:
       # Steps that Adafactor's decay counts as done before the first; released
       # as 1,100,000, the steps of the base's pretraining.
       clock=0,
+      # Rates and decay by parameter, '*/router/*: learning_rate=1e-4,
+      # weight_decay=0; ...': patterns of paths, of which the first decides.
+      groups='',
     )
   )
   c.sharding = ConfigDict(

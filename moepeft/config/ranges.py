@@ -112,6 +112,7 @@ TEXTS = (
   'data.replay',
   'optimizer.name',
   'optimizer.schedule',
+  'optimizer.groups',
   'evaluation.tasks',
   'evaluation.path',
   'log.wandb',

@@ -21,13 +21,19 @@ from moepeft.checkpoints.run_progress import Course
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout
 from moepeft.core.types import State
-from moepeft.data import Sources, cuts, loader, sources, vocabulary
-from moepeft.data.batching.collators import Form, form
+from moepeft.data import (
+  TrainingData,
+  load_tokenizer,
+  make_loader,
+  open_data,
+  truncation_note,
+)
+from moepeft.data.batching.collators import Collator, make_model_collator
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.registry import preferences
-from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
+from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge
 from moepeft.models import check_decodes, decoder_only
@@ -50,7 +56,7 @@ from moepeft.tasks import Example
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
-  optim,
+  optimizers,
   state_sharding,
   summary,
 )
@@ -78,7 +84,7 @@ class Training:
 
   config: ConfigDict
   layout: Layout
-  tokenizer: Vocabulary
+  tokenizer: Tokenizer
   method: Built
   state: State
   train_step: TrainStep
@@ -94,7 +100,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: a value, or the memory that training needs, is not available.
   """
-  optim.optimizer(config.optimizer, config.steps)
+  optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
@@ -118,19 +124,19 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   # First, as the tokenizer is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
-  tokenizer = vocabulary(config.data.vocabulary, config.model.path)
-  check_size(tokenizer, shape.vocab)
+  tokenizer = load_tokenizer(config.data.vocabulary, config.model.path)
+  check_vocab_size(tokenizer, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # The date of a chat template, which stays when the run goes on.
   config = chat_template.with_date(config, tokenizer)
   collator = _build_collator(config, tokenizer, family, shape)
-  data = sources(config.data, config.seed, share, shape.vocab, collator)
+  data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
     terminal.show(note)
 
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   state, reference = _build_state(config, base, model, method, optimizer)
   logical_axes = base_lib.letters(model, base)
   shardings = state_sharding.state_shardings(
@@ -151,8 +157,8 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       'data': _describe_data(config, data),
     },
   )
-  if not isinstance(data.train, Stream):
-    print(cuts(data.train, collator), end='', flush=True)
+  if not isinstance(data.train, SeqioStream):
+    print(truncation_note(data.train, collator), end='', flush=True)
   data = _with_precomputed_reference(
     config,
     data,
@@ -175,7 +181,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       donate_argnums=0,
       out_shardings=(shardings, layout.whole),
     ),
-    batches=loader(
+    batches=make_loader(
       data,
       tokenizer,
       config.data,
@@ -218,7 +224,7 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     early_stopping = checkpoints.course()
-    training.batches.go_to(distributed.own(early_stopping.place))
+    training.batches.seek(distributed.own(early_stopping.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -257,7 +263,7 @@ def start(
     history=history,
     metrics=MetricsLogger(
       trackers,
-      optim.schedule(config.optimizer, config.steps),
+      optimizers.make_schedule(config.optimizer, config.steps),
       config.router_alarm,
       sharding.share(training.layout.mesh)[1],
     ),
@@ -291,10 +297,12 @@ def build_train_step(
 
 
 def _build_collator(
-  config: ConfigDict, tokenizer: Vocabulary, family: Any, shape: Any
-) -> Form:
+  config: ConfigDict, tokenizer: Tokenizer, family: Any, shape: Any
+) -> Collator:
   prefix = base_lib.before(family, shape, config)
-  collator = form(config.data, tokenizer, shape, config.seed, prefix)
+  collator = make_model_collator(
+    config.data, tokenizer, shape, config.seed, prefix
+  )
   return make_collator(config, collator)
 
 
@@ -346,7 +354,7 @@ def _build_state(
   return state, reference
 
 
-def _describe_data(config: ConfigDict, data: Sources) -> str:
+def _describe_data(config: ConfigDict, data: TrainingData) -> str:
   count = len(data.shares)
   return f'{count} dataset{"s" * (count != 1)} of {config.data.source}' + (
     ', packed' if config.data.packing else ''
@@ -355,14 +363,14 @@ def _describe_data(config: ConfigDict, data: Sources) -> str:
 
 def _with_precomputed_reference(
   config: ConfigDict,
-  data: Sources,
-  collator: Form,
+  data: TrainingData,
+  collator: Collator,
   model: nn.Module,
   variables: dict[str, Any],
   identity: dict[str, Any],
   layout: Layout,
   workdir: str | None,
-) -> Sources:
+) -> TrainingData:
   """The data with log-probabilities of the model before its first step."""
   if (
     not OBJECTIVES[config.objective].needs_reference
@@ -386,11 +394,11 @@ def _with_precomputed_reference(
 def _build_evaluator(
   config: ConfigDict,
   model: nn.Module,
-  tokenizer: Vocabulary,
-  data: Sources,
+  tokenizer: Tokenizer,
+  data: TrainingData,
   eval_sets: dict[tuple[str, str, str], Sequence[Example]],
   layout: Layout,
-  collator: Form,
+  collator: Collator,
   reference: Callable | None,
 ) -> Judge:
   validation = pairs_to_judge(config, data, collator)

@@ -328,16 +328,16 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
   step,
 ):
   workdir, moved = tmp_path / 'w', tmp_path / 'moved'
-  plain = setup.loader
+  plain = setup.make_loader
 
   def opened(*args):
     batches = plain(*args)
 
     class Moving:
-      place, go_to, close = batches.place, batches.go_to, batches.close
+      position, seek, close = batches.position, batches.seek, batches.close
 
       def __next__(self):
-        if batches.place()[1] and not moved.exists():
+        if batches.position()[1] and not moved.exists():
           workdir.rename(moved)
         return next(batches)
 
@@ -345,7 +345,7 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
 
   if step == 3:
     shutil.copytree(begun, workdir)
-  monkeypatch.setattr(setup, 'loader', opened)
+  monkeypatch.setattr(setup, 'make_loader', opened)
   ending = 'of step 2' if step == 3 else 'begins anew'
   with pytest.raises(LostWorkdir, match=f'moved.*{ending}'):
     train.train(card(base), str(workdir))

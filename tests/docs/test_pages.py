@@ -246,3 +246,31 @@ def test_slug_is_githubs(heading, expected):
 
 def test_repeated_heading_has_a_numbered_anchor():
   assert anchors('# Data\n\n## Data\n') == {'data', 'data-1'}
+
+
+def paths_of_files(text: str) -> set[str]:
+  """Paths below the repository that end like a file."""
+  folders = 'moepeft|tests|configs|gin|scripts|benchmarks|notebooks'
+  pattern = (
+    rf'(?<![\w./-])(?:{folders})/[\w/.-]*\.(?:py|sh|gin|ipynb|html)(?![a-z])'
+  )
+  return set(re.findall(pattern, text))
+
+
+# The log keeps names as they were, and these examples add files.
+_OTHER_FILES = ('docs/LOG.md', 'docs/results.md', 'CONTRIBUTING.md')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [n for n in ALL if n not in _OTHER_FILES and 'docs/extending/' not in n]
+  + ['third_party/README.md'],
+)
+def test_files_that_a_page_names_exist(name):
+  paths = paths_of_files(read(name))
+  assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_paths_of_files_are_told_from_other_paths():
+  text = 'see `moepeft/a/b.py`, workdirs/configs/x.py and moepeft/serve'
+  assert paths_of_files(text) == {'moepeft/a/b.py'}

@@ -136,13 +136,13 @@ def test_sigterm_saves_and_is_gone_within_seconds(whole, tmp_path):
 
 def interrupted(monkeypatch, numbers, at=3):
   """Lets the run receive signals while it waits for the batch `at`."""
-  plain = setup.loader
+  plain = setup.make_loader
 
   def opened(*args):
     batches, count = plain(*args), 0
 
     class Signalling:
-      place, go_to, close = batches.place, batches.go_to, batches.close
+      position, seek, close = batches.position, batches.seek, batches.close
 
       def __next__(self):
         nonlocal count
@@ -154,7 +154,7 @@ def interrupted(monkeypatch, numbers, at=3):
 
     return Signalling()
 
-  monkeypatch.setattr(setup, 'loader', opened)
+  monkeypatch.setattr(setup, 'make_loader', opened)
 
 
 @pytest.mark.parametrize(

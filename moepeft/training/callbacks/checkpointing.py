@@ -22,7 +22,7 @@ class Checkpointing(Callback):
     loop.flush_metrics()
     with loop.progress.paused('saving'):
       loop.early_stopping = dataclasses.replace(
-        loop.early_stopping, place=distributed.places(loop.batches.place())
+        loop.early_stopping, place=distributed.places(loop.batches.position())
       )
       if loop.workdir:
         loop.workdir.check()
