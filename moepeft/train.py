@@ -25,7 +25,7 @@ from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
-from moepeft.runs import diagnosis, next_steps
+from moepeft.runs import diagnosis
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
   check_same_data,
@@ -33,7 +33,7 @@ from moepeft.runs.resume import (
   with_begun_date,
 )
 from moepeft.runs.run import Run
-from moepeft.training import setup
+from moepeft.training import next_steps, setup
 from moepeft.training.callbacks import Callback, build_callbacks
 from moepeft.training.callbacks.signals import Stopped
 from moepeft.training.loop import TrainingLoop
@@ -194,7 +194,7 @@ def _summarize(
     for example in examples
   )
   log = config.log
-  next_steps.tell(
+  next_steps.print_next_steps(
     summary,
     changes,
     diagnosis.findings(pathlib.Path(run.path)),
