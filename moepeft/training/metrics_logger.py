@@ -39,7 +39,7 @@ class MetricsLogger:
     """
     Args:
       learning_rate: a schedule, updates done -> rate.
-      router_alarm: config.router_alarm.
+      router_alarm: config.router_collapse_threshold.
       processes: that read a batch; this one reads an equal share of it.
     """
     self.flushed_step = 0
@@ -79,7 +79,7 @@ class MetricsLogger:
         f'the {key.replace("_", " ")} is {metrics[key]} at step {step}; try a '
         'lower rate (--config.optimizer.learning_rate with '
         '--may_differ=optimizer.learning_rate goes on from the latest '
-        'checkpoint), or config.optimizer.clip=1.0'
+        'checkpoint), or config.optimizer.max_grad_norm=1.0'
       )
 
   def write(self, row: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
   'weight' or 'tokens'; see `metrics_log.SHARES`.
   """
   rows = {}
-  sites = router_stats.by_site(jax.device_get(collection))
+  sites = router_stats.collect(jax.device_get(collection))
   for site, sums in sites.items():
     values = vars(router_stats.statistics(sums))
     share = values.pop('share')

@@ -102,7 +102,7 @@ def check(config: ConfigDict) -> None:
   """
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
 
 
@@ -118,13 +118,15 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     ValueError: the config and the data or the base do not fit together.
   """
   options = config.sharding
-  layout = sharding.layout(options.preset, options.model, options.rules)
+  layout = sharding.layout(
+    options.preset, options.model_parallel_size, options.rules
+  )
   sharding.check_rows(layout.mesh, config.batch_size)
   share = sharding.share(layout.mesh)
   # First, as the tokenizer is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
-  tokenizer = load_tokenizer(config.data.vocabulary, config.model.path)
+  tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   check_vocab_size(tokenizer, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # The date of a chat template, which stays when the run goes on.
@@ -138,7 +140,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   model, method = base_lib.module(base, config)
   optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   state, reference = _build_state(config, base, model, method, optimizer)
-  logical_axes = base_lib.letters(model, base)
+  logical_axes = base_lib.logical_axes(model, base)
   shardings = state_sharding.state_shardings(
     layout, state, logical_axes, method.trainable
   )
@@ -218,7 +220,7 @@ def start(
   """
   config, state = training.config, training.state
   checkpoints = Checkpoints(
-    run.path, config.checkpoint.keep, config.checkpoint.best
+    run.path, config.checkpoint.max_to_keep, config.checkpoint.keep_best
   )
   early_stopping = Course()
   if checkpoints.latest() is not None:
@@ -264,7 +266,7 @@ def start(
     metrics=MetricsLogger(
       trackers,
       optimizers.make_schedule(config.optimizer, config.steps),
-      config.router_alarm,
+      config.router_collapse_threshold,
       sharding.share(training.layout.mesh)[1],
     ),
   )
@@ -284,15 +286,15 @@ def build_train_step(
       split; found before anything is compiled.
   """
   router_losses = dict(config.router_losses)
-  aux_losses.total({}, router_losses)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  aux_losses.auxiliary_loss({}, router_losses)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   return make_train_step(
     model,
     method,
     build_objective(config, reference),
     optimizer,
     router_losses,
-    config.accumulate,
+    config.gradient_accumulation_steps,
   )
 
 
@@ -321,7 +323,7 @@ def _build_state(
     )
   if base.quantise and method.trainable == 'params':
     raise ValueError(
-      f'config.model.quantise={base.quantise!r} keeps frozen weights, and '
+      f'config.model.quantize={base.quantise!r} keeps frozen weights, and '
       "full fine-tuning trains them; set it to '', or name another method"
     )
   variables = base_lib.initialise(base, model, config.seed)
@@ -405,8 +407,8 @@ def _build_evaluator(
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
-      'row is held out to validate on; raise config.data.held_out (seqio: give '
-      "tasks with a split 'validation'), or set it to 0"
+      'row is held out to validate on; raise config.data.validation_fraction '
+      "(seqio: give tasks with a split 'validation'), or set it to 0"
     )
   return Judge(
     config,

@@ -34,13 +34,14 @@ class ValidationLossTracking(Callback):
       loop.progress.say(
         f'stopped at step {loop.step}: the validation loss was least, '
         f'{loop.early_stopping.best:.4f}, at step '
-        f'{loop.early_stopping.best_step} (config.patience={self._patience})'
+        f'{loop.early_stopping.best_step} '
+        f'(config.early_stopping_patience={self._patience})'
       )
 
 
 EARLY_STOPPING = CallbackEntry(
   build=lambda config: ValidationLossTracking(
-    config.patience, config.checkpoint.best
+    config.early_stopping_patience, config.checkpoint.keep_best
   ),
   enabled_by=('evaluation.every_steps',),
   order=30,
