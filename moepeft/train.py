@@ -25,7 +25,7 @@ from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
-from moepeft.runs import diagnosis
+from moepeft.runs import diagnosis, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
   check_same_data,
@@ -189,19 +189,16 @@ def _summarize(
     bool(config.data.chat_template) or has_chat_template(training.tokenizer)
   )
   prompts = (
-    example.inputs
-    for examples in training.eval_sets.values()
-    for example in examples
+    example.inputs for prompt in training.prompts for example in prompt.examples
   )
-  log = config.log
   next_steps.print_next_steps(
     summary,
     changes,
     diagnosis.findings(pathlib.Path(run.path)),
     {
       'losses': run.metrics_file,
-      'plots': run.plots_dir if log.plots else None,
-      'curves': f'tensorboard --logdir={run.path}' if log.tensorboard else None,
+      'plots': run.plots_dir if config.log.plots else None,
+      'curves': trackers.view_commands(config.log.trackers, run.path),
       'evaluation': run.after_file if loop.after else None,
       'checkpoints': run.checkpoints_dir,
       **next_steps.commands(

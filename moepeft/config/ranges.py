@@ -115,7 +115,8 @@ TEXTS = (
   'optimizer.groups',
   'evaluation.tasks',
   'evaluation.path',
-  'log.wandb',
+  'log.trackers',
+  'log.wandb_project',
   'profile.steps',
   'callbacks',
 )

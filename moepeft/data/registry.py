@@ -111,7 +111,7 @@ def _opened(
 
 
 def _tasks(group: str, seed: int) -> TrainingData:
-  names = tasks.families(group)
+  names = tasks.task_names(group)
   counts = collections.Counter(names)
   return TrainingData(
     train=grain.MapDataset.source(Drawn(names, seed)),

@@ -14,12 +14,12 @@ from moepeft.checkpoints.run_progress import Course
 from moepeft.core.progress import Progress
 from moepeft.core.types import State, Tree
 from moepeft.data.loader import Loader
-from moepeft.evaluation.validator import Judge
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.peft import Built
 from moepeft.runs.directory import Workdir
 from moepeft.runs.history import History
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import Writer
+from moepeft.runs.trackers import Tracker
 from moepeft.training.metrics_logger import MetricsLogger
 from moepeft.training.step import TrainStep
 
@@ -63,13 +63,13 @@ class TrainingLoop:
   mesh: Mesh
   batches: Loader
   method: Built
-  evaluator: Judge
+  evaluator: Evaluator
   run: Run
   workdir: Workdir | None
   checkpoints: Checkpoints
   identity: dict[str, Any]
   early_stopping: Course
-  trackers: list[Writer]
+  trackers: list[Tracker]
   history: History
   metrics: MetricsLogger
   validation: dict[str, float] | None = None

@@ -13,7 +13,7 @@ from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
 from moepeft.moe import router_stats
 from moepeft.runs import diagnosis
-from moepeft.runs.trackers import Writer
+from moepeft.runs.trackers import Tracker
 
 # Alarms that are printed at once, and the logs in a row in which a router has
 # to be collapsed before there is one.
@@ -31,7 +31,7 @@ class MetricsLogger:
 
   def __init__(
     self,
-    trackers: Sequence[Writer],
+    trackers: Sequence[Tracker],
     learning_rate: Callable[[int], Any],
     router_alarm: float,
     processes: int = 1,

@@ -28,14 +28,22 @@ from moepeft.data import (
   open_data,
   truncation_note,
 )
-from moepeft.data.batching.collators import Collator, make_model_collator
+from moepeft.data.batching.collators import (
+  Collator,
+  make_model_collator,
+  scoring_lengths,
+)
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
 from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.registry import preferences
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
-from moepeft.evaluation.eval_sets import examples, pairs_to_judge
-from moepeft.evaluation.validator import Judge
+from moepeft.evaluation.eval_sets import (
+  Prompt,
+  training_prompts,
+  validation_rows,
+)
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses
 from moepeft.objectives import (
@@ -51,8 +59,8 @@ from moepeft.peft import Built
 from moepeft.runs.directory import Workdir
 from moepeft.runs.history import History
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import Writer, writers
-from moepeft.tasks import Example
+from moepeft.runs.trackers import Tracker, open_trackers
+from moepeft.runs.trackers import specs as tracker_specs
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
@@ -78,7 +86,7 @@ class Training:
     train_step: jitted; takes over the state that it is given.
     batches: on the host, from the beginning of the data.
     evaluator: of held-out rows.
-    eval_sets: {(group, task, templates): examples} that it ranks.
+    prompts: held-out examples that the evaluator ranks.
     identity: of the run, written into each checkpoint.
   """
 
@@ -89,8 +97,8 @@ class Training:
   state: State
   train_step: TrainStep
   batches: Loader
-  evaluator: Judge
-  eval_sets: dict[tuple[str, str, str], list[Example]]
+  evaluator: Evaluator
+  prompts: Sequence[Prompt]
   identity: dict[str, Any]
 
 
@@ -102,6 +110,7 @@ def check(config: ConfigDict) -> None:
   """
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
+  tracker_specs(config.log.trackers)
   grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
 
@@ -171,7 +180,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     layout,
     None if dry_run else workdir,
   )
-  eval_sets = examples(config, data.held_out, data.rows)
+  prompts = training_prompts(config, data.held_out, data.rows)
   return Training(
     config=config,
     layout=layout,
@@ -194,9 +203,9 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       collator,
     ),
     evaluator=_build_evaluator(
-      config, model, tokenizer, data, eval_sets, layout, collator, reference
+      config, model, tokenizer, data, prompts, layout, collator, reference
     ),
-    eval_sets=eval_sets,
+    prompts=prompts,
     identity=identity,
   )
 
@@ -235,15 +244,9 @@ def start(
   if gin and distributed.first():
     files.write_text(run.gin_file, gin)
   # Before any evaluation, which takes minutes: a tracker may be refused.
-  trackers: list[Writer] = []
+  trackers: list[Tracker] = []
   if distributed.first():
-    trackers += writers(
-      run.path,
-      step,
-      config.log.tensorboard,
-      config.log.wandb,
-      config.to_dict(),
-    )
+    trackers += open_trackers(run, step, config.to_dict())
   history = History(run.metrics())
   trackers.append(history)
   return TrainingLoop(
@@ -398,25 +401,26 @@ def _build_evaluator(
   model: nn.Module,
   tokenizer: Tokenizer,
   data: TrainingData,
-  eval_sets: dict[tuple[str, str, str], Sequence[Example]],
+  prompts: Sequence[Prompt],
   layout: Layout,
   collator: Collator,
   reference: Callable | None,
-) -> Judge:
-  validation = pairs_to_judge(config, data, collator)
+) -> Evaluator:
+  validation = validation_rows(config, data, collator)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
       'row is held out to validate on; raise config.data.validation_fraction '
       "(seqio: give tasks with a split 'validation'), or set it to 0"
     )
-  return Judge(
-    config,
+  return Evaluator(
     model,
     tokenizer,
-    validation,
-    eval_sets,
-    layout.mesh,
-    collator,
-    build_validation_objective(config, reference),
+    scoring_lengths(config.data, model),
+    config.evaluation.batch_size,
+    validation=validation,
+    collator=collator,
+    objective=build_validation_objective(config, reference),
+    prompts=prompts,
+    mesh=layout.mesh,
   )

@@ -18,7 +18,7 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.run_progress import Course
-from moepeft.evaluation.validator import Judge
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.runs import metrics_log
 from moepeft.training import setup
 from moepeft.training.callbacks.signals import Stopped
@@ -191,7 +191,7 @@ def test_a_signal_while_validating_or_saving_loses_no_step(
   monkeypatch,
 ):
   run = {'evaluation.every_steps': 1, 'checkpoint.every_steps': 2}
-  places = (Judge, 'validation'), (Checkpoints, 'save')
+  places = (Evaluator, 'validation'), (Checkpoints, 'save')
   # Validated at step 1, which is then saved; saved at 2, so left after 3.
   for (owner, name), last in zip(places, (1, 3), strict=True):
     with monkeypatch.context() as patch:
@@ -234,7 +234,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   """A run whose validations give the losses."""
   given = iter(losses)
   monkeypatch.setattr(
-    Judge, 'validation', lambda *_: {'validation_loss': next(given)}
+    Evaluator, 'validation', lambda *_: {'validation_loss': next(given)}
   )
   config = card(base, **{'evaluation.every_steps': 1, **changes})
   train.train(config, str(workdir))

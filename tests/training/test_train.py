@@ -20,7 +20,7 @@ from moepeft.checkpoints.manager import restore_adapter
 from moepeft.config import ranges
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range
-from moepeft.evaluation.validator import Judge
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import init_params
 from moepeft.runs.metrics_log import MetricsLog, read
@@ -491,8 +491,9 @@ def test_what_is_refused_is_refused_before_the_evaluation(
   def judged(*_):
     raise AssertionError('it was evaluated first')
 
-  monkeypatch.setattr(Judge, '__call__', judged)
-  changes = {'log.wandb': 'a project', 'evaluation.before': True}
+  monkeypatch.setattr(Evaluator, '__call__', judged)
+  changes = {'log.trackers': 'wandb', 'log.wandb_project': 'a project'}
+  changes |= {'evaluation.before': True}
   # As where it is not installed.
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(ValueError, match='needs the package wandb'):

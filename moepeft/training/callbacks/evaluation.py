@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepeft.core import distributed
-from moepeft.evaluation.validator import table
+from moepeft.evaluation.summary import before_after_table
 from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 # Tasks that the table at the end has at most; before_after.png has all.
@@ -68,7 +68,7 @@ class HeldOutEvaluation(Callback):
     if metrics and self._validated_step != loop.step:
       loop.log(metrics)
     if 0 < len(loop.after['rows']) <= _TABLE_ROWS:
-      print(table(loop.before.get('rows', []), loop.after['rows']))
+      print(before_after_table(loop.before.get('rows', []), loop.after['rows']))
 
 
 def _validation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
