@@ -385,7 +385,7 @@ class Start:
     self._out, self._began, self._told = out, time.monotonic(), 0.0
 
   def __call__(self, what: str, done: int, count: int) -> None:
-    """What `protocol.Engine.start` calls."""
+    """What `Engine.start` calls."""
     seconds = time.monotonic() - self._began
     line = f'compiling {done + 1} of {count}: {what} ({seconds:.0f} s)'
     if self._out.isatty():

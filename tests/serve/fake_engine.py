@@ -70,9 +70,9 @@ class FakeEngine:
   vocab, decoder_only = 259, True
 
   def __init__(self, slots=4, queue=8, places=512, pause=0.0):
-    self.slots, self.queue, self.places = slots, queue, places
+    self.slots, self.queue, self.max_model_len = slots, queue, places
     self.pause = pause
-    self.say = lambda request: [*request.ids[-5:], END]
+    self.say = lambda request: [*request.prompt_ids[-5:], END]
     self.failure = 'as the test told it'
     self.ready = False
     self.running = threading.Event()
@@ -97,14 +97,14 @@ class FakeEngine:
         raise protocol.UnknownAdapter(
           f'there is no adapter {request.adapter!r}'
         )
-      own = len(request.ids) if self.decoder_only else 0
-      if own + request.length > self.places:
+      own = len(request.prompt_ids) if self.decoder_only else 0
+      if own + request.max_new_tokens > self.max_model_len:
         raise protocol.PromptTooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
         raise protocol.EngineFull('the queue is full; try again later', 2.5)
       assert request.id not in self._rows
       self.asked.append(request)
-      until = time.monotonic() + (request.seconds or 1e9)
+      until = time.monotonic() + (request.timeout or 1e9)
       say = collections.deque(self.say(request))
       self._rows[request.id] = Row(request, deliver, say, until)
       self._lock.notify_all()
@@ -190,23 +190,27 @@ class FakeEngine:
   def _step(self, row):
     request = row.request
     if not row.said:
-      self._counts['prompt'] += len(request.ids)
+      self._counts['prompt'] += len(request.prompt_ids)
       if request.prompt_logprobs is not None:
-        found = [scored(i, request, not at) for at, i in enumerate(request.ids)]
+        found = [
+          scored(i, request, not at) for at, i in enumerate(request.prompt_ids)
+        ]
         row.deliver(PromptLogprobs(tuple(found)))
-    if row.said >= request.length:
+    if row.said >= request.max_new_tokens:
       self._finish(row, protocol.LENGTH)
       return
     if request.constraint is not None:
       try:
         token = choose(request.constraint.mask())
-        over = request.constraint.accept(token) or token in request.ends
+        over = (
+          request.constraint.accept(token) or token in request.eos_token_ids
+        )
       except ValueError as e:
         self._finish(row, protocol.FAILED, str(e))
         return
     else:
       token = row.say.popleft() if row.say else END
-      over = token in request.ends
+      over = token in request.eos_token_ids
     if token < 0:
       self._finish(row, protocol.FAILED, self.failure)
       return
@@ -215,11 +219,13 @@ class FakeEngine:
     row.deliver(Token(scored(token, request)))
     if over:
       self._finish(row, protocol.STOP)
-    elif row.said >= request.length:
+    elif row.said >= request.max_new_tokens:
       self._finish(row, protocol.LENGTH)
 
   def _finish(self, row, reason, message=''):
     del self._rows[row.request.id]
     self._finished[reason] += 1
-    row.deliver(Finished(reason, len(row.request.ids), 0, row.said, message))
+    row.deliver(
+      Finished(reason, len(row.request.prompt_ids), 0, row.said, message)
+    )
     self._lock.notify_all()

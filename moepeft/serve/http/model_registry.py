@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.inference import api as protocol
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.chat_templates import Voice, voice
 from moepeft.serve.http.errors import no_model
 
@@ -41,7 +42,7 @@ class Models:
 
   def __init__(
     self,
-    engine: protocol.Engine,
+    engine: Engine,
     base: str,
     sha256: str,
     own: Voice,
@@ -80,7 +81,7 @@ class Models:
       if loaded.name == name:
         found = fingerprint(self._sha256, loaded.sha256)
         own = self._voices.get(name, self._own)
-        return Model(name, name, found, own, loaded.before)
+        return Model(name, name, found, own, loaded.soft_prompt_length)
     raise no_model(name, self.names())
 
   def names(self) -> list[str]:
@@ -101,7 +102,7 @@ class Models:
   def unload(self, name: str) -> None:
     """
     Raises:
-      protocol.Unknown: there is none.
+      protocol.UnknownAdapter: there is none.
     """
     self._engine.unload(name)
     self._voices.pop(name, None)

@@ -10,6 +10,7 @@ import numpy as np
 
 from moepeft.inference import api as protocol
 from moepeft.inference.api import Constraint
+from moepeft.inference.engine.engine import Engine
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import Problem, later, refused, wrong
 from moepeft.serve.http.event_bridge import Underway
@@ -70,7 +71,7 @@ def length(
   wanted: int | None,
   default: int | None,
   prompt: int,
-  engine: protocol.Engine,
+  engine: Engine,
   limits: Limits,
   param: str,
   before: int = 0,
@@ -87,12 +88,15 @@ def length(
   Raises:
     Problem: more than the server gives, or there is no room.
   """
-  most, places = limits.answer or engine.places, engine.places - before
+  most, places = (
+    limits.answer or engine.max_model_len,
+    engine.max_model_len - before,
+  )
   if wanted is not None and wanted > most:
     raise wrong(
       f'max_tokens is at most {most:,} here; got {wanted:,}', 'max_tokens'
     )
-  room = places - prompt if engine.decoder_only else engine.places
+  room = places - prompt if engine.decoder_only else engine.max_model_len
   if prompt > places or room < (0 if wanted == 0 else 1):
     raise Problem(
       400,
@@ -161,7 +165,7 @@ def _compiled(
 
 
 def submit(
-  engine: protocol.Engine, requests: Sequence[protocol.Request], param: str
+  engine: Engine, requests: Sequence[protocol.Request], param: str
 ) -> Underway:
   """
   Args:

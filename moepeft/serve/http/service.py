@@ -9,6 +9,7 @@ import numpy as np
 
 from moepeft.data.chat.formats import Conversation
 from moepeft.inference import api as protocol
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import wrong
 from moepeft.serve.http.keys import Keys
@@ -110,7 +111,7 @@ class Service:
     vectors: where texts become vectors, so that long ones hold up no chat.
   """
 
-  engine: protocol.Engine
+  engine: Engine
   words: Words
   models: Models
   metrics: Metrics

@@ -131,4 +131,4 @@ def test_a_broken_adapter_leaves_what_was_loaded(base, tmp_path):
   with pytest.raises(ValueError, match='does not fit'):
     banks.load('it', str(tmp_path / 'less'))
   assert banks.loaded() == before
-  assert banks.hold('it').sha256 == before[0].sha256
+  assert banks.acquire('it').sha256 == before[0].sha256

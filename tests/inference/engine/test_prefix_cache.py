@@ -178,7 +178,7 @@ def test_no_slot_is_given_twice():
 
 
 def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
-  banks, hold = engine._banks, engine._banks.hold
+  banks, hold = engine._adapters, engine._adapters.hold
   room = threading.Event()
 
   def full(name):
@@ -186,7 +186,7 @@ def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
       raise EngineFull('requests use every slot of its form', 1.0)
     return hold(name)
 
-  monkeypatch.setattr(banks, 'hold', full)
+  monkeypatch.setattr(banks, 'acquire', full)
   with paused(engine):
     first, second = (
       ask(engine, prompt(i, 3), 2, adapter='one') for i in (1, 2)

@@ -29,7 +29,12 @@ def client(tmp_path_factory):
   path, *_ = banked.save(folder / 'soft', base, 'prompt(length=5)')
   banks = AdapterPool(base, {'soft': path}, slots=2)
   settings = EngineConfig(
-    slots=2, places=PLACES, rooms=(PLACES,), chunk=8, least=8, batches=(2,)
+    slots=2,
+    max_model_len=PLACES,
+    cache_lens=(PLACES,),
+    chunk=8,
+    min_chunk=8,
+    batch_sizes=(2,),
   )
   model = banked.model_of(base, Advice())
   engine = Engine(model, base.params, banks, settings)
