@@ -126,6 +126,7 @@ setup(
     'moepeft.agent': ['skills/*/*', 'skills/*/*/*'],
   }
   | dict.fromkeys(_gin_files(), ['*.gin']),
+  entry_points={'console_scripts': ['moepeft=moepeft.__main__:main']},
   install_requires=_REQUIRED,
   extras_require={
     'agent': _AGENT,

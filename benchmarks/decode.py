@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
@@ -137,7 +137,7 @@ def compare(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   torch_model = theirs(os.path.expanduser(_MODEL.value))
   model, variables = ours(torch_model)
   vocab = model.config.vocab
@@ -172,4 +172,4 @@ if __name__ == '__main__':
     'model', '', "A Llama's directory instead of random weights."
   )
   _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of either side.')
-  command.run(main)
+  command_line.run(main)

@@ -24,8 +24,8 @@ import numpy as np
 
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
-from moepeft.core import host_memory as pages
+from moepeft.config import command_line
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import LABELS
@@ -224,6 +224,6 @@ def found_of(row: Row) -> Found:
 
 
 if __name__ == '__main__':
-  command.keep_programs()
-  pages.keep()
+  command_line.keep_programs()
+  host_memory.keep()
   print(json.dumps(found_of(json.loads(sys.argv[1]))))

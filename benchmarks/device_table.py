@@ -36,7 +36,7 @@ from typing import Any
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.models.t5 import model as t5
 from moepeft.nn.scan_layers import REMAT
 from moepeft.peft import build
@@ -267,7 +267,7 @@ def check(options: Options, path: str | None) -> None:
     for method in options.methods:
       build(method, sites)
   if path:
-    command.check_can_write(path)
+    command_line.check_can_write(path)
 
 
 def show(options: Options, tflops: float | None, path: str | None) -> list[Row]:
@@ -333,4 +333,4 @@ if __name__ == '__main__':
     'peak_tflops', None, "The device's peak, where this file lacks it."
   )
   _JSON = flags.DEFINE_string('json', None, 'Where to keep the rows.')
-  command.run(main)
+  command_line.run(main)

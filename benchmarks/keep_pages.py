@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
-from moepeft.core import host_memory as pages
+from moepeft.config import command_line as config_command_line
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
 from moepeft.training import optim, setup
@@ -86,9 +86,9 @@ def run(side):
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  command.keep_programs()
+  config_command_line.keep_programs()
   if _SIDE.value:
-    if _SIDE.value == 'with' and not pages.keep():
+    if _SIDE.value == 'with' and not host_memory.keep():
       raise SystemExit('keep_pages does nothing on this machine')
     print(json.dumps(measure(_STEPS.value)))
     return
@@ -114,5 +114,5 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
-  app.run(main, flags_parser=command.parse)
+  _CONFIG = config_command_line.define_config('configs/molora_t5.py')
+  app.run(main, flags_parser=config_command_line.parse)

@@ -11,7 +11,6 @@ and medians are compared.
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -24,13 +23,13 @@ from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.config import flags as command
-from moepeft.core import host_memory as pages
-from moepeft.core import jsonl_log as rows_lib
+from moepeft.config import command_line
+from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
+from moepeft.runs.run import Run
 from moepeft.training import optim, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
@@ -90,7 +89,7 @@ def of_loop(config) -> float:
   """Seconds of a step of `train`, as its own rows say."""
   with tempfile.TemporaryDirectory() as workdir:
     train.train(config, workdir)
-    rows = rows_lib.read(os.path.join(workdir, rows_lib.NAME))
+    rows = list(Run(workdir).metrics())
   speeds = [row['steps_per_s'] for row in rows if row.get('steps_per_s')]
   return 1 / statistics.median(speeds)
 
@@ -98,8 +97,8 @@ def of_loop(config) -> float:
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
-  command.keep_programs()
-  pages.keep()
+  command_line.keep_programs()
+  host_memory.keep()
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)

@@ -15,8 +15,8 @@ import math
 from absl import flags
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import quantize as quantised
-from moepeft.config import flags as command
+from moepeft.checkpoints import quantize
+from moepeft.config import command_line
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching.collators import form
 from moepeft.evaluation.eval_sets import pairs_to_judge
@@ -43,7 +43,7 @@ def measure(config) -> dict[str, dict[str, float]]:
     judge = Judge(config, model, words, pairs, {}, own=own)
     loss = judge.validation_loss({'params': base.params, 'peft': {}})
     figures[kind] = {
-      'megabytes': round(quantised.size(base.params) / 1e6, 3),
+      'megabytes': round(quantize.size(base.params) / 1e6, 3),
       'nats': round(loss, 5),
       'perplexity': round(math.exp(loss), 5),
     }
@@ -70,5 +70,5 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
-  command.run(main)
+  _CONFIG = command_line.define_config('configs/molora_t5.py')
+  command_line.run(main)

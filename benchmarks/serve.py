@@ -31,17 +31,17 @@ from decode import SMOLLM2
 from moepeft import config as config_lib
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.api import Finished, Request
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.nn.initializers import described
 from moepeft.peft import build
-from moepeft.serve import __main__ as banner
+from moepeft.serve import __main__ as serve_command
 
 AT_ONCE, PROMPT, LENGTH = 8, 64, 64
 METHOD = 'lora(rank=8)'
@@ -82,7 +82,7 @@ def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
       for path, (shape, _) in shapes.items()
     }
     found[f'a{i}'] = os.path.join(folder, f'a{i}')
-    adapter.save(found[f'a{i}'], names.unflatten(tree), card)
+    adapter.save(found[f'a{i}'], weight_mapping.unflatten(tree), card)
   return found
 
 
@@ -168,7 +168,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
-  engine.start(banner.Start())
+  engine.start(serve_command.Start())
   side, vocab = Side(engine), base.config.vocab
   names_ = [f'a{i}' for i in range(AT_ONCE)]
   same = [LENGTH] * AT_ONCE
@@ -207,7 +207,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   with tempfile.TemporaryDirectory() as folder:
     path = _MODEL.value or random_model(os.path.join(folder, 'model'))
     found = measure(path, folder, _ROUNDS.value)
@@ -224,4 +224,4 @@ if __name__ == '__main__':
     'model', '', "A Llama's directory instead of random weights."
   )
   _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Turns of either side.')
-  command.run(main)
+  command_line.run(main)

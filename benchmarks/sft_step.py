@@ -22,7 +22,7 @@ import numpy as np
 import train_step
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.models import FAMILIES
 from moepeft.nn.initializers import fresh
 from moepeft.nn.scan_layers import written_out
@@ -124,7 +124,7 @@ def make() -> dict[str, train_step.Side]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   sides = make()
   losses = {name: side.step() for name, side in sides.items()}
   print('first losses', {name: round(x, 5) for name, x in losses.items()})
@@ -146,4 +146,4 @@ if __name__ == '__main__':
   _ROUNDS = flags.DEFINE_integer(
     'rounds', 5, 'Turns of every side.', lower_bound=1
   )
-  command.run(main)
+  command_line.run(main)

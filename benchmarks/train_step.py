@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.models.t5 import model as t5
 from moepeft.moe.router_stats import route
 from moepeft.nn.adapter_hook import Advice, contraction, flatten_features
@@ -264,7 +264,7 @@ def make(names: Sequence[str], unroll: int) -> dict[str, Side]:
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   sides = make(chosen(_ONLY.value), _UNROLL.value)
   times = take_turns(sides, _ROUNDS.value)
   found = ratios(sides, times)
@@ -284,4 +284,4 @@ if __name__ == '__main__':
     'unroll', 6, 'Layers in one step of the scan.', lower_bound=1
   )
   _ONLY = flags.DEFINE_list('only', [], 'Sides to time; by default all.')
-  command.run(main)
+  command_line.run(main)

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft: lists the commands."""
+"""The program moepeft: its subcommands are the commands.
 
+`moepeft train --config=FILE` and `python -m moepeft train --config=FILE` are
+`python -m moepeft.train --config=FILE`. Alone it lists the commands.
+"""
+
+import runpy
 import sys
+from collections.abc import Sequence
 
-from moepeft.core.ranges import suggestion
+from moepeft.core.ranges import shortened, suggestion
 
 COMMANDS = {
   'train': 'train an adapter, or a whole model, by a config',
@@ -20,35 +26,40 @@ COMMANDS = {
 }
 
 
-def text() -> str:
-  """The list that is printed."""
+def help_text() -> str:
+  """The list of commands."""
   width = max(map(len, COMMANDS))
   lines = [
-    f'  python -m moepeft.{name:{width}}  {about}'
-    for name, about in COMMANDS.items()
+    f'  moepeft {name:{width}}  {about}' for name, about in COMMANDS.items()
   ]
-  return '\n'.join(
-    ['The commands of moepeft; each has --help:', '', *lines, '']
-  )
+  title = 'usage: moepeft COMMAND [OPTIONS]; each command has --help:'
+  return '\n'.join([title, '', *lines, ''])
 
 
-def main(argv: list[str]) -> int:
-  """Prints the list; 2 where something else was asked for."""
-  names = [arg for arg in argv if not arg.startswith('-')]
-  if not names:
-    print(text(), end='')
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; lists them where none is named.
+
+  Args:
+    argv: the arguments, by default those of the process.
+
+  Returns:
+    The exit code, 2 where there is no such command.
+  """
+  name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
+  if name in ('-h', '--help'):
+    print(help_text(), end='')
     return 0
-  if names[0] in COMMANDS:
-    advice = f'; write python -m moepeft.{names[0]}'
-  else:
-    advice = suggestion(names[0], COMMANDS)
-  print(
-    f'error: python -m moepeft only lists the commands, got {names[0]!r}'
-    f'{advice}',
-    file=sys.stderr,
-  )
-  return 2
+  if name not in COMMANDS:
+    print(
+      f'error: moepeft has no command {shortened(name)}; there are '
+      f'{", ".join(COMMANDS)}{suggestion(name, COMMANDS)}',
+      file=sys.stderr,
+    )
+    return 2
+  sys.argv = [f'moepeft {name}', *arguments]
+  runpy.run_module(f'moepeft.{name}', run_name='__main__', alter_sys=True)
+  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(main())

@@ -43,28 +43,26 @@ import jax
 from absl import flags
 
 from moepeft.checkpoints import adapter as own
-from moepeft.checkpoints import directory as files
-from moepeft.checkpoints import formats as interop
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import directory, quantize
+from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.base import resolve
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import terminal, untrusted
 from moepeft.data.chat import template as chat_template
 from moepeft.data.tokenizers.tokenizer import Tokenizer, vocabulary
-from moepeft.models import FAMILIES
-from moepeft.models import weight_mapping as names
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
 from moepeft.peft.merge import merge
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 # What --to names: GGUF files are read alone.
-_WRITTEN = tuple(form for form in interop.FORMS if form != 'gguf')
+_WRITTEN = tuple(form for form in checkpoint_formats.FORMS if form != 'gguf')
 _SEMANTICS = 'official'  # what T5X's names and peft's methods mean here
 
 
@@ -121,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     terminal.show(f'error: {error}', file=sys.stderr)
     return 2
   except Exception as error:
-    sentence = command.sentence_of(error)
+    sentence = command_line.sentence_of(error)
     if sentence is None:
       raise
     terminal.show(f'error: {sentence}', file=sys.stderr)
@@ -142,13 +140,13 @@ def convert(values: flags.FlagValues) -> None:
   if values.workdir is not None and values.input is not None:
     raise CheckpointError('--workdir and --input are both given; keep one')
   _require(values, 'output')
-  files.check_output(Path(values.output), values.overwrite)
+  directory.check_output(Path(values.output), values.overwrite)
   if values.workdir is not None:
     _convert_run(values)
   else:
     _require(values, 'input')
     _require(values, 'to')
-    form = interop.detect(resolve(values.input))
+    form = checkpoint_formats.detect(resolve(values.input))
     print(f'reading {values.input} as {form}')
     if form in ('hf', 'gguf', 't5x'):
       _convert_base(values)
@@ -162,9 +160,9 @@ def convert(values: flags.FlagValues) -> None:
 def _convert_run(values: flags.FlagValues) -> None:
   """A run's adapter, or the base that a full run trained."""
   # Imported here: it brings Orbax, and only this branch needs it.
-  from moepeft.checkpoints import manager as checkpoint
+  from moepeft.checkpoints import manager
 
-  tree, card = checkpoint.restore_trained(values.workdir)
+  tree, card = manager.restore_trained(values.workdir)
   whole = card['trainable'] == 'params'
   values.to = values.to or ('hf' if whole else 'moepeft')
   template = '' if values.to == 't5x' else _template(values, card)
@@ -184,7 +182,7 @@ def _template(values: flags.FlagValues, card) -> str:
   Raises:
     ValueError: the file that its config names is gone.
   """
-  data = run_config.read(values.workdir).get('data', {})
+  data = Run(values.workdir).read_config().get('data', {})
   path, system = data.get('chat_template', ''), data.get('system', '')
   if not path and not system:
     return ''
@@ -219,7 +217,7 @@ def _t5x_step(values: flags.FlagValues, card) -> int:
 
   It is what Adafactor's decay goes by, so config.optimizer.clock says it.
   """
-  config = run_config.read(values.workdir)
+  config = Run(values.workdir).read_config()
   before = int(config.get('optimizer', {}).get('clock', 0))
   step = before + card['step']
   print(
@@ -244,7 +242,7 @@ def _load_base(
       '--base'
     )
   path = resolve(path)
-  form = interop.detect(path)
+  form = checkpoint_formats.detect(path)
   if form == 'hf':
     return hf.load(path, dtype)
   if form == 'gguf':
@@ -353,8 +351,8 @@ def _write_merged(
   params = base.params
   if kind:
     print(f'merging into what the base decodes to from {kind}')
-    packed = quantised.pack(params, base.config, kind)
-    params = quantised.unpack(packed, base.config)
+    packed = quantize.pack(params, base.config, kind)
+    params = quantize.unpack(packed, base.config)
   try:
     merged = merge(built, {'params': params, 'peft': adapter.tree})
   except ValueError as error:
@@ -390,7 +388,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   """
   path = base
   if values.workdir is not None:
-    config = run_config.read(values.workdir)
+    config = Run(values.workdir).read_config()
     path = config.get('data', {}).get('vocabulary') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None
@@ -417,9 +415,9 @@ def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
   """base/ and adapter/, as one output: both or nothing."""
   # The hash is of what base/ holds, so of the cast weights if they were cast.
   cast = values.dtype is not None
-  sha256 = names.content_hash(base.params) if cast else base.sha256
+  sha256 = weight_mapping.content_hash(base.params) if cast else base.sha256
   path = str(Path(values.output) / 'base')
-  with files.directory(values.output, values.overwrite) as made:
+  with directory.directory(values.output, values.overwrite) as made:
     _write_hf(values, str(made / 'base'), base)
     target = str(made / 'adapter')
     if values.to == 'peft':

@@ -4,7 +4,7 @@
 import json
 
 from moepeft.checkpoints.count_parameters import count
-from moepeft.config import flags as command
+from moepeft.config import command_line
 
 
 def main(argv) -> None:
@@ -13,5 +13,5 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
-  command.run(main)
+  _CONFIG = command_line.define_config('configs/molora_t5.py')
+  command_line.run(main)

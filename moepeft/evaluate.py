@@ -17,17 +17,15 @@ from typing import Any
 from absl import flags
 
 from moepeft.config import check as config_check
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.data import sources
 from moepeft.data.readers import jsonl
-from moepeft.evaluation import eval_sets as sets
-from moepeft.evaluation import runner as work
-from moepeft.evaluation import scores as scoring
-from moepeft.evaluation import summary
+from moepeft.evaluation import eval_sets, runner, scores, summary
 from moepeft.evaluation.results import HELD_OUT
 from moepeft.evaluation.runner import Unfinished, form_of, validation
 from moepeft.evaluation.scores import About, Row
-from moepeft.runs.run import Run, load
+from moepeft.inference.loaded_model import LoadedModel, load_run
+from moepeft.runs.run import Run
 
 # Names of data that rows of a run's own have in tables.
 _RESERVED = (HELD_OUT, 'after')
@@ -47,7 +45,7 @@ def evaluate(
   """(summary, rows) of a run on a file or directory of rows, or on its own.
 
   Args:
-    checkpoint: see `runs.load`.
+    checkpoint: see `load_run`.
     data: '' for what the run holds out.
     names: see `moepeft.evaluation.runner`.
     most: examples of a prompt.
@@ -60,8 +58,8 @@ def evaluate(
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
-  work.check(names)
-  trained = load(os.path.expanduser(workdir), checkpoint)
+  runner.check(names)
+  trained = load_run(os.path.expanduser(workdir), checkpoint)
   changes = {
     'evaluation.max_examples': most,
     'evaluation.batch_size': batch_size,
@@ -69,31 +67,37 @@ def evaluate(
     'data.targets_length': targets_length,
   }
   run = _changed(trained, changes)
-  work.check_room(run, names)
+  runner.check_room(run, names)
   most, more = run.config.evaluation.max_examples, {}
   if data:
     given = jsonl.read(data, ranked='accuracy' in names)
     for note in given.notes(data):
       print(note, file=sys.stderr)
-    todo = work.of_rows(given, names, most)
+    todo = runner.of_rows(given, names, most)
   else:
     own, vocab = form_of(trained), run.model.config.vocab
     found = sources(run.config.data, run.config.seed, below=vocab, own=own)
-    given, todo = found.held_out, work.of_run(run, found, names)
+    given, todo = found.held_out, runner.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation(trained, found, os.path.expanduser(workdir))
   shared = about(
-    run, workdir, checkpoint, data, sets.digest(sets.examples_of(given))
+    run,
+    workdir,
+    checkpoint,
+    data,
+    eval_sets.digest(eval_sets.examples_of(given)),
   )
   kept = Unfinished(part, shared)
   try:
-    rows = work.measure(run, todo, shared, kept)
+    rows = runner.measure(run, todo, shared, kept)
   finally:
     kept.close()
   return summary.of(run, todo, rows) | more, rows
 
 
-def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
+def _changed(
+  run: LoadedModel, changes: Mapping[str, int | None]
+) -> LoadedModel:
   """A run with some numbers of its config changed, None for as they are."""
   config = run.config.copy_and_resolve_references()
   config.update_from_flattened_dict(
@@ -104,7 +108,7 @@ def _changed(run: Run, changes: Mapping[str, int | None]) -> Run:
 
 
 def about(
-  run: Run, workdir: str, checkpoint: str, data: str, sha: str | None
+  run: LoadedModel, workdir: str, checkpoint: str, data: str, sha: str | None
 ) -> About:
   """What the rows of one evaluation share."""
   return About(
@@ -141,13 +145,13 @@ def name_of(data: str) -> str:
   return name
 
 
-def output_of(output: str, folder: str, name: str) -> str:
-  """Where the summary goes: `output`, by default a file `name` in `folder`.
+def output_of(output: str | None, default: str) -> str:
+  """Where the summary goes, checked.
 
   Raises:
     ValueError: it does not end in .json, or is in no directory.
   """
-  path = os.path.expanduser(output or os.path.join(folder, name))
+  path = os.path.expanduser(output or default)
   if not path.endswith('.json'):
     raise ValueError(
       f'--output is a file that ends in .json, with the rows beside it as '
@@ -168,10 +172,10 @@ def main(argv) -> None:
     raise ValueError('--workdir is missing: name a run of moepeft.train')
   data = os.path.expanduser(_DATA.value or '')
   # The base's rows must not take the place of the run's.
-  name = 'base' if _CHECKPOINT.value == 'base' else 'evaluation'
-  name = f'{name}_{name_of(data)}.json' if data else f'{name}.json'
+  of_base = _CHECKPOINT.value == 'base'
+  default = Run(_WORKDIR.value).evaluation_file(data and name_of(data), of_base)
   # Before minutes of evaluation.
-  output = output_of(_OUTPUT.value or '', _WORKDIR.value, name)
+  output = output_of(_OUTPUT.value, default)
   rows_path = os.path.splitext(output)[0] + '.jsonl'
   found, rows = evaluate(
     _WORKDIR.value,
@@ -188,7 +192,7 @@ def main(argv) -> None:
   summary.write(output, found)
   print(f'wrote {output}')
   if rows:
-    scoring.write(rows_path, rows)
+    scores.write(rows_path, rows)
     print(f'wrote {rows_path}')
   os.remove(f'{rows_path}.part')
 
@@ -209,7 +213,7 @@ if __name__ == '__main__':
   _MEASURES = flags.DEFINE_list(
     'measures',
     [],
-    f'Some of {", ".join(scoring.MEASURES)}. By default, of --data accuracy '
+    f'Some of {", ".join(scores.MEASURES)}. By default, of --data accuracy '
     "where rows have choices and loss where they have none; of the run's own "
     'rows both.',
   )
@@ -252,4 +256,4 @@ if __name__ == '__main__':
     'evaluation.json in the work directory, with --data evaluation_<its '
     'name>.json, with --checkpoint=base base_<its name>.json.',
   )
-  command.run(main)
+  command_line.run(main)

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core.ranges import MAX_SEED
 from moepeft.core.types import Tree
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.evaluation.greedy_answers import Answering
@@ -25,15 +25,16 @@ from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, EncodePrompt, ReplConfig
 from moepeft.inference.generator import GenerationConfig
+from moepeft.inference.loaded_model import (
+  LoadedModel,
+  load_model,
+  load_run,
+)
+from moepeft.inference.loaded_model import open_run as open_run
 from moepeft.inference.sampling import Sampling
 from moepeft.models import decoder_only
 from moepeft.peft.methods.prompt_tuning import before
-from moepeft.runs import run as runs
-from moepeft.runs.run import Run
 from moepeft.training import memory_estimate
-
-# The notebook's.
-open_run = runs.open_run
 
 
 def answer(
@@ -106,7 +107,9 @@ def given() -> list[str] | None:
   """
   if not _FILE.value:
     return _PROMPT.value
-  lines = files.text('--file', _FILE.value, 'a file of prompts, one a line')
+  lines = fingerprint.text(
+    '--file', _FILE.value, 'a file of prompts, one a line'
+  )
   found = [line for line in lines.split('\n') if line.strip()]
   if not found:
     raise ValueError(
@@ -115,7 +118,7 @@ def given() -> list[str] | None:
   return found
 
 
-def asking(run: Run) -> EncodePrompt:
+def asking(run: LoadedModel) -> EncodePrompt:
   """How prompts become ids: as the run was trained to read them.
 
   The result raises a ValueError where an id is beyond the model's embedding.
@@ -133,8 +136,8 @@ def asking(run: Run) -> EncodePrompt:
   return checked
 
 
-def _asking(run: Run) -> EncodePrompt:
-  data, words = run.config.data, run.words
+def _asking(run: LoadedModel) -> EncodePrompt:
+  data, words = run.config.data, run.tokenizer
   if _CHAT.value:
     template = prompts.template(words, data, _SYSTEM.value)
     return lambda turns: template.prompt(prompts.conversation(turns))
@@ -158,12 +161,12 @@ def lines() -> Iterator[str]:
       yield line.rstrip('\n')
 
 
-def opened() -> Run:
+def opened() -> LoadedModel:
   """The run of --workdir, or the model of --model."""
   if not _WORKDIR.value:
-    return runs.open_model(_MODEL.value, _ADAPTER.value)
-  run = runs.load(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  source, chats = run.config.data.source, templated(run.words)
+    return load_model(_MODEL.value, _ADAPTER.value)
+  run = load_run(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
+  source, chats = run.config.data.source, templated(run.tokenizer)
   if source in ('chat', 'preference') and chats and not _CHAT.value:
     print(
       'the run was trained by a chat template; --chat puts prompts into it',
@@ -178,7 +181,7 @@ def main(argv) -> None:
   texts, how = given(), settings()
   print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
   run = opened()
-  how = dataclasses.replace(how, ends=run.ends)
+  how = dataclasses.replace(how, ends=run.eos_token_ids)
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
   prompts_at_once = max(1, _BATCH.value // _NUM.value)
   rows = _NUM.value * min(prompts_at_once, len(texts) if texts else 1)
@@ -188,7 +191,9 @@ def main(argv) -> None:
   manner = ReplConfig(
     streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value
   )
-  talk = ChatRepl(run.model, run.variables, run.words, asking(run), how, manner)
+  talk = ChatRepl(
+    run.model, run.variables, run.tokenizer, asking(run), how, manner
+  )
   try:
     if texts is None:
       talk.each(lines())
@@ -321,4 +326,4 @@ if __name__ == '__main__':
     lower_bound=1,
     upper_bound=65_536,
   )
-  command.run(main)
+  command_line.run(main)

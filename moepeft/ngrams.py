@@ -9,7 +9,7 @@ import json
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import files
 from moepeft.evaluation import ngrams
 
@@ -17,7 +17,7 @@ from moepeft.evaluation import ngrams
 def main(argv) -> None:
   del argv
   if _JSON.value:
-    command.check_can_write(_JSON.value)
+    command_line.check_can_write(_JSON.value)
   targets, found = ngrams.baseline(_CONFIG.value, _ORDER.value)
   print(f'nats a target, of {targets:,} held-out targets')
   for n, nats in enumerate(found, 1):
@@ -28,7 +28,7 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/pretrain_gpt_tiny.py')
+  _CONFIG = command_line.define_config('configs/pretrain_gpt_tiny.py')
   _ORDER = flags.DEFINE_integer(
     'order',
     8,
@@ -37,4 +37,4 @@ if __name__ == '__main__':
     upper_bound=64,
   )
   _JSON = flags.DEFINE_string('json', None, 'Where to write the losses.')
-  command.run(main)
+  command_line.run(main)

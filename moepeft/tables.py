@@ -10,11 +10,10 @@ import re
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import files, terminal
-from moepeft.evaluation.tables import compare as compared
-from moepeft.evaluation.tables import forest_plot as forest
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import compare, forest_plot
+from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import Table
 
 
@@ -22,10 +21,10 @@ def write(table: Table, prefix: str) -> list[str]:
   """Writes PREFIX.md, PREFIX.tex and PREFIX.png; returns their paths."""
   paths = [f'{prefix}{end}' for end in ('.md', '.tex', '.png')]
   os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
-  texts = (forms.markdown(table), forms.latex(table))
+  texts = (table_render.markdown(table), table_render.latex(table))
   for path, text in zip(paths, texts, strict=False):
     files.write_text(path, text)
-  forest.draw(table, paths[-1])
+  forest_plot.draw(table, paths[-1])
   return paths
 
 
@@ -72,10 +71,10 @@ def main(argv) -> None:
   if _ROUTING.value and not argv[1:]:
     raise ValueError('--routing is of runs; name their work directories')
   runs = [os.path.expanduser(path) for path in argv[1:]]
-  table = compared.table(
+  table = compare.table(
     runs, _PAPER.value, _BASELINE.value, _TITLE.value, _ROUTING.value
   )
-  text = forms.markdown(table)
+  text = table_render.markdown(table)
   if _INTO.value:
     # Before anything is written.
     replaced(os.path.expanduser(_INTO.value), _NAME.value, text)
@@ -108,4 +107,4 @@ if __name__ == '__main__':
     'into', '', 'A document that holds the markers of the table --name.'
   )
   _NAME = flags.DEFINE_string('name', '', 'Of the table in that document.')
-  command.run(main, arguments=True)
+  command_line.run(main, arguments=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.data.text import documents
 from moepeft.data.text.documents import Document
 from moepeft.data.tokenizers.train_tokenizer import (
@@ -152,4 +152,4 @@ if __name__ == '__main__':
     lower_bound=0,
     upper_bound=1,
   )
-  command.run(main)
+  command_line.run(main)

@@ -24,17 +24,13 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
 from moepeft.config import check as config_check
-from moepeft.config import flags as command
-from moepeft.core import distributed as processes
+from moepeft.config import command_line
+from moepeft.core import distributed, host_memory, sharding, terminal
 from moepeft.core import files as core_files
-from moepeft.core import host_memory as pages
-from moepeft.core import jsonl_log as rows_lib
-from moepeft.core import sharding, terminal
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
 from moepeft.core.types import State
-from moepeft.data import cuts, loader, sources, vocabulary
-from moepeft.data import fingerprint as files
+from moepeft.data import cuts, fingerprint, loader, sources, vocabulary
 from moepeft.data.batching.collators import form
 from moepeft.data.chat import template as chat_template
 from moepeft.data.preference.dataset import form_of
@@ -50,29 +46,26 @@ from moepeft.objectives import (
   REFERRING,
   batch_kind,
   check_model,
+  reference_model,
 )
-from moepeft.objectives import reference_model as references
-from moepeft.runs import config as run_config
-from moepeft.runs import diagnosis as curves
-from moepeft.runs import next_steps, plots
-from moepeft.runs.directory import (
-  Workdir,
-  latest_checkpoint,
-  open_workdir,
-)
+from moepeft.runs import diagnosis, next_steps, plots
+from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
-from moepeft.runs.run import (
-  CONFIG,
-  DATA,
+from moepeft.runs.resume import (
   check_same_data,
   check_unchanged,
-  dated,
+  with_begun_date,
 )
+from moepeft.runs.run import Run
 from moepeft.runs.trackers import Writer, writers
-from moepeft.training import grad_accumulation as accumulate
-from moepeft.training import memory_estimate, optim, setup
-from moepeft.training import state_sharding as placement
-from moepeft.training import summary as metrics
+from moepeft.training import (
+  grad_accumulation,
+  memory_estimate,
+  optim,
+  setup,
+  state_sharding,
+)
+from moepeft.training import summary as training_summary
 from moepeft.training.metrics_logger import Report
 from moepeft.training.signals import Signals, Stopped
 
@@ -111,8 +104,8 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
   300,
   'Seconds that processes wait for each other to come, and after which one '
   'that does not answer counts as lost.',
-  lower_bound=processes.SHORTEST,
-  upper_bound=processes.LONGEST,
+  lower_bound=distributed.SHORTEST,
+  upper_bound=distributed.LONGEST,
 )
 
 
@@ -131,7 +124,7 @@ def train(
     workdir: created if need be; a checkpoint in it is gone on from.
     dry_run: one step, no evaluation, no file.
     may_differ: keys in which the config may differ from that of the run that
-      is gone on from; see `runs.check_unchanged`.
+      is gone on from; see `resume.check_unchanged`.
     gin: the gin files that the config is from as one, kept as config.gin.
     skip_damaged: goes on from the checkpoint before one that is damaged.
 
@@ -142,21 +135,22 @@ def train(
   # What can be refused is refused before anything is read.
   optim.optimizer(config.optimizer, config.steps)
   setup.build_objective(config)
-  accumulate.check(config.batch_size, config.accumulate)
+  grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
   # checkpoints aside, which they write together.
-  alone = open_workdir(workdir) if processes.first() else None
+  alone = open_workdir(workdir) if distributed.first() else None
   with (
     alone or contextlib.nullcontext(),
-    tell_full_disk(workdir, lambda: latest_checkpoint(workdir)),
+    tell_full_disk(workdir, Run(workdir).latest_step),
   ):
-    config = dated(workdir, config)
-    check_unchanged(workdir, config, may_differ)
-    read = files.hashes(config.data)
-    check_same_data(workdir, read, may_differ)
+    run = Run(workdir)
+    config = with_begun_date(run, config)
+    check_unchanged(run, config, may_differ)
+    read = fingerprint.hashes(config.data)
+    check_same_data(run, read, may_differ)
     return _train(
       config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
     )
@@ -215,11 +209,13 @@ def _train(
     )
   # What rewards are measured against, of objectives that have any.
   against = config.preference.reference
-  reference, adapters = references.reference_of(
+  reference, adapters = reference_model.reference_of(
     config.objective, against, model, built, base
   )
   begun = config.model.adapter
-  if begun and config.objective in REFERRING and against == references.BASE:
+  if (
+    begun and config.objective in REFERRING and against == reference_model.BASE
+  ):
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {begun!r} '
@@ -237,23 +233,25 @@ def _train(
     reference=adapters,
   )
   letters = base_lib.letters(model, base)
-  where = placement.state_shardings(layout, state, letters, built.trainable)
-  state = placement.place(state, where, optimizer.init)
+  where = state_sharding.state_shardings(
+    layout, state, letters, built.trainable
+  )
+  state = state_sharding.place(state, where, optimizer.init)
   described = card(base, built, config.seed)
-  spread_out = placement.describe(layout, state, letters, built.trainable)
+  spread_out = state_sharding.describe(layout, state, letters, built.trainable)
   count = len(found.shares)
   more = {
     'devices': spread_out,
     'data': f'{count} dataset{"s" * (count != 1)} of {data.source}'
     + (', packed' if data.packing else ''),
   }
-  metrics.introduce(base, built, state, words, workdir, more)
+  training_summary.introduce(base, built, state, words, workdir, more)
   if not isinstance(found.train, Stream):
     print(cuts(found.train, own), end='', flush=True)
 
-  if config.objective in REFERRING and against == references.PRECOMPUTED:
+  if config.objective in REFERRING and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
-    log_p = references.precomputed(
+    log_p = reference_model.precomputed(
       None if dry_run else workdir,
       found.compared,
       own,
@@ -301,37 +299,36 @@ def _train(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described, skip_damaged)
     course = checkpoints.course()
-    batches.go_to(processes.own(course.place))
+    batches.go_to(distributed.own(course.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
-  processes.write_json(
-    os.path.join(workdir, CONFIG), json.loads(config.to_json())
-  )
-  processes.write_json(os.path.join(workdir, DATA), read)
-  if gin and processes.first():
-    core_files.write_text(os.path.join(workdir, 'config.gin'), gin)
+  run = Run(workdir)
+  distributed.write_json(run.config_file, json.loads(config.to_json()))
+  distributed.write_json(run.data_file, read)
+  if gin and distributed.first():
+    core_files.write_text(run.gin_file, gin)
   # Before the evaluation, which takes minutes: one of them may be refused.
-  log, pictures = config.log, os.path.join(workdir, 'plots')
+  log, pictures = config.log, run.plots_dir
   written = []
-  if processes.first():
+  if distributed.first():
     written = writers(
       workdir, first, log.tensorboard, log.wandb, config.to_dict()
     )
 
   # --------------------------------------------------------- evaluation ---
-  before_path, before = os.path.join(workdir, 'before.json'), {}
+  before = {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
     before = judge(built.variables(state), 'before training', 0)
-    processes.write_json(before_path, before)
+    distributed.write_json(run.before_file, before)
   elif config.evaluation.before and config.evaluation.after:
     # Not at the end, where damage to it would cost the summary.
-    before = _read_before(before_path)
+    before = run.before()
 
   # --------------------------------------------------------------- loop ---
-  history = History(rows_lib.stream(os.path.join(workdir, rows_lib.NAME)))
-  drawn = log.plots and processes.first()
+  history = History(run.metrics())
+  drawn = log.plots and distributed.first()
   figures = plots.Figures(history, pictures, drawn)
   progress = Progress(config.steps, first)
   report = Report(
@@ -345,8 +342,8 @@ def _train(
   report.began({} if first else before)
   done, leave, validated = first, False, None
   # What loading and evaluating took is of no use to a step.
-  pages.give_back()
-  held = pages.Bound()
+  host_memory.give_back()
+  held = host_memory.Bound()
   if done < config.steps:
     progress.phase('compiling the first step')
   with Signals() as signals:
@@ -379,13 +376,13 @@ def _train(
         save |= config.checkpoint.best and course.best_step == done
         save |= course.exhausted(config.patience)
       # Asked once: a signal that comes while saving is met after a step more.
-      leave = processes.agree(signals.received is not None, log_now)
+      leave = distributed.agree(signals.received is not None, log_now)
       if save or leave:
         # Before it is saved: a broken state must not push out a good one.
         report.tell()
         with progress.paused('saving'):
           course = dataclasses.replace(
-            course, place=processes.places(batches.place())
+            course, place=distributed.places(batches.place())
           )
           if alone:
             alone.check()
@@ -411,7 +408,6 @@ def _train(
 
   # ------------------------------------------------------------ summary ---
   summary = {'method': built.method, 'semantics': built.semantics}
-  after_path = os.path.join(workdir, 'after.json')
   changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
@@ -421,18 +417,18 @@ def _train(
     if alone:
       # Evaluating takes minutes.
       alone.check()
-    processes.write_json(after_path, after)
+    distributed.write_json(run.after_file, after)
     if report.concluded(done, after):
       figures.draw()
     if 0 < len(after['rows']) <= _TABLE:
       print(table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
-    changes = curves.changes(before, after)
+    changes = diagnosis.changes(before, after)
     if drawn:
       plots.draw_before_after(before, after, pictures)
   _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
-  processes.write_json(os.path.join(workdir, 'summary.json'), summary)
+  distributed.write_json(run.summary_file, summary)
   chat = data.source in ('chat', 'preference') and (
     bool(data.chat_template) or templated(words)
   )
@@ -440,13 +436,13 @@ def _train(
   next_steps.tell(
     summary,
     changes,
-    curves.findings(pathlib.Path(workdir)),
+    diagnosis.findings(pathlib.Path(workdir)),
     {
-      'losses': os.path.join(workdir, rows_lib.NAME),
+      'losses': run.metrics_file,
       'plots': pictures if log.plots else None,
       'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
-      'evaluation': after_path if config.evaluation.after else None,
-      'checkpoints': os.path.join(workdir, 'checkpoints'),
+      'evaluation': run.after_file if config.evaluation.after else None,
+      'checkpoints': run.checkpoints_dir,
       **next_steps.commands(workdir, config, built, chat, prompt),
     },
   )
@@ -462,22 +458,6 @@ def _every(steps: int, done: int) -> bool:
   return steps > 0 and done % steps == 0
 
 
-_MEASURED = {
-  'group': str,
-  'task': str,
-  'templates': str,
-  'accuracy': float,
-}
-
-
-def _read_before(path: str) -> dict:
-  if not os.path.exists(path):
-    return {}
-  return run_config.read_object(
-    path, {'rows?': [_MEASURED]}, 'remove it to go on without it'
-  )
-
-
 def main(argv) -> None:
   del argv
   workdir = _WORKDIR.value
@@ -488,10 +468,10 @@ def main(argv) -> None:
   workdir = os.path.expanduser(workdir)
   try:
     if _DISTRIBUTED.value:
-      processes.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
-    may_differ, gin = _MAY_DIFFER.value, command.gin_text()
+      distributed.join(_DISTRIBUTED.value, _DISTRIBUTED_TIMEOUT.value)
+    may_differ, gin = _MAY_DIFFER.value, command_line.gin_text()
     dry_run, skip_damaged = _DRY_RUN.value, _SKIP_DAMAGED.value
-    with processes.together(_DISTRIBUTED_TIMEOUT.value):
+    with distributed.together(_DISTRIBUTED_TIMEOUT.value):
       train(_CONFIG.value, workdir, dry_run, may_differ, gin, skip_damaged)
   except Stopped as e:
     print(f'\n{e}', file=sys.stderr)
@@ -506,5 +486,5 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
-  command.run(main)
+  _CONFIG = command_line.define_config('configs/molora_t5.py')
+  command_line.run(main)

@@ -21,7 +21,7 @@ from tests import ROOT
 _IMPORTED = (
   *('transformers', 'matplotlib.figure', 'scipy.stats', 'safetensors.numpy'),
   *(
-    'moepeft.config.flags',
+    'moepeft.config.command_line',
     'moepeft.evaluation.validator',
     'moepeft.inference.prompts',
     'moepeft.training.metrics_logger',

@@ -13,14 +13,13 @@ from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import State
-from moepeft.data.batching import collators as forms
-from moepeft.data.preference import dataset as answers
+from moepeft.data.batching import collators
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.objectives import batch_kind
-from moepeft.objectives import reference_model as references
+from moepeft.objectives import batch_kind, reference_model
 
 from .contracts import small
 
@@ -100,7 +99,7 @@ def parts_of(config, optimizer=None):
   """As `train.train` makes them, and the first batch of the data."""
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  reference, adapters = references.reference_of(
+  reference, adapters = reference_model.reference_of(
     config.objective, config.preference.reference, model, built, base
   )
   variables = base_lib.initialise(base, model, 0)
@@ -112,11 +111,11 @@ def parts_of(config, optimizer=None):
     rng=jax.random.key(0),
     reference=adapters,
   )
-  own = forms.form(config.data, Bytes(), base.config, 0)
-  own = answers.form_of(
+  own = collators.form(config.data, Bytes(), base.config, 0)
+  own = preference_dataset.form_of(
     config.data, config.objective, batch_kind(config.objective), own
   )
-  items = answers.read(config.data, own).items
+  items = preference_dataset.read(config.data, own).items
   batch = own.padded(items[: config.batch_size])
   batch = {key: jnp.asarray(array) for key, array in batch.items()}
   return Parts(config, model, built, reference, state, batch)

@@ -113,6 +113,11 @@ def test_wheel_holds_the_shipped_model_and_data_and_every_card(wheel):
     assert (wheel / 'moepeft' / _name(card)).read_text() == card.read_text()
 
 
+def test_wheel_installs_the_program(wheel):
+  (file,) = wheel.glob('*.dist-info/entry_points.txt')
+  assert 'moepeft = moepeft.__main__:main' in file.read_text()
+
+
 def test_wheel_holds_the_chat_page(wheel):
   name = 'serve/page/index.html'
   here, there = ROOT / 'moepeft' / name, wheel / 'moepeft' / name
@@ -152,7 +157,7 @@ def test_wheel_runs_the_main_job_elsewhere(wheel, tmp_path):
     'JAX_PLATFORMS': 'cpu',
   }
   python = [sys.executable, '-c']
-  where = 'from moepeft.config import flags; print(flags.PACKAGE)'
+  where = 'from moepeft.config import command_line; print(command_line.PACKAGE)'
   found = subprocess.check_output(
     [*python, where], env=env, cwd=tmp_path, text=True
   )
@@ -265,7 +270,7 @@ def test_commands_in_documents_exist_with_their_flags(document):
       name = match[1].replace('.', '/')
       if not (ROOT / f'{name}.py').exists():
         name += '/__main__'
-      shared = ('moepeft/config/flags.py', 'moepeft/config/gin/flags.py')
+      shared = ('moepeft/config/command_line.py', 'moepeft/config/gin/flags.py')
       source = ''.join(map(_read, (f'{name}.py', *shared)))
       for flag in re.findall(r'(?<=--)\w+(?=[=\s.]|$)', match[2]):
         known = (f"'{flag}'", f"'--{flag}", f"'{flag}.")

@@ -12,10 +12,10 @@ LAYERS = (
   ('moe', 'models'),
   ('config',),
   ('peft',),
+  ('runs',),
   ('checkpoints',),
   ('data',),
   ('objectives', 'inference'),
-  ('runs',),
   ('training', 'evaluation', 'serve'),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),

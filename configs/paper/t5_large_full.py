@@ -9,8 +9,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  config_lib.values(values)
-  c = config_lib.paper('large')
+  v = config_lib.values(values, model='', data='')
+  c = config_lib.paper('large', v.model, v.data)
   c.method = 'full'
   c.optimizer.learning_rate = 1e-3
   c.batch_size = 256

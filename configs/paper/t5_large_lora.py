@@ -11,8 +11,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, rank=16)
-  c = config_lib.paper('large')
+  v = config_lib.values(values, model='', data='', rank=16)
+  c = config_lib.paper('large', v.model, v.data)
   c.method = f'lora(rank={v.rank})'
   c.checkpoint.every_steps = 50_000
   return c

@@ -9,8 +9,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  config_lib.values(values)
-  c = config_lib.paper('xxl')
+  v = config_lib.values(values, model='', data='')
+  c = config_lib.paper('xxl', v.model, v.data)
   c.method = 'ia3'
   c.checkpoint.every_steps = 50_000
   return c

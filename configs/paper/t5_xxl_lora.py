@@ -10,8 +10,8 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, rank=4)
-  c = config_lib.paper('xxl')
+  v = config_lib.values(values, model='', data='', rank=4)
+  c = config_lib.paper('xxl', v.model, v.data)
   c.method = f'lora(rank={v.rank})'
   c.checkpoint.every_steps = 50_000
   return c

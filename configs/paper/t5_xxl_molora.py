@@ -9,7 +9,7 @@ from moepeft import config as config_lib
 
 
 def get_config(values: str = ''):
-  v = config_lib.values(values, experts=10, rank=4)
-  c = config_lib.paper('xxl')
+  v = config_lib.values(values, model='', data='', experts=10, rank=4)
+  c = config_lib.paper('xxl', v.model, v.data)
   c.method = f'molora(experts={v.experts}, rank={v.rank})'
   return c

@@ -22,7 +22,7 @@ from moepeft.agent import cards
 from moepeft.agent.programs import Bounds
 from moepeft.agent.sandbox import Sandbox, unusable
 from moepeft.agent.tools import Tool, reasons, tool
-from moepeft.core import files as files_lib
+from moepeft.core import files as core_files
 from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
 
@@ -99,7 +99,7 @@ def read(path: str | os.PathLike) -> Skill:
   if not os.path.lexists(file):
     raise ValueError(f'the skill {path} has no {FILE}; write one')
   try:
-    with files_lib.open_file(file) as stream:
+    with core_files.open_file(file) as stream:
       data = stream.read(_LARGEST + 1)
     text = data.decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError:
@@ -285,7 +285,7 @@ def tools(
       path: of the file, as load_skill tells it.
     """
     file = skills[name].file(path)
-    with files_lib.open_file(file) as stream:
+    with core_files.open_file(file) as stream:
       data = stream.read(_LARGEST + 1)
     if len(data) > _LARGEST:
       raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')

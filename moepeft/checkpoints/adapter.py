@@ -29,12 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.checkpoints import directory as files
-from moepeft.config import method_string as spec_lib
+from moepeft.checkpoints import directory
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core import untrusted
-from moepeft.models import FAMILIES
-from moepeft.models import weight_mapping as names
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Tree
 
 FORMAT = 1
@@ -96,20 +95,20 @@ def save(
     )
   arrays = {
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
-    for name, leaf in names.flatten(tree).items()
+    for name, leaf in weight_mapping.flatten(tree).items()
   }
-  with files.directory(path, overwrite) as made:
+  with directory.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS)
     full = {key: card[key] for key in _GIVEN} | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {
-        name: {'shape': list(a.shape), 'sha256': names.array_hash(a)}
+        name: {'shape': list(a.shape), 'sha256': weight_mapping.array_hash(a)}
         for name, a in arrays.items()
       },
       'file_sha256': _file_hash(made / ARRAYS),
     }
-    files.write_json(made / CARD, full | {'card_sha256': _card_hash(full)})
+    directory.write_json(made / CARD, full | {'card_sha256': _card_hash(full)})
 
 
 def load(path: str) -> tuple[Tree, dict[str, Any]]:
@@ -119,7 +118,7 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
     CheckpointError: a file is absent, truncated or altered, or of a newer
       format.
   """
-  card = files.read_json(Path(path) / CARD)
+  card = directory.read_json(Path(path) / CARD)
   if card.get('format') != FORMAT:
     raise CheckpointError(
       f'{path}/{CARD} has the format {card.get("format")!r}, this version '
@@ -138,20 +137,22 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
       'again'
     ) from None
   file = Path(path) / ARRAYS
-  tensors = files.Tensors([file])
+  tensors = directory.Tensors([file])
   shapes = {name: tuple(a['shape']) for name, a in card['arrays'].items()}
   advice = 'copy both files again from where they were written'
-  names.check(shapes, tensors.shapes, f"{file} is not {CARD}'s", advice)
+  weight_mapping.check(
+    shapes, tensors.shapes, f"{file} is not {CARD}'s", advice
+  )
   arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
   for name, array in arrays.items():
-    names.check_finite(name, array, file)
-    if names.array_hash(array) != card['arrays'][name]['sha256']:
+    weight_mapping.check_finite(name, array, file)
+    if weight_mapping.array_hash(array) != card['arrays'][name]['sha256']:
       raise CheckpointError(
         f'{file} is damaged: {name} differs from its hash in {CARD}; {advice}'
       )
   if _file_hash(file) != card['file_sha256']:
     raise CheckpointError(f'{file} is damaged in its header; {advice}')
-  return names.unflatten(arrays), card
+  return weight_mapping.unflatten(arrays), card
 
 
 def _check_types(card: Mapping[str, Any]) -> None:
@@ -190,7 +191,7 @@ def config_of(card: Mapping[str, Any]) -> Any:
 def instances(method: str) -> dict[str, Spec]:
   """Each adapter's name in the tree and its spec: lora, then lora_2."""
   found: dict[str, Spec] = {}
-  for spec in spec_lib.parse_method(method):
+  for spec in method_string.parse_method(method):
     name, i = spec.name, 2
     while name in found:
       name, i = f'{spec.name}_{i}', i + 1
@@ -201,7 +202,7 @@ def instances(method: str) -> dict[str, Spec]:
 def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
   """{site: {'a': ..., 'router/kernel': ...}} of one adapter in a tree."""
   found: dict[str, Tree] = {}
-  for path, leaf in names.flatten(tree).items():
+  for path, leaf in weight_mapping.flatten(tree).items():
     place, mine, rest = path.partition(f'/{instance}/')
     if mine:
       found.setdefault(place.replace('/layers/', '/'), {})[rest] = leaf

@@ -2,7 +2,6 @@
 """The base model and the starting adapter that a config names."""
 
 import dataclasses
-import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,22 +9,21 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import adapter as adapter_lib
-from moepeft.checkpoints import formats as interop
-from moepeft.checkpoints import pip_models as packages
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import formats as checkpoint_formats
+from moepeft.checkpoints import pip_models, quantize
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.hf import peft as peft_files
+from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.manager import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.files import local_path
 from moepeft.core.types import Batch, Tree
-from moepeft.models import FAMILIES
-from moepeft.models import weight_mapping as names
-from moepeft.nn import initializers as start
+from moepeft.models import FAMILIES, weight_mapping
+from moepeft.nn import initializers
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
 from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.runs.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ def resolve(path: str) -> str:
   Raises:
     ValueError: no such asset, or the package is not installed.
   """
-  return packages.resolve(local_path(path))
+  return pip_models.resolve(local_path(path))
 
 
 def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
@@ -126,7 +124,7 @@ def _shaped(family: ModuleType, config: Any, changes: ConfigDict) -> Any:
 
 def _form(path: str) -> ModuleType:
   """What reads the base at a path."""
-  return {'t5x': t5x, 'gguf': gguf}.get(interop.detect(path), hf)
+  return {'t5x': t5x, 'gguf': gguf}.get(checkpoint_formats.detect(path), hf)
 
 
 def _with_dropout(config: Any, model: ConfigDict) -> Any:
@@ -150,7 +148,7 @@ def load(model: ConfigDict) -> Base:
     ValueError: nothing there, or not of the form it should be.
   """
   if model.quantise:
-    quantised.check(model.quantise)
+    quantize.check(model.quantise)
   if not model.path:
     if model.quantise:
       raise ValueError(
@@ -167,7 +165,7 @@ def load(model: ConfigDict) -> Base:
   config = _with_dropout(loaded.config, model)
   params = loaded.params
   if kind:
-    params = quantised.pack(params, config, kind, dtype)
+    params = quantize.pack(params, config, kind, dtype)
   where = loaded.path
   return Base(family, config, params, model.path, loaded.sha256, kind, where)
 
@@ -183,15 +181,15 @@ def load_adapter(path: str, config: Any) -> Start:
     ValueError: the path holds no adapter.
   """
   path = resolve(path)
-  is_run = os.path.isdir(os.path.join(path, 'checkpoints'))
-  form = '' if is_run else interop.detect(path)
+  is_run = Run(path).has_checkpoints_dir
+  form = '' if is_run else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
     tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = card['base']
     kept = base.get('quantise', '')
     return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
   if form == 'peft':
-    return Start(*peft_files.load(path, config))
+    return Start(*peft.load(path, config))
   if form == 't5x' and (found := t5x.load(path).adapter):
     return Start(*found)
   raise ValueError(
@@ -235,12 +233,12 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  return start.fresh(model, example_batch(), seed, base.params)
+  return initializers.fresh(model, example_batch(), seed, base.params)
 
 
 def letters(model: Any, base: Base) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the letters of every array's axes."""
-  return start.letters(model, example_batch(), base.params)
+  return initializers.letters(model, example_batch(), base.params)
 
 
 def with_adapter(
@@ -275,8 +273,11 @@ def with_adapter(
       f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
       f'has {built.method!r} with {built.semantics!r}; {advice}'
     )
-  wanted, found = names.flatten(variables['peft']), names.flatten(tree)
-  names.check(
+  wanted, found = (
+    weight_mapping.flatten(variables['peft']),
+    weight_mapping.flatten(tree),
+  )
+  weight_mapping.check(
     {name: tuple(a.shape) for name, a in wanted.items()},
     {name: tuple(a.shape) for name, a in found.items()},
     f'{path} does not fit {built.method!r}',

@@ -10,8 +10,8 @@ import jax
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import quantize as quantised
-from moepeft.models import weight_mapping as names
+from moepeft.checkpoints import quantize
+from moepeft.models import weight_mapping
 
 _LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
@@ -34,8 +34,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
   )
   params, kept = _total(shapes['params']), shapes['params']
   if config.model.quantise:
-    kept = quantised.shapes(kept, model, config.model.quantise)
-  trained = names.flatten(shapes.get(built.trainable, {}))
+    kept = quantize.shapes(kept, model, config.model.quantise)
+  trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
   sites = defaultdict(int)
   for path, leaf in trained.items():
     sites[_site(path, built.trainable)] += math.prod(leaf.shape)
@@ -45,8 +45,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
     'peft': peft,
     'percent': round(100 * peft / params, 4),
     'megabytes': {
-      'params': round(quantised.size(kept) / 1e6, 3),
-      'peft': round(quantised.size(shapes.get('peft', {})) / 1e6, 3),
+      'params': round(quantize.size(kept) / 1e6, 3),
+      'peft': round(quantize.size(shapes.get('peft', {})) / 1e6, 3),
     },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),
   }

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moepeft.core import disk, untrusted
-from moepeft.core import files as core_files
+from moepeft.core import disk, files, untrusted
 from moepeft.core.files import check_file
 from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
@@ -75,12 +74,12 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
   target.parent.mkdir(parents=True, exist_ok=True)
   made = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
   try:
-    made.chmod(0o777 & ~core_files.umask())
+    made.chmod(0o777 & ~files.umask())
     yield made
     # safetensors makes files that only their owner can read.
     for file in made.rglob('*'):
       if file.is_file():
-        file.chmod(0o666 & ~core_files.umask())
+        file.chmod(0o666 & ~files.umask())
     if target.exists():
       replace_directory(target, made)
     else:

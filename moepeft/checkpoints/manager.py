@@ -21,17 +21,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from moepeft.checkpoints import orbax_output
-from moepeft.checkpoints import run_metadata as checkpoint_card
+from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.run_metadata import card, hashes, seal
 from moepeft.checkpoints.run_progress import Course
-from moepeft.core import distributed as processes
-from moepeft.core import files
+from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
 from moepeft.core.sharding import gather
 from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
+from moepeft.runs.run import Run
 
 __all__ = [
   'Checkpoints',
@@ -91,7 +90,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int | None, best: bool = False):
     """Keeps the newest `keep` (None: all), and the best one where `best`."""
-    path = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+    path = os.path.abspath(Run(workdir).checkpoints_dir)
     self._kept, self._keep_best = _Kept(keep), best
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._kept,
@@ -250,7 +249,7 @@ class Checkpoints:
 
   def course(self) -> Course:
     """How the run had gone at the latest checkpoint."""
-    return checkpoint_card.course(self._card(self.latest()))
+    return run_metadata.course(self._card(self.latest()))
 
   def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
     """The trainable collection of a checkpoint, and its card.
@@ -299,23 +298,23 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint out of the way; returns its new path."""
-    folder = os.path.join(os.path.dirname(self.path), 'damaged')
+    folder = Run(os.path.dirname(self.path)).damaged_dir
     target, number = os.path.join(folder, str(step)), 1
     while os.path.lexists(target):
       target, number = os.path.join(folder, f'{step}.{number}'), number + 1
     # Nobody moves it while another process still reads it.
-    processes.agree(True, True)
-    if processes.first():
+    distributed.agree(True, True)
+    if distributed.first():
       os.makedirs(folder, exist_ok=True)
       os.rename(os.path.join(self.path, str(step)), target)
-    processes.agree(True, True)
+    distributed.agree(True, True)
     self._manager = ocp.CheckpointManager(self.path, options=self._options)
     return target
 
   def _card(self, step: int) -> dict[str, Any]:
     read = self._restore(step, card=ocp.args.JsonRestore())['card']
     try:
-      checkpoint_card.check(read)
+      run_metadata.check(read)
     except ValueError as e:
       raise self._damaged(step, str(e)) from None
     return read
@@ -341,7 +340,7 @@ class Checkpoints:
 
   def _verify(self, step: int, parts: Tree, read: Mapping[str, Any]) -> None:
     try:
-      checkpoint_card.verify(parts, read['hashes'])
+      run_metadata.verify(parts, read['hashes'])
     except ValueError as e:
       raise self._damaged(step, str(e)) from None
 
@@ -373,7 +372,7 @@ def restore_trained(
   Raises:
     ValueError: no run is there, or its checkpoint is damaged.
   """
-  if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+  if not Run(workdir).has_checkpoints_dir:
     raise ValueError(f'{workdir!r} is no work directory of a run')
   return Checkpoints(workdir, keep=None).restore_trainable(which)
 

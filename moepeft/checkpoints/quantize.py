@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import Shape, Tree
 from moepeft.nn.quantization import KINDS
 
@@ -30,7 +30,7 @@ def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
     ValueError: there is no such kind.
   """
   check(kind)
-  flat, encode = names.flatten(params), KINDS[kind].encode
+  flat, encode = weight_mapping.flatten(params), KINDS[kind].encode
   packed = {}
   for path, _, inputs in _kernels(config):
     made = [encode(layer, inputs) for layer in flat.pop(path)]
@@ -39,7 +39,7 @@ def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
   rest = {
     path: a if dtype is None else a.astype(dtype) for path, a in flat.items()
   }
-  return names.unflatten(rest | packed)
+  return weight_mapping.unflatten(rest | packed)
 
 
 def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:
@@ -47,25 +47,25 @@ def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:
   kind = kind_of(params)
   if not kind:
     return params
-  flat, decode = names.flatten(params), KINDS[kind].decode
+  flat, decode = weight_mapping.flatten(params), KINDS[kind].decode
   for path, shape, _ in _kernels(config):
     codes, scales = flat.pop(f'{path}_{kind}'), flat.pop(f'{path}_scale')
     layers = [decode(c, s, shape) for c, s in zip(codes, scales, strict=True)]
     flat[path] = np.stack([np.asarray(layer, dtype) for layer in layers])
-  return names.unflatten(flat)
+  return weight_mapping.unflatten(flat)
 
 
 def shapes(params: Tree, config: Any, kind: str) -> Tree:
   """`pack` of shapes: of what it would make, nothing is allocated."""
   check(kind)
-  flat, form = names.flatten(params), KINDS[kind]
+  flat, form = weight_mapping.flatten(params), KINDS[kind]
   for path, shape, inputs in _kernels(config):
     depth = flat.pop(path).shape[0]
     said = form.layout(shape[:inputs], shape[inputs:], 'd', '')
     for name, dtype in ((kind, form.dtype), ('scale', np.float32)):
       own = said['scale' if name == 'scale' else 'codes'][0]
       flat[f'{path}_{name}'] = jax.ShapeDtypeStruct((depth, *own), dtype)
-  return names.unflatten(flat)
+  return weight_mapping.unflatten(flat)
 
 
 def check(kind: str) -> None:
@@ -78,13 +78,15 @@ def check(kind: str) -> None:
 
 def kind_of(params: Tree) -> str:
   """How a tree is quantised, '' for not at all."""
-  ends = {path.rpartition('kernel_')[2] for path in names.flatten(params)}
+  ends = {
+    path.rpartition('kernel_')[2] for path in weight_mapping.flatten(params)
+  }
   return next((kind for kind in KINDS if kind in ends), '')
 
 
 def parameters(params: Tree, config: Any) -> int:
   """How many parameters a base has, whatever they are kept in."""
-  flat, kind = names.flatten(params), kind_of(params)
+  flat, kind = weight_mapping.flatten(params), kind_of(params)
   total = sum(math.prod(leaf.shape) for leaf in flat.values())
   for path, shape, _ in _kernels(config) if kind else ():
     codes, scale = flat[f'{path}_{kind}'], flat[f'{path}_scale']
@@ -97,7 +99,7 @@ def size(params: Tree) -> int:
   """Bytes of a tree's arrays, or shapes."""
   return sum(
     math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    for leaf in names.flatten(params).values()
+    for leaf in weight_mapping.flatten(params).values()
   )
 
 
@@ -107,4 +109,4 @@ def _kernels(config: Any) -> Iterator[tuple[str, Shape, int]]:
   sizes = family.sizes(config)
   for site, (inner, outer) in family.projections(config).items():
     path = f'{family.in_layers(site)}/kernel'.replace('/{l}', '')
-    yield path, names.axes_shape(inner + outer, sizes), len(inner)
+    yield path, weight_mapping.axes_shape(inner + outer, sizes), len(inner)

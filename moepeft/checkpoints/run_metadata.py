@@ -13,7 +13,7 @@ from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.run_progress import Course
 from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.peft import Built
 
 _TYPES = (
@@ -90,9 +90,9 @@ def course(card: Mapping[str, Any]) -> Course:
 def hashes(parts: Tree) -> dict[str, str]:
   """{path: hash} of every array; optimizer states are no plain dicts."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): names.array_hash(
-      np.asarray(leaf)
-    )
+    jax.tree_util.keystr(
+      path, simple=True, separator='/'
+    ): weight_mapping.array_hash(np.asarray(leaf))
     for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
   }
 

@@ -249,24 +249,29 @@ def default() -> ConfigDict:
   return c
 
 
-def paper(size: str) -> ConfigDict:
+def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
   """The settings that the paper's runs on T5 1.1 of a size share.
 
   Source: the released code's run files: Adafactor at a constant 3e-4 whose
   clock goes on from the base's 1,100,000 steps, batches of 32 packed rows,
   500,000 steps, 1024 and 256 tokens, dropout 0.1, z-loss 1e-4, the loss
-  averaged per sequence. Its base is t5_1_1_lm100k_<size>; name a copy with
-  --config.model.path, and cached tasks of P3 with --config.data.path.
+  averaged per sequence.
+
+  Args:
+    size: 'large', 'xl' or 'xxl'.
+    model: a copy of the base, t5_1_1_lm100k_<size>; '' suffices to count.
+    data: a directory of cached tasks of P3.
   """
   c = default()
   c.steps = 500_000
   c.batch_size = 32
-  c.model.path = ''
+  c.model.path = model
   c.model.family = 't5'
   c.model.size = size
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
   c.data.source = 'seqio'
+  c.data.path = data
   c.data.mixture = 't0_train'
   c.data.inputs_length = 1024
   c.data.targets_length = 256

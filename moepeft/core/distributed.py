@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moepeft.core import files
-from moepeft.core import process_barrier as meeting
+from moepeft.core import files, process_barrier
 
 # Seconds that --distributed_timeout may be.
 SHORTEST, LONGEST = 10, 86_400
@@ -70,7 +69,7 @@ def join(how: str, timeout: int = 300) -> None:
         f'--distributed={how} is number {number} of {count}; they are numbered '
         f'from 0 to {count - 1}'
       )
-    meeting.wait_for_all(address, count, number, timeout)
+    process_barrier.wait_for_all(address, count, number, timeout)
     arguments = (address, count, number)
   _say_at_abort(
     f'the processes of --distributed={how} did not come together in {timeout} '

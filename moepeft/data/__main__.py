@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import check as config_check
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import terminal
 from moepeft.core.types import Batch
 from moepeft.data import sources, vocabulary
@@ -271,7 +271,7 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = command.define_config('configs/molora_t5.py')
+  _CONFIG = command_line.define_config('configs/molora_t5.py')
   _WINDOWS = flags.DEFINE_integer(
     'windows',
     4,
@@ -289,4 +289,4 @@ if __name__ == '__main__':
   _SHOW_BATCH = flags.DEFINE_bool(
     'show_batch', False, 'Print the decoded rows alone.'
   )
-  command.run(main)
+  command_line.run(main)

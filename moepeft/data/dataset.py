@@ -8,7 +8,7 @@ import grain
 
 from moepeft.data import mixing
 from moepeft.data.batching.collators import Form
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.tasks import Example
 
@@ -32,7 +32,7 @@ class Sources:
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
-  compared: answers.Read | None = None
+  compared: preference_dataset.Read | None = None
   replay: mixing.Turns | None = None
 
   def validation(self, own: Form, count: int) -> list:

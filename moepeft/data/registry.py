@@ -14,25 +14,27 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.core.files import local_path
-from moepeft.data import mixing, replay
-from moepeft.data import split as held
-from moepeft.data import t0_mixtures as mixtures
+from moepeft.data import mixing, replay, split, t0_mixtures
 from moepeft.data.batching.collators import Form
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.dataset import Sources
 from moepeft.data.example import Rows
-from moepeft.data.preference import dataset as answers
-from moepeft.data.readers import huggingface as hub
-from moepeft.data.readers import jsonl, seqio_cache, seqio_stream
-from moepeft.data.readers import promptsource as templates
+from moepeft.data.preference import dataset as preference_dataset
+from moepeft.data.readers import (
+  huggingface,
+  jsonl,
+  promptsource,
+  seqio_cache,
+  seqio_stream,
+)
 from moepeft.data.readers.seqio_stream import Stream
-from moepeft.data.text import dataset as text
+from moepeft.data.text import dataset as text_dataset
 from moepeft.tasks import Example
 
 SOURCES = (
   *('tasks', 'jsonl', 'datasets', 'seqio', 'text', 'chat'),
-  answers.SOURCE,
+  preference_dataset.SOURCE,
 )
 _ENDLESS = 1 << 60
 
@@ -79,8 +81,8 @@ def _opened(
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
-  if data.source == answers.SOURCE:
-    return preferences(answers.read(data, own), data, seed)
+  if data.source == preference_dataset.SOURCE:
+    return preferences(preference_dataset.read(data, own), data, seed)
   if data.source == 'text':
     return _text(data, seed, own, below)
   if data.source == 'chat':
@@ -97,7 +99,7 @@ def _opened(
   if data.source == 'jsonl':
     rows = jsonl.read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore)
   else:
-    rows = hub.read(
+    rows = huggingface.read(
       *(data.path, data.split, data.templates, data.on_bad_row),
       *(seed, data.ignore),
     )
@@ -139,10 +141,10 @@ def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
   sizes = {name: len(group) for name, group in groups.items()}
   notes = list(rows.notes(data.path))
   if data.mixture:
-    original = templates.originals(
+    original = promptsource.originals(
       data.templates, {dataset for dataset, _ in sizes}
     )
-    found = mixtures.rates(data.mixture, sizes, original)
+    found = t0_mixtures.rates(data.mixture, sizes, original)
     notes += found.notes(data.mixture)
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
     groups = {_joined(*pair): groups[pair] for pair in found.rates}
@@ -164,7 +166,7 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
       'set config.data.path to a .txt file, to .jsonl rows with a text, or to '
       'a directory of them'
     )
-  found = text.pieces(data, own, data.path, below)
+  found = text_dataset.pieces(data, own, data.path, below)
   train, held_out = found.split(data.held_out)
   name = _called(data.path)
   return Sources(
@@ -175,7 +177,9 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
   )
 
 
-def preferences(found: answers.Read, data: ConfigDict, seed: int) -> Sources:
+def preferences(
+  found: preference_dataset.Read, data: ConfigDict, seed: int
+) -> Sources:
   """Compared or judged answers, which are ids already.
 
   Raises:
@@ -204,10 +208,10 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       'set config.data.path to a .json or .jsonl file of conversations, or to '
       'a directory of them'
     )
-  found, notes = chat.talks(data, own.words, *own.rooms)
+  found, notes = chat_dataset.talks(data, own.words, *own.rooms)
   train, held_out = {}, []
   for file, some in found.items():
-    out = held.last([talk.asked for talk in some], data.held_out)
+    out = split.last([talk.asked for talk in some], data.held_out)
     kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
     train |= {_within(data.path, file): kept} if kept else {}
     held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
@@ -249,12 +253,12 @@ def _seqio(
   """A directory of cached tasks, or what is registered under a name."""
   notes = ()
   cached = data.path and not data.module
-  if cached and (not data.mixture or data.mixture in mixtures.MIXTURES):
+  if cached and (not data.mixture or data.mixture in t0_mixtures.MIXTURES):
     rates = None
     if data.mixture:
       sizes = seqio_cache.sizes(data.path, data.split)
       pairs = {(name, ''): size for name, size in sizes.items()}
-      found = mixtures.rates(data.mixture, pairs)
+      found = t0_mixtures.rates(data.mixture, pairs)
       notes = tuple(found.notes(data.mixture))
       rates = {task: rate for (task, _), rate in found.rates.items()}
     provider = seqio_cache.mixture(data.path, rates, data.split)

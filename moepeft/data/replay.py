@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from moepeft.data import mixing
 from moepeft.data.batching.collators import Form
 from moepeft.data.dataset import Sources
-from moepeft.data.preference import dataset as answers
-from moepeft.data.text import dataset as text
+from moepeft.data.preference import dataset as preference_dataset
+from moepeft.data.text import dataset as text_dataset
 
 
 def check(data: ConfigDict) -> None:
@@ -31,7 +31,7 @@ def check(data: ConfigDict) -> None:
       'config.data.replay cannot be mixed into a stream of SeqIO; make a '
       'mixture of SeqIO that has the text'
     )
-  if data.source == answers.SOURCE:
+  if data.source == preference_dataset.SOURCE:
     raise ValueError(
       'config.data.replay cannot be mixed into answers that are compared, '
       "which text has not; set it to '' and config.data.replay_rate to 0"
@@ -43,7 +43,7 @@ def mixed(
 ) -> Sources:
   """The same with plain text mixed in at config.data.replay_rate."""
   rate = data.replay_rate
-  old = text.pieces(data, own, data.replay, below)
+  old = text_dataset.pieces(data, own, data.replay, below)
   drawn = mixing.mix({'replay': old}, {}, seed)
   turns = mixing.Turns((1 - rate, rate), seed)
   train = grain.MapDataset.select_from_datasets(

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Tree
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.data.batching.bucketing import buckets, whole
 from moepeft.data.batching.packing import room
 from moepeft.data.tokenizers.tokenizer import Vocabulary
@@ -100,8 +99,8 @@ class Answering:
   def _ids(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was cut to the most there may be)."""
     if not self._decoder_only:
-      return batching.cut(self._vocabulary, text, self._most)
+      return seq2seq.cut(self._vocabulary, text, self._most)
     ids = asked(self._vocabulary, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    short = causal.last(ids, self._most, self._vocabulary.bos)
+    short = decoder_only.last(ids, self._most, self._vocabulary.bos)
     return list(short), len(ids) > self._most

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moepeft.core.types import Tree
-from moepeft.evaluation import text_metrics as answers
+from moepeft.evaluation import text_metrics
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
@@ -100,7 +100,7 @@ def check(names: Sequence[str], prompts: Sequence[Prompt]) -> None:
   for name in names:
     _figures(name, ['a'], ['a'])
   if 'rouge_l' in names:
-    answers.check_words([e.targets for e in _flat(prompts)])
+    text_metrics.check_words([e.targets for e in _flat(prompts)])
 
 
 def texts(
@@ -143,8 +143,11 @@ def texts(
 def _figures(name: str, said: list[str], meant: list[str]):
   """(figures of each example or None, what they come to or None)."""
   if name == 'bleu':
-    return None, answers.bleu(said, meant)
-  measure = {'exact_match': answers.exact_match, 'rouge_l': answers.rouge_l}
+    return None, text_metrics.bleu(said, meant)
+  measure = {
+    'exact_match': text_metrics.exact_match,
+    'rouge_l': text_metrics.rouge_l,
+  }
   return measure[name](said, meant), None
 
 

@@ -22,7 +22,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching.collators import form
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.text import dataset as text
+from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
 from moepeft.evaluation.eval_sets import pairs_to_judge
 
@@ -238,7 +238,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
   judged = pairs_to_judge(config, found, own)
   if not judged:
     raise ValueError('no text is held out; raise config.data.held_out')
-  pieces, _ = text.pieces(data, own, data.path, shape.vocab).split(
+  pieces, _ = text_dataset.pieces(data, own, data.path, shape.vocab).split(
     data.held_out
   )
   sentinels = words.sentinels(shape.vocab)

@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.batching import packing as before_lib
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import decoder_only as batching_decoder_only
+from moepeft.data.batching import packing, seq2seq
 from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
@@ -165,7 +164,7 @@ class Ranker:
   def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
     """Examples as ids; every different text is tokenized once."""
     inputs, targets = self._lengths
-    inputs = before_lib.room(inputs, self._before, 'the inputs')
+    inputs = packing.room(inputs, self._before, 'the inputs')
     texts = {row.inputs for row in rows}
     sources = (
       self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
@@ -175,7 +174,7 @@ class Ranker:
     for row in rows:
       x, short = sources[row.inputs]
       choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
-      x = before_lib.put(self._before, x)
+      x = packing.put(self._before, x)
       prepared.append(Ranked(x, choices, short or any(cuts)))
     return prepared
 
@@ -274,8 +273,8 @@ class Ranker:
     for row in filled:
       choices += [*row.choices, *[row.choices[-1]] * (c - len(row.choices))]
     inputs = [row.inputs for row in filled]
-    arrays = batching.seq2seq(inputs, inputs, s, s)
-    answers = batching.seq2seq(choices, choices, t, t)
+    arrays = seq2seq.seq2seq(inputs, inputs, s, s)
+    answers = seq2seq.seq2seq(choices, choices, t, t)
     batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
     batch |= {
       key: answers[key].reshape(count, c, t)
@@ -302,10 +301,13 @@ class Ranker:
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids as in training, whether its beginning was cut)}."""
     some = sorted(texts)
-    every = causal.prompts(self._vocabulary, some)
+    every = batching_decoder_only.prompts(self._vocabulary, some)
     bos = self._vocabulary.bos
     return {
-      text: (list(causal.last(ids, length, bos)), len(ids) > length)
+      text: (
+        list(batching_decoder_only.last(ids, length, bos)),
+        len(ids) > length,
+      )
       for text, ids in zip(some, every, strict=True)
     }
 

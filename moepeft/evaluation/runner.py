@@ -9,25 +9,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import card
-from moepeft.core import jsonl_log as rows_lib
 from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
 from moepeft.data import Sources
-from moepeft.data.batching import collators as forms
+from moepeft.data.batching import collators
 from moepeft.data.batching.collators import scored_lengths
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
-from moepeft.evaluation import eval_sets as sets
-from moepeft.evaluation import metrics as measures
-from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import eval_sets, metrics, scores
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
 from moepeft.evaluation.validator import Judge
+from moepeft.inference.loaded_model import LoadedModel
 from moepeft.models import decoder_only
 from moepeft.objectives import (
   COMPARED,
@@ -35,26 +33,30 @@ from moepeft.objectives import (
   Objective,
   batch_kind,
   objective_of,
+  reference_model,
 )
-from moepeft.objectives import reference_model as references
 from moepeft.objectives.paired_batch import LogP
 from moepeft.objectives.preference_losses import preference_of
 from moepeft.peft.methods.prompt_tuning import before
-from moepeft.runs.run import Run
+from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
 
-def form_of(run: Run) -> forms.Form:
+def form_of(run: LoadedModel) -> collators.Form:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = forms.form(config.data, run.words, run.model, config.seed, front)
-  return answers.form_of(
+  own = collators.form(
+    config.data, run.tokenizer, run.model, config.seed, front
+  )
+  return preference_dataset.form_of(
     config.data, config.objective, batch_kind(config.objective), own
   )
 
 
-def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
+def validation(
+  run: LoadedModel, found: Sources, workdir: str
+) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's figures; {} without rows.
 
   Args:
@@ -71,23 +73,23 @@ def validation(run: Run, found: Sources, workdir: str) -> dict[str, float]:
     reference, adapters, found = _referred(run, found, own, workdir)
     objective = _objective(run, reference)
     variables = variables | ({'reference': adapters} if adapters else {})
-  rows = sets.pairs_to_judge(config, found, own)
+  rows = eval_sets.pairs_to_judge(config, found, own)
   if not rows:
     return {}
   judge = Judge(
-    config, run.model, run.words, rows, {}, own=own, objective=objective
+    config, run.model, run.tokenizer, rows, {}, own=own, objective=objective
   )
   return judge.validation(variables)
 
 
-def _objective(run: Run, reference: LogP | None) -> Objective:
+def _objective(run: LoadedModel, reference: LogP | None) -> Objective:
   name = run.config.objective
   settings = preference_of(name, run.config.preference)
   return objective_of(name, preference=settings, reference=reference)
 
 
 def _referred(
-  run: Run, found: Sources, own: answers.Sides, workdir: str
+  run: LoadedModel, found: Sources, own: preference_dataset.Sides, workdir: str
 ) -> tuple[LogP | None, Tree, Sources]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
@@ -95,15 +97,15 @@ def _referred(
     return None, {}, found
   base, against = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
-  if against != references.PRECOMPUTED:
-    return *references.reference_of(
+  if against != reference_model.PRECOMPUTED:
+    return *reference_model.reference_of(
       config.objective, against, model, built, base
     ), found
   # Of the policy as it began.
   start = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:
     start = base_lib.with_adapter(start, built, config.model.adapter, base)
-  log_p = references.precomputed(
+  log_p = reference_model.precomputed(
     workdir,
     found.compared,
     own,
@@ -119,7 +121,7 @@ def _referred(
 
 # Sets of prompts by the measure that is taken of them.
 Work = dict[str, list[Prompt]]
-Take = Callable[[Sequence[Prompt], About, measures.Progress], list[Row]]
+Take = Callable[[Sequence[Prompt], About, metrics.Progress], list[Row]]
 # Examples that are measured together: a kill loses no more than these, and
 # fewer would leave more batches half empty.
 _PORTION = 512
@@ -132,28 +134,28 @@ def check(names: Sequence[str]) -> None:
     ValueError: one is not of `scoring.MEASURES`.
   """
   for name in names:
-    if name not in scoring.MEASURES:
+    if name not in scores.MEASURES:
       raise ValueError(
-        f'--measures names some of {", ".join(scoring.MEASURES)}; got {name!r}'
-        f'{suggestion(name, scoring.MEASURES)}'
+        f'--measures names some of {", ".join(scores.MEASURES)}; got {name!r}'
+        f'{suggestion(name, scores.MEASURES)}'
       )
 
 
-def check_room(run: Run, names: Sequence[str]) -> None:
+def check_room(run: LoadedModel, names: Sequence[str]) -> None:
   """Looks whether a decoder has places for what it is to generate.
 
   Raises:
     ValueError: it has not, in the lengths of the run's config.
   """
   data, model = run.config.data, run.model
-  if not decoder_only(model) or not set(names) & set(measures.TEXTS):
+  if not decoder_only(model) or not set(names) & set(metrics.TEXTS):
     return
   if data.length > model.config.length:
     raise ValueError(
       f'prompts and generated answers have config.data.length={data.length:,} '
       f'tokens in this run, and the model has room for '
       f'{model.config.length:,}; leave out '
-      f'{", ".join(n for n in names if n in measures.TEXTS)}, or train with a '
+      f'{", ".join(n for n in names if n in metrics.TEXTS)}, or train with a '
       'lower length'
     )
 
@@ -167,17 +169,17 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
     most: examples of a prompt.
   """
   if names:
-    found = sets.prompts(sets.EVALUATION, rows, most)
-    return {name: found for name in scoring.MEASURES if name in names}
+    found = eval_sets.prompts(eval_sets.EVALUATION, rows, most)
+    return {name: found for name in scores.MEASURES if name in names}
   work = {}
   for name, closed in (('accuracy', True), ('loss', False)):
     some = [row for row in rows if bool(row.choices) == closed]
     if some:
-      work[name] = sets.prompts(sets.EVALUATION, some, most)
+      work[name] = eval_sets.prompts(eval_sets.EVALUATION, some, most)
   return work
 
 
-def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
+def of_run(run: LoadedModel, found: Sources, names: Sequence[str] = ()) -> Work:
   """What is measured of a run's own held-out rows.
 
   Args:
@@ -186,12 +188,12 @@ def of_run(run: Run, found: Sources, names: Sequence[str] = ()) -> Work:
   Raises:
     ValueError: no held-out rows, or none with choices, have what is asked for.
   """
-  ranked = sets.own_prompts(run.config, found)
-  held_out = sets.examples_of(found.held_out)
-  whole = sets.whole_tasks(held_out, run.config.evaluation.max_examples)
+  ranked = eval_sets.own_prompts(run.config, found)
+  held_out = eval_sets.examples_of(found.held_out)
+  whole = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
   work = {
     name: ranked if name == 'accuracy' else whole
-    for name in scoring.MEASURES
+    for name in scores.MEASURES
     if name in (names or ('accuracy', 'loss'))
   }
   lacking = [name for name, prompts in work.items() if not prompts]
@@ -222,10 +224,9 @@ class Unfinished:
     if not path:
       return
     # This cuts a torn line off.
-    folder, name = os.path.split(os.path.abspath(path))
-    self._file = rows_lib.Rows(folder, name, about.step)
+    self._file = MetricsLog(path, about.step)
     own = {key: value for key, value in vars(about).items() if key != 'run'}
-    for row in scoring.read(path) if os.path.getsize(path) else ():
+    for row in scores.read(path) if os.path.getsize(path) else ():
       if own.items() <= vars(row).items():
         # The work directory may be spelt in another way.
         self._keep(dataclasses.replace(row, run=about.run))
@@ -256,7 +257,9 @@ class Unfinished:
     self._found[row.task, row.prompt, row.measure] = row
 
 
-def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
+def measure(
+  run: LoadedModel, work: Work, about: About, kept: Unfinished
+) -> list[Row]:
   """Rows of everything in `work`, with progress on stderr.
 
   Args:
@@ -271,8 +274,8 @@ def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
   for names, prompts in _passes(work):
     left = [p for p in prompts if any(kept.get(p, n) is None for n in names)]
     if left:
-      if names[0] in measures.TEXTS:
-        measures.check(names, left)
+      if names[0] in metrics.TEXTS:
+        metrics.check(names, left)
       take, what = _measure(run, names)
       with _told(sum(len(p.examples) for p in left), what) as done:
         for some in _portions(left):
@@ -285,25 +288,25 @@ def measure(run: Run, work: Work, about: About, kept: Unfinished) -> list[Row]:
 
 def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
   """(measures, their prompts), those of generated texts together."""
-  texts = tuple(name for name in measures.TEXTS if name in work)
+  texts = tuple(name for name in metrics.TEXTS if name in work)
   alone = [(name,) for name in work if name not in texts]
   return [(names, work[names[0]]) for names in (*alone, texts) if names]
 
 
-def _measure(run: Run, names: tuple[str, ...]) -> tuple[Take, str]:
+def _measure(run: LoadedModel, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
   variables = run.variables
   lengths = scored_lengths(run.config.data, run.model)
-  common = run.model, run.words, *lengths, run.config.evaluation.batch_size
+  common = run.model, run.tokenizer, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)
-    return functools.partial(measures.accuracy, ranker, variables), 'ranked'
+    return functools.partial(metrics.accuracy, ranker, variables), 'ranked'
   if names == ('loss',):
     likelihood = Likelihood(*common)
-    return functools.partial(measures.loss, likelihood, variables), 'scored'
-  answering = Answering(*common, ends=run.ends)
+    return functools.partial(metrics.loss, likelihood, variables), 'scored'
+  answering = Answering(*common, ends=run.eos_token_ids)
   return functools.partial(
-    measures.texts, answering, variables, names
+    metrics.texts, answering, variables, names
   ), 'answered'
 
 

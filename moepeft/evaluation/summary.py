@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from moepeft.core import files, terminal
-from moepeft.evaluation import scores as scoring
-from moepeft.evaluation import text_metrics as answers
+from moepeft.evaluation import scores, text_metrics
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.runner import Work
 from moepeft.evaluation.scores import Row
-from moepeft.evaluation.tables import terminal as text
+from moepeft.evaluation.tables import terminal as tables_terminal
 from moepeft.evaluation.validator import means, warnings
-from moepeft.runs.run import Run
+from moepeft.inference.loaded_model import LoadedModel
 
 
 def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
@@ -48,15 +47,15 @@ def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
   return found
 
 
-def of(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
+def of(run: LoadedModel, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
   """What the rows come to: by task, by group, and the paper's measure."""
   tasks = by_task(work.get('accuracy', ()), rows)
   named, more = {row.measure for row in rows}, {}
   if 'loss' in named:
-    losses = scoring.scores(rows, 'loss').items()
+    losses = scores.scores(rows, 'loss').items()
     more['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
   if 'bleu' in named:
-    more['bleu_signature'] = answers.bleu_signature()
+    more['bleu_signature'] = text_metrics.bleu_signature()
   ranked = {(row.task, row.prompt) for row in rows if row.measure == 'accuracy'}
   lost = [p for p in work.get('accuracy', ()) if (p.task, p.name) not in ranked]
   if lost:
@@ -73,7 +72,7 @@ def of(run: Run, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
     'means': means(tasks),
     'scores': {
       name: {
-        key: vars(score) for key, score in scoring.scores(rows, name).items()
+        key: vars(score) for key, score in scores.scores(rows, name).items()
       }
       for name in dict.fromkeys(row.measure for row in rows)
     },
@@ -89,7 +88,9 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
   )
   print(f'{found["when"]}{said and f": {said}"}', flush=True)
   if rows or not said:
-    terminal.show(text.table(rows) or 'no held-out rows, nothing to judge by')
+    terminal.show(
+      tables_terminal.table(rows) or 'no held-out rows, nothing to judge by'
+    )
   lost = found.get('not_ranked', ())
   if lost:
     names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)

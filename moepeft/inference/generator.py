@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Tree
-from moepeft.data.batching import packing as before_lib
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching.bucketing import round_up, whole
 from moepeft.data.tokenizers.tokenizer import Vocabulary, hidden
 from moepeft.inference.beam_search import BeamConfig, search
@@ -240,7 +239,7 @@ class Generator:
 
   def _batch(self, prompts, s):
     self.check(prompts)
-    prompts = [before_lib.put(self._before, ids) for ids in prompts]
+    prompts = [packing.put(self._before, ids) for ids in prompts]
     longest = max(map(len, prompts))
     # Padding beyond learned positions would be no number, and spoil the rest.
     most = self._model.config.length if self._decoder_only else _MOST
@@ -248,7 +247,7 @@ class Generator:
     many = sharding.round_up(self._mesh, len(prompts))
     rows = [prompts[i] for i in whole(range(len(prompts)), many)]
     batch = {
-      'inputs': batching.pad(rows, s),
+      'inputs': seq2seq.pad(rows, s),
       'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
     }
     return sharding.shard_whole_batch(self._mesh, batch)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.core import untrusted
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.chat import dataset as chat
+from moepeft.data.batching import decoder_only as batching_decoder_only
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.tokenizers.tokenizer import Vocabulary
@@ -38,7 +38,7 @@ def asked(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
   """The ids of an example's inputs, as in training on examples."""
   if not decoder_only:
     return plain(words, text, decoder_only)
-  return causal.prompts(words, [text])[0]
+  return batching_decoder_only.prompts(words, [text])[0]
 
 
 def check_ids(ids: Sequence[int], vocab: int) -> None:
@@ -57,7 +57,7 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
 
 def template(
   words: Vocabulary, data: ConfigDict, system: str = ''
-) -> chat.Template:
+) -> chat_dataset.Template:
   """The chat template of a run's config.data, or of a model's tokenizer.
 
   Args:
@@ -71,7 +71,7 @@ def template(
       f'the vocabulary {words} has no chat template; leave out --chat, or name '
       'a model that has one'
     )
-  found = chat.template(data, words)
+  found = chat_dataset.template(data, words)
   # What is asked is dated today, whatever day the run was begun on.
   return dataclasses.replace(found, system=system or found.system, date='')
 
@@ -93,7 +93,7 @@ def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
   """
   found = [words.eos]
   if templated(words):
-    found += chat.Template(words.tokenizer).ends()
+    found += chat_dataset.Template(words.tokenizer).ends()
   if folder.endswith(gguf.SUFFIX):
     said = gguf.metadata(folder)
     found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]

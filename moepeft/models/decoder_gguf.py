@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import decoder_weights
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.hf_config import biased, in_layers, projections
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape
@@ -160,7 +160,7 @@ def config_from_metadata(
     ) from None
   vocab = shapes.get(EMBEDDING, (0,))[0]
   fields |= {'vocab_size': vocab, 'tie_word_embeddings': tied}
-  config = decoder_names.config_from_hf(fields, tied)
+  config = decoder_weights.config_from_hf(fields, tied)
   if arch in ('gpt2', 'qwen2'):
     return config
   has = lambda name: f'blk.0.{name}.bias' in shapes  # noqa: E731

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from moepeft.models import FAMILIES
-from moepeft.models.decoder import hf_config as llama_form
+from moepeft.models.decoder import hf_config
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.hf_config import depths as depths
 from moepeft.models.decoder.hf_config import in_layers as in_layers
@@ -117,4 +117,4 @@ def _form(config: DecoderConfig) -> ModuleType:
 
 
 def _room(family: ModuleType) -> ModuleType:
-  return family if hasattr(family, 'hf_rules') else llama_form
+  return family if hasattr(family, 'hf_rules') else hf_config

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moepeft.core.types import Array, Context
-from moepeft.nn import chunked_attention as chunked
-from moepeft.nn import dot_product_attention as fused
+from moepeft.nn import chunked_attention, dot_product_attention
 from moepeft.nn.adapter_hook import Advice, Frozen, advise
 from moepeft.nn.attention_mask import Past, Sight
 from moepeft.nn.linear import Linear
@@ -83,7 +82,11 @@ def attend(
 
 
 # The values of config.model.attention.
-FORMS = {'naive': attend, 'chunked': chunked.attend, 'fused': fused.attend}
+FORMS = {
+  'naive': attend,
+  'chunked': chunked_attention.attend,
+  'fused': dot_product_attention.attend,
+}
 
 
 def check_form(form: str) -> None:

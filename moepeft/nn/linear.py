@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn import quantization as quantised
+from moepeft.nn import quantization
 from moepeft.nn.adapter_hook import (
   Advice,
   Frozen,
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    kernel = quantised.held(self, 'kernel', self.eqn, self.shape)
+    kernel = quantization.held(self, 'kernel', self.eqn, self.shape)
     if kernel is None:
       kernel = param(
         self,

@@ -23,9 +23,14 @@ else.
 import functools
 from collections.abc import Callable
 
-from moepeft.objectives import dpo, kto, reward, seq2seq
-from moepeft.objectives import preference_losses as preference_lib
-from moepeft.objectives import simpo_orpo as simpo
+from moepeft.objectives import (
+  dpo,
+  kto,
+  preference_losses,
+  reward,
+  seq2seq,
+  simpo_orpo,
+)
 from moepeft.objectives.cross_entropy import PLAIN, Loss
 from moepeft.objectives.objective import Objective as Objective
 from moepeft.objectives.preference_losses import Preference
@@ -37,8 +42,8 @@ _OF_ENCODERS = ('seq2seq',)
 COMPARED = {
   'dpo': dpo.objective,
   'kto': kto.objective,
-  'orpo': simpo.orpo,
-  'simpo': simpo.simpo,
+  'orpo': simpo_orpo.orpo,
+  'simpo': simpo_orpo.simpo,
   'reward': reward.objective,
 }
 # Those that measure against a reference.
@@ -48,7 +53,7 @@ REFERRING = ('dpo', 'kto')
 def objective_of(
   name: str,
   loss: Loss = PLAIN,
-  preference: Preference = preference_lib.PLAIN,
+  preference: Preference = preference_losses.PLAIN,
   reference: Callable | None = None,
 ) -> Objective:
   """The objective that config.objective names.

@@ -4,8 +4,7 @@
 from collections.abc import Callable
 
 from moepeft.core.types import PAIR, Array, Batch, Tree
-from moepeft.objectives import paired_batch as sides
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import paired_batch, preference_losses
 from moepeft.objectives.preference_losses import PLAIN, Preference
 
 
@@ -15,7 +14,7 @@ def objective(
   batch: Batch,
   rngs: dict[str, Array] | None,
   settings: Preference = PLAIN,
-  reference: sides.LogP | None = None,
+  reference: paired_batch.LogP | None = None,
 ) -> tuple[Array, dict[str, Tree]]:
   """The sum of pairs' losses, and what was seen on the way.
 
@@ -38,13 +37,13 @@ def objective(
     mean over both answers: to second order the divergence of policy and
     reference where answers are the reference's; never negative); 'routing'}.
   """
-  seen = sides.see(apply, variables, batch, rngs, PAIR, reference)
+  seen = paired_batch.see(apply, variables, batch, rngs, PAIR, reference)
   ratios = seen.ratio
   losses = loss_of(ratios, ratios / seen.lengths, settings)
   rewards = settings.beta * ratios
-  tie = settings.beta * sides.rounding(seen)
-  figures = sides.compared(rewards[:, 0], rewards[:, 1], seen.real, tie)
-  return sides.totals(seen, losses, settings.sft, figures, seen.real)
+  tie = settings.beta * paired_batch.rounding(seen)
+  figures = paired_batch.compared(rewards[:, 0], rewards[:, 1], seen.real, tie)
+  return paired_batch.totals(seen, losses, settings.sft, figures, seen.real)
 
 
 def loss_of(ratios: Array, means: Array, settings: Preference) -> Array:
@@ -55,9 +54,9 @@ def loss_of(ratios: Array, means: Array, settings: Preference) -> Array:
     settings.label_smoothing,
   )
   if settings.loss == 'hinge':
-    return preference.hinge(h, beta)
+    return preference_losses.hinge(h, beta)
   if settings.loss == 'ipo':
-    return preference.ipo(means[:, 0] - means[:, 1], beta)
+    return preference_losses.ipo(means[:, 0] - means[:, 1], beta)
   if settings.loss == 'robust':
-    return preference.robust(h, beta, smooth)
-  return preference.dpo(h, beta, smooth)
+    return preference_losses.robust(h, beta, smooth)
+  return preference_losses.dpo(h, beta, smooth)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.objectives import paired_batch as sides
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import paired_batch, preference_losses
 from moepeft.objectives.preference_losses import PLAIN, Preference
 
 OWN, MISMATCHED = ('',), ('kl_',)
@@ -18,20 +17,20 @@ def rollout(
   variables: Tree,
   batch: Batch,
   rng: Array | None,
-  reference: sides.LogP | None = None,
+  reference: paired_batch.LogP | None = None,
 ) -> dict[str, Array]:
   """{'kl_ratio': as 'label'} of each prompt with another's answer, without
   noise."""
   del rng
-  seen = sides.see(apply, variables, batch, None, MISMATCHED, reference)
+  seen = paired_batch.see(apply, variables, batch, None, MISMATCHED, reference)
   return {'kl_ratio': seen.ratio[:, 0].reshape(batch['label'].shape)}
 
 
 def settle(batch: Batch) -> Batch:
   """The batch with its reference point beside every answer, as 'point'."""
   ratios = batch['kl_ratio']
-  real = (sides.answers(batch, OWN[0]) > 0).reshape(ratios.shape)
-  point = preference.reference_point(ratios, real)
+  real = (paired_batch.answers(batch, OWN[0]) > 0).reshape(ratios.shape)
+  point = preference_losses.reference_point(ratios, real)
   return batch | {'point': jnp.broadcast_to(point, ratios.shape)}
 
 
@@ -41,7 +40,7 @@ def objective(
   batch: Batch,
   rngs: dict[str, Array] | None,
   settings: Preference = PLAIN,
-  reference: sides.LogP | None = None,
+  reference: paired_batch.LogP | None = None,
 ) -> tuple[Array, dict[str, Tree]]:
   """The sum of answers' losses, and what was seen on the way.
 
@@ -58,20 +57,22 @@ def objective(
     below it for a bad one; 'accuracies' the share with a positive one, and
     'point' the reference point. 'nll' is of the good answers.
   """
-  seen = sides.see(apply, variables, batch, rngs, OWN, reference)
+  seen = paired_batch.see(apply, variables, batch, rngs, OWN, reference)
   s, label, point = settings, batch['label'].ravel(), batch['point'].ravel()
   ratio = seen.ratio[:, 0]
-  losses = preference.kto(
+  losses = preference_losses.kto(
     ratio, label, point, s.beta, s.desirable, s.undesirable
   )
   good, bad = seen.real & label, seen.real & ~label
   margins = s.beta * jnp.where(label, ratio - point, point - ratio)
-  tie = s.beta * sides.rounding(seen)
+  tie = s.beta * paired_batch.rounding(seen)
   figures = {
-    'rewards_chosen': sides.figure(s.beta * ratio, good),
-    'rewards_rejected': sides.figure(s.beta * ratio, bad),
-    'margins': sides.figure(margins, seen.real),
-    'accuracies': sides.figure(sides.won(margins, tie), seen.real),
-    'point': sides.figure(point, seen.real),
+    'rewards_chosen': paired_batch.figure(s.beta * ratio, good),
+    'rewards_rejected': paired_batch.figure(s.beta * ratio, bad),
+    'margins': paired_batch.figure(margins, seen.real),
+    'accuracies': paired_batch.figure(
+      paired_batch.won(margins, tie), seen.real
+    ),
+    'point': paired_batch.figure(point, seen.real),
   }
-  return sides.totals(seen, losses, s.sft, figures, label)
+  return paired_batch.totals(seen, losses, s.sft, figures, label)

@@ -12,20 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.core import distributed as processes
-from moepeft.core import files as core_files
-from moepeft.core import untrusted
+from moepeft.core import distributed, files, untrusted
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Pass
 from moepeft.core.sharding import gather, round_up, shard_whole_batch
 from moepeft.core.types import Array, Batch, Tree
 from moepeft.data.preference.dataset import Read, Sides
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.nn import initializers as start
 from moepeft.nn.adapter_hook import Advice
 from moepeft.objectives import REFERRING
 from moepeft.objectives.paired_batch import LogP, joined, token_log_p
 from moepeft.peft import Built, build
+from moepeft.runs.run import Run
 
 BASE, PRECOMPUTED = 'base', 'precomputed'
 
@@ -119,7 +118,7 @@ def precomputed(
   Raises:
     ValueError: others are kept there, of another base, adapter or data.
   """
-  folder = workdir and os.path.join(workdir, 'reference')
+  folder = workdir and Run(workdir).reference_dir
   card = {'key': _key(found, own, variables, described)}
   if folder and os.path.exists(os.path.join(folder, _CARD)):
     if _kept(folder, _CARD, untrusted.read_json_object) != card:
@@ -133,12 +132,12 @@ def precomputed(
       raise _damaged(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
     return array
   array = _computed(found, own, model, variables, mesh, rows)
-  if folder and processes.first():
+  if folder and distributed.first():
     os.makedirs(folder, exist_ok=True)
     with tell_full_disk(folder, lambda: None):
       np.save(os.path.join(folder, _ARRAY), array)
     # Last: without it the array counts as none.
-    processes.write_json(os.path.join(folder, _CARD), card)
+    distributed.write_json(os.path.join(folder, _CARD), card)
   return array
 
 
@@ -155,7 +154,7 @@ def _kept(folder: str, name: str, read: Callable[[str], Any]) -> Any:
 
 
 def _mapped(path: str) -> np.ndarray:
-  core_files.check_file(path)
+  files.check_file(path)
   return np.load(path, mmap_mode='r', allow_pickle=False)
 
 
@@ -168,12 +167,16 @@ def _damaged(folder: str, name: str, reason: str) -> ValueError:
 
 def _key(found: Read, own: Sides, variables: Tree, described) -> str:
   start = {
-    name: names.array_hash(np.asarray(array))
-    for name, array in names.flatten(gather(variables.get('peft', {}))).items()
+    name: weight_mapping.array_hash(np.asarray(array))
+    for name, array in weight_mapping.flatten(
+      gather(variables.get('peft', {}))
+    ).items()
   }
   base = described['base']['sha256'] or {
-    name: names.array_hash(np.asarray(array))
-    for name, array in names.flatten(gather(variables['params'])).items()
+    name: weight_mapping.array_hash(np.asarray(array))
+    for name, array in weight_mapping.flatten(
+      gather(variables['params'])
+    ).items()
   }
   lengths, method = own.lengths, described['method']
   parts = [found.sha256, lengths, base, method, start]

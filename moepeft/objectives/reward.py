@@ -11,8 +11,7 @@ its adapter is all there is to keep.
 from collections.abc import Callable
 
 from moepeft.core.types import PAIR, Array, Batch, Tree
-from moepeft.objectives import paired_batch as sides
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import paired_batch, preference_losses
 from moepeft.objectives.preference_losses import PLAIN, Preference
 
 
@@ -24,8 +23,8 @@ def objective(
   settings: Preference = PLAIN,
 ) -> tuple[Array, dict[str, Tree]]:
   """As `dpo.objective`; a reward is the logit itself."""
-  seen = sides.see(apply, variables, batch, rngs, PAIR)
+  seen = paired_batch.see(apply, variables, batch, rngs, PAIR)
   chosen, rejected = seen.score[:, 0], seen.score[:, 1]
-  losses = preference.reward(chosen, rejected)
-  figures = sides.compared(chosen, rejected, seen.real)
-  return sides.totals(seen, losses, settings.sft, figures, seen.real)
+  losses = preference_losses.reward(chosen, rejected)
+  figures = paired_batch.compared(chosen, rejected, seen.real)
+  return paired_batch.totals(seen, losses, settings.sft, figures, seen.real)

@@ -4,8 +4,7 @@
 from collections.abc import Callable
 
 from moepeft.core.types import PAIR, Array, Batch, Tree
-from moepeft.objectives import paired_batch as sides
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import paired_batch, preference_losses
 from moepeft.objectives.preference_losses import PLAIN, Preference
 
 
@@ -19,8 +18,10 @@ def simpo(
   """As `dpo.objective`; a reward is beta times the mean log p of a token."""
   s = settings
   return _objective(
-    lambda w, r: preference.simpo(w, r, s.beta, s.margin, s.label_smoothing),
-    sides.see(apply, variables, batch, rngs, PAIR),
+    lambda w, r: preference_losses.simpo(
+      w, r, s.beta, s.margin, s.label_smoothing
+    ),
+    paired_batch.see(apply, variables, batch, rngs, PAIR),
     settings,
   )
 
@@ -34,15 +35,15 @@ def orpo(
 ) -> tuple[Array, dict[str, Tree]]:
   """As `simpo`; the chosen's likelihood is a term of the loss itself."""
   return _objective(
-    lambda w, r: preference.orpo(w, r, settings.beta),
-    sides.see(apply, variables, batch, rngs, PAIR),
+    lambda w, r: preference_losses.orpo(w, r, settings.beta),
+    paired_batch.see(apply, variables, batch, rngs, PAIR),
     settings,
   )
 
 
-def _objective(loss, seen: sides.Seen, settings: Preference):
+def _objective(loss, seen: paired_batch.Seen, settings: Preference):
   chosen, rejected = seen.mean_log_p(0), seen.mean_log_p(1)
   beta = settings.beta
-  figures = sides.compared(beta * chosen, beta * rejected, seen.real)
+  figures = paired_batch.compared(beta * chosen, beta * rejected, seen.real)
   losses = loss(chosen, rejected)
-  return sides.totals(seen, losses, settings.sft, figures, seen.real)
+  return paired_batch.totals(seen, losses, settings.sft, figures, seen.real)

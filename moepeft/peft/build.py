@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import Choices, Range, shortened, suggestion
@@ -73,9 +73,10 @@ def build(
       f'semantics is one of {", ".join(SEMANTICS)}; got {semantics!r}'
     )
   specs = [
-    _resolve(spec, methods, semantics) for spec in spec_lib.parse_method(method)
+    _resolve(spec, methods, semantics)
+    for spec in method_string.parse_method(method)
   ]
-  text = spec_lib.format_method(tuple(specs))
+  text = method_string.format_method(tuple(specs))
   if any(methods[spec.name].module is None for spec in specs):
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
@@ -102,7 +103,7 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
     ValueError: as `build`.
   """
   result, names = {}, set()
-  for spec in spec_lib.parse_method(method):
+  for spec in method_string.parse_method(method):
     spec = _resolve(spec, METHODS, semantics)
     if METHODS[spec.name].module is None:
       continue
@@ -127,7 +128,7 @@ def plain(
     ValueError: as `build`.
   """
   found = []
-  for spec in spec_lib.parse_method(method):
+  for spec in method_string.parse_method(method):
     spec = _resolve(spec, methods, semantics)
     module = methods[spec.name].module
     kept = _unusual(spec, _defaults(module))
@@ -137,7 +138,7 @@ def plain(
       router = Spec(router.name, tuple(sorted(own.items())))
       kept |= {'router': router} if router != Spec('softmax') else {}
     found.append(Spec(spec.name, tuple(sorted(kept.items()))))
-  return spec_lib.format_method(tuple(found))
+  return method_string.format_method(tuple(found))
 
 
 def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,15 @@ Nothing here imports JAX or NumPy, so that the skill's script starts at once.
 """
 
 import math
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepeft.core import jsonl_log as rows_lib
 from moepeft.core import untrusted
+from moepeft.runs import metrics_log
+from moepeft.runs.run import Run
 
 # Of ln e: with a mean entropy of a token's weights from here on, a router mixes
 # several experts, whichever has the most.
@@ -38,22 +40,23 @@ def summary(folder: Path) -> str:
   Raises:
     ValueError: there is no run, or its metrics are damaged; a sentence.
   """
-  rows = _rows(folder / rows_lib.NAME)
+  run = Run(str(folder))
+  rows = _rows(Path(run.metrics_file))
   trained = [row for row in rows if 'loss' in row]
   if not trained:
     raise ValueError(
-      f'{folder / rows_lib.NAME} has no rows of training; name the work '
+      f'{run.metrics_file} has no rows of training; name the work '
       'directory of a run that has begun'
     )
-  config = _json(folder / 'config.json')
+  config = _json(run.config_file)
   lines = [
-    *_settings(config, trained, (folder / 'summary.json').exists()),
+    *_settings(config, trained, os.path.exists(run.summary_file)),
     *_losses(trained),
     *_validation(rows, trained),
     *_gradients(trained),
     *_throughput(trained),
     *_routers(trained),
-    *_evaluation(folder),
+    *_evaluation(run),
   ]
   plain = [line for line in lines if not line.startswith('!')]
   findings = [line for line in lines if line.startswith('!')]
@@ -235,9 +238,9 @@ def _layers(
   """(site, layer, key of rows.SHARES, shares, entropies) of routers with
   several experts; what is no routing is left out."""
   for site, values in sites.items():
-    if not isinstance(values, dict) or not rows_lib.SHARES.keys() & values:
+    if not isinstance(values, dict) or not metrics_log.SHARES.keys() & values:
       continue
-    kind, layers = rows_lib.shares(values)
+    kind, layers = metrics_log.shares(values)
     entropies = {}
     for key in ('entropy', 'weight_entropy'):
       value = values.get(key)
@@ -273,7 +276,7 @@ def _rows(path: Path) -> list[dict]:
   return rows
 
 
-def _json(path: Path) -> dict:
+def _json(path: str) -> dict:
   try:
     return untrusted.read_json_object(path)
   except (OSError, ValueError):
@@ -454,7 +457,7 @@ def _routers(trained: list[dict]) -> list[str]:
   ]
   if entropies:
     lines[0] += f', entropy {statistics.fmean(entropies):.0%} of its most'
-  for kind in rows_lib.SHARES:
+  for kind in metrics_log.SHARES:
     lines += _shares(kind, [layer for layer in layers if layer[2] == kind])
   full = [collapsed(row['routing'], _FULL) for row in routed[-_IN_A_ROW:]]
   lasting = [place for place in full[-1] if all(place in log for log in full)]
@@ -493,8 +496,11 @@ def _shares(kind: str, layers: list[tuple]) -> list[str]:
   return [line]
 
 
-def _evaluation(folder: Path) -> list[str]:
-  evaluations = {n: _json(folder / f'{n}.json') for n in ('before', 'after')}
+def _evaluation(run: Run) -> list[str]:
+  evaluations = {
+    'before': _json(run.before_file),
+    'after': _json(run.after_file),
+  }
   lines = []
   for name, evaluation in evaluations.items():
     means = evaluation.get('means')

@@ -9,8 +9,8 @@ import socket
 from typing import IO
 
 from moepeft.core.disk import is_full, next_start
+from moepeft.runs.run import Run
 
-_LOCK = 'lock'
 # What flock answers where the file system has no locks (some network disks).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -35,7 +35,7 @@ class Workdir:
     """
     held = os.fstat(self._lock.fileno())
     try:
-      there = os.stat(os.path.join(self.path, _LOCK))
+      there = os.stat(Run(self.path).lock_file)
     except OSError:
       there = None
     if there and (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
@@ -53,7 +53,7 @@ class Workdir:
     except OSError:
       return f'put it back, then the same command {next_start(None)}'
     folder = os.path.dirname(lock)
-    step = latest_checkpoint(folder)
+    step = Run(folder).latest_step()
     if os.path.lexists(lock):
       return f'move {folder!r} back, then the same command {next_start(step)}'
     if step is None:
@@ -92,7 +92,7 @@ def open_workdir(path: str) -> Workdir:
   lock = None
   try:
     os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, _LOCK), 'a+')
+    lock = open(Run(path).lock_file, 'a+')
     _take(lock, path)
     lock.truncate(0)
     print(f'pid {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
@@ -137,15 +137,6 @@ def _unwritable(path: str, error: OSError) -> str:
     f'cannot write to the work directory {path!r} ({error.strerror}); name '
     'another with --workdir'
   )
-
-
-def latest_checkpoint(path: str) -> int | None:
-  """The step of a work directory's latest checkpoint, if it has any."""
-  try:
-    names = os.listdir(os.path.join(path, 'checkpoints'))
-  except OSError:
-    return None
-  return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 class LostWorkdir(ValueError):

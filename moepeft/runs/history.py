@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.core import jsonl_log as rows_lib
+from moepeft.runs import metrics_log
 
 # What objectives tell of answers that are compared; validation's too.
 FIGURES = (
@@ -129,7 +129,7 @@ def _number(value: float | None) -> float:
 def _routing(row: Mapping[str, Any]) -> Routing:
   shares, entropies = {}, {}
   for site, values in row['routing'].items():
-    kind, share = rows_lib.shares(values)
+    kind, share = metrics_log.shares(values)
     share = np.asarray(share, np.float64)
     if share.shape[-1] > 1:
       most = np.log(share.shape[-1])

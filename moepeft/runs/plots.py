@@ -16,8 +16,7 @@ from matplotlib.ticker import (
   NullFormatter,
 )
 
-from moepeft.runs import before_after_plot as before_after
-from moepeft.runs import router_plots
+from moepeft.runs import before_after_plot, router_plots
 from moepeft.runs.history import History
 
 # Okabe and Ito's, which the colour-blind can tell apart.
@@ -54,7 +53,7 @@ def draw_before_after(
   before: Mapping[str, Any], after: Mapping[str, Any], folder: str
 ) -> list[str]:
   """Draws before_after.png; [] where nothing was measured both times."""
-  figure = before_after.draw(before, after)
+  figure = before_after_plot.draw(before, after)
   if figure is None:
     return []
   return [_save(figure, os.path.join(folder, 'before_after.png'))]
@@ -64,7 +63,7 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
   """Draws what there is to draw; returns the paths of the PNGs.
 
   Args:
-    rows: as in `moepeft.core.jsonl_log`, or a `History` of them.
+    rows: as in `moepeft.runs.metrics_log`, or a `History` of them.
     folder: made if need be. A reader sees the old picture or the new.
   """
   seen = rows if isinstance(rows, History) else History(rows)

@@ -1,279 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens what `moepeft.train` left in a work directory."""
+"""A run's directory: the names of its files, and reading them.
 
-import dataclasses
+Nothing here imports JAX or NumPy when it is imported, so that commands which
+only look at a run start at once.
+"""
+
+import functools
+import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import quantize as quantised
-from moepeft.checkpoints.manager import card, restore_trained
-from moepeft.config import defaults as config_lib
-from moepeft.core.types import Tree
-from moepeft.data import vocabulary
-from moepeft.data.chat import template as chat_template
-from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.inference import prompts
-from moepeft.models import check_decodes
-from moepeft.models import weight_mapping as names
-from moepeft.peft import Built
-from moepeft.runs import config as run_config
+from moepeft.core import untrusted
+from moepeft.runs import metrics_log
 
-CONFIG = run_config.NAME
-DATA = 'data.json'
+# Entries of before.json, after.json and summary.json that commands read.
+_EVALUATION = {
+  'step?': int,
+  'validation_loss?': float,
+  'means?': {str: float},
+  'rows?': [{'group': str, 'task': str, 'templates': str, 'accuracy': float}],
+}
+_SUMMARY = {'method?': str, 'semantics?': str}
 
 
-# What a run may change when it goes on: nothing that a step depends on, but
-# for the order of its sums (sharding). The base and the rest of the method are
-# compared by the checkpoint's card.
-_FREE = (
-  'steps',
-  'router_alarm',
-  'patience',
-  'data.workers',
-  'model.path',
-  'model.adapter',
-  'model.remat',
-  'model.unroll',
-  'sharding',
-  'evaluation',
-  'checkpoint',
-  'log',
-)
-
-
-def check_unchanged(
-  workdir: str, config: ConfigDict, may_differ: Sequence[str] = ()
-) -> None:
-  """Compares a config with the one that a work directory was begun with.
-
-  Args:
-    may_differ: keys, or beginnings of keys, that need not be equal.
-
-  Raises:
-    ValueError: a key differs, by name.
-  """
-  if not _begun(workdir, CONFIG):
-    return
-  before = names.flatten(run_config.read(workdir))
-  now = names.flatten(json.loads(config.to_json()))
-  free = _FREE
-  if now['optimizer/schedule'] != 'constant':
-    # The rate falls to zero at the last step.
-    free = tuple(key for key in free if key != 'steps')
-  free += tuple(key.removeprefix('config.') for key in may_differ)
-  prefixes = tuple(f'{key.replace(".", "/")}/' for key in free)
-  for key in sorted(before.keys() & now.keys()):
-    if before[key] != now[key] and not f'{key}/'.startswith(prefixes):
-      dotted = key.replace('/', '.')
-      raise ValueError(
-        f'{workdir!r} holds a run with config.{dotted}={before[key]!r}, now it '
-        f'is {now[key]!r}; set it back, choose another --workdir, or allow it '
-        f'with --may_differ={dotted}'
-      )
-
-
-def dated(workdir: str, config: ConfigDict) -> ConfigDict:
-  """A config with the date that a run's chat template has written so far.
-
-  Args:
-    workdir: of a run that goes on, or of a new one.
-    config: its config.data.date stays where it is set.
-  """
-  if config.data.date or not _begun(workdir, CONFIG):
-    return config
-  config = config.copy_and_resolve_references()
-  config.data.date = run_config.read(workdir).get('data', {}).get('date', '')
-  return config
-
-
-def check_same_data(
-  workdir: str, found: dict[str, dict[str, str]], may_differ: Sequence[str] = ()
-) -> None:
-  """Compares data's files with those that a work directory was begun with.
-
-  Runs of before these were kept go on.
-
-  Args:
-    found: of `moepeft.data.fingerprint.hashes`.
-    may_differ: as of `check_unchanged`.
-
-  Raises:
-    ValueError: a file has changed, is new, or is gone; the message names it.
-  """
-  if not _begun(workdir, DATA):
-    return
-  before = run_config.read_object(
-    os.path.join(workdir, DATA),
-    {str: {str: str}},
-    'allow other data with --may_differ=data, after removing it',
-  )
-  free = tuple(f'{key.removeprefix("config.")}.' for key in may_differ)
-  for key in sorted(before.keys() & found.keys()):
-    if f'data.{key}.'.startswith(free):
-      continue
-    old, new = before[key], found[key]
-    for name in sorted(old.keys() | new.keys()):
-      if old.get(name) != new.get(name):
-        how = 'is gone' if name not in new else 'has changed'
-        raise ValueError(
-          f'{name!r} of config.data.{key} '
-          f'{how if name in old else "is new"} since the run in {workdir!r} '
-          'read it; put it back as it was, choose another --workdir, or allow '
-          f'it with --may_differ=data.{key}'
-        )
-
-
-def _begun(workdir: str, file: str) -> bool:
-  """Whether a checkpoint is there to go on from, and the file."""
-  checkpoints = os.path.join(workdir, 'checkpoints')
-  if not os.path.isdir(checkpoints) or not any(
-    name.isdigit() for name in os.listdir(checkpoints)
-  ):
-    return False
-  return os.path.exists(os.path.join(workdir, file))
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained run, or its base alone.
+  """The directory of a run of moepeft.train, which need not exist yet.
+
+  No other code knows the names of its files.
 
   Attributes:
-    config: the run's.
-    model, variables: what computes; for the base alone without an adapter.
-    words: the vocabulary.
-    step: of the checkpoint; 0 for the base.
-    method: canonical text, 'none' for the base.
-    base: the base's name: the last part of its path, 'random' without one.
-    base_parameters, parameters: of the base, and trained.
-    folder: where the base was read, '' for random weights.
+    path: the directory, --workdir.
+    config_file, gin_file: the config, and the gin files that it is from.
+    data_file: hashes of the data's files.
+    metrics_file: a JSON line a step; see `moepeft.runs.metrics_log`.
+    before_file, after_file: evaluations before and after training.
+    summary_file: written when a run ends.
+    lock_file: held by the process that trains.
+    checkpoints_dir, damaged_dir: a folder a step, those that could not be
+      read in the second.
+    reference_dir: log-probabilities of a precomputed reference model.
+    plots_dir: PNGs.
   """
 
-  config: ConfigDict
-  model: Any
-  variables: Tree
-  words: Vocabulary
-  step: int
-  method: str
-  base: str
-  base_parameters: int
-  parameters: int
-  folder: str = ''
+  def __init__(self, path: str):
+    self.path = path
+    self.config_file = os.path.join(path, 'config.json')
+    self.gin_file = os.path.join(path, 'config.gin')
+    self.data_file = os.path.join(path, 'data.json')
+    self.metrics_file = os.path.join(path, 'metrics.jsonl')
+    self.before_file = os.path.join(path, 'before.json')
+    self.after_file = os.path.join(path, 'after.json')
+    self.summary_file = os.path.join(path, 'summary.json')
+    self.lock_file = os.path.join(path, 'lock')
+    self.checkpoints_dir = os.path.join(path, 'checkpoints')
+    self.damaged_dir = os.path.join(path, 'damaged')
+    self.reference_dir = os.path.join(path, 'reference')
+    self.plots_dir = os.path.join(path, 'plots')
 
   @property
-  def ends(self) -> tuple[int, ...]:
-    """Ids that end an answer."""
-    own, path = self.config.data.vocabulary, self.config.model.path
-    folder = self.folder if own in ('', path) else os.path.expanduser(own)
-    return prompts.ends(self.words, folder)
+  def has_checkpoints_dir(self) -> bool:
+    """Whether training in this directory ever began."""
+    return os.path.isdir(self.checkpoints_dir)
+
+  def latest_step(self) -> int | None:
+    """The step of the latest checkpoint; None without one."""
+    try:
+      names = os.listdir(self.checkpoints_dir)
+    except OSError:
+      return None
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+  def read_config(self) -> dict[str, Any]:
+    """The config that the run was begun with, nested.
+
+    Keys that this version does not have are kept, and those that an older run
+    lacks are absent.
+
+    Raises:
+      ValueError: there is none, or it is damaged: no JSON, or a key's value is
+        of another type than in `moepeft.config.defaults`.
+    """
+    if not os.path.exists(self.config_file):
+      raise ValueError(
+        f'{self.path!r} is no work directory of moepeft.train: it has no '
+        f'{os.path.basename(self.config_file)}'
+      )
+    # data.temperature may be infinite; `load_config` checks all ranges.
+    advice = 'copy it from another run of its command'
+    return read_object(self.config_file, _config_shape(), advice, finite=False)
+
+  def load_config(self) -> ConfigDict:
+    """The same as a config, with the defaults for absent keys.
+
+    Raises:
+      ValueError: as `read_config`, or a value is none that training takes.
+    """
+    # Imports every model family, and with them JAX.
+    from moepeft.config import check, defaults
+
+    config = defaults.default()
+    with config.unlocked():
+      config.update(self.read_config())
+    try:
+      check.check(config)
+    except ValueError as e:
+      raise ValueError(f'{self.config_file}: {e}') from None
+    return config
+
+  def metrics(self) -> Iterator[dict[str, Any]]:
+    """The rows of the metrics log, one by one; none before the first step.
+
+    Raises:
+      ValueError: a line is no row; see `metrics_log.stream`.
+    """
+    return metrics_log.stream(self.metrics_file)
+
+  def before(self) -> dict[str, Any]:
+    """The evaluation before training; {} where there was none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    return _read_optional(self.before_file, _EVALUATION)
+
+  def after(self) -> dict[str, Any]:
+    """The evaluation after training, likewise."""
+    return _read_optional(self.after_file, _EVALUATION)
+
+  def summary(self) -> dict[str, Any]:
+    """The summary of a run that has ended, likewise."""
+    return _read_optional(self.summary_file, _SUMMARY)
+
+  def results_files(self) -> list[str]:
+    """Files of results that moepeft.evaluate has written here, by name."""
+    folder = glob.escape(self.path)
+    return sorted(
+      file
+      for pattern in ('evaluation*.jsonl', 'base*.jsonl')
+      for file in glob.glob(os.path.join(folder, pattern))
+    )
+
+  def evaluation_file(self, data: str = '', of_base: bool = False) -> str:
+    """Where moepeft.evaluate writes its summary, results beside it as .jsonl.
+
+    Args:
+      data: the name of other data than the run's own held-out rows.
+      of_base: the base's results must not take the place of the run's.
+    """
+    name = 'base' if of_base else 'evaluation'
+    return os.path.join(self.path, f'{name}{data and f"_{data}"}.json')
 
 
-def open_run(workdir: str, which: str = ''):
-  """(config, model, variables, vocabulary, step) of `load`."""
-  run = load(workdir, which)
-  return run.config, run.model, run.variables, run.words, run.step
-
-
-def load(workdir: str, which: str = '') -> Run:
-  """Reads a run.
+def read_object(
+  path: str, shape: Any, advice: str, finite: bool = True
+) -> dict[str, Any]:
+  """A JSON object that a run has written.
 
   Args:
-    which: 'base' for its base without what was trained, else a checkpoint;
-      see `Checkpoints.restore_trainable`.
+    shape: see `untrusted.check_shape`.
+    advice: a remedy for a damaged file, as an imperative.
+    finite: whether its numbers have to be.
 
   Raises:
-    ValueError: no run is there, its base has changed since, or its chat
-      template is gone.
+    ValueError: it is damaged; the message names the file.
+    OSError: it cannot be opened.
   """
-  config = run_config.load(workdir)
-  # A pass over many shapes is mostly compiling, which unrolled layers lengthen.
-  config.model.unroll = 1
-  base = base_lib.load(config.model)
-  if which == 'base':
-    model, variables = _alone(base, config)
-    step, method, parameters = 0, 'none', 0
-  else:
-    model, built = base_lib.module(base, config)
-    variables, step = _trained(base, built, config, workdir, which)
-    method, parameters = built.method, _size(variables[built.trainable])
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  chat_template.put(words, config.data.chat_template, config.data.system)
-  return Run(
-    config,
-    model,
-    jax.tree.map(jnp.asarray, variables),
-    words,
-    step,
-    method,
-    os.path.basename(base.path.rstrip('/')).split(':')[-1] or 'random',
-    quantised.parameters(variables['params'], base.config),
-    parameters,
-    base.folder,
-  )
+  try:
+    value = untrusted.read_json_object(path)
+    untrusted.check_shape(value, shape, finite=finite)
+  except untrusted.Malformed as e:
+    reason = str(e).removeprefix(f'{path} ').removesuffix('; copy it again')
+    raise ValueError(f'{path} is damaged ({reason}); {advice}') from None
+  return value
 
 
-def open_model(path: str, adapter: str = '') -> Run:
-  """A base by its path, as it is or with an adapter from another path.
-
-  Raises:
-    ValueError: no model is there, no adapter, or it is another base's; or
-      the model has no decoder.
-  """
-  config = config_lib.default()
-  config.model.path, config.method = path, 'full'
-  if adapter:
-    found = base_lib.load_adapter(adapter, base_lib.shape(config.model)[1])
-    config.method = found.method
-    config.semantics = found.semantics or config.semantics
-    config.model.quantise = found.quantise or ''
-  base = base_lib.load(config.model)
-  check_decodes(base.config)
-  model, built = base_lib.module(base, config)
-  variables = base_lib.initialise(base, model, config.seed)
-  if adapter:
-    variables = base_lib.with_adapter(variables, built, adapter, base)
-  return Run(
-    config,
-    model,
-    jax.tree.map(jnp.asarray, variables),
-    vocabulary('', path),
-    0,
-    built.method if adapter else 'none',
-    os.path.basename(path.rstrip('/')).split(':')[-1],
-    quantised.parameters(variables['params'], base.config),
-    _size(variables[built.trainable]) if adapter else 0,
-    base.folder,
-  )
+def _read_optional(path: str, shape: Any) -> dict[str, Any]:
+  if not os.path.exists(path):
+    return {}
+  return read_object(path, shape, 'remove it to go on without it')
 
 
-def _alone(base: base_lib.Base, config: ConfigDict) -> tuple[Any, Tree]:
-  """(model, variables) of a base: of random weights, those of the seed."""
-  plain = config.copy_and_resolve_references()
-  plain.method = 'full'
-  model, _ = base_lib.module(base, plain)
-  return model, base_lib.initialise(base, model, config.seed)
+@functools.cache
+def _config_shape() -> dict[str, Any]:
+  from moepeft.config import defaults
+
+  return _shape(json.loads(defaults.default().to_json()))
 
 
-def _trained(
-  base: base_lib.Base, built: Built, config: ConfigDict, workdir: str, which
-) -> tuple[Tree, int]:
-  """(variables, step) of a checkpoint."""
-  trained, found = restore_trained(workdir, which)
-  now = card(base, built, config.seed)
-  if found['base']['sha256'] != now['base']['sha256']:
-    raise ValueError(
-      f'the base {base.path!r} is not the one that {workdir!r} was trained on '
-      '(its content hash differs); put the old one back'
-    )
-  variables = {'params': base.params, 'peft': {}} | {built.trainable: trained}
-  return variables, found['step']
-
-
-def _size(tree: Tree) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _shape(value: Any) -> Any:
+  """The shape of a config that has the types of another, all keys optional."""
+  if isinstance(value, Mapping):
+    return {f'{key}?': _shape(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return list
+  return type(value)

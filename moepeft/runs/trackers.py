@@ -15,9 +15,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from moepeft.core import files, secrets
-from moepeft.core import jsonl_log as rows_lib
-from moepeft.core.jsonl_log import Rows
+from moepeft.runs import metrics_log
 from moepeft.runs.history import FIGURES, short
+from moepeft.runs.metrics_log import MetricsLog
+from moepeft.runs.run import Run
 
 # Curves stand together by what is before the slash; all else is 'train'.
 _PAGES = {
@@ -35,7 +36,7 @@ _WANDB_ID = 'wandb_id'
 
 
 class Writer(Protocol):
-  """Takes rows as `moepeft.core.jsonl_log` describes them."""
+  """Takes rows as `moepeft.runs.metrics_log` describes them."""
 
   def write(self, row: Mapping[str, Any]) -> None: ...
 
@@ -67,7 +68,7 @@ def writers(
   if tensorboard:
     found.append(TensorBoard(os.path.join(workdir, 'tensorboard'), step))
   # A run that begins measures step 0 once more.
-  return [Rows(workdir, step=step or -1), *found]
+  return [MetricsLog(Run(workdir).metrics_file, step or -1), *found]
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -84,7 +85,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
   routing = row.get('routing', {})
   for site, name in short(routing).items():
     found[f'entropy/{name}'] = float(np.mean(routing[site]['entropy']))
-    kind, shares = rows_lib.shares(routing[site])
+    kind, shares = metrics_log.shares(routing[site])
     found[f'max_{kind}/{name}'] = float(np.mean([max(own) for own in shares]))
   return {tag: v for tag, v in found.items() if math.isfinite(v)}
 
@@ -113,7 +114,7 @@ class TensorBoard:
     ]
     routing = row.get('routing', {})
     for site, name in short(routing).items():
-      kind, shares = rows_lib.shares(routing[site])
+      kind, shares = metrics_log.shares(routing[site])
       values += _histogram(f'{kind}/{name}', shares).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
     # With the system, so that a kill leaves no gap before a checkpoint.

@@ -20,16 +20,15 @@ from typing import TextIO
 
 from absl import flags
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import secrets, terminal
 from moepeft.data.chat import template as chat_template
 from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.serve import open_engine as opening
-from moepeft.serve import page
+from moepeft.serve import open_engine, page
 from moepeft.serve.embeddings.encoder import Encoder, Sentences
-from moepeft.serve.http import keys as keys_lib
+from moepeft.serve.http import keys as http_keys
 from moepeft.serve.http.chat_templates import Voice
 from moepeft.serve.http.connection import ConnectionLimits, open_files
 from moepeft.serve.http.keys import Keys
@@ -79,8 +78,8 @@ def keys() -> Keys:
     ValueError: a file is wrong, or others would reach a server without keys.
   """
   found = Keys(
-    keys_lib.read(_API_KEYS.value, _API_KEYS.name),
-    keys_lib.read(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
+    http_keys.read(_API_KEYS.value, _API_KEYS.name),
+    http_keys.read(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
   )
   if not (local(_HOST.value) or found.users or _ALLOW_NO_KEY.value):
     raise ValueError(
@@ -121,7 +120,7 @@ def connection_limits() -> ConnectionLimits:
   return allowed
 
 
-def opened() -> opening.Opened:
+def opened() -> open_engine.Opened:
   """The model of the flags, with its adapters."""
   if not _MODEL.value:
     raise ValueError('name a model with --model, as --model=smollm2')
@@ -130,7 +129,7 @@ def opened() -> opening.Opened:
   )
   named = adapters()
   print(f'reading {_MODEL.value}', file=sys.stderr, flush=True)
-  return opening.open_engine(
+  return open_engine.open_engine(
     _MODEL.value,
     {name: os.path.expanduser(path) for name, path in named.items()},
     _FORM.value or (),
@@ -155,14 +154,14 @@ def name_of(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def compiler(found: opening.Opened) -> Compiler | None:
+def compiler(found: open_engine.Opened) -> Compiler | None:
   """What constrains answers; None where llguidance is not installed."""
   if importlib.util.find_spec('llguidance') is None:
     return None
   return Compiler(found.words, found.engine.vocab, found.ends)
 
 
-def service(found: opening.Opened, given: Keys, own: Limits) -> Service:
+def service(found: open_engine.Opened, given: Keys, own: Limits) -> Service:
   name = _NAME.value or name_of(_MODEL.value)
   voice = Voice(chat_template.read(_CHAT_TEMPLATE.value), _SYSTEM.value)
   constraints, engine, vectors = compiler(found), found.engine, embedder()
@@ -363,7 +362,7 @@ if __name__ == '__main__':
   )
   _PAGE = flags.DEFINE_bool('page', True, 'Serve the chat page at /.')
   _ACCESS_LOG = flags.DEFINE_bool('access_log', True, 'A line a request.')
-  command.run(main)
+  command_line.run(main)
 
 
 # Seconds between two lines where the output is no terminal.

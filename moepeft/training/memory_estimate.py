@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import quantize
 from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.models import decoder_only
-from moepeft.nn import initializers as start
+from moepeft.nn import initializers
 from moepeft.objectives import COMPARED
 from moepeft.training import optim
 
@@ -69,10 +69,10 @@ def need(config: ConfigDict) -> Need:
   family, shape = base_lib.shape(config.model)
   base = base_lib.Base(family, shape, None, '', '')
   model, built = base_lib.module(base, config)
-  shapes = start.shapes(model, base_lib.example_batch())
+  shapes = initializers.shapes(model, base_lib.example_batch())
   base_shapes = shapes['params']
   if config.model.quantise and built.trainable != 'params':
-    base_shapes = quantised.shapes(base_shapes, shape, config.model.quantise)
+    base_shapes = quantize.shapes(base_shapes, shape, config.model.quantise)
   trained = shapes[built.trainable]
   weights = size(base_shapes) + size(shapes['peft'])
   # The gradient is as large as the weights that it is of.

@@ -11,9 +11,9 @@ import numpy as np
 
 from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
-from moepeft.runs import diagnosis as curves
+from moepeft.runs import diagnosis
 from moepeft.runs.trackers import Writer
-from moepeft.training import summary as metrics
+from moepeft.training import summary as training_summary
 
 # Alarms that are printed at once, and for how many logs in a row a router is
 # collapsed before there is one.
@@ -90,7 +90,7 @@ class Report:
     rates |= {'inputs_padding': inputs, 'targets_padding': targets}
     for key in ('inputs_padding', 'targets_padding'):
       rates[key] = round(rates[key] / len(seen), 4)
-    sites = metrics.routing(last.get('routing', {}))
+    sites = training_summary.routing(last.get('routing', {}))
     for number, aux in seen:
       row = {
         'step': number,
@@ -104,7 +104,7 @@ class Report:
         'learning_rate': float(self._rate(number - 1)),
       } | figures(aux)
       self._write(row | (rates | {'routing': sites} if number == step else {}))
-    self._raise_alarms(curves.collapsed(sites, self._limit))
+    self._raise_alarms(diagnosis.collapsed(sites, self._limit))
 
   def _raise_alarms(self, lines: Mapping[str, str]) -> None:
     """Prints an alarm of each place once, after _IN_A_ROW logs in a row.

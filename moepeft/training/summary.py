@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import quantize
 from moepeft.core.types import State
-from moepeft.moe import router_stats as stats
+from moepeft.moe import router_stats
 
 
 def introduce(
@@ -30,8 +30,8 @@ def introduce(
   trained, frozen = size(state.trainable), size(state.frozen)
   total, kept = trained if built.trainable == 'params' else frozen, ''
   if base.quantise:
-    total = quantised.parameters(state.frozen, base.config)
-    held = quantised.size(state.frozen) / 1e6
+    total = quantize.parameters(state.frozen, base.config)
+    held = quantize.size(state.frozen) / 1e6
     kept = f', projections in {base.quantise}: {held:.4g} MB in all'
   lines = {
     'method': f'{built.method} ({built.semantics} semantics)',
@@ -54,8 +54,8 @@ def routing(collection: Any) -> dict[str, dict[str, Any]]:
   The shares of experts are under 'weight' or 'tokens'; see `rows.SHARES`.
   """
   rows = {}
-  for site, sums in stats.by_site(jax.device_get(collection)).items():
-    values = vars(stats.statistics(sums))
+  for site, sums in router_stats.by_site(jax.device_get(collection)).items():
+    values = vars(router_stats.statistics(sums))
     share = values.pop('share')
     values = {'tokens' if values.pop('sparse') else 'weight': share} | values
     rows[site] = {

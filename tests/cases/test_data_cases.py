@@ -7,11 +7,10 @@ The same claims stand without the folder in tests/data.
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import preview as picture
-from moepeft.data import sources, vocabulary
+from moepeft.data import preview, sources, vocabulary
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers import jsonl
 from moepeft.objectives import batch_kind
 from tests import ROOT
@@ -38,14 +37,14 @@ def conversation(path, **changes):
   own = Samples(words, LENGTH)
   found = sources(data_of('chat', path, **changes), 0, own=own)
   batch = own.padded(own.encode([found.train[0]]))
-  return picture.pictures(batch, 0, words, False)[-1], found.notes
+  return preview.pictures(batch, 0, words, False)[-1], found.notes
 
 
 def preference(path, objective):
   """(the first row's sides as texts, the notes)."""
   words = vocabulary('', MODEL)
   data = data_of('preference', path)
-  own = answers.form_of(
+  own = preference_dataset.form_of(
     data, objective, batch_kind(objective), Samples(words, LENGTH)
   )
   found = sources(data, 0, own=own)
@@ -53,7 +52,7 @@ def preference(path, objective):
   sides = []
   for side in own.sides:
     part = {k.removeprefix(side): v for k, v in batch.items()}
-    sides.append(picture.pictures(part, 0, words, False)[-1])
+    sides.append(preview.pictures(part, 0, words, False)[-1])
   return sides, found.notes
 
 

@@ -6,10 +6,9 @@ import itertools
 import numpy as np
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.t5x import adapters as released
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.checkpoints.t5x import adapters as t5x_adapters
+from moepeft.models import decoder_weights, weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5Config
 
 
@@ -51,7 +50,7 @@ _DECODER = {
 # By what is special about each: biases everywhere, biases of q, k and v,
 # normed heads, norms after sublayers.
 DECODERS = {
-  kind: decoder_names.config_from_hf(
+  kind: decoder_weights.config_from_hf(
     _DECODER | {'model_type': kind, **more}, tied=kind == 'gemma2'
   )
   for kind, more in {
@@ -71,7 +70,7 @@ _GPT2 = {
   'n_inner': 13,
   'n_positions': 16,
 }
-GPT2 = decoder_names.config_from_hf(_GPT2, tied=True)
+GPT2 = decoder_weights.config_from_hf(_GPT2, tied=True)
 
 
 def random_tree(shapes, seed=0):
@@ -80,7 +79,7 @@ def random_tree(shapes, seed=0):
   Not so large that attention saturates, where float32 would lose digits.
   """
   rng = np.random.default_rng(seed)
-  return names.unflatten(
+  return weight_mapping.unflatten(
     {
       path: rng.normal(scale=0.5, size=shape).astype(np.float32)
       for path, shape in shapes.items()
@@ -91,7 +90,7 @@ def random_tree(shapes, seed=0):
 def random_params(config, seed=0):
   """Random parameters of a model of any family."""
   wanted = hf.expected(hf.family_of(config), config)
-  shapes = names.stacked_shapes(wanted)
+  shapes = weight_mapping.stacked_shapes(wanted)
   return random_tree(shapes, seed)
 
 
@@ -112,14 +111,14 @@ def adapter_tree(config, leaves, sites, seed=1):
     inner, outer = known[site]
     for leaf, axes in leaves.items():
       axes = axes.replace('{in}', inner).replace('{out}', outer)
-      shape = (depths[stack], *names.axes_shape(axes, sizes))
+      shape = (depths[stack], *weight_mapping.axes_shape(axes, sizes))
       shapes[f'{stack}/layers/{rest}/{leaf}'] = shape
   return random_tree(shapes, seed)
 
 
 def assert_equal_trees(left, right):
   """Same paths, shapes, dtypes and bits."""
-  left, right = names.flatten(left), names.flatten(right)
+  left, right = weight_mapping.flatten(left), weight_mapping.flatten(right)
   assert left.keys() == right.keys()
   for path, leaf in left.items():
     assert leaf.dtype == right[path].dtype, path
@@ -128,9 +127,9 @@ def assert_equal_trees(left, right):
 
 def released_arrays(config, adapter=None):
   """Random parameters and an adapter's as `t5x.save` writes them, by name."""
-  sizes, depths = t5_names.sizes(config), t5_names.depths(config)
-  wanted = names.entries(t5_names.t5x_rules(config), sizes, depths)
-  pairs = list(names.write(wanted, sizes, random_params(config)))
+  sizes, depths = t5_weights.sizes(config), t5_weights.depths(config)
+  wanted = weight_mapping.entries(t5_weights.t5x_rules(config), sizes, depths)
+  pairs = list(weight_mapping.write(wanted, sizes, random_params(config)))
   if adapter is not None:
-    pairs += released.write(config, adapter)
+    pairs += t5x_adapters.write(config, adapter)
   return {entry.their_name: array for entry, array in pairs}

@@ -6,9 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from moepeft.models import decoder_gguf as gguf_names
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import weight_mapping as names
+from moepeft.models import decoder_gguf, decoder_weights, weight_mapping
 from moepeft.models.decoder.gemma import SIZES as GEMMA
 from moepeft.models.decoder.gpt2 import SIZES as GPT2
 from moepeft.models.decoder.llama import SIZES as LLAMA
@@ -45,15 +43,15 @@ CONFIGS = {
 def random_params(config, seed=0):
   """Weights so large that all of them matter."""
   rng = np.random.default_rng(seed)
-  wanted = names.entries(
-    gguf_names.rules(config),
-    decoder_names.sizes(config),
-    decoder_names.depths(config),
+  wanted = weight_mapping.entries(
+    decoder_gguf.rules(config),
+    decoder_weights.sizes(config),
+    decoder_weights.depths(config),
   )
-  return names.unflatten(
+  return weight_mapping.unflatten(
     {
       path: (0.15 * rng.normal(size=shape)).astype(np.float32)
-      for path, shape in names.stacked_shapes(wanted).items()
+      for path, shape in weight_mapping.stacked_shapes(wanted).items()
     }
   )
 
@@ -77,12 +75,12 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   _describe(writer, arch, config)
   if more:
     more(writer)
-  sizes = decoder_names.sizes(config)
-  wanted = names.entries(
-    gguf_names.rules(config), sizes, decoder_names.depths(config)
+  sizes = decoder_weights.sizes(config)
+  wanted = weight_mapping.entries(
+    decoder_gguf.rules(config), sizes, decoder_weights.depths(config)
   )
   found = {}
-  for entry, array in names.write(wanted, sizes, params):
+  for entry, array in weight_mapping.write(wanted, sizes, params):
     name = entry.their_name
     stored = as_converted(name, array, arch, config)
     if stored.ndim == 2 and stored.shape[0] > 1:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import adapter
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from .cases import CONFIGS, adapter_tree, assert_equal_trees
@@ -44,7 +44,9 @@ def test_round_trip_is_exact(saved):
 
 
 def test_bytes_depend_on_the_adapter_alone(saved, tmp_path):
-  backwards = names.unflatten(dict(reversed(names.flatten(TREE).items())))
+  backwards = weight_mapping.unflatten(
+    dict(reversed(weight_mapping.flatten(TREE).items()))
+  )
   adapter.save(tmp_path / 'b', backwards, dict(reversed(CARD.items())))
   tree, card = adapter.load(str(saved))
   adapter.save(tmp_path / 'c', tree, card)
@@ -55,14 +57,14 @@ def test_bytes_depend_on_the_adapter_alone(saved, tmp_path):
 
 
 def test_arrays_are_written_as_float32(tmp_path):
-  half = names.unflatten(
+  half = weight_mapping.unflatten(
     {
       path: leaf.astype(ml_dtypes.bfloat16)
-      for path, leaf in names.flatten(TREE).items()
+      for path, leaf in weight_mapping.flatten(TREE).items()
     }
   )
   adapter.save(tmp_path / 'a', half, CARD)
-  leaves = names.flatten(adapter.load(str(tmp_path / 'a'))[0]).values()
+  leaves = weight_mapping.flatten(adapter.load(str(tmp_path / 'a'))[0]).values()
   assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
 
 

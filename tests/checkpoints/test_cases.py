@@ -8,13 +8,13 @@ import os
 import pytest
 
 from moepeft import convert, generate
-from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.files import NotAFile
 from moepeft.inference import prompts
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from tests import ROOT
 
 from . import gguf_files
@@ -86,7 +86,7 @@ def test_odd_metadata_of_a_gguf_file_are_one_sentence(
   file = gguf_lib.open_file(path)
   for value in ODD_METADATA[key]:
     file.metadata = dict(file.metadata) | {f'llama.{key}': value}
-    with pytest.raises(names.CheckpointError) as error:
+    with pytest.raises(weight_mapping.CheckpointError) as error:
       file.config()
     assert '\n' not in str(error.value)
   gguf_lib._opened.cache_clear()
@@ -106,10 +106,10 @@ def test_a_token_beyond_the_embedding_is_refused():
 
 @here
 def test_018_generate_refuses_a_token_beyond_the_embedding():
-  from moepeft.runs import run as runs
+  from moepeft.inference import loaded_model
 
-  run = runs.open_model(str(SHARED / '018' / 'model'))
-  ids = prompts.plain(run.words, 'a<|extra_3|>', decoder_only=True)
+  run = loaded_model.load_model(str(SHARED / '018' / 'model'))
+  ids = prompts.plain(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
   assert max(ids) >= run.model.config.vocab
   with pytest.raises(ValueError, match='more tokens than its embedding'):
     prompts.check_ids(ids, run.model.config.vocab)
@@ -187,8 +187,8 @@ def test_refusing_to_merge_a_mixture_advises_a_form_that_works(
   tree = adapter_tree(config, leaves, [site])
   method = f"molora(experts=2, rank=7, sites='{site}')"
   path = str(tmp_path / 'm')
-  card = own.describe(method, 'official', path, sha256, 't5', config)
-  own.save(tmp_path / 'a', tree, card)
+  card = adapter_lib.describe(method, 'official', path, sha256, 't5', config)
+  adapter_lib.save(tmp_path / 'a', tree, card)
   run = lambda to, out: convert.main(  # noqa: E731
     ['convert', f'--input={tmp_path}/a', f'--output={tmp_path}/{out}', to]
   )
@@ -204,9 +204,9 @@ def card_of(tmp_path):
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   tree = adapter_tree(config, leaves, ['encoder/self/q'])
   method = "lora(rank=7, sites='encoder/self/q')"
-  card = own.describe(method, 'official', 'x', 'y', 't5', config)
-  own.save(tmp_path / 'a', tree, card)
-  return json.loads((tmp_path / 'a' / own.CARD).read_text())
+  card = adapter_lib.describe(method, 'official', 'x', 'y', 't5', config)
+  adapter_lib.save(tmp_path / 'a', tree, card)
+  return json.loads((tmp_path / 'a' / adapter_lib.CARD).read_text())
 
 
 @pytest.mark.parametrize('value', [None, 3, 'x', [1], {}, {'a': 1}, 2**70])
@@ -224,13 +224,13 @@ def test_no_type_in_our_card_is_a_traceback(tmp_path, value):
       node = node[key]
     node[path[-1]] = value
     # As a program would that wrote it wrongly: with a hash that is right.
-    card['card_sha256'] = own._card_hash(card)
+    card['card_sha256'] = adapter_lib._card_hash(card)
     if path == ('card_sha256',):
       card['card_sha256'] = value
-    (tmp_path / 'a' / own.CARD).write_text(json.dumps(card))
+    (tmp_path / 'a' / adapter_lib.CARD).write_text(json.dumps(card))
     try:
       base_lib.load_adapter(str(tmp_path / 'a'), CONFIGS['gated-untied'])
-      own.config_of(own.load(str(tmp_path / 'a'))[1])
+      adapter_lib.config_of(adapter_lib.load(str(tmp_path / 'a'))[1])
     except (ValueError, OSError) as error:
       assert str(error)
 
@@ -241,7 +241,7 @@ def test_odd_ids_of_a_gguf_file_are_refused(value):
 
   said = {'tokenizer.ggml.bos_token_id': value}
   with pytest.raises(
-    names.CheckpointError, match='bos_token_id, expected the id'
+    weight_mapping.CheckpointError, match='bos_token_id, expected the id'
   ):
     gguf_tokenizer.special_ids(said)
 
@@ -252,9 +252,9 @@ def test_odd_ids_of_a_gguf_file_are_refused(value):
 def test_odd_added_tokens_are_refused_where_a_model_is_written(
   tmp_path, tokens
 ):
-  from moepeft.checkpoints.hf import tokenizer_files as words
+  from moepeft.checkpoints.hf import tokenizer_files
 
   (tmp_path / 'tokenizer.json').write_text(json.dumps({'added_tokens': tokens}))
   (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "a"}')
-  with pytest.raises(names.CheckpointError, match='added_tokens'):
-    words.special_ids(str(tmp_path))
+  with pytest.raises(weight_mapping.CheckpointError, match='added_tokens'):
+    tokenizer_files.special_ids(str(tmp_path))

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from moepeft import convert
-from moepeft.checkpoints import adapter as own
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints import quantize
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.peft import build
 from moepeft.peft.merge import merge
@@ -55,10 +55,12 @@ def run(tmp_path, monkeypatch, capsys):
   t5x.save('both', CONFIG, PARAMS, LORA)
   t5x.save('mixture', CONFIG, PARAMS, MOV)
   peft.save('peft', CONFIG, LORA, base='hf')
-  sha256 = names.content_hash(PARAMS)
-  card = own.describe(LORA.method, 'official', 'hf', sha256, 't5', CONFIG)
-  own.save('moepeft', LORA.tree, card)
-  own.save('mixed', MOV.tree, card | {'method': MOV.method})
+  sha256 = weight_mapping.content_hash(PARAMS)
+  card = adapter_lib.describe(
+    LORA.method, 'official', 'hf', sha256, 't5', CONFIG
+  )
+  adapter_lib.save('moepeft', LORA.tree, card)
+  adapter_lib.save('mixed', MOV.tree, card | {'method': MOV.method})
 
   def run(*arguments):
     code = convert.main(['convert', *arguments])
@@ -92,9 +94,9 @@ def test_dtype_casts_the_base(run):
 def test_adapters_go_all_ways(run, source, form):
   converted(run, source, form)
   if form == 'moepeft':
-    tree, card = own.load('out')
+    tree, card = adapter_lib.load('out')
     found = Adapter(card['method'], tree)
-    assert card['base'] == own.load('moepeft')[1]['base']
+    assert card['base'] == adapter_lib.load('moepeft')[1]['base']
   elif form == 'peft':
     found = peft.load('out', CONFIG)
     assert peft_config.read('out')['base_model_name_or_path'] == 'hf'
@@ -113,22 +115,22 @@ def test_base_and_adapter_of_one_checkpoint_come_apart(run, form):
   if form == 'peft':
     found = peft.load('out/adapter', CONFIG).tree
   else:
-    found, card = own.load('out/adapter')
+    found, card = adapter_lib.load('out/adapter')
     assert card['base']['path'] == 'out/base'
     assert card['base']['sha256'] == hf.load('out/base').sha256
-    assert own.config_of(card) == CONFIG
+    assert adapter_lib.config_of(card) == CONFIG
   assert_equal_trees(found, LORA.tree)
 
 
 def test_the_hash_is_of_the_base_that_was_written(run):
   converted(run, 'both', 'moepeft', '--dtype=float16')
-  base = own.load('out/adapter')[1]['base']
+  base = adapter_lib.load('out/adapter')[1]['base']
   assert base['sha256'] == hf.load('out/base').sha256
 
 
 def test_top_k_comes_from_the_flag(run):
   converted(run, 'mixture', 'moepeft', '--top_k=1')
-  method = own.load('out/adapter')[1]['method']
+  method = adapter_lib.load('out/adapter')[1]['method']
   assert 'router=topk(k=1, renormalize=False)' in method
 
 
@@ -137,7 +139,7 @@ def trained(run, tmp_path, monkeypatch):
   """Puts a run's result into the work directory 'run'."""
 
   def put(tree, **entries):
-    card = own.load('moepeft')[1] | {'seed': 5, 'step': 7} | entries
+    card = adapter_lib.load('moepeft')[1] | {'seed': 5, 'step': 7} | entries
     module = types.ModuleType('moepeft.checkpoints.manager')
     module.restore_trained = lambda workdir: (tree, card)
     monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
@@ -152,8 +154,8 @@ def trained(run, tmp_path, monkeypatch):
 def test_workdir_exports_what_was_trained(run, trained):
   trained(LORA.tree, trainable='peft')
   assert run('--workdir=run', '--output=out') == (0, '')
-  assert own.load('out')[1] == own.load('moepeft')[1]
-  for name in (own.ARRAYS, own.CARD):
+  assert adapter_lib.load('out')[1] == adapter_lib.load('moepeft')[1]
+  for name in (adapter_lib.ARRAYS, adapter_lib.CARD):
     with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
       assert ours.read() == f.read()
 
@@ -206,10 +208,10 @@ def test_an_adapter_as_hf_is_merged_into_its_base(run, trained, source):
 
 
 def test_what_was_trained_on_a_quantised_base_is_merged_into_that(run, trained):
-  base = own.load('moepeft')[1]['base'] | {'quantise': 'nf4'}
+  base = adapter_lib.load('moepeft')[1]['base'] | {'quantise': 'nf4'}
   trained(LORA.tree, trainable='peft', base=base)
   assert run('--workdir=run', '--output=out', '--to=hf') == (0, '')
-  seen = quantised.unpack(quantised.pack(PARAMS, CONFIG, 'nf4'), CONFIG)
+  seen = quantize.unpack(quantize.pack(PARAMS, CONFIG, 'nf4'), CONFIG)
   built = build(LORA.method, t5.sites(CONFIG))
   expected = merge(built, {'params': seen, 'peft': LORA.tree})
   expected = jax.tree.map(np.asarray, expected)

@@ -14,8 +14,8 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from moepeft.checkpoints.run_metadata import seal
-from moepeft.core.jsonl_log import read
 from moepeft.runs.directory import LostWorkdir
+from moepeft.runs.metrics_log import read
 
 from ..disks import full_disk  # noqa: F401
 from ..training.test_train import adapter_bytes, base, card  # noqa: F401

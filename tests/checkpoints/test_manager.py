@@ -17,9 +17,9 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import Checkpoints, card, restore_adapter
 from moepeft.checkpoints.run_metadata import seal
 from moepeft.core.types import State
+from moepeft.inference.loaded_model import open_run
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.runs.run import open_run
 
 from ..contracts import small
 

@@ -13,7 +13,7 @@ from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from . import gguf_files
@@ -47,16 +47,16 @@ def test_a_base_of_hugging_face_is_refused(tmp_path, value, dtype):
 def test_the_largest_finite_numbers_pass(dtype):
   largest = ml_dtypes.finfo(dtype).max
   array = np.full((3, 5), largest, dtype)
-  names.check_finite('w', array, 'x')
-  names.check_finite('w', -array.T, 'x')
+  weight_mapping.check_finite('w', array, 'x')
+  weight_mapping.check_finite('w', -array.T, 'x')
   with pytest.raises(CheckpointError, match='w in x holds 1 numbers of 15'):
     array[2, 4] = np.nan
-    names.check_finite('w', array.T, 'x')
+    weight_mapping.check_finite('w', array.T, 'x')
 
 
 def test_whole_numbers_and_empty_arrays_pass():
-  names.check_finite('w', np.arange(3), 'x')
-  names.check_finite('w', np.zeros((0, 3), np.float16), 'x')
+  weight_mapping.check_finite('w', np.arange(3), 'x')
+  weight_mapping.check_finite('w', np.zeros((0, 3), np.float16), 'x')
 
 
 def test_the_scale_of_a_quantised_block_is_looked_at(tmp_path):
@@ -100,8 +100,11 @@ def test_an_adapter_of_peft_is_refused(tmp_path):
 
 
 def test_an_adapter_of_moepeft_is_refused(tmp_path):
-  tree = names.unflatten(
-    {path: np.array(leaf) for path, leaf in names.flatten(LORA.tree).items()}
+  tree = weight_mapping.unflatten(
+    {
+      path: np.array(leaf)
+      for path, leaf in weight_mapping.flatten(LORA.tree).items()
+    }
   )
   tree['encoder']['layers']['self']['q']['lora']['a'][0, 0, 0] = np.inf
   card = adapter.describe(LORA.method, 'official', '', '', 't5', CONFIG)

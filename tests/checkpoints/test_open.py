@@ -13,17 +13,17 @@ from moepeft import config as config_lib
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
-from moepeft.evaluation import runner as work
+from moepeft.evaluation import runner
+from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.initializers import fresh
-from moepeft.objectives import reference_model as references
+from moepeft.objectives import reference_model
 from moepeft.peft import build
-from moepeft.runs import run as runs
 
 from .. import chat_cases
 
@@ -36,7 +36,7 @@ CONFIG = DecoderConfig(
 def place(tmp_path, monkeypatch):
   """A work place with a base in it."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(runs, 'vocabulary', lambda *names: Bytes())
+  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: Bytes())
   params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   hf.save('base', CONFIG, params)
   return jax.tree.map(np.asarray, params)
@@ -66,7 +66,7 @@ def test_an_adapter_brings_its_semantics(place):
   tree, built = saved(place, 'paper')
   # The official ones leave a projection out.
   assert built.advice != build('lora(rank=2)', sites(CONFIG)).advice
-  run = runs.open_model('base', 'adapter')
+  run = loaded_model.load_model('base', 'adapter')
   assert run.config.semantics == 'paper'
   jax.tree.map(np.testing.assert_array_equal, run.variables['peft'], tree)
   c = config()
@@ -74,7 +74,7 @@ def test_an_adapter_brings_its_semantics(place):
   base = base_lib.load(c.model)
   model, own = base_lib.module(base, c)
   # A reference of other semantics than the policy's.
-  _, found = references.reference_of('dpo', 'adapter', model, own, base)
+  _, found = reference_model.reference_of('dpo', 'adapter', model, own, base)
   jax.tree.map(np.testing.assert_array_equal, found, tree)
   with pytest.raises(ValueError, match="and config.semantics to 'paper'"):
     base_lib.with_adapter({'peft': tree}, own, 'adapter', base)
@@ -82,7 +82,7 @@ def test_an_adapter_brings_its_semantics(place):
 
 def test_an_adapter_brings_what_its_base_was_kept_in(place):
   _, built = saved(place, quantise='nf4')
-  kept = runs.open_model('base', 'adapter').variables['params']
+  kept = loaded_model.load_model('base', 'adapter').variables['params']
   base = base_lib.load(config(quantise='nf4').model)
   jax.tree.map(np.testing.assert_array_equal, kept, base.params)
   for other in ('', 'int8'):
@@ -107,23 +107,23 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
     said = json.load(open(path)) if os.path.exists(path) else {}
     with open(path, 'w') as f:
       json.dump(said | {'eos_token_id': ids}, f)
-  run = runs.open_model('some/name')
-  assert run.ends == (1, 5, 7, 9)
+  run = loaded_model.load_model('some/name')
+  assert run.eos_token_ids == (1, 5, 7, 9)
   # Of another vocabulary they would be other tokens.
   other = run.config.copy_and_resolve_references()
   other.data.vocabulary = 'bytes'
-  assert dataclasses.replace(run, config=other).ends == (1,)
+  assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
   answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
-  monkeypatch.setattr(work, 'Answering', answering)
-  work._measure(run, ('exact_match',))
-  assert seen == [run.ends]
+  monkeypatch.setattr(runner, 'Answering', answering)
+  runner._measure(run, ('exact_match',))
+  assert seen == [run.eos_token_ids]
 
 
 def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   chat_cases.tokenizer(template='none of it').save_pretrained('words')
   words = Tokenizer('words')
-  monkeypatch.setattr(runs, 'vocabulary', lambda *names: words)
+  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: words)
   with open('own.jinja', 'w') as f:
     f.write(chat_cases.CHATML)
   c = config()
@@ -132,21 +132,23 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   os.mkdir('run')
   with open('run/config.json', 'w') as f:
     f.write(c.to_json())
-  run = runs.load('run', 'base')
+  run = loaded_model.load_run('run', 'base')
   turns = (Turn('user', 'a'),)
-  expected = chat.Template(words.tokenizer, chat_cases.CHATML).prompt(
+  expected = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
     Conversation((Turn('system', c.data.system), *turns))
   )
-  assert chat.Template(run.words.tokenizer).prompt(Conversation(turns)) == (
-    expected
-  )
+  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(
+    Conversation(turns)
+  ) == (expected)
   # What has a system's turn keeps it.
   given = Conversation((Turn('system', 'b'), *turns))
-  plain = chat.Template(words.tokenizer, chat_cases.CHATML).prompt(given)
-  assert chat.Template(run.words.tokenizer).prompt(given) == plain
+  plain = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
+    given
+  )
+  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(given) == plain
   os.remove('own.jinja')
   with pytest.raises(ValueError, match='own.jinja.* cannot be read'):
-    runs.load('run', 'base')
+    loaded_model.load_run('run', 'base')
 
 
 def test_a_template_begins_as_before_behind_a_systems_turn():

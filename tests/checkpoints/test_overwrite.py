@@ -9,8 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import adapter
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import adapter, directory
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.models.t5 import model as t5
@@ -44,12 +43,12 @@ def killing(monkeypatch, at):
 
   for name in CALLS:
     monkeypatch.setattr(os, name, wrapped(getattr(os, name)))
-  monkeypatch.setattr(files, 'exchange', wrapped(files.exchange))
+  monkeypatch.setattr(directory, 'exchange', wrapped(directory.exchange))
   return lambda: count
 
 
 def write(path, text):
-  with files.directory(str(path), overwrite=True) as made:
+  with directory.directory(str(path), overwrite=True) as made:
     for name in ('a.json', 'b.txt'):
       (made / name).write_text(text)
 
@@ -66,7 +65,7 @@ def both(text):
 def test_a_kill_at_any_call_leaves_old_or_new(tmp_path, monkeypatch, exchanges):
   if not exchanges:
     # As on file systems that cannot.
-    monkeypatch.setattr(files, 'exchange', lambda one, other: False)
+    monkeypatch.setattr(directory, 'exchange', lambda one, other: False)
   at, ended, absent = 0, False, 0
   while not ended:
     folder = tmp_path / f'{exchanges}{at}'
@@ -86,8 +85,8 @@ def test_a_kill_at_any_call_leaves_old_or_new(tmp_path, monkeypatch, exchanges):
       absent += 1
       assert not exchanges, 'there was a moment without either'
       # The next call begins by putting the old one back.
-      with pytest.raises(files.CheckpointError, match='already holds'):
-        files.check_output(target, overwrite=False)
+      with pytest.raises(directory.CheckpointError, match='already holds'):
+        directory.check_output(target, overwrite=False)
       assert content(target) == both('old')
     write(target, 'newest')
     assert content(target) == both('newest')
@@ -99,7 +98,7 @@ def test_a_kill_at_any_call_leaves_old_or_new(tmp_path, monkeypatch, exchanges):
 def test_an_error_while_replacing_leaves_the_old_one(tmp_path, monkeypatch):
   target = tmp_path / 'out'
   write(target, 'old')
-  monkeypatch.setattr(files, 'exchange', lambda one, other: False)
+  monkeypatch.setattr(directory, 'exchange', lambda one, other: False)
   plain = os.rename
 
   def failing(source, destination):
@@ -134,7 +133,9 @@ def test_an_export_that_fills_the_disk_is_one_sentence(
   shape = dataclasses.replace(small.GATED, vocab=20_011)
   target = full_disk.path / 'out'
   full_disk.fill(leave=100_000)
-  with pytest.raises(files.CheckpointError, match='disk of .*out is full') as e:
+  with pytest.raises(
+    directory.CheckpointError, match='disk of .*out is full'
+  ) as e:
     if kind == 'moepeft':
       described = adapter.describe(
         'lora(rank=2)', 'official', '', '', 't5', shape

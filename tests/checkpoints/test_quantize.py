@@ -12,10 +12,10 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import manager as checkpoint
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import manager, quantize
 from moepeft.checkpoints.count_parameters import count
-from moepeft.models import weight_mapping as names
+from moepeft.inference import loaded_model
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh, letters
@@ -29,7 +29,6 @@ from moepeft.nn.quantization import (
   to_nf4,
 )
 from moepeft.peft import build
-from moepeft.runs import run as runs
 
 from ..contracts import small
 
@@ -154,10 +153,10 @@ CASES = [
 def test_any_advice_sees_the_decoded_weight(method, config):
   model, batch = made(method, config)
   params = decoder_params() if config is DECODER else small.params()
-  packed = quantised.pack(params, config, 'nf4')
-  assert quantised.kind_of(packed) == 'nf4'
+  packed = quantize.pack(params, config, 'nf4')
+  assert quantize.kind_of(packed) == 'nf4'
   peft = noisy(fresh(model, batch, 1, packed)['peft'])
-  wide = quantised.unpack(packed, config)
+  wide = quantize.unpack(packed, config)
   shapes = lambda tree: jax.tree.map(np.shape, tree)  # noqa: E731
   assert shapes(wide) == shapes(params)
 
@@ -179,9 +178,9 @@ def test_any_advice_sees_the_decoded_weight(method, config):
 @every_kind
 def test_every_axis_says_its_letter(kind):
   model, _ = made(METHODS[0], DECODER)
-  params = quantised.pack(decoder_params(), DECODER, kind)
-  said = names.flatten(letters(model, BATCH, params)['params'])
-  found = names.flatten(params)
+  params = quantize.pack(decoder_params(), DECODER, kind)
+  said = weight_mapping.flatten(letters(model, BATCH, params)['params'])
+  found = weight_mapping.flatten(params)
   assert said.keys() == found.keys()
   assert all(len(said[path]) == found[path].ndim for path in found)
   at = 'decoder/layers/self/o/kernel'
@@ -192,16 +191,16 @@ def test_every_axis_says_its_letter(kind):
 @every_kind
 def test_shapes_and_counts_need_no_weights(kind):
   params = decoder_params()
-  packed = quantised.pack(params, DECODER, kind)
-  found = quantised.shapes(params, DECODER, kind)
+  packed = quantize.pack(params, DECODER, kind)
+  found = quantize.shapes(params, DECODER, kind)
   of = lambda tree: {  # noqa: E731
     path: (leaf.shape, np.dtype(leaf.dtype))
-    for path, leaf in names.flatten(tree).items()
+    for path, leaf in weight_mapping.flatten(tree).items()
   }
   assert of(found) == of(packed)
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert quantised.parameters(packed, DECODER) == total
-  assert quantised.parameters(params, DECODER) == total
+  assert quantize.parameters(packed, DECODER) == total
+  assert quantize.parameters(params, DECODER) == total
 
 
 # Weights are nearly all that a program of two tokens holds.
@@ -227,8 +226,8 @@ def test_memory_falls_to_the_bits_that_are_kept():
   # d x (3 + 3 + 3) 64 for q, k, v, o's 192 x d, and 3 x 128 x 256, 8 layers.
   kernels = 8 * (4 * 128 * 192 + 3 * 128 * 256)
   for kind, bits in (('int8', 8), ('nf4', 4)):
-    packed = quantised.pack(params, DEEP, kind)
-    saved = quantised.size(params) - quantised.size(packed)
+    packed = quantize.pack(params, DEEP, kind)
+    saved = quantize.size(params) - quantize.size(packed)
     # The scales: one of 64 weights (nf4), or of an output (128 at least).
     scales = kernels * 4 / 64
     assert kernels * (32 - bits) / 8 - scales <= saved
@@ -252,18 +251,20 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
   base, again = base_lib.load(c.model), base_lib.load(c.model)
   assert base.sha256 == plain.sha256
   # Of what is stored, not of what the rest is cast to.
-  expected = quantised.pack(plain.params, plain.config, 'nf4', 'bfloat16')
+  expected = quantize.pack(plain.params, plain.config, 'nf4', 'bfloat16')
   for found in (base.params, again.params):
-    for path, leaf in names.flatten(expected).items():
-      assert names.flatten(found)[path].tobytes() == leaf.tobytes(), path
+    for path, leaf in weight_mapping.flatten(expected).items():
+      assert weight_mapping.flatten(found)[path].tobytes() == leaf.tobytes(), (
+        path
+      )
   _, built = base_lib.module(base, c)
-  card = checkpoint.card(base, built, 0)
+  card = manager.card(base, built, 0)
   assert card['base'] == {
     'path': 'package:t5_tiny',
     'sha256': plain.sha256,
     'quantise': 'nf4',
   }
-  assert 'quantise' not in checkpoint.card(plain, built, 0)['base']
+  assert 'quantise' not in manager.card(plain, built, 0)['base']
 
 
 def test_the_count_says_what_memory_the_weights_take():
@@ -272,7 +273,7 @@ def test_the_count_says_what_memory_the_weights_take():
     for kind in ('', 'int8', 'nf4')
   }
   base = base_lib.load(config_of(quantise='nf4').model)
-  assert sizes['nf4'] == round(quantised.size(base.params) / 1e6, 3)
+  assert sizes['nf4'] == round(quantize.size(base.params) / 1e6, 3)
   assert sizes['nf4'] < sizes['int8'] < sizes['']
 
 
@@ -311,11 +312,11 @@ def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
   c, workdir = run_config(), str(tmp_path / 'run')
   train.train(c, workdir)
   assert 'projections in nf4: 0.8732 MB in all' in capsys.readouterr().out
-  run = runs.load(workdir)
+  run = loaded_model.load_run(workdir)
   base = base_lib.load(c.model)
-  assert run.base_parameters == quantised.parameters(base.params, base.config)
-  for path, leaf in names.flatten(base.params).items():
-    found = np.asarray(names.flatten(run.variables['params'])[path])
+  assert run.base_parameters == quantize.parameters(base.params, base.config)
+  for path, leaf in weight_mapping.flatten(base.params).items():
+    found = np.asarray(weight_mapping.flatten(run.variables['params'])[path])
     assert found.tobytes() == leaf.tobytes(), path
   other = run_config()
   other.model.quantise = 'int8'
@@ -329,6 +330,6 @@ def test_merging_into_packed_kernels_is_refused():
 
   built = build('lora(rank=3)', sites(DECODER))
   model = Decoder(DECODER, built.advice)
-  packed = quantised.pack(decoder_params(), DECODER, 'int8')
+  packed = quantize.pack(decoder_params(), DECODER, 'int8')
   with pytest.raises(ValueError, match=r'quantised \(int8\): merge into'):
     merge(built, fresh(model, BATCH, 1, packed))

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config
 from moepeft.models.weight_mapping import CheckpointError, Rule
 
@@ -20,19 +20,19 @@ SIZES = {'d': 2, 'n': 3, 'h': 5, 'e': 7}
 
 def test_axes_are_split_moved_and_joined():
   theirs = np.arange(30).reshape(15, 2)
-  ours = names.rearrange(theirs, '(nh)d', 'dnh', SIZES)
+  ours = weight_mapping.rearrange(theirs, '(nh)d', 'dnh', SIZES)
   assert ours.shape == (2, 3, 5)
   # Row n * 5 + h of theirs is head n, feature h of ours.
   assert ours[1, 2, 4] == theirs[2 * 5 + 4, 1]
-  back = names.rearrange(ours, 'dnh', '(nh)d', SIZES)
+  back = weight_mapping.rearrange(ours, 'dnh', '(nh)d', SIZES)
   np.testing.assert_array_equal(back, theirs)
 
 
 def test_axes_of_size_one_come_and_go():
   theirs = np.arange(15).reshape(15, 1)
-  ours = names.rearrange(theirs, '(nh)1', 'nh', SIZES)
+  ours = weight_mapping.rearrange(theirs, '(nh)1', 'nh', SIZES)
   np.testing.assert_array_equal(ours, theirs.reshape(3, 5))
-  back = names.rearrange(ours, 'nh', '(nh)1', SIZES)
+  back = weight_mapping.rearrange(ours, 'nh', '(nh)1', SIZES)
   np.testing.assert_array_equal(back, theirs)
 
 
@@ -40,12 +40,12 @@ def test_rules_name_every_parameter_of_the_model(config):
   batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
   init = lambda: T5(config).init(jax.random.key(0), batch)  # noqa: E731
   params = jax.eval_shape(init)['params']
-  shapes = {k: v.shape for k, v in names.flatten(params).items()}
-  for rules in (t5_names.hf_rules(config), t5_names.t5x_rules(config)):
-    wanted = names.entries(
-      rules, t5_names.sizes(config), t5_names.depths(config)
+  shapes = {k: v.shape for k, v in weight_mapping.flatten(params).items()}
+  for rules in (t5_weights.hf_rules(config), t5_weights.t5x_rules(config)):
+    wanted = weight_mapping.entries(
+      rules, t5_weights.sizes(config), t5_weights.depths(config)
     )
-    assert names.stacked_shapes(wanted) == shapes
+    assert weight_mapping.stacked_shapes(wanted) == shapes
     assert len({entry.their_name for entry in wanted}) == len(wanted)
 
 
@@ -53,7 +53,7 @@ def test_projections_are_sites_of_the_model(config):
   from moepeft.models.t5 import model as t5
 
   known = t5.sites(config)
-  assert set(t5_names.projections(config) | t5_names.taps()) <= set(known)
+  assert set(t5_weights.projections(config) | t5_weights.taps()) <= set(known)
 
 
 def test_content_hash_is_what_its_docstring_says():
@@ -61,7 +61,7 @@ def test_content_hash_is_what_its_docstring_says():
   digest = hashlib.sha256(np.float32(1.5).tobytes()).hexdigest()
   line = f'x float32 [1] {digest}\n'
   expected = hashlib.sha256(line.encode()).hexdigest()
-  assert names.content_hash(tree) == expected
+  assert weight_mapping.content_hash(tree) == expected
 
 
 def test_content_hash_does_not_see_how_layers_are_kept():
@@ -72,7 +72,9 @@ def test_content_hash_does_not_see_how_layers_are_kept():
       'layers_1': {'a': np.arange(3.0, 6.0)},
     }
   }
-  assert names.content_hash(stacked) == names.content_hash(apart)
+  assert weight_mapping.content_hash(stacked) == weight_mapping.content_hash(
+    apart
+  )
 
 
 @pytest.mark.parametrize('change', ['value', 'name', 'dtype', 'shape'])
@@ -84,19 +86,19 @@ def test_content_hash_sees_every_change(change):
     'dtype': {'a': array.view(np.int32)},
     'shape': {'a': array.reshape(2, 2)},
   }
-  before = names.content_hash({'a': array})
-  assert names.content_hash(changed[change]) != before
+  before = weight_mapping.content_hash({'a': array})
+  assert weight_mapping.content_hash(changed[change]) != before
 
 
 def test_content_hash_takes_jax_arrays_and_bfloat16():
   array = np.arange(4).astype(ml_dtypes.bfloat16)
-  here = names.content_hash({'a': array})
-  assert names.content_hash({'a': jax.numpy.asarray(array)}) == here
+  here = weight_mapping.content_hash({'a': array})
+  assert weight_mapping.content_hash({'a': jax.numpy.asarray(array)}) == here
 
 
 def test_mismatch_reads_like_a_diff():
   with pytest.raises(CheckpointError) as error:
-    names.check(
+    weight_mapping.check(
       {'same': (1,), 'lost': (2, 3), 'wide': (4,)},
       {'same': (1,), 'wide': (5,), 'new': ()},
       'the file does not fit',
@@ -115,47 +117,49 @@ def test_mismatch_reads_like_a_diff():
 def test_a_long_mismatch_is_cut_and_says_so():
   found = {f'x{i:02d}': (1,) for i in range(50)}
   with pytest.raises(CheckpointError, match=r'and 10 more lines'):
-    names.check({}, found, 'what', 'advice')
+    weight_mapping.check({}, found, 'what', 'advice')
 
 
 def test_layers_of_unlike_dtypes_need_a_dtype():
   rules = [Rule('s/layers/{l}/a', 'a{l}', 'd', 'd')]
-  wanted = names.entries(rules, {'d': 2}, {'s': 2})
+  wanted = weight_mapping.entries(rules, {'d': 2}, {'s': 2})
   arrays = {'a0': np.ones(2, np.float32), 'a1': np.ones(2, np.float16)}
   with pytest.raises(CheckpointError, match='a1 is float16'):
-    names.read(wanted, {'d': 2}, arrays.__getitem__)
-  tree, _ = names.read(wanted, {'d': 2}, arrays.__getitem__, np.float32)
+    weight_mapping.read(wanted, {'d': 2}, arrays.__getitem__)
+  tree, _ = weight_mapping.read(
+    wanted, {'d': 2}, arrays.__getitem__, np.float32
+  )
   assert tree['s']['layers']['a'].dtype == np.float32
 
 
 def test_a_tree_of_another_config_is_not_written():
   config = CONFIGS['gated-untied']
   other = random_params(CONFIGS['plain-untied'])
-  wanted = names.entries(
-    t5_names.hf_rules(config),
-    t5_names.sizes(config),
-    t5_names.depths(config),
+  wanted = weight_mapping.entries(
+    t5_weights.hf_rules(config),
+    t5_weights.sizes(config),
+    t5_weights.depths(config),
   )
   with pytest.raises(CheckpointError, match=r'- encoder/layers/mlp/wi_0'):
-    names.write(wanted, t5_names.sizes(config), other)
+    weight_mapping.write(wanted, t5_weights.sizes(config), other)
 
 
 def test_hf_config_round_trips(config):
-  fields = t5_names.config_to_hf(config)
-  assert t5_names.config_from_hf(fields, tied=config.tied) == config
+  fields = t5_weights.config_to_hf(config)
+  assert t5_weights.config_from_hf(fields, tied=config.tied) == config
 
 
 def test_hf_config_of_another_activation_is_refused():
-  fields = t5_names.config_to_hf(T5Config()) | {'feed_forward_proj': 'tanh'}
+  fields = t5_weights.config_to_hf(T5Config()) | {'feed_forward_proj': 'tanh'}
   with pytest.raises(CheckpointError, match="'tanh' in config.json"):
-    t5_names.config_from_hf(fields, tied=False)
+    t5_weights.config_from_hf(fields, tied=False)
 
 
 def test_hf_config_that_lacks_a_size_is_refused():
-  fields = t5_names.config_to_hf(T5Config())
+  fields = t5_weights.config_to_hf(T5Config())
   del fields['d_kv']
   with pytest.raises(CheckpointError, match='lacks d_kv'):
-    t5_names.config_from_hf(fields, tied=False)
+    t5_weights.config_from_hf(fields, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_hf_config_that_lacks_a_size_is_refused():
   ],
 )
 def test_head_is_scaled_as_transformers_does(fields, scaled):
-  base = t5_names.config_to_hf(T5Config())
+  base = t5_weights.config_to_hf(T5Config())
   del base['tie_word_embeddings'], base['scale_decoder_outputs']
-  config = t5_names.config_from_hf(base | fields, tied=False)
+  config = t5_weights.config_from_hf(base | fields, tied=False)
   assert config.scale_head is scaled

@@ -10,7 +10,7 @@ import pytest
 
 from moepeft.config import gin as gin_files
 from moepeft.config.gin import flags as gin_flags
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from tests import ROOT
 
@@ -29,7 +29,7 @@ def twin(size, method):
 
 
 def flat(config):
-  return names.flatten(json.loads(config.to_json()))
+  return weight_mapping.flatten(json.loads(config.to_json()))
 
 
 def load(*files, cached='', **macros):
@@ -479,7 +479,9 @@ def test_a_run_keeps_its_gin_files_as_one(tmp_path):
   assert (written['steps'], written['method']) == (1, 'ia3')
   # What --config.key=value changed is not gin's to say.
   expected = flat(gin_files.load([str(kept)]).config)
-  changed = {k for k, v in names.flatten(written).items() if v != expected[k]}
+  changed = {
+    k for k, v in weight_mapping.flatten(written).items() if v != expected[k]
+  }
   assert changed == {
     'data/source', 'data/mixture', 'evaluation/before', 'evaluation/after'
   }  # fmt: skip

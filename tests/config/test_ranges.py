@@ -10,20 +10,23 @@ from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
 from moepeft import moe
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import quantize
 from moepeft.config import check as config_check
 from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core import sharding
 from moepeft.core.ranges import MAX_SEED, Choices, Range
-from moepeft.data import registry as source
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.chat import dataset as chat
+from moepeft.data import registry as data_registry
+from moepeft.data.batching import decoder_only
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import FORMS
-from moepeft.data.text import dataset as text
+from moepeft.data.text import dataset as text_dataset
 from moepeft.models.decoder import llama
-from moepeft.objectives import COMPARED, OBJECTIVES
-from moepeft.objectives import cross_entropy as loss
-from moepeft.objectives import preference_losses as preference
+from moepeft.objectives import (
+  COMPARED,
+  OBJECTIVES,
+  cross_entropy,
+  preference_losses,
+)
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
 from moepeft.training.optim import OPTIMIZERS, SCHEDULES
@@ -65,14 +68,14 @@ def test_every_default_is_allowed():
   ('key', 'names'),
   [
     ('objective', OBJECTIVES | COMPARED),
-    ('preference.loss', preference.LOSSES),
-    ('loss.per', loss.PER),
-    ('model.quantise', ('', *quantised.KINDS)),
-    ('data.source', source.SOURCES),
+    ('preference.loss', preference_losses.LOSSES),
+    ('loss.per', cross_entropy.PER),
+    ('model.quantise', ('', *quantize.KINDS)),
+    ('data.source', data_registry.SOURCES),
     ('data.form', ('', *FORMS)),
-    ('data.train_on', chat.TRAIN_ON),
-    ('data.too_long', causal.TOO_LONG),
-    ('data.predict', text.PREDICT),
+    ('data.train_on', chat_dataset.TRAIN_ON),
+    ('data.too_long', decoder_only.TOO_LONG),
+    ('data.predict', text_dataset.PREDICT),
     ('optimizer.name', OPTIMIZERS),
     ('optimizer.schedule', SCHEDULES),
     ('sharding.preset', sharding.PRESETS),

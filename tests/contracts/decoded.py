@@ -15,13 +15,13 @@ import numpy as np
 from moepeft.core import sharding
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.sampling import Sampling
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn import initializers as start_lib
+from moepeft.nn import initializers
 from moepeft.objectives import seq2seq
 from moepeft.peft import build
-from moepeft.training import state_sharding as placement
+from moepeft.training import state_sharding
 
 CONFIG = DecoderConfig(
   vocab=40, d_model=16, heads=8, kv_heads=4, head_dim=6, ffn=24, layers=3
@@ -54,11 +54,11 @@ def placed(options):
   model = Decoder(CONFIG, build(METHOD, decoder.sites(CONFIG)).advice)
   small = {'inputs': jnp.zeros((1, 2), jnp.int32)}
   variables = jax.tree.map(
-    lambda a: np.asarray(3 * a), start_lib.fresh(model, small, 1)
+    lambda a: np.asarray(3 * a), initializers.fresh(model, small, 1)
   )
-  letters = start_lib.letters(model, small)
+  letters = initializers.letters(model, small)
   letters = {key: letters[key] for key in variables}
-  where = placement.tree_shardings(layout, letters, variables)
+  where = state_sharding.tree_shardings(layout, letters, variables)
   return layout, model, sharding.put(variables, where)
 
 
@@ -85,7 +85,7 @@ def gradients(layout, model, variables):
     return seq2seq.objective(model.apply, variables, rows, None)[0]
 
   value, found = jax.jit(jax.value_and_grad(loss))(variables, rows)
-  found = {'loss': value, **names.flatten(found)}
+  found = {'loss': value, **weight_mapping.flatten(found)}
   return {path: np.asarray(leaf) for path, leaf in found.items()}
 
 
@@ -99,7 +99,7 @@ def main(path: str) -> None:
       path: float(np.linalg.norm(own[path] - a) / (np.linalg.norm(a) or 1))
       for path, a in exact.items()
     }
-    keys = names.flatten(at[2]['params'])[KEYS]
+    keys = weight_mapping.flatten(at[2]['params'])[KEYS]
     held = keys.addressable_shards[0].data.size / keys.size
     found[name] = (*tokens(*at), off, held)
   with open(path, 'w') as f:

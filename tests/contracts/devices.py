@@ -10,10 +10,9 @@ import numpy as np
 from moepeft import config as config_lib
 from moepeft.core import sharding
 from moepeft.core.types import State
-from moepeft.models import weight_mapping as names
-from moepeft.nn import initializers as start
-from moepeft.training import optim, setup
-from moepeft.training import state_sharding as placement
+from moepeft.models import weight_mapping
+from moepeft.nn import initializers
+from moepeft.training import optim, setup, state_sharding
 
 from . import small
 
@@ -35,14 +34,16 @@ def train_three(method: str) -> dict[str, np.ndarray]:
     opt=optimizer.init(trainable),
     rng=jax.random.key(0),
   )
-  letters = start.letters(model, small.batch())
-  where = placement.state_shardings(layout, state, letters, built.trainable)
-  state = placement.place(state, where, optimizer.init)
+  letters = initializers.letters(model, small.batch())
+  where = state_sharding.state_shardings(
+    layout, state, letters, built.trainable
+  )
+  state = state_sharding.place(state, where, optimizer.init)
   update = jax.jit(setup.build_train_step(config, model, built, optimizer))
   for seed in range(3):
     batch = sharding.shard_batch(layout.mesh, small.batch(rows=8, seed=seed))
     state, aux = update(state, batch)
-  trained = names.flatten(jax.tree.map(np.asarray, state.trainable))
+  trained = weight_mapping.flatten(jax.tree.map(np.asarray, state.trainable))
   return trained | {'loss': np.asarray(aux['loss'])}
 
 

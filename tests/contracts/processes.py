@@ -11,7 +11,7 @@ import numpy as np
 
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.core import sharding
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 
 
 def main(number, count, port, name, path, workdir) -> None:
@@ -34,7 +34,7 @@ def main(number, count, port, name, path, workdir) -> None:
   trained, again = sharding.gather((state.trainable, back.trainable))
   if number == 0:
     found = {'loss': np.asarray(aux['loss']), 'shares': shares}
-    found |= names.flatten({'trained': trained, 'again': again})
+    found |= weight_mapping.flatten({'trained': trained, 'again': again})
     np.savez(path, **found)
 
 

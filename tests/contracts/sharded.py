@@ -17,10 +17,9 @@ from moepeft import config as config_lib
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.core import sharding
 from moepeft.core.types import State
-from moepeft.models import weight_mapping as names
-from moepeft.nn import initializers as start
-from moepeft.training import setup
-from moepeft.training import state_sharding as placement
+from moepeft.models import weight_mapping
+from moepeft.nn import initializers
+from moepeft.training import setup, state_sharding
 
 from . import small
 
@@ -87,22 +86,24 @@ def begin(method, layout):
     opt=jax.eval_shape(OPTIMIZER.init, trainable),
     rng=jax.random.key(3),
   )
-  letters = start.letters(model, small.batch())
-  where = placement.state_shardings(layout, state, letters, built.trainable)
-  said = placement.describe(layout, state, letters, built.trainable)
+  letters = initializers.letters(model, small.batch())
+  where = state_sharding.state_shardings(
+    layout, state, letters, built.trainable
+  )
+  said = state_sharding.describe(layout, state, letters, built.trainable)
   update = jax.jit(
     setup.build_train_step(config, model, built, OPTIMIZER),
     donate_argnums=0,
     out_shardings=(where, layout.whole),
   )
-  return update, placement.place(state, where, OPTIMIZER.init), said
+  return update, state_sharding.place(state, where, OPTIMIZER.init), said
 
 
 def held(tree) -> list[float]:
   """The greatest share of each array that a device holds, by path."""
   return {
     path: max(shard.data.size for shard in leaf.addressable_shards) / leaf.size
-    for path, leaf in names.flatten(tree).items()
+    for path, leaf in weight_mapping.flatten(tree).items()
   }
 
 
@@ -125,9 +126,9 @@ def step(method, options, arrays, facts) -> State:
     'gradient': held(state.opt[0].trace),
   }
   arrays['loss'] = np.asarray(aux['loss'])
-  for path, leaf in names.flatten(state.opt[0].trace).items():
+  for path, leaf in weight_mapping.flatten(state.opt[0].trace).items():
     arrays[f'gradient/{path}'] = np.asarray(leaf)
-  for path, leaf in names.flatten(state.trainable).items():
+  for path, leaf in weight_mapping.flatten(state.trainable).items():
     arrays[f'trainable/{path}'] = np.asarray(leaf)
   return state
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
 from moepeft.objectives.cross_entropy import mean
@@ -262,9 +262,11 @@ def test_merged_equals_unmerged(method):
   model, built = small.make(method)
   variables = small.variables(method, noise=0.1)
   merged = merge(built, variables)
-  names.check(
-    {k: a.shape for k, a in names.flatten(variables['params']).items()},
-    {k: a.shape for k, a in names.flatten(merged).items()},
+  weight_mapping.check(
+    {
+      k: a.shape for k, a in weight_mapping.flatten(variables['params']).items()
+    },
+    {k: a.shape for k, a in weight_mapping.flatten(merged).items()},
     'merging changes a path',
     'mend merge',
   )

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import LETTERS
-from moepeft.models import FAMILIES, decoder_only, encoder_only
-from moepeft.models import weight_mapping as names
-from moepeft.models.bert import weights as bert_names
+from moepeft.models import FAMILIES, decoder_only, encoder_only, weight_mapping
+from moepeft.models.bert import weights as bert_weights
 from moepeft.models.bert.model import Bert, BertConfig, sites
 from moepeft.nn.adapter_hook import Advice
 from moepeft.nn.initializers import letters
@@ -74,27 +73,27 @@ def test_every_site_is_reached_and_no_other(config):
 
 @CONFIGS
 def test_rules_name_every_parameter(config):
-  shapes = names.flatten(shapes_of(Bert(config))['params'])
-  wanted = names.entries(
-    bert_names.hf_rules(config),
-    bert_names.sizes(config),
-    bert_names.depths(config),
+  shapes = weight_mapping.flatten(shapes_of(Bert(config))['params'])
+  wanted = weight_mapping.entries(
+    bert_weights.hf_rules(config),
+    bert_weights.sizes(config),
+    bert_weights.depths(config),
   )
   found = {path: leaf.shape for path, leaf in shapes.items()}
-  assert names.stacked_shapes(wanted) == found
-  known = bert_names.projections(config) | bert_names.taps()
+  assert weight_mapping.stacked_shapes(wanted) == found
+  known = bert_weights.projections(config) | bert_weights.taps()
   assert set(known) <= set(sites(config))
 
 
 @CONFIGS
 def test_every_axis_has_the_size_of_its_letter(config):
   model, _ = make(config, 'molora(experts=7, rank=13)')
-  shapes, sizes = shapes_of(model), bert_names.sizes(config)
+  shapes, sizes = shapes_of(model), bert_weights.sizes(config)
   # A router reads d, the heads in one axis, or f.
   sizes = sizes | {'l': 2, 'e': 7, 'r': 13}
   for collection, tree in letters(model, small_bert.batch()).items():
-    wanted = names.flatten(shapes[collection])
-    for path, said in names.flatten(tree).items():
+    wanted = weight_mapping.flatten(shapes[collection])
+    for path, said in weight_mapping.flatten(tree).items():
       assert set(said) <= set(LETTERS)
       own = sizes | {'i': wanted[path].shape[said.find('i')]}
       assert wanted[path].shape == tuple(own[a] for a in said), path
@@ -187,8 +186,8 @@ def test_the_program_does_not_grow_with_depth(method):
 def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
   model, variables = make(WHOLE, method)
   _, base = make(WHOLE)
-  assert names.flatten(variables['params']).keys() == (
-    names.flatten(base['params']).keys()
+  assert weight_mapping.flatten(variables['params']).keys() == (
+    weight_mapping.flatten(base['params']).keys()
   )
   expected = apply(Bert(WHOLE), {'params': variables['params']})
   # Routers' weights sum to one up to float32 rounding.
@@ -221,14 +220,14 @@ def test_sites_outside_of_projections_take_scales():
   }
   model, variables = make(WHOLE, f"ia3(sites='{'|'.join(moved)}')")
   expected = apply(Bert(WHOLE), {'params': variables['params']})
-  scales = names.flatten(variables['peft'])
+  scales = weight_mapping.flatten(variables['peft'])
   assert len(scales) == len(moved)
   for site, wanted in moved.items():
     # The sublayer's own adapter lies beside it.
     own = site.replace('encoder/', 'encoder/layers/')
     own = own.replace('layers/mlp', 'layers/around_mlp')
     turned = scales | {f'{own}/ia3/scale': 1.5 * scales[f'{own}/ia3/scale']}
-    said = apply(model, variables | {'peft': names.unflatten(turned)})
+    said = apply(model, variables | {'peft': weight_mapping.unflatten(turned)})
     changed = {k for k in said if np.abs(said[k] - expected[k]).max() > 1e-3}
     assert changed == wanted, site
 

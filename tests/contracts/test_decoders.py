@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import FAMILIES
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import weight_mapping as names
+from moepeft.models import FAMILIES, decoder_weights, weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import build
@@ -67,14 +65,16 @@ def test_rules_name_every_parameter(name):
     jax.random.key(0), small_decoders.batch()
   )
   shapes = jax.eval_shape(init)['params']
-  shapes = {path: leaf.shape for path, leaf in names.flatten(shapes).items()}
-  wanted = names.entries(
-    decoder_names.hf_rules(config),
-    decoder_names.sizes(config),
-    decoder_names.depths(config),
+  shapes = {
+    path: leaf.shape for path, leaf in weight_mapping.flatten(shapes).items()
+  }
+  wanted = weight_mapping.entries(
+    decoder_weights.hf_rules(config),
+    decoder_weights.sizes(config),
+    decoder_weights.depths(config),
   )
-  assert names.stacked_shapes(wanted) == shapes
-  known = decoder_names.projections(config) | decoder_names.taps()
+  assert weight_mapping.stacked_shapes(wanted) == shapes
+  known = decoder_weights.projections(config) | decoder_weights.taps()
   assert set(known) <= set(sites(config))
 
 

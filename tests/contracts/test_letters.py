@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from moepeft.core.types import LETTERS
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import Fill, letters, param
 from moepeft.peft import build
@@ -40,7 +40,10 @@ def sizes_of(model):
   shapes = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
   found = defaultdict(set)
   for name, tree in letters(model, small.batch()).items():
-    said, wanted = names.flatten(tree), names.flatten(shapes.get(name, {}))
+    said, wanted = (
+      weight_mapping.flatten(tree),
+      weight_mapping.flatten(shapes.get(name, {})),
+    )
     assert said.keys() == wanted.keys()
     for path, leaf in wanted.items():
       assert len(said[path]) == len(leaf.shape), path

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import Context, Routing
-from moepeft.moe import ROUTERS
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
+from moepeft.moe import ROUTERS, aux_losses, router_stats
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
 
@@ -111,7 +109,7 @@ def by_hand():
   ln3 = np.log(3)
   logits = jnp.array([[[ln3, 0], [ln3, 0], [0, ln3], [0, 0]]], jnp.float32)
   mask = jnp.array([[True, True, True, False]])
-  return stats.reduce(Routing(logits, jax.nn.softmax(logits)), mask)
+  return router_stats.reduce(Routing(logits, jax.nn.softmax(logits)), mask)
 
 
 def test_sums_are_over_real_tokens():
@@ -130,14 +128,16 @@ def test_sums_are_over_real_tokens():
 def test_losses_by_hand():
   sums = by_hand()
   # 2 (2/3 * 1.75/3 + 1/3 * 1.25/3) = 2 (3.5 + 1.25) / 9
-  np.testing.assert_allclose(losses.load_balance(sums), 9.5 / 9, rtol=1e-6)
-  np.testing.assert_allclose(losses.z(sums), np.log(4) ** 2, rtol=1e-6)
-  total = losses.total({'a': sums, 'b': sums}, {'load_balance': 2.0, 'z': 0.0})
+  np.testing.assert_allclose(aux_losses.load_balance(sums), 9.5 / 9, rtol=1e-6)
+  np.testing.assert_allclose(aux_losses.z(sums), np.log(4) ** 2, rtol=1e-6)
+  total = aux_losses.total(
+    {'a': sums, 'b': sums}, {'load_balance': 2.0, 'z': 0.0}
+  )
   np.testing.assert_allclose(total, 19 / 9, rtol=1e-6)
 
 
 def test_statistics_by_hand():
-  values = stats.statistics(by_hand())
+  values = router_stats.statistics(by_hand())
   # A softmax gives every expert weight: the mean of (3/4, 3/4, 1/4) is 7/12,
   # though expert 0 has the largest weight of two tokens of three.
   np.testing.assert_allclose(values.share, [7 / 12, 5 / 12], rtol=1e-6)
@@ -163,7 +163,9 @@ def direct(weights, logits, mask):
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
   routing = run(ROUTERS[name](experts=7))
-  values = stats.statistics(stats.reduce(routing, jnp.asarray(mask)))
+  values = router_stats.statistics(
+    router_stats.reduce(routing, jnp.asarray(mask))
+  )
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(
     flat(routing.weights), flat(routing.logits), mask.ravel()
@@ -177,12 +179,12 @@ def test_shares_and_entropies_equal_a_direct_form(name):
 
 
 def test_a_token_of_top_k_counts_for_each_of_its_experts():
-  values = stats.statistics(stats.reduce(run(TopK(5, k=2)), None))
+  values = router_stats.statistics(router_stats.reduce(run(TopK(5, k=2)), None))
   np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
   # Every token goes to expert 0 and one other: all of the tokens, not half.
   weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
   shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
-  values = stats.statistics(stats.reduce(shared, None))
+  values = router_stats.statistics(router_stats.reduce(shared, None))
   np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
 
 
@@ -199,15 +201,15 @@ def test_expert_dropout_makes_no_dense_router_sparse(router):
 def test_equal_weights_share_the_load():
   routing = run(ROUTERS['uniform'](experts=3))
   np.testing.assert_allclose(
-    stats.reduce(routing, None).load, [10 / 3] * 3, rtol=1e-6
+    router_stats.reduce(routing, None).load, [10 / 3] * 3, rtol=1e-6
   )
 
 
 def test_sums_add_up_over_parts_of_a_batch():
   routing = run(TopK(3, k=2))
-  whole = stats.reduce(routing, CTX.token_mask)
+  whole = router_stats.reduce(routing, CTX.token_mask)
   halves = [
-    stats.reduce(
+    router_stats.reduce(
       jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
       CTX.token_mask[i : i + 1],
     )
@@ -222,7 +224,7 @@ def test_sums_add_up_over_parts_of_a_batch():
 def test_the_load_balance_loss_pushes_towards_balance():
   def loss(logits):
     routing = Routing(logits, jax.nn.softmax(logits))
-    return losses.load_balance(stats.reduce(routing, None))
+    return aux_losses.load_balance(router_stats.reduce(routing, None))
 
   slope = jax.grad(loss)(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
   # Expert 0 has all the load: its logits must fall.
@@ -231,4 +233,4 @@ def test_the_load_balance_loss_pushes_towards_balance():
 
 def test_an_unknown_loss_is_named():
   with pytest.raises(ValueError, match='got balance'):
-    losses.total({}, {'balance': 1.0})
+    aux_losses.total({}, {'balance': 1.0})

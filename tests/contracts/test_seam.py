@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from moepeft.models.t5 import model as t5
-from moepeft.moe import router_stats as stats
+from moepeft.moe import router_stats
 from moepeft.nn.initializers import fresh
 from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
@@ -101,7 +101,7 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
   assert layers['mlp']['wi_0']['lora']['a'].shape == (2, 3, 11, 2)
   assert layers['around_mlp']['mixture']['router']['kernel'].shape == (2, 11, 3)
   _, seen = model.apply(variables, small.batch(), mutable=['routing'])
-  found = stats.by_site(seen['routing'])
+  found = router_stats.by_site(seen['routing'])
   assert set(found) == {
     f'{side}/layers/around_mlp/mixture' for side in ('encoder', 'decoder')
   }

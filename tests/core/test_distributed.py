@@ -9,8 +9,7 @@ import threading
 
 import pytest
 
-from moepeft.core import distributed as processes
-from moepeft.core import process_barrier as meeting
+from moepeft.core import distributed, process_barrier
 
 
 def free_port():
@@ -24,7 +23,7 @@ def meet(address, count, timeout=10.0, numbers=None):
 
   def wait(number):
     try:
-      meeting.wait_for_all(address, count, number, timeout)
+      process_barrier.wait_for_all(address, count, number, timeout)
       ended[number] = ''
     except ValueError as e:
       ended[number] = str(e)
@@ -86,12 +85,12 @@ def test_strangers_at_the_port_do_not_count():
 )
 def test_an_address_of_another_form_is_refused(how):
   with pytest.raises(ValueError, match='HOST:PORT,PROCESSES,NUMBER'):
-    processes.join(how)
+    distributed.join(how)
 
 
 def test_a_number_beyond_the_count_is_refused():
   with pytest.raises(ValueError, match='numbered from 0 to 1'):
-    processes.join('localhost:9999,2,2')
+    distributed.join('localhost:9999,2,2')
 
 
 RUN = """

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core import secrets
 
 
@@ -30,5 +30,5 @@ def test_values_of_secret_variables_are_masked_in_every_error(
   monkeypatch.setenv('HF_TOKEN', 'moon-rain-leaf')
   monkeypatch.setenv('SOME_KEY', 'no')
   with pytest.raises(SystemExit):
-    command._stop('no access with moon-rain-leaf')
+    command_line._stop('no access with moon-rain-leaf')
   assert capsys.readouterr().err == 'error: no access with ***\n'

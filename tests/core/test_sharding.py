@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from moepeft.core import sharding
 from moepeft.core.sharding import Layout
 from moepeft.core.types import State
-from moepeft.models import weight_mapping as names
-from moepeft.training import state_sharding as placement
+from moepeft.models import weight_mapping
+from moepeft.training import state_sharding
 from tests import ROOT
 
 from ..contracts import sharded
@@ -135,7 +135,7 @@ def state_of(optimizer, shapes=SHAPES):
 def specs_of(layout, optimizer, **options):
   """{path: (shape, spec)} of the optimizer's arrays."""
   state = state_of(optimizer, **options)
-  where = placement.state_shardings(layout, state, LETTERS, 'params')
+  where = state_sharding.state_shardings(layout, state, LETTERS, 'params')
   paths = jax.tree_util.tree_flatten_with_path(state.opt)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): (leaf.shape, at)
@@ -176,7 +176,7 @@ def test_factored_moments_lie_as_the_axes_that_are_left():
 def test_one_line_says_what_each_device_holds_and_what_does_not_divide():
   layout = sharding.layout()
   state = state_of(optax.adam(0.1))
-  said = placement.describe(layout, state, LETTERS, 'params')
+  said = state_sharding.describe(layout, state, LETTERS, 'params')
   # 3 * 8 * 16 + 8 * 7 = 440 floats, 1760 bytes; Adam has two and a count.
   assert 'weights per device: 0.00176 of 0.00176 MB' in said
   assert 'optimizer per device: 0.00352 of 0.00352 MB' in said
@@ -346,7 +346,7 @@ def test_two_processes_with_their_own_rows_are_one(tmp_path, name):
   state = sharded.step('full', sharded.LAYOUTS['one'], expected, {})
   assert found['shares'] == 2
   close(found['loss'], expected['loss'])
-  for key, array in names.flatten(state.trainable).items():
+  for key, array in weight_mapping.flatten(state.trainable).items():
     close(found[f'trained/{key}'], np.asarray(array), key)
     # Saved by both, and read back by both.
     np.testing.assert_array_equal(

@@ -9,7 +9,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data import sources, vocabulary
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import seq2seq
 from moepeft.data.readers import jsonl
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.tasks import Example
@@ -131,8 +131,8 @@ def test_bytes_round_trip_and_know_no_special_ids():
 
 def test_a_batch_has_eos_shifted_targets_and_masks():
   rows = [Example('a', 't', 0, 'ab', 'c', (), -1)]
-  x, y = zip(*batching.encode_all(Bytes(), rows * 2, 5, 3), strict=True)
-  batch = batching.seq2seq(x, y, 5, 3)
+  x, y = zip(*seq2seq.encode_all(Bytes(), rows * 2, 5, 3), strict=True)
+  batch = seq2seq.seq2seq(x, y, 5, 3)
   a, b, c = (ord(x) + 3 for x in 'abc')
   np.testing.assert_array_equal(batch['inputs'], [[a, b, 1, 0, 0]] * 2)
   np.testing.assert_array_equal(batch['targets'], [[c, 1, 0]] * 2)
@@ -145,16 +145,16 @@ def test_a_batch_has_eos_shifted_targets_and_masks():
 
 def test_long_text_is_cut_before_eos_and_reported():
   long = Example('a', 't', 0, 'x' * 9, 'y' * 9, (), -1)
-  x, y, cut = batching.encode(Bytes(), long, 4, 3)
+  x, y, cut = seq2seq.encode(Bytes(), long, 4, 3)
   assert (x[-1], y[-1], len(x), len(y), cut) == (1, 1, 4, 3, True)
 
 
 def test_many_texts_are_encoded_as_one_by_one():
   rows = [Example('a', 't', 0, 'naïve 漢字', 'y' * 9, (), -1)] * 2
   rows.append(Example('a', 't', 0, 'b', 'c', (), -1))
-  many = batching.encode_all(Bytes(), rows, 11, 5)
+  many = seq2seq.encode_all(Bytes(), rows, 11, 5)
   for row, (x, y) in zip(rows, many, strict=True):
-    one = batching.encode(Bytes(), row, 11, 5)
+    one = seq2seq.encode(Bytes(), row, 11, 5)
     assert (x.tolist(), y.tolist()) == one[:2]
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import train
-from moepeft.data import fingerprint as files
-from moepeft.runs.run import DATA, check_same_data
+from moepeft.data import fingerprint
+from moepeft.runs.resume import check_same_data
+from moepeft.runs.run import Run
 
 ROW = {'dataset': 'd', 'template': 't', 'targets': 'out'}
 
@@ -27,18 +28,18 @@ def begun(tmp_path):
   folder.mkdir()
   (folder / 'a.jsonl').write_text('{}')
   (workdir / 'checkpoints' / '4').mkdir(parents=True)
-  seen = files.hashes(data_of(folder))
-  (workdir / DATA).write_text(json.dumps(seen))
-  return folder, str(workdir)
+  seen = fingerprint.hashes(data_of(folder))
+  (workdir / 'data.json').write_text(json.dumps(seen))
+  return folder, Run(str(workdir))
 
 
 @pytest.mark.parametrize('source', ['jsonl', 'chat', 'preference', 'text'])
 def test_an_edited_file_is_refused_by_name(begun, source):
   folder, workdir = begun
-  check_same_data(workdir, files.hashes(data_of(folder, source)))
+  check_same_data(workdir, fingerprint.hashes(data_of(folder, source)))
   # As many bytes as before.
   (folder / 'a.jsonl').write_text('[]')
-  now = files.hashes(data_of(folder, source))
+  now = fingerprint.hashes(data_of(folder, source))
   with pytest.raises(ValueError, match="'a.jsonl' of config.data.path has ch"):
     check_same_data(workdir, now)
   with pytest.raises(ValueError, match='--may_differ=data.path'):
@@ -51,24 +52,24 @@ def test_new_files_and_lost_ones_are_told(begun):
   folder, workdir = begun
   # What no reader reads may come.
   (folder / 'README.md').write_text('of rows')
-  check_same_data(workdir, files.hashes(data_of(folder)))
+  check_same_data(workdir, fingerprint.hashes(data_of(folder)))
   (folder / 'c.jsonl').write_text('{}')
   with pytest.raises(ValueError, match="'c.jsonl' .* is new since"):
-    check_same_data(workdir, files.hashes(data_of(folder)))
+    check_same_data(workdir, fingerprint.hashes(data_of(folder)))
   (folder / 'c.jsonl').rename(folder / 'a.jsonl.bak')
   (folder / 'a.jsonl').unlink()
   (folder / 'a.jsonl.bak').unlink()
   with pytest.raises(ValueError, match="'a.jsonl' .* is gone since"):
-    check_same_data(workdir, files.hashes(data_of(folder)))
+    check_same_data(workdir, fingerprint.hashes(data_of(folder)))
 
 
 def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
   folder, workdir = begun
   (folder / 'a.jsonl').write_text('[]')
-  now = files.hashes(data_of(folder))
-  (folder.parent / 'w' / DATA).rename(folder.parent / DATA)
+  now = fingerprint.hashes(data_of(folder))
+  (folder.parent / 'w' / 'data.json').rename(folder.parent / 'data.json')
   check_same_data(workdir, now)
-  (folder.parent / DATA).rename(folder.parent / 'w' / DATA)
+  (folder.parent / 'data.json').rename(folder.parent / 'w' / 'data.json')
   (folder.parent / 'w' / 'checkpoints' / '4').rmdir()
   check_same_data(workdir, now)
 
@@ -76,7 +77,7 @@ def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
 def test_replayed_text_and_templates_are_data_too(tmp_path):
   for name in ('rows.jsonl', 'text.txt', 'chat.jinja'):
     (tmp_path / name).write_text(name)
-  found = files.hashes(
+  found = fingerprint.hashes(
     data_of(
       tmp_path / 'rows.jsonl',
       replay=str(tmp_path / 'text.txt'),
@@ -88,23 +89,26 @@ def test_replayed_text_and_templates_are_data_too(tmp_path):
     'replay': ['text.txt'],
     'chat_template': ['chat.jinja'],
   }
-  assert files.hashes(data_of('glue/mrpc', 'datasets')) == {}
-  assert files.hashes(data_of(tmp_path, 'seqio')) == {}
+  assert fingerprint.hashes(data_of('glue/mrpc', 'datasets')) == {}
+  assert fingerprint.hashes(data_of(tmp_path, 'seqio')) == {}
 
 
 def test_large_files_are_known_by_their_size_and_blocks(tmp_path):
   file = tmp_path / 'a.txt'
   file.write_bytes(bytes(3 << 20))
-  whole, blocks = files.sha256(str(file)), files.sha256(str(file), 7)
-  assert whole != blocks == files.sha256(str(file), 7)
+  whole, blocks = (
+    fingerprint.sha256(str(file)),
+    fingerprint.sha256(str(file), 7),
+  )
+  assert whole != blocks == fingerprint.sha256(str(file), 7)
   for place in (0, 1 << 20, (3 << 20) - 1):
     edited = bytearray(3 << 20)
     edited[place] = 1
     file.write_bytes(edited)
-    assert files.sha256(str(file), 7) != blocks
-    assert files.sha256(str(file)) != whole
+    assert fingerprint.sha256(str(file), 7) != blocks
+    assert fingerprint.sha256(str(file)) != whole
   file.write_bytes(bytes((3 << 20) + 1))
-  assert files.sha256(str(file), 7) != blocks
+  assert fingerprint.sha256(str(file), 7) != blocks
 
 
 @pytest.mark.slow

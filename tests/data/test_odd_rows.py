@@ -7,16 +7,16 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import peft
-from moepeft.data.chat import formats as conversations
-from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import formats as chat_formats
+from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.messages import Turn
 from moepeft.data.example import Bad, BadRow
-from moepeft.data.preference import formats as preference
-from moepeft.data.preference import rows as answer_rows
+from moepeft.data.preference import formats as preference_formats
+from moepeft.data.preference import rows as preference_rows
 from moepeft.data.readers import jsonl
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import vocabulary
-from moepeft.objectives import reference_model as references
+from moepeft.objectives import reference_model
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
@@ -61,23 +61,23 @@ def calling(**call):
 )
 def test_a_row_that_says_two_things_or_none_is_refused(row, said):
   with pytest.raises(BadRow, match=said):
-    conversations.conversation(row)
+    chat_formats.conversation(row)
   if 'messages' in row:
     pair = {'chosen': SO, 'rejected': {**SO, 'content': 'No.'}}
     fields = {**row, 'messages': row['messages'][:-1]}
     with pytest.raises(BadRow, match=said):
-      preference.row(fields | pair)
+      preference_formats.row(fields | pair)
 
 
 def test_calls_that_are_written_as_text_may_be_answered_by_a_tool():
   said = {'role': 'assistant', 'content': f'<tool_call>{json.dumps(CALL)}'}
   row = messages(said, {'role': 'tool', 'content': '2'})
-  assert len(conversations.conversation(row).turns) == 4
+  assert len(chat_formats.conversation(row).turns) == 4
 
 
 def test_a_system_that_is_given_twice_alike_is_one():
   row = {'messages': [{'role': 'system', 'content': 'B'}, USER, SO]}
-  found = conversations.conversation({**row, 'system': 'B'})
+  found = chat_formats.conversation({**row, 'system': 'B'})
   assert [turn.role for turn in found.turns] == ['system', 'user', 'assistant']
 
 
@@ -91,7 +91,7 @@ def test_half_of_a_character_is_a_bad_row_wherever_it_stands(tmp_path, kind):
   text = f'[{",".join(rows)}]' if kind == 'json' else '\n'.join(rows)
   path.write_text(text)
   bad = Bad('skip')
-  assert len(list(conversations.rows(str(path), bad))) == 2
+  assert len(list(chat_formats.rows(str(path), bad))) == 2
   (reason,) = bad.reasons
   where = 'row 1' if kind == 'json' else 'line 2'
   assert reason.startswith(f'{path}, {where}: half of a character')
@@ -111,7 +111,7 @@ def test_half_of_a_character_in_text_is_a_bad_row(tmp_path):
 def rows_of(path):
   data = config_lib.default().data
   data.path = str(path)
-  return answer_rows.rows(data, Bad('error'), False, lambda *row: row)
+  return preference_rows.rows(data, Bad('error'), False, lambda *row: row)
 
 
 def test_a_bad_row_in_a_directory_of_preferences_is_told_by_file_and_line(
@@ -135,15 +135,15 @@ def test_a_bad_row_in_a_directory_of_preferences_is_told_by_file_and_line(
 def test_calls_and_tools_are_written_in_their_own_letters():
   call = {'name': 'get', 'arguments': {'city': 'Köln'}}
   tool = {'type': 'function', 'function': {'name': 'get', 'description': '天'}}
-  talk = conversations.Conversation(
+  talk = chat_formats.Conversation(
     (Turn('user', 'a'), Turn('assistant', '', [call])), [tool]
   )
-  some, _ = chat_text.messages(talk, 'a template that knows neither')
+  some, _ = chat_render.messages(talk, 'a template that knows neither')
   assert '"Köln"' in some[-1]['content'] and '"天"' in some[0]['content']
 
 
 def read(path):
-  return list(conversations.rows(str(path), Bad('error')))
+  return list(chat_formats.rows(str(path), Bad('error')))
 
 
 @pytest.mark.parametrize(
@@ -182,4 +182,4 @@ def test_without_a_model_the_sentence_asks_for_one():
 def test_a_reference_that_is_nowhere_is_asked_for_as_an_adapter():
   built = peft.Built(None, 'lora', 'peft', 'official')
   with pytest.raises(ValueError, match="='/nope' is no directory; name a run"):
-    references.reference_of('dpo', '/nope', None, built, None)
+    reference_model.reference_of('dpo', '/nope', None, built, None)

@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from moepeft.data import example as rows_lib
-from moepeft.data.chat import formats as conversations
+from moepeft.data import example as example_lib
+from moepeft.data.chat import formats as chat_formats
 from moepeft.data.example import Bad
-from moepeft.data.preference import formats as preference
+from moepeft.data.preference import formats as preference_formats
 from moepeft.data.readers import jsonl
 from moepeft.data.row_fields import BadRow, Unused
 from moepeft.data.text import documents
-from moepeft.serve.http import text as words
+from moepeft.serve.http import text as http_text
 from moepeft.serve.http.schemas import Message
 
 USER = {'role': 'user', 'content': 'Why?'}
@@ -34,17 +34,20 @@ P3 = {'inputs': 'Why?', 'targets': 'So.'}
 
 
 def chat(row, unused=None):
-  return conversations.conversation(row, unused=unused)
+  return chat_formats.conversation(row, unused=unused)
 
 
 def readers():
   """(reader, a good row) of every form."""
   yield from ((chat, row) for row in CHATS)
   yield from (
-    (lambda row, unused=None: preference.row(row, unused=unused), good)
+    (lambda row, unused=None: preference_formats.row(row, unused=unused), good)
     for good in (PAIR, JUDGED)
   )
-  yield lambda row, unused=None: rows_lib.example(row, 't', unused=unused), P3
+  yield (
+    lambda row, unused=None: example_lib.example(row, 't', unused=unused),
+    P3,
+  )
 
 
 # What no form reads.
@@ -133,7 +136,7 @@ def test_a_turn_with_a_field_that_nothing_reads_is_refused(field):
     with pytest.raises(BadRow, match=f"turn . has '{name}', which"):
       chat(row)
   with pytest.raises(BadRow, match=f"'chosen', turn 0 has '{name}', which"):
-    preference.row({**PAIR, 'chosen': [{**SO, **field}]})
+    preference_formats.row({**PAIR, 'chosen': [{**SO, **field}]})
 
 
 @pytest.mark.parametrize('key', ['weight', 'loss', 'train', 'training'])
@@ -165,7 +168,7 @@ def test_two_marks_that_differ_are_refused():
   with pytest.raises(BadRow, match="in 'role' and another in 'from'"):
     chat({'messages': [USER, {**SO, 'from': 'human'}]})
   with pytest.raises(BadRow, match="in 'label' and another in 'kto_tag'"):
-    preference.row({**JUDGED, 'kto_tag': False})
+    preference_formats.row({**JUDGED, 'kto_tag': False})
 
 
 def test_a_legacy_call_is_a_call_of_a_tool():
@@ -196,7 +199,7 @@ def test_a_request_is_read_as_the_row_that_was_trained():
     {**SO, 'tool_calls': [call], 'reasoning_content': 'hm'},
     {'role': 'tool', 'tool_call_id': 'c1', 'content': '2'},
   ]
-  sent = [words._turn(Message(**turn), i) for i, turn in enumerate(row)]
+  sent = [http_text._turn(Message(**turn), i) for i, turn in enumerate(row)]
   assert sent == list(chat({'messages': row}).turns)
 
 
@@ -211,7 +214,10 @@ def test_ids_of_calls_are_kept():
 
 @pytest.mark.parametrize('value', [0, 5, False, [], {}, ['a']])
 def test_an_input_that_is_no_text_is_refused(value):
-  for read, row in ((chat, ALPACA), (preference.row, ALPACA | {'label': True})):
+  for read, row in (
+    (chat, ALPACA),
+    (preference_formats.row, ALPACA | {'label': True}),
+  ):
     with pytest.raises(BadRow, match="'input' is .*, expected text"):
       read({**row, 'input': value})
 
@@ -222,7 +228,7 @@ def test_an_input_or_a_system_without_a_text_is_none(blank):
   system = {'role': 'system', 'content': blank}
   assert chat({'messages': [system, USER, SO]}) == chat(MESSAGES)
   pair = {'prompt': [system, USER], 'chosen': [SO], 'rejected': [NO]}
-  assert preference.row(pair) == preference.row(PAIR)
+  assert preference_formats.row(pair) == preference_formats.row(PAIR)
   with pytest.raises(BadRow, match='this one with the turn of nobody'):
     chat({'messages': [system]})
 
@@ -233,7 +239,9 @@ def test_the_text_of_the_system_is_used_in_every_spelling(key):
     assert chat({**row, key: 'Be kind.'}).turns[0].content == 'Be kind.'
     with pytest.raises(BadRow, match=f"'{key}' is 0, expected text"):
       chat({**row, key: 0})
-  assert preference.row({**PAIR, key: 'Be kind.'}).prompt.turns[0].content
+  assert (
+    preference_formats.row({**PAIR, key: 'Be kind.'}).prompt.turns[0].content
+  )
 
 
 def test_prompts_and_completions_are_conversations():
@@ -273,7 +281,7 @@ def test_a_part_of_another_kind_is_refused_whatever_its_text():
   ids=range(4),
 )
 def test_a_prompt_that_is_given_twice_is_there_once(row):
-  found = preference.row(row)
+  found = preference_formats.row(row)
   assert [turn.role for turn in found.prompt.turns] == ['user']
   assert (found.chosen.content, found.rejected.content) == ('So.', 'No.')
 
@@ -281,11 +289,13 @@ def test_a_prompt_that_is_given_twice_is_there_once(row):
 def test_a_prompt_that_begins_its_answers_lists_is_there_once():
   more = [USER, SO, {'role': 'user', 'content': 'And?'}]
   row = {'prompt': 'Why?', 'chosen': [*more, SO], 'rejected': [*more, NO]}
-  assert len(preference.row(row).prompt.turns) == 3
-  assert len(preference.row({**row, 'prompt': 'And?'}).prompt.turns) == 3
+  assert len(preference_formats.row(row).prompt.turns) == 3
+  assert (
+    len(preference_formats.row({**row, 'prompt': 'And?'}).prompt.turns) == 3
+  )
   # A prompt of more turns than the lists repeat, too.
   row = {'prompt': more, 'chosen': [more[-1], SO], 'rejected': [more[-1], NO]}
-  assert len(preference.row(row).prompt.turns) == 3
+  assert len(preference_formats.row(row).prompt.turns) == 3
 
 
 @pytest.mark.parametrize(
@@ -299,13 +309,13 @@ def test_a_prompt_that_begins_its_answers_lists_is_there_once():
 )
 def test_prompts_whose_order_nothing_tells_are_refused(row):
   with pytest.raises(BadRow, match='nothing tells which come first'):
-    preference.row(row)
+    preference_formats.row(row)
 
 
 def test_a_pair_beside_other_messages_is_refused():
   row = {**PAIR, 'messages': [{'role': 'user', 'content': 'Else?'}, SO]}
   with pytest.raises(BadRow, match="the row has 'messages', which is text"):
-    preference.row(row)
+    preference_formats.row(row)
 
 
 def test_placeholders_of_images_are_told(tmp_path):
@@ -313,7 +323,7 @@ def test_placeholders_of_images_are_told(tmp_path):
   turns = [{'role': 'user', 'content': '<image>\nWho?'}, SO]
   path.write_text(json.dumps({'messages': turns}))
   bad = Bad()
-  for _, _, row in conversations.rows(str(path), bad):
+  for _, _, row in chat_formats.rows(str(path), bad):
     chat(row, bad.unused)
   (line,) = bad.notes('f')
   assert line.startswith('f: <image> stands in its texts and is trained as tex')
@@ -325,7 +335,7 @@ def test_a_field_that_stands_twice_is_refused(tmp_path, kind):
   text = '{"instruction": "a", "output": "b", "output": "c"}'
   path.write_text(text if kind == 'jsonl' else f'[{text}]')
   with pytest.raises(ValueError, match="an object has the key 'output' twice"):
-    conversations.conversations(str(path))
+    chat_formats.conversations(str(path))
 
 
 def test_fields_of_plain_text_are_refused_or_listed(tmp_path):
@@ -350,4 +360,4 @@ def test_metadata_is_metadata(name):
 @pytest.mark.parametrize('idx', [2**63, -(2**63) - 1, 18011072989319135231])
 def test_an_idx_that_no_array_holds_is_refused(idx):
   with pytest.raises(BadRow, match="integer of 64 bits in 'idx', got"):
-    rows_lib.example({**P3, 'idx': idx}, 't')
+    example_lib.example({**P3, 'idx': idx}, 't')

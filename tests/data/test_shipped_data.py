@@ -10,10 +10,10 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.files import ASSETS, local_path
-from moepeft.data import fingerprint as files
-from moepeft.data.batching import collators as forms
-from moepeft.data.chat import formats as conversations
-from moepeft.data.preference import dataset as answers
+from moepeft.data import fingerprint
+from moepeft.data.batching import collators
+from moepeft.data.chat import formats as chat_formats
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import sources
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -52,8 +52,10 @@ def read(words, source, objective, **changes):
   config.objective, config.data.source = objective, source
   config.data.length, config.data.held_out = 1024, 0.1
   config.data.update(changes)
-  form = forms.form(config.data, words, llama.config('tiny'), config.seed)
-  form = answers.form_of(config.data, objective, batch_kind(objective), form)
+  form = collators.form(config.data, words, llama.config('tiny'), config.seed)
+  form = preference_dataset.form_of(
+    config.data, objective, batch_kind(objective), form
+  )
   return form, sources(config.data, config.seed, below=0, own=form)
 
 
@@ -72,7 +74,7 @@ def test_the_files_are_small():
 
 def test_two_hundred_conversations_are_all_read_and_all_differ(words):
   assert len(rows_of('chats')) == 200
-  found = conversations.conversations('package:chats')
+  found = chat_formats.conversations('package:chats')
   prompts = {talk.turns[: len(talk.turns) - 1] for talk in found}
   assert len(prompts) == len(found) == 200
   _, got = read(words, 'chat', 'causal', path='package:chats')
@@ -157,8 +159,8 @@ def test_every_day_of_selling_in_the_text_adds_up():
 def test_what_ships_has_a_hash_of_its_file():
   data = config_lib.default().data
   data.source, data.path = 'chat', 'package:chats'
-  wanted = files.sha256(str(_FILES['chats']))
-  assert files.hashes(data) == {'path': {'chats.jsonl': wanted}}
+  wanted = fingerprint.sha256(str(_FILES['chats']))
+  assert fingerprint.hashes(data) == {'path': {'chats.jsonl': wanted}}
 
 
 @pytest.mark.parametrize('name', ['chat', '', '../assets', 'chats/', '.'])

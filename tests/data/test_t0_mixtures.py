@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from moepeft.data import t0_mixtures as mixtures
+from moepeft.data import t0_mixtures
 from moepeft.data.readers import jsonl
 from moepeft.data.readers.promptsource import clean
 from tests import ROOT
@@ -23,16 +23,16 @@ ONE, ALL = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
   [('t0_train', 38, 313), ('t0+_train', 48, 392), ('t0++_train', 54, 464)],
 )
 def test_mixtures_have_their_published_sizes(mixture, datasets, prompts):
-  members = mixtures.members(mixture)
+  members = t0_mixtures.members(mixture)
   assert len({d.name for d in members}) == len(members) == datasets
   assert sum(d.prompts for d in members) == prompts
 
 
 def test_original_prompts_are_222_of_35_datasets():
-  members = mixtures.members(ALL)
-  assert members == mixtures.members(ONE)
+  members = t0_mixtures.members(ALL)
+  assert members == t0_mixtures.members(ONE)
   assert (len(members), sum(d.original for d in members)) == (35, 222)
-  gone = set(mixtures.members('t0_train')) - set(members)
+  gone = set(t0_mixtures.members('t0_train')) - set(members)
   assert {d.name for d in gone} == {
     'kilt_tasks/hotpotqa',
     'quarel',
@@ -41,7 +41,7 @@ def test_original_prompts_are_222_of_35_datasets():
 
 
 def test_t0_has_its_published_total_and_shares():
-  totals = mixtures.totals('t0_train')
+  totals = t0_mixtures.totals('t0_train')
   total = sum(totals.values())
   assert total == 17_277_798
   for name, percent in {
@@ -65,10 +65,10 @@ def test_t0_has_its_published_total_and_shares():
 
 def test_one_prompt_counts_once_and_original_prompts_as_often_as_they_are():
   # glue/qqp: 5 of 6 are original; wiki_bio: 500,000 // 5 each, 1 original.
-  assert mixtures.totals(ONE)['glue/qqp'] == 363_846
-  assert mixtures.totals(ALL)['glue/qqp'] == 5 * 363_846
-  assert mixtures.totals(ALL)['wiki_bio'] == 100_000
-  assert 'quarel' not in mixtures.totals(ONE)
+  assert t0_mixtures.totals(ONE)['glue/qqp'] == 363_846
+  assert t0_mixtures.totals(ALL)['glue/qqp'] == 5 * 363_846
+  assert t0_mixtures.totals(ALL)['wiki_bio'] == 100_000
+  assert 'quarel' not in t0_mixtures.totals(ONE)
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason='no shared tables')
@@ -82,13 +82,13 @@ def test_the_table_is_the_public_mixtures():
       row['original_task_prompts'],
       row['train_examples'],
     )
-    member = mixtures.Dataset(name, *map(int, numbers))
+    member = t0_mixtures.Dataset(name, *map(int, numbers))
     assert member.rate == int(row['cap_per_prompt'])
     seen[row['mixture']].add(member)
   base, plus, plus2 = (seen[f't0{p}_train'] for p in ('', '+', '++'))
-  assert set(mixtures.members('t0_train')) == base
-  assert set(mixtures.members('t0+_train')) == base | plus
-  assert set(mixtures.members('t0++_train')) == base | plus | plus2
+  assert set(t0_mixtures.members('t0_train')) == base
+  assert set(t0_mixtures.members('t0+_train')) == base | plus
+  assert set(t0_mixtures.members('t0++_train')) == base | plus | plus2
 
 
 def test_names_of_any_spelling_find_their_dataset():
@@ -104,7 +104,7 @@ def test_names_of_any_spelling_find_their_dataset():
     ('imdb_f_score_eval', ''): 5,
     ('ropes', 'none'): 0,
   }
-  found = mixtures.rates('t0_train', rows)
+  found = t0_mixtures.rates('t0_train', rows)
   assert found.rates == {
     ('glue/mrpc', 'a'): 3668,
     ('glue_qqp', 'b'): 363846,
@@ -121,21 +121,21 @@ def test_names_of_any_spelling_find_their_dataset():
   left, absent = found.notes('t0_train')
   assert 'does not hold imdb_f_score_eval, imdb_mine' in left
   assert '34 of the 38 datasets of t0_train are not in the data' in absent
-  plus = mixtures.rates('t0+_train', rows).rates
+  plus = t0_mixtures.rates('t0+_train', rows).rates
   assert plus['race_high_x', ''] == 62445
 
 
 def test_a_capped_dataset_shares_half_a_million_among_its_prompts():
   # 3.6 million examples, nine prompts: 500,000 // 9, whichever are here.
-  found = mixtures.rates('t0_train', {('amazon_polarity', 'a'): 1})
+  found = t0_mixtures.rates('t0_train', {('amazon_polarity', 'a'): 1})
   assert found.rates == {('amazon_polarity', 'a'): 55_555}
 
 
 def test_one_prompt_is_an_original_one_where_that_is_known():
   rows = {('glue_qqp', t): 9 for t in 'cab'}
-  known = mixtures.rates(ONE, rows, original={('glue_qqp', t) for t in 'bc'})
+  known = t0_mixtures.rates(ONE, rows, original={('glue_qqp', t) for t in 'bc'})
   assert (known.rates, known.guessed) == ({('glue_qqp', 'b'): 363846}, ())
-  guess = mixtures.rates(ONE, rows)
+  guess = t0_mixtures.rates(ONE, rows)
   assert guess.rates == {('glue_qqp', 'a'): 363846}
   assert guess.guessed == ('glue_qqp',)
   assert 'first prompt by name' in guess.notes(ONE)[-1]
@@ -143,35 +143,35 @@ def test_one_prompt_is_an_original_one_where_that_is_known():
 
 def test_a_seqio_task_may_be_an_original_one():
   rows = {(f'glue_qqp_{t}', ''): 9 for t in 'abc'}
-  found = mixtures.rates(ALL, rows, original={('glue_qqp', t) for t in 'bc'})
+  found = t0_mixtures.rates(ALL, rows, original={('glue_qqp', t) for t in 'bc'})
   assert set(found.rates) == {('glue_qqp_b', ''), ('glue_qqp_c', '')}
 
 
 def test_original_prompts_are_not_guessed():
   # All eight of quartz are original.
   every = {('quartz', t): 9 for t in 'ab'}
-  assert set(mixtures.rates(ALL, every).rates) == set(every)
-  assert set(mixtures.rates(ONE, every).rates) == {('quartz', 'a')}
-  assert mixtures.rates(ONE, every).guessed == ()
+  assert set(t0_mixtures.rates(ALL, every).rates) == set(every)
+  assert set(t0_mixtures.rates(ONE, every).rates) == {('quartz', 'a')}
+  assert t0_mixtures.rates(ONE, every).guessed == ()
   with pytest.raises(ValueError, match='which of glue/qqp are; set config'):
-    mixtures.rates(ALL, {('glue_qqp', 'a'): 9})
+    t0_mixtures.rates(ALL, {('glue_qqp', 'a'): 9})
 
 
 def test_a_mixture_of_nothing_is_an_error():
   with pytest.raises(ValueError, match='none of the data is in t0_train; got'):
-    mixtures.rates('t0_train', {('mine', 'a'): 3})
+    t0_mixtures.rates('t0_train', {('mine', 'a'): 3})
   with pytest.raises(ValueError, match="'t1' is no mixture; expected one of"):
-    mixtures.rates('t1', {('imdb', 'a'): 3})
+    t0_mixtures.rates('t1', {('imdb', 'a'): 3})
 
 
 @pytest.mark.skipif(not P3.exists(), reason='no P3 rows')
 def test_real_rows_get_the_rates_of_t0():
   rows = jsonl.read(str(P3))
   counts = collections.Counter((e.task, e.template) for e in rows)
-  found = mixtures.rates('t0_train', counts)
+  found = t0_mixtures.rates('t0_train', counts)
   # Its questions are in T0 as cos_e.
   assert found.left_out == ('commonsense_qa',)
-  present = {clean(d.name): d for d in mixtures.members('t0_train')}
+  present = {clean(d.name): d for d in t0_mixtures.members('t0_train')}
   datasets = {task for task, _ in found.rates}
   assert len(datasets) == len({e.task for e in rows}) - 1
   assert len(found.absent) == 38 - len(datasets)

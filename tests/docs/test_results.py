@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from moepeft.core import jsonl_log as rows
-from moepeft.evaluation.tables import compare as compared
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import compare
+from moepeft.evaluation.tables import render as table_render
+from moepeft.runs import metrics_log
 from tests import ROOT
 
 DOCUMENTS = sorted(
@@ -41,8 +41,8 @@ def made(words):
     else:
       # As a shell would: the paths of a command are from the top.
       runs += sorted(str(path) for path in ROOT.glob(word))
-  return forms.markdown(
-    compared.table(
+  return table_render.markdown(
+    compare.table(
       runs,
       flags.get('paper', ''),
       flags.get('baseline', ''),
@@ -84,7 +84,7 @@ def most_weight(nats, experts):
 
 def test_the_chat_mixtures_routers_are_as_even_as_the_results_say():
   log = ROOT / 'docs' / 'runs' / 'smollm2' / 'molora' / 'metrics.jsonl'
-  *_, last = (row for row in rows.stream(str(log)) if row.get('routing'))
+  *_, last = (row for row in metrics_log.stream(str(log)) if row.get('routing'))
   routers = [
     (site.split('/')[-2], layer, max(shares), nats)
     for site, values in last['routing'].items()

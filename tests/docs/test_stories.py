@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moepeft.core import jsonl_log as rows
+from moepeft.runs import metrics_log
 from tests import ROOT
 
 SHARED = ROOT.parent / 'shared'
@@ -83,7 +83,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
   def losses(name):
     return [
       row.get('loss', row.get('validation_loss'))
-      for row in rows.read(str(tmp_path / name / rows.NAME))
+      for row in metrics_log.read(str(tmp_path / name / metrics_log.NAME))
     ]
 
   train(tmp_path / 'one', *options, '--config.steps=4')

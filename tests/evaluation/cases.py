@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of evaluations for tests."""
 
-from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import scores
 
-ABOUT = scoring.About(
+ABOUT = scores.About(
   run='runs/a',
   method='lora(rank=4)',
   semantics='official',
@@ -20,7 +20,7 @@ def row(task, prompt, each, idx=None, majority=0.5, **more):
   """Of accuracy where `more` names no other measure."""
   idx = range(len(each)) if idx is None else idx
   more = {'measure': 'accuracy'} | more
-  return scoring.measured(
+  return scores.measured(
     ABOUT, task, prompt, idx=idx, each=each, majority=majority, **more
   )
 

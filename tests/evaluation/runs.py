@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 from moepeft import config as config_lib
-from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import scores
 
 from . import cases
 from .cases import right as right
@@ -56,10 +56,10 @@ def make(folder, rows=(), changes=None, after=None, config=None):
 
 def add(folder, own, rows):
   """Writes evaluation_<data>.jsonl of rows."""
-  scoring.write(
+  scores.write(
     str(folder / f'evaluation_{own.data}.jsonl'),
     [
-      scoring.measured(
+      scores.measured(
         own,
         task,
         prompt,

@@ -12,7 +12,7 @@ import pytest
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.count_parameters import count
 from moepeft.config import check as config_check
-from moepeft.moe import aux_losses as losses
+from moepeft.moe import aux_losses
 from tests import ROOT
 
 CARDS = ROOT / 'configs'
@@ -35,7 +35,7 @@ ROUTERS = card('ablate/routers.py')
 def test_every_cell_is_a_config_whose_method_builds(name):
   c = ROUTERS.get_config(f'name={name}')
   config_check.check(c)
-  losses.total({}, dict(c.router_losses))
+  aux_losses.total({}, dict(c.router_losses))
   assert count(c)['peft'] > 0
 
 

@@ -18,16 +18,12 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.core.progress import Pass
 from moepeft.data.readers import jsonl
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.evaluation import eval_sets as sets
-from moepeft.evaluation import metrics as measures
-from moepeft.evaluation import runner as work
-from moepeft.evaluation import scores as scoring
-from moepeft.evaluation import summary
+from moepeft.evaluation import eval_sets, metrics, runner, scores, summary
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.runner import Unfinished
-from moepeft.evaluation.tables import compare as compared
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import compare
+from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables import terminal as text
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5 import model as t5
@@ -63,9 +59,9 @@ ROWS = [
 
 
 def accuracies(rows, most=9):
-  found = sets.prompts('evaluation', rows, most)
+  found = eval_sets.prompts('evaluation', rows, most)
   ranker = Ranker(Bigram(), Bytes(), 64, 16, 4)
-  return measures.accuracy(ranker, variables(echo=2.0), found, ABOUT, done)
+  return metrics.accuracy(ranker, variables(echo=2.0), found, ABOUT, done)
 
 
 def test_every_prompt_has_a_row_with_what_each_example_came_to():
@@ -99,7 +95,7 @@ def test_examples_that_cannot_be_ranked_are_counted():
 def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   long = 'a' * 20
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
-  todo = {'accuracy': sets.prompts('evaluation', [*ROWS, lost], 9)}
+  todo = {'accuracy': eval_sets.prompts('evaluation', [*ROWS, lost], 9)}
   run = types.SimpleNamespace(method='none', step=0)
   found = summary.of(run, todo, accuracies([*ROWS, lost]))
   assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
@@ -123,7 +119,7 @@ def test_prompts_of_a_task_have_the_same_examples():
     for idx in range(0, 22, 2)
     if (prompt, idx) != ('r', 0)
   ]
-  found = sets.prompts('evaluation', rows, 3)
+  found = eval_sets.prompts('evaluation', rows, 3)
   # 0, 11/3 and 22/3 of eleven, rounded down: the idx 0, 6 and 14.
   assert [[e.idx for e in p.examples] for p in found] == [
     [0, 6, 14],
@@ -135,14 +131,14 @@ def test_prompts_of_a_task_have_the_same_examples():
 
 def test_rows_without_an_idx_are_counted_in_their_prompt():
   rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppqqq']
-  found = sets.prompts('evaluation', rows, 9)
+  found = eval_sets.prompts('evaluation', rows, 9)
   assert [[e.idx for e in p.examples] for p in found] == [[0, 1], [0, 1, 2]]
 
 
 def test_rows_without_an_idx_are_counted_in_their_task():
   # All -1 they would be one example, which has no interval.
   rows = [made('x', p, -1, 'a', 'ab', 0) for p in 'ppq']
-  (found,) = sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
+  (found,) = eval_sets.whole_tasks([*rows, made('x', 'p', 7, 'a', 'ab', 0)], 9)
   assert [e.idx for e in found.examples] == [0, 1, 2, 7]
 
 
@@ -153,7 +149,7 @@ def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
   config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
   rows = [made('x', 'p', i, 'q', targets='ab'[i % 2]) for i in range(5)]
   held_out = types.SimpleNamespace(rows=rows[:4], held_out=rows[4:])
-  found = sets.own_prompts(config, held_out)
+  found = eval_sets.own_prompts(config, held_out)
   assert [(p.group, p.task, p.name) for p in found] == [
     ('validation', 'x', 'p')
   ]
@@ -169,9 +165,9 @@ class Logits(Bigram):
 def test_loss_is_a_mean_over_tokens():
   texts = ('abcabc', 'a', 'cb')
   rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
-  found = sets.prompts('evaluation', rows, 9)
+  found = eval_sets.prompts('evaluation', rows, 9)
   likelihood = Likelihood(Logits(), Bytes(), 64, 16, 4)
-  (row,) = measures.loss(likelihood, variables(RANDOM), found, ABOUT, done)
+  (row,) = metrics.loss(likelihood, variables(RANDOM), found, ABOUT, done)
   np.testing.assert_allclose(
     row.each, [-log_likelihood(t) for t in texts], rtol=1e-5
   )
@@ -203,11 +199,11 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
     made('x', 'p', 1, 'a dog', targets='no'),
     made('x', 'q', 0, text, targets=text),
   ]
-  found = measures.texts(
+  found = metrics.texts(
     Parrot(),
     {},
     ('exact_match', 'rouge_l', 'bleu'),
-    sets.prompts('evaluation', rows, 9),
+    eval_sets.prompts('evaluation', rows, 9),
     ABOUT,
     done,
   )
@@ -361,9 +357,9 @@ def test_a_measure_that_held_out_rows_do_not_have_is_refused():
   rows = [made('x', 'p', i, 'q', targets=str(i)) for i in range(23)]
   held_out = types.SimpleNamespace(rows=rows[:19], held_out=rows[19:])
   run = types.SimpleNamespace(config=config)
-  assert set(work.of_run(run, held_out)) == {'loss'}
+  assert set(runner.of_run(run, held_out)) == {'loss'}
   with pytest.raises(ValueError, match='asks for accuracy, of which .* --data'):
-    work.of_run(run, held_out, ['accuracy', 'loss'])
+    runner.of_run(run, held_out, ['accuracy', 'loss'])
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
@@ -390,11 +386,15 @@ def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
   assert [row.inputs_length, row.targets_length] == lengths
   # Of all that was read, however little of it is measured.
   whole = jsonl.read(path)
-  assert row.examples == 1 and row.data_sha == sets.digest(whole)
+  assert row.examples == 1 and row.data_sha == eval_sets.digest(whole)
   assert re.fullmatch('[0-9a-f]{12}', row.data_sha)
   other = [dataclasses.replace(e, inputs=f'{e.inputs}!') for e in whole]
-  assert sets.digest(other) != row.data_sha == sets.digest(list(whole))
-  assert sets.digest(whole[:1]) != row.data_sha and sets.digest([]) is None
+  assert (
+    eval_sets.digest(other) != row.data_sha == eval_sets.digest(list(whole))
+  )
+  assert (
+    eval_sets.digest(whole[:1]) != row.data_sha and eval_sets.digest([]) is None
+  )
 
 
 def test_lengths_may_be_longer_than_those_of_training(begun, tmp_path):
@@ -417,8 +417,8 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   rows = [CHOICES | {'task': t, 'template': p} for t in 'xy' for p in 'pq']
   path = dump(tmp_path / 'mine.jsonl', rows)
   options = {'data': path, 'part': str(tmp_path / 'rows.jsonl.part')}
-  monkeypatch.setattr(work, '_PORTION', 1)
-  measure, asked = measures.accuracy, []
+  monkeypatch.setattr(runner, '_PORTION', 1)
+  measure, asked = metrics.accuracy, []
 
   def killed_at(count):
     def until(ranker, variables, prompts, about, done):
@@ -427,7 +427,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
       asked.append([(p.task, p.name) for p in prompts])
       return measure(ranker, variables, prompts, about, done)
 
-    monkeypatch.setattr(measures, 'accuracy', until)
+    monkeypatch.setattr(metrics, 'accuracy', until)
 
   killed_at(3)
   with pytest.raises(KeyboardInterrupt):
@@ -443,7 +443,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   assert f'2 of 4 rows are in {part}; going on' in capsys.readouterr().out
   # In one go, and in the order of one go.
   _, whole = evaluate.evaluate(begun, data=path)
-  assert found == whole and scoring.read(part) == whole
+  assert found == whole and scores.read(part) == whole
 
 
 def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
@@ -453,12 +453,12 @@ def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
   first = Unfinished(path, about)
   first.add([dataclasses.replace(row, data_sha='0123456789ab')])
   first.close()
-  (prompt,) = sets.prompts('evaluation', ROWS[:3], 9)
+  (prompt,) = eval_sets.prompts('evaluation', ROWS[:3], 9)
   moved = dataclasses.replace(about, run='elsewhere')
   assert Unfinished(path, moved).get(prompt, 'accuracy').run == 'elsewhere'
   assert Unfinished(path, about).get(prompt, 'loss') is None
   # Fewer examples of the prompt are another --max_examples.
-  (fewer,) = sets.prompts('evaluation', ROWS[:3], 2)
+  (fewer,) = eval_sets.prompts('evaluation', ROWS[:3], 2)
   assert Unfinished(path, about).get(fewer, 'accuracy') is None
   for changes in ({'data_sha': 'ba9876543210'}, {'seed': 1}, {'step': 4}):
     other = Unfinished(path, dataclasses.replace(about, **changes))
@@ -484,8 +484,8 @@ def test_tables_set_a_run_beside_its_base(begun, tmp_path):
   # By the names that the command gives them.
   for checkpoint, name in (('', 'evaluation_mine'), ('base', 'base_mine')):
     _, rows = evaluate.evaluate(begun, checkpoint, data)
-    scoring.write(str(tmp_path / f'{name}.jsonl'), rows)
-  shown = forms.markdown(compared.table([str(tmp_path)])).splitlines()
+    scores.write(str(tmp_path / f'{name}.jsonl'), rows)
+  shown = table_render.markdown(compare.table([str(tmp_path)])).splitlines()
   # Of two equal inputs of other labels one is right, whatever the weights.
   for label in ('the base', 'lora(rank=2)'):
     (line,) = [
@@ -500,7 +500,7 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     'moepeft.evaluate', f'--workdir={begun}', f'--data={data}'
   )
   assert done.returncode == 0, done.stderr
-  (row,) = scoring.read(os.path.join(begun, 'evaluation_mine.jsonl'))
+  (row,) = scores.read(os.path.join(begun, 'evaluation_mine.jsonl'))
   # The same inputs twice, of other labels: one of them is right.
   assert (row.value, row.examples, row.idx) == (0.5, 2, (0, 1))
   with open(os.path.join(begun, 'evaluation_mine.json')) as f:
@@ -547,10 +547,10 @@ def test_a_decoder_without_room_for_answers_is_refused_before_anything_runs():
   with pytest.raises(
     ValueError, match='length=512 tokens .* room for 511; leave out bleu'
   ):
-    work.check_room(run, ['loss', 'bleu'])
-  work.check_room(run, ['loss', 'accuracy'])
+    runner.check_room(run, ['loss', 'bleu'])
+  runner.check_room(run, ['loss', 'accuracy'])
   config.data.length -= 1
-  work.check_room(run, ['bleu'])
+  runner.check_room(run, ['bleu'])
 
 
 def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
@@ -566,12 +566,12 @@ def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
 
 def test_the_output_is_checked_and_written_whole(tmp_path):
   folder = str(tmp_path)
-  path = evaluate.output_of('', folder, 'evaluation.json')
+  path = evaluate.output_of(None, f'{folder}/evaluation.json')
   assert path == str(tmp_path / 'evaluation.json')
   with pytest.raises(ValueError, match='ends in .json.*got .*rows.jsonl'):
-    evaluate.output_of(f'{folder}/rows.jsonl', folder, 'x.json')
+    evaluate.output_of(f'{folder}/rows.jsonl', f'{folder}/x.json')
   with pytest.raises(ValueError, match='does not exist; make it'):
-    evaluate.output_of(f'{folder}/none/a.json', folder, 'x.json')
+    evaluate.output_of(f'{folder}/none/a.json', f'{folder}/x.json')
   summary.write(path, {'a': 1})
   with pytest.raises(TypeError):
     summary.write(path, {'a': object()})

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import seq2seq
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.evaluation import eval_sets as sets_lib
+from moepeft.evaluation import eval_sets
 from moepeft.evaluation.rank_classification import (
   NotFinite,
   Ranked,
@@ -272,7 +272,7 @@ def judge(tmp_path, rows, validation=(), **evaluation):
   config.data.source = 'jsonl'
   config.data.inputs_length, config.data.targets_length = 64, 16
   config.evaluation.update(path=str(path), batch_size=3, **evaluation)
-  sets = sets_lib.examples(config, ())
+  sets = eval_sets.examples(config, ())
   return config, Judge(config, Bigram(), WORDS, validation, sets)
 
 
@@ -289,7 +289,7 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
 
 def test_rows_to_rank_are_taken_at_even_distances(tmp_path):
   config, _ = judge(tmp_path, ROWS, max_examples=3)
-  (rows,) = sets_lib.examples(config, ()).values()
+  (rows,) = eval_sets.examples(config, ()).values()
   # 0, 8/3 and 16/3 of eight rows, rounded down.
   assert [e.idx for e in rows] == [0, 2, 5]
 
@@ -298,7 +298,7 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   # Batches of three: one of long rows, one with a short row and filled up.
   texts = ('abcabc', 'cbacba', 'bcabca', 'a')
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
-  pairs = batching.encode_all(WORDS, rows, 64, 16)
+  pairs = seq2seq.encode_all(WORDS, rows, 64, 16)
   _, judged = judge(tmp_path, ROWS, pairs)
   found = judged.validation_loss(variables(RANDOM))
   # Six tokens and EOS three times, one and EOS once.

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from moepeft.evaluation import scores as scoring
+from moepeft.evaluation import scores
 
 from .cases import row
 
@@ -19,8 +19,8 @@ ROWS = [
 
 def test_rows_are_read_as_they_were_written(tmp_path):
   path = tmp_path / 'evaluation.jsonl'
-  scoring.write(path, ROWS)
-  assert scoring.read(path) == ROWS
+  scores.write(path, ROWS)
+  assert scores.read(path) == ROWS
   first = json.loads(path.read_text().splitlines()[0])
   assert (first['value'], first['examples']) == (pytest.approx(2 / 3), 3)
   assert (first['idx'], first['each']) == ([3, 17, 5], [1, 0, 1])
@@ -30,12 +30,12 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 
 def test_rows_of_before_their_data_was_told_are_read(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  scoring.write(path, ROWS[:1])
+  scores.write(path, ROWS[:1])
   old = json.loads(path.read_text())
   for key in ('data_sha', 'inputs_length', 'targets_length', 'checkpoint'):
     del old[key]
   path.write_text(json.dumps(old) + '\n')
-  (found,) = scoring.read(path)
+  (found,) = scores.read(path)
   assert (found.data_sha, found.inputs_length) == (None, None)
   assert found == ROWS[0]
 
@@ -47,7 +47,7 @@ def test_a_value_is_the_figures_over_the_weights():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / 'evaluation.jsonl'
-  scoring.write(path, ROWS)
+  scores.write(path, ROWS)
   before = path.read_bytes()
 
   def full(*_):
@@ -55,7 +55,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'replace', full)
   with pytest.raises(OSError, match='No space'):
-    scoring.write(path, ROWS[:1])
+    scores.write(path, ROWS[:1])
   assert path.read_bytes() == before
   assert os.listdir(tmp_path) == ['evaluation.jsonl']
 
@@ -83,11 +83,11 @@ def test_what_is_no_number_makes_no_row():
 )
 def test_a_broken_row_is_one_sentence(tmp_path, changes, message):
   path = tmp_path / 'rows.jsonl'
-  scoring.write(path, ROWS[:1])
+  scores.write(path, ROWS[:1])
   good = path.read_text()
   path.write_text(good + json.dumps(json.loads(good) | changes) + '\n')
   with pytest.raises(ValueError, match=f'^line 2 of .*{message}') as e:
-    scoring.read(path)
+    scores.read(path)
   assert '\n' not in str(e.value)
 
 
@@ -96,12 +96,12 @@ def test_a_line_that_is_no_object_is_one_sentence(tmp_path, text):
   path = tmp_path / 'rows.jsonl'
   path.write_text(text and text + '\n')
   with pytest.raises(ValueError, match='JSON|holds no rows'):
-    scoring.read(path)
+    scores.read(path)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
   with pytest.raises(ValueError, match="none.jsonl' does not exist; make it"):
-    scoring.read(str(tmp_path / 'none.jsonl'))
+    scores.read(str(tmp_path / 'none.jsonl'))
   (tmp_path / 'binary').write_bytes(b'\xff\xfe\x00')
   with pytest.raises(ValueError, match='is no text'):
-    scoring.read(tmp_path / 'binary')
+    scores.read(tmp_path / 'binary')

@@ -20,7 +20,7 @@ import traceback
 from absl import flags
 
 from moepeft.config import check as config_check
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.config.ranges import ALLOWED
 from moepeft.config.suggestions import keys
 from moepeft.training import memory_estimate
@@ -131,15 +131,15 @@ def trial(argv: list[str]) -> str:
     else:
       flags.FLAGS[name].unparse()
   # The config's flag reads its keys from here.
-  argv = [argv[0], *command.rewritten(argv[1:])]
+  argv = [argv[0], *command_line.rewritten(argv[1:])]
   sys.argv[:] = argv
   try:
     with (
       contextlib.redirect_stderr(errors),
       contextlib.redirect_stdout(io.StringIO()),
     ):
-      command.parse(argv)
-      command.answer(lambda: build(argv))
+      command_line.parse(argv)
+      command_line.answer(lambda: build(argv))
   except SystemExit as e:
     said = errors.getvalue().rstrip('\n').split('\n')
     sentence = said[-1].startswith('error: ') and len(said[-1]) < 2000
@@ -204,7 +204,7 @@ def main() -> None:
   def instead(main, arguments: bool = False) -> None:
     print(json.dumps(fuzz(module, seed, count)))
 
-  command.run = instead
+  command_line.run = instead
   runpy.run_module(module, run_name='__main__')
 
 

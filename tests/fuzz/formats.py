@@ -111,7 +111,7 @@ def _targets(root: Path):
   hf.save(root / 'shards', _CONFIG, params, max_shard_bytes=9000)
   hf.save(root / 'llama', _LLAMA, cases.random_params(_LLAMA))
   t5x.save(root / 't5x', _CONFIG, params)
-  target = cases.names.unflatten(cases.released_arrays(_CONFIG))
+  target = cases.weight_mapping.unflatten(cases.released_arrays(_CONFIG))
   (root / 'single').mkdir()
   packed = flax.serialization.msgpack_serialize({'target': target})
   (root / 'single' / 'checkpoint_3').write_bytes(packed)

@@ -19,16 +19,14 @@ import pytest
 import yaml
 
 from moepeft import config as config_lib
-from moepeft.data import example as rows_lib
+from moepeft.data import example as example_lib
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.chat import dataset as chat
-from moepeft.data.chat import formats as conversations
+from moepeft.data.chat import dataset as chat_dataset
+from moepeft.data.chat import formats as chat_formats
 from moepeft.data.example import Bad
-from moepeft.data.preference import formats as preference
-from moepeft.data.preference import tokenize as answer_ids
-from moepeft.data.readers import csv_table, jsonl
-from moepeft.data.readers import huggingface as hub
-from moepeft.data.readers import promptsource as templates
+from moepeft.data.preference import formats as preference_formats
+from moepeft.data.preference import tokenize as preference_tokenize
+from moepeft.data.readers import csv_table, huggingface, jsonl, promptsource
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 
@@ -199,9 +197,9 @@ def words(tmp_path_factory):
 
 
 def chatting(words):
-  used = chat.Template(words.tokenizer)
+  used = chat_dataset.Template(words.tokenizer)
   return lambda row: used.render(
-    conversations.answered(conversations.conversation(row))
+    chat_formats.answered(chat_formats.conversation(row))
   )
 
 
@@ -209,11 +207,12 @@ def comparing(words, rng):
   data = config_lib.default().data
   data.source = 'preference'
   made = [
-    answer_ids.encoder(data, Samples(own, 64), None) for own in (words, Bytes())
+    preference_tokenize.encoder(data, Samples(own, 64), None)
+    for own in (words, Bytes())
   ]
 
   def read(row):
-    found = preference.row(row)
+    found = preference_formats.row(row)
     # Plain text has no words for calls, thoughts and names.
     for encode in made[: 2 if rng.random() < 0.3 else 1]:
       encode(found.prompt, found.answers)
@@ -228,7 +227,7 @@ def test_every_mutated_row_is_read_or_refused(form, words, tmp_path, capsys):
   read = {
     'chat': chatting(words),
     'preference': comparing(words, rng),
-    'rows': lambda row: rows_lib.example(row, 't', rng.random() < 0.5),
+    'rows': lambda row: example_lib.example(row, 't', rng.random() < 0.5),
     'text': lambda row: documents.read(str(path)),
   }[form]
 
@@ -299,19 +298,19 @@ def test_every_damaged_file_is_read_or_refused(name, tmp_path, capsys):
   readers = {
     'jsonl': (
       (jsonl.read, '\n'.join(map(json.dumps, rows))),
-      (hub.read, '\n'.join(map(json.dumps, rows))),
-      (conversations.conversations, '\n'.join(map(json.dumps, chats))),
+      (huggingface.read, '\n'.join(map(json.dumps, rows))),
+      (chat_formats.conversations, '\n'.join(map(json.dumps, chats))),
     ),
     'json': (
-      (conversations.conversations, json.dumps(chats, indent=1)),
-      (hub.read, json.dumps(rows)),
+      (chat_formats.conversations, json.dumps(chats, indent=1)),
+      (huggingface.read, json.dumps(rows)),
     ),
     'csv': (
-      (hub.read, csv),
+      (huggingface.read, csv),
       (lambda path: csv_table.read(path, Bad('skip')), csv),
     ),
     'txt': ((documents.read, text),),
-    'yaml': ((templates.read, PROMPTS),),
+    'yaml': ((promptsource.read, PROMPTS),),
   }[kind]
   for _ in range(FILES):
     for read, raw in readers:
@@ -340,8 +339,8 @@ def test_every_mutated_template_is_read_or_refused(tmp_path, capsys):
   fields['metadata'] = {'original_task': True}
 
   def read_and_say(rows):
-    group = templates.read(str(path))
-    templates.render(group, rows, Bad('skip'))
+    group = promptsource.read(str(path))
+    promptsource.render(group, rows, Bad('skip'))
 
   for _ in range(1500):
     row = {'a': 'x', 'b': ['y'], 'label': 1}

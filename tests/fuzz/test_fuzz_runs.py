@@ -14,13 +14,14 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.core import jsonl_log as rows_lib
 from moepeft.evaluation.runner import Unfinished
-from moepeft.evaluation.tables import compare as compared
+from moepeft.evaluation.tables import compare
 from moepeft.evaluation.validator import table
-from moepeft.runs import run as runs
+from moepeft.inference import loaded_model
+from moepeft.runs import resume
 from moepeft.runs.history import History
 from moepeft.runs.plots import Figures
+from moepeft.runs.run import Run
 from moepeft.runs.trackers import writers
 
 from ..checkpoints.test_manager import DESCRIBED, blank, make_state
@@ -224,7 +225,7 @@ def test_tables_of_damaged_files(measured, capsys):
     'tables',
     measured,
     names,
-    lambda: compared.table([one, two], routing=True),
+    lambda: compare.table([one, two], routing=True),
     600,
     capsys,
   )
@@ -237,13 +238,14 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
   config = card(base, **JUDGED)
 
   def read():
-    runs.check_unchanged(str(workdir), config)
-    runs.check_same_data(str(workdir), {'path': {}})
+    directory = Run(str(workdir))
+    resume.check_unchanged(directory, config)
+    resume.check_same_data(directory, {'path': {}})
     for writer in writers(str(workdir), 4, False, '', {}):
       writer.close()
-    history = History(rows_lib.stream(str(workdir / 'metrics.jsonl')))
+    history = History(directory.metrics())
     Figures(history, str(tmp_path / 'plots'), False).draw()
-    before = train._read_before(str(workdir / 'before.json'))
+    before = directory.before()
     table(before.get('rows', []), after['rows'])
 
   after = json.loads((workdir / 'after.json').read_text())
@@ -275,8 +277,8 @@ def test_a_run_that_is_opened_with_damaged_files(run, capsys):
   names = ['w/config.json', 'base/generation_config.json']
 
   def read():
-    opened = runs.load(str(run))
-    opened.ends  # noqa: B018
+    opened = loaded_model.load_run(str(run))
+    opened.eos_token_ids  # noqa: B018
 
   fuzz('evaluate, generate', folder, names, read, 120, capsys)
 

@@ -8,8 +8,7 @@ import numpy as np
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.base import Base, example_batch
 from moepeft.inference.adapters.stacking import row_tree
-from moepeft.models import FAMILIES
-from moepeft.models import weight_mapping as names
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import Fill, described
 from moepeft.peft import build
@@ -45,7 +44,9 @@ def base_of(config):
     params = small_decoders.make(config)[1]['params']
   params = jax.tree.map(np.asarray, params)
   family = FAMILIES[config.family]
-  return Base(family, config, params, 'base', names.content_hash(params))
+  return Base(
+    family, config, params, 'base', weight_mapping.content_hash(params)
+  )
 
 
 def model_of(base, advice):
@@ -62,7 +63,7 @@ def trained(base, method, seed=0, semantics='official', noise=0.2):
     # Scales are ones at first; DoRA's magnitude is of the base's size.
     one = label.start is None or label.start == Fill(1)
     found[path] = np.float32(one + noise * rng.normal(size=shape))
-  return built, names.unflatten(found)
+  return built, weight_mapping.unflatten(found)
 
 
 def save(path, base, method, seed=0, semantics='official', noise=0.2):

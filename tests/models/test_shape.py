@@ -9,8 +9,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base
-from moepeft.core.jsonl_log import read
 from moepeft.nn.rope import Rope
+from moepeft.runs.metrics_log import read
 
 from .. import commands
 

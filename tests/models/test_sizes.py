@@ -10,8 +10,7 @@ import math
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import FAMILIES
-from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import FAMILIES, decoder_weights
 
 KNOWN = {
   ('llama', '7b'): 6_738_415_616,
@@ -159,6 +158,6 @@ def test_released_sizes_are_what_their_files_say(family, size):
 @pytest.mark.parametrize('family, size', KNOWN)
 def test_released_sizes_are_said_and_read_again(family, size):
   config = FAMILIES[family].config(size)
-  fields = decoder_names.config_to_hf(config)
-  again = decoder_names.config_from_hf(fields, config.tied)
+  fields = decoder_weights.config_to_hf(config)
+  again = decoder_weights.config_from_hf(fields, config.tied)
   assert (again.rope, again.eps) == (config.rope, config.eps)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.moe import router_stats as stats
+from moepeft.moe import router_stats
 
 from ..contracts import small
 
@@ -47,7 +47,7 @@ def sums(padded):
   _, seen = jax.jit(functools.partial(model.apply, mutable=['routing']))(
     variables, batch
   )
-  return stats.by_site(seen['routing'])
+  return router_stats.by_site(seen['routing'])
 
 
 def counts():

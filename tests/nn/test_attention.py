@@ -13,9 +13,7 @@ from moepeft.checkpoints import base
 from moepeft.config.defaults import default
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5.model import T5
-from moepeft.nn import attention
-from moepeft.nn import chunked_attention as chunked
-from moepeft.nn import dot_product_attention as fused
+from moepeft.nn import attention, chunked_attention, dot_product_attention
 from moepeft.nn.attention import Heads
 from moepeft.nn.attention_mask import NO_WINDOW, Past, Sight
 from moepeft.nn.initializers import fresh
@@ -82,7 +80,7 @@ def test_chunked_equals_naive(window, cap, slopes, explicit):
     )
     return jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(q, k, v)
 
-  ours = both(chunked.attend, dict(chunk=5), chunks)
+  ours = both(chunked_attention.attend, dict(chunk=5), chunks)
   naive = both(attention.attend, {}, mask)
   for left, right in zip(
     jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
@@ -134,7 +132,7 @@ def test_parts_that_no_query_of_a_part_sees_are_not_computed(
   q = jnp.concatenate([given.q, given.q[:, :6]], axis=1)
 
   def value(q, v):
-    out = chunked.attend(given.replace(q=q, v=v, sight=seen), chunk=5)
+    out = chunked_attention.attend(given.replace(q=q, v=v, sight=seen), chunk=5)
     return jnp.sum(out[:, queries] ** 2)
 
   run = jax.jit(jax.value_and_grad(value))
@@ -159,7 +157,9 @@ def test_a_query_that_sees_nothing_stays_finite(where):
   given = heads()
 
   def value(q):
-    return jnp.sum(chunked.attend(given.replace(q=q, sight=seen), chunk=7) ** 2)
+    return jnp.sum(
+      chunked_attention.attend(given.replace(q=q, sight=seen), chunk=7) ** 2
+    )
 
   out, gradient = jax.value_and_grad(value)(given.q)
   assert np.isfinite(out) and np.isfinite(gradient).all()
@@ -168,11 +168,13 @@ def test_a_query_that_sees_nothing_stays_finite(where):
 def test_dropout_keeps_the_mean_and_some_weights():
   given = heads().replace(sight=sight())
   given = given.replace(v=jnp.ones_like(given.v))
-  out = chunked.attend(given, rng=jax.random.key(0), dropout=0.4, chunk=5)
+  out = chunked_attention.attend(
+    given, rng=jax.random.key(0), dropout=0.4, chunk=5
+  )
   # Each of 2 * 23 * 6 outputs is a mean of 0 or 1 / 0.6: all together 1.
   assert np.abs(np.mean(out) - 1) < 0.1
   assert np.std(out) > 0.1
-  exact = chunked.attend(given, rng=None, dropout=0.4, chunk=5)
+  exact = chunked_attention.attend(given, rng=None, dropout=0.4, chunk=5)
   np.testing.assert_allclose(exact, jnp.ones_like(out), rtol=1e-5)
 
 
@@ -180,7 +182,7 @@ def test_advice_that_lengthens_keys_must_say_what_is_seen():
   given = heads().replace(sight=sight())
   longer = jnp.concatenate([given.k, given.k[:, :1]], axis=1)
   with pytest.raises(ValueError, match='made 29 keys 30'):
-    chunked.attend(given.replace(k=longer, v=longer))
+    chunked_attention.attend(given.replace(k=longer, v=longer))
 
 
 SMALL = DecoderConfig(
@@ -218,12 +220,12 @@ def test_chunked_holds_no_array_of_queries_and_keys():
 def test_fused_refuses_what_it_can_not_say():
   given = heads()
   with pytest.raises(ValueError, match='no soft caps'):
-    fused.attend(given, cap=2.0)
+    dot_product_attention.attend(given, cap=2.0)
   with pytest.raises(ValueError, match='no dropout'):
-    fused.attend(given, rng=jax.random.key(0), dropout=0.1)
+    dot_product_attention.attend(given, rng=jax.random.key(0), dropout=0.1)
   mask = sight(5).mask()
   np.testing.assert_allclose(
-    fused.attend(given.replace(mask=mask), 0.3),
+    dot_product_attention.attend(given.replace(mask=mask), 0.3),
     attention.attend(given.replace(mask=mask), 0.3),
     rtol=1e-5,
     atol=1e-5,
@@ -246,7 +248,7 @@ def test_fused_by_lengths_equals_masks(window):
 
     return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(given.q, given.k, given.v)
 
-  ours = value(fused.attend, given.replace(sight=past))
+  ours = value(dot_product_attention.attend, given.replace(sight=past))
   naive = value(attention.attend, given.replace(mask=past.mask()))
   for left, right in zip(
     jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
@@ -300,12 +302,17 @@ def of_heads(h=64, t=8, dtype=jnp.bfloat16, **changes):
   [('cpu', ''), ('tpu', ''), ('gpu', 'gfx942'), ('gpu', '7.5'), ('gpu', '')],
 )
 def test_cudnn_is_not_asked_where_it_is_not(platform, capability):
-  assert fused.implementation(platform, capability, of_heads()) == 'xla'
+  assert (
+    dot_product_attention.implementation(platform, capability, of_heads())
+    == 'xla'
+  )
 
 
 @pytest.mark.parametrize('capability', ['8.0', '8.6', '9.0', '10.0', '12.0'])
 def test_cudnn_is_asked_for_what_it_knows(capability):
-  choose = lambda heads: fused.implementation('gpu', capability, heads)  # noqa: E731
+  def choose(heads):
+    return dot_product_attention.implementation('gpu', capability, heads)
+
   square = jnp.ones((2, 1, 8, 8), bool)
   assert choose(of_heads()) == 'cudnn'
   assert choose(of_heads(dtype=jnp.float16, h=128)) == 'cudnn'

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import Fill, Normal, fresh
 from moepeft.peft import METHODS, build
@@ -20,7 +20,7 @@ SITES = t5.sites(small.GATED)
 def peft(method, seed=0, config=small.GATED, **options):
   advice = build(method, SITES).advice
   model = t5.T5(config, advice, **options)
-  return names.flatten(fresh(model, small.batch(), seed)['peft'])
+  return weight_mapping.flatten(fresh(model, small.batch(), seed)['peft'])
 
 
 def assert_same(one, two):
@@ -64,7 +64,7 @@ def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
   expected = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
   found = fresh(model, small.batch(), 0)
   expected = {key: expected[key] for key in ('params', 'peft')}
-  wanted, drawn = map(names.flatten, (expected, found))
+  wanted, drawn = map(weight_mapping.flatten, (expected, found))
   assert wanted.keys() == drawn.keys()
   for path, leaf in wanted.items():
     assert (drawn[path].shape, drawn[path].dtype) == (leaf.shape, leaf.dtype)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from moepeft import train
-from moepeft.core.jsonl_log import read
-from moepeft.data.batching import collators as forms
-from moepeft.data.preference import dataset as answers
+from moepeft.data.batching import collators
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.objectives import COMPARED, batch_kind
 from moepeft.objectives.cross_entropy import mean
+from moepeft.runs.metrics_log import read
 from moepeft.training import setup
 
 from ..preferences import card, noisy, parts_of, written
@@ -35,11 +35,11 @@ def places(tmp_path_factory):
 
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
-  own = forms.form(config.data, Bytes(), parts.model.config, 0)
-  own = answers.form_of(
+  own = collators.form(config.data, Bytes(), parts.model.config, 0)
+  own = preference_dataset.form_of(
     config.data, config.objective, batch_kind(config.objective), own
   )
-  found = answers.read(config.data, own)
+  found = preference_dataset.read(config.data, own)
   shape = len(found.items), 2, own.lengths[-1]
   given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
   return own, found.with_references(given).items[:COUNT]
@@ -60,7 +60,7 @@ def gradient(config, parts, batch):
   (value, aux), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     variables['peft']
   )
-  return jax.tree.map(np.asarray, (names.flatten(found), value, aux))
+  return jax.tree.map(np.asarray, (weight_mapping.flatten(found), value, aux))
 
 
 # With a reference that is asked, and with what was computed of it before.

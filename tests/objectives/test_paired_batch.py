@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import PAIR
-from moepeft.objectives import COMPARED, objective_of
-from moepeft.objectives import paired_batch as sides
+from moepeft.objectives import COMPARED, objective_of, paired_batch
 from moepeft.objectives.cross_entropy import Loss, mean
 from moepeft.objectives.preference_losses import PLAIN, Preference
 
@@ -58,7 +57,9 @@ def run(name, settings=PLAIN):
 
     def log_p(variables, rows):
       del variables
-      found = sides.token_log_p(pick(reference, rows, mismatched[1]), rows)
+      found = paired_batch.token_log_p(
+        pick(reference, rows, mismatched[1]), rows
+      )
       mismatched[1] = False
       return found
 
@@ -92,7 +93,7 @@ def figures(aux):
 
 
 def test_sides_of_a_row_become_neighbours():
-  found = sides.joined(PAIRS, PAIR)
+  found = paired_batch.joined(PAIRS, PAIR)
   assert found.keys() == CHOSEN.keys()
   for key in found:
     np.testing.assert_array_equal(found[key][0::2], CHOSEN[key])
@@ -187,7 +188,7 @@ def test_a_reference_computed_before_is_the_same_reference(name):
   expected, _ = value(name)
   keys = ('', 'kl_') if name == 'kto' else ('chosen_', 'rejected_')
   given = {
-    f'{key}reference': sides.token_log_p(REFERENCE[:, i], batch)
+    f'{key}reference': paired_batch.token_log_p(REFERENCE[:, i], batch)
     for i, (key, batch) in enumerate(zip(keys, (CHOSEN, REJECTED), strict=True))
   }
   # What the model would say is then of no account.
@@ -238,5 +239,5 @@ def test_settings_of_likelihoods_are_refused():
 def test_a_margin_within_rounding_is_a_tie():
   # 0 and 2e-4 are within what is a tie, 1e-3 is not.
   margins = jnp.array([0.0, 2e-4, -2e-4, 1e-3, -1e-3])
-  found = sides.won(margins, jnp.full(5, 4e-4))
+  found = paired_batch.won(margins, jnp.full(5, 4e-4))
   np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 1, 0])

@@ -11,8 +11,7 @@ import pytest
 
 from moepeft.core.types import Context, Routing
 from moepeft.models.t5 import model as t5
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
+from moepeft.moe import aux_losses, router_stats
 from moepeft.nn.adapter_hook import Frozen
 from moepeft.nn.linear import frozen_einsum
 from moepeft.peft import build
@@ -231,24 +230,24 @@ def test_ia3_scales_features(on):
 
 def sums_of(logits):
   routing = Routing(logits, jax.nn.softmax(logits))
-  return stats.reduce(routing, None)
+  return router_stats.reduce(routing, None)
 
 
 def test_the_entropy_loss_is_the_mean_entropy_in_nats():
   # Uniform over 3: ln 3. With probabilities 3/4 and 1/4: 3/4 ln 4/3 + 1/4 ln 4.
-  uniform = losses.entropy(sums_of(jnp.zeros((2, 7, 3))))
+  uniform = aux_losses.entropy(sums_of(jnp.zeros((2, 7, 3))))
   np.testing.assert_allclose(uniform, np.log(3), rtol=1e-6)
   sharp = jnp.broadcast_to(jnp.array([np.log(3), 0.0]), (2, 7, 2))
   expected = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
   np.testing.assert_allclose(
-    losses.entropy(sums_of(sharp)), expected, rtol=1e-6
+    aux_losses.entropy(sums_of(sharp)), expected, rtol=1e-6
   )
-  total = losses.total({'a': sums_of(sharp)}, {'entropy': 2.0})
+  total = aux_losses.total({'a': sums_of(sharp)}, {'entropy': 2.0})
   np.testing.assert_allclose(total, 2 * expected, rtol=1e-6)
 
 
 def test_minimising_entropy_sharpens_routing():
-  slope = jax.grad(lambda logits: losses.entropy(sums_of(logits)))(
+  slope = jax.grad(lambda logits: aux_losses.entropy(sums_of(logits)))(
     jnp.array([[[1.0, 0.0]]])
   )
   assert float(slope[0, 0, 0]) < 0 < float(slope[0, 0, 1])
@@ -256,5 +255,5 @@ def test_minimising_entropy_sharpens_routing():
 
 def test_the_z_loss_is_the_mean_squared_log_partition():
   # log(e^a + e^a) = a + ln 2
-  found = losses.z(sums_of(jnp.full((2, 7, 2), 1.5)))
+  found = aux_losses.z(sums_of(jnp.full((2, 7, 2), 1.5)))
   np.testing.assert_allclose(found, (1.5 + np.log(2)) ** 2, rtol=1e-6)

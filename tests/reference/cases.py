@@ -17,10 +17,10 @@ import numpy as np
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.t5x import adapters as released
+from moepeft.checkpoints.t5x import adapters as t5x_adapters
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config, sites
 from moepeft.nn.adapter_hook import Advice
 from moepeft.objectives.cross_entropy import mean
@@ -130,10 +130,10 @@ def gradients(case: Case) -> dict[str, np.ndarray]:
   """The expected gradients, a layer each: 'encoder/.../lora/a[0]'."""
   arrays = below(case.expected, 'grads/')
   shapes = {name: array.shape for name, array in arrays.items()}
-  found = released.read(case.config, shapes, arrays.__getitem__)
+  found = t5x_adapters.read(case.config, shapes, arrays.__getitem__)
   return {
     f'{path}[{layer}]': array
-    for path, stacked in names.flatten(found.tree).items()
+    for path, stacked in weight_mapping.flatten(found.tree).items()
     for layer, array in enumerate(stacked)
   }
 
@@ -250,7 +250,7 @@ def _is_t5(name: str) -> bool:
   if not file.exists():
     return False
   kind = json.loads(file.read_text()).get('model_type')
-  return hf.FAMILIES.get(kind) is t5_names
+  return hf.FAMILIES.get(kind) is t5_weights
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
-from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import decoder_weights
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.peft import build
 from moepeft.peft.merge import merge
@@ -41,7 +41,7 @@ def found():
   return [
     path.parent.name
     for path in folders
-    if model_type(base_of(path.parent.name)) in decoder_names.HF_TYPES
+    if model_type(base_of(path.parent.name)) in decoder_weights.HF_TYPES
   ]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import Context
-from moepeft.models import decoder_weights as decoder_names
+from moepeft.models import decoder_weights
 from moepeft.models.decoder.model import Decoder
 
 from . import cases
@@ -28,7 +28,7 @@ def found():
   return [
     path.parent.name
     for path in folders
-    if json.loads(path.read_text())['model_type'] in decoder_names.HF_TYPES
+    if json.loads(path.read_text())['model_type'] in decoder_weights.HF_TYPES
   ]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.adapter import Adapter
-from moepeft.checkpoints.t5x import adapters as released
+from moepeft.checkpoints.t5x import adapters as t5x_adapters
 from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 
@@ -61,14 +61,16 @@ def of_cases(found):
 
 def has_adapter(name):
   with np.load(cases.ROOT / f'{name}.npz') as arrays:
-    return any(map(released.is_adapter, arrays.files))
+    return any(map(t5x_adapters.is_adapter, arrays.files))
 
 
 def naive_weights(name):
   """({adapter's T5X name: array}, {base's T5X name: array}), float64."""
   arrays = cases.below(cases.load(name).expected, 'params/')
   weights = {k: jnp.asarray(array, 'float64') for k, array in arrays.items()}
-  ours = {k: array for k, array in weights.items() if released.is_adapter(k)}
+  ours = {
+    k: array for k, array in weights.items() if t5x_adapters.is_adapter(k)
+  }
   return ours, {k: weights[k] for k in weights if k not in ours}
 
 
@@ -106,7 +108,7 @@ def our_gradients(name):
   tree, logits = gradient(variables['peft'], variables['params'])
   if case.adapter is None:
     return {}, logits
-  written = released.write(case.config, Adapter(case.adapter.method, tree))
+  written = t5x_adapters.write(case.config, Adapter(case.adapter.method, tree))
   return {entry.their_name: array for entry, array in written}, logits
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.core.types import Context
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def prompts():
 def path():
   pytest.importorskip('gguf')
   try:
-    return packages.resolve('smollm2')
+    return pip_models.resolve('smollm2')
   except CheckpointError as error:
     pytest.skip(str(error))
 

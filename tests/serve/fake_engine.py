@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import time
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.api import (
   EngineStats,
   Finished,
@@ -49,7 +49,7 @@ def choose(mask):
 
 @dataclasses.dataclass
 class Row:
-  request: protocol.Request
+  request: api.Request
   deliver: object
   say: collections.deque
   until: float
@@ -92,16 +92,14 @@ class FakeEngine:
   def submit(self, request, deliver):
     with self._lock:
       if self._draining:
-        raise protocol.RequestRefused('the engine takes no more requests')
+        raise api.RequestRefused('the engine takes no more requests')
       if request.adapter and request.adapter not in self.loads:
-        raise protocol.UnknownAdapter(
-          f'there is no adapter {request.adapter!r}'
-        )
+        raise api.UnknownAdapter(f'there is no adapter {request.adapter!r}')
       own = len(request.prompt_ids) if self.decoder_only else 0
       if own + request.max_new_tokens > self.max_model_len:
-        raise protocol.PromptTooLong('prompt and answer are too long')
+        raise api.PromptTooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
-        raise protocol.EngineFull('the queue is full; try again later', 2.5)
+        raise api.EngineFull('the queue is full; try again later', 2.5)
       assert request.id not in self._rows
       self.asked.append(request)
       until = time.monotonic() + (request.timeout or 1e9)
@@ -113,7 +111,7 @@ class FakeEngine:
     with self._lock:
       if id in self._rows:
         self.cancelled.append(id)
-        self._finish(self._rows[id], protocol.CANCELLED)
+        self._finish(self._rows[id], api.CANCELLED)
 
   def adapters(self):
     return list(self.loads.values())
@@ -128,7 +126,7 @@ class FakeEngine:
 
   def unload(self, name):
     if name not in self.loads:
-      raise protocol.UnknownAdapter(f'there is no adapter {name!r}')
+      raise api.UnknownAdapter(f'there is no adapter {name!r}')
     del self.loads[name]
 
   def stats(self):
@@ -156,7 +154,7 @@ class FakeEngine:
     with self._lock:
       self._draining = self._ended = True
       for row in list(self._rows.values()):
-        self._finish(row, protocol.CANCELLED)
+        self._finish(row, api.CANCELLED)
       self._lock.notify_all()
     self.running.set()
     self._thread.join(5)
@@ -179,7 +177,7 @@ class FakeEngine:
           self._lock.wait(0.05)
         for row in list(self._rows.values()):
           if time.monotonic() > row.until:
-            self._finish(row, protocol.TIME)
+            self._finish(row, api.TIME)
         # Looked at when there is a row: it may have been held in between.
         if self.running.is_set():
           for row in list(self._rows.values())[: self.slots]:
@@ -197,7 +195,7 @@ class FakeEngine:
         ]
         row.deliver(PromptLogprobs(tuple(found)))
     if row.said >= request.max_new_tokens:
-      self._finish(row, protocol.LENGTH)
+      self._finish(row, api.LENGTH)
       return
     if request.constraint is not None:
       try:
@@ -206,21 +204,21 @@ class FakeEngine:
           request.constraint.accept(token) or token in request.eos_token_ids
         )
       except ValueError as e:
-        self._finish(row, protocol.FAILED, str(e))
+        self._finish(row, api.FAILED, str(e))
         return
     else:
       token = row.say.popleft() if row.say else END
       over = token in request.eos_token_ids
     if token < 0:
-      self._finish(row, protocol.FAILED, self.failure)
+      self._finish(row, api.FAILED, self.failure)
       return
     row.said += 1
     self._counts['answer'] += 1
     row.deliver(Token(scored(token, request)))
     if over:
-      self._finish(row, protocol.STOP)
+      self._finish(row, api.STOP)
     elif row.said >= request.max_new_tokens:
-      self._finish(row, protocol.LENGTH)
+      self._finish(row, api.LENGTH)
 
   def _finish(self, row, reason, message=''):
     del self._rows[row.request.id]

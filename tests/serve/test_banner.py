@@ -4,13 +4,13 @@
 import io
 
 from moepeft.inference.api import LoadedAdapter
-from moepeft.serve import __main__ as banner
+from moepeft.serve import __main__ as serve_command
 from moepeft.serve.http.keys import Keys
 
 
 def test_a_file_gets_the_first_program_and_not_every_one():
   out = io.StringIO()
-  shown = banner.Start(out)
+  shown = serve_command.Start(out)
   for i in range(5):
     shown('prefill 16', i, 5)
   assert out.getvalue().count('\n') == 1
@@ -20,7 +20,7 @@ def test_a_file_gets_the_first_program_and_not_every_one():
 def test_a_terminal_gets_one_line_that_is_written_over():
   out = io.StringIO()
   out.isatty = lambda: True
-  shown = banner.Start(out)
+  shown = serve_command.Start(out)
   shown('prefill 16', 0, 2)
   shown('step 8', 1, 2)
   assert '\n' not in out.getvalue()
@@ -32,9 +32,9 @@ def test_a_box_says_how_to_ask():
   law = LoadedAdapter('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
   ia3 = LoadedAdapter('tone', 'ia3', 'sha', 7, 'runs/tone')
   keys = Keys((b'a', b'b'), ())
-  found = banner.lines('http://x:1', 'base', [law, ia3], keys)
+  found = serve_command.lines('http://x:1', 'base', [law, ia3], keys)
   out = io.StringIO()
-  banner.Start(out).done(found)
+  serve_command.Start(out).done(found)
   rows = out.getvalue().splitlines()
   # All rows of a box are as long.
   assert len({len(row) for row in rows}) == 1
@@ -48,5 +48,5 @@ def test_a_box_says_how_to_ask():
   ):
     assert any(said in row for row in rows), said
   # No key is ever shown.
-  found = banner.lines('u', 'm', [], Keys((b'secret',), (b'other',)))
+  found = serve_command.lines('u', 'm', [], Keys((b'secret',), (b'other',)))
   assert not any('secret' in line or 'other' in line for line in found)

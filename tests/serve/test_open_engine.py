@@ -11,7 +11,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.inference.api import LENGTH, UnknownAdapter
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.initializers import fresh
 from moepeft.peft import build
@@ -58,7 +58,7 @@ def place(tmp_path_factory):
       built.method,
       'official',
       'base',
-      names.content_hash(params),
+      weight_mapping.content_hash(params),
       'llama',
       CONFIG,
       '',

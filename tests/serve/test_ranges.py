@@ -40,8 +40,8 @@ FLAGS = {
 # socket; in one process of its own, since a start costs seconds.
 SCRIPT = """
 import contextlib, io, runpy, sys
-from moepeft.config import flags as command
-command.run = lambda main: None
+from moepeft.config import command_line
+command_line.run = lambda main: None
 module = runpy.run_module('moepeft.serve', run_name='__main__')
 run, open_socket = module['run'], module['listen']
 class Opened(Exception):
@@ -52,10 +52,10 @@ run.__globals__['listen'] = opened
 for argument in sys.argv[1:]:
   with contextlib.redirect_stderr(io.StringIO()) as said:
     try:
-      command.flags.FLAGS.unparse_flags()
-      for flag in command.flags.FLAGS:
-        command.flags.FLAGS[flag].unparse()
-      command.parse(['serve', '--model=/nothing', argument])
+      command_line.flags.FLAGS.unparse_flags()
+      for flag in command_line.flags.FLAGS:
+        command_line.flags.FLAGS[flag].unparse()
+      command_line.parse(['serve', '--model=/nothing', argument])
       run()
       code = None
     except SystemExit as e:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.training.adafactor import adafactor, sides
 
 from ..contracts import small
@@ -37,7 +37,7 @@ FACTORED = {
 
 
 def tree(flat):
-  return names.unflatten(
+  return weight_mapping.unflatten(
     {f'encoder/layers/{path}': jnp.asarray(a) for path, a in flat.items()}
   )
 
@@ -118,7 +118,7 @@ def trained(clock, weight_decay=0.0, apart=False):
   state = optimizer.init(params)
   for gradient in gradients():
     params, state = update(params, state, form(gradient))
-  return names.flatten(params), state
+  return weight_mapping.flatten(params), state
 
 
 @pytest.mark.parametrize('clock', [CLOCK, 0])

@@ -11,13 +11,13 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.core.jsonl_log import read
 from moepeft.data.batching.decoder_only import Samples, packed, padded, sample
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import token_losses
+from moepeft.runs.metrics_log import read
 from moepeft.tasks import Example
 
 from .. import chat_cases

@@ -18,10 +18,10 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.types import State
-from moepeft.moe import aux_losses as losses
+from moepeft.moe import aux_losses
 from moepeft.objectives.cross_entropy import mean
 from moepeft.objectives.seq2seq import objective
-from moepeft.training import grad_accumulation as accumulate
+from moepeft.training import grad_accumulation
 from moepeft.training.setup import build_train_step
 
 from ..contracts import small
@@ -72,7 +72,7 @@ def test_parts_add_up_to_the_whole_batch(parts, per):
 
 
 def test_router_losses_are_those_of_the_whole_batch():
-  assert ROUTER_LOSSES.keys() == losses.LOSSES.keys()
+  assert ROUTER_LOSSES.keys() == aux_losses.LOSSES.keys()
   expected = step(1, **ROUTER_LOSSES)
   check_equal(step(3, **ROUTER_LOSSES), expected)
   # They count in it.
@@ -91,7 +91,7 @@ def test_a_mean_of_the_parts_means_would_be_another():
   def mean_of(rows):
     return float(mean(*objective(model.apply, variables, rows, None)))
 
-  three = accumulate.split(BATCH, 3)
+  three = grad_accumulation.split(BATCH, 3)
   each = [mean_of({k: a[i] for k, a in three.items()}) for i in range(3)]
   assert abs(np.mean(each) - mean_of(BATCH)) > 1e-2
 
@@ -157,7 +157,9 @@ KEY = jax.random.key(3)
 def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
   def run(parts):
     loss = lambda sums: (mean(sums['total'], sums), sums)  # noqa: E731
-    return accumulate.gradient(toy, loss, jnp.float32(5), {'x': X}, KEY, parts)
+    return grad_accumulation.gradient(
+      toy, loss, jnp.float32(5), {'x': X}, KEY, parts
+    )
 
   expected = [jax.random.uniform(jax.random.fold_in(KEY, i)) for i in range(2)]
   # The mean of t x is linear in t: 15 / 4.
@@ -175,7 +177,7 @@ def test_both_passes_have_the_same_noise():
   def loss(sums):
     return mean(sums['total'], sums) + sums['routing'] ** 2, sums
 
-  slope, sums = accumulate.gradient(
+  slope, sums = grad_accumulation.gradient(
     toy, loss, jnp.float32(5), {'x': X}, KEY, 2, curved=('routing',)
   )
   noise = float(sums['noise'])
@@ -189,7 +191,7 @@ def test_gradients_have_the_parameters_dtype():
     return {'total': total, 'weight': jnp.int32(0)}
 
   x = jnp.array([1.0, *[2.0**-9] * 8])
-  found, _ = accumulate.gradient(
+  found, _ = grad_accumulation.gradient(
     sums,
     lambda sums: (mean(sums['total'], sums), {}),
     jnp.bfloat16(1),
@@ -203,7 +205,7 @@ def test_gradients_have_the_parameters_dtype():
 
 
 def test_part_i_has_every_nth_row_from_i_on():
-  found = accumulate.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
+  found = grad_accumulation.split({'x': jnp.arange(12).reshape(6, 2)}, 3)['x']
   np.testing.assert_array_equal(
     found, [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
   )

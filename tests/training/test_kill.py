@@ -18,7 +18,7 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.run_progress import Course
-from moepeft.core import jsonl_log as rows_lib
+from moepeft.runs import metrics_log
 from moepeft.training.signals import Stopped
 from tests import ROOT
 
@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
 
 def losses(workdir):
   """What a run's rows say of the model: all but its speed."""
-  rows = rows_lib.read(str(workdir / 'metrics.jsonl'))
+  rows = metrics_log.read(str(workdir / 'metrics.jsonl'))
   return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
 
 
@@ -236,7 +236,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   )
   config = card(base, **{'evaluation.every_steps': 1, **changes})
   train.train(config, str(workdir))
-  rows = rows_lib.read(str(workdir / 'metrics.jsonl'))
+  rows = metrics_log.read(str(workdir / 'metrics.jsonl'))
   return [row['step'] for row in rows if 'validation_loss' in row]
 
 

@@ -7,17 +7,16 @@ import types
 import numpy as np
 import pytest
 
-from moepeft.core.jsonl_log import _finite
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.runs.history import History
+from moepeft.runs.metrics_log import _finite
 from moepeft.runs.trackers import scalars
 from moepeft.training.metrics_logger import Report, _sums
 
 
 def test_a_token_of_a_decoder_is_counted_once():
   # 5 and 3 ids are 4 and 2 tokens that are read; the first prompt has 2 ids.
-  rows = causal.padded([causal.sample([7, 8], [9, 7, 1]), ONE], 5)
+  rows = decoder_only.padded([decoder_only.sample([7, 8], [9, 7, 1]), ONE], 5)
   examples, tokens, padding, untrained = _sums(rows)
   assert (examples, tokens) == (2, 6)
   assert padding == pytest.approx(1 - 6 / 10)
@@ -26,7 +25,7 @@ def test_a_token_of_a_decoder_is_counted_once():
 
 
 def test_both_sides_of_a_pair_are_counted():
-  rows = causal.padded([ONE, ONE, ONE], 5)
+  rows = decoder_only.padded([ONE, ONE, ONE], 5)
   sides = {
     f'{s}_{k}': v for s in ('chosen', 'rejected') for k, v in rows.items()
   }
@@ -36,7 +35,7 @@ def test_both_sides_of_a_pair_are_counted():
 
 def test_pairs_of_packed_rows_are_counted():
   # A row of two, then a row of one.
-  rows = causal.packed([ONE, ONE, ONE], 5, [[0, 2], [1]])
+  rows = decoder_only.packed([ONE, ONE, ONE], 5, [[0, 2], [1]])
   sides = {
     f'{s}_{k}': v for s in ('chosen', 'rejected') for k, v in rows.items()
   }
@@ -45,7 +44,7 @@ def test_pairs_of_packed_rows_are_counted():
 
 
 def test_inputs_and_targets_of_an_encoder_decoder_are_counted():
-  rows = batching.seq2seq([[5, 6, 1]], [[7, 1]], 4, 4)
+  rows = seq2seq.seq2seq([[5, 6, 1]], [[7, 1]], 4, 4)
   assert _sums(rows)[:2] == (1, 5)
 
 
@@ -58,7 +57,7 @@ def test_a_likelihood_of_no_token_is_nan():
   some = {'tokens': 4, 'nll': 6.0, 'correct': 1}
   for step, sums in enumerate((none, some), 1):
     aux = {'loss': 1.0, 'router_loss': 0.0, 'gradient_norm': 1.0, 'routing': {}}
-    report.add(step, causal.padded([ONE], 5), aux | sums)
+    report.add(step, decoder_only.padded([ONE], 5), aux | sums)
   report.tell()
   assert np.isnan([rows[0]['nll'], rows[0]['token_accuracy']]).all()
   assert (rows[1]['nll'], rows[1]['token_accuracy']) == (1.5, 0.25)
@@ -100,4 +99,4 @@ def test_the_evaluation_after_training_is_a_row_where_the_step_has_none():
   assert not make(None).concluded(7, {'step': 7, 'means': {}})
 
 
-ONE = causal.Sample(np.array([7, 8, 1]), np.array([False, True, True]))
+ONE = decoder_only.Sample(np.array([7, 8, 1]), np.array([False, True, True]))

@@ -13,12 +13,12 @@ import pytest
 
 from moepeft import convert, evaluate, train
 from moepeft.checkpoints import adapter
-from moepeft.core.jsonl_log import read
 from moepeft.core.types import PAIR
 from moepeft.evaluation import summary
-from moepeft.objectives import paired_batch as sides
+from moepeft.inference.loaded_model import load_run
+from moepeft.objectives import paired_batch
 from moepeft.objectives.cross_entropy import mean
-from moepeft.runs.run import load
+from moepeft.runs.metrics_log import read
 from moepeft.training import setup
 
 from ..preferences import MOLORA, card, noisy, pairs, parts_of, written
@@ -71,10 +71,10 @@ def test_the_reference_is_the_same_before_and_after_training(places):
       config, parts.model, parts.built, optimizer, parts.reference
     )
   )
-  rows = sides.joined(parts.batch, PAIR)
+  rows = paired_batch.joined(parts.batch, PAIR)
   of = jax.jit(lambda variables: parts.reference(variables, rows))
   policy = jax.jit(
-    lambda variables: sides.token_log_p(
+    lambda variables: paired_batch.token_log_p(
       parts.model.apply(variables, rows), rows
     )
   )
@@ -263,7 +263,8 @@ def test_every_objective_trains_goes_on_and_is_evaluated(
   # The adapter that is exported is the run's.
   convert.main(['convert', f'--workdir={run}', f'--output={out}'])
   tree, _ = adapter.load(out)
-  jax.tree.map(np.testing.assert_array_equal, tree, load(run).variables['peft'])
+  trained = load_run(run).variables['peft']
+  jax.tree.map(np.testing.assert_array_equal, tree, trained)
 
 
 def told_again(run, row, capsys):

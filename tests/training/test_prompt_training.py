@@ -12,11 +12,11 @@ from moepeft import evaluate, generate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
-from moepeft.core.jsonl_log import read
+from moepeft.inference import loaded_model
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.models.decoder.model import Decoder
-from moepeft.runs import run as runs
+from moepeft.runs.metrics_log import read
 
 from ..contracts import small_decoders
 from ..prompted import LLAMA
@@ -50,7 +50,7 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   rows = read(str(tmp_path / 'metrics.jsonl'))
   losses = [row['loss'] for row in rows if 'loss' in row]
   assert len(losses) == 4 and np.isfinite(losses).all()
-  run = runs.load(str(tmp_path))
+  run = loaded_model.load_run(str(tmp_path))
   # It was moved, from rows of the table.
   found = vectors(tmp_path)
   table = run.variables['params']['embed']['embedding']
@@ -61,9 +61,11 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   (*_, last) = (r['validation_loss'] for r in rows if 'validation_loss' in r)
   assert total['validation_loss'] == pytest.approx(last, rel=1e-5)
   assert measured
-  said = generate.answer(run.model, run.variables, run.words, ['a', 'bc'], 3)
-  generation = Generator(run.model, run.words, GenerationConfig(3, (1,)))
-  ids = [[*run.words.encode(text), 1] for text in ('a', 'bc')]
+  said = generate.answer(
+    run.model, run.variables, run.tokenizer, ['a', 'bc'], 3
+  )
+  generation = Generator(run.model, run.tokenizer, GenerationConfig(3, (1,)))
+  ids = [[*run.tokenizer.encode(text), 1] for text in ('a', 'bc')]
   assert said == generation.texts(run.variables, ids)
   served = AdapterPool(base_lib.load(config.model), {'it': str(tmp_path)})
   held = served.hold('it')
@@ -91,7 +93,7 @@ def test_a_decoder_is_trained_behind_a_prompt(source, tmp_path):
   c.model.shape = config_lib.default().model.shape
   train.train(c, str(tmp_path / 'run'))
   assert vectors(tmp_path / 'run').shape == (5, config.d_model)
-  run = runs.load(str(tmp_path / 'run'))
+  run = loaded_model.load_run(str(tmp_path / 'run'))
   assert isinstance(run.model, Decoder)
   total, _ = evaluate.evaluate(str(tmp_path / 'run'), most=1)
   assert np.isfinite(total['validation_loss'])

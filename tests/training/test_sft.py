@@ -10,8 +10,8 @@ from moepeft import evaluate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.config import check as config_check
-from moepeft.core.jsonl_log import read
-from moepeft.data.text import span_corruption as spans
+from moepeft.data.text import span_corruption
+from moepeft.runs.metrics_log import read
 from tests import ROOT
 
 from .. import chat_cases
@@ -91,8 +91,10 @@ def test_a_cards_value_may_hold_commas_in_parentheses():
 
 def test_the_card_of_text_for_t5_fills_its_rows():
   c = load('pretrain_t5_tiny.py').get_config('text=a.txt')
-  length = spans.longest(lambda x, y: x <= c.data.inputs_length, 0.15, 3.0)
-  assert spans.sizes(length, 0.15, 3.0) == (
+  length = span_corruption.longest(
+    lambda x, y: x <= c.data.inputs_length, 0.15, 3.0
+  )
+  assert span_corruption.sizes(length, 0.15, 3.0) == (
     c.data.inputs_length,
     c.data.targets_length,
   )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import Routing, State
-from moepeft.moe import router_stats as stats
-from moepeft.runs import diagnosis as curves
-from moepeft.training import summary as metrics
+from moepeft.moe import router_stats
+from moepeft.runs import diagnosis
+from moepeft.training import summary as training_summary
 
 
 def test_the_introduction_is_a_table_with_a_line_for_what_is_given(capsys):
@@ -27,7 +27,7 @@ def test_the_introduction_is_a_table_with_a_line_for_what_is_given(capsys):
     rng=jax.random.key(0),
   )
   more = {'weights per device': '1.3 GB', 'packing': ''}
-  metrics.introduce(base, built, state, 'bytes', 'w', more)
+  training_summary.introduce(base, built, state, 'bytes', 'w', more)
   lines = capsys.readouterr().out.splitlines()
   # 15 of 3,000 parameters are half a percent.
   assert lines[:4] == [
@@ -54,7 +54,7 @@ def test_a_collapsed_router_is_named_with_its_expert():
     # One expert has all of it, and must.
     'single': {'weight': [[1.0]], 'weight_entropy': [0.0]},
   }
-  lines = curves.collapsed(sites, 0.9)
+  lines = diagnosis.collapsed(sites, 0.9)
   assert list(lines) == ['dense, layer 1', 'sparse, layer 0']
   assert lines['dense, layer 1'].startswith('expert 1 has 95% of the weight')
   assert '0.14 of ln 2' in lines['dense, layer 1']
@@ -66,11 +66,11 @@ def test_a_dense_router_with_one_expert_ahead_by_little_is_not_collapsed():
   ahead = np.tile([0.2475, 0.2475, 0.2575, 0.2475], (97, 1))
   other = np.tile([0.2575, 0.2475, 0.2475, 0.2475], (3, 1))
   weights = jnp.asarray(np.concatenate([ahead, other])[None], jnp.float32)
-  sums = stats.reduce(Routing(jnp.log(weights), weights), None)
-  (site,) = metrics.routing({'q': sums}).values()
+  sums = router_stats.reduce(Routing(jnp.log(weights), weights), None)
+  (site,) = training_summary.routing({'q': sums}).values()
   # 0.97 * 0.2575 + 0.03 * 0.2475
   assert site['weight'][2] == pytest.approx(0.2572)
   assert 'tokens' not in site and 'load' not in site
   assert site['weight_entropy'] / np.log(4) > 0.98
   # An alarm at a share of weight that any router has, were it not for entropy.
-  assert curves.collapsed({'q': site}, 0.25) == {}
+  assert diagnosis.collapsed({'q': site}, 0.25) == {}

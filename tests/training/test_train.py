@@ -16,13 +16,14 @@ from moepeft import config as config_lib
 from moepeft import convert, generate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import restore_adapter
-from moepeft.config import ranges as config_ranges
-from moepeft.core.jsonl_log import Rows, read
+from moepeft.config import ranges
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.runs.run import check_unchanged
+from moepeft.runs.metrics_log import MetricsLog, read
+from moepeft.runs.resume import check_unchanged
+from moepeft.runs.run import Run
 from moepeft.training.metrics_logger import Report
 
 from .. import commands
@@ -334,8 +335,8 @@ def test_steps_of_a_falling_rate_may_differ_where_it_is_said(tmp_path, name):
   (tmp_path / 'config.json').write_text(card('', **changes).to_json())
   longer = card('', **changes, steps=5)
   with pytest.raises(ValueError, match='config.steps=4, now it is 5'):
-    check_unchanged(str(tmp_path), longer)
-  check_unchanged(str(tmp_path), longer, [name])
+    check_unchanged(Run(str(tmp_path)), longer)
+  check_unchanged(Run(str(tmp_path)), longer, [name])
 
 
 @pytest.mark.parametrize(
@@ -494,7 +495,7 @@ def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
 
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path, monkeypatch):
   # Rates that are allowed do not explode in the few steps of a test.
-  allowed = config_ranges.ALLOWED
+  allowed = ranges.ALLOWED
   monkeypatch.setitem(allowed, 'optimizer.learning_rate', Range(0, 1e38))
   changes = {'optimizer.learning_rate': 1e30, 'optimizer.clip': 0.0}
   with pytest.raises(ValueError, match='at step .*learning_rate'):
@@ -548,7 +549,7 @@ def test_an_unwritable_workdir_is_named(base, tmp_path):
 def test_rows_of_steps_to_come_and_a_torn_line_are_dropped(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-  Rows(str(tmp_path), step=2).write({'step': 3, 'new': True})
+  MetricsLog(str(path), step=2).write({'step': 3, 'new': True})
   assert read(str(path)) == [
     {'step': 1},
     {'step': 2},

@@ -12,8 +12,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.types import Context, Routing, State
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
+from moepeft.moe import aux_losses, router_stats
 from moepeft.nn.adapter_hook import Advice
 from moepeft.nn.initializers import fresh
 from moepeft.nn.linear import Linear
@@ -89,7 +88,7 @@ def adapter(state):
   return tree
 
 
-@pytest.mark.parametrize('name', losses.LOSSES)
+@pytest.mark.parametrize('name', aux_losses.LOSSES)
 def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
   # B is zero at first, so the mean loss does not depend on the router: all of
   # the router's gradient is the router loss's.
@@ -100,8 +99,8 @@ def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
   def loss(kernel):
     logits = jnp.einsum('btd,de->bte', x, kernel, precision='highest')
     routing = Routing(logits, jax.nn.softmax(logits))
-    sums = stats.reduce(routing, BATCH['targets_mask'])
-    return losses.LOSSES[name](sums)
+    sums = router_stats.reduce(routing, BATCH['targets_mask'])
+    return aux_losses.LOSSES[name](sums)
 
   before = adapter(state)['router']['kernel']
   value, slope = jax.value_and_grad(loss)(before)

@@ -17,9 +17,7 @@ import numpy as np
 
 from moepeft.checkpoints.directory import Loaded
 from moepeft.core.files import check_file
-from moepeft.models import decoder_gguf as gguf_names
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import weight_mapping as names
+from moepeft.models import decoder_gguf, decoder_weights, weight_mapping
 from moepeft.models.decoder.model import DecoderConfig
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
@@ -39,19 +37,21 @@ def load(path: str, dtype: Any = None) -> Loaded:
   """
   file = open_file(path)
   config = file.config()
-  sizes = decoder_names.sizes(config)
-  wanted = names.entries(
-    gguf_names.rules(config), sizes, decoder_names.depths(config)
+  sizes = decoder_weights.sizes(config)
+  wanted = weight_mapping.entries(
+    decoder_gguf.rules(config), sizes, decoder_weights.depths(config)
   )
-  ignored = {gguf_names.ROPE} | ({gguf_names.HEAD} if config.tied else set())
-  names.check(
+  ignored = {decoder_gguf.ROPE} | (
+    {decoder_gguf.HEAD} if config.tied else set()
+  )
+  weight_mapping.check(
     {entry.their_name: entry.their_shape for entry in wanted},
     {n: shape for n, shape in file.shapes.items() if n not in ignored},
     f'{path} does not hold the model that its metadata describe',
     'convert the model again',
   )
   fetch = lambda name: file.fetch_for(name, config)  # noqa: E731
-  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
+  params, sha256 = weight_mapping.read(wanted, sizes, fetch, dtype, path)
   return Loaded(config, params, sha256, path)
 
 
@@ -141,10 +141,10 @@ class File:
 
   def config(self) -> DecoderConfig:
     """What its metadata say."""
-    rope = gguf_names.ROPE
+    rope = decoder_gguf.ROPE
     factors = self.fetch(rope) if rope in self.shapes else None
     try:
-      return gguf_names.config_from_metadata(
+      return decoder_gguf.config_from_metadata(
         self.metadata, self.shapes, self._is_tied(), factors
       )
     except CheckpointError:
@@ -159,7 +159,7 @@ class File:
     """Whether there is no head, or one that only repeats the embedding."""
     found = [
       self._tensors.get(name)
-      for name in (gguf_names.HEAD, gguf_names.EMBEDDING)
+      for name in (decoder_gguf.HEAD, decoder_gguf.EMBEDDING)
     ]
     if None in found:
       return found[0] is None
@@ -196,4 +196,4 @@ class File:
     """A tensor as Hugging Face's files have it."""
     arch = self.metadata['general.architecture']
     array = self.fetch(name)
-    return gguf_names.as_stored_by_hf(name, array, arch, config)
+    return decoder_gguf.as_stored_by_hf(name, array, arch, config)

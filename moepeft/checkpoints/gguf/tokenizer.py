@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.gguf import model as gguf
-from moepeft.checkpoints.gguf import sentencepiece as pieces
+from moepeft.checkpoints.gguf import sentencepiece
 from moepeft.checkpoints.gguf.sentencepiece import CONTROL, USER_DEFINED
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -100,8 +100,8 @@ def save(path: str, folder: Path) -> None:
   said = gguf.metadata(path)
   if said.get('tokenizer.ggml.model') != _PIECES:
     return
-  found = pieces.read(path, said)
-  model = pieces.model_file(found, special_ids(said))
+  found = sentencepiece.read(path, said)
+  model = sentencepiece.model_file(found, special_ids(said))
   (folder / 'tokenizer.model').write_bytes(model)
   # llama.cpp's converter asks here for what tokenizer.model does not say.
   file = folder / 'tokenizer_config.json'
@@ -113,7 +113,7 @@ def save(path: str, folder: Path) -> None:
       for i, token in made.added_tokens_decoder.items()
     },
   }
-  files.write_json(file, files.read_json(file) | more)
+  directory.write_json(file, directory.read_json(file) | more)
 
 
 def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
@@ -121,7 +121,7 @@ def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import AddedToken
 
   if said.get('tokenizer.ggml.model') == _PIECES:
-    made = pieces.tokenizer(pieces.read(path, said))
+    made = sentencepiece.tokenizer(sentencepiece.read(path, said))
     if _begins(said, True):
       made.post_processor = _start(said, tokens)
   else:

@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.directory import Loaded as Loaded
-from moepeft.checkpoints.hf import tokenizer_files as words
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import hf_fields
-from moepeft.models import weight_mapping as names
-from moepeft.models.bert import weights as bert_names
+from moepeft.checkpoints.hf import tokenizer_files
+from moepeft.models import decoder_weights, hf_fields, weight_mapping
+from moepeft.models.bert import weights as bert_weights
 from moepeft.models.hf_layout import Layout
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.weight_mapping import CheckpointError, Entry, Shape, Tree
 
 # Weights in forms that are not read, by the files' names.
@@ -34,8 +32,8 @@ _FOREIGN = {
   'flax_model*.msgpack': "weights of transformers' Flax models",
 }
 # `model_type` in config.json -> the room that knows its names.
-FAMILIES = {'t5': t5_names, 'mt5': t5_names, 'bert': bert_names}
-FAMILIES |= dict.fromkeys(decoder_names.HF_TYPES, decoder_names)
+FAMILIES = {'t5': t5_weights, 'mt5': t5_weights, 'bert': bert_weights}
+FAMILIES |= dict.fromkeys(decoder_weights.HF_TYPES, decoder_weights)
 
 _CONFIG = 'config.json'
 _ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -60,14 +58,16 @@ def load(path: str, dtype: Any = None) -> Loaded:
   tensors = _named(family.layout(fields), open_tensors(folder))
   config = _config(folder, family, fields, tensors)
   wanted = expected(family, config)
-  names.check(
+  weight_mapping.check(
     {entry.their_name: entry.their_shape for entry in wanted},
     tensors.shapes,
     f'{folder} does not hold the model that its config.json describes',
     'use the config.json that was saved with these weights',
   )
   sizes = family.sizes(config)
-  params, sha256 = names.read(wanted, sizes, tensors.fetch, dtype, folder)
+  params, sha256 = weight_mapping.read(
+    wanted, sizes, tensors.fetch, dtype, folder
+  )
   return Loaded(config, params, sha256, str(folder))
 
 
@@ -107,23 +107,27 @@ def save(
   """
   family = family_of(config)
   wanted = expected(family, config)
-  arrays = names.write(wanted, family.sizes(config), params)
+  arrays = weight_mapping.write(wanted, family.sizes(config), params)
   plan = _shards(wanted, params, dtype, max_shard_bytes)
-  with files.directory(path, overwrite) as made:
+  with directory.directory(path, overwrite) as made:
     fields = family.config_to_hf(config)
     kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
-    fields |= words.special_ids(tokenizer) if config.family != 't5' else {}
-    files.write_json(made / _CONFIG, fields)
+    fields |= (
+      tokenizer_files.special_ids(tokenizer) if config.family != 't5' else {}
+    )
+    directory.write_json(made / _CONFIG, fields)
     _write_shards(made, plan, arrays, dtype)
-    words.write(made, tokenizer)
+    tokenizer_files.write(made, tokenizer)
 
 
 def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
   """Every tensor of a model of this config, in Hugging Face's names."""
   rules = family.hf_rules(config)
-  return names.entries(rules, family.sizes(config), family.depths(config))
+  return weight_mapping.entries(
+    rules, family.sizes(config), family.depths(config)
+  )
 
 
 def family_of(config: Any) -> ModuleType:
@@ -145,7 +149,7 @@ def find(path: str) -> Path:
   try:
     import huggingface_hub
 
-    wanted = ['*.json', '*.safetensors', *words.FILES]
+    wanted = ['*.json', '*.safetensors', *tokenizer_files.FILES]
     return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
   except Exception as error:  # the hub's errors have no common type
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -165,12 +169,12 @@ def check_name(path: str) -> None:
     )
 
 
-def open_tensors(folder: Path) -> files.Tensors:
+def open_tensors(folder: Path) -> directory.Tensors:
   """The safetensors of a directory, one file or an index's."""
   if (folder / _ONE).exists():
-    return files.Tensors([folder / _ONE])
+    return directory.Tensors([folder / _ONE])
   if (folder / _INDEX).exists():
-    return files.Tensors(_shard_files(folder))
+    return directory.Tensors(_shard_files(folder))
   check_foreign(folder)
   raise CheckpointError(
     f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
@@ -195,7 +199,7 @@ def check_foreign(folder: Path) -> None:
 def _shard_files(folder: Path) -> list[Path]:
   """The files that an index names, each in the index's directory."""
   file = folder / _INDEX
-  found = files.read_json(file).get('weight_map')
+  found = directory.read_json(file).get('weight_map')
   shards = found.values() if isinstance(found, dict) else [None]
   if not all(isinstance(n, str) and Path(n).name == n for n in shards):
     raise CheckpointError(
@@ -207,7 +211,7 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
   file = folder / _CONFIG
-  fields = files.read_json(file)
+  fields = directory.read_json(file)
   kind = fields.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise CheckpointError(
@@ -235,7 +239,7 @@ class _Named:
   fetch: Callable[[str], np.ndarray]
 
 
-def _named(layout: Layout, tensors: files.Tensors) -> _Named:
+def _named(layout: Layout, tensors: directory.Tensors) -> _Named:
   known = layout.known_as(tensors.shapes)
   shapes = {name: tensors.shapes[there] for name, there in known.items()}
   return _Named(shapes, lambda name: tensors.fetch(known[name]))
@@ -283,7 +287,7 @@ def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
 def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
-  for entry in names.whole(wanted):
+  for entry in weight_mapping.whole(wanted):
     size = math.prod(entry.their_shape) * _dtype(entry, params, dtype).itemsize
     if shards[-1] and used + size > most:
       shards.append([])
@@ -313,4 +317,4 @@ def _write_shards(
     weight_map |= dict.fromkeys(held, name)
   if len(plan) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    files.write_json(folder / _INDEX, index)
+    directory.write_json(folder / _INDEX, index)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import (
   Adapter,
   instances,
@@ -25,9 +25,9 @@ from moepeft.checkpoints.adapter import (
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config, peft_lora, peft_prompt
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Entry, Rule, Shape
 from moepeft.peft.methods.ia3 import Ia3
 
@@ -62,9 +62,9 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   else:
     method, rules = _read_ia3(config, shapes)
   sizes = family.sizes(config) | letters
-  wanted = names.entries(rules, sizes, family.depths(config))
+  wanted = weight_mapping.entries(rules, sizes, family.depths(config))
   left_out = _left_out(wanted, shapes)
-  names.check(
+  weight_mapping.check(
     {e.their_name: e.their_shape for e in wanted},
     left_out | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
@@ -78,7 +78,9 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
       return alone(left_out[name], stored)
     return fetch_one(name)
 
-  return Adapter(method, names.read(wanted, sizes, fetch, dtype, path)[0])
+  return Adapter(
+    method, weight_mapping.read(wanted, sizes, fetch, dtype, path)[0]
+  )
 
 
 def save(
@@ -108,10 +110,10 @@ def save(
   family = hf.family_of(config)
   fields, rules, letters = _describe(config, adapter)
   sizes = family.sizes(config) | letters
-  wanted = names.entries(rules, sizes, family.depths(config))
+  wanted = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
     entry.their_name: array
-    for entry, array in names.write(wanted, sizes, adapter.tree)
+    for entry, array in weight_mapping.write(wanted, sizes, adapter.tree)
   }
   if 'r' in fields:
     arrays = _without_zeros(arrays)
@@ -151,21 +153,21 @@ def _write(
   kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
   if base or 'base_model_name_or_path' not in kept:
     kept['base_model_name_or_path'] = base
-  with files.directory(path, overwrite) as made:
+  with directory.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
     task = hf.family_of(config).PEFT_TASK
     fixed = {'inference_mode': True, 'task_type': task}
-    files.write_json(made / CONFIG, fixed | kept | fields)
+    directory.write_json(made / CONFIG, fixed | kept | fields)
 
 
-def _open(folder: Path) -> files.Tensors:
+def _open(folder: Path) -> directory.Tensors:
   if not (folder / ARRAYS).exists() and (folder / _PICKLE).exists():
     raise CheckpointError(
       f'{folder} holds {_PICKLE}, a pickle, and no {ARRAYS}: load it with peft '
       '(PeftModel.from_pretrained) and save it again (save_pretrained), which '
       'writes safetensors'
     )
-  return files.Tensors([folder / ARRAYS])
+  return directory.Tensors([folder / ARRAYS])
 
 
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
@@ -200,7 +202,7 @@ def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
   if inputs:
     options = (('on', 'input'), ('sites', site_patterns(inputs, known)))
     specs.append(Spec('ia3', options))
-  method = spec_lib.format_method(tuple(specs))
+  method = method_string.format_method(tuple(specs))
   last = 'ia3_2' if outputs else 'ia3'
   rules = [_ia3_rule(config, site, 'ia3', 'output') for site in outputs]
   rules += [_ia3_rule(config, site, last, 'input') for site in inputs]

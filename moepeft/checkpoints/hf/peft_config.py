@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.hf import peft_prompt
 from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
@@ -48,7 +48,7 @@ def read(path: str) -> dict[str, Any]:
   Raises:
     CheckpointError: it is absent or damaged, or says something else.
   """
-  fields = files.read_json(Path(path) / FILE)
+  fields = directory.read_json(Path(path) / FILE)
   kind = fields.get('peft_type')
   if not isinstance(kind, str) or kind not in _TYPES:
     raise CheckpointError(

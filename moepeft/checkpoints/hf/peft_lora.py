@@ -22,7 +22,7 @@ from moepeft.checkpoints.adapter import site_patterns, sites_in
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft_config
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, Tree
 from moepeft.peft.methods.lora import Lora
@@ -117,7 +117,7 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
     itertools.chain.from_iterable(site.factors.items() for site in all_sites)
   )
   ranks = {module: site.rank for site in all_sites for module in site.factors}
-  method = spec_lib.format_method(tuple(specs))
+  method = method_string.format_method(tuple(specs))
   filled = {
     name: _filled_shape(name, shape, ranks) for name, shape in shapes.items()
   }

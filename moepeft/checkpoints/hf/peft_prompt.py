@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import Adapter, sites_in
 from moepeft.config.method_string import Spec
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
 KIND = 'PROMPT_TUNING'
@@ -21,7 +21,7 @@ _SITE = 'embed'
 
 
 def read(
-  path: str, config: Any, fields: Mapping[str, Any], tensors: files.Tensors
+  path: str, config: Any, fields: Mapping[str, Any], tensors: directory.Tensors
 ) -> Adapter:
   """The method and the tree, of float32.
 
@@ -51,7 +51,7 @@ def read(
       'that the adapter was trained on'
     )
   vectors = tensors.fetch(_NAME)
-  names.check_finite(_NAME, vectors, path)
+  weight_mapping.check_finite(_NAME, vectors, path)
   vectors = np.asarray(vectors, np.float32)
   method = str(Spec('prompt', (('length', length),)))
   return Adapter(method, {_SITE: {'prompt': {'vectors': vectors}}})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.core import untrusted
@@ -45,7 +45,7 @@ def special_ids(tokenizer: str | None) -> dict[str, Any]:
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
     said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
   elif tokenizer and (Path(tokenizer) / 'config.json').is_file():
-    said = files.read_json(Path(tokenizer) / 'config.json')
+    said = directory.read_json(Path(tokenizer) / 'config.json')
   else:
     said = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
   return {f'{kind}_token_id': said.get(f'{kind}_token_id') for kind in kinds}
@@ -56,7 +56,7 @@ def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
   both = [folder / name for name in ('tokenizer_config.json', 'tokenizer.json')]
   if not all(file.is_file() for file in both):
     return {}
-  config, made = map(files.read_json, both)
+  config, made = map(directory.read_json, both)
   try:
     known = {
       untrusted.field(token, 'content', str): untrusted.field(token, 'id', int)

@@ -17,10 +17,10 @@ from moepeft.checkpoints.adapter import (
   site_patterns,
   sites_in,
 )
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5Config
 from moepeft.models.weight_mapping import (
   CheckpointError,
@@ -64,12 +64,12 @@ def read(
   for method in METHODS:
     modules = _modules(config, method, shapes)
     if modules:
-      sizes = t5_names.sizes(config) | _extra_sizes(method, modules, shapes)
+      sizes = t5_weights.sizes(config) | _extra_sizes(method, modules, shapes)
       found = _entries(config, method, modules, sizes)
       wanted |= {e.their_name: e.their_shape for e in found}
       specs.append(_spec(config, method, modules, sizes, top_k))
       parts.append((found, sizes))
-  names.check(
+  weight_mapping.check(
     wanted,
     shapes,
     "the adapter arrays are not the released code's",
@@ -78,9 +78,11 @@ def read(
   flat = {}
   for found, sizes in parts:
     # Adapters train in float32, whatever they were saved in.
-    flat |= names.flatten(names.read(found, sizes, fetch, np.float32, path)[0])
-  text = spec_lib.format_method(tuple(specs))
-  return Adapter(text, names.unflatten(flat))
+    flat |= weight_mapping.flatten(
+      weight_mapping.read(found, sizes, fetch, np.float32, path)[0]
+    )
+  text = method_string.format_method(tuple(specs))
+  return Adapter(text, weight_mapping.unflatten(flat))
 
 
 def write(
@@ -91,7 +93,7 @@ def write(
   Raises:
     CheckpointError: the released code has no such method, option or site.
   """
-  flat, written = names.flatten(adapter.tree), 0
+  flat, written = weight_mapping.flatten(adapter.tree), 0
   for instance, spec in instances(adapter.method).items():
     _require_released(instance, spec)
     mine = {n: leaf for n, leaf in flat.items() if f'/{instance}/' in n}
@@ -104,9 +106,11 @@ def write(
         f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
         f'can at {", ".join(known.values())}'
       )
-    sizes = t5_names.sizes(config) | _letters(at)
+    sizes = t5_weights.sizes(config) | _letters(at)
     found = _entries(config, spec.name, modules, sizes)
-    yield from names.write(found, sizes, names.unflatten(mine))
+    yield from weight_mapping.write(
+      found, sizes, weight_mapping.unflatten(mine)
+    )
     written += len(mine)
   if written != len(flat):
     raise CheckpointError(
@@ -130,7 +134,7 @@ def places(config: T5Config, method: str) -> dict[str, str]:
     mlp = {'intermediate_conv': 'act'}
   return {
     f'{stack}/layers_{{l}}/{theirs}/{module}': f'{stack}/{sub}/{name}'
-    for stack, subs in t5_names.SUBLAYERS.items()
+    for stack, subs in t5_weights.SUBLAYERS.items()
     for sub, (_, theirs) in subs.items()
     for module, name in (mlp if sub == 'mlp' else attention).items()
   }
@@ -145,7 +149,7 @@ def rules(
     method: 'lora', 'molora', 'ia3' or 'mov'.
     module, site: an item of `places`.
   """
-  inner, outer = (t5_names.projections(config) | t5_names.taps())[site]
+  inner, outer = (t5_weights.projections(config) | t5_weights.taps())[site]
   router = f'({inner})e'
   # In attention the heads share one head-sized kernel and scales lead with n.
   scale, mover = ('neh', 'he') if outer == 'nh' else ('ef', 'fe')
@@ -166,7 +170,7 @@ def rules(
       ('router/kernel', name, mover, mover),
     ),
   }
-  ours = f'{t5_names.in_layers(site)}/{method}'
+  ours = f'{t5_weights.in_layers(site)}/{method}'
   return tuple(
     Rule(f'{ours}/{leaf}', f'{module}/{theirs}', axes, their_axes)
     for leaf, theirs, axes, their_axes in table[method]
@@ -221,7 +225,7 @@ def _entries(
     for module, site in modules.items()
     for rule in rules(config, method, module, site)
   ]
-  return names.entries(found, sizes, t5_names.depths(config))
+  return weight_mapping.entries(found, sizes, t5_weights.depths(config))
 
 
 def _spec(
@@ -232,7 +236,7 @@ def _spec(
   top_k: int | None,
 ) -> Spec:
   """The method as the released code runs it, every option said."""
-  known = t5_names.projections(config) | t5_names.taps()
+  known = t5_weights.projections(config) | t5_weights.taps()
   where = site_patterns(modules.values(), known)
   router = ('router', Spec('softmax'))
   if top_k is not None:

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import flax.serialization
 import numpy as np
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.t5x import zarr
 from moepeft.config.gin.checkpoint_path import INDEX, ORBAX, STEP, find
 from moepeft.core import untrusted
 from moepeft.core.files import check_file, read_bytes
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
 _PLACEHOLDER = 'PLACEHOLDER://'
@@ -88,7 +88,7 @@ def _unpacked(index: Path) -> Any:
 
 def _metadata(index: Path) -> Tree:
   """Orbax's `_METADATA` as a tree of the names of its arrays."""
-  content = files.read_json(index)
+  content = directory.read_json(index)
   flat = {}
   try:
     for entry in untrusted.field(content, 'tree_metadata', dict).values():
@@ -103,7 +103,7 @@ def _metadata(index: Path) -> Tree:
       'again'
     ) from None
   try:
-    return names.unflatten(flat)
+    return weight_mapping.unflatten(flat)
   except (AttributeError, TypeError):
     raise CheckpointError(
       f'{index} names an array and arrays below it: copy it again'

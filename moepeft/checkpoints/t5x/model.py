@@ -13,14 +13,13 @@ from typing import Any
 import flax.serialization
 import numpy as np
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import Adapter
-from moepeft.checkpoints.t5x import adapters as released
-from moepeft.checkpoints.t5x import files as t5x_files
-from moepeft.checkpoints.t5x import zarr
+from moepeft.checkpoints.t5x import adapters as t5x_adapters
+from moepeft.checkpoints.t5x import files, zarr
 from moepeft.config.gin.checkpoint_path import INDEX
-from moepeft.models import weight_mapping as names
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import weight_mapping
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5Config
 from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
@@ -57,7 +56,7 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
     CheckpointError: nothing is found, something is damaged, or names or
       shapes are not those of flaxformer's T5.
   """
-  folder, leaves, step = t5x_files.read(path)
+  folder, leaves, step = files.read(path)
   shapes = {name: shape for name, (shape, _) in leaves.items()}
   fetch = lambda name: leaves[name][1]()  # noqa: E731
   loaded = _read(shapes, fetch, str(folder), dtype, top_k)
@@ -66,11 +65,11 @@ def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
 
 def load_config(path: str) -> T5Config:
   """The config as `load` would infer it, without reading the weights."""
-  checkpoint = t5x_files.read(path)
+  checkpoint = files.read(path)
   shapes = {
     name: shape
     for name, (shape, _) in checkpoint.leaves.items()
-    if not released.is_adapter(name)
+    if not t5x_adapters.is_adapter(name)
   }
   return _config(shapes, str(checkpoint.folder))
 
@@ -117,15 +116,15 @@ def save(
   if not 1 <= step < 2**31:
     raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
   _require_known(config)
-  wanted = names.entries(
-    t5_names.t5x_rules(config),
-    t5_names.sizes(config),
-    t5_names.depths(config),
+  wanted = weight_mapping.entries(
+    t5_weights.t5x_rules(config),
+    t5_weights.sizes(config),
+    t5_weights.depths(config),
   )
-  arrays = names.write(wanted, t5_names.sizes(config), params)
+  arrays = weight_mapping.write(wanted, t5_weights.sizes(config), params)
   if adapter is not None:
-    arrays = itertools.chain(arrays, released.write(config, adapter))
-  with files.directory(path, overwrite) as made:
+    arrays = itertools.chain(arrays, t5x_adapters.write(config, adapter))
+  with directory.directory(path, overwrite) as made:
     folder = made / f'checkpoint_{step}'
     folder.mkdir()
     target = {
@@ -135,7 +134,7 @@ def save(
       for entry, array in arrays
     }
     optimizer = {
-      'target': names.unflatten(target),
+      'target': weight_mapping.unflatten(target),
       'state': {'step': np.asarray(step, np.int32)},
     }
     packed = flax.serialization.msgpack_serialize(
@@ -150,7 +149,7 @@ def check(config: Any, adapter: Adapter) -> None:
     CheckpointError: T5X has no words for the config or the adapter.
   """
   _require_known(config)
-  for _ in released.write(config, adapter):
+  for _ in t5x_adapters.write(config, adapter):
     pass
 
 
@@ -176,7 +175,7 @@ def _config(shapes: Mapping[str, Shape], path: str) -> T5Config:
     CheckpointError: arrays are absent, or the sizes cannot be.
   """
   try:
-    return t5_names.config_from_t5x(shapes)
+    return t5_weights.config_from_t5x(shapes)
   except CheckpointError:
     raise
   except (ValueError, ZeroDivisionError, IndexError) as error:
@@ -194,19 +193,19 @@ def _read(
   top_k: int | None,
 ) -> Loaded:
   """Base and adapter of one flat tree."""
-  base = {n: s for n, s in shapes.items() if not released.is_adapter(n)}
+  base = {n: s for n, s in shapes.items() if not t5x_adapters.is_adapter(n)}
   config = _config(base, path)
-  sizes = t5_names.sizes(config)
-  wanted = names.entries(
-    t5_names.t5x_rules(config), sizes, t5_names.depths(config)
+  sizes = t5_weights.sizes(config)
+  wanted = weight_mapping.entries(
+    t5_weights.t5x_rules(config), sizes, t5_weights.depths(config)
   )
-  names.check(
+  weight_mapping.check(
     {entry.their_name: entry.their_shape for entry in wanted},
     base,
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',
   )
-  params, sha256 = names.read(wanted, sizes, fetch, dtype, path)
+  params, sha256 = weight_mapping.read(wanted, sizes, fetch, dtype, path)
   rest = {name: shape for name, shape in shapes.items() if name not in base}
-  adapter = released.read(config, rest, fetch, top_k, path)
+  adapter = t5x_adapters.read(config, rest, fetch, top_k, path)
   return Loaded(config, params, sha256, path, adapter)

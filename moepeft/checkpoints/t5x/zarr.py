@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -35,7 +35,7 @@ def fields(path: Path) -> dict[str, Any]:
     CheckpointError: it is absent or damaged.
   """
   file = path / '.zarray'
-  said = files.read_json(file)
+  said = directory.read_json(file)
   try:
     shape, chunks = (
       untrusted.field(said, name, list) for name in ('shape', 'chunks')

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moepeft.config import defaults as config_lib
-from moepeft.config import method_string as spec
+from moepeft.config import method_string
 from moepeft.config.gin import checkpoint_path
 from moepeft.config.gin.names import KEYS, SHAPE
 from moepeft.config.gin.syntax import Reference
@@ -86,7 +86,7 @@ def _one_of(name: str, table: Mapping[str, str], values) -> str:
 
 def _method(values: Mapping[str, Any]) -> str:
   """METHOD with NUM_EXPERTS and RANK for options."""
-  specs = spec.parse_method(values['METHOD'])
+  specs = method_string.parse_method(values['METHOD'])
   options = {'NUM_EXPERTS': 'experts', 'RANK': 'rank'}
   extra = {options[n]: values[n] for n in options if n in values}
   first = specs[0]
@@ -96,7 +96,7 @@ def _method(values: Mapping[str, Any]) -> str:
       f'NUM_EXPERTS and RANK say {extra}, METHOD is {values["METHOD"]!r}: say '
       'each in one place'
     )
-  return spec.format_method((first.replace(**extra), *specs[1:]))
+  return method_string.format_method((first.replace(**extra), *specs[1:]))
 
 
 def _set_data(

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data.batching import packing
-from moepeft.data.batching import packing as before_lib
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import packing, seq2seq
+from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.decoder_only import Samples, check_too_long
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.models import check_decodes, decoder_only
@@ -82,14 +81,14 @@ class Pairs:
   before: tuple[int, ...] = ()
 
   def __post_init__(self):
-    before_lib.room(
+    batching_packing.room(
       self.inputs_length, self.before, 'config.data.inputs_length'
     )
 
   def encode(self, items: Sequence) -> list[packing.Pair]:
     """Pairs of ids of examples, and of what is a pair already."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = batching.encode_all(self.words, texts, *self.rooms) if texts else []
+    made = seq2seq.encode_all(self.words, texts, *self.rooms) if texts else []
     pairs = iter(made)
     every = [next(pairs) if isinstance(e, Example) else e for e in items]
     return [self._behind(x, y) for x, y in every] if self.before else every
@@ -98,7 +97,7 @@ class Pairs:
     """What was cut to a row, like SeqIO's, keeps its EOS."""
     if len(x) > self.rooms[0]:
       x = [*x[: self.rooms[0] - 1], x[-1]]
-    return before_lib.put(self.before, x), y
+    return batching_packing.put(self.before, x), y
 
   def rows(self, number: int, encoded: Sequence[packing.Pair]) -> Rows:
     """See `packing.pack` and `batching.seq2seq`."""
@@ -115,11 +114,11 @@ class Pairs:
 
   def padded(self, encoded: Sequence[packing.Pair]) -> Rows:
     x, y = zip(*encoded, strict=True)
-    return batching.seq2seq(x, y, *self.lengths)
+    return seq2seq.seq2seq(x, y, *self.lengths)
 
   def cut(self, items: Sequence) -> int:
     texts = [e for e in items if isinstance(e, Example)]
-    return sum(batching.encode(self.words, e, *self.rooms)[2] for e in texts)
+    return sum(seq2seq.encode(self.words, e, *self.rooms)[2] for e in texts)
 
   @property
   def longer(self) -> str:

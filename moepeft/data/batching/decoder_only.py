@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moepeft.data.batching import packing
-from moepeft.data.batching import packing as before_lib
+from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.seq2seq import PAD
 from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
 from moepeft.tasks import Example
@@ -114,7 +114,7 @@ def behind(before: Sequence[int], found: Sample) -> Sample:
     return found
   trained = np.pad(found.trained, (len(before), 0))
   trained[len(before)] = False
-  return Sample(before_lib.put(before, found.ids), trained, found.cut)
+  return Sample(batching_packing.put(before, found.ids), trained, found.cut)
 
 
 def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
@@ -193,7 +193,7 @@ class Samples:
 
   def __post_init__(self):
     check_too_long(self.too_long)
-    before_lib.room(self.length, self.before, 'config.data.length')
+    batching_packing.room(self.length, self.before, 'config.data.length')
 
   def encode(self, items: Sequence) -> list[Sample]:
     """Samples that fit of examples, samples, and pairs of ids.

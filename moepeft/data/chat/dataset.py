@@ -16,11 +16,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.chat import formats as forms
-from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import formats as chat_formats
+from moepeft.data.chat import render as chat_render
 from moepeft.data.chat import template as chat_template
-from moepeft.data.chat import template_check as chat_probe
-from moepeft.data.chat import tokenize as chat_ids
+from moepeft.data.chat import template_check, tokenize
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.chat.render import Text
 from moepeft.data.chat.truncate import fitted
@@ -76,23 +75,23 @@ class Template:
       BadRow: the template cannot render it, or leaves out part of it.
     """
     found = self._with_system(found)
-    chat_probe.check_written(found, self._left_out)
-    text = chat_text.text(found, self.tokenizer, self.train_on, self._dated)
+    template_check.check_written(found, self._left_out)
+    text = chat_render.text(found, self.tokenizer, self.train_on, self._dated)
     chat_template.check_written(text.whole, (t.content for t in found.turns))
     return text
 
   @functools.cached_property
   def remarks(self) -> tuple[str, ...]:
     """Lines for the user; see `chat_probe.remarks`."""
-    return chat_probe.remarks(self.tokenizer, self.text)
+    return template_check.remarks(self.tokenizer, self.text)
 
   @functools.cached_property
   def _left_out(self) -> frozenset[str]:
-    return chat_probe.left_out(self.tokenizer, self.text)
+    return template_check.left_out(self.tokenizer, self.text)
 
   @property
   def _whole(self) -> str:
-    return chat_text.all_of(self.tokenizer, self.text)
+    return chat_render.all_of(self.tokenizer, self.text)
 
   @functools.cached_property
   def _dated(self) -> str:
@@ -109,7 +108,7 @@ class Template:
 
   def encode(self, texts: Sequence[Text]) -> list[Sample]:
     """See `chat_ids.samples`."""
-    return chat_ids.samples(self.tokenizer, texts)
+    return tokenize.samples(self.tokenizer, texts)
 
   def render(self, found: Conversation) -> Sample:
     """A conversation's ids.
@@ -127,7 +126,7 @@ class Template:
       BadRow: the template cannot render it.
     """
     found = self._with_system(found)
-    text = chat_text.asked(found, self.tokenizer, self._dated)
+    text = chat_render.asked(found, self.tokenizer, self._dated)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   def ends(self) -> list[int]:
@@ -139,7 +138,7 @@ class Template:
       # Of what it cannot render, nothing is asked either.
       return []
     last = found.ids[found.trained][-1:].tolist()
-    return [i for i in last if i in chat_ids.special(self.tokenizer)]
+    return [i for i in last if i in tokenize.special(self.tokenizer)]
 
   def _with_system(self, found: Conversation) -> Conversation:
     if not self.system or found.turns[0].role == 'system':
@@ -196,7 +195,7 @@ def talks(
   used, bad = template(data, words), Bad(data.on_bad_row, data.ignore)
   found: dict[str, list[Talk]] = {}
   cut = dropped = 0
-  rows = _told(forms.rows(data.path, bad), data.path)
+  rows = _told(chat_formats.rows(data.path, bad), data.path)
   while some := list(itertools.islice(rows, _BATCH)):
     for file, talk in _read(some, used, data, bad, room or data.length):
       if talk is None:
@@ -220,7 +219,9 @@ def _read(
   good, texts = [], []
   for file, where, row in rows:
     try:
-      talk = forms.answered(forms.conversation(row, data.form, bad.unused))
+      talk = chat_formats.answered(
+        chat_formats.conversation(row, data.form, bad.unused)
+      )
       texts.append(used.write(talk))
       good.append((file, where, talk))
     except BadRow as e:

@@ -15,11 +15,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moepeft.data import fingerprint as files
-from moepeft.data.chat import messages as turns_lib
+from moepeft.data import fingerprint
+from moepeft.data.chat import messages
 from moepeft.data.chat.messages import Turn, text, tools
 from moepeft.data.example import Bad, BadRow
-from moepeft.data.readers import huggingface as hub
+from moepeft.data.readers import huggingface
 from moepeft.data.row_fields import Fields, Unused
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
@@ -48,8 +48,8 @@ def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
-  for file in files.data_files(path, 'chat', bad):
-    for where, row in zip(*hub.json_rows(file, bad), strict=True):
+  for file in fingerprint.data_files(path, 'chat', bad):
+    for where, row in zip(*huggingface.json_rows(file, bad), strict=True):
       yield file, where, row
 
 
@@ -136,13 +136,11 @@ def conversation(
     key, answer = fields.given(_ANSWERS)
     turns.append(Turn('assistant', text(answer, repr(key or 'output'))))
   elif kind == 'sharegpt':
-    turns = turns_lib.turns(
-      fields.get('conversations'), 'conversations', unused
-    )
+    turns = messages.turns(fields.get('conversations'), 'conversations', unused)
   elif 'messages' not in fields and 'prompt' in fields:
     turns = _completed(fields, unused)
   else:
-    turns = turns_lib.turns(fields.get('messages'), 'messages', unused)
+    turns = messages.turns(fields.get('messages'), 'messages', unused)
   if kind != 'alpaca':
     turns = with_system(turns, fields)
   check_order(turns)
@@ -194,9 +192,9 @@ def _history(fields: Fields) -> list[Turn]:
 
 def _completed(fields: Fields, unused: Unused | None) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
-  prompt = turns_lib.spoken(fields, 'prompt', 'user', unused)
+  prompt = messages.spoken(fields, 'prompt', 'user', unused)
   key, _ = fields.given(_COMPLETIONS)
-  answer = turns_lib.spoken(fields, key, 'assistant', unused)
+  answer = messages.spoken(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
     for turn in prompt

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.data.chat import answer_spans as chat_spans
+from moepeft.data.chat import answer_spans
 from moepeft.data.chat.answer_spans import Render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
@@ -60,14 +60,14 @@ def text(
   whole = render(some, False)
   if train_on == 'all':
     return Text(whole, None)
-  if chat_spans.marks(used):
+  if answer_spans.marks(used):
     own = tokenizer.get_chat_template(template or None, tools=tools)
-    marked = renderer(tokenizer, chat_spans.shown(own), tools)(some, False)
-    found = chat_spans.marked(marked, whole)
+    marked = renderer(tokenizer, answer_spans.shown(own), tools)(some, False)
+    found = answer_spans.marked(marked, whole)
     if all(kept):
       kept = [True] * len(found)
   else:
-    found = chat_spans.spans(render, some, whole)
+    found = answer_spans.spans(render, some, whole)
   if len(found) != len(kept):
     raise BadRow(
       f'the chat template marks {len(found)} answers of {len(kept)}, so that '

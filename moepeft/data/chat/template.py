@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.row_fields import BadRow
 from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary
 
@@ -43,7 +43,7 @@ def read(path: str) -> str:
   """
   if not path:
     return ''
-  return files.text('config.data.chat_template', path, 'a Jinja file')
+  return fingerprint.text('config.data.chat_template', path, 'a Jinja file')
 
 
 def text_of(words: Vocabulary, path: str) -> str:

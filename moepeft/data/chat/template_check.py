@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 
@@ -20,9 +20,11 @@ def remarks(tokenizer: Any, template: str) -> tuple[str, ...]:
     tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
   """
   try:
-    found = chat_text.text(Conversation(_TALK), tokenizer, 'answers', template)
-    render = chat_text.renderer(tokenizer, template, None)
-    asked = chat_text.messages(Conversation(_TALK[:1]), template)[0]
+    found = chat_render.text(
+      Conversation(_TALK), tokenizer, 'answers', template
+    )
+    render = chat_render.renderer(tokenizer, template, None)
+    asked = chat_render.messages(Conversation(_TALK[:1]), template)[0]
     begun = render(asked, True) != render(asked, False)
   except BadRow:
     # It wants other turns; rows say what is wrong with it, if anything is.
@@ -110,11 +112,11 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
 
 def left_out(tokenizer: Any, template: str) -> frozenset[str]:
   """The `_FEATURES` that a template leaves out without an error."""
-  used, missing = chat_text.all_of(tokenizer, template), set()
+  used, missing = chat_render.all_of(tokenizer, template), set()
   for feature, (talk, word) in _FEATURES.items():
     try:
-      some, tools = chat_text.messages(talk, used)
-      whole = chat_text.renderer(tokenizer, template, tools)(some, False)
+      some, tools = chat_render.messages(talk, used)
+      whole = chat_render.renderer(tokenizer, template, tools)(some, False)
     except BadRow:
       # It refuses them: each row is told so.
       continue

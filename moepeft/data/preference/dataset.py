@@ -9,14 +9,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.core.types import JUDGED, PAIR
-from moepeft.data import split as held
-from moepeft.data.batching import collators as forms
-from moepeft.data.batching import packing
+from moepeft.data import split as data_split
+from moepeft.data.batching import collators, packing
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.example import Bad
-from moepeft.data.preference import formats as preference
-from moepeft.data.preference import rows as answer_rows
-from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.preference import formats as preference_formats
+from moepeft.data.preference import rows as preference_rows
+from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 
 SOURCE = 'preference'
@@ -53,7 +52,7 @@ class Sides:
     judged: whether answers are judged one by one, not compared.
   """
 
-  own: forms.Form
+  own: collators.Form
   judged: bool
 
   @property
@@ -81,7 +80,7 @@ class Sides:
     """What `items` has made, as it is."""
     return list(items)
 
-  def rows(self, number: int, encoded: Sequence[Item]) -> forms.Rows:
+  def rows(self, number: int, encoded: Sequence[Item]) -> collators.Rows:
     """A window's rows: see `padded` and `laid`."""
     if not self.packed:
       return self.padded(encoded)
@@ -91,7 +90,7 @@ class Sides:
     room = self.lengths * len(self.sides)
     return self.laid(encoded, packing.shuffled(lengths, room, rng))
 
-  def padded(self, encoded: Sequence[Item]) -> forms.Rows:
+  def padded(self, encoded: Sequence[Item]) -> collators.Rows:
     """A batch of each side, its keys after the side's name.
 
     Returns:
@@ -112,7 +111,7 @@ class Sides:
 
   def laid(
     self, encoded: Sequence[Item], bins: Sequence[Sequence[int]]
-  ) -> forms.Rows:
+  ) -> collators.Rows:
     """Rows of several items each, which have the same segment on every side.
 
     Returns:
@@ -141,7 +140,7 @@ class Sides:
   def _by_side(self, encoded: Sequence[Item]) -> list[list]:
     return [list(one) for one in zip(*(e.sides for e in encoded), strict=True)]
 
-  def _named(self, side: int, rows: forms.Rows) -> forms.Rows:
+  def _named(self, side: int, rows: collators.Rows) -> collators.Rows:
     return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
 
   def cut(self, items: Sequence[Item]) -> int:
@@ -215,7 +214,7 @@ class Read:
       ValueError: nothing is left to train on.
     """
     rows = {item.idx: item.asked for item in self.items}
-    out = held.last(list(rows.values()), held_out)
+    out = data_split.last(list(rows.values()), held_out)
     gone = {idx for idx, away in zip(rows, out, strict=True) if away}
     if len(gone) == len(rows):
       raise ValueError(f'held_out={held_out} leaves no row to train on')
@@ -226,8 +225,8 @@ class Read:
 
 
 def form_of(
-  data: ConfigDict, objective: str, batch: str, own: forms.Form
-) -> forms.Form:
+  data: ConfigDict, objective: str, batch: str, own: collators.Form
+) -> collators.Form:
   """The form of an objective's batches.
 
   Args:
@@ -257,7 +256,9 @@ def form_of(
 
 
 def read(
-  data: ConfigDict, form: forms.Form, render: answer_ids.Render | None = None
+  data: ConfigDict,
+  form: collators.Form,
+  render: preference_tokenize.Render | None = None,
 ) -> Read:
   """Reads config.data.path and makes ids of it.
 
@@ -282,11 +283,11 @@ def read(
       'name on the hub'
     )
   bad = Bad(data.on_bad_row, data.ignore)
-  encode = answer_ids.encoder(data, own, render)
-  rows, parts, places = answer_rows.rows(data, bad, judged, encode)
-  spans = [answer_ids.span(one, own, data.too_long) for one in parts]
+  encode = preference_tokenize.encoder(data, own, render)
+  rows, parts, places = preference_rows.rows(data, bad, judged, encode)
+  spans = [preference_tokenize.span(one, own, data.too_long) for one in parts]
   same = [
-    span is not None and answer_ids.alike(one, span)
+    span is not None and preference_tokenize.alike(one, span)
     for one, span in zip(parts, spans, strict=True)
   ]
   spans = [None if one else x for x, one in zip(spans, same, strict=True)]
@@ -305,21 +306,24 @@ def read(
       'the length'
     )
   others = (
-    preference.mismatched([rows[i] for i in kept], data.path) if judged else ()
+    preference_formats.mismatched([rows[i] for i in kept], data.path)
+    if judged
+    else ()
   )
   items, asked = [], {}
   for place, i in enumerate(kept):
     prompt, cap = spans[i].prompt, spans[i].cap
     sides = [
-      answer_ids.side(prompt, answer, cap, own) for answer in parts[i].answers
+      preference_tokenize.side(prompt, answer, cap, own)
+      for answer in parts[i].answers
     ]
     if judged:
       other = parts[kept[others[place]]].answers[0]
-      sides.append(answer_ids.side(prompt, other, spans[i].room, own))
+      sides.append(preference_tokenize.side(prompt, other, spans[i].room, own))
     label = rows[i].label if judged else None
     first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
     items.append(Item(tuple(sides), label, rows[i].idx, first, place))
-  notes = answer_rows.notes(data, places, spans, alike, bad, own)
+  notes = preference_rows.notes(data, places, spans, alike, bad, own)
   labels = {item.label for item in items}
   if judged and len(labels) == 1:
     notes = (*notes, _one_class(data.path, labels == {True}))

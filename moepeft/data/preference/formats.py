@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.data.chat import formats as conversations
+from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.chat.messages import spoken, tools
 from moepeft.data.row_fields import BadRow, Fields, Unused
@@ -81,12 +81,12 @@ def row(
       its meaning and cannot be used.
     ValueError: there is no such form.
   """
-  conversations.check_form(form)
+  chat_formats.check_form(form)
   # A table has no absent fields: they are None there.
   fields = Fields(row, unused=unused)
   form = form or _form(fields)
   if form == 'alpaca':
-    turns = conversations.asked(fields)
+    turns = chat_formats.asked(fields)
   else:
     turns = _before(fields, form, unused)
   if 'chosen' in fields or 'rejected' in fields:
@@ -97,7 +97,7 @@ def row(
     found = Judged(_asked(fields, prompt), answer, label, idx)
   _check_answers(found.prompt.turns[-1].content.strip(), found.answers)
   said = (*found.prompt.turns, *found.answers)
-  fields.close(conversations.texts_of(said))
+  fields.close(chat_formats.texts_of(said))
   return found
 
 
@@ -180,7 +180,7 @@ def _before(fields: Fields, form: str, unused: Unused | None) -> list[Turn]:
       key = 'messages'
   # TRL's implicit prompt: the answers' lists begin with it.
   turns = spoken(fields, key, 'user', unused) if key in fields else []
-  return conversations.with_system(turns, fields)
+  return chat_formats.with_system(turns, fields)
 
 
 def _compared(
@@ -299,5 +299,5 @@ def _asked(fields: Fields, turns: list[Turn]) -> Conversation:
       "expected a prompt whose last turn is the user's; got that of "
       f'{turns[-1].role}; mend or remove the row'
     )
-  conversations.check_order(turns)
+  chat_formats.check_order(turns)
   return Conversation(tuple(turns), tools(fields))

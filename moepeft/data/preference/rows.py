@@ -6,29 +6,28 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from moepeft.data.batching import collators as forms
-from moepeft.data.batching import decoder_only as causal
-from moepeft.data.chat import dataset as chat
+from moepeft.data.batching import collators, decoder_only
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Turn
 from moepeft.data.example import Bad, BadRow
-from moepeft.data.preference import formats as preference
-from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.preference import formats as preference_formats
+from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.preference.formats import Compared, Judged
 from moepeft.data.preference.tokenize import Parts
-from moepeft.data.readers import huggingface as hub
+from moepeft.data.readers import huggingface
 
 
 def rows(
-  data: ConfigDict, bad: Bad, judged: bool, encode: answer_ids.Encode
+  data: ConfigDict, bad: Bad, judged: bool, encode: preference_tokenize.Encode
 ) -> tuple[list, list[Parts], list[str]]:
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
-  table, where = hub.table_of(data.path, data.split, bad)
-  good, parts, places, nulls = [], [], [], hub.fills_in(table)
+  table, where = huggingface.table_of(data.path, data.split, bad)
+  good, parts, places, nulls = [], [], [], huggingface.fills_in(table)
   for i, fields in enumerate(table):
     try:
-      fields = hub.without_nulls(fields) if nulls else fields
-      row = preference.row(fields, data.form, i, bad.unused)
+      fields = huggingface.without_nulls(fields) if nulls else fields
+      row = preference_formats.row(fields, data.form, i, bad.unused)
       found = _useful(row, judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]
       good.extend(found)
@@ -54,7 +53,7 @@ def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
     prompt = dataclasses.replace(row.prompt, turns=turns)
     row = dataclasses.replace(row, prompt=prompt)
   pair = isinstance(row, Compared) and judged
-  return list(preference.unpaired(row)) if pair else [row]
+  return list(preference_formats.unpaired(row)) if pair else [row]
 
 
 def notes(
@@ -63,7 +62,7 @@ def notes(
   spans: Sequence,
   alike: Sequence[str],
   bad: Bad,
-  own: forms.Form,
+  own: collators.Form,
 ) -> tuple[str, ...]:
   """What became of the rows, in lines for the user.
 
@@ -73,13 +72,15 @@ def notes(
   """
   lines = [f'{data.path}: {len(places):,} rows']
   lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
-  decoder = isinstance(own, causal.Samples)
-  if decoder and not (data.chat_template or answer_ids.templated(own.words)):
+  decoder = isinstance(own, decoder_only.Samples)
+  if decoder and not (
+    data.chat_template or preference_tokenize.templated(own.words)
+  ):
     lines.append(
       f'{own.words} brings no chat template: turns are written as plain text'
     )
   elif decoder:
-    lines += chat.template(data, own.words).remarks
+    lines += chat_dataset.template(data, own.words).remarks
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
   pairs, gone = list(zip(places, spans, strict=True)), set(alike)

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data.batching import collators as forms
-from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching import collators, decoder_only
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary, eos_of
@@ -53,7 +52,9 @@ class Span:
   cut: bool
 
 
-def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
+def encoder(
+  data: ConfigDict, own: collators.Form, render: Render | None
+) -> Encode:
   """What makes ids of a row.
 
   Args:
@@ -69,7 +70,7 @@ def encoder(data: ConfigDict, own: forms.Form, render: Render | None) -> Encode:
       "config.data.source='preference', whose prompts are never trained; set "
       "it to 'answers'"
     )
-  if not isinstance(own, causal.Samples):
+  if not isinstance(own, decoder_only.Samples):
     if data.chat_template:
       raise ValueError(
         f'config.data.chat_template={data.chat_template!r} does nothing with '
@@ -124,14 +125,14 @@ def renderer(data: ConfigDict, words: Vocabulary) -> Render:
     ValueError: config.data.chat_template cannot be read, or is for bytes.
   """
   if data.chat_template or templated(words):
-    return chat.template(data, words).render
+    return chat_dataset.template(data, words).render
 
   def plain(whole: Conversation) -> Sample:
     _check_plain(whole)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
-    (asked,) = causal.prompts(words, [said(prompt)])
-    (ids,) = causal.answers(words, [whole.turns[-1].content])
-    return causal.sample(asked, ids)
+    (asked,) = decoder_only.prompts(words, [said(prompt)])
+    (ids,) = decoder_only.answers(words, [whole.turns[-1].content])
+    return decoder_only.sample(asked, ids)
 
   return plain
 
@@ -163,19 +164,19 @@ def said(prompt: Conversation) -> str:
   return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
 
 
-def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
+def span(parts: Parts, own: collators.Form, too_long: str) -> Span | None:
   """What of a row fits, None where it is left out."""
   prompt = parts.prompt
   lengths = [len(ids) for ids, _ in parts.answers]
   longest, both = max(lengths), min(lengths)
-  if not isinstance(own, causal.Samples):
+  if not isinstance(own, decoder_only.Samples):
     most, room = own.lengths
     over = len(prompt) > most
     if over and too_long == 'drop':
       return None
     left = prompt[:most]
     if too_long == 'prompt':
-      left = causal.last(prompt, most, own.words.bos)
+      left = decoder_only.last(prompt, most, own.words.bos)
     if longest <= room:
       return Span(left, longest, room, over)
     cut = too_long == 'end' and both > room
@@ -188,7 +189,7 @@ def span(parts: Parts, own: forms.Form, too_long: str) -> Span | None:
     left = row - longest
     if left < min(len(prompt), row // _LEAST):
       return None
-    kept = causal.last(prompt, left, own.words.bos)
+    kept = decoder_only.last(prompt, left, own.words.bos)
     return Span(kept, longest, longest, True)
   room = row - len(prompt)
   # Both ends are cut or none.
@@ -206,10 +207,10 @@ def alike(parts: Parts, span: Span) -> bool:
   )
 
 
-def side(prompt: np.ndarray, answer, cap: int, own: forms.Form):
+def side(prompt: np.ndarray, answer, cap: int, own: collators.Form):
   """What the form of one side holds."""
   ids, trained = (part[:cap] for part in answer)
-  if not isinstance(own, causal.Samples):
+  if not isinstance(own, decoder_only.Samples):
     return prompt, ids
   untrained = np.zeros(len(prompt), bool)
   return Sample(

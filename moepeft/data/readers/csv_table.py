@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow
 from moepeft.data.row_fields import MARK
 
@@ -50,7 +50,7 @@ def read(file: str, bad: Bad) -> tuple[list[str], Table]:
   """
   csv.field_size_limit(_MOST)
   places, cells, header = [], [], None
-  with files.opened(file) as stream:
+  with fingerprint.opened(file) as stream:
     lines = io.TextIOWrapper(stream, 'utf-8-sig', newline='')
     reader, begin = csv.reader(lines, strict=True), 1
     try:

@@ -11,13 +11,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.core import files as core_files
-from moepeft.core import untrusted
-from moepeft.data import example as rows
-from moepeft.data import fingerprint as files
+from moepeft.core import files, untrusted
+from moepeft.data import example as example_lib
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow, Rows
-from moepeft.data.readers import csv_table, jsonl, splits
-from moepeft.data.readers import promptsource as templates_lib
+from moepeft.data.readers import csv_table, jsonl, promptsource, splits
 from moepeft.data.row_fields import Unused, named
 from moepeft.tasks import Example
 
@@ -60,16 +58,16 @@ def read(
   table, where = table_of(path, split, bad)
   name = _name(path)
   if templates:
-    group = templates_lib.group(templates, name)
-    return templates_lib.render(group, table, bad, where, seed)
+    group = promptsource.group(templates, name)
+    return promptsource.render(group, table, bad, where, seed)
   _check_columns(path, table)
-  make = functools.partial(_plain, templates_lib.clean(name), bad.unused)
-  return rows.made(path, table, (make,), where, bad)
+  make = functools.partial(_plain, promptsource.clean(name), bad.unused)
+  return example_lib.made(path, table, (make,), where, bad)
 
 
 def _name(path: str) -> str:
   """The dataset's name: of the hub as it is, of a file without its ending."""
-  if not os.path.exists(core_files.local_path(path)):
+  if not os.path.exists(files.local_path(path)):
     return path
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
@@ -77,7 +75,7 @@ def _name(path: str) -> str:
 def _plain(name: str, unused: Unused, row: Mapping, place: int) -> Example:
   # A table has no absent fields: they are None there.
   kept = {k: v for k, v in row.items() if v is not None}
-  return rows.example({'idx': place} | kept, name, unused=unused)
+  return example_lib.example({'idx': place} | kept, name, unused=unused)
 
 
 def _check_columns(path: str, table: Sequence[Mapping]) -> None:
@@ -103,9 +101,9 @@ def table_of(
   Raises:
     ValueError: as `read`.
   """
-  local = core_files.local_path(path)
-  core_files.check_file(local)
-  if os.path.isfile(local) and files.ending_of(local) in _READ_HERE:
+  local = files.local_path(path)
+  files.check_file(local)
+  if os.path.isfile(local) and fingerprint.ending_of(local) in _READ_HERE:
     if splits.name_of(split) != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
@@ -113,10 +111,10 @@ def table_of(
     return _table([local], path, split, bad)
   if os.path.isdir(local) and not splits.described(local):
     of_split = splits.files_of(path, local, split, bad)
-    here = {files.ending_of(file) in _READ_HERE for file in of_split}
+    here = {fingerprint.ending_of(file) in _READ_HERE for file in of_split}
     if here == {True}:
       return _table(of_split, path, split, bad)
-    kinds = sorted(set(map(files.ending_of, of_split)))
+    kinds = sorted(set(map(fingerprint.ending_of, of_split)))
     if len(kinds) > 1:
       raise splits.unreadable(
         path, split, f'its files are of several kinds: {", ".join(kinds)}'
@@ -147,7 +145,7 @@ def _table(
   for file in of_split:
     where, part = (
       csv_table.read(file, bad)
-      if files.ending_of(file) == 'csv'
+      if fingerprint.ending_of(file) == 'csv'
       else json_rows(file, bad)
     )
     places += where
@@ -159,9 +157,9 @@ def _table(
 
 def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
-  if files.ending_of(file) == 'json' and _begins(file).startswith(b'['):
+  if fingerprint.ending_of(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)
-  if files.ending_of(file) == 'json':
+  if fingerprint.ending_of(file) == 'json':
     _check_lines(file)
   found = list(jsonl.lines(file, bad))
   return [where for where, _ in found], [row for _, row in found]
@@ -174,7 +172,7 @@ def _check_lines(file: str) -> None:
     ValueError: it does.
   """
   try:
-    with files.opened(file) as stream:
+    with fingerprint.opened(file) as stream:
       first = stream.readline()
       # All but '{' of a row on one line is on that line.
       if first.decode('utf-8-sig').strip() != '{':
@@ -197,13 +195,13 @@ def _check_lines(file: str) -> None:
 
 def _begins(file: str) -> bytes:
   """What a file begins with, blanks and the byte order mark aside."""
-  with files.opened(file) as stream:
+  with fingerprint.opened(file) as stream:
     return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
 
 def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
   try:
-    with files.opened(file) as stream:
+    with fingerprint.opened(file) as stream:
       text = stream.read()
     items = untrusted.parse_json(text, check_text=False, unique_keys=True)
   except untrusted.Malformed as e:
@@ -218,7 +216,7 @@ def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
       if not isinstance(item, dict):
         raise BadRow('expected an object {...}; mend or remove it')
       if torn:
-        rows.check_whole(item)
+        example_lib.check_whole(item)
       places.append(where)
       table.append(item)
     except BadRow as e:
@@ -241,18 +239,18 @@ def _load(
     if not os.path.exists(local):
       return _remote(path, split)
     if of_split:
-      reader = _READERS[files.ending_of(of_split[0])]
+      reader = _READERS[fingerprint.ending_of(of_split[0])]
       by_name = {splits.name_of(split): list(of_split)}
       return datasets.load_dataset(reader, data_files=by_name, split=split)
     if os.path.isdir(local):
-      core_files.check_files(local)
+      files.check_files(local)
       if splits.saved(local):
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
-    if files.ending_of(local) not in _READERS:
+    if fingerprint.ending_of(local) not in _READERS:
       known = ', .'.join((*_READ_HERE, *_READERS))
       raise ValueError(f'expected one of .{known}')
-    reader = _READERS[files.ending_of(local)]
+    reader = _READERS[fingerprint.ending_of(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
   except ConnectionError as e:
     raise ValueError(
@@ -271,7 +269,7 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   import datasets
 
   parts = path.split('/')
-  if files.ending_of(path) in (*_READ_HERE, *_READERS):
+  if fingerprint.ending_of(path) in (*_READ_HERE, *_READERS):
     raise ValueError('no such file')
   if path.startswith(('.', '~', '/')) or len(parts) > 3:
     raise ValueError('no such path, and no name on the hub')

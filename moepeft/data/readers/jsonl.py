@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from moepeft.core import untrusted
 from moepeft.core.files import local_path
-from moepeft.data import example as rows_lib
-from moepeft.data import fingerprint as files
+from moepeft.data import example as example_lib
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
@@ -44,17 +44,17 @@ def read(
     name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
     for where, row in lines(file, bad):
       try:
-        examples.append(rows_lib.example(row, name, ranked, bad.unused))
+        examples.append(example_lib.example(row, name, ranked, bad.unused))
       except BadRow as e:
         bad(where, e)
-  return rows_lib.rows(path, examples, bad)
+  return example_lib.rows(path, examples, bad)
 
 
 def _files(path: str, bad: Bad) -> list[str]:
   # A file that is named itself may have any name.
   if os.path.isfile(path):
     return [path]
-  return files.data_files(path, 'jsonl', bad)
+  return fingerprint.data_files(path, 'jsonl', bad)
 
 
 def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
@@ -63,7 +63,7 @@ def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
   Raises:
     ValueError: the file cannot be read to its end, or as `bad` does.
   """
-  with files.opened(file) as stream:
+  with fingerprint.opened(file) as stream:
     for number, line in enumerate(stream, 1):
       where = f'{file}, line {number}'
       try:
@@ -81,7 +81,7 @@ def _parse(line: bytes) -> dict:
   if not isinstance(row, dict):
     raise BadRow('expected an object {...}; mend or remove the line')
   if HALF.search(line):
-    rows_lib.check_whole(row)
+    example_lib.check_whole(row)
   return row
 
 

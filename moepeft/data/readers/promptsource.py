@@ -29,8 +29,8 @@ from jinja2.sandbox import SandboxedEnvironment, SecurityError
 
 from moepeft.core import files as core_files
 from moepeft.core import untrusted
-from moepeft.data import example as rows_lib
-from moepeft.data import fingerprint as files_lib
+from moepeft.data import example as example_lib
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow, Rows
 from moepeft.tasks import Example
 
@@ -241,7 +241,7 @@ def group(path: str, name: str) -> Group:
   if name and os.path.isfile(inside):
     return read(inside)
   files = (
-    files_lib.listed(path, files_lib.ENDINGS['templates'], deep=True).files
+    fingerprint.listed(path, fingerprint.ENDINGS['templates'], deep=True).files
     if os.path.isdir(path)
     else ()
   )
@@ -286,7 +286,7 @@ def render(
     functools.partial(apply, t, templates.task, seed)
     for t in templates.templates
   )
-  return rows_lib.made(templates.path, table, makers, where, bad)
+  return example_lib.made(templates.path, table, makers, where, bad)
 
 
 def apply(
@@ -320,7 +320,7 @@ def apply(
   if not all(parts):
     return None
   inputs, targets = parts
-  if not choices or targets not in choices or not rows_lib.distinct(choices):
+  if not choices or targets not in choices or not example_lib.distinct(choices):
     choices = []
   label = choices.index(targets) if choices else -1
   return Example(

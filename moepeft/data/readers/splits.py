@@ -8,8 +8,8 @@ name none but 'train', all of them are that.
 import os
 import re
 
-from moepeft.core import files as core_files
-from moepeft.data import fingerprint as files
+from moepeft.core import files
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad
 
 _WORDS = {
@@ -68,7 +68,7 @@ def described(folder: str) -> bool:
   readme = os.path.join(folder, 'README.md')
   if saved(folder) or not os.path.isfile(readme):
     return saved(folder)
-  with core_files.open_file(readme) as stream:
+  with files.open_file(readme) as stream:
     head = stream.read(_HEAD).decode(errors='replace')
   return head.startswith('---') and 'data_files:' in head.split('\n---')[0]
 
@@ -83,7 +83,9 @@ def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
   Raises:
     ValueError: there are none.
   """
-  listing = files.listed(folder, files.ENDINGS['datasets'], deep=True)
+  listing = fingerprint.listed(
+    folder, fingerprint.ENDINGS['datasets'], deep=True
+  )
   by_split: dict[str, list[str]] = {}
   for file in listing.files:
     words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())

@@ -15,11 +15,10 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from moepeft.data.batching import decoder_only as causal
+from moepeft.data.batching import decoder_only
 from moepeft.data.batching.collators import Form
 from moepeft.data.batching.decoder_only import Sample, Samples
-from moepeft.data.text import documents
-from moepeft.data.text import span_corruption as spans
+from moepeft.data.text import documents, span_corruption
 from moepeft.data.text.documents import Document
 from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
 
@@ -181,7 +180,7 @@ def _prefix(own: Form) -> tuple[int, Make]:
 
     def sample(ids, rng):
       cut = rng.integers(1, len(ids))
-      return causal.sample(ids[:cut], ids[cut:])
+      return decoder_only.sample(ids[:cut], ids[cut:])
 
     return own.rooms[0] + 1, sample
   most, answer = own.rooms
@@ -205,11 +204,11 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
     )
   if isinstance(own, Samples):
     most = own.rooms[0] + 1
-    length = spans.longest(lambda x, y: x + y <= most, noise, span)
+    length = span_corruption.longest(lambda x, y: x + y <= most, noise, span)
   else:
     most, room = own.rooms
-    length = spans.longest(lambda x, y: x <= most, noise, span)
-    needed = spans.sizes(length, noise, span)[1]
+    length = span_corruption.longest(lambda x, y: x <= most, noise, span)
+    needed = span_corruption.sizes(length, noise, span)[1]
     if needed > room:
       raise ValueError(
         f'spans of {most} inputs have {needed} targets (config.data.noise='
@@ -217,7 +216,7 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
         f'to {needed}, it is {room}'
       )
   sentinels = own.words.sentinels(below)
-  needed = spans.counts(length, noise, span)[1]
+  needed = span_corruption.counts(length, noise, span)[1]
   if needed > len(sentinels):
     raise ValueError(
       f'pieces of {length} tokens have {needed} hidden spans, and '
@@ -227,8 +226,8 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
     )
 
   def make(ids, rng):
-    hidden = spans.mask(len(ids), noise, span, rng)
-    x, y = spans.corrupt(ids, hidden, sentinels, eos)
-    return causal.sample(x, y) if isinstance(own, Samples) else (x, y)
+    hidden = span_corruption.mask(len(ids), noise, span, rng)
+    x, y = span_corruption.corrupt(ids, hidden, sentinels, eos)
+    return decoder_only.sample(x, y) if isinstance(own, Samples) else (x, y)
 
   return length, make

@@ -10,12 +10,11 @@ import dataclasses
 import os
 import re
 
-from moepeft.data import fingerprint as files
+from moepeft.data import fingerprint
 from moepeft.data.example import Bad, BadRow
 from moepeft.data.readers import jsonl
 from moepeft.data.row_fields import MARK, Fields
-from moepeft.data.text import dedup as duplicates
-from moepeft.data.text import quality
+from moepeft.data.text import dedup, quality
 
 _BLANK = re.compile(r'\n[ \t]*\n\s*')
 
@@ -47,7 +46,7 @@ def read(
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
   bad, found = Bad(on_bad_row, ignore), []
-  for file in files.data_files(path, 'text', bad):
+  for file in fingerprint.data_files(path, 'text', bad):
     if '.jsonl' in os.path.basename(file).lower():
       found += _rows(file, bad)
     else:
@@ -58,7 +57,7 @@ def read(
 
 
 def _text(file: str) -> list[Document]:
-  text = files.read_text(file).strip()
+  text = fingerprint.read_text(file).strip()
   separator = '\n\n' if _BLANK.search(text) else '\n'
   parts = _BLANK.split(text) if separator == '\n\n' else text.split('\n')
   passages = tuple(part for part in parts if part.strip())
@@ -101,7 +100,7 @@ def filtered(
     said = holds.__doc__.rstrip('.')
     lines.append(f'{gone:,} passages go by the rule {name!r} ({said})')
   if least:
-    again = duplicates.repeated(_passages(found), least)
+    again = dedup.repeated(_passages(found), least)
     found, gone = _kept(found, [not repeated for repeated in again])
     lines.append(f'{gone:,} passages go as near duplicates ({least} alike)')
   if not found:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.core import files
 from moepeft.data.row_fields import MARK
-from moepeft.data.tokenizers import long_texts as lengthy
+from moepeft.data.tokenizers import long_texts
 
 # Files of a tokenizer's directory that are text.
 _TEXTS = ('.json', '.jinja', '.txt')
@@ -155,7 +155,7 @@ class Tokenizer:
     return self._tokenizer(text, add_special_tokens=False)['input_ids']
 
   def encode_all(self, texts: Sequence[str]) -> list[Sequence[int]]:
-    return lengthy.encode(self._tokenizer, texts)
+    return long_texts.encode(self._tokenizer, texts)
 
   def decode(self, ids: list[int]) -> str:
     # Old files ask to take blanks away before signs, which texts may have.
@@ -198,7 +198,7 @@ def tokenizer_of(path: str) -> Any:
   # Imported here: it costs seconds, and the default run needs none of it.
   from transformers import AutoTokenizer
 
-  path = packages.resolve(path)
+  path = pip_models.resolve(path)
   files.check_files(path)
   if path.endswith(gguf.SUFFIX):
     return gguf_tokenizer.read(path)

@@ -10,8 +10,7 @@ import numpy as np
 from scipy import special
 
 from moepeft import tasks
-from moepeft.evaluation import bootstrap
-from moepeft.evaluation import paper_measure as grid
+from moepeft.evaluation import bootstrap, paper_measure
 from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.results import HELD_OUT, MEASURES, Row
 from moepeft.evaluation.tables.run_results import Entry
@@ -69,7 +68,7 @@ def of_entry(entry: Entry) -> dict[Key, Figure]:
       found[key] = _pooled_figure(rows)
       continue
     scale = 100 if key.measure in _FRACTIONS else 1
-    for name, score in grid.scores(rows, key.measure).items():
+    for name, score in paper_measure.scores(rows, key.measure).items():
       if (named := _named(key, name)) is not None:
         found[named] = _scaled(score, scale)
   loss = Key(HELD_OUT, 'loss', '')
@@ -89,7 +88,7 @@ def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
         found[key] = _pooled(rows)
       continue
     scale = 100 if key.measure in _FRACTIONS else 1
-    for name, drawn in grid.draws(rows, key.measure).items():
+    for name, drawn in paper_measure.draws(rows, key.measure).items():
       if (named := _named(key, name)) is not None:
         found[named] = scale * drawn
   return found
@@ -229,7 +228,7 @@ def _named(key: Key, name: str) -> Key | None:
   return key if name == AVERAGE else None
 
 
-def _scaled(score: grid.Score, scale: float) -> Figure:
+def _scaled(score: paper_measure.Score, scale: float) -> Figure:
   fields = (score.value, score.low, score.high, score.majority)
   scaled = (None if x is None else scale * x for x in fields)
   return Figure(*scaled, how='' if score.low is None else EXAMPLES)

@@ -16,17 +16,14 @@ from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.published import Published
 from moepeft.evaluation.results import HELD_OUT
 from moepeft.evaluation.tables import aggregate as figures
-from moepeft.evaluation.tables import comparable as sameness
-from moepeft.evaluation.tables import footnotes as remarks
-from moepeft.evaluation.tables import routing as routed
-from moepeft.evaluation.tables import run_results as folders
-from moepeft.evaluation.tables import seeds as groups
+from moepeft.evaluation.tables import comparable, footnotes, run_results, seeds
+from moepeft.evaluation.tables import routing as routing_tables
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
 from moepeft.evaluation.tables.render import Cell, Column, Line, Table
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
 from moepeft.peft.build import plain
-from moepeft.runs import config as run_config
+from moepeft.runs.run import Run
 
 PARAMETERS = Column('parameters', 'parameters', 'count')
 PERCENT = Column('percent', '% of base', 'share')
@@ -98,8 +95,8 @@ def table(
     return _paper_alone(paper, printed, title)
   given = _read(runs)
   entries = figures.of_one_kind(given)
-  sameness.check(entries)
-  grouped = groups.group(entries)
+  comparable.check(entries)
+  grouped = seeds.group(entries)
   single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
   drawn = [figures.mean_draws(row.entries) for row in grouped]
   rows = [
@@ -108,13 +105,15 @@ def table(
       figures.over_seeds(own, draws),
       draws,
       _match(printed, group.first),
-      routed.cells(group.entries) if routing else {},
+      routing_tables.cells(group.entries) if routing else {},
     )
     for group, own, draws in zip(grouped, single, drawn, strict=True)
   ]
   found = [row.figures for row in rows]
   keys = sorted({key for own in found for key in own}, key=figures.order)
-  about_routers = routed.columns(row.routing for row in rows) if routing else []
+  about_routers = (
+    routing_tables.columns(row.routing for row in rows) if routing else []
+  )
   shown = [*columns(keys), *about_routers]
   against = _against(rows, baseline) if baseline else None
   majority = _majority(found, keys)
@@ -126,10 +125,10 @@ def table(
     if row is not None
   }
   notes = [
-    *remarks.of_runs(grouped, found, keys),
-    *remarks.of_best(grouped),
-    *remarks.of_missing(grouped, single, shown),
-    *remarks.of_after(given, entries),
+    *footnotes.of_runs(grouped, found, keys),
+    *footnotes.of_best(grouped),
+    *footnotes.of_missing(grouped, single, shown),
+    *footnotes.of_after(given, entries),
   ]
   if against is not None and any(
     cell.low is not None
@@ -137,12 +136,12 @@ def table(
     if row is not against
     for cell in _less(row, against).cells.values()
   ):
-    notes.append(remarks.of_baseline(against.group))
+    notes.append(footnotes.of_baseline(against.group))
   if routing:
-    notes += routed.notes(about_routers)
+    notes += routing_tables.notes(about_routers)
   if printed:
     matched = [row.printed for row in rows if row.printed]
-    notes += remarks.of_paper(paper, matched)
+    notes += footnotes.of_paper(paper, matched)
   return Table(
     (PARAMETERS, PERCENT, SEEDS, *shown),
     tuple(lines),
@@ -168,7 +167,7 @@ def _read(runs: Sequence[str]) -> list[Entry]:
   defaults = json.loads(config_lib.default().to_json())
   # A shell's glob and completion end a folder with a slash.
   paths = [run.rstrip('/') or run for run in runs]
-  return [entry for path in paths for entry in folders.read(path, defaults)]
+  return [entry for path in paths for entry in run_results.read(path, defaults)]
 
 
 def _lines(
@@ -240,7 +239,7 @@ def _against(rows: Sequence[_Row], baseline: str) -> _Row:
 
 
 def _same_method(entry: Entry, text: str) -> bool:
-  if entry.is_base or text == folders.BASE:
+  if entry.is_base or text == run_results.BASE:
     return entry.method == text
   try:
     return plain(entry.method, entry.semantics) == plain(text, entry.semantics)
@@ -270,7 +269,7 @@ def _counts(entry: Entry) -> tuple[int, int]:
   """(trained, of the base), from the rows or else from shapes."""
   if entry.parameters is not None:
     return entry.parameters, entry.base_parameters
-  counted = count(run_config.load(entry.folder))
+  counted = count(Run(entry.folder).load_config())
   return counted['peft'], counted['params']
 
 
@@ -338,9 +337,9 @@ def _is_papers(key: Key) -> bool:
 
 def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
   keys = [Key(_PRINTED, 'accuracy', name) for name in (*EIGHT, AVERAGE)]
-  lines, notes = [], remarks.of_paper(size, ())
+  lines, notes = [], footnotes.of_paper(size, ())
   for row in printed:
-    remark = remarks.of_row(row)
+    remark = footnotes.of_row(row)
     mark = ''
     if remark:
       mark = str(1 + sum(note.startswith('[') for note in notes))

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from moepeft.evaluation.paper_measure import AVERAGE, EIGHT
 from moepeft.evaluation.published import Published
 from moepeft.evaluation.results import HELD_OUT
-from moepeft.evaluation.tables import aggregate as figures
-from moepeft.evaluation.tables import seeds as groups
+from moepeft.evaluation.tables import aggregate
+from moepeft.evaluation.tables import seeds as tables_seeds
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
 from moepeft.evaluation.tables.render import Column
 from moepeft.evaluation.tables.run_results import Entry
@@ -51,9 +51,9 @@ def of_runs(
 def _intervals(found) -> list[str]:
   used = {f.how for own in found for f in own.values() if f.low is not None}
   where = {
-    figures.SEEDS_AND_EXAMPLES: ' where a row has several seeds',
-    figures.STUDENT: ' where seeds have no figures by example',
-    figures.EXAMPLES: '',
+    aggregate.SEEDS_AND_EXAMPLES: ' where a row has several seeds',
+    aggregate.STUDENT: ' where seeds have no figures by example',
+    aggregate.EXAMPLES: '',
   }
   hows = [how for how in where if how in used]
   if not hows:
@@ -266,10 +266,10 @@ def _checkpoints(rows: Sequence[Group]) -> list[str]:
 def _settings(rows: Sequence[Group]) -> list[str]:
   firsts = [row.first for row in rows]
   notes = []
-  for key in groups.differing(firsts):
+  for key in tables_seeds.differing(firsts):
     values = {}
     for row in rows:
-      value = groups.shown(row.first.settings.get(key))
+      value = tables_seeds.shown(row.first.settings.get(key))
       values.setdefault(value, []).append(label(row))
     counts = sorted(map(len, values.values()))
     said = [

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import Line, Table
 
 # Okabe and Ito's, which the colour-blind can tell apart.
@@ -132,11 +132,11 @@ def _name(line: Line) -> str:
   share = line.cells.get('percent')
   said = []
   if counted is not None and line.kind == 'run':
-    said.append(forms.number(counted, 'count'))
+    said.append(table_render.number(counted, 'count'))
   if share is not None and line.kind == 'run':
-    said.append(f'{forms.number(share, "share")} %')
+    said.append(f'{table_render.number(share, "share")} %')
   below = ', '.join(said)
-  return '\n'.join(filter(None, (forms.joined(line), below)))
+  return '\n'.join(filter(None, (table_render.joined(line), below)))
 
 
 def _legend(figure: Figure, table: Table) -> None:

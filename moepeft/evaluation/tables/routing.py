@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.core import jsonl_log as rows
 from moepeft.core.types import Context
 from moepeft.evaluation.tables.render import Cell, Column
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.peft.build import routers
+from moepeft.runs import metrics_log
+from moepeft.runs.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def cells(entries: Sequence[Entry]) -> dict[Any, Cell]:
   result: dict[Any, Cell] = {
     ENTROPY.key: Cell(float(np.mean([run.entropy for run in runs])))
   }
-  for kind in rows.SHARES:
+  for kind in metrics_log.SHARES:
     if all(kind in run.tops for run in runs):
       top, worst = np.mean([run.tops[kind] for run in runs], axis=0)
       result[kind, 'top'] = Cell(float(top))
@@ -99,7 +99,7 @@ def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
   keys = {key for line in lines for key in line}
   pairs = [
     column
-    for kind, name in rows.SHARES.items()
+    for kind, name in metrics_log.SHARES.items()
     for column in (
       Column((kind, 'top'), f'fullest expert, {name}', 'share'),
       Column((kind, 'worst'), f'{name}, worst site', 'share'),
@@ -112,7 +112,9 @@ def columns(lines: Iterable[Mapping[Any, Cell]]) -> list[Column]:
 def notes(shown: Sequence[Column]) -> list[str]:
   """Remarks on `columns`."""
   kinds = [
-    kind for kind in rows.SHARES if (kind, 'top') in {c.key for c in shown}
+    kind
+    for kind in metrics_log.SHARES
+    if (kind, 'top') in {c.key for c in shown}
   ]
   return [
     'Routing is that of the last batch that the metrics of a run have, over '
@@ -129,7 +131,7 @@ def of_entry(entry: Entry) -> Routing | None:
   if entry.is_base:
     return None
   last: Mapping[str, Any] = {}
-  for row in rows.stream(os.path.join(entry.folder, rows.NAME)):
+  for row in Run(entry.folder).metrics():
     if row['step'] <= entry.step and row.get('routing'):
       last = row['routing']
   return summary(
@@ -148,7 +150,7 @@ def _shares(
   There a token counts 1/k for each of its k experts, so that k times as much
   is the token share of a sparse router.
   """
-  kind, shares = rows.shares(values)
+  kind, shares = metrics_log.shares(values)
   shares = np.asarray(shares, np.float64)
   if kind == 'load':
     name = site.rpartition('/')[2]

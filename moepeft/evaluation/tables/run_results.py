@@ -2,24 +2,19 @@
 """What a work directory says about its run: settings, rows, losses."""
 
 import dataclasses
-import glob
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepeft.evaluation import results as rows_lib
+from moepeft.evaluation import results
 from moepeft.evaluation.results import HELD_OUT, Row
 from moepeft.peft.build import plain
-from moepeft.runs import config as run_config
+from moepeft.runs.resume import flatten
+from moepeft.runs.run import Run
 
 # The method's name in rows of the base without adapter.
 BASE = 'none'
-# What moepeft.evaluate writes, of a run and of its base alone.
-_NAMES = ('evaluation*.jsonl', 'base*.jsonl')
 _COMMAND = 'python -m moepeft.evaluate --workdir='
-# The entries that are read of after.json and of summary.json.
-_AFTER = {'step?': int, 'validation_loss?': float, 'means?': {str: float}}
-_SUMMARY = {'method?': str, 'semantics?': str}
 # Keys of a config that decide which examples after.json is of.
 _JUDGED = (
   'data.held_out',
@@ -117,11 +112,10 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
     ValueError: it is no work directory, nothing was evaluated in it, two of
       its files measure the same, or a file is damaged.
   """
-  config = flatten(defaults) | flatten(run_config.read(folder))
-  after = _json(folder, 'after.json', _AFTER)
-  found = [
-    _entry(folder, config, after, own) for own in _grouped(folder).values()
-  ]
+  run = Run(folder)
+  config = flatten(defaults) | flatten(run.read_config())
+  after = run.after()
+  found = [_entry(folder, config, after, own) for own in _grouped(run).values()]
   if found:
     return found
   if not after:
@@ -129,38 +123,14 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
       f'{folder!r} holds no evaluation; make one with {_COMMAND}{folder}, and '
       '--data=DIR for the eight sets'
     )
-  return [_unevaluated(folder, config, after)]
+  return [_unevaluated(run, config, after)]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'a': {'b': 1}} as {'a.b': 1}; lists become tuples."""
-  found = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      found |= flatten(value, f'{prefix}{key}.')
-    else:
-      found[prefix + key] = tuple(value) if type(value) is list else value
-  return found
-
-
-def _json(folder: str, name: str, shape: Any) -> dict[str, Any]:
-  path = os.path.join(folder, name)
-  if not os.path.exists(path):
-    return {}
-  advice = f'make it again, or leave {folder!r} out'
-  return run_config.read_object(path, shape, advice)
-
-
-def _grouped(folder: str) -> dict[tuple, list[Row]]:
+def _grouped(run: Run) -> dict[tuple, list[Row]]:
   """All rows of a folder by (method, semantics, step)."""
   groups, origin = {}, {}
-  paths = [
-    path
-    for name in _NAMES
-    for path in glob.glob(os.path.join(glob.escape(folder), name))
-  ]
-  for path in sorted(paths):
-    for row in rows_lib.read(path):
+  for path in run.results_files():
+    for row in results.read(path):
       key = (row.method, row.semantics, row.step)
       what = (*key, row.data, row.task, row.prompt, row.measure)
       if what in origin:
@@ -211,13 +181,13 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Row) -> None:
     )
 
 
-def _unevaluated(folder: str, config: Mapping, after: Mapping) -> Entry:
-  summary = _json(folder, 'summary.json', _SUMMARY)
+def _unevaluated(run: Run, config: Mapping, after: Mapping) -> Entry:
+  summary = run.summary()
   # As in rows: 'package:t5_tiny' is t5_tiny.
   path = config['model.path'].rstrip('/')
   base = os.path.basename(path).split(':')[-1] or 'random'
   return Entry(
-    folder=folder,
+    folder=run.path,
     method=summary.get('method', config['method']),
     semantics=summary.get('semantics', config['semantics']),
     base=base,

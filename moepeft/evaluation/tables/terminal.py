@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.evaluation import paper_measure as grid
+from moepeft.evaluation import paper_measure
 from moepeft.evaluation.results import MEASURES, Row
 
 _HEAD = (
@@ -56,10 +56,10 @@ def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
   lines = [_HEAD]
-  for task, score in grid.scores(rows, name).items():
+  for task, score in paper_measure.scores(rows, name).items():
     own = rows
-    if task != grid.AVERAGE:
-      members = grid.ROUNDS if task == 'anli' else (task,)
+    if task != paper_measure.AVERAGE:
+      members = paper_measure.ROUNDS if task == 'anli' else (task,)
       own = [row for row in rows if row.task in members]
     lines.append(_line(name, task, score, own))
   unused = {'perplexity'} if name != 'loss' else set()
@@ -73,7 +73,7 @@ def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
 
 
 def _line(
-  name: str, task: str, score: grid.Score, rows: Sequence[Row]
+  name: str, task: str, score: paper_measure.Score, rows: Sequence[Row]
 ) -> Sequence[str]:
   """Cells of all of `_HEAD`."""
   _, factor, digits = _UNITS.get(name, _PERCENT)
@@ -85,7 +85,7 @@ def _line(
     return '-' if low is None else f'{shown(low)} to {shown(high)}'
 
   values = [row.value for row in rows]
-  single = task == grid.AVERAGE or len(values) < 2
+  single = task == paper_measure.AVERAGE or len(values) < 2
   return (
     task,
     shown(score.value),

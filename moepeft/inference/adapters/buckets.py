@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from moepeft.checkpoints.adapter import instances
-from moepeft.config import method_string as spec_lib
+from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.inference.adapters.served_modules import served_module
 from moepeft.nn.adapter_hook import Advice
@@ -96,7 +96,7 @@ class Bucket:
   @property
   def method(self) -> str:
     """As `--form` takes it."""
-    return spec_lib.format_method(tuple(part.sized for part in self.parts))
+    return method_string.format_method(tuple(part.sized for part in self.parts))
 
   def holds(self, smaller: 'Bucket') -> bool:
     """Whether an adapter of the bucket `smaller` fits."""
@@ -199,7 +199,7 @@ def _kind(spec: Spec) -> Spec:
   if isinstance(router, Spec):
     router = _without(router, (*_PER_ADAPTER, 'seed'))
     spec = spec.replace(router=router)
-  return spec_lib.parse(plain(str(spec)))
+  return method_string.parse(plain(str(spec)))
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:

@@ -15,7 +15,7 @@ from moepeft.checkpoints.base import Base
 from moepeft.core import files
 from moepeft.core.types import Tree
 from moepeft.inference.adapters.buckets import Bucket, bucket_of
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.nn.initializers import Label, described
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
@@ -62,11 +62,15 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
   bucket = bucket_of(built, path)
   arrays = {
     name: np.asarray(leaf, np.float32)
-    for name, leaf in names.flatten(found.tree).items()
+    for name, leaf in weight_mapping.flatten(found.tree).items()
   }
   _check_arrays(arrays, built, path, base)
   content = '\n'.join(
-    (plain(found.method, semantics), semantics, names.content_hash(arrays))
+    (
+      plain(found.method, semantics),
+      semantics,
+      weight_mapping.content_hash(arrays),
+    )
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
   soft_prompt_ids = placeholders(built.advice, base.config.vocab)
@@ -136,7 +140,7 @@ def _check_arrays(
   arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
 ) -> None:
   wanted = arrays_of(base.family.MODULE(base.config, built.advice))
-  names.check(
+  weight_mapping.check(
     {name: shape for name, (shape, _) in wanted.items()},
     {name: a.shape for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',

@@ -14,7 +14,7 @@ from moepeft.config.method_string import Spec
 from moepeft.core.types import Tree
 from moepeft.inference.adapters.buckets import Bucket, BucketPart, scale_of
 from moepeft.inference.adapters.load import Layout, TrainedAdapter, arrays_of
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.moe.routers.random import projection
 from moepeft.nn.adapter_hook import Advice
 from moepeft.nn.initializers import Fill, Label
@@ -47,7 +47,7 @@ def slot_bytes(layout: Layout) -> int:
 
 def identity_tree(layout: Layout) -> Tree:
   """Slot 0: the base's function bit for bit."""
-  return names.unflatten(
+  return weight_mapping.unflatten(
     {path: _filled(shape, label) for path, (shape, label) in layout.items()}
   )
 
@@ -84,7 +84,7 @@ def pad_to_bucket(
         filled[path] = source.leaf(place, leaf, shape, label)
       elif mine:
         filled[path] = _filled(shape, label)
-  return PaddedAdapter(adapter, bucket.name, names.unflatten(filled))
+  return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(filled))
 
 
 class _Source:
@@ -154,7 +154,7 @@ def _kernel(
   base: Base, place: str, layer: int, shape: tuple[int, int]
 ) -> np.ndarray:
   """The weight of a projection, float32 [inputs, outputs]."""
-  flat = names.flatten(base.params)
+  flat = weight_mapping.flatten(base.params)
   if f'{place}/kernel' in flat:
     found = flat[f'{place}/kernel'][layer].astype(np.float32)
     return found.reshape(shape)

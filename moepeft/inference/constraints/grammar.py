@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from moepeft.data.tokenizers.tokenizer import Vocabulary
-from moepeft.inference import json_schema as json_schemas
+from moepeft.inference import json_schema as inference_json_schema
 from moepeft.inference.api import Constraint, EngineFull
-from moepeft.inference.constraints import lark
-from moepeft.inference.constraints import tool_grammar as call_grammar
+from moepeft.inference.constraints import lark, tool_grammar
 from moepeft.inference.constraints.grammar_pool import (
   GrammarLimit,
   GrammarPool,
@@ -178,7 +177,7 @@ class Compiler:
     Raises:
       ValueError: the schema cannot be kept, or no text fits it.
     """
-    text = json_schemas.prepared(schema, strict)
+    text = inference_json_schema.prepared(schema, strict)
     grammar = self._library.LLMatcher.grammar_from_json_schema(text)
     return self._following(grammar, 'the JSON schema')
 
@@ -242,7 +241,7 @@ class Compiler:
     Raises:
       ValueError: the parameters of a strict tool cannot be kept.
     """
-    text = call_grammar.text(tools, choice, parallel, style)
+    text = tool_grammar.text(tools, choice, parallel, style)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
     return self._following(grammar, 'the tools')
 

@@ -13,7 +13,7 @@ import weakref
 from multiprocessing.connection import Connection
 
 from moepeft.inference.api import EngineFull
-from moepeft.inference.constraints import grammar_worker as worker
+from moepeft.inference.constraints import grammar_worker
 
 # A process that others keep from the processor has this many times longer.
 _WAIT = 4.0
@@ -33,31 +33,33 @@ class Matcher:
   def __init__(self, process: 'GrammarProcess', number: int):
     self._process, self._number = process, number
     self.error, self.accepting, self.stopped = '', False, False
-    self._ask(worker.COPY)
+    self._ask(grammar_worker.COPY)
 
   def bitmask(self) -> bytes:
     """One bit a token that may come next; b'' where there is an error."""
-    return self._ask(worker.MASK)[1]
+    return self._ask(grammar_worker.MASK)[1]
 
   def forced(self) -> bytes:
     """Bytes that the text must go on with."""
-    return self._ask(worker.FORCED)[1]
+    return self._ask(grammar_worker.FORCED)[1]
 
   def consume(self, token: int) -> bool:
     """Goes on by a token; False where it is not allowed."""
-    return bool(self._ask(worker.ACCEPT, token)[0] & worker.CONSUMED)
+    return bool(
+      self._ask(grammar_worker.ACCEPT, token)[0] & grammar_worker.CONSUMED
+    )
 
   def _ask(self, operation: int, argument: int = 0) -> tuple[int, bytes]:
     if self.error:
-      return worker.ERROR, b''
+      return grammar_worker.ERROR, b''
     try:
       flags, body = self._process.ask(operation, self._number, argument)
     except GrammarLimit as error:
       self.error = str(error)
-      return worker.ERROR, b''
-    self.accepting = bool(flags & worker.ACCEPTING)
-    self.stopped = bool(flags & worker.STOPPED)
-    if flags & worker.ERROR:
+      return grammar_worker.ERROR, b''
+    self.accepting = bool(flags & grammar_worker.ACCEPTING)
+    self.stopped = bool(flags & grammar_worker.STOPPED)
+    if flags & grammar_worker.ERROR:
       self.error, self.stopped = body.decode(errors='replace'), True
       return flags, b''
     return flags, body
@@ -78,7 +80,7 @@ class GrammarProcess:
     dropped: numbers of matchers that are needed no more.
   """
 
-  def __init__(self, channel: Connection, limits: worker.ProcessLimits):
+  def __init__(self, channel: Connection, limits: grammar_worker.ProcessLimits):
     self._channel, self._limits = channel, limits
     # Requests that compile the same grammar and the engine ask it, in turn;
     # each turn is short, as the process has a limit.
@@ -93,8 +95,8 @@ class GrammarProcess:
     Raises:
       GrammarLimit: it takes too much time or memory.
     """
-    flags, body = self.ask(worker.COMPILE, 0, 0, grammar)
-    return body.decode(errors='replace') if flags & worker.ERROR else ''
+    flags, body = self.ask(grammar_worker.COMPILE, 0, 0, grammar)
+    return body.decode(errors='replace') if flags & grammar_worker.ERROR else ''
 
   def matcher(self) -> Matcher:
     """A matcher at the beginning."""
@@ -109,14 +111,14 @@ class GrammarProcess:
       GrammarLimit: the process has ended, now or before.
     """
     limits = self._limits
-    compiling = operation == worker.COMPILE
+    compiling = operation == grammar_worker.COMPILE
     seconds = limits.compile_seconds if compiling else limits.step_seconds
     with self._lock:
       if self._failure:
         raise GrammarLimit(self._failure)
       try:
         while self.dropped:
-          self._send(worker.DROP, self.dropped.popleft())
+          self._send(grammar_worker.DROP, self.dropped.popleft())
         self._send(operation, number, argument, text)
         if not self._channel.poll(_WAIT * seconds + 1):
           raise EOFError
@@ -133,7 +135,7 @@ class GrammarProcess:
   def _send(
     self, operation: int, number: int, argument: int = 0, text: str = ''
   ) -> None:
-    head = worker.REQUEST.pack(operation, number, argument)
+    head = grammar_worker.REQUEST.pack(operation, number, argument)
     self._channel.send_bytes(head + text.encode())
 
 
@@ -141,7 +143,10 @@ class GrammarPool:
   """Makes grammar processes for one vocabulary, so many at once at most."""
 
   def __init__(
-    self, vocabulary: bytes, processes: int, limits: worker.ProcessLimits
+    self,
+    vocabulary: bytes,
+    processes: int,
+    limits: grammar_worker.ProcessLimits,
   ):
     """
     Args:
@@ -199,7 +204,12 @@ def _template(vocabulary: bytes) -> socket.socket:
   """
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
   # -P: no module beside that file may stand in for one of the same name.
-  command = [sys.executable, '-P', worker.__file__, str(theirs.fileno())]
+  command = [
+    sys.executable,
+    '-P',
+    grammar_worker.__file__,
+    str(theirs.fileno()),
+  ]
   with theirs:
     process = subprocess.Popen(
       command,

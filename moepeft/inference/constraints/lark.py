@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from moepeft.inference import json_schema as json_schemas
+from moepeft.inference import json_schema
 
 CHARACTERS = 50_000
 # What may hold '%json' without meaning it: texts, expressions and comments.
@@ -28,7 +28,7 @@ def json_of(schema: Any, strict: bool) -> str:
   Raises:
     ValueError: as `json_schemas.prepared` does.
   """
-  return f'%json {json_schemas.prepared(schema, strict)}'
+  return f'%json {json_schema.prepared(schema, strict)}'
 
 
 def bounded(text: str) -> str:
@@ -53,7 +53,7 @@ def bounded(text: str) -> str:
     at = found.end()
     if found[0] == '%json':
       schema, at = _schema(text, at)
-      parts.append(' ' + json_schemas.prepared(schema, True))
+      parts.append(' ' + json_schema.prepared(schema, True))
   return ''.join([*parts, text[at:]])
 
 

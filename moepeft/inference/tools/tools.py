@@ -16,7 +16,7 @@ from typing import Any
 
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
-from moepeft.inference import json_schema as json_schemas
+from moepeft.inference import json_schema
 
 MOST = 128
 _NAME = re.compile('[a-zA-Z0-9_-]{1,64}')
@@ -110,11 +110,11 @@ def check(found: Any) -> tuple[Tool, ...]:
       f"'tools' has {len(found)} tools, expected at most {MOST}; leave some out"
     )
   tools = tuple(_tool(item, f'tools[{i}]') for i, item in enumerate(found))
-  size = sum(len(json_schemas.written(tool.parameters)) for tool in tools)
-  if size > json_schemas.CHARACTERS:
+  size = sum(len(json_schema.written(tool.parameters)) for tool in tools)
+  if size > json_schema.CHARACTERS:
     raise ValueError(
       f"the parameters of 'tools' have {size:,} characters, expected at most "
-      f'{json_schemas.CHARACTERS:,}; make them smaller'
+      f'{json_schema.CHARACTERS:,}; make them smaller'
     )
   names = [tool.name for tool in tools]
   twice = next((name for name in names if names.count(name) > 1), None)
@@ -155,7 +155,7 @@ def _parameters(value: Any, said: str) -> dict:
     )
   try:
     # What is not strict may be given to the model and never compiled.
-    json_schemas.prepared(value, False)
+    json_schema.prepared(value, False)
   except ValueError as e:
     raise ValueError(f"{said} has wrong 'parameters': {e}") from None
   return value

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moepeft.core.types import Array, Batch, Context
-from moepeft.models import config_fields as fields_lib
+from moepeft.models import config_fields
 from moepeft.models.decoder.hf_config import released
 from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import Advice, Around
@@ -53,8 +53,8 @@ class BertConfig:
   family: ClassVar[str] = 'bert'
 
   def __post_init__(self):
-    fields_lib.check(self, _LEAST)
-    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+    config_fields.check(self, _LEAST)
+    config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
     if self.d_model % self.heads:
       raise ValueError(
         f'heads is a divisor of d_model={self.d_model}; got {self.heads}'
@@ -98,7 +98,7 @@ def from_fields(fields: Mapping[str, Any]) -> BertConfig:
     ValueError: a field is unknown or cannot be; the message begins with its
       name.
   """
-  fields_lib.check_names(BertConfig, fields)
+  config_fields.check_names(BertConfig, fields)
   return BertConfig(**fields)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moepeft.models import config_fields as fields_lib
+from moepeft.models import config_fields
 from moepeft.nn.mlp import ACTIVATIONS
 from moepeft.nn.norms import NormForm
 from moepeft.nn.rope import Rope
@@ -70,10 +70,10 @@ class DecoderConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    fields_lib.check(self, _LEAST)
+    config_fields.check(self, _LEAST)
     _check_rope(self.rope)
-    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
-    fields_lib.check_one_of('positions', self.positions, POSITIONS)
+    config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
+    config_fields.check_one_of('positions', self.positions, POSITIONS)
     if self.heads % self.kv_heads:
       raise ValueError(
         f'kv_heads divides heads; got {self.kv_heads} and {self.heads}'
@@ -140,7 +140,7 @@ _LEAST_ROPE = {
 
 
 def _check_rope(rope: Rope) -> None:
-  fields_lib.check(rope, _LEAST_ROPE, 'rope.')
+  config_fields.check(rope, _LEAST_ROPE, 'rope.')
   if rope.kind == 'yarn' and rope.theta <= 1:
     raise ValueError(f'rope.theta is above 1 for yarn; got {rope.theta}')
   if rope.kind == 'llama3' and rope.high <= rope.low:
@@ -156,7 +156,7 @@ def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
     ValueError: a field is unknown or cannot be; the message begins with its
       name.
   """
-  fields_lib.check_names(DecoderConfig, fields)
+  config_fields.check_names(DecoderConfig, fields)
   found = dict(fields)
   if 'rope' in found:
     found['rope'] = _rope(found['rope'])
@@ -178,5 +178,5 @@ def _rope(said: Any) -> Rope:
       "rope is a mapping like {'kind': 'linear', 'factor': 2.0}; got "
       f'{said!r}'
     )
-  fields_lib.check_names(Rope, said, 'rope.')
+  config_fields.check_names(Rope, said, 'rope.')
   return Rope(**said)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Array, Batch, Context
-from moepeft.models import config_fields as fields_lib
+from moepeft.models import config_fields
 from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import Advice, Around
 from moepeft.nn.attention import Attention, check_form, visible
@@ -56,8 +56,8 @@ class T5Config:
   family: ClassVar[str] = 't5'
 
   def __post_init__(self):
-    fields_lib.check(self, _LEAST)
-    fields_lib.check_one_of('activation', self.activation, ACTIVATIONS)
+    config_fields.check(self, _LEAST)
+    config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
 
 
 # Of what has a lower bound, the least value; two buckets a direction, and
@@ -143,7 +143,7 @@ def from_fields(fields: Mapping[str, Any]) -> T5Config:
     ValueError: a field is unknown or cannot be; the message begins with its
       name.
   """
-  fields_lib.check_names(T5Config, fields)
+  config_fields.check_names(T5Config, fields)
   return T5Config(**fields)
 
 

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods. A new one is one new file and one line in METHODS."""
 
-from moepeft.peft.methods import dora, full, ia3, lora, molora, mov, tokens
-from moepeft.peft.methods import prompt_tuning as prompt
+from moepeft.peft.methods import (
+  dora,
+  full,
+  ia3,
+  lora,
+  molora,
+  mov,
+  prompt_tuning,
+  tokens,
+)
 
 METHODS = {
   'full': full.METHOD,
@@ -12,5 +20,5 @@ METHODS = {
   'mov': mov.METHOD,
   'molora': molora.METHOD,
   'tokens': tokens.METHOD,
-  'prompt': prompt.METHOD,
+  'prompt': prompt_tuning.METHOD,
 }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moepeft.checkpoints import directory as files
+from moepeft.checkpoints import directory
 from moepeft.core import untrusted
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings.pooling import POOLINGS
@@ -53,7 +53,7 @@ def read(folder: Path) -> SentenceForm:
       is not supported.
   """
   steps = _steps(folder)
-  pooling = files.read_json(folder / steps['Pooling'] / 'config.json')
+  pooling = directory.read_json(folder / steps['Pooling'] / 'config.json')
   said = _optional(folder / 'sentence_bert_config.json')
   prompt = _prompt(_optional(folder / 'config_sentence_transformers.json'))
   if prompt and pooling.get('include_prompt') is False:
@@ -136,4 +136,4 @@ def _prompt(fields: Mapping[str, Any]) -> str:
 
 
 def _optional(file: Path) -> dict[str, Any]:
-  return files.read_json(file) if file.is_file() else {}
+  return directory.read_json(file) if file.is_file() else {}

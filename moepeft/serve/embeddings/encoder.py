@@ -20,7 +20,7 @@ from moepeft.models.bert.model import Bert, sites
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import build
 from moepeft.peft.methods.prompt_tuning import placeholders
-from moepeft.serve.embeddings import config as sentence_form
+from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings.config import SentenceForm
 from moepeft.serve.embeddings.pooling import POOLINGS, unit
 
@@ -131,7 +131,7 @@ class Encoder:
       ValueError: a file is missing or damaged, or it is no such encoder.
     """
     folder = hf.find(base_lib.resolve(path))
-    form = sentence_form.read(folder)
+    form = embeddings_config.read(folder)
     read = hf.load(str(folder), dtype='float32')
     if not encoder_only(read.config):
       raise ValueError(

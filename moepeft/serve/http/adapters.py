@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from moepeft.core.memory import is_out_of_memory
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import SERVER, Problem, later, refused, wrong
 from moepeft.serve.http.schemas import Load, Unload
@@ -42,7 +42,7 @@ async def load(service: Service, request: Request) -> JSONResponse:
 def _not_loaded(name: str, error: Exception) -> Problem:
   """The answer to a request whose adapter was not loaded."""
   said = f'the adapter {name!r} is not loaded'
-  if isinstance(error, protocol.RequestRefused):
+  if isinstance(error, api.RequestRefused):
     return later(f'{said}: {error}', 10, 'not_ready')
   if is_out_of_memory(error):
     _LOG.error('%s: %s', said, error)
@@ -81,9 +81,9 @@ async def delete(service: Service, request: Request) -> JSONResponse:
 async def _unloaded(service: Service, name: str) -> JSONResponse:
   try:
     await asyncio.to_thread(service.models.unload, name)
-  except protocol.UnknownAdapter as e:
+  except api.UnknownAdapter as e:
     raise refused(e, 'name') from None
-  except protocol.RequestRefused as e:
+  except api.RequestRefused as e:
     raise later(str(e), 10, 'not_ready') from None
   _LOG.info('unloaded %s', name)
   return JSONResponse({'id': name, 'object': 'adapter', 'deleted': True})
@@ -118,7 +118,7 @@ def _is_admin(service: Service, request: Request) -> bool:
   return service.keys.may_change(header and header.encode('latin-1'))
 
 
-def _card(loaded: protocol.LoadedAdapter, with_source: bool) -> dict[str, Any]:
+def _card(loaded: api.LoadedAdapter, with_source: bool) -> dict[str, Any]:
   """
   Args:
     with_source: whether the card has the adapter's path on the server.

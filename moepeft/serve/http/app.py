@@ -15,7 +15,7 @@ from moepeft.serve.http import (
   probes,
   tokens,
 )
-from moepeft.serve.http import probes as listing
+from moepeft.serve.http import probes as http_probes
 from moepeft.serve.http.cors import Cors
 from moepeft.serve.http.errors import Problem
 from moepeft.serve.http.middleware import Gate
@@ -27,8 +27,8 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
   ('GET', '/health', probes.health),
   ('GET', '/ready', probes.ready),
   ('GET', '/metrics', probes.counts),
-  ('GET', '/v1/models', listing.models),
-  ('GET', '/v1/models/{name:path}', listing.model),
+  ('GET', '/v1/models', http_probes.models),
+  ('GET', '/v1/models/{name:path}', http_probes.model),
   ('POST', '/v1/chat/completions', chat.chat),
   ('POST', '/v1/completions', completions.completions),
   ('POST', '/v1/embeddings', embeddings.embeddings),

@@ -11,9 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.serve.http import logprobs
-from moepeft.serve.http import requests as asking
+from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read
 from moepeft.serve.http.completion_stream import REASONS, Answer, Delta, deltas
 from moepeft.serve.http.errors import wrong
@@ -61,7 +61,7 @@ async def chat(service: Service, request: Request) -> Response:
   tally = request.scope['tally']
   asked = await read(request, Chat, service.limits.body)
   _check(asked)
-  asking.check_choices(asked.n, service.limits)
+  http_requests.check_choices(asked.n, service.limits)
   model = service.find(asked.model)
   tally.model = model.name
   name = f'chatcmpl-{secrets.token_hex(12)}'
@@ -79,7 +79,7 @@ async def chat(service: Service, request: Request) -> Response:
   ids = await words.away(words.chat, asked.messages, model.voice, plan)
   tally.prompt = len(ids)
   requests = await asyncio.to_thread(_requests, talk, ids)
-  underway = asking.submit(service.engine, requests, 'messages')
+  underway = http_requests.submit(service.engine, requests, 'messages')
   if asked.stream:
     return EventStream(_stream(talk, underway), underway.close)
   try:
@@ -118,10 +118,10 @@ def planned(
   return service.calling.plan(tools, choice, parallel, template)
 
 
-def _constraint(talk: Talk) -> protocol.Constraint | None:
+def _constraint(talk: Talk) -> api.Constraint | None:
   plan, wanted = talk.plan, talk.asked.response_format
   if plan is None:
-    return asking.constraint(wanted, talk.service.compiler)
+    return http_requests.constraint(wanted, talk.service.compiler)
   if wanted is not None and wanted.type != 'text' and plan.free:
     raise wrong(
       'response_format and tools that need not be called cannot both be kept; '
@@ -131,10 +131,10 @@ def _constraint(talk: Talk) -> protocol.Constraint | None:
   return plan.constraint()
 
 
-def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
+def _requests(talk: Talk, ids: Sequence[int]) -> list[api.Request]:
   """An answer's question each."""
   service, asked = talk.service, talk.asked
-  length = asking.length(
+  length = http_requests.length(
     asked.length,
     None,
     len(ids),
@@ -144,12 +144,12 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
     talk.model.before,
   )
   return [
-    protocol.Request(
+    api.Request(
       f'{talk.id}/{i}',
       tuple(ids),
       length,
       talk.model.adapter,
-      asking.sampling(asked),
+      http_requests.sampling(asked),
       seed,
       talk.ends,
       (asked.top_logprobs or 0) if asked.logprobs else None,
@@ -159,7 +159,7 @@ def _requests(talk: Talk, ids: Sequence[int]) -> list[protocol.Request]:
       service.limits.seconds,
       talk.tally.client,
     )
-    for i, seed in enumerate(asking.seeds(asked, asked.n))
+    for i, seed in enumerate(http_requests.seeds(asked, asked.n))
   ]
 
 

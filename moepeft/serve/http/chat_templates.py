@@ -6,7 +6,7 @@ import os
 
 from moepeft.core import files, untrusted
 from moepeft.data.chat import template as chat_template
-from moepeft.runs import run as runs
+from moepeft.runs.run import Run
 
 # What Hugging Face calls a template beside a model or an adapter.
 _FILE = 'chat_template.jinja'
@@ -36,7 +36,7 @@ def voice(source: str, base: Voice) -> Voice:
     OSError: one of them is a pipe, a socket or a device.
   """
   source = os.path.expanduser(source)
-  data = _data(os.path.join(source, runs.CONFIG))
+  data = _data(Run(source).config_file)
   if data:
     text = chat_template.read(data['chat_template'])
     return Voice(text or base.template, data['system'] or base.system)

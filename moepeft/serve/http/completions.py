@@ -11,11 +11,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.api import TokenLogprob
 from moepeft.inference.detokenizer import Detokenizer
 from moepeft.serve.http import logprobs
-from moepeft.serve.http import requests as asking
+from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read
 from moepeft.serve.http.completion_stream import (
   REASONS,
@@ -111,7 +111,7 @@ async def completions(service: Service, request: Request) -> Response:
   now = int(time.time())
   task = Task(service, asked, model, tally, prompts, name, now, ends)
   requests = await asyncio.to_thread(_requests, task)
-  underway = asking.submit(service.engine, requests, 'prompt')
+  underway = http_requests.submit(service.engine, requests, 'prompt')
   if asked.stream:
     return EventStream(_stream(task, underway), underway.close)
   try:
@@ -122,7 +122,7 @@ async def completions(service: Service, request: Request) -> Response:
 
 
 def _check(asked: Completion, service: Service) -> None:
-  asking.check_choices(asked.n * len(asked.prompts), service.limits)
+  http_requests.check_choices(asked.n * len(asked.prompts), service.limits)
   if asked.stream_options and not asked.stream:
     raise wrong('stream_options needs stream=true', 'stream_options')
   if asked.echo and not service.words.decoder_only:
@@ -141,23 +141,23 @@ def _check(asked: Completion, service: Service) -> None:
 def _ids(prompts: Sequence[str] | Sequence[list[int]], service: Service):
   if not isinstance(prompts[0], str):
     for ids in prompts:
-      asking.check_ids(ids, service.engine.vocab, 'prompt')
+      http_requests.check_ids(ids, service.engine.vocab, 'prompt')
     return prompts
   return [service.words.plain(text) for text in prompts]
 
 
-def _requests(task: Task) -> list[protocol.Request]:
+def _requests(task: Task) -> list[api.Request]:
   """A choice's question each."""
   service, asked = task.service, task.asked
   of_prompt = asked.logprobs if asked.echo else None
   # Prompts share what a request names; else one asked twice is drawn twice.
   count = asked.n * (len(task.prompts) if asked.seed is None else 1)
-  seeds = asking.seeds(asked, count)
+  seeds = http_requests.seeds(asked, count)
   return [
-    protocol.Request(
+    api.Request(
       f'{task.id}/{i}',
       tuple(task.prompt(i)),
-      asking.length(
+      http_requests.length(
         asked.max_tokens,
         _LENGTH,
         len(task.prompt(i)),
@@ -167,12 +167,12 @@ def _requests(task: Task) -> list[protocol.Request]:
         task.model.before,
       ),
       task.model.adapter,
-      asking.sampling(asked),
+      http_requests.sampling(asked),
       seeds[i % count],
       task.ends,
       asked.logprobs,
       of_prompt,
-      asking.constraint(asked.response_format, service.compiler),
+      http_requests.constraint(asked.response_format, service.compiler),
       asked.routing,
       service.limits.seconds,
       task.tally.client,
@@ -206,7 +206,7 @@ def _json(task: Task, found: Sequence[Delta]) -> dict[str, Any]:
   for i, delta in enumerate(found):
     text, entries = _before(task, i, delta.prompt)
     moved = _moved(delta.entries, len(text))
-    reason = REASONS[delta.reason or protocol.LENGTH]
+    reason = REASONS[delta.reason or api.LENGTH]
     choices.append(
       _choice(task, i, text + delta.text, [*entries, *moved], reason)
     )
@@ -214,7 +214,7 @@ def _json(task: Task, found: Sequence[Delta]) -> dict[str, Any]:
 
 
 def _before(
-  task: Task, choice: int, scored: Sequence[protocol.TokenLogprob]
+  task: Task, choice: int, scored: Sequence[api.TokenLogprob]
 ) -> tuple[str, list[Entry]]:
   """The prompt as the text begins with it, and its tokens; echo's alone."""
   if not task.asked.echo:

@@ -9,7 +9,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.serve.http.body import read
 from moepeft.serve.http.errors import Problem, later, no_model, refused, wrong
 from moepeft.serve.http.event_bridge import unless_gone
@@ -52,7 +52,7 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
       5,
       'timeout',
     ) from None
-  except protocol.RequestRefused as e:
+  except api.RequestRefused as e:
     raise refused(e, 'input') from None
   except ValueError as e:
     raise wrong(f'input: {e}', 'input') from None

@@ -6,7 +6,7 @@ import math
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 
 INVALID = 'invalid_request_error'
 SERVER = 'server_error'
@@ -75,18 +75,18 @@ def broken(message: str) -> Problem:
   return Problem(500, message, None, 'internal_error', SERVER)
 
 
-def refused(e: protocol.RequestRefused, param: str) -> Problem:
+def refused(e: api.RequestRefused, param: str) -> Problem:
   """What an engine's refusal is in HTTP.
 
   Args:
     param: the field that holds the prompt.
   """
-  if isinstance(e, protocol.EngineFull):
+  if isinstance(e, api.EngineFull):
     kind, headers = 'rate_limit_error', _after(e.seconds)
     return Problem(429, str(e), None, 'queue_full', kind, headers)
-  if isinstance(e, protocol.UnknownAdapter):
+  if isinstance(e, api.UnknownAdapter):
     return Problem(404, str(e), 'model', 'model_not_found')
-  if isinstance(e, protocol.PromptTooLong):
+  if isinstance(e, api.PromptTooLong):
     return Problem(400, str(e), param, 'context_length_exceeded')
   return wrong(str(e), None)
 

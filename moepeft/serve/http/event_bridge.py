@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.api import Event, Finished, Request
 from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.body import Gone
@@ -38,7 +38,7 @@ class Underway:
       for index, request in enumerate(requests):
         engine.submit(request, self._deliverer(index))
         self._open[index] = request
-    except protocol.RequestRefused:
+    except api.RequestRefused:
       self.close()
       raise
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.chat_templates import Voice, voice
 from moepeft.serve.http.errors import no_model
@@ -87,7 +87,7 @@ class Models:
   def names(self) -> list[str]:
     return [self.base, *(one.name for one in self._engine.adapters())]
 
-  def load(self, name: str, path: str) -> protocol.LoadedAdapter:
+  def load(self, name: str, path: str) -> api.LoadedAdapter:
     """Loads an adapter, or another one under its name.
 
     Raises:
@@ -102,7 +102,7 @@ class Models:
   def unload(self, name: str) -> None:
     """
     Raises:
-      protocol.UnknownAdapter: there is none.
+      protocol.Unknown: there is none.
     """
     self._engine.unload(name)
     self._voices.pop(name, None)

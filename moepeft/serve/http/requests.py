@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.api import Constraint
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.sampling import Sampling
@@ -125,7 +125,7 @@ def check_choices(count: int, limits: Limits) -> None:
 
 def constraint(
   wanted: ResponseFormat | None, compiler: Compiler | None
-) -> protocol.Constraint | None:
+) -> api.Constraint | None:
   """A new one for each answer; None where any text will do.
 
   Raises:
@@ -141,15 +141,13 @@ def constraint(
     )
   try:
     return Watched(_compiled(wanted, compiler))
-  except protocol.EngineFull as e:
+  except api.EngineFull as e:
     raise refused(e, 'response_format') from None
   except ValueError as e:
     raise wrong(f'response_format: {e}', 'response_format') from None
 
 
-def _compiled(
-  wanted: ResponseFormat, compiler: Compiler
-) -> protocol.Constraint:
+def _compiled(wanted: ResponseFormat, compiler: Compiler) -> api.Constraint:
   if wanted.type == 'json_object':
     return compiler.json_schema({'type': 'object'})
   if wanted.type == 'json_schema':
@@ -165,7 +163,7 @@ def _compiled(
 
 
 def submit(
-  engine: Engine, requests: Sequence[protocol.Request], param: str
+  engine: Engine, requests: Sequence[api.Request], param: str
 ) -> Underway:
   """
   Args:
@@ -176,7 +174,7 @@ def submit(
   """
   try:
     return Underway(engine, requests)
-  except protocol.RequestRefused as e:
+  except api.RequestRefused as e:
     if not engine.ready:
       _LOG.error('the engine takes no request: %s', e)
       raise later(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moepeft.data.chat.formats import Conversation
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import wrong
@@ -27,13 +27,13 @@ class Compiler(Protocol):
 
   def json_schema(
     self, schema: dict[str, Any], strict: bool = True
-  ) -> protocol.Constraint: ...
+  ) -> api.Constraint: ...
 
-  def regex(self, text: str) -> protocol.Constraint: ...
+  def regex(self, text: str) -> api.Constraint: ...
 
-  def grammar(self, text: str) -> protocol.Constraint: ...
+  def grammar(self, text: str) -> api.Constraint: ...
 
-  def choice(self, texts: Sequence[str]) -> protocol.Constraint: ...
+  def choice(self, texts: Sequence[str]) -> api.Constraint: ...
 
 
 class Reader(Protocol):
@@ -64,7 +64,7 @@ class Plan(Protocol):
   def offered(self, talk: Conversation) -> Conversation:
     """The conversation with the tools that may be called."""
 
-  def constraint(self) -> protocol.Constraint | None:
+  def constraint(self) -> api.Constraint | None:
     """What keeps calls to their form; None where nothing does."""
 
   def reader(self) -> Reader: ...

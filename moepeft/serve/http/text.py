@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from moepeft.core import untrusted
-from moepeft.data.chat import dataset as chat
-from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import dataset as chat_dataset
+from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
 from moepeft.data.preference.tokenize import said
@@ -138,7 +138,7 @@ class Words:
     if not self.decoder_only:
       return self._spoken(talk)
     try:
-      text = chat_text.asked(talk, self._templated(voice), voice.template)
+      text = chat_render.asked(talk, self._templated(voice), voice.template)
     except ValueError as e:
       raise wrong(f'messages: {e}', 'messages') from None
     return self._words.encode(text)
@@ -158,7 +158,7 @@ class Words:
       return voice.template
     if not (voice.template or self._words.tokenizer.chat_template):
       return ''
-    return chat_text.all_of(self._words.tokenizer, voice.template)
+    return chat_render.all_of(self._words.tokenizer, voice.template)
 
   def ends_of(self, voice: Voice) -> tuple[int, ...]:
     """Ids that end an answer in a voice: its template may have its own."""
@@ -166,7 +166,7 @@ class Words:
     if not (text and isinstance(self._words, Tokenizer)):
       return self.ends
     if text not in self._ends_of:
-      own = chat.Template(self._words.tokenizer, text).ends()
+      own = chat_dataset.Template(self._words.tokenizer, text).ends()
       self._ends_of[text] = tuple(dict.fromkeys((*self.ends, *own)))
     return self._ends_of[text]
 

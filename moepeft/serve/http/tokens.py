@@ -4,7 +4,7 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from moepeft.serve.http import requests as asking
+from moepeft.serve.http import requests
 from moepeft.serve.http.body import read
 from moepeft.serve.http.chat import planned
 from moepeft.serve.http.schemas import Detokenize, Tokenize
@@ -32,7 +32,7 @@ async def detokenize(service: Service, request: Request) -> JSONResponse:
   """{model, tokens} -> {prompt}."""
   asked = await read(request, Detokenize, service.limits.body)
   service.find(asked.model)
-  asking.check_ids(asked.tokens, service.engine.vocab, 'tokens')
+  requests.check_ids(asked.tokens, service.engine.vocab, 'tokens')
   words = service.words
   text = await words.away(words.decode, asked.tokens)
   return JSONResponse({'prompt': text})

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from moepeft import convert
-from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.nn.rope import Rope
 
 from ..cases import DECODERS, GPT2, adapter_tree, random_params
@@ -104,9 +104,16 @@ def merged(request, tmp_path, monkeypatch):
   for name in FILES:
     Path('base', name).write_text('{}')
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
-  tree, sha256 = adapter_tree(config, leaves, AT), names.content_hash(params)
-  card = own.describe(METHOD, 'official', 'base', sha256, config.family, config)
-  own.save('adapter', Adapter(METHOD, tree).tree, json.loads(json.dumps(card)))
+  tree, sha256 = (
+    adapter_tree(config, leaves, AT),
+    weight_mapping.content_hash(params),
+  )
+  card = adapter_lib.describe(
+    METHOD, 'official', 'base', sha256, config.family, config
+  )
+  adapter_lib.save(
+    'adapter', Adapter(METHOD, tree).tree, json.loads(json.dumps(card))
+  )
   arguments = ['--input=adapter', '--output=out', '--to=hf', '--dtype=float16']
   assert convert.main(['convert', *arguments]) == 0
   fields = json.loads(Path('out/config.json').read_text())

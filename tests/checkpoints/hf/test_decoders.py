@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import decoder_weights as decoder_names
-from moepeft.models import weight_mapping as names
+from moepeft.models import decoder_weights, weight_mapping
 from moepeft.models.decoder.model import Decoder
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -243,13 +242,13 @@ def test_what_transformers_4_wrote_means_the_same(name, tmp_path):
   if name in ('qwen2-layer-types', 'qwen3', 'gemma2-uncapped'):
     # 4 knew no order but the one that depth gives.
     del fields['layer_types']
-  new = decoder_names.config_from_hf(fields, tied=False)
+  new = decoder_weights.config_from_hf(fields, tied=False)
   rope = fields.pop('rope_parameters', {})
   fields['rope_theta'] = rope.pop('rope_theta', 10000.0)
   if rope.get('rope_type', 'default') != 'default':
     fields['rope_scaling'] = {'type': rope.pop('rope_type'), **rope}
   fields.pop('layer_types', None)
-  assert decoder_names.config_from_hf(fields, tied=False) == new
+  assert decoder_weights.config_from_hf(fields, tied=False) == new
 
 
 KINDS = ('Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma', 'Gemma2', 'GPT2')
@@ -305,15 +304,15 @@ def test_a_head_that_is_lost_where_the_file_is_silent_is_missed(
 
 def small(family):
   """A model of a family: its config and random weights."""
-  room = decoder_names
+  room = decoder_weights
   if family == 'gpt2':
     sizes = dict(vocab_size=61, n_embd=42, n_head=6, n_layer=3)
     config = room.config_from_hf({**sizes, 'model_type': 'gpt2'}, True)
   else:
     config = room.config_from_hf({**COMMON, 'model_type': family}, False)
   rng = np.random.default_rng(0)
-  shapes = names.stacked_shapes(hf.expected(room, config))
-  return config, names.unflatten(
+  shapes = weight_mapping.stacked_shapes(hf.expected(room, config))
+  return config, weight_mapping.unflatten(
     {
       path: rng.normal(size=shape).astype(np.float32)
       for path, shape in shapes.items()
@@ -337,7 +336,7 @@ def test_parts_of_one_array_are_told_apart(tmp_path):
   np.testing.assert_array_equal(bias[84:], v[2].ravel())
   loaded = hf.load(str(tmp_path / 'model'))
   assert_equal_trees(loaded.params, params)
-  assert loaded.sha256 == names.content_hash(params)
+  assert loaded.sha256 == weight_mapping.content_hash(params)
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
@@ -427,6 +426,6 @@ def test_special_ids_come_along_with_the_tokenizer(tmp_path):
 def test_what_hugging_face_can_not_say_is_not_written(family, changes, lost):
   config = dataclasses.replace(small(family)[0], **changes)
   with pytest.raises(CheckpointError, match='has no words') as error:
-    decoder_names.config_to_hf(config)
+    decoder_weights.config_to_hf(config)
   for name in lost.split(', '):
     assert name in str(error.value)

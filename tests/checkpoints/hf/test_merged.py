@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moepeft import convert
-from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.adapter_hook import Advice
 from moepeft.peft import build
@@ -42,13 +42,13 @@ every_family = pytest.mark.parametrize('family', DECODERS)
 def adapter_of(config, kind):
   """A LoRA or DoRA of rank 7, with (IA)^3 around."""
   leaves = {'lora': LORA_LEAVES, 'dora': DORA_LEAVES}[kind]
-  flat = names.flatten(adapter_tree(config, leaves, AT))
+  flat = weight_mapping.flatten(adapter_tree(config, leaves, AT))
   # Around one, where they start.
   scales = adapter_tree(config, {'ia3/scale': '{out}'}, SCALED, seed=2)
-  flat |= {k: 1 + a / 2 for k, a in names.flatten(scales).items()}
+  flat |= {k: 1 + a / 2 for k, a in weight_mapping.flatten(scales).items()}
   method = f"{kind}(rank=7, alpha=3, sites='{'|'.join(AT)}')"
   method += f" + ia3(sites='{'|'.join(SCALED)}')"
-  return Adapter(method, names.unflatten(flat))
+  return Adapter(method, weight_mapping.unflatten(flat))
 
 
 def logits(config, params, adapter=None):
@@ -78,11 +78,11 @@ def folder(tmp_path, monkeypatch):
 
 def export(config, params, adapter):
   hf.save('base', config, params)
-  sha256 = names.content_hash(params)
-  card = own.describe(
+  sha256 = weight_mapping.content_hash(params)
+  card = adapter_lib.describe(
     adapter.method, 'official', 'base', sha256, config.family, config
   )
-  own.save('adapter', adapter.tree, json.loads(json.dumps(card)))
+  adapter_lib.save('adapter', adapter.tree, json.loads(json.dumps(card)))
 
 
 @every_family
@@ -118,8 +118,8 @@ def test_cards_of_decoders_are_read_back_as_they_were(folder, family):
   config = DECODERS[family]
   adapter = adapter_of(config, 'lora')
   export(config, random_params(config), adapter)
-  tree, card = own.load('adapter')
-  assert own.config_of(card) == config
+  tree, card = adapter_lib.load('adapter')
+  assert adapter_lib.config_of(card) == config
   assert_equal_trees(tree, adapter.tree)
 
 
@@ -147,10 +147,12 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
     adapter_tree(config, DORA_LEAVES, AT[:1]),
   )
   peft.save('a', config, adapter)
-  arrays = hf.files.Tensors([Path('a', peft.ARRAYS)])
+  arrays = hf.directory.Tensors([Path('a', peft.ARRAYS)])
   kept = {n: arrays.fetch(n) for n in arrays.shapes if '.layers.1.' not in n}
   peft.save_file(kept, Path('a', peft.ARRAYS))
-  with pytest.raises(names.CheckpointError, match='no magnitude of .*layers.1'):
+  with pytest.raises(
+    weight_mapping.CheckpointError, match='no magnitude of .*layers.1'
+  ):
     peft.load('a', config)
 
 
@@ -159,7 +161,9 @@ def test_adapters_of_modules_that_projections_share_are_refused(folder):
     "lora(rank=7, sites='decoder/self/q')",
     adapter_tree(GPT2, LORA_LEAVES, AT[:1]),
   )
-  with pytest.raises(names.CheckpointError, match='one module .* attn.c_attn'):
+  with pytest.raises(
+    weight_mapping.CheckpointError, match='one module .* attn.c_attn'
+  ):
     peft.save('a', GPT2, adapter)
 
 
@@ -181,10 +185,10 @@ def test_bits_of_a_base_that_no_adapter_touches_stay(folder):
   params, adapter = random_params(config), adapter_of(config, 'lora')
   export(config, params, adapter)
   folder('--input=adapter', '--output=out', '--to=hf')
-  merged = names.flatten(hf.load('out').params)
+  merged = weight_mapping.flatten(hf.load('out').params)
   changed = {
     path
-    for path, leaf in names.flatten(params).items()
+    for path, leaf in weight_mapping.flatten(params).items()
     if not np.array_equal(leaf, merged[path])
   }
   at = 'decoder/layers'

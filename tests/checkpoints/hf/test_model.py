@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..cases import CONFIGS, assert_equal_trees, random_params
@@ -47,7 +47,7 @@ def test_round_trip_is_exact(config, tmp_path):
   loaded = hf.load(str(tmp_path / 'model'))
   assert loaded.config == config
   assert_equal_trees(loaded.params, params)
-  assert loaded.sha256 == names.content_hash(params)
+  assert loaded.sha256 == weight_mapping.content_hash(params)
   assert hf.load_config(str(tmp_path / 'model')) == config
 
 
@@ -101,8 +101,8 @@ def test_a_lost_shard_is_named(saved, tmp_path):
 def test_dtype_casts_and_the_hash_stays(saved):
   folder, params = saved
   loaded = hf.load(str(folder), 'bfloat16')
-  for path, leaf in names.flatten(loaded.params).items():
-    expected = names.flatten(params)[path].astype(ml_dtypes.bfloat16)
+  for path, leaf in weight_mapping.flatten(loaded.params).items():
+    expected = weight_mapping.flatten(params)[path].astype(ml_dtypes.bfloat16)
     assert leaf.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(leaf, expected)
   assert loaded.sha256 == hf.load(str(folder)).sha256
@@ -115,7 +115,7 @@ def test_bfloat16_files_keep_their_dtype(saved, tmp_path):
   assert fields['dtype'] == 'bfloat16'
   loaded = hf.load(str(tmp_path / 'half'))
   assert loaded.params['embed']['embedding'].dtype == ml_dtypes.bfloat16
-  assert loaded.sha256 != names.content_hash(params)
+  assert loaded.sha256 != weight_mapping.content_hash(params)
 
 
 def test_reading_holds_one_tensor_beside_the_model(tmp_path):
@@ -124,8 +124,10 @@ def test_reading_holds_one_tensor_beside_the_model(tmp_path):
     CONFIG, d_model=128, ffn=256, encoder_layers=12, decoder_layers=12
   )
   params = random_params(config)
-  size = sum(leaf.nbytes for leaf in names.flatten(params).values())
-  largest = max(leaf[0].nbytes for leaf in names.flatten(params).values())
+  size = sum(leaf.nbytes for leaf in weight_mapping.flatten(params).values())
+  largest = max(
+    leaf[0].nbytes for leaf in weight_mapping.flatten(params).values()
+  )
   hf.save(tmp_path / 'model', config, params, max_shard_bytes=10**6)
   del params
   tracemalloc.start()
@@ -243,7 +245,7 @@ def test_an_output_that_holds_files_is_kept(saved):
   with pytest.raises(CheckpointError, match='already holds config.json'):
     hf.save(folder, CONFIG, params)
   hf.save(folder, CONFIG, random_params(CONFIG, seed=2), overwrite=True)
-  assert hf.load(str(folder)).sha256 != names.content_hash(params)
+  assert hf.load(str(folder)).sha256 != weight_mapping.content_hash(params)
 
 
 def test_overwrite_spares_what_is_no_checkpoint(saved):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..cases import (
@@ -29,8 +29,8 @@ OUT, IN = {'ia3/scale': '{out}'}, {'ia3/scale': '{in}'}
 def merged(*trees):
   flat = {}
   for tree in trees:
-    flat |= names.flatten(tree)
-  return names.unflatten(flat)
+    flat |= weight_mapping.flatten(tree)
+  return weight_mapping.unflatten(flat)
 
 
 def lora(sites, *options):
@@ -194,7 +194,7 @@ def test_layers_that_a_lora_leaves_out_are_zero_and_stay_out(tmp_path):
   kept = {n: a for n, a in arrays.items() if '.block.0.' not in n}
   save_file(kept, file)
   loaded = peft.load(str(tmp_path / 'a'), CONFIG)
-  for leaf in names.flatten(loaded.tree).values():
+  for leaf in weight_mapping.flatten(loaded.tree).values():
     assert not leaf[0].any() and leaf[1:].all()
   peft.save(tmp_path / 'b', CONFIG, loaded)
   assert load_file(tmp_path / 'b' / peft.ARRAYS).keys() == kept.keys()
@@ -230,7 +230,7 @@ def test_adapters_of_less_precision_are_read_as_float32(tmp_path):
   save_file(half, file)
   for dtype, kept in (('float32', np.float32), (None, np.float16)):
     tree = peft.load(str(tmp_path / 'a'), CONFIG, dtype).tree
-    assert {leaf.dtype for leaf in names.flatten(tree).values()} == {
+    assert {leaf.dtype for leaf in weight_mapping.flatten(tree).values()} == {
       np.dtype(kept)
     }
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from moepeft import convert
-from moepeft.checkpoints import formats as interop
+from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.checkpoints.t5x import zarr
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..cases import CONFIGS, assert_equal_trees, random_params, released_arrays
@@ -71,12 +71,12 @@ def test_the_keys_are_those_of_t5xs_own_files(name):
 @pytest.fixture
 def target():
   """Random parameters and an adapter's as T5X holds them."""
-  return names.unflatten(released_arrays(CONFIG, ADAPTERS['molora']))
+  return weight_mapping.unflatten(released_arrays(CONFIG, ADAPTERS['molora']))
 
 
 def assert_read(path, step):
   loaded = t5x.load(str(path))
-  assert interop.detect(str(path)) == 't5x'
+  assert checkpoint_formats.detect(str(path)) == 't5x'
   assert loaded.config == CONFIG == t5x.load_config(str(path))
   assert_equal_trees(loaded.params, random_params(CONFIG))
   assert_equal_trees(loaded.adapter.tree, ADAPTERS['molora'].tree)
@@ -128,11 +128,11 @@ def test_an_orbax_index_of_placeholders_is_read(tmp_path, target):
   folder = tmp_path / 'checkpoint_3' / 'state'
   folder.mkdir(parents=True)
   flat = {}
-  for name, array in names.flatten(target).items():
+  for name, array in weight_mapping.flatten(target).items():
     stored = f'target.{name.replace("/", ".")}'
     zarr.write(folder, stored, array)
     flat[name] = f'PLACEHOLDER://{stored}'
-  tree = {'target': names.unflatten(flat), 'state': {'step': 3}}
+  tree = {'target': weight_mapping.unflatten(flat), 'state': {'step': 3}}
   packed = flax.serialization.msgpack_serialize(tree)
   (folder / 'checkpoint').write_bytes(packed)
   assert_read(tmp_path, 3)
@@ -142,8 +142,8 @@ def test_an_orbax_index_of_placeholders_is_read(tmp_path, target):
 def test_a_checkpoint_of_tensorflow_is_named(tmp_path, name):
   (tmp_path / name).write_text('model_checkpoint_path: "model.ckpt-9"\n')
   with pytest.raises(CheckpointError, match='checkpoint of TensorFlow'):
-    form = interop.detect(str(tmp_path))
-    interop.FORMS[form].load(str(tmp_path))
+    form = checkpoint_formats.detect(str(tmp_path))
+    checkpoint_formats.FORMS[form].load(str(tmp_path))
 
 
 LEAF = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': 'a/'}}

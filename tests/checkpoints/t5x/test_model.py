@@ -14,7 +14,7 @@ import pytest
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from tests import ROOT
 
@@ -62,9 +62,9 @@ def mov_tree():
   taps = [site for site in scale_sites() if site.endswith('act')]
   scale, router = 'mov/scale', 'mov/router/kernel'
   tree = adapter_tree(CONFIG, {scale: 'enh', router: 'he'}, heads)
-  flat = names.flatten(tree)
+  flat = weight_mapping.flatten(tree)
   tree = adapter_tree(CONFIG, {scale: 'ef', router: 'fe'}, taps, seed=2)
-  return names.unflatten(flat | names.flatten(tree))
+  return weight_mapping.unflatten(flat | weight_mapping.flatten(tree))
 
 
 ADAPTERS = {
@@ -104,7 +104,7 @@ def test_hugging_face_and_t5x_copies_hash_alike(config, tmp_path):
   params = random_params(config)
   t5x.save(tmp_path / 'x', config, params)
   hf.save(tmp_path / 'h', config, params)
-  ours = names.content_hash(params)
+  ours = weight_mapping.content_hash(params)
   assert t5x.load(str(tmp_path / 'x')).sha256 == ours
   assert hf.load(str(tmp_path / 'h')).sha256 == ours
 
@@ -114,7 +114,7 @@ def test_adapter_round_trip_is_exact(adapter, tmp_path):
   t5x.save(tmp_path / 'x', CONFIG, params, adapter)
   loaded = t5x.load(str(tmp_path / 'x'))
   assert_equal_trees(loaded.params, params)
-  assert loaded.sha256 == names.content_hash(params)
+  assert loaded.sha256 == weight_mapping.content_hash(params)
   assert loaded.adapter.method == adapter.method
   assert_equal_trees(loaded.adapter.tree, adapter.tree)
 
@@ -189,8 +189,10 @@ def test_inferred_method_builds_the_tree_that_was_read(adapter):
   keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
   model = T5(CONFIG, built.advice)
   tree = jax.eval_shape(lambda: model.init(keys, batch))['peft']
-  shapes = {path: leaf.shape for path, leaf in names.flatten(tree).items()}
-  held = names.flatten(adapter.tree)
+  shapes = {
+    path: leaf.shape for path, leaf in weight_mapping.flatten(tree).items()
+  }
+  held = weight_mapping.flatten(adapter.tree)
   assert {path: leaf.shape for path, leaf in held.items()} == shapes
 
 
@@ -239,8 +241,10 @@ def test_ungated_gates_are_called_wi():
 
 def test_two_methods_in_one_checkpoint_compose():
   lora, ia3 = ADAPTERS['lora'], ADAPTERS['ia3']
-  both = names.flatten(lora.tree) | names.flatten(ia3.tree)
-  adapter = Adapter(f'{lora.method} + {ia3.method}', names.unflatten(both))
+  both = weight_mapping.flatten(lora.tree) | weight_mapping.flatten(ia3.tree)
+  adapter = Adapter(
+    f'{lora.method} + {ia3.method}', weight_mapping.unflatten(both)
+  )
   loaded = t5x.from_arrays(released_arrays(CONFIG, adapter))
   assert loaded.adapter.method == adapter.method
   assert_equal_trees(loaded.adapter.tree, adapter.tree)
@@ -293,7 +297,7 @@ def test_a_config_that_t5x_cannot_imply_is_refused(tmp_path):
 def test_arrays_inside_of_the_index_are_read(tmp_path, monkeypatch):
   # 40 bytes: every matrix is stored in several pieces.
   monkeypatch.setattr(flax.serialization, 'MAX_CHUNK_SIZE', 40)
-  target = names.unflatten(released_arrays(CONFIG))
+  target = weight_mapping.unflatten(released_arrays(CONFIG))
   packed = flax.serialization.msgpack_serialize(
     {'version': 3, 'optimizer': {'target': target}}
   )

@@ -8,7 +8,7 @@ import pytest
 import tensorstore
 
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..cases import CONFIGS, assert_equal_trees, random_params, released_arrays
@@ -34,7 +34,10 @@ def zarr(tmp_path):
     # As T5X leaves it after a copy from a bucket.
     spec['kvstore'] = {'driver': 'file', 'path': f'bucket/old/{folder}/'}
     target[name] = spec
-  tree = {'version': 3, 'optimizer': {'target': names.unflatten(target)}}
+  tree = {
+    'version': 3,
+    'optimizer': {'target': weight_mapping.unflatten(target)},
+  }
   packed = flax.serialization.msgpack_serialize(tree)
   (tmp_path / 'checkpoint_5' / 'checkpoint').write_bytes(packed)
   return tmp_path / 'checkpoint_5'

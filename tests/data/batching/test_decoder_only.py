@@ -14,7 +14,7 @@ from moepeft.data.batching.decoder_only import (
   sample,
   shortened,
 )
-from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
 from moepeft.tasks import Example
 
@@ -84,11 +84,11 @@ def test_a_tokenizer_s_beginning_stays_in_rows_and_prompts(tmp_path):
   (found,) = Samples(words, 7).encode([texts])
   assert found.cut and found.ids[0] == words.bos == made.bos_token_id
   assert (found.ids == words.bos).sum() == 1
-  parts = answer_ids.Parts(
+  parts = preference_tokenize.Parts(
     np.array([words.bos, *range(50, 60)]),
     ((np.array([61]), np.ones(1, bool)),) * 2,
   )
-  cut = answer_ids.span(parts, Samples(words, 7), 'prompt')
+  cut = preference_tokenize.span(parts, Samples(words, 7), 'prompt')
   # Eight ids a row, one of them the answer's.
   assert cut.prompt.tolist() == [words.bos, *range(54, 60)]
 

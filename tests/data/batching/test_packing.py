@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import weight_mapping as names
-from moepeft.moe import aux_losses as losses
-from moepeft.moe import router_stats as stats
+from moepeft.models import weight_mapping
+from moepeft.moe import aux_losses, router_stats
 from moepeft.objectives.cross_entropy import PER, Loss, mean, token_losses
 from moepeft.objectives.seq2seq import objective
 
@@ -98,12 +97,12 @@ def gradients(method, per, packed):
         None,
         Loss(per=per, z=0.01, label_smoothing=0.1),
       )
-      weights = dict.fromkeys(losses.LOSSES, 0.1)
-      routed = losses.total(stats.by_site(aux['routing']), weights)
+      weights = dict.fromkeys(aux_losses.LOSSES, 0.1)
+      routed = aux_losses.total(router_stats.by_site(aux['routing']), weights)
       return mean(total, aux) + routed, (mean(total, aux), aux, routed)
 
     found, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
-    return jax.tree.map(np.asarray, (names.flatten(found), *seen))
+    return jax.tree.map(np.asarray, (weight_mapping.flatten(found), *seen))
 
 
 @pytest.mark.parametrize(('method', 'per'), CASES)

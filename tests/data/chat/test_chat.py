@@ -10,9 +10,9 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.chat import dataset as chat
-from moepeft.data.chat import formats as conversations
-from moepeft.data.chat import render as chat_text
+from moepeft.data.chat import dataset as chat_dataset
+from moepeft.data.chat import formats as chat_formats
+from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 from moepeft.data.registry import sources
@@ -46,7 +46,7 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def render(talk, tokenizer, train_on='answers', template=''):
-  return chat.Template(tokenizer, template, train_on).render(talk)
+  return chat_dataset.Template(tokenizer, template, train_on).render(talk)
 
 
 def trained(sample, tokenizer):
@@ -81,7 +81,7 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name):
 
 def test_ids_are_those_of_the_template(tokenizer):
   found = render(TALK, tokenizer)
-  some, _ = chat_text.messages(TALK, chat_cases.CHATML)
+  some, _ = chat_render.messages(TALK, chat_cases.CHATML)
   own = tokenizer.apply_chat_template(some, return_dict=False)
   assert found.ids.tolist() == own
   whole = render(TALK, tokenizer, 'all')
@@ -123,7 +123,7 @@ def test_calls_and_tools_are_rendered_where_a_template_has_no_word(tokenizer):
     '{{ tools | tojson }}'
     '{% if add_generation_prompt %}assistant:{% endif %}'
   )
-  some, tools = chat_text.messages(talk, knows)
+  some, tools = chat_render.messages(talk, knows)
   assert tools == [tool] and some[1]['tool_calls'][0]['function'] == call
 
 
@@ -162,14 +162,14 @@ def roles(talk):
 
 
 def test_each_form_is_found_and_read():
-  talk = conversations.conversation({**ALPACA, 'history': [['a', 'b']]})
+  talk = chat_formats.conversation({**ALPACA, 'history': [['a', 'b']]})
   assert [t.content for t in talk.turns] == ['a', 'b', 'add\n1 1', '2']
   assert roles(talk) == ['user', 'assistant'] * 2
-  talk = conversations.conversation(SHAREGPT)
+  talk = chat_formats.conversation(SHAREGPT)
   assert roles(talk) == ['system', 'user', 'assistant', 'tool', 'assistant']
   assert talk.turns[2].calls == [{'name': 'add', 'arguments': {'x': 1}}]
   assert talk.tools == [{'type': 'function', 'function': {'name': 'add'}}]
-  talk = conversations.conversation(MESSAGES)
+  talk = chat_formats.conversation(MESSAGES)
   assert roles(talk) == ['user', 'assistant', 'tool', 'assistant']
   assert talk.turns[1] == Turn(
     'assistant', '', [{'name': 'add', 'arguments': {}}]
@@ -185,7 +185,7 @@ def test_weights_and_thoughts_of_turns_are_read():
       {'role': 'assistant', 'content': 'd', 'weight': 1, 'thinking': 'hm'},
     ]
   }
-  turns = conversations.conversation(row).turns
+  turns = chat_formats.conversation(row).turns
   assert [turn.trained for turn in turns] == [True, False, True, True]
   assert turns[3].thought == 'hm'
 
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_a_row_is_one_sentence(row, said, tmp_path):
   path = tmp_path / 'rows.json'
   path.write_text(json.dumps([ALPACA, row]))
   with pytest.raises(ValueError, match=f'rows.json, row 1: .*{said}') as e:
-    conversations.conversations(str(path))
+    chat_formats.conversations(str(path))
   assert '\n' not in str(e.value)
 
 
@@ -271,16 +271,16 @@ def test_a_broken_line_is_told_with_its_number(tmp_path):
   path = tmp_path / 'rows.jsonl.gz'
   path.write_bytes(gzip.compress(f'{json.dumps(ALPACA)}\n{{"a": '.encode()))
   with pytest.raises(ValueError, match='rows.jsonl.gz, line 2: not JSON'):
-    conversations.conversations(str(path))
+    chat_formats.conversations(str(path))
 
 
 def test_a_form_that_is_named_is_the_one_that_is_read(tmp_path):
   (tmp_path / 'rows.json').write_text(json.dumps([ALPACA]))
   path = str(tmp_path / 'rows.json')
   with pytest.raises(ValueError, match="a list of turns in 'messages'"):
-    conversations.conversations(path, 'messages')
+    chat_formats.conversations(path, 'messages')
   with pytest.raises(ValueError, match='config.data.form is one of alpaca'):
-    conversations.conversations(path, 'chatml')
+    chat_formats.conversations(path, 'chatml')
 
 
 def data(path, saved, **changes):
@@ -352,7 +352,7 @@ def test_reading_that_takes_long_tells_how_far_it_is(
   path = written(tmp_path, ALPACA, LONG)
   opened(path, saved)
   assert capsys.readouterr().err == ''
-  monkeypatch.setattr(chat, '_QUIET', -1.0)
+  monkeypatch.setattr(chat_dataset, '_QUIET', -1.0)
   opened(path, saved)
   assert f'{path}: 1 rows read' in capsys.readouterr().err
 
@@ -390,9 +390,9 @@ def test_chat_needs_a_tokenizer_with_a_template(tmp_path, tokenizer):
     sources(config, 0, own=Samples(Bytes(), 64))
   bare = chat_cases.tokenizer(None)
   with pytest.raises(ValueError, match='has no chat template'):
-    chat.Template(bare)
+    chat_dataset.Template(bare)
   with pytest.raises(ValueError, match='answers, all'):
-    chat.Template(tokenizer, train_on='prompt')
+    chat_dataset.Template(tokenizer, train_on='prompt')
 
 
 def test_a_row_that_a_template_refuses_is_told(tmp_path, saved):
@@ -421,7 +421,7 @@ REAL = pytest.mark.skipif(
 def test_real_conversations_are_read_and_every_answer_is_found(name, count):
   words = Tokenizer(str(SHARED / 'models' / 'smollm2-tokenizer'))
   path = str(SHARED / 'data' / 'sft' / name)
-  talks = conversations.conversations(path)
+  talks = chat_formats.conversations(path)
   assert len(talks) == count
   for talk in talks[::23]:
     shown = render(talk, words.tokenizer)

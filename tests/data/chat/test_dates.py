@@ -9,12 +9,13 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import train
-from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRow
 from moepeft.data.tokenizers.tokenizer import Tokenizer
-from moepeft.inference import prompts
-from moepeft.runs import run as runs
+from moepeft.inference import loaded_model, prompts
+from moepeft.runs.resume import with_begun_date
+from moepeft.runs.run import Run
 
 from ... import chat_cases
 from ...training.test_sft import base, card, rows  # noqa: F401
@@ -26,11 +27,13 @@ LLAMA = (
   "{% set day = '26 Jul 2024' %}{% endif %}"
   '<|im_start|>system\nToday: {{ day }}<|im_end|>\n'
 ) + chat_cases.CHATML
-TALK = chat.Conversation((chat.Turn('user', 'a'), chat.Turn('assistant', 'b')))
+TALK = chat_dataset.Conversation(
+  (chat_dataset.Turn('user', 'a'), chat_dataset.Turn('assistant', 'b'))
+)
 
 
 def text(template, date):
-  used = chat.Template(chat_cases.tokenizer(template), date=date)
+  used = chat_dataset.Template(chat_cases.tokenizer(template), date=date)
   return used.write(TALK).whole
 
 
@@ -87,7 +90,7 @@ def test_a_template_that_draws_at_random_is_refused(word):
   with pytest.raises(
     ValueError, match='template draws at random .* name anoth'
   ):
-    chat.Template(tokenizer)
+    chat_dataset.Template(tokenizer)
 
 
 @dataclasses.dataclass
@@ -126,8 +129,8 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
     written.append(whole := write(self, found))
     return whole
 
-  write = chat.Template.write
-  monkeypatch.setattr(chat.Template, 'write', spy)
+  write = chat_dataset.Template.write
+  monkeypatch.setattr(chat_dataset.Template, 'write', spy)
   for day in (3, 4):
     monkeypatch.setattr(
       chat_template, 'datetime', Clock(datetime.date(2021, 2, day))
@@ -144,7 +147,7 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
   with pytest.raises(ValueError, match="config.data.date='2021-02-03', now"):
     train.train(config, workdir)
   # What is asked of the run is dated on the day that it is asked.
-  kept = runs.load(workdir).config.data
+  kept = loaded_model.load_run(workdir).config.data
   used = prompts.template(Tokenizer(base), kept)
   assert kept.date == '2021-02-03' and used.date == ''
 
@@ -157,12 +160,12 @@ def test_a_date_is_chosen_once_and_read_back(tmp_path):
   found = chat_template.with_date(config, Tokenizer(str(words)))
   assert datetime.date.fromisoformat(found.data.date) and not config.data.date
   found.data.date = '2021-02-03'
-  assert runs.dated(str(tmp_path), config) is config
+  assert with_begun_date(Run(str(tmp_path)), config) is config
   (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
   (tmp_path / 'config.json').write_text(found.to_json())
-  assert runs.dated(str(tmp_path), config).data.date == '2021-02-03'
+  assert with_begun_date(Run(str(tmp_path)), config).data.date == '2021-02-03'
   config.data.date = '2021-02-04'
-  assert runs.dated(str(tmp_path), config) is config
+  assert with_begun_date(Run(str(tmp_path)), config) is config
 
 
 def test_a_run_without_a_clock_has_no_date(tmp_path):
@@ -174,11 +177,14 @@ def test_a_run_without_a_clock_has_no_date(tmp_path):
 
 # ------------------------------------------------- what a template leaves out
 def rendered(template, *turns):
-  used = chat.Template(chat_cases.tokenizer(template))
-  return used.write(chat.Conversation(turns)).whole
+  used = chat_dataset.Template(chat_cases.tokenizer(template))
+  return used.write(chat_dataset.Conversation(turns)).whole
 
 
-ASKED, SAID = chat.Turn('user', 'a'), chat.Turn('assistant', 'b')
+ASKED, SAID = (
+  chat_dataset.Turn('user', 'a'),
+  chat_dataset.Turn('assistant', 'b'),
+)
 CALL = {'name': 'f', 'arguments': {'x': 1}}
 # Writes an answer or its calls, as Llama 3's.
 EITHER = chat_cases.CHATML.replace(
@@ -196,27 +202,27 @@ def test_what_a_template_leaves_out_is_refused():
     "{% for m in messages if m['role'] != 'system' %}",
   )
   with pytest.raises(BadRow, match="row has a system's turn, and the chat tem"):
-    rendered(deaf, chat.Turn('system', 's'), ASKED, SAID)
+    rendered(deaf, chat_dataset.Turn('system', 's'), ASKED, SAID)
   with pytest.raises(BadRow, match='row has an answer beside a call'):
-    rendered(EITHER, ASKED, chat.Turn('assistant', 'b', [CALL]))
+    rendered(EITHER, ASKED, chat_dataset.Turn('assistant', 'b', [CALL]))
   # Writes what is said in the place of a call, as a template of Mistral's.
   mute = chat_cases.CHATML + '{% if false %}tool_calls{% endif %}'
   with pytest.raises(BadRow, match='row has a call of a tool, and the chat te'):
-    rendered(mute, ASKED, chat.Turn('assistant', '', [CALL]))
+    rendered(mute, ASKED, chat_dataset.Turn('assistant', '', [CALL]))
   first = chat_cases.CHATML.replace(
     "{{ m['content'] }}",
     "{{ m['tool_calls'][0] | tojson if m['tool_calls'] else m['content'] }}",
   )
-  rendered(first, ASKED, chat.Turn('assistant', '', [CALL]))
+  rendered(first, ASKED, chat_dataset.Turn('assistant', '', [CALL]))
   with pytest.raises(BadRow, match='row has several calls at once'):
-    rendered(first, ASKED, chat.Turn('assistant', '', [CALL, CALL]))
+    rendered(first, ASKED, chat_dataset.Turn('assistant', '', [CALL, CALL]))
   with pytest.raises(BadRow, match='row has tools, and the chat template leav'):
-    used = chat.Template(
+    used = chat_dataset.Template(
       chat_cases.tokenizer(chat_cases.CHATML + '{% if tools %}{% endif %}')
     )
     tool = {'type': 'function', 'function': {'name': 'f'}}
-    used.write(chat.Conversation((ASKED, SAID), [tool]))
-  named = chat.Turn('user', 'a', name='Ann')
+    used.write(chat_dataset.Conversation((ASKED, SAID), [tool]))
+  named = chat_dataset.Turn('user', 'a', name='Ann')
   with pytest.raises(BadRow, match="row has a user's name"):
     rendered(chat_cases.CHATML, named, SAID)
   assert '<|im_start|>user Ann\n' in rendered(NAMING, named, SAID)
@@ -228,9 +234,9 @@ def test_results_in_another_order_than_their_calls_are_refused():
   def talk(first, second):
     return (
       ASKED,
-      chat.Turn('assistant', '', calls),
-      chat.Turn('tool', '1', call_id=first),
-      chat.Turn('tool', '2', call_id=second),
+      chat_dataset.Turn('assistant', '', calls),
+      chat_dataset.Turn('tool', '1', call_id=first),
+      chat_dataset.Turn('tool', '2', call_id=second),
       SAID,
     )
 
@@ -266,6 +272,8 @@ def test_a_method_that_a_template_does_not_call_is_no_text():
   with pytest.raises(BadRow, match='method strip of str object at 0x.* where'):
     text(template, '')
   shown = '<object object at 0x7f00deadbeef>'
-  talk = chat.Conversation((chat.Turn('user', shown), TALK.turns[1]))
-  used = chat.Template(chat_cases.tokenizer(chat_cases.CHATML))
+  talk = chat_dataset.Conversation(
+    (chat_dataset.Turn('user', shown), TALK.turns[1])
+  )
+  used = chat_dataset.Template(chat_cases.tokenizer(chat_cases.CHATML))
   assert shown in used.write(talk).whole

@@ -7,10 +7,10 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.chat import dataset as chat
+from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
-from moepeft.data.preference import tokenize as answer_ids
+from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 from ... import chat_cases
@@ -50,7 +50,7 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizers, kind, name, answer
 ):
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
-  used = chat.Template(tokenizer, template)
+  used = chat_dataset.Template(tokenizer, template)
   talk = talk_of('a dog', answer)
   found, whole = used.render(talk), used.write(talk).whole
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
@@ -74,7 +74,7 @@ def test_ids_are_those_of_the_whole_text_where_no_token_straddles(
 ):
   tokenizer = tokenizers[kind]
   talk = talk_of('a dog', 'the mat', 'again', 'and  x', 'it', 'on')
-  used = chat.Template(tokenizer)
+  used = chat_dataset.Template(tokenizer)
   whole = used.write(talk).whole
   ids = tokenizer(whole, add_special_tokens=False)['input_ids']
   assert used.render(talk).ids.tolist() == ids
@@ -82,7 +82,7 @@ def test_ids_are_those_of_the_whole_text_where_no_token_straddles(
 
 def test_a_token_across_an_answer_s_beginning_is_two(tokenizers):
   tokenizer = tokenizers['lines']
-  used = chat.Template(tokenizer, chat_cases.PLAIN)
+  used = chat_dataset.Template(tokenizer, chat_cases.PLAIN)
   talk = talk_of('the cat', 'on the mat', 'it', ':) x')
   whole = used.write(talk).whole
   # ':on the mat' begins with ':' and so do others: the tokenizer joins them.
@@ -101,7 +101,7 @@ def test_an_answer_ends_before_the_next_turn(second):
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
   said = '<think>\n\n</think>\n\n{}'
   talk = talk_of('one?', said.format('yes'), 'SECRET', said.format(second))
-  found = chat.Template(tokenizer).render(talk)
+  found = chat_dataset.Template(tokenizer).render(talk)
   assert shown(found, tokenizer) == (
     '<|im_start|>user\none?<|im_end|>\n'
     '<|im_start|>assistant\n[yes<|im_end|>]\n'
@@ -119,7 +119,9 @@ def test_an_answer_that_a_template_leaves_out_is_refused():
   tokenizer = chat_cases.tokenizer(template)
   # 'yes' stands nowhere before the next turn but where the user says it.
   with pytest.raises(BadRow, match='rewrites turn 1'):
-    chat.Template(tokenizer).render(talk_of('one?', 'yes', 'yes', 'yes'))
+    chat_dataset.Template(tokenizer).render(
+      talk_of('one?', 'yes', 'yes', 'yes')
+    )
 
 
 def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
@@ -128,7 +130,7 @@ def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
   ).replace('{% endgeneration %}', '\n {%- endgeneration %}')
   tokenizer = chat_cases.tokenizer()
   talk = talk_of('one?', 'yes', 'two?', 'no')
-  found = chat.Template(tokenizer, template).render(talk)
+  found = chat_dataset.Template(tokenizer, template).render(talk)
   marked = tokenizer.apply_chat_template(
     [{'role': turn.role, 'content': turn.content} for turn in talk.turns],
     chat_template=template,
@@ -144,12 +146,16 @@ def test_weights_say_which_answers_are_trained():
   turns = list(talk_of('one?', 'yes', 'two?', 'no').turns)
   turns[1] = Turn('assistant', 'yes', trained=False)
   for template in (chat_cases.CHATML, chat_cases.MARKED):
-    found = chat.Template(tokenizer, template).render(Conversation((*turns,)))
+    found = chat_dataset.Template(tokenizer, template).render(
+      Conversation((*turns,))
+    )
     text = shown(found, tokenizer)
     assert 'assistant\nyes<|im_end|>' in text and '[no<|im_end|>]' in text
     assert text.count('[') == 1
   with pytest.raises(BadRow, match="config.data.train_on='all' trains every"):
-    chat.Template(tokenizer, train_on='all').render(Conversation((*turns,)))
+    chat_dataset.Template(tokenizer, train_on='all').render(
+      Conversation((*turns,))
+    )
 
 
 def test_thoughts_are_written_by_templates_that_know_them():
@@ -157,10 +163,10 @@ def test_thoughts_are_written_by_templates_that_know_them():
     (Turn('user', 'one?'), Turn('assistant', 'yes', thought='hm'))
   )
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
-  text = shown(chat.Template(tokenizer).render(talk), tokenizer)
+  text = shown(chat_dataset.Template(tokenizer).render(talk), tokenizer)
   assert text.endswith('[<think>\nhm\n</think>\n\nyes<|im_end|>]\n')
   with pytest.raises(BadRow, match="'reasoning_content', which the chat"):
-    chat.Template(chat_cases.tokenizer()).render(talk)
+    chat_dataset.Template(chat_cases.tokenizer()).render(talk)
 
 
 def test_compared_answers_follow_the_ids_that_are_generated_from(
@@ -170,13 +176,15 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
   tokenizer.save_pretrained(tmp_path)
   words = Tokenizer(str(tmp_path))
   data = config_lib.default().data
-  encode = answer_ids.encoder(data, Samples(words, 97), None)
+  encode = preference_tokenize.encoder(data, Samples(words, 97), None)
   # Tokens lie across the beginnings of an answer in the prompt and of one that
   # is compared: only the latter's is two.
   prompt = talk_of('a dog', '  x = 1', 'the cat')
   answers = [Turn('assistant', text) for text in ('  x = 1', 'the mat')]
   parts = encode(prompt, answers)
-  assert parts.prompt.tolist() == chat.Template(tokenizer).prompt(prompt)
+  assert parts.prompt.tolist() == chat_dataset.Template(tokenizer).prompt(
+    prompt
+  )
   shown = [words.show(ids.tolist()) for ids, _ in parts.answers]
   assert shown == ['  x = 1<|im_end|>\n', 'the mat<|im_end|>\n']
   assert all(trained[:-1].all() for _, trained in parts.answers)
@@ -184,7 +192,7 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
 
 def test_generation_begins_as_training_did(tokenizers):
   tokenizer = tokenizers['bytes']
-  ids = chat.Template(tokenizer).prompt(talk_of('a dog'))
-  found = chat.Template(tokenizer).render(talk_of('a dog', '  x = 1'))
+  ids = chat_dataset.Template(tokenizer).prompt(talk_of('a dog'))
+  found = chat_dataset.Template(tokenizer).render(talk_of('a dog', '  x = 1'))
   assert found.ids[: len(ids)].tolist() == ids
   assert int(found.trained.argmax()) == len(ids)

@@ -3,8 +3,8 @@
 
 import pytest
 
-from moepeft.data.chat import dataset as chat
-from moepeft.data.chat import truncate as chat_fit
+from moepeft.data.chat import dataset as chat_dataset
+from moepeft.data.chat import truncate
 from moepeft.data.chat.formats import Conversation, Turn
 
 from ... import chat_cases
@@ -28,11 +28,11 @@ HEADER = '<|im_start|>system\n'
 
 @pytest.fixture(scope='module')
 def used():
-  return chat.Template(chat_cases.tokenizer())
+  return chat_dataset.Template(chat_cases.tokenizer())
 
 
 def fitted(used, talk, most, too_long='prompt'):
-  found = chat_fit.fitted(talk, used.render, most, too_long)
+  found = truncate.fitted(talk, used.render, most, too_long)
   if found is None:
     return None
   assert len(found.ids) <= most and found.cut

@@ -13,7 +13,7 @@ from moepeft.data.__main__ import show
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Sample, Samples
 from moepeft.data.loader import loader
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import sources
 from moepeft.data.tokenizers.tokenizer import Bytes
 
@@ -41,7 +41,7 @@ def data_of(tmp_path, rows, **changes):
 
 
 def samples(length=40, judged=False, **options):
-  return answers.Sides(Samples(WORDS, length, **options), judged)
+  return preference_dataset.Sides(Samples(WORDS, length, **options), judged)
 
 
 def said(sample):
@@ -50,7 +50,7 @@ def said(sample):
 
 
 def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
-  found = answers.read(data_of(tmp_path, rows_of()), samples())
+  found = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
   chosen, rejected = found.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
@@ -62,7 +62,7 @@ def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
 
 def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
   own = samples()
-  found = answers.read(data_of(tmp_path, rows_of()), own)
+  found = preference_dataset.read(data_of(tmp_path, rows_of()), own)
   batch = own.padded(found.items[:3])
   assert {key.split('_', 1)[0] for key in batch} == {'chosen', 'rejected'}
   for side, answer in (('chosen', 'good 1'), ('rejected', 'bad 1')):
@@ -74,8 +74,8 @@ def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
 
 
 def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
-  own = answers.Sides(Pairs(WORDS, 17, 11), False)
-  found = answers.read(data_of(tmp_path, rows_of()), own)
+  own = preference_dataset.Sides(Pairs(WORDS, 17, 11), False)
+  found = preference_dataset.read(data_of(tmp_path, rows_of()), own)
   batch = own.padded(found.items)
   assert batch['chosen_inputs'].shape == (5, 17)
   assert batch['rejected_decoder_inputs'].shape == (5, 11)
@@ -89,7 +89,7 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
 def test_judged_answers_come_with_one_to_another_prompt(tmp_path):
   own = samples(judged=True)
   data = data_of(tmp_path, rows_of())
-  found = answers.read(data, own)
+  found = preference_dataset.read(data, own)
   # Five pairs are ten answers, good and bad by turns.
   batch = own.padded(found.items)
   assert batch['label'].tolist() == [True, False] * 5
@@ -104,7 +104,7 @@ def test_judged_answers_come_with_one_to_another_prompt(tmp_path):
 def test_answers_to_one_prompt_alone_cannot_be_mismatched(tmp_path):
   data = data_of(tmp_path, rows_of(1))
   with pytest.raises(ValueError, match='have the same prompt'):
-    answers.read(data, samples(judged=True))
+    preference_dataset.read(data, samples(judged=True))
 
 
 LONG = {'prompt': 'p' * 30 + 'end', 'chosen': 'c' * 9, 'rejected': 'r' * 4}
@@ -133,7 +133,7 @@ def test_no_answer_is_cut_beside_a_whole_one(
 ):
   data = data_of(tmp_path, [LONG, *rows_of()], too_long=too_long)
   own = samples(length, too_long=too_long)
-  found = answers.read(data, own)
+  found = preference_dataset.read(data, own)
   # The short rows are whole in any case but the tightest.
   first = next((i for i in found.items if i.idx == 0), None)
   if prompt is None:
@@ -154,14 +154,16 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
   ]
   data = data_of(tmp_path, rows, too_long='end')
-  found = answers.read(data, samples(12, too_long='end'))
+  found = preference_dataset.read(data, samples(12, too_long='end'))
   assert [item.idx for item in found.items] == [1]
   assert any(
     '1 of 2 rows' in n and 'the same to the tokenizer' in n and 'row 0' in n
     for n in found.notes
   )
   with pytest.raises(ValueError, match='no row .* answers that differ'):
-    answers.read(data_of(tmp_path, rows[:1], too_long='end'), samples(12))
+    preference_dataset.read(
+      data_of(tmp_path, rows[:1], too_long='end'), samples(12)
+    )
 
 
 @pytest.mark.parametrize('objective', [False, True])
@@ -173,7 +175,7 @@ def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
   ]
   data = data_of(tmp_path, rows, too_long='end')
   form = Pairs(WORDS, 9, 11) if objective else Samples(WORDS, 12, 'end')
-  found = answers.read(data, answers.Sides(form, False))
+  found = preference_dataset.read(data, preference_dataset.Sides(form, False))
   assert [item.idx for item in found.items] == [1]
   assert any(
     '1 of 2 rows' in note and 'answers are the same to the tokenizer' in note
@@ -184,9 +186,12 @@ def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
 def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
   answer = {'role': 'assistant', 'content': 'So.', 'reasoning_content': 'hm'}
   rows = [{'prompt': 'p', 'chosen': [answer], 'rejected': 'No.'}]
-  for form in (samples(), answers.Sides(Pairs(WORDS, 17, 11), False)):
+  for form in (
+    samples(),
+    preference_dataset.Sides(Pairs(WORDS, 17, 11), False),
+  ):
     with pytest.raises(ValueError, match='row 0: a turn calls tools or has'):
-      answers.read(data_of(tmp_path, rows), form)
+      preference_dataset.read(data_of(tmp_path, rows), form)
 
 
 def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
@@ -217,7 +222,7 @@ def test_a_template_s_last_turn_is_the_answer(tmp_path):
   }
   data = data_of(tmp_path, [row])
   own = samples(80)
-  (item,) = answers.read(data, own, render).items
+  (item,) = preference_dataset.read(data, own, render).items
   prompt, answer = said(item.sides[0])
   assert answer == 'yes'
   assert prompt == '<user>A<assistant>B<user>C<assistant>\n'
@@ -244,13 +249,13 @@ def test_a_template_s_last_turn_is_the_answer(tmp_path):
 )
 def test_a_broken_row_is_named_by_file_and_row(tmp_path, rows, judged, said):
   with pytest.raises(ValueError, match=said):
-    answers.read(data_of(tmp_path, rows), samples(judged=judged))
+    preference_dataset.read(data_of(tmp_path, rows), samples(judged=judged))
 
 
 def test_bad_rows_may_be_skipped_and_are_told(tmp_path):
   rows = [{'prompt': 'A', 'chosen': 'B', 'rejected': 'B'}, *rows_of(2)]
   data = data_of(tmp_path, rows, on_bad_row='skip')
-  found = answers.read(data, samples())
+  found = preference_dataset.read(data, samples())
   assert len(found.items) == 2 and 'row 0' in found.notes[1]
 
 
@@ -259,7 +264,7 @@ def test_lines_and_compressed_lines_are_rows_too(tmp_path):
   lines = '\n'.join(json.dumps(row) for row in rows_of(3))
   path.write_bytes(gzip.compress(lines.encode()))
   data = data_of(tmp_path, [], path=str(path))
-  assert len(answers.read(data, samples()).items) == 3
+  assert len(preference_dataset.read(data, samples()).items) == 3
 
 
 def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
@@ -290,8 +295,8 @@ def test_batches_go_on_where_a_run_was_cut(tmp_path):
 
 
 def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
-  found = answers.read(data_of(tmp_path, rows_of()), samples())
-  same = answers.read(data_of(tmp_path, rows_of()), samples())
+  found = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
+  same = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
   assert found.sha256 == same.sha256
   item = found.items[0]
   side = item.sides[0]

@@ -11,7 +11,7 @@ from moepeft import config as config_lib
 from moepeft.data import sources
 from moepeft.data.__main__ import heading
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.preference import dataset as answers
+from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
 
 
@@ -24,7 +24,9 @@ def read(tmp_path, labels, **changes):
   data = config_lib.default().data
   data.source, data.path = 'preference', str(tmp_path / 'r.jsonl')
   data.held_out = 0.0
-  own = answers.form_of(data, 'kto', 'judged', Samples(Bytes(), 64, **changes))
+  own = preference_dataset.form_of(
+    data, 'kto', 'judged', Samples(Bytes(), 64, **changes)
+  )
   return own, sources(data, 0, own=own)
 
 

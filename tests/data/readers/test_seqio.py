@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft import tasks, train
-from moepeft.data.batching import seq2seq as batching
+from moepeft.data.batching import seq2seq
 from moepeft.data.tokenizers.tokenizer import Bytes
 
 seqio = pytest.importorskip('seqio')
@@ -67,13 +67,13 @@ def test_the_byte_vocabularies_are_one():
   assert ours.encode(text) == list(theirs.encode(text))
   assert ours.encode(text) == theirs.encode_tf(text).numpy().tolist()
   assert (ours.eos, ours.size) == (theirs.eos_id, theirs.vocab_size)
-  assert (theirs.pad_id, batching.PAD) == (0, 0)
+  assert (theirs.pad_id, seq2seq.PAD) == (0, 0)
 
 
 def ours(family, split, count):
   """What moepeft makes of the same examples: (inputs, targets) with EOS."""
   found = tasks.examples((family,), count, seed=0, split=split)
-  return [batching.encode(Bytes(), e, *LENGTHS.values())[:2] for e in found]
+  return [seq2seq.encode(Bytes(), e, *LENGTHS.values())[:2] for e in found]
 
 
 def converted(pack, split='train', family='storage'):
@@ -92,7 +92,7 @@ def converted(pack, split='train', family='storage'):
 )
 def test_seqio_makes_our_batches_of_our_tasks(split, instances):
   count = 29
-  expected = batching.seq2seq(
+  expected = seq2seq.seq2seq(
     *zip(*ours('storage', instances, count), strict=True), *LENGTHS.values()
   )
   found = list(itertools.islice(converted(False, split), count))
@@ -266,7 +266,7 @@ def test_both_sides_end_with_one_eos_and_are_cut_before_it():
   assert ended([5], 3).dtype == np.int32
   text = 'abcdefg'
   for length in (2, 7, 8, 9):
-    cut, _ = batching.cut(Bytes(), text, length)
+    cut, _ = seq2seq.cut(Bytes(), text, length)
     assert ended(Bytes().encode(text), length).tolist() == cut
 
 

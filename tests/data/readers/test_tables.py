@@ -12,13 +12,11 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.core.files import NotAFile
-from moepeft.data import fingerprint as files
-from moepeft.data.chat import formats as conversations
+from moepeft.data import fingerprint
+from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import Bad
-from moepeft.data.readers import huggingface as hub
-from moepeft.data.readers import jsonl
-from moepeft.data.readers import promptsource as templates
+from moepeft.data.readers import huggingface, jsonl, promptsource
 from moepeft.data.readers.promptsource import Template
 from moepeft.data.text import documents
 
@@ -51,7 +49,7 @@ def csv(cells, header='a,b,c'):
 def rows_of(path, text, name='r.csv', **options):
   (path / 't.yaml').write_text(TEMPLATES)
   (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-  return hub.read(
+  return huggingface.read(
     str(path / name), templates=str(path / 't.yaml'), **options
   ).examples
 
@@ -71,7 +69,9 @@ def test_texts_of_json_are_read_as_such_from_directories_too(tmp_path):
   (tmp_path / 'd').mkdir()
   (tmp_path / 'd' / 'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   (tmp_path / 't.yaml').write_text(TEMPLATES)
-  found = hub.read(str(tmp_path / 'd'), templates=str(tmp_path / 't.yaml'))
+  found = huggingface.read(
+    str(tmp_path / 'd'), templates=str(tmp_path / 't.yaml')
+  )
   assert [e.targets for e in found] == [c for _, _, c in CELLS]
 
 
@@ -106,10 +106,10 @@ def test_a_null_is_not_printed_as_a_word():
   row = {'a': None, 'b': 'x'}
   say = Template('t', '{{ a }} ||| y')
   with pytest.raises(ValueError, match='a null has no text to print'):
-    templates.apply(say, 'd', 0, row, 0)
+    promptsource.apply(say, 'd', 0, row, 0)
   # What a template asks of it, it may.
   asked = Template('t', '{{ b if a is none else a }} ||| y')
-  assert templates.apply(asked, 'd', 0, row, 0).inputs == 'x'
+  assert promptsource.apply(asked, 'd', 0, row, 0).inputs == 'x'
 
 
 def test_what_a_template_draws_is_of_the_seed():
@@ -117,12 +117,14 @@ def test_what_a_template_draws_is_of_the_seed():
   row = {'x': list('abcdefghijklmnop')}
 
   def said(seed):
-    return [templates.apply(drawn, 'd', seed, row, i).inputs for i in range(20)]
+    return [
+      promptsource.apply(drawn, 'd', seed, row, i).inputs for i in range(20)
+    ]
 
   # Two runs alike by chance: 16^-40.
   assert said(0) == said(0) != said(1)
   with pytest.raises(ValueError, match="'lipsum' is undefined"):
-    templates.apply(Template('t', '{{ lipsum() }} ||| y'), 'd', 0, row, 0)
+    promptsource.apply(Template('t', '{{ lipsum() }} ||| y'), 'd', 0, row, 0)
 
 
 # ------------------------------------------------------ which files are data
@@ -135,7 +137,7 @@ STRAYS = [
 ROW = {
   jsonl.read: {'inputs': 'a', 'targets': 'b'},
   documents.read: {'text': 'a'},
-  conversations.conversations: {'instruction': 'a', 'output': 'b'},
+  chat_formats.conversations: {'instruction': 'a', 'output': 'b'},
 }
 
 
@@ -150,8 +152,8 @@ def test_what_is_no_data_file_is_left_out_and_named(tmp_path, stray):
     kind = ('jsonl', 'text', 'chat')[number]
     data = config_lib.default().data
     data.source, data.path = kind, str(folder)
-    assert list(files.hashes(data)['path']) == ['train.jsonl']
-    files.data_files(str(folder), kind, bad)
+    assert list(fingerprint.hashes(data)['path']) == ['train.jsonl']
+    fingerprint.data_files(str(folder), kind, bad)
     assert bad.notes('p') == [f'p: left out, as no data files: {stray}']
     found = read(str(folder))
     assert len(found[0] if isinstance(found, tuple) else found) == 1
@@ -167,7 +169,7 @@ def test_what_is_left_out_reaches_the_user(tmp_path):
   ]
   (tmp_path / 'dev.jsonl').write_text(json.dumps(ROW[jsonl.read]))
   (tmp_path / 'old' / 'more.jsonl').write_text(json.dumps(ROW[jsonl.read]))
-  assert hub.read(str(tmp_path)).notes('p') == [
+  assert huggingface.read(str(tmp_path)).notes('p') == [
     f'{tmp_path}: left out, as no data files: train.jsonl.bak, '
     'old/more.jsonl (no split)'
   ]
@@ -186,8 +188,10 @@ def test_what_is_left_out_reaches_the_user(tmp_path):
   ],
 )
 def test_endings_tell_what_is_data(name, data):
-  assert files.is_data(name, files.ENDINGS['jsonl']) == data
-  assert not files.is_data('dataset_info.json', files.ENDINGS['chat'])
+  assert fingerprint.is_data(name, fingerprint.ENDINGS['jsonl']) == data
+  assert not fingerprint.is_data(
+    'dataset_info.json', fingerprint.ENDINGS['chat']
+  )
 
 
 def test_parts_of_a_table_are_read(tmp_path):
@@ -205,18 +209,18 @@ def test_parts_of_a_table_are_read(tmp_path):
       *(('train[:20%]', [0, 1]), ('train[9:]', [9, 10])),
       *(('train[-1:]', [10]), ('train[3:5]', [3, 4])),
     ):
-      found = hub.read(str(path), split)
+      found = huggingface.read(str(path), split)
       assert [row.inputs for row in found] == [f'q{i}' for i in wanted]
     with pytest.raises(
       ValueError, match="'train.:x.' of .*expected a name, or"
     ):
-      hub.read(str(path), 'train[:x]')
+      huggingface.read(str(path), 'train[:x]')
 
 
 def test_files_beside_those_of_a_training_split_are_of_it(tmp_path):
   for name in ('train.jsonl', 'more.jsonl'):
     (tmp_path / name).write_text(json.dumps(ROW[jsonl.read]))
-  assert len(hub.read(str(tmp_path))) == 2
+  assert len(huggingface.read(str(tmp_path))) == 2
 
 
 def test_descriptions_of_saved_tables_are_watched(tmp_path):
@@ -226,7 +230,7 @@ def test_descriptions_of_saved_tables_are_watched(tmp_path):
   (tmp_path / 'train' / 'dataset_info.json').write_text('{}')
   data = config_lib.default().data
   data.source, data.path = 'datasets', str(tmp_path)
-  assert sorted(files.hashes(data)['path']) == [
+  assert sorted(fingerprint.hashes(data)['path']) == [
     *('data.arrow', 'state.json', 'train/dataset_info.json')
   ]
 
@@ -237,17 +241,17 @@ def test_pipes_and_sockets_are_refused_at_once(tmp_path):
   (tmp_path / 'd').mkdir()
   os.mkfifo(tmp_path / 'd' / 'a.jsonl')
   data = config_lib.default().data
-  for read in (*ROW, hub.read):
+  for read in (*ROW, huggingface.read):
     for path in (pipe, tmp_path / 'd'):
       with pytest.raises(NotAFile, match='it is a named pipe, expected a reg'):
         read(str(path))
   data.source, data.path = 'jsonl', str(pipe)
   with pytest.raises(NotAFile):
-    files.hashes(data)
+    fingerprint.hashes(data)
   with pytest.raises(ValueError, match='a named pipe'):
     chat_template.read(str(pipe))
   with pytest.raises(ValueError, match='templates.yaml: .*a named pipe'):
-    templates.read(str(pipe))
+    promptsource.read(str(pipe))
 
 
 def test_a_socket_named_as_a_table_is_refused(tmp_path, monkeypatch):
@@ -255,7 +259,7 @@ def test_a_socket_named_as_a_table_is_refused(tmp_path, monkeypatch):
   with socket.socket(socket.AF_UNIX) as opened:
     opened.bind('r.csv')
     with pytest.raises(NotAFile, match='it is a socket'):
-      hub.read('r.csv')
+      huggingface.read('r.csv')
 
 
 # ---------------------------------------------------------- byte order marks
@@ -274,11 +278,11 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
   (tmp_path / 'c.jinja').write_text(f'{mark}{{{{ messages }}}}{mark}')
   assert chat_template.read(str(tmp_path / 'c.jinja')) == '{{ messages }}'
   row = {'instruction': f'{mark}a', 'output': 'b'}
-  assert conversations.conversation(row).turns[0].content == 'a'
+  assert chat_formats.conversation(row).turns[0].content == 'a'
   found = rows_of(tmp_path, f'{mark}a,b,c\n{mark}1,2,3\n')
   assert found[0].inputs == '1 and 2?'
   (tmp_path / 't.yaml').write_text(mark + TEMPLATES)
-  assert templates.read(str(tmp_path / 't.yaml')).task == 'd'
+  assert promptsource.read(str(tmp_path / 't.yaml')).task == 'd'
 
 
 @pytest.mark.parametrize('coding', ['utf-16', 'utf-16-be', 'utf-32'])
@@ -288,7 +292,7 @@ def test_files_of_another_encoding_are_refused(tmp_path, coding):
     (tmp_path / name).write_bytes(text)
   for read, name in (
     (jsonl.read, 'r.jsonl'),
-    (conversations.conversations, 'r.json'),
+    (chat_formats.conversations, 'r.json'),
     (documents.read, 'r.txt'),
   ):
     with pytest.raises(ValueError, match=f'{name} is not UTF-8 .it begins as'):
@@ -298,7 +302,7 @@ def test_files_of_another_encoding_are_refused(tmp_path, coding):
 def test_readers_open_files_and_parse_json_in_one_place():
   direct = [
     f'{path.name}:{node.lineno}'
-    for path in pathlib.Path(files.__file__).parent.glob('*.py')
+    for path in pathlib.Path(fingerprint.__file__).parent.glob('*.py')
     for node in ast.walk(ast.parse(path.read_text()))
     if isinstance(node, ast.Call)
     and ast.unparse(node.func) in ('open', 'json.load', 'json.loads')

@@ -9,13 +9,12 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.config import check as config_check
 from moepeft.data.__main__ import replayed, show
-from moepeft.data.batching import collators as forms
+from moepeft.data.batching import collators
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.registry import sources
-from moepeft.data.text import dataset as text
-from moepeft.data.text import documents
-from moepeft.data.text import span_corruption as spans
+from moepeft.data.text import dataset as text_dataset
+from moepeft.data.text import documents, span_corruption
 from moepeft.data.tokenizers.tokenizer import Bytes
 
 from ...contracts import small
@@ -45,7 +44,7 @@ def test_blank_lines_or_lines_separate_passages(path, tmp_path):
 
 
 def test_pieces_of_a_stream_predict_every_token_once(path):
-  found = text.pieces(data(path), Samples(Bytes(), 5), path)
+  found = text_dataset.pieces(data(path), Samples(Bytes(), 5), path)
   made = [found.make(ids, None) for ids in found]
   targets = np.concatenate([m.ids[1:] for m in made])
   joined = 'one two\nthree\n\nfour five six'
@@ -59,7 +58,7 @@ def test_packed_documents_are_cut_each_by_itself(tmp_path):
   rows = [{'text': 'abc'}, {'text': 'defgh'}]
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   form = Samples(Bytes(), 7, packed=True)
-  found = text.pieces(data(str(tmp_path)), form, str(tmp_path))
+  found = text_dataset.pieces(data(str(tmp_path)), form, str(tmp_path))
   assert [Bytes().decode(ids.tolist()) for ids in found] == ['abc', 'defgh']
   assert all(ids[-1] == 1 for ids in found)
 
@@ -67,24 +66,24 @@ def test_packed_documents_are_cut_each_by_itself(tmp_path):
 def test_spans_have_the_lengths_that_t5_defines():
   # The published case of T5: 512 inputs at 0.15 and 3 are 568 tokens, with
   # 114 targets: 85 hidden, 28 spans, EOS.
-  length = spans.longest(lambda x, y: x <= 512, 0.15, 3.0)
+  length = span_corruption.longest(lambda x, y: x <= 512, 0.15, 3.0)
   assert length == 568
-  assert spans.sizes(length, 0.15, 3.0) == (512, 114)
+  assert span_corruption.sizes(length, 0.15, 3.0) == (512, 114)
 
 
 def test_hidden_spans_are_told_back_in_order():
   ids = np.arange(10, 20)
   hidden = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0, 1], bool)
-  x, y = spans.corrupt(ids, hidden, [99, 98, 97], 1)
+  x, y = span_corruption.corrupt(ids, hidden, [99, 98, 97], 1)
   assert x.tolist() == [10, 99, 13, 14, 15, 98, 17, 18, 97, 1]
   assert y.tolist() == [99, 11, 12, 98, 16, 97, 19, 1]
   with pytest.raises(ValueError, match='3 spans need as many sentinels'):
-    spans.corrupt(ids, hidden, [99, 98], 1)
+    span_corruption.corrupt(ids, hidden, [99, 98], 1)
 
 
 @pytest.mark.parametrize('seed', range(5))
 def test_a_mask_hides_its_share_in_spans_that_start_shown(seed):
-  hidden = spans.mask(568, 0.15, 3.0, np.random.default_rng(seed))
+  hidden = span_corruption.mask(568, 0.15, 3.0, np.random.default_rng(seed))
   assert len(hidden) == 568 and hidden.sum() == 85
   assert not hidden[0] and hidden[-1]
   assert np.sum(np.diff(hidden.astype(int)) == 1) == 28
@@ -107,7 +106,9 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   letters = ''.join(rng.choice(list('abc d'), 2000))
   (tmp_path / 'a.txt').write_text(letters)
   path, form = str(tmp_path / 'a.txt'), Pairs(Bytes(), 61, 20)
-  found = text.pieces(data(path, predict='spans'), form, path, below=300)
+  found = text_dataset.pieces(
+    data(path, predict='spans'), form, path, below=300
+  )
   whole, sentinels = [], set(range(259, 300))
   for ids in found:
     x, y = found.make(ids, rng)
@@ -120,15 +121,17 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
 def test_spans_that_find_no_room_say_what_to_set(path):
   form = Pairs(Bytes(), 61, 9)
   with pytest.raises(ValueError, match='set config.data.targets_length to 1'):
-    text.pieces(data(path, predict='spans'), form, path, below=300)
+    text_dataset.pieces(data(path, predict='spans'), form, path, below=300)
   form = Pairs(Bytes(), 61, 20)
   with pytest.raises(ValueError, match='has 0 sentinels'):
-    text.pieces(data(path, predict='spans'), form, path, below=259)
+    text_dataset.pieces(data(path, predict='spans'), form, path, below=259)
 
 
 def test_a_decoder_reads_spans_in_one_row(path):
   form = Samples(Bytes(), 31)
-  found = text.pieces(data(path, predict='spans'), form, path, below=300)
+  found = text_dataset.pieces(
+    data(path, predict='spans'), form, path, below=300
+  )
   made = found.make(found[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
   (first,) = np.flatnonzero(np.diff(made.trained)) + 1
@@ -137,11 +140,15 @@ def test_a_decoder_reads_spans_in_one_row(path):
 
 
 def test_a_prefix_is_given_and_the_rest_predicted(path):
-  found = text.pieces(data(path, predict='prefix'), Samples(Bytes(), 9), path)
+  found = text_dataset.pieces(
+    data(path, predict='prefix'), Samples(Bytes(), 9), path
+  )
   rng = np.random.default_rng(0)
   cuts = {int(found.make(found[0], rng).trained.sum()) for _ in range(97)}
   assert cuts == set(range(1, 10))
-  pairs = text.pieces(data(path, predict='prefix'), Pairs(Bytes(), 9, 5), path)
+  pairs = text_dataset.pieces(
+    data(path, predict='prefix'), Pairs(Bytes(), 9, 5), path
+  )
   for _ in range(31):
     x, y = pairs.make(pairs[0], rng)
     assert len(x) <= 9 and 2 <= len(y) <= 5
@@ -150,7 +157,7 @@ def test_a_prefix_is_given_and_the_rest_predicted(path):
 
 def test_next_tokens_are_refused_to_an_encoder(path):
   with pytest.raises(ValueError, match="'spans' or 'prefix'"):
-    text.pieces(data(path), Pairs(Bytes(), 9, 5), path)
+    text_dataset.pieces(data(path), Pairs(Bytes(), 9, 5), path)
 
 
 def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
@@ -274,4 +281,4 @@ def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():
   data = config_lib.default().data
   data.too_long = 'drop'
   with pytest.raises(ValueError, match="too_long='drop' does nothing with an"):
-    forms.form(data, Bytes(), small.GATED, 0)
+    collators.form(data, Bytes(), small.GATED, 0)

@@ -7,9 +7,8 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.text import dataset as text
-from moepeft.data.text import dedup as duplicates
-from moepeft.data.text import quality
+from moepeft.data.text import dataset as text_dataset
+from moepeft.data.text import dedup, quality
 from moepeft.data.tokenizers.tokenizer import Bytes
 
 GOOD = ' '.join(f'word{i}' for i in range(58)) + ' of the'
@@ -58,20 +57,20 @@ def words(start, count=60):
 
 def test_similarity_is_of_five_words_in_a_row():
   # 56 shingles each; the last 46 of one are the first of the other.
-  one, two = duplicates.shingles(words(0)), duplicates.shingles(words(10))
+  one, two = dedup.shingles(words(0)), dedup.shingles(words(10))
   assert len(one) == 56
-  assert duplicates.jaccard(one, two) == 46 / 66
-  assert duplicates.shingles('A b') == {'a b'}
+  assert dedup.jaccard(one, two) == 46 / 66
+  assert dedup.shingles('A b') == {'a b'}
 
 
 @NEEDS
 def test_the_first_of_near_duplicates_stays():
   texts = [words(0), words(500), words(1), words(0), words(30)]
   # 55 shared of 57; 56 of 56; 26 of 86.
-  found = duplicates.repeated(texts, 0.8)
+  found = dedup.repeated(texts, 0.8)
   assert found == [False, False, True, True, False]
-  assert found == duplicates.repeated(texts, 0.8)
-  assert duplicates.repeated(texts, 1.0) == [False, False, False, True, False]
+  assert found == dedup.repeated(texts, 0.8)
+  assert dedup.repeated(texts, 1.0) == [False, False, False, True, False]
 
 
 @NEEDS
@@ -81,7 +80,7 @@ def test_what_goes_is_counted_and_told(tmp_path):
   data = config_lib.default().data
   data.source, data.path = 'text', str(path)
   data.quality, data.duplicates = 'length', 0.8
-  found = text.pieces(data, Samples(Bytes(), 31), str(path))
+  found = text_dataset.pieces(data, Samples(Bytes(), 31), str(path))
   shown = Bytes().decode(found.ids.tolist())
   assert shown == f'{GOOD}\n{words(0)}'
   assert found.notes[:2] == (
@@ -90,9 +89,9 @@ def test_what_goes_is_counted_and_told(tmp_path):
   )
   path.write_text('short')
   with pytest.raises(ValueError, match='none of 1 passages is left'):
-    text.pieces(data, Samples(Bytes(), 31), str(path))
+    text_dataset.pieces(data, Samples(Bytes(), 31), str(path))
 
 
 def test_a_similarity_is_a_share():
   with pytest.raises(ValueError, match='Jaccard similarity above 0'):
-    duplicates.repeated(['a'], 1.5)
+    dedup.repeated(['a'], 1.5)

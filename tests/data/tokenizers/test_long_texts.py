@@ -7,10 +7,10 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.text import dataset as text
+from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import documents
 from moepeft.data.text.documents import Document
-from moepeft.data.tokenizers import long_texts as lengthy
+from moepeft.data.tokenizers import long_texts
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 from ... import chat_cases
@@ -48,7 +48,9 @@ def test_a_document_s_ids_are_those_of_its_text(vocabularies, kind):
     Document('a', ('the cat sat', 'on the mat', '  x = 1')),
     Document('b', ('the cat sat', 'on the mat'), '\n'),
   ]
-  for ids, document in zip(text.encode(words, found), found, strict=True):
+  for ids, document in zip(
+    text_dataset.encode(words, found), found, strict=True
+  ):
     joined = document.separator.join(document.passages)
     assert ids.tolist() == [*whole(words, joined), words.eos]
     assert ids.dtype == np.int32
@@ -63,7 +65,7 @@ def test_a_long_text_s_ids_are_those_of_the_whole(vocabularies, kind):
     calls.append(max(map(len, texts)))
     return words.tokenizer(texts, **options)
 
-  (found,) = lengthy.encode(counted, [said], part=4096, overlap=128)
+  (found,) = long_texts.encode(counted, [said], part=4096, overlap=128)
   assert found.tolist() == whole(words, said)
   # An eighth of 4,096 characters at most: never the whole text.
   assert max(calls) == 512 and len(calls) > 1
@@ -73,16 +75,16 @@ def test_a_text_that_has_no_joint_is_given_as_a_whole(vocabularies):
   # One token a character of unknown bytes would agree; a row of one letter
   # agrees anywhere, so what must hold is the count.
   words, said = vocabularies['bytes'], 'é' * 3001
-  (found,) = lengthy.encode(words.tokenizer, [said], part=4096, overlap=128)
+  (found,) = long_texts.encode(words.tokenizer, [said], part=4096, overlap=128)
   assert found.tolist() == whole(words, said)
 
 
 def test_many_texts_keep_their_order_in_batches(vocabularies):
   words = vocabularies['lines']
   texts = [drawn(size, size) for size in (3, 0, 50, 7, 400, 11, 2)]
-  found = lengthy.encode(words.tokenizer, texts, part=500, overlap=32)
+  found = long_texts.encode(words.tokenizer, texts, part=500, overlap=32)
   assert [ids.tolist() for ids in found] == [whole(words, t) for t in texts]
-  assert lengthy.encode(words.tokenizer, []) == []
+  assert long_texts.encode(words.tokenizer, []) == []
 
 
 def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
@@ -97,13 +99,15 @@ def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
   data.source, data.path = 'text', str(tmp_path)
   found, _ = documents.read(data.path)
   assert len(found) == 2
-  made = text.pieces(data, Samples(words, 997), data.path)
+  made = text_dataset.pieces(data, Samples(words, 997), data.path)
   said = words.show(made.ids.tolist())
   assert said.count('<s>') == said.count('</s>') == 2
   assert made.ids[0] == words.bos and made.ids[-1] == words.eos
-  packed = text.pieces(data, Samples(words, 997, packed=True), data.path)
+  packed = text_dataset.pieces(
+    data, Samples(words, 997, packed=True), data.path
+  )
   assert [ids[0] for ids in packed] == [words.bos] * 2
   # An encoder's texts begin with nothing.
   data.predict = 'prefix'
-  pairs = text.pieces(data, Pairs(words, 97, 97), data.path)
+  pairs = text_dataset.pieces(data, Pairs(words, 97, 97), data.path)
   assert words.bos not in pairs.ids

@@ -11,9 +11,8 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from moepeft import tables
-from moepeft.evaluation.tables import compare as compared
-from moepeft.evaluation.tables import forest_plot as forest
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import compare, forest_plot
+from moepeft.evaluation.tables import render as table_render
 from tests import ROOT
 
 from ... import commands
@@ -23,7 +22,9 @@ RESULTS = ROOT.parent / 'shared' / 'paper' / 'results.json'
 
 
 def text(*given, **options):
-  return forms.markdown(compared.table([str(run) for run in given], **options))
+  return table_render.markdown(
+    compare.table([str(run) for run in given], **options)
+  )
 
 
 def body(printed):
@@ -112,7 +113,7 @@ def test_an_interval_of_two_seeds_is_of_what_can_be(tmp_path):
   assert 'Intervals of fewer than 5 seeds' in printed
   # All right: no interval reaches over 100 %.
   high = seeds(tmp_path, 'ia3', (49, 50), 50)
-  table = compared.table([*made, *high])
+  table = compare.table([*made, *high])
   (*_, cell) = table.lines[-1].cells.values()
   cells = [c for line in table.lines for c in line.cells.values() if c.seeds]
   assert [c.seeds for c in cells] == [(40.0, 60.0), (98.0, 100.0)]
@@ -131,7 +132,7 @@ def test_what_is_best_within_its_interval_is_not_bold(tmp_path):
   assert bold(text(one, near)) == []
   # 30 %: more than any resample makes up.
   assert bold(text(one, far)) == ['`lora(rank=4)`']
-  latex = forms.latex(compared.table([one, far]))
+  latex = table_render.latex(compare.table([one, far]))
   assert latex.count('textbf') == 1
 
 
@@ -158,19 +159,19 @@ def test_figures_without_intervals_are_not_called_best(tmp_path):
 def test_axes_of_the_picture_end_where_the_measure_does(tmp_path):
   made = seeds(tmp_path, 'lora(rank=4)', (49, 50), 50)
   made += seeds(tmp_path, 'ia3', (0, 2), 50)
-  table = compared.table(made)
+  table = compare.table(made)
   column = next(c for c in table.columns if c.kind == 'score')
   lines = [line for line in table.lines if line.kind == 'run']
-  low, high = forest._limits(table, lines, column)
+  low, high = forest_plot._limits(table, lines, column)
   assert low == 0 and high == 100
   # Fitted to what is there: about 90 to 100 % alone.
-  table = compared.table(made[:2])
+  table = compare.table(made[:2])
   lines = [line for line in table.lines if line.kind == 'run']
-  low, high = forest._limits(table, lines, column)
+  low, high = forest_plot._limits(table, lines, column)
   assert 40 < low < 50 and high == 100  # the majority's 50 is drawn, too
   figure = Figure()
   axes = figure.subplots()
-  forest._panel(axes, table, lines, column)
+  forest_plot._panel(axes, table, lines, column)
   drawn = [set(line.get_xdata()) for line in axes.lines]
   assert {98.0, 100.0} in drawn
 
@@ -226,7 +227,7 @@ def test_a_baseline_is_subtracted_pairwise(tmp_path):
   assert text(lora, ia3, baseline=lora) == by_method
   for unknown in ('lora(rank=8)', 'nonsense', str(tmp_path / 'no')):
     with pytest.raises(ValueError, match='names 0 rows, expected one; the me'):
-      compared.table([lora, ia3], baseline=unknown)
+      compare.table([lora, ia3], baseline=unknown)
 
 
 def test_other_seeds_of_embedded_tasks_are_not_paired(tmp_path):
@@ -450,12 +451,12 @@ def test_cut_and_unranked_examples_are_said(tmp_path):
 
 
 def test_files_are_written_and_the_picture_is_one(tmp_path):
-  table = compared.table(list(two_runs(tmp_path)))
+  table = compare.table(list(two_runs(tmp_path)))
   paths = tables.write(table, str(tmp_path / 'new' / 'table'))
   names = [os.path.basename(path) for path in paths]
   assert names == ['table.md', 'table.tex', 'table.png']
-  assert pathlib.Path(paths[0]).read_text() == forms.markdown(table)
-  assert pathlib.Path(paths[1]).read_text() == forms.latex(table)
+  assert pathlib.Path(paths[0]).read_text() == table_render.markdown(table)
+  assert pathlib.Path(paths[1]).read_text() == table_render.latex(table)
   pixels = image.imread(paths[2])
   height, width, _ = pixels.shape
   # 120 dots an inch: two panels of 2.6 inches beside the labels.
@@ -591,12 +592,12 @@ def test_routing_is_the_last_of_each_run_and_the_mean_of_seeds(tmp_path):
   # The rows are of step 7: what came after is of another state.
   routed(one, (3, 0.6), (7, 0.9), (8, 1.0))
   routed(two, (7, 0.7))
-  table = compared.table([one, two, lora], routing=True)
-  lines = body(forms.markdown(table))
+  table = compare.table([one, two, lora], routing=True)
+  lines = body(table_render.markdown(table))
   # Entropies 1 and 0. Fullest 0.5 and 0.9, 0.5 and 0.7: means 0.7 and 0.6.
   assert lines['`molora(experts=2, rank=1)`'][-3:] == ['0.5', '0.65', '0.8']
   assert lines['`lora(rank=4)`'][-3:] == ['-', '-', '-']
-  assert '1 is even' in forms.markdown(table)
+  assert '1 is even' in table_render.markdown(table)
   assert 'entropy' not in text(one, two, lora)
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.evaluation.tables import render as forms
+from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import Cell, Column, Line, Table
 
 NUMBERS = [
@@ -26,7 +26,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(('cell', 'kind', 'signed', 'text'), NUMBERS)
 def test_a_number_has_one_form(cell, kind, signed, text):
-  assert forms.number(cell, kind, signed=signed) == text
+  assert table_render.number(cell, kind, signed=signed) == text
 
 
 TABLE = Table(
@@ -52,7 +52,7 @@ TABLE = Table(
 
 def test_markdown_is_aligned_and_the_best_of_runs_is_bold():
   # Both print 50.0: they share the best. Of losses the lowest is.
-  assert forms.markdown(TABLE) == (
+  assert table_render.markdown(TABLE) == (
     '**A & B**\n'
     '\n'
     '| method                      | parameters |              loss |'
@@ -74,11 +74,11 @@ def test_markdown_is_aligned_and_the_best_of_runs_is_bold():
 
 def test_one_run_alone_is_not_the_best():
   one = Table(TABLE.columns, TABLE.lines[:2])
-  assert forms.best(one) == set()
+  assert table_render.best(one) == set()
 
 
 def test_latex_has_rules_and_escapes_what_is_special():
-  text = forms.latex(TABLE)
+  text = table_render.latex(TABLE)
   lines = text.splitlines()
   for name in ('toprule', 'midrule', 'bottomrule'):
     assert lines.count(f'\\{name}') == 1
@@ -97,7 +97,7 @@ def test_latex_has_rules_and_escapes_what_is_special():
 
 
 def test_escapes_leave_nothing_special():
-  said = forms.escaped('a_b%c$d#e{f}g~h^i\\j & 5-fold -3 ± 4 × 2')
+  said = table_render.escaped('a_b%c$d#e{f}g~h^i\\j & 5-fold -3 ± 4 × 2')
   assert said == (
     r'a\_b\%c\$d\#e\{f\}g\textasciitilde{}h\textasciicircum{}i'
     r'\textbackslash{}j \& 5-fold $-$3 $\pm$ 4 $\times$ 2'

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.inference.adapters import buckets as forms
+from moepeft.inference.adapters import buckets
 from moepeft.models.t5 import model as t5
 from moepeft.peft import build
 
@@ -13,11 +13,11 @@ SITES = t5.sites(small.GATED)
 
 
 def form(method, semantics='official'):
-  return forms.bucket_of(build(method, SITES, semantics), repr(method))
+  return buckets.bucket_of(build(method, SITES, semantics), repr(method))
 
 
 def methods(*texts):
-  found = forms.merge_buckets([form(text) for text in texts], SITES)
+  found = buckets.merge_buckets([form(text) for text in texts], SITES)
   return [f.method for f in found]
 
 
@@ -25,7 +25,7 @@ def methods(*texts):
   ('rank', 'rounded'), [(0, 0), (1, 4), (4, 4), (5, 8), (16, 16), (17, 32)]
 )
 def test_a_rank_is_rounded_up_to_a_power_of_two_of_four_at_least(rank, rounded):
-  assert forms.round_up_rank(rank) == rounded
+  assert buckets.round_up_rank(rank) == rounded
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_a_rank_is_rounded_up_to_a_power_of_two_of_four_at_least(rank, rounded):
   ],
 )
 def test_a_scale_is_alpha_over_the_rank_or_its_root(method, scale):
-  (spec,) = forms.instances(build(method, SITES).method).values()
-  assert forms.scale_of(spec) == scale
+  (spec,) = buckets.instances(build(method, SITES).method).values()
+  assert buckets.scale_of(spec) == scale
 
 
 def test_ranks_scales_sites_and_noise_of_training_are_of_one_form():
@@ -81,27 +81,27 @@ def test_what_a_program_depends_on_makes_another_form():
 
 def test_semantics_that_change_the_function_change_the_form():
   official, paper = form('mov(experts=3)'), form('mov(experts=3)', 'paper')
-  assert len(forms.merge_buckets([official, paper], SITES)) == 2
+  assert len(buckets.merge_buckets([official, paper], SITES)) == 2
   # Of LoRA they decide where it acts, which a form has all of.
   official, paper = form('lora'), form('lora', 'paper')
-  (found,) = forms.merge_buckets([official], SITES)
+  (found,) = buckets.merge_buckets([official], SITES)
   assert found.holds(paper)
 
 
 def test_a_form_acts_at_the_default_sites_and_at_those_that_were_named():
-  (found,) = forms.merge_buckets([form("lora(sites='head')")], SITES)
+  (found,) = buckets.merge_buckets([form("lora(sites='head')")], SITES)
   # 4 projections in three attentions, 3 in two feed-forwards, and the head.
   assert len(found.parts[0].sites) == 4 * 3 + 3 * 2 + 1
   assert not found.holds(form('lora(rank=5)'))
   assert found.holds(form('lora(rank=2)'))
-  (plain,) = forms.merge_buckets([form('lora')], SITES)
+  (plain,) = buckets.merge_buckets([form('lora')], SITES)
   assert not plain.holds(form("lora(sites='head')"))
 
 
 def test_entries_of_all_forms_have_names_of_their_own():
   wanted = [form(m) for m in ('ia3', 'lora', 'ia3 + lora', 'lora + ia3')]
   wanted.append(form("ia3(on='input', sites='*/wo')"))
-  found = forms.merge_buckets(wanted, SITES)
+  found = buckets.merge_buckets(wanted, SITES)
   entries = [part.name for f in found for part in f.parts]
   assert len(set(entries)) == len(entries) == 7
   assert [f.name for f in found] == sorted(f.name for f in found)

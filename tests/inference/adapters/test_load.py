@@ -14,7 +14,7 @@ from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.core.types import State
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.adapters.pool import AdapterPool
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import DecoderConfig
 
 from .. import banked
@@ -48,7 +48,7 @@ def run(workdir, base, method, trainable=None):
 
 def assert_reads(path, base, tree):
   found = read_adapter(str(path), base)
-  flat = names.flatten(tree)
+  flat = weight_mapping.flatten(tree)
   assert found.arrays.keys() == flat.keys()
   for name, array in flat.items():
     np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)

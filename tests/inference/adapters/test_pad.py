@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.checkpoints import quantize as quantised
+from moepeft.checkpoints import quantize
 from moepeft.inference.adapters.pool import AdapterPool
-from moepeft.models import weight_mapping as names
+from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import DecoderConfig
 
 from .. import banked
@@ -26,7 +26,7 @@ def base():
 
 def fitted(base, path):
   banks = AdapterPool(base, {'it': path}, slots=2)
-  return names.flatten(banks.read(path).tree)
+  return weight_mapping.flatten(banks.read(path).tree)
 
 
 def test_ranks_are_padded_with_zeros_and_the_scale_is_in_b(base, tmp_path):
@@ -63,8 +63,8 @@ def test_a_mixture_of_vectors_is_on_where_it_acts(base, tmp_path):
 @pytest.mark.parametrize('kind', ['int8', 'nf4'])
 def test_doras_ratio_is_of_the_weight_that_is_served(base, tmp_path, kind):
   """The same of a quantised base and of one that holds its values."""
-  packed = quantised.pack(base.params, CONFIG, kind)
-  values = quantised.unpack(packed, CONFIG)
+  packed = quantize.pack(base.params, CONFIG, kind)
+  values = quantize.unpack(packed, CONFIG)
   ratios = []
   for params, kept in ((packed, kind), (values, '')):
     one = dataclasses.replace(base, params=params, quantise=kept)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import adapter
-from moepeft.inference.adapters import stacking as stacked
+from moepeft.inference.adapters import stacking
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.stacking import row_tree
 from moepeft.inference.api import EngineFull, UnknownAdapter
@@ -173,7 +173,7 @@ def test_a_slot_that_could_not_be_written_serves_nobody(
     raise RuntimeError('out of memory')
 
   with monkeypatch.context() as patch:
-    patch.setattr(stacked, 'write_slot', fails)
+    patch.setattr(stacking, 'write_slot', fails)
     with pytest.raises(RuntimeError):
       banks.acquire('a')
     with pytest.raises(RuntimeError):
@@ -201,12 +201,12 @@ def test_loading_compiles_nothing(banks, paths):
     return row_tree(tree, slots)
 
   step(banks.tree, banks.row('a'))
-  writes = stacked.write_slot._cache_size()
+  writes = stacking.write_slot._cache_size()
   for name in ('b', 'c', 'd', 'ia3'):
     banks.load(name, paths[name])
     step(banks.tree, banks.row(name))
   assert step._cache_size() == 1
-  assert stacked.write_slot._cache_size() == writes
+  assert stacking.write_slot._cache_size() == writes
 
 
 def test_a_budget_lowers_the_slots_and_is_never_exceeded(base, paths):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from moepeft.inference.tools import json_parser as call_json
+from moepeft.inference.tools import json_parser
 from moepeft.inference.tools.parser import (
   Arguments,
   Call,
@@ -232,7 +232,7 @@ def test_json_that_is_an_answer_is_known_by_its_first_key():
 def test_reading_takes_time_in_proportion_to_the_text(monkeypatch):
   fed = 0
 
-  class Counted(call_json.Calls):
+  class Counted(json_parser.Calls):
     def feed(self, letter):
       nonlocal fed
       fed += 1

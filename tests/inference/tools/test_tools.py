@@ -8,7 +8,7 @@ import pytest
 from moepeft.data.chat.dataset import Template
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
-from moepeft.inference.tools import tools as serve_tools
+from moepeft.inference.tools import tools as tools_tools
 from moepeft.inference.tools.tools import STYLES, Choice, Tool
 from tests import chat_cases
 
@@ -37,7 +37,7 @@ def nested(levels):
 
 
 def test_tools_are_read_as_the_api_has_them():
-  found = serve_tools.check(
+  found = tools_tools.check(
     [function(), function(name='now', parameters=None, strict=True)]
   )
   assert found == (
@@ -77,7 +77,7 @@ def test_tools_are_read_as_the_api_has_them():
 )
 def test_wrong_tools_are_one_sentence(tools, reason):
   with pytest.raises(ValueError, match=reason) as e:
-    serve_tools.check(tools)
+    tools_tools.check(tools)
   assert '\n' not in str(e.value)
 
 
@@ -95,8 +95,8 @@ def test_a_choice_names_what_may_be_called():
     (named, Choice('required', ('b',), once=True)),
     (some, Choice('required', ('b',))),
   ):
-    assert serve_tools.chosen(found, tools) == expected
-  assert serve_tools.chosen(None, ()) == Choice('none', ())
+    assert tools_tools.chosen(found, tools) == expected
+  assert tools_tools.chosen(None, ()) == Choice('none', ())
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_a_choice_names_what_may_be_called():
 )
 def test_a_wrong_choice_is_refused(found):
   with pytest.raises(ValueError, match="'tool_choice'"):
-    serve_tools.chosen(found, (Tool('a'),))
+    tools_tools.chosen(found, (Tool('a'),))
 
 
 def test_a_call_cannot_be_required_without_tools():
   with pytest.raises(ValueError, match='there are no'):
-    serve_tools.chosen('required', ())
+    tools_tools.chosen('required', ())
 
 
 def test_the_style_is_found_in_the_template():
@@ -130,9 +130,9 @@ def test_the_style_is_found_in_the_template():
     (llama, 'llama'),
     ('{{ tools | tojson }}', 'json'),
   ):
-    assert serve_tools.style_of(template).name == expected
+    assert tools_tools.style_of(template).name == expected
   with pytest.raises(ValueError, match='not supported'):
-    serve_tools.style_of('{{ tools }}<tool_call><function=name>')
+    tools_tools.style_of('{{ tools }}<tool_call><function=name>')
 
 
 def prompt(template, choice, style):
@@ -140,7 +140,7 @@ def prompt(template, choice, style):
   asked = Conversation((Turn('system', 'Be brief.'), Turn('user', 'Rain?')))
   tokenizer = chat_cases.tokenizer(template)
   tools = (Tool('weather', 'Of a city.', CITY), Tool('now'))
-  found = serve_tools.offered(asked, tools, choice, STYLES[style], template)
+  found = tools_tools.offered(asked, tools, choice, STYLES[style], template)
   return tokenizer.decode(Template(tokenizer).prompt(found))
 
 

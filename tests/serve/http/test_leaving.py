@@ -8,7 +8,7 @@ import time
 import pytest
 
 from moepeft.data.tokenizers.tokenizer import Bytes
-from moepeft.serve.http import server as server_lib
+from moepeft.serve.http import server
 from moepeft.serve.http.limits import Limits
 from tests.serve.fake_engine import FakeEngine, ids_of
 from tests.serve.small_server import (
@@ -177,7 +177,7 @@ def test_a_stream_that_does_not_end_is_cut_when_the_server_goes_down(client):
 
 
 def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
-  monkeypatch.setattr(server_lib, '_LAST', 1)
+  monkeypatch.setattr(server, '_LAST', 1)
   found = endless()
   with running(found) as client:
     found.engine.running.clear()
@@ -195,7 +195,7 @@ def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
 
 
 def test_a_server_that_cannot_end_says_so_to_its_command(monkeypatch):
-  monkeypatch.setattr(server_lib, '_LAST', 0.2)
+  monkeypatch.setattr(server, '_LAST', 0.2)
   released, overdue = threading.Event(), threading.Event()
   found = endless()
   with running(found) as client:

@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.inference.adapters.load import read_adapter
-from moepeft.inference.tools import parser as calls
+from moepeft.inference.tools import parser as tool_parser
 from moepeft.inference.tools.tools import STYLES
 from moepeft.models.decoder.model import DecoderConfig
 from moepeft.serve.http.keys import Keys
@@ -198,7 +198,7 @@ def test_half_a_surrogate_that_a_model_writes_is_text(client, streamed):
 
 
 def test_a_call_whose_name_cannot_be_sent_is_content():
-  parser = calls.Parser(STYLES['hermes'], ('f',))
+  parser = tool_parser.Parser(STYLES['hermes'], ('f',))
   text = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
   events = parser.feed(text) + parser.finish()
   assert ''.join(event.text for event in events) == text
@@ -239,9 +239,7 @@ def test_adapters_whose_card_has_odd_types_are_a_400(
 
   def load(name, path):
     found = read_adapter(path, base)
-    return protocol.LoadedAdapter(
-      name, found.built.method, found.sha256, 1, path
-    )
+    return api.LoadedAdapter(name, found.built.method, found.sha256, 1, path)
 
   monkeypatch.setattr(client.engine, 'load', load)
   card = json.loads((folder / 'adapter.json').read_text())
@@ -296,7 +294,7 @@ def test_an_engine_that_has_stopped_loads_nothing_and_says_so(
   client, monkeypatch
 ):
   def stopped(*args):
-    raise protocol.RequestRefused('the engine has been stopped')
+    raise api.RequestRefused('the engine has been stopped')
 
   monkeypatch.setattr(client.engine, 'load', stopped)
   monkeypatch.setattr(client.engine, 'unload', stopped)

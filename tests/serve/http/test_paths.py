@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.inference import api as protocol
+from moepeft.inference import api
 from moepeft.serve.http import app
 from moepeft.serve.http.keys import Keys
 from tests.serve.small_server import fake, running
@@ -13,7 +13,7 @@ KEYS = Keys((b'user',), (b'admin',))
 
 
 def load(client):
-  card = protocol.LoadedAdapter('law', 'lora(rank=4)', 'abc', 99, PATH)
+  card = api.LoadedAdapter('law', 'lora(rank=4)', 'abc', 99, PATH)
   client.engine.loads['law'] = card
 
 
@@ -59,7 +59,7 @@ def test_a_failure_of_the_engine_names_no_path(client, caplog):
 def test_an_engine_that_is_broken_names_no_path(client, monkeypatch, caplog):
   def submit(request, deliver):
     client.engine.ready = False
-    raise protocol.RequestRefused(f'nothing can be computed any more: {PATH}')
+    raise api.RequestRefused(f'nothing can be computed any more: {PATH}')
 
   monkeypatch.setattr(client.engine, 'submit', submit)
   status, answer = client.complete()

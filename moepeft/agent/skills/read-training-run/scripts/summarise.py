@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 try:
-  from moepeft.runs import diagnosis as curves
+  from moepeft.runs import diagnosis
 except ModuleNotFoundError:
   # A Python that moepeft is not installed for: the script lies within it.
   sys.path.append(str(Path(__file__).resolve().parents[5]))
-  from moepeft.runs import diagnosis as curves
+  from moepeft.runs import diagnosis
 
 
 def main(argv: list[str]) -> str:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> str:
   folder = Path(argv[0]).expanduser()
   if not folder.is_dir():
     raise ValueError(f'there is no directory {str(folder)!r}')
-  return curves.summary(folder)
+  return diagnosis.summary(folder)
 
 
 if __name__ == '__main__':

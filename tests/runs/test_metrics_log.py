@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from moepeft.core.jsonl_log import Rows, read, stream
+from moepeft.runs.metrics_log import MetricsLog, read, stream
 
 from ..disks import full_disk  # noqa: F401
 
@@ -21,7 +21,7 @@ def test_numbers_that_are_not_finite_are_null_in_valid_json(tmp_path):
     'loss': math.nan,
     'routing': {'q': {'load': [[0.5, math.inf]], 'entropy': (-math.inf,)}},
   }
-  Rows(str(tmp_path)).write(row)
+  MetricsLog(str(tmp_path / 'metrics.jsonl')).write(row)
 
   def refuse(constant):
     raise AssertionError(f'{constant} is no JSON')
@@ -35,24 +35,24 @@ def test_numbers_that_are_not_finite_are_null_in_valid_json(tmp_path):
 
 
 def test_going_on_repeats_no_step_and_keeps_the_bytes_before(tmp_path):
-  first = Rows(str(tmp_path))
+  first = MetricsLog(str(tmp_path / 'metrics.jsonl'))
   for step in (1, 2, 3, 5):
     first.write({'step': step, 'loss': 0.1 * step})
     # A validation has its step's row too.
     first.write({'step': step, 'validation_loss': 1.0})
   path = tmp_path / 'metrics.jsonl'
   before = path.read_bytes().splitlines(keepends=True)
-  again = Rows(str(tmp_path), step=3)
+  again = MetricsLog(str(tmp_path / 'metrics.jsonl'), step=3)
   assert path.read_bytes() == b''.join(before[:6])
   again.write({'step': 4})
   assert [row['step'] for row in read(str(path))] == [1, 1, 2, 2, 3, 3, 4]
 
 
 def test_going_on_twice_without_a_step_changes_no_byte(tmp_path):
-  Rows(str(tmp_path)).write({'step': 7, 'loss': 0.25})
+  MetricsLog(str(tmp_path / 'metrics.jsonl')).write({'step': 7, 'loss': 0.25})
   path = tmp_path / 'metrics.jsonl'
   before = path.read_bytes()
-  Rows(str(tmp_path), step=7)
+  MetricsLog(str(tmp_path / 'metrics.jsonl'), step=7)
   assert path.read_bytes() == before
 
 
@@ -75,8 +75,8 @@ def test_rows_are_read_one_by_one(tmp_path):
 # Writes rows as fast as it can, of very different lengths.
 WRITER = """
 import sys
-from moepeft.core.jsonl_log import Rows
-rows = Rows(sys.argv[1], step=int(sys.argv[2]))
+from moepeft.runs.metrics_log import MetricsLog
+rows = MetricsLog(sys.argv[1] + '/metrics.jsonl', step=int(sys.argv[2]))
 for step in range(int(sys.argv[2]) + 1, 10**9):
   load = [0.5] * (1 + step % 997)
   rows.write({'step': step, 'routing': {'q': {'load': load, 'entropy': 0.5}}})
@@ -106,7 +106,7 @@ def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
-  rows = Rows(str(full_disk.path))
+  rows = MetricsLog(str(full_disk.path / 'metrics.jsonl'))
   site = {'load': [0.5] * 3000, 'entropy': 0.5}
   row = {'step': 1, 'routing': {'q': site}}
   with pytest.raises(OSError, match='No space left'):
@@ -120,5 +120,5 @@ def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
   assert path.read_bytes().endswith(b'\n')
   assert all(found == row for found in read(str(path)))
   # A cut needs no space.
-  Rows(str(full_disk.path), step=0).close()
+  MetricsLog(str(full_disk.path / 'metrics.jsonl'), step=0).close()
   assert os.path.getsize(path) == 0

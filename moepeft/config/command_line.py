@@ -17,10 +17,9 @@ from ml_collections import ConfigDict, config_flags
 
 from moepeft.config import check as config_check
 from moepeft.config import gin as gin_files
-from moepeft.config import suggestions as hints
+from moepeft.config import suggestions
 from moepeft.config.gin import flags as gin_flags
-from moepeft.core import host_memory as pages
-from moepeft.core import secrets, terminal
+from moepeft.core import host_memory, secrets, terminal
 from moepeft.core.memory import is_out_of_memory
 from moepeft.core.untrusted import parse_literal
 
@@ -130,7 +129,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: bool = False) -> None:
     if len(argv) > 1 and not arguments:
       _stop(f'unexpected argument {argv[1]!r}; options are --name=value')
     keep_programs()
-    pages.keep()
+    host_memory.keep()
     answer(lambda: main(argv), _TRACEBACK.value)
 
   app.run(safe_main, flags_parser=parse)
@@ -275,7 +274,7 @@ def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
     return read()
   except flags.UnrecognizedFlagError as e:
     has_config = 'config' in flags.FLAGS
-    _stop(hints.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
+    _stop(suggestions.unknown_flag(e.flagname, list(flags.FLAGS), has_config))
   except (flags.Error, ValueError, OSError) as e:
     _stop(_of_keys(argv) or _reason(str(e)))
   except SyntaxError as e:
@@ -291,7 +290,9 @@ def _of_keys(argv: Sequence[str]) -> str:
   """The sentence for the first --config.key=value that cannot be, or ''."""
   keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
   found = (
-    hint(arg) for hint in (hints.unknown_key, hints.wrong_type) for arg in keys
+    hint(arg)
+    for hint in (suggestions.unknown_key, suggestions.wrong_type)
+    for arg in keys
   )
   return next(filter(None, found), '')
 
@@ -320,7 +321,7 @@ def _check_exists(arg: str) -> None:
   file = value.partition(':')[0]
   if not os.path.isfile(file):
     folders = (PACKAGE, os.path.dirname(PACKAGE))
-    _stop(hints.unknown_config(file, folders))
+    _stop(suggestions.unknown_config(file, folders))
 
 
 def check_can_write(path: str) -> None:

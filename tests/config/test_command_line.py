@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moepeft.config import flags as command
+from moepeft.config import command_line
 from moepeft.core.memory import is_out_of_memory
 
 
 def ended(main, capsys):
   """(exit code, what stderr has) of a command."""
   with pytest.raises(SystemExit) as e:
-    command.answer(main)
+    command_line.answer(main)
   return e.value.code, capsys.readouterr().err
 
 
@@ -35,7 +35,7 @@ def test_what_a_user_caused_is_a_sentence(capsys):
   )
   # A fault of the program keeps its traceback.
   with pytest.raises(KeyError):
-    command.answer(raising(KeyError('x')))
+    command_line.answer(raising(KeyError('x')))
 
 
 def test_memory_that_ran_out_says_how_much_and_what_to_lower(capsys):
@@ -61,17 +61,17 @@ def test_an_interrupt_is_no_traceback(capsys):
 def test_a_terminal_of_ascii_gets_escapes(monkeypatch):
   raw = io.BytesIO()
   monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'ascii'))
-  command.answer(lambda: print('\u00e9\u4f60'))
+  command_line.answer(lambda: print('\u00e9\u4f60'))
   assert raw.getvalue() == b'\\xe9\\u4f60\n'
 
 
 SCRIPT = """
 import sys
-from moepeft.config import flags as command
+from moepeft.config import command_line
 def main():
   for _ in range(100_000):
     print('a line of output')
-command.answer(main)
+command_line.answer(main)
 """
 
 
@@ -94,7 +94,9 @@ def test_a_device_that_jax_does_not_have_is_named(platform):
   if platform == 'cuda' and jax.default_backend() == 'gpu':
     pytest.skip('here is such a device')
   code = (
-    'import jax; from moepeft.config import flags; flags.answer(jax.devices)'
+    'import jax\n'
+    'from moepeft.config import command_line\n'
+    'command_line.answer(jax.devices)'
   )
   done = subprocess.run(
     [sys.executable, '-c', code],

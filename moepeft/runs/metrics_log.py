@@ -13,7 +13,6 @@ from typing import Any
 
 from moepeft.core import files, untrusted
 
-NAME = 'metrics.jsonl'
 # What a site of a row's 'routing' has by layer and expert, under one of these
 # keys: 'weight' where the router is dense, 'tokens' where it is sparse. 'load'
 # is in rows from before the two were told apart: a token counts 1/k for each of
@@ -26,12 +25,12 @@ SHARES = {
 }
 
 
-class Rows:
-  """`<workdir>/metrics.jsonl`, a line at a time; a kill tears none but one."""
+class MetricsLog:
+  """A file of JSON lines with a 'step' each; a kill tears at most the last."""
 
-  def __init__(self, workdir: str, name: str = NAME, step: int = 0):
-    """Rows of steps after `step` are dropped: they will be done again."""
-    self.path = os.path.join(workdir, name)
+  def __init__(self, path: str, step: int = 0):
+    """Lines of steps after `step` are dropped: they will be done again."""
+    self.path = path
     _drop_after(self.path, step)
     # Unbuffered: a line is with the system, or was never begun.
     self._file = open(self.path, 'ab', buffering=0)
