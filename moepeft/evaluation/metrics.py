@@ -8,7 +8,7 @@ import numpy as np
 from moepeft.core.types import Tree
 from moepeft.evaluation import text_metrics
 from moepeft.evaluation.eval_sets import Prompt
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row, majority, measured
@@ -104,8 +104,7 @@ def check(names: Sequence[str], prompts: Sequence[Prompt]) -> None:
 
 
 def texts(
-  answering: Answering,
-  variables: Tree,
+  generator: BatchGenerator,
   names: Sequence[str],
   prompts: Sequence[Prompt],
   about: About,
@@ -118,7 +117,7 @@ def texts(
   """
   check(names, prompts)
   flat = _flat(prompts)
-  said, cut = answering.answers(variables, flat, progress), answering.cut(flat)
+  said, cut = generator.answers(flat, progress), generator.cut(flat)
   rows, at = [], 0
   for prompt in prompts:
     own = slice(at, at := at + len(prompt.examples))

@@ -20,7 +20,7 @@ from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
 from moepeft.evaluation import eval_sets, metrics, scores
 from moepeft.evaluation.eval_sets import Prompt
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.evaluation.scores import About, Row
@@ -304,10 +304,11 @@ def _measure(run: LoadedModel, names: tuple[str, ...]) -> tuple[Take, str]:
   if names == ('loss',):
     likelihood = Likelihood(*common)
     return functools.partial(metrics.loss, likelihood, variables), 'scored'
-  answering = Answering(*common, ends=run.eos_token_ids)
-  return functools.partial(
-    metrics.texts, answering, variables, names
-  ), 'answered'
+  model, *rest = common
+  generator = BatchGenerator(
+    model, variables, *rest, eos_token_ids=run.eos_token_ids
+  )
+  return functools.partial(metrics.texts, generator, names), 'answered'
 
 
 def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:

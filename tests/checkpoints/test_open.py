@@ -114,8 +114,11 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   other.data.vocabulary = 'bytes'
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
-  answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
-  monkeypatch.setattr(runner, 'Answering', answering)
+
+  def generator(*rest, eos_token_ids):
+    seen.append(eos_token_ids)
+
+  monkeypatch.setattr(runner, 'BatchGenerator', generator)
   runner._measure(run, ('exact_match',))
   assert seen == [run.eos_token_ids]
 

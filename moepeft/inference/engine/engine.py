@@ -87,6 +87,7 @@ class Engine:
     max_model_len: limit on a prompt and its answer, together in a decoder; on
       each of the two in an encoder-decoder.
     decoder_only: whether the prompt is part of the text.
+    slots: sequences that run at once.
   """
 
   def __init__(
@@ -108,6 +109,7 @@ class Engine:
     self.vocab = model.config.vocab
     self.max_model_len = max_model_len(model, config)
     self.decoder_only = hasattr(model, 'extend')
+    self.slots = config.slots
     # Guards all below; notified of every change.
     self._changed = threading.Condition()
     self._inbox: collections.deque[Task] = collections.deque()
@@ -313,7 +315,7 @@ class Engine:
       return EngineStats(
         running=len(self._sequences) - waiting,
         waiting=waiting,
-        slots=self._config.slots,
+        slots=self.slots,
         finished=dict(counts.finished) if counts else {},
         prompt_tokens=counts.prompt_tokens if counts else 0,
         cached_tokens=counts.cached_tokens if counts else 0,
@@ -352,10 +354,8 @@ class Engine:
 
   def _estimate(self, waiting: int) -> float:
     """Seconds until one of those that wait has got a slot, about."""
-    slots = self._config.slots
-    return max(
-      1, math.ceil(self._scheduler.slot_seconds * (waiting + 1) / slots)
-    )
+    seconds = self._scheduler.slot_seconds * (waiting + 1) / self.slots
+    return max(1, math.ceil(seconds))
 
   def _put(self, task: Task) -> None:
     self._inbox.append(task)

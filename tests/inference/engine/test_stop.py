@@ -273,5 +273,5 @@ def test_random_traffic_ends_every_request_once_and_frees_all(engine):
 def wait_idle(engine):
   """The last event is told before the request is forgotten."""
   with engine._changed:
-    assert engine._changed.wait_for(lambda: not engine._underway, 30)
+    assert engine._changed.wait_for(lambda: not engine._sequences, 30)
   return idle(engine)

@@ -99,4 +99,6 @@ def test_a_prompts_places_are_not_for_text(client):
 
 def test_the_list_of_adapters_tells_how_long_a_prompt_is(client):
   _, answer = client.get('/v1/adapters')
-  assert [(one['id'], one['before']) for one in answer['data']] == [('soft', 5)]
+  assert [(one['id'], one['soft_prompt_length']) for one in answer['data']] == [
+    ('soft', 5)
+  ]
