@@ -29,7 +29,7 @@ from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import LABELS
-from moepeft.training import optim, setup
+from moepeft.training import optimizers, setup
 
 # Examples of a row of the batch, about as many as P3 packs.
 _SEGMENTS = 4
@@ -95,7 +95,7 @@ def of_moepeft(row: Row) -> Found:
   family, shape = base_lib.shape(c.model)
   base = base_lib.Base(family, shape, None, '', '')
   model, built = base_lib.module(base, c)
-  optimizer = optim.optimizer(c.optimizer, c.steps)
+  optimizer = optimizers.make_optimizer(c.optimizer, c.steps)
   variables = drawn(model)
   trainable = variables.pop(built.trainable)
   state = State(

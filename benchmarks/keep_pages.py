@@ -23,7 +23,7 @@ from moepeft.config import command_line as config_command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import loader, sources, vocabulary
-from moepeft.training import optim, setup
+from moepeft.training import optimizers, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Steps timed on either side.')
@@ -38,7 +38,7 @@ def make_step(config):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   peft = variables['peft']
   state = State(
     step=jnp.int32(0),

@@ -30,7 +30,7 @@ from moepeft.data import loader, sources, vocabulary
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
 from moepeft.runs.run import Run
-from moepeft.training import optim, setup
+from moepeft.training import optimizers, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the ratio.')
 _STEPS = flags.DEFINE_integer('steps', 8, 'Steps timed on either side.')
@@ -57,7 +57,7 @@ def make_bare(config):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   state = State(
     step=jnp.int32(0),
     trainable=variables['peft'],

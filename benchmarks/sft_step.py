@@ -27,7 +27,7 @@ from moepeft.models import FAMILIES
 from moepeft.nn.initializers import fresh
 from moepeft.nn.scan_layers import written_out
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 
 ROWS, LENGTH = 4, 256
@@ -72,8 +72,8 @@ def ours(config, params, method: str, remat: str) -> train_step.Side:
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}
-    total, aux = seq2seq.objective(model.apply, variables, batch, None)
-    return mean(total, aux)
+    total, aux = seq2seq.loss_sums(model.apply, variables, batch, None)
+    return mean_loss(total, aux)
 
   arguments = jax.device_put((peft, params, batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()

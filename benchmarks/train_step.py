@@ -34,7 +34,7 @@ from moepeft.moe.router_stats import route
 from moepeft.nn.adapter_hook import Advice, contraction, flatten_features
 from moepeft.nn.initializers import fresh, peft_param
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.molora import MoLora
@@ -115,8 +115,8 @@ def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}
-    total, aux = seq2seq.objective(model.apply, variables, batch, None)
-    return mean(total, aux)
+    total, aux = seq2seq.loss_sums(model.apply, variables, batch, None)
+    return mean_loss(total, aux)
 
   arguments = jax.device_put((variables['peft'], variables['params'], batch))
   step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()

@@ -51,7 +51,7 @@ from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.config import command_line
+from moepeft.config import command_line, imports
 from moepeft.core import terminal, untrusted
 from moepeft.data.chat import template as chat_template
 from moepeft.data.tokenizers.tokenizer import Tokenizer, vocabulary
@@ -98,6 +98,12 @@ def define_flags() -> flags.FlagValues:
     upper_bound=65_536,
     **options,
   )
+  text(
+    'imports',
+    '',
+    'Modules to import first, my_module,other, whose methods an adapter has.',
+    **options,
+  )
   switch('overwrite', False, 'Replace an earlier output.', **options)
   switch('help', False, 'Show this help.', short_name='h', **options)
   return values
@@ -141,7 +147,10 @@ def convert(values: flags.FlagValues) -> None:
     raise CheckpointError('--workdir and --input are both given; keep one')
   _require(values, 'output')
   directory.check_output(Path(values.output), values.overwrite)
+  imports.import_modules(values.imports, search_current=True)
   if values.workdir is not None:
+    config = Run(values.workdir).read_config()
+    imports.import_modules(config.get('imports', ''))
     _convert_run(values)
   else:
     _require(values, 'input')

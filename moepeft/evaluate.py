@@ -103,7 +103,7 @@ def _changed(
   config.update_from_flattened_dict(
     {key: value for key, value in changes.items() if value is not None}
   )
-  config_check.check(config)
+  config_check.check_ranges(config)
   return dataclasses.replace(run, config=config)
 
 

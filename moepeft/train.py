@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints, card
 from moepeft.checkpoints.run_progress import Course
@@ -33,7 +34,6 @@ from moepeft.core.types import State
 from moepeft.data import cuts, fingerprint, loader, sources, vocabulary
 from moepeft.data.batching.collators import form
 from moepeft.data.chat import template as chat_template
-from moepeft.data.preference.dataset import form_of
 from moepeft.data.preference.tokenize import templated
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import preferences
@@ -42,12 +42,13 @@ from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  batch_kind,
+  OBJECTIVES,
+  build_validation_objective,
   check_model,
   reference_model,
 )
+from moepeft.objectives import check_config as check_objective
+from moepeft.objectives.batches import make_collator
 from moepeft.runs import diagnosis, next_steps, plots
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
@@ -61,7 +62,7 @@ from moepeft.runs.trackers import Writer, writers
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
-  optim,
+  optimizers,
   setup,
   state_sharding,
 )
@@ -131,10 +132,10 @@ def train(
   Raises:
     ValueError: the config, the data or the work directory does not do.
   """
-  config_check.check(config)
+  config_check.check(config, registries.BY_KEY)
   # What can be refused is refused before anything is read.
-  optim.optimizer(config.optimizer, config.steps)
-  setup.build_objective(config)
+  optimizers.make_optimizer(config.optimizer, config.steps)
+  check_objective(config)
   grad_accumulation.check(config.batch_size, config.accumulate)
   memory_estimate.check(config)
   if dry_run:
@@ -184,7 +185,7 @@ def _train(
   data = config.data
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, batch_kind(config.objective), own)
+  own = make_collator(config, own)
   found = sources(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)
@@ -209,19 +210,19 @@ def _train(
     )
   # What rewards are measured against, of objectives that have any.
   against = config.preference.reference
-  reference, adapters = reference_model.reference_of(
-    config.objective, against, model, built, base
-  )
+  reference, adapters, spec = None, {}, OBJECTIVES[config.objective]
+  if spec.needs_reference:
+    reference, adapters = reference_model.make_reference(
+      against, model, built, base
+    )
   begun = config.model.adapter
-  if (
-    begun and config.objective in REFERRING and against == reference_model.BASE
-  ):
+  if begun and spec.needs_reference and against == reference_model.BASE:
     print(
       'note: rewards are measured against the base without '
       f'config.model.adapter; set config.preference.reference to {begun!r} '
       'to measure against where training begins'
     )
-  optimizer = optim.optimizer(config.optimizer, config.steps)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
@@ -249,7 +250,7 @@ def _train(
   if not isinstance(found.train, Stream):
     print(cuts(found.train, own), end='', flush=True)
 
-  if config.objective in REFERRING and against == reference_model.PRECOMPUTED:
+  if spec.needs_reference and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
     log_p = reference_model.precomputed(
       None if dry_run else workdir,
@@ -276,9 +277,7 @@ def _train(
       'row is held out to validate on; raise config.data.held_out (seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  # Of likelihoods a run is judged by its own, whatever config.loss says.
-  compared = config.objective in COMPARED
-  judged = setup.build_objective(config, reference) if compared else None
+  judged = build_validation_objective(config, reference)
   judge = Judge(
     config, model, words, validation, sets, layout.mesh, own, judged
   )
@@ -334,7 +333,7 @@ def _train(
   report = Report(
     progress,
     (*written, history),
-    optim.schedule(config.optimizer, config.steps),
+    optimizers.make_schedule(config.optimizer, config.steps),
     config.router_alarm,
     share[1],
     history.last('validation_loss'),

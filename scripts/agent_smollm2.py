@@ -20,10 +20,10 @@ import pydantic
 
 from moepeft.agent import skills
 from moepeft.agent.agent import Agent
+from moepeft.agent.chat_model import ServerModel
 from moepeft.agent.loop import Budget
-from moepeft.agent.model import Served
-from moepeft.agent.structured import fill
-from moepeft.agent.tools import tool
+from moepeft.agent.structured_output import ask_structured
+from moepeft.agent.tools import make_tool
 
 _WIDE = 160
 # A reply that never ends is broken off here.
@@ -76,12 +76,12 @@ def say(text: str) -> None:
   print('   ', text if len(text) <= _WIDE else f'{text[: _WIDE - 3]}...')
 
 
-def ask(model: Served, tools, question: str, wanted: str, **parts) -> None:
+def ask(model: ServerModel, tools, question: str, wanted: str, **parts) -> None:
   """Asks, and says whether the answer has what is wanted in it."""
   options = {**OPTIONS, **parts.pop('options', {})}
   budget = Budget(steps=4)
   agent = Agent(model, tools, budget=budget, options=options, **parts)
-  agent.tell = show
+  agent.on_event = show
   outcome = agent.ask(question)
   say(f'[{outcome.state}] {outcome.text or outcome.why}')
   done = outcome.state == 'answered' and wanted in outcome.text
@@ -97,9 +97,12 @@ def forced(name: str) -> dict:
   return {'tool_choice': choice}
 
 
-def calculate(model: Served) -> None:
+def calculate(model: ServerModel) -> None:
   """Task 1: 17 times 23 by a calculator, which is 391."""
-  tools, question = [tool(add), tool(multiply)], 'What is 17 times 23?'
+  tools, question = (
+    [make_tool(add), make_tool(multiply)],
+    'What is 17 times 23?',
+  )
   for what, parts in (
     ('tools offered', {}),
     ('a call required', {'options': {'tool_choice': 'required'}}),
@@ -110,13 +113,13 @@ def calculate(model: Served) -> None:
     ask(model, tools, question, '391', **parts)
 
 
-def record(model: Served) -> None:
+def record(model: ServerModel) -> None:
   """Task 2: a sentence as an instance of a pydantic model."""
   print(f'\n- {FACTS} (as a record, by its JSON schema)\n')
   question = f'{FACTS}\nFill in the record of this run as JSON.'
   messages = [{'role': 'user', 'content': question}]
   try:
-    found = fill(model, Run, messages, options=OPTIONS)
+    found = ask_structured(model, Run, messages, options=OPTIONS)
   except ValueError as e:
     say(f'[no instance] {e}')
     return
@@ -126,9 +129,9 @@ def record(model: Served) -> None:
   print(f'    {"NOT done: wrong " + ", ".join(wrong) if wrong else "done"}')
 
 
-def read_run(model: Served, run: str) -> None:
+def read_run(model: ServerModel, run: str) -> None:
   """Task 3: the skill read-training-run on a real run."""
-  own = skills.find([skills.OWN / 'read-training-run'])
+  own = skills.find_skills([skills.SHIPPED / 'read-training-run'])
   question = f'How did the training run in {run} go?'
   for what, options in (
     ('skill offered', {}),
@@ -136,7 +139,7 @@ def read_run(model: Served, run: str) -> None:
     ('run_skill_script forced', forced('run_skill_script')),
   ):
     print(f'\n- {question} ({what})\n')
-    tools, system = skills.tools(own), skills.catalogue(own)
+    tools, system = skills.skill_tools(own), skills.skills_prompt(own)
     # "The run went well, from a loss of 0.69 to 0.31" would have these.
     ask(model, tools, question, '0.3', options=options, system=system)
 
@@ -147,7 +150,7 @@ def main(url: str, run: str, *names: str) -> None:
   for name in names or [model.id for model in client.models.list()]:
     begun = time.monotonic()
     print(f'\n### {name}')
-    model = Served(client, name, stream=False)
+    model = ServerModel(client, name, stream=False)
     calculate(model)
     record(model)
     read_run(model, run)

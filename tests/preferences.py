@@ -19,7 +19,8 @@ from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.objectives import batch_kind, reference_model
+from moepeft.objectives import OBJECTIVES, reference_model
+from moepeft.objectives.batches import make_collator
 
 from .contracts import small
 
@@ -99,9 +100,11 @@ def parts_of(config, optimizer=None):
   """As `train.train` makes them, and the first batch of the data."""
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
-  reference, adapters = reference_model.reference_of(
-    config.objective, config.preference.reference, model, built, base
-  )
+  reference, adapters = None, {}
+  if OBJECTIVES[config.objective].needs_reference:
+    reference, adapters = reference_model.make_reference(
+      config.preference.reference, model, built, base
+    )
   variables = base_lib.initialise(base, model, 0)
   state = State(
     step=jnp.int32(0),
@@ -112,9 +115,7 @@ def parts_of(config, optimizer=None):
     reference=adapters,
   )
   own = collators.form(config.data, Bytes(), base.config, 0)
-  own = preference_dataset.form_of(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  own = make_collator(config, own)
   items = preference_dataset.read(config.data, own).items
   batch = own.padded(items[: config.batch_size])
   batch = {key: jnp.asarray(array) for key, array in batch.items()}

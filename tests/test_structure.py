@@ -17,6 +17,7 @@ LAYERS = (
   ('data',),
   ('objectives', 'inference'),
   ('training', 'evaluation', 'serve'),
+  ('registries',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),

@@ -7,11 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, react
-from moepeft.agent.calls import Result
-from moepeft.agent.loop import Budget, Outcome, Run, Tell, ignore
-from moepeft.agent.memory import Memory, in_turns
-from moepeft.agent.model import Model, Request
+from moepeft.agent import react, tool_calls
+from moepeft.agent.chat_model import ChatModel, Request
+from moepeft.agent.loop import (
+  AgentRun,
+  Budget,
+  EventSink,
+  Outcome,
+  ignore_event,
+)
+from moepeft.agent.memory import Memory, merge_user_turns
+from moepeft.agent.tool_calls import ToolResult
 from moepeft.agent.tools import Tool
 
 FORMS, MODES = ('native', 'react'), ('act', 'plan')
@@ -19,7 +25,7 @@ FORMS, MODES = ('native', 'react'), ('act', 'plan')
 
 @dataclasses.dataclass
 class Agent:
-  """Answers questions; what was said before is its memory.
+  """Answers questions; the conversation so far is in its memory.
 
   Attributes:
     model: as `model.Served`.
@@ -31,7 +37,7 @@ class Agent:
     budget: of each question.
     options: of each request: temperature, seed, max_tokens ...; tool_choice
       is of a question's first call alone, or it would call for ever.
-    tell: called with each event, from the thread that asks.
+    on_event: called with each event, from the thread that asks.
     clock: seconds, for the budget.
     run_calls: how tools are run; another one in a replay.
 
@@ -39,7 +45,7 @@ class Agent:
     ValueError: two tools have one name, or there is no such form or mode.
   """
 
-  model: Model
+  model: ChatModel
   tools: Sequence[Tool] = ()
   system: str = ''
   memory: Memory = dataclasses.field(default_factory=Memory)
@@ -47,29 +53,33 @@ class Agent:
   mode: str = 'act'
   budget: Budget = Budget()
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  tell: Tell = ignore
+  on_event: EventSink = ignore_event
   clock: Callable[[], float] = time.monotonic
-  run_calls: Callable[..., Sequence[Result]] = calls.run
+  run_calls: Callable[..., Sequence[ToolResult]] = tool_calls.run_calls
 
   def __post_init__(self):
-    for what, known in (('form', FORMS), ('mode', MODES)):
-      if (found := getattr(self, what)) not in known:
-        raise ValueError(f'{what} is one of {", ".join(known)}; got {found!r}')
+    for attribute, choices in (('form', FORMS), ('mode', MODES)):
+      if (value := getattr(self, attribute)) not in choices:
+        raise ValueError(
+          f'{attribute} is one of {", ".join(choices)}; got {value!r}'
+        )
     names = collections.Counter(tool.name for tool in self.tools)
     for name, count in names.items():
       if count > 1:
         raise ValueError(f'two tools are named {name!r}; rename one')
 
   def request(self, tools: Sequence[Tool], options: Mapping) -> Request:
-    """What the model is sent now."""
-    parts = [self.system, calls.RULE if self.tools else '']
+    """The request that the model is sent next."""
+    parts = [self.system, tool_calls.SYSTEM_RULE if self.tools else '']
     system = '\n\n'.join(filter(None, parts))
     first = [{'role': 'system', 'content': system}] if system else []
-    made: Request = {**options, 'messages': [*first, *self.memory.messages]}
+    request: Request = {**options, 'messages': [*first, *self.memory.messages]}
     if tools:
-      made = {**made, 'tools': [tool.declared() for tool in tools]}
-    made = react.write(made) if self.form == 'react' else made
-    return {**made, 'messages': in_turns(made['messages'])}
+      request = {**request, 'tools': [tool.declared() for tool in tools]}
+    request = (
+      react.to_text_request(request) if self.form == 'react' else request
+    )
+    return {**request, 'messages': merge_user_turns(request['messages'])}
 
   def prompt(self) -> str:
     """The whole system prompt."""
@@ -82,8 +92,8 @@ class Agent:
     A question that is interrupted (Ctrl-C) leaves no trace in memory.
     """
     memory = self.memory
-    kept = list(memory.messages), memory.asked
-    self.tell(
+    snapshot = list(memory.messages), memory.question_start
+    self.on_event(
       {
         'event': 'started',
         'question': question,
@@ -91,24 +101,24 @@ class Agent:
         'settings': self._settings(),
       }
     )
-    memory.question(question)
+    memory.add_question(question)
     try:
-      run = Run(self)
+      run = AgentRun(self)
       outcome = run.act() if self.mode == 'act' else run.plan_act_reflect()
     except BaseException:
-      memory.messages, memory.asked = kept
+      memory.messages, memory.question_start = snapshot
       raise
     last = memory.messages[-1]
     if last['role'] != 'assistant' or last.get('tool_calls'):
       text = f'(no answer: {outcome.why})'
       memory.messages.append({'role': 'assistant', 'content': text})
-    self.tell({'event': 'ended', 'outcome': dataclasses.asdict(outcome)})
+    self.on_event({'event': 'ended', 'outcome': dataclasses.asdict(outcome)})
     return outcome
 
   def _settings(self) -> dict[str, Any]:
-    kept = ('system', 'form', 'mode', 'options')
+    copied = ('system', 'form', 'mode', 'options')
     return {
-      **{key: getattr(self, key) for key in kept},
+      **{key: getattr(self, key) for key in copied},
       'memory': self.memory.limit,
       'budget': dataclasses.asdict(self.budget),
       'tools': [[t.name, t.description, t.schema] for t in self.tools],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: asks the model, runs its tools, tells it the results.
+"""The loop: asks the model, runs its tools, returns their results to it.
 
-What happens is told as events, dicts of JSON with the key 'event':
+Events are dicts of JSON with the key 'event':
 
   started   question, settings (what a replay needs), earlier messages
   counted   tokens of a request, where memory has a limit
@@ -19,37 +19,43 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moepeft.agent import calls, react
-from moepeft.agent.calls import Result
-from moepeft.agent.memory import Full
-from moepeft.agent.model import Failed, Late, Message, Reply, Request
+from moepeft.agent import react, tool_calls
+from moepeft.agent.chat_model import (
+  ChatReply,
+  Message,
+  ReplyError,
+  ReplyTimeout,
+  Request,
+)
+from moepeft.agent.memory import MemoryFullError
+from moepeft.agent.tool_calls import ToolResult
 from moepeft.agent.tools import Tool
 
 Event = Mapping[str, Any]
-Tell = Callable[[Event], None]
-_PLAN = (
+EventSink = Callable[[Event], None]
+_PLAN_PROMPT = (
   'Before you begin: write a short numbered plan of how you will answer this, '
   'at most five lines. Do not answer yet.'
 )
-_ACT = 'Now carry the plan out, and answer.'
-_REFLECT = (
+_ACT_PROMPT = 'Now carry the plan out, and answer.'
+_REFLECT_PROMPT = (
   'Check your answer: does it answer the question, and does what you found '
   'support it? Reply with OK alone if so, else with what is wrong in a line.'
 )
-_AGAIN = 'Now mend that, and answer anew.'
-_SAME = (
+_RETRY_PROMPT = 'Now mend that, and answer anew.'
+_REPEATED_NOTE = (
   '\nThe same call gave the same output before. Do something else, or answer.'
 )
 
 
-def ignore(event: Any) -> None:
-  """Tells nobody."""
+def ignore_event(event: Any) -> None:
+  """Drops an event."""
   del event
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """What a question may cost; None is no limit.
+  """The budget of a question; None is no limit.
 
   Attributes:
     steps: requests to the model.
@@ -81,7 +87,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What came of a question.
+  """The result of a question.
 
   Attributes:
     state: 'answered'; 'unsure' (its own check objects), 'cut' (the server
@@ -103,29 +109,31 @@ class Outcome:
   estimated: bool = False
 
 
-class Run:
-  """A question under way: what it has used."""
+class AgentRun:
+  """The state of one question: steps, calls, tokens and seconds used."""
 
   def __init__(self, agent: Any):
-    """Of an `agent.Agent`, whose parts it works with; begins now."""
+    """Starts the clock; `agent` is an `agent.Agent`."""
     self.agent, self.budget, self.memory = agent, agent.budget, agent.memory
-    self.begun = agent.clock()
+    self.start = agent.clock()
     self.steps = self.calls = self.tokens = self.malformed = 0
     self.seconds, self.estimated = 0.0, False
-    self.seen: collections.Counter = collections.Counter()
+    self.call_counts: collections.Counter = collections.Counter()
 
   def end(self, state: str, text: str = '', why: str = '') -> Outcome:
     """The outcome, with what was used so far."""
-    used = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
-    return Outcome(state, text, why, *(getattr(self, name) for name in used))
+    counters = ('steps', 'calls', 'tokens', 'seconds', 'estimated')
+    return Outcome(
+      state, text, why, *(getattr(self, name) for name in counters)
+    )
 
-  def say(self, role: str, content: str) -> None:
+  def add_message(self, role: str, content: str) -> None:
     self.memory.messages.append({'role': role, 'content': content})
 
-  def ask(self, tools: Sequence[Tool]) -> Reply | Outcome:
+  def ask(self, tools: Sequence[Tool]) -> ChatReply | Outcome:
     """One request; an outcome where there is no budget or no reply."""
     agent, budget = self.agent, self.budget
-    self.seconds = round(agent.clock() - self.begun, 3)
+    self.seconds = round(agent.clock() - self.start, 3)
     for name in ('steps', 'tokens', 'seconds'):
       limit, spent = getattr(budget, name), getattr(self, name)
       if limit is not None and spent >= limit:
@@ -133,20 +141,24 @@ class Run:
         return self.end('budget', why=why)
     try:
       request = self._fitted(tools)
-    except Full as e:
+    except MemoryFullError as e:
       return self.end('budget', why=str(e))
-    agent.tell({'event': 'asked', 'request': request, 'seconds': self.seconds})
+    agent.on_event(
+      {'event': 'asked', 'request': request, 'seconds': self.seconds}
+    )
     self.steps += 1
     left = budget.seconds and budget.seconds - self.seconds
     try:
       reply = agent.model(
-        request, lambda text: agent.tell({'event': 'piece', 'text': text}), left
+        request,
+        lambda text: agent.on_event({'event': 'piece', 'text': text}),
+        left,
       )
-    except Failed as e:
-      late = isinstance(e, Late)
-      agent.tell({'event': 'replied', 'error': str(e), 'late': late})
+    except ReplyError as e:
+      late = isinstance(e, ReplyTimeout)
+      agent.on_event({'event': 'replied', 'error': str(e), 'late': late})
       return self.end('budget' if late else 'failed', why=str(e))
-    agent.tell({'event': 'replied', **dataclasses.asdict(reply)})
+    agent.on_event({'event': 'replied', **dataclasses.asdict(reply)})
     self.tokens += reply.tokens
     self.estimated |= reply.estimated
     return reply
@@ -163,15 +175,15 @@ class Run:
       if memory.limit is None:
         return request
       tokens = memory.count(request)
-      self.agent.tell({'event': 'counted', 'tokens': tokens})
+      self.agent.on_event({'event': 'counted', 'tokens': tokens})
       if tokens <= memory.limit:
         return request
-      if not (lost := memory.forget()):
-        raise Full(
+      if not (forgotten := memory.forget()):
+        raise MemoryFullError(
           f'the question and its latest step have {tokens:,} tokens, memory '
           f'holds {memory.limit:,}; give it more, or show less of tool outputs'
         )
-      self.agent.tell({'event': 'forgotten', 'messages': lost})
+      self.agent.on_event({'event': 'forgotten', 'messages': forgotten})
 
   def act(self) -> Outcome:
     """Steps until one ends it."""
@@ -184,57 +196,57 @@ class Run:
     reply = self.ask(self.agent.tools)
     if isinstance(reply, Outcome):
       return reply
-    message, wrong = reply.message, ''
+    message, format_fault = reply.message, ''
     text = message['content']
     if self.agent.form == 'react' and self.agent.tools:
-      message, text, wrong = react.read(message, self.steps)
-    self.memory.messages.append(calls.sendable(message))
+      message, text, format_fault = react.parse_reply(message, self.steps)
+    self.memory.messages.append(tool_calls.replayable_message(message))
     if message.get('tool_calls'):
       self.malformed = 0
       return self._call(message['tool_calls'])
     if reply.reason == 'length':
       why = 'the server ended the answer at its length; raise max_tokens'
       return self.end('cut', text, why)
-    if wrong:
+    if format_fault:
       self.malformed += 1
       if self.malformed >= self.budget.malformed:
         why = f'{self.malformed} replies in a row were not in the protocol'
         return self.end('malformed', text, why)
-      self.say('user', wrong)
+      self.add_message('user', format_fault)
       return None
     if not text.strip():
       return self.end('failed', why='the model answered nothing')
     return self.end('answered', text)
 
-  def _call(self, asked: Sequence[Message]) -> Outcome | None:
+  def _call(self, requested: Sequence[Message]) -> Outcome | None:
     """Runs calls; each has its answer, or there would be no conversation."""
     agent, limits = self.agent, self.budget
     left = limits.calls - self.calls
-    taken, refused = asked[:left], asked[left:]
-    agent.tell({'event': 'called', 'calls': taken})
+    accepted, refused = requested[:left], requested[left:]
+    agent.on_event({'event': 'called', 'calls': accepted})
     tools = {tool.name: tool for tool in agent.tools}
     results = list(
-      agent.run_calls(tools, taken, limits.call_seconds, limits.output)
+      agent.run_calls(tools, accepted, limits.call_seconds, limits.output)
     )
     for result in results:
-      agent.tell({'event': 'returned', **dataclasses.asdict(result)})
-    self.calls += len(taken)
+      agent.on_event({'event': 'returned', **dataclasses.asdict(result)})
+    self.calls += len(accepted)
     spent = f'the budget of {limits.calls} calls is spent'
     results += [
-      Result(call['id'], *call['function'].values(), spent, True)
+      ToolResult(call['id'], *call['function'].values(), spent, True)
       for call in refused
     ]
     # Twice in one reply is no loop: its output was not seen between.
-    keys = [calls.key(result) for result in results]
-    self.seen.update(set(keys))
-    counts = [self.seen[key] for key in keys]
+    keys = [tool_calls.result_key(result) for result in results]
+    self.call_counts.update(set(keys))
+    counts = [self.call_counts[key] for key in keys]
     for result, count in zip(results, counts, strict=True):
-      note = _SAME if count > 1 else ''
+      note = _REPEATED_NOTE if count > 1 else ''
       self.memory.messages.append(
         {
           'role': 'tool',
           'tool_call_id': result.id,
-          'content': calls.as_data(result) + note,
+          'content': tool_calls.quote_output(result) + note,
         }
       )
     if (most := max(counts)) >= limits.repeats:
@@ -243,14 +255,14 @@ class Run:
       return self.end('loop', why=f'{why}the same output')
     return self.end('budget', why=spent) if refused else None
 
-  def told(self, instruction: str) -> str | Outcome:
-    """What the model says to an instruction, without tools."""
-    self.say('user', instruction)
+  def instruct(self, instruction: str) -> str | Outcome:
+    """The model's reply to an instruction, without tools."""
+    self.add_message('user', instruction)
     reply = self.ask(())
     if isinstance(reply, Outcome):
       return reply
     text = reply.message['content']
-    self.say('assistant', text)
+    self.add_message('assistant', text)
     return text.strip()
 
   def plan_act_reflect(self, rounds: int = 2) -> Outcome:
@@ -259,21 +271,21 @@ class Run:
     An answer that the last check objects to is 'unsure', never 'answered'; one
     that could not be checked is too.
     """
-    if isinstance(ended := self.told(_PLAN), Outcome):
+    if isinstance(ended := self.instruct(_PLAN_PROMPT), Outcome):
       return ended
-    self.say('user', _ACT)
+    self.add_message('user', _ACT_PROMPT)
     for left in range(rounds - 1, -1, -1):
       outcome = self.act()
       if outcome.state != 'answered':
         return outcome
-      said = self.told(_REFLECT)
-      if isinstance(said, Outcome):
-        why = f'the answer was not checked: {said.why}'
+      verdict = self.instruct(_REFLECT_PROMPT)
+      if isinstance(verdict, Outcome):
+        why = f'the answer was not checked: {verdict.why}'
         return self.end('unsure', outcome.text, why)
-      first = said.splitlines()[0] if said else ''
+      first = verdict.splitlines()[0] if verdict else ''
       if first.strip('."\'*').lower() == 'ok':
         return self.end('answered', outcome.text)
       if left:
-        self.say('user', _AGAIN)
-    why = f'its own check objects: {said or "it did not say"}'
+        self.add_message('user', _RETRY_PROMPT)
+    why = f'its own check objects: {verdict or "it did not say"}'
     return self.end('unsure', outcome.text, why)

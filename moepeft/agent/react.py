@@ -8,9 +8,9 @@ message with calls. Yao et al., arXiv:2210.03629, with JSON as actions' input.
 import json
 import re
 
-from moepeft.agent.model import Message, Request
+from moepeft.agent.chat_model import Message, Request
 
-_RULES = """\
+_INSTRUCTIONS = """\
 You may use tools. Answer in exactly one of these two forms.
 
 To use a tool:
@@ -26,7 +26,7 @@ Final Answer: the answer
 
 The tools, with the JSON schema of their arguments:
 {tools}"""
-WRONG = (
+FORMAT_REMINDER = (
   'That was in neither form. Write "Action:" and "Action Input:" to use a '
   'tool, or "Final Answer:" and the answer.'
 )
@@ -38,18 +38,18 @@ _ACTION = re.compile(
 )
 
 
-def write(request: Request) -> Request:
+def to_text_request(request: Request) -> Request:
   """A request with tools as one without."""
-  made = [_written(message) for message in request['messages']]
+  messages = [_to_text_message(message) for message in request['messages']]
   tools = [item['function'] for item in request.get('tools', ())]
-  kept = {
+  other_fields = {
     key: value
     for key, value in request.items()
     if key not in ('tools', 'tool_choice', 'parallel_tool_calls')
   }
   if not tools:
-    return {**kept, 'messages': made}
-  rules = _RULES.format(
+    return {**other_fields, 'messages': messages}
+  rules = _INSTRUCTIONS.format(
     names=', '.join(tool['name'] for tool in tools),
     tools='\n'.join(
       f'- {tool["name"]}: {tool["description"]} '
@@ -57,20 +57,20 @@ def write(request: Request) -> Request:
       for tool in tools
     ),
   )
-  if made and made[0]['role'] == 'system':
-    rules = f'{made.pop(0)["content"]}\n\n{rules}'
+  if messages and messages[0]['role'] == 'system':
+    rules = f'{messages.pop(0)["content"]}\n\n{rules}'
   # What a tool returns is for us to say.
-  made.insert(0, {'role': 'system', 'content': rules})
-  return {**kept, 'messages': made, 'stop': [_OBSERVATION]}
+  messages.insert(0, {'role': 'system', 'content': rules})
+  return {**other_fields, 'messages': messages, 'stop': [_OBSERVATION]}
 
 
-def _written(message: Message) -> Message:
+def _to_text_message(message: Message) -> Message:
   if message['role'] == 'tool':
     return {'role': 'user', 'content': f'{_OBSERVATION}\n{message["content"]}'}
   return {key: message[key] for key in ('role', 'content')}
 
 
-def read(message: Message, number: int) -> tuple[Message, str, str]:
+def parse_reply(message: Message, number: int) -> tuple[Message, str, str]:
   """A reply, the question's `number`-th: (message, answer, what is wrong)."""
   text = message['content'].partition(_OBSERVATION)[0].rstrip()
   message = {'role': 'assistant', 'content': text}
@@ -78,7 +78,7 @@ def read(message: Message, number: int) -> tuple[Message, str, str]:
   if final and not (action and action.start() < final.start()):
     return message, text[final.end() :].strip(), ''
   if not action:
-    return message, text, WRONG
+    return message, text, FORMAT_REMINDER
   function = {
     'name': action[1],
     'arguments': _first_object(text[action.end() :]),

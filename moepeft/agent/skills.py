@@ -18,24 +18,24 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from moepeft.agent import cards
-from moepeft.agent.programs import Bounds
-from moepeft.agent.sandbox import Sandbox, unusable
-from moepeft.agent.tools import Tool, reasons, tool
+from moepeft.agent import config_file
+from moepeft.agent.sandbox.bubblewrap import Sandbox, unavailable_reason
+from moepeft.agent.sandbox.process import ResourceLimits
+from moepeft.agent.tools import Tool, make_tool, validation_message
 from moepeft.core import files as core_files
 from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
 
-FILE = 'SKILL.md'
-OWN = pathlib.Path(__file__).parent / 'skills'
+SKILL_FILE = 'SKILL.md'
+SHIPPED = pathlib.Path(__file__).parent / 'skills'
 # Of a file that is shown to a model.
-_LARGEST = 1 << 20
+_MAX_FILE_BYTES = 1 << 20
 # Of a script, JAX among them: it maps far more than it uses, and has threads
 # by the processor.
-BOUNDS = Bounds(
+SCRIPT_LIMITS = ResourceLimits(
   seconds=120.0, memory=8 << 30, processes=1024, address_space=1 << 38
 )
-_ADVICE = """\
+_PROMPT = """\
 You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
 says. The skills:
@@ -65,14 +65,16 @@ class Skill(pydantic.BaseModel):
 
   def files(self) -> list[str]:
     """Paths of what lies beside SKILL.md, links and hidden files aside."""
-    found = []
+    paths_inside = []
     # Links to directories are not followed.
     for folder, names, files in os.walk(self.path):
       names[:] = [n for n in names if not n.startswith(('.', '__'))]
       paths = [pathlib.Path(folder, n) for n in files if n[0] != '.']
-      found += [p for p in paths if p.is_file() and not p.is_symlink()]
-    told = sorted(p.relative_to(self.path).as_posix() for p in found)
-    return [path for path in told if path != FILE]
+      paths_inside += [p for p in paths if p.is_file() and not p.is_symlink()]
+    relative_paths = sorted(
+      p.relative_to(self.path).as_posix() for p in paths_inside
+    )
+    return [path for path in relative_paths if path != SKILL_FILE]
 
   def file(self, path: str) -> pathlib.Path:
     """A file of the skill.
@@ -80,7 +82,7 @@ class Skill(pydantic.BaseModel):
     Raises:
       ValueError: it is not in the skill's directory, or there by a link.
     """
-    if path not in [FILE, *self.files()]:
+    if path not in [SKILL_FILE, *self.files()]:
       raise ValueError(
         f'the skill {self.name} has no file {path!r}; it has '
         f'{", ".join(self.files()) or "none"}'
@@ -88,44 +90,50 @@ class Skill(pydantic.BaseModel):
     return self.path / path
 
 
-def read(path: str | os.PathLike) -> Skill:
+def read_skill(path: str | os.PathLike) -> Skill:
   """A skill from its directory.
 
   Raises:
     ValueError: it is none; a sentence that says what to mend.
   """
   path = pathlib.Path(path)
-  file = path / FILE
+  file = path / SKILL_FILE
   if not os.path.lexists(file):
-    raise ValueError(f'the skill {path} has no {FILE}; write one')
+    raise ValueError(f'the skill {path} has no {SKILL_FILE}; write one')
   try:
     with core_files.open_file(file) as stream:
-      data = stream.read(_LARGEST + 1)
+      data = stream.read(_MAX_FILE_BYTES + 1)
     text = data.decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError:
     raise ValueError(f'{file} is not UTF-8; save it as that') from None
-  if len(data) > _LARGEST:
-    raise ValueError(f'{file} has more than {_LARGEST:,} bytes; shorten it')
-  found = re.match(r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M)
-  if not found:
+  if len(data) > _MAX_FILE_BYTES:
+    raise ValueError(
+      f'{file} has more than {_MAX_FILE_BYTES:,} bytes; shorten it'
+    )
+  front_matter = re.match(
+    r'---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)', text, re.S | re.M
+  )
+  if not front_matter:
     raise ValueError(
       f'{file} has no front matter; begin it with a line ---, then name and '
       'description, then another line ---'
     )
   try:
-    fields = parse_yaml(found[1])
+    fields = parse_yaml(front_matter[1])
     if not isinstance(fields, dict) or not all(
       isinstance(k, str) for k in fields
     ):
       raise ValueError(f'the front matter of {file} is no list of name: value')
-    rest = {'body': text[found.end() :].strip(), 'path': path.resolve()}
+    rest = {'body': text[front_matter.end() :].strip(), 'path': path.resolve()}
     skill = Skill.model_validate({**fields, **rest})
   except Malformed as e:
     raise ValueError(
       f'the front matter of {file} is {e}; quote values that hold a colon'
     ) from None
   except pydantic.ValidationError as e:
-    raise ValueError(f'the front matter of {file}: {reasons(e)}') from None
+    raise ValueError(
+      f'the front matter of {file}: {validation_message(e)}'
+    ) from None
   if skill.name != skill.path.name:
     raise ValueError(
       f'the name {skill.name!r} in {file} differs from its directory '
@@ -139,7 +147,7 @@ def warn(text: str) -> None:
   terminal.show(text, file=sys.stderr)
 
 
-def find(
+def find_skills(
   folders: Sequence[str | os.PathLike], warn: Callable[[str], None] = warn
 ) -> dict[str, Skill]:
   """{name: skill} of all valid skills in some directories, or that these are.
@@ -156,22 +164,22 @@ def find(
   faults = []
   for folder in map(pathlib.Path, folders):
     if not folder.is_dir():
-      what = 'is no directory' if folder.exists() else 'does not exist'
-      raise ValueError(f'the directory of skills {str(folder)!r} {what}')
-    within = [
+      problem = 'is no directory' if folder.exists() else 'does not exist'
+      raise ValueError(f'the directory of skills {str(folder)!r} {problem}')
+    candidates = [
       path
       for path in sorted(folder.iterdir())
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
-    if os.path.lexists(folder / FILE):
+    if os.path.lexists(folder / SKILL_FILE):
       # A skill, or a directory of skills that has a stray file.
-      within = [
+      candidates = [
         folder,
-        *(path for path in within if os.path.lexists(path / FILE)),
+        *(path for path in candidates if os.path.lexists(path / SKILL_FILE)),
       ]
-    for path in within:
+    for path in candidates:
       try:
-        skill = read(path)
+        skill = read_skill(path)
       except (ValueError, OSError) as e:
         faults.append(str(e))
         continue
@@ -190,19 +198,19 @@ def find(
   return valid
 
 
-def catalogue(skills: Mapping[str, Skill]) -> str:
-  """What the system prompt says of skills; '' of none."""
+def skills_prompt(skills: Mapping[str, Skill]) -> str:
+  """The system prompt's paragraph on skills; '' without skills."""
   lines = [
     f'- {skill.name}: {" ".join(skill.description.split())}'
     for skill in skills.values()
   ]
-  return _ADVICE.format('\n'.join(lines)) if lines else ''
+  return _PROMPT.format('\n'.join(lines)) if lines else ''
 
 
-def box(
+def script_sandbox(
   skills: Mapping[str, Skill],
   workspace: str | os.PathLike = '.',
-  bounds: Bounds = BOUNDS,
+  bounds: ResourceLimits = SCRIPT_LIMITS,
   unsafe_no_sandbox: bool = False,
 ) -> Sandbox:
   """The sandbox of skills' scripts.
@@ -215,7 +223,7 @@ def box(
   """
   workspace = pathlib.Path(workspace).resolve()
   home = pathlib.Path.home().resolve()
-  if not unsafe_no_sandbox and (why := unusable()):
+  if not unsafe_no_sandbox and (why := unavailable_reason()):
     raise ValueError(why)
   if home.is_relative_to(workspace) and not unsafe_no_sandbox:
     raise ValueError(
@@ -242,17 +250,18 @@ def box(
   return Sandbox(bounds, unsafe_no_sandbox, paths, environment, str(workspace))
 
 
-def tools(
+def skill_tools(
   skills: Mapping[str, Skill],
-  box: Sandbox | None = None,
+  sandbox: Sandbox | None = None,
   workspace: str | os.PathLike = '.',
 ) -> list[Tool]:
   """load_skill, read_skill_file and run_skill_script; none for no skills.
 
   Args:
     skills: by name.
-    box: where scripts run, as `box` makes it; None for no run_skill_script.
-    workspace: where a config card is written, the one file that a script may
+    sandbox: where scripts run, as `script_sandbox` makes it; None for no
+      run_skill_script.
+    workspace: where a config file is written, the one file that a script may
       hand over: MOEPEFT_OUTPUT is the number of a descriptor for it.
   """
   if not skills:
@@ -261,7 +270,7 @@ def tools(
   scripts = [path for path in files if path.startswith('scripts/')]
   # The schemas name all there is, so that a server can keep a model to it.
   name_of, file_of, script_of = (
-    Literal[tuple(known)] for known in (skills, files or [''], scripts or [''])
+    Literal[tuple(names)] for names in (skills, files or [''], scripts or [''])
   )
 
   def load_skill(name: name_of) -> str:
@@ -273,7 +282,7 @@ def tools(
     skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
     note = ''
-    if box is None and any(p.startswith('scripts/') for p in skill.files()):
+    if sandbox is None and any(p.startswith('scripts/') for p in skill.files()):
       note = '\nScripts cannot be run here: there is no sandbox. Say so.'
     return f'{skill.body}\n\nFiles of this skill:{files or " none"}{note}'
 
@@ -286,9 +295,9 @@ def tools(
     """
     file = skills[name].file(path)
     with core_files.open_file(file) as stream:
-      data = stream.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-      raise ValueError(f'{path!r} has more than {_LARGEST:,} bytes')
+      data = stream.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+      raise ValueError(f'{path!r} has more than {_MAX_FILE_BYTES:,} bytes')
     return data.decode('utf-8-sig')
 
   def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
@@ -302,18 +311,20 @@ def tools(
     file = skills[name].file(path)
     runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
     command = [*runners.get(file.suffix, ()), str(file), *args]
-    with tempfile.TemporaryFile() as handed:
-      number = handed.fileno()
-      output = {'MOEPEFT_OUTPUT': str(number)}
-      ran = box.run(command, output, [number])
-      handed.seek(0)
-      data = handed.read(cards.LARGEST + 1)
-    if data and ran.code == 0:
-      cards.save(data, workspace)
-    return str(ran)
+    with tempfile.TemporaryFile() as output_file:
+      descriptor = output_file.fileno()
+      output = {'MOEPEFT_OUTPUT': str(descriptor)}
+      result = sandbox.run(command, output, [descriptor])
+      output_file.seek(0)
+      data = output_file.read(config_file.MAX_BYTES + 1)
+    if data and result.code == 0:
+      config_file.save_config(data, workspace)
+    return str(result)
 
-  made = [tool(load_skill, trusted=True)]
-  made += [tool(read_skill_file, trusted=True)] if files else []
-  if scripts and box:
-    made.append(tool(run_skill_script, seconds=box.bounds.seconds + 10))
-  return made
+  tools = [make_tool(load_skill, trusted=True)]
+  tools += [make_tool(read_skill_file, trusted=True)] if files else []
+  if scripts and sandbox:
+    tools.append(
+      make_tool(run_skill_script, seconds=sandbox.bounds.seconds + 10)
+    )
+  return tools

@@ -52,11 +52,11 @@ class Tool:
     return {'type': 'function', 'function': function}
 
 
-class Invalid(ValueError):
+class InvalidArguments(ValueError):
   """Arguments that do not fit; the sentence is for the model."""
 
 
-def tool(
+def make_tool(
   function: Callable[..., Any],
   seconds: float | None = None,
   trusted: bool = False,
@@ -76,35 +76,48 @@ def tool(
     raise ValueError(
       f'a tool is named by up to 64 letters, digits, _ or -; got {name!r}'
     )
-  about, notes = _documented(inspect.getdoc(function) or '')
-  form = _arguments(function, name, notes)
+  description, notes = _parse_docstring(inspect.getdoc(function) or '')
+  arguments_model = _arguments_model(function, name, notes)
 
   def run(text: str) -> str:
     try:
-      made = form.model_validate_json(text or '{}')
+      arguments = arguments_model.model_validate_json(text or '{}')
     except pydantic.ValidationError as e:
-      raise Invalid(f'the arguments do not fit: {reasons(e)}') from None
-    result = function(**{key: getattr(made, key) for key in form.model_fields})
+      raise InvalidArguments(
+        f'the arguments do not fit: {validation_message(e)}'
+      ) from None
+    result = function(
+      **{key: getattr(arguments, key) for key in arguments_model.model_fields}
+    )
     if isinstance(result, str):
       return result
     return pydantic_core.to_json(result, fallback=str).decode()
 
-  return Tool(name, about, strict(form, name), run, seconds, trusted)
+  return Tool(
+    name,
+    description,
+    strict_schema(arguments_model, name),
+    run,
+    seconds,
+    trusted,
+  )
 
 
-def _documented(text: str) -> tuple[str, dict[str, str]]:
+def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:
   """A docstring's beginning, and {argument: what} of its `Args:`."""
-  about, _, rest = text.partition('\nArgs:\n')
-  about = re.split(r'\n(?:Returns?|Raises?):\n', about)[0].strip()
+  description, _, rest = text.partition('\nArgs:\n')
+  description = re.split(r'\n(?:Returns?|Raises?):\n', description)[0].strip()
   rest = re.split(r'\n(?=\S)', rest)[0]
   indent = re.match(' *', rest)[0]
-  found = re.findall(
+  documented_arguments = re.findall(
     rf'^{indent}(\w+)(?: \([^)]*\))?:(.*(?:\n{indent} +.*)*)', rest, re.M
   )
-  return about, {key: ' '.join(note.split()) for key, note in found}
+  return description, {
+    key: ' '.join(note.split()) for key, note in documented_arguments
+  }
 
 
-def _arguments(
+def _arguments_model(
   function: Callable, name: str, notes: dict[str, str]
 ) -> type[pydantic.BaseModel]:
   """A pydantic model with a field for each argument."""
@@ -127,48 +140,50 @@ def _arguments(
       default = ...
     elif default is not None:
       # A strict schema has no defaults.
-      said = pydantic_core.to_json(default, fallback=str).decode()
-      note = f'{note} By default {said}.'.strip()
+      default_text = pydantic_core.to_json(default, fallback=str).decode()
+      note = f'{note} By default {default_text}.'.strip()
     fields[key] = hints[key], pydantic.Field(default, description=note or None)
   if notes:
     raise ValueError(
       f'the docstring of the tool {name} describes {min(notes)!r}, which it '
       'does not take'
     )
-  form = pydantic.ConfigDict(extra='forbid')
-  return pydantic.create_model(name, __config__=form, **fields)
+  model_config = pydantic.ConfigDict(extra='forbid')
+  return pydantic.create_model(name, __config__=model_config, **fields)
 
 
-def strict(form: type[pydantic.BaseModel], what: str) -> dict[str, Any]:
+def strict_schema(
+  model: type[pydantic.BaseModel], subject: str
+) -> dict[str, Any]:
   """A pydantic model's strict JSON schema; `what` it is of, for the error.
 
   Raises:
     ValueError: it has an object with any keys, or a value of any type.
   """
-  schema = openai.pydantic_function_tool(form)['function']['parameters']
-  _check(schema, what)
+  schema = openai.pydantic_function_tool(model)['function']['parameters']
+  _check_strict(schema, subject)
   return schema
 
 
-def _check(node: dict[str, Any], what: str) -> None:
+def _check_strict(node: dict[str, Any], subject: str) -> None:
   # The client leaves defaults in, the API refuses them.
   node.pop('default', None)
   free = node.get('additionalProperties', False) is not False
   untyped = node.get('type') == 'array' and 'items' not in node
   if free or untyped or not _KINDS & set(node):
     raise ValueError(
-      f'{what} has a value without one type (Any, a tuple or a dict); a strict '
-      'schema needs lists, dataclasses or pydantic models'
+      f'{subject} has a value without one type (Any, a tuple or a dict); a '
+      'strict schema needs lists, dataclasses or pydantic models'
     )
   parts = [part for kind in ('anyOf', 'oneOf') for part in node.get(kind, ())]
   for key in ('properties', '$defs'):
     parts += node.get(key, {}).values()
   for part in [*parts, *([node['items']] if 'items' in node else [])]:
-    _check(part, what)
+    _check_strict(part, subject)
 
 
-def reasons(error: pydantic.ValidationError) -> str:
-  """What does not fit where, in a line."""
+def validation_message(error: pydantic.ValidationError) -> str:
+  """A pydantic validation error as one line."""
   # Keys are the model's, of any length and number.
   items = error.errors(include_url=False)
   parts = [

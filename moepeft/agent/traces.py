@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from moepeft.agent.agent import FORMS, MODES, Agent
-from moepeft.agent.calls import Result
-from moepeft.agent.loop import Budget, Event, Outcome, Tell, ignore
+from moepeft.agent.chat_model import ChatReply, ReplyError, ReplyTimeout
+from moepeft.agent.loop import Budget, Event, EventSink, Outcome, ignore_event
 from moepeft.agent.memory import Memory
-from moepeft.agent.model import Failed, Late, Reply
-from moepeft.agent.tools import Tool, reasons
+from moepeft.agent.tool_calls import ToolResult
+from moepeft.agent.tools import Tool, validation_message
 from moepeft.core import files, terminal
 from moepeft.core.untrusted import Malformed, field, parse_json
 
@@ -24,11 +24,13 @@ from moepeft.core.untrusted import Malformed, field, parse_json
 _STRICT = pydantic.ConfigDict(strict=True)
 
 
-def _of(form: type) -> type[pydantic.BaseModel]:
+def _dataclass_model(dataclass: type) -> type[pydantic.BaseModel]:
   """The fields of a dataclass, all of them and no others."""
-  fields = {field.name: (field.type, ...) for field in dataclasses.fields(form)}
+  fields = {
+    field.name: (field.type, ...) for field in dataclasses.fields(dataclass)
+  }
   config = pydantic.ConfigDict(strict=True, extra='forbid')
-  return pydantic.create_model(form.__name__, __config__=config, **fields)
+  return pydantic.create_model(dataclass.__name__, __config__=config, **fields)
 
 
 class _Settings(pydantic.BaseModel):
@@ -38,7 +40,7 @@ class _Settings(pydantic.BaseModel):
   mode: Literal[MODES]
   options: dict[str, Any]
   memory: int | None
-  budget: _of(Budget)
+  budget: _dataclass_model(Budget)
   # A list in JSON.
   tools: list[
     Annotated[tuple[str, str, dict[str, Any]], pydantic.Field(strict=False)]
@@ -64,22 +66,26 @@ class _Message(pydantic.BaseModel):
   tool_calls: list[_Call] = []
 
 
-def _event(event: str, /, **fields: Any) -> type[pydantic.BaseModel]:
-  made = {key: (kind, ...) for key, kind in fields.items()}
+def _event_model(event: str, /, **fields: Any) -> type[pydantic.BaseModel]:
+  definitions = {key: (kind, ...) for key, kind in fields.items()}
   kind = (Literal[event], ...)
-  return pydantic.create_model(event, __config__=_STRICT, event=kind, **made)
+  return pydantic.create_model(
+    event, __config__=_STRICT, event=kind, **definitions
+  )
 
 
-_KINDS = {
-  'started': _event('started', question=str, earlier=int, settings=_Settings),
-  'counted': _event('counted', tokens=int),
-  'asked': _event('asked', request=dict[str, Any], seconds=float),
-  'replied': _event(
+_EVENTS = {
+  'started': _event_model(
+    'started', question=str, earlier=int, settings=_Settings
+  ),
+  'counted': _event_model('counted', tokens=int),
+  'asked': _event_model('asked', request=dict[str, Any], seconds=float),
+  'replied': _event_model(
     'replied', message=_Message, reason=str, tokens=int, estimated=bool
   ),
-  'failed': _event('replied', error=str, late=bool),
-  'called': _event('called', calls=list[_Call]),
-  'returned': _event(
+  'failed': _event_model('replied', error=str, late=bool),
+  'called': _event_model('called', calls=list[_Call]),
+  'returned': _event_model(
     'returned',
     id=str,
     name=str,
@@ -88,11 +94,11 @@ _KINDS = {
     failed=bool,
     trusted=bool,
   ),
-  'ended': _event('ended', outcome=_of(Outcome)),
+  'ended': _event_model('ended', outcome=_dataclass_model(Outcome)),
 }
 
 
-def _check(row: Any) -> None:
+def _check_event(row: Any) -> None:
   """
   Raises:
     Malformed: a row is no event, or lacks what a replay reads.
@@ -101,15 +107,15 @@ def _check(row: Any) -> None:
   if kind == 'replied' and 'error' in row:
     kind = 'failed'
   # Other events, as 'forgotten', are of no use to a replay.
-  if kind in _KINDS:
+  if kind in _EVENTS:
     try:
-      _KINDS[kind].model_validate(row)
+      _EVENTS[kind].model_validate(row)
     except pydantic.ValidationError as e:
-      raise Malformed(f'{kind}: {reasons(e)}') from None
+      raise Malformed(f'{kind}: {validation_message(e)}') from None
 
 
-class Trace:
-  """Writes events as they come; give it to an agent as `tell`.
+class TraceWriter:
+  """Writes events as they come; give it to an agent as `on_event`.
 
   Pieces of text are left out, as the reply has them all. A request's headers,
   where a key is, are in no event; keys that a tool or a server might say are
@@ -147,7 +153,7 @@ def _json(value: Any) -> str:
   return terminal.json_safe(text)
 
 
-def read(path: str) -> list[dict[str, Any]]:
+def read_trace(path: str) -> list[dict[str, Any]]:
   """The rows of a trace; a torn last line, which a kill left, is passed over.
 
   Raises:
@@ -160,7 +166,7 @@ def read(path: str) -> list[dict[str, Any]]:
         break
       try:
         row = parse_json(line)
-        _check(row)
+        _check_event(row)
       except Malformed as e:
         raise ValueError(
           f'line {number} of {path} is no event of a trace ({e}); remove it'
@@ -169,12 +175,15 @@ def read(path: str) -> list[dict[str, Any]]:
   return rows
 
 
-def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
+def replay_trace(
+  path: str, on_event: EventSink = ignore_event
+) -> list[Outcome]:
   """Runs a trace's questions again with what was recorded.
 
   The loop is the real one; the model, the tools, the clock and the counts of
-  tokens are the trace's. So `tell` is told what happened without a server, and
-  that the loop of today would do the same. Returns the outcome of each question
+  tokens come from the trace. `on_event` receives the events without a server,
+  and today's loop is checked against the recorded one. Returns the outcome of
+  each question
   that ended.
 
   Raises:
@@ -182,9 +191,9 @@ def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
       it did; the message says where.
   """
   outcomes, memory = [], Memory()
-  for rows in _questions(read(path)):
-    first, was = rows[0], Outcome(**rows[-1]['outcome'])
-    settings, tape = dict(first['settings']), _Tape(rows)
+  for rows in _split_questions(read_trace(path)):
+    first, recorded = rows[0], Outcome(**rows[-1]['outcome'])
+    settings, tape = dict(first['settings']), _Recording(rows)
     limit = settings.pop('memory')
     memory = memory if first['earlier'] else Memory(limit)
     memory.count = tape.count
@@ -193,42 +202,44 @@ def replay(path: str, tell: Tell = ignore) -> list[Outcome]:
       [Tool(*parts, run=str) for parts in settings.pop('tools')],
       memory=memory,
       budget=Budget(**settings.pop('budget')),
-      tell=tell,
+      on_event=on_event,
       clock=tape.clock,
       run_calls=tape.results,
       **settings,
     )
     outcome = agent.ask(first['question'])
-    if outcome != was:
+    if outcome != recorded:
       raise ValueError(
-        f'the replay ends as {outcome}, the trace as {was}; the loop has '
+        f'the replay ends as {outcome}, the trace as {recorded}; the loop has '
         'changed since'
       )
     outcomes.append(outcome)
   return outcomes
 
 
-def _questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
+def _split_questions(rows: Sequence[Mapping]) -> list[list[Mapping]]:
   """The rows of each question that ended; one that broke off is left out."""
-  found: list[list[Mapping]] = []
+  questions: list[list[Mapping]] = []
   for row in rows:
     if row['event'] == 'started':
-      found.append([])
-    if not found:
+      questions.append([])
+    if not questions:
       raise ValueError('the trace does not begin with a question')
-    found[-1].append(row)
-  return [own for own in found if own[-1]['event'] == 'ended']
+    questions[-1].append(row)
+  return [
+    question for question in questions if question[-1]['event'] == 'ended'
+  ]
 
 
-class _Tape:
+class _Recording:
   """The rows of a question, each kind in order, as the parts of an agent."""
 
   def __init__(self, rows: Sequence[Mapping[str, Any]]):
     self._rows: dict[str, deque] = {}
     for row in rows:
       self._rows.setdefault(row['event'], deque()).append(row)
-    asked = [row['seconds'] for row in self._rows.get('asked', ())]
-    self._times = deque([0.0, *asked, rows[-1]['outcome']['seconds']])
+    times = [row['seconds'] for row in self._rows.get('asked', ())]
+    self._times = deque([0.0, *times, rows[-1]['outcome']['seconds']])
 
   def _take(self, kind: str) -> Mapping[str, Any]:
     if not self._rows.get(kind):
@@ -243,31 +254,33 @@ class _Tape:
   def count(self, request) -> int:
     return self._take('counted')['tokens']
 
-  def model(self, request, piece, seconds) -> Reply:
-    was = self._take('asked')['request']
-    if where := _difference(was, json.loads(_json(request)), 'request'):
+  def model(self, request, piece, seconds) -> ChatReply:
+    recorded = self._take('asked')['request']
+    if where := _difference(recorded, json.loads(_json(request)), 'request'):
       raise ValueError(f'the replay does not ask what the trace did: {where}')
     row = self._take('replied')
     if 'error' in row:
-      raise (Late if row['late'] else Failed)(row['error'])
+      raise (ReplyTimeout if row['late'] else ReplyError)(row['error'])
     piece(row['message']['content'])
     keys = ('message', 'reason', 'tokens', 'estimated')
-    return Reply(**{key: row[key] for key in keys})
+    return ChatReply(**{key: row[key] for key in keys})
 
-  def results(self, tools, calls, seconds, output) -> list[Result]:
+  def results(self, tools, calls, seconds, output) -> list[ToolResult]:
     rows = [dict(self._take('returned')) for _ in calls]
     keys = ('id', 'name', 'arguments', 'text', 'failed', 'trusted')
-    return [Result(**{key: row[key] for key in keys}) for row in rows]
+    return [ToolResult(**{key: row[key] for key in keys}) for row in rows]
 
 
-def _difference(was: Any, now: Any, where: str) -> str:
-  """Where two JSON values first differ; '' where they do not."""
-  if isinstance(was, list) and isinstance(now, list):
-    was, now = dict(enumerate(was)), dict(enumerate(now))
-  if not (isinstance(was, dict) and isinstance(now, dict)):
-    return '' if was == now else f'{where} was {was!r:.80}, is {now!r:.80}'
+def _difference(recorded: Any, now: Any, where: str) -> str:
+  """The first difference of two JSON values, with its path; '' for none."""
+  if isinstance(recorded, list) and isinstance(now, list):
+    recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
+  if not (isinstance(recorded, dict) and isinstance(now, dict)):
+    return (
+      '' if recorded == now else f'{where} was {recorded!r:.80}, is {now!r:.80}'
+    )
   parts = (
-    _difference(was.get(key), now.get(key), f'{where}[{key!r}]')
-    for key in {**was, **now}
+    _difference(recorded.get(key), now.get(key), f'{where}[{key!r}]')
+    for key in {**recorded, **now}
   )
   return next(filter(None, parts), '')

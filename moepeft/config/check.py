@@ -1,113 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the values of a config may be, looked at before anything is built."""
+"""Checks of a config before anything is built."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
-from moepeft.core.ranges import shortened
+from moepeft.core.ranges import Choices, shortened
 
-# What each source and optimizer looks at; elsewhere a value would be lost.
-_OF_SOURCES = {
-  'path': ('jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text'),
-  'split': ('datasets', 'seqio', 'preference'),
-  'templates': ('jsonl', 'datasets'),
-  'mixture': ('jsonl', 'datasets', 'seqio'),
-  'module': ('seqio',),
-  'cap': ('jsonl', 'datasets'),
-  'temperature': ('jsonl', 'datasets'),
-  'on_bad_row': ('jsonl', 'datasets', 'chat', 'preference', 'text'),
-  'ignore': ('jsonl', 'datasets', 'chat', 'preference', 'text'),
-  'form': ('chat', 'preference'),
-  'chat_template': ('chat', 'preference'),
-  'date': ('chat', 'preference'),
-  'system': ('chat', 'preference'),
-  'train_on': ('chat', 'preference'),
-  'too_long': ('tasks', 'jsonl', 'datasets', 'seqio', 'chat', 'preference'),
-  'workers': ('tasks', 'jsonl', 'datasets', 'chat', 'preference', 'text'),
-}
-# Of plain text, the source's or what is replayed.
-_OF_TEXT = ('predict', 'noise', 'span', 'duplicates', 'quality')
-_OF_OPTIMIZERS = {
-  'b1': ('adamw',),
-  'b2': ('adamw',),
-  'clock': ('adafactor',),
-}
+# Read with any data.source where data.replay mixes plain text in.
+_REPLAY_KEYS = tuple(
+  f'data.{key}' for key in ('predict', 'noise', 'span', 'duplicates', 'quality')
+)
 
 
-def check(c: ConfigDict) -> None:
-  """Looks at a config before anything is built.
+def check(
+  config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Checks a config before anything is built.
+
+  Args:
+    registries: {'objective': OBJECTIVES, ...}, by the key that names an entry;
+      `moepeft.registries.BY_KEY`.
 
   Raises:
     ValueError: a value is outside of its range or none of its choices, or a
-      key is set that nothing would look at; the message names the key.
+      key is set that no code would read; the message names the key.
   """
-  check_ranges(c)
-  _demand_used(c, 'data', 'source', _OF_SOURCES)
-  _demand_used(c, 'optimizer', 'name', _OF_OPTIMIZERS)
-  _demand_text(c.data)
-  if (c.patience or c.checkpoint.best) and not c.evaluation.every_steps:
+  check_ranges(config)
+  for key, registry in registries.items():
+    is_replaying = key == 'data.source' and config.data.replay
+    check_entry(config, key, registry, _REPLAY_KEYS if is_replaying else ())
+  _check_spans(config.data)
+  if (
+    config.patience or config.checkpoint.best
+  ) and not config.evaluation.every_steps:
     raise ValueError(
       'config.patience and config.checkpoint.best go by validation losses; set '
       'config.evaluation.every_steps too'
     )
 
 
-def check_ranges(c: ConfigDict) -> None:
+def check_entry(
+  config: ConfigDict,
+  key: str,
+  registry: Mapping[str, Any],
+  always_read: tuple[str, ...] = (),
+) -> None:
+  """Checks a key that names a registry's entry, and the keys entries read.
+
+  Args:
+    key: 'objective', 'optimizer.name', ... Where it may be empty, an empty one
+      is not checked.
+    registry: the entries. One whose implementation reads keys of the config
+      that other entries ignore lists them in `config_keys`.
+    always_read: keys that are read whatever the entry is.
+
+  Raises:
+    ValueError: there is no such entry, or a key is set that other entries read
+      and this one does not.
   """
+  name = _value(config, key)
+  defaults = dict(_flatten(default()))
+  if name == '' == defaults[key]:
+    return
+  Choices(tuple(registry)).check(f'config.{key}', name)
+  readers: dict[str, list[str]] = {}
+  for entry_name, entry in registry.items():
+    for config_key in getattr(entry, 'config_keys', ()):
+      readers.setdefault(config_key, []).append(entry_name)
+  for config_key, names in readers.items():
+    # A section that a user's own entry reads has no defaults.
+    if name in names or config_key not in defaults:
+      continue
+    value = _value(config, config_key)
+    if value != defaults[config_key] and config_key not in always_read:
+      raise ValueError(
+        f'config.{config_key}={value!r} does nothing with '
+        f'config.{key}={name!r}, only with {" or ".join(names)}; set one of '
+        'the two'
+      )
+
+
+def check_ranges(config: ConfigDict) -> None:
+  """Checks the values of a config one by one.
+
   Raises:
     ValueError: a value is outside of its range, none of its choices, or no
       text where a text is expected.
   """
   for key, allowed in ALLOWED.items():
-    allowed.check(f'config.{key}', _value(c, key))
+    allowed.check(f'config.{key}', _value(config, key))
   for key in TEXTS:
-    if not isinstance(_value(c, key), str):
+    if not isinstance(_value(config, key), str):
       raise ValueError(
-        f'config.{key} is a text; got {shortened(_value(c, key))}'
+        f'config.{key} is a text; got {shortened(_value(config, key))}'
       )
 
 
-def _value(c: ConfigDict, key: str) -> Any:
+def _value(config: ConfigDict, key: str) -> Any:
   for part in key.split('.'):
-    c = c[part]
-  return c
+    config = config[part]
+  return config
 
 
-def _demand_used(c: ConfigDict, section: str, kind: str, of: dict) -> None:
-  """Refuses keys that were set and that the section's kind ignores."""
-  plain, own = default()[section], c[section]
-  for key, kinds in of.items():
-    if own[key] != plain[key] and own[kind] not in kinds:
+def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _flatten(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def _check_spans(data: ConfigDict) -> None:
+  """Refuses keys of span corruption where no span is corrupted."""
+  defaults = default().data
+  for key in ('noise', 'span'):
+    if data[key] != defaults[key] and data.predict != 'spans':
       raise ValueError(
-        f'config.{section}.{key}={own[key]!r} does nothing with '
-        f'config.{section}.{kind}={own[kind]!r}, only with '
-        f'{" or ".join(kinds)}; set one of the two'
+        f'config.data.{key}={data[key]!r} does nothing with '
+        f"config.data.predict={data.predict!r}, only with 'spans'; set one of "
+        'the two'
       )
-
-
-def _demand_text(data: ConfigDict) -> None:
-  """Refuses keys of plain text where there is none, or that it ignores."""
-  plain = default().data
-  changed = [key for key in _OF_TEXT if data[key] != plain[key]]
-  if changed and data.source != 'text' and not data.replay:
-    raise ValueError(
-      f'config.data.{changed[0]}={data[changed[0]]!r} does nothing with '
-      f'config.data.source={data.source!r}, only with plain text (the source '
-      "'text', or config.data.replay); set one of the two"
-    )
-  spans = [key for key in changed if key in ('noise', 'span')]
-  if spans and data.predict != 'spans':
-    raise ValueError(
-      f'config.data.{spans[0]}={data[spans[0]]!r} does nothing with '
-      f"config.data.predict={data.predict!r}, only with 'spans'; set one of "
-      'the two'
-    )
-  if (data.replay or data.replay_rate) and data.source == 'preference':
-    raise ValueError(
-      'config.data.replay does nothing with config.data.source='
-      "'preference', whose rows have several sides; leave it and "
-      'config.data.replay_rate out'
-    )

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moepeft.config import check as config_check
 from moepeft.config import gin as gin_files
-from moepeft.config import suggestions
+from moepeft.config import imports, suggestions
 from moepeft.config.gin import flags as gin_flags
 from moepeft.core import host_memory, secrets, terminal
 from moepeft.core.memory import is_out_of_memory
@@ -25,6 +25,13 @@ from moepeft.core.untrusted import parse_literal
 
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
+)
+_IMPORTS = flags.DEFINE_string(
+  'imports',
+  '',
+  'Modules to import first, my_module,other: they register methods, routers, '
+  'objectives and other entries of their own (docs/extending). A run keeps '
+  'their names, and commands that read it import them too.',
 )
 # Caused by users; anything else is a bug and keeps its traceback.
 _ERRORS = (ValueError, OSError)
@@ -57,7 +64,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
     'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
     lock_config=True,
   )
-  _show_in_help(('config', _TRACEBACK.name))
+  _show_in_help(('config',))
   return found
 
 
@@ -203,12 +210,14 @@ def parse(argv: Sequence[str]) -> list[str]:
 
   --help ends with 0.
   """
+  _show_in_help((_TRACEBACK.name, _IMPORTS.name))
   argv = ['--help' if arg == '-h' else _located(arg) for arg in argv]
   for arg in argv:
     _check_exists(arg)
 
   def read() -> list[str]:
     rest = flags.FLAGS(argv)
+    _import_modules()
     for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
       _set_shape(flags.FLAGS['config'].value, text)
     _check_values()
@@ -221,6 +230,20 @@ def parse(argv: Sequence[str]) -> list[str]:
     if e.code == 1 and any(arg.lstrip('-') in _HELP for arg in argv):
       sys.exit(0)
     raise
+
+
+def _import_modules() -> None:
+  """Imports the modules of --imports and of the config, and records them.
+
+  Raises:
+    ValueError: as `imports.import_modules`.
+  """
+  imports.import_modules(_IMPORTS.value, search_current=True)
+  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+  if isinstance(config, ConfigDict):
+    imports.import_modules(config.imports, search_current=True)
+    modules = imports.names(f'{config.imports},{_IMPORTS.value}')
+    config.imports = ','.join(dict.fromkeys(modules))
 
 
 def _check_values() -> None:

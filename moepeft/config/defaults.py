@@ -18,6 +18,9 @@ def default() -> ConfigDict:
   """The whole tree; a key that is not here is an error."""
   c = ConfigDict()
   c.seed = 0
+  # Modules to import first, 'my_module,other': they register entries of their
+  # own. --imports adds to them.
+  c.imports = ''
   c.steps = 300
   c.batch_size = 32
   # As in moepeft.config.method_string; 'full' trains the base itself.
@@ -191,6 +194,9 @@ def default() -> ConfigDict:
       # Steps that Adafactor's decay counts as done before the first; released
       # as 1,100,000, the steps of the base's pretraining.
       clock=0,
+      # Rates and decay by parameter, '*/router/*: learning_rate=1e-4,
+      # weight_decay=0; ...': patterns of paths, of which the first decides.
+      groups='',
     )
   )
   c.sharding = ConfigDict(

@@ -8,9 +8,6 @@ module is too low to import.
 """
 
 from moepeft.core.ranges import MAX_SEED, Choices, Range
-from moepeft.models import FAMILIES
-from moepeft.nn.attention import FORMS
-from moepeft.nn.scan_layers import REMAT
 
 # The released code, and the paper's text.
 SEMANTICS = ('official', 'paper')
@@ -26,9 +23,6 @@ ALLOWED: dict[str, Range | Choices] = {
   'seed': Range(0, MAX_SEED),
   'steps': _COUNT,
   'batch_size': _ROWS,
-  'objective': Choices(
-    ('seq2seq', 'causal', 'dpo', 'kto', 'orpo', 'simpo', 'reward')
-  ),
   'preference.loss': Choices(('sigmoid', 'hinge', 'ipo', 'robust')),
   'preference.beta': Range(0, 1_000, above=True),
   'preference.label_smoothing': Range(
@@ -48,17 +42,13 @@ ALLOWED: dict[str, Range | Choices] = {
   'loss.z': _WEIGHT,
   'loss.label_smoothing': _FRACTION,
   'accumulate': _ROWS,
-  'model.family': Choices(('', *FAMILIES)),
   'model.dropout': _FRACTION,
   'model.dtype': _DTYPE,
   'model.param_dtype': _DTYPE,
   'model.quantise': Choices(('', 'int8', 'nf4')),
-  'model.attention': Choices(tuple(FORMS)),
-  'model.remat': Choices(tuple(REMAT)),
+  'model.attention': Choices(('naive', 'chunked', 'fused')),
+  'model.remat': Choices(('none', 'dots', 'full')),
   'model.unroll': Range(1, 1_024),
-  'data.source': Choices(
-    ('tasks', 'jsonl', 'datasets', 'seqio', 'chat', 'preference', 'text')
-  ),
   'data.cap': Range(0, 1_000_000_000_000),
   'data.temperature': Range(0, 1_000_000, above=True, infinite=True),
   'data.inputs_length': _TOKENS,
@@ -75,9 +65,7 @@ ALLOWED: dict[str, Range | Choices] = {
   'data.held_out': _FRACTION,
   'data.on_bad_row': Choices(('error', 'skip')),
   'data.workers': Range(0, 256),
-  'optimizer.name': Choices(('adamw', 'adafactor')),
   'optimizer.learning_rate': Range(0, 100, above=True),
-  'optimizer.schedule': Choices(('constant', 'linear', 'cosine')),
   'optimizer.warmup_steps': _COUNT_OR_NONE,
   'optimizer.weight_decay': _WEIGHT,
   'optimizer.b1': _FRACTION,
@@ -96,14 +84,19 @@ ALLOWED: dict[str, Range | Choices] = {
   'log.every_steps': _COUNT,
 }
 
-# Paths, names on a hub and small languages that other modules read.
+# Paths, names on a hub, names of registries' entries, and small languages that
+# other modules read.
 TEXTS = (
+  'imports',
   'method',
+  'objective',
   'preference.reference',
+  'model.family',
   'model.path',
   'model.adapter',
   'model.size',
   'model.version',
+  'data.source',
   'data.tasks',
   'data.ignore',
   'data.date',
@@ -117,6 +110,9 @@ TEXTS = (
   'data.system',
   'data.quality',
   'data.replay',
+  'optimizer.name',
+  'optimizer.schedule',
+  'optimizer.groups',
   'evaluation.tasks',
   'evaluation.path',
   'log.wandb',

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import check as config_check
 from moepeft.config import command_line
@@ -22,13 +23,13 @@ from moepeft.core.types import Batch
 from moepeft.data import sources, vocabulary
 from moepeft.data.batching.collators import Form, form
 from moepeft.data.loader import WINDOW
-from moepeft.data.preference.dataset import Sides, form_of
+from moepeft.data.preference.dataset import Sides
 from moepeft.data.preview import pictures
 from moepeft.data.readers.seqio_stream import Stream
 from moepeft.data.registry import Sources
 from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
 from moepeft.models import decoder_only
-from moepeft.objectives import batch_kind
+from moepeft.objectives.batches import make_collator
 from moepeft.tasks import Example
 
 _BARS = 8
@@ -50,7 +51,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   check_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)
   own = form(data, words, shape, config.seed, before)
-  own = form_of(data, config.objective, batch_kind(config.objective), own)
+  own = make_collator(config, own)
   found = sources(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))
@@ -264,7 +265,7 @@ def text(words: Vocabulary, ids: np.ndarray) -> str:
 
 def main(argv) -> None:
   del argv
-  config_check.check(_CONFIG.value)
+  config_check.check(_CONFIG.value, registries.BY_KEY)
   only = _SHOW_BATCH.value
   # A picture needs no more than a window.
   show(_CONFIG.value, 1 if only else _WINDOWS.value, _ROWS.value, only)

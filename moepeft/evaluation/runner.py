@@ -28,15 +28,12 @@ from moepeft.evaluation.validator import Judge
 from moepeft.inference.loaded_model import LoadedModel
 from moepeft.models import decoder_only
 from moepeft.objectives import (
-  COMPARED,
-  REFERRING,
-  Objective,
-  batch_kind,
-  objective_of,
+  OBJECTIVES,
+  build_validation_objective,
   reference_model,
 )
-from moepeft.objectives.paired_batch import LogP
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.paired_batch import ReferenceFn
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
@@ -49,9 +46,7 @@ def form_of(run: LoadedModel) -> collators.Form:
   own = collators.form(
     config.data, run.tokenizer, run.model, config.seed, front
   )
-  return preference_dataset.form_of(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  return make_collator(config, own)
 
 
 def validation(
@@ -68,11 +63,11 @@ def validation(
       was.
   """
   config, own = run.config, form_of(run)
-  objective, variables = None, run.variables
-  if config.objective in COMPARED:
-    reference, adapters, found = _referred(run, found, own, workdir)
-    objective = _objective(run, reference)
-    variables = variables | ({'reference': adapters} if adapters else {})
+  variables = run.variables
+  reference, adapters, found = _referred(run, found, own, workdir)
+  objective = build_validation_objective(config, reference)
+  if adapters:
+    variables = variables | {'reference': adapters}
   rows = eval_sets.pairs_to_judge(config, found, own)
   if not rows:
     return {}
@@ -82,25 +77,17 @@ def validation(
   return judge.validation(variables)
 
 
-def _objective(run: LoadedModel, reference: LogP | None) -> Objective:
-  name = run.config.objective
-  settings = preference_of(name, run.config.preference)
-  return objective_of(name, preference=settings, reference=reference)
-
-
 def _referred(
   run: LoadedModel, found: Sources, own: preference_dataset.Sides, workdir: str
-) -> tuple[LogP | None, Tree, Sources]:
+) -> tuple[ReferenceFn | None, Tree, Sources]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
-  if config.objective not in REFERRING:
+  if not OBJECTIVES.lookup(config.objective).needs_reference:
     return None, {}, found
   base, against = base_lib.load(config.model), config.preference.reference
   model, built = base_lib.module(base, config)
   if against != reference_model.PRECOMPUTED:
-    return *reference_model.reference_of(
-      config.objective, against, model, built, base
-    ), found
+    return *reference_model.make_reference(against, model, built, base), found
   # Of the policy as it began.
   start = base_lib.initialise(base, model, config.seed)
   if config.model.adapter:

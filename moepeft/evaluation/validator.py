@@ -18,7 +18,7 @@ from moepeft.data.batching.collators import Form, form, scored_lengths
 from moepeft.data.tokenizers.tokenizer import Vocabulary
 from moepeft.evaluation.rank_classification import NotFinite, Ranked, Ranker
 from moepeft.evaluation.tables.terminal import columns
-from moepeft.objectives import Objective, objective_of
+from moepeft.objectives import Objective, build_validation_objective
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
 
@@ -44,8 +44,8 @@ class Judge:
     Args:
       mesh: the one that the variables lie on; by default, all devices.
       own: the form of `validation`; by default the model's.
-      objective: what is measured of it; by default the likelihood that
-        config.objective minimises, whatever config.loss says.
+      objective: of `objectives.build_validation_objective`; None for one
+        that needs no reference.
     """
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -62,13 +62,13 @@ class Judge:
       self._alike += len(rows) - len(kept)
       if kept:
         self._sets[key] = kept
-    objective = objective or objective_of(config.objective)
+    objective = objective or build_validation_objective(config)
 
     def count(variables, batch):
-      batch = objective.prepared(model.apply, variables, batch)
+      batch = objective.prepare(model.apply, variables, batch)
       total, aux = objective(model.apply, variables, batch, None)
       whole = jnp.stack([total, aux['weight'].astype(total.dtype)])
-      return {'loss': whole} | aux.get('figures', {})
+      return {'loss': whole} | aux.get('metrics', {})
 
     self._count = jax.jit(count)
 

@@ -1,113 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: pure functions `(apply, variables, batch, rngs) -> (sum, aux)`.
 
-The sum is divided by aux['weight'], which depends on data alone: parts of a
-batch add up to the whole. A new one is one new file and one line in
-OBJECTIVES, or in COMPARED where its batches have sides or labels. What they
-tell beside the loss is aux['figures'], {name: [sum, count]}.
-
-The loop takes an `Objective`, which can do something with a batch before its
-gradient: `rollout` computes arrays of each row with the policy as it is then,
-part by part and without gradient, `settle` what is of the whole batch. KTO's
-reference point is made so. Learning from samples fits the same two: PPO and
-GRPO sample answers to the batch's prompts in `rollout` (static shapes; one
-jitted program with the update) and put 'targets', their masks and the
-sampling policy's log p beside the prompts; rewards come from a model there, or
-from a host function by `jax.pure_callback`; `settle` makes advantages, which
-are means over a prompt's group of rows; `sums` is the clipped ratio of log p
-now and then, less the reference's divergence, and never samples. Several
-updates of one rollout need a loop around `training.step`'s gradient and nothing
-else.
+A new one is a file and a line in OBJECTIVES; docs/extending/objective.md has a
+worked example. `moepeft.objectives.objective` states the contract.
 """
 
-import functools
 from collections.abc import Callable
 
-from moepeft.objectives import (
-  dpo,
-  kto,
-  preference_losses,
-  reward,
-  seq2seq,
-  simpo_orpo,
-)
-from moepeft.objectives.cross_entropy import PLAIN, Loss
+from ml_collections import ConfigDict
+
+from moepeft.config.check import check_entry
+from moepeft.core.registry import Registry
 from moepeft.objectives.objective import Objective as Objective
-from moepeft.objectives.preference_losses import Preference
+from moepeft.objectives.objective import ObjectiveSpec as ObjectiveSpec
 
-OBJECTIVES = {'seq2seq': seq2seq.objective, 'causal': seq2seq.objective}
-# Those whose batches have an encoder's side; the others are of decoders.
-_OF_ENCODERS = ('seq2seq',)
-# Of both, their batches with several sides or with labels.
-COMPARED = {
-  'dpo': dpo.objective,
-  'kto': kto.objective,
-  'orpo': simpo_orpo.orpo,
-  'simpo': simpo_orpo.simpo,
-  'reward': reward.objective,
-}
-# Those that measure against a reference.
-REFERRING = ('dpo', 'kto')
+OBJECTIVES: Registry = Registry(
+  'objective',
+  'moepeft.objectives',
+  {
+    'seq2seq': 'seq2seq:SEQ2SEQ',
+    'causal': 'causal:CAUSAL',
+    'dpo': 'dpo:DPO',
+    'kto': 'kto:KTO',
+    'orpo': 'orpo:ORPO',
+    'simpo': 'simpo:SIMPO',
+    'reward': 'reward:REWARD',
+  },
+)
 
 
-def objective_of(
-  name: str,
-  loss: Loss = PLAIN,
-  preference: Preference = preference_losses.PLAIN,
-  reference: Callable | None = None,
-) -> Objective:
-  """The objective that config.objective names.
-
-  Args:
-    loss: what config.loss says, of those in OBJECTIVES.
-    preference: what config.preference says, of those in COMPARED.
-    reference: (variables, rows) -> log p of each target [b, t], which those
-      in REFERRING need where batches do not bring it.
+def check_config(config: ConfigDict) -> ObjectiveSpec:
+  """Looks at config.objective and at the keys that objectives read.
 
   Raises:
-    ValueError: there is no such objective, or it has no use for the loss.
+    ValueError: there is no such objective, a value is out of range, or a key
+      is set that this objective does not read.
   """
-  if name in OBJECTIVES:
-    return Objective(functools.partial(OBJECTIVES[name], loss=loss))
-  if name not in COMPARED:
-    raise ValueError(
-      f'config.objective is one of {", ".join(OBJECTIVES | COMPARED)}; got '
-      f'{name!r}'
-    )
-  if loss != PLAIN:
-    raise ValueError(
-      f'config.loss does nothing with config.objective={name!r}, whose loss is '
-      'of pairs or answers; leave it as it is by default'
-    )
-  sums = functools.partial(COMPARED[name], settings=preference)
-  if name in REFERRING:
-    sums = functools.partial(sums, reference=reference)
-  if name == 'kto':
-    rollout = functools.partial(kto.rollout, reference=reference)
-    return Objective(sums, rollout, kto.settle)
-  return Objective(sums)
+  check_entry(config, 'objective', OBJECTIVES)
+  spec = OBJECTIVES[config.objective]
+  spec.settings_from(config)
+  return spec
 
 
-def batch_kind(name: str) -> str:
-  """'pair' or 'judged' for objectives of answers, else 'single'."""
-  if name not in COMPARED:
-    return 'single'
-  return 'judged' if name == 'kto' else 'pair'
+def build_objective(
+  config: ConfigDict, reference: Callable | None = None
+) -> Objective:
+  """Builds the objective that config.objective names, with its settings.
+
+  Args:
+    reference: from `moepeft.objectives.reference_model.make_reference`.
+
+  Raises:
+    ValueError: as `check_config`.
+  """
+  spec = check_config(config)
+  return spec.build(spec.settings_from(config), reference)
+
+
+def build_validation_objective(
+  config: ConfigDict, reference: Callable | None = None
+) -> Objective:
+  """Builds what the validation of a run measures.
+
+  Preference objectives are validated by their own loss. Likelihoods are
+  validated by plain NLL whatever config.loss is, so that runs compare.
+  """
+  spec = OBJECTIVES.lookup(config.objective)
+  if not spec.validates_itself:
+    return spec.build()
+  return build_objective(config, reference)
 
 
 def check_model(name: str, decoder_only: bool) -> None:
-  """Refuses an objective of the other kind of model.
+  """Refuses an objective that cannot train this kind of model.
+
+  Args:
+    name: of the objective.
+    decoder_only: whether the model is a decoder without an encoder.
 
   Raises:
-    ValueError: it is.
+    ValueError: the message names the objectives that can.
   """
-  if decoder_only and name in _OF_ENCODERS:
-    raise ValueError(
-      f'config.objective={name!r} is of encoder-decoders and the model is '
-      "decoder-only; set it to 'causal'"
+  architecture = 'decoder' if decoder_only else 'encoder-decoder'
+  needed = OBJECTIVES.lookup(name).architecture
+  if needed not in ('any', architecture):
+    fitting = (
+      other
+      for other, spec in OBJECTIVES.items()
+      if spec.architecture == architecture
     )
-  if not decoder_only and name == 'causal':
     raise ValueError(
-      f'config.objective={name!r} is of decoder-only models and the model is '
-      "an encoder-decoder; set it to 'seq2seq'"
+      f'config.objective={name!r} trains models of the kind {needed}, and this '
+      f'model is of the kind {architecture}; set it to '
+      f'{" or ".join(map(repr, fitting))}'
     )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token costs, what its cost is divided by, and the mean of it all."""
+"""Token cross-entropy with label smoothing and z-loss, and means over tokens
+or sequences."""
 
 import dataclasses
 import functools
@@ -8,8 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Batch
 from moepeft.nn.numerics import wide
+from moepeft.objectives.objective import check_options
 
 PER = ('tokens', 'sequences')
 # Tokens of a row whose gradient is made at once.
@@ -17,8 +20,8 @@ _BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  """What config.loss says.
+class CrossEntropySettings:
+  """Settings of config.loss.
 
   Attributes:
     per: what the loss is a mean over: 'tokens', or 'sequences' (of each
@@ -28,21 +31,18 @@ class Loss:
       vocabulary gets.
 
   Raises:
-    ValueError: `per` is neither.
+    ValueError: a value is out of range.
   """
 
-  per: str = 'tokens'
-  z: float = 0.0
-  label_smoothing: float = 0.0
+  per: str = option('tokens', Choices(PER))
+  z: float = option(0.0, Range(0, 1_000))
+  label_smoothing: float = option(0.0, Range(0, 1, below=True))
 
   def __post_init__(self):
-    if self.per not in PER:
-      raise ValueError(
-        f'config.loss.per is one of {", ".join(PER)}; got {self.per!r}'
-      )
+    check_options(self, 'loss')
 
 
-PLAIN = Loss()
+DEFAULTS = CrossEntropySettings()
 
 
 @jax.custom_vjp
@@ -57,10 +57,10 @@ def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
     logits: [b, t, v].
     targets: int [b, t].
   """
-  wider = wide(logits)
-  picked = jnp.take_along_axis(wider, targets[..., None], axis=-1)
-  log_z = jax.nn.logsumexp(wider, axis=-1)
-  return log_z, picked[..., 0], jnp.mean(wider, axis=-1)
+  logits_f32 = wide(logits)
+  target_logits = jnp.take_along_axis(logits_f32, targets[..., None], axis=-1)
+  log_z = jax.nn.logsumexp(logits_f32, axis=-1)
+  return log_z, target_logits[..., 0], jnp.mean(logits_f32, axis=-1)
 
 
 def _log_terms_forward(logits, targets):
@@ -68,32 +68,37 @@ def _log_terms_forward(logits, targets):
   return terms, (logits, targets, terms[0])
 
 
-def _log_terms_backward(kept, slopes):
+def _log_terms_backward(residuals, cotangents):
   """Block by block along t, each in its logits' place: no second [b, t, v]."""
-  logits, targets, log_z = kept
+  logits, targets, log_z = residuals
   t = targets.shape[1]
   block = max(n for n in range(1, _BLOCK + 1) if t % n == 0)
 
-  def write(i, held):
+  def write(i, buffer):
     cut = functools.partial(
       jax.lax.dynamic_slice_in_dim,
       start_index=i * block,
       slice_size=block,
       axis=1,
     )
-    found = _slope(cut(held), cut(targets), cut(log_z), *map(cut, slopes))
-    return jax.lax.dynamic_update_slice_in_dim(held, found, i * block, axis=1)
+    gradient = _logits_gradient(
+      cut(buffer), cut(targets), cut(log_z), *map(cut, cotangents)
+    )
+    return jax.lax.dynamic_update_slice_in_dim(
+      buffer, gradient, i * block, axis=1
+    )
 
   return jax.lax.fori_loop(0, t // block, write, logits), None
 
 
-def _slope(logits, targets, log_z, of_log_z, of_picked, of_mean):
-  """The gradient of slopes [b, t] times terms: as logits [b, t, v]."""
+def _logits_gradient(logits, targets, log_z, d_log_z, d_target, d_mean):
+  """The gradient of the terms, times cotangents [b, t]: as logits [b, t, v]."""
   p = jnp.exp(wide(logits) - log_z[..., None])
-  hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-  slope = p * of_log_z[..., None] + jnp.where(hit, of_picked[..., None], 0)
-  slope += of_mean[..., None] / logits.shape[-1]
-  return slope.astype(logits.dtype)
+  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+  gradient = p * d_log_z[..., None]
+  gradient += jnp.where(is_target, d_target[..., None], 0)
+  gradient += d_mean[..., None] / logits.shape[-1]
+  return gradient.astype(logits.dtype)
 
 
 log_terms.defvjp(_log_terms_forward, _log_terms_backward)
@@ -101,14 +106,14 @@ log_terms.defvjp(_log_terms_forward, _log_terms_backward)
 
 def token_losses(logits: Array, targets: Array) -> Array:
   """-log p of each target in nats: [b, t, v] and [b, t] -> [b, t]."""
-  log_z, picked, _ = log_terms(logits, targets)
-  return log_z - picked
+  log_z, target_logits, _ = log_terms(logits, targets)
+  return log_z - target_logits
 
 
-def minimised_losses(
-  logits: Array, targets: Array, loss: Loss
+def token_nll_and_loss(
+  logits: Array, targets: Array, settings: CrossEntropySettings
 ) -> tuple[Array, Array]:
-  """(token losses, the same with smoothed labels and the z-loss): [b, t] each.
+  """(-log p, the same with smoothed labels and the z-loss): [b, t] each.
 
   The smoothed target has 1 - s at the label and s / (v - 1) elsewhere; its
   own entropy is subtracted, so that the best prediction costs nothing. Both
@@ -118,40 +123,40 @@ def minimised_losses(
     logits: [b, t, v].
     targets: int [b, t].
   """
-  log_z, picked, mean_logit = log_terms(logits, targets)
-  nll = losses = log_z - picked
-  if loss.label_smoothing:
-    v, s = logits.shape[-1], loss.label_smoothing
-    # The others' -log p: all of them, less the label's.
-    others = v * (log_z - mean_logit) - nll
+  log_z, target_logits, mean_logit = log_terms(logits, targets)
+  nll = losses = log_z - target_logits
+  if settings.label_smoothing:
+    v, s = logits.shape[-1], settings.label_smoothing
+    # -log p summed over the vocabulary, less the label's.
+    rest = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
-    losses = (1 - s) * nll + s / (v - 1) * others - entropy
-  return nll, losses + loss.z * log_z**2 if loss.z else losses
+    losses = (1 - s) * nll + s / (v - 1) * rest - entropy
+  return nll, losses + settings.z * log_z**2 if settings.z else losses
 
 
-def divisors(batch: Batch, per: str) -> tuple[Array, Array]:
-  """What each target's loss is divided by, and the sum then: [b, t] and [].
+def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:
+  """Divisors of each target's loss, and of their sum: [b, t] and [].
 
   Per tokens, 1 and the real targets. Per sequences, the real targets of its
   own example and the examples that have one; an example is a segment where
   the batch has `targets_segments` (int [b, t], 0 on padding), else a row. All
   are whole numbers, and the first is at least 1.
   """
-  real = batch['targets_mask']
+  mask = batch['targets_mask']
   if per == 'tokens':
-    return jnp.ones(real.shape, jnp.int32), jnp.sum(real)
+    return jnp.ones(mask.shape, jnp.int32), jnp.sum(mask)
   segments = batch.get('targets_segments')
   if segments is None:
-    segments = jnp.zeros(real.shape, jnp.int32)
+    segments = jnp.zeros(mask.shape, jnp.int32)
   # A row has no more segments than tokens.
   lengths = jax.vmap(
     lambda ones, ids: jax.ops.segment_sum(ones, ids, ones.size + 1)
-  )(real.astype(jnp.int32), segments)
-  own = jnp.take_along_axis(lengths, segments, axis=1)
-  return jnp.maximum(own, 1), jnp.sum(lengths > 0)
+  )(mask.astype(jnp.int32), segments)
+  lengths_by_token = jnp.take_along_axis(lengths, segments, axis=1)
+  return jnp.maximum(lengths_by_token, 1), jnp.sum(lengths > 0)
 
 
-def mean(total: Array, aux: dict[str, Array]) -> Array:
-  """What an objective returns as a mean; zero where nothing weighs."""
+def mean_loss(total: Array, aux: dict[str, Array]) -> Array:
+  """The mean loss of an objective's (sum, aux); zero where the weight is."""
   weight = aux['weight']
   return total / jnp.where(weight > 0, weight, 1)

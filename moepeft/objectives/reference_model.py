@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rewards are measured against: the base, or adapters that stay."""
+"""The reference model of preference objectives: the base, frozen adapters, or
+log-likelihoods that were computed before training."""
 
 import hashlib
 import json
@@ -21,73 +22,78 @@ from moepeft.data.preference.dataset import Read, Sides
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers as start
 from moepeft.nn.adapter_hook import Advice
-from moepeft.objectives import REFERRING
-from moepeft.objectives.paired_batch import LogP, joined, token_log_p
+from moepeft.objectives.paired_batch import (
+  ReferenceFn,
+  stack_sides,
+  token_logps,
+)
 from moepeft.peft import Built, build
 from moepeft.runs.run import Run
 
 BASE, PRECOMPUTED = 'base', 'precomputed'
 
 
-def reference_of(
-  objective: str, name: str, model: Any, built: Built, base: base_lib.Base
-) -> tuple[LogP | None, Tree]:
-  """The reference of an objective that has one, and the adapters it needs.
+def make_reference(
+  source: str, model: Any, built: Built, base: base_lib.Base
+) -> tuple[ReferenceFn | None, Tree]:
+  """The reference model of a run, and the adapters that it needs.
 
-  It is the frozen base with other advice than the policy's, without dropout:
+  It is the frozen base with other adapters than the policy's, without dropout:
   one more pass of the same weights, and no copy of them.
 
   Args:
-    objective: config.objective; name: config.preference.reference.
+    source: config.preference.reference.
     model, built: the policy and its method.
 
   Returns:
-    (variables, rows) -> log p of each target, 0 where it is none, [b, t], and
-    a tree that is to be `variables['reference']`; (None, {}) where there is no
-    reference, or batches bring it.
+    (variables, rows) -> log p of each target, 0 where there is none, [b, t],
+    and a tree that is to be `variables['reference']`; (None, {}) where batches
+    bring what was computed before.
 
   Raises:
     ValueError: the base itself is trained, so that nothing of it stays; or
       the path holds no adapter of this base.
   """
-  if objective not in REFERRING or name == PRECOMPUTED:
+  if source == PRECOMPUTED:
     return None, {}
   if built.trainable == 'params':
     raise ValueError(
       f'{built.method} changes the base, which config.preference.reference='
-      f"{name!r} would measure against; set it to 'precomputed'"
+      f"{source!r} would measure against; set it to 'precomputed'"
     )
-  if name == BASE:
-    return log_p_of(model.clone(advice=Advice())), {}
-  if not os.path.isdir(os.path.expanduser(name)):
+  if source == BASE:
+    return reference_fn(model.clone(advice=Advice())), {}
+  if not os.path.isdir(os.path.expanduser(source)):
     raise ValueError(
-      f'config.preference.reference={name!r} is no directory; name a run, an '
+      f'config.preference.reference={source!r} is no directory; name a run, an '
       f'adapter that python -m moepeft.convert wrote, {BASE!r} or '
       f'{PRECOMPUTED!r}'
     )
-  found = base_lib.load_adapter(name, base.config)
-  semantics = found.semantics or built.semantics
-  own = build(found.method, base.family.sites(base.config), semantics)
-  other = model.clone(advice=own.advice)
-  fresh = start.fresh(other, base_lib.example_batch(), 0, base.params)
-  tree = base_lib.with_adapter(fresh, own, name, base)['peft']
-  return log_p_of(other), tree
+  adapter = base_lib.load_adapter(source, base.config)
+  semantics = adapter.semantics or built.semantics
+  reference = build(adapter.method, base.family.sites(base.config), semantics)
+  reference_model = model.clone(advice=reference.advice)
+  variables = start.fresh(
+    reference_model, base_lib.example_batch(), 0, base.params
+  )
+  tree = base_lib.with_adapter(variables, reference, source, base)['peft']
+  return reference_fn(reference_model), tree
 
 
-def log_p_of(model: Any) -> LogP:
+def reference_fn(model: Any) -> ReferenceFn:
   """log p of each target by a model without noise, its adapters those of
   `variables['reference']`."""
 
-  def log_p(variables: Tree, rows: Batch) -> Array:
-    kept = {k: v for k, v in variables.items() if k not in _OWN}
-    peft = {'peft': variables['reference']} if 'reference' in variables else {}
-    return token_log_p(model.apply(kept | peft, rows), rows)
+  def logps(variables: Tree, rows: Batch) -> Array:
+    frozen = {k: v for k, v in variables.items() if k not in _POLICY_KEYS}
+    if 'reference' in variables:
+      frozen['peft'] = variables['reference']
+    return token_logps(model.apply(frozen, rows), rows)
 
-  return log_p
+  return logps
 
 
-# Of the policy, and what is renamed.
-_OWN = ('peft', 'reference')
+_POLICY_KEYS = ('peft', 'reference')
 
 
 def precomputed(
@@ -189,8 +195,8 @@ def _computed(found: Read, own: Sides, model, variables, mesh, rows: int):
 
   @jax.jit
   def log_p(variables, batch):
-    one = joined(batch, own.sides)
-    found = token_log_p(model.apply(variables, one), one)
+    one = stack_sides(batch, own.sides)
+    found = token_logps(model.apply(variables, one), one)
     return found.reshape(-1, len(own.sides), found.shape[-1])
 
   shown = Pass(len(found.items), 'reference')

@@ -10,21 +10,36 @@ its adapter is all there is to keep.
 
 from collections.abc import Callable
 
+import jax
+
 from moepeft.core.types import PAIR, Array, Batch, Tree
-from moepeft.objectives import paired_batch, preference_losses
-from moepeft.objectives.preference_losses import PLAIN, Preference
+from moepeft.objectives import paired_batch
+from moepeft.objectives.objective import NoSettings, ObjectiveSpec
 
 
-def objective(
+def loss_sums(
   apply: Callable,
   variables: Tree,
   batch: Batch,
   rngs: dict[str, Array] | None,
-  settings: Preference = PLAIN,
+  settings: NoSettings,
 ) -> tuple[Array, dict[str, Tree]]:
-  """As `dpo.objective`; a reward is the logit itself."""
-  seen = paired_batch.see(apply, variables, batch, rngs, PAIR)
-  chosen, rejected = seen.score[:, 0], seen.score[:, 1]
-  losses = preference_losses.reward(chosen, rejected)
-  figures = paired_batch.compared(chosen, rejected, seen.real)
-  return paired_batch.totals(seen, losses, settings.sft, figures, seen.real)
+  """As `dpo.loss_sums`; a reward is the logit itself."""
+  del settings
+  pairs = paired_batch.answer_logps(apply, variables, batch, rngs, PAIR)
+  chosen, rejected = pairs.scores[:, 0], pairs.scores[:, 1]
+  losses = bradley_terry_loss(chosen, rejected)
+  metrics = paired_batch.pair_metrics(chosen, rejected, pairs.mask)
+  return paired_batch.total_loss(pairs, losses, 0.0, metrics, pairs.mask)
+
+
+REWARD = ObjectiveSpec(loss_fn=loss_sums, batch='pair')
+
+
+def bradley_terry_loss(chosen: Array, rejected: Array) -> Array:
+  """-log sigma(r_chosen - r_rejected): [b].
+
+  Source: Ouyang et al., arXiv:2203.02155, of one pair a prompt: the
+  likelihood of Bradley and Terry's model.
+  """
+  return -jax.nn.log_sigmoid(chosen - rejected)

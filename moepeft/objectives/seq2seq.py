@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum likelihood of targets: of encoder-decoders, and of decoders alone.
-
-A decoder's rows have inputs [b, t] and, as targets, the token that follows
-each; its targets_mask is True on what is trained: all of a text in pretraining,
-the answers in fine-tuning.
-"""
+"""Maximum likelihood of targets, of encoder-decoders."""
 
 from collections.abc import Callable
 
@@ -13,25 +8,26 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
 from moepeft.objectives.cross_entropy import (
-  PLAIN,
-  Loss,
-  divisors,
-  minimised_losses,
+  DEFAULTS,
+  CrossEntropySettings,
+  loss_divisors,
   token_losses,
+  token_nll_and_loss,
 )
+from moepeft.objectives.objective import ObjectiveSpec
 
 
-def objective(
+def loss_sums(
   apply: Callable,
   variables: Tree,
   batch: Batch,
   rngs: dict[str, Array] | None,
-  loss: Loss = PLAIN,
+  settings: CrossEntropySettings = DEFAULTS,
 ) -> tuple[Array, dict[str, Tree]]:
-  """The sum of target losses, and what was seen on the way.
+  """Sums the losses of the targets, and statistics of them.
 
   Everything is a sum, so that parts of a batch add up to the whole; the loss
-  is `mean(total, aux)`.
+  is `mean_loss(total, aux)`.
 
   Args:
     apply: the model's `apply`.
@@ -39,28 +35,37 @@ def objective(
     batch: inputs, decoder_inputs (of encoder-decoders), targets and their
       masks; packed rows have inputs_segments and targets_segments too.
     rngs: keys 'dropout' and 'router' in training, None in evaluation.
-    loss: what is minimised; nothing in aux but 'weight' depends on it.
+    settings: of config.loss; nothing in aux but 'weight' depends on them.
 
   Returns:
-    The sum in nats, and {'weight': what to divide it by, a function of the
-    batch alone; 'tokens': real target tokens; 'nll': the sum of their -log p,
-    whatever `loss` says; 'correct': how many of them are the most probable;
-    'routing': sums of every site}.
+    The sum in nats, and {'weight': the divisor, a function of the batch alone;
+    'tokens': real target tokens; 'nll': the sum of their -log p; 'correct':
+    the number of targets that are the most probable token; 'routing': router
+    statistics of every site}.
   """
-  logits, seen = apply(
+  logits, sown = apply(
     variables, batch, train=rngs is not None, rngs=rngs, mutable=['routing']
   )
-  real = batch['targets_mask']
-  nll, losses = minimised_losses(logits, batch['targets'], loss)
-  lengths, weight = divisors(batch, loss.per)
-  correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & real
-  return jnp.sum(jnp.where(real, losses / lengths, 0)), {
+  mask = batch['targets_mask']
+  nll, losses = token_nll_and_loss(logits, batch['targets'], settings)
+  lengths, weight = loss_divisors(batch, settings.per)
+  correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & mask
+  return jnp.sum(jnp.where(mask, losses / lengths, 0)), {
     'weight': weight,
-    'tokens': jnp.sum(real),
-    'nll': jnp.sum(jnp.where(real, nll, 0)),
+    'tokens': jnp.sum(mask),
+    'nll': jnp.sum(jnp.where(mask, nll, 0)),
     'correct': jnp.sum(correct),
-    'routing': seen.get('routing', {}),
+    'routing': sown.get('routing', {}),
   }
+
+
+SEQ2SEQ = ObjectiveSpec(
+  loss_fn=loss_sums,
+  settings=CrossEntropySettings,
+  section='loss',
+  architecture='encoder-decoder',
+  validates_itself=False,
+)
 
 
 def sequence_log_likelihood(

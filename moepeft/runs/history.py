@@ -16,7 +16,7 @@ FIGURES = (
   'margins',
   'accuracies',
   'kl',
-  'point',
+  'z_ref',
 )
 # Points that a curve is drawn with at most, and states of the routers.
 _POINTS, _STATES = 2000, 150

@@ -14,6 +14,7 @@ from moepeft.runs.run import Run, read_object
 # for the order of its sums (sharding). The base and the rest of the method are
 # compared by the checkpoint's metadata.
 _FREE = (
+  'imports',
   'steps',
   'router_alarm',
   'patience',

@@ -97,16 +97,18 @@ class Run:
     """The same as a config, with the defaults for absent keys.
 
     Raises:
-      ValueError: as `read_config`, or a value is none that training takes.
+      ValueError: as `read_config`, a value is none that training takes, or a
+        module of config.imports cannot be imported.
     """
     # Imports every model family, and with them JAX.
-    from moepeft.config import check, defaults
+    from moepeft.config import check, defaults, imports
 
     config = defaults.default()
     with config.unlocked():
       config.update(self.read_config())
     try:
-      check.check(config)
+      imports.import_modules(config.imports)
+      check.check_ranges(config)
     except ValueError as e:
       raise ValueError(f'{self.config_file}: {e}') from None
     return config

@@ -21,8 +21,8 @@ from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.models import decoder_only
 from moepeft.nn import initializers
-from moepeft.objectives import COMPARED
-from moepeft.training import optim
+from moepeft.objectives import OBJECTIVES
+from moepeft.training import optimizers
 
 # Resident bytes of a loader process after its imports, at least.
 _WORKER = 100_000_000
@@ -78,10 +78,10 @@ def need(config: ConfigDict) -> Need:
   # The gradient is as large as the weights that it is of.
   state = size(trained)
   if state < _MANY:
-    optimizer = optim.optimizer(config.optimizer, config.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
-  sides = 2 if config.objective in COMPARED else 1
+  sides = OBJECTIVES.lookup(config.objective).answers_per_row
   data = config.data
   if decoder_only(shape):
     fed, predicted = data.length, data.length

@@ -168,7 +168,7 @@ def figures(aux: Mapping[str, Any]) -> dict[str, float]:
   """What an objective tells beside its loss; NaN where there is nothing."""
   return {
     key: _ratio(total, count)
-    for key, (total, count) in aux.get('figures', {}).items()
+    for key, (total, count) in aux.get('metrics', {}).items()
   }
 
 

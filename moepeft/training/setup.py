@@ -11,29 +11,10 @@ import optax
 from ml_collections import ConfigDict
 
 from moepeft.moe import aux_losses
-from moepeft.objectives import Objective, objective_of
-from moepeft.objectives.cross_entropy import Loss
-from moepeft.objectives.preference_losses import preference_of
+from moepeft.objectives import build_objective
 from moepeft.peft import Built
 from moepeft.training import grad_accumulation
 from moepeft.training.step import TrainStep, make_train_step
-
-
-def build_objective(
-  config: ConfigDict, reference: Callable | None = None
-) -> Objective:
-  """The objective with the settings of config.loss and config.preference.
-
-  Args:
-    reference: from `objectives.reference_model.reference_of`.
-  """
-  loss = config.loss
-  return objective_of(
-    config.objective,
-    Loss(loss.per, loss.z, loss.label_smoothing),
-    preference_of(config.objective, config.preference),
-    reference,
-  )
 
 
 def build_train_step(

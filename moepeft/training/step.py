@@ -16,7 +16,7 @@ import optax
 from moepeft.core.types import Batch, State
 from moepeft.moe import aux_losses, router_stats
 from moepeft.objectives import Objective
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.peft import Built
 from moepeft.training import grad_accumulation
@@ -46,15 +46,16 @@ def make_train_step(
   def train_step(state: State, batch: Batch):
     rng = jax.random.fold_in(state.rng, state.step)
 
-    def rollout(rows, rng):
+    def prepare_rows(rows, rng):
       # By the policy before this step; nothing of it has a gradient.
-      return objective.rollout(model.apply, method.variables(state), rows, rng)
+      variables = method.variables(state)
+      return objective.prepare_rows(model.apply, variables, rows, rng)
 
-    if objective.rollout:
-      rollout_rng = jax.random.fold_in(rng, 1)
-      batch = objective.settle(
+    if objective.prepare_rows:
+      rows_rng = jax.random.fold_in(rng, 1)
+      batch = objective.prepare_batch(
         batch
-        | grad_accumulation.mapped(rollout, batch, rollout_rng, accumulate)
+        | grad_accumulation.mapped(prepare_rows, batch, rows_rng, accumulate)
       )
 
     def sums_fn(trainable, rows, rng):
@@ -65,7 +66,7 @@ def make_train_step(
 
     def loss_fn(sums):
       # Over the whole batch, however many parts it was computed in.
-      loss = mean(sums['total'], sums)
+      loss = mean_loss(sums['total'], sums)
       sites = router_stats.by_site(sums['routing'])
       router_loss = aux_losses.total(sites, router_losses)
       return loss + router_loss, sums | {

@@ -13,31 +13,37 @@ from collections.abc import Iterator, Sequence
 
 import openai
 
-from moepeft.agent.model import Served
+from moepeft.agent.chat_model import ServerModel
 
 KEY = 'sk-scripted-secret-key'
 NAME = 'scripted'
 
 
-def says(text: str, reason: str = 'stop', tokens: int | None = 7) -> dict:
+def text_reply(text: str, reason: str = 'stop', tokens: int | None = 7) -> dict:
   """A reply of text."""
   return _reply({'role': 'assistant', 'content': text}, reason, tokens)
 
 
 def wants(*calls: tuple[str, object], text: str = '', tokens: int = 7) -> dict:
   """A reply that calls tools: (name, arguments), text as it is, else JSON."""
-  made = [
+  response = [
     {
       'id': f'call_{name}_{i}',
       'type': 'function',
       'function': {
         'name': name,
-        'arguments': own if isinstance(own, str) else json.dumps(own),
+        'arguments': function
+        if isinstance(function, str)
+        else json.dumps(function),
       },
     }
-    for i, (name, own) in enumerate(calls)
+    for i, (name, function) in enumerate(calls)
   ]
-  message = {'role': 'assistant', 'content': text or None, 'tool_calls': made}
+  message = {
+    'role': 'assistant',
+    'content': text or None,
+    'tool_calls': response,
+  }
   return _reply(message, 'tool_calls', tokens)
 
 
@@ -48,7 +54,7 @@ def refuses(status: int, message: str) -> dict:
 
 def breaks(text: str) -> dict:
   """A reply whose connection breaks off in its middle."""
-  return {**says(text), 'breaks': True}
+  return {**text_reply(text), 'breaks': True}
 
 
 def _reply(message: dict, reason: str, tokens: int | None) -> dict:
@@ -77,7 +83,7 @@ def _client() -> openai.OpenAI:
 
 
 class Script:
-  """What is left to say, and what was asked.
+  """The replies that are left, and the requests so far.
 
   Attributes:
     requests: bodies of chat completions, in order.
@@ -92,9 +98,9 @@ class Script:
     self.pause: threading.Event | None = None
     self.url = ''
 
-  def model(self, stream: bool = False) -> Served:
+  def model(self, stream: bool = False) -> ServerModel:
     """Asked through the openai client."""
-    return Served(self.client(), NAME, stream)
+    return ServerModel(self.client(), NAME, stream)
 
   def client(self) -> openai.OpenAI:
     return _client().with_options(base_url=self.url)
@@ -150,9 +156,9 @@ def _handler(script: Script) -> type[http.server.BaseHTTPRequestHandler]:
     def _count(self, body):
       if not script.counts:
         return self._json(404, {'error': {'message': 'no such route'}})
-      said = ' '.join(str(m['content']) for m in body['messages'])
+      messages = ' '.join(str(m['content']) for m in body['messages'])
       script.counted.append(body)
-      self._json(200, {'count': len(said.split()), 'tokens': []})
+      self._json(200, {'count': len(messages.split()), 'tokens': []})
 
     def _json(self, status, value):
       data = json.dumps(value).encode()
@@ -195,11 +201,11 @@ def _chunks(reply: dict) -> Iterator[dict]:
   message = choice['message']
 
   def chunk(delta, reason=None):
-    own = {'index': 0, 'delta': delta, 'finish_reason': reason}
+    function = {'index': 0, 'delta': delta, 'finish_reason': reason}
     return {
       **{k: v for k, v in reply.items() if k != 'usage'},
       'object': 'chat.completion.chunk',
-      'choices': [own],
+      'choices': [function],
     }
 
   yield chunk({'role': 'assistant', 'content': ''})

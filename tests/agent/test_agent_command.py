@@ -17,7 +17,7 @@ pytest.importorskip('openai')
 
 from moepeft.agent import traces  # noqa: E402
 from tests import ROOT
-from tests.agent.scripted import KEY, NAME, says, serving, wants  # noqa: E402
+from tests.agent.scripted import KEY, NAME, serving, text_reply, wants  # noqa: E402
 
 # A program starts within seconds; much more is a hang.
 _LONG = 120
@@ -28,8 +28,13 @@ def command(*arguments) -> list[str]:
 
 
 def environment(**more) -> dict[str, str]:
-  kept = {k: v for k, v in os.environ.items() if k != 'OPENAI_API_KEY'}
-  return {**kept, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **more}
+  environment = {k: v for k, v in os.environ.items() if k != 'OPENAI_API_KEY'}
+  return {
+    **environment,
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    **more,
+  }
 
 
 def run(*arguments, **more):
@@ -51,7 +56,7 @@ def test_its_skills_and_its_prompt_are_shown_without_a_server():
   assert names == ['read-training-run', 'write-config']
   shown = run('--show_prompt', '--form=react', '--system=Be kind.')
   assert shown.stdout.startswith('Be kind.\n\nYou have skills')
-  assert '- write-config: Writes a config card' in shown.stdout
+  assert '- write-config: Writes a config file' in shown.stdout
   assert 'is data that a tool returned' in shown.stdout
   assert 'Action Input:' in shown.stdout
 
@@ -61,7 +66,7 @@ def test_a_question_is_answered_and_traced_and_replayed(tmp_path):
   key.write_text(f'{KEY}\n')
   replies = [
     wants(('load_skill', {'name': 'read-training-run'})),
-    says('It went well, wirklich schön.'),
+    text_reply('It went well, wirklich schön.'),
   ]
   with serving(*replies) as script:
     done = run(
@@ -81,7 +86,7 @@ def test_a_question_is_answered_and_traced_and_replayed(tmp_path):
   assert script.requests[0]['model'] == NAME
   assert script.requests[0]['seed'] == 3
   assert KEY not in trace.read_text()
-  (outcome,) = traces.replay(str(trace))
+  (outcome,) = traces.replay_trace(str(trace))
   assert outcome.state == 'answered'
   again = run(f'--replay={trace}')
   assert again.stdout == done.stdout and again.returncode == 0
@@ -96,7 +101,7 @@ def test_what_is_no_answer_is_said_and_is_an_exit_code():
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
+  ('arguments', 'output'),
   [
     (('--skills=nowhere', '--list_skills'), "'nowhere' does not exist"),
     (('one', 'two'), 'unrecognized arguments: two'),
@@ -105,28 +110,28 @@ def test_what_is_no_answer_is_said_and_is_an_exit_code():
     (('--max_step=3', '?'), 'unrecognized arguments: --max_step=3'),
   ],
 )
-def test_mistakes_are_one_sentence(arguments, said):
+def test_mistakes_are_one_sentence(arguments, output):
   done = run(*arguments)
   assert done.returncode == 2
-  assert said in done.stderr and 'Traceback' not in done.stderr
+  assert output in done.stderr and 'Traceback' not in done.stderr
 
 
 class Terminal:
   """A program at a terminal: what is typed, and what it shows."""
 
   def __init__(self, arguments):
-    self.end, theirs = pty.openpty()
+    self.end, flags = pty.openpty()
     self.process = subprocess.Popen(
       command(*arguments),
-      stdin=theirs,
-      stdout=theirs,
-      stderr=theirs,
+      stdin=flags,
+      stdout=flags,
+      stderr=flags,
       cwd=ROOT,
       env=environment(TERM='dumb'),
       # So that Ctrl-C reaches it.
       preexec_fn=_own_terminal,
     )
-    os.close(theirs)
+    os.close(flags)
     self.text = ''
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -138,10 +143,10 @@ class Terminal:
   def type(self, text):
     os.write(self.end, text.encode())
 
-  def wait_for(self, holds, what):
+  def wait_for(self, holds, case):
     end = time.monotonic() + _LONG
     while not holds():
-      assert time.monotonic() < end, f'{what} did not come: {self.text}'
+      assert time.monotonic() < end, f'{case} did not come: {self.text}'
       assert self.process.poll() is None, f'it ended: {self.text}'
       time.sleep(0.02)
 
@@ -157,7 +162,7 @@ def _own_terminal():
 
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program():
-  with serving(says('Never.'), says('Hello Ada.')) as script:
+  with serving(text_reply('Never.'), text_reply('Hello Ada.')) as script:
     script.pause = threading.Event()
     terminal = Terminal([f'--base_url={script.url}', '--skills='])
     try:
@@ -177,8 +182,8 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program():
       terminal.process.kill()
       terminal.process.wait()
   # What was interrupted is not part of the conversation.
-  said = [m['content'] for m in script.requests[1]['messages']]
-  assert 'Who?' not in said and said[-1] == 'I am Ada.'
+  output = [m['content'] for m in script.requests[1]['messages']]
+  assert 'Who?' not in output and output[-1] == 'I am Ada.'
   assert 'Traceback' not in terminal.text
 
 
@@ -191,6 +196,6 @@ def test_the_agent_knows_a_servers_api_and_nothing_of_models():
         names = {'.'.join(node.module.split('.')[:2])}
         if node.module == 'moepeft':
           names = {f'moepeft.{alias.name}' for alias in node.names}
-        known = {'moepeft.agent', 'moepeft.core'}
-        assert first != 'moepeft' or names <= known, path
+        allowed = {'moepeft.agent', 'moepeft.core'}
+        assert first != 'moepeft' or names <= allowed, path
         assert first not in ('jax', 'flax', 'numpy'), path

@@ -9,13 +9,16 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import model, traces  # noqa: E402
+from moepeft.agent import (
+  chat_model,  # noqa: E402
+  traces,
+)
 from moepeft.agent.__main__ import main, parser, run  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.memory import Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
-from tests.agent.scripted import says, serving  # noqa: E402
+from moepeft.agent.memory import TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
+from tests.agent.scripted import serving, text_reply  # noqa: E402
 
 DEEP = '[' * 5000 + ']' * 5000
 
@@ -68,19 +71,25 @@ class Bodies:
 @pytest.fixture(scope='module')
 def client():
   # Reading the system's certificates takes longer than a test.
-  return model.client('http://127.0.0.1:1/v1').with_options(max_retries=0)
+  return chat_model.make_client('http://127.0.0.1:1/v1').with_options(
+    max_retries=0
+  )
 
 
 def ask(client, url, stream):
-  served = model.Served(client.with_options(base_url=url), 'm', stream)
-  return Agent(served, [tool(add)], budget=Budget(steps=3, calls=3)).ask('?')
+  served = chat_model.ServerModel(
+    client.with_options(base_url=url), 'm', stream
+  )
+  return Agent(served, [make_tool(add)], budget=Budget(steps=3, calls=3)).ask(
+    '?'
+  )
 
 
 def choice(message):
   return {'choices': [{'message': message, 'finish_reason': 'stop'}]}
 
 
-def called(function):
+def call_reply(function):
   return choice({'content': None, 'tool_calls': [{'function': function}]})
 
 
@@ -101,10 +110,10 @@ WHOLE = (
   choice({'content': 'x', 'tool_calls': 3}),
   choice({'content': 'x', 'tool_calls': [None]}),
   choice({'content': 'x', 'tool_calls': [{'function': 'add'}]}),
-  called({'name': None, 'arguments': '{}'}),
-  called({'name': 7, 'arguments': '{}'}),
-  called({'name': 'add', 'arguments': {'a': 1}}),
-  called({'name': 'add', 'arguments': 5}),
+  call_reply({'name': None, 'arguments': '{}'}),
+  call_reply({'name': 7, 'arguments': '{}'}),
+  call_reply({'name': 'add', 'arguments': {'a': 1}}),
+  call_reply({'name': 'add', 'arguments': 5}),
   choice({'tool_calls': [{'id': 5, 'function': {'name': 'add'}}]}),
   choice({'content': '\ud83d'}),
   {**choice({'content': 'x'}), 'usage': {'total_tokens': 'many'}},
@@ -133,11 +142,11 @@ def test_bytes_that_are_no_reply_are_one_sentence(client, stream):
       server.pieces = [b'data: ' + raw + b'\n\n' if stream else raw]
       outcome = ask(client, server.url, stream)
       assert outcome.state == 'failed', raw[:9]
-      with pytest.raises(model.Failed) as caught:
-        model.models(here)
+      with pytest.raises(chat_model.ReplyError) as caught:
+        chat_model.list_models(here)
       for why in (outcome.why, str(caught.value)):
         assert '\n' not in why and 'no reply' in why
-      count = Tokens(here, 'm')
+      count = TokenCounter(here, 'm')
       assert count({'messages': []}) == 0 and not count.exact
 
 
@@ -163,7 +172,7 @@ def test_a_streamed_piece_of_other_types_is_one_sentence(client):
 
 
 def test_an_endless_stream_ends_with_the_time_or_the_size(client, monkeypatch):
-  monkeypatch.setattr(model, '_LARGEST', 1 << 20)
+  monkeypatch.setattr(chat_model, '_LARGEST', 1 << 20)
   piece = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n' * 1000
   # Bytes without a line, lines of text, an error's body: 50 MB each.
   for pieces, status, stream in (
@@ -184,14 +193,16 @@ def test_a_compressed_reply_is_refused_before_it_is_unpacked(client):
 
 
 def test_a_conversation_is_not_sent_on_to_another_server(client):
-  with serving(says('from elsewhere')) as other:
+  with serving(text_reply('from elsewhere')) as second_server:
     for status in (301, 302, 303, 307, 308):
-      with Bodies(status=status, headers=[('Location', other.url)]) as bodies:
+      with Bodies(
+        status=status, headers=[('Location', second_server.url)]
+      ) as bodies:
         for stream in (False, True):
           outcome = ask(client, bodies.url, stream)
           assert outcome.state == 'failed'
           assert f'HTTP {status}' in outcome.why
-    assert not other.requests
+    assert not second_server.requests
 
 
 def test_a_password_in_the_address_is_in_no_error(capsys):
@@ -213,17 +224,17 @@ def test_deep_arguments_are_told_to_the_model_and_it_goes_on():
   from tests.agent.scripted import wants
 
   for arguments in (DEEP, '{"a": ' + DEEP + '}', '{"a": "\\ud83d"}', '{"a":1'):
-    replies = [wants(('add', arguments)), says('Oh.')]
+    replies = [wants(('add', arguments)), text_reply('Oh.')]
     for stream in (False, True):
       with serving(*replies) as script:
-        outcome = Agent(script.model(stream), [tool(add)]).ask('?')
+        outcome = Agent(script.model(stream), [make_tool(add)]).ask('?')
       assert outcome.text == 'Oh.'
       result = script.requests[1]['messages'][-1]['content']
       assert 'the arguments do not fit' in result
   text = 'Action: add\nAction Input: ' + '{"a": [' * 5000
-  with serving(says(text), says('Final Answer: Oh.')) as script:
-    made = Agent(script.model(), [tool(add)], form='react')
-    assert made.ask('?').text == 'Oh.'
+  with serving(text_reply(text), text_reply('Final Answer: Oh.')) as script:
+    client = Agent(script.model(), [make_tool(add)], form='react')
+    assert client.ask('?').text == 'Oh.'
 
 
 ESCAPES = '\x1b]0;x\x07\x1b[2J\x9b31m\u202e\x08\r!'
@@ -244,7 +255,7 @@ def test_no_escape_code_reaches_the_output(
   monkeypatch.setattr('sys.stdout.isatty', lambda: stream, raising=False)
   replies = [
     wants((f'no{ESCAPES}', {'x': ESCAPES})),
-    says(f'answer{ESCAPES}'),
+    text_reply(f'answer{ESCAPES}'),
   ]
 
   def run(*arguments):
@@ -264,14 +275,14 @@ def test_no_escape_code_reaches_the_output(
   assert shown.count('answer\\x1b]0;x\\x07') >= 2
   assert all(char.isprintable() or char in '\n\t' for char in shown)
   # The trace holds what was said, exactly.
-  (outcome,) = traces.replay(str(trace))
+  (outcome,) = traces.replay_trace(str(trace))
   assert outcome.text == f'answer{ESCAPES}'
 
 
 def test_a_question_that_is_no_text_is_refused():
-  asked = parser().parse_args(['half \udce9'])
+  request = parser().parse_args(['half \udce9'])
   with pytest.raises(ValueError, match='half a surrogate pair'):
-    main(asked)
+    main(request)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +309,7 @@ def test_numbers_out_of_range_are_refused(flag, capsys):
 
 def test_an_address_that_is_none_is_one_sentence():
   for url in ('x', 'http://[', 'http://x:99999/v1'):
-    asked = parser().parse_args(['?', f'--base_url={url}', '--skills='])
+    request = parser().parse_args(['?', f'--base_url={url}', '--skills='])
     with pytest.raises(ValueError) as caught:
-      main(asked)
+      main(request)
     assert '\n' not in str(caught.value)

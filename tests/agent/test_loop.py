@@ -9,15 +9,15 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.calls import RULE  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.tool_calls import SYSTEM_RULE  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   breaks,
   refuses,
-  says,
   serving,
+  text_reply,
   wants,
 )
 
@@ -45,7 +45,7 @@ def page(url: str) -> str:
   )
 
 
-TOOLS = [tool(add), tool(broken), tool(page)]
+TOOLS = [make_tool(add), make_tool(broken), make_tool(page)]
 
 
 def agent(script, tools=TOOLS, stream=False, **parts) -> Agent:
@@ -54,10 +54,10 @@ def agent(script, tools=TOOLS, stream=False, **parts) -> Agent:
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_a_tool_is_called_and_its_result_answered_with(stream):
-  replies = [wants(('add', {'a': 2, 'b': 3})), says('It is 5, or fünf.')]
+  replies = [wants(('add', {'a': 2, 'b': 3})), text_reply('It is 5, or fünf.')]
   with serving(*replies) as script:
-    told = []
-    outcome = agent(script, stream=stream, tell=told.append).ask('2 + 3?')
+    events = []
+    outcome = agent(script, stream=stream, on_event=events.append).ask('2 + 3?')
   assert (outcome.state, outcome.text) == ('answered', 'It is 5, or fünf.')
   # 7 tokens a reply, as the script says.
   assert (outcome.steps, outcome.calls, outcome.tokens) == (2, 1, 14)
@@ -75,20 +75,22 @@ def test_a_tool_is_called_and_its_result_answered_with(stream):
     'assistant',
     'tool',
   ]
-  called, returned = second['messages'][2:]
-  assert called['tool_calls'][0]['function']['arguments'] == '{"a": 2, "b": 3}'
-  assert returned['tool_call_id'] == called['tool_calls'][0]['id']
+  calls_seen, returned = second['messages'][2:]
+  assert (
+    calls_seen['tool_calls'][0]['function']['arguments'] == '{"a": 2, "b": 3}'
+  )
+  assert returned['tool_call_id'] == calls_seen['tool_calls'][0]['id']
   assert returned['content'] == '<tool_output>\n5\n</tool_output>'
-  pieces = [e['text'] for e in told if e['event'] == 'piece']
+  pieces = [e['text'] for e in events if e['event'] == 'piece']
   assert ''.join(pieces) == ('It is 5, or fünf.' if stream else '')
   assert len(pieces) > 3 or not stream
 
 
 def test_events_come_in_the_order_of_what_happens():
-  with serving(wants(('add', {'a': 1, 'b': 1})), says('2')) as script:
-    told = []
-    agent(script, tell=told.append).ask('1 + 1?')
-  assert [event['event'] for event in told] == [
+  with serving(wants(('add', {'a': 1, 'b': 1})), text_reply('2')) as script:
+    events = []
+    agent(script, on_event=events.append).ask('1 + 1?')
+  assert [event['event'] for event in events] == [
     'started',
     'asked',
     'replied',
@@ -101,8 +103,8 @@ def test_events_come_in_the_order_of_what_happens():
 
 
 def test_calls_of_one_reply_are_all_answered_in_order():
-  asked = [('add', {'a': n, 'b': 0}) for n in (3, 1, 2)]
-  with serving(wants(*asked), says('done')) as script:
+  requests = [('add', {'a': n, 'b': 0}) for n in (3, 1, 2)]
+  with serving(wants(*requests), text_reply('done')) as script:
     outcome = agent(script).ask('?')
   results = [m for m in script.requests[1]['messages'] if m['role'] == 'tool']
   ids = [f'call_add_{i}' for i in range(3)]
@@ -120,25 +122,25 @@ def test_errors_of_tools_are_told_to_the_model_and_it_goes_on():
       ('add', '{"a": 1, "b"'),
       ('add', {'a': 'x', 'b': 1}),
     ),
-    says('Sorry.'),
+    text_reply('Sorry.'),
   ]
   with serving(*replies) as script:
     outcome = agent(script).ask('?')
   assert outcome.state == 'answered'
-  said = [
+  outputs = [
     m['content'] for m in script.requests[1]['messages'] if m['role'] == 'tool'
   ]
-  assert all(text.startswith('<tool_output error="true">') for text in said)
-  assert 'RuntimeError: no luck with 1' in said[0]
-  assert "there is no tool 'none_such'; there are add" in said[1]
-  assert 'Invalid JSON' in said[2]
-  called = script.requests[1]['messages'][2]['tool_calls'][2]['function']
-  assert json.loads(called['arguments']) == {'not_json': '{"a": 1, "b"'}
-  assert 'a: Input should be a valid integer' in said[3]
+  assert all(text.startswith('<tool_output error="true">') for text in outputs)
+  assert 'RuntimeError: no luck with 1' in outputs[0]
+  assert "there is no tool 'none_such'; there are add" in outputs[1]
+  assert 'Invalid JSON' in outputs[2]
+  calls_seen = script.requests[1]['messages'][2]['tool_calls'][2]['function']
+  assert json.loads(calls_seen['arguments']) == {'not_json': '{"a": 1, "b"'}
+  assert 'a: Input should be a valid integer' in outputs[3]
 
 
 def test_what_a_tool_says_is_data_and_never_of_the_systems_role():
-  replies = [wants(('page', {'url': 'u'})), says('I read it.')]
+  replies = [wants(('page', {'url': 'u'})), text_reply('I read it.')]
   with serving(*replies) as script:
     outcome = agent(script).ask('Read u.')
   assert outcome.text == 'I read it.' and outcome.calls == 1
@@ -151,11 +153,11 @@ def test_what_a_tool_says_is_data_and_never_of_the_systems_role():
   assert text.count('</tool_output>') == 1
   assert '<|im_start|>' not in text
   systems = [m for m in messages if m['role'] == 'system']
-  assert len(systems) == 1 and RULE in systems[0]['content']
+  assert len(systems) == 1 and SYSTEM_RULE in systems[0]['content']
 
 
 @pytest.mark.parametrize(
-  ('budget', 'said', 'steps'),
+  ('budget', 'text', 'steps'),
   [
     (Budget(steps=3, repeats=99), '3 steps is spent (3 used)', 3),
     # The fifth call is refused, in the third reply.
@@ -164,19 +166,19 @@ def test_what_a_tool_says_is_data_and_never_of_the_systems_role():
     (Budget(tokens=13, repeats=99), '13 tokens is spent (14 used)', 2),
   ],
 )
-def test_a_spent_budget_is_said_and_never_an_answer(budget, said, steps):
+def test_a_spent_budget_is_said_and_never_an_answer(budget, text, steps):
   two = wants(('add', {'a': 1, 'b': 1}), ('add', {'a': 2, 'b': 2}))
   with serving(two) as script:
-    made = agent(script, budget=budget)
-    outcome = made.ask('?')
+    built = agent(script, budget=budget)
+    outcome = built.ask('?')
     assert outcome.state == 'budget' and outcome.text == ''
-    assert said in outcome.why
+    assert text in outcome.why
     assert outcome.steps == steps == len(script.requests)
     assert outcome.calls <= budget.calls
   # No more is run than allowed.
   assert outcome.calls == {3: 4 if budget.calls == 4 else 6, 2: 4}[steps]
   # The conversation says so too, and can go on.
-  last = made.memory.messages[-1]
+  last = built.memory.messages[-1]
   assert last['role'] == 'assistant' and 'no answer' in last['content']
 
 
@@ -197,7 +199,7 @@ def test_a_reply_that_does_not_come_ends_the_time_not_the_program():
   import threading
 
   for stream in (False, True):
-    with serving(says('late')) as script:
+    with serving(text_reply('late')) as script:
       script.pause = threading.Event()
       budget = Budget(seconds=0.3)
       outcome = agent(script, budget=budget, stream=stream).ask('?')
@@ -222,7 +224,7 @@ def test_the_same_call_with_the_same_output_is_an_endless_loop():
 
 def test_the_same_calls_in_one_reply_are_no_loop():
   same = wants(*[('add', {'a': 1, 'b': 1})] * 4)
-  with serving(same, says('2')) as script:
+  with serving(same, text_reply('2')) as script:
     outcome = agent(script).ask('?')
   assert (outcome.state, outcome.calls) == ('answered', 4)
 
@@ -230,8 +232,8 @@ def test_the_same_calls_in_one_reply_are_no_loop():
 def test_two_calls_in_turns_are_a_loop_too_and_new_outputs_are_none():
   first = wants(('add', '{"a": 1, "b": 2}'))
   same = wants(('add', '{"b": 2,   "a": 1}'))
-  other = wants(('broken', {'a': 1}))
-  with serving(first, other, same, other, first) as script:
+  second = wants(('broken', {'a': 1}))
+  with serving(first, second, same, second, first) as script:
     outcome = agent(script, budget=Budget(steps=50)).ask('?')
   assert (outcome.state, outcome.steps) == ('loop', 5)
 
@@ -241,27 +243,27 @@ def test_two_calls_in_turns_are_a_loop_too_and_new_outputs_are_none():
     """Counts."""
     return next(counts)
 
-  replies = [wants(('poll', {}))] * 5 + [says('ready')]
+  replies = [wants(('poll', {}))] * 5 + [text_reply('ready')]
   with serving(*replies) as script:
-    outcome = agent(script, [tool(poll)]).ask('?')
+    outcome = agent(script, [make_tool(poll)]).ask('?')
   assert (outcome.state, outcome.steps) == ('answered', 6)
 
 
 def test_an_answer_that_was_cut_or_is_empty_is_not_an_answer():
-  with serving(says('It is', 'length')) as script:
+  with serving(text_reply('It is', 'length')) as script:
     cut = agent(script).ask('?')
   assert (cut.state, cut.text) == ('cut', 'It is')
-  with serving(says('')) as script:
+  with serving(text_reply('')) as script:
     empty = agent(script).ask('?')
   assert (empty.state, empty.text) == ('failed', '')
 
 
 def test_a_forced_call_is_forced_once_and_never_without_tools():
   replies = [
-    says('plan'),
+    text_reply('plan'),
     wants(('add', {'a': 2, 'b': 2})),
-    says('4'),
-    says('OK'),
+    text_reply('4'),
+    text_reply('OK'),
   ]
   with serving(*replies) as script:
     options = {'tool_choice': 'required', 'parallel_tool_calls': False}
@@ -269,8 +271,8 @@ def test_a_forced_call_is_forced_once_and_never_without_tools():
   assert outcome.state == 'answered'
   forced = ['tool_choice' in request for request in script.requests]
   assert forced == [False, True, False, False]
-  said = ['parallel_tool_calls' in request for request in script.requests]
-  assert said == [False, True, True, False]
+  text = ['parallel_tool_calls' in request for request in script.requests]
+  assert text == [False, True, True, False]
 
 
 def test_a_server_that_leaves_in_the_middle_is_a_failure():
@@ -287,21 +289,21 @@ def test_a_servers_refusal_is_its_sentence():
   assert outcome.why == (
     'the server refused the request (HTTP 400): the prompt is too long'
   )
-  gone = agent(script).ask('?')
-  assert gone.state == 'failed' and 'is a server running' in gone.why
-  assert KEY not in gone.why
+  forgotten = agent(script).ask('?')
+  assert forgotten.state == 'failed' and 'is a server running' in forgotten.why
+  assert KEY not in forgotten.why
 
 
 def test_tokens_that_the_server_does_not_tell_are_estimates_and_say_so():
   for stream in (False, True):
-    with serving(says('yes', tokens=None)) as script:
+    with serving(text_reply('yes', tokens=None)) as script:
       outcome = agent(script, (), stream=stream).ask('really?')
     assert outcome.estimated and outcome.tokens > 0
 
 
 def test_options_are_in_every_request_and_the_key_in_none():
   options = {'temperature': 0.0, 'seed': 5, 'max_tokens': 9}
-  with serving(wants(('add', {'a': 1, 'b': 1})), says('2')) as script:
+  with serving(wants(('add', {'a': 1, 'b': 1})), text_reply('2')) as script:
     agent(script, options=options).ask('?')
   for request, headers in zip(script.requests, script.headers, strict=True):
     assert {key: request[key] for key in options} == options
@@ -311,12 +313,12 @@ def test_options_are_in_every_request_and_the_key_in_none():
 
 
 def test_a_second_question_knows_the_first():
-  with serving(says('Hello Ada.'), says('Ada.')) as script:
-    made = agent(script)
-    made.ask('I am Ada.')
-    made.ask('Who am I?')
-  said = [m['content'] for m in script.requests[1]['messages']]
-  assert said[1:] == ['I am Ada.', 'Hello Ada.', 'Who am I?']
+  with serving(text_reply('Hello Ada.'), text_reply('Ada.')) as script:
+    built = agent(script)
+    built.ask('I am Ada.')
+    built.ask('Who am I?')
+  text = [m['content'] for m in script.requests[1]['messages']]
+  assert text[1:] == ['I am Ada.', 'Hello Ada.', 'Who am I?']
 
 
 def test_an_interrupted_question_leaves_nothing_in_memory():
@@ -324,24 +326,24 @@ def test_an_interrupted_question_leaves_nothing_in_memory():
     if event['event'] == 'called':
       raise KeyboardInterrupt
 
-  with serving(says('Hi.'), wants(('add', {'a': 1, 'b': 1}))) as script:
-    made = agent(script)
-    made.ask('Hello.')
-    before = list(made.memory.messages)
-    made.tell = interrupt
+  with serving(text_reply('Hi.'), wants(('add', {'a': 1, 'b': 1}))) as script:
+    built = agent(script)
+    built.ask('Hello.')
+    before = list(built.memory.messages)
+    built.on_event = interrupt
     with pytest.raises(KeyboardInterrupt):
-      made.ask('Add.')
-  assert made.memory.messages == before
+      built.ask('Add.')
+  assert built.memory.messages == before
 
 
 def test_planning_acts_and_checks_and_mends_what_the_check_objects_to():
   replies = [
-    says('1. add'),
+    text_reply('1. add'),
     wants(('add', {'a': 2, 'b': 2})),
-    says('5'),
-    says('It should be 4.'),
-    says('4'),
-    says('OK'),
+    text_reply('5'),
+    text_reply('It should be 4.'),
+    text_reply('4'),
+    text_reply('OK'),
   ]
   with serving(*replies) as script:
     outcome = agent(script, mode='plan').ask('2 + 2?')
@@ -356,9 +358,13 @@ def test_planning_acts_and_checks_and_mends_what_the_check_objects_to():
 
 
 def test_an_answer_that_its_own_check_objects_to_is_unsure():
-  replies = [says('plan'), says('5'), says('No, wrong.')] * 2
+  replies = [text_reply('plan'), text_reply('5'), text_reply('No, wrong.')] * 2
   with serving(
-    says('plan'), says('5'), says('No.'), says('6'), says('No.')
+    text_reply('plan'),
+    text_reply('5'),
+    text_reply('No.'),
+    text_reply('6'),
+    text_reply('No.'),
   ) as s:
     outcome = agent(s, mode='plan').ask('?')
   assert (outcome.state, outcome.text) == ('unsure', '6')
@@ -372,7 +378,7 @@ def test_an_answer_that_its_own_check_objects_to_is_unsure():
 
 def test_two_tools_of_one_name_and_unknown_forms_are_refused():
   with pytest.raises(ValueError, match="two tools are named 'add'; rename one"):
-    Agent(None, [tool(add), tool(add)])
+    Agent(None, [make_tool(add), make_tool(add)])
   with pytest.raises(ValueError, match='form is one of native, react'):
     Agent(None, form='magic')
   with pytest.raises(ValueError, match='mode is one of act, plan'):

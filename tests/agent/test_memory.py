@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip('openai')
 
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.memory import Memory, Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
-from tests.agent.scripted import says, serving, wants  # noqa: E402
+from moepeft.agent.memory import Memory, TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
+from tests.agent.scripted import serving, text_reply, wants  # noqa: E402
 
 
 def words(request) -> int:
@@ -19,9 +19,9 @@ def words(request) -> int:
 
 def call(n: int):
   function = {'name': 'f', 'arguments': '{}'}
-  made = {'id': f'c{n}', 'type': 'function', 'function': function}
+  memory = {'id': f'c{n}', 'type': 'function', 'function': function}
   return (
-    {'role': 'assistant', 'content': '', 'tool_calls': [made]},
+    {'role': 'assistant', 'content': '', 'tool_calls': [memory]},
     {'role': 'tool', 'tool_call_id': f'c{n}', 'content': f'result {n} ' * 10},
   )
 
@@ -43,7 +43,7 @@ def is_whole(messages) -> bool:
 def filled() -> Memory:
   memory = Memory()
   for n in range(5):
-    memory.question(f'question {n}')
+    memory.add_question(f'question {n}')
     memory.messages += call(n)
     memory.messages.append({'role': 'assistant', 'content': f'answer {n}'})
   return memory
@@ -63,7 +63,7 @@ def test_the_oldest_question_goes_first_with_all_that_it_led_to():
 
 def test_steps_of_the_question_under_way_go_before_it_does():
   memory = Memory()
-  memory.question('the question')
+  memory.add_question('the question')
   for n in range(4):
     memory.messages += call(n)
   for n in range(3):
@@ -83,16 +83,16 @@ def test_the_limit_holds_for_all_that_is_sent(limit):
   replies = [
     reply
     for n in range(7)
-    for reply in (wants(('page', {'n': n})), says(f'read {n}'))
+    for reply in (wants(('page', {'n': n})), text_reply(f'read {n}'))
   ]
   with serving(*replies, counts=True) as script:
-    memory = Memory(limit, Tokens(script.client(), 'scripted'))
-    made = Agent(script.model(), [tool(page)], memory=memory)
-    states = {made.ask(f'Read page {n}.').state for n in range(7)}
+    memory = Memory(limit, TokenCounter(script.client(), 'scripted'))
+    agent_ = Agent(script.model(), [make_tool(page)], memory=memory)
+    states = {agent_.ask(f'Read page {n}.').state for n in range(7)}
   assert states == {'answered'}
   for request in script.requests:
-    said = ' '.join(m['content'] or '' for m in request['messages'])
-    assert len(said.split()) <= limit
+    texts = ' '.join(m['content'] or '' for m in request['messages'])
+    assert len(texts.split()) <= limit
     assert is_whole(request['messages'][1:])
 
 
@@ -100,11 +100,11 @@ def test_the_servers_tokenize_counts_where_there_is_one():
   request = {
     'messages': [{'role': 'user', 'content': 'five words are in here'}]
   }
-  with serving(says('x'), counts=True) as script:
-    count = Tokens(script.client(), 'scripted')
+  with serving(text_reply('x'), counts=True) as script:
+    count = TokenCounter(script.client(), 'scripted')
     assert count(request) == 5 and count.exact
-  with serving(says('x')) as script:
-    count = Tokens(script.client(), 'scripted')
+  with serving(text_reply('x')) as script:
+    count = TokenCounter(script.client(), 'scripted')
     # "{'role': 'user', 'content': 'five words are in here'}" has 53 bytes, 3 to
     # a token, rounded up, and 8 around it.
     assert count(request) == 26 and not count.exact
@@ -115,8 +115,10 @@ def test_an_agent_whose_question_does_not_fit_says_so():
     """A page."""
     return 'word ' * 200
 
-  with serving(wants(('page', {})), says('ok'), counts=True) as script:
-    memory = Memory(150, Tokens(script.client(), 'scripted'))
-    outcome = Agent(script.model(), [tool(page)], memory=memory).ask('Read.')
+  with serving(wants(('page', {})), text_reply('ok'), counts=True) as script:
+    memory = Memory(150, TokenCounter(script.client(), 'scripted'))
+    outcome = Agent(script.model(), [make_tool(page)], memory=memory).ask(
+      'Read.'
+    )
   assert outcome.state == 'budget' and outcome.steps == 1
   assert 'memory holds 150' in outcome.why

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs of the model can not do. Each test bounds itself too.
+"""Programs of the model stay within the sandbox. Each test bounds itself too.
 
 A program stops by itself (`signal.alarm`) long before it could do harm, should
 the sandbox not hold: what it would use is a stand-in far below the machine's.
@@ -21,22 +21,27 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import filters, groups, programs, sandbox  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.programs import Bounds  # noqa: E402
-from moepeft.agent.sandbox import Sandbox  # noqa: E402
+from moepeft.agent.sandbox import (
+  bubblewrap,  # noqa: E402
+  cgroup,
+  process,
+  seccomp,
+)
+from moepeft.agent.sandbox.bubblewrap import Sandbox  # noqa: E402
+from moepeft.agent.sandbox.process import ResourceLimits  # noqa: E402
 from tests import ROOT
-from tests.agent.scripted import says, serving, wants  # noqa: E402
+from tests.agent.scripted import serving, text_reply, wants  # noqa: E402
 
 MB = 1 << 20
-BOUNDS = Bounds(
+BOUNDS = ResourceLimits(
   seconds=40, memory=200 * MB, processes=24, disk=4 * MB, output=4000
 )
 
 
 @pytest.fixture
 def box():
-  if why := sandbox.unusable():
+  if why := bubblewrap.unavailable_reason():
     pytest.skip(f'no sandbox here: {why}')
 
   def late(*_):
@@ -52,15 +57,15 @@ def box():
 
 def descendants() -> set[str]:
   """Names of processes that have a marked argument."""
-  found = set()
+  paths = set()
   for name in filter(str.isdigit, os.listdir('/proc')):
     try:
       with open(f'/proc/{name}/cmdline', 'rb') as file:
         if b'moepeft_marked' in file.read():
-          found.add(name)
+          paths.add(name)
     except OSError:
       pass
-  return found
+  return paths
 
 
 def test_a_program_runs_and_says_how_it_ended(box):
@@ -111,7 +116,7 @@ def test_nothing_outside_is_written_and_the_work_directory_is_fresh(
   tmp_path.chmod(0o777)
   ran = box.python_program(f"""
 for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/hostname',
-             {str(tmp_path / 'x')!r}, {str(sandbox.__file__)!r}):
+             {str(tmp_path / 'x')!r}, {str(bubblewrap.__file__)!r}):
   try:
     open(path, 'w').write('x')
     print('WROTE', path)
@@ -126,8 +131,8 @@ print('done')
   # Of /tmp, only the way to an interpreter that is there itself.
   roots = (pathlib.Path(p).parts for p in (sys.prefix, sys.base_prefix))
   way = {parts[2] for parts in roots if parts[1] == 'tmp'}
-  seen = str(box.shell_program('ls -A . /tmp')).split()
-  assert set(seen) == {'.:', '/tmp:', *way}
+  output = str(box.shell_program('ls -A . /tmp')).split()
+  assert set(output) == {'.:', '/tmp:', *way}
 
 
 def test_there_is_no_network(box):
@@ -165,9 +170,9 @@ for _ in range(500):
 print('made', made)
 """)
   assert ran.code == 0
-  made = int(ran.output.split()[1])
+  command = int(ran.output.split()[1])
   # 24, less the program itself.
-  assert 10 < made < 24
+  assert 10 < command < 24
   # They end with it: nobody waits for the five seconds of sleep twice.
   assert time.monotonic() - before < 40
 
@@ -304,8 +309,8 @@ print('SURVIVED')
 
 def test_names_of_files_count_and_end_the_program(box, monkeypatch):
   # The figures of the machine show them as memory that can be had back.
-  monkeypatch.setattr(programs.groups.Machine, 'growth', lambda machine: 0)
-  ran = Sandbox(Bounds(seconds=20, memory=60 * MB)).shell_program("""
+  monkeypatch.setattr(process.groups.Machine, 'growth', lambda machine: 0)
+  ran = Sandbox(ResourceLimits(seconds=20, memory=60 * MB)).shell_program("""
 cd /tmp && echo > f && for i in 1 2 3 4 5 6 7 8; do
   mkdir $i && python3 -c "
 import os
@@ -318,10 +323,10 @@ echo SURVIVED
 
 def test_memory_in_swap_counts(monkeypatch):
   status = 'PPid:\t1\nRssAnon:\t7 kB\nVmSwap:\t11 kB\nThreads:\t2\n'
-  monkeypatch.setattr(programs.os, 'listdir', lambda path: ['4000000'])
+  monkeypatch.setattr(process.os, 'listdir', lambda path: ['4000000'])
   opened = lambda path: io.StringIO(status)  # noqa: E731
-  monkeypatch.setattr(programs, 'open', opened, raising=False)
-  assert programs._used(4000000) == (18 * 1024, 2)
+  monkeypatch.setattr(process, 'open', opened, raising=False)
+  assert process._usage(4000000) == (18 * 1024, 2)
 
 
 def test_sockets_are_of_one_family_and_pairs_too(box):
@@ -351,12 +356,14 @@ def test_a_socket_in_a_readable_directory_is_not_reached(box, kind):
   with tempfile.TemporaryDirectory() as folder:
     os.chmod(folder, 0o755)
     path = f'{folder}/socket'
-    made = {'RAW': 'DGRAM'}.get(kind, kind)
-    with socket.socket(socket.AF_UNIX, getattr(socket, f'SOCK_{made}')) as host:
+    command = {'RAW': 'DGRAM'}.get(kind, kind)
+    with socket.socket(
+      socket.AF_UNIX, getattr(socket, f'SOCK_{command}')
+    ) as host:
       host.bind(path)
       os.chmod(path, 0o777)
       host.setblocking(False)
-      if made != 'DGRAM':
+      if command != 'DGRAM':
         host.listen()
       ran = Sandbox(readable=[folder]).python_program(f"""
 import os, socket
@@ -383,7 +390,7 @@ print(asyncio.run(asyncio.sleep(0, 'asyncio')))
 """)
       assert ran.output == 'True\nasyncio\n'
       with pytest.raises(BlockingIOError):
-        host.recv(1) if made == 'DGRAM' else host.accept()
+        host.recv(1) if command == 'DGRAM' else host.accept()
 
 
 def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
@@ -391,20 +398,20 @@ def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
   # written, in what order and where, not what a kernel does with it.
   (tmp_path / 'self').write_text('1:name=x:/\n0::/user/scope\n')
   (tmp_path / 'user' / 'scope').mkdir(parents=True)
-  monkeypatch.setattr(groups, '_ROOT', tmp_path)
-  monkeypatch.setattr(groups, '_SELF', tmp_path / 'self')
+  monkeypatch.setattr(cgroup, '_ROOT', tmp_path)
+  monkeypatch.setattr(cgroup, '_SELF', tmp_path / 'self')
   # A group that hands nothing on, and a parent that has not the controllers.
   (tmp_path / 'user' / 'scope' / 'cgroup.subtree_control').write_text('')
   (tmp_path / 'user' / 'cgroup.subtree_control').write_text('cpu memory')
-  assert groups.make(MB, 7) is None
+  assert cgroup.create_group(MB, 7) is None
   (tmp_path / 'user' / 'cgroup.subtree_control').write_text('memory pids')
-  group = groups.make(MB, 7)
+  group = cgroup.create_group(MB, 7)
   assert group.path.parent == tmp_path / 'user'
   written = {path.name: path.read_text() for path in group.path.iterdir()}
   assert written == {
     'memory.max': str(MB),
     # And those of the sandbox itself.
-    'pids.max': str(7 + groups.HELPERS),
+    'pids.max': str(7 + cgroup.HELPERS),
     'memory.swap.max': '0',
     'memory.oom.group': '1',
     'cgroup.procs': '0\n',
@@ -444,13 +451,13 @@ def as_nobody(command, folder):
 def test_all_of_this_holds_for_an_ordinary_user():
   if os.geteuid() != 0:
     pytest.skip('this is an ordinary user already')
-  if why := sandbox.unusable():
+  if why := bubblewrap.unavailable_reason():
     pytest.skip(f'no sandbox here: {why}')
   with tempfile.TemporaryDirectory() as folder:
     os.chown(folder, 65534, 65534)
     # root's interpreter may lie in root's home: one of the system's, with the
     # packages of this one.
-    made = as_nobody(
+    command = as_nobody(
       ['/usr/bin/python3', '-m', 'venv', '--without-pip', f'{folder}/venv'],
       folder,
     )
@@ -459,7 +466,7 @@ def test_all_of_this_holds_for_an_ordinary_user():
       packages = [p for p in sys.path if p.endswith('site-packages')]
       (place / 'packages.pth').write_text('\n'.join(packages) + '\n')
     tried = ['-c', 'import moepeft.agent, numpy, pydantic_core, pytest']
-    if made.returncode or as_nobody([python, *tried], folder).returncode:
+    if command.returncode or as_nobody([python, *tried], folder).returncode:
       pytest.skip('another user has no Python here that has the packages')
     options = f'-q -n 0 -p no:cacheprovider --basetemp={folder}/tmp -m'.split()
     done = as_nobody(
@@ -470,7 +477,7 @@ def test_all_of_this_holds_for_an_ordinary_user():
 
 
 def test_an_endless_loop_is_ended_and_its_output_so_far_kept(box):
-  short = Sandbox(Bounds(seconds=1.5, memory=200 * MB))
+  short = Sandbox(ResourceLimits(seconds=1.5, memory=200 * MB))
   # The sleeping one uses no CPU; both write before.
   for code in ('while True: pass', 'import time\ntime.sleep(60)'):
     begun = time.monotonic()
@@ -512,67 +519,72 @@ def test_the_tools_tell_the_model_what_happened(box):
   replies = [
     wants(('run_python', {'code': 'print(6 * 7)'})),
     wants(('run_shell', {'command': 'cat /etc/shadow'})),
-    says('42'),
+    text_reply('42'),
   ]
   with serving(*replies) as script:
-    Agent(script.model(), sandbox.tools(box)).ask('6 * 7?')
+    Agent(script.model(), bubblewrap.code_tools(box)).ask('6 * 7?')
   first, second = (r['messages'][-1]['content'] for r in script.requests[1:])
   assert first == '<tool_output>\n42\n</tool_output>'
   assert 'No such file' in second and '[exit status 1]' in second
 
 
 def test_without_a_sandbox_the_tools_refuse(monkeypatch):
-  monkeypatch.setattr(sandbox, 'unusable', lambda: 'bwrap is not installed')
+  monkeypatch.setattr(
+    bubblewrap, 'unavailable_reason', lambda: 'bwrap is not installed'
+  )
   with pytest.raises(ValueError) as caught:
     Sandbox(BOUNDS)
-  said = str(caught.value)
-  assert 'bwrap is not installed' in said and '--unsafe_no_sandbox' in said
-  assert '\n' not in said
+  output = str(caught.value)
+  assert 'bwrap is not installed' in output and '--unsafe_no_sandbox' in output
+  assert '\n' not in output
 
 
 def test_what_bubblewrap_says_is_why_it_is_not_usable(monkeypatch):
-  sandbox.unusable.cache_clear()
+  bubblewrap.unavailable_reason.cache_clear()
   try:
-    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: None)
-    assert sandbox.unusable() == 'bwrap is not installed'
-    sandbox.unusable.cache_clear()
-    monkeypatch.setattr(sandbox.shutil, 'which', lambda name: name)
+    monkeypatch.setattr(bubblewrap.shutil, 'which', lambda name: None)
+    assert bubblewrap.unavailable_reason() == 'bwrap is not installed'
+    bubblewrap.unavailable_reason.cache_clear()
+    monkeypatch.setattr(bubblewrap.shutil, 'which', lambda name: name)
     failed = subprocess.CompletedProcess(
       [], 1, '', 'bwrap: No permissions to create new namespace\n'
     )
-    monkeypatch.setattr(sandbox.subprocess, 'run', lambda *a, **k: failed)
-    assert 'No permissions to create new namespace' in sandbox.unusable()
+    monkeypatch.setattr(bubblewrap.subprocess, 'run', lambda *a, **k: failed)
+    assert (
+      'No permissions to create new namespace'
+      in bubblewrap.unavailable_reason()
+    )
   finally:
-    sandbox.unusable.cache_clear()
+    bubblewrap.unavailable_reason.cache_clear()
 
 
 @pytest.mark.skipif(not shutil.which('prlimit'), reason='there is no prlimit')
 def test_told_by_name_programs_run_without_it():
-  box = Sandbox(Bounds(seconds=20), unsafe_no_sandbox=True)
+  box = Sandbox(ResourceLimits(seconds=20), unsafe_no_sandbox=True)
   ran = box.python_program('import os\nprint(os.environ.get("PWD"), 2 + 3)')
   assert ran.output == 'None 5\n'
-  ended = Sandbox(Bounds(seconds=0.5), unsafe_no_sandbox=True).shell_program(
-    'sleep 30 & sleep 30'
-  )
+  ended = Sandbox(
+    ResourceLimits(seconds=0.5), unsafe_no_sandbox=True
+  ).shell_program('sleep 30 & sleep 30')
   assert ended.ended == 'ended after 0.5 s'
 
 
 def verdict(program, machine, number, flags=0):
   """The filter's answer to a system call with this first argument."""
-  lines, at, held = list(struct.iter_unpack('<HBBI', program)), 0, None
-  seen = {0: number, 4: machine, 16: flags}
+  lines, at, sockets = list(struct.iter_unpack('<HBBI', program)), 0, None
+  output = {0: number, 4: machine, 16: flags}
   while True:
     code, true, false, value = lines[at]
     if code == 0x06:
       return value
     if code == 0x20:
-      held = seen[value]
+      sockets = output[value]
       at += 1
       continue
     holds = {
-      0x15: held == value,
-      0x35: held >= value,
-      0x45: held & value,
+      0x15: sockets == value,
+      0x35: sockets >= value,
+      0x45: sockets & value,
     }[code]
     at += 1 + (true if holds else false)
 
@@ -583,8 +595,8 @@ def test_the_filter_lets_through_what_programs_need_and_no_more(monkeypatch):
     ('x86_64', 0xC000003E, 56, (29, 165, 272, 319, 323)),
     ('aarch64', 0xC00000B7, 220, (40, 97, 194, 279, 282)),
   ):
-    monkeypatch.setattr(filters.platform, 'machine', lambda name=name: name)
-    program = filters.program()
+    monkeypatch.setattr(seccomp.platform, 'machine', lambda name=name: name)
+    program = seccomp.program()
     assert len(program) % 8 == 0
     # read, exit and the like; io_uring, fsopen and memfd_secret.
     for number in (0, 1, 60, 93, 231, 257):

@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import cards, sandbox, skills  # noqa: E402
+from moepeft.agent import config_file, skills
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.programs import Bounds  # noqa: E402
-from tests.agent.scripted import says, serving, wants  # noqa: E402
+from moepeft.agent.sandbox import bubblewrap  # noqa: E402
+from moepeft.agent.sandbox.process import ResourceLimits  # noqa: E402
+from tests.agent.scripted import serving, text_reply, wants  # noqa: E402
 
 HEAD = '---\nname: dig\ndescription: Digs holes. Use for holes.\n---\n'
 
@@ -20,34 +21,35 @@ def folder(tmp_path):
   """A directory with the skill `dig`, and a secret beside it."""
   # As root, the sandbox's user is another: pytest's directories are private.
   tmp_path.chmod(0o755)
-  own = tmp_path / 'skills' / 'dig'
-  (own / 'scripts').mkdir(parents=True)
-  (own / 'references').mkdir()
-  (own / 'SKILL.md').write_text(f'{HEAD}\n# Dig\n\nUse a spade.\n')
-  (own / 'references' / 'soil.md').write_text('Clay is hard.')
-  (own / 'scripts' / 'dig.py').write_text(
+  skill_set = tmp_path / 'skills' / 'dig'
+  (skill_set / 'scripts').mkdir(parents=True)
+  (skill_set / 'references').mkdir()
+  (skill_set / 'SKILL.md').write_text(f'{HEAD}\n# Dig\n\nUse a spade.\n')
+  (skill_set / 'references' / 'soil.md').write_text('Clay is hard.')
+  (skill_set / 'scripts' / 'dig.py').write_text(
     'import os, sys\nprint("dug", sys.argv[1:], os.environ.get("MY_API_KEY"))\n'
   )
-  (own / 'scripts' / 'loop.sh').write_text('while :; do :; done\n')
-  (own / 'scripts' / 'bad.sh').write_text('echo oops >&2; exit 3\n')
+  (skill_set / 'scripts' / 'loop.sh').write_text('while :; do :; done\n')
+  (skill_set / 'scripts' / 'bad.sh').write_text('echo oops >&2; exit 3\n')
   (tmp_path / 'secret.txt').write_text('the secret')
-  os.symlink(tmp_path / 'secret.txt', own / 'references' / 'link.txt')
-  os.symlink(tmp_path, own / 'up')
+  os.symlink(tmp_path / 'secret.txt', skill_set / 'references' / 'link.txt')
+  os.symlink(tmp_path, skill_set / 'up')
   return tmp_path / 'skills'
 
 
 needs_sandbox = pytest.mark.skipif(
-  bool(sandbox.unusable()), reason=f'no sandbox here: {sandbox.unusable()}'
+  bool(bubblewrap.unavailable_reason()),
+  reason=f'no sandbox here: {bubblewrap.unavailable_reason()}',
 )
 
 
-def run(folder, name, arguments, bounds=skills.BOUNDS, **options):
-  own = skills.find([folder])
-  options.setdefault('unsafe_no_sandbox', bool(sandbox.unusable()))
+def run(folder, name, arguments, bounds=skills.SCRIPT_LIMITS, **options):
+  skill_set = skills.find_skills([folder])
+  options.setdefault('unsafe_no_sandbox', bool(bubblewrap.unavailable_reason()))
   workspace = options.setdefault('workspace', folder)
-  box = skills.box(own, bounds=bounds, **options)
-  made = skills.tools(own, box, workspace)
-  (tool,) = [tool for tool in made if tool.name == name]
+  box = skills.script_sandbox(skill_set, bounds=bounds, **options)
+  tools = skills.skill_tools(skill_set, box, workspace)
+  (tool,) = [tool for tool in tools if tool.name == name]
   return tool.run(arguments)
 
 
@@ -61,13 +63,13 @@ def test_a_skill_is_loaded_in_three_steps(folder):
         {'name': 'dig', 'path': 'scripts/dig.py', 'args': ['a b', ';ls']},
       )
     ),
-    says('A hole.'),
+    text_reply('A hole.'),
   ]
-  own = skills.find([folder])
+  skill_set = skills.find_skills([folder])
   with serving(*replies) as script:
-    box = skills.box(own, folder, unsafe_no_sandbox=True)
-    made = skills.tools(own, box, folder)
-    agent = Agent(script.model(), made, skills.catalogue(own))
+    box = skills.script_sandbox(skill_set, folder, unsafe_no_sandbox=True)
+    tools = skills.skill_tools(skill_set, box, folder)
+    agent = Agent(script.model(), tools, skills.skills_prompt(skill_set))
     assert agent.ask('I need a hole.').text == 'A hole.'
   first, second, third, fourth = (r['messages'] for r in script.requests)
   # At first the model knows a name and a description, and no more.
@@ -86,9 +88,11 @@ def test_a_skill_is_loaded_in_three_steps(folder):
 
 
 def test_a_skill_that_loads_is_followed_and_what_scripts_say_is_data(folder):
-  own = skills.find([folder])
-  box = skills.box(own, folder, unsafe_no_sandbox=True)
-  trusted = {tool.name: tool.trusted for tool in skills.tools(own, box)}
+  skill_set = skills.find_skills([folder])
+  box = skills.script_sandbox(skill_set, folder, unsafe_no_sandbox=True)
+  trusted = {
+    tool.name: tool.trusted for tool in skills.skill_tools(skill_set, box)
+  }
   assert trusted == {
     'load_skill': True,
     'read_skill_file': True,
@@ -124,7 +128,9 @@ def test_nothing_outside_a_skill_is_read_or_run(folder, name, path):
 
 def test_what_a_script_may_do_is_bounded(folder):
   text = '{"name": "dig", "path": "scripts/%s", "args": []}'
-  ended = run(folder, 'run_skill_script', text % 'loop.sh', Bounds(seconds=0.3))
+  ended = run(
+    folder, 'run_skill_script', text % 'loop.sh', ResourceLimits(seconds=0.3)
+  )
   assert ended == '[ended after 0.3 s]'
   assert run(folder, 'run_skill_script', text % 'bad.sh') == (
     'oops\n[exit status 3]'
@@ -153,7 +159,7 @@ def wrong(name='dig', description='Digs.', more=''):
 
 
 @pytest.mark.parametrize(
-  ('text', 'said'),
+  ('text', 'output'),
   [
     (None, 'has no SKILL.md; write one'),
     ('# Dig\n', 'has no front matter'),
@@ -170,27 +176,29 @@ def wrong(name='dig', description='Digs.', more=''):
     (wrong(name='d' * 65), 'name: .* at most 64 characters'),
   ],
 )
-def test_a_skill_that_is_not_valid_is_one_clear_sentence(tmp_path, text, said):
-  own = tmp_path / 'dig'
-  own.mkdir()
+def test_a_skill_that_is_not_valid_is_one_clear_sentence(
+  tmp_path, text, output
+):
+  skill_set = tmp_path / 'dig'
+  skill_set.mkdir()
   if text is not None:
-    (own / 'SKILL.md').write_text(text)
-  with pytest.raises(ValueError, match=said) as caught:
-    skills.find([tmp_path])
+    (skill_set / 'SKILL.md').write_text(text)
+  with pytest.raises(ValueError, match=output) as caught:
+    skills.find_skills([tmp_path])
   assert '\n' not in str(caught.value)
 
 
 def test_other_fields_and_other_line_ends_are_no_mistakes(tmp_path):
-  own = tmp_path / 'dig'
-  own.mkdir()
+  skill_set = tmp_path / 'dig'
+  skill_set.mkdir()
   more = (
     'license: MIT\ncompatibility: needs a spade\nallowed-tools: Read Bash\n'
     'metadata:\n  author: me\nunknown: kept by others\n'
   )
   # As written on Windows, with a byte order mark.
   text = '\ufeff' + wrong(more=more).replace('\n', '\r\n')
-  (own / 'SKILL.md').write_bytes(text.encode())
-  skill = skills.find([own])['dig']
+  (skill_set / 'SKILL.md').write_bytes(text.encode())
+  skill = skills.find_skills([skill_set])['dig']
   assert (skill.name, skill.body) == ('dig', 'body')
 
 
@@ -199,10 +207,10 @@ def test_two_skills_of_one_name_and_missing_directories_are_refused(tmp_path):
     (tmp_path / place / 'dig').mkdir(parents=True)
     (tmp_path / place / 'dig' / 'SKILL.md').write_text(wrong())
   with pytest.raises(ValueError, match="two skills are named 'dig'"):
-    skills.find([tmp_path / 'a', tmp_path / 'b'])
+    skills.find_skills([tmp_path / 'a', tmp_path / 'b'])
   with pytest.raises(ValueError, match='does not exist'):
-    skills.find([tmp_path / 'c'])
-  assert skills.tools({}) == [] and skills.catalogue({}) == ''
+    skills.find_skills([tmp_path / 'c'])
+  assert skills.skill_tools({}) == [] and skills.skills_prompt({}) == ''
 
 
 def test_a_stray_file_and_a_link_to_a_skill_refuse_no_good_ones(tmp_path):
@@ -212,12 +220,14 @@ def test_a_stray_file_and_a_link_to_a_skill_refuse_no_good_ones(tmp_path):
   (tmp_path / 'SKILL.md').write_text('a template, left here')
   (tmp_path / 'pipe').mkdir()
   os.mkfifo(tmp_path / 'pipe' / 'SKILL.md')
-  told = []
-  assert set(skills.find([tmp_path, tmp_path / 'dig'], told.append)) == {'dig'}
-  assert len(told) == 2
-  assert 'has no front matter' in told[0] and 'a named pipe' in told[1]
+  warnings = []
+  assert set(
+    skills.find_skills([tmp_path, tmp_path / 'dig'], warnings.append)
+  ) == {'dig'}
+  assert len(warnings) == 2
+  assert 'has no front matter' in warnings[0] and 'a named pipe' in warnings[1]
   with pytest.raises(ValueError, match='is no directory'):
-    skills.find([tmp_path / 'SKILL.md'])
+    skills.find_skills([tmp_path / 'SKILL.md'])
 
 
 def script(folder, text):
@@ -273,31 +283,31 @@ print('done')
 
 
 def test_a_script_hands_over_a_card_and_nothing_else(folder):
-  card = cards.render('About.', {'steps': 7}).encode()
-  arguments = script(folder, HAND_OVER.format(b'mine.py\n' + card))
+  config = config_file.render_config('About.', {'steps': 7}).encode()
+  arguments = script(folder, HAND_OVER.format(b'mine.py\n' + config))
   assert run(folder, 'run_skill_script', arguments) == 'done'
-  assert (folder / 'mine.py').read_bytes() == card
+  assert (folder / 'mine.py').read_bytes() == config
   # The file is there now; a link of the name is not followed.
   with pytest.raises(ValueError, match='mine.py exists'):
     run(folder, 'run_skill_script', arguments)
   os.symlink(folder.parent / 'elsewhere.py', folder / 'link.py')
   for handed in (
-    b'link.py\n' + card,
-    b'../up.py\n' + card,
-    b'/tmp/moepeft_up.py\n' + card,
-    b'-c.py\n' + card,
-    b'.hidden.py\n' + card,
-    b'SKILL.md\n' + card,
-    b'a\0b.py\n' + card,
+    b'link.py\n' + config,
+    b'../up.py\n' + config,
+    b'/tmp/moepeft_up.py\n' + config,
+    b'-c.py\n' + config,
+    b'.hidden.py\n' + config,
+    b'SKILL.md\n' + config,
+    b'a\0b.py\n' + config,
     b'other.py\nimport os\n',
-    b'other.py\n' + card + b'import os\n',
-    b'other.py\n' + card.replace(b'= 7', b'= __import__("os")'),
+    b'other.py\n' + config + b'import os\n',
+    b'other.py\n' + config.replace(b'= 7', b'= __import__("os")'),
     b'other.py\n' + b'(' * 60_000,
     b'\xff' * 10,
     b'x' * 100_000,
   ):
     with pytest.raises(ValueError):
-      cards.save(handed, folder)
+      config_file.save_config(handed, folder)
   assert sorted(path.name for path in folder.iterdir()) == [
     'dig',
     'link.py',
@@ -307,13 +317,15 @@ def test_a_script_hands_over_a_card_and_nothing_else(folder):
 
 
 def test_without_a_sandbox_there_is_no_tool_for_scripts(folder, monkeypatch):
-  monkeypatch.setattr(skills, 'unusable', lambda: 'bwrap is not installed')
-  own = skills.find([folder])
+  monkeypatch.setattr(
+    skills, 'unavailable_reason', lambda: 'bwrap is not installed'
+  )
+  skill_set = skills.find_skills([folder])
   with pytest.raises(ValueError, match='bwrap is not installed'):
-    skills.box(own, folder)
-  made = {tool.name: tool for tool in skills.tools(own)}
-  assert sorted(made) == ['load_skill', 'read_skill_file']
-  text = made['load_skill'].run('{"name": "dig"}')
+    skills.script_sandbox(skill_set, folder)
+  tools = {tool.name: tool for tool in skills.skill_tools(skill_set)}
+  assert sorted(tools) == ['load_skill', 'read_skill_file']
+  text = tools['load_skill'].run('{"name": "dig"}')
   assert 'Scripts cannot be run here: there is no sandbox' in text
 
 
@@ -322,7 +334,7 @@ def test_a_workspace_that_holds_the_home_is_refused(folder, monkeypatch):
   monkeypatch.setenv('HOME', str(folder / 'dig'))
   for workspace in (folder, folder / 'dig', '/'):
     with pytest.raises(ValueError, match='holds the home directory'):
-      skills.box(skills.find([folder]), workspace)
+      skills.script_sandbox(skills.find_skills([folder]), workspace)
 
 
 def test_bad_skills_are_left_out_and_named_and_good_ones_stay(folder):
@@ -342,7 +354,7 @@ def test_bad_skills_are_left_out_and_named_and_good_ones_stay(folder):
   (folder / 'pipe').mkdir()
   os.mkfifo(folder / 'pipe' / 'SKILL.md')
   faults = []
-  assert list(skills.find([folder], faults.append)) == ['dig']
+  assert list(skills.find_skills([folder], faults.append)) == ['dig']
   names = ['binary', 'bomb', 'colon', 'deep', 'docs', 'keys', 'other', 'pipe']
   assert len(faults) == len(names)
   for name, fault in zip(names, faults, strict=True):
@@ -361,4 +373,4 @@ def bomb() -> str:
 
 def test_a_pipe_among_a_skills_files_is_none_of_them(folder):
   os.mkfifo(folder / 'dig' / 'references' / 'pipe.md')
-  assert 'references/pipe.md' not in skills.find([folder])['dig'].files()
+  assert 'references/pipe.md' not in skills.find_skills([folder])['dig'].files()

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent.tools import Invalid, strict, tool  # noqa: E402
+from moepeft.agent.tools import InvalidArguments, make_tool, strict_schema  # noqa: E402
 
 
 class Unit(enum.Enum):
@@ -61,12 +61,12 @@ def objects(node):
 
 
 def test_a_schema_requires_all_and_allows_nothing_else():
-  schema = tool(weather).schema
-  found = list(objects(schema))
+  schema = make_tool(weather).schema
+  nodes = list(objects(schema))
   # The arguments and the place, which the description writes out, and the
   # definition of it that stays.
-  assert len(found) == 3
-  for node in found:
+  assert len(nodes) == 3
+  for node in nodes:
     assert node['additionalProperties'] is False
     assert node['required'] == list(node['properties'])
   assert list(schema['properties']) == ['place', 'days', 'unit', 'kind', 'note']
@@ -75,24 +75,24 @@ def test_a_schema_requires_all_and_allows_nothing_else():
 
 
 def test_what_has_a_default_says_it_as_a_strict_schema_has_none():
-  own = tool(weather).schema['properties']
-  assert own['days']['description'] == 'from today on.'
-  assert own['kind']['description'] == 'By default "sun".'
-  assert own['note']['anyOf'] == [{'type': 'string'}, {'type': 'null'}]
+  tool_ = make_tool(weather).schema['properties']
+  assert tool_['days']['description'] == 'from today on.'
+  assert tool_['kind']['description'] == 'By default "sun".'
+  assert tool_['note']['anyOf'] == [{'type': 'string'}, {'type': 'null'}]
   # A server that does not hold to the schema may leave it out.
   text = '{"place": {"city": "Ulm"}, "days": 2}'
-  assert tool(weather).run(text) == 'Ulm 3 2 KELVIN sun None'
+  assert make_tool(weather).run(text) == 'Ulm 3 2 KELVIN sun None'
 
 
 def test_docstrings_describe_the_tool_and_its_arguments():
-  made = tool(weather)
-  assert made.description == 'Tells the weather.\n\nOf tomorrow and later.'
-  place = made.schema['properties']['place']
+  tool_made = make_tool(weather)
+  assert tool_made.description == 'Tells the weather.\n\nOf tomorrow and later.'
+  place = tool_made.schema['properties']['place']
   assert place['description'] == 'where it is, roughly.'
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'said'),
+  ('arguments', 'description'),
   [
     ('{"place": ', 'Invalid JSON'),
     ('[1]', 'an object'),
@@ -101,9 +101,9 @@ def test_docstrings_describe_the_tool_and_its_arguments():
     ('{"place": {"city": "U"}, "days": 1, "more": 1}', 'more: Extra inputs'),
   ],
 )
-def test_arguments_that_do_not_fit_are_told_by_name(arguments, said):
-  with pytest.raises(Invalid, match=said):
-    tool(weather).run(arguments)
+def test_arguments_that_do_not_fit_are_told_by_name(arguments, description):
+  with pytest.raises(InvalidArguments, match=description):
+    make_tool(weather).run(arguments)
 
 
 def test_a_dataclass_is_taken_and_given_back_as_json():
@@ -116,7 +116,7 @@ def test_a_dataclass_is_taken_and_given_back_as_json():
     """Mirrors."""
     return Point(-point.x, -point.y)
 
-  answer = tool(mirrored).run('{"point": {"x": 1}}')
+  answer = make_tool(mirrored).run('{"point": {"x": 1}}')
   assert json.loads(answer) == {'x': -1.0, 'y': -2.0}
 
 
@@ -124,7 +124,7 @@ def untyped(a) -> str:
   """No."""
 
 
-def anything(a: Any) -> str:
+def any_value(a: Any) -> str:
   """No."""
 
 
@@ -153,10 +153,10 @@ def misspelt(a: int) -> str:
 
 
 @pytest.mark.parametrize(
-  ('function', 'said'),
+  ('function', 'description'),
   [
     (untyped, 'has no type; annotate it'),
-    (anything, 'without one type'),
+    (any_value, 'without one type'),
     (free, 'without one type'),
     (mapped, 'without one type'),
     (untyped_list, 'without one type'),
@@ -164,9 +164,9 @@ def misspelt(a: int) -> str:
     (misspelt, "describes 'b'"),
   ],
 )
-def test_a_function_without_a_strict_schema_is_refused(function, said):
-  with pytest.raises(ValueError, match=said):
-    tool(function)
+def test_a_function_without_a_strict_schema_is_refused(function, description):
+  with pytest.raises(ValueError, match=description):
+    make_tool(function)
 
 
 def test_a_model_that_holds_itself_keeps_its_references():
@@ -174,7 +174,7 @@ def test_a_model_that_holds_itself_keeps_its_references():
     name: str
     below: list['Tree'] = []
 
-  (definition,) = strict(Tree, 'Tree')['$defs'].values()
+  (definition,) = strict_schema(Tree, 'Tree')['$defs'].values()
   assert definition['additionalProperties'] is False
   assert definition['required'] == ['name', 'below']
 
@@ -184,6 +184,8 @@ def test_a_tool_without_arguments_has_an_empty_strict_schema():
     """Now."""
     return 'noon'
 
-  made = tool(now)
-  assert made.schema['properties'] == {} and made.schema['required'] == []
-  assert made.run('') == made.run('{}') == 'noon'
+  tool_made = make_tool(now)
+  assert (
+    tool_made.schema['properties'] == {} and tool_made.schema['required'] == []
+  )
+  assert tool_made.run('') == tool_made.run('{}') == 'noon'

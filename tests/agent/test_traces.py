@@ -11,13 +11,13 @@ pytest.importorskip('openai')
 from moepeft.agent import traces  # noqa: E402
 from moepeft.agent.agent import Agent  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.memory import Memory, Tokens  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.memory import Memory, TokenCounter  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from tests.agent.scripted import (  # noqa: E402
   KEY,
   refuses,
-  says,
   serving,
+  text_reply,
   wants,
 )
 
@@ -37,33 +37,42 @@ def leak() -> str:
 def traced(path, replies, questions, **parts):
   """The outcomes of questions, with a trace at `path`."""
   with serving(*replies, counts=True) as script:
-    trace = traces.Trace(path, [KEY])
+    trace = traces.TraceWriter(path, [KEY])
     if 'memory' in parts:
-      count = Tokens(script.client(), 'scripted')
+      count = TokenCounter(script.client(), 'scripted')
       parts['memory'] = Memory(parts['memory'], count)
-    made = Agent(
-      script.model(), [tool(roll), tool(leak)], 'Be.', tell=trace, **parts
+    agent_ = Agent(
+      script.model(),
+      [make_tool(roll), make_tool(leak)],
+      'Be.',
+      on_event=trace,
+      **parts,
     )
-    outcomes = [made.ask(question) for question in questions]
+    outcomes = [agent_.ask(question) for question in questions]
     trace.close()
   return outcomes
 
 
 CASES = {
-  'answered': ([wants(('roll', {'sides': 6})), says('0')], {}),
+  'answered': ([wants(('roll', {'sides': 6})), text_reply('0')], {}),
   'several calls': (
-    [wants(('roll', {'sides': 6}), ('roll', {'sides': 8})), says('0')],
+    [wants(('roll', {'sides': 6}), ('roll', {'sides': 8})), text_reply('0')],
     {},
   ),
   'loop': ([wants(('leak', {}))], {}),
   'steps': ([wants(('roll', {'sides': 6}))], {'budget': Budget(steps=4)}),
   'failed': ([wants(('roll', {'sides': 6})), refuses(500, 'oh')], {}),
   'plan': (
-    [says('plan'), wants(('roll', {'sides': 2})), says('1'), says('OK')],
+    [
+      text_reply('plan'),
+      wants(('roll', {'sides': 2})),
+      text_reply('1'),
+      text_reply('OK'),
+    ],
     {'mode': 'plan'},
   ),
   'react': (
-    [says('Action: roll\nAction Input: {"sides": 3}'), says('hm')],
+    [text_reply('Action: roll\nAction Input: {"sides": 3}'), text_reply('hm')],
     {'form': 'react'},
   ),
   'seconds': (
@@ -81,14 +90,14 @@ def test_a_trace_replays_to_its_outcome_without_a_server(name, tmp_path):
   replies, parts = CASES[name]
   path = str(tmp_path / 'trace.jsonl')
   outcomes = traced(path, replies, ['What?'], **parts)
-  told = []
-  assert traces.replay(path, told.append) == outcomes
-  assert told[-1]['event'] == 'ended'
+  events = []
+  assert traces.replay_trace(path, events.append) == outcomes
+  assert events[-1]['event'] == 'ended'
 
 
 def test_a_conversation_with_a_short_memory_replays(tmp_path):
   path = str(tmp_path / 'trace.jsonl')
-  replies = [wants(('roll', {'sides': 6})), says('one two three')] * 4
+  replies = [wants(('roll', {'sides': 6})), text_reply('one two three')] * 4
   outcomes = traced(
     path,
     replies,
@@ -96,17 +105,17 @@ def test_a_conversation_with_a_short_memory_replays(tmp_path):
     # The rule on tools has 44 words, an answered question 13.
     memory=70,
   )
-  kinds = [row['event'] for row in traces.read(path)]
+  kinds = [row['event'] for row in traces.read_trace(path)]
   assert kinds.count('forgotten') > 1
-  assert traces.replay(path) == outcomes
+  assert traces.replay_trace(path) == outcomes
   assert {outcome.state for outcome in outcomes} == {'answered'}
 
 
 def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
   path = str(tmp_path / 'trace.jsonl')
-  replies = [wants(('roll', {'sides': 6})), says('0')]
+  replies = [wants(('roll', {'sides': 6})), text_reply('0')]
   traced(path, replies, ['What?'], options={'seed': 3})
-  rows = traces.read(path)
+  rows = traces.read_trace(path)
   assert [row['event'] for row in rows] == [
     'started',
     'asked',
@@ -118,9 +127,9 @@ def test_a_trace_holds_requests_replies_calls_seeds_and_times(tmp_path):
     'ended',
   ]
   assert all(row['at'].endswith('+00:00') for row in rows)
-  asked = [row for row in rows if row['event'] == 'asked']
-  assert all(row['request']['seed'] == 3 for row in asked)
-  assert asked[1]['request']['messages'][-1]['role'] == 'tool'
+  question = [row for row in rows if row['event'] == 'asked']
+  assert all(row['request']['seed'] == 3 for row in question)
+  assert question[1]['request']['messages'][-1]['role'] == 'tool'
   assert (
     rows[2]['message']['tool_calls'][0]['function']['arguments']
     == '{"sides": 6}'
@@ -140,7 +149,7 @@ def test_a_key_is_never_written(tmp_path):
 
 def test_a_changed_or_broken_trace_is_told_where(tmp_path):
   path = tmp_path / 'trace.jsonl'
-  replies = [wants(('roll', {'sides': 6})), says('0')]
+  replies = [wants(('roll', {'sides': 6})), text_reply('0')]
   traced(str(path), replies, ['What?'])
   text = path.read_text()
   rows = [json.loads(line) for line in text.splitlines()]
@@ -148,10 +157,10 @@ def test_a_changed_or_broken_trace_is_told_where(tmp_path):
   rows[5]['request']['messages'][3]['content'] = 'another'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   with pytest.raises(ValueError, match=r"\[3\]\['content'\] was .another"):
-    traces.replay(str(path))
+    traces.replay_trace(str(path))
   path.write_text('{"no": "event"}\n')
   with pytest.raises(ValueError, match='line 1 of .* is no event'):
-    traces.replay(str(path))
+    traces.replay_trace(str(path))
   # A kill tears the last line: that question did not end.
   path.write_text(text[:-10])
-  assert traces.replay(str(path)) == []
+  assert traces.replay_trace(str(path)) == []

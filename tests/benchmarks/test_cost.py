@@ -7,7 +7,11 @@ import pytest
 
 from moepeft.models.t5 import model as t5
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import Loss, mean, minimised_losses
+from moepeft.objectives.cross_entropy import (
+  CrossEntropySettings,
+  mean_loss,
+  token_nll_and_loss,
+)
 from moepeft.peft import build
 
 # So wide that all that is no product is less than a projection's gradient.
@@ -37,8 +41,8 @@ def compiled_flops(method, trained):
   variables = dict(jax.eval_shape(model.init, keys, ids))
 
   def loss(own, rest, batch):
-    found = seq2seq.objective(model.apply, {**rest, trained: own}, batch, None)
-    return mean(*found)
+    found = seq2seq.loss_sums(model.apply, {**rest, trained: own}, batch, None)
+    return mean_loss(*found)
 
   own = variables.pop(trained)
   step = jax.jit(jax.grad(loss)).lower(own, variables, ids).compile()
@@ -83,7 +87,9 @@ def test_logits_are_held_once():
 
   def loss(x):
     logits = jnp.einsum('btd,dv->btv', x, w)
-    _, losses = minimised_losses(logits, targets, Loss(z=1e-4))
+    _, losses = token_nll_and_loss(
+      logits, targets, CrossEntropySettings(z=1e-4)
+    )
     return jnp.sum(losses), jnp.sum(jnp.argmax(logits, axis=-1))
 
   step = jax.jit(jax.grad(loss, has_aux=True)).lower(x).compile()
@@ -120,7 +126,7 @@ def test_remat_saves_memory_where_layers_are_written_out():
 
     def loss(peft, params):
       own = {'peft': peft, 'params': params}
-      return mean(*seq2seq.objective(model.apply, own, ids, None))
+      return mean_loss(*seq2seq.loss_sums(model.apply, own, ids, None))
 
     step = jax.jit(jax.grad(loss)).lower(variables['peft'], variables['params'])
     return step.compile().memory_analysis().temp_size_in_bytes

@@ -13,7 +13,7 @@ import pytest
 
 from moepeft.models.t5 import model as t5
 from moepeft.objectives import seq2seq
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 from tests import ROOT
 
@@ -82,7 +82,7 @@ def test_model_flops_are_those_of_the_compiled_step(method):
 
   def loss(trained, rest, batch):
     variables = {built.trainable: trained, frozen: rest}
-    return mean(*seq2seq.objective(model.apply, variables, batch, None))
+    return mean_loss(*seq2seq.loss_sums(model.apply, variables, batch, None))
 
   arguments = shapes[built.trainable], shapes.get(frozen, {}), batch
   compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()

@@ -12,7 +12,7 @@ from moepeft.data.batching.collators import Pairs
 from moepeft.data.batching.decoder_only import Samples
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers import jsonl
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
 CASES = ROOT.parent / 'shared' / 'cases'
@@ -45,7 +45,7 @@ def preference(path, objective):
   words = vocabulary('', MODEL)
   data = data_of('preference', path)
   own = preference_dataset.form_of(
-    data, objective, batch_kind(objective), Samples(words, LENGTH)
+    data, objective, OBJECTIVES[objective].batch, Samples(words, LENGTH)
   )
   found = sources(data, 0, own=own)
   batch = own.padded([found.train[0]])

@@ -74,7 +74,7 @@ def test_an_adapter_brings_its_semantics(place):
   base = base_lib.load(c.model)
   model, own = base_lib.module(base, c)
   # A reference of other semantics than the policy's.
-  _, found = reference_model.reference_of('dpo', 'adapter', model, own, base)
+  _, found = reference_model.make_reference('adapter', model, own, base)
   jax.tree.map(np.testing.assert_array_equal, found, tree)
   with pytest.raises(ValueError, match="and config.semantics to 'paper'"):
     base_lib.with_adapter({'peft': tree}, own, 'adapter', base)

@@ -9,27 +9,22 @@ import pytest
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
-from moepeft import moe
+from moepeft import moe, registries
 from moepeft.checkpoints import quantize
 from moepeft.config import check as config_check
 from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core import sharding
 from moepeft.core.ranges import MAX_SEED, Choices, Range
-from moepeft.data import registry as data_registry
 from moepeft.data.batching import decoder_only
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import FORMS
 from moepeft.data.text import dataset as text_dataset
 from moepeft.models.decoder import llama
-from moepeft.objectives import (
-  COMPARED,
-  OBJECTIVES,
-  cross_entropy,
-  preference_losses,
-)
+from moepeft.nn import attention, scan_layers
+from moepeft.objectives import cross_entropy as loss
+from moepeft.objectives import dpo
 from moepeft.peft import METHODS, build
 from moepeft.peft.build import allowed
-from moepeft.training.optim import OPTIMIZERS, SCHEDULES
 from tests import ROOT
 
 _PACKAGE = ROOT / 'moepeft'
@@ -67,22 +62,53 @@ def test_every_default_is_allowed():
 @pytest.mark.parametrize(
   ('key', 'names'),
   [
-    ('objective', OBJECTIVES | COMPARED),
-    ('preference.loss', preference_losses.LOSSES),
-    ('loss.per', cross_entropy.PER),
+    ('preference.loss', dpo.LOSSES),
+    ('loss.per', loss.PER),
     ('model.quantise', ('', *quantize.KINDS)),
-    ('data.source', data_registry.SOURCES),
     ('data.form', ('', *FORMS)),
     ('data.train_on', chat_dataset.TRAIN_ON),
     ('data.too_long', decoder_only.TOO_LONG),
     ('data.predict', text_dataset.PREDICT),
-    ('optimizer.name', OPTIMIZERS),
-    ('optimizer.schedule', SCHEDULES),
+    ('model.attention', attention.FORMS),
+    ('model.remat', scan_layers.REMAT),
     ('sharding.preset', sharding.PRESETS),
   ],
 )
-def test_choices_are_those_of_the_registries(key, names):
+def test_choices_are_those_of_the_code_that_reads_them(key, names):
   assert set(ALLOWED[key].names) == set(names)
+
+
+@pytest.mark.parametrize('key', registries.BY_KEY)
+def test_the_choices_of_an_entry_are_its_registry_s(key):
+  config = changed(key, 'no_such_entry')
+  names = ', '.join(registries.BY_KEY[key])
+  with pytest.raises(ValueError, match=f'^config.{key} is one of {names}; '):
+    config_check.check(config, registries.BY_KEY)
+
+
+def test_every_key_that_an_entry_reads_exists():
+  for key, registry in registries.BY_KEY.items():
+    for name, entry in registry.items():
+      unknown = set(getattr(entry, 'config_keys', ())) - set(DEFAULTS)
+      assert not unknown, (key, name)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'data.path': 'rows'}, "source='tasks', only with jsonl or datasets or"),
+    ({'optimizer.clock': 3}, "name='adamw', only with adafactor; set one of"),
+    (
+      {'data.source': 'preference', 'data.replay': 'x.txt'},
+      "replay='x.txt' does nothing with config.data.source='preference'",
+    ),
+  ],
+)
+def test_keys_that_no_code_would_read_are_refused(changes, message):
+  config = config_lib.default()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    config_check.check(config, registries.BY_KEY)
 
 
 def changed(key, value):
@@ -98,14 +124,14 @@ def changed(key, value):
 )
 def test_no_number_is_nan_or_huge(key, value):
   with pytest.raises(ValueError, match=f'^config.{key} is ') as error:
-    config_check.check(changed(key, value))
+    config_check.check_ranges(changed(key, value))
   assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize('key', [k for k in NUMBERS if 'temper' not in k])
 def test_no_number_but_the_temperature_is_infinite(key):
   with pytest.raises(ValueError, match=f'^config.{key} is '):
-    config_check.check(changed(key, math.inf))
+    config_check.check_ranges(changed(key, math.inf))
   config_check.check_ranges(changed('data.temperature', math.inf))
 
 
@@ -113,7 +139,7 @@ def test_no_number_but_the_temperature_is_infinite(key):
 def test_a_wrong_choice_lists_all_and_suggests_the_nearest(key):
   names = [name for name in ALLOWED[key].names if name]
   with pytest.raises(ValueError, match=f'^config.{key} is one of ') as error:
-    config_check.check(changed(key, f'{names[0]}x'))
+    config_check.check_ranges(changed(key, f'{names[0]}x'))
   assert all(name in str(error.value) for name in names)
   assert str(error.value).endswith('?')
 
@@ -121,7 +147,7 @@ def test_a_wrong_choice_lists_all_and_suggests_the_nearest(key):
 @pytest.mark.parametrize('key', TEXTS)
 def test_a_text_is_a_text(key):
   with pytest.raises(ValueError, match=f'^config.{key} is a text; got None'):
-    config_check.check(changed(key, None))
+    config_check.check_ranges(changed(key, None))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +164,7 @@ def test_a_text_is_a_text(key):
 )
 def test_values_that_were_accepted_or_hung_are_refused(key, value):
   with pytest.raises(ValueError, match=f'^config.{key} is at|is above'):
-    config_check.check(changed(key, value))
+    config_check.check_ranges(changed(key, value))
 
 
 def options(registry):

@@ -82,7 +82,7 @@ def gradients(layout, model, variables):
   rows = sharding.shard_whole_batch(layout.mesh, rows)
 
   def loss(variables, rows):
-    return seq2seq.objective(model.apply, variables, rows, None)[0]
+    return seq2seq.loss_sums(model.apply, variables, rows, None)[0]
 
   value, found = jax.jit(jax.value_and_grad(loss))(variables, rows)
   found = {'loss': value, **weight_mapping.flatten(found)}

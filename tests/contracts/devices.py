@@ -12,7 +12,7 @@ from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers
-from moepeft.training import optim, setup, state_sharding
+from moepeft.training import optimizers, setup, state_sharding
 
 from . import small
 
@@ -24,7 +24,7 @@ def train_three(method: str) -> dict[str, np.ndarray]:
   model, built = small.make(method)
   noise = 0.0 if method == 'full' else 0.1
   variables = small.variables(method, noise=noise)
-  optimizer = optim.optimizer(config.optimizer, 10)
+  optimizer = optimizers.make_optimizer(config.optimizer, 10)
   layout = sharding.layout()
   trainable = variables.pop(built.trainable)
   state = State(

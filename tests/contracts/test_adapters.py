@@ -12,8 +12,8 @@ import pytest
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import METHODS, build
 
 from . import small
@@ -116,8 +116,8 @@ def gradients(method, remat):
   variables = small.variables(method, noise=0.1)
 
   def loss(peft):
-    return mean(
-      *objective(model.apply, {**variables, 'peft': peft}, small.batch(), None)
+    return mean_loss(
+      *loss_sums(model.apply, {**variables, 'peft': peft}, small.batch(), None)
     )
 
   return jax.jit(jax.grad(loss))(variables['peft'])

@@ -10,8 +10,8 @@ import pytest
 from moepeft.models.t5 import model as t5
 from moepeft.moe import router_stats
 from moepeft.nn.initializers import fresh
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 
 from . import small
@@ -41,8 +41,8 @@ def test_a_probe_trains_under_scan_remat_and_jit(name, remat):
   @jax.jit
   def update(peft, opt):
     def loss(peft):
-      return mean(
-        *objective(
+      return mean_loss(
+        *loss_sums(
           model.apply, {**variables, 'peft': peft}, small.batch(), None
         )
       )

@@ -182,4 +182,4 @@ def test_without_a_model_the_sentence_asks_for_one():
 def test_a_reference_that_is_nowhere_is_asked_for_as_an_adapter():
   built = peft.Built(None, 'lora', 'peft', 'official')
   with pytest.raises(ValueError, match="='/nope' is no directory; name a run"):
-    reference_model.reference_of('dpo', '/nope', None, built, None)
+    reference_model.make_reference('/nope', None, built, None)

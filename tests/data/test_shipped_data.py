@@ -18,7 +18,7 @@ from moepeft.data.registry import sources
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models.decoder import llama
-from moepeft.objectives import batch_kind
+from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
 from .. import chat_cases
@@ -54,7 +54,7 @@ def read(words, source, objective, **changes):
   config.data.update(changes)
   form = collators.form(config.data, words, llama.config('tiny'), config.seed)
   form = preference_dataset.form_of(
-    config.data, objective, batch_kind(objective), form
+    config.data, objective, OBJECTIVES[objective].batch, form
   )
   return form, sources(config.data, config.seed, below=0, own=form)
 

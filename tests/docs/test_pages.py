@@ -99,7 +99,7 @@ def tree(text: str) -> list[str]:
   return re.findall(r'[\w.]+(?:\.(?:py|md|sh|ipynb)|/)(?!\w)', block)
 
 
-def both(name: str, measure) -> tuple:
+def in_both(name: str, measure) -> tuple:
   """A measure of the English page and of its translation."""
   chinese = name.replace('.md', '.zh.md')
   return measure(read(name)), measure(read(chinese))
@@ -110,13 +110,13 @@ translated = pytest.mark.parametrize('name', TRANSLATED)
 
 @translated
 def test_same_levels_of_headings_in_the_same_order(name):
-  english, chinese = both(name, lambda text: [h[0] for h in headings(text)])
+  english, chinese = in_both(name, lambda text: [h[0] for h in headings(text)])
   assert chinese == english
 
 
 @translated
 def test_same_commands(name):
-  english, chinese = both(
+  english, chinese = in_both(
     name,
     lambda text: [code for kind, code in _FENCED.findall(text) if kind == 'sh'],
   )
@@ -125,19 +125,19 @@ def test_same_commands(name):
 
 @translated
 def test_same_pictures(name):
-  english, chinese = both(name, pictures)
+  english, chinese = in_both(name, pictures)
   assert set(chinese) <= set(english)
 
 
 @translated
 def test_lists_of_the_same_lengths(name):
-  english, chinese = both(name, list_lengths)
+  english, chinese = in_both(name, list_lengths)
   assert chinese == english
 
 
 @translated
 def test_same_kinds_of_fenced_blocks(name):
-  english, chinese = both(
+  english, chinese = in_both(
     name, lambda text: [block[0] for block in _FENCED.findall(text)]
   )
   assert chinese == english
@@ -145,7 +145,7 @@ def test_same_kinds_of_fenced_blocks(name):
 
 @translated
 def test_tables_of_the_same_shape(name):
-  english, chinese = both(
+  english, chinese = in_both(
     name, lambda text: [[len(row) for row in table] for table in tables(text)]
   )
   assert chinese == english
@@ -153,7 +153,7 @@ def test_tables_of_the_same_shape(name):
 
 @translated
 def test_same_numbers_in_every_cell(name):
-  english, chinese = both(
+  english, chinese = in_both(
     name,
     lambda text: [
       [numbers(cell) for cell in row] for table in tables(text) for row in table
@@ -164,7 +164,7 @@ def test_same_numbers_in_every_cell(name):
 
 @translated
 def test_same_options_and_files(name):
-  english, chinese = both(name, code_spans)
+  english, chinese = in_both(name, code_spans)
   assert english ^ chinese == set()
 
 
@@ -172,7 +172,7 @@ def test_same_options_and_files(name):
   'name', [n for n in TRANSLATED if not n.startswith('docs/extending/')]
 )
 def test_page_leads_to_the_other_language_below_its_title(name):
-  english, chinese = both(name, lambda text: text.splitlines()[1:3])
+  english, chinese = in_both(name, lambda text: text.splitlines()[1:3])
   file = name.rpartition('/')[2]
   assert english == ['', f'[中文]({file.replace(".md", ".zh.md")})']
   assert chinese == ['', f'[English]({file})']
@@ -219,13 +219,13 @@ def test_methods_of_readme_are_those_of_the_guide():
 
 
 def test_both_first_paragraphs_name_both_kinds_of_models():
-  english, chinese = both('README.md', lambda text: text.split('```')[0])
+  english, chinese = in_both('README.md', lambda text: text.split('```')[0])
   assert 'T5' in english and 'decoder-only' in english
   assert 'T5' in chinese and '仅解码器' in chinese
 
 
 def test_tree_names_what_exists_in_both_languages():
-  english, chinese = both('docs/architecture.md', tree)
+  english, chinese = in_both('docs/architecture.md', tree)
   assert len(english) > 50
   assert chinese == english
   names = {path.name for path in ROOT.rglob('*') if '.venv' not in path.parts}
@@ -246,3 +246,30 @@ def test_slug_is_githubs(heading, expected):
 
 def test_repeated_heading_has_a_numbered_anchor():
   assert anchors('# Data\n\n## Data\n') == {'data', 'data-1'}
+
+
+def paths_of_files(text: str) -> set[str]:
+  """Paths below the repository that end like a file."""
+  folders = 'moepeft|tests|configs|gin|scripts|benchmarks|notebooks'
+  pattern = (
+    rf'(?<![\w./-])(?:{folders})/[\w/.-]*\.(?:py|sh|gin|ipynb|html)(?![a-z])'
+  )
+  return set(re.findall(pattern, text))
+
+
+# The log keeps names as they were, and these examples add files.
+_OTHER_FILES = ('docs/LOG.md', 'docs/results.md', 'CONTRIBUTING.md')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [n for n in ALL if n not in _OTHER_FILES and 'docs/extending/' not in n],
+)
+def test_files_that_a_page_names_exist(name):
+  paths = paths_of_files(read(name))
+  assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_paths_of_files_are_told_from_other_paths():
+  text = 'see `moepeft/a/b.py`, workdirs/configs/x.py and moepeft/serve'
+  assert paths_of_files(text) == {'moepeft/a/b.py'}

@@ -84,11 +84,11 @@ def test_every_config_of_the_paper_is_named():
 
 
 def operations(d, ffn, kind):
-  """Of one packed row of 1,024 input and 256 target tokens, T5 1.1.
+  """Operations for one packed row of 1,024 input and 256 target tokens.
 
-  24 layers a side; heads times their size is d. Keys and values of the cross
-  attention see the input's tokens; the head, of 32,128 tokens, sees the
-  target's.
+  T5 1.1 has 24 layers a side; heads times their size is d. Keys and values of
+  the cross attention see the input's tokens; the head, of 32,128 tokens, sees
+  the target's.
   """
   encoder = 24 * (4 * d * d + 3 * d * ffn)
   cross = 24 * 2 * d * d

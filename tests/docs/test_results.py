@@ -21,17 +21,17 @@ DOCUMENTS = sorted(
 
 
 def commands(text):
-  """{name of the table: words of its command} of a document."""
-  found = {}
+  """{name of the table: arguments of its command} of a document."""
+  arguments = {}
   for block in re.findall(r'^```sh\n(.*?)^```$', text, re.S | re.M):
     words = shlex.split(block.replace('\\\n', ' '))
     if 'moepeft.tables' in words and any(w.startswith('--into') for w in words):
       name = next(w for w in words if w.startswith('--name=')).split('=')[1]
-      found[name] = words[words.index('moepeft.tables') + 1 :]
-  return found
+      arguments[name] = words[words.index('moepeft.tables') + 1 :]
+  return arguments
 
 
-def made(words):
+def rendered(words):
   """The Markdown that a command writes into its document."""
   runs, flags = [], {}
   for word in words:
@@ -63,7 +63,7 @@ def test_a_documents_tables_are_those_of_the_rows_that_are_kept(document):
   assert tables and tables.keys() == commands(text).keys()
   for name, words in commands(text).items():
     assert f'--into={document}' in words
-    assert tables[name] == made(words)
+    assert tables[name] == rendered(words)
 
 
 def most_weight(nats, experts):
@@ -74,12 +74,16 @@ def most_weight(nats, experts):
   tokens as well (Jensen).
   """
 
-  def left(p):
+  def excess_nats(p):
     rest = 1 - p
     shared = rest * np.log(rest / (experts - 1)) if rest else 0.0
     return -p * np.log(p) - shared - nats
 
-  return brentq(left, 1 / experts, 1 - 1e-9) if left(1 / experts) > 0 else 0.25
+  return (
+    brentq(excess_nats, 1 / experts, 1 - 1e-9)
+    if excess_nats(1 / experts) > 0
+    else 0.25
+  )
 
 
 def test_the_chat_mixtures_routers_are_as_even_as_the_results_say():

@@ -99,12 +99,12 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
 
 def test_the_benchmark_of_pages_prints_its_ratios():
   command = ['benchmarks/keep_pages.py', '--steps=2', '--rounds=1']
-  done = subprocess.run(
+  completed = subprocess.run(
     [sys.executable, *command],
     cwd=ROOT,
     check=True,
     stdout=subprocess.PIPE,
   )
-  assert json.loads(done.stdout).keys() == {
-    f'{what}_without_over_with' for what in ('time', 'system', 'faults')
+  assert json.loads(completed.stdout).keys() == {
+    f'{quantity}_without_over_with' for quantity in ('time', 'system', 'faults')
   }

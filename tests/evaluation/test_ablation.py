@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from moepeft import registries
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.count_parameters import count
 from moepeft.config import check as config_check
@@ -34,7 +35,7 @@ ROUTERS = card('ablate/routers.py')
 @pytest.mark.parametrize('name', ROUTERS.CELLS)
 def test_every_cell_is_a_config_whose_method_builds(name):
   c = ROUTERS.get_config(f'name={name}')
-  config_check.check(c)
+  config_check.check(c, registries.BY_KEY)
   aux_losses.total({}, dict(c.router_losses))
   assert count(c)['peft'] > 0
 

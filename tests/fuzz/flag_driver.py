@@ -19,6 +19,7 @@ import traceback
 
 from absl import flags
 
+from moepeft import registries
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.config.ranges import ALLOWED
@@ -157,7 +158,7 @@ def build(argv: list[str]) -> None:
   if 'config' not in flags.FLAGS:
     return
   config = flags.FLAGS['config'].value
-  config_check.check(config)
+  config_check.check(config, registries.BY_KEY)
   memory_estimate.check(config)
 
 

@@ -16,11 +16,17 @@ pytest.importorskip('openai')
 
 import openai  # noqa: E402
 
-from moepeft.agent import cards, marks, model, skills, traces  # noqa: E402
+from moepeft.agent import (
+  chat_markers,
+  chat_model,  # noqa: E402
+  config_file,
+  skills,
+  traces,
+)
 from moepeft.agent.agent import Agent  # noqa: E402
-from moepeft.agent.calls import Result, as_data  # noqa: E402
 from moepeft.agent.loop import Budget  # noqa: E402
-from moepeft.agent.tools import tool  # noqa: E402
+from moepeft.agent.tool_calls import ToolResult, quote_output  # noqa: E402
+from moepeft.agent.tools import make_tool  # noqa: E402
 from moepeft.core.terminal import visible  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -167,20 +173,20 @@ def test_replies_of_a_model_server():
   body, status = b'', 200
 
   def answer(request):
-    return model.httpx.Response(status, content=body)
+    return chat_model.httpx.Response(status, content=body)
 
-  http = model.httpx.Client(
-    transport=model.httpx.MockTransport(answer),
-    event_hooks={'response': [model._bound]},
+  http = chat_model.httpx.Client(
+    transport=chat_model.httpx.MockTransport(answer),
+    event_hooks={'response': [chat_model._bound_stream]},
   )
   client = openai.OpenAI(
     base_url='http://x/v1', api_key='k', max_retries=0, http_client=http
   )
 
   def attempt(stream, form):
-    served = model.Served(client, 'm', stream)
+    served = chat_model.ServerModel(client, 'm', stream)
     made = Agent(
-      served, [tool(add)], form=form, budget=Budget(steps=2, calls=3)
+      served, [make_tool(add)], form=form, budget=Budget(steps=2, calls=3)
     )
     outcome = made.ask('?')
     figures[outcome.state] += 1
@@ -201,14 +207,14 @@ def test_replies_of_a_model_server():
     form = 'react' if i % 5 == 0 else 'native'
     figures.run(lambda stream=stream, form=form: attempt(stream, form))
     if i % 10 == 0:
-      figures.run(lambda: model.models(client), model.Failed)
+      figures.run(lambda: chat_model.list_models(client), chat_model.ReplyError)
   figures.show('replies')
   assert figures['failed'] > 500 and figures['inputs'] == 1650
 
 
 def test_arguments_of_tools():
   draw, figures = random.Random(SEED + 1), Figures()
-  made = tool(add)
+  made = make_tool(add)
   for _ in range(4000):
     value = mutated(draw, ARGUMENTS)
     data = json.dumps(value).encode()
@@ -228,9 +234,9 @@ def test_outputs_of_tools():
   pieces = [*pieces.split(' '), ' ', '\u202e', '\ud800', '\0']
 
   def attempt(text):
-    data = as_data(Result('i', 'n', '{}', text))
+    data = quote_output(ToolResult('i', 'n', '{}', text))
     inside = data.removeprefix('<tool_output>').removesuffix('</tool_output>')
-    folded = marks._folded(inside).lower()
+    folded = chat_markers._normalize(inside).lower()
     for mark in ('<tool_output', '</', '<|', '[inst]', '<s>', '[/inst]'):
       assert mark not in folded, (text, inside)
     visible(data).encode()
@@ -254,7 +260,7 @@ def test_skills(tmp_path):
     for _ in range(draw.randint(1, 3)):
       data = torn(draw, data.replace(DEEP.encode(), b'&a [*a]'))
     (own / 'SKILL.md').write_bytes(data)
-    figures.run(lambda: skills.find([tmp_path]), ValueError, OSError)
+    figures.run(lambda: skills.find_skills([tmp_path]), ValueError, OSError)
   figures.show('skills')
   assert figures['refusals'] > 100
 
@@ -262,18 +268,18 @@ def test_skills(tmp_path):
 def test_traces(tmp_path):
   draw, figures = random.Random(SEED + 4), Figures()
   path = tmp_path / 'trace.jsonl'
-  replies = [model._reply(REPLY, {'messages': []}), None]
-  replies[1] = model.Reply({'role': 'assistant', 'content': 'done'})
-  trace = traces.Trace(str(path))
+  replies = [chat_model._parse_reply(REPLY, {'messages': []}), None]
+  replies[1] = chat_model.ChatReply({'role': 'assistant', 'content': 'done'})
+  trace = traces.TraceWriter(str(path))
   made = Agent(
     lambda request, piece, seconds: replies[len(request['messages']) > 2],
-    [tool(add)],
+    [make_tool(add)],
     'Be.',
-    tell=trace,
+    on_event=trace,
   )
   assert made.ask('?').state == 'answered'
   trace.close()
-  assert traces.replay(str(path))
+  assert traces.replay_trace(str(path))
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   for _ in range(4000):
     value = mutated(draw, rows)
@@ -282,19 +288,24 @@ def test_traces(tmp_path):
     if draw.random() < 0.3:
       data = torn(draw, data)
     path.write_bytes(data)
-    figures.run(lambda: traces.replay(str(path)), ValueError, OSError)
+    figures.run(lambda: traces.replay_trace(str(path)), ValueError, OSError)
   figures.show('traces')
   assert figures['refusals'] > 1000
 
 
-def test_cards(tmp_path):
+def test_config_files(tmp_path):
   draw, figures = random.Random(SEED + 5), Figures()
-  good = b'mine.py\n' + cards.render('A.', {'a.b': 1, 'c': 'x'}).encode()
+  good = (
+    b'mine.py\n'
+    + config_file.render_config('A.', {'a.b': 1, 'c': 'x'}).encode()
+  )
   for _ in range(3000):
     data = torn(draw, good)
-    figures.run(lambda data=data: cards.save(data, tmp_path), ValueError)
-  figures.show('cards')
-  # What was written is a card, whatever was handed over.
+    figures.run(
+      lambda data=data: config_file.save_config(data, tmp_path), ValueError
+    )
+  figures.show('config files')
+  # What was written is a config file, whatever was handed over.
   for path in tmp_path.iterdir():
     assert path.suffix == '.py'
-    cards.read(path.read_text())
+    config_file.parse_config(path.read_text())

@@ -16,10 +16,10 @@ from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import Bytes
 from moepeft.models import weight_mapping
-from moepeft.objectives import COMPARED, batch_kind
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives import OBJECTIVES, build_objective
+from moepeft.objectives.batches import make_collator
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.runs.metrics_log import read
-from moepeft.training import setup
 
 from ..preferences import card, noisy, parts_of, written
 
@@ -36,9 +36,7 @@ def places(tmp_path_factory):
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
   own = collators.form(config.data, Bytes(), parts.model.config, 0)
-  own = preference_dataset.form_of(
-    config.data, config.objective, batch_kind(config.objective), own
-  )
+  own = make_collator(config, own)
   found = preference_dataset.read(config.data, own)
   shape = len(found.items), 2, own.lengths[-1]
   given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
@@ -47,15 +45,15 @@ def items_of(config, parts):
 
 def gradient(config, parts, batch):
   """({path: gradient}, loss, aux) of a batch, the adapter off its start."""
-  objective = setup.build_objective(config, parts.reference)
+  objective = build_objective(config, parts.reference)
   state = noisy(parts.state, 0.1)
   variables = jax.tree.map(jnp.float64, parts.built.variables(state))
 
   def loss(peft):
     own = {**variables, 'peft': peft}
-    ready = objective.prepared(parts.model.apply, own, batch)
+    ready = objective.prepare(parts.model.apply, own, batch)
     total, aux = objective(parts.model.apply, own, ready, None)
-    return mean(total, aux), aux
+    return mean_loss(total, aux), aux
 
   (value, aux), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     variables['peft']
@@ -64,7 +62,9 @@ def gradient(config, parts, batch):
 
 
 # With a reference that is asked, and with what was computed of it before.
-CASES = [(name, False) for name in COMPARED] + [('dpo', True), ('kto', True)]
+CASES = [
+  (name, False) for name, spec in OBJECTIVES.items() if spec.batch != 'single'
+] + [('dpo', True), ('kto', True)]
 # What is not done by other cases: sums, labels and points, places, two lengths.
 QUICK = (('llama', 'dpo', False),)
 
@@ -107,7 +107,7 @@ def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
     found = gradient(config, parts, packed)
     expected = gradient(config, parts, alone)
   np.testing.assert_allclose(found[1], expected[1], **CLOSE)
-  for key in ('weight', 'tokens', 'correct', 'nll', 'figures'):
+  for key in ('weight', 'tokens', 'correct', 'nll', 'metrics'):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, **CLOSE),
       found[2][key],

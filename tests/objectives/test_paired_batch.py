@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import PAIR
-from moepeft.objectives import COMPARED, objective_of, paired_batch
-from moepeft.objectives.cross_entropy import Loss, mean
-from moepeft.objectives.preference_losses import PLAIN, Preference
+from moepeft.objectives import OBJECTIVES
+from moepeft.objectives import paired_batch as sides
+from moepeft.objectives.cross_entropy import mean_loss
 
 from ..contracts import small
 
@@ -28,7 +28,9 @@ JUDGED = (
   | {f'kl_{k}': v for k, v in REJECTED.items()}
   | {'label': jnp.array([True, False, True])}
 )
-every = pytest.mark.parametrize('name', COMPARED)
+every = pytest.mark.parametrize(
+  'name', [n for n, spec in OBJECTIVES.items() if spec.batch != 'single']
+)
 
 
 def batch_of(name):
@@ -36,7 +38,7 @@ def batch_of(name):
 
 
 @functools.cache
-def run(name, settings=PLAIN):
+def run(name, settings):
   """(logits [b, 2, t, v], the reference's, batch) -> (mean loss, aux)."""
 
   @jax.jit
@@ -57,23 +59,23 @@ def run(name, settings=PLAIN):
 
     def log_p(variables, rows):
       del variables
-      found = paired_batch.token_log_p(
-        pick(reference, rows, mismatched[1]), rows
-      )
+      found = sides.token_logps(pick(reference, rows, mismatched[1]), rows)
       mismatched[1] = False
       return found
 
-    own = objective_of(name, preference=settings, reference=log_p)
-    batch = own.prepared(apply, {}, batch)
+    own = OBJECTIVES[name].build(settings, log_p)
+    batch = own.prepare(apply, {}, batch)
     total, aux = own(apply, {}, batch, None)
-    return mean(total, aux), aux
+    return mean_loss(total, aux), aux
 
   return value
 
 
 def value(name, logits=LOGITS, reference=REFERENCE, batch=None, **settings):
   batch = batch_of(name) if batch is None else batch
-  return run(name, Preference(**settings))(logits, reference, batch)
+  return run(name, OBJECTIVES[name].settings(**settings))(
+    logits, reference, batch
+  )
 
 
 def summed(logits, batch):
@@ -88,12 +90,12 @@ def ratios(side, batch):
   return summed(LOGITS[:, side], batch) - summed(REFERENCE[:, side], batch)
 
 
-def figures(aux):
-  return {k: float(v[0] / v[1]) for k, v in aux['figures'].items()}
+def metrics(aux):
+  return {k: float(v[0] / v[1]) for k, v in aux['metrics'].items()}
 
 
 def test_sides_of_a_row_become_neighbours():
-  found = paired_batch.joined(PAIRS, PAIR)
+  found = sides.stack_sides(PAIRS, PAIR)
   assert found.keys() == CHOSEN.keys()
   for key in found:
     np.testing.assert_array_equal(found[key][0::2], CHOSEN[key])
@@ -105,7 +107,7 @@ def test_dpo_is_the_mean_over_pairs_of_its_formula():
   expected = np.mean(np.log1p(np.exp(-0.3 * (w - r))))
   loss, aux = value('dpo', beta=0.3)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  seen = figures(aux)
+  seen = metrics(aux)
   np.testing.assert_allclose(seen['rewards_chosen'], 0.3 * w.mean(), rtol=1e-5)
   np.testing.assert_allclose(
     seen['rewards_rejected'], 0.3 * r.mean(), rtol=1e-5
@@ -140,7 +142,7 @@ def test_simpo_compares_means_and_no_reference():
   expected = np.mean(np.log1p(np.exp(-2 * (w - r - 0.3))))
   loss, aux = value('simpo', beta=2.0, margin=0.3)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  assert 'kl' not in aux['figures']
+  assert 'kl' not in aux['metrics']
 
 
 def test_a_reward_is_the_logit_of_padding_at_the_last_target():
@@ -151,7 +153,7 @@ def test_a_reward_is_the_logit_of_padding_at_the_last_target():
   )
   loss, aux = value('reward')
   np.testing.assert_allclose(loss, np.mean(np.log1p(np.exp(r - w))), rtol=1e-5)
-  assert figures(aux)['rewards_chosen'] == pytest.approx(w.mean(), rel=1e-5)
+  assert metrics(aux)['rewards_chosen'] == pytest.approx(w.mean(), rel=1e-5)
 
 
 def test_kto_values_answers_against_mismatched_ones():
@@ -164,8 +166,8 @@ def test_kto_values_answers_against_mismatched_ones():
   settings = dict(beta=0.3, desirable=1.5, undesirable=0.5)
   loss, aux = value('kto', **settings)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  seen = figures(aux)
-  assert seen['point'] == pytest.approx(point, rel=1e-5)
+  seen = metrics(aux)
+  assert seen['z_ref'] == pytest.approx(point, rel=1e-5)
   mean_good = 0.3 * ratio[good].mean()
   assert seen['rewards_chosen'] == pytest.approx(mean_good, rel=1e-5)
   assert seen['accuracies'] == pytest.approx(np.mean(gain > 0))
@@ -179,7 +181,7 @@ def test_policy_and_reference_alike_cost_what_chance_does(name):
   # ln 2, and 1 - sigma(0); both exact, as tokens' ratios are zero.
   expected = {'dpo': math.log(2), 'kto': 0.5}[name]
   assert float(loss) == pytest.approx(expected, abs=1e-7)
-  seen = figures(aux)
+  seen = metrics(aux)
   assert seen['kl'] == 0 and seen['accuracies'] == 0.5
 
 
@@ -188,7 +190,7 @@ def test_a_reference_computed_before_is_the_same_reference(name):
   expected, _ = value(name)
   keys = ('', 'kl_') if name == 'kto' else ('chosen_', 'rejected_')
   given = {
-    f'{key}reference': paired_batch.token_log_p(REFERENCE[:, i], batch)
+    f'{key}reference': sides.token_logps(REFERENCE[:, i], batch)
     for i, (key, batch) in enumerate(zip(keys, (CHOSEN, REJECTED), strict=True))
   }
   # What the model would say is then of no account.
@@ -204,7 +206,7 @@ def test_the_order_of_rows_does_not_count(name):
   found, seen = value(name, LOGITS[order], REFERENCE[order], batch)
   # Sums in another order.
   np.testing.assert_allclose(found, expected, rtol=1e-6)
-  assert figures(seen) == pytest.approx(figures(aux), rel=1e-5)
+  assert metrics(seen) == pytest.approx(metrics(aux), rel=1e-5)
 
 
 @every
@@ -218,7 +220,7 @@ def test_rows_that_fill_a_batch_up_do_not_count(name):
   found, seen = value(name, more(LOGITS), more(REFERENCE), filled)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   assert int(seen['weight']) == 3
-  assert figures(seen) == pytest.approx(figures(aux), rel=1e-5)
+  assert metrics(seen) == pytest.approx(metrics(aux), rel=1e-5)
 
 
 @every
@@ -231,13 +233,8 @@ def test_what_is_masked_has_no_gradient(name):
   assert name != 'kto' or float(jnp.abs(slope[:, 1]).max()) == 0
 
 
-def test_settings_of_likelihoods_are_refused():
-  with pytest.raises(ValueError, match="config.loss does nothing .*'dpo'"):
-    objective_of('dpo', Loss(z=0.1))
-
-
 def test_a_margin_within_rounding_is_a_tie():
   # 0 and 2e-4 are within what is a tie, 1e-3 is not.
   margins = jnp.array([0.0, 2e-4, -2e-4, 1e-3, -1e-3])
-  found = paired_batch.won(margins, jnp.full(5, 4e-4))
+  found = sides.wins(margins, jnp.full(5, 4e-4))
   np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 1, 0])

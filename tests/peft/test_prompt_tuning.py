@@ -12,8 +12,8 @@ import pytest
 from moepeft.models.decoder import model as decoder
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft.methods.prompt_tuning import before, placeholders
 
 from ..contracts import small, small_decoders
@@ -134,7 +134,7 @@ def test_training_a_prompt_lowers_the_loss_and_moves_nothing_else(kind):
   def update(peft, opt):
     def loss(peft):
       own = {**variables, 'peft': peft}
-      return mean(*objective(model.apply, own, batch, None))
+      return mean_loss(*loss_sums(model.apply, own, batch, None))
 
     value, gradient = jax.value_and_grad(loss)(peft)
     changes, opt = optimizer.update(gradient, opt)

@@ -23,8 +23,8 @@ from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config, sites
 from moepeft.nn.adapter_hook import Advice
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective, sequence_log_likelihood
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums, sequence_log_likelihood
 from moepeft.peft import build
 from tests import ROOT
 
@@ -66,7 +66,7 @@ class Case:
     batch = self.batch
     if 'targets' not in batch:
       return {'logits': self.model.apply(variables, batch)}
-    loss = mean(*objective(self.model.apply, variables, batch, None))
+    loss = mean_loss(*loss_sums(self.model.apply, variables, batch, None))
     logits = self.model.apply(variables, batch)
     real = batch['targets_mask']
     return {

@@ -20,8 +20,8 @@ import pytest
 
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 
 from . import cases, naive
 
@@ -101,8 +101,8 @@ def our_gradients(name):
 
   def loss(tree, params):
     variables = {'params': params, 'peft': tree}
-    found = objective(model.apply, variables, case.batch, None)
-    return mean(*found), model.apply(variables, case.batch)
+    found = loss_sums(model.apply, variables, case.batch, None)
+    return mean_loss(*found), model.apply(variables, case.batch)
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   tree, logits = gradient(variables['peft'], variables['params'])

@@ -16,8 +16,8 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 
 from . import cases
 
@@ -79,7 +79,7 @@ def test_gradients(name):
 
   def loss(tree, params):
     variables = {'params': params, 'peft': tree}
-    return mean(*objective(case.model.apply, variables, case.batch, None))
+    return mean_loss(*loss_sums(case.model.apply, variables, case.batch, None))
 
   def gradients(variables):
     found = jax.grad(loss)(variables['peft'], variables['params'])

@@ -19,8 +19,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.core.types import State
 from moepeft.moe import aux_losses
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.training import grad_accumulation
 from moepeft.training.setup import build_train_step
 
@@ -89,7 +89,7 @@ def test_a_mean_of_the_parts_means_would_be_another():
   model, _, variables = test_update.make(MOLORA, 0.5)
 
   def mean_of(rows):
-    return float(mean(*objective(model.apply, variables, rows, None)))
+    return float(mean_loss(*loss_sums(model.apply, variables, rows, None)))
 
   three = grad_accumulation.split(BATCH, 3)
   each = [mean_of({k: a[i] for k, a in three.items()}) for i in range(3)]
@@ -156,7 +156,7 @@ KEY = jax.random.key(3)
 
 def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
   def run(parts):
-    loss = lambda sums: (mean(sums['total'], sums), sums)  # noqa: E731
+    loss = lambda sums: (mean_loss(sums['total'], sums), sums)  # noqa: E731
     return grad_accumulation.gradient(
       toy, loss, jnp.float32(5), {'x': X}, KEY, parts
     )
@@ -175,7 +175,7 @@ def test_every_part_has_noise_of_its_own_and_a_single_one_the_step_s():
 def test_both_passes_have_the_same_noise():
   # L = mean(t x) + (sum t u)^2, so dL/dt = 15/4 + 2 t (sum u)^2.
   def loss(sums):
-    return mean(sums['total'], sums) + sums['routing'] ** 2, sums
+    return mean_loss(sums['total'], sums) + sums['routing'] ** 2, sums
 
   slope, sums = grad_accumulation.gradient(
     toy, loss, jnp.float32(5), {'x': X}, KEY, 2, curved=('routing',)
@@ -193,7 +193,7 @@ def test_gradients_have_the_parameters_dtype():
   x = jnp.array([1.0, *[2.0**-9] * 8])
   found, _ = grad_accumulation.gradient(
     sums,
-    lambda sums: (mean(sums['total'], sums), {}),
+    lambda sums: (mean_loss(sums['total'], sums), {}),
     jnp.bfloat16(1),
     {'x': x},
     KEY,
@@ -215,7 +215,7 @@ _LOCAL = """
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from moepeft.training import grad_accumulation as accumulate
-from moepeft.objectives.cross_entropy import divisors
+from moepeft.objectives.cross_entropy import loss_divisors
 assert jax.device_count() == 8
 mesh = Mesh(jax.devices(), ('data',))
 put = lambda *axes: NamedSharding(mesh, P(*axes))
@@ -224,7 +224,7 @@ split = jax.jit(
   lambda batch: accumulate.split(batch, 3), out_shardings=put(None, 'data')
 )
 lengths = jax.jit(
-  lambda s: divisors(
+  lambda s: loss_divisors(
     {'targets_mask': s > 0, 'targets_segments': s}, 'sequences'
   )[0],
   out_shardings=put('data'),

@@ -9,7 +9,7 @@ from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
 from moepeft.core import memory
-from moepeft.training import memory_estimate, optim
+from moepeft.training import memory_estimate, optimizers
 
 
 def config(**changes):
@@ -37,7 +37,9 @@ def test_the_estimate_equals_what_a_run_allocates():
   base = base_lib.load(c.model)
   model, built = base_lib.module(base, c)
   variables = base_lib.initialise(base, model, 0)
-  state = optim.optimizer(c.optimizer, c.steps).init(variables['peft'])
+  state = optimizers.make_optimizer(c.optimizer, c.steps).init(
+    variables['peft']
+  )
   nbytes = [
     sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     for tree in (variables, variables['peft'], state)

@@ -16,8 +16,8 @@ from moepeft.checkpoints import adapter
 from moepeft.core.types import PAIR
 from moepeft.evaluation import summary
 from moepeft.inference.loaded_model import load_run
-from moepeft.objectives import paired_batch
-from moepeft.objectives.cross_entropy import mean
+from moepeft.objectives import build_objective, paired_batch
+from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.runs.metrics_log import read
 from moepeft.training import setup
 
@@ -31,11 +31,11 @@ def places(tmp_path_factory):
 
 def first_loss(config):
   parts = parts_of(config)
-  objective = setup.build_objective(config, parts.reference)
+  objective = build_objective(config, parts.reference)
 
   @jax.jit
   def loss(variables, batch):
-    return mean(*objective(parts.model.apply, variables, batch, None))
+    return mean_loss(*objective(parts.model.apply, variables, batch, None))
 
   return float(loss(parts.built.variables(parts.state), parts.batch))
 
@@ -71,10 +71,10 @@ def test_the_reference_is_the_same_before_and_after_training(places):
       config, parts.model, parts.built, optimizer, parts.reference
     )
   )
-  rows = paired_batch.joined(parts.batch, PAIR)
+  rows = paired_batch.stack_sides(parts.batch, PAIR)
   of = jax.jit(lambda variables: parts.reference(variables, rows))
   policy = jax.jit(
-    lambda variables: paired_batch.token_log_p(
+    lambda variables: paired_batch.token_logps(
       parts.model.apply(variables, rows), rows
     )
   )
@@ -122,7 +122,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
         )
         after, aux = update(state, batch)
         change = jax.tree.map(jnp.subtract, after.trainable, state.trainable)
-        found[count, scale] = change, aux['figures'], aux['loss']
+        found[count, scale] = change, aux['metrics'], aux['loss']
 
   def check(a, b):
     # Seen: 4e-15 of the largest. A mean of the parts' means errs by a tenth.
@@ -133,7 +133,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
     jax.tree.map(check, found[1, scale], found[3, scale])
   assert max(np.abs(a).max() for a in jax.tree.leaves(found[1, 0.1][0])) > 1e-3
   if objective == 'kto':
-    points = [float(found[1, s][1]['point'][0]) for s in (0.1, -0.1)]
+    points = [float(found[1, s][1]['z_ref'][0]) for s in (0.1, -0.1)]
     # One is clipped, the other is a mean over the parts.
     assert min(points) == 0 < max(points)
 
@@ -289,7 +289,7 @@ def told_again(run, row, capsys):
     ({'data.source': 'tasks', 'data.path': ''}, 'does not go with'),
     ({'objective': 'causal'}, 'does not go with'),
     ({'preference.margin': 1.0}, 'margin=1.0 does nothing'),
-    ({'loss.z': 0.1}, 'config.loss does nothing'),
+    ({'loss.z': 0.1}, r'config.loss.z=0.1 does nothing'),
     ({'data.length': 3}, 'none of 45 rows of .* fits config.data.length'),
     ({'preference.reference': '/nowhere'}, '/nowhere'),
     ({'preference.loss': 'robust'}, 'set config.preference.label_smoothing'),

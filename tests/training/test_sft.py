@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moepeft import evaluate, train
+from moepeft import evaluate, registries, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.config import check as config_check
@@ -86,7 +86,7 @@ def test_a_cards_value_may_hold_commas_in_parentheses():
   c = load('sft.py').get_config(text)
   assert c.method == 'molora(experts=2, router=topk(k=1))'
   assert (c.model.path, c.data.path) == ('m', 'd')
-  config_check.check(c)
+  config_check.check(c, registries.BY_KEY)
 
 
 def test_the_card_of_text_for_t5_fills_its_rows():
@@ -98,5 +98,5 @@ def test_the_card_of_text_for_t5_fills_its_rows():
     c.data.inputs_length,
     c.data.targets_length,
   )
-  config_check.check(c)
+  config_check.check(c, registries.BY_KEY)
   assert c.data.predict == 'spans'

@@ -16,8 +16,8 @@ from moepeft.moe import aux_losses, router_stats
 from moepeft.nn.adapter_hook import Advice
 from moepeft.nn.initializers import fresh
 from moepeft.nn.linear import Linear
-from moepeft.objectives.cross_entropy import mean
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import mean_loss
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 from moepeft.training.setup import build_train_step
 
@@ -126,7 +126,7 @@ def test_without_router_losses_a_router_waits_for_its_experts():
 def test_an_update_descends_the_mean_loss_and_counts():
   run, state = update(MOLORA, optax.sgd(0.1), noise=0.1)
   model, _, variables = make(MOLORA, 0.1)
-  expected = mean(*objective(model.apply, variables, BATCH, None))
+  expected = mean_loss(*loss_sums(model.apply, variables, BATCH, None))
   after, aux = run(state, BATCH)
   # No noise here: the loss of training is that of evaluation.
   np.testing.assert_allclose(aux['loss'], expected, rtol=1e-6)
@@ -166,7 +166,7 @@ def test_every_step_has_noise_of_its_own_which_the_seed_decides(method):
 def test_noise_is_off_in_evaluation(method):
   # Evaluation gets no rngs at all; noise that were on would ask for one.
   found, expected = (
-    objective(model.apply, variables, BATCH, None)[0]
+    loss_sums(model.apply, variables, BATCH, None)[0]
     for model, _, variables in (make(method, 0.5), make(NOISY[method], 0.5))
   )
   assert float(found) == float(expected)

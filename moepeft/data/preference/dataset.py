@@ -231,7 +231,7 @@ def form_of(
 
   Args:
     objective: config.objective.
-    batch: `objectives.batch_kind` of it.
+    batch: of its `ObjectiveSpec`.
     own: the model's form.
 
   Raises:

@@ -15,8 +15,13 @@ import pytest
 
 from moepeft.models import weight_mapping
 from moepeft.moe import aux_losses, router_stats
-from moepeft.objectives.cross_entropy import PER, Loss, mean, token_losses
-from moepeft.objectives.seq2seq import objective
+from moepeft.objectives.cross_entropy import (
+  PER,
+  CrossEntropySettings,
+  mean_loss,
+  token_losses,
+)
+from moepeft.objectives.seq2seq import loss_sums
 
 from ...contracts import small
 
@@ -90,16 +95,20 @@ def gradients(method, per, packed):
     batch = pack(ROWS) if packed else alone()
 
     def loss(peft):
-      total, aux = objective(
+      total, aux = loss_sums(
         model.apply,
         {**variables, 'peft': peft},
         batch,
         None,
-        Loss(per=per, z=0.01, label_smoothing=0.1),
+        CrossEntropySettings(per=per, z=0.01, label_smoothing=0.1),
       )
       weights = dict.fromkeys(aux_losses.LOSSES, 0.1)
       routed = aux_losses.total(router_stats.by_site(aux['routing']), weights)
-      return mean(total, aux) + routed, (mean(total, aux), aux, routed)
+      return mean_loss(total, aux) + routed, (
+        mean_loss(total, aux),
+        aux,
+        routed,
+      )
 
     found, seen = jax.jit(jax.grad(loss, has_aux=True))(variables['peft'])
     return jax.tree.map(np.asarray, (weight_mapping.flatten(found), *seen))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
+from moepeft import registries
 from moepeft.config import check as config_check
 from moepeft.data.__main__ import replayed, show
 from moepeft.data.batching import collators
@@ -268,13 +269,13 @@ def test_keys_that_nothing_would_look_at_are_refused(changes, said):
   config = config_lib.default()
   config.data.update(changes)
   with pytest.raises(ValueError, match=said):
-    config_check.check(config)
+    config_check.check(config, registries.BY_KEY)
 
 
 def test_plain_text_that_is_replayed_has_the_keys_of_plain_text():
   config = config_lib.default()
   config.data.update(replay='x.txt', replay_rate=0.1, predict='spans', span=5.0)
-  config_check.check(config)
+  config_check.check(config, registries.BY_KEY)
 
 
 def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():

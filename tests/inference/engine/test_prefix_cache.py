@@ -163,9 +163,9 @@ def test_a_text_of_another_adapter_is_none():
   slot = texts.take((), 'a').slot
   slot.ids = [1, 2, 3]
   texts.release(slot)
-  assert slot.shared([1, 2, 3], 'b') == 0
-  assert slot.shared([1, 2, 4], 'a') == 2
-  assert slot.shared([1, 2], 'a') == 2
+  assert slot.common_prefix([1, 2, 3], 'b') == 0
+  assert slot.common_prefix([1, 2, 4], 'a') == 2
+  assert slot.common_prefix([1, 2], 'a') == 2
   assert texts.take([1, 2, 3], 'b').slot.ids == []
 
 

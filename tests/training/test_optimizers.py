@@ -3,13 +3,17 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.training import optim
+from moepeft import registries
+from moepeft.config import check as config_check
+from moepeft.training import optimizers
+from moepeft.training.optimizers.adafactor import adafactor
 
 # Adam divides by 1 - 0.999^t, whose float32 rounding of 6e-8 is 6e-5 of it.
 CLOSE = dict(rtol=1e-4)
@@ -24,13 +28,13 @@ def card(**changes):
 
 
 def rates(steps, at, **changes):
-  rate = optim.schedule(card(**changes), steps)
+  rate = optimizers.make_schedule(card(**changes), steps)
   return [float(rate(step)) for step in at]
 
 
 def run(config, gradients, steps=100, start=START):
   """(the changes of each step, the optimizer's last state)."""
-  optimizer = optim.optimizer(config, steps)
+  optimizer = optimizers.make_optimizer(config, steps)
   params = jnp.array(start, jnp.float32)
   state, changes = optimizer.init(params), []
   for gradient in gradients:
@@ -106,7 +110,7 @@ def test_weight_decay_of_adam_is_decoupled_and_goes_with_the_rate():
   np.testing.assert_allclose(changes[0], [-0.275, 0.25 - 0.175], **CLOSE)
 
 
-@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_no_weight_decays_unless_asked(name):
   changes, _ = run(card(name=name), [(0, 0)])
   np.testing.assert_array_equal(changes[0], [0, 0])
@@ -174,8 +178,135 @@ def test_the_clock_of_the_config_is_adafactor_s():
   np.testing.assert_allclose(changes[1], [-step, step], rtol=1e-4)
 
 
-def test_names_that_do_not_exist_are_errors():
-  with pytest.raises(ValueError, match="got 'sgd'"):
-    optim.optimizer(card(name='sgd'), 10)
-  with pytest.raises(ValueError, match="got 'step'"):
-    optim.schedule(card(schedule='step'), 10)
+@pytest.mark.parametrize('clip', [0.0, 1.0])
+def test_names_that_do_not_exist_are_errors(clip):
+  with pytest.raises(ValueError, match="no optimizer 'adamwx'.*mean 'adamw'"):
+    optimizers.make_optimizer(card(name='adamwx', clip=clip), 10)
+  with pytest.raises(ValueError, match="no schedule 'cosin'.*mean 'cosine'"):
+    optimizers.make_optimizer(card(schedule='cosin', clip=clip), 10)
+
+
+def test_a_key_that_the_optimizer_does_not_read_is_refused():
+  config = config_lib.default()
+  config_check.check(config, registries.BY_KEY)
+  config.optimizer.clock = 7
+  with pytest.raises(ValueError, match="clock=7 does nothing with .*'adamw'"):
+    config_check.check(config, registries.BY_KEY)
+
+
+def test_every_key_of_an_entry_is_a_key_of_the_config():
+  defaults = config_lib.default().optimizer
+  for spec in (*optimizers.OPTIMIZERS.values(), *optimizers.SCHEDULES.values()):
+    assert set(spec.keys) <= set(defaults)
+
+
+PARAMS = {
+  'encoder': {
+    'layers': {
+      'q': {
+        'router': {'kernel': jnp.full((2, 3), 5.0)},
+        'molora': {'a': jnp.full((2, 3), 3.0), 'b': jnp.full((2, 5), 2.0)},
+      }
+    }
+  }
+}
+GRADIENT = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size) + 1.0), PARAMS)
+GRADIENT = jax.tree.map(lambda g, a: g.reshape(a.shape), GRADIENT, PARAMS)
+GROUPS = '*/router/*: learning_rate=0.125, weight_decay=0; */b: weight_decay=3'
+
+
+def train_steps(optimizer, count=3):
+  params, state = PARAMS, optimizer.init(PARAMS)
+  for _ in range(count):
+    updates, state = optimizer.update(GRADIENT, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_groups_are_optax_s_multi_transform_with_their_own_values(name):
+  config = card(
+    name=name,
+    groups=GROUPS,
+    weight_decay=0.5,
+    clip=0.75,
+    schedule='linear',
+    warmup_steps=1,
+  )
+  labels = {
+    'encoder': {
+      'layers': {
+        'q': {'router': {'kernel': 'r'}, 'molora': {'a': 'a', 'b': 'b'}}
+      }
+    }
+  }
+
+  def by_hand(rate, decay):
+    schedule = optax.join_schedules(
+      [optax.constant_schedule(rate), optax.linear_schedule(rate, 0, 9)], [1]
+    )
+    if name == 'adamw':
+      return optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=decay)
+    return adafactor(schedule, decay)
+
+  expected = optax.chain(
+    optax.clip_by_global_norm(0.75),
+    optax.multi_transform(
+      {
+        'r': by_hand(0.125, 0.0),
+        'a': by_hand(0.25, 0.5),
+        'b': by_hand(0.25, 3.0),
+      },
+      labels,
+    ),
+  )
+  found = train_steps(optimizers.make_optimizer(config, 10))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+    found,
+    train_steps(expected),
+  )
+  # Without groups each of the two others goes elsewhere.
+  plain = train_steps(optimizers.make_optimizer(card(name=name), 10))
+  changed = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), found, plain)
+  assert all(jax.tree.leaves(changed))
+
+
+def test_the_first_pattern_that_matches_decides():
+  config = card(groups='*/router/*: learning_rate=0; */q/*: learning_rate=1')
+  found = train_steps(optimizers.make_optimizer(config, 10))
+  layer, start = (t['encoder']['layers']['q'] for t in (found, PARAMS))
+  np.testing.assert_array_equal(
+    layer['router']['kernel'], start['router']['kernel']
+  )
+  assert (layer['molora']['a'] != start['molora']['a']).all()
+
+
+@pytest.mark.parametrize(
+  ('groups', 'message'),
+  [
+    ('*/ruoter/*: learning_rate=1', "no trained parameter matches '.*ruoter"),
+    ('*: weight_decay=1; */b: weight_decay=2', 'earlier pattern .* put it'),
+  ],
+)
+def test_a_pattern_that_decides_nothing_is_an_error(groups, message):
+  optimizer = optimizers.make_optimizer(card(groups=groups), 10)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(optimizer.init, PARAMS)
+
+
+@pytest.mark.parametrize(
+  ('groups', 'message'),
+  [
+    ('*/router/*', 'pattern: key=value, separated by semicolons'),
+    (': learning_rate=1', 'pattern: key=value'),
+    ('a: rate=1', "learning_rate or weight_decay, .*; got 'rate=1'"),
+    ('a: learning_rate', "got 'learning_rate'"),
+    ('a: learning_rate=fast', "learning_rate is a number; got 'fast'"),
+    ('a: weight_decay=-1', 'weight_decay is at least 0'),
+    ('a: learning_rate=nan', 'learning_rate is at least 0'),
+  ],
+)
+def test_a_text_of_groups_that_cannot_be_read_is_one_sentence(groups, message):
+  with pytest.raises(ValueError, match=message):
+    optimizers.make_optimizer(card(groups=groups), 10)

@@ -21,7 +21,7 @@ Request = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class ChatReply:
   """The reply of a model.
 
   Attributes:
@@ -39,14 +39,14 @@ class Reply:
 
 # (request, called with each piece of text, seconds that it may take) -> reply;
 # raises Failed where there is none.
-Model = Callable[[Request, Callable[[str], None], float | None], Reply]
+ChatModel = Callable[[Request, Callable[[str], None], float | None], ChatReply]
 
 
-class Failed(ValueError):
+class ReplyError(ValueError):
   """A request without a reply; the sentence says what happened."""
 
 
-class Late(Failed):
+class ReplyTimeout(ReplyError):
   """A reply that was not whole in time."""
 
 
@@ -57,7 +57,7 @@ _CALLS, _SENTENCE = 128, 500
 _ERROR_SECONDS = 60.0
 
 
-class _Bounded(httpx.SyncByteStream):
+class _BoundedStream(httpx.SyncByteStream):
   """A body that ends with an error after so many bytes or seconds."""
 
   def __init__(self, response: httpx.Response):
@@ -71,8 +71,8 @@ class _Bounded(httpx.SyncByteStream):
     for data in self._stream:
       left -= len(data)
       if left < 0:
-        what = f'its reply is longer than {_LARGEST >> 20} MB'
-        raise httpx.ReadError(what, request=self._request)
+        fault = f'its reply is longer than {_LARGEST >> 20} MB'
+        raise httpx.ReadError(fault, request=self._request)
       if time.monotonic() > self._end:
         raise httpx.ReadTimeout('its reply has no end', request=self._request)
       yield data
@@ -81,24 +81,24 @@ class _Bounded(httpx.SyncByteStream):
     self._stream.close()
 
 
-def _bound(response: httpx.Response) -> None:
+def _bound_stream(response: httpx.Response) -> None:
   if response.headers.get('content-encoding', 'identity') != 'identity':
     # A megabyte may unpack to a thousand; none was asked for.
     raise httpx.DecodingError(
       'its reply is compressed, which was not asked for',
       request=response.request,
     )
-  response.stream = _Bounded(response)
+  response.stream = _BoundedStream(response)
 
 
-def client(base_url: str, key: str = '') -> openai.OpenAI:
+def make_client(base_url: str, key: str = '') -> openai.OpenAI:
   """A client of a server that is not trusted: replies of any kind are bounded.
 
   Raises:
     ValueError: the address is none.
   """
   http = openai.DefaultHttpxClient(
-    event_hooks={'response': [_bound]},
+    event_hooks={'response': [_bound_stream]},
     headers={'Accept-Encoding': 'identity'},
     # The conversation is for the server that was named, and for no other.
     follow_redirects=False,
@@ -112,56 +112,56 @@ def client(base_url: str, key: str = '') -> openai.OpenAI:
     raise ValueError(f'{base_url!r} is no address of a server: {e}') from None
 
 
-def models(client: openai.OpenAI) -> list[str]:
+def list_models(client: openai.OpenAI) -> list[str]:
   """The names of a server's models.
 
   Raises:
     Failed: it does not say.
   """
-  answer = _asked(client, lambda: client.get('/models', cast_to=httpx.Response))
+  answer = _send(client, lambda: client.get('/models', cast_to=httpx.Response))
   try:
     rows = field(parse_json(answer.content), 'data', list)
     return [field(row, 'id', str) for row in rows]
   except Malformed as e:
-    raise Failed(_other(client, e)) from None
+    raise ReplyError(_malformed_reply(client, e)) from None
 
 
-def _asked(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
+def _send(client: openai.OpenAI, ask: Callable[[], Any]) -> Any:
   """The result of a request; its errors are sentences."""
   try:
     return ask()
   except (openai.APITimeoutError, httpx.TimeoutException):
-    raise Late('the server took too long to reply') from None
+    raise ReplyTimeout('the server took too long to reply') from None
   except openai.APIStatusError as e:
     body = e.body if isinstance(e.body, dict) else {}
     message = body.get('message')
     message = message if isinstance(message, str) and message else e.message
-    raise Failed(
+    raise ReplyError(
       f'the server refused the request (HTTP {e.status_code}): '
-      f'{_sentence(message)}'
+      f'{_shorten(message)}'
     ) from None
   except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-    raise Failed(
-      f'{client.base_url} gave no reply ({_sentence(e)}); is a server running '
+    raise ReplyError(
+      f'{client.base_url} gave no reply ({_shorten(e)}); is a server running '
       'there, as of python -m moepeft.serve?'
     ) from None
   except Malformed as e:
-    raise Failed(_other(client, e)) from None
+    raise ReplyError(_malformed_reply(client, e)) from None
 
 
-def _other(client: openai.OpenAI, fault: Exception) -> str:
+def _malformed_reply(client: openai.OpenAI, fault: Exception) -> str:
   return (
     f'{client.base_url} gave no reply of the form of the OpenAI API: '
-    f'{_sentence(fault)}'
+    f'{_shorten(fault)}'
   )
 
 
-def _sentence(text: Any) -> str:
+def _shorten(text: Any) -> str:
   text = ' '.join(str(text).split())
   return text if len(text) <= _SENTENCE else f'{text[:_SENTENCE]}...'
 
 
-class Served:
+class ServerModel:
   """A model behind an OpenAI-compatible server."""
 
   def __init__(self, client: openai.OpenAI, name: str, stream: bool = True):
@@ -171,18 +171,20 @@ class Served:
   def __call__(
     self,
     request: Request,
-    piece: Callable[[str], None],
+    on_text: Callable[[str], None],
     seconds: float | None = None,
-  ) -> Reply:
+  ) -> ChatReply:
     """Implements `Model`."""
     try:
-      return _asked(self.client, lambda: self._ask(request, piece, seconds))
-    except Late:
+      return _send(self.client, lambda: self._ask(request, on_text, seconds))
+    except ReplyTimeout:
       if seconds is None:
-        raise Failed('the server took too long to reply') from None
-      raise Late(f'the model did not answer in {seconds:.3g} s') from None
+        raise ReplyError('the server took too long to reply') from None
+      raise ReplyTimeout(
+        f'the model did not answer in {seconds:.3g} s'
+      ) from None
 
-  def _ask(self, request, piece, seconds) -> Reply:
+  def _ask(self, request, on_text, seconds) -> ChatReply:
     client = self.client
     if seconds is not None:
       # A late request is not asked again.
@@ -193,18 +195,18 @@ class Served:
     with create(
       **request, model=self.name, stream=self.stream, **usage
     ) as response:
-      data = _in_time(response.iter_bytes(), end)
+      data = _until(response.iter_bytes(), end)
       if not self.stream:
-        return _reply(parse_json(b''.join(data)), request)
-      return _reply(_joined(_events(data), piece), request)
+        return _parse_reply(parse_json(b''.join(data)), request)
+      return _parse_reply(_merge_chunks(_events(data), on_text), request)
 
 
-def _in_time(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
+def _until(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
   """Bytes until a time; the client's own limit is of the time between two."""
   left = _LARGEST
   for data in pieces:
     if time.monotonic() > end:
-      raise Late('the reply did not end in time')
+      raise ReplyTimeout('the reply did not end in time')
     left -= len(data)
     if left < 0:
       raise Malformed(f'it is longer than {_LARGEST >> 20} MB')
@@ -213,36 +215,38 @@ def _in_time(pieces: Iterable[bytes], end: float) -> Iterator[bytes]:
 
 def _events(pieces: Iterable[bytes]) -> Iterator[Any]:
   """The JSON values of a stream of server-sent events."""
-  held: list[bytes] = []
+  line_parts: list[bytes] = []
   for data in pieces:
     *lines, rest = data.split(b'\n')
     for line in lines:
-      line, held = b''.join([*held, line]).strip(), []
+      line, line_parts = b''.join([*line_parts, line]).strip(), []
       if line == b'data: [DONE]':
         return
       if line.startswith(b'data:'):
         yield parse_json(line.removeprefix(b'data:'))
-    held.append(rest)
+    line_parts.append(rest)
 
 
-def _joined(chunks: Iterable[Any], piece: Callable[[str], None]) -> Mapping:
+def _merge_chunks(
+  chunks: Iterable[Any], on_text: Callable[[str], None]
+) -> Mapping:
   """The pieces of a reply as the whole that they are of."""
   texts, calls = [], {}
-  reason, usage, begun = None, None, False
+  reason, usage, started = None, None, False
   for chunk in chunks:
     if error := field(chunk, 'error', dict, {}):
       raise Malformed(field(error, 'message', str, 'an error'))
     usage = field(chunk, 'usage', dict, usage)
     for choice in field(chunk, 'choices', list, [])[:1]:
-      begun = True
+      started = True
       reason = field(choice, 'finish_reason', str, reason)
       delta = field(choice, 'delta', dict, {})
       if text := field(delta, 'content', str, ''):
         texts.append(text)
-        piece(text)
+        on_text(text)
       for part in field(delta, 'tool_calls', list, []):
-        _join(calls, part)
-  made = [
+        _merge_tool_call(calls, part)
+  merged = [
     {
       'id': call['id'],
       'function': {
@@ -252,12 +256,12 @@ def _joined(chunks: Iterable[Any], piece: Callable[[str], None]) -> Mapping:
     }
     for _, call in sorted(calls.items())
   ]
-  message = {'content': ''.join(texts), 'tool_calls': made}
+  message = {'content': ''.join(texts), 'tool_calls': merged}
   choice = {'message': message, 'finish_reason': reason}
-  return {'choices': [choice] if begun else [], 'usage': usage}
+  return {'choices': [choice] if started else [], 'usage': usage}
 
 
-def _join(calls: dict[int, dict], part: Any) -> None:
+def _merge_tool_call(calls: dict[int, dict], part: Any) -> None:
   index = field(part, 'index', int, 0)
   if not 0 <= index < _CALLS:
     raise Malformed(f"expected 'index' of 0 to {_CALLS - 1}, got {index}")
@@ -269,15 +273,17 @@ def _join(calls: dict[int, dict], part: Any) -> None:
   call['arguments'].append(field(function, 'arguments', str, ''))
 
 
-def _reply(answer: Any, request: Request) -> Reply:
+def _parse_reply(answer: Any, request: Request) -> ChatReply:
   choices = field(answer, 'choices', list, [])
   if not choices:
-    raise Failed('the server gave no reply: it has no choices')
+    raise ReplyError('the server gave no reply: it has no choices')
   message = field(choices[0], 'message', dict)
   reason = field(choices[0], 'finish_reason', str, '') or 'stop'
-  asked = field(message, 'tool_calls', list, [])
-  if len(asked) > _CALLS:
-    raise Malformed(f'it calls {len(asked):,} tools, {_CALLS} at most are run')
+  requested = field(message, 'tool_calls', list, [])
+  if len(requested) > _CALLS:
+    raise Malformed(
+      f'it calls {len(requested):,} tools, {_CALLS} at most are run'
+    )
   calls = [
     {
       'id': field(call, 'id', str, '') or f'call_{i}',
@@ -287,29 +293,38 @@ def _reply(answer: Any, request: Request) -> Reply:
         'arguments': field(call, 'function.arguments', str, ''),
       },
     }
-    for i, call in enumerate(asked)
+    for i, call in enumerate(requested)
   ]
-  made: Message = {
+  message_dict: Message = {
     'role': 'assistant',
     'content': field(message, 'content', str, ''),
   }
-  made = {**made, 'tool_calls': calls} if calls else made
+  message_dict = (
+    {**message_dict, 'tool_calls': calls} if calls else message_dict
+  )
   usage = field(answer, 'usage', dict, {})
   if (tokens := field(usage, 'total_tokens', int, -1)) >= 0:
-    return Reply(made, reason, tokens)
-  return Reply(made, reason, estimate(request) + _guess(made), True)
+    return ChatReply(message_dict, reason, tokens)
+  return ChatReply(
+    message_dict,
+    reason,
+    estimate_tokens(request) + _estimate_part(message_dict),
+    True,
+  )
 
 
-def estimate(request: Request) -> int:
+def estimate_tokens(request: Request) -> int:
   """About how many tokens a request's messages and tools are.
 
   A token for each 3 bytes of UTF-8: English has about 4 letters a token, other
   scripts fewer. A guess that is too large keeps a budget, one that is too
   small breaks it.
   """
-  return sum(map(_guess, [*request['messages'], *request.get('tools', ())]))
+  return sum(
+    map(_estimate_part, [*request['messages'], *request.get('tools', ())])
+  )
 
 
-def _guess(part: Message) -> int:
+def _estimate_part(part: Message) -> int:
   # With what a chat template puts around a message, about.
   return 8 + math.ceil(len(str(part).encode()) / 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that are run and watched: time, memory, and how much they print."""
+"""Runs a program under limits of time, memory, processes and output."""
 
 import contextlib
 import dataclasses
@@ -9,18 +9,18 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from moepeft.agent import groups
+from moepeft.agent.sandbox import cgroup
 
 # Directories of a sandbox that are file systems in memory; the first one is on
 # no other system.
-IN_MEMORY = ('/sandbox', '/tmp', '/dev/shm')
+MEMORY_DIRECTORIES = ('/sandbox', '/tmp', '/dev/shm')
 # Bytes of a name in one: its inode, its entry, the name itself.
-_NAME = 1024
+_FILE_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
-  """Of a program and all that it starts.
+class ResourceLimits:
+  """Limits of a program and of all that it starts.
 
   Attributes:
     seconds: on the wall, together; and of CPU, each process.
@@ -41,8 +41,8 @@ class Bounds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
-  """What came of a program.
+class ProcessResult:
+  """The output and exit status of a program.
 
   Attributes:
     output: what it printed, both streams.
@@ -56,18 +56,18 @@ class Ran:
 
   def __str__(self) -> str:
     ended = self.ended or (self.code and f'exit status {self.code}')
-    said = self.output.rstrip('\n')
-    note = f'[{ended}]' if ended else '' if said else '[no output]'
-    return '\n'.join(filter(None, [said, note]))
+    output = self.output.rstrip('\n')
+    note = f'[{ended}]' if ended else '' if output else '[no output]'
+    return '\n'.join(filter(None, [output, note]))
 
 
-def watched(
+def run_limited(
   command: Sequence[str],
-  bounds: Bounds,
+  limits: ResourceLimits,
   environment: Mapping[str, str],
-  passed: Sequence[int] = (),
+  pass_fds: Sequence[int] = (),
   cwd: str | None = None,
-) -> Ran:
+) -> ProcessResult:
   """Runs a command until it ends, or is ended for what it uses.
 
   Args:
@@ -75,41 +75,41 @@ def watched(
     bounds: of these the time, the memory, the number of processes and the
       output are held here.
     environment: all of it.
-    passed: files that it inherits.
+    pass_fds: file descriptors that it inherits.
     cwd: where it runs; None is here.
   """
-  group = groups.make(bounds.memory, bounds.processes)
+  group = cgroup.create_group(limits.memory, limits.processes)
   try:
     command = group.wrapped(list(command)) if group else command
-    return _watched(command, bounds, environment, passed, cwd, group)
+    return _run(command, limits, environment, pass_fds, cwd, group)
   finally:
     if group:
       group.close()
 
 
-def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
-  machine = groups.Machine()
+def _run(command, limits, environment, pass_fds, cwd, group) -> ProcessResult:
+  machine = cgroup.MachineMemory()
   try:
     process = subprocess.Popen(
       command,
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
-      pass_fds=passed,
+      pass_fds=pass_fds,
       cwd=cwd,
       env=dict(environment),
       start_new_session=True,
     )
   except (OSError, ValueError) as e:
     # Arguments that are too long, hold a NUL or half of a surrogate pair.
-    return Ran('', None, f'it does not start: {e}')
-  kept = _Kept(bounds.output)
+    return ProcessResult('', None, f'it does not start: {e}')
+  buffer = _OutputBuffer(limits.output)
   reader = threading.Thread(
-    target=kept.drain, args=(process.stdout,), daemon=True
+    target=buffer.drain, args=(process.stdout,), daemon=True
   )
   reader.start()
   try:
-    ended = _wait(process, bounds, group, machine)
+    ended = _wait(process, limits, group, machine)
   finally:
     # The sandbox ends with bwrap; without one, the session does.
     with contextlib.suppress(ProcessLookupError):
@@ -118,78 +118,85 @@ def _watched(command, bounds, environment, passed, cwd, group) -> Ran:
     process.wait()
     reader.join(5)
   if not ended and group and group.exceeded():
-    ended = f'ended: it had more than {bounds.memory >> 20:,} MB of memory'
-  return Ran(kept.text(), None if ended else process.returncode, ended)
+    ended = f'ended: it had more than {limits.memory >> 20:,} MB of memory'
+  return ProcessResult(
+    buffer.text(), None if ended else process.returncode, ended
+  )
 
 
-def _wait(process, bounds: Bounds, group, machine: groups.Machine) -> str:
-  """Why a process has to be ended; '' once it has ended by itself."""
-  begun, allowed = time.monotonic(), f'{bounds.memory >> 20:,} are allowed'
+def _wait(
+  process, limits: ResourceLimits, group, machine: cgroup.MachineMemory
+) -> str:
+  """The reason to end a process; '' once it has ended by itself."""
+  start, allowance = time.monotonic(), f'{limits.memory >> 20:,} are allowed'
   while True:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(0.1)
       return ''
-    if time.monotonic() - begun > bounds.seconds:
-      return f'ended after {bounds.seconds:.3g} s'
-    used, threads = _used(process.pid)
-    if used > bounds.memory:
+    if time.monotonic() - start > limits.seconds:
+      return f'ended after {limits.seconds:.3g} s'
+    used, threads = _usage(process.pid)
+    if used > limits.memory:
       return (
         f'ended: all its processes together had {used >> 20:,} MB of memory, '
-        f'{allowed}'
+        f'{allowance}'
       )
-    if threads > bounds.processes + groups.HELPERS:
+    if threads > limits.processes + cgroup.HELPERS:
       return (
-        f'ended: it had {threads} processes and threads, {bounds.processes} '
+        f'ended: it had {threads} processes and threads, {limits.processes} '
         'are allowed'
       )
     # A control group counts what the kernel holds, and counts no others'.
-    if not group and (grown := machine.growth()) + used > bounds.memory:
+    if not group and (grown := machine.growth()) + used > limits.memory:
       return (
         f'ended: its processes had {used >> 20:,} MB of memory, and memory of '
         f'no process (buffers of sockets and pipes, files in memory) grew by '
-        f'{grown >> 20:,} MB on this machine, {allowed}'
+        f'{grown >> 20:,} MB on this machine, {allowance}'
       )
     if machine.is_short():
       return 'ended: the machine has hardly any memory left'
 
 
-def _used(pid: int) -> tuple[int, int]:
+def _usage(pid: int) -> tuple[int, int]:
   """Bytes of a process and all its descendants, and their threads.
 
   Bytes are private memory, in swap too, and names of files in memory, which the
   machine's figures tell as if the kernel could give them back.
   """
-  held, threads, below = {}, {}, {}
+  resident, threads, children = {}, {}, {}
   for name in filter(str.isdigit, os.listdir('/proc')):
     with contextlib.suppress(OSError, ValueError, KeyError):
       with open(f'/proc/{name}/status') as lines:
         status = dict(line.split(':', 1) for line in lines)
-      below.setdefault(int(status['PPid']), []).append(int(name))
-      held[int(name)] = sum(
+      children.setdefault(int(status['PPid']), []).append(int(name))
+      resident[int(name)] = sum(
         int(status[key].split()[0]) for key in ('RssAnon', 'VmSwap')
       )
       threads[int(name)] = int(status['Threads'])
-  pids, left = set(), [pid]
-  while left:
-    pids.add(parent := left.pop())
-    left += set(below.get(parent, ())) - pids
+  pids, pending = set(), [pid]
+  while pending:
+    pids.add(parent := pending.pop())
+    pending += set(children.get(parent, ())) - pids
   return (
-    1024 * sum(held.get(pid, 0) for pid in pids) + _NAME * _names(pids),
+    1024 * sum(resident.get(pid, 0) for pid in pids)
+    + _FILE_BYTES * _file_count(pids),
     sum(threads.get(pid, 0) for pid in pids),
   )
 
 
-def _names(pids: Iterable[int]) -> int:
+def _file_count(pids: Iterable[int]) -> int:
   """Files and links in the file systems in memory that processes see."""
   for pid in pids:
     # Outside of the sandbox there is no such directory.
     with contextlib.suppress(OSError):
-      figures = [os.statvfs(f'/proc/{pid}/root{path}') for path in IN_MEMORY]
-      return sum(one.f_files - one.f_ffree for one in figures)
+      statuses = [
+        os.statvfs(f'/proc/{pid}/root{path}') for path in MEMORY_DIRECTORIES
+      ]
+      return sum(status.f_files - status.f_ffree for status in statuses)
   return 0
 
 
-class _Kept:
+class _OutputBuffer:
   """The beginning and the end of an output of any length."""
 
   def __init__(self, limit: int):

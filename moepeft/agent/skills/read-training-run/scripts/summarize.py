@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints what a run's work directory shows, in a few lines.
 
-  python summarise.py WORKDIR
+  python summarize.py WORKDIR
 
 Needs moepeft beside it, where it ships, but neither JAX nor NumPy, so that it
 starts at once.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the keys of a config, and writes cards that are checked.
+"""Lists the keys of a config, and writes config files that are checked.
 
-python card.py keys [SECTION or word]
-python card.py write FILE.py 'About it.' key=value ...
+python write_config.py keys [SECTION or word]
+python write_config.py write FILE.py 'About it.' key=value ...
 """
 
 import ast
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moepeft.agent import cards
+from moepeft.agent import config_file
 from moepeft.config import check as config_check
 from moepeft.config import defaults as config_lib
 
@@ -44,15 +44,15 @@ def main(argv: list[str]) -> str:
 def keys(word: str) -> str:
   """The sections and the top's keys, or the keys that a word is in."""
   c = config_lib.default()
-  found = dict(_flat(c))
+  values = dict(_flat(c))
   if not word:
     sections = [
       key for key, value in c.items() if isinstance(value, ConfigDict)
     ]
-    top = {key: value for key, value in found.items() if '.' not in key}
+    top = {key: value for key, value in values.items() if '.' not in key}
     return f'sections: {", ".join(sections)}\n{_listed(top)}'
-  chosen = {k: v for k, v in found.items() if k.startswith(f'{word}.')}
-  chosen = chosen or {k: v for k, v in found.items() if word in k}
+  chosen = {k: v for k, v in values.items() if k.startswith(f'{word}.')}
+  chosen = chosen or {k: v for k, v in values.items() if word in k}
   if not chosen:
     raise ValueError(
       f'no key has {word!r} in it; keys without a word lists them'
@@ -60,11 +60,11 @@ def keys(word: str) -> str:
   return _listed(chosen)
 
 
-def _listed(found: dict) -> str:
+def _listed(values: dict) -> str:
   about = dict(_remarks())
   return '\n'.join(
     f'{key}={value!r}' + (f'  # {about[key]}' if about.get(key) else '')
-    for key, value in found.items()
+    for key, value in values.items()
   )
 
 
@@ -78,24 +78,24 @@ def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 def _remarks() -> Iterator[tuple[str, str]]:
   """(key, the comment above it) as moepeft/config/defaults.py has them."""
-  section, said = '', []
+  section, comments = '', []
   for line in inspect.getsource(config_lib.default).splitlines():
     if line.strip().startswith('#'):
-      said.append(line.strip('# '))
+      comments.append(line.strip('# '))
       continue
     top, inner = _TOP.match(line), _INNER.match(line)
     if top:
       section = f'{top[1]}.' if top[2].startswith('ConfigDict(') else ''
-      yield top[1], ' '.join(said)
+      yield top[1], ' '.join(comments)
     elif inner:
-      yield section + inner[1], ' '.join(said)
+      yield section + inner[1], ' '.join(comments)
     # What opens a section keeps its comment for nothing else.
-    said = []
+    comments = []
 
 
 def write(name: str, about: str, settings: list[str]) -> str:
-  """Checks the settings, writes the card, and reads it back by parsing it."""
-  cards.check_name(name)
+  """Checks the settings, writes the file, and reads it back by parsing it."""
+  config_file.check_name(name)
   if os.path.lexists(name):
     raise ValueError(f'{name} exists; choose another name')
   if not about.strip() or not about.isprintable() or len(about) > 500:
@@ -110,24 +110,24 @@ def write(name: str, about: str, settings: list[str]) -> str:
   counted = _check(c)
   sentence = textwrap.fill(about.strip().rstrip('.') + '.', 77)
   command = f'python -m moepeft.train --config={name} --workdir=DIR'
-  card = cards.render(f'{sentence}\n\n{command}\n', changed)
+  config = config_file.render_config(f'{sentence}\n\n{command}\n', changed)
   again = config_lib.default()
-  for key, value in cards.read(card).items():
+  for key, value in config_file.parse_config(config).items():
     _set(again, key, value)
   if again.to_json() != c.to_json():
-    raise ValueError('the card does not say what was asked; report this')
-  _hand_over(name, card)
-  return f'wrote {name}\n{counted}\n\n{card}'
+    raise ValueError('the file does not say what was asked; report this')
+  _hand_over(name, config)
+  return f'wrote {name}\n{counted}\n\n{config}'
 
 
-def _hand_over(name: str, card: str) -> None:
+def _hand_over(name: str, config: str) -> None:
   """To the agent, which looks at it and writes it; to a file without one."""
   if number := os.environ.get('MOEPEFT_OUTPUT'):
     with open(int(number), 'w', encoding='utf-8', closefd=False) as file:
-      file.write(f'{name}\n{card}')
+      file.write(f'{name}\n{config}')
   else:
     with open(name, 'x', encoding='utf-8') as file:
-      file.write(card)
+      file.write(config)
 
 
 def _read(c: ConfigDict, text: str) -> tuple[str, object]:
@@ -136,15 +136,15 @@ def _read(c: ConfigDict, text: str) -> tuple[str, object]:
   key = key.strip().removeprefix('config.')
   if not equals:
     raise ValueError(f'expected key=value; got {text!r}')
-  known = dict(_flat(c))
-  if key not in known:
-    near = [k for k in known if k.split('.')[-1] == key.split('.')[-1]]
+  keys_ = dict(_flat(c))
+  if key not in keys_:
+    near = [k for k in keys_ if k.split('.')[-1] == key.split('.')[-1]]
     raise ValueError(
       f'there is no key {key!r}'
       + (f'; did you mean {" or ".join(near)}?' if near else '')
       + '; the script with `keys` lists them'
     )
-  like = known[key]
+  like = keys_[key]
   return key, value if isinstance(like, str) else _typed(key, value, like)
 
 
@@ -178,18 +178,16 @@ def _check(c: ConfigDict) -> str:
   Raises:
     ValueError: training would refuse it.
   """
-  config_check.check(c)
   # Here, as `keys` does without them and JAX takes seconds to start.
-  from moepeft import objectives
+  from moepeft import objectives, registries
   from moepeft.checkpoints import base
   from moepeft.checkpoints.count_parameters import count
   from moepeft.models import decoder_only
+  from moepeft.training import optimizers
 
-  known = {**objectives.OBJECTIVES, **objectives.COMPARED}
-  if c.objective not in known:
-    raise ValueError(
-      f'objective is one of {", ".join(known)}; got {c.objective!r}'
-    )
+  config_check.check(c, registries.BY_KEY)
+  objectives.check_config(c)
+  optimizers.make_optimizer(c.optimizer, c.steps)
   try:
     _, shape = base.shape(c.model)
     objectives.check_model(c.objective, decoder_only(shape))

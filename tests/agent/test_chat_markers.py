@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent import marks  # noqa: E402
-from moepeft.agent.calls import Result, as_data  # noqa: E402
+from moepeft.agent import chat_markers  # noqa: E402
+from moepeft.agent.tool_calls import ToolResult, quote_output  # noqa: E402
 
 # Special tokens as published with the tokenizers: Llama 2 and 3, Mistral, Qwen,
 # Gemma, Phi, DeepSeek, GLM, Kimi, MiniMax, Command R, T5, BERT, StarCoder.
@@ -122,17 +122,17 @@ ENDS = (
 def test_no_mark_is_left_wherever_it_stands(mark):
   for before in ('', 'x', ' ', '\n', 'a < b ', '<', '<b>', '<b', '['):
     for after in ('', 'x', '\nuser', ' > c', ']', '<b>'):
-      text = marks.escape(f'{before}{mark}{after}')
+      text = chat_markers.escape_markers(f'{before}{mark}{after}')
       assert mark not in text
       # Nothing is dropped, so what was said can be read.
       plain = text.replace('&lt;', '<').replace('&#91;', '[')
-      folded = marks._folded(f'{before}{mark}{after}')
-      assert marks._folded(plain.replace('&#93;', ']')) == folded
+      folded = chat_markers._normalize(f'{before}{mark}{after}')
+      assert chat_markers._normalize(plain.replace('&#93;', ']')) == folded
 
 
 @pytest.mark.parametrize('mark', ['<b><s>', '<a|im_start|>', '<b<|im_end|>>'])
 def test_an_element_hides_no_mark(mark):
-  text = marks.escape(mark)
+  text = chat_markers.escape_markers(mark)
   for token in ('<s>', '<a|', '<|'):
     assert token not in text
 
@@ -148,13 +148,15 @@ def test_an_element_hides_no_mark(mark):
   ],
 )
 def test_ordinary_text_stays_as_it_is(text):
-  assert marks.escape(text) == text
-  assert text in as_data(Result('i', 'n', '{}', text))
+  assert chat_markers.escape_markers(text) == text
+  assert text in quote_output(ToolResult('i', 'n', '{}', text))
 
 
 def test_errors_are_escaped_too_and_the_frame_is_the_only_one():
   for failed in (False, True):
-    data = as_data(Result('i', 'n', '{}', '</tool_output>' * 3, failed))
+    data = quote_output(
+      ToolResult('i', 'n', '{}', '</tool_output>' * 3, failed)
+    )
     assert data.count('tool_output>') == 3 + 1 + (not failed)
     assert data.count('</tool_output') == 1
 
@@ -162,4 +164,4 @@ def test_errors_are_escaped_too_and_the_frame_is_the_only_one():
 def test_a_long_text_is_escaped_in_time():
   # Each pattern looks ahead a bounded way: what is quadratic takes minutes.
   for part in ('<', '[', '[A', '< tool ', '<b ', '[ / ', '<\u200b', '[AA '):
-    marks.escape(part * 20_000)
+    chat_markers.escape_markers(part * 20_000)

@@ -23,7 +23,7 @@ HELPERS = 8
 _RESERVE = 0.04
 
 
-class Group:
+class ControlGroup:
   """A control group of this program's making, for one command.
 
   Attributes:
@@ -60,7 +60,7 @@ class Group:
         time.sleep(0.02)
 
 
-def make(memory: int, processes: int) -> Group | None:
+def create_group(memory: int, processes: int) -> ControlGroup | None:
   """A control group of so many bytes and processes; None where none can be had.
 
   It lies below this process's own group, or beside it: in cgroup v2 a group
@@ -85,9 +85,9 @@ def make(memory: int, processes: int) -> Group | None:
   return None
 
 
-def _create(path: Path, memory: int, processes: int) -> Group | None:
+def _create(path: Path, memory: int, processes: int) -> ControlGroup | None:
   path.mkdir()
-  group = Group(path)
+  group = ControlGroup(path)
   try:
     (path / 'memory.max').write_text(str(memory))
     (path / 'pids.max').write_text(str(processes + HELPERS))
@@ -105,7 +105,7 @@ def _create(path: Path, memory: int, processes: int) -> Group | None:
   return group
 
 
-class Machine:
+class MachineMemory:
   """The machine's memory as it was, to compare with.
 
   Watched is what belongs to no program and no file: all that is used, less
@@ -115,14 +115,14 @@ class Machine:
   """
 
   def __init__(self):
-    figures = _meminfo()
-    self._unowned = _unowned(figures)
-    available = figures.get('MemAvailable', 0)
-    self._reserve = min(_RESERVE * figures.get('MemTotal', 0), 0.5 * available)
+    meminfo = _meminfo()
+    self._unowned = _unowned_bytes(meminfo)
+    available = meminfo.get('MemAvailable', 0)
+    self._reserve = min(_RESERVE * meminfo.get('MemTotal', 0), 0.5 * available)
 
   def growth(self) -> int:
     """Bytes of such memory that came since."""
-    return _unowned(_meminfo()) - self._unowned
+    return _unowned_bytes(_meminfo()) - self._unowned
 
   def is_short(self) -> bool:
     """Whether so little is available that the machine is in danger."""
@@ -146,7 +146,7 @@ def _meminfo() -> dict[str, int]:
   return figures
 
 
-def _unowned(figures: dict[str, int]) -> int:
+def _unowned_bytes(figures: dict[str, int]) -> int:
   # Cached has Shmem in it, which a file system in memory cannot give back.
   plus = ('MemTotal', 'Shmem')
   minus = (

@@ -4,9 +4,9 @@
 A program in it has no network, no home and no environment; it sees the system
 and the interpreter read-only, and a work directory of its own in memory, which
 is gone afterwards; of the rest only directories that it is given, read-only.
-It is another user, who is nobody; each process has rlimits, and the time, the
-memory and the processes of all together are bounded from outside. Made for
-programs that models write, which go wrong; the kernel is shared.
+It runs as an unused user id; each process has rlimits, and the time, the memory
+and the number of all processes together are limited from outside. It is meant
+for programs that models write, which go wrong; the kernel is shared.
 """
 
 import functools
@@ -19,12 +19,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from moepeft.agent import filters
-from moepeft.agent.programs import IN_MEMORY, Bounds, Ran, watched
-from moepeft.agent.tools import Tool, tool
+from moepeft.agent.sandbox import seccomp
+from moepeft.agent.sandbox.process import (
+  MEMORY_DIRECTORIES,
+  ProcessResult,
+  ResourceLimits,
+  run_limited,
+)
+from moepeft.agent.tools import Tool, make_tool
 
 # A name that no system has, so that it hides nothing.
-_WORK = IN_MEMORY[0]
+_WORK = MEMORY_DIRECTORIES[0]
 # Read by the linker, by time zones and by what checks certificates.
 _ETC = ('alternatives', 'ld.so.cache', 'ld.so.conf', 'localtime')
 
@@ -34,7 +39,7 @@ class Sandbox:
 
   def __init__(
     self,
-    bounds: Bounds | None = None,
+    limits: ResourceLimits | None = None,
     unsafe_no_sandbox: bool = False,
     readable: Sequence[str | os.PathLike] = (),
     environment: Mapping[str, str] | None = None,
@@ -43,7 +48,7 @@ class Sandbox:
     """Looks whether bubblewrap works here.
 
     Args:
-      bounds: of each program.
+      limits: of each program.
       unsafe_no_sandbox: run programs as you, with limits of a process alone.
       readable: absolute paths of directories that programs may read.
       environment: variables beside the few that each program has.
@@ -52,21 +57,21 @@ class Sandbox:
     Raises:
       ValueError: it does not work, and nobody said that this is fine.
     """
-    self.bounds, self.unsafe = bounds or Bounds(), unsafe_no_sandbox
+    self.bounds, self.unsafe = limits or ResourceLimits(), unsafe_no_sandbox
     self._readable = tuple(map(os.fspath, readable))
     self._more, self._cwd = dict(environment or {}), cwd
-    if not self.unsafe and (why := unusable()):
+    if not self.unsafe and (why := unavailable_reason()):
       raise ValueError(
         f'programs of the model are run in bubblewrap alone, and {why}; '
         'install it or leave these tools out (--unsafe_no_sandbox runs them as '
         'you, with all that you may do)'
       )
 
-  def python_program(self, code: str) -> Ran:
+  def python_program(self, code: str) -> ProcessResult:
     """Runs a program of Python."""
     return self.run([sys.executable, '-I', '-X', 'utf8', '-c', code])
 
-  def shell_program(self, code: str) -> Ran:
+  def shell_program(self, code: str) -> ProcessResult:
     """Runs a program of sh."""
     return self.run(['/bin/sh', '-c', code])
 
@@ -74,33 +79,42 @@ class Sandbox:
     self,
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
-    passed: Sequence[int] = (),
-  ) -> Ran:
+    pass_fds: Sequence[int] = (),
+  ) -> ProcessResult:
     """Runs a command, which no shell reads.
 
     Args:
       command: and its arguments.
       environment: more variables.
-      passed: descriptors that it inherits.
+      pass_fds: descriptors that it inherits.
     """
-    more = {**self._more, **(environment or {})}
-    limited = [*_limits(self.bounds, not self.unsafe), *command]
+    extra_variables = {**self._more, **(environment or {})}
+    limited = [*_prlimit(self.bounds, not self.unsafe), *command]
     if self.unsafe:
       with tempfile.TemporaryDirectory() as folder:
-        made = {**_environment(folder), **more}
+        variables = {**_environment(folder), **extra_variables}
         cwd = self._cwd or folder
-        return watched(limited, self.bounds, made, passed, cwd)
-    made = {**_environment(_WORK), **more}
-    with tempfile.TemporaryFile() as seccomp:
-      seccomp.write(filters.program(connects=not self._readable))
-      seccomp.seek(0)
-      file = seccomp.fileno()
-      box = _bubblewrap(self.bounds, made, self._readable, self._cwd or _WORK)
-      command = [*box, '--seccomp', str(file), '--', *_dropped(), *limited]
-      return watched(command, self.bounds, made, [file, *passed])
+        return run_limited(limited, self.bounds, variables, pass_fds, cwd)
+    variables = {**_environment(_WORK), **extra_variables}
+    with tempfile.TemporaryFile() as filter_file:
+      filter_file.write(filter_file.program(connects=not self._readable))
+      filter_file.seek(0)
+      file = filter_file.fileno()
+      box = _bubblewrap_command(
+        self.bounds, variables, self._readable, self._cwd or _WORK
+      )
+      command = [
+        *box,
+        '--seccomp',
+        str(file),
+        '--',
+        *_drop_privileges(),
+        *limited,
+      ]
+      return run_limited(command, self.bounds, variables, [file, *pass_fds])
 
 
-def tools(sandbox: Sandbox) -> list[Tool]:
+def code_tools(sandbox: Sandbox) -> list[Tool]:
   """run_python and run_shell, in a sandbox."""
 
   def run_python(code: str) -> str:
@@ -122,79 +136,83 @@ def tools(sandbox: Sandbox) -> list[Tool]:
     return str(sandbox.shell_program(command))
 
   seconds = sandbox.bounds.seconds + 10
-  return [tool(run, seconds=seconds) for run in (run_python, run_shell)]
+  return [make_tool(run, seconds=seconds) for run in (run_python, run_shell)]
 
 
 @functools.cache
-def unusable() -> str:
-  """Why there can be no sandbox here, for a sentence; '' where there can."""
+def unavailable_reason() -> str:
+  """The reason why bubblewrap does not work here; '' where it does."""
   if not sys.platform.startswith('linux'):
     return f'it needs Linux, this is {sys.platform}'
   for name in ('bwrap', 'prlimit', 'setpriv'):
     if not shutil.which(name):
       return f'{name} is not installed'
   # A user's own namespace may be forbidden, and in containers often is.
-  tried = [
-    *_bubblewrap(Bounds(), _environment(_WORK), (), _WORK),
+  command = [
+    *_bubblewrap_command(ResourceLimits(), _environment(_WORK), (), _WORK),
     '--',
-    *_dropped(),
+    *_drop_privileges(),
     'true',
   ]
   try:
-    filters.program()
-    done = subprocess.run(tried, capture_output=True, text=True, timeout=20)
+    seccomp.program()
+    completed = subprocess.run(
+      command, capture_output=True, text=True, timeout=20
+    )
   except (ValueError, OSError, subprocess.SubprocessError) as e:
     return f'it does not start ({e})'
-  if done.returncode:
-    return f'it does not start ({done.stderr.strip() or done.returncode})'
+  if completed.returncode:
+    return (
+      f'it does not start ({completed.stderr.strip() or completed.returncode})'
+    )
   return ''
 
 
-def _bubblewrap(
-  bounds: Bounds,
+def _bubblewrap_command(
+  limits: ResourceLimits,
   environment: Mapping[str, str],
   readable: Sequence[str],
   cwd: str,
 ) -> list[str]:
-  made = (
+  arguments = (
     'bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts '
     '--unshare-cgroup-try --die-with-parent --new-session --clearenv '
     '--hostname sandbox '
   )
   # root stays root until it is nobody; see _dropped.
   root = '--cap-add CAP_SETUID --cap-add CAP_SETGID'
-  made += root if os.geteuid() == 0 else '--unshare-user --disable-userns'
-  made = made.split()
+  arguments += root if os.geteuid() == 0 else '--unshare-user --disable-userns'
+  arguments = arguments.split()
   for name, value in environment.items():
-    made += ['--setenv', name, value]
-  made += ['--ro-bind', '/usr', '/usr']
+    arguments += ['--setenv', name, value]
+  arguments += ['--ro-bind', '/usr', '/usr']
   for path in ('/bin', '/sbin', '/lib', '/lib32', '/lib64'):
     if os.path.islink(path):
-      made += ['--symlink', os.readlink(path), path]
+      arguments += ['--symlink', os.readlink(path), path]
     elif os.path.isdir(path):
-      made += ['--ro-bind', path, path]
-  made += ['--perms', '0755', '--dir', '/etc']
+      arguments += ['--ro-bind', path, path]
+  arguments += ['--perms', '0755', '--dir', '/etc']
   for name in _ETC:
-    made += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
-  room = ['--perms', '1777', '--size', str(bounds.disk), '--tmpfs']
-  work, temporary, shared = IN_MEMORY
-  made += [*room, work, *room, temporary]
+    arguments += ['--ro-bind-try', f'/etc/{name}', f'/etc/{name}']
+  tmpfs = ['--perms', '1777', '--size', str(limits.disk), '--tmpfs']
+  work, temporary, shared = MEMORY_DIRECTORIES
+  arguments += [*tmpfs, work, *tmpfs, temporary]
   # After /tmp, below which some may be; what holds others before them.
-  there: set[str] = set()
-  for path in sorted({*_interpreter(), *readable}):
+  created: set[str] = set()
+  for path in sorted({*_interpreter_directories(), *readable}):
     if f'{path}/'.startswith('/usr/'):
       continue
     for parent in reversed(pathlib.PurePath(path).parents[:-1]):
       # Which bubblewrap would make for its own user alone.
-      if str(parent) not in there:
-        made += ['--perms', '0755', '--dir', str(parent)]
-        there.add(str(parent))
-    made += ['--ro-bind', path, path]
-  made += ['--proc', '/proc', '--dev', '/dev', *room, shared]
-  return [*made, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
+      if str(parent) not in created:
+        arguments += ['--perms', '0755', '--dir', str(parent)]
+        created.add(str(parent))
+    arguments += ['--ro-bind', path, path]
+  arguments += ['--proc', '/proc', '--dev', '/dev', *tmpfs, shared]
+  return [*arguments, *'--remount-ro /dev --remount-ro / --chdir'.split(), cwd]
 
 
-def _interpreter() -> set[str]:
+def _interpreter_directories() -> set[str]:
   """Directories of this Python and of the packages that it imports."""
   packages = {
     path
@@ -205,8 +223,8 @@ def _interpreter() -> set[str]:
   return {sys.prefix, sys.base_prefix, *packages}
 
 
-def _dropped() -> list[str]:
-  """What makes root somebody without rights, whom no file belongs to."""
+def _drop_privileges() -> list[str]:
+  """The setpriv command that turns root into a user without rights."""
   if os.geteuid() != 0:
     return []
   # Of his own, so that processes of another sandbox do not count.
@@ -217,14 +235,14 @@ def _dropped() -> list[str]:
   ).split()
 
 
-def _limits(bounds: Bounds, alone: bool) -> list[str]:
+def _prlimit(limits: ResourceLimits, limit_processes: bool) -> list[str]:
   """prlimit's command; `alone` where no other processes are the user's."""
   # Of a user's other programs the count would be full already.
-  count = f'--nproc={bounds.processes} ' if alone else ''
-  space = bounds.address_space or bounds.memory
+  count = f'--nproc={limits.processes} ' if limit_processes else ''
+  space = limits.address_space or limits.memory
   return (
-    f'prlimit --cpu={max(1, round(bounds.seconds))} --as={space} '
-    f'--fsize={bounds.disk} --nofile=256 --core=0 {count}--'
+    f'prlimit --cpu={max(1, round(limits.seconds))} --as={space} '
+    f'--fsize={limits.disk} --nofile=256 --core=0 {count}--'
   ).split()
 
 

@@ -44,12 +44,12 @@ _NAMED = re.compile(
 _ESCAPED = {'<': '&lt;', '[': '&#91;', ']': '&#93;'}
 
 
-def escape(text: str) -> str:
+def escape_markers(text: str) -> str:
   """A text in which no mark of a prompt is left: `<` is `&lt;`, `[` is `&#91;`.
 
   `a < b`, `x[0]`, `<b>` and `<div class="x">` stay.
   """
-  folded = _folded(text)
+  folded = _normalize(text)
   places = {match.start() for match in _OUTPUT.finditer(folded)}
   for pattern in (_UPPER, _NAMED):
     places |= {match.start() for match in pattern.finditer(folded)}
@@ -64,7 +64,7 @@ def escape(text: str) -> str:
   return ''.join([*pieces, text[at:]])
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
   """A text of the same length in which lookalikes are what they look like.
 
   A character that is not seen (a joiner, a mark of direction, a control
@@ -72,10 +72,10 @@ def _folded(text: str) -> str:
   """
   if text.isascii() and text.isprintable():
     return text
-  return ''.join(map(_fold, text))
+  return ''.join(map(_normalize_char, text))
 
 
-def _fold(char: str) -> str:
+def _normalize_char(char: str) -> str:
   if char.isascii() and (char.isprintable() or char.isspace()):
     return char
   if unicodedata.category(char) in ('Cc', 'Cf', 'Me', 'Mn'):

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip('openai')
 
-from moepeft.agent.structured import fill  # noqa: E402
-from tests.agent.scripted import says, serving  # noqa: E402
+from moepeft.agent.structured_output import ask_structured  # noqa: E402
+from tests.agent.scripted import serving, text_reply  # noqa: E402
 
 
 class City(pydantic.BaseModel):
@@ -16,13 +16,13 @@ class City(pydantic.BaseModel):
   river: str = 'none'
 
 
-ASKED = [{'role': 'user', 'content': 'Which city?'}]
+QUESTION = [{'role': 'user', 'content': 'Which city?'}]
 
 
 def test_an_answer_that_fits_is_an_instance():
   text = '{"name": "Ulm", "people": 131, "river": "none"}'
-  with serving(says(text)) as script:
-    city = fill(script.model(), City, ASKED, options={'seed': 1})
+  with serving(text_reply(text)) as script:
+    city = ask_structured(script.model(), City, QUESTION, options={'seed': 1})
   assert city == City(name='Ulm', people=131, river='none')
   (request,) = script.requests
   form = request['response_format']
@@ -34,20 +34,20 @@ def test_an_answer_that_fits_is_an_instance():
 
 def test_an_answer_that_does_not_fit_is_asked_for_again_with_the_error():
   replies = [
-    says('Ulm!'),
-    says('{"name": "Ulm", "people": 0}'),
-    says('{"name": "Ulm", "people": 5}'),
+    text_reply('Ulm!'),
+    text_reply('{"name": "Ulm", "people": 0}'),
+    text_reply('{"name": "Ulm", "people": 5}'),
   ]
   with serving(*replies) as script:
-    assert fill(script.model(), City, ASKED).people == 5
-  said = script.requests[2]['messages']
-  assert [m['role'] for m in said] == ['user', *['assistant', 'user'] * 2]
-  assert 'Invalid JSON' in said[2]['content']
-  assert 'people: Input should be greater than' in said[4]['content']
+    assert ask_structured(script.model(), City, QUESTION).people == 5
+  messages = script.requests[2]['messages']
+  assert [m['role'] for m in messages] == ['user', *['assistant', 'user'] * 2]
+  assert 'Invalid JSON' in messages[2]['content']
+  assert 'people: Input should be greater than' in messages[4]['content']
 
 
 def test_it_gives_up_after_so_many_times():
-  with serving(says('Ulm!')) as script:
+  with serving(text_reply('Ulm!')) as script:
     with pytest.raises(ValueError, match='no answer in 3 fits City'):
-      fill(script.model(), City, ASKED, retries=2)
+      ask_structured(script.model(), City, QUESTION, retries=2)
   assert len(script.requests) == 3

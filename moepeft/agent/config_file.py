@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config cards as data: written from a syntax tree, read without being run.
+"""Config files as data: written from a syntax tree, read without being run.
 
-A card is a file of Python that `--config=` takes. What a model names gets into
-one as a constant of the tree alone, so no text of it can become code. A card is
-read by parsing it; only a text that this module would have written is one.
+A config file is the Python file that `--config=` takes. A model's text enters
+it only as a constant of the syntax tree, so that it cannot become code. Reading
+means parsing; a text that this module would not have written is refused.
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 Constant = bool | int | float | str | None
 
 _LICENSE = '# SPDX-License-Identifier: Apache-2.0\n'
-_FORM = """
+_TEMPLATE = """
 from moepeft import config as config_lib
 
 def get_config(values: str=''):
@@ -28,8 +28,8 @@ def get_config(values: str=''):
 # A name without directories, that is no option.
 _NAME = re.compile(r'[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}\.py')
 _KEY = re.compile(r'[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*', re.ASCII)
-# Bytes of a card; those that are written by hand have about 2,000.
-LARGEST = 1 << 16
+# Bytes of a config file; those that are written by hand have about 2,000.
+MAX_BYTES = 1 << 16
 
 
 def check_name(name: str) -> None:
@@ -39,26 +39,26 @@ def check_name(name: str) -> None:
   """
   if not _NAME.fullmatch(name):
     raise ValueError(
-      f'expected a file name as my_card.py, of letters, digits, - and _ and '
+      f'expected a file name as my_config.py, of letters, digits, - and _ and '
       f'without a directory; got {name!r}'
     )
 
 
-def render(about: str, values: Mapping[str, Constant]) -> str:
-  """The text of a card.
+def render_config(docstring: str, values: Mapping[str, Constant]) -> str:
+  """The text of a config file.
 
   Args:
     about: its docstring, any text.
     values: what it sets, by key: 'optimizer.learning_rate'.
 
   Raises:
-    ValueError: a key or a value cannot be in a card.
+    ValueError: a key or a value cannot be in a config file.
   """
-  tree = ast.parse(_FORM)
+  tree = ast.parse(_TEMPLATE)
   body = tree.body[-1].body
   for key, value in values.items():
     body.insert(-1, ast.Assign([_target(key)], _constant(key, value)))
-  tree.body.insert(0, ast.Expr(ast.Constant(about)))
+  tree.body.insert(0, ast.Expr(ast.Constant(docstring)))
   return _LICENSE + ast.unparse(ast.fix_missing_locations(tree)) + '\n'
 
 
@@ -83,24 +83,24 @@ def _constant(key: str, value: Constant) -> ast.expr:
   return ast.parse(repr(value), mode='eval').body
 
 
-def read(text: str) -> dict[str, Constant]:
-  """The values that a card sets, by key. Nothing of it is run.
+def parse_config(text: str) -> dict[str, Constant]:
+  """The values that a config file sets, by key. Nothing of it is run.
 
   Raises:
     ValueError: the text is not one that `render` gives.
   """
   try:
-    if len(text.encode()) > LARGEST:
+    if len(text.encode()) > MAX_BYTES:
       raise ValueError('it is too long')
     tree = ast.parse(text)
-    about = tree.body[0].value.value
+    docstring = tree.body[0].value.value
     values = {}
     for node in tree.body[-1].body:
       if isinstance(node, ast.Assign):
         key = ast.unparse(node.targets[0])
         if key.startswith('c.'):
           values[key.removeprefix('c.')] = ast.literal_eval(node.value)
-    if render(about, values) == text:
+    if render_config(docstring, values) == text:
       return values
   # Whatever the text is; a parser runs out of stack or memory in deep ones.
   except (
@@ -114,29 +114,29 @@ def read(text: str) -> dict[str, Constant]:
   ):
     pass
   raise ValueError(
-    'the text is no config card: a docstring and get_config, which sets keys '
+    'the text is no config file: a docstring and get_config, which sets keys '
     'to constants and does nothing else'
   )
 
 
-def save(handed: bytes, folder: str | os.PathLike) -> str:
-  """Writes a card that a script handed over, into a directory; its name.
+def save_config(data: bytes, folder: str | os.PathLike) -> str:
+  """Writes a config file that a script handed over, into a directory; its name.
 
   Args:
-    handed: the card's file name, a newline, and its text.
+    data: the file's file name, a newline, and its text.
     folder: where it is written; no file there is overwritten or followed.
 
   Raises:
-    ValueError: it is no card, or a file of its name is there.
+    ValueError: it is no config file, or a file of its name is there.
   """
-  if len(handed) > LARGEST:
-    raise ValueError(f'a card has at most {LARGEST:,} bytes')
+  if len(data) > MAX_BYTES:
+    raise ValueError(f'a config file has at most {MAX_BYTES:,} bytes')
   try:
-    name, _, text = handed.decode().partition('\n')
+    name, _, text = data.decode().partition('\n')
   except UnicodeDecodeError:
-    raise ValueError('a card is UTF-8') from None
+    raise ValueError('a config file is UTF-8') from None
   check_name(name)
-  read(text)
+  parse_config(text)
   # 'x' creates a file, or fails: also where a link of that name is.
   try:
     with open(Path(folder) / name, 'x', encoding='utf-8') as file:

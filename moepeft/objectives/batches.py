@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of an objective: single rows, pairs, judged answers, or its own."""
+
+from ml_collections import ConfigDict
+
+from moepeft.data.batching.collators import Form
+from moepeft.data.preference.dataset import form_of
+from moepeft.objectives import OBJECTIVES
+
+
+def make_collator(config: ConfigDict, model_collator: Form) -> Form:
+  """Makes the collator of an objective's batches from the model's own.
+
+  Raises:
+    ValueError: config.data.source has no rows for this objective.
+  """
+  spec = OBJECTIVES.lookup(config.objective)
+  if spec.collator is not None:
+    return spec.collator(config.data, model_collator)
+  return form_of(config.data, config.objective, spec.batch, model_collator)

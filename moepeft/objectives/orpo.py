@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Odds ratio preference optimization, without a reference (Hong et al.,
+arXiv:2403.07691)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moepeft.core.ranges import Range, option
+from moepeft.core.types import PAIR, Array, Batch, Tree
+from moepeft.objectives import paired_batch
+from moepeft.objectives.objective import ObjectiveSpec, check_options
+
+
+@dataclasses.dataclass(frozen=True)
+class ORPOSettings:
+  """Settings of config.preference.
+
+  Attributes:
+    beta: weight of the odds ratio, the paper's lambda.
+
+  Raises:
+    ValueError: a value is out of range; the message names its key.
+  """
+
+  beta: float = option(0.1, Range(0, 1_000, above=True))
+
+  def __post_init__(self):
+    check_options(self, 'preference')
+
+
+def loss_sums(
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rngs: dict[str, Array] | None,
+  settings: ORPOSettings,
+) -> tuple[Array, dict[str, Tree]]:
+  """As `dpo.loss_sums`; a reward is beta times the mean log p of a token."""
+  pairs = paired_batch.answer_logps(apply, variables, batch, rngs, PAIR)
+  chosen, rejected = pairs.mean_logps(0), pairs.mean_logps(1)
+  beta = settings.beta
+  metrics = paired_batch.pair_metrics(
+    beta * chosen, beta * rejected, pairs.mask
+  )
+  losses = orpo_loss(chosen, rejected, beta)
+  # The chosen answer's likelihood is a term of the loss itself.
+  return paired_batch.total_loss(pairs, losses, 0.0, metrics, pairs.mask)
+
+
+ORPO = ObjectiveSpec(
+  loss_fn=loss_sums, settings=ORPOSettings, section='preference', batch='pair'
+)
+
+
+def log_odds(mean_logps: Array) -> Array:
+  """log(p / (1 - p)) of p = exp(mean log p), below 1: [b].
+
+  A p of 1 in float32 would have no odds; it counts as 1 - 2^-24.
+  """
+  below = jnp.minimum(mean_logps, -(2.0**-24))
+  return below - jnp.log(-jnp.expm1(below))
+
+
+def orpo_loss(chosen: Array, rejected: Array, beta: float = 0.1) -> Array:
+  """-chosen - beta log sigma(log odds(chosen) - log odds(rejected)): [b].
+
+  The first term is each answer's own mean; TRL takes it of prompt and answer,
+  and of all tokens of a batch at once.
+
+  Args:
+    chosen, rejected: mean log p of an answer's tokens.
+  """
+  log_odds_ratio = log_odds(chosen) - log_odds(rejected)
+  return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and learning rate schedules, by config.
+
+A new one is a file and a line in OPTIMIZERS or SCHEDULES;
+docs/extending/optimizer.md and schedule.md have worked examples.
+"""
+
+import optax
+from ml_collections import ConfigDict
+
+from moepeft.core.registry import Registry
+from moepeft.training.optimizers import groups as parameter_groups
+
+OPTIMIZERS = Registry(
+  'optimizer',
+  'moepeft.training.optimizers',
+  {'adamw': 'adamw:ADAMW', 'adafactor': 'adafactor:ADAFACTOR'},
+)
+SCHEDULES = Registry(
+  'schedule',
+  'moepeft.training.optimizers',
+  {
+    'constant': 'schedules:CONSTANT',
+    'linear': 'schedules:LINEAR',
+    'cosine': 'schedules:COSINE',
+  },
+)
+
+
+def make_schedule(
+  config: ConfigDict, steps: int, learning_rate: float | None = None
+) -> optax.Schedule:
+  """Makes step -> learning rate: a linear warm-up, then the named schedule.
+
+  Args:
+    config: config.optimizer.
+    steps: of the run.
+    learning_rate: the peak; None for that of the config.
+
+  Raises:
+    ValueError: there is no such schedule.
+  """
+  peak = config.learning_rate if learning_rate is None else learning_rate
+  warmup = config.warmup_steps
+  spec = SCHEDULES.lookup(config.schedule)
+  keys = {key: config[key] for key in spec.keys}
+  schedule = spec.make(peak, max(steps - warmup, 1), **keys)
+  if not warmup:
+    return schedule
+  # The first update is not wasted on a rate of zero.
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, schedule], [warmup])
+
+
+def make_optimizer(
+  config: ConfigDict, steps: int
+) -> optax.GradientTransformation:
+  """Makes the transformation of gradients that a config names.
+
+  Args:
+    config: config.optimizer.
+    steps: of the run, for the schedule.
+
+  Raises:
+    ValueError: there is no such optimizer or schedule, or config.groups is
+      not of its form. A pattern of it that matches no parameter is found by
+      the transformation's `init`.
+  """
+  spec = OPTIMIZERS.lookup(config.name)
+  keys = {key: config[key] for key in spec.keys}
+
+  def make(
+    learning_rate: float | None = None, weight_decay: float | None = None
+  ) -> optax.GradientTransformation:
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    schedule = make_schedule(config, steps, learning_rate)
+    return spec.make(learning_rate=schedule, weight_decay=decay, **keys)
+
+  groups = parameter_groups.parse_groups(config.groups)
+  update = make()
+  if groups:
+    update = optax.multi_transform(
+      {
+        parameter_groups.DEFAULT: update,
+        **{
+          f'group_{i}': make(group.learning_rate, group.weight_decay)
+          for i, group in enumerate(groups)
+        },
+      },
+      parameter_groups.label_fn(groups),
+    )
+  if config.clip:
+    # One norm for the gradient of all groups.
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  return update

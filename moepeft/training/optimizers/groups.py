@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates and weight decay by parameter pattern.
+
+config.optimizer.groups is a text:
+
+  '*/router/*: learning_rate=1e-4, weight_decay=0; */lora/b: learning_rate=2e-3'
+
+A pattern is matched with the whole path of a parameter, like
+'encoder/layers/self/q/molora/router/kernel'; * stands for any characters. The
+first pattern that matches decides; parameters without one keep the values of
+config.optimizer. A group's rate has the shape of config.optimizer.schedule.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+
+import jax
+
+from moepeft.core.ranges import Range, nearest
+from moepeft.core.types import Tree
+
+# The values that a group may have, with their ranges.
+KEYS = {
+  'learning_rate': Range(0, 100),
+  'weight_decay': Range(0, 1_000),
+}
+DEFAULT = 'default'
+_EXAMPLE = "'*/router/*: learning_rate=1e-4, weight_decay=0'"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+  """The parameters that a pattern matches, and their own values.
+
+  Attributes:
+    pattern: of a parameter's path.
+    learning_rate, weight_decay: None for that of the optimizer.
+  """
+
+  pattern: str
+  learning_rate: float | None = None
+  weight_decay: float | None = None
+
+
+def parse_groups(text: str) -> tuple[ParameterGroup, ...]:
+  """Reads config.optimizer.groups.
+
+  Raises:
+    ValueError: the text is not of the form, or a value is out of range.
+  """
+  return tuple(_parse_group(part) for part in text.split(';') if part.strip())
+
+
+def _parse_group(text: str) -> ParameterGroup:
+  pattern, colon, assignments = text.partition(':')
+  if not colon or not pattern.strip() or not assignments.strip():
+    raise ValueError(
+      'config.optimizer.groups has groups of the form pattern: key=value, '
+      f'separated by semicolons, like {_EXAMPLE}; got {text.strip()!r}'
+    )
+  values: dict[str, float] = {}
+  for assignment in assignments.split(','):
+    key, equals, value = map(str.strip, assignment.partition('='))
+    if key not in KEYS or not equals:
+      raise ValueError(
+        f'a group of config.optimizer.groups sets {" or ".join(KEYS)}, like '
+        f'{_EXAMPLE}; got {assignment.strip()!r}'
+      )
+    try:
+      values[key] = float(value)
+    except ValueError:
+      raise ValueError(
+        f'config.optimizer.groups: {key} is a number; got {value!r}'
+      ) from None
+    KEYS[key].check(f'config.optimizer.groups: {key}', values[key])
+  return ParameterGroup(pattern.strip(), **values)
+
+
+def label_fn(groups: Sequence[ParameterGroup]) -> Callable[[Tree], Tree]:
+  """Makes the function that labels parameters, for `optax.multi_transform`.
+
+  Labels are 'group_0', 'group_1', ... in the order of the groups, and
+  `DEFAULT`.
+
+  Raises:
+    ValueError: (when called) a pattern matches no parameter that earlier
+      patterns leave.
+  """
+
+  def label(path: str) -> str:
+    for i, group in enumerate(groups):
+      if fnmatch.fnmatchcase(path, group.pattern):
+        return f'group_{i}'
+    return DEFAULT
+
+  def labels(params: Tree) -> Tree:
+    tree = jax.tree_util.tree_map_with_path(
+      lambda path, _: label(
+        jax.tree_util.keystr(path, simple=True, separator='/')
+      ),
+      params,
+    )
+    used = set(jax.tree.leaves(tree))
+    for i, group in enumerate(groups):
+      if f'group_{i}' not in used:
+        raise ValueError(_unmatched(group, groups[:i], params))
+    return tree
+
+  return labels
+
+
+def _unmatched(
+  group: ParameterGroup, earlier: Sequence[ParameterGroup], params: Tree
+) -> str:
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in flat
+  ]
+  if any(fnmatch.fnmatchcase(path, group.pattern) for path in paths):
+    patterns = ', '.join(repr(g.pattern) for g in earlier)
+    return (
+      f'config.optimizer.groups: all that {group.pattern!r} matches is matched '
+      f'by an earlier pattern ({patterns}); put it first'
+    )
+  similar = nearest(group.pattern, paths) or paths[0]
+  return (
+    f'config.optimizer.groups: no trained parameter matches {group.pattern!r}; '
+    f'paths are like {similar!r}'
+  )
