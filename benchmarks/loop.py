@@ -26,9 +26,9 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.config import command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
-from moepeft.data import loader, sources, vocabulary
+from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.runs.run import Run
 from moepeft.training import optimizers, setup
 
@@ -65,9 +65,11 @@ def make_bare(config):
     opt=optimizer.init(variables['peft']),
     rng=jax.random.key(0),
   )
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  found = sources(config.data, config.seed)
-  batches = loader(found, words, config.data, config.batch_size, config.seed)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  found = open_data(config.data, config.seed)
+  batches = make_loader(
+    found, words, config.data, config.batch_size, config.seed
+  )
   batch = jax.device_put(next(batches))
   batches.close()
   update = jax.jit(
@@ -102,7 +104,9 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)
-    hf.save(folder, shape, fresh(model, base_lib.example_batch(), 0)['params'])
+    hf.save(
+      folder, shape, init_params(model, base_lib.example_batch(), 0)['params']
+    )
     config = make_config(folder)
     bare = make_bare(config)
     sides = [(bare(), of_loop(config)) for _ in range(_ROUNDS.value)]

@@ -11,8 +11,8 @@ import numpy as np
 
 from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only, seq2seq
-from moepeft.data.batching.packing import room
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.packing import length_after_prefix
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.generator import (
   GenerationConfig,
   Generator,
@@ -30,7 +30,7 @@ class BatchGenerator:
     self,
     model: Any,
     variables: Tree,
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     inputs_length: int,
     max_new_tokens: int,
     batch_size: int,
@@ -49,7 +49,9 @@ class BatchGenerator:
     # Of the longest inputs, so that it fails before anything runs.
     check_length(model, inputs_length, max_new_tokens)
     self._decoder_only, self._tokenizer = hasattr(model, 'extend'), tokenizer
-    self._max_inputs = room(inputs_length, before(model), 'the inputs')
+    self._max_inputs = length_after_prefix(
+      inputs_length, before(model), 'the inputs'
+    )
     config = GenerationConfig(
       max_new_tokens, tuple(eos_token_ids) or (tokenizer.eos,)
     )
@@ -83,8 +85,8 @@ class BatchGenerator:
   def _ids(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was cut to the limit)."""
     if not self._decoder_only:
-      return seq2seq.cut(self._tokenizer, text, self._max_inputs)
+      return seq2seq.encode_truncated(self._tokenizer, text, self._max_inputs)
     ids = asked(self._tokenizer, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    short = decoder_only.last(ids, self._max_inputs, self._tokenizer.bos)
+    short = decoder_only.keep_last(ids, self._max_inputs, self._tokenizer.bos)
     return list(short), len(ids) > self._max_inputs

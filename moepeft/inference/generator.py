@@ -14,8 +14,8 @@ import numpy as np
 from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data.batching import packing, seq2seq
-from moepeft.data.batching.bucketing import round_up, whole
-from moepeft.data.tokenizers.tokenizer import Vocabulary, hidden
+from moepeft.data.batching.bucketing import repeat_last, round_up
+from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import FAILED, Event, Finished, Request, Token
 from moepeft.inference.beam_search import BeamConfig, search
@@ -122,7 +122,7 @@ class Generator:
     self,
     model: Any,
     variables: Tree,
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     config: GenerationConfig,
     batch_size: int = 8,
   ):
@@ -202,7 +202,7 @@ class Generator:
       TextStream(
         self._tokenizer.decode,
         self._config.stop_strings,
-        lambda text: hidden(self._tokenizer, text),
+        lambda text: skipped_special_tokens(self._tokenizer, text),
       )
       for _ in prompts
     ]
@@ -313,16 +313,16 @@ class Generator:
     return answers
 
   def _search_batch(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    prompts = [packing.put(self._soft_prompt, ids) for ids in prompts]
+    prompts = [packing.prepend(self._soft_prompt, ids) for ids in prompts]
     limit = self._config.max_new_tokens
     # Padding beyond learned positions would be no number, and spoil the rest.
     most = self._model.config.length if self._decoder_only else _LARGEST
     s = round_up(max(map(len, prompts)), _MIN_LENGTH, most)
     mesh = sharding.make_mesh()
     count = sharding.round_up(mesh, len(prompts))
-    rows = [prompts[i] for i in whole(range(len(prompts)), count)]
+    rows = [prompts[i] for i in repeat_last(range(len(prompts)), count)]
     batch = {
-      'inputs': seq2seq.pad(rows, s),
+      'inputs': seq2seq.pad_rows(rows, s),
       'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
     }
     tokens, _ = search(

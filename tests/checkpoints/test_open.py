@@ -16,12 +16,15 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.chat.formats import Conversation, Turn
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.evaluation import runner
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives import reference_model
 from moepeft.peft import build
 
@@ -36,8 +39,10 @@ CONFIG = DecoderConfig(
 def place(tmp_path, monkeypatch):
   """A work place with a base in it."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: Bytes())
-  params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  params = init_params(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   hf.save('base', CONFIG, params)
   return jax.tree.map(np.asarray, params)
 
@@ -45,8 +50,8 @@ def place(tmp_path, monkeypatch):
 def saved(params, semantics='official', quantise=''):
   """The tree of an adapter that is now in 'adapter', and its method."""
   built = build('lora(rank=2)', sites(CONFIG), semantics)
-  model = Decoder(CONFIG, built.advice)
-  tree = fresh(model, base_lib.example_batch(), 0, params)['peft']
+  model = Decoder(CONFIG, built.adapter_map)
+  tree = init_params(model, base_lib.example_batch(), 0, params)['peft']
   sha256 = names.content_hash(params)
   card = adapter.describe(
     built.method, semantics, 'base', sha256, 'llama', CONFIG, quantise
@@ -65,7 +70,7 @@ def config(**model):
 def test_an_adapter_brings_its_semantics(place):
   tree, built = saved(place, 'paper')
   # The official ones leave a projection out.
-  assert built.advice != build('lora(rank=2)', sites(CONFIG)).advice
+  assert built.adapter_map != build('lora(rank=2)', sites(CONFIG)).adapter_map
   run = loaded_model.load_model('base', 'adapter')
   assert run.config.semantics == 'paper'
   jax.tree.map(np.testing.assert_array_equal, run.variables['peft'], tree)
@@ -125,8 +130,8 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
 
 def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   chat_cases.tokenizer(template='none of it').save_pretrained('words')
-  words = Tokenizer('words')
-  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: words)
+  words = HuggingFaceTokenizer('words')
+  monkeypatch.setattr(loaded_model, 'load_tokenizer', lambda *names: words)
   with open('own.jinja', 'w') as f:
     f.write(chat_cases.CHATML)
   c = config()
@@ -137,18 +142,20 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
     f.write(c.to_json())
   run = loaded_model.load_run('run', 'base')
   turns = (Turn('user', 'a'),)
-  expected = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
-    Conversation((Turn('system', c.data.system), *turns))
-  )
-  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(
+  expected = chat_dataset.ChatTemplate(
+    words.tokenizer, chat_cases.CHATML
+  ).prompt(Conversation((Turn('system', c.data.system), *turns)))
+  assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(
     Conversation(turns)
   ) == (expected)
   # What has a system's turn keeps it.
   given = Conversation((Turn('system', 'b'), *turns))
-  plain = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
+  plain = chat_dataset.ChatTemplate(words.tokenizer, chat_cases.CHATML).prompt(
     given
   )
-  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(given) == plain
+  assert (
+    chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(given) == plain
+  )
   os.remove('own.jinja')
   with pytest.raises(ValueError, match='own.jinja.* cannot be read'):
     loaded_model.load_run('run', 'base')

@@ -15,7 +15,10 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import generate
 from moepeft.data.chat.formats import Turn
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference import prompts
@@ -29,14 +32,14 @@ from moepeft.inference.generator import (
 )
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import chat_cases, commands
 from ..contracts import small
 
 EMPTY = tempfile.NamedTemporaryFile()
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 T5 = dataclasses.replace(
   small.GATED, vocab=263, encoder_layers=1, decoder_layers=1
 )
@@ -71,7 +74,7 @@ def made(kind):
     variables = {'params': small.params(T5)}
   else:
     model = Decoder(LEARNED if kind == 'learned' else DECODER)
-    variables = fresh(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+    variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
   keys = iter(jax.random.split(jax.random.key(2), 999))
   moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
   variables = jax.tree.map(moved, variables)
@@ -363,7 +366,7 @@ def chat_data(**changes):
 
 
 def templated_words(**options):
-  words = Tokenizer.__new__(Tokenizer)
+  words = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
   words._tokenizer = chat_cases.tokenizer(**options)
   words._path = 'some/path'
   words.size = len(words._tokenizer)

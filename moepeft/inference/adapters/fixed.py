@@ -45,12 +45,15 @@ class FixedAdapter:
   def __init__(self, model: Any, peft: Tree | None = None):
     """
     Args:
-      model: its advice acts in every request.
+      model: its adapter_map acts in every request.
       peft: the collection of that name; None of a model without adapters.
     """
-    self.advice, self.tree = model.advice, {'model': peft} if peft else {}
+    self.adapter_map, self.tree = (
+      model.adapter_map,
+      {'model': peft} if peft else {},
+    )
     sites: dict[str, set[str]] = {}
-    for path, module in model.advice.entries:
+    for path, module in model.adapter_map.entries:
       sites.setdefault(module.name, set()).add(path)
     self._acquired = AcquiredAdapter(
       np.zeros(0, np.int32),

@@ -57,7 +57,7 @@ class AdapterPool:
 
   Attributes:
     buckets: in the order of a row's slots.
-    advice: for the model: all buckets, nested.
+    adapter_map: for the model: all buckets, nested.
   """
 
   row_tree = staticmethod(stacking.row_tree)
@@ -116,7 +116,8 @@ class AdapterPool:
   def add_bucket(self, text: str, semantics: str = 'official') -> None:
     """Makes the slots again, with a bucket for another method's adapters.
 
-    `advice` changes, so programs compiled before do not fit: before a start.
+    `adapter_map` changes, so programs compiled before do not fit: call it
+    before the start.
 
     Raises:
       ValueError: the method cannot be served, or requests are under way.
@@ -238,8 +239,10 @@ class AdapterPool:
   def _make(self) -> None:
     """Makes the buckets, with the identity in every slot."""
     self.buckets = merge_buckets(self._required, self._sites)
-    self.advice = adapter_map_of(self.buckets, self._sites)
-    self._layouts = pad.bucket_layouts(self.buckets, self.advice, self._base)
+    self.adapter_map = adapter_map_of(self.buckets, self._sites)
+    self._layouts = pad.bucket_layouts(
+      self.buckets, self.adapter_map, self._base
+    )
     self._slots_each = self._slot_count()
     self._slots = {name: LruSlots(self._slots_each) for name in self._layouts}
     self._tree = {

@@ -60,7 +60,7 @@ def prefill(model: ServedModel, n: int, t: int, length: int) -> LayeredMethod:
       positions=(position + jnp.arange(t))[None],
       decode=True,
       cache_length=length,
-      stack=stack,
+      run_layers=stack,
     )
     return ids[None], ctx
 
@@ -84,7 +84,7 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
       positions=position[None, None],
       decode=True,
       cache_length=length,
-      stack=stack,
+      run_layers=stack,
     )
     return token[None, None], ctx
 

@@ -46,7 +46,7 @@ def plan(programs: Programs, model: ServedModel, config: EngineConfig) -> None:
 
 def _source(size: Array, length: int, stack=None) -> Context:
   mask = (jnp.arange(length) < size)[None]
-  return Context(token_mask=mask, stack=stack)
+  return Context(token_mask=mask, run_layers=stack)
 
 
 def encode(model: ServedModel, s: int, length: int) -> LayeredMethod:
@@ -72,7 +72,7 @@ def attach(model: ServedModel, length: int) -> LayeredMethod:
       index=jnp.int32(0),
       decode=True,
       cache_length=length,
-      stack=stack,
+      run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
     return ids, ctx, states[None], _source(size, length)
@@ -98,7 +98,7 @@ def decode(model: ServedModel, n: int, length: int) -> LayeredMethod:
       index=position,
       decode=True,
       cache_length=length,
-      stack=stack,
+      run_layers=stack,
     )
     # Its keys and values are in the cache: it is not read.
     module = model.module
@@ -129,7 +129,7 @@ def score(model: ServedModel, length: int) -> LayeredMethod:
 
   def arguments(stack, ids, next_ids, states, size):
     # What comes after a token does not reach it, so padding needs no mask.
-    ctx = Context(token_mask=jnp.ones((1, length), bool), stack=stack)
+    ctx = Context(token_mask=jnp.ones((1, length), bool), run_layers=stack)
     return ids[None], ctx, states[None], _source(size, length)
 
   def outputs(logits, weights, ids, next_ids, states, size):

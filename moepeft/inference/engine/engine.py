@@ -100,7 +100,7 @@ class Engine:
   ):
     """
     Args:
-      model: the base's; it is given the advice of the adapters.
+      model: the base's; it is given the adapter_map of the adapters.
       params: its weights.
       device: the one that computes; by default JAX's.
     """

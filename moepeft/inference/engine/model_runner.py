@@ -35,7 +35,7 @@ class ModelRunner:
     config: EngineConfig,
     device: Any = None,
   ):
-    self.model = model.clone(advice=adapters.advice)
+    self.model = model.clone(adapter_map=adapters.adapter_map)
     self.config, self.adapters = config, adapters
     scan = config.scan
     if scan is None:

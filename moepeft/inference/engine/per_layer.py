@@ -29,7 +29,7 @@ class ServedModel:
   """A module and the way to a row's adapters.
 
   Attributes:
-    module: its advice is that of the adapter pool.
+    module: its adapter_map is that of the adapter pool.
     row_tree: as of `AdapterPool`.
     routing: whether programs report the experts' weights, else {}.
   """

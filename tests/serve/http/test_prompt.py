@@ -5,11 +5,11 @@ import dataclasses
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 
 from ...contracts import small_decoders
 from ...inference import banked
@@ -36,11 +36,11 @@ def client(tmp_path_factory):
     min_chunk=8,
     batch_sizes=(2,),
   )
-  model = banked.model_of(base, Advice())
+  model = banked.model_of(base, AdapterMap())
   engine = Engine(model, base.params, banks, settings)
   # Before the server, which is not waited for as long.
   engine.start()
-  with running(service(engine, Bytes()), started=False) as found:
+  with running(service(engine, ByteTokenizer()), started=False) as found:
     yield found
 
 
