@@ -175,7 +175,7 @@ def test_evaluations_answer_with_decoders_as_with_t5():
 
 
 def test_a_prompt_that_is_cut_still_begins_as_texts_do():
-  words = Bytes(bos=2)
+  words = ByteTokenizer(bos=2)
   ours = BatchGenerator(*made('decoder'), words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
   assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
@@ -258,7 +258,7 @@ def test_an_empty_prompt_is_refused():
     prompts.plain(WORDS, '', decoder_only=True)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
     generation('decoder').texts([[5], []])
-  assert prompts.plain(Bytes(bos=2), '', decoder_only=True) == [2]
+  assert prompts.plain(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
   assert prompts.plain(WORDS, '', decoder_only=False) == [1]
 
 
