@@ -58,9 +58,9 @@ def answer(
   longest = max(len(prompts.asked(tokenizer, text, causal)) for text in texts)
   longest += len(before(model))
   generator = BatchGenerator(
-    model, variables, tokenizer, longest, max_new_tokens, len(texts)
+    model, tokenizer, longest, max_new_tokens, len(texts)
   )
-  return generator.texts(texts)
+  return generator.texts(variables, texts)
 
 
 def refuse_renamed(arguments: Sequence[str]) -> None:

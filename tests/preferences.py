@@ -70,11 +70,11 @@ def card(places, family='llama', **changes):
   c.model.path, c.model.dropout = places[family], 0.0
   c.objective, c.method = 'dpo', MOLORA
   c.data.source, c.data.path = 'preference', places['data']
-  c.data.vocabulary, c.data.length, c.data.held_out = 'bytes', 31, 0.2
+  c.data.tokenizer, c.data.length, c.data.validation_fraction = 'bytes', 31, 0.2
   c.data.inputs_length, c.data.targets_length = 23, 7
   c.steps, c.batch_size = 4, 6
   c.log.every_steps = 2
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   c.checkpoint.every_steps = 2
   c.optimizer.learning_rate = 1e-2
   c.evaluation.before = c.evaluation.after = False

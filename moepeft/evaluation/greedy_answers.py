@@ -29,7 +29,6 @@ class BatchGenerator:
   def __init__(
     self,
     model: Any,
-    variables: Tree,
     tokenizer: Tokenizer,
     inputs_length: int,
     max_new_tokens: int,
@@ -48,14 +47,16 @@ class BatchGenerator:
     """
     # Of the longest inputs, so that it fails before anything runs.
     check_length(model, inputs_length, max_new_tokens)
-    self._decoder_only, self._tokenizer = hasattr(model, 'extend'), tokenizer
+    self._model, self._tokenizer = model, tokenizer
+    self._decoder_only, self._batch_size = hasattr(model, 'extend'), batch_size
+    soft_prompt = before(model)
     self._max_inputs = length_after_prefix(
-      inputs_length, before(model), 'the inputs'
+      inputs_length, soft_prompt, 'the inputs'
     )
-    config = GenerationConfig(
+    self._config = GenerationConfig(
       max_new_tokens, tuple(eos_token_ids) or (tokenizer.eos,)
     )
-    self._generator = Generator(model, variables, tokenizer, config, batch_size)
+    self._generator: Generator | None = None
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs of each are cut: bool [n]."""
@@ -63,6 +64,7 @@ class BatchGenerator:
 
   def answers(
     self,
+    variables: Tree,
     examples: Sequence[Example],
     progress: Callable[[int], None] = lambda answers: None,
   ) -> list[str]:
@@ -71,15 +73,21 @@ class BatchGenerator:
     Args:
       progress: called with the number of examples that are newly done.
     """
-    return self.texts([e.inputs for e in examples], progress)
+    return self.texts(variables, [e.inputs for e in examples], progress)
 
   def texts(
     self,
+    variables: Tree,
     inputs: Sequence[str],
     progress: Callable[[int], None] = lambda answers: None,
   ) -> list[str]:
     """`answers` of inputs alone."""
     ids = [self._ids(text)[0] for text in inputs]
+    if self._generator is None:
+      self._generator = Generator(
+        self._model, variables, self._tokenizer, self._config, self._batch_size
+      )
+    self._generator.update_weights(variables)
     return self._generator.texts(ids, progress=progress)
 
   def _ids(self, text: str) -> tuple[list[int], bool]:

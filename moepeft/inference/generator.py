@@ -153,6 +153,17 @@ class Generator:
     longest = max(lengths, default=0) + len(self._soft_prompt)
     check_length(self._model, longest, self._config.max_new_tokens)
 
+  def update_weights(self, variables: Tree) -> None:
+    """Answers with other values of the weights from now on."""
+    if variables is self._variables:
+      return
+    self._variables = variables
+    new = {
+      key: variables[key] for key in ('params', 'peft') if key in variables
+    }
+    for engine in self._engines:
+      engine.update_weights(new)
+
   def texts(
     self,
     prompts: Sequence[Sequence[int]],

@@ -70,58 +70,58 @@ class Listening:
     return tuple(ids)
 
 
-def generator(variables, batch_size=3, words=WORDS, most=MOST):
-  return BatchGenerator(made()[0], variables, words, most, LENGTH, batch_size)
+def generator(batch_size=3, words=WORDS, most=MOST):
+  return BatchGenerator(made()[0], words, most, LENGTH, batch_size)
 
 
 def test_answers_are_those_of_a_loop_without_cache_and_padding():
   variables = ending()
   expected = [plain(variables, text) for text in TEXTS]
   assert expected[1][2:] == [WORDS.eos] and len(expected[0]) == LENGTH
-  found = generator(variables, words=Listening()).answers(ROWS)
+  found = generator(words=Listening()).answers(variables, ROWS)
   # Padding and EOS are no text.
   kept = [tuple(t for t in row if t > WORDS.eos) for row in expected]
   assert found == kept
-  texts = generator(variables).answers(ROWS)
+  texts = generator().answers(variables, ROWS)
   assert texts == [WORDS.decode(list(row)) for row in kept]
 
 
 @pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_rows_beside_it():
   variables = ending()
-  together = generator(variables, words=Listening()).answers(ROWS)
-  backwards = generator(variables, 5, Listening()).answers(ROWS[::-1])
+  together = generator(words=Listening()).answers(variables, ROWS)
+  backwards = generator(5, Listening()).answers(variables, ROWS[::-1])
   assert backwards[::-1] == together
-  alone = generator(variables, 1, Listening())
-  assert [alone.answers([row])[0] for row in ROWS] == together
+  alone = generator(1, Listening())
+  assert [alone.answers(variables, [row])[0] for row in ROWS] == together
 
 
 def test_an_answer_does_not_depend_on_padding():
   variables = ending()
-  expected = generator(variables, words=Listening()).answers(ROWS[:3])
+  expected = generator(words=Listening()).answers(variables, ROWS[:3])
   # 27 tokens hold the longest.
-  short = generator(variables, words=Listening(), most=27)
-  found = short.answers(ROWS[:3])
+  short = generator(words=Listening(), most=27)
+  found = short.answers(variables, ROWS[:3])
   assert found == expected
 
 
 @pytest.mark.slow
 def test_what_is_cut_and_done_is_told():
   told = []
-  ours = generator(ending(), 2)
-  ours.answers(ROWS, told.append)
+  ours = generator(2)
+  ours.answers(ending(), ROWS, told.append)
   assert sum(told) == len(ROWS) and len(told) > 1
   assert ours.cut(ROWS).tolist() == [False] * 4 + [True]
-  assert ours.answers([]) == []
+  assert ours.answers(ending(), []) == []
   assert ours.cut([]).shape == (0,)
 
 
 def test_a_command_answers_as_an_evaluation_does():
   model, _ = made()
   found = generate.answer(model, ending(), WORDS, TEXTS[:3], LENGTH)
-  assert found == generator(ending()).answers(ROWS[:3])
+  assert found == generator().answers(ending(), ROWS[:3])
 
 
 def test_an_answer_has_a_token():
   with pytest.raises(ValueError, match='got max_new_tokens=0'):
-    BatchGenerator(*made(), WORDS, 97, 0, 3)
+    BatchGenerator(made()[0], WORDS, 97, 0, 3)

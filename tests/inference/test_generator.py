@@ -162,21 +162,22 @@ def test_beams_are_texts_too(kind):
 
 def test_evaluations_answer_with_decoders_as_with_t5():
   model, variables = made('decoder')
-  ours = BatchGenerator(model, variables, WORDS, 64, 11, 2)
+  ours = BatchGenerator(model, WORDS, 64, 11, 2)
   # In the form of training: a line's end stands between inputs and targets.
   expected = generation('decoder', eos_token_ids=(WORDS.eos,)).texts(
     ids('decoder', [f'{text}\n' for text in TEXTS])
   )
-  assert ours.texts(TEXTS) == expected
+  assert ours.texts(variables, TEXTS) == expected
   assert generate.answer(model, variables, WORDS, TEXTS, 11) == expected
   # The end of a prompt is kept.
-  short = BatchGenerator(model, variables, WORDS, 6, 11, 2)
-  assert short.texts(['x' * 9 + 'is it']) == short.texts(['is it'])
+  short = BatchGenerator(model, WORDS, 6, 11, 2)
+  long = short.texts(variables, ['x' * 9 + 'is it'])
+  assert long == short.texts(variables, ['is it'])
 
 
 def test_a_prompt_that_is_cut_still_begins_as_texts_do():
   words = ByteTokenizer(bos=2)
-  ours = BatchGenerator(*made('decoder'), words, 5, 11, 2)
+  ours = BatchGenerator(made('decoder')[0], words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
   assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
   assert ours._ids('cde') == ([2, 102, 103, 104, 13], False)
@@ -221,15 +222,15 @@ def test_all_learned_positions_are_used_and_no_other():
 
 def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
   model, variables = made('learned')
-  ours = BatchGenerator(model, variables, WORDS, 86, 11, 2)
+  ours = BatchGenerator(model, WORDS, 86, 11, 2)
   text = 'which one is it? ' * 9
   # The last 85 bytes, and the line's end.
   expected = uncached([*WORDS.encode(text)[-85:], 13], 11)
-  (found,) = ours.texts([text])
+  (found,) = ours.texts(variables, [text])
   assert found == WORDS.decode([i for i in expected if i > 1])
   for kind, most in (('learned', 87), ('decoder', 117)):
     with pytest.raises(ValueError, match=f'has {most} tokens and an answer up'):
-      BatchGenerator(*made(kind), WORDS, most, 11, 2)
+      BatchGenerator(made(kind)[0], WORDS, most, 11, 2)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +283,12 @@ def test_ends_are_those_of_a_gguf_file(monkeypatch):
 
 def test_an_answering_ends_where_it_is_told():
   model, variables = made('decoder')
-  assert all(BatchGenerator(model, variables, WORDS, 64, 5, 3).texts(TEXTS))
+  free = BatchGenerator(model, WORDS, 64, 5, 3)
+  assert all(free.texts(variables, TEXTS))
   # At whatever comes first.
   ends = range(263)
-  ours = BatchGenerator(model, variables, WORDS, 64, 5, 3, eos_token_ids=ends)
-  assert ours.texts(TEXTS) == ['', '', '']
+  ours = BatchGenerator(model, WORDS, 64, 5, 3, eos_token_ids=ends)
+  assert ours.texts(variables, TEXTS) == ['', '', '']
 
 
 def test_ends_are_the_vocabularys_and_the_models(tmp_path):
@@ -386,7 +388,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   own.write_text(shouted.replace("m['role']", "m['role'].upper()"))
   for system in ('', 'Be brief.'):
     for path in ('', str(own)):
-      data = chat_data(chat_template=path, system=system)
+      data = chat_data(chat_template=path, system_prompt=system)
       found = prompts.template(words, data)
       trained = found.render(answered)
       # 'd', the end of its turn and a line's end.
@@ -394,7 +396,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
       said = words.tokenizer.decode(found.prompt(talk))
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
-  data = chat_data(system='Be brief.')
+  data = chat_data(system_prompt='Be brief.')
   other = prompts.template(words, data, 'Be long.')
   said = words.tokenizer.decode(other.prompt(talk))
   assert 'Be long.' in said and 'Be brief.' not in said

@@ -83,7 +83,7 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
 @pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])
 def test_pieces_of_text_leave_room_for_the_prompt(predict):
   data = config_lib.default().data
-  data.predict = predict
+  data.pretraining_objective = predict
   # A piece has one token more than are fed; spans share a decoder's row.
   whole, behind = (
     text.chunk_maker(data, CausalCollator(WORDS, n, prefix_ids=front), 300)[0]
@@ -218,9 +218,7 @@ def padded_to(batch, length):
 def test_answers_of_examples_are_behind_the_prompt(config):
   model, variables = made(config)
   text = EXAMPLES[0]
-  generator = BatchGenerator(
-    model, variables, WORDS, 40, 5, 1, eos_token_ids=(1000,)
-  )
+  generator = BatchGenerator(model, WORDS, 40, 5, 1, eos_token_ids=(1000,))
   # Of 40 places the prompt has three, and an end or a line's end one.
   longest = example('a' * 36, '')
   config_ = GenerationConfig(5, (1000,))
@@ -229,7 +227,7 @@ def test_answers_of_examples_are_behind_the_prompt(config):
   for one in (text, longest):
     ids = [*WORDS.encode(one.inputs), end]
     expected = plain.texts([ids])
-    assert generator.answers([one]) == expected
+    assert generator.answers(variables, [one]) == expected
   assert not generator.cut([longest]).any()
   assert generator.cut([example('a' * 37, '')]).all()
 

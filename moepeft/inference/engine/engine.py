@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -424,7 +425,10 @@ class Engine:
         raise ValueError(
           "the engine has a pool of adapters; load one instead of giving 'peft'"
         )
-      self._adapters.replace(variables['peft'])
+      peft = variables['peft']
+      if self._device is not None:
+        peft = jax.device_put(peft, self._device)
+      self._adapters.replace(peft)
     if 'params' in variables:
       self._runner.weights.update(variables['params'])
     self._scheduler.invalidate()
