@@ -10,6 +10,7 @@ from starlette.types import Receive
 
 from moepeft.inference import api
 from moepeft.inference.api import Event, Finished, Request
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.body import ClientDisconnected
 from moepeft.serve.http.errors import server_error
 

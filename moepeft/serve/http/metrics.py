@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily as Counted
 from prometheus_client.core import GaugeMetricFamily as Gauged
 from prometheus_client.core import Metric
 
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.request_stats import RequestStats
 
 CONTENT = prometheus.CONTENT_TYPE_LATEST

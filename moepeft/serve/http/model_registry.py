@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.inference import api
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.chat_templates import ChatSettings, chat_settings
 from moepeft.serve.http.errors import model_not_found
 

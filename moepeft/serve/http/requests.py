@@ -93,10 +93,8 @@ def answer_length(
   Raises:
     ApiError: more than the server gives, or there is no room.
   """
-  most, places = (
-    limits.answer or engine.max_model_len,
-    engine.max_model_len - before,
-  )
+  places = engine.max_model_len - before
+  most = limits.answer or engine.max_model_len
   if requested is not None and requested > most:
     raise invalid_request(
       f'max_tokens is at most {most:,} here; got {requested:,}', 'max_tokens'
