@@ -133,7 +133,7 @@ Event = PromptLogprobs | Token | Finished
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class GeneratedAnswer:
   """The whole answer to a request.
 
   Attributes:

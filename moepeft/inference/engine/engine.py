@@ -25,11 +25,11 @@ from moepeft.inference.api import (
   CANCELLED,
   FAILED,
   LENGTH,
-  Completion,
   EngineFull,
   EngineStats,
   Event,
   Finished,
+  GeneratedAnswer,
   LoadedAdapter,
   LogprobRequest,
   PromptLogprobs,
@@ -219,7 +219,7 @@ class Engine:
         self._do_tasks()
         self._step()
 
-  def generate(self, requests: Sequence[Request]) -> list[Completion]:
+  def generate(self, requests: Sequence[Request]) -> list[GeneratedAnswer]:
     """The answers to requests, in their order.
 
     Raises:
@@ -232,7 +232,9 @@ class Engine:
         tokens[request.id].append(event.token)
       elif isinstance(event, Finished):
         finished[request.id] = event
-    return [Completion(tuple(tokens[r.id]), finished[r.id]) for r in requests]
+    return [
+      GeneratedAnswer(tuple(tokens[r.id]), finished[r.id]) for r in requests
+    ]
 
   def log_probs(self, requests: Sequence[LogprobRequest]) -> list[np.ndarray]:
     """Log-probability of each token of the answers, in nats: float64 [t] each.
