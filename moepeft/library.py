@@ -15,10 +15,12 @@ import functools
 import os
 import runpy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from moepeft import evaluate as evaluate_command
 from moepeft import train as train_command
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
@@ -133,6 +135,31 @@ class Model:
         for prompt, answer in zip(prompts, answers, strict=True)
       ]
     )
+
+  def evaluate(
+    self, data: str, metrics: Sequence[str] = (), max_examples: int = 100
+  ) -> dict[str, Any]:
+    """Measures the model on a file of rows, or a directory of such files.
+
+    Args:
+      data: rows as `python -m moepeft.evaluate --data` takes them.
+      metrics: names of metrics; those that the rows allow by default.
+      max_examples: of a prompt.
+
+    Returns:
+      The summary that the command writes.
+
+    Raises:
+      ValueError: no rows are there, or not of the form they should be.
+    """
+    summary, _ = evaluate_command.evaluate_loaded(
+      self.loaded,
+      self.loaded.workdir or self.loaded.base,
+      data=data,
+      metrics=metrics,
+      max_examples=max_examples,
+    )
+    return summary
 
   def merge(self) -> 'Model':
     """A model without adapter that computes the same.

@@ -67,6 +67,19 @@ def test_a_base_takes_no_checkpoint():
     moepeft.load('package:t5_tiny', checkpoint='best')
 
 
+def test_evaluation_is_the_commands(model, tmp_path):
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text(
+    '{"inputs": "item 45: a ship is a kind of", "choices": ["vehicle", "q"], '
+    '"label": 0}\n'
+  )
+  summary = model.evaluate(str(rows))
+  (row,) = summary['rows']
+  assert (row['task'], row['examples'], row['chance']) == ('rows', 1, 0.5)
+  scores = model.log_probs([_PROMPT, _PROMPT], ['vehicle', 'q'])
+  assert row['accuracy'] == float(scores[0].sum() > scores[1].sum())
+
+
 def test_a_merged_model_answers_as_its_adapter_did(tmp_path):
   config = moepeft.load_config('configs/molora_t5.py')
   config.method = 'lora(rank=2)'
