@@ -76,7 +76,9 @@ def evaluate(
     todo = runner.of_rows(given, names, most)
   else:
     own, vocab = form_of(trained), run.model.config.vocab
-    found = open_data(run.config.data, run.config.seed, below=vocab, own=own)
+    found = open_data(
+      run.config.data, run.config.seed, vocab_size=vocab, collator=own
+    )
     given, todo = found.held_out, runner.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation(trained, found, os.path.expanduser(workdir))

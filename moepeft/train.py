@@ -41,8 +41,8 @@ from moepeft.data import (
 from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.chat import template as chat_template
 from moepeft.data.preference.tokenize import has_chat_template
-from moepeft.data.readers.seqio_stream import SeqioStream
-from moepeft.data.registry import preferences
+from moepeft.data.readers import READERS
+from moepeft.data.readers.preference import preference_data
 from moepeft.data.tokenizers.tokenizer import check_vocab_size
 from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
@@ -253,14 +253,13 @@ def _train(
     + (', packed' if data.packing else ''),
   }
   training_summary.introduce(base, built, state, words, workdir, more)
-  if not isinstance(found.train, SeqioStream):
-    print(truncation_note(found.train, own), end='', flush=True)
+  print(truncation_note(found, own), end='', flush=True)
 
   if spec.needs_reference and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
     log_p = reference_model.precomputed(
       None if dry_run else workdir,
-      found.compared,
+      found.preferences,
       own,
       model,
       built.variables(state),
@@ -268,8 +267,8 @@ def _train(
       layout.mesh,
       config.evaluation.batch_size,
     )
-    found = preferences(
-      found.compared.with_references(log_p), data, config.seed
+    found = preference_data(
+      found.preferences.with_references(log_p), data, config.seed
     )
   rows = config.batch_size // share[1]
   batches = make_loader(
@@ -436,7 +435,7 @@ def _train(
   _close(written)
   summary['seconds'] = round(time.monotonic() - started, 1)
   distributed.write_json(run.summary_file, summary)
-  chat = data.source in ('chat', 'preference') and (
+  chat = READERS[data.source].uses_chat_template and (
     bool(data.chat_template) or has_chat_template(words)
   )
   prompt = next((e.inputs for own in sets.values() for e in own), '')

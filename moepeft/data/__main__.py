@@ -26,7 +26,6 @@ from moepeft.data.dataset import TrainingData
 from moepeft.data.loader import WINDOW
 from moepeft.data.preference.dataset import PairCollator
 from moepeft.data.preview import row_lines
-from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.models import decoder_only
 from moepeft.objectives.batches import make_collator
@@ -52,7 +51,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   before = base_lib.before(family, shape, config)
   own = make_model_collator(data, words, shape, config.seed, before)
   own = make_collator(config, own)
-  found = open_data(data, config.seed, below=shape.vocab, own=own)
+  found = open_data(data, config.seed, vocab_size=shape.vocab, collator=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))
   if only:
@@ -149,9 +148,12 @@ def sides_of(batch: Batch, own: Collator) -> list[tuple[str, Batch]]:
 
 
 def look(found: TrainingData, count: int) -> tuple[list[str], list]:
-  """(datasets, first items); SeqIO and texts tell no names, SeqIO cuts."""
-  if isinstance(found.train, SeqioStream):
-    elements = itertools.islice(found.train.open(0), count)
+  """(dataset of each, first items); no names of streams and of several texts.
+
+  Items of a stream are cut already.
+  """
+  if found.open_stream is not None:
+    elements = itertools.islice(found.open_stream(0), count)
     return [], [(e['inputs'], e['targets']) for e in elements]
   items = [found.train[i] for i in range(count)]
   if not all(isinstance(e, Example) for e in items):

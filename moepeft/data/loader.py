@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from moepeft.core.types import Batch
 from moepeft.data.batching.collators import Collator, Rows, make_model_collator
 from moepeft.data.dataset import TrainingData
-from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 WINDOW = 1024
@@ -192,18 +191,23 @@ def make_loader(
     own: their form; by default the model's.
   """
   own = own or make_model_collator(data, words, model, seed)
-  if isinstance(sources.train, SeqioStream):
-    # SeqIO reads ahead, and by host, by itself.
-    return Loader(StreamWindows(sources.train.open, own), batch_size)
+  if sources.open_stream is not None:
+    # A stream reads ahead, and by host, by itself.
+    return Loader(StreamWindows(sources.open_stream, own), batch_size)
   windows = ExampleWindows(sources.train, own, shard, data.workers)
   return Loader(windows, batch_size)
 
 
 def truncation_note(
-  train: grain.MapDataset, own: Collator, rows: int = 500
+  sources: TrainingData, own: Collator, rows: int = 500
 ) -> str:
-  """A line that says how many of the first examples are too long, or ''."""
-  cut = own.count_cut([train[i] for i in range(rows)])
+  """A line that says how many of the first examples are too long, or ''.
+
+  Examples of a stream are cut before they come here, so there is none.
+  """
+  if sources.train is None:
+    return ''
+  cut = own.count_cut([sources.train[i] for i in range(rows)])
   if not cut:
     return ''
   return (

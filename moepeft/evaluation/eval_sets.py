@@ -14,7 +14,7 @@ from moepeft import tasks
 from moepeft.data import TrainingData
 from moepeft.data.batching.collators import Collator
 from moepeft.data.dataset import evenly_spaced
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import READERS, jsonl
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
@@ -33,7 +33,7 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
     train: the training rows, which give closed templates their choices.
   """
   e = config.evaluation
-  if config.data.source == 'tasks':
+  if READERS.lookup(config.data.source).evaluates_tasks:
     found = _families(config)
   else:
     ranked = jsonl.with_closed_choices(train or (), examples_of(validation))
@@ -139,7 +139,7 @@ def own_prompts(config: ConfigDict, found: TrainingData) -> list[Prompt]:
   training, or for those that were not.
   """
   e = config.evaluation
-  if config.data.source == 'tasks':
+  if READERS.lookup(config.data.source).evaluates_tasks:
     return [
       Prompt(*key, examples=tuple(rows))
       for key, rows in _families(config).items()

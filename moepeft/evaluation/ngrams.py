@@ -22,6 +22,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.readers import READERS
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
 from moepeft.evaluation.eval_sets import pairs_to_judge
@@ -226,7 +227,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
     ValueError: the config reads no plain text, or holds none out.
   """
   data = config.data
-  if data.source != 'text':
+  if not READERS.lookup(data.source).is_plain_text:
     raise ValueError(
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
@@ -234,7 +235,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
   words = load_tokenizer(data.vocabulary, config.model.path)
   _, shape = base_lib.shape(config.model)
   own = make_model_collator(data, words, shape, config.seed)
-  found = open_data(data, config.seed, below=shape.vocab, own=own)
+  found = open_data(data, config.seed, vocab_size=shape.vocab, collator=own)
   judged = pairs_to_judge(config, found, own)
   if not judged:
     raise ValueError('no text is held out; raise config.data.held_out')

@@ -17,7 +17,7 @@ from moepeft.data import TrainingData
 from moepeft.data.batching import collators
 from moepeft.data.batching.collators import scoring_lengths
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import preferences
+from moepeft.data.readers.preference import preference_data
 from moepeft.evaluation import eval_sets, metrics, scores
 from moepeft.evaluation.eval_sets import Prompt
 from moepeft.evaluation.greedy_answers import Answering
@@ -97,7 +97,7 @@ def _referred(
     start = base_lib.with_adapter(start, built, config.model.adapter, base)
   log_p = reference_model.precomputed(
     workdir,
-    found.compared,
+    found.preferences,
     own,
     model,
     start,
@@ -105,8 +105,8 @@ def _referred(
     sharding.make_mesh(),
     config.evaluation.batch_size,
   )
-  compared = found.compared.with_references(log_p)
-  return None, {}, preferences(compared, config.data, config.seed)
+  preferences = found.preferences.with_references(log_p)
+  return None, {}, preference_data(preferences, config.data, config.seed)
 
 
 # Sets of prompts by the measure that is taken of them.

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.decoder_only import CausalCollator, check_too_long
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import check_decodes, decoder_only
 from moepeft.tasks import Example
@@ -174,7 +175,8 @@ def make_model_collator(
       tokenizer, data.length, data.too_long, data.packing, seed, prefix_ids
     )
   check_too_long(data.too_long)
-  if data.too_long != 'prompt' and data.source != 'preference':
+  is_single = 'single' in READERS.lookup(data.source).batches
+  if data.too_long != 'prompt' and is_single:
     raise ValueError(
       f'config.data.too_long={data.too_long!r} does nothing with an '
       f'encoder-decoder and config.data.source={data.source!r}, whose inputs '

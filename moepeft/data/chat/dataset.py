@@ -175,12 +175,12 @@ class ChatExample:
 
   Attributes:
     sample: its ids.
-    asked: what it begins with, the system's turn and the first question:
+    group: its beginning, the system's turn and the first question:
       conversations that begin alike are held out together.
   """
 
   sample: Sample
-  asked: tuple[str, ...]
+  group: tuple[str, ...]
 
 
 def read_chats(

@@ -48,7 +48,7 @@ def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
-  for file in fingerprint.data_files(path, 'chat', bad):
+  for file in fingerprint.data_files(path, fingerprint.CHAT_FILES, bad):
     for where, row in zip(*huggingface.read_json_rows(file, bad), strict=True):
       yield file, where, row
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from moepeft.data import fingerprint
+from moepeft.data.readers import READERS
 from moepeft.data.row_fields import BadRow
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -116,7 +117,7 @@ def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
       for the date, it becomes today's.
   """
   data = config.data
-  if data.source not in ('chat', 'preference') or data.date:
+  if data.date or not READERS.lookup(data.source).uses_chat_template:
     return config
   if not reads_clock(template_source(words, data.chat_template)):
     return config

@@ -16,9 +16,8 @@ from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
 from moepeft.data.preference import tokenize as preference_tokenize
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
-
-SOURCE = 'preference'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class PreferenceExample:
     sides: what the model's own form holds of each answer with its prompt.
     label: whether a judged answer is a good one; None of a pair.
     idx: of the row in its file.
-    asked: the first row's that has its prompt: by these rows are held out.
+    group: index of the first row with this prompt; the split is by group.
     place: among all items of its source.
     references: float32 [k, t], log p of each target of each side, where it
       was computed before training.
@@ -38,7 +37,7 @@ class PreferenceExample:
   sides: tuple
   label: bool | None
   idx: int
-  asked: int
+  group: int
   place: int
   references: np.ndarray | None = None
 
@@ -221,7 +220,7 @@ class PreferenceDataset:
     Raises:
       ValueError: nothing is left to train on.
     """
-    rows = {item.idx: item.asked for item in self.items}
+    rows = {item.idx: item.group for item in self.items}
     out = data_split.hold_out_last(list(rows.values()), held_out)
     gone = {idx for idx, away in zip(rows, out, strict=True) if away}
     if len(gone) == len(rows):
@@ -246,11 +245,12 @@ def objective_collator(
     ValueError: the objective and config.data.source are not of one kind, or
       the method has a soft prompt and the objective compares answers.
   """
-  if (batch != 'single') != (data.source == SOURCE):
+  if batch not in READERS.lookup(data.source).batches:
+    sources = [name for name in READERS if batch in READERS[name].batches]
     raise ValueError(
       f'config.objective={objective!r} does not go with config.data.source='
-      f'{data.source!r}: objectives that compare or judge answers read the '
-      f'source {SOURCE!r}, and no others do; set one of the two'
+      f'{data.source!r}: the rows of its batches ({batch}) are those of '
+      f'{" or ".join(map(repr, sources)) or "no source"}; set one of the two'
     )
   if batch == 'single':
     return own
@@ -281,8 +281,8 @@ def read_preferences(
   """
   if not isinstance(form, PairCollator):
     raise ValueError(
-      f'rows of config.data.source={SOURCE!r} are for objectives that compare '
-      'or judge answers; name other rows to evaluate'
+      f'rows of config.data.source={data.source!r} are for objectives that '
+      'compare or judge answers; name other rows to evaluate'
     )
   own, judged = form.side_collator, form.judged
   if not data.path:

@@ -11,11 +11,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from moepeft.core import files, untrusted
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
+from moepeft.data.dataset import TrainingData, from_examples
 from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.data.readers import csv_table, jsonl, promptsource, splits
+from moepeft.data.readers.reader import ReadContext, Reader
 from moepeft.data.row_fields import UnusedFields, join_names
 from moepeft.tasks import Example
 
@@ -303,3 +307,27 @@ def _reason(e: BaseException) -> str:
   if e.__cause__ is not None:
     said += f': {e.__cause__}'
   return ' '.join(said.split())[:500].rstrip('.')
+
+
+def open_dataset(data: ConfigDict, context: ReadContext) -> TrainingData:
+  """Opens a dataset of the hub or of local files, by templates if any."""
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a name on the hub, or local files'
+    )
+  rows = read(
+    *(data.path, data.split, data.templates, data.on_bad_row),
+    *(context.seed, data.ignore),
+  )
+  return from_examples(rows, data, context.seed)
+
+
+READER = Reader(
+  open_dataset,
+  config_keys=(
+    *('data.path', 'data.split', 'data.templates', 'data.mixture'),
+    *('data.cap', 'data.temperature', 'data.on_bad_row', 'data.ignore'),
+    *('data.too_long', 'data.workers', 'data.replay', 'data.replay_rate'),
+  ),
+  files=fingerprint.TABLE_FILES,
+)

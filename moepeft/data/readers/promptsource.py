@@ -242,7 +242,7 @@ def find_templates(path: str, name: str) -> TemplateGroup:
     return read_templates(inside)
   files = (
     fingerprint.list_directory(
-      path, fingerprint.ENDINGS['templates'], deep=True
+      path, fingerprint.TEMPLATE_FILES.endings, deep=True
     ).files
     if os.path.isdir(path)
     else ()

@@ -84,7 +84,7 @@ def split_files(path: str, folder: str, split: str, bad: BadRows) -> list[str]:
     ValueError: there are none.
   """
   listing = fingerprint.list_directory(
-    folder, fingerprint.ENDINGS['datasets'], deep=True
+    folder, fingerprint.TABLE_FILES.endings, deep=True
   )
   by_split: dict[str, list[str]] = {}
   for file in listing.files:

@@ -46,7 +46,7 @@ def read_documents(
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
   bad, found = BadRows(on_bad_row, ignore), []
-  for file in fingerprint.data_files(path, 'text', bad):
+  for file in fingerprint.data_files(path, fingerprint.TEXT_FILES, bad):
     if '.jsonl' in os.path.basename(file).lower():
       found += _rows(file, bad)
     else:
