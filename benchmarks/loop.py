@@ -28,7 +28,7 @@ from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.runs.run import Run
 from moepeft.training import optimizers, setup
 
@@ -104,7 +104,9 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)
-    hf.save(folder, shape, fresh(model, base_lib.example_batch(), 0)['params'])
+    hf.save(
+      folder, shape, init_params(model, base_lib.example_batch(), 0)['params']
+    )
     config = make_config(folder)
     bare = make_bare(config)
     sides = [(bare(), of_loop(config)) for _ in range(_ROUNDS.value)]

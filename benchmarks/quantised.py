@@ -21,7 +21,7 @@ from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching.collators import make_model_collator
 from moepeft.evaluation.eval_sets import pairs_to_judge
 from moepeft.evaluation.validator import Judge
-from moepeft.nn.quantization import KINDS
+from moepeft.nn.quantization import FORMATS
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 
@@ -36,7 +36,7 @@ def measure(config) -> dict[str, dict[str, float]]:
   found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
   pairs = pairs_to_judge(config, found, own)
   figures = {}
-  for kind in ('', *KINDS):
+  for kind in ('', *FORMATS):
     config.model.quantise = kind
     base = base_lib.load(config.model)
     model, _ = base_lib.module(base, config)

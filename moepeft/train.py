@@ -239,7 +239,7 @@ def _train(
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=adapters,
   )
-  letters = base_lib.letters(model, base)
+  letters = base_lib.logical_axes(model, base)
   where = state_sharding.state_shardings(
     layout, state, letters, built.trainable
   )

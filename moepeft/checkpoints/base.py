@@ -199,12 +199,12 @@ def load_adapter(path: str, config: Any) -> Start:
 
 
 def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
-  """The Flax module of a config with its method's advice."""
+  """The Flax module of a config with its method's adapters."""
   built = build(config.method, base.family.sites(base.config), config.semantics)
   model = config.model
   return base.family.MODULE(
     base.config,
-    built.advice,
+    built.adapter_map,
     remat=model.remat,
     unroll=model.unroll,
     dtype=jnp.dtype(model.dtype),
@@ -222,7 +222,7 @@ def before(
     family, shape: of `shape`.
   """
   built = build(config.method, family.sites(shape), config.semantics)
-  return placeholders(built.advice, shape.vocab)
+  return placeholders(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:
@@ -233,12 +233,12 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  return initializers.fresh(model, example_batch(), seed, base.params)
+  return initializers.init_params(model, example_batch(), seed, base.params)
 
 
-def letters(model: Any, base: Base) -> dict[str, Tree]:
+def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the letters of every array's axes."""
-  return initializers.letters(model, example_batch(), base.params)
+  return initializers.logical_axes(model, example_batch(), base.params)
 
 
 def with_adapter(
@@ -268,7 +268,7 @@ def with_adapter(
     f'set config.method to {own.method!r} and config.semantics to '
     f'{semantics!r}, or name another adapter'
   )
-  if function_of(own.advice) != function_of(built.advice):
+  if function_of(own.adapter_map) != function_of(built.adapter_map):
     raise ValueError(
       f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
       f'has {built.method!r} with {built.semantics!r}; {advice}'

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moepeft.core.types import LETTERS, Batch, Tree
+from moepeft.core.types import AXIS_NAMES, Batch, Tree
 
 AXES = ('data', 'model')
 Rules = tuple[tuple[str, str], ...]
@@ -85,8 +85,8 @@ def _rule(pair: Any) -> tuple[str, str | None]:
       f"('f', 'model'); got {pair!r}"
     )
   letter, axis = pair
-  if letter not in LETTERS:
-    said = ', '.join(f'{key} ({word})' for key, word in LETTERS.items())
+  if letter not in AXIS_NAMES:
+    said = ', '.join(f'{key} ({word})' for key, word in AXIS_NAMES.items())
     raise ValueError(
       f'config.sharding.rules has no letter {letter!r}; the letters of arrays '
       f'are {said}'

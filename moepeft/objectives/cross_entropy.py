@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Batch
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 from moepeft.objectives.objective import check_options
 
 PER = ('tokens', 'sequences')
@@ -57,7 +57,7 @@ def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
     logits: [b, t, v].
     targets: int [b, t].
   """
-  logits_f32 = wide(logits)
+  logits_f32 = to_f32(logits)
   target_logits = jnp.take_along_axis(logits_f32, targets[..., None], axis=-1)
   log_z = jax.nn.logsumexp(logits_f32, axis=-1)
   return log_z, target_logits[..., 0], jnp.mean(logits_f32, axis=-1)
@@ -93,7 +93,7 @@ def _log_terms_backward(residuals, cotangents):
 
 def _logits_gradient(logits, targets, log_z, d_log_z, d_target, d_mean):
   """The gradient of the terms, times cotangents [b, t]: as logits [b, t, v]."""
-  p = jnp.exp(wide(logits) - log_z[..., None])
+  p = jnp.exp(to_f32(logits) - log_z[..., None])
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   gradient = p * d_log_z[..., None]
   gradient += jnp.where(is_target, d_target[..., None], 0)

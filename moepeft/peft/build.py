@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a method's text to the table of advice that a model asks."""
+"""Builds the adapters of a method string for one model."""
 
 import dataclasses
 import fnmatch
@@ -14,7 +14,7 @@ from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import Choices, Range, shortened, suggestion
 from moepeft.core.types import State, Tree
 from moepeft.moe import ROUTERS
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method
 from moepeft.peft.methods import METHODS
 
@@ -31,13 +31,13 @@ class Built:
   Attributes:
     method: its text, with every option that the semantics decides.
     semantics: 'official' or 'paper'.
-    advice: the table that the model takes.
+    adapter_map: the adapters of each site, for the model.
     trainable: the collection that training changes, 'peft' or 'params'.
   """
 
   method: str
   semantics: str
-  advice: Advice
+  adapter_map: AdapterMap
   trainable: str
 
   def variables(self, state: State) -> dict[str, Tree]:
@@ -80,7 +80,7 @@ def build(
   if any(methods[spec.name].module is None for spec in specs):
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
-    return Built(text, semantics, Advice(), 'params')
+    return Built(text, semantics, AdapterMap(), 'params')
   entries, names = [], set()
   for spec in specs:
     if methods[spec.name].once and [s.name for s in specs].count(spec.name) > 1:
@@ -93,7 +93,7 @@ def build(
       (path, adapter)
       for path in _paths(spec, methods[spec.name], sites, semantics)
     ]
-  return Built(text, semantics, Advice(tuple(entries)), 'peft')
+  return Built(text, semantics, AdapterMap(tuple(entries)), 'peft')
 
 
 def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
@@ -146,13 +146,15 @@ def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in spec.options if usual.get(k, missing) != v}
 
 
-def function_of(advice: Advice) -> tuple:
-  """What a table of advice computes in evaluation, as a value to compare.
+def function_of(adapter_map: AdapterMap) -> tuple:
+  """The function of the adapters in evaluation, as a value to compare.
 
   Two texts of one function are equal: defaults written out or not, sites by
   role or by name, another dropout or jitter.
   """
-  return tuple((path, _function(adapter)) for path, adapter in advice.entries)
+  return tuple(
+    (path, _function(adapter)) for path, adapter in adapter_map.entries
+  )
 
 
 def _function(module: nn.Module) -> tuple:

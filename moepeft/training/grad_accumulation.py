@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 # (trainable, rows, rng) -> a dict of sums over these rows.
 SumsFn = Callable[[Tree, Batch, Array], dict[str, Tree]]
@@ -124,9 +124,9 @@ def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
 
   def add(total, x):
     part, sums = jax.grad(linear, has_aux=True)(trainable, x)
-    return jax.tree.map(lambda a, b: a + wide(b), total, part), sums
+    return jax.tree.map(lambda a, b: a + to_f32(b), total, part), sums
 
-  start = jax.tree.map(lambda a: jnp.zeros_like(wide(a)), trainable)
+  start = jax.tree.map(lambda a: jnp.zeros_like(to_f32(a)), trainable)
   total, sums = jax.lax.scan(add, start, xs)
   return total, _added(sums)
 

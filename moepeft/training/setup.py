@@ -31,7 +31,7 @@ def build_train_step(
       split; found before anything is compiled.
   """
   router_losses = dict(config.router_losses)
-  aux_losses.total({}, router_losses)
+  aux_losses.auxiliary_loss({}, router_losses)
   grad_accumulation.check(config.batch_size, config.accumulate)
   return make_train_step(
     model,

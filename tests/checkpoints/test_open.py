@@ -24,7 +24,7 @@ from moepeft.evaluation import runner
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives import reference_model
 from moepeft.peft import build
 
@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
   monkeypatch.setattr(
     loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
   )
-  params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
+  params = init_params(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   hf.save('base', CONFIG, params)
   return jax.tree.map(np.asarray, params)
 
@@ -50,8 +50,8 @@ def place(tmp_path, monkeypatch):
 def saved(params, semantics='official', quantise=''):
   """The tree of an adapter that is now in 'adapter', and its method."""
   built = build('lora(rank=2)', sites(CONFIG), semantics)
-  model = Decoder(CONFIG, built.advice)
-  tree = fresh(model, base_lib.example_batch(), 0, params)['peft']
+  model = Decoder(CONFIG, built.adapter_map)
+  tree = init_params(model, base_lib.example_batch(), 0, params)['peft']
   sha256 = names.content_hash(params)
   card = adapter.describe(
     built.method, semantics, 'base', sha256, 'llama', CONFIG, quantise
@@ -70,7 +70,7 @@ def config(**model):
 def test_an_adapter_brings_its_semantics(place):
   tree, built = saved(place, 'paper')
   # The official ones leave a projection out.
-  assert built.advice != build('lora(rank=2)', sites(CONFIG)).advice
+  assert built.adapter_map != build('lora(rank=2)', sites(CONFIG)).adapter_map
   run = loaded_model.load_model('base', 'adapter')
   assert run.config.semantics == 'paper'
   jax.tree.map(np.testing.assert_array_equal, run.variables['peft'], tree)

@@ -18,10 +18,10 @@ from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh, letters
+from moepeft.nn.initializers import init_params, logical_axes
 from moepeft.nn.quantization import (
   BLOCK,
-  KINDS,
+  FORMATS,
   LEVELS,
   from_int8,
   from_nf4,
@@ -50,7 +50,7 @@ METHODS = (
   'mov(experts=3)',
   'molora(experts=3, rank=2)',
 )
-every_kind = pytest.mark.parametrize('kind', KINDS)
+every_kind = pytest.mark.parametrize('kind', FORMATS)
 
 
 def test_the_levels_are_quantiles_of_a_normal_distribution():
@@ -96,7 +96,7 @@ SHAPES = [((131,), (3,)), ((7, 13), (5,)), ((64,), (3, 5)), ((11,), ())]
 def test_errors_are_bounded_by_half_a_step(kind, inside, outside):
   rng = np.random.default_rng(0)
   kernel = rng.standard_normal((*inside, *outside)).astype(np.float32)
-  form = KINDS[kind]
+  form = FORMATS[kind]
   codes, scale = form.encode(kernel, len(inside))
   layout = form.layout(inside, outside, 'nh'[: len(inside)], 'df')
   assert (codes.shape, scale.shape) == (layout['codes'][0], layout['scale'][0])
@@ -114,14 +114,16 @@ def test_errors_are_bounded_by_half_a_step(kind, inside, outside):
 
 
 def decoder_params():
-  return fresh(Decoder(DECODER), BATCH, 0)['params']
+  return init_params(Decoder(DECODER), BATCH, 0)['params']
 
 
 def made(method, config):
   family = t5 if config is small.GATED else Decoder
   if family is t5:
-    return t5.T5(config, build(method, t5.sites(config)).advice), small.batch()
-  return Decoder(config, build(method, sites(config)).advice), BATCH
+    return t5.T5(
+      config, build(method, t5.sites(config)).adapter_map
+    ), small.batch()
+  return Decoder(config, build(method, sites(config)).adapter_map), BATCH
 
 
 def noisy(variables):
@@ -155,7 +157,7 @@ def test_any_advice_sees_the_decoded_weight(method, config):
   params = decoder_params() if config is DECODER else small.params()
   packed = quantize.pack(params, config, 'nf4')
   assert quantize.kind_of(packed) == 'nf4'
-  peft = noisy(fresh(model, batch, 1, packed)['peft'])
+  peft = noisy(init_params(model, batch, 1, packed)['peft'])
   wide = quantize.unpack(packed, config)
   shapes = lambda tree: jax.tree.map(np.shape, tree)  # noqa: E731
   assert shapes(wide) == shapes(params)
@@ -179,7 +181,7 @@ def test_any_advice_sees_the_decoded_weight(method, config):
 def test_every_axis_says_its_letter(kind):
   model, _ = made(METHODS[0], DECODER)
   params = quantize.pack(decoder_params(), DECODER, kind)
-  said = weight_mapping.flatten(letters(model, BATCH, params)['params'])
+  said = weight_mapping.flatten(logical_axes(model, BATCH, params)['params'])
   found = weight_mapping.flatten(params)
   assert said.keys() == found.keys()
   assert all(len(said[path]) == found[path].ndim for path in found)
@@ -210,9 +212,9 @@ DEEP = dataclasses.replace(
 
 
 def test_memory_falls_to_the_bits_that_are_kept():
-  params = fresh(Decoder(DEEP), BATCH, 0)['params']
-  model = Decoder(DEEP, build('lora(rank=1)', sites(DEEP)).advice)
-  peft = fresh(model, BATCH, 1, params)['peft']
+  params = init_params(Decoder(DEEP), BATCH, 0)['params']
+  model = Decoder(DEEP, build('lora(rank=1)', sites(DEEP)).adapter_map)
+  peft = init_params(model, BATCH, 1, params)['peft']
   batch = {'inputs': jnp.array([[3, 7]])}
 
   def loss(peft, params):
@@ -329,7 +331,7 @@ def test_merging_into_packed_kernels_is_refused():
   from moepeft.peft.merge import merge
 
   built = build('lora(rank=3)', sites(DECODER))
-  model = Decoder(DECODER, built.advice)
+  model = Decoder(DECODER, built.adapter_map)
   packed = quantize.pack(decoder_params(), DECODER, 'int8')
   with pytest.raises(ValueError, match=r'quantised \(int8\): merge into'):
-    merge(built, fresh(model, BATCH, 1, packed))
+    merge(built, init_params(model, BATCH, 1, packed))

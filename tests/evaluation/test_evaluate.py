@@ -27,7 +27,7 @@ from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables import terminal as text
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import commands
@@ -288,7 +288,7 @@ def begun(tmp_path_factory):
     for template in ('t', 'u')
     for i in range(10)
   ]
-  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
+  params = init_params(t5.T5(CONFIG), small.batch(), 0)['params']
   hf.save(str(folder / 'tiny'), CONFIG, params)
   config = card(
     str(folder / 'tiny'),

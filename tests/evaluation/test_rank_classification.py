@@ -21,7 +21,7 @@ from moepeft.evaluation.rank_classification import (
 )
 from moepeft.evaluation.validator import Judge, means
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -37,7 +37,7 @@ class Bigram:
   first token of the inputs gains everywhere}.
   """
 
-  advice = Advice()
+  adapter_map = AdapterMap()
   config = types.SimpleNamespace(vocab=V)
 
   def __init__(self, variables=None):

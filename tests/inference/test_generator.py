@@ -28,7 +28,7 @@ from moepeft.inference.decode import greedy
 from moepeft.inference.generator import GenerationConfig, Generator, keys
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import chat_cases, commands
@@ -70,7 +70,7 @@ def made(kind):
     variables = {'params': small.params(T5)}
   else:
     model = Decoder(LEARNED if kind == 'learned' else DECODER)
-    variables = fresh(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+    variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
   keys = iter(jax.random.split(jax.random.key(2), 999))
   moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
   variables = jax.tree.map(moved, variables)

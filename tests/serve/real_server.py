@@ -113,7 +113,7 @@ class Trainer:
     sites = self._base.family.sites(self._base.config)
     built = build(start.method, sites, start.semantics)
     variables = {'params': self._base.params, 'peft': start.tree}
-    return banked.model_of(self._base, built.advice), variables
+    return banked.model_of(self._base, built.adapter_map), variables
 
 
 def skip_reason() -> str:

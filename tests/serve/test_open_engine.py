@@ -13,7 +13,7 @@ from moepeft.inference.api import LENGTH, UnknownAdapter
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 
 from ..inference.engines import ask, logprobs, moved, paused, prompt
@@ -45,14 +45,14 @@ CLOSE = 2e-5
 def place(tmp_path_factory):
   """(folder, params, {name: (model, 'peft')}) of a base and its adapters."""
   folder = tmp_path_factory.mktemp('served')
-  params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
+  params = init_params(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   params = jax.tree.map(np.asarray, moved(params, 5))
   hf.save(str(folder / 'base'), CONFIG, params)
   own = {'': (Decoder(CONFIG), {})}
   for seed, (name, method) in enumerate(METHODS.items()):
     built = build(method, sites(CONFIG))
-    model = Decoder(CONFIG, built.advice)
-    clean = fresh(model, base_lib.example_batch(), 0, params)['peft']
+    model = Decoder(CONFIG, built.adapter_map)
+    clean = init_params(model, base_lib.example_batch(), 0, params)['peft']
     tree = jax.tree.map(np.asarray, moved(clean, seed))
     card = adapter.describe(
       built.method,

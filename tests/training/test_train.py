@@ -20,7 +20,7 @@ from moepeft.config import ranges
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.runs.metrics_log import MetricsLog, read
 from moepeft.runs.resume import check_unchanged
 from moepeft.runs.run import Run
@@ -36,7 +36,7 @@ CONFIG = dataclasses.replace(small.GATED, vocab=263)
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   path = tmp_path_factory.mktemp('base') / 'hf'
-  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
+  params = init_params(t5.T5(CONFIG), small.batch(), 0)['params']
   hf.save(str(path), CONFIG, params)
   return str(path)
 
@@ -241,7 +241,7 @@ def test_an_adapter_that_computes_something_else_is_refused(
 def test_an_adapter_of_another_base_is_refused(begun, tmp_path):
   out, other = str(tmp_path / 'out'), str(tmp_path / 'other')
   convert.main(['convert', f'--workdir={begun.workdir}', f'--output={out}'])
-  hf.save(other, CONFIG, fresh(t5.T5(CONFIG), small.batch(), 9)['params'])
+  hf.save(other, CONFIG, init_params(t5.T5(CONFIG), small.batch(), 9)['params'])
   with pytest.raises(ValueError, match='trained on another base'):
     train.train(card(other, **{'model.adapter': out}), str(tmp_path / 'w'))
 

@@ -19,7 +19,7 @@ from moepeft.checkpoints.adapter import instances
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.inference.adapters.served_modules import served_module
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import METHODS, Built, build
 from moepeft.peft.build import plain
 
@@ -113,7 +113,7 @@ def bucket_of(built: Built, what: str) -> Bucket:
         f'{what} is {built.method!r}, which cannot be served beside other '
         f'adapters: {_REFUSED[spec.name]}'
       )
-    entries = built.advice.entries
+    entries = built.adapter_map.entries
     sites = tuple(path for path, module in entries if module.name == name)
     parts.append(
       BucketPart(name, _kind(spec), round_up_rank(rank_of(spec)), sites)
@@ -141,7 +141,9 @@ def merge_buckets(
   return tuple(sorted(named, key=lambda form: form.name))
 
 
-def adapter_map_of(forms: Sequence[Bucket], sites: Mapping[str, str]) -> Advice:
+def adapter_map_of(
+  forms: Sequence[Bucket], sites: Mapping[str, str]
+) -> AdapterMap:
   """The table that the model takes: all forms nested."""
   entries = []
   for form in forms:
@@ -150,9 +152,9 @@ def adapter_map_of(forms: Sequence[Bucket], sites: Mapping[str, str]) -> Advice:
       built = build(str(spec), sites)
       entries += [
         (path, served_module(module, part.name))
-        for path, module in built.advice.entries
+        for path, module in built.adapter_map.entries
       ]
-  return Advice(tuple(entries))
+  return AdapterMap(tuple(entries))
 
 
 def size_option(spec: Spec) -> str:

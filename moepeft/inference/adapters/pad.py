@@ -16,20 +16,20 @@ from moepeft.inference.adapters.buckets import Bucket, BucketPart, scale_of
 from moepeft.inference.adapters.load import Layout, TrainedAdapter, arrays_of
 from moepeft.models import weight_mapping
 from moepeft.moe.routers.random import projection
-from moepeft.nn.adapter_hook import Advice
-from moepeft.nn.initializers import Fill, Label
-from moepeft.nn.quantization import KINDS
+from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.nn.initializers import Constant, ParamMetadata
+from moepeft.nn.quantization import FORMATS
 
 
 def bucket_layouts(
-  forms: Sequence[Bucket], advice: Advice, base: Base
+  forms: Sequence[Bucket], adapter_map: AdapterMap, base: Base
 ) -> dict[str, Layout]:
   """The arrays of one slot of each form.
 
   Args:
-    advice: of all of them.
+    adapter_map: of all of them.
   """
-  found = arrays_of(base.family.MODULE(base.config, advice))
+  found = arrays_of(base.family.MODULE(base.config, adapter_map))
   return {
     form.name: {
       path: said
@@ -109,7 +109,9 @@ class _Source:
   def at(self, place: str) -> dict[str, np.ndarray] | None:
     return self._arrays.get(place)
 
-  def leaf(self, place: str, leaf: str, shape: Any, label: Label) -> np.ndarray:
+  def leaf(
+    self, place: str, leaf: str, shape: Any, label: ParamMetadata
+  ) -> np.ndarray:
     here = self._arrays[place]
     if leaf == 'on':
       return np.ones(shape, np.float32)
@@ -160,13 +162,15 @@ def _kernel(
     return found.reshape(shape)
   kind = base.quantise
   codes, scale = (flat[f'{place}/kernel_{n}'] for n in (kind, 'scale'))
-  kernel = KINDS[kind].decode(codes[layer], scale[layer], shape)
+  kernel = FORMATS[kind].decode(codes[layer], scale[layer], shape)
   return np.asarray(kernel, np.float32).reshape(shape)
 
 
-def _filled(shape: Sequence[int], label: Label) -> np.ndarray:
+def _filled(shape: Sequence[int], label: ParamMetadata) -> np.ndarray:
   """The identity, where no adapter is."""
-  value = label.start.value if isinstance(label.start, Fill) else 0
+  value = (
+    label.initializer.value if isinstance(label.initializer, Constant) else 0
+  )
   return np.full(shape, value, np.float32)
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import gate_logits, top_mask
 from moepeft.moe.routers.random import Random
-from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.initializers import Fill, peft_param
+from moepeft.nn.adapter_hook import BaseLayer
+from moepeft.nn.initializers import Constant, peft_param
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.dora import Dora
 from moepeft.peft.methods.ia3 import Ia3
@@ -37,9 +37,9 @@ class SwitchedAdapter(nn.Module):
   adapter: nn.Module
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     nn.share_scope(self, self.adapter)
-    on = peft_param(self, 'on', Fill(0), (), '')
+    on = peft_param(self, 'on', Constant(0), (), '')
     y = f(x)
     once = dataclasses.replace(f, call=lambda z: y if z is x else f(z))
     return jnp.where(on > 0, self.adapter(once, x, ctx), y)
@@ -55,12 +55,12 @@ class ServedDora(nn.Module):
   rank: int
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'dora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
-    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.inside}r')
-    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.outside}')
-    ratio = peft_param(self, 'ratio', Fill(1), outside, f.outside)
+    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
+    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
+    ratio = peft_param(self, 'ratio', Constant(1), outside, f.output_axes)
     y = f(x)
     ratio = ratio.astype(y.dtype)
     term = lora.up(lora.down(x.astype(y.dtype), a), b)
@@ -81,7 +81,7 @@ class FixedProjectionRouter(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
     shape = (x.shape[-1], self.experts)
-    kernel = peft_param(self, 'kernel', Fill(0), shape, 'ie')
+    kernel = peft_param(self, 'kernel', Constant(0), shape, 'ie')
     logits = gate_logits(x, kernel)
     weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
     return Routing(logits, weights, k=self.k)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Frozen, contraction, kernel_letters
+from moepeft.nn.adapter_hook import BaseLayer, contraction, kernel_letters
 from moepeft.nn.initializers import peft_param
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
 from moepeft.peft.methods.lora import Lora
@@ -29,14 +29,14 @@ class Dora(Lora):
   """
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'dora')
     shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
-    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.inside}r')
-    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.outside}')
-    kernel = wide(f.kernel())
+    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
+    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
+    kernel = to_f32(f.kernel())
     magnitude = peft_param(
-      self, 'magnitude', lambda *_: norm(kernel, f.eqn), outside, f.outside
+      self, 'magnitude', lambda *_: norm(kernel, f.eqn), outside, f.output_axes
     )
     changed = kernel + self.scale * lora.product(a, b, f.eqn)
     size = jax.lax.stop_gradient(norm(changed, f.eqn))

@@ -17,7 +17,7 @@ from moepeft.core.types import Array, Context, Tree
 from moepeft.data.tokenizers.tokenizer import read_tokenizer
 from moepeft.models import encoder_only
 from moepeft.models.bert.model import Bert, sites
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
 from moepeft.peft.methods.prompt_tuning import placeholders
 from moepeft.serve.embeddings import config as embeddings_config
@@ -138,10 +138,12 @@ class Encoder:
         f'{path} is of the family {read.config.family!r}: expected an encoder '
         'of the family bert'
       )
-    advice, tree = _adapter(adapter, read) if adapter else (Advice(), {})
+    adapter_map, tree = (
+      _adapter(adapter, read) if adapter else (AdapterMap(), {})
+    )
     words = read_tokenizer(str(folder)).backend_tokenizer
     variables = {'params': read.params} | ({'peft': tree} if tree else {})
-    model = Bert(read.config, advice)
+    model = Bert(read.config, adapter_map)
     return cls(model, variables, words, form, rows, read.sha256)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -218,7 +220,7 @@ class Encoder:
     return unit(pooled) if self.form.normalised else pooled
 
 
-def _adapter(path: str, read: hf.Loaded) -> tuple[Advice, Tree]:
+def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
   """The advice and the 'peft' tree of an adapter of a base that was read."""
   start = base_lib.load_adapter(path, read.config)
   if start.sha256 and start.sha256 != read.sha256:
@@ -227,13 +229,13 @@ def _adapter(path: str, read: hf.Loaded) -> tuple[Advice, Tree]:
       'hashes differ): give its own'
     )
   semantics = start.semantics or 'official'
-  advice = build(start.method, sites(read.config), semantics).advice
-  if placeholders(advice, read.config.vocab):
+  adapter_map = build(start.method, sites(read.config), semantics).adapter_map
+  if placeholders(adapter_map, read.config.vocab):
     raise ValueError(
       f'{path} is {start.method!r}, and a soft prompt stands before texts that '
       'a decoder goes on from; expected an adapter of the layers'
     )
-  return advice, start.tree
+  return adapter_map, start.tree
 
 
 def lengths(places: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import jax
 import optax
 
 from moepeft.core.types import Array, Tree
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 from moepeft.training.optimizers.spec import OptimizerSpec
 
 # Sides of at least this size are factored: T5X's default, and optax's.
@@ -100,7 +100,7 @@ def _grouped(params: Tree) -> Mapping[str, dict[str, Array]]:
     first = int(_stacked(name))
     suffix = f'_{param.shape[0]}' if first else ''
     rows = matrix_rows(name, param.shape)
-    kind, array = 'arrays', wide(param)
+    kind, array = 'arrays', to_f32(param)
     if rows is not None:
       kind = 'matrices'
       array = array.reshape(*param.shape[:first], rows, -1)

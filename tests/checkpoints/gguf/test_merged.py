@@ -104,7 +104,7 @@ def agrees(base, adapter=None):
   if adapter is not None:
     built = build(adapter.method, sites(loaded.config))
     model, variables['peft'] = (
-      Decoder(loaded.config, built.advice),
+      Decoder(loaded.config, built.adapter_map),
       adapter.tree,
     )
   expected = jax.jit(model.apply)(variables, {'inputs': ids})

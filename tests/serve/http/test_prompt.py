@@ -9,7 +9,7 @@ from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 
 from ...contracts import small_decoders
 from ...inference import banked
@@ -31,7 +31,7 @@ def client(tmp_path_factory):
   settings = EngineConfig(
     slots=2, places=PLACES, rooms=(PLACES,), chunk=8, least=8, batches=(2,)
   )
-  model = banked.model_of(base, Advice())
+  model = banked.model_of(base, AdapterMap())
   engine = Engine(model, base.params, banks, settings)
   # Before the server, which is not waited for as long.
   engine.start()
