@@ -203,8 +203,8 @@ def lazy_examples(
     if wrong and len(wrong) == len(table):
       # Not a bad row but a bad template, or the wrong one.
       raise ValueError(f'no row of {path} is good, the first: {wrong[0]}')
-  found = np.array(places, np.int32).reshape(-1, 2)
-  return checked_rows(path, LazyExamples(table, makers, found), bad, none)
+  indices = np.array(places, np.int32).reshape(-1, 2)
+  return checked_rows(path, LazyExamples(table, makers, indices), bad, none)
 
 
 def parse_example(
@@ -240,7 +240,7 @@ def parse_example(
       f"a row to rank has 'choices' and 'label'; got {', '.join(sorted(row))}"
     )
   task = _text(row, 'task')
-  found = Example(
+  parsed = Example(
     task=_text(row, 'dataset') or task or name,
     template=_text(row, 'template'),
     idx=_idx(row.get('idx', -1)),
@@ -249,8 +249,8 @@ def parse_example(
     choices=choices,
     label=label,
   )
-  row.close({found.inputs.strip(), found.targets.strip()})
-  return found
+  row.close({parsed.inputs.strip(), parsed.targets.strip()})
+  return parsed
 
 
 def check_surrogates(row: Any) -> None:

@@ -118,7 +118,7 @@ def list_directory(
     ValueError: one of them is a directory, though named as a file is.
     NotAFile: one of them is a pipe, a socket or a device.
   """
-  found, left_out = [], []
+  files, left_out = [], []
   for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
     data = is_data_file(entry.name, endings)
     if entry.is_dir():
@@ -130,16 +130,16 @@ def list_directory(
         )
       if deep and not hidden:
         inside = list_directory(entry.path, endings, deep)
-        found += inside.files
+        files += inside.files
         left_out += [f'{entry.name}/{name}' for name in inside.left_out]
       else:
         left_out.append(f'{entry.name}/')
     elif data:
       core_files.check_file(entry.path)
-      found.append(entry.path)
+      files.append(entry.path)
     else:
       left_out.append(entry.name)
-  return DirectoryListing(tuple(found), tuple(left_out))
+  return DirectoryListing(tuple(files), tuple(left_out))
 
 
 def data_files(
@@ -168,12 +168,12 @@ def data_files(
     raise ValueError(
       f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
     )
-  found = list_directory(path, endings)
+  listing = list_directory(path, endings)
   if bad is not None:
-    bad.left_out += found.left_out
-  if not found.files:
+    bad.left_out += listing.left_out
+  if not listing.files:
     raise ValueError(f'{path} holds no file of {kinds}')
-  return list(found.files)
+  return list(listing.files)
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ def read_text(file: str) -> str:
     ) from None
 
 
-def read_named_text(key: str, path: str, what: str) -> str:
+def read_named_text(key: str, path: str, description: str) -> str:
   """The text of a file that `key`, a flag or a key of a config, names.
 
   Args:
@@ -244,7 +244,7 @@ def read_named_text(key: str, path: str, what: str) -> str:
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
     raise ValueError(
-      f'{key}={path!r} cannot be read ({reason}); name {what}'
+      f'{key}={path!r} cannot be read ({reason}); name {description}'
     ) from None
 
 
@@ -294,8 +294,8 @@ def sha256(file: str, whole: int = _WHOLE) -> str:
   with core_files.open_file(file) as stream:
     if size <= whole:
       return hashlib.file_digest(stream, 'sha256').hexdigest()
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     for i in range(_BLOCKS):
       stream.seek(i * max(size - _BLOCK, 0) // (_BLOCKS - 1))
-      found.update(stream.read(_BLOCK))
-  return found.hexdigest()
+      digest.update(stream.read(_BLOCK))
+  return digest.hexdigest()

@@ -40,14 +40,14 @@ class ExampleWindows:
   def __init__(
     self,
     examples: grain.MapDataset,
-    own: Collator,
+    collator: Collator,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
   ):
     """Reads every `shard[1]`-th window, in `workers` processes if any."""
 
     def window(number: int, part: Sequence) -> Rows:
-      return own.rows(number, own.encode(part))
+      return collator.rows(number, collator.encode(part))
 
     windows = examples.batch(WINDOW, batch_fn=list).map_with_index(window)
     self._windows = windows[shard[0] :: shard[1]]
@@ -84,10 +84,10 @@ class StreamWindows:
   def __init__(
     self,
     stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    own: Collator,
+    collator: Collator,
   ):
     """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
-    self._stream, self._form = stream, own
+    self._stream, self._form = stream, collator
 
   def open(self, number: int) -> Iterator[Rows]:
     examples = self._stream(number * WINDOW)
@@ -107,16 +107,16 @@ class _Batches(grain.DatasetIterator):
     self.set_state({'window': 0, 'row': 0})
 
   def __next__(self) -> Batch:
-    parts, wanted = [], self._batch_size
-    while wanted:
+    parts, missing = [], self._batch_size
+    while missing:
       if self._rows is None:
         self._rows = next(self._windows)
-      held = len(next(iter(self._rows.values())))
-      end = min(self._row + wanted, held)
+      count = len(next(iter(self._rows.values())))
+      end = min(self._row + missing, count)
       parts.append({k: v[self._row : end] for k, v in self._rows.items()})
-      wanted -= end - self._row
+      missing -= end - self._row
       self._row = end
-      if end == held:
+      if end == count:
         self._window, self._row, self._rows = self._window + 1, 0, None
     if len(parts) == 1:
       return parts[0]
@@ -172,14 +172,14 @@ class Loader:
 
 
 def make_loader(
-  sources: TrainingData,
-  words: Tokenizer,
+  source: TrainingData,
+  tokenizer: Tokenizer,
   data: ConfigDict,
   batch_size: int,
   seed: int,
   shard: tuple[int, int] = (0, 1),
   model: Any = None,
-  own: Collator | None = None,
+  collator: Collator | None = None,
 ) -> Loader:
   """The batches of a config.
 
@@ -190,27 +190,27 @@ def make_loader(
       encoder-decoder.
     own: their form; by default the model's.
   """
-  own = own or make_model_collator(data, words, model, seed)
-  if sources.open_stream is not None:
+  collator = collator or make_model_collator(data, tokenizer, model, seed)
+  if source.open_stream is not None:
     # A stream reads ahead, and by host, by itself.
-    return Loader(StreamWindows(sources.open_stream, own), batch_size)
-  windows = ExampleWindows(sources.train, own, shard, data.workers)
+    return Loader(StreamWindows(source.open_stream, collator), batch_size)
+  windows = ExampleWindows(source.train, collator, shard, data.workers)
   return Loader(windows, batch_size)
 
 
 def truncation_note(
-  sources: TrainingData, own: Collator, rows: int = 500
+  source: TrainingData, collator: Collator, rows: int = 500
 ) -> str:
   """A line that says how many of the first examples are too long, or ''.
 
   Examples of a stream are cut before they come here, so there is none.
   """
-  if sources.train is None:
+  if source.train is None:
     return ''
-  cut = own.count_cut([sources.train[i] for i in range(rows)])
+  cut = collator.count_cut([source.train[i] for i in range(rows)])
   if not cut:
     return ''
   return (
     f'{cut} of the first {rows} training examples are cut; raise '
-    f'{own.length_keys} to keep them whole\n'
+    f'{collator.length_keys} to keep them whole\n'
   )

@@ -243,11 +243,11 @@ class RowFields(Mapping):
     for name, value in self._values.items():
       if name in self._taken:
         continue
-      key, what = normalized_name(name), meaning(name)
+      key, description = normalized_name(name), meaning(name)
       if key in _OF_TURNS and of_row:
-        what = ''
+        description = ''
       needless = (
-        not what
+        not description
         or _says_nothing(name, value)
         or _repeats(value, texts)
         or of_row
@@ -255,9 +255,9 @@ class RowFields(Mapping):
       )
       if not needless:
         raise BadRow(
-          f'{self._where} has {name!r}, {what}, and nothing reads it here; '
-          'give it in a field that is read, remove the row, or leave the field '
-          f'unused with config.data.ignore={name}'
+          f'{self._where} has {name!r}, {description}, and nothing reads it '
+          'here; give it in a field that is read, remove the row, or leave '
+          f'the field unused with config.data.ignore={name}'
         )
       self._list(name)
 
@@ -277,7 +277,9 @@ def meaning(name: str) -> str:
     (_THOUGHTS, 'which is a thought of the assistant'),
     (_MEDIA, _MEDIUM),
   )
-  return next((what for form, what in patterns if form.fullmatch(key)), '')
+  return next(
+    (description for form, description in patterns if form.fullmatch(key)), ''
+  )
 
 
 def _says_nothing(name: str, value: Any) -> bool:

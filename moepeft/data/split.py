@@ -41,8 +41,8 @@ def split_by_idx(
   for e, key in numbered:
     keys[e.task].add(key)
   first = {}
-  for task, found in keys.items():
-    ordered = sorted(found)
+  for task, keys_of_task in keys.items():
+    ordered = sorted(keys_of_task)
     cut = len(ordered) - int(round(len(ordered) * held_out))
     first[task] = ordered[cut] if cut < len(ordered) else float('inf')
   train = [e for e, key in numbered if key < first[e.task]]

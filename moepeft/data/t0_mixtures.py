@@ -207,36 +207,38 @@ def mixture_rates(
     ValueError: an unknown mixture, data that hold none of it, or prompts of
       which nothing says whether they ask for the original task.
   """
-  known = {p3_name(d.name): d for d in members(mixture)}
-  found, left_out = collections.defaultdict(list), set()
+  datasets = {p3_name(d.name): d for d in members(mixture)}
+  pairs_by_name, left_out = collections.defaultdict(list), set()
   for pair in sorted(pair for pair, count in rows.items() if count):
-    name = _member(*pair, known)
-    found[name].append(pair) if name else left_out.add(pair[0])
-  if not found:
+    name = _member(*pair, datasets)
+    pairs_by_name[name].append(pair) if name else left_out.add(pair[0])
+  if not pairs_by_name:
     raise ValueError(
       f'none of the data is in {mixture}; got {", ".join(sorted(left_out))}'
     )
   drawn, guessed = {}, []
-  for name, pairs in found.items():
-    pairs, guess = _prompts(mixture, known[name], pairs, original)
-    drawn |= dict.fromkeys(pairs, float(known[name].rate))
+  for name, pairs in pairs_by_name.items():
+    pairs, guess = _prompts(mixture, datasets[name], pairs, original)
+    drawn |= dict.fromkeys(pairs, float(datasets[name].rate))
     if guess:
       guessed.append(name)
-  absent = tuple(d.name for key, d in known.items() if key not in found)
+  absent = tuple(
+    d.name for key, d in datasets.items() if key not in pairs_by_name
+  )
   return MixtureRates(drawn, tuple(sorted(left_out)), absent, tuple(guessed))
 
 
-def _member(dataset: str, template: str, known: Collection[str]) -> str:
+def _member(dataset: str, template: str, names: Collection[str]) -> str:
   """The dataset of the mixture that a name means; '' for none."""
   name = p3_name(dataset)
-  if name in known:
+  if name in names:
     return name
   # A SeqIO task is spelled DATASET_SUBSET_TEMPLATE; its twin for scoring is
   # none to train on.
   if template or name.endswith(_TWIN):
     return ''
   # No dataset's name is the beginning of another's.
-  return next((key for key in known if name.startswith(key + '_')), '')
+  return next((key for key in names if name.startswith(key + '_')), '')
 
 
 def _task(pair: tuple[str, str]) -> str:
@@ -254,13 +256,13 @@ def _prompts(
   if mixture not in (_ONE, _ALL):
     return pairs, False
   spelled = {_task(pair) for pair in original}
-  said = [pair for pair in pairs if _task(pair) in spelled]
-  if not said and dataset.original == dataset.prompts:
-    said = pairs
-  if mixture == _ALL and not said:
+  originals = [pair for pair in pairs if _task(pair) in spelled]
+  if not originals and dataset.original == dataset.prompts:
+    originals = pairs
+  if mixture == _ALL and not originals:
     raise ValueError(
       f'{mixture} takes the prompts of the original task, and nothing says '
       f'which of {dataset.name} are; set config.data.templates, or take '
       't0_train'
     )
-  return (said or pairs)[: 1 if mixture == _ONE else None], not said
+  return (originals or pairs)[: 1 if mixture == _ONE else None], not originals

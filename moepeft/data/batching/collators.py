@@ -90,12 +90,12 @@ class Seq2SeqCollator:
   def encode(self, items: Sequence) -> list[packing.IdPair]:
     """Pairs of ids of examples, and of what is a pair already."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = (
+    encoded = (
       seq2seq.encode_examples(self.tokenizer, texts, *self.max_lengths)
       if texts
       else []
     )
-    pairs = iter(made)
+    pairs = iter(encoded)
     every = [next(pairs) if isinstance(e, Example) else e for e in items]
     return [self._behind(x, y) for x, y in every] if self.prefix_ids else every
 

@@ -49,15 +49,15 @@ def read(path: str) -> str:
   )
 
 
-def template_source(words: Tokenizer, path: str) -> str:
+def template_source(tokenizer: Tokenizer, path: str) -> str:
   """All that the template of a config may say; '' where there is none."""
-  own = (
-    words.tokenizer.chat_template
-    if isinstance(words, HuggingFaceTokenizer)
+  template = (
+    tokenizer.tokenizer.chat_template
+    if isinstance(tokenizer, HuggingFaceTokenizer)
     else ''
   )
-  found = read(path) or own or ''
-  return found if isinstance(found, str) else '\n'.join(found.values())
+  source = read(path) or template or ''
+  return source if isinstance(source, str) else '\n'.join(source.values())
 
 
 def reads_clock(template: str) -> bool:
@@ -95,21 +95,21 @@ def fix_date(template: str, date: str) -> str:
   when = parse_date(date)
 
   def written(call: re.Match) -> str:
-    said = json.dumps(when.strftime(call[2]), ensure_ascii=False)
+    literal = json.dumps(when.strftime(call[2]), ensure_ascii=False)
     # A call may stand within {{ }}, so its text is an expression too.
-    return f'({said})'
+    return f'({literal})'
 
-  found = _CALL.sub(written, template)
-  if reads_clock(found):
+  fixed = _CALL.sub(written, template)
+  if reads_clock(fixed):
     raise ValueError(
       f'the chat template calls {_CLOCK} with a format that is no text in '
       'quotes, so that its date cannot be kept for a run that goes on; name '
       'another template with config.data.chat_template'
     )
-  return found
+  return fixed
 
 
-def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
+def with_date(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
   """A config whose chat template writes the same date whenever it is read.
 
   Args:
@@ -119,7 +119,7 @@ def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
   data = config.data
   if data.date or not READERS.lookup(data.source).uses_chat_template:
     return config
-  if not reads_clock(template_source(words, data.chat_template)):
+  if not reads_clock(template_source(tokenizer, data.chat_template)):
     return config
   config = config.copy_and_resolve_references()
   config.data.date = datetime.date.today().isoformat()
@@ -141,7 +141,7 @@ def check_fixed(template: str) -> None:
     )
 
 
-def check_written(text: str, given: Iterable[str]) -> None:
+def check_written(text: str, contents: Iterable[str]) -> None:
   """
   Args:
     text: what a template wrote of a conversation.
@@ -150,16 +150,16 @@ def check_written(text: str, given: Iterable[str]) -> None:
   Raises:
     BadRow: the template wrote an address, which is another one in each process.
   """
-  found = _ADDRESS.search(text)
-  if found and not any(found[0] in part for part in given):
+  address = _ADDRESS.search(text)
+  if address and not any(address[0] in part for part in contents):
     raise BadRow(
-      f'the chat template writes {found[0]!r} where a text should be, as of a '
-      'method that it does not call; mend the template, or name another with '
-      'config.data.chat_template'
+      f'the chat template writes {address[0]!r} where a text should be, as '
+      'of a method that it does not call; mend the template, or name another '
+      'with config.data.chat_template'
     )
 
 
-def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
+def set_chat_template(tokenizer: Tokenizer, path: str, system: str) -> None:
   """Makes the template that a run was trained by the tokenizer's own.
 
   Args:
@@ -168,18 +168,18 @@ def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
   Raises:
     ValueError: it cannot be read.
   """
-  if isinstance(words, HuggingFaceTokenizer):
-    text = read(path) or words.tokenizer.chat_template
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    text = read(path) or tokenizer.tokenizer.chat_template
     if isinstance(text, str):
-      words.tokenizer.chat_template = with_system(text, system)
+      tokenizer.tokenizer.chat_template = with_system(text, system)
 
 
 def with_system(text: str, system: str) -> str:
   """A template that puts a system's turn before conversations without one."""
   if not text or not system:
     return text
-  said = json.dumps(system, ensure_ascii=False)
-  turn = f"[{{'role': 'system', 'content': {said}}}]"
+  literal = json.dumps(system, ensure_ascii=False)
+  turn = f"[{{'role': 'system', 'content': {literal}}}]"
   return (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     f'{{%- set messages = {turn} + messages -%}}'

@@ -67,11 +67,11 @@ def find_registered(
         'module that registers SeqIO tasks, from here or installed'
       ) from None
   seqio.add_global_cache_dirs([local_path(path) for path in caches])
-  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if name not in known:
-    near = difflib.get_close_matches(name, sorted(known)) or sorted(known)[:3]
+  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name not in names:
+    near = difflib.get_close_matches(name, sorted(names)) or sorted(names)[:3]
     raise ValueError(
-      f'SeqIO knows no task or mixture {name!r}; of its {len(known)} the '
+      f'SeqIO knows no task or mixture {name!r}; of its {len(names)} the '
       f'nearest are {", ".join(near) or "none"}; name the module that '
       'registers it with config.data.module'
     )
@@ -142,8 +142,8 @@ class SeqioStream:
     tasks = [task for task in self._tasks() if self.split in task.splits]
     # A task by itself has no rate.
     rate = getattr(self.provider, 'get_rate', lambda task: 1.0)
-    found = {task.name: float(rate(task)) for task in tasks}
-    return {name: value / sum(found.values()) for name, value in found.items()}
+    rates = {task.name: float(rate(task)) for task in tasks}
+    return {name: value / sum(rates.values()) for name, value in rates.items()}
 
   def open(self, place: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """The elements from number `place` on, without an end.
@@ -182,12 +182,12 @@ class SeqioStream:
     As many of each task as can be, from the front; none where no task has the
     split. The same on every host.
     """
-    held = [t for t in self._tasks() if 'validation' in t.splits]
-    chosen = min(count, len(held))
+    tasks = [t for t in self._tasks() if 'validation' in t.splits]
+    chosen = min(count, len(tasks))
     # With more tasks than elements, evenly spaced ones.
-    held = [held[i * len(held) // chosen] for i in range(chosen)]
-    found = []
-    for i, task in enumerate(held):
+    tasks = [tasks[i * len(tasks) // chosen] for i in range(chosen)]
+    elements_read = []
+    for i, task in enumerate(tasks):
       share = (i + 1) * count // chosen - i * count // chosen
       with _told(task.name):
         dataset = task.get_dataset(
@@ -199,8 +199,8 @@ class SeqioStream:
           try_in_mem_cache=False,
         )
         elements = _sides(dataset).take(share).as_numpy_iterator()
-        found += [self._element(e) for e in elements]
-    return found
+        elements_read += [self._element(e) for e in elements]
+    return elements_read
 
   @property
   def vocabulary_size(self) -> int | None:

@@ -209,7 +209,9 @@ def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
 def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
   data = data_of(tmp_path, rows_of(), replay='no.txt', replay_rate=0.1)
   data.path = 'no.json'
-  with pytest.raises(ValueError, match='cannot be mixed into config.data.source'):
+  with pytest.raises(
+    ValueError, match='cannot be mixed into config.data.source'
+  ):
     open_data(data, 0, collator=samples())
 
 
@@ -294,11 +296,11 @@ def test_batches_go_on_where_a_run_was_cut(tmp_path):
   data = data_of(tmp_path, rows_of(7))
   own = samples()
   found = open_data(data, 0, collator=own)
-  one = make_loader(found, WORDS, data, 3, 0, own=own)
+  one = make_loader(found, WORDS, data, 3, 0, collator=own)
   first = [next(one) for _ in range(2)]
   place = one.position()
   expected = next(one)
-  two = make_loader(found, WORDS, data, 3, 0, own=own)
+  two = make_loader(found, WORDS, data, 3, 0, collator=own)
   two.seek(place)
   again = next(two)
   for key, array in expected.items():

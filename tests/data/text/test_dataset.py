@@ -227,7 +227,7 @@ def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
     moved = tmp_path / folder / 'a.txt'
     moved.write_text('\n\n'.join(f'{i} words' for i in range(31)))
     read = open_data(
-      data(str(moved)), 0, own=CausalCollator(ByteTokenizer(), 5)
+      data(str(moved)), 0, collator=CausalCollator(ByteTokenizer(), 5)
     ).train
     found.append([read[i].ids.tolist() for i in range(40)])
   assert found[0] == found[1]
