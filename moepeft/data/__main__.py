@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.data --config=FILE: what the model will see.
+"""python -m moepeft.data --config=FILE: shows the data that a model will see.
 
-Rates of the mixture, lengths and cuts, padding, and examples as they stand in
-a batch, decoded, with what is trained in brackets.
+It prints the rates of the mixture, lengths and cuts, padding, and decoded rows
+of a batch with the trained tokens in brackets.
 """
 
 import collections
@@ -61,7 +61,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
   if only:
     print(*source.notes, sep='\n', file=sys.stderr)
   else:
-    tell(config, source, collator, names, items)
+    print_summary(config, source, collator, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
     for side, part in sides_of(batch, collator):
@@ -99,7 +99,7 @@ def heading(side: str, batch: Batch, row: int, packed: bool = False) -> str:
   return f'judged {", ".join(judgements)} (segment by segment)'
 
 
-def tell(
+def print_summary(
   config: ConfigDict,
   source: TrainingData,
   collator: Collator,
@@ -226,7 +226,7 @@ def _means(sizes: np.ndarray) -> tuple[str, str]:
 
 
 def histogram(lengths: np.ndarray, name: str, most: int) -> str:
-  """How long a side is, against the length that it is cut to."""
+  """A histogram of lengths, with the length that they are cut to."""
   half, nine = np.percentile(lengths, (50, 90))
   cut = int((lengths > most).sum())
   lines = [

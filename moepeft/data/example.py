@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of any source: what makes one good, and what becomes of a bad one.
+"""Rows of any source: checks, and the policy for bad ones.
 
 A training row has `inputs` and `targets`; a row to rank has `inputs`,
 `choices` and `label`. `dataset` (or `task`), `template` and `idx` are kept
@@ -33,7 +33,7 @@ _MIN_IDX, _MAX_IDX = -(2**63), 2**63 - 1
 
 
 class BadRows:
-  """What becomes of bad rows: an error, or a list of reasons.
+  """The policy for bad rows: an error, or a list of reasons.
 
   Attributes:
     reasons: 'FILE, line 7: what is wrong', one for each row left out.
@@ -84,7 +84,7 @@ def _shortened(message: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRows(Sequence):
-  """What was read: a sequence of its examples.
+  """A sequence of examples, with what was left out on the way.
 
   Attributes:
     examples: the good ones, in the order of the source.
@@ -124,7 +124,7 @@ class ExampleRows(Sequence):
 def checked_rows(
   path: str, examples: Sequence[Example], bad: BadRows, inapplicable: int = 0
 ) -> ExampleRows:
-  """What a reader found under a path.
+  """The rows that were read under a path.
 
   Raises:
     ValueError: no good row.

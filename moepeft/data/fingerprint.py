@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that users name: which are data, their text, and their hashes."""
+"""Files that users name: the data files among them, their text, hashes."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,7 @@ _KINDS_BY_KEY = {
 _PART = re.compile(r'-\d+-of-\d+(?=(\.gz)?$)')
 # What hides a file, or is of an editor or a program that has it open: .x, ~$x,
 # #x#. macOS writes ._x beside x on foreign disks.
-_OTHERS = ('.', '~', '#')
+_HIDDEN_PREFIXES = ('.', '~', '#')
 _FOLDERS = ('__MACOSX', '__pycache__')
 # JSON that describes a data set beside it, as `datasets` has them.
 _DESCRIPTIONS = (
@@ -81,7 +81,7 @@ def is_data_file(name: str, endings: tuple[str, ...]) -> bool:
   Args:
     endings: of a `FileKind`; those of the name may be in any case.
   """
-  if name.startswith(_OTHERS) or name in _DESCRIPTIONS:
+  if name.startswith(_HIDDEN_PREFIXES) or name in _DESCRIPTIONS:
     return False
   return _PART.sub('', name.lower()).endswith(endings)
 
@@ -122,7 +122,7 @@ def list_directory(
   for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
     data = is_data_file(entry.name, endings)
     if entry.is_dir():
-      hidden = entry.name.startswith(_OTHERS) or entry.name in _FOLDERS
+      hidden = entry.name.startswith(_HIDDEN_PREFIXES) or entry.name in _FOLDERS
       if data and not hidden:
         raise ValueError(
           f'{entry.path} is a directory, expected a file of that name; rename '
@@ -232,7 +232,7 @@ def read_named_text(key: str, path: str, description: str) -> str:
   """The text of a file that `key`, a flag or a key of a config, names.
 
   Args:
-    what: kind of file it is to be, for the message.
+    description: of the kind of file, for the message.
 
   Raises:
     ValueError: it cannot be read.

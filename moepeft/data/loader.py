@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches in a fixed order, made ahead, with a place that can be kept.
+"""Batches in a fixed order, made ahead, with a position that can be saved.
 
 Examples are encoded and packed in windows of `WINDOW`. A window is a pure
 function of its number, so the stream is the same with any number of worker
@@ -66,7 +66,7 @@ class ExampleWindows:
 
 
 def _end_with_parent(number: int, count: int) -> None:
-  """Ends a worker when its run is killed, of which nobody tells it."""
+  """Ends a worker process when its parent is killed."""
   del number, count
   parent = multiprocessing.parent_process()
 
@@ -158,7 +158,7 @@ class Loader:
     return next(self._batches)
 
   def position(self) -> np.ndarray:
-    """Where the next batch begins: int64 [2], window and row in it."""
+    """The next batch's start: int64 [2], window and row in it."""
     state = self._batches.get_state()
     return np.array([state['window'], state['row']], np.int64)
 
@@ -188,7 +188,7 @@ def make_loader(
     shard: (number of this host, hosts); each reads windows of its own.
     model: the model that they are for, or its config; None for an
       encoder-decoder.
-    own: their form; by default the model's.
+    collator: of the batches; by default the model's.
   """
   collator = collator or make_model_collator(data, tokenizer, model, seed)
   if source.open_stream is not None:

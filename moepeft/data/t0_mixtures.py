@@ -20,7 +20,7 @@ _TWIN = '_score_eval'
 
 @dataclasses.dataclass(frozen=True)
 class T0Dataset:
-  """What T0's mixture knows of a dataset (and subset).
+  """A dataset (and subset) of T0's mixtures.
 
   Attributes:
     name: as in 'glue/mrpc'.
@@ -36,7 +36,7 @@ class T0Dataset:
 
   @property
   def rate(self) -> int:
-    """Of one prompt."""
+    """The rate of one prompt."""
     return self.train if self.train <= _CAP else _CAP // self.prompts
 
 
@@ -113,13 +113,13 @@ _PLUS_PLUS = _datasets(
   ('super_glue/multirc', 10, 10, 27243),
   ('super_glue/wic', 10, 10, 5428),
 )
-_ONE, _ALL = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
+_ONE_PROMPT, _ALL_PROMPTS = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
 MIXTURES: dict[str, tuple[T0Dataset, ...]] = {
   't0_train': _T0,
   't0+_train': _T0 + _PLUS,
   't0++_train': _T0 + _PLUS + _PLUS_PLUS,
-  _ONE: tuple(d for d in _T0 if d.original),
-  _ALL: tuple(d for d in _T0 if d.original),
+  _ONE_PROMPT: tuple(d for d in _T0 if d.original),
+  _ALL_PROMPTS: tuple(d for d in _T0 if d.original),
 }
 
 
@@ -177,7 +177,7 @@ def members(mixture: str) -> tuple[T0Dataset, ...]:
 
 def totals(mixture: str) -> dict[str, int]:
   """{dataset: sum of its prompts' rates} where all of the mixture is there."""
-  counts = {_ONE: lambda d: 1, _ALL: lambda d: d.original}
+  counts = {_ONE_PROMPT: lambda d: 1, _ALL_PROMPTS: lambda d: d.original}
   count = counts.get(mixture, lambda d: d.prompts)
   return {d.name: count(d) * d.rate for d in members(mixture)}
 
@@ -187,7 +187,7 @@ def mixture_rates(
   rows: Mapping[tuple[str, str], int],
   original: Collection[tuple[str, str]] = (),
 ) -> MixtureRates:
-  """How often to draw each (dataset, template) of the data.
+  """The rate of each (dataset, template) of the data.
 
   A rate is that of the published mixture, however many of a dataset's rows or
   prompts are at hand. Where `original` names none of a dataset's prompts,
@@ -253,16 +253,18 @@ def _prompts(
   original: Collection[tuple[str, str]],
 ) -> tuple[list[tuple[str, str]], bool]:
   """The prompts that a mixture takes, and whether that is a guess."""
-  if mixture not in (_ONE, _ALL):
+  if mixture not in (_ONE_PROMPT, _ALL_PROMPTS):
     return pairs, False
   spelled = {_task(pair) for pair in original}
   originals = [pair for pair in pairs if _task(pair) in spelled]
   if not originals and dataset.original == dataset.prompts:
     originals = pairs
-  if mixture == _ALL and not originals:
+  if mixture == _ALL_PROMPTS and not originals:
     raise ValueError(
       f'{mixture} takes the prompts of the original task, and nothing says '
       f'which of {dataset.name} are; set config.data.templates, or take '
       't0_train'
     )
-  return (originals or pairs)[: 1 if mixture == _ONE else None], not originals
+  return (originals or pairs)[
+    : 1 if mixture == _ONE_PROMPT else None
+  ], not originals

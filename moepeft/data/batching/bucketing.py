@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples share a batch: those of about the same lengths."""
+"""Buckets: batches of examples of about the same lengths."""
 
 from collections.abc import Sequence
 

@@ -47,7 +47,7 @@ def check_too_long(too_long: str) -> None:
 
 
 def make_sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
-  """Of which the answer is trained."""
+  """A prompt and an answer as one sample, of which the answer is trained."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
   return Sample(ids, np.arange(len(ids)) >= len(prompt))
 
@@ -55,7 +55,7 @@ def make_sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
 def encode_prompts(
   tokenizer: Tokenizer, texts: Sequence[str]
 ) -> list[list[int]]:
-  """Inputs as ids: what the tokenizer begins texts with, and a line's end."""
+  """Inputs as ids: BOS if the tokenizer has one, the text, a newline."""
   start = [] if tokenizer.bos is None else [tokenizer.bos]
   ended = [text + SEPARATOR for text in texts]
   return (
@@ -73,7 +73,7 @@ def encode_answers(
 
 
 def keep_last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
-  """The last ids, at most so many (1 at least).
+  """The last ids, at most `most` of them (1 at least).
 
   Args:
     bos: what texts begin with, if anything; where they do, it stays.
@@ -182,7 +182,7 @@ def pack_samples(
 
 @dataclasses.dataclass(frozen=True)
 class CausalCollator:
-  """The form of decoder-only models' batches; see `batching.collators`.
+  """The collator of decoder-only models; see `collators.Collator`.
 
   Attributes:
     tokenizer: of the model.
@@ -265,13 +265,13 @@ class CausalCollator:
     return pad_samples(encoded, self.length)
 
   def count_cut(self, items: Sequence) -> int:
-    """How many of them are too long."""
+    """The number of items that are too long."""
     most = self.max_lengths[0] + 1
     return sum(len(s.ids) > most or s.cut for s in self.encode_uncut(items))
 
   @property
   def length_keys(self) -> str:
-    """What to raise so that nothing is cut."""
+    """The config key to raise so that nothing is cut."""
     return 'config.data.length'
 
   @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many examples in one row, with segments that attention keeps apart.
+"""Packing: many examples in one row, kept apart by segments.
 
 Krell et al., arXiv:2107.02027; segments and positions as in T5X and SeqIO.
 """
@@ -10,10 +10,10 @@ import numpy as np
 
 
 def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
-  """A text behind its placeholders: int32 [n], as it is where there are none.
+  """A text behind its prefix: int32 [n]; the text itself without a prefix.
 
   Args:
-    before: of `moepeft.peft.methods.prompt_tuning.before`.
+    prefix_ids: of `moepeft.peft.methods.prompt_tuning.before`.
   """
   if not prefix_ids:
     return ids
@@ -23,7 +23,7 @@ def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
 def length_after_prefix(
   length: int, prefix_ids: Sequence[int], key: str
 ) -> int:
-  """What a row of a length has left for the text.
+  """The tokens of a row that are left for the text behind a prefix.
 
   Args:
     key: that sets the length.
@@ -49,8 +49,8 @@ def assign_bins(
   """Places items into few bins: best fit, the longest item first.
 
   Args:
-    lengths: int [items, k], of each side; none above its room.
-    room: of a bin, for each of the k sides.
+    lengths: int [items, k], of each side; none above its capacity.
+    capacity: of a bin, for each of the k sides.
 
   Returns:
     The items of each bin.

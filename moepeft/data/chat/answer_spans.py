@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the answers of a conversation stand in a chat template's text."""
+"""Spans of a conversation's answers in the text of a chat template."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,20 +22,20 @@ _REWRITTEN = (
 
 
 def has_generation_marks(template: str) -> bool:
-  """Whether a template says itself what is generated."""
+  """Whether a template marks generated text by {% generation %}."""
   return _MARK.search(template) is not None
 
 
 def show_marks(template: str) -> str:
   """The same template with a character where an answer begins or ends."""
 
-  def seen(match: re.Match) -> str:
+  def replace(match: re.Match) -> str:
     left_trim, end, right_trim = match.groups()
     # Blocks as they were on either side, where Jinja trims what is blank.
     mark = f'{{{{ "{_END if end else _BEGIN}" }}}}'
     return f'{{%{left_trim} if true %}}{mark}{{% endif {right_trim}%}}'
 
-  return _MARK.sub(seen, template)
+  return _MARK.sub(replace, template)
 
 
 def marked_spans(text: str, whole: str) -> list[Span]:
@@ -95,7 +95,7 @@ def find_answers(
 def _end(
   render: Render, messages: Sequence[dict], place: int, whole: str, start: int
 ) -> int:
-  """Where a turn ends that was rendered otherwise by itself; -1 if nowhere."""
+  """The end of a turn that was rendered otherwise by itself; -1 if none."""
   content, next_begins = messages[place]['content'].strip(), len(whole)
   if place + 1 < len(messages):
     next_begins = _content(render, messages, place + 1, whole)
@@ -116,7 +116,8 @@ def _end(
 def _content(
   render: Render, messages: Sequence[dict], place: int, whole: str
 ) -> int:
-  """Where what a turn says begins, by what another text there changes."""
+  """The start of a turn's content: the first place that another content
+  changes."""
   turn = messages[place]
   changed_messages = [*messages]
   changed_messages[place] = {**turn, 'content': _BEGIN + turn['content']}
@@ -129,6 +130,6 @@ def _content(
 
 
 def _tail(render: Render, messages: Sequence[dict]) -> str:
-  """What ends an answer after these turns."""
+  """The text that ends an answer after these turns."""
   answer = {'role': 'assistant', 'content': _BEGIN}
   return render([*messages, answer], False).rpartition(_BEGIN)[2]

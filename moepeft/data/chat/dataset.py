@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations as ids, by a chat template, with the answers trained.
 
-The template's text and where answers stand in it are in `chat_text` and
-`chat_spans`, its ids in `chat_ids`, what of them fits a row in `chat_fit`.
+`render` and `answer_spans` have the template's text and the answers in it,
+`tokenize` its ids, and `truncate` cuts them to a row.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _QUIET = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-  """How conversations become ids.
+  """A chat template with its settings: conversations to ids.
 
   Attributes:
     tokenizer: of Hugging Face, a fast one.
@@ -191,7 +191,8 @@ def read_chats(
   """({file: its conversations that fit a row}, lines for the user).
 
   Args:
-    room: tokens fed that a row has for one; 0 for config.data.length.
+    max_length: tokens of a row that a conversation may fill; 0 for
+      config.data.length.
 
   Raises:
     ValueError: nothing to read or to train, or a bad row.
@@ -202,7 +203,7 @@ def read_chats(
   )
   chats: dict[str, list[ChatExample]] = {}
   cut = dropped = 0
-  rows = _told(chat_formats.read_rows(data.path, bad), data.path)
+  rows = _with_progress(chat_formats.read_rows(data.path, bad), data.path)
   while batch := list(itertools.islice(rows, _BATCH)):
     for file, chat in _read(
       batch, template, data, bad, max_length or data.length
@@ -263,8 +264,8 @@ def _fitted(
   return sample and ChatExample(sample, group)
 
 
-def _told(rows: Iterable, path: str) -> Iterator:
-  """The same; where they take long, how many there were is told."""
+def _with_progress(rows: Iterable, path: str) -> Iterator:
+  """The rows; a line says how many were read where that takes long."""
   last, has_reported = time.monotonic(), False
   for count, row in enumerate(rows):
     if time.monotonic() - last > _QUIET:
@@ -278,7 +279,7 @@ def _told(rows: Iterable, path: str) -> Iterator:
 def _notes(
   data: ConfigDict, bad: BadRows, count: int, cut: int, dropped: int
 ) -> list[str]:
-  """What became of the rows.
+  """Lines for the user on the rows that were read, cut and dropped.
 
   Raises:
     ValueError: none is left.

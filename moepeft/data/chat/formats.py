@@ -133,7 +133,7 @@ def parse_conversation(
   kind = form or form_of(fields)
   if kind == 'alpaca':
     turns = alpaca_prompt(fields)
-    key, answer = fields.given(_ANSWERS)
+    key, answer = fields.get_alias(_ANSWERS)
     turns.append(Turn('assistant', check_text(answer, repr(key or 'output'))))
   elif kind == 'sharegpt':
     turns = messages.parse_turns(
@@ -164,7 +164,7 @@ def alpaca_prompt(fields: RowFields) -> list[Turn]:
   """The turns of an alpaca row up to its question."""
   turns = with_system(_history(fields), fields)
   question = check_text(fields.get('instruction'), "'instruction'")
-  key, more = fields.given(_INPUTS)
+  key, more = fields.get_alias(_INPUTS)
   if more is not None and not _is_blank(more):
     question += '\n' + check_text(more, repr(key))
   return [*turns, Turn('user', question)]
@@ -195,7 +195,7 @@ def _history(fields: RowFields) -> list[Turn]:
 def _completed(fields: RowFields, unused: UnusedFields | None) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
   prompt = messages.parse_field(fields, 'prompt', 'user', unused)
-  key, _ = fields.given(_COMPLETIONS)
+  key, _ = fields.get_alias(_COMPLETIONS)
   answer = messages.parse_field(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
@@ -213,7 +213,7 @@ def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
   Raises:
     BadRow: it is no text, or the turns begin with another system's.
   """
-  key, system = fields.given(_SYSTEM)
+  key, system = fields.get_alias(_SYSTEM)
   if system is None or _is_blank(system):
     return turns
   first = Turn('system', check_text(system, repr(key)))

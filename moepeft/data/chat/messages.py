@@ -38,7 +38,7 @@ _ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What one side says.
+  """A message of one side.
 
   Attributes:
     role: 'system', 'user', 'assistant' or 'tool'.
@@ -117,18 +117,18 @@ def parse_turn(
   if not isinstance(item, Mapping):
     raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
   fields = RowFields(item, where, unused)
-  _, name = fields.given(('role', 'from'))
+  _, name = fields.get_alias(('role', 'from'))
   if not isinstance(name, str) or name not in _ROLES:
     raise BadRow(
       f'{where} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
       "'role' or 'from'"
     )
   role, calls = _ROLES[name], None
-  _, content = fields.given(('content', 'value'))
+  _, content = fields.get_alias(('content', 'value'))
   if role == 'call':
     role, calls, content = 'assistant', _calls(content, where), ''
   elif role == 'assistant':
-    _, value = fields.given(('tool_calls', 'function_call'))
+    _, value = fields.get_alias(('tool_calls', 'function_call'))
     if value not in (None, '', [], {}):
       calls = _calls(value, where)
   content = _joined(content, where)
@@ -153,7 +153,7 @@ def parse_turn(
 
 def _trained(fields: RowFields, role: str, where: str) -> bool:
   """Whether an assistant's turn is trained."""
-  key, value = fields.given(_LOSS)
+  key, value = fields.get_alias(_LOSS)
   if value in (None, ''):
     return True
   if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -169,8 +169,8 @@ def _trained(fields: RowFields, role: str, where: str) -> bool:
 
 
 def _thought(fields: RowFields, role: str, where: str) -> str:
-  """What an assistant thinks before it answers, '' if nothing."""
-  key, value = fields.given(_THOUGHTS)
+  """An assistant's thoughts before its answer, '' if there are none."""
+  key, value = fields.get_alias(_THOUGHTS)
   if value in (None, ''):
     return ''
   if role != 'assistant':
@@ -254,7 +254,7 @@ def parse_tools(fields: RowFields) -> list[dict] | None:
   Raises:
     BadRow: they are no list of JSON schemas.
   """
-  key, value = fields.given(('tools', 'functions'))
+  key, value = fields.get_alias(('tools', 'functions'))
   if value in (None, '', []):
     return None
   parsed = _json(value, repr(key), 'a list of tools')

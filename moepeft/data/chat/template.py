@@ -25,7 +25,7 @@ _CALL = re.compile(
   rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)"""
 )
 _COMMENT = re.compile(r'\{#.*?#\}', re.S)
-_ASKED = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
+_DEFINED_TEST = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
 # Jinja's words that draw from Python's own generator, which no seed of ours
 # sets.
 _RANDOM = re.compile(
@@ -62,7 +62,7 @@ def template_source(tokenizer: Tokenizer, path: str) -> str:
 
 def reads_clock(template: str) -> bool:
   """Whether a template writes the date."""
-  return _CLOCK in _ASKED.sub('', _COMMENT.sub('', template))
+  return _CLOCK in _DEFINED_TEST.sub('', _COMMENT.sub('', template))
 
 
 def parse_date(text: str) -> datetime.datetime:
@@ -145,7 +145,7 @@ def check_written(text: str, contents: Iterable[str]) -> None:
   """
   Args:
     text: what a template wrote of a conversation.
-    given: the texts of the conversation.
+    contents: the texts of the conversation.
 
   Raises:
     BadRow: the template wrote an address, which is another one in each process.

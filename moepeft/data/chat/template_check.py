@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chat template leaves out, found by rendering a made up talk."""
+"""Parts of a conversation that a chat template leaves out.
+
+They are found by rendering made up conversations.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +11,13 @@ from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 
-_ASKED, _SAID, _RESULT = 'Question7', 'Answer7', 'Result7'
-_TALK = (Turn('user', _ASKED), Turn('assistant', _SAID))
+_QUESTION, _ANSWER, _RESULT = 'Question7', 'Answer7', 'Result7'
+_TALK = (Turn('user', _QUESTION), Turn('assistant', _ANSWER))
 _CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
 
 
 def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
-  """What a user must know of a template, one line each.
+  """Warnings about a template, one line each.
 
   Args:
     tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
@@ -33,7 +36,7 @@ def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
     return ()
   lines = []
   start, end = rendered.spans[-1] if rendered.spans else (0, 0)
-  text_before, _, text_after = rendered.whole[start:end].partition(_SAID)
+  text_before, _, text_after = rendered.whole[start:end].partition(_ANSWER)
   if not any(token in text_after for token in _ends(tokenizer)):
     lines.append(
       'the chat template ends answers with no special token that is trained, '
@@ -86,25 +89,25 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
     ('the id of a call', _answered(_CALL | {'id': _ID}), _ID, None),
     (
       'an answer beside a call',
-      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
-      _SAID,
+      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
+      _ANSWER,
       None,
     ),
     (
       'a call beside an answer',
-      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
       'Called7',
       None,
     ),
     (
       "a user's name",
-      (Turn('user', _ASKED, name='Name7'), _TALK[1]),
+      (Turn('user', _QUESTION, name='Name7'), _TALK[1]),
       'Name7',
       None,
     ),
     (
       "an assistant's name",
-      (_TALK[0], Turn('assistant', _SAID, name='Name7')),
+      (_TALK[0], Turn('assistant', _ANSWER, name='Name7')),
       'Name7',
       None,
     ),

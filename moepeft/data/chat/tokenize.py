@@ -74,7 +74,12 @@ def _sample(
   parts: Sequence[Ids],
   special: set[int],
 ) -> Sample:
-  """Of a text's beginnings up to each of the ends, as ids."""
+  """Joins the ids of a text's parts into one sample.
+
+  Args:
+    ends: of the parts, each of which begins at the text's start.
+    parts: (ids, start of each token) of each.
+  """
   if text.spans is None:
     ids = np.array(parts[0][0], np.int32)
     return Sample(ids, np.ones(len(ids), bool))

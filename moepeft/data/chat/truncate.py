@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a conversation stays where it is longer than a row.
+"""Truncation of conversations that are longer than a row.
 
 Whole turns go before any is cut, and the last answer stays whole where it
 fits. No row begins within a turn's header.
@@ -56,7 +56,7 @@ def truncate_chat(
 
 
 def _start(sample: Sample) -> int:
-  """Where the last answer begins."""
+  """The place at which the last answer begins."""
   trained = np.flatnonzero(sample.loss_mask)
   last = trained[-1] if len(trained) else 0
   untrained = np.flatnonzero(~sample.loss_mask[:last])

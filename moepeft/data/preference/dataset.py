@@ -25,7 +25,7 @@ class PreferenceExample:
   """A row as ids.
 
   Attributes:
-    sides: what the model's own form holds of each answer with its prompt.
+    sides: each answer with its prompt, as the model's collator encodes it.
     label: whether a judged answer is a good one; None of a pair.
     idx: of the row in its file.
     group: index of the first row with this prompt; the split is by group.
@@ -44,7 +44,7 @@ class PreferenceExample:
 
 @dataclasses.dataclass(frozen=True)
 class PairCollator:
-  """The form of batches with several sides; see `batching.collators`.
+  """The collator of batches with several sides; see `collators.Collator`.
 
   Attributes:
     side_collator: of one side.
@@ -72,13 +72,13 @@ class PairCollator:
 
   @property
   def sides(self) -> tuple[str, str]:
-    """What the keys of its batches begin with."""
+    """The prefixes of its batches' keys."""
     return JUDGED if self.judged else PAIR
 
   def encode(
     self, items: Sequence[PreferenceExample]
   ) -> list[PreferenceExample]:
-    """What `items` has made, as it is."""
+    """The items, which are encoded already."""
     return list(items)
 
   def rows(
@@ -173,7 +173,7 @@ class PairCollator:
     )
 
   def sizes(self, encoded: Sequence[PreferenceExample]):
-    """Of each row's longest side, and its trained tokens of all sides."""
+    """(the longest side of each item, trained tokens of all its sides)."""
     places, trained = [], []
     for item in encoded:
       side_sizes, tokens = self.side_collator.sizes(item.sides)
@@ -184,7 +184,7 @@ class PairCollator:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceDataset:
-  """What a source of preferences holds.
+  """The encoded rows of a source of preferences.
 
   Attributes:
     items: rows that fit, in the source's order.
@@ -196,7 +196,7 @@ class PreferenceDataset:
 
   @property
   def sha256(self) -> str:
-    """Of every id and what is trained of it, in order."""
+    """The hash of every id and of the loss masks, in order."""
     digest = hashlib.sha256()
     for item in self.items:
       for side in item.sides:
@@ -238,12 +238,12 @@ class PreferenceDataset:
 def objective_collator(
   data: ConfigDict, objective: str, batch: str, collator: collators.Collator
 ) -> collators.Collator:
-  """The form of an objective's batches.
+  """The collator of an objective's batches.
 
   Args:
     objective: config.objective.
     batch: of its `ObjectiveSpec`.
-    own: the model's form.
+    collator: the model's.
 
   Raises:
     ValueError: the objective and config.data.source are not of one kind, or
@@ -275,7 +275,8 @@ def read_preferences(
   """Reads config.data.path and makes ids of it.
 
   Args:
-    form: of `form_of`; where answers are judged, pairs become two of them.
+    collator: of `objective_collator`; where answers are judged, a pair becomes
+      two of them.
     render: of a decoder; by default the chat template, or plain text where
       the tokenizer has none.
 

@@ -91,10 +91,10 @@ def parse_row(
     turns = _before(fields, form, unused)
   if 'chosen' in fields or 'rejected' in fields:
     prompt, chosen, rejected = _compared(fields, turns, unused)
-    parsed = ComparedRow(_asked(fields, prompt), chosen, rejected, idx)
+    parsed = ComparedRow(_prompt(fields, prompt), chosen, rejected, idx)
   else:
     prompt, answer, label = _judged(fields, turns, form, unused)
-    parsed = JudgedRow(_asked(fields, prompt), answer, label, idx)
+    parsed = JudgedRow(_prompt(fields, prompt), answer, label, idx)
   _check_answers(parsed.prompt.turns[-1].content.strip(), parsed.answers)
   turns_read = (*parsed.prompt.turns, *parsed.answers)
   fields.close(chat_formats.turn_texts(turns_read))
@@ -105,7 +105,7 @@ def _check_answers(prompt: str, answers: Sequence[Turn]) -> None:
   """
   Raises:
     BadRow: an answer is marked as not trained, or both begin with what was
-      asked: they are whole texts, prompt and all. One word may be an answer's.
+      prompt: they are whole texts, prompt and all. One word may be an answer's.
   """
   if not all(turn.trained for turn in answers):
     raise BadRow(
@@ -170,7 +170,7 @@ def _form(fields: RowFields) -> str:
 def _before(
   fields: RowFields, form: str, unused: UnusedFields | None
 ) -> list[Turn]:
-  """What a row gives before its answers; a judged row's last turn too."""
+  """The turns before a row's answers; a judged row's answer too."""
   if form == 'sharegpt':
     key = 'conversations'
     if key not in fields:
@@ -253,7 +253,7 @@ def _judged(
   fields: RowFields, prompt: list[Turn], form: str, unused: UnusedFields | None
 ) -> tuple[list[Turn], Turn, bool]:
   """(prompt, answer, label)."""
-  name, label = fields.given(_LABELS)
+  name, label = fields.get_alias(_LABELS)
   if not name:
     raise BadRow(
       "expected 'chosen' and 'rejected', or an answer with a 'label'; got "
@@ -296,7 +296,7 @@ def _answer(
   return turns[:-1], turns[-1]
 
 
-def _asked(fields: RowFields, turns: list[Turn]) -> Conversation:
+def _prompt(fields: RowFields, turns: list[Turn]) -> Conversation:
   """A prompt, which ends with a turn that asks for an answer."""
   if not turns:
     raise BadRow(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of compared and of judged answers, read and told of."""
+"""Reading of rows of compared and of judged answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def notes(
   bad: BadRows,
   collator: collators.Collator,
 ) -> tuple[str, ...]:
-  """What became of the rows, in lines for the user.
+  """Lines for the user on the rows that were read, cut and left out.
 
   Args:
     places: where each row stands; spans: of `answer_ids.span`, None of rows

@@ -41,7 +41,7 @@ class EncodedAnswers:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerBudget:
-  """What of a row fits.
+  """The part of a row that fits.
 
   Attributes:
     prompt: what is left of it.
@@ -59,10 +59,10 @@ class AnswerBudget:
 def row_encoder(
   data: ConfigDict, collator: collators.Collator, render: Render | None
 ) -> Encode:
-  """What makes ids of a row.
+  """A function that encodes a row.
 
   Args:
-    own: the form of one side.
+    collator: of one side.
     render: of a decoder; by default `renderer`'s.
 
   Raises:
@@ -82,7 +82,7 @@ def row_encoder(
       )
     tokenizer = collator.tokenizer
 
-    def both(prompt, answers) -> EncodedAnswers:
+    def encode_pair(prompt, answers) -> EncodedAnswers:
       _check_plain(prompt, answers)
       end = np.int32(require_eos(tokenizer))
       texts = [plain_text(prompt), *(turn.content for turn in answers)]
@@ -92,10 +92,10 @@ def row_encoder(
         ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:])
       )
 
-    return both
+    return encode_pair
   render = render or make_renderer(data, collator.tokenizer)
 
-  def decoder(prompt, answers) -> EncodedAnswers:
+  def encode_decoder(prompt, answers) -> EncodedAnswers:
     prompts, answer_parts = [], []
     # Of no other turn is anything trained, so none is cut from what is before.
     context = [dataclasses.replace(t, trained=False) for t in prompt.turns]
@@ -114,11 +114,11 @@ def row_encoder(
       )
     return EncodedAnswers(prompts[0], tuple(answer_parts))
 
-  return decoder
+  return encode_decoder
 
 
 def _last_run(trained: np.ndarray) -> int:
-  """Where the last run of trained tokens begins."""
+  """The start of the last run of trained tokens."""
   if not trained.any():
     raise BadRow('no token of the answer is trained; mend or remove the row')
   last = int(np.flatnonzero(trained)[-1])
@@ -177,7 +177,7 @@ def plain_text(prompt: Conversation) -> str:
 def fit_answers(
   parts: EncodedAnswers, collator: collators.Collator, too_long: str
 ) -> AnswerBudget | None:
-  """What of a row fits, None where it is left out."""
+  """The part of a row that fits; None where the row is left out."""
   prompt = parts.prompt
   lengths = [len(ids) for ids, _ in parts.answers]
   longest, shortest = max(lengths), min(lengths)
@@ -222,7 +222,7 @@ def answers_equal(parts: EncodedAnswers, span: AnswerBudget) -> bool:
 def make_side(
   prompt: np.ndarray, answer, cap: int, collator: collators.Collator
 ):
-  """What the form of one side holds."""
+  """One answer with its prompt, as the collator of one side encodes it."""
   ids, trained = (part[:cap] for part in answer)
   if not isinstance(collator, decoder_only.CausalCollator):
     return prompt, ids

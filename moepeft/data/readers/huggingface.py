@@ -202,7 +202,7 @@ def _check_lines(file: str) -> None:
 
 
 def _begins(file: str) -> bytes:
-  """What a file begins with, blanks and the byte order mark aside."""
+  """The start of a file, without blanks and byte order mark."""
   with fingerprint.open_data_file(file) as stream:
     return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
@@ -304,7 +304,7 @@ def _saved(dataset, path: str, split: str) -> Sequence[Mapping]:
 
 
 def _reason(e: BaseException) -> str:
-  """What `datasets` says, and what it says it comes from, in one line."""
+  """The message of an error of `datasets` and of its cause, in one line."""
   message = str(e) or type(e).__name__
   if e.__cause__ is not None:
     message += f': {e.__cause__}'

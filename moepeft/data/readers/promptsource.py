@@ -43,7 +43,7 @@ DICE = ' dice'
 
 
 class SeededChoice:
-  """What the choices of one rendering are drawn from."""
+  """The random generator of one rendering's choices."""
 
   def __init__(self, key: str):
     self._key = key

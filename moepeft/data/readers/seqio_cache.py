@@ -74,8 +74,8 @@ def mixture(
   if missing:
     raise ValueError(
       f'{len(missing)} of {len(rates)} tasks of the mixture are not in {path} '
-      f'with a split {split!r}: {_some(missing)}; copy them there, or choose '
-      'another mixture'
+      f'with a split {split!r}: {_first_names(missing)}; copy them there, or '
+      'choose another mixture'
     )
   drawn = {name: rate for name, rate in sorted(rates.items()) if rate > 0}
   if not drawn:
@@ -204,10 +204,10 @@ def _check_features(name: str, info: Mapping[str, Any]) -> None:
     if feature.get('shape') != [None] or not whole:
       raise ValueError(
         f'the cached task {name} has no token ids {side!r}, it has '
-        f'{_some(sorted(features))}; leave it out, or cache it tokenized'
+        f'{_first_names(sorted(features))}; leave it out, or cache it tokenized'
       )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
   shown = ', '.join(names[:5])
   return shown if len(names) <= 5 else f'{shown}, ...'

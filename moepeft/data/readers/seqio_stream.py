@@ -88,7 +88,7 @@ def end_with_eos(ids: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioStream:
-  """What a task or mixture gives, endlessly, in an order made by a seed.
+  """Endless examples of a task or mixture, in an order set by a seed.
 
   The order is SeqIO's: files are shuffled, then examples in a buffer (of 1,000
   by default), and a mixture draws from its tasks by their rates. It is the
@@ -162,7 +162,7 @@ class SeqioStream:
     seqio, tf = import_seqio()
     self._check_eos()
     index, count = self.shard
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       dataset = self.provider.get_dataset(
         self._lengths(),
         split=self.split,
@@ -189,7 +189,7 @@ class SeqioStream:
     elements_read = []
     for i, task in enumerate(tasks):
       share = (i + 1) * count // chosen - i * count // chosen
-      with _told(task.name):
+      with _errors_as_sentences(task.name):
         dataset = task.get_dataset(
           self._lengths(),
           split='validation',
@@ -205,7 +205,7 @@ class SeqioStream:
   @property
   def vocabulary_size(self) -> int | None:
     """Ids are below it; None where SeqIO does not know (ids cached on disk)."""
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       return max(v.vocab_size for v in self._vocabularies()) or None
 
   @property
@@ -221,7 +221,7 @@ class SeqioStream:
     return [features[side].vocabulary for side in SIDES]
 
   def _check_eos(self) -> None:
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       ends = {v.eos_id for v in self._vocabularies()} - {None}
     if ends - {EOS}:
       raise ValueError(
@@ -244,7 +244,7 @@ class SeqioStream:
     return {'inputs': self.inputs_length, 'targets': self.targets_length}
 
   def _endless(self, dataset) -> Iterator[dict[str, np.ndarray]]:
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       for element in dataset.as_numpy_iterator():
         yield self._element(element)
     raise ValueError(
@@ -281,8 +281,8 @@ def _sides(dataset):
 
 
 @contextlib.contextmanager
-def _told(name: str):
-  """Says what TensorFlow and SeqIO raise as one sentence."""
+def _errors_as_sentences(name: str):
+  """Turns errors of TensorFlow and SeqIO into a ValueError of one sentence."""
   # Looked up now: a stream may be closed when Python itself is.
   failure = import_seqio()[1].errors.OpError
   try:

@@ -64,7 +64,7 @@ class TextChunks(Sequence):
     return train, rest
 
   def prepared(self, drawn: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """What is predicted of pieces, drawn anew at each place."""
+    """Training items of the chunks, drawn anew at each place."""
     make = self.make
 
     def prepare(place: int, ids: np.ndarray):
@@ -73,7 +73,7 @@ class TextChunks(Sequence):
     return drawn.map_with_index(prepare)
 
   def fixed(self, held_out: 'TextChunks', seed: int) -> list:
-    """What is predicted of each held-out piece, the same every time."""
+    """An item of each held-out chunk, the same every time."""
     return [
       self.make(ids, np.random.default_rng((seed, 2, i)))
       for i, ids in enumerate(held_out)
@@ -180,7 +180,7 @@ def chunk_maker(
 
 
 def _prefix(collator: Collator) -> tuple[int, Make]:
-  """What follows a place that is drawn, given what stands before it.
+  """The continuation of a prefix whose length is drawn.
 
   An encoder sees all of the prefix at once. A decoder reads it causally, as it
   reads prompts when it generates: only what is trained differs from 'next'. The

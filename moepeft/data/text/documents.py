@@ -99,14 +99,18 @@ def filter_documents(
   """
   lines, total = [], sum(len(document.passages) for document in texts)
   for name, holds in quality.rules(names).items():
-    texts, dropped = _kept(texts, [holds(text) for text in _passages(texts)])
+    texts, dropped = _filter_passages(
+      texts, [holds(text) for text in _passages(texts)]
+    )
     description = holds.__doc__.rstrip('.')
     lines.append(
       f'{dropped:,} passages go by the rule {name!r} ({description})'
     )
   if least:
     again = dedup.near_duplicates(_passages(texts), least)
-    texts, dropped = _kept(texts, [not repeated for repeated in again])
+    texts, dropped = _filter_passages(
+      texts, [not repeated for repeated in again]
+    )
     lines.append(f'{dropped:,} passages go as near duplicates ({least} alike)')
   if not texts:
     raise ValueError(
@@ -120,7 +124,7 @@ def _passages(texts: list[Document]) -> list[str]:
   return [text for document in texts for text in document.passages]
 
 
-def _kept(
+def _filter_passages(
   texts: list[Document], keep: list[bool]
 ) -> tuple[list[Document], int]:
   """(documents of the passages that are kept, how many are not)."""

@@ -30,7 +30,7 @@ CHATML = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
-  """What is trained.
+  """The settings of a tokenizer that is trained.
 
   Attributes:
     kind: 'bytes' (BPE over bytes: nothing is unknown), 'bpe', 'wordpiece' or
