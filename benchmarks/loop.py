@@ -40,7 +40,7 @@ _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Turns of either side.')
 def make_config(base: str):
   c = config_lib.default()
   c.model.path = base
-  c.data.vocabulary = 'bytes'
+  c.data.tokenizer = 'bytes'
   c.data.packing = True
   c.data.inputs_length, c.data.targets_length = 256, 64
   c.batch_size = 8
@@ -65,7 +65,7 @@ def make_bare(config):
     opt=optimizer.init(variables['peft']),
     rng=jax.random.key(0),
   )
-  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  words = load_tokenizer(config.data.tokenizer, config.model.path)
   found = open_data(config.data, config.seed)
   batches = make_loader(
     found, words, config.data, config.batch_size, config.seed

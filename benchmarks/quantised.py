@@ -31,13 +31,13 @@ def measure(config) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references()
   config.method = 'full'  # which here stands for no adapter
   _, shape = base_lib.shape(config.model)
-  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  words = load_tokenizer(config.data.tokenizer, config.model.path)
   own = make_model_collator(config.data, words, shape, config.seed)
   found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
   pairs = pairs_to_judge(config, found, own)
   figures = {}
   for kind in ('', *FORMATS):
-    config.model.quantise = kind
+    config.model.quantize = kind
     base = base_lib.load(config.model)
     model, _ = base_lib.module(base, config)
     judge = Judge(config, model, words, pairs, {}, own=own)

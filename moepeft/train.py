@@ -142,7 +142,7 @@ def train(
   # What can be refused is refused before anything is read.
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
@@ -183,7 +183,7 @@ def _train(
   # First: the vocabulary is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
-  words = load_tokenizer(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.tokenizer, config.model.path)
   check_vocab_size(words, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # What a chat template writes as today's, also when the run goes on.
@@ -206,7 +206,7 @@ def _train(
     )
   if base.quantise and built.trainable == 'params':
     raise ValueError(
-      f'config.model.quantise={base.quantise!r} keeps frozen weights, and '
+      f'config.model.quantize={base.quantise!r} keeps frozen weights, and '
       "full fine-tuning trains them; set it to '', or name another method"
     )
   variables = base_lib.initialise(base, model, config.seed)
@@ -281,7 +281,8 @@ def _train(
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
-      'row is held out to validate on; raise config.data.held_out (seqio: give '
+      'row is held out to validate on; raise config.data.validation_fraction '
+      '(seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
   judged = build_validation_objective(config, reference)
@@ -299,7 +300,7 @@ def _train(
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
   checkpoints = Checkpoints(
-    workdir, config.checkpoint.keep, config.checkpoint.best
+    workdir, config.checkpoint.max_to_keep, config.checkpoint.keep_best
   )
   course = Course()
   if checkpoints.latest() is not None:
@@ -341,7 +342,7 @@ def _train(
     progress,
     (*written, history),
     optimizers.make_schedule(config.optimizer, config.steps),
-    config.router_alarm,
+    config.router_collapse_threshold,
     share[1],
     history.last('validation_loss'),
   )
@@ -353,7 +354,9 @@ def _train(
   if done < config.steps:
     progress.phase('compiling the first step')
   with Signals() as signals:
-    while done < config.steps and not course.exhausted(config.patience):
+    while done < config.steps and not course.exhausted(
+      config.early_stopping_patience
+    ):
       batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
       done += 1
@@ -379,8 +382,8 @@ def _train(
           validated = judge.validation(built.variables(state), count)
         report.validated(done, validated)
         course = course.judged(validated['validation_loss'], done)
-        save |= config.checkpoint.best and course.best_step == done
-        save |= course.exhausted(config.patience)
+        save |= config.checkpoint.keep_best and course.best_step == done
+        save |= course.exhausted(config.early_stopping_patience)
       # Asked once: a signal that comes while saving is met after a step more.
       leave = distributed.agree(signals.received is not None, log_now)
       if save or leave:
@@ -409,7 +412,7 @@ def _train(
     print(
       f'stopped at step {done}: the validation loss was least, '
       f'{course.best:.4f}, at step {course.best_step} '
-      f'(config.patience={config.patience})'
+      f'(config.early_stopping_patience={config.early_stopping_patience})'
     )
 
   # ------------------------------------------------------------ summary ---

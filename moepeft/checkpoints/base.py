@@ -147,18 +147,18 @@ def load(model: ConfigDict) -> Base:
   Raises:
     ValueError: nothing there, or not of the form it should be.
   """
-  if model.quantise:
-    quantize.check(model.quantise)
+  if model.quantize:
+    quantize.check(model.quantize)
   if not model.path:
-    if model.quantise:
+    if model.quantize:
       raise ValueError(
-        f'config.model.quantise={model.quantise!r} is for weights that are '
+        f'config.model.quantize={model.quantize!r} is for weights that are '
         "read; set config.model.path, or quantise to ''"
       )
     family, config = shape(model)
     return Base(family, config, None, '', '')
   path = resolve(model.path)
-  kind, dtype = model.quantise, jnp.dtype(model.param_dtype)
+  kind, dtype = model.quantize, jnp.dtype(model.param_dtype)
   # Codes are of what is stored, whatever the rest is cast to.
   loaded = _form(path).load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
@@ -206,7 +206,7 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
     base.config,
     built.adapter_map,
     remat=model.remat,
-    unroll=model.unroll,
+    unroll=model.scan_unroll,
     dtype=jnp.dtype(model.dtype),
     param_dtype=jnp.dtype(model.param_dtype),
     attention=model.attention,
@@ -259,7 +259,7 @@ def with_adapter(
     )
   if kind not in (None, base.quantise):
     raise ValueError(
-      f'{path} was trained with config.model.quantise={kind!r}, this base has '
+      f'{path} was trained with config.model.quantize={kind!r}, this base has '
       f'{base.quantise!r}; set it to {kind!r}, or name another adapter'
     )
   semantics = semantics or built.semantics

@@ -72,7 +72,7 @@ def check(kind: str) -> None:
   """Raises a ValueError where there is no such kind."""
   if kind not in FORMATS:
     raise ValueError(
-      "config.model.quantise is '' or one of "
+      "config.model.quantize is '' or one of "
       f'{", ".join(FORMATS)}; got {kind!r}'
     )
 

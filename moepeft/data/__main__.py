@@ -45,7 +45,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     only: whether to print these rows alone.
   """
   data = config.data
-  tokenizer = load_tokenizer(data.vocabulary, config.model.path)
+  tokenizer = load_tokenizer(data.tokenizer, config.model.path)
   family, shape = base_lib.shape(config.model)
   check_vocab_size(tokenizer, shape.vocab)
   prefix_ids = base_lib.before(family, shape, config)

@@ -74,7 +74,7 @@ def from_examples(
     ValueError: nothing is left to train on, or config.data.mixture does not
       go with the rows.
   """
-  train, held_out = split_by_idx(rows, data.held_out)
+  train, held_out = split_by_idx(rows, data.validation_fraction)
   groups = collections.defaultdict(list)
   for row in train:
     groups[(row.task, row.template) if data.mixture else row.task].append(row)
@@ -89,7 +89,9 @@ def from_examples(
     weights = {'/'.join(pair): rate for pair, rate in mixture.rates.items()}
     groups = {'/'.join(pair): groups[pair] for pair in mixture.rates}
   else:
-    weights = mixing.mixing_rates(sizes, data.cap, data.temperature)
+    weights = mixing.mixing_rates(
+      sizes, data.max_examples_per_task, data.temperature
+    )
   return TrainingData(
     train=mixing.mix(groups, weights, seed),
     shares=mixing.normalize(weights),

@@ -194,7 +194,7 @@ def make_loader(
   if source.open_stream is not None:
     # A stream reads ahead, and by host, by itself.
     return Loader(StreamWindows(source.open_stream, collator), batch_size)
-  windows = ExampleWindows(source.train, collator, shard, data.workers)
+  windows = ExampleWindows(source.train, collator, shard, data.num_workers)
   return Loader(windows, batch_size)
 
 

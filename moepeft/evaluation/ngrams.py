@@ -232,19 +232,21 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
     )
-  words = load_tokenizer(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.tokenizer, config.model.path)
   _, shape = base_lib.shape(config.model)
   own = make_model_collator(data, words, shape, config.seed)
   found = open_data(data, config.seed, vocab_size=shape.vocab, collator=own)
   judged = pairs_to_judge(config, found, own)
   if not judged:
-    raise ValueError('no text is held out; raise config.data.held_out')
+    raise ValueError(
+      'no text is held out; raise config.data.validation_fraction'
+    )
   pieces, _ = text_dataset.read_chunks(data, own, data.path, shape.vocab).split(
-    data.held_out
+    data.validation_fraction
   )
   sentinels = words.sentinels(shape.vocab)
   train, rows = (
-    [row(item, data.predict, sentinels) for item in items]
+    [row(item, data.pretraining_objective, sentinels) for item in items]
     for items in (pieces.fixed(pieces, config.seed), judged)
   )
   nats = losses(train, rows, order, words.size)

@@ -24,9 +24,9 @@ class CrossEntropySettings:
   """Settings of config.loss.
 
   Attributes:
-    per: what the loss is a mean over: 'tokens', or 'sequences' (of each
-      example's own mean over its tokens; T5X's AVERAGE_PER_SEQUENCE).
-    z: weight of a token's squared log-partition (T5X's z_loss).
+    average_over: the loss is a mean over 'tokens', or over 'sequences' (of
+      each example's own mean over its tokens; T5X's AVERAGE_PER_SEQUENCE).
+    z_loss: weight of a token's squared log-partition (T5X's z_loss).
     label_smoothing: the share of a target's probability that the rest of the
       vocabulary gets.
 
@@ -34,8 +34,8 @@ class CrossEntropySettings:
     ValueError: a value is out of range.
   """
 
-  per: str = option('tokens', Choices(PER))
-  z: float = option(0.0, Range(0, 1_000))
+  average_over: str = option('tokens', Choices(PER))
+  z_loss: float = option(0.0, Range(0, 1_000))
   label_smoothing: float = option(0.0, Range(0, 1, below=True))
 
   def __post_init__(self):
@@ -131,7 +131,7 @@ def token_nll_and_loss(
     rest = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
     losses = (1 - s) * nll + s / (v - 1) * rest - entropy
-  return nll, losses + settings.z * log_z**2 if settings.z else losses
+  return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
 
 
 def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:

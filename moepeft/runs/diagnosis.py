@@ -19,8 +19,9 @@ from moepeft.runs.run import Run
 # Of ln e: with a mean entropy of a token's weights from here on, a router mixes
 # several experts, whichever has the most.
 EVEN = 0.75
-# The share of one expert that is a collapse (config.router_alarm's default),
-# for so many logs in a row, and that of one that is idle.
+# The share of one expert that is a collapse (the default of
+# config.router_collapse_threshold), for so many logs in a row, and that of one
+# that is idle.
 _FULL, _IN_A_ROW, _IDLE = 0.9, 3, 0.01
 # A run's ends are these shares of its rows, for medians of more than a step.
 _EDGE, _LATE = 0.1, 0.33
@@ -227,7 +228,7 @@ def collapsed(
       lines[f'{site}, layer {layer}'] = (
         f"expert {shares.index(max(shares))} {has}, the entropy of a token's "
         f'weights is {evenness:.2f} of ln {len(shares)} '
-        f'(config.router_alarm={limit})'
+        f'(config.router_collapse_threshold={limit})'
       )
   return lines
 

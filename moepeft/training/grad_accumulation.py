@@ -23,7 +23,8 @@ def check(rows: int, parts: int) -> None:
   """Raises ValueError where a batch cannot be split."""
   if rows % parts:
     raise ValueError(
-      f'config.batch_size {rows} does not divide by config.accumulate '
+      f'config.batch_size {rows} does not divide by '
+      'config.gradient_accumulation_steps '
       f'{parts}; set one of them so that all parts have as many rows'
     )
 

@@ -74,7 +74,7 @@ class Report:
         f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
         'lower rate (--config.optimizer.learning_rate with '
         '--may_differ=optimizer.learning_rate goes on from the latest '
-        'checkpoint), or config.optimizer.clip=1.0'
+        'checkpoint), or config.optimizer.max_grad_norm=1.0'
       )
 
   def _tell(self, seen: list, sums: np.ndarray) -> None:

@@ -32,12 +32,12 @@ def build_train_step(
   """
   router_losses = dict(config.router_losses)
   aux_losses.auxiliary_loss({}, router_losses)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   return make_train_step(
     model,
     method,
     build_objective(config, reference),
     optimizer,
     router_losses,
-    config.accumulate,
+    config.gradient_accumulation_steps,
   )

@@ -88,7 +88,7 @@ def test_logits_are_held_once():
   def loss(x):
     logits = jnp.einsum('btd,dv->btv', x, w)
     _, losses = token_nll_and_loss(
-      logits, targets, CrossEntropySettings(z=1e-4)
+      logits, targets, CrossEntropySettings(z_loss=1e-4)
     )
     return jnp.sum(losses), jnp.sum(jnp.argmax(logits, axis=-1))
 

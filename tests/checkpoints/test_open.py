@@ -88,14 +88,14 @@ def test_an_adapter_brings_its_semantics(place):
 def test_an_adapter_brings_what_its_base_was_kept_in(place):
   _, built = saved(place, quantise='nf4')
   kept = loaded_model.load_model('base', 'adapter').variables['params']
-  base = base_lib.load(config(quantise='nf4').model)
+  base = base_lib.load(config(quantize='nf4').model)
   jax.tree.map(np.testing.assert_array_equal, kept, base.params)
   for other in ('', 'int8'):
-    base = base_lib.load(config(quantise=other).model)
-    with pytest.raises(ValueError, match="quantise='nf4', this base has"):
+    base = base_lib.load(config(quantize=other).model)
+    with pytest.raises(ValueError, match="quantize='nf4', this base has"):
       base_lib.with_adapter({}, built, 'adapter', base)
   saved(place)
-  with pytest.raises(ValueError, match="quantise='', this base has 'int8'"):
+  with pytest.raises(ValueError, match="quantize='', this base has 'int8'"):
     base_lib.with_adapter({}, built, 'adapter', base)
 
 
@@ -116,7 +116,7 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   assert run.eos_token_ids == (1, 5, 7, 9)
   # Of another vocabulary they would be other tokens.
   other = run.config.copy_and_resolve_references()
-  other.data.vocabulary = 'bytes'
+  other.data.tokenizer = 'bytes'
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
   answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
@@ -133,7 +133,10 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
     f.write(chat_cases.CHATML)
   c = config()
   c.data.source, c.data.path = 'chat', 'chats.jsonl'
-  c.data.chat_template, c.data.system = 'own.jinja', 'Say "\u00fc"\n\U0001f600'
+  c.data.chat_template, c.data.system_prompt = (
+    'own.jinja',
+    'Say "\u00fc"\n\U0001f600',
+  )
   os.mkdir('run')
   with open('run/config.json', 'w') as f:
     f.write(c.to_json())
@@ -141,7 +144,7 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   turns = (Turn('user', 'a'),)
   expected = chat_dataset.ChatTemplate(
     words.tokenizer, chat_cases.CHATML
-  ).prompt(Conversation((Turn('system', c.data.system), *turns)))
+  ).prompt(Conversation((Turn('system', c.data.system_prompt), *turns)))
   assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(
     Conversation(turns)
   ) == (expected)

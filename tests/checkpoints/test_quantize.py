@@ -249,7 +249,7 @@ def config_of(**model):
 
 def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
   plain = base_lib.load(config_of().model)
-  c = config_of(quantise='nf4', param_dtype='bfloat16')
+  c = config_of(quantize='nf4', param_dtype='bfloat16')
   base, again = base_lib.load(c.model), base_lib.load(c.model)
   assert base.sha256 == plain.sha256
   # Of what is stored, not of what the rest is cast to.
@@ -271,10 +271,10 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
 
 def test_the_count_says_what_memory_the_weights_take():
   sizes = {
-    kind: count(config_of(quantise=kind))['megabytes']['params']
+    kind: count(config_of(quantize=kind))['megabytes']['params']
     for kind in ('', 'int8', 'nf4')
   }
-  base = base_lib.load(config_of(quantise='nf4').model)
+  base = base_lib.load(config_of(quantize='nf4').model)
   assert sizes['nf4'] == round(quantize.size(base.params) / 1e6, 3)
   assert sizes['nf4'] < sizes['int8'] < sizes['']
 
@@ -282,9 +282,9 @@ def test_the_count_says_what_memory_the_weights_take():
 @pytest.mark.parametrize(
   ('model', 'said'),
   [
-    ({'quantise': 'int4'}, "one of int8, nf4; got 'int4'"),
+    ({'quantize': 'int4'}, "one of int8, nf4; got 'int4'"),
     (
-      {'quantise': 'nf4', 'path': '', 'family': 't5'},
+      {'quantize': 'nf4', 'path': '', 'family': 't5'},
       'set config.model.path',
     ),
   ],
@@ -295,7 +295,7 @@ def test_what_cannot_be_quantised_is_one_sentence(model, said):
 
 
 def run_config(**model):
-  c = config_of(quantise='nf4', **model)
+  c = config_of(quantize='nf4', **model)
   c.method, c.steps, c.batch_size = 'lora(rank=1)', 1, 2
   c.evaluation.before = c.evaluation.after = False
   c.log.tensorboard = c.log.plots = False
@@ -321,10 +321,10 @@ def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
     found = np.asarray(weight_mapping.flatten(run.variables['params'])[path])
     assert found.tobytes() == leaf.tobytes(), path
   other = run_config()
-  other.model.quantise = 'int8'
+  other.model.quantize = 'int8'
   other.steps = 2
-  with pytest.raises(ValueError, match='quantise'):
-    train.train(other, workdir, may_differ=('model.quantise',))
+  with pytest.raises(ValueError, match='quantize'):
+    train.train(other, workdir, may_differ=('model.quantize',))
 
 
 def test_merging_into_packed_kernels_is_refused():

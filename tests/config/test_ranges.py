@@ -63,12 +63,12 @@ def test_every_default_is_allowed():
   ('key', 'names'),
   [
     ('preference.loss', dpo.LOSSES),
-    ('loss.per', loss.PER),
-    ('model.quantise', ('', *quantize.FORMATS)),
-    ('data.form', ('', *FORMS)),
+    ('loss.average_over', loss.PER),
+    ('model.quantize', ('', *quantize.FORMATS)),
+    ('data.format', ('', *FORMS)),
     ('data.train_on', chat_dataset.TRAIN_ON),
-    ('data.too_long', decoder_only.TOO_LONG),
-    ('data.predict', text_dataset.PREDICT),
+    ('data.truncation', decoder_only.TOO_LONG),
+    ('data.pretraining_objective', text_dataset.PREDICT),
     ('model.attention', attention.IMPLEMENTATIONS),
     ('model.remat', scan_layers.REMAT),
     ('sharding.preset', sharding.PRESETS),
@@ -97,7 +97,10 @@ def test_every_key_that_an_entry_reads_exists():
   ('changes', 'message'),
   [
     ({'data.path': 'rows'}, "source='tasks', only with jsonl or datasets or"),
-    ({'optimizer.clock': 3}, "name='adamw', only with adafactor; set one of"),
+    (
+      {'optimizer.decay_initial_step': 3},
+      "name='adamw', only with adafactor; set one of",
+    ),
     (
       {'data.source': 'preference', 'data.replay': 'x.txt'},
       "replay='x.txt' does nothing with config.data.source='preference'",
@@ -156,7 +159,7 @@ def test_a_text_is_a_text(key):
     ('seed', MAX_SEED + 1),
     ('steps', -1),
     ('batch_size', 10**8),
-    ('data.workers', 1000),
+    ('data.num_workers', 1000),
     ('data.length', 10**9),
     ('model.dropout', 1.5),
     ('optimizer.learning_rate', 0.0),

@@ -105,7 +105,7 @@ def test_known_keys_are_not_unknown():
   ('arg', 'said'),
   [
     ('--config.steps=1e9', "config.steps is a whole number; got '1e9'"),
-    ('--config.loss.z=x', "config.loss.z is a number; got 'x'"),
+    ('--config.loss.z_loss=x', "config.loss.z_loss is a number; got 'x'"),
     ('--config.data.packing=perhaps', 'config.data.packing is true or false'),
     ('--config.data.packing', ''),
     ('--config.steps=3', ''),

@@ -297,7 +297,7 @@ def begun(tmp_path_factory):
       'method': 'lora(rank=2)',
       'data.source': 'jsonl',
       'data.path': dump(folder / 'train.jsonl', rows),
-      'data.held_out': 0.4,
+      'data.validation_fraction': 0.4,
     },
   )
   train.train(config, str(folder / 'run'))

@@ -393,7 +393,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   own.write_text(shouted.replace("m['role']", "m['role'].upper()"))
   for system in ('', 'Be brief.'):
     for path in ('', str(own)):
-      data = chat_data(chat_template=path, system=system)
+      data = chat_data(chat_template=path, system_prompt=system)
       found = prompts.template(words, data)
       trained = found.render(answered)
       # 'd', the end of its turn and a line's end.
@@ -401,7 +401,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
       said = words.tokenizer.decode(found.prompt(talk))
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
-  data = chat_data(system='Be brief.')
+  data = chat_data(system_prompt='Be brief.')
   other = prompts.template(words, data, 'Be long.')
   said = words.tokenizer.decode(other.prompt(talk))
   assert 'Be long.' in said and 'Be brief.' not in said

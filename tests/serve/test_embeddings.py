@@ -350,7 +350,7 @@ def test_encoders_are_counted_and_not_trained(folder, tmp_path):
   peft_ = 6 * 5 * (4 * (384 + 384) + 2 * (384 + 1536))
   assert (found['params'], found['peft']) == (22_713_216, peft_)
   for objective in ('seq2seq', 'causal'):
-    config.objective, config.data.vocabulary = objective, 'bytes'
+    config.objective, config.data.tokenizer = objective, 'bytes'
     with pytest.raises(ValueError, match='the model is an encoder alone'):
       train.train(config, str(tmp_path / 'run'))
   with pytest.raises(ValueError, match='the model is an encoder alone'):

@@ -160,13 +160,13 @@ def load_chat_template(data: ConfigDict, tokenizer: Tokenizer) -> ChatTemplate:
   if not isinstance(tokenizer, HuggingFaceTokenizer):
     raise ValueError(
       f'conversations need a tokenizer with a chat template, and the '
-      f'vocabulary is {tokenizer}; set config.data.vocabulary'
+      f'vocabulary is {tokenizer}; set config.data.tokenizer'
     )
   return ChatTemplate(
     tokenizer.tokenizer,
     chat_template.read(data.chat_template),
     data.train_on,
-    data.system,
+    data.system_prompt,
     data.date,
   )
 
@@ -199,7 +199,7 @@ def read_chats(
   """
   template, bad = (
     load_chat_template(data, tokenizer),
-    BadRows(data.on_bad_row, data.ignore),
+    BadRows(data.on_bad_row, data.ignore_fields),
   )
   chats: dict[str, list[ChatExample]] = {}
   cut = dropped = 0
@@ -230,7 +230,7 @@ def _read(
   for file, where, row in rows:
     try:
       conversation = chat_formats.check_answered(
-        chat_formats.parse_conversation(row, data.form, bad.unused)
+        chat_formats.parse_conversation(row, data.format, bad.unused)
       )
       texts.append(template.write(conversation))
       good.append((file, where, conversation))
@@ -242,7 +242,7 @@ def _read(
     try:
       yield (
         file,
-        _fitted(conversation, whole, template, data.too_long, max_length + 1),
+        _fitted(conversation, whole, template, data.truncation, max_length + 1),
       )
     except BadRow as e:
       bad(where, e)
@@ -293,14 +293,14 @@ def _notes(
   if cut:
     lines.append(
       f'{cut:,} conversations are longer than config.data.length={data.length} '
-      f'and are cut (config.data.too_long={data.too_long!r})'
+      f'and are cut (config.data.truncation={data.truncation!r})'
     )
   if dropped:
     lines.append(
       f'{dropped:,} conversations are dropped: longer than config.data.length='
-      f'{data.length}, with config.data.too_long={data.too_long!r}'
+      f'{data.length}, with config.data.truncation={data.truncation!r}'
       + ' and no room for the last answer'
-      * (data.too_long == 'prompt')
+      * (data.truncation == 'prompt')
     )
   if not count and len(lines) == 1:
     raise ValueError(f'{data.path} is empty; expected conversations in it')

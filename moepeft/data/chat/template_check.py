@@ -178,5 +178,5 @@ def check_written(conversation: Conversation, missing: frozenset[str]) -> None:
     raise BadRow(
       f'the row has {dropped[0]}, and the chat template leaves it out; name '
       'one that does not with config.data.chat_template, remove the row, or '
-      'leave a field unused with config.data.ignore=FIELD'
+      'leave a field unused with config.data.ignore_fields=FIELD'
     )

@@ -295,11 +295,11 @@ def read_preferences(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
-  bad = BadRows(data.on_bad_row, data.ignore)
+  bad = BadRows(data.on_bad_row, data.ignore_fields)
   encode = preference_tokenize.row_encoder(data, side_collator, render)
   rows, parts, places = preference_rows.rows(data, bad, judged, encode)
   spans = [
-    preference_tokenize.fit_answers(is_same, side_collator, data.too_long)
+    preference_tokenize.fit_answers(is_same, side_collator, data.truncation)
     for is_same in parts
   ]
   same = [
@@ -323,7 +323,7 @@ def read_preferences(
     raise ValueError(
       f'none of {len(rows)} rows of {data.path} fits '
       f'{side_collator.length_keys} with '
-      f'config.data.too_long={data.too_long!r} (the first: {places[0]}); '
+      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
       'raise the length'
     )
   mismatched = (

@@ -40,7 +40,7 @@ def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
   train, held_out = {}, []
   for file, chats in by_file.items():
     is_held_out = split.hold_out_last(
-      [chat.group for chat in chats], data.held_out
+      [chat.group for chat in chats], data.validation_fraction
     )
     pairs = list(zip(chats, is_held_out, strict=True))
     samples = [chat.sample for chat, out in pairs if not out]
@@ -49,8 +49,8 @@ def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
     held_out += [chat.sample for chat, out in pairs if out]
   if not train:
     raise ValueError(
-      f'config.data.held_out={data.held_out} leaves no row to train on; lower '
-      'it'
+      f'config.data.validation_fraction={data.validation_fraction} leaves no '
+      'row to train on; lower it'
     )
   weights = mixing.mixing_rates(
     {name: len(samples) for name, samples in train.items()}
@@ -74,9 +74,9 @@ def _relative_name(path: str, file: str) -> str:
 READER = Reader(
   open_chats,
   config_keys=(
-    *('data.path', 'data.on_bad_row', 'data.ignore', 'data.workers'),
-    *('data.form', 'data.chat_template', 'data.date', 'data.system'),
-    *('data.train_on', 'data.too_long', 'data.replay', 'data.replay_rate'),
+    *('data.path', 'data.on_bad_row', 'data.ignore_fields', 'data.num_workers'),
+    *('data.format', 'data.chat_template', 'data.date', 'data.system_prompt'),
+    *('data.train_on', 'data.truncation', 'data.replay', 'data.replay_rate'),
   ),
   architecture='decoder',
   files=fingerprint.CHAT_FILES,

@@ -52,7 +52,7 @@ def read(
     on_bad_row: 'error', or 'skip': left out, with the reason in
       `Rows.skipped`.
     seed: of what templates draw.
-    ignore: fields that may be left unused, of config.data.ignore.
+    ignore: fields that may be left unused, of config.data.ignore_fields.
 
   Raises:
     ValueError: what cannot be found or read, a split that is not there, bad
@@ -319,7 +319,7 @@ def open_dataset(data: ConfigDict, context: ReadContext) -> TrainingData:
     )
   rows = read(
     *(data.path, data.split, data.templates, data.on_bad_row),
-    *(context.seed, data.ignore),
+    *(context.seed, data.ignore_fields),
   )
   return from_examples(rows, data, context.seed)
 
@@ -328,8 +328,13 @@ READER = Reader(
   open_dataset,
   config_keys=(
     *('data.path', 'data.split', 'data.templates', 'data.mixture'),
-    *('data.cap', 'data.temperature', 'data.on_bad_row', 'data.ignore'),
-    *('data.too_long', 'data.workers', 'data.replay', 'data.replay_rate'),
+    *(
+      'data.max_examples_per_task',
+      'data.temperature',
+      'data.on_bad_row',
+      'data.ignore_fields',
+    ),
+    *('data.truncation', 'data.num_workers', 'data.replay', 'data.replay_rate'),
   ),
   files=fingerprint.TABLE_FILES,
 )

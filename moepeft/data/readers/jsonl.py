@@ -36,7 +36,7 @@ def read(
     ranked: whether every row must have choices and a label.
     on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
       reason. A compressed file that ends early is an error in any case.
-    ignore: fields that may be left unused, of config.data.ignore.
+    ignore: fields that may be left unused, of config.data.ignore_fields.
 
   Raises:
     ValueError: nothing there, no good rows, or a row that is not of the form;
@@ -124,16 +124,26 @@ def open_jsonl(data: ConfigDict, context: ReadContext) -> TrainingData:
     raise ValueError(
       'set config.data.path to .jsonl rows, or a directory of them'
     )
-  rows = read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore)
+  rows = read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore_fields)
   return from_examples(rows, data, context.seed)
 
 
 READER = Reader(
   open_jsonl,
   config_keys=(
-    *('data.path', 'data.templates', 'data.mixture', 'data.cap'),
-    *('data.temperature', 'data.on_bad_row', 'data.ignore', 'data.too_long'),
-    *('data.workers', 'data.replay', 'data.replay_rate'),
+    *(
+      'data.path',
+      'data.templates',
+      'data.mixture',
+      'data.max_examples_per_task',
+    ),
+    *(
+      'data.temperature',
+      'data.on_bad_row',
+      'data.ignore_fields',
+      'data.truncation',
+    ),
+    *('data.num_workers', 'data.replay', 'data.replay_rate'),
   ),
   files=fingerprint.ROW_FILES,
   is_seeded=False,

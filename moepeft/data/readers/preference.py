@@ -24,9 +24,9 @@ def preference_data(
   """Splits answers into those to train on and those held out.
 
   Raises:
-    ValueError: config.data.held_out leaves nothing to train on.
+    ValueError: config.data.validation_fraction leaves nothing to train on.
   """
-  train, held_out = preferences.split(data.held_out)
+  train, held_out = preferences.split(data.validation_fraction)
   name = path_name(data.path)
   return TrainingData(
     train=mixing.mix({name: train}, {}, seed),
@@ -40,9 +40,9 @@ def preference_data(
 READER = Reader(
   open_preferences,
   config_keys=(
-    *('data.path', 'data.split', 'data.on_bad_row', 'data.ignore'),
-    *('data.workers', 'data.form', 'data.chat_template', 'data.date'),
-    *('data.system', 'data.train_on', 'data.too_long'),
+    *('data.path', 'data.split', 'data.on_bad_row', 'data.ignore_fields'),
+    *('data.num_workers', 'data.format', 'data.chat_template', 'data.date'),
+    *('data.system_prompt', 'data.train_on', 'data.truncation'),
   ),
   batches=('pair', 'judged'),
   files=fingerprint.TABLE_FILES,

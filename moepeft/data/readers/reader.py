@@ -68,8 +68,8 @@ class Reader:
 
   @property
   def is_plain_text(self) -> bool:
-    """Whether rows are plain text, of which config.data.predict is learned."""
-    return 'data.predict' in self.config_keys
+    """Whether rows are plain text, for config.data.pretraining_objective."""
+    return 'data.pretraining_objective' in self.config_keys
 
   @property
   def takes_replay(self) -> bool:

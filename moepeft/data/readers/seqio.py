@@ -57,6 +57,6 @@ READER = Reader(
   open_seqio,
   config_keys=(
     *('data.path', 'data.split', 'data.mixture', 'data.module'),
-    'data.too_long',
+    'data.truncation',
   ),
 )

@@ -47,7 +47,7 @@ def open_tasks(data: ConfigDict, context: ReadContext) -> TrainingData:
 READER = Reader(
   open_tasks,
   config_keys=(
-    *('data.too_long', 'data.workers', 'data.replay', 'data.replay_rate'),
+    *('data.truncation', 'data.num_workers', 'data.replay', 'data.replay_rate'),
   ),
   evaluates_tasks=True,
 )

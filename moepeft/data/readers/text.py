@@ -14,7 +14,7 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
 
   Raises:
     ValueError: there is no path or no text, or the model cannot learn
-      config.data.predict.
+      config.data.pretraining_objective.
   """
   if not data.path:
     raise ValueError(
@@ -23,7 +23,7 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
     )
   seed = context.seed
   chunks = read_chunks(data, context.collator, data.path, context.vocab_size)
-  train, held_out = chunks.split(data.held_out)
+  train, held_out = chunks.split(data.validation_fraction)
   name = path_name(data.path)
   return TrainingData(
     train=chunks.prepared(mixing.mix({name: train}, {}, seed), seed),
@@ -36,9 +36,14 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
 READER = Reader(
   open_text,
   config_keys=(
-    *('data.path', 'data.on_bad_row', 'data.ignore', 'data.workers'),
-    *('data.predict', 'data.noise', 'data.span', 'data.duplicates'),
-    *('data.quality', 'data.replay', 'data.replay_rate'),
+    *('data.path', 'data.on_bad_row', 'data.ignore_fields', 'data.num_workers'),
+    *(
+      'data.pretraining_objective',
+      'data.noise_density',
+      'data.mean_noise_span_length',
+      'data.dedup_threshold',
+    ),
+    *('data.quality_filters', 'data.replay', 'data.replay_rate'),
   ),
   files=fingerprint.TEXT_FILES,
   has_separator=False,

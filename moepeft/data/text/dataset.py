@@ -92,7 +92,9 @@ def read_chunks(
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  texts, bad = documents.read_documents(path, data.on_bad_row, data.ignore)
+  texts, bad = documents.read_documents(
+    path, data.on_bad_row, data.ignore_fields
+  )
   notes = (
     [
       f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
@@ -104,7 +106,7 @@ def read_chunks(
   notes += bad.notes(path)
   length, make = chunk_maker(data, collator, below)
   texts, filter_notes = documents.filter_documents(
-    texts, data.quality, data.duplicates
+    texts, data.quality_filters, data.dedup_threshold
   )
   notes += filter_notes
   encoded = encode_documents(
@@ -129,7 +131,7 @@ def read_chunks(
 
 
 def _step(data: ConfigDict, collator: Collator, length: int) -> int:
-  return length - 1 if data.predict == 'next' else length
+  return length - 1 if data.pretraining_objective == 'next' else length
 
 
 def encode_documents(
@@ -154,25 +156,25 @@ def encode_documents(
 def chunk_maker(
   data: ConfigDict, collator: Collator, below: int
 ) -> tuple[int, Make]:
-  """(tokens of a piece, what is predicted of it) by config.data.predict.
+  """(tokens of a chunk, function that makes an item of it), by config.data.
 
   Raises:
     ValueError: there is no such way, or the model has not.
   """
   decoder = isinstance(collator, CausalCollator)
-  if data.predict not in PREDICT:
+  if data.pretraining_objective not in PREDICT:
     raise ValueError(
-      f'config.data.predict is one of {", ".join(PREDICT)}; got '
-      f'{data.predict!r}'
+      f'config.data.pretraining_objective is one of {", ".join(PREDICT)}; got '
+      f'{data.pretraining_objective!r}'
     )
-  if data.predict == 'spans':
+  if data.pretraining_objective == 'spans':
     return _spans(data, collator, below)
-  if data.predict == 'prefix':
+  if data.pretraining_objective == 'prefix':
     return _prefix(collator)
   if not decoder:
     raise ValueError(
-      "config.data.predict='next' is of decoder-only models; set it to 'spans' "
-      "or 'prefix' for an encoder-decoder"
+      "config.data.pretraining_objective='next' is of decoder-only models; "
+      "set it to 'spans' or 'prefix' for an encoder-decoder"
     )
   return collator.max_lengths[0] + 1, lambda ids, rng: Sample(
     ids, np.ones(len(ids), bool)
@@ -208,11 +210,16 @@ def _spans(
   data: ConfigDict, collator: Collator, below: int
 ) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = data.noise, data.span, require_eos(collator.tokenizer)
+  noise, span, eos = (
+    data.noise_density,
+    data.mean_noise_span_length,
+    require_eos(collator.tokenizer),
+  )
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
-      'config.data.noise is a share of the tokens, above 0 and below 1, and '
-      f'config.data.span a length of at least 1; got {noise} and {span}'
+      'config.data.noise_density is a share of the tokens, above 0 and below '
+      f'1, and config.data.mean_noise_span_length a length of at least 1; '
+      f'got {noise} and {span}'
     )
   if isinstance(collator, CausalCollator):
     most = collator.max_lengths[0] + 1
@@ -223,9 +230,10 @@ def _spans(
     needed = span_corruption.sizes(length, noise, span)[1]
     if needed > targets_length:
       raise ValueError(
-        f'spans of {most} inputs have {needed} targets (config.data.noise='
-        f'{noise}, config.data.span={span}); set config.data.targets_length '
-        f'to {needed}, it is {targets_length}'
+        f'spans of {most} inputs have {needed} targets '
+        f'(config.data.noise_density={noise}, '
+        f'config.data.mean_noise_span_length={span}); set '
+        f'config.data.targets_length to {needed}, it is {targets_length}'
       )
   sentinels = collator.tokenizer.sentinels(below)
   needed = span_corruption.counts(length, noise, span)[1]
@@ -234,7 +242,7 @@ def _spans(
       f'pieces of {length} tokens have {needed} hidden spans, and '
       f'{collator.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, '
       "...; of bytes, the model's ids from 259 on); give a vocabulary that "
-      'has them, shorten the rows or raise config.data.span'
+      'has them, shorten the rows or raise config.data.mean_noise_span_length'
     )
 
   def make(ids, rng):

@@ -17,7 +17,7 @@ BASE = 'none'
 _COMMAND = 'python -m moepeft.evaluate --workdir='
 # Keys of a config that decide which examples after.json is of.
 _JUDGED = (
-  'data.held_out',
+  'data.validation_fraction',
   'data.inputs_length',
   'data.path',
   'data.source',
@@ -33,15 +33,15 @@ _JUDGED = (
 # Keys of a config that change no figure, or that an entry has by itself.
 _IRRELEVANT = (
   'checkpoint',
-  'data.workers',
+  'data.num_workers',
   'evaluation',
   'log',
   'method',
   'model.path',
   'model.remat',
-  'model.unroll',
-  'patience',
-  'router_alarm',
+  'model.scan_unroll',
+  'early_stopping_patience',
+  'router_collapse_threshold',
   'seed',
   'semantics',
   'sharding',
