@@ -63,7 +63,7 @@ class Likelihood:
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs or targets of each are cut: bool [n]."""
-    return np.array([self._form.cut([e]) for e in examples], bool)
+    return np.array([self._form.count_cut([e]) for e in examples], bool)
 
   def sums(
     self,

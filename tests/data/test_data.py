@@ -164,7 +164,9 @@ def test_many_texts_are_encoded_as_one_by_one():
 def test_unknown_sources_are_named():
   data = config_lib.default().data
   data.source = 'sql'
-  with pytest.raises(ValueError, match="got 'sql'"):
+  with pytest.raises(
+    ValueError, match="there is no data source 'sql'; there are tasks, jsonl"
+  ):
     open_data(data, 0)
   data.source = 'jsonl'
   with pytest.raises(ValueError, match='set config.data.path'):
