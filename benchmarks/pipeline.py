@@ -110,7 +110,7 @@ def parse_lines(dataset):
 
 def made_rows():
   """A file of embedded tasks, for who has no P3."""
-  names = tasks.families('ABC')
+  names = tasks.task_names('ABC')
   file = os.path.join(tempfile.mkdtemp(), 'tasks.jsonl')
   with open(file, 'w') as f:
     for e in tasks.examples(names, _MADE_ROWS, seed=0):

@@ -74,7 +74,7 @@ def card(places, family='llama', **changes):
   c.data.inputs_length, c.data.targets_length = 23, 7
   c.steps, c.batch_size = 4, 6
   c.log.every_steps = 2
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   c.checkpoint.every_steps = 2
   c.optimizer.learning_rate = 1e-2
   c.evaluation.before = c.evaluation.after = False

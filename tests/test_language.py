@@ -36,7 +36,6 @@ PENDING = frozenset(
     'moepeft/objectives',
     'moepeft/peft',
     'moepeft/runs',
-    'moepeft/serve',
     'moepeft/tasks',
     'moepeft/training',
     'tests/benchmarks',
@@ -56,7 +55,6 @@ PENDING = frozenset(
     'tests/peft',
     'tests/reference',
     'tests/runs',
-    'tests/serve',
     'tests/tasks',
     'tests/training',
   )

@@ -309,9 +309,10 @@ def _log() -> ConfigDict:
       every_steps=10,
       # Pictures in <workdir>/plots, drawn once a minute and at the end.
       plots=True,
-      tensorboard=True,
-      # A project of Weights & Biases; '' for none.
-      wandb='',
+      # Names of moepeft.runs.trackers, 'tensorboard,wandb'; '' for none.
+      trackers='tensorboard',
+      # The project of Weights & Biases.
+      wandb_project='',
     )
   )
 

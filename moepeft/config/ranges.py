@@ -115,5 +115,6 @@ TEXTS = (
   'optimizer.groups',
   'evaluation.tasks',
   'evaluation.path',
-  'log.wandb',
+  'log.trackers',
+  'log.wandb_project',
 )

@@ -38,6 +38,7 @@ RENAMED = {
   'optimizer.clock': 'optimizer.decay_initial_step',
   'sharding.model': 'sharding.model_parallel_size',
   'evaluation.batches': 'evaluation.max_batches',
+  'log.wandb': 'log.wandb_project',
   'checkpoint.keep': 'checkpoint.max_to_keep',
   'checkpoint.best': 'checkpoint.keep_best',
 }

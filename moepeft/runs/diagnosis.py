@@ -111,8 +111,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def numbers(old: float, new: float) -> tuple[str, str]:
   """Two numbers to be compared; what is nothing beside the other is 0."""
-  nothing = 1e-4 * max(abs(old), abs(new))
-  return tuple('0' if abs(x) < nothing else f'{x:.4g}' for x in (old, new))
+  threshold = 1e-4 * max(abs(old), abs(new))
+  return tuple('0' if abs(x) < threshold else f'{x:.4g}' for x in (old, new))
 
 
 def _groups(before, after) -> list[tuple[str, float, float]]:
@@ -284,7 +284,7 @@ def _json(path: str) -> dict:
     return {}
 
 
-def _settings(config: dict, trained: list[dict], done: bool) -> list[str]:
+def _settings(config: dict, trained: list[dict], has_ended: bool) -> list[str]:
   steps, last = config.get('steps'), trained[-1]['step']
   optimizer, model = (
     part if isinstance(part := config.get(key), dict) else {}
@@ -301,7 +301,7 @@ def _settings(config: dict, trained: list[dict], done: bool) -> list[str]:
     f'{config.get("batch_size", "unknown")}; seed '
     f'{config.get("seed", "unknown")}',
     f'steps: {last} of {steps or "unknown"}; '
-    f'{"ended" if done else "no summary.json: not ended, or broken off"}',
+    f'{"ended" if has_ended else "no summary.json: not ended, or broken off"}',
   ]
   if _is_number(steps) and last < steps:
     lines.append(f'! the run stands at step {last} of {steps}')

@@ -20,7 +20,7 @@ from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
 )
-from moepeft.evaluation import runner
+from moepeft.evaluation import evaluator
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
@@ -120,8 +120,11 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
   answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
-  monkeypatch.setattr(runner, 'Answering', answering)
-  runner._measure(run, ('exact_match',))
+  monkeypatch.setattr(evaluator, 'Answering', answering)
+  made = evaluator.Evaluator(
+    run.model, run.tokenizer, (8, 8), 1, eos_token_ids=run.eos_token_ids
+  )
+  made._generator  # noqa: B018
   assert seen == [run.eos_token_ids]
 
 

@@ -298,7 +298,7 @@ def run_config(**model):
   c = config_of(quantize='nf4', **model)
   c.method, c.steps, c.batch_size = 'lora(rank=1)', 1, 2
   c.evaluation.before = c.evaluation.after = False
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   return c
 
 

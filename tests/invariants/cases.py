@@ -130,7 +130,7 @@ def run(name: str, models: dict[str, str], workdir: str) -> dict:
   c.optimizer.learning_rate = 3e-3
   c.evaluation.before = c.evaluation.after = False
   c.checkpoint.every_steps = c.log.every_steps = STEPS
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   with c.unlocked():
     c.update_from_flattened_dict(changes)
   train.train(c, workdir)

@@ -189,7 +189,7 @@ def test_a_signal_while_validating_or_saving_loses_no_step(
   monkeypatch,
 ):
   run = {'evaluation.every_steps': 1, 'checkpoint.every_steps': 2}
-  places = (train.Judge, 'validation'), (Checkpoints, 'save')
+  places = (train.Evaluator, 'validation'), (Checkpoints, 'save')
   # Validated at step 1, which is then saved; saved at 2, so left after 3.
   for (owner, name), last in zip(places, (1, 3), strict=True):
     with monkeypatch.context() as patch:
@@ -232,7 +232,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   """A run whose validations give the losses."""
   given = iter(losses)
   monkeypatch.setattr(
-    train.Judge, 'validation', lambda *_: {'validation_loss': next(given)}
+    train.Evaluator, 'validation', lambda *_: {'validation_loss': next(given)}
   )
   config = card(base, **{'evaluation.every_steps': 1, **changes})
   train.train(config, str(workdir))

@@ -261,7 +261,7 @@ def test_every_objective_trains_goes_on_and_is_evaluated(
   assert rows[-1]['validation_margins'] > 0 < rows[-1]['validation_loss']
   told_again(run, rows[-1], capsys)
   with pytest.raises(ValueError, match='held-out rows have none .* --data'):
-    evaluate.evaluate(run, names=['exact_match'])
+    evaluate.evaluate(run, metrics=['exact_match'])
   # The adapter that is exported is the run's.
   convert.main(['convert', f'--workdir={run}', f'--output={out}'])
   tree, _ = adapter.load(out)

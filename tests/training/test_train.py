@@ -489,8 +489,9 @@ def test_what_is_refused_is_refused_before_the_evaluation(
   def judged(*_):
     raise AssertionError('it was evaluated first')
 
-  monkeypatch.setattr(train.Judge, '__call__', judged)
-  changes = {'log.wandb': 'a project', 'evaluation.before': True}
+  monkeypatch.setattr(train.Evaluator, '__call__', judged)
+  changes = {'log.trackers': 'wandb', 'log.wandb_project': 'a project'}
+  changes |= {'evaluation.before': True}
   # As where it is not installed.
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(ValueError, match='needs the package wandb'):

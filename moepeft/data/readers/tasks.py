@@ -33,7 +33,7 @@ class GeneratedExamples:
 
 def open_tasks(data: ConfigDict, context: ReadContext) -> TrainingData:
   """Opens the tasks that config.data.tasks names, each as often."""
-  names = tasks.families(data.tasks)
+  names = tasks.task_names(data.tasks)
   counts = collections.Counter(names)
   return TrainingData(
     train=grain.MapDataset.source(GeneratedExamples(names, context.seed)),

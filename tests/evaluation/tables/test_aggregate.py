@@ -316,7 +316,7 @@ def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
   rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
   best = {'checkpoint': 'best'}
   runs.make(tmp_path, rows, best | {'step': 7})
-  runs.add(tmp_path, runs.about(tmp_path, data='x', step=11, **best), rows)
+  runs.add(tmp_path, runs.info(tmp_path, data='x', step=11, **best), rows)
   with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
     tables_seeds.group(run_results.read(str(tmp_path), DEFAULTS))
 
