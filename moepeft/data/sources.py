@@ -10,7 +10,7 @@ from moepeft.data import mixing
 from moepeft.data.batching.collators import Collator
 from moepeft.data.dataset import TrainingData
 from moepeft.data.readers import READERS
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.data.text.dataset import read_chunks
 
 
@@ -41,7 +41,7 @@ def open_data(
   return _mix_in_text(reader.open(data, context), data, context)
 
 
-def _check_replay(data: ConfigDict, reader: Reader) -> None:
+def _check_replay(data: ConfigDict, reader: DataReader) -> None:
   if not data.replay or not 0 < data.replay_rate < 1:
     raise ValueError(
       'config.data.replay is a path of text and config.data.replay_rate its '

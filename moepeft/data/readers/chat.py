@@ -10,7 +10,7 @@ from moepeft.data import fingerprint, mixing, split
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.dataset import TrainingData, path_name
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 
 
 def open_chats(data: ConfigDict, context: ReadContext) -> TrainingData:
@@ -71,7 +71,7 @@ def _relative_name(path: str, file: str) -> str:
   return path_name(path) if inside == os.curdir else inside
 
 
-READER = Reader(
+READER = DataReader(
   open_chats,
   config_keys=(
     *('data.path', 'data.on_bad_row', 'data.ignore_fields', 'data.num_workers'),

@@ -19,7 +19,7 @@ from moepeft.data import fingerprint
 from moepeft.data.dataset import TrainingData, from_examples
 from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.data.readers import csv_table, jsonl, promptsource, splits
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.data.row_fields import UnusedFields, join_names
 from moepeft.tasks import Example
 
@@ -324,7 +324,7 @@ def open_dataset(data: ConfigDict, context: ReadContext) -> TrainingData:
   return from_examples(rows, data, context.seed)
 
 
-READER = Reader(
+READER = DataReader(
   open_dataset,
   config_keys=(
     *('data.path', 'data.split', 'data.templates', 'data.mixture'),

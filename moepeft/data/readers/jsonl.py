@@ -17,7 +17,7 @@ from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
 from moepeft.data.dataset import TrainingData, from_examples
 from moepeft.data.example import BadRow, BadRows, ExampleRows
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.tasks import Example
 
 # How JSON spells a half of a surrogate pair, which may stand alone.
@@ -128,7 +128,7 @@ def open_jsonl(data: ConfigDict, context: ReadContext) -> TrainingData:
   return from_examples(rows, data, context.seed)
 
 
-READER = Reader(
+READER = DataReader(
   open_jsonl,
   config_keys=(
     *(

@@ -9,7 +9,7 @@ from moepeft.data.preference.dataset import (
   PreferenceDataset,
   read_preferences,
 )
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 
 
 def open_preferences(data: ConfigDict, context: ReadContext) -> TrainingData:
@@ -37,7 +37,7 @@ def preference_data(
   )
 
 
-READER = Reader(
+READER = DataReader(
   open_preferences,
   config_keys=(
     *('data.path', 'data.split', 'data.on_bad_row', 'data.ignore_fields'),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reader: an entry of READERS, the function that opens data and its facts."""
+"""DataReader: an entry of READERS, the function that opens data and its facts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class ReadContext:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class DataReader:
   """A source of training data.
 
   Attributes:

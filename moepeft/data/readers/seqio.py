@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from moepeft.data import t0_mixtures
 from moepeft.data.dataset import TrainingData
 from moepeft.data.readers import seqio_cache, seqio_stream
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.data.readers.seqio_stream import SeqioStream
 
 
@@ -53,7 +53,7 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
   )
 
 
-READER = Reader(
+READER = DataReader(
   open_seqio,
   config_keys=(
     *('data.path', 'data.split', 'data.mixture', 'data.module'),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from moepeft import tasks
 from moepeft.data.dataset import TrainingData
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.tasks import Example
 
 _ENDLESS = 1 << 60
@@ -44,7 +44,7 @@ def open_tasks(data: ConfigDict, context: ReadContext) -> TrainingData:
   )
 
 
-READER = Reader(
+READER = DataReader(
   open_tasks,
   config_keys=(
     *('data.truncation', 'data.num_workers', 'data.replay', 'data.replay_rate'),

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from moepeft.data import fingerprint, mixing
 from moepeft.data.dataset import TrainingData, path_name
-from moepeft.data.readers.reader import ReadContext, Reader
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.data.text.dataset import read_chunks
 
 
@@ -33,7 +33,7 @@ def open_text(data: ConfigDict, context: ReadContext) -> TrainingData:
   )
 
 
-READER = Reader(
+READER = DataReader(
   open_text,
   config_keys=(
     *('data.path', 'data.on_bad_row', 'data.ignore_fields', 'data.num_workers'),
