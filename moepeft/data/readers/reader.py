@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DataReader: an entry of READERS, the function that opens data and its facts."""
+"""DataReader: an entry of READERS, a function that opens data, and facts."""
 
 import dataclasses
 from collections.abc import Callable
