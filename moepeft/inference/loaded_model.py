@@ -17,6 +17,7 @@ from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import load_tokenizer
 from moepeft.data.chat import template as chat_template
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.models import check_decodes, decoder_only
@@ -80,7 +81,7 @@ class LoadedModel:
     causal, vocab = decoder_only(self.model), self.model.config.vocab
     template = prompts.template(tokenizer, data, system) if chat else None
     # A model that was not trained here continues the text as it is.
-    as_example = self.workdir and data.source not in ('text', 'chat')
+    as_example = self.workdir and READERS[data.source].has_separator
     encode = prompts.asked if as_example else prompts.plain
 
     def encode_turns(turns: Sequence[str]) -> list[int]:
