@@ -19,6 +19,7 @@ from moepeft.core.ranges import MAX_SEED
 from moepeft.core.types import Tree
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.inference import prompts, sampling
@@ -177,7 +178,7 @@ def _prompt_encoder(run: LoadedModel) -> EncodePrompt:
     template = prompts.template(tokenizer, data, _SYSTEM.value)
     return lambda turns: template.prompt(prompts.conversation(turns))
   # A model that was not trained here goes on with what it is given.
-  as_example = bool(_WORKDIR.value) and data.source not in ('text', 'chat')
+  as_example = bool(_WORKDIR.value) and READERS[data.source].has_separator
   form = prompts.asked if as_example else prompts.plain
   causal = decoder_only(run.model)
   return lambda turns: form(tokenizer, turns[-1], causal)
@@ -201,8 +202,9 @@ def load() -> LoadedModel:
   if not _WORKDIR.value:
     return load_model(_MODEL.value, _ADAPTER.value)
   run = load_run(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  source, chats = run.config.data.source, has_chat_template(run.tokenizer)
-  if source in ('chat', 'preference') and chats and not _CHAT.value:
+  reader = READERS.get(run.config.data.source)
+  is_chat = reader is not None and reader.uses_chat_template
+  if is_chat and has_chat_template(run.tokenizer) and not _CHAT.value:
     print(
       'the run was trained by a chat template; --chat puts prompts into it',
       file=sys.stderr,

@@ -34,7 +34,6 @@ PENDING = frozenset(
     'moepeft/objectives',
     'moepeft/runs',
     'moepeft/tasks',
-    'moepeft/training',
     'tests/benchmarks',
     'tests/cases',
     'tests/checkpoints',
