@@ -56,7 +56,10 @@ def answer(
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
-  longest = max(len(prompts.asked(tokenizer, text, causal)) for text in texts)
+  longest = max(
+    len(prompts.encode_example_prompt(tokenizer, text, causal))
+    for text in texts
+  )
   longest += len(before(model))
   generator = BatchGenerator(
     model, tokenizer, longest, max_new_tokens, len(texts)

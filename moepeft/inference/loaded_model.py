@@ -61,7 +61,7 @@ class LoadedModel:
     folder = self.base_folder
     if tokenizer not in ('', path):
       folder = os.path.expanduser(tokenizer)
-    return prompts.ends(self.tokenizer, folder)
+    return prompts.eos_token_ids(self.tokenizer, folder)
 
   def prompt_encoder(
     self, chat: bool = False, system: str = ''
@@ -82,7 +82,9 @@ class LoadedModel:
     template = prompts.template(tokenizer, data, system) if chat else None
     # A model that was not trained here continues the text as it is.
     as_example = self.workdir and READERS[data.source].has_separator
-    encode = prompts.asked if as_example else prompts.plain
+    encode = (
+      prompts.encode_example_prompt if as_example else prompts.encode_text
+    )
 
     def encode_turns(turns: Sequence[str]) -> list[int]:
       if template:

@@ -107,7 +107,7 @@ def test_a_token_beyond_the_embedding_is_refused():
 @here
 def test_018_generate_refuses_a_token_beyond_the_embedding():
   run = loaded_model.load_model(str(SHARED / '018' / 'model'))
-  ids = prompts.plain(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
+  ids = prompts.encode_text(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
   assert max(ids) >= run.model.config.vocab
   with pytest.raises(ValueError, match='more tokens than its embedding'):
     prompts.check_ids(ids, run.model.config.vocab)
@@ -115,7 +115,7 @@ def test_018_generate_refuses_a_token_beyond_the_embedding():
 
 def test_prompt_encoder_checks_the_ids_of_every_prompt(monkeypatch):
   loaded = loaded_model.load_model('package:t5_tiny')
-  monkeypatch.setattr(prompts, 'plain', lambda *arguments: [3, 999])
+  monkeypatch.setattr(prompts, 'encode_text', lambda *arguments: [3, 999])
   with pytest.raises(ValueError, match='the token 999, the model has tokens 0'):
     loaded.prompt_encoder()(['x'])
 
@@ -162,7 +162,7 @@ def test_a_pipe_beside_a_tokenizer_is_refused_at_once(tmp_path):
 def test_odd_ends_in_generation_config_are_refused(tmp_path, text):
   (tmp_path / 'generation_config.json').write_text(text)
   with pytest.raises(ValueError, match='generation_config.json'):
-    prompts.ends(vocabulary_lib.ByteTokenizer(), str(tmp_path))
+    prompts.eos_token_ids(vocabulary_lib.ByteTokenizer(), str(tmp_path))
 
 
 def test_refusing_to_merge_a_mixture_advises_a_form_that_works(
