@@ -292,7 +292,10 @@ def _train(
     print(f'dry run: one step, loss {float(aux["loss"]):.4f}; no file written')
     return {'loss': float(aux['loss'])}
   checkpoints = Checkpoints(
-    workdir, config.checkpoint.keep, config.checkpoint.best
+    workdir,
+    config.checkpoint.keep,
+    config.checkpoint.best,
+    asynchronous=True,
   )
   course = Course()
   if checkpoints.latest() is not None:
@@ -361,6 +364,7 @@ def _train(
       held.check()
       if alone:
         alone.check()
+      checkpoints.check()
       judge_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
       log_now = judge_now or _every(log.every_steps, done)
@@ -391,6 +395,7 @@ def _train(
           figures.refresh()
       if leave:
         break
+    checkpoints.wait()
   progress.close()
   batches.close()
   if leave or not config.evaluation.after:
