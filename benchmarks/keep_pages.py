@@ -22,7 +22,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line as config_command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
-from moepeft.data import loader, sources, vocabulary
+from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.training import optimizers, setup
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
@@ -47,10 +47,10 @@ def make_step(config):
     opt=optimizer.init(peft),
     rng=jax.random.key(config.seed),
   )
-  found = sources(config.data, config.seed)
-  words = vocabulary(config.data.vocabulary, config.model.path)
+  found = open_data(config.data, config.seed)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
   batch = next(
-    loader(found, words, config.data, config.batch_size, config.seed)
+    make_loader(found, words, config.data, config.batch_size, config.seed)
   )
   update = setup.build_train_step(config, model, built, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch

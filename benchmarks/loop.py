@@ -26,7 +26,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.config import command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
-from moepeft.data import loader, sources, vocabulary
+from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
 from moepeft.runs.run import Run
@@ -65,9 +65,11 @@ def make_bare(config):
     opt=optimizer.init(variables['peft']),
     rng=jax.random.key(0),
   )
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  found = sources(config.data, config.seed)
-  batches = loader(found, words, config.data, config.batch_size, config.seed)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  found = open_data(config.data, config.seed)
+  batches = make_loader(
+    found, words, config.data, config.batch_size, config.seed
+  )
   batch = jax.device_put(next(batches))
   batches.close()
   update = jax.jit(

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from moepeft import config as config_lib
 from moepeft import data, tasks
-from moepeft.data.readers.seqio_stream import SIDES, library
+from moepeft.data.readers.seqio_stream import SIDES, import_seqio
 
 _DATA = flags.DEFINE_string(
   'data', None, 'Rows in P3 form, .jsonl or .jsonl.gz; default: made ones.'
@@ -45,8 +45,10 @@ def ours(path):
   c.source, c.path, c.held_out = 'jsonl', path, 0.0
   c.vocabulary, c.packing, c.workers = 'bytes', True, _WORKERS.value
   c.inputs_length, c.targets_length = _INPUTS.value, _TARGETS.value
-  words = data.vocabulary(c.vocabulary)
-  batches = data.loader(data.sources(c, 0), words, c, _BATCH.value, seed=0)
+  words = data.load_tokenizer(c.vocabulary)
+  batches = data.make_loader(
+    data.open_data(c, 0), words, c, _BATCH.value, seed=0
+  )
   try:
     for batch in batches:
       yield batch['inputs'], batch['targets']
@@ -56,7 +58,7 @@ def ours(path):
 
 def theirs(path):
   """Yields the same of SeqIO's task, packed by its feature converter."""
-  seqio, tf = library()
+  seqio, tf = import_seqio()
   compression = 'GZIP' if path.endswith('.gz') else ''
   feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
   task = seqio.Task(
@@ -90,7 +92,7 @@ def parse_lines(dataset):
 
   A call of Python for every line is slower, and so is a generator.
   """
-  _, tf = library()
+  _, tf = import_seqio()
 
   def parse(lines):
     rows = [json.loads(line) for line in lines]

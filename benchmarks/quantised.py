@@ -17,8 +17,8 @@ from absl import flags
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.config import command_line
-from moepeft.data import sources, vocabulary
-from moepeft.data.batching.collators import form
+from moepeft.data import load_tokenizer, open_data
+from moepeft.data.batching.collators import make_model_collator
 from moepeft.evaluation.eval_sets import pairs_to_judge
 from moepeft.evaluation.validator import Judge
 from moepeft.nn.quantization import KINDS
@@ -31,9 +31,9 @@ def measure(config) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references()
   config.method = 'full'  # which here stands for no adapter
   _, shape = base_lib.shape(config.model)
-  words = vocabulary(config.data.vocabulary, config.model.path)
-  own = form(config.data, words, shape, config.seed)
-  found = sources(config.data, config.seed, (0, 1), shape.vocab, own)
+  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  own = make_model_collator(config.data, words, shape, config.seed)
+  found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
   pairs = pairs_to_judge(config, found, own)
   figures = {}
   for kind in ('', *KINDS):

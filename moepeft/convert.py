@@ -54,7 +54,10 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.config import command_line, imports
 from moepeft.core import terminal, untrusted
 from moepeft.data.chat import template as chat_template
-from moepeft.data.tokenizers.tokenizer import Tokenizer, vocabulary
+from moepeft.data.tokenizers.tokenizer import (
+  HuggingFaceTokenizer,
+  load_tokenizer,
+)
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
@@ -196,9 +199,13 @@ def _template(values: flags.FlagValues, card) -> str:
   if not path and not system:
     return ''
   base = values.base or card['base']['path']
-  words = vocabulary(untrusted.field(data, 'vocabulary', str, ''), base)
-  chat_template.put(words, path, system)
-  own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
+  words = load_tokenizer(untrusted.field(data, 'vocabulary', str, ''), base)
+  chat_template.set_chat_template(words, path, system)
+  own = (
+    words.tokenizer.chat_template
+    if isinstance(words, HuggingFaceTokenizer)
+    else ''
+  )
   return own if isinstance(own, str) else ''
 
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from moepeft.config import check as config_check
 from moepeft.config import command_line
-from moepeft.data import sources
+from moepeft.data import open_data
 from moepeft.data.readers import jsonl
 from moepeft.evaluation import eval_sets, runner, scores, summary
 from moepeft.evaluation.results import HELD_OUT
@@ -76,7 +76,7 @@ def evaluate(
     todo = runner.of_rows(given, names, most)
   else:
     own, vocab = form_of(trained), run.model.config.vocab
-    found = sources(run.config.data, run.config.seed, below=vocab, own=own)
+    found = open_data(run.config.data, run.config.seed, below=vocab, own=own)
     given, todo = found.held_out, runner.of_run(run, found, names)
     # As training reports it, whatever is asked for.
     more = validation(trained, found, os.path.expanduser(workdir))

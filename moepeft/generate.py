@@ -18,8 +18,8 @@ from moepeft.config import command_line
 from moepeft.core.ranges import MAX_SEED
 from moepeft.core.types import Tree
 from moepeft.data import fingerprint
-from moepeft.data.preference.tokenize import templated
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
@@ -38,7 +38,7 @@ from moepeft.training import memory_estimate
 
 
 def answer(
-  model, variables: Tree, words: Vocabulary, texts: list[str], length: int
+  model, variables: Tree, words: Tokenizer, texts: list[str], length: int
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
@@ -107,7 +107,7 @@ def given() -> list[str] | None:
   """
   if not _FILE.value:
     return _PROMPT.value
-  lines = fingerprint.text(
+  lines = fingerprint.read_named_text(
     '--file', _FILE.value, 'a file of prompts, one a line'
   )
   found = [line for line in lines.split('\n') if line.strip()]
@@ -166,7 +166,7 @@ def opened() -> LoadedModel:
   if not _WORKDIR.value:
     return load_model(_MODEL.value, _ADAPTER.value)
   run = load_run(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  source, chats = run.config.data.source, templated(run.tokenizer)
+  source, chats = run.config.data.source, has_chat_template(run.tokenizer)
   if source in ('chat', 'preference') and chats and not _CHAT.value:
     print(
       'the run was trained by a chat template; --chat puts prompts into it',

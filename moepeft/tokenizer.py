@@ -19,12 +19,12 @@ from moepeft.data.text.documents import Document
 from moepeft.data.tokenizers.train_tokenizer import (
   KINDS,
   LIBRARIES,
-  Form,
+  TokenizerSpec,
   train,
 )
 
 
-def passages(found: Sequence[Document]) -> Iterator[str]:
+def passage_texts(found: Sequence[Document]) -> Iterator[str]:
   """Each with what separates it from the next."""
   for document in found:
     for passage in document.passages:
@@ -32,7 +32,7 @@ def passages(found: Sequence[Document]) -> Iterator[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class TokenizerFit:
   """How texts come out: tokens a word and a byte, the share unknown."""
 
   per_word: float
@@ -46,19 +46,21 @@ class Fit:
     )
 
 
-def fit(tokenizer: Any, texts: Sequence[str]) -> Fit:
+def measure_fit(tokenizer: Any, texts: Sequence[str]) -> TokenizerFit:
   """Of texts that it was not trained on."""
   ids = tokenizer(list(texts), add_special_tokens=False)['input_ids']
   tokens = sum(map(len, ids))
   unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
-  return Fit(
+  return TokenizerFit(
     tokens / max(sum(len(text.split()) for text in texts), 1),
     tokens / max(sum(len(text.encode()) for text in texts), 1),
     unknown / max(tokens, 1),
   )
 
 
-def make(form: Form, path: str, output: str, held_out: float) -> list[str]:
+def train_and_save(
+  form: TokenizerSpec, path: str, output: str, held_out: float
+) -> list[str]:
   """Trains, writes a directory and says how it fits what it did not see.
 
   Raises:
@@ -70,8 +72,8 @@ def make(form: Form, path: str, output: str, held_out: float) -> list[str]:
       f'--held_out is a share above 0 and below 1; got {held_out}'
     )
   output = _made(output)
-  found, bad = documents.read(path)
-  texts = list(passages(found))
+  found, bad = documents.read_documents(path)
+  texts = list(passage_texts(found))
   cut = len(texts) - max(1, round(len(texts) * held_out))
   if not cut:
     raise ValueError(
@@ -87,7 +89,7 @@ def make(form: Form, path: str, output: str, held_out: float) -> list[str]:
       f'the text has no more than {len(found):,} of --size={form.size:,} pieces'
     )
   lines.append(f'{form.kind}, {len(found):,} pieces, on held-out text:')
-  lines.append(f'  {fit(found, texts[cut:])}')
+  lines.append(f'  {measure_fit(found, texts[cut:])}')
   lines.append(f'wrote {output}: --config.data.vocabulary={output}')
   return lines
 
@@ -116,10 +118,10 @@ def main(argv) -> None:
       '--text names a file or directory of plain text, --output the directory '
       'to write; give both'
     )
-  form = Form(
+  form = TokenizerSpec(
     _KIND.value, _SIZE.value, _EXTRA_IDS.value, _CHAT.value, _LIBRARY.value
   )
-  lines = make(form, _TEXT.value, _OUTPUT.value, _HELD_OUT.value)
+  lines = train_and_save(form, _TEXT.value, _OUTPUT.value, _HELD_OUT.value)
   print('\n'.join(lines))
 
 

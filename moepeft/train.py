@@ -31,13 +31,19 @@ from moepeft.core import files as core_files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Progress
 from moepeft.core.types import State
-from moepeft.data import cuts, fingerprint, loader, sources, vocabulary
-from moepeft.data.batching.collators import form
+from moepeft.data import (
+  fingerprint,
+  load_tokenizer,
+  make_loader,
+  open_data,
+  truncation_note,
+)
+from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.chat import template as chat_template
-from moepeft.data.preference.tokenize import templated
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.registry import preferences
-from moepeft.data.tokenizers.tokenizer import check_size
+from moepeft.data.tokenizers.tokenizer import check_vocab_size
 from moepeft.evaluation.eval_sets import examples, pairs_to_judge
 from moepeft.evaluation.validator import Judge, table
 from moepeft.models import check_decodes, decoder_only
@@ -150,7 +156,7 @@ def train(
     run = Run(workdir)
     config = with_begun_date(run, config)
     check_unchanged(run, config, may_differ)
-    read = fingerprint.hashes(config.data)
+    read = fingerprint.data_hashes(config.data)
     check_same_data(run, read, may_differ)
     return _train(
       config, workdir, gin, read, alone=alone, skip_damaged=skip_damaged
@@ -177,16 +183,16 @@ def _train(
   # First: the vocabulary is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
-  words = vocabulary(data.vocabulary, config.model.path)
-  check_size(words, shape.vocab)
+  words = load_tokenizer(data.vocabulary, config.model.path)
+  check_vocab_size(words, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # What a chat template writes as today's, also when the run goes on.
   config = chat_template.with_date(config, words)
   data = config.data
   before = base_lib.before(family, shape, config)
-  own = form(data, words, shape, config.seed, before)
+  own = make_model_collator(data, words, shape, config.seed, before)
   own = make_collator(config, own)
-  found = sources(data, config.seed, share, shape.vocab, own)
+  found = open_data(data, config.seed, share, shape.vocab, own)
   for note in found.notes:
     terminal.show(note)
 
@@ -247,8 +253,8 @@ def _train(
     + (', packed' if data.packing else ''),
   }
   training_summary.introduce(base, built, state, words, workdir, more)
-  if not isinstance(found.train, Stream):
-    print(cuts(found.train, own), end='', flush=True)
+  if not isinstance(found.train, SeqioStream):
+    print(truncation_note(found.train, own), end='', flush=True)
 
   if spec.needs_reference and against == reference_model.PRECOMPUTED:
     # By the model as it begins, whatever step the run goes on from.
@@ -266,7 +272,9 @@ def _train(
       found.compared.with_references(log_p), data, config.seed
     )
   rows = config.batch_size // share[1]
-  batches = loader(found, words, data, rows, config.seed, share, shape, own)
+  batches = make_loader(
+    found, words, data, rows, config.seed, share, shape, own
+  )
 
   # ------------------------------------------------------------- resume ---
   sets = examples(config, found.held_out, found.rows)
@@ -301,7 +309,7 @@ def _train(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, described, skip_damaged)
     course = checkpoints.course()
-    batches.go_to(distributed.own(course.place))
+    batches.seek(distributed.own(course.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   first = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -385,7 +393,7 @@ def _train(
         report.tell()
         with progress.paused('saving'):
           course = dataclasses.replace(
-            course, place=distributed.places(batches.place())
+            course, place=distributed.places(batches.position())
           )
           if alone:
             alone.check()
@@ -434,7 +442,7 @@ def _train(
   summary['seconds'] = round(time.monotonic() - started, 1)
   distributed.write_json(run.summary_file, summary)
   chat = data.source in ('chat', 'preference') and (
-    bool(data.chat_template) or templated(words)
+    bool(data.chat_template) or has_chat_template(words)
   )
   prompt = next((e.inputs for own in sets.values() for e in own), '')
   next_steps.tell(

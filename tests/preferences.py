@@ -15,7 +15,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import State
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import fresh
@@ -114,10 +114,12 @@ def parts_of(config, optimizer=None):
     rng=jax.random.key(0),
     reference=adapters,
   )
-  own = collators.form(config.data, Bytes(), base.config, 0)
+  own = collators.make_model_collator(
+    config.data, ByteTokenizer(), base.config, 0
+  )
   own = make_collator(config, own)
-  items = preference_dataset.read(config.data, own).items
-  batch = own.padded(items[: config.batch_size])
+  items = preference_dataset.read_preferences(config.data, own).items
+  batch = own.pad(items[: config.batch_size])
   batch = {key: jnp.asarray(array) for key, array in batch.items()}
   return Parts(config, model, built, reference, state, batch)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples, vocabularies and batches."""
+"""Examples, tokenizers and batches."""
 
-from moepeft.data.dataset import Sources as Sources
-from moepeft.data.loader import cuts as cuts
-from moepeft.data.loader import loader as loader
-from moepeft.data.registry import sources as sources
-from moepeft.data.tokenizers.tokenizer import vocabulary as vocabulary
+from moepeft.data.dataset import TrainingData as TrainingData
+from moepeft.data.loader import make_loader as make_loader
+from moepeft.data.loader import truncation_note as truncation_note
+from moepeft.data.registry import open_data as open_data
+from moepeft.data.tokenizers.tokenizer import load_tokenizer as load_tokenizer

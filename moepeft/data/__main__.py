@@ -20,14 +20,14 @@ from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import terminal
 from moepeft.core.types import Batch
-from moepeft.data import sources, vocabulary
-from moepeft.data.batching.collators import Form, form
+from moepeft.data import load_tokenizer, open_data
+from moepeft.data.batching.collators import Collator, make_model_collator
+from moepeft.data.dataset import TrainingData
 from moepeft.data.loader import WINDOW
-from moepeft.data.preference.dataset import Sides
-from moepeft.data.preview import pictures
-from moepeft.data.readers.seqio_stream import Stream
-from moepeft.data.registry import Sources
-from moepeft.data.tokenizers.tokenizer import Vocabulary, check_size
+from moepeft.data.preference.dataset import PairCollator
+from moepeft.data.preview import row_lines
+from moepeft.data.readers.seqio_stream import SeqioStream
+from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.models import decoder_only
 from moepeft.objectives.batches import make_collator
 from moepeft.tasks import Example
@@ -46,13 +46,13 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     only: whether to print these rows alone.
   """
   data = config.data
-  words = vocabulary(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.vocabulary, config.model.path)
   family, shape = base_lib.shape(config.model)
-  check_size(words, shape.vocab)
+  check_vocab_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)
-  own = form(data, words, shape, config.seed, before)
+  own = make_model_collator(data, words, shape, config.seed, before)
   own = make_collator(config, own)
-  found = sources(data, config.seed, below=shape.vocab, own=own)
+  found = open_data(data, config.seed, below=shape.vocab, own=own)
   names, items = look(found, windows * WINDOW)
   batch = own.rows(0, own.encode(items[:WINDOW]))
   if only:
@@ -64,7 +64,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     for side, part in sides_of(batch, own):
       name = heading(side, batch, row, own.packed)
       lines = (
-        pictures(part, row, words, colour)
+        row_lines(part, row, words, colour)
         if decoder_only(shape)
         else decoded(part, row, words)
       )
@@ -95,12 +95,16 @@ def heading(side: str, batch: Batch, row: int, packed: bool = False) -> str:
 
 
 def tell(
-  config: ConfigDict, found: Sources, own: Form, names: Sequence[str], items
+  config: ConfigDict,
+  found: TrainingData,
+  own: Collator,
+  names: Sequence[str],
+  items,
 ) -> None:
   """Prints rates, lengths and padding."""
   data = config.data
   print(f'source   {data.source} {data.path or data.tasks}')
-  print(f'tokens   {own.words}')
+  print(f'tokens   {own.tokenizer}')
   for note in found.notes:
     terminal.show(note)
   whole = own.resized((_UNCUT,) * len(own.lengths)).encode(items)
@@ -122,7 +126,7 @@ def tell(
   print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
 
 
-def replayed(found: Sources, trained: Sequence[int]) -> str:
+def replayed(found: TrainingData, trained: Sequence[int]) -> str:
   """The share of replayed text in the trained tokens of the first examples."""
   own = np.array([found.replay[i][0] for i in range(len(trained))], bool)
   tokens = np.array(trained)
@@ -133,9 +137,9 @@ def replayed(found: Sources, trained: Sequence[int]) -> str:
   )
 
 
-def sides_of(batch: Batch, own: Form) -> list[tuple[str, Batch]]:
+def sides_of(batch: Batch, own: Collator) -> list[tuple[str, Batch]]:
   """(name, batch) of each side of answers; the whole of all else."""
-  if not isinstance(own, Sides):
+  if not isinstance(own, PairCollator):
     return [('', batch)]
   names = ('judged', 'mismatched') if own.judged else ('chosen', 'rejected')
   return [
@@ -144,9 +148,9 @@ def sides_of(batch: Batch, own: Form) -> list[tuple[str, Batch]]:
   ]
 
 
-def look(found: Sources, count: int) -> tuple[list[str], list]:
+def look(found: TrainingData, count: int) -> tuple[list[str], list]:
   """(datasets, first items); SeqIO and texts tell no names, SeqIO cuts."""
-  if isinstance(found.train, Stream):
+  if isinstance(found.train, SeqioStream):
     elements = itertools.islice(found.train.open(0), count)
     return [], [(e['inputs'], e['targets']) for e in elements]
   items = [found.train[i] for i in range(count)]
@@ -160,7 +164,7 @@ def look(found: Sources, count: int) -> tuple[list[str], list]:
 
 
 def mixture(
-  found: Sources,
+  found: TrainingData,
   names: Sequence[str],
   sizes: np.ndarray,
   lengths: tuple[int, int],
@@ -239,7 +243,7 @@ def padding(parts: Sequence[Batch], examples: int) -> str:
   return f'{said}the inputs, {shares[1]:.1%} of the targets'
 
 
-def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
+def decoded(part: Batch, row: int, words: Tokenizer) -> list[str]:
   """The examples of a row as text."""
   lines = []
   segments = [
@@ -258,7 +262,7 @@ def decoded(part: Batch, row: int, words: Vocabulary) -> list[str]:
   return lines
 
 
-def text(words: Vocabulary, ids: np.ndarray) -> str:
+def text(words: Tokenizer, ids: np.ndarray) -> str:
   """Decoded ids, special tokens and sentinels visible, lines indented."""
   return words.show(ids.tolist()).replace('\n', '\n           ')
 

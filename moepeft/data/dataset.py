@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import grain
 
 from moepeft.data import mixing
-from moepeft.data.batching.collators import Form
+from moepeft.data.batching.collators import Collator
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.tasks import Example
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class TrainingData:
   """Training examples of a config, and its held-out examples.
 
   Attributes:
@@ -27,23 +27,23 @@ class Sources:
     replay: (1, ...) at each place of `train` that is replayed text, else None.
   """
 
-  train: grain.MapDataset | Stream
+  train: grain.MapDataset | SeqioStream
   shares: dict[str, float]
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
-  compared: preference_dataset.Read | None = None
-  replay: mixing.Turns | None = None
+  compared: preference_dataset.PreferenceDataset | None = None
+  replay: mixing.MixtureSchedule | None = None
 
-  def validation(self, own: Form, count: int) -> list:
+  def validation(self, own: Collator, count: int) -> list:
     """At most `count` held-out examples as ids, of all datasets."""
-    if isinstance(self.train, Stream):
+    if isinstance(self.train, SeqioStream):
       held_out = self.train.validation(count)
       return own.encode([(e['inputs'], e['targets']) for e in held_out])
-    return own.encode(spread(self.held_out, count))
+    return own.encode(evenly_spaced(self.held_out, count))
 
 
-def spread(rows: Sequence, most: int) -> list:
+def evenly_spaced(rows: Sequence, most: int) -> list:
   """Evenly spaced rows, so that every dataset and template has its share."""
   count = min(most, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]

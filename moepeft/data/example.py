@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.data.row_fields import MARK, Fields, Unused, named
+from moepeft.data.row_fields import (
+  BYTE_ORDER_MARK,
+  RowFields,
+  UnusedFields,
+  join_names,
+)
 from moepeft.data.row_fields import BadRow as BadRow
 from moepeft.tasks import Example
 
@@ -27,7 +32,7 @@ _MOST_LETTERS = 600
 _MIN_IDX, _MAX_IDX = -(2**63), 2**63 - 1
 
 
-class Bad:
+class BadRows:
   """What becomes of bad rows: an error, or a list of reasons.
 
   Attributes:
@@ -50,7 +55,7 @@ class Bad:
       )
     self._skip = on_bad_row == 'skip'
     self.reasons: list[str] = []
-    self.unused = Unused(ignore)
+    self.unused = UnusedFields(ignore)
     self.left_out: list[str] = []
 
   def __call__(self, where: str, wrong: BadRow) -> None:
@@ -64,7 +69,7 @@ class Bad:
     lines = []
     if self.left_out:
       lines.append(
-        f'{path}: left out, as no data files: {named(self.left_out)}'
+        f'{path}: left out, as no data files: {join_names(self.left_out)}'
       )
     return lines + self.unused.notes(path)
 
@@ -78,7 +83,7 @@ def _shortened(message: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(Sequence):
+class ExampleRows(Sequence):
   """What was read: a sequence of its examples.
 
   Attributes:
@@ -116,16 +121,16 @@ class Rows(Sequence):
     return lines + list(self.remarks)
 
 
-def rows(
-  path: str, examples: Sequence[Example], bad: Bad, inapplicable: int = 0
-) -> Rows:
+def checked_rows(
+  path: str, examples: Sequence[Example], bad: BadRows, inapplicable: int = 0
+) -> ExampleRows:
   """What a reader found under a path.
 
   Raises:
     ValueError: no good row.
   """
   if examples:
-    return Rows(
+    return ExampleRows(
       examples, tuple(bad.reasons), inapplicable, tuple(bad.notes(path))
     )
   if bad.reasons:
@@ -137,7 +142,7 @@ def rows(
 
 
 @dataclasses.dataclass(frozen=True)
-class Made(Sequence):
+class LazyExamples(Sequence):
   """Examples made of a table's rows when they are asked for.
 
   It holds two integers an example, so a table on disk may be larger than
@@ -163,13 +168,13 @@ class Made(Sequence):
     return self.makers[maker](self.table[i], i)
 
 
-def made(
+def lazy_examples(
   path: str,
   table: Sequence[Mapping],
   makers: tuple[Maker, ...],
   where: Callable[[int], str],
-  bad: Bad,
-) -> Rows:
+  bad: BadRows,
+) -> ExampleRows:
   """Makes every example once, to know which there are; see `Made`.
 
   Args:
@@ -199,11 +204,14 @@ def made(
       # Not a bad row but a bad template, or the wrong one.
       raise ValueError(f'no row of {path} is good, the first: {wrong[0]}')
   found = np.array(places, np.int32).reshape(-1, 2)
-  return rows(path, Made(table, makers, found), bad, none)
+  return checked_rows(path, LazyExamples(table, makers, found), bad, none)
 
 
-def example(
-  row: Mapping, name: str, ranked: bool = False, unused: Unused | None = None
+def parse_example(
+  row: Mapping,
+  name: str,
+  ranked: bool = False,
+  unused: UnusedFields | None = None,
 ) -> Example:
   """Looks at one row and makes its example.
 
@@ -219,7 +227,7 @@ def example(
   if 'idx' in row and row['idx'] is None:
     # A table has no absent fields, a row of JSON has.
     _idx(None)
-  row = Fields(row, unused=unused)
+  row = RowFields(row, unused=unused)
   choices, label = _choices(row)
   targets = row.get('targets', choices[label] if choices else None)
   for field, value in (('inputs', row.get('inputs')), ('targets', targets)):
@@ -236,8 +244,8 @@ def example(
     task=_text(row, 'dataset') or task or name,
     template=_text(row, 'template'),
     idx=_idx(row.get('idx', -1)),
-    inputs=row['inputs'].removeprefix(MARK),
-    targets=targets.removeprefix(MARK),
+    inputs=row['inputs'].removeprefix(BYTE_ORDER_MARK),
+    targets=targets.removeprefix(BYTE_ORDER_MARK),
     choices=choices,
     label=label,
   )
@@ -245,7 +253,7 @@ def example(
   return found
 
 
-def check_whole(row: Any) -> None:
+def check_surrogates(row: Any) -> None:
   """Looks for what JSON can spell and no text can hold, in all of a row.
 
   Raises:
@@ -288,7 +296,7 @@ def _idx(idx) -> int:
   return idx
 
 
-def distinct(choices: Iterable) -> bool:
+def has_distinct_choices(choices: Iterable) -> bool:
   """Whether there are two choices or more, all of them different texts."""
   texts = [c for c in choices if isinstance(c, str) and c.strip()]
   return len(set(texts)) >= max(len(list(choices)), 2)
@@ -299,7 +307,7 @@ def _choices(row: Mapping) -> tuple[tuple[str, ...], int]:
   choices, label = row.get('choices', ''), row.get('label')
   if choices in ('', []):
     return (), -1
-  if not isinstance(choices, list) or not distinct(choices):
+  if not isinstance(choices, list) or not has_distinct_choices(choices):
     raise BadRow(
       f"expected two or more different texts in 'choices', got {choices!r}"
     )

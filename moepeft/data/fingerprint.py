@@ -14,8 +14,8 @@ from typing import IO
 from ml_collections import ConfigDict
 
 from moepeft.core import files as core_files
-from moepeft.data.example import Bad
-from moepeft.data.row_fields import MARK
+from moepeft.data.example import BadRows
+from moepeft.data.row_fields import BYTE_ORDER_MARK
 
 # What the files of a source, or of another key of config.data, end with.
 ENDINGS = {
@@ -49,7 +49,7 @@ _WHOLE = 1 << 28
 _BLOCKS, _BLOCK = 256, 1 << 20
 
 
-def is_data(name: str, endings: tuple[str, ...]) -> bool:
+def is_data_file(name: str, endings: tuple[str, ...]) -> bool:
   """Whether a file of this name holds data.
 
   Left out are hidden files and those of editors, backups (train.jsonl.bak) and
@@ -63,14 +63,14 @@ def is_data(name: str, endings: tuple[str, ...]) -> bool:
   return _PART.sub('', name.lower()).endswith(endings)
 
 
-def ending_of(file: str) -> str:
+def file_ending(file: str) -> str:
   """The ending of a name, '.gz' and a part's number aside: 'jsonl'."""
   name = _PART.sub('', os.path.basename(file).lower())
   return name.removesuffix('.gz').rpartition('.')[2]
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
+class DirectoryListing:
   """A directory.
 
   Attributes:
@@ -82,9 +82,9 @@ class Listing:
   left_out: tuple[str, ...]
 
 
-def listed(
+def list_directory(
   folder: str, endings: tuple[str, ...], deep: bool = False
-) -> Listing:
+) -> DirectoryListing:
   """The data files of a directory.
 
   Args:
@@ -97,7 +97,7 @@ def listed(
   """
   found, left_out = [], []
   for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-    data = is_data(entry.name, endings)
+    data = is_data_file(entry.name, endings)
     if entry.is_dir():
       hidden = entry.name.startswith(_OTHERS) or entry.name in _FOLDERS
       if data and not hidden:
@@ -106,7 +106,7 @@ def listed(
           'it, or name it itself'
         )
       if deep and not hidden:
-        inside = listed(entry.path, endings, deep)
+        inside = list_directory(entry.path, endings, deep)
         found += inside.files
         left_out += [f'{entry.name}/{name}' for name in inside.left_out]
       else:
@@ -116,10 +116,10 @@ def listed(
       found.append(entry.path)
     else:
       left_out.append(entry.name)
-  return Listing(tuple(found), tuple(left_out))
+  return DirectoryListing(tuple(found), tuple(left_out))
 
 
-def data_files(path: str, kind: str, bad: Bad | None = None) -> list[str]:
+def data_files(path: str, kind: str, bad: BadRows | None = None) -> list[str]:
   """The files of data under a path: itself, or those of a directory.
 
   Args:
@@ -144,7 +144,7 @@ def data_files(path: str, kind: str, bad: Bad | None = None) -> list[str]:
     raise ValueError(
       f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
     )
-  found = listed(path, endings)
+  found = list_directory(path, endings)
   if bad is not None:
     bad.left_out += found.left_out
   if not found.files:
@@ -160,7 +160,7 @@ _WHATS = {
 
 
 @contextlib.contextmanager
-def opened(file: str) -> Iterator[IO[bytes]]:
+def open_data_file(file: str) -> Iterator[IO[bytes]]:
   """A file's bytes, unpacked where its name ends with .gz.
 
   Raises:
@@ -200,10 +200,10 @@ def read_text(file: str) -> str:
   Raises:
     ValueError: as `opened`, or it is not UTF-8.
   """
-  with opened(file) as stream:
+  with open_data_file(file) as stream:
     raw = stream.read()
   try:
-    text = raw.decode().replace(MARK, '')
+    text = raw.decode().replace(BYTE_ORDER_MARK, '')
     return text.replace('\r\n', '\n').replace('\r', '\n')
   except UnicodeDecodeError as e:
     raise ValueError(
@@ -211,7 +211,7 @@ def read_text(file: str) -> str:
     ) from None
 
 
-def text(key: str, path: str, what: str) -> str:
+def read_named_text(key: str, path: str, what: str) -> str:
   """The text of a file that `key`, a flag or a key of a config, names.
 
   Args:
@@ -221,7 +221,9 @@ def text(key: str, path: str, what: str) -> str:
     ValueError: it cannot be read.
   """
   try:
-    return core_files.read_text(core_files.local_path(path)).replace(MARK, '')
+    return core_files.read_text(core_files.local_path(path)).replace(
+      BYTE_ORDER_MARK, ''
+    )
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
     raise ValueError(
@@ -229,7 +231,7 @@ def text(key: str, path: str, what: str) -> str:
     ) from None
 
 
-def hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
+def data_hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
   """{'path': {file: hash}}, and so of each key of config.data that names any.
 
   Files are those that readers read, named from the directory that the key
@@ -256,7 +258,7 @@ def _named(path: str, kind: str, deep: bool) -> Iterator[tuple[str, str]]:
     return
   if not kind:
     return
-  found = listed(path, ENDINGS[kind], deep)
+  found = list_directory(path, ENDINGS[kind], deep)
   for file in found.files:
     if os.path.isfile(file):
       yield os.path.relpath(file, path), file

@@ -18,10 +18,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft.core.types import Batch
-from moepeft.data.batching.collators import Form, Rows, form
-from moepeft.data.dataset import Sources
-from moepeft.data.readers.seqio_stream import Stream
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.collators import Collator, Rows, make_model_collator
+from moepeft.data.dataset import TrainingData
+from moepeft.data.readers.seqio_stream import SeqioStream
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 WINDOW = 1024
 # Batches that wait for the device.
@@ -41,7 +41,7 @@ class ExampleWindows:
   def __init__(
     self,
     examples: grain.MapDataset,
-    own: Form,
+    own: Collator,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
   ):
@@ -85,7 +85,7 @@ class StreamWindows:
   def __init__(
     self,
     stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    own: Form,
+    own: Collator,
   ):
     """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
     self._stream, self._form = stream, own
@@ -158,29 +158,29 @@ class Loader:
   def __next__(self) -> Batch:
     return next(self._batches)
 
-  def place(self) -> np.ndarray:
+  def position(self) -> np.ndarray:
     """Where the next batch begins: int64 [2], window and row in it."""
     state = self._batches.get_state()
     return np.array([state['window'], state['row']], np.int64)
 
-  def go_to(self, place: Any) -> None:
-    """Makes the next batch the one that began at `place`."""
-    window, row = (int(n) for n in place)
+  def seek(self, position: Any) -> None:
+    """Makes the next batch the one that began at `position`."""
+    window, row = (int(n) for n in position)
     self._batches.set_state({'window': window, 'row': row})
 
   def close(self) -> None:
     self._batches.close()
 
 
-def loader(
-  sources: Sources,
-  words: Vocabulary,
+def make_loader(
+  sources: TrainingData,
+  words: Tokenizer,
   data: ConfigDict,
   batch_size: int,
   seed: int,
   shard: tuple[int, int] = (0, 1),
   model: Any = None,
-  own: Form | None = None,
+  own: Collator | None = None,
 ) -> Loader:
   """The batches of a config.
 
@@ -191,20 +191,22 @@ def loader(
       encoder-decoder.
     own: their form; by default the model's.
   """
-  own = own or form(data, words, model, seed)
-  if isinstance(sources.train, Stream):
+  own = own or make_model_collator(data, words, model, seed)
+  if isinstance(sources.train, SeqioStream):
     # SeqIO reads ahead, and by host, by itself.
     return Loader(StreamWindows(sources.train.open, own), batch_size)
   windows = ExampleWindows(sources.train, own, shard, data.workers)
   return Loader(windows, batch_size)
 
 
-def cuts(train: grain.MapDataset, own: Form, rows: int = 500) -> str:
+def truncation_note(
+  train: grain.MapDataset, own: Collator, rows: int = 500
+) -> str:
   """A line that says how many of the first examples are too long, or ''."""
-  cut = own.cut([train[i] for i in range(rows)])
+  cut = own.count_cut([train[i] for i in range(rows)])
   if not cut:
     return ''
   return (
-    f'{cut} of the first {rows} training examples are cut; raise {own.longer} '
-    'to keep them whole\n'
+    f'{cut} of the first {rows} training examples are cut; raise '
+    f'{own.length_keys} to keep them whole\n'
   )

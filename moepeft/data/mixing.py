@@ -18,7 +18,7 @@ _ENDLESS = 1 << 60
 _SMALL = 1 << 16
 
 
-def rates(
+def mixing_rates(
   sizes: Mapping[str, int], cap: int = 0, temperature: float = 1.0
 ) -> dict[str, float]:
   """min(size, cap) ** (1 / temperature) of each dataset.
@@ -58,23 +58,23 @@ def mix(
   """
   names = sorted(datasets)
   parts = [
-    grain.MapDataset.source(Epochs(datasets[name], _seed(seed, name)))
+    grain.MapDataset.source(ShuffledEpochs(datasets[name], _seed(seed, name)))
     for name in names
   ]
   if len(parts) == 1:
     return parts[0]
-  turns = Turns(tuple(weights[name] for name in names), seed)
+  turns = MixtureSchedule(tuple(weights[name] for name in names), seed)
   return grain.MapDataset.select_from_datasets(parts, turns)
 
 
-def shares(weights: dict[str, float]) -> dict[str, float]:
+def normalize(weights: dict[str, float]) -> dict[str, float]:
   """Weights that add up to one."""
   total = sum(weights.values())
   return {name: weight / total for name, weight in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Epochs:
+class ShuffledEpochs:
   """Rows without an end, in epochs that are permutations of them all."""
 
   rows: Sequence
@@ -102,7 +102,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
   return order.astype(np.int32)
 
 
-class Turns(grain.transforms.DatasetSelectionMap):
+class MixtureSchedule(grain.transforms.DatasetSelectionMap):
   """place -> (dataset, how many turns it had before)."""
 
   def __init__(self, weights: tuple[float, ...], seed: int):

@@ -7,12 +7,12 @@ import numpy as np
 
 from moepeft.core import terminal
 from moepeft.core.types import Batch
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 _GREEN, _PLAIN = '\033[32m', '\033[0m'
 
 
-def rows_of(part: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def row_segments(part: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
   """(ids int [n], trained bool [n]) of each segment of a row."""
   # A row of its own where nothing is packed.
   own = part.get('inputs_segments', part['inputs_mask'].astype(int))[row]
@@ -25,8 +25,8 @@ def rows_of(part: Batch, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
   return found
 
 
-def picture(
-  ids: np.ndarray, trained: np.ndarray, words: Vocabulary, colour: bool
+def highlight(
+  ids: np.ndarray, trained: np.ndarray, words: Tokenizer, colour: bool
 ) -> str:
   """The text, special tokens visible, trained tokens green or in brackets."""
   shown = []
@@ -40,16 +40,16 @@ def picture(
   return ''.join(shown)
 
 
-def pictures(
-  part: Batch, row: int, words: Vocabulary, colour: bool
+def row_lines(
+  part: Batch, row: int, words: Tokenizer, colour: bool
 ) -> list[str]:
   """A row's segments, each under a line that says how much is trained."""
   lines = []
-  for number, (ids, trained) in enumerate(rows_of(part, row), 1):
+  for number, (ids, trained) in enumerate(row_segments(part, row), 1):
     lines.append(
       f'\nrow {row}, segment {number}: {len(ids) - 1} tokens, '
       f'{int(trained.sum())} trained'
     )
-    shown = picture(ids, trained, words, colour)
+    shown = highlight(ids, trained, words, colour)
     lines.append('  ' + shown.replace('\n', '\n  '))
   return lines

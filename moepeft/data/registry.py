@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from moepeft import tasks
 from moepeft.core.files import local_path
 from moepeft.data import mixing, replay, split, t0_mixtures
-from moepeft.data.batching.collators import Form
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.collators import Collator
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.chat import dataset as chat_dataset
-from moepeft.data.dataset import Sources
-from moepeft.data.example import Rows
+from moepeft.data.dataset import TrainingData
+from moepeft.data.example import ExampleRows
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers import (
   huggingface,
@@ -28,7 +28,7 @@ from moepeft.data.readers import (
   seqio_cache,
   seqio_stream,
 )
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.text import dataset as text_dataset
 from moepeft.tasks import Example
 
@@ -39,13 +39,13 @@ SOURCES = (
 _ENDLESS = 1 << 60
 
 
-def sources(
+def open_data(
   data: ConfigDict,
   seed: int,
   shard: tuple[int, int] = (0, 1),
   below: int = 0,
-  own: Form | None = None,
-) -> Sources:
+  own: Collator | None = None,
+) -> TrainingData:
   """Opens config.data.
 
   Args:
@@ -64,9 +64,9 @@ def sources(
     )
   mixed = bool(data.replay or data.replay_rate)
   if mixed:
-    replay.check(data)
+    replay.check_replay(data)
   found = _opened(data, seed, shard, below, own)
-  return replay.mixed(found, data, seed, own, below) if mixed else found
+  return replay.mix_in_text(found, data, seed, own, below) if mixed else found
 
 
 def _opened(
@@ -74,15 +74,17 @@ def _opened(
   seed: int,
   shard: tuple[int, int],
   below: int,
-  own: Form | None,
-) -> Sources:
+  own: Collator | None,
+) -> TrainingData:
   """What config.data.source names."""
   if data.source == 'tasks':
     return _tasks(data.tasks, seed)
   if data.source == 'seqio':
     return _seqio(data, seed, shard, below)
   if data.source == preference_dataset.SOURCE:
-    return preferences(preference_dataset.read(data, own), data, seed)
+    return preferences(
+      preference_dataset.read_preferences(data, own), data, seed
+    )
   if data.source == 'text':
     return _text(data, seed, own, below)
   if data.source == 'chat':
@@ -106,10 +108,10 @@ def _opened(
   return _of_rows(rows, data, seed)
 
 
-def _tasks(group: str, seed: int) -> Sources:
+def _tasks(group: str, seed: int) -> TrainingData:
   names = tasks.families(group)
   counts = collections.Counter(names)
-  return Sources(
+  return TrainingData(
     train=grain.MapDataset.source(Drawn(names, seed)),
     shares={name: count / len(names) for name, count in counts.items()},
     held_out=tasks.examples(
@@ -132,44 +134,46 @@ class Drawn:
     return tasks.example(self.names, place, seed=self.seed)
 
 
-def _of_rows(rows: Rows, data: ConfigDict, seed: int) -> Sources:
+def _of_rows(rows: ExampleRows, data: ConfigDict, seed: int) -> TrainingData:
   """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
-  train, held_out = jsonl.split(rows, data.held_out)
+  train, held_out = jsonl.split_by_idx(rows, data.held_out)
   groups = collections.defaultdict(list)
   for row in train:
     groups[(row.task, row.template) if data.mixture else row.task].append(row)
   sizes = {name: len(group) for name, group in groups.items()}
   notes = list(rows.notes(data.path))
   if data.mixture:
-    original = promptsource.originals(
+    original = promptsource.original_prompts(
       data.templates, {dataset for dataset, _ in sizes}
     )
-    found = t0_mixtures.rates(data.mixture, sizes, original)
+    found = t0_mixtures.mixture_rates(data.mixture, sizes, original)
     notes += found.notes(data.mixture)
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
     groups = {_joined(*pair): groups[pair] for pair in found.rates}
   else:
-    weights = mixing.rates(sizes, data.cap, data.temperature)
-  return Sources(
+    weights = mixing.mixing_rates(sizes, data.cap, data.temperature)
+  return TrainingData(
     train=mixing.mix(groups, weights, seed),
-    shares=mixing.shares(weights),
+    shares=mixing.normalize(weights),
     rows=train,
     held_out=held_out,
     notes=tuple(notes),
   )
 
 
-def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
+def _text(
+  data: ConfigDict, seed: int, own: Collator, below: int
+) -> TrainingData:
   """Plain text, cut up for the model."""
   if not data.path:
     raise ValueError(
       'set config.data.path to a .txt file, to .jsonl rows with a text, or to '
       'a directory of them'
     )
-  found = text_dataset.pieces(data, own, data.path, below)
+  found = text_dataset.read_chunks(data, own, data.path, below)
   train, held_out = found.split(data.held_out)
   name = _called(data.path)
-  return Sources(
+  return TrainingData(
     train=found.prepared(mixing.mix({name: train}, {}, seed), seed),
     shares={name: 1.0},
     held_out=found.fixed(held_out, seed),
@@ -178,8 +182,8 @@ def _text(data: ConfigDict, seed: int, own: Form, below: int) -> Sources:
 
 
 def preferences(
-  found: preference_dataset.Read, data: ConfigDict, seed: int
-) -> Sources:
+  found: preference_dataset.PreferenceDataset, data: ConfigDict, seed: int
+) -> TrainingData:
   """Compared or judged answers, which are ids already.
 
   Raises:
@@ -187,7 +191,7 @@ def preferences(
   """
   train, held_out = found.split(data.held_out)
   name = _called(data.path)
-  return Sources(
+  return TrainingData(
     train=mixing.mix({name: train}, {}, seed),
     shares={name: 1.0},
     held_out=held_out,
@@ -196,9 +200,9 @@ def preferences(
   )
 
 
-def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
+def _chat(data: ConfigDict, seed: int, own: Collator) -> TrainingData:
   """Conversations, the last of each file held out: see `held.last`."""
-  if not isinstance(own, Samples):
+  if not isinstance(own, CausalCollator):
     raise ValueError(
       "config.data.source='chat' is of decoder-only models; give an "
       'encoder-decoder rows with inputs and targets'
@@ -208,10 +212,10 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       'set config.data.path to a .json or .jsonl file of conversations, or to '
       'a directory of them'
     )
-  found, notes = chat_dataset.talks(data, own.words, *own.rooms)
+  found, notes = chat_dataset.read_chats(data, own.tokenizer, *own.max_lengths)
   train, held_out = {}, []
   for file, some in found.items():
-    out = split.last([talk.asked for talk in some], data.held_out)
+    out = split.hold_out_last([talk.asked for talk in some], data.held_out)
     kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
     train |= {_within(data.path, file): kept} if kept else {}
     held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
@@ -220,10 +224,12 @@ def _chat(data: ConfigDict, seed: int, own: Form) -> Sources:
       f'config.data.held_out={data.held_out} leaves no row to train on; lower '
       'it'
     )
-  weights = mixing.rates({file: len(some) for file, some in train.items()})
-  return Sources(
+  weights = mixing.mixing_rates(
+    {file: len(some) for file, some in train.items()}
+  )
+  return TrainingData(
     train=mixing.mix(train, weights, seed),
-    shares=mixing.shares(weights),
+    shares=mixing.normalize(weights),
     held_out=held_out,
     notes=notes,
   )
@@ -249,7 +255,7 @@ def _joined(dataset: str, template: str) -> str:
 
 def _seqio(
   data: ConfigDict, seed: int, shard: tuple[int, int], below: int
-) -> Sources:
+) -> TrainingData:
   """A directory of cached tasks, or what is registered under a name."""
   notes = ()
   cached = data.path and not data.module
@@ -258,19 +264,19 @@ def _seqio(
     if data.mixture:
       sizes = seqio_cache.sizes(data.path, data.split)
       pairs = {(name, ''): size for name, size in sizes.items()}
-      found = t0_mixtures.rates(data.mixture, pairs)
+      found = t0_mixtures.mixture_rates(data.mixture, pairs)
       notes = tuple(found.notes(data.mixture))
       rates = {task: rate for (task, _), rate in found.rates.items()}
     provider = seqio_cache.mixture(data.path, rates, data.split)
   elif data.mixture:
     caches = [data.path] if data.path else []
-    provider = seqio_stream.registered(data.mixture, data.module, caches)
+    provider = seqio_stream.find_registered(data.mixture, data.module, caches)
   else:
     raise ValueError(
       'set config.data.mixture to a registered SeqIO task or mixture, or '
       'config.data.path to a directory of cached tasks'
     )
-  stream = Stream(
+  stream = SeqioStream(
     provider,
     data.inputs_length,
     data.targets_length,
@@ -279,4 +285,4 @@ def _seqio(
     shard=shard,
     below=below,
   )
-  return Sources(train=stream, shares=stream.rates(), notes=notes)
+  return TrainingData(train=stream, shares=stream.rates(), notes=notes)

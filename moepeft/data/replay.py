@@ -7,13 +7,13 @@ import grain
 from ml_collections import ConfigDict
 
 from moepeft.data import mixing
-from moepeft.data.batching.collators import Form
-from moepeft.data.dataset import Sources
+from moepeft.data.batching.collators import Collator
+from moepeft.data.dataset import TrainingData
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.text import dataset as text_dataset
 
 
-def check(data: ConfigDict) -> None:
+def check_replay(data: ConfigDict) -> None:
   """Refuses what cannot be, before anything is read.
 
   Raises:
@@ -38,14 +38,14 @@ def check(data: ConfigDict) -> None:
     )
 
 
-def mixed(
-  found: Sources, data: ConfigDict, seed: int, own: Form, below: int
-) -> Sources:
+def mix_in_text(
+  found: TrainingData, data: ConfigDict, seed: int, own: Collator, below: int
+) -> TrainingData:
   """The same with plain text mixed in at config.data.replay_rate."""
   rate = data.replay_rate
-  old = text_dataset.pieces(data, own, data.replay, below)
+  old = text_dataset.read_chunks(data, own, data.replay, below)
   drawn = mixing.mix({'replay': old}, {}, seed)
-  turns = mixing.Turns((1 - rate, rate), seed)
+  turns = mixing.MixtureSchedule((1 - rate, rate), seed)
   train = grain.MapDataset.select_from_datasets(
     [found.train, old.prepared(drawn, seed)], turns
   )

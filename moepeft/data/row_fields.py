@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 # A byte order mark, which some exports leave at a text's beginning.
-MARK = '\ufeff'
+BYTE_ORDER_MARK = '\ufeff'
 # What exports of multimodal data have in the place of a medium.
 _PLACEHOLDER = re.compile(r'<\|?(?:image|audio|video)(?:_pad)?\|?>')
 # Names that a source's list of unused fields holds.
@@ -38,12 +38,12 @@ def printable(text: str) -> str:
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def key_of(name: str) -> str:
+def normalized_name(name: str) -> str:
   """A field's name without case and punctuation: 'toolcalls'."""
   return re.sub(r'[\W_]', '', name.lower())
 
 
-class Unused:
+class UnusedFields:
   """The fields of a source that nothing reads.
 
   Attributes:
@@ -57,7 +57,7 @@ class Unused:
       ignore: names, separated by commas.
     """
     names = (name for name in ignore.split(',') if name.strip())
-    self.ignore = frozenset(map(key_of, names))
+    self.ignore = frozenset(map(normalized_name, names))
     self._names: dict[str, None] = {}
     self._media: dict[str, None] = {}
 
@@ -74,16 +74,18 @@ class Unused:
     """A line that lists them; none where there are none."""
     lines = []
     if self._names:
-      lines.append(f'{path}: fields that nothing reads: {named(self._names)}')
+      lines.append(
+        f'{path}: fields that nothing reads: {join_names(self._names)}'
+      )
     if self._media:
       lines.append(
-        f'{path}: {named(self._media)} stands in its texts and is trained as '
-        'text, as nothing but text is read'
+        f'{path}: {join_names(self._media)} stands in its texts and is trained '
+        'as text, as nothing but text is read'
       )
     return lines
 
 
-def named(names: Iterable[str], most: int = 9) -> str:
+def join_names(names: Iterable[str], most: int = 9) -> str:
   """Names in a row, as many as a line holds."""
   names = list(names)
   shown = ', '.join(printable(name) or "''" for name in names[:most])
@@ -143,7 +145,7 @@ _SPEAKERS = 'from name role'
 _VALUES = 'value'
 # What one of the names below is, for the message.
 _MEANINGFUL = {
-  key_of(name): what
+  normalized_name(name): what
   for names, what in (
     (_TARGETS, _MARKS),
     (_TEXTS, 'which is text'),
@@ -164,10 +166,10 @@ _MEDIA = re.compile(
   r'(?:path|url|uri|file|name|data|byte|base64|b64|list|input)?s?\d*'
 )
 _MEDIUM = 'which is no text and cannot be trained'
-_OF_TURNS = frozenset(map(key_of, f'{_SPEAKERS} {_VALUES}'.split()))
+_OF_TURNS = frozenset(map(normalized_name, f'{_SPEAKERS} {_VALUES}'.split()))
 
 
-class Fields(Mapping):
+class RowFields(Mapping):
   """A row or a turn, of which each field that is taken counts as used.
 
   A field that is null is absent, as tables have no other way to say so, and so
@@ -178,18 +180,18 @@ class Fields(Mapping):
     self,
     values: Mapping[str, Any],
     where: str = 'the row',
-    unused: Unused | None = None,
+    unused: UnusedFields | None = None,
   ):
     """
     Args:
       where: named in errors; 'the row', or a turn of it.
       unused: told of the fields that nothing reads.
     """
-    self._unused = unused if unused is not None else Unused()
+    self._unused = unused if unused is not None else UnusedFields()
     self._values, self._taken = {}, set()
     self._where = where
     for name, value in values.items():
-      if key_of(name) in self._unused.ignore:
+      if normalized_name(name) in self._unused.ignore:
         self._list(name)
       elif value is not None:
         self._values[name] = value
@@ -241,7 +243,7 @@ class Fields(Mapping):
     for name, value in self._values.items():
       if name in self._taken:
         continue
-      key, what = key_of(name), meaning(name)
+      key, what = normalized_name(name), meaning(name)
       if key in _OF_TURNS and of_row:
         what = ''
       needless = (
@@ -266,7 +268,7 @@ class Fields(Mapping):
 
 def meaning(name: str) -> str:
   """The meaning of a field whose loss would change a row; '' of any other."""
-  key = key_of(name)
+  key = normalized_name(name)
   if key in _MEANINGFUL:
     return _MEANINGFUL[key]
   patterns = (
@@ -282,12 +284,14 @@ def _says_nothing(name: str, value: Any) -> bool:
   """Whether a row is the same without a field of this value."""
   if _is_empty(value) or value in ('[]', '{}', 'null'):
     return True
-  key = key_of(name)
+  key = normalized_name(name)
   # A mask of 1 may mark what is trained or what is not.
   if key.startswith('mask') and key != 'masked':
     return False
   if meaning(name) == _MARKS:
-    trained = key in map(key_of, _TARGETS.split()) or _OF_LOSS.fullmatch(key)
+    trained = key in map(
+      normalized_name, _TARGETS.split()
+    ) or _OF_LOSS.fullmatch(key)
     return value in _TRAINED if trained and key != 'masked' else value is False
   if key in ('label', 'margin'):
     # KTO's; a category in words is metadata.

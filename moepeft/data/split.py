@@ -4,7 +4,7 @@
 from collections.abc import Hashable, Sequence
 
 
-def last(prompts: Sequence[Hashable], share: float) -> list[bool]:
+def hold_out_last(prompts: Sequence[Hashable], share: float) -> list[bool]:
   """Whether each row is held out: about the last `share` of them.
 
   Rows of one prompt stay together, where the first of them is; a prompt with

@@ -12,14 +12,14 @@ import collections
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from moepeft.data.readers.promptsource import clean
+from moepeft.data.readers.promptsource import p3_name
 
 _CAP = 500_000
 _TWIN = '_score_eval'
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class T0Dataset:
   """What T0's mixture knows of a dataset (and subset).
 
   Attributes:
@@ -40,8 +40,8 @@ class Dataset:
     return self.train if self.train <= _CAP else _CAP // self.prompts
 
 
-def _datasets(*rows: tuple[str, int, int, int]) -> tuple[Dataset, ...]:
-  return tuple(Dataset(*row) for row in rows)
+def _datasets(*rows: tuple[str, int, int, int]) -> tuple[T0Dataset, ...]:
+  return tuple(T0Dataset(*row) for row in rows)
 
 
 _T0 = _datasets(
@@ -114,7 +114,7 @@ _PLUS_PLUS = _datasets(
   ('super_glue/wic', 10, 10, 5428),
 )
 _ONE, _ALL = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
-MIXTURES: dict[str, tuple[Dataset, ...]] = {
+MIXTURES: dict[str, tuple[T0Dataset, ...]] = {
   't0_train': _T0,
   't0+_train': _T0 + _PLUS,
   't0++_train': _T0 + _PLUS + _PLUS_PLUS,
@@ -124,7 +124,7 @@ MIXTURES: dict[str, tuple[Dataset, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
+class MixtureRates:
   """A mixture of the data at hand.
 
   Attributes:
@@ -162,7 +162,7 @@ class Rates:
     return lines
 
 
-def members(mixture: str) -> tuple[Dataset, ...]:
+def members(mixture: str) -> tuple[T0Dataset, ...]:
   """The datasets of a mixture.
 
   Raises:
@@ -182,11 +182,11 @@ def totals(mixture: str) -> dict[str, int]:
   return {d.name: count(d) * d.rate for d in members(mixture)}
 
 
-def rates(
+def mixture_rates(
   mixture: str,
   rows: Mapping[tuple[str, str], int],
   original: Collection[tuple[str, str]] = (),
-) -> Rates:
+) -> MixtureRates:
   """How often to draw each (dataset, template) of the data.
 
   A rate is that of the published mixture, however many of a dataset's rows or
@@ -207,7 +207,7 @@ def rates(
     ValueError: an unknown mixture, data that hold none of it, or prompts of
       which nothing says whether they ask for the original task.
   """
-  known = {clean(d.name): d for d in members(mixture)}
+  known = {p3_name(d.name): d for d in members(mixture)}
   found, left_out = collections.defaultdict(list), set()
   for pair in sorted(pair for pair, count in rows.items() if count):
     name = _member(*pair, known)
@@ -223,12 +223,12 @@ def rates(
     if guess:
       guessed.append(name)
   absent = tuple(d.name for key, d in known.items() if key not in found)
-  return Rates(drawn, tuple(sorted(left_out)), absent, tuple(guessed))
+  return MixtureRates(drawn, tuple(sorted(left_out)), absent, tuple(guessed))
 
 
 def _member(dataset: str, template: str, known: Collection[str]) -> str:
   """The dataset of the mixture that a name means; '' for none."""
-  name = clean(dataset)
+  name = p3_name(dataset)
   if name in known:
     return name
   # A SeqIO task is spelled DATASET_SUBSET_TEMPLATE; its twin for scoring is
@@ -241,12 +241,12 @@ def _member(dataset: str, template: str, known: Collection[str]) -> str:
 
 def _task(pair: tuple[str, str]) -> str:
   """A (dataset, template) as SeqIO spells it."""
-  return clean('_'.join(part for part in pair if part))
+  return p3_name('_'.join(part for part in pair if part))
 
 
 def _prompts(
   mixture: str,
-  dataset: Dataset,
+  dataset: T0Dataset,
   pairs: list[tuple[str, str]],
   original: Collection[tuple[str, str]],
 ) -> tuple[list[tuple[str, str]], bool]:

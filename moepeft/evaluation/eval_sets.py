@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from ml_collections import ConfigDict
 
 from moepeft import tasks
-from moepeft.data import Sources
-from moepeft.data.batching.collators import Form
-from moepeft.data.dataset import spread
+from moepeft.data import TrainingData
+from moepeft.data.batching.collators import Collator
+from moepeft.data.dataset import evenly_spaced
 from moepeft.data.readers import jsonl
 from moepeft.tasks import Example
 
@@ -36,7 +36,7 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
   if config.data.source == 'tasks':
     found = _families(config)
   else:
-    ranked = jsonl.closed(train or (), examples_of(validation))
+    ranked = jsonl.with_closed_choices(train or (), examples_of(validation))
     found = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
     rows = jsonl.read(e.path, ranked=True)
@@ -46,7 +46,9 @@ def examples(config: ConfigDict, validation: Sequence[Example], train=None):
   return found
 
 
-def pairs_to_judge(config: ConfigDict, found: Sources, own: Form) -> list:
+def pairs_to_judge(
+  config: ConfigDict, found: TrainingData, own: Collator
+) -> list:
   """Held-out examples, as ids, whose loss a run is judged by."""
   e = config.evaluation
   return found.validation(own, e.batches * e.batch_size)
@@ -76,7 +78,9 @@ def _by_task(group: str, rows: Iterable[Example], most: int):
   tables = collections.defaultdict(list)
   for row in rows:
     tables[group, row.task, ''].append(row)
-  return {key: spread(rows, most) for key, rows in sorted(tables.items())}
+  return {
+    key: evenly_spaced(rows, most) for key, rows in sorted(tables.items())
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +122,7 @@ def prompts(group: str, rows: Iterable[Example], most: int) -> list[Prompt]:
   found = []
   for task, by_name in sorted(tables.items()):
     taken = set(
-      spread(sorted({e.idx for e in sum(by_name.values(), [])}), most)
+      evenly_spaced(sorted({e.idx for e in sum(by_name.values(), [])}), most)
     )
     for name, own in sorted(by_name.items()):
       kept = tuple(e for e in own if e.idx in taken)
@@ -126,7 +130,7 @@ def prompts(group: str, rows: Iterable[Example], most: int) -> list[Prompt]:
   return found
 
 
-def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
+def own_prompts(config: ConfigDict, found: TrainingData) -> list[Prompt]:
   """What of a run's own held-out rows has choices.
 
   The rows of config.evaluation.path are other data: training ranks them, and
@@ -140,7 +144,7 @@ def own_prompts(config: ConfigDict, found: Sources) -> list[Prompt]:
       Prompt(*key, examples=tuple(rows))
       for key, rows in _families(config).items()
     ]
-  rows = jsonl.closed(found.rows, examples_of(found.held_out))
+  rows = jsonl.with_closed_choices(found.rows, examples_of(found.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 

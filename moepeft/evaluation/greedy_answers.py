@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only, seq2seq
-from moepeft.data.batching.bucketing import buckets, whole
-from moepeft.data.batching.packing import room
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.bucketing import buckets, repeat_last
+from moepeft.data.batching.packing import length_after_prefix
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.generator import GenerationConfig, Generator, check_room
 from moepeft.inference.prompts import asked
 from moepeft.peft.methods.prompt_tuning import before
@@ -32,7 +32,7 @@ class Answering:
   def __init__(
     self,
     model: Any,
-    vocabulary: Vocabulary,
+    vocabulary: Tokenizer,
     inputs_length: int,
     length: int,
     batch_size: int,
@@ -54,7 +54,7 @@ class Answering:
     self._decoder_only = hasattr(model, 'extend')
     front = before(model)
     self._before, self._vocabulary = len(front), vocabulary
-    self._most = room(inputs_length, front, 'the inputs')
+    self._most = length_after_prefix(inputs_length, front, 'the inputs')
     self._rows = sharding.round_up(mesh, batch_size)
     settings = GenerationConfig(length, tuple(ends) or (vocabulary.eos,))
     self._generation = Generator(model, vocabulary, settings, mesh)
@@ -87,7 +87,7 @@ class Answering:
     lengths = [(len(x),) for x in ids]
     found = [''] * len(ids)
     for (s,), places in buckets(lengths, (_LEAST,), (self._most,), self._rows):
-      rows = [ids[i] for i in whole(places, self._rows)]
+      rows = [ids[i] for i in repeat_last(places, self._rows)]
       s += self._before
       said = self._generation.texts(variables, rows, s=s)
       for i, text in zip(places, said, strict=False):
@@ -99,8 +99,8 @@ class Answering:
   def _ids(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was cut to the most there may be)."""
     if not self._decoder_only:
-      return seq2seq.cut(self._vocabulary, text, self._most)
+      return seq2seq.encode_truncated(self._vocabulary, text, self._most)
     ids = asked(self._vocabulary, text, decoder_only=True)
     # The end of a prompt is what is answered.
-    short = decoder_only.last(ids, self._most, self._vocabulary.bos)
+    short = decoder_only.keep_last(ids, self._most, self._vocabulary.bos)
     return list(short), len(ids) > self._most

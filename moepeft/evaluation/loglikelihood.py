@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.data.batching.bucketing import buckets, whole
-from moepeft.data.batching.collators import Form, Pairs
-from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.bucketing import buckets, repeat_last
+from moepeft.data.batching.collators import Collator, Seq2SeqCollator
+from moepeft.data.batching.decoder_only import CausalCollator
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import decoder_only
 from moepeft.objectives.cross_entropy import token_losses
 from moepeft.peft.methods.prompt_tuning import before
@@ -29,7 +29,8 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
   """-log p of each token of the targets in nats, 0 on padding: [b, t].
 
   Args:
-    batch: of `batching.seq2seq.seq2seq`, or of `batching.decoder_only.padded`.
+    batch: of `batching.seq2seq.pad_pairs`, or of
+      `batching.decoder_only.pad_samples`.
   """
   logits = model.apply(variables, batch)
   found = token_losses(logits, batch['targets'])
@@ -42,7 +43,7 @@ class Likelihood:
   def __init__(
     self,
     model: Any,
-    vocabulary: Vocabulary,
+    vocabulary: Tokenizer,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
@@ -51,12 +52,12 @@ class Likelihood:
     """`batch_size` is rounded up to a multiple of the mesh's devices."""
     self._losses = jax.jit(functools.partial(losses, model))
     front = before(model)
-    self._form: Form = Pairs(
-      vocabulary, inputs_length, targets_length, before=front
+    self._form: Collator = Seq2SeqCollator(
+      vocabulary, inputs_length, targets_length, prefix_ids=front
     )
     if decoder_only(model):
       both = inputs_length + targets_length
-      self._form = Samples(vocabulary, both, before=front)
+      self._form = CausalCollator(vocabulary, both, prefix_ids=front)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 
@@ -87,8 +88,8 @@ class Likelihood:
     for shape, places in buckets(
       lengths, _LEAST[: len(most)], most, self._rows
     ):
-      filled = [encoded[i] for i in whole(places, self._rows)]
-      batch = self._form.resized(shape).padded(filled)
+      filled = [encoded[i] for i in repeat_last(places, self._rows)]
+      batch = self._form.resized(shape).pad(filled)
       batch = sharding.shard_whole_batch(self._mesh, batch)
       found = sharding.gather(self._losses(variables, batch))
       nll[places] = found[: len(places)].sum(axis=1, dtype=np.float64)

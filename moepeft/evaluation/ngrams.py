@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.data import sources, vocabulary
-from moepeft.data.batching.collators import form
+from moepeft.data import load_tokenizer, open_data
+from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
@@ -206,13 +206,13 @@ def row(item, predict: str, sentinels: Sequence[int]) -> Row:
   """What is predicted of a piece of text; `item` is a Sample or two ids."""
   if predict == 'spans':
     if isinstance(item, Sample):
-      item = item.ids[~item.trained], item.ids[item.trained]
+      item = item.ids[~item.loss_mask], item.ids[item.loss_mask]
     ids, hidden = spans.restore(*item, sentinels)
     # The first target is always the first sentinel.
     return Row(ids, hidden, spans.lengths(hidden), given=1)
   if isinstance(item, Sample):
     # Nothing stands before the first token, so it is never predicted.
-    return Row(item.ids, item.trained & (np.arange(len(item.ids)) > 0))
+    return Row(item.ids, item.loss_mask & (np.arange(len(item.ids)) > 0))
   # Without the end of the inputs, which is always the same.
   inputs, targets = np.asarray(item[0])[:-1], np.asarray(item[1])
   ids = np.concatenate([inputs, targets])
@@ -231,14 +231,14 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
     )
-  words = vocabulary(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.vocabulary, config.model.path)
   _, shape = base_lib.shape(config.model)
-  own = form(data, words, shape, config.seed)
-  found = sources(data, config.seed, below=shape.vocab, own=own)
+  own = make_model_collator(data, words, shape, config.seed)
+  found = open_data(data, config.seed, below=shape.vocab, own=own)
   judged = pairs_to_judge(config, found, own)
   if not judged:
     raise ValueError('no text is held out; raise config.data.held_out')
-  pieces, _ = text_dataset.pieces(data, own, data.path, shape.vocab).split(
+  pieces, _ = text_dataset.read_chunks(data, own, data.path, shape.vocab).split(
     data.held_out
   )
   sentinels = words.sentinels(shape.vocab)

@@ -19,7 +19,7 @@ from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
 from moepeft.data.batching import decoder_only as batching_decoder_only
 from moepeft.data.batching import packing, seq2seq
-from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
 from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
@@ -144,7 +144,7 @@ class Ranker:
   def __init__(
     self,
     model: Any,
-    vocabulary: Vocabulary,
+    vocabulary: Tokenizer,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
@@ -164,7 +164,7 @@ class Ranker:
   def prepare(self, rows: Sequence[Example]) -> list[Ranked]:
     """Examples as ids; every different text is tokenized once."""
     inputs, targets = self._lengths
-    inputs = packing.room(inputs, self._before, 'the inputs')
+    inputs = packing.length_after_prefix(inputs, self._before, 'the inputs')
     texts = {row.inputs for row in rows}
     sources = (
       self._prompts(texts, inputs) if self._causal else self._ids(texts, inputs)
@@ -174,7 +174,7 @@ class Ranker:
     for row in rows:
       x, short = sources[row.inputs]
       choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
-      x = packing.put(self._before, x)
+      x = packing.prepend(self._before, x)
       prepared.append(Ranked(x, choices, short or any(cuts)))
     return prepared
 
@@ -273,8 +273,8 @@ class Ranker:
     for row in filled:
       choices += [*row.choices, *[row.choices[-1]] * (c - len(row.choices))]
     inputs = [row.inputs for row in filled]
-    arrays = seq2seq.seq2seq(inputs, inputs, s, s)
-    answers = seq2seq.seq2seq(choices, choices, t, t)
+    arrays = seq2seq.pad_pairs(inputs, inputs, s, s)
+    answers = seq2seq.pad_pairs(choices, choices, t, t)
     batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
     batch |= {
       key: answers[key].reshape(count, c, t)
@@ -288,7 +288,7 @@ class Ranker:
     self, texts: set[str], length: int
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
-    end = [eos_of(self._vocabulary)]
+    end = [require_eos(self._vocabulary)]
     some = sorted(texts)
     every = map(list, self._vocabulary.encode_all(some)) if some else ()
     return {
@@ -301,11 +301,11 @@ class Ranker:
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids as in training, whether its beginning was cut)}."""
     some = sorted(texts)
-    every = batching_decoder_only.prompts(self._vocabulary, some)
+    every = batching_decoder_only.encode_prompts(self._vocabulary, some)
     bos = self._vocabulary.bos
     return {
       text: (
-        list(batching_decoder_only.last(ids, length, bos)),
+        list(batching_decoder_only.keep_last(ids, length, bos)),
         len(ids) > length,
       )
       for text, ids in zip(some, every, strict=True)

@@ -13,9 +13,9 @@ from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.ranges import suggestion
 from moepeft.core.types import Tree
-from moepeft.data import Sources
+from moepeft.data import TrainingData
 from moepeft.data.batching import collators
-from moepeft.data.batching.collators import scored_lengths
+from moepeft.data.batching.collators import scoring_lengths
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.registry import preferences
 from moepeft.evaluation import eval_sets, metrics, scores
@@ -39,18 +39,18 @@ from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
 
-def form_of(run: LoadedModel) -> collators.Form:
+def form_of(run: LoadedModel) -> collators.Collator:
   """The form of the batches that a run's objective reads."""
   config = run.config
   front = before(run.model)
-  own = collators.form(
+  own = collators.make_model_collator(
     config.data, run.tokenizer, run.model, config.seed, front
   )
   return make_collator(config, own)
 
 
 def validation(
-  run: LoadedModel, found: Sources, workdir: str
+  run: LoadedModel, found: TrainingData, workdir: str
 ) -> dict[str, float]:
   """{'validation_loss': ...} and the objective's figures; {} without rows.
 
@@ -78,8 +78,11 @@ def validation(
 
 
 def _referred(
-  run: LoadedModel, found: Sources, own: preference_dataset.Sides, workdir: str
-) -> tuple[ReferenceFn | None, Tree, Sources]:
+  run: LoadedModel,
+  found: TrainingData,
+  own: preference_dataset.PairCollator,
+  workdir: str,
+) -> tuple[ReferenceFn | None, Tree, TrainingData]:
   """(reference, its adapters, the data with what was computed before)."""
   config = run.config
   if not OBJECTIVES.lookup(config.objective).needs_reference:
@@ -166,7 +169,9 @@ def of_rows(rows: Sequence[Example], names: Sequence[str], most: int) -> Work:
   return work
 
 
-def of_run(run: LoadedModel, found: Sources, names: Sequence[str] = ()) -> Work:
+def of_run(
+  run: LoadedModel, found: TrainingData, names: Sequence[str] = ()
+) -> Work:
   """What is measured of a run's own held-out rows.
 
   Args:
@@ -283,7 +288,7 @@ def _passes(work: Work) -> list[tuple[tuple[str, ...], list[Prompt]]]:
 def _measure(run: LoadedModel, names: tuple[str, ...]) -> tuple[Take, str]:
   """(what measures prompts, what it has done to examples)."""
   variables = run.variables
-  lengths = scored_lengths(run.config.data, run.model)
+  lengths = scoring_lengths(run.config.data, run.model)
   common = run.model, run.tokenizer, *lengths, run.config.evaluation.batch_size
   if names == ('accuracy',):
     ranker = Ranker(*common)

@@ -14,8 +14,12 @@ from ml_collections import ConfigDict
 from moepeft.core import sharding
 from moepeft.core.progress import Pass
 from moepeft.core.types import Tree
-from moepeft.data.batching.collators import Form, form, scored_lengths
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.collators import (
+  Collator,
+  make_model_collator,
+  scoring_lengths,
+)
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation.rank_classification import NotFinite, Ranked, Ranker
 from moepeft.evaluation.tables.terminal import columns
 from moepeft.objectives import Objective, build_validation_objective
@@ -32,11 +36,11 @@ class Judge:
     self,
     config: ConfigDict,
     model: Any,
-    words: Vocabulary,
+    words: Tokenizer,
     validation: Sequence,
     sets: dict[Key, list[Example]],
     mesh: Mesh | None = None,
-    own: Form | None = None,
+    own: Collator | None = None,
     objective: Objective | None = None,
   ):
     """`validation` and `sets` are from `moepeft.evaluation.eval_sets`.
@@ -50,9 +54,11 @@ class Judge:
     e, data = config.evaluation, config.data
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, e.batch_size)
-    own = own or form(data, words, model, config.seed, before(model))
+    own = own or make_model_collator(
+      data, words, model, config.seed, before(model)
+    )
     self._batches = list(_batches(validation, self._rows, own))
-    lengths = scored_lengths(data, model)
+    lengths = scoring_lengths(data, model)
     self._ranker = Ranker(model, words, *lengths, e.batch_size, self._mesh)
     self._sets: dict[Key, list[tuple[Example, Ranked]]] = {}
     self._alike = 0
@@ -205,7 +211,7 @@ def warnings(
   return lines
 
 
-def _batches(encoded: Sequence, size: int, own: Form):
+def _batches(encoded: Sequence, size: int, own: Collator):
   """Batches of `size` rows, the last filled up with rows of no real token."""
   if not encoded:
     return

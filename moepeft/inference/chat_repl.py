@@ -16,7 +16,7 @@ import numpy as np
 from moepeft.core import terminal
 from moepeft.core.progress import Pass
 from moepeft.core.types import Array, Tree
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.generator import GenerationConfig, Generator, keys
 from moepeft.nn.scan_layers import written_out
 
@@ -66,7 +66,7 @@ class ChatRepl:
     self,
     model: Any,
     variables: Tree,
-    words: Vocabulary,
+    words: Tokenizer,
     ask: EncodePrompt,
     settings: GenerationConfig,
     manner: ReplConfig,

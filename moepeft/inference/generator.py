@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from moepeft.core import sharding
 from moepeft.core.types import Array, Tree
 from moepeft.data.batching import packing, seq2seq
-from moepeft.data.batching.bucketing import round_up, whole
-from moepeft.data.tokenizers.tokenizer import Vocabulary, hidden
+from moepeft.data.batching.bucketing import repeat_last, round_up
+from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
 from moepeft.inference.beam_search import BeamConfig, search
 from moepeft.inference.decode import PAD, How, advance, start
 from moepeft.inference.detokenizer import TextStream
@@ -115,7 +115,7 @@ class Generator:
   def __init__(
     self,
     model: Any,
-    words: Vocabulary,
+    words: Tokenizer,
     settings: GenerationConfig,
     mesh: Mesh | None = None,
   ):
@@ -191,7 +191,9 @@ class Generator:
     stops = self._settings.stops
     streams = [
       TextStream(
-        self._words.decode, stops, lambda text: hidden(self._words, text)
+        self._words.decode,
+        stops,
+        lambda text: skipped_special_tokens(self._words, text),
       )
       for _ in prompts
     ]
@@ -222,7 +224,7 @@ class Generator:
       yield self._searched(variables, batch, length)[:n]
       return
     # Rows that fill the batch are copies of the last.
-    copies = np.array(whole(range(n), len(batch['inputs'])))
+    copies = np.array(repeat_last(range(n), len(batch['inputs'])))
     keys = None if keys is None else keys[copies]
     rows = start(self._model, variables, batch, self._how, length, keys)
     for count in [*range(1, most, every), most]:
@@ -239,15 +241,15 @@ class Generator:
 
   def _batch(self, prompts, s):
     self.check(prompts)
-    prompts = [packing.put(self._before, ids) for ids in prompts]
+    prompts = [packing.prepend(self._before, ids) for ids in prompts]
     longest = max(map(len, prompts))
     # Padding beyond learned positions would be no number, and spoil the rest.
     most = self._model.config.length if self._decoder_only else _MOST
     s = s or round_up(longest, _LEAST_PROMPT, most)
     many = sharding.round_up(self._mesh, len(prompts))
-    rows = [prompts[i] for i in whole(range(len(prompts)), many)]
+    rows = [prompts[i] for i in repeat_last(range(len(prompts)), many)]
     batch = {
-      'inputs': seq2seq.pad(rows, s),
+      'inputs': seq2seq.pad_rows(rows, s),
       'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
     }
     return sharding.shard_whole_batch(self._mesh, batch)

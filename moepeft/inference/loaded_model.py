@@ -14,9 +14,9 @@ from moepeft.checkpoints import quantize
 from moepeft.checkpoints.manager import card, restore_trained
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
-from moepeft.data import vocabulary
+from moepeft.data import load_tokenizer
 from moepeft.data.chat import template as chat_template
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.models import check_decodes
 from moepeft.peft import Built
@@ -42,7 +42,7 @@ class LoadedModel:
   config: ConfigDict
   model: Any
   variables: Tree
-  tokenizer: Vocabulary
+  tokenizer: Tokenizer
   step: int
   method: str
   base: str
@@ -88,8 +88,10 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, checkpoint)
     method, parameters = built.method, _size(variables[built.trainable])
-  tokenizer = vocabulary(config.data.vocabulary, config.model.path)
-  chat_template.put(tokenizer, config.data.chat_template, config.data.system)
+  tokenizer = load_tokenizer(config.data.vocabulary, config.model.path)
+  chat_template.set_chat_template(
+    tokenizer, config.data.chat_template, config.data.system
+  )
   return LoadedModel(
     config,
     model,
@@ -128,7 +130,7 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     config,
     model,
     jax.tree.map(jnp.asarray, variables),
-    vocabulary('', path),
+    load_tokenizer('', path),
     0,
     built.method if adapter else 'none',
     _base_name(path),

@@ -13,11 +13,11 @@ from moepeft.core import untrusted
 from moepeft.data.batching import decoder_only as batching_decoder_only
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
-from moepeft.data.preference.tokenize import templated
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 
-def plain(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
+def plain(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
   """The ids of a text: with its end for an encoder, open for a decoder.
 
   Raises:
@@ -34,11 +34,11 @@ def plain(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
   return ids
 
 
-def asked(words: Vocabulary, text: str, decoder_only: bool) -> list[int]:
+def asked(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
   """The ids of an example's inputs, as in training on examples."""
   if not decoder_only:
     return plain(words, text, decoder_only)
-  return batching_decoder_only.prompts(words, [text])[0]
+  return batching_decoder_only.encode_prompts(words, [text])[0]
 
 
 def check_ids(ids: Sequence[int], vocab: int) -> None:
@@ -56,8 +56,8 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
 
 
 def template(
-  words: Vocabulary, data: ConfigDict, system: str = ''
-) -> chat_dataset.Template:
+  words: Tokenizer, data: ConfigDict, system: str = ''
+) -> chat_dataset.ChatTemplate:
   """The chat template of a run's config.data, or of a model's tokenizer.
 
   Args:
@@ -66,12 +66,12 @@ def template(
   Raises:
     ValueError: there is none.
   """
-  if not data.chat_template and not templated(words):
+  if not data.chat_template and not has_chat_template(words):
     raise ValueError(
       f'the vocabulary {words} has no chat template; leave out --chat, or name '
       'a model that has one'
     )
-  found = chat_dataset.template(data, words)
+  found = chat_dataset.load_chat_template(data, words)
   # What is asked is dated today, whatever day the run was begun on.
   return dataclasses.replace(found, system=system or found.system, date='')
 
@@ -84,7 +84,7 @@ def conversation(turns: Sequence[str]) -> Conversation:
   )
 
 
-def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
+def ends(words: Tokenizer, folder: str) -> tuple[int, ...]:
   """Ids that end an answer: the vocabulary's, what its chat template ends
   answers with, and those that the model's files name.
 
@@ -92,8 +92,8 @@ def ends(words: Vocabulary, folder: str) -> tuple[int, ...]:
     folder: the model's directory or GGUF file, '' for none.
   """
   found = [words.eos]
-  if templated(words):
-    found += chat_dataset.Template(words.tokenizer).ends()
+  if has_chat_template(words):
+    found += chat_dataset.ChatTemplate(words.tokenizer).ends()
   if folder.endswith(gguf.SUFFIX):
     said = gguf.metadata(folder)
     found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]

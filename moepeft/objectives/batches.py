@@ -3,12 +3,12 @@
 
 from ml_collections import ConfigDict
 
-from moepeft.data.batching.collators import Form
-from moepeft.data.preference.dataset import form_of
+from moepeft.data.batching.collators import Collator
+from moepeft.data.preference.dataset import objective_collator
 from moepeft.objectives import OBJECTIVES
 
 
-def make_collator(config: ConfigDict, model_collator: Form) -> Form:
+def make_collator(config: ConfigDict, model_collator: Collator) -> Collator:
   """Makes the collator of an objective's batches from the model's own.
 
   Raises:
@@ -17,4 +17,6 @@ def make_collator(config: ConfigDict, model_collator: Form) -> Form:
   spec = OBJECTIVES.lookup(config.objective)
   if spec.collator is not None:
     return spec.collator(config.data, model_collator)
-  return form_of(config.data, config.objective, spec.batch, model_collator)
+  return objective_collator(
+    config.data, config.objective, spec.batch, model_collator
+  )

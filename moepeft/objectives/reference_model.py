@@ -18,7 +18,7 @@ from moepeft.core.disk import tell_full_disk
 from moepeft.core.progress import Pass
 from moepeft.core.sharding import gather, round_up, shard_whole_batch
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.data.preference.dataset import Read, Sides
+from moepeft.data.preference.dataset import PairCollator, PreferenceDataset
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers as start
 from moepeft.nn.adapter_hook import Advice
@@ -98,8 +98,8 @@ _POLICY_KEYS = ('peft', 'reference')
 
 def precomputed(
   workdir: str | None,
-  found: Read,
-  own: Sides,
+  found: PreferenceDataset,
+  own: PairCollator,
   model: Any,
   variables: Tree,
   described: Mapping[str, Any],
@@ -171,7 +171,9 @@ def _damaged(folder: str, name: str, reason: str) -> ValueError:
   )
 
 
-def _key(found: Read, own: Sides, variables: Tree, described) -> str:
+def _key(
+  found: PreferenceDataset, own: PairCollator, variables: Tree, described
+) -> str:
   start = {
     name: weight_mapping.array_hash(np.asarray(array))
     for name, array in weight_mapping.flatten(
@@ -190,7 +192,9 @@ def _key(found: Read, own: Sides, variables: Tree, described) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _computed(found: Read, own: Sides, model, variables, mesh, rows: int):
+def _computed(
+  found: PreferenceDataset, own: PairCollator, model, variables, mesh, rows: int
+):
   rows = round_up(mesh, rows)
 
   @jax.jit
@@ -203,7 +207,7 @@ def _computed(found: Read, own: Sides, model, variables, mesh, rows: int):
   parts = []
   for at in range(0, len(found.items), rows):
     part = found.items[at : at + rows]
-    batch = own.padded([*part, *[part[-1]] * (rows - len(part))])
+    batch = own.pad([*part, *[part[-1]] * (rows - len(part))])
     whole = gather(log_p(variables, shard_whole_batch(mesh, batch)))
     parts.append(whole[: len(part)])
     shown(len(part))

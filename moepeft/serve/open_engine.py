@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from moepeft import models
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import defaults as config_lib
-from moepeft.data import vocabulary
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data import load_tokenizer
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.adapters.protocol import NoBanks
@@ -27,7 +27,7 @@ class Opened:
   """
 
   engine: Engine
-  words: Vocabulary
+  words: Tokenizer
   ends: tuple[int, ...]
   sha256: str = ''
 
@@ -67,7 +67,7 @@ def open_engine(
   banks = NoBanks()
   if adapters or forms:
     banks = AdapterPool(base, adapters, forms, loaded, budget)
-  words = vocabulary('', path)
+  words = load_tokenizer('', path)
   engine = Engine(model, base.params, banks, settings)
   ends = prompts.ends(words, base.folder)
   # Codes are not the weights that they stand for.

@@ -6,7 +6,8 @@ A task a family, `moepeft_storage`, and a mixture a group, `moepeft_a`,
 'train' is the first TRAIN examples of a family's stream with seed 0,
 'validation' the first VALIDATION of its held-out instances, in the wordings
 that training sees. Features are ids of SeqIO's ByteVocabulary, which are those
-of `moepeft.data.tokenizers.tokenizer.Bytes`. Needs the extra `moepeft[seqio]`.
+of `moepeft.data.tokenizers.tokenizer.ByteTokenizer`. Needs the extra
+`moepeft[seqio]`.
 """
 
 import functools

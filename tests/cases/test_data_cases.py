@@ -7,9 +7,9 @@ The same claims stand without the folder in tests/data.
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import preview, sources, vocabulary
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data import load_tokenizer, open_data, preview
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.readers import jsonl
 from moepeft.objectives import OBJECTIVES
@@ -33,31 +33,31 @@ def data_of(source, path, **changes):
 
 def conversation(path, **changes):
   """(the first row's text, what is trained in brackets; the notes)."""
-  words = vocabulary('', MODEL)
-  own = Samples(words, LENGTH)
-  found = sources(data_of('chat', path, **changes), 0, own=own)
-  batch = own.padded(own.encode([found.train[0]]))
-  return preview.pictures(batch, 0, words, False)[-1], found.notes
+  words = load_tokenizer('', MODEL)
+  own = CausalCollator(words, LENGTH)
+  found = open_data(data_of('chat', path, **changes), 0, own=own)
+  batch = own.pad(own.encode([found.train[0]]))
+  return preview.row_lines(batch, 0, words, False)[-1], found.notes
 
 
 def preference(path, objective):
   """(the first row's sides as texts, the notes)."""
-  words = vocabulary('', MODEL)
+  words = load_tokenizer('', MODEL)
   data = data_of('preference', path)
-  own = preference_dataset.form_of(
-    data, objective, OBJECTIVES[objective].batch, Samples(words, LENGTH)
+  own = preference_dataset.objective_collator(
+    data, objective, OBJECTIVES[objective].batch, CausalCollator(words, LENGTH)
   )
-  found = sources(data, 0, own=own)
-  batch = own.padded([found.train[0]])
+  found = open_data(data, 0, own=own)
+  batch = own.pad([found.train[0]])
   sides = []
   for side in own.sides:
     part = {k.removeprefix(side): v for k, v in batch.items()}
-    sides.append(preview.pictures(part, 0, words, False)[-1])
+    sides.append(preview.row_lines(part, 0, words, False)[-1])
   return sides, found.notes
 
 
 def examples(source, path, **changes):
-  found = sources(data_of(source, path, **changes), 0)
+  found = open_data(data_of(source, path, **changes), 0)
   return found.rows, found.notes
 
 
@@ -141,15 +141,15 @@ def test_011_a_byte_order_mark_of_a_template_is_no_text():
 
 
 def test_011_a_model_whose_config_begins_with_a_mark_brings_its_tokenizer():
-  marked = vocabulary('', str(CASES / '011' / 'model_bom'))
+  marked = load_tokenizer('', str(CASES / '011' / 'model_bom'))
   text = 'Hello, wörld.'
-  assert marked.encode(text) == vocabulary('', MODEL).encode(text)
+  assert marked.encode(text) == load_tokenizer('', MODEL).encode(text)
 
 
 def test_017_a_tokenizer_without_an_end_is_one_sentence():
-  words = vocabulary('', str(CASES / '017' / 'none'))
+  words = load_tokenizer('', str(CASES / '017' / 'none'))
   rows, _ = examples('jsonl', '017/train.jsonl')
-  for own in (Samples(words, 32), Pairs(words, 32, 8)):
+  for own in (CausalCollator(words, 32), Seq2SeqCollator(words, 32, 8)):
     with pytest.raises(ValueError, match='has no end-of-sequence token; name'):
       own.encode(rows[:3])
 

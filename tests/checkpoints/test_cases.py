@@ -133,7 +133,7 @@ def test_a_missing_sentencepiece_is_named_with_its_command(
   (tmp_path / 'spiece.model').write_bytes(b'x')
   monkeypatch.setattr(vocabulary_lib, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match='pip install sentencepiece'):
-    vocabulary_lib.vocabulary('', str(tmp_path))
+    vocabulary_lib.load_tokenizer('', str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, text):
   (tmp_path / name).write_text(text)
   (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
   with pytest.raises(ValueError, match='no tokenizer could be read') as error:
-    vocabulary_lib.vocabulary('', str(tmp_path))
+    vocabulary_lib.load_tokenizer('', str(tmp_path))
   assert '\n' not in str(error.value)
 
 
 def test_a_pipe_beside_a_tokenizer_is_refused_at_once(tmp_path):
   os.mkfifo(tmp_path / 'tokenizer.json')
   with pytest.raises((ValueError, NotAFile), match='named pipe'):
-    vocabulary_lib.vocabulary('', str(tmp_path))
+    vocabulary_lib.load_tokenizer('', str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_pipe_beside_a_tokenizer_is_refused_at_once(tmp_path):
 def test_odd_ends_in_generation_config_are_refused(tmp_path, text):
   (tmp_path / 'generation_config.json').write_text(text)
   with pytest.raises(ValueError, match='generation_config.json'):
-    prompts.ends(vocabulary_lib.Bytes(), str(tmp_path))
+    prompts.ends(vocabulary_lib.ByteTokenizer(), str(tmp_path))
 
 
 def test_refusing_to_merge_a_mixture_advises_a_form_that_works(

@@ -327,7 +327,7 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
   step,
 ):
   workdir, moved = tmp_path / 'w', tmp_path / 'moved'
-  plain = train.loader
+  plain = train.make_loader
 
   def opened(*args):
     batches = plain(*args)
@@ -336,7 +336,7 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
       place, go_to, close = batches.place, batches.go_to, batches.close
 
       def __next__(self):
-        if batches.place()[1] and not moved.exists():
+        if batches.position()[1] and not moved.exists():
           workdir.rename(moved)
         return next(batches)
 
@@ -344,7 +344,7 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
 
   if step == 3:
     shutil.copytree(begun, workdir)
-  monkeypatch.setattr(train, 'loader', opened)
+  monkeypatch.setattr(train, 'make_loader', opened)
   ending = 'of step 2' if step == 3 else 'begins anew'
   with pytest.raises(LostWorkdir, match=f'moved.*{ending}'):
     train.train(card(base), str(workdir))

@@ -16,7 +16,10 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.chat.formats import Conversation, Turn
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.evaluation import runner
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
@@ -36,7 +39,9 @@ CONFIG = DecoderConfig(
 def place(tmp_path, monkeypatch):
   """A work place with a base in it."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: Bytes())
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
   params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   hf.save('base', CONFIG, params)
   return jax.tree.map(np.asarray, params)
@@ -122,8 +127,8 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
 
 def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   chat_cases.tokenizer(template='none of it').save_pretrained('words')
-  words = Tokenizer('words')
-  monkeypatch.setattr(loaded_model, 'vocabulary', lambda *names: words)
+  words = HuggingFaceTokenizer('words')
+  monkeypatch.setattr(loaded_model, 'load_tokenizer', lambda *names: words)
   with open('own.jinja', 'w') as f:
     f.write(chat_cases.CHATML)
   c = config()
@@ -134,18 +139,20 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
     f.write(c.to_json())
   run = loaded_model.load_run('run', 'base')
   turns = (Turn('user', 'a'),)
-  expected = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
-    Conversation((Turn('system', c.data.system), *turns))
-  )
-  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(
+  expected = chat_dataset.ChatTemplate(
+    words.tokenizer, chat_cases.CHATML
+  ).prompt(Conversation((Turn('system', c.data.system), *turns)))
+  assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(
     Conversation(turns)
   ) == (expected)
   # What has a system's turn keeps it.
   given = Conversation((Turn('system', 'b'), *turns))
-  plain = chat_dataset.Template(words.tokenizer, chat_cases.CHATML).prompt(
+  plain = chat_dataset.ChatTemplate(words.tokenizer, chat_cases.CHATML).prompt(
     given
   )
-  assert chat_dataset.Template(run.tokenizer.tokenizer).prompt(given) == plain
+  assert (
+    chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(given) == plain
+  )
   os.remove('own.jinja')
   with pytest.raises(ValueError, match='own.jinja.* cannot be read'):
     loaded_model.load_run('run', 'base')

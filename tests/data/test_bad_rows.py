@@ -9,7 +9,7 @@ import re
 import pytest
 
 from moepeft.data import example as example_lib
-from moepeft.data.example import Bad, BadRow
+from moepeft.data.example import BadRow, BadRows
 from moepeft.data.readers import jsonl
 
 GOOD = dict(dataset='d', template='t', idx=3, inputs='in', targets='out')
@@ -92,7 +92,7 @@ def odd(row, place):
   if row['n'] == 7:
     raise BadRow('seven')
   fields = GOOD | {'inputs': str(row['n']), 'idx': place}
-  return example_lib.example(fields, '') if row['n'] % 2 else None
+  return example_lib.parse_example(fields, '') if row['n'] % 2 else None
 
 
 def fails(row, place):
@@ -101,8 +101,8 @@ def fails(row, place):
 
 def test_examples_are_made_when_they_are_asked_for():
   table = [{'n': n} for n in (2, 3, 5, 7, 11)]
-  bad = Bad('skip')
-  found = example_lib.made('t', table, (odd,), 'row {}'.format, bad)
+  bad = BadRows('skip')
+  found = example_lib.lazy_examples('t', table, (odd,), 'row {}'.format, bad)
   # Left are 3, 5 and 11, at places 1, 2 and 4.
   assert [(e.inputs, e.idx) for e in found] == [('3', 1), ('5', 2), ('11', 4)]
   assert (found.skipped, found.inapplicable) == (('row 3: seven',), 1)
@@ -118,4 +118,6 @@ def test_examples_are_made_when_they_are_asked_for():
 def test_a_maker_that_never_succeeds_is_no_matter_of_bad_rows():
   table = [{'n': 3}, {'n': 5}]
   with pytest.raises(ValueError, match='no row of t is good, the first: row 0'):
-    example_lib.made('t', table, (odd, fails), 'row {}'.format, Bad('skip'))
+    example_lib.lazy_examples(
+      't', table, (odd, fails), 'row {}'.format, BadRows('skip')
+    )

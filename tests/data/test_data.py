@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import sources, vocabulary
+from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching import seq2seq
 from moepeft.data.readers import jsonl
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.tasks import Example
 
 
@@ -103,7 +103,7 @@ def examples(sizes):
 
 
 def test_the_last_idx_of_every_dataset_are_held_out():
-  train, held_out = jsonl.split(examples({'a': 20, 'b': 7}), 0.2)
+  train, held_out = jsonl.split_by_idx(examples({'a': 20, 'b': 7}), 0.2)
   assert {(e.task, e.idx) for e in held_out} == {
     *(('a', i) for i in range(16, 20)),
     ('b', 6),
@@ -118,12 +118,12 @@ def test_closed_templates_get_their_choices_from_training():
     Example('a', 't', 9, 'x', 'other', (), -1),
     Example('a', 'u', 9, 'x', 'y', (), -1),
   ]
-  (ranked,) = jsonl.closed(train, held_out)
+  (ranked,) = jsonl.with_closed_choices(train, held_out)
   assert ranked.choices == ('n', 'y') and ranked.label == 1
 
 
 def test_bytes_round_trip_and_know_no_special_ids():
-  words = Bytes()
+  words = ByteTokenizer()
   text = 'naïve 漢字'
   assert words.decode(words.encode(text) + [words.eos, 0]) == text
   assert min(words.encode('\x00')) == 3
@@ -131,8 +131,10 @@ def test_bytes_round_trip_and_know_no_special_ids():
 
 def test_a_batch_has_eos_shifted_targets_and_masks():
   rows = [Example('a', 't', 0, 'ab', 'c', (), -1)]
-  x, y = zip(*seq2seq.encode_all(Bytes(), rows * 2, 5, 3), strict=True)
-  batch = seq2seq.seq2seq(x, y, 5, 3)
+  x, y = zip(
+    *seq2seq.encode_examples(ByteTokenizer(), rows * 2, 5, 3), strict=True
+  )
+  batch = seq2seq.pad_pairs(x, y, 5, 3)
   a, b, c = (ord(x) + 3 for x in 'abc')
   np.testing.assert_array_equal(batch['inputs'], [[a, b, 1, 0, 0]] * 2)
   np.testing.assert_array_equal(batch['targets'], [[c, 1, 0]] * 2)
@@ -145,16 +147,16 @@ def test_a_batch_has_eos_shifted_targets_and_masks():
 
 def test_long_text_is_cut_before_eos_and_reported():
   long = Example('a', 't', 0, 'x' * 9, 'y' * 9, (), -1)
-  x, y, cut = seq2seq.encode(Bytes(), long, 4, 3)
+  x, y, cut = seq2seq.encode_example(ByteTokenizer(), long, 4, 3)
   assert (x[-1], y[-1], len(x), len(y), cut) == (1, 1, 4, 3, True)
 
 
 def test_many_texts_are_encoded_as_one_by_one():
   rows = [Example('a', 't', 0, 'naïve 漢字', 'y' * 9, (), -1)] * 2
   rows.append(Example('a', 't', 0, 'b', 'c', (), -1))
-  many = seq2seq.encode_all(Bytes(), rows, 11, 5)
+  many = seq2seq.encode_examples(ByteTokenizer(), rows, 11, 5)
   for row, (x, y) in zip(rows, many, strict=True):
-    one = seq2seq.encode(Bytes(), row, 11, 5)
+    one = seq2seq.encode_example(ByteTokenizer(), row, 11, 5)
     assert (x.tolist(), y.tolist()) == one[:2]
 
 
@@ -162,9 +164,9 @@ def test_unknown_sources_are_named():
   data = config_lib.default().data
   data.source = 'sql'
   with pytest.raises(ValueError, match="got 'sql'"):
-    sources(data, 0)
+    open_data(data, 0)
   data.source = 'jsonl'
   with pytest.raises(ValueError, match='set config.data.path'):
-    sources(data, 0)
+    open_data(data, 0)
   with pytest.raises(ValueError, match='no tokenizer could be read'):
-    vocabulary('/nowhere/at/all')
+    load_tokenizer('/nowhere/at/all')

@@ -28,7 +28,7 @@ def begun(tmp_path):
   folder.mkdir()
   (folder / 'a.jsonl').write_text('{}')
   (workdir / 'checkpoints' / '4').mkdir(parents=True)
-  seen = fingerprint.hashes(data_of(folder))
+  seen = fingerprint.data_hashes(data_of(folder))
   (workdir / 'data.json').write_text(json.dumps(seen))
   return folder, Run(str(workdir))
 
@@ -36,10 +36,10 @@ def begun(tmp_path):
 @pytest.mark.parametrize('source', ['jsonl', 'chat', 'preference', 'text'])
 def test_an_edited_file_is_refused_by_name(begun, source):
   folder, workdir = begun
-  check_same_data(workdir, fingerprint.hashes(data_of(folder, source)))
+  check_same_data(workdir, fingerprint.data_hashes(data_of(folder, source)))
   # As many bytes as before.
   (folder / 'a.jsonl').write_text('[]')
-  now = fingerprint.hashes(data_of(folder, source))
+  now = fingerprint.data_hashes(data_of(folder, source))
   with pytest.raises(ValueError, match="'a.jsonl' of config.data.path has ch"):
     check_same_data(workdir, now)
   with pytest.raises(ValueError, match='--may_differ=data.path'):
@@ -52,21 +52,21 @@ def test_new_files_and_lost_ones_are_told(begun):
   folder, workdir = begun
   # What no reader reads may come.
   (folder / 'README.md').write_text('of rows')
-  check_same_data(workdir, fingerprint.hashes(data_of(folder)))
+  check_same_data(workdir, fingerprint.data_hashes(data_of(folder)))
   (folder / 'c.jsonl').write_text('{}')
   with pytest.raises(ValueError, match="'c.jsonl' .* is new since"):
-    check_same_data(workdir, fingerprint.hashes(data_of(folder)))
+    check_same_data(workdir, fingerprint.data_hashes(data_of(folder)))
   (folder / 'c.jsonl').rename(folder / 'a.jsonl.bak')
   (folder / 'a.jsonl').unlink()
   (folder / 'a.jsonl.bak').unlink()
   with pytest.raises(ValueError, match="'a.jsonl' .* is gone since"):
-    check_same_data(workdir, fingerprint.hashes(data_of(folder)))
+    check_same_data(workdir, fingerprint.data_hashes(data_of(folder)))
 
 
 def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
   folder, workdir = begun
   (folder / 'a.jsonl').write_text('[]')
-  now = fingerprint.hashes(data_of(folder))
+  now = fingerprint.data_hashes(data_of(folder))
   (folder.parent / 'w' / 'data.json').rename(folder.parent / 'data.json')
   check_same_data(workdir, now)
   (folder.parent / 'data.json').rename(folder.parent / 'w' / 'data.json')
@@ -77,7 +77,7 @@ def test_a_run_that_kept_no_hashes_or_has_no_checkpoint_goes_on(begun):
 def test_replayed_text_and_templates_are_data_too(tmp_path):
   for name in ('rows.jsonl', 'text.txt', 'chat.jinja'):
     (tmp_path / name).write_text(name)
-  found = fingerprint.hashes(
+  found = fingerprint.data_hashes(
     data_of(
       tmp_path / 'rows.jsonl',
       replay=str(tmp_path / 'text.txt'),
@@ -89,8 +89,8 @@ def test_replayed_text_and_templates_are_data_too(tmp_path):
     'replay': ['text.txt'],
     'chat_template': ['chat.jinja'],
   }
-  assert fingerprint.hashes(data_of('glue/mrpc', 'datasets')) == {}
-  assert fingerprint.hashes(data_of(tmp_path, 'seqio')) == {}
+  assert fingerprint.data_hashes(data_of('glue/mrpc', 'datasets')) == {}
+  assert fingerprint.data_hashes(data_of(tmp_path, 'seqio')) == {}
 
 
 def test_large_files_are_known_by_their_size_and_blocks(tmp_path):

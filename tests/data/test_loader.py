@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import loader, mixing, sources
+from moepeft.data import make_loader, mixing, open_data
 from moepeft.data.batching import packing
-from moepeft.data.batching.collators import Pairs
+from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.loader import WINDOW, Loader, StreamWindows
 from moepeft.data.readers import jsonl
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.tasks import Example
 from tests import ROOT
 
@@ -73,7 +73,7 @@ def test_rates_too_small_for_a_round_have_their_turns_in_time():
 def test_datasets_come_equally_often_whatever_their_size():
   groups = rows(a=100, b=3, c=11)
   sizes = {name: len(group) for name, group in groups.items()}
-  weights = mixing.rates(sizes, temperature=float('inf'))
+  weights = mixing.mixing_rates(sizes, temperature=float('inf'))
   seen = [mixing.mix(groups, weights, 0)[i] for i in range(3 * 1024)]
   turns = collections.Counter(e.task for e in seen)
   assert set(turns.values()) == {1024}
@@ -86,16 +86,16 @@ def test_datasets_come_equally_often_whatever_their_size():
 
 def test_rates_are_capped_and_tempered():
   sizes = {'a': 900, 'b': 100, 'c': 4}
-  assert mixing.rates(sizes) == sizes
-  assert mixing.rates(sizes, cap=100) == {'a': 100, 'b': 100, 'c': 4}
+  assert mixing.mixing_rates(sizes) == sizes
+  assert mixing.mixing_rates(sizes, cap=100) == {'a': 100, 'b': 100, 'c': 4}
   # Square roots of 100, 100 and 4.
-  assert mixing.rates(sizes, 100, 2.0) == {'a': 10, 'b': 10, 'c': 2}
+  assert mixing.mixing_rates(sizes, 100, 2.0) == {'a': 10, 'b': 10, 'c': 2}
 
 
 def test_a_temperature_too_low_for_a_number_is_refused():
   # 7 ** 1000 is above 1e308.
   with pytest.raises(ValueError, match='config.data.temperature=0.001'):
-    mixing.rates({'a': 7}, temperature=0.001)
+    mixing.mixing_rates({'a': 7}, temperature=0.001)
 
 
 def test_a_dataset_gives_its_rows_in_an_order_of_its_own():
@@ -123,8 +123,8 @@ def pairs_of(seed, count, inputs, targets):
 def test_packed_rows_hold_every_example_once_and_whole():
   pairs = pairs_of(0, 211, 37, 11)
   lengths = np.array([(len(x), len(y)) for x, y in pairs])
-  bins = packing.shuffled(lengths, (53, 17), np.random.default_rng(0))
-  out = packing.pack(pairs, 53, 17, bins)
+  bins = packing.shuffled_bins(lengths, (53, 17), np.random.default_rng(0))
+  out = packing.pack_pairs(pairs, 53, 17, bins)
   found = []
   for row in range(len(out['inputs'])):
     segments = out['inputs_segments'][row]
@@ -148,7 +148,7 @@ def test_packed_rows_hold_every_example_once_and_whole():
 
 def test_decoder_inputs_are_shifted_within_each_example():
   pairs = [([5], [7, 8, 1]), ([5], [9, 1])]
-  out = packing.pack(pairs, 3, 7, [[0, 1]])
+  out = packing.pack_pairs(pairs, 3, 7, [[0, 1]])
   (row,) = out['targets']
   np.testing.assert_array_equal(row, [7, 8, 1, 9, 1, 0, 0])
   np.testing.assert_array_equal(out['decoder_inputs'], [[0, 7, 8, 0, 9, 0, 0]])
@@ -157,10 +157,10 @@ def test_decoder_inputs_are_shifted_within_each_example():
 def test_no_bin_holds_more_than_its_room_and_few_are_made():
   # Sizes 6, 5, 5, 4 of 10 fit two bins only as 6 + 4 and 5 + 5.
   lengths = np.array([[6, 1], [5, 1], [5, 1], [4, 1]])
-  made = packing.bins(lengths, (10, 9))
+  made = packing.assign_bins(lengths, (10, 9))
   assert sorted(map(sorted, made)) == [[0, 3], [1, 2]]
   # The other side binds as well.
-  assert len(packing.bins(lengths, (99, 1))) == 4
+  assert len(packing.assign_bins(lengths, (99, 1))) == 4
 
 
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
@@ -169,10 +169,10 @@ def test_no_bin_holds_more_than_its_room_and_few_are_made():
 def test_packed_p3_wastes_less_than_a_twentieth_of_the_encoder(lengths):
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(P3)
-  found = sources(data, 0)
+  found = open_data(data, 0)
   data.inputs_length, data.targets_length = lengths
   data.packing = True
-  batches = loader(found, Bytes(), data, 64, 0)
+  batches = make_loader(found, ByteTokenizer(), data, 64, 0)
   real = np.mean([next(batches)['inputs_mask'].mean() for _ in range(8)])
   batches.close()
   assert 1 - real < 0.05
@@ -191,7 +191,9 @@ def small(packed, workers=0):
 
 def opened(packed, shard=(0, 1), workers=0, batch_size=31):
   data = small(packed, workers)
-  return loader(sources(data, 5), Bytes(), data, batch_size, 5, shard)
+  return make_loader(
+    open_data(data, 5), ByteTokenizer(), data, batch_size, 5, shard
+  )
 
 
 def equal(one, two):
@@ -206,12 +208,12 @@ def test_a_stream_goes_on_from_any_place(packed):
   # 70 batches of 31 rows: over the border of a window, packed or not.
   seen, places = [], []
   for _ in range(70):
-    places.append(whole.place())
+    places.append(whole.position())
     seen.append(next(whole))
   assert places[-1][0] >= 1
   for begin in (0, 1, 32, 33, 69):
     again = opened(packed)
-    again.go_to(places[begin])
+    again.seek(places[begin])
     equal(next(again), seen[begin])
     if begin + 1 < len(seen):
       equal(next(again), seen[begin + 1])
@@ -223,7 +225,7 @@ def test_batches_made_ahead_do_not_move_the_place():
   one = opened(False)
   next(one)
   # The thread is batches ahead by now; the place is still the reader's.
-  np.testing.assert_array_equal(one.place(), [0, 31])
+  np.testing.assert_array_equal(one.position(), [0, 31])
   one.close()
 
 
@@ -231,13 +233,13 @@ def test_worker_processes_do_not_change_the_stream():
   plain, working = opened(True), opened(True, workers=2)
   for _ in range(60):
     equal(next(plain), next(working))
-  place = plain.place()
+  place = plain.position()
   plain.close()
   working.close()
   # Nor does a place belong to a number of them.
   other, plain = opened(True, workers=1), opened(True)
-  other.go_to(place)
-  plain.go_to(place)
+  other.seek(place)
+  plain.seek(place)
   equal(next(other), next(plain))
   other.close()
   plain.close()
@@ -298,13 +300,13 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
     for i in itertools.count(place):
       yield {'inputs': [2 + i % 97, 1], 'targets': [3 + i % 89, 1]}
 
-  windows = StreamWindows(stream, Pairs(Bytes(), 3, 3))
+  windows = StreamWindows(stream, Seq2SeqCollator(ByteTokenizer(), 3, 3))
   one = Loader(windows, 300)
   seen = [next(one) for _ in range(9)]
   one.close()
   two = Loader(windows, 300)
   # 7 batches of 300 rows: 2,100 = 2 windows of 1,024 and 52 rows.
-  two.go_to([2, 52])
+  two.seek([2, 52])
   equal(next(two), seen[7])
   two.close()
   # A generator begins when it is first read: the place 0 of `two` never was.
@@ -318,7 +320,7 @@ def test_equal_rates_reach_every_dataset_of_p3():
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(P3)
   data.temperature = float('inf')
-  shares = sources(data, 0).shares
+  shares = open_data(data, 0).shares
   assert len(shares) == len({row.task for row in found})
   np.testing.assert_allclose(list(shares.values()), 1 / len(shares))
 
@@ -330,7 +332,7 @@ def opened_sources(path, **changes):
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(path)
   data.update(changes)
-  return sources(data, 0)
+  return open_data(data, 0)
 
 
 def written(path, rows):
@@ -428,7 +430,7 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
 def test_large_and_small_datasets_come_in_whole_epochs():
   # On either side of where permutations are no longer held.
   for size in (mixing._SMALL - 1, mixing._SMALL):
-    epochs = mixing.Epochs(range(size), seed=5)
+    epochs = mixing.ShuffledEpochs(range(size), seed=5)
     for epoch in (0, 3):
       begin = epoch * size
       seen = [epochs[begin + i] for i in range(size)]

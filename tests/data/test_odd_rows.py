@@ -10,12 +10,12 @@ from moepeft import peft
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.messages import Turn
-from moepeft.data.example import Bad, BadRow
+from moepeft.data.example import BadRow, BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
 from moepeft.data.readers import jsonl
 from moepeft.data.text import documents
-from moepeft.data.tokenizers.tokenizer import vocabulary
+from moepeft.data.tokenizers.tokenizer import load_tokenizer
 from moepeft.objectives import reference_model
 
 USER = {'role': 'user', 'content': 'Why?'}
@@ -61,23 +61,23 @@ def calling(**call):
 )
 def test_a_row_that_says_two_things_or_none_is_refused(row, said):
   with pytest.raises(BadRow, match=said):
-    chat_formats.conversation(row)
+    chat_formats.parse_conversation(row)
   if 'messages' in row:
     pair = {'chosen': SO, 'rejected': {**SO, 'content': 'No.'}}
     fields = {**row, 'messages': row['messages'][:-1]}
     with pytest.raises(BadRow, match=said):
-      preference_formats.row(fields | pair)
+      preference_formats.parse_row(fields | pair)
 
 
 def test_calls_that_are_written_as_text_may_be_answered_by_a_tool():
   said = {'role': 'assistant', 'content': f'<tool_call>{json.dumps(CALL)}'}
   row = messages(said, {'role': 'tool', 'content': '2'})
-  assert len(chat_formats.conversation(row).turns) == 4
+  assert len(chat_formats.parse_conversation(row).turns) == 4
 
 
 def test_a_system_that_is_given_twice_alike_is_one():
   row = {'messages': [{'role': 'system', 'content': 'B'}, USER, SO]}
-  found = chat_formats.conversation({**row, 'system': 'B'})
+  found = chat_formats.parse_conversation({**row, 'system': 'B'})
   assert [turn.role for turn in found.turns] == ['system', 'user', 'assistant']
 
 
@@ -90,8 +90,8 @@ def test_half_of_a_character_is_a_bad_row_wherever_it_stands(tmp_path, kind):
   path = tmp_path / f'r.{kind}'
   text = f'[{",".join(rows)}]' if kind == 'json' else '\n'.join(rows)
   path.write_text(text)
-  bad = Bad('skip')
-  assert len(list(chat_formats.rows(str(path), bad))) == 2
+  bad = BadRows('skip')
+  assert len(list(chat_formats.read_rows(str(path), bad))) == 2
   (reason,) = bad.reasons
   where = 'row 1' if kind == 'json' else 'line 2'
   assert reason.startswith(f'{path}, {where}: half of a character')
@@ -103,15 +103,15 @@ def test_half_of_a_character_in_text_is_a_bad_row(tmp_path):
   rows = [{'text': 'good'}, {'text': 'abc\ud800def'}]
   path.write_text('\n'.join(map(json.dumps, rows)))
   with pytest.raises(ValueError, match="r.jsonl, line 2: half of .* 'text'"):
-    documents.read(str(path))
-  found, bad = documents.read(str(path), 'skip')
+    documents.read_documents(str(path))
+  found, bad = documents.read_documents(str(path), 'skip')
   assert len(found) == 1 and len(bad.reasons) == 1
 
 
 def rows_of(path):
   data = config_lib.default().data
   data.path = str(path)
-  return preference_rows.rows(data, Bad('error'), False, lambda *row: row)
+  return preference_rows.rows(data, BadRows('error'), False, lambda *row: row)
 
 
 def test_a_bad_row_in_a_directory_of_preferences_is_told_by_file_and_line(
@@ -138,12 +138,12 @@ def test_calls_and_tools_are_written_in_their_own_letters():
   talk = chat_formats.Conversation(
     (Turn('user', 'a'), Turn('assistant', '', [call])), [tool]
   )
-  some, _ = chat_render.messages(talk, 'a template that knows neither')
+  some, _ = chat_render.template_messages(talk, 'a template that knows neither')
   assert '"Köln"' in some[-1]['content'] and '"天"' in some[0]['content']
 
 
 def read(path):
-  return list(chat_formats.rows(str(path), Bad('error')))
+  return list(chat_formats.read_rows(str(path), BadRows('error')))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,11 @@ def test_one_object_on_several_lines_is_told_as_such(tmp_path, value, said):
 
 @pytest.mark.parametrize(
   ('reader', 'name'),
-  [(read, 'b.json'), (documents.read, 'b.txt'), (jsonl.read, 'b.jsonl')],
+  [
+    (read, 'b.json'),
+    (documents.read_documents, 'b.txt'),
+    (jsonl.read, 'b.jsonl'),
+  ],
 )
 def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
   (tmp_path / name).mkdir()
@@ -176,7 +180,7 @@ def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
 
 def test_without_a_model_the_sentence_asks_for_one():
   with pytest.raises(ValueError, match='name a model, .*a card: model='):
-    vocabulary('')
+    load_tokenizer('')
 
 
 def test_a_reference_that_is_nowhere_is_asked_for_as_an_adapter():

@@ -9,9 +9,9 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.data.__main__ import show
 from moepeft.data.__main__ import text as decoded_text
-from moepeft.data.batching.decoder_only import packed, sample
-from moepeft.data.preview import picture, pictures
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.batching.decoder_only import make_sample, pack_samples
+from moepeft.data.preview import highlight, row_lines
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 
 def ids(text):
@@ -19,16 +19,18 @@ def ids(text):
 
 
 def test_trained_text_stands_in_brackets_or_in_green():
-  one = sample(ids('ab\n'), [*ids('cd'), 1])
-  assert picture(one.ids, one.trained, Bytes(), False) == 'ab\n[cd<eos>]'
-  green = picture(one.ids, one.trained, Bytes(), True)
+  one = make_sample(ids('ab\n'), [*ids('cd'), 1])
+  assert (
+    highlight(one.ids, one.loss_mask, ByteTokenizer(), False) == 'ab\n[cd<eos>]'
+  )
+  green = highlight(one.ids, one.loss_mask, ByteTokenizer(), True)
   assert green == 'ab\n\033[32mcd<eos>\033[0m'
 
 
 def test_each_segment_of_a_packed_row_is_shown():
-  some = [sample(ids('ab'), ids('c')), sample(ids('d'), ids('efg'))]
-  rows = packed(some, 7, [[1, 0]])
-  lines = pictures(rows, 0, Bytes(), False)
+  some = [make_sample(ids('ab'), ids('c')), make_sample(ids('d'), ids('efg'))]
+  rows = pack_samples(some, 7, [[1, 0]])
+  lines = row_lines(rows, 0, ByteTokenizer(), False)
   assert lines == [
     '\nrow 0, segment 1: 3 tokens, 3 trained',
     '  d[efg]',
@@ -59,8 +61,8 @@ def test_a_decoders_batch_is_shown(capsys, only):
 def test_an_encoder_s_hidden_spans_are_shown_with_their_sentinels():
   # 'ab', the sentinel 299, the end; 'cd' after the sentinel.
   x, y = np.array([*ids('ab'), 299, 1]), np.array([299, *ids('cd'), 1])
-  assert decoded_text(Bytes(), x) == 'ab<299><eos>'
-  assert decoded_text(Bytes(), y) == '<299>cd<eos>'
+  assert decoded_text(ByteTokenizer(), x) == 'ab<299><eos>'
+  assert decoded_text(ByteTokenizer(), y) == '<299>cd<eos>'
 
 
 def test_hidden_spans_are_shown_as_they_are_told(tmp_path, capsys):

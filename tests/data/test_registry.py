@@ -7,7 +7,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft import tasks
-from moepeft.data import sources
+from moepeft.data import open_data
 from moepeft.evaluation.eval_sets import examples
 from moepeft.tasks.family import Instance, Template
 
@@ -53,7 +53,7 @@ def card(group='B'):
 def drawn(group):
   """(training examples, validation): as many of each family."""
   config = card(group)
-  found = sources(config.data, config.seed)
+  found = open_data(config.data, config.seed)
   assert not found.rows
   count = COUNT * len(tasks.families(group))
   return [found.train[i] for i in range(count)], found.held_out
@@ -103,5 +103,5 @@ def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
 
 def test_seeds_give_other_training_examples():
   config = card()
-  one, two = (sources(config.data, seed).train for seed in (0, 1))
+  one, two = (open_data(config.data, seed).train for seed in (0, 1))
   assert [one[i] for i in range(9)] != [two[i] for i in range(9)]

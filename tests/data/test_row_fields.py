@@ -7,10 +7,10 @@ import pytest
 
 from moepeft.data import example as example_lib
 from moepeft.data.chat import formats as chat_formats
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.readers import jsonl
-from moepeft.data.row_fields import BadRow, Unused
+from moepeft.data.row_fields import BadRow, UnusedFields
 from moepeft.data.text import documents
 from moepeft.serve.http import text as http_text
 from moepeft.serve.http.schemas import Message
@@ -34,18 +34,21 @@ P3 = {'inputs': 'Why?', 'targets': 'So.'}
 
 
 def chat(row, unused=None):
-  return chat_formats.conversation(row, unused=unused)
+  return chat_formats.parse_conversation(row, unused=unused)
 
 
 def readers():
   """(reader, a good row) of every form."""
   yield from ((chat, row) for row in CHATS)
   yield from (
-    (lambda row, unused=None: preference_formats.row(row, unused=unused), good)
+    (
+      lambda row, unused=None: preference_formats.parse_row(row, unused=unused),
+      good,
+    )
     for good in (PAIR, JUDGED)
   )
   yield (
-    lambda row, unused=None: example_lib.example(row, 't', unused=unused),
+    lambda row, unused=None: example_lib.parse_example(row, 't', unused=unused),
     P3,
   )
 
@@ -84,7 +87,7 @@ def test_a_field_that_no_form_reads_is_refused_by_name(name):
 
 def test_what_the_user_leaves_unused_is_listed_and_not_refused():
   for read, good in readers():
-    unused = Unused('images, Context')
+    unused = UnusedFields('images, Context')
     read({**good, 'images': ['a'], 'context': 'C', 'id': 7}, unused)
     assert unused.notes('f') == [
       'f: fields that nothing reads: images, context, id'
@@ -101,7 +104,7 @@ def test_metadata_is_listed_once_for_a_source(tmp_path):
 
 
 def test_metadata_of_turns_is_listed():
-  unused = Unused()
+  unused = UnusedFields()
   chat({'messages': [{**USER, 'timestamp': 3}, SO], 'id': 1}, unused)
   assert unused.notes('f') == [
     'f: fields that nothing reads: timestamp (of turns), id'
@@ -136,7 +139,7 @@ def test_a_turn_with_a_field_that_nothing_reads_is_refused(field):
     with pytest.raises(BadRow, match=f"turn . has '{name}', which"):
       chat(row)
   with pytest.raises(BadRow, match=f"'chosen', turn 0 has '{name}', which"):
-    preference_formats.row({**PAIR, 'chosen': [{**SO, **field}]})
+    preference_formats.parse_row({**PAIR, 'chosen': [{**SO, **field}]})
 
 
 @pytest.mark.parametrize('key', ['weight', 'loss', 'train', 'training'])
@@ -168,7 +171,7 @@ def test_two_marks_that_differ_are_refused():
   with pytest.raises(BadRow, match="in 'role' and another in 'from'"):
     chat({'messages': [USER, {**SO, 'from': 'human'}]})
   with pytest.raises(BadRow, match="in 'label' and another in 'kto_tag'"):
-    preference_formats.row({**JUDGED, 'kto_tag': False})
+    preference_formats.parse_row({**JUDGED, 'kto_tag': False})
 
 
 def test_a_legacy_call_is_a_call_of_a_tool():
@@ -216,7 +219,7 @@ def test_ids_of_calls_are_kept():
 def test_an_input_that_is_no_text_is_refused(value):
   for read, row in (
     (chat, ALPACA),
-    (preference_formats.row, ALPACA | {'label': True}),
+    (preference_formats.parse_row, ALPACA | {'label': True}),
   ):
     with pytest.raises(BadRow, match="'input' is .*, expected text"):
       read({**row, 'input': value})
@@ -228,7 +231,9 @@ def test_an_input_or_a_system_without_a_text_is_none(blank):
   system = {'role': 'system', 'content': blank}
   assert chat({'messages': [system, USER, SO]}) == chat(MESSAGES)
   pair = {'prompt': [system, USER], 'chosen': [SO], 'rejected': [NO]}
-  assert preference_formats.row(pair) == preference_formats.row(PAIR)
+  assert preference_formats.parse_row(pair) == preference_formats.parse_row(
+    PAIR
+  )
   with pytest.raises(BadRow, match='this one with the turn of nobody'):
     chat({'messages': [system]})
 
@@ -240,7 +245,9 @@ def test_the_text_of_the_system_is_used_in_every_spelling(key):
     with pytest.raises(BadRow, match=f"'{key}' is 0, expected text"):
       chat({**row, key: 0})
   assert (
-    preference_formats.row({**PAIR, key: 'Be kind.'}).prompt.turns[0].content
+    preference_formats.parse_row({**PAIR, key: 'Be kind.'})
+    .prompt.turns[0]
+    .content
   )
 
 
@@ -281,7 +288,7 @@ def test_a_part_of_another_kind_is_refused_whatever_its_text():
   ids=range(4),
 )
 def test_a_prompt_that_is_given_twice_is_there_once(row):
-  found = preference_formats.row(row)
+  found = preference_formats.parse_row(row)
   assert [turn.role for turn in found.prompt.turns] == ['user']
   assert (found.chosen.content, found.rejected.content) == ('So.', 'No.')
 
@@ -289,13 +296,14 @@ def test_a_prompt_that_is_given_twice_is_there_once(row):
 def test_a_prompt_that_begins_its_answers_lists_is_there_once():
   more = [USER, SO, {'role': 'user', 'content': 'And?'}]
   row = {'prompt': 'Why?', 'chosen': [*more, SO], 'rejected': [*more, NO]}
-  assert len(preference_formats.row(row).prompt.turns) == 3
+  assert len(preference_formats.parse_row(row).prompt.turns) == 3
   assert (
-    len(preference_formats.row({**row, 'prompt': 'And?'}).prompt.turns) == 3
+    len(preference_formats.parse_row({**row, 'prompt': 'And?'}).prompt.turns)
+    == 3
   )
   # A prompt of more turns than the lists repeat, too.
   row = {'prompt': more, 'chosen': [more[-1], SO], 'rejected': [more[-1], NO]}
-  assert len(preference_formats.row(row).prompt.turns) == 3
+  assert len(preference_formats.parse_row(row).prompt.turns) == 3
 
 
 @pytest.mark.parametrize(
@@ -309,21 +317,21 @@ def test_a_prompt_that_begins_its_answers_lists_is_there_once():
 )
 def test_prompts_whose_order_nothing_tells_are_refused(row):
   with pytest.raises(BadRow, match='nothing tells which come first'):
-    preference_formats.row(row)
+    preference_formats.parse_row(row)
 
 
 def test_a_pair_beside_other_messages_is_refused():
   row = {**PAIR, 'messages': [{'role': 'user', 'content': 'Else?'}, SO]}
   with pytest.raises(BadRow, match="the row has 'messages', which is text"):
-    preference_formats.row(row)
+    preference_formats.parse_row(row)
 
 
 def test_placeholders_of_images_are_told(tmp_path):
   path = tmp_path / 'r.jsonl'
   turns = [{'role': 'user', 'content': '<image>\nWho?'}, SO]
   path.write_text(json.dumps({'messages': turns}))
-  bad = Bad()
-  for _, _, row in chat_formats.rows(str(path), bad):
+  bad = BadRows()
+  for _, _, row in chat_formats.read_rows(str(path), bad):
     chat(row, bad.unused)
   (line,) = bad.notes('f')
   assert line.startswith('f: <image> stands in its texts and is trained as tex')
@@ -341,12 +349,12 @@ def test_a_field_that_stands_twice_is_refused(tmp_path, kind):
 def test_fields_of_plain_text_are_refused_or_listed(tmp_path):
   path = tmp_path / 't.jsonl'
   path.write_text(json.dumps({'text': '\ufeffOnce.', 'url': 'u'}))
-  (document,), bad = documents.read(str(path))
+  (document,), bad = documents.read_documents(str(path))
   assert document.passages == ('Once.',)
   assert bad.notes('t') == ['t: fields that nothing reads: url']
   path.write_text(json.dumps({'text': 'Once.', 'images': ['a']}))
   with pytest.raises(ValueError, match="line 1: the row has 'images'"):
-    documents.read(str(path))
+    documents.read_documents(str(path))
 
 
 @pytest.mark.parametrize(
@@ -360,4 +368,4 @@ def test_metadata_is_metadata(name):
 @pytest.mark.parametrize('idx', [2**63, -(2**63) - 1, 18011072989319135231])
 def test_an_idx_that_no_array_holds_is_refused(idx):
   with pytest.raises(BadRow, match="integer of 64 bits in 'idx', got"):
-    example_lib.example({**P3, 'idx': idx}, 't')
+    example_lib.parse_example({**P3, 'idx': idx}, 't')

@@ -14,9 +14,9 @@ from moepeft.data import fingerprint
 from moepeft.data.batching import collators
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import sources
+from moepeft.data.registry import open_data
 from moepeft.data.text import documents
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder import llama
 from moepeft.objectives import OBJECTIVES
 from tests import ROOT
@@ -43,7 +43,7 @@ def words(tmp_path_factory):
   tokenizer.chat_template = chat_cases.CHATML
   folder = str(tmp_path_factory.mktemp('tokenizer'))
   tokenizer.save_pretrained(folder)
-  return Tokenizer(folder)
+  return HuggingFaceTokenizer(folder)
 
 
 def read(words, source, objective, **changes):
@@ -52,11 +52,13 @@ def read(words, source, objective, **changes):
   config.objective, config.data.source = objective, source
   config.data.length, config.data.held_out = 1024, 0.1
   config.data.update(changes)
-  form = collators.form(config.data, words, llama.config('tiny'), config.seed)
-  form = preference_dataset.form_of(
+  form = collators.make_model_collator(
+    config.data, words, llama.config('tiny'), config.seed
+  )
+  form = preference_dataset.objective_collator(
     config.data, objective, OBJECTIVES[objective].batch, form
   )
-  return form, sources(config.data, config.seed, below=0, own=form)
+  return form, open_data(config.data, config.seed, below=0, own=form)
 
 
 @pytest.mark.parametrize('name', _FILES)
@@ -104,7 +106,7 @@ def test_prompts_of_pairs_are_not_those_of_conversations():
 
 
 def test_the_text_has_no_passage_twice():
-  (document,), _ = documents.read('package:text')
+  (document,), _ = documents.read_documents('package:text')
   assert len(set(document.passages)) == len(document.passages) > 300
 
 
@@ -160,7 +162,7 @@ def test_what_ships_has_a_hash_of_its_file():
   data = config_lib.default().data
   data.source, data.path = 'chat', 'package:chats'
   wanted = fingerprint.sha256(str(_FILES['chats']))
-  assert fingerprint.hashes(data) == {'path': {'chats.jsonl': wanted}}
+  assert fingerprint.data_hashes(data) == {'path': {'chats.jsonl': wanted}}
 
 
 @pytest.mark.parametrize('name', ['chat', '', '../assets', 'chats/', '.'])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.data import split
-from moepeft.data.registry import sources
+from moepeft.data.registry import open_data
 
 from .chat import test_chat
 from .preference import test_dataset as test_answers
@@ -16,7 +16,7 @@ from .preference import test_dataset as test_answers
 @pytest.mark.parametrize('share', [0.0, 0.05, 0.1, 0.25, 0.5])
 @pytest.mark.parametrize('count', [1, 2, 10, 97])
 def test_without_repeats_the_last_rows_are_held_out(count, share):
-  out = split.last(range(count), share)
+  out = split.hold_out_last(range(count), share)
   cut = count - round(count * share)
   assert out == [place >= cut for place in range(count)]
 
@@ -24,7 +24,7 @@ def test_without_repeats_the_last_rows_are_held_out(count, share):
 def test_rows_of_one_prompt_stay_together_in_about_the_share():
   rng = np.random.default_rng(0)
   prompts = rng.integers(0, 211, 997).tolist()
-  out = split.last(prompts, 0.1)
+  out = split.hold_out_last(prompts, 0.1)
   away = {p for p, gone in zip(prompts, out, strict=True) if gone}
   kept = {p for p, gone in zip(prompts, out, strict=True) if not gone}
   assert away and not away & kept
@@ -34,7 +34,12 @@ def test_rows_of_one_prompt_stay_together_in_about_the_share():
 
 def test_a_prompt_of_most_rows_is_trained():
   # The one row of 'b' is the quarter of four, rounded; 'a' has three.
-  assert split.last(['b', 'a', 'a', 'a'], 0.25) == [True, False, False, False]
+  assert split.hold_out_last(['b', 'a', 'a', 'a'], 0.25) == [
+    True,
+    False,
+    False,
+    False,
+  ]
 
 
 @pytest.mark.parametrize('judged', [False, True])
@@ -45,7 +50,7 @@ def test_no_prompt_of_preferences_is_on_both_sides(tmp_path, judged):
   ]
   data = test_answers.data_of(tmp_path, rows, held_out=0.2)
   own = test_answers.samples(judged=judged)
-  found = sources(data, 0, own=own)
+  found = open_data(data, 0, own=own)
 
   def prompts(items):
     return {test_answers.said(item.sides[0])[0] for item in items}

@@ -8,7 +8,7 @@ import pytest
 
 from moepeft.data import t0_mixtures
 from moepeft.data.readers import jsonl
-from moepeft.data.readers.promptsource import clean
+from moepeft.data.readers.promptsource import p3_name
 from tests import ROOT
 
 SHARED = ROOT.parent / 'shared'
@@ -82,7 +82,7 @@ def test_the_table_is_the_public_mixtures():
       row['original_task_prompts'],
       row['train_examples'],
     )
-    member = t0_mixtures.Dataset(name, *map(int, numbers))
+    member = t0_mixtures.T0Dataset(name, *map(int, numbers))
     assert member.rate == int(row['cap_per_prompt'])
     seen[row['mixture']].add(member)
   base, plus, plus2 = (seen[f't0{p}_train'] for p in ('', '+', '++'))
@@ -104,7 +104,7 @@ def test_names_of_any_spelling_find_their_dataset():
     ('imdb_f_score_eval', ''): 5,
     ('ropes', 'none'): 0,
   }
-  found = t0_mixtures.rates('t0_train', rows)
+  found = t0_mixtures.mixture_rates('t0_train', rows)
   assert found.rates == {
     ('glue/mrpc', 'a'): 3668,
     ('glue_qqp', 'b'): 363846,
@@ -121,21 +121,23 @@ def test_names_of_any_spelling_find_their_dataset():
   left, absent = found.notes('t0_train')
   assert 'does not hold imdb_f_score_eval, imdb_mine' in left
   assert '34 of the 38 datasets of t0_train are not in the data' in absent
-  plus = t0_mixtures.rates('t0+_train', rows).rates
+  plus = t0_mixtures.mixture_rates('t0+_train', rows).rates
   assert plus['race_high_x', ''] == 62445
 
 
 def test_a_capped_dataset_shares_half_a_million_among_its_prompts():
   # 3.6 million examples, nine prompts: 500,000 // 9, whichever are here.
-  found = t0_mixtures.rates('t0_train', {('amazon_polarity', 'a'): 1})
+  found = t0_mixtures.mixture_rates('t0_train', {('amazon_polarity', 'a'): 1})
   assert found.rates == {('amazon_polarity', 'a'): 55_555}
 
 
 def test_one_prompt_is_an_original_one_where_that_is_known():
   rows = {('glue_qqp', t): 9 for t in 'cab'}
-  known = t0_mixtures.rates(ONE, rows, original={('glue_qqp', t) for t in 'bc'})
+  known = t0_mixtures.mixture_rates(
+    ONE, rows, original={('glue_qqp', t) for t in 'bc'}
+  )
   assert (known.rates, known.guessed) == ({('glue_qqp', 'b'): 363846}, ())
-  guess = t0_mixtures.rates(ONE, rows)
+  guess = t0_mixtures.mixture_rates(ONE, rows)
   assert guess.rates == {('glue_qqp', 'a'): 363846}
   assert guess.guessed == ('glue_qqp',)
   assert 'first prompt by name' in guess.notes(ONE)[-1]
@@ -143,35 +145,37 @@ def test_one_prompt_is_an_original_one_where_that_is_known():
 
 def test_a_seqio_task_may_be_an_original_one():
   rows = {(f'glue_qqp_{t}', ''): 9 for t in 'abc'}
-  found = t0_mixtures.rates(ALL, rows, original={('glue_qqp', t) for t in 'bc'})
+  found = t0_mixtures.mixture_rates(
+    ALL, rows, original={('glue_qqp', t) for t in 'bc'}
+  )
   assert set(found.rates) == {('glue_qqp_b', ''), ('glue_qqp_c', '')}
 
 
 def test_original_prompts_are_not_guessed():
   # All eight of quartz are original.
   every = {('quartz', t): 9 for t in 'ab'}
-  assert set(t0_mixtures.rates(ALL, every).rates) == set(every)
-  assert set(t0_mixtures.rates(ONE, every).rates) == {('quartz', 'a')}
-  assert t0_mixtures.rates(ONE, every).guessed == ()
+  assert set(t0_mixtures.mixture_rates(ALL, every).rates) == set(every)
+  assert set(t0_mixtures.mixture_rates(ONE, every).rates) == {('quartz', 'a')}
+  assert t0_mixtures.mixture_rates(ONE, every).guessed == ()
   with pytest.raises(ValueError, match='which of glue/qqp are; set config'):
-    t0_mixtures.rates(ALL, {('glue_qqp', 'a'): 9})
+    t0_mixtures.mixture_rates(ALL, {('glue_qqp', 'a'): 9})
 
 
 def test_a_mixture_of_nothing_is_an_error():
   with pytest.raises(ValueError, match='none of the data is in t0_train; got'):
-    t0_mixtures.rates('t0_train', {('mine', 'a'): 3})
+    t0_mixtures.mixture_rates('t0_train', {('mine', 'a'): 3})
   with pytest.raises(ValueError, match="'t1' is no mixture; expected one of"):
-    t0_mixtures.rates('t1', {('imdb', 'a'): 3})
+    t0_mixtures.mixture_rates('t1', {('imdb', 'a'): 3})
 
 
 @pytest.mark.skipif(not P3.exists(), reason='no P3 rows')
 def test_real_rows_get_the_rates_of_t0():
   rows = jsonl.read(str(P3))
   counts = collections.Counter((e.task, e.template) for e in rows)
-  found = t0_mixtures.rates('t0_train', counts)
+  found = t0_mixtures.mixture_rates('t0_train', counts)
   # Its questions are in T0 as cos_e.
   assert found.left_out == ('commonsense_qa',)
-  present = {clean(d.name): d for d in t0_mixtures.members('t0_train')}
+  present = {p3_name(d.name): d for d in t0_mixtures.members('t0_train')}
   datasets = {task for task, _ in found.rates}
   assert len(datasets) == len({e.task for e in rows}) - 1
   assert len(found.absent) == 38 - len(datasets)

@@ -17,7 +17,7 @@ from moepeft import evaluate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.progress import Pass
 from moepeft.data.readers import jsonl
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets, metrics, runner, scores, summary
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
@@ -60,7 +60,7 @@ ROWS = [
 
 def accuracies(rows, most=9):
   found = eval_sets.prompts('evaluation', rows, most)
-  ranker = Ranker(Bigram(), Bytes(), 64, 16, 4)
+  ranker = Ranker(Bigram(), ByteTokenizer(), 64, 16, 4)
   return metrics.accuracy(ranker, variables(echo=2.0), found, ABOUT, done)
 
 
@@ -166,7 +166,7 @@ def test_loss_is_a_mean_over_tokens():
   texts = ('abcabc', 'a', 'cb')
   rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
   found = eval_sets.prompts('evaluation', rows, 9)
-  likelihood = Likelihood(Logits(), Bytes(), 64, 16, 4)
+  likelihood = Likelihood(Logits(), ByteTokenizer(), 64, 16, 4)
   (row,) = metrics.loss(likelihood, variables(RANDOM), found, ABOUT, done)
   np.testing.assert_allclose(
     row.each, [-log_likelihood(t) for t in texts], rtol=1e-5

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from moepeft import generate
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.inference.decode import greedy
 from moepeft.tasks import Example
 
 from ..contracts import small
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 # Bytes have 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
 METHOD = 'molora(experts=3, rank=2)'

@@ -10,14 +10,14 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.validator import Judge
 from moepeft.tasks import Example
 
 from ..contracts import small
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 # Bytes have 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
 METHOD = 'molora(experts=3, rank=2)'
@@ -56,9 +56,9 @@ def plain_call():
 
 def alone(row):
   """-log p of a row's targets by a call without padded inputs, in float64."""
-  x, y, _ = seq2seq.encode(WORDS, row, *LENGTHS)
+  x, y, _ = seq2seq.encode_example(WORDS, row, *LENGTHS)
   # What comes after a position does not reach it: the decoder is causal.
-  said = seq2seq.pad([[0, *y[:-1]]], LENGTHS[1])
+  said = seq2seq.pad_rows([[0, *y[:-1]]], LENGTHS[1])
   batch = {'inputs': np.array([x]), 'decoder_inputs': said}
   logits = np.asarray(plain_call()(made()[1], batch)[0], np.float64)
   log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
@@ -90,7 +90,7 @@ def test_the_mean_is_the_judge_s_validation_loss():
   config = config_lib.default()
   config.data.inputs_length, config.data.targets_length = LENGTHS
   config.evaluation.batch_size = 3
-  pairs = seq2seq.encode_all(WORDS, ROWS, *LENGTHS)
+  pairs = seq2seq.encode_examples(WORDS, ROWS, *LENGTHS)
   judge = Judge(config, model, WORDS, pairs, {})
   nll, tokens = likelihood().sums(variables, ROWS)
   expected = judge.validation_loss(variables)

@@ -72,7 +72,7 @@ def test_ends_of_spans_are_told_from_their_lengths():
 def test_hidden_spans_are_put_back(seed):
   rng = np.random.default_rng(seed)
   ids = rng.integers(10, 20, 37).astype(np.int32)
-  hidden = span_corruption.mask(37, 0.3, 3.0, rng)
+  hidden = span_corruption.noise_mask(37, 0.3, 3.0, rng)
   pair = span_corruption.corrupt(ids, hidden, list(range(99, 79, -1)), 1)
   found, again = span_corruption.restore(*pair, list(range(99, 79, -1)))
   np.testing.assert_array_equal(found, ids)

@@ -11,7 +11,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.rank_classification import (
   NotFinite,
@@ -26,7 +26,7 @@ from moepeft.tasks import Example
 
 from ..contracts import small
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 V = WORDS.size
 
 
@@ -298,7 +298,7 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   # Batches of three: one of long rows, one with a short row and filled up.
   texts = ('abcabc', 'cbacba', 'bcabca', 'a')
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
-  pairs = seq2seq.encode_all(WORDS, rows, 64, 16)
+  pairs = seq2seq.encode_examples(WORDS, rows, 64, 16)
   _, judged = judge(tmp_path, ROWS, pairs)
   found = judged.validation_loss(variables(RANDOM))
   # Six tokens and EOS three times, one and EOS once.

@@ -127,7 +127,7 @@ def _targets(root: Path):
   load = lambda folder: hf.load(str(folder))  # noqa: E731
   lora_of = lambda folder: base.load_adapter(str(folder), _CONFIG)  # noqa: E731
   words = importlib.import_module('moepeft.data.tokenizers.tokenizer')
-  read_words = lambda folder: words.vocabulary('', str(folder))  # noqa: E731
+  read_words = lambda folder: words.load_tokenizer('', str(folder))  # noqa: E731
   found = {
     'hf config, T5': ('t5', 'config.json', load),
     'hf config, Llama': ('llama', 'config.json', load),
@@ -162,7 +162,7 @@ def _targets(root: Path):
     'generation config': (
       'ends',
       'generation_config.json',
-      lambda folder: prompts.ends(words.Bytes(), str(folder)),
+      lambda folder: prompts.ends(words.ByteTokenizer(), str(folder)),
     ),
   }
   if importlib.util.find_spec('gguf'):

@@ -20,15 +20,18 @@ import yaml
 
 from moepeft import config as config_lib
 from moepeft.data import example as example_lib
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import formats as chat_formats
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.readers import csv_table, huggingface, jsonl, promptsource
 from moepeft.data.text import documents
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 
 from .. import chat_cases
 
@@ -193,13 +196,13 @@ class Counts:
 def words(tmp_path_factory):
   path = tmp_path_factory.mktemp('words')
   chat_cases.tokenizer(TEMPLATE).save_pretrained(path)
-  return Tokenizer(str(path))
+  return HuggingFaceTokenizer(str(path))
 
 
 def chatting(words):
-  used = chat_dataset.Template(words.tokenizer)
+  used = chat_dataset.ChatTemplate(words.tokenizer)
   return lambda row: used.render(
-    chat_formats.answered(chat_formats.conversation(row))
+    chat_formats.check_answered(chat_formats.parse_conversation(row))
   )
 
 
@@ -207,12 +210,12 @@ def comparing(words, rng):
   data = config_lib.default().data
   data.source = 'preference'
   made = [
-    preference_tokenize.encoder(data, Samples(own, 64), None)
-    for own in (words, Bytes())
+    preference_tokenize.row_encoder(data, CausalCollator(own, 64), None)
+    for own in (words, ByteTokenizer())
   ]
 
   def read(row):
-    found = preference_formats.row(row)
+    found = preference_formats.parse_row(row)
     # Plain text has no words for calls, thoughts and names.
     for encode in made[: 2 if rng.random() < 0.3 else 1]:
       encode(found.prompt, found.answers)
@@ -227,14 +230,14 @@ def test_every_mutated_row_is_read_or_refused(form, words, tmp_path, capsys):
   read = {
     'chat': chatting(words),
     'preference': comparing(words, rng),
-    'rows': lambda row: example_lib.example(row, 't', rng.random() < 0.5),
-    'text': lambda row: documents.read(str(path)),
+    'rows': lambda row: example_lib.parse_example(row, 't', rng.random() < 0.5),
+    'text': lambda row: documents.read_documents(str(path)),
   }[form]
 
   def through_a_file(row):
     # As readers get them: what JSON cannot say never reaches a form.
     path.write_text(json.dumps(row))
-    for _, found in jsonl.lines(str(path), Bad()):
+    for _, found in jsonl.read_lines(str(path), BadRows()):
       read(found)
 
   for i in range(ROWS):
@@ -307,10 +310,10 @@ def test_every_damaged_file_is_read_or_refused(name, tmp_path, capsys):
     ),
     'csv': (
       (huggingface.read, csv),
-      (lambda path: csv_table.read(path, Bad('skip')), csv),
+      (lambda path: csv_table.read(path, BadRows('skip')), csv),
     ),
-    'txt': ((documents.read, text),),
-    'yaml': ((promptsource.read, PROMPTS),),
+    'txt': ((documents.read_documents, text),),
+    'yaml': ((promptsource.read_templates, PROMPTS),),
   }[kind]
   for _ in range(FILES):
     for read, raw in readers:
@@ -339,8 +342,8 @@ def test_every_mutated_template_is_read_or_refused(tmp_path, capsys):
   fields['metadata'] = {'original_task': True}
 
   def read_and_say(rows):
-    group = promptsource.read(str(path))
-    promptsource.render(group, rows, Bad('skip'))
+    group = promptsource.read_templates(str(path))
+    promptsource.render_templates(group, rows, BadRows('skip'))
 
   for _ in range(1500):
     row = {'a': 'x', 'b': ['y'], 'label': 1}

@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.detokenizer import Detokenizer, StopStrings, TextStream
 from tests import ROOT
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 TEXT = 'naïve 你好 🙂 e\u0301!'
 
 
@@ -82,9 +82,9 @@ TOKENIZERS = ROOT.parent / 'shared' / 'models'
 def test_a_real_tokenizer_is_streamed(name):
   if not (TOKENIZERS / name / 'tokenizer.json').exists():
     pytest.skip(f'no tokenizer at {TOKENIZERS / name}')
-  from moepeft.data.tokenizers.tokenizer import Tokenizer
+  from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 
-  words = Tokenizer(str(TOKENIZERS / name))
+  words = HuggingFaceTokenizer(str(TOKENIZERS / name))
   ids = words.encode(f'Hello there.  {TEXT}\n\tDon’t, “x”?')
   whole = words.decode(ids)
   for sizes in ((1,), (3, 1)):

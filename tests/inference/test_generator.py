@@ -15,7 +15,10 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import generate
 from moepeft.data.chat.formats import Turn
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference import prompts
@@ -32,7 +35,7 @@ from .. import chat_cases, commands
 from ..contracts import small
 
 EMPTY = tempfile.NamedTemporaryFile()
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 T5 = dataclasses.replace(
   small.GATED, vocab=263, encoder_layers=1, decoder_layers=1
 )
@@ -177,7 +180,7 @@ def test_evaluations_answer_with_decoders_as_with_t5():
 
 
 def test_a_prompt_that_is_cut_still_begins_as_texts_do():
-  words = Bytes(bos=2)
+  words = ByteTokenizer(bos=2)
   ours = Answering(made('decoder')[0], words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
   assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
@@ -261,7 +264,7 @@ def test_an_empty_prompt_is_refused():
     prompts.plain(WORDS, '', decoder_only=True)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
     generation('decoder').texts(made('decoder')[1], [[5], []])
-  assert prompts.plain(Bytes(bos=2), '', decoder_only=True) == [2]
+  assert prompts.plain(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
   assert prompts.plain(WORDS, '', decoder_only=False) == [1]
 
 
@@ -370,7 +373,7 @@ def chat_data(**changes):
 
 
 def templated_words(**options):
-  words = Tokenizer.__new__(Tokenizer)
+  words = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
   words._tokenizer = chat_cases.tokenizer(**options)
   words._path = 'some/path'
   words.size = len(words._tokenizer)

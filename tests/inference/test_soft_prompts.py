@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.collators import Pairs, form
-from moepeft.data.batching.decoder_only import Sample, Samples, sample
-from moepeft.data.preference.dataset import form_of
+from moepeft.data.batching.collators import Seq2SeqCollator, make_model_collator
+from moepeft.data.batching.decoder_only import (
+  CausalCollator,
+  Sample,
+  make_sample,
+)
+from moepeft.data.preference.dataset import objective_collator
 from moepeft.data.text import dataset as text
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.greedy_answers import Answering
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
@@ -26,7 +30,7 @@ from moepeft.tasks import Example
 
 from ..prompted import CLOSE, LLAMA, T5, applied, made, model_of
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 BOTH = pytest.mark.parametrize('config', [T5, LLAMA], ids=['t5', 'llama'])
 AHEAD = (263, 264, 265)
 
@@ -36,31 +40,32 @@ def example(inputs, targets, choices=()):
 
 
 def test_placeholders_stand_before_a_decoders_text_and_nothing_of_it_changes():
-  own = Samples(WORDS, 10, before=AHEAD)
+  own = CausalCollator(WORDS, 10, prefix_ids=AHEAD)
   (found,) = own.encode([example('ab', 'c')])
   # Bytes plus 3: a 100, b 101, the line's end 13, c 102; EOS is 1.
   assert found.ids.tolist() == [*AHEAD, 100, 101, 13, 102, 1]
-  np.testing.assert_array_equal(found.trained, [0, 0, 0, 0, 0, 0, 1, 1])
+  np.testing.assert_array_equal(found.loss_mask, [0, 0, 0, 0, 0, 0, 1, 1])
   # Of a text that is trained whole the first token follows a prompt, not a
   # text: it is not trained, as without a prompt.
   (whole,) = own.encode([Sample(np.array([5, 6]), np.ones(2, bool))])
-  np.testing.assert_array_equal(whole.trained, [0, 0, 0, 0, 1])
+  np.testing.assert_array_equal(whole.loss_mask, [0, 0, 0, 0, 1])
 
 
 def test_placeholders_count_in_a_decoders_row():
-  own = Samples(WORDS, 7, before=AHEAD)
+  own = CausalCollator(WORDS, 7, prefix_ids=AHEAD)
   # A row of 7 is fed, with one token more to predict: of 8, 3 are the prompt's.
-  long = sample([9, 8, 7, 6], [5, 4])
+  long = make_sample([9, 8, 7, 6], [5, 4])
   (found,) = own.encode([long])
   assert found.ids.tolist() == [*AHEAD, 8, 7, 6, 5, 4]
-  assert own.cut([long]) == 1 and own.cut([sample([7, 6], [5, 4, 3])]) == 0
-  rows = own.padded([found])
+  assert own.count_cut([long]) == 1
+  assert own.count_cut([make_sample([7, 6], [5, 4, 3])]) == 0
+  rows = own.pad([found])
   assert rows['inputs'].tolist() == [[*AHEAD, 8, 7, 6, 5]]
   assert rows['targets_mask'].tolist() == [[False] * 5 + [True] * 2]
 
 
 def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
-  own = Pairs(WORDS, 6, 4, before=AHEAD)
+  own = Seq2SeqCollator(WORDS, 6, 4, prefix_ids=AHEAD)
   found = own.encode(
     [example('a', 'b'), example('abcdef', 'b'), ([7, 8, 9, 6, 1], [5, 1])]
   )
@@ -71,8 +76,8 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
     [*AHEAD, 7, 8, 1],
   ]
   assert [list(map(int, y)) for _, y in found] == [[101, 1], [101, 1], [5, 1]]
-  assert own.cut([example('abc', 'b')]) == 1
-  assert own.cut([example('a', 'b')]) == 0
+  assert own.count_cut([example('abc', 'b')]) == 1
+  assert own.count_cut([example('a', 'b')]) == 0
 
 
 @pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])
@@ -81,7 +86,7 @@ def test_pieces_of_text_leave_room_for_the_prompt(predict):
   data.predict = predict
   # A piece has one token more than are fed; spans share a decoder's row.
   whole, behind = (
-    text.maker(data, Samples(WORDS, n, before=front), 300)[0]
+    text.chunk_maker(data, CausalCollator(WORDS, n, prefix_ids=front), 300)[0]
     for n, front in ((23, ()), (26, AHEAD))
   )
   assert whole == behind
@@ -89,7 +94,9 @@ def test_pieces_of_text_leave_room_for_the_prompt(predict):
     assert whole == 24
     return
   whole, behind = (
-    text.maker(data, Pairs(WORDS, n, 9, before=front), 300)[0]
+    text.chunk_maker(data, Seq2SeqCollator(WORDS, n, 9, prefix_ids=front), 300)[
+      0
+    ]
     for n, front in ((23, ()), (26, AHEAD))
   )
   assert whole == behind
@@ -97,17 +104,17 @@ def test_pieces_of_text_leave_room_for_the_prompt(predict):
 
 def test_a_prompt_that_leaves_no_room_is_refused():
   with pytest.raises(ValueError, match='3 tokens leaves no room .*length=4'):
-    Samples(WORDS, 4, before=AHEAD)
+    CausalCollator(WORDS, 4, prefix_ids=AHEAD)
   with pytest.raises(ValueError, match='no room .*inputs_length=4'):
-    Pairs(WORDS, 4, 4, before=AHEAD)
+    Seq2SeqCollator(WORDS, 4, 4, prefix_ids=AHEAD)
 
 
 def test_answers_that_are_compared_have_no_prompt():
   data = config_lib.default().data
   data.source = 'preference'
-  own = form(data, WORDS, LLAMA, 0, AHEAD)
+  own = make_model_collator(data, WORDS, LLAMA, 0, AHEAD)
   with pytest.raises(ValueError, match="'dpo' does not go with a soft prompt"):
-    form_of(data, 'dpo', 'pair', own)
+    objective_collator(data, 'dpo', 'pair', own)
 
 
 EXAMPLES = [
@@ -121,11 +128,11 @@ EXAMPLES = [
 def test_packed_texts_have_a_prompt_each_and_are_as_alone(config):
   model, variables = made(config)
   if config is T5:
-    own = Pairs(WORDS, 47, 29, before=AHEAD)
+    own = Seq2SeqCollator(WORDS, 47, 29, prefix_ids=AHEAD)
   else:
-    own = Samples(WORDS, 64, before=AHEAD)
+    own = CausalCollator(WORDS, 64, prefix_ids=AHEAD)
   encoded = own.encode(EXAMPLES)
-  alone, packed = own.padded(encoded), own.laid(encoded, [[0, 1, 2]])
+  alone, packed = own.pad(encoded), own.pack(encoded, [[0, 1, 2]])
   assert len(packed['inputs']) == 1
   assert (packed['inputs'] >= 263).sum() == 9
   # Rows of one length have one program.
@@ -244,6 +251,6 @@ def test_a_repetition_penalty_knows_nothing_of_placeholders():
 def test_a_model_without_a_prompt_has_nothing_before_its_texts():
   model = Decoder(LLAMA)
   assert before(model) == ()
-  own = Samples(WORDS, 7)
-  given = sample([9], [8])
+  own = CausalCollator(WORDS, 7)
+  given = make_sample([9], [8])
   assert own.encode([given])[0] is given

@@ -14,7 +14,7 @@ import pytest
 from moepeft import train
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.models import weight_mapping
 from moepeft.objectives import OBJECTIVES, build_objective
 from moepeft.objectives.batches import make_collator
@@ -35,9 +35,11 @@ def places(tmp_path_factory):
 
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
-  own = collators.form(config.data, Bytes(), parts.model.config, 0)
+  own = collators.make_model_collator(
+    config.data, ByteTokenizer(), parts.model.config, 0
+  )
   own = make_collator(config, own)
-  found = preference_dataset.read(config.data, own)
+  found = preference_dataset.read_preferences(config.data, own)
   shape = len(found.items), 2, own.lengths[-1]
   given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
   return own, found.with_references(given).items[:COUNT]
@@ -95,7 +97,7 @@ def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
     )
     parts = parts_of(config)
     own, items = items_of(config, parts)
-    packed, alone = own.rows(0, items), own.padded(items)
+    packed, alone = own.rows(0, items), own.pad(items)
     if not given:
       packed, alone = (
         {k: a for k, a in rows.items() if not k.endswith('reference')}

@@ -14,7 +14,7 @@ import pytest
 from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.core.types import Context
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder.model import Decoder
 from moepeft.models.weight_mapping import CheckpointError
 
@@ -53,7 +53,7 @@ def below(number):
 @pytest.mark.parametrize('number', prompts())
 def test_texts_become_the_same_tokens(number, path):
   found = below(number)
-  assert Tokenizer(path).encode(str(found['text'])) == list(
+  assert HuggingFaceTokenizer(path).encode(str(found['text'])) == list(
     found['input_ids'][0]
   )
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.data import vocabulary
+from moepeft.data import load_tokenizer
 from moepeft.data.readers import jsonl
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.models.t5.model import T5
@@ -98,7 +98,9 @@ def compare(path, encode, words, rows, lengths, batch_size):
 
 def test_random_weights_rank_as_in_torch(tmp_path):
   # Heads times head size (15) unlike d_model (11), and an untied head.
-  config = dataclasses.replace(CONFIGS['gated-untied'], vocab=Bytes().size)
+  config = dataclasses.replace(
+    CONFIGS['gated-untied'], vocab=ByteTokenizer().size
+  )
   hf.save(tmp_path, config, random_params(config))
   # Prompts of 2, 3 and 5 choices and of many lengths.
   texts = [
@@ -116,7 +118,7 @@ def test_random_weights_rank_as_in_torch(tmp_path):
   def encode(text):
     return [byte + 3 for byte in text.encode()] + [1]
 
-  most = compare(tmp_path, encode, Bytes(), rows, (160, 20), 2)
+  most = compare(tmp_path, encode, ByteTokenizer(), rows, (160, 20), 2)
   print(f'{len(rows)} examples, {most:.1e} at most')
 
 
@@ -137,6 +139,6 @@ def test_every_prompt_of_the_eight_sets_ranks_as_in_torch():
   )
   assert len(prompts) == 110
   rows = [example for prompt in prompts for example in prompt.examples]
-  words = vocabulary('', str(BASE))
+  words = load_tokenizer('', str(BASE))
   most = compare(BASE, encode, words, rows, (1024, 256), 8)
   print(f'{len(prompts)} prompts, {len(rows)} examples, {most:.1e} at most')

@@ -26,7 +26,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.data import vocabulary
+from moepeft.data import load_tokenizer
 from moepeft.evaluation.loglikelihood import losses
 from moepeft.peft import build
 
@@ -85,7 +85,7 @@ class Trainer:
 
   def __init__(self, real: Real):
     self._real, self._base = real, _base()
-    self.words = vocabulary('', BASE)
+    self.words = load_tokenizer('', BASE)
 
   def logprobs(self, ids: list[int], adapter: str = '') -> np.ndarray:
     """float32 [t - 1]: of each id after those before it."""

@@ -11,7 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.inference.constraints.token_bytes import alphabet
 from moepeft.serve.http.chat_templates import Voice
 from moepeft.serve.http.connection import DEFAULT
@@ -49,7 +52,7 @@ def byte_tokenizer(path):
     chat_template=TEMPLATE,
   )
   found.save_pretrained(path)
-  return Tokenizer(str(path))
+  return HuggingFaceTokenizer(str(path))
 
 
 class FakeEmbedder:
@@ -174,7 +177,7 @@ def wait_until(holds, seconds=10):
 
 def fake(words=None, **fields):
   """A service of a fake engine and bytes."""
-  return service(FakeEngine(), words or Bytes(), **fields)
+  return service(FakeEngine(), words or ByteTokenizer(), **fields)
 
 
 def constrained(found, words):

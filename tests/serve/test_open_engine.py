@@ -8,7 +8,7 @@ import pytest
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.api import LENGTH, UnknownAdapter
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models import weight_mapping
@@ -84,7 +84,7 @@ def engine(place):
     name: str(folder / name) for name in METHODS if name != 'late'
   }  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(opening, 'vocabulary', lambda *args: Bytes())
+    patch.setattr(opening, 'load_tokenizer', lambda *args: ByteTokenizer())
     opened = opening.open_engine(str(folder / 'base'), paths, (), settings)
   assert opened.words.eos in opened.ends
   opened.engine.start()

@@ -11,8 +11,16 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.data.batching.decoder_only import Samples, packed, padded, sample
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.batching.decoder_only import (
+  CausalCollator,
+  make_sample,
+  pack_samples,
+  pad_samples,
+)
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.objectives import seq2seq
@@ -106,7 +114,8 @@ def test_an_objective_of_the_other_kind_is_refused(tmp_path):
 def samples(seed, sizes=(7, 3, 11, 5, 2)):
   rng = np.random.default_rng(seed)
   return [
-    sample(rng.integers(2, 259, n), rng.integers(2, 259, n + 1)) for n in sizes
+    make_sample(rng.integers(2, 259, n), rng.integers(2, 259, n + 1))
+    for n in sizes
   ]
 
 
@@ -116,7 +125,7 @@ def test_packed_losses_equal_unpacked_ones(model):
   found = []
   # 7 + 7, 3 + 3, 11 + 11, 5 + 5 and 2 + 2 tokens fed, 24 to a row.
   bins = [[2], [0, 1, 4], [3]]
-  for rows in (padded(some, 24), packed(some, 24, bins)):
+  for rows in (pad_samples(some, 24), pack_samples(some, 24, bins)):
     total, aux = seq2seq.loss_sums(made.apply, variables, rows, None)
     found.append((float(total), int(aux['tokens']), int(aux['correct'])))
   one, two = found
@@ -131,7 +140,7 @@ def test_a_changed_first_example_never_changes_the_seconds_loss(model):
   first, second, other = *samples(0, (5, 5)), *samples(1, (5,))
 
   def losses(one):
-    rows = packed([one, second], 21, [[0, 1]])
+    rows = pack_samples([one, second], 21, [[0, 1]])
     found = token_losses(made.apply(variables, rows), rows['targets'])
     own = [
       s
@@ -152,7 +161,9 @@ EXAMPLES = [
 
 def by_hand(made, variables, prompt, answer):
   """Sum of log p of an answer, of one row without padding."""
-  ids = Bytes().encode(prompt + '\n') + Bytes().encode(answer) + [1]
+  ids = (
+    ByteTokenizer().encode(prompt + '\n') + ByteTokenizer().encode(answer) + [1]
+  )
   logits = made.apply(variables, {'inputs': jnp.array([ids[:-1]])})
   log_p = jax.nn.log_softmax(logits[0], axis=-1)
   first = len(prompt)
@@ -161,7 +172,7 @@ def by_hand(made, variables, prompt, answer):
 
 def test_likelihood_is_of_the_targets_given_the_inputs(model):
   made, variables = model
-  scores = Likelihood(made, Bytes(), 64, 16, 2)
+  scores = Likelihood(made, ByteTokenizer(), 64, 16, 2)
   nll, tokens = scores.sums(variables, EXAMPLES)
   wanted = [-by_hand(made, variables, e.inputs, e.targets) for e in EXAMPLES]
   np.testing.assert_allclose(nll, wanted, rtol=1e-5)
@@ -172,7 +183,7 @@ def test_likelihood_is_of_the_targets_given_the_inputs(model):
 
 def test_ranking_scores_each_choice_as_if_alone(model):
   made, variables = model
-  ranker = Ranker(made, Bytes(), 64, 16, 2)
+  ranker = Ranker(made, ByteTokenizer(), 64, 16, 2)
   found = ranker.scores(variables, ranker.prepare(EXAMPLES))
   for e, scores in zip(EXAMPLES, found, strict=True):
     wanted = [by_hand(made, variables, e.inputs, c) for c in e.choices]
@@ -181,14 +192,14 @@ def test_ranking_scores_each_choice_as_if_alone(model):
 
 
 def test_a_prompt_to_rank_loses_its_beginning(model):
-  ranker = Ranker(model[0], Bytes(), 5, 4, 2)
+  ranker = Ranker(model[0], ByteTokenizer(), 5, 4, 2)
   (_, row) = ranker.prepare(EXAMPLES)
-  assert Bytes().decode(row.inputs) == ' one\n' and row.cut
+  assert ByteTokenizer().decode(row.inputs) == ' one\n' and row.cut
 
 
 def test_a_prompt_to_rank_keeps_what_begins_every_text(model, tmp_path):
   chat_cases.learnt('bytes', bos=True).save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   example = Example('t', '', 0, 'again ' * 9, 'a', ('a', 'b'), 0)
   (row,) = Ranker(model[0], words, 5, 4, 2).prepare([example])
   assert row.cut and len(row.inputs) == 5
@@ -197,7 +208,7 @@ def test_a_prompt_to_rank_keeps_what_begins_every_text(model, tmp_path):
 
 def test_a_window_that_is_all_too_long_is_refused():
   with pytest.raises(ValueError, match='raise the length'):
-    Samples(Bytes(), 3, too_long='drop').encode(EXAMPLES)
+    CausalCollator(ByteTokenizer(), 3, too_long='drop').encode(EXAMPLES)
 
 
 def test_the_config_of_a_run_names_its_objective(text, tmp_path):

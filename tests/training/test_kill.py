@@ -134,7 +134,7 @@ def test_sigterm_saves_and_is_gone_within_seconds(whole, tmp_path):
 
 def interrupted(monkeypatch, numbers, at=3):
   """Lets the run receive signals while it waits for the batch `at`."""
-  plain = train.loader
+  plain = train.make_loader
 
   def opened(*args):
     batches, count = plain(*args), 0
@@ -152,7 +152,7 @@ def interrupted(monkeypatch, numbers, at=3):
 
     return Signalling()
 
-  monkeypatch.setattr(train, 'loader', opened)
+  monkeypatch.setattr(train, 'make_loader', opened)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from moepeft.training.metrics_logger import Report, _sums
 
 def test_a_token_of_a_decoder_is_counted_once():
   # 5 and 3 ids are 4 and 2 tokens that are read; the first prompt has 2 ids.
-  rows = decoder_only.padded([decoder_only.sample([7, 8], [9, 7, 1]), ONE], 5)
+  rows = decoder_only.pad_samples(
+    [decoder_only.make_sample([7, 8], [9, 7, 1]), ONE], 5
+  )
   examples, tokens, padding, untrained = _sums(rows)
   assert (examples, tokens) == (2, 6)
   assert padding == pytest.approx(1 - 6 / 10)
@@ -25,7 +27,7 @@ def test_a_token_of_a_decoder_is_counted_once():
 
 
 def test_both_sides_of_a_pair_are_counted():
-  rows = decoder_only.padded([ONE, ONE, ONE], 5)
+  rows = decoder_only.pad_samples([ONE, ONE, ONE], 5)
   sides = {
     f'{s}_{k}': v for s in ('chosen', 'rejected') for k, v in rows.items()
   }
@@ -35,7 +37,7 @@ def test_both_sides_of_a_pair_are_counted():
 
 def test_pairs_of_packed_rows_are_counted():
   # A row of two, then a row of one.
-  rows = decoder_only.packed([ONE, ONE, ONE], 5, [[0, 2], [1]])
+  rows = decoder_only.pack_samples([ONE, ONE, ONE], 5, [[0, 2], [1]])
   sides = {
     f'{s}_{k}': v for s in ('chosen', 'rejected') for k, v in rows.items()
   }
@@ -44,7 +46,7 @@ def test_pairs_of_packed_rows_are_counted():
 
 
 def test_inputs_and_targets_of_an_encoder_decoder_are_counted():
-  rows = seq2seq.seq2seq([[5, 6, 1]], [[7, 1]], 4, 4)
+  rows = seq2seq.pad_pairs([[5, 6, 1]], [[7, 1]], 4, 4)
   assert _sums(rows)[:2] == (1, 5)
 
 
@@ -57,7 +59,7 @@ def test_a_likelihood_of_no_token_is_nan():
   some = {'tokens': 4, 'nll': 6.0, 'correct': 1}
   for step, sums in enumerate((none, some), 1):
     aux = {'loss': 1.0, 'router_loss': 0.0, 'gradient_norm': 1.0, 'routing': {}}
-    report.add(step, decoder_only.padded([ONE], 5), aux | sums)
+    report.add(step, decoder_only.pad_samples([ONE], 5), aux | sums)
   report.tell()
   assert np.isnan([rows[0]['nll'], rows[0]['token_accuracy']]).all()
   assert (rows[1]['nll'], rows[1]['token_accuracy']) == (1.5, 0.25)

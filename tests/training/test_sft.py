@@ -91,7 +91,7 @@ def test_a_cards_value_may_hold_commas_in_parentheses():
 
 def test_the_card_of_text_for_t5_fills_its_rows():
   c = load('pretrain_t5_tiny.py').get_config('text=a.txt')
-  length = span_corruption.longest(
+  length = span_corruption.max_length(
     lambda x, y: x <= c.data.inputs_length, 0.15, 3.0
   )
   assert span_corruption.sizes(length, 0.15, 3.0) == (

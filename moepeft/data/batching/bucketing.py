@@ -41,6 +41,6 @@ def round_up(length: int, least: int, most: int) -> int:
   return min(max(least, 1 << (length - 1).bit_length()), most)
 
 
-def whole(places: Sequence[int], rows: int) -> list[int]:
+def repeat_last(places: Sequence[int], rows: int) -> list[int]:
   """`rows` places: the last again and again where there are fewer."""
   return [*places] + [places[-1]] * (rows - len(places))

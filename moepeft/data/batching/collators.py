@@ -10,40 +10,40 @@ from ml_collections import ConfigDict
 
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching import packing as batching_packing
-from moepeft.data.batching.decoder_only import Samples, check_too_long
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.batching.decoder_only import CausalCollator, check_too_long
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import check_decodes, decoder_only
 from moepeft.tasks import Example
 
 Rows = dict[str, np.ndarray]  # arrays [rows, ...]
 
 
-class Form(Protocol):
+class Collator(Protocol):
   """From what sources give to the arrays that a model reads."""
 
-  words: Vocabulary
+  tokenizer: Tokenizer
   packed: bool
   seed: int
-  before: tuple[int, ...]
+  prefix_ids: tuple[int, ...]
 
   def encode(self, items: Sequence) -> list:
-    """Examples, and what is ids already, as ids that fit a row, `before` in
-    front of each."""
+    """Examples, and what is ids already, as ids that fit a row, `prefix_ids`
+    in front of each."""
 
   def rows(self, number: int, encoded: Sequence) -> Rows:
     """The rows of window `number`, packed where the form is."""
 
-  def laid(self, encoded: Sequence, bins: Sequence[Sequence[int]]) -> Rows:
+  def pack(self, encoded: Sequence, bins: Sequence[Sequence[int]]) -> Rows:
     """Rows that hold the items of each bin, in their order."""
 
-  def padded(self, encoded: Sequence) -> Rows:
+  def pad(self, encoded: Sequence) -> Rows:
     """Rows of one encoded item each, in their order."""
 
-  def cut(self, items: Sequence) -> int:
+  def count_cut(self, items: Sequence) -> int:
     """How many of them are too long."""
 
   @property
-  def longer(self) -> str:
+  def length_keys(self) -> str:
     """What to raise so that nothing is cut."""
 
   @property
@@ -51,10 +51,10 @@ class Form(Protocol):
     """Of a row, of each of its sides."""
 
   @property
-  def rooms(self) -> tuple[int, ...]:
+  def max_lengths(self) -> tuple[int, ...]:
     """What of `lengths` one text can fill."""
 
-  def resized(self, lengths: tuple[int, ...]) -> 'Form':
+  def resized(self, lengths: tuple[int, ...]) -> 'Collator':
     """The same with other `lengths`."""
 
   def sizes(self, encoded: Sequence) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -62,66 +62,74 @@ class Form(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class Seq2SeqCollator:
   """Inputs and targets, as encoder-decoders read them.
 
   Attributes:
-    words: the vocabulary.
+    tokenizer: of the model.
     inputs_length, targets_length: of a row, EOS included.
     packed: whether rows hold several examples.
     seed: of the packed rows' order.
-    before: placeholders of a soft prompt, in front of all inputs; they count.
+    prefix_ids: placeholders of a soft prompt, in front of all inputs;
+      they count.
   """
 
-  words: Vocabulary
+  tokenizer: Tokenizer
   inputs_length: int
   targets_length: int
   packed: bool = False
   seed: int = 0
-  before: tuple[int, ...] = ()
+  prefix_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    batching_packing.room(
-      self.inputs_length, self.before, 'config.data.inputs_length'
+    batching_packing.length_after_prefix(
+      self.inputs_length, self.prefix_ids, 'config.data.inputs_length'
     )
 
-  def encode(self, items: Sequence) -> list[packing.Pair]:
+  def encode(self, items: Sequence) -> list[packing.IdPair]:
     """Pairs of ids of examples, and of what is a pair already."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = seq2seq.encode_all(self.words, texts, *self.rooms) if texts else []
+    made = (
+      seq2seq.encode_examples(self.tokenizer, texts, *self.max_lengths)
+      if texts
+      else []
+    )
     pairs = iter(made)
     every = [next(pairs) if isinstance(e, Example) else e for e in items]
-    return [self._behind(x, y) for x, y in every] if self.before else every
+    return [self._behind(x, y) for x, y in every] if self.prefix_ids else every
 
-  def _behind(self, x: Sequence[int], y: Sequence[int]) -> packing.Pair:
+  def _behind(self, x: Sequence[int], y: Sequence[int]) -> packing.IdPair:
     """What was cut to a row, like SeqIO's, keeps its EOS."""
-    if len(x) > self.rooms[0]:
-      x = [*x[: self.rooms[0] - 1], x[-1]]
-    return batching_packing.put(self.before, x), y
+    if len(x) > self.max_lengths[0]:
+      x = [*x[: self.max_lengths[0] - 1], x[-1]]
+    return batching_packing.prepend(self.prefix_ids, x), y
 
-  def rows(self, number: int, encoded: Sequence[packing.Pair]) -> Rows:
+  def rows(self, number: int, encoded: Sequence[packing.IdPair]) -> Rows:
     """See `packing.pack` and `batching.seq2seq`."""
     if not self.packed:
-      return self.padded(encoded)
+      return self.pad(encoded)
     rng = np.random.default_rng((self.seed, number))
     lengths = np.array(self.sizes(encoded)[0])
-    return self.laid(encoded, packing.shuffled(lengths, self.lengths, rng))
+    return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
 
-  def laid(
-    self, encoded: Sequence[packing.Pair], bins: Sequence[Sequence[int]]
+  def pack(
+    self, encoded: Sequence[packing.IdPair], bins: Sequence[Sequence[int]]
   ) -> Rows:
-    return packing.pack(encoded, *self.lengths, bins)
+    return packing.pack_pairs(encoded, *self.lengths, bins)
 
-  def padded(self, encoded: Sequence[packing.Pair]) -> Rows:
+  def pad(self, encoded: Sequence[packing.IdPair]) -> Rows:
     x, y = zip(*encoded, strict=True)
-    return seq2seq.seq2seq(x, y, *self.lengths)
+    return seq2seq.pad_pairs(x, y, *self.lengths)
 
-  def cut(self, items: Sequence) -> int:
+  def count_cut(self, items: Sequence) -> int:
     texts = [e for e in items if isinstance(e, Example)]
-    return sum(seq2seq.encode(self.words, e, *self.rooms)[2] for e in texts)
+    return sum(
+      seq2seq.encode_example(self.tokenizer, e, *self.max_lengths)[2]
+      for e in texts
+    )
 
   @property
-  def longer(self) -> str:
+  def length_keys(self) -> str:
     return 'config.data.inputs_length or config.data.targets_length'
 
   @property
@@ -129,32 +137,32 @@ class Pairs:
     return self.inputs_length, self.targets_length
 
   @property
-  def rooms(self) -> tuple[int, int]:
-    return self.inputs_length - len(self.before), self.targets_length
+  def max_lengths(self) -> tuple[int, int]:
+    return self.inputs_length - len(self.prefix_ids), self.targets_length
 
-  def resized(self, lengths: tuple[int, int]) -> 'Pairs':
+  def resized(self, lengths: tuple[int, int]) -> 'Seq2SeqCollator':
     return dataclasses.replace(
       self, inputs_length=lengths[0], targets_length=lengths[1]
     )
 
   def sizes(
-    self, encoded: Sequence[packing.Pair]
+    self, encoded: Sequence[packing.IdPair]
   ) -> tuple[list[tuple[int, int]], list[int]]:
     return [(len(x), len(y)) for x, y in encoded], [len(y) for _, y in encoded]
 
 
-def form(
+def make_model_collator(
   data: ConfigDict,
-  words: Vocabulary,
+  tokenizer: Tokenizer,
   model: Any,
   seed: int,
-  before: tuple[int, ...] = (),
-) -> Form:
+  prefix_ids: tuple[int, ...] = (),
+) -> Collator:
   """The form that a model reads, with the lengths of config.data.
 
   Args:
     model: a model or its config.
-    before: of `moepeft.peft.methods.prompt_tuning`, of the model's method.
+    prefix_ids: of `moepeft.peft.methods.prompt_tuning`, of the model's method.
 
   Raises:
     ValueError: config.data.too_long is none that there is, or nothing that
@@ -162,8 +170,8 @@ def form(
   """
   check_decodes(model)
   if decoder_only(model):
-    return Samples(
-      words, data.length, data.too_long, data.packing, seed, before
+    return CausalCollator(
+      tokenizer, data.length, data.too_long, data.packing, seed, prefix_ids
     )
   check_too_long(data.too_long)
   if data.too_long != 'prompt' and data.source != 'preference':
@@ -173,10 +181,10 @@ def form(
       "and targets are each cut at their end; set it to 'prompt'"
     )
   lengths = data.inputs_length, data.targets_length
-  return Pairs(words, *lengths, data.packing, seed, before)
+  return Seq2SeqCollator(tokenizer, *lengths, data.packing, seed, prefix_ids)
 
 
-def scored_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:
+def scoring_lengths(data: ConfigDict, model: Any) -> tuple[int, int]:
   """The most tokens of the inputs and of a choice in scoring.
 
   In a decoder they share a row: a choice has config.data.targets_length of

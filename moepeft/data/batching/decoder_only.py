@@ -9,7 +9,7 @@ import numpy as np
 from moepeft.data.batching import packing
 from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.seq2seq import PAD
-from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.tasks import Example
 
 TOO_LONG = ('prompt', 'end', 'drop')
@@ -23,19 +23,19 @@ class Sample:
 
   Attributes:
     ids: int32 [n], the whole text.
-    trained: bool [n], True on the tokens that are trained as targets. The
+    loss_mask: bool [n], True on the tokens that are trained as targets. The
       first token follows nothing, so it never is.
     cut: whether it was longer and was cut.
   """
 
   ids: np.ndarray
-  trained: np.ndarray
+  loss_mask: np.ndarray
   cut: bool = False
 
   @property
-  def teaches(self) -> bool:
+  def has_targets(self) -> bool:
     """Whether there is a token to train."""
-    return bool(self.trained[1:].any())
+    return bool(self.loss_mask[1:].any())
 
 
 def check_too_long(too_long: str) -> None:
@@ -46,27 +46,27 @@ def check_too_long(too_long: str) -> None:
     )
 
 
-def sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
+def make_sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
   """Of which the answer is trained."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
   return Sample(ids, np.arange(len(ids)) >= len(prompt))
 
 
-def prompts(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(words: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
   """Inputs as ids: what the tokenizer begins texts with, and a line's end."""
   start = [] if words.bos is None else [words.bos]
   ended = [text + SEPARATOR for text in texts]
   return [start + list(ids) for ids in words.encode_all(ended)] if ended else []
 
 
-def answers(words: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+def encode_answers(words: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
   """Targets as ids, with EOS."""
   found = words.encode_all(texts) if texts else []
-  end = eos_of(words) if texts else None
+  end = require_eos(words) if texts else None
   return [[*ids, end] for ids in found]
 
 
-def last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
+def keep_last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
   """The last ids, at most so many (1 at least).
 
   Args:
@@ -79,7 +79,7 @@ def last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
   return np.concatenate([ids[:1], ids[len(ids) - most + 1 :]])
 
 
-def shortened(
+def truncate(
   found: Sample, most: int, too_long: str, bos: int | None = None
 ) -> Sample | None:
   """A sample of at most so many ids.
@@ -97,27 +97,29 @@ def shortened(
   if over > 0:
     if too_long == 'drop':
       return None
-    first = int(np.argmax(found.trained)) if too_long == 'prompt' else 0
+    first = int(np.argmax(found.loss_mask)) if too_long == 'prompt' else 0
     # One token before it, so that the first trained token follows one.
     gone = min(over, max(first - 1, 0))
     # Of these the first may be what begins texts.
     head = int(gone > 0 and bos is not None and found.ids[0] == bos)
     places = np.arange(gone, gone + most)
     places[:head] = 0
-    found = Sample(found.ids[places], found.trained[places], True)
-  return found if found.teaches else None
+    found = Sample(found.ids[places], found.loss_mask[places], True)
+  return found if found.has_targets else None
 
 
-def behind(before: Sequence[int], found: Sample) -> Sample:
+def prepend_prefix(before: Sequence[int], found: Sample) -> Sample:
   """A sample behind placeholders: the same of its tokens are trained."""
   if not before:
     return found
-  trained = np.pad(found.trained, (len(before), 0))
+  trained = np.pad(found.loss_mask, (len(before), 0))
   trained[len(before)] = False
-  return Sample(batching_packing.put(before, found.ids), trained, found.cut)
+  return Sample(batching_packing.prepend(before, found.ids), trained, found.cut)
 
 
-def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
+def pad_samples(
+  samples: Sequence[Sample], length: int
+) -> dict[str, np.ndarray]:
   """Rows of one sample each.
 
   Returns:
@@ -129,7 +131,7 @@ def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
   for row, one in enumerate(samples):
     n = len(one.ids) - 1
     inputs[row, :n], targets[row, :n] = one.ids[:-1], one.ids[1:]
-    real[row, :n], trained[row, :n] = True, one.trained[1:]
+    real[row, :n], trained[row, :n] = True, one.loss_mask[1:]
   return {
     'inputs': inputs,
     'targets': targets,
@@ -138,7 +140,7 @@ def padded(samples: Sequence[Sample], length: int) -> dict[str, np.ndarray]:
   }
 
 
-def packed(
+def pack_samples(
   samples: Sequence[Sample], length: int, bins: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
   """Rows that hold several samples each.
@@ -151,7 +153,7 @@ def packed(
     ... in the order of a row's samples, 0 on padding) and inputs_positions
     (from 0 in each).
   """
-  whole = padded(samples, length)
+  whole = pad_samples(samples, length)
   rows = {k: np.zeros((len(bins), length), v.dtype) for k, v in whole.items()}
   segments, positions = np.zeros((2, len(bins), length), np.int32)
   for row, items in enumerate(bins):
@@ -171,29 +173,31 @@ def packed(
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
+class CausalCollator:
   """The form of decoder-only models' batches; see `batching.collators`.
 
   Attributes:
-    words: the vocabulary.
+    tokenizer: of the model.
     length: tokens of a row, that is, fed: a sample has one more.
     too_long: see `shortened`.
     packed: whether rows hold several samples.
     seed: of the packed rows' order.
-    before: placeholders of a soft prompt, in front of all texts; they count,
-      and none is trained, nor the token that follows them.
+    prefix_ids: placeholders of a soft prompt, in front of all texts; they
+      count, and none is trained, nor the token that follows them.
   """
 
-  words: Vocabulary
+  tokenizer: Tokenizer
   length: int
   too_long: str = 'prompt'
   packed: bool = False
   seed: int = 0
-  before: tuple[int, ...] = ()
+  prefix_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     check_too_long(self.too_long)
-    batching_packing.room(self.length, self.before, 'config.data.length')
+    batching_packing.length_after_prefix(
+      self.length, self.prefix_ids, 'config.data.length'
+    )
 
   def encode(self, items: Sequence) -> list[Sample]:
     """Samples that fit of examples, samples, and pairs of ids.
@@ -201,12 +205,14 @@ class Samples:
     Raises:
       ValueError: none of them leaves a token to train.
     """
-    most = self.rooms[0] + 1
+    most = self.max_lengths[0] + 1
     short = (
-      shortened(one, most, self.too_long, self.words.bos)
-      for one in self.whole(items)
+      truncate(one, most, self.too_long, self.tokenizer.bos)
+      for one in self.encode_uncut(items)
     )
-    kept = [behind(self.before, one) for one in short if one is not None]
+    kept = [
+      prepend_prefix(self.prefix_ids, one) for one in short if one is not None
+    ]
     if items and not kept:
       raise ValueError(
         f'none of {len(items)} examples has a token to train in '
@@ -215,13 +221,13 @@ class Samples:
       )
     return kept
 
-  def whole(self, items: Sequence) -> list[Sample]:
+  def encode_uncut(self, items: Sequence) -> list[Sample]:
     """Samples of any length, in the order of the items."""
     texts = [e for e in items if isinstance(e, Example)]
     made = iter(
       zip(
-        prompts(self.words, [e.inputs for e in texts]),
-        answers(self.words, [e.targets for e in texts]),
+        encode_prompts(self.tokenizer, [e.inputs for e in texts]),
+        encode_answers(self.tokenizer, [e.targets for e in texts]),
         strict=True,
       )
     )
@@ -231,30 +237,30 @@ class Samples:
         found.append(item)
       else:
         pair = next(made) if isinstance(item, Example) else item
-        found.append(sample(*pair))
+        found.append(make_sample(*pair))
     return found
 
   def rows(self, number: int, encoded: Sequence[Sample]):
     """A window's rows: see `packed` and `padded`."""
     if not self.packed:
-      return self.padded(encoded)
+      return self.pad(encoded)
     rng = np.random.default_rng((self.seed, number))
     lengths = np.array(self.sizes(encoded)[0])
-    return self.laid(encoded, packing.shuffled(lengths, self.lengths, rng))
+    return self.pack(encoded, packing.shuffled_bins(lengths, self.lengths, rng))
 
-  def laid(self, encoded: Sequence[Sample], bins: Sequence[Sequence[int]]):
-    return packed(encoded, self.length, bins)
+  def pack(self, encoded: Sequence[Sample], bins: Sequence[Sequence[int]]):
+    return pack_samples(encoded, self.length, bins)
 
-  def padded(self, encoded: Sequence[Sample]) -> dict[str, np.ndarray]:
-    return padded(encoded, self.length)
+  def pad(self, encoded: Sequence[Sample]) -> dict[str, np.ndarray]:
+    return pad_samples(encoded, self.length)
 
-  def cut(self, items: Sequence) -> int:
+  def count_cut(self, items: Sequence) -> int:
     """How many of them are too long."""
-    most = self.rooms[0] + 1
-    return sum(len(s.ids) > most or s.cut for s in self.whole(items))
+    most = self.max_lengths[0] + 1
+    return sum(len(s.ids) > most or s.cut for s in self.encode_uncut(items))
 
   @property
-  def longer(self) -> str:
+  def length_keys(self) -> str:
     """What to raise so that nothing is cut."""
     return 'config.data.length'
 
@@ -263,15 +269,15 @@ class Samples:
     return (self.length,)
 
   @property
-  def rooms(self) -> tuple[int]:
-    return (self.length - len(self.before),)
+  def max_lengths(self) -> tuple[int]:
+    return (self.length - len(self.prefix_ids),)
 
-  def resized(self, lengths: tuple[int]) -> 'Samples':
+  def resized(self, lengths: tuple[int]) -> 'CausalCollator':
     return dataclasses.replace(self, length=lengths[0])
 
   def sizes(
     self, encoded: Sequence[Sample]
   ) -> tuple[list[tuple[int]], list[int]]:
     """(tokens fed, trained tokens) of each."""
-    trained = [int(one.trained[1:].sum()) for one in encoded]
+    trained = [int(one.loss_mask[1:].sum()) for one in encoded]
     return [(len(one.ids) - 1,) for one in encoded], trained

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def put(before: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
+def prepend(before: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
   """A text behind its placeholders: int32 [n], as it is where there are none.
 
   Args:
@@ -20,7 +20,7 @@ def put(before: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
   return np.concatenate([np.asarray(x, np.int32) for x in (before, ids)])
 
 
-def room(length: int, before: Sequence[int], key: str) -> int:
+def length_after_prefix(length: int, before: Sequence[int], key: str) -> int:
   """What a row of a length has left for the text.
 
   Args:
@@ -38,10 +38,10 @@ def room(length: int, before: Sequence[int], key: str) -> int:
   return left
 
 
-Pair = tuple[Sequence[int], Sequence[int]]  # ids of inputs, of targets
+IdPair = tuple[Sequence[int], Sequence[int]]  # ids of inputs, of targets
 
 
-def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
+def assign_bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
   """Places items into few bins: best fit, the longest item first.
 
   Args:
@@ -72,16 +72,16 @@ def bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
   return made
 
 
-def shuffled(
+def shuffled_bins(
   lengths: np.ndarray, room: Sequence[int], rng: np.random.Generator
 ) -> list[list[int]]:
   """`bins` in a random order."""
-  made = bins(lengths, room)
+  made = assign_bins(lengths, room)
   return [made[i] for i in rng.permutation(len(made))]
 
 
-def pack(
-  pairs: Sequence[Pair],
+def pack_pairs(
+  pairs: Sequence[IdPair],
   inputs_length: int,
   targets_length: int,
   rows: Sequence[Sequence[int]],

@@ -5,34 +5,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.tasks import Example
 
 PAD = 0
 
 
-def cut(
-  vocabulary: Vocabulary, text: str, length: int
+def encode_truncated(
+  vocabulary: Tokenizer, text: str, length: int
 ) -> tuple[list[int], bool]:
   """(ids with EOS, whether the text's end was cut to `length` for it)."""
   ids = vocabulary.encode(text)
-  return ids[: length - 1] + [eos_of(vocabulary)], len(ids) >= length
+  return ids[: length - 1] + [require_eos(vocabulary)], len(ids) >= length
 
 
-def encode(
-  vocabulary: Vocabulary, example: Example, inputs: int, targets: int
+def encode_example(
+  vocabulary: Tokenizer, example: Example, inputs: int, targets: int
 ) -> tuple[list[int], list[int], bool]:
   """Ids of inputs and targets, both with EOS, and whether one was cut."""
-  x, x_cut = cut(vocabulary, example.inputs, inputs)
-  y, y_cut = cut(vocabulary, example.targets, targets)
+  x, x_cut = encode_truncated(vocabulary, example.inputs, inputs)
+  y, y_cut = encode_truncated(vocabulary, example.targets, targets)
   return x, y, x_cut or y_cut
 
 
-def encode_all(
-  vocabulary: Vocabulary, examples: Sequence[Example], inputs: int, targets: int
+def encode_examples(
+  vocabulary: Tokenizer, examples: Sequence[Example], inputs: int, targets: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(inputs, targets) of many examples, which tokenizers do faster at once."""
-  sides, end = [], np.int32(eos_of(vocabulary))
+  sides, end = [], np.int32(require_eos(vocabulary))
   for texts, length in (
     ([e.inputs for e in examples], inputs),
     ([e.targets for e in examples], targets),
@@ -46,7 +46,7 @@ def encode_all(
   return list(zip(*sides, strict=True))
 
 
-def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
   """int32 [b, length], padded with zeros on the right."""
   out = np.full((len(rows), length), PAD, np.int32)
   for i, row in enumerate(rows):
@@ -54,7 +54,7 @@ def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
   return out
 
 
-def seq2seq(
+def pad_pairs(
   inputs: Sequence[Sequence[int]],
   targets: Sequence[Sequence[int]],
   inputs_length: int,
@@ -67,7 +67,7 @@ def seq2seq(
     shifted right by one, starting with padding's id, as T5 does), and the
     masks inputs_mask, targets_mask, True on real tokens.
   """
-  x, y = pad(inputs, inputs_length), pad(targets, targets_length)
+  x, y = pad_rows(inputs, inputs_length), pad_rows(targets, targets_length)
   return {
     'inputs': x,
     'targets': y,

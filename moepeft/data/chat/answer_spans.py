@@ -21,12 +21,12 @@ _REWRITTEN = (
 )
 
 
-def marks(template: str) -> bool:
+def has_generation_marks(template: str) -> bool:
   """Whether a template says itself what is generated."""
   return _MARK.search(template) is not None
 
 
-def shown(template: str) -> str:
+def show_marks(template: str) -> str:
   """The same template with a character where an answer begins or ends."""
 
   def seen(found: re.Match) -> str:
@@ -38,7 +38,7 @@ def shown(template: str) -> str:
   return _MARK.sub(seen, template)
 
 
-def marked(text: str, whole: str) -> list[Span]:
+def marked_spans(text: str, whole: str) -> list[Span]:
   """[start, end) of the answers that a template of `shown` marks.
 
   Raises:
@@ -58,7 +58,9 @@ def marked(text: str, whole: str) -> list[Span]:
   return [span for span in found if span[0] < span[1]]
 
 
-def spans(render: Render, some: Sequence[dict], whole: str) -> list[Span]:
+def find_answers(
+  render: Render, some: Sequence[dict], whole: str
+) -> list[Span]:
   """[start, end) of the assistant's turns in the whole text, one each.
 
   An answer is what rendering with its turn adds to rendering what stands

@@ -21,10 +21,10 @@ from moepeft.data.chat import render as chat_render
 from moepeft.data.chat import template as chat_template
 from moepeft.data.chat import template_check, tokenize
 from moepeft.data.chat.formats import Conversation, Turn
-from moepeft.data.chat.render import Text
-from moepeft.data.chat.truncate import fitted
-from moepeft.data.example import Bad, BadRow
-from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary
+from moepeft.data.chat.render import RenderedChat
+from moepeft.data.chat.truncate import truncate_chat
+from moepeft.data.example import BadRow, BadRows
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 TRAIN_ON = ('answers', 'all')
 # Conversations that are tokenized at once.
@@ -34,7 +34,7 @@ _QUIET = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class ChatTemplate:
   """How conversations become ids.
 
   Attributes:
@@ -68,7 +68,7 @@ class Template:
       )
     chat_template.check_fixed(self._whole)
 
-  def write(self, found: Conversation) -> Text:
+  def write(self, found: Conversation) -> RenderedChat:
     """A conversation's text; see `chat_text.text`.
 
     Raises:
@@ -76,22 +76,24 @@ class Template:
     """
     found = self._with_system(found)
     template_check.check_written(found, self._left_out)
-    text = chat_render.text(found, self.tokenizer, self.train_on, self._dated)
+    text = chat_render.render_chat(
+      found, self.tokenizer, self.train_on, self._dated
+    )
     chat_template.check_written(text.whole, (t.content for t in found.turns))
     return text
 
   @functools.cached_property
   def remarks(self) -> tuple[str, ...]:
     """Lines for the user; see `chat_probe.remarks`."""
-    return template_check.remarks(self.tokenizer, self.text)
+    return template_check.template_warnings(self.tokenizer, self.text)
 
   @functools.cached_property
   def _left_out(self) -> frozenset[str]:
-    return template_check.left_out(self.tokenizer, self.text)
+    return template_check.dropped_features(self.tokenizer, self.text)
 
   @property
   def _whole(self) -> str:
-    return chat_render.all_of(self.tokenizer, self.text)
+    return chat_render.template_source(self.tokenizer, self.text)
 
   @functools.cached_property
   def _dated(self) -> str:
@@ -104,11 +106,11 @@ class Template:
         'the tokenizer has several chat templates and one of them asks for '
         'the date; name one with config.data.chat_template'
       )
-    return chat_template.dated(own, self.date)
+    return chat_template.fix_date(own, self.date)
 
-  def encode(self, texts: Sequence[Text]) -> list[Sample]:
+  def encode(self, texts: Sequence[RenderedChat]) -> list[Sample]:
     """See `chat_ids.samples`."""
-    return tokenize.samples(self.tokenizer, texts)
+    return tokenize.encode_chats(self.tokenizer, texts)
 
   def render(self, found: Conversation) -> Sample:
     """A conversation's ids.
@@ -126,7 +128,7 @@ class Template:
       BadRow: the template cannot render it.
     """
     found = self._with_system(found)
-    text = chat_render.asked(found, self.tokenizer, self._dated)
+    text = chat_render.render_prompt(found, self.tokenizer, self._dated)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   def ends(self) -> list[int]:
@@ -137,8 +139,8 @@ class Template:
     except BadRow:
       # Of what it cannot render, nothing is asked either.
       return []
-    last = found.ids[found.trained][-1:].tolist()
-    return [i for i in last if i in tokenize.special(self.tokenizer)]
+    last = found.ids[found.loss_mask][-1:].tolist()
+    return [i for i in last if i in tokenize.special_ids(self.tokenizer)]
 
   def _with_system(self, found: Conversation) -> Conversation:
     if not self.system or found.turns[0].role == 'system':
@@ -147,18 +149,18 @@ class Template:
     return dataclasses.replace(found, turns=turns)
 
 
-def template(data: ConfigDict, words: Vocabulary) -> Template:
+def load_chat_template(data: ConfigDict, words: Tokenizer) -> ChatTemplate:
   """The template of a config.
 
   Raises:
     ValueError: there is none, or the vocabulary is of bytes.
   """
-  if not isinstance(words, Tokenizer):
+  if not isinstance(words, HuggingFaceTokenizer):
     raise ValueError(
       f'conversations need a tokenizer with a chat template, and the '
       f'vocabulary is {words}; set config.data.vocabulary'
     )
-  return Template(
+  return ChatTemplate(
     words.tokenizer,
     chat_template.read(data.chat_template),
     data.train_on,
@@ -168,7 +170,7 @@ def template(data: ConfigDict, words: Vocabulary) -> Template:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Talk:
+class ChatExample:
   """A conversation that fits a row.
 
   Attributes:
@@ -181,9 +183,9 @@ class Talk:
   asked: tuple[str, ...]
 
 
-def talks(
-  data: ConfigDict, words: Vocabulary, room: int = 0
-) -> tuple[dict[str, list[Talk]], tuple[str, ...]]:
+def read_chats(
+  data: ConfigDict, words: Tokenizer, room: int = 0
+) -> tuple[dict[str, list[ChatExample]], tuple[str, ...]]:
   """({file: its conversations that fit a row}, lines for the user).
 
   Args:
@@ -192,10 +194,13 @@ def talks(
   Raises:
     ValueError: nothing to read or to train, or a bad row.
   """
-  used, bad = template(data, words), Bad(data.on_bad_row, data.ignore)
-  found: dict[str, list[Talk]] = {}
+  used, bad = (
+    load_chat_template(data, words),
+    BadRows(data.on_bad_row, data.ignore),
+  )
+  found: dict[str, list[ChatExample]] = {}
   cut = dropped = 0
-  rows = _told(chat_formats.rows(data.path, bad), data.path)
+  rows = _told(chat_formats.read_rows(data.path, bad), data.path)
   while some := list(itertools.islice(rows, _BATCH)):
     for file, talk in _read(some, used, data, bad, room or data.length):
       if talk is None:
@@ -210,17 +215,17 @@ def talks(
 
 def _read(
   rows: Sequence[tuple[str, str, dict]],
-  used: Template,
+  used: ChatTemplate,
   data: ConfigDict,
-  bad: Bad,
+  bad: BadRows,
   room: int,
-) -> Iterator[tuple[str, Talk | None]]:
+) -> Iterator[tuple[str, ChatExample | None]]:
   """(file, conversation) of each good row; None where nothing of it fits."""
   good, texts = [], []
   for file, where, row in rows:
     try:
-      talk = chat_formats.answered(
-        chat_formats.conversation(row, data.form, bad.unused)
+      talk = chat_formats.check_answered(
+        chat_formats.parse_conversation(row, data.form, bad.unused)
       )
       texts.append(used.write(talk))
       good.append((file, where, talk))
@@ -234,15 +239,19 @@ def _read(
 
 
 def _fitted(
-  talk: Conversation, whole: Sample, used: Template, too_long: str, most: int
-) -> Talk | None:
-  if not whole.teaches:
+  talk: Conversation,
+  whole: Sample,
+  used: ChatTemplate,
+  too_long: str,
+  most: int,
+) -> ChatExample | None:
+  if not whole.has_targets:
     raise BadRow('no token of it is trained; mend or remove the row')
   if len(whole.ids) > most:
-    whole = fitted(talk, used.render, most, too_long)
+    whole = truncate_chat(talk, used.render, most, too_long)
   first = next(i for i, t in enumerate(talk.turns) if t.role == 'user')
   asked = tuple(turn.content for turn in talk.turns[: first + 1])
-  return whole and Talk(whole, asked)
+  return whole and ChatExample(whole, asked)
 
 
 def _told(rows: Iterable, path: str) -> Iterator:
@@ -258,7 +267,7 @@ def _told(rows: Iterable, path: str) -> Iterator:
 
 
 def _notes(
-  data: ConfigDict, bad: Bad, count: int, cut: int, dropped: int
+  data: ConfigDict, bad: BadRows, count: int, cut: int, dropped: int
 ) -> list[str]:
   """What became of the rows.
 

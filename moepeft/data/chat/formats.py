@@ -17,10 +17,10 @@ from typing import Any
 
 from moepeft.data import fingerprint
 from moepeft.data.chat import messages
-from moepeft.data.chat.messages import Turn, text, tools
-from moepeft.data.example import Bad, BadRow
+from moepeft.data.chat.messages import Turn, check_text, parse_tools
+from moepeft.data.example import BadRow, BadRows
 from moepeft.data.readers import huggingface
-from moepeft.data.row_fields import Fields, Unused
+from moepeft.data.row_fields import RowFields, UnusedFields
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
 # Alpaca's names and Dolly's.
@@ -42,14 +42,14 @@ class Conversation:
     return bool(self.turns) and self.turns[-1].role == 'assistant'
 
 
-def rows(path: str, bad: Bad) -> Iterator[tuple[str, str, dict]]:
+def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
   """(file, 'FILE, row 0', row) of a file or a directory of them.
 
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
   for file in fingerprint.data_files(path, 'chat', bad):
-    for where, row in zip(*huggingface.json_rows(file, bad), strict=True):
+    for where, row in zip(*huggingface.read_json_rows(file, bad), strict=True):
       yield file, where, row
 
 
@@ -60,16 +60,16 @@ def conversations(path: str, form: str = '') -> list[Conversation]:
     ValueError: nothing is there, or a row is not of its form; the message
       names the file and the row.
   """
-  bad, found = Bad('error'), []
-  for _, where, row in rows(path, bad):
+  bad, found = BadRows('error'), []
+  for _, where, row in read_rows(path, bad):
     try:
-      found.append(answered(conversation(row, form, bad.unused)))
+      found.append(check_answered(parse_conversation(row, form, bad.unused)))
     except BadRow as e:
       bad(where, e)
   return found
 
 
-def answered(found: Conversation) -> Conversation:
+def check_answered(found: Conversation) -> Conversation:
   """The same.
 
   Raises:
@@ -114,8 +114,8 @@ def check_form(form: str) -> None:
     )
 
 
-def conversation(
-  row: Mapping, form: str = '', unused: Unused | None = None
+def parse_conversation(
+  row: Mapping, form: str = '', unused: UnusedFields | None = None
 ) -> Conversation:
   """A row's conversation, which need not end with an answer.
 
@@ -129,46 +129,48 @@ def conversation(
     ValueError: there is no such form.
   """
   check_form(form)
-  fields = Fields(row, unused=unused)
+  fields = RowFields(row, unused=unused)
   kind = form or form_of(fields)
   if kind == 'alpaca':
-    turns = asked(fields)
+    turns = alpaca_prompt(fields)
     key, answer = fields.given(_ANSWERS)
-    turns.append(Turn('assistant', text(answer, repr(key or 'output'))))
+    turns.append(Turn('assistant', check_text(answer, repr(key or 'output'))))
   elif kind == 'sharegpt':
-    turns = messages.turns(fields.get('conversations'), 'conversations', unused)
+    turns = messages.parse_turns(
+      fields.get('conversations'), 'conversations', unused
+    )
   elif 'messages' not in fields and 'prompt' in fields:
     turns = _completed(fields, unused)
   else:
-    turns = messages.turns(fields.get('messages'), 'messages', unused)
+    turns = messages.parse_turns(fields.get('messages'), 'messages', unused)
   if kind != 'alpaca':
     turns = with_system(turns, fields)
   check_order(turns)
-  found = Conversation(tuple(turns), tools(fields))
-  fields.close(texts_of(turns))
+  found = Conversation(tuple(turns), parse_tools(fields))
+  fields.close(turn_texts(turns))
   for turn in turns if unused is not None else ():
     unused.see(turn.content)
   return found
 
 
-def texts_of(turns: Iterable[Turn]) -> set[str]:
+def turn_texts(turns: Iterable[Turn]) -> set[str]:
   """Texts of turns, stripped; an instruction and its input apart, too."""
   texts = {turn.content.strip() for turn in turns}
   parts = {part for whole in texts for part in whole.split('\n', 1)}
   return texts | {part.strip() for part in parts}
 
 
-def asked(fields: Fields) -> list[Turn]:
+def alpaca_prompt(fields: RowFields) -> list[Turn]:
   """The turns of an alpaca row up to its question."""
   turns = with_system(_history(fields), fields)
-  question = text(fields.get('instruction'), "'instruction'")
+  question = check_text(fields.get('instruction'), "'instruction'")
   key, more = fields.given(_INPUTS)
   if more is not None and not _is_blank(more):
-    question += '\n' + text(more, repr(key))
+    question += '\n' + check_text(more, repr(key))
   return [*turns, Turn('user', question)]
 
 
-def _history(fields: Fields) -> list[Turn]:
+def _history(fields: RowFields) -> list[Turn]:
   """The exchanges before the question of an alpaca row."""
   history, turns = fields.get('history', ''), []
   if history == '':
@@ -185,16 +187,16 @@ def _history(fields: Fields) -> list[Turn]:
         'the row'
       )
     where = f"'history', pair {i},"
-    turns += [Turn('user', text(pair[0], where))]
-    turns += [Turn('assistant', text(pair[1], where))]
+    turns += [Turn('user', check_text(pair[0], where))]
+    turns += [Turn('assistant', check_text(pair[1], where))]
   return turns
 
 
-def _completed(fields: Fields, unused: Unused | None) -> list[Turn]:
+def _completed(fields: RowFields, unused: UnusedFields | None) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
-  prompt = messages.spoken(fields, 'prompt', 'user', unused)
+  prompt = messages.parse_field(fields, 'prompt', 'user', unused)
   key, _ = fields.given(_COMPLETIONS)
-  answer = messages.spoken(fields, key, 'assistant', unused)
+  answer = messages.parse_field(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
     for turn in prompt
@@ -205,7 +207,7 @@ def _is_blank(value: Any) -> bool:
   return isinstance(value, str) and not value.strip()
 
 
-def with_system(turns: list[Turn], fields: Fields) -> list[Turn]:
+def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
   """The turns after the system's that a row gives in its own field.
 
   Raises:
@@ -214,7 +216,7 @@ def with_system(turns: list[Turn], fields: Fields) -> list[Turn]:
   key, system = fields.given(_SYSTEM)
   if system is None or _is_blank(system):
     return turns
-  first = Turn('system', text(system, repr(key)))
+  first = Turn('system', check_text(system, repr(key)))
   if not turns or turns[0].role != 'system':
     return [first, *turns]
   if turns[0].content != first.content:

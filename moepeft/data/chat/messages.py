@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepeft.core import untrusted
-from moepeft.data.row_fields import MARK, BadRow, Fields, Unused
+from moepeft.data.row_fields import (
+  BYTE_ORDER_MARK,
+  BadRow,
+  RowFields,
+  UnusedFields,
+)
 
 # Spellings of whether a turn is trained: OpenAI's, ms-swift's, axolotl's.
 _LOSS = ('weight', 'loss', 'train', 'training')
@@ -55,7 +60,9 @@ class Turn:
   call_id: str = ''
 
 
-def turns(items: Any, field: str, unused: Unused | None = None) -> list[Turn]:
+def parse_turns(
+  items: Any, field: str, unused: UnusedFields | None = None
+) -> list[Turn]:
   """The turns of a list; a system's turn without a text is none.
 
   Raises:
@@ -66,12 +73,12 @@ def turns(items: Any, field: str, unused: Unused | None = None) -> list[Turn]:
       f'expected a list of turns in {field!r}, got {items!r}; mend or remove '
       'the row'
     )
-  every = [turn(item, i, unused) for i, item in enumerate(items)]
+  every = [parse_turn(item, i, unused) for i, item in enumerate(items)]
   return [t for t in every if t.role != 'system' or t.content]
 
 
-def spoken(
-  fields: Fields, key: str, role: str, unused: Unused | None = None
+def parse_field(
+  fields: RowFields, key: str, role: str, unused: UnusedFields | None = None
 ) -> list[Turn]:
   """A field's turns: a text is one of `role`, an object one of its own.
 
@@ -80,7 +87,7 @@ def spoken(
   """
   value = fields.get(key)
   if isinstance(value, str):
-    return [Turn(role, text(value, repr(key)))]
+    return [Turn(role, check_text(value, repr(key)))]
   if isinstance(value, Mapping):
     value = [value]
   if not isinstance(value, list) or not value:
@@ -89,12 +96,14 @@ def spoken(
       'remove the row'
     )
   try:
-    return turns(value, key, unused)
+    return parse_turns(value, key, unused)
   except BadRow as e:
     raise BadRow(f'{key!r}, {e}') from None
 
 
-def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
+def parse_turn(
+  item: Any, place: int, unused: UnusedFields | None = None
+) -> Turn:
   """One turn of {from, value} or {role, content, tool_calls}.
 
   Args:
@@ -107,7 +116,7 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
   where = f'turn {place}'
   if not isinstance(item, Mapping):
     raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
-  fields = Fields(item, where, unused)
+  fields = RowFields(item, where, unused)
   _, name = fields.given(('role', 'from'))
   if not isinstance(name, str) or name not in _ROLES:
     raise BadRow(
@@ -128,7 +137,7 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
   if blank and (calls or role in ('system', 'tool')):
     content = ''
   else:
-    content = text(content, f'{where} ({role})')
+    content = check_text(content, f'{where} ({role})')
   found = Turn(
     role,
     content,
@@ -142,7 +151,7 @@ def turn(item: Any, place: int, unused: Unused | None = None) -> Turn:
   return found
 
 
-def _trained(fields: Fields, role: str, where: str) -> bool:
+def _trained(fields: RowFields, role: str, where: str) -> bool:
   """Whether an assistant's turn is trained."""
   key, value = fields.given(_LOSS)
   if value in (None, ''):
@@ -159,7 +168,7 @@ def _trained(fields: Fields, role: str, where: str) -> bool:
   return role != 'assistant' or bool(value)
 
 
-def _thought(fields: Fields, role: str, where: str) -> str:
+def _thought(fields: RowFields, role: str, where: str) -> str:
   """What an assistant thinks before it answers, '' if nothing."""
   key, value = fields.given(_THOUGHTS)
   if value in (None, ''):
@@ -168,12 +177,12 @@ def _thought(fields: Fields, role: str, where: str) -> str:
     raise BadRow(
       f'{where} has {key!r}, which only the assistant has; remove it'
     )
-  return text(value, f'{where}, {key!r}')
+  return check_text(value, f'{where}, {key!r}')
 
 
-def _label(fields: Fields, key: str, where: str) -> str:
+def _label(fields: RowFields, key: str, where: str) -> str:
   value = fields.get(key, '')
-  return value and text(value, f'{where}, {key!r}')
+  return value and check_text(value, f'{where}, {key!r}')
 
 
 def _joined(content: Any, where: str) -> Any:
@@ -182,7 +191,7 @@ def _joined(content: Any, where: str) -> Any:
     return content
   texts = []
   for part in content:
-    fields = Fields(part if isinstance(part, Mapping) else {}, where)
+    fields = RowFields(part if isinstance(part, Mapping) else {}, where)
     value = fields.get('text')
     if fields.get('type', 'text') not in _PARTS or not isinstance(value, str):
       raise BadRow(
@@ -194,7 +203,7 @@ def _joined(content: Any, where: str) -> Any:
   return ''.join(texts)
 
 
-def text(value: Any, said: str) -> str:
+def check_text(value: Any, said: str) -> str:
   """A value that is text and not empty, without a byte order mark.
 
   Raises:
@@ -202,7 +211,7 @@ def text(value: Any, said: str) -> str:
   """
   if not isinstance(value, str):
     raise BadRow(f'{said} is {value!r}, expected text; mend or remove the row')
-  value = value.removeprefix(MARK)
+  value = value.removeprefix(BYTE_ORDER_MARK)
   if not value.strip():
     raise BadRow(f'{said} is empty; fill it in, or remove the row')
   if not value.isascii() and any('\ud800' <= c <= '\udfff' for c in value):
@@ -216,9 +225,9 @@ def _calls(value: Any, where: str) -> list[dict]:
   found = found if isinstance(found, list) else [found]
   calls = []
   for item in found or [{}]:
-    outer = Fields(item if isinstance(item, Mapping) else {}, where)
+    outer = RowFields(item if isinstance(item, Mapping) else {}, where)
     inner = outer.get('function')
-    call = Fields(inner, where) if isinstance(inner, Mapping) else outer
+    call = RowFields(inner, where) if isinstance(inner, Mapping) else outer
     name, arguments = call.get('name'), call.get('arguments')
     arguments = _json(arguments, where, 'arguments') if arguments else {}
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
@@ -239,7 +248,7 @@ def _calls(value: Any, where: str) -> list[dict]:
   return calls
 
 
-def tools(fields: Fields) -> list[dict] | None:
+def parse_tools(fields: RowFields) -> list[dict] | None:
   """A row's tools, in OpenAI's form.
 
   Raises:

@@ -21,7 +21,7 @@ _THOUGHTS = ('reasoning_content', 'thinking')
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class RenderedChat:
   """A conversation's text.
 
   Attributes:
@@ -34,9 +34,9 @@ class Text:
   spans: tuple[tuple[int, int], ...] | None
 
 
-def text(
+def render_chat(
   found: Conversation, tokenizer: Any, train_on: str, template: str
-) -> Text:
+) -> RenderedChat:
   """Renders a conversation.
 
   Args:
@@ -54,20 +54,22 @@ def text(
       "a turn has 'weight' 0, but config.data.train_on='all' trains every "
       "turn; set it to 'answers', or remove the weight"
     )
-  used = all_of(tokenizer, template)
-  some, tools = messages(found, used)
-  render = renderer(tokenizer, template, tools)
+  used = template_source(tokenizer, template)
+  some, tools = template_messages(found, used)
+  render = make_renderer(tokenizer, template, tools)
   whole = render(some, False)
   if train_on == 'all':
-    return Text(whole, None)
-  if answer_spans.marks(used):
+    return RenderedChat(whole, None)
+  if answer_spans.has_generation_marks(used):
     own = tokenizer.get_chat_template(template or None, tools=tools)
-    marked = renderer(tokenizer, answer_spans.shown(own), tools)(some, False)
-    found = answer_spans.marked(marked, whole)
+    marked = make_renderer(tokenizer, answer_spans.show_marks(own), tools)(
+      some, False
+    )
+    found = answer_spans.marked_spans(marked, whole)
     if all(kept):
       kept = [True] * len(found)
   else:
-    found = answer_spans.spans(render, some, whole)
+    found = answer_spans.find_answers(render, some, whole)
   if len(found) != len(kept):
     raise BadRow(
       f'the chat template marks {len(found)} answers of {len(kept)}, so that '
@@ -75,26 +77,28 @@ def text(
       'config.data.chat_template'
     )
   pairs = zip(found, kept, strict=True)
-  return Text(whole, tuple(span for span, own in pairs if own))
+  return RenderedChat(whole, tuple(span for span, own in pairs if own))
 
 
-def asked(found: Conversation, tokenizer: Any, template: str) -> str:
+def render_prompt(found: Conversation, tokenizer: Any, template: str) -> str:
   """A conversation up to where the assistant speaks.
 
   Raises:
     BadRow: the template cannot render it.
   """
-  some, tools = messages(found, all_of(tokenizer, template))
-  return renderer(tokenizer, template, tools)(some, True)
+  some, tools = template_messages(found, template_source(tokenizer, template))
+  return make_renderer(tokenizer, template, tools)(some, True)
 
 
-def all_of(tokenizer: Any, template: str) -> str:
+def template_source(tokenizer: Any, template: str) -> str:
   """All that the template may say, for what it knows of."""
   own = template or tokenizer.chat_template
   return own if isinstance(own, str) else '\n'.join(own.values())
 
 
-def messages(found: Conversation, template: str) -> tuple[list[dict], Any]:
+def template_messages(
+  found: Conversation, template: str
+) -> tuple[list[dict], Any]:
   """(turns as the template reads them, tools).
 
   Where it has no words for calls or tools, they are written into the turns as
@@ -154,7 +158,7 @@ def _bare(call: dict) -> dict:
   return {k: v for k, v in call.items() if k != 'id'}
 
 
-def renderer(tokenizer: Any, template: str, tools: Any) -> Render:
+def make_renderer(tokenizer: Any, template: str, tools: Any) -> Render:
   """Texts of messages by a template, whose failure is a bad row."""
 
   def render(some: Sequence[dict], begun: bool) -> str:

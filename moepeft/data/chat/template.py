@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from moepeft.data import fingerprint
 from moepeft.data.row_fields import BadRow
-from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _CLOCK = 'strftime_now'
 # One text in quotes, so that nothing of an expression is taken for a format.
@@ -43,12 +43,18 @@ def read(path: str) -> str:
   """
   if not path:
     return ''
-  return fingerprint.text('config.data.chat_template', path, 'a Jinja file')
+  return fingerprint.read_named_text(
+    'config.data.chat_template', path, 'a Jinja file'
+  )
 
 
-def text_of(words: Vocabulary, path: str) -> str:
+def template_source(words: Tokenizer, path: str) -> str:
   """All that the template of a config may say; '' where there is none."""
-  own = words.tokenizer.chat_template if isinstance(words, Tokenizer) else ''
+  own = (
+    words.tokenizer.chat_template
+    if isinstance(words, HuggingFaceTokenizer)
+    else ''
+  )
   found = read(path) or own or ''
   return found if isinstance(found, str) else '\n'.join(found.values())
 
@@ -58,7 +64,7 @@ def reads_clock(template: str) -> bool:
   return _CLOCK in _ASKED.sub('', _COMMENT.sub('', template))
 
 
-def day(text: str) -> datetime.datetime:
+def parse_date(text: str) -> datetime.datetime:
   """config.data.date as a date.
 
   Raises:
@@ -73,7 +79,7 @@ def day(text: str) -> datetime.datetime:
     ) from None
 
 
-def dated(template: str, date: str) -> str:
+def fix_date(template: str, date: str) -> str:
   """A template that writes a date wherever it asked for the day's.
 
   Args:
@@ -85,7 +91,7 @@ def dated(template: str, date: str) -> str:
   """
   if not date:
     return template
-  when = day(date)
+  when = parse_date(date)
 
   def written(call: re.Match) -> str:
     said = json.dumps(when.strftime(call[2]), ensure_ascii=False)
@@ -102,7 +108,7 @@ def dated(template: str, date: str) -> str:
   return found
 
 
-def with_date(config: ConfigDict, words: Vocabulary) -> ConfigDict:
+def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
   """A config whose chat template writes the same date whenever it is read.
 
   Args:
@@ -112,7 +118,7 @@ def with_date(config: ConfigDict, words: Vocabulary) -> ConfigDict:
   data = config.data
   if data.source not in ('chat', 'preference') or data.date:
     return config
-  if not reads_clock(text_of(words, data.chat_template)):
+  if not reads_clock(template_source(words, data.chat_template)):
     return config
   config = config.copy_and_resolve_references()
   config.data.date = datetime.date.today().isoformat()
@@ -152,7 +158,7 @@ def check_written(text: str, given: Iterable[str]) -> None:
     )
 
 
-def put(words: Vocabulary, path: str, system: str) -> None:
+def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
   """Makes the template that a run was trained by the tokenizer's own.
 
   Args:
@@ -161,7 +167,7 @@ def put(words: Vocabulary, path: str, system: str) -> None:
   Raises:
     ValueError: it cannot be read.
   """
-  if isinstance(words, Tokenizer):
+  if isinstance(words, HuggingFaceTokenizer):
     text = read(path) or words.tokenizer.chat_template
     if isinstance(text, str):
       words.tokenizer.chat_template = with_system(text, system)

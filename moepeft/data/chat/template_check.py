@@ -13,18 +13,18 @@ _TALK = (Turn('user', _ASKED), Turn('assistant', _SAID))
 _CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
 
 
-def remarks(tokenizer: Any, template: str) -> tuple[str, ...]:
+def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
   """What a user must know of a template, one line each.
 
   Args:
     tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
   """
   try:
-    found = chat_render.text(
+    found = chat_render.render_chat(
       Conversation(_TALK), tokenizer, 'answers', template
     )
-    render = chat_render.renderer(tokenizer, template, None)
-    asked = chat_render.messages(Conversation(_TALK[:1]), template)[0]
+    render = chat_render.make_renderer(tokenizer, template, None)
+    asked = chat_render.template_messages(Conversation(_TALK[:1]), template)[0]
     begun = render(asked, True) != render(asked, False)
   except BadRow:
     # It wants other turns; rows say what is wrong with it, if anything is.
@@ -110,13 +110,13 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
 }
 
 
-def left_out(tokenizer: Any, template: str) -> frozenset[str]:
+def dropped_features(tokenizer: Any, template: str) -> frozenset[str]:
   """The `_FEATURES` that a template leaves out without an error."""
-  used, missing = chat_render.all_of(tokenizer, template), set()
+  used, missing = chat_render.template_source(tokenizer, template), set()
   for feature, (talk, word) in _FEATURES.items():
     try:
-      some, tools = chat_render.messages(talk, used)
-      whole = chat_render.renderer(tokenizer, template, tools)(some, False)
+      some, tools = chat_render.template_messages(talk, used)
+      whole = chat_render.make_renderer(tokenizer, template, tools)(some, False)
     except BadRow:
       # It refuses them: each row is told so.
       continue

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.chat.render import Text
+from moepeft.data.chat.render import RenderedChat
 
 # What may stand before a text so that a tokenizer takes it for no beginning.
 _BEFORE = ('.', 'a', '\n')
@@ -20,7 +20,7 @@ _BEFORE = ('.', 'a', '\n')
 Ids = tuple[list[int], list[int]]
 
 
-def samples(tokenizer: Any, texts: Sequence[Text]) -> list[Sample]:
+def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
   """Texts as ids.
 
   Of an answer the ids before it are those of the text before it, tokenized by
@@ -34,14 +34,14 @@ def samples(tokenizer: Any, texts: Sequence[Text]) -> list[Sample]:
     one.whole[:end] for one, own in zip(texts, ends, strict=True) for end in own
   ]
   found = iter(_encoded(tokenizer, parts) if parts else ())
-  known = special(tokenizer)
+  known = special_ids(tokenizer)
   return [
     _sample(tokenizer, one, own, list(itertools.islice(found, len(own))), known)
     for one, own in zip(texts, ends, strict=True)
   ]
 
 
-def _starts(text: Text) -> list[int]:
+def _starts(text: RenderedChat) -> list[int]:
   return [start for start, _ in text.spans or ()]
 
 
@@ -59,7 +59,7 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 def _sample(
   tokenizer: Any,
-  text: Text,
+  text: RenderedChat,
   ends: Sequence[int],
   parts: Sequence[Ids],
   special: set[int],
@@ -99,7 +99,7 @@ def _following(tokenizer: Any, text: str) -> Ids:
   return _encoded(tokenizer, [text])[0]
 
 
-def special(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
   """Ids that are no text, as the end of a turn."""
   added = tokenizer.added_tokens_decoder.items()
   marked = {i for i, token in added if token.special}

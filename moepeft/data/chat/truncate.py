@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moepeft.data.batching.decoder_only import Sample, shortened
+from moepeft.data.batching.decoder_only import Sample, truncate
 from moepeft.data.chat.formats import Conversation
 
 # The share of a row that a prompt may keep before an answer that fits none.
@@ -18,7 +18,7 @@ _LEAST = 4
 Fits = Callable[[Conversation], bool]
 
 
-def fitted(
+def truncate_chat(
   found: Conversation,
   make: Callable[[Conversation], Sample],
   most: int,
@@ -40,7 +40,7 @@ def fitted(
   """
   whole = make(found)
   if len(whole.ids) <= most or too_long != 'prompt':
-    return shortened(whole, most, too_long)
+    return truncate(whole, most, too_long)
   found = _to_the_last_answer(found)
 
   def fits(some: Conversation) -> bool:
@@ -51,15 +51,15 @@ def fitted(
     if fits(_bare(short)):
       return None
     short = _shorter(found, lambda c: _start(make(c)) <= most // _LEAST)
-  cut = shortened(make(short), most, 'end')
+  cut = truncate(make(short), most, 'end')
   return cut and dataclasses.replace(cut, cut=True)
 
 
 def _start(sample: Sample) -> int:
   """Where the last answer begins."""
-  trained = np.flatnonzero(sample.trained)
+  trained = np.flatnonzero(sample.loss_mask)
   last = trained[-1] if len(trained) else 0
-  before = np.flatnonzero(~sample.trained[:last])
+  before = np.flatnonzero(~sample.loss_mask[:last])
   return int(before[-1]) + 1 if len(before) else 0
 
 

@@ -12,17 +12,17 @@ from moepeft.core.types import JUDGED, PAIR
 from moepeft.data import split as data_split
 from moepeft.data.batching import collators, packing
 from moepeft.data.batching.decoder_only import Sample
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
 from moepeft.data.preference import tokenize as preference_tokenize
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 SOURCE = 'preference'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Item:
+class PreferenceExample:
   """A row as ids.
 
   Attributes:
@@ -44,53 +44,57 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sides:
+class PairCollator:
   """The form of batches with several sides; see `batching.collators`.
 
   Attributes:
-    own: the form of one side.
+    side_collator: of one side.
     judged: whether answers are judged one by one, not compared.
   """
 
-  own: collators.Form
+  side_collator: collators.Collator
   judged: bool
 
   @property
   def packed(self) -> bool:
-    return self.own.packed
+    return self.side_collator.packed
 
   @property
   def seed(self) -> int:
-    return self.own.seed
+    return self.side_collator.seed
 
   @property
-  def before(self) -> tuple[int, ...]:
-    return self.own.before
+  def prefix_ids(self) -> tuple[int, ...]:
+    return self.side_collator.prefix_ids
 
   @property
-  def words(self) -> Vocabulary:
-    return self.own.words
+  def tokenizer(self) -> Tokenizer:
+    return self.side_collator.tokenizer
 
   @property
   def sides(self) -> tuple[str, str]:
     """What the keys of its batches begin with."""
     return JUDGED if self.judged else PAIR
 
-  def encode(self, items: Sequence[Item]) -> list[Item]:
+  def encode(
+    self, items: Sequence[PreferenceExample]
+  ) -> list[PreferenceExample]:
     """What `items` has made, as it is."""
     return list(items)
 
-  def rows(self, number: int, encoded: Sequence[Item]) -> collators.Rows:
+  def rows(
+    self, number: int, encoded: Sequence[PreferenceExample]
+  ) -> collators.Rows:
     """A window's rows: see `padded` and `laid`."""
     if not self.packed:
-      return self.padded(encoded)
+      return self.pad(encoded)
     rng = np.random.default_rng((self.seed, number))
-    fills = [self.own.sizes(one)[0] for one in self._by_side(encoded)]
+    fills = [self.side_collator.sizes(one)[0] for one in self._by_side(encoded)]
     lengths = np.concatenate(fills, axis=1)
     room = self.lengths * len(self.sides)
-    return self.laid(encoded, packing.shuffled(lengths, room, rng))
+    return self.pack(encoded, packing.shuffled_bins(lengths, room, rng))
 
-  def padded(self, encoded: Sequence[Item]) -> collators.Rows:
+  def pad(self, encoded: Sequence[PreferenceExample]) -> collators.Rows:
     """A batch of each side, its keys after the side's name.
 
     Returns:
@@ -101,7 +105,7 @@ class Sides:
     """
     found = {}
     for i, one in enumerate(self._by_side(encoded)):
-      found |= self._named(i, self.own.padded(one))
+      found |= self._named(i, self.side_collator.pad(one))
       if encoded[0].references is not None:
         given = np.stack([item.references[i] for item in encoded])
         found[f'{self.sides[i]}reference'] = given
@@ -109,8 +113,8 @@ class Sides:
       found['label'] = np.array([item.label for item in encoded])
     return found
 
-  def laid(
-    self, encoded: Sequence[Item], bins: Sequence[Sequence[int]]
+  def pack(
+    self, encoded: Sequence[PreferenceExample], bins: Sequence[Sequence[int]]
   ) -> collators.Rows:
     """Rows of several items each, which have the same segment on every side.
 
@@ -120,11 +124,11 @@ class Sides:
     """
     found, t = {}, self.lengths[-1]
     for i, one in enumerate(self._by_side(encoded)):
-      found |= self._named(i, self.own.laid(one, bins))
+      found |= self._named(i, self.side_collator.pack(one, bins))
       if encoded[0].references is not None:
         given = np.zeros((len(bins), t), np.float32)
         # Targets fill the last of a form's lengths.
-        ends = [size[-1] for size in self.own.sizes(one)[0]]
+        ends = [size[-1] for size in self.side_collator.sizes(one)[0]]
         for row, items in enumerate(bins):
           parts = [encoded[j].references[i][: ends[j]] for j in items]
           whole = np.concatenate(parts)
@@ -137,44 +141,46 @@ class Sides:
         found['label'][row, : len(items)] = labels
     return found
 
-  def _by_side(self, encoded: Sequence[Item]) -> list[list]:
+  def _by_side(self, encoded: Sequence[PreferenceExample]) -> list[list]:
     return [list(one) for one in zip(*(e.sides for e in encoded), strict=True)]
 
   def _named(self, side: int, rows: collators.Rows) -> collators.Rows:
     return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
 
-  def cut(self, items: Sequence[Item]) -> int:
+  def count_cut(self, items: Sequence[PreferenceExample]) -> int:
     """0: what was too long was told when the rows were read."""
     del items
     return 0
 
   @property
-  def longer(self) -> str:
-    return self.own.longer
+  def length_keys(self) -> str:
+    return self.side_collator.length_keys
 
   @property
   def lengths(self) -> tuple[int, ...]:
-    return self.own.lengths
+    return self.side_collator.lengths
 
   @property
-  def rooms(self) -> tuple[int, ...]:
-    return self.own.rooms
+  def max_lengths(self) -> tuple[int, ...]:
+    return self.side_collator.max_lengths
 
-  def resized(self, lengths: tuple[int, ...]) -> 'Sides':
-    return dataclasses.replace(self, own=self.own.resized(lengths))
+  def resized(self, lengths: tuple[int, ...]) -> 'PairCollator':
+    return dataclasses.replace(
+      self, side_collator=self.side_collator.resized(lengths)
+    )
 
-  def sizes(self, encoded: Sequence[Item]):
+  def sizes(self, encoded: Sequence[PreferenceExample]):
     """Of each row's longest side, and its trained tokens of all sides."""
     places, trained = [], []
     for item in encoded:
-      own, tokens = self.own.sizes(item.sides)
+      own, tokens = self.side_collator.sizes(item.sides)
       places.append(tuple(map(max, zip(*own, strict=True))))
       trained.append(sum(tokens))
     return places, trained
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class PreferenceDataset:
   """What a source of preferences holds.
 
   Attributes:
@@ -182,7 +188,7 @@ class Read:
     notes: lines for the user.
   """
 
-  items: tuple[Item, ...]
+  items: tuple[PreferenceExample, ...]
   notes: tuple[str, ...]
 
   @property
@@ -197,7 +203,7 @@ class Read:
           found.update(np.int64(array.size).tobytes() + array.tobytes())
     return found.hexdigest()
 
-  def with_references(self, references: np.ndarray) -> 'Read':
+  def with_references(self, references: np.ndarray) -> 'PreferenceDataset':
     """The same items with theirs of float32 [items, k, t]."""
     items = (
       dataclasses.replace(item, references=references[i])
@@ -205,7 +211,9 @@ class Read:
     )
     return dataclasses.replace(self, items=tuple(items))
 
-  def split(self, held_out: float) -> tuple[list[Item], list[Item]]:
+  def split(
+    self, held_out: float
+  ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
     """(training, validation), all answers to a prompt on one side.
 
     See `moepeft.data.split.last`.
@@ -214,7 +222,7 @@ class Read:
       ValueError: nothing is left to train on.
     """
     rows = {item.idx: item.asked for item in self.items}
-    out = data_split.last(list(rows.values()), held_out)
+    out = data_split.hold_out_last(list(rows.values()), held_out)
     gone = {idx for idx, away in zip(rows, out, strict=True) if away}
     if len(gone) == len(rows):
       raise ValueError(f'held_out={held_out} leaves no row to train on')
@@ -224,9 +232,9 @@ class Read:
     return parts
 
 
-def form_of(
-  data: ConfigDict, objective: str, batch: str, own: collators.Form
-) -> collators.Form:
+def objective_collator(
+  data: ConfigDict, objective: str, batch: str, own: collators.Collator
+) -> collators.Collator:
   """The form of an objective's batches.
 
   Args:
@@ -246,20 +254,20 @@ def form_of(
     )
   if batch == 'single':
     return own
-  if own.before:
+  if own.prefix_ids:
     raise ValueError(
       f'config.objective={objective!r} does not go with a soft prompt: no '
       'objective that compares answers has placeholders in what its reference '
       'reads; leave `prompt` out of config.method, or take another objective'
     )
-  return Sides(own, batch == 'judged')
+  return PairCollator(own, batch == 'judged')
 
 
-def read(
+def read_preferences(
   data: ConfigDict,
-  form: collators.Form,
+  form: collators.Collator,
   render: preference_tokenize.Render | None = None,
-) -> Read:
+) -> PreferenceDataset:
   """Reads config.data.path and makes ids of it.
 
   Args:
@@ -271,23 +279,25 @@ def read(
     ValueError: no such file; a row that is not of the form (the message names
       the file and the row), or of no use to the objective; or none that fits.
   """
-  if not isinstance(form, Sides):
+  if not isinstance(form, PairCollator):
     raise ValueError(
       f'rows of config.data.source={SOURCE!r} are for objectives that compare '
       'or judge answers; name other rows to evaluate'
     )
-  own, judged = form.own, form.judged
+  own, judged = form.side_collator, form.judged
   if not data.path:
     raise ValueError(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
-  bad = Bad(data.on_bad_row, data.ignore)
-  encode = preference_tokenize.encoder(data, own, render)
+  bad = BadRows(data.on_bad_row, data.ignore)
+  encode = preference_tokenize.row_encoder(data, own, render)
   rows, parts, places = preference_rows.rows(data, bad, judged, encode)
-  spans = [preference_tokenize.span(one, own, data.too_long) for one in parts]
+  spans = [
+    preference_tokenize.fit_answers(one, own, data.too_long) for one in parts
+  ]
   same = [
-    span is not None and preference_tokenize.alike(one, span)
+    span is not None and preference_tokenize.answers_equal(one, span)
     for one, span in zip(parts, spans, strict=True)
   ]
   spans = [None if one else x for x, one in zip(spans, same, strict=True)]
@@ -296,12 +306,12 @@ def read(
   if alike and not kept:
     raise ValueError(
       f'no row of {data.path} compares answers that differ to the tokenizer '
-      f'within {own.longer} (the first: {alike[0]}); mend the rows, or raise '
-      'the length'
+      f'within {own.length_keys} (the first: {alike[0]}); mend the rows, or '
+      'raise the length'
     )
   if not kept:
     raise ValueError(
-      f'none of {len(rows)} rows of {data.path} fits {own.longer} with '
+      f'none of {len(rows)} rows of {data.path} fits {own.length_keys} with '
       f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
       'the length'
     )
@@ -314,20 +324,24 @@ def read(
   for place, i in enumerate(kept):
     prompt, cap = spans[i].prompt, spans[i].cap
     sides = [
-      preference_tokenize.side(prompt, answer, cap, own)
+      preference_tokenize.make_side(prompt, answer, cap, own)
       for answer in parts[i].answers
     ]
     if judged:
       other = parts[kept[others[place]]].answers[0]
-      sides.append(preference_tokenize.side(prompt, other, spans[i].room, own))
+      sides.append(
+        preference_tokenize.make_side(prompt, other, spans[i].room, own)
+      )
     label = rows[i].label if judged else None
     first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
-    items.append(Item(tuple(sides), label, rows[i].idx, first, place))
+    items.append(
+      PreferenceExample(tuple(sides), label, rows[i].idx, first, place)
+    )
   notes = preference_rows.notes(data, places, spans, alike, bad, own)
   labels = {item.label for item in items}
   if judged and len(labels) == 1:
     notes = (*notes, _one_class(data.path, labels == {True}))
-  return Read(tuple(items), notes)
+  return PreferenceDataset(tuple(items), notes)
 
 
 def _one_class(path: str, good: bool) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat.formats import Conversation, Turn
-from moepeft.data.chat.messages import spoken, tools
-from moepeft.data.row_fields import BadRow, Fields, Unused
+from moepeft.data.chat.messages import parse_field, parse_tools
+from moepeft.data.row_fields import BadRow, RowFields, UnusedFields
 
 _LABELS = ('label', 'kto_tag')
 _TRUTHS = {'true': True, 'false': False}
@@ -31,7 +31,7 @@ _PROMPTS = ('prompt', 'question', 'messages', 'conversations', 'instruction')
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class ComparedRow:
   """Two answers to one prompt, the first the better one.
 
   Attributes:
@@ -51,7 +51,7 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class JudgedRow:
   """An answer to a prompt and whether it is a good one."""
 
   prompt: Conversation
@@ -64,12 +64,12 @@ class Judged:
     return (self.answer,)
 
 
-def row(
+def parse_row(
   row: Mapping[str, Any],
   form: str = '',
   idx: int = -1,
-  unused: Unused | None = None,
-) -> Compared | Judged:
+  unused: UnusedFields | None = None,
+) -> ComparedRow | JudgedRow:
   """Looks at one row.
 
   Args:
@@ -83,21 +83,21 @@ def row(
   """
   chat_formats.check_form(form)
   # A table has no absent fields: they are None there.
-  fields = Fields(row, unused=unused)
+  fields = RowFields(row, unused=unused)
   form = form or _form(fields)
   if form == 'alpaca':
-    turns = chat_formats.asked(fields)
+    turns = chat_formats.alpaca_prompt(fields)
   else:
     turns = _before(fields, form, unused)
   if 'chosen' in fields or 'rejected' in fields:
     prompt, chosen, rejected = _compared(fields, turns, unused)
-    found = Compared(_asked(fields, prompt), chosen, rejected, idx)
+    found = ComparedRow(_asked(fields, prompt), chosen, rejected, idx)
   else:
     prompt, answer, label = _judged(fields, turns, form, unused)
-    found = Judged(_asked(fields, prompt), answer, label, idx)
+    found = JudgedRow(_asked(fields, prompt), answer, label, idx)
   _check_answers(found.prompt.turns[-1].content.strip(), found.answers)
   said = (*found.prompt.turns, *found.answers)
-  fields.close(chat_formats.texts_of(said))
+  fields.close(chat_formats.turn_texts(said))
   return found
 
 
@@ -120,15 +120,15 @@ def _check_answers(asked: str, answers: Sequence[Turn]) -> None:
     )
 
 
-def unpaired(pair: Compared) -> tuple[Judged, Judged]:
+def unpaired(pair: ComparedRow) -> tuple[JudgedRow, JudgedRow]:
   """A comparison as a good and a bad answer."""
   return (
-    Judged(pair.prompt, pair.chosen, True, pair.idx),
-    Judged(pair.prompt, pair.rejected, False, pair.idx),
+    JudgedRow(pair.prompt, pair.chosen, True, pair.idx),
+    JudgedRow(pair.prompt, pair.rejected, False, pair.idx),
   )
 
 
-def mismatched(rows: Sequence[Judged], path: str) -> list[int]:
+def mismatched(rows: Sequence[JudgedRow], path: str) -> list[int]:
   """For each row the place of one with another prompt, always the same one.
 
   It may be a row that is held out: nothing is learnt of a mismatched answer.
@@ -149,7 +149,7 @@ def mismatched(rows: Sequence[Judged], path: str) -> list[int]:
   return found
 
 
-def _form(fields: Fields) -> str:
+def _form(fields: RowFields) -> str:
   for key, form in (
     ('conversations', 'sharegpt'),
     ('instruction', 'alpaca'),
@@ -167,7 +167,9 @@ def _form(fields: Fields) -> str:
   )
 
 
-def _before(fields: Fields, form: str, unused: Unused | None) -> list[Turn]:
+def _before(
+  fields: RowFields, form: str, unused: UnusedFields | None
+) -> list[Turn]:
   """What a row gives before its answers; a judged row's last turn too."""
   if form == 'sharegpt':
     key = 'conversations'
@@ -179,12 +181,12 @@ def _before(fields: Fields, form: str, unused: Unused | None) -> list[Turn]:
     if 'messages' in fields and not (key in fields and _ANSWERS & set(fields)):
       key = 'messages'
   # TRL's implicit prompt: the answers' lists begin with it.
-  turns = spoken(fields, key, 'user', unused) if key in fields else []
+  turns = parse_field(fields, key, 'user', unused) if key in fields else []
   return chat_formats.with_system(turns, fields)
 
 
 def _compared(
-  fields: Fields, prompt: list[Turn], unused: Unused | None
+  fields: RowFields, prompt: list[Turn], unused: UnusedFields | None
 ) -> tuple[list[Turn], Turn, Turn]:
   """(prompt, chosen, rejected)."""
   for key in ('chosen', 'rejected'):
@@ -240,7 +242,7 @@ def _stripped(turn: Turn) -> Turn:
 
 
 def _judged(
-  fields: Fields, prompt: list[Turn], form: str, unused: Unused | None
+  fields: RowFields, prompt: list[Turn], form: str, unused: UnusedFields | None
 ) -> tuple[list[Turn], Turn, bool]:
   """(prompt, answer, label)."""
   name, label = fields.given(_LABELS)
@@ -273,10 +275,10 @@ def _judged(
 
 
 def _answer(
-  fields: Fields, key: str, unused: Unused | None
+  fields: RowFields, key: str, unused: UnusedFields | None
 ) -> tuple[list[Turn], Turn]:
   """(turns before it, an answer): a text, a turn, or a conversation."""
-  turns = spoken(fields, key, 'assistant', unused)
+  turns = parse_field(fields, key, 'assistant', unused)
   if not turns or turns[-1].role != 'assistant':
     who = turns[-1].role if turns else 'nobody'
     raise BadRow(
@@ -286,7 +288,7 @@ def _answer(
   return turns[:-1], turns[-1]
 
 
-def _asked(fields: Fields, turns: list[Turn]) -> Conversation:
+def _asked(fields: RowFields, turns: list[Turn]) -> Conversation:
   """A prompt, which ends with a turn that asks for an answer."""
   if not turns:
     raise BadRow(
@@ -300,4 +302,4 @@ def _asked(fields: Fields, turns: list[Turn]) -> Conversation:
       f'{turns[-1].role}; mend or remove the row'
     )
   chat_formats.check_order(turns)
-  return Conversation(tuple(turns), tools(fields))
+  return Conversation(tuple(turns), parse_tools(fields))

@@ -9,25 +9,33 @@ from ml_collections import ConfigDict
 from moepeft.data.batching import collators, decoder_only
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Turn
-from moepeft.data.example import Bad, BadRow
+from moepeft.data.example import BadRow, BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import tokenize as preference_tokenize
-from moepeft.data.preference.formats import Compared, Judged
-from moepeft.data.preference.tokenize import Parts
+from moepeft.data.preference.formats import ComparedRow, JudgedRow
+from moepeft.data.preference.tokenize import EncodedAnswers
 from moepeft.data.readers import huggingface
 
 
 def rows(
-  data: ConfigDict, bad: Bad, judged: bool, encode: preference_tokenize.Encode
-) -> tuple[list, list[Parts], list[str]]:
+  data: ConfigDict,
+  bad: BadRows,
+  judged: bool,
+  encode: preference_tokenize.Encode,
+) -> tuple[list, list[EncodedAnswers], list[str]]:
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
-  table, where = huggingface.table_of(data.path, data.split, bad)
-  good, parts, places, nulls = [], [], [], huggingface.fills_in(table)
+  table, where = huggingface.open_table(data.path, data.split, bad)
+  good, parts, places, nulls = (
+    [],
+    [],
+    [],
+    huggingface.fills_missing_fields(table),
+  )
   for i, fields in enumerate(table):
     try:
       fields = huggingface.without_nulls(fields) if nulls else fields
-      row = preference_formats.row(fields, data.form, i, bad.unused)
+      row = preference_formats.parse_row(fields, data.form, i, bad.unused)
       found = _useful(row, judged, data.system)
       ids = [encode(row.prompt, row.answers) for row in found]
       good.extend(found)
@@ -41,9 +49,9 @@ def rows(
   return good, parts, places
 
 
-def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
+def _useful(row: ComparedRow | JudgedRow, judged: bool, system: str) -> list:
   """A row as the objective takes it, with a system's turn where it has none."""
-  if isinstance(row, Judged) and not judged:
+  if isinstance(row, JudgedRow) and not judged:
     raise BadRow(
       'one answer with a label, but the objective compares two; set '
       "config.objective to 'kto'"
@@ -52,7 +60,7 @@ def _useful(row: Compared | Judged, judged: bool, system: str) -> list:
     turns = (Turn('system', system), *row.prompt.turns)
     prompt = dataclasses.replace(row.prompt, turns=turns)
     row = dataclasses.replace(row, prompt=prompt)
-  pair = isinstance(row, Compared) and judged
+  pair = isinstance(row, ComparedRow) and judged
   return list(preference_formats.unpaired(row)) if pair else [row]
 
 
@@ -61,8 +69,8 @@ def notes(
   places: Sequence[str],
   spans: Sequence,
   alike: Sequence[str],
-  bad: Bad,
-  own: collators.Form,
+  bad: BadRows,
+  own: collators.Collator,
 ) -> tuple[str, ...]:
   """What became of the rows, in lines for the user.
 
@@ -72,15 +80,16 @@ def notes(
   """
   lines = [f'{data.path}: {len(places):,} rows']
   lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
-  decoder = isinstance(own, decoder_only.Samples)
+  decoder = isinstance(own, decoder_only.CausalCollator)
   if decoder and not (
-    data.chat_template or preference_tokenize.templated(own.words)
+    data.chat_template or preference_tokenize.has_chat_template(own.tokenizer)
   ):
     lines.append(
-      f'{own.words} brings no chat template: turns are written as plain text'
+      f'{own.tokenizer} brings no chat template: turns are written as plain '
+      'text'
     )
   elif decoder:
-    lines += chat_dataset.template(data, own.words).remarks
+    lines += chat_dataset.load_chat_template(data, own.tokenizer).remarks
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
   pairs, gone = list(zip(places, spans, strict=True)), set(alike)
@@ -93,7 +102,7 @@ def notes(
     if some:
       lines.append(
         f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
-        f'(the first: {some[0]}); raise {own.longer} to keep them whole'
+        f'(the first: {some[0]}); raise {own.length_keys} to keep them whole'
       )
   lines += bad.notes(data.path)
   if alike:

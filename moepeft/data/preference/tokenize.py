@@ -16,19 +16,23 @@ from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
-from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary, eos_of
+from moepeft.data.tokenizers.tokenizer import (
+  HuggingFaceTokenizer,
+  Tokenizer,
+  require_eos,
+)
 
 # The share of a decoder's row that a prompt keeps beside long answers.
 _LEAST = 4
 
 # A conversation as ids, of which the last run of trained tokens is the answer.
 Render = Callable[[Conversation], Sample]
-# (prompt, answers) -> Parts
-Encode = Callable[[Conversation, Sequence[Turn]], 'Parts']
+# (prompt, answers) -> EncodedAnswers
+Encode = Callable[[Conversation, Sequence[Turn]], 'EncodedAnswers']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
+class EncodedAnswers:
   """A row as ids, of any length: its prompt, and (ids, trained) of answers."""
 
   prompt: np.ndarray
@@ -36,7 +40,7 @@ class Parts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Span:
+class AnswerBudget:
   """What of a row fits.
 
   Attributes:
@@ -52,8 +56,8 @@ class Span:
   cut: bool
 
 
-def encoder(
-  data: ConfigDict, own: collators.Form, render: Render | None
+def row_encoder(
+  data: ConfigDict, own: collators.Collator, render: Render | None
 ) -> Encode:
   """What makes ids of a row.
 
@@ -70,41 +74,43 @@ def encoder(
       "config.data.source='preference', whose prompts are never trained; set "
       "it to 'answers'"
     )
-  if not isinstance(own, decoder_only.Samples):
+  if not isinstance(own, decoder_only.CausalCollator):
     if data.chat_template:
       raise ValueError(
         f'config.data.chat_template={data.chat_template!r} does nothing with '
         'an encoder-decoder, which reads prompts as plain text; leave it empty'
       )
-    words = own.words
+    words = own.tokenizer
 
-    def both(prompt, answers) -> Parts:
+    def both(prompt, answers) -> EncodedAnswers:
       _check_plain(prompt, answers)
-      end = np.int32(eos_of(words))
-      texts = [said(prompt), *(turn.content for turn in answers)]
+      end = np.int32(require_eos(words))
+      texts = [plain_text(prompt), *(turn.content for turn in answers)]
       found = words.encode_all(texts)
       ids = [np.append(np.asarray(text, np.int32), end) for text in found]
-      return Parts(ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:]))
+      return EncodedAnswers(
+        ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:])
+      )
 
     return both
-  render = render or renderer(data, own.words)
+  render = render or make_renderer(data, own.tokenizer)
 
-  def decoder(prompt, answers) -> Parts:
+  def decoder(prompt, answers) -> EncodedAnswers:
     prompts, found = [], []
     # Of no other turn is anything trained, so none is cut from what is before.
     before = [dataclasses.replace(t, trained=False) for t in prompt.turns]
     for answer in answers:
       turns = (*before, dataclasses.replace(answer, trained=True))
       whole = render(dataclasses.replace(prompt, turns=turns))
-      start = _last_run(whole.trained)
+      start = _last_run(whole.loss_mask)
       prompts.append(whole.ids[:start])
-      found.append((whole.ids[start:], whole.trained[start:]))
+      found.append((whole.ids[start:], whole.loss_mask[start:]))
     if any(not np.array_equal(prompts[0], one) for one in prompts):
       raise BadRow(
         'the chat template makes another prompt of each answer; name one that '
         'does not with config.data.chat_template'
       )
-    return Parts(prompts[0], tuple(found))
+    return EncodedAnswers(prompts[0], tuple(found))
 
   return decoder
 
@@ -118,21 +124,21 @@ def _last_run(trained: np.ndarray) -> int:
   return int(before[-1]) + 1 if len(before) else 0
 
 
-def renderer(data: ConfigDict, words: Vocabulary) -> Render:
+def make_renderer(data: ConfigDict, words: Tokenizer) -> Render:
   """The chat template, or plain text where the tokenizer has none.
 
   Raises:
     ValueError: config.data.chat_template cannot be read, or is for bytes.
   """
-  if data.chat_template or templated(words):
-    return chat_dataset.template(data, words).render
+  if data.chat_template or has_chat_template(words):
+    return chat_dataset.load_chat_template(data, words).render
 
   def plain(whole: Conversation) -> Sample:
     _check_plain(whole)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
-    (asked,) = decoder_only.prompts(words, [said(prompt)])
-    (ids,) = decoder_only.answers(words, [whole.turns[-1].content])
-    return decoder_only.sample(asked, ids)
+    (asked,) = decoder_only.encode_prompts(words, [plain_text(prompt)])
+    (ids,) = decoder_only.encode_answers(words, [whole.turns[-1].content])
+    return decoder_only.make_sample(asked, ids)
 
   return plain
 
@@ -151,53 +157,55 @@ def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
     )
 
 
-def templated(words: Vocabulary) -> bool:
+def has_chat_template(words: Tokenizer) -> bool:
   """Whether a vocabulary brings a chat template."""
-  own = words.tokenizer if isinstance(words, Tokenizer) else None
+  own = words.tokenizer if isinstance(words, HuggingFaceTokenizer) else None
   return bool(own is not None and own.chat_template)
 
 
-def said(prompt: Conversation) -> str:
+def plain_text(prompt: Conversation) -> str:
   """Turns as plain text: a single one as it is, several by their roles."""
   if len(prompt.turns) == 1:
     return prompt.turns[0].content
   return '\n'.join(f'{turn.role}: {turn.content}' for turn in prompt.turns)
 
 
-def span(parts: Parts, own: collators.Form, too_long: str) -> Span | None:
+def fit_answers(
+  parts: EncodedAnswers, own: collators.Collator, too_long: str
+) -> AnswerBudget | None:
   """What of a row fits, None where it is left out."""
   prompt = parts.prompt
   lengths = [len(ids) for ids, _ in parts.answers]
   longest, both = max(lengths), min(lengths)
-  if not isinstance(own, decoder_only.Samples):
+  if not isinstance(own, decoder_only.CausalCollator):
     most, room = own.lengths
     over = len(prompt) > most
     if over and too_long == 'drop':
       return None
     left = prompt[:most]
     if too_long == 'prompt':
-      left = decoder_only.last(prompt, most, own.words.bos)
+      left = decoder_only.keep_last(prompt, most, own.tokenizer.bos)
     if longest <= room:
-      return Span(left, longest, room, over)
+      return AnswerBudget(left, longest, room, over)
     cut = too_long == 'end' and both > room
-    return Span(left, room, room, True) if cut else None
+    return AnswerBudget(left, room, room, True) if cut else None
   # One token more than are fed.
   row = own.length + 1
   if len(prompt) + longest <= row:
-    return Span(prompt, longest, row - len(prompt), False)
+    return AnswerBudget(prompt, longest, row - len(prompt), False)
   if too_long == 'prompt':
     left = row - longest
     if left < min(len(prompt), row // _LEAST):
       return None
-    kept = decoder_only.last(prompt, left, own.words.bos)
-    return Span(kept, longest, longest, True)
+    kept = decoder_only.keep_last(prompt, left, own.tokenizer.bos)
+    return AnswerBudget(kept, longest, longest, True)
   room = row - len(prompt)
   # Both ends are cut or none.
   cut = too_long == 'end' and both > room >= 1
-  return Span(prompt, room, room, True) if cut else None
+  return AnswerBudget(prompt, room, room, True) if cut else None
 
 
-def alike(parts: Parts, span: Span) -> bool:
+def answers_equal(parts: EncodedAnswers, span: AnswerBudget) -> bool:
   """Whether two answers have become one: nothing is learnt of them."""
   cut = [tuple(part[: span.cap] for part in one) for one in parts.answers]
   return len(cut) > 1 and all(
@@ -207,10 +215,10 @@ def alike(parts: Parts, span: Span) -> bool:
   )
 
 
-def side(prompt: np.ndarray, answer, cap: int, own: collators.Form):
+def make_side(prompt: np.ndarray, answer, cap: int, own: collators.Collator):
   """What the form of one side holds."""
   ids, trained = (part[:cap] for part in answer)
-  if not isinstance(own, decoder_only.Samples):
+  if not isinstance(own, decoder_only.CausalCollator):
     return prompt, ids
   untrained = np.zeros(len(prompt), bool)
   return Sample(

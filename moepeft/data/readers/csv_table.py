@@ -11,15 +11,15 @@ import io
 from collections.abc import Sequence
 
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad, BadRow
-from moepeft.data.row_fields import MARK
+from moepeft.data.example import BadRow, BadRows
+from moepeft.data.row_fields import BYTE_ORDER_MARK
 
 # Characters of a cell; the module's own bound is 131,072.
 _MOST = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Table(Sequence):
+class CsvTable(Sequence):
   """Rows of texts.
 
   Attributes:
@@ -39,7 +39,7 @@ class Table(Sequence):
     return dict(zip(self.column_names, self.cells[place], strict=True))
 
 
-def read(file: str, bad: Bad) -> tuple[list[str], Table]:
+def read(file: str, bad: BadRows) -> tuple[list[str], CsvTable]:
   """('FILE, line 2' of each row, the rows).
 
   Args:
@@ -50,7 +50,7 @@ def read(file: str, bad: Bad) -> tuple[list[str], Table]:
   """
   csv.field_size_limit(_MOST)
   places, cells, header = [], [], None
-  with fingerprint.opened(file) as stream:
+  with fingerprint.open_data_file(file) as stream:
     lines = io.TextIOWrapper(stream, 'utf-8-sig', newline='')
     reader, begin = csv.reader(lines, strict=True), 1
     try:
@@ -74,12 +74,14 @@ def read(file: str, bad: Bad) -> tuple[list[str], Table]:
           )
         else:
           places.append(where)
-          cells.append(tuple(cell.removeprefix(MARK) for cell in row))
+          cells.append(
+            tuple(cell.removeprefix(BYTE_ORDER_MARK) for cell in row)
+          )
     except (csv.Error, UnicodeDecodeError) as e:
       raise ValueError(
         f'{file}, line {begin}: not CSV in UTF-8 ({e}); write the table anew'
       ) from None
-  return places, Table(header or (), cells)
+  return places, CsvTable(header or (), cells)
 
 
 def _header(file: str, row: list[str]) -> tuple[str, ...]:

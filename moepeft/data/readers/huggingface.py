@@ -14,9 +14,9 @@ from typing import Any
 from moepeft.core import files, untrusted
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad, BadRow, Rows
+from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.data.readers import csv_table, jsonl, promptsource, splits
-from moepeft.data.row_fields import Unused, named
+from moepeft.data.row_fields import UnusedFields, join_names
 from moepeft.tasks import Example
 
 # What `datasets` calls the readers of files, by the files' endings.
@@ -33,7 +33,7 @@ def read(
   on_bad_row: str = 'error',
   seed: int = 0,
   ignore: str = '',
-) -> Rows:
+) -> ExampleRows:
   """All examples of a dataset's split; made when they are asked for.
 
   Args:
@@ -54,15 +54,15 @@ def read(
     ValueError: what cannot be found or read, a split that is not there, bad
       rows; the message names the path and the row.
   """
-  bad = Bad(on_bad_row, ignore)
-  table, where = table_of(path, split, bad)
+  bad = BadRows(on_bad_row, ignore)
+  table, where = open_table(path, split, bad)
   name = _name(path)
   if templates:
-    group = promptsource.group(templates, name)
-    return promptsource.render(group, table, bad, where, seed)
+    group = promptsource.find_templates(templates, name)
+    return promptsource.render_templates(group, table, bad, where, seed)
   _check_columns(path, table)
-  make = functools.partial(_plain, promptsource.clean(name), bad.unused)
-  return example_lib.made(path, table, (make,), where, bad)
+  make = functools.partial(_plain, promptsource.p3_name(name), bad.unused)
+  return example_lib.lazy_examples(path, table, (make,), where, bad)
 
 
 def _name(path: str) -> str:
@@ -72,10 +72,12 @@ def _name(path: str) -> str:
   return os.path.basename(os.path.abspath(path)).split('.')[0]
 
 
-def _plain(name: str, unused: Unused, row: Mapping, place: int) -> Example:
+def _plain(
+  name: str, unused: UnusedFields, row: Mapping, place: int
+) -> Example:
   # A table has no absent fields: they are None there.
   kept = {k: v for k, v in row.items() if v is not None}
-  return example_lib.example({'idx': place} | kept, name, unused=unused)
+  return example_lib.parse_example({'idx': place} | kept, name, unused=unused)
 
 
 def _check_columns(path: str, table: Sequence[Mapping]) -> None:
@@ -86,13 +88,13 @@ def _check_columns(path: str, table: Sequence[Mapping]) -> None:
     'inputs' not in columns or not {'targets', 'choices'} & set(columns)
   ):
     raise ValueError(
-      f"{path} has the columns {named(columns)}; expected 'inputs' and "
+      f"{path} has the columns {join_names(columns)}; expected 'inputs' and "
       "'targets', or set config.data.templates to put these into words"
     )
 
 
-def table_of(
-  path: str, split: str, bad: Bad
+def open_table(
+  path: str, split: str, bad: BadRows
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
   """Rows by place as they stand, and a place in words.
 
@@ -103,20 +105,20 @@ def table_of(
   """
   local = files.local_path(path)
   files.check_file(local)
-  if os.path.isfile(local) and fingerprint.ending_of(local) in _READ_HERE:
-    if splits.name_of(split) != 'train':
+  if os.path.isfile(local) and fingerprint.file_ending(local) in _READ_HERE:
+    if splits.split_name(split) != 'train':
       raise ValueError(
         f"{path} is one file, whose rows are the split 'train'; got {split!r}"
       )
     return _table([local], path, split, bad)
-  if os.path.isdir(local) and not splits.described(local):
-    of_split = splits.files_of(path, local, split, bad)
-    here = {fingerprint.ending_of(file) in _READ_HERE for file in of_split}
+  if os.path.isdir(local) and not splits.lists_its_files(local):
+    of_split = splits.split_files(path, local, split, bad)
+    here = {fingerprint.file_ending(file) in _READ_HERE for file in of_split}
     if here == {True}:
       return _table(of_split, path, split, bad)
-    kinds = sorted(set(map(fingerprint.ending_of, of_split)))
+    kinds = sorted(set(map(fingerprint.file_ending, of_split)))
     if len(kinds) > 1:
-      raise splits.unreadable(
+      raise splits.split_error(
         path, split, f'its files are of several kinds: {", ".join(kinds)}'
       )
     table = _load(path, local, split, of_split)
@@ -125,7 +127,7 @@ def table_of(
   return table, lambda place: f'{path}, {split}, row {place}'
 
 
-def fills_in(table: Sequence[Mapping]) -> bool:
+def fills_missing_fields(table: Sequence[Mapping]) -> bool:
   """Whether each object in a table has the fields of all others, as null."""
   return hasattr(table, 'features')
 
@@ -138,30 +140,30 @@ def without_nulls(value: Any) -> Any:
 
 
 def _table(
-  of_split: Sequence[str], path: str, split: str, bad: Bad
+  of_split: Sequence[str], path: str, split: str, bad: BadRows
 ) -> tuple[Sequence[Mapping], Callable[[int], str]]:
   """The rows of files of JSON and CSV, one file after the other."""
   places, table = [], []
   for file in of_split:
     where, part = (
       csv_table.read(file, bad)
-      if fingerprint.ending_of(file) == 'csv'
-      else json_rows(file, bad)
+      if fingerprint.file_ending(file) == 'csv'
+      else read_json_rows(file, bad)
     )
     places += where
     # One file of CSV stays as it is, which takes less memory.
     table = part if len(of_split) == 1 else [*table, *part]
-  chosen = splits.slice_of(path, split, len(places))
+  chosen = splits.split_slice(path, split, len(places))
   return table[chosen], places[chosen].__getitem__
 
 
-def json_rows(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+def read_json_rows(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
   """(where, rows) of lines of objects, or of one array of them."""
-  if fingerprint.ending_of(file) == 'json' and _begins(file).startswith(b'['):
+  if fingerprint.file_ending(file) == 'json' and _begins(file).startswith(b'['):
     return _array(file, bad)
-  if fingerprint.ending_of(file) == 'json':
+  if fingerprint.file_ending(file) == 'json':
     _check_lines(file)
-  found = list(jsonl.lines(file, bad))
+  found = list(jsonl.read_lines(file, bad))
   return [where for where, _ in found], [row for _, row in found]
 
 
@@ -172,7 +174,7 @@ def _check_lines(file: str) -> None:
     ValueError: it does.
   """
   try:
-    with fingerprint.opened(file) as stream:
+    with fingerprint.open_data_file(file) as stream:
       first = stream.readline()
       # All but '{' of a row on one line is on that line.
       if first.decode('utf-8-sig').strip() != '{':
@@ -195,13 +197,13 @@ def _check_lines(file: str) -> None:
 
 def _begins(file: str) -> bytes:
   """What a file begins with, blanks and the byte order mark aside."""
-  with fingerprint.opened(file) as stream:
+  with fingerprint.open_data_file(file) as stream:
     return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
 
-def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
+def _array(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
   try:
-    with fingerprint.opened(file) as stream:
+    with fingerprint.open_data_file(file) as stream:
       text = stream.read()
     items = untrusted.parse_json(text, check_text=False, unique_keys=True)
   except untrusted.Malformed as e:
@@ -209,14 +211,14 @@ def _array(file: str, bad: Bad) -> tuple[list[str], list[dict]]:
       f'{file} cannot be read as one array of JSON ({e}); mend the file, or '
       'write one object a line'
     ) from None
-  places, table, torn = [], [], jsonl.HALF.search(text)
+  places, table, torn = [], [], jsonl.SURROGATE_ESCAPE.search(text)
   for i, item in enumerate(items):
     where = f'{file}, row {i}'
     try:
       if not isinstance(item, dict):
         raise BadRow('expected an object {...}; mend or remove it')
       if torn:
-        example_lib.check_whole(item)
+        example_lib.check_surrogates(item)
       places.append(where)
       table.append(item)
     except BadRow as e:
@@ -239,18 +241,18 @@ def _load(
     if not os.path.exists(local):
       return _remote(path, split)
     if of_split:
-      reader = _READERS[fingerprint.ending_of(of_split[0])]
-      by_name = {splits.name_of(split): list(of_split)}
+      reader = _READERS[fingerprint.file_ending(of_split[0])]
+      by_name = {splits.split_name(split): list(of_split)}
       return datasets.load_dataset(reader, data_files=by_name, split=split)
     if os.path.isdir(local):
       files.check_files(local)
-      if splits.saved(local):
+      if splits.is_saved_dataset(local):
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
-    if fingerprint.ending_of(local) not in _READERS:
+    if fingerprint.file_ending(local) not in _READERS:
       known = ', .'.join((*_READ_HERE, *_READERS))
       raise ValueError(f'expected one of .{known}')
-    reader = _READERS[fingerprint.ending_of(local)]
+    reader = _READERS[fingerprint.file_ending(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
   except ConnectionError as e:
     raise ValueError(
@@ -269,7 +271,7 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   import datasets
 
   parts = path.split('/')
-  if fingerprint.ending_of(path) in (*_READ_HERE, *_READERS):
+  if fingerprint.file_ending(path) in (*_READ_HERE, *_READERS):
     raise ValueError('no such file')
   if path.startswith(('.', '~', '/')) or len(parts) > 3:
     raise ValueError('no such path, and no name on the hub')

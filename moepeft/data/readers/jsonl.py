@@ -13,18 +13,18 @@ from moepeft.core import untrusted
 from moepeft.core.files import local_path
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad, BadRow, Rows
+from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.tasks import Example
 
 # How JSON spells a half of a surrogate pair, which may stand alone.
-HALF = re.compile(rb'\\u[dD][89a-fA-F]')
+SURROGATE_ESCAPE = re.compile(rb'\\u[dD][89a-fA-F]')
 # Above this many different targets, a template's answers count as open.
 _MAX_CHOICES = 8
 
 
 def read(
   path: str, ranked: bool = False, on_bad_row: str = 'error', ignore: str = ''
-) -> Rows:
+) -> ExampleRows:
   """All rows under a path, in the order of file names and lines.
 
   Args:
@@ -38,32 +38,34 @@ def read(
     ValueError: nothing there, no good rows, or a row that is not of the form;
       the message names the file and the line.
   """
-  bad = Bad(on_bad_row, ignore)
+  bad = BadRows(on_bad_row, ignore)
   examples = []
   for file in _files(local_path(path), bad):
     name = re.split(r'\.jsonl', os.path.basename(file), flags=re.I)[0]
-    for where, row in lines(file, bad):
+    for where, row in read_lines(file, bad):
       try:
-        examples.append(example_lib.example(row, name, ranked, bad.unused))
+        examples.append(
+          example_lib.parse_example(row, name, ranked, bad.unused)
+        )
       except BadRow as e:
         bad(where, e)
-  return example_lib.rows(path, examples, bad)
+  return example_lib.checked_rows(path, examples, bad)
 
 
-def _files(path: str, bad: Bad) -> list[str]:
+def _files(path: str, bad: BadRows) -> list[str]:
   # A file that is named itself may have any name.
   if os.path.isfile(path):
     return [path]
   return fingerprint.data_files(path, 'jsonl', bad)
 
 
-def lines(file: str, bad: Bad) -> Iterator[tuple[str, dict]]:
+def read_lines(file: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
   """('FILE, line 1', object) of every line that is not empty.
 
   Raises:
     ValueError: the file cannot be read to its end, or as `bad` does.
   """
-  with fingerprint.opened(file) as stream:
+  with fingerprint.open_data_file(file) as stream:
     for number, line in enumerate(stream, 1):
       where = f'{file}, line {number}'
       try:
@@ -80,12 +82,12 @@ def _parse(line: bytes) -> dict:
     raise BadRow(f'{e}; mend or remove the line') from None
   if not isinstance(row, dict):
     raise BadRow('expected an object {...}; mend or remove the line')
-  if HALF.search(line):
-    example_lib.check_whole(row)
+  if SURROGATE_ESCAPE.search(line):
+    example_lib.check_surrogates(row)
   return row
 
 
-def split(
+def split_by_idx(
   examples: Sequence[Example], held_out: float
 ) -> tuple[list[Example], list[Example]]:
   """(training, validation): the last `held_out` of each dataset's idx.
@@ -109,7 +111,7 @@ def split(
   return train, validation
 
 
-def closed(
+def with_closed_choices(
   train: Sequence[Example], validation: Sequence[Example]
 ) -> list[Example]:
   """The validation rows of templates with few answers, with their choices.

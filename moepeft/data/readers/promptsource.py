@@ -31,7 +31,7 @@ from moepeft.core import files as core_files
 from moepeft.core import untrusted
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad, BadRow, Rows
+from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.tasks import Example
 
 SEPARATOR = '|||'
@@ -42,7 +42,7 @@ MARK = '\x1emoepeft\x1e'
 DICE = ' dice'
 
 
-class Dice:
+class SeededChoice:
   """What the choices of one rendering are drawn from."""
 
   def __init__(self, key: str):
@@ -92,7 +92,7 @@ def _environment(longest: int) -> SandboxedEnvironment:
 
 
 @functools.lru_cache(maxsize=4096)
-def compiled(text: str, longest: int) -> jinja2.Template:
+def compile_template(text: str, longest: int) -> jinja2.Template:
   """A text as a program whose rendering has `MARK` where it has `|||`.
 
   Args:
@@ -110,7 +110,7 @@ _LONGEST = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class PromptTemplate:
   """One prompt of a dataset.
 
   Attributes:
@@ -129,7 +129,7 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class TemplateGroup:
   """The templates of one dataset, in the order of their names.
 
   Attributes:
@@ -139,7 +139,7 @@ class Group:
   """
 
   task: str
-  templates: tuple[Template, ...]
+  templates: tuple[PromptTemplate, ...]
   path: str
 
   @property
@@ -148,7 +148,7 @@ class Group:
     return frozenset((self.task, t.name) for t in self.templates if t.original)
 
 
-def clean(text: str) -> str:
+def p3_name(text: str) -> str:
   """A name as P3 spells it: other characters than word, digit, `.` are `_`."""
   return re.sub(r'[^\w.]+', '_', text)
 
@@ -163,7 +163,7 @@ for _tag in ('!TemplateGroup', '!Template', '!TemplateMetadata'):
   )
 
 
-def read(path: str) -> Group:
+def read_templates(path: str) -> TemplateGroup:
   """The templates of one file.
 
   Raises:
@@ -193,10 +193,10 @@ def read(path: str) -> Group:
     )
   parts = [str(tree[k]) for k in ('dataset', 'subset') if tree.get(k)]
   ordered = tuple(sorted(templates, key=lambda t: t.name))
-  return Group(clean('_'.join(parts)), ordered, path)
+  return TemplateGroup(p3_name('_'.join(parts)), ordered, path)
 
 
-def _template(path: str, key: str, fields: Any) -> Template:
+def _template(path: str, key: str, fields: Any) -> PromptTemplate:
   if not isinstance(fields, dict):
     raise ValueError(f'{path}: expected a !Template at {key!r}; got {fields!r}')
   name = str(fields.get('name') or key)
@@ -207,7 +207,7 @@ def _template(path: str, key: str, fields: Any) -> Template:
     if not isinstance(text, str):
       raise ValueError(f'{where}: expected text in {field!r}; got {text!r}')
     try:
-      compiled(text, 0)
+      compile_template(text, 0)
     # Jinja writes Python, whose compiler has bounds of its own.
     except Exception as e:
       reason = ' '.join(str(e).split()) or type(e).__name__
@@ -218,10 +218,10 @@ def _template(path: str, key: str, fields: Any) -> Template:
     )
   metadata = fields.get('metadata') or {}
   original = metadata.get('original_task') if hasattr(metadata, 'get') else None
-  return Template(clean(name), jinja, choices, original)
+  return PromptTemplate(p3_name(name), jinja, choices, original)
 
 
-def group(path: str, name: str) -> Group:
+def find_templates(path: str, name: str) -> TemplateGroup:
   """The templates of a file, or those for a dataset in a directory of them.
 
   Args:
@@ -236,35 +236,37 @@ def group(path: str, name: str) -> Group:
   path = core_files.local_path(path)
   core_files.check_file(path)
   if os.path.isfile(path):
-    return read(path)
+    return read_templates(path)
   inside = os.path.join(path, name, 'templates.yaml')
   if name and os.path.isfile(inside):
-    return read(inside)
+    return read_templates(inside)
   files = (
-    fingerprint.listed(path, fingerprint.ENDINGS['templates'], deep=True).files
+    fingerprint.list_directory(
+      path, fingerprint.ENDINGS['templates'], deep=True
+    ).files
     if os.path.isdir(path)
     else ()
   )
   if len(files) == 1:
-    return read(files[0])
-  groups = [read(file) for file in files]
-  found = [g for g in groups if g.task == clean(name)]
+    return read_templates(files[0])
+  groups = [read_templates(file) for file in files]
+  found = [g for g in groups if g.task == p3_name(name)]
   if len(found) != 1:
     known = ', '.join(g.task for g in groups[:9]) or 'none'
     raise ValueError(
-      f'{path!r} holds {len(found)} sets of templates for {clean(name)!r} '
+      f'{path!r} holds {len(found)} sets of templates for {p3_name(name)!r} '
       f'(there: {known}); name one templates.yaml'
     )
   return found[0]
 
 
-def render(
-  templates: Group,
+def render_templates(
+  templates: TemplateGroup,
   table: Sequence[Mapping],
-  bad: Bad,
+  bad: BadRows,
   where: Callable[[int], str] = 'row {}'.format,
   seed: int = 0,
-) -> Rows:
+) -> ExampleRows:
   """Every template of every row, row by row.
 
   All are rendered once, to know which apply and that none fails, and again
@@ -283,14 +285,14 @@ def render(
       two parts, or as `bad` does; the message names template and row.
   """
   makers = tuple(
-    functools.partial(apply, t, templates.task, seed)
+    functools.partial(apply_template, t, templates.task, seed)
     for t in templates.templates
   )
-  return example_lib.made(templates.path, table, makers, where, bad)
+  return example_lib.lazy_examples(templates.path, table, makers, where, bad)
 
 
-def apply(
-  template: Template, task: str, seed: int, row: Mapping, place: int
+def apply_template(
+  template: PromptTemplate, task: str, seed: int, row: Mapping, place: int
 ) -> Example | None:
   """One row in the words of one template.
 
@@ -306,12 +308,12 @@ def apply(
   said = f'template {template.name!r} of {task}'
   # Rows of a list are shared by the templates, and Jinja may change them.
   fields = {k.replace('-', '_'): _copy(v) for k, v in row.items()}
-  fields[DICE] = Dice(f'{seed} {task} {template.name} {place}')
+  fields[DICE] = SeededChoice(f'{seed} {task} {template.name} {place}')
   fields['answer_choices'] = choices = None
   if template.answer_choices:
-    choices = _parts(said, compiled(template.answer_choices, 0), fields)
+    choices = _parts(said, compile_template(template.answer_choices, 0), fields)
     fields['answer_choices'] = choices
-  parts = _parts(said, compiled(template.jinja, _LONGEST), fields)
+  parts = _parts(said, compile_template(template.jinja, _LONGEST), fields)
   if len(parts) != 2 and any(parts):
     raise ValueError(
       f'{said} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
@@ -320,7 +322,11 @@ def apply(
   if not all(parts):
     return None
   inputs, targets = parts
-  if not choices or targets not in choices or not example_lib.distinct(choices):
+  if (
+    not choices
+    or targets not in choices
+    or not example_lib.has_distinct_choices(choices)
+  ):
     choices = []
   label = choices.index(targets) if choices else -1
   return Example(
@@ -354,7 +360,7 @@ def _copy(value: Any) -> Any:
   return value
 
 
-def originals(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
+def original_prompts(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
   """(dataset, template) of those that ask for the dataset's own task."""
-  found = [group(path, name) for name in sorted(names) if path]
+  found = [find_templates(path, name) for name in sorted(names) if path]
   return {pair for one in found for pair in one.original}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moepeft.core import files, untrusted
-from moepeft.data.readers.seqio_stream import SIDES, library
+from moepeft.data.readers.seqio_stream import SIDES, import_seqio
 
 # Tasks of P3 that rank answers have a row for every choice, right or wrong.
 _RANKED = '_score_eval'
@@ -29,7 +29,7 @@ class _Split:
 
   def files(self) -> list[str]:
     """The TFRecord files, as many as `info` says."""
-    _, tf = library()
+    _, tf = import_seqio()
     count = untrusted.field(self.info, 'num_shards', int)
     pattern = f'{self.path}/{self.name}.tfrecord-*-of-{count:05d}'
     found = sorted(tf.io.gfile.glob(pattern))
@@ -66,7 +66,7 @@ def mixture(
     ValueError: no cached task is there, none has the split, a task of `rates`
       is missing, lacks the features or the split, or a file of it is missing.
   """
-  seqio, _ = library()
+  seqio, _ = import_seqio()
   found = _with_split(path, split)
   if rates is None:
     rates = {name: splits[split].examples for name, splits in found.items()}
@@ -100,7 +100,7 @@ def _with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
 
 def _find(path: str) -> dict[str, dict[str, _Split]]:
   """{task: {split: what is there}}, those that rank answers left out."""
-  _, tf = library()
+  _, tf = import_seqio()
   path = files.local_path(path)
   if not tf.io.gfile.isdir(path):
     raise ValueError(
@@ -139,7 +139,7 @@ def _split(path: str, info: str) -> _Split:
 
 
 def _json(path: str) -> dict[str, Any]:
-  _, tf = library()
+  _, tf = import_seqio()
   try:
     files.check_file(path)
     with tf.io.gfile.GFile(path, 'rb') as f:
@@ -156,7 +156,7 @@ def _json(path: str) -> dict[str, Any]:
 
 def _task(name: str, splits: Mapping[str, _Split]) -> Any:
   """A seqio.Task of the ids on disk, whatever their vocabulary."""
-  seqio, tf = library()
+  seqio, tf = import_seqio()
   for split in splits.values():
     _check_features(name, split.info)
   source = seqio.FileDataSource(

@@ -24,7 +24,7 @@ EOS = 1
 SIDES = ('inputs', 'targets')
 
 
-def library() -> tuple[Any, Any]:
+def import_seqio() -> tuple[Any, Any]:
   """The modules seqio and tensorflow.
 
   Raises:
@@ -45,7 +45,9 @@ def library() -> tuple[Any, Any]:
   return seqio, tf
 
 
-def registered(name: str, module: str = '', caches: Sequence[str] = ()) -> Any:
+def find_registered(
+  name: str, module: str = '', caches: Sequence[str] = ()
+) -> Any:
   """The seqio.Task or seqio.Mixture of a name.
 
   Args:
@@ -55,7 +57,7 @@ def registered(name: str, module: str = '', caches: Sequence[str] = ()) -> Any:
   Raises:
     ValueError: SeqIO or the module cannot be imported, or the name is unknown.
   """
-  seqio, _ = library()
+  seqio, _ = import_seqio()
   if module:
     try:
       importlib.import_module(module)
@@ -76,7 +78,7 @@ def registered(name: str, module: str = '', caches: Sequence[str] = ()) -> Any:
   return seqio.get_mixture_or_task(name)
 
 
-def ended(ids: np.ndarray, length: int) -> np.ndarray:
+def end_with_eos(ids: np.ndarray, length: int) -> np.ndarray:
   """int32 [<= length]: the ids, cut if need be, and one EOS."""
   ids = np.asarray(ids, np.int32)
   if ids.size and ids[-1] == EOS:
@@ -85,7 +87,7 @@ def ended(ids: np.ndarray, length: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class SeqioStream:
   """What a task or mixture gives, endlessly, in an order made by a seed.
 
   The order is SeqIO's: files are shuffled, then examples in a buffer (of 1,000
@@ -157,7 +159,7 @@ class Stream:
     Raises:
       ValueError: nothing can be read, an id is too large, or the data ends.
     """
-    seqio, tf = library()
+    seqio, tf = import_seqio()
     self._check_eos()
     index, count = self.shard
     with _told(self.provider.name):
@@ -229,7 +231,7 @@ class Stream:
       )
 
   def _tasks(self) -> list[Any]:
-    return library()[0].get_subtasks(self.provider)
+    return import_seqio()[0].get_subtasks(self.provider)
 
   def _cached(self) -> bool:
     # One answer for a whole mixture: SeqIO says which of its tasks is absent.
@@ -252,7 +254,9 @@ class Stream:
 
   def _element(self, element) -> dict[str, np.ndarray]:
     lengths = self._lengths()
-    element = {side: ended(element[side], lengths[side]) for side in SIDES}
+    element = {
+      side: end_with_eos(element[side], lengths[side]) for side in SIDES
+    }
     largest = max(int(ids.max()) for ids in element.values())
     if self.below and largest >= self.below:
       raise ValueError(
@@ -266,7 +270,7 @@ def _sides(dataset):
   """The two features alone; texts and choices stay behind."""
   if set(dataset.element_spec) == set(SIDES):
     return dataset
-  _, tf = library()
+  _, tf = import_seqio()
 
   # As in seqio_cache: AutoGraph has nothing to convert here.
   @tf.autograph.experimental.do_not_convert
@@ -280,7 +284,7 @@ def _sides(dataset):
 def _told(name: str):
   """Says what TensorFlow and SeqIO raise as one sentence."""
   # Looked up now: a stream may be closed when Python itself is.
-  failure = library()[1].errors.OpError
+  failure = import_seqio()[1].errors.OpError
   try:
     yield
   except AssertionError as e:

@@ -10,7 +10,7 @@ import re
 
 from moepeft.core import files
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 
 _WORDS = {
   **dict.fromkeys(('train', 'training'), 'train'),
@@ -25,19 +25,19 @@ _SAVED = ('state.json', 'dataset_dict.json')
 _HEAD = 1 << 16
 
 
-def unreadable(path: str, split: str, reason: str) -> ValueError:
+def split_error(path: str, split: str, reason: str) -> ValueError:
   return ValueError(
     f'the split {split!r} of {path!r} cannot be read ({reason}); check '
     'config.data.path and config.data.split'
   )
 
 
-def name_of(split: str) -> str:
+def split_name(split: str) -> str:
   """'train' of 'train[:10%]'."""
   return split.partition('[')[0]
 
 
-def slice_of(path: str, split: str, count: int) -> slice:
+def split_slice(path: str, split: str, count: int) -> slice:
   """The rows of 'train[10:20]' or 'train[:10%]' among so many.
 
   Raises:
@@ -45,7 +45,7 @@ def slice_of(path: str, split: str, count: int) -> slice:
   """
   form = _FORM.fullmatch(split)
   if form is None:
-    raise unreadable(path, split, "expected a name, or 'train[:10%]'")
+    raise split_error(path, split, "expected a name, or 'train[:10%]'")
   return slice(*(_bound(text, count) for text in form.groups()[1:]))
 
 
@@ -58,22 +58,22 @@ def _bound(text: str | None, count: int) -> int | None:
   return round(int(text[:-1]) * count / 100)
 
 
-def saved(folder: str) -> bool:
+def is_saved_dataset(folder: str) -> bool:
   """Whether save_to_disk wrote a directory."""
   return any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED)
 
 
-def described(folder: str) -> bool:
+def lists_its_files(folder: str) -> bool:
   """Whether save_to_disk wrote a directory, or its README names its files."""
   readme = os.path.join(folder, 'README.md')
-  if saved(folder) or not os.path.isfile(readme):
-    return saved(folder)
+  if is_saved_dataset(folder) or not os.path.isfile(readme):
+    return is_saved_dataset(folder)
   with files.open_file(readme) as stream:
     head = stream.read(_HEAD).decode(errors='replace')
   return head.startswith('---') and 'data_files:' in head.split('\n---')[0]
 
 
-def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
+def split_files(path: str, folder: str, split: str, bad: BadRows) -> list[str]:
   """The files of a split.
 
   Args:
@@ -83,7 +83,7 @@ def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
   Raises:
     ValueError: there are none.
   """
-  listing = fingerprint.listed(
+  listing = fingerprint.list_directory(
     folder, fingerprint.ENDINGS['datasets'], deep=True
   )
   by_split: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ def files_of(path: str, folder: str, split: str, bad: Bad) -> list[str]:
   bad.left_out += [
     f'{os.path.relpath(file, folder)} (no split)' for file in rest
   ]
-  if name_of(split) not in by_split:
+  if split_name(split) not in by_split:
     known = ', '.join(by_split) or 'none, and no file of data'
-    raise unreadable(path, split, f'there: {known}')
-  return by_split[name_of(split)]
+    raise split_error(path, split, f'there: {known}')
+  return by_split[split_name(split)]

@@ -16,11 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.data.batching import decoder_only
-from moepeft.data.batching.collators import Form
-from moepeft.data.batching.decoder_only import Sample, Samples
+from moepeft.data.batching.collators import Collator
+from moepeft.data.batching.decoder_only import CausalCollator, Sample
 from moepeft.data.text import documents, span_corruption
 from moepeft.data.text.documents import Document
-from moepeft.data.tokenizers.tokenizer import Vocabulary, eos_of
+from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 
 PREDICT = ('next', 'spans', 'prefix')
 # (ids, what is drawn from) -> a Sample, or a pair of ids.
@@ -28,7 +28,7 @@ Make = Callable[[np.ndarray, np.random.Generator], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pieces(Sequence):
+class TextChunks(Sequence):
   """Pieces of text as ids.
 
   Attributes:
@@ -50,7 +50,7 @@ class Pieces(Sequence):
     start, end = self.bounds[place]
     return self.ids[start:end]
 
-  def split(self, held_out: float) -> tuple['Pieces', 'Pieces']:
+  def split(self, held_out: float) -> tuple['TextChunks', 'TextChunks']:
     """(training, validation): the last `held_out` of the pieces.
 
     Raises:
@@ -72,7 +72,7 @@ class Pieces(Sequence):
 
     return drawn.map_with_index(prepare)
 
-  def fixed(self, held_out: 'Pieces', seed: int) -> list:
+  def fixed(self, held_out: 'TextChunks', seed: int) -> list:
     """What is predicted of each held-out piece, the same every time."""
     return [
       self.make(ids, np.random.default_rng((seed, 2, i)))
@@ -80,7 +80,9 @@ class Pieces(Sequence):
     ]
 
 
-def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
+def read_chunks(
+  data: ConfigDict, own: Collator, path: str, below: int = 0
+) -> TextChunks:
   """The text under a path, cut up for a form as config.data says.
 
   Args:
@@ -90,7 +92,7 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  found, bad = documents.read(path, data.on_bad_row, data.ignore)
+  found, bad = documents.read_documents(path, data.on_bad_row, data.ignore)
   notes = (
     [
       f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
@@ -100,10 +102,12 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
     else []
   )
   notes += bad.notes(path)
-  length, make = maker(data, own, below)
-  found, gone = documents.filtered(found, data.quality, data.duplicates)
+  length, make = chunk_maker(data, own, below)
+  found, gone = documents.filter_documents(found, data.quality, data.duplicates)
   notes += gone
-  encoded = encode(own.words, found, isinstance(own, Samples))
+  encoded = encode_documents(
+    own.tokenizer, found, isinstance(own, CausalCollator)
+  )
   if not own.packed:
     encoded = [np.concatenate(encoded)]
   starts = np.cumsum([0, *map(len, encoded)])
@@ -119,39 +123,41 @@ def pieces(data: ConfigDict, own: Form, path: str, below: int = 0) -> Pieces:
     f'{path}: {len(ids):,} tokens of {len(found):,} documents in '
     f'{len(bounds):,} pieces of up to {length:,}'
   )
-  return Pieces(ids, np.array(bounds, np.int64), make, tuple(notes))
+  return TextChunks(ids, np.array(bounds, np.int64), make, tuple(notes))
 
 
-def _step(data: ConfigDict, own: Form, length: int) -> int:
+def _step(data: ConfigDict, own: Collator, length: int) -> int:
   return length - 1 if data.predict == 'next' else length
 
 
-def encode(
-  words: Vocabulary, found: Sequence[Document], begun: bool = False
+def encode_documents(
+  tokenizer: Tokenizer, found: Sequence[Document], begun: bool = False
 ) -> list[np.ndarray]:
   """int32 [n] of each document: its text, passages and all, and EOS.
 
   Args:
     begun: whether what the tokenizer begins texts with comes before it.
   """
-  start = [words.bos] if begun and words.bos is not None else []
-  every = words.encode_all(
+  start = [tokenizer.bos] if begun and tokenizer.bos is not None else []
+  every = tokenizer.encode_all(
     [document.separator.join(document.passages) for document in found]
   )
-  ends = np.array(start, np.int32), np.array([eos_of(words)], np.int32)
+  ends = np.array(start, np.int32), np.array([require_eos(tokenizer)], np.int32)
   return [
     np.concatenate([ends[0], np.asarray(ids, np.int32), ends[1]])
     for ids in every
   ]
 
 
-def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
+def chunk_maker(
+  data: ConfigDict, own: Collator, below: int
+) -> tuple[int, Make]:
   """(tokens of a piece, what is predicted of it) by config.data.predict.
 
   Raises:
     ValueError: there is no such way, or the model has not.
   """
-  decoder = isinstance(own, Samples)
+  decoder = isinstance(own, CausalCollator)
   if data.predict not in PREDICT:
     raise ValueError(
       f'config.data.predict is one of {", ".join(PREDICT)}; got '
@@ -166,25 +172,27 @@ def maker(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
       "config.data.predict='next' is of decoder-only models; set it to 'spans' "
       "or 'prefix' for an encoder-decoder"
     )
-  return own.rooms[0] + 1, lambda ids, rng: Sample(ids, np.ones(len(ids), bool))
+  return own.max_lengths[0] + 1, lambda ids, rng: Sample(
+    ids, np.ones(len(ids), bool)
+  )
 
 
-def _prefix(own: Form) -> tuple[int, Make]:
+def _prefix(own: Collator) -> tuple[int, Make]:
   """What follows a place that is drawn, given what stands before it.
 
   An encoder sees all of the prefix at once. A decoder reads it causally, as it
   reads prompts when it generates: only what is trained differs from 'next'. The
   prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
   """
-  if isinstance(own, Samples):
+  if isinstance(own, CausalCollator):
 
     def sample(ids, rng):
       cut = rng.integers(1, len(ids))
-      return decoder_only.sample(ids[:cut], ids[cut:])
+      return decoder_only.make_sample(ids[:cut], ids[cut:])
 
-    return own.rooms[0] + 1, sample
-  most, answer = own.rooms
-  end = np.int32(eos_of(own.words))
+    return own.max_lengths[0] + 1, sample
+  most, answer = own.max_lengths
+  end = np.int32(require_eos(own.tokenizer))
 
   def pair(ids, rng):
     # The suffix fits its side, and neither is empty.
@@ -194,20 +202,20 @@ def _prefix(own: Form) -> tuple[int, Make]:
   return most, pair
 
 
-def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
+def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = data.noise, data.span, eos_of(own.words)
+  noise, span, eos = data.noise, data.span, require_eos(own.tokenizer)
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
       'config.data.noise is a share of the tokens, above 0 and below 1, and '
       f'config.data.span a length of at least 1; got {noise} and {span}'
     )
-  if isinstance(own, Samples):
-    most = own.rooms[0] + 1
-    length = span_corruption.longest(lambda x, y: x + y <= most, noise, span)
+  if isinstance(own, CausalCollator):
+    most = own.max_lengths[0] + 1
+    length = span_corruption.max_length(lambda x, y: x + y <= most, noise, span)
   else:
-    most, room = own.rooms
-    length = span_corruption.longest(lambda x, y: x <= most, noise, span)
+    most, room = own.max_lengths
+    length = span_corruption.max_length(lambda x, y: x <= most, noise, span)
     needed = span_corruption.sizes(length, noise, span)[1]
     if needed > room:
       raise ValueError(
@@ -215,19 +223,23 @@ def _spans(data: ConfigDict, own: Form, below: int) -> tuple[int, Make]:
         f'{noise}, config.data.span={span}); set config.data.targets_length '
         f'to {needed}, it is {room}'
       )
-  sentinels = own.words.sentinels(below)
+  sentinels = own.tokenizer.sentinels(below)
   needed = span_corruption.counts(length, noise, span)[1]
   if needed > len(sentinels):
     raise ValueError(
       f'pieces of {length} tokens have {needed} hidden spans, and '
-      f'{own.words} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
+      f'{own.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
       "bytes, the model's ids from 259 on); give a vocabulary that has them, "
       'shorten the rows or raise config.data.span'
     )
 
   def make(ids, rng):
-    hidden = span_corruption.mask(len(ids), noise, span, rng)
+    hidden = span_corruption.noise_mask(len(ids), noise, span, rng)
     x, y = span_corruption.corrupt(ids, hidden, sentinels, eos)
-    return decoder_only.sample(x, y) if isinstance(own, Samples) else (x, y)
+    return (
+      decoder_only.make_sample(x, y)
+      if isinstance(own, CausalCollator)
+      else (x, y)
+    )
 
   return length, make

@@ -26,7 +26,7 @@ def jaccard(one: set[str], two: set[str]) -> float:
   return len(one & two) / max(len(one | two), 1)
 
 
-def repeated(texts: Sequence[str], least: float) -> list[bool]:
+def near_duplicates(texts: Sequence[str], least: float) -> list[bool]:
   """Whether each text is a near duplicate of one before it that was kept.
 
   Args:

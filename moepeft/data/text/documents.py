@@ -11,9 +11,9 @@ import os
 import re
 
 from moepeft.data import fingerprint
-from moepeft.data.example import Bad, BadRow
+from moepeft.data.example import BadRow, BadRows
 from moepeft.data.readers import jsonl
-from moepeft.data.row_fields import MARK, Fields
+from moepeft.data.row_fields import BYTE_ORDER_MARK, RowFields
 from moepeft.data.text import dedup, quality
 
 _BLANK = re.compile(r'\n[ \t]*\n\s*')
@@ -34,9 +34,9 @@ class Document:
   separator: str = '\n\n'
 
 
-def read(
+def read_documents(
   path: str, on_bad_row: str = 'error', ignore: str = ''
-) -> tuple[list[Document], Bad]:
+) -> tuple[list[Document], BadRows]:
   """(the documents of a file or a directory of files, what was skipped).
 
   Args:
@@ -45,7 +45,7 @@ def read(
   Raises:
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
-  bad, found = Bad(on_bad_row, ignore), []
+  bad, found = BadRows(on_bad_row, ignore), []
   for file in fingerprint.data_files(path, 'text', bad):
     if '.jsonl' in os.path.basename(file).lower():
       found += _rows(file, bad)
@@ -64,17 +64,20 @@ def _text(file: str) -> list[Document]:
   return [Document(file, passages, separator)] if passages else []
 
 
-def _rows(file: str, bad: Bad) -> list[Document]:
+def _rows(file: str, bad: BadRows) -> list[Document]:
   found = []
-  for where, row in jsonl.lines(file, bad):
-    fields = Fields(row, unused=bad.unused)
+  for where, row in jsonl.read_lines(file, bad):
+    fields = RowFields(row, unused=bad.unused)
     text = fields.get('text')
     try:
-      if not isinstance(text, str) or not text.removeprefix(MARK).strip():
+      if (
+        not isinstance(text, str)
+        or not text.removeprefix(BYTE_ORDER_MARK).strip()
+      ):
         raise BadRow(
           f"expected text in 'text', got {text!r}; mend or remove the row"
         )
-      text = text.removeprefix(MARK).strip()
+      text = text.removeprefix(BYTE_ORDER_MARK).strip()
       fields.close({text})
       found.append(Document(where, (text,)))
     except BadRow as e:
@@ -82,7 +85,7 @@ def _rows(file: str, bad: Bad) -> list[Document]:
   return found
 
 
-def filtered(
+def filter_documents(
   found: list[Document], names: str, least: float
 ) -> tuple[list[Document], list[str]]:
   """(documents without the passages that go, lines that say how many, why).
@@ -100,7 +103,7 @@ def filtered(
     said = holds.__doc__.rstrip('.')
     lines.append(f'{gone:,} passages go by the rule {name!r} ({said})')
   if least:
-    again = dedup.repeated(_passages(found), least)
+    again = dedup.near_duplicates(_passages(found), least)
     found, gone = _kept(found, [not repeated for repeated in again])
     lines.append(f'{gone:,} passages go as near duplicates ({least} alike)')
   if not found:

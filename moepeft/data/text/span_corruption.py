@@ -24,7 +24,9 @@ def sizes(length: int, noise: float, span: float) -> tuple[int, int]:
   return length - hidden + spans + 1, hidden + spans + 1
 
 
-def longest(fits: Callable[[int, int], bool], noise: float, span: float) -> int:
+def max_length(
+  fits: Callable[[int, int], bool], noise: float, span: float
+) -> int:
   """The most tokens whose inputs and targets fit.
 
   Raises:
@@ -41,7 +43,7 @@ def longest(fits: Callable[[int, int], bool], noise: float, span: float) -> int:
   return length
 
 
-def mask(
+def noise_mask(
   length: int, noise: float, span: float, rng: np.random.Generator
 ) -> np.ndarray:
   """bool [length], True on hidden tokens; the first is shown."""

@@ -17,14 +17,14 @@ from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.core import files
-from moepeft.data.row_fields import MARK
+from moepeft.data.row_fields import BYTE_ORDER_MARK
 from moepeft.data.tokenizers import long_texts
 
 # Files of a tokenizer's directory that are text.
 _TEXTS = ('.json', '.jinja', '.txt')
 
 
-class Vocabulary(Protocol):
+class Tokenizer(Protocol):
   """Ids 0 and 1 are padding and end of sequence, as in T5."""
 
   size: int
@@ -44,7 +44,7 @@ class Vocabulary(Protocol):
   def sentinels(self, below: int) -> list[int]: ...
 
 
-def eos_of(words: Vocabulary) -> int:
+def require_eos(words: Tokenizer) -> int:
   """The id that ends a text.
 
   Raises:
@@ -59,7 +59,7 @@ def eos_of(words: Vocabulary) -> int:
   return words.eos
 
 
-def check_size(words: Vocabulary, rows: int) -> None:
+def check_vocab_size(words: Tokenizer, rows: int) -> None:
   """
   Args:
     rows: of the model's embedding.
@@ -75,7 +75,7 @@ def check_size(words: Vocabulary, rows: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class ByteTokenizer:
   """UTF-8 bytes plus 3, as in ByT5 (arXiv:2105.13626): no files needed."""
 
   size: int = 259
@@ -115,12 +115,12 @@ class Bytes:
     return list(range(below - 1, self.size - 1, -1))
 
 
-class Tokenizer:
+class HuggingFaceTokenizer:
   """A Hugging Face tokenizer; special tokens are ours to add."""
 
   def __init__(self, path: str):
     try:
-      self._tokenizer = tokenizer_of(path)
+      self._tokenizer = read_tokenizer(path)
     except (OSError, ValueError) as e:
       reason = str(e).splitlines()[0]
       raise ValueError(
@@ -131,10 +131,10 @@ class Tokenizer:
     self._path = path
     own = self._tokenizer.chat_template
     if isinstance(own, str):
-      self._tokenizer.chat_template = own.replace(MARK, '')
+      self._tokenizer.chat_template = own.replace(BYTE_ORDER_MARK, '')
     elif own:
       self._tokenizer.chat_template = {
-        name: text.replace(MARK, '') for name, text in own.items()
+        name: text.replace(BYTE_ORDER_MARK, '') for name, text in own.items()
       }
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
@@ -175,12 +175,12 @@ class Tokenizer:
     return found
 
 
-def hidden(words: Vocabulary, text: str) -> dict[int, str]:
+def skipped_special_tokens(words: Tokenizer, text: str) -> dict[int, str]:
   """{id: content} of the special tokens in a text that `decode` leaves out.
 
   Where the content of one is within another's, both are there.
   """
-  if not isinstance(words, Tokenizer):
+  if not isinstance(words, HuggingFaceTokenizer):
     return {}
   return {
     i: token.content
@@ -189,7 +189,7 @@ def hidden(words: Vocabulary, text: str) -> dict[int, str]:
   }
 
 
-def tokenizer_of(path: str) -> Any:
+def read_tokenizer(path: str) -> Any:
   """A tokenizer of `transformers`: a directory's, a GGUF file's or the hub's.
 
   Raises:
@@ -269,7 +269,7 @@ def _require_sentencepiece(path: str) -> None:
     )
 
 
-def vocabulary(name: str, model_path: str = '') -> Vocabulary:
+def load_tokenizer(name: str, model_path: str = '') -> Tokenizer:
   """Makes the vocabulary of a config.
 
   Args:
@@ -280,10 +280,10 @@ def vocabulary(name: str, model_path: str = '') -> Vocabulary:
     ValueError: no tokenizer is there.
   """
   if name == 'bytes' or (not name and model_path.startswith('package:')):
-    return Bytes()
+    return ByteTokenizer()
   if not name and not model_path:
     raise ValueError(
       'name a model, which brings its tokenizer, by config.model.path (a card: '
       "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
     )
-  return Tokenizer(files.local_path(name or model_path))
+  return HuggingFaceTokenizer(files.local_path(name or model_path))

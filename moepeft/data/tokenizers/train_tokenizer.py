@@ -29,7 +29,7 @@ CHATML = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class TokenizerSpec:
   """What is trained.
 
   Attributes:
@@ -87,7 +87,7 @@ class Form:
     return self.size - self.extra_ids
 
 
-def train(form: Form, texts: Sequence[str]) -> Any:
+def train(form: TokenizerSpec, texts: Sequence[str]) -> Any:
   """A `transformers` tokenizer of a form, trained on texts.
 
   Raises:
@@ -111,14 +111,14 @@ def train(form: Form, texts: Sequence[str]) -> Any:
   return _wrapped(form, made)
 
 
-def _few(form: Form, least: int) -> str:
+def _few(form: TokenizerSpec, least: int) -> str:
   return (
     f'the letters of the text and the special ones are {least:,} pieces, but '
     f'there is room for {form.pieces:,}; raise --size, or train --kind=bytes'
   )
 
 
-def _blank(form: Form) -> tokenizers.Tokenizer:
+def _blank(form: TokenizerSpec) -> tokenizers.Tokenizer:
   model = {
     'bytes': models.BPE,
     'bpe': lambda: models.BPE(unk_token=UNK),
@@ -128,7 +128,9 @@ def _blank(form: Form) -> tokenizers.Tokenizer:
   return _dressed(form, tokenizers.Tokenizer(model))
 
 
-def _dressed(form: Form, made: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _dressed(
+  form: TokenizerSpec, made: tokenizers.Tokenizer
+) -> tokenizers.Tokenizer:
   """With what stands before and after the model."""
   if form.kind == 'bytes':
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -152,7 +154,7 @@ def _dressed(form: Form, made: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
   return made
 
 
-def _trainer(form: Form) -> Any:
+def _trainer(form: TokenizerSpec) -> Any:
   letters = _LETTERS
   if form.kind == 'bytes':
     letters = pre_tokenizers.ByteLevel.alphabet()
@@ -169,7 +171,9 @@ def _trainer(form: Form) -> Any:
   return trainers.BpeTrainer(**shared)
 
 
-def _of_sentencepiece(form: Form, texts: Sequence[str]) -> tokenizers.Tokenizer:
+def _of_sentencepiece(
+  form: TokenizerSpec, texts: Sequence[str]
+) -> tokenizers.Tokenizer:
   """Unigram's pieces and scores as sentencepiece finds them."""
   try:
     import sentencepiece
@@ -216,7 +220,7 @@ def _of_sentencepiece(form: Form, texts: Sequence[str]) -> tokenizers.Tokenizer:
   return _dressed(form, tokenizers.Tokenizer(models.Unigram(pieces, 2)))
 
 
-def _wrapped(form: Form, made: tokenizers.Tokenizer) -> Any:
+def _wrapped(form: TokenizerSpec, made: tokenizers.Tokenizer) -> Any:
   # Imported here: it costs seconds.
   from transformers import PreTrainedTokenizerFast
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.data.tokenizers.tokenizer import Vocabulary
+from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import json_schema as inference_json_schema
 from moepeft.inference.api import Constraint, EngineFull
 from moepeft.inference.constraints import lark, tool_grammar
@@ -129,7 +129,7 @@ class Compiler:
 
   def __init__(
     self,
-    words: Vocabulary,
+    words: Tokenizer,
     vocab: int,
     ends: tuple[int, ...],
     limits: Limits = Limits(),

@@ -12,7 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer, Vocabulary
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+  Tokenizer,
+)
 from moepeft.inference.constraints.grammar_worker import Pieces
 
 # A text with what decoders are known to change: blanks, signs, accents.
@@ -20,7 +24,7 @@ _PROBE = 'It\'s {"a b": [1, true, "é  x"]} .'
 _FALLBACK = re.compile('<0x([0-9A-Fa-f]{2})>')
 
 
-def pieces(words: Vocabulary, size: int) -> Pieces:
+def pieces(words: Tokenizer, size: int) -> Pieces:
   """The bytes of all tokens.
 
   Args:
@@ -30,10 +34,10 @@ def pieces(words: Vocabulary, size: int) -> Pieces:
     ValueError: the texts of the vocabulary are not those of its tokens one
       after the other.
   """
-  if isinstance(words, Bytes):
+  if isinstance(words, ByteTokenizer):
     plain = [b'', b'', b'', *(bytes([i]) for i in range(256))]
     return _sized('', plain, plain, size)
-  if not isinstance(words, Tokenizer):
+  if not isinstance(words, HuggingFaceTokenizer):
     raise ValueError(
       f'constrained answers need the bytes of tokens; expected a vocabulary of '
       f'bytes or a Hugging Face tokenizer, got {words}'
@@ -53,7 +57,7 @@ def _sized(
   return Pieces(tokenizer, [*later, *more][:size], [*first, *more][:size])
 
 
-def _of_tokenizer(words: Tokenizer, size: int) -> Pieces:
+def _of_tokenizer(words: HuggingFaceTokenizer, size: int) -> Pieces:
   own = words.tokenizer
   decoder = getattr(getattr(own, 'backend_tokenizer', None), 'decoder', None)
   if decoder is None:
@@ -107,7 +111,7 @@ def alphabet() -> dict[str, int]:
   }
 
 
-def _check(words: Tokenizer, found: Pieces) -> None:
+def _check(words: HuggingFaceTokenizer, found: Pieces) -> None:
   size = len(found.later)
   ids = [i for i in words.encode(_PROBE) if i < size and found.later[i]]
   ours = b''.join([found.first[i] for i in ids[:1]])

@@ -14,7 +14,7 @@ import numpy as np
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import Array, Context, Tree
-from moepeft.data.tokenizers.tokenizer import tokenizer_of
+from moepeft.data.tokenizers.tokenizer import read_tokenizer
 from moepeft.models import encoder_only
 from moepeft.models.bert.model import Bert, sites
 from moepeft.nn.adapter_hook import Advice
@@ -139,7 +139,7 @@ class Encoder:
         'of the family bert'
       )
     advice, tree = _adapter(adapter, read) if adapter else (Advice(), {})
-    words = tokenizer_of(str(folder)).backend_tokenizer
+    words = read_tokenizer(str(folder)).backend_tokenizer
     variables = {'params': read.params} | ({'peft': tree} if tree else {})
     model = Bert(read.config, advice)
     return cls(model, variables, words, form, rows, read.sha256)

@@ -17,8 +17,12 @@ from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
-from moepeft.data.preference.tokenize import said
-from moepeft.data.tokenizers.tokenizer import Tokenizer, Vocabulary, hidden
+from moepeft.data.preference.tokenize import plain_text
+from moepeft.data.tokenizers.tokenizer import (
+  HuggingFaceTokenizer,
+  Tokenizer,
+  skipped_special_tokens,
+)
 from moepeft.inference import prompts
 from moepeft.inference.constraints.token_bytes import alphabet
 from moepeft.serve.http.chat_templates import Voice
@@ -31,9 +35,9 @@ _BYTE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
 _SPACE = '▁'
 
 
-def pieces(words: Vocabulary) -> Piece:
+def pieces(words: Tokenizer) -> Piece:
   """id -> bytes; b'' of an id that stands for nothing."""
-  if isinstance(words, Tokenizer):
+  if isinstance(words, HuggingFaceTokenizer):
     return _of(words.tokenizer)
   return lambda i: bytes([i - 3]) if 3 <= i < 259 else b''
 
@@ -88,9 +92,7 @@ class Words:
     ends: ids that end an answer and are no text.
   """
 
-  def __init__(
-    self, words: Vocabulary, decoder_only: bool, ends: Sequence[int]
-  ):
+  def __init__(self, words: Tokenizer, decoder_only: bool, ends: Sequence[int]):
     self._words, self.decoder_only = words, decoder_only
     self.ends = tuple(ends)
     self._piece = pieces(words)
@@ -138,7 +140,9 @@ class Words:
     if not self.decoder_only:
       return self._spoken(talk)
     try:
-      text = chat_render.asked(talk, self._templated(voice), voice.template)
+      text = chat_render.render_prompt(
+        talk, self._templated(voice), voice.template
+      )
     except ValueError as e:
       raise wrong(f'messages: {e}', 'messages') from None
     return self._words.encode(text)
@@ -150,29 +154,33 @@ class Words:
         'without tools or thoughts; leave them out',
         'messages',
       )
-    return self.plain(said(talk))
+    return self.plain(plain_text(talk))
 
   def template(self, voice: Voice) -> str:
     """All that the chat template may say; '' where there is none."""
-    if not isinstance(self._words, Tokenizer):
+    if not isinstance(self._words, HuggingFaceTokenizer):
       return voice.template
     if not (voice.template or self._words.tokenizer.chat_template):
       return ''
-    return chat_render.all_of(self._words.tokenizer, voice.template)
+    return chat_render.template_source(self._words.tokenizer, voice.template)
 
   def ends_of(self, voice: Voice) -> tuple[int, ...]:
     """Ids that end an answer in a voice: its template may have its own."""
     text = voice.template
-    if not (text and isinstance(self._words, Tokenizer)):
+    if not (text and isinstance(self._words, HuggingFaceTokenizer)):
       return self.ends
     if text not in self._ends_of:
-      own = chat_dataset.Template(self._words.tokenizer, text).ends()
+      own = chat_dataset.ChatTemplate(self._words.tokenizer, text).ends()
       self._ends_of[text] = tuple(dict.fromkeys((*self.ends, *own)))
     return self._ends_of[text]
 
   def _templated(self, voice: Voice) -> Any:
     """Hugging Face's tokenizer, where there is a template to go by."""
-    own = self._words.tokenizer if isinstance(self._words, Tokenizer) else None
+    own = (
+      self._words.tokenizer
+      if isinstance(self._words, HuggingFaceTokenizer)
+      else None
+    )
     if own is None or not (voice.template or own.chat_template):
       raise wrong(
         'the model has no chat template; use /v1/completions, or an adapter '
@@ -186,7 +194,7 @@ class Words:
 
   def hidden(self, text: str) -> dict[int, str]:
     """The special tokens of a text, see `vocabulary.hidden`."""
-    return hidden(self._words, text)
+    return skipped_special_tokens(self._words, text)
 
   def piece(self, i: int) -> bytes:
     """The bytes of a token."""

@@ -17,7 +17,7 @@ from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.adapter import Adapter
 from moepeft.checkpoints.gguf import model as gguf_lib
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.peft import build
 
@@ -91,7 +91,7 @@ def agrees(base, adapter=None):
   """Whether 'out' has a base's tokens, template and (adapted) logits."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  words, theirs = Tokenizer(base), transformers.AutoTokenizer
+  words, theirs = HuggingFaceTokenizer(base), transformers.AutoTokenizer
   theirs = theirs.from_pretrained('out')
   for text in (*TRICKY, *test_pieces.texts()[:50]):
     found = theirs(text, add_special_tokens=False)['input_ids']

@@ -16,7 +16,7 @@ from moepeft.checkpoints.gguf.sentencepiece import (
   USER_DEFINED,
 )
 from moepeft.checkpoints.hf import model as hf
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..gguf_files import CONFIGS, random_params
@@ -97,7 +97,7 @@ def test_texts_are_cut_as_sentencepiece_cuts_them(prefix, tmp_path):
   model = trained(add_dummy_prefix=prefix)
   path = str(tmp_path / 'model.gguf')
   write(path, model, lambda writer: writer.add_add_space_prefix(prefix))
-  found = Tokenizer(path)
+  found = HuggingFaceTokenizer(path)
   assert (found.size, found.bos, found.eos) == (400, 1, 2)
   for text in texts():
     ids = model.encode(text)
@@ -112,7 +112,7 @@ def test_texts_begin_as_the_file_says(tmp_path):
   write(path, trained())
   assert gguf_tokenizer.read(path)('old')['input_ids'][0] == 1
   write(path, trained(), lambda writer: writer.add_add_bos_token(False))
-  assert Tokenizer(path).bos is None
+  assert HuggingFaceTokenizer(path).bos is None
 
 
 @pytest.mark.parametrize('prefix', [True, False])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.weight_mapping import CheckpointError
 
 from ..gguf_files import CONFIGS, random_params
@@ -90,7 +90,7 @@ def test_texts_become_the_ids_that_they_were(split, tmp_path):
   made = trained(split)
   path = str(tmp_path / 'model.gguf')
   write(path, made, split)
-  found = Tokenizer(path)
+  found = HuggingFaceTokenizer(path)
   assert (found.size, found.eos) == (330, 2)
   for text in (TEXT, *TRICKY):
     assert found.encode(text) == made.encode(text).ids

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of like lengths: every example once, in few shapes."""
 
-from moepeft.data.batching.bucketing import buckets, round_up, whole
+from moepeft.data.batching.bucketing import buckets, repeat_last, round_up
 
 
 def test_lengths_are_rounded_to_powers_of_two_within_bounds():
@@ -43,5 +43,5 @@ def test_no_examples_are_no_batches():
 
 
 def test_a_batch_is_made_whole_by_its_last_example():
-  assert whole([4, 2], 5) == [4, 2, 2, 2, 2]
-  assert whole([4, 2], 2) == [4, 2]
+  assert repeat_last([4, 2], 5) == [4, 2, 2, 2, 2]
+  assert repeat_last([4, 2], 2) == [4, 2]

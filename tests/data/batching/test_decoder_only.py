@@ -6,27 +6,30 @@ import pytest
 
 from moepeft.data.batching import packing
 from moepeft.data.batching.decoder_only import (
+  CausalCollator,
   Sample,
-  Samples,
-  last,
-  packed,
-  padded,
-  sample,
-  shortened,
+  keep_last,
+  make_sample,
+  pack_samples,
+  pad_samples,
+  truncate,
 )
 from moepeft.data.preference import tokenize as preference_tokenize
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.tasks import Example
 
 from ... import chat_cases
 
 
 def one(*ids, prompt=0):
-  return sample(ids[:prompt], ids[prompt:])
+  return make_sample(ids[:prompt], ids[prompt:])
 
 
 def test_a_target_is_the_token_that_follows():
-  rows = padded([one(5, 6, 7, 8, prompt=2)], 5)
+  rows = pad_samples([one(5, 6, 7, 8, prompt=2)], 5)
   np.testing.assert_array_equal(rows['inputs'], [[5, 6, 7, 0, 0]])
   np.testing.assert_array_equal(rows['targets'], [[6, 7, 8, 0, 0]])
   # 7 and 8 are the answer.
@@ -35,11 +38,11 @@ def test_a_target_is_the_token_that_follows():
 
 
 def test_an_example_becomes_its_inputs_a_line_end_its_targets_and_eos():
-  form = Samples(Bytes(), 7)
+  form = CausalCollator(ByteTokenizer(), 7)
   (found,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
   # Bytes plus 3: a 100, b 101, the line's end 13, c 102; EOS is 1.
   assert found.ids.tolist() == [100, 101, 13, 102, 1]
-  assert found.trained.tolist() == [False, False, False, True, True]
+  assert found.loss_mask.tolist() == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +54,9 @@ def test_an_example_becomes_its_inputs_a_line_end_its_targets_and_eos():
   ],
 )
 def test_what_is_too_long_loses_what_is_asked(too_long, ids, trained):
-  found = shortened(one(2, 3, 4, 5, 6, prompt=3), 4, too_long)
+  found = truncate(one(2, 3, 4, 5, 6, prompt=3), 4, too_long)
   assert found.ids.tolist() == ids
-  np.testing.assert_array_equal(found.trained, np.array(trained, bool))
+  np.testing.assert_array_equal(found.loss_mask, np.array(trained, bool))
   assert found.cut
 
 
@@ -68,59 +71,61 @@ def test_what_is_too_long_loses_what_is_asked(too_long, ids, trained):
   ],
 )
 def test_what_begins_every_text_stays(most, ids):
-  found = shortened(one(0, 2, 3, 4, 5, 6, prompt=4), most, 'prompt', bos=0)
+  found = truncate(one(0, 2, 3, 4, 5, 6, prompt=4), most, 'prompt', bos=0)
   assert found.ids.tolist() == ids
-  assert found.trained.tolist() == [i > 4 for i in ids]
-  assert last(np.array([0, 2, 3, 4]), 3, 0).tolist() == [0, 3, 4]
-  assert last(np.array([0, 2, 3, 4]), 3, None).tolist() == [2, 3, 4]
-  assert last(np.array([0, 2, 3]), 3, 0).tolist() == [0, 2, 3]
+  assert found.loss_mask.tolist() == [i > 4 for i in ids]
+  assert keep_last(np.array([0, 2, 3, 4]), 3, 0).tolist() == [0, 3, 4]
+  assert keep_last(np.array([0, 2, 3, 4]), 3, None).tolist() == [2, 3, 4]
+  assert keep_last(np.array([0, 2, 3]), 3, 0).tolist() == [0, 2, 3]
 
 
 def test_a_tokenizer_s_beginning_stays_in_rows_and_prompts(tmp_path):
   made = chat_cases.learnt('bytes', bos=True)
   made.save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   texts = Example('t', '', 0, 'again ' * 9, 'mat', (), -1)
-  (found,) = Samples(words, 7).encode([texts])
+  (found,) = CausalCollator(words, 7).encode([texts])
   assert found.cut and found.ids[0] == words.bos == made.bos_token_id
   assert (found.ids == words.bos).sum() == 1
-  parts = preference_tokenize.Parts(
+  parts = preference_tokenize.EncodedAnswers(
     np.array([words.bos, *range(50, 60)]),
     ((np.array([61]), np.ones(1, bool)),) * 2,
   )
-  cut = preference_tokenize.span(parts, Samples(words, 7), 'prompt')
+  cut = preference_tokenize.fit_answers(
+    parts, CausalCollator(words, 7), 'prompt'
+  )
   # Eight ids a row, one of them the answer's.
   assert cut.prompt.tolist() == [words.bos, *range(54, 60)]
 
 
 def test_an_answer_longer_than_a_row_keeps_its_beginning():
-  found = shortened(one(2, 3, 4, 5, 6, 7, prompt=2), 3, 'prompt')
+  found = truncate(one(2, 3, 4, 5, 6, 7, prompt=2), 3, 'prompt')
   # One token before it stays: the first of the answer follows it.
   assert found.ids.tolist() == [3, 4, 5]
 
 
 def test_what_texts_begin_with_stays_before_a_prompt_that_is_cut():
   # Of 9 2 3 4 | 5 6 in 5 goes 2; of 9 2 | 5 6 7 in 3 all that can.
-  found = shortened(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', 9)
+  found = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', 9)
   assert found.ids.tolist() == [9, 3, 4, 5, 6]
-  assert found.trained.tolist() == [False, False, False, True, True]
-  found = shortened(one(9, 2, 5, 6, 7, prompt=2), 3, 'prompt', 9)
+  assert found.loss_mask.tolist() == [False, False, False, True, True]
+  found = truncate(one(9, 2, 5, 6, 7, prompt=2), 3, 'prompt', 9)
   assert found.ids.tolist() == [9, 5, 6]
   # Without it, or where the text begins otherwise, the first goes.
   for bos in (None, 8):
-    found = shortened(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', bos)
+    found = truncate(one(9, 2, 3, 4, 5, 6, prompt=4), 5, 'prompt', bos)
     assert found.ids.tolist() == [2, 3, 4, 5, 6]
   # b 101, the line's end 13, c 102; EOS is 1.
-  form = Samples(Bytes(bos=2), 4)
+  form = CausalCollator(ByteTokenizer(bos=2), 4)
   (made,) = form.encode([Example('t', '', 0, 'ab', 'c', (), -1)])
   assert made.ids.tolist() == [2, 101, 13, 102, 1]
 
 
 def test_what_has_nothing_left_to_train_is_dropped():
   long = one(2, 3, 4, 5, prompt=3)
-  assert shortened(long, 3, 'end') is None
-  assert shortened(long, 3, 'drop') is None
-  form = Samples(Bytes(), 2, too_long='drop')
+  assert truncate(long, 3, 'end') is None
+  assert truncate(long, 3, 'drop') is None
+  form = CausalCollator(ByteTokenizer(), 2, too_long='drop')
   with pytest.raises(ValueError, match='raise the length'):
     form.encode([long])
 
@@ -133,7 +138,7 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
     for n in sizes
   ]
   lengths = np.array([[len(one.ids) - 1] for one in samples])
-  rows = packed(samples, 13, packing.shuffled(lengths, (13,), rng))
+  rows = pack_samples(samples, 13, packing.shuffled_bins(lengths, (13,), rng))
   found = []
   for row in range(len(rows['inputs'])):
     segments = rows['inputs_segments'][row]
@@ -144,7 +149,7 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
       np.testing.assert_array_equal(places, np.arange(own.sum()))
       ids = [*rows['inputs'][row][own], rows['targets'][row][own][-1]]
       found.append((ids, rows['targets_mask'][row][own].tolist()))
-  wanted = [(s.ids.tolist(), s.trained[1:].tolist()) for s in samples]
+  wanted = [(s.ids.tolist(), s.loss_mask[1:].tolist()) for s in samples]
   assert sorted(found) == sorted(wanted)
   np.testing.assert_array_equal(
     rows['inputs_mask'], rows['inputs_segments'] > 0
@@ -155,4 +160,4 @@ def test_packed_rows_hold_every_sample_once_with_places_of_its_own():
 
 def test_a_policy_that_is_none_is_refused():
   with pytest.raises(ValueError, match='prompt, end, drop'):
-    Samples(Bytes(), 7, too_long='middle')
+    CausalCollator(ByteTokenizer(), 7, too_long='middle')

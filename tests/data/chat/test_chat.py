@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
-from moepeft.data.registry import sources
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.registry import open_data
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from tests import ROOT
 
 from ... import chat_cases
@@ -46,14 +49,14 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def render(talk, tokenizer, train_on='answers', template=''):
-  return chat_dataset.Template(tokenizer, template, train_on).render(talk)
+  return chat_dataset.ChatTemplate(tokenizer, template, train_on).render(talk)
 
 
 def trained(sample, tokenizer):
   """The text with what is trained in brackets."""
   parts = []
   for own, group in itertools.groupby(
-    zip(sample.ids.tolist(), sample.trained, strict=True), lambda x: x[1]
+    zip(sample.ids.tolist(), sample.loss_mask, strict=True), lambda x: x[1]
   ):
     text = tokenizer.decode([i for i, _ in group])
     parts.append(f'[{text}]' if own else text)
@@ -81,11 +84,11 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name):
 
 def test_ids_are_those_of_the_template(tokenizer):
   found = render(TALK, tokenizer)
-  some, _ = chat_render.messages(TALK, chat_cases.CHATML)
+  some, _ = chat_render.template_messages(TALK, chat_cases.CHATML)
   own = tokenizer.apply_chat_template(some, return_dict=False)
   assert found.ids.tolist() == own
   whole = render(TALK, tokenizer, 'all')
-  assert whole.ids.tolist() == own and whole.trained.all()
+  assert whole.ids.tolist() == own and whole.loss_mask.all()
 
 
 def test_a_template_that_hides_its_answers_is_refused(tokenizer):
@@ -123,7 +126,7 @@ def test_calls_and_tools_are_rendered_where_a_template_has_no_word(tokenizer):
     '{{ tools | tojson }}'
     '{% if add_generation_prompt %}assistant:{% endif %}'
   )
-  some, tools = chat_render.messages(talk, knows)
+  some, tools = chat_render.template_messages(talk, knows)
   assert tools == [tool] and some[1]['tool_calls'][0]['function'] == call
 
 
@@ -162,14 +165,14 @@ def roles(talk):
 
 
 def test_each_form_is_found_and_read():
-  talk = chat_formats.conversation({**ALPACA, 'history': [['a', 'b']]})
+  talk = chat_formats.parse_conversation({**ALPACA, 'history': [['a', 'b']]})
   assert [t.content for t in talk.turns] == ['a', 'b', 'add\n1 1', '2']
   assert roles(talk) == ['user', 'assistant'] * 2
-  talk = chat_formats.conversation(SHAREGPT)
+  talk = chat_formats.parse_conversation(SHAREGPT)
   assert roles(talk) == ['system', 'user', 'assistant', 'tool', 'assistant']
   assert talk.turns[2].calls == [{'name': 'add', 'arguments': {'x': 1}}]
   assert talk.tools == [{'type': 'function', 'function': {'name': 'add'}}]
-  talk = chat_formats.conversation(MESSAGES)
+  talk = chat_formats.parse_conversation(MESSAGES)
   assert roles(talk) == ['user', 'assistant', 'tool', 'assistant']
   assert talk.turns[1] == Turn(
     'assistant', '', [{'name': 'add', 'arguments': {}}]
@@ -185,7 +188,7 @@ def test_weights_and_thoughts_of_turns_are_read():
       {'role': 'assistant', 'content': 'd', 'weight': 1, 'thinking': 'hm'},
     ]
   }
-  turns = chat_formats.conversation(row).turns
+  turns = chat_formats.parse_conversation(row).turns
   assert [turn.trained for turn in turns] == [True, False, True, True]
   assert turns[3].thought == 'hm'
 
@@ -309,9 +312,9 @@ LONG = {
 
 def opened(path, saved, **changes):
   config = data(path, saved, **changes)
-  words = Tokenizer(saved)
-  form = Samples(words, config.length, config.too_long)
-  return sources(config, 0, own=form), words.tokenizer
+  words = HuggingFaceTokenizer(saved)
+  form = CausalCollator(words, config.length, config.too_long)
+  return open_data(config, 0, own=form), words.tokenizer
 
 
 @pytest.mark.parametrize(
@@ -387,12 +390,12 @@ def test_a_template_that_trains_nothing_is_told(tmp_path, saved):
 def test_chat_needs_a_tokenizer_with_a_template(tmp_path, tokenizer):
   config = data(written(tmp_path, ALPACA), 'bytes')
   with pytest.raises(ValueError, match='need a tokenizer with a chat template'):
-    sources(config, 0, own=Samples(Bytes(), 64))
+    open_data(config, 0, own=CausalCollator(ByteTokenizer(), 64))
   bare = chat_cases.tokenizer(None)
   with pytest.raises(ValueError, match='has no chat template'):
-    chat_dataset.Template(bare)
+    chat_dataset.ChatTemplate(bare)
   with pytest.raises(ValueError, match='answers, all'):
-    chat_dataset.Template(tokenizer, train_on='prompt')
+    chat_dataset.ChatTemplate(tokenizer, train_on='prompt')
 
 
 def test_a_row_that_a_template_refuses_is_told(tmp_path, saved):
@@ -419,15 +422,15 @@ REAL = pytest.mark.skipif(
   ],
 )
 def test_real_conversations_are_read_and_every_answer_is_found(name, count):
-  words = Tokenizer(str(SHARED / 'models' / 'smollm2-tokenizer'))
+  words = HuggingFaceTokenizer(str(SHARED / 'models' / 'smollm2-tokenizer'))
   path = str(SHARED / 'data' / 'sft' / name)
   talks = chat_formats.conversations(path)
   assert len(talks) == count
   for talk in talks[::23]:
     shown = render(talk, words.tokenizer)
-    runs = np.diff(np.concatenate([[0], shown.trained.astype(int)]))
+    runs = np.diff(np.concatenate([[0], shown.loss_mask.astype(int)]))
     answers = sum(turn.role == 'assistant' for turn in talk.turns)
     assert (runs == 1).sum() == answers
     # Each is trained up to its end of turn, and nothing is after it.
-    last = shown.ids[np.flatnonzero(np.append(np.diff(shown.trained), True))]
+    last = shown.ids[np.flatnonzero(np.append(np.diff(shown.loss_mask), True))]
     assert words.eos in last.tolist()

@@ -12,7 +12,7 @@ from moepeft import train
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRow
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.inference import loaded_model, prompts
 from moepeft.runs.resume import with_begun_date
 from moepeft.runs.run import Run
@@ -33,7 +33,7 @@ TALK = chat_dataset.Conversation(
 
 
 def text(template, date):
-  used = chat_dataset.Template(chat_cases.tokenizer(template), date=date)
+  used = chat_dataset.ChatTemplate(chat_cases.tokenizer(template), date=date)
   return used.write(TALK).whole
 
 
@@ -59,7 +59,7 @@ def test_a_template_writes_the_date_that_is_kept():
   ],
 )
 def test_a_date_is_put_where_it_is_asked_for(template, written):
-  found = chat_template.dated(template, '2021-02-03')
+  found = chat_template.fix_date(template, '2021-02-03')
   assert found == (written or template)
   assert chat_template.reads_clock(template) == (written is not None)
 
@@ -70,9 +70,9 @@ def test_a_clock_that_cannot_be_set_is_refused():
     '{% set now = strftime_now %}{{ now("%Y") }}',
   ):
     with pytest.raises(ValueError, match='its date cannot be kept for a run'):
-      chat_template.dated(template, '2021-02-03')
+      chat_template.fix_date(template, '2021-02-03')
   with pytest.raises(ValueError, match="a date like '2024-07-26', .*got 'now'"):
-    chat_template.dated(LLAMA, 'now')
+    chat_template.fix_date(LLAMA, 'now')
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_template_that_draws_at_random_is_refused(word):
   with pytest.raises(
     ValueError, match='template draws at random .* name anoth'
   ):
-    chat_dataset.Template(tokenizer)
+    chat_dataset.ChatTemplate(tokenizer)
 
 
 @dataclasses.dataclass
@@ -129,8 +129,8 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
     written.append(whole := write(self, found))
     return whole
 
-  write = chat_dataset.Template.write
-  monkeypatch.setattr(chat_dataset.Template, 'write', spy)
+  write = chat_dataset.ChatTemplate.write
+  monkeypatch.setattr(chat_dataset.ChatTemplate, 'write', spy)
   for day in (3, 4):
     monkeypatch.setattr(
       chat_template, 'datetime', Clock(datetime.date(2021, 2, day))
@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_another_day_trains_on_the_same_text(
     train.train(config, workdir)
   # What is asked of the run is dated on the day that it is asked.
   kept = loaded_model.load_run(workdir).config.data
-  used = prompts.template(Tokenizer(base), kept)
+  used = prompts.template(HuggingFaceTokenizer(base), kept)
   assert kept.date == '2021-02-03' and used.date == ''
 
 
@@ -157,7 +157,7 @@ def test_a_date_is_chosen_once_and_read_back(tmp_path):
   chat_cases.tokenizer(LLAMA).save_pretrained(words)
   config = config_lib.default()
   config.data.source = 'chat'
-  found = chat_template.with_date(config, Tokenizer(str(words)))
+  found = chat_template.with_date(config, HuggingFaceTokenizer(str(words)))
   assert datetime.date.fromisoformat(found.data.date) and not config.data.date
   found.data.date = '2021-02-03'
   assert with_begun_date(Run(str(tmp_path)), config) is config
@@ -172,12 +172,15 @@ def test_a_run_without_a_clock_has_no_date(tmp_path):
   chat_cases.tokenizer().save_pretrained(tmp_path)
   config = config_lib.default()
   config.data.source = 'chat'
-  assert chat_template.with_date(config, Tokenizer(str(tmp_path))) is config
+  assert (
+    chat_template.with_date(config, HuggingFaceTokenizer(str(tmp_path)))
+    is config
+  )
 
 
 # ------------------------------------------------- what a template leaves out
 def rendered(template, *turns):
-  used = chat_dataset.Template(chat_cases.tokenizer(template))
+  used = chat_dataset.ChatTemplate(chat_cases.tokenizer(template))
   return used.write(chat_dataset.Conversation(turns)).whole
 
 
@@ -217,7 +220,7 @@ def test_what_a_template_leaves_out_is_refused():
   with pytest.raises(BadRow, match='row has several calls at once'):
     rendered(first, ASKED, chat_dataset.Turn('assistant', '', [CALL, CALL]))
   with pytest.raises(BadRow, match='row has tools, and the chat template leav'):
-    used = chat_dataset.Template(
+    used = chat_dataset.ChatTemplate(
       chat_cases.tokenizer(chat_cases.CHATML + '{% if tools %}{% endif %}')
     )
     tool = {'type': 'function', 'function': {'name': 'f'}}
@@ -263,7 +266,7 @@ def test_a_template_may_speak_of_the_clock_and_of_chance_in_comments():
 )
 def test_a_format_that_is_more_than_one_text_is_refused(form):
   with pytest.raises(ValueError, match='a format that is no text in quotes'):
-    chat_template.dated(f'{{{{ strftime_now({form}) }}}}', '2021-02-03')
+    chat_template.fix_date(f'{{{{ strftime_now({form}) }}}}', '2021-02-03')
 
 
 def test_a_method_that_a_template_does_not_call_is_no_text():
@@ -275,5 +278,5 @@ def test_a_method_that_a_template_does_not_call_is_no_text():
   talk = chat_dataset.Conversation(
     (chat_dataset.Turn('user', shown), TALK.turns[1])
   )
-  used = chat_dataset.Template(chat_cases.tokenizer(chat_cases.CHATML))
+  used = chat_dataset.ChatTemplate(chat_cases.tokenizer(chat_cases.CHATML))
   assert shown in used.write(talk).whole

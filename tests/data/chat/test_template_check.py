@@ -9,7 +9,7 @@ from moepeft import config as config_lib
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat import template_check
 from moepeft.data.example import BadRow
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 
 from ... import chat_cases
 
@@ -34,23 +34,23 @@ NAMES = ('CHATML', 'MARKED', 'REWRITING', 'FORGETTING')
 @pytest.mark.parametrize('name', NAMES)
 def test_of_whole_templates_nothing_is_told(name):
   tokenizer = chat_cases.tokenizer(getattr(chat_cases, name))
-  assert template_check.remarks(tokenizer, '') == ()
+  assert template_check.template_warnings(tokenizer, '') == ()
   written = {"a system's turn", "a tool's turn", 'a call beside an answer'}
-  assert not written & template_check.left_out(tokenizer, '')
-  assert template_check.remarks(tokenizer, TWO) == ()
+  assert not written & template_check.dropped_features(tokenizer, '')
+  assert template_check.template_warnings(tokenizer, TWO) == ()
 
 
 def test_a_template_without_an_end_or_a_beginning_is_told():
   tokenizer = chat_cases.tokenizer()
-  (line,) = template_check.remarks(tokenizer, ENDLESS)
+  (line,) = template_check.template_warnings(tokenizer, ENDLESS)
   assert 'does not learn to stop' in line
-  (line,) = template_check.remarks(tokenizer, HEEDLESS)
+  (line,) = template_check.template_warnings(tokenizer, HEEDLESS)
   assert "'<|im_start|>assistant\\n', is trained" in line
   # Outside of what is marked as generated, an end is not trained.
   late = chat_cases.MARKED.replace(
     '<|im_end|>{% endgeneration %}', '{% endgeneration %}<|im_end|>'
   )
-  (line,) = template_check.remarks(tokenizer, late)
+  (line,) = template_check.template_warnings(tokenizer, late)
   assert 'does not learn to stop' in line
 
 
@@ -60,11 +60,13 @@ def test_what_a_template_leaves_out_is_told_once(tmp_path):
   (tmp_path / 'r.json').write_text(json.dumps(rows))
   data = config_lib.default().data
   data.path = str(tmp_path / 'r.json')
-  _, notes = chat_dataset.talks(data, Tokenizer(str(tmp_path / 'words')))
+  _, notes = chat_dataset.read_chats(
+    data, HuggingFaceTokenizer(str(tmp_path / 'words'))
+  )
   assert sum('learn to stop' in note for note in notes) == 1
   (tmp_path / 'r.json').write_text('')
   with pytest.raises(ValueError, match='r.json is empty; expected convers'):
-    chat_dataset.talks(data, Tokenizer(str(tmp_path / 'words')))
+    chat_dataset.read_chats(data, HuggingFaceTokenizer(str(tmp_path / 'words')))
 
 
 def test_rows_of_tools_are_refused_where_a_template_leaves_them_out():
@@ -75,10 +77,10 @@ def test_rows_of_tools_are_refused_where_a_template_leaves_them_out():
     chat_dataset.Turn('assistant', 'b'),
   ]
   talk = chat_dataset.Conversation(tuple(turns))
-  used = chat_dataset.Template(chat_cases.tokenizer(), TWO)
+  used = chat_dataset.ChatTemplate(chat_cases.tokenizer(), TWO)
   with pytest.raises(
     BadRow, match="a tool's turn, and the chat template leaves"
   ):
     used.render(talk)
   used.render(chat_dataset.Conversation((turns[0], turns[3])))
-  chat_dataset.Template(chat_cases.tokenizer()).render(talk)
+  chat_dataset.ChatTemplate(chat_cases.tokenizer()).render(talk)

@@ -6,12 +6,12 @@ import itertools
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 from moepeft.data.preference import tokenize as preference_tokenize
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 
 from ... import chat_cases
 
@@ -29,7 +29,7 @@ def shown(sample, tokenizer):
   """The text with what is trained in brackets."""
   parts = []
   for own, group in itertools.groupby(
-    zip(sample.ids.tolist(), sample.trained, strict=True), lambda x: x[1]
+    zip(sample.ids.tolist(), sample.loss_mask, strict=True), lambda x: x[1]
   ):
     text = tokenizer.decode([i for i, _ in group])
     parts.append(f'[{text}]' if own else text)
@@ -50,7 +50,7 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   tokenizers, kind, name, answer
 ):
   tokenizer, template = tokenizers[kind], getattr(chat_cases, name)
-  used = chat_dataset.Template(tokenizer, template)
+  used = chat_dataset.ChatTemplate(tokenizer, template)
   talk = talk_of('a dog', answer)
   found, whole = used.render(talk), used.write(talk).whole
   joint = tokenizer(whole, add_special_tokens=False)['input_ids']
@@ -64,8 +64,8 @@ def test_an_answer_follows_the_ids_that_are_generated_from(
   ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
   assert found.ids[: len(ids)].tolist() == ids
   # The answer is trained from its first token on, and no token before it.
-  assert not found.trained[: len(ids)].any() and found.trained[len(ids)]
-  assert answer.strip() in tokenizer.decode(found.ids[found.trained].tolist())
+  assert not found.loss_mask[: len(ids)].any() and found.loss_mask[len(ids)]
+  assert answer.strip() in tokenizer.decode(found.ids[found.loss_mask].tolist())
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -74,7 +74,7 @@ def test_ids_are_those_of_the_whole_text_where_no_token_straddles(
 ):
   tokenizer = tokenizers[kind]
   talk = talk_of('a dog', 'the mat', 'again', 'and  x', 'it', 'on')
-  used = chat_dataset.Template(tokenizer)
+  used = chat_dataset.ChatTemplate(tokenizer)
   whole = used.write(talk).whole
   ids = tokenizer(whole, add_special_tokens=False)['input_ids']
   assert used.render(talk).ids.tolist() == ids
@@ -82,7 +82,7 @@ def test_ids_are_those_of_the_whole_text_where_no_token_straddles(
 
 def test_a_token_across_an_answer_s_beginning_is_two(tokenizers):
   tokenizer = tokenizers['lines']
-  used = chat_dataset.Template(tokenizer, chat_cases.PLAIN)
+  used = chat_dataset.ChatTemplate(tokenizer, chat_cases.PLAIN)
   talk = talk_of('the cat', 'on the mat', 'it', ':) x')
   whole = used.write(talk).whole
   # ':on the mat' begins with ':' and so do others: the tokenizer joins them.
@@ -101,7 +101,7 @@ def test_an_answer_ends_before_the_next_turn(second):
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
   said = '<think>\n\n</think>\n\n{}'
   talk = talk_of('one?', said.format('yes'), 'SECRET', said.format(second))
-  found = chat_dataset.Template(tokenizer).render(talk)
+  found = chat_dataset.ChatTemplate(tokenizer).render(talk)
   assert shown(found, tokenizer) == (
     '<|im_start|>user\none?<|im_end|>\n'
     '<|im_start|>assistant\n[yes<|im_end|>]\n'
@@ -119,7 +119,7 @@ def test_an_answer_that_a_template_leaves_out_is_refused():
   tokenizer = chat_cases.tokenizer(template)
   # 'yes' stands nowhere before the next turn but where the user says it.
   with pytest.raises(BadRow, match='rewrites turn 1'):
-    chat_dataset.Template(tokenizer).render(
+    chat_dataset.ChatTemplate(tokenizer).render(
       talk_of('one?', 'yes', 'yes', 'yes')
     )
 
@@ -130,7 +130,7 @@ def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
   ).replace('{% endgeneration %}', '\n {%- endgeneration %}')
   tokenizer = chat_cases.tokenizer()
   talk = talk_of('one?', 'yes', 'two?', 'no')
-  found = chat_dataset.Template(tokenizer, template).render(talk)
+  found = chat_dataset.ChatTemplate(tokenizer, template).render(talk)
   marked = tokenizer.apply_chat_template(
     [{'role': turn.role, 'content': turn.content} for turn in talk.turns],
     chat_template=template,
@@ -138,7 +138,9 @@ def test_marks_are_seen_with_blanks_trimmed_as_the_template_says():
     return_assistant_tokens_mask=True,
   )
   assert found.ids.tolist() == marked['input_ids']
-  assert found.trained.tolist() == [bool(i) for i in marked['assistant_masks']]
+  assert found.loss_mask.tolist() == [
+    bool(i) for i in marked['assistant_masks']
+  ]
 
 
 def test_weights_say_which_answers_are_trained():
@@ -146,14 +148,14 @@ def test_weights_say_which_answers_are_trained():
   turns = list(talk_of('one?', 'yes', 'two?', 'no').turns)
   turns[1] = Turn('assistant', 'yes', trained=False)
   for template in (chat_cases.CHATML, chat_cases.MARKED):
-    found = chat_dataset.Template(tokenizer, template).render(
+    found = chat_dataset.ChatTemplate(tokenizer, template).render(
       Conversation((*turns,))
     )
     text = shown(found, tokenizer)
     assert 'assistant\nyes<|im_end|>' in text and '[no<|im_end|>]' in text
     assert text.count('[') == 1
   with pytest.raises(BadRow, match="config.data.train_on='all' trains every"):
-    chat_dataset.Template(tokenizer, train_on='all').render(
+    chat_dataset.ChatTemplate(tokenizer, train_on='all').render(
       Conversation((*turns,))
     )
 
@@ -163,10 +165,10 @@ def test_thoughts_are_written_by_templates_that_know_them():
     (Turn('user', 'one?'), Turn('assistant', 'yes', thought='hm'))
   )
   tokenizer = chat_cases.tokenizer(chat_cases.FORGETTING)
-  text = shown(chat_dataset.Template(tokenizer).render(talk), tokenizer)
+  text = shown(chat_dataset.ChatTemplate(tokenizer).render(talk), tokenizer)
   assert text.endswith('[<think>\nhm\n</think>\n\nyes<|im_end|>]\n')
   with pytest.raises(BadRow, match="'reasoning_content', which the chat"):
-    chat_dataset.Template(chat_cases.tokenizer()).render(talk)
+    chat_dataset.ChatTemplate(chat_cases.tokenizer()).render(talk)
 
 
 def test_compared_answers_follow_the_ids_that_are_generated_from(
@@ -174,15 +176,17 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
 ):
   tokenizer = tokenizers['bytes']
   tokenizer.save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   data = config_lib.default().data
-  encode = preference_tokenize.encoder(data, Samples(words, 97), None)
+  encode = preference_tokenize.row_encoder(
+    data, CausalCollator(words, 97), None
+  )
   # Tokens lie across the beginnings of an answer in the prompt and of one that
   # is compared: only the latter's is two.
   prompt = talk_of('a dog', '  x = 1', 'the cat')
   answers = [Turn('assistant', text) for text in ('  x = 1', 'the mat')]
   parts = encode(prompt, answers)
-  assert parts.prompt.tolist() == chat_dataset.Template(tokenizer).prompt(
+  assert parts.prompt.tolist() == chat_dataset.ChatTemplate(tokenizer).prompt(
     prompt
   )
   shown = [words.show(ids.tolist()) for ids, _ in parts.answers]
@@ -192,7 +196,9 @@ def test_compared_answers_follow_the_ids_that_are_generated_from(
 
 def test_generation_begins_as_training_did(tokenizers):
   tokenizer = tokenizers['bytes']
-  ids = chat_dataset.Template(tokenizer).prompt(talk_of('a dog'))
-  found = chat_dataset.Template(tokenizer).render(talk_of('a dog', '  x = 1'))
+  ids = chat_dataset.ChatTemplate(tokenizer).prompt(talk_of('a dog'))
+  found = chat_dataset.ChatTemplate(tokenizer).render(
+    talk_of('a dog', '  x = 1')
+  )
   assert found.ids[: len(ids)].tolist() == ids
-  assert int(found.trained.argmax()) == len(ids)
+  assert int(found.loss_mask.argmax()) == len(ids)

@@ -28,11 +28,11 @@ HEADER = '<|im_start|>system\n'
 
 @pytest.fixture(scope='module')
 def used():
-  return chat_dataset.Template(chat_cases.tokenizer())
+  return chat_dataset.ChatTemplate(chat_cases.tokenizer())
 
 
 def fitted(used, talk, most, too_long='prompt'):
-  found = truncate.fitted(talk, used.render, most, too_long)
+  found = truncate.truncate_chat(talk, used.render, most, too_long)
   if found is None:
     return None
   assert len(found.ids) <= most and found.cut

@@ -10,14 +10,14 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.__main__ import show
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.batching.decoder_only import Sample, Samples
-from moepeft.data.loader import loader
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.batching.decoder_only import CausalCollator, Sample
+from moepeft.data.loader import make_loader
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import sources
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.registry import open_data
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
-WORDS = Bytes()
+WORDS = ByteTokenizer()
 
 
 def text(ids):
@@ -41,16 +41,22 @@ def data_of(tmp_path, rows, **changes):
 
 
 def samples(length=40, judged=False, **options):
-  return preference_dataset.Sides(Samples(WORDS, length, **options), judged)
+  return preference_dataset.PairCollator(
+    CausalCollator(WORDS, length, **options), judged
+  )
 
 
 def said(sample):
   """(what is fed but not trained, what is trained) of a sample."""
-  return tuple(text(sample.ids[m]) for m in (~sample.trained, sample.trained))
+  return tuple(
+    text(sample.ids[m]) for m in (~sample.loss_mask, sample.loss_mask)
+  )
 
 
 def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
-  found = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
+  found = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), samples()
+  )
   chosen, rejected = found.items[2].sides
   assert said(chosen) == ('prompt 2\n', 'good 2')
   assert said(rejected) == ('prompt 2\n', 'bad 2')
@@ -62,8 +68,8 @@ def test_both_sides_share_the_prompt_which_is_never_trained(tmp_path):
 
 def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
   own = samples()
-  found = preference_dataset.read(data_of(tmp_path, rows_of()), own)
-  batch = own.padded(found.items[:3])
+  found = preference_dataset.read_preferences(data_of(tmp_path, rows_of()), own)
+  batch = own.pad(found.items[:3])
   assert {key.split('_', 1)[0] for key in batch} == {'chosen', 'rejected'}
   for side, answer in (('chosen', 'good 1'), ('rejected', 'bad 1')):
     trained = batch[f'{side}_targets'][1][batch[f'{side}_targets_mask'][1]]
@@ -74,9 +80,9 @@ def test_a_decoder_s_batch_has_each_side_under_its_name(tmp_path):
 
 
 def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
-  own = preference_dataset.Sides(Pairs(WORDS, 17, 11), False)
-  found = preference_dataset.read(data_of(tmp_path, rows_of()), own)
-  batch = own.padded(found.items)
+  own = preference_dataset.PairCollator(Seq2SeqCollator(WORDS, 17, 11), False)
+  found = preference_dataset.read_preferences(data_of(tmp_path, rows_of()), own)
+  batch = own.pad(found.items)
   assert batch['chosen_inputs'].shape == (5, 17)
   assert batch['rejected_decoder_inputs'].shape == (5, 11)
   np.testing.assert_array_equal(
@@ -89,9 +95,9 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_the_answer(tmp_path):
 def test_judged_answers_come_with_one_to_another_prompt(tmp_path):
   own = samples(judged=True)
   data = data_of(tmp_path, rows_of())
-  found = preference_dataset.read(data, own)
+  found = preference_dataset.read_preferences(data, own)
   # Five pairs are ten answers, good and bad by turns.
-  batch = own.padded(found.items)
+  batch = own.pad(found.items)
   assert batch['label'].tolist() == [True, False] * 5
   for i, item in enumerate(found.items):
     prompt, answer = said(item.sides[0])
@@ -104,7 +110,7 @@ def test_judged_answers_come_with_one_to_another_prompt(tmp_path):
 def test_answers_to_one_prompt_alone_cannot_be_mismatched(tmp_path):
   data = data_of(tmp_path, rows_of(1))
   with pytest.raises(ValueError, match='have the same prompt'):
-    preference_dataset.read(data, samples(judged=True))
+    preference_dataset.read_preferences(data, samples(judged=True))
 
 
 LONG = {'prompt': 'p' * 30 + 'end', 'chosen': 'c' * 9, 'rejected': 'r' * 4}
@@ -133,7 +139,7 @@ def test_no_answer_is_cut_beside_a_whole_one(
 ):
   data = data_of(tmp_path, [LONG, *rows_of()], too_long=too_long)
   own = samples(length, too_long=too_long)
-  found = preference_dataset.read(data, own)
+  found = preference_dataset.read_preferences(data, own)
   # The short rows are whole in any case but the tightest.
   first = next((i for i in found.items if i.idx == 0), None)
   if prompt is None:
@@ -141,7 +147,7 @@ def test_no_answer_is_cut_beside_a_whole_one(
     assert any('left out, as they do not fit' in n for n in found.notes)
     return
   for side, count in zip(first.sides, (chosen, rejected), strict=True):
-    assert int(side.trained.sum()) == count
+    assert int(side.loss_mask.sum()) == count
     assert len(side.ids) - count == prompt
     if too_long == 'prompt':
       assert text(side.ids[:prompt]).endswith('nd\n')
@@ -154,14 +160,14 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
   ]
   data = data_of(tmp_path, rows, too_long='end')
-  found = preference_dataset.read(data, samples(12, too_long='end'))
+  found = preference_dataset.read_preferences(data, samples(12, too_long='end'))
   assert [item.idx for item in found.items] == [1]
   assert any(
     '1 of 2 rows' in n and 'the same to the tokenizer' in n and 'row 0' in n
     for n in found.notes
   )
   with pytest.raises(ValueError, match='no row .* answers that differ'):
-    preference_dataset.read(
+    preference_dataset.read_preferences(
       data_of(tmp_path, rows[:1], too_long='end'), samples(12)
     )
 
@@ -174,8 +180,14 @@ def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
     {'prompt': 'p', 'chosen': 'good' + same, 'rejected': 'bad' + same},
   ]
   data = data_of(tmp_path, rows, too_long='end')
-  form = Pairs(WORDS, 9, 11) if objective else Samples(WORDS, 12, 'end')
-  found = preference_dataset.read(data, preference_dataset.Sides(form, False))
+  form = (
+    Seq2SeqCollator(WORDS, 9, 11)
+    if objective
+    else CausalCollator(WORDS, 12, 'end')
+  )
+  found = preference_dataset.read_preferences(
+    data, preference_dataset.PairCollator(form, False)
+  )
   assert [item.idx for item in found.items] == [1]
   assert any(
     '1 of 2 rows' in note and 'answers are the same to the tokenizer' in note
@@ -188,17 +200,17 @@ def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
   rows = [{'prompt': 'p', 'chosen': [answer], 'rejected': 'No.'}]
   for form in (
     samples(),
-    preference_dataset.Sides(Pairs(WORDS, 17, 11), False),
+    preference_dataset.PairCollator(Seq2SeqCollator(WORDS, 17, 11), False),
   ):
     with pytest.raises(ValueError, match='row 0: a turn calls tools or has'):
-      preference_dataset.read(data_of(tmp_path, rows), form)
+      preference_dataset.read_preferences(data_of(tmp_path, rows), form)
 
 
 def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
   data = data_of(tmp_path, rows_of(), replay='no.txt', replay_rate=0.1)
   data.path = 'no.json'
   with pytest.raises(ValueError, match='cannot be mixed into answers'):
-    sources(data, 0, own=samples())
+    open_data(data, 0, own=samples())
 
 
 def test_a_template_s_last_turn_is_the_answer(tmp_path):
@@ -222,7 +234,7 @@ def test_a_template_s_last_turn_is_the_answer(tmp_path):
   }
   data = data_of(tmp_path, [row])
   own = samples(80)
-  (item,) = preference_dataset.read(data, own, render).items
+  (item,) = preference_dataset.read_preferences(data, own, render).items
   prompt, answer = said(item.sides[0])
   assert answer == 'yes'
   assert prompt == '<user>A<assistant>B<user>C<assistant>\n'
@@ -249,13 +261,15 @@ def test_a_template_s_last_turn_is_the_answer(tmp_path):
 )
 def test_a_broken_row_is_named_by_file_and_row(tmp_path, rows, judged, said):
   with pytest.raises(ValueError, match=said):
-    preference_dataset.read(data_of(tmp_path, rows), samples(judged=judged))
+    preference_dataset.read_preferences(
+      data_of(tmp_path, rows), samples(judged=judged)
+    )
 
 
 def test_bad_rows_may_be_skipped_and_are_told(tmp_path):
   rows = [{'prompt': 'A', 'chosen': 'B', 'rejected': 'B'}, *rows_of(2)]
   data = data_of(tmp_path, rows, on_bad_row='skip')
-  found = preference_dataset.read(data, samples())
+  found = preference_dataset.read_preferences(data, samples())
   assert len(found.items) == 2 and 'row 0' in found.notes[1]
 
 
@@ -264,13 +278,13 @@ def test_lines_and_compressed_lines_are_rows_too(tmp_path):
   lines = '\n'.join(json.dumps(row) for row in rows_of(3))
   path.write_bytes(gzip.compress(lines.encode()))
   data = data_of(tmp_path, [], path=str(path))
-  assert len(preference_dataset.read(data, samples()).items) == 3
+  assert len(preference_dataset.read_preferences(data, samples()).items) == 3
 
 
 def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
   data = data_of(tmp_path, rows_of(10), held_out=0.2)
   own = samples(judged=True)
-  found = sources(data, 0, own=own)
+  found = open_data(data, 0, own=own)
   assert sorted(item.idx for item in found.held_out) == [8, 8, 9, 9]
   seen = {found.train[i].idx for i in range(40)}
   assert seen == set(range(8))
@@ -279,13 +293,13 @@ def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
 def test_batches_go_on_where_a_run_was_cut(tmp_path):
   data = data_of(tmp_path, rows_of(7))
   own = samples()
-  found = sources(data, 0, own=own)
-  one = loader(found, WORDS, data, 3, 0, own=own)
+  found = open_data(data, 0, own=own)
+  one = make_loader(found, WORDS, data, 3, 0, own=own)
   first = [next(one) for _ in range(2)]
-  place = one.place()
+  place = one.position()
   expected = next(one)
-  two = loader(found, WORDS, data, 3, 0, own=own)
-  two.go_to(place)
+  two = make_loader(found, WORDS, data, 3, 0, own=own)
+  two.seek(place)
   again = next(two)
   for key, array in expected.items():
     np.testing.assert_array_equal(array, again[key])
@@ -295,14 +309,18 @@ def test_batches_go_on_where_a_run_was_cut(tmp_path):
 
 
 def test_the_hash_is_of_every_id_and_of_what_is_trained(tmp_path):
-  found = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
-  same = preference_dataset.read(data_of(tmp_path, rows_of()), samples())
+  found = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), samples()
+  )
+  same = preference_dataset.read_preferences(
+    data_of(tmp_path, rows_of()), samples()
+  )
   assert found.sha256 == same.sha256
   item = found.items[0]
   side = item.sides[0]
   for change in (
     {'ids': side.ids + 1},
-    {'trained': ~side.trained},
+    {'loss_mask': ~side.loss_mask},
   ):
     other = dataclasses.replace(
       item, sides=(dataclasses.replace(side, **change), item.sides[1])

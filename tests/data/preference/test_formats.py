@@ -5,7 +5,12 @@ import pytest
 
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
-from moepeft.data.preference.formats import Compared, Judged, row, unpaired
+from moepeft.data.preference.formats import (
+  ComparedRow,
+  JudgedRow,
+  parse_row,
+  unpaired,
+)
 
 ASKED = Conversation((Turn('user', 'Why?'),))
 SO, NO = (Turn('assistant', text) for text in ('So.', 'No.'))
@@ -38,7 +43,7 @@ PAIR = {'chosen': 'So.', 'rejected': 'No.'}
   ],
 )
 def test_every_form_of_a_pair_is_the_same_pair(fields):
-  assert row(fields) == Compared(ASKED, SO, NO)
+  assert parse_row(fields) == ComparedRow(ASKED, SO, NO)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_every_form_of_a_pair_is_the_same_pair(fields):
   ],
 )
 def test_every_form_of_a_judged_answer_is_the_same(fields):
-  assert row(fields) == Judged(ASKED, SO, True)
+  assert parse_row(fields) == JudgedRow(ASKED, SO, True)
 
 
 def test_turns_before_the_answer_stay_in_the_prompt():
@@ -60,7 +65,7 @@ def test_turns_before_the_answer_stay_in_the_prompt():
     'system': 'Be brief.',
     'conversations': [HUMAN, GPT, {'from': 'human', 'value': 'And?'}],
   }
-  found = row(fields | PAIR)
+  found = parse_row(fields | PAIR)
   said = [(t.role, t.content) for t in found.prompt.turns]
   assert said == [
     ('system', 'Be brief.'),
@@ -73,14 +78,14 @@ def test_turns_before_the_answer_stay_in_the_prompt():
     'input': '1 2',
     'history': [['Hi', 'Yes?']],
   }
-  contents = [t.content for t in row(alpaca | PAIR).prompt.turns]
+  contents = [t.content for t in parse_row(alpaca | PAIR).prompt.turns]
   assert contents == ['Hi', 'Yes?', 'Add\n1 2']
 
 
 def test_a_pair_is_a_good_and_a_bad_answer():
-  good, bad = unpaired(Compared(ASKED, SO, NO, 7))
-  assert good == Judged(ASKED, SO, True, 7)
-  assert bad == Judged(ASKED, NO, False, 7)
+  good, bad = unpaired(ComparedRow(ASKED, SO, NO, 7))
+  assert good == JudgedRow(ASKED, SO, True, 7)
+  assert bad == JudgedRow(ASKED, NO, False, 7)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +128,9 @@ def test_a_pair_is_a_good_and_a_bad_answer():
 )
 def test_a_broken_row_is_one_sentence(fields, said):
   with pytest.raises(BadRow, match=said):
-    row(fields)
+    parse_row(fields)
 
 
 def test_a_form_that_is_not_there_is_named():
   with pytest.raises(ValueError, match='one of alpaca, sharegpt, messages'):
-    row({'prompt': 'Why?'}, 'sharegtp')
+    parse_row({'prompt': 'Why?'}, 'sharegtp')

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data import sources
+from moepeft.data import open_data
 from moepeft.data.__main__ import heading
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 
 def read(tmp_path, labels, **changes):
@@ -24,10 +24,10 @@ def read(tmp_path, labels, **changes):
   data = config_lib.default().data
   data.source, data.path = 'preference', str(tmp_path / 'r.jsonl')
   data.held_out = 0.0
-  own = preference_dataset.form_of(
-    data, 'kto', 'judged', Samples(Bytes(), 64, **changes)
+  own = preference_dataset.objective_collator(
+    data, 'kto', 'judged', CausalCollator(ByteTokenizer(), 64, **changes)
   )
-  return own, sources(data, 0, own=own)
+  return own, open_data(data, 0, own=own)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_data_of_one_class_are_told_which_is_missing(tmp_path, label, said):
 def test_a_packed_row_is_previewed_with_each_segments_label(tmp_path):
   own, found = read(tmp_path, [True, False, False], packed=True)
   items = [found.train[i] for i in range(3)]
-  batch = own.laid(items, [[0, 1, 2]])
+  batch = own.pack(items, [[0, 1, 2]])
   words = ['good' if item.label else 'bad' for item in items]
   assert heading('judged', batch, 0, True) == (
     f'judged {", ".join(words)} (segment by segment)'
   )
   assert heading('mismatched', batch, 0, True) == 'mismatched'
-  padded = own.padded(items)
+  padded = own.pad(items)
   assert heading('judged', padded, 0) == f'judged {words[0]}'
   assert np.ndim(batch['label'][0]) == 1

@@ -5,9 +5,9 @@ import collections
 
 import pytest
 
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 from moepeft.data.readers import promptsource
-from moepeft.data.readers.promptsource import Template
+from moepeft.data.readers.promptsource import PromptTemplate
 
 FILE = """
 dataset: glue
@@ -48,13 +48,13 @@ def write(path, text=FILE):
 
 
 def say(jinja, row, choices='', place=0, seed=0, name='t'):
-  template = Template(name, jinja, choices)
-  return promptsource.apply(template, 'd', seed, row, place)
+  template = PromptTemplate(name, jinja, choices)
+  return promptsource.apply_template(template, 'd', seed, row, place)
 
 
 def test_every_template_of_a_row_that_it_applies_to_gives_an_example(tmp_path):
-  group = promptsource.read(write(tmp_path / 'templates.yaml'))
-  found = promptsource.render(group, ROWS, Bad('error'))
+  group = promptsource.read_templates(write(tmp_path / 'templates.yaml'))
+  found = promptsource.render_templates(group, ROWS, BadRows('error'))
   assert [tuple(vars(e).values()) for e in found] == [
     # 'generate' has nothing to say of the first row.
     ('glue_mrpc', 'same_thing_', 0)
@@ -74,9 +74,16 @@ def test_every_template_of_a_row_that_it_applies_to_gives_an_example(tmp_path):
 def test_plain_yaml_and_group_tags_are_read_alike(tmp_path):
   tagged = '!TemplateGroup' + FILE
   plain = FILE.replace('!TemplateMetadata', '').replace('!Template', '')
-  one = promptsource.read(write(tmp_path / 'a.yaml', tagged)).templates
-  assert one == promptsource.read(write(tmp_path / 'b.yaml', plain)).templates
-  assert one == promptsource.read(write(tmp_path / 'c.yaml')).templates
+  one = promptsource.read_templates(
+    write(tmp_path / 'a.yaml', tagged)
+  ).templates
+  assert (
+    one
+    == promptsource.read_templates(write(tmp_path / 'b.yaml', plain)).templates
+  )
+  assert (
+    one == promptsource.read_templates(write(tmp_path / 'c.yaml')).templates
+  )
 
 
 def test_a_dataset_finds_its_file_among_promptsources(tmp_path):
@@ -84,22 +91,23 @@ def test_a_dataset_finds_its_file_among_promptsources(tmp_path):
   other = FILE.replace('mrpc', 'qqp')
   write(tmp_path / 'glue/qqp/templates.yaml', other)
   for name in ('glue/mrpc', 'glue_mrpc'):
-    assert promptsource.group(str(tmp_path), name).task == 'glue_mrpc'
+    assert promptsource.find_templates(str(tmp_path), name).task == 'glue_mrpc'
   write(tmp_path / 'flat/a.yaml')
   write(tmp_path / 'flat/b.yaml', other)
   assert (
-    promptsource.group(str(tmp_path / 'flat'), 'glue/qqp').task == 'glue_qqp'
+    promptsource.find_templates(str(tmp_path / 'flat'), 'glue/qqp').task
+    == 'glue_qqp'
   )
   single = str(tmp_path / 'glue' / 'qqp')
-  assert promptsource.group(single, 'mine').task == 'glue_qqp'
+  assert promptsource.find_templates(single, 'mine').task == 'glue_qqp'
   said = '0 sets .* for .mine. .*glue_mrpc, glue_qqp'
   with pytest.raises(ValueError, match=said):
-    promptsource.group(str(tmp_path / 'flat'), 'mine')
+    promptsource.find_templates(str(tmp_path / 'flat'), 'mine')
 
 
 def test_names_are_spelled_as_in_p3():
-  assert promptsource.clean('…which C1, or C2?') == '_which_C1_or_C2_'
-  assert promptsource.clean('cos_e v1.11') == 'cos_e_v1.11'
+  assert promptsource.p3_name('…which C1, or C2?') == '_which_C1_or_C2_'
+  assert promptsource.p3_name('cos_e v1.11') == 'cos_e_v1.11'
 
 
 def test_choices_may_come_from_the_row():
@@ -175,10 +183,12 @@ def test_a_rendering_does_not_change_the_row():
   ],
 )
 def test_an_unsafe_template_is_refused_whatever_becomes_of_bad_rows(jinja):
-  group = promptsource.Group('d', (Template('bad', jinja),), 'f.yaml')
+  group = promptsource.TemplateGroup(
+    'd', (PromptTemplate('bad', jinja),), 'f.yaml'
+  )
   table = [dict(x=['a'])] * 3
   with pytest.raises(ValueError, match="template 'bad' of d is unsafe: access"):
-    promptsource.render(group, table, Bad('skip'))
+    promptsource.render_templates(group, table, BadRows('skip'))
 
 
 @pytest.mark.parametrize(
@@ -192,19 +202,21 @@ def test_an_unsafe_template_is_refused_whatever_becomes_of_bad_rows(jinja):
   ],
 )
 def test_a_row_on_which_a_template_fails_is_bad(jinja, said):
-  good = Template('good', '{{ x[0] }} ||| y')
-  group = promptsource.Group('d', (Template('odd', jinja), good), 'f.yaml')
+  good = PromptTemplate('good', '{{ x[0] }} ||| y')
+  group = promptsource.TemplateGroup(
+    'd', (PromptTemplate('odd', jinja), good), 'f.yaml'
+  )
   table = [dict(x=['a'])] * 2
   with pytest.raises(ValueError, match=f"row 0: template 'odd' of d .*{said}"):
-    promptsource.render(group, table, Bad('error'))
+    promptsource.render_templates(group, table, BadRows('error'))
   # On all rows, it is the template.
   with pytest.raises(ValueError, match=f'no row of f.yaml is good.*{said}'):
-    promptsource.render(group, table, Bad('skip'))
+    promptsource.render_templates(group, table, BadRows('skip'))
   # On some, they are skipped.
-  kept = Template('some', '{{ x[1] }} ||| y')
-  group = promptsource.Group('d', (kept, good), 'f.yaml')
+  kept = PromptTemplate('some', '{{ x[1] }} ||| y')
+  group = promptsource.TemplateGroup('d', (kept, good), 'f.yaml')
   table = [dict(x=['a', 'b']), dict(x=['c'])]
-  found = promptsource.render(group, table, Bad('skip'))
+  found = promptsource.render_templates(group, table, BadRows('skip'))
   assert [e.inputs for e in found] == ['b', 'a', 'c']
   assert found.skipped[0].startswith("row 1: template 'some' of d fails")
 
@@ -236,10 +248,10 @@ def test_a_text_has_two_parts():
 def test_a_wrong_file_is_named_and_so_is_its_template(tmp_path, text, said):
   path = write(tmp_path / 'w.yaml', text)
   with pytest.raises(ValueError, match=f'w.yaml.*{said}') as e:
-    promptsource.read(path)
+    promptsource.read_templates(path)
   assert '\n' not in str(e.value)
 
 
 def test_an_absent_file_is_named(tmp_path):
   with pytest.raises(ValueError, match='holds 0 sets of templates'):
-    promptsource.group(str(tmp_path / 'none.yaml'), 'd')
+    promptsource.find_templates(str(tmp_path / 'none.yaml'), 'd')

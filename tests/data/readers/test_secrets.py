@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip('seqio')
 
 from moepeft.data.readers import seqio_cache
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.readers.seqio_stream import SeqioStream
 
 from ... import seqio_cases as cases
 
@@ -48,8 +48,8 @@ def test_what_tensorflow_traces_calls_nothing_of_ours(tmp_path, monkeypatch):
     tmp_path / 'task', 'train', [cases.p3_row(3, i) for i in range(5)]
   )
   provider = seqio_cache.mixture(str(tmp_path))
-  monkeypatch.setattr(seqio_cache, 'library', None)
-  element = next(Stream(provider, 8, 4).open(0))
+  monkeypatch.setattr(seqio_cache, 'import_seqio', None)
+  element = next(SeqioStream(provider, 8, 4).open(0))
   assert element['inputs'].tolist()[0] == 3
 
 

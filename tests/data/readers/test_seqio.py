@@ -11,12 +11,12 @@ import pytest
 
 from moepeft import tasks, train
 from moepeft.data.batching import seq2seq
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 seqio = pytest.importorskip('seqio')
 
 from moepeft.data.readers import seqio_cache, seqio_stream  # noqa: E402
-from moepeft.data.readers.seqio_stream import Stream, ended  # noqa: E402
+from moepeft.data.readers.seqio_stream import SeqioStream, end_with_eos  # noqa: E402
 from moepeft.tasks import seqio_tasks  # noqa: E402
 
 from ... import seqio_cases as cases  # noqa: E402
@@ -62,7 +62,7 @@ def keys(elements):
 
 # ------------------------------------------------------- our tasks out ---
 def test_the_byte_vocabularies_are_one():
-  ours, theirs = Bytes(), seqio.ByteVocabulary()
+  ours, theirs = ByteTokenizer(), seqio.ByteVocabulary()
   text = 'naïve 漢字\x00\x7f?'
   assert ours.encode(text) == list(theirs.encode(text))
   assert ours.encode(text) == theirs.encode_tf(text).numpy().tolist()
@@ -73,7 +73,10 @@ def test_the_byte_vocabularies_are_one():
 def ours(family, split, count):
   """What moepeft makes of the same examples: (inputs, targets) with EOS."""
   found = tasks.examples((family,), count, seed=0, split=split)
-  return [seq2seq.encode(Bytes(), e, *LENGTHS.values())[:2] for e in found]
+  return [
+    seq2seq.encode_example(ByteTokenizer(), e, *LENGTHS.values())[:2]
+    for e in found
+  ]
 
 
 def converted(pack, split='train', family='storage'):
@@ -92,7 +95,7 @@ def converted(pack, split='train', family='storage'):
 )
 def test_seqio_makes_our_batches_of_our_tasks(split, instances):
   count = 29
-  expected = seq2seq.seq2seq(
+  expected = seq2seq.pad_pairs(
     *zip(*ours('storage', instances, count), strict=True), *LENGTHS.values()
   )
   found = list(itertools.islice(converted(False, split), count))
@@ -154,8 +157,8 @@ def test_accuracy_is_of_whole_answers():
 
 # ------------------------------------------------- registered tasks in ---
 def registered(name='moepeft_b', **changes):
-  provider = seqio_stream.registered(name, 'moepeft.tasks.seqio_tasks')
-  return Stream(provider, *LENGTHS.values(), **changes)
+  provider = seqio_stream.find_registered(name, 'moepeft.tasks.seqio_tasks')
+  return SeqioStream(provider, *LENGTHS.values(), **changes)
 
 
 def test_a_registered_mixture_streams_what_its_tasks_have():
@@ -176,7 +179,7 @@ def test_a_registered_mixture_streams_what_its_tasks_have():
 def test_a_registered_vocabulary_is_known_and_reads_back():
   stream = registered()
   assert stream.vocabulary_size == 259
-  assert stream.decode([*Bytes().encode('a cap'), 1]) == 'a cap'
+  assert stream.decode([*ByteTokenizer().encode('a cap'), 1]) == 'a cap'
 
 
 def test_validation_is_of_held_out_instances_of_every_task():
@@ -201,11 +204,13 @@ def test_validation_of_few_is_of_as_many_tasks():
 
 def test_unknown_names_are_told_with_their_neighbours():
   with pytest.raises(ValueError, match='nearest are moepeft_storage'):
-    seqio_stream.registered('moepeft_storrage', 'moepeft.tasks.seqio_tasks')
+    seqio_stream.find_registered(
+      'moepeft_storrage', 'moepeft.tasks.seqio_tasks'
+    )
   with pytest.raises(ValueError, match="no task or mixture 'squad'"):
-    seqio_stream.registered('squad')
+    seqio_stream.find_registered('squad')
   with pytest.raises(ValueError, match="data.module='no_such_module'"):
-    seqio_stream.registered('squad', 'no_such_module')
+    seqio_stream.find_registered('squad', 'no_such_module')
 
 
 def test_missing_splits_and_features_are_told():
@@ -215,7 +220,7 @@ def test_missing_splits_and_features_are_told():
   task = seqio.get_mixture_or_task('moepeft_stars')
   lonely = task.replace(name='lm', output_features={'targets': feature})
   with pytest.raises(ValueError, match='lm has no feature inputs, it has tar'):
-    Stream(lonely, 5, 5)
+    SeqioStream(lonely, 5, 5)
 
 
 def test_a_vocabulary_with_another_end_is_refused():
@@ -224,7 +229,7 @@ def test_a_vocabulary_with_another_end_is_refused():
     name='other', output_features=dict.fromkeys(('inputs', 'targets'), other)
   )
   with pytest.raises(ValueError, match='with the id 2, expected 1'):
-    Stream(task, 5, 5).open()
+    SeqioStream(task, 5, 5).open()
 
 
 def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
@@ -239,15 +244,15 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
   )
   seqio.TaskRegistry.add_provider('cached_stars', task)
   try:
-    absent = Stream(seqio_stream.registered('cached_stars'), 9, 9)
+    absent = SeqioStream(seqio_stream.find_registered('cached_stars'), 9, 9)
     with pytest.raises(ValueError, match='seqio_cache_tasks, or name the dir'):
       absent.open()
     rows = [cases.p3_row(3, i) for i in range(5)]
     cases.write(tmp_path / 'cached_stars', 'train', rows)
-    provider = seqio_stream.registered('cached_stars', '', [str(tmp_path)])
+    provider = seqio_stream.find_registered('cached_stars', '', [str(tmp_path)])
     # SeqIO repeats before it shuffles, so a row may come twice before another
     # comes; 5 rows in 200 draws all do.
-    found = read(Stream(provider, 9, 9), 200)
+    found = read(SeqioStream(provider, 9, 9), 200)
     assert set(keys(found)) == {(3, i) for i in range(5)}
     assert {tuple(e['targets']) for e in found} == {(3, 1)}
   finally:
@@ -259,19 +264,19 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
 def test_both_sides_end_with_one_eos_and_are_cut_before_it():
   # Whether the data had one or not; like `batching.cut` of the same ids.
   for given in ([5, 6, 7], [5, 6, 7, 1]):
-    assert ended(given, 9).tolist() == [5, 6, 7, 1]
-    assert ended(given, 4).tolist() == [5, 6, 7, 1]
-    assert ended(given, 3).tolist() == [5, 6, 1]
-  assert ended([], 3).tolist() == ended([1], 3).tolist() == [1]
-  assert ended([5], 3).dtype == np.int32
+    assert end_with_eos(given, 9).tolist() == [5, 6, 7, 1]
+    assert end_with_eos(given, 4).tolist() == [5, 6, 7, 1]
+    assert end_with_eos(given, 3).tolist() == [5, 6, 1]
+  assert end_with_eos([], 3).tolist() == end_with_eos([1], 3).tolist() == [1]
+  assert end_with_eos([5], 3).dtype == np.int32
   text = 'abcdefg'
   for length in (2, 7, 8, 9):
-    cut, _ = seq2seq.cut(Bytes(), text, length)
-    assert ended(Bytes().encode(text), length).tolist() == cut
+    cut, _ = seq2seq.encode_truncated(ByteTokenizer(), text, length)
+    assert end_with_eos(ByteTokenizer().encode(text), length).tolist() == cut
 
 
 def directory(path, rates=None, **changes):
-  return Stream(seqio_cache.mixture(path, rates), 9, 5, **changes)
+  return SeqioStream(seqio_cache.mixture(path, rates), 9, 5, **changes)
 
 
 def test_p3s_cache_is_read_as_it_lies_on_disk(p3):
@@ -337,7 +342,7 @@ from moepeft.data.readers import seqio_cache, seqio_stream
 from moepeft.data.readers.seqio_stream import Stream
 for provider in (
   seqio_cache.mixture(sys.argv[1]),
-  seqio_stream.registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
+  seqio_stream.find_registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
 ):
   seen = hashlib.sha256()
   for element in itertools.islice(Stream(provider, 99, 9, seed=5).open(7), 300):
@@ -458,7 +463,7 @@ import sys
 sys.modules['seqio'] = None
 from moepeft.data.readers import seqio_cache, seqio_stream
 for call in (
-  lambda: seqio_stream.registered('a'),
+  lambda: seqio_stream.find_registered('a'),
   lambda: seqio_cache.mixture({str(tmp_path)!r}),
 ):
   try:

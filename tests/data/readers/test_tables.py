@@ -15,9 +15,9 @@ from moepeft.core.files import NotAFile
 from moepeft.data import fingerprint
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import template as chat_template
-from moepeft.data.example import Bad
+from moepeft.data.example import BadRows
 from moepeft.data.readers import huggingface, jsonl, promptsource
-from moepeft.data.readers.promptsource import Template
+from moepeft.data.readers.promptsource import PromptTemplate
 from moepeft.data.text import documents
 
 TEMPLATES = """
@@ -104,27 +104,30 @@ def test_a_bad_row_of_a_table_is_left_out(tmp_path):
 
 def test_a_null_is_not_printed_as_a_word():
   row = {'a': None, 'b': 'x'}
-  say = Template('t', '{{ a }} ||| y')
+  say = PromptTemplate('t', '{{ a }} ||| y')
   with pytest.raises(ValueError, match='a null has no text to print'):
-    promptsource.apply(say, 'd', 0, row, 0)
+    promptsource.apply_template(say, 'd', 0, row, 0)
   # What a template asks of it, it may.
-  asked = Template('t', '{{ b if a is none else a }} ||| y')
-  assert promptsource.apply(asked, 'd', 0, row, 0).inputs == 'x'
+  asked = PromptTemplate('t', '{{ b if a is none else a }} ||| y')
+  assert promptsource.apply_template(asked, 'd', 0, row, 0).inputs == 'x'
 
 
 def test_what_a_template_draws_is_of_the_seed():
-  drawn = Template('t', '{{ x | random }}{{ x | random }} ||| y')
+  drawn = PromptTemplate('t', '{{ x | random }}{{ x | random }} ||| y')
   row = {'x': list('abcdefghijklmnop')}
 
   def said(seed):
     return [
-      promptsource.apply(drawn, 'd', seed, row, i).inputs for i in range(20)
+      promptsource.apply_template(drawn, 'd', seed, row, i).inputs
+      for i in range(20)
     ]
 
   # Two runs alike by chance: 16^-40.
   assert said(0) == said(0) != said(1)
   with pytest.raises(ValueError, match="'lipsum' is undefined"):
-    promptsource.apply(Template('t', '{{ lipsum() }} ||| y'), 'd', 0, row, 0)
+    promptsource.apply_template(
+      PromptTemplate('t', '{{ lipsum() }} ||| y'), 'd', 0, row, 0
+    )
 
 
 # ------------------------------------------------------ which files are data
@@ -136,7 +139,7 @@ STRAYS = [
 ]
 ROW = {
   jsonl.read: {'inputs': 'a', 'targets': 'b'},
-  documents.read: {'text': 'a'},
+  documents.read_documents: {'text': 'a'},
   chat_formats.conversations: {'instruction': 'a', 'output': 'b'},
 }
 
@@ -148,11 +151,11 @@ def test_what_is_no_data_file_is_left_out_and_named(tmp_path, stray):
     folder.mkdir()
     (folder / 'train.jsonl').write_text(json.dumps(row))
     (folder / stray).write_bytes(json.dumps(row).encode() + b'\nold \xff')
-    bad = Bad()
+    bad = BadRows()
     kind = ('jsonl', 'text', 'chat')[number]
     data = config_lib.default().data
     data.source, data.path = kind, str(folder)
-    assert list(fingerprint.hashes(data)['path']) == ['train.jsonl']
+    assert list(fingerprint.data_hashes(data)['path']) == ['train.jsonl']
     fingerprint.data_files(str(folder), kind, bad)
     assert bad.notes('p') == [f'p: left out, as no data files: {stray}']
     found = read(str(folder))
@@ -188,8 +191,8 @@ def test_what_is_left_out_reaches_the_user(tmp_path):
   ],
 )
 def test_endings_tell_what_is_data(name, data):
-  assert fingerprint.is_data(name, fingerprint.ENDINGS['jsonl']) == data
-  assert not fingerprint.is_data(
+  assert fingerprint.is_data_file(name, fingerprint.ENDINGS['jsonl']) == data
+  assert not fingerprint.is_data_file(
     'dataset_info.json', fingerprint.ENDINGS['chat']
   )
 
@@ -230,7 +233,7 @@ def test_descriptions_of_saved_tables_are_watched(tmp_path):
   (tmp_path / 'train' / 'dataset_info.json').write_text('{}')
   data = config_lib.default().data
   data.source, data.path = 'datasets', str(tmp_path)
-  assert sorted(fingerprint.hashes(data)['path']) == [
+  assert sorted(fingerprint.data_hashes(data)['path']) == [
     *('data.arrow', 'state.json', 'train/dataset_info.json')
   ]
 
@@ -247,11 +250,11 @@ def test_pipes_and_sockets_are_refused_at_once(tmp_path):
         read(str(path))
   data.source, data.path = 'jsonl', str(pipe)
   with pytest.raises(NotAFile):
-    fingerprint.hashes(data)
+    fingerprint.data_hashes(data)
   with pytest.raises(ValueError, match='a named pipe'):
     chat_template.read(str(pipe))
   with pytest.raises(ValueError, match='templates.yaml: .*a named pipe'):
-    promptsource.read(str(pipe))
+    promptsource.read_templates(str(pipe))
 
 
 def test_a_socket_named_as_a_table_is_refused(tmp_path, monkeypatch):
@@ -267,7 +270,7 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
   mark = '\ufeff'
   parts = ['One.', 'Two.\n']
   (tmp_path / 't.txt').write_text(f'{mark}{parts[0]}{mark}{parts[1]}')
-  (document,), _ = documents.read(str(tmp_path / 't.txt'))
+  (document,), _ = documents.read_documents(str(tmp_path / 't.txt'))
   assert document.passages == ('One.Two.',)
   line = json.dumps({'inputs': 'a', 'targets': f'{mark}b'})
   (tmp_path / 'r.jsonl').write_text(f'{mark}{line}\n{mark}{line}\n')
@@ -278,11 +281,11 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
   (tmp_path / 'c.jinja').write_text(f'{mark}{{{{ messages }}}}{mark}')
   assert chat_template.read(str(tmp_path / 'c.jinja')) == '{{ messages }}'
   row = {'instruction': f'{mark}a', 'output': 'b'}
-  assert chat_formats.conversation(row).turns[0].content == 'a'
+  assert chat_formats.parse_conversation(row).turns[0].content == 'a'
   found = rows_of(tmp_path, f'{mark}a,b,c\n{mark}1,2,3\n')
   assert found[0].inputs == '1 and 2?'
   (tmp_path / 't.yaml').write_text(mark + TEMPLATES)
-  assert promptsource.read(str(tmp_path / 't.yaml')).task == 'd'
+  assert promptsource.read_templates(str(tmp_path / 't.yaml')).task == 'd'
 
 
 @pytest.mark.parametrize('coding', ['utf-16', 'utf-16-be', 'utf-32'])
@@ -293,7 +296,7 @@ def test_files_of_another_encoding_are_refused(tmp_path, coding):
   for read, name in (
     (jsonl.read, 'r.jsonl'),
     (chat_formats.conversations, 'r.json'),
-    (documents.read, 'r.txt'),
+    (documents.read_documents, 'r.txt'),
   ):
     with pytest.raises(ValueError, match=f'{name} is not UTF-8 .it begins as'):
       read(str(tmp_path / name))

@@ -11,12 +11,12 @@ from moepeft import registries
 from moepeft.config import check as config_check
 from moepeft.data.__main__ import replayed, show
 from moepeft.data.batching import collators
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.batching.decoder_only import Samples
-from moepeft.data.registry import sources
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.batching.decoder_only import CausalCollator
+from moepeft.data.registry import open_data
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import documents, span_corruption
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 from ...contracts import small
 
@@ -37,20 +37,22 @@ def data(path, **changes):
 
 
 def test_blank_lines_or_lines_separate_passages(path, tmp_path):
-  (found,), _ = documents.read(path)
+  (found,), _ = documents.read_documents(path)
   assert found.passages == ('one two\nthree', 'four five six')
   (tmp_path / 'b.txt').write_text('one\ntwo\n')
-  (found,), _ = documents.read(str(tmp_path / 'b.txt'))
+  (found,), _ = documents.read_documents(str(tmp_path / 'b.txt'))
   assert found.passages == ('one', 'two') and found.separator == '\n'
 
 
 def test_pieces_of_a_stream_predict_every_token_once(path):
-  found = text_dataset.pieces(data(path), Samples(Bytes(), 5), path)
+  found = text_dataset.read_chunks(
+    data(path), CausalCollator(ByteTokenizer(), 5), path
+  )
   made = [found.make(ids, None) for ids in found]
   targets = np.concatenate([m.ids[1:] for m in made])
   joined = 'one two\nthree\n\nfour five six'
   # All bytes but the first, and EOS.
-  assert Bytes().decode(targets.tolist()) == joined[1:]
+  assert ByteTokenizer().decode(targets.tolist()) == joined[1:]
   assert targets[-1] == 1 and len(targets) == len(joined)
   assert all(len(m.ids) == 6 for m in made[:-1])
 
@@ -58,16 +60,19 @@ def test_pieces_of_a_stream_predict_every_token_once(path):
 def test_packed_documents_are_cut_each_by_itself(tmp_path):
   rows = [{'text': 'abc'}, {'text': 'defgh'}]
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  form = Samples(Bytes(), 7, packed=True)
-  found = text_dataset.pieces(data(str(tmp_path)), form, str(tmp_path))
-  assert [Bytes().decode(ids.tolist()) for ids in found] == ['abc', 'defgh']
+  form = CausalCollator(ByteTokenizer(), 7, packed=True)
+  found = text_dataset.read_chunks(data(str(tmp_path)), form, str(tmp_path))
+  assert [ByteTokenizer().decode(ids.tolist()) for ids in found] == [
+    'abc',
+    'defgh',
+  ]
   assert all(ids[-1] == 1 for ids in found)
 
 
 def test_spans_have_the_lengths_that_t5_defines():
   # The published case of T5: 512 inputs at 0.15 and 3 are 568 tokens, with
   # 114 targets: 85 hidden, 28 spans, EOS.
-  length = span_corruption.longest(lambda x, y: x <= 512, 0.15, 3.0)
+  length = span_corruption.max_length(lambda x, y: x <= 512, 0.15, 3.0)
   assert length == 568
   assert span_corruption.sizes(length, 0.15, 3.0) == (512, 114)
 
@@ -84,7 +89,9 @@ def test_hidden_spans_are_told_back_in_order():
 
 @pytest.mark.parametrize('seed', range(5))
 def test_a_mask_hides_its_share_in_spans_that_start_shown(seed):
-  hidden = span_corruption.mask(568, 0.15, 3.0, np.random.default_rng(seed))
+  hidden = span_corruption.noise_mask(
+    568, 0.15, 3.0, np.random.default_rng(seed)
+  )
   assert len(hidden) == 568 and hidden.sum() == 85
   assert not hidden[0] and hidden[-1]
   assert np.sum(np.diff(hidden.astype(int)) == 1) == 28
@@ -106,8 +113,8 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   rng = np.random.default_rng(0)
   letters = ''.join(rng.choice(list('abc d'), 2000))
   (tmp_path / 'a.txt').write_text(letters)
-  path, form = str(tmp_path / 'a.txt'), Pairs(Bytes(), 61, 20)
-  found = text_dataset.pieces(
+  path, form = str(tmp_path / 'a.txt'), Seq2SeqCollator(ByteTokenizer(), 61, 20)
+  found = text_dataset.read_chunks(
     data(path, predict='spans'), form, path, below=300
   )
   whole, sentinels = [], set(range(259, 300))
@@ -120,35 +127,35 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
 
 
 def test_spans_that_find_no_room_say_what_to_set(path):
-  form = Pairs(Bytes(), 61, 9)
+  form = Seq2SeqCollator(ByteTokenizer(), 61, 9)
   with pytest.raises(ValueError, match='set config.data.targets_length to 1'):
-    text_dataset.pieces(data(path, predict='spans'), form, path, below=300)
-  form = Pairs(Bytes(), 61, 20)
+    text_dataset.read_chunks(data(path, predict='spans'), form, path, below=300)
+  form = Seq2SeqCollator(ByteTokenizer(), 61, 20)
   with pytest.raises(ValueError, match='has 0 sentinels'):
-    text_dataset.pieces(data(path, predict='spans'), form, path, below=259)
+    text_dataset.read_chunks(data(path, predict='spans'), form, path, below=259)
 
 
 def test_a_decoder_reads_spans_in_one_row(path):
-  form = Samples(Bytes(), 31)
-  found = text_dataset.pieces(
+  form = CausalCollator(ByteTokenizer(), 31)
+  found = text_dataset.read_chunks(
     data(path, predict='spans'), form, path, below=300
   )
   made = found.make(found[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
-  (first,) = np.flatnonzero(np.diff(made.trained)) + 1
+  (first,) = np.flatnonzero(np.diff(made.loss_mask)) + 1
   # The inputs end with EOS, and the answer begins with the first sentinel.
   assert made.ids[first - 1] == 1 and made.ids[first] == 299
 
 
 def test_a_prefix_is_given_and_the_rest_predicted(path):
-  found = text_dataset.pieces(
-    data(path, predict='prefix'), Samples(Bytes(), 9), path
+  found = text_dataset.read_chunks(
+    data(path, predict='prefix'), CausalCollator(ByteTokenizer(), 9), path
   )
   rng = np.random.default_rng(0)
-  cuts = {int(found.make(found[0], rng).trained.sum()) for _ in range(97)}
+  cuts = {int(found.make(found[0], rng).loss_mask.sum()) for _ in range(97)}
   assert cuts == set(range(1, 10))
-  pairs = text_dataset.pieces(
-    data(path, predict='prefix'), Pairs(Bytes(), 9, 5), path
+  pairs = text_dataset.read_chunks(
+    data(path, predict='prefix'), Seq2SeqCollator(ByteTokenizer(), 9, 5), path
   )
   for _ in range(31):
     x, y = pairs.make(pairs[0], rng)
@@ -158,15 +165,17 @@ def test_a_prefix_is_given_and_the_rest_predicted(path):
 
 def test_next_tokens_are_refused_to_an_encoder(path):
   with pytest.raises(ValueError, match="'spans' or 'prefix'"):
-    text_dataset.pieces(data(path), Pairs(Bytes(), 9, 5), path)
+    text_dataset.read_chunks(
+      data(path), Seq2SeqCollator(ByteTokenizer(), 9, 5), path
+    )
 
 
 def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
-  form = Samples(Bytes(), 3)
-  found = sources(data(path, held_out=0.2), 0, own=form)
+  form = CausalCollator(ByteTokenizer(), 3)
+  found = open_data(data(path, held_out=0.2), 0, own=form)
   held = np.concatenate([s.ids[1:] for s in found.held_out])
   # 28 tokens are 9 pieces of 3 targets and one of less; the last two stay out.
-  assert Bytes().decode(held.tolist()) == 'six'[-len(held) + 1 :]
+  assert ByteTokenizer().decode(held.tolist()) == 'six'[-len(held) + 1 :]
   epoch = [tuple(found.train[i].ids) for i in range(8)]
   again = [tuple(found.train[i].ids) for i in range(8, 16)]
   assert sorted(epoch) == sorted(again) and epoch != again
@@ -187,26 +196,26 @@ def test_what_is_no_text_is_refused_in_a_sentence(
 ):
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=said):
-    documents.read(str(tmp_path / name))
+    documents.read_documents(str(tmp_path / name))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'ab\xff\xfe')
   with pytest.raises(ValueError, match='a.txt cannot be read as UTF-8'):
-    documents.read(str(tmp_path))
+    documents.read_documents(str(tmp_path))
 
 
 def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
-  form = Samples(Bytes(), 5)
+  form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = sources(data(path, **changes), 0, own=form)
+  found = open_data(data(path, **changes), 0, own=form)
   # In each 1,024 places the rates are exact; z is 125.
   old = sum(found.train[i].ids[0] == 125 for i in range(1024))
   assert old == 256
   assert found.shares == {'a.txt': 0.75, changes['replay']: 0.25}
   config = data('', source='tasks', **changes)
-  found = sources(config, 0, own=form)
+  found = open_data(config, 0, own=form)
   mixed = form.encode([found.train[i] for i in range(16)])
   assert len(mixed) == 16
 
@@ -217,16 +226,18 @@ def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
     (tmp_path / folder).mkdir()
     moved = tmp_path / folder / 'a.txt'
     moved.write_text('\n\n'.join(f'{i} words' for i in range(31)))
-    read = sources(data(str(moved)), 0, own=Samples(Bytes(), 5)).train
+    read = open_data(
+      data(str(moved)), 0, own=CausalCollator(ByteTokenizer(), 5)
+    ).train
     found.append([read[i].ids.tolist() for i in range(40)])
   assert found[0] == found[1]
 
 
 def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
-  form = Samples(Bytes(), 5)
+  form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = sources(data(path, **changes), 0, own=form)
+  found = open_data(data(path, **changes), 0, own=form)
   assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
   # In whole rounds of 1,024 a quarter: five tokens of each against one.
   trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
@@ -251,7 +262,7 @@ def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
 )
 def test_replay_needs_a_path_and_a_rate(path, changes):
   with pytest.raises(ValueError, match='config.data.replay is a path'):
-    sources(data(path, **changes), 0, own=Samples(Bytes(), 5))
+    open_data(data(path, **changes), 0, own=CausalCollator(ByteTokenizer(), 5))
 
 
 @pytest.mark.parametrize(
@@ -282,4 +293,4 @@ def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():
   data = config_lib.default().data
   data.too_long = 'drop'
   with pytest.raises(ValueError, match="too_long='drop' does nothing with an"):
-    collators.form(data, Bytes(), small.GATED, 0)
+    collators.make_model_collator(data, ByteTokenizer(), small.GATED, 0)

@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import dedup, quality
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 GOOD = ' '.join(f'word{i}' for i in range(58)) + ' of the'
 NEEDS = pytest.mark.skipif(
@@ -67,10 +67,10 @@ def test_similarity_is_of_five_words_in_a_row():
 def test_the_first_of_near_duplicates_stays():
   texts = [words(0), words(500), words(1), words(0), words(30)]
   # 55 shared of 57; 56 of 56; 26 of 86.
-  found = dedup.repeated(texts, 0.8)
+  found = dedup.near_duplicates(texts, 0.8)
   assert found == [False, False, True, True, False]
-  assert found == dedup.repeated(texts, 0.8)
-  assert dedup.repeated(texts, 1.0) == [False, False, False, True, False]
+  assert found == dedup.near_duplicates(texts, 0.8)
+  assert dedup.near_duplicates(texts, 1.0) == [False, False, False, True, False]
 
 
 @NEEDS
@@ -80,8 +80,10 @@ def test_what_goes_is_counted_and_told(tmp_path):
   data = config_lib.default().data
   data.source, data.path = 'text', str(path)
   data.quality, data.duplicates = 'length', 0.8
-  found = text_dataset.pieces(data, Samples(Bytes(), 31), str(path))
-  shown = Bytes().decode(found.ids.tolist())
+  found = text_dataset.read_chunks(
+    data, CausalCollator(ByteTokenizer(), 31), str(path)
+  )
+  shown = ByteTokenizer().decode(found.ids.tolist())
   assert shown == f'{GOOD}\n{words(0)}'
   assert found.notes[:2] == (
     "1 passages go by the rule 'length' (50 to 100,000 words)",
@@ -89,9 +91,11 @@ def test_what_goes_is_counted_and_told(tmp_path):
   )
   path.write_text('short')
   with pytest.raises(ValueError, match='none of 1 passages is left'):
-    text_dataset.pieces(data, Samples(Bytes(), 31), str(path))
+    text_dataset.read_chunks(
+      data, CausalCollator(ByteTokenizer(), 31), str(path)
+    )
 
 
 def test_a_similarity_is_a_share():
   with pytest.raises(ValueError, match='Jaccard similarity above 0'):
-    dedup.repeated(['a'], 1.5)
+    dedup.near_duplicates(['a'], 1.5)

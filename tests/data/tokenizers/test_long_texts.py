@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from moepeft import config as config_lib
-from moepeft.data.batching.collators import Pairs
-from moepeft.data.batching.decoder_only import Samples
+from moepeft.data.batching.collators import Seq2SeqCollator
+from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import documents
 from moepeft.data.text.documents import Document
 from moepeft.data.tokenizers import long_texts
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 
 from ... import chat_cases
 
@@ -27,7 +27,7 @@ def vocabularies(tmp_path_factory):
       'spaces' if kind == 'bos' else kind, kind == 'bos'
     )
     found.save_pretrained(path)
-    made[kind] = Tokenizer(str(path))
+    made[kind] = HuggingFaceTokenizer(str(path))
   return made
 
 
@@ -49,7 +49,7 @@ def test_a_document_s_ids_are_those_of_its_text(vocabularies, kind):
     Document('b', ('the cat sat', 'on the mat'), '\n'),
   ]
   for ids, document in zip(
-    text_dataset.encode(words, found), found, strict=True
+    text_dataset.encode_documents(words, found), found, strict=True
   ):
     joined = document.separator.join(document.passages)
     assert ids.tolist() == [*whole(words, joined), words.eos]
@@ -97,17 +97,19 @@ def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
   )
   data = config_lib.default().data
   data.source, data.path = 'text', str(tmp_path)
-  found, _ = documents.read(data.path)
+  found, _ = documents.read_documents(data.path)
   assert len(found) == 2
-  made = text_dataset.pieces(data, Samples(words, 997), data.path)
+  made = text_dataset.read_chunks(data, CausalCollator(words, 997), data.path)
   said = words.show(made.ids.tolist())
   assert said.count('<s>') == said.count('</s>') == 2
   assert made.ids[0] == words.bos and made.ids[-1] == words.eos
-  packed = text_dataset.pieces(
-    data, Samples(words, 997, packed=True), data.path
+  packed = text_dataset.read_chunks(
+    data, CausalCollator(words, 997, packed=True), data.path
   )
   assert [ids[0] for ids in packed] == [words.bos] * 2
   # An encoder's texts begin with nothing.
   data.predict = 'prefix'
-  pairs = text_dataset.pieces(data, Pairs(words, 97, 97), data.path)
+  pairs = text_dataset.read_chunks(
+    data, Seq2SeqCollator(words, 97, 97), data.path
+  )
   assert words.bos not in pairs.ids

@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 
 from moepeft import tokenizer
-from moepeft.data.tokenizers.tokenizer import Tokenizer
-from moepeft.data.tokenizers.train_tokenizer import KINDS, Form, train
-from moepeft.tokenizer import make
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
+from moepeft.data.tokenizers.train_tokenizer import KINDS, TokenizerSpec, train
+from moepeft.tokenizer import train_and_save
 
 WORDS = 'the quick brown fox jumps over a lazy dog'.split()
 # Unigram's trainer begins with what several words share: some are plural.
@@ -34,10 +34,10 @@ def text(tmp_path):
 def test_each_kind_is_read_back_and_keeps_words_whole(
   text, tmp_path, kind, size
 ):
-  form = Form(kind, size, extra_ids=3, chat=True)
-  lines = make(form, text, str(tmp_path / 'out'), 0.05)
+  form = TokenizerSpec(kind, size, extra_ids=3, chat=True)
+  lines = train_and_save(form, text, str(tmp_path / 'out'), 0.05)
   assert '0.00% unknown' in lines[-2]
-  words = Tokenizer(str(tmp_path / 'out'))
+  words = HuggingFaceTokenizer(str(tmp_path / 'out'))
   assert words.eos == 1 and words.tokenizer.pad_token_id == 0
   assert words.decode(words.encode(LINES[3])) == LINES[3]
   # The first sentinel has the last id.
@@ -53,8 +53,8 @@ def test_each_kind_is_read_back_and_keeps_words_whole(
 
 
 def test_bytes_know_every_text(text, tmp_path):
-  make(Form('bytes', 280), text, str(tmp_path / 'out'), 0.05)
-  words = Tokenizer(str(tmp_path / 'out'))
+  train_and_save(TokenizerSpec('bytes', 280), text, str(tmp_path / 'out'), 0.05)
+  words = HuggingFaceTokenizer(str(tmp_path / 'out'))
   odd = 'naïve 漢字\n\n\ttabs  and spaces '
   assert words.decode(words.encode(odd)) == odd
 
@@ -76,9 +76,9 @@ def test_every_kind_gives_back_lines_and_blanks(tmp_path, kind, library):
   lines = [f'{line}\n\n  {line}.' for line in LINES]
   # sentencepiece finds no more than 48 pieces here.
   size = {'bytes': 300, 'wordpiece': 90}.get(kind, 47)
-  found = train(Form(kind, size, chat=True, library=library), lines)
+  found = train(TokenizerSpec(kind, size, chat=True, library=library), lines)
   found.save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   for said in (
     f'{LINES[3]}\n\n{LINES[5]}',
     ' the  quick\n   lazy fox .\n\tdog \n',
@@ -91,33 +91,33 @@ def test_every_kind_gives_back_lines_and_blanks(tmp_path, kind, library):
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe', 'wordpiece'])
 def test_marks_of_pieces_that_go_on_are_text_too(kind):
-  found = train(Form(kind, 290), [*LINES, '## #the ##fox##'] * 5)
+  found = train(TokenizerSpec(kind, 290), [*LINES, '## #the ##fox##'] * 5)
   said = '## the ###fox ##\n##'
   assert found.decode(found(said)['input_ids']) == said
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'wordpiece', 'unigram'])
 def test_lines_are_known_where_the_text_has_none(kind):
-  found = train(Form(kind, 90), LINES)
+  found = train(TokenizerSpec(kind, 90), LINES)
   ids = found('the\n\tfox')['input_ids']
   assert found.unk_token_id not in ids and found.decode(ids) == 'the\n\tfox'
 
 
 @_SENTENCEPIECE
 def test_sentencepiece_trains_unigram_too(text, tmp_path):
-  form = Form('unigram', 36, library='sentencepiece')
-  make(form, text, str(tmp_path / 'out'), 0.05)
-  words = Tokenizer(str(tmp_path / 'out'))
+  form = TokenizerSpec('unigram', 36, library='sentencepiece')
+  train_and_save(form, text, str(tmp_path / 'out'), 0.05)
+  words = HuggingFaceTokenizer(str(tmp_path / 'out'))
   assert words.eos == 1 and words.decode(words.encode(LINES[3])) == LINES[3]
-  form = Form('unigram', 5000, library='sentencepiece')
+  form = TokenizerSpec('unigram', 5000, library='sentencepiece')
   with pytest.raises(ValueError, match='lower --size or give more text'):
-    make(form, text, str(tmp_path / 'more'), 0.05)
+    train_and_save(form, text, str(tmp_path / 'more'), 0.05)
 
 
 def test_tokens_a_word_are_counted():
-  found = train(Form('bytes', 259), LINES)
+  found = train(TokenizerSpec('bytes', 259), LINES)
   # No merge: as many tokens as bytes; 'ab cd' has 5 of them and 2 words.
-  assert str(tokenizer.fit(found, ['ab cd'])) == (
+  assert str(tokenizer.measure_fit(found, ['ab cd'])) == (
     '2.500 tokens a word, 1.000 a byte, 0.00% unknown'
   )
 
@@ -134,37 +134,41 @@ def test_tokens_a_word_are_counted():
 )
 def test_a_form_that_cannot_be_is_refused(options, said):
   with pytest.raises(ValueError, match=said):
-    Form(**options)
+    TokenizerSpec(**options)
 
 
 def test_what_cannot_be_trained_or_written_is_told(text, tmp_path):
   (tmp_path / 'one.txt').write_text('one line')
   with pytest.raises(ValueError, match='expected at least two'):
-    make(Form(), str(tmp_path / 'one.txt'), str(tmp_path / 'out'), 0.05)
+    train_and_save(
+      TokenizerSpec(), str(tmp_path / 'one.txt'), str(tmp_path / 'out'), 0.05
+    )
   with pytest.raises(ValueError, match='is not empty; name another'):
-    make(Form(), text, str(tmp_path), 0.05)
+    train_and_save(TokenizerSpec(), text, str(tmp_path), 0.05)
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match="file' is a file; name a directory"):
-    make(Form(), 'not read', str(tmp_path / 'file'), 0.05)
+    train_and_save(TokenizerSpec(), 'not read', str(tmp_path / 'file'), 0.05)
   with pytest.raises(ValueError, match="file/out' cannot be made"):
-    make(Form(), 'not read', str(tmp_path / 'file' / 'out'), 0.05)
+    train_and_save(
+      TokenizerSpec(), 'not read', str(tmp_path / 'file' / 'out'), 0.05
+    )
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'wordpiece', 'unigram'])
 def test_a_text_of_more_letters_than_pieces_is_refused(text, tmp_path, kind):
   # The letters of WORDS are all 26, and there are 3 special pieces.
   with pytest.raises(ValueError, match=r'are \d+ pieces, but .* 20; raise'):
-    make(Form(kind, 20), text, str(tmp_path / 'out'), 0.05)
+    train_and_save(TokenizerSpec(kind, 20), text, str(tmp_path / 'out'), 0.05)
 
 
 def test_a_byte_order_mark_in_a_tokenizers_files_is_no_text(text, tmp_path):
   """As editors of Windows save them (cases 011)."""
   folder = tmp_path / 'out'
-  make(Form('bpe', 90, chat=True), text, str(folder), 0.05)
+  train_and_save(TokenizerSpec('bpe', 90, chat=True), text, str(folder), 0.05)
   (folder / 'config.json').write_text('{"model_type": "llama"}')
-  plain = Tokenizer(str(folder))
+  plain = HuggingFaceTokenizer(str(folder))
   for file in folder.iterdir():
     file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
-  marked = Tokenizer(str(folder))
+  marked = HuggingFaceTokenizer(str(folder))
   assert marked.encode('a quick dog') == plain.encode('a quick dog')
   assert marked.tokenizer.chat_template == plain.tokenizer.chat_template

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small vocabularies that are learnt here from texts with JSON in them."""
 
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from tests import chat_cases
 
 TEXTS = [
@@ -16,7 +16,7 @@ def saved(folder, kind, size=600):
   """A tokenizer of `chat_cases.learnt`, by way of its files."""
   made = chat_cases.learnt(kind, texts=TEXTS, size=size)
   made.save_pretrained(folder)
-  return Tokenizer(str(folder))
+  return HuggingFaceTokenizer(str(folder))
 
 
 def texts(words, size):

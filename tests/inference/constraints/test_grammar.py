@@ -7,7 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes, Tokenizer
+from moepeft.data.tokenizers.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+)
 from moepeft.inference.constraints.grammar import Compiler, Limits
 from moepeft.inference.constraints.grammar_worker import ProcessLimits
 from tests import chat_cases
@@ -22,7 +25,7 @@ WIDE = 277
 
 @pytest.fixture(scope='module')
 def compiler():
-  return Compiler(Bytes(), WIDE, (1,))
+  return Compiler(ByteTokenizer(), WIDE, (1,))
 
 
 @pytest.fixture(scope='module')
@@ -89,14 +92,16 @@ def test_a_mask_is_as_wide_as_the_model(compiler):
 
 
 def test_several_ends_are_all_allowed():
-  constraint = Compiler(Bytes(), WIDE, (1, 260)).regex('a')
+  constraint = Compiler(ByteTokenizer(), WIDE, (1, 260)).regex('a')
   assert constraint.accept(ord('a') + 3)
   assert np.flatnonzero(constraint.mask()).tolist() == [1, 260]
 
 
 def test_an_end_that_has_a_text_is_no_text():
   # Lines end answers, so that no text has a line.
-  constraint = Compiler(Bytes(), WIDE, (ord('\n') + 3,)).regex(r'a[\n ]*')
+  constraint = Compiler(ByteTokenizer(), WIDE, (ord('\n') + 3,)).regex(
+    r'a[\n ]*'
+  )
   assert not constraint.accept(ord('a') + 3)
   assert np.flatnonzero(constraint.mask()).tolist() == [13, 35]
   assert constraint.accept(13)
@@ -319,7 +324,7 @@ def test_a_text_without_a_choice_may_begin_as_it_was_taught(tmp_path):
   # '▁the' is a token and 'the' is none, so that llguidance would have a t.
   made = chat_cases.learnt('spaces', texts=['the tea to two ten'] * 7, size=60)
   made.save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   (token,) = words.encode('the')
   assert 'the' not in made.get_vocab()
   constraint = Compiler(words, len(made), (words.eos,)).choice(['the'])
@@ -331,7 +336,7 @@ def test_a_vocabulary_without_braces_writes_no_json(tmp_path):
   # As T5's, which has no { and no line.
   made = chat_cases.learnt('spaces', texts=['yes or no, "and"'] * 7, size=40)
   made.save_pretrained(tmp_path)
-  words = Tokenizer(str(tmp_path))
+  words = HuggingFaceTokenizer(str(tmp_path))
   compiler = Compiler(words, len(words.tokenizer), (words.eos,))
   assert compiler.choice(['yes', 'no']).mask().any()
   with pytest.raises(ValueError, match='that the vocabulary can write'):
@@ -351,7 +356,7 @@ def test_constraints_of_one_grammar_do_not_know_of_each_other(compiler):
 
 
 def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch):
-  compiler, made = Compiler(Bytes(), WIDE, (1,), Limits(cached=2)), []
+  compiler, made = Compiler(ByteTokenizer(), WIDE, (1,), Limits(cached=2)), []
   compiled = compiler._compiled
 
   def counted(grammar, what):
@@ -370,7 +375,7 @@ def test_a_grammar_that_grows_too_complex_fails_and_is_compiled_anew():
   text, favour = '(a|b)*a(a|b){200}', np.zeros(WIDE)
   favour[1] = -99
   compiler = Compiler(
-    Bytes(), WIDE, (1,), Limits(process=ProcessLimits(states=500))
+    ByteTokenizer(), WIDE, (1,), Limits(process=ProcessLimits(states=500))
   )
   rng = np.random.default_rng(37)
   for _ in range(2):
@@ -383,7 +388,7 @@ def test_a_grammar_that_grows_too_complex_fails_and_is_compiled_anew():
 def test_a_compiler_needs_ends_that_the_model_has():
   for ends in ((), (WIDE,), (-1,)):
     with pytest.raises(ValueError, match='ids that end answers'):
-      Compiler(Bytes(), WIDE, ends)
+      Compiler(ByteTokenizer(), WIDE, ends)
 
 
 def test_a_vocabulary_of_another_kind_is_refused():
@@ -395,4 +400,4 @@ def test_without_the_package_a_sentence_says_what_to_install(monkeypatch):
   # None there is what makes an import fail.
   monkeypatch.setitem(sys.modules, 'llguidance', None)
   with pytest.raises(ValueError, match='pip install'):
-    Compiler(Bytes(), WIDE, (1,))
+    Compiler(ByteTokenizer(), WIDE, (1,))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.api import EngineFull
 from moepeft.inference.constraints.grammar import Compiler, Limits
 from moepeft.inference.constraints.grammar_worker import ProcessLimits
@@ -47,7 +47,7 @@ def _others_are_not_counted():
 
 @pytest.fixture
 def compiler():
-  return Compiler(Bytes(), WIDE, (1,), Limits(process=QUICK))
+  return Compiler(ByteTokenizer(), WIDE, (1,), Limits(process=QUICK))
 
 
 def write(constraint, text):
@@ -92,7 +92,7 @@ def test_a_schema_without_end_is_refused_in_a_sentence(compiler):
 
 def test_a_schema_that_grows_without_end_is_refused_by_its_memory():
   limits = Limits(process=ProcessLimits(compile_seconds=20.0, memory=32 << 20))
-  compiler = Compiler(Bytes(), WIDE, (1,), limits)
+  compiler = Compiler(ByteTokenizer(), WIDE, (1,), limits)
   with pytest.raises(ValueError, match='32 MB of memory'):
     compiler.json_schema(OVERLAPPING)
   assert compiler.regex('a').mask().sum() == 1
@@ -133,7 +133,7 @@ def test_others_compile_and_go_on_while_one_compiles(compiler):
 
 def test_requests_that_wait_are_bounded():
   limits = Limits(processes=2, process=QUICK)
-  compiler = Compiler(Bytes(), WIDE, (1,), limits)
+  compiler = Compiler(ByteTokenizer(), WIDE, (1,), limits)
   outcomes = []
 
   def compile_bad():
@@ -154,7 +154,9 @@ def test_requests_that_wait_are_bounded():
 
 
 def test_grammars_in_use_are_bounded_and_those_in_the_cache_make_room():
-  compiler = Compiler(Bytes(), WIDE, (1,), Limits(processes=3, process=QUICK))
+  compiler = Compiler(
+    ByteTokenizer(), WIDE, (1,), Limits(processes=3, process=QUICK)
+  )
   for text in 'abcdefg':  # answers that are over free their grammars
     assert compiler.regex(text).mask().any()
   held = [compiler.regex(text) for text in 'xyz']
@@ -166,7 +168,7 @@ def test_grammars_in_use_are_bounded_and_those_in_the_cache_make_room():
 
 
 def test_processes_end_with_what_needs_them():
-  compiler = Compiler(Bytes(), WIDE, (1,), Limits(process=QUICK))
+  compiler = Compiler(ByteTokenizer(), WIDE, (1,), Limits(process=QUICK))
   constraint = compiler.regex('ab*')
   assert len(children()) == 1
   del compiler, constraint
@@ -200,7 +202,9 @@ def test_a_server_answers_400_and_others_meanwhile():
   # Sixteen at once are more than asyncio's own pool has threads on two cores.
   limits = Limits(processes=8, process=QUICK)
   found = service(
-    engine, Bytes(), compiler=Compiler(Bytes(), WIDE, (1,), limits)
+    engine,
+    ByteTokenizer(),
+    compiler=Compiler(ByteTokenizer(), WIDE, (1,), limits),
   )
   body = {
     'type': 'json_schema',

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.constraints.grammar import Compiler
 
 from . import json_cases, small_words
@@ -60,7 +60,7 @@ def learnt(tmp_path_factory):
 
 def of_bytes():
   texts = [b'', b'', b'', *(bytes([i]) for i in range(256))]
-  return Streams(Bytes(), 259, (1,), texts)
+  return Streams(ByteTokenizer(), 259, (1,), texts)
 
 
 def check(cut):

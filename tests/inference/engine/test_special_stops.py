@@ -104,9 +104,9 @@ def test_offsets_count_the_characters_that_are_there(client):
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason='needs ../shared/cases')
 def test_the_reported_model_stops_at_its_user():
-  from moepeft.data.tokenizers.tokenizer import Tokenizer
+  from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 
-  words = Tokenizer(str(MODEL))
+  words = HuggingFaceTokenizer(str(MODEL))
   user = words.tokenizer.convert_tokens_to_ids('<|user|>')
   with in_process(fake(words)) as client:
     client.words = words

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moepeft.data.chat.dataset import Template
+from moepeft.data.chat.dataset import ChatTemplate
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
 from moepeft.inference.tools import tools as tools_tools
@@ -141,7 +141,7 @@ def prompt(template, choice, style):
   tokenizer = chat_cases.tokenizer(template)
   tools = (Tool('weather', 'Of a city.', CITY), Tool('now'))
   found = tools_tools.offered(asked, tools, choice, STYLES[style], template)
-  return tokenizer.decode(Template(tokenizer).prompt(found))
+  return tokenizer.decode(ChatTemplate(tokenizer).prompt(found))
 
 
 BOTH = Choice('auto', ('weather', 'now'))

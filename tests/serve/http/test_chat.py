@@ -3,7 +3,7 @@
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from tests.serve.fake_engine import END, ids_of, text_of
 from tests.serve.small_server import byte_tokenizer, fake, running
 
@@ -252,7 +252,7 @@ def test_a_failure_amid_a_stream_is_its_last_event(client):
 
 
 def test_a_model_without_a_template_refuses_to_chat():
-  with running(fake(Bytes())) as client:
+  with running(fake(ByteTokenizer())) as client:
     status, answer = client.chat()
     assert status == 400
     assert 'chat template' in answer['error']['message']
@@ -260,7 +260,7 @@ def test_a_model_without_a_template_refuses_to_chat():
 
 
 def test_an_encoder_decoder_reads_turns_as_plain_text():
-  found = fake(Bytes())
+  found = fake(ByteTokenizer())
   found.engine.decoder_only = found.words.decoder_only = False
   with running(found) as client:
     assert client.chat('hello')[0] == 200

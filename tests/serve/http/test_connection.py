@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.serve.http import connection
 from moepeft.serve.http.connection import ConnectionLimits
 from tests.serve.fake_engine import FakeEngine, ids_of
@@ -30,7 +30,7 @@ PATIENCE = 10
 def served(limits=SHORT, pause=0.0, length=500):
   engine = FakeEngine(pause=pause, places=4096)
   engine.say = lambda request: ids_of('x' * length)
-  return running(service(engine, Bytes()), connections=limits)
+  return running(service(engine, ByteTokenizer()), connections=limits)
 
 
 @pytest.fixture(scope='module')

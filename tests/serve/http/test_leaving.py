@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.serve.http import server
 from moepeft.serve.http.limits import Limits
 from tests.serve.fake_engine import FakeEngine, ids_of
@@ -27,7 +27,7 @@ def endless(pause=0.002, **limits):
   """A service whose engine goes on until it is told to end."""
   engine = FakeEngine(pause=pause)
   engine.say = lambda request: ids_of('x' * 500)
-  return service(engine, Bytes(), limits=Limits(**limits))
+  return service(engine, ByteTokenizer(), limits=Limits(**limits))
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_counts_are_there_for_prometheus(client):
 
 
 def test_the_event_loop_answers_while_a_tokenizer_is_busy():
-  found = service(FakeEngine(), Bytes())
+  found = service(FakeEngine(), ByteTokenizer())
   entered, go_on = threading.Event(), threading.Event()
   plain = found.words.plain
 

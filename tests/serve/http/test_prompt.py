@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from moepeft.data.tokenizers.tokenizer import Bytes
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
@@ -35,7 +35,7 @@ def client(tmp_path_factory):
   engine = Engine(model, base.params, banks, settings)
   # Before the server, which is not waited for as long.
   engine.start()
-  with running(service(engine, Bytes()), started=False) as found:
+  with running(service(engine, ByteTokenizer()), started=False) as found:
     yield found
 
 
