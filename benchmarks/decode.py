@@ -30,7 +30,7 @@ from moepeft.config import command_line
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
-from moepeft.nn.scan_layers import written_out
+from moepeft.nn.scan_layers import unstack_layers
 
 BATCHES = (1, 8)
 PROMPT, LENGTH = 64, 64
@@ -109,7 +109,7 @@ def ours(torch_model):
   """(model, variables) with the weights of the other side."""
   config, params = read(torch_model)
   model = FAMILIES[config.family].MODULE(config, scan=False)
-  return model, {'params': jax.tree.map(jnp.asarray, written_out(params))}
+  return model, {'params': jax.tree.map(jnp.asarray, unstack_layers(params))}
 
 
 def seconds(run: Callable[[], np.ndarray]) -> float:

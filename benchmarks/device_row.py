@@ -28,7 +28,7 @@ from moepeft.config import command_line
 from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import LABELS
+from moepeft.nn.initializers import METADATA
 from moepeft.training import optimizers, setup
 
 # Examples of a row of the batch, about as many as P3 packs.
@@ -75,15 +75,15 @@ def config_of(row: Row):
 def drawn(model: Any) -> dict[str, Any]:
   """{'params': ..., 'peft': ...}, drawn on the device."""
   key = jax.random.key(0)
-  rngs = dict.fromkeys(('params', 'peft', LABELS), key)
+  rngs = dict.fromkeys(('params', 'peft', METADATA), key)
   shapes = jax.eval_shape(lambda: model.init(rngs, base_lib.example_batch()))
-  labels = flax.traverse_util.flatten_dict(shapes[LABELS])
+  labels = flax.traverse_util.flatten_dict(shapes[METADATA])
   trees = {}
   for name in ('params', 'peft'):
     flat = flax.traverse_util.flatten_dict(shapes.get(name, {}))
     for path, leaf in flat.items():
       own = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
-      make = jax.jit(labels[path].start, static_argnums=(1, 2))
+      make = jax.jit(labels[path].initializer, static_argnums=(1, 2))
       flat[path] = make(own, leaf.shape, leaf.dtype)
     trees[name] = flax.traverse_util.unflatten_dict(flat)
   return trees

@@ -48,7 +48,7 @@ def make_step(config):
     rng=jax.random.key(config.seed),
   )
   found = open_data(config.data, config.seed)
-  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  words = load_tokenizer(config.data.tokenizer, config.model.path)
   batch = next(
     make_loader(found, words, config.data, config.batch_size, config.seed)
   )

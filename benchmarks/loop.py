@@ -28,7 +28,7 @@ from moepeft.core import host_memory
 from moepeft.core.types import State
 from moepeft.data import load_tokenizer, make_loader, open_data
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.runs.run import Run
 from moepeft.training import optimizers, setup
 
@@ -40,7 +40,7 @@ _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Turns of either side.')
 def make_config(base: str):
   c = config_lib.default()
   c.model.path = base
-  c.data.vocabulary = 'bytes'
+  c.data.tokenizer = 'bytes'
   c.data.packing = True
   c.data.inputs_length, c.data.targets_length = 256, 64
   c.batch_size = 8
@@ -65,7 +65,7 @@ def make_bare(config):
     opt=optimizer.init(variables['peft']),
     rng=jax.random.key(0),
   )
-  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  words = load_tokenizer(config.data.tokenizer, config.model.path)
   found = open_data(config.data, config.seed)
   batches = make_loader(
     found, words, config.data, config.batch_size, config.seed
@@ -104,7 +104,9 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     shape = t5.config('small')
     model = t5.T5(shape)
-    hf.save(folder, shape, fresh(model, base_lib.example_batch(), 0)['params'])
+    hf.save(
+      folder, shape, init_params(model, base_lib.example_batch(), 0)['params']
+    )
     config = make_config(folder)
     bare = make_bare(config)
     sides = [(bare(), of_loop(config)) for _ in range(_ROUNDS.value)]

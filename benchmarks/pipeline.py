@@ -32,7 +32,7 @@ _TARGETS = flags.DEFINE_integer('targets_length', 64, 'The same of targets.')
 _BATCH = flags.DEFINE_integer('batch_size', 32, 'Packed rows in a batch.')
 _BATCHES = flags.DEFINE_integer('batches', 500, 'Timed in a round, a side.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds that are counted.')
-_WORKERS = flags.DEFINE_integer('workers', 0, 'As config.data.workers.')
+_WORKERS = flags.DEFINE_integer('workers', 0, 'As config.data.num_workers.')
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 _MADE_ROWS = 20_000
 # Lines that SeqIO's side parses in one call.
@@ -42,10 +42,10 @@ _LINES = 1024
 def ours(path):
   """Yields (inputs [b, s], targets [b, t]) of moepeft's loader."""
   c = config_lib.default().data
-  c.source, c.path, c.held_out = 'jsonl', path, 0.0
-  c.vocabulary, c.packing, c.workers = 'bytes', True, _WORKERS.value
+  c.source, c.path, c.validation_fraction = 'jsonl', path, 0.0
+  c.tokenizer, c.packing, c.num_workers = 'bytes', True, _WORKERS.value
   c.inputs_length, c.targets_length = _INPUTS.value, _TARGETS.value
-  words = data.load_tokenizer(c.vocabulary)
+  words = data.load_tokenizer(c.tokenizer)
   batches = data.make_loader(
     data.open_data(c, 0), words, c, _BATCH.value, seed=0
   )
@@ -110,7 +110,7 @@ def parse_lines(dataset):
 
 def made_rows():
   """A file of embedded tasks, for who has no P3."""
-  names = tasks.families('ABC')
+  names = tasks.task_names('ABC')
   file = os.path.join(tempfile.mkdtemp(), 'tasks.jsonl')
   with open(file, 'w') as f:
     for e in tasks.examples(names, _MADE_ROWS, seed=0):

@@ -18,10 +18,11 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.config import command_line
 from moepeft.data import load_tokenizer, open_data
-from moepeft.data.batching.collators import make_model_collator
-from moepeft.evaluation.eval_sets import pairs_to_judge
-from moepeft.evaluation.validator import Judge
-from moepeft.nn.quantization import KINDS
+from moepeft.data.batching.collators import make_model_collator, scoring_lengths
+from moepeft.evaluation.eval_sets import validation_rows
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.nn.quantization import FORMATS
+from moepeft.objectives import build_validation_objective
 
 _JSON = flags.DEFINE_string('json', None, 'Where to write the figures.')
 
@@ -31,17 +32,26 @@ def measure(config) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references()
   config.method = 'full'  # which here stands for no adapter
   _, shape = base_lib.shape(config.model)
-  words = load_tokenizer(config.data.vocabulary, config.model.path)
+  words = load_tokenizer(config.data.tokenizer, config.model.path)
   own = make_model_collator(config.data, words, shape, config.seed)
   found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
-  pairs = pairs_to_judge(config, found, own)
+  pairs = validation_rows(config, found, own)
   figures = {}
-  for kind in ('', *KINDS):
-    config.model.quantise = kind
+  for kind in ('', *FORMATS):
+    config.model.quantize = kind
     base = base_lib.load(config.model)
     model, _ = base_lib.module(base, config)
-    judge = Judge(config, model, words, pairs, {}, own=own)
-    loss = judge.validation_loss({'params': base.params, 'peft': {}})
+    evaluator = Evaluator(
+      model,
+      words,
+      scoring_lengths(config.data, model),
+      config.evaluation.batch_size,
+      validation=pairs,
+      collator=own,
+      objective=build_validation_objective(config),
+    )
+    variables = {'params': base.params, 'peft': {}}
+    loss = evaluator.validation(variables)['validation_loss']
     figures[kind] = {
       'megabytes': round(quantize.size(base.params) / 1e6, 3),
       'nats': round(loss, 5),

@@ -39,7 +39,7 @@ from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping
-from moepeft.nn.initializers import described
+from moepeft.nn.initializers import param_metadata
 from moepeft.peft import build
 from moepeft.serve import __main__ as serve_command
 
@@ -64,8 +64,8 @@ def random_model(folder: str) -> str:
 def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
   """{name: path} of AT_ONCE adapters of one form, each its own weights."""
   built = build(METHOD, base.family.sites(base.config))
-  model = base.family.MODULE(base.config, built.advice)
-  shapes = described(model, base_lib.example_batch())
+  model = base.family.MODULE(base.config, built.adapter_map)
+  shapes = param_metadata(model, base_lib.example_batch())
   card = adapter.describe(
     built.method,
     'official',
@@ -168,7 +168,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
-  engine.start(serve_command.Start())
+  engine.start(serve_command.StartupProgress())
   side, vocab = Side(engine), base.config.vocab
   names_ = [f'a{i}' for i in range(AT_ONCE)]
   same = [LENGTH] * AT_ONCE

@@ -24,8 +24,8 @@ from absl import flags
 
 from moepeft.config import command_line
 from moepeft.models import FAMILIES
-from moepeft.nn.initializers import fresh
-from moepeft.nn.scan_layers import written_out
+from moepeft.nn.initializers import init_params
+from moepeft.nn.scan_layers import unstack_layers
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
@@ -65,10 +65,12 @@ def example() -> dict[str, np.ndarray]:
 def ours(config, params, method: str, remat: str) -> train_step.Side:
   family = FAMILIES[config.family]
   built = build(method, family.sites(config))
-  model = family.MODULE(config, built.advice, remat=remat, scan=remat != 'none')
-  params = params if remat != 'none' else written_out(params)
+  model = family.MODULE(
+    config, built.adapter_map, remat=remat, scan=remat != 'none'
+  )
+  params = params if remat != 'none' else unstack_layers(params)
   batch = example()
-  peft = fresh(model, batch, 0)['peft']
+  peft = init_params(model, batch, 0)['peft']
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}

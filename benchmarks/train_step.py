@@ -31,8 +31,8 @@ from absl import flags
 from moepeft.config import command_line
 from moepeft.models.t5 import model as t5
 from moepeft.moe.router_stats import route
-from moepeft.nn.adapter_hook import Advice, contraction, flatten_features
-from moepeft.nn.initializers import fresh, peft_param
+from moepeft.nn.adapter_hook import AdapterMap, contraction, flatten_features
+from moepeft.nn.initializers import init_params, peft_param
 from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
@@ -72,9 +72,13 @@ class Naive(MoLora):
   def __call__(self, f, x, ctx):
     inside, outside = lora.shapes(f, 'molora')
     ranks = (self.experts, self.rank)
-    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
-    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
-    p = route(self, self.router, flatten_features(x), ctx).weights
+    a = peft_param(
+      self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.input_axes}er'
+    )
+    b = peft_param(
+      self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.output_axes}'
+    )
+    p = route(self, self.router, flatten_features(x), ctx).combine_weights
     _, _, outer, output = contraction(f.eqn)
     # As in `MoLora`: what is compared is how the experts' outputs are mixed.
     z = lora.down(x, a)
@@ -106,12 +110,14 @@ def example() -> dict[str, np.ndarray]:
 
 
 def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
-  advice = build(method, t5.sites(SHAPE)).advice
+  adapter_map = build(method, t5.sites(SHAPE)).adapter_map
   if naive:
-    advice = Advice(tuple((path, _naive(m)) for path, m in advice.entries))
-  model = t5.T5(SHAPE, advice, remat=remat, unroll=unroll)
+    adapter_map = AdapterMap(
+      tuple((path, _naive(m)) for path, m in adapter_map.entries)
+    )
+  model = t5.T5(SHAPE, adapter_map, remat=remat, unroll=unroll)
   batch = example()
-  variables = fresh(model, batch, 0)
+  variables = init_params(model, batch, 0)
 
   def loss(peft, params, batch):
     variables = {'params': params, 'peft': peft}

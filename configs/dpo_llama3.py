@@ -6,7 +6,7 @@ python -m moepeft.train --workdir=/tmp/dpo \
 
 LLAMA is a directory or hub name in Hugging Face's form. The base is held once:
 policy and reference are two passes of the same weights.
---config.model.quantise=nf4 makes it smaller still.
+--config.model.quantize=nf4 makes it smaller still.
 """
 
 from moepeft import config as config_lib
@@ -30,9 +30,9 @@ def get_config(values: str = ''):
   c.data.source, c.data.path = 'preference', v.data
   # Each of a pair's two answers in a row of so many tokens, in one pass.
   c.data.length, c.data.packing = 2048, True
-  c.data.held_out = 0.1
+  c.data.validation_fraction = 0.1
   c.batch_size = 64
-  c.accumulate = 8
+  c.gradient_accumulation_steps = 8
   c.steps = 1000
   c.sharding.preset = 'fsdp'
   c.optimizer.learning_rate = 5e-5

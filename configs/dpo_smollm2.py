@@ -38,8 +38,8 @@ def get_config(values: str = ''):
   c.data.source, c.data.path = 'preference', v.data
   # Each of a pair's two answers in a row of so many tokens, in one pass.
   c.data.length, c.data.packing = v.length, True
-  c.data.held_out = 0.2
-  c.batch_size = c.accumulate = 4
+  c.data.validation_fraction = 0.2
+  c.batch_size = c.gradient_accumulation_steps = 4
   c.steps = v.steps
   c.model.remat = 'full'
   c.optimizer.learning_rate = 5e-4
@@ -47,7 +47,7 @@ def get_config(values: str = ''):
   c.optimizer.warmup_steps = v.steps // 10
   c.evaluation.before = True
   c.evaluation.every_steps = 20
-  c.evaluation.batch_size, c.evaluation.batches = 4, 16
+  c.evaluation.batch_size, c.evaluation.max_batches = 4, 16
   c.checkpoint.every_steps = 20
   c.log.every_steps = 5
   return c

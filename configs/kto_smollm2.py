@@ -8,9 +8,10 @@ python -m moepeft.train --workdir=DIR \
 package:pairs is 200 pairs that ship with moepeft; give a file of your own
 instead, in any form of moepeft.data.preference.formats. A pair is taken as a
 good and a bad answer. Where one kind is rarer, weigh it with
-config.preference.desirable or undesirable. Rows are packed: one holds as many
-answers as fit. The reference point is a mean over the answers of a step, and 4
-rows hold few: raise batch_size and accumulate for a steadier one.
+config.preference.desirable_weight or undesirable_weight. Rows are packed: one
+holds as many answers as fit. The reference point is a mean over the answers of
+a step, and 4 rows hold few: raise batch_size and gradient_accumulation_steps
+for a steadier one.
 """
 
 from moepeft import config as config_lib
@@ -34,8 +35,8 @@ def get_config(values: str = ''):
   c.model.dropout = 0.0
   c.data.source, c.data.path = 'preference', v.data
   c.data.length, c.data.packing = v.length, True
-  c.data.held_out = 0.2
-  c.batch_size = c.accumulate = 4
+  c.data.validation_fraction = 0.2
+  c.batch_size = c.gradient_accumulation_steps = 4
   c.steps = v.steps
   c.model.remat = 'full'
   c.optimizer.learning_rate = 5e-4
@@ -43,7 +44,7 @@ def get_config(values: str = ''):
   c.optimizer.warmup_steps = v.steps // 10
   c.evaluation.before = True
   c.evaluation.every_steps = 20
-  c.evaluation.batch_size, c.evaluation.batches = 4, 16
+  c.evaluation.batch_size, c.evaluation.max_batches = 4, 16
   c.checkpoint.every_steps = 20
   c.log.every_steps = 5
   return c

@@ -13,7 +13,7 @@ def get_config(values: str = ''):
   c.method = f'molora(experts={v.experts}, rank={v.rank})'
   c.data.inputs_length = 100
   c.data.targets_length = 16
-  c.model.unroll = 3
+  c.model.scan_unroll = 3
   # The base was pretrained without; 300 steps do not overfit endless data.
   c.model.dropout = 0.0
   c.optimizer.learning_rate = 1.5e-3

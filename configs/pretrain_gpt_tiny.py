@@ -18,7 +18,7 @@ def get_config(values: str = ''):
   c.steps, c.batch_size = v.steps, 16
   c.model.path, c.model.family, c.model.size = '', 'llama', 'tiny'
   c.model.dropout = 0.1
-  c.data.source, c.data.path, c.data.vocabulary = 'text', v.text, 'bytes'
+  c.data.source, c.data.path, c.data.tokenizer = 'text', v.text, 'bytes'
   c.data.length = 256
   c.optimizer.learning_rate = 1e-3
   c.optimizer.schedule = 'cosine'
@@ -28,5 +28,5 @@ def get_config(values: str = ''):
   c.evaluation.every_steps = 250
   c.evaluation.batch_size = 16
   c.checkpoint.every_steps = 250
-  c.checkpoint.best = True
+  c.checkpoint.keep_best = True
   return c

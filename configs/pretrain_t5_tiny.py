@@ -42,15 +42,19 @@ def get_config(values: str = ''):
     encoder_layers=3,
     decoder_layers=2,
   )
-  c.model.unroll = 3
-  c.data.vocabulary = 'bytes'
+  c.model.scan_unroll = 3
+  c.data.tokenizer = 'bytes'
   c.optimizer.b2 = 0.98
   c.optimizer.schedule = 'cosine'
   c.checkpoint.every_steps = 250
   c.log.every_steps = 50
   c.evaluation.before = False
   if v.text:
-    c.data.source, c.data.path, c.data.predict = 'text', v.text, 'spans'
+    c.data.source, c.data.path, c.data.pretraining_objective = (
+      'text',
+      v.text,
+      'spans',
+    )
     # 141 bytes of text: 21 of them in 7 hidden spans.
     c.data.inputs_length = 128
     c.data.targets_length = 29

@@ -23,19 +23,19 @@ def get_config(values: str = ''):
   c.objective, c.method = 'causal', v.method
   c.steps = v.steps
   # One row after the other: 5 GB instead of 10, in the same time on a CPU.
-  c.batch_size = c.accumulate = 4
+  c.batch_size = c.gradient_accumulation_steps = 4
   c.model.path, c.model.dropout = v.model, 0.0
   if not v.model:
     # What can be counted, not trained.
     c.model.family, c.model.size = 'llama', 'smollm2-135m'
   c.data.source, c.data.path = 'chat', v.data
   c.data.length, c.data.packing = 256, True
-  c.data.held_out = 0.05
+  c.data.validation_fraction = 0.05
   c.optimizer.learning_rate = 5e-4
   c.optimizer.schedule = 'cosine'
   c.optimizer.warmup_steps = 10
   c.evaluation.every_steps = 50
   c.evaluation.batch_size = 4
   c.checkpoint.every_steps = 50
-  c.checkpoint.best = True
+  c.checkpoint.keep_best = True
   return c

@@ -30,8 +30,9 @@ the adapter under the released code's names.
 --workdir takes what a training run trained: an adapter as moepeft (the
 default), peft, hf (merged) or t5x, which is "both in one", or a whole model
 as hf (the default) or t5x. There, the checkpoint's step is
-config.optimizer.clock plus the run's own steps, as T5X counts. A chat template
-or system turn that the run's config names is written as chat_template.jinja.
+config.optimizer.decay_initial_step plus the run's own steps, as T5X counts. A
+chat template or system turn of the run's config is written as
+chat_template.jinja.
 """
 
 import os
@@ -195,11 +196,11 @@ def _template(values: flags.FlagValues, card) -> str:
     ValueError: the file that its config names is gone.
   """
   data = Run(values.workdir).read_config().get('data', {})
-  path, system = data.get('chat_template', ''), data.get('system', '')
+  path, system = data.get('chat_template', ''), data.get('system_prompt', '')
   if not path and not system:
     return ''
   base = values.base or card['base']['path']
-  words = load_tokenizer(untrusted.field(data, 'vocabulary', str, ''), base)
+  words = load_tokenizer(untrusted.field(data, 'tokenizer', str, ''), base)
   chat_template.set_chat_template(words, path, system)
   own = (
     words.tokenizer.chat_template
@@ -231,10 +232,10 @@ def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
 def _t5x_step(values: flags.FlagValues, card) -> int:
   """The run's step on T5X's clock, which counts from the pretraining's start.
 
-  It is what Adafactor's decay goes by, so config.optimizer.clock says it.
+  Adafactor's decay goes by it, so config.optimizer.decay_initial_step has it.
   """
   config = Run(values.workdir).read_config()
-  before = int(config.get('optimizer', {}).get('clock', 0))
+  before = int(config.get('optimizer', {}).get('decay_initial_step', 0))
   step = before + card['step']
   print(
     f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
@@ -405,7 +406,7 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
   path = base
   if values.workdir is not None:
     config = Run(values.workdir).read_config()
-    path = config.get('data', {}).get('vocabulary') or base
+    path = config.get('data', {}).get('tokenizer') or base
   if path in ('', 'bytes') or path.startswith('package:'):
     return None
   try:

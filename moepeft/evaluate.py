@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: how good a run is.
+"""python -m moepeft.evaluate --workdir=DIR [--data=ROWS]: measures a run.
 
-Accuracy by rank classification as in the paper, likelihood, and measures of
-generated texts; a row of each for every prompt, `moepeft.evaluation.results`.
-Of its own rows it tells what training told too: a loss, and the margins,
-accuracies and rewards of an objective that compares answers. Rows stand in a
-file .part until all are there: the same command goes on from it.
+Accuracy by rank classification as in the paper, likelihood, and metrics of
+generated texts, with a result of each for every prompt.
+On a run's held-out rows the validation loss of training is reported too, with
+the margins, accuracies and rewards of a preference objective. Results stand in
+a file .part until all are there: the same command goes on from it.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -19,15 +20,30 @@ from absl import flags
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.data import open_data
+from moepeft.data.batching.collators import scoring_lengths
 from moepeft.data.readers import jsonl
-from moepeft.evaluation import eval_sets, runner, scores, summary
-from moepeft.evaluation.results import HELD_OUT
-from moepeft.evaluation.runner import Unfinished, form_of, validation
-from moepeft.evaluation.scores import About, Row
+from moepeft.evaluation import eval_sets, summary
+from moepeft.evaluation import results as results_lib
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.plan import (
+  PartialResults,
+  check_length,
+  check_metrics,
+  plan_from_rows,
+  plan_from_run,
+)
+from moepeft.evaluation.results import (
+  ACCURACY,
+  HELD_OUT,
+  EvalInfo,
+  Result,
+  metric_names,
+)
+from moepeft.evaluation.run_validation import collator_of, run_validation
 from moepeft.inference.loaded_model import LoadedModel, load_run
 from moepeft.runs.run import Run
 
-# Names of data that rows of a run's own have in tables.
+# Names of data that a run's held-out rows have in tables.
 _RESERVED = (HELD_OUT, 'after')
 
 
@@ -35,67 +51,76 @@ def evaluate(
   workdir: str,
   checkpoint: str = '',
   data: str = '',
-  names: Sequence[str] = (),
-  most: int | None = None,
+  metrics: Sequence[str] = (),
+  max_examples: int | None = None,
   inputs_length: int | None = None,
   targets_length: int | None = None,
   batch_size: int | None = None,
   part: str = '',
-) -> tuple[dict[str, Any], list[Row]]:
-  """(summary, rows) of a run on a file or directory of rows, or on its own.
+) -> tuple[dict[str, Any], list[Result]]:
+  """(summary, results) of a run on a file or directory of rows, or its own.
 
   Args:
     checkpoint: see `load_run`.
-    data: '' for what the run holds out.
-    names: see `moepeft.evaluation.runner`.
-    most: examples of a prompt.
+    data: '' for the rows that the run holds out.
+    metrics: names; none for accuracy of rows with choices and loss of others.
+    max_examples: of a prompt.
     inputs_length, targets_length: tokens that texts are cut to, EOS included.
     batch_size: rows of the longest batches. It and the other numbers are those
       of the run's config by default.
-    part: a file that rows go to once they are measured; those that it has of
+    part: a file that gets results once they are measured; those that it has of
       the same evaluation are not measured again. '' for none.
 
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
-  runner.check(names)
-  trained = load_run(os.path.expanduser(workdir), checkpoint)
+  check_metrics(metrics)
+  workdir_path = os.path.expanduser(workdir)
+  trained = load_run(workdir_path, checkpoint)
   changes = {
-    'evaluation.max_examples': most,
+    'evaluation.max_examples': max_examples,
     'evaluation.batch_size': batch_size,
     'data.inputs_length': inputs_length,
     'data.targets_length': targets_length,
   }
-  run = _changed(trained, changes)
-  runner.check_room(run, names)
-  most, more = run.config.evaluation.max_examples, {}
+  run = _with_config(trained, changes)
+  check_length(run, metrics)
+  validation = {}
   if data:
-    given = jsonl.read(data, ranked='accuracy' in names)
-    for note in given.notes(data):
+    rows = jsonl.read(data, ranked=ACCURACY in metrics)
+    for note in rows.notes(data):
       print(note, file=sys.stderr)
-    todo = runner.of_rows(given, names, most)
+    plan = plan_from_rows(rows, metrics, run.config.evaluation.max_examples)
   else:
-    own, vocab = form_of(trained), run.model.config.vocab
-    found = open_data(run.config.data, run.config.seed, below=vocab, own=own)
-    given, todo = found.held_out, runner.of_run(run, found, names)
-    # As training reports it, whatever is asked for.
-    more = validation(trained, found, os.path.expanduser(workdir))
-  shared = about(
-    run,
-    workdir,
-    checkpoint,
-    data,
-    eval_sets.digest(eval_sets.examples_of(given)),
+    found = open_data(
+      run.config.data,
+      run.config.seed,
+      below=run.model.config.vocab,
+      own=collator_of(trained),
+    )
+    rows, plan = found.held_out, plan_from_run(run, found, metrics)
+    # As training reports it, whatever metrics are named.
+    validation = run_validation(trained, found, workdir_path)
+  sha = eval_sets.digest(eval_sets.examples_of(rows))
+  info = eval_info(run, workdir, checkpoint, data, sha)
+  partial = PartialResults(part, info)
+  evaluator = Evaluator(
+    run.model,
+    run.tokenizer,
+    scoring_lengths(run.config.data, run.model),
+    run.config.evaluation.batch_size,
+    eos_token_ids=run.eos_token_ids,
   )
-  kept = Unfinished(part, shared)
-  try:
-    rows = runner.measure(run, todo, shared, kept)
-  finally:
-    kept.close()
-  return summary.of(run, todo, rows) | more, rows
+  with contextlib.closing(partial):
+    results = evaluator.measure(run.variables, plan, info, partial)
+  ranked = plan.get(ACCURACY, ())
+  return (
+    summary.summarize(run.method, run.step, ranked, results) | validation,
+    results,
+  )
 
 
-def _changed(
+def _with_config(
   run: LoadedModel, changes: Mapping[str, int | None]
 ) -> LoadedModel:
   """A run with some numbers of its config changed, None for as they are."""
@@ -107,11 +132,11 @@ def _changed(
   return dataclasses.replace(run, config=config)
 
 
-def about(
+def eval_info(
   run: LoadedModel, workdir: str, checkpoint: str, data: str, sha: str | None
-) -> About:
-  """What the rows of one evaluation share."""
-  return About(
+) -> EvalInfo:
+  """The facts that all results of one evaluation share."""
+  return EvalInfo(
     run=workdir,
     method=run.method,
     semantics=run.config.semantics,
@@ -177,22 +202,22 @@ def main(argv) -> None:
   # Before minutes of evaluation.
   output = output_of(_OUTPUT.value, default)
   rows_path = os.path.splitext(output)[0] + '.jsonl'
-  found, rows = evaluate(
+  entries, results = evaluate(
     _WORKDIR.value,
     _CHECKPOINT.value,
     data,
-    _MEASURES.value,
+    _METRICS.value,
     _MAX_EXAMPLES.value,
     _INPUTS_LENGTH.value,
     _TARGETS_LENGTH.value,
     _BATCH_SIZE.value,
     f'{rows_path}.part',
   )
-  summary.tell(found, rows)
-  summary.write(output, found)
+  summary.print_summary(entries, results)
+  summary.write(output, entries)
   print(f'wrote {output}')
-  if rows:
-    scores.write(rows_path, rows)
+  if results:
+    results_lib.write(rows_path, results)
     print(f'wrote {rows_path}')
   os.remove(f'{rows_path}.part')
 
@@ -210,10 +235,10 @@ if __name__ == '__main__':
     'Rows to measure, in the form of moepeft/data/readers/jsonl.py; by default '
     "the run's own held-out ones.",
   )
-  _MEASURES = flags.DEFINE_list(
-    'measures',
+  _METRICS = flags.DEFINE_list(
+    'metrics',
     [],
-    f'Some of {", ".join(scores.MEASURES)}. By default, of --data accuracy '
+    f'Some of {", ".join(metric_names())}. By default, of --data accuracy '
     "where rows have choices and loss where they have none; of the run's own "
     'rows both.',
   )

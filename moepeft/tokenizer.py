@@ -3,7 +3,7 @@
 
 BPE (arXiv:1508.07909), the same over bytes, WordPiece, or Unigram
 (arXiv:1804.10959), from plain text, into a directory that Hugging Face's
-AutoTokenizer reads and that config.data.vocabulary names.
+AutoTokenizer reads and that config.data.tokenizer names.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def train_and_save(
     )
   lines.append(f'{form.kind}, {len(found):,} pieces, on held-out text:')
   lines.append(f'  {measure_fit(found, texts[cut:])}')
-  lines.append(f'wrote {output}: --config.data.vocabulary={output}')
+  lines.append(f'wrote {output}: --config.data.tokenizer={output}')
   return lines
 
 

@@ -38,14 +38,15 @@ from moepeft.data import (
   open_data,
   truncation_note,
 )
-from moepeft.data.batching.collators import make_model_collator
+from moepeft.data.batching.collators import make_model_collator, scoring_lengths
 from moepeft.data.chat import template as chat_template
 from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.registry import preferences
 from moepeft.data.tokenizers.tokenizer import check_vocab_size
-from moepeft.evaluation.eval_sets import examples, pairs_to_judge
-from moepeft.evaluation.validator import Judge, table
+from moepeft.evaluation.eval_sets import training_prompts, validation_rows
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.summary import before_after_table
 from moepeft.models import check_decodes, decoder_only
 from moepeft.objectives import (
   OBJECTIVES,
@@ -55,7 +56,7 @@ from moepeft.objectives import (
 )
 from moepeft.objectives import check_config as check_objective
 from moepeft.objectives.batches import make_collator
-from moepeft.runs import diagnosis, next_steps, plots
+from moepeft.runs import diagnosis, next_steps, plots, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.history import History
 from moepeft.runs.resume import (
@@ -64,7 +65,7 @@ from moepeft.runs.resume import (
   with_begun_date,
 )
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import Writer, writers
+from moepeft.runs.trackers import Tracker, open_trackers
 from moepeft.training import (
   grad_accumulation,
   memory_estimate,
@@ -142,8 +143,9 @@ def train(
   # What can be refused is refused before anything is read.
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
+  trackers.specs(config.log.trackers)
   if dry_run:
     return _train(config, workdir, gin, {}, dry_run=True)
   # Of several processes the first alone holds the directory and writes to it,
@@ -183,7 +185,7 @@ def _train(
   # First: the vocabulary is looked for in the same place.
   family, shape = base_lib.shape(config.model)
   check_decodes(shape)
-  words = load_tokenizer(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.tokenizer, config.model.path)
   check_vocab_size(words, shape.vocab)
   check_model(config.objective, decoder_only(shape))
   # What a chat template writes as today's, also when the run goes on.
@@ -206,7 +208,7 @@ def _train(
     )
   if base.quantise and built.trainable == 'params':
     raise ValueError(
-      f'config.model.quantise={base.quantise!r} keeps frozen weights, and '
+      f'config.model.quantize={base.quantise!r} keeps frozen weights, and '
       "full fine-tuning trains them; set it to '', or name another method"
     )
   variables = base_lib.initialise(base, model, config.seed)
@@ -239,7 +241,7 @@ def _train(
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=adapters,
   )
-  letters = base_lib.letters(model, base)
+  letters = base_lib.logical_axes(model, base)
   where = state_sharding.state_shardings(
     layout, state, letters, built.trainable
   )
@@ -277,17 +279,25 @@ def _train(
   )
 
   # ------------------------------------------------------------- resume ---
-  sets = examples(config, found.held_out, found.rows)
-  validation = pairs_to_judge(config, found, own)
+  prompts = training_prompts(config, found.held_out, found.rows)
+  validation = validation_rows(config, found, own)
   if config.evaluation.every_steps and not validation:
     raise ValueError(
       f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
-      'row is held out to validate on; raise config.data.held_out (seqio: give '
+      'row is held out to validate on; raise config.data.validation_fraction '
+      '(seqio: give '
       "tasks with a split 'validation'), or set it to 0"
     )
-  judged = build_validation_objective(config, reference)
-  judge = Judge(
-    config, model, words, validation, sets, layout.mesh, own, judged
+  evaluator = Evaluator(
+    model,
+    words,
+    scoring_lengths(data, model),
+    config.evaluation.batch_size,
+    validation=validation,
+    collator=own,
+    objective=build_validation_objective(config, reference),
+    prompts=prompts,
+    mesh=layout.mesh,
   )
   update = jax.jit(
     setup.build_train_step(config, model, built, optimizer, reference),
@@ -301,8 +311,8 @@ def _train(
     return {'loss': float(aux['loss'])}
   checkpoints = Checkpoints(
     workdir,
-    config.checkpoint.keep,
-    config.checkpoint.best,
+    config.checkpoint.max_to_keep,
+    config.checkpoint.keep_best,
     asynchronous=True,
   )
   course = Course()
@@ -322,15 +332,13 @@ def _train(
   log, pictures = config.log, run.plots_dir
   written = []
   if distributed.first():
-    written = writers(
-      workdir, first, log.tensorboard, log.wandb, config.to_dict()
-    )
+    written = open_trackers(run, first, config.to_dict())
 
   # --------------------------------------------------------- evaluation ---
   before = {}
   if config.evaluation.before and not first:
     print('evaluating before training', flush=True)
-    before = judge(built.variables(state), 'before training', 0)
+    before = evaluator(built.variables(state), 'before training', 0)
     distributed.write_json(run.before_file, before)
   elif config.evaluation.before and config.evaluation.after:
     # Not at the end, where damage to it would cost the summary.
@@ -345,7 +353,7 @@ def _train(
     progress,
     (*written, history),
     optimizers.make_schedule(config.optimizer, config.steps),
-    config.router_alarm,
+    config.router_collapse_threshold,
     share[1],
     history.last('validation_loss'),
   )
@@ -357,7 +365,9 @@ def _train(
   if done < config.steps:
     progress.phase('compiling the first step')
   with Signals() as signals:
-    while done < config.steps and not course.exhausted(config.patience):
+    while done < config.steps and not course.exhausted(
+      config.early_stopping_patience
+    ):
       batch, validated = next(batches), None
       state, aux = update(state, sharding.shard_batch(layout.mesh, batch))
       done += 1
@@ -373,19 +383,19 @@ def _train(
       if alone:
         alone.check()
       checkpoints.check()
-      judge_now = _every(config.evaluation.every_steps, done)
+      validate_now = _every(config.evaluation.every_steps, done)
       save = _every(config.checkpoint.every_steps, done) or done == config.steps
-      log_now = judge_now or _every(log.every_steps, done)
+      log_now = validate_now or _every(log.every_steps, done)
       if log_now:
         report.tell()
-      if judge_now:
-        total = judge.validation_rows
+      if validate_now:
+        total = evaluator.validation_rows
         with progress.paused('validating', total) as count:
-          validated = judge.validation(built.variables(state), count)
+          validated = evaluator.validation(built.variables(state), count)
         report.validated(done, validated)
         course = course.judged(validated['validation_loss'], done)
-        save |= config.checkpoint.best and course.best_step == done
-        save |= course.exhausted(config.patience)
+        save |= config.checkpoint.keep_best and course.best_step == done
+        save |= course.exhausted(config.early_stopping_patience)
       # Asked once: a signal that comes while saving is met after a step more.
       leave = distributed.agree(signals.received is not None, log_now)
       if save or leave:
@@ -415,7 +425,7 @@ def _train(
     print(
       f'stopped at step {done}: the validation loss was least, '
       f'{course.best:.4f}, at step {course.best_step} '
-      f'(config.patience={config.patience})'
+      f'(config.early_stopping_patience={config.early_stopping_patience})'
     )
 
   # ------------------------------------------------------------ summary ---
@@ -423,7 +433,7 @@ def _train(
   changes: list[str] = []
   if config.evaluation.after:
     print('evaluating after training', flush=True)
-    after = judge(
+    after = evaluator(
       built.variables(state), 'after training', int(state.step), validated
     )
     if alone:
@@ -433,7 +443,7 @@ def _train(
     if report.concluded(done, after):
       figures.draw()
     if 0 < len(after['rows']) <= _TABLE:
-      print(table(before.get('rows', []), after['rows']))
+      print(before_after_table(before.get('rows', []), after['rows']))
     summary |= {'before': before, 'after': after}
     changes = diagnosis.changes(before, after)
     if drawn:
@@ -444,7 +454,7 @@ def _train(
   chat = data.source in ('chat', 'preference') and (
     bool(data.chat_template) or has_chat_template(words)
   )
-  prompt = next((e.inputs for own in sets.values() for e in own), '')
+  prompt = next((e.inputs for p in prompts for e in p.examples), '')
   next_steps.tell(
     summary,
     changes,
@@ -452,7 +462,7 @@ def _train(
     {
       'losses': run.metrics_file,
       'plots': pictures if log.plots else None,
-      'curves': f'tensorboard --logdir={workdir}' if log.tensorboard else None,
+      'curves': trackers.view_commands(log.trackers, workdir),
       'evaluation': run.after_file if config.evaluation.after else None,
       'checkpoints': run.checkpoints_dir,
       **next_steps.commands(workdir, config, built, chat, prompt),
@@ -461,7 +471,7 @@ def _train(
   return summary
 
 
-def _close(written: Sequence[Writer]) -> None:
+def _close(written: Sequence[Tracker]) -> None:
   for writer in written:
     writer.close()
 

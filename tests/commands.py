@@ -22,7 +22,7 @@ _IMPORTED = (
   *('transformers', 'matplotlib.figure', 'scipy.stats', 'safetensors.numpy'),
   *(
     'moepeft.config.command_line',
-    'moepeft.evaluation.validator',
+    'moepeft.evaluation.evaluator',
     'moepeft.inference.prompts',
     'moepeft.training.metrics_logger',
   ),

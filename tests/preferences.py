@@ -18,7 +18,7 @@ from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives import OBJECTIVES, reference_model
 from moepeft.objectives.batches import make_collator
 
@@ -58,7 +58,7 @@ def written(folder):
     ('t5', t5.T5, T5),
   ):
     batch = base_lib.example_batch()
-    params = fresh(module(config), batch, 0)['params']
+    params = init_params(module(config), batch, 0)['params']
     hf.save(str(folder / name), config, params)
   (folder / 'pairs.json').write_text(json.dumps(pairs(45)))
   found = {name: str(folder / name) for name in ('llama', 't5')}
@@ -70,11 +70,11 @@ def card(places, family='llama', **changes):
   c.model.path, c.model.dropout = places[family], 0.0
   c.objective, c.method = 'dpo', MOLORA
   c.data.source, c.data.path = 'preference', places['data']
-  c.data.vocabulary, c.data.length, c.data.held_out = 'bytes', 31, 0.2
+  c.data.tokenizer, c.data.length, c.data.validation_fraction = 'bytes', 31, 0.2
   c.data.inputs_length, c.data.targets_length = 23, 7
   c.steps, c.batch_size = 4, 6
   c.log.every_steps = 2
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   c.checkpoint.every_steps = 2
   c.optimizer.learning_rate = 1e-2
   c.evaluation.before = c.evaluation.after = False

@@ -35,7 +35,6 @@ PENDING = frozenset(
     'moepeft/nn',
     'moepeft/peft',
     'moepeft/runs',
-    'moepeft/serve',
     'moepeft/tasks',
     'moepeft/training',
     'tests/benchmarks',
@@ -54,7 +53,6 @@ PENDING = frozenset(
     'tests/peft',
     'tests/reference',
     'tests/runs',
-    'tests/serve',
     'tests/tasks',
     'tests/training',
   )

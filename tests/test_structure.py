@@ -8,8 +8,8 @@ from scripts import structure
 # A unit may import those of the lines above its own, and none beside it.
 LAYERS = (
   ('core',),
-  ('nn', 'tasks'),
-  ('moe', 'models'),
+  ('nn', 'metrics'),
+  ('moe', 'models', 'tasks'),
   ('config',),
   ('peft',),
   ('runs',),

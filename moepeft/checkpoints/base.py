@@ -147,18 +147,18 @@ def load(model: ConfigDict) -> Base:
   Raises:
     ValueError: nothing there, or not of the form it should be.
   """
-  if model.quantise:
-    quantize.check(model.quantise)
+  if model.quantize:
+    quantize.check(model.quantize)
   if not model.path:
-    if model.quantise:
+    if model.quantize:
       raise ValueError(
-        f'config.model.quantise={model.quantise!r} is for weights that are '
+        f'config.model.quantize={model.quantize!r} is for weights that are '
         "read; set config.model.path, or quantise to ''"
       )
     family, config = shape(model)
     return Base(family, config, None, '', '')
   path = resolve(model.path)
-  kind, dtype = model.quantise, jnp.dtype(model.param_dtype)
+  kind, dtype = model.quantize, jnp.dtype(model.param_dtype)
   # Codes are of what is stored, whatever the rest is cast to.
   loaded = _form(path).load(path, dtype='float32' if kind else dtype)
   family = _family(model, loaded.config)
@@ -199,14 +199,14 @@ def load_adapter(path: str, config: Any) -> Start:
 
 
 def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
-  """The Flax module of a config with its method's advice."""
+  """The Flax module of a config with its method's adapters."""
   built = build(config.method, base.family.sites(base.config), config.semantics)
   model = config.model
   return base.family.MODULE(
     base.config,
-    built.advice,
+    built.adapter_map,
     remat=model.remat,
-    unroll=model.unroll,
+    unroll=model.scan_unroll,
     dtype=jnp.dtype(model.dtype),
     param_dtype=jnp.dtype(model.param_dtype),
     attention=model.attention,
@@ -222,7 +222,7 @@ def before(
     family, shape: of `shape`.
   """
   built = build(config.method, family.sites(shape), config.semantics)
-  return placeholders(built.advice, shape.vocab)
+  return placeholders(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:
@@ -233,12 +233,12 @@ def example_batch(rows: int = 1) -> Batch:
 
 def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the base's weights and a fresh adapter."""
-  return initializers.fresh(model, example_batch(), seed, base.params)
+  return initializers.init_params(model, example_batch(), seed, base.params)
 
 
-def letters(model: Any, base: Base) -> dict[str, Tree]:
+def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the letters of every array's axes."""
-  return initializers.letters(model, example_batch(), base.params)
+  return initializers.logical_axes(model, example_batch(), base.params)
 
 
 def with_adapter(
@@ -259,7 +259,7 @@ def with_adapter(
     )
   if kind not in (None, base.quantise):
     raise ValueError(
-      f'{path} was trained with config.model.quantise={kind!r}, this base has '
+      f'{path} was trained with config.model.quantize={kind!r}, this base has '
       f'{base.quantise!r}; set it to {kind!r}, or name another adapter'
     )
   semantics = semantics or built.semantics
@@ -268,7 +268,7 @@ def with_adapter(
     f'set config.method to {own.method!r} and config.semantics to '
     f'{semantics!r}, or name another adapter'
   )
-  if function_of(own.advice) != function_of(built.advice):
+  if function_of(own.adapter_map) != function_of(built.adapter_map):
     raise ValueError(
       f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
       f'has {built.method!r} with {built.semantics!r}; {advice}'

@@ -33,8 +33,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
     lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
   )
   params, kept = _total(shapes['params']), shapes['params']
-  if config.model.quantise:
-    kept = quantize.shapes(kept, model, config.model.quantise)
+  if config.model.quantize:
+    kept = quantize.shapes(kept, model, config.model.quantize)
   trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
   sites = defaultdict(int)
   for path, leaf in trained.items():

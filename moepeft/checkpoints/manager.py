@@ -291,7 +291,7 @@ class Checkpoints:
     )
     if before != now:
       raise ValueError(
-        f'{self.path} belongs to a run with config.model.quantise={before!r}, '
+        f'{self.path} belongs to a run with config.model.quantize={before!r}, '
         f'this run has {now!r}; set it back, or choose another --workdir'
       )
 
@@ -355,7 +355,7 @@ class Checkpoints:
       raise ValueError(
         f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
         f'{", ".join(map(str, steps))} (best: train with '
-        'config.checkpoint.best=True)'
+        'config.checkpoint.keep_best=True)'
       )
     return step
 

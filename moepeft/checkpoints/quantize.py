@@ -14,7 +14,7 @@ import numpy as np
 from moepeft.checkpoints.hf import model as hf
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import Shape, Tree
-from moepeft.nn.quantization import KINDS
+from moepeft.nn.quantization import FORMATS
 
 
 def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
@@ -23,14 +23,14 @@ def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
   Args:
     params: host arrays, layers stacked.
     config: the model's, of its family.
-    kind: of `moepeft.nn.quantization.KINDS`.
+    kind: of `moepeft.nn.quantization.FORMATS`.
     dtype: what is not quantised is cast to it; None keeps its own.
 
   Raises:
     ValueError: there is no such kind.
   """
   check(kind)
-  flat, encode = weight_mapping.flatten(params), KINDS[kind].encode
+  flat, encode = weight_mapping.flatten(params), FORMATS[kind].encode
   packed = {}
   for path, _, inputs in _kernels(config):
     made = [encode(layer, inputs) for layer in flat.pop(path)]
@@ -47,7 +47,7 @@ def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:
   kind = kind_of(params)
   if not kind:
     return params
-  flat, decode = weight_mapping.flatten(params), KINDS[kind].decode
+  flat, decode = weight_mapping.flatten(params), FORMATS[kind].decode
   for path, shape, _ in _kernels(config):
     codes, scales = flat.pop(f'{path}_{kind}'), flat.pop(f'{path}_scale')
     layers = [decode(c, s, shape) for c, s in zip(codes, scales, strict=True)]
@@ -58,7 +58,7 @@ def unpack(params: Tree, config: Any, dtype: Any = 'float32') -> Tree:
 def shapes(params: Tree, config: Any, kind: str) -> Tree:
   """`pack` of shapes: of what it would make, nothing is allocated."""
   check(kind)
-  flat, form = weight_mapping.flatten(params), KINDS[kind]
+  flat, form = weight_mapping.flatten(params), FORMATS[kind]
   for path, shape, inputs in _kernels(config):
     depth = flat.pop(path).shape[0]
     said = form.layout(shape[:inputs], shape[inputs:], 'd', '')
@@ -70,9 +70,10 @@ def shapes(params: Tree, config: Any, kind: str) -> Tree:
 
 def check(kind: str) -> None:
   """Raises a ValueError where there is no such kind."""
-  if kind not in KINDS:
+  if kind not in FORMATS:
     raise ValueError(
-      f"config.model.quantise is '' or one of {', '.join(KINDS)}; got {kind!r}"
+      "config.model.quantize is '' or one of "
+      f'{", ".join(FORMATS)}; got {kind!r}'
     )
 
 
@@ -81,7 +82,7 @@ def kind_of(params: Tree) -> str:
   ends = {
     path.rpartition('kernel_')[2] for path in weight_mapping.flatten(params)
   }
-  return next((kind for kind in KINDS if kind in ends), '')
+  return next((kind for kind in FORMATS if kind in ends), '')
 
 
 def parameters(params: Tree, config: Any) -> int:

@@ -6,13 +6,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moepeft.config import renamed
 from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
 from moepeft.core.ranges import Choices, shortened
 
 # Read with any data.source where data.replay mixes plain text in.
 _REPLAY_KEYS = tuple(
-  f'data.{key}' for key in ('predict', 'noise', 'span', 'duplicates', 'quality')
+  f'data.{key}'
+  for key in (
+    'pretraining_objective',
+    'noise_density',
+    'mean_noise_span_length',
+    'dedup_threshold',
+    'quality_filters',
+  )
 )
 
 
@@ -35,11 +43,11 @@ def check(
     check_entry(config, key, registry, _REPLAY_KEYS if is_replaying else ())
   _check_spans(config.data)
   if (
-    config.patience or config.checkpoint.best
+    config.early_stopping_patience or config.checkpoint.keep_best
   ) and not config.evaluation.every_steps:
     raise ValueError(
-      'config.patience and config.checkpoint.best go by validation losses; set '
-      'config.evaluation.every_steps too'
+      'config.early_stopping_patience and config.checkpoint.keep_best go by '
+      'validation losses; set config.evaluation.every_steps too'
     )
 
 
@@ -89,8 +97,9 @@ def check_ranges(config: ConfigDict) -> None:
 
   Raises:
     ValueError: a value is outside of its range, none of its choices, or no
-      text where a text is expected.
+      text where a text is expected, or a key has another name now.
   """
+  renamed.check_renamed(config)
   for key, allowed in ALLOWED.items():
     allowed.check(f'config.{key}', _value(config, key))
   for key in TEXTS:
@@ -117,10 +126,11 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
 def _check_spans(data: ConfigDict) -> None:
   """Refuses keys of span corruption where no span is corrupted."""
   defaults = default().data
-  for key in ('noise', 'span'):
-    if data[key] != defaults[key] and data.predict != 'spans':
+  for key in ('noise_density', 'mean_noise_span_length'):
+    if data[key] != defaults[key] and data.pretraining_objective != 'spans':
       raise ValueError(
         f'config.data.{key}={data[key]!r} does nothing with '
-        f"config.data.predict={data.predict!r}, only with 'spans'; set one of "
+        f'config.data.pretraining_objective={data.pretraining_objective!r}, '
+        "only with 'spans'; set one of "
         'the two'
       )

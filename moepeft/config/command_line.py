@@ -176,8 +176,9 @@ def sentence_of(error: Exception) -> str | None:
     detail = f' ({first})' if first else ''
     return (
       f'memory ran out{detail}; lower config.batch_size, the lengths of '
-      'config.data or --batch_size, raise config.accumulate, or set '
-      'config.model.remat=full or config.model.quantise=int8'
+      'config.data or --batch_size, raise config.gradient_accumulation_steps, '
+      'or set '
+      'config.model.remat=full or config.model.quantize=int8'
     )
   if isinstance(error, _ERRORS):
     return str(error)

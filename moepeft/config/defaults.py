@@ -15,7 +15,7 @@ from moepeft.core.untrusted import parse_literal
 
 
 def default() -> ConfigDict:
-  """The whole tree; a key that is not here is an error."""
+  """Returns the whole config; its keys are all that there are."""
   c = ConfigDict()
   c.seed = 0
   # Modules to import first, 'my_module,other': they register entries of their
@@ -23,30 +23,11 @@ def default() -> ConfigDict:
   c.imports = ''
   c.steps = 300
   c.batch_size = 32
-  # As in moepeft.config.method_string; 'full' trains the base itself.
+  # A batch is computed in so many parts, one after the other, to save memory.
+  c.gradient_accumulation_steps = 1
+  # The form is that of moepeft.config.method_string; 'full' trains the base.
   c.method = 'molora(experts=10, rank=4)'
-  # What is minimised: one of moepeft.objectives.
-  c.objective = 'seq2seq'
-  # Of the objectives that compare answers (dpo, kto, orpo, simpo, reward).
-  c.preference = ConfigDict(
-    dict(
-      # dpo: 'sigmoid', 'hinge', 'ipo' or 'robust'.
-      loss='sigmoid',
-      beta=0.1,
-      label_smoothing=0.0,
-      # Weight of the chosen answer's own likelihood.
-      sft=0.0,
-      # simpo's target margin, over beta.
-      margin=0.5,
-      # kto's weights of good and of bad answers.
-      desirable=1.0,
-      undesirable=1.0,
-      # What rewards are measured against: 'base' (without adapter), a run or
-      # adapter that stays as it is, or 'precomputed' (before training).
-      reference='base',
-    )
-  )
-  # What the method's text leaves open: 'official' (released code), 'paper'.
+  # Where the method's text leaves it open: 'official' (released code), 'paper'.
   c.semantics = 'official'
   # Weights of the router losses of moepeft.moe.aux_losses; the paper's are 0.
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
@@ -54,22 +35,65 @@ def default() -> ConfigDict:
   # expert has more than this share of the weight (softmax: every expert has
   # weight) or gets more than this share of the tokens (top-k), and the mean
   # entropy of a token's weights is below 0.75 of ln e.
-  c.router_alarm = 0.9
-  c.loss = ConfigDict(
+  c.router_collapse_threshold = 0.9
+  # The loss: an entry of moepeft.objectives.
+  c.objective = 'seq2seq'
+  c.loss = _loss()
+  c.preference = _preference()
+  c.model = _model()
+  c.data = _data()
+  c.optimizer = _optimizer()
+  c.sharding = _sharding()
+  c.evaluation = _evaluation()
+  c.checkpoint = _checkpoint()
+  # A run ends when its validation loss has not fallen for so many validations;
+  # 0 for never.
+  c.early_stopping_patience = 0
+  c.log = _log()
+  return c
+
+
+def _loss() -> ConfigDict:
+  """Keys of objectives that are a cross-entropy."""
+  return ConfigDict(
     dict(
-      # What it is a mean over: 'tokens', or 'sequences' (of each example's own
-      # mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
-      per='tokens',
-      # Weight of a token's squared log-partition (T5X: z_loss).
-      z=0.0,
+      # The loss is a mean over 'tokens', or over 'sequences' (of each example's
+      # own mean, packed or not; T5X's AVERAGE_PER_SEQUENCE).
+      average_over='tokens',
+      # Weight of a token's squared log-partition.
+      z_loss=0.0,
       label_smoothing=0.0,
     )
   )
-  # Parts that a batch is computed in, one after the other, to save memory.
-  c.accumulate = 1
-  c.model = ConfigDict(
+
+
+def _preference() -> ConfigDict:
+  """Keys of objectives that compare answers (dpo, kto, orpo, simpo, reward)."""
+  return ConfigDict(
     dict(
-      # Of moepeft.models; '' for that of `path`. Needed for random weights.
+      # dpo: 'sigmoid', 'hinge', 'ipo' or 'robust'.
+      loss='sigmoid',
+      beta=0.1,
+      label_smoothing=0.0,
+      # Weight of the chosen answer's own likelihood.
+      sft_weight=0.0,
+      # simpo's target margin, over beta.
+      margin=0.5,
+      # kto's weights of good and of bad answers.
+      desirable_weight=1.0,
+      undesirable_weight=1.0,
+      # Rewards are relative to 'base' (without adapter), to a run or adapter
+      # that stays as it is, or to 'precomputed' (before training).
+      reference='base',
+    )
+  )
+
+
+def _model() -> ConfigDict:
+  return ConfigDict(
+    dict(
+      # An entry of moepeft.models; '' for that of `path`. Needed for random
+      # weights.
       family='',
       # 'package:NAME' (ships with moepeft), a directory or hub name in Hugging
       # Face's form, or a T5X checkpoint; '' for random weights of `size`.
@@ -84,11 +108,11 @@ def default() -> ConfigDict:
       # --config.model.shape.positions=alibi.
       shape=ConfigDict(),
       dropout=0.1,
-      # Of activations; then of the base's weights in memory.
+      # The dtype of activations; then of the base's weights in memory.
       dtype='float32',
       param_dtype='float32',
       # '' as stored; 'int8' or 'nf4': the base's projections in so many bits.
-      quantise='',
+      quantize='',
       # 'naive', 'chunked' (no array of queries x keys) or 'fused': JAX's own,
       # which is cuDNN's on NVIDIA devices where that can, else XLA's, which
       # has such an array.
@@ -97,10 +121,13 @@ def default() -> ConfigDict:
       remat='none',
       # Layers in one step of the scan: more is faster on CPU and compiles
       # longer. With remat it is one.
-      unroll=1,
+      scan_unroll=1,
     )
   )
-  c.data = ConfigDict(
+
+
+def _data() -> ConfigDict:
+  c = ConfigDict(
     dict(
       # 'tasks' (embedded, generated), 'jsonl' (P3's form), 'datasets' (Hugging
       # Face's: a hub name or local files), 'seqio', 'chat' (conversations),
@@ -112,7 +139,7 @@ def default() -> ConfigDict:
       # hub name, 'glue/mrpc', or local json, csv, parquet or arrow files.
       # seqio: a directory of cached tasks, '' for registered ones.
       path='',
-      # Of a dataset or a SeqIO task.
+      # The split of a dataset or a SeqIO task.
       split='train',
       # promptsource's templates of raw rows: a templates.yaml, or a directory
       # of them; '' where rows have inputs and targets.
@@ -122,61 +149,87 @@ def default() -> ConfigDict:
       mixture='',
       # A module to import before, which registers SeqIO tasks.
       module='',
-      # A dataset's rate is min(rows, cap) ** (1 / temperature), cap 0 for
-      # none: 1 draws every row as often, 'inf' every dataset.
-      cap=0,
+      # A dataset's rate is min(rows, max_examples_per_task) **
+      # (1 / temperature), 0 for no maximum: temperature 1 draws every row as
+      # often, 'inf' every dataset.
+      max_examples_per_task=0,
       temperature=1.0,
-      # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
-      vocabulary='',
-      inputs_length=160,
-      targets_length=20,
-      # Tokens of a row of a decoder-only model, prompt and answer together.
-      length=512,
-      # chat, preference: 'alpaca', 'sharegpt' or 'messages'; '' finds out.
-      form='',
-      # A Jinja file instead of the tokenizer's own chat template.
-      chat_template='',
-      # What chat templates write that ask for the date, '2024-07-26'; '' for
-      # the day of the run's first start, which is kept.
-      date='',
-      # Put before conversations that have no system turn.
-      system='',
-      # What is trained: 'answers' (the assistant's turns but those of `weight`
-      # 0) or 'all'.
-      train_on='answers',
-      # Too long an example: 'prompt' (its prompt loses its beginning; chat: its
-      # oldest turns before), 'end' (cut there) or 'drop'.
-      too_long='prompt',
-      # text: 'next' (causal), 'spans' (T5's corruption) or 'prefix' (what
-      # follows a drawn place; a decoder reads the prefix causally too, unlike
-      # the prefix LM of arXiv:1910.10683, section 3.2.1, which sees all of it).
-      predict='next',
-      # The share of tokens that 'spans' hides, and a span's mean length.
-      noise=0.15,
-      span=3.0,
-      # text: near duplicates from this Jaccard similarity on are left out; 0
-      # for none. Then rules of moepeft.data.text.quality, 'length,repetition'.
-      duplicates=0.0,
-      quality='',
-      # Plain text mixed in, so that less is forgotten, and its share of the
-      # examples; python -m moepeft.data tells its share of the trained tokens.
-      replay='',
-      replay_rate=0.0,
-      # Whether a row of a batch holds as many examples as fit.
-      packing=False,
-      # The share of each dataset's last `idx` kept for validation: of the last
-      # rows of chat and preference, where rows of one prompt stay together.
-      held_out=0.05,
-      # 'error', or 'skip': counted and told.
-      on_bad_row='error',
       # Fields of rows and turns that are left unused, 'images,name'. Others
       # that change what a row means are used or refused.
-      ignore='',
+      ignore_fields='',
+      # 'error', or 'skip': counted and told.
+      on_bad_row='error',
+      # The share of each dataset's last `idx` kept for validation: of the last
+      # rows of chat and preference, where rows of one prompt stay together.
+      validation_fraction=0.05,
       # Processes that read and tokenize ahead; 0 for threads.
-      workers=0,
+      num_workers=0,
     )
   )
-  c.optimizer = ConfigDict(
+  c.update(_batches())
+  c.update(_chat())
+  c.update(_text())
+  return c
+
+
+def _batches() -> dict[str, Any]:
+  """Keys of config.data that say how texts become batches."""
+  return dict(
+    # '' for the model's own, 'bytes', a tokenizer's directory or hub name.
+    tokenizer='',
+    inputs_length=160,
+    targets_length=20,
+    # Tokens of a row of a decoder-only model, prompt and answer together.
+    length=512,
+    # Too long an example: 'prompt' (its prompt loses its beginning; chat: its
+    # oldest turns before), 'end' (cut there) or 'drop'.
+    truncation='prompt',
+    # Whether a row of a batch holds as many examples as fit.
+    packing=False,
+  )
+
+
+def _chat() -> dict[str, Any]:
+  """Keys of config.data for the sources chat and preference."""
+  return dict(
+    # 'alpaca', 'sharegpt' or 'messages'; '' finds out.
+    format='',
+    # A Jinja file instead of the tokenizer's own chat template.
+    chat_template='',
+    # The date of chat templates that ask for one, '2024-07-26'; '' for the day
+    # of the run's first start, which is kept.
+    date='',
+    # Put before conversations that have no system turn.
+    system_prompt='',
+    # The loss is on 'answers' (the assistant's turns but those of `weight` 0)
+    # or on 'all'.
+    train_on='answers',
+  )
+
+
+def _text() -> dict[str, Any]:
+  """Keys of config.data for plain text, the source's or replayed."""
+  return dict(
+    # 'next' (causal), 'spans' (T5's corruption) or 'prefix' (the continuation
+    # from a drawn place; a decoder reads the prefix causally too, unlike the
+    # prefix LM of arXiv:1910.10683, section 3.2.1, which sees all of it).
+    pretraining_objective='next',
+    # The share of tokens that 'spans' hides, and a span's mean length.
+    noise_density=0.15,
+    mean_noise_span_length=3.0,
+    # Near duplicates from this Jaccard similarity on are left out; 0 for none.
+    # Then rules of moepeft.data.text.quality, 'length,repetition'.
+    dedup_threshold=0.0,
+    quality_filters='',
+    # Plain text mixed in, so that less is forgotten, and its share of the
+    # examples; python -m moepeft.data tells its share of the trained tokens.
+    replay='',
+    replay_rate=0.0,
+  )
+
+
+def _optimizer() -> ConfigDict:
+  return ConfigDict(
     dict(
       # 'adamw' or 'adafactor'.
       name='adamw',
@@ -189,29 +242,35 @@ def default() -> ConfigDict:
       weight_decay=0.0,
       b1=0.9,
       b2=0.999,
-      # Of the gradient's global norm; 0 for none.
-      clip=1.0,
+      # Maximum of the gradient's global norm; 0 for none.
+      max_grad_norm=1.0,
       # Steps that Adafactor's decay counts as done before the first; released
       # as 1,100,000, the steps of the base's pretraining.
-      clock=0,
+      decay_initial_step=0,
       # Rates and decay by parameter, '*/router/*: learning_rate=1e-4,
       # weight_decay=0; ...': patterns of paths, of which the first decides.
       groups='',
     )
   )
-  c.sharding = ConfigDict(
+
+
+def _sharding() -> ConfigDict:
+  return ConfigDict(
     dict(
       # 'dp' (every device holds all weights), 'fsdp' (weights are spread over
       # the axis 'data') or 'tp' (over the axis 'model').
       preset='dp',
       # Devices along the axis 'model'; the rest are along 'data'.
-      model=1,
+      model_parallel_size=1,
       # (letter, mesh axis) pairs before those of the preset; see
       # moepeft.core.sharding.
       rules=(),
     )
   )
-  c.evaluation = ConfigDict(
+
+
+def _evaluation() -> ConfigDict:
+  return ConfigDict(
     dict(
       # Whether to evaluate before and after training.
       before=True,
@@ -227,32 +286,35 @@ def default() -> ConfigDict:
       batch_size=32,
       # The validation loss is of so many times batch_size held-out examples,
       # evenly spread, or of all where there are fewer.
-      batches=8,
+      max_batches=8,
     )
   )
-  c.checkpoint = ConfigDict(
+
+
+def _checkpoint() -> ConfigDict:
+  return ConfigDict(
     dict(
       every_steps=100,
       # The newest so many are kept, and the one of the least validation loss
-      # too where `best` (needs evaluation.every_steps).
-      keep=2,
-      best=False,
+      # too where `keep_best` (needs evaluation.every_steps).
+      max_to_keep=2,
+      keep_best=False,
     )
   )
-  # Ends a run whose validation loss has not fallen for so many validations; 0
-  # for never.
-  c.patience = 0
-  c.log = ConfigDict(
+
+
+def _log() -> ConfigDict:
+  return ConfigDict(
     dict(
       every_steps=10,
       # Pictures in <workdir>/plots, drawn once a minute and at the end.
       plots=True,
-      tensorboard=True,
-      # A project of Weights & Biases; '' for none.
-      wandb='',
+      # Names of moepeft.runs.trackers, 'tensorboard,wandb'; '' for none.
+      trackers='tensorboard',
+      # The project of Weights & Biases.
+      wandb_project='',
     )
   )
-  return c
 
 
 def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
@@ -282,14 +344,14 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
   c.data.inputs_length = 1024
   c.data.targets_length = 256
   c.data.packing = True
-  c.loss.per = 'sequences'
-  c.loss.z = 1e-4
+  c.loss.average_over = 'sequences'
+  c.loss.z_loss = 1e-4
   c.optimizer.name = 'adafactor'
   c.optimizer.learning_rate = 3e-4
-  c.optimizer.clip = 0.0
-  c.optimizer.clock = 1_100_000
+  c.optimizer.max_grad_norm = 0.0
+  c.optimizer.decay_initial_step = 1_100_000
   c.checkpoint.every_steps = 10_000
-  c.checkpoint.keep = 60
+  c.checkpoint.max_to_keep = 60
   return c
 
 

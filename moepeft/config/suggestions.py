@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from moepeft.config import renamed
 from moepeft.config.defaults import default
 from moepeft.core.ranges import nearest, shortened
 
@@ -32,6 +33,8 @@ def unknown_key(arg: str) -> str:
   """
   name = arg.partition('=')[0].lstrip('-')
   key = name.removeprefix('config.').partition('[')[0]
+  if new := renamed.message(key):
+    return new
   known = list(keys())
   sections = {k[:i] for k in known for i, c in enumerate(k) if c == '.'}
   if name == key or key in known or key.startswith(f'{_SHAPE}.'):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moepeft.core.types import LETTERS, Batch, Tree
+from moepeft.core.types import AXIS_NAMES, Batch, Tree
 
 AXES = ('data', 'model')
 Rules = tuple[tuple[str, str], ...]
@@ -85,8 +85,8 @@ def _rule(pair: Any) -> tuple[str, str | None]:
       f"('f', 'model'); got {pair!r}"
     )
   letter, axis = pair
-  if letter not in LETTERS:
-    said = ', '.join(f'{key} ({word})' for key, word in LETTERS.items())
+  if letter not in AXIS_NAMES:
+    said = ', '.join(f'{key} ({word})' for key, word in AXIS_NAMES.items())
     raise ValueError(
       f'config.sharding.rules has no letter {letter!r}; the letters of arrays '
       f'are {said}'
@@ -108,7 +108,8 @@ def make_mesh(model: int = 1, devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   if model < 1 or len(devices) % model:
     raise ValueError(
-      f'config.sharding.model={model} does not divide {len(devices)} devices; '
+      f'config.sharding.model_parallel_size={model} does not divide '
+      f'{len(devices)} devices; '
       'set it to a divisor'
     )
   shape = (len(devices) // model, model)
@@ -189,7 +190,8 @@ def share(mesh: Mesh) -> tuple[int, int]:
   mine = [i for i, own in enumerate(shares) if jax.process_index() in own]
   if len(mine) != 1 or len({places.count(own) for own in shares}) != 1:
     raise ValueError(
-      f'config.sharding.model={mesh.shape["model"]} cuts across the '
+      f'config.sharding.model_parallel_size={mesh.shape["model"]} cuts across '
+      'the '
       f'{jax.process_count()} processes; set it to a divisor or a multiple of '
       f'the {jax.local_device_count()} devices of one'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words that every room shares: letters, Context, Routing, Batch, State.
+"""Types that every folder shares: AXIS_NAMES, Context, Routing, Batch, State.
 
 One letter names an axis everywhere (einsum, comments, docstrings):
 b batch, t query or target length, s key or source length, d model, n heads,
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-# The letters that the axes of stored arrays may have.
-LETTERS = {
+# The axes of stored arrays, by the letter that einsums have for them.
+AXIS_NAMES = {
   'd': 'model',
   'n': 'heads',
   'k': 'kv heads',
@@ -44,7 +44,7 @@ JUDGED = ('', 'kl_')
 
 @struct.dataclass
 class Context:
-  """What advice at a site may need, by name; None where nothing was given.
+  """The inputs of adapters and routers beside `x`; None where absent.
 
   Attributes:
     token_mask: bool [b, t], True where `x` holds a real token.
@@ -61,8 +61,8 @@ class Context:
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
     cache_length: the cache's length in tokens; static.
-    stack: what a stack calls instead of its layers, with the arguments of
-      `nn.stack.stack`: (block, length, x, ctx, args) -> x; static.
+    run_layers: replaces `nn.scan_layers.scan_layers`, whose arguments it
+      takes: (block, length, x, ctx, args) -> x; static.
   """
 
   token_mask: Array | None = None
@@ -78,33 +78,33 @@ class Context:
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)
-  stack: Callable | None = struct.field(pytree_node=False, default=None)
+  run_layers: Callable | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
 class Routing:
-  """What a router decides for each token.
+  """A router's decision for each token.
 
   Attributes:
     logits: float32 [..., e], before expert dropout and selection.
-    weights: float32 [..., e], what the experts are mixed with.
+    combine_weights: float32 [..., e], what the experts are mixed with.
     k: how many experts have weight, the same for every token; None where all
       of them may have some. Static.
   """
 
   logits: Array
-  weights: Array
+  combine_weights: Array
   k: int | None = struct.field(pytree_node=False, default=None)
 
   @property
   def sparse(self) -> bool:
     """Whether a token is sent to k of the experts and no others."""
-    return self.k is not None and self.k < self.weights.shape[-1]
+    return self.k is not None and self.k < self.combine_weights.shape[-1]
 
 
 @struct.dataclass
 class State:
-  """All that training changes or needs to go on.
+  """The training state.
 
   Attributes:
     step: int32 scalar, updates done.
@@ -125,9 +125,9 @@ class State:
 
 
 class Adapter(Protocol):
-  """Advice around a frozen call: `(f, x, ctx) -> y`; see `nn.site.Frozen`."""
+  """Wraps a layer: `(layer, x, ctx) -> y`; see `nn.adapter_hook.BaseLayer`."""
 
-  def __call__(self, f, x: Array, ctx: Context) -> Array: ...
+  def __call__(self, layer, x: Array, ctx: Context) -> Array: ...
 
 
 class Router(Protocol):

@@ -46,7 +46,7 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     only: whether to print these rows alone.
   """
   data = config.data
-  words = load_tokenizer(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.tokenizer, config.model.path)
   family, shape = base_lib.shape(config.model)
   check_vocab_size(words, shape.vocab)
   before = base_lib.before(family, shape, config)

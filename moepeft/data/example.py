@@ -44,7 +44,7 @@ class BadRows:
   def __init__(self, on_bad_row: str = 'error', ignore: str = ''):
     """
     Args:
-      ignore: config.data.ignore.
+      ignore: config.data.ignore_fields.
 
     Raises:
       ValueError: `on_bad_row` is neither 'error' nor 'skip'.

@@ -195,7 +195,7 @@ def make_loader(
   if isinstance(sources.train, SeqioStream):
     # SeqIO reads ahead, and by host, by itself.
     return Loader(StreamWindows(sources.train.open, own), batch_size)
-  windows = ExampleWindows(sources.train, own, shard, data.workers)
+  windows = ExampleWindows(sources.train, own, shard, data.num_workers)
   return Loader(windows, batch_size)
 
 

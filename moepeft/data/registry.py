@@ -99,17 +99,19 @@ def _opened(
       )
     )
   if data.source == 'jsonl':
-    rows = jsonl.read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore)
+    rows = jsonl.read(
+      data.path, on_bad_row=data.on_bad_row, ignore=data.ignore_fields
+    )
   else:
     rows = huggingface.read(
       *(data.path, data.split, data.templates, data.on_bad_row),
-      *(seed, data.ignore),
+      *(seed, data.ignore_fields),
     )
   return _of_rows(rows, data, seed)
 
 
 def _tasks(group: str, seed: int) -> TrainingData:
-  names = tasks.families(group)
+  names = tasks.task_names(group)
   counts = collections.Counter(names)
   return TrainingData(
     train=grain.MapDataset.source(Drawn(names, seed)),
@@ -136,7 +138,7 @@ class Drawn:
 
 def _of_rows(rows: ExampleRows, data: ConfigDict, seed: int) -> TrainingData:
   """Rows split by `idx`, grouped by dataset and mixed at the config's rates."""
-  train, held_out = jsonl.split_by_idx(rows, data.held_out)
+  train, held_out = jsonl.split_by_idx(rows, data.validation_fraction)
   groups = collections.defaultdict(list)
   for row in train:
     groups[(row.task, row.template) if data.mixture else row.task].append(row)
@@ -151,7 +153,9 @@ def _of_rows(rows: ExampleRows, data: ConfigDict, seed: int) -> TrainingData:
     weights = {_joined(*pair): rate for pair, rate in found.rates.items()}
     groups = {_joined(*pair): groups[pair] for pair in found.rates}
   else:
-    weights = mixing.mixing_rates(sizes, data.cap, data.temperature)
+    weights = mixing.mixing_rates(
+      sizes, data.max_examples_per_task, data.temperature
+    )
   return TrainingData(
     train=mixing.mix(groups, weights, seed),
     shares=mixing.normalize(weights),
@@ -171,7 +175,7 @@ def _text(
       'a directory of them'
     )
   found = text_dataset.read_chunks(data, own, data.path, below)
-  train, held_out = found.split(data.held_out)
+  train, held_out = found.split(data.validation_fraction)
   name = _called(data.path)
   return TrainingData(
     train=found.prepared(mixing.mix({name: train}, {}, seed), seed),
@@ -187,9 +191,9 @@ def preferences(
   """Compared or judged answers, which are ids already.
 
   Raises:
-    ValueError: config.data.held_out leaves nothing to train on.
+    ValueError: config.data.validation_fraction leaves nothing to train on.
   """
-  train, held_out = found.split(data.held_out)
+  train, held_out = found.split(data.validation_fraction)
   name = _called(data.path)
   return TrainingData(
     train=mixing.mix({name: train}, {}, seed),
@@ -215,13 +219,16 @@ def _chat(data: ConfigDict, seed: int, own: Collator) -> TrainingData:
   found, notes = chat_dataset.read_chats(data, own.tokenizer, *own.max_lengths)
   train, held_out = {}, []
   for file, some in found.items():
-    out = split.hold_out_last([talk.asked for talk in some], data.held_out)
+    out = split.hold_out_last(
+      [talk.asked for talk in some], data.validation_fraction
+    )
     kept = [talk.sample for talk, o in zip(some, out, strict=True) if not o]
     train |= {_within(data.path, file): kept} if kept else {}
     held_out += [talk.sample for talk, o in zip(some, out, strict=True) if o]
   if not train:
     raise ValueError(
-      f'config.data.held_out={data.held_out} leaves no row to train on; lower '
+      f'config.data.validation_fraction={data.validation_fraction} leaves no '
+      'row to train on; lower '
       'it'
     )
   weights = mixing.mixing_rates(

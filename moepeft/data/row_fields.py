@@ -48,7 +48,7 @@ class UnusedFields:
 
   Attributes:
     ignore: keys of fields that may be left unused though they change what a
-      row means; of config.data.ignore.
+      row means; of config.data.ignore_fields.
   """
 
   def __init__(self, ignore: str = ''):
@@ -173,7 +173,7 @@ class RowFields(Mapping):
   """A row or a turn, of which each field that is taken counts as used.
 
   A field that is null is absent, as tables have no other way to say so, and so
-  is one that config.data.ignore names.
+  is one that config.data.ignore_fields names.
   """
 
   def __init__(
@@ -257,7 +257,7 @@ class RowFields(Mapping):
         raise BadRow(
           f'{self._where} has {name!r}, {what}, and nothing reads it here; '
           'give it in a field that is read, remove the row, or leave the field '
-          f'unused with config.data.ignore={name}'
+          f'unused with config.data.ignore_fields={name}'
         )
       self._list(name)
 

@@ -84,10 +84,12 @@ def table(
   Args:
     idx, each, weights: of every prompt, of equal lengths within a prompt.
   """
-  keys = np.unique(np.concatenate([np.asarray(own, np.int64) for own in idx]))
+  keys = np.unique(
+    np.concatenate([np.asarray(numbers, np.int64) for numbers in idx])
+  )
   sums = np.zeros((2, len(keys), len(idx)))
-  for p, own in enumerate(zip(idx, each, weights, strict=True)):
-    rows = np.searchsorted(keys, np.asarray(own[0], np.int64))
-    np.add.at(sums[0, :, p], rows, np.asarray(own[1], np.float64))
-    np.add.at(sums[1, :, p], rows, np.asarray(own[2], np.float64))
+  for p, numbers in enumerate(zip(idx, each, weights, strict=True)):
+    rows = np.searchsorted(keys, np.asarray(numbers[0], np.int64))
+    np.add.at(sums[0, :, p], rows, np.asarray(numbers[1], np.float64))
+    np.add.at(sums[1, :, p], rows, np.asarray(numbers[2], np.float64))
   return sums[0], sums[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples a run is judged by."""
+"""Held-out examples by task and prompt, for evaluations."""
 
 import collections
 import dataclasses
@@ -22,74 +22,13 @@ SPLITS = ('seen', 'held_out')
 EVALUATION, VALIDATION = 'evaluation', 'validation'
 
 
-def examples(config: ConfigDict, validation: Sequence[Example], train=None):
-  """What is ranked in training: {(group, task, templates): examples}.
-
-  Instances are held out in every entry; `templates` says whether the wording
-  was seen in training.
-
-  Args:
-    validation: held-out rows of the training source.
-    train: the training rows, which give closed templates their choices.
-  """
-  e = config.evaluation
-  if config.data.source == 'tasks':
-    found = _families(config)
-  else:
-    ranked = jsonl.with_closed_choices(train or (), examples_of(validation))
-    found = _by_task(VALIDATION, ranked, e.max_examples)
-  if e.path:
-    rows = jsonl.read(e.path, ranked=True)
-    for note in rows.notes(e.path):
-      print(note, file=sys.stderr)
-    found |= _by_task(EVALUATION, rows, e.max_examples)
-  return found
-
-
-def pairs_to_judge(
-  config: ConfigDict, found: TrainingData, own: Collator
-) -> list:
-  """Held-out examples, as ids, whose loss a run is judged by."""
-  e = config.evaluation
-  return found.validation(own, e.batches * e.batch_size)
-
-
-def examples_of(held_out: Sequence) -> list[Example]:
-  """Those that are examples yet: texts and conversations are ids."""
-  return [e for e in held_out if isinstance(e, Example)]
-
-
-def _families(config: ConfigDict):
-  e, found = config.evaluation, {}
-  for name in tasks.families(e.tasks):
-    group = tasks.FAMILIES[name].group
-    for label, which in zip(SPLITS, ('train', 'held_out'), strict=True):
-      found[group, name, label] = tasks.examples(
-        (name,),
-        e.max_examples,
-        seed=config.seed,
-        split='held_out',
-        templates=which,
-      )
-  return found
-
-
-def _by_task(group: str, rows: Iterable[Example], most: int):
-  tables = collections.defaultdict(list)
-  for row in rows:
-    tables[group, row.task, ''].append(row)
-  return {
-    key: evenly_spaced(rows, most) for key, rows in sorted(tables.items())
-  }
-
-
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   """The examples of one prompt of a task.
 
   Attributes:
-    group: of tasks: one of the embedded ones', 'validation' or 'evaluation'.
-    task: a dataset or family.
+    group: of an embedded task, or 'validation' or 'evaluation'.
+    task: a dataset or an embedded task.
     name: of the prompt; '' where its rows have none, or it stands for all.
     examples: each with an `idx` that its task's other prompts share.
   """
@@ -101,37 +40,112 @@ class Prompt:
 
   @property
   def templates(self) -> str:
-    """Which wordings: one of `SPLITS` in the embedded tasks, else ''."""
-    return self.name if self.group in tasks.GROUPS else ''
+    """The templates' split: one of `SPLITS` in embedded tasks, else ''."""
+    return '' if self.group in (VALIDATION, EVALUATION) else self.name
 
 
-def prompts(group: str, rows: Iterable[Example], most: int) -> list[Prompt]:
+def training_prompts(
+  config: ConfigDict, held_out: Sequence[Example], train=None
+) -> list[Prompt]:
+  """The prompts that are ranked before and after training.
+
+  Their examples are held out; the name of a prompt of embedded tasks says
+  whether its templates are of training.
+
+  Args:
+    held_out: rows of the training source.
+    train: the training rows, which give closed templates their choices.
+  """
+  e = config.evaluation
+  if config.data.source == 'tasks':
+    ranked_prompts = _embedded_prompts(config)
+  else:
+    ranked = jsonl.with_closed_choices(train or (), examples_of(held_out))
+    ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
+  if e.path:
+    rows = jsonl.read(e.path, ranked=True)
+    for note in rows.notes(e.path):
+      print(note, file=sys.stderr)
+    ranked_prompts += _by_task(EVALUATION, rows, e.max_examples)
+  return ranked_prompts
+
+
+def validation_rows(
+  config: ConfigDict, sources: TrainingData, collator: Collator
+) -> list:
+  """Held-out examples, as ids, that the validation loss is of."""
+  e = config.evaluation
+  return sources.validation(collator, e.batches * e.batch_size)
+
+
+def examples_of(held_out: Sequence) -> list[Example]:
+  """The rows that are examples yet: texts and conversations are ids."""
+  return [e for e in held_out if isinstance(e, Example)]
+
+
+def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
+  return [
+    Prompt(
+      tasks.TASKS[name].group,
+      name,
+      split,
+      tuple(
+        tasks.examples(
+          (name,),
+          config.evaluation.max_examples,
+          seed=config.seed,
+          split='held_out',
+          templates=templates,
+        )
+      ),
+    )
+    for name in tasks.task_names(config.evaluation.tasks)
+    for split, templates in zip(SPLITS, ('train', 'held_out'), strict=True)
+  ]
+
+
+def _by_task(
+  group: str, rows: Iterable[Example], max_examples: int
+) -> list[Prompt]:
+  """Rows by task, whatever their prompts."""
+  by_task = collections.defaultdict(list)
+  for row in rows:
+    by_task[row.task].append(row)
+  return [
+    Prompt(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
+    for task, of_task in sorted(by_task.items())
+  ]
+
+
+def prompts(
+  group: str, rows: Iterable[Example], max_examples: int
+) -> list[Prompt]:
   """Rows by task and prompt, the same examples in all prompts of a task.
 
   Examples are spread evenly over those that a task has; a prompt that lacks
   some of them has fewer. Rows without an `idx` are counted in their prompt.
 
   Args:
-    most: examples of a prompt.
+    max_examples: of a prompt.
   """
   tables = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
-    own = tables[row.task][row.template]
-    numbered = row.idx >= 0
-    own.append(row if numbered else dataclasses.replace(row, idx=len(own)))
-  found = []
+    of_prompt = tables[row.task][row.template]
+    of_prompt.append(_with_idx(row, len(of_prompt)))
+  result = []
   for task, by_name in sorted(tables.items()):
-    taken = set(
-      evenly_spaced(sorted({e.idx for e in sum(by_name.values(), [])}), most)
-    )
-    for name, own in sorted(by_name.items()):
-      kept = tuple(e for e in own if e.idx in taken)
-      found += [Prompt(group, task, name, kept)] if kept else []
-  return found
+    numbers = sorted({e.idx for e in sum(by_name.values(), [])})
+    chosen = set(evenly_spaced(numbers, max_examples))
+    for name, of_prompt in sorted(by_name.items()):
+      examples = tuple(e for e in of_prompt if e.idx in chosen)
+      result += [Prompt(group, task, name, examples)] if examples else []
+  return result
 
 
-def own_prompts(config: ConfigDict, found: TrainingData) -> list[Prompt]:
-  """What of a run's own held-out rows has choices.
+def prompts_with_choices(
+  config: ConfigDict, sources: TrainingData
+) -> list[Prompt]:
+  """Prompts of a run's held-out rows that have choices.
 
   The rows of config.evaluation.path are other data: training ranks them, and
   `moepeft.evaluate --data` gives them rows under their own name.
@@ -140,38 +154,39 @@ def own_prompts(config: ConfigDict, found: TrainingData) -> list[Prompt]:
   """
   e = config.evaluation
   if config.data.source == 'tasks':
-    return [
-      Prompt(*key, examples=tuple(rows))
-      for key, rows in _families(config).items()
-    ]
-  rows = jsonl.with_closed_choices(found.rows, examples_of(found.held_out))
+    return _embedded_prompts(config)
+  rows = jsonl.with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 
-def whole_tasks(rows: Iterable[Example], most: int) -> list[Prompt]:
+def whole_tasks(rows: Iterable[Example], max_examples: int) -> list[Prompt]:
   """Rows by task, whatever their prompts, at most so many of each.
 
   Rows without an `idx` are counted in their task.
   """
   return [
-    Prompt(VALIDATION, task, '', tuple(map(_numbered, own, range(len(own)))))
-    for (_, task, _), own in _by_task(VALIDATION, rows, most).items()
+    dataclasses.replace(
+      prompt,
+      examples=tuple(_with_idx(e, i) for i, e in enumerate(prompt.examples)),
+    )
+    for prompt in _by_task(VALIDATION, rows, max_examples)
   ]
 
 
-def _numbered(row: Example, place: int) -> Example:
+def _with_idx(row: Example, place: int) -> Example:
+  """A row with its place as the `idx` that it lacks."""
   return row if row.idx >= 0 else dataclasses.replace(row, idx=place)
 
 
 def digest(rows: Sequence[Example]) -> str | None:
   """12 hexadecimal digits that tell data of one name apart; None of no rows.
 
-  They are of the SHA-256 of all that the rows say, in their order.
+  They are of the SHA-256 of all fields of the rows, in their order.
   """
   if not rows:
     return None
-  found = hashlib.sha256()
+  sha256 = hashlib.sha256()
   for e in rows:
-    said = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
-    found.update(json.dumps(said).encode() + b'\n')
-  return found.hexdigest()[:12]
+    row = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
+    sha256.update(json.dumps(row).encode() + b'\n')
+  return sha256.hexdigest()[:12]

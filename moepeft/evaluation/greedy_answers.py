@@ -85,16 +85,16 @@ class Answering:
     """`answers` of inputs alone."""
     ids = [self._ids(text)[0] for text in inputs]
     lengths = [(len(x),) for x in ids]
-    found = [''] * len(ids)
+    answers = [''] * len(ids)
     for (s,), places in buckets(lengths, (_LEAST,), (self._most,), self._rows):
       rows = [ids[i] for i in repeat_last(places, self._rows)]
       s += self._before
-      said = self._generation.texts(variables, rows, s=s)
-      for i, text in zip(places, said, strict=False):
-        found[i] = text
+      generated = self._generation.texts(variables, rows, s=s)
+      for i, text in zip(places, generated, strict=False):
+        answers[i] = text
       if progress is not None:
         progress(len(places))
-    return found
+    return answers
 
   def _ids(self, text: str) -> tuple[list[int], bool]:
     """(ids of an input, whether it was cut to the most there may be)."""

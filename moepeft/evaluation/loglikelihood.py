@@ -33,8 +33,8 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
       `batching.decoder_only.pad_samples`.
   """
   logits = model.apply(variables, batch)
-  found = token_losses(logits, batch['targets'])
-  return jnp.where(batch['targets_mask'], found, 0)
+  nll = token_losses(logits, batch['targets'])
+  return jnp.where(batch['targets_mask'], nll, 0)
 
 
 class Likelihood:
@@ -56,14 +56,14 @@ class Likelihood:
       vocabulary, inputs_length, targets_length, prefix_ids=front
     )
     if decoder_only(model):
-      both = inputs_length + targets_length
-      self._form = CausalCollator(vocabulary, both, prefix_ids=front)
+      length = inputs_length + targets_length
+      self._form = CausalCollator(vocabulary, length, prefix_ids=front)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 
   def cut(self, examples: Sequence[Example]) -> np.ndarray:
     """Whether the inputs or targets of each are cut: bool [n]."""
-    return np.array([self._form.cut([e]) for e in examples], bool)
+    return np.array([self._form.count_cut([e]) for e in examples], bool)
 
   def sums(
     self,
@@ -91,8 +91,8 @@ class Likelihood:
       filled = [encoded[i] for i in repeat_last(places, self._rows)]
       batch = self._form.resized(shape).pad(filled)
       batch = sharding.shard_whole_batch(self._mesh, batch)
-      found = sharding.gather(self._losses(variables, batch))
-      nll[places] = found[: len(places)].sum(axis=1, dtype=np.float64)
+      losses = sharding.gather(self._losses(variables, batch))
+      nll[places] = losses[: len(places)].sum(axis=1, dtype=np.float64)
       if progress is not None:
         progress(len(places))
     return nll, np.array(tokens, np.int64)

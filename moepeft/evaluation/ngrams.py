@@ -24,7 +24,7 @@ from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
-from moepeft.evaluation.eval_sets import pairs_to_judge
+from moepeft.evaluation.eval_sets import validation_rows
 
 # Least and largest discount of a count.
 _DISCOUNTS = 0.1, 0.9
@@ -92,8 +92,8 @@ def _counts(contexts: np.ndarray, grams: np.ndarray) -> _Counts:
 
 def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
   """values[places], 0 where there is none."""
-  known = (places >= 0) & (places < len(values))
-  return np.where(known, values[np.where(known, places, 0)], 0)
+  valid = (places >= 0) & (places < len(values))
+  return np.where(valid, values[np.where(valid, places, 0)], 0)
 
 
 class NGrams:
@@ -114,43 +114,45 @@ class NGrams:
     grams = np.zeros(len(tokens), np.int64)
     for n in range(1, order + 1):
       contexts = _contexts(grams, places, n)
-      known = contexts >= 0
-      if not known.any():  # no row is that long
+      has_context = contexts >= 0
+      if not has_context.any():  # no row is that long
         break
       codes, first, inverse, counts = np.unique(
-        (contexts * size + tokens)[known],
+        (contexts * size + tokens)[has_context],
         return_index=True,
         return_inverse=True,
         return_counts=True,
       )
       if n > 1:
         shorter = self._codes[-1]
-        before = np.bincount(grams[known][first], minlength=len(shorter))
+        before = np.bincount(grams[has_context][first], minlength=len(shorter))
         self._before.append(_counts(shorter // size, before))
       self._codes.append(codes)
       self._raw.append(_counts(codes // size, counts))
       grams = np.full(len(tokens), -1, np.int64)
-      grams[known] = inverse
+      grams[has_context] = inverse
 
   def log_p(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """For n of 1, 2, ...: log p of every token of the rows, in their order."""
     tokens, places = _joined(rows)
     lower = np.full(len(tokens), 1 / self._size)
-    grams, found = np.zeros(len(tokens), np.int64), []
+    grams, by_order = np.zeros(len(tokens), np.int64), []
     for n, (codes, raw) in enumerate(
       zip(self._codes, self._raw, strict=True), 1
     ):
       contexts = _contexts(grams, places, n)
-      wanted = contexts * self._size + tokens
-      place = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
-      seen = (contexts >= 0) & (codes[place] == wanted)
-      grams = np.where(seen, place, -1)
+      gram_codes = contexts * self._size + tokens
+      place = np.minimum(np.searchsorted(codes, gram_codes), len(codes) - 1)
+      counted = (contexts >= 0) & (codes[place] == gram_codes)
+      grams = np.where(counted, place, -1)
       p = raw.p(grams, contexts, lower)
       # A row's first tokens have no longer context: theirs is all there is.
-      found.append(np.where(places >= n - 1, p, found[-1]) if found else p)
+      by_order.append(
+        np.where(places >= n - 1, p, by_order[-1]) if by_order else p
+      )
       if n <= len(self._before):
         lower = self._before[n - 1].p(grams, contexts, lower)
-    return [np.log(p) for p in found]
+    return [np.log(p) for p in by_order]
 
 
 def _joined(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -191,11 +193,13 @@ def losses(
   grams = NGrams([row.ids for row in train], order, size)
   targets = sum(row.targets for row in rows)
   predicted = np.concatenate([row.predicted for row in rows])
-  seen = [n for row in train for n in row.spans]
-  hidden = [n for row in rows for n in row.spans]
+  train_spans = [n for row in train for n in row.spans]
+  held_out_spans = [n for row in rows for n in row.spans]
   closing = 0.0
-  if hidden:
-    closing = ends_nats(hidden, ends(seen, max(hidden + seen)))
+  if held_out_spans:
+    closing = ends_nats(
+      held_out_spans, ends(train_spans, max(held_out_spans + train_spans))
+    )
   return [
     float((closing - log_p[predicted].sum()) / targets)
     for log_p in grams.log_p([row.ids for row in rows])
@@ -231,20 +235,22 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
     )
-  words = load_tokenizer(data.vocabulary, config.model.path)
+  words = load_tokenizer(data.tokenizer, config.model.path)
   _, shape = base_lib.shape(config.model)
-  own = make_model_collator(data, words, shape, config.seed)
-  found = open_data(data, config.seed, below=shape.vocab, own=own)
-  judged = pairs_to_judge(config, found, own)
-  if not judged:
-    raise ValueError('no text is held out; raise config.data.held_out')
-  pieces, _ = text_dataset.read_chunks(data, own, data.path, shape.vocab).split(
-    data.held_out
-  )
+  collator = make_model_collator(data, words, shape, config.seed)
+  data_sources = open_data(data, config.seed, below=shape.vocab, own=collator)
+  validation = validation_rows(config, data_sources, collator)
+  if not validation:
+    raise ValueError(
+      'no text is held out; raise config.data.validation_fraction'
+    )
+  pieces, _ = text_dataset.read_chunks(
+    data, collator, data.path, shape.vocab
+  ).split(data.validation_fraction)
   sentinels = words.sentinels(shape.vocab)
   train, rows = (
-    [row(item, data.predict, sentinels) for item in items]
-    for items in (pieces.fixed(pieces, config.seed), judged)
+    [row(item, data.pretraining_objective, sentinels) for item in items]
+    for items in (pieces.fixed(pieces, config.seed), validation)
   )
   nats = losses(train, rows, order, words.size)
-  return sum(one.targets for one in rows), nats
+  return sum(row.targets for row in rows), nats

@@ -77,7 +77,7 @@ def _score_in_rows(
   s = real.shape[1]
   short = s - jnp.sum(real, axis=1, keepdims=True)
   moved = (jnp.arange(s) - short) % s
-  prompt, seen = (
+  prompt, prompt_mask = (
     jnp.repeat(jnp.take_along_axis(a, moved, axis=1), c, axis=0)
     for a in (batch['inputs'], real)
   )
@@ -85,7 +85,7 @@ def _score_in_rows(
   ids = jnp.concatenate([prompt, flat], axis=1)[:, :-1]
   places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
   ctx = Context(
-    token_mask=jnp.concatenate([seen, scored], axis=1)[:, :-1],
+    token_mask=jnp.concatenate([prompt_mask, scored], axis=1)[:, :-1],
     positions=jnp.maximum(places, 0),
   )
   bound = model.bind(variables)
@@ -189,13 +189,13 @@ class Ranker:
     Args:
       progress: told how many more examples are done.
     """
-    found: list = [None] * len(rows)
+    by_row: list = [None] * len(rows)
     for part in self.parts(rows):
       scores = self._scores(variables, [rows[i] for i in part.members], part)
       for i, row in zip(part.members, scores, strict=False):
-        found[i] = row[: len(rows[i].choices)]
+        by_row[i] = row[: len(rows[i].choices)]
       progress(len(part.members))
-    return found
+    return by_row
 
   def predict(
     self,
@@ -209,7 +209,7 @@ class Ranker:
       NotFinite: a score is no finite number, and would pass for the first.
     """
     scores = self.scores(variables, rows, progress)
-    wrong = sum(not np.all(np.isfinite(own)) for own in scores)
+    wrong = sum(not np.all(np.isfinite(row_scores)) for row_scores in scores)
     if wrong:
       raise NotFinite(
         f'{wrong} of {len(rows)} ranked examples have scores that are not '
@@ -217,7 +217,7 @@ class Ranker:
         'earlier checkpoint (--checkpoint=STEP), or train again with a lower '
         'learning rate'
       )
-    return np.array([np.argmax(own) for own in scores], np.int64)
+    return np.array([np.argmax(row_scores) for row_scores in scores], np.int64)
 
   def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
     """The batches that rows are ranked in, of as few shapes as may be.
@@ -289,26 +289,26 @@ class Ranker:
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids with EOS, whether its end was cut to `length` for it)}."""
     end = [require_eos(self._vocabulary)]
-    some = sorted(texts)
-    every = map(list, self._vocabulary.encode_all(some)) if some else ()
+    ordered = sorted(texts)
+    every = map(list, self._vocabulary.encode_all(ordered)) if ordered else ()
     return {
       text: (ids[: length - 1] + end, len(ids) >= length)
-      for text, ids in zip(some, every, strict=True)
+      for text, ids in zip(ordered, every, strict=True)
     }
 
   def _prompts(
     self, texts: set[str], length: int
   ) -> dict[str, tuple[list[int], bool]]:
     """{text: (ids as in training, whether its beginning was cut)}."""
-    some = sorted(texts)
-    every = batching_decoder_only.encode_prompts(self._vocabulary, some)
+    ordered = sorted(texts)
+    every = batching_decoder_only.encode_prompts(self._vocabulary, ordered)
     bos = self._vocabulary.bos
     return {
       text: (
         list(batching_decoder_only.keep_last(ids, length, bos)),
         len(ids) > length,
       )
-      for text, ids in zip(some, every, strict=True)
+      for text, ids in zip(ordered, every, strict=True)
     }
 
 

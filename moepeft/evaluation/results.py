@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of an evaluation, with every example's figure, so that runs pair up.
+"""Results of an evaluation, with every example's score, so that runs pair up.
 
-One JSON object a line for each task, prompt and measure.
+A file of results has one JSON object a line for each task, prompt and metric.
 """
 
 import collections
@@ -14,16 +14,50 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moepeft.core import files, untrusted
+from moepeft.core.ranges import suggestion
 from moepeft.evaluation import bootstrap
+from moepeft.metrics import METRICS, MetricInfo
 
-# Fractions in [0, 1]; loss is in nats a token, bleu from 0 to 100.
-MEASURES = ('accuracy', 'loss', 'exact_match', 'rouge_l', 'bleu')
 HELD_OUT = 'held_out'
+# Metrics of likelihoods; those of generated texts are in `METRICS`.
+ACCURACY, LOSS = 'accuracy', 'loss'
+_LIKELIHOOD_METRICS = {
+  ACCURACY: MetricInfo(label='accuracy'),
+  LOSS: MetricInfo(
+    label='loss',
+    unit='nats a token',
+    factor=1.0,
+    bounds=(0.0, math.inf),
+    decimals=4,
+    larger_is_better=False,
+  ),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class About:
-  """What all rows of one evaluation share.
+def metric_names() -> tuple[str, ...]:
+  """Accuracy, loss, and the metrics of generated texts."""
+  return (*_LIKELIHOOD_METRICS, *METRICS)
+
+
+def metric_info(name: str) -> MetricInfo:
+  """
+  Raises:
+    ValueError: there is no such metric; the message lists the names.
+  """
+  if name in _LIKELIHOOD_METRICS:
+    return _LIKELIHOOD_METRICS[name]
+  if name not in METRICS:
+    names = metric_names()
+    raise ValueError(
+      f'there is no metric {name!r}; there are '
+      f'{", ".join(names)}{suggestion(name, names)}'
+    )
+  return METRICS[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalInfo:
+  """Facts that all results of one evaluation share.
 
   Attributes:
     run: the work directory's path as it was given.
@@ -32,12 +66,12 @@ class About:
     base: the base's name.
     base_parameters, parameters: of the base, and trained.
     seed, step: of the run.
-    data: the rows' file or directory, 'held_out' for the run's own.
+    data: the rows' file or directory, 'held_out' for the run's held-out rows.
     data_sha: 12 hexadecimal digits of the SHA-256 of that data's content.
     inputs_length, targets_length: tokens that texts were cut to, EOS included.
-    checkpoint: which was asked for: 'latest', 'best', 'base' or a step.
+    checkpoint: 'latest', 'best', 'base' or a step, as it was named.
 
-  The last four are None in rows that were written before they were.
+  The last four are None in results that older versions wrote.
   """
 
   run: str
@@ -49,52 +83,60 @@ class About:
   seed: int
   step: int
   data: str
-  data_sha: str | None = dataclasses.field(default=None, kw_only=True)
-  inputs_length: int | None = dataclasses.field(default=None, kw_only=True)
-  targets_length: int | None = dataclasses.field(default=None, kw_only=True)
-  checkpoint: str | None = dataclasses.field(default=None, kw_only=True)
+  data_sha: str | None = None
+  inputs_length: int | None = None
+  targets_length: int | None = None
+  checkpoint: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Row(About):
-  """One line.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+  """One metric of the examples of one prompt.
 
   Attributes:
-    task, prompt, measure: what was measured.
-    value: sum(each) / sum(weights); a library's figure for bleu.
-    low, high: ends of its 95 % bootstrap interval over examples; None for
-      none.
-    examples: how many were measured.
+    value: sum(each) / sum(weights), or a corpus metric's score.
+    examples: the number of examples, n.
     chance, majority: accuracies of guessing, and of always giving the most
-      frequent label; None for other measures.
+      frequent label; None for other metrics.
     cut: measured examples whose text was cut to the model's lengths.
     left_out: examples that could not be ranked.
-    idx: which examples [n].
-    each: figures [n]: 1 or 0, or nats; None for bleu.
-    weights: [n]: 1, or an example's real target tokens; None for bleu.
+    idx: the examples [n].
+    each: scores [n]: 1 or 0, or nats; None for a corpus metric.
+    weights: [n]: 1, or an example's real target tokens; None for a corpus
+      metric.
   """
 
   task: str
   prompt: str
-  measure: str
+  metric: str
   value: float
-  low: float | None
-  high: float | None
   examples: int
-  chance: float | None
-  majority: float | None
-  cut: int
-  left_out: int
+  chance: float | None = None
+  majority: float | None = None
+  cut: int = 0
+  left_out: int = 0
   idx: tuple[int, ...]
   each: tuple[float, ...] | None
   weights: tuple[float, ...] | None
 
 
-def measured(
-  about: About,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Measurement, EvalInfo):
+  """A line of a file of results.
+
+  Attributes:
+    low, high: ends of the value's 95 % bootstrap interval over examples; None
+      for none.
+  """
+
+  low: float | None
+  high: float | None
+
+
+def measurement(
   task: str,
   prompt: str,
-  measure: str,
+  metric: str,
   idx: Sequence[int],
   each: Sequence[float] | None,
   weights: Sequence[float] | None = None,
@@ -104,69 +146,71 @@ def measured(
   majority: float | None = None,
   cut: int = 0,
   left_out: int = 0,
-) -> Row:
-  """The row of some figures, with its value and interval.
+) -> Measurement:
+  """A measurement with its value, from the scores of its examples.
 
   Args:
     idx: the examples [n].
-    each: their figures [n]; None where a measure has none, and `value` says
-      what it comes to.
+    each: their scores [n]; None where `value` is the score of all of them.
     weights: [n]; by default 1 each.
 
   Raises:
-    ValueError: the figures come to no finite number.
+    ValueError: the value is no finite number.
   """
-  low = high = None
   if each is not None:
     weights = (1,) * len(idx) if weights is None else weights
     value = float(np.sum(each) / np.sum(weights))
   if value is None or not math.isfinite(value):
     raise ValueError(
-      f'{measure} of {task!r}, prompt {prompt!r}, is {value}, no finite '
+      f'{metric} of {task!r}, prompt {prompt!r}, is {value}, no finite '
       'number; see whether the run has diverged'
     )
-  if each is not None:
-    table = bootstrap.table([idx], [each], [weights])
-    if len(table[0]) > 1:
-      low, high = bootstrap.interval(bootstrap.means(*table, task)[:, 0])
-  return Row(
-    **vars(about),
+  return Measurement(
     task=task,
     prompt=prompt,
-    measure=measure,
+    metric=metric,
     value=value,
-    low=low,
-    high=high,
     examples=len(idx),
     chance=chance,
     majority=majority,
     cut=cut,
     left_out=left_out,
-    idx=_plain(idx),
-    each=_plain(each),
-    weights=_plain(weights),
+    idx=_as_tuple(idx),
+    each=_as_tuple(each),
+    weights=_as_tuple(weights),
   )
 
 
+def make_result(info: EvalInfo, measured: Measurement) -> Result:
+  """A measurement with its interval and the facts of its evaluation."""
+  low = high = None
+  if measured.each is not None:
+    table = bootstrap.table([measured.idx], [measured.each], [measured.weights])
+    if len(table[0]) > 1:
+      draws = bootstrap.means(*table, measured.task)[:, 0]
+      low, high = bootstrap.interval(draws)
+  return Result(**vars(info), **vars(measured), low=low, high=high)
+
+
 def majority(labels: Sequence[int]) -> float:
-  """The share of the most frequent label of some rows."""
+  """The share of the most frequent label."""
   return max(collections.Counter(labels).values()) / len(labels)
 
 
-def write(path: str, rows: Iterable[Row]) -> None:
-  """Writes a file of rows: all of it or nothing.
+def write(path: str, results: Iterable[Result]) -> None:
+  """Writes a file of results: all of it or nothing.
 
   Raises:
-    OSError: the file cannot be written; what was there before is whole.
+    OSError: the file cannot be written; its content before is whole.
   """
-  files.write_text(path, ''.join(map(_line, rows)))
+  files.write_text(path, ''.join(map(_line, results)))
 
 
-def read(path: str) -> list[Row]:
-  """All rows of a file.
+def read(path: str) -> list[Result]:
+  """All results of a file.
 
   Raises:
-    ValueError: no file or no rows there, or a line that is not a row.
+    ValueError: no file or no results there, or a line that is no result.
   """
   if not os.path.exists(path):
     raise ValueError(
@@ -174,40 +218,46 @@ def read(path: str) -> list[Row]:
     )
   with files.open_file(path, 'r') as lines:
     try:
-      rows = [_row(line, path, i) for i, line in enumerate(lines, 1)]
+      results = [_parse(line, path, i) for i, line in enumerate(lines, 1)]
     except UnicodeDecodeError:
       raise ValueError(
-        f'{path} is no text; expected the rows of python -m moepeft.evaluate'
+        f'{path} is no text; expected the results of python -m moepeft.evaluate'
       ) from None
-  if not rows:
+  if not results:
     raise ValueError(
-      f'{path} holds no rows; make it again with python -m moepeft.evaluate'
+      f'{path} holds no results; make it again with python -m moepeft.evaluate'
     )
-  return rows
+  return results
 
 
-def _plain(values: Sequence[float] | None) -> tuple | None:
+def _as_tuple(values: Sequence[float] | None) -> tuple | None:
   """Numbers as JSON has them."""
   return None if values is None else tuple(np.asarray(values).tolist())
 
 
-def _line(row: Row) -> str:
-  return json.dumps(vars(row), allow_nan=False, ensure_ascii=False) + '\n'
+def _line(result: Result) -> str:
+  return json.dumps(vars(result), allow_nan=False, ensure_ascii=False) + '\n'
 
 
-def _row(line: str, path: str, number: int) -> Row:
+def _parse(line: str, path: str, number: int) -> Result:
   try:
-    found = untrusted.parse_json(line, allow_nan=False)
-    wrong = _wrong(found)
+    fields = untrusted.parse_json(line, allow_nan=False)
+    if isinstance(fields, dict) and 'measure' in fields:
+      # The name of the field in files of versions before 0.2.
+      fields['metric'] = fields.pop('measure')
+    error = _error(fields)
   except untrusted.Malformed as e:
-    wrong = str(e)
-  if wrong:
+    error = str(e)
+  if error:
     raise ValueError(
-      f'line {number} of {path} is no row of an evaluation: {wrong}; make the '
-      'file again with python -m moepeft.evaluate'
+      f'line {number} of {path} is no result of an evaluation: {error}; make '
+      'the file again with python -m moepeft.evaluate'
     )
-  arrays = {k: found[k] and tuple(found[k]) for k in ('idx', 'each', 'weights')}
-  return Row(**found | arrays)
+  arrays = {
+    key: fields[key] and tuple(fields[key])
+    for key in ('idx', 'each', 'weights')
+  }
+  return Result(**fields | arrays)
 
 
 _TEXTS = ('run', 'method', 'semantics', 'base', 'data', 'task', 'prompt')
@@ -221,7 +271,7 @@ _COUNTS = (
   'left_out',
 )
 _OPTIONAL = ('low', 'high', 'chance', 'majority')
-# What older rows lack.
+# Fields that results of older versions lack.
 _LATER = {
   'data_sha': str,
   'inputs_length': int,
@@ -230,48 +280,55 @@ _LATER = {
 }
 
 
-def _wrong(row) -> str:
-  """What is wrong with a row, in words; '' for nothing."""
-  if not isinstance(row, dict):
+def _error(fields) -> str:
+  """The first fault of a line, in words; '' for none."""
+  if not isinstance(fields, dict):
     return 'expected a JSON object'
-  fields = {field.name for field in dataclasses.fields(Row)}
-  missing, other = fields - row.keys() - _LATER.keys(), row.keys() - fields
-  if missing or other:
-    return f'it lacks {sorted(missing)}, and has the unknown {sorted(other)}'
+  names = {field.name for field in dataclasses.fields(Result)}
+  missing, unknown = (
+    names - fields.keys() - _LATER.keys(),
+    fields.keys() - names,
+  )
+  if missing or unknown:
+    return f'it lacks {sorted(missing)}, and has the unknown {sorted(unknown)}'
   for key in _TEXTS:
-    if not isinstance(row[key], str):
-      return f'expected text in {key!r}, got {row[key]!r}'
+    if not isinstance(fields[key], str):
+      return f'expected text in {key!r}, got {fields[key]!r}'
   for key in _COUNTS:
-    if type(row[key]) is not int or not _number(row[key]):
-      return f'expected a whole number in {key!r}, got {row[key]!r}'
+    if type(fields[key]) is not int or not _is_number(fields[key]):
+      return f'expected a whole number in {key!r}, got {fields[key]!r}'
   for key, kind in _LATER.items():
-    if row.get(key) is not None and type(row[key]) is not kind:
-      return f'expected {kind.__name__} or null in {key!r}, got {row[key]!r}'
+    if fields.get(key) is not None and type(fields[key]) is not kind:
+      return f'expected {kind.__name__} or null in {key!r}, got {fields[key]!r}'
   for key in ('value', *_OPTIONAL):
-    if not _number(row[key]) and (row[key] is not None or key == 'value'):
-      return f'expected a number in {key!r}, got {row[key]!r}'
-  if row['measure'] not in MEASURES:
+    number = fields[key]
+    if not _is_number(number) and (number is not None or key == 'value'):
+      return f'expected a number in {key!r}, got {number!r}'
+  if fields['metric'] not in metric_names():
     return (
-      f'the measure is one of {", ".join(MEASURES)}, got {row["measure"]!r}'
+      f'the metric is one of {", ".join(metric_names())}, got '
+      f'{fields["metric"]!r} (the module of another is named with --imports)'
     )
-  return _wrong_arrays(row)
+  return _array_error(fields)
 
 
-def _wrong_arrays(row: dict) -> str:
-  if (row['each'] is None) != (row['weights'] is None):
+def _array_error(fields: dict) -> str:
+  if (fields['each'] is None) != (fields['weights'] is None):
     return "one of 'each' and 'weights' is null, and the other is not"
   for key in ('idx', 'each', 'weights'):
-    values = row[key]
+    values = fields[key]
     if values is None and key != 'idx':
       continue
-    if not isinstance(values, list) or not all(map(_number, values)):
+    if not isinstance(values, list) or not all(map(_is_number, values)):
       return f'expected a list of numbers in {key!r}'
-    if len(values) != row['examples']:
-      return f'{key!r} has {len(values)} entries for {row["examples"]} examples'
-  return '' if row['examples'] > 0 else "'examples' is at least 1"
+    if len(values) != fields['examples']:
+      return (
+        f'{key!r} has {len(values)} entries for {fields["examples"]} examples'
+      )
+  return '' if fields['examples'] > 0 else "'examples' is at least 1"
 
 
-def _number(value) -> bool:
+def _is_number(value) -> bool:
   # JSON has integers that no float holds.
   if type(value) is int:
     return abs(value) < 2**63

@@ -1,111 +1,199 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rows of an evaluation come to, as JSON and for a terminal."""
+"""Summaries of results: accuracies by task, JSON, and lines for a terminal."""
 
 import collections
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moepeft.core import files, terminal
-from moepeft.evaluation import scores, text_metrics
+from moepeft.evaluation import paper_metric
 from moepeft.evaluation.eval_sets import Prompt
-from moepeft.evaluation.runner import Work
-from moepeft.evaluation.scores import Row
-from moepeft.evaluation.tables import terminal as tables_terminal
-from moepeft.evaluation.validator import means, warnings
-from moepeft.inference.loaded_model import LoadedModel
+from moepeft.evaluation.results import ACCURACY, LOSS, Measurement, Result
+from moepeft.evaluation.tables import terminal as results_table
+from moepeft.metrics import METRICS
+
+_COLUMNS = ('group', 'task', 'templates', 'n', 'chance', 'before', 'after')
 
 
-def by_task(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[dict]:
-  """Accuracies of tasks over all of their prompts' examples.
+def accuracy_rows(
+  prompts: Sequence[Prompt], measured: Sequence[Measurement]
+) -> list[dict[str, Any]]:
+  """Accuracies of tasks over the examples of all their prompts.
 
   Returns:
-    As `Judge.accuracies`: group, task, templates, examples, cut, accuracy,
-    chance.
+    For each task and kind of templates: group, task, templates, examples, cut,
+    accuracy, chance.
   """
-  groups = {(p.task, p.name): (p.group, p.task, p.templates) for p in prompts}
-  tables = collections.defaultdict(list)
+  keys = {(p.task, p.name): (p.group, p.task, p.templates) for p in prompts}
+  by_task = collections.defaultdict(list)
+  for m in measured:
+    if m.metric == ACCURACY:
+      by_task[keys[m.task, m.prompt]].append(m)
+  return [
+    {
+      'group': group,
+      'task': task,
+      'templates': templates,
+      'examples': sum(m.examples for m in of_task),
+      'cut': sum(m.cut for m in of_task),
+      'accuracy': _mean(of_task, lambda m: m.value),
+      'chance': _mean(of_task, lambda m: m.chance),
+    }
+    for (group, task, templates), of_task in by_task.items()
+  ]
+
+
+def _mean(measured: Sequence[Measurement], of) -> float:
+  """A mean over examples of a number that each prompt has."""
+  if len(measured) == 1:
+    return of(measured[0])
+  counts = [m.examples for m in measured]
+  return float(np.average([of(m) for m in measured], weights=counts))
+
+
+def mean_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """{'group templates': the mean accuracy of its tasks}."""
+  groups = collections.defaultdict(list)
   for row in rows:
-    if row.measure == 'accuracy':
-      tables[groups[row.task, row.prompt]].append(row)
-  found = []
-  for (group, task, templates), own in tables.items():
-    counts = [row.examples for row in own]
-    found.append(
-      {
-        'group': group,
-        'task': task,
-        'templates': templates,
-        'examples': sum(counts),
-        'cut': sum(row.cut for row in own),
-        'accuracy': float(np.average([r.value for r in own], weights=counts)),
-        'chance': float(np.average([r.chance for r in own], weights=counts)),
-      }
+    groups[f'{row["group"]} {row["templates"]}'.strip()].append(row['accuracy'])
+  return {key: float(np.mean(values)) for key, values in groups.items()}
+
+
+def before_after_table(before: Sequence[dict], after: Sequence[dict]) -> str:
+  """Accuracies before and after as text, with means of the groups.
+
+  Args:
+    before, after: from `accuracy_rows`. Columns without any entry are left
+      out: templates, or `before` without rows.
+  """
+  keys = [(r['group'], r['task'], r['templates']) for r in after]
+  olds = {(r['group'], r['task'], r['templates']): r for r in before}
+  lines = [_COLUMNS]
+  for key, row in zip(keys, after, strict=True):
+    lines.append(
+      (
+        *key,
+        str(row['examples']),
+        f'{row["chance"]:.3f}',
+        f'{olds[key]["accuracy"]:.3f}' if key in olds else '-',
+        f'{row["accuracy"]:.3f}',
+      )
     )
-  return found
-
-
-def of(run: LoadedModel, work: Work, rows: Sequence[Row]) -> dict[str, Any]:
-  """What the rows come to: by task, by group, and the paper's measure."""
-  tasks = by_task(work.get('accuracy', ()), rows)
-  named, more = {row.measure for row in rows}, {}
-  if 'loss' in named:
-    losses = scores.scores(rows, 'loss').items()
-    more['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
-  if 'bleu' in named:
-    more['bleu_signature'] = text_metrics.bleu_signature()
-  ranked = {(row.task, row.prompt) for row in rows if row.measure == 'accuracy'}
-  lost = [p for p in work.get('accuracy', ()) if (p.task, p.name) not in ranked]
-  if lost:
-    more['not_ranked'] = [
-      {'task': p.task, 'prompt': p.name, 'examples': len(p.examples)}
-      for p in lost
+  old_means = mean_accuracies([olds[key] for key in keys if key in olds])
+  for key, value in mean_accuracies(after).items():
+    old = f'{old_means[key]:.3f}' if key in old_means else '-'
+    group, _, templates = key.partition(' ')
+    lines.append((group, 'MEAN', templates, '', '', old, f'{value:.3f}'))
+  unused = (
+    set() if any(templates for _, _, templates in keys) else {'templates'}
+  )
+  unused |= set() if before else {'before'}
+  return results_table.aligned(
+    [
+      [
+        cell
+        for cell, name in zip(line, _COLUMNS, strict=True)
+        if name not in unused
+      ]
+      for line in lines
     ]
-  return more | {
-    'when': 'the base alone'
-    if run.method == 'none'
-    else f'after {run.step} steps',
-    'step': run.step,
-    'rows': tasks,
-    'means': means(tasks),
+  )
+
+
+def warnings(
+  total: int, cut: int, alike: int, kind: str = 'ranked examples'
+) -> list[str]:
+  """Lines about examples that were cut or could not be ranked."""
+  lines = []
+  if cut:
+    lines.append(
+      f'{cut} of {total} {kind} are cut to config.data.inputs_length'
+      ' or config.data.targets_length'
+    )
+  if alike:
+    lines.append(
+      f'{alike} examples are left out: two of their choices are the '
+      'same to the tokenizer, or after config.data.targets_length'
+    )
+  return lines
+
+
+def summarize(
+  method: str,
+  step: int,
+  prompts: Sequence[Prompt],
+  results: Sequence[Result],
+) -> dict[str, Any]:
+  """The summary of an evaluation: by task, by group, and the paper's metric.
+
+  Args:
+    method, step: of the run; 'none' for the base alone.
+    prompts: that were to be ranked.
+  """
+  metrics = tuple(dict.fromkeys(result.metric for result in results))
+  rows = accuracy_rows(prompts, results)
+  entries: dict[str, Any] = {}
+  if LOSS in metrics:
+    losses = paper_metric.scores(results, LOSS).items()
+    entries['perplexity'] = {k: float(np.exp(v.value)) for k, v in losses}
+  for name in metrics:
+    if name in METRICS and METRICS[name].signature:
+      entries[f'{name}_signature'] = METRICS[name].signature()
+  ranked = {(r.task, r.prompt) for r in results if r.metric == ACCURACY}
+  not_ranked = [p for p in prompts if (p.task, p.name) not in ranked]
+  if not_ranked:
+    entries['not_ranked'] = [
+      {'task': p.task, 'prompt': p.name, 'examples': len(p.examples)}
+      for p in not_ranked
+    ]
+  return entries | {
+    'when': 'the base alone' if method == 'none' else f'after {step} steps',
+    'step': step,
+    'rows': rows,
+    'means': mean_accuracies(rows),
     'scores': {
       name: {
-        key: vars(score) for key, score in scores.scores(rows, name).items()
+        dataset: vars(score)
+        for dataset, score in paper_metric.scores(results, name).items()
       }
-      for name in dict.fromkeys(row.measure for row in rows)
+      for name in metrics
     },
   }
 
 
-def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
-  """Prints the scores, and what of the rows is not what was asked for."""
-  said = '; '.join(
+def print_summary(
+  summary: Mapping[str, Any], results: Sequence[Result]
+) -> None:
+  """Prints the scores, and warnings about examples."""
+  validation = '; '.join(
     f'{key.replace("_", " ")} {value:.4f}'
-    for key, value in found.items()
+    for key, value in summary.items()
     if key.startswith('validation_')
   )
-  print(f'{found["when"]}{said and f": {said}"}', flush=True)
-  if rows or not said:
+  print(f'{summary["when"]}{validation and f": {validation}"}', flush=True)
+  if results or not validation:
     terminal.show(
-      tables_terminal.table(rows) or 'no held-out rows, nothing to judge by'
+      results_table.table(results) or 'no held-out rows, nothing to judge by'
     )
-  lost = found.get('not_ranked', ())
-  if lost:
-    names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in lost)
+  not_ranked = summary.get('not_ranked', ())
+  if not_ranked:
+    names = ', '.join(f'{p["task"]} {p["prompt"]!r}' for p in not_ranked)
     print(
-      f'{len(lost)} prompts have no accuracy: in all of their '
-      f'{sum(p["examples"] for p in lost)} examples two choices are the same '
-      f'to the model: {names}'
+      f'{len(not_ranked)} prompts have no accuracy: in all of their '
+      f'{sum(p["examples"] for p in not_ranked)} examples two choices are the '
+      f'same to the model: {names}'
     )
-  if 'bleu_signature' in found:
-    print(f'bleu: {found["bleu_signature"]}')
-  # A prompt's examples are the same ones in all of its measures.
+  for key, value in summary.items():
+    if key.endswith('_signature'):
+      print(f'{key.removesuffix("_signature")}: {value}')
+  # A prompt's examples are the same ones in all of its metrics.
   prompts = collections.defaultdict(list)
-  for row in rows:
-    prompts[row.task, row.prompt].append((row.examples, row.cut, row.left_out))
-  most = [map(max, zip(*own, strict=True)) for own in prompts.values()]
+  for r in results:
+    prompts[r.task, r.prompt].append((r.examples, r.cut, r.left_out))
+  most = [map(max, zip(*counts, strict=True)) for counts in prompts.values()]
   total, cut, alike = map(sum, zip(*most, strict=True)) if most else (0, 0, 0)
   for line in warnings(total, cut, alike, 'measured examples'):
     print(line)
@@ -113,6 +201,6 @@ def tell(found: dict[str, Any], rows: Sequence[Row]) -> None:
     print('--inputs_length and --targets_length let more of them be seen')
 
 
-def write(path: str, found: dict[str, Any]) -> None:
+def write(path: str, summary: Mapping[str, Any]) -> None:
   """Writes it all or not at all."""
-  files.write_text(path, json.dumps(found, indent=2))
+  files.write_text(path, json.dumps(summary, indent=2))

@@ -18,7 +18,7 @@ from moepeft.core.progress import Pass
 from moepeft.core.types import Array, Tree
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.generator import GenerationConfig, Generator, keys
-from moepeft.nn.scan_layers import written_out
+from moepeft.nn.scan_layers import unstack_layers
 
 # The ids of a prompt, the last of the turns of a user and an assistant.
 EncodePrompt = Callable[[Sequence[str]], list[int]]
@@ -74,7 +74,7 @@ class ChatRepl:
     if jax.default_backend() == 'cpu':
       # There, layers in a loop are copied out of their stack at every token.
       model = model.clone(scan=False)
-      variables = {key: written_out(tree) for key, tree in variables.items()}
+      variables = {key: unstack_layers(tree) for key, tree in variables.items()}
     self._variables, self._ask, self._manner = variables, ask, manner
     self._generation = Generator(model, words, settings)
     sampled = settings.sampling.temperature is not None

@@ -53,7 +53,7 @@ class LoadedModel:
   @property
   def eos_token_ids(self) -> tuple[int, ...]:
     """Ids that end an answer."""
-    tokenizer, path = self.config.data.vocabulary, self.config.model.path
+    tokenizer, path = self.config.data.tokenizer, self.config.model.path
     folder = self.base_folder
     if tokenizer not in ('', path):
       folder = os.path.expanduser(tokenizer)
@@ -79,7 +79,7 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
   """
   config = Run(workdir).load_config()
   # A pass over many shapes is mostly compiling, which unrolled layers lengthen.
-  config.model.unroll = 1
+  config.model.scan_unroll = 1
   base = base_lib.load(config.model)
   if checkpoint == 'base':
     model, variables = _base_alone(base, config)
@@ -88,9 +88,9 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, checkpoint)
     method, parameters = built.method, _size(variables[built.trainable])
-  tokenizer = load_tokenizer(config.data.vocabulary, config.model.path)
+  tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   chat_template.set_chat_template(
-    tokenizer, config.data.chat_template, config.data.system
+    tokenizer, config.data.chat_template, config.data.system_prompt
   )
   return LoadedModel(
     config,
@@ -119,7 +119,7 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     start = base_lib.load_adapter(adapter, base_lib.shape(config.model)[1])
     config.method = start.method
     config.semantics = start.semantics or config.semantics
-    config.model.quantise = start.quantise or ''
+    config.model.quantize = start.quantise or ''
   base = base_lib.load(config.model)
   check_decodes(base.config)
   model, built = base_lib.module(base, config)

@@ -61,7 +61,7 @@ def template(
   """The chat template of a run's config.data, or of a model's tokenizer.
 
   Args:
-    system: instead of config.data.system.
+    system: instead of config.data.system_prompt.
 
   Raises:
     ValueError: there is none.

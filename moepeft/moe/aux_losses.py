@@ -8,10 +8,10 @@ every weight defaults to zero.
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
-from moepeft.moe.router_stats import Sums
+from moepeft.moe.router_stats import RouterStats
 
 
-def load_balance(sums: Sums) -> Array:
+def load_balance(sums: RouterStats) -> Array:
   """e * sum_e f_e P_e, at least 1 where routing is even.
 
   f is the load's share (no gradient), P the mean probability. Source: Switch
@@ -22,24 +22,26 @@ def load_balance(sums: Sums) -> Array:
   return jnp.mean(sums.load.shape[-1] * jnp.sum(products, axis=-1))
 
 
-def z(sums: Sums) -> Array:
+def router_z_loss(sums: RouterStats) -> Array:
   """Mean squared log-partition. Source: ST-MoE (arXiv:2202.08906), eq. 5."""
   return jnp.mean(sums.log_z2 / jnp.maximum(sums.count, 1))
 
 
-def entropy(sums: Sums) -> Array:
+def entropy(sums: RouterStats) -> Array:
   """Mean entropy of the router in nats; minimising it sharpens routing."""
   return jnp.mean(sums.entropy / jnp.maximum(sums.count, 1))
 
 
-LOSSES = {'load_balance': load_balance, 'z': z, 'entropy': entropy}
+LOSSES = {'load_balance': load_balance, 'z': router_z_loss, 'entropy': entropy}
 
 
-def total(sites: dict[str, Sums], weights: dict[str, float]) -> Array:
+def auxiliary_loss(
+  sites: dict[str, RouterStats], weights: dict[str, float]
+) -> Array:
   """The weighted sum of losses, each the mean over sites and layers.
 
   Args:
-    sites: {path: Sums}, from `stats.by_site`.
+    sites: {path: RouterStats}, from `router_stats.collect`.
     weights: {name in LOSSES: weight}; zero weights cost nothing.
 
   Raises:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Range
 from moepeft.core.types import Array, Context
 from moepeft.nn.initializers import Normal
-from moepeft.nn.low_rank_matmul import thin_product
-from moepeft.nn.numerics import wide
+from moepeft.nn.low_rank_matmul import low_rank_matmul
+from moepeft.nn.numerics import to_f32
 
 # The released code's initialiser of router kernels.
 INIT = Normal(0.02)
@@ -20,7 +20,7 @@ DROPOUT = Range(0, 1, below=True)
 
 def gate_logits(x: Array, kernel: Array) -> Array:
   """float32 [..., e] = x [..., d] times kernel [d, e], at full precision."""
-  return thin_product(wide(x), wide(kernel), jax.lax.Precision.HIGHEST)
+  return low_rank_matmul(to_f32(x), to_f32(kernel), jax.lax.Precision.HIGHEST)
 
 
 def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
@@ -31,7 +31,7 @@ def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
   """
   if not ctx.train or jitter == 0:
     return x
-  x = wide(x)
+  x = to_f32(x)
   rng = module.make_rng('router')
   return x * jax.random.uniform(
     rng, x.shape, minval=1 - jitter, maxval=1 + jitter

@@ -15,8 +15,8 @@ from moepeft.core.types import Array, Context, Router, Routing, Tree
 
 
 @struct.dataclass
-class Sums:
-  """Over the real tokens of one site; a layer axis may stand in front.
+class RouterStats:
+  """Sums over the real tokens of one site; a layer axis may stand in front.
 
   Attributes:
     count: [] how many tokens (times heads where heads are routed).
@@ -44,9 +44,9 @@ class Sums:
   sparse: bool = struct.field(pytree_node=False, default=False)
 
 
-def reduce(routing: Routing, mask: Array | None) -> Sums:
-  """Routing [b, t, (heads,) e] and a mask [b, t] of real tokens -> Sums."""
-  weights = jax.lax.stop_gradient(routing.weights)
+def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
+  """The sums of a Routing [b, t, (heads,) e], mask [b, t] of real tokens."""
+  weights = jax.lax.stop_gradient(routing.combine_weights)
   if mask is None:
     mask = jnp.ones(weights.shape[:2], bool)
   mask = mask.reshape(mask.shape + (1,) * (weights.ndim - 1 - mask.ndim))
@@ -62,7 +62,7 @@ def reduce(routing: Routing, mask: Array | None) -> Sums:
   p = jnp.exp(log_p)
   log_z = jax.nn.logsumexp(routing.logits, axis=-1)
   every = tuple(range(real.ndim))
-  return Sums(
+  return RouterStats(
     count=jnp.sum(real),
     share=jnp.sum(share * real[..., None], axis=every),
     weight_entropy=jnp.sum(jnp.sum(entr(mixed), axis=-1) * real),
@@ -82,7 +82,7 @@ def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
   """
   routing = ctx.routing if ctx.routing is not None else router(x, ctx)
   if module.is_mutable_collection('routing'):
-    sums = reduce(routing, ctx.token_mask)
+    sums = router_stats(routing, ctx.token_mask)
     module.sow(
       'routing',
       'sums',
@@ -91,17 +91,17 @@ def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
       reduce_fn=lambda a, b: jax.tree.map(jnp.add, a, b),
     )
   if not module.is_initializing():
-    module.sow('weights', 'weights', routing.weights)
+    module.sow('weights', 'weights', routing.combine_weights)
   return routing
 
 
-def by_site(collection: Tree) -> dict[str, Sums]:
-  """The 'routing' collection, or sums of several, as {path: Sums}."""
+def collect(collection: Tree) -> dict[str, RouterStats]:
+  """The 'routing' collection, or sums of several, as {path: RouterStats}."""
   found = {}
 
   def walk(tree, path):
     for key, value in tree.items():
-      if isinstance(value, Sums):
+      if isinstance(value, RouterStats):
         found['/'.join(path)] = value
       else:
         walk(value, (*path, key))
@@ -133,7 +133,7 @@ class Statistics:
   sparse: bool = struct.field(pytree_node=False, default=False)
 
 
-def statistics(sums: Sums) -> Statistics:
+def statistics(sums: RouterStats) -> Statistics:
   """Pure; a site without a real token gives zeros."""
   count = jnp.maximum(sums.count, 1)
   share = sums.share / count[..., None]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seam: sites, the frozen call at a site, and the advice around it.
+"""The adapter hook: a base model calls the adapters that wrap its layers.
 
-A model asks for advice at every site and knows nothing of methods. Advice
-comes as a table from site paths to adapters (made by `moepeft.peft.build`);
-an adapter's parameters live in the collection 'peft' below the site's path,
-so the 'params' tree is the same with and without it.
+Every place of a model where an adapter may act is a site with a path like
+'encoder/self/k'. The model looks the path up in an `AdapterMap` (made by
+`moepeft.peft.build`) and knows nothing of methods. An adapter's parameters
+live in the collection 'peft' below the site's path, so the 'params' tree is
+the same with and without adapters.
 """
 
 import dataclasses
@@ -14,12 +15,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.initializers import LABELS
+from moepeft.nn.initializers import METADATA
 
 
 @dataclasses.dataclass(frozen=True)
-class Advice:
-  """Which adapters act where; hashable, opaque to Flax.
+class AdapterMap:
+  """The adapters of each site; hashable, opaque to Flax.
 
   Attributes:
     entries: (site path, unbound adapter module with its name set), in the
@@ -33,34 +34,34 @@ class Advice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
-  """`f` of an adapter: what the base model would do at a site.
+class BaseLayer:
+  """The layer that an adapter wraps: `layer(x)` is the base model's output.
 
   Attributes:
     call: x -> y, bias included.
-    eqn: the einsum of `x` and the kernel, letters as in the legend; None
+    eqn: the einsum of `x` and the kernel, axes as in AXIS_NAMES; None
       where the site has no weight.
     shape: the kernel's shape.
-    inside, outside: the letters of what x and y have after [b, t], 'd' and
-      'nh'; '' where that is no plain array of features (token ids, `Heads`).
+    input_axes, output_axes: the axes of x and y after [b, t], 'd' and 'nh';
+      '' for token ids and `Heads`.
     kernel: () -> the (dequantised) weight in the compute dtype.
     bias: the bias, or None.
     module: for a sublayer, the Flax module behind `call`, whose lifted
       transforms (`vmap`) an adapter may use.
     run: for a sublayer, (module, x) -> y, the unbound form of `call`.
-    tied: for a head, the embedding whose table it is; else None.
+    tied_embedding: for a tied head, the embedding's module; else None.
   """
 
   call: Callable[[Array], Array]
   eqn: str | None = None
   shape: tuple[int, ...] = ()
-  inside: str = ''
-  outside: str = ''
+  input_axes: str = ''
+  output_axes: str = ''
   kernel: Callable[[], Array] | None = None
   bias: Array | None = None
   module: nn.Module | None = None
   run: Callable[[nn.Module, Array], Array] | None = None
-  tied: nn.Module | None = None
+  tied_embedding: nn.Module | None = None
 
   def __call__(self, x: Array) -> Array:
     return self.call(x)
@@ -83,14 +84,14 @@ class Frozen:
       variable_axes={
         'params': None,
         'peft': 0,
-        LABELS: 0,
+        METADATA: 0,
         'routing': 0,
         'weights': 0,
       },
       split_rngs={
         'params': False,
         'peft': True,
-        LABELS: True,
+        METADATA: True,
         'dropout': True,
         'router': True,
       },
@@ -99,45 +100,50 @@ class Frozen:
     return lambda x: lifted(self.module, x)
 
 
-def advise(
-  parent: nn.Module, advice: Advice, site: str, f: Frozen, x, ctx: Context
+def apply_adapters(
+  parent: nn.Module,
+  adapter_map: AdapterMap,
+  site: str,
+  f: BaseLayer,
+  x,
+  ctx: Context,
 ):
   """Calls `f` at `x` with the site's adapters around it, innermost first."""
-  for adapter in advice.at(site):
+  for adapter in adapter_map.at(site):
     # Deep, because a shared router would belong to the first site only.
     f = _wrap(adapter.clone(parent=parent, _deep_clone=True), f, ctx)
   return f(x)
 
 
-def _wrap(adapter: nn.Module, f: Frozen, ctx: Context) -> Frozen:
+def _wrap(adapter: nn.Module, f: BaseLayer, ctx: Context) -> BaseLayer:
   return dataclasses.replace(
     f, call=lambda x: adapter(f, x, ctx), module=None, run=None
   )
 
 
-class Tap(nn.Module):
-  """A site without weights: advice on a value that flows by.
+class ActivationHook(nn.Module):
+  """The site of an activation, which has no weights of its own.
 
   Attributes:
-    letters: of the value's features, after [b, t].
+    axes: of the activation's features, after [b, t].
   """
 
   site: str
-  advice: Advice
-  letters: str
+  adapter_map: AdapterMap
+  axes: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    f = Frozen(
+    f = BaseLayer(
       lambda x: x,
       shape=x.shape[2:],
-      inside=self.letters,
-      outside=self.letters,
+      input_axes=self.axes,
+      output_axes=self.axes,
     )
-    return advise(self, self.advice, self.site, f, x, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
 
-class Around(nn.Module):
+class SublayerHook(nn.Module):
   """The site of a whole sublayer; a sibling of the sublayer's module.
 
   Its adapters live beside the sublayer, not below it, so that a lifted
@@ -145,26 +151,26 @@ class Around(nn.Module):
   """
 
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
 
   @nn.compact
   def __call__(self, module: nn.Module, run, x, ctx: Context):
-    f = Frozen(
+    f = BaseLayer(
       lambda x: run(module, x),
-      inside='d',
-      outside='d',
+      input_axes='d',
+      output_axes='d',
       module=module,
       run=run,
     )
-    return advise(self, self.advice, self.site, f, x, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
 
 def contraction(eqn: str) -> tuple[str, str, str, str]:
-  """Splits 'btd,dnh->btnh' into (batch, in, out) letters and the order.
+  """Splits 'btd,dnh->btnh' into (batch, in, out) axes and the output's order.
 
   Returns:
-    ('bt', 'd', 'nh', 'btnh'): letters that pass through, letters that are
-    summed, letters that the kernel brings, and the output as written.
+    ('bt', 'd', 'nh', 'btnh'): axes that pass through, axes that are summed,
+    axes that the kernel brings, and the output as written.
   """
   operands, output = eqn.split('->')
   x, kernel = operands.split(',')
@@ -196,7 +202,7 @@ def kernel_letters(eqn: str) -> str:
 
 
 def sizes(eqn: str, shape: tuple[int, ...]) -> dict[str, int]:
-  """The size of each letter of the kernel: {'d': 512, 'n': 6, 'h': 64}."""
+  """The size of each axis of the kernel: {'d': 512, 'n': 6, 'h': 64}."""
   return dict(zip(kernel_letters(eqn), shape, strict=True))
 
 

@@ -10,24 +10,24 @@ from flax import struct
 
 from moepeft.core.types import Array, Context
 from moepeft.nn import chunked_attention, dot_product_attention
-from moepeft.nn.adapter_hook import Advice, Frozen, advise
-from moepeft.nn.attention_mask import Past, Sight
+from moepeft.nn.adapter_hook import AdapterMap, BaseLayer, apply_adapters
+from moepeft.nn.attention_mask import AttentionMask, CausalMask
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
-from moepeft.nn.numerics import softmax, wide, wide_einsum
+from moepeft.nn.numerics import einsum_f32, softmax, to_f32
 
 
 @struct.dataclass
 class Heads:
-  """The input of the attention core, and what advice there may lengthen.
+  """The input of the attention core; adapters there may lengthen k and v.
 
   Attributes:
     q: [b, t, n, h]; k, v: [b, s, k, h], the same heads or fewer (grouped
       queries, arXiv:2305.13245): head i reads k and v of i // (n / k).
     bias: float [1 or b, n, t, s] added to the logits, or None.
     mask: bool [b, 1, t, s], True where t may look at s, or None.
-    sight: instead of a mask and a bias, where no array [t, s] is wanted: a
-      `Sight` for the chunked form, a `Past` for the fused.
+    structured_mask: replaces mask and bias where no array [t, s] is to be
+      built: an `AttentionMask` for 'chunked', a `CausalMask` for 'fused'.
   """
 
   q: Array
@@ -35,7 +35,7 @@ class Heads:
   v: Array
   bias: Array | None = None
   mask: Array | None = None
-  sight: Sight | Past | None = None
+  structured_mask: AttentionMask | CausalMask | None = None
 
 
 def attend(
@@ -58,16 +58,16 @@ def attend(
   b, t, n, h = heads.q.shape
   k = heads.k.shape[2]
   if n == k:
-    logits = wide_einsum('btnh,bsnh->bnts', heads.q, heads.k)
+    logits = einsum_f32('btnh,bsnh->bnts', heads.q, heads.k)
   else:
     # Group g of n / k queries stands beside its one key head.
     q = heads.q.reshape(b, t, k, n // k, h)
-    logits = wide_einsum('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
+    logits = einsum_f32('btkgh,bskh->bkgts', q, heads.k).reshape(b, n, t, -1)
   logits = logits * scale
   if cap:
     logits = cap * jnp.tanh(logits / cap)
   if heads.bias is not None:
-    logits += wide(heads.bias)
+    logits += to_f32(heads.bias)
   if heads.mask is not None:
     # Finite, so that a row without any visible key stays finite too.
     logits = jnp.where(heads.mask, logits, -1e9)
@@ -82,22 +82,23 @@ def attend(
 
 
 # The values of config.model.attention.
-FORMS = {
+IMPLEMENTATIONS = {
   'naive': attend,
   'chunked': chunked_attention.attend,
   'fused': dot_product_attention.attend,
 }
 
 
-def check_form(form: str) -> None:
-  """Raises a ValueError where there is no such form."""
-  if form not in FORMS:
+def check_implementation(implementation: str) -> None:
+  """Raises a ValueError where there is no such implementation."""
+  if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-      f'config.model.attention is one of {", ".join(FORMS)}; got {form!r}'
+      f'config.model.attention is one of {", ".join(IMPLEMENTATIONS)}; got '
+      f'{implementation!r}'
     )
 
 
-def visible(
+def attention_mask(
   query: Array,
   key: Array,
   query_segments=None,
@@ -139,7 +140,7 @@ class Attention(nn.Module):
   heads: int
   head_dim: int
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   scale: float = 1.0
   dropout: float = 0.0
   norm_form: NormForm = NormForm()
@@ -147,7 +148,7 @@ class Attention(nn.Module):
   bias: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  form: str = 'naive'
+  implementation: str = 'naive'
 
   def setup(self):
     d, n, h = self.d_model, self.heads, self.head_dim
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         eqn,
         shape,
         f'{self.site}/{name}',
-        self.advice,
+        self.adapter_map,
         stddev=stddev,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
@@ -170,15 +171,15 @@ class Attention(nn.Module):
     self.v = linear('v', project, (d, n, h), d**-0.5)
     self.core = Core(
       f'{self.site}/core',
-      self.advice,
+      self.adapter_map,
       self.scale,
       self.dropout,
-      form=self.form,
+      implementation=self.implementation,
     )
     self.o = linear('o', 'btnh,nhd->btd', (n, h, d), (n * h) ** -0.5)
     # The block calls it, so that the sublayer's own input is normed.
     site = f'{self.site}/norm'
-    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
+    self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 
   def __call__(
     self,
@@ -235,19 +236,21 @@ class Core(nn.Module):
   """The site around `attend`, or another of FORMS."""
 
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   scale: float = 1.0
   dropout: float = 0.0
   cap: float = 0.0
-  form: str = 'naive'
+  implementation: str = 'naive'
 
   @nn.compact
   def __call__(self, heads: Heads, ctx: Context) -> Array:
     noisy = ctx.train and self.dropout > 0
     rng = self.make_rng('dropout') if noisy else None
-    form = FORMS[self.form]
-    f = Frozen(
-      lambda heads: form(heads, self.scale, rng, self.dropout, self.cap),
-      outside='nh',
+    implementation = IMPLEMENTATIONS[self.implementation]
+    f = BaseLayer(
+      lambda heads: implementation(
+        heads, self.scale, rng, self.dropout, self.cap
+      ),
+      output_axes='nh',
     )
-    return advise(self, self.advice, self.site, f, heads, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, heads, ctx)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys a query sees, said in fewer numbers than a mask has."""
+"""Attention masks in O(t) numbers instead of an array [t, s]."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -11,11 +11,12 @@ NO_WINDOW = 2**30
 
 
 @struct.dataclass
-class Sight:
+class AttentionMask:
   """A query sees keys of its segment, not in its future, within its window.
 
   Attributes:
-    query: int [b, t], key: int [b, s]: places in the row (or in the cache).
+    query_positions: int [b, t]; key_positions: int [b, s]: places in the row
+      (or in the cache).
     query_segments: int [b, t]; key_segments: int [b, s], -1 where there is no
       token to see.
     window: int32 scalar: how many tokens a query sees at most, itself
@@ -23,8 +24,8 @@ class Sight:
     slopes: float32 [n] of ALiBi (arXiv:2108.12409), or None.
   """
 
-  query: Array
-  key: Array
+  query_positions: Array
+  key_positions: Array
   query_segments: Array
   key_segments: Array
   window: Array
@@ -32,7 +33,7 @@ class Sight:
 
   def mask(self) -> Array:
     """bool [b, 1, t, s]."""
-    distance = self.query[:, :, None] - self.key[:, None, :]
+    distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
     same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
     return (same & (distance >= 0) & (distance < self.window))[:, None]
 
@@ -40,34 +41,34 @@ class Sight:
     """float32 [b, n, t, s], or None without slopes."""
     if self.slopes is None:
       return None
-    distance = self.query[:, :, None] - self.key[:, None, :]
+    distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
     slopes = self.slopes[:, None, None]
     return -slopes * distance[:, None].astype(jnp.float32)
 
 
 @struct.dataclass
-class Past:
+class CausalMask:
   """A query sees its row up to itself: a row is one text and its padding.
 
   Attributes:
-    real: bool [b, t], True on tokens, which stand before all padding.
+    token_mask: bool [b, t], True on tokens, which stand before all padding.
     window: how many tokens a query sees at most, itself included; 0 for all.
   """
 
-  real: Array
+  token_mask: Array
   window: int = struct.field(pytree_node=False, default=0)
 
   def lengths(self) -> Array:
     """Tokens of each row, int32 [b]; one where there is none, so that the
     softmax is of something."""
-    return jnp.maximum(jnp.sum(self.real, axis=1, dtype=jnp.int32), 1)
+    return jnp.maximum(jnp.sum(self.token_mask, axis=1, dtype=jnp.int32), 1)
 
   def mask(self) -> Array:
     """bool [b, 1, t, t]."""
-    places = jnp.arange(self.real.shape[1])
+    places = jnp.arange(self.token_mask.shape[1])
     distance = places[:, None] - places[None, :]
     seen = (distance >= 0) & (distance < (self.window or NO_WINDOW))
-    return (seen & self.real[:, None, :])[:, None]
+    return (seen & self.token_mask[:, None, :])[:, None]
 
   def bias(self) -> None:
     """There is none."""

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.attention import Core, Heads
-from moepeft.nn.attention_mask import Past, Sight
+from moepeft.nn.attention_mask import AttentionMask, CausalMask
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.rope import Rope, rotate
@@ -28,7 +28,7 @@ class CausalAttention(nn.Module):
     bias, out_bias: whether q, k, v, and o, have biases.
     qk_norm: whether each head of q and k is normed before it is turned
       (Qwen3).
-    form: of `attention.FORMS`.
+    form: of `attention.IMPLEMENTATIONS`.
   """
 
   d_model: int
@@ -36,7 +36,7 @@ class CausalAttention(nn.Module):
   kv_heads: int
   head_dim: int
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   rope: Rope | None
   scale: float
   cap: float = 0.0
@@ -47,7 +47,7 @@ class CausalAttention(nn.Module):
   norm_form: NormForm = NormForm()
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  form: str = 'naive'
+  implementation: str = 'naive'
 
   def setup(self):
     d, n, h = self.d_model, self.heads, self.head_dim
@@ -58,7 +58,7 @@ class CausalAttention(nn.Module):
         eqn,
         shape,
         f'{self.site}/{name}',
-        self.advice,
+        self.adapter_map,
         stddev=stddev,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
@@ -73,13 +73,18 @@ class CausalAttention(nn.Module):
     self.o = linear('o', 'btnh,nhd->btd', shape, self.out_bias, stddev)
     site = f'{self.site}/core'
     self.core = Core(
-      site, self.advice, self.scale, self.dropout, self.cap, self.form
+      site,
+      self.adapter_map,
+      self.scale,
+      self.dropout,
+      self.cap,
+      self.implementation,
     )
     if self.qk_norm:
       self.q_norm, self.k_norm = (
         RMSNorm(
           f'{self.site}/{name}',
-          self.advice,
+          self.adapter_map,
           self.norm_form.eps,
           self.param_dtype,
           self.norm_form.offset,
@@ -89,7 +94,7 @@ class CausalAttention(nn.Module):
       )
     # The block calls it, so that the sublayer's own input is normed.
     site = f'{self.site}/norm'
-    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
+    self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 
   def __call__(
     self,
@@ -97,15 +102,16 @@ class CausalAttention(nn.Module):
     ctx: Context,
     bias: Array | None,
     mask: Array | None,
-    sight: Sight | Past | None = None,
+    structured_mask: AttentionMask | CausalMask | None = None,
   ) -> Array:
     """x [b, t, d] -> [b, t, d]; ctx.positions [b, t] must be there.
 
     Args:
       bias: [1 or b, n, t, s] or None; mask: bool [b, 1, t, s], where s is the
         cache's length in decoding.
-      sight: instead of both, where the form needs no array [t, s]. Advice at
-        the core gets them all the same: it may lengthen the keys.
+      structured_mask: replaces both where the implementation needs no array
+        [t, s]. Adapters at the core get bias and mask all the same: they may
+        lengthen the keys.
     """
     q, k, v = self.q(x, ctx), self.k(x, ctx), self.v(x, ctx)
     if self.qk_norm:
@@ -114,9 +120,15 @@ class CausalAttention(nn.Module):
       q, k = (rotate(a, ctx.positions, self.rope) for a in (q, k))
     if ctx.decode:
       k, v = (self._cached(name, a, ctx) for name, a in (('k', k), ('v', v)))
-    if sight is not None and self.advice.at(f'{self.site}/core'):
-      bias, mask, sight = sight.bias(), sight.mask(), None
-    return self.o(self.core(Heads(q, k, v, bias, mask, sight), ctx), ctx)
+    if structured_mask is not None and self.adapter_map.at(f'{self.site}/core'):
+      bias, mask, structured_mask = (
+        structured_mask.bias(),
+        structured_mask.mask(),
+        None,
+      )
+    return self.o(
+      self.core(Heads(q, k, v, bias, mask, structured_mask), ctx), ctx
+    )
 
   def _cached(self, name: str, new: Array, ctx: Context) -> Array:
     """Writes new [b, t, k, h] from each row's first position on.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
-from moepeft.nn.attention_mask import NO_WINDOW, Sight
-from moepeft.nn.numerics import wide, wide_einsum
+from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask
+from moepeft.nn.numerics import einsum_f32, to_f32
 
 CHUNK = 256
 # As in `attention.attend`: finite, so that rows that see nothing stay finite.
@@ -27,10 +27,10 @@ def attend(
   """What `attention.attend` computes, [b, t, n, h], `chunk` tokens at a time.
 
   Logits live for a part of the queries and a part of the keys; the gradient
-  computes them again. What a query sees comes as `heads.sight`; a mask or bias
-  that is given is read part by part. By its sight a part of the keys that lies
-  in the future of all queries of a part, or outside of their windows, is not
-  computed. Dropout draws other bits than the naive form does.
+  computes them again. `heads.structured_mask` says which keys a query sees; a
+  part of the keys that lies in the future of all queries of a part, or outside
+  of their windows, is not computed. An array mask or bias is read part by
+  part. Dropout draws other bits than the naive form does.
 
   Args:
     heads: `attention.Heads`.
@@ -41,17 +41,27 @@ def attend(
   rows, columns = min(chunk, t), min(chunk, s)
   q = _parts(heads.q.reshape(b, t, k, n // k, h), rows)
   keys = _parts(heads.k, columns), _parts(heads.v, columns)
-  sight = _sight(heads, rows, columns)
+  structured_mask = _split_mask(heads, rows, columns)
   squares = _squares(heads, rows, columns)
-  places = None if sight is None else (sight.query, sight.query_segments)
-  seen = None if sight is None else _seen(heads.sight, rows, columns)
+  places = (
+    None
+    if structured_mask is None
+    else (structured_mask.query_positions, structured_mask.query_segments)
+  )
+  seen = (
+    None
+    if structured_mask is None
+    else _seen(heads.structured_mask, rows, columns)
+  )
 
   def of_queries(xs):
     i, q, places, squares, seen = xs
     keyed = None if rng is None else jax.random.fold_in(rng, i)
-    own = sight
+    own = structured_mask
     if places is not None:
-      own = sight.replace(query=places[0], query_segments=places[1])
+      own = structured_mask.replace(
+        query_positions=places[0], query_segments=places[1]
+      )
     return _of_queries(q, keys, own, squares, seen, scale, keyed, dropout, cap)
 
   xs = jnp.arange(q.shape[0]), q, places, squares, seen
@@ -70,25 +80,26 @@ def _parts(x: Array, size: int, fill=0) -> Array:
   return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _sight(heads, rows: int, columns: int) -> Sight | None:
-  """The sight with its places in parts, on axis 0."""
-  sight, s = heads.sight, heads.k.shape[1]
-  if sight is None:
+def _split_mask(heads, rows: int, columns: int) -> AttentionMask | None:
+  """The mask with its places in parts, on axis 0."""
+  structured_mask, s = heads.structured_mask, heads.k.shape[1]
+  if structured_mask is None:
     return None
-  if sight.key.shape[1] != s:
+  if structured_mask.key_positions.shape[1] != s:
     raise ValueError(
-      f'advice at the attention core made {sight.key.shape[1]} keys {s}, and '
-      'what is seen of them is not said; give a mask'
+      'an adapter at the attention core made '
+      f'{structured_mask.key_positions.shape[1]} keys {s}, and the structured '
+      'mask does not cover the new ones; let the adapter set mask and bias'
     )
-  return sight.replace(
-    query=_parts(sight.query, rows),
-    key=_parts(sight.key, columns),
-    query_segments=_parts(sight.query_segments, rows),
-    key_segments=_parts(sight.key_segments, columns, fill=-1),
+  return structured_mask.replace(
+    query_positions=_parts(structured_mask.query_positions, rows),
+    key_positions=_parts(structured_mask.key_positions, columns),
+    query_segments=_parts(structured_mask.query_segments, rows),
+    key_segments=_parts(structured_mask.key_segments, columns, fill=-1),
   )
 
 
-def _seen(sight: Sight, rows: int, columns: int) -> Array:
+def _seen(structured_mask: AttentionMask, rows: int, columns: int) -> Array:
   """bool [parts of t, parts of s]: whether a query's place sees a key's.
 
   By the places alone, which are the same in all rows where no cache is: then
@@ -99,9 +110,12 @@ def _seen(sight: Sight, rows: int, columns: int) -> Array:
     first = jnp.min(_parts(places, size, fill=NO_WINDOW), (1, 2))
     return first, jnp.max(_parts(places, size, fill=-NO_WINDOW), (1, 2))
 
-  (first, last), (low, high) = ends(sight.query, rows), ends(sight.key, columns)
+  (first, last), (low, high) = (
+    ends(structured_mask.query_positions, rows),
+    ends(structured_mask.key_positions, columns),
+  )
   ahead = low > last[:, None]
-  behind = first[:, None] - high >= sight.window
+  behind = first[:, None] - high >= structured_mask.window
   return ~(ahead | behind)
 
 
@@ -120,13 +134,15 @@ def _squares(heads, rows: int, columns: int):
     return x.transpose(2, 4, 0, 1, 3, 5)
 
   mask = heads.mask
-  if mask is None and heads.sight is None:
+  if mask is None and heads.structured_mask is None:
     # What is filled up at the end is never seen.
     mask = jnp.ones((1, 1, t, s), bool)
   return parts(mask, False), parts(heads.bias, 0)
 
 
-def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
+def _of_queries(
+  q, keys, structured_mask, squares, seen, scale, rng, dropout, cap
+):
   """One part of the queries [b, c, k, g, h] against all keys, float32."""
   mask, bias = squares
   b, c, k, g, h = q.shape
@@ -140,14 +156,16 @@ def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
   def add(carry, xs):
     top, total, acc = carry
     j, (key, value), mask, bias, places, segments = xs
-    logits = wide_einsum('bckgh,bjkh->bkgcj', q, key) * scale
+    logits = einsum_f32('bckgh,bjkh->bkgcj', q, key) * scale
     if cap:
       logits = cap * jnp.tanh(logits / cap)
-    if sight is not None:
-      part = sight.replace(key=places, key_segments=segments)
+    if structured_mask is not None:
+      part = structured_mask.replace(
+        key_positions=places, key_segments=segments
+      )
       mask, bias = part.mask(), part.bias()
     if bias is not None:
-      logits += wide(_grouped(bias, k))
+      logits += to_f32(_grouped(bias, k))
     if mask is not None:
       logits = jnp.where(_grouped(mask, k), logits, _HIDDEN)
     # It cancels: no gradient goes through the largest logit.
@@ -160,14 +178,17 @@ def _of_queries(q, keys, sight, squares, seen, scale, rng, dropout, cap):
       keep = jax.random.bernoulli(key_of, 1 - dropout, weights.shape)
       weights = jnp.where(keep, weights / (1 - dropout), 0)
     weights = weights.astype(q.dtype)
-    added = wide_einsum('bkgcj,bjkh->bkgch', weights, value)
+    added = einsum_f32('bkgcj,bjkh->bkgch', weights, value)
     return new, total, acc * shrink[..., None] + added
 
-  zeros = jnp.zeros((b, k, g, c), wide(q).dtype)
+  zeros = jnp.zeros((b, k, g, c), to_f32(q).dtype)
   start = (zeros + 2 * _HIDDEN, zeros, jnp.zeros((b, k, g, c, h), zeros.dtype))
   places = segments = None
-  if sight is not None:
-    places, segments = sight.key, sight.key_segments
+  if structured_mask is not None:
+    places, segments = (
+      structured_mask.key_positions,
+      structured_mask.key_segments,
+    )
   numbers = jnp.arange(keys[0].shape[0])
   xs = (numbers, keys, mask, bias, places, segments, seen)
   step = jax.checkpoint(step, prevent_cse=False)

@@ -20,9 +20,8 @@ def attend(
 ) -> Array:
   """`attention.attend` by jax.nn.dot_product_attention.
 
-  Which of its forms, `implementation` says: cuDNN's holds no array of
-  queries x keys where `heads.sight` says what is seen; a mask is one. XLA's
-  always holds one.
+  `implementation` chooses between cuDNN's and XLA's. cuDNN's holds no array of
+  queries x keys with a structured mask; XLA's always holds one.
 
   Args:
     heads: `attention.Heads`.
@@ -46,13 +45,15 @@ def attend(
     scale=scale,
     implementation=implementation(device.platform, capability, heads),
   )
-  past = heads.sight
-  if past is None:
+  causal_mask = heads.structured_mask
+  if causal_mask is None:
     return run(bias=heads.bias, mask=heads.mask)
   return run(
     is_causal=True,
-    key_value_seq_lengths=past.lengths(),
-    local_window_size=(past.window - 1, 0) if past.window else None,
+    key_value_seq_lengths=causal_mask.lengths(),
+    local_window_size=(causal_mask.window - 1, 0)
+    if causal_mask.window
+    else None,
   )
 
 

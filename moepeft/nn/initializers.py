@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arrays say of themselves: how they start, and their axes' letters.
+"""Parameter metadata: initializer and logical axes of every array.
 
-A model initialised under jit is a program of random bits, one stream an array,
-that takes longer to compile than the training step. Here the host draws, from
-the shapes and from what each array says of its start.
+It lets the host initialize a model without tracing `model.init`: under jit
+that is a program of one random stream an array, which takes longer to compile
+than the training step.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from flax.core import meta
 
 from moepeft.core.types import Array, Batch, Tree
 
-# The collection, and the rng that asks for it, in which arrays say it.
-LABELS = 'labels'
+# The collection that holds it, filled where the rng of that name is given.
+METADATA = 'metadata'
 
 
 @jax.tree_util.register_static
@@ -41,7 +41,7 @@ class Normal:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Fill:
+class Constant:
   """One value everywhere."""
 
   value: float
@@ -55,45 +55,45 @@ class Fill:
     return np.full(shape, self.value, dtype)
 
 
-Start = Normal | Fill
+Initializer = Normal | Constant
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Label(meta.AxisMetadata):
-  """What an array says of itself; static, of no array.
+class ParamMetadata(meta.AxisMetadata):
+  """Initializer and axes of one array; a static pytree without leaves.
 
-  Scanned layers and vmapped experts put their letter in front by themselves:
-  `metadata_params` of the transform is {collection: letter}.
+  Transforms add their axis: nn.scan and nn.vmap take {collection: axis} as
+  `metadata_params`.
 
   Attributes:
     collection: 'params' or 'peft', which the array is in.
-    letters: its axes, 'ldnh'; the legend is in moepeft.core.types.
-    start: how it starts; None where that depends on the base's weights.
+    logical_axes: 'ldnh', keys of `moepeft.core.types.AXIS_NAMES`.
+    initializer: None where the initial value depends on the base's weights.
   """
 
   collection: str
-  letters: str
-  start: Start | None
+  logical_axes: str
+  initializer: Initializer | None
 
-  def add_axis(self, index: int, params: dict[str, str]) -> 'Label':
-    before, after = self.letters[:index], self.letters[index:]
-    letters = before + params.get(self.collection, '') + after
-    return dataclasses.replace(self, letters=letters)
+  def add_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
+    before, after = self.logical_axes[:index], self.logical_axes[index:]
+    axes = before + params.get(self.collection, '') + after
+    return dataclasses.replace(self, logical_axes=axes)
 
-  def remove_axis(self, index: int, params: dict[str, str]) -> 'Label':
-    own = self.collection in params
-    letters = self.letters[:index] + self.letters[index + own :]
-    return dataclasses.replace(self, letters=letters)
+  def remove_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
+    removed = self.collection in params
+    axes = self.logical_axes[:index] + self.logical_axes[index + removed :]
+    return dataclasses.replace(self, logical_axes=axes)
 
   def unbox(self) -> None:
     return None
 
-  def replace_boxed(self, val: Any) -> 'Label':
+  def replace_boxed(self, val: Any) -> 'ParamMetadata':
     return self
 
 
-def fresh(
+def init_params(
   model: nn.Module, batch: Batch, seed: int, params: Tree | None = None
 ) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...} of a model that has not been trained.
@@ -109,12 +109,14 @@ def fresh(
     params: the base's weights; None draws them too.
   """
   shapes = _shapes(model, batch, params)
-  starts = {path: a.start for path, a in _flatten(shapes[LABELS]).items()}
+  initializers = {
+    path: a.initializer for path, a in _flatten(shapes[METADATA]).items()
+  }
   if params is None:
-    params = _draw(_flatten(shapes['params']), starts, seed)
+    params = _draw(_flatten(shapes['params']), initializers, seed)
   wanted = _flatten(shapes.get('peft', {}))
-  known = {path: leaf for path, leaf in wanted.items() if starts[path]}
-  peft = _flatten(_draw(known, starts, seed))
+  known = {path: leaf for path, leaf in wanted.items() if initializers[path]}
+  peft = _flatten(_draw(known, initializers, seed))
   if known != wanted:
     # These depend on the base's weights.
     key = jax.random.key(seed)
@@ -123,10 +125,10 @@ def fresh(
   return {'params': params, 'peft': _unflatten(peft)}
 
 
-def letters(
+def logical_axes(
   model: nn.Module, batch: Batch, params: Tree | None = None
 ) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: the letters of every array, by its path.
+  """{'params': ..., 'peft': ...}: the logical axes of every array.
 
   Args:
     batch: the smallest that the model takes.
@@ -134,26 +136,29 @@ def letters(
       for those that the model would make.
   """
   shapes = _shapes(model, batch, params)
-  labels = _flatten(shapes[LABELS])
+  metadata = _flatten(shapes[METADATA])
   return {
     name: _unflatten(
-      {path: labels[path].letters for path in _flatten(shapes.get(name, {}))}
+      {
+        path: metadata[path].logical_axes
+        for path in _flatten(shapes.get(name, {}))
+      }
     )
     for name in ('params', 'peft')
   }
 
 
-def described(
+def param_metadata(
   model: nn.Module, batch: Batch, params: Tree | None = None
-) -> dict[str, tuple[tuple[int, ...], Label]]:
-  """{path: (shape, what it says of itself)} of every array in 'peft'.
+) -> dict[str, tuple[tuple[int, ...], ParamMetadata]]:
+  """{path: (shape, metadata)} of every array in 'peft'.
 
-  Args: as of `letters`.
+  Args: as of `logical_axes`.
   """
   shapes = _shapes(model, batch, params)
-  labels = _flatten(shapes[LABELS])
+  metadata = _flatten(shapes[METADATA])
   wanted = _flatten(shapes.get('peft', {}))
-  return {path: (leaf.shape, labels[path]) for path, leaf in wanted.items()}
+  return {path: (leaf.shape, metadata[path]) for path, leaf in wanted.items()}
 
 
 def shapes(
@@ -161,7 +166,7 @@ def shapes(
 ) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the shapes of every array.
 
-  Args: as of `letters`.
+  Args: as of `logical_axes`.
   """
   found = _shapes(model, batch, params)
   return {name: found.get(name, {}) for name in ('params', 'peft')}
@@ -170,7 +175,7 @@ def shapes(
 def _shapes(
   model: nn.Module, batch: Batch, params: Tree | None
 ) -> dict[str, Tree]:
-  """All collections without an array: shapes, and the arrays' labels."""
+  """All collections without an array: shapes and metadata."""
   leaves, tree = jax.tree.flatten((batch, params))
   made = _traced(model, tuple((a.shape, a.dtype) for a in leaves), tree)
   return made if params is None else {**made, 'params': params}
@@ -182,12 +187,12 @@ def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
   batch, params = tree.unflatten(
     [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]
   )
-  rngs = dict.fromkeys(('params', 'peft', LABELS), jax.random.key(0))
+  rngs = dict.fromkeys(('params', 'peft', METADATA), jax.random.key(0))
   if params is None:
     return jax.eval_shape(lambda batch: model.init(rngs, batch), batch)
   return jax.eval_shape(
     lambda params, batch: model.apply(
-      {'params': params}, batch, rngs=rngs, mutable=['peft', LABELS]
+      {'params': params}, batch, rngs=rngs, mutable=['peft', METADATA]
     )[1],
     params,
     batch,
@@ -195,13 +200,13 @@ def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
 
 
 def _draw(
-  shapes: Mapping[str, Any], starts: Mapping[str, Start], seed: int
+  shapes: Mapping[str, Any], initializers: Mapping[str, Initializer], seed: int
 ) -> Tree:
   """Arrays of the shapes, each from a stream of its own."""
   drawn = {}
   for path, leaf in shapes.items():
     rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
-    drawn[path] = starts[path].draw(rng, leaf.shape, leaf.dtype)
+    drawn[path] = initializers[path].draw(rng, leaf.shape, leaf.dtype)
   return _unflatten(drawn)
 
 
@@ -230,38 +235,38 @@ COLLECTION = 'peft'
 def param(
   module: nn.Module,
   name: str,
-  start: Start,
+  initializer: Initializer,
   shape: tuple[int, ...],
-  letters: str,
+  axes: str,
   dtype=jnp.float32,
 ) -> Array:
   """An array of the base model, in the collection 'params'.
 
   Args:
-    letters: one for each axis of `shape`, as in the legend.
+    axes: one letter for each axis of `shape`, keys of AXIS_NAMES.
   """
-  _tell(module, name, shape, Label('params', letters, start))
-  return module.param(name, start, shape, dtype)
+  _record(module, name, shape, ParamMetadata('params', axes, initializer))
+  return module.param(name, initializer, shape, dtype)
 
 
 def peft_param(
   module: nn.Module,
   name: str,
-  init: Start | Callable,
+  init: Initializer | Callable,
   shape: tuple[int, ...],
-  letters: str,
+  axes: str,
 ) -> Array:
   """A trainable array of an adapter or router, float32 [shape].
 
   A stored array of another shape is an error that names both.
 
   Args:
-    init: `Normal`, `Fill`, or a function (key, shape, dtype) -> array where
-      the start depends on the base's weights (DoRA's magnitude).
-    letters: one for each axis of `shape`, as in the legend.
+    init: `Normal`, `Constant`, or a function (key, shape, dtype) -> array where
+      the initial value depends on the base's weights (DoRA's magnitude).
+    axes: one letter for each axis of `shape`, keys of AXIS_NAMES.
   """
-  start = init if isinstance(init, Start) else None
-  _tell(module, name, shape, Label(COLLECTION, letters, start))
+  initializer = init if isinstance(init, Initializer) else None
+  _record(module, name, shape, ParamMetadata(COLLECTION, axes, initializer))
   variable = module.variable(
     COLLECTION,
     name,
@@ -276,14 +281,16 @@ def peft_param(
   return variable.value
 
 
-def _tell(module: nn.Module, name: str, shape, label: Label) -> None:
-  """Leaves the array's label where whoever asked by an rng finds it."""
-  if not module.has_rng(LABELS):
+def _record(
+  module: nn.Module, name: str, shape, metadata: ParamMetadata
+) -> None:
+  """Sows the metadata, in the collection METADATA, where its rng is given."""
+  if not module.has_rng(METADATA):
     return
-  if len(label.letters) != len(shape):
+  if len(metadata.logical_axes) != len(shape):
     path = '/'.join((*module.path, name))
     raise ValueError(
       f'{path}: expected a letter for each axis of {shape}; got '
-      f'{label.letters!r}'
+      f'{metadata.logical_axes!r}'
     )
-  module.variable(LABELS, name, lambda: label)
+  module.variable(METADATA, name, lambda: metadata)

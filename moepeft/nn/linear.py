@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen projections, the embedding and the head, each one a site."""
+"""Projections of the base model, the embedding and the head, each a site."""
 
 import dataclasses
 from typing import Any
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from moepeft.core.types import Array, Context
 from moepeft.nn import quantization
 from moepeft.nn.adapter_hook import (
-  Advice,
-  Frozen,
-  advise,
+  AdapterMap,
+  BaseLayer,
+  apply_adapters,
   contract,
   contraction,
   kernel_letters,
 )
-from moepeft.nn.initializers import Fill, Normal, param
-from moepeft.nn.quantization import Quantised
+from moepeft.nn.initializers import Constant, Normal, param
+from moepeft.nn.quantization import QuantizedKernel
 
 
 class Linear(nn.Module):
@@ -37,7 +37,7 @@ class Linear(nn.Module):
   eqn: str
   shape: tuple[int, ...]
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   stddev: float
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    kernel = quantization.held(self, 'kernel', self.eqn, self.shape)
+    kernel = quantization.quantized_kernel(self, 'kernel', self.eqn, self.shape)
     if kernel is None:
       kernel = param(
         self,
@@ -57,23 +57,23 @@ class Linear(nn.Module):
         self.param_dtype,
       )
     bias = self._bias() if self.bias else None
-    f = frozen_einsum(self.eqn, kernel, self.dtype, self.accumulate, bias)
-    return advise(self, self.advice, self.site, f, x, ctx)
+    f = base_projection(self.eqn, kernel, self.dtype, self.accumulate, bias)
+    return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
   def _bias(self) -> Array:
     _, inside, outside, _ = contraction(self.eqn)
     shape = self.shape[len(inside) :]
-    return param(self, 'bias', Fill(0), shape, outside, self.param_dtype)
+    return param(self, 'bias', Constant(0), shape, outside, self.param_dtype)
 
 
-def frozen_einsum(
+def base_projection(
   eqn: str,
-  kernel: Array | Quantised,
+  kernel: Array | QuantizedKernel,
   dtype,
   accumulate=None,
   bias: Array | None = None,
-) -> Frozen:
-  """The frozen call of a projection whose weight is `kernel`."""
+) -> BaseLayer:
+  """The layer of a projection whose weight is `kernel`."""
 
   def weight():
     return kernel.astype(dtype)
@@ -82,27 +82,27 @@ def frozen_einsum(
     y = contract(eqn, x.astype(dtype), weight(), accumulate)
     return y if bias is None else y + bias.astype(y.dtype)
 
-  if isinstance(kernel, Quantised):
+  if isinstance(kernel, QuantizedKernel):
     # Decoded anew for the gradient: else a scan would keep all layers' wide.
     call = jax.checkpoint(call)
   _, inside, outside, _ = contraction(eqn)
-  return Frozen(
+  return BaseLayer(
     call,
     eqn=eqn,
     shape=kernel.shape,
-    inside=inside,
-    outside=outside,
+    input_axes=inside,
+    output_axes=outside,
     kernel=weight,
     bias=bias,
   )
 
 
 class Embedding(nn.Module):
-  """Ids [b, t] -> [b, t, d], at a site; `letter` is that of the table."""
+  """Ids [b, t] -> [b, t, d], at a site; `letter` is the axis of its ids."""
 
   vocab: int
   d_model: int
-  advice: Advice
+  adapter_map: AdapterMap
   site: str = 'embed'
   letter: str = 'v'
   dtype: Any = jnp.float32
@@ -113,19 +113,19 @@ class Embedding(nn.Module):
   def __call__(self, ids: Array, ctx: Context) -> Array:
     shape = (self.vocab, self.d_model)
     start = Normal(self.stddev)
-    letters = f'{self.letter}d'
-    table = param(self, 'embedding', start, shape, letters, self.param_dtype)
+    axes = f'{self.letter}d'
+    table = param(self, 'embedding', start, shape, axes, self.param_dtype)
 
     def weight():
       return table.astype(self.dtype)
 
-    f = Frozen(
+    f = BaseLayer(
       lambda ids: jnp.take(weight(), ids, axis=0),
       shape=shape,
-      outside='d',
+      output_axes='d',
       kernel=weight,
     )
-    return advise(self, self.advice, self.site, f, ids, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, ids, ctx)
 
   def attend(self) -> Array:
     """The table [v, d] itself, for a head tied to it."""
@@ -142,7 +142,7 @@ class Head(nn.Module):
 
   d_model: int
   vocab: int
-  advice: Advice
+  adapter_map: AdapterMap
   cap: float = 0.0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -156,21 +156,23 @@ class Head(nn.Module):
       shape = (self.d_model, self.vocab)
       start = Normal(self.d_model**-0.5)
       kernel = param(self, 'kernel', start, shape, 'dv', self.param_dtype)
-      f = frozen_einsum(eqn, kernel, self.dtype, wide)
+      f = base_projection(eqn, kernel, self.dtype, wide)
     else:
       f = _tied(eqn, tied.attend(), self.dtype, wide)
-    f = dataclasses.replace(f, tied=tied)
+    f = dataclasses.replace(f, tied_embedding=tied)
     if self.bias:
       f = _biased(f, self._bias())
-    logits = advise(self, self.advice, 'head', f, x, ctx)
+    logits = apply_adapters(self, self.adapter_map, 'head', f, x, ctx)
     return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 
   def _bias(self) -> Array:
-    return param(self, 'bias', Fill(0), (self.vocab,), 'v', self.param_dtype)
+    return param(
+      self, 'bias', Constant(0), (self.vocab,), 'v', self.param_dtype
+    )
 
 
-def _biased(f: Frozen, bias: Array) -> Frozen:
-  """A frozen call with a bias added to what it gives."""
+def _biased(f: BaseLayer, bias: Array) -> BaseLayer:
+  """The layer with a bias added to its output."""
 
   def call(x):
     y = f(x)
@@ -179,8 +181,8 @@ def _biased(f: Frozen, bias: Array) -> Frozen:
   return dataclasses.replace(f, call=call, bias=bias)
 
 
-def _tied(eqn: str, table: Array, dtype, accumulate) -> Frozen:
-  """The frozen call of a head whose weight is the table's transpose."""
+def _tied(eqn: str, table: Array, dtype, accumulate) -> BaseLayer:
+  """The layer of a head whose weight is the table's transpose."""
 
   def call(x):
     x = x.astype(dtype)
@@ -193,11 +195,11 @@ def _tied(eqn: str, table: Array, dtype, accumulate) -> Frozen:
     y = jnp.einsum('vd,btd->vbt', table, x, preferred_element_type=accumulate)
     return jnp.moveaxis(y, 0, -1)
 
-  return Frozen(
+  return BaseLayer(
     call,
     eqn=eqn,
     shape=table.shape[::-1],
-    inside='d',
-    outside='v',
+    input_axes='d',
+    output_axes='v',
     kernel=lambda: table.T,
   )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with thin trained kernels, whose gradients turn nothing wide.
+"""Products with trained low-rank kernels, with fast gradients on CPU.
 
-i in, o out; one of them is small (a rank, experts).
+Axes: i in, o out; one of them is small (a rank, experts).
 """
 
 import functools
@@ -13,13 +13,14 @@ from moepeft.core.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def thin_product(x: Array, kernel: Array, precision=None) -> Array:
+def low_rank_matmul(x: Array, kernel: Array, precision=None) -> Array:
   """x [..., i] times kernel [i, o] -> [..., o].
 
-  The kernel's gradient is a product over all tokens. XLA puts the wide side
-  of it first, and on CPU turns that side, recomputing element by element
-  whatever it is made of: several times the cost of the product. Here the thin
-  side stands first. In reverse mode only: `jax.jvp` of it is an error.
+  The kernel's gradient is a product over all tokens. XLA puts the large
+  operand of it first, and on CPU transposes that operand, recomputing element
+  by element whatever it is made of: several times the cost of the product.
+  Here the small operand stands first. In reverse mode only: `jax.jvp` of
+  it is an error.
 
   Args:
     precision: as in `jnp.einsum`.
@@ -28,7 +29,7 @@ def thin_product(x: Array, kernel: Array, precision=None) -> Array:
 
 
 def _forward(x, kernel, precision):
-  return thin_product(x, kernel, precision), (x, kernel)
+  return low_rank_matmul(x, kernel, precision), (x, kernel)
 
 
 def _backward(precision, kept, dy):
@@ -38,9 +39,9 @@ def _backward(precision, kept, dy):
   x, dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
   if kernel.shape[0] < kernel.shape[1]:
     return dx, einsum('ti,to->io', x, dy)
-  # Behind a barrier, or the simplifier would swap the sides.
+  # Behind a barrier, or the simplifier would swap the operands.
   turned = jax.lax.optimization_barrier(einsum('to,ti->oi', dy, x))
   return dx, turned.T
 
 
-thin_product.defvjp(_forward, _backward)
+low_rank_matmul.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Advice, Tap
+from moepeft.nn.adapter_hook import ActivationHook, AdapterMap
 from moepeft.nn.linear import Linear
 from moepeft.nn.norms import NormForm
 
@@ -33,7 +33,7 @@ class Mlp(nn.Module):
   gated: bool
   activation: str
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   dropout: float = 0.0
   norm_form: NormForm = NormForm()
   bias: bool = False
@@ -46,7 +46,7 @@ class Mlp(nn.Module):
         eqn,
         shape,
         f'{self.site}/{name}',
-        self.advice,
+        self.adapter_map,
         stddev=shape[0] ** -0.5,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
@@ -59,13 +59,13 @@ class Mlp(nn.Module):
       self.wi_1 = linear('wi_1', 'btd,df->btf', d, f)
     else:
       self.wi = linear('wi', 'btd,df->btf', d, f)
-    self.act = Tap(f'{self.site}/act', self.advice, 'f')
-    self.hidden = Tap(f'{self.site}/hidden', self.advice, 'f')
+    self.act = ActivationHook(f'{self.site}/act', self.adapter_map, 'f')
+    self.hidden = ActivationHook(f'{self.site}/hidden', self.adapter_map, 'f')
     self.wo = linear('wo', 'btf,fd->btd', f, d)
     self.drop = nn.Dropout(self.dropout)
     # The block calls it, so that the sublayer's own input is normed.
     site = f'{self.site}/norm'
-    self.norm = self.norm_form.at(site, self.advice, self.param_dtype)
+    self.norm = self.norm_form.at(site, self.adapter_map, self.param_dtype)
 
   def __call__(self, x: Array, ctx: Context) -> Array:
     gate = self.wi_0 if self.gated else self.wi

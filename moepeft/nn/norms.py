@@ -9,24 +9,24 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Advice, Frozen, advise
-from moepeft.nn.initializers import Fill, param
-from moepeft.nn.numerics import wide
+from moepeft.nn.adapter_hook import AdapterMap, BaseLayer, apply_adapters
+from moepeft.nn.initializers import Constant, param
+from moepeft.nn.numerics import to_f32
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
   """x / rms(x) * scale over the last axis; float32 inside, x's dtype out."""
-  y = wide(x)
+  y = to_f32(x)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-  return (y * wide(scale)).astype(x.dtype)
+  return (y * to_f32(scale)).astype(x.dtype)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
   """(x - mean) / deviation * scale + bias; float32 inside, x's dtype out."""
-  y = wide(x)
+  y = to_f32(x)
   y = y - jnp.mean(y, -1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-  return (y * wide(scale) + wide(bias)).astype(x.dtype)
+  return (y * to_f32(scale) + to_f32(bias)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
   """
 
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   eps: float = 1e-6
   param_dtype: Any = jnp.float32
   offset: float = 0.0
@@ -46,43 +46,43 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    start, shape = Fill(1 - self.offset), x.shape[-1:]
+    start, shape = Constant(1 - self.offset), x.shape[-1:]
     scale = param(self, 'scale', start, shape, self.letter, self.param_dtype)
     if self.offset:
-      scale = wide(scale) + self.offset
+      scale = to_f32(scale) + self.offset
     features = 'nh' if x.ndim == 4 else self.letter
-    f = Frozen(
+    f = BaseLayer(
       lambda x: rms_norm(x, scale, self.eps),
       shape=scale.shape,
-      inside=features,
-      outside=features,
+      input_axes=features,
+      output_axes=features,
       kernel=lambda: scale,
     )
-    return advise(self, self.advice, self.site, f, x, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
 
 class LayerNorm(nn.Module):
   """`layer_norm` with its scale and bias [d], at a site."""
 
   site: str
-  advice: Advice
+  adapter_map: AdapterMap
   eps: float = 1e-5
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     shape = x.shape[-1:]
-    scale = param(self, 'scale', Fill(1), shape, 'd', self.param_dtype)
-    bias = param(self, 'bias', Fill(0), shape, 'd', self.param_dtype)
-    f = Frozen(
+    scale = param(self, 'scale', Constant(1), shape, 'd', self.param_dtype)
+    bias = param(self, 'bias', Constant(0), shape, 'd', self.param_dtype)
+    f = BaseLayer(
       lambda x: layer_norm(x, scale, bias, self.eps),
       shape=shape,
-      inside='d',
-      outside='d',
+      input_axes='d',
+      output_axes='d',
       kernel=lambda: scale,
       bias=bias,
     )
-    return advise(self, self.advice, self.site, f, x, ctx)
+    return apply_adapters(self, self.adapter_map, self.site, f, x, ctx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +101,13 @@ class NormForm:
   def at(
     self,
     site: str,
-    advice: Advice,
+    adapter_map: AdapterMap,
     param_dtype: Any,
     name: str | None = None,
   ) -> nn.Module:
     """The norm's module at a site; `name` where a compact call makes it."""
     if self.centred:
-      return LayerNorm(site, advice, self.eps, param_dtype, name=name)
-    return RMSNorm(site, advice, self.eps, param_dtype, self.offset, name=name)
+      return LayerNorm(site, adapter_map, self.eps, param_dtype, name=name)
+    return RMSNorm(
+      site, adapter_map, self.eps, param_dtype, self.offset, name=name
+    )

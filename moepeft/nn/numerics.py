@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 at least: for sums that bfloat16 would spoil."""
+"""Softmax, casts and sums in float32 at least."""
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,12 @@ def _softmax_backward(p, dp):
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def wide(x: Array) -> Array:
+def to_f32(x: Array) -> Array:
   """x in float32, or as it is where it is wider (float64 in checks)."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def wide_einsum(eqn: str, x: Array, y: Array) -> Array:
+def einsum_f32(eqn: str, x: Array, y: Array) -> Array:
   """einsum(eqn, x, y) that is summed and left in float32 at least."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   return jnp.einsum(eqn, x, y, preferred_element_type=dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen kernels in few bits: int8, and the NF4 of QLoRA (arXiv:2305.14314).
+"""Quantized kernels: int8, and the NF4 of QLoRA (arXiv:2305.14314).
 
 A kernel that is quantised lies in 'params' as two arrays in place of one, its
 codes and their scales: `kernel_int8` or `kernel_nf4`, and `kernel_scale`. The
@@ -18,7 +18,7 @@ import numpy as np
 
 from moepeft.core.types import Array
 from moepeft.nn.adapter_hook import contraction
-from moepeft.nn.initializers import Fill, param
+from moepeft.nn.initializers import Constant, param
 
 # Inputs that share a scale in NF4, as in the paper.
 BLOCK = 64
@@ -60,7 +60,7 @@ def to_int8(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_int8(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
-  """What `to_int8` kept, float32 [shape]; off by scale / 2 at most."""
+  """Dequantizes `to_int8`: float32 [shape], off by scale / 2 at most."""
   del shape
   return codes.astype(jnp.float32) * scale
 
@@ -86,7 +86,7 @@ def to_nf4(kernel: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_nf4(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
-  """What `to_nf4` kept, float32 [shape].
+  """Dequantizes `to_nf4`: float32 [shape].
 
   Off by at most 0.152 of its block's largest: half the widest gap of LEVELS.
   """
@@ -104,8 +104,8 @@ def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-  """A way to keep a kernel.
+class QuantizationFormat:
+  """A format of quantized kernels.
 
   Attributes:
     encode: (kernel, inputs) -> (codes, scale), on the host.
@@ -133,18 +133,18 @@ def _layout_nf4(inputs, outputs, inside: str, outside: str):
   return {name: ((n, *outputs), letters) for name, n in rows.items()}
 
 
-KINDS = {
-  'int8': Kind(to_int8, from_int8, jnp.int8, _layout_int8),
-  'nf4': Kind(to_nf4, from_nf4, jnp.uint8, _layout_nf4),
+FORMATS = {
+  'int8': QuantizationFormat(to_int8, from_int8, jnp.int8, _layout_int8),
+  'nf4': QuantizationFormat(to_nf4, from_nf4, jnp.uint8, _layout_nf4),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantised:
-  """Stands where a frozen kernel would: it has a shape, and `astype`.
+class QuantizedKernel:
+  """A kernel of few bits, with the `shape` and `astype` of an array.
 
   Attributes:
-    kind: of KINDS.
+    kind: a key of FORMATS.
     shape: the kernel's.
   """
 
@@ -154,24 +154,24 @@ class Quantised:
   shape: tuple[int, ...]
 
   def astype(self, dtype: Any) -> Array:
-    """The kernel that it was made of, as near as its bits allow."""
-    kernel = KINDS[self.kind].decode(self.codes, self.scale, self.shape)
+    """The dequantized kernel."""
+    kernel = FORMATS[self.kind].decode(self.codes, self.scale, self.shape)
     return kernel.astype(dtype)
 
 
-def held(
+def quantized_kernel(
   module: nn.Module, name: str, eqn: str, shape: tuple[int, ...]
-) -> Quantised | None:
-  """A module's kernel where the tree has it quantised, else None."""
-  for kind, form in KINDS.items():
+) -> QuantizedKernel | None:
+  """The module's quantized kernel, or None where it is an array."""
+  for kind, form in FORMATS.items():
     if module.has_variable('params', f'{name}_{kind}'):
       _, inside, outside, _ = contraction(eqn)
       n = len(inside)
       wanted = form.layout(shape[:n], shape[n:], inside, outside)
-      start = Fill(0)
+      start = Constant(0)
       codes = param(
         module, f'{name}_{kind}', start, *wanted['codes'], form.dtype
       )
       scale = param(module, f'{name}_scale', start, *wanted['scale'])
-      return Quantised(kind, codes, scale, shape)
+      return QuantizedKernel(kind, codes, scale, shape)
   return None

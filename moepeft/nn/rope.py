@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core.types import Array
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 KINDS = ('default', 'linear', 'llama3', 'yarn')
 
@@ -98,6 +98,6 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
   radians, scale = frequencies(rope, x.shape[-1])
   angles = positions[..., None].astype(jnp.float32) * radians
   cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
-  first, second = jnp.split(wide(x), 2, axis=-1)
+  first, second = jnp.split(to_f32(x), 2, axis=-1)
   turned = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers in a row: scanned, so that the program does not grow with depth."""
+"""A stack of equal layers, scanned: the program does not grow with depth."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context, Tree
-from moepeft.nn.initializers import LABELS
+from moepeft.nn.initializers import METADATA
 
 REMAT = {
   'none': None,
@@ -15,12 +15,12 @@ REMAT = {
 }
 
 # Everything that a layer owns or reports has its layers on axis 0.
-COLLECTIONS = ('params', 'peft', LABELS, 'routing', 'weights', 'cache')
+COLLECTIONS = ('params', 'peft', METADATA, 'routing', 'weights', 'cache')
 AXES = dict.fromkeys(COLLECTIONS, 0)
-RNGS = dict.fromkeys(('params', 'peft', LABELS, 'dropout', 'router'), True)
+RNGS = dict.fromkeys(('params', 'peft', METADATA, 'dropout', 'router'), True)
 
 
-def stack(
+def scan_layers(
   block: nn.Module,
   length: int,
   x: Array,
@@ -33,8 +33,8 @@ def stack(
   """Calls `length` copies of a block one after the other.
 
   Must be called from a compact method; the layers' variables are found under
-  'layers' (scanned) or 'layers_0', 'layers_1', ... (not). Where `ctx.stack` is
-  set, it is called instead.
+  'layers' (scanned) or 'layers_0', 'layers_1', ... (not). `ctx.run_layers`,
+  where set, is called instead.
 
   Args:
     block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
@@ -46,8 +46,8 @@ def stack(
   Raises:
     ValueError: the remat policy does not exist.
   """
-  if ctx.stack is not None:
-    return ctx.stack(block, length, x, ctx.replace(stack=None), args)
+  if ctx.run_layers is not None:
+    return ctx.run_layers(block, length, x, ctx.replace(run_layers=None), args)
   if remat not in REMAT:
     raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
   if not scan:
@@ -74,7 +74,7 @@ def stack(
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 
 
-def written_out(tree: Tree) -> Tree:
+def unstack_layers(tree: Tree) -> Tree:
   """Variables of scanned layers as those of layers that are not scanned.
 
   'layers' -> 'layers_0', 'layers_1', ...: each layer's arrays are its own, so
@@ -87,7 +87,7 @@ def written_out(tree: Tree) -> Tree:
       for i in range(len(leaves[0])):
         found[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
     else:
-      found[key] = written_out(value) if isinstance(value, dict) else value
+      found[key] = unstack_layers(value) if isinstance(value, dict) else value
   return found
 
 

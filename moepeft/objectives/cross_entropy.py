@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, Range, option
 from moepeft.core.types import Array, Batch
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 from moepeft.objectives.objective import check_options
 
 PER = ('tokens', 'sequences')
@@ -24,9 +24,9 @@ class CrossEntropySettings:
   """Settings of config.loss.
 
   Attributes:
-    per: what the loss is a mean over: 'tokens', or 'sequences' (of each
-      example's own mean over its tokens; T5X's AVERAGE_PER_SEQUENCE).
-    z: weight of a token's squared log-partition (T5X's z_loss).
+    average_over: the loss is a mean over 'tokens', or over 'sequences' (of
+      each example's own mean over its tokens; T5X's AVERAGE_PER_SEQUENCE).
+    z_loss: weight of a token's squared log-partition (T5X's z_loss).
     label_smoothing: the share of a target's probability that the rest of the
       vocabulary gets.
 
@@ -34,8 +34,8 @@ class CrossEntropySettings:
     ValueError: a value is out of range.
   """
 
-  per: str = option('tokens', Choices(PER))
-  z: float = option(0.0, Range(0, 1_000))
+  average_over: str = option('tokens', Choices(PER))
+  z_loss: float = option(0.0, Range(0, 1_000))
   label_smoothing: float = option(0.0, Range(0, 1, below=True))
 
   def __post_init__(self):
@@ -57,7 +57,7 @@ def log_terms(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
     logits: [b, t, v].
     targets: int [b, t].
   """
-  logits_f32 = wide(logits)
+  logits_f32 = to_f32(logits)
   target_logits = jnp.take_along_axis(logits_f32, targets[..., None], axis=-1)
   log_z = jax.nn.logsumexp(logits_f32, axis=-1)
   return log_z, target_logits[..., 0], jnp.mean(logits_f32, axis=-1)
@@ -93,7 +93,7 @@ def _log_terms_backward(residuals, cotangents):
 
 def _logits_gradient(logits, targets, log_z, d_log_z, d_target, d_mean):
   """The gradient of the terms, times cotangents [b, t]: as logits [b, t, v]."""
-  p = jnp.exp(wide(logits) - log_z[..., None])
+  p = jnp.exp(to_f32(logits) - log_z[..., None])
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   gradient = p * d_log_z[..., None]
   gradient += jnp.where(is_target, d_target[..., None], 0)
@@ -131,7 +131,7 @@ def token_nll_and_loss(
     rest = v * (log_z - mean_logit) - nll
     entropy = -(1 - s) * math.log(1 - s) - s * math.log(s / (v - 1))
     losses = (1 - s) * nll + s / (v - 1) * rest - entropy
-  return nll, losses + settings.z * log_z**2 if settings.z else losses
+  return nll, losses + settings.z_loss * log_z**2 if settings.z_loss else losses
 
 
 def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:

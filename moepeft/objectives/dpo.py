@@ -28,8 +28,8 @@ class DPOSettings:
     loss: one of LOSSES.
     beta: weight of a log-ratio.
     label_smoothing: the share of pairs whose order is taken to be wrong.
-    sft: weight of the chosen answer's mean -log p of a token, each answer's
-      own as in Pang et al., arXiv:2404.19733 (TRL: of all tokens of a batch).
+    sft_weight: weight of the chosen answer's mean -log p of a token, by answer
+      as in Pang et al., arXiv:2404.19733 (TRL: of all tokens of a batch).
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -38,7 +38,7 @@ class DPOSettings:
   loss: str = option('sigmoid', Choices(LOSSES))
   beta: float = option(0.1, Range(0, 1_000, above=True))
   label_smoothing: float = option(0.0, Range(0, 0.5, below=True))
-  sft: float = option(0.0, Range(0, 1_000))
+  sft_weight: float = option(0.0, Range(0, 1_000))
 
   def __post_init__(self):
     check_options(self, 'preference')
@@ -94,7 +94,7 @@ def loss_sums(
     rewards[:, 0], rewards[:, 1], pairs.mask, tie
   )
   return paired_batch.total_loss(
-    pairs, losses, settings.sft, metrics, pairs.mask
+    pairs, losses, settings.sft_weight, metrics, pairs.mask
   )
 
 

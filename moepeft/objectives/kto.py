@@ -22,17 +22,17 @@ class KTOSettings:
 
   Attributes:
     beta: weight of a log-ratio.
-    desirable, undesirable: weights of good and of bad answers.
-    sft: weight of a good answer's mean -log p of a token.
+    desirable_weight, undesirable_weight: those of good and of bad answers.
+    sft_weight: weight of a good answer's mean -log p of a token.
 
   Raises:
     ValueError: a value is out of range; the message names its key.
   """
 
   beta: float = option(0.1, Range(0, 1_000, above=True))
-  desirable: float = option(1.0, Range(0, 1_000))
-  undesirable: float = option(1.0, Range(0, 1_000))
-  sft: float = option(0.0, Range(0, 1_000))
+  desirable_weight: float = option(1.0, Range(0, 1_000))
+  undesirable_weight: float = option(1.0, Range(0, 1_000))
+  sft_weight: float = option(0.0, Range(0, 1_000))
 
   def __post_init__(self):
     check_options(self, 'preference')
@@ -100,8 +100,8 @@ def loss_sums(
     label,
     z_ref,
     beta,
-    settings.desirable,
-    settings.undesirable,
+    settings.desirable_weight,
+    settings.undesirable_weight,
   )
   margins = beta * jnp.where(label, log_ratios - z_ref, z_ref - log_ratios)
   wins = paired_batch.wins(margins, beta * paired_batch.tie_threshold(answers))
@@ -113,7 +113,9 @@ def loss_sums(
     'accuracies': metric_sums(wins, mask),
     'z_ref': metric_sums(z_ref, mask),
   }
-  return paired_batch.total_loss(answers, losses, settings.sft, metrics, label)
+  return paired_batch.total_loss(
+    answers, losses, settings.sft_weight, metrics, label
+  )
 
 
 KTO = ObjectiveSpec(

@@ -21,7 +21,7 @@ from moepeft.core.types import Array, Batch, Tree
 from moepeft.data.preference.dataset import PairCollator, PreferenceDataset
 from moepeft.models import weight_mapping
 from moepeft.nn import initializers as start
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives.paired_batch import (
   ReferenceFn,
   stack_sides,
@@ -62,7 +62,7 @@ def make_reference(
       f"{source!r} would measure against; set it to 'precomputed'"
     )
   if source == BASE:
-    return reference_fn(model.clone(advice=Advice())), {}
+    return reference_fn(model.clone(adapter_map=AdapterMap())), {}
   if not os.path.isdir(os.path.expanduser(source)):
     raise ValueError(
       f'config.preference.reference={source!r} is no directory; name a run, an '
@@ -72,8 +72,8 @@ def make_reference(
   adapter = base_lib.load_adapter(source, base.config)
   semantics = adapter.semantics or built.semantics
   reference = build(adapter.method, base.family.sites(base.config), semantics)
-  reference_model = model.clone(advice=reference.advice)
-  variables = start.fresh(
+  reference_model = model.clone(adapter_map=reference.adapter_map)
+  variables = start.init_params(
     reference_model, base_lib.example_batch(), 0, base.params
   )
   tree = base_lib.with_adapter(variables, reference, source, base)['peft']

@@ -48,7 +48,7 @@ def loss_sums(
   )
   mask = batch['targets_mask']
   nll, losses = token_nll_and_loss(logits, batch['targets'], settings)
-  lengths, weight = loss_divisors(batch, settings.per)
+  lengths, weight = loss_divisors(batch, settings.average_over)
   correct = (jnp.argmax(logits, axis=-1) == batch['targets']) & mask
   return jnp.sum(jnp.where(mask, losses / lengths, 0)), {
     'weight': weight,

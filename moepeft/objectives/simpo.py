@@ -20,7 +20,7 @@ class SimPOSettings:
     beta: weight of the mean log p of a token.
     margin: the target margin, over beta.
     label_smoothing: the share of pairs whose order is taken to be wrong.
-    sft: weight of the chosen answer's mean -log p of a token.
+    sft_weight: weight of the chosen answer's mean -log p of a token.
 
   Raises:
     ValueError: a value is out of range; the message names its key.
@@ -29,7 +29,7 @@ class SimPOSettings:
   beta: float = option(0.1, Range(0, 1_000, above=True))
   margin: float = option(0.5, Range(0, 1_000))
   label_smoothing: float = option(0.0, Range(0, 0.5, below=True))
-  sft: float = option(0.0, Range(0, 1_000))
+  sft_weight: float = option(0.0, Range(0, 1_000))
 
   def __post_init__(self):
     check_options(self, 'preference')
@@ -53,7 +53,7 @@ def loss_sums(
     chosen, rejected, beta, settings.margin, settings.label_smoothing
   )
   return paired_batch.total_loss(
-    pairs, losses, settings.sft, metrics, pairs.mask
+    pairs, losses, settings.sft_weight, metrics, pairs.mask
   )
 
 

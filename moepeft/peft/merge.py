@@ -52,7 +52,7 @@ def merge(built: Built, variables: dict[str, Tree]) -> Tree:
   # A tap's scale also acts on what was added to the next kernel, so taps
   # come last; elsewhere the inner adapter comes first.
   order = sorted(
-    built.advice.entries, key=lambda e: e[0].split('/')[-1] in _NEXT
+    built.adapter_map.entries, key=lambda e: e[0].split('/')[-1] in _NEXT
   )
   for site, adapter in order:
     stack, sublayer, place = _place(site)
@@ -90,7 +90,7 @@ def is_mergeable(built: Built) -> bool:
   """Whether `merge` takes a method, as far as its text and sites tell."""
   try:
     _mergeable(built)
-    for site, _ in built.advice.entries:
+    for site, _ in built.adapter_map.entries:
       _place(site)
   except ValueError:
     return False
@@ -106,7 +106,7 @@ def _mergeable(built: Built) -> dict[type, Method]:
       raise ValueError(f'{spec.name} cannot be merged: {method.why_not}')
     found[method.module] = method
   inner = set()
-  for site, adapter in built.advice.entries:
+  for site, adapter in built.adapter_map.entries:
     if found[type(adapter)].innermost and site in inner:
       raise ValueError(
         f'{adapter.name} cannot be merged at {site}: it goes by the norm of '

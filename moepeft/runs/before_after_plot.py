@@ -30,7 +30,7 @@ def draw(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure | None:
   """The figure; None where nothing was measured both times.
 
   Args:
-    before, after: as `Judge` returns them.
+    before, after: as `Evaluator` returns them.
   """
   figures = [
     key

@@ -19,8 +19,9 @@ from moepeft.runs.run import Run
 # Of ln e: with a mean entropy of a token's weights from here on, a router mixes
 # several experts, whichever has the most.
 EVEN = 0.75
-# The share of one expert that is a collapse (config.router_alarm's default),
-# for so many logs in a row, and that of one that is idle.
+# The share of one expert that is a collapse (the default of
+# config.router_collapse_threshold), for so many logs in a row, and that of one
+# that is idle.
 _FULL, _IN_A_ROW, _IDLE = 0.9, 3, 0.01
 # A run's ends are these shares of its rows, for medians of more than a step.
 _EDGE, _LATE = 0.1, 0.33
@@ -110,8 +111,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def numbers(old: float, new: float) -> tuple[str, str]:
   """Two numbers to be compared; what is nothing beside the other is 0."""
-  nothing = 1e-4 * max(abs(old), abs(new))
-  return tuple('0' if abs(x) < nothing else f'{x:.4g}' for x in (old, new))
+  threshold = 1e-4 * max(abs(old), abs(new))
+  return tuple('0' if abs(x) < threshold else f'{x:.4g}' for x in (old, new))
 
 
 def _groups(before, after) -> list[tuple[str, float, float]]:
@@ -227,7 +228,7 @@ def collapsed(
       lines[f'{site}, layer {layer}'] = (
         f"expert {shares.index(max(shares))} {has}, the entropy of a token's "
         f'weights is {evenness:.2f} of ln {len(shares)} '
-        f'(config.router_alarm={limit})'
+        f'(config.router_collapse_threshold={limit})'
       )
   return lines
 
@@ -283,7 +284,7 @@ def _json(path: str) -> dict:
     return {}
 
 
-def _settings(config: dict, trained: list[dict], done: bool) -> list[str]:
+def _settings(config: dict, trained: list[dict], has_ended: bool) -> list[str]:
   steps, last = config.get('steps'), trained[-1]['step']
   optimizer, model = (
     part if isinstance(part := config.get(key), dict) else {}
@@ -300,7 +301,7 @@ def _settings(config: dict, trained: list[dict], done: bool) -> list[str]:
     f'{config.get("batch_size", "unknown")}; seed '
     f'{config.get("seed", "unknown")}',
     f'steps: {last} of {steps or "unknown"}; '
-    f'{"ended" if done else "no summary.json: not ended, or broken off"}',
+    f'{"ended" if has_ended else "no summary.json: not ended, or broken off"}',
   ]
   if _is_number(steps) and last < steps:
     lines.append(f'! the run stands at step {last} of {steps}')

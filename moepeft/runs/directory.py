@@ -33,12 +33,12 @@ class Workdir:
     Raises:
       LostWorkdir: it was deleted, moved or replaced.
     """
-    held = os.fstat(self._lock.fileno())
+    lock = os.fstat(self._lock.fileno())
     try:
       there = os.stat(Run(self.path).lock_file)
     except OSError:
       there = None
-    if there and (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+    if there and (there.st_dev, there.st_ino) == (lock.st_dev, lock.st_ino):
       return
     raise LostWorkdir(
       f'the work directory {self.path!r} was deleted, moved or replaced while '

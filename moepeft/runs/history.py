@@ -9,8 +9,8 @@ import numpy as np
 
 from moepeft.runs import metrics_log
 
-# What objectives tell of answers that are compared; validation's too.
-FIGURES = (
+# Metrics of preference objectives; of validation too.
+PREFERENCE_METRICS = (
   'rewards_chosen',
   'rewards_rejected',
   'margins',
@@ -23,7 +23,7 @@ _POINTS, _STATES = 2000, 150
 
 
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class RoutingState:
   """The routers at one step; letters: e experts, l layers.
 
   Attributes:
@@ -37,19 +37,19 @@ class Routing:
   entropies: Mapping[str, np.ndarray]
 
 
-def short(sites: Iterable[str]) -> dict[str, str]:
+def short_names(sites: Iterable[str]) -> dict[str, str]:
   """{site: how people call it}: encoder/layers/self/k/mov is encoder/self/k.
 
   The last part, the method, is told only where there is more than one.
   """
   sites = list(sites)
   several = len({site.rpartition('/')[2] for site in sites}) > 1
-  found = {}
+  names = {}
   for site in sites:
     path, _, method = site.rpartition('/')
     name = '/'.join(part for part in path.split('/') if part != 'layers')
-    found[site] = f'{name} ({method})' if several else name
-  return found
+    names[site] = f'{name} ({method})' if several else name
+  return names
 
 
 class Thinned:
@@ -88,8 +88,8 @@ class History:
       key: Thinned(_POINTS, point(key))
       for key in (
         *('loss', 'nll', 'learning_rate', 'validation_loss'),
-        *FIGURES,
-        *(f'validation_{key}' for key in FIGURES),
+        *PREFERENCE_METRICS,
+        *(f'validation_{key}' for key in PREFERENCE_METRICS),
       )
     }
     self._routing = Thinned(_STATES, _routing)
@@ -108,7 +108,7 @@ class History:
 
   def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of 'loss', 'nll', 'learning_rate', 'validation_loss',
-    and of FIGURES and 'validation_' and one of them."""
+    PREFERENCE_METRICS, and one of these after 'validation_'."""
     points = np.asarray(self._curves[key].items(), np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
@@ -117,7 +117,7 @@ class History:
     steps, _ = self.curve(key)
     return int(steps[-1]) if len(steps) else None
 
-  def routing(self) -> list[Routing]:
+  def routing(self) -> list[RoutingState]:
     """The routers over time; none where nothing is routed."""
     return self._routing.items()
 
@@ -126,7 +126,7 @@ def _number(value: float | None) -> float:
   return np.nan if value is None else value
 
 
-def _routing(row: Mapping[str, Any]) -> Routing:
+def _routing(row: Mapping[str, Any]) -> RoutingState:
   shares, entropies = {}, {}
   for site, values in row['routing'].items():
     kind, share = metrics_log.shares(values)
@@ -137,4 +137,4 @@ def _routing(row: Mapping[str, Any]) -> Routing:
       entropies[site] = np.atleast_1d(
         np.asarray(values['entropy'], np.float64) / most
       )
-  return Routing(row['step'], shares, entropies)
+  return RoutingState(row['step'], shares, entropies)

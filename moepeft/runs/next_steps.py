@@ -39,8 +39,8 @@ def commands(
   else:
     name = os.path.basename(os.path.abspath(workdir))
     serve = [f'--model={config.model.path}', f'--adapter={name}={workdir}']
-  if config.model.quantise and not whole:
-    serve.append(f'--quantise={config.model.quantise}')
+  if config.model.quantize and not whole:
+    serve.append(f'--quantise={config.model.quantize}')
   if config.data.chat_template and chat:
     serve.append(f'--chat_template={config.data.chat_template}')
   lines = {

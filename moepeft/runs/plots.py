@@ -66,16 +66,16 @@ def draw(rows: Iterable[Mapping[str, Any]], folder: str) -> list[str]:
     rows: as in `moepeft.runs.metrics_log`, or a `History` of them.
     folder: made if need be. A reader sees the old picture or the new.
   """
-  seen = rows if isinstance(rows, History) else History(rows)
+  history = rows if isinstance(rows, History) else History(rows)
   figures = {
-    'loss': _loss(seen),
-    'learning_rate': _learning_rate(seen),
-    'preference': _preference(seen),
+    'loss': _loss(history),
+    'learning_rate': _learning_rate(history),
+    'preference': _preference(history),
     **{
-      f'router_{name}': router_plots.shares(seen.routing(), kind)
+      f'router_{name}': router_plots.shares(history.routing(), kind)
       for kind, name in _SHARES.items()
     },
-    'router_entropy': router_plots.entropy(seen.routing()),
+    'router_entropy': router_plots.entropy(history.routing()),
   }
   return [
     _save(figure, os.path.join(folder, f'{name}.png'))
@@ -92,14 +92,14 @@ def _save(figure: Figure, path: str) -> str:
   return path
 
 
-def _loss(seen: History) -> Figure | None:
+def _loss(history: History) -> Figure | None:
   """Training loss as it was and smoothed, and validation points."""
   # What validation measures too, whatever is minimised.
-  compared = len(seen.curve('margins')[0])
-  steps, values = seen.curve('loss' if compared else 'nll')
+  compared = len(history.curve('margins')[0])
+  steps, values = history.curve('loss' if compared else 'nll')
   if not len(steps):
-    steps, values = seen.curve('loss')
-  at, validated = seen.curve('validation_loss')
+    steps, values = history.curve('loss')
+  at, validated = history.curve('validation_loss')
   if not len(steps) + len(at):
     return None
   figure, axes = _blank('Loss', 'loss' if compared else 'loss (nats a token)')
@@ -114,17 +114,17 @@ def _loss(seen: History) -> Figure | None:
   return figure
 
 
-def _preference(seen: History) -> Figure | None:
+def _preference(history: History) -> Figure | None:
   """Accuracy, and rewards of chosen and rejected answers, smoothed."""
-  if not len(seen.curve('margins')[0]):
+  if not len(history.curve('margins')[0]):
     return None
   figure = Figure(figsize=(7, 7), layout='constrained')
   above, below = figure.subplots(2, 1, sharex=True)
-  _curves(above, seen, {'accuracies': (_BLUE, 'accuracy')})
+  _curves(above, history, {'accuracies': (_BLUE, 'accuracy')})
   above.set(ylim=(0, 1), ylabel='share of pairs')
   _curves(
     below,
-    seen,
+    history,
     {
       'rewards_chosen': (_BLUE, 'chosen'),
       'rewards_rejected': (_ORANGE, 'rejected'),
@@ -135,12 +135,12 @@ def _preference(seen: History) -> Figure | None:
   return figure
 
 
-def _curves(axes: Axes, seen: History, curves: Mapping[str, tuple]) -> None:
+def _curves(axes: Axes, history: History, curves: Mapping[str, tuple]) -> None:
   for key, (color, label) in curves.items():
-    steps, values = seen.curve(key)
+    steps, values = history.curve(key)
     if len(steps):
       axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
-    at, validated = seen.curve(f'validation_{key}')
+    at, validated = history.curve(f'validation_{key}')
     if len(at):
       validation = f'{label}, validation'
       axes.plot(at, validated, 'o--', color=color, ms=4, label=validation)
@@ -149,8 +149,8 @@ def _curves(axes: Axes, seen: History, curves: Mapping[str, tuple]) -> None:
   axes.grid(alpha=0.3, lw=0.6)
 
 
-def _learning_rate(seen: History) -> Figure | None:
-  steps, values = seen.curve('learning_rate')
+def _learning_rate(history: History) -> Figure | None:
+  steps, values = history.curve('learning_rate')
   if not len(steps):
     return None
   figure, axes = _blank('Learning rate', 'learning rate (a step)')

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moepeft.runs.history import Routing, short
+from moepeft.runs.history import RoutingState, short_names
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
@@ -46,7 +46,7 @@ _TITLES = {
 Layout = dict[str, list[tuple[str, str]]]
 
 
-def shares(states: Sequence[Routing], kind: str) -> Figure | None:
+def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
   """Heat maps [l, e] of the latest shares, and the fullest expert over steps.
 
   Args:
@@ -77,7 +77,7 @@ def shares(states: Sequence[Routing], kind: str) -> Figure | None:
   return sheet.figure
 
 
-def entropy(states: Sequence[Routing]) -> Figure | None:
+def entropy(states: Sequence[RoutingState]) -> Figure | None:
   """The router's mean entropy over steps, a line a layer; 1 is uniform."""
   if not states or not states[-1].entropies:
     return None
@@ -117,8 +117,8 @@ def _fullest(axes: Axes, curves, sites, even: float) -> None:
   """
   for i, (name, site) in enumerate(sites):
     axes.plot(
-      [step for step, own in curves if site in own],
-      [own[site].max() for _, own in curves if site in own],
+      [step for step, by_site in curves if site in by_site],
+      [by_site[site].max() for _, by_site in curves if site in by_site],
       color=_COLOURS[i % len(_COLOURS)],
       linestyle=_DASHES[i % len(_DASHES)],
       lw=1.3,
@@ -138,9 +138,9 @@ def _fullest(axes: Axes, curves, sites, even: float) -> None:
 
 
 def _lines(axes: Axes, states, site: str) -> None:
-  seen = [s for s in states if site in s.entropies]
-  steps = np.array([s.step for s in seen], np.float64)
-  values = np.stack([s.entropies[site] for s in seen], axis=1)
+  routed = [s for s in states if site in s.entropies]
+  steps = np.array([s.step for s in routed], np.float64)
+  values = np.stack([s.entropies[site] for s in routed], axis=1)
   lines = [np.stack([steps, v], axis=1) for v in values]
   depths = np.linspace(0, 1, len(lines)) if len(lines) > 1 else np.zeros(1)
   axes.add_collection(
@@ -162,9 +162,9 @@ def _plain(axes: Axes) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def _layout(found: Iterable[str]) -> Layout:
+def _layout(sites: Iterable[str]) -> Layout:
   places = {}
-  for site, name in short(sorted(found, key=_rank)).items():
+  for site, name in short_names(sorted(sites, key=_rank)).items():
     place, _, name = name.rpartition('/')
     places.setdefault(place, []).append((name, site))
   return places
@@ -199,16 +199,20 @@ class Sheet:
     self.figure = Figure(figsize=(self._width, self._height))
     self._first, self._last_wide, self._bottom = {}, None, {}
 
-  def title(self, name: str, what: str) -> None:
+  def title(self, name: str, subtitle: str) -> None:
     place = dict(x=0.2 / self._width, ha='left', va='top')
     self.figure.text(y=1 - 0.15 / self._height, s=name, fontsize=12, **place)
     self.figure.text(
-      y=1 - 0.4 / self._height, s=what, fontsize=_SMALL, color='0.3', **place
+      y=1 - 0.4 / self._height,
+      s=subtitle,
+      fontsize=_SMALL,
+      color='0.3',
+      **place,
     )
 
   def panel(self, row: int, column: int, name: str) -> Axes:
-    left = self.LEFT + column * (self.SIDE + self.GAP)
-    axes = self._add(row, left, self.SIDE)
+    x = self.LEFT + column * (self.SIDE + self.GAP)
+    axes = self._add(row, x, self.SIDE)
     axes.set_title(name, fontsize=_SMALL, pad=3)
     self._first.setdefault(row, axes)
     # The lowest panel of its column; the rows above have no axis label.
@@ -216,8 +220,8 @@ class Sheet:
     return axes
 
   def wide_panel(self, row: int) -> Axes:
-    left = self.LEFT + self._columns * (self.SIDE + self.GAP) + self.GAP
-    axes = self._last_wide = self._add(row, left, self._wide)
+    x = self.LEFT + self._columns * (self.SIDE + self.GAP) + self.GAP
+    axes = self._last_wide = self._add(row, x, self._wide)
     if row == 0:
       axes.set_title('fullest expert of any layer', fontsize=_SMALL, pad=3)
     return axes
@@ -253,8 +257,8 @@ class Sheet:
     bar.set_ticks(list(ticks), labels=list(ticks.values()), fontsize=_TINY)
     bar.minorticks_off()
 
-  def _add(self, row: int, left: float, wide: float) -> Axes:
-    box = self._box(left, self._under(row), wide, self.TALL)
+  def _add(self, row: int, x: float, wide: float) -> Axes:
+    box = self._box(x, self._under(row), wide, self.TALL)
     axes = self.figure.add_axes(box)
     axes.tick_params(labelsize=_TINY, length=2, pad=2)
     return axes
@@ -262,9 +266,9 @@ class Sheet:
   def _under(self, row: int) -> float:
     return self._height - self.TOP - (row + 1) * self.TALL - row * self.GAP
 
-  def _box(self, left, bottom, wide, tall) -> tuple[float, ...]:
+  def _box(self, x, bottom, wide, tall) -> tuple[float, ...]:
     return (
-      left / self._width,
+      x / self._width,
       bottom / self._height,
       wide / self._width,
       tall / self._height,

@@ -9,7 +9,7 @@ import functools
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -91,7 +91,13 @@ class Run:
       )
     # data.temperature may be infinite; `load_config` checks all ranges.
     advice = 'copy it from another run of its command'
-    return read_object(self.config_file, _config_shape(), advice, finite=False)
+    from moepeft.config import renamed
+
+    return read_object(
+      *(self.config_file, _config_shape(), advice),
+      finite=False,
+      translate=renamed.translated,
+    )
 
   def load_config(self) -> ConfigDict:
     """The same as a config, with the defaults for absent keys.
@@ -158,7 +164,11 @@ class Run:
 
 
 def read_object(
-  path: str, shape: Any, advice: str, finite: bool = True
+  path: str,
+  shape: Any,
+  advice: str,
+  finite: bool = True,
+  translate: Callable[[dict], dict] = lambda value: value,
 ) -> dict[str, Any]:
   """A JSON object that a run has written.
 
@@ -166,13 +176,14 @@ def read_object(
     shape: see `untrusted.check_shape`.
     advice: a remedy for a damaged file, as an imperative.
     finite: whether its numbers have to be.
+    translate: applied before the shape is checked.
 
   Raises:
     ValueError: it is damaged; the message names the file.
     OSError: it cannot be opened.
   """
   try:
-    value = untrusted.read_json_object(path)
+    value = translate(untrusted.read_json_object(path))
     untrusted.check_shape(value, shape, finite=finite)
   except untrusted.Malformed as e:
     reason = str(e).removeprefix(f'{path} ').removesuffix('; copy it again')

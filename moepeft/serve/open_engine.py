@@ -59,7 +59,7 @@ def open_engine(
   """
   config = config_lib.default()
   config.model.path, config.method = path, 'full'
-  config.model.quantise = quantise
+  config.model.quantize = quantise
   config.model.dtype = dtype or config.model.dtype
   base = base_lib.load(config.model)
   models.check_decodes(base.config)

@@ -2,7 +2,7 @@
 """The embedded tasks: a generated multi-task set in the spirit of P3.
 
 Group A pretrains a small base, methods adapt to group B, and nothing is ever
-trained on group C. A family of B asks for something that A taught, in new
+trained on group C. A task of B asks for something that A taught, in new
 instructions and with labels that A never uses, so a base begins near chance
 and has to learn the mapping rather than the skill:
 
@@ -12,81 +12,80 @@ and has to learn the mapping rather than the skill:
     stars       praise or blame -> five, one      opinion
     verdict     praise or blame -> keep, return   opinion, sentiment
 
-Templates marked held out word a family in a way that training never sees; a
-tenth of each family's instances is held out too (`Family.split_of`). A new
-family is a draw and its templates in one file, and a line in the table below.
+Templates marked held out word a task in a way that training never sees; a
+tenth of each task's instances is held out too (`Task.split_of`). A new task is
+a draw and its templates in one file and a line in `TASKS`, or a module of a
+user's that calls `TASKS.register`.
 """
 
 import zlib
 
 from moepeft.core.ranges import suggestion
-from moepeft.tasks import (
-  amounts,
-  categories,
-  meaning,
-  people,
-  reviews,
-  statements,
-  words,
-)
-from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Example, Family
+from moepeft.core.registry import Registry
+from moepeft.tasks.dice import Dice as Dice
+from moepeft.tasks.task import Example as Example
+from moepeft.tasks.task import Instance as Instance
+from moepeft.tasks.task import Task as Task
+from moepeft.tasks.task import Template as Template
 
-_TABLE = (
-  words.KIND,
-  words.OPINION,
-  words.RECALL,
-  categories.TOPIC,
-  categories.MEMBERSHIP,
-  categories.ODD_ONE_OUT,
-  reviews.SENTIMENT,
-  people.LOOKUP,
-  words.STORAGE,
-  categories.PROFESSION,
-  words.STARS,
-  reviews.VERDICT,
-  categories.TIDY,
-  people.DIRECTORY,
-  people.ORDER,
-  people.OWNER,
-  people.MEDAL,
-  amounts.COMPARISON,
-  amounts.RESULT,
-  statements.ENTAILMENT,
-  statements.PARAPHRASE,
-  statements.NEGATION,
-  meaning.COREFERENCE,
-  meaning.WORD_SENSE,
-  meaning.COMPLETION,
-  meaning.ANALOGY,
-  amounts.ARITHMETIC,
-  amounts.COUNTING,
+TASKS = Registry(
+  'task',
+  'moepeft.tasks',
+  {
+    'kind': 'words:KIND',
+    'opinion': 'words:OPINION',
+    'recall': 'words:RECALL',
+    'topic': 'categories:TOPIC',
+    'membership': 'categories:MEMBERSHIP',
+    'odd_one_out': 'categories:ODD_ONE_OUT',
+    'sentiment': 'reviews:SENTIMENT',
+    'lookup': 'people:LOOKUP',
+    'storage': 'words:STORAGE',
+    'profession': 'categories:PROFESSION',
+    'stars': 'words:STARS',
+    'verdict': 'reviews:VERDICT',
+    'tidy': 'categories:TIDY',
+    'directory': 'people:DIRECTORY',
+    'order': 'people:ORDER',
+    'owner': 'people:OWNER',
+    'medal': 'people:MEDAL',
+    'comparison': 'amounts:COMPARISON',
+    'result': 'amounts:RESULT',
+    'entailment': 'statements:ENTAILMENT',
+    'paraphrase': 'statements:PARAPHRASE',
+    'negation': 'statements:NEGATION',
+    'coreference': 'meaning:COREFERENCE',
+    'word_sense': 'meaning:WORD_SENSE',
+    'completion': 'meaning:COMPLETION',
+    'analogy': 'meaning:ANALOGY',
+    'arithmetic': 'amounts:ARITHMETIC',
+    'counting': 'amounts:COUNTING',
+  },
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
 GROUPS = ('A', 'B', 'C')
 
 
-def families(group: str) -> tuple[str, ...]:
-  """The names of the families of some groups, or a choice of families.
+def task_names(text: str) -> tuple[str, ...]:
+  """The names of the tasks of some groups, or a choice of tasks.
 
   Args:
-    group: groups and families with commas between them; groups may be
-      written together: 'A', 'AB', 'topic,owner', 'B,topic'.
+    text: groups and tasks with commas between them; groups may be written
+      together: 'A', 'AB', 'topic,owner', 'B,topic'.
 
   Raises:
-    ValueError: a group or family that does not exist.
+    ValueError: a group or task that does not exist.
   """
   names = []
-  for part in group.split(','):
+  for part in text.split(','):
     part = part.strip()
-    if part in FAMILIES:
+    if part in TASKS:
       names.append(part)
     elif part and set(part) <= set(GROUPS):
-      names += [f.name for f in _TABLE if f.group in part]
+      names += [name for name, task in TASKS.items() if task.group in part]
     else:
       raise ValueError(
-        f'No task family or group {part!r}: groups are {", ".join(GROUPS)};'
-        f' families are {", ".join(FAMILIES)}{suggestion(part, FAMILIES)}'
+        f'there is no task or group {part!r}; groups are {", ".join(GROUPS)}, '
+        f'and tasks {", ".join(TASKS)}{suggestion(part, TASKS)}'
       )
   return tuple(names)
 
@@ -101,41 +100,41 @@ def example(
 ) -> Example:
   """Example `index` of an endless stream: a pure function of its arguments.
 
-  The families take turns, in the order of `names`. What a family gives at its
-  n-th turn depends on the seed, split and templates but not on the others.
+  The tasks take turns, in the order of `names`. The example of a task's n-th
+  turn depends on the seed, split and templates but not on the other tasks.
 
   Args:
-    names: families, as `families` gives them.
+    names: of tasks, as from `task_names`.
     index: place in the stream, from 0.
     seed: names the stream, from 0.
     split: 'train' or 'held_out' instances.
     templates: 'train', 'held_out' or 'all' wordings.
 
   Raises:
-    ValueError: no families, an unknown split or kind of templates, or a
+    ValueError: no tasks, an unknown split or kind of templates, or a
       negative seed or index.
   """
   if not names:
-    raise ValueError('A stream needs at least one family; see families().')
+    raise ValueError('a stream needs at least one task; see task_names')
   if seed < 0 or index < 0:
     raise ValueError(
-      f'Seeds and indices count from 0; got seed {seed}, index {index}.'
+      f'seeds and indices count from 0; got seed {seed}, index {index}'
     )
   if split not in ('train', 'held_out'):
-    raise ValueError(f'A split is train or held_out; got {split!r}.')
+    raise ValueError(f'a split is train or held_out; got {split!r}')
   turn, place = divmod(index, len(names))
-  family = FAMILIES[names[place]]
-  dice = Dice(seed, zlib.crc32(family.name.encode()), turn)
-  instance = family.draw(dice)
-  while family.split_of(instance) != split:
-    instance = family.draw(dice)
-  template = dice.pick(family.templates_of(templates))
+  task = TASKS[names[place]]
+  dice = Dice(seed, zlib.crc32(task.name.encode()), turn)
+  instance = task.draw(dice)
+  while task.split_of(instance) != split:
+    instance = task.draw(dice)
+  template = dice.pick(task.templates_of(templates))
   answers = (instance.answer, *instance.distractors)
   order = dice.shuffled(range(len(answers)))
   inputs, choices = template.render(instance, [answers[i] for i in order])
   label = order.index(0)
   return Example(
-    family.name, template.name, index, inputs, choices[label], choices, label
+    task.name, template.name, index, inputs, choices[label], choices, label
   )
 
 

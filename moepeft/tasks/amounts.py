@@ -2,8 +2,8 @@
 """Families about numbers: comparing, adding and counting."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import CATEGORIES, KINDS, NAMES, NOUNS
+from moepeft.tasks.task import Instance, Task, Template
 
 _MEASURES = (
   ('is {} years old', 'Who is older?'),
@@ -37,9 +37,9 @@ def draw_comparison(dice: Dice) -> Instance:
   """552 pairs of names x 7,200 of numbers x 3 measures = 12 million."""
   names = dice.some(NAMES, 2)
   numbers = _two_numbers(dice)
-  said, question = dice.pick(_MEASURES)
-  one, two = (said.format(n) for n in numbers)
-  facts = f'{names[0]} {one} and {names[1]} {two}.'
+  claim, question = dice.pick(_MEASURES)
+  first_claim, second_claim = (claim.format(n) for n in numbers)
+  facts = f'{names[0]} {first_claim} and {names[1]} {second_claim}.'
   if numbers[0] < numbers[1]:
     names.reverse()
   return Instance(
@@ -49,7 +49,7 @@ def draw_comparison(dice: Dice) -> Instance:
   )
 
 
-COMPARISON = Family(
+COMPARISON = Task(
   'comparison',
   'C',
   draw_comparison,
@@ -67,19 +67,19 @@ def draw_result(dice: Dice) -> Instance:
   """552 pairs of names x 7,200 of numbers x 2 questions = 7.9 million."""
   names = dice.some(NAMES, 2)
   numbers = _two_numbers(dice)
-  asked = dice.below(2)
-  win = numbers[asked] > numbers[1 - asked]
+  index = dice.below(2)
+  win = numbers[index] > numbers[1 - index]
   facts = (
     f'{names[0]} scored {numbers[0]} points'
     f' and {names[1]} scored {numbers[1]} points.'
   )
   answers = ('win', 'lose') if win else ('lose', 'win')
   return Instance(
-    {'facts': facts, 'name': names[asked]}, answers[0], answers[1:]
+    {'facts': facts, 'name': names[index]}, answers[0], answers[1:]
   )
 
 
-RESULT = Family(
+RESULT = Task(
   'result',
   'C',
   draw_result,
@@ -110,7 +110,7 @@ def draw_arithmetic(dice: Dice) -> Instance:
   )
 
 
-ARITHMETIC = Family(
+ARITHMETIC = Task(
   'arithmetic',
   'C',
   draw_arithmetic,
@@ -136,7 +136,7 @@ def draw_counting(dice: Dice) -> Instance:
   )
 
 
-COUNTING = Family(
+COUNTING = Task(
   'counting',
   'C',
   draw_counting,

@@ -2,8 +2,8 @@
 """Families about the categories of nouns, over six kinds of 12 nouns each."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import CATEGORIES, KINDS, LOOKS, NAMES, a
+from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
 
@@ -31,19 +31,22 @@ _EXPERTS = {
 
 def _with_others(dice: Dice, kind: str, count: int) -> list[str]:
   """`kind` and `count` other kinds."""
-  return [kind, *dice.some([other for other in KINDS if other != kind], count)]
+  return [
+    kind,
+    *dice.some([candidate for candidate in KINDS if candidate != kind], count),
+  ]
 
 
 def draw_topic(dice: Dice) -> Instance:
   """24 names x 10 deeds x 8 looks x 72 nouns = 138,240."""
   kinds = _with_others(dice, dice.pick(KINDS), 3)
-  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
-  text = f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {thing}.'
+  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
+  text = f'{dice.pick(NAMES)} {dice.pick(_DEEDS)} {noun_phrase}.'
   topics = [f'{kind}s' for kind in kinds]
   return Instance({'text': text}, topics[0], tuple(topics[1:]))
 
 
-TOPIC = Family(
+TOPIC = Task(
   'topic',
   'A',
   draw_topic,
@@ -71,7 +74,7 @@ def draw_membership(dice: Dice) -> Instance:
   )
 
 
-MEMBERSHIP = Family(
+MEMBERSHIP = Task(
   'membership',
   'A',
   draw_membership,
@@ -90,14 +93,14 @@ MEMBERSHIP = Family(
 
 def draw_odd_one_out(dice: Dice) -> Instance:
   """30 pairs of kinds x 4 places x 1,320 triples x 12 = 1.9 million."""
-  kind, other = dice.some(KINDS, 2)
-  odd = dice.pick(CATEGORIES[other])
+  kind, odd_kind = dice.some(KINDS, 2)
+  odd = dice.pick(CATEGORIES[odd_kind])
   same = dice.some(CATEGORIES[kind], 3)
   items = dice.shuffled([odd, *same])
   return Instance({'items': ', '.join(items)}, odd, tuple(same))
 
 
-ODD_ONE_OUT = Family(
+ODD_ONE_OUT = Task(
   'odd_one_out',
   'A',
   draw_odd_one_out,
@@ -115,13 +118,13 @@ def draw_profession(dice: Dice) -> Instance:
   """24 names x 6 needs x 8 looks x 72 nouns = 82,944."""
   kinds = _with_others(dice, dice.pick(KINDS), 3)
   name = dice.pick(NAMES)
-  thing = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
-  text = f'{name} {dice.pick(_NEEDS)} {thing}.'
+  noun_phrase = a(f'{dice.pick(LOOKS)} {dice.pick(CATEGORIES[kinds[0]])}')
+  text = f'{name} {dice.pick(_NEEDS)} {noun_phrase}.'
   experts = [_EXPERTS[kind] for kind in kinds]
   return Instance({'text': text, 'name': name}, experts[0], tuple(experts[1:]))
 
 
-PROFESSION = Family(
+PROFESSION = Task(
   'profession',
   'B',
   draw_profession,
@@ -138,16 +141,16 @@ PROFESSION = Family(
 
 def draw_tidy(dice: Dice) -> Instance:
   """Half one kind (71,280 lists), half three and one (1.9 million)."""
-  kind, other = dice.some(KINDS, 2)
+  kind, odd_kind = dice.some(KINDS, 2)
   tidy = dice.coin()
   items = dice.some(CATEGORIES[kind], 4)
   if not tidy:
-    items[dice.below(4)] = dice.pick(CATEGORIES[other])
+    items[dice.below(4)] = dice.pick(CATEGORIES[odd_kind])
   answers = ('tidy', 'messy') if tidy else ('messy', 'tidy')
   return Instance({'items': ', '.join(items)}, answers[0], answers[1:])
 
 
-TIDY = Family(
+TIDY = Task(
   'tidy',
   'C',
   draw_tidy,

@@ -24,7 +24,7 @@ class Dice:
 
   Args:
     seed: 0 <= seed < 2**64.
-    stream: 0 <= stream < 2**64, one number per family.
+    stream: 0 <= stream < 2**64, one number per task.
     index: 0 <= index < 2**64, the place in the stream.
   """
 

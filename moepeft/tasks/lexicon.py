@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed vocabulary that all families share.
+"""The closed vocabulary that all tasks share.
 
 Names differ in their first letters, and those of women come first in the
 alphabet. No noun is in two categories; all are singular and countable.

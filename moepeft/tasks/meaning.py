@@ -2,7 +2,6 @@
 """Families about what words and sentences mean; none of them is trained on."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import (
   CATEGORIES,
   KINDS,
@@ -13,6 +12,7 @@ from moepeft.tasks.lexicon import (
   WOMEN,
   pronoun,
 )
+from moepeft.tasks.task import Instance, Task, Template
 
 _DEEDS = tuple(
   'called helped thanked followed praised hired invited visited met '
@@ -116,7 +116,7 @@ def draw_coreference(dice: Dice) -> Instance:
   return Instance({'text': text, 'she': she}, pair[who], (pair[1 - who],))
 
 
-COREFERENCE = Family(
+COREFERENCE = Task(
   'coreference',
   'C',
   draw_coreference,
@@ -138,7 +138,7 @@ def draw_word_sense(dice: Dice) -> Instance:
   return Instance({'text': text, 'word': word}, sense, (other,))
 
 
-WORD_SENSE = Family(
+WORD_SENSE = Task(
   'word_sense',
   'C',
   draw_word_sense,
@@ -163,7 +163,7 @@ def draw_completion(dice: Dice) -> Instance:
   return Instance({'text': text}, endings[0], tuple(endings[1:]))
 
 
-COMPLETION = Family(
+COMPLETION = Task(
   'completion',
   'C',
   draw_completion,
@@ -196,7 +196,7 @@ def draw_analogy(dice: Dice) -> Instance:
   )
 
 
-ANALOGY = Family(
+ANALOGY = Task(
   'analogy',
   'C',
   draw_analogy,

@@ -2,8 +2,8 @@
 """Families about who has what and who stands where, over 24 names."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import NAMES, NOUNS, a
+from moepeft.tasks.task import Instance, Task, Template
 
 _RANKS = ('first', 'second', 'third', 'last')
 _MEDALS = ('gold', 'silver', 'bronze')
@@ -25,7 +25,7 @@ def draw_lookup(dice: Dice) -> Instance:
   return Instance({'facts': facts, 'name': names[asked]}, answer, tuple(things))
 
 
-LOOKUP = Family(
+LOOKUP = Task(
   'lookup',
   'A',
   draw_lookup,
@@ -56,7 +56,7 @@ def draw_directory(dice: Dice) -> Instance:
   )
 
 
-DIRECTORY = Family(
+DIRECTORY = Task(
   'directory',
   'C',
   draw_directory,
@@ -80,7 +80,7 @@ def draw_owner(dice: Dice) -> Instance:
   )
 
 
-OWNER = Family(
+OWNER = Task(
   'owner',
   'C',
   draw_owner,
@@ -103,7 +103,7 @@ def draw_order(dice: Dice) -> Instance:
   return Instance({'queue': queue, 'rank': _RANKS[asked]}, answer, tuple(names))
 
 
-ORDER = Family(
+ORDER = Task(
   'order',
   'C',
   draw_order,
@@ -128,7 +128,7 @@ def draw_medal(dice: Dice) -> Instance:
   )
 
 
-MEDAL = Family(
+MEDAL = Task(
   'medal',
   'C',
   draw_medal,

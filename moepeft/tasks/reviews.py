@@ -2,8 +2,8 @@
 """Families about opinions: two judgements, both good or both bad."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import BLAME, NAMES, PRAISE, a, pronoun
+from moepeft.tasks.task import Instance, Task, Template
 
 _VISITS = (
   ('room', 'bed', 'view', 'lobby'),
@@ -46,7 +46,7 @@ def draw_sentiment(dice: Dice) -> Instance:
   )
 
 
-SENTIMENT = Family(
+SENTIMENT = Task(
   'sentiment',
   'A',
   draw_sentiment,
@@ -77,7 +77,7 @@ def draw_verdict(dice: Dice) -> Instance:
   return Instance(fields, answers[0], answers[1:])
 
 
-VERDICT = Family(
+VERDICT = Task(
   'verdict',
   'B',
   draw_verdict,

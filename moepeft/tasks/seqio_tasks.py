@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded tasks for SeqIO's users: importing this registers them.
 
-A task a family, `moepeft_storage`, and a mixture a group, `moepeft_a`,
-`moepeft_b` and `moepeft_c`, whose families come equally often. The split
-'train' is the first TRAIN examples of a family's stream with seed 0,
+Each is a task of SeqIO, `moepeft_storage`, and each group a mixture,
+`moepeft_a`, `moepeft_b` and `moepeft_c`, whose tasks come equally often. The
+split 'train' is the first TRAIN examples of a task's stream with seed 0,
 'validation' the first VALIDATION of its held-out instances, in the wordings
 that training sees. Features are ids of SeqIO's ByteVocabulary, which are those
 of `moepeft.data.tokenizers.tokenizer.ByteTokenizer`. Needs the extra
@@ -20,7 +20,7 @@ except ImportError as e:
     f"SeqIO cannot be imported ({e}); pip install 'moepeft[seqio]'"
   ) from None
 
-from moepeft.tasks import FAMILIES, GROUPS, example, families
+from moepeft.tasks import GROUPS, TASKS, example, task_names
 
 TRAIN = 10_000
 VALIDATION = 1_000
@@ -34,14 +34,14 @@ def accuracy(targets, predictions) -> dict[str, float]:
   Not what moepeft itself reports, which ranks the choices of an example.
   """
   right = [
-    target.strip() == said.strip()
-    for target, said in zip(targets, predictions, strict=True)
+    target.strip() == prediction.strip()
+    for target, prediction in zip(targets, predictions, strict=True)
   ]
   return {'accuracy': 100 * sum(right) / max(len(right), 1)}
 
 
 def dataset(
-  split: str, shuffle_files: bool, seed: int | None = None, *, family: str
+  split: str, shuffle_files: bool, seed: int | None = None, *, name: str
 ) -> tf.data.Dataset:
   """Texts inputs and targets, and idx; SeqIO shuffles, here nothing does."""
   del shuffle_files, seed
@@ -49,7 +49,7 @@ def dataset(
 
   def rows():
     for i in range(count):
-      e = example((family,), i, seed=0, split=instances)
+      e = example((name,), i, seed=0, split=instances)
       yield {'inputs': e.inputs, 'targets': e.targets, 'idx': i}
 
   text = tf.TensorSpec((), tf.string)
@@ -65,11 +65,11 @@ def dataset(
 
 def _register() -> None:
   feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
-  for family in FAMILIES:
+  for name in TASKS:
     seqio.TaskRegistry.add(
-      f'moepeft_{family}',
+      f'moepeft_{name}',
       seqio.FunctionDataSource(
-        functools.partial(dataset, family=family),
+        functools.partial(dataset, name=name),
         splits=tuple(_SPLITS),
         num_input_examples={s: count for s, (_, count) in _SPLITS.items()},
       ),
@@ -84,7 +84,7 @@ def _register() -> None:
   for group in GROUPS:
     seqio.MixtureRegistry.add(
       f'moepeft_{group.lower()}',
-      [f'moepeft_{family}' for family in families(group)],
+      [f'moepeft_{name}' for name in task_names(group)],
       default_rate=1.0,
     )
 

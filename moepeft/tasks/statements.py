@@ -2,8 +2,8 @@
 """Families about what statements say: what follows and who did what."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import COMPARATIVES, NAMES, NOUNS, a
+from moepeft.tasks.task import Instance, Task, Template
 
 _TRUE_FALSE = (('Yes', 'True'), ('No', 'False'))
 _TRUE_FALSE_UNKNOWN = (*_TRUE_FALSE, ('Maybe', 'Unknown'))
@@ -63,7 +63,7 @@ def draw_entailment(dice: Dice) -> Instance:
   )
 
 
-ENTAILMENT = Family(
+ENTAILMENT = Task(
   'entailment',
   'C',
   draw_entailment,
@@ -115,7 +115,7 @@ def draw_paraphrase(dice: Dice) -> Instance:
   return Instance({'one': pair[0], 'two': pair[1]}, answers[0], answers[1:])
 
 
-PARAPHRASE = Family(
+PARAPHRASE = Task(
   'paraphrase',
   'C',
   draw_paraphrase,
@@ -142,7 +142,7 @@ def draw_negation(dice: Dice) -> Instance:
   return Instance({'text': text, 'question': question}, answers[0], answers[1:])
 
 
-NEGATION = Family(
+NEGATION = Task(
   'negation',
   'C',
   draw_negation,

@@ -2,7 +2,6 @@
 """Families of a few words each: short enough to learn a vocabulary from."""
 
 from moepeft.tasks.dice import Dice
-from moepeft.tasks.family import Family, Instance, Template
 from moepeft.tasks.lexicon import (
   BLAME,
   CATEGORIES,
@@ -12,6 +11,7 @@ from moepeft.tasks.lexicon import (
   PRAISE,
   a,
 )
+from moepeft.tasks.task import Instance, Task, Template
 
 
 def draw_kind(dice: Dice) -> Instance:
@@ -24,7 +24,7 @@ def draw_kind(dice: Dice) -> Instance:
   return Instance(fields, kind, tuple(others))
 
 
-KIND = Family(
+KIND = Task(
   'kind',
   'A',
   draw_kind,
@@ -46,7 +46,7 @@ def draw_opinion(dice: Dice) -> Instance:
   return Instance(fields, answers[0], answers[1:])
 
 
-OPINION = Family(
+OPINION = Task(
   'opinion',
   'A',
   draw_opinion,
@@ -75,7 +75,7 @@ def draw_recall(dice: Dice) -> Instance:
   return Instance(fields, answer, tuple(things[: max(count - 1, 1)]))
 
 
-RECALL = Family(
+RECALL = Task(
   'recall',
   'A',
   draw_recall,
@@ -107,7 +107,7 @@ def draw_storage(dice: Dice) -> Instance:
   return Instance(fields, _HOMES[kind], tuple(others))
 
 
-STORAGE = Family(
+STORAGE = Task(
   'storage',
   'B',
   draw_storage,
@@ -130,7 +130,7 @@ def draw_stars(dice: Dice) -> Instance:
   return Instance(fields, answers[0], answers[1:])
 
 
-STARS = Family(
+STARS = Task(
   'stars',
   'B',
   draw_stars,

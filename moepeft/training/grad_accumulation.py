@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 # (trainable, rows, rng) -> a dict of sums over these rows.
 SumsFn = Callable[[Tree, Batch, Array], dict[str, Tree]]
@@ -23,7 +23,8 @@ def check(rows: int, parts: int) -> None:
   """Raises ValueError where a batch cannot be split."""
   if rows % parts:
     raise ValueError(
-      f'config.batch_size {rows} does not divide by config.accumulate '
+      f'config.batch_size {rows} does not divide by '
+      'config.gradient_accumulation_steps '
       f'{parts}; set one of them so that all parts have as many rows'
     )
 
@@ -124,9 +125,9 @@ def _swept(run, trainable, xs, slopes) -> tuple[Tree, dict[str, Tree]]:
 
   def add(total, x):
     part, sums = jax.grad(linear, has_aux=True)(trainable, x)
-    return jax.tree.map(lambda a, b: a + wide(b), total, part), sums
+    return jax.tree.map(lambda a, b: a + to_f32(b), total, part), sums
 
-  start = jax.tree.map(lambda a: jnp.zeros_like(wide(a)), trainable)
+  start = jax.tree.map(lambda a: jnp.zeros_like(to_f32(a)), trainable)
   total, sums = jax.lax.scan(add, start, xs)
   return total, _added(sums)
 

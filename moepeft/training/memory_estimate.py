@@ -50,13 +50,13 @@ class Need:
 # What to lower, by the largest part of the need.
 _ADVICE = {
   'weights': 'name a smaller model, or set config.model.param_dtype=bfloat16 '
-  'or config.model.quantise',
+  'or config.model.quantize',
   'training': 'lower the rank, experts or length in config.method, or train an '
   'adapter instead of the whole model',
   'batch': 'lower config.batch_size or the lengths of config.data',
   'activations': 'lower config.batch_size or the lengths of config.data, or '
-  'raise config.accumulate',
-  'workers': 'lower config.data.workers',
+  'raise config.gradient_accumulation_steps',
+  'workers': 'lower config.data.num_workers',
 }
 
 
@@ -71,8 +71,8 @@ def need(config: ConfigDict) -> Need:
   model, built = base_lib.module(base, config)
   shapes = initializers.shapes(model, base_lib.example_batch())
   base_shapes = shapes['params']
-  if config.model.quantise and built.trainable != 'params':
-    base_shapes = quantize.shapes(base_shapes, shape, config.model.quantise)
+  if config.model.quantize and built.trainable != 'params':
+    base_shapes = quantize.shapes(base_shapes, shape, config.model.quantize)
   trained = shapes[built.trainable]
   weights = size(base_shapes) + size(shapes['peft'])
   # The gradient is as large as the weights that it is of.
@@ -90,14 +90,14 @@ def need(config: ConfigDict) -> Need:
       data.inputs_length + data.targets_length,
       (data.targets_length),
     )
-  part = math.ceil(rows / config.accumulate)
+  part = math.ceil(rows / config.gradient_accumulation_steps)
   item = jnp.dtype(config.model.dtype).itemsize
   return Need(
     weights=weights,
     training=state,
     batch=rows * sides * fed * _TOKEN_BYTES,
     activations=part * (fed * shape.d_model + predicted * shape.vocab) * item,
-    workers=data.workers * _WORKER,
+    workers=data.num_workers * _WORKER,
   )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
 from moepeft.runs import diagnosis
-from moepeft.runs.trackers import Writer
+from moepeft.runs.trackers import Tracker
 from moepeft.training import summary as training_summary
 
 # Alarms that are printed at once, and for how many logs in a row a router is
@@ -26,7 +26,7 @@ class Report:
   def __init__(
     self,
     progress: Progress,
-    writers: Sequence[Writer],
+    trackers: Sequence[Tracker],
     rate: Callable[[int], Any],
     router_alarm: float,
     shares: int = 1,
@@ -39,7 +39,7 @@ class Report:
     """
     self._validated = validated
     self._shares = shares
-    self._progress, self._writers, self._rate = progress, writers, rate
+    self._progress, self._trackers, self._rate = progress, trackers, rate
     self._limit, self._alarmed = router_alarm, set()
     self._collapsed = collections.Counter()
     self._pending = []
@@ -74,7 +74,7 @@ class Report:
         f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
         'lower rate (--config.optimizer.learning_rate with '
         '--may_differ=optimizer.learning_rate goes on from the latest '
-        'checkpoint), or config.optimizer.clip=1.0'
+        'checkpoint), or config.optimizer.max_grad_norm=1.0'
       )
 
   def _tell(self, seen: list, sums: np.ndarray) -> None:
@@ -130,11 +130,11 @@ class Report:
       )
 
   def _write(self, row: Mapping[str, Any]) -> None:
-    for writer in self._writers:
-      writer.write(row)
+    for tracker in self._trackers:
+      tracker.write(row)
 
   def began(self, found: Mapping[str, Any]) -> None:
-    """Writes what `Judge` found before the first step, for the curves."""
+    """Writes what `Evaluator` found before the first step, for the curves."""
     kept = {k: v for k, v in found.items() if k.startswith('validation_')}
     if kept:
       self._write({'step': 0, **kept})
@@ -143,7 +143,7 @@ class Report:
     """Writes the held-out figures after the last step, for the curves.
 
     Args:
-      evaluation: from `Judge`.
+      evaluation: from `Evaluator`.
 
     Returns:
       Whether anything was written: a step is validated once.
@@ -157,7 +157,7 @@ class Report:
     return True
 
   def validated(self, step: int, found: Mapping[str, float]) -> None:
-    """Writes and says what `Judge.validation` found."""
+    """Writes and says what `Evaluator.validation` found."""
     self._write({'step': step, **found})
     self._validated = step
     said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())

@@ -31,13 +31,13 @@ def build_train_step(
       split; found before anything is compiled.
   """
   router_losses = dict(config.router_losses)
-  aux_losses.total({}, router_losses)
-  grad_accumulation.check(config.batch_size, config.accumulate)
+  aux_losses.auxiliary_loss({}, router_losses)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   return make_train_step(
     model,
     method,
     build_objective(config, reference),
     optimizer,
     router_losses,
-    config.accumulate,
+    config.gradient_accumulation_steps,
   )

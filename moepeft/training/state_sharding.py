@@ -37,7 +37,7 @@ def state_shardings(
 
   Args:
     state: of arrays or shapes.
-    letters: {'params': ..., 'peft': ...}, of `moepeft.nn.initializers.letters`.
+    letters: {'params': ..., 'peft': ...}, of `initializers.logical_axes`.
     trainable: which of the two is trained.
   """
   trained, frozen = _by_part(letters, trainable)

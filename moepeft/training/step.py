@@ -67,8 +67,8 @@ def make_train_step(
     def loss_fn(sums):
       # Over the whole batch, however many parts it was computed in.
       loss = mean_loss(sums['total'], sums)
-      sites = router_stats.by_site(sums['routing'])
-      router_loss = aux_losses.total(sites, router_losses)
+      sites = router_stats.collect(sums['routing'])
+      router_loss = aux_losses.auxiliary_loss(sites, router_losses)
       return loss + router_loss, sums | {
         'loss': loss,
         'router_loss': router_loss,

@@ -54,7 +54,7 @@ def routing(collection: Any) -> dict[str, dict[str, Any]]:
   The shares of experts are under 'weight' or 'tokens'; see `rows.SHARES`.
   """
   rows = {}
-  for site, sums in router_stats.by_site(jax.device_get(collection)).items():
+  for site, sums in router_stats.collect(jax.device_get(collection)).items():
     values = vars(router_stats.statistics(sums))
     share = values.pop('share')
     values = {'tokens' if values.pop('sparse') else 'weight': share} | values

@@ -29,7 +29,7 @@ B, S, T = 1, 11, 7
 
 
 def compiled_flops(method, trained):
-  model = t5.T5(SHAPE, build(method, t5.sites(SHAPE)).advice, scan=False)
+  model = t5.T5(SHAPE, build(method, t5.sites(SHAPE)).adapter_map, scan=False)
   ids = {
     'inputs': jax.ShapeDtypeStruct((B, S), jnp.int32),
     'decoder_inputs': jax.ShapeDtypeStruct((B, T), jnp.int32),
@@ -88,7 +88,7 @@ def test_logits_are_held_once():
   def loss(x):
     logits = jnp.einsum('btd,dv->btv', x, w)
     _, losses = token_nll_and_loss(
-      logits, targets, CrossEntropySettings(z=1e-4)
+      logits, targets, CrossEntropySettings(z_loss=1e-4)
     )
     return jnp.sum(losses), jnp.sum(jnp.argmax(logits, axis=-1))
 
@@ -111,7 +111,7 @@ def test_remat_saves_memory_where_layers_are_written_out():
     decoder_layers=1,
     dropout=0.0,
   )
-  advice = build('ia3', t5.sites(shape)).advice
+  advice = build('ia3', t5.sites(shape)).adapter_map
   ids = {
     'inputs': jnp.zeros((7, 61), jnp.int32),
     'decoder_inputs': jnp.zeros((7, 3), jnp.int32),

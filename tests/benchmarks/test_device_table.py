@@ -71,7 +71,7 @@ WIDE = t5.T5Config(
 def test_model_flops_are_those_of_the_compiled_step(method):
   # Unrolled: XLA counts the body of a scan once. Shapes alone: nothing is run.
   built = build(method, t5.sites(WIDE))
-  model = t5.T5(WIDE, built.advice, scan=False)
+  model = t5.T5(WIDE, built.adapter_map, scan=False)
   row = {'batch': 2, 'inputs': 127, 'targets': 61}
   batch = ROW.example(row, WIDE.vocab)
   key = jax.random.key(0)
@@ -120,7 +120,7 @@ def test_a_row_is_measured_by_the_loops_own_update():
 
 @pytest.mark.slow
 def test_weights_are_drawn_on_the_device_as_the_model_starts_them():
-  advice = build('molora(experts=3, rank=2)', t5.sites(SMALLEST)).advice
+  advice = build('molora(experts=3, rank=2)', t5.sites(SMALLEST)).adapter_map
   model = t5.T5(SMALLEST, advice, param_dtype=jnp.bfloat16)
   drawn = ROW.drawn(model)
   q = drawn['peft']['encoder']['layers']['self']['q']['molora']

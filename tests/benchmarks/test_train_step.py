@@ -13,7 +13,7 @@ import pytest
 
 from moepeft.core.types import Context
 from moepeft.moe.routers.softmax import Softmax
-from moepeft.nn.adapter_hook import Frozen
+from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.peft.methods.molora import MoLora
 from tests import ROOT
 
@@ -45,7 +45,9 @@ def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
   keys = jax.random.split(jax.random.key(0), 4)
   kernel = jax.random.normal(keys[0], shape)
   x = jax.random.normal(keys[1], (2, 5, *shape[: len(inside)]))
-  f = Frozen(lambda x: jnp.einsum(eqn, x, kernel), eqn, shape, inside, outside)
+  f = BaseLayer(
+    lambda x: jnp.einsum(eqn, x, kernel), eqn, shape, inside, outside
+  )
   ours = MoLora(experts=3, rank=2, alpha=5.0, router=Softmax(3))
   naive = STEP._naive(ours)
   assert type(naive) is STEP.Naive

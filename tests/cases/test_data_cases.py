@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 def data_of(source, path, **changes):
   data = config_lib.default().data
   data.source, data.path = source, str(CASES / path)
-  data.length, data.held_out = LENGTH, 0.0
+  data.length, data.validation_fraction = LENGTH, 0.0
   data.update(changes)
   return data
 

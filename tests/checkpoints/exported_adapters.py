@@ -73,7 +73,7 @@ def main() -> None:
     path = bases.write(pathlib.Path(folder))['t5']
     for name, (method, semantics, quantise) in CASES.items():
       config = config_lib.default()
-      config.model.path, config.model.quantise = path, quantise
+      config.model.path, config.model.quantize = path, quantise
       config.method, config.semantics = method, semantics
       frozen = base.load(config.model)
       model, built = base.module(frozen, config)

@@ -145,7 +145,7 @@ def trained(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
     monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
     (tmp_path / 'run').mkdir()
-    config = {'optimizer': {'clock': 1_100_000}}
+    config = {'optimizer': {'decay_initial_step': 1_100_000}}
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
 
   return put
@@ -164,7 +164,7 @@ def test_workdir_exports_what_was_trained(run, trained):
 def test_a_run_becomes_a_t5x_checkpoint_of_its_step(run, trained, adapter):
   trained(adapter.tree, trainable='peft', method=adapter.method)
   assert run('--workdir=run', '--output=out', '--to=t5x') == (0, '')
-  # 7 steps after the 1,100,000 of config.optimizer.clock.
+  # 7 steps after the 1,100,000 of config.optimizer.decay_initial_step.
   loaded = t5x.load('out/checkpoint_1100007')
   assert_equal_trees(loaded.params, PARAMS)
   assert loaded.adapter.method == adapter.method
@@ -232,8 +232,8 @@ def test_the_template_that_a_run_was_trained_by_goes_along(run, trained, form):
   trained(LORA.tree, trainable='peft')
   chat_cases.tokenizer(template='none of it').save_pretrained('words')
   Path('own.jinja').write_text(chat_cases.CHATML)
-  data = {'chat_template': 'own.jinja', 'system': 'Be brief.'}
-  data |= {'vocabulary': 'words'}
+  data = {'chat_template': 'own.jinja', 'system_prompt': 'Be brief.'}
+  data |= {'tokenizer': 'words'}
   Path('run', 'config.json').write_text(json.dumps({'data': data}))
   assert run('--workdir=run', '--output=out', f'--to={form}') == (0, '')
   found = AutoTokenizer.from_pretrained('words')

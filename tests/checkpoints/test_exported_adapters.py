@@ -23,7 +23,7 @@ def test_logits_are_those_of_the_version_that_exported(name, t5_path):
   _, semantics, quantise = exported_adapters.CASES[name]
   path = str(exported_adapters.FOLDER / name)
   config = config_lib.default()
-  config.model.path, config.model.quantise = t5_path, quantise
+  config.model.path, config.model.quantize = t5_path, quantise
   frozen = base.load(config.model)
   config.method = base.load_adapter(path, frozen.config).method
   config.semantics = semantics

@@ -19,7 +19,7 @@ from moepeft.checkpoints.run_metadata import seal
 from moepeft.core.types import State
 from moepeft.inference.loaded_model import open_run
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 
 from ..contracts import small
 
@@ -164,7 +164,7 @@ def test_metadata_that_orbax_cannot_open_is_one_sentence(kept, tmp_path, kind):
 def run(tmp_path):
   """(work directory, base's directory) of a run, as training leaves it."""
   shape = dataclasses.replace(small.GATED, vocab=263)
-  params = fresh(t5.T5(shape), small.batch(), 0)['params']
+  params = init_params(t5.T5(shape), small.batch(), 0)['params']
   hf.save(str(tmp_path / 'base'), shape, params)
   config = config_lib.default()
   config.model.path = str(tmp_path / 'base')

@@ -20,11 +20,11 @@ from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
 )
-from moepeft.evaluation import runner
+from moepeft.evaluation import evaluator
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping as names
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives import reference_model
 from moepeft.peft import build
 
@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
   monkeypatch.setattr(
     loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
   )
-  params = fresh(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
+  params = init_params(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   hf.save('base', CONFIG, params)
   return jax.tree.map(np.asarray, params)
 
@@ -50,8 +50,8 @@ def place(tmp_path, monkeypatch):
 def saved(params, semantics='official', quantise=''):
   """The tree of an adapter that is now in 'adapter', and its method."""
   built = build('lora(rank=2)', sites(CONFIG), semantics)
-  model = Decoder(CONFIG, built.advice)
-  tree = fresh(model, base_lib.example_batch(), 0, params)['peft']
+  model = Decoder(CONFIG, built.adapter_map)
+  tree = init_params(model, base_lib.example_batch(), 0, params)['peft']
   sha256 = names.content_hash(params)
   card = adapter.describe(
     built.method, semantics, 'base', sha256, 'llama', CONFIG, quantise
@@ -70,7 +70,7 @@ def config(**model):
 def test_an_adapter_brings_its_semantics(place):
   tree, built = saved(place, 'paper')
   # The official ones leave a projection out.
-  assert built.advice != build('lora(rank=2)', sites(CONFIG)).advice
+  assert built.adapter_map != build('lora(rank=2)', sites(CONFIG)).adapter_map
   run = loaded_model.load_model('base', 'adapter')
   assert run.config.semantics == 'paper'
   jax.tree.map(np.testing.assert_array_equal, run.variables['peft'], tree)
@@ -88,14 +88,14 @@ def test_an_adapter_brings_its_semantics(place):
 def test_an_adapter_brings_what_its_base_was_kept_in(place):
   _, built = saved(place, quantise='nf4')
   kept = loaded_model.load_model('base', 'adapter').variables['params']
-  base = base_lib.load(config(quantise='nf4').model)
+  base = base_lib.load(config(quantize='nf4').model)
   jax.tree.map(np.testing.assert_array_equal, kept, base.params)
   for other in ('', 'int8'):
-    base = base_lib.load(config(quantise=other).model)
-    with pytest.raises(ValueError, match="quantise='nf4', this base has"):
+    base = base_lib.load(config(quantize=other).model)
+    with pytest.raises(ValueError, match="quantize='nf4', this base has"):
       base_lib.with_adapter({}, built, 'adapter', base)
   saved(place)
-  with pytest.raises(ValueError, match="quantise='', this base has 'int8'"):
+  with pytest.raises(ValueError, match="quantize='', this base has 'int8'"):
     base_lib.with_adapter({}, built, 'adapter', base)
 
 
@@ -116,12 +116,15 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   assert run.eos_token_ids == (1, 5, 7, 9)
   # Of another vocabulary they would be other tokens.
   other = run.config.copy_and_resolve_references()
-  other.data.vocabulary = 'bytes'
+  other.data.tokenizer = 'bytes'
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
   answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
-  monkeypatch.setattr(runner, 'Answering', answering)
-  runner._measure(run, ('exact_match',))
+  monkeypatch.setattr(evaluator, 'Answering', answering)
+  made = evaluator.Evaluator(
+    run.model, run.tokenizer, (8, 8), 1, eos_token_ids=run.eos_token_ids
+  )
+  made._generator  # noqa: B018
   assert seen == [run.eos_token_ids]
 
 
@@ -133,7 +136,10 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
     f.write(chat_cases.CHATML)
   c = config()
   c.data.source, c.data.path = 'chat', 'chats.jsonl'
-  c.data.chat_template, c.data.system = 'own.jinja', 'Say "\u00fc"\n\U0001f600'
+  c.data.chat_template, c.data.system_prompt = (
+    'own.jinja',
+    'Say "\u00fc"\n\U0001f600',
+  )
   os.mkdir('run')
   with open('run/config.json', 'w') as f:
     f.write(c.to_json())
@@ -141,7 +147,7 @@ def test_a_run_opens_with_the_template_of_its_config(place, monkeypatch):
   turns = (Turn('user', 'a'),)
   expected = chat_dataset.ChatTemplate(
     words.tokenizer, chat_cases.CHATML
-  ).prompt(Conversation((Turn('system', c.data.system), *turns)))
+  ).prompt(Conversation((Turn('system', c.data.system_prompt), *turns)))
   assert chat_dataset.ChatTemplate(run.tokenizer.tokenizer).prompt(
     Conversation(turns)
   ) == (expected)

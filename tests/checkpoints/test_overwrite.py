@@ -13,7 +13,7 @@ from moepeft.checkpoints import adapter, directory
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 
 from ..contracts import small
 from ..disks import full_disk  # noqa: F401
@@ -142,7 +142,7 @@ def test_an_export_that_fills_the_disk_is_one_sentence(
       )
       adapter.save(str(target), large, described)
     else:
-      params = fresh(t5.T5(shape), small.batch(), 0)['params']
+      params = init_params(t5.T5(shape), small.batch(), 0)['params']
       {'hf': hf, 't5x': t5x}[kind].save(str(target), shape, params)
   assert len(str(e.value).splitlines()) == 1
   assert capfd.readouterr().err == ''

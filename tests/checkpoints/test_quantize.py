@@ -18,10 +18,10 @@ from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh, letters
+from moepeft.nn.initializers import init_params, logical_axes
 from moepeft.nn.quantization import (
   BLOCK,
-  KINDS,
+  FORMATS,
   LEVELS,
   from_int8,
   from_nf4,
@@ -50,7 +50,7 @@ METHODS = (
   'mov(experts=3)',
   'molora(experts=3, rank=2)',
 )
-every_kind = pytest.mark.parametrize('kind', KINDS)
+every_kind = pytest.mark.parametrize('kind', FORMATS)
 
 
 def test_the_levels_are_quantiles_of_a_normal_distribution():
@@ -96,7 +96,7 @@ SHAPES = [((131,), (3,)), ((7, 13), (5,)), ((64,), (3, 5)), ((11,), ())]
 def test_errors_are_bounded_by_half_a_step(kind, inside, outside):
   rng = np.random.default_rng(0)
   kernel = rng.standard_normal((*inside, *outside)).astype(np.float32)
-  form = KINDS[kind]
+  form = FORMATS[kind]
   codes, scale = form.encode(kernel, len(inside))
   layout = form.layout(inside, outside, 'nh'[: len(inside)], 'df')
   assert (codes.shape, scale.shape) == (layout['codes'][0], layout['scale'][0])
@@ -114,14 +114,16 @@ def test_errors_are_bounded_by_half_a_step(kind, inside, outside):
 
 
 def decoder_params():
-  return fresh(Decoder(DECODER), BATCH, 0)['params']
+  return init_params(Decoder(DECODER), BATCH, 0)['params']
 
 
 def made(method, config):
   family = t5 if config is small.GATED else Decoder
   if family is t5:
-    return t5.T5(config, build(method, t5.sites(config)).advice), small.batch()
-  return Decoder(config, build(method, sites(config)).advice), BATCH
+    return t5.T5(
+      config, build(method, t5.sites(config)).adapter_map
+    ), small.batch()
+  return Decoder(config, build(method, sites(config)).adapter_map), BATCH
 
 
 def noisy(variables):
@@ -155,7 +157,7 @@ def test_any_advice_sees_the_decoded_weight(method, config):
   params = decoder_params() if config is DECODER else small.params()
   packed = quantize.pack(params, config, 'nf4')
   assert quantize.kind_of(packed) == 'nf4'
-  peft = noisy(fresh(model, batch, 1, packed)['peft'])
+  peft = noisy(init_params(model, batch, 1, packed)['peft'])
   wide = quantize.unpack(packed, config)
   shapes = lambda tree: jax.tree.map(np.shape, tree)  # noqa: E731
   assert shapes(wide) == shapes(params)
@@ -179,7 +181,7 @@ def test_any_advice_sees_the_decoded_weight(method, config):
 def test_every_axis_says_its_letter(kind):
   model, _ = made(METHODS[0], DECODER)
   params = quantize.pack(decoder_params(), DECODER, kind)
-  said = weight_mapping.flatten(letters(model, BATCH, params)['params'])
+  said = weight_mapping.flatten(logical_axes(model, BATCH, params)['params'])
   found = weight_mapping.flatten(params)
   assert said.keys() == found.keys()
   assert all(len(said[path]) == found[path].ndim for path in found)
@@ -210,9 +212,9 @@ DEEP = dataclasses.replace(
 
 
 def test_memory_falls_to_the_bits_that_are_kept():
-  params = fresh(Decoder(DEEP), BATCH, 0)['params']
-  model = Decoder(DEEP, build('lora(rank=1)', sites(DEEP)).advice)
-  peft = fresh(model, BATCH, 1, params)['peft']
+  params = init_params(Decoder(DEEP), BATCH, 0)['params']
+  model = Decoder(DEEP, build('lora(rank=1)', sites(DEEP)).adapter_map)
+  peft = init_params(model, BATCH, 1, params)['peft']
   batch = {'inputs': jnp.array([[3, 7]])}
 
   def loss(peft, params):
@@ -247,7 +249,7 @@ def config_of(**model):
 
 def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
   plain = base_lib.load(config_of().model)
-  c = config_of(quantise='nf4', param_dtype='bfloat16')
+  c = config_of(quantize='nf4', param_dtype='bfloat16')
   base, again = base_lib.load(c.model), base_lib.load(c.model)
   assert base.sha256 == plain.sha256
   # Of what is stored, not of what the rest is cast to.
@@ -269,10 +271,10 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
 
 def test_the_count_says_what_memory_the_weights_take():
   sizes = {
-    kind: count(config_of(quantise=kind))['megabytes']['params']
+    kind: count(config_of(quantize=kind))['megabytes']['params']
     for kind in ('', 'int8', 'nf4')
   }
-  base = base_lib.load(config_of(quantise='nf4').model)
+  base = base_lib.load(config_of(quantize='nf4').model)
   assert sizes['nf4'] == round(quantize.size(base.params) / 1e6, 3)
   assert sizes['nf4'] < sizes['int8'] < sizes['']
 
@@ -280,9 +282,9 @@ def test_the_count_says_what_memory_the_weights_take():
 @pytest.mark.parametrize(
   ('model', 'said'),
   [
-    ({'quantise': 'int4'}, "one of int8, nf4; got 'int4'"),
+    ({'quantize': 'int4'}, "one of int8, nf4; got 'int4'"),
     (
-      {'quantise': 'nf4', 'path': '', 'family': 't5'},
+      {'quantize': 'nf4', 'path': '', 'family': 't5'},
       'set config.model.path',
     ),
   ],
@@ -293,10 +295,10 @@ def test_what_cannot_be_quantised_is_one_sentence(model, said):
 
 
 def run_config(**model):
-  c = config_of(quantise='nf4', **model)
+  c = config_of(quantize='nf4', **model)
   c.method, c.steps, c.batch_size = 'lora(rank=1)', 1, 2
   c.evaluation.before = c.evaluation.after = False
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   return c
 
 
@@ -319,17 +321,17 @@ def test_a_run_is_reloaded_with_its_own_bits_and_no_others(tmp_path, capsys):
     found = np.asarray(weight_mapping.flatten(run.variables['params'])[path])
     assert found.tobytes() == leaf.tobytes(), path
   other = run_config()
-  other.model.quantise = 'int8'
+  other.model.quantize = 'int8'
   other.steps = 2
-  with pytest.raises(ValueError, match='quantise'):
-    train.train(other, workdir, may_differ=('model.quantise',))
+  with pytest.raises(ValueError, match='quantize'):
+    train.train(other, workdir, may_differ=('model.quantize',))
 
 
 def test_merging_into_packed_kernels_is_refused():
   from moepeft.peft.merge import merge
 
   built = build('lora(rank=3)', sites(DECODER))
-  model = Decoder(DECODER, built.advice)
+  model = Decoder(DECODER, built.adapter_map)
   packed = quantize.pack(decoder_params(), DECODER, 'int8')
   with pytest.raises(ValueError, match=r'quantised \(int8\): merge into'):
-    merge(built, fresh(model, BATCH, 1, packed))
+    merge(built, init_params(model, BATCH, 1, packed))

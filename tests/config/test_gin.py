@@ -91,25 +91,26 @@ MACROS = [
   ('INITIAL_CHECKPOINT_PATH', 'a/b', 'model/path', 'a/b'),
   ('LABEL_SMOOTHING', 0.1, 'loss/label_smoothing', 0.1),
   ('LEARNING_RATE', 0.01, 'optimizer/learning_rate', 0.01),
-  ('LOSS_NORMALIZING_FACTOR', 'NUM_REAL_TARGET_TOKENS', 'loss/per', 'tokens'),
+  ('LOSS_NORMALIZING_FACTOR', 'NUM_REAL_TARGET_TOKENS', 'loss/average_over',
+   'tokens'),
   ('METHOD', "molora(router=topk(k=2))", 'method',
    'molora(router=topk(k=2), experts=10, rank=4)'),
   ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'data/module', 'my.tasks'),
   ('MIXTURE_OR_TASK_NAME', 'my_task', 'data/mixture', 'my_task'),
   ('NUM_EXPERTS', 5, 'method', 'molora(experts=5, rank=4)'),
-  ('NUM_MICROBATCHES', 2, 'accumulate', 2),
-  ('NUM_PARTITIONS', 2, 'sharding/model', 2),
+  ('NUM_MICROBATCHES', 2, 'gradient_accumulation_steps', 2),
+  ('NUM_PARTITIONS', 2, 'sharding/model_parallel_size', 2),
   ('NUM_PARTITIONS', 2, 'sharding/preset', 'tp'),
   ('PACKING', False, 'data/packing', False),
   ('RANDOM_SEED', 3, 'seed', 3),
   ('RANK', 5, 'method', 'molora(experts=10, rank=5)'),
   ('REMAT_POLICY', 'full', 'model/remat', 'full'),
-  ('STEP_OFFSET', 100_000, 'optimizer/clock', 1_000_000),
+  ('STEP_OFFSET', 100_000, 'optimizer/decay_initial_step', 1_000_000),
   ('TASK_FEATURE_LENGTHS', {'inputs': 5, 'targets': 3},
    'data/inputs_length', 5),
   ('TRAIN_STEPS', 70, 'steps', 70),
   ('TRAIN_STEPS_RELATIVE', 71, 'steps', 71),
-  ('Z_LOSS', 0, 'loss/z', 0.0),
+  ('Z_LOSS', 0, 'loss/z_loss', 0.0),
 ]  # fmt: skip
 
 
@@ -121,9 +122,9 @@ def test_a_macro_changes_its_key(macro, value, key, expected):
 
 
 BINDINGS = [
-  ('trainer.Trainer.num_microbatches=2', 'accumulate', 2),
+  ('trainer.Trainer.num_microbatches=2', 'gradient_accumulation_steps', 2),
   ('t5x.utils.SaveCheckpointConfig.period=7', 'checkpoint/every_steps', 7),
-  ('SaveCheckpointConfig.keep=None', 'checkpoint/keep', 1_000_000),
+  ('SaveCheckpointConfig.keep=None', 'checkpoint/max_to_keep', 1_000_000),
   ('train_script.train.eval_period=7', 'evaluation/every_steps', 7),
   ('train/utils.DatasetConfig.pack=False', 'data/packing', False),
   ('utils.DatasetConfig.split="test"', 'data/split', 'test'),
@@ -132,7 +133,7 @@ BINDINGS = [
     'optimizer/learning_rate',
     0.01,
   ),
-  ('models.EncoderDecoderModel.z_loss=0.01', 'loss/z', 0.01),
+  ('models.EncoderDecoderModel.z_loss=0.01', 'loss/z_loss', 0.01),
   (
     'adafactor.Adafactor.weight_decay_rate=0.01',
     'optimizer/weight_decay',
@@ -171,7 +172,7 @@ def test_train_steps_count_from_the_restored_step(
   config = load(
     RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS=train_steps
   ).config
-  assert (config.steps, config.optimizer.clock) == (steps, clock)
+  assert (config.steps, config.optimizer.decay_initial_step) == (steps, clock)
 
 
 def test_the_latest_checkpoint_of_a_folder_is_counted_from(tmp_path):
@@ -180,7 +181,7 @@ def test_the_latest_checkpoint_of_a_folder_is_counted_from(tmp_path):
     (tmp_path / f'checkpoint_{step}' / 'checkpoint').touch()
   path = str(tmp_path)
   config = load(RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS=13).config
-  assert (config.steps, config.optimizer.clock) == (3, 10)
+  assert (config.steps, config.optimizer.decay_initial_step) == (3, 10)
 
 
 def test_relative_steps_need_no_arithmetic():
@@ -188,7 +189,7 @@ def test_relative_steps_need_no_arithmetic():
   config = load(
     RUN, INITIAL_CHECKPOINT_PATH=path, TRAIN_STEPS_RELATIVE=7
   ).config
-  assert (config.steps, config.optimizer.clock) == (7, 1_100_000)
+  assert (config.steps, config.optimizer.decay_initial_step) == (7, 1_100_000)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,12 @@ def test_rate_batch_steps_and_saves_are_the_released_ones(size, method):
   rate, rows, steps, period = OWN[method]
   assert (c.optimizer.learning_rate, c.batch_size) == (rate, rows)
   # The restored step is Adafactor's clock, of full fine-tuning too.
-  assert (c.steps, c.optimizer.clock) == (steps - 1_100_000, 1_100_000)
+  assert (c.steps, c.optimizer.decay_initial_step) == (
+    steps - 1_100_000,
+    1_100_000,
+  )
   # keep 60 in every gin file.
-  assert (c.checkpoint.every_steps, c.checkpoint.keep) == (period, 60)
+  assert (c.checkpoint.every_steps, c.checkpoint.max_to_keep) == (period, 60)
 
 
 @pytest.mark.parametrize(('size', 'method'), GRID)
@@ -58,13 +61,13 @@ def test_what_all_runs_share_is_the_released_ones(size, method):
   assert (c.data.inputs_length, c.data.targets_length) == (1024, 256)
   assert (c.data.packing, c.data.mixture) == (True, 't0_train')
   # LOSS_NORMALIZING_FACTOR='AVERAGE_PER_SEQUENCE'; T5X: z 1e-4, no smoothing.
-  assert (c.loss.per, c.loss.z, c.loss.label_smoothing) == (
+  assert (c.loss.average_over, c.loss.z_loss, c.loss.label_smoothing) == (
     'sequences',
     1e-4,
     0.0,
   )
   # finetune_no_eval.gin: DROPOUT_RATE 0.1, num_microbatches None.
-  assert (c.model.dropout, c.accumulate) == (0.1, 1)
+  assert (c.model.dropout, c.gradient_accumulation_steps) == (0.1, 1)
   # ACTIVATION_DTYPE bfloat16, parameters float32.
   assert (c.model.dtype, c.model.param_dtype) == ('bfloat16', 'float32')
   assert (c.model.size, c.model.version) == (size, '1.1')
@@ -72,7 +75,7 @@ def test_what_all_runs_share_is_the_released_ones(size, method):
   # gradient (its own clip of 1.0 is of each tensor's update).
   o = c.optimizer
   assert (o.name, o.schedule, o.warmup_steps) == ('adafactor', 'constant', 0)
-  assert (o.weight_decay, o.clip) == (0.0, 0.0)
+  assert (o.weight_decay, o.max_grad_norm) == (0.0, 0.0)
   # No loss of the router is applied.
   assert set(c.router_losses.values()) == {0.0}
   assert c.semantics == 'official'

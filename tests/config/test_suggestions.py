@@ -9,7 +9,7 @@ from moepeft import __main__, tasks
 from moepeft.config import command_line, suggestions
 from moepeft.core.files import local_path
 from moepeft.data.text import quality
-from moepeft.evaluation import runner
+from moepeft.evaluation import plan
 from moepeft.models.decoder import llama
 from moepeft.models.t5 import model as t5
 from tests import ROOT
@@ -105,7 +105,7 @@ def test_known_keys_are_not_unknown():
   ('arg', 'said'),
   [
     ('--config.steps=1e9', "config.steps is a whole number; got '1e9'"),
-    ('--config.loss.z=x', "config.loss.z is a number; got 'x'"),
+    ('--config.loss.z_loss=x', "config.loss.z_loss is a number; got 'x'"),
     ('--config.data.packing=perhaps', 'config.data.packing is true or false'),
     ('--config.data.packing', ''),
     ('--config.steps=3', ''),
@@ -182,8 +182,8 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize(
   ('read', 'said'),
   [
-    (lambda: tasks.families('storge'), "'storage'"),
-    (lambda: runner.check(['acuracy']), "'accuracy'"),
+    (lambda: tasks.task_names('storge'), "'storage'"),
+    (lambda: plan.check_metrics(['acuracy']), "'accuracy'"),
     (lambda: t5.config('smal'), "'small'"),
     (lambda: llama.config('3-8bb'), "'3-8b'"),
     (lambda: quality.rules('lenght'), "'length'"),

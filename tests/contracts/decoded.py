@@ -51,12 +51,12 @@ def placed(options):
   options = dict(options)
   devices = jax.devices()[options.pop('devices', slice(None))]
   layout = sharding.layout(**options, devices=devices)
-  model = Decoder(CONFIG, build(METHOD, decoder.sites(CONFIG)).advice)
+  model = Decoder(CONFIG, build(METHOD, decoder.sites(CONFIG)).adapter_map)
   small = {'inputs': jnp.zeros((1, 2), jnp.int32)}
   variables = jax.tree.map(
-    lambda a: np.asarray(3 * a), initializers.fresh(model, small, 1)
+    lambda a: np.asarray(3 * a), initializers.init_params(model, small, 1)
   )
-  letters = initializers.letters(model, small)
+  letters = initializers.logical_axes(model, small)
   letters = {key: letters[key] for key in variables}
   where = state_sharding.tree_shardings(layout, letters, variables)
   return layout, model, sharding.put(variables, where)

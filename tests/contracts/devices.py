@@ -34,7 +34,7 @@ def train_three(method: str) -> dict[str, np.ndarray]:
     opt=optimizer.init(trainable),
     rng=jax.random.key(0),
   )
-  letters = initializers.letters(model, small.batch())
+  letters = initializers.logical_axes(model, small.batch())
   where = state_sharding.state_shardings(
     layout, state, letters, built.trainable
   )

@@ -35,9 +35,11 @@ class Dora(nn.Module):
   @nn.compact
   def __call__(self, f, x, ctx):
     inside, outside = lora.shapes(f, 'dora')
-    a = peft_param(self, 'a', lora.INIT_A, (*inside, self.rank), f'{f.inside}r')
+    a = peft_param(
+      self, 'a', lora.INIT_A, (*inside, self.rank), f'{f.input_axes}r'
+    )
     b = peft_param(
-      self, 'b', lora.INIT_B, (self.rank, *outside), f'r{f.outside}'
+      self, 'b', lora.INIT_B, (self.rank, *outside), f'r{f.output_axes}'
     )
     _, inner, outer, _ = contraction(f.eqn)
     letters = f.eqn.split('->')[0].split(',')[1]
@@ -49,7 +51,7 @@ class Dora(nn.Module):
       return jnp.sqrt(jnp.sum(w * w, axis=axes))
 
     magnitude = peft_param(
-      self, 'magnitude', lambda *_: norm(weight), outside, f.outside
+      self, 'magnitude', lambda *_: norm(weight), outside, f.output_axes
     )
     changed = weight + term
     scale = magnitude / jax.lax.stop_gradient(norm(changed))
@@ -93,7 +95,7 @@ class Mixture(nn.Module):
 
   @nn.compact
   def __call__(self, f, x, ctx):
-    weights = route(self, self.router, x, ctx).weights
+    weights = route(self, self.router, x, ctx).combine_weights
     outputs = f.vmap(self.experts)(x)
     return jnp.einsum('bte,ebtd->btd', weights.astype(x.dtype), outputs)
 

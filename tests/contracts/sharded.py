@@ -86,7 +86,7 @@ def begin(method, layout):
     opt=jax.eval_shape(OPTIMIZER.init, trainable),
     rng=jax.random.key(3),
   )
-  letters = initializers.letters(model, small.batch())
+  letters = initializers.logical_axes(model, small.batch())
   where = state_sharding.state_shardings(
     layout, state, letters, built.trainable
   )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 
 # Primes, heads times head size (15) unlike d_model (11), layers unlike too.
@@ -93,14 +93,14 @@ def batch(rows=3, s=7, t=5, vocab=37, seed=0):
 def make(method, config=GATED, semantics='official', **options):
   """(model, built) of a method on a small model."""
   built = build(method, t5.sites(config), semantics)
-  return t5.T5(config, built.advice, **options), built
+  return t5.T5(config, built.adapter_map, **options), built
 
 
 @functools.lru_cache(maxsize=64)
 def variables(method, config=GATED, noise=0.0, semantics='official'):
   """Initialised 'params' and 'peft'; `noise` moves the latter off identity."""
   model, _ = make(method, config, semantics)
-  peft = fresh(model, batch(), 1, params(config))['peft']
+  peft = init_params(model, batch(), 1, params(config))['peft']
   if noise:
     leaves, tree = jax.tree.flatten(peft)
     keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
@@ -115,7 +115,7 @@ def variables(method, config=GATED, noise=0.0, semantics='official'):
 @functools.cache
 def params(config=GATED):
   """The base's weights, without any method."""
-  return fresh(t5.T5(config), batch(), 0)['params']
+  return init_params(t5.T5(config), batch(), 0)['params']
 
 
 def unstack(tree):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.models.bert.model import Bert, BertConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 
 # Primes but for the width, which heads of 7 share.
@@ -44,7 +44,7 @@ def batch(vocab=37, seed=0):
 
 def make(config, method='full', noise=0.0, **options):
   """(model, variables); `noise` moves adapters off where they start."""
-  advice = build(method, sites(config)).advice
+  advice = build(method, sites(config)).adapter_map
   model = Bert(config, advice, **options)
   return model, _variables(config, method, noise)
 
@@ -52,13 +52,13 @@ def make(config, method='full', noise=0.0, **options):
 @functools.cache
 def _variables(config, method, noise):
   """Weights so large that all of them matter; biases and scales too."""
-  model = Bert(config, build(method, sites(config)).advice)
+  model = Bert(config, build(method, sites(config)).adapter_map)
   rng = np.random.default_rng(1)
 
   def move(by):
     return lambda leaf: np.float32(leaf + by * rng.normal(size=leaf.shape))
 
-  params = jax.tree.map(move(0.2), fresh(model, batch(), 3)['params'])
+  params = jax.tree.map(move(0.2), init_params(model, batch(), 3)['params'])
   # After it: some adapters start from the base's weights.
-  peft = fresh(model, batch(), 3, params)['peft']
+  peft = init_params(model, batch(), 3, params)['peft']
   return {'params': params, 'peft': jax.tree.map(move(noise), peft)}

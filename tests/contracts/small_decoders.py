@@ -10,7 +10,7 @@ import numpy as np
 
 from moepeft.core.types import Context
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.nn.rope import Rope
 from moepeft.peft import build
 
@@ -84,14 +84,14 @@ def batch(vocab=37, seed=0):
 def make(config, method='full', noise=0.0, **options):
   """(model, variables); `noise` moves adapters off where they start."""
   built = build(method, sites(config))
-  model = Decoder(config, built.advice, **options)
+  model = Decoder(config, built.adapter_map, **options)
   return model, _variables(config, method, noise, model.param_dtype)
 
 
 @functools.cache
 def _variables(config, method, noise, dtype):
   """Weights so large that all of them matter; biases and scales too."""
-  advice = build(method, sites(config)).advice
+  advice = build(method, sites(config)).adapter_map
   model = Decoder(config, advice, param_dtype=dtype)
   rng = np.random.default_rng(1)
 
@@ -100,9 +100,9 @@ def _variables(config, method, noise, dtype):
       leaf + jnp.asarray(by * rng.normal(size=leaf.shape), leaf.dtype)
     )
 
-  params = jax.tree.map(move(0.2), fresh(model, batch(), 3)['params'])
+  params = jax.tree.map(move(0.2), init_params(model, batch(), 3)['params'])
   # After it: some adapters start from the base's weights.
-  peft = fresh(model, batch(), 3, params)['peft']
+  peft = init_params(model, batch(), 3, params)['peft']
   return {'params': params, 'peft': jax.tree.map(move(noise), peft)}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import METHODS, build
@@ -80,7 +80,7 @@ def test_official_topk_mixture_of_vectors_starts_away_from_the_base():
 def test_params_are_untouched_in_values_and_paths(method):
   model, _ = small.make(method)
   chex.assert_trees_all_equal(
-    small.params(), fresh(model, small.batch(), 0)['params']
+    small.params(), init_params(model, small.batch(), 0)['params']
   )
 
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.core.types import LETTERS
+from moepeft.core.types import AXIS_NAMES
 from moepeft.models import FAMILIES, decoder_only, encoder_only, weight_mapping
 from moepeft.models.bert import weights as bert_weights
 from moepeft.models.bert.model import Bert, BertConfig, sites
-from moepeft.nn.adapter_hook import Advice
-from moepeft.nn.initializers import letters
+from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.nn.initializers import logical_axes
 from moepeft.peft import build
 from moepeft.peft.merge import merge
 
@@ -64,10 +64,10 @@ def test_every_site_is_reached_and_no_other(config):
   listed = sites(config)
   seen = set()
   Seen.log = seen
-  advice = Advice(
+  adapter_map = AdapterMap(
     tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
   )
-  shapes_of(Bert(config, advice))
+  shapes_of(Bert(config, adapter_map))
   assert seen == set(listed)
 
 
@@ -91,10 +91,10 @@ def test_every_axis_has_the_size_of_its_letter(config):
   shapes, sizes = shapes_of(model), bert_weights.sizes(config)
   # A router reads d, the heads in one axis, or f.
   sizes = sizes | {'l': 2, 'e': 7, 'r': 13}
-  for collection, tree in letters(model, small_bert.batch()).items():
+  for collection, tree in logical_axes(model, small_bert.batch()).items():
     wanted = weight_mapping.flatten(shapes[collection])
     for path, said in weight_mapping.flatten(tree).items():
-      assert set(said) <= set(LETTERS)
+      assert set(said) <= set(AXIS_NAMES)
       own = sizes | {'i': wanted[path].shape[said.find('i')]}
       assert wanted[path].shape == tuple(own[a] for a in said), path
 
@@ -169,7 +169,7 @@ def test_other_programs_compute_the_same(options):
 def test_the_program_does_not_grow_with_depth(method):
   def program(layers):
     config = dataclasses.replace(WHOLE, layers=layers)
-    model = Bert(config, build(method, sites(config)).advice)
+    model = Bert(config, build(method, sites(config)).adapter_map)
     shapes = shapes_of(model)
     shapes.pop('routing', None)
 

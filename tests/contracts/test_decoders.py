@@ -10,7 +10,7 @@ import pytest
 
 from moepeft.models import FAMILIES, decoder_weights, weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
 
 from . import small, small_decoders
@@ -49,10 +49,10 @@ def test_every_site_is_reached_and_no_other(name):
   listed = sites(config)
   seen = set()
   Seen.log = seen
-  advice = Advice(
+  adapter_map = AdapterMap(
     tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
   )
-  model = Decoder(config, advice)
+  model = Decoder(config, adapter_map)
   rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
   jax.eval_shape(lambda: model.init(rngs, small_decoders.batch()))
   assert seen == set(listed)
@@ -202,12 +202,12 @@ def test_adapters_start_as_the_base_and_touch_no_weight(name, method):
 def test_advice_may_lengthen_the_keys(attention):
   config = CONFIGS['mistral']
   prefix = Prefix(parent=None, name='prefix')
-  advice = Advice((('decoder/self/core', prefix),))
-  plain = Decoder(config, advice)
+  adapter_map = AdapterMap((('decoder/self/core', prefix),))
+  plain = Decoder(config, adapter_map)
   batch = small_decoders.batch()
   rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
   variables = plain.init(rngs, batch)
-  model = Decoder(config, advice, attention=attention)
+  model = Decoder(config, adapter_map, attention=attention)
   without = Decoder(config).apply({'params': variables['params']}, batch)
   found = apply(model, variables)
   np.testing.assert_allclose(

@@ -6,10 +6,10 @@ from collections import defaultdict
 import jax
 import pytest
 
-from moepeft.core.types import LETTERS
+from moepeft.core.types import AXIS_NAMES
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import Fill, letters, param
+from moepeft.nn.initializers import Constant, logical_axes, param
 from moepeft.peft import build
 
 from . import small
@@ -39,7 +39,7 @@ def sizes_of(model):
   """{letter: the sizes of all axes that say it}."""
   shapes = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
   found = defaultdict(set)
-  for name, tree in letters(model, small.batch()).items():
+  for name, tree in logical_axes(model, small.batch()).items():
     said, wanted = (
       weight_mapping.flatten(tree),
       weight_mapping.flatten(shapes.get(name, {})),
@@ -71,7 +71,7 @@ def test_every_axis_has_the_size_of_its_letter(method, config):
   found = sizes_of(model)
   assert fits(found, SIZES), found
   assert found['l'] == {2, 3}
-  assert found.keys() <= LETTERS.keys()
+  assert found.keys() <= AXIS_NAMES.keys()
 
 
 def test_layers_that_are_written_out_have_no_axis_of_layers():
@@ -84,12 +84,12 @@ def test_layers_that_are_written_out_have_no_axis_of_layers():
 def test_what_depends_on_the_base_and_what_is_vmapped_says_its_letters_too():
   for method in PROBES:
     built = build(method, t5.sites(small.GATED), methods=PROBES)
-    found = sizes_of(t5.T5(small.GATED, built.advice))
+    found = sizes_of(t5.T5(small.GATED, built.adapter_map))
     # The experts of a mixture are 3, of molora 10; a prefix is 3 tokens long.
     assert fits(found, SIZES | {'e': {3, 10}, 's': {3}}), (method, found)
   inner = "molora(experts=7, rank=2, sites='*/wi_0') + mixture"
-  advice = build(inner, t5.sites(small.GATED), methods=PROBES).advice
-  tree = letters(t5.T5(small.GATED, advice), small.batch())['peft']
+  advice = build(inner, t5.sites(small.GATED), methods=PROBES).adapter_map
+  tree = logical_axes(t5.T5(small.GATED, advice), small.batch())['peft']
   wi_0 = tree['encoder']['layers']['mlp']['wi_0']['molora']
   # A layer's 3 experts hold 7 each.
   assert wi_0['a'] == 'leder' and wi_0['b'] == 'leerf'
@@ -101,7 +101,7 @@ def test_a_letter_too_few_is_refused_with_the_array_s_path():
   class Wrong(nn.Module):
     @nn.compact
     def __call__(self, batch):
-      return param(self, 'kernel', Fill(1), (3, 5), 'd')
+      return param(self, 'kernel', Constant(1), (3, 5), 'd')
 
   with pytest.raises(ValueError, match=r"kernel: .*\(3, 5\); got 'd'"):
-    letters(Wrong(), {})
+    logical_axes(Wrong(), {})

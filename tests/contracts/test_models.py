@@ -16,7 +16,7 @@ import pytest
 from moepeft.inference.decode import greedy
 from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from tests import ROOT
 
 from . import small
@@ -31,11 +31,11 @@ CLOSE = dict(rtol=2e-5, atol=2e-5)
 def test_every_site_is_reached_and_no_other(config):
   listed = t5.sites(config)
   seen = set()
-  advice = Advice(
+  adapter_map = AdapterMap(
     tuple((site, Seen(site, parent=None, name='seen')) for site in listed)
   )
   Seen.log = seen
-  model = t5.T5(config, advice)
+  model = t5.T5(config, adapter_map)
   rngs = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
   jax.eval_shape(lambda: model.init(rngs, small.batch()))
   assert seen == set(listed)

@@ -10,6 +10,7 @@ from moepeft.core.types import Context, Routing
 from moepeft.moe import ROUTERS, aux_losses, router_stats
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
+from moepeft.peft.build import training_only
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 7))
 CTX = Context(token_mask=jnp.ones((2, 5), bool))
@@ -21,76 +22,116 @@ def run(router, x=X, ctx=CTX, seed=1):
 
 
 @pytest.mark.parametrize('name', ROUTERS)
-def test_rows_sum_to_one_or_to_what_the_docstring_says(name):
-  routing = run(ROUTERS[name](experts=3))
-  total = np.asarray(jnp.sum(routing.weights, -1))
-  assert routing.weights.shape == (2, 5, 3)
-  if name == 'topk':
-    assert (total < 1).all() and (total >= 1 / 3).all()
-    routing = run(ROUTERS[name](experts=3, renormalize=True))
-    total = jnp.sum(routing.weights, -1)
-  # float32 softmax.
-  np.testing.assert_allclose(total, 1, rtol=1e-6)
+def test_rows_sum_to_one_where_the_entry_says_so(name):
+  routing = run(ROUTERS[name].module(experts=3))
+  assert routing.combine_weights.shape == (2, 5, 3)
+  total = np.asarray(jnp.sum(routing.combine_weights, -1))
+  if ROUTERS[name].normalized:
+    # float32 softmax.
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+  else:
+    assert (np.abs(total - 1) > 1e-3).all()
+
+
+def test_topk_sums_to_its_largest_probabilities_or_to_one():
+  total = jnp.sum(run(TopK(3)).combine_weights, -1)
+  assert (total < 1).all() and (total >= 1 / 3).all()
+  renormalized = jnp.sum(run(TopK(3, renormalize=True)).combine_weights, -1)
+  np.testing.assert_allclose(renormalized, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_routers_have_parameters_where_the_entry_says_so(name):
+  rngs = {'peft': jax.random.key(1), 'router': jax.random.key(3)}
+  variables = ROUTERS[name].module(experts=3).init(rngs, X, CTX)
+  assert bool(jax.tree.leaves(variables)) == ROUTERS[name].learned
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_a_row_is_routed_by_itself_where_the_entry_says_so(name):
+  router = ROUTERS[name].module(experts=3)
+  other = run(router, X.at[1].set(9.0)).combine_weights[0]
+  equal = np.array_equal(run(router).combine_weights[0], other)
+  assert equal == ROUTERS[name].independent_of_batch
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_are_float32_inside(name):
-  routing = run(ROUTERS[name](experts=3), X.astype(jnp.bfloat16))
-  assert routing.weights.dtype == routing.logits.dtype == jnp.float32
+  routing = run(ROUTERS[name].module(experts=3), X.astype(jnp.bfloat16))
+  assert routing.combine_weights.dtype == routing.logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize('name', ROUTERS)
-def test_routers_are_causal(name):
+def test_routers_are_causal_where_the_entry_says_so(name):
   later = X.at[:, 3:].set(9.0)
-  router = ROUTERS[name](experts=3)
-  np.testing.assert_array_equal(
-    run(router).weights[:, :3], run(router, later).weights[:, :3]
+  router = ROUTERS[name].module(experts=3)
+  equal = np.array_equal(
+    run(router).combine_weights[:, :3],
+    run(router, later).combine_weights[:, :3],
   )
+  assert equal == ROUTERS[name].causal
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_padding_never_moves_a_real_token(name):
   mask = jnp.arange(5)[None] < jnp.array([[5], [3]])
   ctx = Context(token_mask=mask)
-  router = ROUTERS[name](experts=3)
+  router = ROUTERS[name].module(experts=3)
   other = jnp.where(mask[..., None], X, 100.0)
-  expected = run(router, X, ctx).weights[mask]
-  np.testing.assert_array_equal(run(router, other, ctx).weights[mask], expected)
+  expected = run(router, X, ctx).combine_weights[mask]
+  np.testing.assert_array_equal(
+    run(router, other, ctx).combine_weights[mask], expected
+  )
 
 
-@pytest.mark.parametrize('name', ['softmax', 'topk'])
-@pytest.mark.parametrize('noise', ['jitter', 'dropout'])
+@pytest.mark.parametrize(
+  ('name', 'noise'),
+  [
+    (name, option)
+    for name, entry in ROUTERS.items()
+    for option in sorted(training_only(entry.module))
+  ],
+)
 def test_noise_acts_in_training_only(name, noise):
   quiet, noisy = (
-    ROUTERS[name](experts=3),
-    ROUTERS[name](experts=3, **{noise: 0.5}),
+    ROUTERS[name].module(experts=3),
+    ROUTERS[name].module(experts=3, **{noise: 0.5}),
   )
-  np.testing.assert_array_equal(run(quiet).weights, run(noisy).weights)
+  np.testing.assert_array_equal(
+    run(quiet).combine_weights, run(noisy).combine_weights
+  )
   train = CTX.replace(train=True)
-  assert np.abs(run(quiet).weights - run(noisy, ctx=train).weights).max() > 1e-3
+  assert (
+    np.abs(
+      run(quiet).combine_weights - run(noisy, ctx=train).combine_weights
+    ).max()
+    > 1e-3
+  )
 
 
 def test_expert_dropout_keeps_the_best_expert_and_the_sum():
   routing = run(Softmax(4, dropout=0.9), ctx=CTX.replace(train=True))
   best = jnp.argmax(routing.logits, -1)
-  np.testing.assert_array_equal(jnp.argmax(routing.weights, -1), best)
-  np.testing.assert_allclose(jnp.sum(routing.weights, -1), 1, rtol=1e-6)
+  np.testing.assert_array_equal(jnp.argmax(routing.combine_weights, -1), best)
+  np.testing.assert_allclose(jnp.sum(routing.combine_weights, -1), 1, rtol=1e-6)
   # Each of the three others is dropped with probability 0.9.
-  assert 0.8 < float(jnp.mean(routing.weights == 0)) / 0.75 < 1.0
+  assert 0.8 < float(jnp.mean(routing.combine_weights == 0)) / 0.75 < 1.0
 
 
 def test_topk_keeps_the_k_most_probable_as_they_are():
-  soft, top = run(Softmax(4)).weights, run(TopK(4, k=2)).weights
+  soft, top = run(Softmax(4)).combine_weights, run(TopK(4, k=2)).combine_weights
   kept = np.sort(np.asarray(soft), -1)[..., 2:]
   np.testing.assert_allclose(np.sort(np.asarray(top), -1)[..., 2:], kept)
   assert (np.sum(np.asarray(top) > 0, -1) == 2).all()
 
 
 def test_random_depends_on_layer_and_site_alone():
-  router = ROUTERS['random'](experts=5)
-  first = run(router, ctx=CTX.replace(layer=jnp.int32(0))).weights
-  again = run(router, ctx=CTX.replace(layer=jnp.int32(0)), seed=2).weights
-  other = run(router, ctx=CTX.replace(layer=jnp.int32(1))).weights
+  router = ROUTERS['random'].module(experts=5)
+  first = run(router, ctx=CTX.replace(layer=jnp.int32(0))).combine_weights
+  again = run(
+    router, ctx=CTX.replace(layer=jnp.int32(0)), seed=2
+  ).combine_weights
+  other = run(router, ctx=CTX.replace(layer=jnp.int32(1))).combine_weights
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
 
@@ -109,7 +150,9 @@ def by_hand():
   ln3 = np.log(3)
   logits = jnp.array([[[ln3, 0], [ln3, 0], [0, ln3], [0, 0]]], jnp.float32)
   mask = jnp.array([[True, True, True, False]])
-  return router_stats.reduce(Routing(logits, jax.nn.softmax(logits)), mask)
+  return router_stats.router_stats(
+    Routing(logits, jax.nn.softmax(logits)), mask
+  )
 
 
 def test_sums_are_over_real_tokens():
@@ -129,8 +172,10 @@ def test_losses_by_hand():
   sums = by_hand()
   # 2 (2/3 * 1.75/3 + 1/3 * 1.25/3) = 2 (3.5 + 1.25) / 9
   np.testing.assert_allclose(aux_losses.load_balance(sums), 9.5 / 9, rtol=1e-6)
-  np.testing.assert_allclose(aux_losses.z(sums), np.log(4) ** 2, rtol=1e-6)
-  total = aux_losses.total(
+  np.testing.assert_allclose(
+    aux_losses.router_z_loss(sums), np.log(4) ** 2, rtol=1e-6
+  )
+  total = aux_losses.auxiliary_loss(
     {'a': sums, 'b': sums}, {'load_balance': 2.0, 'z': 0.0}
   )
   np.testing.assert_allclose(total, 19 / 9, rtol=1e-6)
@@ -162,16 +207,16 @@ def direct(weights, logits, mask):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
-  routing = run(ROUTERS[name](experts=7))
+  routing = run(ROUTERS[name].module(experts=7))
   values = router_stats.statistics(
-    router_stats.reduce(routing, jnp.asarray(mask))
+    router_stats.router_stats(routing, jnp.asarray(mask))
   )
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(
-    flat(routing.weights), flat(routing.logits), mask.ravel()
+    flat(routing.combine_weights), flat(routing.logits), mask.ravel()
   )
   # A router that leaves experts without weight is sparse, and no other.
-  assert values.sparse == bool((flat(routing.weights) == 0).any())
+  assert values.sparse == bool((flat(routing.combine_weights) == 0).any())
   expected = share if values.sparse else weight
   np.testing.assert_allclose(values.share, expected, rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(values.weight_entropy, nats, rtol=1e-5, atol=1e-6)
@@ -179,18 +224,20 @@ def test_shares_and_entropies_equal_a_direct_form(name):
 
 
 def test_a_token_of_top_k_counts_for_each_of_its_experts():
-  values = router_stats.statistics(router_stats.reduce(run(TopK(5, k=2)), None))
+  values = router_stats.statistics(
+    router_stats.router_stats(run(TopK(5, k=2)), None)
+  )
   np.testing.assert_allclose(jnp.sum(values.share), 2, rtol=1e-6)
   # Every token goes to expert 0 and one other: all of the tokens, not half.
   weights = jnp.array([[[0.6, 0.4, 0], [0.6, 0, 0.4]]], jnp.float32)
   shared = Routing(jnp.log(weights + 1e-9), weights, k=2)
-  values = router_stats.statistics(router_stats.reduce(shared, None))
+  values = router_stats.statistics(router_stats.router_stats(shared, None))
   np.testing.assert_allclose(values.share, [1, 0.5, 0.5])
 
 
 @pytest.mark.parametrize(
   'router',
-  [Softmax(4, dropout=0.9), ROUTERS['uniform'](experts=4), TopK(4, k=4)],
+  [Softmax(4, dropout=0.9), ROUTERS['uniform'].module(experts=4), TopK(4, k=4)],
   ids=str,
 )
 def test_expert_dropout_makes_no_dense_router_sparse(router):
@@ -199,17 +246,17 @@ def test_expert_dropout_makes_no_dense_router_sparse(router):
 
 
 def test_equal_weights_share_the_load():
-  routing = run(ROUTERS['uniform'](experts=3))
+  routing = run(ROUTERS['uniform'].module(experts=3))
   np.testing.assert_allclose(
-    router_stats.reduce(routing, None).load, [10 / 3] * 3, rtol=1e-6
+    router_stats.router_stats(routing, None).load, [10 / 3] * 3, rtol=1e-6
   )
 
 
 def test_sums_add_up_over_parts_of_a_batch():
   routing = run(TopK(3, k=2))
-  whole = router_stats.reduce(routing, CTX.token_mask)
+  whole = router_stats.router_stats(routing, CTX.token_mask)
   halves = [
-    router_stats.reduce(
+    router_stats.router_stats(
       jax.tree.map(lambda a, i=i: a[i : i + 1], routing),
       CTX.token_mask[i : i + 1],
     )
@@ -224,7 +271,7 @@ def test_sums_add_up_over_parts_of_a_batch():
 def test_the_load_balance_loss_pushes_towards_balance():
   def loss(logits):
     routing = Routing(logits, jax.nn.softmax(logits))
-    return aux_losses.load_balance(router_stats.reduce(routing, None))
+    return aux_losses.load_balance(router_stats.router_stats(routing, None))
 
   slope = jax.grad(loss)(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
   # Expert 0 has all the load: its logits must fall.
@@ -233,4 +280,4 @@ def test_the_load_balance_loss_pushes_towards_balance():
 
 def test_an_unknown_loss_is_named():
   with pytest.raises(ValueError, match='got balance'):
-    aux_losses.total({}, {'balance': 1.0})
+    aux_losses.auxiliary_loss({}, {'balance': 1.0})

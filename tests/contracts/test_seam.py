@@ -9,7 +9,7 @@ import pytest
 
 from moepeft.models.t5 import model as t5
 from moepeft.moe import router_stats
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
@@ -26,8 +26,8 @@ METHODS = {
 
 def make(name, **options):
   built = build(METHODS[name], t5.sites(small.GATED), methods=PROBES)
-  model = t5.T5(small.GATED, built.advice, **options)
-  return model, fresh(model, small.batch(), 0)
+  model = t5.T5(small.GATED, built.adapter_map, **options)
+  return model, init_params(model, small.batch(), 0)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_experts_of_a_sublayer_may_be_noisy_routed_mixtures():
     ' + mixture'
   )
   built = build(noisy, t5.sites(small.GATED), methods=PROBES)
-  model = t5.T5(small.GATED, built.advice)
-  variables = fresh(model, small.batch(), 0, small.params())
+  model = t5.T5(small.GATED, built.adapter_map)
+  variables = init_params(model, small.batch(), 0, small.params())
   rngs = {'dropout': jax.random.key(0), 'router': jax.random.key(1)}
   shape = jax.eval_shape(
     lambda: model.apply(variables, small.batch(), train=True, rngs=rngs)
@@ -101,7 +101,7 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
   assert layers['mlp']['wi_0']['lora']['a'].shape == (2, 3, 11, 2)
   assert layers['around_mlp']['mixture']['router']['kernel'].shape == (2, 11, 3)
   _, seen = model.apply(variables, small.batch(), mutable=['routing'])
-  found = router_stats.by_site(seen['routing'])
+  found = router_stats.collect(seen['routing'])
   assert set(found) == {
     f'{side}/layers/around_mlp/mixture' for side in ('encoder', 'decoder')
   }
@@ -135,11 +135,11 @@ def test_full_weights_leave_a_layer_on_request_only():
 
 def test_a_given_routing_replaces_the_router():
   from moepeft.core.types import Context, Routing
-  from moepeft.nn.linear import frozen_einsum
+  from moepeft.nn.linear import base_projection
   from moepeft.peft.methods.molora import MoLora
 
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
-  f = frozen_einsum('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
+  f = base_projection('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
   one_hot = jnp.broadcast_to(jnp.array([0.0, 1.0]), (2, 3, 2))
   module = MoLora(experts=2, rank=2)
   given = Context(routing=Routing(one_hot, one_hot))

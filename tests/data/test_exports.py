@@ -136,7 +136,9 @@ def test_nulls_that_a_table_fills_in_are_not_in_the_prompt(tmp_path):
   path = str(tmp_path / 'pairs.parquet')
   rows = [{**PAIR, 'tools': [tool]} for tool in tools]
   parquet.write_table(arrow.Table.from_pylist(rows), path)
-  data = ConfigDict({'path': path, 'split': 'train', 'form': '', 'system': ''})
+  data = ConfigDict(
+    {'path': path, 'split': 'train', 'format': '', 'system_prompt': ''}
+  )
   good, _, _ = preference_rows.rows(data, BadRows(), False, lambda *_: None)
   read = [row.prompt.tools[0]['function'] for row in good]
   assert read == tools

@@ -123,7 +123,7 @@ def test_a_run_whose_rows_were_edited_does_not_go_on(tmp_path):
   config.steps, config.batch_size = 2, 2
   config.data.inputs_length, config.data.targets_length = 13, 11
   config.evaluation.after = False
-  config.log.tensorboard = config.log.plots = False
+  config.log.trackers, config.log.plots = '', False
   workdir = str(tmp_path / 'w')
   train.train(config, workdir)
   config.steps = 3

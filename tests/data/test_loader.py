@@ -185,7 +185,7 @@ def small(packed, workers=0):
   data = config_lib.default().data
   data.tasks = 'storage'
   data.inputs_length, data.targets_length = 96, 13
-  data.packing, data.workers = packed, workers
+  data.packing, data.num_workers = packed, workers
   return data
 
 
@@ -380,7 +380,7 @@ def test_caps_and_temperatures_go_by_dataset(tmp_path):
   assert shares == pytest.approx(
     {'glue_mrpc': 19 / 114, 'trec': 76 / 114, 'squad': 19 / 114}
   )
-  shares = opened_sources(path, cap=38).shares
+  shares = opened_sources(path, max_examples_per_task=38).shares
   assert shares['trec'] == pytest.approx(38 / 76)
   shares = opened_sources(path, temperature=2.0).shares
   # Square roots: sqrt(76 / 19) = 2 against 1 and 1.

@@ -42,7 +42,7 @@ def test_each_segment_of_a_packed_row_is_shown():
 def decoder(**changes):
   c = config_lib.default()
   c.model.path, c.model.family, c.model.size = '', 'llama', 'tiny'
-  c.objective, c.data.vocabulary, c.data.length = 'causal', 'bytes', 96
+  c.objective, c.data.tokenizer, c.data.length = 'causal', 'bytes', 96
   with c.unlocked():
     c.update_from_flattened_dict(changes)
   return c
@@ -70,7 +70,7 @@ def test_hidden_spans_are_shown_as_they_are_told(tmp_path, capsys):
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   source = {'data.source': 'text', 'data.path': str(tmp_path / 'a.jsonl')}
   config = decoder(**source)
-  config.data.predict = 'spans'
+  config.data.pretraining_objective = 'spans'
   config.model.shape.update(vocab=300)
   show(config, 1, 1, True)
   said = capsys.readouterr().out

@@ -8,8 +8,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft import tasks
 from moepeft.data import open_data
-from moepeft.evaluation.eval_sets import examples
-from moepeft.tasks.family import Instance, Template
+from moepeft.evaluation.eval_sets import training_prompts
+from moepeft.tasks.task import Instance, Template
 
 COUNT = 40
 BETWEEN = '\n'
@@ -18,25 +18,25 @@ BETWEEN = '\n'
 @pytest.fixture
 def spelled(monkeypatch):
   """Every wording keeps its name and spells the instance, field by field."""
-  for name, family in tasks.FAMILIES.items():
-    fields = sorted(family.draw(tasks.Dice(0, 0, 0)).fields)
+  for name, task in tasks.TASKS.items():
+    fields = sorted(task.draw(tasks.Dice(0, 0, 0)).fields)
     text = BETWEEN.join(f'{{{field}}}' for field in fields)
-    templates = tuple(Template(t.name, text) for t in family.templates)
-    changed = dataclasses.replace(family, templates=templates)
-    monkeypatch.setitem(tasks.FAMILIES, name, changed)
+    templates = tuple(Template(t.name, text) for t in task.templates)
+    changed = dataclasses.replace(task, templates=templates)
+    monkeypatch.setitem(tasks.TASKS._entries, name, changed)
 
 
 def split_of(example):
   """Which instances a spelled example is of."""
-  family = tasks.FAMILIES[example.task]
-  fields = sorted(family.draw(tasks.Dice(0, 0, 0)).fields)
+  task = tasks.TASKS[example.task]
+  fields = sorted(task.draw(tasks.Dice(0, 0, 0)).fields)
   values = example.inputs.split(BETWEEN)
   fields = dict(zip(fields, values, strict=True))
-  return family.split_of(Instance(fields, '', ()))
+  return task.split_of(Instance(fields, '', ()))
 
 
 def wording_of(example):
-  held_out = tasks.FAMILIES[example.task].templates_of('held_out')
+  held_out = tasks.TASKS[example.task].templates_of('held_out')
   return (
     'held_out' if example.template in {t.name for t in held_out} else 'seen'
   )
@@ -51,23 +51,23 @@ def card(group='B'):
 
 
 def drawn(group):
-  """(training examples, validation): as many of each family."""
+  """(training examples, validation): as many of each task."""
   config = card(group)
   found = open_data(config.data, config.seed)
   assert not found.rows
-  count = COUNT * len(tasks.families(group))
+  count = COUNT * len(tasks.task_names(group))
   return [found.train[i] for i in range(count)], found.held_out
 
 
 # A tenth of the instances is held out and a fifth or more of the wordings:
-# where training drew any of them, 40 draws a family of four families or more
+# where training drew any of them, 40 draws a task of four families or more
 # would miss them with a probability below 1e-7.
 @pytest.mark.parametrize('group', tasks.GROUPS)
 def test_training_sees_no_held_out_instance_and_no_held_out_wording(
   spelled, group
 ):
   train, _ = drawn(group)
-  assert {e.task for e in train} == set(tasks.families(group))
+  assert {e.task for e in train} == set(tasks.task_names(group))
   assert {split_of(e) for e in train} == {'train'}
   assert {wording_of(e) for e in train} == {'seen'}
 
@@ -75,30 +75,30 @@ def test_training_sees_no_held_out_instance_and_no_held_out_wording(
 @pytest.mark.parametrize('group', tasks.GROUPS)
 def test_validation_is_of_held_out_instances_in_seen_wordings(spelled, group):
   _, validation = drawn(group)
-  assert {e.task for e in validation} == set(tasks.families(group))
+  assert {e.task for e in validation} == set(tasks.task_names(group))
   assert {split_of(e) for e in validation} == {'held_out'}
   assert {wording_of(e) for e in validation} == {'seen'}
 
 
 def test_training_uses_every_seen_wording(spelled):
   train, _ = drawn('B')
-  for name in tasks.families('B'):
+  for name in tasks.task_names('B'):
     # At most five wordings: 40 draws miss one with probability 1e-3 at most,
     # and the draws are always the same.
     assert {e.template for e in train if e.task == name} == {
-      t.name for t in tasks.FAMILIES[name].templates_of('train')
+      t.name for t in tasks.TASKS[name].templates_of('train')
     }
 
 
 def test_evaluation_holds_out_instances_and_tells_wordings_apart(spelled):
-  found = examples(card('BC'), [])
-  assert {task for _, task, _ in found} == set(tasks.families('BC'))
-  for (group, task, wording), rows in found.items():
-    assert len(rows) == COUNT
-    assert group == tasks.FAMILIES[task].group
-    assert {split_of(e) for e in rows} == {'held_out'}
-    assert {wording_of(e) for e in rows} == {wording}
-    assert {e.task for e in rows} == {task}
+  found = training_prompts(card('BC'), [])
+  assert {p.task for p in found} == set(tasks.task_names('BC'))
+  for prompt in found:
+    assert len(prompt.examples) == COUNT
+    assert prompt.group == tasks.TASKS[prompt.task].group
+    assert {split_of(e) for e in prompt.examples} == {'held_out'}
+    assert {wording_of(e) for e in prompt.examples} == {prompt.templates}
+    assert {e.task for e in prompt.examples} == {prompt.task}
 
 
 def test_seeds_give_other_training_examples():

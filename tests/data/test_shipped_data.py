@@ -50,7 +50,7 @@ def read(words, source, objective, **changes):
   """What a config of the data gives: (form, sources)."""
   config = config_lib.default()
   config.objective, config.data.source = objective, source
-  config.data.length, config.data.held_out = 1024, 0.1
+  config.data.length, config.data.validation_fraction = 1024, 0.1
   config.data.update(changes)
   form = collators.make_model_collator(
     config.data, words, llama.config('tiny'), config.seed

@@ -48,7 +48,7 @@ def test_no_prompt_of_preferences_is_on_both_sides(tmp_path, judged):
     {'prompt': f'prompt {i % 5}', 'chosen': f'g{i}', 'rejected': f'b{i}'}
     for i in range(20)
   ]
-  data = test_answers.data_of(tmp_path, rows, held_out=0.2)
+  data = test_answers.data_of(tmp_path, rows, validation_fraction=0.2)
   own = test_answers.samples(judged=judged)
   found = open_data(data, 0, own=own)
 
@@ -75,7 +75,7 @@ def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
   rows.append({'instruction': 'say 0', 'output': 'x', 'system': 'be kind'})
   (tmp_path / 'rows.json').write_text(json.dumps(rows))
   path = str(tmp_path / 'rows.json')
-  found, tokenizer = test_chat.opened(path, str(saved), held_out=0.3)
+  found, tokenizer = test_chat.opened(path, str(saved), validation_fraction=0.3)
   shown = [test_chat.trained(s, tokenizer) for s in found.held_out]
   assert len(shown) == 3
   assert sum('say 3' in text for text in shown) == 2

@@ -63,7 +63,7 @@ def test_a_real_model_learns_from_real_rows(method, tmp_path):
     '--config.data.targets_length=32',
     '--config.batch_size=8',
     '--config.steps=16',
-    '--config.model.unroll=1',
+    '--config.model.scan_unroll=1',
     '--config.evaluation.max_examples=4',
   )
   before, after = summary['before'], summary['after']
@@ -77,19 +77,22 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
     '--config.evaluation.every_steps=2',
     '--config.data.packing=True',
     '--config.batch_size=8',
-    '--config.accumulate=1',
+    '--config.gradient_accumulation_steps=1',
   )
 
   def losses(name):
     return [
       row.get('loss', row.get('validation_loss'))
-      for row in metrics_log.read(str(tmp_path / name / metrics_log.NAME))
+      for row in metrics_log.read(str(tmp_path / name / 'metrics.jsonl'))
     ]
 
   train(tmp_path / 'one', *options, '--config.steps=4')
   spread = ('--config.steps=2', '--config.sharding.preset=fsdp')
   train(tmp_path / 'many', *options, *spread, devices=8)
-  split = ('--config.sharding.preset=tp', '--config.sharding.model=2')
+  split = (
+    '--config.sharding.preset=tp',
+    '--config.sharding.model_parallel_size=2',
+  )
   train(tmp_path / 'many', *options, *split, '--config.steps=4', devices=8)
   # Four training losses and two validations; sums in other orders, and four
   # steps of Adam on what they differ by.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of evaluations for tests."""
 
-from moepeft.evaluation import scores
+from moepeft.evaluation.results import EvalInfo, make_result, measurement
 
-ABOUT = scores.About(
+INFO = EvalInfo(
   run='runs/a',
   method='lora(rank=4)',
   semantics='official',
@@ -16,13 +16,13 @@ ABOUT = scores.About(
 )
 
 
-def row(task, prompt, each, idx=None, majority=0.5, **more):
-  """Of accuracy where `more` names no other measure."""
+def row(task, prompt, each, idx=None, majority=0.5, metric='accuracy', **more):
+  """A result with these scores of its examples."""
   idx = range(len(each)) if idx is None else idx
-  more = {'measure': 'accuracy'} | more
-  return scores.measured(
-    ABOUT, task, prompt, idx=idx, each=each, majority=majority, **more
+  measured = measurement(
+    task, prompt, metric, idx, each, majority=majority, **more
   )
+  return make_result(INFO, measured)
 
 
 def right(of, n):

@@ -5,13 +5,13 @@ import dataclasses
 import json
 
 from moepeft import config as config_lib
-from moepeft.evaluation import scores
+from moepeft.evaluation import results
 
 from . import cases
 from .cases import right as right
 
-ABOUT = dataclasses.replace(
-  cases.ABOUT,
+INFO = dataclasses.replace(
+  cases.INFO,
   run='',
   base_parameters=1_000_000,
   parameters=20_000,
@@ -22,21 +22,21 @@ EIGHT = ('anli', 'cb', 'rte', 'wsc', 'wic', 'copa', 'winogrande', 'hellaswag')
 TASKS = (*ROUNDS, *EIGHT[1:])
 
 
-def about(folder, **changes):
-  return dataclasses.replace(ABOUT, run=str(folder), **changes)
+def info(folder, **changes):
+  return dataclasses.replace(INFO, run=str(folder), **changes)
 
 
 def make(folder, rows=(), changes=None, after=None, config=None):
   """A work directory with evaluation_eval.jsonl; returns its path.
 
   Args:
-    rows: (task, prompt, measure, each[, weights]).
-    changes: of ABOUT.
+    rows: (task, prompt, metric, each[, weights]).
+    changes: of INFO.
     after: contents of after.json.
     config: {dotted key: value} beside method, seed and steps.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  own = about(folder, **(changes or {}))
+  own = info(folder, **(changes or {}))
   c = config_lib.default()
   c.method, c.seed, c.steps = own.method, own.seed, own.step
   c.semantics, c.data.source, c.batch_size = own.semantics, 'jsonl', 5
@@ -56,21 +56,21 @@ def make(folder, rows=(), changes=None, after=None, config=None):
 
 def add(folder, own, rows):
   """Writes evaluation_<data>.jsonl of rows."""
-  scores.write(
+  measured = [
+    results.measurement(
+      task,
+      prompt,
+      metric,
+      range(len(each)),
+      each,
+      *weights,
+      majority=0.5 if metric == 'accuracy' else None,
+    )
+    for task, prompt, metric, each, *weights in rows
+  ]
+  results.write(
     str(folder / f'evaluation_{own.data}.jsonl'),
-    [
-      scores.measured(
-        own,
-        task,
-        prompt,
-        measure,
-        range(len(each)),
-        each,
-        *weights,
-        majority=0.5 if measure == 'accuracy' else None,
-      )
-      for task, prompt, measure, each, *weights in rows
-    ],
+    [results.make_result(own, m) for m in measured],
   )
 
 

@@ -36,7 +36,7 @@ ROUTERS = card('ablate/routers.py')
 def test_every_cell_is_a_config_whose_method_builds(name):
   c = ROUTERS.get_config(f'name={name}')
   config_check.check(c, registries.BY_KEY)
-  aux_losses.total({}, dict(c.router_losses))
+  aux_losses.auxiliary_loss({}, dict(c.router_losses))
   assert count(c)['peft'] > 0
 
 

@@ -18,32 +18,28 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.core.progress import Pass
 from moepeft.data.readers import jsonl
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
-from moepeft.evaluation import eval_sets, metrics, runner, scores, summary
-from moepeft.evaluation.loglikelihood import Likelihood
-from moepeft.evaluation.rank_classification import Ranker
-from moepeft.evaluation.runner import Unfinished
+from moepeft.evaluation import eval_sets, plan, results, summary
+from moepeft.evaluation import evaluator as evaluator_lib
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.evaluation.plan import PartialResults
 from moepeft.evaluation.tables import compare
 from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables import terminal as text
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import commands
 from ..contracts import small
 from ..training.test_train import CONFIG, card
-from .cases import ABOUT, right, row
+from .cases import INFO, right, row
 from .test_rank_classification import RANDOM, Bigram, log_likelihood, variables
 
 
 def made(task, prompt, idx, inputs, choices=(), label=-1, targets=''):
   targets = targets or choices[label]
   return Example(task, prompt, idx, inputs, targets, tuple(choices), label)
-
-
-def done(_):
-  """No progress."""
 
 
 # Two prompts on the same three examples, and a task of one.
@@ -58,10 +54,14 @@ ROWS = [
 ]
 
 
+def small_evaluator(model):
+  return Evaluator(model, ByteTokenizer(), (64, 16), 4)
+
+
 def accuracies(rows, most=9):
   found = eval_sets.prompts('evaluation', rows, most)
-  ranker = Ranker(Bigram(), ByteTokenizer(), 64, 16, 4)
-  return metrics.accuracy(ranker, variables(echo=2.0), found, ABOUT, done)
+  measured = small_evaluator(Bigram()).accuracy(variables(echo=2.0), found)
+  return [results.make_result(INFO, m) for m in measured]
 
 
 def test_every_prompt_has_a_row_with_what_each_example_came_to():
@@ -76,7 +76,7 @@ def test_every_prompt_has_a_row_with_what_each_example_came_to():
   # Labels 0, 0, 1, then 0, 1, 0.
   assert first.majority == second.majority == pytest.approx(2 / 3)
   assert (first.chance, second.chance) == pytest.approx((1 / 2, 1 / 3))
-  assert first.measure == 'accuracy' and first.run == ABOUT.run
+  assert first.metric == 'accuracy' and first.run == INFO.run
 
 
 def test_examples_that_cannot_be_ranked_are_counted():
@@ -95,11 +95,10 @@ def test_examples_that_cannot_be_ranked_are_counted():
 def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
   long = 'a' * 20
   lost = made('z', 'w', 9, 'b?', (long, long + 'b'), 1)
-  todo = {'accuracy': eval_sets.prompts('evaluation', [*ROWS, lost], 9)}
-  run = types.SimpleNamespace(method='none', step=0)
-  found = summary.of(run, todo, accuracies([*ROWS, lost]))
+  prompts = eval_sets.prompts('evaluation', [*ROWS, lost], 9)
+  found = summary.summarize('none', 0, prompts, accuracies([*ROWS, lost]))
   assert found['not_ranked'] == [{'task': 'z', 'prompt': 'w', 'examples': 1}]
-  summary.tell(found, accuracies(ROWS))
+  summary.print_summary(found, accuracies(ROWS))
   said = capsys.readouterr().out
   assert '1 prompts have no accuracy' in said and "z 'w'" in said
 
@@ -107,8 +106,8 @@ def test_a_prompt_that_cannot_be_ranked_is_named(capsys):
 def test_a_cut_example_is_told_once_whatever_is_measured(capsys):
   rows = [made('x', 'p', 3, 'b' * 80, 'ab', 0), made('x', 'p', 5, 'a', 'ab', 0)]
   (row,) = accuracies(rows)
-  again = dataclasses.replace(row, measure='exact_match')
-  summary.tell({'when': 'now'}, [row, again])
+  again = dataclasses.replace(row, metric='exact_match')
+  summary.print_summary({'when': 'now'}, [row, again])
   assert '1 of 2 measured examples are cut' in capsys.readouterr().out
 
 
@@ -149,7 +148,7 @@ def test_rows_of_another_file_are_not_held_out_ones(tmp_path):
   config.evaluation.path = dump(tmp_path / 'x.jsonl', [CHOICES])
   rows = [made('x', 'p', i, 'q', targets='ab'[i % 2]) for i in range(5)]
   held_out = types.SimpleNamespace(rows=rows[:4], held_out=rows[4:])
-  found = eval_sets.own_prompts(config, held_out)
+  found = eval_sets.prompts_with_choices(config, held_out)
   assert [(p.group, p.task, p.name) for p in found] == [
     ('validation', 'x', 'p')
   ]
@@ -166,15 +165,15 @@ def test_loss_is_a_mean_over_tokens():
   texts = ('abcabc', 'a', 'cb')
   rows = [made('x', 'p', i, 'q', targets=t) for i, t in enumerate(texts)]
   found = eval_sets.prompts('evaluation', rows, 9)
-  likelihood = Likelihood(Logits(), ByteTokenizer(), 64, 16, 4)
-  (row,) = metrics.loss(likelihood, variables(RANDOM), found, ABOUT, done)
+  (measured,) = small_evaluator(Logits()).loss(variables(RANDOM), found)
+  row = results.make_result(INFO, measured)
   np.testing.assert_allclose(
     row.each, [-log_likelihood(t) for t in texts], rtol=1e-5
   )
   # With EOS.
   assert row.weights == (7, 2, 3)
   assert row.value == pytest.approx(sum(row.each) / 12)
-  assert (row.measure, row.majority, row.chance) == ('loss', None, None)
+  assert (row.metric, row.majority, row.chance) == ('loss', None, None)
   head, cells = text.table([row]).splitlines()[1:3]
   assert head.split()[:3] == ['task', 'median', 'perplexity']
   assert cells.split()[2] == f'{np.exp(row.value):.3f}'
@@ -199,15 +198,15 @@ def test_answers_are_measured_by_example_and_bleu_by_prompt(monkeypatch):
     made('x', 'p', 1, 'a dog', targets='no'),
     made('x', 'q', 0, text, targets=text),
   ]
-  found = metrics.texts(
-    Parrot(),
-    {},
+  evaluator = small_evaluator(Bigram())
+  evaluator._generator = Parrot()
+  measured = evaluator.text_metrics(
     ('exact_match', 'rouge_l', 'bleu'),
+    {},
     eval_sets.prompts('evaluation', rows, 9),
-    ABOUT,
-    done,
   )
-  by_key = {(r.prompt, r.measure): r for r in found}
+  found = [results.make_result(INFO, m) for m in measured]
+  by_key = {(r.prompt, r.metric): r for r in found}
   assert by_key['p', 'exact_match'].each == (1, 0)
   assert by_key['p', 'exact_match'].cut == 1
   assert by_key['p', 'rouge_l'].each == (1, 0)
@@ -288,7 +287,7 @@ def begun(tmp_path_factory):
     for template in ('t', 'u')
     for i in range(10)
   ]
-  params = fresh(t5.T5(CONFIG), small.batch(), 0)['params']
+  params = init_params(t5.T5(CONFIG), small.batch(), 0)['params']
   hf.save(str(folder / 'tiny'), CONFIG, params)
   config = card(
     str(folder / 'tiny'),
@@ -297,7 +296,7 @@ def begun(tmp_path_factory):
       'method': 'lora(rank=2)',
       'data.source': 'jsonl',
       'data.path': dump(folder / 'train.jsonl', rows),
-      'data.held_out': 0.4,
+      'data.validation_fraction': 0.4,
     },
   )
   train.train(config, str(folder / 'run'))
@@ -310,8 +309,8 @@ OPEN = {'template': 't', 'inputs': 'q?', 'targets': 'abc'}
 
 @pytest.mark.slow
 def test_a_run_is_measured_on_what_it_holds_out(begun):
-  total, rows = evaluate.evaluate(begun, most=3)
-  found = {(r.task, r.prompt, r.measure): r for r in rows}
+  total, rows = evaluate.evaluate(begun, max_examples=3)
+  found = {(r.task, r.prompt, r.metric): r for r in rows}
   assert set(found) == {
     *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
     ('one', '', 'loss'),
@@ -339,9 +338,11 @@ def test_a_run_is_measured_on_what_it_holds_out(begun):
   assert total['perplexity']['one'] == pytest.approx(perplexity)
 
 
-def test_held_out_rows_have_the_measures_that_are_asked_for(begun):
-  _, rows = evaluate.evaluate(begun, most=3, names=['exact_match', 'accuracy'])
-  assert [(r.task, r.prompt, r.measure) for r in rows] == [
+def test_held_out_rows_have_the_named_metrics(begun):
+  _, rows = evaluate.evaluate(
+    begun, max_examples=3, metrics=['exact_match', 'accuracy']
+  )
+  assert [(r.task, r.prompt, r.metric) for r in rows] == [
     *((task, prompt, 'accuracy') for task in ('one', 'two') for prompt in 'tu'),
     ('one', '', 'exact_match'),
     ('two', '', 'exact_match'),
@@ -350,16 +351,16 @@ def test_held_out_rows_have_the_measures_that_are_asked_for(begun):
   assert all(row.examples == 3 for row in rows)
 
 
-def test_a_measure_that_held_out_rows_do_not_have_is_refused():
+def test_a_metric_that_held_out_rows_do_not_have_is_refused():
   config = config_lib.default()
   config.data.source = 'jsonl'
   # Each has a target of its own: nothing to choose from.
   rows = [made('x', 'p', i, 'q', targets=str(i)) for i in range(23)]
   held_out = types.SimpleNamespace(rows=rows[:19], held_out=rows[19:])
   run = types.SimpleNamespace(config=config)
-  assert set(runner.of_run(run, held_out)) == {'loss'}
+  assert set(plan.plan_from_run(run, held_out)) == {'loss'}
   with pytest.raises(ValueError, match='asks for accuracy, of which .* --data'):
-    runner.of_run(run, held_out, ['accuracy', 'loss'])
+    plan.plan_from_run(run, held_out, ['accuracy', 'loss'])
 
 
 def test_rows_are_ranked_where_they_have_choices_and_else_scored(
@@ -367,20 +368,20 @@ def test_rows_are_ranked_where_they_have_choices_and_else_scored(
 ):
   path = dump(tmp_path / 'mine.jsonl', [CHOICES, OPEN | {'task': 'open'}])
   total, rows = evaluate.evaluate(begun, data=path)
-  assert [(r.task, r.measure, r.data) for r in rows] == [
+  assert [(r.task, r.metric, r.data) for r in rows] == [
     ('mine', 'accuracy', 'mine'),
     ('open', 'loss', 'mine'),
   ]
   assert 'validation_loss' not in total
   # The targets of a row with choices are its right one: a letter and EOS.
-  _, rows = evaluate.evaluate(begun, data=path, names=['loss'])
+  _, rows = evaluate.evaluate(begun, data=path, metrics=['loss'])
   assert [(r.task, r.weights) for r in rows] == [('mine', (2,)), ('open', (4,))]
 
 
 def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
   rows = [CHOICES, CHOICES | {'label': 0}]
   path = dump(tmp_path / 'mine.jsonl', rows)
-  _, (row,) = evaluate.evaluate(begun, data=path, most=1)
+  _, (row,) = evaluate.evaluate(begun, data=path, max_examples=1)
   config = json.loads((pathlib.Path(begun) / 'config.json').read_text())
   lengths = [config['data'][f'{side}_length'] for side in ('inputs', 'targets')]
   assert [row.inputs_length, row.targets_length] == lengths
@@ -400,7 +401,7 @@ def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
 def test_lengths_may_be_longer_than_those_of_training(begun, tmp_path):
   # Bytes: 300 and EOS are more than the run was trained on.
   path = dump(tmp_path / 'mine.jsonl', [OPEN | {'inputs': 'a' * 300}])
-  options = {'data': path, 'names': ['loss']}
+  options = {'data': path, 'metrics': ['loss']}
   _, (short,) = evaluate.evaluate(begun, **options)
   _, (long,) = evaluate.evaluate(begun, **options, inputs_length=301)
   assert (short.cut, long.cut, long.inputs_length) == (1, 0, 301)
@@ -417,17 +418,17 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   rows = [CHOICES | {'task': t, 'template': p} for t in 'xy' for p in 'pq']
   path = dump(tmp_path / 'mine.jsonl', rows)
   options = {'data': path, 'part': str(tmp_path / 'rows.jsonl.part')}
-  monkeypatch.setattr(runner, '_PORTION', 1)
-  measure, asked = metrics.accuracy, []
+  monkeypatch.setattr(evaluator_lib, '_PORTION', 1)
+  accuracy, asked = Evaluator.accuracy, []
 
   def killed_at(count):
-    def until(ranker, variables, prompts, about, done):
+    def until(self, variables, prompts, progress):
       if len(asked) == count:
         raise KeyboardInterrupt
       asked.append([(p.task, p.name) for p in prompts])
-      return measure(ranker, variables, prompts, about, done)
+      return accuracy(self, variables, prompts, progress)
 
-    monkeypatch.setattr(metrics, 'accuracy', until)
+    monkeypatch.setattr(Evaluator, 'accuracy', until)
 
   killed_at(3)
   with pytest.raises(KeyboardInterrupt):
@@ -443,25 +444,25 @@ def test_an_evaluation_goes_on_where_it_was_killed(
   assert f'2 of 4 rows are in {part}; going on' in capsys.readouterr().out
   # In one go, and in the order of one go.
   _, whole = evaluate.evaluate(begun, data=path)
-  assert found == whole and scores.read(part) == whole
+  assert found == whole and results.read(part) == whole
 
 
 def test_rows_of_another_evaluation_are_not_gone_on_from(tmp_path):
   path = str(tmp_path / 'rows.jsonl.part')
   row = accuracies(ROWS[:3])[0]
-  about = dataclasses.replace(ABOUT, data_sha='0123456789ab')
-  first = Unfinished(path, about)
+  info = dataclasses.replace(INFO, data_sha='0123456789ab')
+  first = PartialResults(path, info)
   first.add([dataclasses.replace(row, data_sha='0123456789ab')])
   first.close()
   (prompt,) = eval_sets.prompts('evaluation', ROWS[:3], 9)
-  moved = dataclasses.replace(about, run='elsewhere')
-  assert Unfinished(path, moved).get(prompt, 'accuracy').run == 'elsewhere'
-  assert Unfinished(path, about).get(prompt, 'loss') is None
+  moved = dataclasses.replace(info, run='elsewhere')
+  assert PartialResults(path, moved).get(prompt, 'accuracy').run == 'elsewhere'
+  assert PartialResults(path, info).get(prompt, 'loss') is None
   # Fewer examples of the prompt are another --max_examples.
   (fewer,) = eval_sets.prompts('evaluation', ROWS[:3], 2)
-  assert Unfinished(path, about).get(fewer, 'accuracy') is None
+  assert PartialResults(path, info).get(fewer, 'accuracy') is None
   for changes in ({'data_sha': 'ba9876543210'}, {'seed': 1}, {'step': 4}):
-    other = Unfinished(path, dataclasses.replace(about, **changes))
+    other = PartialResults(path, dataclasses.replace(info, **changes))
     assert other.get(prompt, 'accuracy') is None
 
 
@@ -484,7 +485,7 @@ def test_tables_set_a_run_beside_its_base(begun, tmp_path):
   # By the names that the command gives them.
   for checkpoint, name in (('', 'evaluation_mine'), ('base', 'base_mine')):
     _, rows = evaluate.evaluate(begun, checkpoint, data)
-    scores.write(str(tmp_path / f'{name}.jsonl'), rows)
+    results.write(str(tmp_path / f'{name}.jsonl'), rows)
   shown = table_render.markdown(compare.table([str(tmp_path)])).splitlines()
   # Of two equal inputs of other labels one is right, whatever the weights.
   for label in ('the base', 'lora(rank=2)'):
@@ -500,7 +501,7 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
     'moepeft.evaluate', f'--workdir={begun}', f'--data={data}'
   )
   assert done.returncode == 0, done.stderr
-  (row,) = scores.read(os.path.join(begun, 'evaluation_mine.jsonl'))
+  (row,) = results.read(os.path.join(begun, 'evaluation_mine.jsonl'))
   # The same inputs twice, of other labels: one of them is right.
   assert (row.value, row.examples, row.idx) == (0.5, 2, (0, 1))
   with open(os.path.join(begun, 'evaluation_mine.json')) as f:
@@ -516,11 +517,14 @@ def test_the_command_writes_rows_and_what_they_come_to(begun, tmp_path):
   [
     ({'data': '/no/rows'}, "'/no/rows' does not exist; name a file of .jsonl"),
     ({'data': '{empty}'}, 'holds no file of .jsonl, .jsonl.gz'),
-    ({'data': '{open}', 'names': ['accuracy']}, "has 'choices' and 'label'"),
-    ({'data': '{open}', 'names': ['f1']}, "accuracy, loss, .*; got 'f1'"),
+    ({'data': '{open}', 'metrics': ['accuracy']}, "has 'choices' and 'label'"),
+    (
+      {'data': '{open}', 'metrics': ['f1']},
+      "no metric 'f1'; there are accuracy, loss",
+    ),
     ({'workdir': '{empty}'}, 'is no work directory .*it has no config.json'),
     ({'checkpoint': '7'}, "holds no checkpoint '7'; it has those of the steps"),
-    ({'most': 0}, 'config.evaluation.max_examples is at least 1'),
+    ({'max_examples': 0}, 'config.evaluation.max_examples is at least 1'),
     ({'inputs_length': 1}, 'config.data.inputs_length is at least 2'),
     ({'batch_size': 0}, 'config.evaluation.batch_size is at least 1'),
   ],
@@ -547,10 +551,10 @@ def test_a_decoder_without_room_for_answers_is_refused_before_anything_runs():
   with pytest.raises(
     ValueError, match='length=512 tokens .* room for 511; leave out bleu'
   ):
-    runner.check_room(run, ['loss', 'bleu'])
-  runner.check_room(run, ['loss', 'accuracy'])
+    plan.check_length(run, ['loss', 'bleu'])
+  plan.check_length(run, ['loss', 'accuracy'])
   config.data.length -= 1
-  runner.check_room(run, ['bleu'])
+  plan.check_length(run, ['bleu'])
 
 
 def test_data_is_named_by_its_file_or_directory(tmp_path, monkeypatch):
@@ -581,7 +585,7 @@ def test_the_output_is_checked_and_written_whole(tmp_path):
 
 
 def test_the_command_answers_bad_input_with_one_line_and_code_two(begun):
-  done = commands.run('moepeft.evaluate', f'--workdir={begun}', '--measures=f1')
+  done = commands.run('moepeft.evaluate', f'--workdir={begun}', '--metrics=f1')
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
-  assert line.startswith('error: --measures names some of accuracy, loss')
+  assert line.startswith('error: there is no metric')

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq
+from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.loglikelihood import Likelihood
-from moepeft.evaluation.validator import Judge
+from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -85,15 +86,19 @@ def test_batches_and_order_never_move_a_sum():
     np.testing.assert_allclose(found[::-1], nll, rtol=2e-6)
 
 
-def test_the_mean_is_the_judge_s_validation_loss():
+def test_the_mean_is_the_validation_loss():
   model, variables = made()
-  config = config_lib.default()
-  config.data.inputs_length, config.data.targets_length = LENGTHS
-  config.evaluation.batch_size = 3
-  pairs = seq2seq.encode_examples(WORDS, ROWS, *LENGTHS)
-  judge = Judge(config, model, WORDS, pairs, {})
+  evaluator = Evaluator(
+    model,
+    WORDS,
+    LENGTHS,
+    3,
+    validation=seq2seq.encode_examples(WORDS, ROWS, *LENGTHS),
+    collator=Seq2SeqCollator(WORDS, *LENGTHS),
+    objective=OBJECTIVES['seq2seq'].build(),
+  )
   nll, tokens = likelihood().sums(variables, ROWS)
-  expected = judge.validation_loss(variables)
+  expected = evaluator.validation(variables)['validation_loss']
   assert nll.sum() / tokens.sum() == pytest.approx(expected, rel=2e-6)
 
 

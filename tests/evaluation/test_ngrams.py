@@ -100,7 +100,7 @@ def config(tmp_path, name, text='the cat sat on the mat.\n\n' * 400):
 )
 def test_more_context_tells_more_of_text_that_repeats(tmp_path, name, predict):
   c = config(tmp_path, name)
-  c.data.predict, c.data.held_out = predict, 0.25
+  c.data.pretraining_objective, c.data.validation_fraction = predict, 0.25
   targets, nats = ngrams.baseline(c, 6)
   assert targets > 0
   # 12 different bytes, and after six in a row there is one way on.

@@ -11,17 +11,21 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.data.batching import seq2seq
+from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
+from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.rank_classification import (
   NotFinite,
   Ranked,
   Ranker,
   score_choices,
 )
-from moepeft.evaluation.validator import Judge, means
+from moepeft.evaluation.summary import mean_accuracies
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.objectives import OBJECTIVES
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -37,7 +41,7 @@ class Bigram:
   first token of the inputs gains everywhere}.
   """
 
-  advice = Advice()
+  adapter_map = AdapterMap()
   config = types.SimpleNamespace(vocab=V)
 
   def __init__(self, variables=None):
@@ -260,7 +264,7 @@ def test_a_choice_that_ends_where_text_ends_wins():
   assert predict([make_row('q', 'abc')], variables(table)) == [1]
 
 
-def judge(tmp_path, rows, validation=(), **evaluation):
+def evaluator_of(tmp_path, rows, validation=(), **evaluation):
   path = tmp_path / 'rows.jsonl'
   kept = ('task', 'inputs', 'choices', 'label')
   lines = [
@@ -272,15 +276,23 @@ def judge(tmp_path, rows, validation=(), **evaluation):
   config.data.source = 'jsonl'
   config.data.inputs_length, config.data.targets_length = 64, 16
   config.evaluation.update(path=str(path), batch_size=3, **evaluation)
-  sets = eval_sets.examples(config, ())
-  return config, Judge(config, Bigram(), WORDS, validation, sets)
+  return config, Evaluator(
+    Bigram(),
+    WORDS,
+    (64, 16),
+    3,
+    validation=validation,
+    collator=Seq2SeqCollator(WORDS, 64, 16),
+    objective=OBJECTIVES['seq2seq'].build(),
+    prompts=eval_sets.training_prompts(config, ()),
+  )
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
   # Two of the five labels are not what the echo chooses.
   rows = [*ROWS[:3], make_row('a?', 'ab', 1), make_row('c?', 'abc', 0)]
-  _, judged = judge(tmp_path, rows)
-  (row,) = judged.accuracies(variables(echo=2.0))
+  _, evaluator = evaluator_of(tmp_path, rows)
+  (row,) = evaluator(variables(echo=2.0), 'now', 0)['rows']
   assert (row['task'], row['examples']) == ('echo', 5)
   assert row['accuracy'] == pytest.approx(3 / 5)
   # Two choices in three rows, three in two.
@@ -288,10 +300,10 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_chosen(tmp_path):
 
 
 def test_rows_to_rank_are_taken_at_even_distances(tmp_path):
-  config, _ = judge(tmp_path, ROWS, max_examples=3)
-  (rows,) = eval_sets.examples(config, ()).values()
+  config, _ = evaluator_of(tmp_path, ROWS, max_examples=3)
+  (prompt,) = eval_sets.training_prompts(config, ())
   # 0, 8/3 and 16/3 of eight rows, rounded down.
-  assert [e.idx for e in rows] == [0, 2, 5]
+  assert [e.idx for e in prompt.examples] == [0, 2, 5]
 
 
 def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
@@ -299,8 +311,8 @@ def test_validation_loss_is_a_mean_over_tokens_of_all_rows(tmp_path):
   texts = ('abcabc', 'cbacba', 'bcabca', 'a')
   rows = [Example('v', 't', i, 'q', t, (), -1) for i, t in enumerate(texts)]
   pairs = seq2seq.encode_examples(WORDS, rows, 64, 16)
-  _, judged = judge(tmp_path, ROWS, pairs)
-  found = judged.validation_loss(variables(RANDOM))
+  _, evaluator = evaluator_of(tmp_path, ROWS, pairs)
+  found = evaluator.validation(variables(RANDOM))['validation_loss']
   # Six tokens and EOS three times, one and EOS once.
   expected = -sum(map(log_likelihood, texts)) / (3 * 7 + 2)
   assert found == pytest.approx(expected, rel=1e-5)
@@ -315,16 +327,17 @@ def test_means_are_over_tasks_of_a_group_and_its_wordings():
       ('a', 'held_out', 0.25),
     )
   ]
-  assert means(rows) == {'B seen': 0.75, 'B held_out': 0.25}
+  assert mean_accuracies(rows) == {'B seen': 0.75, 'B held_out': 0.25}
 
 
 def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
-  config = config_lib.default()
-  config.data.targets_length = 3
-  rows = [make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])]
-  sets = {('evaluation', 'x', ''): rows, ('evaluation', 'y', ''): rows[:1]}
-  judge = Judge(config, Bigram(), WORDS, (), sets)
-  found = judge(variables(), 'now', 0)
+  rows = make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])
+  prompts = (
+    Prompt('evaluation', 'x', '', rows),
+    Prompt('evaluation', 'y', '', rows[:1]),
+  )
+  evaluator = Evaluator(Bigram(), WORDS, (160, 3), 32, prompts=prompts)
+  found = evaluator(variables(), 'now', 0)
   assert [(r['task'], r['examples'], r['cut']) for r in found['rows']] == [
     ('x', 1, 0)
   ]
@@ -338,9 +351,9 @@ def test_weights_that_are_not_finite_choose_nothing(capsys):
   with pytest.raises(NotFinite, match='2 of 2 .* the run has diverged') as e:
     predict([make_row('q', 'ab'), make_row('q', 'abc')], variables(table))
   assert '\n' not in str(e.value)
-  sets = {('evaluation', 'x', ''): [make_row('q', 'ab')]}
-  judged = Judge(config_lib.default(), Bigram(), WORDS, (), sets)
-  found = judged(variables(table), 'now', 0)
+  prompts = (Prompt('evaluation', 'x', '', (make_row('q', 'ab'),)),)
+  evaluator = Evaluator(Bigram(), WORDS, (160, 20), 32, prompts=prompts)
+  found = evaluator(variables(table), 'now', 0)
   # Training goes on without accuracies, and says so.
   assert (found['rows'], found['means']) == ([], {})
   assert 'no accuracy: 1 of 1 ranked' in capsys.readouterr().out

@@ -14,15 +14,15 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.evaluation.runner import Unfinished
+from moepeft.evaluation.plan import PartialResults
+from moepeft.evaluation.summary import before_after_table
 from moepeft.evaluation.tables import compare
-from moepeft.evaluation.validator import table
 from moepeft.inference import loaded_model
 from moepeft.runs import resume
 from moepeft.runs.history import History
 from moepeft.runs.plots import Figures
 from moepeft.runs.run import Run
-from moepeft.runs.trackers import writers
+from moepeft.runs.trackers import open_trackers
 
 from ..checkpoints.test_manager import DESCRIBED, blank, make_state
 from ..evaluation import runs as made
@@ -241,12 +241,12 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
     directory = Run(str(workdir))
     resume.check_unchanged(directory, config)
     resume.check_same_data(directory, {'path': {}})
-    for writer in writers(str(workdir), 4, False, '', {}):
+    for writer in open_trackers(directory, 4, {'log': {'trackers': ''}}):
       writer.close()
     history = History(directory.metrics())
     Figures(history, str(tmp_path / 'plots'), False).draw()
     before = directory.before()
-    table(before.get('rows', []), after['rows'])
+    before_after_table(before.get('rows', []), after['rows'])
 
   after = json.loads((workdir / 'after.json').read_text())
   names = ['config.json', 'data.json', 'metrics.jsonl', 'before.json']
@@ -257,10 +257,10 @@ def test_a_resumed_run_of_damaged_files(run, base, tmp_path, capsys):  # noqa: F
 def test_rows_of_an_evaluation_under_way(measured, tmp_path, capsys):
   path = tmp_path / 'evaluation.jsonl.part'
   shutil.copy(measured / 'one' / 'evaluation_eval.jsonl', path)
-  about = made.about(measured / 'one')
+  info = made.info(measured / 'one')
 
   def read():
-    Unfinished(str(path), about).close()
+    PartialResults(str(path), info).close()
 
   fuzz('evaluate (part)', tmp_path, [path.name], read, 600, capsys)
 

@@ -10,7 +10,7 @@ from moepeft.checkpoints.base import Base, example_batch
 from moepeft.inference.adapters.stacking import row_tree
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import Fill, described
+from moepeft.nn.initializers import Constant, param_metadata
 from moepeft.peft import build
 
 from ..contracts import small, small_decoders
@@ -49,19 +49,19 @@ def base_of(config):
   )
 
 
-def model_of(base, advice):
-  return base.family.MODULE(base.config, advice)
+def model_of(base, adapter_map):
+  return base.family.MODULE(base.config, adapter_map)
 
 
 def trained(base, method, seed=0, semantics='official', noise=0.2):
   """(built, tree): an adapter moved off where it starts."""
   built = build(method, base.family.sites(base.config), semantics)
-  model = model_of(base, built.advice)
+  model = model_of(base, built.adapter_map)
   rng = np.random.default_rng((seed, 17))
   found = {}
-  for path, (shape, label) in described(model, example_batch()).items():
+  for path, (shape, label) in param_metadata(model, example_batch()).items():
     # Scales are ones at first; DoRA's magnitude is of the base's size.
-    one = label.start is None or label.start == Fill(1)
+    one = label.initializer is None or label.initializer == Constant(1)
     found[path] = np.float32(one + noise * rng.normal(size=shape))
   return built, weight_mapping.unflatten(found)
 
@@ -90,13 +90,13 @@ def batch_of(base):
 
 def alone(base, built, tree, batch):
   """Logits of the adapter's own model, as the trainer computes them."""
-  model = model_of(base, built.advice)
+  model = model_of(base, built.adapter_map)
   return jax.jit(model.apply)({'params': base.params, 'peft': tree}, batch)
 
 
 def together(base, banks, names_, batch):
   """Logits of a batch of the same row under several adapters."""
-  model = model_of(base, banks.advice)
+  model = model_of(base, banks.adapter_map)
   slots = np.stack([banks.row(name) for name in names_])
   rows = jax.tree.map(lambda a: jnp.stack([a] * len(names_)), batch)
 

@@ -23,7 +23,7 @@ from moepeft.inference.api import (
 from moepeft.inference.engine.engine import Engine, Task
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import Decoder, sites
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 
 from ..contracts import small_decoders
@@ -60,14 +60,14 @@ class Held:
 class Stacked:
   """Banks of one form; `contents` are 'peft' trees by their hashes."""
 
-  def __init__(self, advice, contents, names, entry='molora'):
+  def __init__(self, adapter_map, contents, names, entry='molora'):
     """
     Args:
       contents: {hash: 'peft' tree}, the first the identity's.
       names: {name: hash}.
       entry: the adapters' name in the trees.
     """
-    self.advice, self.entry = advice, entry
+    self.adapter_map, self.entry = adapter_map, entry
     self._shas = list(contents)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *contents.values())
     self.tree = {'form': stacked}
@@ -85,7 +85,7 @@ class Stacked:
     sha256 = self.names[name] if name else ''
     self.held[sha256] += 1
     slot = self._shas.index(sha256) if name else 0
-    acts = {self.entry: frozenset(path for path, _ in self.advice.entries)}
+    acts = {self.entry: frozenset(path for path, _ in self.adapter_map.entries)}
     return Held(np.array([slot], np.int32), sha256, acts if name else {})
 
   def release(self, held):
@@ -114,8 +114,8 @@ def decoder():
   """(model, params, {hash: 'peft'}) of the shared engine; '' does nothing."""
   base, variables = small_decoders.make(CONFIG)
   params = variables['params']
-  model = Decoder(CONFIG, build(METHOD, sites(CONFIG)).advice)
-  clean = fresh(model, small_decoders.batch(), 3, params)['peft']
+  model = Decoder(CONFIG, build(METHOD, sites(CONFIG)).adapter_map)
+  clean = init_params(model, small_decoders.batch(), 3, params)['peft']
   contents = {'': clean, 'one': moved(clean, 0), 'two': moved(clean, 1)}
   contents['nan'] = jax.tree.map(lambda a: a + jnp.nan, clean)
   return model, params, contents
@@ -132,7 +132,7 @@ def banks():
   """Adapters 'one', 'two', and one that is broken."""
   model, _, contents = decoder()
   names = {'one': 'one', 'two': 'two', 'broken': 'nan'}
-  return Stacked(model.advice, contents, names)
+  return Stacked(model.adapter_map, contents, names)
 
 
 @functools.cache

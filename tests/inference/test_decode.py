@@ -17,8 +17,8 @@ from moepeft.inference.decode import How, advance, begin, greedy, start, step
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn.initializers import fresh
-from moepeft.nn.scan_layers import written_out
+from moepeft.nn.initializers import init_params
+from moepeft.nn.scan_layers import unstack_layers
 from moepeft.peft import build
 from tests import ROOT
 
@@ -64,9 +64,9 @@ ENDLESS = How(Sampling(), jnp.array([-1]))
 def made(method='full', config=CONFIG):
   """(model, variables), moved away from where they do nothing."""
   built = build(method, decoder.sites(config))
-  model = Decoder(config, built.advice)
+  model = Decoder(config, built.adapter_map)
   batch = {'inputs': jnp.zeros((1, 2), jnp.int32)}
-  variables = fresh(model, batch, 1)
+  variables = init_params(model, batch, 1)
   keys = iter(jax.random.split(jax.random.key(2), 999))
   moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
   return model, jax.tree.map(moved, variables)
@@ -219,7 +219,7 @@ def test_layers_written_out_are_the_same_model():
   method = 'molora(experts=3, rank=2)'
   model, variables = made(method)
   plain = model.clone(scan=False)
-  own = {key: written_out(tree) for key, tree in variables.items()}
+  own = {key: unstack_layers(tree) for key, tree in variables.items()}
   expected = greedy(model, variables, batch(), NEW, eos=-1)
   found = greedy(plain, own, batch(), NEW, eos=-1)
   np.testing.assert_array_equal(found, expected)

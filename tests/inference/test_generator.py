@@ -28,7 +28,7 @@ from moepeft.inference.decode import greedy
 from moepeft.inference.generator import GenerationConfig, Generator, keys
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import chat_cases, commands
@@ -70,7 +70,7 @@ def made(kind):
     variables = {'params': small.params(T5)}
   else:
     model = Decoder(LEARNED if kind == 'learned' else DECODER)
-    variables = fresh(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+    variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
   keys = iter(jax.random.split(jax.random.key(2), 999))
   moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
   variables = jax.tree.map(moved, variables)
@@ -393,7 +393,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
   own.write_text(shouted.replace("m['role']", "m['role'].upper()"))
   for system in ('', 'Be brief.'):
     for path in ('', str(own)):
-      data = chat_data(chat_template=path, system=system)
+      data = chat_data(chat_template=path, system_prompt=system)
       found = prompts.template(words, data)
       trained = found.render(answered)
       # 'd', the end of its turn and a line's end.
@@ -401,7 +401,7 @@ def test_a_chat_is_asked_as_it_is_trained(tmp_path):
       said = words.tokenizer.decode(found.prompt(talk))
       assert (system in said) and ('Be brief.' in said) == bool(system)
       assert said.endswith('ASSISTANT\n' if path else 'assistant\n')
-  data = chat_data(system='Be brief.')
+  data = chat_data(system_prompt='Be brief.')
   other = prompts.template(words, data, 'Be long.')
   said = words.tokenizer.decode(other.prompt(talk))
   assert 'Be long.' in said and 'Be brief.' not in said

@@ -83,7 +83,7 @@ def test_placeholders_stand_before_the_inputs_of_pairs_and_count():
 @pytest.mark.parametrize('predict', ['next', 'prefix', 'spans'])
 def test_pieces_of_text_leave_room_for_the_prompt(predict):
   data = config_lib.default().data
-  data.predict = predict
+  data.pretraining_objective = predict
   # A piece has one token more than are fed; spans share a decoder's row.
   whole, behind = (
     text.chunk_maker(data, CausalCollator(WORDS, n, prefix_ids=front), 300)[0]

@@ -23,7 +23,7 @@ FILE = pathlib.Path(__file__).parent / 'losses.json'
 ROUTED = 'molora(experts=3, rank=2)'
 SPARSE = 'molora(experts=3, rank=2, router=topk(k=2))'
 SFT = {
-  'data.vocabulary': '',
+  'data.tokenizer': '',
   'data.source': 'chat',
   'data.path': 'package:chats',
   'data.packing': True,
@@ -31,11 +31,11 @@ SFT = {
 }
 TEXT = {'data.source': 'text', 'data.path': 'package:text', 'data.length': 96}
 PAIRS = {
-  'data.vocabulary': '',
+  'data.tokenizer': '',
   'data.source': 'preference',
   'data.path': 'package:pairs',
   'data.length': 320,
-  'data.held_out': 0.2,
+  'data.validation_fraction': 0.2,
 }
 # {name: (family, changes of the default config)}
 CASES = {
@@ -44,10 +44,10 @@ CASES = {
     't5',
     {
       'method': SPARSE,
-      'accumulate': 2,
+      'gradient_accumulation_steps': 2,
       'data.packing': True,
-      'loss.per': 'sequences',
-      'loss.z': 1e-3,
+      'loss.average_over': 'sequences',
+      'loss.z_loss': 1e-3,
       'router_losses.load_balance': 0.1,
       'router_losses.z': 0.01,
       'router_losses.entropy': 0.01,
@@ -71,33 +71,33 @@ CASES = {
     {
       'method': 'lora(rank=3)',
       'optimizer.name': 'adafactor',
-      'optimizer.clock': 1_100_000,
-      'optimizer.clip': 0.0,
+      'optimizer.decay_initial_step': 1_100_000,
+      'optimizer.max_grad_norm': 0.0,
     },
   ),
   't5/dora_packed': ('t5', {'method': 'dora(rank=3)', 'data.packing': True}),
   't5/ia3_smoothed': ('t5', {'method': 'ia3', 'loss.label_smoothing': 0.1}),
   't5/full': ('t5', {'method': 'full', 'optimizer.weight_decay': 0.01}),
-  't5/molora_int8': ('t5', {'method': ROUTED, 'model.quantise': 'int8'}),
+  't5/molora_int8': ('t5', {'method': ROUTED, 'model.quantize': 'int8'}),
   't5/lora_spans': (
     't5',
     {
       'method': 'lora(rank=3)',
       **TEXT,
-      'data.predict': 'spans',
+      'data.pretraining_objective': 'spans',
       'data.targets_length': 22,
     },
   ),
   'llama/molora_sft': ('llama', {'method': ROUTED, **SFT}),
   'llama/lora_nf4_text': (
     'llama',
-    {'method': 'lora(rank=3)', 'model.quantise': 'nf4', **TEXT},
+    {'method': 'lora(rank=3)', 'model.quantize': 'nf4', **TEXT},
   ),
   'llama/mov_topk_text_accumulated': (
     'llama',
     {
       'method': 'mov(experts=3, router=topk(k=2))',
-      'accumulate': 2,
+      'gradient_accumulation_steps': 2,
       'router_losses.load_balance': 0.1,
       **TEXT,
     },
@@ -124,13 +124,13 @@ def run(name: str, models: dict[str, str], workdir: str) -> dict:
   c = config_lib.default()
   c.model.path, c.model.dropout = models[family], 0.0
   c.objective = 'causal' if family == 'llama' else 'seq2seq'
-  c.data.vocabulary, c.data.length = 'bytes', 128
+  c.data.tokenizer, c.data.length = 'bytes', 128
   c.data.inputs_length, c.data.targets_length = 96, 12
   c.steps, c.batch_size = STEPS, 4
   c.optimizer.learning_rate = 3e-3
   c.evaluation.before = c.evaluation.after = False
   c.checkpoint.every_steps = c.log.every_steps = STEPS
-  c.log.tensorboard = c.log.plots = False
+  c.log.trackers, c.log.plots = '', False
   with c.unlocked():
     c.update_from_flattened_dict(changes)
   train.train(c, workdir)

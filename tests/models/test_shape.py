@@ -107,7 +107,7 @@ def test_a_shape_of_a_model_that_is_read_is_refused():
 @pytest.mark.parametrize('positions', ['learned', 'sinusoidal', 'alibi'])
 def test_every_kind_of_positions_trains(tmp_path, positions):
   c = card({**SMALL, 'positions': positions, 'length': 97})
-  c.objective, c.method, c.data.vocabulary = 'causal', 'full', 'bytes'
+  c.objective, c.method, c.data.tokenizer = 'causal', 'full', 'bytes'
   c.steps, c.batch_size, c.data.length = 2, 3, 96
   c.log.every_steps = 1
   c.evaluation.before = c.evaluation.after = False

@@ -47,7 +47,7 @@ def sums(padded):
   _, seen = jax.jit(functools.partial(model.apply, mutable=['routing']))(
     variables, batch
   )
-  return router_stats.by_site(seen['routing'])
+  return router_stats.collect(seen['routing'])
 
 
 def counts():

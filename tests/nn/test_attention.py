@@ -15,8 +15,8 @@ from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.models.t5.model import T5
 from moepeft.nn import attention, chunked_attention, dot_product_attention
 from moepeft.nn.attention import Heads
-from moepeft.nn.attention_mask import NO_WINDOW, Past, Sight
-from moepeft.nn.initializers import fresh
+from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask, CausalMask
+from moepeft.nn.initializers import init_params
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
 
 from ..contracts import small
@@ -36,12 +36,12 @@ def heads(seed=0, dtype=jnp.float32):
   )
 
 
-def sight(window=NO_WINDOW, slopes=None):
+def structured_mask(window=NO_WINDOW, slopes=None):
   """Queries at places 6 to 28 of 29; two segments, and padding at the end."""
   places = jnp.broadcast_to(jnp.arange(S), (B, S))
   segments = jnp.where(places < 11, 1, 2)
   real = places < jnp.array([[S], [S - 4]])
-  return Sight(
+  return AttentionMask(
     places[:, S - T :],
     places,
     segments[:, S - T :],
@@ -61,10 +61,10 @@ def sight(window=NO_WINDOW, slopes=None):
 )
 @pytest.mark.parametrize('explicit', [False, True])
 def test_chunked_equals_naive(window, cap, slopes, explicit):
-  seen = sight(window, None if slopes is None else jnp.array(slopes))
+  seen = structured_mask(window, None if slopes is None else jnp.array(slopes))
   inputs = heads()
   mask = inputs.replace(mask=seen.mask(), bias=seen.bias())
-  chunks = mask if explicit else inputs.replace(sight=seen)
+  chunks = mask if explicit else inputs.replace(structured_mask=seen)
   weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
   # A padded query whose window is all padding may give anything.
   sees = jnp.any(seen.mask(), -1)[:, 0, :, None, None]
@@ -99,12 +99,12 @@ def test_bfloat16_logits_are_not_rounded(form, grouped):
   # A product of five normal numbers twice is of std 5 ** 0.5: now 16, where
   # bfloat16's steps are 1/16 to 1/4 and a weight is off by up to an eighth.
   scale = 16 / H**0.5
-  given = Heads(q, k, v, mask=sight().mask())
+  given = Heads(q, k, v, mask=structured_mask().mask())
   exact = attention.attend(
     given.replace(**{n: getattr(given, n).astype(jnp.float32) for n in 'qkv'}),
     scale,
   )
-  run = attention.FORMS[form]
+  run = attention.IMPLEMENTATIONS[form]
   options = dict(chunk=5) if form == 'chunked' else {}
   error = jnp.abs(run(given, scale, **options).astype(jnp.float32) - exact)
   # Weights and the result are rounded to 2 ** -9 of outputs up to 4, a few
@@ -127,12 +127,14 @@ def test_parts_that_no_query_of_a_part_sees_are_not_computed(
 ):
   places = jnp.broadcast_to(jnp.arange(S), (B, S))
   one = jnp.ones((B, S), int)
-  seen = Sight(places, places, one, one, jnp.int32(window))
+  seen = AttentionMask(places, places, one, one, jnp.int32(window))
   given = heads()
   q = jnp.concatenate([given.q, given.q[:, :6]], axis=1)
 
   def value(q, v):
-    out = chunked_attention.attend(given.replace(q=q, v=v, sight=seen), chunk=5)
+    out = chunked_attention.attend(
+      given.replace(q=q, v=v, structured_mask=seen), chunk=5
+    )
     return jnp.sum(out[:, queries] ** 2)
 
   run = jax.jit(jax.value_and_grad(value))
@@ -149,16 +151,19 @@ def test_parts_that_no_query_of_a_part_sees_are_not_computed(
 
 @pytest.mark.parametrize('where', ['padding', 'future'])
 def test_a_query_that_sees_nothing_stays_finite(where):
-  seen = sight()
+  seen = structured_mask()
   if where == 'padding':
     seen = seen.replace(key_segments=jnp.full((B, S), -1))
   else:
-    seen = seen.replace(query=seen.query - S)
+    seen = seen.replace(query_positions=seen.query_positions - S)
   given = heads()
 
   def value(q):
     return jnp.sum(
-      chunked_attention.attend(given.replace(q=q, sight=seen), chunk=7) ** 2
+      chunked_attention.attend(
+        given.replace(q=q, structured_mask=seen), chunk=7
+      )
+      ** 2
     )
 
   out, gradient = jax.value_and_grad(value)(given.q)
@@ -166,7 +171,7 @@ def test_a_query_that_sees_nothing_stays_finite(where):
 
 
 def test_dropout_keeps_the_mean_and_some_weights():
-  given = heads().replace(sight=sight())
+  given = heads().replace(structured_mask=structured_mask())
   given = given.replace(v=jnp.ones_like(given.v))
   out = chunked_attention.attend(
     given, rng=jax.random.key(0), dropout=0.4, chunk=5
@@ -179,7 +184,7 @@ def test_dropout_keeps_the_mean_and_some_weights():
 
 
 def test_advice_that_lengthens_keys_must_say_what_is_seen():
-  given = heads().replace(sight=sight())
+  given = heads().replace(structured_mask=structured_mask())
   longer = jnp.concatenate([given.k, given.k[:, :1]], axis=1)
   with pytest.raises(ValueError, match='made 29 keys 30'):
     chunked_attention.attend(given.replace(k=longer, v=longer))
@@ -223,7 +228,7 @@ def test_fused_refuses_what_it_can_not_say():
     dot_product_attention.attend(given, cap=2.0)
   with pytest.raises(ValueError, match='no dropout'):
     dot_product_attention.attend(given, rng=jax.random.key(0), dropout=0.1)
-  mask = sight(5).mask()
+  mask = structured_mask(5).mask()
   np.testing.assert_allclose(
     dot_product_attention.attend(given.replace(mask=mask), 0.3),
     attention.attend(given.replace(mask=mask), 0.3),
@@ -237,26 +242,30 @@ def test_fused_by_lengths_equals_masks(window):
   given = heads()
   given = given.replace(k=given.k[:, :T], v=given.v[:, :T])
   # A whole row, and one of six tokens.
-  past = Past(jnp.arange(T) < jnp.array([[T], [6]]), window)
+  causal_mask = CausalMask(jnp.arange(T) < jnp.array([[T], [6]]), window)
   weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
 
   def value(form, given):
     def of(q, k, v):
       out = form(given.replace(q=q, k=k, v=v), 0.7)
       # Padding far behind its row's tokens sees none, and may give anything.
-      return jnp.sum(out * weights * past.real[:, :, None, None])
+      return jnp.sum(out * weights * causal_mask.token_mask[:, :, None, None])
 
     return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(given.q, given.k, given.v)
 
-  ours = value(dot_product_attention.attend, given.replace(sight=past))
-  naive = value(attention.attend, given.replace(mask=past.mask()))
+  ours = value(
+    dot_product_attention.attend, given.replace(structured_mask=causal_mask)
+  )
+  naive = value(attention.attend, given.replace(mask=causal_mask.mask()))
   for left, right in zip(
     jax.tree.leaves(ours), jax.tree.leaves(naive), strict=True
   ):
     # Sums of up to 23 numbers of size 1 in another order.
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
-  expected = attention.visible(past.real, past.real, causal=True, window=window)
-  np.testing.assert_array_equal(past.mask(), expected)
+  expected = attention.attention_mask(
+    causal_mask.token_mask, causal_mask.token_mask, causal=True, window=window
+  )
+  np.testing.assert_array_equal(causal_mask.mask(), expected)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +395,7 @@ def test_sines_and_cosines():
 
 def test_windows_wider_than_the_row_change_nothing():
   batch = {'inputs': jnp.arange(1, 8)[None]}
-  params = fresh(Decoder(SMALL), batch, 0)
+  params = init_params(Decoder(SMALL), batch, 0)
   whole, wide, narrow = (
     jax.jit(Decoder(dataclasses.replace(SMALL, window=window)).apply)(
       params, batch

@@ -14,12 +14,12 @@ from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.core.types import Context
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.attention import Core, Heads
-from moepeft.nn.initializers import fresh
-from moepeft.nn.linear import frozen_einsum
+from moepeft.nn.initializers import init_params
+from moepeft.nn.linear import base_projection
 from moepeft.nn.mlp import Mlp
-from moepeft.nn.scan_layers import stack
+from moepeft.nn.scan_layers import scan_layers
 from moepeft.peft import build
 
 from ..contracts import small
@@ -80,7 +80,7 @@ def test_attention_drops_weights_and_makes_up_for_it():
   # weights, k / 7 / (1 - 0.2).
   ones = jnp.ones((2, 7, 3, 5))
   heads = Heads(0 * ones, ones, ones)
-  core = Core('core', Advice(), dropout=0.2)
+  core = Core('core', AdapterMap(), dropout=0.2)
   y = np.asarray(core.apply({}, heads, TRAIN, rngs=RNGS))
   kept = y * 7 * 0.8
   np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
@@ -94,7 +94,7 @@ def test_attention_drops_weights_and_makes_up_for_it():
 
 def test_the_feed_forward_drops_hidden_units_and_makes_up_for_it():
   # With an identity for wo, an output is its hidden unit.
-  mlp = Mlp(11, 11, False, 'relu', 'mlp', Advice(), dropout=0.2)
+  mlp = Mlp(11, 11, False, 'relu', 'mlp', AdapterMap(), dropout=0.2)
   eye = {'kernel': jnp.eye(11)}
   params = {'wi': eye, 'wo': eye}
   x = jnp.ones((2, 7, 11))
@@ -114,14 +114,14 @@ ADAPTERS = {
 def test_an_adapter_drops_its_own_input_and_not_the_frozen_one(method):
   # A and B are identities and the scale is 1: f(x) is 3 x, and the term is x
   # where it is kept, made up for.
-  (adapter,) = build(method, {'q': 'query'}).advice.at('q')
+  (adapter,) = build(method, {'q': 'query'}).adapter_map.at('q')
   experts = ADAPTERS[method]
   tree = {
     'a': jnp.eye(11).reshape(11, *experts, 11),
     'b': jnp.eye(11).reshape(*experts, 11, 11),
     'router': {'kernel': jnp.zeros((11, 1))},
   }
-  f = frozen_einsum('btd,df->btf', 3 * jnp.eye(11), jnp.float32)
+  f = base_projection('btd,df->btf', 3 * jnp.eye(11), jnp.float32)
   x = jnp.ones((2, 7, 11))
   y = np.asarray(adapter.apply({'peft': tree}, f, x, TRAIN, rngs=RNGS))
   counts = collections.Counter(np.round(y.reshape(-1), 4).tolist())
@@ -151,7 +151,7 @@ class Stacked(nn.Module):
   @nn.compact
   def __call__(self, x):
     block = Draw(self.rng, parent=None)
-    return stack(block, 5, x, TRAIN, scan=self.scan)
+    return scan_layers(block, 5, x, TRAIN, scan=self.scan)
 
 
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'loop'])
@@ -169,7 +169,7 @@ def test_layers_do_not_share_first_weights():
   model, _ = small.make('lora(rank=3)')
   drawn = [
     jax.jit(model.init)(small.RNGS, small.batch()),
-    fresh(model, small.batch(), 0),
+    init_params(model, small.batch(), 0),
   ]
   for variables in drawn:
     for path in (('params', 'kernel'), ('peft', 'lora', 'a')):

@@ -7,7 +7,7 @@ import numpy as np
 
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import Fill, Normal, fresh
+from moepeft.nn.initializers import Constant, Normal, init_params
 from moepeft.peft import METHODS, build
 from moepeft.peft.method import Method
 
@@ -18,9 +18,9 @@ SITES = t5.sites(small.GATED)
 
 
 def peft(method, seed=0, config=small.GATED, **options):
-  advice = build(method, SITES).advice
+  advice = build(method, SITES).adapter_map
   model = t5.T5(config, advice, **options)
-  return weight_mapping.flatten(fresh(model, small.batch(), seed)['peft'])
+  return weight_mapping.flatten(init_params(model, small.batch(), seed)['peft'])
 
 
 def assert_same(one, two):
@@ -51,18 +51,18 @@ def test_flax_draws_from_the_same_distributions():
     # 20,000 draws: the deviation is good to 0.5 %, the mean to 0.0021.
     np.testing.assert_allclose(np.std(drawn), 0.3, rtol=0.025)
     assert abs(np.mean(drawn)) < 0.011
-  ours = Fill(2).draw(np.random.default_rng(0), (3,), np.float32)
-  np.testing.assert_array_equal(ours, Fill(2)(None, (3,), np.float32))
+  ours = Constant(2).draw(np.random.default_rng(0), (3,), np.float32)
+  np.testing.assert_array_equal(ours, Constant(2)(None, (3,), np.float32))
 
 
 def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
   model = t5.T5(
     small.RELU,
-    build('mov(experts=3)', t5.sites(small.RELU)).advice,
+    build('mov(experts=3)', t5.sites(small.RELU)).adapter_map,
     param_dtype=jnp.bfloat16,
   )
   expected = jax.eval_shape(lambda: model.init(small.RNGS, small.batch()))
-  found = fresh(model, small.batch(), 0)
+  found = init_params(model, small.batch(), 0)
   expected = {key: expected[key] for key in ('params', 'peft')}
   wanted, drawn = map(weight_mapping.flatten, (expected, found))
   assert wanted.keys() == drawn.keys()
@@ -71,12 +71,14 @@ def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
 
 
 def test_what_depends_on_the_base_is_computed_from_the_base_at_hand():
-  methods = METHODS | {
+  methods = dict(METHODS) | {
     'dora': Method(module=Dora, roles={'official': ('query',), 'paper': ()})
   }
   built = build('dora', SITES, methods=methods)
   params = small.params()
-  found = fresh(t5.T5(small.GATED, built.advice), small.batch(), 5, params)
+  found = init_params(
+    t5.T5(small.GATED, built.adapter_map), small.batch(), 5, params
+  )
   kernel = params['encoder']['layers']['self']['q']['kernel']
   magnitude = found['peft']['encoder']['layers']['self']['q']['dora']
   # The norm over the input axis d of [l, d, n, h]; float32 sums of 11 squares.

@@ -110,9 +110,11 @@ def test_order_of_the_batch_does_not_count(name):
 def test_a_batch_without_a_real_token_costs_nothing(name):
   none = BATCH | {'targets_mask': jnp.zeros((B, T), bool)}
   for per in ('tokens', 'sequences'):
-    loss, aux = value(name, LOGITS, none, per=per)
+    loss, aux = value(name, LOGITS, none, average_over=per)
     assert float(loss) == 0 == int(aux['correct']) == int(aux['weight'])
-    slope = jax.grad(lambda x, per=per: value(name, x, none, per=per)[0])
+    slope = jax.grad(
+      lambda x, per=per: value(name, x, none, average_over=per)[0]
+    )
     np.testing.assert_array_equal(slope(LOGITS), 0)
 
 
@@ -153,7 +155,7 @@ PACKED = {
 
 @every_objective
 def test_loss_per_sequence_is_a_mean_of_examples_means(name):
-  loss, aux = value(name, halves(COSTS), PACKED, per='sequences')
+  loss, aux = value(name, halves(COSTS), PACKED, average_over='sequences')
   assert int(aux['weight']) == 3
   np.testing.assert_allclose(loss, (3 + 2.5 + 7) / 3 * np.log(2), rtol=1e-6)
   # Per token, it is a mean of six.
@@ -169,7 +171,7 @@ def test_without_segments_a_row_is_an_example(name):
   filled = {key: jnp.pad(a, ((0, 1), (0, 0))) for key, a in rows.items()}
   expected = (14 / 5 + 7) / 2 * np.log(2)
   for batch, costs in ((rows, COSTS), (filled, [*COSTS, [9] * 5])):
-    loss, aux = value(name, halves(costs), batch, per='sequences')
+    loss, aux = value(name, halves(costs), batch, average_over='sequences')
     assert int(aux['weight']) == 2
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -178,7 +180,7 @@ def test_without_segments_a_row_is_an_example(name):
 def test_an_example_without_a_real_target_is_none(name):
   # The second segment's targets are masked, as a prompt's would be.
   masked = PACKED | {'targets_mask': SEGMENTS == 1}
-  loss, aux = value(name, halves(COSTS), masked, per='sequences')
+  loss, aux = value(name, halves(COSTS), masked, average_over='sequences')
   assert int(aux['weight']) == 2
   np.testing.assert_allclose(loss, (3 + 7) / 2 * np.log(2), rtol=1e-6)
 
@@ -186,7 +188,7 @@ def test_an_example_without_a_real_target_is_none(name):
 @every_objective
 def test_z_loss_adds_the_squared_log_partition_of_real_tokens(name):
   # Logits c for each of 37: log-partition c + ln 37, whatever the target.
-  loss, aux = value(name, jnp.full((B, T, V), 3.0), z=0.01)
+  loss, aux = value(name, jnp.full((B, T, V), 3.0), z_loss=0.01)
   expected = np.log(V) + 0.01 * (3 + np.log(V)) ** 2
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   # What is logged beside it has no such term.
@@ -212,7 +214,7 @@ def test_smoothed_labels_are_cheapest_at_their_own_distribution(name):
 def test_smoothed_labels_cost_what_their_definition_says(name):
   # Cross-entropy with the whole smoothed distribution, less its own entropy.
   s, z = 0.2, 0.01
-  loss, aux = value(name, LOGITS, label_smoothing=s, z=z)
+  loss, aux = value(name, LOGITS, label_smoothing=s, z_loss=z)
   logits = np.asarray(LOGITS, np.float64)
   log_z = np.log(np.sum(np.exp(logits), axis=-1))
   soft = np.full((B, T, V), s / (V - 1))
@@ -227,7 +229,7 @@ def test_smoothed_labels_cost_what_their_definition_says(name):
 @every_objective
 def test_losses_are_float32_of_bfloat16_logits(name):
   narrow = LOGITS.astype(jnp.bfloat16)
-  settings = dict(z=0.01, label_smoothing=0.1)
+  settings = dict(z_loss=0.01, label_smoothing=0.1)
   loss, _ = value(name, narrow, **settings)
   expected, _ = value(name, narrow.astype(jnp.float32), **settings)
   assert loss.dtype == jnp.float32
@@ -236,7 +238,7 @@ def test_losses_are_float32_of_bfloat16_logits(name):
 
 def test_a_loss_is_per_tokens_or_per_sequences():
   with pytest.raises(ValueError, match="got 'examples'"):
-    CrossEntropySettings(per='examples')
+    CrossEntropySettings(average_over='examples')
 
 
 def test_a_sequence_s_likelihood_is_the_sum_of_its_real_tokens():

@@ -135,7 +135,7 @@ def test_ipo_takes_means_over_the_tokens_of_each_answer():
 
 def test_sft_adds_the_chosen_s_mean_cost_of_a_token():
   nll = np.mean(-summed(LOGITS[:, 0], CHOSEN) / np.array([5, 3, 2]))
-  plain, with_sft = value('dpo')[0], value('dpo', sft=0.5)[0]
+  plain, with_sft = value('dpo')[0], value('dpo', sft_weight=0.5)[0]
   np.testing.assert_allclose(with_sft - plain, 0.5 * nll, rtol=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_kto_values_answers_against_mismatched_ones():
   gain = 0.3 * np.where(good, ratio - point, point - ratio)
   weights = np.where(good, 1.5, 0.5)
   expected = np.mean(weights / (1 + np.exp(gain)))
-  settings = dict(beta=0.3, desirable=1.5, undesirable=0.5)
+  settings = dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
   loss, aux = value('kto', **settings)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   means = metrics(aux)

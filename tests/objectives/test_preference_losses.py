@@ -171,7 +171,7 @@ def test_kto_pulls_good_answers_up_and_bad_ones_down():
     ({'beta': 0.0}, 'beta is above 0'),
     ({'label_smoothing': 0.5}, 'below 0.5'),
     ({'loss': 'ipo', 'label_smoothing': 0.1}, 'does nothing'),
-    ({'sft': -1.0}, 'sft is at least 0'),
+    ({'sft_weight': -1.0}, 'sft_weight is at least 0'),
   ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
@@ -183,9 +183,9 @@ def test_settings_that_cannot_be_are_refused(values, message):
   ('objective', 'key', 'value', 'readers'),
   [
     ('dpo', 'preference.margin', 1.0, 'simpo'),
-    ('orpo', 'preference.sft', 0.1, 'dpo or kto or simpo'),
+    ('orpo', 'preference.sft_weight', 0.1, 'dpo or kto or simpo'),
     ('simpo', 'preference.reference', 'precomputed', 'dpo or kto'),
-    ('dpo', 'loss.z', 0.1, 'seq2seq or causal'),
+    ('dpo', 'loss.z_loss', 0.1, 'seq2seq or causal'),
     ('causal', 'preference.beta', 0.2, 'dpo or kto or orpo or simpo'),
   ],
 )

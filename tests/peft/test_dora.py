@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import Context
-from moepeft.nn.linear import frozen_einsum
+from moepeft.nn.linear import base_projection
 from moepeft.peft.methods.dora import Dora
 
 EQN = 'btd,df->btf'
@@ -17,7 +17,7 @@ DORA = Dora(rank=1, alpha=2.0)
 
 def call(kernel, a, b, magnitude, bias=None):
   bias = None if bias is None else jnp.array([bias])
-  f = frozen_einsum(EQN, jnp.array(kernel), jnp.float32, bias=bias)
+  f = base_projection(EQN, jnp.array(kernel), jnp.float32, bias=bias)
   peft = {
     'a': jnp.array(a),
     'b': jnp.array([[b]]),

@@ -11,7 +11,7 @@ import pytest
 
 from moepeft.models.decoder import model as decoder
 from moepeft.models.t5 import model as t5
-from moepeft.nn.initializers import fresh
+from moepeft.nn.initializers import init_params
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft.methods.prompt_tuning import before, placeholders
@@ -91,30 +91,34 @@ def test_a_row_without_placeholders_is_the_bases_bit_for_bit(kind):
 def test_a_prompt_starts_as_tokens_that_differ():
   params = small.params()
   model = model_of(small.GATED, 'prompt(length=7)')
-  found = fresh(model, small.batch(), 5, params)['peft']['embed']['prompt']
+  found = init_params(model, small.batch(), 5, params)['peft']['embed'][
+    'prompt'
+  ]
   table = np.asarray(params['embed']['embedding'])
   rows = [int(np.abs(table - row).sum(1).argmin()) for row in found['vectors']]
   assert len(set(rows)) == 7
   np.testing.assert_array_equal(found['vectors'], table[rows])
-  again = fresh(model, small.batch(), 6, params)['peft']['embed']['prompt']
+  again = init_params(model, small.batch(), 6, params)['peft']['embed'][
+    'prompt'
+  ]
   assert (again['vectors'] != found['vectors']).any()
 
 
 def test_a_prompt_may_be_longer_than_the_vocabulary():
   model = model_of(small.GATED, 'prompt(length=41)')
-  found = fresh(model, small.batch(), 5, small.params())['peft']
+  found = init_params(model, small.batch(), 5, small.params())['peft']
   assert found['embed']['prompt']['vectors'].shape == (41, 11)
 
 
 def test_prompts_stand_at_the_embedding_only():
   with pytest.raises(ValueError, match="acts at 'embed' only"):
-    fresh(model_of(small.GATED, "prompt(sites='head')"), small.batch(), 0)
+    init_params(model_of(small.GATED, "prompt(sites='head')"), small.batch(), 0)
 
 
 def test_placeholders_are_the_ids_after_the_vocabulary():
   assert before(model_of(small.GATED)) == FRONT
   assert before(model_of(small.GATED, f'lora + {METHOD}')) == FRONT
-  assert placeholders(model_of(small.GATED, 'lora').advice, 37) == ()
+  assert placeholders(model_of(small.GATED, 'lora').adapter_map, 37) == ()
 
 
 @pytest.mark.parametrize(

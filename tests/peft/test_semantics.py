@@ -12,8 +12,8 @@ import pytest
 from moepeft.core.types import Context, Routing
 from moepeft.models.t5 import model as t5
 from moepeft.moe import aux_losses, router_stats
-from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.linear import frozen_einsum
+from moepeft.nn.adapter_hook import BaseLayer
+from moepeft.nn.linear import base_projection
 from moepeft.peft import build
 from moepeft.peft.methods.lora import METHOD as LORA
 
@@ -37,7 +37,9 @@ def normal(name, *shape):
 
 
 def adapter(method, semantics='official', site='encoder/self/k'):
-  (found,) = build(method, t5.sites(small.GATED), semantics).advice.at(site)
+  (found,) = build(method, t5.sites(small.GATED), semantics).adapter_map.at(
+    site
+  )
   return found
 
 
@@ -45,7 +47,7 @@ def projection(place):
   """(f, x, f(x), A's input features, B's output features)."""
   eqn, inside, outside = PROJECTIONS[place]
   x, kernel = normal('x', 2, 7, *inside), normal('w', *inside, *outside)
-  f = frozen_einsum(eqn, jnp.asarray(kernel, jnp.float32), jnp.float32)
+  f = base_projection(eqn, jnp.asarray(kernel, jnp.float32), jnp.float32)
   return f, x, np.einsum(eqn, x, kernel), inside, outside
 
 
@@ -142,7 +144,7 @@ def test_mov_reads_what_it_says(reads):
 def test_mov_without_heads_reads_the_activation(reads):
   # A tap has no weight: its input is its output.
   x = normal('x', 2, 7, 17)
-  f = Frozen(lambda x: x, shape=(17,))
+  f = BaseLayer(lambda x: x, shape=(17,))
   kernel, scale = normal('kernel', 17, E), normal('scale', E, 17)
   module = adapter(f"mov(experts=13, reads='{reads}')", site='encoder/mlp/act')
   tree = {'scale': scale, 'router': {'kernel': kernel}}
@@ -194,7 +196,7 @@ def test_semantics_decide_what_the_text_leaves_open():
 def test_the_linear_half_of_the_gate_is_adapted_in_the_paper_only(method):
   sites = t5.sites(small.GATED)
   official, paper = (
-    {path for path, _ in build(method, sites, s).advice.entries}
+    {path for path, _ in build(method, sites, s).adapter_map.entries}
     for s in ('official', 'paper')
   )
   assert paper - official == {'encoder/mlp/wi_1', 'decoder/mlp/wi_1'}
@@ -206,7 +208,7 @@ def test_the_linear_half_of_the_gate_is_adapted_in_the_paper_only(method):
 def test_vectors_act_on_keys_values_and_the_activation(method, semantics):
   built = build(method, t5.sites(small.GATED), semantics)
   attentions = ('encoder/self', 'decoder/self', 'decoder/cross')
-  assert {path for path, _ in built.advice.entries} == {
+  assert {path for path, _ in built.adapter_map.entries} == {
     *(f'{attention}/{letter}' for attention in attentions for letter in 'kv'),
     'encoder/mlp/act',
     'decoder/mlp/act',
@@ -230,7 +232,7 @@ def test_ia3_scales_features(on):
 
 def sums_of(logits):
   routing = Routing(logits, jax.nn.softmax(logits))
-  return router_stats.reduce(routing, None)
+  return router_stats.router_stats(routing, None)
 
 
 def test_the_entropy_loss_is_the_mean_entropy_in_nats():
@@ -242,7 +244,7 @@ def test_the_entropy_loss_is_the_mean_entropy_in_nats():
   np.testing.assert_allclose(
     aux_losses.entropy(sums_of(sharp)), expected, rtol=1e-6
   )
-  total = aux_losses.total({'a': sums_of(sharp)}, {'entropy': 2.0})
+  total = aux_losses.auxiliary_loss({'a': sums_of(sharp)}, {'entropy': 2.0})
   np.testing.assert_allclose(total, 2 * expected, rtol=1e-6)
 
 
@@ -255,5 +257,5 @@ def test_minimising_entropy_sharpens_routing():
 
 def test_the_z_loss_is_the_mean_squared_log_partition():
   # log(e^a + e^a) = a + ln 2
-  found = aux_losses.z(sums_of(jnp.full((2, 7, 2), 1.5)))
+  found = aux_losses.router_z_loss(sums_of(jnp.full((2, 7, 2), 1.5)))
   np.testing.assert_allclose(found, (1.5 + np.log(2)) ** 2, rtol=1e-6)

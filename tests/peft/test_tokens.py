@@ -10,8 +10,8 @@ import pytest
 
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
-from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.initializers import fresh
+from moepeft.nn.adapter_hook import BaseLayer
+from moepeft.nn.initializers import init_params
 from moepeft.peft import build
 from moepeft.peft.methods.tokens import token_ids
 
@@ -25,8 +25,8 @@ METHOD = "tokens(new='3|5-7')"
 @pytest.mark.parametrize('tied', [False, True])
 def test_deltas_are_changed_rows_of_the_table_and_of_the_head(tied):
   config = dataclasses.replace(CONFIG, tied=tied, scale_embedding=tied)
-  model = Decoder(config, build(METHOD, decoder.sites(config)).advice)
-  variables = fresh(model, BATCH, 0)
+  model = Decoder(config, build(METHOD, decoder.sites(config)).adapter_map)
+  variables = init_params(model, BATCH, 0)
   peft = variables['peft']
   leaves = jax.tree.leaves(peft)
   # Four rows of the table, and of the head where it is its own.
@@ -55,7 +55,7 @@ def test_deltas_are_changed_rows_of_the_table_and_of_the_head(tied):
   assert np.abs(adapted - base).max() > 0.1
 
 
-TABLE = Frozen(lambda x: x, shape=(37, 11), kernel=lambda: None)
+TABLE = BaseLayer(lambda x: x, shape=(37, 11), kernel=lambda: None)
 
 
 def test_ids_are_named_one_by_one_or_as_a_range():
@@ -77,4 +77,4 @@ def test_ids_that_cannot_be_are_refused(new, said):
 
 def test_a_projection_has_no_tokens():
   with pytest.raises(ValueError, match="acts at 'embed' and 'head' only"):
-    token_ids('3', Frozen(lambda x: x, eqn='btd,df->btf', shape=(11, 13)))
+    token_ids('3', BaseLayer(lambda x: x, eqn='btd,df->btf', shape=(11, 13)))

@@ -22,7 +22,7 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config, sites
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums, sequence_log_likelihood
 from moepeft.peft import build
@@ -56,10 +56,10 @@ class Case:
 
   @property
   def model(self) -> T5:
-    advice = Advice()
+    adapter_map = AdapterMap()
     if self.adapter is not None:
-      advice = build(self.adapter.method, sites(self.config)).advice
-    return T5(self.config, advice)
+      adapter_map = build(self.adapter.method, sites(self.config)).adapter_map
+    return T5(self.config, adapter_map)
 
   def outputs(self, variables) -> dict[str, jax.Array]:
     """What the file expects, by the same names, at real positions."""

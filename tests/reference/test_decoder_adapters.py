@@ -83,7 +83,7 @@ def function_of(base, expected, adapter):
   model, variables = Decoder(base.config), {'params': base.params}
   if adapter is not None:
     built = build(adapter.method, sites(base.config))
-    model = Decoder(base.config, built.advice)
+    model = Decoder(base.config, built.adapter_map)
     variables['peft'] = adapter.tree
   return lambda v: {'logits': model.apply(v, batch)[real]}, variables
 

@@ -13,7 +13,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
-from moepeft.nn.scan_layers import written_out
+from moepeft.nn.scan_layers import unstack_layers
 
 from . import cases
 
@@ -54,7 +54,7 @@ def test_greedy_tokens(name):
   # Before ours stand what a decoder was asked, or what T5 begins with.
   asked = int(mask[0].sum()) if hasattr(model, 'extend') else 1
   how = How(Sampling(), ends)
-  variables = {'params': written_out(base.params)}
+  variables = {'params': unstack_layers(base.params)}
   begun = start(model, variables, batch, how, length - asked)
   made = advance(model, variables, begun, how, length).tokens
   for ours, theirs in zip(np.asarray(made), tokens[:, asked:], strict=True):

@@ -239,7 +239,7 @@ def test_the_last_validation_is_the_last_point_of_the_curve():
 
 
 def judged(loss, right):
-  """As `Judge` returns it: two tasks, one with two kinds of templates."""
+  """As `Evaluator` returns it: two tasks, one with two kinds of templates."""
   row = {'group': 'B', 'examples': 10, 'chance': 0.25}
   return {
     'validation_loss': loss,

@@ -9,7 +9,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moepeft.runs.metrics_log import read
-from moepeft.runs.trackers import TensorBoard, WandB, scalars, writers
+from moepeft.runs.run import Run
+from moepeft.runs.trackers import TRACKERS, open_trackers, scalars
+from moepeft.runs.trackers.tensorboard import TensorBoard
+from moepeft.runs.trackers.wandb import WandB
 
 from ..disks import full_disk  # noqa: F401
 
@@ -79,8 +82,13 @@ def test_scalars_are_the_numbers_and_means_over_layers():
   assert scalars({'step': 3, 'loss': math.nan, 'gradient_norm': None}) == {}
 
 
-def write(workdir, first, last, drawn=True):
-  found = writers(str(workdir), first, drawn, '', {})
+def opened(workdir, step, trackers, project='', **config):
+  log = {'trackers': trackers, 'wandb_project': project}
+  return open_trackers(Run(str(workdir)), step, {'log': log, **config})
+
+
+def write(workdir, first, last, trackers='tensorboard'):
+  found = opened(workdir, first, trackers)
   for step in range(first + 1, last + 1):
     for writer in found:
       writer.write(row(step))
@@ -149,7 +157,7 @@ def test_a_torn_event_hides_nothing_that_came_after(tmp_path):
 
 
 def test_tensorboard_can_be_off(tmp_path):
-  write(tmp_path, 0, 2, drawn=False)
+  write(tmp_path, 0, 2, trackers='')
   assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
@@ -189,8 +197,9 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_the_rows_and_the_same_run_again(wandb, tmp_path):
   config = {'seed': 3, 'model': {'size': 'small'}}
+  log = {'trackers': 'wandb', 'wandb_project': 'mine'}
   for first in (0, 2):
-    found = writers(str(tmp_path), first, False, 'mine', config)
+    found = opened(tmp_path, first, 'wandb', 'mine', **config)
     for writer in found:
       writer.write(row(first + 1))
       writer.close()
@@ -203,7 +212,7 @@ def test_wandb_gets_the_rows_and_the_same_run_again(wandb, tmp_path):
       'id': (tmp_path / 'wandb_id').read_text(),
       'resume': 'allow',
       'dir': str(tmp_path),
-      'config': config,
+      'config': config | {'log': log},
     }
   )
   assert one['id'] and wandb.finished == 2
@@ -220,12 +229,23 @@ def test_two_runs_have_two_ids(wandb, tmp_path):
 
 def test_wandb_that_is_missing_is_a_sentence(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'wandb', None)  # importing it fails
-  said = "wandb='mine' needs .*pip install wandb, or unset config.log.wandb"
-  with pytest.raises(ValueError, match=said):
-    writers(str(tmp_path), 0, True, 'mine', {})
-  # And nothing has been begun; without a project nothing is imported.
+  with pytest.raises(ValueError, match='needs the package wandb; pip install'):
+    opened(tmp_path, 0, 'tensorboard,wandb', 'mine')
+  # And nothing has been begun; without it in the list nothing is imported.
   assert list(tmp_path.iterdir()) == []
-  assert len(writers(str(tmp_path), 0, True, '', {})) == 2
+  assert len(opened(tmp_path, 0, 'tensorboard', 'mine')) == 2
+
+
+def test_wandb_without_a_project_is_a_sentence(wandb, tmp_path):
+  with pytest.raises(ValueError, match='needs config.log.wandb_project; set'):
+    opened(tmp_path, 0, 'wandb')
+  assert wandb.begun == []
+
+
+def test_an_unknown_tracker_is_refused_with_those_that_are_there(tmp_path):
+  with pytest.raises(ValueError, match="no tracker 'tensorbord'; there are"):
+    opened(tmp_path, 0, 'tensorbord')
+  assert set(TRACKERS) >= {'tensorboard', 'wandb'}
 
 
 def test_wandb_that_refuses_is_a_sentence(wandb, tmp_path):

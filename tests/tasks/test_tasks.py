@@ -8,19 +8,19 @@ import pytest
 
 from moepeft import tasks
 
-COUNT = 1000  # draws a family; a rate of one half then deviates by 1.6 %
+COUNT = 1000  # draws a task; a rate of one half then deviates by 1.6 %
 SLACK = 0.065  # four deviations
-ALL = tasks.families('ABC')
+ALL = tasks.task_names('ABC')
 
 
 def _draws(name, count=COUNT, seed=5):
-  family = tasks.FAMILIES[name]
-  return [family.draw(tasks.Dice(seed, 1, i)) for i in range(count)]
+  task = tasks.TASKS[name]
+  return [task.draw(tasks.Dice(seed, 1, i)) for i in range(count)]
 
 
 @pytest.fixture(scope='module', params=ALL)
 def drawn(request):
-  """Examples of one family, all wordings, half of them held out."""
+  """Examples of one task, all wordings, half of them held out."""
   half = COUNT // 2
   return [
     one
@@ -31,23 +31,23 @@ def drawn(request):
   ]
 
 
-def test_every_family_is_in_one_group_and_no_group_is_small():
-  assert all(len(tasks.families(group)) >= 4 for group in 'ABC')
-  assert tasks.families('ABC') == tuple(tasks.FAMILIES)
+def test_every_task_is_in_one_group_and_no_group_is_small():
+  assert all(len(tasks.task_names(group)) >= 4 for group in 'ABC')
+  assert tasks.task_names('ABC') == tuple(tasks.TASKS)
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_families_have_four_to_six_wordings_with_their_own_names(name):
-  family = tasks.FAMILIES[name]
-  assert family.name == name
-  assert 4 <= len(family.templates) <= 6
-  assert 1 <= family.held_out <= 2
-  assert len({t.name for t in family.templates}) == len(family.templates)
-  assert len({t.text for t in family.templates}) == len(family.templates)
+def test_tasks_have_four_to_six_wordings_with_their_own_names(name):
+  task = tasks.TASKS[name]
+  assert task.name == name
+  assert 4 <= len(task.templates) <= 6
+  assert 1 <= task.held_out <= 2
+  assert len({t.name for t in task.templates}) == len(task.templates)
+  assert len({t.text for t in task.templates}) == len(task.templates)
 
 
 def test_some_wordings_list_the_options_and_some_change_the_labels():
-  templates = [t for f in tasks.FAMILIES.values() for t in f.templates]
+  templates = [t for f in tasks.TASKS.values() for t in f.templates]
   listing = sum('{options}' in t.text for t in templates)
   assert 10 <= listing <= len(templates) // 2
   assert sum(bool(t.words) for t in templates) >= 5
@@ -62,7 +62,7 @@ def test_an_example_depends_on_its_place_only():
   assert tasks.examples(ALL, 60, seed=2) != stream
 
 
-def test_families_take_turns_and_ignore_their_company():
+def test_tasks_take_turns_and_ignore_their_company():
   mixed = tasks.examples(('topic', 'order', 'owner'), 12, seed=1)
   alone = tasks.examples(('order',), 4, seed=1)
   assert [one.task for one in mixed[:4]] == ['topic', 'order', 'owner', 'topic']
@@ -157,8 +157,8 @@ def test_the_question_without_the_passage_does_not_tell_the_answer(name, asked):
 
 @pytest.mark.parametrize('name', ALL)
 def test_a_tenth_of_the_instances_is_held_out(name):
-  family = tasks.FAMILIES[name]
-  splits = collections.Counter(map(family.split_of, _draws(name)))
+  task = tasks.TASKS[name]
+  splits = collections.Counter(map(task.split_of, _draws(name)))
   assert set(splits) == {'train', 'held_out'}
   assert 0.06 <= splits['held_out'] / COUNT <= 0.14
 
@@ -198,20 +198,22 @@ def test_held_out_templates_are_never_trained_on():
   assert not names['train'] & names['held_out']
   assert names['train'] | names['held_out'] == names['all']
   assert len(names['all']) == sum(
-    len(family.templates) for family in tasks.FAMILIES.values()
+    len(task.templates) for task in tasks.TASKS.values()
   )
 
 
 def test_groups_and_names_combine():
-  assert tasks.families('order, topic') == ('order', 'topic')
-  assert tasks.families('AC') == tasks.families('A') + tasks.families('C')
-  assert tasks.families('B,topic') == (*tasks.families('B'), 'topic')
+  assert tasks.task_names('order, topic') == ('order', 'topic')
+  assert tasks.task_names('AC') == tasks.task_names('A') + tasks.task_names('C')
+  assert tasks.task_names('B,topic') == (*tasks.task_names('B'), 'topic')
 
 
 @pytest.mark.parametrize('wrong', ['D', 'topics', '', 'A,,B'])
-def test_an_unknown_family_is_an_error_that_lists_what_exists(wrong):
-  with pytest.raises(ValueError, match=r'groups are A, B, C; families.*topic,'):
-    tasks.families(wrong)
+def test_an_unknown_task_is_an_error_that_lists_what_exists(wrong):
+  with pytest.raises(
+    ValueError, match=r'groups are A, B, C, and tasks.*topic,'
+  ):
+    tasks.task_names(wrong)
 
 
 def test_other_wrong_arguments_say_what_is_expected():
@@ -221,7 +223,7 @@ def test_other_wrong_arguments_say_what_is_expected():
     tasks.example(ALL, 0, seed=0, templates='some')
   with pytest.raises(ValueError, match='count from 0; got seed -1, index 0'):
     tasks.example(ALL, 0, seed=-1)
-  with pytest.raises(ValueError, match='at least one family'):
+  with pytest.raises(ValueError, match='at least one task'):
     tasks.example((), 0, seed=0)
 
 

@@ -163,7 +163,7 @@ def test_the_released_clock_begins_with_clipped_steps():
   # Moments start empty and take in 1.1e6^-0.8 = 1 / 68,100 of a square, so an
   # update would be 261 times the gradient's sign; clipped, it is the sign.
   param, gradient = jnp.array([3.0, 4.0]), jnp.array([2e-5, -2e-5])
-  optimizer = adafactor(lambda step: RATE, clock=CLOCK)
+  optimizer = adafactor(lambda step: RATE, decay_initial_step=CLOCK)
   change, state = optimizer.update(gradient, optimizer.init(param), param)
   # The parameter's scale is sqrt((9 + 16) / 2).
   np.testing.assert_allclose(
@@ -177,9 +177,9 @@ def test_the_released_clock_begins_with_clipped_steps():
 def test_the_clock_goes_on():
   # After 1,000 steps from 1,100,000, decay is that of 1,101,000 steps done.
   param = jnp.ones(3)
-  late = adafactor(lambda step: RATE, clock=CLOCK + 1000)
+  late = adafactor(lambda step: RATE, decay_initial_step=CLOCK + 1000)
   state = late.init(param)
-  early = adafactor(lambda step: RATE, clock=CLOCK)
+  early = adafactor(lambda step: RATE, decay_initial_step=CLOCK)
   same = optax.tree_utils.tree_set(state, count=jnp.int32(1000))
   one, _ = late.update(param, state, param)
   two, _ = early.update(param, same, param)

@@ -38,7 +38,7 @@ def card(**changes):
   c.model.path, c.model.family, c.model.size = '', 'llama', 'tiny'
   shape = dict(d_model=16, heads=2, kv_heads=1, head_dim=6, ffn=22, layers=2)
   c.model.shape.update(vocab=263, **shape)
-  c.objective, c.method, c.data.vocabulary = 'causal', 'full', 'bytes'
+  c.objective, c.method, c.data.tokenizer = 'causal', 'full', 'bytes'
   c.steps, c.batch_size, c.data.length = 4, 3, 96
   c.log.every_steps = 2
   c.log.plots = False

@@ -36,7 +36,7 @@ ROUTER_LOSSES = dict(load_balance=0.5, z=0.3, entropy=0.2)
 
 def config_of(parts, loss=(), **router_losses):
   config = config_lib.default()
-  config.batch_size, config.accumulate = ROWS, parts
+  config.batch_size, config.gradient_accumulation_steps = ROWS, parts
   config.loss.update(dict(loss))
   config.router_losses.update(router_losses)
   return config
@@ -65,7 +65,7 @@ def check_equal(found, expected):
 
 @pytest.mark.parametrize(('parts', 'per'), [(2, 'sequences'), (6, 'tokens')])
 def test_parts_add_up_to_the_whole_batch(parts, per):
-  loss = dict(per=per, z=0.01, label_smoothing=0.1)
+  loss = dict(average_over=per, z_loss=0.01, label_smoothing=0.1)
   expected, found = step(1, loss=loss), step(parts, loss=loss)
   check_equal(found, expected)
   assert all(np.abs(a).max() > 1e-4 for a in jax.tree.leaves(expected[0]))
@@ -103,7 +103,9 @@ def test_a_model_of_many_layers_is_trained_the_same_in_parts():
   optimizer = optax.sgd(1.0)
 
   def run(parts):
-    config = config_of(parts, dict(per='sequences'), load_balance=0.1, z=0.1)
+    config = config_of(
+      parts, dict(average_over='sequences'), load_balance=0.1, z=0.1
+    )
     state = test_update.make_state(variables, optimizer)
     update = jax.jit(build_train_step(config, model, built, optimizer))
     after, aux = update(state, BATCH)
@@ -118,7 +120,7 @@ def test_packed_examples_count_the_same_in_parts():
   real = BATCH['targets_mask']
   segments = jnp.where(jnp.arange(5) < 2, 1, 2) * real
   batch = BATCH | {'targets_segments': segments}
-  options = dict(batch=batch, loss=dict(per='sequences'))
+  options = dict(batch=batch, loss=dict(average_over='sequences'))
   expected = step(1, **options)
   assert int(expected[2]['weight']) == 8
   check_equal(step(3, **options), expected)

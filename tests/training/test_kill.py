@@ -40,7 +40,7 @@ OPTIONS = (
   '--config.evaluation.before=False',
   '--config.evaluation.after=False',
   '--config.evaluation.every_steps=7',
-  '--config.checkpoint.best=True',
+  '--config.checkpoint.keep_best=True',
   '--config.log.every_steps=3',
   '--config.log.plots=False',
 )
@@ -189,7 +189,7 @@ def test_a_signal_while_validating_or_saving_loses_no_step(
   monkeypatch,
 ):
   run = {'evaluation.every_steps': 1, 'checkpoint.every_steps': 2}
-  places = (train.Judge, 'validation'), (Checkpoints, 'save')
+  places = (train.Evaluator, 'validation'), (Checkpoints, 'save')
   # Validated at step 1, which is then saved; saved at 2, so left after 3.
   for (owner, name), last in zip(places, (1, 3), strict=True):
     with monkeypatch.context() as patch:
@@ -232,7 +232,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   """A run whose validations give the losses."""
   given = iter(losses)
   monkeypatch.setattr(
-    train.Judge, 'validation', lambda *_: {'validation_loss': next(given)}
+    train.Evaluator, 'validation', lambda *_: {'validation_loss': next(given)}
   )
   config = card(base, **{'evaluation.every_steps': 1, **changes})
   train.train(config, str(workdir))
@@ -247,7 +247,7 @@ def test_patience_ends_a_run_and_it_stays_ended(
   monkeypatch,
   capsys,
 ):
-  run = {'steps': 9, 'patience': 2}
+  run = {'steps': 9, 'early_stopping_patience': 2}
   losses = [3.0, 2.0, 2.5, 2.25, 1.0]
   steps = judged(base, losses, monkeypatch, tmp_path, **run)
   assert steps == [1, 2, 3, 4]
@@ -258,7 +258,7 @@ def test_patience_ends_a_run_and_it_stays_ended(
   assert Checkpoints(str(tmp_path), 2).latest() == 4
   assert judged(base, [0.5], monkeypatch, tmp_path, **run) == [1, 2, 3, 4]
   # More patience goes on from there.
-  run['patience'] = 3
+  run['early_stopping_patience'] = 3
   assert judged(base, [9.0], monkeypatch, tmp_path, **run) == [1, 2, 3, 4, 5]
 
 
@@ -273,7 +273,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     [3.0, 2.0, 2.5, 2.25, 2.75, 2.5, 2.5],
     monkeypatch,
     tmp_path,
-    **{'steps': 7, 'checkpoint.best': True, 'checkpoint.keep': 1},
+    **{'steps': 7, 'checkpoint.keep_best': True, 'checkpoint.max_to_keep': 1},
   )
   kept = Checkpoints(str(tmp_path), None)
   assert sorted(p.name for p in pathlib.Path(kept.path).iterdir()) == ['2', '7']

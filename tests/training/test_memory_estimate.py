@@ -52,7 +52,7 @@ def test_the_estimate_equals_what_a_run_allocates():
 def test_a_batch_is_counted_by_rows_tokens_and_vocabulary():
   # 6 rows of 31 + 7 tokens of 9 bytes; 3 rows at once have states of
   # d_model 128 and logits of 384, float32 (moepeft/assets/t5_tiny).
-  needed = memory_estimate.need(config(accumulate=2))
+  needed = memory_estimate.need(config(gradient_accumulation_steps=2))
   assert needed.batch == 6 * 38 * 9
   assert needed.activations == 3 * (38 * 128 + 7 * 384) * 4
   # Of a decoder every token is predicted: d_model 128, vocabulary 259.
@@ -67,7 +67,7 @@ def test_a_batch_is_counted_by_rows_tokens_and_vocabulary():
     ({'method': 'molora(experts=65536, rank=65536)'}, 'lower the rank, exp'),
     ({'method': 'prompt(length=65536)'}, None),
     ({'batch_size': 1_000_000, 'data.inputs_length': 2**20}, 'batch_size'),
-    ({'data.workers': 256}, 'lower config.data.workers'),
+    ({'data.num_workers': 256}, 'lower config.data.num_workers'),
   ],
 )
 def test_a_run_that_cannot_fit_is_refused_with_figures(

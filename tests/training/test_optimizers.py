@@ -23,7 +23,7 @@ START = (1.0, 7.0)
 
 def card(**changes):
   c = config_lib.default().optimizer
-  c.update({'learning_rate': 0.25, 'clip': 0.0, **changes})
+  c.update({'learning_rate': 0.25, 'max_grad_norm': 0.0, **changes})
   return c
 
 
@@ -127,7 +127,7 @@ def test_no_weight_decays_unless_asked(name):
 )
 def test_a_gradient_is_scaled_down_to_the_norm(clip, gradient, expected):
   # Adam does not feel a gradient's size at first, but its mean remembers.
-  _, state = run(card(clip=clip, b1=0.5), [gradient])
+  _, state = run(card(max_grad_norm=clip, b1=0.5), [gradient])
   mean = optax.tree_utils.tree_get(state, 'mu')
   np.testing.assert_allclose(mean, np.multiply(0.5, expected), **CLOSE)
 
@@ -166,7 +166,7 @@ def test_the_clock_of_the_config_is_adafactor_s():
   # At the released clock a second, smaller gradient is hardly felt: moments
   # are c g^2 and c (g^2 + (g / 1000)^2), c = 1.1e6^-0.8 = 1.4686e-5, so that
   # the update is 0.001 / sqrt(c) = 0.2609 of the sign, under the clipping.
-  config = card(name='adafactor', clock=1_100_000)
+  config = card(name='adafactor', decay_initial_step=1_100_000)
   changes, _ = run(config, [(1, -1), (1e-3, -1e-3)])
   scale = math.sqrt(np.mean((np.array(START) + (-1.25, 1.25)) ** 2))
   step = 0.25 * 0.2609 * scale
@@ -181,16 +181,18 @@ def test_the_clock_of_the_config_is_adafactor_s():
 @pytest.mark.parametrize('clip', [0.0, 1.0])
 def test_names_that_do_not_exist_are_errors(clip):
   with pytest.raises(ValueError, match="no optimizer 'adamwx'.*mean 'adamw'"):
-    optimizers.make_optimizer(card(name='adamwx', clip=clip), 10)
+    optimizers.make_optimizer(card(name='adamwx', max_grad_norm=clip), 10)
   with pytest.raises(ValueError, match="no schedule 'cosin'.*mean 'cosine'"):
-    optimizers.make_optimizer(card(schedule='cosin', clip=clip), 10)
+    optimizers.make_optimizer(card(schedule='cosin', max_grad_norm=clip), 10)
 
 
 def test_a_key_that_the_optimizer_does_not_read_is_refused():
   config = config_lib.default()
   config_check.check(config, registries.BY_KEY)
-  config.optimizer.clock = 7
-  with pytest.raises(ValueError, match="clock=7 does nothing with .*'adamw'"):
+  config.optimizer.decay_initial_step = 7
+  with pytest.raises(
+    ValueError, match="decay_initial_step=7 does nothing with .*'adamw'"
+  ):
     config_check.check(config, registries.BY_KEY)
 
 
@@ -229,7 +231,7 @@ def test_groups_are_optax_s_multi_transform_with_their_own_values(name):
     name=name,
     groups=GROUPS,
     weight_decay=0.5,
-    clip=0.75,
+    max_grad_norm=0.75,
     schedule='linear',
     warmup_steps=1,
   )

@@ -104,7 +104,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(places, objective):
   found = {}
   with jax.enable_x64(True):
     for count in (1, 3):
-      config = card(places, objective=objective, accumulate=count, **wide)
+      config = card(
+        places, objective=objective, gradient_accumulation_steps=count, **wide
+      )
       # 100: what is subtracted of changed weights is no smaller than they are.
       optimizer = optax.sgd(100.0)
       parts = parts_of(config, optimizer)
@@ -259,7 +261,7 @@ def test_every_objective_trains_goes_on_and_is_evaluated(
   assert rows[-1]['validation_margins'] > 0 < rows[-1]['validation_loss']
   told_again(run, rows[-1], capsys)
   with pytest.raises(ValueError, match='held-out rows have none .* --data'):
-    evaluate.evaluate(run, names=['exact_match'])
+    evaluate.evaluate(run, metrics=['exact_match'])
   # The adapter that is exported is the run's.
   convert.main(['convert', f'--workdir={run}', f'--output={out}'])
   tree, _ = adapter.load(out)
@@ -289,13 +291,16 @@ def told_again(run, row, capsys):
     ({'data.source': 'tasks', 'data.path': ''}, 'does not go with'),
     ({'objective': 'causal'}, 'does not go with'),
     ({'preference.margin': 1.0}, 'margin=1.0 does nothing'),
-    ({'loss.z': 0.1}, r'config.loss.z=0.1 does nothing'),
+    ({'loss.z_loss': 0.1}, r'config.loss.z_loss=0.1 does nothing'),
     ({'data.length': 3}, 'none of 45 rows of .* fits config.data.length'),
     ({'preference.reference': '/nowhere'}, '/nowhere'),
     ({'preference.loss': 'robust'}, 'set config.preference.label_smoothing'),
     ({'objective': 'kto', 'preference.loss': 'ipo'}, "loss='ipo' does nothing"),
     ({'data.replay': 'old.txt', 'data.replay_rate': 0.1}, 'replay does nothin'),
-    ({'data.predict': 'prefix'}, "predict='prefix' does nothing"),
+    (
+      {'data.pretraining_objective': 'prefix'},
+      "pretraining_objective='prefix' does nothing",
+    ),
     ({'data.train_on': 'all'}, "train_on='all' does nothing"),
   ],
 )
@@ -308,7 +313,7 @@ def test_what_cannot_be_is_one_sentence(places, tmp_path, changes, said):
   ('changes', 'said'),
   [
     ({'data.chat_template': 'a.jinja'}, 'chat_template=.* an encoder-decoder'),
-    ({'data.too_long': 'middle'}, 'one of prompt, end, drop'),
+    ({'data.truncation': 'middle'}, 'one of prompt, end, drop'),
   ],
 )
 def test_what_an_encoder_decoder_ignores_is_one_sentence(

@@ -43,7 +43,7 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
       'optimizer.learning_rate': 0.1,
       'data.packing': True,
       'evaluation.every_steps': 2,
-      'evaluation.batches': 1,
+      'evaluation.max_batches': 1,
     },
   )
   train.train(config, str(tmp_path))

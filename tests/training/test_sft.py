@@ -48,11 +48,11 @@ def card(base, rows, **changes):
       'model.family': '',
       'model.shape': {},
       'method': 'molora(experts=2, rank=2)',
-      'data.vocabulary': '',
+      'data.tokenizer': '',
       'data.source': 'chat',
       'data.path': rows,
       'data.packing': True,
-      'data.held_out': 0.2,
+      'data.validation_fraction': 0.2,
       'evaluation.every_steps': 2,
       'optimizer.learning_rate': 1e-2,
     }
@@ -99,4 +99,4 @@ def test_the_card_of_text_for_t5_fills_its_rows():
     c.data.targets_length,
   )
   config_check.check(c, registries.BY_KEY)
-  assert c.data.predict == 'spans'
+  assert c.data.pretraining_objective == 'spans'

@@ -66,7 +66,7 @@ def test_a_dense_router_with_one_expert_ahead_by_little_is_not_collapsed():
   ahead = np.tile([0.2475, 0.2475, 0.2575, 0.2475], (97, 1))
   other = np.tile([0.2575, 0.2475, 0.2475, 0.2475], (3, 1))
   weights = jnp.asarray(np.concatenate([ahead, other])[None], jnp.float32)
-  sums = router_stats.reduce(Routing(jnp.log(weights), weights), None)
+  sums = router_stats.router_stats(Routing(jnp.log(weights), weights), None)
   (site,) = training_summary.routing({'q': sums}).values()
   # 0.97 * 0.2575 + 0.03 * 0.2475
   assert site['weight'][2] == pytest.approx(0.2572)

@@ -13,8 +13,8 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.core.types import Context, Routing, State
 from moepeft.moe import aux_losses, router_stats
-from moepeft.nn.adapter_hook import Advice
-from moepeft.nn.initializers import fresh
+from moepeft.nn.adapter_hook import AdapterMap
+from moepeft.nn.initializers import init_params
 from moepeft.nn.linear import Linear
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
@@ -32,7 +32,7 @@ BATCH = small.batch()
 class Projection(nn.Module):
   """Logits of each token from the one before it, by one adapted matrix."""
 
-  advice: Advice
+  adapter_map: AdapterMap
 
   @nn.compact
   def __call__(self, batch, train=False):
@@ -43,7 +43,7 @@ class Projection(nn.Module):
       train=train,
     )
     x = jax.nn.one_hot(batch['decoder_inputs'], VOCAB)
-    head = Linear('btd,df->btf', (VOCAB, VOCAB), 'head', self.advice, 0.5)
+    head = Linear('btd,df->btf', (VOCAB, VOCAB), 'head', self.adapter_map, 0.5)
     return head(x, ctx)
 
 
@@ -51,8 +51,8 @@ class Projection(nn.Module):
 def make(method, noise=0.0):
   """(model, built, variables); `noise` moves the adapter off its start."""
   built = build(method, {'head': 'query'})
-  model = Projection(built.advice)
-  variables = fresh(model, {'decoder_inputs': BATCH['decoder_inputs']}, 0)
+  model = Projection(built.adapter_map)
+  variables = init_params(model, {'decoder_inputs': BATCH['decoder_inputs']}, 0)
   rng = np.random.default_rng(0)
   moved = jax.tree.map(
     lambda a: a + noise * jnp.asarray(rng.standard_normal(a.shape, np.float32)),
@@ -99,7 +99,7 @@ def test_a_router_loss_moves_the_router_by_its_own_gradient(name):
   def loss(kernel):
     logits = jnp.einsum('btd,de->bte', x, kernel, precision='highest')
     routing = Routing(logits, jax.nn.softmax(logits))
-    sums = router_stats.reduce(routing, BATCH['targets_mask'])
+    sums = router_stats.router_stats(routing, BATCH['targets_mask'])
     return aux_losses.LOSSES[name](sums)
 
   before = adapter(state)['router']['kernel']

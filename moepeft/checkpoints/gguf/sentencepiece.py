@@ -72,7 +72,7 @@ def read(path: str, said: Mapping[str, Any]) -> Pieces:
     raise CheckpointError(
       f'the scores of the pieces in {path} are not the ranks of merges (whole '
       'numbers, each once), so texts can not be cut as in its training: set '
-      'config.data.vocabulary to a directory with the tokenizer.json of the '
+      'config.data.tokenizer to a directory with the tokenizer.json of the '
       'model'
     )
   return found

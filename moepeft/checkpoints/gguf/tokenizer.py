@@ -42,7 +42,7 @@ def read(path: str) -> Any:
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise CheckpointError(
       f'the tokenizer in {path} is damaged ({type(error).__name__}: {reason}): '
-      'convert the model again, or set config.data.vocabulary to a directory '
+      'convert the model again, or set config.data.tokenizer to a directory '
       'with tokenizer.json'
     ) from None
 
@@ -53,7 +53,7 @@ def _tokenizer(path: str, said: Mapping[str, Any]) -> Any:
   tokens = said.get('tokenizer.ggml.tokens')
   if not tokens:
     raise CheckpointError(
-      f'{path} holds no tokenizer: set config.data.vocabulary to a directory '
+      f'{path} holds no tokenizer: set config.data.tokenizer to a directory '
       'that does'
     )
   special = {
@@ -167,7 +167,7 @@ def _split(path: str, said: Mapping[str, Any]) -> str:
     raise CheckpointError(
       f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
       f'supported are {_PIECES!r}, and {_BYTES!r} split by '
-      f'{", ".join(SPLITS)}; set config.data.vocabulary to a directory with '
+      f'{", ".join(SPLITS)}; set config.data.tokenizer to a directory with '
       'tokenizer.json'
     )
   return split

@@ -220,7 +220,7 @@ def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
   if fields.get('quantization_config') or fields.get('quantization'):
     raise CheckpointError(
       f'{file} is of quantised weights: expected plain ones; '
-      'take the model that was quantised, and set config.model.quantise'
+      'take the model that was quantised, and set config.model.quantize'
     )
   try:
     hf_fields.check(fields)

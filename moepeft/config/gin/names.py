@@ -24,14 +24,14 @@ KEYS = {
   'LEARNING_RATE': 'optimizer.learning_rate',
   'MIXTURE_OR_TASK_MODULE': 'data.module',
   'MIXTURE_OR_TASK_NAME': 'data.mixture',
-  'NUM_MICROBATCHES': 'accumulate',
+  'NUM_MICROBATCHES': 'gradient_accumulation_steps',
   'PACKING': 'data.packing',
   'RANDOM_SEED': 'seed',
-  'SAVE_KEEP': 'checkpoint.keep',
+  'SAVE_KEEP': 'checkpoint.max_to_keep',
   'SAVE_PERIOD': 'checkpoint.every_steps',
   'SPLIT': 'data.split',
   'WEIGHT_DECAY_RATE': 'optimizer.weight_decay',
-  'Z_LOSS': 'loss.z',
+  'Z_LOSS': 'loss.z_loss',
 }
 SHAPE = {
   'NUM_ENCODER_LAYERS': 'encoder_layers',

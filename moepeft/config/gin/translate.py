@@ -46,14 +46,14 @@ def translate(
   c.model.path = ''
   c.model.family = 't5'
   c.data.source = 'seqio'
-  c.optimizer.clip = 0.0
+  c.optimizer.max_grad_norm = 0.0
   for name, key in KEYS.items():
     if values.get(name) is not None:
       c.update_from_flattened_dict({key: values[name]})
   if 'SAVE_KEEP' in values and values['SAVE_KEEP'] is None:
-    c.checkpoint.keep = _KEEP_ALL
+    c.checkpoint.max_to_keep = _KEEP_ALL
   c.method = _method(values)
-  c.loss.per = _one_of('LOSS_NORMALIZING_FACTOR', _PER, values)
+  c.loss.average_over = _one_of('LOSS_NORMALIZING_FACTOR', _PER, values)
   _set_data(c, values, modules, cached)
   _set_steps(c, values)
   _set_rate(c, values)
@@ -154,7 +154,7 @@ def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
       )
   if restored is None:
     restored = values.get('PRETRAINED_STEPS', 0)
-  c.optimizer.clock = restored - values.get('STEP_OFFSET', 0)
+  c.optimizer.decay_initial_step = restored - values.get('STEP_OFFSET', 0)
 
 
 def _restored_step(path: str) -> int | None:
@@ -179,13 +179,15 @@ def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
   factors = {factor.strip() for factor in text.split('*')}
   if factors == {'constant', 'linear_warmup'}:
     warmup = values.get('WARMUP_STEPS', _WARMUP_STEPS)
-    if 0 < c.optimizer.clock < warmup:
+    if 0 < c.optimizer.decay_initial_step < warmup:
       raise ValueError(
-        f'the base has {c.optimizer.clock} of {warmup} warm-up steps behind '
+        f'the base has {c.optimizer.decay_initial_step} of {warmup} warm-up '
+        'steps '
+        'behind '
         'it, and a ramp begins at its beginning: set warmup_steps to less'
       )
     # It counts from the pretraining's first step.
-    c.optimizer.warmup_steps = 0 if c.optimizer.clock else warmup
+    c.optimizer.warmup_steps = 0 if c.optimizer.decay_initial_step else warmup
   elif factors != {'constant'}:
     raise ValueError(
       "create_learning_rate_scheduler.factors is 'constant' or 'constant * "
@@ -208,7 +210,7 @@ def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
     c.model.remat = _one_of('REMAT_POLICY', _REMAT, values)
   if values.get('NUM_PARTITIONS', 1) != 1:
     c.sharding.preset = 'tp'
-    c.sharding.model = values['NUM_PARTITIONS']
+    c.sharding.model_parallel_size = values['NUM_PARTITIONS']
 
 
 def _differing(wanted: Mapping[str, int], config: t5.T5Config) -> dict:

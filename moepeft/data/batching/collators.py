@@ -165,18 +165,18 @@ def make_model_collator(
     prefix_ids: of `moepeft.peft.methods.prompt_tuning`, of the model's method.
 
   Raises:
-    ValueError: config.data.too_long is none that there is, or nothing that
+    ValueError: config.data.truncation is none that there is, or nothing that
       this model's batches look at, or the model has no decoder.
   """
   check_decodes(model)
   if decoder_only(model):
     return CausalCollator(
-      tokenizer, data.length, data.too_long, data.packing, seed, prefix_ids
+      tokenizer, data.length, data.truncation, data.packing, seed, prefix_ids
     )
-  check_too_long(data.too_long)
-  if data.too_long != 'prompt' and data.source != 'preference':
+  check_too_long(data.truncation)
+  if data.truncation != 'prompt' and data.source != 'preference':
     raise ValueError(
-      f'config.data.too_long={data.too_long!r} does nothing with an '
+      f'config.data.truncation={data.truncation!r} does nothing with an '
       f'encoder-decoder and config.data.source={data.source!r}, whose inputs '
       "and targets are each cut at their end; set it to 'prompt'"
     )

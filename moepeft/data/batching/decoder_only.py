@@ -42,7 +42,8 @@ def check_too_long(too_long: str) -> None:
   """Raises ValueError where it is none of TOO_LONG."""
   if too_long not in TOO_LONG:
     raise ValueError(
-      f'config.data.too_long is one of {", ".join(TOO_LONG)}; got {too_long!r}'
+      f'config.data.truncation is one of {", ".join(TOO_LONG)}; got '
+      f'{too_long!r}'
     )
 
 
@@ -216,7 +217,7 @@ class CausalCollator:
     if items and not kept:
       raise ValueError(
         f'none of {len(items)} examples has a token to train in '
-        f'config.data.length={self.length} with config.data.too_long='
+        f'config.data.length={self.length} with config.data.truncation='
         f'{self.too_long!r}; raise the length'
       )
     return kept

@@ -158,13 +158,13 @@ def load_chat_template(data: ConfigDict, words: Tokenizer) -> ChatTemplate:
   if not isinstance(words, HuggingFaceTokenizer):
     raise ValueError(
       f'conversations need a tokenizer with a chat template, and the '
-      f'vocabulary is {words}; set config.data.vocabulary'
+      f'vocabulary is {words}; set config.data.tokenizer'
     )
   return ChatTemplate(
     words.tokenizer,
     chat_template.read(data.chat_template),
     data.train_on,
-    data.system,
+    data.system_prompt,
     data.date,
   )
 
@@ -196,7 +196,7 @@ def read_chats(
   """
   used, bad = (
     load_chat_template(data, words),
-    BadRows(data.on_bad_row, data.ignore),
+    BadRows(data.on_bad_row, data.ignore_fields),
   )
   found: dict[str, list[ChatExample]] = {}
   cut = dropped = 0
@@ -225,7 +225,7 @@ def _read(
   for file, where, row in rows:
     try:
       talk = chat_formats.check_answered(
-        chat_formats.parse_conversation(row, data.form, bad.unused)
+        chat_formats.parse_conversation(row, data.format, bad.unused)
       )
       texts.append(used.write(talk))
       good.append((file, where, talk))
@@ -233,7 +233,7 @@ def _read(
       bad(where, e)
   for (file, where, talk), whole in zip(good, used.encode(texts), strict=True):
     try:
-      yield file, _fitted(talk, whole, used, data.too_long, room + 1)
+      yield file, _fitted(talk, whole, used, data.truncation, room + 1)
     except BadRow as e:
       bad(where, e)
 
@@ -283,14 +283,14 @@ def _notes(
   if cut:
     lines.append(
       f'{cut:,} conversations are longer than config.data.length={data.length} '
-      f'and are cut (config.data.too_long={data.too_long!r})'
+      f'and are cut (config.data.truncation={data.truncation!r})'
     )
   if dropped:
     lines.append(
       f'{dropped:,} conversations are dropped: longer than config.data.length='
-      f'{data.length}, with config.data.too_long={data.too_long!r}'
+      f'{data.length}, with config.data.truncation={data.truncation!r}'
       + ' and no room for the last answer'
-      * (data.too_long == 'prompt')
+      * (data.truncation == 'prompt')
     )
   if not count and len(lines) == 1:
     raise ValueError(f'{data.path} is empty; expected conversations in it')

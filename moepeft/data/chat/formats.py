@@ -106,10 +106,10 @@ def form_of(row: Mapping) -> str:
 
 
 def check_form(form: str) -> None:
-  """Raises ValueError where config.data.form is none of FORMS, nor empty."""
+  """Raises ValueError where config.data.format is none of FORMS, nor empty."""
   if form and form not in FORMS:
     raise ValueError(
-      f'config.data.form is one of {", ".join(FORMS)}, or empty to find out; '
+      f'config.data.format is one of {", ".join(FORMS)}, or empty to find out; '
       f'got {form!r}'
     )
 

@@ -162,7 +162,7 @@ def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
   """Makes the template that a run was trained by the tokenizer's own.
 
   Args:
-    path, system: config.data.chat_template and config.data.system.
+    path, system: config.data.chat_template and config.data.system_prompt.
 
   Raises:
     ValueError: it cannot be read.

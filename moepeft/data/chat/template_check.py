@@ -171,5 +171,5 @@ def check_written(found: Conversation, missing: frozenset[str]) -> None:
     raise BadRow(
       f'the row has {gone[0]}, and the chat template leaves it out; name one '
       'that does not with config.data.chat_template, remove the row, or leave '
-      'a field unused with config.data.ignore=FIELD'
+      'a field unused with config.data.ignore_fields=FIELD'
     )

@@ -290,11 +290,11 @@ def read_preferences(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
-  bad = BadRows(data.on_bad_row, data.ignore)
+  bad = BadRows(data.on_bad_row, data.ignore_fields)
   encode = preference_tokenize.row_encoder(data, own, render)
   rows, parts, places = preference_rows.rows(data, bad, judged, encode)
   spans = [
-    preference_tokenize.fit_answers(one, own, data.too_long) for one in parts
+    preference_tokenize.fit_answers(one, own, data.truncation) for one in parts
   ]
   same = [
     span is not None and preference_tokenize.answers_equal(one, span)
@@ -312,7 +312,8 @@ def read_preferences(
   if not kept:
     raise ValueError(
       f'none of {len(rows)} rows of {data.path} fits {own.length_keys} with '
-      f'config.data.too_long={data.too_long!r} (the first: {places[0]}); raise '
+      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
+      'raise '
       'the length'
     )
   others = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of compared answers (chosen, rejected) and of judged ones (label).
 
-The forms, told by their keys (config.data.form names one instead):
+The forms, told by their keys (config.data.format names one instead):
 - sharegpt: `conversations` of {from, value}; `chosen` and `rejected`, each a
   turn or text; or a last turn of the model's and `kto_tag` (or `label`).
 - messages: `prompt` (or `question`) and `chosen`, `rejected` as texts or lists

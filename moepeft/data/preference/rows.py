@@ -35,8 +35,8 @@ def rows(
   for i, fields in enumerate(table):
     try:
       fields = huggingface.without_nulls(fields) if nulls else fields
-      row = preference_formats.parse_row(fields, data.form, i, bad.unused)
-      found = _useful(row, judged, data.system)
+      row = preference_formats.parse_row(fields, data.format, i, bad.unused)
+      found = _useful(row, judged, data.system_prompt)
       ids = [encode(row.prompt, row.answers) for row in found]
       good.extend(found)
       parts.extend(ids)

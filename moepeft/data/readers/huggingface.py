@@ -48,7 +48,7 @@ def read(
     on_bad_row: 'error', or 'skip': left out, with the reason in
       `Rows.skipped`.
     seed: of what templates draw.
-    ignore: fields that may be left unused, of config.data.ignore.
+    ignore: fields that may be left unused, of config.data.ignore_fields.
 
   Raises:
     ValueError: what cannot be found or read, a split that is not there, bad

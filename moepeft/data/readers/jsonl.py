@@ -32,7 +32,7 @@ def read(
     ranked: whether every row must have choices and a label.
     on_bad_row: 'error', or 'skip': it is left out, and `Rows.skipped` has the
       reason. A compressed file that ends early is an error in any case.
-    ignore: fields that may be left unused, of config.data.ignore.
+    ignore: fields that may be left unused, of config.data.ignore_fields.
 
   Raises:
     ValueError: nothing there, no good rows, or a row that is not of the form;

@@ -92,7 +92,9 @@ def read_chunks(
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  found, bad = documents.read_documents(path, data.on_bad_row, data.ignore)
+  found, bad = documents.read_documents(
+    path, data.on_bad_row, data.ignore_fields
+  )
   notes = (
     [
       f'skipped {len(bad.reasons):,} bad rows of {path}, the first: '
@@ -103,7 +105,9 @@ def read_chunks(
   )
   notes += bad.notes(path)
   length, make = chunk_maker(data, own, below)
-  found, gone = documents.filter_documents(found, data.quality, data.duplicates)
+  found, gone = documents.filter_documents(
+    found, data.quality_filters, data.dedup_threshold
+  )
   notes += gone
   encoded = encode_documents(
     own.tokenizer, found, isinstance(own, CausalCollator)
@@ -127,7 +131,7 @@ def read_chunks(
 
 
 def _step(data: ConfigDict, own: Collator, length: int) -> int:
-  return length - 1 if data.predict == 'next' else length
+  return length - 1 if data.pretraining_objective == 'next' else length
 
 
 def encode_documents(
@@ -152,24 +156,25 @@ def encode_documents(
 def chunk_maker(
   data: ConfigDict, own: Collator, below: int
 ) -> tuple[int, Make]:
-  """(tokens of a piece, what is predicted of it) by config.data.predict.
+  """(tokens of a piece, how examples are made of it), by config.data.
 
   Raises:
     ValueError: there is no such way, or the model has not.
   """
   decoder = isinstance(own, CausalCollator)
-  if data.predict not in PREDICT:
+  if data.pretraining_objective not in PREDICT:
     raise ValueError(
-      f'config.data.predict is one of {", ".join(PREDICT)}; got '
-      f'{data.predict!r}'
+      f'config.data.pretraining_objective is one of {", ".join(PREDICT)}; got '
+      f'{data.pretraining_objective!r}'
     )
-  if data.predict == 'spans':
+  if data.pretraining_objective == 'spans':
     return _spans(data, own, below)
-  if data.predict == 'prefix':
+  if data.pretraining_objective == 'prefix':
     return _prefix(own)
   if not decoder:
     raise ValueError(
-      "config.data.predict='next' is of decoder-only models; set it to 'spans' "
+      "config.data.pretraining_objective='next' is of decoder-only models; set "
+      "it to 'spans' "
       "or 'prefix' for an encoder-decoder"
     )
   return own.max_lengths[0] + 1, lambda ids, rng: Sample(
@@ -204,11 +209,17 @@ def _prefix(own: Collator) -> tuple[int, Make]:
 
 def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
-  noise, span, eos = data.noise, data.span, require_eos(own.tokenizer)
+  noise, span, eos = (
+    data.noise_density,
+    data.mean_noise_span_length,
+    require_eos(own.tokenizer),
+  )
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
-      'config.data.noise is a share of the tokens, above 0 and below 1, and '
-      f'config.data.span a length of at least 1; got {noise} and {span}'
+      'config.data.noise_density is a share of the tokens, above 0 and below '
+      '1, and '
+      f'config.data.mean_noise_span_length a length of at least 1; got {noise} '
+      f'and {span}'
     )
   if isinstance(own, CausalCollator):
     most = own.max_lengths[0] + 1
@@ -219,8 +230,10 @@ def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
     needed = span_corruption.sizes(length, noise, span)[1]
     if needed > room:
       raise ValueError(
-        f'spans of {most} inputs have {needed} targets (config.data.noise='
-        f'{noise}, config.data.span={span}); set config.data.targets_length '
+        f'spans of {most} inputs have {needed} targets '
+        '(config.data.noise_density='
+        f'{noise}, config.data.mean_noise_span_length={span}); set '
+        'config.data.targets_length '
         f'to {needed}, it is {room}'
       )
   sentinels = own.tokenizer.sentinels(below)
@@ -230,7 +243,7 @@ def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
       f'pieces of {length} tokens have {needed} hidden spans, and '
       f'{own.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
       "bytes, the model's ids from 259 on); give a vocabulary that has them, "
-      'shorten the rows or raise config.data.span'
+      'shorten the rows or raise config.data.mean_noise_span_length'
     )
 
   def make(ids, rng):

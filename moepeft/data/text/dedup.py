@@ -37,7 +37,8 @@ def near_duplicates(texts: Sequence[str], least: float) -> list[bool]:
   """
   if not 0 < least <= 1:
     raise ValueError(
-      'config.data.duplicates is a Jaccard similarity above 0 and up to 1 (0 '
+      'config.data.dedup_threshold is a Jaccard similarity above 0 and up to 1 '
+      '(0 '
       f'for none); got {least}'
     )
   try:
@@ -45,7 +46,8 @@ def near_duplicates(texts: Sequence[str], least: float) -> list[bool]:
     import datasketch
   except ImportError:
     raise ValueError(
-      "config.data.duplicates needs datasketch; pip install 'moepeft[data]', "
+      'config.data.dedup_threshold needs datasketch; pip install '
+      "'moepeft[data]', "
       'or set it to 0'
     ) from None
   # Proposals reach lower than what is asked for, so that few are missed.

@@ -40,7 +40,7 @@ def read_documents(
   """(the documents of a file or a directory of files, what was skipped).
 
   Args:
-    ignore: fields that may be left unused, of config.data.ignore.
+    ignore: fields that may be left unused, of config.data.ignore_fields.
 
   Raises:
     ValueError: nothing is there, a file cannot be read, or a bad row.
@@ -109,7 +109,7 @@ def filter_documents(
   if not found:
     raise ValueError(
       f'none of {total:,} passages is left: {"; ".join(lines)}; ask less of '
-      'them in config.data.quality or config.data.duplicates'
+      'them in config.data.quality_filters or config.data.dedup_threshold'
     )
   return found, lines
 

@@ -91,7 +91,8 @@ def rules(text: str) -> dict[str, Callable[[str], bool]]:
   for name in names:
     if name not in RULES:
       raise ValueError(
-        f'config.data.quality names some of {", ".join(RULES)}; got {name!r}'
+        f'config.data.quality_filters names some of {", ".join(RULES)}; got '
+        f'{name!r}'
         f'{suggestion(name, RULES)}'
       )
   return {name: RULES[name] for name in names}

@@ -77,7 +77,8 @@ def corrupt(
     if count > len(sentinels):
       raise ValueError(
         f'{count} spans need as many sentinels, and the vocabulary has '
-        f'{len(sentinels)}; lower config.data.noise, raise config.data.span or '
+        f'{len(sentinels)}; lower config.data.noise_density, raise '
+        'config.data.mean_noise_span_length or '
         'shorten the rows'
       )
     out = np.array(ids, np.int32)

@@ -53,7 +53,7 @@ def require_eos(words: Tokenizer) -> int:
   if words.eos is None:
     raise ValueError(
       f'the tokenizer {words} has no end-of-sequence token; name one as '
-      "'eos_token' in its tokenizer_config.json, or set config.data.vocabulary "
+      "'eos_token' in its tokenizer_config.json, or set config.data.tokenizer "
       'to a tokenizer that has one'
     )
   return words.eos
@@ -70,7 +70,7 @@ def check_vocab_size(words: Tokenizer, rows: int) -> None:
   if words.size > rows:
     raise ValueError(
       f'the vocabulary has {words.size} tokens, the model {rows}; '
-      'set config.data.vocabulary to the tokenizer of the model'
+      'set config.data.tokenizer to the tokenizer of the model'
     )
 
 
@@ -125,7 +125,7 @@ class HuggingFaceTokenizer:
       reason = str(e).splitlines()[0]
       raise ValueError(
         f'no tokenizer could be read from {path!r} ({reason}); set '
-        'config.data.vocabulary to a directory that holds tokenizer.json, or '
+        'config.data.tokenizer to a directory that holds tokenizer.json, or '
         "to 'bytes'"
       ) from None
     self._path = path
@@ -284,6 +284,6 @@ def load_tokenizer(name: str, model_path: str = '') -> Tokenizer:
   if not name and not model_path:
     raise ValueError(
       'name a model, which brings its tokenizer, by config.model.path (a card: '
-      "model=), or set config.data.vocabulary to a tokenizer's path or 'bytes'"
+      "model=), or set config.data.tokenizer to a tokenizer's path or 'bytes'"
     )
   return HuggingFaceTokenizer(files.local_path(name or model_path))

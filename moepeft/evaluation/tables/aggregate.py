@@ -10,16 +10,22 @@ import numpy as np
 from scipy import special
 
 from moepeft import tasks
-from moepeft.evaluation import bootstrap, paper_measure
-from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
-from moepeft.evaluation.results import HELD_OUT, MEASURES, Row
+from moepeft.evaluation import bootstrap, paper_metric
+from moepeft.evaluation.paper_metric import AVERAGE, EIGHT, ROUNDS
+from moepeft.evaluation.results import (
+  ACCURACY,
+  HELD_OUT,
+  LOSS,
+  Result,
+  metric_info,
+  metric_names,
+)
 from moepeft.evaluation.tables.run_results import Entry
 
 # The data of what after.json says of a run's own groups of tasks.
 AFTER = 'after'
 # The dataset of a mean over tasks that are not the paper's.
 MEAN = 'mean'
-_FRACTIONS = ('accuracy', 'exact_match', 'rouge_l')
 # With fewer seeds Student's interval is many times as wide as they are apart
 # (of two, 9 times): there is none.
 _STUDENTS_SEEDS = 5
@@ -36,7 +42,7 @@ class Key(NamedTuple):
   """What a column holds; dataset '' for all of the data together."""
 
   data: str
-  measure: str
+  metric: str
   dataset: str
 
 
@@ -64,18 +70,18 @@ def of_entry(entry: Entry) -> dict[Key, Figure]:
   """All figures of one run, or of a base."""
   found = {}
   for key, rows in parts(entry):
-    if key.measure == 'loss':
+    if key.metric == LOSS:
       found[key] = _pooled_figure(rows)
       continue
-    scale = 100 if key.measure in _FRACTIONS else 1
-    for name, score in paper_measure.scores(rows, key.measure).items():
+    scale = metric_info(key.metric).factor
+    for name, score in paper_metric.scores(rows, key.metric).items():
       if (named := _named(key, name)) is not None:
         found[named] = _scaled(score, scale)
-  loss = Key(HELD_OUT, 'loss', '')
+  loss = Key(HELD_OUT, LOSS, '')
   if loss not in found and entry.loss is not None:
     found[loss] = Figure(entry.loss)
   for name, value in entry.means.items():
-    found[Key(AFTER, 'accuracy', name)] = Figure(100 * value)
+    found[Key(AFTER, ACCURACY, name)] = Figure(100 * value)
   return found
 
 
@@ -83,12 +89,12 @@ def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
   """Bootstrap draws of the figures that have an interval, likewise scaled."""
   found = {}
   for key, rows in parts(entry):
-    if key.measure == 'loss':
+    if key.metric == LOSS:
       if not _single(rows):
         found[key] = _pooled(rows)
       continue
-    scale = 100 if key.measure in _FRACTIONS else 1
-    for name, drawn in paper_measure.draws(rows, key.measure).items():
+    scale = metric_info(key.metric).factor
+    for name, drawn in paper_metric.draws(rows, key.metric).items():
       if (named := _named(key, name)) is not None:
         found[named] = scale * drawn
   return found
@@ -102,7 +108,7 @@ def over_seeds(
 
   Of one run, its own figures. Of several, the interval is that of `draws`;
   where there are none (figures that are not kept by example), Student's over
-  five or more runs, cut to the values that the measure can have, and none over
+  five or more runs, cut to the values that the metric can have, and none over
   fewer.
 
   Args:
@@ -120,7 +126,7 @@ def over_seeds(
         (low, high), how = bootstrap.interval(draws[key]), SEEDS_AND_EXAMPLES
       elif len(values) >= _STUDENTS_SEEDS:
         half, how = student(values), STUDENT
-        least, most = bounds(key.measure)
+        least, most = metric_info(key.metric).bounds
         low, high = max(mean - half, least), min(mean + half, most)
       majorities = [run[key].majority for run in runs]
       # Examples may depend on the seed, and with them what is frequent.
@@ -128,11 +134,6 @@ def over_seeds(
       seeds = tuple(values.tolist())
       means[key] = Figure(mean, low, high, majority, seeds, how)
   return means
-
-
-def bounds(measure: str) -> tuple[float, float]:
-  """The least and the largest figure that a measure can have."""
-  return (0.0, np.inf) if measure == 'loss' else (0.0, 100.0)
 
 
 def student(values: np.ndarray) -> float:
@@ -184,7 +185,7 @@ def of_one_kind(entries: Sequence[Entry]) -> list[Entry]:
   return [dataclasses.replace(e, loss=None, means={}) for e in entries]
 
 
-def parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
+def parts(entry: Entry) -> Iterable[tuple[Key, list[Result]]]:
   """Rows that make a figure or a grid together; held-out ones first.
 
   The dataset of a key is AVERAGE for the paper's tasks, of which each has a
@@ -192,33 +193,33 @@ def parts(entry: Entry) -> Iterable[tuple[Key, list[Row]]]:
   """
   parts = {}
   for row in entry.rows:
-    key = Key(row.data, row.measure, _dataset(entry, row))
+    key = Key(row.data, row.metric, _dataset(entry, row))
     parts.setdefault(key, []).append(row)
   return sorted(parts.items(), key=lambda item: order(item[0]))
 
 
-def _dataset(entry: Entry, row: Row) -> str:
-  if row.measure == 'loss':
+def _dataset(entry: Entry, row: Result) -> str:
+  if row.metric == LOSS:
     return ''
   if row.task in (*EIGHT, *ROUNDS):
     return AVERAGE
   if row.data != HELD_OUT:
     return MEAN
-  if entry.source == 'tasks' and row.task in tasks.FAMILIES:
+  if entry.source == 'tasks' and row.task in tasks.TASKS:
     # Their prompts are the wordings, seen in training or held out.
-    return f'{tasks.FAMILIES[row.task].group} {row.prompt}'.strip()
+    return f'{tasks.TASKS[row.task].group} {row.prompt}'.strip()
   return ''
 
 
 def order(key: Key) -> tuple:
-  """Sorts columns: held-out data, then by data, measure and dataset."""
+  """Sorts columns: held-out data, then by data, metric and dataset."""
   datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
   place = datasets.index(key.dataset) if key.dataset in datasets else 0
-  measures = ('loss', *(m for m in MEASURES if m != 'loss'))
+  metrics = (LOSS, *(name for name in metric_names() if name != LOSS))
   first = (HELD_OUT, AFTER)
   data = first.index(key.data) if key.data in first else len(first)
-  measure = measures.index(key.measure)
-  return data, key.data, measure, place, key.dataset
+  metric = metrics.index(key.metric)
+  return data, key.data, metric, place, key.dataset
 
 
 def _named(key: Key, name: str) -> Key | None:
@@ -228,13 +229,13 @@ def _named(key: Key, name: str) -> Key | None:
   return key if name == AVERAGE else None
 
 
-def _scaled(score: paper_measure.Score, scale: float) -> Figure:
+def _scaled(score: paper_metric.Score, scale: float) -> Figure:
   fields = (score.value, score.low, score.high, score.majority)
   scaled = (None if x is None else scale * x for x in fields)
   return Figure(*scaled, how='' if score.low is None else EXAMPLES)
 
 
-def _pooled_figure(rows: Sequence[Row]) -> Figure:
+def _pooled_figure(rows: Sequence[Result]) -> Figure:
   """Nats a target token over all examples of all tasks."""
   total = sum(sum(row.each) for row in rows)
   value = total / sum(sum(row.weights) for row in rows)
@@ -243,11 +244,11 @@ def _pooled_figure(rows: Sequence[Row]) -> Figure:
   return Figure(value, *bootstrap.interval(_pooled(rows)), how=EXAMPLES)
 
 
-def _single(rows: Sequence[Row]) -> bool:
+def _single(rows: Sequence[Result]) -> bool:
   return len({(row.task, i) for row in rows for i in row.idx}) < 2
 
 
-def _pooled(rows: Sequence[Row]) -> np.ndarray:
+def _pooled(rows: Sequence[Result]) -> np.ndarray:
   """Draws of the same; an example is drawn with all of its prompts."""
   pairs = sorted({(row.task, i) for row in rows for i in row.idx})
   place = {pair: i for i, pair in enumerate(pairs)}

@@ -4,8 +4,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moepeft.evaluation.paper_measure import AVERAGE
-from moepeft.evaluation.results import HELD_OUT, Row
+from moepeft.evaluation.paper_metric import AVERAGE
+from moepeft.evaluation.results import HELD_OUT, Result
 from moepeft.evaluation.tables.aggregate import parts
 from moepeft.evaluation.tables.run_results import Entry
 
@@ -30,7 +30,7 @@ def check(entries: Sequence[Entry]) -> None:
     for key, rows in parts(entry):
       if key.dataset != AVERAGE:
         names = {row.task for row in rows}
-        where = f'tasks for {key.measure} of {key.data}'
+        where = f'tasks for {key.metric} of {key.data}'
         _counted(seen, key, names, entry, where)
       prompts = {}
       for row in rows:
@@ -52,7 +52,7 @@ def _judged(one: Entry, other: Entry) -> None:
       )
 
 
-def _content(seen: dict, row: Row, entry: Entry) -> None:
+def _content(seen: dict, row: Result, entry: Entry) -> None:
   # A seed draws embedded tasks, and what the templates of a dataset choose.
   drawn = row.data == HELD_OUT and entry.source != 'jsonl'
   what = ('content', row.data, entry.seed if drawn else None)
@@ -65,7 +65,7 @@ def _content(seen: dict, row: Row, entry: Entry) -> None:
     )
 
 
-def _lengths(seen: dict, row: Row, entry: Entry) -> None:
+def _lengths(seen: dict, row: Result, entry: Entry) -> None:
   lengths = row.inputs_length, row.targets_length
   known = None if None in lengths else lengths
   first, folder = _first(seen, ('lengths', row.data), known, entry)
@@ -98,7 +98,7 @@ def _first(
   return seen.setdefault(what, (found, entry.folder))
 
 
-def _seed(row: Row, entry: Entry) -> int | None:
+def _seed(row: Result, entry: Entry) -> int | None:
   """The seed that chose the rows; None where none did."""
   drawn = entry.source == 'tasks' and row.data == HELD_OUT
   return entry.seed if drawn else None

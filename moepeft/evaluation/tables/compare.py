@@ -12,45 +12,57 @@ import numpy as np
 from moepeft.checkpoints.count_parameters import count
 from moepeft.config import defaults as config_lib
 from moepeft.evaluation import bootstrap, published
-from moepeft.evaluation.paper_measure import AVERAGE, EIGHT, ROUNDS
+from moepeft.evaluation.paper_metric import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.published import Published
-from moepeft.evaluation.results import HELD_OUT
+from moepeft.evaluation.results import ACCURACY, HELD_OUT, LOSS, metric_info
 from moepeft.evaluation.tables import aggregate as figures
 from moepeft.evaluation.tables import comparable, footnotes, run_results, seeds
 from moepeft.evaluation.tables import routing as routing_tables
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
-from moepeft.evaluation.tables.render import Cell, Column, Line, Table
+from moepeft.evaluation.tables.render import (
+  PARAMETERS,
+  PERCENT,
+  SEEDS,
+  Cell,
+  Column,
+  Line,
+  Table,
+)
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
 from moepeft.peft.build import plain
 from moepeft.runs.run import Run
 
-PARAMETERS = Column('parameters', 'parameters', 'count')
-PERCENT = Column('percent', '% of base', 'share')
-SEEDS = Column('seeds', 'seeds', 'count')
-
 
 def columns(keys: Sequence[Key]) -> list[Column]:
   """A column for each key, with a name of its own."""
   several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
-  found = []
-  for key in keys:
-    kind = 'loss' if key.measure == 'loss' else 'score'
-    better = 'lower' if key.measure == 'loss' else 'higher'
-    found.append(Column(key, _name(key, several), kind, better))
-  return found
+  return [_column(key, _name(key, several)) for key in keys]
+
+
+def _column(key: Key, name: str) -> Column:
+  info = metric_info(key.metric)
+  return Column(
+    key,
+    name,
+    'score',
+    better='higher' if info.larger_is_better else 'lower',
+    unit=info.unit,
+    bounds=info.bounds,
+    decimals=3 if key.metric == LOSS else None,
+  )
 
 
 def _name(key: Key, several: bool) -> str:
-  measure = key.measure.replace('_', ' ')
+  metric = key.metric.replace('_', ' ')
   if key.data == HELD_OUT and not key.dataset:
-    return f'held-out {measure}'
+    return f'held-out {metric}'
   if _is_group(key):
     name = key.dataset.replace('_', '-')
-    return name if measure == 'accuracy' else f'{name} {measure}'
+    return name if metric == ACCURACY else f'{name} {metric}'
   if key.dataset in ('', MEAN):
-    return f'{key.data} {measure}'
-  name = key.dataset if measure == 'accuracy' else f'{key.dataset} {measure}'
+    return f'{key.data} {metric}'
+  name = key.dataset if metric == ACCURACY else f'{key.dataset} {metric}'
   return f'{name} ({key.data})' if several else name
 
 
@@ -332,11 +344,11 @@ def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
 
 
 def _is_papers(key: Key) -> bool:
-  return key.measure == 'accuracy' and key.dataset in (*EIGHT, AVERAGE)
+  return key.metric == ACCURACY and key.dataset in (*EIGHT, AVERAGE)
 
 
 def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
-  keys = [Key(_PRINTED, 'accuracy', name) for name in (*EIGHT, AVERAGE)]
+  keys = [Key(_PRINTED, ACCURACY, name) for name in (*EIGHT, AVERAGE)]
   lines, notes = [], footnotes.of_paper(size, ())
   for row in printed:
     remark = footnotes.of_row(row)

@@ -3,15 +3,16 @@
 
 from collections.abc import Mapping, Sequence
 
-from moepeft.evaluation.paper_measure import AVERAGE, EIGHT
+from moepeft.evaluation.paper_metric import AVERAGE, EIGHT
 from moepeft.evaluation.published import Published
-from moepeft.evaluation.results import HELD_OUT
+from moepeft.evaluation.results import ACCURACY, HELD_OUT, LOSS
 from moepeft.evaluation.tables import aggregate
 from moepeft.evaluation.tables import seeds as tables_seeds
 from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
 from moepeft.evaluation.tables.render import Column
 from moepeft.evaluation.tables.run_results import Entry
 from moepeft.evaluation.tables.seeds import Group
+from moepeft.metrics import METRICS, TextMetric
 
 # Of fewer seeds a bootstrap cannot say how far the next one may lie.
 _FEW = 5
@@ -84,7 +85,7 @@ def of_best(rows: Sequence[Group]) -> list[str]:
 
 def _measures(keys: Sequence[Key]) -> list[str]:
   said = []
-  if any(key.measure == 'loss' for key in keys):
+  if any(key.metric == LOSS for key in keys):
     said.append('Losses are nats a target token, lower is better.')
   sets = [key for key in keys if key.dataset in EIGHT]
   if sets:
@@ -92,13 +93,13 @@ def _measures(keys: Sequence[Key]) -> list[str]:
       'Accuracies are in %: the median over the prompts of a set; anli is the '
       'mean of its three rounds, the average that of the eight sets.'
     )
-  if Key(HELD_OUT, 'accuracy', '') in keys:
+  if Key(HELD_OUT, ACCURACY, '') in keys:
     said.append(
       'Held-out accuracy is in %: the mean over tasks of the median over '
       'prompts.'
     )
   if any(
-    key.measure == 'accuracy' and key.data not in (HELD_OUT, AFTER)
+    key.metric == ACCURACY and key.data not in (HELD_OUT, AFTER)
     for key in keys
     if key.dataset in ('', MEAN)
   ):
@@ -106,19 +107,9 @@ def _measures(keys: Sequence[Key]) -> list[str]:
       'Accuracies of other data are in %: the mean over tasks of the median '
       'over prompts.'
     )
-  named = {key.measure for key in keys}
-  shares = [n.replace('_', ' ') for n in ('exact_match', 'rouge_l')]
-  shares = [name for name in shares if name.replace(' ', '_') in named]
-  if shares:
-    said.append(
-      f'{" and ".join(shares).capitalize()} in %: the mean over tasks of the '
-      'median over prompts.'
-    )
-  if 'bleu' in named:
-    said.append(
-      'BLEU is from 0 to 100, of a prompt as a corpus: the mean over tasks of '
-      'the median over prompts; it has no interval.'
-    )
+  named = {key.metric for key in keys}
+  for metric in (METRICS[name] for name in METRICS if name in named):
+    said.append(_text_metric(metric))
   if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
     said.append(
       'Accuracies of groups of embedded tasks are in %: the mean over tasks, '
@@ -130,6 +121,18 @@ def _measures(keys: Sequence[Key]) -> list[str]:
       'intervals.'
     )
   return said
+
+
+def _text_metric(metric: TextMetric) -> str:
+  label = metric.label[0].upper() + metric.label[1:]
+  direction = '' if metric.larger_is_better else ', lower is better'
+  mean = 'the mean over tasks of the median over prompts'
+  if metric.scores is None:
+    return (
+      f'{label} is in {metric.unit}{direction}, of a prompt as a corpus: '
+      f'{mean}; it has no interval.'
+    )
+  return f'{label} is in {metric.unit}{direction}: {mean}.'
 
 
 def _examples(rows: Sequence[Group]) -> list[str]:
@@ -158,7 +161,7 @@ def _lost(rows: Sequence[Group]) -> list[str]:
     own = [row for entry in group.entries for row in entry.rows]
     single.append([(row.examples, row.cut, row.left_out) for row in own])
     for row, count in zip(own, single[-1], strict=True):
-      what = (row.data, row.task, row.prompt, row.measure)
+      what = (row.data, row.task, row.prompt, row.metric)
       counts.setdefault(what, set()).add(count)
   if all(len(found) == 1 for found in counts.values()):
     return _cut('', [count for found in counts.values() for count in found])

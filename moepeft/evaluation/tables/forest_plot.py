@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moepeft.evaluation.tables import render as table_render
-from moepeft.evaluation.tables.render import Line, Table
+from moepeft.evaluation.tables.render import PARAMETERS, PERCENT, Line, Table
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#666666'
@@ -25,12 +25,12 @@ def draw(table: Table, path: str) -> None:
   """Writes a PNG: whole or not at all.
 
   Seeds are small dots, the paper's values hollow, the majority's a dotted line.
-  An axis ends where the measure does.
+  An axis ends where the metric does.
 
   Raises:
     ValueError: no figure of a run is there to be drawn.
   """
-  columns = [c for c in table.columns if c.kind in ('score', 'loss')]
+  columns = [c for c in table.columns if c.kind == 'score']
   lines = [line for line in table.lines if line.kind in ('run', 'base')]
   columns = [c for c in columns if any(c.key in line.cells for line in lines)]
   if not columns:
@@ -83,10 +83,7 @@ def _panel(axes: Axes, table: Table, lines: list[Line], column) -> None:
     if line.kind == 'majority' and column.key in line.cells:
       at = line.cells[column.key].value
       axes.axvline(at, color=_GREY, ls=':', lw=1.2)
-  unit = {'loss': 'nats', 'score': '%'}[column.kind]
-  if column.kind == 'score' and 'bleu' in column.name:
-    unit = 'BLEU'
-  axes.set_title(f'{column.name} ({unit})', fontsize=10, loc='left')
+  axes.set_title(f'{column.name} ({column.unit})', fontsize=10, loc='left')
   axes.tick_params(labelsize=8)
   axes.set_xlim(*_limits(table, lines, column))
   axes.spines[['top', 'right']].set_visible(False)
@@ -98,7 +95,7 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
   papers = _papers(table).values()
   cells = [
     *(line.cells.get(column.key) for line in lines),
-    *(own.get(column.key) for own in papers),
+    *(paper_cells.get(column.key) for paper_cells in papers),
     *(o.cells.get(column.key) for o in table.lines if o.kind == 'majority'),
   ]
   numbers = [
@@ -108,7 +105,7 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
     for number in (cell.value, cell.low, cell.high, *cell.seeds)
     if number is not None and math.isfinite(number)
   ]
-  least, most = (0, math.inf) if column.kind == 'loss' else (0, 100)
+  least, most = column.bounds
   low, high = min(numbers, default=0), max(numbers, default=1)
   # Of equal figures, a hundredth of them.
   room = 0.08 * (high - low) or 0.01 * max(abs(high), 1)
@@ -117,26 +114,24 @@ def _limits(table: Table, lines: list[Line], column) -> tuple[float, float]:
 
 def _papers(table: Table) -> dict[int, dict]:
   """{id of a run's line: the cells of the paper's line below it}."""
-  found, last = {}, None
+  papers, last = {}, None
   for line in table.lines:
     if line.kind == 'run':
       last = line
     elif line.kind == 'paper' and last is not None:
-      found[id(last)] = dict(line.cells)
-  return found
+      papers[id(last)] = dict(line.cells)
+  return papers
 
 
 def _name(line: Line) -> str:
-  """The label with its number of parameters below."""
-  counted = line.cells.get('parameters')
-  share = line.cells.get('percent')
-  said = []
-  if counted is not None and line.kind == 'run':
-    said.append(table_render.number(counted, 'count'))
-  if share is not None and line.kind == 'run':
-    said.append(f'{table_render.number(share, "share")} %')
-  below = ', '.join(said)
-  return '\n'.join(filter(None, (table_render.joined(line), below)))
+  """A line's label, with the size of a run below it."""
+  sizes = [
+    table_render.number(line.cells[column.key], column) + unit
+    for column, unit in ((PARAMETERS, ''), (PERCENT, ' %'))
+    if line.kind == 'run' and column.key in line.cells
+  ]
+  parts = table_render.joined(line), ', '.join(sizes)
+  return '\n'.join(filter(None, parts))
 
 
 def _legend(figure: Figure, table: Table) -> None:

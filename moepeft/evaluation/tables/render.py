@@ -17,15 +17,25 @@ class Column:
   Attributes:
     key: what lines have its cells under.
     name: its head.
-    kind: 'count' (1,234,567), 'share' (three digits), 'score' (per cent, or
-      BLEU) or 'loss' (nats).
+    kind: 'count' (1,234,567), 'share' (three digits) or 'score'.
     better: 'higher' or 'lower', or '' where nothing is best.
+    unit: of a score.
+    bounds: the least and the largest score that there can be.
+    decimals: of a score; None for the table's.
   """
 
   key: Hashable
   name: str
   kind: str
   better: str = ''
+  unit: str = ''
+  bounds: tuple[float, float] = (0.0, 100.0)
+  decimals: int | None = None
+
+
+PARAMETERS = Column('parameters', 'parameters', 'count')
+PERCENT = Column('percent', '% of base', 'share')
+SEEDS = Column('seeds', 'seeds', 'count')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Table:
 
 
 def number(
-  cell: Cell | None, kind: str, decimals: int = 2, signed: bool = False
+  cell: Cell | None, column: Column, decimals: int = 2, signed: bool = False
 ) -> str:
   """A cell as text: '60.79', '60.79 ± 1.20', '+0.30', '1,234,567' or '-'.
 
@@ -89,11 +99,11 @@ def number(
   """
   if cell is None:
     return MISSING
-  if kind == 'count':
+  if column.kind == 'count':
     return f'{cell.value:,.0f}'
-  if kind == 'share':
+  if column.kind == 'share':
     return f'{cell.value:.3g}'
-  places = 3 if kind == 'loss' else decimals
+  places = decimals if column.decimals is None else column.decimals
   text = f'{cell.value:{"+" if signed else ""}.{places}f}'
   # No negative zero.
   if float(text) == 0:
@@ -111,9 +121,10 @@ def best(table: Table) -> set[tuple[int, Hashable]]:
   """
   if table.best is not None:
     return set(table.best)
-  found = set()
+  bold = set()
   for column in table.columns:
-    places = 3 if column.kind == 'loss' else table.decimals
+    places = column.decimals
+    places = table.decimals if places is None else places
     values = {
       i: round(line.cells[column.key].value, places)
       for i, line in enumerate(table.lines)
@@ -121,8 +132,8 @@ def best(table: Table) -> set[tuple[int, Hashable]]:
     }
     if column.better and len(values) > 1:
       top = (max if column.better == 'higher' else min)(values.values())
-      found |= {(i, column.key) for i, v in values.items() if v == top}
-  return found
+      bold |= {(i, column.key) for i, v in values.items() if v == top}
+  return bold
 
 
 def markdown(table: Table) -> str:
@@ -183,7 +194,7 @@ def texts(table: Table, line: Line) -> list[str]:
   return [
     number(
       line.cells.get(column.key),
-      column.kind,
+      column,
       table.decimals,
       signed=line.kind == 'difference',
     )
@@ -227,5 +238,5 @@ def _joined(label: str, line: Line) -> str:
 
 def _aligned(cells: list[str], widths: list[int]) -> str:
   first = cells[0].ljust(widths[0])
-  others = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
-  return f'| {" | ".join((first, *others))} |'
+  numbers = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
+  return f'| {" | ".join((first, *numbers))} |'

@@ -49,10 +49,13 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> Routing | None:
       tops.setdefault(kind, []).append(shares.max(axis=-1))
   if not tops:
     return None
-  each = {kind: np.concatenate(own) for kind, own in tops.items()}
+  each = {kind: np.concatenate(values) for kind, values in tops.items()}
   return Routing(
     float(np.concatenate(entropies).mean()),
-    {kind: (float(own.mean()), float(own.max())) for kind, own in each.items()},
+    {
+      kind: (float(values.mean()), float(values.max()))
+      for kind, values in each.items()
+    },
   )
 
 
@@ -136,8 +139,8 @@ def of_entry(entry: Entry) -> Routing | None:
       last = row['routing']
   return summary(
     {
-      site: (*_shares(site, own, entry), own['entropy'])
-      for site, own in last.items()
+      site: (*_shares(site, values, entry), values['entropy'])
+      for site, values in last.items()
     }
   )
 

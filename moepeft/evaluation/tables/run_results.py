@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepeft.evaluation import results
-from moepeft.evaluation.results import HELD_OUT, Row
+from moepeft.evaluation.results import HELD_OUT, Result
 from moepeft.peft.build import plain
 from moepeft.runs.resume import flatten
 from moepeft.runs.run import Run
@@ -17,7 +17,7 @@ BASE = 'none'
 _COMMAND = 'python -m moepeft.evaluate --workdir='
 # Keys of a config that decide which examples after.json is of.
 _JUDGED = (
-  'data.held_out',
+  'data.validation_fraction',
   'data.inputs_length',
   'data.path',
   'data.source',
@@ -33,15 +33,15 @@ _JUDGED = (
 # Keys of a config that change no figure, or that an entry has by itself.
 _IRRELEVANT = (
   'checkpoint',
-  'data.workers',
+  'data.num_workers',
   'evaluation',
   'log',
   'method',
   'model.path',
   'model.remat',
-  'model.unroll',
-  'patience',
-  'router_alarm',
+  'model.scan_unroll',
+  'early_stopping_patience',
+  'router_collapse_threshold',
   'seed',
   'semantics',
   'sharding',
@@ -76,7 +76,7 @@ class Entry:
   step: int
   settings: Mapping[str, Any]
   source: str
-  rows: tuple[Row, ...] = ()
+  rows: tuple[Result, ...] = ()
   loss: float | None = None
   means: Mapping[str, float] = dataclasses.field(default_factory=dict)
   judged: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,7 +110,7 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
 
   Raises:
     ValueError: it is no work directory, nothing was evaluated in it, two of
-      its files measure the same, or a file is damaged.
+      its files metric the same, or a file is damaged.
   """
   run = Run(folder)
   config = flatten(defaults) | flatten(run.read_config())
@@ -126,16 +126,16 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
   return [_unevaluated(run, config, after)]
 
 
-def _grouped(run: Run) -> dict[tuple, list[Row]]:
+def _grouped(run: Run) -> dict[tuple, list[Result]]:
   """All rows of a folder by (method, semantics, step)."""
   groups, origin = {}, {}
   for path in run.results_files():
     for row in results.read(path):
       key = (row.method, row.semantics, row.step)
-      what = (*key, row.data, row.task, row.prompt, row.measure)
+      what = (*key, row.data, row.task, row.prompt, row.metric)
       if what in origin:
         raise ValueError(
-          f'{row.measure} of {row.task!r}, prompt {row.prompt!r}, is in '
+          f'{row.metric} of {row.task!r}, prompt {row.prompt!r}, is in '
           f'{origin[what]} and again in {path}; remove one of the two'
         )
       origin[what] = path
@@ -144,7 +144,7 @@ def _grouped(run: Run) -> dict[tuple, list[Row]]:
 
 
 def _entry(
-  folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Row]
+  folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Result]
 ) -> Entry:
   row = own[0]
   _check_method(folder, config, row)
@@ -168,7 +168,7 @@ def _entry(
   )
 
 
-def _check_method(folder: str, config: Mapping[str, Any], row: Row) -> None:
+def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
   """Raises ValueError where rows are of a run that was there before."""
   if row.method == BASE:
     return

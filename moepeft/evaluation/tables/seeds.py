@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.evaluation.results import Row
+from moepeft.evaluation.results import Result
 from moepeft.evaluation.tables.run_results import Entry
 
 # Two evaluations of one base on other machines round otherwise.
@@ -101,17 +101,17 @@ def _merged(one: Entry, other: Entry) -> Entry:
     if not _same(rows.setdefault(_what(row), row), row):
       raise ValueError(
         f'{one.folder!r} and {other.folder!r} contradict each other in '
-        f'{row.measure} of {row.task!r}, prompt {row.prompt!r}, of the base '
+        f'{row.metric} of {row.task!r}, prompt {row.prompt!r}, of the base '
         f'{row.base}; evaluate the base again, or leave one out'
       )
   return dataclasses.replace(one, rows=tuple(rows.values()))
 
 
-def _what(row: Row) -> tuple:
-  return row.data, row.task, row.prompt, row.measure
+def _what(row: Result) -> tuple:
+  return row.data, row.task, row.prompt, row.metric
 
 
-def _same(one: Row, other: Row) -> bool:
+def _same(one: Result, other: Result) -> bool:
   if one.idx != other.idx or (one.each is None) != (other.each is None):
     return False
   if one.each is None:

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepeft.evaluation import paper_measure
-from moepeft.evaluation.results import MEASURES, Row
+from moepeft.evaluation import paper_metric
+from moepeft.evaluation.results import (
+  LOSS,
+  Result,
+  metric_info,
+  metric_names,
+)
 
 _HEAD = (
   'task',
@@ -18,15 +23,12 @@ _HEAD = (
   'prompts',
   'examples',
 )
-# (unit, factor, digits) of a measure; of the others, per cent.
-_UNITS = {'loss': ('nats a token', 1, 4), 'bleu': ('0 to 100', 1, 1)}
-_PERCENT = ('%', 100, 1)
 # Prompts of the embedded tasks: wordings of training, and others.
 _WORDINGS = ('seen', 'held_out')
 
 
-def table(rows: Sequence[Row]) -> str:
-  """The scores of each measure, with their intervals, and what they are of.
+def table(rows: Sequence[Result]) -> str:
+  """The scores of each metric, with their intervals, and what they are of.
 
   'over prompts' is from the least to the greatest figure of a task's prompts.
 
@@ -34,16 +36,16 @@ def table(rows: Sequence[Row]) -> str:
     ValueError: a prompt occurs twice.
   """
   blocks = []
-  for name in MEASURES:
-    unit = _UNITS.get(name, _PERCENT)[0]
-    found = _by_wordings([row for row in rows if row.measure == name])
-    for which, own in found.items():
-      lines = columns(_lines(name, own))
-      blocks.append(f'{name} ({unit}){which}\n{lines}')
+  for name in metric_names():
+    unit = metric_info(name).unit
+    by_split = _by_wordings([row for row in rows if row.metric == name])
+    for suffix, split_rows in by_split.items():
+      lines = aligned(_lines(name, split_rows))
+      blocks.append(f'{name} ({unit}){suffix}\n{lines}')
   return '\n\n'.join(blocks)
 
 
-def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_wordings(rows: Sequence[Result]) -> dict[str, list[Result]]:
   """Rows of the embedded tasks by wording: a median over both is of neither."""
   names = {row.prompt for row in rows}
   if names != set(_WORDINGS):
@@ -54,15 +56,15 @@ def _by_wordings(rows: Sequence[Row]) -> dict[str, list[Row]]:
   }
 
 
-def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
+def _lines(name: str, rows: Sequence[Result]) -> list[Sequence[str]]:
   lines = [_HEAD]
-  for task, score in paper_measure.scores(rows, name).items():
-    own = rows
-    if task != paper_measure.AVERAGE:
-      members = paper_measure.ROUNDS if task == 'anli' else (task,)
-      own = [row for row in rows if row.task in members]
-    lines.append(_line(name, task, score, own))
-  unused = {'perplexity'} if name != 'loss' else set()
+  for task, score in paper_metric.scores(rows, name).items():
+    of_task = rows
+    if task != paper_metric.AVERAGE:
+      members = paper_metric.ROUNDS if task == 'anli' else (task,)
+      of_task = [row for row in rows if row.task in members]
+    lines.append(_line(name, task, score, of_task))
+  unused = {'perplexity'} if name != LOSS else set()
   # The first is of several prompts only, the second of accuracy.
   for key in ('over prompts', 'majority'):
     place = _HEAD.index(key)
@@ -73,19 +75,19 @@ def _lines(name: str, rows: Sequence[Row]) -> list[Sequence[str]]:
 
 
 def _line(
-  name: str, task: str, score: paper_measure.Score, rows: Sequence[Row]
+  name: str, task: str, score: paper_metric.Score, rows: Sequence[Result]
 ) -> Sequence[str]:
   """Cells of all of `_HEAD`."""
-  _, factor, digits = _UNITS.get(name, _PERCENT)
+  info = metric_info(name)
 
   def shown(value: float | None) -> str:
-    return '-' if value is None else f'{factor * value:.{digits}f}'
+    return '-' if value is None else f'{info.factor * value:.{info.decimals}f}'
 
   def span(low: float | None, high: float | None) -> str:
     return '-' if low is None else f'{shown(low)} to {shown(high)}'
 
   values = [row.value for row in rows]
-  single = task == paper_measure.AVERAGE or len(values) < 2
+  single = task == paper_metric.AVERAGE or len(values) < 2
   return (
     task,
     shown(score.value),
@@ -98,12 +100,12 @@ def _line(
   )
 
 
-def _examples(rows: Sequence[Row]) -> int:
+def _examples(rows: Sequence[Result]) -> int:
   """Different ones, whatever their prompts."""
   return len({(row.task, i) for row in rows for i in row.idx})
 
 
-def columns(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
   """Lines of cells as text, each column as wide as its widest cell."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return '\n'.join(

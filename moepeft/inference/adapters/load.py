@@ -16,13 +16,13 @@ from moepeft.core import files
 from moepeft.core.types import Tree
 from moepeft.inference.adapters.buckets import Bucket, bucket_of
 from moepeft.models import weight_mapping
-from moepeft.nn.initializers import Label, described
+from moepeft.nn.initializers import ParamMetadata, param_metadata
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
 from moepeft.peft.methods.prompt_tuning import placeholders
 
 # {path in a 'peft' tree: its shape, and what it says of itself}.
-Layout = Mapping[str, tuple[tuple[int, ...], Label]]
+Layout = Mapping[str, tuple[tuple[int, ...], ParamMetadata]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
     )
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
-  before = placeholders(built.advice, base.config.vocab)
+  before = placeholders(built.adapter_map, base.config.vocab)
   return TrainedAdapter(built, form, arrays, sha256, path, before)
 
 
@@ -106,7 +106,7 @@ class _Stored:
 @functools.lru_cache(maxsize=64)
 def arrays_of(model: nn.Module) -> Layout:
   """The arrays in 'peft' of a model; traced once for a method."""
-  return described(model, base_lib.example_batch())
+  return param_metadata(model, base_lib.example_batch())
 
 
 def _stored(path: str, base: Base) -> _Stored:
@@ -139,7 +139,7 @@ def _check_base(found: _Stored, path: str, base: Base) -> None:
 def _check_arrays(
   arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
 ) -> None:
-  wanted = arrays_of(base.family.MODULE(base.config, built.advice))
+  wanted = arrays_of(base.family.MODULE(base.config, built.adapter_map))
   weight_mapping.check(
     {name: shape for name, (shape, _) in wanted.items()},
     {name: a.shape for name, a in arrays.items()},

@@ -70,7 +70,7 @@ class AdapterPool:
 
   Attributes:
     forms: one a bank, in the order of the slots of a row.
-    advice: for the model: all forms, nested.
+    adapter_map: for the model: all forms, nested.
   """
 
   row_tree = staticmethod(stacking.row_tree)
@@ -128,7 +128,8 @@ class AdapterPool:
   def add_form(self, text: str, semantics: str = 'official') -> None:
     """Makes the banks anew with room for another method's adapters.
 
-    `advice` changes, so programs compiled before do not fit: before a start.
+    `adapter_map` changes, so programs compiled before do not fit: call it
+    before the start.
 
     Raises:
       ValueError: the method cannot be served, or requests are under way.
@@ -244,8 +245,8 @@ class AdapterPool:
   def _make(self) -> None:
     """Forms, and banks that hold the identity in every slot."""
     self.forms = buckets.merge_buckets(self._wanted, self._sites)
-    self.advice = buckets.adapter_map_of(self.forms, self._sites)
-    self._layouts = pad.bucket_layouts(self.forms, self.advice, self._base)
+    self.adapter_map = buckets.adapter_map_of(self.forms, self._sites)
+    self._layouts = pad.bucket_layouts(self.forms, self.adapter_map, self._base)
     self._slots_each = self._count()
     self._slots = {name: LruSlots(self._slots_each) for name in self._layouts}
     self._tree = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from moepeft.core.types import Array, Tree
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 
 
 class Held(Protocol):
@@ -33,13 +33,13 @@ class Banks(Protocol):
   """Adapters of several forms, those of a form stacked, z on axis 0.
 
   Attributes:
-    advice: of the model that computes with them.
+    adapter_map: of the model that computes with them.
     tree: {form: 'peft' of all of its adapters}; the shapes never change.
     bytes: of the tree.
   """
 
   @property
-  def advice(self) -> Advice: ...
+  def adapter_map(self) -> AdapterMap: ...
 
   @property
   def tree(self) -> Tree: ...
@@ -92,7 +92,7 @@ class _Base:
 class NoBanks:
   """The base alone."""
 
-  advice = Advice()
+  adapter_map = AdapterMap()
   tree: Tree = {}
   bytes = 0
 

@@ -17,7 +17,7 @@ from moepeft.core.types import Array, Tree
 
 
 def row_tree(tree: Tree, slots: Array, layer: Array | None = None) -> Tree:
-  """The 'peft' tree of one row, for a model with `Banks.advice`.
+  """The 'peft' tree of one row, for a model with `Banks.adapter_map`.
 
   Pure: under `vmap` over `slots`, a batched gather.
 

@@ -56,7 +56,7 @@ def fill(model: ServedModel, t: int, room: int) -> LayeredMethod:
       positions=(place + jnp.arange(t))[None],
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     return ids[None], ctx
 
@@ -81,7 +81,7 @@ def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
       positions=place[None, None],
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     return token[None, None], ctx
 

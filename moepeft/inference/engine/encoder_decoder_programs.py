@@ -38,7 +38,7 @@ def plan(
 
 def _source(length: Array, room: int, stack=None) -> Context:
   mask = (jnp.arange(room) < length)[None]
-  return Context(token_mask=mask, stack=stack)
+  return Context(token_mask=mask, run_layers=stack)
 
 
 def encode(model: ServedModel, s: int, room: int) -> LayeredMethod:
@@ -64,7 +64,7 @@ def attach(model: ServedModel, room: int) -> LayeredMethod:
       index=jnp.int32(0),
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     ids = jnp.full((1, 1), PAD, jnp.int32)
     return ids, ctx, states[None], _source(length, room)
@@ -90,7 +90,7 @@ def step(model: ServedModel, n: int, room: int) -> LayeredMethod:
       index=place,
       decode=True,
       cache_length=room,
-      stack=stack,
+      run_layers=stack,
     )
     # Its keys and values are in the cache: it is not read.
     module = model.module

@@ -76,7 +76,7 @@ class Engine:
   ):
     """
     Args:
-      model: the base's; the advice of the banks is put to it.
+      model: the base's; the pool's adapter map replaces its own.
       params: its weights.
     """
     self._model, self._params = model, params

@@ -27,7 +27,7 @@ class ModelRunner:
   def __init__(
     self, model: Any, params: Tree, banks: Banks, settings: EngineConfig
   ):
-    self.model = model.clone(advice=banks.advice)
+    self.model = model.clone(adapter_map=banks.adapter_map)
     self.settings, self.banks = settings, banks
     together = settings.together
     if together is None:

@@ -56,7 +56,7 @@ class ServedModel:
   """What every method is of.
 
   Attributes:
-    module: with the banks' advice.
+    module: with the pool's adapter map.
     row_tree: of the banks.
     routing: whether experts are told, else {}.
   """

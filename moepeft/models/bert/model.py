@@ -16,12 +16,12 @@ from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
 from moepeft.models.decoder.hf_config import released
 from moepeft.models.sites import ATTENTION, context, feed_forward
-from moepeft.nn.adapter_hook import Advice, Around
-from moepeft.nn.attention import Attention, check_form, visible
+from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
+from moepeft.nn.attention import Attention, attention_mask, check_implementation
 from moepeft.nn.linear import Embedding, Head, Linear
 from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm
-from moepeft.nn.scan_layers import stack
+from moepeft.nn.scan_layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Block(nn.Module):
   """One layer: self-attention and a feed-forward, a norm after each sum."""
 
   config: BertConfig
-  advice: Advice
+  adapter_map: AdapterMap
   dtype: Any
   param_dtype: Any
   attention: str
@@ -134,12 +134,12 @@ class Block(nn.Module):
       c.heads,
       c.head_dim,
       'encoder/self',
-      self.advice,
+      self.adapter_map,
       scale=c.head_dim**-0.5,
       dropout=c.dropout,
       norm_form=c.norm_form,
       bias=True,
-      form=self.attention,
+      implementation=self.attention,
       name='self',
       **typed,
     )
@@ -151,7 +151,7 @@ class Block(nn.Module):
       False,
       c.activation,
       'encoder/mlp',
-      self.advice,
+      self.adapter_map,
       norm_form=c.norm_form,
       bias=True,
       name='mlp',
@@ -161,7 +161,9 @@ class Block(nn.Module):
 
   def _summed(self, name, module, run, x, ctx):
     """norm(x + dropout(sublayer(x))), the sublayer a site of its own."""
-    around = Around(f'encoder/{name}', self.advice, name=f'around_{name}')
+    around = SublayerHook(
+      f'encoder/{name}', self.adapter_map, name=f'around_{name}'
+    )
     y = around(module, run, x, ctx)
     drop = nn.Dropout(self.config.dropout)
     return module.norm(x + drop(y, deterministic=not ctx.train), ctx)
@@ -171,7 +173,7 @@ class Stack(nn.Module):
   """All layers, from normed embeddings to states."""
 
   config: BertConfig
-  advice: Advice
+  adapter_map: AdapterMap
   scan: bool
   remat: str
   unroll: int
@@ -183,19 +185,19 @@ class Stack(nn.Module):
   def __call__(self, x: Array, ctx: Context) -> Array:
     block = Block(
       self.config,
-      self.advice,
+      self.adapter_map,
       self.dtype,
       self.param_dtype,
       self.attention,
       parent=None,
     )
     real, segments = ctx.token_mask, ctx.segment_ids
-    return stack(
+    return scan_layers(
       block,
       self.config.layers,
       x,
       ctx,
-      visible(real, real, segments, segments),
+      attention_mask(real, real, segments, segments),
       scan=self.scan,
       remat=self.remat,
       unroll=self.unroll,
@@ -224,7 +226,7 @@ class Bert(nn.Module):
   """
 
   config: BertConfig
-  advice: Advice = Advice()
+  adapter_map: AdapterMap = AdapterMap()
   scan: bool = True
   remat: str = 'none'
   unroll: int = 1
@@ -234,24 +236,24 @@ class Bert(nn.Module):
 
   def setup(self):
     c = self.config
-    check_form(self.attention)
+    check_implementation(self.attention)
     if self.attention == 'chunked':
       raise ValueError(
         "config.model.attention is 'chunked', which BERT has not: its tokens "
         "see all others; take 'naive' or 'fused'"
       )
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    self.embed = self._table(c.vocab, 'embed', 'v', self.advice)
+    self.embed = self._table(c.vocab, 'embed', 'v', self.adapter_map)
     # Not the site 'embed': that is the tokens'.
-    self.positions = self._table(c.length, 'positions', 'p', Advice())
-    self.types = self._table(c.types, 'types', 'y', Advice())
+    self.positions = self._table(c.length, 'positions', 'p', AdapterMap())
+    self.types = self._table(c.types, 'types', 'y', AdapterMap())
     self.embed_norm = c.norm_form.at(
-      'embed_norm', self.advice, self.param_dtype
+      'embed_norm', self.adapter_map, self.param_dtype
     )
     self.drop = nn.Dropout(c.dropout)
     self.encoder = Stack(
       c,
-      self.advice,
+      self.adapter_map,
       self.scan,
       self.remat,
       self.unroll,
@@ -264,15 +266,15 @@ class Bert(nn.Module):
     if c.masked:
       self.transform = self._square('transform')
       self.transform_norm = c.norm_form.at(
-        'transform_norm', self.advice, self.param_dtype
+        'transform_norm', self.adapter_map, self.param_dtype
       )
-      self.head = Head(c.d_model, c.vocab, self.advice, bias=True, **typed)
+      self.head = Head(c.d_model, c.vocab, self.adapter_map, bias=True, **typed)
 
-  def _table(self, size, site, letter, advice) -> Embedding:
+  def _table(self, size, site, letter, adapter_map) -> Embedding:
     return Embedding(
       size,
       self.config.d_model,
-      advice,
+      adapter_map,
       site=site,
       letter=letter,
       dtype=self.dtype,
@@ -287,7 +289,7 @@ class Bert(nn.Module):
       'btd,dc->btc',
       (d, d),
       site,
-      self.advice,
+      self.adapter_map,
       stddev=d**-0.5,
       dtype=self.dtype,
       param_dtype=self.param_dtype,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.nn.attention import visible
-from moepeft.nn.attention_mask import NO_WINDOW, Past, Sight
+from moepeft.nn.attention import attention_mask
+from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask, CausalMask
 
 
 def masks(window: int, ctx: Context) -> tuple[Array, Array | None]:
@@ -21,13 +21,13 @@ def masks(window: int, ctx: Context) -> tuple[Array, Array | None]:
     near = seen & (keys > at - window)
     return seen[:, None], near[:, None] if window else None
   real, segments = ctx.token_mask, ctx.segment_ids
-  see = lambda window: visible(  # noqa: E731
+  see = lambda window: attention_mask(  # noqa: E731
     real, real, segments, segments, causal=True, window=window
   )
   return see(0), see(window) if window else None
 
 
-def sight(slopes: Sequence[float] | None, ctx: Context) -> Sight:
+def segment_mask(slopes: Sequence[float] | None, ctx: Context) -> AttentionMask:
   """What `masks` say of layers without a window, in a few numbers a token.
 
   Args:
@@ -49,10 +49,12 @@ def sight(slopes: Sequence[float] | None, ctx: Context) -> Sight:
       query_segments = jnp.zeros(shape, jnp.int32)
     key_segments = jnp.where(ctx.token_mask, query_segments, -1)
   whole = jnp.int32(NO_WINDOW)
-  return Sight(query, keys, query_segments, key_segments, whole, slopes)
+  return AttentionMask(query, keys, query_segments, key_segments, whole, slopes)
 
 
-def past(window: int, windowed: Sequence[bool], ctx: Context) -> Past | None:
+def row_causal_mask(
+  window: int, windowed: Sequence[bool], ctx: Context
+) -> CausalMask | None:
   """What `masks` say, in a row's length; None where that is not enough.
 
   It is not in decoding, in packed rows, and where layers differ.
@@ -63,4 +65,4 @@ def past(window: int, windowed: Sequence[bool], ctx: Context) -> Past | None:
   mixed = window and len(set(windowed)) > 1
   if ctx.decode or ctx.segment_ids is not None or mixed:
     return None
-  return Past(ctx.token_mask, window if all(windowed) else 0)
+  return CausalMask(ctx.token_mask, window if all(windowed) else 0)

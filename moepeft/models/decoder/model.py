@@ -12,16 +12,16 @@ import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.masks import masks, past, sight
+from moepeft.models.decoder.masks import masks, row_causal_mask, segment_mask
 from moepeft.models.sites import ATTENTION, context, feed_forward
-from moepeft.nn.adapter_hook import Advice, Around
-from moepeft.nn.attention import check_form
-from moepeft.nn.attention_mask import NO_WINDOW, Sight
+from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
+from moepeft.nn.attention import check_implementation
+from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask
 from moepeft.nn.causal_attention import CausalAttention
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
-from moepeft.nn.scan_layers import stack
+from moepeft.nn.scan_layers import scan_layers
 
 
 def sites(config: DecoderConfig) -> dict[str, str]:
@@ -42,28 +42,28 @@ class Block(nn.Module):
   """One layer: self-attention and a feed-forward, each added to its input."""
 
   config: DecoderConfig
-  advice: Advice
+  adapter_map: AdapterMap
   dtype: Any
   param_dtype: Any
   attention: str
 
   @nn.compact
-  def __call__(self, x, ctx, bias, mask, window_mask, sight):
+  def __call__(self, x, ctx, bias, mask, window_mask, structured_mask):
     c = self.config
     # All layers are one program: which of them are windowed is data.
     windowed = jnp.array(c.windowed or (True,) * c.layers)
     if window_mask is not None:
       mask = jnp.where(windowed[ctx.layer], window_mask, mask)
-    if isinstance(sight, Sight) and c.window:
+    if isinstance(structured_mask, AttentionMask) and c.window:
       window = jnp.where(windowed[ctx.layer], c.window, NO_WINDOW)
-      sight = sight.replace(window=window)
+      structured_mask = structured_mask.replace(window=window)
     attention = CausalAttention(
       c.d_model,
       c.heads,
       c.kv_heads,
       c.head_dim,
       'decoder/self',
-      self.advice,
+      self.adapter_map,
       c.rope if c.positions == 'rope' else None,
       c.scale or c.head_dim**-0.5,
       cap=c.attention_cap,
@@ -74,10 +74,10 @@ class Block(nn.Module):
       norm_form=c.norm_form,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
-      form=self.attention,
+      implementation=self.attention,
       name='self',
     )
-    run = lambda attention, y: attention(y, ctx, bias, mask, sight)  # noqa: E731
+    run = lambda attention, y: attention(y, ctx, bias, mask, structured_mask)  # noqa: E731
     x = self._residual('self', attention, run, x, ctx)
     mlp = Mlp(
       c.d_model,
@@ -85,7 +85,7 @@ class Block(nn.Module):
       c.gated,
       c.activation,
       'decoder/mlp',
-      self.advice,
+      self.adapter_map,
       dropout=c.dropout,
       norm_form=c.norm_form,
       bias=c.mlp_bias,
@@ -98,12 +98,14 @@ class Block(nn.Module):
   def _residual(self, name, module, run, x, ctx):
     """x + dropout(norm?(sublayer(norm(x)))), the sublayer a site of its own."""
     c = self.config
-    around = Around(f'decoder/{name}', self.advice, name=f'around_{name}')
+    around = SublayerHook(
+      f'decoder/{name}', self.adapter_map, name=f'around_{name}'
+    )
     y = around(module, run, module.norm(x, ctx), ctx)
     if c.post_norms:
       name = f'{name}_post_norm'
       site = f'decoder/{name}'
-      y = c.norm_form.at(site, self.advice, self.param_dtype, name)(y, ctx)
+      y = c.norm_form.at(site, self.adapter_map, self.param_dtype, name)(y, ctx)
     drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
     return x + drop(y, deterministic=not ctx.train)
 
@@ -112,7 +114,7 @@ class Stack(nn.Module):
   """All layers and the last norm, from embedded tokens to states."""
 
   config: DecoderConfig
-  advice: Advice
+  adapter_map: AdapterMap
   scan: bool
   remat: str
   unroll: int
@@ -123,28 +125,28 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
     c = self.config
-    mask = window_mask = bias = seen = None
+    mask = window_mask = bias = structured_mask = None
     slopes = alibi_slopes(c.heads) if c.positions == 'alibi' else None
     if self.attention == 'chunked':
-      seen = sight(slopes, ctx)
+      structured_mask = segment_mask(slopes, ctx)
     elif self.attention == 'fused' and slopes is None:
-      seen = past(c.window, c.windowed, ctx)
-    if seen is None:
+      structured_mask = row_causal_mask(c.window, c.windowed, ctx)
+    if structured_mask is None:
       mask, window_mask = masks(c.window, ctx)
-    if slopes and seen is None:
+    if slopes and structured_mask is None:
       cached = jnp.arange(ctx.cache_length)
       keys = cached if ctx.decode else ctx.positions
       bias = alibi(c.heads, ctx.positions, keys)
     block = Block(
       c,
-      self.advice,
+      self.adapter_map,
       self.dtype,
       self.param_dtype,
       self.attention,
       parent=None,
     )
     drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
-    x = stack(
+    x = scan_layers(
       block,
       c.layers,
       drop(x, deterministic=not ctx.train),
@@ -152,13 +154,13 @@ class Stack(nn.Module):
       bias,
       mask,
       window_mask,
-      seen,
+      structured_mask,
       scan=self.scan,
       remat=self.remat,
       unroll=self.unroll,
     )
     norm = c.norm_form.at(
-      'decoder/norm', self.advice, self.param_dtype, name='norm'
+      'decoder/norm', self.adapter_map, self.param_dtype, name='norm'
     )
     return norm(x, ctx)
 
@@ -167,11 +169,11 @@ class Decoder(nn.Module):
   """Decoder-only; `__call__` is training's, `extend` is for decoding.
 
   Attributes: as of `models.t5.T5`.
-    attention: of `nn.attention.FORMS`.
+    attention: of `nn.attention.IMPLEMENTATIONS`.
   """
 
   config: DecoderConfig
-  advice: Advice = Advice()
+  adapter_map: AdapterMap = AdapterMap()
   scan: bool = True
   remat: str = 'none'
   unroll: int = 1
@@ -181,18 +183,18 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    check_form(self.attention)
+    check_implementation(self.attention)
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     small = 0.02
     self.embed = Embedding(
-      c.vocab, c.d_model, self.advice, stddev=small, **typed
+      c.vocab, c.d_model, self.adapter_map, stddev=small, **typed
     )
     if c.positions == 'learned':
       # Not the site 'embed': that is the tokens'.
       self.positions = Embedding(
         c.length,
         c.d_model,
-        Advice(),
+        AdapterMap(),
         site='positions',
         letter='p',
         stddev=small,
@@ -200,7 +202,7 @@ class Decoder(nn.Module):
       )
     self.decoder = Stack(
       c,
-      self.advice,
+      self.adapter_map,
       self.scan,
       self.remat,
       self.unroll,
@@ -208,7 +210,9 @@ class Decoder(nn.Module):
       self.param_dtype,
       self.attention,
     )
-    self.head = Head(c.d_model, c.vocab, self.advice, c.logits_cap, **typed)
+    self.head = Head(
+      c.d_model, c.vocab, self.adapter_map, c.logits_cap, **typed
+    )
 
   def __call__(self, batch: Batch, train: bool = False) -> Array:
     """Logits float32 [b, t, v] of a batch: of what follows each token.

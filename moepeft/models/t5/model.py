@@ -17,13 +17,13 @@ from moepeft.core.ranges import suggestion
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
 from moepeft.models.sites import ATTENTION, context, feed_forward
-from moepeft.nn.adapter_hook import Advice, Around
-from moepeft.nn.attention import Attention, check_form, visible
+from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
+from moepeft.nn.attention import Attention, attention_mask, check_implementation
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.positions import RelativeBias
-from moepeft.nn.scan_layers import stack
+from moepeft.nn.scan_layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Block(nn.Module):
 
   config: T5Config
   side: str
-  advice: Advice
+  adapter_map: AdapterMap
   dtype: Any
   param_dtype: Any
   attention: str
@@ -186,7 +186,7 @@ class Block(nn.Module):
       c.gated,
       c.activation,
       f'{self.side}/mlp',
-      self.advice,
+      self.adapter_map,
       dropout=c.dropout,
       norm_form=NormForm(c.eps),
       dtype=self.dtype,
@@ -202,13 +202,13 @@ class Block(nn.Module):
       c.heads,
       c.head_dim,
       f'{self.side}/{name}',
-      self.advice,
+      self.adapter_map,
       dropout=c.dropout,
       norm_form=NormForm(c.eps),
       q_stddev=(c.d_model * c.head_dim) ** -0.5,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
-      form=self.attention,
+      implementation=self.attention,
       name=name,
     )
     run = lambda attention, y: attention(y, ctx, *args)  # noqa: E731
@@ -216,7 +216,9 @@ class Block(nn.Module):
 
   def _residual(self, name, module, run, x, ctx):
     """x + dropout(sublayer(norm(x))), the sublayer a site of its own."""
-    around = Around(f'{self.side}/{name}', self.advice, name=f'around_{name}')
+    around = SublayerHook(
+      f'{self.side}/{name}', self.adapter_map, name=f'around_{name}'
+    )
     y = around(module, run, module.norm(x, ctx), ctx)
     drop = nn.Dropout(self.config.dropout, broadcast_dims=(1,))
     return x + drop(y, deterministic=not ctx.train)
@@ -227,7 +229,7 @@ class Stack(nn.Module):
 
   config: T5Config
   side: str
-  advice: Advice
+  adapter_map: AdapterMap
   scan: bool
   remat: str
   unroll: int
@@ -256,14 +258,14 @@ class Stack(nn.Module):
     block = Block(
       c,
       self.side,
-      self.advice,
+      self.adapter_map,
       self.dtype,
       self.param_dtype,
       self.attention,
       parent=None,
     )
     layers = {'encoder': c.encoder_layers, 'decoder': c.decoder_layers}
-    x = stack(
+    x = scan_layers(
       block,
       layers[self.side],
       drop(x, deterministic=not ctx.train),
@@ -278,7 +280,11 @@ class Stack(nn.Module):
       unroll=self.unroll,
     )
     norm = RMSNorm(
-      f'{self.side}/norm', self.advice, c.eps, self.param_dtype, name='norm'
+      f'{self.side}/norm',
+      self.adapter_map,
+      c.eps,
+      self.param_dtype,
+      name='norm',
     )
     return drop(norm(x, ctx), deterministic=not ctx.train)
 
@@ -287,17 +293,17 @@ class T5(nn.Module):
   """Encoder-decoder; `__call__` is training's, the rest is for decoding.
 
   Attributes:
-    advice: what acts at its sites; see `moepeft.peft.build`.
+    adapter_map: the adapters of its sites; see `moepeft.peft.build`.
     scan: layers in one scanned body (True) or written out one by one.
     remat: 'none', 'dots' or 'full'.
     unroll: layers in one step of the scan.
     dtype: of activations; logits are float32.
     param_dtype: of weights at initialisation.
-    attention: of `nn.attention.FORMS`, but for 'chunked'.
+    attention: of `nn.attention.IMPLEMENTATIONS`, but for 'chunked'.
   """
 
   config: T5Config
-  advice: Advice = Advice()
+  adapter_map: AdapterMap = AdapterMap()
   scan: bool = True
   remat: str = 'none'
   unroll: int = 1
@@ -307,7 +313,7 @@ class T5(nn.Module):
 
   def setup(self):
     c = self.config
-    check_form(self.attention)
+    check_implementation(self.attention)
     if self.attention == 'chunked':
       raise ValueError(
         "config.model.attention is 'chunked', which T5 has not: its relative "
@@ -316,12 +322,12 @@ class T5(nn.Module):
     self.embed = Embedding(
       c.vocab,
       c.d_model,
-      self.advice,
+      self.adapter_map,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
     shared = (
-      self.advice,
+      self.adapter_map,
       self.scan,
       self.remat,
       self.unroll,
@@ -334,7 +340,7 @@ class T5(nn.Module):
     self.head = Head(
       c.d_model,
       c.vocab,
-      self.advice,
+      self.adapter_map,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
@@ -358,7 +364,7 @@ class T5(nn.Module):
     x = self.embed(inputs, ctx)
     segments = ctx.segment_ids
     real = ctx.token_mask
-    return self.encoder(x, ctx, visible(real, real, segments, segments))
+    return self.encoder(x, ctx, attention_mask(real, real, segments, segments))
 
   def decode(
     self, ids: Array, ctx: Context, encoded: Array, source_ctx: Context
@@ -367,14 +373,14 @@ class T5(nn.Module):
     real, source = ctx.token_mask, source_ctx.token_mask
     segments, of_source = ctx.segment_ids, source_ctx.segment_ids
     # Segments of one whole input see all of it.
-    see = visible(
+    see = attention_mask(
       real, source, None if of_source is None else segments, of_source
     )
     if ctx.decode:
       past = jnp.arange(ctx.cache_length) <= ctx.index
       mask = past[None, None, None, :]
     else:
-      mask = visible(real, real, segments, segments, causal=True)
+      mask = attention_mask(real, real, segments, segments, causal=True)
     x = self.embed(ids, ctx)
     x = self.decoder(x, ctx, mask, encoded, source_ctx, see)
     if self.config.scale_head:

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Frozen, contraction
-from moepeft.nn.initializers import Fill, peft_param
-from moepeft.nn.numerics import wide
+from moepeft.nn.adapter_hook import BaseLayer, contraction
+from moepeft.nn.initializers import Constant, peft_param
+from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 
-ONES = Fill(1)
+ONES = Constant(1)
 
 
 class Ia3(nn.Module):
@@ -26,12 +26,12 @@ class Ia3(nn.Module):
   on: str = option('output', Choices(('output', 'input')))
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if self.on == 'input':
-      scale = peft_param(self, 'scale', ONES, x.shape[2:], f.inside)
+      scale = peft_param(self, 'scale', ONES, x.shape[2:], f.input_axes)
       return f(x * scale.astype(x.dtype))
     y = f(x)
-    scale = peft_param(self, 'scale', ONES, y.shape[2:], f.outside)
+    scale = peft_param(self, 'scale', ONES, y.shape[2:], f.output_axes)
     return y * scale.astype(y.dtype)
 
 
@@ -42,7 +42,7 @@ def merge(variables, kernel: Array, *, adapter: Ia3, eqn: str) -> Array:
   side = outer if adapter.on == 'output' else inner
   return jnp.einsum(
     f'{letters},{side}->{letters}',
-    wide(kernel),
+    to_f32(kernel),
     variables['scale'],
   )
 
@@ -51,7 +51,7 @@ def merge_bias(variables, bias: Array, *, adapter: Ia3) -> Array:
   """Outputs are scaled with their bias; scaled inputs leave it alone."""
   if adapter.on == 'input':
     return bias
-  return wide(bias) * variables['scale']
+  return to_f32(bias) * variables['scale']
 
 
 _ROLES = ('key', 'value', 'act')
@@ -61,4 +61,5 @@ METHOD = Method(
   roles={'official': _ROLES, 'paper': _ROLES},
   merge=merge,
   merge_bias=merge_bias,
+  exact_identity=True,
 )

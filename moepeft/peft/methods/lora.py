@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import (
-  Frozen,
+  BaseLayer,
   contraction,
   flatten_features,
   kernel_letters,
   sizes,
 )
-from moepeft.nn.initializers import Fill, Normal, peft_param
-from moepeft.nn.low_rank_matmul import thin_product
-from moepeft.nn.numerics import wide
+from moepeft.nn.initializers import Constant, Normal, peft_param
+from moepeft.nn.low_rank_matmul import low_rank_matmul
+from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 
 INIT_A = Normal(0.02)
-INIT_B = Fill(0)
+INIT_B = Constant(0)
 RANK = Range(1, 65_536)
 ALPHA = Range(0, 1_000_000)
 DROPOUT = Range(0, 1, below=True)
@@ -30,7 +30,7 @@ def down(x: Array, a: Array) -> Array:
   rank = a.shape[x.ndim - 2 :]
   x = flatten_features(x)
   flat = a.astype(x.dtype).reshape(x.shape[-1], -1)
-  return thin_product(x, flat).reshape(*x.shape[:2], *rank)
+  return low_rank_matmul(x, flat).reshape(*x.shape[:2], *rank)
 
 
 def up(z: Array, b: Array) -> Array:
@@ -38,10 +38,10 @@ def up(z: Array, b: Array) -> Array:
   out = b.shape[z.ndim - 2 :]
   z = flatten_features(z)
   flat = b.astype(z.dtype).reshape(z.shape[-1], -1)
-  return thin_product(z, flat).reshape(*z.shape[:2], *out)
+  return low_rank_matmul(z, flat).reshape(*z.shape[:2], *out)
 
 
-def shapes(f: Frozen, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(f: BaseLayer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The input's and the output's feature shapes at a projection.
 
   Raises:
@@ -73,21 +73,23 @@ class Lora(nn.Module):
   rank: int = option(4, RANK)
   alpha: float = option(16.0, ALPHA)
   rslora: bool = False
-  dropout: float = option(0.0, DROPOUT)
+  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if jnp.issubdtype(x.dtype, jnp.integer):
       return self._of_table(f, x)
     inside, outside = shapes(f, 'lora')
-    a = peft_param(self, 'a', INIT_A, (*inside, self.rank), f'{f.inside}r')
-    b = peft_param(self, 'b', INIT_B, (self.rank, *outside), f'r{f.outside}')
+    a = peft_param(self, 'a', INIT_A, (*inside, self.rank), f'{f.input_axes}r')
+    b = peft_param(
+      self, 'b', INIT_B, (self.rank, *outside), f'r{f.output_axes}'
+    )
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
     return y + up(down(x, a) * self.scale, b)
 
-  def _of_table(self, f: Frozen, ids: Array) -> Array:
+  def _of_table(self, f: BaseLayer, ids: Array) -> Array:
     """At an embedding: y = table[ids] + alpha / r A[ids] B, a [v, r]."""
     vocab, width = f.shape
     a = peft_param(self, 'a', INIT_A, (vocab, self.rank), 'vr')
@@ -104,7 +106,7 @@ class Lora(nn.Module):
 def merge(variables, kernel: Array, *, adapter: Lora, eqn: str) -> Array:
   """The kernel with the term added: W + scale A B, in float32."""
   term = product(variables['a'], variables['b'], eqn)
-  return wide(kernel) + adapter.scale * term
+  return to_f32(kernel) + adapter.scale * term
 
 
 def product(a: Array, b: Array, eqn: str) -> Array:
@@ -120,4 +122,6 @@ METHOD = Method(
   # The released code leaves wi_1 alone.
   roles={'official': _PROJECTIONS, 'paper': (*_PROJECTIONS, 'up')},
   merge=merge,
+  size_option='rank',
+  exact_identity=True,
 )

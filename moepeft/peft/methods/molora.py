@@ -8,7 +8,7 @@ from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
-from moepeft.nn.adapter_hook import Frozen, flatten_features
+from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
@@ -32,16 +32,20 @@ class MoLora(nn.Module):
   experts: int = option(10, EXPERTS)
   rank: int = option(4, lora.RANK)
   alpha: float = option(16.0, lora.ALPHA)
-  dropout: float = option(0.0, lora.DROPOUT)
+  dropout: float = option(0.0, lora.DROPOUT, training_only=True)
   router: nn.Module = Softmax(10)
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'molora')
     ranks = (self.experts, self.rank)
-    a = peft_param(self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.inside}er')
-    b = peft_param(self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.outside}')
-    p = route(self, self.router, flatten_features(x), ctx).weights
+    a = peft_param(
+      self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.input_axes}er'
+    )
+    b = peft_param(
+      self, 'b', lora.INIT_B, (*ranks, *outside), f'er{f.output_axes}'
+    )
+    p = route(self, self.router, flatten_features(x), ctx).combine_weights
     y = f(x)
     drop = nn.Dropout(self.dropout)
     x = drop(x, deterministic=not ctx.train).astype(y.dtype)
@@ -54,4 +58,6 @@ METHOD = Method(
   module=MoLora,
   roles=lora.METHOD.roles,
   why_not='its experts are weighted anew for every token',
+  size_option='rank',
+  exact_identity=True,
 )

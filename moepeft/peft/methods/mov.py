@@ -9,10 +9,10 @@ from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
-from moepeft.nn.adapter_hook import Frozen, flatten_features
+from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.nn.initializers import peft_param
-from moepeft.nn.low_rank_matmul import thin_product
-from moepeft.nn.numerics import wide
+from moepeft.nn.low_rank_matmul import low_rank_matmul
+from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 from moepeft.peft.methods.ia3 import ONES
 
@@ -39,19 +39,19 @@ class MoV(nn.Module):
   reads: str = option('heads', Choices(READS))
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     y = f(x)
     shape = (self.experts, *y.shape[2:])
-    scale = peft_param(self, 'scale', ONES, shape, f'e{f.outside}')
+    scale = peft_param(self, 'scale', ONES, shape, f'e{f.output_axes}')
     if self.reads == 'heads' and y.ndim == 4:
-      p = route(self, self.router, y, ctx).weights
+      p = route(self, self.router, y, ctx).combine_weights
       mixed = jnp.einsum('btne,enh->btnh', p, scale)
     else:
       seen = flatten_features(x if self.reads == 'input' else y)
-      p = route(self, self.router, seen, ctx).weights
+      p = route(self, self.router, seen, ctx).combine_weights
       flat = scale.reshape(self.experts, -1)
-      mixed = thin_product(p, flat).reshape(y.shape)
-    return (wide(y) * mixed).astype(y.dtype)
+      mixed = low_rank_matmul(p, flat).reshape(y.shape)
+    return (to_f32(y) * mixed).astype(y.dtype)
 
 
 _ROLES = ('key', 'value', 'act')

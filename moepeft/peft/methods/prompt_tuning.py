@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Advice, Frozen
+from moepeft.nn.adapter_hook import AdapterMap, BaseLayer
 from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
 
@@ -41,7 +41,7 @@ class Prompt(nn.Module):
   length: int = option(20, Range(1, 65_536))
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if f.eqn is not None or f.kernel is None:
       raise ValueError("prompt acts at 'embed' only; leave out `sites`")
     v, d = f.shape
@@ -65,24 +65,25 @@ def common(key: Array, table: Array, r: int, dtype: Any) -> Array:
   return table[rows].astype(dtype)
 
 
-def placeholders(advice: Advice, vocab: int) -> tuple[int, ...]:
-  """The ids that stand before every text; () of advice without a prompt.
+def placeholders(adapter_map: AdapterMap, vocab: int) -> tuple[int, ...]:
+  """The ids that stand before every text; () without a prompt.
 
   Args:
     vocab: v of the model.
   """
-  lengths = [m.length for _, m in advice.entries if isinstance(m, Prompt)]
+  lengths = [m.length for _, m in adapter_map.entries if isinstance(m, Prompt)]
   return tuple(range(vocab, vocab + sum(lengths)))
 
 
 def before(model: Any) -> tuple[int, ...]:
   """The ids that stand before every text of a model."""
-  return placeholders(model.advice, model.config.vocab)
+  return placeholders(model.adapter_map, model.config.vocab)
 
 
 METHOD = Method(
   module=Prompt,
   roles={'official': ('embed',), 'paper': ('embed',)},
   once=True,
+  size_option='length',
   why_not="its vectors are of no token that the base's vocabulary has",
 )

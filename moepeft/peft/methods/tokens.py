@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import shortened
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import Frozen
-from moepeft.nn.initializers import COLLECTION, Fill, peft_param
+from moepeft.nn.adapter_hook import BaseLayer
+from moepeft.nn.initializers import COLLECTION, Constant, peft_param
 from moepeft.peft.method import Method
 
 
@@ -28,7 +28,7 @@ class Tokens(nn.Module):
   new: str = ''
 
   @nn.compact
-  def __call__(self, f: Frozen, x: Array, ctx: Context) -> Array:
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     rows = token_ids(self.new, f)
     if f.eqn is None:
       delta = self._delta(len(rows), f.shape[1])
@@ -37,7 +37,9 @@ class Tokens(nn.Module):
       return y + jnp.einsum(
         'btr,rd->btd', hit.astype(y.dtype), delta.astype(y.dtype)
       )
-    delta = self._tied(f) if f.tied else self._delta(len(rows), f.shape[0])
+    delta = (
+      self._tied(f) if f.tied_embedding else self._delta(len(rows), f.shape[0])
+    )
     y = f(x)
     more = jnp.einsum(
       'btd,rd->btr',
@@ -48,11 +50,11 @@ class Tokens(nn.Module):
     return y.at[..., jnp.array(rows)].add(more)
 
   def _delta(self, r: int, d: int) -> Array:
-    return peft_param(self, 'delta', Fill(0), (r, d), 'rd')
+    return peft_param(self, 'delta', Constant(0), (r, d), 'rd')
 
-  def _tied(self, f: Frozen) -> Array:
+  def _tied(self, f: BaseLayer) -> Array:
     """The embedding's own."""
-    found = f.tied.get_variable(COLLECTION, self.name)
+    found = f.tied_embedding.get_variable(COLLECTION, self.name)
     if found is None:
       raise ValueError(
         f"{self.name}: the head is the embedding's, so adapt both; leave its "
@@ -61,7 +63,7 @@ class Tokens(nn.Module):
     return found['delta']
 
 
-def token_ids(text: str, f: Frozen) -> tuple[int, ...]:
+def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
   """'1|2' or '5-7' -> ids, in order.
 
   Raises:
@@ -98,5 +100,10 @@ METHOD = Method(
   roles={'official': _ROLES, 'paper': _ROLES},
   why_not=(
     'its rows are of the embedding and the head, and merging knows projections'
+  ),
+  not_pooled=(
+    'it changes rows of the embedding and of the head, which a batch of other '
+    "adapters shares; train those with method='full' and serve the result as "
+    'a base of its own'
   ),
 )

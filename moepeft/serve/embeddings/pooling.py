@@ -6,31 +6,31 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 
 
-def first(states: Array, mask: Array) -> Array:
-  """That of the first token: [b, t, d] -> [b, d]."""
+def cls_pooling(states: Array, mask: Array) -> Array:
+  """The first token's state: [b, t, d] -> [b, d]."""
   del mask
-  return wide(states[:, 0])
+  return to_f32(states[:, 0])
 
 
 def mean(states: Array, mask: Array) -> Array:
   """The mean over real tokens, mask bool [b, t]; zeros where there are none."""
   real = mask[..., None]
-  total = jnp.sum(jnp.where(real, wide(states), 0), axis=1)
+  total = jnp.sum(jnp.where(real, to_f32(states), 0), axis=1)
   return total / jnp.maximum(jnp.sum(real, axis=1), 1)
 
 
-def largest(states: Array, mask: Array) -> Array:
+def max_pooling(states: Array, mask: Array) -> Array:
   """The largest value of each feature over real tokens; zeros for none."""
-  states = jnp.where(mask[..., None], wide(states), -jnp.inf)
-  found = jnp.max(states, axis=1)
-  return jnp.where(jnp.any(mask, axis=1)[:, None], found, 0)
+  states = jnp.where(mask[..., None], to_f32(states), -jnp.inf)
+  pooled = jnp.max(states, axis=1)
+  return jnp.where(jnp.any(mask, axis=1)[:, None], pooled, 0)
 
 
 # By sentence-transformers' names.
-POOLINGS = {'cls': first, 'mean': mean, 'max': largest}
+POOLINGS = {'cls': cls_pooling, 'mean': mean, 'max': max_pooling}
 
 
 def unit(x: Array) -> Array:

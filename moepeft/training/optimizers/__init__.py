@@ -89,7 +89,7 @@ def make_optimizer(
       },
       parameter_groups.label_fn(groups),
     )
-  if config.clip:
+  if config.max_grad_norm:
     # One norm for the gradient of all groups.
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
   return update

@@ -16,7 +16,7 @@ import jax
 import optax
 
 from moepeft.core.types import Array, Tree
-from moepeft.nn.numerics import wide
+from moepeft.nn.numerics import to_f32
 from moepeft.training.optimizers.spec import OptimizerSpec
 
 # Sides of at least this size are factored: T5X's default, and optax's.
@@ -30,21 +30,23 @@ _LAST = re.compile(r'.*/(o/kernel|lora(_\d+)?/a)')
 
 
 def adafactor(
-  learning_rate: optax.Schedule, weight_decay: float = 0.0, clock: int = 0
+  learning_rate: optax.Schedule,
+  weight_decay: float = 0.0,
+  decay_initial_step: int = 0,
 ) -> optax.GradientTransformation:
   """Adafactor with T5X's defaults: no momentum, relative to the parameter.
 
-  Moments start at zero and keep 1 - t^-0.8 of themselves, t = clock + 1 at
-  the first update; nothing makes up for the empty start. At the released
-  clock of 1,100,000 (arXiv:2309.05444) an update's root mean square would be
-  261 at first, so that the clipping at 1 decides for long.
+  Moments start at zero and keep 1 - t^-0.8 of themselves, t =
+  decay_initial_step + 1 at the first update; nothing makes up for the empty
+  start. At the released 1,100,000 (arXiv:2309.05444) an update's root mean
+  square would be 261 at first, so that the clipping at 1 decides for long.
 
   Args:
     learning_rate: updates done -> learning rate; times max(1e-3, the root
       mean square of the parameter).
     weight_decay: the share of a parameter that every update takes away,
       whatever the rate is.
-    clock: updates that t counts as done before the first.
+    decay_initial_step: updates that t counts as done before the first.
   """
 
   def transform(group: str) -> optax.GradientTransformation:
@@ -53,7 +55,7 @@ def adafactor(
       learning_rate,
       min_dim_size_to_factor=MIN_FACTORED,
       # Optax subtracts it from the updates done.
-      decay_offset=-clock,
+      decay_offset=-decay_initial_step,
       weight_decay_rate=weight_decay or None,
       factored=kind == 'matrices',
     )
@@ -84,7 +86,7 @@ def adafactor(
   return optax.GradientTransformation(init, update)
 
 
-ADAFACTOR = OptimizerSpec(adafactor, keys=('clock',))
+ADAFACTOR = OptimizerSpec(adafactor, keys=('decay_initial_step',))
 
 
 def _grouped(params: Tree) -> Mapping[str, dict[str, Array]]:
@@ -100,7 +102,7 @@ def _grouped(params: Tree) -> Mapping[str, dict[str, Array]]:
     first = int(_stacked(name))
     suffix = f'_{param.shape[0]}' if first else ''
     rows = matrix_rows(name, param.shape)
-    kind, array = 'arrays', wide(param)
+    kind, array = 'arrays', to_f32(param)
     if rows is not None:
       kind = 'matrices'
       array = array.reshape(*param.shape[:first], rows, -1)

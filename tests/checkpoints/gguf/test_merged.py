@@ -104,7 +104,7 @@ def agrees(base, adapter=None):
   if adapter is not None:
     built = build(adapter.method, sites(loaded.config))
     model, variables['peft'] = (
-      Decoder(loaded.config, built.advice),
+      Decoder(loaded.config, built.adapter_map),
       adapter.tree,
     )
   expected = jax.jit(model.apply)(variables, {'inputs': ids})
@@ -142,7 +142,7 @@ def test_a_run_keeps_the_tokenizer_that_it_read(base, monkeypatch):
   for name in ('config.json', 'model.safetensors'):
     Path('words', name).unlink()
   Path('run').mkdir()
-  data = {'data': {'vocabulary': 'words'}}
+  data = {'data': {'tokenizer': 'words'}}
   Path('run/config.json').write_text(json.dumps(data))
   card = adapter_lib.describe(
     'full', 'official', '', '', 'llama', loaded.config

@@ -87,11 +87,11 @@ def torch_said(model):
   return said
 
 
-def our_said(config, params, dtype='float32', advice=None):
+def our_said(config, params, dtype='float32', adapter_map=None):
   ids, types, real = batch()
   model = Bert(config, dtype=dtype)
-  if advice is not None:
-    model = Bert(config, advice, dtype=dtype)
+  if adapter_map is not None:
+    model = Bert(config, adapter_map, dtype=dtype)
   found = jax.jit(model.apply)(
     params, {'inputs': ids, 'inputs_types': types, 'inputs_mask': real}
   )
@@ -242,9 +242,9 @@ def test_an_adapter_of_peft_acts_as_it_does_there(masked, tmp_path):
   model.save_pretrained(tmp_path / 'adapter')
   loaded = hf.load(str(tmp_path / 'base'))
   method, tree = peft.load(str(tmp_path / 'adapter'), loaded.config)
-  advice = build(method, sites(loaded.config)).advice
+  adapter_map = build(method, sites(loaded.config)).adapter_map
   variables = {'params': loaded.params, 'peft': tree}
-  said = our_said(loaded.config, variables, advice=advice)
+  said = our_said(loaded.config, variables, adapter_map=adapter_map)
   assert_near(said, torch_said(model), 1e-5)
 
 

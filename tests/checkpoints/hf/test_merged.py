@@ -14,7 +14,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import weight_mapping
 from moepeft.models.decoder.model import Decoder, sites
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
 
 from ..cases import (
@@ -52,11 +52,11 @@ def adapter_of(config, kind):
 
 
 def logits(config, params, adapter=None):
-  advice, variables = Advice(), {'params': params}
+  adapter_map, variables = AdapterMap(), {'params': params}
   if adapter is not None:
-    advice = build(adapter.method, sites(config)).advice
+    adapter_map = build(adapter.method, sites(config)).adapter_map
     variables['peft'] = adapter.tree
-  model = Decoder(config, advice)
+  model = Decoder(config, adapter_map)
   return np.asarray(model.apply(variables, {'inputs': INPUTS}))
 
 

@@ -129,15 +129,15 @@ OUTPUTS = np.array([[0, 7, 19], [0, 25, 2]])
 def logits(adapter):
   """Of our own model, with an adapter or without one."""
   from moepeft.models.t5.model import T5, sites
-  from moepeft.nn.adapter_hook import Advice
+  from moepeft.nn.adapter_hook import AdapterMap
   from moepeft.peft import build
 
-  advice, variables = Advice(), {'params': PARAMS}
+  adapter_map, variables = AdapterMap(), {'params': PARAMS}
   if adapter is not None:
-    advice = build(adapter.method, sites(CONFIG)).advice
+    adapter_map = build(adapter.method, sites(CONFIG)).adapter_map
     variables |= {'peft': adapter.tree}
   batch = {'inputs': INPUTS, 'decoder_inputs': OUTPUTS}
-  return np.asarray(T5(CONFIG, advice).apply(variables, batch))
+  return np.asarray(T5(CONFIG, adapter_map).apply(variables, batch))
 
 
 def test_names_and_shapes_are_pefts(tmp_path):

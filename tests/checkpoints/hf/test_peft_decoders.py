@@ -141,8 +141,8 @@ def ours(folder):
   """(the base, the adapter, the logits of both)."""
   loaded = hf.load(str(folder / 'base'), 'float32')
   adapter = peft.load(str(folder / 'adapter'), loaded.config)
-  advice = build(adapter.method, sites(loaded.config)).advice
-  run = jax.jit(Decoder(loaded.config, advice).apply)
+  adapter_map = build(adapter.method, sites(loaded.config)).adapter_map
+  run = jax.jit(Decoder(loaded.config, adapter_map).apply)
   variables = {'params': loaded.params, 'peft': adapter.tree}
   return loaded, adapter, np.asarray(run(variables, {'inputs': IDS}))
 

@@ -52,7 +52,7 @@ def logits(config, params, adapter=None):
   module = family.MODULE(config)
   if adapter is not None:
     built = build(adapter.method, family.sites(config))
-    module = family.MODULE(config, built.advice)
+    module = family.MODULE(config, built.adapter_map)
     variables['peft'] = adapter.tree
   return np.asarray(
     module.apply(variables, {'decoder_inputs': IDS, 'inputs': IDS})

@@ -76,8 +76,8 @@ def ours(folder):
   loaded = hf.load(str(folder / 'base'), 'float32')
   adapter = peft.load(str(folder / 'adapter'), loaded.config)
   family = FAMILIES[loaded.config.family]
-  advice = build(adapter.method, family.sites(loaded.config)).advice
-  model = family.MODULE(loaded.config, advice)
+  adapter_map = build(adapter.method, family.sites(loaded.config)).adapter_map
+  model = family.MODULE(loaded.config, adapter_map)
   front = np.broadcast_to(np.array(before(model)), (len(IDS), 3))
   batch = {'inputs': np.concatenate([front, IDS], axis=1)}
   if loaded.config.family == 't5':

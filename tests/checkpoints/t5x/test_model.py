@@ -170,13 +170,13 @@ def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
   built = build(method, sites(CONFIG))
   batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
   keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  tree = jax.device_get(T5(CONFIG, built.advice).init(keys, batch)['peft'])
+  tree = jax.device_get(T5(CONFIG, built.adapter_map).init(keys, batch)['peft'])
   adapter = Adapter(built.method, tree)
   t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
   found = t5x.load(str(tmp_path / 'x')).adapter
   assert_equal_trees(found.tree, tree)
   again = build(found.method, sites(CONFIG))
-  assert function_of(again.advice) == function_of(built.advice)
+  assert function_of(again.adapter_map) == function_of(built.adapter_map)
 
 
 def test_inferred_method_builds_the_tree_that_was_read(adapter):
@@ -187,7 +187,7 @@ def test_inferred_method_builds_the_tree_that_was_read(adapter):
   built = build(adapter.method, sites(CONFIG))
   batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
   keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  model = T5(CONFIG, built.advice)
+  model = T5(CONFIG, built.adapter_map)
   tree = jax.eval_shape(lambda: model.init(keys, batch))['peft']
   shapes = {
     path: leaf.shape for path, leaf in weight_mapping.flatten(tree).items()

@@ -100,10 +100,14 @@ def gradients(method, per, packed):
         {**variables, 'peft': peft},
         batch,
         None,
-        CrossEntropySettings(per=per, z=0.01, label_smoothing=0.1),
+        CrossEntropySettings(
+          average_over=per, z_loss=0.01, label_smoothing=0.1
+        ),
       )
       weights = dict.fromkeys(aux_losses.LOSSES, 0.1)
-      routed = aux_losses.total(router_stats.by_site(aux['routing']), weights)
+      routed = aux_losses.auxiliary_loss(
+        router_stats.collect(aux['routing']), weights
+      )
       return mean_loss(total, aux) + routed, (
         mean_loss(total, aux),
         aux,

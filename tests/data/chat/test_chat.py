@@ -282,13 +282,18 @@ def test_a_form_that_is_named_is_the_one_that_is_read(tmp_path):
   path = str(tmp_path / 'rows.json')
   with pytest.raises(ValueError, match="a list of turns in 'messages'"):
     chat_formats.conversations(path, 'messages')
-  with pytest.raises(ValueError, match='config.data.form is one of alpaca'):
+  with pytest.raises(ValueError, match='config.data.format is one of alpaca'):
     chat_formats.conversations(path, 'chatml')
 
 
 def data(path, saved, **changes):
   c = config_lib.default().data
-  c.source, c.path, c.vocabulary, c.held_out = 'chat', path, saved, 0.0
+  c.source, c.path, c.tokenizer, c.validation_fraction = (
+    'chat',
+    path,
+    saved,
+    0.0,
+  )
   c.update(changes)
   return c
 
@@ -313,7 +318,7 @@ LONG = {
 def opened(path, saved, **changes):
   config = data(path, saved, **changes)
   words = HuggingFaceTokenizer(saved)
-  form = CausalCollator(words, config.length, config.too_long)
+  form = CausalCollator(words, config.length, config.truncation)
   return open_data(config, 0, own=form), words.tokenizer
 
 
@@ -339,14 +344,14 @@ def test_a_long_prompt_loses_its_oldest_and_the_answer_stays(
 
 def test_too_long_may_cut_the_end_or_drop(tmp_path, saved):
   path = written(tmp_path, LONG, ALPACA)
-  found, tokenizer = opened(path, saved, length=60, too_long='end')
+  found, tokenizer = opened(path, saved, length=60, truncation='end')
   shown = trained(found.train[0], tokenizer), trained(found.train[1], tokenizer)
   assert any('[gone<|im_end|>]' in one for one in shown)
-  found, _ = opened(path, saved, length=60, too_long='drop')
+  found, _ = opened(path, saved, length=60, truncation='drop')
   assert '1 conversations are dropped' in found.notes[-1]
   assert found.train[0].ids.tolist() == found.train[1].ids.tolist()
   with pytest.raises(ValueError, match='leaves no conversation to train on'):
-    opened(written(tmp_path, LONG), saved, length=60, too_long='drop')
+    opened(written(tmp_path, LONG), saved, length=60, truncation='drop')
 
 
 def test_reading_that_takes_long_tells_how_far_it_is(
@@ -362,7 +367,7 @@ def test_reading_that_takes_long_tells_how_far_it_is(
 
 def test_a_system_prompt_is_put_where_there_is_none(tmp_path, saved):
   rows = written(tmp_path, ALPACA, LONG)
-  found, tokenizer = opened(rows, saved, system='be kind')
+  found, tokenizer = opened(rows, saved, system_prompt='be kind')
   shown = {trained(found.train[i], tokenizer)[:25] for i in range(2)}
   assert shown == {'<|im_start|>system\nbe kin', '<|im_start|>system\nS<|im_'}
 

@@ -137,7 +137,7 @@ LONG = {'prompt': 'p' * 30 + 'end', 'chosen': 'c' * 9, 'rejected': 'r' * 4}
 def test_no_answer_is_cut_beside_a_whole_one(
   tmp_path, length, too_long, prompt, chosen, rejected
 ):
-  data = data_of(tmp_path, [LONG, *rows_of()], too_long=too_long)
+  data = data_of(tmp_path, [LONG, *rows_of()], truncation=too_long)
   own = samples(length, too_long=too_long)
   found = preference_dataset.read_preferences(data, own)
   # The short rows are whole in any case but the tightest.
@@ -159,7 +159,7 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
     {'prompt': 'prompt 0', 'chosen': 'same, but', 'rejected': 'same, and'},
     {'prompt': 'prompt 1', 'chosen': 'other', 'rejected': 'same, and'},
   ]
-  data = data_of(tmp_path, rows, too_long='end')
+  data = data_of(tmp_path, rows, truncation='end')
   found = preference_dataset.read_preferences(data, samples(12, too_long='end'))
   assert [item.idx for item in found.items] == [1]
   assert any(
@@ -168,7 +168,7 @@ def test_pairs_that_are_one_answer_after_a_cut_are_left_out(tmp_path):
   )
   with pytest.raises(ValueError, match='no row .* answers that differ'):
     preference_dataset.read_preferences(
-      data_of(tmp_path, rows[:1], too_long='end'), samples(12)
+      data_of(tmp_path, rows[:1], truncation='end'), samples(12)
     )
 
 
@@ -179,7 +179,7 @@ def test_answers_that_are_one_after_a_cut_are_left_out(tmp_path, objective):
     {'prompt': 'p', 'chosen': same + 'good', 'rejected': same + 'bad'},
     {'prompt': 'p', 'chosen': 'good' + same, 'rejected': 'bad' + same},
   ]
-  data = data_of(tmp_path, rows, too_long='end')
+  data = data_of(tmp_path, rows, truncation='end')
   form = (
     Seq2SeqCollator(WORDS, 9, 11)
     if objective
@@ -282,7 +282,7 @@ def test_lines_and_compressed_lines_are_rows_too(tmp_path):
 
 
 def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
-  data = data_of(tmp_path, rows_of(10), held_out=0.2)
+  data = data_of(tmp_path, rows_of(10), validation_fraction=0.2)
   own = samples(judged=True)
   found = open_data(data, 0, own=own)
   assert sorted(item.idx for item in found.held_out) == [8, 8, 9, 9]
@@ -338,7 +338,7 @@ def test_both_sides_are_shown_with_what_is_trained(tmp_path, capsys, objective):
     'llama',
     'tiny',
   )
-  config.data.update(data_of(tmp_path, rows_of(9), vocabulary='bytes'))
+  config.data.update(data_of(tmp_path, rows_of(9), tokenizer='bytes'))
   # Which rows come first is drawn by the path's name too.
   show(config, 1, 18, False)
   said = capsys.readouterr().out

@@ -23,7 +23,7 @@ def read(tmp_path, labels, **changes):
   (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   data = config_lib.default().data
   data.source, data.path = 'preference', str(tmp_path / 'r.jsonl')
-  data.held_out = 0.0
+  data.validation_fraction = 0.0
   own = preference_dataset.objective_collator(
     data, 'kto', 'judged', CausalCollator(ByteTokenizer(), 64, **changes)
   )

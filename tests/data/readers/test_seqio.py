@@ -125,10 +125,10 @@ def test_seqio_packs_the_ids_of_our_tasks():
 
 def test_every_family_is_a_task_and_every_group_a_mixture():
   names = set(seqio.TaskRegistry.names())
-  assert {f'moepeft_{family}' for family in tasks.FAMILIES} <= names
+  assert {f'moepeft_{family}' for family in tasks.TASKS} <= names
   for group in tasks.GROUPS:
     mixture = seqio.get_mixture_or_task(f'moepeft_{group.lower()}')
-    members = [f'moepeft_{family}' for family in tasks.families(group)]
+    members = [f'moepeft_{family}' for family in tasks.task_names(group)]
     assert sorted(task.name for task in mixture.tasks) == sorted(members)
     assert {mixture.get_rate(task) for task in mixture.tasks} == {1.0}
 
@@ -165,14 +165,14 @@ def test_a_registered_mixture_streams_what_its_tasks_have():
   stream = registered()
   known = {
     (tuple(x), tuple(y))
-    for family in tasks.families('B')
+    for family in tasks.task_names('B')
     for x, y in ours(family, 'train', 1500)
   }
   # Buffers of 1,000 and 300 draws: of a task no row after its 1,300th.
   found = listed(read(stream, 300))
   assert {(tuple(x), tuple(y)) for x, y in found} <= known
   assert stream.rates() == {
-    f'moepeft_{family}': 0.25 for family in tasks.families('B')
+    f'moepeft_{family}': 0.25 for family in tasks.task_names('B')
   }
 
 
@@ -185,7 +185,7 @@ def test_a_registered_vocabulary_is_known_and_reads_back():
 def test_validation_is_of_held_out_instances_of_every_task():
   found = listed(registered().validation(11))
   # 11 over 4 tasks in the order of their names: 2, 3, 3 and 3.
-  families = sorted(tasks.families('B'))
+  families = sorted(tasks.task_names('B'))
   expected = [
     pair
     for family, count in zip(families, (2, 3, 3, 3), strict=True)
@@ -196,7 +196,7 @@ def test_validation_is_of_held_out_instances_of_every_task():
 
 def test_validation_of_few_is_of_as_many_tasks():
   found = listed(registered().validation(2))
-  families = sorted(tasks.families('B'))
+  families = sorted(tasks.task_names('B'))
   assert found == [
     tuple(ours(family, 'held_out', 1)[0]) for family in families[::2]
   ]

@@ -31,7 +31,7 @@ def path(tmp_path):
 
 def data(path, **changes):
   c = config_lib.default().data
-  c.source, c.path, c.held_out = 'text', path, 0.0
+  c.source, c.path, c.validation_fraction = 'text', path, 0.0
   c.update(changes)
   return c
 
@@ -115,7 +115,7 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text(letters)
   path, form = str(tmp_path / 'a.txt'), Seq2SeqCollator(ByteTokenizer(), 61, 20)
   found = text_dataset.read_chunks(
-    data(path, predict='spans'), form, path, below=300
+    data(path, pretraining_objective='spans'), form, path, below=300
   )
   whole, sentinels = [], set(range(259, 300))
   for ids in found:
@@ -129,16 +129,20 @@ def test_rows_of_spans_are_full_and_lose_nothing(tmp_path):
 def test_spans_that_find_no_room_say_what_to_set(path):
   form = Seq2SeqCollator(ByteTokenizer(), 61, 9)
   with pytest.raises(ValueError, match='set config.data.targets_length to 1'):
-    text_dataset.read_chunks(data(path, predict='spans'), form, path, below=300)
+    text_dataset.read_chunks(
+      data(path, pretraining_objective='spans'), form, path, below=300
+    )
   form = Seq2SeqCollator(ByteTokenizer(), 61, 20)
   with pytest.raises(ValueError, match='has 0 sentinels'):
-    text_dataset.read_chunks(data(path, predict='spans'), form, path, below=259)
+    text_dataset.read_chunks(
+      data(path, pretraining_objective='spans'), form, path, below=259
+    )
 
 
 def test_a_decoder_reads_spans_in_one_row(path):
   form = CausalCollator(ByteTokenizer(), 31)
   found = text_dataset.read_chunks(
-    data(path, predict='spans'), form, path, below=300
+    data(path, pretraining_objective='spans'), form, path, below=300
   )
   made = found.make(found[0], np.random.default_rng(0))
   assert 30 <= len(made.ids) <= 32
@@ -149,13 +153,17 @@ def test_a_decoder_reads_spans_in_one_row(path):
 
 def test_a_prefix_is_given_and_the_rest_predicted(path):
   found = text_dataset.read_chunks(
-    data(path, predict='prefix'), CausalCollator(ByteTokenizer(), 9), path
+    data(path, pretraining_objective='prefix'),
+    CausalCollator(ByteTokenizer(), 9),
+    path,
   )
   rng = np.random.default_rng(0)
   cuts = {int(found.make(found[0], rng).loss_mask.sum()) for _ in range(97)}
   assert cuts == set(range(1, 10))
   pairs = text_dataset.read_chunks(
-    data(path, predict='prefix'), Seq2SeqCollator(ByteTokenizer(), 9, 5), path
+    data(path, pretraining_objective='prefix'),
+    Seq2SeqCollator(ByteTokenizer(), 9, 5),
+    path,
   )
   for _ in range(31):
     x, y = pairs.make(pairs[0], rng)
@@ -172,7 +180,7 @@ def test_next_tokens_are_refused_to_an_encoder(path):
 
 def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
   form = CausalCollator(ByteTokenizer(), 3)
-  found = open_data(data(path, held_out=0.2), 0, own=form)
+  found = open_data(data(path, validation_fraction=0.2), 0, own=form)
   held = np.concatenate([s.ids[1:] for s in found.held_out])
   # 28 tokens are 9 pieces of 3 targets and one of less; the last two stay out.
   assert ByteTokenizer().decode(held.tolist()) == 'six'[-len(held) + 1 :]
@@ -250,7 +258,7 @@ def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
   config = config_lib.default()
   config.objective = 'causal'
   config.model.update({'path': '', 'family': 'llama', 'size': 'tiny'})
-  config.data.update({'vocabulary': 'bytes', 'length': 40, 'tasks': 'B'})
+  config.data.update({'tokenizer': 'bytes', 'length': 40, 'tasks': 'B'})
   config.data.update({'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25})
   show(config, 1, 1, False)
   said = capsys.readouterr().out
@@ -268,12 +276,18 @@ def test_replay_needs_a_path_and_a_rate(path, changes):
 @pytest.mark.parametrize(
   ('changes', 'said'),
   [
-    ({'quality': 'length'}, "quality='length' does nothing .*'tasks', only"),
     (
-      {'source': 'text', 'path': 'x', 'noise': 0.3},
+      {'quality_filters': 'length'},
+      "quality_filters='length' does nothing .*'tasks', only",
+    ),
+    (
+      {'source': 'text', 'path': 'x', 'noise_density': 0.3},
       "'next', only with 'spans'",
     ),
-    ({'source': 'text', 'path': 'x', 'too_long': 'drop'}, "too_long='drop' do"),
+    (
+      {'source': 'text', 'path': 'x', 'truncation': 'drop'},
+      "truncation='drop' do",
+    ),
   ],
 )
 def test_keys_that_nothing_would_look_at_are_refused(changes, said):
@@ -285,12 +299,19 @@ def test_keys_that_nothing_would_look_at_are_refused(changes, said):
 
 def test_plain_text_that_is_replayed_has_the_keys_of_plain_text():
   config = config_lib.default()
-  config.data.update(replay='x.txt', replay_rate=0.1, predict='spans', span=5.0)
+  config.data.update(
+    replay='x.txt',
+    replay_rate=0.1,
+    pretraining_objective='spans',
+    mean_noise_span_length=5.0,
+  )
   config_check.check(config, registries.BY_KEY)
 
 
 def test_an_encoder_decoder_s_pairs_have_no_policy_for_what_is_too_long():
   data = config_lib.default().data
-  data.too_long = 'drop'
-  with pytest.raises(ValueError, match="too_long='drop' does nothing with an"):
+  data.truncation = 'drop'
+  with pytest.raises(
+    ValueError, match="truncation='drop' does nothing with an"
+  ):
     collators.make_model_collator(data, ByteTokenizer(), small.GATED, 0)

@@ -79,7 +79,7 @@ def test_what_goes_is_counted_and_told(tmp_path):
   path.write_text('\n'.join([GOOD, words(0), words(1), 'too short', GOOD]))
   data = config_lib.default().data
   data.source, data.path = 'text', str(path)
-  data.quality, data.duplicates = 'length', 0.8
+  data.quality_filters, data.dedup_threshold = 'length', 0.8
   found = text_dataset.read_chunks(
     data, CausalCollator(ByteTokenizer(), 31), str(path)
   )

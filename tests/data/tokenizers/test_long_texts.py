@@ -108,7 +108,7 @@ def test_documents_begin_with_what_the_tokenizer_begins_texts_with(
   )
   assert [ids[0] for ids in packed] == [words.bos] * 2
   # An encoder's texts begin with nothing.
-  data.predict = 'prefix'
+  data.pretraining_objective = 'prefix'
   pairs = text_dataset.read_chunks(
     data, Seq2SeqCollator(words, 97, 97), data.path
   )

@@ -231,9 +231,13 @@ def test_embedded_tasks_differ_by_seed(tmp_path):
 def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
   after = {'step': 7, 'validation_loss': 2.0, 'means': {}}
   one = entry(tmp_path / 'a', after=after)
-  other = entry(tmp_path / 'b', after=after, config={'data.held_out': 0.25})
+  other = entry(
+    tmp_path / 'b', after=after, config={'data.validation_fraction': 0.25}
+  )
   comparable.check([one, one])
-  with pytest.raises(ValueError, match=r'config.data.held_out is 0.05 and 0.2'):
+  with pytest.raises(
+    ValueError, match=r'config.data.validation_fraction is 0.05 and 0.2'
+  ):
     comparable.check([one, other])
 
 
@@ -312,7 +316,7 @@ def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
   rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
   best = {'checkpoint': 'best'}
   runs.make(tmp_path, rows, best | {'step': 7})
-  runs.add(tmp_path, runs.about(tmp_path, data='x', step=11, **best), rows)
+  runs.add(tmp_path, runs.info(tmp_path, data='x', step=11, **best), rows)
   with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
     tables_seeds.group(run_results.read(str(tmp_path), DEFAULTS))
 

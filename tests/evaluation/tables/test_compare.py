@@ -156,7 +156,7 @@ def test_figures_without_intervals_are_not_called_best(tmp_path):
   assert bold(text(paper='t5_xl')) != []
 
 
-def test_axes_of_the_picture_end_where_the_measure_does(tmp_path):
+def test_axes_of_the_picture_end_at_the_metrics_bounds(tmp_path):
   made = seeds(tmp_path, 'lora(rank=4)', (49, 50), 50)
   made += seeds(tmp_path, 'ia3', (0, 2), 50)
   table = compare.table(made)
@@ -263,7 +263,7 @@ def test_the_base_stands_first_and_once(tmp_path):
   lora, ia3 = two_runs(tmp_path)
   for run in (lora, ia3):
     folder = pathlib.Path(run)
-    own = runs.about(folder, method='none', parameters=0, step=0, data='eval')
+    own = runs.info(folder, method='none', parameters=0, step=0, data='eval')
     (folder / 'evaluation_eval.jsonl').rename(folder / 'evaluation_1.jsonl')
     runs.add(
       folder,
@@ -676,7 +676,7 @@ def test_rows_of_a_run_that_was_there_before_are_refused(tmp_path):
   )
 
 
-def test_every_measure_that_is_shown_says_its_unit(tmp_path):
+def test_every_metric_that_is_shown_has_its_unit(tmp_path):
   rows = [
     ('one', 'p', 'accuracy', [1, 0]),
     ('one', 'p', 'exact_match', [1, 0]),
@@ -684,4 +684,5 @@ def test_every_measure_that_is_shown_says_its_unit(tmp_path):
   ]
   shown = text(runs.make(tmp_path / 'a', rows))
   assert 'Accuracies of other data are in %' in shown
-  assert 'Exact match and rouge l in %' in shown
+  assert 'Exact match is in %: the mean over tasks' in shown
+  assert 'ROUGE-L is in %: the mean over tasks' in shown

@@ -6,34 +6,38 @@ import pytest
 from moepeft.evaluation.tables import render as table_render
 from moepeft.evaluation.tables.render import Cell, Column, Line, Table
 
+SCORE = Column('a', 'a_b', 'score', 'higher')
+LOSS = Column('l', 'loss', 'score', 'lower', decimals=3)
+COUNT = Column('n', 'parameters', 'count')
+SHARE = Column('s', 'share', 'share')
 NUMBERS = [
-  (Cell(60.7851), 'score', False, '60.79'),
-  (Cell(60.79, 59.0, 61.4), 'score', False, '60.79 ± 1.20'),
-  (Cell(0.304), 'score', True, '+0.30'),
-  (Cell(-0.304, -1, 1), 'score', True, '-0.30 ± 1.00'),
-  (Cell(-0.001), 'score', True, '+0.00'),
-  (Cell(-0.001), 'score', False, '0.00'),
-  (Cell(0.0), 'score', False, '0.00'),
-  (Cell(2.13449, 2.1, 2.2), 'loss', False, '2.134 ± 0.050'),
-  (Cell(6113280), 'count', False, '6,113,280'),
-  (Cell(100), 'share', False, '100'),
-  (Cell(7.9434), 'share', False, '7.94'),
-  (Cell(0.018), 'share', False, '0.018'),
-  (Cell(0.00976), 'share', False, '0.00976'),
-  (None, 'score', True, '-'),
+  (Cell(60.7851), SCORE, False, '60.79'),
+  (Cell(60.79, 59.0, 61.4), SCORE, False, '60.79 ± 1.20'),
+  (Cell(0.304), SCORE, True, '+0.30'),
+  (Cell(-0.304, -1, 1), SCORE, True, '-0.30 ± 1.00'),
+  (Cell(-0.001), SCORE, True, '+0.00'),
+  (Cell(-0.001), SCORE, False, '0.00'),
+  (Cell(0.0), SCORE, False, '0.00'),
+  (Cell(2.13449, 2.1, 2.2), LOSS, False, '2.134 ± 0.050'),
+  (Cell(6113280), COUNT, False, '6,113,280'),
+  (Cell(100), SHARE, False, '100'),
+  (Cell(7.9434), SHARE, False, '7.94'),
+  (Cell(0.018), SHARE, False, '0.018'),
+  (Cell(0.00976), SHARE, False, '0.00976'),
+  (None, SCORE, True, '-'),
 ]
 
 
-@pytest.mark.parametrize(('cell', 'kind', 'signed', 'text'), NUMBERS)
-def test_a_number_has_one_form(cell, kind, signed, text):
-  assert table_render.number(cell, kind, signed=signed) == text
+@pytest.mark.parametrize(('cell', 'column', 'signed', 'text'), NUMBERS)
+def test_a_number_has_one_form(cell, column, signed, text):
+  assert table_render.number(cell, column, signed=signed) == text
 
 
 TABLE = Table(
   columns=(
-    Column('n', 'parameters', 'count'),
-    Column('l', 'loss', 'loss', 'lower'),
-    Column('a', 'a_b', 'score', 'higher'),
+    COUNT,
+    LOSS,
+    SCORE,
   ),
   lines=(
     Line('majority', '', 'majority', cells={'a': Cell(99.0)}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moepeft.inference.adapters.pool import AdapterPool
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import METHODS
 
 from ...contracts import small, small_decoders
@@ -80,7 +80,7 @@ def test_each_row_is_as_its_own_model_computes_it(mixed):
 def test_a_row_of_the_base_is_near_the_base_in_a_batch_of_all(mixed):
   # XLA fuses a program of many forms otherwise, and adds in another order.
   base, _, batch, rows = mixed
-  model = banked.model_of(base, Advice())
+  model = banked.model_of(base, AdapterMap())
   wanted = jax.jit(model.apply)({'params': base.params}, batch)
   assert_close(rows[''], np.asarray(wanted))
 
@@ -115,7 +115,7 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
   assert set(banks.tree) == {method.partition('(')[0]}
   batch = banked.batch_of(base)
   rows = jax.tree.map(lambda a: np.stack([a, a]), batch)
-  model = banked.model_of(base, Advice())
+  model = banked.model_of(base, AdapterMap())
   with jax.disable_jit():
     wanted = jax.vmap(lambda row: model.apply({'params': base.params}, row))(
       rows

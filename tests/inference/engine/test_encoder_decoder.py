@@ -32,7 +32,7 @@ def contents():
 @pytest.fixture(scope='module')
 def engine():
   model, _ = small.make(METHOD)
-  banks = Stacked(model.advice, contents(), {'one': 'one'})
+  banks = Stacked(model.adapter_map, contents(), {'one': 'one'})
   settings = EngineConfig(
     slots=3,
     places=PLACES,

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.buckets import _REFUSED
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import METHODS
 
 from ...contracts import small, small_decoders
@@ -42,7 +41,9 @@ QUICK = ('decoder',)
 def test_every_kind_of_adapter_is_tried():
   tried = {banked.ADAPTERS[name].partition('(')[0] for name in FEW}
   # Soft prompts are tried in test_engine_prompt.
-  assert tried | {'prompt'} == set(METHODS) - set(_REFUSED)
+  assert tried | {'prompt'} == {
+    name for name, method in METHODS.items() if not method.not_pooled
+  }
 
 
 @pytest.fixture(
@@ -73,7 +74,7 @@ def served(request, tmp_path_factory):
     routing=True,
     together=together,
   )
-  model = banked.model_of(base, banks.advice)
+  model = banked.model_of(base, banks.adapter_map)
   with running(model, base.params, banks, settings) as engine:
     yield base, made, engine
 
@@ -97,7 +98,7 @@ def rows_of(base, made, name, ids, answer):
     _, built, tree = made[name]
     logits = banked.alone(base, built, tree, batch)
   else:
-    model = banked.model_of(base, Advice())
+    model = banked.model_of(base, AdapterMap())
     logits = model.apply({'params': base.params}, batch)
   rows = np.asarray(jax.nn.log_softmax(logits[0]))
   return rows[first : first + len(answer)]
@@ -150,7 +151,9 @@ def test_experts_are_told_of_the_sites_where_the_adapter_routes(served):
   base, made, engine = served
   for name, (_, built, _) in made.items():
     routes = {
-      path for path, module in built.advice.entries if hasattr(module, 'router')
+      path
+      for path, module in built.adapter_map.entries
+      if hasattr(module, 'router')
     }
     if isinstance(base.config, t5.T5Config):
       # Answers' tokens meet neither the encoder nor the keys of its states.

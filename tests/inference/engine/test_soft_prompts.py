@@ -15,7 +15,7 @@ from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.api import LENGTH, PromptTooLong
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
-from moepeft.nn.adapter_hook import Advice
+from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.methods.prompt_tuning import before
 
 from ...contracts import small, small_decoders
@@ -45,9 +45,11 @@ class Served:
   def model(self, name):
     """(the adapter's own model, variables)."""
     if not name:
-      return banked.model_of(self.base, Advice()), {'params': self.base.params}
+      return banked.model_of(self.base, AdapterMap()), {
+        'params': self.base.params
+      }
     _, built, tree = self.made[name]
-    model = banked.model_of(self.base, built.advice)
+    model = banked.model_of(self.base, built.adapter_map)
     return model, {'params': self.base.params, 'peft': tree}
 
 
@@ -60,7 +62,7 @@ def served(config, folder, **sizes):
   paths = {name: path for name, (path, _, _) in made.items()}
   banks = AdapterPool(base, paths, slots=4)
   settings = EngineConfig(slots=5, places=PLACES, rooms=(PLACES,), **sizes)
-  model = banked.model_of(base, Advice())
+  model = banked.model_of(base, AdapterMap())
   return running(model, base.params, banks, settings), base, banks, made
 
 

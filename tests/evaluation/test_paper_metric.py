@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moepeft.evaluation import paper_measure, results, scores
+from moepeft.evaluation import paper_metric, results
 
 from . import cases
 from .cases import right, row
@@ -36,15 +36,15 @@ def papers(leave_out=()):
 
 
 def test_a_task_s_score_is_the_median_over_its_prompts():
-  found = scores.scores(papers())
+  found = paper_metric.scores(papers())
   # Of four, the mean of the middle two: (0.2 + 0.4) / 2; not the mean 0.4.
   assert found['cb'].value == pytest.approx(0.3)
   assert found['winogrande'].value == pytest.approx(0.55)
 
 
 def test_anli_is_the_mean_of_its_rounds_and_the_average_is_over_eight():
-  found = scores.scores(papers())
-  assert tuple(found) == (*paper_measure.EIGHT, 'average')
+  found = paper_metric.scores(papers())
+  assert tuple(found) == (*paper_metric.EIGHT, 'average')
   # (0.2 + 0.35 + 0.5) / 3.
   assert found['anli'].value == pytest.approx(0.35)
   # (0.35 + 0.3 + 0.7 + 0.6 + 0.5 + 0.8 + 0.55 + 0.3) / 8 = 4.1 / 8.
@@ -60,20 +60,20 @@ def test_anli_weighs_its_rounds_alike_however_many_prompts_they_have():
     row('anli_r3', 'a', right(7, 10)),
   ]
   # (0.1 + 0.4 + 0.7) / 3, not the prompts' median 0.1 nor their mean 0.28.
-  assert scores.scores(some)['anli'].value == pytest.approx(0.4)
+  assert paper_metric.scores(some)['anli'].value == pytest.approx(0.4)
 
 
 def test_there_is_no_average_of_less_than_the_eight():
-  found = scores.scores(papers(leave_out=('copa',)))
+  found = paper_metric.scores(papers(leave_out=('copa',)))
   assert 'average' not in found and 'copa' not in found
   # Nor is there an ANLI of two rounds: they stand by themselves.
-  found = scores.scores(papers(leave_out=('anli_r2',)))
+  found = paper_metric.scores(papers(leave_out=('anli_r2',)))
   assert 'average' not in found and 'anli' not in found
   assert found['anli_r3'].value == 0.5
 
 
 def test_the_average_of_other_tasks_is_the_mean_of_them():
-  found = scores.scores(
+  found = paper_metric.scores(
     [
       row('b', 'x', right(1, 10)),
       row('a', 'x', right(2, 10)),
@@ -92,7 +92,7 @@ def test_majorities_are_medians_and_means_too():
     row('a', 'z', right(1, 10), majority=0.7),
     row('b', 'x', right(1, 10), majority=0.5),
   ]
-  found = scores.scores(some)
+  found = paper_metric.scores(some)
   assert found['a'].majority == pytest.approx(0.7)
   assert found['average'].majority == pytest.approx(0.6)
 
@@ -111,7 +111,7 @@ def test_prompts_of_a_task_are_resampled_together():
   each = right(3, 7)
   pair = [row('a', 'x', each), row('a', 'y', [1 - i for i in each])]
   assert pair[0].high - pair[0].low > 0.5
-  found = scores.scores(pair)['a']
+  found = paper_metric.scores(pair)['a']
   assert (found.low, found.high) == pytest.approx((0.5, 0.5))
 
 
@@ -119,58 +119,63 @@ def test_runs_on_the_same_examples_are_drawn_alike():
   better = [row('a', 'x', [1, 1, 1, 0, 0, 1, 0], idx=range(7))]
   # The other is wrong in one example more, and its rows come in another order.
   worse = [row('a', 'x', [0, 1, 0, 0, 1, 0, 1], idx=range(7)[::-1])]
-  first, second = scores.draws(better)['a'], scores.draws(worse)['a']
+  first, second = (
+    paper_metric.draws(better)['a'],
+    paper_metric.draws(worse)['a'],
+  )
   assert first.shape == (2000,)
   # At most as good in every draw: without pairing they would cross.
   assert np.all(first >= second - 1e-12) and np.any(first > second)
 
 
 def test_the_average_resamples_all_tasks():
-  found = scores.draws(papers())
-  parts = [found[name] for name in paper_measure.EIGHT]
+  found = paper_metric.draws(papers())
+  parts = [found[name] for name in paper_metric.EIGHT]
   np.testing.assert_allclose(found['average'], np.mean(parts, axis=0))
-  score = scores.scores(papers())['average']
+  score = paper_metric.scores(papers())['average']
   assert (score.low, score.high) == pytest.approx(
     tuple(np.percentile(found['average'], (2.5, 97.5)))
   )
 
 
 def test_the_order_of_rows_moves_nothing():
-  assert scores.scores(papers()) == scores.scores(papers()[::-1])
+  assert paper_metric.scores(papers()) == paper_metric.scores(papers()[::-1])
 
 
 def test_what_has_no_figures_by_example_has_no_interval():
   some = [
-    row('a', 'x', [2.5, 1.0], measure='loss', weights=[2, 3], majority=None),
-    row('b', 'x', None, [0, 1], None, measure='bleu', value=31.0),
+    row('a', 'x', [2.5, 1.0], metric='loss', weights=[2, 3], majority=None),
+    row('b', 'x', None, [0, 1], None, metric='bleu', value=31.0),
     row('c', 'x', [1], majority=1.0),
   ]
   # 3.5 nats in 5 tokens.
-  loss = scores.scores(some, 'loss')['a']
+  loss = paper_metric.scores(some, 'loss')['a']
   assert (loss.value, loss.majority) == (pytest.approx(0.7), None)
   assert loss.low == pytest.approx(1 / 3)
-  bleu = scores.scores(some, 'bleu')
-  assert bleu['b'] == scores.Score(31.0, None, None, None)
-  assert bleu['average'] == scores.Score(31.0, None, None, None)
+  bleu = paper_metric.scores(some, 'bleu')
+  assert bleu['b'] == paper_metric.Score(31.0, None, None, None)
+  assert bleu['average'] == paper_metric.Score(31.0, None, None, None)
   # One example says nothing of the others.
-  assert scores.scores(some)['c'] == scores.Score(1.0, None, None, 1.0)
-  assert scores.draws(some, 'bleu') == {}
-  assert 'c' not in scores.draws(some)
+  assert paper_metric.scores(some)['c'] == paper_metric.Score(
+    1.0, None, None, 1.0
+  )
+  assert paper_metric.draws(some, 'bleu') == {}
+  assert 'c' not in paper_metric.draws(some)
 
 
 def test_rows_of_two_runs_are_refused():
   one = row('a', 'x', [1, 0])
   other = dataclasses.replace(one, run='runs/b')
   with pytest.raises(ValueError, match="two rows.*'runs/a' and 'runs/b'"):
-    scores.scores([one, other])
-  assert cases.ABOUT.run == 'runs/a'
+    paper_metric.scores([one, other])
+  assert cases.INFO.run == 'runs/a'
 
 
 def test_a_mean_with_a_task_of_one_example_has_no_interval():
-  tasks = (*paper_measure.ROUNDS, *paper_measure.EIGHT[1:])
+  tasks = (*paper_metric.ROUNDS, *paper_metric.EIGHT[1:])
   sizes = {name: 1 if name == 'anli_r2' else 5 for name in tasks}
   some = [row(name, 'p', right(1, n)) for name, n in sizes.items()]
-  found = scores.scores(some)
+  found = paper_metric.scores(some)
   without = {name for name, score in found.items() if score.low is None}
   assert without == {'anli', 'average'}
-  assert paper_measure.draws(some).keys() == found.keys() - without
+  assert paper_metric.draws(some).keys() == found.keys() - without

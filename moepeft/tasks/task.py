@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task family is: a draw of instances and templates that word them."""
+"""A task: a draw of instances, and templates that word them."""
 
 import dataclasses
 import zlib
@@ -16,7 +16,7 @@ class Example:
   """One rendered example, scored by ranking its choices.
 
   Attributes:
-    task: the family's name.
+    task: the task's name.
     template: the template's name.
     idx: the index in the stream that `example` was asked for.
     inputs: text, at most 160 bytes.
@@ -51,9 +51,9 @@ class Template:
   """One wording.
 
   Attributes:
-    name: unique in the family.
+    name: unique in the task.
     text: a `str.format` text over the fields; `{options}` lists the choices.
-    words: verbaliser, pairs (answer of the family, its wording here); other
+    words: verbaliser, pairs (answer of the task, its wording here); other
       answers are worded as they are.
   """
 
@@ -72,13 +72,13 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-  """One task: instances, and templates of which the last are held out.
+class Task:
+  """The entry of a task: instances, and templates of which some are held out.
 
   Attributes:
-    name: unique among the families.
-    group: 'A' (bases are pretrained on it), 'B' (methods adapt to it) or 'C'
-      (never trained on).
+    name: unique among the tasks.
+    group: 'A' (bases are pretrained on it), 'B' (methods adapt to it), 'C'
+      (never trained on), or '' for a task that is selected by name alone.
     draw: one instance from the dice, over both splits.
     templates: all wordings.
     held_out: how many of the last templates are never trained on.
@@ -90,7 +90,7 @@ class Family:
   templates: tuple[Template, ...]
   held_out: int = 1
 
-  def templates_of(self, which: str) -> tuple[Template, ...]:
+  def templates_of(self, split: str) -> tuple[Template, ...]:
     """The templates of 'train', 'held_out' or 'all'."""
     cut = len(self.templates) - self.held_out
     parts = {
@@ -98,11 +98,11 @@ class Family:
       'held_out': self.templates[cut:],
       'all': self.templates,
     }
-    if which not in parts:
+    if split not in parts:
       raise ValueError(
-        f'Templates are one of {", ".join(parts)}; got {which!r}.'
+        f'templates are one of {", ".join(parts)}; got {split!r}'
       )
-    return parts[which]
+    return parts[split]
 
   def split_of(self, instance: Instance) -> str:
     """'held_out' for a fixed tenth of the instances, else 'train'.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's measure: medians over prompts, and their mean over datasets.
+"""The paper's metric: medians over prompts, and their mean over datasets.
 
 The accuracy of each prompt; its median over the prompts of a task; ANLI is
 the mean of its three rounds' medians; the average is over eight datasets.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moepeft.evaluation import bootstrap
-from moepeft.evaluation.results import Row
+from moepeft.evaluation.results import ACCURACY, Result
 
 ROUNDS = ('anli_r1', 'anli_r2', 'anli_r3')
 EIGHT = ('anli', 'cb', 'rte', 'wsc', 'wic', 'copa', 'winogrande', 'hellaswag')
@@ -39,8 +39,8 @@ class Score:
 
 
 def scores(
-  rows: Iterable[Row],
-  measure: str = 'accuracy',
+  rows: Iterable[Result],
+  metric: str = ACCURACY,
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, Score]:
@@ -53,17 +53,17 @@ def scores(
   Raises:
     ValueError: a prompt occurs twice.
   """
-  tasks = _tasks(rows, measure)
+  tasks = _tasks(rows, metric)
   values = _grid({k: _median([r.value for r in v]) for k, v in tasks.items()})
   majorities = _grid(
     {
-      name: _median([r.majority for r in own])
-      for name, own in tasks.items()
-      if all(r.majority is not None for r in own)
+      name: _median([r.majority for r in results])
+      for name, results in tasks.items()
+      if all(r.majority is not None for r in results)
     }
   )
   drawn = _draws(tasks, draws, seed)
-  found = {}
+  result = {}
   for name, value in values.items():
     low, high = None, None
     if name in drawn:
@@ -71,13 +71,13 @@ def scores(
     # An average of fewer tasks than the values' would be something else.
     whole = name != AVERAGE or majorities.keys() == values.keys()
     majority = majorities.get(name) if whole else None
-    found[name] = Score(value, low, high, majority)
-  return found
+    result[name] = Score(value, low, high, majority)
+  return result
 
 
 def draws(
-  rows: Iterable[Row],
-  measure: str = 'accuracy',
+  rows: Iterable[Result],
+  metric: str = ACCURACY,
   draws: int = bootstrap.DRAWS,
   seed: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -91,23 +91,23 @@ def draws(
   Raises:
     ValueError: a prompt occurs twice.
   """
-  return _draws(_tasks(rows, measure), draws, seed)
+  return _draws(_tasks(rows, metric), draws, seed)
 
 
-def _tasks(rows: Iterable[Row], measure: str) -> dict[str, list[Row]]:
-  """Rows of a measure by task, as they come, prompts in order of their names.
+def _tasks(rows: Iterable[Result], metric: str) -> dict[str, list[Result]]:
+  """Rows of a metric by task, as they come, prompts in order of their names.
 
   The order of tasks and prompts then changes no sum.
   """
-  tables: dict[str, dict[str, Row]] = collections.defaultdict(dict)
+  tables: dict[str, dict[str, Result]] = collections.defaultdict(dict)
   for row in rows:
-    if row.measure != measure:
+    if row.metric != metric:
       continue
     if row.prompt in tables[row.task]:
-      other = tables[row.task][row.prompt]
+      earlier = tables[row.task][row.prompt]
       raise ValueError(
-        f'the prompt {row.prompt!r} of {row.task!r} has two rows of {measure}, '
-        f'of {other.run!r} and {row.run!r}; give the rows of one run and one '
+        f'the prompt {row.prompt!r} of {row.task!r} has two rows of {metric}, '
+        f'of {earlier.run!r} and {row.run!r}; give the rows of one run and one '
         'evaluation'
       )
     tables[row.task][row.prompt] = row
@@ -118,50 +118,50 @@ def _tasks(rows: Iterable[Row], measure: str) -> dict[str, list[Row]]:
 
 
 def _draws(
-  tasks: dict[str, list[Row]], count: int, seed: int
+  tasks: dict[str, list[Result]], count: int, seed: int
 ) -> dict[str, np.ndarray]:
   """Of all tasks with figures by example, and of what they come to.
 
   A task of one example is the same in every draw, which says nothing of how
   certain it is: neither it nor a mean with it has draws.
   """
-  found = {}
-  for name, own in tasks.items():
-    if any(row.each is None for row in own):
+  drawn_by_task = {}
+  for name, results in tasks.items():
+    if any(row.each is None for row in results):
       # The average has no draws then either.
       return {}
     each, weights = bootstrap.table(
-      *zip(*[(r.idx, r.each, r.weights) for r in own], strict=True)
+      *zip(*[(r.idx, r.each, r.weights) for r in results], strict=True)
     )
     drawn = bootstrap.means(each, weights, name, count, seed)
-    found[name] = np.nanmedian(drawn, axis=1)
-  lacking = {name for name, own in tasks.items() if _single(own)}
+    drawn_by_task[name] = np.nanmedian(drawn, axis=1)
+  lacking = {name for name, results in tasks.items() if _single(results)}
   if lacking & {*ROUNDS}:
     lacking.add('anli')
   if lacking:
     lacking.add(AVERAGE)
-  return {k: v for k, v in _grid(found).items() if k not in lacking}
+  return {k: v for k, v in _grid(drawn_by_task).items() if k not in lacking}
 
 
-def _single(rows: Sequence[Row]) -> bool:
+def _single(rows: Sequence[Result]) -> bool:
   """Whether all is of one example, so that there is no interval."""
   return len({i for row in rows for i in row.idx}) < 2
 
 
 def _grid(tasks: dict) -> dict:
   """Tasks' figures, numbers or draws, as datasets', with their average."""
-  found = dict(tasks)
-  if all(name in found for name in ROUNDS):
-    rounds = _mean([found[name] for name in ROUNDS])
-    found = {'anli': rounds} | {
-      name: value for name, value in found.items() if name not in ROUNDS
+  cells = dict(tasks)
+  if all(name in cells for name in ROUNDS):
+    rounds = _mean([cells[name] for name in ROUNDS])
+    cells = {'anli': rounds} | {
+      name: value for name, value in cells.items() if name not in ROUNDS
     }
-  papers = set(found) <= {*EIGHT, *ROUNDS}
-  if found and (not papers or set(found) == set(EIGHT)):
-    order = EIGHT if papers else sorted(found)
-    found = {name: found[name] for name in order}
-    found[AVERAGE] = _mean(list(found.values()))
-  return found
+  papers = set(cells) <= {*EIGHT, *ROUNDS}
+  if cells and (not papers or set(cells) == set(EIGHT)):
+    order = EIGHT if papers else sorted(cells)
+    cells = {name: cells[name] for name in order}
+    cells[AVERAGE] = _mean(list(cells.values()))
+  return cells
 
 
 def _mean(values: Sequence):

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of evaluations: the prompts of each metric, and the results so far."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+
+from moepeft.data import TrainingData
+from moepeft.evaluation import eval_sets
+from moepeft.evaluation import results as results_lib
+from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.results import (
+  ACCURACY,
+  LOSS,
+  EvalInfo,
+  Result,
+  metric_info,
+  metric_names,
+)
+from moepeft.inference.loaded_model import LoadedModel
+from moepeft.metrics import METRICS
+from moepeft.models import decoder_only
+from moepeft.runs.metrics_log import MetricsLog
+from moepeft.tasks import Example
+
+# {metric: the prompts that it is measured on}.
+EvalPlan = dict[str, list[Prompt]]
+
+
+def check_metrics(names: Sequence[str]) -> None:
+  """
+  Raises:
+    ValueError: there is no metric of a name.
+  """
+  for name in names:
+    metric_info(name)
+
+
+def check_length(run: LoadedModel, names: Sequence[str]) -> None:
+  """Checks that a decoder has positions for the text that it is to generate.
+
+  Raises:
+    ValueError: it has not, in the lengths of the run's config.
+  """
+  data, model = run.config.data, run.model
+  generated = [name for name in names if name in METRICS]
+  if not decoder_only(model) or not generated:
+    return
+  if data.length > model.config.length:
+    raise ValueError(
+      f'prompts and generated answers have config.data.length={data.length:,} '
+      f'tokens in this run, and the model has room for '
+      f'{model.config.length:,}; leave out {", ".join(generated)}, or train '
+      'with a lower length'
+    )
+
+
+def plan_from_rows(
+  rows: Sequence[Example], names: Sequence[str], max_examples: int
+) -> EvalPlan:
+  """The plan for the rows of a file or directory.
+
+  Args:
+    names: of metrics; none for accuracy where rows have choices and loss where
+      they have none.
+    max_examples: of a prompt.
+  """
+  if names:
+    prompts = eval_sets.prompts(eval_sets.EVALUATION, rows, max_examples)
+    return {name: prompts for name in metric_names() if name in names}
+  plan = {}
+  for name, has_choices in ((ACCURACY, True), (LOSS, False)):
+    matching = [row for row in rows if bool(row.choices) == has_choices]
+    if matching:
+      plan[name] = eval_sets.prompts(
+        eval_sets.EVALUATION, matching, max_examples
+      )
+  return plan
+
+
+def plan_from_run(
+  run: LoadedModel, sources: TrainingData, names: Sequence[str] = ()
+) -> EvalPlan:
+  """The plan for a run's held-out rows.
+
+  Args:
+    names: of metrics; none for accuracy and loss, where rows have them.
+
+  Raises:
+    ValueError: no held-out rows, or none with choices, have a named metric.
+  """
+  ranked = eval_sets.prompts_with_choices(run.config, sources)
+  held_out = eval_sets.examples_of(sources.held_out)
+  whole = eval_sets.whole_tasks(held_out, run.config.evaluation.max_examples)
+  plan = {
+    name: ranked if name == ACCURACY else whole
+    for name in metric_names()
+    if name in (names or (ACCURACY, LOSS))
+  }
+  lacking = [name for name, prompts in plan.items() if not prompts]
+  if names and lacking:
+    raise ValueError(
+      f"--metrics asks for {', '.join(lacking)}, of which the run's held-out "
+      f'rows have none ({ACCURACY} is of rows with choices); name other rows '
+      'with --data'
+    )
+  return {name: prompts for name, prompts in plan.items() if prompts}
+
+
+class PartialResults:
+  """A file that gets each result once it is there, and is read after a kill."""
+
+  def __init__(self, path: str, info: EvalInfo):
+    """Results of another evaluation than `info`'s are passed over.
+
+    Args:
+      path: of the file; '' for none.
+
+    Raises:
+      ValueError: a line but the last, which a kill may have torn, is no result.
+    """
+    self.path = path
+    self._file = None
+    self._results: dict[tuple[str, str, str], Result] = {}
+    if not path:
+      return
+    # This cuts a torn line off.
+    self._file = MetricsLog(path, info.step)
+    expected = {key: value for key, value in vars(info).items() if key != 'run'}
+    for result in results_lib.read(path) if os.path.getsize(path) else ():
+      if expected.items() <= vars(result).items():
+        # The work directory may be spelt in another way.
+        self._store(dataclasses.replace(result, run=info.run))
+
+  def get(self, prompt: Prompt, metric: str) -> Result | None:
+    """A prompt's result, if it is there and of the same examples."""
+    result = self._results.get((prompt.task, prompt.name, metric))
+    if result is None:
+      return None
+    if result.examples + result.left_out != len(prompt.examples):
+      return None
+    return result if {*result.idx} <= {e.idx for e in prompt.examples} else None
+
+  def add(self, results: Iterable[Result]) -> None:
+    """Adds results, in the file too.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    for result in results:
+      self._store(result)
+      if self._file is not None:
+        self._file.write(vars(result))
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+
+  def _store(self, result: Result) -> None:
+    self._results[result.task, result.prompt, result.metric] = result

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Event files of TensorBoard in a run's directory."""
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from moepeft.runs import metrics_log
+from moepeft.runs.history import short_names
+from moepeft.runs.run import Run
+from moepeft.runs.trackers import TrackerSpec, scalars
+
+
+class TensorBoard:
+  """Event files in a folder; on going on, curves are cut at the step.
+
+  The events are written as they come, not by tensorboardX's thread: that
+  would die of a full disk, and the loop wait for it without end.
+  """
+
+  def __init__(self, folder: str, step: int = 0):
+    os.makedirs(folder, exist_ok=True)
+    # The step, as files of one second would have one name.
+    self._events = EventsWriter(os.path.join(folder, 'events'), f'.{step:09}')
+    # What earlier files hold of this step and later is then left out.
+    start = SessionLog(status=SessionLog.START)
+    self._add(Event(step=step + 1 if step else 0, session_log=start))
+    self._events.flush()
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    values = [
+      value
+      for tag, number in scalars(row).items()
+      for value in summary.scalar(tag, number).value
+    ]
+    routing = row.get('routing', {})
+    for site, name in short_names(routing).items():
+      kind, shares = metrics_log.shares(routing[site])
+      values += _histogram(f'{kind}/{name}', shares).value
+    self._add(Event(step=row['step'], summary=Summary(value=values)))
+    # With the system, so that a kill leaves no gap before a checkpoint.
+    self._events.flush()
+
+  def close(self) -> None:
+    self._events.close()
+
+  def _add(self, event: Event) -> None:
+    event.wall_time = time.time()
+    self._events.write_event(event)
+
+
+def _histogram(tag: str, shares: list) -> Summary:
+  """A histogram with a bar an expert: its share, the mean over layers."""
+  shares = np.asarray(shares, np.float64).mean(axis=0)
+  experts = np.arange(len(shares))
+  return summary.histogram_raw(
+    tag,
+    min=-0.5,
+    max=len(shares) - 0.5,
+    num=shares.sum(),
+    sum=(experts * shares).sum(),
+    sum_squares=(experts**2 * shares).sum(),
+    bucket_limits=(experts + 0.5).tolist(),
+    bucket_counts=shares.tolist(),
+  )
+
+
+def _open(run: Run, step: int, config: Mapping[str, Any]) -> TensorBoard:
+  del config
+  return TensorBoard(os.path.join(run.path, 'tensorboard'), step)
+
+
+TRACKER = TrackerSpec(_open, view='tensorboard --logdir={workdir}')
