@@ -179,7 +179,9 @@ def _train(
   # ---------------------------------------------------------------- data ---
   data = config.data
   spread = config.sharding
-  layout = sharding.layout(spread.preset, spread.model, spread.rules)
+  layout = sharding.layout(
+    spread.preset, spread.model_parallel_size, spread.rules
+  )
   sharding.check_rows(layout.mesh, config.batch_size)
   share = sharding.share(layout.mesh)
   # First: the vocabulary is looked for in the same place.
