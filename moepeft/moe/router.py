@@ -7,6 +7,20 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterLoss:
+  """An auxiliary loss of a router.
+
+  Attributes:
+    function: RouterStats of a site -> scalar, the mean over layers. The sums
+      are of the whole batch, whatever is accumulated or sharded.
+    reads: names in `RouterStats.aux`; sites without them are left out.
+  """
+
+  function: Callable
+  reads: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class RouterSpec:
   """An entry of ROUTERS.
 
@@ -21,6 +35,8 @@ class RouterSpec:
     causal: whether a token's routing depends on no later token of its row.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
+    losses: {name in config.router_losses: loss}, beside those of
+      `moepeft.moe.aux_losses`, which every router has.
     defaults: {semantics: options that the semantics decides}.
     pooled_module: for a router whose function depends on its path in the tree,
       which a pool of served adapters changes: router -> a router with the
@@ -34,6 +50,7 @@ class RouterSpec:
   causal: bool = True
   independent_of_batch: bool = True
   learned: bool = True
+  losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )

@@ -7,7 +7,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.peft.build import build
-from moepeft.runs import next_steps
+from moepeft.training import next_steps
 
 SITES = {
   'encoder/self/q': 'query',
@@ -51,7 +51,7 @@ def test_a_fully_tuned_model_is_exported_before_it_is_served():
 
 
 def test_an_adapter_is_served_over_its_base():
-  lines = commands('lora', model__quantise='int8')
+  lines = commands('lora', model__quantize='int8')
   assert lines['serve it'][2:] == [
     'moepeft.serve',
     '--model=package:t5_tiny',
@@ -78,7 +78,9 @@ def test_no_command_has_a_word_to_fill_in(capsys):
   config = config_lib.default()
   config.model.path = 'base'
   lines = next_steps.commands('runs/a', config, build('lora', SITES), False)
-  next_steps.tell(summary, ['accuracy rose: B'], ['x'] * 9, {'a': '', **lines})
+  next_steps.print_next_steps(
+    summary, ['accuracy rose: B'], ['x'] * 9, {'a': '', **lines}
+  )
   said = capsys.readouterr().out.splitlines()
   assert said[:2] == ['done in 1.5 s: lora', '  accuracy rose: B']
   assert sum(line.startswith('  note: ') for line in said) == 3
