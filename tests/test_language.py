@@ -36,7 +36,6 @@ PENDING = frozenset(
     'moepeft/peft',
     'moepeft/runs',
     'moepeft/tasks',
-    'moepeft/training',
     'tests/benchmarks',
     'tests/cases',
     'tests/checkpoints',

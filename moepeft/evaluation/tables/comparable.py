@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moepeft.data.readers import READERS
 from moepeft.evaluation.paper_metric import AVERAGE
 from moepeft.evaluation.results import HELD_OUT, Result
 from moepeft.evaluation.tables.aggregate import parts
@@ -54,7 +55,9 @@ def _judged(one: Entry, other: Entry) -> None:
 
 def _content(seen: dict, row: Result, entry: Entry) -> None:
   # A seed draws embedded tasks, and what the templates of a dataset choose.
-  drawn = row.data == HELD_OUT and entry.source != 'jsonl'
+  reader = READERS.get(entry.source)
+  is_seeded = reader is None or reader.is_seeded
+  drawn = row.data == HELD_OUT and is_seeded
   what = ('content', row.data, entry.seed if drawn else None)
   first, folder = _first(seen, what, row.data_sha, entry)
   if first != row.data_sha:
