@@ -27,7 +27,6 @@ PENDING = frozenset(
     'moepeft/checkpoints',
     'moepeft/config',
     'moepeft/core',
-    'moepeft/data',
     'moepeft/evaluation',
     'moepeft/inference',
     'moepeft/models',
