@@ -38,7 +38,6 @@ PENDING = frozenset(
     'moepeft/tasks',
     'moepeft/training',
     'tests/benchmarks',
-    'tests/cases',
     'tests/checkpoints',
     'tests/config',
     'tests/contracts',
