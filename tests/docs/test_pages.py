@@ -274,3 +274,17 @@ def test_files_that_a_page_names_exist(name):
 def test_paths_of_files_are_told_from_other_paths():
   text = 'see `moepeft/a/b.py`, workdirs/configs/x.py and moepeft/serve'
   assert paths_of_files(text) == {'moepeft/a/b.py'}
+
+
+@pytest.mark.parametrize(
+  'name', ['docs/architecture.md', 'docs/architecture.zh.md']
+)
+def test_files_of_the_architecture_exist(name):
+  paths = re.findall(r'(?<![\w/.{*])[a-z_0-9]+/[\w/]+\.py', read(name))
+  assert len(paths) > 30
+  missing = [
+    path
+    for path in paths
+    if not (ROOT / path).exists() and not (ROOT / 'moepeft' / path).exists()
+  ]
+  assert missing == []
