@@ -450,7 +450,7 @@ def _train(
     bool(data.chat_template) or has_chat_template(words)
   )
   prompt = next((e.inputs for p in prompts for e in p.examples), '')
-  next_steps.tell(
+  next_steps.print_next_steps(
     summary,
     changes,
     diagnosis.findings(pathlib.Path(workdir)),

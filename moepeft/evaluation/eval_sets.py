@@ -75,7 +75,7 @@ def validation_rows(
 ) -> list:
   """Held-out examples, as ids, that the validation loss is of."""
   e = config.evaluation
-  return sources.validation(collator, e.batches * e.batch_size)
+  return sources.validation(collator, e.max_batches * e.batch_size)
 
 
 def examples_of(held_out: Sequence) -> list[Example]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers: the greedy continuations of many inputs.
+"""Greedy answers of a model to many inputs.
 
 Of a decoder-only model an input is a prompt, in the form of its training, and
 the answer what follows it.

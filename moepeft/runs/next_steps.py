@@ -68,7 +68,7 @@ def _quoted(word: str) -> str:
   return f'{flag}{equals}{shlex.quote(value)}' if value else word
 
 
-def tell(
+def print_next_steps(
   summary: Mapping[str, Any],
   changes: list[str],
   findings: list[str],
