@@ -303,7 +303,7 @@ def test_router_of_contributing_works(tmp_path):
   router = _load_card(file).Sparsemax(experts=5)
   x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 7))
   rngs = {'peft': jax.random.key(1)}
-  weights = router.init_with_output(rngs, x, Context())[0].weights
+  weights = router.init_with_output(rngs, x, Context())[0].combine_weights
   # float32 sums.
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
   # Logits as far apart as these leave some experts out altogether.
