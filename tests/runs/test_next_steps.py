@@ -51,7 +51,7 @@ def test_a_fully_tuned_model_is_exported_before_it_is_served():
 
 
 def test_an_adapter_is_served_over_its_base():
-  lines = commands('lora', model__quantise='int8')
+  lines = commands('lora', model__quantize='int8')
   assert lines['serve it'][2:] == [
     'moepeft.serve',
     '--model=package:t5_tiny',

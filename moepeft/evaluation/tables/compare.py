@@ -246,7 +246,7 @@ def _best(
     there = {i: row for i, row in rows.items() if key in row.estimates}
     if len(there) < 2:
       continue
-    top = max(there, key=lambda i: sign * there[i].figures[key].value)
+    top = max(there, key=lambda i: sign * there[i].estimates[key].value)
     rest = [row for i, row in there.items() if i != top]
     if all(key in row.draws for row in there.values()) and all(
       bootstrap.interval(sign * (there[top].draws[key] - row.draws[key]))[0] > 0
@@ -302,7 +302,7 @@ def _line(row: _TableRow, paper: bool) -> Line:
   if paper and row.printed is None and not first.is_base:
     qualifier = f'{qualifier} (not in the paper)'
   cells: dict[Any, Cell] = {
-    k: _cell(figure) for k, figure in row.aggregate.items()
+    k: _cell(figure) for k, figure in row.estimates.items()
   }
   cells |= row.routing
   if not first.is_base:
