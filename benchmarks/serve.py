@@ -168,7 +168,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
-  engine.start(serve_command.Start())
+  engine.start(serve_command.StartupProgress())
   side, vocab = Side(engine), base.config.vocab
   names_ = [f'a{i}' for i in range(AT_ONCE)]
   same = [LENGTH] * AT_ONCE

@@ -13,6 +13,7 @@ imports between units.
 import argparse
 import ast
 import collections
+import functools
 import json
 import pathlib
 import statistics
@@ -35,11 +36,16 @@ def sources(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   return {module_name(path): path for path in sorted(paths)}
 
 
+@functools.cache
+def parse(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text())
+
+
 def imports(path: pathlib.Path, modules: dict[str, pathlib.Path]) -> set[str]:
   """The package's modules that a file imports anywhere."""
   here = module_name(path).split('.')
   imported = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(parse(path)):
     if isinstance(node, ast.Import):
       imported |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -121,10 +127,59 @@ def duplicate_classes() -> dict[str, list[str]]:
   """{name: files} of classes of one name in several places."""
   places = collections.defaultdict(list)
   for path in sources(PACKAGE).values():
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
       if isinstance(node, ast.ClassDef):
         places[node.name].append(str(path.relative_to(ROOT)))
   return {name: files for name, files in places.items() if len(files) > 1}
+
+
+def registered_names() -> dict[str, set[str]]:
+  """{entry's name: modules that may know it}, of every Registry(...) call.
+
+  They are the module that has the registry, and the entry's own.
+  """
+  names = collections.defaultdict(set)
+  for module, path in sources(PACKAGE).items():
+    for node in ast.walk(parse(path)):
+      match node:
+        case ast.Call(
+          func=ast.Name(id='Registry'), args=[_, package, ast.Dict() as table]
+        ):
+          parent = ast.literal_eval(package)
+          for name, location in ast.literal_eval(table).items():
+            own = f'{parent}.{location.partition(":")[0]}'
+            names[name] |= {module, own}
+  return names
+
+
+def compared_texts(path: pathlib.Path) -> set[str]:
+  """Texts that a file compares values with: by ==, in, match, ..."""
+  parts = []
+  for node in ast.walk(parse(path)):
+    if isinstance(node, ast.Compare):
+      parts += [node.left, *node.comparators]
+    elif isinstance(node, ast.MatchValue):
+      parts.append(node.value)
+  return {
+    leaf.value
+    for part in parts
+    for leaf in getattr(part, 'elts', [part])
+    if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
+  }
+
+
+def branches_on_names() -> dict[str, set[str]]:
+  """{module: entries' names that it compares values with}, but its own."""
+  registered = registered_names()
+  findings = {
+    module: {
+      text
+      for text in compared_texts(path)
+      if text in registered and module not in registered[text]
+    }
+    for module, path in sources(PACKAGE).items()
+  }
+  return {module: names for module, names in findings.items() if names}
 
 
 def measure() -> dict[str, int | float]:

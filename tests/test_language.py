@@ -34,7 +34,6 @@ PENDING = frozenset(
     'moepeft/nn',
     'moepeft/objectives',
     'moepeft/peft',
-    'moepeft/serve',
     'moepeft/training',
     'tests/benchmarks',
     'tests/cases',
@@ -53,7 +52,6 @@ PENDING = frozenset(
     'tests/peft',
     'tests/reference',
     'tests/runs',
-    'tests/serve',
     'tests/tasks',
     'tests/training',
   )

@@ -13,15 +13,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from moepeft import config as config_lib
 from moepeft import moe
 from moepeft.checkpoints.count_parameters import count
-from moepeft.core.types import Context
 from moepeft.models.decoder import llama
 from moepeft.peft import METHODS
 from tests import ROOT
@@ -292,19 +289,3 @@ def test_papers_cited_in_the_code_are_in_the_notices():
     cited |= set(re.findall(r'arXiv:(\d+\.\d+)', path.read_text()))
   notices = _read('third_party/README.md')
   assert [paper for paper in sorted(cited) if paper not in notices] == []
-
-
-def test_router_of_contributing_works(tmp_path):
-  (code,) = re.findall(
-    r'^```python\n(# SPDX.*?)^```', _read('CONTRIBUTING.md'), re.M | re.S
-  )
-  file = tmp_path / 'sparsemax.py'
-  file.write_text(code)
-  router = _load_card(file).Sparsemax(experts=5)
-  x = 100 * jax.random.normal(jax.random.key(0), (2, 3, 7))
-  rngs = {'peft': jax.random.key(1)}
-  weights = router.init_with_output(rngs, x, Context())[0].combine_weights
-  # float32 sums.
-  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-  # Logits as far apart as these leave some experts out altogether.
-  assert (weights >= 0).all() and (weights == 0).any()

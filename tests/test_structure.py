@@ -5,18 +5,77 @@ import ast
 
 from scripts import structure
 
+# Class names that stand in several files; the list only shrinks.
+DUPLICATE_CLASSES = frozenset(
+  (
+    'Adapter Block Call Embedding Engine Entry Layout Loaded Malformed Memory '
+    'Part Pieces Prompt Routing ServedModel Stack Task Tool _Stored'
+  ).split()
+)
+# Functions of more than 100 lines; the list only shrinks.
+LONG_FUNCTIONS = frozenset()
+# Comparisons with the name of a registry's entry, outside of its file; the list
+# only shrinks, but for converters (hf, gguf, t5x, gin), which know the formats
+# that they write, and for words with another meaning.
+BRANCHES = {
+  'moepeft.checkpoints.gguf.tokenizer': 'qwen2',
+  'moepeft.checkpoints.hf.model': 't5',
+  'moepeft.checkpoints.hf.peft': 'ia3 prompt',
+  'moepeft.checkpoints.hf.peft_lora': 'dora',
+  'moepeft.checkpoints.t5x.adapters': 'lora molora mov softmax topk',
+  'moepeft.config.gin.translate': 'constant',
+  'moepeft.data.batching.collators': 'preference prompt',
+  'moepeft.data.batching.decoder_only': 'prompt',
+  'moepeft.data.chat.dataset': 'prompt',
+  'moepeft.data.chat.formats': 'prompt',
+  'moepeft.data.chat.template': 'chat preference',
+  'moepeft.data.chat.truncate': 'prompt',
+  'moepeft.data.fingerprint': 'datasets preference',
+  'moepeft.data.preference.formats': 'prompt',
+  'moepeft.data.preference.tokenize': 'prompt',
+  'moepeft.data.registry': 'chat jsonl seqio tasks text',
+  'moepeft.data.replay': 'seqio',
+  'moepeft.data.row_fields': 'text',
+  'moepeft.evaluate': 'accuracy',
+  'moepeft.evaluation.eval_sets': 'tasks',
+  'moepeft.evaluation.metrics': 'bleu rouge_l',
+  'moepeft.evaluation.ngrams': 'text',
+  'moepeft.evaluation.runner': 'accuracy loss',
+  'moepeft.evaluation.summary': 'accuracy bleu loss',
+  'moepeft.evaluation.tables.aggregate': 'loss tasks',
+  'moepeft.evaluation.tables.comparable': 'jsonl tasks',
+  'moepeft.evaluation.tables.compare': 'accuracy loss tasks',
+  'moepeft.evaluation.tables.footnotes': 'accuracy bleu loss',
+  'moepeft.evaluation.tables.forest_plot': 'bleu loss',
+  'moepeft.evaluation.tables.render': 'loss',
+  'moepeft.evaluation.tables.seeds': 'random tasks',
+  'moepeft.evaluation.tables.terminal': 'loss',
+  'moepeft.generate': 'chat preference text',
+  'moepeft.models.decoder.hf_rope': 'linear',
+  'moepeft.models.decoder_gguf': 'gpt2 llama mistral qwen2',
+  'moepeft.nn.rope': 'linear',
+  'moepeft.objectives.cross_entropy': 'tokens',
+  'moepeft.peft.build': 'topk',
+  'moepeft.runs.diagnosis': 'loss',
+  'moepeft.runs.resume': 'constant',
+  'moepeft.serve.http.chat': 'text',
+  'moepeft.serve.http.requests': 'text',
+  'moepeft.serve.http.schemas': 'text',
+  'moepeft.train': 'chat preference',
+}
+
 # A unit may import those of the lines above its own, and none beside it.
 LAYERS = (
   ('core',),
   ('nn', 'metrics'),
   ('moe', 'models', 'tasks'),
   ('config',),
-  ('peft',),
-  ('runs',),
+  ('peft', 'runs'),
   ('checkpoints',),
   ('data',),
   ('objectives', 'inference'),
-  ('training', 'evaluation', 'serve'),
+  ('evaluation', 'serve'),
+  ('training',),
   ('registries',),
   (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
@@ -69,3 +128,39 @@ def test_every_file_has_a_licence_line_and_says_what_it_is():
     assert text.startswith('# SPDX-License-Identifier: Apache-2.0'), path
     if len(text.splitlines()) > 1:
       assert ast.get_docstring(ast.parse(text)), path
+
+
+def test_class_names_are_unique():
+  assert structure.duplicate_classes().keys() - DUPLICATE_CLASSES == set()
+
+
+def test_functions_have_at_most_100_lines():
+  long = {
+    (module, name)
+    for module, path in structure.sources(structure.PACKAGE).items()
+    for name, lines in structure.functions(structure.parse(path))
+    if lines > 100
+  }
+  assert long - LONG_FUNCTIONS == set()
+
+
+def test_no_code_branches_on_an_entry_s_name():
+  new = {
+    module: names - set(BRANCHES.get(module, '').split())
+    for module, names in structure.branches_on_names().items()
+  }
+  assert {module: names for module, names in new.items() if names} == {}
+
+
+def test_the_measure_sees_registries_and_branches(tmp_path):
+  assert structure.registered_names()['dpo'] == {
+    'moepeft.objectives',
+    'moepeft.objectives.dpo',
+  }
+  file = tmp_path / 'module.py'
+  file.write_text(
+    "if x == 'a' or y in ('b', 'c') or 'd' != z: pass\n"
+    "match x:\n  case 'e': pass\n"
+    "f('g', {'h': 1})\n"
+  )
+  assert structure.compared_texts(file) == set('abcde')

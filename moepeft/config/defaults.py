@@ -50,6 +50,11 @@ def default() -> ConfigDict:
   # 0 for never.
   c.early_stopping_patience = 0
   c.log = _log()
+  # 'FIRST:LAST', as in '5:8': steps that JAX's profiler traces, both included,
+  # into <workdir>/profile, which TensorBoard and Perfetto open; '' for none.
+  c.profile = ConfigDict(dict(steps=''))
+  # Further callbacks of moepeft.training.callbacks, 'mine,another'.
+  c.callbacks = ''
   return c
 
 

@@ -117,4 +117,6 @@ TEXTS = (
   'evaluation.path',
   'log.trackers',
   'log.wandb_project',
+  'profile.steps',
+  'callbacks',
 )

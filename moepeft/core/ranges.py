@@ -83,9 +83,16 @@ class Choices:
       )
 
 
-def option(default: Any, allowed: Range | Choices) -> Any:
-  """A field of a module with the values that it may take beside its default."""
-  return dataclasses.field(default=default, metadata={'allowed': allowed})
+def option(
+  default: Any, allowed: Range | Choices, training_only: bool = False
+) -> Any:
+  """A field of a module with the values that it may take beside its default.
+
+  Args:
+    training_only: whether it changes the noise of training and nothing else.
+  """
+  metadata = {'allowed': allowed, 'training_only': training_only}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

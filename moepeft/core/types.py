@@ -90,11 +90,14 @@ class Routing:
     combine_weights: float32 [..., e], what the experts are mixed with.
     k: how many experts have weight, the same for every token; None where all
       of them may have some. Static.
+    aux: the router's own figures by name, float32 [..., *any]: a loss or a
+      statistic of its entry reads their sums over the real tokens.
   """
 
   logits: Array
   combine_weights: Array
   k: int | None = struct.field(pytree_node=False, default=None)
+  aux: dict[str, Array] = struct.field(default_factory=dict)
 
   @property
   def sparse(self) -> bool:

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routers, their losses and statistics; nothing here knows an adapter.
 
-A new router is one new file and one line in ROUTERS.
+A new router is one file and one line in ROUTERS; docs/extending/router.md has a
+worked example.
 """
 
-from moepeft.moe.routers.random import Random
-from moepeft.moe.routers.softmax import Softmax
-from moepeft.moe.routers.topk import TopK
-from moepeft.moe.routers.uniform import Uniform
+from moepeft.core.registry import Registry
+from moepeft.moe.router import RouterSpec as RouterSpec
 
-ROUTERS = {
-  'softmax': Softmax,
-  'topk': TopK,
-  'uniform': Uniform,
-  'random': Random,
-}
+ROUTERS: Registry = Registry(
+  'router',
+  'moepeft.moe.routers',
+  {
+    'softmax': 'softmax:ROUTER',
+    'topk': 'topk:ROUTER',
+    'uniform': 'uniform:ROUTER',
+    'random': 'random:ROUTER',
+  },
+)
+# The router of a mixture whose method string names none.
+DEFAULT_ROUTER = 'softmax'

@@ -8,6 +8,8 @@ every weight defaults to zero.
 import jax.numpy as jnp
 
 from moepeft.core.types import Array
+from moepeft.moe import ROUTERS
+from moepeft.moe.router import RouterLoss
 from moepeft.moe.router_stats import RouterStats
 
 
@@ -35,26 +37,40 @@ def entropy(sums: RouterStats) -> Array:
 LOSSES = {'load_balance': load_balance, 'z': router_z_loss, 'entropy': entropy}
 
 
+def router_losses() -> dict[str, RouterLoss]:
+  """All losses by name: those of every router, and those of entries."""
+  losses = {name: RouterLoss(function) for name, function in LOSSES.items()}
+  for entry in ROUTERS.values():
+    losses |= entry.losses
+  return losses
+
+
 def auxiliary_loss(
   sites: dict[str, RouterStats], weights: dict[str, float]
 ) -> Array:
-  """The weighted sum of losses, each the mean over sites and layers.
+  """The weighted sum of losses, each the mean over its sites and layers.
 
   Args:
     sites: {path: RouterStats}, from `router_stats.collect`.
-    weights: {name in LOSSES: weight}; zero weights cost nothing.
+    weights: {name of a loss: weight}; zero weights cost nothing.
 
   Raises:
     ValueError: a name is not a loss.
   """
-  unknown = sorted(set(weights) - set(LOSSES))
+  losses = router_losses()
+  unknown = sorted(set(weights) - set(losses))
   if unknown:
     raise ValueError(
-      f'router losses are {", ".join(LOSSES)}; got {", ".join(unknown)}'
+      f'router losses are {", ".join(losses)}; got {", ".join(unknown)}'
     )
-  loss = jnp.float32(0)
+  total = jnp.float32(0)
   for name, weight in weights.items():
-    if weight and sites:
-      values = [LOSSES[name](sums) for sums in sites.values()]
-      loss += weight * sum(values) / len(values)
-  return loss
+    loss = losses[name]
+    values = [
+      loss.function(stats)
+      for stats in sites.values()
+      if weight and stats.aux.keys() >= set(loss.reads)
+    ]
+    if values:
+      total += weight * sum(values) / len(values)
+  return total

@@ -12,6 +12,7 @@ from flax import struct
 from jax.scipy.special import entr
 
 from moepeft.core.types import Array, Context, Router, Routing, Tree
+from moepeft.nn.numerics import to_f32
 
 
 @struct.dataclass
@@ -31,6 +32,7 @@ class RouterStats:
     probability: [e] sums of the softmax of the logits.
     entropy: [] sums of that softmax's entropy, in nats.
     log_z2: [] sums of the squared log-partition of the logits.
+    aux: {name: [*any]} sums of `Routing.aux`, the router's own figures.
     sparse: whether the router is sparse, `Routing.sparse`; static.
   """
 
@@ -41,6 +43,7 @@ class RouterStats:
   probability: Array
   entropy: Array
   log_z2: Array
+  aux: dict[str, Array] = struct.field(default_factory=dict)
   sparse: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -70,6 +73,10 @@ def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
     probability=jnp.sum(p * real[..., None], axis=every),
     entropy=-jnp.sum(jnp.sum(p * log_p, axis=-1) * real),
     log_z2=jnp.sum(log_z**2 * real),
+    aux={
+      name: jnp.tensordot(real, to_f32(values), axes=real.ndim)
+      for name, values in routing.aux.items()
+    },
     sparse=routing.sparse,
   )
 

@@ -3,4 +3,5 @@
 
 from moepeft.peft.build import Built as Built
 from moepeft.peft.build import build as build
+from moepeft.peft.method import Method as Method
 from moepeft.peft.methods import METHODS as METHODS

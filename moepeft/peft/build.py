@@ -13,15 +13,10 @@ from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
 from moepeft.core.ranges import Choices, Range, shortened, suggestion
 from moepeft.core.types import State, Tree
-from moepeft.moe import ROUTERS
+from moepeft.moe import DEFAULT_ROUTER, ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method
 from moepeft.peft.methods import METHODS
-
-# What `topk` does with the kept probabilities where it is not said.
-_RENORMALIZE = {'official': False, 'paper': True}
-# Options that change nothing but the noise of training.
-_TRAINING_ONLY = {'dropout', 'jitter'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +129,9 @@ def plain(
     kept = _unusual(spec, _defaults(module))
     router = kept.pop('router', None)
     if router is not None:
-      own = _unusual(router, _defaults(ROUTERS[router.name]))
+      own = _unusual(router, _defaults(ROUTERS[router.name].module))
       router = Spec(router.name, tuple(sorted(own.items())))
-      kept |= {'router': router} if router != Spec('softmax') else {}
+      kept |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
     found.append(Spec(spec.name, tuple(sorted(kept.items()))))
   return method_string.format_method(tuple(found))
 
@@ -159,7 +154,7 @@ def function_of(adapter_map: AdapterMap) -> tuple:
 
 def _function(module: nn.Module) -> tuple:
   fields = []
-  for name in sorted(_defaults(module).keys() - _TRAINING_ONLY):
+  for name in sorted(_defaults(module).keys() - training_only(module)):
     value = getattr(module, name)
     nested = isinstance(value, nn.Module)
     fields.append((name, _function(value) if nested else value))
@@ -173,19 +168,20 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   decided = dict(method.defaults.get(semantics, {}))
   defaults = _defaults(method.module)
   if 'router' in defaults:
-    router = given.get('router', 'softmax')
+    router = given.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
         f'{spec.name}: a router is written like softmax or topk(k=2); got '
         f'{router!r}'
       )
-    router_module = _find(router.name, ROUTERS, 'router')
-    router_defaults = _defaults(router_module)
+    entry = _find(router.name, ROUTERS, 'router')
+    router_defaults = _defaults(entry.module)
     router_defaults.pop('experts')
-    _check(router, router_module, router_defaults)
-    if router.name == 'topk' and router.get('renormalize') is None:
-      router = router.replace(renormalize=_RENORMALIZE[semantics])
+    _check(router, entry.module, router_defaults)
+    for option, value in entry.defaults.get(semantics, {}).items():
+      if router.get(option) is None:
+        router = router.replace(**{option: value})
     decided['router'] = given['router'] = router
   _check(spec, method.module, defaults | ({'sites': ''} if defaults else {}))
   return Spec(spec.name, tuple((given | (decided | given)).items()))
@@ -196,7 +192,7 @@ def _module(spec: Spec, method: Method, name: str):
   if 'router' in options:
     router = options['router']
     experts = options.get('experts', method.module.experts)
-    options['router'] = ROUTERS[router.name](
+    options['router'] = ROUTERS[router.name].module(
       experts=experts, **dict(router.options), parent=None
     )
   return method.module(name=name, parent=None, **options)
@@ -240,6 +236,15 @@ def allowed(module) -> dict[str, Range | Choices]:
     field.name: field.metadata['allowed']
     for field in (dataclasses.fields(module) if module else ())
     if 'allowed' in field.metadata
+  }
+
+
+def training_only(module) -> set[str]:
+  """The options that change the noise of training and nothing else."""
+  return {
+    field.name
+    for field in (dataclasses.fields(module) if module else ())
+    if field.metadata.get('training_only')
   }
 
 

@@ -20,6 +20,17 @@ class Method:
     innermost: whether the merge holds only where no adapter is inside of it.
     once: whether it can stand only once in a method's text.
     why_not: why there is no merge, as the end of a sentence.
+    size_option: the option that a pool of served adapters rounds up, so that
+      adapters of other sizes share a program: 'rank', 'length' or ''.
+    pooled_module: (adapter, name) -> the module that stands for the adapter in
+      a pool of served adapters; None for the adapter itself.
+    pooled_leaves: {array of that module: (arrays of the adapter at one layer,
+      function from a shape [inputs, outputs] to the base's kernel, scale of
+      the low-rank term) -> the array}, for what the adapter does not store.
+    exact_identity: whether zeros (ones of a scale) give the base's output bit
+      for bit.
+    not_pooled: why it cannot be served beside other adapters, and what to do,
+      as the end of a sentence.
   """
 
   module: Any
@@ -32,3 +43,10 @@ class Method:
   innermost: bool = False
   once: bool = False
   why_not: str = ''
+  size_option: str = ''
+  pooled_module: Callable | None = None
+  pooled_leaves: Mapping[str, Callable] = dataclasses.field(
+    default_factory=dict
+  )
+  exact_identity: bool = False
+  not_pooled: str = ''

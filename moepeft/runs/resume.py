@@ -27,6 +27,8 @@ _FREE = (
   'evaluation',
   'checkpoint',
   'log',
+  'profile',
+  'callbacks',
 )
 
 

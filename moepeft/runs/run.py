@@ -44,6 +44,7 @@ class Run:
       read in the second.
     reference_dir: log-probabilities of a precomputed reference model.
     plots_dir: PNGs.
+    profile_dir: a trace of JAX's profiler.
   """
 
   def __init__(self, path: str):
@@ -60,6 +61,7 @@ class Run:
     self.damaged_dir = os.path.join(path, 'damaged')
     self.reference_dir = os.path.join(path, 'reference')
     self.plots_dir = os.path.join(path, 'plots')
+    self.profile_dir = os.path.join(path, 'profile')
 
   @property
   def has_checkpoints_dir(self) -> bool:

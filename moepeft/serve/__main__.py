@@ -27,18 +27,18 @@ from moepeft.inference.api import LoadedAdapter
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.serve import open_engine, page
-from moepeft.serve.embeddings.encoder import Encoder, Sentences
+from moepeft.serve.embeddings.encoder import EmbeddingEncoder, SentenceEmbedder
 from moepeft.serve.http import keys as http_keys
-from moepeft.serve.http.chat_templates import Voice
+from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import ConnectionLimits, open_files
-from moepeft.serve.http.keys import Keys
-from moepeft.serve.http.limits import Limits
+from moepeft.serve.http.keys import ApiKeys
+from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.model_registry import Models
+from moepeft.serve.http.model_registry import ModelRegistry
 from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.text import Words
-from moepeft.serve.http.tool_calls import Calling
+from moepeft.serve.http.text import ServedTokenizer
+from moepeft.serve.http.tool_calls import ToolPlanner
 
 _LOCAL = ('localhost', '127.0.0.1', '[::1]')
 
@@ -49,7 +49,7 @@ def adapters() -> dict[str, str]:
   Raises:
     ValueError: one has no name, or two have the same.
   """
-  found: dict[str, str] = {}
+  paths: dict[str, str] = {}
   for text in _ADAPTER.value or ():
     name, equals, path = text.partition('=')
     if not (name and equals and path):
@@ -57,10 +57,10 @@ def adapters() -> dict[str, str]:
         f'--adapter={text!r}: expected NAME=PATH, what requests call it and '
         'the run or directory that it is in'
       )
-    if name in found:
+    if name in paths:
       raise ValueError(f'--adapter={name}=... is given twice; name each once')
-    found[name] = path
-  return found
+    paths[name] = path
+  return paths
 
 
 def local(host: str) -> bool:
@@ -71,27 +71,27 @@ def local(host: str) -> bool:
     return False
 
 
-def keys() -> Keys:
+def keys() -> ApiKeys:
   """Those of the files.
 
   Raises:
     ValueError: a file is wrong, or others would reach a server without keys.
   """
-  found = Keys(
+  api_keys = ApiKeys(
     http_keys.read(_API_KEYS.value, _API_KEYS.name),
     http_keys.read(_ADMIN_KEYS.value, _ADMIN_KEYS.name),
   )
-  if not (local(_HOST.value) or found.users or _ALLOW_NO_KEY.value):
+  if not (local(_HOST.value) or api_keys.users or _ALLOW_NO_KEY.value):
     raise ValueError(
       f'--host={_HOST.value} lets other machines ask, and there is no key; '
       'name a file of keys with --api_key_file, or allow it with '
       '--allow_no_key'
     )
-  return found
+  return api_keys
 
 
-def limits() -> Limits:
-  return Limits(
+def limits() -> RequestLimits:
+  return RequestLimits(
     _MAX_BODY.value,
     _MAX_ANSWER.value,
     _MAX_CHOICES.value,
@@ -102,7 +102,7 @@ def limits() -> Limits:
 
 def connection_limits() -> ConnectionLimits:
   """Those of the flags, and no more than the process may open files for."""
-  wanted = ConnectionLimits(
+  limits_ = ConnectionLimits(
     _MAX_CONNECTIONS.value,
     _HEAD_SECONDS.value,
     _BODY_SECONDS.value,
@@ -110,11 +110,11 @@ def connection_limits() -> ConnectionLimits:
     _SEND_SECONDS.value,
     _MAX_HEAD.value,
   )
-  allowed = open_files(wanted)
-  if allowed.count < wanted.count:
+  allowed = open_files(limits_)
+  if allowed.count < limits_.count:
     print(
-      f'--max_connections={wanted.count} is lowered to {allowed.count}, as the '
-      'process may not open more files (ulimit -n)',
+      f'--max_connections={limits_.count} is lowered to {allowed.count}, as '
+      'the process may not open more files (ulimit -n)',
       file=sys.stderr,
     )
   return allowed
@@ -141,12 +141,12 @@ def opened() -> open_engine.Opened:
   )
 
 
-def embedder() -> Sentences | None:
+def embedder() -> SentenceEmbedder | None:
   """The model of --embeddings."""
   if not _EMBEDDINGS.value:
     return None
-  encoder = Encoder.open(_EMBEDDINGS.value)
-  return Sentences(name_of(_EMBEDDINGS.value), encoder)
+  encoder = EmbeddingEncoder.open(_EMBEDDINGS.value)
+  return SentenceEmbedder(name_of(_EMBEDDINGS.value), encoder)
 
 
 def name_of(path: str) -> str:
@@ -154,34 +154,42 @@ def name_of(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def compiler(found: open_engine.Opened) -> Compiler | None:
-  """What constrains answers; None where llguidance is not installed."""
+def make_compiler(opened: open_engine.Opened) -> Compiler | None:
+  """The compiler of constraints; None where llguidance is not installed."""
   if importlib.util.find_spec('llguidance') is None:
     return None
-  return Compiler(found.words, found.engine.vocab, found.ends)
+  return Compiler(opened.words, opened.engine.vocab, opened.ends)
 
 
-def service(found: open_engine.Opened, given: Keys, own: Limits) -> Service:
+def make_service(
+  opened: open_engine.Opened, api_keys: ApiKeys, request_limits: RequestLimits
+) -> Service:
   name = _NAME.value or name_of(_MODEL.value)
-  voice = Voice(chat_template.read(_CHAT_TEMPLATE.value), _SYSTEM.value)
-  constraints, engine, vectors = compiler(found), found.engine, embedder()
-  taken = () if vectors is None else (vectors.name,)
+  chat_settings = ChatSettings(
+    chat_template.read(_CHAT_TEMPLATE.value), _SYSTEM.value
+  )
+  constraints, engine, vectors = (
+    make_compiler(opened),
+    opened.engine,
+    embedder(),
+  )
+  reserved_names = () if vectors is None else (vectors.name,)
   # Of a server that asks for no key, the name is what tells a page of
   # elsewhere that was made to lead here.
   hosts = (*_LOCAL, _HOST.value) if local(_HOST.value) else ()
   return Service(
     engine,
-    Words(found.words, engine.decoder_only, found.ends),
-    Models(engine, name, found.sha256, voice, taken),
+    ServedTokenizer(opened.words, engine.decoder_only, opened.ends),
+    ModelRegistry(engine, name, opened.sha256, chat_settings, reserved_names),
     Metrics(engine),
-    own,
-    given,
+    request_limits,
+    api_keys,
     constraints,
-    Calling(constraints),
+    ToolPlanner(constraints),
     vectors,
-    () if given.users else hosts,
+    () if api_keys.users else hosts,
     tuple(_CORS.value or ()),
-    page.read() if _PAGE.value else None,
+    page.read_page() if _PAGE.value else None,
   )
 
 
@@ -216,24 +224,24 @@ def main(argv) -> None:
 def run() -> int:
   """Serves until it is told to end; the exit code."""
   # What is wrong is told before a model is read, which takes long.
-  given, own, connections = keys(), limits(), connection_limits()
+  api_keys, request_limits, connections = keys(), limits(), connection_limits()
   if math.isnan(_DRAIN.value):
     # Bounds of flags do not exclude it.
     raise ValueError('--drain_seconds is at least 0; got nan')
   sock = listen(_HOST.value, _PORT.value)
   start_log()
-  shown = Start()
-  found = service(opened(), given, own)
-  server = Server(found, _DRAIN.value, connections)
+  shown = StartupProgress()
+  service = make_service(opened(), api_keys, request_limits)
+  server = Server(service, _DRAIN.value, connections)
 
   def start() -> None:
-    found.engine.start(shown)
-    if found.embedder is not None:
-      found.embedder.warm(shown)
+    service.engine.start(shown)
+    if service.embedder is not None:
+      service.embedder.warm(shown)
     url = url_of(_HOST.value, sock.getsockname()[1])
-    vectors = found.embedder.name if found.embedder else ''
-    loaded, base = found.engine.adapters(), found.models.base
-    shown.done(lines(url, base, loaded, given, vectors))
+    vectors = service.embedder.name if service.embedder else ''
+    loaded, base = service.engine.adapters(), service.models.base
+    shown.done(banner_lines(url, base, loaded, api_keys, vectors))
 
   server.overdue = lambda: os._exit(130 if server.interrupted else 0)
   serve(server, sock, start)
@@ -376,21 +384,21 @@ class Formatter(logging.Formatter):
     return terminal.visible(secrets.hidden(super().format(record)))
 
 
-class Start:
+class StartupProgress:
   """Shows each program before it is compiled: one line that is written over
   on a terminal, else a line now and then."""
 
   def __init__(self, out: TextIO = sys.stderr):
-    self._out, self._began, self._told = out, time.monotonic(), 0.0
+    self._out, self._began, self._printed_at = out, time.monotonic(), 0.0
 
-  def __call__(self, what: str, done: int, count: int) -> None:
-    """What `protocol.Engine.start` calls."""
+  def __call__(self, stage: str, done: int, count: int) -> None:
+    """The progress callback of `api.Engine.start`."""
     seconds = time.monotonic() - self._began
-    line = f'compiling {done + 1} of {count}: {what} ({seconds:.0f} s)'
+    line = f'compiling {done + 1} of {count}: {stage} ({seconds:.0f} s)'
     if self._out.isatty():
       print(f'\r\x1b[K{line}', end='', file=self._out, flush=True)
-    elif not self._told or seconds - self._told > _EVERY:
-      self._told = max(seconds, 1e-9)
+    elif not self._printed_at or seconds - self._printed_at > _EVERY:
+      self._printed_at = max(seconds, 1e-9)
       print(line, file=self._out, flush=True)
 
   def done(self, lines: Sequence[str]) -> None:
@@ -405,24 +413,26 @@ class Start:
     print(f'{clear}{box}', file=self._out, flush=True)
 
 
-def lines(
+def banner_lines(
   url: str,
   model: str,
   adapters: Sequence[LoadedAdapter],
-  keys: Keys,
+  keys: ApiKeys,
   embeddings: str = '',
 ) -> list[str]:
-  """How to ask the server."""
-  found = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
-  for place, one in enumerate(adapters):
-    found.append(f'{"" if place else "adapters":10}{one.name}: {one.method}')
+  """The lines that say how to ask the server."""
+  rows = [f'page      {url}/', f'API       {url}/v1', f'model     {model}']
+  for place, adapter in enumerate(adapters):
+    rows.append(
+      f'{"" if place else "adapters":10}{adapter.name}: {adapter.method}'
+    )
   if not adapters:
-    found.append('adapters  none')
+    rows.append('adapters  none')
   if embeddings:
-    found.append(f'vectors   {embeddings}')
+    rows.append(f'vectors   {embeddings}')
   if keys.users:
-    found.append(f'key       needed, one of {len(keys.users)}')
+    rows.append(f'key       needed, one of {len(keys.users)}')
   else:
-    found.append('key       none: whoever reaches the address may ask')
+    rows.append('key       none: whoever reaches the address may ask')
   loads = 'with an admin key' if keys.admins else 'off (--admin_key_file)'
-  return [*found, f'loading   {loads}']
+  return [*rows, f'loading   {loads}']

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of a run come to: figures from the device, rows, alarms."""
+"""Metrics of training steps: fetched from the device, written as rows."""
 
 import collections
 import itertools
@@ -11,164 +11,166 @@ import numpy as np
 
 from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
+from moepeft.moe import router_stats
 from moepeft.runs import diagnosis
 from moepeft.runs.trackers import Tracker
-from moepeft.training import summary as training_summary
 
-# Alarms that are printed at once, and for how many logs in a row a router is
-# collapsed before there is one.
-_ALARMS, _IN_A_ROW = 5, 3
+# Alarms that are printed at once, and the logs in a row in which a router has
+# to be collapsed before there is one.
+_PRINTED_ALARMS, _LOGS_IN_A_ROW = 5, 3
 
 
-class Report:
-  """Keeps what steps saw until it is told, so that steps do not wait."""
+class MetricsLogger:
+  """Buffers the metrics of steps until they are flushed.
+
+  Steps are dispatched without waiting for the device; a flush waits.
+
+  Attributes:
+    flushed_step: the last step whose metrics are written.
+  """
 
   def __init__(
     self,
-    progress: Progress,
     trackers: Sequence[Tracker],
-    rate: Callable[[int], Any],
+    learning_rate: Callable[[int], Any],
     router_alarm: float,
-    shares: int = 1,
-    validated: int | None = None,
+    processes: int = 1,
   ):
-    """Args:
-    rate: the schedule, step -> learning rate.
-    shares: of a batch, of which this process reads one.
-    validated: the last step that has a row of held-out figures.
     """
-    self._validated = validated
-    self._shares = shares
-    self._progress, self._trackers, self._rate = progress, trackers, rate
-    self._limit, self._alarmed = router_alarm, set()
-    self._collapsed = collections.Counter()
+    Args:
+      learning_rate: a schedule, updates done -> rate.
+      router_alarm: config.router_collapse_threshold.
+      processes: that read a batch; this one reads an equal share of it.
+    """
+    self.flushed_step = 0
+    self._trackers, self._learning_rate = trackers, learning_rate
+    self._router_alarm, self._processes = router_alarm, processes
+    self._collapsed_logs = collections.Counter()
+    self._alarmed = set()
     self._pending = []
-    self._batch_sums = []
+    self._batch_sizes = []
 
-  def add(self, step: int, batch: Batch, aux: Mapping[str, Any]) -> None:
-    """Takes a step's batch (on the host) and aux (on the device)."""
+  def add(self, step: int, batch: Batch, metrics: Mapping[str, Any]) -> None:
+    """Takes a step's batch, on the host, and its metrics, on the device."""
     if self._pending:
-      # Only the last step's routing is told.
+      # The routing of the last step alone is written.
       self._pending[-1][1].pop('routing')
-    self._pending.append((step, dict(aux)))
-    self._batch_sums.append(_sums(batch))
+    self._pending.append((step, dict(metrics)))
+    self._batch_sizes.append(_batch_size(batch))
 
-  def tell(self) -> None:
-    """Writes the rows of the steps since the last call; the bar, alarms.
+  def flush(self, progress: Progress) -> None:
+    """Writes the rows of the buffered steps, and shows the last one's.
 
     Raises:
-      ValueError: a loss or a gradient's norm is not finite.
+      ValueError: a loss or a gradient norm is not finite.
     """
     if not self._pending:
       return
-    seen, self._pending = jax.device_get(self._pending), []
-    sums, self._batch_sums = np.array(self._batch_sums), []
-    # The steps up to a broken one show how it came to that.
-    whole = list(itertools.takewhile(lambda one: not _broken(one[1]), seen))
-    if whole:
-      self._tell(whole, sums[: len(whole)])
-    if len(whole) < len(seen):
-      step, aux = seen[len(whole)]
-      key = _broken(aux)
+    fetched, self._pending = jax.device_get(self._pending), []
+    sizes, self._batch_sizes = np.array(self._batch_sizes), []
+    # The steps before a broken one show how it came to that.
+    finite = list(itertools.takewhile(lambda row: not _broken(row[1]), fetched))
+    if finite:
+      self._write_steps(finite, sizes[: len(finite)], progress)
+    if len(finite) < len(fetched):
+      step, metrics = fetched[len(finite)]
+      key = _broken(metrics)
       raise ValueError(
-        f'the {key.replace("_", " ")} is {aux[key]} at step {step}; try a '
+        f'the {key.replace("_", " ")} is {metrics[key]} at step {step}; try a '
         'lower rate (--config.optimizer.learning_rate with '
         '--may_differ=optimizer.learning_rate goes on from the latest '
         'checkpoint), or config.optimizer.max_grad_norm=1.0'
       )
 
-  def _tell(self, seen: list, sums: np.ndarray) -> None:
-    step, last = seen[-1]
-    examples, real, inputs, targets = sums.sum(0)
-    rates = self._progress.update(
-      step,
-      float(last['loss']),
-      int(self._shares * examples),
-      int(self._shares * real),
-      figures(last),
-    )
-    rates |= {'inputs_padding': inputs, 'targets_padding': targets}
-    for key in ('inputs_padding', 'targets_padding'):
-      rates[key] = round(rates[key] / len(seen), 4)
-    sites = training_summary.routing(last.get('routing', {}))
-    for number, aux in seen:
-      row = {
-        'step': number,
-        # What is minimised; then -log p of a target token, whatever that is.
-        'loss': float(aux['loss']),
-        # NaN of a batch without one, as of judged answers that are all bad.
-        'nll': _ratio(aux['nll'], aux['tokens']),
-        'token_accuracy': _ratio(aux['correct'], aux['tokens']),
-        'router_loss': float(aux['router_loss']),
-        'gradient_norm': float(aux['gradient_norm']),
-        'learning_rate': float(self._rate(number - 1)),
-      } | figures(aux)
-      self._write(row | (rates | {'routing': sites} if number == step else {}))
-    self._raise_alarms(diagnosis.collapsed(sites, self._limit))
-
-  def _raise_alarms(self, lines: Mapping[str, str]) -> None:
-    """Prints an alarm of each place once, after _IN_A_ROW logs in a row.
-
-    Args:
-      lines: from `curves.collapsed`, of this log.
-    """
-    self._collapsed = collections.Counter(
-      {place: self._collapsed[place] + 1 for place in lines}
-    )
-    new = [
-      place
-      for place, count in self._collapsed.items()
-      if count >= _IN_A_ROW and place not in self._alarmed
-    ]
-    self._alarmed.update(new)
-    for place in new[:_ALARMS]:
-      self._progress.say(f'router alarm: {place}: {lines[place]}')
-    if len(new) > _ALARMS:
-      self._progress.say(
-        f'router alarm: {len(new) - _ALARMS} other layers are collapsed, too; '
-        'plots/router_weight.png and router_tokens.png show all'
-      )
-
-  def _write(self, row: Mapping[str, Any]) -> None:
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Gives a row to every tracker."""
     for tracker in self._trackers:
       tracker.write(row)
 
-  def began(self, found: Mapping[str, Any]) -> None:
-    """Writes what `Evaluator` found before the first step, for the curves."""
-    kept = {k: v for k, v in found.items() if k.startswith('validation_')}
-    if kept:
-      self._write({'step': 0, **kept})
+  def _write_steps(
+    self, steps: list, sizes: np.ndarray, progress: Progress
+  ) -> None:
+    last_step, last = steps[-1]
+    examples, tokens, inputs_padding, targets_padding = sizes.sum(0)
+    speed = progress.update(
+      last_step,
+      float(last['loss']),
+      int(self._processes * examples),
+      int(self._processes * tokens),
+      _ratios(last),
+    )
+    speed['inputs_padding'] = round(inputs_padding / len(steps), 4)
+    speed['targets_padding'] = round(targets_padding / len(steps), 4)
+    sites = routing_rows(last.get('routing', {}))
+    for step, metrics in steps:
+      row = {
+        'step': step,
+        # The loss that is minimised; then -log p of a target token, whatever
+        # the objective is.
+        'loss': float(metrics['loss']),
+        # NaN of a batch without one, as of judged answers that are all bad.
+        'nll': _ratio(metrics['nll'], metrics['tokens']),
+        'token_accuracy': _ratio(metrics['correct'], metrics['tokens']),
+        'router_loss': float(metrics['router_loss']),
+        'gradient_norm': float(metrics['gradient_norm']),
+        'learning_rate': float(self._learning_rate(step - 1)),
+      } | _ratios(metrics)
+      if step == last_step:
+        row |= speed | {'routing': sites}
+      self.write(row)
+    self.flushed_step = last_step
+    self._raise_alarms(diagnosis.collapsed(sites, self._router_alarm), progress)
 
-  def concluded(self, step: int, evaluation: Mapping[str, Any]) -> bool:
-    """Writes the held-out figures after the last step, for the curves.
+  def _raise_alarms(
+    self, collapsed: Mapping[str, str], progress: Progress
+  ) -> None:
+    """Prints an alarm for a router once, after _LOGS_IN_A_ROW logs in a row.
 
     Args:
-      evaluation: from `Evaluator`.
-
-    Returns:
-      Whether anything was written: a step is validated once.
+      collapsed: {place: text} of this log, from `diagnosis.collapsed`.
     """
-    figures = {
-      k: v for k, v in evaluation.items() if k.startswith('validation_')
+    self._collapsed_logs = collections.Counter(
+      {place: self._collapsed_logs[place] + 1 for place in collapsed}
+    )
+    new = [
+      place
+      for place, count in self._collapsed_logs.items()
+      if count >= _LOGS_IN_A_ROW and place not in self._alarmed
+    ]
+    self._alarmed.update(new)
+    for place in new[:_PRINTED_ALARMS]:
+      progress.say(f'router alarm: {place}: {collapsed[place]}')
+    if len(new) > _PRINTED_ALARMS:
+      progress.say(
+        f'router alarm: {len(new) - _PRINTED_ALARMS} other layers are '
+        'collapsed, too; plots/router_weight.png and router_tokens.png show all'
+      )
+
+
+def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
+  """{site: statistics} of the collection 'routing', as rows of metrics.
+
+  Arrays are lists with an entry a layer. The shares of the experts are under
+  'weight' or 'tokens'; see `metrics_log.SHARES`.
+  """
+  rows = {}
+  sites = router_stats.collect(jax.device_get(collection))
+  for site, sums in sites.items():
+    values = vars(router_stats.statistics(sums))
+    share = values.pop('share')
+    values = {'tokens' if values.pop('sparse') else 'weight': share} | values
+    rows[site] = {
+      name: np.round(np.asarray(value, np.float64), 4).tolist()
+      for name, value in values.items()
     }
-    if not figures or step == self._validated:
-      return False
-    self._write({'step': step, **figures})
-    return True
-
-  def validated(self, step: int, found: Mapping[str, float]) -> None:
-    """Writes and says what `Evaluator.validation` found."""
-    self._write({'step': step, **found})
-    self._validated = step
-    said = (f'{k.replace("_", " ")} {v:.4f}' for k, v in found.items())
-    self._progress.say(f'step {step}: {", ".join(said)}')
+  return rows
 
 
-def figures(aux: Mapping[str, Any]) -> dict[str, float]:
-  """What an objective tells beside its loss; NaN where there is nothing."""
+def _ratios(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """The metrics of an objective beside its loss; NaN where the count is 0."""
   return {
     key: _ratio(total, count)
-    for key, (total, count) in aux.get('metrics', {}).items()
+    for key, (total, count) in metrics.get('metrics', {}).items()
   }
 
 
@@ -176,32 +178,31 @@ def _ratio(total: Any, count: Any) -> float:
   return float(total / count) if count else float('nan')
 
 
-def _broken(aux: Mapping[str, Any]) -> str:
-  """What of a step is not finite; '' where all is.
+def _broken(metrics: Mapping[str, Any]) -> str:
+  """The name of a metric that is not finite; '' where all are.
 
-  The step after a broken gradient would tell by its loss, but this one may be
-  saved.
+  The step after a broken gradient would have a broken loss, but this one may
+  be saved before.
   """
-  broken = (k for k in ('loss', 'gradient_norm') if not np.isfinite(aux[k]))
-  return next(broken, '')
+  names = ('loss', 'gradient_norm')
+  return next((name for name in names if not np.isfinite(metrics[name])), '')
 
 
-def _sums(batch: Batch) -> tuple[float, float, float, float]:
+def _batch_size(batch: Batch) -> tuple[float, float, float, float]:
   """Examples, tokens read, shares of padding in inputs and in targets."""
-  # Of all sides, where answers are compared.
+  # On all sides, where answers are compared.
   inputs, targets = (
-    np.stack([batch[key] for key in batch if key.endswith(which)])
-    for which in ('inputs_mask', 'targets_mask')
+    np.stack([batch[key] for key in batch if key.endswith(ending)])
+    for ending in ('inputs_mask', 'targets_mask')
   )
-  found = (batch[key] for key in batch if key.endswith('inputs_segments'))
-  segments = next(found, None)
+  packed = [batch[key] for key in batch if key.endswith('inputs_segments')]
   rows = inputs.shape[1]
   # A decoder's targets are its inputs, one on: they are counted once.
-  apart = any(key.endswith('decoder_inputs') for key in batch)
-  examples = rows if segments is None else segments.max(axis=1).sum()
+  has_decoder_inputs = any(key.endswith('decoder_inputs') for key in batch)
+  examples = packed[0].max(axis=1).sum() if packed else rows
   return (
     float(examples),
-    float(inputs.sum() + (targets.sum() if apart else 0)),
+    float(inputs.sum() + (targets.sum() if has_decoder_inputs else 0)),
     1 - float(inputs.mean()),
     1 - float(targets.mean()),
   )

@@ -1,20 +1,278 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the parts of a training run from its config.
 
-Config objects end here: the parts below take explicit arguments.
+Config objects end here: the parts take explicit arguments.
 """
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.run_progress import Course
+from moepeft.core import distributed, files, sharding, terminal
+from moepeft.core.sharding import Layout
+from moepeft.core.types import State
+from moepeft.data import (
+  TrainingData,
+  load_tokenizer,
+  make_loader,
+  open_data,
+  truncation_note,
+)
+from moepeft.data.batching.collators import (
+  Collator,
+  make_model_collator,
+  scoring_lengths,
+)
+from moepeft.data.chat import template as chat_template
+from moepeft.data.loader import Loader
+from moepeft.data.readers.seqio_stream import SeqioStream
+from moepeft.data.registry import preferences
+from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
+from moepeft.evaluation.eval_sets import (
+  Prompt,
+  training_prompts,
+  validation_rows,
+)
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.models import check_decodes, decoder_only
 from moepeft.moe import aux_losses
-from moepeft.objectives import build_objective
+from moepeft.objectives import (
+  OBJECTIVES,
+  build_objective,
+  build_validation_objective,
+  check_model,
+  reference_model,
+)
+from moepeft.objectives import check_config as check_objective
+from moepeft.objectives.batches import make_collator
 from moepeft.peft import Built
-from moepeft.training import grad_accumulation
+from moepeft.runs.directory import Workdir
+from moepeft.runs.history import History
+from moepeft.runs.run import Run
+from moepeft.runs.trackers import Tracker, open_trackers
+from moepeft.runs.trackers import specs as tracker_specs
+from moepeft.training import (
+  grad_accumulation,
+  memory_estimate,
+  optimizers,
+  state_sharding,
+  summary,
+)
+from moepeft.training.loop import TrainingLoop
+from moepeft.training.metrics_logger import MetricsLogger
 from moepeft.training.step import TrainStep, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The parts of a run before anything is restored or written.
+
+  Attributes:
+    config: with the date that its chat template writes.
+    layout: the mesh, and how arrays are spread over it.
+    tokenizer: of the base.
+    method: built for the model.
+    state: before the first step, on the devices.
+    train_step: jitted; takes over the state that it is given.
+    batches: on the host, from the beginning of the data.
+    evaluator: of held-out rows.
+    prompts: held-out examples that the evaluator ranks.
+    identity: of the run, written into each checkpoint.
+  """
+
+  config: ConfigDict
+  layout: Layout
+  tokenizer: Tokenizer
+  method: Built
+  state: State
+  train_step: TrainStep
+  batches: Loader
+  evaluator: Evaluator
+  prompts: Sequence[Prompt]
+  identity: dict[str, Any]
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses what can be refused before any data is read.
+
+  Raises:
+    ValueError: a value, or the memory that training needs, is not available.
+  """
+  optimizers.make_optimizer(config.optimizer, config.steps)
+  check_objective(config)
+  tracker_specs(config.log.trackers)
+  grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
+  memory_estimate.check(config)
+
+
+def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
+  """Reads data and base, and makes all parts; nothing is trained or restored.
+
+  Args:
+    workdir: printed; log-probabilities of a precomputed reference are kept
+      there.
+    dry_run: write no file.
+
+  Raises:
+    ValueError: the config and the data or the base do not fit together.
+  """
+  options = config.sharding
+  layout = sharding.layout(
+    options.preset, options.model_parallel_size, options.rules
+  )
+  sharding.check_rows(layout.mesh, config.batch_size)
+  share = sharding.share(layout.mesh)
+  # First, as the tokenizer is looked for in the same place.
+  family, shape = base_lib.shape(config.model)
+  check_decodes(shape)
+  tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
+  check_vocab_size(tokenizer, shape.vocab)
+  check_model(config.objective, decoder_only(shape))
+  # The date of a chat template, which stays when the run goes on.
+  config = chat_template.with_date(config, tokenizer)
+  collator = _build_collator(config, tokenizer, family, shape)
+  data = open_data(config.data, config.seed, share, shape.vocab, collator)
+  for note in data.notes:
+    terminal.show(note)
+
+  base = base_lib.load(config.model)
+  model, method = base_lib.module(base, config)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+  state, reference = _build_state(config, base, model, method, optimizer)
+  logical_axes = base_lib.logical_axes(model, base)
+  shardings = state_sharding.state_shardings(
+    layout, state, logical_axes, method.trainable
+  )
+  state = state_sharding.place(state, shardings, optimizer.init)
+  identity = card(base, method, config.seed)
+  summary.print_summary(
+    base,
+    method,
+    state,
+    tokenizer,
+    workdir,
+    {
+      'devices': state_sharding.describe(
+        layout, state, logical_axes, method.trainable
+      ),
+      'data': _describe_data(config, data),
+    },
+  )
+  if not isinstance(data.train, SeqioStream):
+    print(truncation_note(data.train, collator), end='', flush=True)
+  data = _with_precomputed_reference(
+    config,
+    data,
+    collator,
+    model,
+    method.variables(state),
+    identity,
+    layout,
+    None if dry_run else workdir,
+  )
+  prompts = training_prompts(config, data.held_out, data.rows)
+  return Training(
+    config=config,
+    layout=layout,
+    tokenizer=tokenizer,
+    method=method,
+    state=state,
+    train_step=jax.jit(
+      build_train_step(config, model, method, optimizer, reference),
+      donate_argnums=0,
+      out_shardings=(shardings, layout.whole),
+    ),
+    batches=make_loader(
+      data,
+      tokenizer,
+      config.data,
+      config.batch_size // share[1],
+      config.seed,
+      share,
+      shape,
+      collator,
+    ),
+    evaluator=_build_evaluator(
+      config, model, tokenizer, data, prompts, layout, collator, reference
+    ),
+    prompts=prompts,
+    identity=identity,
+  )
+
+
+def start(
+  training: Training,
+  run: Run,
+  workdir: Workdir | None,
+  data_hashes: dict[str, dict[str, str]],
+  gin: str = '',
+  skip_damaged: bool = False,
+) -> TrainingLoop:
+  """Restores the latest checkpoint, if there is one, and opens the trackers.
+
+  Args:
+    workdir: holds the lock of the directory; None where this process does not
+      write.
+    data_hashes: from `data.fingerprint`, kept to compare when the run goes on.
+    gin: the gin files that the config is from as one, kept beside it.
+    skip_damaged: goes on from the checkpoint before a damaged one.
+  """
+  config, state = training.config, training.state
+  checkpoints = Checkpoints(
+    run.path, config.checkpoint.max_to_keep, config.checkpoint.keep_best
+  )
+  early_stopping = Course()
+  if checkpoints.latest() is not None:
+    state = checkpoints.restore(state, training.identity, skip_damaged)
+    early_stopping = checkpoints.course()
+    training.batches.seek(distributed.own(early_stopping.place))
+    print(f'resumed at step {int(state.step)} from {checkpoints.path}')
+  step = int(state.step)
+  # Not before: a run that is refused must leave the other's config alone.
+  distributed.write_json(run.config_file, json.loads(config.to_json()))
+  distributed.write_json(run.data_file, data_hashes)
+  if gin and distributed.first():
+    files.write_text(run.gin_file, gin)
+  # Before any evaluation, which takes minutes: a tracker may be refused.
+  trackers: list[Tracker] = []
+  if distributed.first():
+    trackers += open_trackers(run, step, config.to_dict())
+  history = History(run.metrics())
+  trackers.append(history)
+  return TrainingLoop(
+    steps=config.steps,
+    step=step,
+    first_step=step,
+    state=state,
+    train_step=training.train_step,
+    mesh=training.layout.mesh,
+    batches=training.batches,
+    method=training.method,
+    evaluator=training.evaluator,
+    run=run,
+    workdir=workdir,
+    checkpoints=checkpoints,
+    identity=training.identity,
+    early_stopping=early_stopping,
+    trackers=trackers,
+    history=history,
+    metrics=MetricsLogger(
+      trackers,
+      optimizers.make_schedule(config.optimizer, config.steps),
+      config.router_collapse_threshold,
+      sharding.share(training.layout.mesh)[1],
+    ),
+  )
 
 
 def build_train_step(
@@ -40,4 +298,129 @@ def build_train_step(
     optimizer,
     router_losses,
     config.gradient_accumulation_steps,
+  )
+
+
+def _build_collator(
+  config: ConfigDict, tokenizer: Tokenizer, family: Any, shape: Any
+) -> Collator:
+  prefix = base_lib.before(family, shape, config)
+  collator = make_model_collator(
+    config.data, tokenizer, shape, config.seed, prefix
+  )
+  return make_collator(config, collator)
+
+
+def _build_state(
+  config: ConfigDict,
+  base: base_lib.Base,
+  model: nn.Module,
+  method: Built,
+  optimizer: optax.GradientTransformation,
+) -> tuple[State, Callable | None]:
+  """The state on the host, its optimizer's arrays as shapes; the reference."""
+  if base.params is None and method.trainable == 'peft':
+    raise ValueError(
+      f'{method.method} would adapt random weights; set config.model.path to '
+      'a base model'
+    )
+  if base.quantise and method.trainable == 'params':
+    raise ValueError(
+      f'config.model.quantize={base.quantise!r} keeps frozen weights, and '
+      "full fine-tuning trains them; set it to '', or name another method"
+    )
+  variables = base_lib.initialise(base, model, config.seed)
+  adapter = config.model.adapter
+  if adapter:
+    variables = base_lib.with_adapter(variables, method, adapter, base)
+  reference, reference_adapters = None, {}
+  source = config.preference.reference
+  needs_reference = OBJECTIVES[config.objective].needs_reference
+  if needs_reference:
+    reference, reference_adapters = reference_model.make_reference(
+      source, model, method, base
+    )
+  if adapter and needs_reference and source == reference_model.BASE:
+    print(
+      'note: rewards are measured against the base without '
+      f'config.model.adapter; set config.preference.reference to {adapter!r} '
+      'to measure against where training begins'
+    )
+  trainable = variables.pop(method.trainable)
+  state = State(
+    step=jnp.int32(0),
+    trainable=trainable,
+    frozen=next(iter(variables.values())),
+    # Shapes: the arrays are made on the devices, on each its share.
+    opt=jax.eval_shape(optimizer.init, trainable),
+    rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+    reference=reference_adapters,
+  )
+  return state, reference
+
+
+def _describe_data(config: ConfigDict, data: TrainingData) -> str:
+  count = len(data.shares)
+  return f'{count} dataset{"s" * (count != 1)} of {config.data.source}' + (
+    ', packed' if config.data.packing else ''
+  )
+
+
+def _with_precomputed_reference(
+  config: ConfigDict,
+  data: TrainingData,
+  collator: Collator,
+  model: nn.Module,
+  variables: dict[str, Any],
+  identity: dict[str, Any],
+  layout: Layout,
+  workdir: str | None,
+) -> TrainingData:
+  """The data with log-probabilities of the model before its first step."""
+  if (
+    not OBJECTIVES[config.objective].needs_reference
+    or config.preference.reference != reference_model.PRECOMPUTED
+  ):
+    return data
+  log_p = reference_model.precomputed(
+    workdir,
+    data.compared,
+    collator,
+    model,
+    variables,
+    identity,
+    layout.mesh,
+    config.evaluation.batch_size,
+  )
+  compared = data.compared.with_references(log_p)
+  return preferences(compared, config.data, config.seed)
+
+
+def _build_evaluator(
+  config: ConfigDict,
+  model: nn.Module,
+  tokenizer: Tokenizer,
+  data: TrainingData,
+  prompts: Sequence[Prompt],
+  layout: Layout,
+  collator: Collator,
+  reference: Callable | None,
+) -> Evaluator:
+  validation = validation_rows(config, data, collator)
+  if config.evaluation.every_steps and not validation:
+    raise ValueError(
+      f'config.evaluation.every_steps={config.evaluation.every_steps}, but no '
+      'row is held out to validate on; raise config.data.validation_fraction '
+      "(seqio: give tasks with a split 'validation'), or set it to 0"
+    )
+  return Evaluator(
+    model,
+    tokenizer,
+    scoring_lengths(config.data, model),
+    config.evaluation.batch_size,
+    validation=validation,
+    collator=collator,
+    objective=build_validation_objective(config, reference),
+    prompts=prompts,
+    mesh=layout.mesh,
   )

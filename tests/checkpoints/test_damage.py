@@ -16,6 +16,7 @@ from moepeft.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from moepeft.checkpoints.run_metadata import seal
 from moepeft.runs.directory import LostWorkdir
 from moepeft.runs.metrics_log import read
+from moepeft.training import setup
 
 from ..disks import full_disk  # noqa: F401
 from ..training.test_train import adapter_bytes, base, card  # noqa: F401
@@ -327,13 +328,13 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
   step,
 ):
   workdir, moved = tmp_path / 'w', tmp_path / 'moved'
-  plain = train.make_loader
+  plain = setup.make_loader
 
   def opened(*args):
     batches = plain(*args)
 
     class Moving:
-      place, go_to, close = batches.place, batches.go_to, batches.close
+      position, seek, close = batches.position, batches.seek, batches.close
 
       def __next__(self):
         if batches.position()[1] and not moved.exists():
@@ -344,7 +345,7 @@ def test_a_run_whose_directory_is_moved_away_ends_and_makes_no_new_one(
 
   if step == 3:
     shutil.copytree(begun, workdir)
-  monkeypatch.setattr(train, 'make_loader', opened)
+  monkeypatch.setattr(setup, 'make_loader', opened)
   ending = 'of step 2' if step == 3 else 'begins anew'
   with pytest.raises(LostWorkdir, match=f'moved.*{ending}'):
     train.train(card(base), str(workdir))

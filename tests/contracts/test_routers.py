@@ -10,6 +10,7 @@ from moepeft.core.types import Context, Routing
 from moepeft.moe import ROUTERS, aux_losses, router_stats
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
+from moepeft.peft.build import training_only
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 7))
 CTX = Context(token_mask=jnp.ones((2, 5), bool))
@@ -21,39 +22,61 @@ def run(router, x=X, ctx=CTX, seed=1):
 
 
 @pytest.mark.parametrize('name', ROUTERS)
-def test_rows_sum_to_one_or_to_what_the_docstring_says(name):
-  routing = run(ROUTERS[name](experts=3))
-  total = np.asarray(jnp.sum(routing.combine_weights, -1))
+def test_rows_sum_to_one_where_the_entry_says_so(name):
+  routing = run(ROUTERS[name].module(experts=3))
   assert routing.combine_weights.shape == (2, 5, 3)
-  if name == 'topk':
-    assert (total < 1).all() and (total >= 1 / 3).all()
-    routing = run(ROUTERS[name](experts=3, renormalize=True))
-    total = jnp.sum(routing.combine_weights, -1)
-  # float32 softmax.
-  np.testing.assert_allclose(total, 1, rtol=1e-6)
+  total = np.asarray(jnp.sum(routing.combine_weights, -1))
+  if ROUTERS[name].normalized:
+    # float32 softmax.
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+  else:
+    assert (np.abs(total - 1) > 1e-3).all()
+
+
+def test_topk_sums_to_its_largest_probabilities_or_to_one():
+  total = jnp.sum(run(TopK(3)).combine_weights, -1)
+  assert (total < 1).all() and (total >= 1 / 3).all()
+  renormalized = jnp.sum(run(TopK(3, renormalize=True)).combine_weights, -1)
+  np.testing.assert_allclose(renormalized, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_routers_have_parameters_where_the_entry_says_so(name):
+  rngs = {'peft': jax.random.key(1), 'router': jax.random.key(3)}
+  variables = ROUTERS[name].module(experts=3).init(rngs, X, CTX)
+  assert bool(jax.tree.leaves(variables)) == ROUTERS[name].learned
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_a_row_is_routed_by_itself_where_the_entry_says_so(name):
+  router = ROUTERS[name].module(experts=3)
+  other = run(router, X.at[1].set(9.0)).combine_weights[0]
+  equal = np.array_equal(run(router).combine_weights[0], other)
+  assert equal == ROUTERS[name].independent_of_batch
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_routers_are_float32_inside(name):
-  routing = run(ROUTERS[name](experts=3), X.astype(jnp.bfloat16))
+  routing = run(ROUTERS[name].module(experts=3), X.astype(jnp.bfloat16))
   assert routing.combine_weights.dtype == routing.logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize('name', ROUTERS)
-def test_routers_are_causal(name):
+def test_routers_are_causal_where_the_entry_says_so(name):
   later = X.at[:, 3:].set(9.0)
-  router = ROUTERS[name](experts=3)
-  np.testing.assert_array_equal(
+  router = ROUTERS[name].module(experts=3)
+  equal = np.array_equal(
     run(router).combine_weights[:, :3],
     run(router, later).combine_weights[:, :3],
   )
+  assert equal == ROUTERS[name].causal
 
 
 @pytest.mark.parametrize('name', ROUTERS)
 def test_padding_never_moves_a_real_token(name):
   mask = jnp.arange(5)[None] < jnp.array([[5], [3]])
   ctx = Context(token_mask=mask)
-  router = ROUTERS[name](experts=3)
+  router = ROUTERS[name].module(experts=3)
   other = jnp.where(mask[..., None], X, 100.0)
   expected = run(router, X, ctx).combine_weights[mask]
   np.testing.assert_array_equal(
@@ -61,12 +84,18 @@ def test_padding_never_moves_a_real_token(name):
   )
 
 
-@pytest.mark.parametrize('name', ['softmax', 'topk'])
-@pytest.mark.parametrize('noise', ['jitter', 'dropout'])
+@pytest.mark.parametrize(
+  ('name', 'noise'),
+  [
+    (name, option)
+    for name, entry in ROUTERS.items()
+    for option in sorted(training_only(entry.module))
+  ],
+)
 def test_noise_acts_in_training_only(name, noise):
   quiet, noisy = (
-    ROUTERS[name](experts=3),
-    ROUTERS[name](experts=3, **{noise: 0.5}),
+    ROUTERS[name].module(experts=3),
+    ROUTERS[name].module(experts=3, **{noise: 0.5}),
   )
   np.testing.assert_array_equal(
     run(quiet).combine_weights, run(noisy).combine_weights
@@ -97,7 +126,7 @@ def test_topk_keeps_the_k_most_probable_as_they_are():
 
 
 def test_random_depends_on_layer_and_site_alone():
-  router = ROUTERS['random'](experts=5)
+  router = ROUTERS['random'].module(experts=5)
   first = run(router, ctx=CTX.replace(layer=jnp.int32(0))).combine_weights
   again = run(
     router, ctx=CTX.replace(layer=jnp.int32(0)), seed=2
@@ -178,7 +207,7 @@ def direct(weights, logits, mask):
 @pytest.mark.parametrize('name', ROUTERS)
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
-  routing = run(ROUTERS[name](experts=7))
+  routing = run(ROUTERS[name].module(experts=7))
   values = router_stats.statistics(
     router_stats.router_stats(routing, jnp.asarray(mask))
   )
@@ -208,7 +237,7 @@ def test_a_token_of_top_k_counts_for_each_of_its_experts():
 
 @pytest.mark.parametrize(
   'router',
-  [Softmax(4, dropout=0.9), ROUTERS['uniform'](experts=4), TopK(4, k=4)],
+  [Softmax(4, dropout=0.9), ROUTERS['uniform'].module(experts=4), TopK(4, k=4)],
   ids=str,
 )
 def test_expert_dropout_makes_no_dense_router_sparse(router):
@@ -217,7 +246,7 @@ def test_expert_dropout_makes_no_dense_router_sparse(router):
 
 
 def test_equal_weights_share_the_load():
-  routing = run(ROUTERS['uniform'](experts=3))
+  routing = run(ROUTERS['uniform'].module(experts=3))
   np.testing.assert_allclose(
     router_stats.router_stats(routing, None).load, [10 / 3] * 3, rtol=1e-6
   )

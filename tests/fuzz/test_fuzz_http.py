@@ -12,7 +12,7 @@ import random
 import pytest
 
 from moepeft.serve.http import app
-from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.in_process import Hung, in_process
 from tests.serve.small_server import FakeEmbedder, byte_tokenizer, constrained
@@ -251,7 +251,7 @@ def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
   # The tool's schema is a long prompt.
   engine = FakeEngine(places=8192)
-  keys = Keys((), (b'admin',))
+  keys = ApiKeys((), (b'admin',))
   made = http_service(engine, words, keys=keys)
   service = constrained(made, words)
   service.embedder = FakeEmbedder()

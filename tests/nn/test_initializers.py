@@ -71,7 +71,7 @@ def test_every_array_of_init_is_drawn_with_its_shape_and_dtype():
 
 
 def test_what_depends_on_the_base_is_computed_from_the_base_at_hand():
-  methods = METHODS | {
+  methods = dict(METHODS) | {
     'dora': Method(module=Dora, roles={'official': ('query',), 'paper': ()})
   }
   built = build('dora', SITES, methods=methods)

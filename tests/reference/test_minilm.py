@@ -11,7 +11,7 @@ from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.hf import model as hf
 from moepeft.models.bert import model as bert
 from moepeft.models.weight_mapping import CheckpointError
-from moepeft.serve.embeddings.encoder import Encoder
+from moepeft.serve.embeddings.encoder import EmbeddingEncoder
 
 try:
   FOLDER = pip_models.resolve('minilm')
@@ -31,7 +31,7 @@ TEXTS = [
 
 @pytest.fixture(scope='module')
 def encoder():
-  return Encoder.open('minilm', rows=(4,))
+  return EmbeddingEncoder.open('minilm', rows=(4,))
 
 
 def test_the_size_is_minilms(encoder):

@@ -51,9 +51,9 @@ def choose(mask):
 class Row:
   request: api.Request
   deliver: object
-  say: collections.deque
+  answer_ids: collections.deque
   until: float
-  said: int = 0
+  sent: int = 0
 
 
 class FakeEngine:
@@ -63,7 +63,7 @@ class FakeEngine:
       characters, and an end.
     failure: the message of an answer that an id below 0 ends.
     running: cleared, no token comes (`hold`); set, they come.
-    asked: every request that was taken.
+    requests: every request that was accepted.
     cancelled: ids.
   """
 
@@ -72,12 +72,12 @@ class FakeEngine:
   def __init__(self, slots=4, queue=8, places=512, pause=0.0):
     self.slots, self.queue, self.places = slots, queue, places
     self.pause = pause
-    self.say = lambda request: [*request.ids[-5:], END]
+    self.answer = lambda request: [*request.ids[-5:], END]
     self.failure = 'as the test told it'
     self.ready = False
     self.running = threading.Event()
     self.running.set()
-    self.asked, self.cancelled, self.loads = [], [], {}
+    self.requests, self.cancelled, self.loads = [], [], {}
     self._rows, self._lock = {}, threading.Condition()
     self._ended, self._draining = False, False
     self._counts = collections.Counter()
@@ -95,16 +95,16 @@ class FakeEngine:
         raise api.RequestRefused('the engine takes no more requests')
       if request.adapter and request.adapter not in self.loads:
         raise api.UnknownAdapter(f'there is no adapter {request.adapter!r}')
-      own = len(request.ids) if self.decoder_only else 0
-      if own + request.length > self.places:
+      prompt_length = len(request.ids) if self.decoder_only else 0
+      if prompt_length + request.length > self.places:
         raise api.PromptTooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
         raise api.EngineFull('the queue is full; try again later', 2.5)
       assert request.id not in self._rows
-      self.asked.append(request)
+      self.requests.append(request)
       until = time.monotonic() + (request.seconds or 1e9)
-      say = collections.deque(self.say(request))
-      self._rows[request.id] = Row(request, deliver, say, until)
+      answer_ids = collections.deque(self.answer(request))
+      self._rows[request.id] = Row(request, deliver, answer_ids, until)
       self._lock.notify_all()
 
   def cancel(self, id):
@@ -187,12 +187,14 @@ class FakeEngine:
 
   def _step(self, row):
     request = row.request
-    if not row.said:
+    if not row.sent:
       self._counts['prompt'] += len(request.ids)
       if request.prompt_logprobs is not None:
-        found = [scored(i, request, not at) for at, i in enumerate(request.ids)]
-        row.deliver(PromptLogprobs(tuple(found)))
-    if row.said >= request.length:
+        logprobs = [
+          scored(i, request, not at) for at, i in enumerate(request.ids)
+        ]
+        row.deliver(PromptLogprobs(tuple(logprobs)))
+    if row.sent >= request.length:
       self._finish(row, api.LENGTH)
       return
     if request.constraint is not None:
@@ -203,21 +205,21 @@ class FakeEngine:
         self._finish(row, api.FAILED, str(e))
         return
     else:
-      token = row.say.popleft() if row.say else END
+      token = row.answer_ids.popleft() if row.answer_ids else END
       over = token in request.ends
     if token < 0:
       self._finish(row, api.FAILED, self.failure)
       return
-    row.said += 1
+    row.sent += 1
     self._counts['answer'] += 1
     row.deliver(Token(scored(token, request)))
     if over:
       self._finish(row, api.STOP)
-    elif row.said >= request.length:
+    elif row.sent >= request.length:
       self._finish(row, api.LENGTH)
 
   def _finish(self, row, reason, message=''):
     del self._rows[row.request.id]
     self._finished[reason] += 1
-    row.deliver(Finished(reason, len(row.request.ids), 0, row.said, message))
+    row.deliver(Finished(reason, len(row.request.ids), 0, row.sent, message))
     self._lock.notify_all()

@@ -18,7 +18,7 @@ class InProcess:
 
   def __init__(self, service, key=None):
     self.service, self.engine, self.key = service, service.engine, key
-    self._app = app.make(service)
+    self._app = app.make_app(service)
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
     self._thread.start()
@@ -98,4 +98,4 @@ def in_process(service, key=None):
   finally:
     client.close()
     service.engine.stop()
-    service.words.close()
+    service.tokenizer.close()

@@ -21,7 +21,7 @@ class Pretended(ThreadingHTTPServer):
   Attributes:
     replies: a reply to each coming request for an answer, in order.
     ready, models: the replies to `/ready` and `/v1/models`.
-    asked: the bodies of the requests for answers so far.
+    requests: the bodies of the requests for answers so far.
     keys: the `Authorization` of every request for models or an answer.
     left: set once a client went away in the middle of an answer.
   """
@@ -34,7 +34,7 @@ class Pretended(ThreadingHTTPServer):
     self.replies: deque[Reply] = deque()
     self.ready: Reply = json_of({'status': 'ready'})
     self.models: Reply = models('base', 'routed')
-    self.asked: list[dict] = []
+    self.requests: list[dict] = []
     self.keys: list[str | None] = []
     self.left = threading.Event()
 
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     body = self.rfile.read(int(self.headers['Content-Length']))
     if self.path != '/v1/chat/completions':
       return error(404, 'nothing here')(self)
-    self.server.asked.append(json.loads(body))
+    self.server.requests.append(json.loads(body))
     self.server.keys.append(self.headers['Authorization'])
     self.server.replies.popleft()(self)
 
@@ -119,8 +119,8 @@ def in_turn(*replies: Reply) -> Reply:
 
 def event(text: str = '', reason: str | None = None, **choice) -> bytes:
   """A chunk of a chat's stream; `choice` is what its choice has beside."""
-  own = {'index': 0, 'delta': {'content': text}, 'finish_reason': reason}
-  return sse({'choices': [own | choice]})
+  choice_ = {'index': 0, 'delta': {'content': text}, 'finish_reason': reason}
+  return sse({'choices': [choice_ | choice]})
 
 
 def sse(body: dict) -> bytes:
@@ -132,14 +132,14 @@ def usage(prompt: int, answer: int) -> bytes:
   return sse({'choices': [], 'usage': counts})
 
 
-def routed(tokens: Iterable[tuple[str, dict | None]], **given) -> bytes:
+def routed(tokens: Iterable[tuple[str, dict | None]], **fields) -> bytes:
   """A chunk of tokens, each with the weights of its experts by site."""
   tokens = list(tokens)
   routing = [{'token': t, 'experts': experts} for t, experts in tokens]
   scored = [{'token': t, 'logprob': -0.5, 'bytes': None} for t, _ in tokens]
-  text = given.pop('text', ''.join(t for t, _ in tokens))
+  text = fields.pop('text', ''.join(t for t, _ in tokens))
   more = {'routing': routing, 'logprobs': {'content': scored}}
-  return event(text, **more, **given)
+  return event(text, **more, **fields)
 
 
 def stream(*steps: bytes | threading.Event) -> Reply:
@@ -157,7 +157,7 @@ def stream(*steps: bytes | threading.Event) -> Reply:
   return reply
 
 
-def says(*texts: str) -> Reply:
+def text_reply(*texts: str) -> Reply:
   """A whole answer."""
   return stream(*map(event, texts), event('', 'stop'), DONE)
 
@@ -171,23 +171,23 @@ def endless(text: str) -> Reply:
     handler.connection.settimeout(PATIENCE)
     # A client that goes on listening sends nothing; one that leaves, an end.
     try:
-      gone = not handler.connection.recv(1)
+      disconnected = not handler.connection.recv(1)
     except (TimeoutError, OSError) as e:
-      gone = isinstance(e, ConnectionError)
-    if gone:
+      disconnected = isinstance(e, ConnectionError)
+    if disconnected:
       handler.server.left.set()
     handler.close_connection = True
 
   return reply
 
 
-def cut(text: str, seen: threading.Event) -> Reply:
+def cut(text: str, event_: threading.Event) -> Reply:
   """Some text, and a connection that breaks once it has been seen."""
 
   def reply(handler):
     handler.open_stream()
     handler.write(event(text))
-    seen.wait(PATIENCE)
+    event_.wait(PATIENCE)
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
 

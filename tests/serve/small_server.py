@@ -16,13 +16,13 @@ from moepeft.data.tokenizers.tokenizer import (
   HuggingFaceTokenizer,
 )
 from moepeft.inference.constraints.token_bytes import alphabet
-from moepeft.serve.http.chat_templates import Voice
+from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import DEFAULT
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.model_registry import Models
+from moepeft.serve.http.model_registry import ModelRegistry
 from moepeft.serve.http.server import Server, listen, serve
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.text import Words
+from moepeft.serve.http.text import ServedTokenizer
 from tests.serve.fake_engine import END, FakeEngine
 
 # Turns as 'u:text|', of an assistant 'a:', then 'a:' for the answer.
@@ -44,14 +44,14 @@ def byte_tokenizer(path):
   backend = Backend(models.BPE(vocab, []))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
-  found = PreTrainedTokenizerFast(
+  tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=backend,
     pad_token='<pad>',
     eos_token='<eos>',
     unk_token='<unk>',
     chat_template=TEMPLATE,
   )
-  found.save_pretrained(path)
+  tokenizer.save_pretrained(path)
   return HuggingFaceTokenizer(str(path))
 
 
@@ -64,9 +64,9 @@ class FakeEmbedder:
     if any('long' in text for text in texts):
       raise ValueError('a text is too long')
     counts = [[text.count(c) for c in 'abc'] for text in texts]
-    found = np.asarray(counts, np.float32)
-    norms = np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
-    return found / norms, sum(map(len, texts))
+    vectors = np.asarray(counts, np.float32)
+    norms = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return vectors / norms, sum(map(len, texts))
 
 
 class Client:
@@ -121,35 +121,35 @@ class Client:
     status, headers, raw = self.send('POST', path, body)
     assert status == 200, raw
     assert headers['content-type'].startswith('text/event-stream')
-    found = [line for line in raw.decode().split('\n\n') if line]
-    assert all(line.startswith('data: ') for line in found)
-    found = [line.removeprefix('data: ') for line in found]
-    done = found[-1] == '[DONE]'
-    return [json.loads(line) for line in found[: len(found) - done]], done
+    events = [line for line in raw.decode().split('\n\n') if line]
+    assert all(line.startswith('data: ') for line in events)
+    events = [line.removeprefix('data: ') for line in events]
+    done = events[-1] == '[DONE]'
+    return [json.loads(line) for line in events[: len(events) - done]], done
 
 
 def service(engine, words, **fields):
   """A service of the base 'base'."""
   return Service(
     engine,
-    Words(words, engine.decoder_only, (END,)),
-    Models(engine, 'base', 'sha of base', Voice()),
+    ServedTokenizer(words, engine.decoder_only, (END,)),
+    ModelRegistry(engine, 'base', 'sha of base', ChatSettings()),
     Metrics(engine),
     **fields,
   )
 
 
 @contextlib.contextmanager
-def running(found, started=True, seconds=5.0, connections=DEFAULT):
+def running(service, started=True, seconds=5.0, connections=DEFAULT):
   """A client of a service that is served; `client.server` ends it."""
   sock = listen('127.0.0.1', 0)
   client = Client(sock.getsockname()[1])
-  client.service, client.engine = found, found.engine
-  client.server = Server(found, seconds, connections)
+  client.service, client.engine = service, service.engine
+  client.server = Server(service, seconds, connections)
 
   def start():
     if started:
-      found.engine.start(lambda *_: None)
+      service.engine.start(lambda *_: None)
 
   thread = threading.Thread(
     target=serve, args=(client.server, sock, start), daemon=True
@@ -157,14 +157,14 @@ def running(found, started=True, seconds=5.0, connections=DEFAULT):
   thread.start()
   client.thread = thread
   wait_until(lambda: client.server.started)
-  wait_until(lambda: found.engine.ready or not started)
+  wait_until(lambda: service.engine.ready or not started)
   try:
     yield client
   finally:
     client.server.should_exit = client.server.force_exit = True
     thread.join(TIMEOUT)
-    found.engine.stop()
-    found.words.close()
+    service.engine.stop()
+    service.tokenizer.close()
     assert not thread.is_alive()
 
 
@@ -180,15 +180,15 @@ def fake(words=None, **fields):
   return service(FakeEngine(), words or ByteTokenizer(), **fields)
 
 
-def constrained(found, words):
+def constrained(service, words):
   """A service that can force JSON and calls of tools."""
   pytest.importorskip('llguidance')
   constraints = pytest.importorskip('moepeft.inference.constraints.grammar')
-  from moepeft.serve.http.tool_calls import Calling
+  from moepeft.serve.http.tool_calls import ToolPlanner
 
-  found.compiler = constraints.Compiler(words, found.engine.vocab, (END,))
-  found.calling = Calling(found.compiler)
-  return found
+  service.compiler = constraints.Compiler(words, service.engine.vocab, (END,))
+  service.tool_planner = ToolPlanner(service.compiler)
+  return service
 
 
 def port_is_open(port):

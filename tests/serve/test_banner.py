@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command shows while it starts, and of a server that is ready."""
+"""The command's progress at start, and the banner of a ready server."""
 
 import io
 
 from moepeft.inference.api import LoadedAdapter
 from moepeft.serve import __main__ as serve_command
-from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.keys import ApiKeys
 
 
 def test_a_file_gets_the_first_program_and_not_every_one():
   out = io.StringIO()
-  shown = serve_command.Start(out)
+  shown = serve_command.StartupProgress(out)
   for i in range(5):
     shown('prefill 16', i, 5)
   assert out.getvalue().count('\n') == 1
@@ -20,7 +20,7 @@ def test_a_file_gets_the_first_program_and_not_every_one():
 def test_a_terminal_gets_one_line_that_is_written_over():
   out = io.StringIO()
   out.isatty = lambda: True
-  shown = serve_command.Start(out)
+  shown = serve_command.StartupProgress(out)
   shown('prefill 16', 0, 2)
   shown('step 8', 1, 2)
   assert '\n' not in out.getvalue()
@@ -31,14 +31,14 @@ def test_a_terminal_gets_one_line_that_is_written_over():
 def test_a_box_says_how_to_ask():
   law = LoadedAdapter('law', 'lora(rank=4)', 'sha', 7, 'runs/law')
   ia3 = LoadedAdapter('tone', 'ia3', 'sha', 7, 'runs/tone')
-  keys = Keys((b'a', b'b'), ())
-  found = serve_command.lines('http://x:1', 'base', [law, ia3], keys)
+  keys = ApiKeys((b'a', b'b'), ())
+  banner = serve_command.banner_lines('http://x:1', 'base', [law, ia3], keys)
   out = io.StringIO()
-  serve_command.Start(out).done(found)
+  serve_command.StartupProgress(out).done(banner)
   rows = out.getvalue().splitlines()
   # All rows of a box are as long.
   assert len({len(row) for row in rows}) == 1
-  for said in (
+  for text in (
     'http://x:1/v1',
     'base',
     'law: lora(rank=4)',
@@ -46,7 +46,9 @@ def test_a_box_says_how_to_ask():
     'one of 2',
     'off (--admin_key_file)',
   ):
-    assert any(said in row for row in rows), said
+    assert any(text in row for row in rows), text
   # No key is ever shown.
-  found = serve_command.lines('u', 'm', [], Keys((b'secret',), (b'other',)))
-  assert not any('secret' in line or 'other' in line for line in found)
+  banner = serve_command.banner_lines(
+    'u', 'm', [], ApiKeys((b'secret',), (b'other',))
+  )
+  assert not any('secret' in line or 'other' in line for line in banner)

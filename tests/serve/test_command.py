@@ -25,24 +25,24 @@ def command(*args):
 
 
 def refused(*args):
-  """What is said of wrong options, which end in code 2."""
-  found = subprocess.run(
+  """The message for wrong options, which end in code 2."""
+  completed = subprocess.run(
     command(*args), capture_output=True, text=True, timeout=SECONDS
   )
-  assert found.returncode == 2, found.stderr
-  assert 'Traceback' not in found.stderr
-  return found.stderr
+  assert completed.returncode == 2, completed.stderr
+  assert 'Traceback' not in completed.stderr
+  return completed.stderr
 
 
 def test_other_machines_are_not_let_in_without_a_key():
   # Said at once: the model, which there is not, is not looked for.
-  said = refused('--model=nothing', '--host=0.0.0.0', '--port=0')
-  assert '--api_key_file' in said and '--allow_no_key' in said
+  message = refused('--model=nothing', '--host=0.0.0.0', '--port=0')
+  assert '--api_key_file' in message and '--allow_no_key' in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'args, said',
+  'args, message',
   [
     (['--port=0'], '--model'),
     (['--model=/nothing', '--port=0'], '/nothing'),
@@ -53,8 +53,8 @@ def test_other_machines_are_not_let_in_without_a_key():
     (['--model=x', '--port=0', '--max_body=0'], 'body'),
   ],
 )
-def test_wrong_options_are_one_sentence(args, said):
-  assert said in refused(*args)
+def test_wrong_options_are_one_sentence(args, message):
+  assert message in refused(*args)
 
 
 def ask(port, path, body=None):
@@ -122,8 +122,8 @@ def test_a_server_starts_answers_drains_and_ends_with_code_0(tmp_path):
     if process.poll() is None:
       os.kill(process.pid, signal.SIGKILL)
       process.wait(60)
-  said = log.read_text()
-  assert f'http://127.0.0.1:{port}/v1' in said and 'ready after' in said
+  message = log.read_text()
+  assert f'http://127.0.0.1:{port}/v1' in message and 'ready after' in message
 
 
 def test_the_log_holds_no_control_characters_and_no_secrets(monkeypatch):

@@ -22,13 +22,13 @@ from moepeft.models.bert.model import BertConfig
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings import pooling
-from moepeft.serve.embeddings.config import SentenceForm
+from moepeft.serve.embeddings.config import SentenceTransformerConfig
 from moepeft.serve.embeddings.encoder import (
-  Encoder,
+  EmbeddingEncoder,
   Piece,
-  Tokens,
-  lengths,
-  plan,
+  TokenizedTexts,
+  bucket_lengths,
+  plan_batches,
 )
 
 from ..checkpoints.cases import CONFIGS, adapter_tree, random_params
@@ -57,16 +57,16 @@ def words():
 
   As released ones do, its file cuts and pads as its training did.
   """
-  known = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *string.ascii_lowercase]
-  table = {word: i for i, word in enumerate(known)}
-  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, '[UNK]'))
-  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  made.post_processor = tokenizers.processors.TemplateProcessing(
+  vocabulary = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *string.ascii_lowercase]
+  table = {word: i for i, word in enumerate(vocabulary)}
+  tokenizer_ = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, '[UNK]'))
+  tokenizer_.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer_.post_processor = tokenizers.processors.TemplateProcessing(
     single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
   )
-  made.enable_truncation(7)
-  made.enable_padding(length=9)
-  return made
+  tokenizer_.enable_truncation(7)
+  tokenizer_.enable_padding(length=9)
+  return tokenizer_
 
 
 @pytest.fixture(scope='module')
@@ -85,28 +85,28 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def encoder(folder):
-  return Encoder.open(str(folder), rows=(1, 4))
+  return EmbeddingEncoder.open(str(folder), rows=(1, 4))
 
 
 def test_lengths_double_up_to_the_last():
-  assert lengths(256) == (16, 32, 64, 128, 256)
-  assert lengths(37) == (16, 32, 37)
-  assert lengths(16) == (16,) and lengths(11) == (11,)
+  assert bucket_lengths(256) == (16, 32, 64, 128, 256)
+  assert bucket_lengths(37) == (16, 32, 37)
+  assert bucket_lengths(16) == (16,) and bucket_lengths(11) == (11,)
 
 
 def test_texts_of_like_lengths_run_together_in_shapes_half_filled():
-  found = plan([5, 16, 17, 37, 1, 2, 3, 4, 9], (16, 32, 37), (1, 4))
+  result = plan_batches([5, 16, 17, 37, 1, 2, 3, 4, 9], (16, 32, 37), (1, 4))
   # Seven of at most 16 tokens: four, then three of four; the others alone.
-  assert found == [
+  assert result == [
     Piece((0, 1, 4, 5), 4, 16),
     Piece((6, 7, 8), 4, 16),
     Piece((2,), 1, 32),
     Piece((3,), 1, 37),
   ]
   # Five: one alone would fill a fourth of the larger shape.
-  assert [p.rows for p in plan([3] * 5, (16,), (1, 4))] == [4, 1]
-  assert [p.rows for p in plan([3], (16,), (4, 16))] == [4]
-  assert plan([], (16,), (1,)) == []
+  assert [p.rows for p in plan_batches([3] * 5, (16,), (1, 4))] == [4, 1]
+  assert [p.rows for p in plan_batches([3], (16,), (4, 16))] == [4]
+  assert plan_batches([], (16,), (1,)) == []
 
 
 def test_pooling_looks_at_real_tokens_alone():
@@ -114,14 +114,14 @@ def test_pooling_looks_at_real_tokens_alone():
   mask = np.array([[True, True, False], [False] * 3])
   # Means of 1 and 3, of 2 and -5; the second row is padding.
   for name, expected in (('mean', [2, -1.5]), ('max', [3, 2])):
-    found = pooling.POOLINGS[name](states, mask)
-    np.testing.assert_array_equal(found, [expected, [0, 0]])
-  np.testing.assert_array_equal(pooling.first(states, mask)[0], [1, 2])
+    result = pooling.POOLINGS[name](states, mask)
+    np.testing.assert_array_equal(result, [expected, [0, 0]])
+  np.testing.assert_array_equal(pooling.cls_pooling(states, mask)[0], [1, 2])
 
 
 def test_unit_vectors_have_length_one_and_zeros_stay():
-  found = pooling.unit(np.array([[3.0, -4], [0, 0]], np.float32))
-  np.testing.assert_allclose(found, [[0.6, -0.8], [0, 0]], rtol=1e-6)
+  result = pooling.unit(np.array([[3.0, -4], [0, 0]], np.float32))
+  np.testing.assert_allclose(result, [[0.6, -0.8], [0, 0]], rtol=1e-6)
 
 
 def test_a_text_has_its_vector_whatever_is_beside_it(encoder):
@@ -149,10 +149,10 @@ def test_vectors_are_means_of_the_models_states(encoder, folder):
   from moepeft.models.bert.model import Bert
 
   read = hf.load(str(folder))
-  said = Bert(read.config).apply(
+  output = Bert(read.config).apply(
     {'params': read.params}, {'inputs': np.array([[2, 4, 5, 6, 3]])}
   )
-  mean = np.mean(np.asarray(said.states[0]), axis=0)
+  mean = np.mean(np.asarray(output.states[0]), axis=0)
   expected = mean / np.linalg.norm(mean)
   np.testing.assert_allclose(encoder(['a b c'])[0], expected, **CLOSE)
 
@@ -174,10 +174,10 @@ def test_no_texts_are_no_vectors(encoder):
 
 
 def test_after_warming_nothing_is_compiled(encoder):
-  told = []
-  encoder.warm(lambda *said: told.append(said))
-  assert told[0] == ('encoder, 1 x 16 tokens', 0, 6)
-  assert [done for _, done, _ in told] == [*range(6)]
+  stages = []
+  encoder.warm(lambda *expected: stages.append(expected))
+  assert stages[0] == ('encoder, 1 x 16 tokens', 0, 6)
+  assert [done for _, done, _ in stages] == [*range(6)]
   # Three lengths by two counts of rows.
   assert encoder.compiled == 6
   encoder(TEXTS * 3)
@@ -187,12 +187,12 @@ def test_after_warming_nothing_is_compiled(encoder):
 
 def test_texts_become_tokens_on_any_thread(encoder):
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(encoder.tokens, [TEXTS] * 64, timeout=60))
-  assert found == [encoder.tokens(TEXTS)] * 64
+    result = list(pool.map(encoder.tokens, [TEXTS] * 64, timeout=60))
+  assert result == [encoder.tokens(TEXTS)] * 64
 
 
 def test_pieces_can_be_run_one_by_one(encoder):
-  tokens = Tokens(((2, 4, 3), (2, 5, 3), (2, 6, 3)), (0, 0, 0))
+  tokens = TokenizedTexts(((2, 4, 3), (2, 5, 3), (2, 6, 3)), (0, 0, 0))
   (piece,) = encoder.pieces(tokens)
   assert encoder.run(tokens, piece).shape == (3, 21)
 
@@ -208,7 +208,7 @@ def test_an_adapter_acts_once_it_is_off_its_start(
     lora['b'] = noise * lora['b'] + (noise == 0) * np.float32(1e-30)
   method = "lora(rank=7, sites='encoder/self/q|encoder/mlp/wo')"
   peft.save(str(tmp_path / 'a'), CONFIG, Adapter(method, tree))
-  adapted = Encoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
+  adapted = EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
   difference = np.abs(adapted(['a b c']) - encoder(['a b c'])).max()
   assert (difference > 0.01) == bool(noise)
   assert adapted.sha256 == encoder.sha256 != ''
@@ -219,7 +219,7 @@ def test_a_soft_prompt_is_not_for_vectors_of_texts(folder, tmp_path):
   tree = {'embed': {'prompt': {'vectors': vectors}}}
   peft.save(str(tmp_path / 'a'), CONFIG, Adapter('prompt(length=3)', tree))
   with pytest.raises(ValueError, match='a soft prompt stands before texts'):
-    Encoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
+    EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
 
 
 def form_of(folder, tmp_path, **written):
@@ -229,7 +229,7 @@ def form_of(folder, tmp_path, **written):
   put(tmp_path / '1_P' / 'config.json', written.pop('pooling', {}))
   for name, value in written.items():
     put(tmp_path / f'{name}.json', value)
-  return embeddings_config.read(tmp_path)
+  return embeddings_config.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_directory_says_how_states_become_vectors(
   folder, tmp_path, pooled, kind
 ):
   form = form_of(folder, tmp_path, pooling=pooled, steps=_STEPS[:2])
-  assert form == SentenceForm(kind, normalised=False)
+  assert form == SentenceTransformerConfig(kind, normalised=False)
 
 
 def test_a_directory_says_what_stands_before_texts(folder, tmp_path):
@@ -259,20 +259,20 @@ def test_a_directory_says_what_stands_before_texts(folder, tmp_path):
       'default_prompt_name': 'query',
     },
   )
-  assert form == SentenceForm('mean', True, 11, True, 'a: ')
+  assert form == SentenceTransformerConfig('mean', True, 11, True, 'a: ')
 
 
 def test_prompts_and_lower_case_are_done(folder):
   read = hf.load(str(folder))
-  model = Encoder.open(str(folder))._model
-  form = SentenceForm(lower=True, prompt='A ')
-  encoder = Encoder(model, {'params': read.params}, words(), form)
+  model = EmbeddingEncoder.open(str(folder))._model
+  form = SentenceTransformerConfig(lower=True, prompt='A ')
+  encoder = EmbeddingEncoder(model, {'params': read.params}, words(), form)
   assert encoder.tokens(['B C']).ids == ((2, 4, 5, 6, 3),)
   assert encoder.places == 41
 
 
 @pytest.mark.parametrize(
-  'written, said',
+  'written, expected',
   [
     ({'pooling': {'pooling_mode': 'lasttoken'}}, 'pools by lasttoken'),
     ({'pooling': {}}, 'pools by nothing'),
@@ -303,30 +303,35 @@ def test_prompts_and_lower_case_are_done(folder):
   ],
 )
 def test_a_form_that_is_not_supported_is_refused(
-  folder, tmp_path, written, said
+  folder, tmp_path, written, expected
 ):
-  with pytest.raises(CheckpointError, match=said):
+  with pytest.raises(CheckpointError, match=expected):
     form_of(folder, tmp_path, **written)
 
 
 def test_what_is_no_sentence_encoder_is_refused(folder, tmp_path):
   with pytest.raises(ValueError, match='no modules.json that can be read'):
     hf.save(str(tmp_path / 'plain'), CONFIG, random_params(CONFIG))
-    Encoder.open(str(tmp_path / 'plain'))
+    EmbeddingEncoder.open(str(tmp_path / 'plain'))
   config = CONFIGS['gated-tied']
   hf.save(str(tmp_path / 't5'), config, random_params(config))
   put(tmp_path / 't5' / 'modules.json', _STEPS)
   put(tmp_path / 't5' / '1_P' / 'config.json', {'pooling_mode': 'mean'})
   with pytest.raises(ValueError, match="of the family 't5': expected an enc"):
-    Encoder.open(str(tmp_path / 't5'))
+    EmbeddingEncoder.open(str(tmp_path / 't5'))
   with pytest.raises(ValueError, match="mean, max; got 'sum'"):
-    SentenceForm('sum')
+    SentenceTransformerConfig('sum')
 
 
 def test_a_tokenizer_of_another_model_is_refused(encoder):
   model = dataclasses.replace(CONFIG, vocab=29)
   with pytest.raises(ValueError, match='has 30 tokens, the model 29'):
-    Encoder(encoder._model.clone(config=model), {}, words(), SentenceForm())
+    EmbeddingEncoder(
+      encoder._model.clone(config=model),
+      {},
+      words(),
+      SentenceTransformerConfig(),
+    )
 
 
 def test_minilm_is_the_directory_of_its_package(tmp_path, monkeypatch):
@@ -345,10 +350,10 @@ def test_encoders_are_counted_and_not_trained(folder, tmp_path):
   config.model.path, config.model.family = '', 'bert'
   config.model.size = 'minilm-l6'
   config.method = 'lora(rank=5)'
-  found = count(config)
+  result = count(config)
   # Six layers of q, k, v, o (384 to 384), wi and wo (384 and 1536).
   peft_ = 6 * 5 * (4 * (384 + 384) + 2 * (384 + 1536))
-  assert (found['params'], found['peft']) == (22_713_216, peft_)
+  assert (result['params'], result['peft']) == (22_713_216, peft_)
   for objective in ('seq2seq', 'causal'):
     config.objective, config.data.tokenizer = objective, 'bytes'
     with pytest.raises(ValueError, match='the model is an encoder alone'):

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 @pytest.fixture(scope='module')
 def anyio_backend():
-  """What runs the suite's coroutines."""
+  """The event loop of the suite's coroutines."""
   return 'asyncio'
 
 
@@ -42,12 +42,12 @@ class TestChatOpenAI(ChatModelIntegrationTests):
   """
 
   @pytest.fixture(autouse=True)
-  def _given(self, request, real):
-    self.url, self.own = f'{real.url}/v1', {}
+  def _real_server(self, request, real):
+    self.url, self.extra = f'{real.url}/v1', {}
     if 'structured_output' in request.node.name:
       # Else the model's jokes are 'a cat is a cat, a cat is a cat' without
       # end, which is a string as the schema wants it.
-      self.own = {'extra_body': {'repetition_penalty': 1.1}}
+      self.extra = {'extra_body': {'repetition_penalty': 1.1}}
 
   @property
   def chat_model_class(self):
@@ -67,7 +67,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
       'timeout': 300,
       # A weak model that may call several times goes on calling.
       'model_kwargs': {'parallel_tool_calls': False},
-      **self.own,
+      **self.extra,
     }
 
   @property
@@ -88,14 +88,14 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
   def invoke_with_cache_read_input(self, *, stream=False):
     model = openai.ChatOpenAI(**self.chat_model_params)
-    said = 'The same long question, asked twice: ' + 'why? ' * 20
-    model.invoke(said)
+    question = 'The same long question, asked twice: ' + 'why? ' * 20
+    model.invoke(question)
     if not stream:
-      return model.invoke(said)
-    found = None
-    for chunk in model.stream(said):
-      found = chunk if found is None else found + chunk
-    return found
+      return model.invoke(question)
+    merged = None
+    for chunk in model.stream(question):
+      merged = chunk if merged is None else merged + chunk
+    return merged
 
   @pytest.mark.xfail(
     reason="of \"a JSON with 'setup' and 'punchline' keys\" the model makes "

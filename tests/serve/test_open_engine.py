@@ -48,7 +48,7 @@ def place(tmp_path_factory):
   params = init_params(Decoder(CONFIG), base_lib.example_batch(), 0)['params']
   params = jax.tree.map(np.asarray, moved(params, 5))
   hf.save(str(folder / 'base'), CONFIG, params)
-  own = {'': (Decoder(CONFIG), {})}
+  models = {'': (Decoder(CONFIG), {})}
   for seed, (name, method) in enumerate(METHODS.items()):
     built = build(method, sites(CONFIG))
     model = Decoder(CONFIG, built.adapter_map)
@@ -64,8 +64,8 @@ def place(tmp_path_factory):
       '',
     )
     adapter.save(str(folder / name), tree, card)
-    own[name] = model, tree
-  return folder, params, own
+    models[name] = model, tree
+  return folder, params, models
 
 
 @pytest.fixture(scope='module')
@@ -94,8 +94,8 @@ def engine(place):
 
 
 def check(place, ids, name, answer):
-  _, params, own = place
-  model, tree = own[name]
+  _, params, models = place
+  model, tree = models[name]
   variables = {'params': params, 'peft': tree}
   rows = logprobs((*ids, *answer.tokens), model, variables, 40)
   for row, token in zip(rows[len(ids) - 1 :], answer.scored, strict=False):
@@ -108,16 +108,16 @@ def check(place, ids, name, answer):
 def test_a_mixed_batch_says_what_each_adapters_own_model_says(engine, place):
   with paused(engine):
     # At once, with the base's: five slots.
-    asked = [
+    requests = [
       (name, ids, ask(engine, ids, 6, adapter=name, logprobs=1, routing=True))
       for name in ('', 'lora', 'molora', 'ia3', '')
       for ids in [prompt(len(name), 11)]
     ]
-  for name, ids, answer in asked:
+  for name, ids, answer in requests:
     check(place, ids, name, answer)
-    told = answer.scored[0].experts
-    assert (told is not None) == (name == 'molora')
-  experts = asked[2][2].scored[0].experts
+    routing = answer.scored[0].experts
+    assert (routing is not None) == (name == 'molora')
+  experts = requests[2][2].scored[0].experts
   assert 'decoder/self/q' in experts
   for weights in experts.values():
     # Of three experts two, and not made to sum to one.
@@ -126,15 +126,15 @@ def test_a_mixed_batch_says_what_each_adapters_own_model_says(engine, place):
 
 def test_adapters_come_and_go_without_a_compilation(engine, place):
   folder, _, _ = place
-  compiled, heard = engine.stats().compiled, []
-  listen = lambda event, *args, **kwargs: heard.append(event)  # noqa: E731
+  compiled, events = engine.stats().compiled, []
+  listen = lambda event, *args, **kwargs: events.append(event)  # noqa: E731
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     ids = prompt(3, 9)
     busy = ask(engine, ids, 25, adapter='lora', logprobs=1)
-    found = engine.load('late', str(folder / 'late'))
+    loaded = engine.load('late', str(folder / 'late'))
     answer = ask(engine, ids, 5, adapter='late', logprobs=1).wait()
-    assert found in engine.adapters() and answer.end.cached == 0
+    assert loaded in engine.adapters() and answer.end.cached == 0
     engine.unload('late')
     assert busy.end.reason == LENGTH
   finally:
@@ -142,7 +142,7 @@ def test_adapters_come_and_go_without_a_compilation(engine, place):
   check(place, ids, 'late', answer)
   check(place, ids, 'lora', busy)
   assert engine.stats().compiled == compiled
-  assert not [event for event in heard if 'backend_compile' in event]
+  assert not [event for event in events if 'backend_compile' in event]
   with pytest.raises(UnknownAdapter):
     ask(engine, ids, adapter='late')
 

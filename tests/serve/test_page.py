@@ -21,9 +21,9 @@ from tests.serve.pretended import (
   in_turn,
   json_of,
   routed,
-  says,
   sse,
   stream,
+  text_reply,
   usage,
 )
 
@@ -54,8 +54,8 @@ def browser():
 
 @pytest.fixture
 def server():
-  found = page.read()
-  served = pretended.Pretended(found.body, found.headers)
+  value = page.read_page()
+  served = pretended.Pretended(value.body, value.headers)
   thread = threading.Thread(target=served.serve_forever, args=(0.02,))
   thread.start()
   yield served
@@ -66,7 +66,7 @@ def server():
 
 @pytest.fixture
 def complaints():
-  """What the browser complains of."""
+  """Errors and violations that the browser reports."""
   return []
 
 
@@ -97,9 +97,9 @@ def visit(browser, server, complaints):
 
 @pytest.fixture
 def tab(visit):
-  found = visit()
-  expect(found.locator('#model option')).to_have_count(2)
-  return found
+  value = visit()
+  expect(value.locator('#model option')).to_have_count(2)
+  return value
 
 
 def ask(tab, text='Hello'):
@@ -209,20 +209,20 @@ def test_markup_cannot_be_set_even_by_a_mistake_in_the_page(tab, complaints):
     ' catch (error) { return error.name; } }'
   )
   assert wrong == 'TypeError'
-  assert all('TrustedHTML' in one for one in complaints)
+  assert all('TrustedHTML' in item for item in complaints)
   complaints.clear()
 
 
 def test_enter_sends_and_shift_enter_starts_a_line(tab, server):
-  server.replies.append(says('yes'))
+  server.replies.append(text_reply('yes'))
   tab.focus('#message')
   tab.keyboard.type('one')
   tab.keyboard.press('Shift+Enter')
   tab.keyboard.type('two')
-  assert server.asked == []
+  assert server.requests == []
   tab.keyboard.press('Enter')
   ended(tab)
-  assert server.asked[0]['messages'] == [
+  assert server.requests[0]['messages'] == [
     {'role': 'user', 'content': 'one\ntwo'}
   ]
   assert tab.evaluate('document.activeElement.id') == 'message'
@@ -237,7 +237,7 @@ def test_an_input_methods_enter_does_not_send(tab, server):
 
 
 def test_the_conversation_and_the_settings_are_sent(tab, server):
-  server.replies.extend([says('first'), says('second')])
+  server.replies.extend([text_reply('first'), text_reply('second')])
   tab.select_option('#model', 'routed')
   tab.click('#show-settings')
   for name, value in {'temperature': '0.5', 'top_p': '', 'seed': '7'}.items():
@@ -247,7 +247,7 @@ def test_the_conversation_and_the_settings_are_sent(tab, server):
   ended(tab)
   ask(tab, 'two')
   expect(answer(tab)).to_have_text('second')
-  assert server.asked[1] == {
+  assert server.requests[1] == {
     'model': 'routed',
     'messages': [
       {'role': 'system', 'content': 'Be brief.'},
@@ -269,11 +269,13 @@ def test_a_setting_out_of_range_is_not_sent(tab, server):
   tab.click('#show-settings')
   ask(tab)
   expect(tab.locator('#settings')).to_be_visible()
-  assert (tab.input_value('#message'), server.asked) == ('Hello', [])
+  assert (tab.input_value('#message'), server.requests) == ('Hello', [])
 
 
 def test_regenerating_keeps_the_earlier_answer(tab, server):
-  server.replies.extend([says('first'), says('second'), error(500, 'broken')])
+  server.replies.extend(
+    [text_reply('first'), text_reply('second'), error(500, 'broken')]
+  )
   ask(tab)
   ended(tab)
   tab.click('text=Regenerate')
@@ -289,7 +291,7 @@ def test_regenerating_keeps_the_earlier_answer(tab, server):
 
 
 def test_editing_replaces_the_last_message_and_keeps_the_draft(tab, server):
-  server.replies.extend([says('first'), says('second')])
+  server.replies.extend([text_reply('first'), text_reply('second')])
   ask(tab, 'What is one?')
   ended(tab)
   tab.fill('#message', 'a draft')
@@ -301,12 +303,14 @@ def test_editing_replaces_the_last_message_and_keeps_the_draft(tab, server):
   ask(tab, 'What is two?')
   expect(answer(tab)).to_have_text('second')
   expect(tab.locator('.asked')).to_have_text(['What is two?'])
-  assert [m['content'] for m in server.asked[1]['messages']] == ['What is two?']
+  assert [m['content'] for m in server.requests[1]['messages']] == [
+    'What is two?'
+  ]
   assert tab.input_value('#message') == 'a draft'
 
 
 def test_clearing_can_be_undone_and_a_reload_loses_nothing(tab, server):
-  server.replies.append(says('kept'))
+  server.replies.append(text_reply('kept'))
   ask(tab)
   ended(tab)
   tab.reload()
@@ -319,7 +323,7 @@ def test_clearing_can_be_undone_and_a_reload_loses_nothing(tab, server):
 
 def test_copying_gives_the_text_as_it_was_written(tab, server):
   tab.context.grant_permissions(['clipboard-read', 'clipboard-write'])
-  server.replies.append(says('**bold** `code`'))
+  server.replies.append(text_reply('**bold** `code`'))
   ask(tab)
   ended(tab)
   tab.locator('.actions').get_by_text('Copy').click()
@@ -363,7 +367,7 @@ def test_markdown_is_drawn_and_half_open_blocks_too(tab, server):
 def test_unfinished_marks_of_a_finished_answer_are_what_was_written(
   tab, server
 ):
-  server.replies.append(says('a **b and `c'))
+  server.replies.append(text_reply('a **b and `c'))
   ask(tab)
   ended(tab)
   expect(answer(tab)).to_have_text('a **b and `c')
@@ -377,15 +381,15 @@ def test_screen_readers_hear_each_sentence_once(tab, server):
   expect(tab.locator('#live p')).to_have_text(['Answering', 'One here.'])
   go_on.set()
   ended(tab)
-  heard = tab.locator('#live p').all_inner_texts()
-  assert ' '.join(heard[1:-1]) == 'One here. Two there. Three'
-  assert heard[-1] == 'The answer is complete.'
+  sentences = tab.locator('#live p').all_inner_texts()
+  assert ' '.join(sentences[1:-1]) == 'One here. Two there. Three'
+  assert sentences[-1] == 'The answer is complete.'
   # The answer itself is no live region: it would be read at every token.
   assert tab.locator('#turns [aria-live]').count() == 0
 
 
 def test_languages_switch_and_are_remembered(tab, server):
-  server.replies.append(says('hi'))
+  server.replies.append(text_reply('hi'))
   ask(tab)
   ended(tab)
   tab.click('#language')
@@ -429,19 +433,19 @@ def test_tokens_are_coloured_by_their_strongest_expert(tab, server):
   ]
   tab.click('#experts')
   server.replies.append(
-    stream(*(routed([one]) for one in tokens), event('', 'stop'), DONE)
+    stream(*(routed([item]) for item in tokens), event('', 'stop'), DONE)
   )
   ask(tab)
   ended(tab)
-  assert server.asked[0]['routing'] is server.asked[0]['logprobs'] is True
+  assert server.requests[0]['routing'] is server.requests[0]['logprobs'] is True
   words = tab.locator('.token')
   expect(words).to_have_text(['Red', ' and', ' so'])
   expect(words).to_have_class(
     ['token expert x1 u1', 'token expert x0 u0', 'token']
   )
   assert style(words.nth(0), 'textDecorationStyle') == 'dashed'
-  one, two, three = (style(words.nth(i), 'backgroundColor') for i in range(3))
-  assert len({one, two, three}) == 3
+  item, two, three = (style(words.nth(i), 'backgroundColor') for i in range(3))
+  assert len({item, two, three}) == 3
   expect(tab.locator('.legend li')).to_have_text(
     ['expert 0 50 %', 'expert 1 50 %']
   )
@@ -522,14 +526,14 @@ def test_a_model_for_embeddings_is_not_offered(visit, server):
 
 def test_a_busy_server_is_asked_again_after_the_time_it_said(tab, server):
   server.replies.append(error(429, 'full', Retry_After='2'))
-  server.replies.append(says('at last'))
+  server.replies.append(text_reply('at last'))
   ask(tab)
   banner = tab.locator('.turn .banner')
   expect(banner).to_contain_text('busy. Trying again in 2 s')
   expect(banner).to_contain_text('again in 1 s')
   expect(answer(tab)).to_have_text('at last')
   expect(banner).to_have_count(0)
-  assert server.asked[0] == server.asked[1]
+  assert server.requests[0] == server.requests[1]
 
 
 def test_a_countdown_can_be_cut_short_or_stopped(tab, server):
@@ -539,15 +543,17 @@ def test_a_countdown_can_be_cut_short_or_stopped(tab, server):
   expect(tab.locator('.turn .banner')).to_contain_text('500 s')
   tab.keyboard.press('Escape')
   expect(tab.locator('.turn .banner')).to_contain_text('Stopped')
-  server.replies.append(says('again'))
+  server.replies.append(text_reply('again'))
   tab.click('text=Try again')
   expect(answer(tab)).to_have_text('again')
-  assert len(server.asked) == 3
+  assert len(server.requests) == 3
 
 
 def test_a_model_that_starts_is_waited_for(tab, server):
   server.ready = in_turn(error(503, 'starting'), json_of({}))
-  server.replies.extend([error(503, 'starting', Retry_After='1'), says('up')])
+  server.replies.extend(
+    [error(503, 'starting', Retry_After='1'), text_reply('up')]
+  )
   ask(tab)
   expect(tab.locator('.turn .banner')).to_contain_text('not ready yet')
   expect(answer(tab)).to_have_text('up')
@@ -566,7 +572,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_sent(visit, server):
   tab.press('#key', 'Enter')
   expect(tab.locator('#model option')).to_have_text(['base'])
   expect(tab.locator('#key-form')).to_be_hidden()
-  server.replies.append(says('open'))
+  server.replies.append(text_reply('open'))
   ask(tab)
   expect(answer(tab)).to_have_text('open')
   assert server.keys == [None, 'Bearer wrong', *['Bearer sesame'] * 2]
@@ -576,12 +582,12 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_sent(visit, server):
 
 
 def test_a_question_waits_for_a_key_and_is_then_sent(tab, server):
-  server.replies.extend([error(401, 'expired'), says('open')])
+  server.replies.extend([error(401, 'expired'), text_reply('open')])
   ask(tab, 'still here')
   tab.fill('#key', 'sesame')
   tab.press('#key', 'Enter')
   expect(answer(tab)).to_have_text('open')
-  assert server.asked[1]['messages'][0]['content'] == 'still here'
+  assert server.requests[1]['messages'][0]['content'] == 'still here'
 
 
 def test_a_refusal_is_shown_in_the_servers_words(tab, server):
@@ -591,11 +597,11 @@ def test_a_refusal_is_shown_in_the_servers_words(tab, server):
   expect(banner).to_contain_text('refused (400): the prompt has 999 tokens')
   expect(tab.locator('#alarm')).to_contain_text('999 tokens')
   # An unanswered question is not sent with the next one.
-  server.replies.append(says('fine'))
+  server.replies.append(text_reply('fine'))
   ask(tab, 'shorter')
   expect(answer(tab)).to_have_text('fine')
-  said = [m['content'] for m in server.asked[1]['messages']]
-  assert said == ['shorter']
+  contents = [m['content'] for m in server.requests[1]['messages']]
+  assert contents == ['shorter']
 
 
 def test_an_error_within_a_stream_is_shown(tab, server):
@@ -608,13 +614,13 @@ def test_an_error_within_a_stream_is_shown(tab, server):
 
 @pytest.mark.parametrize('broken', [True, False])
 def test_a_lost_connection_keeps_what_came(tab, server, broken):
-  seen = threading.Event()
+  event_ = threading.Event()
   # A stream that only ends, without saying that it does, is lost as well.
-  lost = cut('so far', seen) if broken else stream(event('so far'), seen)
-  server.replies.extend([lost, says('whole')])
+  lost = cut('so far', event_) if broken else stream(event('so far'), event_)
+  server.replies.extend([lost, text_reply('whole')])
   ask(tab)
   expect(answer(tab)).to_have_text('so far')
-  seen.set()
+  event_.set()
   expect(tab.locator('.banner.wrong')).to_contain_text('connection was lost')
   expect(answer(tab)).to_have_text('so far')
   tab.click('text=Try again')
@@ -629,7 +635,7 @@ def test_an_unreachable_server_is_said_and_the_question_kept(tab, server):
   expect(banner).to_contain_text('cannot be reached')
   expect(tab.locator('.asked')).to_have_text('anyone?')
   tab.context.set_offline(False)
-  server.replies.append(says('here'))
+  server.replies.append(text_reply('here'))
   tab.click('text=Try again')
   expect(answer(tab)).to_have_text('here')
 
@@ -648,7 +654,7 @@ def test_a_narrow_screen_scrolls_downwards_only(visit, server, locale):
   ask(tab, LONG)
   ended(tab)
   tab.click('#show-settings')
-  server.replies.append(says(f'# {LONG}\n\n```\n{LONG}\n```\n- `{LONG}`'))
+  server.replies.append(text_reply(f'# {LONG}\n\n```\n{LONG}\n```\n- `{LONG}`'))
   tab.click('#experts')
   ask(tab)
   ended(tab)
@@ -659,23 +665,23 @@ def test_a_narrow_screen_scrolls_downwards_only(visit, server, locale):
 
 
 def test_text_from_right_to_left_runs_so(tab, server):
-  server.replies.append(says('مرحبا بالعالم\n\nand back'))
+  server.replies.append(text_reply('مرحبا بالعالم\n\nand back'))
   ask(tab, 'שלום')
   ended(tab)
-  found = [style(p, 'direction') for p in answer(tab).locator('p').all()]
-  assert found == ['rtl', 'ltr']
+  value = [style(p, 'direction') for p in answer(tab).locator('p').all()]
+  assert value == ['rtl', 'ltr']
   assert style(tab.locator('.asked'), 'direction') == 'rtl'
 
 
 def test_the_keyboard_reaches_everything_in_the_order_it_is_read(tab):
   tab.focus('#model')
-  found = []
+  value = []
   for _ in range(6):
-    found.append(tab.evaluate('document.activeElement.id'))
+    value.append(tab.evaluate('document.activeElement.id'))
     tab.keyboard.press('Tab')
   # Clear is off while there is nothing to clear.
   names = ['model', 'experts', 'show-settings', 'language', 'theme', 'message']
-  assert found == names
+  assert value == names
   tab.keyboard.press('Shift+Tab')
   tab.keyboard.press('Shift+Tab')
   focused = tab.locator('#theme')

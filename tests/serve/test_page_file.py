@@ -11,7 +11,7 @@ import pytest
 
 from moepeft.serve import page
 
-HTML = page.read().body.decode()
+HTML = page.read_page().body.decode()
 SCRIPT = re.findall(r'<script>(.*?)</script>', HTML, re.DOTALL)[-1]
 STYLE = re.search(r'<style>(.*?)</style>', HTML, re.DOTALL)[1]
 # Elements that have no end.
@@ -23,12 +23,12 @@ class Elements(HTMLParser):
 
   def __init__(self):
     super().__init__()
-    self.found, self.open = [], []
+    self.elements, self.open = [], []
     self.feed(HTML)
     self.close()
 
   def handle_starttag(self, tag, attrs):
-    self.found.append((tag, dict(attrs), tuple(self.open)))
+    self.elements.append((tag, dict(attrs), tuple(self.open)))
     if tag not in EMPTY:
       self.open.append(tag)
 
@@ -43,19 +43,19 @@ WORDS = json.loads(
 
 
 def of(tag):
-  return [attrs for name, attrs, _ in ELEMENTS.found if name == tag]
+  return [attrs for name, attrs, _ in ELEMENTS.elements if name == tag]
 
 
 def test_every_element_is_closed_and_ids_are_unique():
   assert ELEMENTS.open == []
-  ids = [a['id'] for _, a, _ in ELEMENTS.found if 'id' in a]
+  ids = [a['id'] for _, a, _ in ELEMENTS.elements if 'id' in a]
   assert len(ids) == len(set(ids)) > 20
 
 
 def test_nothing_comes_from_elsewhere():
   assert re.findall(r'(?:https?:)?//[\w-]+\.\w+', HTML) == []
   assert '@import' not in STYLE and 'url(' not in STYLE
-  sources = {a.get(k) for _, a, _ in ELEMENTS.found for k in ('src', 'href')}
+  sources = {a.get(k) for _, a, _ in ELEMENTS.elements for k in ('src', 'href')}
   assert sources == {None, 'data:,'}
 
 
@@ -80,18 +80,20 @@ def test_no_text_can_become_markup():
     'srcdoc',
   )
   assert [word for word in banned if word in HTML] == []
-  assert not [a for _, a, _ in ELEMENTS.found if any(k[:2] == 'on' for k in a)]
+  assert not [
+    a for _, a, _ in ELEMENTS.elements if any(k[:2] == 'on' for k in a)
+  ]
   # A style attribute would need 'unsafe-inline'.
-  assert not [a for _, a, _ in ELEMENTS.found if 'style' in a]
+  assert not [a for _, a, _ in ELEMENTS.elements if 'style' in a]
 
 
 def test_the_pages_own_policy_has_the_hashes_of_what_it_runs():
   (meta,) = [a for a in of('meta') if a.get('http-equiv')]
-  found = ' '.join(meta['content'].split())
-  assert found == page.policy(HTML), (
+  value = ' '.join(meta['content'].split())
+  assert value == page.content_security_policy(HTML), (
     'the script or the style has changed: put this into the meta element'
   )
-  assert found.count("'sha256-") == 2 and 'unsafe' not in found
+  assert value.count("'sha256-") == 2 and 'unsafe' not in value
 
 
 def test_the_policy_stands_before_what_it_is_about():
@@ -99,9 +101,11 @@ def test_the_policy_stands_before_what_it_is_about():
 
 
 def test_headers_forbid_framing_and_let_a_new_page_be_seen():
-  headers = page.read().headers
-  said = headers['Content-Security-Policy']
-  assert said == page.policy(HTML) + "; frame-ancestors 'none'"
+  headers = page.read_page().headers
+  policy = headers['Content-Security-Policy']
+  assert (
+    policy == page.content_security_policy(HTML) + "; frame-ancestors 'none'"
+  )
   assert headers['Content-Type'] == 'text/html; charset=utf-8'
   assert headers['Cache-Control'] == 'no-cache'
   assert re.fullmatch(r'"[0-9a-f]{32}"', headers['ETag'])
@@ -116,22 +120,22 @@ def test_every_word_is_there_in_both_languages():
   assert same == {'top_p'}  # A name.
   names = re.compile(r'\{(\w+)\}')
   for key in english:
-    one, two = names.findall(english[key]), names.findall(chinese[key])
-    assert sorted(one) == sorted(two), key
+    first, two = names.findall(english[key]), names.findall(chinese[key])
+    assert sorted(first) == sorted(two), key
 
 
 def test_every_key_that_is_asked_for_has_words_and_the_other_way_round():
   in_html = {
     attrs[name]
-    for _, attrs, _ in ELEMENTS.found
+    for _, attrs, _ in ELEMENTS.elements
     for name in ('data-i18n', 'data-i18n-placeholder')
     if name in attrs
   }
   assert in_html <= WORDS['en'].keys()
   quoted = set(re.findall(r"'([a-z_]+)'", SCRIPT))
-  asked = set(re.findall(r"\b(?:t|button|arrow|Trouble)\('([a-z_]+)'", SCRIPT))
-  asked |= set(re.findall(r"\bkey: '([a-z_]+)'", SCRIPT))
-  assert asked and asked <= WORDS['en'].keys()
+  keys = set(re.findall(r"\b(?:t|button|arrow|Trouble)\('([a-z_]+)'", SCRIPT))
+  keys |= set(re.findall(r"\bkey: '([a-z_]+)'", SCRIPT))
+  assert keys and keys <= WORDS['en'].keys()
   # 'reason_' is joined to what the server said.
   left = WORDS['en'].keys() - in_html - quoted
   assert {key for key in left if not key.startswith('reason_')} == set()
@@ -147,7 +151,7 @@ def test_the_words_in_the_page_are_the_english_ones():
 
 def test_every_field_has_a_label():
   labelled = {a['for'] for a in of('label') if 'for' in a}
-  for tag, attrs, within in ELEMENTS.found:
+  for tag, attrs, within in ELEMENTS.elements:
     if tag in ('input', 'select', 'textarea'):
       assert attrs['id'] in labelled or 'label' in within, attrs
 
@@ -198,8 +202,8 @@ def lab(hexes, sight):
   rgb = np.array([[int(h[i : i + 2], 16) for i in (1, 3, 5)] for h in hexes])
   rgb = rgb / 255
   linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-  seen = np.clip(linear @ np.array(SIGHT[sight]).T, 0, 1)
-  xyz = seen @ TO_XYZ.T / TO_XYZ.sum(1)
+  visible = np.clip(linear @ np.array(SIGHT[sight]).T, 0, 1)
+  xyz = visible @ TO_XYZ.T / TO_XYZ.sum(1)
   f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
   x, y, z = f.T
   return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
@@ -213,8 +217,8 @@ def test_experts_differ_by_colour_or_by_underline(sight):
   # As in the script: 40 of them, and then from the start.
   assert 'const HUES = 8' in SCRIPT and 'const UNDERLINES = 5' in SCRIPT
   colours = lab(hues, sight)
-  for one, two in itertools.combinations(range(40), 2):
-    if one % 5 == two % 5:
-      # A difference of 2.3 is just seen when side by side; words stand apart.
-      far = np.linalg.norm(colours[one % 8] - colours[two % 8])
-      assert far > 10, (one, two, far)
+  for first, two in itertools.combinations(range(40), 2):
+    if first % 5 == two % 5:
+      # A difference of 2.3 is just visible side by side; words stand apart.
+      far = np.linalg.norm(colours[first % 8] - colours[two % 8])
+      assert far > 10, (first, two, far)

@@ -12,7 +12,7 @@ from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import DecoderConfig
-from moepeft.serve.http.limits import Limits
+from moepeft.serve.http.limits import RequestLimits
 
 from ..inference import banked, engines
 
@@ -73,7 +73,7 @@ for argument in sys.argv[1:]:
 @pytest.mark.parametrize('value', [0, -1, float('nan'), float('inf'), 1e300])
 def test_limits_of_requests_are_positive_and_finite(name, value):
   with pytest.raises(ValueError, match=name):
-    Limits(**{name: value})
+    RequestLimits(**{name: value})
 
 
 @pytest.mark.parametrize('name', ['slots', 'places', 'queue'])
@@ -121,10 +121,10 @@ def test_flags_out_of_range_are_refused_in_a_sentence():
   lines = done.stdout.splitlines()
   assert len(lines) == len(arguments), done.stderr
   for line in lines:
-    argument, code, said = ast.literal_eval(line)
+    argument, code, message = ast.literal_eval(line)
     if argument == '--slots=5':
       assert code == 'opened', line
       continue
     name = argument.partition('=')[0].lstrip('-').split('_')[0]
-    assert code == 2 and name in said, line
-    assert said.startswith('error: ') and 'Traceback' not in said, line
+    assert code == 2 and name in message, line
+    assert message.startswith('error: ') and 'Traceback' not in message, line

@@ -46,7 +46,7 @@ TIME = {
 
 
 class Person(pydantic.BaseModel):
-  """Of a story."""
+  """A person of a story."""
 
   name: str = pydantic.Field(max_length=20)
   age: int = pydantic.Field(ge=0, le=150)
@@ -57,8 +57,8 @@ class Person(pydantic.BaseModel):
 def client(real):
   with openai.OpenAI(
     base_url=f'{real.url}/v1', api_key='none', max_retries=0, timeout=SECONDS
-  ) as found:
-    yield found
+  ) as values:
+    yield values
 
 
 @pytest.fixture(scope='module')
@@ -67,9 +67,9 @@ def trainer(real):
 
 
 def chat(client, content='What is the capital of France?', **fields):
-  asked = {'model': BASE, 'temperature': 0, 'max_tokens': 24, **fields}
+  body = {'model': BASE, 'temperature': 0, 'max_tokens': 24, **fields}
   turns = [{'role': 'user', 'content': content}]
-  return client.chat.completions.create(messages=turns, **asked)
+  return client.chat.completions.create(messages=turns, **body)
 
 
 def streamed(client, *args, **fields):
@@ -79,10 +79,10 @@ def streamed(client, *args, **fields):
     chunks.append(chunk)
     usage = chunk.usage or usage
     for choice in chunk.choices:
-      i, said = choice.index, choice.delta.content or ''
-      texts[i] = texts.get(i, '') + said
+      i, answer_text = choice.index, choice.delta.content or ''
+      texts[i] = texts.get(i, '') + answer_text
       # A character that is cut would be a mark, or half a pair.
-      assert '\ufffd' not in said and said.encode() is not None
+      assert '\ufffd' not in answer_text and answer_text.encode() is not None
       if choice.finish_reason:
         assert i not in reasons
         reasons[i] = choice.finish_reason
@@ -125,17 +125,18 @@ def test_a_stream_says_what_the_whole_answer_says(client, model):
 
 
 @pytest.mark.parametrize(
-  'prompt, said', [('你好世界，', '你好世界'), ('жук и ёж, ', 'жук и ёж')]
+  'prompt, answer_text',
+  [('你好世界，', '你好世界'), ('жук и ёж, ', 'жук и ёж')],
 )
 def test_characters_of_several_tokens_are_whole_in_streams(
-  client, prompt, said
+  client, prompt, answer_text
 ):
   fields = {'model': BASE, 'prompt': prompt * 10, 'temperature': 0}
   (choice,) = client.completions.create(
     **fields, max_tokens=24, logprobs=0
   ).choices
   # The model goes on so, by tokens that are parts of characters.
-  assert said in choice.text
+  assert answer_text in choice.text
   assert any(t.startswith('bytes:') for t in choice.logprobs.tokens)
   parts = [
     chunk.choices[0].text
@@ -189,8 +190,8 @@ def test_several_answers_differ_and_seeds_bring_them_back(client):
   assert texts[0] != texts[1]
   again, *_ = streamed(client, 'Tell me a story.', **fields)
   assert again == dict(enumerate(texts))
-  other = chat(client, 'Tell me a story.', **{**fields, 'seed': 8})
-  assert other.choices[0].message.content != texts[0]
+  second = chat(client, 'Tell me a story.', **{**fields, 'seed': 8})
+  assert second.choices[0].message.content != texts[0]
 
 
 def test_stop_strings_end_an_answer_and_are_not_in_it(client):
@@ -206,26 +207,31 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client):
 
 def test_log_probabilities_of_chat(client):
   answer = chat(client, logprobs=True, top_logprobs=3, max_tokens=6)
-  told = answer.choices[0].logprobs.content
-  assert ''.join(one.token for one in told) == answer.choices[0].message.content
-  for one in told:
+  logprobs = answer.choices[0].logprobs.content
+  assert (
+    ''.join(item.token for item in logprobs)
+    == answer.choices[0].message.content
+  )
+  for item in logprobs:
     # Greedy: the best of them.
-    best = one.top_logprobs[0]
-    assert (best.token, best.logprob) == (one.token, one.logprob)
-    values = [top.logprob for top in one.top_logprobs]
+    best = item.top_logprobs[0]
+    assert (best.token, best.logprob) == (item.token, item.logprob)
+    values = [top.logprob for top in item.top_logprobs]
     assert len(values) == 3 and values == sorted(values, reverse=True)
     assert sum(map(math.exp, values)) < 1 + 1e-4
-    assert bytes(one.bytes).decode() == one.token
-  found = [
-    one.logprob
+    assert bytes(item.bytes).decode() == item.token
+  alternatives = [
+    item.logprob
     for chunk in chat(
       client, logprobs=True, top_logprobs=3, max_tokens=6, stream=True
     )
     for choice in chunk.choices
     if choice.logprobs
-    for one in choice.logprobs.content
+    for item in choice.logprobs.content
   ]
-  assert found == pytest.approx([one.logprob for one in told], abs=1e-4)
+  assert alternatives == pytest.approx(
+    [item.logprob for item in logprobs], abs=1e-4
+  )
 
 
 TEXT = (
@@ -248,18 +254,18 @@ def test_echoed_log_probabilities_are_the_trainer_s(
     temperature=0,
   )
   (choice,) = answer.choices
-  told = choice.logprobs
+  logprobs = choice.logprobs
   ids = trainer.words.encode(TEXT)
-  assert len(told.tokens) == len(ids) + length
-  assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
-  own = trainer.logprobs(ids, adapter)
-  found = told.token_logprobs[1 : len(ids)]
-  np.testing.assert_allclose(found, own, atol=1e-3)
+  assert len(logprobs.tokens) == len(ids) + length
+  assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+  expected = trainer.logprobs(ids, adapter)
+  values = logprobs.token_logprobs[1 : len(ids)]
+  np.testing.assert_allclose(values, expected, atol=1e-3)
   # What evaluation harnesses add up.
-  assert sum(found) == pytest.approx(float(own.sum()), abs=1e-3)
+  assert sum(values) == pytest.approx(float(expected.sum()), abs=1e-3)
   # The text is given back, and each token stands where it says.
-  assert choice.text.startswith(TEXT) and told.text_offset[0] == 0
-  for token, at in zip(told.tokens, told.text_offset, strict=True):
+  assert choice.text.startswith(TEXT) and logprobs.text_offset[0] == 0
+  for token, at in zip(logprobs.tokens, logprobs.text_offset, strict=True):
     if not token.startswith('bytes:'):
       assert choice.text[at : at + len(token)] == token
 
@@ -274,21 +280,21 @@ def test_adapters_have_their_own_log_probabilities(trainer):
 
 def test_a_harness_scores_a_continuation_by_ids(client, trainer):
   context, rest = 'The capital of France is', [' Paris', ' London']
-  ids = [trainer.words.encode(context + one) for one in rest]
+  ids = [trainer.words.encode(context + item) for item in rest]
   answer = client.completions.create(
     model=BASE, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
   )
   size = len(trainer.words.encode(context))
   sums = []
-  for one, choice in zip(ids, answer.choices, strict=True):
-    own = trainer.logprobs(one)[size - 1 :].sum()
-    found = sum(choice.logprobs.token_logprobs[size : len(one)])
-    assert found == pytest.approx(float(own), abs=1e-3)
-    sums.append(found)
+  for item, choice in zip(ids, answer.choices, strict=True):
+    expected = trainer.logprobs(item)[size - 1 :].sum()
+    values = sum(choice.logprobs.token_logprobs[size : len(item)])
+    assert values == pytest.approx(float(expected), abs=1e-3)
+    sums.append(values)
     # Whether the continuation is the greedy one.
     best = max(choice.logprobs.top_logprobs[size].items(), key=lambda p: p[1])
     greedy = best[0] == choice.logprobs.tokens[size]
-    assert greedy == (trainer.best(one[:size]) == one[size])
+    assert greedy == (trainer.best(item[:size]) == item[size])
   assert sums[0] > sums[1]
 
 
@@ -305,9 +311,12 @@ def test_forced_calls_are_of_their_schema(client):
       parallel_tool_calls=False,
       max_tokens=80,
     )
-    (said,) = answer.choices
-    assert said.finish_reason == 'tool_calls' and said.message.content is None
-    (call,) = said.message.tool_calls
+    (answer_text,) = answer.choices
+    assert (
+      answer_text.finish_reason == 'tool_calls'
+      and answer_text.message.content is None
+    )
+    (call,) = answer_text.message.tool_calls
     assert call.function.name == 'get_weather'
     arguments = json.loads(call.function.arguments)
     assert set(arguments) == {'location', 'unit'}
@@ -321,10 +330,10 @@ def test_streamed_calls_are_those_of_the_whole_answer(client):
     'parallel_tool_calls': False,
     'max_tokens': 80,
   }
-  said = 'What is the weather in Paris?'
-  (call,) = chat(client, said, **fields).choices[0].message.tool_calls
+  answer_text = 'What is the weather in Paris?'
+  (call,) = chat(client, answer_text, **fields).choices[0].message.tool_calls
   name, text, pieces = '', '', 0
-  for chunk in chat(client, said, **fields, stream=True):
+  for chunk in chat(client, answer_text, **fields, stream=True):
     for choice in chunk.choices:
       assert not choice.delta.content
       for part in choice.delta.tool_calls or ():
@@ -336,7 +345,7 @@ def test_streamed_calls_are_those_of_the_whole_answer(client):
   assert pieces > 2
   with client.chat.completions.stream(
     model=BASE,
-    messages=[{'role': 'user', 'content': said}],
+    messages=[{'role': 'user', 'content': answer_text}],
     temperature=0,
     **fields,
   ) as stream:
@@ -346,13 +355,15 @@ def test_streamed_calls_are_those_of_the_whole_answer(client):
 
 
 def test_a_free_answer_with_tools_goes_on_after_the_result(client):
-  said = 'What is the weather in Paris?'
-  auto = chat(client, said, tools=[WEATHER], tool_choice='auto').choices[0]
+  answer_text = 'What is the weather in Paris?'
+  auto = chat(client, answer_text, tools=[WEATHER], tool_choice='auto').choices[
+    0
+  ]
   # Whether it calls is the model's business; either form is whole.
   assert auto.message.content or auto.message.tool_calls
   forced = chat(
     client,
-    said,
+    answer_text,
     tools=[WEATHER],
     tool_choice='required',
     parallel_tool_calls=False,
@@ -360,7 +371,7 @@ def test_a_free_answer_with_tools_goes_on_after_the_result(client):
   )
   message = forced.choices[0].message
   turns = [
-    {'role': 'user', 'content': said},
+    {'role': 'user', 'content': answer_text},
     message,
     {
       'role': 'tool',
@@ -380,7 +391,7 @@ def test_a_free_answer_with_tools_goes_on_after_the_result(client):
   assert not answer.choices[0].message.tool_calls
 
 
-def called(number, city, result):
+def tool_result(number, city, result):
   """The turns of a question that was answered by a tool."""
   function = {'name': 'get_weather', 'arguments': f'{{"location": "{city}"}}'}
   call = {'id': f'c{number}', 'type': 'function', 'function': function}
@@ -394,7 +405,7 @@ def called(number, city, result):
 
 @pytest.mark.parametrize('stream', (False, True))
 def test_after_examples_the_model_calls_a_tool_by_itself(client, stream):
-  """That it does not without them is the model's doing, not the server's."""
+  """It does not without them, which is the model's doing, not the server's."""
   tool = {
     'type': 'function',
     'function': {
@@ -410,8 +421,8 @@ def test_after_examples_the_model_calls_a_tool_by_itself(client, stream):
   fields = {
     'model': BASE,
     'messages': [
-      *called(0, 'Berlin', 'It is raining.'),
-      *called(1, 'Rome', 'It is sunny.'),
+      *tool_result(0, 'Berlin', 'It is raining.'),
+      *tool_result(1, 'Rome', 'It is sunny.'),
       {'role': 'user', 'content': 'What is the weather in Paris?'},
     ],
     'tools': [tool],
@@ -433,10 +444,12 @@ def test_after_examples_the_model_calls_a_tool_by_itself(client, stream):
 
 def test_a_call_that_is_cut_off_is_no_text(client):
   for length in (3, 8, 20):
-    said = chat(
+    answer_text = chat(
       client, tools=[WEATHER], tool_choice='required', max_tokens=length
     ).choices[0]
-    assert said.finish_reason == 'length' and not said.message.content
+    assert (
+      answer_text.finish_reason == 'length' and not answer_text.message.content
+    )
 
 
 @pytest.mark.parametrize('model', (BASE, 'molora'))
@@ -479,16 +492,16 @@ def test_streamed_json_is_that_of_the_whole_answer(client):
 
 
 def test_any_json_object(client):
-  said = chat(
+  answer_text = chat(
     client,
     'A JSON object with a name.',
     response_format={'type': 'json_object'},
     max_tokens=60,
     extra_body={'repetition_penalty': 1.2},
   ).choices[0]
-  assert said.message.content.startswith('{')
-  if said.finish_reason == 'stop':
-    assert isinstance(json.loads(said.message.content), dict)
+  assert answer_text.message.content.startswith('{')
+  if answer_text.finish_reason == 'stop':
+    assert isinstance(json.loads(answer_text.message.content), dict)
 
 
 def test_embeddings_of_what_is_alike_are_alike(client):
@@ -499,8 +512,8 @@ def test_embeddings_of_what_is_alike_are_alike(client):
   ]
   rows = np.array(
     [
-      one.embedding
-      for one in client.embeddings.create(
+      item.embedding
+      for item in client.embeddings.create(
         model=EMBEDDER, input=texts, encoding_format='float'
       ).data
     ]
@@ -566,9 +579,9 @@ def test_errors_are_those_of_the_package(
 def idle(real, seconds=30):
   until = time.monotonic() + seconds
   while time.monotonic() < until:
-    found = real.metrics()
-    if not found['moepeft_running'] and not found['moepeft_waiting']:
-      return found
+    values = real.metrics()
+    if not values['moepeft_running'] and not values['moepeft_waiting']:
+      return values
     time.sleep(0.1)
   raise AssertionError('a request is still under way')
 
@@ -590,10 +603,10 @@ def test_a_stream_that_is_left_frees_its_slot(client, real):
 def test_answers_are_the_same_in_company(client, real):
   """Sixteen at once on four slots, of the base and three adapters."""
   names = [BASE, *METHODS] * 4
-  asked = [f'Count from {i} to {i + 5}.' for i in range(len(names))]
+  body = [f'Count from {i} to {i + 5}.' for i in range(len(names))]
   alone = [
-    chat(client, said, model=name).choices[0].message.content
-    for name, said in zip(names, asked, strict=True)
+    chat(client, answer_text, model=name).choices[0].message.content
+    for name, answer_text in zip(names, body, strict=True)
   ]
   assert len(set(alone)) > len(names) / 2
 
@@ -605,14 +618,14 @@ def test_answers_are_the_same_in_company(client, real):
         *(
           client.chat.completions.create(
             model=name,
-            messages=[{'role': 'user', 'content': said}],
+            messages=[{'role': 'user', 'content': answer_text}],
             temperature=0,
             max_tokens=24,
           )
-          for name, said in zip(names, asked, strict=True)
+          for name, answer_text in zip(names, body, strict=True)
         )
       )
 
-  found = asyncio.run(together())
-  assert [one.model for one in found] == names
-  assert [one.choices[0].message.content for one in found] == alone
+  values = asyncio.run(together())
+  assert [item.model for item in values] == names
+  assert [item.choices[0].message.content for item in values] == alone

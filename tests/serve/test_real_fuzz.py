@@ -154,8 +154,8 @@ def answers(real):
   assert check(real, COMPLETIONS, json.dumps(body).encode()) == 200
   until = time.monotonic() + SECONDS
   while True:
-    found = real.metrics()
-    if not found['moepeft_running'] + found['moepeft_waiting']:
+    values = real.metrics()
+    if not values['moepeft_running'] + values['moepeft_waiting']:
       return
     assert time.monotonic() < until, 'a request is still under way'
     time.sleep(0.1)
@@ -177,12 +177,12 @@ def test_no_mutation_of_a_body_ends_in_a_5xx(real, path, valid):
   # What is mutated was right; adapters are locked.
   first = check(real, path, json.dumps(valid).encode())
   assert first == (403 if 'adapters' in path else 200)
-  found = set()
+  values = set()
   for seed in range(30):
     body = mutated(random.Random(f'{path}/{seed}'), valid)
     body = short(body) if path in (CHAT, COMPLETIONS) else body
-    found.add(check(real, path, json.dumps(body).encode()))
-  assert 'adapters' in path or 400 in found
+    values.add(check(real, path, json.dumps(body).encode()))
+  assert 'adapters' in path or 400 in values
   answers(real)
 
 
@@ -203,8 +203,10 @@ def chat(**fields):
 
 
 def schema(value, strict=True):
-  own = {'name': 'a', 'schema': value, 'strict': strict}
-  return chat(response_format={'type': 'json_schema', 'json_schema': own})
+  json_schema = {'name': 'a', 'schema': value, 'strict': strict}
+  return chat(
+    response_format={'type': 'json_schema', 'json_schema': json_schema}
+  )
 
 
 def form(kind, value):
@@ -410,11 +412,11 @@ def test_bytes_that_are_no_request_end_nothing(real):
       sock.sendall(raw)
       sock.shutdown(socket.SHUT_WR)
       sock.settimeout(20)
-      said = b''
+      response = b''
       try:
         while part := sock.recv(4096):
-          said += part
+          response += part
       except ConnectionError:
         pass
-    assert b' 5' not in said.partition(b'\r\n')[0], (raw[:99], said)
+    assert b' 5' not in response.partition(b'\r\n')[0], (raw[:99], response)
   answers(real)

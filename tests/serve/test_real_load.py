@@ -26,7 +26,7 @@ GROWTH = 32 * MIB
 
 
 class Plan:
-  """What one request asks, and what becomes of it.
+  """One request and its outcome.
 
   Attributes:
     kind: 'whole', 'stream', 'left' (a client that leaves) or 'bad'.
@@ -142,9 +142,9 @@ def load(real, plans):
 def idle(real):
   until = time.monotonic() + 60
   while True:
-    found = real.metrics()
-    if not found['moepeft_running'] + found['moepeft_waiting']:
-      return found
+    values = real.metrics()
+    if not values['moepeft_running'] + values['moepeft_waiting']:
+      return values
     assert time.monotonic() < until, 'a request is still under way'
     time.sleep(0.2)
 
@@ -154,14 +154,14 @@ def test_no_request_is_lost_or_mixed_up_and_nothing_grows(real, capsys):
   assert CONNECTIONS <= SLOTS + QUEUE
   # The first round fills what is kept: caches, pools, the allocator's own.
   load(real, [Plan(i, 'a') for i in range(REQUESTS)])
-  before, held = idle(real), real.memory()
+  before, memory = idle(real), real.memory()
   plans = [Plan(i, 'b') for i in range(REQUESTS)]
   began = time.monotonic()
   load(real, plans)
   took = time.monotonic() - began
   after, holds = idle(real), real.memory()
   kinds = {kind: [p for p in plans if p.kind == kind] for kind in KINDS}
-  assert all(len(found) >= 10 for found in kinds.values())
+  assert all(len(values) >= 10 for values in kinds.values())
   # None is lost.
   assert all(plan.tries == 1 for plan in plans)
   answered = kinds['whole'] + kinds['stream']
@@ -174,14 +174,14 @@ def test_no_request_is_lost_or_mixed_up_and_nothing_grows(real, capsys):
   # None is mixed up: alone, each says the same.
   connection = http.client.HTTPConnection('127.0.0.1', real.port, timeout=60)
   for plan in answered[::4]:
-    said, plan.text = plan.text, None
+    text, plan.text = plan.text, None
     ask(connection, plan)
-    assert plan.text == said, plan.body
+    assert plan.text == text, plan.body
   connection.close()
   with capsys.disabled():
     print(
-      f'\n{REQUESTS} requests in {took:.0f} s; memory {held / MIB:.0f} MiB '
+      f'\n{REQUESTS} requests in {took:.0f} s; memory {memory / MIB:.0f} MiB '
       f'before, {holds / MIB:.0f} MiB after; {left:.0f} of '
       f'{len(kinds["left"])} left ones cancelled'
     )
-  assert holds - held < GROWTH
+  assert holds - memory < GROWTH

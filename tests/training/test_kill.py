@@ -18,8 +18,10 @@ import pytest
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.run_progress import Course
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.runs import metrics_log
-from moepeft.training.signals import Stopped
+from moepeft.training import setup
+from moepeft.training.callbacks.signals import Stopped
 from tests import ROOT
 
 from .test_train import adapter_bytes, base, card  # noqa: F401
@@ -134,13 +136,13 @@ def test_sigterm_saves_and_is_gone_within_seconds(whole, tmp_path):
 
 def interrupted(monkeypatch, numbers, at=3):
   """Lets the run receive signals while it waits for the batch `at`."""
-  plain = train.make_loader
+  plain = setup.make_loader
 
   def opened(*args):
     batches, count = plain(*args), 0
 
     class Signalling:
-      place, go_to, close = batches.place, batches.go_to, batches.close
+      position, seek, close = batches.position, batches.seek, batches.close
 
       def __next__(self):
         nonlocal count
@@ -152,7 +154,7 @@ def interrupted(monkeypatch, numbers, at=3):
 
     return Signalling()
 
-  monkeypatch.setattr(train, 'make_loader', opened)
+  monkeypatch.setattr(setup, 'make_loader', opened)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_signal_while_validating_or_saving_loses_no_step(
   monkeypatch,
 ):
   run = {'evaluation.every_steps': 1, 'checkpoint.every_steps': 2}
-  places = (train.Evaluator, 'validation'), (Checkpoints, 'save')
+  places = (Evaluator, 'validation'), (Checkpoints, 'save')
   # Validated at step 1, which is then saved; saved at 2, so left after 3.
   for (owner, name), last in zip(places, (1, 3), strict=True):
     with monkeypatch.context() as patch:
@@ -232,7 +234,7 @@ def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
   """A run whose validations give the losses."""
   given = iter(losses)
   monkeypatch.setattr(
-    train.Evaluator, 'validation', lambda *_: {'validation_loss': next(given)}
+    Evaluator, 'validation', lambda *_: {'validation_loss': next(given)}
   )
   config = card(base, **{'evaluation.every_steps': 1, **changes})
   train.train(config, str(workdir))

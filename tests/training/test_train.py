@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import sys
+import types
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ from moepeft.checkpoints.manager import restore_adapter
 from moepeft.config import ranges
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range
+from moepeft.evaluation.evaluator import Evaluator
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import init_params
 from moepeft.runs.metrics_log import MetricsLog, read
 from moepeft.runs.resume import check_unchanged
 from moepeft.runs.run import Run
-from moepeft.training.metrics_logger import Report
+from moepeft.training.metrics_logger import MetricsLogger
 
 from .. import commands
 from ..contracts import small
@@ -489,7 +491,7 @@ def test_what_is_refused_is_refused_before_the_evaluation(
   def judged(*_):
     raise AssertionError('it was evaluated first')
 
-  monkeypatch.setattr(train.Evaluator, '__call__', judged)
+  monkeypatch.setattr(Evaluator, '__call__', judged)
   changes = {'log.trackers': 'wandb', 'log.wandb_project': 'a project'}
   changes |= {'evaluation.before': True}
   # As where it is not installed.
@@ -515,21 +517,19 @@ def test_an_exploding_loss_stops_with_the_step(base, tmp_path, monkeypatch):
 
 
 def test_a_broken_gradient_stops_the_run_before_it_is_saved():
-  class Kept(list):
-    write = list.append
-
-  written, mask = Kept(), np.ones((2, 3), bool)
-  report = Report(Progress(9, 0), [written], lambda step: 0.1, 0.9)
+  rows, mask = [], np.ones((2, 3), bool)
+  tracker = types.SimpleNamespace(write=rows.append)
+  logger = MetricsLogger([tracker], lambda step: 0.1, 0.9)
   for step, norm in ((5, 2.0), (6, 3.0), (7, np.inf), (8, 1.0)):
-    aux = {'loss': 1.5, 'gradient_norm': norm, 'routing': {}}
-    aux |= {'nll': 4.0, 'tokens': 2, 'correct': 1, 'router_loss': 0.0}
-    report.add(step, {'inputs_mask': mask, 'targets_mask': mask}, aux)
+    metrics = {'loss': 1.5, 'gradient_norm': norm, 'routing': {}}
+    metrics |= {'nll': 4.0, 'tokens': 2, 'correct': 1, 'router_loss': 0.0}
+    logger.add(step, {'inputs_mask': mask, 'targets_mask': mask}, metrics)
   with pytest.raises(ValueError, match='gradient norm is inf at step 7; try'):
-    report.tell()
+    logger.flush(Progress(9, 0))
   # What led to it is there.
-  assert [row['step'] for row in written] == [5, 6]
-  assert [row['gradient_norm'] for row in written] == [2.0, 3.0]
-  assert written[1]['nll'] == 2.0
+  assert [row['step'] for row in rows] == [5, 6]
+  assert [row['gradient_norm'] for row in rows] == [2.0, 3.0]
+  assert rows[1]['nll'] == 2.0
 
 
 @pytest.mark.parametrize(

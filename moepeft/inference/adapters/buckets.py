@@ -19,26 +19,14 @@ from moepeft.checkpoints.adapter import instances
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.inference.adapters.served_modules import served_module
+from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import METHODS, Built, build
-from moepeft.peft.build import plain
+from moepeft.peft.build import plain, training_only
 
 _LEAST_RANK = 4
-# What changes no function, or becomes data.
-_OWN = ('sites', 'dropout', 'jitter', 'rslora', 'rank', 'alpha', 'length')
-# What is rounded up: a soft prompt's length, as ranks are.
-_SIZES = ('rank', 'length')
-_REFUSED = {
-  'full': (
-    'it trained the base itself; convert it into a base of its own (python -m '
-    'moepeft.convert --workdir=RUN --output=DIR) and serve that'
-  ),
-  'tokens': (
-    'it changes rows of the embedding and of the head, which a batch of other '
-    "adapters shares; train those with method='full' and serve the result as "
-    'a base of its own'
-  ),
-}
+# Options of a method that become data of a slot.
+_DATA = ('sites', 'rslora', 'rank', 'alpha', 'length')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +96,10 @@ def bucket_of(built: Built, what: str) -> Bucket:
   """
   parts = []
   for name, spec in instances(built.method).items():
-    if spec.name in _REFUSED:
+    if METHODS[spec.name].not_pooled:
       raise ValueError(
         f'{what} is {built.method!r}, which cannot be served beside other '
-        f'adapters: {_REFUSED[spec.name]}'
+        f'adapters: {METHODS[spec.name].not_pooled}'
       )
     entries = built.adapter_map.entries
     sites = tuple(path for path, module in entries if module.name == name)
@@ -151,7 +139,7 @@ def adapter_map_of(
       spec = part.spec.replace(sites='|'.join(part.sites))
       built = build(str(spec), sites)
       entries += [
-        (path, served_module(module, part.name))
+        (path, served_module(METHODS[part.kind.name], module, part.name))
         for path, module in built.adapter_map.entries
       ]
   return AdapterMap(tuple(entries))
@@ -159,8 +147,7 @@ def adapter_map_of(
 
 def size_option(spec: Spec) -> str:
   """What of a method is rounded up: 'rank', 'length', or ''."""
-  module = METHODS[spec.name].module
-  return next((option for option in _SIZES if hasattr(module, option)), '')
+  return METHODS[spec.name].size_option
 
 
 def rank_of(spec: Spec) -> int:
@@ -185,10 +172,13 @@ def round_up_rank(rank: int) -> int:
 
 def _kind(spec: Spec) -> Spec:
   """The same for all adapters of a form, defaults left out."""
-  spec = _without(spec, _OWN)
+  module = METHODS[spec.name].module
+  spec = _without(spec, (*_DATA, *training_only(module)))
   router = spec.get('router')
   if isinstance(router, Spec):
-    router = _without(router, (*_OWN, 'seed'))
+    entry = ROUTERS[router.name]
+    dropped = (*entry.pooled_options, *training_only(entry.module))
+    router = _without(router, dropped)
     spec = spec.replace(router=router)
   return method_string.parse(plain(str(spec)))
 

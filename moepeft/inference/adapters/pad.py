@@ -2,8 +2,9 @@
 """The tree of an adapter as one slot of its form's bank holds it."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from moepeft.core.types import Tree
 from moepeft.inference.adapters.buckets import Bucket, BucketPart, scale_of
 from moepeft.inference.adapters.load import Layout, TrainedAdapter, arrays_of
 from moepeft.models import weight_mapping
-from moepeft.moe.routers.random import projection
+from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.nn.initializers import Constant, ParamMetadata
 from moepeft.nn.quantization import FORMATS
+from moepeft.peft import METHODS
 
 
 def bucket_layouts(
@@ -115,41 +117,40 @@ class _Source:
     here = self._arrays[place]
     if leaf == 'on':
       return np.ones(shape, np.float32)
-    if leaf == 'ratio':
-      return self._ratio(place)
+    pooled_leaf = METHODS[self._spec.name].pooled_leaves.get(leaf)
+    if pooled_leaf is not None:
+      return self._pooled(pooled_leaf, place)
     if leaf == 'router/kernel' and leaf not in here:
-      return self._projection(place, shape)
+      router = self._spec.get('router')
+      path = (*place.split('/'), self._instance, 'router')
+      return ROUTERS[router.name].pooled_kernel(
+        path, dict(router.options), shape
+      )
     array = here[leaf]
     if leaf == 'b' and self._part.rank:
       array = array * np.float32(scale_of(self._spec))
     return _padded(array, shape)
 
-  def _ratio(self, place: str) -> np.ndarray:
-    """DoRA's m / |W + s A B|, over a layer's outputs."""
+  def _pooled(self, pooled_leaf: Callable, place: str) -> np.ndarray:
+    """An array that is worked out from the base's kernel, layer by layer."""
     if '/layers/' not in place:
       raise ValueError(
         f'{self._spec.name} at {place} cannot be served, only at projections '
         'within layers; merge the adapter (python -m moepeft.convert --to=hf) '
         'and serve the result as a base of its own'
       )
-    here, scale = self._arrays[place], np.float32(scale_of(self._spec))
-    found = []
-    for i, (a, b, m) in enumerate(
-      zip(here['a'], here['b'], here['magnitude'], strict=True)
-    ):
-      a, b = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
-      kernel = _kernel(self._base, place, i, (len(a), b.shape[1]))
-      size = np.linalg.norm(kernel + scale * (a @ b), axis=0).reshape(m.shape)
-      found.append(m / np.where(size > 0, size, 1))
-    return np.stack(found)
-
-  def _projection(self, place: str, shape: Sequence[int]) -> np.ndarray:
-    """The fixed router's, which trees do not hold."""
-    path = (*place.split('/'), self._instance, 'router')
-    seed = self._spec.get('router').get('seed', 0)
-    layers = range(shape[0]) if len(shape) == 3 else [None]
-    made = [np.asarray(projection(path, seed, shape[-2:], i)) for i in layers]
-    return np.stack(made).reshape(shape)
+    arrays, scale = self._arrays[place], scale_of(self._spec)
+    depth = len(next(iter(arrays.values())))
+    return np.stack(
+      [
+        pooled_leaf(
+          {name: array[layer] for name, array in arrays.items()},
+          functools.partial(_kernel, self._base, place, layer),
+          scale,
+        )
+        for layer in range(depth)
+      ]
+    )
 
 
 def _kernel(

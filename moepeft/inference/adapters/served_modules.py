@@ -10,19 +10,11 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import gate_logits, top_mask
-from moepeft.moe.routers.random import Random
+from moepeft.core.types import Array, Context
+from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import Constant, peft_param
-from moepeft.peft.methods import lora
-from moepeft.peft.methods.dora import Dora
-from moepeft.peft.methods.ia3 import Ia3
-from moepeft.peft.methods.lora import Lora
-from moepeft.peft.methods.molora import MoLora
-
-# Of zeros (a scale of ones), these give f(x) bit for bit.
-_EXACT = (Lora, Ia3, MoLora)
+from moepeft.peft import Method
 
 
 class SwitchedAdapter(nn.Module):
@@ -45,58 +37,21 @@ class SwitchedAdapter(nn.Module):
     return jnp.where(on > 0, self.adapter(once, x, ctx), y)
 
 
-class ServedDora(nn.Module):
-  """DoRA with its ratio m / |W + A B| as an array: f(x) stays as cheap as in
-  LoRA. Made anew from the weight, it would build every row's own W + A B.
+def served_module(method: Method, adapter: nn.Module, name: str) -> nn.Module:
+  """The module that stands for a trained adapter in a pool.
 
-  Parameters: a, b as in LoRA of the scale one; ratio [*out], ones at first.
+  Args:
+    method: the adapter's entry.
+    name: its name in the pool's tree.
   """
-
-  rank: int
-
-  @nn.compact
-  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
-    inside, outside = lora.shapes(f, 'dora')
-    shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
-    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
-    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
-    ratio = peft_param(self, 'ratio', Constant(1), outside, f.output_axes)
-    y = f(x)
-    ratio = ratio.astype(y.dtype)
-    term = lora.up(lora.down(x.astype(y.dtype), a), b)
-    y = ratio * (y + term)
-    return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
-
-
-class FixedProjectionRouter(nn.Module):
-  """`random` with its projection as an array: a name is not data, and the
-  projection that a router draws depends on its adapter's name.
-
-  Parameters: kernel [i, e].
-  """
-
-  experts: int = 1
-  k: int = 1
-
-  @nn.compact
-  def __call__(self, x: Array, ctx: Context) -> Routing:
-    shape = (x.shape[-1], self.experts)
-    kernel = peft_param(self, 'kernel', Constant(0), shape, 'ie')
-    logits = gate_logits(x, kernel)
-    weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
-    return Routing(logits, weights, k=self.k)
-
-
-def served_module(adapter: nn.Module, name: str) -> nn.Module:
-  """What stands for a trained module, under another name."""
   router = getattr(adapter, 'router', None)
-  if isinstance(router, Random):
-    router = FixedProjectionRouter(router.experts, router.k, parent=None)
-    adapter = adapter.clone(router=router, parent=None)
-  if isinstance(adapter, Dora):
-    return ServedDora(adapter.rank, name=name, parent=None)
-  if type(adapter) in _EXACT:
+  spec = next((r for r in ROUTERS.values() if r.module is type(router)), None)
+  if spec is not None and spec.pooled_module:
+    adapter = adapter.clone(router=spec.pooled_module(router), parent=None)
+  if method.pooled_module:
+    return method.pooled_module(adapter, name)
+  if method.exact_identity:
     return adapter.clone(name=name, parent=None)
   # Its scope is the wrapper's.
-  inside = adapter.clone(name=None, parent=None)
-  return SwitchedAdapter(inside, name=name, parent=None)
+  inner = adapter.clone(name=None, parent=None)
+  return SwitchedAdapter(inner, name=name, parent=None)

@@ -2,15 +2,19 @@
 """A control: a fixed random gate, never trained."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moepeft.core.ranges import MAX_SEED, Range, option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import EXPERTS, gate_logits, top_mask
+from moepeft.moe.router import RouterSpec
+from moepeft.nn.initializers import Constant, peft_param
 
 
 class Random(nn.Module):
@@ -60,3 +64,48 @@ def projection(
 
 def _hash(path: str) -> int:
   return zlib.crc32(path.encode()) & 0x7FFFFFFF
+
+
+class FixedProjectionRouter(nn.Module):
+  """`Random` with its projection as an array, for a pool of served adapters.
+
+  The projection depends on the adapter's path, which a pool changes.
+
+  Parameters: kernel [i, e].
+  """
+
+  experts: int = 1
+  k: int = 1
+
+  @nn.compact
+  def __call__(self, x: Array, ctx: Context) -> Routing:
+    shape = (x.shape[-1], self.experts)
+    kernel = peft_param(self, 'kernel', Constant(0), shape, 'ie')
+    logits = gate_logits(x, kernel)
+    weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
+    return Routing(logits, weights, k=self.k)
+
+
+def pooled_module(router: Random) -> FixedProjectionRouter:
+  return FixedProjectionRouter(router.experts, router.k, parent=None)
+
+
+def pooled_kernel(
+  path: Sequence[str], options: Mapping[str, Any], shape: Sequence[int]
+) -> np.ndarray:
+  """The projections [(l,) i, e] of the router at a path, all layers."""
+  seed = options.get('seed', Random.seed)
+  layers = range(shape[0]) if len(shape) == 3 else [None]
+  kernels = [
+    np.asarray(projection(path, seed, shape[-2:], layer)) for layer in layers
+  ]
+  return np.stack(kernels).reshape(shape)
+
+
+ROUTER = RouterSpec(
+  Random,
+  learned=False,
+  pooled_module=pooled_module,
+  pooled_kernel=pooled_kernel,
+  pooled_options=('seed',),
+)

@@ -14,6 +14,7 @@ from moepeft.moe.gate import (
   gate_logits,
   jittered,
 )
+from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import peft_param
 from moepeft.nn.numerics import softmax
 
@@ -31,8 +32,8 @@ class Softmax(nn.Module):
   """
 
   experts: int = option(1, EXPERTS)
-  jitter: float = option(0.0, JITTER)
-  dropout: float = option(0.0, DROPOUT)
+  jitter: float = option(0.0, JITTER, training_only=True)
+  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
@@ -41,3 +42,6 @@ class Softmax(nn.Module):
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     return Routing(logits, softmax(noisy))
+
+
+ROUTER = RouterSpec(Softmax)

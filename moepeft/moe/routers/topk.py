@@ -16,6 +16,7 @@ from moepeft.moe.gate import (
   jittered,
   top_mask,
 )
+from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import peft_param
 from moepeft.nn.numerics import softmax
 
@@ -25,8 +26,7 @@ class TopK(nn.Module):
 
   A row sums to one where `renormalize`, else to the k largest probabilities
   (the released code): about k / e at first, so that a mixture of vectors does
-  not start at the base model. `peft.build` sets `renormalize` by the
-  semantics where it is not given: official False, paper True.
+  not start at the base model. The semantics decides where it is not given.
 
   Attributes:
     experts: e; k: how many of them a token uses.
@@ -37,8 +37,8 @@ class TopK(nn.Module):
   experts: int = option(1, EXPERTS)
   k: int = option(1, EXPERTS)
   renormalize: bool = False
-  jitter: float = option(0.0, JITTER)
-  dropout: float = option(0.0, DROPOUT)
+  jitter: float = option(0.0, JITTER, training_only=True)
+  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
@@ -55,3 +55,13 @@ class TopK(nn.Module):
     if self.renormalize:
       kept = kept / jnp.sum(kept, axis=-1, keepdims=True)
     return Routing(logits, kept, k=self.k)
+
+
+ROUTER = RouterSpec(
+  TopK,
+  normalized=False,
+  defaults={
+    'official': {'renormalize': False},
+    'paper': {'renormalize': True},
+  },
+)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from moepeft.core.ranges import option
 from moepeft.core.types import Array, Context, Routing
 from moepeft.moe.gate import EXPERTS
+from moepeft.moe.router import RouterSpec
 
 
 class Uniform(nn.Module):
@@ -19,3 +20,6 @@ class Uniform(nn.Module):
     shape = (*x.shape[:-1], self.experts)
     weights = jnp.full(shape, 1 / self.experts, jnp.float32)
     return Routing(jnp.zeros(shape, jnp.float32), weights, k=self.experts)
+
+
+ROUTER = RouterSpec(Uniform, learned=False)

@@ -2,13 +2,16 @@
 """DoRA (Liu et al., arXiv:2402.09353): LoRA on a weight's direction, and a
 learned magnitude for each of its outputs."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, contraction, kernel_letters
-from moepeft.nn.initializers import peft_param
+from moepeft.nn.initializers import Constant, peft_param
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 from moepeft.peft.methods import lora
@@ -70,6 +73,53 @@ def merge(variables, kernel: Array, *, adapter: Dora, eqn: str) -> Array:
   return jnp.einsum(f'{letters},{outer}->{letters}', changed, ratio)
 
 
+class ServedDora(nn.Module):
+  """DoRA with its ratio m / |W + A B| as an array: f(x) stays as cheap as in
+  LoRA. Made anew from the weight, it would build every row's own W + A B.
+
+  Parameters: a, b as in LoRA of the scale one; ratio [*out], ones at first.
+  """
+
+  rank: int
+
+  @nn.compact
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
+    inside, outside = lora.shapes(f, 'dora')
+    shape_a, shape_b = (*inside, self.rank), (self.rank, *outside)
+    a = peft_param(self, 'a', lora.INIT_A, shape_a, f'{f.input_axes}r')
+    b = peft_param(self, 'b', lora.INIT_B, shape_b, f'r{f.output_axes}')
+    ratio = peft_param(self, 'ratio', Constant(1), outside, f.output_axes)
+    y = f(x)
+    ratio = ratio.astype(y.dtype)
+    term = lora.up(lora.down(x.astype(y.dtype), a), b)
+    y = ratio * (y + term)
+    return y if f.bias is None else y + (1 - ratio) * f.bias.astype(y.dtype)
+
+
+def pooled_module(adapter: Dora, name: str) -> ServedDora:
+  return ServedDora(adapter.rank, name=name, parent=None)
+
+
+def pooled_ratio(arrays, kernel: Callable, scale: float) -> np.ndarray:
+  """m / |W + s A B| [*out] of one layer, on the host.
+
+  Args:
+    arrays: a, b and magnitude of the layer.
+    kernel: (inputs, outputs) -> W, float32 of that shape.
+  """
+  a, b, magnitude = arrays['a'], arrays['b'], arrays['magnitude']
+  term = a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)
+  changed = kernel(term.shape) + np.float32(scale) * term
+  size = np.linalg.norm(changed, axis=0).reshape(magnitude.shape)
+  return magnitude / np.where(size > 0, size, 1)
+
+
 METHOD = Method(
-  module=Dora, roles=lora.METHOD.roles, merge=merge, innermost=True
+  module=Dora,
+  roles=lora.METHOD.roles,
+  merge=merge,
+  innermost=True,
+  size_option='rank',
+  pooled_module=pooled_module,
+  pooled_leaves={'ratio': pooled_ratio},
 )

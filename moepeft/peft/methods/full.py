@@ -7,4 +7,8 @@ METHOD = Method(
   module=None,
   roles={'official': (), 'paper': ()},
   why_not='full fine-tuning changes the base itself; there is nothing to merge',
+  not_pooled=(
+    'it trained the base itself; convert it into a base of its own (python -m '
+    'moepeft.convert --workdir=RUN --output=DIR) and serve that'
+  ),
 )

@@ -61,4 +61,5 @@ METHOD = Method(
   roles={'official': _ROLES, 'paper': _ROLES},
   merge=merge,
   merge_bias=merge_bias,
+  exact_identity=True,
 )

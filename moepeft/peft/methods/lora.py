@@ -73,7 +73,7 @@ class Lora(nn.Module):
   rank: int = option(4, RANK)
   alpha: float = option(16.0, ALPHA)
   rslora: bool = False
-  dropout: float = option(0.0, DROPOUT)
+  dropout: float = option(0.0, DROPOUT, training_only=True)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -122,4 +122,6 @@ METHOD = Method(
   # The released code leaves wi_1 alone.
   roles={'official': _PROJECTIONS, 'paper': (*_PROJECTIONS, 'up')},
   merge=merge,
+  size_option='rank',
+  exact_identity=True,
 )

@@ -32,7 +32,7 @@ class MoLora(nn.Module):
   experts: int = option(10, EXPERTS)
   rank: int = option(4, lora.RANK)
   alpha: float = option(16.0, lora.ALPHA)
-  dropout: float = option(0.0, lora.DROPOUT)
+  dropout: float = option(0.0, lora.DROPOUT, training_only=True)
   router: nn.Module = Softmax(10)
 
   @nn.compact
@@ -58,4 +58,6 @@ METHOD = Method(
   module=MoLora,
   roles=lora.METHOD.roles,
   why_not='its experts are weighted anew for every token',
+  size_option='rank',
+  exact_identity=True,
 )

@@ -84,5 +84,6 @@ METHOD = Method(
   module=Prompt,
   roles={'official': ('embed',), 'paper': ('embed',)},
   once=True,
+  size_option='length',
   why_not="its vectors are of no token that the base's vocabulary has",
 )

@@ -101,4 +101,9 @@ METHOD = Method(
   why_not=(
     'its rows are of the embedding and the head, and merging knows projections'
   ),
+  not_pooled=(
+    'it changes rows of the embedding and of the head, which a batch of other '
+    "adapters shares; train those with method='full' and serve the result as "
+    'a base of its own'
+  ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory of sentence-transformers' says beside its encoder.
+"""The files of a sentence-transformers directory beside its encoder.
 
 modules.json names the steps from a text to its vector, a folder each; the
 tokens that a text may have are in sentence_bert_config.json.
@@ -21,8 +21,8 @@ _MODE, _FLAG = 'pooling_mode', 'pooling_mode_'
 
 
 @dataclasses.dataclass(frozen=True)
-class SentenceForm:
-  """How an encoder's states become a text's vector.
+class SentenceTransformerConfig:
+  """Pooling and normalization of an encoder's states.
 
   Attributes:
     pooling: of `pooling.POOLINGS`.
@@ -45,7 +45,7 @@ class SentenceForm:
       )
 
 
-def read(folder: Path) -> SentenceForm:
+def read_config(folder: Path) -> SentenceTransformerConfig:
   """The form that a directory says.
 
   Raises:
@@ -54,16 +54,16 @@ def read(folder: Path) -> SentenceForm:
   """
   steps = _steps(folder)
   pooling = directory.read_json(folder / steps['Pooling'] / 'config.json')
-  said = _optional(folder / 'sentence_bert_config.json')
-  prompt = _prompt(_optional(folder / 'config_sentence_transformers.json'))
+  sentence_config = _read_optional(folder / 'sentence_bert_config.json')
+  prompt = _prompt(_read_optional(folder / 'config_sentence_transformers.json'))
   if prompt and pooling.get('include_prompt') is False:
     raise CheckpointError(
       f'{folder} leaves its prompt {prompt!r} out of the pooling: expected one '
       'that counts; it is not supported'
     )
   try:
-    length = untrusted.field(said, 'max_seq_length', int, 0)
-    lower = untrusted.field(said, 'do_lower_case', bool, False)
+    length = untrusted.field(sentence_config, 'max_seq_length', int, 0)
+    lower = untrusted.field(sentence_config, 'do_lower_case', bool, False)
   except untrusted.Malformed as error:
     raise CheckpointError(
       f'sentence_bert_config.json of {folder}: {error}'
@@ -72,7 +72,7 @@ def read(folder: Path) -> SentenceForm:
     raise CheckpointError(
       f'{folder} reads texts of max_seq_length {length}: expected 1 or more'
     )
-  return SentenceForm(
+  return SentenceTransformerConfig(
     _pooling(pooling, folder),
     'Normalize' in steps,
     length or None,
@@ -88,7 +88,7 @@ def _steps(folder: Path) -> dict[str, str]:
     if not isinstance(steps, list):
       raise untrusted.Malformed(f'expected a list in {_MODULES}')
     field = untrusted.field
-    found = {
+    modules = {
       field(step, 'type', str).rpartition('.')[2]: field(step, 'path', str)
       for step in steps
     }
@@ -98,13 +98,13 @@ def _steps(folder: Path) -> dict[str, str]:
       'sentence-transformers, which says how tokens become a vector'
     ) from None
   usual = ['Transformer', 'Pooling', 'Normalize']
-  if list(found) not in (usual, usual[:2]) or found['Transformer']:
+  if list(modules) not in (usual, usual[:2]) or modules['Transformer']:
     raise CheckpointError(
-      f'{folder / _MODULES} has the steps {", ".join(found)}: expected '
+      f'{folder / _MODULES} has the steps {", ".join(modules)}: expected '
       'Transformer in the directory itself, Pooling and perhaps Normalize; '
       'others are not supported'
     )
-  return found
+  return modules
 
 
 def _pooling(fields: Mapping[str, Any], folder: Path) -> str:
@@ -135,5 +135,5 @@ def _prompt(fields: Mapping[str, Any]) -> str:
     ) from None
 
 
-def _optional(file: Path) -> dict[str, Any]:
+def _read_optional(file: Path) -> dict[str, Any]:
   return directory.read_json(file) if file.is_file() else {}

@@ -21,7 +21,7 @@ from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
 from moepeft.peft.methods.prompt_tuning import placeholders
 from moepeft.serve.embeddings import config as embeddings_config
-from moepeft.serve.embeddings.config import SentenceForm
+from moepeft.serve.embeddings.config import SentenceTransformerConfig
 from moepeft.serve.embeddings.pooling import POOLINGS, unit
 
 # Texts of one program; a call of the largest holds up whoever waits behind it.
@@ -29,7 +29,7 @@ ROWS = (1, 8)
 _SHORTEST = 16
 
 
-class Tokens(NamedTuple):
+class TokenizedTexts(NamedTuple):
   """Texts as the encoder reads them.
 
   Attributes:
@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
 
   @property
   def truncated(self) -> int:
-    """How many texts were cut."""
+    """The number of truncated texts."""
     return sum(lost > 0 for lost in self.cut)
 
 
@@ -69,10 +69,10 @@ class Embedded:
   """Vectors float32 [n, d] of n texts, and the tokens that they were."""
 
   vectors: np.ndarray
-  tokens: Tokens
+  tokens: TokenizedTexts
 
 
-class Encoder:
+class EmbeddingEncoder:
   """texts -> float32 [n, d].
 
   `tokens` may be called from any thread; `warm`, `run`, `embed` and the call
@@ -91,7 +91,7 @@ class Encoder:
     model: Bert,
     variables: dict[str, Tree],
     words: Any,
-    form: SentenceForm,
+    form: SentenceTransformerConfig,
     rows: Sequence[int] = ROWS,
     sha256: str = '',
   ):
@@ -113,13 +113,13 @@ class Encoder:
     words.enable_truncation(self.places)
     self._words, self._model = words, model
     self._variables = jax.device_put(variables)
-    self._rows, self._lengths = tuple(sorted(rows)), lengths(self.places)
+    self._rows, self._lengths = tuple(sorted(rows)), bucket_lengths(self.places)
     self._programs: dict[tuple[int, int], Callable] = {}
 
   @classmethod
   def open(
     cls, path: str, adapter: str = '', rows: Sequence[int] = ROWS
-  ) -> 'Encoder':
+  ) -> 'EmbeddingEncoder':
     """Reads a directory of sentence-transformers' form.
 
     Args:
@@ -131,7 +131,7 @@ class Encoder:
       ValueError: a file is missing or damaged, or it is no such encoder.
     """
     folder = hf.find(base_lib.resolve(path))
-    form = embeddings_config.read(folder)
+    form = embeddings_config.read_config(folder)
     read = hf.load(str(folder), dtype='float32')
     if not encoder_only(read.config):
       raise ValueError(
@@ -157,27 +157,29 @@ class Encoder:
       vectors[list(piece.numbers)] = self.run(tokens, piece)
     return Embedded(vectors, tokens)
 
-  def tokens(self, texts: Sequence[str]) -> Tokens:
+  def tokens(self, texts: Sequence[str]) -> TokenizedTexts:
     """Texts as ids, cut to `places`; from any thread."""
     prepared = [self.form.prompt + text for text in texts]
     if self.form.lower:
       prepared = [text.lower() for text in prepared]
-    found = self._words.encode_batch(prepared)
+    encodings = self._words.encode_batch(prepared)
     special = self._words.num_special_tokens_to_add(False)
-    lost = [sum(len(o) - special for o in e.overflowing) for e in found]
-    return Tokens(tuple(tuple(e.ids) for e in found), tuple(lost))
+    lost = [sum(len(o) - special for o in e.overflowing) for e in encodings]
+    return TokenizedTexts(tuple(tuple(e.ids) for e in encodings), tuple(lost))
 
-  def pieces(self, tokens: Tokens) -> list[Piece]:
+  def pieces(self, tokens: TokenizedTexts) -> list[Piece]:
     """The programs that run them all, texts of like lengths together."""
-    return plan([len(ids) for ids in tokens.ids], self._lengths, self._rows)
+    return plan_batches(
+      [len(ids) for ids in tokens.ids], self._lengths, self._rows
+    )
 
-  def run(self, tokens: Tokens, piece: Piece) -> np.ndarray:
+  def run(self, tokens: TokenizedTexts, piece: Piece) -> np.ndarray:
     """The vectors of a piece's texts, float32 [its texts, d]."""
     ids = np.zeros((piece.rows, piece.length), np.int32)
     sizes = np.zeros(piece.rows, np.int32)
     for row, number in enumerate(piece.numbers):
-      own = tokens.ids[number]
-      ids[row, : len(own)], sizes[row] = own, len(own)
+      text_ids = tokens.ids[number]
+      ids[row, : len(text_ids)], sizes[row] = text_ids, len(text_ids)
     program = self._program(piece.rows, piece.length)
     vectors = program(self._variables, ids, sizes)
     return np.asarray(vectors)[: len(piece.numbers)]
@@ -238,18 +240,18 @@ def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
   return adapter_map, start.tree
 
 
-def lengths(places: int) -> tuple[int, ...]:
+def bucket_lengths(places: int) -> tuple[int, ...]:
   """Powers of two up to `places`, and that itself: 16, 32, ..., places."""
-  found = []
-  while (length := _SHORTEST << len(found)) < places:
-    found.append(length)
-  return (*found, places)
+  buckets = []
+  while (length := _SHORTEST << len(buckets)) < places:
+    buckets.append(length)
+  return (*buckets, places)
 
 
-def plan(
+def plan_batches(
   sizes: Sequence[int], lengths: Sequence[int], rows: Sequence[int]
 ) -> list[Piece]:
-  """Which texts run together, and in which shape; every text once.
+  """Groups texts into batches of one shape; every text is in one batch.
 
   Rows are taken by the most that can be filled, or half filled.
 
@@ -261,24 +263,24 @@ def plan(
   for number, size in enumerate(sizes):
     length = lengths[bisect.bisect_left(lengths, size)]
     alike.setdefault(length, []).append(number)
-  found = []
+  batches = []
   for length, numbers in sorted(alike.items()):
     while numbers:
       most = max(r for r in rows if r <= max(2 * len(numbers), rows[0]))
-      found.append(Piece(tuple(numbers[:most]), most, length))
+      batches.append(Piece(tuple(numbers[:most]), most, length))
       numbers = numbers[most:]
-  return found
+  return batches
 
 
-class Sentences:
-  """Implements `http.service.Embedder`; the encoder runs on one thread.
+class SentenceEmbedder:
+  """Embeds texts for the server; the encoder runs on one thread.
 
   Attributes:
     name: what requests call it.
     width: numbers of a vector.
   """
 
-  def __init__(self, name: str, encoder: Encoder):
+  def __init__(self, name: str, encoder: EmbeddingEncoder):
     self.name, self.width = name, encoder.width
     self._encoder = encoder
     self._thread = ThreadPoolExecutor(1, 'sentences')
@@ -299,5 +301,5 @@ class Sentences:
         f'{tokens.truncated} of {len(texts)} texts have more than the '
         f'{self._encoder.places} tokens of {self.name}; shorten them'
       )
-    found = self._thread.submit(self._encoder.embed, texts).result()
-    return found.vectors, found.tokens.count
+    embedded = self._thread.submit(self._encoder.embed, texts).result()
+    return embedded.vectors, embedded.tokens.count

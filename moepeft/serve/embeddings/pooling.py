@@ -9,8 +9,8 @@ from moepeft.core.types import Array
 from moepeft.nn.numerics import to_f32
 
 
-def first(states: Array, mask: Array) -> Array:
-  """That of the first token: [b, t, d] -> [b, d]."""
+def cls_pooling(states: Array, mask: Array) -> Array:
+  """The first token's state: [b, t, d] -> [b, d]."""
   del mask
   return to_f32(states[:, 0])
 
@@ -22,15 +22,15 @@ def mean(states: Array, mask: Array) -> Array:
   return total / jnp.maximum(jnp.sum(real, axis=1), 1)
 
 
-def largest(states: Array, mask: Array) -> Array:
+def max_pooling(states: Array, mask: Array) -> Array:
   """The largest value of each feature over real tokens; zeros for none."""
   states = jnp.where(mask[..., None], to_f32(states), -jnp.inf)
-  found = jnp.max(states, axis=1)
-  return jnp.where(jnp.any(mask, axis=1)[:, None], found, 0)
+  pooled = jnp.max(states, axis=1)
+  return jnp.where(jnp.any(mask, axis=1)[:, None], pooled, 0)
 
 
 # By sentence-transformers' names.
-POOLINGS = {'cls': first, 'mean': mean, 'max': largest}
+POOLINGS = {'cls': cls_pooling, 'mean': mean, 'max': max_pooling}
 
 
 def unit(x: Array) -> Array:

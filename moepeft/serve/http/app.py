@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from moepeft.serve.http import (
   adapters,
@@ -15,10 +16,8 @@ from moepeft.serve.http import (
   probes,
   tokens,
 )
-from moepeft.serve.http import probes as http_probes
-from moepeft.serve.http.cors import Cors
-from moepeft.serve.http.errors import Problem
-from moepeft.serve.http.middleware import Gate
+from moepeft.serve.http.errors import ApiError
+from moepeft.serve.http.middleware import RequestMiddleware
 from moepeft.serve.http.service import Service
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -27,21 +26,21 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
   ('GET', '/health', probes.health),
   ('GET', '/ready', probes.ready),
   ('GET', '/metrics', probes.counts),
-  ('GET', '/v1/models', http_probes.models),
-  ('GET', '/v1/models/{name:path}', http_probes.model),
+  ('GET', '/v1/models', probes.models),
+  ('GET', '/v1/models/{name:path}', probes.model),
   ('POST', '/v1/chat/completions', chat.chat),
   ('POST', '/v1/completions', completions.completions),
   ('POST', '/v1/embeddings', embeddings.embeddings),
-  ('GET', '/v1/adapters', adapters.listed),
-  ('POST', '/v1/adapters', adapters.load),
-  ('POST', '/v1/adapters/unload', adapters.unload),
-  ('DELETE', '/v1/adapters/{name}', adapters.delete),
+  ('GET', '/v1/adapters', adapters.list_adapters),
+  ('POST', '/v1/adapters', adapters.load_adapter),
+  ('POST', '/v1/adapters/unload', adapters.unload_adapter),
+  ('DELETE', '/v1/adapters/{name}', adapters.delete_adapter),
   ('POST', '/tokenize', tokens.tokenize),
   ('POST', '/detokenize', tokens.detokenize),
 )
 
 
-def make(service: Service) -> FastAPI:
+def make_app(service: Service) -> FastAPI:
   """The ASGI application of a service."""
   # Its documents fetch scripts from elsewhere; bodies are read by `body`.
   app = FastAPI(
@@ -56,11 +55,18 @@ def make(service: Service) -> FastAPI:
       name=handler.__name__,
       response_model=None,
     )
-  app.add_exception_handler(Problem, _told)
-  app.add_exception_handler(HTTPException, _otherwise)
+  app.add_exception_handler(ApiError, _error_response)
+  app.add_exception_handler(HTTPException, _http_exception_response)
   # The last added is the first to see a request.
-  app.add_middleware(Gate, service=service)
-  app.add_middleware(Cors, origins=service.origins)
+  app.add_middleware(RequestMiddleware, service=service)
+  if service.origins:
+    app.add_middleware(
+      CORSMiddleware,
+      allow_origins=service.origins,
+      allow_methods=['GET', 'POST', 'DELETE'],
+      allow_headers=['*'],
+      expose_headers=['x-request-id', 'retry-after'],
+    )
   return app
 
 
@@ -74,18 +80,22 @@ def _bound(handler: Handler, service: Service) -> Callable:
   return route
 
 
-async def _told(request: Request, problem: Problem) -> Response:
+async def _error_response(request: Request, problem: ApiError) -> Response:
   del request
   return problem.response()
 
 
-async def _otherwise(request: Request, e: HTTPException) -> Response:
+async def _http_exception_response(
+  request: Request, e: HTTPException
+) -> Response:
   """Starlette's own: there is no such route, or not by this method."""
   path = repr(request.url.path)
-  said = {
+  messages = {
     404: (f'there is no {path}', 'not_found'),
     405: (f'{path} does not take {request.method}', 'method_not_allowed'),
   }
-  message, code = said.get(e.status_code, (str(e.detail), None))
+  message, code = messages.get(e.status_code, (str(e.detail), None))
   headers = dict(e.headers or {})
-  return Problem(e.status_code, message, None, code, headers=headers).response()
+  return ApiError(
+    e.status_code, message, None, code, headers=headers
+  ).response()

@@ -8,14 +8,14 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from moepeft.core import untrusted
-from moepeft.serve.http.errors import Problem, invalid, wrong
+from moepeft.serve.http.errors import ApiError, invalid, invalid_request
 
 Schema = TypeVar('Schema', bound=BaseModel)
 # Bytes beyond which parsing would hold up other requests on the event loop.
 _LONG = 1 << 15
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
   """The client has left; nobody reads what is answered."""
 
 
@@ -26,12 +26,12 @@ async def read(request: Request, schema: type[Schema], most: int) -> Schema:
     most: bytes that are read.
 
   Raises:
-    Problem: it is no JSON, not of the schema (400), or too long (413).
+    ApiError: it is no JSON, not of the schema (400), or too long (413).
     Gone: the client left before it was read.
   """
   kind = request.headers.get('content-type', '').partition(';')[0].strip()
   if kind.lower() != 'application/json':
-    raise wrong(
+    raise invalid_request(
       f'the content type is {kind!r}; send JSON, with the header '
       "'Content-Type: application/json'"
     )
@@ -42,8 +42,8 @@ async def read(request: Request, schema: type[Schema], most: int) -> Schema:
 
 
 async def _bytes(request: Request, most: int) -> bytes:
-  told = request.headers.get('content-length', '0')
-  if told.isdecimal() and int(told[:20]) > most:
+  content_length = request.headers.get('content-length', '0')
+  if content_length.isdecimal() and int(content_length[:20]) > most:
     raise too_long(most)
   raw = bytearray()
   try:
@@ -52,12 +52,12 @@ async def _bytes(request: Request, most: int) -> bytes:
       if len(raw) > most:
         raise too_long(most)
   except ClientDisconnect:
-    raise Gone from None
+    raise ClientDisconnected from None
   return bytes(raw)
 
 
-def too_long(most: int) -> Problem:
-  return Problem(
+def too_long(most: int) -> ApiError:
+  return ApiError(
     413,
     f'the body is longer than the {most:,} bytes that the server takes; send '
     'less at once, or start it with a greater --max_body',
@@ -70,14 +70,16 @@ def too_long(most: int) -> Problem:
 def parse(raw: bytes, schema: type[Schema]) -> Schema:
   """
   Raises:
-    Problem: it is not JSON, or not of the schema.
+    ApiError: it is not JSON, or not of the schema.
   """
   try:
     value = untrusted.parse_json(raw, allow_nan=False)
   except untrusted.Malformed as error:
-    raise wrong(f'the body is {error}') from None
+    raise invalid_request(f'the body is {error}') from None
   if not isinstance(value, dict):
-    raise wrong('the body is JSON, but no object; send {"model": ..., ...}')
+    raise invalid_request(
+      'the body is JSON, but no object; send {"model": ..., ...}'
+    )
   try:
     return schema.model_validate(value)
   except ValidationError as e:

@@ -15,39 +15,49 @@ from moepeft.inference import api
 from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read
-from moepeft.serve.http.completion_stream import REASONS, Answer, Delta, deltas
-from moepeft.serve.http.errors import wrong
-from moepeft.serve.http.event_bridge import Underway, unless_gone
-from moepeft.serve.http.model_registry import Model
-from moepeft.serve.http.request_stats import Tally, usage
+from moepeft.serve.http.completion_stream import (
+  FINISH_REASONS,
+  AnswerDelta,
+  AnswerStream,
+  answer_deltas,
+)
+from moepeft.serve.http.errors import invalid_request
+from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
+from moepeft.serve.http.model_registry import ServedModel
+from moepeft.serve.http.request_stats import RequestStats, usage
 from moepeft.serve.http.schemas import Chat
-from moepeft.serve.http.service import Plan, Reader, Service
+from moepeft.serve.http.service import Service
 from moepeft.serve.http.sse import EventStream
-from moepeft.serve.http.tool_calls import Plain, message
+from moepeft.serve.http.tool_calls import (
+  ContentReader,
+  ToolCallReader,
+  ToolPlan,
+  assistant_message,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
+class ChatRequest:
   """One request for a turn of the assistant.
 
   Attributes:
     plan: of its tools, None where there are none.
     id: of the completion.
     created: Unix time.
-    ends: ids that end an answer.
+    eos_token_ids: ids that end an answer.
   """
 
   service: Service
-  asked: Chat
-  model: Model
-  plan: Plan | None
-  tally: Tally
+  body: Chat
+  model: ServedModel
+  plan: ToolPlan | None
+  stats: RequestStats
   id: str
   created: int
-  ends: tuple[int, ...]
+  eos_token_ids: tuple[int, ...]
 
   def head(self, kind: str) -> dict[str, Any]:
-    """What the whole answer, and each part of a stream, begins with."""
+    """The fields that a response and each chunk of a stream begin with."""
     return {
       'id': self.id,
       'object': kind,
@@ -58,72 +68,90 @@ class Talk:
 
 
 async def chat(service: Service, request: Request) -> Response:
-  tally = request.scope['tally']
-  asked = await read(request, Chat, service.limits.body)
-  _check(asked)
-  http_requests.check_choices(asked.n, service.limits)
-  model = service.find(asked.model)
-  tally.model = model.name
+  stats = request.scope['stats']
+  body = await read(request, Chat, service.limits.body)
+  _check(body)
+  http_requests.check_choices(body.n, service.limits)
+  model = service.find(body.model)
+  stats.model = model.name
   name = f'chatcmpl-{secrets.token_hex(12)}'
   plan = await asyncio.to_thread(
-    planned,
+    make_tool_plan,
     service,
     model,
-    asked.tools,
-    asked.tool_choice,
-    asked.parallel_tool_calls is not False,
+    body.tools,
+    body.tool_choice,
+    body.parallel_tool_calls is not False,
   )
-  words, now = service.words, int(time.time())
-  ends = await words.away(words.ends_of, model.voice)
-  talk = Talk(service, asked, model, plan, tally, name, now, ends)
-  ids = await words.away(words.chat, asked.messages, model.voice, plan)
-  tally.prompt = len(ids)
-  requests = await asyncio.to_thread(_requests, talk, ids)
-  underway = http_requests.submit(service.engine, requests, 'messages')
-  if asked.stream:
-    return EventStream(_stream(talk, underway), underway.close)
+  tokenizer, now = service.tokenizer, int(time.time())
+  eos_token_ids = await tokenizer.run_in_thread(
+    tokenizer.eos_token_ids_for, model.chat_settings
+  )
+  chat_request = ChatRequest(
+    service, body, model, plan, stats, name, now, eos_token_ids
+  )
+  ids = await tokenizer.run_in_thread(
+    tokenizer.encode_chat, body.messages, model.chat_settings, plan
+  )
+  stats.prompt = len(ids)
+  requests = await asyncio.to_thread(_engine_requests, chat_request, ids)
+  engine_requests = http_requests.submit(service.engine, requests, 'messages')
+  if body.stream:
+    return EventStream(
+      _stream(chat_request, engine_requests), engine_requests.close
+    )
   try:
-    whole = await unless_gone(request.receive, _whole(talk, underway))
+    whole = await cancel_on_disconnect(
+      request.receive, _whole(chat_request, engine_requests)
+    )
   finally:
-    underway.close()
+    engine_requests.close()
   return JSONResponse(whole)
 
 
-def _check(asked: Chat) -> None:
-  if asked.top_logprobs and not asked.logprobs:
-    raise wrong('top_logprobs needs logprobs=true', 'top_logprobs')
-  if asked.stream_options and not asked.stream:
-    raise wrong('stream_options needs stream=true', 'stream_options')
+def _check(body: Chat) -> None:
+  if body.top_logprobs and not body.logprobs:
+    raise invalid_request('top_logprobs needs logprobs=true', 'top_logprobs')
+  if body.stream_options and not body.stream:
+    raise invalid_request('stream_options needs stream=true', 'stream_options')
 
 
-def planned(
+def make_tool_plan(
   service: Service,
-  model: Model,
+  model: ServedModel,
   tools: list | None,
   choice: Any,
   parallel: bool,
-) -> Plan | None:
-  """What comes of OpenAI's tools and tool_choice; None without tools.
+) -> ToolPlan | None:
+  """The plan for OpenAI's tools and tool_choice; None without tools.
 
   Raises:
-    Problem: they are wrong.
+    ApiError: they are wrong.
   """
   if not tools:
     if choice not in (None, 'none', 'auto'):
-      raise wrong('tool_choice needs tools', 'tool_choice')
+      raise invalid_request('tool_choice needs tools', 'tool_choice')
     return None
-  if service.calling is None:
-    raise wrong('this server does not call tools; leave them out', 'tools')
-  template = service.words.template(model.voice)
-  return service.calling.plan(tools, choice, parallel, template)
+  if service.tool_planner is None:
+    raise invalid_request(
+      'this server does not call tools; leave them out', 'tools'
+    )
+  template = service.tokenizer.chat_template(model.chat_settings)
+  return service.tool_planner.plan(tools, choice, parallel, template)
 
 
-def _constraint(talk: Talk) -> api.Constraint | None:
-  plan, wanted = talk.plan, talk.asked.response_format
+def _constraint(chat_request: ChatRequest) -> api.Constraint | None:
+  plan, response_format = chat_request.plan, chat_request.body.response_format
   if plan is None:
-    return http_requests.constraint(wanted, talk.service.compiler)
-  if wanted is not None and wanted.type != 'text' and plan.free:
-    raise wrong(
+    return http_requests.constraint(
+      response_format, chat_request.service.compiler
+    )
+  if (
+    response_format is not None
+    and response_format.type != 'text'
+    and plan.may_be_text
+  ):
+    raise invalid_request(
       'response_format and tools that need not be called cannot both be kept; '
       "leave one out, or set tool_choice to 'required'",
       'response_format',
@@ -131,129 +159,161 @@ def _constraint(talk: Talk) -> api.Constraint | None:
   return plan.constraint()
 
 
-def _requests(talk: Talk, ids: Sequence[int]) -> list[api.Request]:
+def _engine_requests(
+  chat_request: ChatRequest, ids: Sequence[int]
+) -> list[api.Request]:
   """An answer's question each."""
-  service, asked = talk.service, talk.asked
-  length = http_requests.length(
-    asked.length,
+  service, body = chat_request.service, chat_request.body
+  length = http_requests.answer_length(
+    body.length,
     None,
     len(ids),
     service.engine,
     service.limits,
     'messages',
-    talk.model.before,
+    chat_request.model.before,
   )
   return [
     api.Request(
-      f'{talk.id}/{i}',
+      f'{chat_request.id}/{i}',
       tuple(ids),
       length,
-      talk.model.adapter,
-      http_requests.sampling(asked),
+      chat_request.model.adapter,
+      http_requests.sampling(body),
       seed,
-      talk.ends,
-      (asked.top_logprobs or 0) if asked.logprobs else None,
+      chat_request.eos_token_ids,
+      (body.top_logprobs or 0) if body.logprobs else None,
       None,
-      _constraint(talk),
-      asked.routing,
+      _constraint(chat_request),
+      body.routing,
       service.limits.seconds,
-      talk.tally.client,
+      chat_request.stats.client,
     )
-    for i, seed in enumerate(http_requests.seeds(asked, asked.n))
+    for i, seed in enumerate(http_requests.seeds(body, body.n))
   ]
 
 
-def _answers(talk: Talk) -> list[Answer]:
+def _make_answers(chat_request: ChatRequest) -> list[AnswerStream]:
   return [
-    Answer(talk.service.words, talk.ends, talk.asked.stops)
-    for _ in range(talk.asked.n)
+    AnswerStream(
+      chat_request.service.tokenizer,
+      chat_request.eos_token_ids,
+      chat_request.body.stops,
+    )
+    for _ in range(chat_request.body.n)
   ]
 
 
-def _readers(talk: Talk) -> list[Reader]:
-  count = range(talk.asked.n)
-  return [talk.plan.reader() if talk.plan else Plain() for _ in count]
+def _make_readers(
+  chat_request: ChatRequest,
+) -> list[ContentReader | ToolCallReader]:
+  count = range(chat_request.body.n)
+  return [
+    chat_request.plan.reader() if chat_request.plan else ContentReader()
+    for _ in count
+  ]
 
 
-async def _whole(talk: Talk, underway: Underway) -> dict[str, Any]:
-  answers = _answers(talk)
-  found = [Delta() for _ in answers]
-  async for news in deltas(underway, answers, talk.tally):
-    for index, delta in news:
-      found[index] += delta
-  return await asyncio.to_thread(_json, talk, found)
+async def _whole(
+  chat_request: ChatRequest, engine_requests: ClientRequests
+) -> dict[str, Any]:
+  answers = _make_answers(chat_request)
+  merged = [AnswerDelta() for _ in answers]
+  async for batch in answer_deltas(
+    engine_requests, answers, chat_request.stats
+  ):
+    for index, delta in batch:
+      merged[index] += delta
+  return await asyncio.to_thread(_json, chat_request, merged)
 
 
-def _json(talk: Talk, found: Sequence[Delta]) -> dict[str, Any]:
-  pairs = zip(found, _readers(talk), strict=True)
-  return talk.head('chat.completion') | {
+def _json(
+  chat_request: ChatRequest, merged: Sequence[AnswerDelta]
+) -> dict[str, Any]:
+  pairs = zip(merged, _make_readers(chat_request), strict=True)
+  return chat_request.head('chat.completion') | {
     'choices': [
       {
         'index': i,
-        'message': message([*reader.feed(delta.text), *reader.finish()]),
+        'message': assistant_message(
+          [*reader.feed(delta.text), *reader.finish()]
+        ),
         'finish_reason': _reason(reader, delta),
-        **_extras(talk, delta),
+        **_logprobs_and_routing(chat_request, delta),
       }
       for i, (delta, reader) in enumerate(pairs)
     ],
-    'usage': usage(talk.tally),
+    'usage': usage(chat_request.stats),
   }
 
 
-def _reason(reader: Reader, delta: Delta) -> str:
-  found = REASONS[delta.reason]
-  return 'tool_calls' if reader.called and found == 'stop' else found
+def _reason(reader: ContentReader | ToolCallReader, delta: AnswerDelta) -> str:
+  finish_reason = FINISH_REASONS[delta.reason]
+  return (
+    'tool_calls'
+    if reader.has_call and finish_reason == 'stop'
+    else finish_reason
+  )
 
 
-def _extras(talk: Talk, delta: Delta) -> dict[str, Any]:
-  """Of a choice, whole or in part: what was asked for beside its text."""
-  words, asked = talk.service.words, talk.asked
-  found: dict[str, Any] = {'logprobs': None}
-  if asked.logprobs:
-    found['logprobs'] = logprobs.chat(
-      words, delta.entries, asked.top_logprobs or 0
+def _logprobs_and_routing(
+  chat_request: ChatRequest, delta: AnswerDelta
+) -> dict[str, Any]:
+  """A choice's log-probabilities and routing, where they were requested."""
+  tokenizer, body = chat_request.service.tokenizer, chat_request.body
+  fields: dict[str, Any] = {'logprobs': None}
+  if body.logprobs:
+    fields['logprobs'] = logprobs.chat(
+      tokenizer, delta.entries, body.top_logprobs or 0
     )
-  if asked.routing:
-    found['routing'] = logprobs.routing(words, delta.entries)
-  return found
+  if body.routing:
+    fields['routing'] = logprobs.routing(tokenizer, delta.entries)
+  return fields
 
 
 async def _stream(
-  talk: Talk, underway: Underway
+  chat_request: ChatRequest, engine_requests: ClientRequests
 ) -> AsyncGenerator[dict[str, Any], None]:
-  head = talk.head('chat.completion.chunk')
-  if talk.asked.usage:
+  head = chat_request.head('chat.completion.chunk')
+  if chat_request.body.usage:
     head['usage'] = None
-  answers, readers = _answers(talk), _readers(talk)
-  for i in range(talk.asked.n):
-    yield head | {'choices': [_part(i, {'role': 'assistant', 'content': ''})]}
-  async for news in deltas(underway, answers, talk.tally):
-    for index, delta in news:
-      for choice in _parts(talk, index, delta, readers[index]):
+  answers, readers = _make_answers(chat_request), _make_readers(chat_request)
+  for i in range(chat_request.body.n):
+    yield head | {
+      'choices': [_stream_choice(i, {'role': 'assistant', 'content': ''})]
+    }
+  async for batch in answer_deltas(
+    engine_requests, answers, chat_request.stats
+  ):
+    for index, delta in batch:
+      for choice in _stream_choices(chat_request, index, delta, readers[index]):
         yield head | {'choices': [choice]}
-  if talk.asked.usage:
-    yield head | {'choices': [], 'usage': usage(talk.tally)}
+  if chat_request.body.usage:
+    yield head | {'choices': [], 'usage': usage(chat_request.stats)}
 
 
-def _parts(
-  talk: Talk, index: int, delta: Delta, reader: Reader
+def _stream_choices(
+  chat_request: ChatRequest,
+  index: int,
+  delta: AnswerDelta,
+  reader: ContentReader | ToolCallReader,
 ) -> list[dict[str, Any]]:
-  """What a stream says of news: the text, and that it is at its end."""
-  said = reader.feed(delta.text) if delta.text else []
+  """The chunks of a delta: its text, tool calls and finish reason."""
+  deltas = reader.feed(delta.text) if delta.text else []
   if delta.reason:
-    said += reader.finish()
-  if delta.entries and not said:
+    deltas += reader.finish()
+  if delta.entries and not deltas:
     # Its tokens are told even where their text is held back.
-    said = [{'content': ''}]
-  found = [_part(index, one) for one in said]
-  if found:
-    found[0] |= _extras(talk, delta)
+    deltas = [{'content': ''}]
+  choices = [_stream_choice(index, delta_) for delta_ in deltas]
+  if choices:
+    choices[0] |= _logprobs_and_routing(chat_request, delta)
   if delta.reason:
-    found.append(_part(index, {}, _reason(reader, delta)))
-  return found
+    choices.append(_stream_choice(index, {}, _reason(reader, delta)))
+  return choices
 
 
-def _part(
+def _stream_choice(
   index: int, delta: dict[str, Any], reason: str | None = None
 ) -> dict[str, Any]:
   return {

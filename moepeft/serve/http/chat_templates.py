@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a base and each adapter talk: their chat templates and system turns."""
+"""Chat templates and system prompts of the base and of each adapter."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ _FILE = 'chat_template.jinja'
 
 
 @dataclasses.dataclass(frozen=True)
-class Voice:
+class ChatSettings:
   """
   Attributes:
     template: Jinja; '' for the tokenizer's own.
@@ -24,7 +24,7 @@ class Voice:
   system: str = ''
 
 
-def voice(source: str, base: Voice) -> Voice:
+def chat_settings(source: str, base: ChatSettings) -> ChatSettings:
   """An adapter's own, or the base's where it brings none.
 
   Args:
@@ -39,11 +39,11 @@ def voice(source: str, base: Voice) -> Voice:
   data = _data(Run(source).config_file)
   if data:
     text = chat_template.read(data['chat_template'])
-    return Voice(text or base.template, data['system'] or base.system)
+    return ChatSettings(text or base.template, data['system'] or base.system)
   path = os.path.join(source, _FILE)
   files.check_file(path)
   if os.path.isfile(path):
-    return Voice(chat_template.read(path), base.system)
+    return ChatSettings(chat_template.read(path), base.system)
   return base
 
 

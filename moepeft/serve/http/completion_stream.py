@@ -22,14 +22,19 @@ from moepeft.inference.detokenizer import (
   SpecialTokenMarkers,
   StopStrings,
 )
-from moepeft.serve.http.errors import Problem, broken, later, wrong
-from moepeft.serve.http.event_bridge import Underway
-from moepeft.serve.http.request_stats import Tally
-from moepeft.serve.http.text import Words
+from moepeft.serve.http.errors import (
+  ApiError,
+  invalid_request,
+  server_error,
+  unavailable,
+)
+from moepeft.serve.http.event_bridge import ClientRequests
+from moepeft.serve.http.request_stats import RequestStats
+from moepeft.serve.http.text import ServedTokenizer
 
 _LOG = logging.getLogger('moepeft.serve')
-# Why an answer ended, in OpenAI's words, which has none for a time that is up.
-REASONS = {
+# OpenAI's finish reasons; it has none for a timeout.
+FINISH_REASONS = {
   STOP: 'stop',
   LENGTH: 'length',
   TIME: 'length',
@@ -37,7 +42,7 @@ REASONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TokenEntry:
   """A token of an answer, and where its text begins.
 
   Attributes:
@@ -50,8 +55,8 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Delta:
-  """What is new of an answer.
+class AnswerDelta:
+  """The new part of an answer.
 
   Attributes:
     text: never half a character, and nothing of a stop string.
@@ -61,20 +66,20 @@ class Delta:
   """
 
   text: str = ''
-  entries: tuple[Entry, ...] = ()
+  entries: tuple[TokenEntry, ...] = ()
   prompt: tuple[TokenLogprob, ...] = ()
   reason: str = ''
 
-  def __add__(self, other: 'Delta') -> 'Delta':
-    return Delta(
-      self.text + other.text,
-      self.entries + other.entries,
-      self.prompt + other.prompt,
-      self.reason or other.reason,
+  def __add__(self, later: 'AnswerDelta') -> 'AnswerDelta':
+    return AnswerDelta(
+      self.text + later.text,
+      self.entries + later.entries,
+      self.prompt + later.prompt,
+      self.reason or later.reason,
     )
 
 
-class Answer:
+class AnswerStream:
   """One answer.
 
   Attributes:
@@ -84,111 +89,121 @@ class Answer:
 
   def __init__(
     self,
-    words: Words,
-    ends: Sequence[int],
+    tokenizer: ServedTokenizer,
+    eos_token_ids: Sequence[int],
     stops: Sequence[str] = (),
-    before: Sequence[int] = (),
+    prefix_ids: Sequence[int] = (),
   ):
     """
     Args:
-      ends: ids that end it and are no text.
+      eos_token_ids: ids that end it and are no text.
       before: ids whose text the answer's is joined to, as a space may be at
         the joint.
     """
-    self._detokenizer = Detokenizer(words.decode)
-    self._markers = SpecialTokenMarkers(words.hidden, stops)
+    self._detokenizer = Detokenizer(tokenizer.decode)
+    self._markers = SpecialTokenMarkers(tokenizer.special_tokens, stops)
     self._stops = StopStrings(self._markers.stops)
-    self._detokenizer.feed(before)
-    self._ends = frozenset(ends)
-    self._held: list[Entry] = []
-    # Characters that tokens came to, and of these, those that were given out.
-    self._read = self._said = 0
+    self._detokenizer.feed(prefix_ids)
+    self._ends = frozenset(eos_token_ids)
+    self._pending: list[TokenEntry] = []
+    # Characters that were decoded, and of these, those that were sent.
+    self._read = self._sent = 0
     self.tokens, self.stopped = 0, False
 
-  def feed(self, token: TokenLogprob) -> Delta:
+  def feed(self, token: TokenLogprob) -> AnswerDelta:
     if self.stopped:
-      return Delta()
+      return AnswerDelta()
     self.tokens += 1
     end = token.id in self._ends
-    self._held.append(Entry(token, self._read, end))
+    self._pending.append(TokenEntry(token, self._read, end))
     if end:
-      return Delta()
-    delta = self._given(self._detokenizer.feed([token.id]))
+      return AnswerDelta()
+    delta = self._release(self._detokenizer.feed([token.id]))
     marker = self._markers.of.get(token.id)
     if marker and not self.stopped:
-      delta += self._given(marker)
+      delta += self._release(marker)
     return delta
 
-  def finish(self, reason: str) -> Delta:
-    """What was held back, and why no more comes."""
+  def finish(self, reason: str) -> AnswerDelta:
+    """The rest of the answer, with its finish reason."""
     if self.stopped:
-      return Delta(reason=STOP)
-    last = self._given(self._detokenizer.finish())
+      return AnswerDelta(reason=STOP)
+    last = self._release(self._detokenizer.finish())
     if not self.stopped:
       rest = self._markers.removed(self._stops.finish())
-      last += Delta(rest, tuple(self._held))
-    return last + Delta(reason=STOP if self.stopped else reason)
+      last += AnswerDelta(rest, tuple(self._pending))
+    return last + AnswerDelta(reason=STOP if self.stopped else reason)
 
-  def _given(self, text: str) -> Delta:
+  def _release(self, text: str) -> AnswerDelta:
     self._read += len(self._markers.removed(text))
     out = self._markers.removed(self._stops.feed(text))
-    self._said += len(out)
+    self._sent += len(out)
     self.stopped = self._stops.found
     # A token whose text may become a stop string waits with it.
-    count = sum(entry.offset < self._said for entry in self._held)
-    entries, self._held = self._held[:count], self._held[count:]
-    return Delta(out, tuple(entries))
+    count = sum(entry.offset < self._sent for entry in self._pending)
+    entries, self._pending = self._pending[:count], self._pending[count:]
+    return AnswerDelta(out, tuple(entries))
 
 
-async def deltas(
-  underway: Underway, answers: Sequence[Answer], tally: Tally
-) -> AsyncIterator[list[tuple[int, Delta]]]:
-  """What is new of several answers at once, each at most once a time.
+async def answer_deltas(
+  engine_requests: ClientRequests,
+  answers: Sequence[AnswerStream],
+  stats: RequestStats,
+) -> AsyncIterator[list[tuple[int, AnswerDelta]]]:
+  """New parts of several answers, at most one of each at a time.
 
   Raises:
-    Problem: one of them failed, or got no token in its time.
+    ApiError: one of them failed, or got no token in its time.
   """
-  async for batch in underway.batches():
-    found: dict[int, Delta] = {}
+  async for batch in engine_requests.batches():
+    new_deltas: dict[int, AnswerDelta] = {}
     for index, event in batch:
       try:
-        new = _delta(answers[index], event, tally, underway.trouble(index))
-      except Problem:
+        new = _event_delta(
+          answers[index], event, stats, engine_requests.trouble(index)
+        )
+      except ApiError:
         # What came before it is given out first.
-        yield list(found.items())
+        yield list(new_deltas.items())
         raise
       if answers[index].stopped:
-        underway.end(index)
-      found[index] = found.get(index, Delta()) + new
-    yield list(found.items())
+        engine_requests.end(index)
+      new_deltas[index] = new_deltas.get(index, AnswerDelta()) + new
+    yield list(new_deltas.items())
 
 
-def _delta(answer: Answer, event: Event, tally: Tally, trouble: str) -> Delta:
+def _event_delta(
+  answer: AnswerStream, event: Event, stats: RequestStats, constraint_error: str
+) -> AnswerDelta:
   if isinstance(event, PromptLogprobs):
-    return Delta(prompt=event.tokens)
+    return AnswerDelta(prompt=event.tokens)
   if isinstance(event, Token):
-    # What comes after a stop string is nobody's.
-    tally.tokens(not answer.stopped)
+    # Tokens after a stop string are not billed.
+    stats.tokens(not answer.stopped)
     return answer.feed(event.token)
   assert isinstance(event, Finished)
-  tally.cached += event.cached
+  stats.cached += event.cached
   if not answer.stopped and (
-    problem := _problem(event, answer.tokens, trouble)
+    problem := _problem(event, answer.tokens, constraint_error)
   ):
     raise problem
   return answer.finish(event.reason)
 
 
-def _problem(event: Finished, tokens: int, trouble: str) -> Problem | None:
-  if event.reason == FAILED and trouble:
-    return wrong(trouble)
+def _problem(
+  event: Finished, tokens: int, constraint_error: str
+) -> ApiError | None:
+  if event.reason == FAILED and constraint_error:
+    return invalid_request(constraint_error)
   if event.reason == FAILED:
     _LOG.error('the engine failed: %s', event.message)
-    return broken("the engine failed; the server's log says why")
+    return server_error("the engine failed; the server's log says why")
   if event.reason == CANCELLED:
-    return later('the answer was cut off: the server stops', 5, 'cancelled')
+    return unavailable(
+      'the answer was cut off: the server stops', 5, 'cancelled'
+    )
   if event.reason == TIME and not tokens:
-    return later(
+    return unavailable(
       "the request's time was over before its first token; try again later, "
       'or ask for less',
       5,

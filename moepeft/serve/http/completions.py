@@ -18,45 +18,47 @@ from moepeft.serve.http import logprobs
 from moepeft.serve.http import requests as http_requests
 from moepeft.serve.http.body import read
 from moepeft.serve.http.completion_stream import (
-  REASONS,
-  Answer,
-  Delta,
-  Entry,
-  deltas,
+  FINISH_REASONS,
+  AnswerDelta,
+  AnswerStream,
+  TokenEntry,
+  answer_deltas,
 )
-from moepeft.serve.http.errors import wrong
-from moepeft.serve.http.event_bridge import Underway, unless_gone
-from moepeft.serve.http.model_registry import Model
-from moepeft.serve.http.request_stats import Tally, usage
+from moepeft.serve.http.errors import invalid_request
+from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
+from moepeft.serve.http.model_registry import ServedModel
+from moepeft.serve.http.request_stats import RequestStats, usage
 from moepeft.serve.http.schemas import Completion
 from moepeft.serve.http.service import Service
 from moepeft.serve.http.sse import EventStream
-from moepeft.serve.http.text import Words
+from moepeft.serve.http.text import ServedTokenizer
 
 
-def echoed(
-  words: Words,
+def echo_text(
+  tokenizer: ServedTokenizer,
   ids: Sequence[int],
-  given: str | None,
+  prompt_text: str | None,
   scored: Sequence[TokenLogprob],
-) -> tuple[str, list[Entry]]:
+) -> tuple[str, list[TokenEntry]]:
   """(the prompt's text, its tokens).
 
   Args:
-    given: the prompt where it was text, which is given back as it was.
-    scored: its tokens; () where they were not asked for.
+    prompt_text: the prompt where it was text, which is returned as it was.
+    scored: its tokens; () where they were not requested.
   """
   if not scored:
-    return (words.decode(ids) if given is None else given), []
-  detokenizer, offsets, text = Detokenizer(words.decode), [], ''
+    return (tokenizer.decode(ids) if prompt_text is None else prompt_text), []
+  detokenizer, offsets, text = Detokenizer(tokenizer.decode), [], ''
   for i in ids:
     offsets.append(len(text))
     text += detokenizer.feed([i])
   text += detokenizer.finish()
-  text = text if given is None else given
+  text = text if prompt_text is None else prompt_text
   # A tokenizer may write a text a little otherwise than it was.
   pairs = zip(scored, offsets, strict=True)
-  return text, [Entry(one, min(at, len(text))) for one, at in pairs]
+  return text, [
+    TokenEntry(scored_token, min(at, len(text))) for scored_token, at in pairs
+  ]
 
 
 # OpenAI's, where a request names none.
@@ -66,24 +68,24 @@ _JOINT = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CompletionRequest:
   """One request for completions.
 
   Attributes:
     prompts: as ids; choice i goes on from prompt i // n.
     id: of the completion.
     created: Unix time.
-    ends: ids that end an answer.
+    eos_token_ids: ids that end an answer.
   """
 
   service: Service
-  asked: Completion
-  model: Model
-  tally: Tally
+  body: Completion
+  model: ServedModel
+  stats: RequestStats
   prompts: Sequence[Sequence[int]]
   id: str
   created: int
-  ends: tuple[int, ...]
+  eos_token_ids: tuple[int, ...]
 
   def head(self) -> dict[str, Any]:
     return {
@@ -95,44 +97,52 @@ class Task:
     }
 
   def prompt(self, choice: int) -> Sequence[int]:
-    return self.prompts[choice // self.asked.n]
+    return self.prompts[choice // self.body.n]
 
 
 async def completions(service: Service, request: Request) -> Response:
-  tally = request.scope['tally']
-  asked = await read(request, Completion, service.limits.body)
-  model = service.find(asked.model)
-  tally.model = model.name
-  _check(asked, service)
-  prompts = await service.words.away(_ids, asked.prompts, service)
-  tally.prompt = sum(map(len, prompts))
+  stats = request.scope['stats']
+  body = await read(request, Completion, service.limits.body)
+  model = service.find(body.model)
+  stats.model = model.name
+  _check(body, service)
+  prompts = await service.tokenizer.run_in_thread(_ids, body.prompts, service)
+  stats.prompt = sum(map(len, prompts))
   name = f'cmpl-{secrets.token_hex(12)}'
-  ends = await service.words.away(service.words.ends_of, model.voice)
+  eos_token_ids = await service.tokenizer.run_in_thread(
+    service.tokenizer.eos_token_ids_for, model.chat_settings
+  )
   now = int(time.time())
-  task = Task(service, asked, model, tally, prompts, name, now, ends)
-  requests = await asyncio.to_thread(_requests, task)
-  underway = http_requests.submit(service.engine, requests, 'prompt')
-  if asked.stream:
-    return EventStream(_stream(task, underway), underway.close)
+  completion_request = CompletionRequest(
+    service, body, model, stats, prompts, name, now, eos_token_ids
+  )
+  requests = await asyncio.to_thread(_engine_requests, completion_request)
+  engine_requests = http_requests.submit(service.engine, requests, 'prompt')
+  if body.stream:
+    return EventStream(
+      _stream(completion_request, engine_requests), engine_requests.close
+    )
   try:
-    whole = await unless_gone(request.receive, _whole(task, underway))
+    whole = await cancel_on_disconnect(
+      request.receive, _whole(completion_request, engine_requests)
+    )
   finally:
-    underway.close()
+    engine_requests.close()
   return JSONResponse(whole)
 
 
-def _check(asked: Completion, service: Service) -> None:
-  http_requests.check_choices(asked.n * len(asked.prompts), service.limits)
-  if asked.stream_options and not asked.stream:
-    raise wrong('stream_options needs stream=true', 'stream_options')
-  if asked.echo and not service.words.decoder_only:
-    raise wrong(
+def _check(body: Completion, service: Service) -> None:
+  http_requests.check_choices(body.n * len(body.prompts), service.limits)
+  if body.stream_options and not body.stream:
+    raise invalid_request('stream_options needs stream=true', 'stream_options')
+  if body.echo and not service.tokenizer.decoder_only:
+    raise invalid_request(
       "echo is not of this model: an encoder-decoder's prompt is not part of "
       'the text that it scores',
       'echo',
     )
-  if asked.max_tokens == 0 and not asked.echo:
-    raise wrong(
+  if body.max_tokens == 0 and not body.echo:
+    raise invalid_request(
       'max_tokens=0 asks for nothing; add echo=true to have the prompt scored',
       'max_tokens',
     )
@@ -143,138 +153,178 @@ def _ids(prompts: Sequence[str] | Sequence[list[int]], service: Service):
     for ids in prompts:
       http_requests.check_ids(ids, service.engine.vocab, 'prompt')
     return prompts
-  return [service.words.plain(text) for text in prompts]
+  return [service.tokenizer.encode_prompt(text) for text in prompts]
 
 
-def _requests(task: Task) -> list[api.Request]:
+def _engine_requests(
+  completion_request: CompletionRequest,
+) -> list[api.Request]:
   """A choice's question each."""
-  service, asked = task.service, task.asked
-  of_prompt = asked.logprobs if asked.echo else None
+  service, body = completion_request.service, completion_request.body
+  of_prompt = body.logprobs if body.echo else None
   # Prompts share what a request names; else one asked twice is drawn twice.
-  count = asked.n * (len(task.prompts) if asked.seed is None else 1)
-  seeds = http_requests.seeds(asked, count)
+  count = body.n * (len(completion_request.prompts) if body.seed is None else 1)
+  seeds = http_requests.seeds(body, count)
   return [
     api.Request(
-      f'{task.id}/{i}',
-      tuple(task.prompt(i)),
-      http_requests.length(
-        asked.max_tokens,
+      f'{completion_request.id}/{i}',
+      tuple(completion_request.prompt(i)),
+      http_requests.answer_length(
+        body.max_tokens,
         _LENGTH,
-        len(task.prompt(i)),
+        len(completion_request.prompt(i)),
         service.engine,
         service.limits,
         'prompt',
-        task.model.before,
+        completion_request.model.before,
       ),
-      task.model.adapter,
-      http_requests.sampling(asked),
+      completion_request.model.adapter,
+      http_requests.sampling(body),
       seeds[i % count],
-      task.ends,
-      asked.logprobs,
+      completion_request.eos_token_ids,
+      body.logprobs,
       of_prompt,
-      http_requests.constraint(asked.response_format, service.compiler),
-      asked.routing,
+      http_requests.constraint(body.response_format, service.compiler),
+      body.routing,
       service.limits.seconds,
-      task.tally.client,
+      completion_request.stats.client,
     )
-    for i in range(asked.n * len(task.prompts))
+    for i in range(body.n * len(completion_request.prompts))
     # Of a prompt alone that is not scored, there is nothing to compute.
-    if asked.max_tokens != 0 or asked.logprobs is not None
+    if body.max_tokens != 0 or body.logprobs is not None
   ]
 
 
-def _answers(task: Task) -> list[Answer]:
-  words, stops = task.service.words, task.asked.stops
-  joint = _JOINT if words.decoder_only else 0
+def _make_answers(completion_request: CompletionRequest) -> list[AnswerStream]:
+  tokenizer, stops = (
+    completion_request.service.tokenizer,
+    completion_request.body.stops,
+  )
+  joint = _JOINT if tokenizer.decoder_only else 0
   return [
-    Answer(words, task.ends, stops, task.prompt(i)[-joint:] if joint else ())
-    for i in range(task.asked.n * len(task.prompts))
+    AnswerStream(
+      tokenizer,
+      completion_request.eos_token_ids,
+      stops,
+      completion_request.prompt(i)[-joint:] if joint else (),
+    )
+    for i in range(completion_request.body.n * len(completion_request.prompts))
   ]
 
 
-async def _whole(task: Task, underway: Underway) -> dict[str, Any]:
-  answers = _answers(task)
-  found = [Delta() for _ in answers]
-  async for news in deltas(underway, answers, task.tally):
-    for index, delta in news:
-      found[index] += delta
-  return await asyncio.to_thread(_json, task, found)
+async def _whole(
+  completion_request: CompletionRequest, engine_requests: ClientRequests
+) -> dict[str, Any]:
+  answers = _make_answers(completion_request)
+  merged = [AnswerDelta() for _ in answers]
+  async for batch in answer_deltas(
+    engine_requests, answers, completion_request.stats
+  ):
+    for index, delta in batch:
+      merged[index] += delta
+  return await asyncio.to_thread(_json, completion_request, merged)
 
 
-def _json(task: Task, found: Sequence[Delta]) -> dict[str, Any]:
+def _json(
+  completion_request: CompletionRequest, merged: Sequence[AnswerDelta]
+) -> dict[str, Any]:
   choices = []
-  for i, delta in enumerate(found):
-    text, entries = _before(task, i, delta.prompt)
-    moved = _moved(delta.entries, len(text))
-    reason = REASONS[delta.reason or api.LENGTH]
+  for i, delta in enumerate(merged):
+    text, entries = _echoed_prompt(completion_request, i, delta.prompt)
+    moved = _shift_offsets(delta.entries, len(text))
+    reason = FINISH_REASONS[delta.reason or api.LENGTH]
     choices.append(
-      _choice(task, i, text + delta.text, [*entries, *moved], reason)
+      _choice(
+        completion_request, i, text + delta.text, [*entries, *moved], reason
+      )
     )
-  return task.head() | {'choices': choices, 'usage': usage(task.tally)}
+  return completion_request.head() | {
+    'choices': choices,
+    'usage': usage(completion_request.stats),
+  }
 
 
-def _before(
-  task: Task, choice: int, scored: Sequence[api.TokenLogprob]
-) -> tuple[str, list[Entry]]:
+def _echoed_prompt(
+  completion_request: CompletionRequest,
+  choice: int,
+  scored: Sequence[api.TokenLogprob],
+) -> tuple[str, list[TokenEntry]]:
   """The prompt as the text begins with it, and its tokens; echo's alone."""
-  if not task.asked.echo:
+  if not completion_request.body.echo:
     return '', []
-  given = task.asked.prompts[choice // task.asked.n]
-  own = given if isinstance(given, str) else None
-  return echoed(task.service.words, task.prompt(choice), own, scored)
+  prompt = completion_request.body.prompts[choice // completion_request.body.n]
+  prompt_text = prompt if isinstance(prompt, str) else None
+  return echo_text(
+    completion_request.service.tokenizer,
+    completion_request.prompt(choice),
+    prompt_text,
+    scored,
+  )
 
 
-def _moved(entries: Sequence[Entry], by: int) -> list[Entry]:
+def _shift_offsets(entries: Sequence[TokenEntry], by: int) -> list[TokenEntry]:
   """With text before them."""
-  return [dataclasses.replace(one, offset=one.offset + by) for one in entries]
+  return [
+    dataclasses.replace(entry, offset=entry.offset + by) for entry in entries
+  ]
 
 
 def _choice(
-  task: Task,
+  completion_request: CompletionRequest,
   index: int,
   text: str,
-  entries: Sequence[Entry],
+  entries: Sequence[TokenEntry],
   reason: str | None,
 ) -> dict[str, Any]:
-  words, asked = task.service.words, task.asked
-  found = {
+  tokenizer, body = (
+    completion_request.service.tokenizer,
+    completion_request.body,
+  )
+  choice = {
     'index': index,
     'text': text,
     'logprobs': None,
     'finish_reason': reason,
   }
-  if asked.logprobs is not None:
-    found['logprobs'] = logprobs.legacy(words, entries, asked.logprobs)
-  if asked.routing:
-    found['routing'] = logprobs.routing(words, entries)
-  return found
+  if body.logprobs is not None:
+    choice['logprobs'] = logprobs.legacy(tokenizer, entries, body.logprobs)
+  if body.routing:
+    choice['routing'] = logprobs.routing(tokenizer, entries)
+  return choice
 
 
 async def _stream(
-  task: Task, underway: Underway
+  completion_request: CompletionRequest, engine_requests: ClientRequests
 ) -> AsyncGenerator[dict[str, Any], None]:
-  head = task.head()
-  if task.asked.usage:
+  head = completion_request.head()
+  if completion_request.body.usage:
     head['usage'] = None
-  answers = _answers(task)
+  answers = _make_answers(completion_request)
   # Characters of the prompt that stand before each answer, once it is out.
   before: dict[int, int] = {}
-  scored = task.asked.echo and task.asked.logprobs is not None
-  if task.asked.echo and not scored:
+  scored = (
+    completion_request.body.echo
+    and completion_request.body.logprobs is not None
+  )
+  if completion_request.body.echo and not scored:
     for i in range(len(answers)):
-      text, _ = _before(task, i, ())
+      text, _ = _echoed_prompt(completion_request, i, ())
       before[i] = len(text)
-      yield head | {'choices': [_choice(task, i, text, [], None)]}
-  async for news in deltas(underway, answers, task.tally):
-    for index, delta in news:
+      yield head | {'choices': [_choice(completion_request, i, text, [], None)]}
+  async for batch in answer_deltas(
+    engine_requests, answers, completion_request.stats
+  ):
+    for index, delta in batch:
       text, entries = '', []
       if scored and delta.prompt:
-        text, entries = _before(task, index, delta.prompt)
+        text, entries = _echoed_prompt(completion_request, index, delta.prompt)
         before[index] = len(text)
-      entries += _moved(delta.entries, before.get(index, 0))
-      reason = REASONS[delta.reason] if delta.reason else None
+      entries += _shift_offsets(delta.entries, before.get(index, 0))
+      reason = FINISH_REASONS[delta.reason] if delta.reason else None
       text += delta.text
       if text or entries or reason:
-        yield head | {'choices': [_choice(task, index, text, entries, reason)]}
-  if task.asked.usage:
-    yield head | {'choices': [], 'usage': usage(task.tally)}
+        yield head | {
+          'choices': [_choice(completion_request, index, text, entries, reason)]
+        }
+  if completion_request.body.usage:
+    yield head | {'choices': [], 'usage': usage(completion_request.stats)}

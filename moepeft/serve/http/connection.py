@@ -15,7 +15,7 @@ import time
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from moepeft.serve.http.errors import Problem, later
+from moepeft.serve.http.errors import ApiError, unavailable
 
 # Seconds in which a client may read the reason why it is refused; so many
 # connections may be in these seconds.
@@ -70,17 +70,17 @@ def open_files(limits: ConnectionLimits) -> ConnectionLimits:
   Raises:
     ValueError: too few are allowed for any connection.
   """
-  wanted = limits.count + _LINGERING + _OTHER_FILES
+  needed = limits.count + _LINGERING + _OTHER_FILES
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   soft = math.inf if soft == resource.RLIM_INFINITY else soft
   hard = math.inf if hard == resource.RLIM_INFINITY else hard
-  if soft < wanted:
-    soft = min(wanted, hard)
+  if soft < needed:
+    soft = min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _as_limit(hard)))
   count = min(limits.count, soft - _LINGERING - _OTHER_FILES)
   if count < 1:
     raise ValueError(
-      f'the process may open {soft} files, and the server needs {wanted:,} for '
+      f'the process may open {soft} files, and the server needs {needed:,} for '
       f'--max_connections={limits.count}; raise the limit (ulimit -n)'
     )
   return dataclasses.replace(limits, count=int(count))
@@ -109,25 +109,31 @@ class Connection(H11Protocol):
     return not self._refused and self._awaited in ('head', 'idle')
 
   def connection_made(self, transport: asyncio.Transport) -> None:
-    others = list(self.connections)
+    open_connections = list(self.connections)
     super().connection_made(transport)
-    if len(others) >= self.limits.count and not self._make_room(others):
+    if len(open_connections) >= self.limits.count and not self._make_room(
+      open_connections
+    ):
       self._refused = True
-      if len(others) >= self.limits.count + _LINGERING:
+      if len(open_connections) >= self.limits.count + _LINGERING:
         transport.abort()
         return
       self._refuse(
-        later('the server has all the connections that it takes', 5, 'busy')
+        unavailable(
+          'the server has all the connections that it takes', 5, 'busy'
+        )
       )
       return
     self._await('head')
 
-  def _make_room(self, others: list['Connection']) -> bool:
+  def _make_room(self, open_connections: list['Connection']) -> bool:
     """Closes the connection that has waited longest; whether there is one."""
-    waiting = [other for other in others if other.waits]
+    waiting = [
+      connection for connection in open_connections if connection.waits
+    ]
     if not waiting:
       return False
-    longest = min(waiting, key=lambda other: other._since)
+    longest = min(waiting, key=lambda connection: connection._since)
     # Its end comes in a later turn of the loop, other connections in this one.
     self.connections.discard(longest)
     longest.transport.abort()
@@ -178,15 +184,17 @@ class Connection(H11Protocol):
     """Answers what is no HTTP."""
     if len(self.conn.trailing_data[0]) > self.limits.head_bytes:
       message = f'the headers are longer than {self.limits.head_bytes:,} bytes'
-      self._refuse(Problem(431, message, None, 'headers_too_long'))
+      self._refuse(ApiError(431, message, None, 'headers_too_long'))
     else:
-      self._refuse(Problem(400, 'the request is no HTTP/1.1', None, 'not_http'))
+      self._refuse(
+        ApiError(400, 'the request is no HTTP/1.1', None, 'not_http')
+      )
 
   def _await_request(self) -> None:
     """Starts the timer of the next request, some of which may be there."""
     self._await('head' if self.conn.trailing_data[0] else 'idle')
 
-  def _await(self, what: str) -> None:
+  def _await(self, message: str) -> None:
     """Starts the timer of what the client has to send.
 
     Args:
@@ -195,9 +203,9 @@ class Connection(H11Protocol):
     if self._timer is not None:
       self._timer.cancel()
       self._timer = None
-    self._awaited, self._since = what, time.monotonic()
-    if what:
-      seconds = getattr(self.limits, what)
+    self._awaited, self._since = message, time.monotonic()
+    if message:
+      seconds = getattr(self.limits, message)
       self._timer = self.loop.call_later(seconds, self._late)
 
   def _late(self) -> None:
@@ -210,9 +218,9 @@ class Connection(H11Protocol):
     name = 'headers' if self._awaited == 'head' else 'body'
     seconds = getattr(self.limits, self._awaited)
     message = f'the {name} of the request did not come within {seconds:g} s'
-    self._refuse(Problem(408, message, None, 'request_timeout'))
+    self._refuse(ApiError(408, message, None, 'request_timeout'))
 
-  def _refuse(self, problem: Problem) -> None:
+  def _refuse(self, problem: ApiError) -> None:
     """Answers without the application, where nothing is answered yet, and
     closes."""
     self._await('')

@@ -10,52 +10,58 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from moepeft.inference import api
+from moepeft.serve.embeddings.encoder import SentenceEmbedder
 from moepeft.serve.http.body import read
-from moepeft.serve.http.errors import Problem, later, no_model, refused, wrong
-from moepeft.serve.http.event_bridge import unless_gone
+from moepeft.serve.http.errors import (
+  ApiError,
+  invalid_request,
+  model_not_found,
+  refusal_error,
+  unavailable,
+)
+from moepeft.serve.http.event_bridge import cancel_on_disconnect
 from moepeft.serve.http.schemas import Embedding
-from moepeft.serve.http.service import Embedder, Service
+from moepeft.serve.http.service import Service
 
 
 async def embeddings(service: Service, request: Request) -> JSONResponse:
-  asked = await read(request, Embedding, service.limits.body)
+  body = await read(request, Embedding, service.limits.body)
   embedder = service.embedder
   if embedder is None:
-    raise Problem(
+    raise ApiError(
       404,
       'this server has no model for embeddings; start it with '
       '--embeddings=minilm',
       'model',
       'model_not_found',
     )
-  if asked.model != embedder.name:
-    if asked.model in service.models.names():
-      raise wrong(
-        f'the model {asked.model!r} makes no embeddings; name '
-        f'{embedder.name!r}',
+  if body.model != embedder.name:
+    if body.model in service.models.names():
+      raise invalid_request(
+        f'the model {body.model!r} makes no embeddings; name {embedder.name!r}',
         'model',
       )
-    raise no_model(asked.model, [embedder.name])
-  tally = request.scope['tally']
-  tally.model = embedder.name
-  texts, width = _texts(asked, service), _width(asked, embedder)
+    raise model_not_found(body.model, [embedder.name])
+  stats = request.scope['stats']
+  stats.model = embedder.name
+  texts, width = _texts(body, service), _width(body, embedder)
   seconds = service.limits.seconds
   try:
     work = service.vectors.submit(service.limits.queue, embedder.encode, texts)
-    vectors, tally.prompt = await unless_gone(
+    vectors, stats.prompt = await cancel_on_disconnect(
       request.receive, asyncio.wait_for(asyncio.wrap_future(work), seconds)
     )
   except TimeoutError:
-    raise later(
+    raise unavailable(
       f'the vectors were not there within {seconds:g} s; try again later, or '
       'send less',
       5,
       'timeout',
     ) from None
   except api.RequestRefused as e:
-    raise refused(e, 'input') from None
+    raise refusal_error(e, 'input') from None
   except ValueError as e:
-    raise wrong(f'input: {e}', 'input') from None
+    raise invalid_request(f'input: {e}', 'input') from None
   return JSONResponse(
     {
       'object': 'list',
@@ -63,38 +69,38 @@ async def embeddings(service: Service, request: Request) -> JSONResponse:
         {
           'object': 'embedding',
           'index': i,
-          'embedding': _written(row, asked.encoding_format),
+          'embedding': _written(row, body.encoding_format),
         }
         for i, row in enumerate(_cut(vectors, width))
       ],
       'model': embedder.name,
-      'usage': {'prompt_tokens': tally.prompt, 'total_tokens': tally.prompt},
+      'usage': {'prompt_tokens': stats.prompt, 'total_tokens': stats.prompt},
     }
   )
 
 
-def _texts(asked: Embedding, service: Service) -> list[str]:
-  texts = [asked.input] if isinstance(asked.input, str) else asked.input
+def _texts(body: Embedding, service: Service) -> list[str]:
+  texts = [body.input] if isinstance(body.input, str) else body.input
   if not isinstance(texts[0], str):
-    raise wrong(
+    raise invalid_request(
       'input holds token ids, which are of another tokenizer; send text',
       'input',
     )
   if len(texts) > service.limits.inputs:
-    raise wrong(
+    raise invalid_request(
       f'input has {len(texts):,} texts; at most {service.limits.inputs:,} are '
       'taken at once',
       'input',
     )
   if '' in texts:
-    raise wrong('input holds an empty text; leave it out', 'input')
+    raise invalid_request('input holds an empty text; leave it out', 'input')
   return texts
 
 
-def _width(asked: Embedding, embedder: Embedder) -> int:
-  width = asked.dimensions or embedder.width
+def _width(body: Embedding, embedder: SentenceEmbedder) -> int:
+  width = body.dimensions or embedder.width
   if width > embedder.width:
-    raise wrong(
+    raise invalid_request(
       f'dimensions is at most {embedder.width} of {embedder.name}; got {width}',
       'dimensions',
     )

@@ -12,8 +12,8 @@ INVALID = 'invalid_request_error'
 SERVER = 'server_error'
 
 
-class Problem(Exception):
-  """What a client is told instead of an answer.
+class ApiError(Exception):
+  """An error response in OpenAI's form.
 
   Attributes:
     status: of HTTP.
@@ -51,61 +51,65 @@ class Problem(Exception):
     return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
-def wrong(message: str, param: str | None = None) -> Problem:
+def invalid_request(message: str, param: str | None = None) -> ApiError:
   """A request that is wrong: 400."""
-  return Problem(400, message, param)
+  return ApiError(400, message, param)
 
 
-def no_model(name: str, known: list[str]) -> Problem:
-  return Problem(
+def model_not_found(name: str, names: list[str]) -> ApiError:
+  return ApiError(
     404,
-    f'the model {name!r} does not exist; there are {", ".join(known)}',
+    f'the model {name!r} does not exist; there are {", ".join(names)}',
     'model',
     'model_not_found',
   )
 
 
-def later(message: str, seconds: float, code: str) -> Problem:
+def unavailable(message: str, seconds: float, code: str) -> ApiError:
   """The server cannot now: 503, and when to try again."""
-  return Problem(503, message, None, code, SERVER, _after(seconds))
+  return ApiError(503, message, None, code, SERVER, _after(seconds))
 
 
-def broken(message: str) -> Problem:
+def server_error(message: str) -> ApiError:
   """Our fault, not the request's: 500."""
-  return Problem(500, message, None, 'internal_error', SERVER)
+  return ApiError(500, message, None, 'internal_error', SERVER)
 
 
-def refused(e: api.RequestRefused, param: str) -> Problem:
-  """What an engine's refusal is in HTTP.
+def refusal_error(e: api.RequestRefused, param: str) -> ApiError:
+  """The HTTP error for a request that the engine refused.
 
   Args:
     param: the field that holds the prompt.
   """
   if isinstance(e, api.EngineFull):
     kind, headers = 'rate_limit_error', _after(e.seconds)
-    return Problem(429, str(e), None, 'queue_full', kind, headers)
+    return ApiError(429, str(e), None, 'queue_full', kind, headers)
   if isinstance(e, api.UnknownAdapter):
-    return Problem(404, str(e), 'model', 'model_not_found')
+    return ApiError(404, str(e), 'model', 'model_not_found')
   if isinstance(e, api.PromptTooLong):
-    return Problem(400, str(e), param, 'context_length_exceeded')
-  return wrong(str(e), None)
+    return ApiError(400, str(e), param, 'context_length_exceeded')
+  return invalid_request(str(e), None)
 
 
-def invalid(e: ValidationError) -> Problem:
+def invalid(e: ValidationError) -> ApiError:
   """The first thing that pydantic found, as a sentence."""
-  found = e.errors(include_url=False, include_context=True)
+  details = e.errors(include_url=False, include_context=True)
   # A union is wrong in as many ways as it has members: the one that came
   # furthest was meant.
-  first = max(found, key=lambda error: len(error['loc']))
+  first = max(details, key=lambda error: len(error['loc']))
   param = _path(first['loc'])
   if first['type'] == 'extra_forbidden':
-    return wrong(f'unknown field {param!r}; leave it out', param)
+    return invalid_request(f'unknown field {param!r}; leave it out', param)
   if first['type'] == 'missing':
-    return wrong(f'the field {param!r} is missing', param)
+    return invalid_request(f'the field {param!r} is missing', param)
   reason = first['msg'].removeprefix('Value error, ')
   if first['type'] == 'value_error':
-    return wrong(f'{param}: {reason}' if param else reason, param or None)
-  return wrong(f'{param}: {reason}; got {_short(first["input"])}', param)
+    return invalid_request(
+      f'{param}: {reason}' if param else reason, param or None
+    )
+  return invalid_request(
+    f'{param}: {reason}; got {_short(first["input"])}', param
+  )
 
 
 def _path(loc: tuple) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests at the engine, and their events on the event loop."""
+"""Brings the engine's events of a client's requests to the event loop."""
 
 import asyncio
 import contextlib
@@ -10,27 +10,27 @@ from starlette.types import Receive
 
 from moepeft.inference import api
 from moepeft.inference.api import Event, Finished, Request
-from moepeft.serve.http.body import Gone
-from moepeft.serve.http.errors import broken
+from moepeft.serve.http.body import ClientDisconnected
+from moepeft.serve.http.errors import server_error
 
-Found = TypeVar('Found')
+Result = TypeVar('Result')
 # (which of the requests, what came of it)
-Tagged = tuple[int, Event]
+IndexedEvent = tuple[int, Event]
 # Seconds beyond a request's own that an engine has to end it.
 _GRACE = 30.0
 
 
-class Underway:
+class ClientRequests:
   """Requests of one client, which end together at the latest by `close`."""
 
   def __init__(self, engine: api.Engine, requests: Sequence[Request]):
     """Hands all of them to the engine, or none.
 
     Raises:
-      protocol.Refused: the engine does not take one of them.
+      api.RequestRefused: the engine does not take one of them.
     """
     self._engine, self._loop = engine, asyncio.get_running_loop()
-    self._events: asyncio.Queue[Tagged] = asyncio.Queue()
+    self._events: asyncio.Queue[IndexedEvent] = asyncio.Queue()
     self._open: dict[int, Request] = {}
     self._requests = tuple(requests)
     try:
@@ -49,31 +49,33 @@ class Underway:
 
     return deliver
 
-  async def batches(self) -> AsyncIterator[list[Tagged]]:
-    """What has come since the last time, until all requests are finished.
+  async def batches(self) -> AsyncIterator[list[IndexedEvent]]:
+    """New events, in batches, until all requests are finished.
 
     Raises:
-      Problem: the engine has not answered long after their time was over.
+      ApiError: the engine has not answered long after their time was over.
     """
     while self._open:
-      found = [await self._next()]
+      batch = [await self._next()]
       while not self._events.empty():
-        found.append(self._events.get_nowait())
-      for index, event in found:
+        batch.append(self._events.get_nowait())
+      for index, event in batch:
         if isinstance(event, Finished):
           self._open.pop(index, None)
-      yield found
+      yield batch
 
-  async def _next(self) -> Tagged:
+  async def _next(self) -> IndexedEvent:
     times = [request.seconds for request in self._open.values()]
     most = None if None in times else max(times) + _GRACE
     try:
       return await asyncio.wait_for(self._events.get(), most)
     except TimeoutError:
-      raise broken('the engine does not answer; look into its log') from None
+      raise server_error(
+        'the engine does not answer; look into its log'
+      ) from None
 
   def trouble(self, index: int) -> str:
-    """Why the constraint of one of them failed, '' if it did not."""
+    """The reason why a request's constraint failed, or ''."""
     return getattr(self._requests[index].constraint, 'reason', '')
 
   def end(self, index: int) -> None:
@@ -87,26 +89,31 @@ class Underway:
       self._engine.cancel(self._open.pop(index).id)
 
 
-async def gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
   """Returns when the client has left."""
   while (await receive())['type'] != 'http.disconnect':
     pass
 
 
-async def unless_gone(receive: Receive, work: Awaitable[Found]) -> Found:
-  """What the work returns, which is cancelled when the client leaves.
+async def cancel_on_disconnect(
+  receive: Receive, work: Awaitable[Result]
+) -> Result:
+  """Runs `work`, and cancels it when the client disconnects.
 
   A handler is not cancelled by itself when nobody waits for it any more.
 
   Raises:
     Gone: the client has left.
   """
-  tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+  tasks = (
+    asyncio.ensure_future(work),
+    asyncio.ensure_future(wait_for_disconnect(receive)),
+  )
   try:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     if tasks[0].done():
       return tasks[0].result()
-    raise Gone
+    raise ClientDisconnected
   finally:
     for task in tasks:
       task.cancel()

@@ -12,8 +12,8 @@ _SCHEME = b'bearer '
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
-  """Who may ask, and who may change adapters.
+class ApiKeys:
+  """API keys of clients, and of administrators who may change adapters.
 
   Attributes:
     users: any of these may ask; () lets everybody.
@@ -30,20 +30,20 @@ class Keys:
     """
     if not self.users:
       return True
-    return _among(header, self.users + self.admins)
+    return _is_listed(header, self.users + self.admins)
 
   def may_change(self, header: bytes | None) -> bool:
-    return _among(header, self.admins)
+    return _is_listed(header, self.admins)
 
 
-def _among(header: bytes | None, keys: Sequence[bytes]) -> bool:
+def _is_listed(header: bytes | None, keys: Sequence[bytes]) -> bool:
   """Whether a header holds a key, in a time that does not tell how nearly."""
   header = header or b''
   if header[: len(_SCHEME)].lower() != _SCHEME:
     return False
-  given = header[len(_SCHEME) :].strip()
+  token = header[len(_SCHEME) :].strip()
   # Every key is compared: leaving early would tell which one it was.
-  return any([hmac.compare_digest(given, key) for key in keys])
+  return any([hmac.compare_digest(token, key) for key in keys])
 
 
 def read(path: str, flag: str) -> tuple[bytes, ...]:

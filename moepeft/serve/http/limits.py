@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much one request may ask of the server."""
+"""Limits of one request."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ _LARGEST = 10**12
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RequestLimits:
   """
   Attributes:
     body: bytes of a request.

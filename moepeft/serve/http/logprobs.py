@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.inference.api import TokenLogprob
-from moepeft.serve.http.completion_stream import Entry
-from moepeft.serve.http.text import Words
+from moepeft.serve.http.completion_stream import TokenEntry
+from moepeft.serve.http.text import ServedTokenizer
 
 # What stands for one that is -inf, which JSON cannot say.
 _LEAST = -9999.0
 
 
 def chat(
-  words: Words, entries: Sequence[Entry], top: int
+  tokenizer: ServedTokenizer, entries: Sequence[TokenEntry], top: int
 ) -> dict[str, list[dict[str, Any]]]:
   """Chat's `logprobs`: what ends an answer is no token of its content.
 
@@ -21,9 +21,11 @@ def chat(
     top: alternatives of each.
   """
   content = [
-    _named(words, entry.scored.id, entry.scored.logprob)
+    _named(tokenizer, entry.scored.id, entry.scored.logprob)
     | {
-      'top_logprobs': [_named(words, *pair) for pair in entry.scored.top[:top]]
+      'top_logprobs': [
+        _named(tokenizer, *pair) for pair in entry.scored.top[:top]
+      ]
     }
     for entry in entries
     if not entry.end
@@ -31,8 +33,10 @@ def chat(
   return {'content': content, 'refusal': None}
 
 
-def _named(words: Words, i: int, logprob: float | None) -> dict[str, Any]:
-  piece = words.piece(i)
+def _named(
+  tokenizer: ServedTokenizer, i: int, logprob: float | None
+) -> dict[str, Any]:
+  piece = tokenizer.token_bytes(i)
   return {
     'token': piece.decode(errors='replace'),
     'logprob': _number(logprob),
@@ -40,24 +44,27 @@ def _named(words: Words, i: int, logprob: float | None) -> dict[str, Any]:
   }
 
 
-def legacy(words: Words, entries: Sequence[Entry], top: int) -> dict[str, list]:
+def legacy(
+  tokenizer: ServedTokenizer, entries: Sequence[TokenEntry], top: int
+) -> dict[str, list]:
   """Completions' `logprobs`, lists that are as long as there are tokens.
 
   Here the token that ends an answer is one of them.
   """
   scored = [entry.scored for entry in entries]
   return {
-    'tokens': [words.name(one.id) for one in scored],
+    'tokens': [tokenizer.token_text(token.id) for token in scored],
     'token_logprobs': [
-      None if one.logprob is None else _number(one.logprob) for one in scored
+      None if token.logprob is None else _number(token.logprob)
+      for token in scored
     ],
-    'top_logprobs': [_top(words, one, top) for one in scored],
+    'top_logprobs': [_top(tokenizer, token, top) for token in scored],
     'text_offset': [entry.offset for entry in entries],
   }
 
 
 def _top(
-  words: Words, scored: TokenLogprob, top: int
+  tokenizer: ServedTokenizer, scored: TokenLogprob, top: int
 ) -> dict[str, float] | None:
   """{token: log-probability}: the best ones, and the token that was chosen.
 
@@ -65,22 +72,24 @@ def _top(
   """
   if scored.logprob is None:
     return None
-  found: dict[str, float] = {}
+  logprobs: dict[str, float] = {}
   for i, logprob in (*scored.top[:top], (scored.id, scored.logprob)):
     # Of two tokens with one text the better stays.
-    found.setdefault(words.name(i), _number(logprob))
-  return found
+    logprobs.setdefault(tokenizer.token_text(i), _number(logprob))
+  return logprobs
 
 
 def _number(logprob: float | None) -> float:
   return max(float(logprob), _LEAST) if logprob is not None else 0.0
 
 
-def routing(words: Words, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def routing(
+  tokenizer: ServedTokenizer, entries: Sequence[TokenEntry]
+) -> list[dict[str, Any]]:
   """[{'token': text, 'experts': {site: weights} or None}], one a token."""
   return [
     {
-      'token': words.piece(entry.scored.id).decode(errors='replace'),
+      'token': tokenizer.token_bytes(entry.scored.id).decode(errors='replace'),
       'experts': _experts(entry.scored),
     }
     for entry in entries

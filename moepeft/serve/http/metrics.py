@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily as Gauged
 from prometheus_client.core import Metric
 
 from moepeft.inference import api
-from moepeft.serve.http.request_stats import Tally
+from moepeft.serve.http.request_stats import RequestStats
 
 CONTENT = prometheus.CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -48,14 +48,16 @@ class Metrics:
       'time_per_token_seconds', 'From token to token, of a request the mean.'
     )
 
-  def note(self, route: str, status: int, seconds: float, tally: Tally) -> None:
+  def note(
+    self, route: str, status: int, seconds: float, stats: RequestStats
+  ) -> None:
     """Counts a request that is over."""
     self._requests.labels(route, str(status)).inc()
     self._whole.labels(route).observe(seconds)
-    if tally.to_first is not None:
-      self._first.labels(route).observe(tally.to_first)
-    if tally.per_token is not None:
-      self._each.labels(route).observe(tally.per_token)
+    if stats.to_first is not None:
+      self._first.labels(route).observe(stats.to_first)
+    if stats.per_token is not None:
+      self._each.labels(route).observe(stats.per_token)
 
   def text(self) -> bytes:
     return prometheus.generate_latest(self._registry)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every request passes: its id, who asks, whether now, and the log."""
+"""Middleware of every request: id, API key, host, metrics and access log."""
 
 import asyncio
 import hashlib
@@ -10,9 +10,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moepeft.serve.http.body import Gone
-from moepeft.serve.http.errors import Problem, broken, later
-from moepeft.serve.http.request_stats import Tally
+from moepeft.serve.http.body import ClientDisconnected
+from moepeft.serve.http.errors import ApiError, server_error, unavailable
+from moepeft.serve.http.request_stats import RequestStats
 from moepeft.serve.http.service import Service
 
 _LOG = logging.getLogger('moepeft.serve')
@@ -26,50 +26,52 @@ _ID = re.compile(rb'[\w.-]{1,64}')
 _LEFT = 499
 
 
-class Gate:
-  """ASGI middleware; the scope gets a `Tally` as 'tally'."""
+class RequestMiddleware:
+  """ASGI middleware; the scope gets a `RequestStats` as 'stats'."""
 
   def __init__(self, app: ASGIApp, service: Service):
     self._app, self._service = app, service
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope['type'] != 'http':
-      await self._other(scope, receive, send)
+      await self._lifespan_or_websocket(scope, receive, send)
       return
     headers = dict(scope['headers'])
-    tally = Tally(_id(headers), self._client(scope, headers))
-    scope['tally'] = tally
-    sent = _Sent(send, tally.id)
+    stats = RequestStats(_id(headers), self._client(scope, headers))
+    scope['stats'] = stats
+    sent = _Sent(send, stats.id)
     try:
       self._check(scope, headers)
       await self._app(scope, receive, sent)
-    except Gone:
+    except ClientDisconnected:
       sent.status = _LEFT
-    except Problem as e:
+    except ApiError as e:
       await e.response()(scope, receive, sent)
     except asyncio.CancelledError:
       # The server cancels, as its last act, what the engine did not end.
       if not self._service.draining or sent.begun:
         raise
-      problem = later('the server is going down', 10, 'draining')
+      problem = unavailable('the server is going down', 10, 'draining')
       await problem.response()(scope, receive, sent)
     except Exception:
-      _LOG.exception('request %s failed', tally.id)
+      _LOG.exception('request %s failed', stats.id)
       if not sent.begun:
-        problem = broken('the server failed; its log says how')
+        problem = server_error('the server failed; its log says how')
         await problem.response()(scope, receive, sent)
     finally:
-      self._note(scope, sent.status, tally)
+      self._note(scope, sent.status, stats)
 
   def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-    """Who shares a place among the engine's turns; no key is told."""
-    own = headers.get(b'authorization', b'')
-    if self._service.keys.users and own:
-      return hashlib.sha256(own).hexdigest()[:16]
+    """The client whose requests share one fair queue; contains no key."""
+    authorization = headers.get(b'authorization', b'')
+    if self._service.keys.users and authorization:
+      return hashlib.sha256(authorization).hexdigest()[:16]
     return _address(scope)
 
-  async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """The server's start and end pass; a websocket is not spoken here."""
+  async def _lifespan_or_websocket(
+    self, scope: Scope, receive: Receive, send: Send
+  ) -> None:
+    """Passes lifespan events on, and closes websockets."""
     if scope['type'] == 'lifespan':
       await self._app(scope, receive, send)
     elif scope['type'] == 'websocket':
@@ -78,13 +80,13 @@ class Gate:
   def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
     """
     Raises:
-      Problem: the request is not answered.
+      ApiError: the request is not answered.
     """
     service, path = self._service, scope['path']
     host = headers.get(b'host', b'').decode('latin-1')
     if service.hosts and _bare(host) not in service.hosts:
       # A page of elsewhere whose name was made to lead here.
-      raise Problem(
+      raise ApiError(
         403,
         f'the server is asked as {host!r}, and answers to '
         f'{", ".join(service.hosts)} alone; use one of these, or start it with '
@@ -94,7 +96,7 @@ class Gate:
       )
     allowed = service.keys.may_ask(headers.get(b'authorization'))
     if path not in FREE and not allowed:
-      raise Problem(
+      raise ApiError(
         401,
         'the API key is missing or wrong; send the header '
         "'Authorization: Bearer KEY'",
@@ -105,20 +107,20 @@ class Gate:
     if path in _ALWAYS:
       return
     if service.draining:
-      raise later('the server is going down', 10, 'draining')
+      raise unavailable('the server is going down', 10, 'draining')
     if not service.engine.ready:
-      raise later('the server is starting', 5, 'starting')
+      raise unavailable('the server is starting', 5, 'starting')
 
-  def _note(self, scope: Scope, status: int, tally: Tally) -> None:
+  def _note(self, scope: Scope, status: int, stats: RequestStats) -> None:
     route = getattr(scope.get('route'), 'path', 'other')
-    took = time.perf_counter() - tally.began
-    self._service.metrics.note(route, status, took, tally)
+    took = time.perf_counter() - stats.began
+    self._service.metrics.note(route, status, took, stats)
     # Quoted: a path may hold what moves a terminal's cursor.
     path = repr(scope['path'])[1:-1]
     # Probes come every few seconds, and say nothing while all is well.
     level = logging.DEBUG if scope['path'] in PROBES else logging.INFO
     _LOG.log(
-      level, '%s', tally.line(scope['method'], path, status, _address(scope))
+      level, '%s', stats.line(scope['method'], path, status, _address(scope))
     )
 
 
@@ -139,9 +141,9 @@ class _Sent:
 
 def _id(headers: dict[bytes, bytes]) -> str:
   """The caller's own where it is sane, else a new one."""
-  given = headers.get(b'x-request-id', b'')
-  if _ID.fullmatch(given):
-    return given.decode()
+  header = headers.get(b'x-request-id', b'')
+  if _ID.fullmatch(header):
+    return header.decode()
   return f'req_{secrets.token_hex(8)}'
 
 

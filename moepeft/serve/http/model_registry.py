@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `model` may name: the base and its adapters."""
+"""Names of served models: the base and its adapters."""
 
 import dataclasses
 import hashlib
@@ -8,31 +8,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.inference import api
-from moepeft.serve.http.chat_templates import Voice, voice
-from moepeft.serve.http.errors import no_model
+from moepeft.serve.http.chat_templates import ChatSettings, chat_settings
+from moepeft.serve.http.errors import model_not_found
 
 OWNER = 'moepeft'
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ServedModel:
   """
   Attributes:
     name: what requests call it.
     adapter: what the engine calls it, '' for the base.
     fingerprint: of the base's and the adapter's content.
-    voice: how it talks.
+    chat_settings: its chat template and system prompt.
     before: tokens of the adapter's soft prompt.
   """
 
   name: str
   adapter: str
   fingerprint: str
-  voice: Voice
+  chat_settings: ChatSettings
   before: int = 0
 
 
-class Models:
+class ModelRegistry:
   """The base and what the engine has loaded.
 
   Attributes:
@@ -44,47 +44,53 @@ class Models:
     engine: api.Engine,
     base: str,
     sha256: str,
-    own: Voice,
-    taken: Sequence[str] = (),
+    chat_settings_: ChatSettings,
+    reserved_names: Sequence[str] = (),
   ):
     """
     Args:
       sha256: of the base's content.
-      own: the base's voice.
-      taken: names of models that the engine has nothing to do with.
+      chat_settings_: the base's.
+      reserved_names: names of models that are not the engine's.
 
     Raises:
       ValueError: two models have one name, or an adapter's template is gone.
     """
-    if base in taken:
+    if base in reserved_names:
       raise ValueError(
         f'{base!r} is the name of the model for embeddings too; give the base '
         'another with --name'
       )
-    self._engine, self.base, self._taken = engine, base, tuple(taken)
-    self._sha256, self._own = sha256, own
+    self._engine, self.base, self._reserved = (
+      engine,
+      base,
+      tuple(reserved_names),
+    )
+    self._sha256, self._base_chat = sha256, chat_settings_
     self._created = {base: int(time.time())}
-    self._voices: dict[str, Voice] = {}
+    self._chat_settings: dict[str, ChatSettings] = {}
     for loaded in engine.adapters():
       self._check(loaded.name)
-      self._note(loaded.name, voice(loaded.source, own))
+      self._note(loaded.name, chat_settings(loaded.source, chat_settings_))
 
-  def find(self, name: str) -> Model:
+  def find(self, name: str) -> ServedModel:
     """
     Raises:
-      Problem: there is none of this name.
+      ApiError: there is none of this name.
     """
     if name == self.base:
-      return Model(name, '', fingerprint(self._sha256), self._own)
+      return ServedModel(name, '', fingerprint(self._sha256), self._base_chat)
     for loaded in self._engine.adapters():
       if loaded.name == name:
-        found = fingerprint(self._sha256, loaded.sha256)
-        own = self._voices.get(name, self._own)
-        return Model(name, name, found, own, loaded.before)
-    raise no_model(name, self.names())
+        model_fingerprint = fingerprint(self._sha256, loaded.sha256)
+        settings = self._chat_settings.get(name, self._base_chat)
+        return ServedModel(
+          name, name, model_fingerprint, settings, loaded.before
+        )
+    raise model_not_found(name, self.names())
 
   def names(self) -> list[str]:
-    return [self.base, *(one.name for one in self._engine.adapters())]
+    return [self.base, *(adapter.name for adapter in self._engine.adapters())]
 
   def load(self, name: str, path: str) -> api.LoadedAdapter:
     """Loads an adapter, or another one under its name.
@@ -93,18 +99,18 @@ class Models:
       ValueError: it cannot be; what was there before stays.
     """
     self._check(name)
-    own = voice(path, self._own)
+    settings = chat_settings(path, self._base_chat)
     loaded = self._engine.load(name, path)
-    self._note(name, own)
+    self._note(name, settings)
     return loaded
 
   def unload(self, name: str) -> None:
     """
     Raises:
-      protocol.Unknown: there is none.
+      api.UnknownAdapter: there is none.
     """
     self._engine.unload(name)
-    self._voices.pop(name, None)
+    self._chat_settings.pop(name, None)
     self._created.pop(name, None)
 
   def cards(self) -> list[dict[str, Any]]:
@@ -113,8 +119,9 @@ class Models:
     return [
       base,
       *(
-        self._card(one.name, one.sha256, self.base) | {'method': one.method}
-        for one in self._engine.adapters()
+        self._card(adapter.name, adapter.sha256, self.base)
+        | {'method': adapter.method}
+        for adapter in self._engine.adapters()
       ),
     ]
 
@@ -134,16 +141,16 @@ class Models:
       raise ValueError(
         f'{name!r} is the name of the base; call the adapter otherwise'
       )
-    if name in self._taken:
+    if name in self._reserved:
       raise ValueError(
         f'{name!r} is the name of the model for embeddings; call the adapter '
         'otherwise'
       )
 
-  def _note(self, name: str, own: Voice) -> None:
-    self._voices[name], self._created[name] = own, int(time.time())
+  def _note(self, name: str, settings: ChatSettings) -> None:
+    self._chat_settings[name], self._created[name] = settings, int(time.time())
 
 
 def fingerprint(base: str, adapter: str = '') -> str:
-  """What `system_fingerprint` is: another one where the weights are others."""
+  """`system_fingerprint`: a hash of the weights' content."""
   return 'fp_' + hashlib.sha256(f'{base}/{adapter}'.encode()).hexdigest()[:16]

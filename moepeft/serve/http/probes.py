@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moepeft.serve.http import metrics
-from moepeft.serve.http.errors import Problem, later, no_model
+from moepeft.serve.http.errors import ApiError, model_not_found, unavailable
 from moepeft.serve.http.model_registry import OWNER
 from moepeft.serve.http.service import Service
 
@@ -24,7 +24,7 @@ async def model(service: Service, request: Request) -> JSONResponse:
   for card in cards:
     if card['id'] == name:
       return JSONResponse(card)
-  raise no_model(name, [card['id'] for card in cards])
+  raise model_not_found(name, [card['id'] for card in cards])
 
 
 def _cards(service: Service) -> list[dict[str, Any]]:
@@ -54,9 +54,9 @@ async def ready(service: Service, request: Request) -> Response:
   """A generation has run, and the server is not going down."""
   del request
   if service.draining:
-    raise later('the server is going down', 10, 'draining')
+    raise unavailable('the server is going down', 10, 'draining')
   if not service.engine.ready:
-    raise later('the server is starting', 5, 'starting')
+    raise unavailable('the server is starting', 5, 'starting')
   return JSONResponse({'status': 'ready'})
 
 
@@ -68,10 +68,10 @@ async def counts(service: Service, request: Request) -> Response:
 
 async def page(service: Service, request: Request) -> Response:
   """The chat page, a file without secrets, which asks for a key itself."""
-  found = service.page
-  if found is None:
-    raise Problem(404, 'this server has no chat page', None, 'not_found')
-  tag = found.headers.get('ETag')
+  chat_page = service.page
+  if chat_page is None:
+    raise ApiError(404, 'this server has no chat page', None, 'not_found')
+  tag = chat_page.headers.get('ETag')
   if tag and request.headers.get('if-none-match') == tag:
     return Response(None, 304, headers={'ETag': tag})
-  return Response(found.body, headers=found.headers)
+  return Response(chat_page.body, headers=chat_page.headers)

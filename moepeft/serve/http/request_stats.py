@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one HTTP request came to: for the log and the metrics."""
+"""Tokens and times of one HTTP request, for the log and the metrics."""
 
 import dataclasses
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclasses.dataclass
-class Tally:
+class RequestStats:
   """Filled in while a request is answered.
 
   Attributes:
@@ -62,13 +62,13 @@ class Tally:
     return ' '.join(parts)
 
 
-def usage(tally: Tally) -> dict[str, Any]:
+def usage(stats: RequestStats) -> dict[str, Any]:
   return {
-    'prompt_tokens': tally.prompt,
-    'completion_tokens': tally.answer,
-    'total_tokens': tally.prompt + tally.answer,
+    'prompt_tokens': stats.prompt,
+    'completion_tokens': stats.answer,
+    'total_tokens': stats.prompt + stats.answer,
     'prompt_tokens_details': {
       # Answers to one prompt share it.
-      'cached_tokens': min(tally.cached, tally.prompt)
+      'cached_tokens': min(stats.cached, stats.prompt)
     },
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client asks, as questions to the engine."""
+"""Turns the fields of an HTTP request into the engine's requests."""
 
 import hashlib
 import logging
@@ -10,68 +10,73 @@ import numpy as np
 
 from moepeft.inference import api
 from moepeft.inference.api import Constraint
+from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.sampling import Sampling
-from moepeft.serve.http.errors import Problem, later, refused, wrong
-from moepeft.serve.http.event_bridge import Underway
-from moepeft.serve.http.limits import Limits
-from moepeft.serve.http.schemas import Asked, ResponseFormat
-from moepeft.serve.http.service import Compiler
+from moepeft.serve.http.errors import (
+  ApiError,
+  invalid_request,
+  refusal_error,
+  unavailable,
+)
+from moepeft.serve.http.event_bridge import ClientRequests
+from moepeft.serve.http.limits import RequestLimits
+from moepeft.serve.http.schemas import GenerationFields, ResponseFormat
 
 _LOG = logging.getLogger('moepeft.serve')
 _MASK = (1 << 64) - 1
 
 
-def sampling(asked: Asked) -> Sampling:
+def sampling(body: GenerationFields) -> Sampling:
   """OpenAI's temperature is 1 where none is given."""
-  temperature = 1.0 if asked.temperature is None else asked.temperature
-  penalty = asked.repetition_penalty
+  temperature = 1.0 if body.temperature is None else body.temperature
+  penalty = body.repetition_penalty
   penalty = None if penalty == 1 else penalty
   # Of the most probable token alone nothing is left to draw.
-  if not temperature or asked.top_p == 0:
+  if not temperature or body.top_p == 0:
     return Sampling(repetition_penalty=penalty)
   return Sampling(
     temperature,
-    asked.top_k,
-    None if asked.top_p == 1 else asked.top_p,
-    asked.min_p or None,
+    body.top_k,
+    None if body.top_p == 1 else body.top_p,
+    body.min_p or None,
     penalty,
   )
 
 
-def seeds(asked: Asked, count: int) -> list[int]:
+def seeds(body: GenerationFields, count: int) -> list[int]:
   """One an answer: the first is the one that was asked for.
 
   The others are drawn from it by a hash, so that the second answer to seed 1
   is not the first to seed 2.
   """
-  first = secrets.randbits(31) if asked.seed is None else asked.seed
-  others = (
+  first = secrets.randbits(31) if body.seed is None else body.seed
+  random_seeds = (
     int.from_bytes(hashlib.sha256(f'{first}/{i}'.encode()).digest()[:4])
     for i in range(1, count)
   )
-  return [seed & _MASK for seed in (first, *others)]
+  return [seed & _MASK for seed in (first, *random_seeds)]
 
 
 def check_ids(ids: Sequence[int], vocab: int, param: str) -> None:
   """
   Raises:
-    Problem: an id is beyond the vocabulary.
+    ApiError: an id is beyond the vocabulary.
   """
   most = max(ids, default=0)
   if most >= vocab:
-    raise wrong(
+    raise invalid_request(
       f'{param} holds the token {most}; the vocabulary has {vocab:,}, from 0 '
       f'to {vocab - 1:,}',
       param,
     )
 
 
-def length(
-  wanted: int | None,
+def answer_length(
+  requested: int | None,
   default: int | None,
   prompt: int,
   engine: api.Engine,
-  limits: Limits,
+  limits: RequestLimits,
   param: str,
   before: int = 0,
 ) -> int:
@@ -85,34 +90,34 @@ def length(
     before: tokens of the adapter's soft prompt, which take places too.
 
   Raises:
-    Problem: more than the server gives, or there is no room.
+    ApiError: more than the server gives, or there is no room.
   """
   most, places = limits.answer or engine.places, engine.places - before
-  if wanted is not None and wanted > most:
-    raise wrong(
-      f'max_tokens is at most {most:,} here; got {wanted:,}', 'max_tokens'
+  if requested is not None and requested > most:
+    raise invalid_request(
+      f'max_tokens is at most {most:,} here; got {requested:,}', 'max_tokens'
     )
   room = places - prompt if engine.decoder_only else engine.places
-  if prompt > places or room < (0 if wanted == 0 else 1):
-    raise Problem(
+  if prompt > places or room < (0 if requested == 0 else 1):
+    raise ApiError(
       400,
       f'the prompt has {prompt:,} tokens, and the model takes {places:,}'
       f'{", its answer included" * engine.decoder_only}; shorten it',
       param,
       'context_length_exceeded',
     )
-  if wanted is not None:
-    return wanted
+  if requested is not None:
+    return requested
   return min(most, room, room if default is None else default)
 
 
-def check_choices(count: int, limits: Limits) -> None:
+def check_choices(count: int, limits: RequestLimits) -> None:
   """
   Raises:
-    Problem: more answers than one request may ask for.
+    ApiError: more answers than one request may ask for.
   """
   if count > limits.choices:
-    raise wrong(
+    raise invalid_request(
       f'a request may ask for {limits.choices} answers (prompts times n); got '
       f'{count}',
       'n',
@@ -120,68 +125,72 @@ def check_choices(count: int, limits: Limits) -> None:
 
 
 def constraint(
-  wanted: ResponseFormat | None, compiler: Compiler | None
+  response_format: ResponseFormat | None, compiler: Compiler | None
 ) -> api.Constraint | None:
   """A new one for each answer; None where any text will do.
 
   Raises:
-    Problem: there is nothing to make it with, or it cannot be.
+    ApiError: there is nothing to make it with, or it cannot be.
   """
-  if wanted is None or wanted.type == 'text':
+  if response_format is None or response_format.type == 'text':
     return None
   if compiler is None:
-    raise wrong(
-      f'response_format of the type {wanted.type!r} needs llguidance, which '
-      "is not installed here; run pip install 'moepeft[serve]'",
+    raise invalid_request(
+      f'response_format of the type {response_format.type!r} needs llguidance, '
+      "which is not installed here; run pip install 'moepeft[serve]'",
       'response_format',
     )
   try:
-    return Watched(_compiled(wanted, compiler))
+    return CheckedConstraint(_compile_constraint(response_format, compiler))
   except api.EngineFull as e:
-    raise refused(e, 'response_format') from None
+    raise refusal_error(e, 'response_format') from None
   except ValueError as e:
-    raise wrong(f'response_format: {e}', 'response_format') from None
+    raise invalid_request(f'response_format: {e}', 'response_format') from None
 
 
-def _compiled(wanted: ResponseFormat, compiler: Compiler) -> api.Constraint:
-  if wanted.type == 'json_object':
+def _compile_constraint(
+  response_format: ResponseFormat, compiler: Compiler
+) -> api.Constraint:
+  if response_format.type == 'json_object':
     return compiler.json_schema({'type': 'object'})
-  if wanted.type == 'json_schema':
-    own = wanted.json_schema
+  if response_format.type == 'json_schema':
+    json_schema = response_format.json_schema
     # Where nothing is said, a keyword that cannot be kept is told.
-    return compiler.json_schema(own.schema_, own.strict is not False)
-  made = {
+    return compiler.json_schema(
+      json_schema.schema_, json_schema.strict is not False
+    )
+  compilers = {
     'regex': compiler.regex,
     'grammar': compiler.grammar,
     'choice': compiler.choice,
-  }[wanted.type]
-  return made(getattr(wanted, wanted.type))
+  }[response_format.type]
+  return compilers(getattr(response_format, response_format.type))
 
 
 def submit(
   engine: api.Engine, requests: Sequence[api.Request], param: str
-) -> Underway:
+) -> ClientRequests:
   """
   Args:
     param: the field that holds the prompt.
 
   Raises:
-    Problem: the engine does not take one of them.
+    ApiError: the engine does not take one of them.
   """
   try:
-    return Underway(engine, requests)
+    return ClientRequests(engine, requests)
   except api.RequestRefused as e:
     if not engine.ready:
       _LOG.error('the engine takes no request: %s', e)
-      raise later(
+      raise unavailable(
         "the engine takes no requests now; the server's log says why",
         10,
         'not_ready',
       ) from None
-    raise refused(e, param) from None
+    raise refusal_error(e, param) from None
 
 
-class Watched:
+class CheckedConstraint:
   """A `Constraint` that remembers why it could not go on.
 
   A grammar may turn out too complex only when an answer has come far: this is

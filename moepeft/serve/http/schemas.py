@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests may hold: OpenAI's fields, and a few of our own.
+"""Request bodies: OpenAI's fields, and a few extensions.
 
 Types are strict ('5' is no number), an unknown field is an error, and so is a
 field of OpenAI's that does something which this server does not; at a value
@@ -71,7 +71,7 @@ class ResponseFormat(Strict):
 
   @field_validator('choice')
   @classmethod
-  def _some(cls, value: list[str] | None) -> list[str] | None:
+  def _check_choice(cls, value: list[str] | None) -> list[str] | None:
     if value is not None and not all([value, *value]):
       raise ValueError('name at least one choice, and no empty one')
     return value
@@ -85,8 +85,8 @@ class ResponseFormat(Strict):
       )
 
 
-class Asked(Strict):
-  """What completions and chat have in common."""
+class GenerationFields(Strict):
+  """Fields that completions and chat share."""
 
   model: str
   n: int = Field(1, ge=1)
@@ -144,8 +144,8 @@ class Asked(Strict):
 
   @property
   def stops(self) -> tuple[str, ...]:
-    found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-    return tuple(stop for stop in found if stop)
+    stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+    return tuple(stop for stop in stops if stop)
 
   @property
   def usage(self) -> bool:
@@ -185,7 +185,7 @@ def _all(value: Any, kind: type) -> bool:
 _Texts = Annotated[Any, BeforeValidator(_texts)]
 
 
-class Completion(Asked):
+class Completion(GenerationFields):
   prompt: _Texts
   echo: bool = False
   logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -200,7 +200,7 @@ class Completion(Asked):
 
   @property
   def prompts(self) -> list[str] | list[list[int]]:
-    """Of whatever form, as several."""
+    """The prompts as a list, in either form."""
     if isinstance(self.prompt, str):
       return [self.prompt]
     if isinstance(self.prompt[0], int):
@@ -259,7 +259,7 @@ class Part(Echoed):
   text: str
 
 
-class Called(Echoed):
+class FunctionCall(Echoed):
   name: str
   arguments: str
 
@@ -267,7 +267,7 @@ class Called(Echoed):
 class Call(Echoed):
   id: str | None = None
   type: Literal['function'] = 'function'
-  function: Called
+  function: FunctionCall
   # Of streams that were put together.
   index: int | None = None
 
@@ -303,7 +303,7 @@ class Message(Echoed):
       )
 
 
-class Chat(Asked):
+class Chat(GenerationFields):
   messages: list[Message] = Field(min_length=1)
   logprobs: bool | None = None
   top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)

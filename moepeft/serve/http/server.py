@@ -30,18 +30,18 @@ def listen(host: str, port: int) -> socket.socket:
     ValueError: the address is taken, or is none of this machine.
   """
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
-  found = socket.socket(family, socket.SOCK_STREAM)
-  found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  listener = socket.socket(family, socket.SOCK_STREAM)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
-    found.bind((host, port))
-    found.listen(1024)
+    listener.bind((host, port))
+    listener.listen(1024)
   except (OSError, OverflowError) as e:
-    found.close()
+    listener.close()
     reason = getattr(e, 'strerror', None) or str(e)
     raise ValueError(
       f'cannot listen on --host={host} --port={port} ({reason}); name another'
     ) from None
-  return found
+  return listener
 
 
 class Server(uvicorn.Server):
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
       seconds: that answers under way have to finish.
     """
     config = uvicorn.Config(
-      app.make(service),
+      app.make_app(service),
       http=limited(connections),
       ws='none',
       lifespan='off',
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
     self.overdue: Callable[[], None] = lambda: None
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    """What uvicorn calls at a signal, on the main thread."""
+    """Handles a signal; uvicorn calls it on the main thread."""
     del frame
     if self._service.draining:
       self.should_exit = self.force_exit = True

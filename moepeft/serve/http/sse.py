@@ -11,9 +11,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from moepeft.serve.http.body import Gone
-from moepeft.serve.http.errors import Problem, broken
-from moepeft.serve.http.event_bridge import unless_gone
+from moepeft.serve.http.body import ClientDisconnected
+from moepeft.serve.http.errors import ApiError, server_error
+from moepeft.serve.http.event_bridge import cancel_on_disconnect
 
 _LOG = logging.getLogger('moepeft.serve')
 DONE = b'data: [DONE]\n\n'
@@ -47,9 +47,9 @@ class EventStream(Response):
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     try:
-      await unless_gone(receive, self._send_all(send))
+      await cancel_on_disconnect(receive, self._send_all(send))
     except OSError:
-      raise Gone from None
+      raise ClientDisconnected from None
     finally:
       self._close()
       await self._events.aclose()
@@ -73,13 +73,15 @@ class EventStream(Response):
         async for event in events:
           await put(line(event))
       await put(DONE)
-    except Problem as e:
+    except ApiError as e:
       await put(line(e.body()))
     except (asyncio.CancelledError, OSError):
       raise
     except Exception:
       _LOG.exception('an answer broke off')
-      await put(line(broken('the server failed; its log says how').body()))
+      await put(
+        line(server_error('the server failed; its log says how').body())
+      )
     await put(b'', False)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from moepeft.core import untrusted
 from moepeft.data.chat import dataset as chat_dataset
@@ -25,24 +25,25 @@ from moepeft.data.tokenizers.tokenizer import (
 )
 from moepeft.inference import prompts
 from moepeft.inference.constraints.token_bytes import alphabet
-from moepeft.serve.http.chat_templates import Voice
-from moepeft.serve.http.errors import wrong
+from moepeft.serve.http.chat_templates import ChatSettings
+from moepeft.serve.http.errors import invalid_request
 from moepeft.serve.http.schemas import Call, Message
+from moepeft.serve.http.tool_calls import ToolPlan
 
-Piece = Callable[[int], bytes]
+TokenBytes = Callable[[int], bytes]
 # How SentencePiece writes a byte, and a space.
 _BYTE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
 _SPACE = '▁'
 
 
-def pieces(words: Tokenizer) -> Piece:
+def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
   """id -> bytes; b'' of an id that stands for nothing."""
-  if isinstance(words, HuggingFaceTokenizer):
-    return _of(words.tokenizer)
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    return _tokenizer_bytes(tokenizer.tokenizer)
   return lambda i: bytes([i - 3]) if 3 <= i < 259 else b''
 
 
-def _of(tokenizer) -> Piece:
+def _tokenizer_bytes(tokenizer) -> TokenBytes:
   backend = json.loads(tokenizer.backend_tokenizer.to_str())
   byte_level = '"ByteLevel"' in json.dumps(backend['decoder'])
   letters = alphabet() if byte_level else {}
@@ -64,7 +65,7 @@ def _of(tokenizer) -> Piece:
   return piece
 
 
-def name(piece: bytes) -> str:
+def token_text(piece: bytes) -> str:
   """A token's bytes as text; 'bytes:\\xe2\\x82' where they are no characters,
   as OpenAI's legacy completions write it."""
   try:
@@ -73,33 +74,34 @@ def name(piece: bytes) -> str:
     return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in piece)
 
 
-Found = TypeVar('Found')
+Result = TypeVar('Result')
 # Levels of a call's arguments; a template writes them by recursion.
 _MAX_DEPTH = 64
 
 
-class Plan(Protocol):
-  """The tools of a request, as `service.Plan` has them."""
-
-  def offered(self, talk: Conversation) -> Conversation: ...
-
-
-class Words:
-  """A vocabulary, used for a model that is served.
+class ServedTokenizer:
+  """The tokenizer of a served model.
 
   Attributes:
     decoder_only: whether a prompt is part of the text.
-    ends: ids that end an answer and are no text.
+    eos_token_ids: ids that end an answer and are no text.
   """
 
-  def __init__(self, words: Tokenizer, decoder_only: bool, ends: Sequence[int]):
-    self._words, self.decoder_only = words, decoder_only
-    self.ends = tuple(ends)
-    self._piece = pieces(words)
-    self._ends_of: dict[str, tuple[int, ...]] = {}
-    self._thread = ThreadPoolExecutor(1, 'words')
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    decoder_only: bool,
+    eos_token_ids: Sequence[int],
+  ):
+    self._tokenizer, self.decoder_only = tokenizer, decoder_only
+    self.eos_token_ids = tuple(eos_token_ids)
+    self._token_bytes = token_bytes_of(tokenizer)
+    self._template_eos: dict[str, tuple[int, ...]] = {}
+    self._thread = ThreadPoolExecutor(1, 'tokenizer')
 
-  async def away(self, call: Callable[..., Found], *args: Any) -> Found:
+  async def run_in_thread(
+    self, call: Callable[..., Result], *args: Any
+  ) -> Result:
     """A call's result, from the thread of texts."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(self._thread, call, *args)
@@ -107,21 +109,24 @@ class Words:
   def close(self) -> None:
     self._thread.shutdown(wait=False, cancel_futures=True)
 
-  def plain(self, text: str) -> list[int]:
-    """The ids of a text that is gone on from.
+  def encode_prompt(self, text: str) -> list[int]:
+    """The ids of a prompt that the model continues.
 
     Raises:
-      Problem: it is empty.
+      ApiError: it is empty.
     """
     try:
-      return prompts.plain(self._words, text, self.decoder_only)
+      return prompts.plain(self._tokenizer, text, self.decoder_only)
     except ValueError as e:
-      raise wrong(f'prompt: {e}', 'prompt') from None
+      raise invalid_request(f'prompt: {e}', 'prompt') from None
 
-  def chat(
-    self, messages: Sequence[Message], voice: Voice, plan: Plan | None = None
+  def encode_chat(
+    self,
+    messages: Sequence[Message],
+    settings: ChatSettings,
+    plan: ToolPlan | None = None,
   ) -> list[int]:
-    """The ids of a conversation up to where the assistant speaks.
+    """The ids of a conversation up to the assistant's turn.
 
     An encoder-decoder reads what is said as plain text: a single turn as it
     is, several by their roles, as it was trained.
@@ -130,79 +135,89 @@ class Words:
       plan: of the tools that may be called.
 
     Raises:
-      Problem: there is no chat template, or it cannot write the turns.
+      ApiError: there is no chat template, or it cannot write the turns.
     """
     turns = [_turn(message, i) for i, message in enumerate(messages)]
-    if voice.system and turns[0].role != 'system':
-      turns.insert(0, Turn('system', voice.system))
-    talk = Conversation(tuple(turns))
-    talk = talk if plan is None else plan.offered(talk)
+    if settings.system and turns[0].role != 'system':
+      turns.insert(0, Turn('system', settings.system))
+    conversation = Conversation(tuple(turns))
+    conversation = (
+      conversation if plan is None else plan.with_tools(conversation)
+    )
     if not self.decoder_only:
-      return self._spoken(talk)
+      return self._encode_as_text(conversation)
     try:
       text = chat_render.render_prompt(
-        talk, self._templated(voice), voice.template
+        conversation, self._chat_tokenizer(settings), settings.template
       )
     except ValueError as e:
-      raise wrong(f'messages: {e}', 'messages') from None
-    return self._words.encode(text)
+      raise invalid_request(f'messages: {e}', 'messages') from None
+    return self._tokenizer.encode(text)
 
-  def _spoken(self, talk: Conversation) -> list[int]:
-    if talk.tools or any(turn.calls or turn.thought for turn in talk.turns):
-      raise wrong(
+  def _encode_as_text(self, conversation: Conversation) -> list[int]:
+    if conversation.tools or any(
+      turn.calls or turn.thought for turn in conversation.turns
+    ):
+      raise invalid_request(
         'the model is an encoder-decoder, which reads turns as plain text, '
         'without tools or thoughts; leave them out',
         'messages',
       )
-    return self.plain(plain_text(talk))
+    return self.encode_prompt(plain_text(conversation))
 
-  def template(self, voice: Voice) -> str:
+  def chat_template(self, settings: ChatSettings) -> str:
     """All that the chat template may say; '' where there is none."""
-    if not isinstance(self._words, HuggingFaceTokenizer):
-      return voice.template
-    if not (voice.template or self._words.tokenizer.chat_template):
+    if not isinstance(self._tokenizer, HuggingFaceTokenizer):
+      return settings.template
+    if not (settings.template or self._tokenizer.tokenizer.chat_template):
       return ''
-    return chat_render.template_source(self._words.tokenizer, voice.template)
+    return chat_render.template_source(
+      self._tokenizer.tokenizer, settings.template
+    )
 
-  def ends_of(self, voice: Voice) -> tuple[int, ...]:
-    """Ids that end an answer in a voice: its template may have its own."""
-    text = voice.template
-    if not (text and isinstance(self._words, HuggingFaceTokenizer)):
-      return self.ends
-    if text not in self._ends_of:
-      own = chat_dataset.ChatTemplate(self._words.tokenizer, text).ends()
-      self._ends_of[text] = tuple(dict.fromkeys((*self.ends, *own)))
-    return self._ends_of[text]
+  def eos_token_ids_for(self, settings: ChatSettings) -> tuple[int, ...]:
+    """Ids that end an answer; a chat template may have its own."""
+    text = settings.template
+    if not (text and isinstance(self._tokenizer, HuggingFaceTokenizer)):
+      return self.eos_token_ids
+    if text not in self._template_eos:
+      template_eos = chat_dataset.ChatTemplate(
+        self._tokenizer.tokenizer, text
+      ).ends()
+      self._template_eos[text] = tuple(
+        dict.fromkeys((*self.eos_token_ids, *template_eos))
+      )
+    return self._template_eos[text]
 
-  def _templated(self, voice: Voice) -> Any:
+  def _chat_tokenizer(self, settings: ChatSettings) -> Any:
     """Hugging Face's tokenizer, where there is a template to go by."""
-    own = (
-      self._words.tokenizer
-      if isinstance(self._words, HuggingFaceTokenizer)
+    tokenizer = (
+      self._tokenizer.tokenizer
+      if isinstance(self._tokenizer, HuggingFaceTokenizer)
       else None
     )
-    if own is None or not (voice.template or own.chat_template):
-      raise wrong(
+    if tokenizer is None or not (settings.template or tokenizer.chat_template):
+      raise invalid_request(
         'the model has no chat template; use /v1/completions, or an adapter '
         'whose run has one',
         'model',
       )
-    return own
+    return tokenizer
 
   def decode(self, ids: Sequence[int]) -> str:
-    return self._words.decode(list(ids))
+    return self._tokenizer.decode(list(ids))
 
-  def hidden(self, text: str) -> dict[int, str]:
+  def special_tokens(self, text: str) -> dict[int, str]:
     """The special tokens of a text, see `vocabulary.hidden`."""
-    return skipped_special_tokens(self._words, text)
+    return skipped_special_tokens(self._tokenizer, text)
 
-  def piece(self, i: int) -> bytes:
+  def token_bytes(self, i: int) -> bytes:
     """The bytes of a token."""
-    return self._piece(i)
+    return self._token_bytes(i)
 
-  def name(self, i: int) -> str:
+  def token_text(self, i: int) -> str:
     """A token as text."""
-    return name(self._piece(i))
+    return token_text(self._token_bytes(i))
 
 
 def _turn(message: Message, place: int) -> Turn:
@@ -229,11 +244,11 @@ def _call(call: Call, place: int) -> dict[str, Any]:
       call.function.arguments or '{}', _MAX_DEPTH, allow_nan=False
     )
   except untrusted.Malformed as error:
-    raise wrong(
+    raise invalid_request(
       f'{where}: the arguments of {tool!r} are {error}', where
     ) from None
   if not isinstance(arguments, dict):
-    raise wrong(
+    raise invalid_request(
       f'{where}: the arguments of {tool!r} are JSON, but no object', where
     )
   written = {'name': tool, 'arguments': arguments}

@@ -6,33 +6,35 @@ from starlette.responses import JSONResponse
 
 from moepeft.serve.http import requests
 from moepeft.serve.http.body import read
-from moepeft.serve.http.chat import planned
+from moepeft.serve.http.chat import make_tool_plan
 from moepeft.serve.http.schemas import Detokenize, Tokenize
 from moepeft.serve.http.service import Service
 
 
 async def tokenize(service: Service, request: Request) -> JSONResponse:
   """{model, prompt} or {model, messages, tools} -> {tokens, count}."""
-  asked = await read(request, Tokenize, service.limits.body)
-  model, words = service.find(asked.model), service.words
-  if asked.messages is None:
-    ids = await words.away(words.plain, asked.prompt)
+  body = await read(request, Tokenize, service.limits.body)
+  model, tokenizer = service.find(body.model), service.tokenizer
+  if body.messages is None:
+    ids = await tokenizer.run_in_thread(tokenizer.encode_prompt, body.prompt)
   else:
-    plan = planned(service, model, asked.tools, None, True)
-    ids = await words.away(words.chat, asked.messages, model.voice, plan)
-  found = {
+    plan = make_tool_plan(service, model, body.tools, None, True)
+    ids = await tokenizer.run_in_thread(
+      tokenizer.encode_chat, body.messages, model.chat_settings, plan
+    )
+  response = {
     'tokens': list(ids),
     'count': len(ids),
     'max_model_len': service.engine.places - model.before,
   }
-  return JSONResponse(found)
+  return JSONResponse(response)
 
 
 async def detokenize(service: Service, request: Request) -> JSONResponse:
   """{model, tokens} -> {prompt}."""
-  asked = await read(request, Detokenize, service.limits.body)
-  service.find(asked.model)
-  requests.check_ids(asked.tokens, service.engine.vocab, 'tokens')
-  words = service.words
-  text = await words.away(words.decode, asked.tokens)
+  body = await read(request, Detokenize, service.limits.body)
+  service.find(body.model)
+  requests.check_ids(body.tokens, service.engine.vocab, 'tokens')
+  tokenizer = service.tokenizer
+  text = await tokenizer.run_in_thread(tokenizer.decode, body.tokens)
   return JSONResponse({'prompt': text})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of tools in chat: what is asked for, forced, and read out of text."""
+"""Tool calls in chat: checks a request's tools, forces and parses calls."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 from moepeft.data.chat.formats import Conversation
 from moepeft.inference.api import Constraint, EngineFull
+from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.tools import parser as calls
 from moepeft.inference.tools import tools
-from moepeft.serve.http.errors import refused, wrong
-from moepeft.serve.http.requests import Watched
-from moepeft.serve.http.service import Compiler
+from moepeft.serve.http.errors import invalid_request, refusal_error
+from moepeft.serve.http.requests import CheckedConstraint
 
 
-class Plain:
-  """The reader of answers without tools: all of the text is content."""
+class ContentReader:
+  """Reads an answer without tools: all of the text is content."""
 
-  called = False
+  has_call = False
 
   def feed(self, text: str) -> list[dict[str, Any]]:
     return [{'content': text}] if text else []
@@ -26,25 +26,27 @@ class Plain:
     return []
 
 
-def message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def assistant_message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """OpenAI's message: null content where there are calls alone."""
   text, calls = '', []
   for delta in deltas:
     text += delta.get('content', '')
     for part in delta.get('tool_calls', ()):
       if 'id' in part:
-        own = {'name': part['function']['name'], 'arguments': ''}
-        calls.append({'id': part['id'], 'type': 'function', 'function': own})
+        function_dict = {'name': part['function']['name'], 'arguments': ''}
+        calls.append(
+          {'id': part['id'], 'type': 'function', 'function': function_dict}
+        )
       function = calls[part['index']]['function']
       function['arguments'] += part['function']['arguments']
-  found = {'role': 'assistant', 'content': text, 'refusal': None}
+  message_dict = {'role': 'assistant', 'content': text, 'refusal': None}
   if calls:
-    found |= {'content': text or None, 'tool_calls': calls}
-  return found
+    message_dict |= {'content': text or None, 'tool_calls': calls}
+  return message_dict
 
 
-class Calling:
-  """Implements `service.Calling` by `moepeft.inference.tools.tools`."""
+class ToolPlanner:
+  """Makes the tool plan of a request."""
 
   def __init__(self, compiler: Compiler | None):
     """
@@ -54,38 +56,40 @@ class Calling:
     self._compiler = compiler
 
   def plan(
-    self, found: list, choice: Any, parallel: bool, template: str
-  ) -> 'Plan | None':
-    """What a request with tools comes to; None where none may be called.
+    self, tool_list: list, choice: Any, parallel: bool, template: str
+  ) -> 'ToolPlan | None':
+    """The tools that an answer may call; None where it may call none.
 
     Args:
-      found, choice: OpenAI's `tools` and `tool_choice`.
+      tool_list, choice: OpenAI's `tools` and `tool_choice`.
       template: of the model.
 
     Raises:
-      Problem: one of them is wrong, or cannot be.
+      ApiError: one of them is wrong, or cannot be.
     """
     try:
-      some = tools.check(found)
-      chosen = tools.chosen(choice, some)
+      checked_tools = tools.check(tool_list)
+      chosen = tools.chosen(choice, checked_tools)
       if chosen.mode == 'none':
         return None
       style = tools.style_of(template)
     except ValueError as e:
-      raise wrong(str(e), 'tools') from None
+      raise invalid_request(str(e), 'tools') from None
     if self._compiler is None and chosen.mode == 'required':
-      raise wrong(
+      raise invalid_request(
         "a tool's call is forced by llguidance, which is not installed here; "
         "run pip install 'moepeft[serve]', or set tool_choice to 'auto'",
         'tool_choice',
       )
     several = parallel and not chosen.once
-    return Plan(some, chosen, style, several, template, self._compiler)
+    return ToolPlan(
+      checked_tools, chosen, style, several, template, self._compiler
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """Tools of one request; see `service.Plan`."""
+class ToolPlan:
+  """The tools of one request."""
 
   tools: tuple[tools.Tool, ...]
   choice: tools.Choice
@@ -95,47 +99,47 @@ class Plan:
   compiler: Compiler | None
 
   @property
-  def free(self) -> bool:
+  def may_be_text(self) -> bool:
     """Whether the answer may be text."""
     return self.choice.mode == 'auto'
 
-  def offered(self, talk: Conversation) -> Conversation:
+  def with_tools(self, conversation: Conversation) -> Conversation:
     return tools.offered(
-      talk, self.tools, self.choice, self.style, self.template
+      conversation, self.tools, self.choice, self.style, self.template
     )
 
   def constraint(self) -> Constraint | None:
     if self.compiler is None:
       return None
     try:
-      return Watched(
+      return CheckedConstraint(
         self.compiler.tools(self.tools, self.choice, self.parallel, self.style)
       )
     except EngineFull as e:
-      raise refused(e, 'tools') from None
+      raise refusal_error(e, 'tools') from None
     except ValueError as e:
-      raise wrong(str(e), 'tools') from None
+      raise invalid_request(str(e), 'tools') from None
 
-  def reader(self) -> 'Reader':
-    return Reader(
+  def reader(self) -> 'ToolCallReader':
+    return ToolCallReader(
       calls.Parser(
         self.style,
         self.choice.names,
         sure=self.compiler is not None,
-        forced=self.compiler is not None and not self.free,
+        forced=self.compiler is not None and not self.may_be_text,
       )
     )
 
 
-class Reader:
-  """An answer's text as the deltas of chat, while it comes.
+class ToolCallReader:
+  """Turns an answer's text into chat deltas while it is generated.
 
   Attributes:
-    called: whether a tool was.
+    has_call: whether the answer calls a tool.
   """
 
   def __init__(self, parser: calls.Parser):
-    self._parser, self.called = parser, False
+    self._parser, self.has_call = parser, False
 
   def feed(self, text: str) -> list[dict[str, Any]]:
     return self._deltas(self._parser.feed(text))
@@ -144,7 +148,7 @@ class Reader:
     return self._deltas(self._parser.finish())
 
   def _deltas(self, events: list[calls.Event]) -> list[dict[str, Any]]:
-    self.called |= any(isinstance(event, calls.Call) for event in events)
+    self.has_call |= any(isinstance(event, calls.Call) for event in events)
     return [_delta(event) for event in events]
 
 

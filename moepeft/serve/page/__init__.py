@@ -14,7 +14,7 @@ _INLINE = r'<{0}>(.*?)</{0}>'
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """What is answered at `/`.
+  """The chat page as it is served at `/`.
 
   Attributes:
     body: UTF-8.
@@ -25,11 +25,11 @@ class Page:
   headers: dict[str, str]
 
 
-def read() -> Page:
+def read_page() -> Page:
   """The page as it is installed; to be read once, when the server starts."""
   body = _FILE.read_bytes()
   # What a meta element cannot say: no site may frame the page.
-  policies = f"{policy(body.decode())}; frame-ancestors 'none'"
+  policies = f"{content_security_policy(body.decode())}; frame-ancestors 'none'"
   headers = {
     'Content-Type': 'text/html; charset=utf-8',
     'Content-Security-Policy': policies,
@@ -42,7 +42,7 @@ def read() -> Page:
   return Page(body, headers)
 
 
-def policy(html: str) -> str:
+def content_security_policy(html: str) -> str:
   """The Content-Security-Policy under which the page works, and no other code.
 
   Its own script and style run by their hashes, it speaks to its own server
@@ -64,6 +64,6 @@ def policy(html: str) -> str:
 
 
 def _hashes(html: str, tag: str) -> str:
-  found = re.findall(_INLINE.format(tag), html, re.DOTALL)
-  digests = [hashlib.sha256(text.encode()).digest() for text in found]
+  blocks = re.findall(_INLINE.format(tag), html, re.DOTALL)
+  digests = [hashlib.sha256(text.encode()).digest() for text in blocks]
   return ' '.join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)

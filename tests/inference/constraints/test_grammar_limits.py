@@ -198,7 +198,7 @@ def test_many_answers_of_one_grammar_use_one_process(compiler):
 
 def test_a_server_answers_400_and_others_meanwhile():
   engine = FakeEngine()
-  engine.say = lambda request: ids_of('abc')
+  engine.answer = lambda request: ids_of('abc')
   # Sixteen at once are more than asyncio's own pool has threads on two cores.
   limits = Limits(processes=8, process=QUICK)
   found = service(

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.buckets import _REFUSED
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
@@ -42,7 +41,9 @@ QUICK = ('decoder',)
 def test_every_kind_of_adapter_is_tried():
   tried = {banked.ADAPTERS[name].partition('(')[0] for name in FEW}
   # Soft prompts are tried in test_engine_prompt.
-  assert tried | {'prompt'} == set(METHODS) - set(_REFUSED)
+  assert tried | {'prompt'} == {
+    name for name, method in METHODS.items() if not method.not_pooled
+  }
 
 
 @pytest.fixture(

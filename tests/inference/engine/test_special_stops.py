@@ -35,7 +35,7 @@ def ask(client, said, stop, stream=False, **fields):
   ids = []
   for piece in said:
     ids += [piece] if isinstance(piece, int) else client.words.encode(piece)
-  client.engine.say = lambda request: [*ids, END]
+  client.engine.answer = lambda request: [*ids, END]
   body = {'model': 'base', 'prompt': 'q', 'stop': stop, 'max_tokens': 100}
   raw = json.dumps(body | fields | {'stream': stream}).encode()
   status, _, content = client.send('POST', '/v1/completions', raw)
@@ -92,7 +92,7 @@ def test_what_is_spelled_out_stops_too(client):
 
 def test_offsets_count_the_characters_that_are_there(client):
   user = client.ids['<|user|>']
-  client.engine.say = lambda request: [100, user, 101, 102, END]
+  client.engine.answer = lambda request: [100, user, 101, 102, END]
   body = {'model': 'base', 'prompt': 'q', 'stop': '<|user|>z', 'logprobs': 1}
   raw = json.dumps(body).encode()
   _, _, content = client.send('POST', '/v1/completions', raw)

@@ -13,25 +13,25 @@ CHAT = '/v1/chat/completions'
 @pytest.fixture(scope='module')
 def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  with running(fake(words)) as found:
-    yield found
+  with running(fake(words)) as value:
+    yield value
 
 
 @pytest.fixture
-def says(client):
+def set_answer(client):
   """Sets what the engine answers; afterwards it is as it was."""
-  before = client.engine.say
+  before = client.engine.answer
 
-  def say(text, end=True):
-    client.engine.say = lambda request: [*ids_of(text), *[END] * end]
+  def set_text(text, end=True):
+    client.engine.answer = lambda request: [*ids_of(text), *[END] * end]
 
-  yield say
-  client.engine.say = before
+  yield set_text
+  client.engine.answer = before
 
 
-def asked(client):
+def last_prompt(client):
   """The text of the newest prompt at the engine."""
-  return text_of(client.engine.asked[-1].ids)
+  return text_of(client.engine.requests[-1].ids)
 
 
 def talk(content='hi', **fields):
@@ -49,7 +49,7 @@ def test_turns_become_a_prompt_by_the_template(client):
   status, _ = client.post(CHAT, {'model': 'base', 'messages': messages})
   assert status == 200
   # The developer is the system; parts of text are one text.
-  assert asked(client) == 's:be kind|u:aa|a:b|t:c|a:'
+  assert last_prompt(client) == 's:be kind|u:aa|a:b|t:c|a:'
 
 
 def test_pictures_are_refused(client):
@@ -59,8 +59,8 @@ def test_pictures_are_refused(client):
   assert 'messages[0].content' in answer['error']['param']
 
 
-def test_a_whole_answer_has_the_form_of_openai(client, says):
-  says('grüße')
+def test_a_whole_answer_has_the_form_of_openai(client, set_answer):
+  set_answer('grüße')
   status, answer = client.post(CHAT, talk(temperature=0))
   assert status == 200
   assert answer['object'] == 'chat.completion'
@@ -76,8 +76,8 @@ def test_a_whole_answer_has_the_form_of_openai(client, says):
   assert usage['total_tokens'] == 15
 
 
-def test_an_answer_that_is_cut_ends_by_length(client, says):
-  says('abcdef')
+def test_an_answer_that_is_cut_ends_by_length(client, set_answer):
+  set_answer('abcdef')
   for field in ('max_tokens', 'max_completion_tokens'):
     _, answer = client.post(CHAT, talk(**{field: 3}))
     (choice,) = answer['choices']
@@ -88,7 +88,7 @@ def test_an_answer_that_is_cut_ends_by_length(client, says):
 def test_without_a_length_an_answer_has_the_room_that_is_left(client):
   client.post(CHAT, talk())
   # 512 places less the 7 of the prompt.
-  assert client.engine.asked[-1].length == 505
+  assert client.engine.requests[-1].length == 505
 
 
 def streamed(client, **fields):
@@ -106,8 +106,8 @@ def contents(events, index=0):
   ]
 
 
-def test_a_stream_is_the_whole_answer_in_parts(client, says):
-  says('grüße 🎈 日本')
+def test_a_stream_is_the_whole_answer_in_parts(client, set_answer):
+  set_answer('grüße 🎈 日本')
   client.engine.pause = 0.002
   events = streamed(client, stream_options={'include_usage': True})
   client.engine.pause = 0.0
@@ -126,8 +126,8 @@ def test_a_stream_is_the_whole_answer_in_parts(client, says):
   assert events[-1]['usage']['completion_tokens'] == 3 + 4 + 2 + 4 + 6 + 1
 
 
-def test_no_part_of_a_stream_holds_half_a_character(client, says):
-  says('äöü🎈日本語' * 5)
+def test_no_part_of_a_stream_holds_half_a_character(client, set_answer):
+  set_answer('äöü🎈日本語' * 5)
   # One token a step: each is a byte, so most steps end inside a character.
   client.engine.pause = 0.001
   events = streamed(client)
@@ -137,10 +137,10 @@ def test_no_part_of_a_stream_holds_half_a_character(client, says):
 
 
 def test_bytes_that_never_become_a_character_are_marked_at_the_end(client):
-  before = client.engine.say
-  client.engine.say = lambda request: [*ids_of('a🎈')[:3], END]
+  before = client.engine.answer
+  client.engine.answer = lambda request: [*ids_of('a🎈')[:3], END]
   events = streamed(client)
-  client.engine.say = before
+  client.engine.answer = before
   assert ''.join(contents(events)) == 'a\ufffd'
 
 
@@ -150,10 +150,10 @@ def test_without_the_option_no_usage_is_in_a_stream(client):
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_an_answer_is_cut_before_a_stop_string_and_its_slot_freed(
-  client, says, stream
+  client, set_answer, stream
 ):
   # The rest would take the engine 400 tokens more.
-  says('one, two, three' + 'x' * 400, end=False)
+  set_answer('one, two, three' + 'x' * 400, end=False)
   client.engine.pause = 0.001
   fields = dict(stop=[' thr', 'zzz'], stream=stream)
   if stream:
@@ -167,43 +167,50 @@ def test_an_answer_is_cut_before_a_stop_string_and_its_slot_freed(
   client.engine.pause = 0.0
   assert (text, reason) == ('one, two,', 'stop')
   assert client.engine.idle()
-  assert client.engine.cancelled[-1] == client.engine.asked[-1].id
+  assert client.engine.cancelled[-1] == client.engine.requests[-1].id
 
 
-def test_log_probabilities_are_of_the_text_alone(client, says):
-  says('ab. c')
+def test_log_probabilities_are_of_the_text_alone(client, set_answer):
+  set_answer('ab. c')
   fields = dict(logprobs=True, top_logprobs=2, stop='.')
   _, answer = client.post(CHAT, talk(**fields))
   content = answer['choices'][0]['logprobs']['content']
   # The stop string is no text, so its token is not scored either.
-  assert [one['token'] for one in content] == ['a', 'b']
+  assert [entry['token'] for entry in content] == ['a', 'b']
   # Of id i it is -i / 100; the byte 'a' is 97, its id 100.
   assert content[0]['logprob'] == -1.0
   assert content[0]['bytes'] == [97]
-  assert [one['logprob'] for one in content[0]['top_logprobs']] == [-1.0, -2.0]
+  assert [entry['logprob'] for entry in content[0]['top_logprobs']] == [
+    -1.0,
+    -2.0,
+  ]
   events = streamed(client, **fields)
   parts = [e['choices'][0]['logprobs'] for e in events]
-  tokens = [one['token'] for part in parts if part for one in part['content']]
+  tokens = [
+    entry['token'] for part in parts if part for entry in part['content']
+  ]
   assert tokens == ['a', 'b']
 
 
-def test_parts_of_a_character_are_scored_each_with_its_bytes(client, says):
-  says('ß')
+def test_parts_of_a_character_are_scored_each_with_its_bytes(
+  client, set_answer
+):
+  set_answer('ß')
   _, answer = client.post(CHAT, talk(logprobs=True))
   content = answer['choices'][0]['logprobs']['content']
-  assert [one['bytes'] for one in content] == [[0xC3], [0x9F]]
+  assert [entry['bytes'] for entry in content] == [[0xC3], [0x9F]]
   assert content[0]['top_logprobs'] == []
 
 
 def test_several_answers_have_seeds_of_their_own(client):
   _, answer = client.post(CHAT, talk(n=3, seed=5, temperature=0.5))
   assert [choice['index'] for choice in answer['choices']] == [0, 1, 2]
-  seeds = [request.seed for request in client.engine.asked[-3:]]
+  seeds = [request.seed for request in client.engine.requests[-3:]]
   assert seeds[0] == 5 and len(set(seeds)) == 3
   client.post(CHAT, talk(n=3, seed=5, temperature=0.5))
-  assert [request.seed for request in client.engine.asked[-3:]] == seeds
+  assert [request.seed for request in client.engine.requests[-3:]] == seeds
   client.post(CHAT, talk(n=1, seed=6))
-  assert client.engine.asked[-1].seed == 6 and 6 not in seeds
+  assert client.engine.requests[-1].seed == 6 and 6 not in seeds
 
 
 def test_several_answers_are_streamed_side_by_side(client):
@@ -216,19 +223,19 @@ def test_several_answers_are_streamed_side_by_side(client):
 def test_sampling_is_what_was_asked_for(client):
   client.post(CHAT, talk())
   # OpenAI's default.
-  assert client.engine.asked[-1].sampling.temperature == 1.0
+  assert client.engine.requests[-1].sampling.temperature == 1.0
   client.post(CHAT, talk(temperature=0, top_p=0.5, top_k=3))
-  found = client.engine.asked[-1].sampling
-  assert (found.temperature, found.top_p, found.top_k) == (None, None, None)
+  value = client.engine.requests[-1].sampling
+  assert (value.temperature, value.top_p, value.top_k) == (None, None, None)
   fields = dict(top_p=0.5, top_k=3, min_p=0.1, repetition_penalty=1.5)
   client.post(CHAT, talk(temperature=0.7, **fields))
-  found = client.engine.asked[-1].sampling
-  assert found.temperature == 0.7
-  assert {name: getattr(found, name) for name in fields} == fields
+  value = client.engine.requests[-1].sampling
+  assert value.temperature == 0.7
+  assert {name: getattr(value, name) for name in fields} == fields
 
 
-def test_routing_is_told_a_token_each_where_it_is_asked_for(client, says):
-  says('ab')
+def test_routing_is_told_a_token_each_where_it_is_asked_for(client, set_answer):
+  set_answer('ab')
   _, answer = client.post(CHAT, talk(routing=True))
   assert answer['choices'][0]['routing'] == [
     {'token': 'a', 'experts': {'mlp/wo': [0.25, 0.75]}},
@@ -236,16 +243,16 @@ def test_routing_is_told_a_token_each_where_it_is_asked_for(client, says):
   ]
   events = streamed(client, routing=True)
   parts = [e['choices'][0].get('routing', []) for e in events]
-  assert [one['token'] for part in parts for one in part] == ['a', 'b']
+  assert [entry['token'] for part in parts for entry in part] == ['a', 'b']
   _, answer = client.post(CHAT, talk())
   assert 'routing' not in answer['choices'][0]
 
 
 def test_a_failure_amid_a_stream_is_its_last_event(client):
-  before = client.engine.say
-  client.engine.say = lambda request: [*ids_of('ab'), -1]
+  before = client.engine.answer
+  client.engine.answer = lambda request: [*ids_of('ab'), -1]
   events, done = client.events(CHAT, talk(stream=True))
-  client.engine.say = before
+  client.engine.answer = before
   assert not done
   assert ''.join(contents(events[:-1])) == 'ab'
   assert events[-1]['error']['type'] == 'server_error'
@@ -260,18 +267,18 @@ def test_a_model_without_a_template_refuses_to_chat():
 
 
 def test_an_encoder_decoder_reads_turns_as_plain_text():
-  found = fake(ByteTokenizer())
-  found.engine.decoder_only = found.words.decoder_only = False
-  with running(found) as client:
+  value = fake(ByteTokenizer())
+  value.engine.decoder_only = value.tokenizer.decoder_only = False
+  with running(value) as client:
     assert client.chat('hello')[0] == 200
     # T5's inputs end with the end.
-    assert client.engine.asked[-1].ids == (*ids_of('hello'), END)
+    assert client.engine.requests[-1].ids == (*ids_of('hello'), END)
     turns = [
       {'role': 'user', 'content': 'a'},
       {'role': 'assistant', 'content': 'b'},
       {'role': 'user', 'content': 'c'},
     ]
     assert client.post(CHAT, {'model': 'base', 'messages': turns})[0] == 200
-    assert asked(client).startswith('user: a\nassistant: b\nuser: c')
+    assert last_prompt(client).startswith('user: a\nassistant: b\nuser: c')
     status, answer = client.complete('a', echo=True)
     assert status == 400 and answer['error']['param'] == 'echo'

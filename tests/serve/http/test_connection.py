@@ -29,14 +29,14 @@ PATIENCE = 10
 
 def served(limits=SHORT, pause=0.0, length=500):
   engine = FakeEngine(pause=pause, places=4096)
-  engine.say = lambda request: ids_of('x' * length)
+  engine.answer = lambda request: ids_of('x' * length)
   return running(service(engine, ByteTokenizer()), connections=limits)
 
 
 @pytest.fixture(scope='module')
 def client():
-  with served() as found:
-    yield found
+  with served() as client_:
+    yield client_
 
 
 @contextlib.contextmanager
@@ -251,16 +251,18 @@ def test_beyond_the_connections_that_are_answered_a_new_one_gets_503():
     client.engine.running.clear()
     begun = [client.connect() for _ in range(3)]
     body = {'model': 'base', 'prompt': 'a', 'max_tokens': 2}
-    for one in begun:
-      client.begin(one, 'POST', '/v1/completions', body)
+    for connection_ in begun:
+      client.begin(connection_, 'POST', '/v1/completions', body)
     assert client.engine.busy(3)
     status, headers, answer = client.send('GET', '/health')
     assert status == 503 and headers['retry-after'] == '5'
     assert json.loads(answer)['error']['code'] == 'busy'
     client.engine.running.set()
-    assert [one.getresponse().status for one in begun] == [200] * 3
-    for one in begun:
-      one.close()
+    assert [connection_.getresponse().status for connection_ in begun] == [
+      200
+    ] * 3
+    for connection_ in begun:
+      connection_.close()
     assert client.get('/health')[0] == 200
 
 
@@ -274,17 +276,17 @@ def test_limits_of_connections_are_checked(name, value):
 def test_connections_fit_the_files_that_the_process_may_open(monkeypatch):
   calls = []
   monkeypatch.setattr(
-    connection.resource, 'getrlimit', lambda which: (256, 1000)
+    connection.resource, 'getrlimit', lambda resource_: (256, 1000)
   )
   monkeypatch.setattr(
-    connection.resource, 'setrlimit', lambda which, to: calls.append(to)
+    connection.resource, 'setrlimit', lambda resource_, to: calls.append(to)
   )
   # 64 to refuse and 256 other files leave 680 of 1,000.
   assert connection.open_files(ConnectionLimits(count=5000)).count == 680
   assert connection.open_files(ConnectionLimits(count=100)).count == 100
   assert calls == [(1000, 1000), (420, 1000)]
   monkeypatch.setattr(
-    connection.resource, 'getrlimit', lambda which: (300, 300)
+    connection.resource, 'getrlimit', lambda resource_: (300, 300)
   )
   with pytest.raises(ValueError, match='ulimit -n'):
     connection.open_files(ConnectionLimits())
@@ -293,6 +295,6 @@ def test_connections_fit_the_files_that_the_process_may_open(monkeypatch):
 def test_a_limit_of_files_without_bound_is_left_alone(monkeypatch):
   endless = resource.RLIM_INFINITY
   monkeypatch.setattr(
-    connection.resource, 'getrlimit', lambda which: (endless, endless)
+    connection.resource, 'getrlimit', lambda resource_: (endless, endless)
   )
   assert connection.open_files(ConnectionLimits()).count == 512

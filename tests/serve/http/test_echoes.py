@@ -14,8 +14,8 @@ USER = {'role': 'user', 'content': 'a'}
 @pytest.fixture(scope='module')
 def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  with in_process(fake(words)) as made:
-    yield made
+  with in_process(fake(words)) as client_:
+    yield client_
 
 
 def ask(client, answer):
@@ -46,10 +46,10 @@ def ask(client, answer):
 def test_empty_fields_of_an_echoed_answer_say_nothing(client, fields):
   plain = {'role': 'assistant', 'content': 'b'}
   assert ask(client, plain)[0] == 200
-  prompt = client.engine.asked[-1].ids
+  prompt = client.engine.requests[-1].ids
   status, answer = ask(client, {**plain, **fields})
   assert status == 200, answer
-  assert client.engine.asked[-1].ids == prompt
+  assert client.engine.requests[-1].ids == prompt
 
 
 @pytest.mark.parametrize(

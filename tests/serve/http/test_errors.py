@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moepeft.serve.http.limits import Limits
+from moepeft.serve.http.limits import RequestLimits
 from tests.serve.small_server import byte_tokenizer, fake, running
 
 CHAT, COMPLETIONS = '/v1/chat/completions', '/v1/completions'
@@ -16,15 +16,17 @@ TEXT = {'model': 'base', 'prompt': 'a'}
 @pytest.fixture(scope='module')
 def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  with running(fake(words, limits=Limits(body=5000, choices=7))) as found:
-    yield found
+  with running(
+    fake(words, limits=RequestLimits(body=5000, choices=7))
+  ) as value:
+    yield value
 
 
 def problem(status, answer):
   """The error of an answer, which must be of OpenAI's form."""
-  found = json.loads(answer) if isinstance(answer, bytes) else answer
-  assert set(found) == {'error'}, (status, found)
-  error = found['error']
+  value = json.loads(answer) if isinstance(answer, bytes) else answer
+  assert set(value) == {'error'}, (status, value)
+  error = value['error']
   assert set(error) == {'message', 'type', 'param', 'code'}
   assert error['message'] and '\n' not in error['message']
   assert 'ydantic' not in error['message']
@@ -181,18 +183,18 @@ def test_a_body_that_does_not_tell_its_length_is_limited_too(client):
 def test_another_route_or_method_is_told_in_the_same_form(
   client, method, path, status
 ):
-  found, _, body = client.send(method, path)
-  assert found == status
+  value, _, body = client.send(method, path)
+  assert value == status
   problem(status, body)
 
 
 def test_an_unknown_model_is_a_404_and_never_the_base(client):
   for path, body in ((CHAT, TALK), (COMPLETIONS, TEXT)):
-    asked = len(client.engine.asked)
+    request_count = len(client.engine.requests)
     status, answer = client.post(path, {**body, 'model': 'bas'})
     assert status == 404
     assert problem(status, answer)['code'] == 'model_not_found'
-    assert len(client.engine.asked) == asked
+    assert len(client.engine.requests) == request_count
   assert client.get('/v1/models/bas')[0] == 404
 
 
@@ -215,10 +217,10 @@ def test_prompt_and_answer_beyond_the_places_are_refused(client):
 def test_a_failure_of_the_engine_is_a_500_and_the_next_request_is_answered(
   client,
 ):
-  said = client.engine.say
-  client.engine.say = lambda request: [100, -1]
+  original = client.engine.answer
+  client.engine.answer = lambda request: [100, -1]
   status, answer = client.complete()
-  client.engine.say = said
+  client.engine.answer = original
   assert status == 500
   assert problem(status, answer)['type'] == 'server_error'
   assert client.complete()[0] == 200
@@ -228,7 +230,7 @@ def test_a_bug_is_a_500_in_the_same_form(client, monkeypatch):
   def broken(request):
     raise AssertionError('a bug')
 
-  monkeypatch.setattr(client.engine, 'say', broken)
+  monkeypatch.setattr(client.engine, 'answer', broken)
   status, answer = client.complete()
   assert status == 500
   assert 'a bug' not in problem(status, answer)['message']

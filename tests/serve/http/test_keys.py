@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may ask: keys, hosts, origins, and the admin's routes."""
+"""Access control: keys, hosts, origins, and the admin's routes."""
 
 import hmac
 
 import pytest
 
 from moepeft.serve.http import app, keys
-from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.keys import ApiKeys
 from tests.serve.small_server import fake, running
 
-KEYS = Keys((b'user-key', b'other-key'), (b'admin-key',))
+KEYS = ApiKeys((b'user-key', b'other-key'), (b'admin-key',))
 
 
 @pytest.fixture(scope='module')
 def client():
-  with running(fake(keys=KEYS)) as found:
-    yield found
+  with running(fake(keys=KEYS)) as client_:
+    yield client_
 
 
 def bearer(key):
@@ -66,7 +66,7 @@ def test_the_engine_is_told_who_asks_and_not_by_which_key(client):
   body = {'model': 'base', 'prompt': 'a'}
   for key in ('user-key', 'other-key', 'user-key'):
     assert client.post('/v1/completions', body, **bearer(key))[0] == 200
-  first, second, third = [r.client for r in client.engine.asked[-3:]]
+  first, second, third = [r.client for r in client.engine.requests[-3:]]
   assert first == third != second and first
   assert 'key' not in first
 
@@ -121,16 +121,16 @@ def test_a_page_of_elsewhere_gets_no_answer_and_named_ones_do():
     assert 'access-control-allow-origin' not in headers
   with running(fake(keys=KEYS, origins=('https://chat.example',))) as client:
     status, headers, _ = client.send('OPTIONS', path, **origin, **asks)
-    assert status == 204
+    assert status == 200
     assert headers['access-control-allow-origin'] == 'https://chat.example'
     assert headers['access-control-allow-headers'] == 'authorization'
     # Asking is free, being answered is not.
     status, headers, _ = client.send('GET', '/v1/models', **origin)
     assert status == 401
     assert headers['access-control-allow-origin'] == 'https://chat.example'
-    other = {'Origin': 'https://evil.example'}
-    status, headers, _ = client.send('OPTIONS', path, **other, **asks)
-    assert status == 401
+    foreign = {'Origin': 'https://evil.example'}
+    status, headers, _ = client.send('OPTIONS', path, **foreign, **asks)
+    assert status == 400
     assert 'access-control-allow-origin' not in headers
 
 
@@ -150,13 +150,13 @@ def test_keys_are_read_a_line_each(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'text, said',
+  'text, message',
   [('', 'holds no key'), ('a b', 'key 1'), ('ok\nschlüssel', 'key 2')],
 )
-def test_a_file_without_good_keys_is_refused(tmp_path, text, said):
+def test_a_file_without_good_keys_is_refused(tmp_path, text, message):
   path = tmp_path / 'keys'
   path.write_text(text)
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     keys.read(str(path), 'api_key_file')
   with pytest.raises(ValueError, match='cannot be read'):
     keys.read(str(tmp_path / 'none'), 'api_key_file')

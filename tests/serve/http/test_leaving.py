@@ -9,7 +9,7 @@ import pytest
 
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.serve.http import server
-from moepeft.serve.http.limits import Limits
+from moepeft.serve.http.limits import RequestLimits
 from tests.serve.fake_engine import FakeEngine, ids_of
 from tests.serve.small_server import (
   TIMEOUT,
@@ -26,14 +26,14 @@ TEXT = {'model': 'base', 'prompt': 'a', 'max_tokens': 400}
 def endless(pause=0.002, **limits):
   """A service whose engine goes on until it is told to end."""
   engine = FakeEngine(pause=pause)
-  engine.say = lambda request: ids_of('x' * 500)
-  return service(engine, ByteTokenizer(), limits=Limits(**limits))
+  engine.answer = lambda request: ids_of('x' * 500)
+  return service(engine, ByteTokenizer(), limits=RequestLimits(**limits))
 
 
 @pytest.fixture
 def client():
-  with running(endless()) as found:
-    yield found
+  with running(endless()) as service_:
+    yield service_
 
 
 @pytest.mark.parametrize('stream', [False, True])
@@ -73,7 +73,7 @@ def test_one_client_leaves_and_another_is_answered(client):
   client.engine.running.set()
   answer = second.getresponse()
   assert answer.status == 200 and b'xxxxx' in answer.read()
-  assert client.engine.cancelled == [client.engine.asked[0].id]
+  assert client.engine.cancelled == [client.engine.requests[0].id]
   second.close()
 
 
@@ -85,7 +85,7 @@ def test_a_client_that_leaves_before_its_body_is_sent_does_no_harm(client):
   connection.endheaders(b'{"model"')
   connection.close()
   assert client.complete(max_tokens=3)[0] == 200
-  assert len(client.engine.asked) == 1
+  assert len(client.engine.requests) == 1
 
 
 def test_an_answer_ends_when_its_time_is_over():
@@ -178,29 +178,29 @@ def test_a_stream_that_does_not_end_is_cut_when_the_server_goes_down(client):
 
 def test_an_answer_that_the_engine_does_not_end_is_a_503(monkeypatch, caplog):
   monkeypatch.setattr(server, '_LAST', 1)
-  found = endless()
-  with running(found) as client:
-    found.engine.running.clear()
+  service_ = endless()
+  with running(service_) as client:
+    service_.engine.running.clear()
     connection = client.connect()
     client.begin(connection, 'POST', COMPLETIONS, TEXT)
     assert client.engine.busy(1)
     # As where it compiles a program for minutes.
-    stop, found.engine.stop = found.engine.stop, lambda: None
+    stop, service_.engine.stop = service_.engine.stop, lambda: None
     assert drained(client, 0.1)
     answer = connection.getresponse()
     assert answer.status == 503 and b'going down' in answer.read()
     connection.close()
-    found.engine.stop = stop
+    service_.engine.stop = stop
   assert 'Traceback' not in caplog.text and 'Exception' not in caplog.text
 
 
 def test_a_server_that_cannot_end_says_so_to_its_command(monkeypatch):
   monkeypatch.setattr(server, '_LAST', 0.2)
   released, overdue = threading.Event(), threading.Event()
-  found = endless()
-  with running(found) as client:
+  service_ = endless()
+  with running(service_) as client:
     # As where a thread holds the engine's lock for ever.
-    found.engine.drain = lambda seconds: released.wait(TIMEOUT)
+    service_.engine.drain = lambda seconds: released.wait(TIMEOUT)
     client.server.overdue = overdue.set
     begun = time.monotonic()
     client.server._seconds = 0.3
@@ -220,8 +220,8 @@ def test_the_log_has_a_line_a_request_with_its_tokens(client, caplog):
   assert headers['x-request-id'] == 'mine-7'
 
   def lines():
-    said = (record.getMessage() for record in caplog.records)
-    return [line for line in said if 'POST' in line]
+    messages = (record.getMessage() for record in caplog.records)
+    return [line for line in messages if 'POST' in line]
 
   # It is written when the answer is out.
   wait_until(lines)
@@ -255,17 +255,17 @@ def test_counts_are_there_for_prometheus(client):
 
 
 def test_the_event_loop_answers_while_a_tokenizer_is_busy():
-  found = service(FakeEngine(), ByteTokenizer())
+  service_ = service(FakeEngine(), ByteTokenizer())
   entered, go_on = threading.Event(), threading.Event()
-  plain = found.words.plain
+  plain = service_.tokenizer.encode_prompt
 
   def slow(text):
     entered.set()
     assert go_on.wait(TIMEOUT)
     return plain(text)
 
-  found.words.plain = slow
-  with running(found) as client:
+  service_.tokenizer.encode_prompt = slow
+  with running(service_) as client:
     connection = client.connect()
     client.begin(connection, 'POST', COMPLETIONS, TEXT)
     assert entered.wait(TIMEOUT)

@@ -13,7 +13,7 @@ from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.tools import parser as tool_parser
 from moepeft.inference.tools.tools import STYLES
 from moepeft.models.decoder.model import DecoderConfig
-from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.keys import ApiKeys
 from tests.serve.fake_engine import END, ids_of
 from tests.serve.in_process import in_process
 from tests.serve.small_server import (
@@ -35,10 +35,10 @@ VECTORS = {'model': 'vectors', 'input': 'a'}
 @pytest.fixture(scope='module')
 def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  service = constrained(fake(words, keys=Keys((), (b'admin',))), words)
+  service = constrained(fake(words, keys=ApiKeys((), (b'admin',))), words)
   service.embedder = FakeEmbedder()
-  with in_process(service, 'admin') as made:
-    yield made
+  with in_process(service, 'admin') as client_:
+    yield client_
 
 
 def post(client, path, body):
@@ -181,18 +181,21 @@ def test_half_a_surrogate_that_a_model_writes_is_text(client, streamed):
     '{"name": "f", "arguments": "{\\"a\\": \\"\\\\ud800\\"}"}',
     '{"name": "f", "arguments": "\\udc00"}',
   ):
-    said = f'<tool_call>{call}</tool_call>'
-    client.engine.say = lambda request, said=said: [*ids_of(said), END]
+    text = f'<tool_call>{call}</tool_call>'
+    client.engine.answer = lambda request, text=text: [*ids_of(text), END]
     service = client.service
-    service.calling, calling = type(service.calling)(None), service.calling
+    service.tool_planner, calling = (
+      type(service.tool_planner)(None),
+      service.tool_planner,
+    )
     try:
       body = {**TALK, 'tools': tools, 'stream': streamed}
       raw = json.dumps(body).encode()
       status, _, answer = client.send('POST', CHAT, raw)
     finally:
-      service.calling = calling
-      del client.engine.say
-      client.engine.say = lambda request: [*request.ids[-5:], END]
+      service.tool_planner = calling
+      del client.engine.answer
+      client.engine.answer = lambda request: [*request.ids[-5:], END]
     assert status == 200 and b'server_error' not in answer, answer
     assert b'<tool_call>' in answer or b'tool_call' in answer
 
@@ -238,8 +241,10 @@ def test_adapters_whose_card_has_odd_types_are_a_400(
   base, folder = adapter
 
   def load(name, path):
-    found = read_adapter(path, base)
-    return api.LoadedAdapter(name, found.built.method, found.sha256, 1, path)
+    adapter_ = read_adapter(path, base)
+    return api.LoadedAdapter(
+      name, adapter_.built.method, adapter_.sha256, 1, path
+    )
 
   monkeypatch.setattr(client.engine, 'load', load)
   card = json.loads((folder / 'adapter.json').read_text())

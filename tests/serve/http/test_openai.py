@@ -7,9 +7,9 @@ import operator
 
 import pytest
 
-from moepeft.serve.http.chat_templates import Voice
-from moepeft.serve.http.keys import Keys
-from moepeft.serve.http.model_registry import Models
+from moepeft.serve.http.chat_templates import ChatSettings
+from moepeft.serve.http.keys import ApiKeys
+from moepeft.serve.http.model_registry import ModelRegistry
 from tests.serve.fake_engine import END, ids_of
 from tests.serve.small_server import (
   FakeEmbedder,
@@ -28,18 +28,18 @@ TURNS = [{'role': 'user', 'content': 'hi'}]
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  service = constrained(fake(words, keys=Keys((b'secret',), ())), words)
+  service = constrained(fake(words, keys=ApiKeys((b'secret',), ())), words)
   service.embedder = FakeEmbedder()
-  with running(service) as found:
-    yield found
+  with running(service) as value:
+    yield value
 
 
 @pytest.fixture(scope='module')
 def client(server):
   with openai.OpenAI(
     base_url=f'{server.url}/v1', api_key='secret', max_retries=0, timeout=20
-  ) as found:
-    yield found
+  ) as value:
+    yield value
 
 
 def test_models(client, server):
@@ -52,7 +52,7 @@ def test_models(client, server):
   assert client.models.retrieve('law').owned_by == 'moepeft'
   answer = client.chat.completions.create(model='law', messages=TURNS)
   base = client.chat.completions.create(model='base', messages=TURNS)
-  assert answer.model == 'law' and server.engine.asked[-2].adapter == 'law'
+  assert answer.model == 'law' and server.engine.requests[-2].adapter == 'law'
   assert answer.system_fingerprint != base.system_fingerprint
   # Another adapter under the same name has another fingerprint.
   server.engine.load('law', 'runs/newer')
@@ -82,12 +82,12 @@ def test_the_model_for_embeddings_is_told_from_those_that_write(client, server):
 
 
 def test_two_models_do_not_have_one_name(server):
-  engine, voice = server.engine, Voice()
+  engine, voice = server.engine, ChatSettings()
   with pytest.raises(ValueError, match='--name'):
-    Models(engine, 'base', '', voice, ['base'])
-  found = Models(engine, 'base', '', voice, ['vectors'])
+    ModelRegistry(engine, 'base', '', voice, ['base'])
+  value = ModelRegistry(engine, 'base', '', voice, ['vectors'])
   with pytest.raises(ValueError, match='for embeddings'):
-    found.load('vectors', 'runs/a')
+    value.load('vectors', 'runs/a')
 
 
 def test_chat(client):
@@ -127,15 +127,15 @@ def test_a_model_of_pydantic_comes_back(client):
   class Answer(pydantic.BaseModel):
     colour: bool
 
-  found = client.chat.completions.parse(
+  value = client.chat.completions.parse(
     model='base', messages=TURNS, response_format=Answer
   )
-  assert isinstance(found.choices[0].message.parsed, Answer)
+  assert isinstance(value.choices[0].message.parsed, Answer)
 
 
 def test_tools(client):
   class Weather(pydantic.BaseModel):
-    """Of a town."""
+    """The weather of a town."""
 
     warm: bool
 
@@ -163,15 +163,15 @@ def test_tools(client):
 
 def test_embeddings(client):
   for form in ('float', 'base64', openai.omit):
-    found = client.embeddings.create(
+    value = client.embeddings.create(
       model='vectors', input=['aab', 'c'], encoding_format=form
     )
     # Of 'aab' it is (2, 1, 0) over the root of 5.
-    first = found.data[0].embedding
+    first = value.data[0].embedding
     if form == 'base64':
       continue
     assert first == pytest.approx([2 / 5**0.5, 1 / 5**0.5, 0], abs=1e-6)
-  assert found.usage.prompt_tokens == 4
+  assert value.usage.prompt_tokens == 4
   short = client.embeddings.create(
     model='vectors', input='abc', dimensions=2, encoding_format='float'
   )
@@ -196,10 +196,10 @@ def test_wrong_embeddings_are_errors(client, fields):
 
 
 def test_without_a_model_for_embeddings_there_is_none(client, server):
-  own, server.service.embedder = server.service.embedder, None
+  embedder, server.service.embedder = server.service.embedder, None
   with pytest.raises(openai.NotFoundError, match='--embeddings'):
     client.embeddings.create(model='vectors', input='a')
-  server.service.embedder = own
+  server.service.embedder = embedder
 
 
 def test_errors_are_those_of_the_package(client, server):
@@ -211,18 +211,18 @@ def test_errors_are_those_of_the_package(client, server):
   with pytest.raises(openai.BadRequestError) as e:
     client.completions.create(model='base', prompt='a', suffix='b')
   assert e.value.param == 'suffix'
-  said = server.engine.say
-  server.engine.say = lambda request: [*ids_of('ab'), -1]
+  original = server.engine.answer
+  server.engine.answer = lambda request: [*ids_of('ab'), -1]
   with pytest.raises(openai.InternalServerError):
     client.completions.create(model='base', prompt='a')
   with pytest.raises(openai.APIError, match='the engine failed'):
     list(client.completions.create(model='base', prompt='a', stream=True))
-  server.engine.say = said
+  server.engine.answer = original
 
 
 def test_leaving_a_stream_frees_its_slot(client, server):
-  said = server.engine.say
-  server.engine.say = lambda request: [*ids_of('x' * 400), END]
+  original = server.engine.answer
+  server.engine.answer = lambda request: [*ids_of('x' * 400), END]
   server.engine.pause = 0.02
   stream = client.chat.completions.create(
     model='base', messages=TURNS, stream=True
@@ -230,16 +230,16 @@ def test_leaving_a_stream_frees_its_slot(client, server):
   next(iter(stream))
   stream.close()
   assert server.engine.idle()
-  server.engine.pause, server.engine.say = 0.0, said
-  assert server.engine.cancelled[-1] == server.engine.asked[-1].id
+  server.engine.pause, server.engine.answer = 0.0, original
+  assert server.engine.cancelled[-1] == server.engine.requests[-1].id
 
 
 def test_tokens_there_and_back(server):
   server.key = 'secret'
   body = {'model': 'base', 'prompt': 'aß'}
-  _, found = server.post('/tokenize', body)
-  assert found['tokens'] == ids_of('aß') and found['count'] == 3
-  body = {'model': 'base', 'tokens': found['tokens']}
+  _, value = server.post('/tokenize', body)
+  assert value['tokens'] == ids_of('aß') and value['count'] == 3
+  body = {'model': 'base', 'tokens': value['tokens']}
   assert server.post('/detokenize', body)[1] == {'prompt': 'aß'}
-  _, found = server.post('/tokenize', {'model': 'base', 'messages': TURNS})
-  assert found['tokens'] == ids_of('u:hi|a:')
+  _, value = server.post('/tokenize', {'model': 'base', 'messages': TURNS})
+  assert value['tokens'] == ids_of('u:hi|a:')

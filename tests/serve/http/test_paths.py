@@ -5,11 +5,11 @@ import pytest
 
 from moepeft.inference import api
 from moepeft.serve.http import app
-from moepeft.serve.http.keys import Keys
+from moepeft.serve.http.keys import ApiKeys
 from tests.serve.small_server import fake, running
 
 PATH = '/srv/secret-place/runs/law'
-KEYS = Keys((b'user',), (b'admin',))
+KEYS = ApiKeys((b'user',), (b'admin',))
 
 
 def load(client):
@@ -17,9 +17,9 @@ def load(client):
   client.engine.loads['law'] = card
 
 
-@pytest.fixture(params=[KEYS, Keys((), (b'admin',)), Keys()])
+@pytest.fixture(params=[KEYS, ApiKeys((), (b'admin',)), ApiKeys()])
 def client(request):
-  """Of servers with keys for all, for adapters alone, and for nothing."""
+  """Clients of servers with keys for all, for adapters, and for nothing."""
   with running(fake(keys=request.param)) as served:
     load(served)
     served.key = 'user'
@@ -47,7 +47,7 @@ def test_no_answer_to_a_user_names_a_path_of_the_server(client):
 
 def test_a_failure_of_the_engine_names_no_path(client, caplog):
   client.engine.failure = f'RuntimeError: {PATH}/adapter.npz is damaged'
-  client.engine.say = lambda request: [-1]
+  client.engine.answer = lambda request: [-1]
   for stream in (False, True):
     body = {'model': 'base', 'prompt': 'a', 'stream': stream}
     _, _, answer = client.send('POST', '/v1/completions', body)

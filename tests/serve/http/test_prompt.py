@@ -35,8 +35,8 @@ def client(tmp_path_factory):
   engine = Engine(model, base.params, banks, settings)
   # Before the server, which is not waited for as long.
   engine.start()
-  with running(service(engine, ByteTokenizer()), started=False) as found:
-    yield found
+  with running(service(engine, ByteTokenizer()), started=False) as client_:
+    yield client_
 
 
 def complete(client, prompt, **fields):
@@ -59,14 +59,14 @@ def test_echo_has_the_users_tokens_with_their_places(client):
   _, answer = complete(client, 'hello', **fields)
   (choice,) = answer['choices']
   assert choice['text'] == 'hello'
-  told = choice['logprobs']
-  assert told['tokens'] == list('hello')
-  assert told['text_offset'] == [0, 1, 2, 3, 4]
-  assert told['token_logprobs'][0] is None
+  response = choice['logprobs']
+  assert response['tokens'] == list('hello')
+  assert response['text_offset'] == [0, 1, 2, 3, 4]
+  assert response['token_logprobs'][0] is None
   _, base = client.complete('hello', temperature=0, **fields)
   plain = base['choices'][0]['logprobs']['token_logprobs']
-  assert all(a != b for a, b in zip(told['token_logprobs'], plain, strict=True)
-             if b is not None)  # fmt: skip
+  pairs = zip(response['token_logprobs'], plain, strict=True)
+  assert all(a != b for a, b in pairs if b is not None)
 
 
 @pytest.mark.parametrize('token', [263, 267, 300])
@@ -88,10 +88,12 @@ def test_a_prompts_places_are_not_for_text(client):
   # As many as there is room for, where none is said.
   status, answer = complete(client, 'a' * 30)
   assert status == 200 and answer['usage']['completion_tokens'] <= 5
-  _, told = client.post('/tokenize', {'model': 'soft', 'prompt': 'ab'})
-  assert told['count'] == 2 and told['max_model_len'] == 35
+  _, response = client.post('/tokenize', {'model': 'soft', 'prompt': 'ab'})
+  assert response['count'] == 2 and response['max_model_len'] == 35
 
 
 def test_the_list_of_adapters_tells_how_long_a_prompt_is(client):
   _, answer = client.get('/v1/adapters')
-  assert [(one['id'], one['before']) for one in answer['data']] == [('soft', 5)]
+  assert [(entry['id'], entry['before']) for entry in answer['data']] == [
+    ('soft', 5)
+  ]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moepeft.serve.http.tool_calls import Calling
+from moepeft.serve.http.tool_calls import ToolPlanner
 from tests.serve.fake_engine import END, ids_of, text_of
 from tests.serve.small_server import (
   byte_tokenizer,
@@ -36,21 +36,21 @@ CALL = (
 @pytest.fixture(scope='module')
 def client(tmp_path_factory):
   words = byte_tokenizer(tmp_path_factory.mktemp('words'))
-  with running(constrained(fake(words), words)) as found:
-    yield found
+  with running(constrained(fake(words), words)) as client_:
+    yield client_
 
 
 @pytest.fixture
-def says(client, monkeypatch):
-  """What the engine says where no constraint holds it."""
+def set_answer(client, monkeypatch):
+  """Sets the engine's answers to requests without a constraint."""
 
-  def say(text):
-    monkeypatch.setattr(client.engine, 'say', lambda r: [*ids_of(text), END])
+  def set_text(text):
+    monkeypatch.setattr(client.engine, 'answer', lambda r: [*ids_of(text), END])
     # The fake follows a constraint by itself; here it is free.
-    free = 'moepeft.serve.http.tool_calls.Plan.constraint'
+    free = 'moepeft.serve.http.tool_calls.ToolPlan.constraint'
     monkeypatch.setattr(free, lambda self: None)
 
-  return say
+  return set_text
 
 
 def talk(**fields):
@@ -58,16 +58,16 @@ def talk(**fields):
   return {'model': 'base', 'messages': messages, 'tools': [TOOL], **fields}
 
 
-def test_tools_are_in_the_prompt_unless_none_may_be_called(client, says):
-  says('no')
+def test_tools_are_in_the_prompt_unless_none_may_be_called(client, set_answer):
+  set_answer('no')
   client.post(CHAT, talk())
-  assert 'weather' in text_of(client.engine.asked[-1].ids)
+  assert 'weather' in text_of(client.engine.requests[-1].ids)
   client.post(CHAT, talk(tool_choice='none'))
-  assert 'weather' not in text_of(client.engine.asked[-1].ids)
+  assert 'weather' not in text_of(client.engine.requests[-1].ids)
 
 
-def test_a_call_in_an_answer_is_read_out_of_its_text(client, says):
-  says(f'I look.\n{CALL}')
+def test_a_call_in_an_answer_is_read_out_of_its_text(client, set_answer):
+  set_answer(f'I look.\n{CALL}')
   status, answer = client.post(CHAT, talk())
   assert status == 200
   (choice,) = answer['choices']
@@ -80,8 +80,8 @@ def test_a_call_in_an_answer_is_read_out_of_its_text(client, says):
   assert json.loads(call['function']['arguments']) == {'town': 'Ulm'}
 
 
-def test_an_answer_without_a_call_is_content_and_stops(client, says):
-  says('just so')
+def test_an_answer_without_a_call_is_content_and_stops(client, set_answer):
+  set_answer('just so')
   _, answer = client.post(CHAT, talk())
   (choice,) = answer['choices']
   assert choice['message']['content'] == 'just so'
@@ -89,14 +89,14 @@ def test_an_answer_without_a_call_is_content_and_stops(client, says):
   assert choice['finish_reason'] == 'stop'
 
 
-def test_a_call_alone_has_null_content(client, says):
-  says(CALL)
+def test_a_call_alone_has_null_content(client, set_answer):
+  set_answer(CALL)
   _, answer = client.post(CHAT, talk())
   assert answer['choices'][0]['message']['content'] is None
 
 
-def test_a_streamed_call_comes_in_deltas_that_add_up(client, says):
-  says(f'I look.\n{CALL}\n{CALL}')
+def test_a_streamed_call_comes_in_deltas_that_add_up(client, set_answer):
+  set_answer(f'I look.\n{CALL}\n{CALL}')
   client.engine.pause = 0.001
   events, done = client.events(CHAT, talk(stream=True))
   client.engine.pause = 0.0
@@ -107,9 +107,11 @@ def test_a_streamed_call_comes_in_deltas_that_add_up(client, says):
   assert not any('<tool' in (d.get('content') or '') for d in deltas)
   parts = [part for d in deltas for part in d.get('tool_calls', ())]
   for index in (0, 1):
-    own = [part for part in parts if part['index'] == index]
-    assert own[0]['function']['name'] == 'weather' and own[0]['id']
-    text = ''.join(part['function']['arguments'] for part in own)
+    call_parts = [part for part in parts if part['index'] == index]
+    assert (
+      call_parts[0]['function']['name'] == 'weather' and call_parts[0]['id']
+    )
+    text = ''.join(part['function']['arguments'] for part in call_parts)
     assert json.loads(text) == {'town': 'Ulm'}
   assert events[-1]['choices'][0]['finish_reason'] == 'tool_calls'
 
@@ -133,12 +135,12 @@ def test_a_named_tool_is_called_exactly_once():
   named = {'type': 'function', 'function': {'name': 'weather'}}
   for choice, several in (('required', True), (named, False)):
     # Whether the answer may have more calls after the first.
-    plan = Calling(object()).plan([TOOL], choice, True, '')
+    plan = ToolPlanner(object()).plan([TOOL], choice, True, '')
     assert plan.parallel is several
 
 
-def test_calls_and_their_results_go_back_into_the_prompt(client, says):
-  says('done')
+def test_calls_and_their_results_go_back_into_the_prompt(client, set_answer):
+  set_answer('done')
   turns = [
     {'role': 'user', 'content': 'hi'},
     {
@@ -155,7 +157,7 @@ def test_calls_and_their_results_go_back_into_the_prompt(client, says):
     {'role': 'tool', 'tool_call_id': 'call_1', 'content': 'rain'},
   ]
   assert client.post(CHAT, talk(messages=turns))[0] == 200
-  text = text_of(client.engine.asked[-1].ids)
+  text = text_of(client.engine.requests[-1].ids)
   assert '<tool_call>{"name": "weather"' in text and 't:rain|' in text
   wrong = json.loads(json.dumps(turns).replace('{\\"town', '[\\"town'))
   status, answer = client.post(CHAT, talk(messages=wrong))

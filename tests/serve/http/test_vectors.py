@@ -11,7 +11,7 @@ import pytest
 
 from moepeft.inference.api import EngineFull
 from moepeft.serve.http.bounded import BoundedThread
-from moepeft.serve.http.limits import Limits
+from moepeft.serve.http.limits import RequestLimits
 from tests.serve.in_process import in_process
 from tests.serve.small_server import fake
 
@@ -33,7 +33,7 @@ class SlowEmbedder:
 
 
 def test_beyond_the_queue_a_request_for_vectors_is_a_429():
-  service = fake(limits=Limits(queue=2))
+  service = fake(limits=RequestLimits(queue=2))
   service.embedder = embedder = SlowEmbedder()
   with in_process(service) as client, ThreadPoolExecutor(3) as pool:
 
@@ -51,12 +51,12 @@ def test_beyond_the_queue_a_request_for_vectors_is_a_429():
     assert status == 429
     assert json.loads(answer)['error']['code'] == 'queue_full'
     embedder.go.set()
-    assert [one.result()[0] for one in waiting] == [200] * 3
+    assert [future.result()[0] for future in waiting] == [200] * 3
     assert ask()[0] == 200
 
 
 def test_vectors_that_take_too_long_are_a_503():
-  service = fake(limits=Limits(seconds=0.2))
+  service = fake(limits=RequestLimits(seconds=0.2))
   service.embedder = embedder = SlowEmbedder()
   with in_process(service) as client:
     status, _, answer = client.send('POST', '/v1/embeddings', RAW)

@@ -7,7 +7,7 @@ import pytest
 
 from moepeft import config as config_lib
 from moepeft.peft.build import build
-from moepeft.runs import next_steps
+from moepeft.training import next_steps
 
 SITES = {
   'encoder/self/q': 'query',

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An entry of ROUTERS: a router's module and the facts about it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLoss:
+  """An auxiliary loss of a router.
+
+  Attributes:
+    function: RouterStats of a site -> scalar, the mean over layers. The sums
+      are of the whole batch, whatever is accumulated or sharded.
+    reads: names in `RouterStats.aux`; sites without them are left out.
+  """
+
+  function: Callable
+  reads: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSpec:
+  """An entry of ROUTERS.
+
+  Tests check each fact that is true, and show a counterexample of each that is
+  false.
+
+  Attributes:
+    module: the Flax module `(x, ctx) -> Routing`; its fields are the options,
+      one of which is `experts`.
+    normalized: whether a token's combine weights sum to one, with the default
+      options.
+    causal: whether a token's routing depends on no later token of its row.
+    independent_of_batch: whether a token's routing depends on no other row.
+    learned: whether the router has trained parameters.
+    losses: {name in config.router_losses: loss}, beside those of
+      `moepeft.moe.aux_losses`, which every router has.
+    defaults: {semantics: options that the semantics decides}.
+    pooled_module: for a router whose function depends on its path in the tree,
+      which a pool of served adapters changes: router -> a router with the
+      same function of the array 'kernel' alone. None for all others.
+    pooled_kernel: (path, options, shape) -> that array.
+    pooled_options: options that only `pooled_kernel` reads.
+  """
+
+  module: Any
+  normalized: bool = True
+  causal: bool = True
+  independent_of_batch: bool = True
+  learned: bool = True
+  losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  pooled_module: Callable | None = None
+  pooled_kernel: Callable | None = None
+  pooled_options: tuple[str, ...] = ()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks of the training loop: logging, validation, checkpoints, ...
+
+A new one is a file and a line here; docs/extending/callback.md has a worked
+example.
+"""
+
+from ml_collections import ConfigDict
+
+from moepeft.core.registry import Registry
+from moepeft.training.callbacks.callback import Callback as Callback
+from moepeft.training.callbacks.callback import CallbackEntry as CallbackEntry
+
+CALLBACKS = Registry(
+  'callback',
+  'moepeft.training.callbacks',
+  {
+    'metrics_logging': 'metrics_logging:METRICS_LOGGING',
+    'held_out_evaluation': 'evaluation:EVALUATION',
+    'early_stopping': 'early_stopping:EARLY_STOPPING',
+    'signal_handling': 'signals:SIGNAL_HANDLING',
+    'checkpointing': 'checkpointing:CHECKPOINTING',
+    'plotting': 'plotting:PLOTTING',
+    'profiling': 'profiling:PROFILING',
+  },
+)
+
+
+def build_callbacks(config: ConfigDict) -> list[Callback]:
+  """The callbacks that a config turns on, in the order in which they run.
+
+  Raises:
+    ValueError: config.callbacks names one that there is not, or a callback
+      refuses a value.
+  """
+  named = [name.strip() for name in config.callbacks.split(',') if name.strip()]
+  entries = {name: CALLBACKS.lookup(name) for name in named}
+  for name, entry in CALLBACKS.items():
+    if any(_value(config, key) for key in entry.enabled_by):
+      entries.setdefault(name, entry)
+  ordered = sorted(entries.values(), key=lambda entry: entry.order)
+  return [entry.build(config) for entry in ordered]
+
+
+def _value(config: ConfigDict, key: str) -> object:
+  for part in key.split('.'):
+    config = config[part]
+  return config

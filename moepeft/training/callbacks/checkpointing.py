@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves checkpoints."""
+
+import dataclasses
+
+from moepeft.core import distributed
+from moepeft.training.callbacks.callback import Callback, CallbackEntry
+
+
+class Checkpointing(Callback):
+  """Saves every so many steps, the last one, and on request."""
+
+  def __init__(self, every_steps: int):
+    self._every_steps = every_steps
+
+  def on_step(self, loop, batch, metrics):
+    due = loop.is_due(self._every_steps) or loop.save_requested
+    if not due and not loop.is_last_step:
+      return
+    loop.save_requested = False
+    # First, as it refuses a broken state, which must not push out a good one.
+    loop.flush_metrics()
+    with loop.progress.paused('saving'):
+      loop.early_stopping = dataclasses.replace(
+        loop.early_stopping, place=distributed.places(loop.batches.position())
+      )
+      if loop.workdir:
+        loop.workdir.check()
+      loop.checkpoints.save(loop.state, loop.identity, loop.early_stopping)
+
+
+CHECKPOINTING = CallbackEntry(
+  build=lambda config: Checkpointing(config.checkpoint.every_steps),
+  enabled_by=('checkpoint.every_steps',),
+  order=90,
+)

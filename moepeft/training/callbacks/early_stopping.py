@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows the validation loss: saves the best step, ends a run that stalls."""
+
+from moepeft.training.callbacks.callback import Callback, CallbackEntry
+
+
+class ValidationLossTracking(Callback):
+  """Updates `loop.early_stopping` after every validation."""
+
+  def __init__(self, patience: int, save_best: bool):
+    """
+    Args:
+      patience: validations without a better loss that end the run; 0: never.
+      save_best: whether a step with a better loss is saved.
+    """
+    self._patience, self._save_best = patience, save_best
+
+  def on_start(self, loop):
+    self._stop_if_stalled(loop)
+
+  def on_step(self, loop, batch, metrics):
+    if loop.validation is None:
+      return
+    loop.early_stopping = loop.early_stopping.judged(
+      loop.validation['validation_loss'], loop.step
+    )
+    if self._save_best and loop.early_stopping.best_step == loop.step:
+      loop.save_requested = True
+    self._stop_if_stalled(loop)
+
+  def _stop_if_stalled(self, loop):
+    if loop.step < loop.steps and loop.early_stopping.exhausted(self._patience):
+      loop.stop_requested = True
+      loop.progress.say(
+        f'stopped at step {loop.step}: the validation loss was least, '
+        f'{loop.early_stopping.best:.4f}, at step '
+        f'{loop.early_stopping.best_step} '
+        f'(config.early_stopping_patience={self._patience})'
+      )
+
+
+EARLY_STOPPING = CallbackEntry(
+  build=lambda config: ValidationLossTracking(
+    config.early_stopping_patience, config.checkpoint.keep_best
+  ),
+  enabled_by=('evaluation.every_steps',),
+  order=30,
+)

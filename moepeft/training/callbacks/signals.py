@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends a run on SIGTERM or Ctrl-C, once its step is saved."""
+
+import signal
+
+from moepeft.core import distributed
+from moepeft.training.callbacks.callback import Callback, CallbackEntry
+
+
+class SignalHandling(Callback):
+  """Turns SIGTERM and the first Ctrl-C into a request to stop.
+
+  A second Ctrl-C ends the process at once. Before the first step is done,
+  signals do what they did: compiling it takes minutes, and there is nothing
+  to save.
+  """
+
+  def __init__(self):
+    self._received: signal.Signals | None = None
+    self._previous_handlers = {}
+
+  def on_step(self, loop, batch, metrics):
+    if not self._previous_handlers:
+      self._previous_handlers = {
+        number: signal.signal(number, self._receive)
+        for number in (signal.SIGTERM, signal.SIGINT)
+      }
+    # Several processes ask each other where they wait for the device anyway.
+    at_log = loop.metrics.flushed_step == loop.step
+    # A signal that comes while the step is saved is answered after one more.
+    if distributed.agree(self._received is not None, at_log):
+      loop.signal = self._received or signal.SIGTERM
+      loop.stop_requested = True
+
+  def close(self):
+    for number, handler in self._previous_handlers.items():
+      signal.signal(number, handler)
+
+  def _receive(self, number: int, frame) -> None:
+    del frame
+    if self._received is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._received = signal.Signals(number)
+
+
+class Stopped(Exception):
+  """A run that a signal ended, after it was saved.
+
+  Attributes:
+    code: the exit code that shells expect, 128 and the signal's number.
+  """
+
+  def __init__(self, received: signal.Signals, step: int, path: str):
+    super().__init__(
+      f'stopped by {received.name} after step {step}, which is saved in '
+      f'{path}; the same command goes on from there'
+    )
+    self.code = 128 + received
+
+
+SIGNAL_HANDLING = CallbackEntry(
+  build=lambda config: SignalHandling(),
+  enabled_by=('checkpoint.every_steps',),
+  order=80,
+)

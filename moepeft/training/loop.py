@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of the training loop, which callbacks read and change."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from signal import Signals
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_progress import Course
+from moepeft.core.progress import Progress
+from moepeft.core.types import State, Tree
+from moepeft.data.loader import Loader
+from moepeft.evaluation.evaluator import Evaluator
+from moepeft.peft import Built
+from moepeft.runs.directory import Workdir
+from moepeft.runs.history import History
+from moepeft.runs.run import Run
+from moepeft.runs.trackers import Tracker
+from moepeft.training.metrics_logger import MetricsLogger
+from moepeft.training.step import TrainStep
+
+
+@dataclasses.dataclass
+class TrainingLoop:
+  """A run between its first step and its last.
+
+  Attributes:
+    steps: number of the last step.
+    step: steps done.
+    first_step: steps that were done before this process began.
+    state: on the devices; a step takes over the memory of the one before.
+    train_step: jitted, with batches that lie on `mesh`.
+    batches: an iterator of batches on the host.
+    method: built for the model.
+    evaluator: measures held-out rows.
+    run: names the files in the run's directory.
+    workdir: holds the lock of the directory; None in processes other than the
+      first, which write nothing but their share of checkpoints.
+    identity: of the run, written into each checkpoint.
+    early_stopping: the best validation loss so far, saved in checkpoints.
+    trackers: take rows of metrics, `history` among them.
+    history: the rows that plots show.
+    metrics: buffers the metrics of steps for the trackers.
+    validation: metrics of held-out rows after this step; None after a step
+      without a validation.
+    before, after: evaluations before the first step and after the last one;
+      {} without them.
+    save_requested: a callback sets it to have this step saved.
+    stop_requested: a callback sets it to end the run after this step, which
+      is saved then.
+    signal: that ends the run.
+  """
+
+  steps: int
+  step: int
+  first_step: int
+  state: State
+  train_step: TrainStep
+  mesh: Mesh
+  batches: Loader
+  method: Built
+  evaluator: Evaluator
+  run: Run
+  workdir: Workdir | None
+  checkpoints: Checkpoints
+  identity: dict[str, Any]
+  early_stopping: Course
+  trackers: list[Tracker]
+  history: History
+  metrics: MetricsLogger
+  validation: dict[str, float] | None = None
+  before: dict[str, Any] = dataclasses.field(default_factory=dict)
+  after: dict[str, Any] = dataclasses.field(default_factory=dict)
+  save_requested: bool = False
+  stop_requested: bool = False
+  signal: Signals | None = None
+
+  @functools.cached_property
+  def progress(self) -> Progress:
+    """The bar; drawn from its first use on, as evaluation has a bar too."""
+    return Progress(self.steps, self.first_step)
+
+  @property
+  def variables(self) -> dict[str, Tree]:
+    """The model's variables after this step."""
+    return self.method.variables(self.state)
+
+  @property
+  def is_last_step(self) -> bool:
+    return self.step == self.steps or self.stop_requested
+
+  def is_due(self, every: int) -> bool:
+    """Whether an action of each `every` steps is due; never where it is 0."""
+    return every > 0 and self.step % every == 0
+
+  def flush_metrics(self) -> None:
+    """Writes the metrics of all steps so far to the trackers.
+
+    Raises:
+      ValueError: a loss or a gradient norm is not finite.
+    """
+    self.metrics.flush(self.progress)
+
+  def log(self, metrics: Mapping[str, Any]) -> None:
+    """Writes a row of metrics of this step, after those of the steps."""
+    self.flush_metrics()
+    self.metrics.write({'step': self.step, **metrics})
