@@ -95,8 +95,8 @@ def evaluate(
     found = open_data(
       run.config.data,
       run.config.seed,
-      below=run.model.config.vocab,
-      own=collator_of(trained),
+      vocab_size=run.model.config.vocab,
+      collator=collator_of(trained),
     )
     rows, plan = found.held_out, plan_from_run(run, found, metrics)
     # As training reports it, whatever metrics are named.

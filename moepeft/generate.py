@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.generate: what a run or a model says to prompts.
+"""python -m moepeft.generate: answers of a run or a model to prompts.
 
   python -m moepeft.generate --workdir=workdirs/x --prompt='Some text'
   python -m moepeft.generate --model=DIR --adapter=DIR --chat --temperature=0.7
@@ -10,7 +10,7 @@ Without --prompt and --file, prompts are read from the terminal, a line each.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -19,12 +19,13 @@ from moepeft.core.ranges import MAX_SEED
 from moepeft.core.types import Tree
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, EncodePrompt, ReplConfig
-from moepeft.inference.generator import GenerationConfig
+from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.loaded_model import (
   LoadedModel,
   load_model,
@@ -36,53 +37,87 @@ from moepeft.models import decoder_only
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.training import memory_estimate
 
+# Old flags, and the names that they have now.
+RENAMED = {
+  'length': 'max_new_tokens',
+  'min_tokens': 'min_new_tokens',
+  'beams': 'num_beams',
+  'num': 'num_return_sequences',
+  'stop': 'stop_strings',
+}
+
 
 def answer(
-  model, variables: Tree, words: Tokenizer, texts: list[str], length: int
+  model,
+  variables: Tree,
+  tokenizer: Tokenizer,
+  texts: list[str],
+  max_new_tokens: int,
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
-  longest = max(len(prompts.asked(words, text, causal)) for text in texts)
+  longest = max(len(prompts.asked(tokenizer, text, causal)) for text in texts)
   longest += len(before(model))
-  answering = Answering(model, words, longest, length, len(texts))
-  return answering.texts(variables, texts)
+  generator = BatchGenerator(
+    model, tokenizer, longest, max_new_tokens, len(texts)
+  )
+  return generator.texts(variables, texts)
 
 
-def settings() -> GenerationConfig:
-  """What the flags say, but for the ids that end an answer.
+def refuse_renamed(arguments: Sequence[str]) -> None:
+  """
+  Raises:
+    ValueError: a flag has another name now.
+  """
+  for argument in arguments:
+    name = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('-') and name in RENAMED:
+      raise ValueError(
+        f'--{name} is called --{RENAMED[name]} now, as in transformers; write '
+        'that'
+      )
+
+
+def generation_config() -> GenerationConfig:
+  """The flags of generation, but for the ids that end an answer.
 
   Raises:
     ValueError: one of them cannot be, or does nothing.
   """
-  how = Sampling(
+  settings = Sampling(
     _TEMPERATURE.value,
     _TOP_K.value,
     _TOP_P.value,
     _MIN_P.value,
     _PENALTY.value,
   )
-  sampling.check(how)
-  how = how.replace(temperature=_TEMPERATURE.value or None)
+  sampling.check(settings)
   return GenerationConfig(
-    _LENGTH.value, (), _MIN_TOKENS.value, how, beams(), tuple(_STOP.value or ())
+    _MAX_NEW_TOKENS.value,
+    (),
+    _MIN_NEW_TOKENS.value,
+    settings.replace(temperature=_TEMPERATURE.value or None),
+    beam_config(),
+    tuple(_STOP_STRINGS.value or ()),
   )
 
 
-def beams() -> BeamConfig | None:
-  """What the flags say of a search; None where there is none."""
-  if _BEAMS.value == 1:
+def beam_config() -> BeamConfig | None:
+  """The flags of a beam search; None where there is none."""
+  if _NUM_BEAMS.value == 1:
     for flag in (_LENGTH_PENALTY, _EARLY):
       if flag.value != flag.default:
         raise ValueError(
-          f'--{flag.name}={flag.value} is of a search; set --beams above 1 too'
+          f'--{flag.name}={flag.value} is of a search; set --num_beams above 1 '
+          'too'
         )
     return None
   early = _EARLY.value if _EARLY.value == 'never' else _EARLY.value == 'yes'
-  return BeamConfig(_BEAMS.value, _LENGTH_PENALTY.value, early)
+  return BeamConfig(_NUM_BEAMS.value, _LENGTH_PENALTY.value, early)
 
 
 def check_flags() -> None:
-  """Looks at the flags before a model is read, which may take minutes."""
+  """Checks the flags before a model is read, which may take minutes."""
   if bool(_WORKDIR.value) == bool(_MODEL.value):
     raise ValueError('name one of --workdir (a run) and --model (a model)')
   if _ADAPTER.value and not _MODEL.value:
@@ -93,13 +128,14 @@ def check_flags() -> None:
     raise ValueError('--prompt and --file are both given; leave one out')
   if _SYSTEM.value and not _CHAT.value:
     raise ValueError('--system is a turn of a conversation; add --chat')
-  if _NUM.value > 1 and not _TEMPERATURE.value:
+  if _NUM_RETURN_SEQUENCES.value > 1 and not _TEMPERATURE.value:
     raise ValueError(
-      f'--num={_NUM.value} answers would all be the same; set --temperature'
+      f'--num_return_sequences={_NUM_RETURN_SEQUENCES.value} answers would '
+      'all be the same; set --temperature'
     )
 
 
-def given() -> list[str] | None:
+def read_prompts() -> list[str] | None:
   """The prompts of --prompt or --file; None for those of the terminal.
 
   Raises:
@@ -110,49 +146,49 @@ def given() -> list[str] | None:
   lines = fingerprint.read_named_text(
     '--file', _FILE.value, 'a file of prompts, one a line'
   )
-  found = [line for line in lines.split('\n') if line.strip()]
-  if not found:
+  texts = [line for line in lines.split('\n') if line.strip()]
+  if not texts:
     raise ValueError(
       f'--file={_FILE.value!r} holds no line of text; write a prompt a line'
     )
-  return found
+  return texts
 
 
-def asking(run: LoadedModel) -> EncodePrompt:
-  """How prompts become ids: as the run was trained to read them.
+def prompt_encoder(run: LoadedModel) -> EncodePrompt:
+  """Encodes prompts as the run was trained to read them.
 
   The result raises a ValueError where an id is beyond the model's embedding.
 
   Raises:
     ValueError: with --chat, where there is no template.
   """
-  ask, vocab = _asking(run), run.model.config.vocab
+  encode, vocab = _prompt_encoder(run), run.model.config.vocab
 
   def checked(turns):
-    ids = ask(turns)
+    ids = encode(turns)
     prompts.check_ids(ids, vocab)
     return ids
 
   return checked
 
 
-def _asking(run: LoadedModel) -> EncodePrompt:
-  data, words = run.config.data, run.tokenizer
+def _prompt_encoder(run: LoadedModel) -> EncodePrompt:
+  data, tokenizer = run.config.data, run.tokenizer
   if _CHAT.value:
-    template = prompts.template(words, data, _SYSTEM.value)
+    template = prompts.template(tokenizer, data, _SYSTEM.value)
     return lambda turns: template.prompt(prompts.conversation(turns))
   # A model that was not trained here goes on with what it is given.
-  as_example = bool(_WORKDIR.value) and data.source not in ('text', 'chat')
+  as_example = bool(_WORKDIR.value) and READERS[data.source].has_separator
   form = prompts.asked if as_example else prompts.plain
   causal = decoder_only(run.model)
-  return lambda turns: form(words, turns[-1], causal)
+  return lambda turns: form(tokenizer, turns[-1], causal)
 
 
 def lines() -> Iterator[str]:
-  """Lines of standard input, asked for where it is a terminal."""
-  asked = sys.stdin.isatty()
+  """Lines of standard input, with a prompt mark on a terminal."""
+  terminal = sys.stdin.isatty()
   while True:
-    if asked:
+    if terminal:
       print('> ', end='', file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
@@ -161,13 +197,14 @@ def lines() -> Iterator[str]:
       yield line.rstrip('\n')
 
 
-def opened() -> LoadedModel:
+def load() -> LoadedModel:
   """The run of --workdir, or the model of --model."""
   if not _WORKDIR.value:
     return load_model(_MODEL.value, _ADAPTER.value)
   run = load_run(os.path.expanduser(_WORKDIR.value), _CHECKPOINT.value)
-  source, chats = run.config.data.source, has_chat_template(run.tokenizer)
-  if source in ('chat', 'preference') and chats and not _CHAT.value:
+  reader = READERS.get(run.config.data.source)
+  is_chat = reader is not None and reader.uses_chat_template
+  if is_chat and has_chat_template(run.tokenizer) and not _CHAT.value:
     print(
       'the run was trained by a chat template; --chat puts prompts into it',
       file=sys.stderr,
@@ -178,32 +215,34 @@ def opened() -> LoadedModel:
 def main(argv) -> None:
   del argv
   check_flags()
-  texts, how = given(), settings()
+  texts, config = read_prompts(), generation_config()
   print(f'reading {_WORKDIR.value or _MODEL.value}', file=sys.stderr)
-  run = opened()
-  how = dataclasses.replace(how, ends=run.eos_token_ids)
+  run = load()
+  config = dataclasses.replace(config, eos_token_ids=run.eos_token_ids)
   streamed = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
-  prompts_at_once = max(1, _BATCH.value // _NUM.value)
-  rows = _NUM.value * min(prompts_at_once, len(texts) if texts else 1)
+  num, batch_size = _NUM_RETURN_SEQUENCES.value, _BATCH_SIZE.value
+  prompts_at_once = max(1, batch_size // num)
+  rows = num * min(prompts_at_once, len(texts) if texts else 1)
   memory_estimate.check_answers(
-    run.model, (1 if streamed else rows) * _BEAMS.value, _LENGTH.value
+    run.model,
+    (1 if streamed else rows) * _NUM_BEAMS.value,
+    _MAX_NEW_TOKENS.value,
   )
-  manner = ReplConfig(
-    streamed, _CHAT.value, _SEED.value, _NUM.value, _BATCH.value
+  generator = Generator(
+    run.model, run.variables, run.tokenizer, config, max(batch_size, num)
   )
-  talk = ChatRepl(
-    run.model, run.variables, run.tokenizer, asking(run), how, manner
-  )
+  repl_config = ReplConfig(streamed, _CHAT.value, _SEED.value, num, batch_size)
+  repl = ChatRepl(generator, prompt_encoder(run), repl_config)
   try:
     if texts is None:
-      talk.each(lines())
+      repl.each(lines())
     else:
-      talk.all(texts)
+      repl.all(texts)
   except KeyboardInterrupt:
     # How a conversation ends at a terminal: no bug, so no traceback.
-    print(f'\n{talk.speed}', file=sys.stderr)
+    print(f'\n{repl.speed}', file=sys.stderr)
     sys.exit(130)
-  print(talk.speed, file=sys.stderr)
+  print(repl.speed, file=sys.stderr)
 
 
 if __name__ == '__main__':
@@ -229,15 +268,15 @@ if __name__ == '__main__':
     'tokenizer.',
   )
   _SYSTEM = flags.DEFINE_string('system', '', 'The system turn, with --chat.')
-  _LENGTH = flags.DEFINE_integer(
-    'length',
+  _MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens',
     32,
     'Tokens to generate at most.',
     lower_bound=1,
     upper_bound=1_048_576,
   )
-  _MIN_TOKENS = flags.DEFINE_integer(
-    'min_tokens',
+  _MIN_NEW_TOKENS = flags.DEFINE_integer(
+    'min_new_tokens',
     0,
     'Tokens before which an answer does not end.',
     lower_bound=0,
@@ -246,7 +285,7 @@ if __name__ == '__main__':
   _TEMPERATURE = flags.DEFINE_float(
     'temperature',
     0.0,
-    'Of sampling; 0 takes the most probable token.',
+    'Temperature of sampling; 0 takes the most probable token.',
     lower_bound=0,
     upper_bound=1_000,
   )
@@ -278,8 +317,8 @@ if __name__ == '__main__':
     lower_bound=0,
     upper_bound=1_000,
   )
-  _BEAMS = flags.DEFINE_integer(
-    'beams',
+  _NUM_BEAMS = flags.DEFINE_integer(
+    'num_beams',
     1,
     'Search for the most probable answer with so many beams.',
     lower_bound=1,
@@ -299,18 +338,18 @@ if __name__ == '__main__':
     "Of beams: 'yes' ends a search when so many of them have ended, 'no' when "
     "a better one seems impossible, 'never' when it is.",
   )
-  _STOP = flags.DEFINE_multi_string(
-    'stop', None, 'Text that an answer is cut before; may be repeated.'
+  _STOP_STRINGS = flags.DEFINE_multi_string(
+    'stop_strings', None, 'Text that an answer is cut before; may be repeated.'
   )
   _SEED = flags.DEFINE_integer(
     'seed',
     0,
-    'Of sampling: the same one says the same again.',
+    'Seed of sampling: the same one gives the same answers again.',
     lower_bound=0,
     upper_bound=MAX_SEED,
   )
-  _NUM = flags.DEFINE_integer(
-    'num',
+  _NUM_RETURN_SEQUENCES = flags.DEFINE_integer(
+    'num_return_sequences',
     1,
     'Answers to each prompt.',
     lower_bound=1,
@@ -319,11 +358,12 @@ if __name__ == '__main__':
   _STREAM = flags.DEFINE_bool(
     'stream', None, 'Print tokens as they come; by default on a terminal.'
   )
-  _BATCH = flags.DEFINE_integer(
+  _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size',
     8,
     'Answers made at once, where they are not streamed.',
     lower_bound=1,
     upper_bound=65_536,
   )
+  command_line.answer(lambda: refuse_renamed(sys.argv[1:]))
   command_line.run(main)

@@ -24,9 +24,9 @@ from moepeft.data.tokenizers.train_tokenizer import (
 )
 
 
-def passage_texts(found: Sequence[Document]) -> Iterator[str]:
+def passage_texts(texts: Sequence[Document]) -> Iterator[str]:
   """Each with what separates it from the next."""
-  for document in found:
+  for document in texts:
     for passage in document.passages:
       yield passage + document.separator
 
@@ -72,24 +72,25 @@ def train_and_save(
       f'--held_out is a share above 0 and below 1; got {held_out}'
     )
   output = _made(output)
-  found, bad = documents.read_documents(path)
-  texts = list(passage_texts(found))
+  tokenizer, bad = documents.read_documents(path)
+  texts = list(passage_texts(tokenizer))
   cut = len(texts) - max(1, round(len(texts) * held_out))
   if not cut:
     raise ValueError(
       f'{path} holds one passage; expected at least two, one to train on and '
       'one to look at'
     )
-  found = train(form, texts[:cut])
-  found.save_pretrained(output)
+  tokenizer = train(form, texts[:cut])
+  tokenizer.save_pretrained(output)
   lines = [f'{cut:,} passages read; {len(texts) - cut:,} held out']
   lines += bad.notes(path)
-  if len(found) < form.size:
+  if len(tokenizer) < form.size:
     lines.append(
-      f'the text has no more than {len(found):,} of --size={form.size:,} pieces'
+      f'the text has no more than {len(tokenizer):,} of '
+      f'--size={form.size:,} pieces'
     )
-  lines.append(f'{form.kind}, {len(found):,} pieces, on held-out text:')
-  lines.append(f'  {measure_fit(found, texts[cut:])}')
+  lines.append(f'{form.kind}, {len(tokenizer):,} pieces, on held-out text:')
+  lines.append(f'  {measure_fit(tokenizer, texts[cut:])}')
   lines.append(f'wrote {output}: --config.data.tokenizer={output}')
   return lines
 

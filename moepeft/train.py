@@ -25,6 +25,7 @@ from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
+from moepeft.data.readers import READERS
 from moepeft.runs import diagnosis, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
@@ -185,7 +186,7 @@ def _summarize(
     changes = diagnosis.changes(loop.before, loop.after)
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
-  is_chat = config.data.source in ('chat', 'preference') and (
+  is_chat = READERS[config.data.source].uses_chat_template and (
     bool(config.data.chat_template) or has_chat_template(training.tokenizer)
   )
   prompts = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m moepeft.data --config=FILE: what the model will see.
+"""python -m moepeft.data --config=FILE: shows the data that a model will see.
 
-Rates of the mixture, lengths and cuts, padding, and examples as they stand in
-a batch, decoded, with what is trained in brackets.
+It prints the rates of the mixture, lengths and cuts, padding, and decoded rows
+of a batch with the trained tokens in brackets.
 """
 
 import collections
@@ -26,7 +26,6 @@ from moepeft.data.dataset import TrainingData
 from moepeft.data.loader import WINDOW
 from moepeft.data.preference.dataset import PairCollator
 from moepeft.data.preview import row_lines
-from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.models import decoder_only
 from moepeft.objectives.batches import make_collator
@@ -46,27 +45,31 @@ def show(config: ConfigDict, windows: int, rows: int, only: bool) -> None:
     only: whether to print these rows alone.
   """
   data = config.data
-  words = load_tokenizer(data.tokenizer, config.model.path)
+  tokenizer = load_tokenizer(data.tokenizer, config.model.path)
   family, shape = base_lib.shape(config.model)
-  check_vocab_size(words, shape.vocab)
-  before = base_lib.before(family, shape, config)
-  own = make_model_collator(data, words, shape, config.seed, before)
-  own = make_collator(config, own)
-  found = open_data(data, config.seed, below=shape.vocab, own=own)
-  names, items = look(found, windows * WINDOW)
-  batch = own.rows(0, own.encode(items[:WINDOW]))
+  check_vocab_size(tokenizer, shape.vocab)
+  prefix_ids = base_lib.before(family, shape, config)
+  collator = make_model_collator(
+    data, tokenizer, shape, config.seed, prefix_ids
+  )
+  collator = make_collator(config, collator)
+  source = open_data(
+    data, config.seed, vocab_size=shape.vocab, collator=collator
+  )
+  names, items = look(source, windows * WINDOW)
+  batch = collator.rows(0, collator.encode(items[:WINDOW]))
   if only:
-    print(*found.notes, sep='\n', file=sys.stderr)
+    print(*source.notes, sep='\n', file=sys.stderr)
   else:
-    tell(config, found, own, names, items)
+    print_summary(config, source, collator, names, items)
   colour = sys.stdout.isatty()
   for row in range(min(rows, len(next(iter(batch.values()))))):
-    for side, part in sides_of(batch, own):
-      name = heading(side, batch, row, own.packed)
+    for side, part in sides_of(batch, collator):
+      name = heading(side, batch, row, collator.packed)
       lines = (
-        row_lines(part, row, words, colour)
+        row_lines(part, row, tokenizer, colour)
         if decoder_only(shape)
-        else decoded(part, row, words)
+        else decoded(part, row, tokenizer)
       )
       print('\n'.join([*([f'\n{name}'] if name else []), *lines]))
   green = 'green' if colour and decoder_only(shape) else '[...]'
@@ -90,105 +93,116 @@ def heading(side: str, batch: Batch, row: int, packed: bool = False) -> str:
     return f'judged {"good" if batch["label"][row] else "bad"}'
   # A segment's label is at its number less one.
   count = int(batch['inputs_segments'][row].max())
-  words = ('good' if label else 'bad' for label in batch['label'][row][:count])
-  return f'judged {", ".join(words)} (segment by segment)'
+  judgements = (
+    'good' if label else 'bad' for label in batch['label'][row][:count]
+  )
+  return f'judged {", ".join(judgements)} (segment by segment)'
 
 
-def tell(
+def print_summary(
   config: ConfigDict,
-  found: TrainingData,
-  own: Collator,
+  source: TrainingData,
+  collator: Collator,
   names: Sequence[str],
   items,
 ) -> None:
   """Prints rates, lengths and padding."""
   data = config.data
   print(f'source   {data.source} {data.path or data.tasks}')
-  print(f'tokens   {own.tokenizer}')
-  for note in found.notes:
+  print(f'tokens   {collator.tokenizer}')
+  for note in source.notes:
     terminal.show(note)
-  whole = own.resized((_UNCUT,) * len(own.lengths)).encode(items)
-  sides, most = ('inputs', 'targets'), own.lengths
-  sizes, trained = own.sizes(whole)
+  whole = collator.resized((_UNCUT,) * len(collator.lengths)).encode(items)
+  sides, most = ('inputs', 'targets'), collator.lengths
+  sizes, trained = collator.sizes(whole)
   if len(most) == 1:
     # Of a decoder, tokens and those of them that are trained.
     sides, most = ('tokens', 'trained'), most * 2
     sizes = [(*size, n) for size, n in zip(sizes, trained, strict=True)]
   sizes = np.array(sizes)
-  terminal.show(f'\n{mixture(found, names, sizes, most, sides)}\n')
-  if found.replay is not None:
-    print(f'{replayed(found, trained)}\n')
-  for side, name in enumerate(sides[: len(own.lengths)]):
+  terminal.show(f'\n{mixture(source, names, sizes, most, sides)}\n')
+  if source.replay is not None:
+    print(f'{replayed(source, trained)}\n')
+  for side, name in enumerate(sides[: len(collator.lengths)]):
     print(histogram(sizes[:, side], name, most[side]))
   windows = [items[i : i + WINDOW] for i in range(0, len(items), WINDOW)]
-  batches = [own.rows(i, own.encode(part)) for i, part in enumerate(windows)]
-  parts = [part for batch in batches for _, part in sides_of(batch, own)]
+  batches = [
+    collator.rows(i, collator.encode(part)) for i, part in enumerate(windows)
+  ]
+  parts = [part for batch in batches for _, part in sides_of(batch, collator)]
   print(f'\n{padding(parts, len(items) * len(parts) // len(batches))}')
 
 
-def replayed(found: TrainingData, trained: Sequence[int]) -> str:
+def replayed(source: TrainingData, trained: Sequence[int]) -> str:
   """The share of replayed text in the trained tokens of the first examples."""
-  own = np.array([found.replay[i][0] for i in range(len(trained))], bool)
+  is_replayed = np.array(
+    [source.replay[i][0] for i in range(len(trained))], bool
+  )
   tokens = np.array(trained)
-  share = tokens[own].sum() / max(tokens.sum(), 1)
+  share = tokens[is_replayed].sum() / max(tokens.sum(), 1)
   return (
-    f'replayed text: {own.mean():.1%} of the examples, {share:.1%} of the '
-    'trained tokens (before cuts)'
+    f'replayed text: {is_replayed.mean():.1%} of the examples, {share:.1%} '
+    'of the trained tokens (before cuts)'
   )
 
 
-def sides_of(batch: Batch, own: Collator) -> list[tuple[str, Batch]]:
+def sides_of(batch: Batch, collator: Collator) -> list[tuple[str, Batch]]:
   """(name, batch) of each side of answers; the whole of all else."""
-  if not isinstance(own, PairCollator):
+  if not isinstance(collator, PairCollator):
     return [('', batch)]
-  names = ('judged', 'mismatched') if own.judged else ('chosen', 'rejected')
+  names = (
+    ('judged', 'mismatched') if collator.judged else ('chosen', 'rejected')
+  )
   return [
     (name, {k.removeprefix(s): v for k, v in batch.items() if k.startswith(s)})
-    for name, s in zip(names, own.sides, strict=True)
+    for name, s in zip(names, collator.sides, strict=True)
   ]
 
 
-def look(found: TrainingData, count: int) -> tuple[list[str], list]:
-  """(datasets, first items); SeqIO and texts tell no names, SeqIO cuts."""
-  if isinstance(found.train, SeqioStream):
-    elements = itertools.islice(found.train.open(0), count)
+def look(source: TrainingData, count: int) -> tuple[list[str], list]:
+  """(dataset of each, first items); no names of streams and of several texts.
+
+  Items of a stream are cut already.
+  """
+  if source.open_stream is not None:
+    elements = itertools.islice(source.open_stream(0), count)
     return [], [(e['inputs'], e['targets']) for e in elements]
-  items = [found.train[i] for i in range(count)]
+  items = [source.train[i] for i in range(count)]
   if not all(isinstance(e, Example) for e in items):
-    return list(found.shares) * count if len(found.shares) == 1 else [], items
+    return list(source.shares) * count if len(source.shares) == 1 else [], items
   names = [e.task for e in items]
-  if not set(names) <= set(found.shares):
+  if not set(names) <= set(source.shares):
     # At the rates of a named mixture, which go by template.
     names = [f'{e.task}/{e.template}' for e in items]
   return names, items
 
 
 def mixture(
-  found: TrainingData,
+  source: TrainingData,
   names: Sequence[str],
   sizes: np.ndarray,
   lengths: tuple[int, int],
   sides: tuple[str, str] = ('inputs', 'targets'),
 ) -> str:
   """A table of datasets: rows, rate, what came of it, lengths and cuts."""
-  rows = collections.Counter(e.task for e in found.rows)
-  rows |= collections.Counter(f'{e.task}/{e.template}' for e in found.rows)
+  rows = collections.Counter(e.task for e in source.rows)
+  rows |= collections.Counter(f'{e.task}/{e.template}' for e in source.rows)
   where = collections.defaultdict(list)
   for i, name in enumerate(names):
     where[name].append(i)
   lines = [
     ('dataset', 'rows', 'rate', 'seen', *sides, 'cut'),
   ]
-  for name, share in sorted(found.shares.items(), key=lambda s: -s[1]):
-    own = sizes[where[name]] if where[name] else np.zeros((0, 2))
-    cut = int(np.any(own > lengths, axis=1).sum())
+  for name, share in sorted(source.shares.items(), key=lambda s: -s[1]):
+    dataset_sizes = sizes[where[name]] if where[name] else np.zeros((0, 2))
+    cut = int(np.any(dataset_sizes > lengths, axis=1).sum())
     lines.append(
       (
         name,
         f'{rows[name]:,}' if rows[name] else '-',
         f'{share:.2%}',
-        f'{len(own) / len(names):.2%}' if names else '-',
-        *_means(own),
+        f'{len(dataset_sizes) / len(names):.2%}' if names else '-',
+        *_means(dataset_sizes),
         f'{cut:,}',
       )
     )
@@ -202,8 +216,8 @@ def mixture(
     )
     for line in lines
   )
-  said = f'{len(sizes):,} examples; lengths in tokens, before cuts'
-  return '\n'.join([said, *shown])
+  heading = f'{len(sizes):,} examples; lengths in tokens, before cuts'
+  return '\n'.join([heading, *shown])
 
 
 def _means(sizes: np.ndarray) -> tuple[str, str]:
@@ -212,7 +226,7 @@ def _means(sizes: np.ndarray) -> tuple[str, str]:
 
 
 def histogram(lengths: np.ndarray, name: str, most: int) -> str:
-  """How long a side is, against the length that it is cut to."""
+  """A histogram of lengths, with the length that they are cut to."""
   half, nine = np.percentile(lengths, (50, 90))
   cut = int((lengths > most).sum())
   lines = [
@@ -236,14 +250,16 @@ def padding(parts: Sequence[Batch], examples: int) -> str:
     1 - np.concatenate([part[f'{side}_mask'] for part in parts]).mean()
     for side in ('inputs', 'targets')
   ]
-  said = f'{examples / rows:.2f} examples a row; padding: {shares[0]:.1%} of '
+  summary = (
+    f'{examples / rows:.2f} examples a row; padding: {shares[0]:.1%} of '
+  )
   if 'decoder_inputs' not in parts[0]:
     trained = (1 - shares[1]) / (1 - shares[0])
-    return f'{said}the tokens; {trained:.1%} of the others are trained'
-  return f'{said}the inputs, {shares[1]:.1%} of the targets'
+    return f'{summary}the tokens; {trained:.1%} of the others are trained'
+  return f'{summary}the inputs, {shares[1]:.1%} of the targets'
 
 
-def decoded(part: Batch, row: int, words: Tokenizer) -> list[str]:
+def decoded(part: Batch, row: int, tokenizer: Tokenizer) -> list[str]:
   """The examples of a row as text."""
   lines = []
   segments = [
@@ -254,17 +270,17 @@ def decoded(part: Batch, row: int, words: Tokenizer) -> list[str]:
   for segment in range(1, segments[0].max() + 1):
     lines.append(f'\nrow {row}, example {segment}')
     x, y = (
-      text(words, part[side][row][own == segment])
-      for side, own in zip(('inputs', 'targets'), segments, strict=True)
+      text(tokenizer, part[side][row][segment_ids == segment])
+      for side, segment_ids in zip(('inputs', 'targets'), segments, strict=True)
     )
     shown = [f'  inputs   {x}', f'  targets  [{y}]']
     lines += map(terminal.visible, shown)
   return lines
 
 
-def text(words: Tokenizer, ids: np.ndarray) -> str:
+def text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
   """Decoded ids, special tokens and sentinels visible, lines indented."""
-  return words.show(ids.tolist()).replace('\n', '\n           ')
+  return tokenizer.show(ids.tolist()).replace('\n', '\n           ')
 
 
 def main(argv) -> None:

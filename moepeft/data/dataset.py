@@ -1,49 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples that a config trains on, and those that it holds out."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
+import numpy as np
+from ml_collections import ConfigDict
 
-from moepeft.data import mixing
+from moepeft.data import mixing, t0_mixtures
 from moepeft.data.batching.collators import Collator
-from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.readers.seqio_stream import SeqioStream
+from moepeft.data.example import ExampleRows
+from moepeft.data.readers import promptsource
+from moepeft.data.split import split_by_idx
 from moepeft.tasks import Example
+
+Encoded = dict[str, np.ndarray]  # 'inputs' and 'targets', int32 [n] each
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
   """Training examples of a config, and its held-out examples.
 
+  An item of `train` and of `held_out` is an `Example`, or encoded already, as
+  the model's collator holds it (a `Sample`, or a pair of ids).
+
   Attributes:
-    train: endless examples (some may be ids already), or a stream of ids.
+    train: endless examples, of which item i is the same at every call; None
+      where `open_stream` has them.
     shares: the share of each dataset in them, which add up to one.
-    rows: the training rows where they have an end, else none.
-    held_out: examples, or what is ids already, that `train` never gives.
+    rows: the training rows where they are finite, else none.
+    held_out: examples that `train` never gives.
     notes: lines for the user about rows that were skipped or left out.
-    compared: the rows that were read of the source 'preference'.
+    preferences: the `preference.dataset.PreferenceDataset` of a source of
+      preferences, else None.
     replay: (1, ...) at each place of `train` that is replayed text, else None.
+    open_stream: (position) -> encoded examples from there on, without end; of
+      sources that can only be read in order.
+    read_held_out: (count) -> at most so many encoded examples that the stream
+      never gives.
   """
 
-  train: grain.MapDataset | SeqioStream
+  train: grain.MapDataset | None
   shares: dict[str, float]
   rows: Sequence[Example] = ()
   held_out: Sequence = ()
   notes: tuple[str, ...] = ()
-  compared: preference_dataset.PreferenceDataset | None = None
+  preferences: Any = None
   replay: mixing.MixtureSchedule | None = None
+  open_stream: Callable[[int], Iterator[Encoded]] | None = None
+  read_held_out: Callable[[int], list[Encoded]] | None = None
 
-  def validation(self, own: Collator, count: int) -> list:
-    """At most `count` held-out examples as ids, of all datasets."""
-    if isinstance(self.train, SeqioStream):
-      held_out = self.train.validation(count)
-      return own.encode([(e['inputs'], e['targets']) for e in held_out])
-    return own.encode(evenly_spaced(self.held_out, count))
+  def validation(self, collator: Collator, count: int) -> list:
+    """At most `count` held-out examples, encoded, of all datasets."""
+    if self.read_held_out is not None:
+      examples = self.read_held_out(count)
+      return collator.encode([(e['inputs'], e['targets']) for e in examples])
+    return collator.encode(evenly_spaced(self.held_out, count))
+
+
+def from_examples(
+  rows: ExampleRows, data: ConfigDict, seed: int
+) -> TrainingData:
+  """Splits examples by `idx` and mixes their datasets at the config's rates.
+
+  Args:
+    rows: of any datasets, each example's in its `task`.
+
+  Raises:
+    ValueError: nothing is left to train on, or config.data.mixture does not
+      go with the rows.
+  """
+  train, held_out = split_by_idx(rows, data.validation_fraction)
+  groups = collections.defaultdict(list)
+  for row in train:
+    groups[(row.task, row.template) if data.mixture else row.task].append(row)
+  sizes = {name: len(group) for name, group in groups.items()}
+  notes = list(rows.notes(data.path))
+  if data.mixture:
+    original = promptsource.original_prompts(
+      data.templates, {dataset for dataset, _ in sizes}
+    )
+    mixture = t0_mixtures.mixture_rates(data.mixture, sizes, original)
+    notes += mixture.notes(data.mixture)
+    weights = {'/'.join(pair): rate for pair, rate in mixture.rates.items()}
+    groups = {'/'.join(pair): groups[pair] for pair in mixture.rates}
+  else:
+    weights = mixing.mixing_rates(
+      sizes, data.max_examples_per_task, data.temperature
+    )
+  return TrainingData(
+    train=mixing.mix(groups, weights, seed),
+    shares=mixing.normalize(weights),
+    rows=train,
+    held_out=held_out,
+    notes=tuple(notes),
+  )
 
 
 def evenly_spaced(rows: Sequence, most: int) -> list:
   """Evenly spaced rows, so that every dataset and template has its share."""
   count = min(most, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def path_name(path: str) -> str:
+  """The last part of a path, as a dataset's name.
+
+  The order of rows depends on the name, and files that are moved keep it.
+  """
+  return os.path.basename(os.path.normpath(path)) or path

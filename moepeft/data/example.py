@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of any source: what makes one good, and what becomes of a bad one.
+"""Rows of any source: checks, and the policy for bad ones.
 
 A training row has `inputs` and `targets`; a row to rank has `inputs`,
 `choices` and `label`. `dataset` (or `task`), `template` and `idx` are kept
@@ -33,7 +33,7 @@ _MIN_IDX, _MAX_IDX = -(2**63), 2**63 - 1
 
 
 class BadRows:
-  """What becomes of bad rows: an error, or a list of reasons.
+  """The policy for bad rows: an error, or a list of reasons.
 
   Attributes:
     reasons: 'FILE, line 7: what is wrong', one for each row left out.
@@ -84,7 +84,7 @@ def _shortened(message: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRows(Sequence):
-  """What was read: a sequence of its examples.
+  """A sequence of examples, with what was left out on the way.
 
   Attributes:
     examples: the good ones, in the order of the source.
@@ -124,7 +124,7 @@ class ExampleRows(Sequence):
 def checked_rows(
   path: str, examples: Sequence[Example], bad: BadRows, inapplicable: int = 0
 ) -> ExampleRows:
-  """What a reader found under a path.
+  """The rows that were read under a path.
 
   Raises:
     ValueError: no good row.
@@ -203,8 +203,8 @@ def lazy_examples(
     if wrong and len(wrong) == len(table):
       # Not a bad row but a bad template, or the wrong one.
       raise ValueError(f'no row of {path} is good, the first: {wrong[0]}')
-  found = np.array(places, np.int32).reshape(-1, 2)
-  return checked_rows(path, LazyExamples(table, makers, found), bad, none)
+  indices = np.array(places, np.int32).reshape(-1, 2)
+  return checked_rows(path, LazyExamples(table, makers, indices), bad, none)
 
 
 def parse_example(
@@ -240,7 +240,7 @@ def parse_example(
       f"a row to rank has 'choices' and 'label'; got {', '.join(sorted(row))}"
     )
   task = _text(row, 'task')
-  found = Example(
+  parsed = Example(
     task=_text(row, 'dataset') or task or name,
     template=_text(row, 'template'),
     idx=_idx(row.get('idx', -1)),
@@ -249,8 +249,8 @@ def parse_example(
     choices=choices,
     label=label,
   )
-  row.close({found.inputs.strip(), found.targets.strip()})
-  return found
+  row.close({parsed.inputs.strip(), parsed.targets.strip()})
+  return parsed
 
 
 def check_surrogates(row: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that users name: which are data, their text, and their hashes."""
+"""Files that users name: the data files among them, their text, hashes."""
 
 import contextlib
 import dataclasses
@@ -15,26 +15,49 @@ from ml_collections import ConfigDict
 
 from moepeft.core import files as core_files
 from moepeft.data.example import BadRows
+from moepeft.data.readers import READERS
 from moepeft.data.row_fields import BYTE_ORDER_MARK
 
-# What the files of a source, or of another key of config.data, end with.
-ENDINGS = {
-  'jsonl': ('.jsonl', '.jsonl.gz'),
-  'chat': ('.json', '.jsonl', '.json.gz', '.jsonl.gz'),
-  'datasets': (
+
+@dataclasses.dataclass(frozen=True)
+class FileKind:
+  """A kind of files of data.
+
+  Attributes:
+    endings: of their names, in lower case; none where any name will do.
+    verb: 'rows are', as in 'rows are read from .jsonl'.
+    is_nested: whether files in a directory's directories count, too.
+  """
+
+  endings: tuple[str, ...]
+  verb: str = 'rows are'
+  is_nested: bool = False
+
+
+ROW_FILES = FileKind(('.jsonl', '.jsonl.gz'))
+CHAT_FILES = FileKind(
+  ('.json', '.jsonl', '.json.gz', '.jsonl.gz'), 'conversations are'
+)
+TABLE_FILES = FileKind(
+  (
     *('.json', '.jsonl', '.csv', '.json.gz', '.jsonl.gz', '.csv.gz'),
     *('.parquet', '.arrow'),
   ),
-  'text': ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz'),
-  'templates': ('.yaml', '.yml'),
+  is_nested=True,
+)
+TEXT_FILES = FileKind(('.txt', '.jsonl', '.txt.gz', '.jsonl.gz'), 'text is')
+TEMPLATE_FILES = FileKind(('.yaml', '.yml'), 'templates are', is_nested=True)
+# Files that keys of config.data name beside data.path.
+_KINDS_BY_KEY = {
+  'replay': TEXT_FILES,
+  'templates': TEMPLATE_FILES,
+  'chat_template': FileKind(()),
 }
-ENDINGS['preference'] = ENDINGS['datasets']
-_OF_KEYS = {'replay': 'text', 'templates': 'templates', 'chat_template': ''}
 # Of a large file's parts: train.jsonl-00000-of-00008.
 _PART = re.compile(r'-\d+-of-\d+(?=(\.gz)?$)')
 # What hides a file, or is of an editor or a program that has it open: .x, ~$x,
 # #x#. macOS writes ._x beside x on foreign disks.
-_OTHERS = ('.', '~', '#')
+_HIDDEN_PREFIXES = ('.', '~', '#')
 _FOLDERS = ('__MACOSX', '__pycache__')
 # JSON that describes a data set beside it, as `datasets` has them.
 _DESCRIPTIONS = (
@@ -56,9 +79,9 @@ def is_data_file(name: str, endings: tuple[str, ...]) -> bool:
   downloads that are under way (train.jsonl.part).
 
   Args:
-    endings: of `ENDINGS`; in any case.
+    endings: of a `FileKind`; those of the name may be in any case.
   """
-  if name.startswith(_OTHERS) or name in _DESCRIPTIONS:
+  if name.startswith(_HIDDEN_PREFIXES) or name in _DESCRIPTIONS:
     return False
   return _PART.sub('', name.lower()).endswith(endings)
 
@@ -88,18 +111,18 @@ def list_directory(
   """The data files of a directory.
 
   Args:
-    endings: of `ENDINGS`.
+    endings: of a `FileKind`.
     deep: whether those of its directories count, too.
 
   Raises:
     ValueError: one of them is a directory, though named as a file is.
     NotAFile: one of them is a pipe, a socket or a device.
   """
-  found, left_out = [], []
+  files, left_out = [], []
   for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
     data = is_data_file(entry.name, endings)
     if entry.is_dir():
-      hidden = entry.name.startswith(_OTHERS) or entry.name in _FOLDERS
+      hidden = entry.name.startswith(_HIDDEN_PREFIXES) or entry.name in _FOLDERS
       if data and not hidden:
         raise ValueError(
           f'{entry.path} is a directory, expected a file of that name; rename '
@@ -107,36 +130,37 @@ def list_directory(
         )
       if deep and not hidden:
         inside = list_directory(entry.path, endings, deep)
-        found += inside.files
+        files += inside.files
         left_out += [f'{entry.name}/{name}' for name in inside.left_out]
       else:
         left_out.append(f'{entry.name}/')
     elif data:
       core_files.check_file(entry.path)
-      found.append(entry.path)
+      files.append(entry.path)
     else:
       left_out.append(entry.name)
-  return DirectoryListing(tuple(found), tuple(left_out))
+  return DirectoryListing(tuple(files), tuple(left_out))
 
 
-def data_files(path: str, kind: str, bad: BadRows | None = None) -> list[str]:
+def data_files(
+  path: str, kind: FileKind, bad: BadRows | None = None
+) -> list[str]:
   """The files of data under a path: itself, or those of a directory.
 
   Args:
-    kind: of `ENDINGS`.
     bad: told of what is left out.
 
   Raises:
     ValueError: nothing is there, or nothing of the kind.
     NotAFile: it is a pipe, a socket or a device, or one of its files is.
   """
-  path, endings = core_files.local_path(path), ENDINGS[kind]
+  path, endings = core_files.local_path(path), kind.endings
   kinds = ', '.join(endings)
   core_files.check_file(path)
   if os.path.isfile(path):
     if not path.lower().endswith(endings):
       raise ValueError(
-        f'{_WHATS[kind]} read from {kinds}; got {path!r}: convert it, or '
+        f'{kind.verb} read from {kinds}; got {path!r}: convert it, or '
         'name a directory of such files'
       )
     return [path]
@@ -144,19 +168,12 @@ def data_files(path: str, kind: str, bad: BadRows | None = None) -> list[str]:
     raise ValueError(
       f'{path!r} does not exist; name a file of {kinds}, or a directory of them'
     )
-  found = list_directory(path, endings)
+  listing = list_directory(path, endings)
   if bad is not None:
-    bad.left_out += found.left_out
-  if not found.files:
+    bad.left_out += listing.left_out
+  if not listing.files:
     raise ValueError(f'{path} holds no file of {kinds}')
-  return list(found.files)
-
-
-_WHATS = {
-  'jsonl': 'rows are',
-  'chat': 'conversations are',
-  'text': 'text is',
-}
+  return list(listing.files)
 
 
 @contextlib.contextmanager
@@ -211,11 +228,11 @@ def read_text(file: str) -> str:
     ) from None
 
 
-def read_named_text(key: str, path: str, what: str) -> str:
+def read_named_text(key: str, path: str, description: str) -> str:
   """The text of a file that `key`, a flag or a key of a config, names.
 
   Args:
-    what: kind of file it is to be, for the message.
+    description: of the kind of file, for the message.
 
   Raises:
     ValueError: it cannot be read.
@@ -227,7 +244,7 @@ def read_named_text(key: str, path: str, what: str) -> str:
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
     raise ValueError(
-      f'{key}={path!r} cannot be read ({reason}); name {what}'
+      f'{key}={path!r} cannot be read ({reason}); name {description}'
     ) from None
 
 
@@ -237,33 +254,31 @@ def data_hashes(data: ConfigDict) -> dict[str, dict[str, str]]:
   Files are those that readers read, named from the directory that the key
   names. What is no local file (names on the hub, SeqIO's tasks) has no hash.
   """
-  found = {}
-  kinds = {'path': data.source, **_OF_KEYS}
-  for key, kind in kinds.items() if data.source in ENDINGS else ():
+  reader = READERS.lookup(data.source)
+  if reader.files is None:
+    return {}
+  hashes = {}
+  for key, kind in {'path': reader.files, **_KINDS_BY_KEY}.items():
     path = core_files.local_path(data[key])
     if path and os.path.exists(path):
-      # `datasets` and templates may lie deeper.
-      deep = kind in ('datasets', 'preference', 'templates')
-      found[key] = {
-        name: sha256(file) for name, file in _named(path, kind, deep)
-      }
-  return found
+      hashes[key] = {name: sha256(file) for name, file in _named(path, kind)}
+  return hashes
 
 
-def _named(path: str, kind: str, deep: bool) -> Iterator[tuple[str, str]]:
+def _named(path: str, kind: FileKind) -> Iterator[tuple[str, str]]:
   """(name, file) of a file or of a directory's files of data."""
   core_files.check_file(path)
   if not os.path.isdir(path):
     yield os.path.basename(path), path
     return
-  if not kind:
+  if not kind.endings:
     return
-  found = list_directory(path, ENDINGS[kind], deep)
-  for file in found.files:
+  listing = list_directory(path, kind.endings, kind.is_nested)
+  for file in listing.files:
     if os.path.isfile(file):
       yield os.path.relpath(file, path), file
   # save_to_disk's descriptions name the files of its tables.
-  for name in found.left_out if kind in ('datasets', 'preference') else ():
+  for name in listing.left_out if kind == TABLE_FILES else ():
     if os.path.basename(name) in _DESCRIPTIONS:
       yield name, os.path.join(path, name)
 
@@ -279,8 +294,8 @@ def sha256(file: str, whole: int = _WHOLE) -> str:
   with core_files.open_file(file) as stream:
     if size <= whole:
       return hashlib.file_digest(stream, 'sha256').hexdigest()
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     for i in range(_BLOCKS):
       stream.seek(i * max(size - _BLOCK, 0) // (_BLOCKS - 1))
-      found.update(stream.read(_BLOCK))
-  return found.hexdigest()
+      digest.update(stream.read(_BLOCK))
+  return digest.hexdigest()

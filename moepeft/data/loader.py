@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches in a fixed order, made ahead, with a place that can be kept.
+"""Batches in a fixed order, made ahead, with a position that can be saved.
 
 Examples are encoded and packed in windows of `WINDOW`. A window is a pure
 function of its number, so the stream is the same with any number of worker
@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from moepeft.core.types import Batch
 from moepeft.data.batching.collators import Collator, Rows, make_model_collator
 from moepeft.data.dataset import TrainingData
-from moepeft.data.readers.seqio_stream import SeqioStream
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 WINDOW = 1024
@@ -41,14 +40,14 @@ class ExampleWindows:
   def __init__(
     self,
     examples: grain.MapDataset,
-    own: Collator,
+    collator: Collator,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
   ):
     """Reads every `shard[1]`-th window, in `workers` processes if any."""
 
     def window(number: int, part: Sequence) -> Rows:
-      return own.rows(number, own.encode(part))
+      return collator.rows(number, collator.encode(part))
 
     windows = examples.batch(WINDOW, batch_fn=list).map_with_index(window)
     self._windows = windows[shard[0] :: shard[1]]
@@ -67,7 +66,7 @@ class ExampleWindows:
 
 
 def _end_with_parent(number: int, count: int) -> None:
-  """Ends a worker when its run is killed, of which nobody tells it."""
+  """Ends a worker process when its parent is killed."""
   del number, count
   parent = multiprocessing.parent_process()
 
@@ -85,10 +84,10 @@ class StreamWindows:
   def __init__(
     self,
     stream: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    own: Collator,
+    collator: Collator,
   ):
     """`stream(place)` gives {'inputs', 'targets'}, from a place on."""
-    self._stream, self._form = stream, own
+    self._stream, self._form = stream, collator
 
   def open(self, number: int) -> Iterator[Rows]:
     examples = self._stream(number * WINDOW)
@@ -108,16 +107,16 @@ class _Batches(grain.DatasetIterator):
     self.set_state({'window': 0, 'row': 0})
 
   def __next__(self) -> Batch:
-    parts, wanted = [], self._batch_size
-    while wanted:
+    parts, missing = [], self._batch_size
+    while missing:
       if self._rows is None:
         self._rows = next(self._windows)
-      held = len(next(iter(self._rows.values())))
-      end = min(self._row + wanted, held)
+      count = len(next(iter(self._rows.values())))
+      end = min(self._row + missing, count)
       parts.append({k: v[self._row : end] for k, v in self._rows.items()})
-      wanted -= end - self._row
+      missing -= end - self._row
       self._row = end
-      if end == held:
+      if end == count:
         self._window, self._row, self._rows = self._window + 1, 0, None
     if len(parts) == 1:
       return parts[0]
@@ -159,7 +158,7 @@ class Loader:
     return next(self._batches)
 
   def position(self) -> np.ndarray:
-    """Where the next batch begins: int64 [2], window and row in it."""
+    """The next batch's start: int64 [2], window and row in it."""
     state = self._batches.get_state()
     return np.array([state['window'], state['row']], np.int64)
 
@@ -173,14 +172,14 @@ class Loader:
 
 
 def make_loader(
-  sources: TrainingData,
-  words: Tokenizer,
+  source: TrainingData,
+  tokenizer: Tokenizer,
   data: ConfigDict,
   batch_size: int,
   seed: int,
   shard: tuple[int, int] = (0, 1),
   model: Any = None,
-  own: Collator | None = None,
+  collator: Collator | None = None,
 ) -> Loader:
   """The batches of a config.
 
@@ -189,24 +188,29 @@ def make_loader(
     shard: (number of this host, hosts); each reads windows of its own.
     model: the model that they are for, or its config; None for an
       encoder-decoder.
-    own: their form; by default the model's.
+    collator: of the batches; by default the model's.
   """
-  own = own or make_model_collator(data, words, model, seed)
-  if isinstance(sources.train, SeqioStream):
-    # SeqIO reads ahead, and by host, by itself.
-    return Loader(StreamWindows(sources.train.open, own), batch_size)
-  windows = ExampleWindows(sources.train, own, shard, data.num_workers)
+  collator = collator or make_model_collator(data, tokenizer, model, seed)
+  if source.open_stream is not None:
+    # A stream reads ahead, and by host, by itself.
+    return Loader(StreamWindows(source.open_stream, collator), batch_size)
+  windows = ExampleWindows(source.train, collator, shard, data.num_workers)
   return Loader(windows, batch_size)
 
 
 def truncation_note(
-  train: grain.MapDataset, own: Collator, rows: int = 500
+  source: TrainingData, collator: Collator, rows: int = 500
 ) -> str:
-  """A line that says how many of the first examples are too long, or ''."""
-  cut = own.count_cut([train[i] for i in range(rows)])
+  """A line that says how many of the first examples are too long, or ''.
+
+  Examples of a stream are cut before they come here, so there is none.
+  """
+  if source.train is None:
+    return ''
+  cut = collator.count_cut([source.train[i] for i in range(rows)])
   if not cut:
     return ''
   return (
     f'{cut} of the first {rows} training examples are cut; raise '
-    f'{own.length_keys} to keep them whole\n'
+    f'{collator.length_keys} to keep them whole\n'
   )

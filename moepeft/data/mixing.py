@@ -124,13 +124,13 @@ def _round(
   units: tuple[int, ...], seed: int, turn: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """(whose turn, its count of turns before) at each place of a round."""
-  before = np.array(_counts(units, turn * _ROUND))
-  here = np.array(_counts(units, (turn + 1) * _ROUND)) - before
+  counts_before = np.array(_counts(units, turn * _ROUND))
+  counts_here = np.array(_counts(units, (turn + 1) * _ROUND)) - counts_before
   order = np.random.default_rng((seed, turn)).permutation(_ROUND)
-  owners = np.repeat(np.arange(len(units)), here)[order]
+  owners = np.repeat(np.arange(len(units)), counts_here)[order]
   keys = np.empty(_ROUND, np.int64)
-  for owner in np.flatnonzero(here):
-    keys[owners == owner] = before[owner] + np.arange(here[owner])
+  for owner in np.flatnonzero(counts_here):
+    keys[owners == owner] = counts_before[owner] + np.arange(counts_here[owner])
   return owners, keys
 
 

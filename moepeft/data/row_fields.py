@@ -145,8 +145,8 @@ _SPEAKERS = 'from name role'
 _VALUES = 'value'
 # What one of the names below is, for the message.
 _MEANINGFUL = {
-  normalized_name(name): what
-  for names, what in (
+  normalized_name(name): description
+  for names, description in (
     (_TARGETS, _MARKS),
     (_TEXTS, 'which is text'),
     (_TOOLS, 'which is of tools'),
@@ -188,7 +188,7 @@ class RowFields(Mapping):
       unused: told of the fields that nothing reads.
     """
     self._unused = unused if unused is not None else UnusedFields()
-    self._values, self._taken = {}, set()
+    self._values, self._names_read = {}, set()
     self._where = where
     for name, value in values.items():
       if normalized_name(name) in self._unused.ignore:
@@ -198,7 +198,7 @@ class RowFields(Mapping):
 
   def __getitem__(self, name: str) -> Any:
     value = self._values[name]
-    self._taken.add(name)
+    self._names_read.add(name)
     return value
 
   def __contains__(self, name: object) -> bool:
@@ -210,7 +210,7 @@ class RowFields(Mapping):
   def __len__(self) -> int:
     return len(self._values)
 
-  def given(self, names: Iterable[str]) -> tuple[str, Any]:
+  def get_alias(self, names: Iterable[str]) -> tuple[str, Any]:
     """(name, value) of the one of several spellings that has a value.
 
     Returns:
@@ -241,13 +241,13 @@ class RowFields(Mapping):
     """
     of_row = self._where == 'the row'
     for name, value in self._values.items():
-      if name in self._taken:
+      if name in self._names_read:
         continue
-      key, what = normalized_name(name), meaning(name)
+      key, description = normalized_name(name), meaning(name)
       if key in _OF_TURNS and of_row:
-        what = ''
+        description = ''
       needless = (
-        not what
+        not description
         or _says_nothing(name, value)
         or _repeats(value, texts)
         or of_row
@@ -255,9 +255,9 @@ class RowFields(Mapping):
       )
       if not needless:
         raise BadRow(
-          f'{self._where} has {name!r}, {what}, and nothing reads it here; '
-          'give it in a field that is read, remove the row, or leave the field '
-          f'unused with config.data.ignore_fields={name}'
+          f'{self._where} has {name!r}, {description}, and nothing reads it '
+          'here; give it in a field that is read, remove the row, or leave '
+          f'the field unused with config.data.ignore_fields={name}'
         )
       self._list(name)
 
@@ -277,7 +277,9 @@ def meaning(name: str) -> str:
     (_THOUGHTS, 'which is a thought of the assistant'),
     (_MEDIA, _MEDIUM),
   )
-  return next((what for form, what in patterns if form.fullmatch(key)), '')
+  return next(
+    (description for form, description in patterns if form.fullmatch(key)), ''
+  )
 
 
 def _says_nothing(name: str, value: Any) -> bool:

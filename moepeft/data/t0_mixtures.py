@@ -20,7 +20,7 @@ _TWIN = '_score_eval'
 
 @dataclasses.dataclass(frozen=True)
 class T0Dataset:
-  """What T0's mixture knows of a dataset (and subset).
+  """A dataset (and subset) of T0's mixtures.
 
   Attributes:
     name: as in 'glue/mrpc'.
@@ -36,7 +36,7 @@ class T0Dataset:
 
   @property
   def rate(self) -> int:
-    """Of one prompt."""
+    """The rate of one prompt."""
     return self.train if self.train <= _CAP else _CAP // self.prompts
 
 
@@ -113,13 +113,13 @@ _PLUS_PLUS = _datasets(
   ('super_glue/multirc', 10, 10, 27243),
   ('super_glue/wic', 10, 10, 5428),
 )
-_ONE, _ALL = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
+_ONE_PROMPT, _ALL_PROMPTS = 't0_train_one_og_prompt', 't0_train_all_og_prompts'
 MIXTURES: dict[str, tuple[T0Dataset, ...]] = {
   't0_train': _T0,
   't0+_train': _T0 + _PLUS,
   't0++_train': _T0 + _PLUS + _PLUS_PLUS,
-  _ONE: tuple(d for d in _T0 if d.original),
-  _ALL: tuple(d for d in _T0 if d.original),
+  _ONE_PROMPT: tuple(d for d in _T0 if d.original),
+  _ALL_PROMPTS: tuple(d for d in _T0 if d.original),
 }
 
 
@@ -177,7 +177,7 @@ def members(mixture: str) -> tuple[T0Dataset, ...]:
 
 def totals(mixture: str) -> dict[str, int]:
   """{dataset: sum of its prompts' rates} where all of the mixture is there."""
-  counts = {_ONE: lambda d: 1, _ALL: lambda d: d.original}
+  counts = {_ONE_PROMPT: lambda d: 1, _ALL_PROMPTS: lambda d: d.original}
   count = counts.get(mixture, lambda d: d.prompts)
   return {d.name: count(d) * d.rate for d in members(mixture)}
 
@@ -187,7 +187,7 @@ def mixture_rates(
   rows: Mapping[tuple[str, str], int],
   original: Collection[tuple[str, str]] = (),
 ) -> MixtureRates:
-  """How often to draw each (dataset, template) of the data.
+  """The rate of each (dataset, template) of the data.
 
   A rate is that of the published mixture, however many of a dataset's rows or
   prompts are at hand. Where `original` names none of a dataset's prompts,
@@ -207,36 +207,38 @@ def mixture_rates(
     ValueError: an unknown mixture, data that hold none of it, or prompts of
       which nothing says whether they ask for the original task.
   """
-  known = {p3_name(d.name): d for d in members(mixture)}
-  found, left_out = collections.defaultdict(list), set()
+  datasets = {p3_name(d.name): d for d in members(mixture)}
+  pairs_by_name, left_out = collections.defaultdict(list), set()
   for pair in sorted(pair for pair, count in rows.items() if count):
-    name = _member(*pair, known)
-    found[name].append(pair) if name else left_out.add(pair[0])
-  if not found:
+    name = _member(*pair, datasets)
+    pairs_by_name[name].append(pair) if name else left_out.add(pair[0])
+  if not pairs_by_name:
     raise ValueError(
       f'none of the data is in {mixture}; got {", ".join(sorted(left_out))}'
     )
   drawn, guessed = {}, []
-  for name, pairs in found.items():
-    pairs, guess = _prompts(mixture, known[name], pairs, original)
-    drawn |= dict.fromkeys(pairs, float(known[name].rate))
+  for name, pairs in pairs_by_name.items():
+    pairs, guess = _prompts(mixture, datasets[name], pairs, original)
+    drawn |= dict.fromkeys(pairs, float(datasets[name].rate))
     if guess:
       guessed.append(name)
-  absent = tuple(d.name for key, d in known.items() if key not in found)
+  absent = tuple(
+    d.name for key, d in datasets.items() if key not in pairs_by_name
+  )
   return MixtureRates(drawn, tuple(sorted(left_out)), absent, tuple(guessed))
 
 
-def _member(dataset: str, template: str, known: Collection[str]) -> str:
+def _member(dataset: str, template: str, names: Collection[str]) -> str:
   """The dataset of the mixture that a name means; '' for none."""
   name = p3_name(dataset)
-  if name in known:
+  if name in names:
     return name
   # A SeqIO task is spelled DATASET_SUBSET_TEMPLATE; its twin for scoring is
   # none to train on.
   if template or name.endswith(_TWIN):
     return ''
   # No dataset's name is the beginning of another's.
-  return next((key for key in known if name.startswith(key + '_')), '')
+  return next((key for key in names if name.startswith(key + '_')), '')
 
 
 def _task(pair: tuple[str, str]) -> str:
@@ -251,16 +253,18 @@ def _prompts(
   original: Collection[tuple[str, str]],
 ) -> tuple[list[tuple[str, str]], bool]:
   """The prompts that a mixture takes, and whether that is a guess."""
-  if mixture not in (_ONE, _ALL):
+  if mixture not in (_ONE_PROMPT, _ALL_PROMPTS):
     return pairs, False
   spelled = {_task(pair) for pair in original}
-  said = [pair for pair in pairs if _task(pair) in spelled]
-  if not said and dataset.original == dataset.prompts:
-    said = pairs
-  if mixture == _ALL and not said:
+  originals = [pair for pair in pairs if _task(pair) in spelled]
+  if not originals and dataset.original == dataset.prompts:
+    originals = pairs
+  if mixture == _ALL_PROMPTS and not originals:
     raise ValueError(
       f'{mixture} takes the prompts of the original task, and nothing says '
       f'which of {dataset.name} are; set config.data.templates, or take '
       't0_train'
     )
-  return (said or pairs)[: 1 if mixture == _ONE else None], not said
+  return (originals or pairs)[
+    : 1 if mixture == _ONE_PROMPT else None
+  ], not originals

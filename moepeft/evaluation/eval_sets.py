@@ -14,7 +14,7 @@ from moepeft import tasks
 from moepeft.data import TrainingData
 from moepeft.data.batching.collators import Collator
 from moepeft.data.dataset import evenly_spaced
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import READERS, jsonl
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
@@ -57,7 +57,7 @@ def training_prompts(
     train: the training rows, which give closed templates their choices.
   """
   e = config.evaluation
-  if config.data.source == 'tasks':
+  if READERS.lookup(config.data.source).evaluates_tasks:
     ranked_prompts = _embedded_prompts(config)
   else:
     ranked = jsonl.with_closed_choices(train or (), examples_of(held_out))
@@ -153,7 +153,7 @@ def prompts_with_choices(
   training, or for those that were not.
   """
   e = config.evaluation
-  if config.data.source == 'tasks':
+  if READERS.lookup(config.data.source).evaluates_tasks:
     return _embedded_prompts(config)
   rows = jsonl.with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)

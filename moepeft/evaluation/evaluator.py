@@ -19,7 +19,7 @@ from moepeft.data.batching.collators import Collator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation import summary
 from moepeft.evaluation.eval_sets import Prompt
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.plan import EvalPlan, PartialResults
 from moepeft.evaluation.rank_classification import NotFinite, Ranked, Ranker
@@ -102,8 +102,9 @@ class Evaluator:
     return Likelihood(*self._model_args)
 
   @functools.cached_property
-  def _generator(self) -> Answering:
-    return Answering(*self._model_args, ends=self._eos_token_ids)
+  def _generator(self) -> BatchGenerator:
+    *args, _ = self._model_args
+    return BatchGenerator(*args, self._eos_token_ids)
 
   # ------------------------------------------------------- while training ---
 

@@ -22,6 +22,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching.collators import make_model_collator
 from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.readers import READERS
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import span_corruption as spans
 from moepeft.evaluation.eval_sets import validation_rows
@@ -235,7 +236,7 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
     ValueError: the config reads no plain text, or holds none out.
   """
   data = config.data
-  if data.source != 'text':
+  if not READERS.lookup(data.source).is_plain_text:
     raise ValueError(
       'n-grams are counted in plain text; give a config with config.data.source'
       f"='text', it is {data.source!r}"
@@ -243,7 +244,9 @@ def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:
   words = load_tokenizer(data.tokenizer, config.model.path)
   _, shape = base_lib.shape(config.model)
   collator = make_model_collator(data, words, shape, config.seed)
-  data_sources = open_data(data, config.seed, below=shape.vocab, own=collator)
+  data_sources = open_data(
+    data, config.seed, vocab_size=shape.vocab, collator=collator
+  )
   validation = validation_rows(config, data_sources, collator)
   if not validation:
     raise ValueError(

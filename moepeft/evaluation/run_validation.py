@@ -12,7 +12,7 @@ from moepeft.core.types import Tree
 from moepeft.data import TrainingData
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import preferences
+from moepeft.data.readers.preference import preference_data
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.inference.loaded_model import LoadedModel
@@ -91,7 +91,7 @@ def _with_reference(
     start = base_lib.with_adapter(start, built, config.model.adapter, base)
   log_p = reference_model.precomputed(
     workdir,
-    sources.compared,
+    sources.preferences,
     collator,
     model,
     start,
@@ -99,5 +99,5 @@ def _with_reference(
     sharding.make_mesh(),
     config.evaluation.batch_size,
   )
-  compared = sources.compared.with_references(log_p)
-  return None, {}, preferences(compared, config.data, config.seed)
+  preferences = sources.preferences.with_references(log_p)
+  return None, {}, preference_data(preferences, config.data, config.seed)

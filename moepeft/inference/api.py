@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine is asked and what it answers: token ids, never text.
+"""Requests to the engine and its answers: token ids, never text.
 
-The engine (`moepeft.inference.engine.engine`) runs on one thread, which owns
-JAX. Others hand it a `Request` with a function that its events are delivered
-to, from the engine's thread: an asyncio server passes `lambda event:
-loop.call_soon_threadsafe(queue.put_nowait, event)`. A request's events are, in
-order: `Prompt` where its log-probabilities are asked for, a `Token` each, and
-exactly one `Finished`, after which nothing comes.
+The engine (`moepeft.inference.engine.engine`) delivers a request's events to
+the function that was submitted with it, in this order: `PromptLogprobs` where
+they were asked for, a `Token` for each new token, and exactly one `Finished`,
+which is the last.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 
 from moepeft.inference.sampling import Sampling
 
-# Why an answer ended.
+# The reasons for which an answer ends.
 STOP, LENGTH, CANCELLED, TIME, FAILED = (
   'stop',
   'length',
@@ -28,54 +26,55 @@ STOP, LENGTH, CANCELLED, TIME, FAILED = (
 
 
 class Constraint(Protocol):
-  """What of the vocabulary may come next; one a request, used on one thread.
+  """A limit on the next token; one object a request, used on one thread.
 
   `moepeft.inference.constraints.grammar` makes them of a JSON schema, a regular
-  expression, a grammar or a choice.
+  expression, a grammar or a choice; `moepeft.serve` wraps them.
   """
 
   def mask(self) -> np.ndarray:
     """bool [v], True for tokens that may come next; never all False."""
 
   def accept(self, token: int) -> bool:
-    """Goes on by a token that the mask allows; whether the text must end."""
+    """Advances by a token that the mask allows; True if the text must end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A prompt to be gone on from.
+  """A prompt to be continued.
 
   Attributes:
-    id: of the caller's choice, unique among those under way.
-    ids: the prompt's tokens: a decoder's text so far, T5's inputs.
-    length: tokens of the answer at most; 0 where only the prompt's
-      log-probabilities are wanted.
-    adapter: the name of a loaded adapter; '' is the base.
+    id: unique among the requests that have not finished.
+    prompt_ids: tokens of a decoder's text so far, or of T5's inputs.
+    max_new_tokens: 0 where only the prompt's log-probabilities are wanted.
+    adapter: name of a loaded adapter; '' is the base.
     sampling: numbers, not arrays; greedy by default.
-    seed: of the draws, which depend on it and on nothing beside the request.
-    ends: ids that end the answer; the last token delivered is one of them.
-    logprobs: how many alternatives each token comes with; None for no
+    seed: the draws depend on it and on nothing beside the request.
+    eos_token_ids: ids that end the answer; the answer includes its end.
+    logprobs: number of alternatives reported with each token; None for no
       log-probabilities at all.
-    prompt_logprobs: the same of the prompt's tokens (echo); decoders only.
-    constraint: what may come next.
-    routing: whether tokens come with what their routers did.
-    seconds: the answer ends with TIME after so many, waiting included.
+    prompt_logprobs: the same for the prompt's tokens (echo); decoders only.
+    constraint: limits the next token.
+    routing: whether tokens are reported with their experts' weights.
+    timeout: seconds after which the answer ends with TIME, waiting included.
     client: requests of different clients take turns; '' is one of them.
+    min_new_tokens: before so many tokens no end is chosen.
   """
 
   id: str
-  ids: tuple[int, ...]
-  length: int
+  prompt_ids: tuple[int, ...]
+  max_new_tokens: int
   adapter: str = ''
   sampling: Sampling = Sampling()
   seed: int = 0
-  ends: tuple[int, ...] = ()
+  eos_token_ids: tuple[int, ...] = ()
   logprobs: int | None = None
   prompt_logprobs: int | None = None
   constraint: Constraint | None = None
   routing: bool = False
-  seconds: float | None = None
+  timeout: float | None = None
   client: str = ''
+  min_new_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +83,9 @@ class TokenLogprob:
 
   Attributes:
     id: the token.
-    logprob: of it in nats; None of a prompt's first token.
-    top: (id, logprob) of the most probable ones, the best first.
-    experts: {site: weight of each expert, the mean over layers} where
+    logprob: in nats; None for a prompt's first token.
+    top: (id, logprob) of the most probable tokens, the best first.
+    experts: {site: weight of each expert, averaged over layers} where
       `routing` was asked for and the adapter routes.
   """
 
@@ -98,7 +97,7 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
-  """The prompt's tokens, scored."""
+  """The prompt's tokens with their log-probabilities."""
 
   tokens: tuple[TokenLogprob, ...]
 
@@ -117,9 +116,10 @@ class Finished:
   Attributes:
     reason: STOP (an end or a finished constraint), LENGTH, CANCELLED, TIME or
       FAILED.
-    prompt: tokens of the prompt; cached: of these, not computed anew.
-    answer: tokens of the answer.
-    message: what failed, a sentence; else ''.
+    prompt: number of the prompt's tokens.
+    cached: number of prompt tokens that were not computed again.
+    answer: number of the answer's tokens.
+    message: the failure in a sentence; else ''.
   """
 
   reason: str
@@ -132,6 +132,38 @@ class Finished:
 Event = PromptLogprobs | Token | Finished
 
 
+@dataclasses.dataclass(frozen=True)
+class GeneratedAnswer:
+  """The whole answer to a request.
+
+  Attributes:
+    tokens: the answer's, its end included.
+    finished: the last event.
+  """
+
+  tokens: tuple[TokenLogprob, ...]
+  finished: Finished
+
+  @property
+  def ids(self) -> list[int]:
+    return [token.id for token in self.tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobRequest:
+  """An answer whose log-probability is wanted.
+
+  Attributes:
+    prompt_ids: tokens of a decoder's prompt, or of T5's inputs.
+    answer_ids: the tokens that are scored, their end included.
+    adapter: name of a loaded adapter; '' is the base.
+  """
+
+  prompt_ids: tuple[int, ...]
+  answer_ids: tuple[int, ...]
+  adapter: str = ''
+
+
 class RequestRefused(ValueError):
   """A request that the engine does not take; a sentence for the user."""
 
@@ -141,14 +173,14 @@ class UnknownAdapter(RequestRefused):
 
 
 class PromptTooLong(RequestRefused):
-  """Prompt and answer do not fit the model's or the engine's places."""
+  """Prompt and answer do not fit the model's or the engine's lengths."""
 
 
 class EngineFull(RequestRefused):
-  """The queue is full.
+  """The queue, or a bucket's adapter slots, are full.
 
   Attributes:
-    seconds: when to try again, an estimate.
+    seconds: estimated time until a retry may succeed.
   """
 
   def __init__(self, message: str, seconds: float):
@@ -158,16 +190,16 @@ class EngineFull(RequestRefused):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-  """An adapter that can be asked for.
+  """An adapter that requests may name.
 
   Attributes:
-    name: what requests call it.
+    name: its name in requests.
     method: its text, as 'molora(experts=4, rank=4)'.
-    sha256: of its content: the method, semantics and every array.
-    bytes: of device memory.
+    sha256: hash of its content: the method, semantics and every array.
+    bytes: device memory that it takes.
     source: the path that it was read from.
-    before: tokens of a soft prompt, which take places before every request's
-      own and are no part of what is counted or told of it.
+    soft_prompt_length: tokens of its soft prompt. They take cache entries
+      before every request's own tokens and are not counted or reported.
   """
 
   name: str
@@ -175,20 +207,21 @@ class LoadedAdapter:
   sha256: str
   bytes: int
   source: str
-  before: int = 0
+  soft_prompt_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-  """Counts since the start, and what is under way.
+  """Counts since the start, and the present load.
 
   Attributes:
     running, waiting: requests.
-    slots: rows that can run at once.
+    slots: sequences that can run at once.
     finished: {reason: requests}.
-    prompt_tokens, cached_tokens, answer_tokens: in all.
-    compiled: programs so far; does not grow once `ready`.
-    adapters: loaded ones; adapter_bytes: of their banks, empty slots too.
+    prompt_tokens, cached_tokens, answer_tokens: totals.
+    compiled: number of compiled programs; constant once the engine is ready.
+    adapters: number of loaded adapters.
+    adapter_bytes: memory of the pool, empty slots included.
   """
 
   running: int
@@ -201,64 +234,3 @@ class EngineStats:
   compiled: int
   adapters: int
   adapter_bytes: int
-
-
-class Engine(Protocol):
-  """What the server asks of an engine; every method may be called from any
-  thread.
-
-  Attributes:
-    vocab: the size of the model's vocabulary.
-    places: tokens of a prompt and its answer at most, together in a decoder;
-      (inputs, answer) are (places, places) of an encoder-decoder.
-    decoder_only: whether the prompt is part of the text.
-    ready: whether a generation has run since the start.
-  """
-
-  vocab: int
-  places: int
-  decoder_only: bool
-
-  @property
-  def ready(self) -> bool: ...
-
-  def start(self, progress: Callable[[str, int, int], None]) -> None:
-    """Compiles every shape, runs a real generation, then takes requests.
-
-    Args:
-      progress: called with (what, done, all) before each program.
-    """
-
-  def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
-    """Takes a request, or raises `Refused`; events come later."""
-
-  def cancel(self, id: str) -> None:
-    """Ends a request with CANCELLED; of an unknown id, nothing."""
-
-  def adapters(self) -> Sequence[LoadedAdapter]:
-    """What can be asked for beside the base."""
-
-  def load(self, name: str, path: str) -> LoadedAdapter:
-    """Reads an adapter (a run, or an exported directory) and puts it there.
-
-    Requests under way go on with what they began with.
-
-    Raises:
-      ValueError: it cannot be read, is another base's, is not for serving, or
-        there is no memory for it; what was loaded before stays.
-    """
-
-  def unload(self, name: str) -> None:
-    """Takes an adapter away once no request uses it.
-
-    Raises:
-      Unknown: there is none.
-    """
-
-  def stats(self) -> EngineStats: ...
-
-  def drain(self, seconds: float) -> bool:
-    """Takes no more requests and waits; whether all have finished."""
-
-  def stop(self) -> None:
-    """Ends the thread; what is under way is CANCELLED."""

@@ -1,96 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts in, texts out: batches of token ids through a model's loop.
-
-Lengths are rounded up to powers of two, so that there are few programs; of a
-prompt never beyond the places that a model has.
-"""
+"""Generation for the commands: batches of prompts to texts, by the engine."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from moepeft.core import sharding
-from moepeft.core.types import Array, Tree
+from moepeft.core.types import Tree
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching.bucketing import repeat_last, round_up
 from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
+from moepeft.inference.adapters.fixed import FixedAdapter
+from moepeft.inference.api import FAILED, Event, Finished, Request, Token
 from moepeft.inference.beam_search import BeamConfig, search
-from moepeft.inference.decode import PAD, How, advance, start
+from moepeft.inference.decode import PAD
 from moepeft.inference.detokenizer import TextStream
+from moepeft.inference.engine.engine import Engine
+from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.methods.prompt_tuning import before
 
-# Below them, a length of prompts or of answers is not worth a program.
-_LEAST_PROMPT, _LEAST_ANSWER = 64, 32
-_MOST = 1 << 30
-# Tokens between looks for stop strings.
-_LOOK = 8
+# Below them, a length of texts or of answers is not worth a program.
+_MIN_LENGTH, _MIN_ANSWER = 64, 32
+_LARGEST = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-  """How answers are made.
+  """Settings of generation, named as in `transformers`.
 
   Attributes:
-    length: tokens of an answer at most, its end included.
-    least: tokens before which no end is chosen.
-    beams: to search instead of to sample, or None.
-    ends: ids that end an answer and are no text.
-    stops: texts that an answer is cut before.
+    max_new_tokens: limit on an answer, its end included.
+    eos_token_ids: ids that end an answer and are no text.
+    min_new_tokens: before so many tokens no end is chosen.
+    sampling: greedy by default.
+    beams: settings of a beam search instead of sampling, or None.
+    stop_strings: an answer ends before the first of them.
   """
 
-  length: int
-  ends: tuple[int, ...]
-  least: int = 0
+  max_new_tokens: int
+  eos_token_ids: tuple[int, ...]
+  min_new_tokens: int = 0
   sampling: Sampling = Sampling()
   beams: BeamConfig | None = None
-  stops: tuple[str, ...] = ()
+  stop_strings: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if self.length < 1:
+    if self.max_new_tokens < 1:
       raise ValueError(
-        f'an answer has at least 1 token; got length={self.length}'
+        'an answer has at least 1 token; got max_new_tokens='
+        f'{self.max_new_tokens}'
       )
-    if not 0 <= self.least <= self.length:
+    if not 0 <= self.min_new_tokens <= self.max_new_tokens:
       raise ValueError(
-        f'the least tokens are from 0 to length={self.length}; got {self.least}'
+        f'min_new_tokens is from 0 to max_new_tokens={self.max_new_tokens}; '
+        f'got {self.min_new_tokens}'
       )
-    if '' in self.stops:
+    if '' in self.stop_strings:
       raise ValueError('a stop string is empty; leave it out')
-    alone = self.sampling != Sampling() or self.least
-    if self.beams is not None and alone:
+    samples = self.sampling != Sampling() or self.min_new_tokens
+    if self.beams is not None and samples:
       raise ValueError(
         'beams are searched for the most probable answer; leave out '
-        'temperature, its filters, penalties and the least tokens'
+        'temperature, its filters, penalties and min_new_tokens'
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """What came of a batch since the last time.
+  """New text of one answer.
 
   Attributes:
-    texts: new text of each row.
-    tokens: new tokens of all rows that had not ended.
+    row: the prompt's number.
+    text: '' while a character, or a stop string, is incomplete.
+    token: the new token; None of an answer's last chunk.
   """
 
-  texts: list[str]
-  tokens: int
+  row: int
+  text: str
+  token: int | None = None
 
 
-def keys(seed: int, rows: int) -> Array:
-  """[rows] keys of draws, different in each row, of one seed."""
-  key = jax.random.key(seed)
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+def row_seeds(seed: int, rows: int) -> list[int]:
+  """Seeds of draws, different in each row, of one seed."""
+  return [seed & 0xFFFFFFFF | row << 32 for row in range(rows)]
 
 
-def check_room(model: Any, prompt: int, answer: int) -> None:
-  """Looks whether a decoder has places for a prompt and its answer.
+def check_length(model: Any, prompt: int, answer: int) -> None:
+  """Checks that a decoder has positions for a prompt and its answer.
 
   Args:
     prompt, answer: their tokens.
@@ -100,38 +103,44 @@ def check_room(model: Any, prompt: int, answer: int) -> None:
   """
   if not hasattr(model, 'extend'):
     return
-  room = model.config.length
-  if prompt + answer > room:
+  limit = model.config.length
+  if prompt + answer > limit:
     raise ValueError(
       f'the longest prompt has {prompt:,} tokens and an answer up to '
-      f'{answer:,}; together the model has room for {room:,}: shorten the '
+      f'{answer:,}; together the model has room for {limit:,}: shorten the '
       'prompt, or the length of the answer'
     )
 
 
 class Generator:
-  """Answers batches of prompts, the model's soft prompt before each."""
+  """Answers to prompts, the model's soft prompt before each.
+
+  Prompts are divided among the machine's devices, each with an engine.
+  """
 
   def __init__(
     self,
     model: Any,
-    words: Tokenizer,
-    settings: GenerationConfig,
-    mesh: Mesh | None = None,
+    variables: Tree,
+    tokenizer: Tokenizer,
+    config: GenerationConfig,
+    batch_size: int = 8,
   ):
-    self._model, self._words, self._settings = model, words, settings
-    self._mesh = sharding.make_mesh() if mesh is None else mesh
-    self._decoder_only, self._before = hasattr(model, 'extend'), before(model)
-    # An encoder-decoder may say padding; it is no text either.
-    self._silent = {*settings.ends, *(() if self._decoder_only else (PAD,))}
-    self._how = How(
-      settings.sampling,
-      jnp.array(settings.ends, jnp.int32),
-      jnp.int32(settings.least) if settings.least else None,
-    )
+    """
+    Args:
+      batch_size: answers that a device computes at once.
+    """
+    self._model, self._variables = model, variables
+    self._tokenizer, self._config = tokenizer, config
+    self._batch_size = batch_size
+    self._soft_prompt, decoder_only = before(model), hasattr(model, 'extend')
+    self._decoder_only = decoder_only
+    # An encoder-decoder may generate padding; it is no text either.
+    self._silent = {*config.eos_token_ids, *(() if decoder_only else (PAD,))}
+    self._engines: list[Engine] = []
 
   def check(self, prompts: Sequence[Sequence[int]]) -> None:
-    """Looks at prompts (ids) before any of them is answered.
+    """Checks prompts (ids) before any of them is answered.
 
     Raises:
       ValueError: one has no token, or the model has no room for its answer.
@@ -141,138 +150,236 @@ class Generator:
       raise ValueError(
         f'prompt {lengths.index(0)} has no token to go on from; leave it out'
       )
-    longest = max(lengths, default=0) + len(self._before)
-    check_room(self._model, longest, self._settings.length)
+    longest = max(lengths, default=0) + len(self._soft_prompt)
+    check_length(self._model, longest, self._config.max_new_tokens)
+
+  def update_weights(self, variables: Tree) -> None:
+    """Answers with other values of the weights from now on."""
+    if variables is self._variables:
+      return
+    self._variables = variables
+    new = {
+      key: variables[key] for key in ('params', 'peft') if key in variables
+    }
+    for engine in self._engines:
+      engine.update_weights(new)
 
   def texts(
     self,
-    variables: Tree,
     prompts: Sequence[Sequence[int]],
-    keys: Array | None = None,
-    s: int = 0,
+    seeds: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda answers: None,
   ) -> list[str]:
     """The answer to each prompt (ids), as text.
 
     Args:
-      keys: of each row's draws, where there is a temperature.
-      s: what prompts are padded to, a soft prompt included; 0 to round up
-        the longest.
+      seeds: of each row's draws, where there is a temperature.
+      progress: called with the number of answers that are new.
     """
-    if not self._settings.stops:
-      tokens = self.tokens(variables, prompts, keys, s)
-      return [self._words.decode(self._said(row)) for row in tokens]
-    found = [''] * len(prompts)
-    for news in self.stream(variables, prompts, keys, _LOOK, s):
-      found = [a + b for a, b in zip(found, news.texts, strict=True)]
-    return found
+    if not self._config.stop_strings:
+      answers = self.tokens(prompts, seeds, progress)
+      return [self._tokenizer.decode(self._visible(ids)) for ids in answers]
+    texts = [''] * len(prompts)
+    for chunk in self.stream(prompts, seeds):
+      texts[chunk.row] += chunk.text
+      if chunk.token is None:
+        progress(1)
+    return texts
 
   def tokens(
     self,
-    variables: Tree,
     prompts: Sequence[Sequence[int]],
-    keys: Array | None = None,
-    s: int = 0,
+    seeds: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda answers: None,
   ) -> list[list[int]]:
     """The ids of each answer, its end included; stop strings do not count."""
-    every = self._settings.length
-    given_up = np.zeros(len(prompts), bool)
-    *_, tokens = self._parts(variables, prompts, keys, every, s, given_up)
-    return [self._ended(row.tolist()) for row in tokens]
+    if self._config.beams is not None:
+      return self._search(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _, request, event in self._events(prompts, seeds):
+      if isinstance(event, Token):
+        answers[int(request.id)].append(event.token.id)
+      else:
+        progress(1)
+    return answers
 
   def stream(
     self,
-    variables: Tree,
     prompts: Sequence[Sequence[int]],
-    keys: Array | None = None,
-    every: int = 1,
-    s: int = 0,
+    seeds: Sequence[int] | None = None,
   ) -> Iterator[Chunk]:
-    """Texts as they come, every so many tokens."""
-    stops = self._settings.stops
-    streams = [
+    """Texts as they come, a chunk for each token and one at each end."""
+    texts = [
       TextStream(
-        self._words.decode,
-        stops,
-        lambda text: skipped_special_tokens(self._words, text),
+        self._tokenizer.decode,
+        self._config.stop_strings,
+        lambda text: skipped_special_tokens(self._tokenizer, text),
       )
       for _ in prompts
     ]
-    given_up = np.zeros(len(prompts), bool)
-    before = [0] * len(prompts)
-    for tokens in self._parts(variables, prompts, keys, every, s, given_up):
-      texts, new = [], 0
-      for i, row in enumerate(tokens.tolist()):
-        # What a row has after its text stopped is padding.
-        ids = [] if given_up[i] else self._ended(row)[before[i] :]
-        texts.append(streams[i].feed(self._said(ids)))
-        before[i] += len(ids)
-        new += len(ids)
-      yield Chunk(texts, new)
-      given_up[:] = [stream.stopped for stream in streams]
-    yield Chunk([stream.finish() for stream in streams], 0)
-
-  def _parts(self, variables, prompts, keys, every, s, given_up):
-    """Yields int32 [n, count], all tokens so far.
-
-    Args:
-      given_up: bool [n], rows that need no more; read after each yield.
-    """
-    n, most = len(prompts), self._settings.length
-    batch = self._batch(prompts, s)
-    length = round_up(most, _LEAST_ANSWER, _MOST)
-    if self._settings.beams is not None:
-      yield self._searched(variables, batch, length)[:n]
+    if self._config.beams is not None:
+      for row, answer in enumerate(self._search(prompts)):
+        for token in answer:
+          yield Chunk(row, self._feed(texts[row], token), token)
+        yield Chunk(row, texts[row].finish())
       return
-    # Rows that fill the batch are copies of the last.
-    copies = np.array(repeat_last(range(n), len(batch['inputs'])))
-    keys = None if keys is None else keys[copies]
-    rows = start(self._model, variables, batch, self._how, length, keys)
-    for count in [*range(1, most, every), most]:
-      if count > 1:
-        rows = advance(self._model, variables, rows, self._how, count)
-      # Copies: the next call writes over the rows.
-      tokens, done = map(np.array, sharding.gather((rows.tokens, rows.done)))
-      yield tokens[:n, :count]
-      over = given_up[copies]
-      if (done | over).all():
-        return
-      if over.any():
-        rows = rows.replace(done=rows.done | over)
+    for engine, request, event in self._events(prompts, seeds):
+      row = int(request.id)
+      if isinstance(event, Finished):
+        yield Chunk(row, texts[row].finish())
+      elif not texts[row].stopped:
+        token = event.token.id
+        yield Chunk(row, self._feed(texts[row], token), token)
+        if texts[row].stopped:
+          engine.cancel(request.id)
 
-  def _batch(self, prompts, s):
+  def _feed(self, text: TextStream, token: int) -> str:
+    return text.feed(self._visible([token]))
+
+  def _visible(self, ids: list[int]) -> list[int]:
+    """The ids that are text."""
+    return [token for token in ids if token not in self._silent]
+
+  def _events(
+    self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None
+  ) -> Iterator[tuple[Engine, Request, Event]]:
+    """The events of all prompts as they come; a request's id is its row.
+
+    Raises:
+      ValueError: as `check`.
+      RuntimeError: an answer failed.
+    """
     self.check(prompts)
-    prompts = [packing.prepend(self._before, ids) for ids in prompts]
-    longest = max(map(len, prompts))
+    config = self._config
+    requests = [
+      Request(
+        str(row),
+        tuple(map(int, ids)),
+        config.max_new_tokens,
+        sampling=config.sampling,
+        seed=0 if seeds is None else seeds[row],
+        eos_token_ids=config.eos_token_ids,
+        min_new_tokens=config.min_new_tokens,
+      )
+      for row, ids in enumerate(prompts)
+    ]
+    for engine, request, event in _stream(self._open(prompts), requests):
+      if isinstance(event, Finished) and event.reason == FAILED:
+        raise RuntimeError(f'prompt {request.id} failed: {event.message}')
+      yield engine, request, event
+
+  def _open(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
+    """Engines for prompts; those of an earlier call where they are enough."""
+    if not prompts:
+      return []
+    devices = jax.local_devices()[: len(prompts)]
+    longest = max(map(len, prompts)) + len(self._soft_prompt)
+    answer = self._config.max_new_tokens
+    size = longest + answer if self._decoder_only else max(longest, answer)
+    rows = -(-len(prompts) // len(devices))
+    slots = min(self._batch_size, rows)
+    enough = len(devices) <= len(self._engines) and all(
+      engine.max_model_len >= size and engine.slots >= slots
+      for engine in self._engines
+    )
+    if not enough:
+      # Those before are freed first.
+      self._engines = []
+      limit = self._model.config.length if self._decoder_only else _LARGEST
+      length = round_up(size, _MIN_LENGTH, limit)
+      self._engines = [
+        self._engine(device if i else None, slots, length)
+        for i, device in enumerate(devices)
+      ]
+    return self._engines[: len(devices)]
+
+  def _engine(self, device: Any, slots: int, length: int) -> Engine:
+    """
+    Args:
+      device: None for the default.
+    """
+    peft = self._variables.get('peft')
+    if device is not None:
+      peft = jax.device_put(peft, device)
+    # On CPU a batch of prompts takes as long as one after the other.
+    one_by_one = jax.default_backend() == 'cpu'
+    config = EngineConfig(
+      slots=slots,
+      max_model_len=length,
+      batch_sizes=tuple(sorted({1, slots})),
+      prefill_batch_sizes=(1,) if one_by_one else tuple(sorted({1, slots})),
+      compile_ahead=False,
+    )
+    adapter = FixedAdapter(self._model, peft)
+    return Engine(
+      self._model, self._variables['params'], adapter, config, device
+    )
+
+  def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The best answer to each prompt by a beam search."""
+    self.check(prompts)
+    answers = []
+    for at in range(0, len(prompts), self._batch_size):
+      answers += self._search_batch(prompts[at : at + self._batch_size])
+    return answers
+
+  def _search_batch(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    prompts = [packing.prepend(self._soft_prompt, ids) for ids in prompts]
+    limit = self._config.max_new_tokens
     # Padding beyond learned positions would be no number, and spoil the rest.
-    most = self._model.config.length if self._decoder_only else _MOST
-    s = s or round_up(longest, _LEAST_PROMPT, most)
-    many = sharding.round_up(self._mesh, len(prompts))
-    rows = [prompts[i] for i in repeat_last(range(len(prompts)), many)]
+    most = self._model.config.length if self._decoder_only else _LARGEST
+    s = round_up(max(map(len, prompts)), _MIN_LENGTH, most)
+    mesh = sharding.make_mesh()
+    count = sharding.round_up(mesh, len(prompts))
+    rows = [prompts[i] for i in repeat_last(range(len(prompts)), count)]
     batch = {
       'inputs': seq2seq.pad_rows(rows, s),
       'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
     }
-    return sharding.shard_whole_batch(self._mesh, batch)
-
-  def _searched(self, variables, batch, length):
     tokens, _ = search(
       self._model,
-      variables,
-      batch,
-      self._how.ends,
-      length,
-      self._settings.beams,
-      jnp.int32(self._settings.length),
+      self._variables,
+      sharding.shard_whole_batch(mesh, batch),
+      jnp.array(self._config.eos_token_ids, jnp.int32),
+      round_up(limit, _MIN_ANSWER, _LARGEST),
+      self._config.beams,
+      jnp.int32(limit),
     )
-    return sharding.gather(tokens)[:, 0, : self._settings.length]
+    best = sharding.gather(tokens)[: len(prompts), 0, :limit]
+    return [self._until_end(row.tolist()) for row in best]
 
-  def _ended(self, row: list[int]) -> list[int]:
+  def _until_end(self, row: list[int]) -> list[int]:
     """A row up to its first end, that included."""
     for i, token in enumerate(row):
-      if token in self._settings.ends:
+      if token in self._config.eos_token_ids:
         return row[: i + 1]
     return row
 
-  def _said(self, row: list[int]) -> list[int]:
-    """What of a row is text."""
-    return [token for token in row if token not in self._silent]
+
+def _stream(
+  engines: list[Engine], requests: list[Request]
+) -> Iterator[tuple[Engine, Request, Event]]:
+  """The events of requests that are divided among engines."""
+  if len(engines) < 2:
+    for engine in engines:
+      for request, event in engine.stream(requests):
+        yield engine, request, event
+    return
+  events: queue.SimpleQueue = queue.SimpleQueue()
+
+  def run(i: int) -> None:
+    try:
+      for request, event in engines[i].stream(requests[i :: len(engines)]):
+        events.put((engines[i], request, event))
+    except BaseException as e:
+      events.put(e)
+
+  for i in range(len(engines)):
+    threading.Thread(target=run, args=(i,), daemon=True).start()
+  unfinished = len(requests)
+  while unfinished:
+    event = events.get()
+    if isinstance(event, BaseException):
+      raise event
+    unfinished -= isinstance(event[-1], Finished)
+    yield event

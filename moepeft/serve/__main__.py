@@ -392,7 +392,7 @@ class StartupProgress:
     self._out, self._began, self._printed_at = out, time.monotonic(), 0.0
 
   def __call__(self, stage: str, done: int, count: int) -> None:
-    """The progress callback of `api.Engine.start`."""
+    """The progress callback of `Engine.start`."""
     seconds = time.monotonic() - self._began
     line = f'compiling {done + 1} of {count}: {stage} ({seconds:.0f} s)'
     if self._out.isatty():

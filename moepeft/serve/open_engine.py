@@ -10,8 +10,8 @@ from moepeft.config import defaults as config_lib
 from moepeft.data import load_tokenizer
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
+from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.adapters.pool import AdapterPool
-from moepeft.inference.adapters.protocol import NoBanks
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 
@@ -64,11 +64,11 @@ def open_engine(
   base = base_lib.load(config.model)
   models.check_decodes(base.config)
   model, _ = base_lib.module(base, config)
-  banks = NoBanks()
+  pool = FixedAdapter(model)
   if adapters or forms:
-    banks = AdapterPool(base, adapters, forms, loaded, budget)
+    pool = AdapterPool(base, adapters, forms, loaded, budget)
   words = load_tokenizer('', path)
-  engine = Engine(model, base.params, banks, settings)
+  engine = Engine(model, base.params, pool, settings)
   ends = prompts.ends(words, base.folder)
   # Codes are not the weights that they stand for.
   sha256 = f'{base.sha256}/{quantise}' if quantise else base.sha256

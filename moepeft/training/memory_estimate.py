@@ -155,7 +155,7 @@ def check_answers(model: Any, rows: int, tokens: int) -> None:
   memory.check_arrays(
     cache + logits,
     f'{rows:,} answers of {tokens:,} tokens',
-    '--length, --batch_size, --num or --beams',
+    '--max_new_tokens, --batch_size, --num_return_sequences or --num_beams',
   )
 
 

@@ -35,8 +35,7 @@ from moepeft.data.batching.collators import (
 )
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.readers.seqio_stream import SeqioStream
-from moepeft.data.registry import preferences
+from moepeft.data.readers.preference import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
   Prompt,
@@ -168,8 +167,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       'data': _describe_data(config, data),
     },
   )
-  if not isinstance(data.train, SeqioStream):
-    print(truncation_note(data.train, collator), end='', flush=True)
+  print(truncation_note(data, collator), end='', flush=True)
   data = _with_precomputed_reference(
     config,
     data,
@@ -384,7 +382,7 @@ def _with_precomputed_reference(
     return data
   log_p = reference_model.precomputed(
     workdir,
-    data.compared,
+    data.preferences,
     collator,
     model,
     variables,
@@ -392,8 +390,8 @@ def _with_precomputed_reference(
     layout.mesh,
     config.evaluation.batch_size,
   )
-  compared = data.compared.with_references(log_p)
-  return preferences(compared, config.data, config.seed)
+  preferences = data.preferences.with_references(log_p)
+  return preference_data(preferences, config.data, config.seed)
 
 
 def _build_evaluator(

@@ -35,7 +35,7 @@ def conversation(path, **changes):
   """(the first row's text, what is trained in brackets; the notes)."""
   words = load_tokenizer('', MODEL)
   own = CausalCollator(words, LENGTH)
-  found = open_data(data_of('chat', path, **changes), 0, own=own)
+  found = open_data(data_of('chat', path, **changes), 0, collator=own)
   batch = own.pad(own.encode([found.train[0]]))
   return preview.row_lines(batch, 0, words, False)[-1], found.notes
 
@@ -47,7 +47,7 @@ def preference(path, objective):
   own = preference_dataset.objective_collator(
     data, objective, OBJECTIVES[objective].batch, CausalCollator(words, LENGTH)
   )
-  found = open_data(data, 0, own=own)
+  found = open_data(data, 0, collator=own)
   batch = own.pad([found.train[0]])
   sides = []
   for side in own.sides:

@@ -119,8 +119,8 @@ def test_ends_of_a_hub_name_are_found_and_are_an_evaluations(
   other.data.tokenizer = 'bytes'
   assert dataclasses.replace(run, config=other).eos_token_ids == (1,)
   seen = []
-  answering = lambda *rest, ends: seen.append(ends)  # noqa: E731
-  monkeypatch.setattr(evaluator, 'Answering', answering)
+  generator = lambda *rest: seen.append(rest[-1])  # noqa: E731
+  monkeypatch.setattr(evaluator, 'BatchGenerator', generator)
   made = evaluator.Evaluator(
     run.model, run.tokenizer, (8, 8), 1, eos_token_ids=run.eos_token_ids
   )

@@ -11,6 +11,7 @@ from moepeft import config as config_lib
 from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching import seq2seq
 from moepeft.data.readers import jsonl
+from moepeft.data.split import split_by_idx
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.tasks import Example
 
@@ -103,7 +104,7 @@ def examples(sizes):
 
 
 def test_the_last_idx_of_every_dataset_are_held_out():
-  train, held_out = jsonl.split_by_idx(examples({'a': 20, 'b': 7}), 0.2)
+  train, held_out = split_by_idx(examples({'a': 20, 'b': 7}), 0.2)
   assert {(e.task, e.idx) for e in held_out} == {
     *(('a', i) for i in range(16, 20)),
     ('b', 6),
@@ -163,7 +164,9 @@ def test_many_texts_are_encoded_as_one_by_one():
 def test_unknown_sources_are_named():
   data = config_lib.default().data
   data.source = 'sql'
-  with pytest.raises(ValueError, match="got 'sql'"):
+  with pytest.raises(
+    ValueError, match="there is no data source 'sql'; there are tasks, jsonl"
+  ):
     open_data(data, 0)
   data.source = 'jsonl'
   with pytest.raises(ValueError, match='set config.data.path'):

@@ -14,7 +14,7 @@ from moepeft.data import fingerprint
 from moepeft.data.batching import collators
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import open_data
+from moepeft.data.sources import open_data
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder import llama
@@ -58,7 +58,7 @@ def read(words, source, objective, **changes):
   form = preference_dataset.objective_collator(
     config.data, objective, OBJECTIVES[objective].batch, form
   )
-  return form, open_data(config.data, config.seed, below=0, own=form)
+  return form, open_data(config.data, config.seed, vocab_size=0, collator=form)
 
 
 @pytest.mark.parametrize('name', _FILES)
@@ -91,7 +91,7 @@ def test_two_hundred_pairs_are_all_read_and_all_differ(words):
   assert len({row['prompt'] for row in rows}) == len(rows) == 200
   assert all(row['chosen'] != row['rejected'] for row in rows)
   form, got = read(words, 'preference', 'dpo', path='package:pairs')
-  assert len(got.compared.items) == 200
+  assert len(got.preferences.items) == 200
   assert len(got.held_out) == 20
 
 

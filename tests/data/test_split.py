@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.data import split
-from moepeft.data.registry import open_data
+from moepeft.data.sources import open_data
 
 from .chat import test_chat
 from .preference import test_dataset as test_answers
@@ -50,7 +50,7 @@ def test_no_prompt_of_preferences_is_on_both_sides(tmp_path, judged):
   ]
   data = test_answers.data_of(tmp_path, rows, validation_fraction=0.2)
   own = test_answers.samples(judged=judged)
-  found = open_data(data, 0, own=own)
+  found = open_data(data, 0, collator=own)
 
   def prompts(items):
     return {test_answers.said(item.sides[0])[0] for item in items}

@@ -11,8 +11,7 @@ import pytest
 
 from moepeft import generate
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
-from moepeft.evaluation.greedy_answers import Answering
-from moepeft.inference.decode import greedy
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.tasks import Example
 
 from ..contracts import small
@@ -71,44 +70,45 @@ class Listening:
     return tuple(ids)
 
 
-def answering(batch_size=3, words=WORDS, most=MOST):
-  return Answering(made()[0], words, most, LENGTH, batch_size)
+def generator(batch_size=3, words=WORDS, most=MOST):
+  return BatchGenerator(made()[0], words, most, LENGTH, batch_size)
 
 
 def test_answers_are_those_of_a_loop_without_cache_and_padding():
   variables = ending()
   expected = [plain(variables, text) for text in TEXTS]
   assert expected[1][2:] == [WORDS.eos] and len(expected[0]) == LENGTH
-  found = answering(words=Listening()).answers(variables, ROWS)
+  found = generator(words=Listening()).answers(variables, ROWS)
   # Padding and EOS are no text.
   kept = [tuple(t for t in row if t > WORDS.eos) for row in expected]
   assert found == kept
-  texts = answering().answers(variables, ROWS)
+  texts = generator().answers(variables, ROWS)
   assert texts == [WORDS.decode(list(row)) for row in kept]
 
 
 @pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_rows_beside_it():
   variables = ending()
-  together = answering(words=Listening()).answers(variables, ROWS)
-  backwards = answering(5, Listening()).answers(variables, ROWS[::-1])
+  together = generator(words=Listening()).answers(variables, ROWS)
+  backwards = generator(5, Listening()).answers(variables, ROWS[::-1])
   assert backwards[::-1] == together
-  alone = answering(1, Listening())
+  alone = generator(1, Listening())
   assert [alone.answers(variables, [row])[0] for row in ROWS] == together
 
 
 def test_an_answer_does_not_depend_on_padding():
   variables = ending()
-  expected = answering(words=Listening()).answers(variables, ROWS[:3])
-  # 27 tokens hold the longest; otherwise they are padded to 64.
-  found = answering(words=Listening(), most=27).answers(variables, ROWS[:3])
+  expected = generator(words=Listening()).answers(variables, ROWS[:3])
+  # 27 tokens hold the longest.
+  short = generator(words=Listening(), most=27)
+  found = short.answers(variables, ROWS[:3])
   assert found == expected
 
 
 @pytest.mark.slow
 def test_what_is_cut_and_done_is_told():
   told = []
-  ours = answering(2)
+  ours = generator(2)
   ours.answers(ending(), ROWS, told.append)
   assert sum(told) == len(ROWS) and len(told) > 1
   assert ours.cut(ROWS).tolist() == [False] * 4 + [True]
@@ -119,49 +119,9 @@ def test_what_is_cut_and_done_is_told():
 def test_a_command_answers_as_an_evaluation_does():
   model, _ = made()
   found = generate.answer(model, ending(), WORDS, TEXTS[:3], LENGTH)
-  assert found == answering().answers(ending(), ROWS[:3])
+  assert found == generator().answers(ending(), ROWS[:3])
 
 
 def test_an_answer_has_a_token():
-  with pytest.raises(ValueError, match='got length=0'):
-    Answering(made()[0], WORDS, 97, 0, 3)
-
-
-class Counting:
-  """A model that says 2 until a row's first input is 0 steps away, then EOS.
-
-  `steps` counts the calls of its decoder as they happen.
-  """
-
-  def __init__(self):
-    self.steps = 0
-
-  def apply(self, variables, ids, ctx, *args, method, mutable=()):
-    del variables
-    if method == 'encode':
-      return ids
-    jax.debug.callback(self._step)
-    left = args[0][:, 0] - ctx.index
-    logits = jax.nn.one_hot(jnp.where(left > 0, 2, 1), 3)
-    return logits[:, None], {'cache': {'seen': ids}}
-
-  def _step(self):
-    self.steps += 1
-
-
-@pytest.mark.parametrize(
-  'ends, steps',
-  [
-    ((0, 0), 1),
-    ((2, 4), 5),
-    pytest.param((3, 99), 11, marks=pytest.mark.slow),
-  ],
-)
-def test_decoding_stops_where_every_row_has_ended(ends, steps):
-  model = Counting()
-  tokens = greedy(model, {}, {'inputs': jnp.array(ends)[:, None]}, 11)
-  jax.effects_barrier()
-  assert model.steps == steps
-  for row, end in zip(tokens.tolist(), ends, strict=True):
-    # 2 as often as the input says, then EOS, then padding.
-    assert row == ([2] * end + [1] + [0] * 11)[:11]
+  with pytest.raises(ValueError, match='got max_new_tokens=0'):
+    BatchGenerator(made()[0], WORDS, 97, 0, 3)

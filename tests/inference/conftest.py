@@ -14,4 +14,4 @@ def engine():
   with engines.running(model, params, engines.banks(), settings) as found:
     yield found
     assert found.drain(30) and engines.idle(found), 'a test left something'
-    assert not +found._banks.held, 'an adapter is still held'
+    assert not +found._adapters.acquired, 'an adapter is still held'

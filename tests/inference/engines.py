@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moepeft.inference.adapters.fixed import AcquiredAdapter
 from moepeft.inference.api import (
   Finished,
   LoadedAdapter,
@@ -37,24 +38,16 @@ V = CONFIG.vocab
 # Two rooms, two sizes of chunks and of batches, and no more programs.
 SETTINGS = EngineConfig(
   slots=3,
-  places=LENGTH,
+  max_model_len=LENGTH,
   queue=40,
   chunk=8,
-  least=2,
-  rooms=(13, LENGTH),
-  batches=(1, 3),
+  min_chunk=2,
+  cache_lens=(13, LENGTH),
+  batch_sizes=(1, 3),
   routing=True,
 )
 # Of an engine that is waited for: the machine may be busy with others.
 SECONDS = 120
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Held:
-  row: np.ndarray
-  sha256: str
-  sites: dict
-  before: tuple[int, ...] = ()
 
 
 class Stacked:
@@ -73,24 +66,26 @@ class Stacked:
     self.tree = {'form': stacked}
     self.bytes = sum(a.nbytes for a in jax.tree.leaves(stacked))
     self.names = dict(names)
-    self.held = collections.Counter()
+    self.acquired = collections.Counter()
 
   def row_tree(self, tree, slots, layer=None):
     place = slots[0] if layer is None else (slots[0], layer)
     return jax.tree.map(lambda a: a[place], tree['form'])
 
-  def hold(self, name):
+  def acquire(self, name):
     if name and name not in self.names:
       raise UnknownAdapter(f'no adapter {name!r}')
     sha256 = self.names[name] if name else ''
-    self.held[sha256] += 1
+    self.acquired[sha256] += 1
     slot = self._shas.index(sha256) if name else 0
     acts = {self.entry: frozenset(path for path, _ in self.adapter_map.entries)}
-    return Held(np.array([slot], np.int32), sha256, acts if name else {})
+    return AcquiredAdapter(
+      np.array([slot], np.int32), sha256, sites=acts if name else {}
+    )
 
-  def release(self, held):
-    assert self.held[held.sha256] > 0, 'released more often than held'
-    self.held[held.sha256] -= 1
+  def release(self, adapter):
+    assert self.acquired[adapter.sha256] > 0, 'released more often than taken'
+    self.acquired[adapter.sha256] -= 1
 
   def loaded(self):
     return [
@@ -199,7 +194,7 @@ class Answer:
 _NUMBERS = itertools.count()
 
 
-def ask(engine, ids, length=5, hear=None, **options):
+def ask(engine, ids, max_new_tokens=5, hear=None, **options):
   """Submits; an `Answer` that is not waited for.
 
   Args:
@@ -213,7 +208,9 @@ def ask(engine, ids, length=5, hear=None, **options):
     if hear is not None:
       hear(event)
 
-  engine.submit(Request(answer.id, tuple(ids), length, **options), deliver)
+  engine.submit(
+    Request(answer.id, tuple(ids), max_new_tokens, **options), deliver
+  )
   return answer
 
 
@@ -251,11 +248,11 @@ def running(model, params, banks, settings):
 def idle(engine):
   """Whether no request has anything, after all have ended."""
   stats = engine.stats()
-  slots = engine._batcher._texts.slots
+  slots = engine._scheduler._slots.slots
   return (
     stats.running == stats.waiting == 0
     and not any(slot.busy for slot in slots)
-    and not engine._batcher.busy
+    and not engine._scheduler.busy
   )
 
 

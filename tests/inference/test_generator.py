@@ -19,13 +19,17 @@ from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
 )
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference import prompts
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, ReplConfig
 from moepeft.inference.decode import greedy
-from moepeft.inference.generator import GenerationConfig, Generator, keys
+from moepeft.inference.generator import (
+  GenerationConfig,
+  Generator,
+  row_seeds,
+)
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder, DecoderConfig
 from moepeft.nn.initializers import init_params
@@ -86,8 +90,8 @@ def ids(kind, texts=TEXTS):
 
 
 def generation(kind, **settings):
-  settings = {'length': 11, 'ends': (-1,), **settings}
-  return Generator(made(kind)[0], WORDS, GenerationConfig(**settings))
+  settings = {'max_new_tokens': 11, 'eos_token_ids': (-1,), **settings}
+  return Generator(*made(kind), WORDS, GenerationConfig(**settings))
 
 
 KINDS = pytest.mark.parametrize(
@@ -99,89 +103,81 @@ KINDS = pytest.mark.parametrize(
 def test_texts_are_those_of_the_loop_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)
-  found = generation(kind).texts(variables, rows)
+  found = generation(kind).texts(rows)
   assert list(map(len, found)) == [11] * 3
   # The second without padding and neighbours.
   inputs = jnp.array([rows[1]])
   alone = greedy(model, variables, {'inputs': inputs}, 11, eos=-1)
   assert found[1] == WORDS.decode(alone[0].tolist())
-  assert generation(kind).texts(variables, rows[::-1]) == found[::-1]
+  assert generation(kind).texts(rows[::-1]) == found[::-1]
 
 
 @KINDS
-@pytest.mark.parametrize('every', [1, 3, 99])
-def test_streamed_texts_are_the_texts(kind, every):
-  variables = made(kind)[1]
+def test_streamed_texts_are_the_texts(kind):
   ours, rows = generation(kind), ids(kind)
-  news = list(ours.stream(variables, rows, every=every))
-  found = [
-    ''.join(parts) for parts in zip(*[n.texts for n in news], strict=True)
-  ]
-  assert found == ours.texts(variables, rows)
-  assert sum(n.tokens for n in news) == 3 * 11
-  # One at the start, then so many at once, then what was held back.
-  assert len(news) == 2 + -(-10 // every)
+  texts, tokens = [''] * 3, [0] * 3
+  for chunk in ours.stream(rows):
+    texts[chunk.row] += chunk.text
+    tokens[chunk.row] += chunk.token is not None
+  assert texts == ours.texts(rows)
+  assert tokens == [11] * 3
 
 
 @KINDS
 def test_texts_end_at_stop_strings_and_at_ids(kind):
-  variables = made(kind)[1]
   rows = ids(kind)
-  free = generation(kind).texts(variables, rows)
+  free = generation(kind).texts(rows)
   stop = free[1][4:6]
   cut = [text.split(stop)[0] for text in free]
-  assert generation(kind, stops=(stop, 'Z')).texts(variables, rows) == cut
+  ours = generation(kind, stop_strings=(stop, 'Z'))
+  assert ours.texts(rows) == cut
   end = ord(free[0][3]) + 3
   ended = [text.split(free[0][3])[0] for text in free]
-  assert generation(kind, ends=(end, 1)).texts(variables, rows) == ended
-  # A row that stopped is told no more tokens of.
-  news = generation(kind, stops=(stop,)).stream(variables, rows, every=1)
-  alone = generation(kind, stops=(stop,)).stream(variables, rows[1:2], every=1)
-  alone = list(alone)
-  assert sum(n.tokens for n in alone) == len(cut[1]) + 2
-  # No step is made after it: one news a token, and what was held back.
-  assert len(alone) == len(cut[1]) + 2 + 1
-  assert sum(n.tokens for n in news) <= 3 * 11
+  assert generation(kind, eos_token_ids=(end, 1)).texts(rows) == ended
+  # No token is computed after the stop string.
+  chunks = list(generation(kind, stop_strings=(stop,)).stream(rows[1:2]))
+  assert [c.token is None for c in chunks] == [False] * (len(cut[1]) + 2) + [
+    True
+  ]
 
 
 @KINDS
 def test_a_seed_says_the_same_again_whatever_stands_beside(kind):
-  variables, rows = made(kind)[1], ids(kind)
+  rows = ids(kind)
   ours = generation(kind, sampling=Sampling(temperature=2.0, top_k=20))
-  found = ours.texts(variables, rows, keys(7, 3))
-  assert ours.texts(variables, rows, keys(7, 3)) == found
-  assert ours.texts(variables, rows, keys(8, 3)) != found
-  assert ours.texts(variables, rows[2:], keys(7, 3)[2:]) == found[2:]
+  found = ours.texts(rows, row_seeds(7, 3))
+  assert ours.texts(rows, row_seeds(7, 3)) == found
+  assert ours.texts(rows, row_seeds(8, 3)) != found
+  assert ours.texts(rows[2:], row_seeds(7, 3)[2:]) == found[2:]
 
 
 @KINDS
 def test_beams_are_texts_too(kind):
-  variables, rows = made(kind)[1], ids(kind)
-  found = generation(kind, beams=BeamConfig(3)).texts(variables, rows)
+  rows = ids(kind)
+  found = generation(kind, beams=BeamConfig(3)).texts(rows)
   assert list(map(len, found)) == [11] * 3
-  one = generation(kind, beams=BeamConfig(1)).texts(variables, rows)
-  assert one == generation(kind).texts(variables, rows)
+  one = generation(kind, beams=BeamConfig(1)).texts(rows)
+  assert one == generation(kind).texts(rows)
 
 
 def test_evaluations_answer_with_decoders_as_with_t5():
   model, variables = made('decoder')
-  ours = Answering(model, WORDS, 64, 11, 2)
+  ours = BatchGenerator(model, WORDS, 64, 11, 2)
   # In the form of training: a line's end stands between inputs and targets.
-  expected = generation('decoder', ends=(WORDS.eos,)).texts(
-    variables, ids('decoder', [f'{text}\n' for text in TEXTS])
+  expected = generation('decoder', eos_token_ids=(WORDS.eos,)).texts(
+    ids('decoder', [f'{text}\n' for text in TEXTS])
   )
   assert ours.texts(variables, TEXTS) == expected
   assert generate.answer(model, variables, WORDS, TEXTS, 11) == expected
   # The end of a prompt is kept.
-  short = Answering(model, WORDS, 6, 11, 2)
-  assert short.texts(variables, ['x' * 9 + 'is it']) == short.texts(
-    variables, ['is it']
-  )
+  short = BatchGenerator(model, WORDS, 6, 11, 2)
+  long = short.texts(variables, ['x' * 9 + 'is it'])
+  assert long == short.texts(variables, ['is it'])
 
 
 def test_a_prompt_that_is_cut_still_begins_as_texts_do():
   words = ByteTokenizer(bos=2)
-  ours = Answering(made('decoder')[0], words, 5, 11, 2)
+  ours = BatchGenerator(made('decoder')[0], words, 5, 11, 2)
   # Bytes plus 3: c 102, d 103, e 104, and the line's end 13.
   assert ours._ids('abcde') == ([2, 102, 103, 104, 13], True)
   assert ours._ids('cde') == ([2, 102, 103, 104, 13], False)
@@ -208,26 +204,25 @@ def plain_call(model, variables, batch):
 
 
 def test_all_learned_positions_are_used_and_no_other():
-  variables = made('learned')[1]
   # 86 + 11 = 97. Rounded up they would be 128 + 32.
   prompt = np.random.default_rng(0).integers(3, 259, 86).tolist()
   expected = uncached(prompt, 11)
   ours = generation('learned')
-  assert ours.tokens(variables, [prompt]) == [expected]
-  together = ours.tokens(variables, [[5], prompt, prompt[:70]])
+  assert ours.tokens([prompt]) == [expected]
+  together = ours.tokens([[5], prompt, prompt[:70]])
   assert together == [uncached([5], 11), expected, uncached(prompt[:70], 11)]
   searched = generation('learned', beams=BeamConfig(1))
-  assert searched.tokens(variables, [prompt]) == [expected]
-  news = list(ours.stream(variables, [prompt]))
-  assert ''.join(n.texts[0] for n in news) == WORDS.decode(expected)
+  assert searched.tokens([prompt]) == [expected]
+  chunks = list(ours.stream([prompt]))
+  assert ''.join(chunk.text for chunk in chunks) == WORDS.decode(expected)
   for wrong in (ours, searched):
     with pytest.raises(ValueError, match='87 tokens and an answer up to 11'):
-      wrong.tokens(variables, [[5], [*prompt, 5]])
+      wrong.tokens([[5], [*prompt, 5]])
 
 
 def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
   model, variables = made('learned')
-  ours = Answering(model, WORDS, 86, 11, 2)
+  ours = BatchGenerator(model, WORDS, 86, 11, 2)
   text = 'which one is it? ' * 9
   # The last 85 bytes, and the line's end.
   expected = uncached([*WORDS.encode(text)[-85:], 13], 11)
@@ -235,35 +230,35 @@ def test_an_evaluation_uses_all_learned_positions_and_refuses_more():
   assert found == WORDS.decode([i for i in expected if i > 1])
   for kind, most in (('learned', 87), ('decoder', 117)):
     with pytest.raises(ValueError, match=f'has {most} tokens and an answer up'):
-      Answering(made(kind)[0], WORDS, most, 11, 2)
+      BatchGenerator(made(kind)[0], WORDS, most, 11, 2)
 
 
 @pytest.mark.parametrize(
   'values, message',
   [
-    ({'length': 0}, 'at least 1 token; got length=0'),
-    ({'length': 3, 'least': 4}, 'from 0 to length=3; got 4'),
-    ({'stops': ('a', '')}, 'a stop string is empty'),
-    ({'beams': BeamConfig(2), 'least': 1}, 'beams are searched'),
+    ({'max_new_tokens': 0}, 'at least 1 token; got max_new_tokens=0'),
+    ({'min_new_tokens': 12}, 'from 0 to max_new_tokens=11; got 12'),
+    ({'stop_strings': ('a', '')}, 'a stop string is empty'),
+    ({'beams': BeamConfig(2), 'min_new_tokens': 1}, 'beams are searched'),
     ({'beams': BeamConfig(2), 'sampling': Sampling(1.0)}, 'beams are searched'),
   ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
-    GenerationConfig(**{'length': 11, 'ends': (1,), **values})
+    GenerationConfig(**{'max_new_tokens': 11, 'eos_token_ids': (1,), **values})
 
 
 def test_a_prompt_longer_than_the_model_is_refused():
   ours = generation('decoder')
   with pytest.raises(ValueError, match='120 tokens and an answer up to 11'):
-    ours.texts(made('decoder')[1], [[5] * 120])
+    ours.texts([[5] * 120])
 
 
 def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match='an empty prompt'):
     prompts.plain(WORDS, '', decoder_only=True)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
-    generation('decoder').texts(made('decoder')[1], [[5], []])
+    generation('decoder').texts([[5], []])
   assert prompts.plain(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
   assert prompts.plain(WORDS, '', decoder_only=False) == [1]
 
@@ -288,9 +283,11 @@ def test_ends_are_those_of_a_gguf_file(monkeypatch):
 
 def test_an_answering_ends_where_it_is_told():
   model, variables = made('decoder')
-  assert all(Answering(model, WORDS, 64, 5, 3).texts(variables, TEXTS))
+  free = BatchGenerator(model, WORDS, 64, 5, 3)
+  assert all(free.texts(variables, TEXTS))
   # At whatever comes first.
-  ours = Answering(model, WORDS, 64, 5, 3, ends=range(263))
+  ends = range(263)
+  ours = BatchGenerator(model, WORDS, 64, 5, 3, eos_token_ids=ends)
   assert ours.texts(variables, TEXTS) == ['', '', '']
 
 
@@ -304,14 +301,14 @@ def test_ends_are_the_vocabularys_and_the_models(tmp_path):
 
 def talk(kind, sampling=None, stops=(), ask=None, **manner):
   how = sampling or Sampling()
-  settings = GenerationConfig(11, (-1,), sampling=how, stops=stops)
+  settings = dict(sampling=how, stop_strings=stops)
   ask = ask or (lambda turns: ids(kind, turns[-1:])[0])
-  return ChatRepl(*made(kind), WORDS, ask, settings, ReplConfig(**manner))
+  return ChatRepl(generation(kind, **settings), ask, ReplConfig(**manner))
 
 
 @KINDS
 def test_a_talk_prints_the_same_streamed_and_in_batches(kind, capsys):
-  expected = generation(kind).texts(made(kind)[1], ids(kind))
+  expected = generation(kind).texts(ids(kind))
   for manner in ({}, {'streamed': True}, {'batch_size': 2}):
     ours = talk(kind, **manner)
     ours.all(TEXTS)
@@ -345,9 +342,7 @@ def test_no_prompt_is_answered_where_one_cannot_be(capsys):
 def test_far_from_the_end_of_many_prompts_is_told_beside_the_answers(capsys):
   talk('decoder', batch_size=2).all(TEXTS)
   said = capsys.readouterr()
-  assert said.out.splitlines() == generation('decoder').texts(
-    made('decoder')[1], ids('decoder')
-  )
+  assert said.out.splitlines() == generation('decoder').texts(ids('decoder'))
   assert 'answered 3/3' in said.err
 
 
@@ -420,7 +415,7 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
   done = commands.run(
     'moepeft.generate',
     '--model=package:t5_tiny',
-    '--length=5',
+    '--max_new_tokens=5',
     stdin='ab\n\ncd\n',
   )
   assert done.returncode == 0, done.stderr
@@ -435,16 +430,24 @@ def test_the_command_answers_from_a_model_and_from_the_terminal():
     (('--model=package:none', '--prompt=a'), "ships no 'none'"),
     (('--model=/nowhere/x', '--prompt=a'), '/nowhere/x'),
     (('--model=x', '--temperature=-1'), '-1.0 is not a number in the range'),
-    (('--model=x', '--num=2'), 'set --temperature'),
+    (
+      ('--model=x', '--num_return_sequences=2'),
+      'set --temperature',
+    ),
+    (('--model=x', '--beams=2'), '--beams is called --num_beams now'),
+    (('--model=x', '--length', '3'), 'is called --max_new_tokens now'),
     (
       ('--model=x', '--temperature=1', '--top_p=1.5'),
       '1.5 is not a number in the range',
     ),
-    (('--model=x', '--temperature=1', '--beams=2'), 'beams are searched'),
-    (('--model=x', '--beams=0'), '--beams=0: 0 is not an integer in the range'),
-    (('--model=x', '--length_penalty=2'), 'set --beams above 1 too'),
-    (('--model=x', '--early_stopping=yes'), 'set --beams above 1 too'),
-    (('--model=x', '--stop='), 'a stop string is empty'),
+    (('--model=x', '--temperature=1', '--num_beams=2'), 'beams are searched'),
+    (
+      ('--model=x', '--num_beams=0'),
+      '--num_beams=0: 0 is not an integer in the range',
+    ),
+    (('--model=x', '--length_penalty=2'), 'set --num_beams above 1 too'),
+    (('--model=x', '--early_stopping=yes'), 'set --num_beams above 1 too'),
+    (('--model=x', '--stop_strings='), 'a stop string is empty'),
     (('--model=x', '--checkpoint=3'), 'name it with --workdir'),
     (
       ('--model=x', '--batch_size=0'),

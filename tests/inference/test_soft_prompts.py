@@ -18,17 +18,17 @@ from moepeft.data.batching.decoder_only import (
 from moepeft.data.preference.dataset import objective_collator
 from moepeft.data.text import dataset as text
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
-from moepeft.evaluation.greedy_answers import Answering
+from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
-from moepeft.inference.decode import How, greedy, start
+from moepeft.inference.decode import greedy
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
 
-from ..prompted import CLOSE, LLAMA, T5, applied, made, model_of
+from ..prompted import CLOSE, LLAMA, T5, applied, made
 
 WORDS = ByteTokenizer()
 BOTH = pytest.mark.parametrize('config', [T5, LLAMA], ids=['t5', 'llama'])
@@ -183,7 +183,7 @@ def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
   ids = [9, 8, 7]
   settings = GenerationConfig(6, (1000,))
   prompts = [ids, [5, 5, 5, 5, 5, 6]]
-  found = Generator(model, WORDS, settings).tokens(variables, prompts)
+  found = Generator(model, variables, WORDS, settings).tokens(prompts)
   for own, answer in zip(prompts, found, strict=True):
     said = [0] if config is T5 else [*AHEAD, *own]
     begin = len(said)
@@ -218,21 +218,23 @@ def padded_to(batch, length):
 def test_answers_of_examples_are_behind_the_prompt(config):
   model, variables = made(config)
   text = EXAMPLES[0]
-  answering = Answering(model, WORDS, 40, 5, 1, ends=(1000,))
+  generator = BatchGenerator(model, WORDS, 40, 5, 1, eos_token_ids=(1000,))
   # Of 40 places the prompt has three, and an end or a line's end one.
   longest = example('a' * 36, '')
-  generation = Generator(model, WORDS, GenerationConfig(5, (1000,)))
+  config_ = GenerationConfig(5, (1000,))
+  plain = Generator(model, variables, WORDS, config_)
   end = WORDS.eos if config is T5 else 13
   for one in (text, longest):
     ids = [*WORDS.encode(one.inputs), end]
-    expected = generation.texts(variables, [ids])
-    assert answering.answers(variables, [one]) == expected
-  assert not answering.cut([longest]).any()
-  assert answering.cut([example('a' * 37, '')]).all()
+    expected = plain.texts([ids])
+    assert generator.answers(variables, [one]) == expected
+  assert not generator.cut([longest]).any()
+  assert generator.cut([example('a' * 37, '')]).all()
 
 
 def test_a_decoders_places_count_the_prompt():
-  generation = Generator(model_of(LLAMA), WORDS, GenerationConfig(7, (1,)))
+  config = GenerationConfig(7, (1,))
+  generation = Generator(*made(LLAMA), WORDS, config)
   # 127 places, 3 of the prompt, 7 of the answer.
   generation.check([[5] * 117])
   with pytest.raises(ValueError, match='has 121 tokens'):
@@ -241,11 +243,19 @@ def test_a_decoders_places_count_the_prompt():
 
 def test_a_repetition_penalty_knows_nothing_of_placeholders():
   model, variables = made(LLAMA)
-  how = How(Sampling(repetition_penalty=jnp.float32(1.5)), jnp.array([1000]))
-  batch = {'inputs': jnp.array([[*AHEAD, 9, 8]])}
-  rows = start(model, variables, batch, how, 4)
-  # The prompt, and the first token of the answer.
-  assert set(np.flatnonzero(rows.seen[0])) == {9, 8, int(rows.tokens[0, 0])}
+  sampling = Sampling(repetition_penalty=1.5)
+  config = GenerationConfig(6, (1000,), sampling=sampling)
+  (answer,) = Generator(model, variables, WORDS, config).tokens([[9, 8]])
+  # Logits of the prompt's and the answer's own tokens are made smaller.
+  ids = [*AHEAD, 9, 8]
+  for token in answer:
+    padded = padded_to({'inputs': jnp.array([ids])}, 16)
+    logits = np.array(applied(model)(variables, padded)[0, len(ids) - 1])
+    own = list(set(ids[3:]))
+    small = np.where(logits[own] < 0, logits[own] * 1.5, logits[own] / 1.5)
+    logits[own] = small
+    assert token == int(np.argmax(logits))
+    ids.append(token)
 
 
 def test_a_model_without_a_prompt_has_nothing_before_its_texts():

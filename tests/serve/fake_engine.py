@@ -70,9 +70,9 @@ class FakeEngine:
   vocab, decoder_only = 259, True
 
   def __init__(self, slots=4, queue=8, places=512, pause=0.0):
-    self.slots, self.queue, self.places = slots, queue, places
+    self.slots, self.queue, self.max_model_len = slots, queue, places
     self.pause = pause
-    self.answer = lambda request: [*request.ids[-5:], END]
+    self.answer = lambda request: [*request.prompt_ids[-5:], END]
     self.failure = 'as the test told it'
     self.ready = False
     self.running = threading.Event()
@@ -95,14 +95,14 @@ class FakeEngine:
         raise api.RequestRefused('the engine takes no more requests')
       if request.adapter and request.adapter not in self.loads:
         raise api.UnknownAdapter(f'there is no adapter {request.adapter!r}')
-      prompt_length = len(request.ids) if self.decoder_only else 0
-      if prompt_length + request.length > self.places:
+      prompt_length = len(request.prompt_ids) if self.decoder_only else 0
+      if prompt_length + request.max_new_tokens > self.max_model_len:
         raise api.PromptTooLong('prompt and answer are too long')
       if len(self._rows) >= self.slots + self.queue:
         raise api.EngineFull('the queue is full; try again later', 2.5)
       assert request.id not in self._rows
       self.requests.append(request)
-      until = time.monotonic() + (request.seconds or 1e9)
+      until = time.monotonic() + (request.timeout or 1e9)
       answer_ids = collections.deque(self.answer(request))
       self._rows[request.id] = Row(request, deliver, answer_ids, until)
       self._lock.notify_all()
@@ -188,25 +188,27 @@ class FakeEngine:
   def _step(self, row):
     request = row.request
     if not row.sent:
-      self._counts['prompt'] += len(request.ids)
+      self._counts['prompt'] += len(request.prompt_ids)
       if request.prompt_logprobs is not None:
         logprobs = [
-          scored(i, request, not at) for at, i in enumerate(request.ids)
+          scored(i, request, not at) for at, i in enumerate(request.prompt_ids)
         ]
         row.deliver(PromptLogprobs(tuple(logprobs)))
-    if row.sent >= request.length:
+    if row.sent >= request.max_new_tokens:
       self._finish(row, api.LENGTH)
       return
     if request.constraint is not None:
       try:
         token = choose(request.constraint.mask())
-        over = request.constraint.accept(token) or token in request.ends
+        over = (
+          request.constraint.accept(token) or token in request.eos_token_ids
+        )
       except ValueError as e:
         self._finish(row, api.FAILED, str(e))
         return
     else:
       token = row.answer_ids.popleft() if row.answer_ids else END
-      over = token in request.ends
+      over = token in request.eos_token_ids
     if token < 0:
       self._finish(row, api.FAILED, self.failure)
       return
@@ -215,11 +217,13 @@ class FakeEngine:
     row.deliver(Token(scored(token, request)))
     if over:
       self._finish(row, api.STOP)
-    elif row.sent >= request.length:
+    elif row.sent >= request.max_new_tokens:
       self._finish(row, api.LENGTH)
 
   def _finish(self, row, reason, message=''):
     del self._rows[row.request.id]
     self._finished[reason] += 1
-    row.deliver(Finished(reason, len(row.request.ids), 0, row.sent, message))
+    row.deliver(
+      Finished(reason, len(row.request.prompt_ids), 0, row.sent, message)
+    )
     self._lock.notify_all()

@@ -73,11 +73,11 @@ def engine(place):
   folder, _, _ = place
   settings = EngineConfig(
     slots=5,
-    places=40,
+    max_model_len=40,
     chunk=8,
-    least=8,
-    rooms=(40,),
-    batches=(5,),
+    min_chunk=8,
+    cache_lens=(40,),
+    batch_sizes=(5,),
     routing=True,
   )
   paths = {

@@ -76,7 +76,7 @@ def test_limits_of_requests_are_positive_and_finite(name, value):
     RequestLimits(**{name: value})
 
 
-@pytest.mark.parametrize('name', ['slots', 'places', 'queue'])
+@pytest.mark.parametrize('name', ['slots', 'max_model_len', 'queue'])
 @pytest.mark.parametrize('value', [0, -3, 2**31, 10**30])
 def test_sizes_of_an_engine_have_a_range(name, value):
   with pytest.raises(ValueError, match=f'{name} is at least 1'):
@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_fit_says_how_large_it_is(monkeypatch):
   model, params, _ = engines.decoder()
   monkeypatch.setattr(memory, 'available', lambda: (10**9, 'x'))
   # Nothing of this is allocated: it would be far more than the machine has.
-  settings = EngineConfig(slots=10_000, places=1 << 20)
+  settings = EngineConfig(slots=10_000, max_model_len=1 << 20)
   engine = Engine(model, params, engines.banks(), settings)
   with pytest.raises(ValueError, match=r'10,000 requests.*TB.*1 GB.*--slots'):
     engine.start()

@@ -64,12 +64,14 @@ def test_the_job_trains_a_prompt_which_evaluates_and_serves(base, tmp_path):
   said = generate.answer(
     run.model, run.variables, run.tokenizer, ['a', 'bc'], 3
   )
-  generation = Generator(run.model, run.tokenizer, GenerationConfig(3, (1,)))
+  generator = Generator(
+    run.model, run.variables, run.tokenizer, GenerationConfig(3, (1,))
+  )
   ids = [[*run.tokenizer.encode(text), 1] for text in ('a', 'bc')]
-  assert said == generation.texts(run.variables, ids)
+  assert said == generator.texts(ids)
   served = AdapterPool(base_lib.load(config.model), {'it': str(tmp_path)})
-  held = served.hold('it')
-  assert held.before == (263, 264, 265, 266, 267)
+  held = served.acquire('it')
+  assert held.soft_prompt_ids == (263, 264, 265, 266, 267)
   own = served.tree['prompt']['embed']['prompt']
   slot = own['vectors'][held.row[0]]
   # Rounded up to eight.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples share a batch: those of about the same lengths."""
+"""Buckets: batches of examples of about the same lengths."""
 
 from collections.abc import Sequence
 
@@ -24,16 +24,18 @@ def buckets(
     most: the longest there are; lengths are not above them.
   """
   shapes = [
-    tuple(round_up(*size) for size in zip(own, least, most, strict=True))
-    for own in lengths
+    tuple(
+      round_up(*size) for size in zip(size_of_example, least, most, strict=True)
+    )
+    for size_of_example in lengths
   ]
   order = sorted(range(len(shapes)), key=lambda i: shapes[i], reverse=True)
-  found = []
+  batches = []
   for at in range(0, len(order), batch_size):
     places = order[at : at + batch_size]
     columns = zip(*[shapes[i] for i in places], strict=True)
-    found.append((tuple(map(max, columns)), places))
-  return found
+    batches.append((tuple(map(max, columns)), places))
+  return batches
 
 
 def round_up(length: int, least: int, most: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of batches: of encoder-decoders and of decoder-only models."""
+"""Collators: from examples to batches of encoder-decoders or decoders."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moepeft.data.batching import packing, seq2seq
 from moepeft.data.batching import packing as batching_packing
 from moepeft.data.batching.decoder_only import CausalCollator, check_too_long
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import check_decodes, decoder_only
 from moepeft.tasks import Example
@@ -19,7 +20,7 @@ Rows = dict[str, np.ndarray]  # arrays [rows, ...]
 
 
 class Collator(Protocol):
-  """From what sources give to the arrays that a model reads."""
+  """Makes the arrays that a model reads of a source's items."""
 
   tokenizer: Tokenizer
   packed: bool
@@ -27,11 +28,13 @@ class Collator(Protocol):
   prefix_ids: tuple[int, ...]
 
   def encode(self, items: Sequence) -> list:
-    """Examples, and what is ids already, as ids that fit a row, `prefix_ids`
-    in front of each."""
+    """Encodes examples, and cuts encoded items, to fit a row.
+
+    `prefix_ids` are put in front of each.
+    """
 
   def rows(self, number: int, encoded: Sequence) -> Rows:
-    """The rows of window `number`, packed where the form is."""
+    """The rows of window `number`, packed if the collator packs."""
 
   def pack(self, encoded: Sequence, bins: Sequence[Sequence[int]]) -> Rows:
     """Rows that hold the items of each bin, in their order."""
@@ -40,25 +43,25 @@ class Collator(Protocol):
     """Rows of one encoded item each, in their order."""
 
   def count_cut(self, items: Sequence) -> int:
-    """How many of them are too long."""
+    """The number of items that are too long."""
 
   @property
   def length_keys(self) -> str:
-    """What to raise so that nothing is cut."""
+    """The config keys to raise so that nothing is cut."""
 
   @property
   def lengths(self) -> tuple[int, ...]:
-    """Of a row, of each of its sides."""
+    """The length of a row, for each of its sides."""
 
   @property
   def max_lengths(self) -> tuple[int, ...]:
-    """What of `lengths` one text can fill."""
+    """The part of `lengths` that one text can fill, without the prefix."""
 
   def resized(self, lengths: tuple[int, ...]) -> 'Collator':
-    """The same with other `lengths`."""
+    """The same collator with other `lengths`."""
 
   def sizes(self, encoded: Sequence) -> tuple[list[tuple[int, ...]], list[int]]:
-    """(what of `lengths` each item fills, its trained tokens)."""
+    """(tokens of each item on each side, trained tokens of each item)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +90,19 @@ class Seq2SeqCollator:
     )
 
   def encode(self, items: Sequence) -> list[packing.IdPair]:
-    """Pairs of ids of examples, and of what is a pair already."""
+    """Pairs of ids of examples and of pairs."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = (
+    encoded = (
       seq2seq.encode_examples(self.tokenizer, texts, *self.max_lengths)
       if texts
       else []
     )
-    pairs = iter(made)
+    pairs = iter(encoded)
     every = [next(pairs) if isinstance(e, Example) else e for e in items]
     return [self._behind(x, y) for x, y in every] if self.prefix_ids else every
 
   def _behind(self, x: Sequence[int], y: Sequence[int]) -> packing.IdPair:
-    """What was cut to a row, like SeqIO's, keeps its EOS."""
+    """Adds the prefix; an example that was cut to a row keeps its EOS."""
     if len(x) > self.max_lengths[0]:
       x = [*x[: self.max_lengths[0] - 1], x[-1]]
     return batching_packing.prepend(self.prefix_ids, x), y
@@ -158,7 +161,7 @@ def make_model_collator(
   seed: int,
   prefix_ids: tuple[int, ...] = (),
 ) -> Collator:
-  """The form that a model reads, with the lengths of config.data.
+  """The collator of a model, with the lengths of config.data.
 
   Args:
     model: a model or its config.
@@ -174,7 +177,8 @@ def make_model_collator(
       tokenizer, data.length, data.truncation, data.packing, seed, prefix_ids
     )
   check_too_long(data.truncation)
-  if data.truncation != 'prompt' and data.source != 'preference':
+  is_single = 'single' in READERS.lookup(data.source).batches
+  if data.truncation != 'prompt' and is_single:
     raise ValueError(
       f'config.data.truncation={data.truncation!r} does nothing with an '
       f'encoder-decoder and config.data.source={data.source!r}, whose inputs '

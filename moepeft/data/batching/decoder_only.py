@@ -48,27 +48,33 @@ def check_too_long(too_long: str) -> None:
 
 
 def make_sample(prompt: Sequence[int], answer: Sequence[int]) -> Sample:
-  """Of which the answer is trained."""
+  """A prompt and an answer as one sample, of which the answer is trained."""
   ids = np.concatenate([np.asarray(x, np.int32) for x in (prompt, answer)])
   return Sample(ids, np.arange(len(ids)) >= len(prompt))
 
 
-def encode_prompts(words: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-  """Inputs as ids: what the tokenizer begins texts with, and a line's end."""
-  start = [] if words.bos is None else [words.bos]
+def encode_prompts(
+  tokenizer: Tokenizer, texts: Sequence[str]
+) -> list[list[int]]:
+  """Inputs as ids: BOS if the tokenizer has one, the text, a newline."""
+  start = [] if tokenizer.bos is None else [tokenizer.bos]
   ended = [text + SEPARATOR for text in texts]
-  return [start + list(ids) for ids in words.encode_all(ended)] if ended else []
+  return (
+    [start + list(ids) for ids in tokenizer.encode_all(ended)] if ended else []
+  )
 
 
-def encode_answers(words: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_answers(
+  tokenizer: Tokenizer, texts: Sequence[str]
+) -> list[list[int]]:
   """Targets as ids, with EOS."""
-  found = words.encode_all(texts) if texts else []
-  end = require_eos(words) if texts else None
-  return [[*ids, end] for ids in found]
+  encoded = tokenizer.encode_all(texts) if texts else []
+  end = require_eos(tokenizer) if texts else None
+  return [[*ids, end] for ids in encoded]
 
 
 def keep_last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
-  """The last ids, at most so many (1 at least).
+  """The last ids, at most `most` of them (1 at least).
 
   Args:
     bos: what texts begin with, if anything; where they do, it stays.
@@ -81,7 +87,7 @@ def keep_last(ids: np.ndarray, most: int, bos: int | None) -> np.ndarray:
 
 
 def truncate(
-  found: Sample, most: int, too_long: str, bos: int | None = None
+  sample: Sample, most: int, too_long: str, bos: int | None = None
 ) -> Sample | None:
   """A sample of at most so many ids.
 
@@ -94,28 +100,30 @@ def truncate(
   Returns:
     None where nothing is left to train.
   """
-  over = len(found.ids) - most
+  over = len(sample.ids) - most
   if over > 0:
     if too_long == 'drop':
       return None
-    first = int(np.argmax(found.loss_mask)) if too_long == 'prompt' else 0
+    first = int(np.argmax(sample.loss_mask)) if too_long == 'prompt' else 0
     # One token before it, so that the first trained token follows one.
-    gone = min(over, max(first - 1, 0))
+    dropped = min(over, max(first - 1, 0))
     # Of these the first may be what begins texts.
-    head = int(gone > 0 and bos is not None and found.ids[0] == bos)
-    places = np.arange(gone, gone + most)
+    head = int(dropped > 0 and bos is not None and sample.ids[0] == bos)
+    places = np.arange(dropped, dropped + most)
     places[:head] = 0
-    found = Sample(found.ids[places], found.loss_mask[places], True)
-  return found if found.has_targets else None
+    sample = Sample(sample.ids[places], sample.loss_mask[places], True)
+  return sample if sample.has_targets else None
 
 
-def prepend_prefix(before: Sequence[int], found: Sample) -> Sample:
+def prepend_prefix(prefix_ids: Sequence[int], sample: Sample) -> Sample:
   """A sample behind placeholders: the same of its tokens are trained."""
-  if not before:
-    return found
-  trained = np.pad(found.loss_mask, (len(before), 0))
-  trained[len(before)] = False
-  return Sample(batching_packing.prepend(before, found.ids), trained, found.cut)
+  if not prefix_ids:
+    return sample
+  loss_mask = np.pad(sample.loss_mask, (len(prefix_ids), 0))
+  loss_mask[len(prefix_ids)] = False
+  return Sample(
+    batching_packing.prepend(prefix_ids, sample.ids), loss_mask, sample.cut
+  )
 
 
 def pad_samples(
@@ -129,10 +137,10 @@ def pad_samples(
   """
   inputs, targets = np.full((2, len(samples), length), PAD, np.int32)
   real, trained = np.zeros((2, len(samples), length), bool)
-  for row, one in enumerate(samples):
-    n = len(one.ids) - 1
-    inputs[row, :n], targets[row, :n] = one.ids[:-1], one.ids[1:]
-    real[row, :n], trained[row, :n] = True, one.loss_mask[1:]
+  for row, sample in enumerate(samples):
+    n = len(sample.ids) - 1
+    inputs[row, :n], targets[row, :n] = sample.ids[:-1], sample.ids[1:]
+    real[row, :n], trained[row, :n] = True, sample.loss_mask[1:]
   return {
     'inputs': inputs,
     'targets': targets,
@@ -175,7 +183,7 @@ def pack_samples(
 
 @dataclasses.dataclass(frozen=True)
 class CausalCollator:
-  """The form of decoder-only models' batches; see `batching.collators`.
+  """The collator of decoder-only models; see `collators.Collator`.
 
   Attributes:
     tokenizer: of the model.
@@ -208,38 +216,40 @@ class CausalCollator:
     """
     most = self.max_lengths[0] + 1
     short = (
-      truncate(one, most, self.too_long, self.tokenizer.bos)
-      for one in self.encode_uncut(items)
+      truncate(sample, most, self.too_long, self.tokenizer.bos)
+      for sample in self.encode_uncut(items)
     )
-    kept = [
-      prepend_prefix(self.prefix_ids, one) for one in short if one is not None
+    samples = [
+      prepend_prefix(self.prefix_ids, sample)
+      for sample in short
+      if sample is not None
     ]
-    if items and not kept:
+    if items and not samples:
       raise ValueError(
         f'none of {len(items)} examples has a token to train in '
         f'config.data.length={self.length} with config.data.truncation='
         f'{self.too_long!r}; raise the length'
       )
-    return kept
+    return samples
 
   def encode_uncut(self, items: Sequence) -> list[Sample]:
     """Samples of any length, in the order of the items."""
     texts = [e for e in items if isinstance(e, Example)]
-    made = iter(
+    encoded_texts = iter(
       zip(
         encode_prompts(self.tokenizer, [e.inputs for e in texts]),
         encode_answers(self.tokenizer, [e.targets for e in texts]),
         strict=True,
       )
     )
-    found = []
+    samples = []
     for item in items:
       if isinstance(item, Sample):
-        found.append(item)
+        samples.append(item)
       else:
-        pair = next(made) if isinstance(item, Example) else item
-        found.append(make_sample(*pair))
-    return found
+        pair = next(encoded_texts) if isinstance(item, Example) else item
+        samples.append(make_sample(*pair))
+    return samples
 
   def rows(self, number: int, encoded: Sequence[Sample]):
     """A window's rows: see `packed` and `padded`."""
@@ -256,13 +266,13 @@ class CausalCollator:
     return pad_samples(encoded, self.length)
 
   def count_cut(self, items: Sequence) -> int:
-    """How many of them are too long."""
+    """The number of items that are too long."""
     most = self.max_lengths[0] + 1
     return sum(len(s.ids) > most or s.cut for s in self.encode_uncut(items))
 
   @property
   def length_keys(self) -> str:
-    """What to raise so that nothing is cut."""
+    """The config key to raise so that nothing is cut."""
     return 'config.data.length'
 
   @property
@@ -280,5 +290,5 @@ class CausalCollator:
     self, encoded: Sequence[Sample]
   ) -> tuple[list[tuple[int]], list[int]]:
     """(tokens fed, trained tokens) of each."""
-    trained = [int(one.loss_mask[1:].sum()) for one in encoded]
-    return [(len(one.ids) - 1,) for one in encoded], trained
+    trained = [int(sample.loss_mask[1:].sum()) for sample in encoded]
+    return [(len(sample.ids) - 1,) for sample in encoded], trained

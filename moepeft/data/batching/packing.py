@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many examples in one row, with segments that attention keeps apart.
+"""Packing: many examples in one row, kept apart by segments.
 
 Krell et al., arXiv:2107.02027; segments and positions as in T5X and SeqIO.
 """
@@ -9,19 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def prepend(before: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
-  """A text behind its placeholders: int32 [n], as it is where there are none.
+def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
+  """A text behind its prefix: int32 [n]; the text itself without a prefix.
 
   Args:
-    before: of `moepeft.peft.methods.prompt_tuning.before`.
+    prefix_ids: of `moepeft.peft.methods.prompt_tuning.before`.
   """
-  if not before:
+  if not prefix_ids:
     return ids
-  return np.concatenate([np.asarray(x, np.int32) for x in (before, ids)])
+  return np.concatenate([np.asarray(x, np.int32) for x in (prefix_ids, ids)])
 
 
-def length_after_prefix(length: int, before: Sequence[int], key: str) -> int:
-  """What a row of a length has left for the text.
+def length_after_prefix(
+  length: int, prefix_ids: Sequence[int], key: str
+) -> int:
+  """The tokens of a row that are left for the text behind a prefix.
 
   Args:
     key: that sets the length.
@@ -29,11 +31,11 @@ def length_after_prefix(length: int, before: Sequence[int], key: str) -> int:
   Raises:
     ValueError: no token, and its end.
   """
-  left = length - len(before)
-  if before and left < 2:
+  left = length - len(prefix_ids)
+  if prefix_ids and left < 2:
     raise ValueError(
-      f'a prompt of {len(before)} tokens leaves no room for a text in {key}='
-      f'{length}; raise it, or shorten the prompt (its option `length`)'
+      f'a prompt of {len(prefix_ids)} tokens leaves no room for a text in '
+      f'{key}={length}; raise it, or shorten the prompt (its option `length`)'
     )
   return left
 
@@ -41,22 +43,26 @@ def length_after_prefix(length: int, before: Sequence[int], key: str) -> int:
 IdPair = tuple[Sequence[int], Sequence[int]]  # ids of inputs, of targets
 
 
-def assign_bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
+def assign_bins(
+  lengths: np.ndarray, capacity: Sequence[int]
+) -> list[list[int]]:
   """Places items into few bins: best fit, the longest item first.
 
   Args:
-    lengths: int [items, k], of each side; none above its room.
-    room: of a bin, for each of the k sides.
+    lengths: int [items, k], of each side; none above its capacity.
+    capacity: of a bin, for each of the k sides.
 
   Returns:
     The items of each bin.
   """
-  free = np.empty((len(lengths), len(room)), np.int64)
-  made: list[list[int]] = []
+  free = np.empty((len(lengths), len(capacity)), np.int64)
+  bins: list[list[int]] = []
   # Whichever side fills its room more decides how large an item is.
-  order = np.argsort(-np.max(lengths / np.asarray(room), axis=1), kind='stable')
+  order = np.argsort(
+    -np.max(lengths / np.asarray(capacity), axis=1), kind='stable'
+  )
   for item in order:
-    open_bins = free[: len(made)]
+    open_bins = free[: len(bins)]
     fits = np.all(open_bins >= lengths[item], axis=1)
     if fits.any():
       # Of the first side: inputs are longer than targets, so theirs is the
@@ -64,20 +70,20 @@ def assign_bins(lengths: np.ndarray, room: Sequence[int]) -> list[list[int]]:
       left = open_bins[:, 0]
       chosen = int(np.argmin(np.where(fits, left, np.inf)))
     else:
-      chosen = len(made)
-      made.append([])
-      free[chosen] = room
-    made[chosen].append(int(item))
+      chosen = len(bins)
+      bins.append([])
+      free[chosen] = capacity
+    bins[chosen].append(int(item))
     free[chosen] -= lengths[item]
-  return made
+  return bins
 
 
 def shuffled_bins(
-  lengths: np.ndarray, room: Sequence[int], rng: np.random.Generator
+  lengths: np.ndarray, capacity: Sequence[int], rng: np.random.Generator
 ) -> list[list[int]]:
   """`bins` in a random order."""
-  made = assign_bins(lengths, room)
-  return [made[i] for i in rng.permutation(len(made))]
+  bins = assign_bins(lengths, capacity)
+  return [bins[i] for i in rng.permutation(len(bins))]
 
 
 def pack_pairs(

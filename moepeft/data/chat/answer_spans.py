@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the answers of a conversation stand in a chat template's text."""
+"""Spans of a conversation's answers in the text of a chat template."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,20 +22,20 @@ _REWRITTEN = (
 
 
 def has_generation_marks(template: str) -> bool:
-  """Whether a template says itself what is generated."""
+  """Whether a template marks generated text by {% generation %}."""
   return _MARK.search(template) is not None
 
 
 def show_marks(template: str) -> str:
   """The same template with a character where an answer begins or ends."""
 
-  def seen(found: re.Match) -> str:
-    before, end, after = found.groups()
+  def replace(match: re.Match) -> str:
+    left_trim, end, right_trim = match.groups()
     # Blocks as they were on either side, where Jinja trims what is blank.
     mark = f'{{{{ "{_END if end else _BEGIN}" }}}}'
-    return f'{{%{before} if true %}}{mark}{{% endif {after}%}}'
+    return f'{{%{left_trim} if true %}}{mark}{{% endif {right_trim}%}}'
 
-  return _MARK.sub(seen, template)
+  return _MARK.sub(replace, template)
 
 
 def marked_spans(text: str, whole: str) -> list[Span]:
@@ -44,10 +44,10 @@ def marked_spans(text: str, whole: str) -> list[Span]:
   Raises:
     BadRow: `whole` is another text.
   """
-  found, at, plain = [], 0, []
+  spans, at, plain = [], 0, []
   for begun, part in enumerate(re.split(f'[{_BEGIN}{_END}]', text)):
     if begun % 2:
-      found.append((at, at + len(part)))
+      spans.append((at, at + len(part)))
     at += len(part)
     plain.append(part)
   if ''.join(plain) != whole:
@@ -55,11 +55,11 @@ def marked_spans(text: str, whole: str) -> list[Span]:
       "what the chat template marks by '{% generation %}' is not found; name "
       'another with config.data.chat_template, or mend the row'
     )
-  return [span for span in found if span[0] < span[1]]
+  return [span for span in spans if span[0] < span[1]]
 
 
 def find_answers(
-  render: Render, some: Sequence[dict], whole: str
+  render: Render, messages: Sequence[dict], whole: str
 ) -> list[Span]:
   """[start, end) of the assistant's turns in the whole text, one each.
 
@@ -71,51 +71,57 @@ def find_answers(
   Raises:
     BadRow: they are not found exactly.
   """
-  found, last = [], 0
-  for i, message in enumerate(some):
+  spans, last = [], 0
+  for i, message in enumerate(messages):
     if message['role'] != 'assistant':
       continue
-    before, after = render(some[:i], True), render(some[: i + 1], False)
-    start, end = len(before), -1
-    if whole.startswith(before) and last <= start:
-      if whole.startswith(after) and after.startswith(before):
-        end = len(after)
+    text_before, text_after = (
+      render(messages[:i], True),
+      render(messages[: i + 1], False),
+    )
+    start, end = len(text_before), -1
+    if whole.startswith(text_before) and last <= start:
+      if whole.startswith(text_after) and text_after.startswith(text_before):
+        end = len(text_after)
       else:
-        end = _end(render, some, i, whole, start)
+        end = _end(render, messages, i, whole, start)
     if end <= start:
       raise BadRow(_REWRITTEN.format(i))
-    found.append((start, end))
+    spans.append((start, end))
     last = end
-  return found
+  return spans
 
 
 def _end(
-  render: Render, some: Sequence[dict], place: int, whole: str, start: int
+  render: Render, messages: Sequence[dict], place: int, whole: str, start: int
 ) -> int:
-  """Where a turn ends that was rendered otherwise by itself; -1 if nowhere."""
-  said, next_begins = some[place]['content'].strip(), len(whole)
-  if place + 1 < len(some):
-    next_begins = _content(render, some, place + 1, whole)
-  tail = _tail(render, some[:place])
-  at = whole.find(said + tail, start, next_begins) if said and tail else -1
+  """The end of a turn that was rendered otherwise by itself; -1 if none."""
+  content, next_begins = messages[place]['content'].strip(), len(whole)
+  if place + 1 < len(messages):
+    next_begins = _content(render, messages, place + 1, whole)
+  tail = _tail(render, messages[:place])
+  at = (
+    whole.find(content + tail, start, next_begins) if content and tail else -1
+  )
   if at >= 0:
-    return at + len(said) + len(tail)
+    return at + len(content) + len(tail)
   if not tail.strip() or whole.count(tail, start, next_begins) != 1:
     return -1
   at = whole.find(tail, start)
   # Without its thoughts, or with them: but the same answer.
-  kept = whole[start:at].strip()
-  return at + len(tail) if kept in said or said in kept else -1
+  text = whole[start:at].strip()
+  return at + len(tail) if text in content or content in text else -1
 
 
 def _content(
-  render: Render, some: Sequence[dict], place: int, whole: str
+  render: Render, messages: Sequence[dict], place: int, whole: str
 ) -> int:
-  """Where what a turn says begins, by what another text there changes."""
-  turn = some[place]
-  other = [*some]
-  other[place] = {**turn, 'content': _BEGIN + turn['content']}
-  changed = render(other, False)
+  """The start of a turn's content: the first place that another content
+  changes."""
+  turn = messages[place]
+  changed_messages = [*messages]
+  changed_messages[place] = {**turn, 'content': _BEGIN + turn['content']}
+  changed = render(changed_messages, False)
   pairs = zip(whole, changed, strict=False)
   return next(
     (i for i, (x, y) in enumerate(pairs) if x != y),
@@ -123,7 +129,7 @@ def _content(
   )
 
 
-def _tail(render: Render, before: Sequence[dict]) -> str:
-  """What ends an answer after these turns."""
+def _tail(render: Render, messages: Sequence[dict]) -> str:
+  """The text that ends an answer after these turns."""
   answer = {'role': 'assistant', 'content': _BEGIN}
-  return render([*before, answer], False).rpartition(_BEGIN)[2]
+  return render([*messages, answer], False).rpartition(_BEGIN)[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations as ids, by a chat template, with the answers trained.
 
-The template's text and where answers stand in it are in `chat_text` and
-`chat_spans`, its ids in `chat_ids`, what of them fits a row in `chat_fit`.
+`render` and `answer_spans` have the template's text and the answers in it,
+`tokenize` its ids, and `truncate` cuts them to a row.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _QUIET = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-  """How conversations become ids.
+  """A chat template with its settings: conversations to ids.
 
   Attributes:
     tokenizer: of Hugging Face, a fast one.
@@ -68,18 +68,20 @@ class ChatTemplate:
       )
     chat_template.check_fixed(self._whole)
 
-  def write(self, found: Conversation) -> RenderedChat:
+  def write(self, conversation: Conversation) -> RenderedChat:
     """A conversation's text; see `chat_text.text`.
 
     Raises:
       BadRow: the template cannot render it, or leaves out part of it.
     """
-    found = self._with_system(found)
-    template_check.check_written(found, self._left_out)
+    conversation = self._with_system(conversation)
+    template_check.check_written(conversation, self._left_out)
     text = chat_render.render_chat(
-      found, self.tokenizer, self.train_on, self._dated
+      conversation, self.tokenizer, self.train_on, self._dated
     )
-    chat_template.check_written(text.whole, (t.content for t in found.turns))
+    chat_template.check_written(
+      text.whole, (t.content for t in conversation.turns)
+    )
     return text
 
   @functools.cached_property
@@ -100,68 +102,68 @@ class ChatTemplate:
     """The text, with its date; '' for the tokenizer's own as it is."""
     if not self.date or not chat_template.reads_clock(self._whole):
       return self.text
-    own = self.text or self.tokenizer.chat_template
-    if not isinstance(own, str):
+    template = self.text or self.tokenizer.chat_template
+    if not isinstance(template, str):
       raise ValueError(
         'the tokenizer has several chat templates and one of them asks for '
         'the date; name one with config.data.chat_template'
       )
-    return chat_template.fix_date(own, self.date)
+    return chat_template.fix_date(template, self.date)
 
   def encode(self, texts: Sequence[RenderedChat]) -> list[Sample]:
     """See `chat_ids.samples`."""
     return tokenize.encode_chats(self.tokenizer, texts)
 
-  def render(self, found: Conversation) -> Sample:
+  def render(self, conversation: Conversation) -> Sample:
     """A conversation's ids.
 
     Raises:
       BadRow: the template cannot render it, or hides its answers.
     """
-    (sample,) = self.encode([self.write(found)])
+    (sample,) = self.encode([self.write(conversation)])
     return sample
 
-  def prompt(self, found: Conversation) -> list[int]:
+  def prompt(self, conversation: Conversation) -> list[int]:
     """The ids of a conversation up to where the assistant speaks.
 
     Raises:
       BadRow: the template cannot render it.
     """
-    found = self._with_system(found)
-    text = chat_render.render_prompt(found, self.tokenizer, self._dated)
+    conversation = self._with_system(conversation)
+    text = chat_render.render_prompt(conversation, self.tokenizer, self._dated)
     return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
   def ends(self) -> list[int]:
     """The special token that ends an answer; [] where none does."""
-    talk = Conversation((Turn('user', 'a'), Turn('assistant', 'b')))
+    conversation = Conversation((Turn('user', 'a'), Turn('assistant', 'b')))
     try:
-      found = self.render(talk)
+      sample = self.render(conversation)
     except BadRow:
       # Of what it cannot render, nothing is asked either.
       return []
-    last = found.ids[found.loss_mask][-1:].tolist()
+    last = sample.ids[sample.loss_mask][-1:].tolist()
     return [i for i in last if i in tokenize.special_ids(self.tokenizer)]
 
-  def _with_system(self, found: Conversation) -> Conversation:
-    if not self.system or found.turns[0].role == 'system':
-      return found
-    turns = (Turn('system', self.system), *found.turns)
-    return dataclasses.replace(found, turns=turns)
+  def _with_system(self, conversation: Conversation) -> Conversation:
+    if not self.system or conversation.turns[0].role == 'system':
+      return conversation
+    turns = (Turn('system', self.system), *conversation.turns)
+    return dataclasses.replace(conversation, turns=turns)
 
 
-def load_chat_template(data: ConfigDict, words: Tokenizer) -> ChatTemplate:
+def load_chat_template(data: ConfigDict, tokenizer: Tokenizer) -> ChatTemplate:
   """The template of a config.
 
   Raises:
     ValueError: there is none, or the vocabulary is of bytes.
   """
-  if not isinstance(words, HuggingFaceTokenizer):
+  if not isinstance(tokenizer, HuggingFaceTokenizer):
     raise ValueError(
       f'conversations need a tokenizer with a chat template, and the '
-      f'vocabulary is {words}; set config.data.tokenizer'
+      f'vocabulary is {tokenizer}; set config.data.tokenizer'
     )
   return ChatTemplate(
-    words.tokenizer,
+    tokenizer.tokenizer,
     chat_template.read(data.chat_template),
     data.train_on,
     data.system_prompt,
@@ -175,101 +177,109 @@ class ChatExample:
 
   Attributes:
     sample: its ids.
-    asked: what it begins with, the system's turn and the first question:
+    group: its beginning, the system's turn and the first question:
       conversations that begin alike are held out together.
   """
 
   sample: Sample
-  asked: tuple[str, ...]
+  group: tuple[str, ...]
 
 
 def read_chats(
-  data: ConfigDict, words: Tokenizer, room: int = 0
+  data: ConfigDict, tokenizer: Tokenizer, max_length: int = 0
 ) -> tuple[dict[str, list[ChatExample]], tuple[str, ...]]:
   """({file: its conversations that fit a row}, lines for the user).
 
   Args:
-    room: tokens fed that a row has for one; 0 for config.data.length.
+    max_length: tokens of a row that a conversation may fill; 0 for
+      config.data.length.
 
   Raises:
     ValueError: nothing to read or to train, or a bad row.
   """
-  used, bad = (
-    load_chat_template(data, words),
+  template, bad = (
+    load_chat_template(data, tokenizer),
     BadRows(data.on_bad_row, data.ignore_fields),
   )
-  found: dict[str, list[ChatExample]] = {}
+  chats: dict[str, list[ChatExample]] = {}
   cut = dropped = 0
-  rows = _told(chat_formats.read_rows(data.path, bad), data.path)
-  while some := list(itertools.islice(rows, _BATCH)):
-    for file, talk in _read(some, used, data, bad, room or data.length):
-      if talk is None:
+  rows = _with_progress(chat_formats.read_rows(data.path, bad), data.path)
+  while batch := list(itertools.islice(rows, _BATCH)):
+    for file, chat in _read(
+      batch, template, data, bad, max_length or data.length
+    ):
+      if chat is None:
         dropped += 1
         continue
-      cut += talk.sample.cut
-      found.setdefault(file, []).append(talk)
-  count = sum(map(len, found.values()))
+      cut += chat.sample.cut
+      chats.setdefault(file, []).append(chat)
+  count = sum(map(len, chats.values()))
   notes = _notes(data, bad, count, cut, dropped)
-  return found, (*notes, *used.remarks)
+  return chats, (*notes, *template.remarks)
 
 
 def _read(
   rows: Sequence[tuple[str, str, dict]],
-  used: ChatTemplate,
+  template: ChatTemplate,
   data: ConfigDict,
   bad: BadRows,
-  room: int,
+  max_length: int,
 ) -> Iterator[tuple[str, ChatExample | None]]:
   """(file, conversation) of each good row; None where nothing of it fits."""
   good, texts = [], []
   for file, where, row in rows:
     try:
-      talk = chat_formats.check_answered(
+      conversation = chat_formats.check_answered(
         chat_formats.parse_conversation(row, data.format, bad.unused)
       )
-      texts.append(used.write(talk))
-      good.append((file, where, talk))
+      texts.append(template.write(conversation))
+      good.append((file, where, conversation))
     except BadRow as e:
       bad(where, e)
-  for (file, where, talk), whole in zip(good, used.encode(texts), strict=True):
+  for (file, where, conversation), whole in zip(
+    good, template.encode(texts), strict=True
+  ):
     try:
-      yield file, _fitted(talk, whole, used, data.truncation, room + 1)
+      yield (
+        file,
+        _fitted(conversation, whole, template, data.truncation, max_length + 1),
+      )
     except BadRow as e:
       bad(where, e)
 
 
 def _fitted(
-  talk: Conversation,
-  whole: Sample,
-  used: ChatTemplate,
+  conversation: Conversation,
+  sample: Sample,
+  template: ChatTemplate,
   too_long: str,
   most: int,
 ) -> ChatExample | None:
-  if not whole.has_targets:
+  if not sample.has_targets:
     raise BadRow('no token of it is trained; mend or remove the row')
-  if len(whole.ids) > most:
-    whole = truncate_chat(talk, used.render, most, too_long)
-  first = next(i for i, t in enumerate(talk.turns) if t.role == 'user')
-  asked = tuple(turn.content for turn in talk.turns[: first + 1])
-  return whole and ChatExample(whole, asked)
+  if len(sample.ids) > most:
+    sample = truncate_chat(conversation, template.render, most, too_long)
+  first = next(i for i, t in enumerate(conversation.turns) if t.role == 'user')
+  group = tuple(turn.content for turn in conversation.turns[: first + 1])
+  return sample and ChatExample(sample, group)
 
 
-def _told(rows: Iterable, path: str) -> Iterator:
-  """The same; where they take long, how many there were is told."""
-  last, told = time.monotonic(), False
+def _with_progress(rows: Iterable, path: str) -> Iterator:
+  """The rows; a line says how many were read where that takes long."""
+  last, has_reported = time.monotonic(), False
   for count, row in enumerate(rows):
     if time.monotonic() - last > _QUIET:
       print(f'\r{path}: {count:,} rows read', end='', file=sys.stderr)
-      last, told = time.monotonic(), True
+      last, has_reported = time.monotonic(), True
     yield row
-  if told:
+  if has_reported:
     print(file=sys.stderr)
 
 
 def _notes(
   data: ConfigDict, bad: BadRows, count: int, cut: int, dropped: int
 ) -> list[str]:
-  """What became of the rows.
+  """Lines for the user on the rows that were read, cut and dropped.
 
   Raises:
     ValueError: none is left.

@@ -48,7 +48,7 @@ def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
   Raises:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
-  for file in fingerprint.data_files(path, 'chat', bad):
+  for file in fingerprint.data_files(path, fingerprint.CHAT_FILES, bad):
     for where, row in zip(*huggingface.read_json_rows(file, bad), strict=True):
       yield file, where, row
 
@@ -60,27 +60,27 @@ def conversations(path: str, form: str = '') -> list[Conversation]:
     ValueError: nothing is there, or a row is not of its form; the message
       names the file and the row.
   """
-  bad, found = BadRows('error'), []
+  bad, parsed = BadRows('error'), []
   for _, where, row in read_rows(path, bad):
     try:
-      found.append(check_answered(parse_conversation(row, form, bad.unused)))
+      parsed.append(check_answered(parse_conversation(row, form, bad.unused)))
     except BadRow as e:
       bad(where, e)
-  return found
+  return parsed
 
 
-def check_answered(found: Conversation) -> Conversation:
+def check_answered(conversation: Conversation) -> Conversation:
   """The same.
 
   Raises:
     BadRow: it does not end with an answer.
   """
-  if not found.answered:
+  if not conversation.answered:
     raise BadRow(
-      f"the last turn is the {found.turns[-1].role}'s, expected an answer of "
-      'the assistant; add it, or remove the row'
+      f"the last turn is the {conversation.turns[-1].role}'s, expected an "
+      'answer of the assistant; add it, or remove the row'
     )
-  return found
+  return conversation
 
 
 def form_of(row: Mapping) -> str:
@@ -133,7 +133,7 @@ def parse_conversation(
   kind = form or form_of(fields)
   if kind == 'alpaca':
     turns = alpaca_prompt(fields)
-    key, answer = fields.given(_ANSWERS)
+    key, answer = fields.get_alias(_ANSWERS)
     turns.append(Turn('assistant', check_text(answer, repr(key or 'output'))))
   elif kind == 'sharegpt':
     turns = messages.parse_turns(
@@ -146,11 +146,11 @@ def parse_conversation(
   if kind != 'alpaca':
     turns = with_system(turns, fields)
   check_order(turns)
-  found = Conversation(tuple(turns), parse_tools(fields))
+  conversation = Conversation(tuple(turns), parse_tools(fields))
   fields.close(turn_texts(turns))
   for turn in turns if unused is not None else ():
     unused.see(turn.content)
-  return found
+  return conversation
 
 
 def turn_texts(turns: Iterable[Turn]) -> set[str]:
@@ -164,7 +164,7 @@ def alpaca_prompt(fields: RowFields) -> list[Turn]:
   """The turns of an alpaca row up to its question."""
   turns = with_system(_history(fields), fields)
   question = check_text(fields.get('instruction'), "'instruction'")
-  key, more = fields.given(_INPUTS)
+  key, more = fields.get_alias(_INPUTS)
   if more is not None and not _is_blank(more):
     question += '\n' + check_text(more, repr(key))
   return [*turns, Turn('user', question)]
@@ -195,7 +195,7 @@ def _history(fields: RowFields) -> list[Turn]:
 def _completed(fields: RowFields, unused: UnusedFields | None) -> list[Turn]:
   """TRL's prompt and completion, of which the completion is trained."""
   prompt = messages.parse_field(fields, 'prompt', 'user', unused)
-  key, _ = fields.given(_COMPLETIONS)
+  key, _ = fields.get_alias(_COMPLETIONS)
   answer = messages.parse_field(fields, key, 'assistant', unused)
   return [
     dataclasses.replace(turn, trained=turn.role != 'assistant')
@@ -213,7 +213,7 @@ def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
   Raises:
     BadRow: it is no text, or the turns begin with another system's.
   """
-  key, system = fields.given(_SYSTEM)
+  key, system = fields.get_alias(_SYSTEM)
   if system is None or _is_blank(system):
     return turns
   first = Turn('system', check_text(system, repr(key)))
@@ -240,17 +240,17 @@ def check_order(turns: Sequence[Turn]) -> None:
       f"a conversation begins with the user's turn, after the system's if "
       f'there is one; this one with the turn of {who}'
     )
-  for i, (before, now) in enumerate(
+  for i, (previous, now) in enumerate(
     zip(begun, begun[1:], strict=False), len(turns) - len(begun) + 1
   ):
     if now.role == 'system':
       raise BadRow(f'turn {i} is of the system, which may only be the first')
-    if now.role == 'tool' and before.role not in ('assistant', 'tool'):
+    if now.role == 'tool' and previous.role not in ('assistant', 'tool'):
       raise BadRow(
-        f'turn {i} is of a tool and follows the {before.role}, expected a call '
-        'of the assistant before it'
+        f'turn {i} is of a tool and follows the {previous.role}, expected a '
+        'call of the assistant before it'
       )
-    if now.role == 'tool' and not (before.role == 'tool' or _calls(before)):
+    if now.role == 'tool' and not (previous.role == 'tool' or _calls(previous)):
       raise BadRow(
         f'turn {i} is of a tool, but the assistant called none before it; give '
         "its call in 'tool_calls' or a turn of 'function_call', or remove the "

@@ -38,7 +38,7 @@ _ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What one side says.
+  """A message of one side.
 
   Attributes:
     role: 'system', 'user', 'assistant' or 'tool'.
@@ -117,18 +117,18 @@ def parse_turn(
   if not isinstance(item, Mapping):
     raise BadRow(f'{where} is {item!r}, expected an object; mend the row')
   fields = RowFields(item, where, unused)
-  _, name = fields.given(('role', 'from'))
+  _, name = fields.get_alias(('role', 'from'))
   if not isinstance(name, str) or name not in _ROLES:
     raise BadRow(
       f'{where} has the role {name!r}; expected one of {", ".join(_ROLES)} in '
       "'role' or 'from'"
     )
   role, calls = _ROLES[name], None
-  _, content = fields.given(('content', 'value'))
+  _, content = fields.get_alias(('content', 'value'))
   if role == 'call':
     role, calls, content = 'assistant', _calls(content, where), ''
   elif role == 'assistant':
-    _, value = fields.given(('tool_calls', 'function_call'))
+    _, value = fields.get_alias(('tool_calls', 'function_call'))
     if value not in (None, '', [], {}):
       calls = _calls(value, where)
   content = _joined(content, where)
@@ -138,7 +138,7 @@ def parse_turn(
     content = ''
   else:
     content = check_text(content, f'{where} ({role})')
-  found = Turn(
+  parsed = Turn(
     role,
     content,
     calls,
@@ -148,12 +148,12 @@ def parse_turn(
     _label(fields, 'tool_call_id', where) if role == 'tool' else '',
   )
   fields.close({content.strip()})
-  return found
+  return parsed
 
 
 def _trained(fields: RowFields, role: str, where: str) -> bool:
   """Whether an assistant's turn is trained."""
-  key, value = fields.given(_LOSS)
+  key, value = fields.get_alias(_LOSS)
   if value in (None, ''):
     return True
   if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -169,8 +169,8 @@ def _trained(fields: RowFields, role: str, where: str) -> bool:
 
 
 def _thought(fields: RowFields, role: str, where: str) -> str:
-  """What an assistant thinks before it answers, '' if nothing."""
-  key, value = fields.given(_THOUGHTS)
+  """An assistant's thoughts before its answer, '' if there are none."""
+  key, value = fields.get_alias(_THOUGHTS)
   if value in (None, ''):
     return ''
   if role != 'assistant':
@@ -203,28 +203,28 @@ def _joined(content: Any, where: str) -> Any:
   return ''.join(texts)
 
 
-def check_text(value: Any, said: str) -> str:
+def check_text(value: Any, name: str) -> str:
   """A value that is text and not empty, without a byte order mark.
 
   Raises:
     BadRow: it is not; `said` names it.
   """
   if not isinstance(value, str):
-    raise BadRow(f'{said} is {value!r}, expected text; mend or remove the row')
+    raise BadRow(f'{name} is {value!r}, expected text; mend or remove the row')
   value = value.removeprefix(BYTE_ORDER_MARK)
   if not value.strip():
-    raise BadRow(f'{said} is empty; fill it in, or remove the row')
+    raise BadRow(f'{name} is empty; fill it in, or remove the row')
   if not value.isascii() and any('\ud800' <= c <= '\udfff' for c in value):
-    raise BadRow(f'{said} holds half of a character; mend or remove the row')
+    raise BadRow(f'{name} holds half of a character; mend or remove the row')
   return value
 
 
 def _calls(value: Any, where: str) -> list[dict]:
   """[{'name', 'arguments'}] of JSON or of OpenAI's list."""
-  found = _json(value, where, 'a call of a tool')
-  found = found if isinstance(found, list) else [found]
+  parsed = _json(value, where, 'a call of a tool')
+  parsed = parsed if isinstance(parsed, list) else [parsed]
   calls = []
-  for item in found or [{}]:
+  for item in parsed or [{}]:
     outer = RowFields(item if isinstance(item, Mapping) else {}, where)
     inner = outer.get('function')
     call = RowFields(inner, where) if isinstance(inner, Mapping) else outer
@@ -254,16 +254,16 @@ def parse_tools(fields: RowFields) -> list[dict] | None:
   Raises:
     BadRow: they are no list of JSON schemas.
   """
-  key, value = fields.given(('tools', 'functions'))
+  key, value = fields.get_alias(('tools', 'functions'))
   if value in (None, '', []):
     return None
-  found = _json(value, repr(key), 'a list of tools')
-  if found == []:
+  parsed = _json(value, repr(key), 'a list of tools')
+  if parsed == []:
     return None
-  if not isinstance(found, list):
+  if not isinstance(parsed, list):
     raise _no_tools(key, value)
   every = []
-  for item in found:
+  for item in parsed:
     # Some exports write each tool as JSON.
     tool = _json(item, repr(key), 'a tool')
     if not isinstance(tool, dict):
@@ -285,12 +285,12 @@ def _no_tools(key: str, value: Any) -> BadRow:
   )
 
 
-def _json(value: Any, where: str, what: str) -> Any:
+def _json(value: Any, where: str, description: str) -> Any:
   if not isinstance(value, str):
     return value
   try:
     return untrusted.parse_json(value)
   except untrusted.Malformed as e:
     raise BadRow(
-      f'{where} holds no JSON of {what} ({e}); mend or remove the row'
+      f'{where} holds no JSON of {description} ({e}); mend or remove the row'
     ) from None

@@ -35,7 +35,7 @@ class RenderedChat:
 
 
 def render_chat(
-  found: Conversation, tokenizer: Any, train_on: str, template: str
+  conversation: Conversation, tokenizer: Any, train_on: str, template: str
 ) -> RenderedChat:
   """Renders a conversation.
 
@@ -48,56 +48,61 @@ def render_chat(
     BadRow: the template cannot render it, or rewrites turns so that answers
       cannot be found in its text exactly.
   """
-  kept = [turn.trained for turn in found.turns if turn.role == 'assistant']
-  if train_on == 'all' and not all(kept):
+  is_trained = [
+    turn.trained for turn in conversation.turns if turn.role == 'assistant'
+  ]
+  if train_on == 'all' and not all(is_trained):
     raise BadRow(
       "a turn has 'weight' 0, but config.data.train_on='all' trains every "
       "turn; set it to 'answers', or remove the weight"
     )
-  used = template_source(tokenizer, template)
-  some, tools = template_messages(found, used)
+  source = template_source(tokenizer, template)
+  messages, tools = template_messages(conversation, source)
   render = make_renderer(tokenizer, template, tools)
-  whole = render(some, False)
+  whole = render(messages, False)
   if train_on == 'all':
     return RenderedChat(whole, None)
-  if answer_spans.has_generation_marks(used):
-    own = tokenizer.get_chat_template(template or None, tools=tools)
-    marked = make_renderer(tokenizer, answer_spans.show_marks(own), tools)(
-      some, False
-    )
-    found = answer_spans.marked_spans(marked, whole)
-    if all(kept):
-      kept = [True] * len(found)
+  if answer_spans.has_generation_marks(source):
+    whole_template = tokenizer.get_chat_template(template or None, tools=tools)
+    marked_template = answer_spans.show_marks(whole_template)
+    render_marked = make_renderer(tokenizer, marked_template, tools)
+    spans = answer_spans.marked_spans(render_marked(messages, False), whole)
+    if all(is_trained):
+      is_trained = [True] * len(spans)
   else:
-    found = answer_spans.find_answers(render, some, whole)
-  if len(found) != len(kept):
+    spans = answer_spans.find_answers(render, messages, whole)
+  if len(spans) != len(is_trained):
     raise BadRow(
-      f'the chat template marks {len(found)} answers of {len(kept)}, so that '
-      "their 'weight' cannot be told apart; name another template with "
+      f'the chat template marks {len(spans)} answers of {len(is_trained)}, so '
+      "that their 'weight' cannot be told apart; name another template with "
       'config.data.chat_template'
     )
-  pairs = zip(found, kept, strict=True)
-  return RenderedChat(whole, tuple(span for span, own in pairs if own))
+  pairs = zip(spans, is_trained, strict=True)
+  return RenderedChat(whole, tuple(span for span, trained in pairs if trained))
 
 
-def render_prompt(found: Conversation, tokenizer: Any, template: str) -> str:
+def render_prompt(
+  conversation: Conversation, tokenizer: Any, template: str
+) -> str:
   """A conversation up to where the assistant speaks.
 
   Raises:
     BadRow: the template cannot render it.
   """
-  some, tools = template_messages(found, template_source(tokenizer, template))
-  return make_renderer(tokenizer, template, tools)(some, True)
+  messages, tools = template_messages(
+    conversation, template_source(tokenizer, template)
+  )
+  return make_renderer(tokenizer, template, tools)(messages, True)
 
 
 def template_source(tokenizer: Any, template: str) -> str:
   """All that the template may say, for what it knows of."""
-  own = template or tokenizer.chat_template
-  return own if isinstance(own, str) else '\n'.join(own.values())
+  source = template or tokenizer.chat_template
+  return source if isinstance(source, str) else '\n'.join(source.values())
 
 
 def template_messages(
-  found: Conversation, template: str
+  conversation: Conversation, template: str
 ) -> tuple[list[dict], Any]:
   """(turns as the template reads them, tools).
 
@@ -107,13 +112,13 @@ def template_messages(
   Raises:
     BadRow: there are thoughts, and it has no words for them.
   """
-  turns, tools = list(found.turns), found.tools
+  turns, tools = list(conversation.turns), conversation.tools
   if tools and 'tools' not in template:
-    said = _TOOLS + '\n'.join(_json(t['function']) for t in tools)
+    tool_text = _TOOLS + '\n'.join(_json(t['function']) for t in tools)
     tools = None
     if turns[0].role == 'system':
-      said = f'{turns.pop(0).content}\n\n{said}'
-    turns.insert(0, Turn('system', said))
+      tool_text = f'{turns.pop(0).content}\n\n{tool_text}'
+    turns.insert(0, Turn('system', tool_text))
   return [_message(turn, template) for turn in turns], tools
 
 
@@ -126,10 +131,10 @@ def _message(turn: Turn, template: str) -> dict:
   message = {'role': turn.role, 'content': turn.content}
   if turn.thought:
     # 'enable_thinking' is another thing.
-    known = (
+    names = (
       name for name in _THOUGHTS if re.search(rf'(?<!\w){name}\b', template)
     )
-    name = next(known, None)
+    name = next(names, None)
     if name is None:
       raise BadRow(
         "a turn has 'reasoning_content', which the chat template does not "
@@ -161,10 +166,10 @@ def _bare(call: dict) -> dict:
 def make_renderer(tokenizer: Any, template: str, tools: Any) -> Render:
   """Texts of messages by a template, whose failure is a bad row."""
 
-  def render(some: Sequence[dict], begun: bool) -> str:
+  def render(messages: Sequence[dict], begun: bool) -> str:
     try:
       return tokenizer.apply_chat_template(
-        list(some),
+        list(messages),
         tools=tools,
         chat_template=template or None,
         tokenize=False,

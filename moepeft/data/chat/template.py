@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from moepeft.data import fingerprint
+from moepeft.data.readers import READERS
 from moepeft.data.row_fields import BadRow
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -24,7 +25,7 @@ _CALL = re.compile(
   rf"""\b{_CLOCK}\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)"""
 )
 _COMMENT = re.compile(r'\{#.*?#\}', re.S)
-_ASKED = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
+_DEFINED_TEST = re.compile(rf'\b{_CLOCK}\s+is\s+(not\s+)?defined\b')
 # Jinja's words that draw from Python's own generator, which no seed of ours
 # sets.
 _RANDOM = re.compile(
@@ -48,20 +49,20 @@ def read(path: str) -> str:
   )
 
 
-def template_source(words: Tokenizer, path: str) -> str:
+def template_source(tokenizer: Tokenizer, path: str) -> str:
   """All that the template of a config may say; '' where there is none."""
-  own = (
-    words.tokenizer.chat_template
-    if isinstance(words, HuggingFaceTokenizer)
+  template = (
+    tokenizer.tokenizer.chat_template
+    if isinstance(tokenizer, HuggingFaceTokenizer)
     else ''
   )
-  found = read(path) or own or ''
-  return found if isinstance(found, str) else '\n'.join(found.values())
+  source = read(path) or template or ''
+  return source if isinstance(source, str) else '\n'.join(source.values())
 
 
 def reads_clock(template: str) -> bool:
   """Whether a template writes the date."""
-  return _CLOCK in _ASKED.sub('', _COMMENT.sub('', template))
+  return _CLOCK in _DEFINED_TEST.sub('', _COMMENT.sub('', template))
 
 
 def parse_date(text: str) -> datetime.datetime:
@@ -94,21 +95,21 @@ def fix_date(template: str, date: str) -> str:
   when = parse_date(date)
 
   def written(call: re.Match) -> str:
-    said = json.dumps(when.strftime(call[2]), ensure_ascii=False)
+    literal = json.dumps(when.strftime(call[2]), ensure_ascii=False)
     # A call may stand within {{ }}, so its text is an expression too.
-    return f'({said})'
+    return f'({literal})'
 
-  found = _CALL.sub(written, template)
-  if reads_clock(found):
+  fixed = _CALL.sub(written, template)
+  if reads_clock(fixed):
     raise ValueError(
       f'the chat template calls {_CLOCK} with a format that is no text in '
       'quotes, so that its date cannot be kept for a run that goes on; name '
       'another template with config.data.chat_template'
     )
-  return found
+  return fixed
 
 
-def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
+def with_date(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
   """A config whose chat template writes the same date whenever it is read.
 
   Args:
@@ -116,9 +117,9 @@ def with_date(config: ConfigDict, words: Tokenizer) -> ConfigDict:
       for the date, it becomes today's.
   """
   data = config.data
-  if data.source not in ('chat', 'preference') or data.date:
+  if data.date or not READERS.lookup(data.source).uses_chat_template:
     return config
-  if not reads_clock(template_source(words, data.chat_template)):
+  if not reads_clock(template_source(tokenizer, data.chat_template)):
     return config
   config = config.copy_and_resolve_references()
   config.data.date = datetime.date.today().isoformat()
@@ -140,25 +141,25 @@ def check_fixed(template: str) -> None:
     )
 
 
-def check_written(text: str, given: Iterable[str]) -> None:
+def check_written(text: str, contents: Iterable[str]) -> None:
   """
   Args:
     text: what a template wrote of a conversation.
-    given: the texts of the conversation.
+    contents: the texts of the conversation.
 
   Raises:
     BadRow: the template wrote an address, which is another one in each process.
   """
-  found = _ADDRESS.search(text)
-  if found and not any(found[0] in part for part in given):
+  address = _ADDRESS.search(text)
+  if address and not any(address[0] in part for part in contents):
     raise BadRow(
-      f'the chat template writes {found[0]!r} where a text should be, as of a '
-      'method that it does not call; mend the template, or name another with '
-      'config.data.chat_template'
+      f'the chat template writes {address[0]!r} where a text should be, as '
+      'of a method that it does not call; mend the template, or name another '
+      'with config.data.chat_template'
     )
 
 
-def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
+def set_chat_template(tokenizer: Tokenizer, path: str, system: str) -> None:
   """Makes the template that a run was trained by the tokenizer's own.
 
   Args:
@@ -167,18 +168,18 @@ def set_chat_template(words: Tokenizer, path: str, system: str) -> None:
   Raises:
     ValueError: it cannot be read.
   """
-  if isinstance(words, HuggingFaceTokenizer):
-    text = read(path) or words.tokenizer.chat_template
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    text = read(path) or tokenizer.tokenizer.chat_template
     if isinstance(text, str):
-      words.tokenizer.chat_template = with_system(text, system)
+      tokenizer.tokenizer.chat_template = with_system(text, system)
 
 
 def with_system(text: str, system: str) -> str:
   """A template that puts a system's turn before conversations without one."""
   if not text or not system:
     return text
-  said = json.dumps(system, ensure_ascii=False)
-  turn = f"[{{'role': 'system', 'content': {said}}}]"
+  literal = json.dumps(system, ensure_ascii=False)
+  turn = f"[{{'role': 'system', 'content': {literal}}}]"
   return (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     f'{{%- set messages = {turn} + messages -%}}'

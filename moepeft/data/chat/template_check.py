@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chat template leaves out, found by rendering a made up talk."""
+"""Parts of a conversation that a chat template leaves out.
+
+They are found by rendering made up conversations.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,41 +11,43 @@ from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
 
-_ASKED, _SAID, _RESULT = 'Question7', 'Answer7', 'Result7'
-_TALK = (Turn('user', _ASKED), Turn('assistant', _SAID))
+_QUESTION, _ANSWER, _RESULT = 'Question7', 'Answer7', 'Result7'
+_TALK = (Turn('user', _QUESTION), Turn('assistant', _ANSWER))
 _CALL = {'name': 'look', 'arguments': {'call': 'Called7'}}
 
 
 def template_warnings(tokenizer: Any, template: str) -> tuple[str, ...]:
-  """What a user must know of a template, one line each.
+  """Warnings about a template, one line each.
 
   Args:
     tokenizer: of Hugging Face; template: Jinja, '' for the tokenizer's own.
   """
   try:
-    found = chat_render.render_chat(
+    rendered = chat_render.render_chat(
       Conversation(_TALK), tokenizer, 'answers', template
     )
     render = chat_render.make_renderer(tokenizer, template, None)
-    asked = chat_render.template_messages(Conversation(_TALK[:1]), template)[0]
-    begun = render(asked, True) != render(asked, False)
+    messages = chat_render.template_messages(Conversation(_TALK[:1]), template)[
+      0
+    ]
+    begun = render(messages, True) != render(messages, False)
   except BadRow:
     # It wants other turns; rows say what is wrong with it, if anything is.
     return ()
   lines = []
-  start, end = found.spans[-1] if found.spans else (0, 0)
-  before, _, after = found.whole[start:end].partition(_SAID)
-  if not any(token in after for token in _ends(tokenizer)):
+  start, end = rendered.spans[-1] if rendered.spans else (0, 0)
+  text_before, _, text_after = rendered.whole[start:end].partition(_ANSWER)
+  if not any(token in text_after for token in _ends(tokenizer)):
     lines.append(
       'the chat template ends answers with no special token that is trained, '
       'so that the model does not learn to stop; name another with '
       'config.data.chat_template'
     )
-  if not begun and before.strip():
+  if not begun and text_before.strip():
     lines.append(
       'the chat template does not heed add_generation_prompt: what begins an '
-      f'answer, {before!r}, is trained and is for the model to write; name '
-      'another with config.data.chat_template'
+      f'answer, {text_before!r}, is trained and is for the model to write; '
+      'name another with config.data.chat_template'
     )
   return tuple(lines)
 
@@ -84,25 +89,25 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
     ('the id of a call', _answered(_CALL | {'id': _ID}), _ID, None),
     (
       'an answer beside a call',
-      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
-      _SAID,
+      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
+      _ANSWER,
       None,
     ),
     (
       'a call beside an answer',
-      (_TALK[0], Turn('assistant', _SAID, [_CALL])),
+      (_TALK[0], Turn('assistant', _ANSWER, [_CALL])),
       'Called7',
       None,
     ),
     (
       "a user's name",
-      (Turn('user', _ASKED, name='Name7'), _TALK[1]),
+      (Turn('user', _QUESTION, name='Name7'), _TALK[1]),
       'Name7',
       None,
     ),
     (
       "an assistant's name",
-      (_TALK[0], Turn('assistant', _SAID, name='Name7')),
+      (_TALK[0], Turn('assistant', _ANSWER, name='Name7')),
       'Name7',
       None,
     ),
@@ -112,11 +117,13 @@ _FEATURES: dict[str, tuple[Conversation, str]] = {
 
 def dropped_features(tokenizer: Any, template: str) -> frozenset[str]:
   """The `_FEATURES` that a template leaves out without an error."""
-  used, missing = chat_render.template_source(tokenizer, template), set()
-  for feature, (talk, word) in _FEATURES.items():
+  source, missing = chat_render.template_source(tokenizer, template), set()
+  for feature, (conversation, word) in _FEATURES.items():
     try:
-      some, tools = chat_render.template_messages(talk, used)
-      whole = chat_render.make_renderer(tokenizer, template, tools)(some, False)
+      messages, tools = chat_render.template_messages(conversation, source)
+      whole = chat_render.make_renderer(tokenizer, template, tools)(
+        messages, False
+      )
     except BadRow:
       # It refuses them: each row is told so.
       continue
@@ -125,10 +132,10 @@ def dropped_features(tokenizer: Any, template: str) -> frozenset[str]:
   return frozenset(missing)
 
 
-def _features(found: Conversation) -> set[str]:
+def _features(conversation: Conversation) -> set[str]:
   """The `_FEATURES` that a conversation has and cannot be without."""
-  features = {'tools'} if found.tools else set()
-  for turn in found.turns:
+  features = {'tools'} if conversation.tools else set()
+  for turn in conversation.turns:
     if turn.role in ('system', 'tool'):
       features.add(f"a {turn.role}'s turn")
     elif turn.name:
@@ -140,15 +147,15 @@ def _features(found: Conversation) -> set[str]:
       features.add('several calls at once')
     if turn.calls and turn.content:
       features |= {'an answer beside a call', 'a call beside an answer'}
-  if not _in_order(found):
+  if not _in_order(conversation):
     features.add('the id of a call')
   return features
 
 
-def _in_order(found: Conversation) -> bool:
+def _in_order(conversation: Conversation) -> bool:
   """Whether tools answer calls in the order in which they were called."""
   waiting: list[str] = []
-  for turn in found.turns:
+  for turn in conversation.turns:
     if turn.calls:
       waiting = [call.get('id', '') for call in turn.calls]
     elif turn.role == 'tool' and waiting:
@@ -158,7 +165,7 @@ def _in_order(found: Conversation) -> bool:
   return True
 
 
-def check_written(found: Conversation, missing: frozenset[str]) -> None:
+def check_written(conversation: Conversation, missing: frozenset[str]) -> None:
   """
   Args:
     missing: of `left_out`.
@@ -166,10 +173,10 @@ def check_written(found: Conversation, missing: frozenset[str]) -> None:
   Raises:
     BadRow: the conversation has what the template leaves out.
   """
-  gone = sorted(_features(found) & missing) if missing else []
-  if gone:
+  dropped = sorted(_features(conversation) & missing) if missing else []
+  if dropped:
     raise BadRow(
-      f'the row has {gone[0]}, and the chat template leaves it out; name one '
-      'that does not with config.data.chat_template, remove the row, or leave '
-      'a field unused with config.data.ignore_fields=FIELD'
+      f'the row has {dropped[0]}, and the chat template leaves it out; name '
+      'one that does not with config.data.chat_template, remove the row, or '
+      'leave a field unused with config.data.ignore_fields=FIELD'
     )

@@ -29,15 +29,23 @@ def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
   of the whole text. (An answer after one that was cut so follows what the
   model was trained to say there, which may be other ids of the same text.)
   """
-  ends = [[*_starts(one), len(one.whole)] for one in texts]
+  ends = [[*_starts(text), len(text.whole)] for text in texts]
   parts = [
-    one.whole[:end] for one, own in zip(texts, ends, strict=True) for end in own
+    text.whole[:end]
+    for text, text_ends in zip(texts, ends, strict=True)
+    for end in text_ends
   ]
-  found = iter(_encoded(tokenizer, parts) if parts else ())
-  known = special_ids(tokenizer)
+  encoded = iter(_encoded(tokenizer, parts) if parts else ())
+  special_tokens = special_ids(tokenizer)
   return [
-    _sample(tokenizer, one, own, list(itertools.islice(found, len(own))), known)
-    for one, own in zip(texts, ends, strict=True)
+    _sample(
+      tokenizer,
+      text,
+      text_ends,
+      list(itertools.islice(encoded, len(text_ends))),
+      special_tokens,
+    )
+    for text, text_ends in zip(texts, ends, strict=True)
   ]
 
 
@@ -46,15 +54,17 @@ def _starts(text: RenderedChat) -> list[int]:
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-  found = tokenizer(
+  encoding = tokenizer(
     list(texts),
     add_special_tokens=False,
     return_offsets_mapping=True,
     return_attention_mask=False,
     return_token_type_ids=False,
   )
-  begins = ([start for start, _ in one] for one in found['offset_mapping'])
-  return list(zip(found['input_ids'], begins, strict=True))
+  begins = (
+    [start for start, _ in offsets] for offsets in encoding['offset_mapping']
+  )
+  return list(zip(encoding['input_ids'], begins, strict=True))
 
 
 def _sample(
@@ -64,37 +74,45 @@ def _sample(
   parts: Sequence[Ids],
   special: set[int],
 ) -> Sample:
-  """Of a text's beginnings up to each of the ends, as ids."""
+  """Joins the ids of a text's parts into one sample.
+
+  Args:
+    ends: of the parts, each of which begins at the text's start.
+    parts: (ids, start of each token) of each.
+  """
   if text.spans is None:
     ids = np.array(parts[0][0], np.int32)
     return Sample(ids, np.ones(len(ids), bool))
   ids = list(parts[0][0])
   trained = [False] * len(ids)
-  for (_, end), (start, stop), (before, whole) in zip(
+  for (_, end), (start, stop), (shorter, longer) in zip(
     text.spans,
     itertools.pairwise(ends),
     itertools.pairwise(parts),
     strict=True,
   ):
-    own, begins = whole[0][len(before[0]) :], whole[1][len(before[0]) :]
-    if whole[0][: len(before[0])] != before[0]:
-      own, begins = _following(tokenizer, text.whole[start:stop])
+    answer_ids, begins = (
+      longer[0][len(shorter[0]) :],
+      longer[1][len(shorter[0]) :],
+    )
+    if longer[0][: len(shorter[0])] != shorter[0]:
+      answer_ids, begins = _following(tokenizer, text.whole[start:stop])
       begins = [start + begin for begin in begins]
-    ids += own
+    ids += answer_ids
     count = sum(begin < end for begin in begins)
-    count = _up_to_the_end(own[:count], special, tokenizer)
-    trained += [True] * count + [False] * (len(own) - count)
+    count = _up_to_the_end(answer_ids[:count], special, tokenizer)
+    trained += [True] * count + [False] * (len(answer_ids) - count)
   return Sample(np.array(ids, np.int32), np.array(trained, bool))
 
 
 def _following(tokenizer: Any, text: str) -> Ids:
   """A text as it is tokenized after another one."""
-  texts = [before + part for before in _BEFORE for part in ('', text)]
-  found = _encoded(tokenizer, texts)
-  for i, before in enumerate(_BEFORE):
-    (alone, _), (ids, begins) = found[2 * i : 2 * i + 2]
+  texts = [context + part for context in _BEFORE for part in ('', text)]
+  encoded = _encoded(tokenizer, texts)
+  for i, context in enumerate(_BEFORE):
+    (alone, _), (ids, begins) = encoded[2 * i : 2 * i + 2]
     if ids[: len(alone)] == alone:
-      places = (max(begin - len(before), 0) for begin in begins[len(alone) :])
+      places = (max(begin - len(context), 0) for begin in begins[len(alone) :])
       return ids[len(alone) :], list(places)
   return _encoded(tokenizer, [text])[0]
 

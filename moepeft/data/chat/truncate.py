@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a conversation stays where it is longer than a row.
+"""Truncation of conversations that are longer than a row.
 
 Whole turns go before any is cut, and the last answer stays whole where it
 fits. No row begins within a turn's header.
@@ -19,7 +19,7 @@ Fits = Callable[[Conversation], bool]
 
 
 def truncate_chat(
-  found: Conversation,
+  conversation: Conversation,
   make: Callable[[Conversation], Sample],
   most: int,
   too_long: str,
@@ -38,58 +38,60 @@ def truncate_chat(
     None where nothing is left to train, or where tools leave no room for the
     last answer.
   """
-  whole = make(found)
+  whole = make(conversation)
   if len(whole.ids) <= most or too_long != 'prompt':
     return truncate(whole, most, too_long)
-  found = _to_the_last_answer(found)
+  conversation = _to_the_last_answer(conversation)
 
-  def fits(some: Conversation) -> bool:
-    return len(make(some).ids) <= most
+  def fits(shortened: Conversation) -> bool:
+    return len(make(shortened).ids) <= most
 
-  short = _shorter(found, fits)
+  short = _shorter(conversation, fits)
   if not fits(short):
     if fits(_bare(short)):
       return None
-    short = _shorter(found, lambda c: _start(make(c)) <= most // _LEAST)
+    short = _shorter(conversation, lambda c: _start(make(c)) <= most // _LEAST)
   cut = truncate(make(short), most, 'end')
   return cut and dataclasses.replace(cut, cut=True)
 
 
 def _start(sample: Sample) -> int:
-  """Where the last answer begins."""
+  """The place at which the last answer begins."""
   trained = np.flatnonzero(sample.loss_mask)
   last = trained[-1] if len(trained) else 0
-  before = np.flatnonzero(~sample.loss_mask[:last])
-  return int(before[-1]) + 1 if len(before) else 0
+  untrained = np.flatnonzero(~sample.loss_mask[:last])
+  return int(untrained[-1]) + 1 if len(untrained) else 0
 
 
-def _to_the_last_answer(found: Conversation) -> Conversation:
-  turns = found.turns
+def _to_the_last_answer(conversation: Conversation) -> Conversation:
+  turns = conversation.turns
   last = max(
     (i for i, t in enumerate(turns) if t.role == 'assistant' and t.trained),
     default=len(turns) - 1,
   )
-  return dataclasses.replace(found, turns=turns[: last + 1])
+  return dataclasses.replace(conversation, turns=turns[: last + 1])
 
 
-def _shorter(found: Conversation, fits: Fits) -> Conversation:
+def _shorter(conversation: Conversation, fits: Fits) -> Conversation:
   """Without as little as makes it fit, or as short as can be."""
-  found = _without_calls(_without_oldest(found, fits), fits)
-  asked = max(i for i, turn in enumerate(found.turns) if turn.role == 'user')
-  texts = [asked, *range(asked + 1, len(found.turns) - 1)]
-  if found.turns[0].role == 'system':
+  conversation = _without_calls(_without_oldest(conversation, fits), fits)
+  question = max(
+    i for i, turn in enumerate(conversation.turns) if turn.role == 'user'
+  )
+  texts = [question, *range(question + 1, len(conversation.turns) - 1)]
+  if conversation.turns[0].role == 'system':
     # What is asked is worth more, where it is not enough to cut it.
-    least = _without_beginning(found, asked, lambda c: False)
+    least = _without_beginning(conversation, question, lambda c: False)
     texts = texts if fits(least) else [0, *texts]
   for place in texts:
-    if found.turns[place].role != 'assistant' and not fits(found):
-      found = _without_beginning(found, place, fits)
-  return found
+    if conversation.turns[place].role != 'assistant' and not fits(conversation):
+      conversation = _without_beginning(conversation, place, fits)
+  return conversation
 
 
-def _bare(found: Conversation) -> Conversation:
+def _bare(conversation: Conversation) -> Conversation:
   """Without what the system says and without tools."""
-  turns = tuple(turn for turn in found.turns if turn.role != 'system')
+  turns = tuple(turn for turn in conversation.turns if turn.role != 'system')
   return Conversation(turns)
 
 
@@ -105,42 +107,50 @@ def _least(count: int, holds: Callable[[int], bool]) -> int:
   return low
 
 
-def _without_oldest(found: Conversation, fits: Fits) -> Conversation:
+def _without_oldest(conversation: Conversation, fits: Fits) -> Conversation:
   """Exchanges go from the first on; the last question and its answer stay."""
-  turns = found.turns
+  turns = conversation.turns
   begins = [i for i, turn in enumerate(turns) if turn.role == 'user']
   head = turns[: begins[0]]
 
   def rest(dropped: int) -> Conversation:
-    return dataclasses.replace(found, turns=head + turns[begins[dropped] :])
+    return dataclasses.replace(
+      conversation, turns=head + turns[begins[dropped] :]
+    )
 
   return rest(_least(len(begins) - 1, lambda n: fits(rest(n))))
 
 
-def _without_calls(found: Conversation, fits: Fits) -> Conversation:
+def _without_calls(conversation: Conversation, fits: Fits) -> Conversation:
   """Answers before the last one go with what tools gave, from the first on."""
-  turns = found.turns
-  asked = max(i for i, turn in enumerate(turns) if turn.role == 'user')
+  turns = conversation.turns
+  question = max(i for i, turn in enumerate(turns) if turn.role == 'user')
   begins = [
-    i for i in range(asked + 1, len(turns)) if turns[i].role == 'assistant'
+    i for i in range(question + 1, len(turns)) if turns[i].role == 'assistant'
   ]
-  head = turns[: asked + 1]
+  head = turns[: question + 1]
 
   def rest(dropped: int) -> Conversation:
-    return dataclasses.replace(found, turns=head + turns[begins[dropped] :])
+    return dataclasses.replace(
+      conversation, turns=head + turns[begins[dropped] :]
+    )
 
   return rest(_least(len(begins) - 1, lambda n: fits(rest(n))))
 
 
 def _without_beginning(
-  found: Conversation, place: int, fits: Fits
+  conversation: Conversation, place: int, fits: Fits
 ) -> Conversation:
-  turn = found.turns[place]
+  turn = conversation.turns[place]
 
   def rest(dropped: int) -> Conversation:
     short = dataclasses.replace(turn, content=turn.content[dropped:])
-    turns = (*found.turns[:place], short, *found.turns[place + 1 :])
-    return dataclasses.replace(found, turns=turns)
+    turns = (
+      *conversation.turns[:place],
+      short,
+      *conversation.turns[place + 1 :],
+    )
+    return dataclasses.replace(conversation, turns=turns)
 
   # At least a character stays: templates may leave out empty turns.
   most = len(turn.content.rstrip()) - 1

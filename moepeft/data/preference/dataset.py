@@ -16,9 +16,8 @@ from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
 from moepeft.data.preference import tokenize as preference_tokenize
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
-
-SOURCE = 'preference'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,10 +25,10 @@ class PreferenceExample:
   """A row as ids.
 
   Attributes:
-    sides: what the model's own form holds of each answer with its prompt.
+    sides: each answer with its prompt, as the model's collator encodes it.
     label: whether a judged answer is a good one; None of a pair.
     idx: of the row in its file.
-    asked: the first row's that has its prompt: by these rows are held out.
+    group: index of the first row with this prompt; the split is by group.
     place: among all items of its source.
     references: float32 [k, t], log p of each target of each side, where it
       was computed before training.
@@ -38,14 +37,14 @@ class PreferenceExample:
   sides: tuple
   label: bool | None
   idx: int
-  asked: int
+  group: int
   place: int
   references: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class PairCollator:
-  """The form of batches with several sides; see `batching.collators`.
+  """The collator of batches with several sides; see `collators.Collator`.
 
   Attributes:
     side_collator: of one side.
@@ -73,13 +72,13 @@ class PairCollator:
 
   @property
   def sides(self) -> tuple[str, str]:
-    """What the keys of its batches begin with."""
+    """The prefixes of its batches' keys."""
     return JUDGED if self.judged else PAIR
 
   def encode(
     self, items: Sequence[PreferenceExample]
   ) -> list[PreferenceExample]:
-    """What `items` has made, as it is."""
+    """The items, which are encoded already."""
     return list(items)
 
   def rows(
@@ -89,10 +88,12 @@ class PairCollator:
     if not self.packed:
       return self.pad(encoded)
     rng = np.random.default_rng((self.seed, number))
-    fills = [self.side_collator.sizes(one)[0] for one in self._by_side(encoded)]
+    fills = [
+      self.side_collator.sizes(side)[0] for side in self._by_side(encoded)
+    ]
     lengths = np.concatenate(fills, axis=1)
-    room = self.lengths * len(self.sides)
-    return self.pack(encoded, packing.shuffled_bins(lengths, room, rng))
+    capacity = self.lengths * len(self.sides)
+    return self.pack(encoded, packing.shuffled_bins(lengths, capacity, rng))
 
   def pad(self, encoded: Sequence[PreferenceExample]) -> collators.Rows:
     """A batch of each side, its keys after the side's name.
@@ -103,15 +104,15 @@ class PairCollator:
       'chosen_reference' ('reference' of judged ones) and its like, float32
       [b, t], where the items have them.
     """
-    found = {}
-    for i, one in enumerate(self._by_side(encoded)):
-      found |= self._named(i, self.side_collator.pad(one))
+    batch = {}
+    for i, side in enumerate(self._by_side(encoded)):
+      batch |= self._named(i, self.side_collator.pad(side))
       if encoded[0].references is not None:
-        given = np.stack([item.references[i] for item in encoded])
-        found[f'{self.sides[i]}reference'] = given
+        references = np.stack([item.references[i] for item in encoded])
+        batch[f'{self.sides[i]}reference'] = references
     if self.judged:
-      found['label'] = np.array([item.label for item in encoded])
-    return found
+      batch['label'] = np.array([item.label for item in encoded])
+    return batch
 
   def pack(
     self, encoded: Sequence[PreferenceExample], bins: Sequence[Sequence[int]]
@@ -122,27 +123,29 @@ class PairCollator:
       As `padded`, with the segments and positions of the model's own form;
       'label' is [b, t], of each segment from 1 on.
     """
-    found, t = {}, self.lengths[-1]
-    for i, one in enumerate(self._by_side(encoded)):
-      found |= self._named(i, self.side_collator.pack(one, bins))
+    batch, t = {}, self.lengths[-1]
+    for i, side in enumerate(self._by_side(encoded)):
+      batch |= self._named(i, self.side_collator.pack(side, bins))
       if encoded[0].references is not None:
-        given = np.zeros((len(bins), t), np.float32)
+        references = np.zeros((len(bins), t), np.float32)
         # Targets fill the last of a form's lengths.
-        ends = [size[-1] for size in self.side_collator.sizes(one)[0]]
+        ends = [size[-1] for size in self.side_collator.sizes(side)[0]]
         for row, items in enumerate(bins):
           parts = [encoded[j].references[i][: ends[j]] for j in items]
           whole = np.concatenate(parts)
-          given[row, : len(whole)] = whole
-        found[f'{self.sides[i]}reference'] = given
+          references[row, : len(whole)] = whole
+        batch[f'{self.sides[i]}reference'] = references
     if self.judged:
-      found['label'] = np.zeros((len(bins), t), bool)
+      batch['label'] = np.zeros((len(bins), t), bool)
       for row, items in enumerate(bins):
         labels = [encoded[j].label for j in items]
-        found['label'][row, : len(items)] = labels
-    return found
+        batch['label'][row, : len(items)] = labels
+    return batch
 
   def _by_side(self, encoded: Sequence[PreferenceExample]) -> list[list]:
-    return [list(one) for one in zip(*(e.sides for e in encoded), strict=True)]
+    return [
+      list(side) for side in zip(*(e.sides for e in encoded), strict=True)
+    ]
 
   def _named(self, side: int, rows: collators.Rows) -> collators.Rows:
     return {f'{self.sides[side]}{key}': array for key, array in rows.items()}
@@ -170,18 +173,18 @@ class PairCollator:
     )
 
   def sizes(self, encoded: Sequence[PreferenceExample]):
-    """Of each row's longest side, and its trained tokens of all sides."""
+    """(the longest side of each item, trained tokens of all its sides)."""
     places, trained = [], []
     for item in encoded:
-      own, tokens = self.side_collator.sizes(item.sides)
-      places.append(tuple(map(max, zip(*own, strict=True))))
+      side_sizes, tokens = self.side_collator.sizes(item.sides)
+      places.append(tuple(map(max, zip(*side_sizes, strict=True))))
       trained.append(sum(tokens))
     return places, trained
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceDataset:
-  """What a source of preferences holds.
+  """The encoded rows of a source of preferences.
 
   Attributes:
     items: rows that fit, in the source's order.
@@ -193,15 +196,15 @@ class PreferenceDataset:
 
   @property
   def sha256(self) -> str:
-    """Of every id and what is trained of it, in order."""
-    found = hashlib.sha256()
+    """The hash of every id and of the loss masks, in order."""
+    digest = hashlib.sha256()
     for item in self.items:
       for side in item.sides:
-        one = vars(side).values() if isinstance(side, Sample) else side
-        for part in one:
+        arrays = vars(side).values() if isinstance(side, Sample) else side
+        for part in arrays:
           array = np.asarray(part, np.int32)
-          found.update(np.int64(array.size).tobytes() + array.tobytes())
-    return found.hexdigest()
+          digest.update(np.int64(array.size).tobytes() + array.tobytes())
+    return digest.hexdigest()
 
   def with_references(self, references: np.ndarray) -> 'PreferenceDataset':
     """The same items with theirs of float32 [items, k, t]."""
@@ -221,57 +224,59 @@ class PreferenceDataset:
     Raises:
       ValueError: nothing is left to train on.
     """
-    rows = {item.idx: item.asked for item in self.items}
+    rows = {item.idx: item.group for item in self.items}
     out = data_split.hold_out_last(list(rows.values()), held_out)
-    gone = {idx for idx, away in zip(rows, out, strict=True) if away}
-    if len(gone) == len(rows):
+    held_out_rows = {idx for idx, away in zip(rows, out, strict=True) if away}
+    if len(held_out_rows) == len(rows):
       raise ValueError(f'held_out={held_out} leaves no row to train on')
     parts = [], []
     for item in self.items:
-      parts[item.idx in gone].append(item)
+      parts[item.idx in held_out_rows].append(item)
     return parts
 
 
 def objective_collator(
-  data: ConfigDict, objective: str, batch: str, own: collators.Collator
+  data: ConfigDict, objective: str, batch: str, collator: collators.Collator
 ) -> collators.Collator:
-  """The form of an objective's batches.
+  """The collator of an objective's batches.
 
   Args:
     objective: config.objective.
     batch: of its `ObjectiveSpec`.
-    own: the model's form.
+    collator: the model's.
 
   Raises:
     ValueError: the objective and config.data.source are not of one kind, or
       the method has a soft prompt and the objective compares answers.
   """
-  if (batch != 'single') != (data.source == SOURCE):
+  if batch not in READERS.lookup(data.source).batches:
+    sources = [name for name in READERS if batch in READERS[name].batches]
     raise ValueError(
       f'config.objective={objective!r} does not go with config.data.source='
-      f'{data.source!r}: objectives that compare or judge answers read the '
-      f'source {SOURCE!r}, and no others do; set one of the two'
+      f'{data.source!r}: the rows of its batches ({batch}) are those of '
+      f'{" or ".join(map(repr, sources)) or "no source"}; set one of the two'
     )
   if batch == 'single':
-    return own
-  if own.prefix_ids:
+    return collator
+  if collator.prefix_ids:
     raise ValueError(
       f'config.objective={objective!r} does not go with a soft prompt: no '
       'objective that compares answers has placeholders in what its reference '
       'reads; leave `prompt` out of config.method, or take another objective'
     )
-  return PairCollator(own, batch == 'judged')
+  return PairCollator(collator, batch == 'judged')
 
 
 def read_preferences(
   data: ConfigDict,
-  form: collators.Collator,
+  collator: collators.Collator,
   render: preference_tokenize.Render | None = None,
 ) -> PreferenceDataset:
   """Reads config.data.path and makes ids of it.
 
   Args:
-    form: of `form_of`; where answers are judged, pairs become two of them.
+    collator: of `objective_collator`; where answers are judged, a pair becomes
+      two of them.
     render: of a decoder; by default the chat template, or plain text where
       the tokenizer has none.
 
@@ -279,66 +284,73 @@ def read_preferences(
     ValueError: no such file; a row that is not of the form (the message names
       the file and the row), or of no use to the objective; or none that fits.
   """
-  if not isinstance(form, PairCollator):
+  if not isinstance(collator, PairCollator):
     raise ValueError(
-      f'rows of config.data.source={SOURCE!r} are for objectives that compare '
-      'or judge answers; name other rows to evaluate'
+      f'rows of config.data.source={data.source!r} are for objectives that '
+      'compare or judge answers; name other rows to evaluate'
     )
-  own, judged = form.side_collator, form.judged
+  side_collator, judged = collator.side_collator, collator.judged
   if not data.path:
     raise ValueError(
       'set config.data.path to a .json or .jsonl file of preferences, or to a '
       'name on the hub'
     )
   bad = BadRows(data.on_bad_row, data.ignore_fields)
-  encode = preference_tokenize.row_encoder(data, own, render)
+  encode = preference_tokenize.row_encoder(data, side_collator, render)
   rows, parts, places = preference_rows.rows(data, bad, judged, encode)
   spans = [
-    preference_tokenize.fit_answers(one, own, data.truncation) for one in parts
+    preference_tokenize.fit_answers(is_same, side_collator, data.truncation)
+    for is_same in parts
   ]
   same = [
-    span is not None and preference_tokenize.answers_equal(one, span)
-    for one, span in zip(parts, spans, strict=True)
+    span is not None and preference_tokenize.answers_equal(is_same, span)
+    for is_same, span in zip(parts, spans, strict=True)
   ]
-  spans = [None if one else x for x, one in zip(spans, same, strict=True)]
-  alike = [place for place, one in zip(places, same, strict=True) if one]
-  kept = [i for i, span in enumerate(spans) if span is not None]
-  if alike and not kept:
+  spans = [
+    None if is_same else x for x, is_same in zip(spans, same, strict=True)
+  ]
+  alike = [
+    place for place, is_same in zip(places, same, strict=True) if is_same
+  ]
+  kept_rows = [i for i, span in enumerate(spans) if span is not None]
+  if alike and not kept_rows:
     raise ValueError(
       f'no row of {data.path} compares answers that differ to the tokenizer '
-      f'within {own.length_keys} (the first: {alike[0]}); mend the rows, or '
+      f'within {side_collator.length_keys} (the first: {alike[0]}); mend the '
+      'rows, or raise the length'
+    )
+  if not kept_rows:
+    raise ValueError(
+      f'none of {len(rows)} rows of {data.path} fits '
+      f'{side_collator.length_keys} with '
+      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
       'raise the length'
     )
-  if not kept:
-    raise ValueError(
-      f'none of {len(rows)} rows of {data.path} fits {own.length_keys} with '
-      f'config.data.truncation={data.truncation!r} (the first: {places[0]}); '
-      'raise '
-      'the length'
-    )
-  others = (
-    preference_formats.mismatched([rows[i] for i in kept], data.path)
+  mismatched = (
+    preference_formats.mismatched([rows[i] for i in kept_rows], data.path)
     if judged
     else ()
   )
-  items, asked = [], {}
-  for place, i in enumerate(kept):
+  items, groups = [], {}
+  for place, i in enumerate(kept_rows):
     prompt, cap = spans[i].prompt, spans[i].cap
     sides = [
-      preference_tokenize.make_side(prompt, answer, cap, own)
+      preference_tokenize.make_side(prompt, answer, cap, side_collator)
       for answer in parts[i].answers
     ]
     if judged:
-      other = parts[kept[others[place]]].answers[0]
+      mismatched_answer = parts[kept_rows[mismatched[place]]].answers[0]
       sides.append(
-        preference_tokenize.make_side(prompt, other, spans[i].room, own)
+        preference_tokenize.make_side(
+          prompt, mismatched_answer, spans[i].room, side_collator
+        )
       )
     label = rows[i].label if judged else None
-    first = asked.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
+    first = groups.setdefault(repr(rows[i].prompt.turns), rows[i].idx)
     items.append(
       PreferenceExample(tuple(sides), label, rows[i].idx, first, place)
     )
-  notes = preference_rows.notes(data, places, spans, alike, bad, own)
+  notes = preference_rows.notes(data, places, spans, alike, bad, side_collator)
   labels = {item.label for item in items}
   if judged and len(labels) == 1:
     notes = (*notes, _one_class(data.path, labels == {True}))

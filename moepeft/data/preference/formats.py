@@ -91,29 +91,29 @@ def parse_row(
     turns = _before(fields, form, unused)
   if 'chosen' in fields or 'rejected' in fields:
     prompt, chosen, rejected = _compared(fields, turns, unused)
-    found = ComparedRow(_asked(fields, prompt), chosen, rejected, idx)
+    parsed = ComparedRow(_prompt(fields, prompt), chosen, rejected, idx)
   else:
     prompt, answer, label = _judged(fields, turns, form, unused)
-    found = JudgedRow(_asked(fields, prompt), answer, label, idx)
-  _check_answers(found.prompt.turns[-1].content.strip(), found.answers)
-  said = (*found.prompt.turns, *found.answers)
-  fields.close(chat_formats.turn_texts(said))
-  return found
+    parsed = JudgedRow(_prompt(fields, prompt), answer, label, idx)
+  _check_answers(parsed.prompt.turns[-1].content.strip(), parsed.answers)
+  turns_read = (*parsed.prompt.turns, *parsed.answers)
+  fields.close(chat_formats.turn_texts(turns_read))
+  return parsed
 
 
-def _check_answers(asked: str, answers: Sequence[Turn]) -> None:
+def _check_answers(prompt: str, answers: Sequence[Turn]) -> None:
   """
   Raises:
     BadRow: an answer is marked as not trained, or both begin with what was
-      asked: they are whole texts, prompt and all. One word may be an answer's.
+      prompt: they are whole texts, prompt and all. One word may be an answer's.
   """
   if not all(turn.trained for turn in answers):
     raise BadRow(
       'an answer is marked as not trained, and answers are all that is trained '
       'here; remove the mark, or the row'
     )
-  begun = [turn.content.lstrip().startswith(asked) for turn in answers]
-  if len(answers) > 1 and all(begun) and len(asked.split()) > 1:
+  begun = [turn.content.lstrip().startswith(prompt) for turn in answers]
+  if len(answers) > 1 and all(begun) and len(prompt.split()) > 1:
     raise BadRow(
       'both answers begin with the whole prompt, which would be there twice; '
       'leave it out of them'
@@ -136,17 +136,17 @@ def mismatched(rows: Sequence[JudgedRow], path: str) -> list[int]:
   Raises:
     ValueError: all rows have one prompt.
   """
-  count, found = len(rows), []
+  count, chosen = len(rows), []
   for i, row in enumerate(rows):
     places = ((i + count // 2 + step) % count for step in range(count))
-    other = next((j for j in places if rows[j].prompt != row.prompt), None)
-    if other is None:
+    candidate = next((j for j in places if rows[j].prompt != row.prompt), None)
+    if candidate is None:
       raise ValueError(
         f'all {count} rows of {path} have the same prompt, but kto measures '
         'answers against those to other prompts; add rows'
       )
-    found.append(other)
-  return found
+    chosen.append(candidate)
+  return chosen
 
 
 def _form(fields: RowFields) -> str:
@@ -170,7 +170,7 @@ def _form(fields: RowFields) -> str:
 def _before(
   fields: RowFields, form: str, unused: UnusedFields | None
 ) -> list[Turn]:
-  """What a row gives before its answers; a judged row's last turn too."""
+  """The turns before a row's answers; a judged row's answer too."""
   if form == 'sharegpt':
     key = 'conversations'
     if key not in fields:
@@ -195,9 +195,9 @@ def _compared(
         f"expected 'chosen' and 'rejected', but there is no {key!r}; mend or "
         'remove the row'
       )
-  before, chosen = _answer(fields, 'chosen', unused)
+  first_turns, chosen = _answer(fields, 'chosen', unused)
   also, rejected = _answer(fields, 'rejected', unused)
-  if before != also:
+  if first_turns != also:
     raise BadRow(
       'the chosen and the rejected conversation differ before their last turn, '
       'so no prompt is shared; mend or remove the row'
@@ -207,10 +207,12 @@ def _compared(
       'the chosen and the rejected answer are the same, so nothing is '
       'compared; mend or remove the row'
     )
-  return _joined(prompt, before, chosen), chosen, rejected
+  return _joined(prompt, first_turns, chosen), chosen, rejected
 
 
-def _joined(prompt: list[Turn], before: list[Turn], chosen: Turn) -> list[Turn]:
+def _joined(
+  prompt: list[Turn], first_turns: list[Turn], chosen: Turn
+) -> list[Turn]:
   """The prompt once, of what a row gives as such and what its answers' lists
   begin with.
 
@@ -218,19 +220,25 @@ def _joined(prompt: list[Turn], before: list[Turn], chosen: Turn) -> list[Turn]:
     BadRow: the two are different turns of a user's, in an order that nothing
       tells.
   """
-  if before and len(prompt) > 1 and prompt[-1] == chosen:
+  if first_turns and len(prompt) > 1 and prompt[-1] == chosen:
     # The whole conversation with its chosen answer.
     prompt = prompt[:-1]
-  if not before or not prompt:
-    return prompt or before
-  given, begun = list(map(_stripped, prompt)), list(map(_stripped, before))
-  if given[-len(begun) :] == begun:
+  if not first_turns or not prompt:
+    return prompt or first_turns
+  prompt_texts, begun = (
+    list(map(_stripped, prompt)),
+    list(map(_stripped, first_turns)),
+  )
+  if prompt_texts[-len(begun) :] == begun:
     return prompt
-  if given in (begun[-len(given) :], begun[: len(given)]):
-    return before
-  goes_on = before[0].role != 'user' and prompt[-1].role in ('user', 'tool')
+  if prompt_texts in (begun[-len(prompt_texts) :], begun[: len(prompt_texts)]):
+    return first_turns
+  goes_on = first_turns[0].role != 'user' and prompt[-1].role in (
+    'user',
+    'tool',
+  )
   if goes_on or [turn.role for turn in prompt] == ['system']:
-    return prompt + before
+    return prompt + first_turns
   raise BadRow(
     'the prompt and the turns before the answers in their lists are different '
     'ones, and nothing tells which come first; leave one of them out'
@@ -245,7 +253,7 @@ def _judged(
   fields: RowFields, prompt: list[Turn], form: str, unused: UnusedFields | None
 ) -> tuple[list[Turn], Turn, bool]:
   """(prompt, answer, label)."""
-  name, label = fields.given(_LABELS)
+  name, label = fields.get_alias(_LABELS)
   if not name:
     raise BadRow(
       "expected 'chosen' and 'rejected', or an answer with a 'label'; got "
@@ -263,8 +271,8 @@ def _judged(
   if form == 'alpaca' or key in fields:
     if key not in fields:
       raise BadRow(f'expected the answer in {key!r}; mend or remove the row')
-    before, answer = _answer(fields, key, unused)
-    return _joined(prompt, before, answer), answer, label
+    first_turns, answer = _answer(fields, key, unused)
+    return _joined(prompt, first_turns, answer), answer, label
   if not prompt or prompt[-1].role != 'assistant':
     who = prompt[-1].role if prompt else 'nobody'
     raise BadRow(
@@ -288,7 +296,7 @@ def _answer(
   return turns[:-1], turns[-1]
 
 
-def _asked(fields: RowFields, turns: list[Turn]) -> Conversation:
+def _prompt(fields: RowFields, turns: list[Turn]) -> Conversation:
   """A prompt, which ends with a turn that asks for an answer."""
   if not turns:
     raise BadRow(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of compared and of judged answers, read and told of."""
+"""Reading of rows of compared and of judged answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ def rows(
     try:
       fields = huggingface.without_nulls(fields) if nulls else fields
       row = preference_formats.parse_row(fields, data.format, i, bad.unused)
-      found = _useful(row, judged, data.system_prompt)
-      ids = [encode(row.prompt, row.answers) for row in found]
-      good.extend(found)
+      parsed = _useful(row, judged, data.system_prompt)
+      ids = [encode(row.prompt, row.answers) for row in parsed]
+      good.extend(parsed)
       parts.extend(ids)
-      places.extend([where(i)] * len(found))
+      places.extend([where(i)] * len(parsed))
     except BadRow as e:
       bad(where(i), e)
   if not good:
@@ -70,9 +70,9 @@ def notes(
   spans: Sequence,
   alike: Sequence[str],
   bad: BadRows,
-  own: collators.Collator,
+  collator: collators.Collator,
 ) -> tuple[str, ...]:
-  """What became of the rows, in lines for the user.
+  """Lines for the user on the rows that were read, cut and left out.
 
   Args:
     places: where each row stands; spans: of `answer_ids.span`, None of rows
@@ -80,29 +80,33 @@ def notes(
   """
   lines = [f'{data.path}: {len(places):,} rows']
   lines += [f'skipped {reason}' for reason in bad.reasons[:1]]
-  decoder = isinstance(own, decoder_only.CausalCollator)
+  decoder = isinstance(collator, decoder_only.CausalCollator)
   if decoder and not (
-    data.chat_template or preference_tokenize.has_chat_template(own.tokenizer)
+    data.chat_template
+    or preference_tokenize.has_chat_template(collator.tokenizer)
   ):
     lines.append(
-      f'{own.tokenizer} brings no chat template: turns are written as plain '
-      'text'
+      f'{collator.tokenizer} brings no chat template: turns are written as '
+      'plain text'
     )
   elif decoder:
-    lines += chat_dataset.load_chat_template(data, own.tokenizer).remarks
+    lines += chat_dataset.load_chat_template(data, collator.tokenizer).remarks
   if len(bad.reasons) > 1:
     lines.append(f'skipped {len(bad.reasons) - 1:,} bad rows more')
-  pairs, gone = list(zip(places, spans, strict=True)), set(alike)
-  left = [place for place, span in pairs if span is None and place not in gone]
+  pairs, same_answers = list(zip(places, spans, strict=True)), set(alike)
+  left = [
+    place for place, span in pairs if span is None and place not in same_answers
+  ]
   cut = [place for place, span in pairs if span is not None and span.cut]
-  for some, what in (
+  for affected, description in (
     (left, 'left out, as they do not fit'),
     (cut, 'cut'),
   ):
-    if some:
+    if affected:
       lines.append(
-        f'{len(some):,} of {len(places):,} rows of {data.path} are {what} '
-        f'(the first: {some[0]}); raise {own.length_keys} to keep them whole'
+        f'{len(affected):,} of {len(places):,} rows of {data.path} are '
+        f'{description} (the first: {affected[0]}); raise '
+        f'{collator.length_keys} to keep them whole'
       )
   lines += bad.notes(data.path)
   if alike:

@@ -41,7 +41,7 @@ class EncodedAnswers:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerBudget:
-  """What of a row fits.
+  """The part of a row that fits.
 
   Attributes:
     prompt: what is left of it.
@@ -57,12 +57,12 @@ class AnswerBudget:
 
 
 def row_encoder(
-  data: ConfigDict, own: collators.Collator, render: Render | None
+  data: ConfigDict, collator: collators.Collator, render: Render | None
 ) -> Encode:
-  """What makes ids of a row.
+  """A function that encodes a row.
 
   Args:
-    own: the form of one side.
+    collator: of one side.
     render: of a decoder; by default `renderer`'s.
 
   Raises:
@@ -74,71 +74,73 @@ def row_encoder(
       "config.data.source='preference', whose prompts are never trained; set "
       "it to 'answers'"
     )
-  if not isinstance(own, decoder_only.CausalCollator):
+  if not isinstance(collator, decoder_only.CausalCollator):
     if data.chat_template:
       raise ValueError(
         f'config.data.chat_template={data.chat_template!r} does nothing with '
         'an encoder-decoder, which reads prompts as plain text; leave it empty'
       )
-    words = own.tokenizer
+    tokenizer = collator.tokenizer
 
-    def both(prompt, answers) -> EncodedAnswers:
+    def encode_pair(prompt, answers) -> EncodedAnswers:
       _check_plain(prompt, answers)
-      end = np.int32(require_eos(words))
+      end = np.int32(require_eos(tokenizer))
       texts = [plain_text(prompt), *(turn.content for turn in answers)]
-      found = words.encode_all(texts)
-      ids = [np.append(np.asarray(text, np.int32), end) for text in found]
+      encoded = tokenizer.encode_all(texts)
+      ids = [np.append(np.asarray(text, np.int32), end) for text in encoded]
       return EncodedAnswers(
         ids[0], tuple((x, np.ones(len(x), bool)) for x in ids[1:])
       )
 
-    return both
-  render = render or make_renderer(data, own.tokenizer)
+    return encode_pair
+  render = render or make_renderer(data, collator.tokenizer)
 
-  def decoder(prompt, answers) -> EncodedAnswers:
-    prompts, found = [], []
+  def encode_decoder(prompt, answers) -> EncodedAnswers:
+    prompts, answer_parts = [], []
     # Of no other turn is anything trained, so none is cut from what is before.
-    before = [dataclasses.replace(t, trained=False) for t in prompt.turns]
+    context = [dataclasses.replace(t, trained=False) for t in prompt.turns]
     for answer in answers:
-      turns = (*before, dataclasses.replace(answer, trained=True))
+      turns = (*context, dataclasses.replace(answer, trained=True))
       whole = render(dataclasses.replace(prompt, turns=turns))
       start = _last_run(whole.loss_mask)
       prompts.append(whole.ids[:start])
-      found.append((whole.ids[start:], whole.loss_mask[start:]))
-    if any(not np.array_equal(prompts[0], one) for one in prompts):
+      answer_parts.append((whole.ids[start:], whole.loss_mask[start:]))
+    if any(
+      not np.array_equal(prompts[0], prompt_ids) for prompt_ids in prompts
+    ):
       raise BadRow(
         'the chat template makes another prompt of each answer; name one that '
         'does not with config.data.chat_template'
       )
-    return EncodedAnswers(prompts[0], tuple(found))
+    return EncodedAnswers(prompts[0], tuple(answer_parts))
 
-  return decoder
+  return encode_decoder
 
 
 def _last_run(trained: np.ndarray) -> int:
-  """Where the last run of trained tokens begins."""
+  """The start of the last run of trained tokens."""
   if not trained.any():
     raise BadRow('no token of the answer is trained; mend or remove the row')
   last = int(np.flatnonzero(trained)[-1])
-  before = np.flatnonzero(~trained[:last])
-  return int(before[-1]) + 1 if len(before) else 0
+  untrained = np.flatnonzero(~trained[:last])
+  return int(untrained[-1]) + 1 if len(untrained) else 0
 
 
-def make_renderer(data: ConfigDict, words: Tokenizer) -> Render:
+def make_renderer(data: ConfigDict, tokenizer: Tokenizer) -> Render:
   """The chat template, or plain text where the tokenizer has none.
 
   Raises:
     ValueError: config.data.chat_template cannot be read, or is for bytes.
   """
-  if data.chat_template or has_chat_template(words):
-    return chat_dataset.load_chat_template(data, words).render
+  if data.chat_template or has_chat_template(tokenizer):
+    return chat_dataset.load_chat_template(data, tokenizer).render
 
   def plain(whole: Conversation) -> Sample:
     _check_plain(whole)
     prompt = dataclasses.replace(whole, turns=whole.turns[:-1])
-    (asked,) = decoder_only.encode_prompts(words, [plain_text(prompt)])
-    (ids,) = decoder_only.encode_answers(words, [whole.turns[-1].content])
-    return decoder_only.make_sample(asked, ids)
+    (prompt_ids,) = decoder_only.encode_prompts(tokenizer, [plain_text(prompt)])
+    (ids,) = decoder_only.encode_answers(tokenizer, [whole.turns[-1].content])
+    return decoder_only.make_sample(prompt_ids, ids)
 
   return plain
 
@@ -157,10 +159,12 @@ def _check_plain(whole: Conversation, answers: Sequence[Turn] = ()) -> None:
     )
 
 
-def has_chat_template(words: Tokenizer) -> bool:
+def has_chat_template(tokenizer: Tokenizer) -> bool:
   """Whether a vocabulary brings a chat template."""
-  own = words.tokenizer if isinstance(words, HuggingFaceTokenizer) else None
-  return bool(own is not None and own.chat_template)
+  hf_tokenizer = (
+    tokenizer.tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
+  )
+  return bool(hf_tokenizer is not None and hf_tokenizer.chat_template)
 
 
 def plain_text(prompt: Conversation) -> str:
@@ -171,54 +175,56 @@ def plain_text(prompt: Conversation) -> str:
 
 
 def fit_answers(
-  parts: EncodedAnswers, own: collators.Collator, too_long: str
+  parts: EncodedAnswers, collator: collators.Collator, too_long: str
 ) -> AnswerBudget | None:
-  """What of a row fits, None where it is left out."""
+  """The part of a row that fits; None where the row is left out."""
   prompt = parts.prompt
   lengths = [len(ids) for ids, _ in parts.answers]
-  longest, both = max(lengths), min(lengths)
-  if not isinstance(own, decoder_only.CausalCollator):
-    most, room = own.lengths
+  longest, shortest = max(lengths), min(lengths)
+  if not isinstance(collator, decoder_only.CausalCollator):
+    most, available = collator.lengths
     over = len(prompt) > most
     if over and too_long == 'drop':
       return None
     left = prompt[:most]
     if too_long == 'prompt':
-      left = decoder_only.keep_last(prompt, most, own.tokenizer.bos)
-    if longest <= room:
-      return AnswerBudget(left, longest, room, over)
-    cut = too_long == 'end' and both > room
-    return AnswerBudget(left, room, room, True) if cut else None
+      left = decoder_only.keep_last(prompt, most, collator.tokenizer.bos)
+    if longest <= available:
+      return AnswerBudget(left, longest, available, over)
+    cut = too_long == 'end' and shortest > available
+    return AnswerBudget(left, available, available, True) if cut else None
   # One token more than are fed.
-  row = own.length + 1
+  row = collator.length + 1
   if len(prompt) + longest <= row:
     return AnswerBudget(prompt, longest, row - len(prompt), False)
   if too_long == 'prompt':
     left = row - longest
     if left < min(len(prompt), row // _LEAST):
       return None
-    kept = decoder_only.keep_last(prompt, left, own.tokenizer.bos)
-    return AnswerBudget(kept, longest, longest, True)
-  room = row - len(prompt)
+    prompt_end = decoder_only.keep_last(prompt, left, collator.tokenizer.bos)
+    return AnswerBudget(prompt_end, longest, longest, True)
+  available = row - len(prompt)
   # Both ends are cut or none.
-  cut = too_long == 'end' and both > room >= 1
-  return AnswerBudget(prompt, room, room, True) if cut else None
+  cut = too_long == 'end' and shortest > available >= 1
+  return AnswerBudget(prompt, available, available, True) if cut else None
 
 
 def answers_equal(parts: EncodedAnswers, span: AnswerBudget) -> bool:
   """Whether two answers have become one: nothing is learnt of them."""
-  cut = [tuple(part[: span.cap] for part in one) for one in parts.answers]
+  cut = [tuple(part[: span.cap] for part in answer) for answer in parts.answers]
   return len(cut) > 1 and all(
-    np.array_equal(part, other)
-    for one in cut[1:]
-    for part, other in zip(one, cut[0], strict=True)
+    np.array_equal(part, first_part)
+    for answer in cut[1:]
+    for part, first_part in zip(answer, cut[0], strict=True)
   )
 
 
-def make_side(prompt: np.ndarray, answer, cap: int, own: collators.Collator):
-  """What the form of one side holds."""
+def make_side(
+  prompt: np.ndarray, answer, cap: int, collator: collators.Collator
+):
+  """One answer with its prompt, as the collator of one side encodes it."""
   ids, trained = (part[:cap] for part in answer)
-  if not isinstance(own, decoder_only.CausalCollator):
+  if not isinstance(collator, decoder_only.CausalCollator):
     return prompt, ids
   untrained = np.zeros(len(prompt), bool)
   return Sample(

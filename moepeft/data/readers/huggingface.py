@@ -11,11 +11,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from moepeft.core import files, untrusted
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
+from moepeft.data.dataset import TrainingData, from_examples
 from moepeft.data.example import BadRow, BadRows, ExampleRows
 from moepeft.data.readers import csv_table, jsonl, promptsource, splits
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.data.row_fields import UnusedFields, join_names
 from moepeft.tasks import Example
 
@@ -76,8 +80,8 @@ def _plain(
   name: str, unused: UnusedFields, row: Mapping, place: int
 ) -> Example:
   # A table has no absent fields: they are None there.
-  kept = {k: v for k, v in row.items() if v is not None}
-  return example_lib.parse_example({'idx': place} | kept, name, unused=unused)
+  values = {k: v for k, v in row.items() if v is not None}
+  return example_lib.parse_example({'idx': place} | values, name, unused=unused)
 
 
 def _check_columns(path: str, table: Sequence[Mapping]) -> None:
@@ -163,8 +167,8 @@ def read_json_rows(file: str, bad: BadRows) -> tuple[list[str], list[dict]]:
     return _array(file, bad)
   if fingerprint.file_ending(file) == 'json':
     _check_lines(file)
-  found = list(jsonl.read_lines(file, bad))
-  return [where for where, _ in found], [row for _, row in found]
+  located = list(jsonl.read_lines(file, bad))
+  return [where for where, _ in located], [row for _, row in located]
 
 
 def _check_lines(file: str) -> None:
@@ -179,11 +183,13 @@ def _check_lines(file: str) -> None:
       # All but '{' of a row on one line is on that line.
       if first.decode('utf-8-sig').strip() != '{':
         return
-      found = untrusted.parse_json(first + stream.read())
+      value_by_key = untrusted.parse_json(first + stream.read())
   except (ValueError, OSError):
     # Whoever reads it says what is wrong.
     return
-  lists = [key for key, value in found.items() if isinstance(value, list)]
+  lists = [
+    key for key, value in value_by_key.items() if isinstance(value, list)
+  ]
   raise ValueError(
     f'{file} is one object on several lines, expected an array of rows or an '
     'object a line; '
@@ -196,7 +202,7 @@ def _check_lines(file: str) -> None:
 
 
 def _begins(file: str) -> bytes:
-  """What a file begins with, blanks and the byte order mark aside."""
+  """The start of a file, without blanks and byte order mark."""
   with fingerprint.open_data_file(file) as stream:
     return stream.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')
 
@@ -250,8 +256,8 @@ def _load(
         return _saved(datasets.load_from_disk(local), path, split)
       return datasets.load_dataset(local, split=split)
     if fingerprint.file_ending(local) not in _READERS:
-      known = ', .'.join((*_READ_HERE, *_READERS))
-      raise ValueError(f'expected one of .{known}')
+      endings = ', .'.join((*_READ_HERE, *_READERS))
+      raise ValueError(f'expected one of .{endings}')
     reader = _READERS[fingerprint.file_ending(local)]
     return datasets.load_dataset(reader, data_files=local, split=split)
   except ConnectionError as e:
@@ -285,21 +291,50 @@ def _remote(path: str, split: str) -> Sequence[Mapping]:
   return datasets.load_dataset(name, config, split=split)
 
 
-def _saved(found, path: str, split: str) -> Sequence[Mapping]:
+def _saved(dataset, path: str, split: str) -> Sequence[Mapping]:
   """One split of what save_to_disk wrote."""
-  if isinstance(found, dict):
-    if split not in found:
-      raise ValueError(f'it holds the splits {", ".join(found)}')
-    return found[split]
-  its = str(found.split or 'train')
-  if split != its:
-    raise ValueError(f'it holds the split {its}')
-  return found
+  if isinstance(dataset, dict):
+    if split not in dataset:
+      raise ValueError(f'it holds the splits {", ".join(dataset)}')
+    return dataset[split]
+  saved_split = str(dataset.split or 'train')
+  if split != saved_split:
+    raise ValueError(f'it holds the split {saved_split}')
+  return dataset
 
 
 def _reason(e: BaseException) -> str:
-  """What `datasets` says, and what it says it comes from, in one line."""
-  said = str(e) or type(e).__name__
+  """The message of an error of `datasets` and of its cause, in one line."""
+  message = str(e) or type(e).__name__
   if e.__cause__ is not None:
-    said += f': {e.__cause__}'
-  return ' '.join(said.split())[:500].rstrip('.')
+    message += f': {e.__cause__}'
+  return ' '.join(message.split())[:500].rstrip('.')
+
+
+def open_dataset(data: ConfigDict, context: ReadContext) -> TrainingData:
+  """Opens a dataset of the hub or of local files, by templates if any."""
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to a name on the hub, or local files'
+    )
+  rows = read(
+    *(data.path, data.split, data.templates, data.on_bad_row),
+    *(context.seed, data.ignore_fields),
+  )
+  return from_examples(rows, data, context.seed)
+
+
+READER = DataReader(
+  open_dataset,
+  config_keys=(
+    *('data.path', 'data.split', 'data.templates', 'data.mixture'),
+    *(
+      'data.max_examples_per_task',
+      'data.temperature',
+      'data.on_bad_row',
+      'data.ignore_fields',
+    ),
+    *('data.truncation', 'data.num_workers', 'data.replay', 'data.replay_rate'),
+  ),
+  files=fingerprint.TABLE_FILES,
+)

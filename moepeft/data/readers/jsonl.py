@@ -9,11 +9,15 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from ml_collections import ConfigDict
+
 from moepeft.core import untrusted
 from moepeft.core.files import local_path
 from moepeft.data import example as example_lib
 from moepeft.data import fingerprint
+from moepeft.data.dataset import TrainingData, from_examples
 from moepeft.data.example import BadRow, BadRows, ExampleRows
+from moepeft.data.readers.reader import DataReader, ReadContext
 from moepeft.tasks import Example
 
 # How JSON spells a half of a surrogate pair, which may stand alone.
@@ -56,7 +60,7 @@ def _files(path: str, bad: BadRows) -> list[str]:
   # A file that is named itself may have any name.
   if os.path.isfile(path):
     return [path]
-  return fingerprint.data_files(path, 'jsonl', bad)
+  return fingerprint.data_files(path, fingerprint.ROW_FILES, bad)
 
 
 def read_lines(file: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
@@ -87,30 +91,6 @@ def _parse(line: bytes) -> dict:
   return row
 
 
-def split_by_idx(
-  examples: Sequence[Example], held_out: float
-) -> tuple[list[Example], list[Example]]:
-  """(training, validation): the last `held_out` of each dataset's idx.
-
-  Templates of one dataset share examples, so the split goes by `idx`; rows
-  without one go by their order.
-  """
-  keys = collections.defaultdict(set)
-  numbered = [(e, e.idx if e.idx >= 0 else i) for i, e in enumerate(examples)]
-  for e, key in numbered:
-    keys[e.task].add(key)
-  first = {}
-  for task, found in keys.items():
-    ordered = sorted(found)
-    cut = len(ordered) - int(round(len(ordered) * held_out))
-    first[task] = ordered[cut] if cut < len(ordered) else float('inf')
-  train = [e for e, key in numbered if key < first[e.task]]
-  validation = [e for e, key in numbered if key >= first[e.task]]
-  if not train:
-    raise ValueError(f'held_out={held_out} leaves no row to train on')
-  return train, validation
-
-
 def with_closed_choices(
   train: Sequence[Example], validation: Sequence[Example]
 ) -> list[Example]:
@@ -136,3 +116,35 @@ def with_closed_choices(
         )
       )
   return ranked
+
+
+def open_jsonl(data: ConfigDict, context: ReadContext) -> TrainingData:
+  """Opens rows in P3's form; the last `idx` of each dataset are held out."""
+  if not data.path:
+    raise ValueError(
+      'set config.data.path to .jsonl rows, or a directory of them'
+    )
+  rows = read(data.path, on_bad_row=data.on_bad_row, ignore=data.ignore_fields)
+  return from_examples(rows, data, context.seed)
+
+
+READER = DataReader(
+  open_jsonl,
+  config_keys=(
+    *(
+      'data.path',
+      'data.templates',
+      'data.mixture',
+      'data.max_examples_per_task',
+    ),
+    *(
+      'data.temperature',
+      'data.on_bad_row',
+      'data.ignore_fields',
+      'data.truncation',
+    ),
+    *('data.num_workers', 'data.replay', 'data.replay_rate'),
+  ),
+  files=fingerprint.ROW_FILES,
+  is_seeded=False,
+)

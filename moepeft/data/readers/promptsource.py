@@ -43,7 +43,7 @@ DICE = ' dice'
 
 
 class SeededChoice:
-  """What the choices of one rendering are drawn from."""
+  """The random generator of one rendering's choices."""
 
   def __init__(self, key: str):
     self._key = key
@@ -177,13 +177,13 @@ def read_templates(path: str) -> TemplateGroup:
     raise ValueError(
       f'{path} cannot be read as a templates.yaml: {reason}'
     ) from None
-  found = tree.get('templates') if isinstance(tree, dict) else None
-  if not isinstance(found, dict) or not found or not tree.get('dataset'):
+  by_key = tree.get('templates') if isinstance(tree, dict) else None
+  if not isinstance(by_key, dict) or not by_key or not tree.get('dataset'):
     raise ValueError(
       f"{path}: expected a mapping with 'dataset' and 'templates' (names or "
       'ids, each with a !Template), as promptsource writes it'
     )
-  templates = [_template(path, key, fields) for key, fields in found.items()]
+  templates = [_template(path, key, fields) for key, fields in by_key.items()]
   counts = collections.Counter(t.name for t in templates)
   twice = [name for name, count in counts.items() if count > 1]
   if twice:
@@ -242,7 +242,7 @@ def find_templates(path: str, name: str) -> TemplateGroup:
     return read_templates(inside)
   files = (
     fingerprint.list_directory(
-      path, fingerprint.ENDINGS['templates'], deep=True
+      path, fingerprint.TEMPLATE_FILES.endings, deep=True
     ).files
     if os.path.isdir(path)
     else ()
@@ -250,14 +250,14 @@ def find_templates(path: str, name: str) -> TemplateGroup:
   if len(files) == 1:
     return read_templates(files[0])
   groups = [read_templates(file) for file in files]
-  found = [g for g in groups if g.task == p3_name(name)]
-  if len(found) != 1:
-    known = ', '.join(g.task for g in groups[:9]) or 'none'
+  matching = [g for g in groups if g.task == p3_name(name)]
+  if len(matching) != 1:
+    names = ', '.join(g.task for g in groups[:9]) or 'none'
     raise ValueError(
-      f'{path!r} holds {len(found)} sets of templates for {p3_name(name)!r} '
-      f'(there: {known}); name one templates.yaml'
+      f'{path!r} holds {len(matching)} sets of templates for {p3_name(name)!r} '
+      f'(there: {names}); name one templates.yaml'
     )
-  return found[0]
+  return matching[0]
 
 
 def render_templates(
@@ -305,18 +305,20 @@ def apply_template(
     BadRow: the template fails on this row.
     ValueError: the template is unsafe, or its text has not two parts.
   """
-  said = f'template {template.name!r} of {task}'
+  where = f'template {template.name!r} of {task}'
   # Rows of a list are shared by the templates, and Jinja may change them.
   fields = {k.replace('-', '_'): _copy(v) for k, v in row.items()}
   fields[DICE] = SeededChoice(f'{seed} {task} {template.name} {place}')
   fields['answer_choices'] = choices = None
   if template.answer_choices:
-    choices = _parts(said, compile_template(template.answer_choices, 0), fields)
+    choices = _parts(
+      where, compile_template(template.answer_choices, 0), fields
+    )
     fields['answer_choices'] = choices
-  parts = _parts(said, compile_template(template.jinja, _LONGEST), fields)
+  parts = _parts(where, compile_template(template.jinja, _LONGEST), fields)
   if len(parts) != 2 and any(parts):
     raise ValueError(
-      f'{said} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
+      f'{where} renders {len(parts)} part{"s" * (len(parts) > 1)}; expected '
       f'inputs {SEPARATOR} targets'
     )
   if not all(parts):
@@ -334,19 +336,19 @@ def apply_template(
   )
 
 
-def _parts(said: str, program: jinja2.Template, fields: dict) -> list[str]:
+def _parts(where: str, program: jinja2.Template, fields: dict) -> list[str]:
   """The texts between the separators, stripped."""
   try:
     text = program.render(fields)
   except SecurityError as e:
     raise ValueError(
-      f'{said} is unsafe: {e} Templates may only read the columns of a row'
+      f'{where} is unsafe: {e} Templates may only read the columns of a row'
     ) from None
   # A template is a program: there is no list of what it may raise.
   except Exception as e:
     columns = ', '.join(k for k in fields if k not in (DICE, 'answer_choices'))
     raise BadRow(
-      f'{said} fails ({str(e) or type(e).__name__}; columns: {columns}); mend '
+      f'{where} fails ({str(e) or type(e).__name__}; columns: {columns}); mend '
       'the template or the row'
     ) from None
   return [part.strip() for part in text.split(MARK)]
@@ -362,5 +364,5 @@ def _copy(value: Any) -> Any:
 
 def original_prompts(path: str, names: Iterable[str]) -> set[tuple[str, str]]:
   """(dataset, template) of those that ask for the dataset's own task."""
-  found = [find_templates(path, name) for name in sorted(names) if path]
-  return {pair for one in found for pair in one.original}
+  groups = [find_templates(path, name) for name in sorted(names) if path]
+  return {pair for group in groups for pair in group.original}

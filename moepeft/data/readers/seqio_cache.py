@@ -32,15 +32,15 @@ class _Split:
     _, tf = import_seqio()
     count = untrusted.field(self.info, 'num_shards', int)
     pattern = f'{self.path}/{self.name}.tfrecord-*-of-{count:05d}'
-    found = sorted(tf.io.gfile.glob(pattern))
-    if len(found) != count:
+    paths = sorted(tf.io.gfile.glob(pattern))
+    if len(paths) != count:
       raise ValueError(
-        f'expected {count} files {pattern}, got {len(found)}; copy the task '
+        f'expected {count} files {pattern}, got {len(paths)}; copy the task '
         'again'
       )
-    for file in found:
+    for file in paths:
       files.check_file(file)
-    return found
+    return paths
 
 
 def sizes(path: str, split: str = 'train') -> dict[str, int]:
@@ -49,8 +49,8 @@ def sizes(path: str, split: str = 'train') -> dict[str, int]:
   Raises:
     ValueError: no cached task is there, or none has the split.
   """
-  found = _with_split(path, split)
-  return {name: splits[split].examples for name, splits in found.items()}
+  tasks = _with_split(path, split)
+  return {name: splits[split].examples for name, splits in tasks.items()}
 
 
 def mixture(
@@ -67,33 +67,35 @@ def mixture(
       is missing, lacks the features or the split, or a file of it is missing.
   """
   seqio, _ = import_seqio()
-  found = _with_split(path, split)
+  cached = _with_split(path, split)
   if rates is None:
-    rates = {name: splits[split].examples for name, splits in found.items()}
-  missing = sorted(set(rates) - set(found))
+    rates = {name: splits[split].examples for name, splits in cached.items()}
+  missing = sorted(set(rates) - set(cached))
   if missing:
     raise ValueError(
       f'{len(missing)} of {len(rates)} tasks of the mixture are not in {path} '
-      f'with a split {split!r}: {_some(missing)}; copy them there, or choose '
-      'another mixture'
+      f'with a split {split!r}: {_first_names(missing)}; copy them there, or '
+      'choose another mixture'
     )
   drawn = {name: rate for name, rate in sorted(rates.items()) if rate > 0}
   if not drawn:
     raise ValueError(
       f'no task of {path} is drawn: every rate or number of examples is 0'
     )
-  tasks = [(_task(name, found[name]), float(drawn[name])) for name in drawn]
+  tasks = [(_task(name, cached[name]), float(drawn[name])) for name in drawn]
   return seqio.Mixture(path, tasks)
 
 
 def _with_split(path: str, split: str) -> dict[str, dict[str, _Split]]:
-  found = _find(path)
-  having = {name: s for name, s in found.items() if split in s}
+  tasks = _find(path)
+  having = {name: s for name, s in tasks.items() if split in s}
   if not having:
-    others = sorted({name for splits in found.values() for name in splits})
+    splits_there = sorted(
+      {name for splits in tasks.values() for name in splits}
+    )
     raise ValueError(
       f'no task in {path} has a split {split!r}, there are '
-      f'{", ".join(others)}; set config.data.split to one of them'
+      f'{", ".join(splits_there)}; set config.data.split to one of them'
     )
   return having
 
@@ -106,20 +108,20 @@ def _find(path: str) -> dict[str, dict[str, _Split]]:
     raise ValueError(
       f'{path!r} is no directory; set config.data.path to one of cached tasks'
     )
-  found = {}
+  tasks = {}
   for entry in sorted(tf.io.gfile.listdir(path)):
     name = entry.rstrip('/')
     if not name.endswith(_RANKED):
       infos = tf.io.gfile.glob(os.path.join(path, name, 'info.*.json'))
       splits = [_split(os.path.join(path, name), info) for info in infos]
       if splits:
-        found[name] = {split.name: split for split in splits}
-  if not found:
+        tasks[name] = {split.name: split for split in splits}
+  if not tasks:
     raise ValueError(
       f'{path} holds no cached task to train on; expected subdirectories with '
       'info.train.json, stats.train.json and train.tfrecord-*'
     )
-  return found
+  return tasks
 
 
 def _split(path: str, info: str) -> _Split:
@@ -127,10 +129,10 @@ def _split(path: str, info: str) -> _Split:
   stats = os.path.join(path, f'stats.{name}.json')
   try:
     examples = untrusted.field(_json(stats), 'examples', int)
-    found = _Split(path, name, _json(info), examples)
-    untrusted.field(found.info, 'num_shards', int)
-    untrusted.field(found.info, 'features', dict)
-    return found
+    split = _Split(path, name, _json(info), examples)
+    untrusted.field(split.info, 'num_shards', int)
+    untrusted.field(split.info, 'features', dict)
+    return split
   except untrusted.Malformed as e:
     raise ValueError(
       f'{info} and its stats are not what SeqIO writes ({e}); copy the task '
@@ -143,10 +145,10 @@ def _json(path: str) -> dict[str, Any]:
   try:
     files.check_file(path)
     with tf.io.gfile.GFile(path, 'rb') as f:
-      found = untrusted.parse_json(f.read())
-    if not isinstance(found, dict):
+      value = untrusted.parse_json(f.read())
+    if not isinstance(value, dict):
       raise untrusted.Malformed('expected a JSON object')
-    return found
+    return value
   except (tf.errors.OpError, untrusted.Malformed) as e:
     reason = str(e).splitlines()[0]
     raise ValueError(
@@ -202,10 +204,10 @@ def _check_features(name: str, info: Mapping[str, Any]) -> None:
     if feature.get('shape') != [None] or not whole:
       raise ValueError(
         f'the cached task {name} has no token ids {side!r}, it has '
-        f'{_some(sorted(features))}; leave it out, or cache it tokenized'
+        f'{_first_names(sorted(features))}; leave it out, or cache it tokenized'
       )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
   shown = ', '.join(names[:5])
   return shown if len(names) <= 5 else f'{shown}, ...'

@@ -67,11 +67,11 @@ def find_registered(
         'module that registers SeqIO tasks, from here or installed'
       ) from None
   seqio.add_global_cache_dirs([local_path(path) for path in caches])
-  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if name not in known:
-    near = difflib.get_close_matches(name, sorted(known)) or sorted(known)[:3]
+  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name not in names:
+    near = difflib.get_close_matches(name, sorted(names)) or sorted(names)[:3]
     raise ValueError(
-      f'SeqIO knows no task or mixture {name!r}; of its {len(known)} the '
+      f'SeqIO knows no task or mixture {name!r}; of its {len(names)} the '
       f'nearest are {", ".join(near) or "none"}; name the module that '
       'registers it with config.data.module'
     )
@@ -88,7 +88,7 @@ def end_with_eos(ids: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioStream:
-  """What a task or mixture gives, endlessly, in an order made by a seed.
+  """Endless examples of a task or mixture, in an order set by a seed.
 
   The order is SeqIO's: files are shuffled, then examples in a buffer (of 1,000
   by default), and a mixture draws from its tasks by their rates. It is the
@@ -142,8 +142,8 @@ class SeqioStream:
     tasks = [task for task in self._tasks() if self.split in task.splits]
     # A task by itself has no rate.
     rate = getattr(self.provider, 'get_rate', lambda task: 1.0)
-    found = {task.name: float(rate(task)) for task in tasks}
-    return {name: value / sum(found.values()) for name, value in found.items()}
+    rates = {task.name: float(rate(task)) for task in tasks}
+    return {name: value / sum(rates.values()) for name, value in rates.items()}
 
   def open(self, place: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """The elements from number `place` on, without an end.
@@ -162,7 +162,7 @@ class SeqioStream:
     seqio, tf = import_seqio()
     self._check_eos()
     index, count = self.shard
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       dataset = self.provider.get_dataset(
         self._lengths(),
         split=self.split,
@@ -182,14 +182,14 @@ class SeqioStream:
     As many of each task as can be, from the front; none where no task has the
     split. The same on every host.
     """
-    held = [t for t in self._tasks() if 'validation' in t.splits]
-    chosen = min(count, len(held))
+    tasks = [t for t in self._tasks() if 'validation' in t.splits]
+    chosen = min(count, len(tasks))
     # With more tasks than elements, evenly spaced ones.
-    held = [held[i * len(held) // chosen] for i in range(chosen)]
-    found = []
-    for i, task in enumerate(held):
+    tasks = [tasks[i * len(tasks) // chosen] for i in range(chosen)]
+    elements_read = []
+    for i, task in enumerate(tasks):
       share = (i + 1) * count // chosen - i * count // chosen
-      with _told(task.name):
+      with _errors_as_sentences(task.name):
         dataset = task.get_dataset(
           self._lengths(),
           split='validation',
@@ -199,13 +199,13 @@ class SeqioStream:
           try_in_mem_cache=False,
         )
         elements = _sides(dataset).take(share).as_numpy_iterator()
-        found += [self._element(e) for e in elements]
-    return found
+        elements_read += [self._element(e) for e in elements]
+    return elements_read
 
   @property
   def vocabulary_size(self) -> int | None:
     """Ids are below it; None where SeqIO does not know (ids cached on disk)."""
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       return max(v.vocab_size for v in self._vocabularies()) or None
 
   @property
@@ -221,7 +221,7 @@ class SeqioStream:
     return [features[side].vocabulary for side in SIDES]
 
   def _check_eos(self) -> None:
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       ends = {v.eos_id for v in self._vocabularies()} - {None}
     if ends - {EOS}:
       raise ValueError(
@@ -244,7 +244,7 @@ class SeqioStream:
     return {'inputs': self.inputs_length, 'targets': self.targets_length}
 
   def _endless(self, dataset) -> Iterator[dict[str, np.ndarray]]:
-    with _told(self.provider.name):
+    with _errors_as_sentences(self.provider.name):
       for element in dataset.as_numpy_iterator():
         yield self._element(element)
     raise ValueError(
@@ -281,8 +281,8 @@ def _sides(dataset):
 
 
 @contextlib.contextmanager
-def _told(name: str):
-  """Says what TensorFlow and SeqIO raise as one sentence."""
+def _errors_as_sentences(name: str):
+  """Turns errors of TensorFlow and SeqIO into a ValueError of one sentence."""
   # Looked up now: a stream may be closed when Python itself is.
   failure = import_seqio()[1].errors.OpError
   try:

@@ -84,12 +84,12 @@ def split_files(path: str, folder: str, split: str, bad: BadRows) -> list[str]:
     ValueError: there are none.
   """
   listing = fingerprint.list_directory(
-    folder, fingerprint.ENDINGS['datasets'], deep=True
+    folder, fingerprint.TABLE_FILES.endings, deep=True
   )
   by_split: dict[str, list[str]] = {}
   for file in listing.files:
-    words = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())
-    named = [_WORDS[word] for word in words if word in _WORDS]
+    name_parts = re.split(r'[-_./\s\d]+', os.path.relpath(file, folder).lower())
+    named = [_WORDS[word] for word in name_parts if word in _WORDS]
     by_split.setdefault(named[-1] if named else '', []).append(file)
   if listing.files and set(by_split) <= {'train', ''}:
     by_split = {'train': list(listing.files)}
@@ -99,6 +99,6 @@ def split_files(path: str, folder: str, split: str, bad: BadRows) -> list[str]:
     f'{os.path.relpath(file, folder)} (no split)' for file in rest
   ]
   if split_name(split) not in by_split:
-    known = ', '.join(by_split) or 'none, and no file of data'
-    raise split_error(path, split, f'there: {known}')
+    names = ', '.join(by_split) or 'none, and no file of data'
+    raise split_error(path, split, f'there: {names}')
   return by_split[split_name(split)]

@@ -64,7 +64,7 @@ class TextChunks(Sequence):
     return train, rest
 
   def prepared(self, drawn: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """What is predicted of pieces, drawn anew at each place."""
+    """Training items of the chunks, drawn anew at each place."""
     make = self.make
 
     def prepare(place: int, ids: np.ndarray):
@@ -73,7 +73,7 @@ class TextChunks(Sequence):
     return drawn.map_with_index(prepare)
 
   def fixed(self, held_out: 'TextChunks', seed: int) -> list:
-    """What is predicted of each held-out piece, the same every time."""
+    """An item of each held-out chunk, the same every time."""
     return [
       self.make(ids, np.random.default_rng((seed, 2, i)))
       for i, ids in enumerate(held_out)
@@ -81,7 +81,7 @@ class TextChunks(Sequence):
 
 
 def read_chunks(
-  data: ConfigDict, own: Collator, path: str, below: int = 0
+  data: ConfigDict, collator: Collator, path: str, below: int = 0
 ) -> TextChunks:
   """The text under a path, cut up for a form as config.data says.
 
@@ -92,7 +92,7 @@ def read_chunks(
   Raises:
     ValueError: no text is there, or the model cannot predict it that way.
   """
-  found, bad = documents.read_documents(
+  texts, bad = documents.read_documents(
     path, data.on_bad_row, data.ignore_fields
   )
   notes = (
@@ -104,15 +104,15 @@ def read_chunks(
     else []
   )
   notes += bad.notes(path)
-  length, make = chunk_maker(data, own, below)
-  found, gone = documents.filter_documents(
-    found, data.quality_filters, data.dedup_threshold
+  length, make = chunk_maker(data, collator, below)
+  texts, filter_notes = documents.filter_documents(
+    texts, data.quality_filters, data.dedup_threshold
   )
-  notes += gone
+  notes += filter_notes
   encoded = encode_documents(
-    own.tokenizer, found, isinstance(own, CausalCollator)
+    collator.tokenizer, texts, isinstance(collator, CausalCollator)
   )
-  if not own.packed:
+  if not collator.packed:
     encoded = [np.concatenate(encoded)]
   starts = np.cumsum([0, *map(len, encoded)])
   bounds = [
@@ -120,22 +120,22 @@ def read_chunks(
     for start, ids in zip(starts, encoded, strict=False)
     # A piece begins with the token that the one before ended with, where all
     # but the first of each are predicted.
-    for at in range(0, len(ids) - 1, _step(data, own, length))
+    for at in range(0, len(ids) - 1, _step(data, collator, length))
   ]
   ids = np.concatenate(encoded)
   notes.append(
-    f'{path}: {len(ids):,} tokens of {len(found):,} documents in '
+    f'{path}: {len(ids):,} tokens of {len(texts):,} documents in '
     f'{len(bounds):,} pieces of up to {length:,}'
   )
   return TextChunks(ids, np.array(bounds, np.int64), make, tuple(notes))
 
 
-def _step(data: ConfigDict, own: Collator, length: int) -> int:
+def _step(data: ConfigDict, collator: Collator, length: int) -> int:
   return length - 1 if data.pretraining_objective == 'next' else length
 
 
 def encode_documents(
-  tokenizer: Tokenizer, found: Sequence[Document], begun: bool = False
+  tokenizer: Tokenizer, texts: Sequence[Document], begun: bool = False
 ) -> list[np.ndarray]:
   """int32 [n] of each document: its text, passages and all, and EOS.
 
@@ -144,7 +144,7 @@ def encode_documents(
   """
   start = [tokenizer.bos] if begun and tokenizer.bos is not None else []
   every = tokenizer.encode_all(
-    [document.separator.join(document.passages) for document in found]
+    [document.separator.join(document.passages) for document in texts]
   )
   ends = np.array(start, np.int32), np.array([require_eos(tokenizer)], np.int32)
   return [
@@ -154,50 +154,49 @@ def encode_documents(
 
 
 def chunk_maker(
-  data: ConfigDict, own: Collator, below: int
+  data: ConfigDict, collator: Collator, below: int
 ) -> tuple[int, Make]:
-  """(tokens of a piece, how examples are made of it), by config.data.
+  """(tokens of a chunk, function that makes an item of it), by config.data.
 
   Raises:
     ValueError: there is no such way, or the model has not.
   """
-  decoder = isinstance(own, CausalCollator)
+  decoder = isinstance(collator, CausalCollator)
   if data.pretraining_objective not in PREDICT:
     raise ValueError(
       f'config.data.pretraining_objective is one of {", ".join(PREDICT)}; got '
       f'{data.pretraining_objective!r}'
     )
   if data.pretraining_objective == 'spans':
-    return _spans(data, own, below)
+    return _spans(data, collator, below)
   if data.pretraining_objective == 'prefix':
-    return _prefix(own)
+    return _prefix(collator)
   if not decoder:
     raise ValueError(
-      "config.data.pretraining_objective='next' is of decoder-only models; set "
-      "it to 'spans' "
-      "or 'prefix' for an encoder-decoder"
+      "config.data.pretraining_objective='next' is of decoder-only models; "
+      "set it to 'spans' or 'prefix' for an encoder-decoder"
     )
-  return own.max_lengths[0] + 1, lambda ids, rng: Sample(
+  return collator.max_lengths[0] + 1, lambda ids, rng: Sample(
     ids, np.ones(len(ids), bool)
   )
 
 
-def _prefix(own: Collator) -> tuple[int, Make]:
-  """What follows a place that is drawn, given what stands before it.
+def _prefix(collator: Collator) -> tuple[int, Make]:
+  """The continuation of a prefix whose length is drawn.
 
   An encoder sees all of the prefix at once. A decoder reads it causally, as it
   reads prompts when it generates: only what is trained differs from 'next'. The
   prefix LM of arXiv:1910.10683, section 3.2.1, is bidirectional there.
   """
-  if isinstance(own, CausalCollator):
+  if isinstance(collator, CausalCollator):
 
     def sample(ids, rng):
       cut = rng.integers(1, len(ids))
       return decoder_only.make_sample(ids[:cut], ids[cut:])
 
-    return own.max_lengths[0] + 1, sample
-  most, answer = own.max_lengths
-  end = np.int32(require_eos(own.tokenizer))
+    return collator.max_lengths[0] + 1, sample
+  most, answer = collator.max_lengths
+  end = np.int32(require_eos(collator.tokenizer))
 
   def pair(ids, rng):
     # The suffix fits its side, and neither is empty.
@@ -207,43 +206,43 @@ def _prefix(own: Collator) -> tuple[int, Make]:
   return most, pair
 
 
-def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
+def _spans(
+  data: ConfigDict, collator: Collator, below: int
+) -> tuple[int, Make]:
   """Hidden spans given the rest; a decoder reads both in one row."""
   noise, span, eos = (
     data.noise_density,
     data.mean_noise_span_length,
-    require_eos(own.tokenizer),
+    require_eos(collator.tokenizer),
   )
   if not 0 < noise < 1 or span < 1:
     raise ValueError(
       'config.data.noise_density is a share of the tokens, above 0 and below '
-      '1, and '
-      f'config.data.mean_noise_span_length a length of at least 1; got {noise} '
-      f'and {span}'
+      f'1, and config.data.mean_noise_span_length a length of at least 1; '
+      f'got {noise} and {span}'
     )
-  if isinstance(own, CausalCollator):
-    most = own.max_lengths[0] + 1
+  if isinstance(collator, CausalCollator):
+    most = collator.max_lengths[0] + 1
     length = span_corruption.max_length(lambda x, y: x + y <= most, noise, span)
   else:
-    most, room = own.max_lengths
+    most, targets_length = collator.max_lengths
     length = span_corruption.max_length(lambda x, y: x <= most, noise, span)
     needed = span_corruption.sizes(length, noise, span)[1]
-    if needed > room:
+    if needed > targets_length:
       raise ValueError(
         f'spans of {most} inputs have {needed} targets '
-        '(config.data.noise_density='
-        f'{noise}, config.data.mean_noise_span_length={span}); set '
-        'config.data.targets_length '
-        f'to {needed}, it is {room}'
+        f'(config.data.noise_density={noise}, '
+        f'config.data.mean_noise_span_length={span}); set '
+        f'config.data.targets_length to {needed}, it is {targets_length}'
       )
-  sentinels = own.tokenizer.sentinels(below)
+  sentinels = collator.tokenizer.sentinels(below)
   needed = span_corruption.counts(length, noise, span)[1]
   if needed > len(sentinels):
     raise ValueError(
       f'pieces of {length} tokens have {needed} hidden spans, and '
-      f'{own.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, ...; of '
-      "bytes, the model's ids from 259 on); give a vocabulary that has them, "
-      'shorten the rows or raise config.data.mean_noise_span_length'
+      f'{collator.tokenizer} has {len(sentinels)} sentinels (<extra_id_0>, '
+      "...; of bytes, the model's ids from 259 on); give a vocabulary that "
+      'has them, shorten the rows or raise config.data.mean_noise_span_length'
     )
 
   def make(ids, rng):
@@ -251,7 +250,7 @@ def _spans(data: ConfigDict, own: Collator, below: int) -> tuple[int, Make]:
     x, y = span_corruption.corrupt(ids, hidden, sentinels, eos)
     return (
       decoder_only.make_sample(x, y)
-      if isinstance(own, CausalCollator)
+      if isinstance(collator, CausalCollator)
       else (x, y)
     )
 

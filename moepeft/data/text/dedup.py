@@ -21,9 +21,9 @@ def shingles(text: str) -> set[str]:
   return {' '.join(words[i : i + _WORDS]) for i in range(last + 1)}
 
 
-def jaccard(one: set[str], two: set[str]) -> float:
+def jaccard(first: set[str], second: set[str]) -> float:
   """Shared over all."""
-  return len(one & two) / max(len(one | two), 1)
+  return len(first & second) / max(len(first | second), 1)
 
 
 def near_duplicates(texts: Sequence[str], least: float) -> list[bool]:
@@ -53,15 +53,18 @@ def near_duplicates(texts: Sequence[str], least: float) -> list[bool]:
   # Proposals reach lower than what is asked for, so that few are missed.
   reach = min(0.9 * least, 0.9)
   index = datasketch.MinHashLSH(threshold=reach, num_perm=_PERMUTATIONS)
-  found = []
+  is_duplicate = []
   for i, text in enumerate(texts):
-    own = shingles(text)
+    text_shingles = shingles(text)
     signature = datasketch.MinHash(num_perm=_PERMUTATIONS, seed=_SEED)
-    signature.update_batch([shingle.encode() for shingle in sorted(own)])
-    same = any(
-      jaccard(own, shingles(texts[j])) >= least for j in index.query(signature)
+    signature.update_batch(
+      [shingle.encode() for shingle in sorted(text_shingles)]
     )
-    found.append(same)
+    same = any(
+      jaccard(text_shingles, shingles(texts[j])) >= least
+      for j in index.query(signature)
+    )
+    is_duplicate.append(same)
     if not same:
       index.insert(i, signature)
-  return found
+  return is_duplicate

@@ -45,15 +45,15 @@ def read_documents(
   Raises:
     ValueError: nothing is there, a file cannot be read, or a bad row.
   """
-  bad, found = BadRows(on_bad_row, ignore), []
-  for file in fingerprint.data_files(path, 'text', bad):
+  bad, texts = BadRows(on_bad_row, ignore), []
+  for file in fingerprint.data_files(path, fingerprint.TEXT_FILES, bad):
     if '.jsonl' in os.path.basename(file).lower():
-      found += _rows(file, bad)
+      texts += _rows(file, bad)
     else:
-      found += _text(file)
-  if not found:
+      texts += _text(file)
+  if not texts:
     raise ValueError(f'{path} holds no text; expected at least a line')
-  return found, bad
+  return texts, bad
 
 
 def _text(file: str) -> list[Document]:
@@ -65,7 +65,7 @@ def _text(file: str) -> list[Document]:
 
 
 def _rows(file: str, bad: BadRows) -> list[Document]:
-  found = []
+  rows = []
   for where, row in jsonl.read_lines(file, bad):
     fields = RowFields(row, unused=bad.unused)
     text = fields.get('text')
@@ -79,14 +79,14 @@ def _rows(file: str, bad: BadRows) -> list[Document]:
         )
       text = text.removeprefix(BYTE_ORDER_MARK).strip()
       fields.close({text})
-      found.append(Document(where, (text,)))
+      rows.append(Document(where, (text,)))
     except BadRow as e:
       bad(where, e)
-  return found
+  return rows
 
 
 def filter_documents(
-  found: list[Document], names: str, least: float
+  texts: list[Document], names: str, least: float
 ) -> tuple[list[Document], list[str]]:
   """(documents without the passages that go, lines that say how many, why).
 
@@ -97,34 +97,40 @@ def filter_documents(
   Raises:
     ValueError: there is no such rule, or nothing stays.
   """
-  lines, total = [], sum(len(document.passages) for document in found)
+  lines, total = [], sum(len(document.passages) for document in texts)
   for name, holds in quality.rules(names).items():
-    found, gone = _kept(found, [holds(text) for text in _passages(found)])
-    said = holds.__doc__.rstrip('.')
-    lines.append(f'{gone:,} passages go by the rule {name!r} ({said})')
+    texts, dropped = _filter_passages(
+      texts, [holds(text) for text in _passages(texts)]
+    )
+    description = holds.__doc__.rstrip('.')
+    lines.append(
+      f'{dropped:,} passages go by the rule {name!r} ({description})'
+    )
   if least:
-    again = dedup.near_duplicates(_passages(found), least)
-    found, gone = _kept(found, [not repeated for repeated in again])
-    lines.append(f'{gone:,} passages go as near duplicates ({least} alike)')
-  if not found:
+    again = dedup.near_duplicates(_passages(texts), least)
+    texts, dropped = _filter_passages(
+      texts, [not repeated for repeated in again]
+    )
+    lines.append(f'{dropped:,} passages go as near duplicates ({least} alike)')
+  if not texts:
     raise ValueError(
       f'none of {total:,} passages is left: {"; ".join(lines)}; ask less of '
       'them in config.data.quality_filters or config.data.dedup_threshold'
     )
-  return found, lines
+  return texts, lines
 
 
-def _passages(found: list[Document]) -> list[str]:
-  return [text for document in found for text in document.passages]
+def _passages(texts: list[Document]) -> list[str]:
+  return [text for document in texts for text in document.passages]
 
 
-def _kept(
-  found: list[Document], keep: list[bool]
+def _filter_passages(
+  texts: list[Document], keep: list[bool]
 ) -> tuple[list[Document], int]:
   """(documents of the passages that are kept, how many are not)."""
   flags, documents = iter(keep), []
-  for document in found:
-    kept = tuple(text for text in document.passages if next(flags))
-    if kept:
-      documents.append(dataclasses.replace(document, passages=kept))
+  for document in texts:
+    passages = tuple(text for text in document.passages if next(flags))
+    if passages:
+      documents.append(dataclasses.replace(document, passages=passages))
   return documents, keep.count(False)

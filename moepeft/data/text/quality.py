@@ -23,8 +23,10 @@ def length(text: str) -> bool:
 
 def words(text: str) -> bool:
   """Words of 3 to 10 letters in the mean."""
-  found = text.split()
-  return bool(found) and 3 <= sum(map(len, found)) / len(found) <= 10
+  split_text = text.split()
+  return (
+    bool(split_text) and 3 <= sum(map(len, split_text)) / len(split_text) <= 10
+  )
 
 
 def symbols(text: str) -> bool:
@@ -35,9 +37,9 @@ def symbols(text: str) -> bool:
 
 def letters(text: str) -> bool:
   """A letter in 80 % of the words."""
-  found = text.split()
-  spelled = sum(any(c.isalpha() for c in word) for word in found)
-  return bool(found) and spelled >= 0.8 * len(found)
+  split_text = text.split()
+  spelled = sum(any(c.isalpha() for c in word) for word in split_text)
+  return bool(split_text) and spelled >= 0.8 * len(split_text)
 
 
 def stopwords(text: str) -> bool:
@@ -47,21 +49,23 @@ def stopwords(text: str) -> bool:
 
 def lines(text: str) -> bool:
   """At most 90 % of the lines are bullets, 30 % end with an ellipsis."""
-  found = [line.strip() for line in text.splitlines() if line.strip()]
-  bullets = sum(line.startswith(_BULLETS) for line in found)
-  cut = sum(line.endswith(('...', '…')) for line in found)
-  return bullets <= 0.9 * len(found) and cut <= 0.3 * len(found)
+  text_lines = [line.strip() for line in text.splitlines() if line.strip()]
+  bullets = sum(line.startswith(_BULLETS) for line in text_lines)
+  cut = sum(line.endswith(('...', '…')) for line in text_lines)
+  return bullets <= 0.9 * len(text_lines) and cut <= 0.3 * len(text_lines)
 
 
 def repetition(text: str) -> bool:
   """At most 30 % of the lines occur before; no phrase is much of the text."""
-  found = [line.strip() for line in text.splitlines() if line.strip()]
-  if len(found) - len(set(found)) > 0.3 * len(found):
+  text_lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if len(text_lines) - len(set(text_lines)) > 0.3 * len(text_lines):
     return False
-  own = text.split()
-  total = sum(map(len, own))
+  split_text = text.split()
+  total = sum(map(len, split_text))
   for n, most in _COMMONEST:
-    grams = collections.Counter(zip(*(own[i:] for i in range(n)), strict=False))
+    grams = collections.Counter(
+      zip(*(split_text[i:] for i in range(n)), strict=False)
+    )
     if not grams:
       continue
     gram, count = grams.most_common(1)[0]

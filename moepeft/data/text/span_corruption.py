@@ -91,9 +91,9 @@ def restore(
   inputs: np.ndarray, targets: np.ndarray, sentinels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """(ids, hidden): what `corrupt` was given, of what it made."""
-  known = np.asarray(sentinels)
+  sentinel_ids = np.asarray(sentinels)
   shown, spans = (
-    np.split(side[:-1], np.flatnonzero(np.isin(side[:-1], known)))
+    np.split(side[:-1], np.flatnonzero(np.isin(side[:-1], sentinel_ids)))
     for side in map(np.asarray, (inputs, targets))
   )
   # Shown spans after the first begin with a sentinel, as all hidden ones do;

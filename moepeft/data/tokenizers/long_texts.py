@@ -33,41 +33,41 @@ def encode(
     part: characters that are given at once.
     overlap: of neighbouring parts of a text that is longer.
   """
-  found = []
-  for some in _batches(texts, part):
-    if len(some[0]) > part:
-      found.append(_long(tokenizer, some[0], part, overlap))
+  encoded = []
+  for batch in _batches(texts, part):
+    if len(batch[0]) > part:
+      encoded.append(_long(tokenizer, batch[0], part, overlap))
     else:
-      found += [np.array(ids, np.int32) for ids in _ids(tokenizer, some)]
-  return found
+      encoded += [np.array(ids, np.int32) for ids in _ids(tokenizer, batch)]
+  return encoded
 
 
 def _batches(texts: Sequence[str], most: int) -> Iterator[list[str]]:
   """Neighbours of so many characters in all; a longer one is by itself."""
-  some, size = [], 0
+  batch, size = [], 0
   for text in texts:
-    if some and size + len(text) > most:
-      yield some
-      some, size = [], 0
-    some.append(text)
+    if batch and size + len(text) > most:
+      yield batch
+      batch, size = [], 0
+    batch.append(text)
     size += len(text)
-  if some:
-    yield some
+  if batch:
+    yield batch
 
 
 def _ids(tokenizer: Any, texts: list[str], **places: bool):
-  found = tokenizer(
+  encoding = tokenizer(
     texts,
     add_special_tokens=False,
     return_attention_mask=False,
     return_token_type_ids=False,
     **places,
   )
-  return found if places else found['input_ids']
+  return encoding if places else encoding['input_ids']
 
 
 def _long(tokenizer: Any, text: str, part: int, overlap: int) -> np.ndarray:
-  kept, left = [], None
+  parts, left = [], None
   for right in _parts(tokenizer, text, part, overlap):
     if left is not None:
       middle = int(right[1][0]) + overlap // 2 if len(right[1]) else 0
@@ -77,10 +77,10 @@ def _long(tokenizer: Any, text: str, part: int, overlap: int) -> np.ndarray:
         if 4 * overlap > part // _AT_ONCE:
           return np.array(_ids(tokenizer, [text])[0], np.int32)
         return _long(tokenizer, text, part, 2 * overlap)
-      kept.append(left[0][: joint[0]])
+      parts.append(left[0][: joint[0]])
       right = tuple(array[joint[1] :] for array in right)
     left = right
-  return np.concatenate([*kept, left[0]])
+  return np.concatenate([*parts, left[0]])
 
 
 def _parts(
@@ -90,10 +90,15 @@ def _parts(
   size = part // _AT_ONCE
   starts = list(range(0, max(len(text) - overlap, 1), size - overlap))
   for i in range(0, len(starts), _AT_ONCE):
-    some = starts[i : i + _AT_ONCE]
-    texts = [text[start : start + size] for start in some]
-    found = _ids(tokenizer, texts, return_offsets_mapping=True)
-    places = zip(some, found['input_ids'], found['offset_mapping'], strict=True)
+    part_starts = starts[i : i + _AT_ONCE]
+    texts = [text[start : start + size] for start in part_starts]
+    encoding = _ids(tokenizer, texts, return_offsets_mapping=True)
+    places = zip(
+      part_starts,
+      encoding['input_ids'],
+      encoding['offset_mapping'],
+      strict=True,
+    )
     for start, ids, offsets in places:
       begins = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
       yield np.array(ids, np.int32), begins + start
@@ -101,14 +106,14 @@ def _parts(
 
 def _joint(left, right, middle: int) -> tuple[int, int] | None:
   """Places in both parts where the same tokens begin, near the middle."""
-  (ids, begins), (others, other_begins) = left, right
+  (ids, begins), (right_ids, other_begins) = left, right
   places = np.flatnonzero(begins >= middle)
   for i in places[_AGREE : -_AGREE or None]:
     for j in np.flatnonzero(other_begins == begins[i]):
-      if j < _AGREE or j + _AGREE > len(others):
+      if j < _AGREE or j + _AGREE > len(right_ids):
         continue
       if np.array_equal(
-        ids[i - _AGREE : i + _AGREE], others[j - _AGREE : j + _AGREE]
+        ids[i - _AGREE : i + _AGREE], right_ids[j - _AGREE : j + _AGREE]
       ):
         return int(i), int(j)
   return None

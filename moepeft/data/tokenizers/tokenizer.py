@@ -44,22 +44,22 @@ class Tokenizer(Protocol):
   def sentinels(self, below: int) -> list[int]: ...
 
 
-def require_eos(words: Tokenizer) -> int:
+def require_eos(tokenizer: Tokenizer) -> int:
   """The id that ends a text.
 
   Raises:
     ValueError: the vocabulary has none.
   """
-  if words.eos is None:
+  if tokenizer.eos is None:
     raise ValueError(
-      f'the tokenizer {words} has no end-of-sequence token; name one as '
+      f'the tokenizer {tokenizer} has no end-of-sequence token; name one as '
       "'eos_token' in its tokenizer_config.json, or set config.data.tokenizer "
       'to a tokenizer that has one'
     )
-  return words.eos
+  return tokenizer.eos
 
 
-def check_vocab_size(words: Tokenizer, rows: int) -> None:
+def check_vocab_size(tokenizer: Tokenizer, rows: int) -> None:
   """
   Args:
     rows: of the model's embedding.
@@ -67,9 +67,9 @@ def check_vocab_size(words: Tokenizer, rows: int) -> None:
   Raises:
     ValueError: the vocabulary has more tokens than the embedding.
   """
-  if words.size > rows:
+  if tokenizer.size > rows:
     raise ValueError(
-      f'the vocabulary has {words.size} tokens, the model {rows}; '
+      f'the vocabulary has {tokenizer.size} tokens, the model {rows}; '
       'set config.data.tokenizer to the tokenizer of the model'
     )
 
@@ -101,9 +101,9 @@ class ByteTokenizer:
     names = {0: '<pad>', 1: '<eos>', 2: '<unk>'}
     parts = []
     for is_byte, run in itertools.groupby(ids, lambda i: 3 <= i < 259):
-      own = list(run)
-      named = (names.get(i, f'<{i}>') for i in own)
-      parts.append(self.decode(own) if is_byte else ''.join(named))
+      run_ids = list(run)
+      named = (names.get(i, f'<{i}>') for i in run_ids)
+      parts.append(self.decode(run_ids) if is_byte else ''.join(named))
     return ''.join(parts)
 
   def sentinels(self, below: int) -> list[int]:
@@ -129,12 +129,13 @@ class HuggingFaceTokenizer:
         "to 'bytes'"
       ) from None
     self._path = path
-    own = self._tokenizer.chat_template
-    if isinstance(own, str):
-      self._tokenizer.chat_template = own.replace(BYTE_ORDER_MARK, '')
-    elif own:
+    template = self._tokenizer.chat_template
+    if isinstance(template, str):
+      self._tokenizer.chat_template = template.replace(BYTE_ORDER_MARK, '')
+    elif template:
       self._tokenizer.chat_template = {
-        name: text.replace(BYTE_ORDER_MARK, '') for name, text in own.items()
+        name: text.replace(BYTE_ORDER_MARK, '')
+        for name, text in template.items()
       }
     self.size = len(self._tokenizer)
     self.eos = self._tokenizer.eos_token_id
@@ -169,23 +170,23 @@ class HuggingFaceTokenizer:
 
   def sentinels(self, below: int) -> list[int]:
     """Ids of <extra_id_0>, <extra_id_1>, ..., as many as there are."""
-    known, found = self._tokenizer.get_vocab(), []
-    while (name := f'<extra_id_{len(found)}>') in known:
-      found.append(known[name])
-    return found
+    ids_by_token, sentinel_ids = self._tokenizer.get_vocab(), []
+    while (name := f'<extra_id_{len(sentinel_ids)}>') in ids_by_token:
+      sentinel_ids.append(ids_by_token[name])
+    return sentinel_ids
 
 
-def skipped_special_tokens(words: Tokenizer, text: str) -> dict[int, str]:
+def skipped_special_tokens(tokenizer: Tokenizer, text: str) -> dict[int, str]:
   """{id: content} of the special tokens in a text that `decode` leaves out.
 
   Where the content of one is within another's, both are there.
   """
-  if not isinstance(words, HuggingFaceTokenizer):
+  if not isinstance(tokenizer, HuggingFaceTokenizer):
     return {}
   return {
     i: token.content
-    for i, token in words.tokenizer.added_tokens_decoder.items()
-    if token.content and token.content in text and not words.decode([i])
+    for i, token in tokenizer.tokenizer.added_tokens_decoder.items()
+    if token.content and token.content in text and not tokenizer.decode([i])
   }
 
 
@@ -205,13 +206,13 @@ def read_tokenizer(path: str) -> Any:
   _require_sentencepiece(path)
   try:
     with _without_marks(path) as folder:
-      made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+      tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Some faults of a file are met only where the tokenizer is used.
-    if not made('a')['input_ids'] and len(made) < 1:
+    if not tokenizer('a')['input_ids'] and len(tokenizer) < 1:
       raise ValueError('it has no tokens')
     for kind in ('bos', 'eos', 'pad', 'unk'):
-      getattr(made, f'{kind}_token_id')
-    return made
+      getattr(tokenizer, f'{kind}_token_id')
+    return tokenizer
   except OSError:
     raise
   except Exception as error:  # tokenizers raises plain Exceptions
@@ -256,15 +257,15 @@ def _require_sentencepiece(path: str) -> None:
     ValueError: a directory has a tokenizer of SentencePiece alone, and the
       package that reads it is not installed.
   """
-  held = [
+  model_files = [
     name
     for name in ('spiece.model', 'tokenizer.model')
     if os.path.isfile(os.path.join(path, name))
   ]
   whole = os.path.isfile(os.path.join(path, 'tokenizer.json'))
-  if held and not whole and find_spec('sentencepiece') is None:
+  if model_files and not whole and find_spec('sentencepiece') is None:
     raise ValueError(
-      f'{held[0]} is read with the package sentencepiece, which is not '
+      f'{model_files[0]} is read with the package sentencepiece, which is not '
       'installed: pip install sentencepiece'
     )
 

@@ -30,7 +30,7 @@ CHATML = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
-  """What is trained.
+  """The settings of a tokenizer that is trained.
 
   Attributes:
     kind: 'bytes' (BPE over bytes: nothing is unknown), 'bpe', 'wordpiece' or
@@ -52,13 +52,13 @@ class TokenizerSpec:
   library: str = 'tokenizers'
 
   def __post_init__(self):
-    for name, value, known in (
+    for name, value, choices in (
       ('kind', self.kind, KINDS),
       ('library', self.library, LIBRARIES),
     ):
-      if value not in known:
+      if value not in choices:
         raise ValueError(
-          f'--{name} is one of {", ".join(known)}; got {value!r}'
+          f'--{name} is one of {", ".join(choices)}; got {value!r}'
         )
     if self.library == 'sentencepiece' and self.kind != 'unigram':
       raise ValueError(
@@ -95,20 +95,20 @@ def train(form: TokenizerSpec, texts: Sequence[str]) -> Any:
       sentencepiece is not installed.
   """
   if form.library == 'sentencepiece':
-    made = _of_sentencepiece(form, texts)
+    tokenizer = _of_sentencepiece(form, texts)
   else:
-    made = _blank(form)
+    tokenizer = _blank(form)
     try:
-      made.train_from_iterator(texts, _trainer(form), length=len(texts))
+      tokenizer.train_from_iterator(texts, _trainer(form), length=len(texts))
     except Exception as e:
       # The library's own class of error is this one.
       if 'not large enough' not in str(e):
         raise
       letters = len(set(''.join(texts)) | set(_LETTERS))
       raise ValueError(_few(form, letters + len(form.special))) from None
-  if len(made.get_vocab()) > form.pieces:
-    raise ValueError(_few(form, len(made.get_vocab())))
-  return _wrapped(form, made)
+  if len(tokenizer.get_vocab()) > form.pieces:
+    raise ValueError(_few(form, len(tokenizer.get_vocab())))
+  return _wrapped(form, tokenizer)
 
 
 def _few(form: TokenizerSpec, least: int) -> str:
@@ -129,14 +129,14 @@ def _blank(form: TokenizerSpec) -> tokenizers.Tokenizer:
 
 
 def _dressed(
-  form: TokenizerSpec, made: tokenizers.Tokenizer
+  form: TokenizerSpec, tokenizer: tokenizers.Tokenizer
 ) -> tokenizers.Tokenizer:
   """With what stands before and after the model."""
   if form.kind == 'bytes':
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return made
-  made.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+  tokenizer.normalizer = normalizers.NFKC()
   # No blank is put before a text and other white space is a piece of its own,
   # so that decoding gives back every blank and line.
   parts = [
@@ -149,9 +149,9 @@ def _dressed(
     parts.append(pre_tokenizers.Punctuation('isolated'))
     plain = decoders.Replace(tokenizers.Regex('^##'), '')
     decoder = decoders.Sequence([plain, decoder])
-  made.pre_tokenizer = pre_tokenizers.Sequence(parts)
-  made.decoder = decoder
-  return made
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+  tokenizer.decoder = decoder
+  return tokenizer
 
 
 def _trainer(form: TokenizerSpec) -> Any:
@@ -220,15 +220,15 @@ def _of_sentencepiece(
   return _dressed(form, tokenizers.Tokenizer(models.Unigram(pieces, 2)))
 
 
-def _wrapped(form: TokenizerSpec, made: tokenizers.Tokenizer) -> Any:
+def _wrapped(form: TokenizerSpec, tokenizer: tokenizers.Tokenizer) -> Any:
   # Imported here: it costs seconds.
   from transformers import PreTrainedTokenizerFast
 
   # The first is the last id, as in T5.
   extra = [f'<extra_id_{i}>' for i in reversed(range(form.extra_ids))]
-  made.add_special_tokens([*form.special, *extra])
-  found = PreTrainedTokenizerFast(
-    tokenizer_object=made,
+  tokenizer.add_special_tokens([*form.special, *extra])
+  wrapped = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
     pad_token=PAD,
     eos_token=form.eos,
     unk_token=UNK,
@@ -236,5 +236,5 @@ def _wrapped(form: TokenizerSpec, made: tokenizers.Tokenizer) -> Any:
     additional_special_tokens=[*form.special[3:], *extra],
   )
   if form.chat:
-    found.chat_template = CHATML
-  return found
+    wrapped.chat_template = CHATML
+  return wrapped

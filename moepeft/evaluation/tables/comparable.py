@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moepeft.data.readers import READERS
 from moepeft.evaluation.paper_metric import AVERAGE
 from moepeft.evaluation.results import HELD_OUT, Result
 from moepeft.evaluation.tables.aggregate import results_by_column
@@ -62,7 +63,9 @@ def _check_same_data(
   first_values: dict, row: Result, entry: RunResults
 ) -> None:
   # A seed draws embedded tasks, and what the templates of a dataset choose.
-  drawn = row.data == HELD_OUT and entry.source != 'jsonl'
+  reader = READERS.get(entry.source)
+  is_seeded = reader is None or reader.is_seeded
+  drawn = row.data == HELD_OUT and is_seeded
   key = ('content', row.data, entry.seed if drawn else None)
   first, folder = _first_seen(first_values, key, row.data_sha, entry)
   if first != row.data_sha:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms: what a bank's adapters have in common, so that one program serves
-them all.
+"""Buckets: adapters of one method and shape, which one program serves.
 
-A form is a method whose rank is rounded up to 4, 8, 16, ... and whose scale is
-one: smaller ranks are padded with zeros, and alpha / r is multiplied into B.
-It acts wherever the method does by default, and wherever one that was named
-at the start does; an adapter that leaves sites out has the identity there.
+A bucket is a method whose rank is rounded up to 4, 8, 16, ... and whose scale
+is one: smaller ranks are padded with zeros, and alpha / r is multiplied into B.
+It acts wherever the method does by default, and wherever an adapter that was
+named at the start does; an adapter that leaves sites out has the identity
+there.
 
-One form for each method, of the largest rank that was named, not one for each
-rank: every row reads its slot of every bank, so a second bank of LoRA would
-add its bytes, and its operations at every site, to every row.
+There is one bucket for each method, of the largest rank that was named, not
+one for each rank: every row reads its slot of every bucket, so a second bucket
+of LoRA would add its bytes, and its operations at every site, to every row.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _DATA = ('sites', 'rslora', 'rank', 'alpha', 'length')
 
 @dataclasses.dataclass(frozen=True)
 class BucketPart:
-  """One of the methods that a form nests.
+  """One of the methods that a bucket nests.
 
   Attributes:
     name: its entry in the 'peft' tree.
@@ -62,10 +62,10 @@ class BucketPart:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """What the adapters of one bank have in common.
+  """The method, rank and sites that the adapters of a bucket share.
 
   Attributes:
-    name: the bank's.
+    name: its key in the pool's tree.
     parts: one, or the methods that nest, the first innermost.
   """
 
@@ -77,28 +77,28 @@ class Bucket:
     """As `--form` takes it."""
     return method_string.format_method(tuple(part.sized for part in self.parts))
 
-  def holds(self, other: 'Bucket') -> bool:
-    """Whether an adapter of the form `other` fits."""
-    return _kinds(self.parts) == _kinds(other.parts) and all(
-      mine.rank >= its.rank and set(mine.sites) >= set(its.sites)
-      for mine, its in zip(self.parts, other.parts, strict=True)
+  def holds(self, smaller: 'Bucket') -> bool:
+    """Whether an adapter of the bucket `smaller` fits."""
+    return _kinds(self.parts) == _kinds(smaller.parts) and all(
+      part.rank >= fit.rank and set(part.sites) >= set(fit.sites)
+      for part, fit in zip(self.parts, smaller.parts, strict=True)
     )
 
 
-def bucket_of(built: Built, what: str) -> Bucket:
+def bucket_of(built: Built, label: str) -> Bucket:
   """The smallest bucket of an adapter: its own sites, its rank's bucket.
 
   Args:
-    what: names it in an error.
+    label: names the adapter in an error.
 
   Raises:
-    ValueError: it is not for a bank; the message says what to do.
+    ValueError: it is not for a pool; the message says what to do.
   """
   parts = []
   for name, spec in instances(built.method).items():
     if METHODS[spec.name].not_pooled:
       raise ValueError(
-        f'{what} is {built.method!r}, which cannot be served beside other '
+        f'{label} is {built.method!r}, which cannot be served beside other '
         f'adapters: {METHODS[spec.name].not_pooled}'
       )
     entries = built.adapter_map.entries
@@ -110,32 +110,32 @@ def bucket_of(built: Built, what: str) -> Bucket:
 
 
 def merge_buckets(
-  wanted: Sequence[Bucket], sites: Mapping[str, str]
+  required: Sequence[Bucket], sites: Mapping[str, str]
 ) -> tuple[Bucket, ...]:
-  """The forms that hold all of those; sorted by name.
+  """The fewest buckets that hold all of those; sorted by name.
 
   Args:
-    wanted: of `bucket_of`.
+    required: of `bucket_of`.
     sites: {path: role} of the model.
   """
-  found: dict[tuple[Spec, ...], Bucket] = {}
-  for form in wanted:
-    key = _kinds(form.parts)
-    found[key] = _union(found.get(key, form), form, sites)
-  named, taken = [], set()
-  for form in found.values():
-    name = _free('_'.join(part.kind.name for part in form.parts), taken)
-    named.append(_renamed(form, name))
-  return tuple(sorted(named, key=lambda form: form.name))
+  merged: dict[tuple[Spec, ...], Bucket] = {}
+  for bucket in required:
+    key = _kinds(bucket.parts)
+    merged[key] = _union(merged.get(key, bucket), bucket, sites)
+  named, used_names = [], set()
+  for bucket in merged.values():
+    methods = '_'.join(part.kind.name for part in bucket.parts)
+    named.append(_renamed(bucket, _unused(methods, used_names)))
+  return tuple(sorted(named, key=lambda bucket: bucket.name))
 
 
 def adapter_map_of(
-  forms: Sequence[Bucket], sites: Mapping[str, str]
+  buckets: Sequence[Bucket], sites: Mapping[str, str]
 ) -> AdapterMap:
-  """The table that the model takes: all forms nested."""
+  """The table that the model takes: all buckets nested."""
   entries = []
-  for form in forms:
-    for part in form.parts:
+  for bucket in buckets:
+    for part in bucket.parts:
       spec = part.spec.replace(sites='|'.join(part.sites))
       built = build(str(spec), sites)
       entries += [
@@ -146,7 +146,7 @@ def adapter_map_of(
 
 
 def size_option(spec: Spec) -> str:
-  """What of a method is rounded up: 'rank', 'length', or ''."""
+  """The option of a method that is rounded up: 'rank', 'length', or ''."""
   return METHODS[spec.name].size_option
 
 
@@ -159,7 +159,7 @@ def rank_of(spec: Spec) -> int:
 
 
 def scale_of(spec: Spec) -> float:
-  """What the term of a method with a rank is multiplied by."""
+  """The scale of a method with a rank: alpha / r, or alpha / sqrt(r)."""
   module, rank = METHODS[spec.name].module, rank_of(spec)
   root = spec.get('rslora', False)
   return spec.get('alpha', module.alpha) / (rank**0.5 if root else rank)
@@ -171,7 +171,7 @@ def round_up_rank(rank: int) -> int:
 
 
 def _kind(spec: Spec) -> Spec:
-  """The same for all adapters of a form, defaults left out."""
+  """The same for all adapters of a bucket, defaults left out."""
   module = METHODS[spec.name].module
   spec = _without(spec, (*_DATA, *training_only(module)))
   router = spec.get('router')
@@ -184,48 +184,47 @@ def _kind(spec: Spec) -> Spec:
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
-  kept = tuple((k, v) for k, v in spec.options if k not in options)
-  return Spec(spec.name, kept)
+  rest = tuple((k, v) for k, v in spec.options if k not in options)
+  return Spec(spec.name, rest)
 
 
 def _kinds(parts: Sequence[BucketPart]) -> tuple[Spec, ...]:
   return tuple(part.kind for part in parts)
 
 
-def _union(mine: Bucket, other: Bucket, sites: Mapping[str, str]) -> Bucket:
-  """With the default sites, and those and the ranks of both."""
+def _union(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
+  """A bucket with the default sites, and the sites and ranks of both."""
   parts = []
-  for a, b in zip(mine.parts, other.parts, strict=True):
-    roles = {
-      role for some in METHODS[a.kind.name].roles.values() for role in some
-    }
-    own = {path for path, role in sites.items() if role in roles}
-    own |= {*a.sites, *b.sites}
+  for part, more in zip(a.parts, b.parts, strict=True):
+    groups = METHODS[part.kind.name].roles.values()
+    roles = {role for group in groups for role in group}
+    paths = {path for path, role in sites.items() if role in roles}
+    paths |= {*part.sites, *more.sites}
     parts.append(
       dataclasses.replace(
-        a,
-        rank=max(a.rank, b.rank),
-        sites=tuple(path for path in sites if path in own),
+        part,
+        rank=max(part.rank, more.rank),
+        sites=tuple(path for path in sites if path in paths),
       )
     )
   return Bucket('', tuple(parts))
 
 
-def _renamed(form: Bucket, name: str) -> Bucket:
-  """With entries that no other form has."""
-  several = len(form.parts) > 1
+def _renamed(bucket: Bucket, name: str) -> Bucket:
+  """The bucket with entries that no other one has."""
+  several = len(bucket.parts) > 1
   return Bucket(
     name,
     tuple(
       dataclasses.replace(part, name=f'{name}.{i}' if several else name)
-      for i, part in enumerate(form.parts)
+      for i, part in enumerate(bucket.parts)
     ),
   )
 
 
-def _free(name: str, taken: set[str]) -> str:
-  free, i = name, 2
-  while free in taken:
-    free, i = f'{name}.{i}', i + 1
-  taken.add(free)
-  return free
+def _unused(name: str, used_names: set[str]) -> str:
+  unused, i = name, 2
+  while unused in used_names:
+    unused, i = f'{name}.{i}', i + 1
+  used_names.add(unused)
+  return unused

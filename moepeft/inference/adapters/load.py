@@ -31,19 +31,19 @@ class TrainedAdapter:
 
   Attributes:
     built: its method, ready for the base.
-    form: the smallest that holds it.
+    bucket: the smallest that holds it.
     arrays: {path in the 'peft' tree: float32 array}.
     sha256: of its content: method, semantics and every array.
     source: the path that it was read from.
-    before: placeholders of its soft prompt.
+    soft_prompt_ids: placeholders of its soft prompt.
   """
 
   built: Built
-  form: Bucket
+  bucket: Bucket
   arrays: dict[str, np.ndarray]
   sha256: str
   source: str
-  before: tuple[int, ...] = ()
+  soft_prompt_ids: tuple[int, ...] = ()
 
 
 def read_adapter(path: str, base: Base) -> TrainedAdapter:
@@ -59,7 +59,7 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
   _check_base(found, path, base)
   semantics = found.semantics or 'official'
   built = build(found.method, base.family.sites(base.config), semantics)
-  form = bucket_of(built, path)
+  bucket = bucket_of(built, path)
   arrays = {
     name: np.asarray(leaf, np.float32)
     for name, leaf in weight_mapping.flatten(found.tree).items()
@@ -73,8 +73,8 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
     )
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
-  before = placeholders(built.adapter_map, base.config.vocab)
-  return TrainedAdapter(built, form, arrays, sha256, path, before)
+  soft_prompt_ids = placeholders(built.adapter_map, base.config.vocab)
+  return TrainedAdapter(built, bucket, arrays, sha256, path, soft_prompt_ids)
 
 
 def check_regular(path: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter lies in which slot of a bank: counts, and who has to go."""
+"""The slots of a bucket of adapters: users, and eviction."""
 
 import collections
 
@@ -7,10 +7,10 @@ from moepeft.inference.api import EngineFull
 
 
 class LruSlots:
-  """The slots 1, 2, ... of one bank; slot 0 is the identity's.
+  """The slots 1, 2, ... of one bucket; slot 0 is the base's.
 
   Contents are named by their hash. One that is used stays; of the others the
-  one that was used longest ago makes room.
+  one that was used longest ago is evicted.
   """
 
   def __init__(self, count: int):
@@ -28,7 +28,7 @@ class LruSlots:
   def users(self, content: str) -> int:
     return self._users[content]
 
-  def room(self) -> bool:
+  def has_room(self) -> bool:
     """Whether `take` finds a slot."""
     return bool(self._free) or any(not self._users[c] for c in self._slots)
 
@@ -50,13 +50,13 @@ class LruSlots:
     self._slots[content] = self._free.pop()
     return self._slots[content]
 
-  def hold(self, content: str) -> None:
+  def acquire(self, content: str) -> None:
     self._users[content] += 1
     self._slots.move_to_end(content)
 
   def release(self, content: str) -> None:
     if not self._users[content]:
-      raise ValueError('released more often than held')
+      raise ValueError('released more often than acquired')
     self._users[content] -= 1
 
   def drop(self, content: str) -> None:

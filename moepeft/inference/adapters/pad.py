@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of an adapter as one slot of its form's bank holds it."""
+"""The tree of an adapter as one slot of its bucket holds it."""
 
 import dataclasses
 import functools
@@ -24,21 +24,21 @@ from moepeft.peft import METHODS
 
 
 def bucket_layouts(
-  forms: Sequence[Bucket], adapter_map: AdapterMap, base: Base
+  buckets: Sequence[Bucket], adapter_map: AdapterMap, base: Base
 ) -> dict[str, Layout]:
-  """The arrays of one slot of each form.
+  """The arrays of one slot of each bucket.
 
   Args:
     adapter_map: of all of them.
   """
   found = arrays_of(base.family.MODULE(base.config, adapter_map))
   return {
-    form.name: {
+    bucket.name: {
       path: said
       for path, said in found.items()
-      if any(f'/{part.name}/' in path for part in form.parts)
+      if any(f'/{part.name}/' in path for part in bucket.parts)
     }
-    for form in forms
+    for bucket in buckets
   }
 
 
@@ -59,17 +59,17 @@ class PaddedAdapter:
   """An adapter with what is written into a slot, on the host.
 
   Attributes:
-    form: the bank's name.
-    tree: with the paths and shapes of the form's layout.
+    bucket: its name.
+    tree: with the paths and shapes of the bucket's layout.
   """
 
   adapter: TrainedAdapter
-  form: str
+  bucket: str
   tree: Tree
 
 
 def pad_to_bucket(
-  adapter: TrainedAdapter, form: Bucket, layout: Layout, base: Base
+  adapter: TrainedAdapter, bucket: Bucket, layout: Layout, base: Base
 ) -> PaddedAdapter:
   """The slot of an adapter.
 
@@ -78,7 +78,7 @@ def pad_to_bucket(
   """
   filled = {}
   specs = instances(adapter.built.method)
-  for part, (instance, spec) in zip(form.parts, specs.items(), strict=True):
+  for part, (instance, spec) in zip(bucket.parts, specs.items(), strict=True):
     source = _Source(adapter.arrays, instance, spec, part, base)
     for path, (shape, label) in layout.items():
       place, mine, leaf = path.partition(f'/{part.name}/')
@@ -86,7 +86,7 @@ def pad_to_bucket(
         filled[path] = source.leaf(place, leaf, shape, label)
       elif mine:
         filled[path] = _filled(shape, label)
-  return PaddedAdapter(adapter, form.name, weight_mapping.unflatten(filled))
+  return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(filled))
 
 
 class _Source:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of one form, stacked on an axis z: a row reads a slot of each.
+"""Trees of one bucket, stacked on an axis z: a row reads a slot of each.
 
-Bytes, for b rows and forms of S bytes a slot: a gather reads b S and writes b
+Bytes, for b rows and buckets of S bytes a slot: a gather reads b S and writes b
 S, and the products read b S once more, against the base's weights, which are
 read once for all rows. With SmolLM2-135M (538 MB in float32) and LoRA of rank
 16 at all projections, S is 30 layers x 10,176 features in and out x 16 x 4
@@ -22,37 +22,37 @@ def row_tree(tree: Tree, slots: Array, layer: Array | None = None) -> Tree:
   Pure: under `vmap` over `slots`, a batched gather.
 
   Args:
-    tree: `Banks.tree`, {form: 'peft' tree with z in front of every leaf}.
-    slots: int32 [forms], a slot of each form in the order of their names.
+    tree: `Banks.tree`, {bucket: 'peft' tree with z in front of every leaf}.
+    slots: int32 [buckets], a slot of each bucket in the order of their names.
     layer: int32 scalar, where leaves are those of all layers, [z, l, ...], and
       one layer's are wanted.
   """
   merged = {}
   for slot, name in zip(slots, sorted(tree), strict=True):
     place = slot if layer is None else (slot, layer)
-    own = jax.tree.map(lambda a, place=place: a[place], tree[name])
-    merged = _merged(merged, own)
+    row = jax.tree.map(lambda a, place=place: a[place], tree[name])
+    merged = _merged(merged, row)
   return merged
 
 
-def _merged(left: Tree, right: Tree) -> Tree:
-  """Both trees; no two leaves have one path, as forms have entries apart."""
-  found = dict(left)
-  for key, value in right.items():
-    found[key] = _merged(found[key], value) if key in found else value
-  return found
+def _merged(a: Tree, b: Tree) -> Tree:
+  """Both trees; no path is in both, as buckets have entries of their own."""
+  merged = dict(a)
+  for key, value in b.items():
+    merged[key] = _merged(merged[key], value) if key in merged else value
+  return merged
 
 
-def stack_copies(alone: Tree, slots: int) -> Tree:
-  """A bank that holds one tree in every slot."""
-  return jax.tree.map(lambda a: jnp.broadcast_to(a, (slots, *a.shape)), alone)
+def stack_copies(tree: Tree, slots: int) -> Tree:
+  """The arrays of a bucket with one tree in every slot."""
+  return jax.tree.map(lambda a: jnp.broadcast_to(a, (slots, *a.shape)), tree)
 
 
 @jax.jit
 def write_slot(bank: Tree, slot: Array, tree: Tree) -> Tree:
-  """The bank with a slot filled.
+  """The arrays of a bucket with a slot filled.
 
-  A copy: a step that is under way still reads the old one. While it lasts,
-  one bank is there twice.
+  A copy: a step that is under way still reads the old ones. While it lasts,
+  they are there twice.
   """
-  return jax.tree.map(lambda a, one: a.at[slot].set(one), bank, tree)
+  return jax.tree.map(lambda a, new: a.at[slot].set(new), bank, tree)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that are compiled before the first request, and never after it."""
+"""The programs of an engine, compiled ahead of their calls."""
 
 import functools
 import math
@@ -12,40 +12,52 @@ import numpy as np
 
 from moepeft.core import memory
 from moepeft.core.types import Tree
-from moepeft.inference.engine import kv_cache, row_sampler
-from moepeft.inference.engine.limits import TOP
+from moepeft.inference.engine import kv_cache
 from moepeft.inference.engine.per_layer import LayeredMethod
 from moepeft.inference.engine.weights import Weights
-from moepeft.inference.sampling import Sampling
 
 Key = tuple[Hashable, ...]
+# (function, shapes of its arguments, numbers of donated arguments).
+Plan = tuple[Callable, tuple, tuple[int, ...]]
 
 
 class Programs:
   """Compiled functions by name and sizes.
 
-  They are compiled ahead of their calls; one of other shapes or types is an
-  error, so that none is compiled in the middle of the traffic.
+  A call with other shapes or types is an error, so that none is compiled in
+  the middle of the traffic.
 
   Attributes:
-    weights: what they are called with; see `Weights`.
-    methods: {key: (method, its layers)} of those that call layers.
+    weights: their first arguments; see `Weights`.
+    methods: {key: method} of the programs that call layers.
     cache: shapes of all layers' caches.
   """
 
-  def __init__(self, weights: Weights, slots: int):
+  def __init__(self, weights: Weights, slots: int, compile_ahead: bool):
+    """
+    Args:
+      compile_ahead: whether a program that `compile` has not made is an
+        error; else it is made when it is needed.
+    """
     self.weights = weights
-    self.methods: dict[Key, tuple[LayeredMethod, int]] = {}
+    self.methods: dict[Key, LayeredMethod] = {}
     self.cache: Any = ()
-    self._slots = slots
-    self._planned: dict[Key, tuple[Callable, tuple, tuple]] = {}
-    self._made: dict[Key, Callable] = {}
+    self._slots, self._compile_ahead = slots, compile_ahead
+    # Tracing takes time, so it is done when a program is compiled.
+    self._planned: dict[Key, Callable[[], Plan]] = {}
+    # Programs that no request of a server needs.
+    self._on_demand: set[Key] = set()
+    self._compiled: dict[Key, Callable] = {}
 
   def __len__(self) -> int:
-    return len(self._made)
+    return len(self._compiled)
 
   def __getitem__(self, key: Key) -> Callable:
-    return self._made[key]
+    if key not in self._compiled:
+      if self._compile_ahead and key not in self._on_demand:
+        raise KeyError(f'the program {key} was not compiled ahead')
+      self._compile(key)
+    return self._compiled[key]
 
   def plan(
     self, key: Key, f: Callable, *args: Any, donate: tuple[int, ...] = ()
@@ -54,24 +66,18 @@ class Programs:
     Args:
       key: the name, then sizes.
       args: arrays, or their shapes.
-      donate: numbers of arguments that the result is written over.
+      donate: numbers of arguments whose memory the result may take.
     """
-    self._planned[key] = f, jax.tree.map(_shape, args), donate
-
-  def plan_with(self, key: Key, f: Callable, *args: Any) -> None:
-    """`plan` of a function of (params, bank, adapters [1, z], *args), without
-    layers."""
-    w = self.weights
-    self.plan(key, f, w.params, w.bank, ints(1, w.forms), *args)
+    self._planned[key] = lambda: (f, args, donate)
 
   def plan_cache(
-    self, method: LayeredMethod, places: int, *inputs: Any
+    self, method: LayeredMethod, length: int, *inputs: Any
   ) -> None:
-    """Decides what the cache is, and plans `copy`, a slot's keys and values to
+    """Decides the cache's shapes, and plans `copy`, a slot's keys and values to
     another, and `clear`, zeros in one.
 
     Args:
-      method: any of one row that makes it; inputs: shapes of its own.
+      method: any of one row that makes a cache; inputs: shapes of its own.
 
     Raises:
       ValueError: the cache does not fit into memory.
@@ -80,130 +86,162 @@ class Programs:
       method.model,
       method.name,
       method.side,
-      method.ask,
-      method.say,
-      put=lambda cache, rows, places, new: new,
+      method.arguments,
+      method.outputs,
+      put=lambda cache, rows, positions, new: new,
     )
-    block, length = self._block(method, inputs)
-    _, row, _ = jax.eval_shape(
-      self._layer(method, block), *self._of_layer(method, {}, inputs)
-    )
-    layer = kv_cache.shapes(row, self._slots, places)
-    leaves = jax.tree.leaves(layer)
+    layer, args = self._layer(method, {}, inputs)
+    _, row, _ = jax.eval_shape(layer, *args)
+    layer_cache = kv_cache.shapes(row, self._slots, length)
+    depth = self.weights.depth(method.side)
+    leaves = jax.tree.leaves(layer_cache)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     memory.check_arrays(
-      size * length,
-      f'keys and values of {self._slots:,} requests of {places:,} tokens',
+      size * depth,
+      f'keys and values of {self._slots:,} requests of {length:,} tokens',
       '--slots or --places',
     )
     axis = 0
-    self.cache = [layer] * length
-    if self.weights.together:
+    self.cache = [layer_cache] * depth
+    if self.weights.scan:
       axis = 1
       self.cache = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((length, *a.shape), a.dtype), layer
+        lambda a: jax.ShapeDtypeStruct((depth, *a.shape), a.dtype), layer_cache
       )
+    self.cache = self._shapes(self.cache)
     copy = functools.partial(kv_cache.copy, axis=axis)
     clear = functools.partial(kv_cache.clear, axis=axis)
     self.plan(('copy',), copy, self.cache, ints(), ints(), donate=(0,))
     self.plan(('clear',), clear, self.cache, ints(), donate=(0,))
 
-  def plan_method(self, key: Key, method: LayeredMethod, *inputs: Any) -> None:
+  def plan_method(
+    self, key: Key, method: LayeredMethod, *inputs: Any, on_demand: bool = False
+  ) -> None:
     """Plans a method of n rows.
 
     Args:
       inputs: shapes [n, ...] of its own.
+      on_demand: whether it is compiled when it is first needed, in any engine.
     """
-    w, n = self.weights, inputs[0].shape[0]
-    block, length = self._block(method, inputs)
-    self.methods[key] = method, length
-    adapters, layer = ints(n, w.forms), self._layer(method, block)
-    cached = method.put is not None
-    own = self.cache if cached else {}
-    if w.together:
-      layers, bank = w.layers[method.side], w.layer_bank(method.side)
-      args = w.params, layers, w.bank, bank, own, adapters, ints(n), ints(n)
-      f = functools.partial(_whole, method, layer, length)
-      self.plan(key, f, *args, *inputs, donate=(4,))
-      return
-    args = w.params, w.bank, adapters, *inputs
-    self.plan((*key, 'before'), method.before, *args)
-    args = self._of_layer(method, own[0] if cached else {}, inputs)
-    self.plan((*key, 'layer'), layer, *args, donate=(2,))
-    x, _, told = jax.eval_shape(layer, *args)
-    args = w.params, w.bank, adapters, x, [told] * length, *inputs
-    self.plan((*key, 'after'), method.after, *args)
+    self.methods[key] = method
+    cache = self._layer_cache() if method.put is not None else {}
+    # Two of the programs need it.
+    layer = functools.cache(lambda: self._layer(method, cache, inputs))
+    if self.weights.scan:
+      plans = {key: lambda: self._scanned(method, layer()[0], inputs)}
+    else:
+      plans = {
+        (*key, 'before'): lambda: (method.before, self._row_args(inputs), ()),
+        (*key, 'layer'): lambda: (*layer(), (2,)),
+        (*key, 'after'): lambda: self._after(method, *layer(), inputs),
+      }
+    self._planned |= plans
+    if on_demand:
+      self._on_demand.update(plans)
 
   def result(self, key: Key) -> Tree:
-    """Shapes of what a planned method says."""
-    if self.weights.together:
-      f, args, _ = self._planned[key]
+    """Shapes of a planned method's outputs."""
+    if self.weights.scan:
+      f, args, _ = self._planned[key]()
       return jax.eval_shape(f, *args)[1]
-    f, args, _ = self._planned[(*key, 'after')]
+    f, args, _ = self._planned[(*key, 'after')]()
     return jax.eval_shape(f, *args)
 
   def compile(self, progress: Callable[[str, int, int], None]) -> None:
-    """Makes all that is planned and not made yet."""
-    todo = [key for key in self._planned if key not in self._made]
-    for done, key in enumerate(todo):
-      progress(' '.join(map(str, key)), done, len(todo))
-      f, args, donate = self._planned[key]
-      jitted = jax.jit(f, donate_argnums=donate)
-      self._made[key] = jitted.lower(*args).compile()
+    """Compiles all that is planned, but for programs on demand.
 
-  def _block(self, method, inputs):
+    Args:
+      progress: called with (program, number done, number in all).
+    """
+    if not self._compile_ahead:
+      return
+    todo = [
+      key
+      for key in self._planned
+      if key not in self._compiled and key not in self._on_demand
+    ]
+    for done_count, key in enumerate(todo):
+      progress(' '.join(map(str, key)), done_count, len(todo))
+      self._compile(key)
+
+  def _compile(self, key: Key) -> None:
+    f, args, donate = self._planned[key]()
+    jitted = jax.jit(f, donate_argnums=donate)
+    self._compiled[key] = jitted.lower(*self._shapes(args)).compile()
+
+  def _shapes(self, args: Any) -> Any:
+    """Shapes of arrays, on the engine's device."""
+    sharding = None
+    if self.weights.device is not None:
+      sharding = jax.sharding.SingleDeviceSharding(self.weights.device)
+
+    def shape(a: Any) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, args)
+
+  def _row_args(self, inputs) -> tuple:
     w = self.weights
-    adapters = ints(inputs[0].shape[0], w.forms)
-    return method.block(w.params, w.bank, adapters, *inputs)
+    adapters = ints(inputs[0].shape[0], w.buckets)
+    return self._shapes((w.params, w.bank, adapters, *inputs))
 
-  def _layer(self, method, block):
-    return functools.partial(method.layer, block=block)
+  def _layer_cache(self) -> Tree:
+    """Shapes of one layer's cache."""
+    if not self.weights.scan:
+      return self.cache[0]
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.cache
+    )
 
-  def _of_layer(self, method, cache, inputs) -> tuple:
-    """Shapes of what one layer's program takes."""
+  def _layer(self, method, cache, inputs) -> tuple[Callable, tuple]:
+    """A layer's program, and shapes of its arguments."""
     w, n = self.weights, inputs[0].shape[0]
-    adapters, bank = ints(n, w.forms), w.layer_bank(method.side)
-    x, flow = jax.eval_shape(method.before, w.params, w.bank, adapters, *inputs)
-    one = w.layer(method.side)
-    return one, bank, cache, adapters, ints(n), ints(n), ints(), x, flow
+    args = self._row_args(inputs)
+    layer = functools.partial(method.layer, block=method.block(*args))
+    x, flow = jax.eval_shape(method.before, *args)
+    bank, first = w.layer_bank(method.side), w.layer(method.side)
+    rows = ints(n, w.buckets), ints(n), ints(n), ints()
+    return layer, self._shapes((first, bank, cache, *rows, x, flow))
+
+  def _after(self, method, layer, args, inputs) -> Plan:
+    x, _, weights = jax.eval_shape(layer, *args)
+    layer_weights = [weights] * self.weights.depth(method.side)
+    params, bank, adapters, *_ = self._row_args(inputs)
+    args = params, bank, adapters, x, layer_weights, *inputs
+    return method.after, args, ()
+
+  def _scanned(self, method, layer, inputs) -> Plan:
+    """All layers in one program."""
+    w, n = self.weights, inputs[0].shape[0]
+    args = (
+      *(w.params, w.layers[method.side], w.bank, w.layer_bank(method.side)),
+      self.cache if method.put is not None else {},
+      *(ints(n, w.buckets), ints(n), ints(n), *inputs),
+    )
+    depth = w.depth(method.side)
+    return functools.partial(_scan, method, layer, depth), args, (4,)
 
 
-def _whole(
-  method, layer, length, params, layers, bank, own, cache, *args
+def _scan(
+  method, layer, depth, params, layers, bank, layer_bank, cache, *args
 ) -> tuple[Tree, Any]:
-  """All in one, the layers scanned: (the cache, what is said)."""
-  adapters, rows, places, *inputs = args
+  """All in one, the layers scanned: (the cache, the outputs)."""
+  adapters, rows, positions, *inputs = args
   x, flow = method.before(params, bank, adapters, *inputs)
 
-  def one(x, of_layer):
+  def step(x, of_layer):
     params, cache, number = of_layer
-    x, cache, told = layer(
-      params, own, cache, adapters, rows, places, number, x, flow
+    x, cache, weights = layer(
+      params, layer_bank, cache, adapters, rows, positions, number, x, flow
     )
-    return x, (cache, told)
+    return x, (cache, weights)
 
-  number = jnp.arange(length, dtype=jnp.int32)
-  x, (cache, told) = jax.lax.scan(one, x, (layers, cache, number))
-  told = [jax.tree.map(lambda a, i=i: a[i], told) for i in range(length)]
-  return cache, method.after(params, bank, adapters, x, told, *inputs)
-
-
-def _shape(a: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(np.shape(a), a.dtype)
+  number = jnp.arange(depth, dtype=jnp.int32)
+  x, (cache, weights) = jax.lax.scan(step, x, (layers, cache, number))
+  weights = [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(depth)]
+  return cache, method.after(params, bank, adapters, x, weights, *inputs)
 
 
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
   """int32 of a shape."""
   return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def plan_picking(programs: Programs, v: int) -> None:
-  """What follows a step for rows that ask for it: see `picking`."""
-  raw = jax.ShapeDtypeStruct((1, v), jnp.float32)
-  bits = jax.ShapeDtypeStruct((-(-v // 8),), jnp.uint8)
-  how = row_sampler.draw_of(Sampling(), 0, 0, v)
-  programs.plan(('edit',), row_sampler.edit, raw, bits, bits, np.float32(1))
-  programs.plan(('draw',), row_sampler.draw, raw, raw, how)
-  programs.plan(('draw_filtered',), row_sampler.draw_filtered, raw, raw, how)
-  best = functools.partial(row_sampler.best, top=min(TOP, v))
-  programs.plan(('best',), best, raw)

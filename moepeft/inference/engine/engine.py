@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests in, tokens out, computed on one thread.
+"""The engine: requests in, tokens out.
 
-Others leave what they want done in an inbox, which that thread empties
-between two turns of its `Batcher`.
+A server starts it on a thread of its own (`start`), which owns JAX; other
+threads leave tasks in an inbox, which that thread empties between two steps of
+its `Scheduler`. A command that only waits for answers calls `generate`,
+`stream` and `log_probs` without `start`: the steps are then done on its thread.
 """
 
 import collections
 import math
+import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from moepeft.core.types import Tree
-from moepeft.inference.adapters.protocol import Banks
+from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import (
   CANCELLED,
   FAILED,
@@ -21,163 +28,314 @@ from moepeft.inference.api import (
   EngineFull,
   EngineStats,
   Event,
+  Finished,
+  GeneratedAnswer,
   LoadedAdapter,
+  LogprobRequest,
+  PromptLogprobs,
   Request,
   RequestRefused,
+  Token,
   UnknownAdapter,
 )
+from moepeft.inference.decode import PAD
+from moepeft.inference.engine import sequence as sequences
 from moepeft.inference.engine.limits import (
   EngineConfig,
+  at_least,
   check_length,
   check_request,
-  places_of,
+  max_model_len,
 )
 from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.scheduler import Scheduler
-from moepeft.inference.engine.sequence import Running
+from moepeft.inference.engine.weights import Adapters
 
 T = TypeVar('T')
-
-
-class Later(Exception):
-  """Raised by a task that cannot be done yet."""
-
-
-class Task(Generic[T]):
-  """A call whose result, or error, another thread waits for in `done`."""
-
-  def __init__(self, do: Callable[[], T]):
-    self._do = do
-    self.done: Future[T] = Future()
-
-  def run(self) -> bool:
-    """Does it; whether that was the end of it."""
-    try:
-      self.done.set_result(self._do())
-    except Later:
-      return False
-    except Exception as e:
-      self.done.set_exception(e)
-    return True
-
-
+# Called with (program, number done, number in all) before each is compiled.
 Progress = Callable[[str, int, int], None]
 
 
+class NotYet(Exception):
+  """Raised by a task that must be tried again after the next step."""
+
+
+class Task(Generic[T]):
+  """A call whose result, or error, another thread waits for."""
+
+  def __init__(self, do: Callable[[], T]):
+    self._do = do
+    self.future: Future[T] = Future()
+
+  def run(self) -> bool:
+    """Calls it; False if it must be tried again."""
+    try:
+      self.future.set_result(self._do())
+    except NotYet:
+      return False
+    except Exception as e:
+      self.future.set_exception(e)
+    return True
+
+
 class Engine:
-  """Implements `moepeft.inference.api.Engine`."""
+  """Continuations and log-probabilities by a model with its adapters.
+
+  After `start`, every method may be called from any thread.
+
+  Attributes:
+    vocab: the size of the model's vocabulary.
+    max_model_len: limit on a prompt and its answer, together in a decoder; on
+      each of the two in an encoder-decoder.
+    decoder_only: whether the prompt is part of the text.
+    slots: sequences that run at once.
+  """
 
   def __init__(
     self,
     model: Any,
     params: Tree,
-    banks: Banks,
-    settings: EngineConfig,
+    adapters: Adapters,
+    config: EngineConfig,
+    device: Any = None,
   ):
     """
     Args:
-      model: the base's; the pool's adapter map replaces its own.
+      model: the base's; it is given the adapter_map of the adapters.
       params: its weights.
+      device: the one that computes; by default JAX's.
     """
-    self._model, self._params = model, params
-    self._banks, self._settings = banks, settings
+    self._model, self._params, self._device = model, params, device
+    self._adapters, self._config = adapters, config
     self.vocab = model.config.vocab
-    self.places = places_of(model, settings)
+    self.max_model_len = max_model_len(model, config)
     self.decoder_only = hasattr(model, 'extend')
-    # Guards what follows; told of whatever changes.
+    self.slots = config.slots
+    # Guards all below; notified of every change.
     self._changed = threading.Condition()
     self._inbox: collections.deque[Task] = collections.deque()
-    self._underway: dict[str, Running] = {}
-    self._leaving: set[str] = set()
+    self._sequences: dict[str, sequences.Sequence] = {}
+    self._unloading: set[str] = set()
     self._closed, self._stopped = 'the engine has not started', False
     self._thread: threading.Thread | None = None
-    self._core: ModelRunner | None = None
-    self._batcher: Scheduler | None = None
+    self._runner: ModelRunner | None = None
+    self._scheduler: Scheduler | None = None
+    self._logprob_requests = 0
 
   @property
   def ready(self) -> bool:
-    return not self._closed and not self._batcher.broken
+    """Whether a generation has run since the start."""
+    return not self._closed and not self._scheduler.broken
 
   def start(self, progress: Progress = lambda *args: None) -> None:
-    """See the protocol; returns once `ready`.
+    """Compiles every program, runs a real generation, then takes requests.
+
+    Returns once `ready`.
 
     Raises:
       RuntimeError: the first generation failed, or a program does not compile.
     """
     if self._thread is not None:
       raise ValueError('the engine has been started already')
-    begun: Future[None] = Future()
+    started: Future[None] = Future()
     self._thread = threading.Thread(
-      target=self._run, args=(progress, begun), name='engine', daemon=True
+      target=self._run, args=(progress, started), name='engine', daemon=True
     )
     self._thread.start()
-    begun.result()
+    started.result()
 
   def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
-    check_request(request, self._model, self._settings)
+    """Takes a request; its events are delivered later.
+
+    Args:
+      deliver: called on the engine's thread. An asyncio server passes `lambda
+        event: loop.call_soon_threadsafe(queue.put_nowait, event)`.
+
+    Raises:
+      RequestRefused: it is not taken.
+    """
+    check_request(request, self._model, self._config)
     with self._changed:
-      if self._closed or self._batcher.broken:
-        raise RequestRefused(self._closed or self._batcher.broken)
-      before = 0
-      if request.adapter:
-        before = self._check_adapter(request.adapter).before
-      check_length(request, self._model, self._settings, before)
-      if request.id in self._underway:
+      if self._closed or self._scheduler.broken:
+        raise RequestRefused(self._closed or self._scheduler.broken)
+      if isinstance(self._adapters, FixedAdapter):
+        adapter = self._adapters.acquire(request.adapter)
+        soft_prompt = len(adapter.soft_prompt_ids)
+      elif request.adapter:
+        soft_prompt = self._check_adapter(request.adapter).soft_prompt_length
+      else:
+        soft_prompt = 0
+      check_length(request, self._model, self._config, soft_prompt)
+      if request.id in self._sequences:
         raise RequestRefused(f'a request {request.id!r} is under way already')
-      waiting = sum(row.held is None for row in self._underway.values())
-      # What has come in since the last turn may find slots free.
-      if waiting >= self._settings.queue + self._batcher.free:
+      waiting = self._waiting()
+      # What has come in since the last step may find slots free.
+      if waiting >= self._config.queue + self._scheduler.free:
         raise EngineFull(
           f'{waiting} requests wait already; try again later',
           self._estimate(waiting),
         )
-      row = Running(request, deliver)
-      self._underway[request.id] = row
-      self._put(Task(lambda: self._batcher.arrive(row)))
+      sequence = sequences.Sequence(request, deliver)
+      self._sequences[request.id] = sequence
+      self._put(Task(lambda: self._scheduler.add_request(sequence)))
 
   def cancel(self, id: str) -> None:
+    """Ends a request with CANCELLED; of an unknown id, nothing."""
     with self._changed:
-      if id in self._underway:
-        self._underway[id].gone = True
+      if id in self._sequences:
+        self._sequences[id].cancelled = True
+
+  def stream(
+    self, requests: Iterable[Request]
+  ) -> Iterator[tuple[Request, Event]]:
+    """The events of requests as they come, those of all requests mixed.
+
+    More requests than may wait are submitted as others finish. Requests that
+    have not finished when the iterator is closed are cancelled.
+
+    Raises:
+      RequestRefused: the engine does not take one of them.
+    """
+    self._open_inline()
+    events: queue.SimpleQueue[tuple[Request, Event]] = queue.SimpleQueue()
+    pending, unfinished = collections.deque(requests), set()
+    try:
+      while pending or unfinished:
+        while pending and self._submitted(pending[0], events.put, unfinished):
+          unfinished.add(pending.popleft().id)
+        if self._thread is None and self._do_tasks():
+          self._step()
+        while unfinished and (self._thread or not events.empty()):
+          request, event = events.get()
+          if isinstance(event, Finished):
+            unfinished.discard(request.id)
+          yield request, event
+          if pending and isinstance(event, Finished):
+            break
+    finally:
+      for id in unfinished:
+        self.cancel(id)
+      while unfinished and self._thread is None and self._sequences:
+        self._do_tasks()
+        self._step()
+
+  def generate(self, requests: Sequence[Request]) -> list[GeneratedAnswer]:
+    """The answers to requests, in their order.
+
+    Raises:
+      RequestRefused: the engine does not take one of them.
+    """
+    tokens = {request.id: [] for request in requests}
+    finished = {}
+    for request, event in self.stream(requests):
+      if isinstance(event, Token):
+        tokens[request.id].append(event.token)
+      elif isinstance(event, Finished):
+        finished[request.id] = event
+    return [
+      GeneratedAnswer(tuple(tokens[r.id]), finished[r.id]) for r in requests
+    ]
+
+  def log_probs(self, requests: Sequence[LogprobRequest]) -> list[np.ndarray]:
+    """Log-probability of each token of the answers, in nats: float64 [t] each.
+
+    Raises:
+      RequestRefused: the engine does not take one of them.
+      ArithmeticError: the log-probabilities are no numbers.
+    """
+    self._open_inline()
+    if not self.decoder_only:
+      return [self._call(lambda r=r: self._score(r)) for r in requests]
+    scored = [
+      Request(
+        f'log_probs/{self._logprob_requests + i}',
+        (*request.prompt_ids, *request.answer_ids),
+        0,
+        request.adapter,
+        prompt_logprobs=0,
+      )
+      for i, request in enumerate(requests)
+    ]
+    self._logprob_requests += len(scored)
+    prompts = {}
+    for request, event in self.stream(scored):
+      if isinstance(event, PromptLogprobs):
+        prompts[request.id] = [token.logprob for token in event.tokens]
+      elif isinstance(event, Finished) and event.reason != LENGTH:
+        raise ArithmeticError(event.message or event.reason)
+    pairs = zip(requests, scored, strict=True)
+    return [np.array(prompts[s.id][len(r.prompt_ids) :]) for r, s in pairs]
+
+  def update_weights(self, variables: Tree) -> None:
+    """Takes new values of the weights, as a trainer has them.
+
+    Waits until no request runs, and forgets all prefixes. Adapters of a pool
+    stay as they were loaded.
+
+    Args:
+      variables: 'params', the base's, or 'peft', the model's own adapter, or
+        both; with the names, shapes and types of before.
+
+    Raises:
+      ValueError: names, shapes or types differ, or the engine has a pool of
+        adapters and 'peft' is given.
+    """
+    self._open_inline()
+    self._call(lambda: self._update(variables))
 
   def adapters(self) -> Sequence[LoadedAdapter]:
-    return self._banks.loaded()
+    """The adapters that requests may name."""
+    return self._adapters.loaded()
 
   def load(self, name: str, path: str) -> LoadedAdapter:
+    """Reads an adapter (a run, or an exported directory) under a name.
+
+    Running requests continue with the adapter that they began with.
+
+    Raises:
+      ValueError: it cannot be read, is another base's, is not for serving, or
+        there is no memory for it; what was loaded before stays.
+    """
     # On the caller's thread: it may take long, and answers go on beside it.
-    read = self._banks.read(path)
-    return self._call(lambda: self._banks.put(name, read))
+    adapter = self._adapters.read(path)
+    return self._call(lambda: self._adapters.put(name, adapter))
 
   def unload(self, name: str) -> None:
+    """Removes an adapter once no request uses it.
+
+    Raises:
+      UnknownAdapter: there is none of that name.
+    """
     with self._changed:
       self._check_adapter(name)
-      self._leaving.add(name)
+      self._unloading.add(name)
     self._call(lambda: self._unload(name))
 
   def stats(self) -> EngineStats:
     with self._changed:
-      rows = list(self._underway.values())
-      loaded = self._banks.loaded()
-      counts, waiting = self._batcher, sum(row.held is None for row in rows)
+      loaded, counts = self._adapters.loaded(), self._scheduler
+      waiting = self._waiting()
       return EngineStats(
-        running=len(rows) - waiting,
+        running=len(self._sequences) - waiting,
         waiting=waiting,
-        slots=self._settings.slots,
+        slots=self.slots,
         finished=dict(counts.finished) if counts else {},
         prompt_tokens=counts.prompt_tokens if counts else 0,
         cached_tokens=counts.cached_tokens if counts else 0,
         answer_tokens=counts.answer_tokens if counts else 0,
-        compiled=len(self._core.programs) if self._core else 0,
+        compiled=len(self._runner.programs) if self._runner else 0,
         adapters=len(loaded),
-        adapter_bytes=self._banks.bytes,
+        adapter_bytes=self._adapters.bytes,
       )
 
   def drain(self, seconds: float) -> bool:
+    """Takes no more requests and waits; whether all have finished."""
     with self._changed:
       self._closed = self._closed or 'the server is shutting down'
-      return self._changed.wait_for(lambda: not self._underway, seconds)
+      return self._changed.wait_for(lambda: not self._sequences, seconds)
 
   def stop(self) -> None:
+    """Ends the thread; unfinished requests are CANCELLED."""
     with self._changed:
       self._closed = self._closed or 'the server is shutting down'
       self._stopped = True
@@ -185,125 +343,198 @@ class Engine:
     if self._thread is not None:
       self._thread.join()
 
+  def _waiting(self) -> int:
+    return sum(s.adapter is None for s in self._sequences.values())
+
   def _check_adapter(self, name: str) -> LoadedAdapter:
-    found = {one.name: one for one in self._banks.loaded()}
-    names = list(found)
-    if name not in names or name in self._leaving:
+    loaded = {adapter.name: adapter for adapter in self._adapters.loaded()}
+    if name not in loaded or name in self._unloading:
       raise UnknownAdapter(
         f'there is no adapter {name!r}; there are '
-        f'{", ".join(names) or "none, but the base"}'
+        f'{", ".join(loaded) or "none, but the base"}'
       )
-    return found[name]
+    return loaded[name]
 
   def _estimate(self, waiting: int) -> float:
     """Seconds until one of those that wait has got a slot, about."""
-    return max(
-      1, math.ceil(self._batcher.seconds * (waiting + 1) / self._settings.slots)
-    )
+    seconds = self._scheduler.slot_seconds * (waiting + 1) / self.slots
+    return max(1, math.ceil(seconds))
 
   def _put(self, task: Task) -> None:
     self._inbox.append(task)
     self._changed.notify_all()
 
   def _call(self, do: Callable[[], T]) -> T:
-    """Done on the engine's thread, between two turns."""
+    """Calls on the engine's thread, between two steps."""
     task = Task(do)
     with self._changed:
       if self._stopped:
         raise RequestRefused('the engine has been stopped')
       if self._thread is not None:
         self._put(task)
-    if self._thread is None:
-      task.run()
-    return task.done.result()
+    if self._thread is None and not task.run():
+      raise ValueError('requests are running; wait for their answers first')
+    return task.future.result()
+
+  def _submitted(self, request, put, unfinished: set[str]) -> bool:
+    """Submits a request; False while the queue is full of our own."""
+    try:
+      self.submit(request, lambda event: put((request, event)))
+    except EngineFull:
+      if not unfinished:
+        raise
+      return False
+    return True
+
+  def _score(self, request: LogprobRequest) -> np.ndarray:
+    """`log_probs` of an encoder-decoder's answer."""
+    answer = request.answer_ids
+    as_request = Request('', request.prompt_ids, len(answer), request.adapter)
+    check_request(as_request, self._model, self._config)
+    adapter = self._adapters.acquire(request.adapter)
+    try:
+      ids = (*adapter.soft_prompt_ids, *request.prompt_ids)
+      soft_prompt = len(adapter.soft_prompt_ids)
+      check_length(as_request, self._model, self._config, soft_prompt)
+      prefill = self._scheduler.prefill
+      states = prefill.encode(adapter.sha256, adapter.row, ids)
+      length = at_least(self._runner.cache_lens, len(answer))
+      if length > len(states):
+        states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
+      inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
+      inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
+      row = adapter.row
+      logprobs = self._runner.score_answer(
+        row, inputs, next_ids, states, len(ids)
+      )
+    finally:
+      self._adapters.release(adapter)
+    logprobs = np.asarray(logprobs, np.float64)[: len(answer)]
+    if not np.isfinite(logprobs).all():
+      raise ArithmeticError("the answer's log-probabilities are no numbers")
+    return logprobs
+
+  def _update(self, variables: Tree) -> None:
+    if self._scheduler.busy:
+      raise NotYet
+    unknown = variables.keys() - {'params', 'peft'}
+    if unknown or not variables:
+      raise ValueError(
+        f"weights are those of 'params' and 'peft'; got {sorted(variables)}"
+      )
+    if variables.get('peft'):
+      if not isinstance(self._adapters, FixedAdapter):
+        raise ValueError(
+          "the engine has a pool of adapters; load one instead of giving 'peft'"
+        )
+      peft = variables['peft']
+      if self._device is not None:
+        peft = jax.device_put(peft, self._device)
+      self._adapters.replace(peft)
+    if 'params' in variables:
+      self._runner.weights.update(variables['params'])
+    self._scheduler.invalidate()
 
   def _unload(self, name: str) -> None:
-    if self._batcher is not None and self._batcher.waits_for(name):
-      raise Later
+    if self._scheduler is not None and self._scheduler.waits_for(name):
+      raise NotYet
     try:
-      self._banks.unload(name)
+      self._adapters.unload(name)
     finally:
-      self._leaving.discard(name)
+      self._unloading.discard(name)
 
-  def _run(self, progress: Progress, begun: Future) -> None:
+  def _run(self, progress: Progress, started: Future) -> None:
+    """The engine's thread."""
     try:
-      self._begin(progress)
+      self._open(progress)
     except BaseException as e:
-      self._end(FAILED, 'the engine did not start')
-      begun.set_exception(e)
+      self._close(FAILED, 'the engine did not start')
+      started.set_exception(e)
       return
-    begun.set_result(None)
+    started.set_result(None)
     try:
       while self._do_tasks():
-        self._batcher.turn()
-        if self._batcher.broken:
-          self._batcher.end_all(FAILED, self._batcher.broken)
+        self._step()
     except BaseException as e:
-      self._batcher.broken = f'the engine stopped: {e}; restart the server'
-      self._end(FAILED, self._batcher.broken)
+      self._scheduler.broken = f'the engine stopped: {e}; restart the server'
+      self._close(FAILED, self._scheduler.broken)
       raise
-    self._end(CANCELLED, 'the server has shut down')
+    self._close(CANCELLED, 'the server has shut down')
 
-  def _begin(self, progress: Progress) -> None:
-    core = ModelRunner(self._model, self._params, self._banks, self._settings)
-    # The core has them as it needs them.
+  def _open_inline(self) -> None:
+    """Compiles on this thread, where no other was started."""
+    if self._thread is None and self._scheduler is None:
+      self._open(lambda *args: None)
+
+  def _open(self, progress: Progress) -> None:
+    runner = ModelRunner(
+      self._model, self._params, self._adapters, self._config, self._device
+    )
+    # The runner has them as it needs them.
     self._params = None
-    core.compile(progress)
-    _check_runs(core)
-    batcher = Scheduler(core, self._forget)
+    runner.compile(progress)
+    if self._config.compile_ahead:
+      _check_runs(runner)
+    scheduler = Scheduler(runner, self._forget)
     with self._changed:
-      self._core, self._batcher = core, batcher
+      self._runner, self._scheduler = runner, scheduler
       if not self._stopped:
         self._closed = ''
 
+  def _step(self) -> None:
+    self._scheduler.step()
+    if self._scheduler.broken:
+      self._scheduler.finish_all(FAILED, self._scheduler.broken)
+
   def _do_tasks(self) -> bool:
-    """Waits for something to do, and does what others asked for.
+    """Waits for something to do, and runs the tasks of other threads.
 
     Returns:
       Whether the engine goes on.
     """
     with self._changed:
       self._changed.wait_for(
-        lambda: self._inbox or self._batcher.busy or self._stopped
+        lambda: self._inbox or self._scheduler.busy or self._stopped
       )
       if self._stopped:
         return False
       tasks = list(self._inbox)
       self._inbox.clear()
-    later = [task for task in tasks if not task.run()]
+    again = [task for task in tasks if not task.run()]
     with self._changed:
-      self._inbox.extendleft(reversed(later))
+      self._inbox.extendleft(reversed(again))
     return True
 
-  def _forget(self, row: Running) -> None:
+  def _forget(self, sequence: sequences.Sequence) -> None:
     with self._changed:
-      self._underway.pop(row.request.id, None)
+      self._sequences.pop(sequence.request.id, None)
       self._changed.notify_all()
 
-  def _end(self, reason: str, message: str) -> None:
-    """Whatever is under way ends."""
+  def _close(self, reason: str, message: str) -> None:
+    """Ends all requests and tasks."""
     with self._changed:
       self._closed, self._stopped = self._closed or message, True
       tasks = list(self._inbox)
       self._inbox.clear()
-      rows = list(self._underway.values())
+      unfinished = list(self._sequences.values())
     for task in tasks:
-      task.done.set_exception(RequestRefused(message))
-    for row in rows:
-      self._batcher.end(row, reason, message)
+      task.future.set_exception(RequestRefused(message))
+    for sequence in unfinished:
+      self._scheduler.finish(sequence, reason, message)
 
 
-def _check_runs(core: ModelRunner) -> None:
-  """A real generation, all the way.
+def _check_runs(runner: ModelRunner) -> None:
+  """Runs a real generation, all the way.
 
   Raises:
     RuntimeError: it failed.
   """
   events: list[Event] = []
-  batcher = Scheduler(core, lambda row: None)
-  prompt = (0,) * max(1, min(3, core.settings.places - 2))
-  batcher.arrive(Running(Request('first', prompt, 2), events.append))
-  while batcher.busy:
-    batcher.turn()
+  scheduler = Scheduler(runner, lambda sequence: None)
+  prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
+  request = Request('first', prompt, 2)
+  scheduler.add_request(sequences.Sequence(request, events.append))
+  while scheduler.busy:
+    scheduler.step()
   if events[-1].reason != LENGTH:
     raise RuntimeError(f'the first generation failed: {events[-1].message}')

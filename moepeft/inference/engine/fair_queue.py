@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is next: clients take turns, and each one's requests keep their order."""
+"""A queue in which clients take turns, each one's requests in their order."""
 
 import collections
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ class FairQueue(Generic[T]):
       yield from queue
 
   def put(self, client: str, item: T) -> None:
-    """A client that had nothing is the last to have its turn."""
+    """Appends an item; a client that had none is the last to have its turn."""
     self._clients.setdefault(client, collections.deque()).append(item)
 
   def take(self) -> T:
-    """The first of the client whose turn it is, whose next comes last.
+    """Removes the first item of the client whose turn it is.
 
     Raises:
-      IndexError: nothing waits.
+      IndexError: the queue is empty.
     """
     if not self._clients:
       raise IndexError('nothing waits; look at the length first')
@@ -42,16 +42,15 @@ class FairQueue(Generic[T]):
     return item
 
   def put_back(self, client: str, item: T) -> None:
-    """What was taken is the next again."""
+    """Makes an item that was taken the next one again."""
     queue = self._clients.setdefault(client, collections.deque())
     queue.appendleft(item)
     self._clients.move_to_end(client, last=False)
 
   def remove(self, client: str, item: T) -> None:
-    """Takes one out of its queue.
-
+    """
     Raises:
-      ValueError: it does not wait.
+      ValueError: the item does not wait.
     """
     queue = self._clients.get(client, collections.deque())
     queue.remove(item)

@@ -8,137 +8,182 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
-from moepeft.inference.adapters.protocol import Banks
 from moepeft.inference.engine import (
   decoder_programs,
   encoder_decoder_programs,
   kv_cache,
+  sampler,
 )
-from moepeft.inference.engine.compiled import Key, Programs, plan_picking
+from moepeft.inference.engine.compiled import Key, Programs
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.engine.per_layer import ServedModel
-from moepeft.inference.engine.row_sampler import StepOutput
-from moepeft.inference.engine.weights import Weights
+from moepeft.inference.engine.sampler import StepOutput
+from moepeft.inference.engine.weights import Adapters, Weights
 
 
 class ModelRunner:
-  """What computes; its methods are named as its programs."""
+  """Calls the programs; its methods have their names.
+
+  n is the number of rows, z the number of the adapters' buckets.
+  """
 
   def __init__(
-    self, model: Any, params: Tree, banks: Banks, settings: EngineConfig
+    self,
+    model: Any,
+    params: Tree,
+    adapters: Adapters,
+    config: EngineConfig,
+    device: Any = None,
   ):
-    self.model = model.clone(adapter_map=banks.adapter_map)
-    self.settings, self.banks = settings, banks
-    together = settings.together
-    if together is None:
-      together = jax.default_backend() != 'cpu'
-    self._weights = Weights(params, banks, together)
-    self.programs = Programs(self._weights, settings.slots)
-    of = ServedModel(self.model, banks.row_tree, settings.routing)
+    self.model = model.clone(adapter_map=adapters.adapter_map)
+    self.config, self.adapters = config, adapters
+    scan = config.scan
+    if scan is None:
+      scan = jax.default_backend() != 'cpu'
+    self.weights = Weights(params, adapters, scan, device)
+    self.programs = Programs(self.weights, config.slots, config.compile_ahead)
+    served = ServedModel(self.model, adapters.row_tree, config.routing)
     decoder_only = hasattr(model, 'extend')
-    self.rooms = (
-      decoder_programs.rooms(settings) if decoder_only else settings.rooms
-    )
+    self.cache_lens = config.cache_lens
+    if decoder_only:
+      self.cache_lens = decoder_programs.cache_lens(config)
     plan = (
       decoder_programs.plan if decoder_only else encoder_decoder_programs.plan
     )
-    plan(self.programs, of, settings)
-    plan_picking(self.programs, model.config.vocab)
+    plan(self.programs, served, config)
+    sampler.plan(self.programs, model.config.vocab)
     self._cache: Any = None
 
   def compile(self, progress: Callable[[str, int, int], None]) -> None:
-    """Makes every program, and the cache.
+    """Compiles the programs, and makes the cache.
 
     Args:
-      progress: as of `protocol.Engine.start`.
+      progress: as of `Engine.start`.
     """
     self.programs.compile(progress)
-    self.renew()
+    self.reset_cache()
 
-  def renew(self) -> None:
-    """An empty cache: for the start, and after a step that broke off."""
+  def reset_cache(self) -> None:
+    """Makes an empty cache: at the start, and after a step that failed."""
     self._cache = None
     self._cache = kv_cache.zeros(self.programs.cache)
 
   @property
-  def whole(self) -> bool:
-    """Whether the cache is there: a step that breaks off may take it along."""
+  def cache_intact(self) -> bool:
+    """False where a failed step has destroyed the cache that it was given."""
     return not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
 
-  def step(
-    self, n: int, room: int, adapters: np.ndarray, rows: np.ndarray, *inputs
+  def decode(
+    self, n: int, length: int, adapters: np.ndarray, slots: np.ndarray, *inputs
   ) -> StepOutput:
-    """A token of n rows.
+    """The next token of n rows.
 
     Args:
-      adapters: int32 [n, z]; rows: int32 [n], slots.
-      inputs: int32 [n] each, as of `reading.Reader.inputs`.
+      length: of the cache.
+      adapters: int32 [n, z]; slots: int32 [n].
+      inputs: int32 [n] each, as of `DecoderPrefill.inputs`.
     """
-    return self._run(('step', n, room), adapters, rows, inputs[1], *inputs)
+    key = 'decode', n, length
+    return self._run(key, adapters, slots, inputs[1], *inputs)
 
-  def fill(
-    self, t: int, room: int, adapters: np.ndarray, slot: int, ids, start, count
+  def prefill(
+    self,
+    length: int,
+    adapters: np.ndarray,
+    slots: np.ndarray,
+    ids: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
   ) -> tuple[Array, Tree]:
-    """A chunk of a prompt: ids int32 [t], `count` real ones from `start` on,
-    read with adapters int32 [z] into a slot."""
-    row, start, count = (np.array([a], np.int32) for a in (slot, start, count))
-    args = adapters[None], row, start, ids[None], start, count
-    return self._run(('fill', t, room), *args)
+    """Reads a chunk of n prompts.
 
-  def attach(
-    self, room: int, adapters: np.ndarray, slot: int, states: Array, length: int
-  ) -> None:
-    """Puts encoded inputs [room, d] into a slot."""
-    row, length = (np.array([a], np.int32) for a in (slot, length))
-    start = np.zeros(1, np.int32)
-    args = adapters[None], row, start, states[None], length
-    self._run(('attach', room), *args)
+    Args:
+      length: of the cache.
+      adapters: int32 [n, z]; slots: int32 [n].
+      ids: int32 [n, t]; starts: int32 [n], positions of the first;
+      counts: int32 [n], the number of real ids.
+
+    Returns:
+      states [n, t, d], and the experts' weights.
+    """
+    key = 'prefill', *ids.shape, length
+    return self._run(key, adapters, slots, starts, ids, starts, counts)
 
   def encode(
-    self, s: int, adapters: np.ndarray, ids: np.ndarray, length: int
+    self, s: int, adapters: np.ndarray, ids: np.ndarray, size: int
   ) -> Array:
-    """Inputs int32 [s], `length` of them real, as states [room, d]."""
+    """Inputs int32 [s], `size` of them real, as states [length, d].
+
+    Args:
+      adapters: int32 [z].
+    """
     none = np.zeros(1, np.int32)
-    length = np.array([length], np.int32)
-    args = adapters[None], none, none, ids[None], length
+    size = np.array([size], np.int32)
+    args = adapters[None], none, none, ids[None], size
     return self._run(('encode', s), *args)
 
-  def score(
-    self, t: int, adapters: np.ndarray, *args: np.ndarray | Array
+  def attach(
+    self, adapters: np.ndarray, slot: int, states: Array, size: int
+  ) -> None:
+    """Writes encoded inputs [length, d] to a slot."""
+    slot, size = (np.array([a], np.int32) for a in (slot, size))
+    start = np.zeros(1, np.int32)
+    args = adapters[None], slot, start, states[None], size
+    self._run(('attach', len(states)), *args)
+
+  def score_prompts(
+    self, adapters: np.ndarray, states: Array, next_ids: np.ndarray
   ) -> tuple[Array, ...]:
-    w = self._weights
-    return self.programs[('score', t)](w.params, w.bank, adapters[None], *args)
+    """See `decoder_programs.score`."""
+    w = self.weights
+    program = self.programs[('score', *next_ids.shape)]
+    return program(w.params, w.bank, adapters, states, next_ids)
+
+  def score_answer(
+    self,
+    adapters: np.ndarray,
+    ids: np.ndarray,
+    next_ids: np.ndarray,
+    states: Array,
+    size: int,
+  ) -> Array:
+    """See `encoder_decoder_programs.score`; without the axis of rows."""
+    none, size = np.zeros(1, np.int32), np.array([size], np.int32)
+    args = ids[None], next_ids[None], states[None], size
+    key = 'score', len(states)
+    return self._run(key, adapters[None], none, none, *args)
 
   def copy(self, source: int, target: int) -> None:
+    """Copies a slot's keys and values to another."""
     program = self.programs[('copy',)]
     self._cache = program(self._cache, np.int32(source), np.int32(target))
 
   def clear(self, slot: int) -> None:
+    """Writes zeros to a slot's keys and values."""
     self._cache = self.programs[('clear',)](self._cache, np.int32(slot))
 
-  def _run(self, key: Key, adapters, rows, places, *inputs) -> Any:
-    """Calls a method: what it says."""
-    method, length = self.programs.methods[key]
+  def _run(self, key: Key, adapters, slots, positions, *inputs) -> Any:
+    """Calls a method of the model: its outputs."""
+    method, w = self.programs.methods[key], self.weights
     cached = method.put is not None
-    w = self._weights
     layers, bank = w.layers[method.side], w.layer_bank(method.side)
-    if w.together:
-      cache, said = self.programs[key](
+    if w.scan:
+      cache, outputs = self.programs[key](
         *(w.params, layers, w.bank, bank, self._cache if cached else {}),
-        *(adapters, rows, places, *inputs),
+        *(adapters, slots, positions, *inputs),
       )
       if cached:
         self._cache = cache
-      return said
+      return outputs
     shared = w.params, w.bank, adapters
     x, flow = self.programs[(*key, 'before')](*shared, *inputs)
-    told, program = [], self.programs[(*key, 'layer')]
-    for i in range(length):
+    weights, program = [], self.programs[(*key, 'layer')]
+    for i, layer in enumerate(layers):
       cache = self._cache[i] if cached else {}
-      x, cache, own = program(
-        *(layers[i], bank, cache, adapters, rows, places, np.int32(i), x, flow)
+      x, cache, layer_weights = program(
+        *(layer, bank, cache, adapters, slots, positions, np.int32(i), x, flow)
       )
-      told.append(own)
+      weights.append(layer_weights)
       if cached:
         self._cache[i] = cache
-    return self.programs[(*key, 'after')](*shared, x, told, *inputs)
+    return self.programs[(*key, 'after')](*shared, x, weights, *inputs)

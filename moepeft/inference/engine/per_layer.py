@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's method for n rows: what comes before its layers, a layer, the rest.
+"""A model's method for n rows, split into three: before its layers, a layer,
+and after them.
 
 Each is a program of its own, and the layer's serves all layers: it is compiled
 in the time of one, however many there are. One program of SmolLM2's 30 layers
-with two forms of adapters takes 20 s to compile on CPU and a server needs 18,
+with two buckets of adapters takes 20 s to compile on CPU and a server needs 18,
 whose kernels are together more than Linux lets a process map (65,530 areas);
 one that scans the layers copies each layer's weights out of their stack at
 every token, which doubles a step's time there. On an accelerator, where the
 start of a program costs more than a layer, the three are one that scans.
 
-A row has its own cache, places and adapters; the base's weights are shared.
-z is the number of forms that adapters have.
+A row has its own cache, positions and adapters; the base's weights are shared.
+z is the number of buckets that adapters have.
 """
 
 import dataclasses
@@ -23,42 +24,14 @@ import jax.numpy as jnp
 from moepeft.core.types import Array, Context, Tree
 
 
-def weights(collection: Tree) -> dict[str, Array]:
-  """{site and adapter: float32 [t, e]}, means over layers and heads.
-
-  Args:
-    collection: of one row, [1, t, (heads,) e] each, layers scanned or not.
-  """
-  found: dict[str, list[Array]] = {}
-  _walk(collection, (), False, found)
-  return {
-    path: jnp.mean(jnp.stack(of_layers), axis=0).astype(jnp.float32)
-    for path, of_layers in found.items()
-  }
-
-
-def _walk(tree, path, scanned, found):
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      of_layer = key.partition('_')[0] == 'layers'
-      inner = path if of_layer else (*path, key)
-      _walk(value, inner, scanned or key == 'layers', found)
-      continue
-    # Sown values are tuples, one for each call.
-    for a in value:
-      a = jnp.mean(a, axis=0) if scanned else a
-      a = jnp.mean(a[0].reshape(a.shape[1], -1, a.shape[-1]), axis=1)
-      found.setdefault('/'.join(path), []).append(a)
-
-
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-  """What every method is of.
+  """A module and the way to a row's adapters.
 
   Attributes:
-    module: with the pool's adapter map.
-    row_tree: of the banks.
-    routing: whether experts are told, else {}.
+    module: its adapter_map is that of the adapter pool.
+    row_tree: as of `AdapterPool`.
+    routing: whether programs report the experts' weights, else {}.
   """
 
   module: Any
@@ -68,46 +41,47 @@ class ServedModel:
 
 @dataclasses.dataclass(frozen=True)
 class LayeredMethod:
-  """A method that calls one stack of layers.
+  """A method of a model that calls one stack of layers.
 
   Attributes:
     name: of the module's method.
-    side: 'encoder' or 'decoder', whose layers it calls.
-    ask: (stack, *row) -> the method's arguments for one row; `stack` is for
-      its `Context`.
-    say: (result, {path: [n, t, e]}) -> what comes of it for all rows.
+    side: 'encoder' or 'decoder', the stack that it calls.
+    arguments: (stack, *row) -> the method's arguments for one row; `stack` is
+      for its `Context`.
+    outputs: (result, {path: [n, t, e]}, *rows) -> the program's outputs for
+      all rows.
     cut: (a layer's cache, rows [n]) -> those rows of it.
-    put: (a layer's cache, rows [n], places [n], what came of the cut) -> it;
-      None where nothing is kept.
+    put: (a layer's cache, rows [n], positions [n], extended cut) -> the cache;
+      None where no cache is written.
   """
 
   model: ServedModel
   name: str
   side: str
-  ask: Callable[..., tuple]
-  say: Callable[[Any, dict[str, Array]], Any]
+  arguments: Callable[..., tuple]
+  outputs: Callable[..., Any]
   cut: Callable[[Tree, Array], Tree] = lambda cache, rows: {}
   put: Callable[[Tree, Array, Array, Tree], Tree] | None = None
 
   def before(self, params: Tree, bank: Tree, adapters: Array, *rows: Array):
-    """What the layers are called with.
+    """Computes the arguments of the first layer.
 
     Args:
       params, bank: what is of no layer; see `split`.
       adapters: int32 [n, z].
-      rows: [n, ...] each, what `ask` takes.
+      rows: [n, ...] each, the arguments of `arguments`.
 
     Returns:
       x [n, 1, t, d] and (context, further arguments).
     """
 
-    def one(adapters, *row):
-      found = []
-      self._apply(params, bank, adapters, row, lambda *a: _note(found, *a))
-      ((_, _, x, ctx, args),) = found
+    def of_row(adapters, *row):
+      calls = []
+      self._apply(params, bank, adapters, row, lambda *a: _record(calls, *a))
+      ((_, _, x, ctx, args),) = calls
       return x, (ctx, args)
 
-    return jax.vmap(one)(adapters, *rows)
+    return jax.vmap(of_row)(adapters, *rows)
 
   def layer(
     self,
@@ -116,25 +90,26 @@ class LayeredMethod:
     cache: Tree,
     adapters: Array,
     rows: Array,
-    places: Array,
+    positions: Array,
     number: Array,
     x: Array,
     flow: tuple[Context, tuple],
     block: Any,
   ) -> tuple[Array, Tree, dict[str, Array]]:
-    """
+    """Computes one layer.
+
     Args:
       params: this layer's; bank: all layers'.
       cache: this layer's, [slots, ...].
-      rows: int32 [n], slots; places: int32 [n], where the first token stands.
+      rows: int32 [n], slots; positions: int32 [n], of each row's first token.
       number: int32 scalar, the layer's.
       block: of `block`.
 
     Returns:
-      x, the cache, and the weights of experts.
+      x, the cache, and the experts' weights.
     """
 
-    def one(adapters, cache, x, flow):
+    def of_row(adapters, cache, x, flow):
       ctx, args = flow
       peft = self.model.row_tree(bank, adapters, number)
       variables = {'params': params, 'peft': peft}
@@ -144,13 +119,15 @@ class LayeredMethod:
       x, changed = block.apply(
         variables, x, ctx, *args, mutable=['cache', 'weights']
       )
-      told = {self.side: {'layers_0': changed.get('weights', {})}}
-      told = weights(told) if self.model.routing else {}
-      return x, changed.get('cache', {}), told
+      weights = {self.side: {'layers_0': changed.get('weights', {})}}
+      weights = expert_weights(weights) if self.model.routing else {}
+      return x, changed.get('cache', {}), weights
 
-    own = self.cut(cache, rows)
-    x, own, told = jax.vmap(one)(adapters, own, x, flow)
-    return x, self.put(cache, rows, places, own) if self.put else {}, told
+    row_cache = self.cut(cache, rows)
+    x, row_cache, weights = jax.vmap(of_row)(adapters, row_cache, x, flow)
+    if self.put is None:
+      return x, {}, weights
+    return x, self.put(cache, rows, positions, row_cache), weights
 
   def after(
     self,
@@ -158,48 +135,85 @@ class LayeredMethod:
     bank: Tree,
     adapters: Array,
     x: Array,
-    told: Sequence[dict[str, Array]],
+    layer_weights: Sequence[dict[str, Array]],
     *rows: Array,
   ) -> Any:
-    """What is said, of the last layer's x and of what all layers told."""
+    """Computes the outputs from the last layer's x.
 
-    def one(adapters, x, *row):
+    Args:
+      layer_weights: the experts' weights of each layer.
+    """
+
+    def of_row(adapters, x, *row):
       stack = lambda *_: x  # noqa: E731
       return self._apply(params, bank, adapters, row, stack)
 
-    result, own = jax.vmap(one)(adapters, x, *rows)
-    told = jax.tree.map(lambda *a: jnp.mean(jnp.stack(a), axis=0), *told)
-    return self.say(result, own | told)
+    result, weights = jax.vmap(of_row)(adapters, x, *rows)
+    mean = lambda *a: jnp.mean(jnp.stack(a), axis=0)  # noqa: E731
+    weights |= jax.tree.map(mean, *layer_weights)
+    return self.outputs(result, weights, *rows)
 
-  def block(self, *args: Any) -> tuple[Any, int]:
-    """A layer's module, and how many there are.
+  def block(self, *args: Any) -> Any:
+    """A layer's module.
 
     Args:
-      args: shapes of what `before` takes.
+      args: shapes of the arguments of `before`.
     """
-    found = []
+    calls = []
 
-    def one(params, bank, adapters, *rows):
+    def of_row(params, bank, adapters, *rows):
       row = [a[0] for a in rows]
-      note = lambda *a: _note(found, *a)  # noqa: E731
-      self._apply(params, bank, adapters[0], row, note)
+      record = lambda *a: _record(calls, *a)  # noqa: E731
+      self._apply(params, bank, adapters[0], row, record)
 
-    jax.eval_shape(one, *args)
-    ((block, length, _, _, _),) = found
-    return block, length
+    jax.eval_shape(of_row, *args)
+    ((block, *_),) = calls
+    return block
 
   def _apply(self, params, bank, adapters, row, stack):
-    """The module's method, with something else for its layers.
+    """Calls the module's method with a function in place of its layers.
 
-    What the layers' result does not reach is left out by the compiler.
+    Computations that do not reach the layers' arguments, or do not depend on
+    their result, are removed by the compiler.
     """
     model = self.model
     variables = {'params': params, 'peft': model.row_tree(bank, adapters)}
     result, changed = model.module.apply(
-      variables, *self.ask(stack, *row), method=self.name, mutable=['weights']
+      variables,
+      *self.arguments(stack, *row),
+      method=self.name,
+      mutable=['weights'],
     )
-    told = weights(changed.get('weights', {})) if model.routing else {}
-    return result, told
+    weights = changed.get('weights', {})
+    return result, expert_weights(weights) if model.routing else {}
+
+
+def expert_weights(collection: Tree) -> dict[str, Array]:
+  """{site and adapter: float32 [t, e]}, means over layers and heads.
+
+  Args:
+    collection: sown in one row, [1, t, (heads,) e] each, layers scanned or not.
+  """
+  by_path: dict[str, list[Array]] = {}
+  _collect(collection, (), False, by_path)
+  return {
+    path: jnp.mean(jnp.stack(layers), axis=0).astype(jnp.float32)
+    for path, layers in by_path.items()
+  }
+
+
+def _collect(tree, path, scanned, by_path):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      is_layer = key.partition('_')[0] == 'layers'
+      inner = path if is_layer else (*path, key)
+      _collect(value, inner, scanned or key == 'layers', by_path)
+      continue
+    # Sown values are tuples, one for each call.
+    for a in value:
+      a = jnp.mean(a, axis=0) if scanned else a
+      a = jnp.mean(a[0].reshape(a.shape[1], -1, a.shape[-1]), axis=1)
+      by_path.setdefault('/'.join(path), []).append(a)
 
 
 def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:
@@ -214,19 +228,19 @@ def split(tree: Tree) -> tuple[Tree, dict[str, Tree]]:
 
 
 def split_bank(bank: Tree) -> tuple[Tree, dict[str, Tree]]:
-  """`split` of every form: {form: tree}, and {side: {form: tree}}."""
+  """`split` of every bucket: {bucket: tree}, and {side: {bucket: tree}}."""
   rest, sides = {}, {}
-  for form, tree in bank.items():
-    rest[form], layers = split(tree)
-    for side, own in layers.items():
-      sides.setdefault(side, {})[form] = own
-  # Every form has a place in a row's numbers.
+  for bucket, tree in bank.items():
+    rest[bucket], layers = split(tree)
+    for side, side_layers in layers.items():
+      sides.setdefault(side, {})[bucket] = side_layers
+  # Every bucket has an entry in a row's slots.
   return rest, {
-    side: {form: found.get(form, {}) for form in bank}
-    for side, found in sides.items()
+    side: {bucket: buckets.get(bucket, {}) for bucket in bank}
+    for side, buckets in sides.items()
   }
 
 
-def _note(found: list, block, length, x, ctx, args) -> Array:
-  found.append((block, length, x, ctx, args))
+def _record(calls: list, block, length, x, ctx, args) -> Array:
+  calls.append((block, length, x, ctx, args))
   return x

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot a request gets, and whose keys and values it need not compute.
+"""Assignment of slots, and reuse of the keys and values of a common prefix.
 
-A slot keeps the text that its keys and values are of when its request has
-ended. A request that begins with the same text and has the same adapter, by
-the hash of its content, goes on from there.
+A slot keeps its tokens when its sequence has finished. A new sequence that
+begins with the same tokens and has the same adapter, by the hash of its
+content, continues from there.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-# A shorter beginning is not worth a copy.
-_WORTH = 16
+# A shorter prefix is not worth a copy.
+_MIN_COPY = 16
 
 
 @dataclasses.dataclass
@@ -18,20 +18,20 @@ class Slot:
   """A row of the cache.
 
   Attributes:
-    ids: what its keys and values are of, from the first place on.
-    sha256: of the adapter that they were computed with.
-    busy: whether a request has it.
-    used: when it was last taken or left; the greater the later.
+    ids: the tokens whose keys and values it holds, from position 0 on.
+    sha256: hash of the adapter that they were computed with.
+    busy: whether a sequence has it.
+    last_used: when it was taken or released; the greater the later.
   """
 
   number: int
   ids: list[int] = dataclasses.field(default_factory=list)
   sha256: str = ''
   busy: bool = False
-  used: int = 0
+  last_used: int = 0
 
-  def shared(self, ids: Sequence[int], sha256: str) -> int:
-    """How many of the first ids are there already."""
+  def common_prefix(self, ids: Sequence[int], sha256: str) -> int:
+    """The number of first ids whose keys and values it holds."""
     if self.sha256 != sha256:
       return 0
     pairs = enumerate(zip(self.ids, ids, strict=False))
@@ -42,10 +42,10 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class SlotAssignment:
-  """Where a request goes.
+  """The slot of a new sequence.
 
   Attributes:
-    slot: now busy; its ids are those that are there already.
+    slot: now busy; its ids are those that need not be computed.
     source: the slot whose keys and values must be copied first, or None.
   """
 
@@ -61,16 +61,16 @@ class PrefixCache:
     self._clock = 0
 
   def free(self) -> int:
-    """How many slots no request has."""
+    """The number of slots that no sequence has."""
     return sum(not slot.busy for slot in self.slots)
 
   def take(self, ids: Sequence[int], sha256: str) -> SlotAssignment:
-    """Gives a free slot: one with the longest common beginning, or the one
-    used longest ago, into which that beginning is copied where the slot that
-    has it is busy or has more to lose than there is to gain.
+    """Assigns a free slot: the one with the longest common prefix, or the one
+    used longest ago, into which that prefix is copied where the slot that has
+    it is busy or would lose more than the copy costs.
 
     Args:
-      ids: what of the prompt may be taken over; () for nothing.
+      ids: the tokens that may be reused; () for none.
 
     Raises:
       ValueError: no slot is free.
@@ -78,27 +78,28 @@ class PrefixCache:
     free = [slot for slot in self.slots if not slot.busy]
     if not free:
       raise ValueError('no slot is free; look at `free` first')
-    oldest = min(free, key=lambda slot: (len(slot.ids) > 0, slot.used))
-    best = max(self.slots, key=lambda slot: slot.shared(ids, sha256))
-    shared = best.shared(ids, sha256)
-    inside = not best.busy and (best is oldest or 2 * shared >= len(best.ids))
-    if shared and inside:
-      return self._taken(best, best.ids[:shared], sha256)
-    if shared >= _WORTH:
-      return self._taken(oldest, best.ids[:shared], sha256, best)
-    return self._taken(oldest, [], sha256)
+    oldest = min(free, key=lambda slot: (len(slot.ids) > 0, slot.last_used))
+    best = max(self.slots, key=lambda slot: slot.common_prefix(ids, sha256))
+    prefix = best.common_prefix(ids, sha256)
+    in_place = not best.busy and (best is oldest or 2 * prefix >= len(best.ids))
+    if prefix and in_place:
+      return self._assign(best, best.ids[:prefix], sha256)
+    if prefix >= _MIN_COPY:
+      return self._assign(oldest, best.ids[:prefix], sha256, best)
+    return self._assign(oldest, [], sha256)
 
-  def leave(self, slot: Slot) -> None:
-    """The request has ended; what the slot holds may be used again."""
+  def release(self, slot: Slot) -> None:
+    """Frees a slot; its keys and values may be reused."""
     self._clock += 1
-    slot.busy, slot.used = False, self._clock
+    slot.busy, slot.last_used = False, self._clock
 
-  def forget(self, slot: Slot) -> None:
-    """Its keys and values are of nothing any more."""
-    slot.ids = []
+  def invalidate(self) -> None:
+    """Marks the keys and values of all slots as stale."""
+    for slot in self.slots:
+      slot.ids = []
 
-  def _taken(self, slot, ids, sha256, source=None):
+  def _assign(self, slot, ids, sha256, source=None):
     self._clock += 1
     slot.ids, slot.sha256 = list(ids), sha256
-    slot.busy, slot.used = True, self._clock
+    slot.busy, slot.last_used = True, self._clock
     return SlotAssignment(slot, source)

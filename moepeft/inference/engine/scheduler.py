@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: who runs, what is computed next, and how each one ends.
+"""Continuous batching: the policy of who runs, what is computed next, and how
+each sequence ends.
 
 For the engine's thread alone.
 """
@@ -7,6 +8,8 @@ For the engine's thread alone.
 import collections
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 from moepeft.inference.api import (
   CANCELLED,
@@ -20,190 +23,224 @@ from moepeft.inference.api import (
   Token,
   TokenLogprob,
 )
+from moepeft.inference.engine import sampler
 from moepeft.inference.engine.fair_queue import FairQueue
-from moepeft.inference.engine.limits import check_length
+from moepeft.inference.engine.limits import at_least, check_length
 from moepeft.inference.engine.model_runner import ModelRunner
-from moepeft.inference.engine.prefill import Chunks, Inputs, Reader
+from moepeft.inference.engine.prefill import (
+  DecoderPrefill,
+  EncoderDecoderPrefill,
+)
 from moepeft.inference.engine.prefix_cache import PrefixCache
-from moepeft.inference.engine.sequence import Running
-from moepeft.inference.engine.step import step
+from moepeft.inference.engine.sequence import Sequence
 
 # So many computations that fail one after the other are no request's fault.
 _BROKEN = 4
 
 
 class Scheduler:
-  """Requests that wait, and those that have slots.
+  """The sequences that wait, and those that have slots.
 
   Attributes:
-    finished: requests by the reason of their end.
-    prompt_tokens, cached_tokens, answer_tokens: of those.
-    seconds: that a request has a slot, about.
+    finished: number of requests by the reason of their end.
+    prompt_tokens, cached_tokens, answer_tokens: totals of those.
+    slot_seconds: moving average of the time for which a request has a slot.
     broken: why nothing can be computed any more; ''.
   """
 
-  def __init__(self, core: ModelRunner, ended: Callable[[Running], None]):
+  def __init__(
+    self, runner: ModelRunner, on_finish: Callable[[Sequence], None]
+  ):
     """
     Args:
-      ended: called with each request after its last event.
+      on_finish: called with each sequence after its last event.
     """
-    self._core, self._ended = core, ended
-    self._texts = PrefixCache(core.settings.slots)
-    decoder_only = hasattr(core.model, 'extend')
-    self._reader: Reader = (Chunks if decoder_only else Inputs)(
-      core, self._texts
-    )
-    self._turns: FairQueue[Running] = FairQueue()
-    self._rows: list[Running] = []
+    self._runner, self._on_finish = runner, on_finish
+    self._slots = PrefixCache(runner.config.slots)
+    decoder_only = hasattr(runner.model, 'extend')
+    prefill = DecoderPrefill if decoder_only else EncoderDecoderPrefill
+    self.prefill = prefill(runner, self._slots)
+    self._waiting: FairQueue[Sequence] = FairQueue()
+    self._running: list[Sequence] = []
     self._failures = 0
     self.finished: collections.Counter[str] = collections.Counter()
     self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
-    self.seconds = 1.0
+    self.slot_seconds = 1.0
     self.broken = ''
 
   @property
   def busy(self) -> bool:
-    return bool(self._rows or len(self._turns))
+    return bool(self._running or len(self._waiting))
 
   @property
   def free(self) -> int:
-    """Slots that no request has."""
-    return self._texts.free()
+    """The number of slots that no sequence has."""
+    return self._slots.free()
 
-  def arrive(self, row: Running) -> None:
-    """Lets a request wait for its turn."""
-    self._turns.put(row.request.client, row)
+  def add_request(self, sequence: Sequence) -> None:
+    self._waiting.put(sequence.request.client, sequence)
 
   def waits_for(self, adapter: str) -> bool:
     """Whether a request of an adapter has no slot yet."""
-    return any(row.request.adapter == adapter for row in self._turns)
+    return any(s.request.adapter == adapter for s in self._waiting)
 
-  def turn(self) -> None:
-    """Ends what is over, admits, reads a chunk, and takes a step."""
+  def step(self) -> None:
+    """Ends what is cancelled or late, admits, prefills a chunk, and decodes."""
     now = time.monotonic()
-    for row in [*self._turns, *self._rows]:
-      if row.gone:
-        self.end(row, CANCELLED)
-      elif row.late(now):
-        self.end(row, TIME)
+    for sequence in [*self._waiting, *self._running]:
+      if sequence.cancelled:
+        self.finish(sequence, CANCELLED)
+      elif sequence.timed_out(now):
+        self.finish(sequence, TIME)
     self._admit()
-    self._read()
-    self._step()
+    self._prefill()
+    self._decode()
 
-  def end_all(self, reason: str, message: str = '') -> None:
-    for row in [*self._turns, *self._rows]:
-      self.end(row, reason, message)
+  def finish_all(self, reason: str, message: str = '') -> None:
+    for sequence in [*self._waiting, *self._running]:
+      self.finish(sequence, reason, message)
 
-  def end(self, row: Running, reason: str, message: str = '') -> None:
-    """Gives back what a request has, and says so."""
-    if row in self._rows:
-      self._rows.remove(row)
-      self.seconds += 0.1 * (time.monotonic() - row.began - self.seconds)
-    elif row in self._turns:
-      self._turns.remove(row.request.client, row)
-    if row.slot is not None:
-      self._leave(row, reason)
-    if row.held is not None:
-      self._core.banks.release(row.held)
-    count = Finished(
-      reason, len(row.request.ids), row.cached, len(row.answer), message
+  def finish(self, sequence: Sequence, reason: str, message: str = '') -> None:
+    """Frees a sequence's slot and adapter, and delivers its last event."""
+    if sequence in self._running:
+      self._running.remove(sequence)
+      seconds = time.monotonic() - sequence.started
+      self.slot_seconds += 0.1 * (seconds - self.slot_seconds)
+    elif sequence in self._waiting:
+      self._waiting.remove(sequence.request.client, sequence)
+    if sequence.slot is not None:
+      self._free_slot(sequence, reason)
+    if sequence.adapter is not None:
+      self._runner.adapters.release(sequence.adapter)
+    event = Finished(
+      reason,
+      len(sequence.request.prompt_ids),
+      sequence.cached,
+      len(sequence.answer),
+      message,
     )
     self.finished[reason] += 1
-    self.prompt_tokens += count.prompt
-    self.cached_tokens += count.cached
-    self.answer_tokens += count.answer
-    row.say(count)
-    self._ended(row)
+    self.prompt_tokens += event.prompt
+    self.cached_tokens += event.cached
+    self.answer_tokens += event.answer
+    sequence.emit(event)
+    self._on_finish(sequence)
 
-  def _leave(self, row: Running, reason: str) -> None:
-    """What was not seen to be numbers may reach no other request."""
-    if reason == FAILED or not row.sound:
-      self._texts.forget(row.slot)
-      self._try(lambda: self._core.clear(row.slot.number))
-    self._texts.leave(row.slot)
+  def invalidate(self) -> None:
+    """Forgets all prefixes and encoded inputs: the weights have changed."""
+    self._slots.invalidate()
+    if isinstance(self.prefill, EncoderDecoderPrefill):
+      self.prefill.forget()
+
+  def _free_slot(self, sequence: Sequence, reason: str) -> None:
+    """Clears a slot whose cache may contain NaN before it is reused."""
+    slot = sequence.slot
+    if reason == FAILED or not sequence.finite:
+      slot.ids = []
+      self._try(lambda: self._runner.clear(slot.number))
+    self._slots.release(slot)
 
   def _admit(self) -> None:
-    full = []
-    while len(self._turns) and self._texts.free() and not self.broken:
-      row = self._turns.take()
+    """Gives free slots to waiting sequences."""
+    adapters, config = self._runner.adapters, self._runner.config
+    put_off = []
+    while len(self._waiting) and self._slots.free() and not self.broken:
+      sequence = self._waiting.take()
+      request = sequence.request
       try:
-        row.hold(self._core.banks.hold(row.request.adapter))
-        # Another adapter may have come under its name since it was submitted.
-        front = len(row.held.before)
-        check_length(row.request, self._core.model, self._core.settings, front)
+        sequence.use(adapters.acquire(request.adapter))
+        # Another adapter may have its name by now.
+        soft_prompt = len(sequence.adapter.soft_prompt_ids)
+        check_length(request, self._runner.model, config, soft_prompt)
       except EngineFull:
-        # Another's end makes room; who needs no such room does not wait.
-        full.append(row)
+        # Another's end frees an adapter slot; others do not wait for it.
+        put_off.append(sequence)
         continue
       except Exception as e:
-        self.end(row, FAILED, _sentence(e))
+        self.finish(sequence, FAILED, _sentence(e))
         continue
-      row.began = time.monotonic()
-      self._rows.append(row)
-      self._of_row(row, self._reader.begin)
-    for row in reversed(full):
-      self._turns.put_back(row.request.client, row)
+      sequence.started = time.monotonic()
+      self._running.append(sequence)
+      self._guard([sequence], lambda s=sequence: self.prefill.begin(s))
+    for sequence in reversed(put_off):
+      self._waiting.put_back(sequence.request.client, sequence)
 
-  def _read(self) -> None:
-    """A part of the prompt that came first of those not read yet."""
-    row = next((row for row in self._rows if not row.read), None)
-    if row is not None:
-      self._of_row(row, self._reader.read)
-    for row in [*self._rows]:
-      if row.read and not row.request.length:
-        row.sound = True
-        self.end(row, LENGTH)
+  def _prefill(self) -> None:
+    """Reads a chunk of the prompts that came first."""
+    batch = [s for s in self._running if not s.prefilled]
+    batch = batch[: self.prefill.batch_size]
+    if batch:
+      self._guard(batch, lambda: self.prefill.read(batch))
+    for sequence in [*self._running]:
+      if sequence.prefilled and not sequence.request.max_new_tokens:
+        sequence.finite = True
+        self.finish(sequence, LENGTH)
 
-  def _step(self) -> None:
-    rows = [row for row in self._rows if row.read]
-    if not rows:
+  def _decode(self) -> None:
+    """Adds a token to every sequence whose prompt is read."""
+    batch = [s for s in self._running if s.prefilled]
+    if not batch:
       return
     try:
-      found = step(self._core, self._reader, rows)
+      tokens = self._next_tokens(batch)
     except Exception as e:
-      self._broke(rows, e)
+      self._fail(batch, e)
       return
     self._failures = 0
-    for row, one in zip(rows, found, strict=True):
-      if isinstance(one, Exception):
-        self.end(row, FAILED, _sentence(one))
+    for sequence, token in zip(batch, tokens, strict=True):
+      if isinstance(token, Exception):
+        self.finish(sequence, FAILED, _sentence(token))
       else:
-        self._of_row(row, lambda row, one=one: self._add(row, one))
+        self._guard([sequence], lambda s=sequence, t=token: self._append(s, t))
 
-  def _add(self, row: Running, scored: TokenLogprob) -> None:
-    """A token of the answer, and whether it was the last."""
-    self._reader.stepped(row)
-    row.add(scored.id)
-    reason, request = '', row.request
-    if scored.id in request.ends:
+  def _next_tokens(
+    self, batch: list[Sequence]
+  ) -> list[TokenLogprob | Exception]:
+    runner, prefill = self._runner, self.prefill
+    n = at_least(runner.config.batch_sizes, len(batch))
+    # A row that no sequence has computes the first again.
+    rows = [*batch, *[batch[0]] * (n - len(batch))]
+    output = runner.decode(
+      n,
+      at_least(runner.cache_lens, max(map(prefill.cache_len, batch))),
+      np.stack([sequence.adapter.row for sequence in rows]),
+      np.array([sequence.slot.number for sequence in rows], np.int32),
+      *prefill.inputs(rows),
+    )
+    return sampler.sample(runner.programs, batch, output)
+
+  def _append(self, sequence: Sequence, token: TokenLogprob) -> None:
+    """Delivers a token, and finishes the sequence if it was the last."""
+    self.prefill.record_step(sequence)
+    sequence.append(token.id)
+    reason, request = '', sequence.request
+    if token.id in request.eos_token_ids:
       reason = STOP
-    elif request.constraint and request.constraint.accept(scored.id):
+    elif request.constraint and request.constraint.accept(token.id):
       reason = STOP
-    elif len(row.answer) >= request.length:
+    elif len(sequence.answer) >= request.max_new_tokens:
       reason = LENGTH
-    row.say(Token(scored))
+    sequence.emit(Token(token))
     if reason:
-      self.end(row, reason)
+      self.finish(sequence, reason)
 
-  def _of_row(self, row: Running, do: Callable[[Running], None]) -> None:
-    """What only one request is part of."""
+  def _guard(self, batch: list[Sequence], do: Callable[[], None]) -> None:
+    """Does what only some sequences are part of."""
     try:
-      do(row)
+      do()
     except Exception as e:
-      self._broke([row], e)
+      self._fail(batch, e)
 
-  def _broke(self, rows: list[Running], error: Exception) -> None:
-    """Ends those that a failed computation was for; the others go on."""
+  def _fail(self, batch: list[Sequence], error: Exception) -> None:
+    """Ends the sequences of a failed computation; the others go on."""
     self._failures += not isinstance(error, ArithmeticError | ValueError)
-    lost = not self._core.whole
-    if lost:
-      # It was being written over.
-      rows = [*self._rows]
-      for slot in self._texts.slots:
-        self._texts.forget(slot)
-      self._try(self._core.renew)
-    for row in rows:
-      self.end(row, FAILED, _sentence(error))
+    if not self._runner.cache_intact:
+      # The failed program was writing to it.
+      batch = [*self._running]
+      self._slots.invalidate()
+      self._try(self._runner.reset_cache)
+    for sequence in batch:
+      self.finish(sequence, FAILED, _sentence(error))
     if self._failures >= _BROKEN:
       self._give_up(error)
 
@@ -221,10 +258,10 @@ class Scheduler:
 
 
 def _sentence(error: Exception) -> str:
-  """For the one who asked: ours as they are, of others the first line."""
+  """The message for the client: our own errors as they are, of others the
+  first line."""
   text = (str(error).splitlines() or [''])[0][:300]
-  if type(error) in (ValueError, ArithmeticError) or isinstance(
-    error, RequestRefused
-  ):
+  own_types = (ValueError, ArithmeticError)
+  if type(error) in own_types or isinstance(error, RequestRefused):
     return text
   return f'{type(error).__name__}: {text}'

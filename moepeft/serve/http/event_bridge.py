@@ -10,6 +10,7 @@ from starlette.types import Receive
 
 from moepeft.inference import api
 from moepeft.inference.api import Event, Finished, Request
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.body import ClientDisconnected
 from moepeft.serve.http.errors import server_error
 
@@ -23,7 +24,7 @@ _GRACE = 30.0
 class ClientRequests:
   """Requests of one client, which end together at the latest by `close`."""
 
-  def __init__(self, engine: api.Engine, requests: Sequence[Request]):
+  def __init__(self, engine: Engine, requests: Sequence[Request]):
     """Hands all of them to the engine, or none.
 
     Raises:
@@ -65,7 +66,7 @@ class ClientRequests:
       yield batch
 
   async def _next(self) -> IndexedEvent:
-    times = [request.seconds for request in self._open.values()]
+    times = [request.timeout for request in self._open.values()]
     most = None if None in times else max(times) + _GRACE
     try:
       return await asyncio.wait_for(self._events.get(), most)

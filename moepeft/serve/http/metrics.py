@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily as Counted
 from prometheus_client.core import GaugeMetricFamily as Gauged
 from prometheus_client.core import Metric
 
-from moepeft.inference import api
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.request_stats import RequestStats
 
 CONTENT = prometheus.CONTENT_TYPE_LATEST
@@ -31,7 +31,7 @@ _COUNTERS = {
 class Metrics:
   """A registry of its own: two servers in a process do not mix."""
 
-  def __init__(self, engine: api.Engine):
+  def __init__(self, engine: Engine):
     self._registry = prometheus.CollectorRegistry()
     self._registry.register(_Stats(engine))
     self._requests = prometheus.Counter(
@@ -75,7 +75,7 @@ class Metrics:
 class _Stats:
   """The engine's own counts, asked for when they are read."""
 
-  def __init__(self, engine: api.Engine):
+  def __init__(self, engine: Engine):
     self._engine = engine
 
   def collect(self) -> Iterator[Metric]:

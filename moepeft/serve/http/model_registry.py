@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepeft.inference import api
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.http.chat_templates import ChatSettings, chat_settings
 from moepeft.serve.http.errors import model_not_found
 
@@ -41,7 +42,7 @@ class ModelRegistry:
 
   def __init__(
     self,
-    engine: api.Engine,
+    engine: Engine,
     base: str,
     sha256: str,
     chat_settings_: ChatSettings,
@@ -85,7 +86,7 @@ class ModelRegistry:
         model_fingerprint = fingerprint(self._sha256, loaded.sha256)
         settings = self._chat_settings.get(name, self._base_chat)
         return ServedModel(
-          name, name, model_fingerprint, settings, loaded.before
+          name, name, model_fingerprint, settings, loaded.soft_prompt_length
         )
     raise model_not_found(name, self.names())
 

@@ -11,6 +11,7 @@ import numpy as np
 from moepeft.inference import api
 from moepeft.inference.api import Constraint
 from moepeft.inference.constraints.grammar import Compiler
+from moepeft.inference.engine.engine import Engine
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import (
   ApiError,
@@ -75,7 +76,7 @@ def answer_length(
   requested: int | None,
   default: int | None,
   prompt: int,
-  engine: api.Engine,
+  engine: Engine,
   limits: RequestLimits,
   param: str,
   before: int = 0,
@@ -92,12 +93,13 @@ def answer_length(
   Raises:
     ApiError: more than the server gives, or there is no room.
   """
-  most, places = limits.answer or engine.places, engine.places - before
+  places = engine.max_model_len - before
+  most = limits.answer or engine.max_model_len
   if requested is not None and requested > most:
     raise invalid_request(
       f'max_tokens is at most {most:,} here; got {requested:,}', 'max_tokens'
     )
-  room = places - prompt if engine.decoder_only else engine.places
+  room = places - prompt if engine.decoder_only else engine.max_model_len
   if prompt > places or room < (0 if requested == 0 else 1):
     raise ApiError(
       400,
@@ -168,7 +170,7 @@ def _compile_constraint(
 
 
 def submit(
-  engine: api.Engine, requests: Sequence[api.Request], param: str
+  engine: Engine, requests: Sequence[api.Request], param: str
 ) -> ClientRequests:
   """
   Args:

@@ -3,8 +3,8 @@
 
 import dataclasses
 
-from moepeft.inference import api
 from moepeft.inference.constraints.grammar import Compiler
+from moepeft.inference.engine.engine import Engine
 from moepeft.serve.embeddings.encoder import SentenceEmbedder
 from moepeft.serve.http.bounded import BoundedThread
 from moepeft.serve.http.errors import invalid_request
@@ -28,7 +28,7 @@ class Service:
     vectors: the thread that embeds texts, so that long ones delay no chat.
   """
 
-  engine: api.Engine
+  engine: Engine
   tokenizer: ServedTokenizer
   models: ModelRegistry
   metrics: Metrics

@@ -25,7 +25,7 @@ async def tokenize(service: Service, request: Request) -> JSONResponse:
   response = {
     'tokens': list(ids),
     'count': len(ids),
-    'max_model_len': service.engine.places - model.before,
+    'max_model_len': service.engine.max_model_len - model.before,
   }
   return JSONResponse(response)
 

@@ -15,7 +15,7 @@ from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import render as chat_render
 from moepeft.data.chat.formats import Conversation, Turn
 from moepeft.data.example import BadRow
-from moepeft.data.registry import open_data
+from moepeft.data.sources import open_data
 from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
@@ -319,7 +319,7 @@ def opened(path, saved, **changes):
   config = data(path, saved, **changes)
   words = HuggingFaceTokenizer(saved)
   form = CausalCollator(words, config.length, config.truncation)
-  return open_data(config, 0, own=form), words.tokenizer
+  return open_data(config, 0, collator=form), words.tokenizer
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_template_that_trains_nothing_is_told(tmp_path, saved):
 def test_chat_needs_a_tokenizer_with_a_template(tmp_path, tokenizer):
   config = data(written(tmp_path, ALPACA), 'bytes')
   with pytest.raises(ValueError, match='need a tokenizer with a chat template'):
-    open_data(config, 0, own=CausalCollator(ByteTokenizer(), 64))
+    open_data(config, 0, collator=CausalCollator(ByteTokenizer(), 64))
   bare = chat_cases.tokenizer(None)
   with pytest.raises(ValueError, match='has no chat template'):
     chat_dataset.ChatTemplate(bare)

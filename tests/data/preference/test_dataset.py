@@ -14,7 +14,7 @@ from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator, Sample
 from moepeft.data.loader import make_loader
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.registry import open_data
+from moepeft.data.sources import open_data
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 
 WORDS = ByteTokenizer()
@@ -209,8 +209,10 @@ def test_plain_text_refuses_what_only_a_template_writes(tmp_path):
 def test_replayed_text_is_refused_before_anything_is_read(tmp_path):
   data = data_of(tmp_path, rows_of(), replay='no.txt', replay_rate=0.1)
   data.path = 'no.json'
-  with pytest.raises(ValueError, match='cannot be mixed into answers'):
-    open_data(data, 0, own=samples())
+  with pytest.raises(
+    ValueError, match='cannot be mixed into config.data.source'
+  ):
+    open_data(data, 0, collator=samples())
 
 
 def test_a_template_s_last_turn_is_the_answer(tmp_path):
@@ -284,7 +286,7 @@ def test_lines_and_compressed_lines_are_rows_too(tmp_path):
 def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
   data = data_of(tmp_path, rows_of(10), validation_fraction=0.2)
   own = samples(judged=True)
-  found = open_data(data, 0, own=own)
+  found = open_data(data, 0, collator=own)
   assert sorted(item.idx for item in found.held_out) == [8, 8, 9, 9]
   seen = {found.train[i].idx for i in range(40)}
   assert seen == set(range(8))
@@ -293,12 +295,12 @@ def test_both_answers_to_a_prompt_are_held_out_together(tmp_path):
 def test_batches_go_on_where_a_run_was_cut(tmp_path):
   data = data_of(tmp_path, rows_of(7))
   own = samples()
-  found = open_data(data, 0, own=own)
-  one = make_loader(found, WORDS, data, 3, 0, own=own)
+  found = open_data(data, 0, collator=own)
+  one = make_loader(found, WORDS, data, 3, 0, collator=own)
   first = [next(one) for _ in range(2)]
   place = one.position()
   expected = next(one)
-  two = make_loader(found, WORDS, data, 3, 0, own=own)
+  two = make_loader(found, WORDS, data, 3, 0, collator=own)
   two.seek(place)
   again = next(two)
   for key, array in expected.items():

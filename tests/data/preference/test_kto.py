@@ -27,7 +27,7 @@ def read(tmp_path, labels, **changes):
   own = preference_dataset.objective_collator(
     data, 'kto', 'judged', CausalCollator(ByteTokenizer(), 64, **changes)
   )
-  return own, open_data(data, 0, own=own)
+  return own, open_data(data, 0, collator=own)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from moepeft.data import fingerprint
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRows
-from moepeft.data.readers import huggingface, jsonl, promptsource
+from moepeft.data.readers import READERS, huggingface, jsonl, promptsource
 from moepeft.data.readers.promptsource import PromptTemplate
 from moepeft.data.text import documents
 
@@ -152,11 +152,11 @@ def test_what_is_no_data_file_is_left_out_and_named(tmp_path, stray):
     (folder / 'train.jsonl').write_text(json.dumps(row))
     (folder / stray).write_bytes(json.dumps(row).encode() + b'\nold \xff')
     bad = BadRows()
-    kind = ('jsonl', 'text', 'chat')[number]
+    source = ('jsonl', 'text', 'chat')[number]
     data = config_lib.default().data
-    data.source, data.path = kind, str(folder)
+    data.source, data.path = source, str(folder)
     assert list(fingerprint.data_hashes(data)['path']) == ['train.jsonl']
-    fingerprint.data_files(str(folder), kind, bad)
+    fingerprint.data_files(str(folder), READERS[source].files, bad)
     assert bad.notes('p') == [f'p: left out, as no data files: {stray}']
     found = read(str(folder))
     assert len(found[0] if isinstance(found, tuple) else found) == 1
@@ -191,9 +191,9 @@ def test_what_is_left_out_reaches_the_user(tmp_path):
   ],
 )
 def test_endings_tell_what_is_data(name, data):
-  assert fingerprint.is_data_file(name, fingerprint.ENDINGS['jsonl']) == data
+  assert fingerprint.is_data_file(name, fingerprint.ROW_FILES.endings) == data
   assert not fingerprint.is_data_file(
-    'dataset_info.json', fingerprint.ENDINGS['chat']
+    'dataset_info.json', fingerprint.CHAT_FILES.endings
   )
 
 

@@ -13,7 +13,7 @@ from moepeft.data.__main__ import replayed, show
 from moepeft.data.batching import collators
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
-from moepeft.data.registry import open_data
+from moepeft.data.sources import open_data
 from moepeft.data.text import dataset as text_dataset
 from moepeft.data.text import documents, span_corruption
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
@@ -180,7 +180,7 @@ def test_next_tokens_are_refused_to_an_encoder(path):
 
 def test_text_is_held_out_at_the_end_and_drawn_in_epochs(path):
   form = CausalCollator(ByteTokenizer(), 3)
-  found = open_data(data(path, validation_fraction=0.2), 0, own=form)
+  found = open_data(data(path, validation_fraction=0.2), 0, collator=form)
   held = np.concatenate([s.ids[1:] for s in found.held_out])
   # 28 tokens are 9 pieces of 3 targets and one of less; the last two stay out.
   assert ByteTokenizer().decode(held.tolist()) == 'six'[-len(held) + 1 :]
@@ -217,13 +217,13 @@ def test_replayed_text_has_its_share_of_the_examples(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
   form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = open_data(data(path, **changes), 0, own=form)
+  found = open_data(data(path, **changes), 0, collator=form)
   # In each 1,024 places the rates are exact; z is 125.
   old = sum(found.train[i].ids[0] == 125 for i in range(1024))
   assert old == 256
   assert found.shares == {'a.txt': 0.75, changes['replay']: 0.25}
   config = data('', source='tasks', **changes)
-  found = open_data(config, 0, own=form)
+  found = open_data(config, 0, collator=form)
   mixed = form.encode([found.train[i] for i in range(16)])
   assert len(mixed) == 16
 
@@ -235,7 +235,7 @@ def test_a_file_that_is_moved_gives_its_rows_in_the_same_order(tmp_path):
     moved = tmp_path / folder / 'a.txt'
     moved.write_text('\n\n'.join(f'{i} words' for i in range(31)))
     read = open_data(
-      data(str(moved)), 0, own=CausalCollator(ByteTokenizer(), 5)
+      data(str(moved)), 0, collator=CausalCollator(ByteTokenizer(), 5)
     ).train
     found.append([read[i].ids.tolist() for i in range(40)])
   assert found[0] == found[1]
@@ -245,7 +245,7 @@ def test_the_share_of_replayed_tokens_is_told(path, tmp_path):
   (tmp_path / 'b.txt').write_text('zzzz' * 97)
   form = CausalCollator(ByteTokenizer(), 5)
   changes = {'replay': str(tmp_path / 'b.txt'), 'replay_rate': 0.25}
-  found = open_data(data(path, **changes), 0, own=form)
+  found = open_data(data(path, **changes), 0, collator=form)
   assert '25.0% of the examples (not of the tokens)' in found.notes[-1]
   # In whole rounds of 1,024 a quarter: five tokens of each against one.
   trained = [5 if found.replay[i][0] else 1 for i in range(1024)]
@@ -270,7 +270,9 @@ def test_the_command_tells_the_share_of_replayed_tokens(tmp_path, capsys):
 )
 def test_replay_needs_a_path_and_a_rate(path, changes):
   with pytest.raises(ValueError, match='config.data.replay is a path'):
-    open_data(data(path, **changes), 0, own=CausalCollator(ByteTokenizer(), 5))
+    open_data(
+      data(path, **changes), 0, collator=CausalCollator(ByteTokenizer(), 5)
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,12 @@ def test_entries_of_all_forms_have_names_of_their_own():
 
 
 @pytest.mark.parametrize(
-  ('method', 'advice'),
+  ('method', 'adapter_map'),
   [
     ('full', 'moepeft.convert --workdir'),
     ("lora + tokens(new='3')", "train those with method='full'"),
   ],
 )
-def test_what_changes_the_base_is_refused_with_what_to_do(method, advice):
-  with pytest.raises(ValueError, match=advice):
+def test_what_changes_the_base_is_refused_with_what_to_do(method, adapter_map):
+  with pytest.raises(ValueError, match=adapter_map):
     form(method)

@@ -70,7 +70,7 @@ def test_an_adapter_of_hugging_faces_peft_is_read(base, tmp_path):
   found = assert_reads(tmp_path / 'peft', base, tree)
   # Its sites are named in the file, ours are the default: one form.
   own = read_adapter(banked.save(tmp_path / 'own', base, METHOD)[0], base)
-  assert found.form.parts[0].kind == own.form.parts[0].kind
+  assert found.bucket.parts[0].kind == own.bucket.parts[0].kind
 
 
 def test_semantics_come_with_the_adapter(base, tmp_path):
@@ -131,4 +131,4 @@ def test_a_broken_adapter_leaves_what_was_loaded(base, tmp_path):
   with pytest.raises(ValueError, match='does not fit'):
     banks.load('it', str(tmp_path / 'less'))
   assert banks.loaded() == before
-  assert banks.hold('it').sha256 == before[0].sha256
+  assert banks.acquire('it').sha256 == before[0].sha256

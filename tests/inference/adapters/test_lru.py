@@ -15,7 +15,7 @@ def test_slot_zero_is_nobodys():
 def test_the_one_used_longest_ago_makes_room():
   slots = LruSlots(3)
   first, second = slots.take('a'), slots.take('b')
-  slots.hold('a')
+  slots.acquire('a')
   slots.release('a')
   assert slots.take('c') == second
   assert 'b' not in slots
@@ -25,8 +25,8 @@ def test_the_one_used_longest_ago_makes_room():
 def test_one_that_is_used_stays():
   slots = LruSlots(3)
   slots.take('a')
-  slots.hold('a')
-  slots.hold('a')
+  slots.acquire('a')
+  slots.acquire('a')
   slots.release('a')
   taken = slots.take('b')
   # 'a' is the older one.
@@ -37,21 +37,21 @@ def test_one_that_is_used_stays():
 def test_full_says_when_to_come_back_and_changes_nothing():
   slots = LruSlots(2)
   slots.take('a')
-  slots.hold('a')
-  assert not slots.room()
+  slots.acquire('a')
+  assert not slots.has_room()
   with pytest.raises(EngineFull, match='try again') as caught:
     slots.take('b')
   assert caught.value.seconds == 1
   assert 'a' in slots and 'b' not in slots
   slots.release('a')
-  assert slots.room()
+  assert slots.has_room()
   assert slots.take('b') == 1
 
 
 def test_a_slot_is_not_given_back_twice_nor_under_a_user():
   slots = LruSlots(3)
   slots.take('a')
-  slots.hold('a')
+  slots.acquire('a')
   with pytest.raises(ValueError, match='still use'):
     slots.drop('a')
   slots.release('a')

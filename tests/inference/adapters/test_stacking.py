@@ -52,7 +52,9 @@ def banks(base, paths):
 def query(banks, held):
   """What a row reads of q's B, [l, r, n, h]."""
   bank = banks.tree['lora']['decoder']['layers']['self']['q']['lora']['b']
-  return np.asarray(bank)[held.row[[f.name for f in banks.forms].index('lora')]]
+  return np.asarray(bank)[
+    held.row[[f.name for f in banks.buckets].index('lora')]
+  ]
 
 
 def wanted(paths, name):
@@ -65,13 +67,13 @@ def wanted(paths, name):
 
 def test_a_row_takes_one_slot_and_elsewhere_the_identity(banks, paths):
   banks.load('i', paths['ia3'])
-  assert [form.name for form in banks.forms] == ['ia3', 'lora']
+  assert [form.name for form in banks.buckets] == ['ia3', 'lora']
   np.testing.assert_array_equal(banks.row(''), [0, 0])
   np.testing.assert_array_equal(banks.row('a'), [0, 1])
   np.testing.assert_array_equal(banks.row('i'), [1, 0])
-  held = banks.hold('a')
+  held = banks.acquire('a')
   np.testing.assert_allclose(query(banks, held), wanted(paths, 'a'), rtol=1e-6)
-  assert not query(banks, banks.hold('')).any()
+  assert not query(banks, banks.acquire('')).any()
 
 
 def test_what_is_loaded_is_told(banks, paths):
@@ -101,9 +103,9 @@ def test_a_content_is_one_whatever_it_is_called(banks, paths, base, tmp_path):
 
 
 def test_a_replaced_adapter_serves_its_requests_to_their_end(banks, paths):
-  before = banks.hold('a')
+  before = banks.acquire('a')
   banks.load('a', paths['b'])
-  now = banks.hold('a')
+  now = banks.acquire('a')
   assert now.sha256 != before.sha256
   assert now.row[1] != before.row[1]
   np.testing.assert_allclose(query(banks, before), wanted(paths, 'a'), 1e-6)
@@ -111,10 +113,10 @@ def test_a_replaced_adapter_serves_its_requests_to_their_end(banks, paths):
   # Both slots are in use: a third has to wait for the end of one.
   banks.load('c', paths['c'])
   with pytest.raises(EngineFull) as caught:
-    banks.hold('c')
+    banks.acquire('c')
   assert caught.value.seconds == 1
   banks.release(before)
-  third = banks.hold('c')
+  third = banks.acquire('c')
   assert third.row[1] == before.row[1]
   np.testing.assert_allclose(query(banks, third), wanted(paths, 'c'), 1e-6)
   np.testing.assert_allclose(query(banks, now), wanted(paths, 'b'), 1e-6)
@@ -125,7 +127,7 @@ def test_a_replaced_adapter_that_nobody_uses_is_forgotten(banks, paths):
   gone = weakref.ref(fitted)
   banks.put('a', fitted)
   del fitted
-  held = banks.hold('a')
+  held = banks.acquire('a')
   banks.load('a', paths['c'])
   assert gone() is not None
   banks.release(held)
@@ -133,18 +135,18 @@ def test_a_replaced_adapter_that_nobody_uses_is_forgotten(banks, paths):
 
 
 def test_an_unloaded_adapter_is_unknown_at_once_and_ends_in_order(banks, paths):
-  held = banks.hold('a')
+  held = banks.acquire('a')
   banks.unload('a')
   with pytest.raises(UnknownAdapter, match="no adapter 'a'; there are none"):
-    banks.hold('a')
+    banks.acquire('a')
   with pytest.raises(UnknownAdapter):
     banks.unload('a')
   banks.load('b', paths['b'])
-  banks.hold('b')
+  banks.acquire('b')
   np.testing.assert_allclose(query(banks, held), wanted(paths, 'a'), 1e-6)
   banks.release(held)
   banks.load('c', paths['c'])
-  assert banks.hold('c').row[1] == held.row[1]
+  assert banks.acquire('c').row[1] == held.row[1]
 
 
 def test_an_adapter_that_made_room_comes_back_when_it_is_asked_for(
@@ -154,7 +156,7 @@ def test_an_adapter_that_made_room_comes_back_when_it_is_asked_for(
     banks.load(name, paths[name])
   # Two slots for four; each is right whenever its turn is.
   for name in 'abcdab':
-    held = banks.hold(name)
+    held = banks.acquire(name)
     np.testing.assert_allclose(query(banks, held), wanted(paths, name), 1e-6)
     banks.release(held)
   assert len(banks.loaded()) == 4
@@ -173,18 +175,18 @@ def test_a_slot_that_could_not_be_written_serves_nobody(
   with monkeypatch.context() as patch:
     patch.setattr(stacking, 'write_slot', fails)
     with pytest.raises(RuntimeError):
-      banks.hold('a')
+      banks.acquire('a')
     with pytest.raises(RuntimeError):
       banks.load('d', paths['d'])
   banks.load('d', paths['d'])
   for name in 'abcd':
-    held = banks.hold(name)
+    held = banks.acquire(name)
     np.testing.assert_allclose(query(banks, held), wanted(paths, name), 1e-6)
     banks.release(held)
 
 
 def test_a_step_that_is_under_way_keeps_its_tree(banks, paths):
-  tree, held = banks.tree, banks.hold('a')
+  tree, held = banks.tree, banks.acquire('a')
   banks.release(held)
   for name in 'bcd':
     banks.load(name, paths[name])
@@ -227,23 +229,23 @@ def test_a_form_that_is_not_there_is_an_error_that_names_the_flag(
     with pytest.raises(ValueError, match=r'\(lora\(rank=4\)\).*--form='):
       banks.load('other', path)
   assert [one.name for one in banks.loaded()] == ['a']
-  banks.add_form('lora(rank=5)')
+  banks.add_bucket('lora(rank=5)')
   banks.load('large', large)
-  held = banks.hold('a')
+  held = banks.acquire('a')
   assert query(banks, held).shape[1] == 8
   np.testing.assert_allclose(
     query(banks, held)[:, :4], wanted(paths, 'a'), 1e-6
   )
   with pytest.raises(ValueError, match='under way'):
-    banks.add_form('ia3')
+    banks.add_bucket('ia3')
 
 
 def test_without_forms_there_is_the_base_alone(base):
   banks = AdapterPool(base)
   assert banks.tree == {} and banks.bytes == 0
-  assert banks.hold('').row.shape == (0,)
+  assert banks.acquire('').row.shape == (0,)
   with pytest.raises(UnknownAdapter):
-    banks.hold('a')
+    banks.acquire('a')
 
 
 def test_the_base_has_no_other_name(banks, paths):
@@ -262,7 +264,7 @@ def test_threads_take_turns(banks, paths):
     rng = np.random.default_rng(seed)
     for name in rng.choice(list('abcd'), 7):
       try:
-        held = banks.hold(name)
+        held = banks.acquire(name)
       except EngineFull:
         continue
       if not np.allclose(query(banks, held), right[name], rtol=1e-6):
@@ -276,11 +278,11 @@ def test_threads_take_turns(banks, paths):
     thread.join(timeout=60)
     assert not thread.is_alive()
   assert wrong == []
-  first, second = banks.hold('c'), banks.hold('d')
+  first, second = banks.acquire('c'), banks.acquire('d')
   assert {first.row[1], second.row[1]} == {1, 2}
 
 
 def test_held_rows_are_not_compared_by_arrays(banks):
   # A dataclass of arrays has no truth: two are the same one or not.
-  first, second = banks.hold('a'), banks.hold('a')
+  first, second = banks.acquire('a'), banks.acquire('a')
   assert first != second and dataclasses.replace(first) != first

@@ -35,11 +35,11 @@ def engine():
   banks = Stacked(model.adapter_map, contents(), {'one': 'one'})
   settings = EngineConfig(
     slots=3,
-    places=PLACES,
-    least=8,
+    max_model_len=PLACES,
+    min_chunk=8,
     chunk=8,
-    rooms=(8, PLACES),
-    batches=(3,),
+    cache_lens=(8, PLACES),
+    batch_sizes=(3,),
     routing=True,
     # Of two short ones or so: 11 numbers of 4 bytes for each of 8 places.
     encoder_bytes=800,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.inference.adapters.protocol import NoBanks
+from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import LENGTH, STOP
 from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.limits import EngineConfig
@@ -160,7 +160,7 @@ def test_an_answer_ends_with_one_of_its_ends(engine):
   whole = ask(engine, ids, 8, adapter='two').tokens
   at = 3
   first = whole.index(whole[at])
-  answer = ask(engine, ids, 8, adapter='two', ends=(whole[at], 999))
+  answer = ask(engine, ids, 8, adapter='two', eos_token_ids=(whole[at], 999))
   assert answer.tokens == whole[: first + 1]
   assert answer.end.reason == STOP
 
@@ -181,10 +181,16 @@ def test_every_family_says_what_its_model_says(name):
   config = small_decoders.CONFIGS[name]
   model, variables = small_decoders.make(config)
   settings = EngineConfig(
-    slots=3, places=19, chunk=4, least=4, rooms=(19,), batches=(3,)
+    slots=3,
+    max_model_len=19,
+    chunk=4,
+    min_chunk=4,
+    cache_lens=(19,),
+    batch_sizes=(3,),
   )
   own = {'params': variables['params'], 'peft': {}}
-  with running(Decoder(config), own['params'], NoBanks(), settings) as engine:
+  model = Decoder(config)
+  with running(model, own['params'], FixedAdapter(model), settings) as engine:
     # 19 places: the last chunk's padding stands beyond the learned ones.
     asked = [
       (prompt(i, size), ask(engine, prompt(i, size), 19 - size, logprobs=3))

@@ -7,7 +7,7 @@ import threading
 import jax
 import pytest
 
-from moepeft.inference.adapters.protocol import NoBanks
+from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import (
   CANCELLED,
   FAILED,
@@ -27,13 +27,24 @@ CONFIG = dataclasses.replace(
   small_decoders.CONFIGS['llama'], layers=1, length=31
 )
 SETTINGS = EngineConfig(
-  slots=2, places=31, queue=5, chunk=4, least=4, rooms=(31,), batches=(2,)
+  slots=2,
+  max_model_len=31,
+  queue=5,
+  chunk=4,
+  min_chunk=4,
+  cache_lens=(31,),
+  batch_sizes=(2,),
 )
 
 
 def small():
   _, variables = small_decoders.make(CONFIG)
-  return Decoder(CONFIG), variables['params'], NoBanks(), SETTINGS
+  return (
+    Decoder(CONFIG),
+    variables['params'],
+    FixedAdapter(Decoder(CONFIG)),
+    SETTINGS,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -45,18 +56,18 @@ def engine():
 
 def failing(engine, monkeypatch, name, times, take=False):
   """Lets calls of a program fail; the rest go through."""
-  real, left = getattr(engine._core, name), [times]
+  real, left = getattr(engine._runner, name), [times]
 
   def call(*args):
     if left[0]:
       left[0] -= 1
       if take:
-        for leaf in jax.tree.leaves(engine._core._cache):
+        for leaf in jax.tree.leaves(engine._runner._cache):
           leaf.delete()
       raise RuntimeError('out of memory\nand a long trace')
     return real(*args)
 
-  monkeypatch.setattr(engine._core, name, call)
+  monkeypatch.setattr(engine._runner, name, call)
 
 
 def test_it_starts_with_a_generation_and_ends_with_what_is_under_way():
@@ -116,7 +127,7 @@ def test_a_failed_start_is_said():
 @pytest.mark.parametrize('take', [False, True])
 def test_a_failed_step_ends_its_requests_alone(engine, monkeypatch, take):
   free = ask(engine, prompt(9, 5), 4).tokens
-  failing(engine, monkeypatch, 'step', 1, take)
+  failing(engine, monkeypatch, 'decode', 1, take)
   failed = ask(engine, prompt(1, 3), 9)
   assert failed.end.reason == FAILED
   assert failed.end.message == 'RuntimeError: out of memory'
@@ -129,7 +140,7 @@ def test_a_failed_step_ends_its_requests_alone(engine, monkeypatch, take):
 
 def test_a_failed_chunk_ends_its_request_alone(engine, monkeypatch):
   free = ask(engine, prompt(9, 5), 9).tokens
-  failing(engine, monkeypatch, 'fill', 1)
+  failing(engine, monkeypatch, 'prefill', 1)
   failed = ask(engine, prompt(1, 12), 9)
   beside = ask(engine, prompt(9, 5), 9)
   assert failed.end.reason == FAILED and beside.tokens == free
@@ -138,7 +149,7 @@ def test_a_failed_chunk_ends_its_request_alone(engine, monkeypatch):
 
 def test_an_engine_that_only_fails_says_that_it_is_broken(monkeypatch):
   with running(*small()) as engine:
-    failing(engine, monkeypatch, 'step', -1)
+    failing(engine, monkeypatch, 'decode', -1)
     for i in range(4):
       assert ask(engine, prompt(i, 3), 9).end.reason == FAILED
     with pytest.raises(RequestRefused, match='can be computed.*out of memory'):
@@ -170,9 +181,12 @@ def test_clients_take_turns_and_keep_their_order():
   [
     (dict(slots=0), 'slots is at least 1'),
     (dict(chunk=12), 'chunk is a power of two; got 12'),
-    (dict(least=32, chunk=16), 'least is at most chunk=16'),
-    (dict(rooms=(64,)), 'rooms grow from 1 or more and end with 1024'),
-    (dict(batches=(4, 2, 8)), 'batches grow'),
+    (dict(min_chunk=32, chunk=16), 'min_chunk is at most chunk=16'),
+    (
+      dict(cache_lens=(64,)),
+      'cache_lens grow from 1 or more and end with 1024',
+    ),
+    (dict(batch_sizes=(4, 2, 8)), 'batch_sizes grow'),
   ],
 )
 def test_sizes_that_cannot_be_are_refused(options, says):
@@ -182,9 +196,9 @@ def test_sizes_that_cannot_be_are_refused(options, says):
 
 def test_sizes_are_made_of_the_largest():
   s = EngineConfig()
-  assert s.batches == (1, 4, 8) and s.rooms == (256, 1024)
+  assert s.batch_sizes == (1, 4, 8) and s.cache_lens == (256, 1024)
   assert s.chunks == (16, 64, 256)
-  assert s.inputs == (16, 32, 64, 128, 256, 512, 1024)
-  s = EngineConfig(slots=6, places=100)
-  assert s.batches == (1, 4, 6) and s.rooms == (100,)
-  assert s.inputs == (16, 32, 64, 100)
+  assert s.input_lens == (16, 32, 64, 128, 256, 512, 1024)
+  s = EngineConfig(slots=6, max_model_len=100)
+  assert s.batch_sizes == (1, 4, 6) and s.cache_lens == (100,)
+  assert s.input_lens == (16, 32, 64, 100)

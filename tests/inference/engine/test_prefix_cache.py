@@ -86,7 +86,7 @@ def test_an_adapter_is_unloaded_when_none_waits_for_it(engine):
     unload = threading.Thread(target=engine.unload, args=('going',))
     unload.start()
     with engine._changed:
-      assert engine._changed.wait_for(lambda: 'going' in engine._leaving, 60)
+      assert engine._changed.wait_for(lambda: 'going' in engine._unloading, 60)
     # It has a place in the queue, and no one else gets one.
     with pytest.raises(UnknownAdapter, match="no adapter 'going'"):
       ask(engine, (3,), 1, adapter='going')
@@ -137,7 +137,7 @@ def test_a_slot_is_taken_over_where_little_is_lost():
   texts = PrefixCache(2)
   first = texts.take((), 'a').slot
   first.ids = [*range(40)]
-  texts.leave(first)
+  texts.release(first)
   # Half of what it holds is wanted: taken over, cut to that.
   place = texts.take((*range(20), 99), 'a')
   assert place.slot is first and place.source is None
@@ -148,7 +148,7 @@ def test_a_long_text_is_copied_from_rather_than_lost():
   texts = PrefixCache(3)
   first = texts.take((), 'a').slot
   first.ids = [*range(40)]
-  texts.leave(first)
+  texts.release(first)
   place = texts.take((*range(17), 99), 'a')
   assert place.source is first and place.slot is not first
   assert place.slot.ids == [*range(17)]
@@ -162,10 +162,10 @@ def test_a_text_of_another_adapter_is_none():
   texts = PrefixCache(1)
   slot = texts.take((), 'a').slot
   slot.ids = [1, 2, 3]
-  texts.leave(slot)
-  assert slot.shared([1, 2, 3], 'b') == 0
-  assert slot.shared([1, 2, 4], 'a') == 2
-  assert slot.shared([1, 2], 'a') == 2
+  texts.release(slot)
+  assert slot.common_prefix([1, 2, 3], 'b') == 0
+  assert slot.common_prefix([1, 2, 4], 'a') == 2
+  assert slot.common_prefix([1, 2], 'a') == 2
   assert texts.take([1, 2, 3], 'b').slot.ids == []
 
 
@@ -178,7 +178,7 @@ def test_no_slot_is_given_twice():
 
 
 def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
-  banks, hold = engine._banks, engine._banks.hold
+  banks, hold = engine._adapters, engine._adapters.acquire
   room = threading.Event()
 
   def full(name):
@@ -186,7 +186,7 @@ def test_who_waits_for_a_full_form_holds_up_nobody_else(engine, monkeypatch):
       raise EngineFull('requests use every slot of its form', 1.0)
     return hold(name)
 
-  monkeypatch.setattr(banks, 'hold', full)
+  monkeypatch.setattr(banks, 'acquire', full)
   with paused(engine):
     first, second = (
       ask(engine, prompt(i, 3), 2, adapter='one') for i in (1, 2)

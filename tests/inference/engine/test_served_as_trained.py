@@ -55,7 +55,7 @@ def test_every_kind_of_adapter_is_tried():
 )
 def served(request, tmp_path_factory):
   """(base, {name: (path, built, tree)}, engine)."""
-  config, names, together = CONFIGS[request.param]
+  config, names, scan = CONFIGS[request.param]
   place, base = tmp_path_factory.mktemp('served'), banked.base_of(config)
   made = {
     name: banked.save(place / name, base, banked.ADAPTERS[name], seed)
@@ -66,13 +66,13 @@ def served(request, tmp_path_factory):
   slots = len(names) + 1
   settings = EngineConfig(
     slots=slots,
-    places=PLACES,
+    max_model_len=PLACES,
     chunk=PLACES,
-    least=PLACES,
-    rooms=(PLACES,),
-    batches=(1, slots),
+    min_chunk=PLACES,
+    cache_lens=(PLACES,),
+    batch_sizes=(1, slots),
     routing=True,
-    together=together,
+    scan=scan,
   )
   model = banked.model_of(base, banks.adapter_map)
   with running(model, base.params, banks, settings) as engine:

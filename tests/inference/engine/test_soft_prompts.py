@@ -61,7 +61,9 @@ def served(config, folder, **sizes):
   }
   paths = {name: path for name, (path, _, _) in made.items()}
   banks = AdapterPool(base, paths, slots=4)
-  settings = EngineConfig(slots=5, places=PLACES, rooms=(PLACES,), **sizes)
+  settings = EngineConfig(
+    slots=5, max_model_len=PLACES, cache_lens=(PLACES,), **sizes
+  )
   model = banked.model_of(base, AdapterMap())
   return running(model, base.params, banks, settings), base, banks, made
 
@@ -69,7 +71,7 @@ def served(config, folder, **sizes):
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory):
   folder = tmp_path_factory.mktemp('llama')
-  engine, *rest = served(LLAMA, folder, chunk=4, least=4, batches=(5,))
+  engine, *rest = served(LLAMA, folder, chunk=4, min_chunk=4, batch_sizes=(5,))
   with engine as found:
     yield Served(found, *rest)
 
@@ -77,7 +79,9 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('t5')
-  engine, *rest = served(small.GATED, folder, chunk=8, least=8, batches=(5,))
+  engine, *rest = served(
+    small.GATED, folder, chunk=8, min_chunk=8, batch_sizes=(5,)
+  )
   with engine as found:
     yield Served(found, *rest)
 
@@ -208,7 +212,7 @@ def test_a_prompt_takes_places(llama, encoder):
 
 
 def test_what_is_loaded_tells_how_long_its_prompt_is(llama):
-  told = {one.name: one.before for one in llama.engine.adapters()}
+  told = {one.name: one.soft_prompt_length for one in llama.engine.adapters()}
   assert told == {'lora': 0, 'prompt': 3, 'longer': 5, 'both': 2}
 
 
@@ -230,10 +234,10 @@ def test_a_prompt_that_is_loaded_meanwhile_and_does_not_fit_ends_the_request(
 
 
 def test_prompts_of_several_lengths_are_of_one_bank(llama):
-  (form,) = [f for f in llama.banks.forms if f.name == 'prompt']
+  (form,) = [f for f in llama.banks.buckets if f.name == 'prompt']
   # 5 is rounded up to a power of two.
   assert form.method == 'prompt(length=8)'
-  assert sorted(f.name for f in llama.banks.forms) == [
+  assert sorted(f.name for f in llama.banks.buckets) == [
     'lora',
     'prompt',
     'prompt_lora',

@@ -92,7 +92,7 @@ def test_a_request_may_be_cancelled_while_it_waits(engine):
 
 def test_time_is_counted_from_the_asking(engine):
   running = [ask(engine, prompt(i, 3), 40) for i in range(3)]
-  late = ask(engine, prompt(5, 3), 40, seconds=1e-9)
+  late = ask(engine, prompt(5, 3), 40, timeout=1e-9)
   assert late.end.reason == TIME and late.tokens == []
   assert [answer.end.reason for answer in running] == [LENGTH] * 3
 
@@ -143,12 +143,12 @@ def test_what_was_cancelled_before_it_was_looked_at_leaves_no_nan(engine):
     (dict(ids=()), RequestRefused, 'the prompt has no token'),
     (dict(ids=(V,)), RequestRefused, f'tokens are from 0 to {V - 1}'),
     (dict(ids=(-1,)), RequestRefused, 'the prompt has -1'),
-    (dict(length=0), RequestRefused, 'at least 1 token'),
-    (dict(length=PLACES), PromptTooLong, f'{PLACES} places'),
+    (dict(max_new_tokens=0), RequestRefused, 'at least 1 token'),
+    (dict(max_new_tokens=PLACES), PromptTooLong, f'{PLACES} places'),
     (dict(adapter='three'), UnknownAdapter, "there is no adapter 'three'"),
     (dict(logprobs=21), RequestRefused, 'logprobs is from 0 to 20'),
     (dict(prompt_logprobs=-1), RequestRefused, 'prompt_logprobs is from 0'),
-    (dict(seconds=0.0), RequestRefused, 'seconds are above 0'),
+    (dict(timeout=0.0), RequestRefused, 'timeout is above 0 s'),
     (
       dict(sampling=Sampling(top_p=0.5)),
       RequestRefused,
@@ -246,7 +246,7 @@ def test_random_traffic_ends_every_request_once_and_frees_all(engine):
     options = dict(
       adapter=chance.choice(('', 'one', 'two', 'broken')),
       client=str(chance.randrange(4)),
-      seconds=chance.choice((None, None, 1e-9, 0.01, 60.0)),
+      timeout=chance.choice((None, None, 1e-9, 0.01, 60.0)),
       sampling=chance.choice((Sampling(), Sampling(temperature=1.0))),
       prompt_logprobs=chance.choice((None, None, 1)),
     )
@@ -273,5 +273,5 @@ def test_random_traffic_ends_every_request_once_and_frees_all(engine):
 def wait_idle(engine):
   """The last event is told before the request is forgotten."""
   with engine._changed:
-    assert engine._changed.wait_for(lambda: not engine._underway, 30)
+    assert engine._changed.wait_for(lambda: not engine._sequences, 30)
   return idle(engine)

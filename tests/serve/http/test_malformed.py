@@ -195,7 +195,7 @@ def test_half_a_surrogate_that_a_model_writes_is_text(client, streamed):
     finally:
       service.tool_planner = calling
       del client.engine.answer
-      client.engine.answer = lambda request: [*request.ids[-5:], END]
+      client.engine.answer = lambda request: [*request.prompt_ids[-5:], END]
     assert status == 200 and b'server_error' not in answer, answer
     assert b'<tool_call>' in answer or b'tool_call' in answer
 

@@ -29,7 +29,12 @@ def client(tmp_path_factory):
   path, *_ = banked.save(folder / 'soft', base, 'prompt(length=5)')
   banks = AdapterPool(base, {'soft': path}, slots=2)
   settings = EngineConfig(
-    slots=2, places=PLACES, rooms=(PLACES,), chunk=8, least=8, batches=(2,)
+    slots=2,
+    max_model_len=PLACES,
+    cache_lens=(PLACES,),
+    chunk=8,
+    min_chunk=8,
+    batch_sizes=(2,),
   )
   model = banked.model_of(base, AdapterMap())
   engine = Engine(model, base.params, banks, settings)
@@ -94,6 +99,6 @@ def test_a_prompts_places_are_not_for_text(client):
 
 def test_the_list_of_adapters_tells_how_long_a_prompt_is(client):
   _, answer = client.get('/v1/adapters')
-  assert [(entry['id'], entry['before']) for entry in answer['data']] == [
-    ('soft', 5)
-  ]
+  assert [
+    (entry['id'], entry['soft_prompt_length']) for entry in answer['data']
+  ] == [('soft', 5)]
