@@ -34,7 +34,6 @@ PENDING = frozenset(
     'moepeft/nn',
     'moepeft/objectives',
     'moepeft/peft',
-    'moepeft/training',
     'tests/benchmarks',
     'tests/cases',
     'tests/checkpoints',

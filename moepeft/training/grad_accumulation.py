@@ -15,7 +15,7 @@ from moepeft.nn.numerics import to_f32
 
 # (trainable, rows, rng) -> a dict of sums over these rows.
 SumsFn = Callable[[Tree, Batch, Array], dict[str, Tree]]
-# The sums of the whole batch -> the loss and what was seen.
+# The sums of the whole batch -> the loss and metrics.
 LossFn = Callable[[dict[str, Tree]], tuple[Array, dict[str, Tree]]]
 
 
@@ -36,9 +36,9 @@ def gradient(
   batch: Batch,
   rng: Array,
   parts: int,
-  curved: Sequence[str] = (),
+  nonlinear: Sequence[str] = (),
 ) -> tuple[Tree, dict[str, Tree]]:
-  """(the gradient of the loss, what was seen) of a batch in equal parts.
+  """(the gradient of the loss, metrics) of a batch in equal parts.
 
   Equal to that of the whole batch but for noise: each of several parts folds
   its number into the rng.
@@ -46,7 +46,7 @@ def gradient(
   Args:
     sums_fn: of some rows; 'total' among its sums.
     loss_fn: linear in 'total' but for factors that depend on data alone.
-    curved: the other sums that parameters reach the loss through. How much
+    nonlinear: the other sums that parameters reach the loss through. How much
       they count is known at the end only, so where there are any, the parts
       are run twice, once without gradients.
   """
@@ -54,26 +54,28 @@ def gradient(
     return jax.grad(lambda t: loss_fn(sums_fn(t, batch, rng)), has_aux=True)(
       trainable
     )
-  xs = split(batch, parts), jnp.arange(parts)
+  numbered_parts = split(batch, parts), jnp.arange(parts)
 
   def run(trainable, x):
     rows, number = x
     return sums_fn(trainable, rows, jax.random.fold_in(rng, number))
 
   def slopes(sums):
-    through = {key: sums[key] for key in ('total', *curved)}
-    return jax.grad(lambda found: loss_fn(sums | found)[0])(through)
+    through = {key: sums[key] for key in ('total', *nonlinear)}
+    return jax.grad(lambda linear: loss_fn(sums | linear)[0])(through)
 
-  if curved:
-    _, sums = jax.lax.scan(lambda _, x: (None, run(trainable, x)), None, xs)
+  if nonlinear:
+    _, sums = jax.lax.scan(
+      lambda _, x: (None, run(trainable, x)), None, numbered_parts
+    )
     sums = _added(sums)
-    found, _ = _swept(run, trainable, xs, slopes(sums))
+    grads, _ = _swept(run, trainable, numbered_parts, slopes(sums))
   else:
-    found, sums = _swept(run, trainable, xs, {'total': 1.0})
-    slope = slopes(sums)['total']
-    found = jax.tree.map(lambda g: g * slope, found)
-  found = jax.tree.map(lambda g, a: g.astype(a.dtype), found, trainable)
-  return found, loss_fn(sums)[1]
+    grads, sums = _swept(run, trainable, numbered_parts, {'total': 1.0})
+    scale = slopes(sums)['total']
+    grads = jax.tree.map(lambda g: g * scale, grads)
+  grads = jax.tree.map(lambda g, a: g.astype(a.dtype), grads, trainable)
+  return grads, loss_fn(sums)[1]
 
 
 def mapped(
@@ -95,10 +97,10 @@ def mapped(
     return None, row_fn(rows, jax.random.fold_in(rng, number))
 
   xs = split(batch, parts), jnp.arange(parts)
-  _, found = jax.lax.scan(run, None, xs)
+  _, arrays = jax.lax.scan(run, None, xs)
   # As `split`, the other way round.
   return jax.tree.map(
-    lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), found
+    lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), arrays
   )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the arrays of a training state lie, by the rules of `sharding`."""
+"""Shardings of the arrays of a training state, by the rules of `sharding`."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ from moepeft.core.sharding import Layout
 from moepeft.core.types import State, Tree
 
 
-def tree_shardings(layout: Layout, letters: Tree, tree: Tree) -> Tree:
+def tree_shardings(layout: Layout, logical_axes: Tree, tree: Tree) -> Tree:
   """A NamedSharding for each array, or shape, of a tree."""
   return jax.tree.map(
-    lambda own, leaf: NamedSharding(
-      layout.mesh, sharding.spec(layout, own, leaf.shape)
+    lambda axes, leaf: NamedSharding(
+      layout.mesh, sharding.spec(layout, axes, leaf.shape)
     ),
-    letters,
+    logical_axes,
     tree,
   )
 
 
 def state_shardings(
-  layout: Layout, state: State, letters: dict[str, Tree], trainable: str
+  layout: Layout, state: State, logical_axes: dict[str, Tree], trainable: str
 ) -> State:
   """A state of NamedShardings: for `place`, restoring and jit.
 
@@ -37,10 +37,10 @@ def state_shardings(
 
   Args:
     state: of arrays or shapes.
-    letters: {'params': ..., 'peft': ...}, of `initializers.logical_axes`.
+    logical_axes: {'params': ..., 'peft': ...}, of `initializers.logical_axes`.
     trainable: which of the two is trained.
   """
-  trained, frozen = _by_part(letters, trainable)
+  trained, frozen = _by_part(logical_axes, trainable)
   trained = tree_shardings(layout, trained, state.trainable)
   return State(
     step=layout.whole,
@@ -52,113 +52,124 @@ def state_shardings(
   )
 
 
-def _by_part(letters: dict[str, Tree], trainable: str) -> tuple[Tree, Tree]:
-  other = {'peft': 'params', 'params': 'peft'}[trainable]
-  return letters[trainable], letters[other]
+def _by_part(
+  logical_axes: dict[str, Tree], trainable: str
+) -> tuple[Tree, Tree]:
+  frozen = {'peft': 'params', 'params': 'peft'}[trainable]
+  return logical_axes[trainable], logical_axes[frozen]
 
 
-def _follow(layout: Layout, opt: Tree, params: Tree, where: Tree) -> Tree:
+def _follow(layout: Layout, opt: Tree, params: Tree, shardings: Tree) -> Tree:
   owners = {
     path: (leaf.shape, at.spec)
     for (path, leaf), at in zip(
-      _paths(params), jax.tree.leaves(where), strict=True
+      _paths(params), jax.tree.leaves(shardings), strict=True
     )
   }
 
-  def one(path, leaf) -> NamedSharding:
+  def sharding_of(path, leaf) -> NamedSharding:
     parts = _text(path).split('/')
     for i in range(len(parts)):
       owner = owners.get('/'.join(parts[i:]))
       if owner:
-        return NamedSharding(layout.mesh, _left(leaf.shape, *owner))
+        return NamedSharding(layout.mesh, _remaining_spec(leaf.shape, *owner))
     return layout.whole
 
-  return jax.tree_util.tree_map_with_path(one, opt)
+  return jax.tree_util.tree_map_with_path(sharding_of, opt)
 
 
-def _left(shape, whole, spec: PartitionSpec) -> PartitionSpec:
-  """The spec of an array of some of another's axes."""
-  entries = (*spec, *[None] * (len(whole) - len(spec)))
-  found = {
-    tuple(entries[i] for i in kept)
-    for kept in itertools.combinations(range(len(whole)), len(shape))
-    if shape == tuple(whole[i] for i in kept)
+def _remaining_spec(
+  shape: tuple[int, ...], full_shape: tuple[int, ...], spec: PartitionSpec
+) -> PartitionSpec:
+  """The spec of an array that has some of the axes of another one."""
+  entries = (*spec, *[None] * (len(full_shape) - len(spec)))
+  specs = {
+    tuple(entries[i] for i in axes)
+    for axes in itertools.combinations(range(len(full_shape)), len(shape))
+    if shape == tuple(full_shape[i] for i in axes)
   }
-  return sharding.trimmed(*found.pop()) if len(found) == 1 else PartitionSpec()
+  return sharding.trimmed(*specs.pop()) if len(specs) == 1 else PartitionSpec()
 
 
-def place(state: State, where: State, init: Callable[[Tree], Tree]) -> State:
+def place(
+  state: State, shardings: State, init: Callable[[Tree], Tree]
+) -> State:
   """The state on its devices.
 
   Args:
     state: of host arrays; one that is on its device already is not copied, so
       that a donated step takes it over. `opt` may be shapes only.
-    where: of `state_shardings`.
+    shardings: from `state_shardings`.
     init: the optimizer's, called on the devices, so that no device ever holds
       more than its share.
   """
-  rest = sharding.put(state.replace(opt=()), where.replace(opt=()))
-  opt = jax.jit(init, out_shardings=where.opt)(rest.trainable)
+  rest = sharding.put(state.replace(opt=()), shardings.replace(opt=()))
+  opt = jax.jit(init, out_shardings=shardings.opt)(rest.trainable)
   return rest.replace(opt=opt)
 
 
 def describe(
-  layout: Layout, state: State, letters: dict[str, Tree], trainable: str
+  layout: Layout, state: State, logical_axes: dict[str, Tree], trainable: str
 ) -> str:
-  """The devices, what each holds, and what could not be spread: one line."""
-  where = state_shardings(layout, state, letters, trainable)
+  """A line on the devices: memory on each, and arrays that do not divide."""
+  shardings = state_shardings(layout, state, logical_axes, trainable)
   sizes = ', '.join(f'{k} {v}' for k, v in layout.mesh.shape.items())
   kind = layout.mesh.devices.flat[0].device_kind
   lines = [f'{layout.mesh.size} x {kind} ({sizes})']
-  weights = (state.trainable, state.frozen), (where.trainable, where.frozen)
+  weights = (
+    (state.trainable, state.frozen),
+    (shardings.trainable, shardings.frozen),
+  )
   for name, part in (
     ('weights', weights),
-    ('optimizer', (state.opt, where.opt)),
+    ('optimizer', (state.opt, shardings.opt)),
   ):
-    held, whole = _megabytes(*part)
-    lines.append(f'{name} per device: {held:.3g} of {whole:.3g} MB')
-  odd = []
-  for own, tree in zip(
-    _by_part(letters, trainable), (state.trainable, state.frozen), strict=True
+    local, total = _megabytes(*part)
+    lines.append(f'{name} per device: {local:.3g} of {total:.3g} MB')
+  misfits = []
+  for axes, tree in zip(
+    _by_part(logical_axes, trainable),
+    (state.trainable, state.frozen),
+    strict=True,
   ):
-    odd += _misfits(layout, own, tree)
-  if odd:
-    odd = [text for _, text in sorted(odd, reverse=True)]
-    more = f' and {len(odd) - 3} more' if len(odd) > 3 else ''
-    lines.append(f'does not divide: {", ".join(odd[:3])}{more}')
+    misfits += _misfits(layout, axes, tree)
+  if misfits:
+    misfits = [text for _, text in sorted(misfits, reverse=True)]
+    more = f' and {len(misfits) - 3} more' if len(misfits) > 3 else ''
+    lines.append(f'does not divide: {", ".join(misfits[:3])}{more}')
   return '; '.join(lines)
 
 
-def _megabytes(tree: Tree, where: Tree) -> tuple[float, float]:
-  held = whole = 0.0
+def _megabytes(tree: Tree, shardings: Tree) -> tuple[float, float]:
+  local = total = 0.0
   for leaf, at in zip(
-    jax.tree.leaves(tree), jax.tree.leaves(where), strict=True
+    jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
   ):
     size = leaf.dtype.itemsize / 1e6
-    held += size * math.prod(at.shard_shape(leaf.shape))
-    whole += size * math.prod(leaf.shape)
-  return held, whole
+    local += size * math.prod(at.shard_shape(leaf.shape))
+    total += size * math.prod(leaf.shape)
+  return local, total
 
 
-def _misfits(layout: Layout, letters: Tree, tree: Tree) -> list:
-  """(elements, 'path (v=259 by 8)') of what a rule names but cannot spread."""
-  found = []
-  for (path, leaf), own in zip(
-    _paths(tree), jax.tree.leaves(letters), strict=True
+def _misfits(layout: Layout, logical_axes: Tree, tree: Tree) -> list:
+  """(elements, 'path (v=259 by 8)') of arrays that a rule cannot spread."""
+  misfits = []
+  for (path, leaf), axes in zip(
+    _paths(tree), jax.tree.leaves(logical_axes), strict=True
   ):
-    taken = sharding.spec(layout, own, leaf.shape)
-    size = dict(zip(own, leaf.shape, strict=True))
+    spec = sharding.spec(layout, axes, leaf.shape)
+    size = dict(zip(axes, leaf.shape, strict=True))
     odd = [
-      f'{letter}={size[letter]} by {layout.mesh.shape[axis]}'
-      for letter, axis in layout.rules
-      if letter in size and axis not in taken
-      if size[letter] % layout.mesh.shape[axis]
+      f'{name}={size[name]} by {layout.mesh.shape[axis]}'
+      for name, axis in layout.rules
+      if name in size and axis not in spec
+      if size[name] % layout.mesh.shape[axis]
     ]
     if odd:
-      found.append(
+      misfits.append(
         (math.prod(leaf.shape), f'{path} ({", ".join(dict.fromkeys(odd))})')
       )
-  return found
+  return misfits
 
 
 def _paths(tree: Tree) -> list[tuple[str, Any]]:

@@ -180,7 +180,7 @@ def test_both_passes_have_the_same_noise():
     return mean_loss(sums['total'], sums) + sums['routing'] ** 2, sums
 
   slope, sums = grad_accumulation.gradient(
-    toy, loss, jnp.float32(5), {'x': X}, KEY, 2, curved=('routing',)
+    toy, loss, jnp.float32(5), {'x': X}, KEY, 2, nonlinear=('routing',)
   )
   noise = float(sums['noise'])
   np.testing.assert_allclose(slope, 3.75 + 10 * noise**2, rtol=1e-6)
