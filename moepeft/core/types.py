@@ -51,10 +51,6 @@ class Context:
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
-    prompt_mask: bool [b, t], what a sentence router may pool.
-    task_ids: int32 [b].
-    sentence_embedding: float [b, d].
-    adapter_ids: int32 [b], rows of an adapter bank.
     routing: a given Routing, used instead of the site's own router.
     layer: int32 scalar, the layer's number within its stack.
     index: int32 scalar, the position that a cached decoder writes next.
@@ -68,10 +64,6 @@ class Context:
   token_mask: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
-  prompt_mask: Array | None = None
-  task_ids: Array | None = None
-  sentence_embedding: Array | None = None
-  adapter_ids: Array | None = None
   routing: 'Routing | None' = None
   layer: Array | None = None
   index: Array | None = None

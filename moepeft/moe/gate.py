@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers share: the linear gate, its noise, and top-k selection."""
+"""Parts that routers share: the linear gate, its noise, top-k selection."""
 
 import flax.linen as nn
 import jax

@@ -104,17 +104,17 @@ def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
 
 def collect(collection: Tree) -> dict[str, RouterStats]:
   """The 'routing' collection, or sums of several, as {path: RouterStats}."""
-  found = {}
+  stats_by_site = {}
 
   def walk(tree, path):
     for key, value in tree.items():
       if isinstance(value, RouterStats):
-        found['/'.join(path)] = value
+        stats_by_site['/'.join(path)] = value
       else:
         walk(value, (*path, key))
 
   walk(collection, ())
-  return found
+  return stats_by_site
 
 
 @struct.dataclass

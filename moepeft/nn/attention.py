@@ -119,10 +119,10 @@ def attention_mask(
   if query_segments is not None:
     mask &= query_segments[:, :, None] == key_segments[:, None, :]
   if causal:
-    ones = jnp.ones(mask.shape[1:], bool)
-    mask &= jnp.tril(ones)
+    all_pairs = jnp.ones(mask.shape[1:], bool)
+    mask &= jnp.tril(all_pairs)
     if window:
-      mask &= ~jnp.tril(ones, -window)
+      mask &= ~jnp.tril(all_pairs, -window)
   return mask[:, None]
 
 

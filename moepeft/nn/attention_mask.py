@@ -67,8 +67,8 @@ class CausalMask:
     """bool [b, 1, t, t]."""
     places = jnp.arange(self.token_mask.shape[1])
     distance = places[:, None] - places[None, :]
-    seen = (distance >= 0) & (distance < (self.window or NO_WINDOW))
-    return (seen & self.token_mask[:, None, :])[:, None]
+    visible = (distance >= 0) & (distance < (self.window or NO_WINDOW))
+    return (visible & self.token_mask[:, None, :])[:, None]
 
   def bias(self) -> None:
     """There is none."""

@@ -24,7 +24,7 @@ def attend(
   cap: float = 0.0,
   chunk: int = CHUNK,
 ) -> Array:
-  """What `attention.attend` computes, [b, t, n, h], `chunk` tokens at a time.
+  """Computes `attention.attend`, [b, t, n, h], `chunk` tokens at a time.
 
   Logits live for a part of the queries and a part of the keys; the gradient
   computes them again. `heads.structured_mask` says which keys a query sees; a
@@ -48,23 +48,25 @@ def attend(
     if structured_mask is None
     else (structured_mask.query_positions, structured_mask.query_segments)
   )
-  seen = (
+  visible_parts = (
     None
     if structured_mask is None
-    else _seen(heads.structured_mask, rows, columns)
+    else _visible_parts(heads.structured_mask, rows, columns)
   )
 
   def of_queries(xs):
-    i, q, places, squares, seen = xs
+    i, q, places, squares, visible_parts = xs
     keyed = None if rng is None else jax.random.fold_in(rng, i)
-    own = structured_mask
+    part_mask = structured_mask
     if places is not None:
-      own = structured_mask.replace(
+      part_mask = structured_mask.replace(
         query_positions=places[0], query_segments=places[1]
       )
-    return _of_queries(q, keys, own, squares, seen, scale, keyed, dropout, cap)
+    return _of_queries(
+      q, keys, part_mask, squares, visible_parts, scale, keyed, dropout, cap
+    )
 
-  xs = jnp.arange(q.shape[0]), q, places, squares, seen
+  xs = jnp.arange(q.shape[0]), q, places, squares, visible_parts
   # Its own residuals are linear in s: a part's logits are made again.
   out = jax.lax.map(jax.checkpoint(of_queries), xs)
   out = jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)
@@ -99,7 +101,9 @@ def _split_mask(heads, rows: int, columns: int) -> AttentionMask | None:
   )
 
 
-def _seen(structured_mask: AttentionMask, rows: int, columns: int) -> Array:
+def _visible_parts(
+  structured_mask: AttentionMask, rows: int, columns: int
+) -> Array:
   """bool [parts of t, parts of s]: whether a query's place sees a key's.
 
   By the places alone, which are the same in all rows where no cache is: then
@@ -141,17 +145,19 @@ def _squares(heads, rows: int, columns: int):
 
 
 def _of_queries(
-  q, keys, structured_mask, squares, seen, scale, rng, dropout, cap
+  q, keys, structured_mask, squares, visible_parts, scale, rng, dropout, cap
 ):
   """One part of the queries [b, c, k, g, h] against all keys, float32."""
   mask, bias = squares
   b, c, k, g, h = q.shape
 
   def step(carry, xs):
-    *xs, seen = xs
-    if seen is None:
+    *xs, visible_parts = xs
+    if visible_parts is None:
       return add(carry, xs), None
-    return jax.lax.cond(seen, add, lambda carry, _: carry, carry, xs), None
+    return jax.lax.cond(
+      visible_parts, add, lambda carry, _: carry, carry, xs
+    ), None
 
   def add(carry, xs):
     top, total, acc = carry
@@ -190,7 +196,7 @@ def _of_queries(
       structured_mask.key_segments,
     )
   numbers = jnp.arange(keys[0].shape[0])
-  xs = (numbers, keys, mask, bias, places, segments, seen)
+  xs = (numbers, keys, mask, bias, places, segments, visible_parts)
   step = jax.checkpoint(step, prevent_cse=False)
   (_, total, acc), _ = jax.lax.scan(step, start, xs)
   # Where nothing was computed there is nothing to see: any number will do.

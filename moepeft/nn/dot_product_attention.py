@@ -30,10 +30,11 @@ def attend(
     ValueError: there are soft caps or dropout, which it does not know.
   """
   if cap or (rng is not None and dropout > 0):
-    what = 'soft caps' if cap else 'dropout in training'
+    unsupported = 'soft caps' if cap else 'dropout in training'
     raise ValueError(
-      f"config.model.attention is 'fused', which has no {what}; take 'naive' "
-      "or 'chunked'" + ('' if cap else ', or set config.model.dropout=0')
+      f"config.model.attention is 'fused', which has no {unsupported}; "
+      "take 'naive' or 'chunked'"
+      + ('' if cap else ', or set config.model.dropout=0')
     )
   device = jax.devices()[0]
   capability = getattr(device, 'compute_capability', '')

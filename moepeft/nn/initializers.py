@@ -114,14 +114,18 @@ def init_params(
   }
   if params is None:
     params = _draw(_flatten(shapes['params']), initializers, seed)
-  wanted = _flatten(shapes.get('peft', {}))
-  known = {path: leaf for path, leaf in wanted.items() if initializers[path]}
-  peft = _flatten(_draw(known, initializers, seed))
-  if known != wanted:
+  peft_shapes = _flatten(shapes.get('peft', {}))
+  drawable = {
+    path: leaf for path, leaf in peft_shapes.items() if initializers[path]
+  }
+  peft = _flatten(_draw(drawable, initializers, seed))
+  if drawable != peft_shapes:
     # These depend on the base's weights.
     key = jax.random.key(seed)
     computed = _flatten(_computed(model, batch, params, key))
-    peft |= {path: computed[path] for path in wanted.keys() - known.keys()}
+    peft |= {
+      path: computed[path] for path in peft_shapes.keys() - drawable.keys()
+    }
   return {'params': params, 'peft': _unflatten(peft)}
 
 
@@ -157,8 +161,10 @@ def param_metadata(
   """
   shapes = _shapes(model, batch, params)
   metadata = _flatten(shapes[METADATA])
-  wanted = _flatten(shapes.get('peft', {}))
-  return {path: (leaf.shape, metadata[path]) for path, leaf in wanted.items()}
+  peft_shapes = _flatten(shapes.get('peft', {}))
+  return {
+    path: (leaf.shape, metadata[path]) for path, leaf in peft_shapes.items()
+  }
 
 
 def shapes(
@@ -168,8 +174,8 @@ def shapes(
 
   Args: as of `logical_axes`.
   """
-  found = _shapes(model, batch, params)
-  return {name: found.get(name, {}) for name in ('params', 'peft')}
+  collections = _shapes(model, batch, params)
+  return {name: collections.get(name, {}) for name in ('params', 'peft')}
 
 
 def _shapes(
@@ -177,8 +183,8 @@ def _shapes(
 ) -> dict[str, Tree]:
   """All collections without an array: shapes and metadata."""
   leaves, tree = jax.tree.flatten((batch, params))
-  made = _traced(model, tuple((a.shape, a.dtype) for a in leaves), tree)
-  return made if params is None else {**made, 'params': params}
+  collections = _traced(model, tuple((a.shape, a.dtype) for a in leaves), tree)
+  return collections if params is None else {**collections, 'params': params}
 
 
 @functools.lru_cache(maxsize=8)
@@ -213,10 +219,10 @@ def _draw(
 def _computed(model: nn.Module, batch: Batch, params: Tree, key: Array) -> Tree:
   @jax.jit
   def start(params):
-    _, made = model.apply(
+    _, collections = model.apply(
       {'params': params}, batch, rngs={'peft': key}, mutable=['peft']
     )
-    return made['peft']
+    return collections['peft']
 
   return start(params)
 

@@ -32,8 +32,8 @@ def _forward(x, kernel, precision):
   return low_rank_matmul(x, kernel, precision), (x, kernel)
 
 
-def _backward(precision, kept, dy):
-  x, kernel = kept
+def _backward(precision, residuals, dy):
+  x, kernel = residuals
   einsum = functools.partial(jnp.einsum, precision=precision)
   dx = einsum('...o,io->...i', dy, kernel)
   x, dy = (a.reshape(-1, a.shape[-1]) for a in (x, dy))

@@ -87,7 +87,7 @@ class LayerNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NormForm:
-  """Which norm a model has.
+  """The norm of a model, and its settings.
 
   Attributes:
     centred: `LayerNorm` instead of `RMSNorm`.

@@ -91,8 +91,8 @@ def from_nf4(codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
   Off by at most 0.152 of its block's largest: half the widest gap of LEVELS.
   """
   out, size = codes.shape[1:], math.prod(shape) // math.prod(codes.shape[1:])
-  both = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(-1, *out)
-  values = jnp.take(jnp.asarray(LEVELS), both[:size].astype(jnp.int32))
+  indices = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(-1, *out)
+  values = jnp.take(jnp.asarray(LEVELS), indices[:size].astype(jnp.int32))
   scale = jnp.repeat(scale, BLOCK, axis=0)[:size]
   return (values * scale).reshape(shape)
 
@@ -167,11 +167,11 @@ def quantized_kernel(
     if module.has_variable('params', f'{name}_{kind}'):
       _, inside, outside, _ = contraction(eqn)
       n = len(inside)
-      wanted = form.layout(shape[:n], shape[n:], inside, outside)
+      layout = form.layout(shape[:n], shape[n:], inside, outside)
       start = Constant(0)
       codes = param(
-        module, f'{name}_{kind}', start, *wanted['codes'], form.dtype
+        module, f'{name}_{kind}', start, *layout['codes'], form.dtype
       )
-      scale = param(module, f'{name}_scale', start, *wanted['scale'])
+      scale = param(module, f'{name}_scale', start, *layout['scale'])
       return QuantizedKernel(kind, codes, scale, shape)
   return None

@@ -19,7 +19,7 @@ KINDS = ('default', 'linear', 'llama3', 'yarn')
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """What decides the frequencies; names as in Hugging Face's rope_parameters.
+  """Settings of the frequencies; names as in Hugging Face's rope_parameters.
 
   Attributes:
     theta: base of the wave lengths.
@@ -56,15 +56,15 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
   )
   if rope.kind == 'linear':
-    found, scale = plain / rope.factor, 1.0
+    frequencies, scale = plain / rope.factor, 1.0
   elif rope.kind == 'llama3':
-    found, scale = _llama3(rope, plain), 1.0
+    frequencies, scale = _llama3(rope, plain), 1.0
   elif rope.kind == 'yarn':
-    found = _yarn(rope, plain, head_dim)
+    frequencies = _yarn(rope, plain, head_dim)
     scale = rope.attention or 0.1 * math.log(max(rope.factor, 1)) + 1
   else:
-    found, scale = plain, 1.0
-  return found.astype(np.float32), scale
+    frequencies, scale = plain, 1.0
+  return frequencies.astype(np.float32), scale
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:

@@ -53,8 +53,8 @@ def scan_layers(
   if not scan:
     for i in range(length):
       # A copy each: a module that is used twice shares its variables.
-      own = block.clone(parent=None)
-      layer = _remat(_Layer, remat)(own, name=f'layers_{i}')
+      layer_block = block.clone(parent=None)
+      layer = _remat(_Layer, remat)(layer_block, name=f'layers_{i}')
       x, _ = layer(x, jnp.int32(i), ctx, args)
     return x
   layers = nn.scan(
@@ -80,15 +80,17 @@ def unstack_layers(tree: Tree) -> Tree:
   'layers' -> 'layers_0', 'layers_1', ...: each layer's arrays are its own, so
   that a program need not cut them out again and again.
   """
-  found = {}
+  unstacked = {}
   for key, value in tree.items():
     leaves = jax.tree.leaves(value)
     if key == 'layers' and leaves:
       for i in range(len(leaves[0])):
-        found[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
+        unstacked[f'layers_{i}'] = jax.tree.map(lambda a, i=i: a[i], value)
     else:
-      found[key] = unstack_layers(value) if isinstance(value, dict) else value
-  return found
+      unstacked[key] = (
+        unstack_layers(value) if isinstance(value, dict) else value
+      )
+  return unstacked
 
 
 def _remat(layer, remat: str, scanned: bool = False):

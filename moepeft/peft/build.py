@@ -37,9 +37,11 @@ class Built:
 
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
-    other = {'peft': 'params', 'params': 'peft'}[self.trainable]
-    found = {self.trainable: state.trainable, other: state.frozen}
-    return found | ({'reference': state.reference} if state.reference else {})
+    frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]
+    variables = {self.trainable: state.trainable, frozen: state.frozen}
+    return variables | (
+      {'reference': state.reference} if state.reference else {}
+    )
 
 
 def build(
@@ -122,18 +124,18 @@ def plain(
   Raises:
     ValueError: as `build`.
   """
-  found = []
+  specs = []
   for spec in method_string.parse_method(method):
     spec = _resolve(spec, methods, semantics)
     module = methods[spec.name].module
-    kept = _unusual(spec, _defaults(module))
-    router = kept.pop('router', None)
+    options = _unusual(spec, _defaults(module))
+    router = options.pop('router', None)
     if router is not None:
-      own = _unusual(router, _defaults(ROUTERS[router.name].module))
-      router = Spec(router.name, tuple(sorted(own.items())))
-      kept |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
-    found.append(Spec(spec.name, tuple(sorted(kept.items()))))
-  return method_string.format_method(tuple(found))
+      router_options = _unusual(router, _defaults(ROUTERS[router.name].module))
+      router = Spec(router.name, tuple(sorted(router_options.items())))
+      options |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
+    specs.append(Spec(spec.name, tuple(sorted(options.items()))))
+  return method_string.format_method(tuple(specs))
 
 
 def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +166,11 @@ def _function(module: nn.Module) -> tuple:
 def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   """Checks names and options and adds what the semantics decides."""
   method = _find(spec.name, methods, 'method')
-  given = dict(spec.options)
+  options = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
   defaults = _defaults(method.module)
   if 'router' in defaults:
-    router = given.get('router', DEFAULT_ROUTER)
+    router = options.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
@@ -182,9 +184,9 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     for option, value in entry.defaults.get(semantics, {}).items():
       if router.get(option) is None:
         router = router.replace(**{option: value})
-    decided['router'] = given['router'] = router
+    decided['router'] = options['router'] = router
   _check(spec, method.module, defaults | ({'sites': ''} if defaults else {}))
-  return Spec(spec.name, tuple((given | (decided | given)).items()))
+  return Spec(spec.name, tuple((options | (decided | options)).items()))
 
 
 def _module(spec: Spec, method: Method, name: str):
@@ -203,11 +205,11 @@ def _paths(spec, method, sites, semantics) -> list[str]:
   patterns = spec.get('sites')
   if patterns is None:
     roles = method.roles[semantics]
-    found = [path for path, role in sites.items() if role in roles]
-    if not found:
+    paths = [path for path, role in sites.items() if role in roles]
+    if not paths:
       raise ValueError(f'{spec.name} finds no site; name some with `sites`')
-    return found
-  found = set()
+    return paths
+  paths = set()
   for pattern in patterns.split('|'):
     matched = fnmatch.filter(sites, pattern.strip())
     if not matched:
@@ -215,8 +217,8 @@ def _paths(spec, method, sites, semantics) -> list[str]:
         f'{spec.name}: the pattern {pattern!r} matches no site; the sites '
         f'are {", ".join(sites)}'
       )
-    found |= set(matched)
-  return [path for path in sites if path in found]
+    paths |= set(matched)
+  return [path for path in sites if path in paths]
 
 
 def _defaults(module) -> dict[str, Any]:
@@ -262,13 +264,13 @@ def _check(spec: Spec, module, defaults: Mapping[str, Any]) -> None:
     default = defaults[option]
     if isinstance(default, nn.Module):
       continue
-    wanted = type(default)
-    taken = (int, float) if wanted is float else wanted
-    if not isinstance(value, taken) or (
-      isinstance(value, bool) and wanted is not bool
+    expected = type(default)
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(value, accepted) or (
+      isinstance(value, bool) and expected is not bool
     ):
       raise ValueError(
-        f"{spec.name}'s option {option} is of type {wanted.__name__}; got "
+        f"{spec.name}'s option {option} is of type {expected.__name__}; got "
         f'{shortened(value)}'
       )
     if option in ranges:
@@ -284,10 +286,10 @@ def _find(name: str, registry, kind: str):
   return registry[name]
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def _free_name(name: str, taken_names: set[str]) -> str:
   """lora, lora_2, lora_3: adapters of one name stay apart."""
   free, i = name, 2
-  while free in taken:
+  while free in taken_names:
     free, i = f'{name}_{i}', i + 1
-  taken.add(free)
+  taken_names.add(free)
   return free

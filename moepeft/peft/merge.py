@@ -61,20 +61,26 @@ def merge(built: Built, variables: dict[str, Tree]) -> Tree:
     if place in _NEXT:
       adapter = dataclasses.replace(adapter, on='input')
     method = methods[type(adapter)]
-    one = functools.partial(method.merge, adapter=adapter, eqn=_EQUATIONS[into])
+    merge_layer = functools.partial(
+      method.merge, adapter=adapter, eqn=_EQUATIONS[into]
+    )
     path = f'{stack}/layers/{sublayer}/{into}'
     _require_kernel(params, f'{path}/kernel')
-    params[f'{path}/kernel'] = _each_layer(one, peft, params[f'{path}/kernel'])
+    params[f'{path}/kernel'] = _each_layer(
+      merge_layer, peft, params[f'{path}/kernel']
+    )
     bias = params.get(f'{path}/bias')
     if bias is not None and method.merge_bias is not None:
-      one = functools.partial(method.merge_bias, adapter=adapter)
-      params[f'{path}/bias'] = _each_layer(one, peft, bias)
+      merge_layer = functools.partial(method.merge_bias, adapter=adapter)
+      params[f'{path}/bias'] = _each_layer(merge_layer, peft, bias)
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def _each_layer(one: Callable, peft: Tree, weight) -> jax.Array:
+def _each_layer(merge_layer: Callable, peft: Tree, weight) -> jax.Array:
   weight = jnp.asarray(weight)
-  return jax.vmap(lambda p, w: one(p, w))(peft, weight).astype(weight.dtype)
+  return jax.vmap(lambda p, w: merge_layer(p, w))(peft, weight).astype(
+    weight.dtype
+  )
 
 
 def _require_kernel(params: dict, path: str) -> None:
@@ -99,21 +105,21 @@ def is_mergeable(built: Built) -> bool:
 
 def _mergeable(built: Built) -> dict[type, Method]:
   """{adapter's type: its method}, or the reason why one has no merge."""
-  found = {}
+  methods = {}
   for spec in parse_method(built.method):
     method = METHODS[spec.name]
     if method.merge is None:
       raise ValueError(f'{spec.name} cannot be merged: {method.why_not}')
-    found[method.module] = method
+    methods[method.module] = method
   inner = set()
   for site, adapter in built.adapter_map.entries:
-    if found[type(adapter)].innermost and site in inner:
+    if methods[type(adapter)].innermost and site in inner:
       raise ValueError(
         f'{adapter.name} cannot be merged at {site}: it goes by the norm of '
         "the base's kernel, which the adapter inside it changes; put it first"
       )
     inner.add(site)
-  return found
+  return methods
 
 
 def _place(site: str) -> tuple[str, str, str]:

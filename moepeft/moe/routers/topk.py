@@ -51,10 +51,10 @@ class TopK(nn.Module):
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     probabilities = softmax(noisy)
-    kept = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
+    weights = jnp.where(top_mask(probabilities, self.k), probabilities, 0)
     if self.renormalize:
-      kept = kept / jnp.sum(kept, axis=-1, keepdims=True)
-    return Routing(logits, kept, k=self.k)
+      weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(logits, weights, k=self.k)
 
 
 ROUTER = RouterSpec(

@@ -11,7 +11,7 @@ from moepeft.nn.initializers import Constant, peft_param
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 
-ONES = Constant(1)
+INIT_SCALE = Constant(1)
 
 
 class Ia3(nn.Module):
@@ -28,10 +28,10 @@ class Ia3(nn.Module):
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if self.on == 'input':
-      scale = peft_param(self, 'scale', ONES, x.shape[2:], f.input_axes)
+      scale = peft_param(self, 'scale', INIT_SCALE, x.shape[2:], f.input_axes)
       return f(x * scale.astype(x.dtype))
     y = f(x)
-    scale = peft_param(self, 'scale', ONES, y.shape[2:], f.output_axes)
+    scale = peft_param(self, 'scale', INIT_SCALE, y.shape[2:], f.output_axes)
     return y * scale.astype(y.dtype)
 
 

@@ -14,7 +14,7 @@ from moepeft.nn.initializers import peft_param
 from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
-from moepeft.peft.methods.ia3 import ONES
+from moepeft.peft.methods.ia3 import INIT_SCALE
 
 READS = ('heads', 'output', 'input')
 
@@ -42,13 +42,13 @@ class MoV(nn.Module):
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     y = f(x)
     shape = (self.experts, *y.shape[2:])
-    scale = peft_param(self, 'scale', ONES, shape, f'e{f.output_axes}')
+    scale = peft_param(self, 'scale', INIT_SCALE, shape, f'e{f.output_axes}')
     if self.reads == 'heads' and y.ndim == 4:
       p = route(self, self.router, y, ctx).combine_weights
       mixed = jnp.einsum('btne,enh->btnh', p, scale)
     else:
-      seen = flatten_features(x if self.reads == 'input' else y)
-      p = route(self, self.router, seen, ctx).combine_weights
+      router_input = flatten_features(x if self.reads == 'input' else y)
+      p = route(self, self.router, router_input, ctx).combine_weights
       flat = scale.reshape(self.experts, -1)
       mixed = low_rank_matmul(p, flat).reshape(y.shape)
     return (to_f32(y) * mixed).astype(y.dtype)

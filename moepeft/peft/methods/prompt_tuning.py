@@ -54,8 +54,8 @@ class Prompt(nn.Module):
     )
     # Beyond the table there would be NaN.
     y = f(jnp.minimum(x, v - 1))
-    own = jnp.take(vectors, jnp.clip(x - v, 0, self.length - 1), axis=0)
-    return jnp.where((x >= v)[..., None], own.astype(y.dtype), y)
+    prompt = jnp.take(vectors, jnp.clip(x - v, 0, self.length - 1), axis=0)
+    return jnp.where((x >= v)[..., None], prompt.astype(y.dtype), y)
 
 
 def common(key: Array, table: Array, r: int, dtype: Any) -> Array:

@@ -54,13 +54,13 @@ class Tokens(nn.Module):
 
   def _tied(self, f: BaseLayer) -> Array:
     """The embedding's own."""
-    found = f.tied_embedding.get_variable(COLLECTION, self.name)
-    if found is None:
+    embedding = f.tied_embedding.get_variable(COLLECTION, self.name)
+    if embedding is None:
       raise ValueError(
         f"{self.name}: the head is the embedding's, so adapt both; leave its "
         'option `sites` out'
       )
-    return found['delta']
+    return embedding['delta']
 
 
 def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
     raise ValueError(
       "tokens acts at 'embed' and 'head' only; leave out `sites`"
     )
-  found = set()
+  ids = set()
   for part in text.split('|'):
     low, _, high = part.strip().partition('-')
     if not low.isdecimal() or (high and not high.isdecimal()):
@@ -89,8 +89,8 @@ def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
         f'tokens(new={shortened(text)}) names ids from {first} to {last}; '
         f"expected ids below {vocab}, the size of the model's vocabulary"
       )
-    found |= set(range(first, last + 1))
-  return tuple(sorted(found))
+    ids |= set(range(first, last + 1))
+  return tuple(sorted(ids))
 
 
 _ROLES = ('embed', 'head')
