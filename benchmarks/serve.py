@@ -48,7 +48,9 @@ METHOD = 'lora(rank=8)'
 # Of answers, in tokens: most are short, some are long.
 LENGTHS = (8, 12, 16, 24, 8, 16, 12, 128)
 REQUESTS = 4 * AT_ONCE
-SETTINGS = EngineConfig(slots=AT_ONCE, places=256, chunk=PROMPT, rooms=(256,))
+SETTINGS = EngineConfig(
+  slots=AT_ONCE, max_model_len=256, chunk=PROMPT, cache_lens=(256,)
+)
 
 
 def random_model(folder: str) -> str:

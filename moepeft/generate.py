@@ -56,7 +56,10 @@ def answer(
 ) -> list[str]:
   """The greedy continuation of each prompt, as text."""
   causal = decoder_only(model)
-  longest = max(len(prompts.asked(tokenizer, text, causal)) for text in texts)
+  longest = max(
+    len(prompts.encode_example_prompt(tokenizer, text, causal))
+    for text in texts
+  )
   longest += len(before(model))
   generator = BatchGenerator(
     model, tokenizer, longest, max_new_tokens, len(texts)
@@ -179,7 +182,7 @@ def _prompt_encoder(run: LoadedModel) -> EncodePrompt:
     return lambda turns: template.prompt(prompts.conversation(turns))
   # A model that was not trained here goes on with what it is given.
   as_example = bool(_WORKDIR.value) and READERS[data.source].has_separator
-  form = prompts.asked if as_example else prompts.plain
+  form = prompts.encode_example_prompt if as_example else prompts.encode_text
   causal = decoder_only(run.model)
   return lambda turns: form(tokenizer, turns[-1], causal)
 

@@ -18,7 +18,7 @@ from moepeft.inference.generator import (
   Generator,
   check_length,
 )
-from moepeft.inference.prompts import asked
+from moepeft.inference.prompts import encode_example_prompt
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
 
@@ -94,7 +94,7 @@ class BatchGenerator:
     """(ids of an input, whether it was cut to the limit)."""
     if not self._decoder_only:
       return seq2seq.encode_truncated(self._tokenizer, text, self._max_inputs)
-    ids = asked(self._tokenizer, text, decoder_only=True)
+    ids = encode_example_prompt(self._tokenizer, text, decoder_only=True)
     # The end of a prompt is what is answered.
     short = decoder_only.keep_last(ids, self._max_inputs, self._tokenizer.bos)
     return list(short), len(ids) > self._max_inputs

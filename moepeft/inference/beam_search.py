@@ -25,7 +25,7 @@ _NEVER = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class BeamConfig:
-  """How beams are searched.
+  """Settings of a beam search.
 
   Attributes:
     count: m.
@@ -50,7 +50,7 @@ class BeamConfig:
 
 @struct.dataclass
 class BeamState:
-  """Where a search stands: beams that go on, and the best that have ended.
+  """The state of a search: beams that go on, and the best that have ended.
 
   Attributes:
     count: int32 scalar, tokens of each beam.
@@ -146,9 +146,9 @@ def _grow(
   v = logs.shape[-1]
   sums = (logs + state.sums[..., None]).reshape(b, -1)
   # So many that m of them go on, whatever the others end with.
-  kept = max(2, 1 + len(ends)) * m
-  sums, found = jax.lax.top_k(sums, min(kept, m * v))
-  parents, chosen = found // v, (found % v).astype(jnp.int32)
+  candidates = max(2, 1 + len(ends)) * m
+  sums, flat = jax.lax.top_k(sums, min(candidates, m * v))
+  parents, chosen = flat // v, (flat % v).astype(jnp.int32)
   tokens = _pick(state.tokens, parents).at[:, :, state.count].set(chosen)
   count = state.count + 1
   over = jnp.isin(chosen, ends) | (count >= until)

@@ -30,7 +30,7 @@ class Detokenizer:
     self._decode = decode
     self._window: list[int] = []
     # How much of the window is given out: its tokens, then characters.
-    self._tokens, self._said = 0, 0
+    self._tokens, self._emitted = 0, 0
 
   def feed(self, ids: Sequence[int]) -> str:
     """The text that is certain now, '' while a character is incomplete."""
@@ -39,8 +39,8 @@ class Detokenizer:
     self._window += ids
     text = self._decode(self._window)
     whole = text.rstrip(_BROKEN)
-    new = whole[self._said :]
-    self._said += len(new)
+    new = whole[self._emitted :]
+    self._emitted += len(new)
     if whole == text:
       self._slide()
     return new
@@ -51,13 +51,13 @@ class Detokenizer:
     text = self._decode(newest)
     # Decoders drop spaces at a text's beginning, so it must be past them.
     if text.strip():
-      self._window, self._said = newest, len(text)
+      self._window, self._emitted = newest, len(text)
     self._tokens = len(self._window)
 
   def finish(self) -> str:
-    """What was held back: bytes that never became a character, marked."""
-    new = self._decode(self._window)[self._said :]
-    self._said += len(new)
+    """The bytes that never became a character, marked."""
+    new = self._decode(self._window)[self._emitted :]
+    self._emitted += len(new)
     return new
 
 
@@ -75,27 +75,27 @@ class StopStrings:
     """
     if '' in stops:
       raise ValueError('a stop string is empty; leave it out')
-    self._stops, self._held = tuple(stops), ''
-    self.found = False
+    self._stops, self._pending = tuple(stops), ''
+    self.matched = False
 
   def feed(self, text: str) -> str:
-    """What is certainly before every stop string; '' once one is found."""
-    if self.found:
+    """The text that is before every stop string; '' once one is found."""
+    if self.matched:
       return ''
-    text = self._held + text
+    text = self._pending + text
     places = [(text.find(stop), stop) for stop in self._stops]
     ends = [(at + len(stop), at) for at, stop in places if at >= 0]
     if ends:
-      self.found, self._held = True, ''
+      self.matched, self._pending = True, ''
       return text[: min(ends)[1]]
     keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-    self._held = text[len(text) - keep :]
+    self._pending = text[len(text) - keep :]
     return text[: len(text) - keep]
 
   def finish(self) -> str:
-    """What was held back and became no stop string."""
-    held, self._held = self._held, ''
-    return held
+    """The text that was withheld and became no stop string."""
+    pending, self._pending = self._pending, ''
+    return pending
 
 
 class SpecialTokenMarkers:
@@ -160,7 +160,7 @@ class TextStream:
   @property
   def stopped(self) -> bool:
     """Whether a stop string was met; what comes after it is no text."""
-    return self._stops.found
+    return self._stops.matched
 
   def feed(self, ids: Sequence[int]) -> str:
     if not self._markers.of:
@@ -178,6 +178,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-  """How many of the last characters of a text begin a stop string."""
+  """The number of a text's last characters that begin a stop string."""
   most = min(len(text), len(stop) - 1)
   return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

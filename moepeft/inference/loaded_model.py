@@ -57,7 +57,7 @@ class LoadedModel:
     folder = self.base_folder
     if tokenizer not in ('', path):
       folder = os.path.expanduser(tokenizer)
-    return prompts.ends(self.tokenizer, folder)
+    return prompts.eos_token_ids(self.tokenizer, folder)
 
 
 def open_run(workdir: str, checkpoint: str = ''):

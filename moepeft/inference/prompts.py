@@ -17,7 +17,7 @@ from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 
-def plain(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
+def encode_text(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
   """The ids of a text: with its end for an encoder, open for a decoder.
 
   Raises:
@@ -34,10 +34,12 @@ def plain(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
   return ids
 
 
-def asked(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
+def encode_example_prompt(
+  words: Tokenizer, text: str, decoder_only: bool
+) -> list[int]:
   """The ids of an example's inputs, as in training on examples."""
   if not decoder_only:
-    return plain(words, text, decoder_only)
+    return encode_text(words, text, decoder_only)
   return batching_decoder_only.encode_prompts(words, [text])[0]
 
 
@@ -71,9 +73,11 @@ def template(
       f'the vocabulary {words} has no chat template; leave out --chat, or name '
       'a model that has one'
     )
-  found = chat_dataset.load_chat_template(data, words)
+  template_ = chat_dataset.load_chat_template(data, words)
   # What is asked is dated today, whatever day the run was begun on.
-  return dataclasses.replace(found, system=system or found.system, date='')
+  return dataclasses.replace(
+    template_, system=system or template_.system, date=''
+  )
 
 
 def conversation(turns: Sequence[str]) -> Conversation:
@@ -84,19 +88,21 @@ def conversation(turns: Sequence[str]) -> Conversation:
   )
 
 
-def ends(words: Tokenizer, folder: str) -> tuple[int, ...]:
+def eos_token_ids(words: Tokenizer, folder: str) -> tuple[int, ...]:
   """Ids that end an answer: the vocabulary's, what its chat template ends
   answers with, and those that the model's files name.
 
   Args:
     folder: the model's directory or GGUF file, '' for none.
   """
-  found = [words.eos]
+  ids_of_ends = [words.eos]
   if has_chat_template(words):
-    found += chat_dataset.ChatTemplate(words.tokenizer).ends()
+    ids_of_ends += chat_dataset.ChatTemplate(words.tokenizer).ends()
   if folder.endswith(gguf.SUFFIX):
-    said = gguf.metadata(folder)
-    found += [said.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF]
+    metadata = gguf.metadata(folder)
+    ids_of_ends += [
+      metadata.get(f'tokenizer.ggml.{kind}_token_id') for kind in _GGUF
+    ]
   for name in ('generation_config.json', 'config.json'):
     path = os.path.join(folder, name)
     if os.path.exists(path):
@@ -109,8 +115,8 @@ def ends(words: Tokenizer, folder: str) -> tuple[int, ...]:
           'integer or a list of them; copy it again'
         ) from None
       ids = source.get('eos_token_id')
-      found += ids if isinstance(ids, list) else [ids]
-  return tuple(dict.fromkeys(i for i in found if i is not None))
+      ids_of_ends += ids if isinstance(ids, list) else [ids]
+  return tuple(dict.fromkeys(i for i in ids_of_ends if i is not None))
 
 
 # The ends of a text, of a turn and of a message.

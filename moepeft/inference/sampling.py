@@ -17,7 +17,7 @@ from moepeft.core.types import Array
 
 @struct.dataclass
 class Sampling:
-  """How a token is chosen; None leaves a part out of the program.
+  """Settings of the choice of a token; None leaves a part out of the program.
 
   Each is one number, or one for each row [b].
 
@@ -44,7 +44,7 @@ def check(s: Sampling) -> None:
   Raises:
     ValueError: one cannot be, or does nothing; the message names it.
   """
-  for name, holds, what in (
+  for name, holds, range_text in (
     ('temperature', lambda v: v >= 0, 'at least 0 (greedy)'),
     ('top_k', lambda v: v >= 1, 'at least 1'),
     ('top_p', lambda v: 0 < v <= 1, 'above 0 and at most 1'),
@@ -53,7 +53,7 @@ def check(s: Sampling) -> None:
   ):
     value = getattr(s, name)
     if value is not None and not holds(value):
-      raise ValueError(f'{name} is {what}; got {value}')
+      raise ValueError(f'{name} is {range_text}; got {value}')
   if not s.temperature:
     filters = ('top_k', 'top_p', 'min_p')
     idle = [name for name in filters if getattr(s, name) is not None]
@@ -64,15 +64,15 @@ def check(s: Sampling) -> None:
       )
 
 
-def penalise(logits: Array, seen: Array, penalty) -> Array:
+def penalise(logits: Array, previous: Array, penalty) -> Array:
   """Logits with tokens that were there before made less likely.
 
   Args:
-    seen: bool [b, v].
+    previous: bool [b, v].
   """
   penalty = _column(penalty)
   less = jnp.where(logits < 0, logits * penalty, logits / penalty)
-  return jnp.where(seen, less, logits)
+  return jnp.where(previous, less, logits)
 
 
 def warm(logits: Array, temperature) -> Array:
@@ -113,7 +113,7 @@ def min_p(logits: Array, p) -> Array:
 
 
 def filtered(logits: Array, s: Sampling) -> Array:
-  """What is drawn from: temperature, then top-k, top-p and min-p."""
+  """The logits of the draw: temperature, then top-k, top-p and min-p."""
   logits = warm(logits, s.temperature)
   for name, keep in (('top_k', top_k), ('top_p', top_p), ('min_p', min_p)):
     value = getattr(s, name)

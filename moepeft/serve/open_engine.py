@@ -69,7 +69,7 @@ def open_engine(
     pool = AdapterPool(base, adapters, forms, loaded, budget)
   words = load_tokenizer('', path)
   engine = Engine(model, base.params, pool, settings)
-  ends = prompts.ends(words, base.folder)
+  ends = prompts.eos_token_ids(words, base.folder)
   # Codes are not the weights that they stand for.
   sha256 = f'{base.sha256}/{quantise}' if quantise else base.sha256
   return Opened(engine, words, ends, sha256)

@@ -34,31 +34,31 @@ def data_of(source, path, **changes):
 def conversation(path, **changes):
   """(the first row's text, what is trained in brackets; the notes)."""
   words = load_tokenizer('', MODEL)
-  own = CausalCollator(words, LENGTH)
-  found = open_data(data_of('chat', path, **changes), 0, collator=own)
-  batch = own.pad(own.encode([found.train[0]]))
-  return preview.row_lines(batch, 0, words, False)[-1], found.notes
+  collator = CausalCollator(words, LENGTH)
+  source = open_data(data_of('chat', path, **changes), 0, collator=collator)
+  batch = collator.pad(collator.encode([source.train[0]]))
+  return preview.row_lines(batch, 0, words, False)[-1], source.notes
 
 
 def preference(path, objective):
   """(the first row's sides as texts, the notes)."""
   words = load_tokenizer('', MODEL)
   data = data_of('preference', path)
-  own = preference_dataset.objective_collator(
+  collator = preference_dataset.objective_collator(
     data, objective, OBJECTIVES[objective].batch, CausalCollator(words, LENGTH)
   )
-  found = open_data(data, 0, collator=own)
-  batch = own.pad([found.train[0]])
+  source = open_data(data, 0, collator=collator)
+  batch = collator.pad([source.train[0]])
   sides = []
-  for side in own.sides:
+  for side in collator.sides:
     part = {k.removeprefix(side): v for k, v in batch.items()}
     sides.append(preview.row_lines(part, 0, words, False)[-1])
-  return sides, found.notes
+  return sides, source.notes
 
 
 def examples(source, path, **changes):
-  found = open_data(data_of(source, path, **changes), 0)
-  return found.rows, found.notes
+  opened = open_data(data_of(source, path, **changes), 0)
+  return opened.rows, opened.notes
 
 
 def test_004_a_prompt_that_is_given_three_times_is_there_once():
@@ -149,9 +149,9 @@ def test_011_a_model_whose_config_begins_with_a_mark_brings_its_tokenizer():
 def test_017_a_tokenizer_without_an_end_is_one_sentence():
   words = load_tokenizer('', str(CASES / '017' / 'none'))
   rows, _ = examples('jsonl', '017/train.jsonl')
-  for own in (CausalCollator(words, 32), Seq2SeqCollator(words, 32, 8)):
+  for collator in (CausalCollator(words, 32), Seq2SeqCollator(words, 32, 8)):
     with pytest.raises(ValueError, match='has no end-of-sequence token; name'):
-      own.encode(rows[:3])
+      collator.encode(rows[:3])
 
 
 def test_005_kto_of_one_class_says_which_is_missing():

@@ -109,7 +109,7 @@ def test_018_generate_refuses_a_token_beyond_the_embedding():
   from moepeft.inference import loaded_model
 
   run = loaded_model.load_model(str(SHARED / '018' / 'model'))
-  ids = prompts.plain(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
+  ids = prompts.encode_text(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
   assert max(ids) >= run.model.config.vocab
   with pytest.raises(ValueError, match='more tokens than its embedding'):
     prompts.check_ids(ids, run.model.config.vocab)
@@ -169,7 +169,7 @@ def test_a_pipe_beside_a_tokenizer_is_refused_at_once(tmp_path):
 def test_odd_ends_in_generation_config_are_refused(tmp_path, text):
   (tmp_path / 'generation_config.json').write_text(text)
   with pytest.raises(ValueError, match='generation_config.json'):
-    prompts.ends(vocabulary_lib.ByteTokenizer(), str(tmp_path))
+    prompts.eos_token_ids(vocabulary_lib.ByteTokenizer(), str(tmp_path))
 
 
 def test_refusing_to_merge_a_mixture_advises_a_form_that_works(

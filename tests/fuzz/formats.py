@@ -162,7 +162,7 @@ def _targets(root: Path):
     'generation config': (
       'ends',
       'generation_config.json',
-      lambda folder: prompts.ends(words.ByteTokenizer(), str(folder)),
+      lambda folder: prompts.eos_token_ids(words.ByteTokenizer(), str(folder)),
     ),
   }
   if importlib.util.find_spec('gguf'):

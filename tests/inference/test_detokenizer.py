@@ -112,13 +112,13 @@ def test_a_stop_string_cuts_whatever_the_pieces_are(stops, expected):
     found = StopStrings(stops)
     parts = [found.feed(part) for part in pieces(text, (size,))]
     assert ''.join(parts) + found.finish() == expected
-    assert found.found == (expected != text)
+    assert found.matched == (expected != text)
 
 
 def test_what_may_begin_a_stop_string_is_held_back():
   stops = StopStrings(('END',))
   assert [stops.feed(c) for c in 'aENEND'] == ['a', '', '', 'EN', '', '']
-  assert stops.found and stops.feed('more') == '' and stops.finish() == ''
+  assert stops.matched and stops.feed('more') == '' and stops.finish() == ''
 
 
 def test_an_empty_stop_string_is_refused():

@@ -86,7 +86,7 @@ def made(kind):
 
 
 def ids(kind, texts=TEXTS):
-  return [prompts.plain(WORDS, text, kind != 't5') for text in texts]
+  return [prompts.encode_text(WORDS, text, kind != 't5') for text in texts]
 
 
 def generation(kind, **settings):
@@ -256,29 +256,29 @@ def test_a_prompt_longer_than_the_model_is_refused():
 
 def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match='an empty prompt'):
-    prompts.plain(WORDS, '', decoder_only=True)
+    prompts.encode_text(WORDS, '', decoder_only=True)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
     generation('decoder').texts([[5], []])
-  assert prompts.plain(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
-  assert prompts.plain(WORDS, '', decoder_only=False) == [1]
+  assert prompts.encode_text(ByteTokenizer(bos=2), '', decoder_only=True) == [2]
+  assert prompts.encode_text(WORDS, '', decoder_only=False) == [1]
 
 
 def test_ends_are_the_templates_too(tmp_path):
   # <|im_end|> is 2, and not the end of this vocabulary's texts.
   words = templated_words()
   words.eos = 0
-  assert prompts.ends(words, '') == (0, 2)
+  assert prompts.eos_token_ids(words, '') == (0, 2)
   # An end that is text is none, and what cannot be rendered has none.
   words.tokenizer.chat_template = "{{ messages[-1]['content'] }}!"
-  assert prompts.ends(words, '') == (0,)
+  assert prompts.eos_token_ids(words, '') == (0,)
   words.tokenizer.chat_template = "{{ raise_exception('no') }}"
-  assert prompts.ends(words, '') == (0,)
+  assert prompts.eos_token_ids(words, '') == (0,)
 
 
 def test_ends_are_those_of_a_gguf_file(monkeypatch):
   said = {'tokenizer.ggml.eos_token_id': 5, 'tokenizer.ggml.eot_token_id': 7}
   monkeypatch.setattr(prompts.gguf, 'metadata', lambda path: said)
-  assert prompts.ends(WORDS, '/some/m.gguf') == (1, 5, 7)
+  assert prompts.eos_token_ids(WORDS, '/some/m.gguf') == (1, 5, 7)
 
 
 def test_an_answering_ends_where_it_is_told():
@@ -292,11 +292,11 @@ def test_an_answering_ends_where_it_is_told():
 
 
 def test_ends_are_the_vocabularys_and_the_models(tmp_path):
-  assert prompts.ends(WORDS, str(tmp_path)) == (1,)
+  assert prompts.eos_token_ids(WORDS, str(tmp_path)) == (1,)
   for said, expected in ((7, (1, 7)), ([7, 1, 9], (1, 7, 9)), (None, (1,))):
     file = tmp_path / 'generation_config.json'
     file.write_text(json.dumps({'eos_token_id': said}))
-    assert prompts.ends(WORDS, str(tmp_path)) == expected
+    assert prompts.eos_token_ids(WORDS, str(tmp_path)) == expected
 
 
 def talk(kind, sampling=None, stops=(), ask=None, **manner):

@@ -55,19 +55,19 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
     OSError: something in it is a pipe, a socket or a device.
   """
   check_regular(os.path.expanduser(path))
-  found = _stored(path, base)
-  _check_base(found, path, base)
-  semantics = found.semantics or 'official'
-  built = build(found.method, base.family.sites(base.config), semantics)
+  stored = _stored(path, base)
+  _check_base(stored, path, base)
+  semantics = stored.semantics or 'official'
+  built = build(stored.method, base.family.sites(base.config), semantics)
   bucket = bucket_of(built, path)
   arrays = {
     name: np.asarray(leaf, np.float32)
-    for name, leaf in weight_mapping.flatten(found.tree).items()
+    for name, leaf in weight_mapping.flatten(stored.tree).items()
   }
   _check_arrays(arrays, built, path, base)
   content = '\n'.join(
     (
-      plain(found.method, semantics),
+      plain(stored.method, semantics),
       semantics,
       weight_mapping.content_hash(arrays),
     )
@@ -94,7 +94,7 @@ def check_regular(path: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """What a file says; `sha256` is the base's, None where it does not say."""
+  """An adapter's file; `sha256` is the base's, None where it names none."""
 
   method: str
   tree: Tree
@@ -110,27 +110,27 @@ def arrays_of(model: nn.Module) -> Layout:
 
 
 def _stored(path: str, base: Base) -> _Stored:
-  found = base_lib.load_adapter(path, base.config)
+  adapter = base_lib.load_adapter(path, base.config)
   # Only our own form says it, and what was kept in how many bits with it.
-  said = found.quantise is not None
+  is_ours = adapter.quantise is not None
   return _Stored(
-    found.method,
-    found.tree,
-    found.semantics,
-    found.sha256 if said else None,
-    found.quantise,
+    adapter.method,
+    adapter.tree,
+    adapter.semantics,
+    adapter.sha256 if is_ours else None,
+    adapter.quantise,
   )
 
 
-def _check_base(found: _Stored, path: str, base: Base) -> None:
-  if found.sha256 not in (None, base.sha256):
+def _check_base(stored: _Stored, path: str, base: Base) -> None:
+  if stored.sha256 not in (None, base.sha256):
     raise ValueError(
       f'{path} was trained on another base than {base.path!r} (their content '
       'hashes differ); start a server with --model set to its own'
     )
-  if found.quantise not in (None, base.quantise):
+  if stored.quantise not in (None, base.quantise):
     raise ValueError(
-      f'{path} was trained on a base kept in {found.quantise or "full"!r}, '
+      f'{path} was trained on a base kept in {stored.quantise or "full"!r}, '
       f'this one is kept in {base.quantise or "full"!r}; start a server with '
       'its own'
     )
@@ -139,9 +139,9 @@ def _check_base(found: _Stored, path: str, base: Base) -> None:
 def _check_arrays(
   arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
 ) -> None:
-  wanted = arrays_of(base.family.MODULE(base.config, built.adapter_map))
+  expected = arrays_of(base.family.MODULE(base.config, built.adapter_map))
   weight_mapping.check(
-    {name: shape for name, (shape, _) in wanted.items()},
+    {name: shape for name, (shape, _) in expected.items()},
     {name: a.shape for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',
     'export the adapter again from its run',

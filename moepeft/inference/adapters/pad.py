@@ -31,11 +31,11 @@ def bucket_layouts(
   Args:
     adapter_map: of all of them.
   """
-  found = arrays_of(base.family.MODULE(base.config, adapter_map))
+  arrays = arrays_of(base.family.MODULE(base.config, adapter_map))
   return {
     bucket.name: {
-      path: said
-      for path, said in found.items()
+      path: shape_and_metadata
+      for path, shape_and_metadata in arrays.items()
       if any(f'/{part.name}/' in path for part in bucket.parts)
     }
     for bucket in buckets
@@ -81,10 +81,10 @@ def pad_to_bucket(
   for part, (instance, spec) in zip(bucket.parts, specs.items(), strict=True):
     source = _Source(adapter.arrays, instance, spec, part, base)
     for path, (shape, label) in layout.items():
-      place, mine, leaf = path.partition(f'/{part.name}/')
-      if mine and source.at(place):
+      place, separator, leaf = path.partition(f'/{part.name}/')
+      if separator and source.at(place):
         filled[path] = source.leaf(place, leaf, shape, label)
-      elif mine:
+      elif separator:
         filled[path] = _filled(shape, label)
   return PaddedAdapter(adapter, bucket.name, weight_mapping.unflatten(filled))
 
@@ -104,8 +104,8 @@ class _Source:
     self._base = base
     self._arrays: dict[str, dict[str, np.ndarray]] = {}
     for path, array in arrays.items():
-      place, mine, leaf = path.partition(f'/{instance}/')
-      if mine:
+      place, separator, leaf = path.partition(f'/{instance}/')
+      if separator:
         self._arrays.setdefault(place, {})[leaf] = array
 
   def at(self, place: str) -> dict[str, np.ndarray] | None:
@@ -159,8 +159,8 @@ def _kernel(
   """The weight of a projection, float32 [inputs, outputs]."""
   flat = weight_mapping.flatten(base.params)
   if f'{place}/kernel' in flat:
-    found = flat[f'{place}/kernel'][layer].astype(np.float32)
-    return found.reshape(shape)
+    weight = flat[f'{place}/kernel'][layer].astype(np.float32)
+    return weight.reshape(shape)
   kind = base.quantise
   codes, scale = (flat[f'{place}/kernel_{n}'] for n in (kind, 'scale'))
   kernel = FORMATS[kind].decode(codes[layer], scale[layer], shape)

@@ -42,9 +42,9 @@ def pieces(words: Tokenizer, size: int) -> Pieces:
       f'constrained answers need the bytes of tokens; expected a vocabulary of '
       f'bytes or a Hugging Face tokenizer, got {words}'
     )
-  found = _of_tokenizer(words, size)
-  _check(words, found)
-  return found
+  table = _of_tokenizer(words, size)
+  _check(words, table)
+  return table
 
 
 def _sized(
@@ -58,36 +58,41 @@ def _sized(
 
 
 def _of_tokenizer(words: HuggingFaceTokenizer, size: int) -> Pieces:
-  own = words.tokenizer
-  decoder = getattr(getattr(own, 'backend_tokenizer', None), 'decoder', None)
+  tokenizer = words.tokenizer
+  decoder = getattr(
+    getattr(tokenizer, 'backend_tokenizer', None), 'decoder', None
+  )
   if decoder is None:
     raise ValueError(
       f'the tokenizer {words} has no decoder of its own; constrained answers '
       'need a fast tokenizer (tokenizer.json)'
     )
-  added = own.added_tokens_decoder
+  added = tokenizer.added_tokens_decoder
   special = {i for i, token in added.items() if token.special}
-  special.update(own.all_special_ids)
-  vocabulary = own.get_vocab()
+  special.update(tokenizer.all_special_ids)
+  vocabulary = tokenizer.get_vocab()
   later = [b''] * (1 + max(vocabulary.values()))
   first = list(later)
-  one = _reader(decoder)
+  read = _reader(decoder)
   for text, i in vocabulary.items():
     if i not in special:
-      first[i], later[i] = one(text)
-  return _sized(own.backend_tokenizer.to_str(), later, first, size)
+      first[i], later[i] = read(text)
+  return _sized(tokenizer.backend_tokenizer.to_str(), later, first, size)
 
 
 def _reader(decoder: Any):
   """token -> (its bytes as a text's first, and later on)."""
-  made = json.loads(decoder.__getstate__())
-  kinds = {made['type'], *(d['type'] for d in made.get('decoders', ()))}
+  decoder_json = json.loads(decoder.__getstate__())
+  kinds = {
+    decoder_json['type'],
+    *(d['type'] for d in decoder_json.get('decoders', ())),
+  }
   letters = alphabet() if kinds == {'ByteLevel'} else None
 
   def read(text: str) -> tuple[bytes, bytes]:
     if letters is not None:
-      known = all(letter in letters for letter in text)
-      same = bytes(map(letters.get, text)) if known else text.encode()
+      byte_level = all(letter in letters for letter in text)
+      same = bytes(map(letters.get, text)) if byte_level else text.encode()
       return same, same
     byte = _FALLBACK.fullmatch(text)
     if byte and 'ByteFallback' in kinds:
@@ -105,21 +110,21 @@ def _reader(decoder: Any):
 def alphabet() -> dict[str, int]:
   """The letters that byte-level tokenizers write bytes with (GPT-2's)."""
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = (i for i in range(256) if i not in shown)
+  rest = (i for i in range(256) if i not in shown)
   return {chr(i): i for i in shown} | {
-    chr(256 + n): i for n, i in enumerate(others)
+    chr(256 + n): i for n, i in enumerate(rest)
   }
 
 
-def _check(words: HuggingFaceTokenizer, found: Pieces) -> None:
-  size = len(found.later)
-  ids = [i for i in words.encode(_PROBE) if i < size and found.later[i]]
-  ours = b''.join([found.first[i] for i in ids[:1]])
-  ours += b''.join(found.later[i] for i in ids[1:])
-  theirs = words.decode(ids)
-  if ours.decode(errors='replace') != theirs:
+def _check(words: HuggingFaceTokenizer, table: Pieces) -> None:
+  size = len(table.later)
+  ids = [i for i in words.encode(_PROBE) if i < size and table.later[i]]
+  joined = b''.join([table.first[i] for i in ids[:1]])
+  joined += b''.join(table.later[i] for i in ids[1:])
+  decoded = words.decode(ids)
+  if joined.decode(errors='replace') != decoded:
     raise ValueError(
-      f'the tokenizer {words} decodes {_PROBE!r} to {theirs!r}, but its tokens '
-      f'one by one are {ours!r}; constrained answers need a tokenizer whose '
-      'texts are its tokens in a row'
+      f'the tokenizer {words} decodes {_PROBE!r} to {decoded!r}, but its '
+      f'tokens one by one are {joined!r}; constrained answers need a '
+      'tokenizer whose texts are its tokens in a row'
     )

@@ -138,7 +138,7 @@ class AnswerStream:
     self._read += len(self._markers.removed(text))
     out = self._markers.removed(self._stops.feed(text))
     self._sent += len(out)
-    self.stopped = self._stops.found
+    self.stopped = self._stops.matched
     # A token whose text may become a stop string waits with it.
     count = sum(entry.offset < self._sent for entry in self._pending)
     entries, self._pending = self._pending[:count], self._pending[count:]

@@ -116,7 +116,7 @@ class ServedTokenizer:
       ApiError: it is empty.
     """
     try:
-      return prompts.plain(self._tokenizer, text, self.decoder_only)
+      return prompts.encode_text(self._tokenizer, text, self.decoder_only)
     except ValueError as e:
       raise invalid_request(f'prompt: {e}', 'prompt') from None
 
