@@ -1,4 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts parameter-efficient fine-tuning in JAX and Flax."""
+"""Mixture-of-experts parameter-efficient fine-tuning in JAX and Flax.
+
+  import moepeft
+
+  model = moepeft.load('smollm2', adapter='workdirs/sft')
+  model.generate(['What is LoRA?'], routing=True)
+
+Names are imported when they are first used, so that `import moepeft` and the
+commands start at once. docs/api.md is the guide.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = '0.1.0'
+
+# {name: module that has it}; no name is that of a submodule.
+_EXPORTS = {
+  'Answer': 'moepeft.library',
+  'Model': 'moepeft.library',
+  'fit': 'moepeft.library',
+  'load': 'moepeft.library',
+  'load_config': 'moepeft.library',
+  'METHODS': 'moepeft.peft.methods',
+  'OBJECTIVES': 'moepeft.objectives',
+  'ROUTERS': 'moepeft.moe',
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _EXPORTS:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *__all__])

@@ -75,8 +75,41 @@ def evaluate(
     ValueError: no run or no rows there, or not of the form they should be.
   """
   check_metrics(metrics)
-  workdir_path = os.path.expanduser(workdir)
-  trained = load_run(workdir_path, checkpoint)
+  return evaluate_loaded(
+    load_run(os.path.expanduser(workdir), checkpoint),
+    workdir,
+    checkpoint,
+    data,
+    metrics,
+    max_examples,
+    inputs_length,
+    targets_length,
+    batch_size,
+    part,
+  )
+
+
+def evaluate_loaded(
+  trained: LoadedModel,
+  workdir: str,
+  checkpoint: str = '',
+  data: str = '',
+  metrics: Sequence[str] = (),
+  max_examples: int | None = None,
+  inputs_length: int | None = None,
+  targets_length: int | None = None,
+  batch_size: int | None = None,
+  part: str = '',
+) -> tuple[dict[str, Any], list[Result]]:
+  """(summary, results) of a model in memory; see `evaluate`.
+
+  Args:
+    workdir: the name of the model in results; without `data`, a run.
+
+  Raises:
+    ValueError: no rows are there, or not of the form they should be.
+  """
+  check_metrics(metrics)
   changes = {
     'evaluation.max_examples': max_examples,
     'evaluation.batch_size': batch_size,
@@ -100,7 +133,7 @@ def evaluate(
     )
     rows, plan = found.held_out, plan_from_run(run, found, metrics)
     # As training reports it, whatever metrics are named.
-    validation = run_validation(trained, found, workdir_path)
+    validation = run_validation(trained, found, os.path.expanduser(workdir))
   sha = eval_sets.digest(eval_sets.examples_of(rows))
   info = eval_info(run, workdir, checkpoint, data, sha)
   partial = PartialResults(part, info)

@@ -24,7 +24,7 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.inference import prompts, sampling
 from moepeft.inference.beam_search import BeamConfig
-from moepeft.inference.chat_repl import ChatRepl, EncodePrompt, ReplConfig
+from moepeft.inference.chat_repl import ChatRepl, ReplConfig
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.loaded_model import (
   LoadedModel,
@@ -157,36 +157,6 @@ def read_prompts() -> list[str] | None:
   return texts
 
 
-def prompt_encoder(run: LoadedModel) -> EncodePrompt:
-  """Encodes prompts as the run was trained to read them.
-
-  The result raises a ValueError where an id is beyond the model's embedding.
-
-  Raises:
-    ValueError: with --chat, where there is no template.
-  """
-  encode, vocab = _prompt_encoder(run), run.model.config.vocab
-
-  def checked(turns):
-    ids = encode(turns)
-    prompts.check_ids(ids, vocab)
-    return ids
-
-  return checked
-
-
-def _prompt_encoder(run: LoadedModel) -> EncodePrompt:
-  data, tokenizer = run.config.data, run.tokenizer
-  if _CHAT.value:
-    template = prompts.template(tokenizer, data, _SYSTEM.value)
-    return lambda turns: template.prompt(prompts.conversation(turns))
-  # A model that was not trained here goes on with what it is given.
-  as_example = bool(_WORKDIR.value) and READERS[data.source].has_separator
-  form = prompts.encode_example_prompt if as_example else prompts.encode_text
-  causal = decoder_only(run.model)
-  return lambda turns: form(tokenizer, turns[-1], causal)
-
-
 def lines() -> Iterator[str]:
   """Lines of standard input, with a prompt mark on a terminal."""
   terminal = sys.stdin.isatty()
@@ -235,7 +205,8 @@ def main(argv) -> None:
     run.model, run.variables, run.tokenizer, config, max(batch_size, num)
   )
   repl_config = ReplConfig(streamed, _CHAT.value, _SEED.value, num, batch_size)
-  repl = ChatRepl(generator, prompt_encoder(run), repl_config)
+  encode = run.prompt_encoder(_CHAT.value, _SYSTEM.value)
+  repl = ChatRepl(generator, encode, repl_config)
   try:
     if texts is None:
       repl.each(lines())

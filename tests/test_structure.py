@@ -81,6 +81,7 @@ LAYERS = (
     *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
     *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),
   ),
+  ('library',),
 )
 # It knows a server's API alone.
 ALONE = {'agent': {'core', 'config'}, 'agent.__main__': {'core', 'config'}}

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: what training changes, and a card about the rest.
+"""Checkpoints of a run: the arrays that training changes, and metadata.
 
 A checkpoint holds the trainable collection, the optimizer's state, the step
 and the rng; the base is named by its path and content hash. Orbax does not
-notice every flipped bit, so the card keeps a hash of each array and of itself.
+notice every flipped bit, so the metadata ('card' on disk) has a checksum of
+each array and a hash of itself. Arrays are written by the devices' hosts, each
+its shards, while training goes on.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -13,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +25,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.checkpoints import orbax_output, run_metadata
-from moepeft.checkpoints.run_metadata import card, hashes, seal
+from moepeft.checkpoints.checksums import checksums
+from moepeft.checkpoints.run_metadata import card, seal
 from moepeft.checkpoints.run_progress import Course
 from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
-from moepeft.core.sharding import gather
 from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
 from moepeft.runs.run import Run
@@ -88,18 +91,45 @@ def _check_metadata(path: str) -> None:
 class Checkpoints:
   """The checkpoints below a work directory, the newest few kept."""
 
-  def __init__(self, workdir: str, keep: int | None, best: bool = False):
-    """Keeps the newest `keep` (None: all), and the best one where `best`."""
+  def __init__(
+    self,
+    workdir: str,
+    keep: int | None,
+    best: bool = False,
+    asynchronous: bool = False,
+  ):
+    """
+    Args:
+      keep: how many of the newest are kept; None for all.
+      best: whether that of the least validation loss is kept too.
+      asynchronous: whether `save` returns while threads still write. Errors
+        of these are raised by the next `check`, `save` or `wait`.
+    """
     path = os.path.abspath(Run(workdir).checkpoints_dir)
     self._kept, self._keep_best = _Kept(keep), best
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._kept,
-      enable_async_checkpointing=False,
+      enable_async_checkpointing=True,
       create=True,
     )
     self.path, self._options = path, options
+    self._asynchronous = asynchronous
+    # The step that is being written, and the filter of the writers' output.
+    self._saving: int | None = None
+    self._output = contextlib.ExitStack()
     _check_metadata(path)
-    self._manager = ocp.CheckpointManager(path, options=options)
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+      self.path,
+      options=self._options,
+      item_handlers={
+        'trainable': ocp.StandardCheckpointHandler(),
+        'rest': ocp.StandardCheckpointHandler(),
+        'card': ocp.JsonCheckpointHandler(),
+      },
+    )
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
@@ -109,34 +139,67 @@ class Checkpoints:
   ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing.
 
-    It is the same however the state is spread; all processes must call it.
+    Its arrays are the same however the state is sharded; all processes must
+    call it. The state's buffers may be donated as soon as it returns.
 
     Raises:
       ValueError: the disk is full; the checkpoints before are whole.
     """
+    self.wait()
     if self._keep_best:
       self._kept.step = course.best_step
-    trainable, rest = gather((state.trainable, _rest(state)))
+    step = int(state.step)
+    parts = _parts(state)
     written = described | {
-      'hashes': hashes({'trainable': trainable, 'rest': rest}),
-      'step': int(state.step),
+      'checksums': checksums(parts),
+      'step': step,
       'course': dataclasses.asdict(course),
     }
+    parts = jax.tree.map(_without_alias, parts)
     args = ocp.args.Composite(
-      trainable=ocp.args.StandardSave(trainable),
-      rest=ocp.args.StandardSave(rest),
+      trainable=ocp.args.StandardSave(parts['trainable']),
+      rest=ocp.args.StandardSave(parts['rest']),
       card=ocp.args.JsonSave(written | {'sha256': seal(written)}),
     )
-    with tell_full_disk(self.path, self.latest):
-      self._write(int(state.step), args)
+    self._saving = step
+    self._output.enter_context(orbax_output.quiet())
+    with self._cleanup(step):
+      self._manager.save(step, args=args)
+    if not self._asynchronous:
+      self.wait()
 
-  def _write(self, step: int, args: ocp.args.Composite) -> None:
-    with orbax_output.quiet():
+  def check(self) -> None:
+    """Raises the error of a save that has failed since; call it every step.
+
+    Raises:
+      ValueError: the disk is full; the checkpoints before are whole.
+    """
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the last save is on the disk.
+
+    Raises:
+      ValueError: the disk is full; the checkpoints before are whole.
+    """
+    if self._saving is None:
+      return
+    with self._cleanup(self._saving):
+      self._manager.wait_until_finished()
+    self._saving = None
+    self._output.close()
+
+  @contextlib.contextmanager
+  def _cleanup(self, step: int) -> Iterator[None]:
+    """Removes half a checkpoint where writing it fails."""
+    with tell_full_disk(self.path, self.latest):
       try:
-        self._manager.save(step, args=args)
-        self._manager.wait_until_finished()
-      except Exception:
+        yield
+      except Exception as error:
+        self._saving = None
         self._give_up(step)
+        self._output.__exit__(type(error), error, error.__traceback__)
         raise
 
   def _give_up(self, step: int) -> None:
@@ -152,6 +215,8 @@ class Checkpoints:
       for path in found:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
+    # It counted as one while it was written.
+    self._manager.reload()
 
   def restore(
     self,
@@ -187,17 +252,19 @@ class Checkpoints:
     try:
       restored = self._restore(
         step,
-        trainable=ocp.args.StandardRestore(_abstract(state.trainable)),
-        rest=ocp.args.StandardRestore(_abstract(_rest(state))),
+        **{
+          name: ocp.args.StandardRestore(_abstract(tree))
+          for name, tree in _parts(state).items()
+        },
       )
     except DamagedCheckpoint:
-      self._check_fits(step, read)
+      self._check_fits(step, read, state)
       raise
-    rest = restored['rest']
-    parts = {'trainable': restored['trainable'], 'rest': rest}
-    self._verify(step, gather(parts), read)
+    parts = {name: restored[name] for name in ('trainable', 'rest')}
+    self._verify(step, parts, read)
+    rest = parts['rest']
     return state.replace(
-      trainable=restored['trainable'],
+      trainable=parts['trainable'],
       opt=rest['opt'],
       step=rest['step'],
       rng=jax.random.wrap_key_data(rest['rng']),
@@ -228,24 +295,26 @@ class Checkpoints:
         f'this run has {now!r}; set it back, or choose another --workdir'
       )
 
-  def _check_fits(self, step: int, read: Mapping[str, Any]) -> None:
-    """Tells a config that has changed from damage.
+  def _check_fits(
+    self, step: int, read: Mapping[str, Any], state: State
+  ) -> None:
+    """Distinguishes a config that has changed from damage.
 
     Raises:
-      ValueError: the checkpoint is whole as it lies there, so that what does
-        not fit it is the config's state.
+      ValueError: the checkpoint is whole as it lies there, and its arrays are
+        not those of the config's state.
     """
-    plain = ocp.args.StandardRestore
     try:
-      parts = self._restore(step, trainable=plain(), rest=plain())
-      self._verify(step, {**parts}, read)
+      parts = self._restore_on_host(step, 'trainable', 'rest')
+      self._verify(step, parts, read)
     except DamagedCheckpoint:
       return
-    raise ValueError(
-      f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
-      "those of this config (another optimizer?); set the run's config back, "
-      'or choose another --workdir'
-    )
+    if _shapes(parts) != _shapes(_parts(state)):
+      raise ValueError(
+        f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
+        "those of this config (another optimizer?); set the run's config "
+        'back, or choose another --workdir'
+      )
 
   def course(self) -> Course:
     """How the run had gone at the latest checkpoint."""
@@ -266,9 +335,9 @@ class Checkpoints:
     """
     step = self._find(which)
     read = self._card(step)
-    tree = self._restore(step, trainable=ocp.args.StandardRestore())
-    self._verify(step, {'trainable': tree['trainable']}, read)
-    trainable = jax.tree.map(np.asarray, tree['trainable'])
+    parts = self._restore_on_host(step, 'trainable')
+    self._verify(step, parts, read)
+    trainable = parts['trainable']
     for path, array in jax.tree_util.tree_leaves_with_path(trainable):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
@@ -308,7 +377,7 @@ class Checkpoints:
       os.makedirs(folder, exist_ok=True)
       os.rename(os.path.join(self.path, str(step)), target)
     distributed.agree(True, True)
-    self._manager = ocp.CheckpointManager(self.path, options=self._options)
+    self._manager = self._open()
     return target
 
   def _card(self, step: int) -> dict[str, Any]:
@@ -319,14 +388,45 @@ class Checkpoints:
       raise self._damaged(step, str(e)) from None
     return read
 
+  def _restore_on_host(self, step: int, *names: str) -> dict[str, Tree]:
+    """Whole arrays of NumPy, whatever devices they were saved from."""
+
+    def templates() -> dict[str, Any]:
+      metadata = self._manager.item_metadata(step)
+      return {
+        name: ocp.args.StandardRestore(
+          jax.tree.map(_host_template, metadata[name].tree)
+        )
+        for name in names
+      }
+
+    restored = self._guarded(
+      step,
+      lambda: self._manager.restore(
+        step, args=ocp.args.Composite(**templates())
+      ),
+    )
+    return {name: restored[name] for name in names}
+
   def _restore(self, step: int, **items) -> Any:
+    return self._guarded(
+      step,
+      lambda: self._manager.restore(step, args=ocp.args.Composite(**items)),
+    )
+
+  def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
+    """Calls a function that reads a checkpoint.
+
+    Raises:
+      DamagedCheckpoint: Orbax cannot read it.
+    """
     folder = os.path.join(self.path, str(step))
     try:
       for parent, _, file_names in os.walk(folder):
         for name in file_names:
           files.check_file(os.path.join(parent, name))
       with orbax_output.quiet():
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        return read()
     except Exception as e:
       # Orbax and TensorStore raise many types at damaged bytes.
       if is_out_of_memory(e) or isinstance(e, PermissionError):
@@ -340,7 +440,7 @@ class Checkpoints:
 
   def _verify(self, step: int, parts: Tree, read: Mapping[str, Any]) -> None:
     try:
-      run_metadata.verify(parts, read['hashes'])
+      run_metadata.verify(parts, read)
     except ValueError as e:
       raise self._damaged(step, str(e)) from None
 
@@ -395,13 +495,46 @@ def restore_adapter(
   return tree, read
 
 
-def _rest(state: State) -> Tree:
+def _parts(state: State) -> dict[str, Tree]:
+  """The arrays that a checkpoint holds."""
   return {
-    'opt': state.opt,
-    'step': state.step,
-    'rng': jax.random.key_data(state.rng),
+    'trainable': state.trainable,
+    'rest': {
+      'opt': state.opt,
+      'step': state.step,
+      'rng': jax.random.key_data(state.rng),
+    },
+  }
+
+
+def _shapes(parts: Tree) -> dict[str, tuple]:
+  """{path: (shape, dtype)}; optimizer states may be plain dicts or not."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): (
+      tuple(leaf.shape),
+      str(leaf.dtype),
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
   }
 
 
 def _abstract(tree: Tree) -> Tree:
   return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _without_alias(array: Any) -> Any:
+  """An array that shares no buffer with the given one on the host.
+
+  Orbax reads arrays of CPU devices where they lie, while it writes them. From
+  other devices it has copied them when its `save` returns.
+  """
+  if not isinstance(array, jax.Array):
+    return np.array(array)
+  if any(device.platform == 'cpu' for device in array.devices()):
+    return jax.device_put(array, array.sharding, may_alias=False)
+  return array
+
+
+def _host_template(metadata: Any) -> np.ndarray:
+  """An array of the shape and dtype that takes no memory."""
+  return np.broadcast_to(np.zeros((), metadata.dtype), metadata.shape)

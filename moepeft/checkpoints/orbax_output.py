@@ -6,17 +6,19 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _LOGGERS = ('absl', 'asyncio')
+_LIBRARIES = ('orbax', 'tensorstore', 'asyncio', 'Event loop is closed')
 # The message of a callback of TensorStore whose event loop has ended.
 _LATE = 'Event loop is closed'
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps tracebacks of other threads off stderr within the block.
+  """Keeps tracebacks of Orbax's threads off stderr within the block.
 
   The caller is raised the error itself. Where that happens, callbacks that
   come after the block are ignored too.
@@ -26,7 +28,7 @@ def quiet() -> Iterator[None]:
   hooks = threading.excepthook, sys.unraisablehook
   for logger in loggers:
     logger.setLevel(logging.CRITICAL)
-  threading.excepthook = sys.unraisablehook = _ignore
+  threading.excepthook, sys.unraisablehook = map(_without_libraries, hooks)
   failed = True
   try:
     yield
@@ -42,8 +44,18 @@ def quiet() -> Iterator[None]:
       _ignore_late_callbacks()
 
 
-def _ignore(unraisable: Any) -> None:
-  del unraisable
+def _without_libraries(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """A hook that passes on the errors that are not of the libraries."""
+
+  def filtered(error: Any) -> None:
+    frames = traceback.extract_tb(error.exc_traceback)
+    texts = [frame.filename for frame in frames]
+    # An unawaited future has no frame; its message names the library.
+    texts.append(f'{error.exc_value!r} {getattr(error, "err_msg", "")}')
+    if not any(name in text for text in texts for name in _LIBRARIES):
+      hook(error)
+
+  return filtered
 
 
 def _ignore_late_callbacks() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card of a checkpoint: its run, a hash of each array, its own hash."""
+"""Metadata of a checkpoint: its run, a checksum of each array, its own hash."""
 
 import hashlib
 import json
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints.checksums import checksums
 from moepeft.checkpoints.run_progress import Course
+from moepeft.core.sharding import gather
 from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
 from moepeft.models import weight_mapping
@@ -22,7 +23,6 @@ _TYPES = (
   ('trainable', str),
   ('step', int),
   ('base', dict),
-  ('hashes', dict),
   ('course', dict),
 )
 
@@ -62,8 +62,8 @@ def check(card: Any) -> None:
     field(card, key, kind)
   field(card, 'base.sha256', str, None)
   field(card, 'base.quantise', str, None)
-  for digest in card['hashes'].values():
-    field({'hashes': digest}, 'hashes', str)
+  for digest in _digests(card).values():
+    field({'checksums': digest}, 'checksums', str)
   course(card)
 
 
@@ -87,30 +87,36 @@ def course(card: Mapping[str, Any]) -> Course:
   )
 
 
-def hashes(parts: Tree) -> dict[str, str]:
-  """{path: hash} of every array; optimizer states are no plain dicts."""
-  return {
-    jax.tree_util.keystr(
-      path, simple=True, separator='/'
-    ): weight_mapping.array_hash(np.asarray(leaf))
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
-  }
-
-
-def verify(parts: Mapping[str, Tree], expected: Mapping[str, str]) -> None:
-  """Compares arrays with their hashes.
+def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:
+  """Compares arrays with their checksums.
 
   Args:
     parts: {'trainable': tree, 'rest': tree}, or one of them.
-    expected: the card's hashes, of all parts.
+    card: the checkpoint's metadata; its checksums are of all parts.
 
   Raises:
-    Malformed: an array differs from its hash, has none, or is absent.
+    Malformed: an array differs from its checksum, has none, or is absent.
   """
-  read = hashes(parts)
+  expected = _digests(card)
+  read = checksums(parts) if 'checksums' in card else _hashes(parts)
   for name, digest in read.items():
     if digest != expected.get(name):
-      raise Malformed(f'{name} differs from its hash')
+      raise Malformed(f'{name} differs from its checksum')
   for name in expected:
     if name.partition('/')[0] in parts and name not in read:
       raise Malformed(f'{name} is absent')
+
+
+def _digests(card: Mapping[str, Any]) -> dict[str, str]:
+  """{path: digest}; checkpoints of version 0.1 have SHA-256 of the arrays."""
+  return field(card, 'hashes' if 'hashes' in card else 'checksums', dict)
+
+
+def _hashes(parts: Tree) -> dict[str, str]:
+  """{path: SHA-256}, as version 0.1 wrote them."""
+  return {
+    jax.tree_util.keystr(
+      path, simple=True, separator='/'
+    ): weight_mapping.array_hash(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gather(parts))[0]
+  }

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import load_tokenizer
 from moepeft.data.chat import template as chat_template
+from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
-from moepeft.models import check_decodes
+from moepeft.models import check_decodes, decoder_only
 from moepeft.peft import Built
 from moepeft.runs.run import Run
 
@@ -37,6 +39,7 @@ class LoadedModel:
     base: the base's name: the last part of its path, 'random' without one.
     base_parameters, parameters: of the base, and trained.
     base_folder: where the base was read, '' for random weights.
+    workdir: of a run; '' for a base, with an adapter or alone.
   """
 
   config: ConfigDict
@@ -49,6 +52,7 @@ class LoadedModel:
   base_parameters: int
   parameters: int
   base_folder: str = ''
+  workdir: str = ''
 
   @property
   def eos_token_ids(self) -> tuple[int, ...]:
@@ -58,6 +62,39 @@ class LoadedModel:
     if tokenizer not in ('', path):
       folder = os.path.expanduser(tokenizer)
     return prompts.eos_token_ids(self.tokenizer, folder)
+
+  def prompt_encoder(
+    self, chat: bool = False, system: str = ''
+  ) -> Callable[[Sequence[str]], list[int]]:
+    """Encodes the turns of a conversation, as the run was trained to read them.
+
+    Args:
+      chat: whether turns are put into the chat template; else the last turn is
+        the prompt.
+      system: of the template, instead of config.data.system_prompt.
+
+    Raises:
+      ValueError: `chat`, where there is no template. The result raises one
+        where an id is beyond the model's embedding.
+    """
+    data, tokenizer = self.config.data, self.tokenizer
+    causal, vocab = decoder_only(self.model), self.model.config.vocab
+    template = prompts.template(tokenizer, data, system) if chat else None
+    # A model that was not trained here continues the text as it is.
+    as_example = self.workdir and READERS[data.source].has_separator
+    encode = (
+      prompts.encode_example_prompt if as_example else prompts.encode_text
+    )
+
+    def encode_turns(turns: Sequence[str]) -> list[int]:
+      if template:
+        ids = template.prompt(prompts.conversation(turns))
+      else:
+        ids = encode(tokenizer, turns[-1], causal)
+      prompts.check_ids(ids, vocab)
+      return ids
+
+    return encode_turns
 
 
 def open_run(workdir: str, checkpoint: str = ''):
@@ -103,6 +140,7 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
     quantize.parameters(variables['params'], base.config),
     parameters,
     base.folder,
+    workdir,
   )
 
 

@@ -85,8 +85,8 @@ def check_model(name: str, decoder_only: bool) -> None:
   needed = OBJECTIVES.lookup(name).architecture
   if needed not in ('any', architecture):
     fitting = (
-      other
-      for other, spec in OBJECTIVES.items()
+      candidate
+      for candidate, spec in OBJECTIVES.items()
       if spec.architecture == architecture
     )
     raise ValueError(

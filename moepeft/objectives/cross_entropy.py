@@ -150,7 +150,7 @@ def loss_divisors(batch: Batch, per: str) -> tuple[Array, Array]:
     segments = jnp.zeros(mask.shape, jnp.int32)
   # A row has no more segments than tokens.
   lengths = jax.vmap(
-    lambda ones, ids: jax.ops.segment_sum(ones, ids, ones.size + 1)
+    lambda mask_row, ids: jax.ops.segment_sum(mask_row, ids, mask_row.size + 1)
   )(mask.astype(jnp.int32), segments)
   lengths_by_token = jnp.take_along_axis(lengths, segments, axis=1)
   return jnp.maximum(lengths_by_token, 1), jnp.sum(lengths > 0)

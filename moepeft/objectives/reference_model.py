@@ -98,73 +98,74 @@ _POLICY_KEYS = ('peft', 'reference')
 
 def precomputed(
   workdir: str | None,
-  found: PreferenceDataset,
-  own: PairCollator,
+  preferences: PreferenceDataset,
+  collator: PairCollator,
   model: Any,
   variables: Tree,
-  described: Mapping[str, Any],
+  run_metadata: Mapping[str, Any],
   mesh: Mesh,
   rows: int,
 ) -> np.ndarray:
-  """log p of every target of every item, by the policy as a run begins.
+  """Computes log p of every target of every item, by a run's first policy.
 
-  They are kept in `<workdir>/reference` with the key of what they are of: the
+  The array is kept in `<workdir>/reference` with a key of its inputs: the
   base's hash, the adapter's arrays, the method and the data's ids.
 
   Args:
-    workdir: None to keep nothing.
-    found, own: the items, and the form of their batches.
-    model, variables: the policy at the start, its adapter as it begins.
-    described: the checkpoint's card.
+    workdir: None to keep no file.
+    preferences, collator: the items, and what makes batches of them.
+    model, variables: the policy with its adapter at the start of training.
+    run_metadata: from `checkpoints.run_metadata`.
     rows: of a batch, rounded up to the mesh's devices.
 
   Returns:
     float32 [items, k, t], 0 where there is no target; on disk.
 
   Raises:
-    ValueError: others are kept there, of another base, adapter or data.
+    ValueError: the array that is kept there is of another base, adapter or
+      data, or is damaged.
   """
   folder = workdir and Run(workdir).reference_dir
-  card = {'key': _key(found, own, variables, described)}
+  metadata = {'key': _key(preferences, collator, variables, run_metadata)}
   if folder and os.path.exists(os.path.join(folder, _CARD)):
-    if _kept(folder, _CARD, untrusted.read_json_object) != card:
+    if _read(folder, _CARD, untrusted.read_json_object) != metadata:
       raise ValueError(
         f'{folder} was computed of another base, adapter or data than those '
         'of this run; put them back, or choose another --workdir'
       )
-    array = _kept(folder, _ARRAY, _mapped)
-    expected = (len(found.items), len(own.sides))
+    array = _read(folder, _ARRAY, _read_array)
+    expected = (len(preferences.items), len(collator.sides))
     if array.dtype != np.float32 or array.shape[:2] != expected:
-      raise _damaged(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
+      raise _damaged_error(folder, _ARRAY, f'{array.dtype} {list(array.shape)}')
     return array
-  array = _computed(found, own, model, variables, mesh, rows)
+  array = _compute_logps(preferences, collator, model, variables, mesh, rows)
   if folder and distributed.first():
     os.makedirs(folder, exist_ok=True)
     with tell_full_disk(folder, lambda: None):
       np.save(os.path.join(folder, _ARRAY), array)
     # Last: without it the array counts as none.
-    distributed.write_json(os.path.join(folder, _CARD), card)
+    distributed.write_json(os.path.join(folder, _CARD), metadata)
   return array
 
 
 _ARRAY, _CARD = 'log_p.npy', 'card.json'
 
 
-def _kept(folder: str, name: str, read: Callable[[str], Any]) -> Any:
+def _read(folder: str, name: str, read: Callable[[str], Any]) -> Any:
   path = os.path.join(folder, name)
   try:
     return read(path)
   except (ValueError, EOFError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0]
-    raise _damaged(folder, name, reason) from None
+    raise _damaged_error(folder, name, reason) from None
 
 
-def _mapped(path: str) -> np.ndarray:
+def _read_array(path: str) -> np.ndarray:
   files.check_file(path)
   return np.load(path, mmap_mode='r', allow_pickle=False)
 
 
-def _damaged(folder: str, name: str, reason: str) -> ValueError:
+def _damaged_error(folder: str, name: str, reason: str) -> ValueError:
   return ValueError(
     f'{folder}/{name} is damaged ({reason}); remove {folder} to compute it '
     'again'
@@ -172,7 +173,10 @@ def _damaged(folder: str, name: str, reason: str) -> ValueError:
 
 
 def _key(
-  found: PreferenceDataset, own: PairCollator, variables: Tree, described
+  preferences: PreferenceDataset,
+  collator: PairCollator,
+  variables: Tree,
+  run_metadata,
 ) -> str:
   start = {
     name: weight_mapping.array_hash(np.asarray(array))
@@ -180,36 +184,41 @@ def _key(
       gather(variables.get('peft', {}))
     ).items()
   }
-  base = described['base']['sha256'] or {
+  base = run_metadata['base']['sha256'] or {
     name: weight_mapping.array_hash(np.asarray(array))
     for name, array in weight_mapping.flatten(
       gather(variables['params'])
     ).items()
   }
-  lengths, method = own.lengths, described['method']
-  parts = [found.sha256, lengths, base, method, start]
+  lengths, method = collator.lengths, run_metadata['method']
+  parts = [preferences.sha256, lengths, base, method, start]
   text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _computed(
-  found: PreferenceDataset, own: PairCollator, model, variables, mesh, rows: int
+def _compute_logps(
+  preferences: PreferenceDataset,
+  collator: PairCollator,
+  model,
+  variables,
+  mesh,
+  rows: int,
 ):
   rows = round_up(mesh, rows)
 
   @jax.jit
-  def log_p(variables, batch):
-    one = stack_sides(batch, own.sides)
-    found = token_logps(model.apply(variables, one), one)
-    return found.reshape(-1, len(own.sides), found.shape[-1])
+  def compute(variables, batch):
+    sides = stack_sides(batch, collator.sides)
+    logps = token_logps(model.apply(variables, sides), sides)
+    return logps.reshape(-1, len(collator.sides), logps.shape[-1])
 
-  shown = Pass(len(found.items), 'reference')
+  progress = Pass(len(preferences.items), 'reference')
   parts = []
-  for at in range(0, len(found.items), rows):
-    part = found.items[at : at + rows]
-    batch = own.pad([*part, *[part[-1]] * (rows - len(part))])
-    whole = gather(log_p(variables, shard_whole_batch(mesh, batch)))
-    parts.append(whole[: len(part)])
-    shown(len(part))
-  shown.close()
+  for first in range(0, len(preferences.items), rows):
+    items = preferences.items[first : first + rows]
+    batch = collator.pad([*items, *[items[-1]] * (rows - len(items))])
+    logps = gather(compute(variables, shard_whole_batch(mesh, batch)))
+    parts.append(logps[: len(items)])
+    progress(len(items))
+  progress.close()
   return np.concatenate(parts)

@@ -227,7 +227,10 @@ def start(
   """
   config, state = training.config, training.state
   checkpoints = Checkpoints(
-    run.path, config.checkpoint.max_to_keep, config.checkpoint.keep_best
+    run.path,
+    config.checkpoint.max_to_keep,
+    config.checkpoint.keep_best,
+    asynchronous=True,
   )
   early_stopping = Course()
   if checkpoints.latest() is not None:

@@ -7,13 +7,13 @@ import os
 
 import pytest
 
-from moepeft import convert, generate
+from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.files import NotAFile
-from moepeft.inference import prompts
+from moepeft.inference import loaded_model, prompts
 from moepeft.models import weight_mapping
 from tests import ROOT
 
@@ -106,8 +106,6 @@ def test_a_token_beyond_the_embedding_is_refused():
 
 @here
 def test_018_generate_refuses_a_token_beyond_the_embedding():
-  from moepeft.inference import loaded_model
-
   run = loaded_model.load_model(str(SHARED / '018' / 'model'))
   ids = prompts.encode_text(run.tokenizer, 'a<|extra_3|>', decoder_only=True)
   assert max(ids) >= run.model.config.vocab
@@ -115,16 +113,11 @@ def test_018_generate_refuses_a_token_beyond_the_embedding():
     prompts.check_ids(ids, run.model.config.vocab)
 
 
-def test_generate_checks_the_ids_of_every_prompt(monkeypatch):
-  class Model:
-    config = CONFIGS['gated-untied']
-
-  class Run:
-    model = Model()
-
-  monkeypatch.setattr(generate, '_asking', lambda run: lambda turns: [3, 29])
-  with pytest.raises(ValueError, match='the token 29, the model has tokens 0'):
-    generate.asking(Run())(['x'])
+def test_prompt_encoder_checks_the_ids_of_every_prompt(monkeypatch):
+  loaded = loaded_model.load_model('package:t5_tiny')
+  monkeypatch.setattr(prompts, 'encode_text', lambda *arguments: [3, 999])
+  with pytest.raises(ValueError, match='the token 999, the model has tokens 0'):
+    loaded.prompt_encoder()(['x'])
 
 
 def test_a_missing_sentencepiece_is_named_with_its_command(

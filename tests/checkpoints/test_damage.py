@@ -138,8 +138,8 @@ def test_an_array_that_the_metadata_lost_is_named(whole, tmp_path, name):
 @pytest.mark.parametrize(
   ('key', 'value'),
   [
-    ('hashes', []),
-    ('hashes', {'trainable/q/a': 3}),
+    ('checksums', []),
+    ('checksums', {'trainable/q/a': 3}),
     ('step', 'seven'),
     ('step', 2**70),
     ('course', None),

@@ -97,9 +97,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
 def change_card(path, change):
   """Edits the card of the latest checkpoint on disk."""
   cards = {f: f.read_text() for f in path.glob('checkpoints/*/card/*')}
-  (file,) = (f for f, text in cards.items() if '"hashes"' in text)
+  (file,) = (f for f, text in cards.items() if '"checksums"' in text)
   found = json.loads(cards[file])
-  change(found['hashes'])
+  change(found['checksums'])
   # The card is whole, what it says of an array is not so.
   del found['sha256']
   found['sha256'] = seal(found)
@@ -108,17 +108,17 @@ def change_card(path, change):
 
 @pytest.mark.parametrize('way', ['restore', 'restore_trainable', 'adapter'])
 @pytest.mark.parametrize('absent', [False, True])
-def test_an_array_that_differs_from_its_hash_is_named(
+def test_an_array_that_differs_from_its_checksum_is_named(
   kept, tmp_path, way, absent
 ):
-  def change(hashes):
+  def change(checksums):
     (name,) = (
-      n for n in hashes if n.startswith('trainable') and n.endswith('b')
+      n for n in checksums if n.startswith('trainable') and n.endswith('b')
     )
-    digest = hashes.pop(name)
+    digest = checksums.pop(name)
     if not absent:
       # One letter of it, as one flipped bit of the array would change all.
-      hashes[name] = digest[:-1] + ('0' if digest[-1] != '0' else '1')
+      checksums[name] = digest[:-1] + ('0' if digest[-1] != '0' else '1')
 
   change_card(tmp_path, change)
   again = Checkpoints(str(tmp_path), keep=2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worked examples of docs/extending run, block by block, as written.
+"""Examples of docs/extending and docs/api.md run, block by block, as written.
 
 A page's ```python blocks run in order in one namespace, in an empty directory
 from which modules can be imported. A block whose first line is
@@ -21,7 +21,8 @@ from moepeft.core.registry import Registry
 from tests import ROOT
 
 FOLDER = ROOT / 'docs' / 'extending'
-PAGES = sorted(p for p in FOLDER.glob('*.md') if not p.match('*.zh.md'))
+EXTENDING = sorted(p for p in FOLDER.glob('*.md') if not p.match('*.zh.md'))
+PAGES = [*EXTENDING, ROOT / 'docs' / 'api.md']
 _BLOCK = re.compile(r'^```python\n(.*?)^```$', re.M | re.S)
 _FILE = re.compile(r'# FILE: (\S+)\n')
 
@@ -103,14 +104,15 @@ def test_every_chinese_page_has_an_english_one():
   chinese = {
     path.name.removesuffix('.zh.md') for path in FOLDER.glob('*.zh.md')
   }
-  assert chinese == {page.stem for page in PAGES}
+  assert chinese == {page.stem for page in EXTENDING}
 
 
 @pytest.mark.parametrize('language', ['.md', '.zh.md'])
 def test_index_leads_to_every_page(language):
   text = (FOLDER / f'index{language}').read_text(encoding='utf-8')
   links = set(re.findall(r'\]\(([^)#]+)', text))
-  names = {page.stem + language for page in PAGES if page.stem != 'index'}
+  stems = {page.stem for page in EXTENDING} - {'index'}
+  names = {stem + language for stem in stems}
   assert names - links == set()
 
 

@@ -86,22 +86,24 @@ def test_raising_a_real_target_lowers_the_loss(name):
 @every_objective
 def test_masked_targets_do_not_count(name):
   real = BATCH['targets_mask']
-  other = BATCH | {'targets': jnp.where(real, BATCH['targets'], 7)}
+  changed_batch = BATCH | {'targets': jnp.where(real, BATCH['targets'], 7)}
   logits = jnp.where(real[..., None], LOGITS, 99.0)
   expected, aux = value(name, LOGITS)
-  found, seen = value(name, logits, other)
-  assert float(found) == float(expected)
-  assert int(seen['correct']) == int(aux['correct'])
+  loss, changed_aux = value(name, logits, changed_batch)
+  assert float(loss) == float(expected)
+  assert int(changed_aux['correct']) == int(aux['correct'])
 
 
 @every_objective
 def test_order_of_the_batch_does_not_count(name):
   order = [2, 0, 1]
   expected, aux = value(name, LOGITS)
-  found, seen = value(name, LOGITS[jnp.array(order)], permuted(BATCH, order))
+  loss, permuted_aux = value(
+    name, LOGITS[jnp.array(order)], permuted(BATCH, order)
+  )
   # Sums in another order.
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
-  assert int(seen['correct']) == int(aux['correct'])
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert int(permuted_aux['correct']) == int(aux['correct'])
 
 
 @every_objective
@@ -118,18 +120,18 @@ def test_a_batch_without_a_real_token_costs_nothing(name):
 
 @every_objective
 def test_noise_is_on_where_there_are_rngs_only(name):
-  seen = []
+  calls = []
 
   def apply(variables, batch, train, rngs, mutable):
     del variables, batch
-    seen.append((train, None if rngs is None else set(rngs)))
+    calls.append((train, None if rngs is None else set(rngs)))
     return LOGITS, {'routing': mutable}
 
   rngs = split_rngs(jax.random.key(0))
-  for given in (None, rngs):
-    _, aux = OBJECTIVES[name].loss_fn(apply, {}, BATCH, given)
+  for call_rngs in (None, rngs):
+    _, aux = OBJECTIVES[name].loss_fn(apply, {}, BATCH, call_rngs)
     assert aux['routing'] == ['routing']
-  assert seen == [(False, None), (True, {'dropout', 'router'})]
+  assert calls == [(False, None), (True, {'dropout', 'router'})]
   keys = [jax.random.key_data(key).tolist() for key in rngs.values()]
   assert keys[0] != keys[1]
 
@@ -204,8 +206,8 @@ def test_smoothed_labels_are_cheapest_at_their_own_distribution(name):
   # Of a sum of 37 numbers near ln 360 = 6 in float32.
   np.testing.assert_allclose(loss, 0, atol=2e-6)
   np.testing.assert_allclose(slope, 0, atol=1e-7)
-  for other in (0.5 * best, 2 * best, LOGITS):
-    assert float(value(name, other, label_smoothing=0.1)[0]) > 0.1
+  for logits in (0.5 * best, 2 * best, LOGITS):
+    assert float(value(name, logits, label_smoothing=0.1)[0]) > 0.1
 
 
 @every_objective
@@ -228,10 +230,10 @@ def test_smoothed_labels_cost_what_their_definition_says(name):
 def test_losses_are_float32_of_bfloat16_logits(name):
   narrow = LOGITS.astype(jnp.bfloat16)
   settings = dict(z_loss=0.01, label_smoothing=0.1)
-  found, _ = value(name, narrow, **settings)
+  loss, _ = value(name, narrow, **settings)
   expected, _ = value(name, narrow.astype(jnp.float32), **settings)
-  assert found.dtype == jnp.float32
-  assert float(found) == float(expected)
+  assert loss.dtype == jnp.float32
+  assert float(loss) == float(expected)
 
 
 def test_a_loss_is_per_tokens_or_per_sequences():
@@ -242,10 +244,12 @@ def test_a_loss_is_per_tokens_or_per_sequences():
 def test_a_sequence_s_likelihood_is_the_sum_of_its_real_tokens():
   # Each real token is one of 37: rows of 5, 3 and 2.
   uniform = jnp.zeros((B, T, V))
-  found = sequence_log_likelihood(
+  log_likelihood = sequence_log_likelihood(
     uniform, BATCH['targets'], BATCH['targets_mask']
   )
-  np.testing.assert_allclose(found, -np.log(V) * np.array([5, 3, 2]), rtol=1e-6)
+  np.testing.assert_allclose(
+    log_likelihood, -np.log(V) * np.array([5, 3, 2]), rtol=1e-6
+  )
 
 
 def test_decoders_see_the_targets_one_place_later():

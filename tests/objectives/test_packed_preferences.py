@@ -35,14 +35,14 @@ def places(tmp_path_factory):
 
 def items_of(config, parts):
   """(the form of packed rows, some items, each with references)."""
-  own = collators.make_model_collator(
+  collator = collators.make_model_collator(
     config.data, ByteTokenizer(), parts.model.config, 0
   )
-  own = make_collator(config, own)
-  found = preference_dataset.read_preferences(config.data, own)
-  shape = len(found.items), 2, own.lengths[-1]
-  given = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
-  return own, found.with_references(given).items[:COUNT]
+  collator = make_collator(config, collator)
+  preferences = preference_dataset.read_preferences(config.data, collator)
+  shape = len(preferences.items), 2, collator.lengths[-1]
+  logps = np.random.default_rng(1).normal(-3, 1, shape).astype(np.float32)
+  return collator, preferences.with_references(logps).items[:COUNT]
 
 
 def gradient(config, parts, batch):
@@ -52,15 +52,15 @@ def gradient(config, parts, batch):
   variables = jax.tree.map(jnp.float64, parts.built.variables(state))
 
   def loss(peft):
-    own = {**variables, 'peft': peft}
-    ready = objective.prepare(parts.model.apply, own, batch)
-    total, aux = objective(parts.model.apply, own, ready, None)
+    policy = {**variables, 'peft': peft}
+    ready = objective.prepare(parts.model.apply, policy, batch)
+    total, aux = objective(parts.model.apply, policy, ready, None)
     return mean_loss(total, aux), aux
 
-  (value, aux), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+  (value, aux), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     variables['peft']
   )
-  return jax.tree.map(np.asarray, (weight_mapping.flatten(found), value, aux))
+  return jax.tree.map(np.asarray, (weight_mapping.flatten(slope), value, aux))
 
 
 # With a reference that is asked, and with what was computed of it before.
@@ -72,7 +72,7 @@ QUICK = (('llama', 'dpo', False),)
 
 
 @pytest.mark.parametrize(
-  ('family', 'objective', 'given'),
+  ('family', 'objective', 'precomputed'),
   [
     *QUICK,
     *(
@@ -84,7 +84,7 @@ QUICK = (('llama', 'dpo', False),)
   ],
 )
 def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
-  places, family, objective, given
+  places, family, objective, precomputed
 ):
   with jax.enable_x64(True):
     config = card(
@@ -96,9 +96,9 @@ def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
       **{'data.inputs_length': 41, 'data.targets_length': 19},
     )
     parts = parts_of(config)
-    own, items = items_of(config, parts)
-    packed, alone = own.rows(0, items), own.pad(items)
-    if not given:
+    collator, items = items_of(config, parts)
+    packed, alone = collator.rows(0, items), collator.pad(items)
+    if not precomputed:
       packed, alone = (
         {k: a for k, a in rows.items() if not k.endswith('reference')}
         for rows in (packed, alone)
@@ -106,34 +106,36 @@ def test_packed_answers_have_the_loss_and_gradient_of_answers_alone(
     side = 'chosen_' * (objective != 'kto')
     rows = len(packed[f'{side}inputs'])
     assert 1 < rows <= COUNT // 2 and len(alone[f'{side}inputs']) == COUNT
-    found = gradient(config, parts, packed)
+    packed_result = gradient(config, parts, packed)
     expected = gradient(config, parts, alone)
-  np.testing.assert_allclose(found[1], expected[1], **CLOSE)
+  np.testing.assert_allclose(packed_result[1], expected[1], **CLOSE)
   for key in ('weight', 'tokens', 'correct', 'nll', 'metrics'):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, **CLOSE),
-      found[2][key],
+      packed_result[2][key],
       expected[2][key],
     )
-  assert found[2]['weight'] == COUNT
+  assert packed_result[2]['weight'] == COUNT
   for path, array in expected[0].items():
     assert np.abs(array).max() > 1e-8, path
-    np.testing.assert_allclose(found[0][path], array, err_msg=path, **CLOSE)
+    np.testing.assert_allclose(
+      packed_result[0][path], array, err_msg=path, **CLOSE
+    )
 
 
 def test_an_answer_keeps_its_label_and_its_references(places):
-  """Of segments counted by hand in the arrays, not by the form's own code."""
+  """Segments are counted by hand in the arrays, not by the collator."""
   config = card(places, objective='kto', **{'data.packing': True})
   config.data.length = 61
   parts = parts_of(config)
-  own, items = items_of(config, parts)
-  rows = own.rows(0, items)
-  seen = []
+  collator, items = items_of(config, parts)
+  rows = collator.rows(0, items)
+  packed_answers = []
   for i in range(len(rows['inputs'])):
     for segment in range(1, rows['inputs_segments'][i].max() + 1):
       here = rows['inputs_segments'][i] == segment
       there = rows['kl_inputs_segments'][i] == segment
-      seen.append(
+      packed_answers.append(
         (
           tuple(rows['inputs'][i][here]),
           tuple(rows['kl_inputs'][i][there]),
@@ -142,21 +144,21 @@ def test_an_answer_keeps_its_label_and_its_references(places):
           bool(rows['label'][i][segment - 1]),
         )
       )
-  wanted = []
+  expected = []
   for item in items:
-    first, other = (tuple(side.ids[:-1]) for side in item.sides)
-    given, kl_given = item.references
-    wanted.append(
+    first, mismatched = (tuple(side.ids[:-1]) for side in item.sides)
+    logps, kl_logps = item.references
+    expected.append(
       (
         first,
-        other,
-        tuple(given[: len(first)]),
-        tuple(kl_given[: len(other)]),
+        mismatched,
+        tuple(logps[: len(first)]),
+        tuple(kl_logps[: len(mismatched)]),
         item.label,
       )
     )
-  assert sorted(seen) == sorted(wanted)
-  assert {label for *_, label in seen} == {True, False}
+  assert sorted(packed_answers) == sorted(expected)
+  assert {label for *_, label in packed_answers} == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from moepeft.core.types import PAIR
-from moepeft.objectives import OBJECTIVES
-from moepeft.objectives import paired_batch as sides
+from moepeft.objectives import OBJECTIVES, paired_batch
 from moepeft.objectives.cross_entropy import mean_loss
 
 from ..contracts import small
@@ -44,28 +43,30 @@ def run(name, settings):
   @jax.jit
   def value(logits, reference, batch):
     # A batch of one side is the first, KTO's own answers, or its second.
-    def pick(given, rows, mismatched):
-      if len(rows['inputs']) == 2 * len(given):
-        return given.reshape(-1, T, V)
-      return given[:, int(mismatched)]
+    def pick(arrays, rows, mismatched):
+      if len(rows['inputs']) == 2 * len(arrays):
+        return arrays.reshape(-1, T, V)
+      return arrays[:, int(mismatched)]
 
     mismatched = [name == 'kto', name == 'kto']
 
     def apply(variables, rows, train, rngs, mutable):
       del variables, train, rngs, mutable
-      found = pick(logits, rows, mismatched[0])
+      picked = pick(logits, rows, mismatched[0])
       mismatched[0] = False
-      return found, {}
+      return picked, {}
 
     def log_p(variables, rows):
       del variables
-      found = sides.token_logps(pick(reference, rows, mismatched[1]), rows)
+      picked = paired_batch.token_logps(
+        pick(reference, rows, mismatched[1]), rows
+      )
       mismatched[1] = False
-      return found
+      return picked
 
-    own = OBJECTIVES[name].build(settings, log_p)
-    batch = own.prepare(apply, {}, batch)
-    total, aux = own(apply, {}, batch, None)
+    objective = OBJECTIVES[name].build(settings, log_p)
+    batch = objective.prepare(apply, {}, batch)
+    total, aux = objective(apply, {}, batch, None)
     return mean_loss(total, aux), aux
 
   return value
@@ -82,8 +83,12 @@ def summed(logits, batch):
   """log p of each row's real targets, by numpy: [b]."""
   x = np.asarray(logits, np.float64)
   log_p = x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
-  own = np.take_along_axis(log_p, np.asarray(batch['targets'])[..., None], -1)
-  return np.sum(own[..., 0] * np.asarray(batch['targets_mask']), axis=-1)
+  target_log_p = np.take_along_axis(
+    log_p, np.asarray(batch['targets'])[..., None], -1
+  )
+  return np.sum(
+    target_log_p[..., 0] * np.asarray(batch['targets_mask']), axis=-1
+  )
 
 
 def ratios(side, batch):
@@ -95,11 +100,11 @@ def metrics(aux):
 
 
 def test_sides_of_a_row_become_neighbours():
-  found = sides.stack_sides(PAIRS, PAIR)
-  assert found.keys() == CHOSEN.keys()
-  for key in found:
-    np.testing.assert_array_equal(found[key][0::2], CHOSEN[key])
-    np.testing.assert_array_equal(found[key][1::2], REJECTED[key])
+  stacked = paired_batch.stack_sides(PAIRS, PAIR)
+  assert stacked.keys() == CHOSEN.keys()
+  for key in stacked:
+    np.testing.assert_array_equal(stacked[key][0::2], CHOSEN[key])
+    np.testing.assert_array_equal(stacked[key][1::2], REJECTED[key])
 
 
 def test_dpo_is_the_mean_over_pairs_of_its_formula():
@@ -107,13 +112,13 @@ def test_dpo_is_the_mean_over_pairs_of_its_formula():
   expected = np.mean(np.log1p(np.exp(-0.3 * (w - r))))
   loss, aux = value('dpo', beta=0.3)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  seen = metrics(aux)
-  np.testing.assert_allclose(seen['rewards_chosen'], 0.3 * w.mean(), rtol=1e-5)
+  means = metrics(aux)
+  np.testing.assert_allclose(means['rewards_chosen'], 0.3 * w.mean(), rtol=1e-5)
   np.testing.assert_allclose(
-    seen['rewards_rejected'], 0.3 * r.mean(), rtol=1e-5
+    means['rewards_rejected'], 0.3 * r.mean(), rtol=1e-5
   )
-  np.testing.assert_allclose(seen['margins'], 0.3 * (w - r).mean(), rtol=1e-5)
-  assert seen['accuracies'] == pytest.approx(np.mean(w > r))
+  np.testing.assert_allclose(means['margins'], 0.3 * (w - r).mean(), rtol=1e-5)
+  assert means['accuracies'] == pytest.approx(np.mean(w > r))
   assert int(aux['weight']) == 3
   # 5 + 3 + 2 chosen targets.
   assert int(aux['tokens']) == 10
@@ -157,8 +162,8 @@ def test_a_reward_is_the_logit_of_padding_at_the_last_target():
 
 
 def test_kto_values_answers_against_mismatched_ones():
-  ratio, other = ratios(0, CHOSEN), ratios(1, REJECTED)
-  point = max(0.0, other.mean())
+  ratio, mismatched = ratios(0, CHOSEN), ratios(1, REJECTED)
+  point = max(0.0, mismatched.mean())
   good = np.asarray(JUDGED['label'])
   gain = 0.3 * np.where(good, ratio - point, point - ratio)
   weights = np.where(good, 1.5, 0.5)
@@ -166,11 +171,11 @@ def test_kto_values_answers_against_mismatched_ones():
   settings = dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
   loss, aux = value('kto', **settings)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  seen = metrics(aux)
-  assert seen['z_ref'] == pytest.approx(point, rel=1e-5)
+  means = metrics(aux)
+  assert means['z_ref'] == pytest.approx(point, rel=1e-5)
   mean_good = 0.3 * ratio[good].mean()
-  assert seen['rewards_chosen'] == pytest.approx(mean_good, rel=1e-5)
-  assert seen['accuracies'] == pytest.approx(np.mean(gain > 0))
+  assert means['rewards_chosen'] == pytest.approx(mean_good, rel=1e-5)
+  assert means['accuracies'] == pytest.approx(np.mean(gain > 0))
   # Five and two targets of the good answers.
   assert int(aux['tokens']) == 7
 
@@ -181,21 +186,23 @@ def test_policy_and_reference_alike_cost_what_chance_does(name):
   # ln 2, and 1 - sigma(0); both exact, as tokens' ratios are zero.
   expected = {'dpo': math.log(2), 'kto': 0.5}[name]
   assert float(loss) == pytest.approx(expected, abs=1e-7)
-  seen = metrics(aux)
-  assert seen['kl'] == 0 and seen['accuracies'] == 0.5
+  means = metrics(aux)
+  assert means['kl'] == 0 and means['accuracies'] == 0.5
 
 
 @pytest.mark.parametrize('name', ['dpo', 'kto'])
 def test_a_reference_computed_before_is_the_same_reference(name):
   expected, _ = value(name)
   keys = ('', 'kl_') if name == 'kto' else ('chosen_', 'rejected_')
-  given = {
-    f'{key}reference': sides.token_logps(REFERENCE[:, i], batch)
+  precomputed = {
+    f'{key}reference': paired_batch.token_logps(REFERENCE[:, i], batch)
     for i, (key, batch) in enumerate(zip(keys, (CHOSEN, REJECTED), strict=True))
   }
   # What the model would say is then of no account.
-  found, _ = value(name, reference=0 * LOGITS, batch=batch_of(name) | given)
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  loss, _ = value(
+    name, reference=0 * LOGITS, batch=batch_of(name) | precomputed
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @every
@@ -203,10 +210,10 @@ def test_the_order_of_rows_does_not_count(name):
   order = jnp.array([2, 0, 1])
   batch = {k: v[order] for k, v in batch_of(name).items()}
   expected, aux = value(name)
-  found, seen = value(name, LOGITS[order], REFERENCE[order], batch)
+  loss, permuted_aux = value(name, LOGITS[order], REFERENCE[order], batch)
   # Sums in another order.
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
-  assert metrics(seen) == pytest.approx(metrics(aux), rel=1e-5)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert metrics(permuted_aux) == pytest.approx(metrics(aux), rel=1e-5)
 
 
 @every
@@ -217,10 +224,10 @@ def test_rows_that_fill_a_batch_up_do_not_count(name):
       filled[key] = filled[key].at[-1].set(False)
   more = lambda x: jnp.concatenate([x, 9 * x[:1]])  # noqa: E731
   expected, aux = value(name)
-  found, seen = value(name, more(LOGITS), more(REFERENCE), filled)
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
-  assert int(seen['weight']) == 3
-  assert metrics(seen) == pytest.approx(metrics(aux), rel=1e-5)
+  loss, filled_aux = value(name, more(LOGITS), more(REFERENCE), filled)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert int(filled_aux['weight']) == 3
+  assert metrics(filled_aux) == pytest.approx(metrics(aux), rel=1e-5)
 
 
 @every
@@ -236,5 +243,5 @@ def test_what_is_masked_has_no_gradient(name):
 def test_a_margin_within_rounding_is_a_tie():
   # 0 and 2e-4 are within what is a tie, 1e-3 is not.
   margins = jnp.array([0.0, 2e-4, -2e-4, 1e-3, -1e-3])
-  found = sides.wins(margins, jnp.full(5, 4e-4))
-  np.testing.assert_array_equal(found, [0.5, 0.5, 0.5, 1, 0])
+  results = paired_batch.wins(margins, jnp.full(5, 4e-4))
+  np.testing.assert_array_equal(results, [0.5, 0.5, 0.5, 1, 0])

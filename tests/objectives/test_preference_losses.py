@@ -31,9 +31,9 @@ def sigma(x):
   return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 
-def close(found, expected):
+def close(actual, expected):
   # float32 of numbers up to 60.
-  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+  np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_without_a_margin_every_pairwise_loss_is_what_chance_costs():
@@ -101,21 +101,21 @@ def test_odds_are_finite_where_an_answer_is_certain():
 def test_simpo_compares_mean_log_probabilities_with_gamma():
   w, r, beta, gamma = PI_W / LENGTH_W, PI_L / LENGTH_L, 2.0, 1.0
   expected = np.log(1 + np.exp(gamma + beta * (r - w)))
-  found = simpo.simpo_loss(jnp.asarray(w), jnp.asarray(r), beta, gamma / beta)
-  close(found, expected)
+  actual = simpo.simpo_loss(jnp.asarray(w), jnp.asarray(r), beta, gamma / beta)
+  close(actual, expected)
 
 
 def test_kto_values_each_answer_against_the_point():
   ratio, good = jnp.asarray(PI_W - REF_W), np.arange(7) % 3 > 0
   point, beta = 0.7, 0.3
-  found = kto.kto_loss(ratio, good, point, beta, 1.5, 0.5)
+  actual = kto.kto_loss(ratio, good, point, beta, 1.5, 0.5)
   r = PI_W - REF_W
   for i in range(7):
     if good[i]:
       expected = 1.5 * (1 - sigma(beta * (r[i] - point)))
     else:
       expected = 0.5 * (1 - sigma(beta * (point - r[i])))
-    close(found[i], expected)
+    close(actual[i], expected)
   # At the point itself the value is half of lambda.
   close(kto.kto_loss(jnp.full(2, 0.7), jnp.array([True, False]), 0.7), 0.5)
 
@@ -165,7 +165,7 @@ def test_kto_pulls_good_answers_up_and_bad_ones_down():
 
 
 @pytest.mark.parametrize(
-  ('values', 'said'),
+  ('values', 'message'),
   [
     ({'loss': 'slic'}, 'one of sigmoid, hinge, ipo, robust'),
     ({'beta': 0.0}, 'beta is above 0'),
@@ -174,8 +174,8 @@ def test_kto_pulls_good_answers_up_and_bad_ones_down():
     ({'sft_weight': -1.0}, 'sft_weight is at least 0'),
   ],
 )
-def test_settings_that_cannot_be_are_refused(values, said):
-  with pytest.raises(ValueError, match=said):
+def test_settings_that_cannot_be_are_refused(values, message):
+  with pytest.raises(ValueError, match=message):
     dpo.DPOSettings(**values)
 
 

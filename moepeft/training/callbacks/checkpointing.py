@@ -8,12 +8,17 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
 class Checkpointing(Callback):
-  """Saves every so many steps, the last one, and on request."""
+  """Saves every so many steps, the last one, and on request.
+
+  A checkpoint is written while training goes on. An error of a write ends the
+  run at the next step, or at the end.
+  """
 
   def __init__(self, every_steps: int):
     self._every_steps = every_steps
 
   def on_step(self, loop, batch, metrics):
+    loop.checkpoints.check()
     due = loop.is_due(self._every_steps) or loop.save_requested
     if not due and not loop.is_last_step:
       return
@@ -27,6 +32,9 @@ class Checkpointing(Callback):
       if loop.workdir:
         loop.workdir.check()
       loop.checkpoints.save(loop.state, loop.identity, loop.early_stopping)
+
+  def on_end(self, loop):
+    loop.checkpoints.wait()
 
 
 CHECKPOINTING = CallbackEntry(
