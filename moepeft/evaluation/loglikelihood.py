@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How probable targets are: -log p of each, in nats."""
+"""Log-likelihood of targets: -log p of each, in nats."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -32,29 +32,29 @@ _DISCOUNTS = 0.1, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PredictedText:
   """A text, of which some tokens are predicted.
 
   Attributes:
     ids: int [n].
     predicted: bool [n].
     spans: the length of each hidden span, whose ends are predicted too.
-    given: targets that are always the same.
+    constant: targets that are always the same.
   """
 
   ids: np.ndarray
   predicted: np.ndarray
   spans: Sequence[int] = ()
-  given: int = 0
+  constant: int = 0
 
   @property
   def targets(self) -> int:
-    return int(self.predicted.sum()) + len(self.spans) + self.given
+    return int(self.predicted.sum()) + len(self.spans) + self.constant
 
 
 @dataclasses.dataclass(frozen=True)
 class _Counts:
-  """How often the n-grams of one n were counted, by one way of counting.
+  """Counts of the n-grams of one n, by one way of counting.
 
   Attributes:
     grams: [grams].
@@ -188,7 +188,10 @@ def ends_nats(lengths: Sequence[int], p: np.ndarray) -> float:
 
 
 def losses(
-  train: Sequence[Row], rows: Sequence[Row], order: int, size: int
+  train: Sequence[PredictedText],
+  rows: Sequence[PredictedText],
+  order: int,
+  size: int,
 ) -> list[float]:
   """Nats a target of n-grams of 1 to `order`."""
   grams = NGrams([row.ids for row in train], order, size)
@@ -207,21 +210,23 @@ def losses(
   ]
 
 
-def row(item, predict: str, sentinels: Sequence[int]) -> Row:
-  """What is predicted of a piece of text; `item` is a Sample or two ids."""
+def row(item, predict: str, sentinels: Sequence[int]) -> PredictedText:
+  """The row of a piece of text; `item` is a Sample or two lists of ids."""
   if predict == 'spans':
     if isinstance(item, Sample):
       item = item.ids[~item.loss_mask], item.ids[item.loss_mask]
     ids, hidden = spans.restore(*item, sentinels)
     # The first target is always the first sentinel.
-    return Row(ids, hidden, spans.lengths(hidden), given=1)
+    return PredictedText(ids, hidden, spans.lengths(hidden), constant=1)
   if isinstance(item, Sample):
     # Nothing stands before the first token, so it is never predicted.
-    return Row(item.ids, item.loss_mask & (np.arange(len(item.ids)) > 0))
+    return PredictedText(
+      item.ids, item.loss_mask & (np.arange(len(item.ids)) > 0)
+    )
   # Without the end of the inputs, which is always the same.
   inputs, targets = np.asarray(item[0])[:-1], np.asarray(item[1])
   ids = np.concatenate([inputs, targets])
-  return Row(ids, np.arange(len(ids)) >= len(inputs))
+  return PredictedText(ids, np.arange(len(ids)) >= len(inputs))
 
 
 def baseline(config: ConfigDict, order: int) -> tuple[int, list[float]]:

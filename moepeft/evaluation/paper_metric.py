@@ -120,7 +120,7 @@ def _tasks(rows: Iterable[Result], metric: str) -> dict[str, list[Result]]:
 def _draws(
   tasks: dict[str, list[Result]], count: int, seed: int
 ) -> dict[str, np.ndarray]:
-  """Of all tasks with figures by example, and of what they come to.
+  """Draws of all tasks with scores by example, and of their means.
 
   A task of one example is the same in every draw, which says nothing of how
   certain it is: neither it nor a mean with it has draws.

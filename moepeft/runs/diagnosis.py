@@ -217,8 +217,10 @@ def collapsed(
       # That an expert with `limit` of the weight leaves at most, the others
       # sharing the rest evenly.
       rest = 1 - limit
-      others = rest * math.log(rest / (len(shares) - 1)) if rest > 0 else 0.0
-      bound = (-limit * math.log(limit) - others) / most
+      rest_entropy = (
+        rest * math.log(rest / (len(shares) - 1)) if rest > 0 else 0.0
+      )
+      bound = (-limit * math.log(limit) - rest_entropy) / most
     if evenness < bound:
       has = {
         'weight': 'has {:.0%} of the weight',

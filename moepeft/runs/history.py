@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's figures need of its rows, thinned out as they come."""
+"""The metrics of a run that plots need, thinned out as they come."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -58,24 +58,24 @@ class Thinned:
   def __init__(self, most: int, convert: Callable[[Any], Any]):
     """`convert` is applied to what is kept alone."""
     self._most, self._convert = most, convert
-    self._kept, self._every, self._seen = [], 1, 0
+    self._items, self._every, self._count = [], 1, 0
     self._latest = None
 
   def add(self, item: Any) -> None:
     self._latest = item
-    if self._seen % self._every == 0:
-      self._kept.append(self._convert(item))
-      if len(self._kept) > self._most:
-        self._kept = self._kept[::2]
+    if self._count % self._every == 0:
+      self._items.append(self._convert(item))
+      if len(self._items) > self._most:
+        self._items = self._items[::2]
         self._every *= 2
-    self._seen += 1
+    self._count += 1
 
   def items(self) -> list[Any]:
-    if not self._seen:
+    if not self._count:
       return []
-    if (self._seen - 1) % self._every == 0:
-      return self._kept
-    return [*self._kept, self._convert(self._latest)]
+    if (self._count - 1) % self._every == 0:
+      return self._items
+    return [*self._items, self._convert(self._latest)]
 
 
 class History:

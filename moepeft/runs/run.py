@@ -155,7 +155,7 @@ class Run:
     )
 
   def evaluation_file(self, data: str = '', of_base: bool = False) -> str:
-    """Where moepeft.evaluate writes its summary, results beside it as .jsonl.
+    """The file of moepeft.evaluate's summary, with results beside it as .jsonl.
 
     Args:
       data: the name of other data than the run's own held-out rows.

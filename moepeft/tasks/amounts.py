@@ -29,13 +29,13 @@ _REST = {
 
 def _two_numbers(dice: Dice) -> tuple[int, int]:
   """Two numbers of two digits that differ in their tens."""
-  first, second = dice.some(range(1, 10), 2)
+  first, second = dice.sample(range(1, 10), 2)
   return 10 * first + dice.below(10), 10 * second + dice.below(10)
 
 
 def draw_comparison(dice: Dice) -> Instance:
   """552 pairs of names x 7,200 of numbers x 3 measures = 12 million."""
-  names = dice.some(NAMES, 2)
+  names = dice.sample(NAMES, 2)
   numbers = _two_numbers(dice)
   claim, question = dice.pick(_MEASURES)
   first_claim, second_claim = (claim.format(n) for n in numbers)
@@ -65,7 +65,7 @@ COMPARISON = Task(
 
 def draw_result(dice: Dice) -> Instance:
   """552 pairs of names x 7,200 of numbers x 2 questions = 7.9 million."""
-  names = dice.some(NAMES, 2)
+  names = dice.sample(NAMES, 2)
   numbers = _two_numbers(dice)
   index = dice.below(2)
   win = numbers[index] > numbers[1 - index]
@@ -100,8 +100,8 @@ def draw_arithmetic(dice: Dice) -> Instance:
   change, sign = dice.pick(_CHANGES)
   total = start + sign * step
   below = dice.below(4)  # so that the answer is at each rank equally often
-  wrong = [total - d for d in dice.some((1, 2, 5), min(below, 3))]
-  wrong += [total + d for d in dice.some((1, 2, 5), 3 - below)]
+  wrong = [total - d for d in dice.sample((1, 2, 5), min(below, 3))]
+  wrong += [total + d for d in dice.sample((1, 2, 5), 3 - below)]
   story = f'{name} has {start} {goods} and {change.format(step)}.'
   return Instance(
     {'story': story, 'name': name, 'goods': goods},
@@ -127,7 +127,9 @@ def draw_counting(dice: Dice) -> Instance:
   """Lists of five nouns, one to four of the kind that is asked: over 1e9."""
   kind = dice.pick(KINDS)
   count = dice.between(1, 4)
-  items = dice.some(CATEGORIES[kind], count) + dice.some(_REST[kind], 5 - count)
+  items = dice.sample(CATEGORIES[kind], count) + dice.sample(
+    _REST[kind], 5 - count
+  )
   answer = _COUNTS[count - 1]
   return Instance(
     {'items': ', '.join(dice.shuffled(items)), 'kind': kind},

@@ -33,7 +33,9 @@ def _with_others(dice: Dice, kind: str, count: int) -> list[str]:
   """`kind` and `count` other kinds."""
   return [
     kind,
-    *dice.some([candidate for candidate in KINDS if candidate != kind], count),
+    *dice.sample(
+      [candidate for candidate in KINDS if candidate != kind], count
+    ),
   ]
 
 
@@ -93,9 +95,9 @@ MEMBERSHIP = Task(
 
 def draw_odd_one_out(dice: Dice) -> Instance:
   """30 pairs of kinds x 4 places x 1,320 triples x 12 = 1.9 million."""
-  kind, odd_kind = dice.some(KINDS, 2)
+  kind, odd_kind = dice.sample(KINDS, 2)
   odd = dice.pick(CATEGORIES[odd_kind])
-  same = dice.some(CATEGORIES[kind], 3)
+  same = dice.sample(CATEGORIES[kind], 3)
   items = dice.shuffled([odd, *same])
   return Instance({'items': ', '.join(items)}, odd, tuple(same))
 
@@ -141,9 +143,9 @@ PROFESSION = Task(
 
 def draw_tidy(dice: Dice) -> Instance:
   """Half one kind (71,280 lists), half three and one (1.9 million)."""
-  kind, odd_kind = dice.some(KINDS, 2)
+  kind, odd_kind = dice.sample(KINDS, 2)
   tidy = dice.coin()
-  items = dice.some(CATEGORIES[kind], 4)
+  items = dice.sample(CATEGORIES[kind], 4)
   if not tidy:
     items[dice.below(4)] = dice.pick(CATEGORIES[odd_kind])
   answers = ('tidy', 'messy') if tidy else ('messy', 'tidy')

@@ -50,7 +50,7 @@ class Dice:
   def pick(self, items: Sequence[Item]) -> Item:
     return items[self.below(len(items))]
 
-  def some(self, items: Sequence[Item], count: int) -> list[Item]:
+  def sample(self, items: Sequence[Item], count: int) -> list[Item]:
     """`count` items at different places, in random order."""
     pool = list(items)
     for i in range(count):
@@ -59,4 +59,4 @@ class Dice:
     return pool[:count]
 
   def shuffled(self, items: Sequence[Item]) -> list[Item]:
-    return self.some(items, len(items))
+    return self.sample(items, len(items))

@@ -132,10 +132,10 @@ COREFERENCE = Task(
 def draw_word_sense(dice: Dice) -> Instance:
   """48 uses of 12 words x 24 names x 8 days = 9,216."""
   word = dice.pick(tuple(_SENSES))
-  sense, other = dice.shuffled(tuple(_SENSES[word]))
+  sense, wrong_sense = dice.shuffled(tuple(_SENSES[word]))
   use = dice.pick(_SENSES[word][sense])
   text = f'{dice.pick(_DAYS)} {dice.pick(NAMES)} {use}.'
-  return Instance({'text': text, 'word': word}, sense, (other,))
+  return Instance({'text': text, 'word': word}, sense, (wrong_sense,))
 
 
 WORD_SENSE = Task(
@@ -153,7 +153,7 @@ WORD_SENSE = Task(
 
 def draw_completion(dice: Dice) -> Instance:
   """8 days x 24 names x 12 places x 12 states = 27,648."""
-  states = dice.some(_ENDINGS, 4)
+  states = dice.sample(_ENDINGS, 4)
   name = dice.pick(NAMES)
   text = (
     f'{dice.pick(_DAYS)}, near the {dice.pick(PLACES)},'
@@ -177,22 +177,22 @@ COMPLETION = Task(
 
 
 def _opposites(dice: Dice) -> tuple[str, str, str, list[str]]:
-  pairs = [dice.shuffled(pair) for pair in dice.some(OPPOSITES, 5)]
-  (one, two), (three, four) = pairs[:2]
-  return one, two, three, [four, *(pair[0] for pair in pairs[2:])]
+  pairs = [dice.shuffled(pair) for pair in dice.sample(OPPOSITES, 5)]
+  (first, two), (three, four) = pairs[:2]
+  return first, two, three, [four, *(pair[0] for pair in pairs[2:])]
 
 
 def _kinds(dice: Dice) -> tuple[str, str, str, list[str]]:
-  kinds = dice.some(KINDS, 4)
-  one, three = (dice.pick(CATEGORIES[kind]) for kind in kinds[:2])
-  return one, kinds[0], three, [kinds[1], kinds[0], *kinds[2:]]
+  kinds = dice.sample(KINDS, 4)
+  first, three = (dice.pick(CATEGORIES[kind]) for kind in kinds[:2])
+  return first, kinds[0], three, [kinds[1], kinds[0], *kinds[2:]]
 
 
 def draw_analogy(dice: Dice) -> Instance:
   """Half 4,320 pairs of nouns, half 2,208 pairs of adjectives."""
-  one, two, three, choices = dice.pick((_opposites, _kinds))(dice)
+  first, two, three, choices = dice.pick((_opposites, _kinds))(dice)
   return Instance(
-    {'one': one, 'two': two, 'three': three}, choices[0], tuple(choices[1:])
+    {'one': first, 'two': two, 'three': three}, choices[0], tuple(choices[1:])
   )
 
 

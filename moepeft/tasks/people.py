@@ -11,18 +11,18 @@ _MEDALS = ('gold', 'silver', 'bronze')
 
 def _owners(dice: Dice) -> tuple[list[str], list[str], str]:
   """Three names, their things, and a sentence that says so."""
-  names = dice.some(NAMES, 3)
-  things = dice.some(NOUNS, 3)
-  has = [f'{names[i]} has {a(things[i])}' for i in range(3)]
-  return names, things, f'{has[0]}, {has[1]} and {has[2]}.'
+  names = dice.sample(NAMES, 3)
+  nouns = dice.sample(NOUNS, 3)
+  has = [f'{names[i]} has {a(nouns[i])}' for i in range(3)]
+  return names, nouns, f'{has[0]}, {has[1]} and {has[2]}.'
 
 
 def draw_lookup(dice: Dice) -> Instance:
   """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
-  names, things, facts = _owners(dice)
-  asked = dice.below(3)
-  answer = things.pop(asked)
-  return Instance({'facts': facts, 'name': names[asked]}, answer, tuple(things))
+  names, nouns, facts = _owners(dice)
+  index = dice.below(3)
+  answer = nouns.pop(index)
+  return Instance({'facts': facts, 'name': names[index]}, answer, tuple(nouns))
 
 
 LOOKUP = Task(
@@ -42,17 +42,17 @@ LOOKUP = Task(
 
 def draw_directory(dice: Dice) -> Instance:
   """12,144 triples of names x 7e11 of numbers x 3 questions."""
-  names = dice.some(NAMES, 3)
+  names = dice.sample(NAMES, 3)
   numbers: list[str] = []
   while len(numbers) < 3:
     number = str(dice.between(1000, 9999))
     if number not in numbers:
       numbers.append(number)
   lines = ', '.join(f'{names[i]} {numbers[i]}' for i in range(3))
-  asked = dice.below(3)
-  answer = numbers.pop(asked)
+  index = dice.below(3)
+  answer = numbers.pop(index)
   return Instance(
-    {'lines': lines, 'name': names[asked]}, answer, tuple(numbers)
+    {'lines': lines, 'name': names[index]}, answer, tuple(numbers)
   )
 
 
@@ -72,12 +72,10 @@ DIRECTORY = Task(
 
 def draw_owner(dice: Dice) -> Instance:
   """12,144 triples of names x 357,840 of nouns x 3 questions = 1e10."""
-  names, things, facts = _owners(dice)
-  asked = dice.below(3)
-  answer = names.pop(asked)
-  return Instance(
-    {'facts': facts, 'thing': things[asked]}, answer, tuple(names)
-  )
+  names, nouns, facts = _owners(dice)
+  index = dice.below(3)
+  answer = names.pop(index)
+  return Instance({'facts': facts, 'thing': nouns[index]}, answer, tuple(names))
 
 
 OWNER = Task(
@@ -96,11 +94,11 @@ OWNER = Task(
 
 def draw_order(dice: Dice) -> Instance:
   """255,024 queues of four x 4 ranks = 1.0 million."""
-  names = dice.some(NAMES, 4)
+  names = dice.sample(NAMES, 4)
   queue = ', '.join(names)
-  asked = dice.below(4)
-  answer = names.pop(asked)
-  return Instance({'queue': queue, 'rank': _RANKS[asked]}, answer, tuple(names))
+  index = dice.below(4)
+  answer = names.pop(index)
+  return Instance({'queue': queue, 'rank': _RANKS[index]}, answer, tuple(names))
 
 
 ORDER = Task(
@@ -119,12 +117,12 @@ ORDER = Task(
 
 def draw_medal(dice: Dice) -> Instance:
   """12,144 finishes of three x 3 runners = 36,432."""
-  names = dice.some(NAMES, 3)
-  asked = dice.below(3)
+  names = dice.sample(NAMES, 3)
+  index = dice.below(3)
   medals = list(_MEDALS)
-  answer = medals.pop(asked)
+  answer = medals.pop(index)
   return Instance(
-    {'finish': ', '.join(names), 'name': names[asked]}, answer, tuple(medals)
+    {'finish': ', '.join(names), 'name': names[index]}, answer, tuple(medals)
   )
 
 

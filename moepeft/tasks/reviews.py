@@ -28,8 +28,8 @@ _HAPPY_UNHAPPY = (('positive', 'happy'), ('negative', 'unhappy'))
 
 
 def _judged(dice: Dice, parts: tuple[str, ...], good: bool) -> str:
-  words = dice.some(PRAISE if good else BLAME, 2)
-  first, second = dice.some(parts, 2)
+  words = dice.sample(PRAISE if good else BLAME, 2)
+  first, second = dice.sample(parts, 2)
   return f'the {first} was {words[0]} and the {second} was {words[1]}.'
 
 

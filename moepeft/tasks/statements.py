@@ -44,18 +44,18 @@ def draw_entailment(dice: Dice) -> Instance:
   A third of the draws repeats the premise, a third turns it round and a third
   claims something about another person.
   """
-  one, two, three = dice.some(NAMES, 3)
+  taller, shorter, stranger = dice.sample(NAMES, 3)
   more = dice.pick(COMPARATIVES)
   pairs = {
-    'Yes': (one, two),
-    'No': (two, one),
-    'Maybe': dice.shuffled([dice.pick((one, two)), three]),
+    'Yes': (taller, shorter),
+    'No': (shorter, taller),
+    'Maybe': dice.shuffled([dice.pick((taller, shorter)), stranger]),
   }
   answer = dice.pick(tuple(pairs))
   first, second = pairs.pop(answer)
   return Instance(
     {
-      'premise': f'{one} is {more} than {two}',
+      'premise': f'{taller} is {more} than {shorter}',
       'claim': f'{first} is {more} than {second}',
     },
     answer,
@@ -84,31 +84,31 @@ ENTAILMENT = Task(
 )
 
 
-def _trade(dice: Dice, one: str, two: str) -> tuple[str, str, str]:
+def _trade(dice: Dice, giver: str, receiver: str) -> tuple[str, str, str]:
   gave, took = dice.pick(_TRADES)
-  thing = a(dice.pick(NOUNS))
+  noun_phrase = a(dice.pick(NOUNS))
   return (
-    f'{one} {gave} {thing} to {two}',
-    f'{two} {took} {thing} from {one}',
-    f'{one} {took} {thing} from {two}',
+    f'{giver} {gave} {noun_phrase} to {receiver}',
+    f'{receiver} {took} {noun_phrase} from {giver}',
+    f'{giver} {took} {noun_phrase} from {receiver}',
   )
 
 
-def _meeting(dice: Dice, one: str, two: str) -> tuple[str, str, str]:
+def _meeting(dice: Dice, first: str, second: str) -> tuple[str, str, str]:
   did = dice.pick(_MEETINGS)
   return (
-    f'{one} {did} {two}',
-    f'{two} was {did} by {one}',
-    f'{one} was {did} by {two}',
+    f'{first} {did} {second}',
+    f'{second} was {did} by {first}',
+    f'{first} was {did} by {second}',
   )
 
 
 def draw_paraphrase(dice: Dice) -> Instance:
   """552 pairs of names x (3 trades x 72 nouns + 8 meetings) x 4 = 494,592."""
-  one, two = dice.some(NAMES, 2)
-  said, same, other = dice.pick((_trade, _meeting))(dice, one, two)
+  first, two = dice.sample(NAMES, 2)
+  sentence, same, different = dice.pick((_trade, _meeting))(dice, first, two)
   yes = dice.coin()
-  pair = [said, same if yes else other]
+  pair = [sentence, same if yes else different]
   if dice.coin():
     pair.reverse()
   answers = ('Yes', 'No') if yes else ('No', 'Yes')
@@ -130,14 +130,14 @@ PARAPHRASE = Task(
 
 def draw_negation(dice: Dice) -> Instance:
   """552 pairs of names x 12 acts x 4 denials x 2 questions = 52,992."""
-  doer, other = dice.some(NAMES, 2)
+  doer, bystander = dice.sample(NAMES, 2)
   act, past = dice.pick(_ACTS)
   denial = dice.pick(_DENIALS)
-  text = denial.format(doer=doer, other=other, act=act, past=past)
-  answers = (doer, other)
+  text = denial.format(doer=doer, other=bystander, act=act, past=past)
+  answers = (doer, bystander)
   question = f'Who {past}?'
   if dice.coin():
-    answers = (other, doer)
+    answers = (bystander, doer)
     question = f'Who did not {act}?'
   return Instance({'text': text, 'question': question}, answers[0], answers[1:])
 

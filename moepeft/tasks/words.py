@@ -17,11 +17,11 @@ from moepeft.tasks.task import Instance, Task, Template
 def draw_kind(dice: Dice) -> Instance:
   """72 nouns x 20 choices of wrong kinds, of which the noun alone counts."""
   kind = dice.pick(KINDS)
-  others = dice.some([k for k in KINDS if k != kind], 3)
+  wrong = dice.sample([k for k in KINDS if k != kind], 3)
   number = str(dice.between(10, 99))
   noun = dice.pick(CATEGORIES[kind])
   fields = {'noun': noun, 'one': a(noun), 'number': number}
-  return Instance(fields, kind, tuple(others))
+  return Instance(fields, kind, tuple(wrong))
 
 
 KIND = Task(
@@ -65,14 +65,14 @@ def draw_recall(dice: Dice) -> Instance:
   With one pair the answer is only read off, which is where looking up begins.
   """
   count = dice.between(1, 3)
-  names, things = dice.some(NAMES, count), dice.some(NOUNS, count + 1)
+  names, nouns = dice.sample(NAMES, count), dice.sample(NOUNS, count + 1)
   pairs = ', '.join(
-    f'{name} {thing}' for name, thing in zip(names, things, strict=False)
+    f'{name} {noun}' for name, noun in zip(names, nouns, strict=False)
   )
-  asked = dice.below(count)
-  answer = things.pop(asked)
-  fields = {'pairs': pairs, 'name': names[asked]}
-  return Instance(fields, answer, tuple(things[: max(count - 1, 1)]))
+  index = dice.below(count)
+  answer = nouns.pop(index)
+  fields = {'pairs': pairs, 'name': names[index]}
+  return Instance(fields, answer, tuple(nouns[: max(count - 1, 1)]))
 
 
 RECALL = Task(
@@ -102,9 +102,9 @@ def draw_storage(dice: Dice) -> Instance:
   kind = dice.pick(KINDS)
   noun = dice.pick(CATEGORIES[kind])
   number = str(dice.between(10, 99))
-  others = dice.some([h for h in _HOMES.values() if h != _HOMES[kind]], 3)
+  wrong = dice.sample([h for h in _HOMES.values() if h != _HOMES[kind]], 3)
   fields = {'noun': noun, 'one': a(noun), 'number': number}
-  return Instance(fields, _HOMES[kind], tuple(others))
+  return Instance(fields, _HOMES[kind], tuple(wrong))
 
 
 STORAGE = Task(
@@ -124,8 +124,8 @@ STORAGE = Task(
 def draw_stars(dice: Dice) -> Instance:
   """112 pairs of words of one colour x 90 numbers = 10,080."""
   good = dice.coin()
-  one, two = dice.some(PRAISE if good else BLAME, 2)
-  fields = {'one': one, 'two': two, 'number': str(dice.between(10, 99))}
+  first, two = dice.sample(PRAISE if good else BLAME, 2)
+  fields = {'one': first, 'two': two, 'number': str(dice.between(10, 99))}
   answers = ('five', 'one') if good else ('one', 'five')
   return Instance(fields, answers[0], answers[1:])
 

@@ -95,7 +95,7 @@ def test_065_functions_are_used_and_a_query_is_refused():
   assert '{"name": "now", "description": "tells time"' in text
   with pytest.raises(ValueError, match="line 1: the row has 'query', which is"):
     conversation('065/alpaca_query.jsonl')
-  text, notes = conversation('065/alpaca_query.jsonl', ignore='query')
+  text, notes = conversation('065/alpaca_query.jsonl', ignore_fields='query')
   assert 'IMPORTANT' not in text and notes[-1].endswith('nothing reads: query')
 
 

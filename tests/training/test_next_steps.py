@@ -78,9 +78,8 @@ def test_no_command_has_a_word_to_fill_in(capsys):
   config = config_lib.default()
   config.model.path = 'base'
   lines = next_steps.commands('runs/a', config, build('lora', SITES), False)
-  next_steps.print_next_steps(
-    summary, ['accuracy rose: B'], ['x'] * 9, {'a': '', **lines}
-  )
+  places = {'a': '', **lines}
+  next_steps.print_next_steps(summary, ['accuracy rose: B'], ['x'] * 9, places)
   said = capsys.readouterr().out.splitlines()
   assert said[:2] == ['done in 1.5 s: lora', '  accuracy rose: B']
   assert sum(line.startswith('  note: ') for line in said) == 3

@@ -20,7 +20,7 @@ from moepeft.evaluation.results import (
   metric_info,
   metric_names,
 )
-from moepeft.evaluation.tables.run_results import Entry
+from moepeft.evaluation.tables.run_results import RunResults
 
 # The data of what after.json says of a run's own groups of tasks.
 AFTER = 'after'
@@ -38,8 +38,8 @@ SEEDS_AND_EXAMPLES = (
 STUDENT = "Student's t over seeds (not over examples)"
 
 
-class Key(NamedTuple):
-  """What a column holds; dataset '' for all of the data together."""
+class ColumnKey(NamedTuple):
+  """The key of a column; dataset '' for all of the data together."""
 
   data: str
   metric: str
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Estimate:
   """A value with its 95 % interval, fractions in per cent.
 
   Attributes:
@@ -63,47 +63,47 @@ class Figure:
   high: float | None = None
   majority: float | None = None
   seeds: tuple[float, ...] = ()
-  how: str = dataclasses.field(default='', compare=False)
+  interval_method: str = dataclasses.field(default='', compare=False)
 
 
-def of_entry(entry: Entry) -> dict[Key, Figure]:
+def estimates_of(entry: RunResults) -> dict[ColumnKey, Estimate]:
   """All figures of one run, or of a base."""
-  found = {}
-  for key, rows in parts(entry):
+  estimates = {}
+  for key, rows in results_by_column(entry):
     if key.metric == LOSS:
-      found[key] = _pooled_figure(rows)
+      estimates[key] = _pooled_figure(rows)
       continue
     scale = metric_info(key.metric).factor
     for name, score in paper_metric.scores(rows, key.metric).items():
       if (named := _named(key, name)) is not None:
-        found[named] = _scaled(score, scale)
-  loss = Key(HELD_OUT, LOSS, '')
-  if loss not in found and entry.loss is not None:
-    found[loss] = Figure(entry.loss)
+        estimates[named] = _scaled(score, scale)
+  loss = ColumnKey(HELD_OUT, LOSS, '')
+  if loss not in estimates and entry.loss is not None:
+    estimates[loss] = Estimate(entry.loss)
   for name, value in entry.means.items():
-    found[Key(AFTER, ACCURACY, name)] = Figure(100 * value)
-  return found
+    estimates[ColumnKey(AFTER, ACCURACY, name)] = Estimate(100 * value)
+  return estimates
 
 
-def draws_of(entry: Entry) -> dict[Key, np.ndarray]:
+def draws_of(entry: RunResults) -> dict[ColumnKey, np.ndarray]:
   """Bootstrap draws of the figures that have an interval, likewise scaled."""
-  found = {}
-  for key, rows in parts(entry):
+  draws = {}
+  for key, rows in results_by_column(entry):
     if key.metric == LOSS:
       if not _single(rows):
-        found[key] = _pooled(rows)
+        draws[key] = _pooled(rows)
       continue
     scale = metric_info(key.metric).factor
     for name, drawn in paper_metric.draws(rows, key.metric).items():
       if (named := _named(key, name)) is not None:
-        found[named] = scale * drawn
-  return found
+        draws[named] = scale * drawn
+  return draws
 
 
-def over_seeds(
-  runs: Sequence[Mapping[Key, Figure]],
-  draws: Mapping[Key, np.ndarray] = types.MappingProxyType({}),
-) -> dict[Key, Figure]:
+def mean_over_seeds(
+  runs: Sequence[Mapping[ColumnKey, Estimate]],
+  draws: Mapping[ColumnKey, np.ndarray] = types.MappingProxyType({}),
+) -> dict[ColumnKey, Estimate]:
   """Means over runs that differ by seed, of the figures that all of them have.
 
   Of one run, its own figures. Of several, the interval is that of `draws`;
@@ -121,18 +121,21 @@ def over_seeds(
     if all(key in run for run in runs):
       values = np.array([run[key].value for run in runs])
       mean = float(values.mean())
-      low, high, how = None, None, ''
+      low, high, interval_method = None, None, ''
       if key in draws:
-        (low, high), how = bootstrap.interval(draws[key]), SEEDS_AND_EXAMPLES
+        (low, high), interval_method = (
+          bootstrap.interval(draws[key]),
+          SEEDS_AND_EXAMPLES,
+        )
       elif len(values) >= _STUDENTS_SEEDS:
-        half, how = student(values), STUDENT
+        half, interval_method = student(values), STUDENT
         least, most = metric_info(key.metric).bounds
         low, high = max(mean - half, least), min(mean + half, most)
       majorities = [run[key].majority for run in runs]
       # Examples may depend on the seed, and with them what is frequent.
       majority = None if None in majorities else float(np.mean(majorities))
       seeds = tuple(values.tolist())
-      means[key] = Figure(mean, low, high, majority, seeds, how)
+      means[key] = Estimate(mean, low, high, majority, seeds, interval_method)
   return means
 
 
@@ -144,24 +147,30 @@ def student(values: np.ndarray) -> float:
 
 
 def differences(
-  ours: tuple[Mapping[Key, Figure], Mapping[Key, np.ndarray]],
-  baseline: tuple[Mapping[Key, Figure], Mapping[Key, np.ndarray]],
-) -> dict[Key, Figure]:
+  estimates_and_draws: tuple[
+    Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]
+  ],
+  baseline: tuple[Mapping[ColumnKey, Estimate], Mapping[ColumnKey, np.ndarray]],
+) -> dict[ColumnKey, Estimate]:
   """Ours less the baseline's, with intervals over the same resamples.
 
   Args:
     ours, baseline: figures from `over_seeds` and draws from `mean_draws`.
   """
-  found = {}
-  for key in ours[0].keys() & baseline[0].keys():
+  result = {}
+  for key in estimates_and_draws[0].keys() & baseline[0].keys():
     low = high = None
-    if key in ours[1] and key in baseline[1]:
-      low, high = bootstrap.interval(ours[1][key] - baseline[1][key])
-    found[key] = Figure(ours[0][key].value - baseline[0][key].value, low, high)
-  return found
+    if key in estimates_and_draws[1] and key in baseline[1]:
+      low, high = bootstrap.interval(
+        estimates_and_draws[1][key] - baseline[1][key]
+      )
+    result[key] = Estimate(
+      estimates_and_draws[0][key].value - baseline[0][key].value, low, high
+    )
+  return result
 
 
-def mean_draws(entries: Sequence[Entry]) -> dict[Key, np.ndarray]:
+def mean_draws(entries: Sequence[RunResults]) -> dict[ColumnKey, np.ndarray]:
   """Draws of the mean over seeds, where all of them have draws.
 
   Draw i resamples the examples, the same ones for every seed, and the seeds.
@@ -169,13 +178,15 @@ def mean_draws(entries: Sequence[Entry]) -> dict[Key, np.ndarray]:
   drawn = [draws_of(e) for e in sorted(entries, key=lambda e: e.seed)]
   weights = bootstrap.seed_weights(len(drawn))
   return {
-    key: np.einsum('is,si->i', weights, [own[key] for own in drawn])
+    key: np.einsum('is,si->i', weights, [draws[key] for draws in drawn])
     for key in drawn[0]
-    if all(key in own for own in drawn)
+    if all(key in draws for draws in drawn)
   }
 
 
-def of_one_kind(entries: Sequence[Entry]) -> list[Entry]:
+def without_after_evaluations(
+  entries: Sequence[RunResults],
+) -> list[RunResults]:
   """Leaves out what after.json says where any run has held-out rows.
 
   The two are not of the same examples.
@@ -185,7 +196,9 @@ def of_one_kind(entries: Sequence[Entry]) -> list[Entry]:
   return [dataclasses.replace(e, loss=None, means={}) for e in entries]
 
 
-def parts(entry: Entry) -> Iterable[tuple[Key, list[Result]]]:
+def results_by_column(
+  entry: RunResults,
+) -> Iterable[tuple[ColumnKey, list[Result]]]:
   """Rows that make a figure or a grid together; held-out ones first.
 
   The dataset of a key is AVERAGE for the paper's tasks, of which each has a
@@ -193,12 +206,12 @@ def parts(entry: Entry) -> Iterable[tuple[Key, list[Result]]]:
   """
   parts = {}
   for row in entry.rows:
-    key = Key(row.data, row.metric, _dataset(entry, row))
+    key = ColumnKey(row.data, row.metric, _dataset(entry, row))
     parts.setdefault(key, []).append(row)
-  return sorted(parts.items(), key=lambda item: order(item[0]))
+  return sorted(parts.items(), key=lambda item: column_order(item[0]))
 
 
-def _dataset(entry: Entry, row: Result) -> str:
+def _dataset(entry: RunResults, row: Result) -> str:
   if row.metric == LOSS:
     return ''
   if row.task in (*EIGHT, *ROUNDS):
@@ -211,7 +224,7 @@ def _dataset(entry: Entry, row: Result) -> str:
   return ''
 
 
-def order(key: Key) -> tuple:
+def column_order(key: ColumnKey) -> tuple:
   """Sorts columns: held-out data, then by data, metric and dataset."""
   datasets = ('', *EIGHT, *ROUNDS, AVERAGE, MEAN)
   place = datasets.index(key.dataset) if key.dataset in datasets else 0
@@ -222,26 +235,30 @@ def order(key: Key) -> tuple:
   return data, key.data, metric, place, key.dataset
 
 
-def _named(key: Key, name: str) -> Key | None:
+def _named(key: ColumnKey, name: str) -> ColumnKey | None:
   """The column of a grid's score; None for one that has no column."""
   if key.dataset == AVERAGE:
     return key._replace(dataset=name)
   return key if name == AVERAGE else None
 
 
-def _scaled(score: paper_metric.Score, scale: float) -> Figure:
+def _scaled(score: paper_metric.Score, scale: float) -> Estimate:
   fields = (score.value, score.low, score.high, score.majority)
   scaled = (None if x is None else scale * x for x in fields)
-  return Figure(*scaled, how='' if score.low is None else EXAMPLES)
+  return Estimate(
+    *scaled, interval_method='' if score.low is None else EXAMPLES
+  )
 
 
-def _pooled_figure(rows: Sequence[Result]) -> Figure:
+def _pooled_figure(rows: Sequence[Result]) -> Estimate:
   """Nats a target token over all examples of all tasks."""
   total = sum(sum(row.each) for row in rows)
   value = total / sum(sum(row.weights) for row in rows)
   if _single(rows):
-    return Figure(value)
-  return Figure(value, *bootstrap.interval(_pooled(rows)), how=EXAMPLES)
+    return Estimate(value)
+  return Estimate(
+    value, *bootstrap.interval(_pooled(rows)), interval_method=EXAMPLES
+  )
 
 
 def _single(rows: Sequence[Result]) -> bool:

@@ -15,10 +15,15 @@ from moepeft.evaluation import bootstrap, published
 from moepeft.evaluation.paper_metric import AVERAGE, EIGHT, ROUNDS
 from moepeft.evaluation.published import Published
 from moepeft.evaluation.results import ACCURACY, HELD_OUT, LOSS, metric_info
-from moepeft.evaluation.tables import aggregate as figures
-from moepeft.evaluation.tables import comparable, footnotes, run_results, seeds
+from moepeft.evaluation.tables import (
+  aggregate,
+  comparable,
+  footnotes,
+  run_results,
+  seeds,
+)
 from moepeft.evaluation.tables import routing as routing_tables
-from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
+from moepeft.evaluation.tables.aggregate import AFTER, MEAN, ColumnKey, Estimate
 from moepeft.evaluation.tables.render import (
   PARAMETERS,
   PERCENT,
@@ -28,19 +33,19 @@ from moepeft.evaluation.tables.render import (
   Line,
   Table,
 )
-from moepeft.evaluation.tables.run_results import Entry
-from moepeft.evaluation.tables.seeds import Group
+from moepeft.evaluation.tables.run_results import RunResults
+from moepeft.evaluation.tables.seeds import SeedGroup
 from moepeft.peft.build import plain
 from moepeft.runs.run import Run
 
 
-def columns(keys: Sequence[Key]) -> list[Column]:
+def columns(keys: Sequence[ColumnKey]) -> list[Column]:
   """A column for each key, with a name of its own."""
   several = len({k.data for k in keys if k.dataset in EIGHT}) > 1
   return [_column(key, _name(key, several)) for key in keys]
 
 
-def _column(key: Key, name: str) -> Column:
+def _column(key: ColumnKey, name: str) -> Column:
   info = metric_info(key.metric)
   return Column(
     key,
@@ -53,7 +58,7 @@ def _column(key: Key, name: str) -> Column:
   )
 
 
-def _name(key: Key, several: bool) -> str:
+def _name(key: ColumnKey, several: bool) -> str:
   metric = key.metric.replace('_', ' ')
   if key.data == HELD_OUT and not key.dataset:
     return f'held-out {metric}'
@@ -66,7 +71,7 @@ def _name(key: Key, several: bool) -> str:
   return f'{name} ({key.data})' if several else name
 
 
-def _is_group(key: Key) -> bool:
+def _is_group(key: ColumnKey) -> bool:
   """Whether a column is of a group of tasks, named by the group."""
   papers = (*EIGHT, *ROUNDS, AVERAGE)
   return key.data == AFTER or (
@@ -105,77 +110,105 @@ def table(
         'name the work directories of runs, or a table with --paper=t5_xl'
       )
     return _paper_alone(paper, printed, title)
-  given = _read(runs)
-  entries = figures.of_one_kind(given)
-  comparable.check(entries)
-  grouped = seeds.group(entries)
-  single = [[figures.of_entry(e) for e in row.entries] for row in grouped]
-  drawn = [figures.mean_draws(row.entries) for row in grouped]
-  rows = [
-    _Row(
-      group,
-      figures.over_seeds(own, draws),
-      draws,
-      _match(printed, group.first),
-      routing_tables.cells(group.entries) if routing else {},
-    )
-    for group, own, draws in zip(grouped, single, drawn, strict=True)
-  ]
-  found = [row.figures for row in rows]
-  keys = sorted({key for own in found for key in own}, key=figures.order)
-  about_routers = (
-    routing_tables.columns(row.routing for row in rows) if routing else []
+  all_entries = _read_runs(runs)
+  entries = aggregate.without_after_evaluations(all_entries)
+  comparable.check_comparable(entries)
+  rows = _table_rows(entries, printed, routing)
+  keys = sorted(
+    {key for row in rows for key in row.estimates}, key=aggregate.column_order
   )
-  shown = [*columns(keys), *about_routers]
-  against = _against(rows, baseline) if baseline else None
-  majority = _majority(found, keys)
-  placed = _lines(rows, bool(printed), against)
-  lines = [*majority, *(line for line, _ in placed)]
-  of_rows = {
-    i: row
-    for i, (_, row) in enumerate(placed, len(majority))
-    if row is not None
+  metric_columns, routing_columns = columns(keys), []
+  if routing:
+    routing_columns = routing_tables.columns(row.routing for row in rows)
+  shown = [*metric_columns, *routing_columns]
+  baseline_row = _baseline_row(rows, baseline) if baseline else None
+  majority = _majority([row.estimates for row in rows], keys)
+  lines = _lines(rows, bool(printed), baseline_row)
+  row_of_line = {
+    i: row for i, (_, row) in enumerate(lines, len(majority)) if row is not None
   }
   notes = [
-    *footnotes.of_runs(grouped, found, keys),
-    *footnotes.of_best(grouped),
-    *footnotes.of_missing(grouped, single, shown),
-    *footnotes.of_after(given, entries),
+    *_notes(rows, keys, shown, baseline_row),
+    *footnotes.after_evaluation_notes(all_entries, entries),
   ]
-  if against is not None and any(
-    cell.low is not None
-    for row in rows
-    if row is not against
-    for cell in _less(row, against).cells.values()
-  ):
-    notes.append(footnotes.of_baseline(against.group))
   if routing:
-    notes += routing_tables.notes(about_routers)
+    notes += routing_tables.notes(routing_columns)
   if printed:
-    matched = [row.printed for row in rows if row.printed]
-    notes += footnotes.of_paper(paper, matched)
+    in_paper = [row.printed for row in rows if row.printed]
+    notes += footnotes.paper_notes(paper, in_paper)
   return Table(
     (PARAMETERS, PERCENT, SEEDS, *shown),
-    tuple(lines),
+    (*majority, *(line for line, _ in lines)),
     tuple(notes),
     title,
     decimals=2 if printed else 1,
-    best=_best(of_rows, columns(keys)),
+    best=_best(row_of_line, metric_columns),
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-  """A group with its figures, their draws, the paper's row, its routing."""
+class _TableRow:
+  """A row of the table.
 
-  group: Group
-  figures: Mapping[Key, Figure]
-  draws: Mapping[Key, np.ndarray]
+  Attributes:
+    group: its runs, one a seed.
+    by_seed: the estimates of each.
+    estimates, draws: their means, and bootstrap draws of these.
+    printed: the paper's row of the same method.
+    routing: cells about its routers.
+  """
+
+  group: SeedGroup
+  by_seed: Sequence[Mapping[ColumnKey, Estimate]]
+  estimates: Mapping[ColumnKey, Estimate]
+  draws: Mapping[ColumnKey, np.ndarray]
   printed: Published | None
   routing: Mapping[str, Cell]
 
 
-def _read(runs: Sequence[str]) -> list[Entry]:
+def _table_rows(
+  entries: Sequence[RunResults], printed: Sequence[Published], routing: bool
+) -> list[_TableRow]:
+  rows = []
+  for group in seeds.group_by_seed(entries):
+    by_seed = [aggregate.estimates_of(entry) for entry in group.entries]
+    draws = aggregate.mean_draws(group.entries)
+    rows.append(
+      _TableRow(
+        group,
+        by_seed,
+        aggregate.mean_over_seeds(by_seed, draws),
+        draws,
+        _published_row(printed, group.first),
+        routing_tables.cells(group.entries) if routing else {},
+      )
+    )
+  return rows
+
+
+def _notes(
+  rows: Sequence[_TableRow],
+  keys: Sequence[ColumnKey],
+  shown: Sequence[Column],
+  baseline_row: _TableRow | None,
+) -> list[str]:
+  groups = [row.group for row in rows]
+  notes = [
+    *footnotes.run_notes(groups, [row.estimates for row in rows], keys),
+    *footnotes.bold_note(groups),
+    *footnotes.missing_notes(groups, [row.by_seed for row in rows], shown),
+  ]
+  if baseline_row is not None and any(
+    cell.low is not None
+    for row in rows
+    if row is not baseline_row
+    for cell in _difference_line(row, baseline_row).cells.values()
+  ):
+    notes.append(footnotes.baseline_note(baseline_row.group))
+  return notes
+
+
+def _read_runs(runs: Sequence[str]) -> list[RunResults]:
   defaults = json.loads(config_lib.default().to_json())
   # A shell's glob and completion end a folder with a slash.
   paths = [run.rstrip('/') or run for run in runs]
@@ -183,22 +216,24 @@ def _read(runs: Sequence[str]) -> list[Entry]:
 
 
 def _lines(
-  rows: Sequence[_Row], paper: bool, against: _Row | None
-) -> list[tuple[Line, _Row | None]]:
+  rows: Sequence[_TableRow], paper: bool, baseline_row: _TableRow | None
+) -> list[tuple[Line, _TableRow | None]]:
   """A row's line with the row, then its differences; bases first."""
   lines = []
   for row in sorted(rows, key=lambda row: not row.group.first.is_base):
     lines.append((_line(row, paper), row))
-    if against is not None and row is not against:
-      lines.append((_less(row, against), None))
+    if baseline_row is not None and row is not baseline_row:
+      lines.append((_difference_line(row, baseline_row), None))
     if row.printed is not None:
-      lines += [(line, None) for line in _beside(row.printed, row.figures)]
+      lines += [
+        (line, None) for line in _paper_lines(row.printed, row.estimates)
+      ]
   return lines
 
 
 def _best(
-  rows: Mapping[int, _Row], columns: Sequence[Column]
-) -> frozenset[tuple[int, Key]]:
+  rows: Mapping[int, _TableRow], columns: Sequence[Column]
+) -> frozenset[tuple[int, ColumnKey]]:
   """(line, key) of figures that are clearly the best of their column.
 
   The 95 % interval of the difference from each other row, over the same
@@ -208,49 +243,51 @@ def _best(
   for column in columns:
     key = column.key
     sign = 1 if column.better == 'higher' else -1
-    there = {i: row for i, row in rows.items() if key in row.figures}
+    there = {i: row for i, row in rows.items() if key in row.estimates}
     if len(there) < 2:
       continue
-    top = max(there, key=lambda i: sign * there[i].figures[key].value)
-    others = [row for i, row in there.items() if i != top]
+    top = max(there, key=lambda i: sign * there[i].estimates[key].value)
+    rest = [row for i, row in there.items() if i != top]
     if all(key in row.draws for row in there.values()) and all(
       bootstrap.interval(sign * (there[top].draws[key] - row.draws[key]))[0] > 0
-      for row in others
+      for row in rest
     ):
       best.add((top, key))
   return frozenset(best)
 
 
-def _match(printed: Sequence[Published], entry: Entry) -> Published | None:
+def _published_row(
+  printed: Sequence[Published], entry: RunResults
+) -> Published | None:
   """The paper's row of a run's method."""
   if entry.is_base or not printed:
     return None
-  own = plain(entry.method, entry.semantics)
+  method = plain(entry.method, entry.semantics)
   for row in printed:
-    if row.method and plain(row.method, entry.semantics) == own:
+    if row.method and plain(row.method, entry.semantics) == method:
       return row
   return None
 
 
-def _against(rows: Sequence[_Row], baseline: str) -> _Row:
+def _baseline_row(rows: Sequence[_TableRow], baseline: str) -> _TableRow:
   """The row that --baseline names, by a work directory or by its method."""
-  wanted = os.path.abspath(os.path.expanduser(baseline))
-  found = [
+  path = os.path.abspath(os.path.expanduser(baseline))
+  matching = [
     row
     for row in rows
-    if wanted in {os.path.abspath(e.folder) for e in row.group.entries}
+    if path in {os.path.abspath(e.folder) for e in row.group.entries}
     and not row.group.first.is_base
   ] or [row for row in rows if _same_method(row.group.first, baseline)]
-  if len(found) != 1:
+  if len(matching) != 1:
     there = ', '.join(dict.fromkeys(row.group.first.method for row in rows))
     raise ValueError(
-      f'--baseline={baseline} names {len(found)} rows, expected one; the '
+      f'--baseline={baseline} names {len(matching)} rows, expected one; the '
       f'methods are {there}: give one of them, or its work directory'
     )
-  return found[0]
+  return matching[0]
 
 
-def _same_method(entry: Entry, text: str) -> bool:
+def _same_method(entry: RunResults, text: str) -> bool:
   if entry.is_base or text == run_results.BASE:
     return entry.method == text
   try:
@@ -260,24 +297,24 @@ def _same_method(entry: Entry, text: str) -> bool:
     return False
 
 
-def _line(row: _Row, paper: bool) -> Line:
-  first, aside = row.group.first, row.group.aside
+def _line(row: _TableRow, paper: bool) -> Line:
+  first, qualifier = row.group.first, row.group.qualifier
   if paper and row.printed is None and not first.is_base:
-    aside = f'{aside} (not in the paper)'
+    qualifier = f'{qualifier} (not in the paper)'
   cells: dict[Any, Cell] = {
-    k: _cell(figure) for k, figure in row.figures.items()
+    k: _cell(figure) for k, figure in row.estimates.items()
   }
   cells |= row.routing
   if not first.is_base:
-    trained, base = _counts(first)
+    trained, base = _parameter_counts(first)
     cells[PARAMETERS.key] = Cell(trained)
     cells[PERCENT.key] = Cell(100 * trained / base)
     cells[SEEDS.key] = Cell(len(row.group.entries))
   kind = 'base' if first.is_base else 'run'
-  return Line(kind, first.method, aside.strip(), cells=cells)
+  return Line(kind, first.method, qualifier.strip(), cells=cells)
 
 
-def _counts(entry: Entry) -> tuple[int, int]:
+def _parameter_counts(entry: RunResults) -> tuple[int, int]:
   """(trained, of the base), from the rows or else from shapes."""
   if entry.parameters is not None:
     return entry.parameters, entry.base_parameters
@@ -285,55 +322,61 @@ def _counts(entry: Entry) -> tuple[int, int]:
   return counted['peft'], counted['params']
 
 
-def _cell(figure: Figure) -> Cell:
+def _cell(figure: Estimate) -> Cell:
   return Cell(figure.value, figure.low, figure.high, figure.seeds)
 
 
-def _majority(found: Sequence[Mapping[Key, Figure]], keys) -> list[Line]:
+def _majority(
+  by_row: Sequence[Mapping[ColumnKey, Estimate]], keys
+) -> list[Line]:
   cells = {}
   for key in keys:
-    values = [own[key].majority for own in found if key in own]
-    known = [value for value in values if value is not None]
-    if known:
-      cells[key] = Cell(float(np.mean(known)))
+    values = [row[key].majority for row in by_row if key in row]
+    numbers = [value for value in values if value is not None]
+    if numbers:
+      cells[key] = Cell(float(np.mean(numbers)))
   return [Line('majority', '', 'majority', cells=cells)] if cells else []
 
 
-def _paired(row: _Row, other: _Row) -> bool:
+def _paired(row: _TableRow, baseline: _TableRow) -> bool:
   """Whether held-out examples of both are the same: by seed, if embedded."""
-  entries = (*row.group.entries, *other.group.entries)
+  entries = (*row.group.entries, *baseline.group.entries)
   if all(entry.source != 'tasks' for entry in entries):
     return True
-  ours, theirs = ({e.seed for e in r.group.entries} for r in (row, other))
-  return ours == theirs
+  row_seeds, baseline_seeds = (
+    {e.seed for e in r.group.entries} for r in (row, baseline)
+  )
+  return row_seeds == baseline_seeds
 
 
-def _less(row: _Row, other: _Row) -> Line:
-  ours = row.draws
-  if not _paired(row, other):
+def _difference_line(row: _TableRow, baseline: _TableRow) -> Line:
+  draws = row.draws
+  if not _paired(row, baseline):
     # What is drawn anew for every seed is not the same examples.
-    ours = {key: own for key, own in ours.items() if key.data != HELD_OUT}
-  theirs = (other.figures, other.draws)
-  found = figures.differences((row.figures, ours), theirs)
-  cells = {key: _cell(figure) for key, figure in found.items()}
-  words = ('less', other.group.first.method, other.group.aside)
+    draws = {key: drawn for key, drawn in draws.items() if key.data != HELD_OUT}
+  baseline_values = (baseline.estimates, baseline.draws)
+  differences = aggregate.differences((row.estimates, draws), baseline_values)
+  cells = {key: _cell(figure) for key, figure in differences.items()}
+  words = ('less', baseline.group.first.method, baseline.group.qualifier)
   return Line('difference', '', ' '.join(filter(None, words)), cells=cells)
 
 
-def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
+def _paper_lines(
+  printed: Published, estimates: Mapping[ColumnKey, Estimate]
+) -> list[Line]:
   """The paper's line, and ours less the paper's."""
   there = printed.cells()
   paper: dict[Any, Cell] = {
     key: Cell(there[key.dataset])
-    for key in own
-    if _is_papers(key) and key.dataset in there
+    for key in estimates
+    if _is_in_paper(key) and key.dataset in there
   }
   less = {}
   for key in paper:
-    ours, value = own[key], there[key.dataset]
-    bounds = (ours.low, ours.high)
+    estimate, value = estimates[key], there[key.dataset]
+    bounds = (estimate.low, estimate.high)
     low, high = (None if x is None else x - value for x in bounds)
-    less[key] = Cell(ours.value - value, low, high)
+    less[key] = Cell(estimate.value - value, low, high)
   if printed.percent is not None:
     paper[PERCENT.key] = Cell(printed.percent)
   name = 'paper' if printed.name == printed.method else f'paper: {printed.name}'
@@ -343,15 +386,15 @@ def _beside(printed: Published, own: Mapping[Key, Figure]) -> list[Line]:
   ]
 
 
-def _is_papers(key: Key) -> bool:
+def _is_in_paper(key: ColumnKey) -> bool:
   return key.metric == ACCURACY and key.dataset in (*EIGHT, AVERAGE)
 
 
 def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
-  keys = [Key(_PRINTED, ACCURACY, name) for name in (*EIGHT, AVERAGE)]
-  lines, notes = [], footnotes.of_paper(size, ())
+  keys = [ColumnKey(_PRINTED, ACCURACY, name) for name in (*EIGHT, AVERAGE)]
+  lines, notes = [], footnotes.paper_notes(size, ())
   for row in printed:
-    remark = footnotes.of_row(row)
+    remark = footnotes.published_row_note(row)
     mark = ''
     if remark:
       mark = str(1 + sum(note.startswith('[') for note in notes))
@@ -362,9 +405,15 @@ def _paper_alone(size: str, printed: Sequence[Published], title: str) -> Table:
     }
     if row.percent is not None:
       cells[PERCENT.key] = Cell(row.percent)
-    own = row.name == row.method
+    is_method = row.name == row.method
     lines.append(
-      Line('run', row.name if own else '', '' if own else row.name, mark, cells)
+      Line(
+        'run',
+        row.name if is_method else '',
+        '' if is_method else row.name,
+        mark,
+        cells,
+      )
     )
   shown = (PERCENT, *columns(keys))
   return Table(shown, tuple(lines), tuple(notes), title)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be said below a table: intervals, examples, budgets, sources."""
+"""Notes below a table: intervals, examples, budgets, sources."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,30 +8,30 @@ from moepeft.evaluation.published import Published
 from moepeft.evaluation.results import ACCURACY, HELD_OUT, LOSS
 from moepeft.evaluation.tables import aggregate
 from moepeft.evaluation.tables import seeds as tables_seeds
-from moepeft.evaluation.tables.aggregate import AFTER, MEAN, Figure, Key
+from moepeft.evaluation.tables.aggregate import AFTER, MEAN, ColumnKey, Estimate
 from moepeft.evaluation.tables.render import Column
-from moepeft.evaluation.tables.run_results import Entry
-from moepeft.evaluation.tables.seeds import Group
+from moepeft.evaluation.tables.run_results import RunResults
+from moepeft.evaluation.tables.seeds import SeedGroup
 from moepeft.metrics import METRICS, TextMetric
 
 # Of fewer seeds a bootstrap cannot say how far the next one may lie.
 _FEW = 5
 
 
-def of_runs(
-  rows: Sequence[Group],
-  found: Sequence[Mapping[Key, Figure]],
-  keys: Sequence[Key],
+def run_notes(
+  rows: Sequence[SeedGroup],
+  estimates: Sequence[Mapping[ColumnKey, Estimate]],
+  keys: Sequence[ColumnKey],
 ) -> list[str]:
   """Remarks on a table of runs.
 
   Args:
-    rows, found: the table's rows and their figures, in one order.
+    rows, estimates: the table's rows and their estimates, in one order.
     keys: of its columns.
   """
   trained = [row for row in rows if not row.first.is_base]
   notes = [
-    *_intervals(found),
+    *_intervals(estimates),
     *_few_seeds(rows),
     *_measures(keys),
     *_examples(rows),
@@ -49,22 +49,27 @@ def of_runs(
   ]
 
 
-def _intervals(found) -> list[str]:
-  used = {f.how for own in found for f in own.values() if f.low is not None}
+def _intervals(estimates) -> list[str]:
+  used = {
+    f.interval_method
+    for by_column in estimates
+    for f in by_column.values()
+    if f.low is not None
+  }
   where = {
     aggregate.SEEDS_AND_EXAMPLES: ' where a row has several seeds',
     aggregate.STUDENT: ' where seeds have no figures by example',
     aggregate.EXAMPLES: '',
   }
-  hows = [how for how in where if how in used]
+  hows = [method for method in where if method in used]
   if not hows:
     return []
   if len(hows) > 1:
-    hows = [how + where[how] for how in hows]
+    hows = [method + where[method] for method in hows]
   return [f'± is half the width of the 95 % interval: {"; else ".join(hows)}.']
 
 
-def _few_seeds(rows: Sequence[Group]) -> list[str]:
+def _few_seeds(rows: Sequence[SeedGroup]) -> list[str]:
   if not any(1 < len(row.entries) < _FEW for row in rows):
     return []
   return [
@@ -73,7 +78,7 @@ def _few_seeds(rows: Sequence[Group]) -> list[str]:
   ]
 
 
-def of_best(rows: Sequence[Group]) -> list[str]:
+def bold_note(rows: Sequence[SeedGroup]) -> list[str]:
   """A remark on bold type; none where there is one row."""
   if len(rows) < 2:
     return []
@@ -83,18 +88,18 @@ def of_best(rows: Sequence[Group]) -> list[str]:
   ]
 
 
-def _measures(keys: Sequence[Key]) -> list[str]:
-  said = []
+def _measures(keys: Sequence[ColumnKey]) -> list[str]:
+  notes = []
   if any(key.metric == LOSS for key in keys):
-    said.append('Losses are nats a target token, lower is better.')
+    notes.append('Losses are nats a target token, lower is better.')
   sets = [key for key in keys if key.dataset in EIGHT]
   if sets:
-    said.append(
+    notes.append(
       'Accuracies are in %: the median over the prompts of a set; anli is the '
       'mean of its three rounds, the average that of the eight sets.'
     )
-  if Key(HELD_OUT, ACCURACY, '') in keys:
-    said.append(
+  if ColumnKey(HELD_OUT, ACCURACY, '') in keys:
+    notes.append(
       'Held-out accuracy is in %: the mean over tasks of the median over '
       'prompts.'
     )
@@ -103,24 +108,24 @@ def _measures(keys: Sequence[Key]) -> list[str]:
     for key in keys
     if key.dataset in ('', MEAN)
   ):
-    said.append(
+    notes.append(
       'Accuracies of other data are in %: the mean over tasks of the median '
       'over prompts.'
     )
   named = {key.metric for key in keys}
   for metric in (METRICS[name] for name in METRICS if name in named):
-    said.append(_text_metric(metric))
+    notes.append(_text_metric(metric))
   if any(key.data == HELD_OUT and ' ' in key.dataset for key in keys):
-    said.append(
+    notes.append(
       'Accuracies of groups of embedded tasks are in %: the mean over tasks, '
       'with wordings that training saw or that were held out.'
     )
   if any(key.data == AFTER for key in keys):
-    said.append(
+    notes.append(
       'Accuracies of groups of tasks are in %, from after.json, without '
       'intervals.'
     )
-  return said
+  return notes
 
 
 def _text_metric(metric: TextMetric) -> str:
@@ -135,8 +140,8 @@ def _text_metric(metric: TextMetric) -> str:
   return f'{label} is in {metric.unit}{direction}: {mean}.'
 
 
-def _examples(rows: Sequence[Group]) -> list[str]:
-  """How many examples stand behind the figures, and what was cut."""
+def _examples(rows: Sequence[SeedGroup]) -> list[str]:
+  """The numbers of examples, and of those that were cut."""
   notes = []
   every = [r for group in rows for e in group.entries for r in e.rows]
   for data in dict.fromkeys(row.data for row in every):
@@ -150,46 +155,48 @@ def _examples(rows: Sequence[Group]) -> list[str]:
       f'Examples a prompt in {name}: {span}, of {len(tasks)} '
       f'task{"s" * (len(tasks) > 1)}.'
     )
-  return notes + _lost(rows)
+  return notes + _cut_notes(rows)
 
 
-def _lost(rows: Sequence[Group]) -> list[str]:
-  """What was cut or left out: of a prompt once where it is the same in all."""
+def _cut_notes(rows: Sequence[SeedGroup]) -> list[str]:
+  """Examples cut or left out: of a prompt once if they are the same in all."""
   counts: dict[tuple, set[tuple[int, int, int]]] = {}
   single = []
   for group in rows:
-    own = [row for entry in group.entries for row in entry.rows]
-    single.append([(row.examples, row.cut, row.left_out) for row in own])
-    for row, count in zip(own, single[-1], strict=True):
-      what = (row.data, row.task, row.prompt, row.metric)
-      counts.setdefault(what, set()).add(count)
-  if all(len(found) == 1 for found in counts.values()):
-    return _cut('', [count for found in counts.values() for count in found])
+    results = [row for entry in group.entries for row in entry.rows]
+    single.append([(row.examples, row.cut, row.left_out) for row in results])
+    for row, count in zip(results, single[-1], strict=True):
+      key = (row.data, row.task, row.prompt, row.metric)
+      counts.setdefault(key, set()).add(count)
+  if all(len(of_prompt) == 1 for of_prompt in counts.values()):
+    return _cut_note(
+      '', [count for of_prompt in counts.values() for count in of_prompt]
+    )
   return [
     note
-    for group, own in zip(rows, single, strict=True)
-    for note in _cut(f'{label(group)}: ', own)
+    for group, results in zip(rows, single, strict=True)
+    for note in _cut_note(f'{row_label(group)}: ', results)
   ]
 
 
-def _cut(name: str, counts: Sequence[tuple[int, int, int]]) -> list[str]:
+def _cut_note(name: str, counts: Sequence[tuple[int, int, int]]) -> list[str]:
   if not counts:
     return []
-  total, cut, left = map(sum, zip(*counts, strict=True))
-  if not cut and not left:
+  total, cut, left_out = map(sum, zip(*counts, strict=True))
+  if not cut and not left_out:
     return []
   return [
     f'{name}{cut:,} of {total:,} prompted examples were cut to the lengths of '
-    f'the run; {left:,} could not be ranked and are left out.'
+    f'the run; {left_out:,} could not be ranked and are left out.'
   ]
 
 
-def of_missing(
-  rows: Sequence[Group],
-  single: Sequence[Sequence[Mapping[Key, Figure]]],
+def missing_notes(
+  rows: Sequence[SeedGroup],
+  single: Sequence[Sequence[Mapping[ColumnKey, Estimate]]],
   columns: Sequence[Column],
 ) -> list[str]:
-  """What some seeds of a row have and others lack, so that it is missing.
+  """Notes on columns that only some seeds of a row have.
 
   Args:
     single: of each row, the figures of each seed.
@@ -199,27 +206,29 @@ def of_missing(
     lacking = [
       column.name
       for column in columns
-      if 0 < sum(column.key in own for own in seeds) < len(seeds)
+      if 0 < sum(column.key in one_seed for one_seed in seeds) < len(seeds)
     ]
     if lacking:
       folders = ', '.join(entry.folder for entry in row.entries)
       notes.append(
-        f'{label(row)}: not all of {folders} have {", ".join(lacking)}, which '
-        'is missing.'
+        f'{row_label(row)}: not all of {folders} have '
+        f'{", ".join(lacking)}, which is missing.'
       )
   return notes
 
 
-def of_after(given: Sequence[Entry], kept: Sequence[Entry]) -> list[str]:
-  """Where losses of after.json stand, and where they were left out."""
-  if any(entry.loss is not None for entry in kept):
+def after_evaluation_notes(
+  before: Sequence[RunResults], shown: Sequence[RunResults]
+) -> list[str]:
+  """Notes on losses of after.json, shown or left out."""
+  if any(entry.loss is not None for entry in shown):
     return [
       'Held-out losses are those of after.json: the first batches of the '
       'held-out rows, without intervals.'
     ]
   lacking = [
     entry.folder
-    for entry in given
+    for entry in before
     if entry.loss is not None and not entry.has_held_out
   ]
   if not lacking:
@@ -231,7 +240,7 @@ def of_after(given: Sequence[Entry], kept: Sequence[Entry]) -> list[str]:
   ]
 
 
-def _semantics(rows: Sequence[Group]) -> list[str]:
+def _semantics(rows: Sequence[SeedGroup]) -> list[str]:
   kinds = sorted({row.first.semantics for row in rows})
   bases = sorted({row.first.base for row in rows})
   if len(kinds) == len(bases) == 1:
@@ -239,79 +248,87 @@ def _semantics(rows: Sequence[Group]) -> list[str]:
   return []
 
 
-def _budgets(rows: Sequence[Group]) -> list[str]:
+def _budgets(rows: Sequence[SeedGroup]) -> list[str]:
   budgets = {}
   for row in rows:
-    budgets.setdefault(row.first.budget, []).append(label(row))
+    budgets.setdefault(row.first.budget, []).append(row_label(row))
   if len(budgets) < 2:
     return [
       f'Budget: {steps:,} steps of {batch:,} rows.' for steps, batch in budgets
     ]
-  said = '; '.join(
+  text = '; '.join(
     f'{steps:,} steps of {batch:,} rows: {", ".join(labels)}'
     for (steps, batch), labels in budgets.items()
   )
-  return [f'**Budgets differ**: {said}.']
+  return [f'**Budgets differ**: {text}.']
 
 
-def _checkpoints(rows: Sequence[Group]) -> list[str]:
+def _checkpoints(rows: Sequence[SeedGroup]) -> list[str]:
   """At which steps the best checkpoints are."""
-  said = [
-    f'{label(row)} step {", ".join(f"{e.step:,}" for e in row.entries)}'
+  steps = [
+    f'{row_label(row)} step {", ".join(f"{e.step:,}" for e in row.entries)}'
     for row in rows
     if row.first.is_best
   ]
-  if not said:
+  if not steps:
     return []
-  return [f'Best checkpoints, by the validation loss: {"; ".join(said)}.']
+  return [f'Best checkpoints, by the validation loss: {"; ".join(steps)}.']
 
 
-def _settings(rows: Sequence[Group]) -> list[str]:
+def _settings(rows: Sequence[SeedGroup]) -> list[str]:
   firsts = [row.first for row in rows]
   notes = []
-  for key in tables_seeds.differing(firsts):
+  for key in tables_seeds.differing_settings(firsts):
     values = {}
     for row in rows:
-      value = tables_seeds.shown(row.first.settings.get(key))
-      values.setdefault(value, []).append(label(row))
+      value = tables_seeds.format_value(row.first.settings.get(key))
+      values.setdefault(value, []).append(row_label(row))
     counts = sorted(map(len, values.values()))
-    said = [
+    texts = [
       # Of many rows most have one value: that one needs no list.
       f'else {value}'
-      if len(own) == counts[-1] > counts[-2]
-      else f'{value} ({", ".join(own)})'
-      for value, own in sorted(values.items(), key=lambda item: len(item[1]))
+      if len(labels) == counts[-1] > counts[-2]
+      else f'{value} ({", ".join(labels)})'
+      for value, labels in sorted(values.items(), key=lambda item: len(item[1]))
     ]
-    notes.append(f'{key} differs: {"; ".join(said)}.')
+    notes.append(f'{key} differs: {"; ".join(texts)}.')
   return notes
 
 
-def label(row: Group) -> str:
+def row_label(row: SeedGroup) -> str:
   """A row as the table calls it."""
-  return f'`{row.first.method}`' + (f' {row.aside}' if row.aside else '')
+  return f'`{row.first.method}`' + (
+    f' {row.qualifier}' if row.qualifier else ''
+  )
 
 
-def of_baseline(baseline: Group) -> str:
+def baseline_note(baseline: SeedGroup) -> str:
   return (
     f'"less {baseline.first.method}" is paired: the bootstrap resamples the '
     'same examples for both, and the same seeds where both have as many.'
   )
 
 
-def of_paper(size: str, rows: Sequence[Published]) -> list[str]:
-  """Where the paper's figures are from, and what is wrong with some."""
+def paper_notes(size: str, rows: Sequence[Published]) -> list[str]:
+  """The source of the paper's figures, and faults of some."""
   notes = [
     f'Paper: Zadouri et al., arXiv:2309.05444, {size}, full validation sets; '
     'from secondary sources, to be checked against the PDF before they are '
     'quoted. Its % are as printed: of a rounded size of the base, and not '
     'everywhere what the released code trains.'
   ]
-  return notes + [f"The paper's {of_row(row)}" for row in rows if of_row(row)]
+  return notes + [
+    f"The paper's {published_row_note(row)}"
+    for row in rows
+    if published_row_note(row)
+  ]
 
 
-def of_row(row: Published) -> str:
+def published_row_note(row: Published) -> str:
   """A sentence on a row of the paper that is not sound, or ''."""
-  said = [row.note] if row.note else []
+  faults = [row.note] if row.note else []
   if (mean := row.recomputed()) is not None:
-    said.append(f'their mean is {mean:.3f}, the printed average {row.average}')
-  return f'{row.name}: {"; ".join(said)}.' if said else ''
+    faults.append(
+      f'their mean is {mean:.3f}, the printed average {row.average}'
+    )
+  return f'{row.name}: {"; ".join(faults)}.' if faults else ''

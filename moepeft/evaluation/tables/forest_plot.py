@@ -126,11 +126,11 @@ def _papers(table: Table) -> dict[int, dict]:
 def _name(line: Line) -> str:
   """A line's label, with the size of a run below it."""
   sizes = [
-    table_render.number(line.cells[column.key], column) + unit
+    table_render.format_number(line.cells[column.key], column) + unit
     for column, unit in ((PARAMETERS, ''), (PERCENT, ' %'))
     if line.kind == 'run' and column.key in line.cells
   ]
-  parts = table_render.joined(line), ', '.join(sizes)
+  parts = table_render.plain_label(line), ', '.join(sizes)
   return '\n'.join(filter(None, parts))
 
 

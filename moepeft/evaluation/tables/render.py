@@ -60,14 +60,14 @@ class Line:
     kind: 'run', 'base', 'majority', 'paper', or 'difference', whose numbers
       have signs.
     label: what it is: a method, printed as code; '' for none.
-    aside: plain words after the label.
+    qualifier: plain words after the label.
     mark: of a footnote, '' for none.
     cells: {column's key: cell}; what is not there is printed as missing.
   """
 
   kind: str
   label: str
-  aside: str = ''
+  qualifier: str = ''
   mark: str = ''
   cells: Mapping[Hashable, Cell] = dataclasses.field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class Table:
   best: frozenset[tuple[int, Hashable]] | None = None
 
 
-def number(
+def format_number(
   cell: Cell | None, column: Column, decimals: int = 2, signed: bool = False
 ) -> str:
   """A cell as text: '60.79', '60.79 ± 1.20', '+0.30', '1,234,567' or '-'.
@@ -113,7 +113,7 @@ def number(
   return f'{text} ± {(cell.high - cell.low) / 2:.{places}f}'
 
 
-def best(table: Table) -> set[tuple[int, Hashable]]:
+def bold_cells(table: Table) -> set[tuple[int, Hashable]]:
   """(line, column's key) that stand in bold type.
 
   `table.best`, or else of each column the best as printed; ties share, and
@@ -139,11 +139,13 @@ def best(table: Table) -> set[tuple[int, Hashable]]:
 def markdown(table: Table) -> str:
   """The table as Markdown that is aligned in a terminal too."""
   head = ['method', *(column.name for column in table.columns)]
-  bold, body = best(table), []
+  bold, body = bold_cells(table), []
   for i, line in enumerate(table.lines):
     label = f'`{line.label}`' if line.label else ''
     cells = [_joined(label, line)]
-    for column, text in zip(table.columns, texts(table, line), strict=True):
+    for column, text in zip(
+      table.columns, cell_texts(table, line), strict=True
+    ):
       cells.append(f'**{text}**' if (i, column.key) in bold else text)
     body.append([cell.replace('|', '\\|') for cell in cells])
   widths = [max(map(len, cells)) for cells in zip(head, *body, strict=True)]
@@ -158,13 +160,15 @@ def markdown(table: Table) -> str:
 
 def latex(table: Table) -> str:
   """The table as LaTeX; needs the packages booktabs and graphicx."""
-  bold, body = best(table), []
+  bold, body = bold_cells(table), []
   for i, line in enumerate(table.lines):
-    label = f'\\texttt{{{escaped(line.label)}}}' if line.label else ''
-    plain = dataclasses.replace(line, aside=escaped(line.aside))
+    label = f'\\texttt{{{escape_latex(line.label)}}}' if line.label else ''
+    plain = dataclasses.replace(line, qualifier=escape_latex(line.qualifier))
     cells = [_joined(label, plain)]
-    for column, text in zip(table.columns, texts(table, line), strict=True):
-      text = escaped(text)
+    for column, text in zip(
+      table.columns, cell_texts(table, line), strict=True
+    ):
+      text = escape_latex(text)
       cells.append(f'\\textbf{{{text}}}' if (i, column.key) in bold else text)
     body.append(' & '.join(cells) + r' \\')
   names = ['method', *(column.name for column in table.columns)]
@@ -173,26 +177,29 @@ def latex(table: Table) -> str:
       '% needs \\usepackage{booktabs,graphicx}',
       r'\begin{table}',
       r'\centering',
-      *([f'\\caption{{{escaped(table.title)}}}'] if table.title else []),
+      *([f'\\caption{{{escape_latex(table.title)}}}'] if table.title else []),
       r'\resizebox{\textwidth}{!}{%',
       f'\\begin{{tabular}}{{l{"r" * len(table.columns)}}}',
       r'\toprule',
-      ' & '.join(map(escaped, names)) + r' \\',
+      ' & '.join(map(escape_latex, names)) + r' \\',
       r'\midrule',
       *body,
       r'\bottomrule',
       r'\end{tabular}}',
-      *(f'\n{{\\footnotesize {escaped(note)}\\par}}' for note in table.notes),
+      *(
+        f'\n{{\\footnotesize {escape_latex(note)}\\par}}'
+        for note in table.notes
+      ),
       r'\end{table}',
       '',
     ]
   )
 
 
-def texts(table: Table, line: Line) -> list[str]:
+def cell_texts(table: Table, line: Line) -> list[str]:
   """The numbers of a line as text, column by column."""
   return [
-    number(
+    format_number(
       line.cells.get(column.key),
       column,
       table.decimals,
@@ -202,7 +209,7 @@ def texts(table: Table, line: Line) -> list[str]:
   ]
 
 
-def joined(line: Line) -> str:
+def plain_label(line: Line) -> str:
   """A line's label and what stands beside it, without any markup."""
   return _joined(line.label, line)
 
@@ -225,7 +232,7 @@ _SPECIAL = {
 }
 
 
-def escaped(text: str) -> str:
+def escape_latex(text: str) -> str:
   """Text for LaTeX; the minus of a number becomes a minus."""
   text = re.sub(r'(?<![\w-])-(?=\d)', '−', text)
   return ''.join(_SPECIAL.get(c, c) for c in text)
@@ -233,7 +240,7 @@ def escaped(text: str) -> str:
 
 def _joined(label: str, line: Line) -> str:
   mark = f'[{line.mark}]' if line.mark else ''
-  return ' '.join(filter(None, (label, line.aside, mark)))
+  return ' '.join(filter(None, (label, line.qualifier, mark)))
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

@@ -12,14 +12,14 @@ import numpy as np
 
 from moepeft.core.types import Context
 from moepeft.evaluation.tables.render import Cell, Column
-from moepeft.evaluation.tables.run_results import Entry
+from moepeft.evaluation.tables.run_results import RunResults
 from moepeft.peft.build import routers
 from moepeft.runs import metrics_log
 from moepeft.runs.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class RoutingSummary:
   """Over every site and layer that has more than one expert.
 
   Attributes:
@@ -33,7 +33,7 @@ class Routing:
   tops: Mapping[str, tuple[float, float]]
 
 
-def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> Routing | None:
+def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
   """The figures of one row of metrics.jsonl; None where nothing is routed.
 
   Args:
@@ -50,7 +50,7 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> Routing | None:
   if not tops:
     return None
   each = {kind: np.concatenate(values) for kind, values in tops.items()}
-  return Routing(
+  return RoutingSummary(
     float(np.concatenate(entropies).mean()),
     {
       kind: (float(values.mean()), float(values.max()))
@@ -77,13 +77,13 @@ _NOTES = {
 }
 
 
-def cells(entries: Sequence[Entry]) -> dict[Any, Cell]:
-  """Of a table's row, which is a run for each seed.
+def cells(entries: Sequence[RunResults]) -> dict[Any, Cell]:
+  """The cells of a table's row, which is a run for each seed.
 
   Empty where nothing is routed, or where any of the runs has no metrics; a
   share is there where all of the runs have it.
   """
-  runs = [of_entry(entry) for entry in entries]
+  runs = [routing_of(entry) for entry in entries]
   if None in runs:
     return {}
   result: dict[Any, Cell] = {
@@ -129,7 +129,7 @@ def notes(shown: Sequence[Column]) -> list[str]:
   ]
 
 
-def of_entry(entry: Entry) -> Routing | None:
+def routing_of(entry: RunResults) -> RoutingSummary | None:
   """The last routing in metrics.jsonl, up to the step that was evaluated."""
   if entry.is_base:
     return None
@@ -146,7 +146,7 @@ def of_entry(entry: Entry) -> Routing | None:
 
 
 def _shares(
-  site: str, values: Mapping[str, Any], entry: Entry
+  site: str, values: Mapping[str, Any], entry: RunResults
 ) -> tuple[str, np.ndarray]:
   """(key of rows.SHARES, [l, e]) of a site, an older log's told apart.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a work directory says about its run: settings, rows, losses."""
+"""The results in a run's directory, with its settings and losses."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from moepeft.runs.run import Run
 BASE = 'none'
 _COMMAND = 'python -m moepeft.evaluate --workdir='
 # Keys of a config that decide which examples after.json is of.
-_JUDGED = (
+_EVALUATION_KEYS = (
   'data.validation_fraction',
   'data.inputs_length',
   'data.path',
@@ -49,7 +49,7 @@ _IRRELEVANT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class RunResults:
   """A run at one step, or its base without adapter.
 
   Attributes:
@@ -98,11 +98,11 @@ class Entry:
 
   @property
   def at(self) -> str:
-    """Which checkpoint it is, in words that runs of other seeds share."""
+    """The checkpoint, in words that runs of other seeds share."""
     return 'best checkpoint' if self.is_best else f'step {self.step:,}'
 
 
-def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
+def read(folder: str, defaults: Mapping[str, Any]) -> list[RunResults]:
   """The entries of a work directory, one for each step and the base's.
 
   Args:
@@ -115,41 +115,47 @@ def read(folder: str, defaults: Mapping[str, Any]) -> list[Entry]:
   run = Run(folder)
   config = flatten(defaults) | flatten(run.read_config())
   after = run.after()
-  found = [_entry(folder, config, after, own) for own in _grouped(run).values()]
-  if found:
-    return found
+  entries = [
+    _run_results(folder, config, after, results_of_step)
+    for results_of_step in _results_by_step(run).values()
+  ]
+  if entries:
+    return entries
   if not after:
     raise ValueError(
       f'{folder!r} holds no evaluation; make one with {_COMMAND}{folder}, and '
       '--data=DIR for the eight sets'
     )
-  return [_unevaluated(run, config, after)]
+  return [_without_results(run, config, after)]
 
 
-def _grouped(run: Run) -> dict[tuple, list[Result]]:
+def _results_by_step(run: Run) -> dict[tuple, list[Result]]:
   """All rows of a folder by (method, semantics, step)."""
   groups, origin = {}, {}
   for path in run.results_files():
     for row in results.read(path):
       key = (row.method, row.semantics, row.step)
-      what = (*key, row.data, row.task, row.prompt, row.metric)
-      if what in origin:
+      key_of_result = (*key, row.data, row.task, row.prompt, row.metric)
+      if key_of_result in origin:
         raise ValueError(
           f'{row.metric} of {row.task!r}, prompt {row.prompt!r}, is in '
-          f'{origin[what]} and again in {path}; remove one of the two'
+          f'{origin[key_of_result]} and again in {path}; remove one of the two'
         )
-      origin[what] = path
+      origin[key_of_result] = path
       groups.setdefault(key, []).append(row)
   return groups
 
 
-def _entry(
-  folder: str, config: Mapping[str, Any], after: Mapping, own: Sequence[Result]
-) -> Entry:
-  row = own[0]
+def _run_results(
+  folder: str,
+  config: Mapping[str, Any],
+  after: Mapping,
+  results_of_step: Sequence[Result],
+) -> RunResults:
+  row = results_of_step[0]
   _check_method(folder, config, row)
   same = after.get('step') == row.step and row.method != BASE
-  return Entry(
+  return RunResults(
     folder=folder,
     method=row.method,
     semantics=row.semantics,
@@ -160,11 +166,11 @@ def _entry(
     step=row.step,
     settings={} if row.method == BASE else _settings(config),
     source=config['data.source'],
-    rows=tuple(own),
+    rows=tuple(results_of_step),
     loss=after.get('validation_loss') if same else None,
     means=after.get('means', {}) if same else {},
-    judged={key: config[key] for key in _JUDGED},
-    is_best=all(row.checkpoint == 'best' for row in own),
+    judged={key: config[key] for key in _EVALUATION_KEYS},
+    is_best=all(row.checkpoint == 'best' for row in results_of_step),
   )
 
 
@@ -181,12 +187,12 @@ def _check_method(folder: str, config: Mapping[str, Any], row: Result) -> None:
     )
 
 
-def _unevaluated(run: Run, config: Mapping, after: Mapping) -> Entry:
+def _without_results(run: Run, config: Mapping, after: Mapping) -> RunResults:
   summary = run.summary()
   # As in rows: 'package:t5_tiny' is t5_tiny.
   path = config['model.path'].rstrip('/')
   base = os.path.basename(path).split(':')[-1] or 'random'
-  return Entry(
+  return RunResults(
     folder=run.path,
     method=summary.get('method', config['method']),
     semantics=summary.get('semantics', config['semantics']),
@@ -199,7 +205,7 @@ def _unevaluated(run: Run, config: Mapping, after: Mapping) -> Entry:
     source=config['data.source'],
     loss=after.get('validation_loss'),
     means=after.get('means', {}),
-    judged={key: config[key] for key in _JUDGED},
+    judged={key: config[key] for key in _EVALUATION_KEYS},
   )
 
 

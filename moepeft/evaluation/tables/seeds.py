@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 from moepeft.evaluation.results import Result
-from moepeft.evaluation.tables.run_results import Entry
+from moepeft.evaluation.tables.run_results import RunResults
 
 # Two evaluations of one base on other machines round otherwise.
 _ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class SeedGroup:
   """A row of a table.
 
   Attributes:
     entries: one a seed, in the order of the command line.
-    aside: what tells it from rows of the same method.
+    qualifier: words that tell it from rows of the same method.
   """
 
-  entries: tuple[Entry, ...]
-  aside: str = ''
+  entries: tuple[RunResults, ...]
+  qualifier: str = ''
 
   @property
-  def first(self) -> Entry:
+  def first(self) -> RunResults:
     return self.entries[0]
 
 
-def group(entries: Sequence[Entry]) -> list[Group]:
+def group_by_seed(entries: Sequence[RunResults]) -> list[SeedGroup]:
   """Rows in the order of their first entry, labels told apart.
 
   A base that several runs have evaluated is one entry with the rows of all.
@@ -40,21 +40,21 @@ def group(entries: Sequence[Entry]) -> list[Group]:
     ValueError: a run is given twice, two runs differ in nothing, not even in
       their seed, or evaluations of one base contradict each other.
   """
-  found = {}
-  for entry in _sized(entries):
-    own = found.setdefault(_key(entry), [])
-    if entry.is_base and own:
-      own[0] = _merged(own[0], entry)
+  by_key = {}
+  for entry in _with_base_sizes(entries):
+    members = by_key.setdefault(_key(entry), [])
+    if entry.is_base and members:
+      members[0] = _merged(members[0], entry)
       continue
-    for other in own:
-      if other.seed == entry.seed:
-        raise ValueError(_twice(other, entry))
-    own.append(entry)
-  rows = [tuple(own) for own in found.values()]
-  return [Group(own, _aside(own[0], rows)) for own in rows]
+    for member in members:
+      if member.seed == entry.seed:
+        raise ValueError(_duplicate_message(member, entry))
+    members.append(entry)
+  rows = [tuple(members) for members in by_key.values()]
+  return [SeedGroup(members, _qualifier(members[0], rows)) for members in rows]
 
 
-def differing(entries: Sequence[Entry]) -> list[str]:
+def differing_settings(entries: Sequence[RunResults]) -> list[str]:
   """Settings in which entries differ, their budget left out."""
   keys = sorted({key for entry in entries for key in entry.settings})
   return [
@@ -65,7 +65,7 @@ def differing(entries: Sequence[Entry]) -> list[str]:
   ]
 
 
-def _key(entry: Entry) -> tuple:
+def _key(entry: RunResults) -> tuple:
   base = entry.base, entry.base_parameters
   if entry.is_base:
     return entry.method, base, entry.seed if _is_seeds(entry) else None
@@ -73,7 +73,7 @@ def _key(entry: Entry) -> tuple:
   return entry.method, entry.semantics, base, entry.at, settings
 
 
-def _sized(entries: Sequence[Entry]) -> list[Entry]:
+def _with_base_sizes(entries: Sequence[RunResults]) -> list[RunResults]:
   """A run without rows has the size that the base has elsewhere, if one."""
   sizes = {}
   for entry in entries:
@@ -87,55 +87,58 @@ def _sized(entries: Sequence[Entry]) -> list[Entry]:
   ]
 
 
-def _is_seeds(entry: Entry) -> bool:
+def _is_seeds(entry: RunResults) -> bool:
   """Whether a base's rows depend on the seed: its weights or its examples."""
   return entry.base == 'random' or (
     entry.source == 'tasks' and entry.has_held_out
   )
 
 
-def _merged(one: Entry, other: Entry) -> Entry:
+def _merged(first: RunResults, second: RunResults) -> RunResults:
   """A base with the rows of both of its evaluations."""
-  rows = {_what(row): row for row in one.rows}
-  for row in other.rows:
-    if not _same(rows.setdefault(_what(row), row), row):
+  rows = {_result_key(row): row for row in first.rows}
+  for row in second.rows:
+    if not _equal_scores(rows.setdefault(_result_key(row), row), row):
       raise ValueError(
-        f'{one.folder!r} and {other.folder!r} contradict each other in '
+        f'{first.folder!r} and {second.folder!r} contradict each other in '
         f'{row.metric} of {row.task!r}, prompt {row.prompt!r}, of the base '
         f'{row.base}; evaluate the base again, or leave one out'
       )
-  return dataclasses.replace(one, rows=tuple(rows.values()))
+  return dataclasses.replace(first, rows=tuple(rows.values()))
 
 
-def _what(row: Result) -> tuple:
+def _result_key(row: Result) -> tuple:
   return row.data, row.task, row.prompt, row.metric
 
 
-def _same(one: Result, other: Result) -> bool:
-  if one.idx != other.idx or (one.each is None) != (other.each is None):
+def _equal_scores(first: Result, second: Result) -> bool:
+  if first.idx != second.idx or (first.each is None) != (second.each is None):
     return False
-  if one.each is None:
-    return bool(np.isclose(one.value, other.value, rtol=_ROUNDING))
-  return bool(np.allclose(one.each, other.each, rtol=_ROUNDING))
+  if first.each is None:
+    return bool(np.isclose(first.value, second.value, rtol=_ROUNDING))
+  return bool(np.allclose(first.each, second.each, rtol=_ROUNDING))
 
 
-def _twice(one: Entry, other: Entry) -> str:
-  if one.folder == other.folder and one.step != other.step:
+def _duplicate_message(first: RunResults, second: RunResults) -> str:
+  if first.folder == second.folder and first.step != second.step:
     return (
-      f'{one.folder!r} has rows of its best checkpoint at the steps {one.step} '
-      f'and {other.step}; evaluate it again on all data, or remove the old rows'
+      f'{first.folder!r} has rows of its best checkpoint at the steps '
+      f'{first.step} and {second.step}; evaluate it again on all data, or '
+      'remove the old rows'
     )
-  if one.folder == other.folder:
-    return f'{one.folder!r} is given twice; name it once'
+  if first.folder == second.folder:
+    return f'{first.folder!r} is given twice; name it once'
   return (
-    f'{one.folder!r} and {other.folder!r} are one method with the same '
-    f'settings and seed {one.seed}: they are no two seeds; leave one out'
+    f'{first.folder!r} and {second.folder!r} are one method with the same '
+    f'settings and seed {first.seed}: they are no two seeds; leave one out'
   )
 
 
-def _aside(entry: Entry, rows: Sequence[tuple[Entry, ...]]) -> str:
-  """What tells a row apart: base and semantics where any row's differ."""
-  firsts = [own[0] for own in rows]
+def _qualifier(
+  entry: RunResults, rows: Sequence[tuple[RunResults, ...]]
+) -> str:
+  """Words that tell a row apart: base and semantics where rows' differ."""
+  firsts = [members[0] for members in rows]
   trained = [e for e in firsts if not e.is_base]
   words = []
   if len({(e.base, e.base_parameters) for e in firsts}) > 1:
@@ -158,22 +161,22 @@ def _aside(entry: Entry, rows: Sequence[tuple[Entry, ...]]) -> str:
   ]
   if len({e.at for e in alike}) > 1:
     words.append(entry.at)
-  keys = [*differing(alike), *_budget(alike)]
-  words += [f'{key}={shown(entry.settings.get(key))}' for key in keys]
+  keys = [*differing_settings(alike), *_budget(alike)]
+  words += [f'{key}={format_value(entry.settings.get(key))}' for key in keys]
   return ', '.join(words)
 
 
-def _budget(entries: Sequence[Entry]) -> list[str]:
-  found = []
+def _budget(entries: Sequence[RunResults]) -> list[str]:
+  keys = []
   for key in ('batch_size', 'steps'):
     values = {entry.settings.get(key) for entry in entries}
     if len(values) > 1 and not (
       # The step has been said.
       key == 'steps' and len({e.at for e in entries}) == len(entries)
     ):
-      found.append(key)
-  return found
+      keys.append(key)
+  return keys
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
   return str(value) if isinstance(value, str) else repr(value)

@@ -10,13 +10,13 @@ from moepeft import config as config_lib
 from moepeft.evaluation import bootstrap
 from moepeft.evaluation.tables import aggregate, comparable, run_results
 from moepeft.evaluation.tables import seeds as tables_seeds
-from moepeft.evaluation.tables.aggregate import Figure, Key
+from moepeft.evaluation.tables.aggregate import ColumnKey, Estimate
 
 from .. import runs
 
 DEFAULTS = config_lib.default().to_dict()
-LOSS = Key('held_out', 'loss', '')
-ACCURACY = Key('held_out', 'accuracy', '')
+LOSS = ColumnKey('held_out', 'loss', '')
+ACCURACY = ColumnKey('held_out', 'accuracy', '')
 
 
 def entry(folder, rows=(), changes=None, **more):
@@ -36,7 +36,7 @@ def test_loss_is_over_the_tokens_of_all_tasks(tmp_path):
     ('a', 'p', 'loss', [2.0, 4.0], [1, 3]),
     ('b', 'p', 'loss', [6.0], [2]),
   ]
-  figure = aggregate.of_entry(held_out(tmp_path, rows))[LOSS]
+  figure = aggregate.estimates_of(held_out(tmp_path, rows))[LOSS]
   assert figure.value == pytest.approx(2.0)
   # Examples have 2, 4/3 and 3 nats a token: no resample leaves that range.
   assert 4 / 3 <= figure.low < 2 < figure.high <= 3
@@ -49,7 +49,7 @@ def test_held_out_accuracy_is_the_mean_over_tasks_in_per_cent(tmp_path):
     ('a', 'r', 'accuracy', runs.right(4, 4)),
     ('b', 'p', 'accuracy', runs.right(1, 2)),
   ]
-  found = aggregate.of_entry(held_out(tmp_path, rows))
+  found = aggregate.estimates_of(held_out(tmp_path, rows))
   # The median of 25, 75 and 100 is 75; with 50 the mean is 62.5.
   assert found[ACCURACY].value == pytest.approx(62.5)
   assert found[ACCURACY].majority == pytest.approx(50)
@@ -57,40 +57,44 @@ def test_held_out_accuracy_is_the_mean_over_tasks_in_per_cent(tmp_path):
 
 
 def test_an_average_needs_all_eight_sets(tmp_path):
-  average = Key('eval', 'accuracy', 'average')
-  whole = aggregate.of_entry(entry(tmp_path / 'a', runs.grid(3, 5)))
+  average = ColumnKey('eval', 'accuracy', 'average')
+  whole = aggregate.estimates_of(entry(tmp_path / 'a', runs.grid(3, 5)))
   assert whole[average].value == pytest.approx(60)
   assert len(whole) == 9
   lacking = [t for t in runs.TASKS if t != 'copa']
-  found = aggregate.of_entry(entry(tmp_path / 'b', runs.grid(3, 5, lacking)))
+  found = aggregate.estimates_of(
+    entry(tmp_path / 'b', runs.grid(3, 5, lacking))
+  )
   assert average not in found and len(found) == 7
 
 
 def test_other_tasks_do_not_enter_the_papers_average(tmp_path):
   rows = [*runs.grid(3, 5), ('mine', 'p', 'accuracy', runs.right(0, 5))]
-  found = aggregate.of_entry(entry(tmp_path, rows))
-  assert found[Key('eval', 'accuracy', 'average')].value == pytest.approx(60)
-  assert found[Key('eval', 'accuracy', 'mean')].value == 0
+  found = aggregate.estimates_of(entry(tmp_path, rows))
+  assert found[ColumnKey('eval', 'accuracy', 'average')].value == pytest.approx(
+    60
+  )
+  assert found[ColumnKey('eval', 'accuracy', 'mean')].value == 0
 
 
 def test_without_examples_five_seeds_have_students_interval_and_fewer_none():
   # Of 2, 3, ..., 6: deviation sqrt(5/2), t with four degrees 2.7764, / sqrt(5).
-  seeds = [{LOSS: Figure(x, x - 9, x + 9)} for x in (2.0, 3.0, 4.0, 5.0, 6.0)]
-  figure = aggregate.over_seeds(seeds)[LOSS]
+  seeds = [{LOSS: Estimate(x, x - 9, x + 9)} for x in (2.0, 3.0, 4.0, 5.0, 6.0)]
+  figure = aggregate.mean_over_seeds(seeds)[LOSS]
   half = 2.776445 * 2.5**0.5 / 5**0.5
   assert figure.value == pytest.approx(4)
   assert (figure.low, figure.high) == pytest.approx((4 - half, 4 + half))
   assert figure.seeds == (2, 3, 4, 5, 6)
-  few = aggregate.over_seeds(seeds[:4])[LOSS]
+  few = aggregate.mean_over_seeds(seeds[:4])[LOSS]
   assert (few.value, few.low, few.high) == (3.5, None, None)
   # One seed keeps the interval over examples.
-  assert aggregate.over_seeds(seeds[:1]) == seeds[0]
+  assert aggregate.mean_over_seeds(seeds[:1]) == seeds[0]
 
 
 def test_students_interval_ends_where_the_measure_does():
   accuracies = (100.0, 100.0, 100.0, 100.0, 80.0)
-  seeds = [{ACCURACY: Figure(x), LOSS: Figure(x / 100)} for x in accuracies]
-  found = aggregate.over_seeds(seeds)
+  seeds = [{ACCURACY: Estimate(x), LOSS: Estimate(x / 100)} for x in accuracies]
+  found = aggregate.mean_over_seeds(seeds)
   # 96 +- 2.776 * 8.94 / sqrt(5) = 96 +- 11.1.
   assert found[ACCURACY].high == 100 and 84 < found[ACCURACY].low < 85
   assert found[LOSS].high == pytest.approx(1.07, abs=0.01)
@@ -104,9 +108,9 @@ def test_two_seeds_are_resampled_with_their_examples(tmp_path):
     for s, of in enumerate(rights)
   ]
   made = [dataclasses.replace(e, seed=s) for s, e in enumerate(made)]
-  single = [aggregate.of_entry(e) for e in made]
+  single = [aggregate.estimates_of(e) for e in made]
   draws = aggregate.mean_draws(made)
-  figure = aggregate.over_seeds(single, draws)[ACCURACY]
+  figure = aggregate.mean_over_seeds(single, draws)[ACCURACY]
   assert figure.value == pytest.approx(45)
   assert figure.seeds == (40, 50)
   # By hand: draw i of both seeds counts the same examples; seeds are drawn too.
@@ -125,18 +129,24 @@ def test_two_seeds_are_resampled_with_their_examples(tmp_path):
 
 
 def test_the_majority_over_seeds_is_their_mean():
-  seeds = [{ACCURACY: Figure(50.0, majority=x)} for x in (30.0, 50.0)]
-  assert aggregate.over_seeds(seeds)[ACCURACY].majority == 40
+  seeds = [{ACCURACY: Estimate(50.0, majority=x)} for x in (30.0, 50.0)]
+  assert aggregate.mean_over_seeds(seeds)[ACCURACY].majority == 40
 
 
 def test_what_one_seed_lacks_is_no_mean_of_the_others():
-  seeds = [{LOSS: Figure(1.0), ACCURACY: Figure(50.0)}, {LOSS: Figure(3.0)}]
-  assert set(aggregate.over_seeds(seeds)) == {LOSS}
+  seeds = [
+    {LOSS: Estimate(1.0), ACCURACY: Estimate(50.0)},
+    {LOSS: Estimate(3.0)},
+  ]
+  assert set(aggregate.mean_over_seeds(seeds)) == {LOSS}
 
 
 def difference(one, other):
   pairs = [
-    (aggregate.over_seeds([aggregate.of_entry(e)]), aggregate.mean_draws([e]))
+    (
+      aggregate.mean_over_seeds([aggregate.estimates_of(e)]),
+      aggregate.mean_draws([e]),
+    )
     for e in (one, other)
   ]
   return aggregate.differences(*pairs)
@@ -160,20 +170,20 @@ def test_differences_are_paired_by_example(tmp_path):
   )
   found = difference(one, other)
   # The same answers: no resample differs. Loss differs by one in each.
-  assert found[ACCURACY] == Figure(0.0, 0.0, 0.0)
+  assert found[ACCURACY] == Estimate(0.0, 0.0, 0.0)
   figure = found[LOSS]
   values = (figure.value, figure.low, figure.high)
   # Sums of 53 float64 numbers.
   np.testing.assert_allclose(values, 1, rtol=1e-12)
   # Each loss by itself is far less certain.
-  own = aggregate.of_entry(one)[LOSS]
+  own = aggregate.estimates_of(one)[LOSS]
   assert own.high - own.low > 0.2
 
 
 def test_other_examples_prompts_or_tasks_are_not_compared(tmp_path):
   def check(*rows):
     made = [held_out(tmp_path / str(i), own) for i, own in enumerate(rows)]
-    comparable.check(made)
+    comparable.check_comparable(made)
 
   one = ('a', 'p', 'accuracy', runs.right(1, 3))
   check([one], [one])
@@ -190,7 +200,7 @@ def test_a_set_that_only_one_run_has_is_no_mistake(tmp_path):
     entry(tmp_path / 'a', runs.grid(3, 5)),
     entry(tmp_path / 'b', runs.grid(3, 5, ['cb', 'rte'])),
   ]
-  comparable.check(made)
+  comparable.check_comparable(made)
 
 
 def test_other_data_or_lengths_of_one_name_are_not_compared(tmp_path):
@@ -200,18 +210,22 @@ def test_other_data_or_lengths_of_one_name_are_not_compared(tmp_path):
 
   lengths = {'inputs_length': 64, 'targets_length': 8}
   one = made('one', data_sha='0123456789ab', **lengths)
-  comparable.check([one, made('same', data_sha='0123456789ab', **lengths)])
+  comparable.check_comparable(
+    [one, made('same', data_sha='0123456789ab', **lengths)]
+  )
   # Rows from before either was written may be of anything.
-  comparable.check([one, made('old')])
+  comparable.check_comparable([one, made('old')])
   other = made('other', data_sha='ba9876543210', **lengths)
   with pytest.raises(ValueError, match="other rows of the name 'eval' .hashes"):
-    comparable.check([one, other])
+    comparable.check_comparable([one, other])
   # Of another name it may be other data.
-  comparable.check([one, made('named', data='mine', data_sha='ba9876543210')])
+  comparable.check_comparable(
+    [one, made('named', data='mine', data_sha='ba9876543210')]
+  )
   lengths['targets_length'] = 16
   longer = made('longer', data_sha='0123456789ab', **lengths)
   with pytest.raises(ValueError, match=r'\(64, 8\) and \(64, 16\)'):
-    comparable.check([one, longer])
+    comparable.check_comparable([one, longer])
 
 
 def test_embedded_tasks_differ_by_seed(tmp_path):
@@ -224,8 +238,8 @@ def test_embedded_tasks_differ_by_seed(tmp_path):
     ),
   ]
   with pytest.raises(ValueError, match='examples of'):
-    comparable.check(made)
-  comparable.check([made[0], dataclasses.replace(made[1], seed=1)])
+    comparable.check_comparable(made)
+  comparable.check_comparable([made[0], dataclasses.replace(made[1], seed=1)])
 
 
 def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
@@ -234,11 +248,11 @@ def test_losses_of_after_json_need_the_same_held_out_rows(tmp_path):
   other = entry(
     tmp_path / 'b', after=after, config={'data.validation_fraction': 0.25}
   )
-  comparable.check([one, one])
+  comparable.check_comparable([one, one])
   with pytest.raises(
     ValueError, match=r'config.data.validation_fraction is 0.05 and 0.2'
   ):
-    comparable.check([one, other])
+    comparable.check_comparable([one, other])
 
 
 def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
@@ -246,9 +260,9 @@ def test_after_json_stands_back_where_any_run_has_rows(tmp_path):
   one = entry(tmp_path / 'a', after=after)
   rows = [('t', 'p', 'loss', [1.0, 2.0], [1, 1])]
   other = held_out(tmp_path / 'b', rows, after=after)
-  assert aggregate.of_entry(one)[LOSS] == Figure(2.0)
-  kept = aggregate.of_one_kind([one, other])
-  assert [LOSS in aggregate.of_entry(e) for e in kept] == [False, True]
+  assert aggregate.estimates_of(one)[LOSS] == Estimate(2.0)
+  kept = aggregate.without_after_evaluations([one, other])
+  assert [LOSS in aggregate.estimates_of(e) for e in kept] == [False, True]
 
 
 def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
@@ -259,15 +273,15 @@ def test_seeds_are_one_row_and_settings_are_told_apart(tmp_path):
     entry(tmp_path / 'c', rows, config={'optimizer.learning_rate': 0.01}),
     entry(tmp_path / 'd', rows, {'method': 'ia3'}),
   ]
-  found = tables_seeds.group(made)
-  assert [(len(g.entries), g.aside) for g in found] == [
+  found = tables_seeds.group_by_seed(made)
+  assert [(len(g.entries), g.qualifier) for g in found] == [
     (2, 'optimizer.learning_rate=0.001'),
     (1, 'optimizer.learning_rate=0.01'),
     (1, ''),
   ]
   # Where it lies and how it is logged is no other method.
   same = entry(tmp_path / 'e', rows, {'seed': 2}, config={'log.every_steps': 3})
-  assert len(tables_seeds.group([*made[:2], same])[0].entries) == 3
+  assert len(tables_seeds.group_by_seed([*made[:2], same])[0].entries) == 3
 
 
 def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
@@ -278,7 +292,7 @@ def test_semantics_bases_and_steps_stay_apart_and_are_said(tmp_path):
     entry(tmp_path / 'c', rows, {'base': 'other'}),
     entry(tmp_path / 'd', rows, {'step': 11}, config={'steps': 7}),
   ]
-  assert [g.aside for g in tables_seeds.group(made)] == [
+  assert [g.qualifier for g in tables_seeds.group_by_seed(made)] == [
     'on t5_tiny, official, step 7',
     'on t5_tiny, paper',
     'on other, official',
@@ -303,8 +317,8 @@ def test_best_checkpoints_of_other_steps_are_seeds_of_one_row(tmp_path):
       (3, 7, None),
     )
   ]
-  found = tables_seeds.group(made)
-  assert [([e.seed for e in g.entries], g.aside) for g in found] == [
+  found = tables_seeds.group_by_seed(made)
+  assert [([e.seed for e in g.entries], g.qualifier) for g in found] == [
     ([0, 1], 'best checkpoint'),
     ([2, 3], 'step 7'),
   ]
@@ -318,7 +332,7 @@ def test_two_best_checkpoints_of_one_run_are_no_two_seeds(tmp_path):
   runs.make(tmp_path, rows, best | {'step': 7})
   runs.add(tmp_path, runs.info(tmp_path, data='x', step=11, **best), rows)
   with pytest.raises(ValueError, match='best checkpoint at the steps 7 and 11'):
-    tables_seeds.group(run_results.read(str(tmp_path), DEFAULTS))
+    tables_seeds.group_by_seed(run_results.read(str(tmp_path), DEFAULTS))
 
 
 def base(folder, rows, changes=None, **more):
@@ -329,11 +343,11 @@ def base(folder, rows, changes=None, **more):
 def test_a_base_has_the_rows_of_all_its_evaluations(tmp_path):
   cb, rte = runs.grid(1, 3, ['cb', 'rte'])
   one, other = base(tmp_path / 'a', [cb]), base(tmp_path / 'b', [cb, rte])
-  (found,) = tables_seeds.group([one, other])
+  (found,) = tables_seeds.group_by_seed([one, other])
   assert [row.task for row in found.first.rows] == ['cb', 'rte']
   wrong = base(tmp_path / 'c', runs.grid(2, 3, ['cb']))
   with pytest.raises(ValueError, match="contradict each other in .* of 'cb'"):
-    tables_seeds.group([one, wrong])
+    tables_seeds.group_by_seed([one, wrong])
 
 
 def test_bases_that_depend_on_the_seed_stay_apart(tmp_path):
@@ -347,7 +361,7 @@ def test_bases_that_depend_on_the_seed_stay_apart(tmp_path):
       base(tmp_path / f'{name}{i}', rows, changes | {'seed': i}, config=config)
       for i in (0, 1)
     ]
-    assert [g.aside for g in tables_seeds.group(made)] == asides
+    assert [g.qualifier for g in tables_seeds.group_by_seed(made)] == asides
 
 
 def test_two_bases_of_one_name_are_told_apart_by_their_size(tmp_path):
@@ -356,7 +370,7 @@ def test_two_bases_of_one_name_are_told_apart_by_their_size(tmp_path):
     entry(tmp_path / 'a', rows),
     entry(tmp_path / 'b', rows, {'seed': 1, 'base_parameters': 2_000}),
   ]
-  assert [g.aside for g in tables_seeds.group(made)] == [
+  assert [g.qualifier for g in tables_seeds.group_by_seed(made)] == [
     'on t5_tiny, 1,000,000 parameters',
     'on t5_tiny, 2,000 parameters',
   ]
@@ -366,9 +380,9 @@ def test_one_seed_is_not_two(tmp_path):
   rows = [('t', 'p', 'accuracy', runs.right(1, 3))]
   one, other = entry(tmp_path / 'a', rows), entry(tmp_path / 'b', rows)
   with pytest.raises(ValueError, match='given twice'):
-    tables_seeds.group([one, one])
+    tables_seeds.group_by_seed([one, one])
   with pytest.raises(ValueError, match='they are no two seeds'):
-    tables_seeds.group([one, other])
+    tables_seeds.group_by_seed([one, other])
 
 
 def test_embedded_tasks_are_told_apart_by_group_and_wording(tmp_path):
@@ -379,7 +393,7 @@ def test_embedded_tasks_are_told_apart_by_group_and_wording(tmp_path):
     (second, 'seen', 'accuracy', runs.right(2, 2)),
     (other, 'seen', 'accuracy', runs.right(0, 2)),
   ]
-  found = aggregate.of_entry(
+  found = aggregate.estimates_of(
     held_out(tmp_path, rows, config={'data.source': 'tasks'})
   )
   # A: the mean of 50 and 100; the wordings are no prompts of one median.
@@ -395,6 +409,6 @@ def test_the_papers_sets_beside_held_out_tasks_stay_apart(tmp_path):
     ('mine', 'p', 'accuracy', runs.right(1, 2)),
     ('cb', 'p', 'accuracy', runs.right(2, 2)),
   ]
-  found = aggregate.of_entry(held_out(tmp_path, rows))
+  found = aggregate.estimates_of(held_out(tmp_path, rows))
   assert found[ACCURACY].value == 50
-  assert found[Key('held_out', 'accuracy', 'cb')].value == 100
+  assert found[ColumnKey('held_out', 'accuracy', 'cb')].value == 100

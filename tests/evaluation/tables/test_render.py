@@ -30,7 +30,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(('cell', 'column', 'signed', 'text'), NUMBERS)
 def test_a_number_has_one_form(cell, column, signed, text):
-  assert table_render.number(cell, column, signed=signed) == text
+  assert table_render.format_number(cell, column, signed=signed) == text
 
 
 TABLE = Table(
@@ -78,7 +78,7 @@ def test_markdown_is_aligned_and_the_best_of_runs_is_bold():
 
 def test_one_run_alone_is_not_the_best():
   one = Table(TABLE.columns, TABLE.lines[:2])
-  assert table_render.best(one) == set()
+  assert table_render.bold_cells(one) == set()
 
 
 def test_latex_has_rules_and_escapes_what_is_special():
@@ -101,7 +101,7 @@ def test_latex_has_rules_and_escapes_what_is_special():
 
 
 def test_escapes_leave_nothing_special():
-  said = table_render.escaped('a_b%c$d#e{f}g~h^i\\j & 5-fold -3 ± 4 × 2')
+  said = table_render.escape_latex('a_b%c$d#e{f}g~h^i\\j & 5-fold -3 ± 4 × 2')
   assert said == (
     r'a\_b\%c\$d\#e\{f\}g\textasciitilde{}h\textasciicircum{}i'
     r'\textbackslash{}j \& 5-fold $-$3 $\pm$ 4 $\times$ 2'
