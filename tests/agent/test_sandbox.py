@@ -309,7 +309,7 @@ print('SURVIVED')
 
 def test_names_of_files_count_and_end_the_program(box, monkeypatch):
   # The figures of the machine show them as memory that can be had back.
-  monkeypatch.setattr(process.groups.Machine, 'growth', lambda machine: 0)
+  monkeypatch.setattr(process.cgroup.MachineMemory, 'growth', lambda machine: 0)
   ran = Sandbox(ResourceLimits(seconds=20, memory=60 * MB)).shell_program("""
 cd /tmp && echo > f && for i in 1 2 3 4 5 6 7 8; do
   mkdir $i && python3 -c "

@@ -278,7 +278,7 @@ def told_again(run, row, capsys):
   again = {k: found[k] for k in found if k.startswith('validation_')}
   assert again == pytest.approx(figures, rel=1e-5, abs=1e-6)
   capsys.readouterr()
-  summary.tell(found, each)
+  summary.print_summary(found, each)
   said = capsys.readouterr().out
   assert f'validation accuracies {figures["validation_accuracies"]:.4f}' in said
   assert 'nothing to judge by' not in said
