@@ -19,12 +19,19 @@ __version__ = '0.1.0'
 _EXPORTS = {
   'Answer': 'moepeft.library',
   'Model': 'moepeft.library',
-  'fit': 'moepeft.library',
+  'fit': 'moepeft.train',
   'load': 'moepeft.library',
   'load_config': 'moepeft.library',
+  'CALLBACKS': 'moepeft.training.callbacks',
   'METHODS': 'moepeft.peft.methods',
+  'METRICS': 'moepeft.metrics',
   'OBJECTIVES': 'moepeft.objectives',
+  'OPTIMIZERS': 'moepeft.training.optimizers',
+  'READERS': 'moepeft.data.readers',
   'ROUTERS': 'moepeft.moe',
+  'SCHEDULES': 'moepeft.training.optimizers',
+  'TASKS': 'moepeft.tasks',
+  'TRACKERS': 'moepeft.runs.trackers',
 }
 __all__ = list(_EXPORTS)
 

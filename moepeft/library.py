@@ -21,7 +21,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft import evaluate as evaluate_command
-from moepeft import train as train_command
 from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
 from moepeft.inference import sampling
@@ -250,16 +249,3 @@ def load_config(path: str) -> ConfigDict:
   if not os.path.isfile(file):
     raise ValueError(f'there is no config {file!r}')
   return runpy.run_path(file)['get_config'](values)
-
-
-def fit(config: ConfigDict, workdir: str) -> Model:
-  """Trains as a config says and returns the trained model.
-
-  Args:
-    workdir: the directory of the run; a run that is there goes on.
-
-  Raises:
-    ValueError: the config, the data or the work directory does not do.
-  """
-  train_command.train(config, workdir)
-  return load(workdir)

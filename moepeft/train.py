@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from moepeft import registries
+from moepeft import library, registries
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import distributed, host_memory, sharding
@@ -208,6 +208,19 @@ def _summarize(
     },
   )
   return summary
+
+
+def fit(config: ConfigDict, workdir: str) -> library.Model:
+  """`moepeft.fit`: trains as a config says and returns the trained model.
+
+  Args:
+    workdir: the directory of the run; a run that is there goes on.
+
+  Raises:
+    ValueError: the config, the data or the work directory is not usable.
+  """
+  train(config, workdir)
+  return library.load(workdir)
 
 
 def main(argv) -> None:

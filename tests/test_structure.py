@@ -76,12 +76,12 @@ LAYERS = (
   ('objectives', 'inference'),
   ('evaluation', 'serve'),
   ('training',),
-  ('registries',),
   (
-    *('train', 'evaluate', 'generate', 'count', 'convert', 'tables'),
-    *('tokenizer', 'ngrams', 'data.__main__', 'serve.__main__', '__main__'),
+    *('registries', 'evaluate', 'generate', 'count', 'convert', 'tables'),
+    *('tokenizer', 'ngrams', 'serve.__main__', '__main__'),
   ),
-  ('library',),
+  ('library', 'data.__main__'),
+  ('train',),
 )
 # It knows a server's API alone.
 ALONE = {'agent': {'core', 'config'}, 'agent.__main__': {'core', 'config'}}
