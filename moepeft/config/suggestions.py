@@ -81,6 +81,7 @@ def similar_keys(key: str, known: Sequence[str]) -> list[str]:
   """The keys of the same last part, else the nearest one, if any is near."""
   last = key.rpartition('.')[2]
   same = [k for k in known if k.rpartition('.')[2] == last]
+  same.sort(key=lambda k: k != key)
   if same:
     return same
   close = nearest(key, known)

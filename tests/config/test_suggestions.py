@@ -121,7 +121,7 @@ def test_a_value_of_another_type_is_named(arg, said):
 @pytest.mark.parametrize(
   ('name', 'said'),
   [
-    ('steps', 'did you mean --config.steps?'),
+    ('steps', 'did you mean --config.steps or --config.profile.steps?'),
     ('batch_size', '--config.batch_size or --config.evaluation.batch_size?'),
     ('workdr', 'did you mean --workdir?'),
     ('learning-rate', 'did you mean --config.optimizer.learning_rate?'),

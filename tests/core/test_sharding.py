@@ -103,8 +103,8 @@ def test_rules_of_the_config_come_first_and_may_keep_a_letter_whole():
     ({'rules': [('d', 'data', 1)]}, 'pairs like'),
     ({'rules': [3]}, 'pairs like .*; got 3'),
     # Whatever there is here, it is fewer.
-    ({'model': 1024}, 'model=1024 does not divide .* devices'),
-    ({'model': 0}, 'model=0 does not divide'),
+    ({'model': 1024}, 'model_parallel_size=1024 does not divide .* devices'),
+    ({'model': 0}, 'model_parallel_size=0 does not divide'),
   ],
 )
 def test_what_cannot_be_is_one_sentence(options, said):

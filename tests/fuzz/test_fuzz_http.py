@@ -289,7 +289,7 @@ def test_no_body_ends_in_a_5xx_or_hangs(client, number, rounds):
   for i in range(rounds):
     client.engine.load('a', 'runs/a')
     # The fake engine keeps each request, and with it its grammar's process.
-    client.engine.asked.clear()
+    client.engine.requests.clear()
     raw = json.dumps(mutated(rng, valid)).encode()
     if i % 5 == 4:
       raw = damaged(rng, raw)

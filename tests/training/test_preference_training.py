@@ -296,7 +296,10 @@ def told_again(run, row, capsys):
     ({'preference.reference': '/nowhere'}, '/nowhere'),
     ({'preference.loss': 'robust'}, 'set config.preference.label_smoothing'),
     ({'objective': 'kto', 'preference.loss': 'ipo'}, "loss='ipo' does nothing"),
-    ({'data.replay': 'old.txt', 'data.replay_rate': 0.1}, 'replay does nothin'),
+    (
+      {'data.replay': 'old.txt', 'data.replay_rate': 0.1},
+      'replay=.* does nothing with',
+    ),
     (
       {'data.pretraining_objective': 'prefix'},
       "pretraining_objective='prefix' does nothing",

@@ -97,5 +97,5 @@ def test_a_decoder_is_trained_behind_a_prompt(source, tmp_path):
   assert vectors(tmp_path / 'run').shape == (5, config.d_model)
   run = loaded_model.load_run(str(tmp_path / 'run'))
   assert isinstance(run.model, Decoder)
-  total, _ = evaluate.evaluate(str(tmp_path / 'run'), most=1)
+  total, _ = evaluate.evaluate(str(tmp_path / 'run'), max_examples=1)
   assert np.isfinite(total['validation_loss'])

@@ -136,7 +136,7 @@ def test_every_family_is_a_task_and_every_group_a_mixture():
 def test_a_task_has_as_many_examples_as_it_says(monkeypatch):
   monkeypatch.setitem(seqio_tasks._SPLITS, 'train', ('train', 31))
   rows = list(
-    seqio_tasks.dataset('train', False, family='stars').as_numpy_iterator()
+    seqio_tasks.dataset('train', False, name='stars').as_numpy_iterator()
   )
   texts = [(row['inputs'].decode(), row['targets'].decode()) for row in rows]
   assert texts == [

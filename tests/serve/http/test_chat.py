@@ -31,7 +31,7 @@ def set_answer(client):
 
 def last_prompt(client):
   """The text of the newest prompt at the engine."""
-  return text_of(client.engine.requests[-1].ids)
+  return text_of(client.engine.requests[-1].prompt_ids)
 
 
 def talk(content='hi', **fields):
@@ -88,7 +88,7 @@ def test_an_answer_that_is_cut_ends_by_length(client, set_answer):
 def test_without_a_length_an_answer_has_the_room_that_is_left(client):
   client.post(CHAT, talk())
   # 512 places less the 7 of the prompt.
-  assert client.engine.requests[-1].length == 505
+  assert client.engine.requests[-1].max_new_tokens == 505
 
 
 def streamed(client, **fields):
@@ -272,7 +272,7 @@ def test_an_encoder_decoder_reads_turns_as_plain_text():
   with running(value) as client:
     assert client.chat('hello')[0] == 200
     # T5's inputs end with the end.
-    assert client.engine.requests[-1].ids == (*ids_of('hello'), END)
+    assert client.engine.requests[-1].prompt_ids == (*ids_of('hello'), END)
     turns = [
       {'role': 'user', 'content': 'a'},
       {'role': 'assistant', 'content': 'b'},

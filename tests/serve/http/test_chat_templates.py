@@ -71,15 +71,15 @@ def test_each_model_talks_by_its_own_template(tmp_path):
     client.key = 'admin'
     assert client.post('/v1/adapters', {'name': 'law', 'path': path})[0] == 200
     assert client.chat('a', model='law')[0] == 200
-    assert text_of(client.engine.requests[-1].ids) == '[s;a;]'
+    assert text_of(client.engine.requests[-1].prompt_ids) == '[s;a;]'
     assert client.engine.requests[-1].adapter == 'law'
     assert client.chat('a')[0] == 200
-    assert text_of(client.engine.requests[-1].ids) == 'u:a|a:'
+    assert text_of(client.engine.requests[-1].prompt_ids) == 'u:a|a:'
     # A run of the base's template under the same name.
     path = run(tmp_path / 'other')
     assert client.post('/v1/adapters', {'name': 'law', 'path': path})[0] == 200
     client.chat('a', model='law')
-    assert text_of(client.engine.requests[-1].ids) == 'u:a|a:'
+    assert text_of(client.engine.requests[-1].prompt_ids) == 'u:a|a:'
 
 
 def test_each_model_ends_as_its_own_template_does(tmp_path):
@@ -98,9 +98,9 @@ def test_each_model_ends_as_its_own_template_does(tmp_path):
     client.post('/v1/adapters', {'name': 'law', 'path': path})
     for model, ends in (('law', {END, end}), ('base', {END})):
       client.chat('a', model=model)
-      assert set(client.engine.requests[-1].ends) == ends
+      assert set(client.engine.requests[-1].eos_token_ids) == ends
       client.complete('a', model=model)
-      assert set(client.engine.requests[-1].ends) == ends
+      assert set(client.engine.requests[-1].eos_token_ids) == ends
 
 
 def test_a_template_has_no_way_out_of_its_sandbox(tmp_path):

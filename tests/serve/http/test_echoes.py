@@ -46,10 +46,10 @@ def ask(client, answer):
 def test_empty_fields_of_an_echoed_answer_say_nothing(client, fields):
   plain = {'role': 'assistant', 'content': 'b'}
   assert ask(client, plain)[0] == 200
-  prompt = client.engine.requests[-1].ids
+  prompt = client.engine.requests[-1].prompt_ids
   status, answer = ask(client, {**plain, **fields})
   assert status == 200, answer
-  assert client.engine.requests[-1].ids == prompt
+  assert client.engine.requests[-1].prompt_ids == prompt
 
 
 @pytest.mark.parametrize(

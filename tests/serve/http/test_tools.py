@@ -61,9 +61,9 @@ def talk(**fields):
 def test_tools_are_in_the_prompt_unless_none_may_be_called(client, set_answer):
   set_answer('no')
   client.post(CHAT, talk())
-  assert 'weather' in text_of(client.engine.requests[-1].ids)
+  assert 'weather' in text_of(client.engine.requests[-1].prompt_ids)
   client.post(CHAT, talk(tool_choice='none'))
-  assert 'weather' not in text_of(client.engine.requests[-1].ids)
+  assert 'weather' not in text_of(client.engine.requests[-1].prompt_ids)
 
 
 def test_a_call_in_an_answer_is_read_out_of_its_text(client, set_answer):
@@ -157,7 +157,7 @@ def test_calls_and_their_results_go_back_into_the_prompt(client, set_answer):
     {'role': 'tool', 'tool_call_id': 'call_1', 'content': 'rain'},
   ]
   assert client.post(CHAT, talk(messages=turns))[0] == 200
-  text = text_of(client.engine.requests[-1].ids)
+  text = text_of(client.engine.requests[-1].prompt_ids)
   assert '<tool_call>{"name": "weather"' in text and 't:rain|' in text
   wrong = json.loads(json.dumps(turns).replace('{\\"town', '[\\"town'))
   status, answer = client.post(CHAT, talk(messages=wrong))

@@ -19,7 +19,8 @@ from moepeft.agent import config_file
 from moepeft.config import check as config_check
 from moepeft.config import defaults as config_lib
 
-_TOP = re.compile(r'  c\.(\w+) = (.*)')
+_FUNCTION = re.compile(r'def _?(\w+)\(')
+_TOP = re.compile(r'  c\.(\w+) = ')
 _INNER = re.compile(r'      (\w+)=(.*?),?$')
 
 
@@ -77,19 +78,21 @@ def _flat(c: ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
 
 
 def _remarks() -> Iterator[tuple[str, str]]:
-  """(key, the comment above it) as moepeft/config/defaults.py has them."""
+  """(key, the comment above it) as moepeft/config/defaults.py has them.
+
+  A section's keys stand in a function of its name: _optimizer, _data, ...
+  """
   section, comments = '', []
-  for line in inspect.getsource(config_lib.default).splitlines():
+  for line in inspect.getsource(config_lib).splitlines():
     if line.strip().startswith('#'):
       comments.append(line.strip('# '))
       continue
-    top, inner = _TOP.match(line), _INNER.match(line)
-    if top:
-      section = f'{top[1]}.' if top[2].startswith('ConfigDict(') else ''
+    if function := _FUNCTION.match(line):
+      section = '' if function[1] == 'default' else f'{function[1]}.'
+    elif top := _TOP.match(line):
       yield top[1], ' '.join(comments)
-    elif inner:
+    elif inner := _INNER.match(line):
       yield section + inner[1], ' '.join(comments)
-    # What opens a section keeps its comment for nothing else.
     comments = []
 
 
