@@ -9,7 +9,7 @@ from scripts import structure
 DUPLICATE_CLASSES = frozenset(
   (
     'Adapter Block Call Embedding Engine Entry Layout Loaded Malformed Memory '
-    'Part Pieces Prompt Routing ServedModel Stack Task Tool _Stored'
+    'Part Pieces Prompt Routing Stack Task Tool _Stored'
   ).split()
 )
 # Functions of more than 100 lines; the list only shrinks.
@@ -33,8 +33,6 @@ BRANCHES = {
   'moepeft.data.fingerprint': 'datasets preference',
   'moepeft.data.preference.formats': 'prompt',
   'moepeft.data.preference.tokenize': 'prompt',
-  'moepeft.data.registry': 'chat jsonl seqio tasks text',
-  'moepeft.data.replay': 'seqio',
   'moepeft.data.row_fields': 'text',
   'moepeft.evaluate': 'accuracy',
   'moepeft.evaluation.eval_sets': 'tasks',

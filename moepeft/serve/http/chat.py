@@ -23,7 +23,7 @@ from moepeft.serve.http.completion_stream import (
 )
 from moepeft.serve.http.errors import invalid_request
 from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
-from moepeft.serve.http.model_registry import ServedModel
+from moepeft.serve.http.model_registry import RegisteredModel
 from moepeft.serve.http.request_stats import RequestStats, usage
 from moepeft.serve.http.schemas import Chat
 from moepeft.serve.http.service import Service
@@ -49,7 +49,7 @@ class ChatRequest:
 
   service: Service
   body: Chat
-  model: ServedModel
+  model: RegisteredModel
   plan: ToolPlan | None
   stats: RequestStats
   id: str
@@ -118,7 +118,7 @@ def _check(body: Chat) -> None:
 
 def make_tool_plan(
   service: Service,
-  model: ServedModel,
+  model: RegisteredModel,
   tools: list | None,
   choice: Any,
   parallel: bool,

@@ -26,7 +26,7 @@ from moepeft.serve.http.completion_stream import (
 )
 from moepeft.serve.http.errors import invalid_request
 from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
-from moepeft.serve.http.model_registry import ServedModel
+from moepeft.serve.http.model_registry import RegisteredModel
 from moepeft.serve.http.request_stats import RequestStats, usage
 from moepeft.serve.http.schemas import Completion
 from moepeft.serve.http.service import Service
@@ -80,7 +80,7 @@ class CompletionRequest:
 
   service: Service
   body: Completion
-  model: ServedModel
+  model: RegisteredModel
   stats: RequestStats
   prompts: Sequence[Sequence[int]]
   id: str

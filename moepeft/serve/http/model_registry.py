@@ -16,7 +16,7 @@ OWNER = 'moepeft'
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedModel:
+class RegisteredModel:
   """
   Attributes:
     name: what requests call it.
@@ -74,18 +74,20 @@ class ModelRegistry:
       self._check(loaded.name)
       self._note(loaded.name, chat_settings(loaded.source, chat_settings_))
 
-  def find(self, name: str) -> ServedModel:
+  def find(self, name: str) -> RegisteredModel:
     """
     Raises:
       ApiError: there is none of this name.
     """
     if name == self.base:
-      return ServedModel(name, '', fingerprint(self._sha256), self._base_chat)
+      return RegisteredModel(
+        name, '', fingerprint(self._sha256), self._base_chat
+      )
     for loaded in self._engine.adapters():
       if loaded.name == name:
         model_fingerprint = fingerprint(self._sha256, loaded.sha256)
         settings = self._chat_settings.get(name, self._base_chat)
-        return ServedModel(
+        return RegisteredModel(
           name, name, model_fingerprint, settings, loaded.soft_prompt_length
         )
     raise model_not_found(name, self.names())

@@ -11,7 +11,7 @@ from moepeft.serve.http.errors import invalid_request
 from moepeft.serve.http.keys import ApiKeys
 from moepeft.serve.http.limits import RequestLimits
 from moepeft.serve.http.metrics import Metrics
-from moepeft.serve.http.model_registry import ModelRegistry, ServedModel
+from moepeft.serve.http.model_registry import ModelRegistry, RegisteredModel
 from moepeft.serve.http.text import ServedTokenizer
 from moepeft.serve.http.tool_calls import ToolPlanner
 from moepeft.serve.page import Page
@@ -45,7 +45,7 @@ class Service:
     default_factory=lambda: BoundedThread('vectors')
   )
 
-  def find(self, name: str) -> ServedModel:
+  def find(self, name: str) -> RegisteredModel:
     """A model that writes text.
 
     Raises:
