@@ -54,7 +54,7 @@ def pairs(count):
 def written(folder):
   """{family: a base's directory, 'data': a file of pairs}."""
   for name, module, config in (
-    ('llama', llama.MODULE, LLAMA),
+    ('llama', llama.FAMILY.module, LLAMA),
     ('t5', t5.T5, T5),
   ):
     batch = base_lib.example_batch()

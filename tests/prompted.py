@@ -28,7 +28,7 @@ def module(config):
 
 def model_of(config, method=METHOD):
   own = module(config)
-  return own.MODULE(config, build(method, own.sites(config)).adapter_map)
+  return own.FAMILY.module(config, build(method, own.sites(config)).adapter_map)
 
 
 @functools.cache

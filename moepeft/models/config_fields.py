@@ -66,3 +66,45 @@ def check_names(
         f'{prefix}{name} is not known; there are {", ".join(known)}'
         f'{suggestion(name, known)}'
       )
+
+
+def from_fields(config_class: type, fields: Mapping[str, Any]) -> Any:
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  check_names(config_class, fields)
+  return config_class(**fields)
+
+
+# '1.1' is what a config has that says nothing: T5's.
+_NO_VERSION = ('', '1.1')
+
+
+def released(
+  title: str,
+  table: Mapping[str, Any],
+  size: str,
+  version: str = '',
+) -> Any:
+  """The configuration of a released size, by its name in a family's table.
+
+  Args:
+    title: the family's name in messages.
+
+  Raises:
+    ValueError: there is no such size, or a version is asked for.
+  """
+  if version not in _NO_VERSION:
+    raise ValueError(
+      f'{title} has no versions beside its sizes, {", ".join(table)}; got '
+      f'config.model.version={version!r}: leave it out'
+    )
+  if size not in table:
+    raise ValueError(
+      f'{title} comes as {", ".join(table)}; got {size!r}'
+      f'{suggestion(size, table)}'
+    )
+  return table[size]

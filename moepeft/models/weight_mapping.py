@@ -4,8 +4,8 @@
 A canonical name is a path with the layer's number in it,
 'encoder/layers/3/self/q/kernel'. The trees that the model uses hold the same
 arrays stacked: 'encoder/layers/self/q/kernel', layers on axis 0. `sizes` give
-each letter's size and `depths` each stack's number of layers; see a family's
-`*_names.py`.
+each letter's size and `depths` each stack's number of layers; see
+`family.ModelFamily`.
 """
 
 import collections
@@ -66,6 +66,12 @@ class Entry:
     return self.rule.ours.replace('/{l}', '')
 
 
+def in_layers(site: str) -> str:
+  """'decoder/self/q' -> 'decoder/layers/{l}/self/q'."""
+  stack, rest = site.split('/', 1)
+  return f'{stack}/layers/{{l}}/{rest}'
+
+
 def entries(
   rules: Sequence[Rule], sizes: Mapping[str, int], depths: Mapping[str, int]
 ) -> tuple[Entry, ...]:
@@ -86,6 +92,17 @@ def entries(
       )
       found.append(Entry(rule, layer, name, their_name, shape, theirs))
   return tuple(found)
+
+
+def module_names(
+  rules: Sequence[Rule], sizes: Mapping[str, int], depths: Mapping[str, int]
+) -> set[str]:
+  """Every module with a weight, 'model.layers.0.self_attn.q_proj'."""
+  return {
+    entry.their_name.removesuffix('.weight')
+    for entry in entries(rules, sizes, depths)
+    if entry.their_name.endswith('.weight')
+  }
 
 
 def axes_shape(axes: str, sizes: Mapping[str, int]) -> Shape:

@@ -118,10 +118,10 @@ def save(
   _require_known(config)
   wanted = weight_mapping.entries(
     t5_weights.t5x_rules(config),
-    t5_weights.sizes(config),
+    t5_weights.axis_sizes(config),
     t5_weights.depths(config),
   )
-  arrays = weight_mapping.write(wanted, t5_weights.sizes(config), params)
+  arrays = weight_mapping.write(wanted, t5_weights.axis_sizes(config), params)
   if adapter is not None:
     arrays = itertools.chain(arrays, t5x_adapters.write(config, adapter))
   with directory.directory(path, overwrite) as made:
@@ -195,7 +195,7 @@ def _read(
   """Base and adapter of one flat tree."""
   base = {n: s for n, s in shapes.items() if not t5x_adapters.is_adapter(n)}
   config = _config(base, path)
-  sizes = t5_weights.sizes(config)
+  sizes = t5_weights.axis_sizes(config)
   wanted = weight_mapping.entries(
     t5_weights.t5x_rules(config), sizes, t5_weights.depths(config)
   )

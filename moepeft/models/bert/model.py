@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT (Devlin et al., arXiv:1810.04805): an encoder alone, its norms after
-the sums, learned positions, token types. The names of its weights elsewhere
-are in `bert_names`."""
+the sums, learned positions, token types. The names of its weights in other
+formats are in `bert.weights`."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,7 +12,6 @@ from flax import struct
 
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
-from moepeft.models.decoder.hf_config import released
 from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
 from moepeft.nn.attention import Attention, attention_mask, check_implementation
@@ -86,20 +83,6 @@ SIZES = {
   'base': _bert(768, 12, 12),
   'large': _bert(1024, 16, 24),
 }
-
-
-config = functools.partial(released, 'BERT', SIZES)
-
-
-def from_fields(fields: Mapping[str, Any]) -> BertConfig:
-  """The config whose `dataclasses.asdict` went through JSON.
-
-  Raises:
-    ValueError: a field is unknown or cannot be; the message begins with its
-      name.
-  """
-  config_fields.check_names(BertConfig, fields)
-  return BertConfig(**fields)
 
 
 def sites(config: BertConfig) -> dict[str, str]:
@@ -343,6 +326,3 @@ class Bert(nn.Module):
     x = ACTIVATIONS[c.activation](self.transform(x, ctx))
     x = self.transform_norm(x, ctx)
     return self.head(x, ctx, self.embed if c.tied else None)
-
-
-MODULE = Bert

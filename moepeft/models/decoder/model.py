@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only models: one module for the families that differ in options.
 
-Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
-said by a `DecoderConfig`.
+A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
+`DecoderConfig` has the options of the computation.
 """
 
 from typing import Any
@@ -279,6 +279,3 @@ class Decoder(nn.Module):
   def logits(self, x: Array, ctx: Context) -> Array:
     """`states` [b, t, d] -> logits [b, t, v]."""
     return self.head(x, ctx, self.embed if self.config.tied else None)
-
-
-MODULE = Decoder

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What T5's arrays are called elsewhere, and its config in other words.
+"""T5's arrays and config in Hugging Face (`transformers`) and in T5X.
 
-Hugging Face (`transformers`) and T5X with flaxformer; the adapters of the
-released code are in `moepeft.checkpoints.t5x.adapters`. Axis letters beyond the
-legend: p buckets of relative positions.
+T5X's model is flaxformer's; the adapters of the released code are in
+`moepeft.checkpoints.t5x.adapters`. Axis letters beyond the legend: p buckets of
+relative positions.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from moepeft.models.hf_layout import Layout
+from moepeft.models.hf_tensor_names import TensorNames
 from moepeft.models.t5.model import T5Config
-from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, entries
-
-Config = T5Config
+from moepeft.models.weight_mapping import (
+  CheckpointError,
+  Rule,
+  Shape,
+  in_layers,
+)
 
 # Sublayers in the order of Hugging Face's `layer.<i>`, with the module's names
 # there and in T5X.
@@ -43,16 +46,14 @@ _IGNORED = (
   r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
   r'relative_attention_bias\.weight',
 )
-LAYOUT = Layout(
+TENSOR_NAMES = TensorNames(
   head='lm_head.weight',
   embedding='shared.weight',
   ignored='|'.join(_IGNORED),
 )
-# What Hugging Face's peft calls what the model does.
-PEFT_TASK = 'SEQ_2_SEQ_LM'
 
 
-def sizes(config: T5Config) -> dict[str, int]:
+def axis_sizes(config: T5Config) -> dict[str, int]:
   """The size of each axis letter."""
   return {
     'v': config.vocab,
@@ -62,12 +63,6 @@ def sizes(config: T5Config) -> dict[str, int]:
     'f': config.ffn,
     'p': config.buckets,
   }
-
-
-def layout(fields: Mapping[str, Any]) -> Layout:
-  """Of files whose `config.json` has these fields."""
-  del fields
-  return LAYOUT
 
 
 def depths(config: T5Config) -> dict[str, int]:
@@ -88,35 +83,11 @@ def projections(config: T5Config) -> dict[str, tuple[str, str]]:
   }
 
 
-def taps() -> dict[str, tuple[str, str]]:
-  """The weightless sites inside the feed-forward, as `projections`."""
-  return {
-    f'{stack}/mlp/{tap}': ('f', 'f')
-    for stack in SUBLAYERS
-    for tap in ('act', 'hidden')
-  }
-
-
-def in_layers(site: str) -> str:
-  """'encoder/self/q' -> 'encoder/layers/{l}/self/q'."""
-  stack, rest = site.split('/', 1)
-  return f'{stack}/layers/{{l}}/{rest}'
-
-
-def ends(config: T5Config) -> dict[str, tuple[str, str]]:
-  """The site of the head, as `projections`.
-
-  peft puts none of its adapters at the embedding that both stacks share.
-  """
-  del config
-  return {'head': ('d', 'v')}
-
-
 def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
-  del config  # of the same signature as decoders', whose families differ
+  del config
   if site == 'head':
-    return LAYOUT.head.removesuffix('.weight')
+    return TENSOR_NAMES.head.removesuffix('.weight')
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
@@ -125,7 +96,7 @@ def hf_module(site: str, config: T5Config) -> str:
 
 def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
-  rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
+  rules = [Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
     ours, theirs = (
       in_layers(site) + '/kernel',
@@ -143,14 +114,8 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
       Rule(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight', 'd', 'd'),
     ]
   if not config.tied:
-    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
+    rules.append(Rule('head/kernel', TENSOR_NAMES.head, 'dv', 'vd'))
   return tuple(rules)
-
-
-def hf_modules(config: T5Config) -> set[str]:
-  """Every module with a weight, 'encoder.block.0.layer.0.SelfAttention.q'."""
-  found = entries(hf_rules(config), sizes(config), depths(config))
-  return {entry.their_name.removesuffix('.weight') for entry in found}
 
 
 def t5x_module(site: str) -> str:
@@ -183,7 +148,7 @@ def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
+def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> T5Config:
   """Reads `config.json`.
 
   Args:
@@ -312,7 +277,7 @@ def _projection_to_hf(config: T5Config) -> str:
   return f'gated-{name}' if config.gated else name
 
 
-def config_to_hf(config: T5Config) -> dict[str, Any]:
+def to_hf_fields(config: T5Config) -> dict[str, Any]:
   """The content of a `config.json` that transformers 4 and 5 read."""
   fields = _HF_SIZES | _HF_OPTIONAL | {'decoder_layers': 'num_decoder_layers'}
   return {
