@@ -28,7 +28,6 @@ PENDING = frozenset(
     'moepeft/config',
     'moepeft/core',
     'moepeft/inference',
-    'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/config',

@@ -137,4 +137,4 @@ def released_arrays(config, adapter=None):
   pairs = list(weight_mapping.write(wanted, sizes, random_params(config)))
   if adapter is not None:
     pairs += t5x_adapters.write(config, adapter)
-  return {entry.their_name: array for entry, array in pairs}
+  return {entry.stored_name: array for entry, array in pairs}

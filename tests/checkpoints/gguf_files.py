@@ -83,7 +83,7 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   )
   found = {}
   for entry, array in weight_mapping.write(wanted, sizes, params):
-    name = entry.their_name
+    name = entry.stored_name
     stored = as_converted(name, array, arch, config)
     if stored.ndim == 2 and stored.shape[0] > 1:
       stored = quantised(stored, kind)

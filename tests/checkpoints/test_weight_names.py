@@ -46,7 +46,7 @@ def test_rules_name_every_parameter_of_the_model(config):
       rules, t5_weights.axis_sizes(config), t5_weights.depths(config)
     )
     assert weight_mapping.stacked_shapes(wanted) == shapes
-    assert len({entry.their_name for entry in wanted}) == len(wanted)
+    assert len({entry.stored_name for entry in wanted}) == len(wanted)
 
 
 def test_projections_are_sites_of_the_model(config):

@@ -159,7 +159,7 @@ def test_written(name, tmp_path):
     hf.save(tmp_path / 'x', case.config, case.params)
     assert hf.load_config(str(tmp_path / 'x')) == case.config
     file, tensors = 'model.safetensors', hf.open_tensors(folder)
-    kept = {entry.their_name for entry in hf.expected(case.config)}
+    kept = {entry.stored_name for entry in hf.expected(case.config)}
     expected = {key: tensors.fetch(key) for key in kept}
   written = load_file(tmp_path / 'x' / file)
   assert written.keys() == expected.keys()

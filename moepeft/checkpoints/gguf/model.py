@@ -47,7 +47,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
     {decoder_gguf.HEAD} if config.tied else set()
   )
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in wanted},
     {n: shape for n, shape in file.shapes.items() if n not in ignored},
     f'{path} does not hold the model that its metadata describe',
     'convert the model again',

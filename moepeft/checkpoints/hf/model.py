@@ -59,7 +59,7 @@ def load(path: str, dtype: Any = None) -> Loaded:
   config = _config(folder, family, fields, tensors)
   wanted = expected(config)
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in wanted},
     tensors.shapes,
     f'{folder} does not hold the model that its config.json describes',
     'use the config.json that was saved with these weights',
@@ -283,7 +283,7 @@ def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
   for entry in weight_mapping.whole(wanted):
-    size = math.prod(entry.their_shape) * _dtype(entry, params, dtype).itemsize
+    size = math.prod(entry.stored_shape) * _dtype(entry, params, dtype).itemsize
     if shards[-1] and used + size > most:
       shards.append([])
       used = 0
@@ -305,7 +305,7 @@ def _write_shards(
     held = {}
     for entry in shard:
       _, array = next(arrays)
-      held[entry.their_name] = array if dtype is None else array.astype(dtype)
+      held[entry.stored_name] = array if dtype is None else array.astype(dtype)
     # transformers reads no file without this note.
     save_file(held, folder / name, metadata={'format': 'pt'})
     total += sum(array.nbytes for array in held.values())

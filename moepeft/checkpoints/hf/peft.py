@@ -65,7 +65,7 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   wanted = weight_mapping.entries(rules, sizes, family.depths(config))
   left_out = _left_out(wanted, shapes)
   weight_mapping.check(
-    {e.their_name: e.their_shape for e in wanted},
+    {e.stored_name: e.stored_shape for e in wanted},
     left_out | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
@@ -112,7 +112,7 @@ def save(
   sizes = family.axis_sizes(config) | letters
   wanted = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
-    entry.their_name: array
+    entry.stored_name: array
     for entry, array in weight_mapping.write(wanted, sizes, adapter.tree)
   }
   if 'r' in fields:
@@ -224,9 +224,9 @@ def _left_out(
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
   held = {module_of(name) for name in shapes}
   found = {
-    e.their_name: e.their_shape
+    e.stored_name: e.stored_shape
     for e in wanted
-    if module_of(e.their_name) not in held
+    if module_of(e.stored_name) not in held
   }
   lost = [name for name in found if name.endswith('_vector')]
   if lost:
@@ -266,7 +266,7 @@ def _all_ia3_rules(
     peft_lora.require(at, known)
     on = spec.get('on', Ia3.on)
     rules += [_ia3_rule(config, site, instance, on) for site in at]
-  if len({rule.theirs for rule in rules}) < len(rules):
+  if len({rule.stored_name for rule in rules}) < len(rules):
     raise CheckpointError(
       'peft keeps one scale a module: this adapter has several at wo (act, '
       'hidden and wo itself count as one); write the moepeft form instead'

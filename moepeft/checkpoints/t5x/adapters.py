@@ -69,7 +69,7 @@ def read(
         method, modules, shapes
       )
       found = _entries(config, method, modules, sizes)
-      wanted |= {e.their_name: e.their_shape for e in found}
+      wanted |= {e.stored_name: e.stored_shape for e in found}
       specs.append(_spec(config, method, modules, sizes, top_k))
       parts.append((found, sizes))
   weight_mapping.check(

@@ -128,8 +128,8 @@ def save(
     folder = made / f'checkpoint_{step}'
     folder.mkdir()
     target = {
-      entry.their_name: zarr.write(
-        folder, f'target.{entry.their_name.replace("/", ".")}', array
+      entry.stored_name: zarr.write(
+        folder, f'target.{entry.stored_name.replace("/", ".")}', array
       )
       for entry, array in arrays
     }
@@ -200,7 +200,7 @@ def _read(
     t5_weights.t5x_rules(config), sizes, t5_weights.depths(config)
   )
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in wanted},
     base,
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',

@@ -88,15 +88,15 @@ SIZES = {
 def sites(config: BertConfig) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
   mlp = feed_forward(gated=False)
-  found = {'embed': 'embed', 'embed_norm': 'norm'}
-  found |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
-  found |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
+  roles = {'embed': 'embed', 'embed_norm': 'norm'}
+  roles |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
+  roles |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
   if config.pooler:
-    found['pooler'] = 'pooler'
+    roles['pooler'] = 'pooler'
   if config.masked:
-    found |= {'transform': 'transform', 'transform_norm': 'norm'}
-    found['head'] = 'head'
-  return found
+    roles |= {'transform': 'transform', 'transform_norm': 'norm'}
+    roles['head'] = 'head'
+  return roles
 
 
 class Block(nn.Module):
@@ -189,7 +189,7 @@ class Stack(nn.Module):
 
 @struct.dataclass
 class Encoded:
-  """What an encoder says of a batch.
+  """The outputs of an encoder.
 
   Attributes:
     states: [b, t, d] of the last layer.

@@ -82,8 +82,8 @@ def projections(config: BertConfig) -> dict[str, tuple[str, str]]:
   del config
   attention = dict.fromkeys('qkv', ('d', 'nh')) | {'o': ('nh', 'd')}
   mlp = {'wi': ('d', 'f'), 'wo': ('f', 'd')}
-  found = {f'encoder/self/{name}': axes for name, axes in attention.items()}
-  return found | {f'encoder/mlp/{name}': axes for name, axes in mlp.items()}
+  sites = {f'encoder/self/{name}': axes for name, axes in attention.items()}
+  return sites | {f'encoder/mlp/{name}': axes for name, axes in mlp.items()}
 
 
 def hf_module(site: str, config: BertConfig) -> str:
@@ -135,23 +135,23 @@ def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def _table(ours: str, theirs: str, letter: str) -> Rule:
-  theirs = f'bert.embeddings.{theirs}_embeddings.weight'
-  return Rule(f'{ours}/embedding', theirs, f'{letter}d', f'{letter}d')
+def _table(name: str, stored_name: str, letter: str) -> Rule:
+  stored_name = f'bert.embeddings.{stored_name}_embeddings.weight'
+  return Rule(f'{name}/embedding', stored_name, f'{letter}d', f'{letter}d')
 
 
-def _dense(ours: str, theirs: str, inner: str, outer: str) -> list[Rule]:
-  weight, bias = f'{theirs}.weight', f'{theirs}.bias'
+def _dense(path: str, module: str, inner: str, outer: str) -> list[Rule]:
+  weight, bias = f'{module}.weight', f'{module}.bias'
   return [
-    Rule(f'{ours}/kernel', weight, inner + outer, f'({outer})({inner})'),
-    Rule(f'{ours}/bias', bias, outer, f'({outer})'),
+    Rule(f'{path}/kernel', weight, inner + outer, f'({outer})({inner})'),
+    Rule(f'{path}/bias', bias, outer, f'({outer})'),
   ]
 
 
-def _norm(ours: str, theirs: str) -> list[Rule]:
+def _norm(path: str, module: str) -> list[Rule]:
   return [
-    Rule(f'{ours}/scale', f'{theirs}.weight', 'd', 'd'),
-    Rule(f'{ours}/bias', f'{theirs}.bias', 'd', 'd'),
+    Rule(f'{path}/scale', f'{module}.weight', 'd', 'd'),
+    Rule(f'{path}/bias', f'{module}.bias', 'd', 'd'),
   ]
 
 
@@ -188,12 +188,12 @@ def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> BertConfig:
     )
   _check(fields)
   optional = {
-    ours: fields[theirs]
-    for ours, theirs in _OPTIONAL.items()
-    if fields.get(theirs) is not None
+    name: fields[hf_name]
+    for name, hf_name in _OPTIONAL.items()
+    if fields.get(hf_name) is not None
   }
   return BertConfig(
-    **{ours: fields[theirs] for ours, theirs in _SIZES.items()},
+    **{name: fields[hf_name] for name, hf_name in _SIZES.items()},
     **optional,
     activation=activation_from_hf(fields.get('hidden_act', 'gelu')),
     tied=bool(tied),
@@ -232,5 +232,5 @@ def to_hf_fields(config: BertConfig) -> dict[str, Any]:
     'attention_probs_dropout_prob': config.dropout,
     'position_embedding_type': 'absolute',
     'tie_word_embeddings': config.tied,
-    **{name: getattr(config, ours) for ours, name in fields.items()},
+    **{key: getattr(config, field) for field, key in fields.items()},
   }

@@ -148,13 +148,10 @@ class DecoderNames:
     return tuple(rules)
 
   def _projection(self, site: str, config: DecoderConfig) -> list[Rule]:
-    sites, path, module = (
-      projections(config),
-      in_layers(site),
-      self.module(site),
-    )
+    sites, module = projections(config), self.module(site)
     inner, outer = sites[site]
-    shared = [other for other in sites if self.module(other) == module]
+    shared = [path for path in sites if self.module(path) == module]
+    name = in_layers(site)
     part, stored = (shared.index(site), len(shared)), f'({outer})'
     if len(shared) > 1:
       stored = f'(*{outer})'
@@ -162,10 +159,10 @@ class DecoderNames:
     if self.kernel_axes == 'in out':
       kernel = f'({inner}){stored}'
     rules = [
-      Rule(f'{path}/kernel', f'{module}.weight', inner + outer, kernel, part)
+      Rule(f'{name}/kernel', f'{module}.weight', inner + outer, kernel, part)
     ]
     if site in biased(config):
-      rules.append(Rule(f'{path}/bias', f'{module}.bias', outer, stored, part))
+      rules.append(Rule(f'{name}/bias', f'{module}.bias', outer, stored, part))
     return rules
 
 

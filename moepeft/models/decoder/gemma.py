@@ -88,17 +88,17 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     )
   # Defaults of transformers' class.
   fields = _USUAL | fields
-  of_2 = fields['model_type'] == 'gemma2'
+  is_gemma2 = fields['model_type'] == 'gemma2'
   # Each class reads one of the two names and ignores the other.
-  said = fields.get('hidden_activation' if of_2 else 'hidden_act')
-  if said is None or (not of_2 and said == 'gelu'):
+  activation = fields.get('hidden_activation' if is_gemma2 else 'hidden_act')
+  if activation is None or (not is_gemma2 and activation == 'gelu'):
     # Gemma 1's files say 'gelu' and have always meant the tanh form.
-    said = 'gelu_pytorch_tanh'
+    activation = 'gelu_pytorch_tanh'
   shape = shape_from_hf(
-    {**fields, 'hidden_activation': said},
+    {**fields, 'hidden_activation': activation},
     'gemma',
     tied,
-    kv_heads=4 if of_2 else 16,
+    kv_heads=4 if is_gemma2 else 16,
   )
   bias = fields.get('attention_bias', False)
   shape = dataclasses.replace(
@@ -109,7 +109,7 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     attention_bias=bias,
     out_bias=bias,
   )
-  if not of_2:
+  if not is_gemma2:
     return shape
   return dataclasses.replace(
     shape,

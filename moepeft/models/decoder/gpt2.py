@@ -82,8 +82,8 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     CheckpointError: a size is absent, or an option is one that is not
       supported.
   """
-  wanted = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
-  absent = [key for key in wanted if fields.get(key) is None]
+  required = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
+  absent = [key for key in required if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a gpt2 '

@@ -33,27 +33,27 @@ def shape_from_hf(
     CheckpointError: a size is absent, or an option is one that is not
       supported.
   """
-  wanted = {
+  required = {
     'vocab': 'vocab_size',
     'd_model': 'hidden_size',
     'heads': 'num_attention_heads',
     'ffn': 'intermediate_size',
     'layers': 'num_hidden_layers',
   }
-  absent = [key for key in wanted.values() if fields.get(key) is None]
+  absent = [key for key in required.values() if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a '
       f'{family} model; write it again with save_pretrained'
     )
-  found = {ours: fields[theirs] for ours, theirs in wanted.items()}
-  heads = found['heads']
-  usual = min(kv_heads, heads) or heads
+  sizes = {field: fields[hf_field] for field, hf_field in required.items()}
+  heads = sizes['heads']
+  default_kv_heads = min(kv_heads, heads) or heads
   return DecoderConfig(
     family=family,
-    **found,
-    kv_heads=fields.get('num_key_value_heads', usual) or heads,
-    head_dim=fields.get('head_dim') or found['d_model'] // heads,
+    **sizes,
+    kv_heads=fields.get('num_key_value_heads', default_kv_heads) or heads,
+    head_dim=fields.get('head_dim') or sizes['d_model'] // heads,
     activation=activation_from_hf(
       fields.get('hidden_activation') or fields.get('hidden_act', 'silu')
     ),
@@ -106,39 +106,44 @@ def activation_from_hf(name: str) -> str:
 
 def activation_to_hf(config: DecoderConfig) -> str:
   """Hugging Face's name of the activation."""
-  known = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-  return known[config.activation]
+  names = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}
+  return names[config.activation]
 
 
 def windows_from_hf(
-  fields: Mapping[str, Any], usual: tuple[bool, ...]
+  fields: Mapping[str, Any], default_windowed: tuple[bool, ...]
 ) -> dict[str, Any]:
   """`window` and `windowed` of a family whose layers differ.
 
   Args:
-    usual: whether each layer is windowed where 'layer_types' is not there.
+    default_windowed: whether each layer is windowed where there is no
+      'layer_types'.
   """
   window = fields.get('sliding_window') or 0
   if not fields.get('use_sliding_window') or not window:
     return {}
-  known = {'full_attention': False, 'sliding_attention': True}
-  kinds = fields.get('layer_types')
-  unknown = sorted(set(kinds or ()) - known.keys())
+  is_windowed = {'full_attention': False, 'sliding_attention': True}
+  layer_types = fields.get('layer_types')
+  unknown = sorted(set(layer_types or ()) - is_windowed.keys())
   if unknown:
     raise CheckpointError(
       f'layers of the type {", ".join(unknown)} in config.json: expected '
-      f'{" or ".join(known)}; others are not supported'
+      f'{" or ".join(is_windowed)}; others are not supported'
     )
-  windowed = tuple(known[kind] for kind in kinds) if kinds else usual
+  windowed = (
+    tuple(is_windowed[layer_type] for layer_type in layer_types)
+    if layer_types
+    else default_windowed
+  )
   return {'window': window, 'windowed': windowed} if any(windowed) else {}
 
 
 def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
   """The fields that `windows_from_hf` reads."""
   windowed = config.windowed or (config.window > 0,) * config.layers
-  kinds = {False: 'full_attention', True: 'sliding_attention'}
+  layer_types = {False: 'full_attention', True: 'sliding_attention'}
   return {
     'sliding_window': config.window or None,
     'use_sliding_window': config.window > 0,
-    'layer_types': [kinds[layer] for layer in windowed],
+    'layer_types': [layer_types[layer] for layer in windowed],
   }

@@ -32,10 +32,10 @@ def sites(config: DecoderConfig) -> dict[str, str]:
   if config.post_norms:
     attention = attention | {'_post_norm': 'norm'}
     mlp |= {'_post_norm': 'norm'}
-  found = {'embed': 'embed'}
-  found |= {f'decoder/self{part}': role for part, role in attention.items()}
-  found |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
-  return found | {'decoder/norm': 'norm', 'head': 'head'}
+  roles = {'embed': 'embed'}
+  roles |= {f'decoder/self{part}': role for part, role in attention.items()}
+  roles |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
+  return roles | {'decoder/norm': 'norm', 'head': 'head'}
 
 
 class Block(nn.Module):

@@ -149,11 +149,11 @@ def sites(config: T5Config) -> dict[str, str]:
     'decoder/cross': ATTENTION,
     'decoder/mlp': mlp,
   }
-  found = {'embed': 'embed'}
-  for path, roles in stacks.items():
-    found |= {path + suffix: role for suffix, role in roles.items()}
+  roles = {'embed': 'embed'}
+  for path, suffixes in stacks.items():
+    roles |= {path + suffix: role for suffix, role in suffixes.items()}
   ends = {'encoder/norm': 'norm', 'decoder/norm': 'norm', 'head': 'head'}
-  return found | ends
+  return roles | ends
 
 
 class Block(nn.Module):

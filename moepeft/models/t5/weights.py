@@ -98,16 +98,16 @@ def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
   rules = [Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = (
+    name, stored_name = (
       in_layers(site) + '/kernel',
       hf_module(site, config) + '.weight',
     )
-    rules.append(Rule(ours, theirs, inner + outer, f'({outer})({inner})'))
+    rules.append(Rule(name, stored_name, inner + outer, f'({outer})({inner})'))
   for stack, subs in SUBLAYERS.items():
     for i, sub in enumerate(subs):
-      ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
-      theirs = f'{stack}.block.{{l}}.layer.{i}.layer_norm.weight'
-      rules.append(Rule(ours, theirs, 'd', 'd'))
+      name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+      stored_name = f'{stack}.block.{{l}}.layer.{i}.layer_norm.weight'
+      rules.append(Rule(name, stored_name, 'd', 'd'))
     bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
     rules += [
       Rule(f'{stack}/relpos/embedding', f'{stack}.{bias}', 'pn', 'pn'),
@@ -129,12 +129,15 @@ def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for flaxformer's T5 in T5X; its kernels are [in, out]."""
   rules = [Rule('embed/embedding', 'token_embedder/embedding', 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = in_layers(site) + '/kernel', t5x_module(site) + '/kernel'
-    rules.append(Rule(ours, theirs, inner + outer, f'({inner})({outer})'))
+    name, stored_name = (
+      in_layers(site) + '/kernel',
+      t5x_module(site) + '/kernel',
+    )
+    rules.append(Rule(name, stored_name, inner + outer, f'({inner})({outer})'))
   for place, norm in _T5X_NORMS.items():
     stack, sub = place.split('/')
-    ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
-    rules.append(Rule(ours, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
+    name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+    rules.append(Rule(name, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
   for stack in SUBLAYERS:
     bias = f'{stack}/relpos_bias/rel_embedding'
     norm = f'{stack}/{stack}_norm/scale'
@@ -172,18 +175,18 @@ def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> T5Config:
       'padding, which decoders of T5 start from; others are not supported'
     )
   multilingual = fields.get('model_type') == 'mt5'
-  usual = 'gated-gelu' if multilingual else 'relu'
-  projection = fields.get('feed_forward_proj') or usual
+  default = 'gated-gelu' if multilingual else 'relu'
+  projection = fields.get('feed_forward_proj') or default
   gated, activation = _activation(projection)
   scaled = _scaled_mt5 if multilingual else _scaled
   layers = fields['num_layers']
   optional = {
-    ours: fields[theirs]
-    for ours, theirs in _HF_OPTIONAL.items()
-    if fields.get(theirs) is not None
+    name: fields[hf_name]
+    for name, hf_name in _HF_OPTIONAL.items()
+    if fields.get(hf_name) is not None
   }
   return T5Config(
-    **{ours: fields[theirs] for ours, theirs in _HF_SIZES.items()},
+    **{name: fields[hf_name] for name, hf_name in _HF_SIZES.items()},
     **optional,
     decoder_layers=fields.get('num_decoder_layers') or layers,
     gated=gated,
@@ -201,9 +204,9 @@ def _scaled(fields: Mapping[str, Any], tied: bool) -> bool:
   it.
   """
   del tied
-  usual = fields.get('tie_word_embeddings') is not False
-  said = fields.get('scale_decoder_outputs')
-  return usual if said is None else said
+  default = fields.get('tie_word_embeddings') is not False
+  scaled = fields.get('scale_decoder_outputs')
+  return default if scaled is None else scaled
 
 
 def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
@@ -213,8 +216,8 @@ def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
   them; version 4 does where that is true, which ties the head.
   """
   major = (fields.get('transformers_version') or '4').partition('.')[0]
-  said = fields.get('tie_word_embeddings') is True
-  return tied and said and major.isdigit() and int(major) < 5
+  stated_tied = fields.get('tie_word_embeddings') is True
+  return tied and stated_tied and major.isdigit() and int(major) < 5
 
 
 _HF_SIZES = {
@@ -272,7 +275,9 @@ def _projection_to_hf(config: T5Config) -> str:
       "('gated-gelu' is the tanh form): keep such a model as moepeft has it"
     )
   name = next(
-    n for n, ours in _ACTIVATIONS.items() if ours == config.activation
+    hf_name
+    for hf_name, activation in _ACTIVATIONS.items()
+    if activation == config.activation
   )
   return f'gated-{name}' if config.gated else name
 
@@ -290,7 +295,7 @@ def to_hf_fields(config: T5Config) -> dict[str, Any]:
     'feed_forward_proj': _projection_to_hf(config),
     'tie_word_embeddings': config.tied,
     'scale_decoder_outputs': config.scale_head,
-    **{theirs: getattr(config, ours) for ours, theirs in fields.items()},
+    **{key: getattr(config, name) for name, key in fields.items()},
   }
 
 
@@ -336,5 +341,5 @@ def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
 
 
 def _layers(shapes: Mapping[str, Shape], stack: str) -> int:
-  found = [re.match(rf'{stack}/layers_(\d+)/', name) for name in shapes]
-  return 1 + max((int(match[1]) for match in found if match), default=-1)
+  matches = [re.match(rf'{stack}/layers_(\d+)/', name) for name in shapes]
+  return 1 + max((int(match[1]) for match in matches if match), default=-1)
