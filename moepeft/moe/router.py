@@ -32,7 +32,11 @@ class RouterSpec:
       one of which is `experts`.
     normalized: whether a token's combine weights sum to one, with the default
       options.
-    causal: whether a token's routing depends on no later token of its row.
+    causal: whether a token's routing depends on no later token of its row,
+      outside of the prompt. In a decoder a router has to be.
+    pools_prompt: whether it reads the whole prompt (`Context.prompt_mask`) at
+      each token, as routers of sentences do. The engine's caches do not hold
+      what it needs, so such a router is trained and scored, not generated with.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
     losses: {name in config.router_losses: loss}, beside those of
@@ -51,6 +55,7 @@ class RouterSpec:
   module: Any
   normalized: bool = True
   causal: bool = True
+  pools_prompt: bool = False
   independent_of_batch: bool = True
   learned: bool = True
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
