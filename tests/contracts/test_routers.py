@@ -280,5 +280,5 @@ def test_the_load_balance_loss_pushes_towards_balance():
 
 
 def test_an_unknown_loss_is_named():
-  with pytest.raises(ValueError, match='got balance'):
+  with pytest.raises(ValueError, match='got config.router_losses.balance'):
     aux_losses.auxiliary_loss({}, {'balance': 1.0})
