@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 from moepeft.inference import json_schema as inference_json_schema
 from moepeft.inference.api import Constraint, EngineFull
 from moepeft.inference.constraints import lark, tool_grammar
@@ -34,7 +34,7 @@ from moepeft.inference.constraints.grammar_worker import (
   ProcessLimits,
   vocabulary,
 )
-from moepeft.inference.constraints.token_bytes import pieces
+from moepeft.inference.token_bytes import TokenBytes
 from moepeft.inference.tools.tools import Choice, Style, Tool
 
 
@@ -156,7 +156,7 @@ class Compiler:
         f'vocabulary, got {tuple(ends)}'
       )
     self._library, self._limits = llguidance, limits
-    self._tokens = _Tokens(pieces(words, vocab), tuple(ends))
+    self._tokens = _Tokens(_table(words, vocab), tuple(ends))
     self._pool = GrammarPool(
       self._tokens.vocabulary(), limits.processes, limits.process
     )
@@ -318,6 +318,15 @@ def _result(future: Future) -> GrammarProcess | None:
 
 # In place of an id: a token that adds nothing.
 _NOTHING = -1
+
+
+def _table(tokenizer: Tokenizer, size: int) -> Pieces:
+  """The bytes of a model's tokens, and the tokenizer for the processes."""
+  first, later = TokenBytes(tokenizer).table(size)
+  text = ''
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    text = tokenizer.tokenizer.backend_tokenizer.to_str()
+  return Pieces(text, later, first)
 
 
 class _Tokens:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core.types import Tree
+from moepeft.data.batching.seq2seq import PAD
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import (
   CANCELLED,
@@ -38,13 +39,13 @@ from moepeft.inference.api import (
   Token,
   UnknownAdapter,
 )
-from moepeft.inference.decode import PAD
+from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
 from moepeft.inference.engine import sequence as sequences
 from moepeft.inference.engine.limits import (
   EngineConfig,
   at_least,
-  check_length,
   check_request,
+  check_request_length,
   max_model_len,
 )
 from moepeft.inference.engine.model_runner import ModelRunner
@@ -165,7 +166,7 @@ class Engine:
         soft_prompt = self._check_adapter(request.adapter).soft_prompt_length
       else:
         soft_prompt = 0
-      check_length(request, self._model, self._config, soft_prompt)
+      check_request_length(request, self._model, self._config, soft_prompt)
       if request.id in self._sequences:
         raise RequestRefused(f'a request {request.id!r} is under way already')
       waiting = self._waiting()
@@ -235,6 +236,28 @@ class Engine:
     return [
       GeneratedAnswer(tuple(tokens[r.id]), finished[r.id]) for r in requests
     ]
+
+  def beam_search(
+    self, requests: Sequence[Request], beams: BeamConfig
+  ) -> list[list[BeamAnswer]]:
+    """The most probable answers to each request, best first.
+
+    Waits until no request runs. Sampling, constraints and log-probabilities of
+    the requests are not looked at.
+
+    Raises:
+      RequestRefused: the engine does not take one of them.
+      ValueError: it has fewer slots than beams.
+      ArithmeticError: the model's logits are no numbers.
+    """
+    for request in requests:
+      check_request(request, self._model, self._config)
+    if beams.count > self.slots:
+      raise ValueError(
+        f'{beams.count} beams need as many slots; the engine has {self.slots}'
+      )
+    self._open_inline()
+    return self._call(lambda: self._beam_search(requests, beams))
 
   def log_probs(self, requests: Sequence[LogprobRequest]) -> list[np.ndarray]:
     """Log-probability of each token of the answers, in nats: float64 [t] each.
@@ -386,6 +409,11 @@ class Engine:
       return False
     return True
 
+  def _beam_search(self, requests, beams) -> list[list[BeamAnswer]]:
+    if self._scheduler.busy:
+      raise NotYet
+    return search(self._scheduler, requests, beams)
+
   def _score(self, request: LogprobRequest) -> np.ndarray:
     """`log_probs` of an encoder-decoder's answer."""
     answer = request.answer_ids
@@ -395,7 +423,7 @@ class Engine:
     try:
       ids = (*adapter.soft_prompt_ids, *request.prompt_ids)
       soft_prompt = len(adapter.soft_prompt_ids)
-      check_length(as_request, self._model, self._config, soft_prompt)
+      check_request_length(as_request, self._model, self._config, soft_prompt)
       prefill = self._scheduler.prefill
       states = prefill.encode(adapter.sha256, adapter.row, ids)
       length = at_least(self._runner.cache_lens, len(answer))

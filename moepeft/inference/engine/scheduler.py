@@ -9,8 +9,6 @@ import collections
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from moepeft.inference.api import (
   CANCELLED,
   FAILED,
@@ -24,8 +22,9 @@ from moepeft.inference.api import (
   TokenLogprob,
 )
 from moepeft.inference.engine import sampler
+from moepeft.inference.engine.decode_step import decode_step
 from moepeft.inference.engine.fair_queue import FairQueue
-from moepeft.inference.engine.limits import at_least, check_length
+from moepeft.inference.engine.limits import check_request_length
 from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefill import (
   DecoderPrefill,
@@ -42,6 +41,9 @@ class Scheduler:
   """The sequences that wait, and those that have slots.
 
   Attributes:
+    runner: the model with its adapters.
+    slots: the cache's rows.
+    prefill: reads prompts.
     finished: number of requests by the reason of their end.
     prompt_tokens, cached_tokens, answer_tokens: totals of those.
     slot_seconds: moving average of the time for which a request has a slot.
@@ -55,11 +57,11 @@ class Scheduler:
     Args:
       on_finish: called with each sequence after its last event.
     """
-    self._runner, self._on_finish = runner, on_finish
-    self._slots = PrefixCache(runner.config.slots)
+    self.runner, self._on_finish = runner, on_finish
+    self.slots = PrefixCache(runner.config.slots)
     decoder_only = hasattr(runner.model, 'extend')
     prefill = DecoderPrefill if decoder_only else EncoderDecoderPrefill
-    self.prefill = prefill(runner, self._slots)
+    self.prefill = prefill(runner, self.slots)
     self._waiting: FairQueue[Sequence] = FairQueue()
     self._running: list[Sequence] = []
     self._failures = 0
@@ -75,7 +77,7 @@ class Scheduler:
   @property
   def free(self) -> int:
     """The number of slots that no sequence has."""
-    return self._slots.free()
+    return self.slots.free()
 
   def add_request(self, sequence: Sequence) -> None:
     self._waiting.put(sequence.request.client, sequence)
@@ -111,7 +113,7 @@ class Scheduler:
     if sequence.slot is not None:
       self._free_slot(sequence, reason)
     if sequence.adapter is not None:
-      self._runner.adapters.release(sequence.adapter)
+      self.runner.adapters.release(sequence.adapter)
     event = Finished(
       reason,
       len(sequence.request.prompt_ids),
@@ -128,7 +130,7 @@ class Scheduler:
 
   def invalidate(self) -> None:
     """Forgets all prefixes and encoded inputs: the weights have changed."""
-    self._slots.invalidate()
+    self.slots.invalidate()
     if isinstance(self.prefill, EncoderDecoderPrefill):
       self.prefill.forget()
 
@@ -137,21 +139,21 @@ class Scheduler:
     slot = sequence.slot
     if reason == FAILED or not sequence.finite:
       slot.ids = []
-      self._try(lambda: self._runner.clear(slot.number))
-    self._slots.release(slot)
+      self._try(lambda: self.runner.clear(slot.number))
+    self.slots.release(slot)
 
   def _admit(self) -> None:
     """Gives free slots to waiting sequences."""
-    adapters, config = self._runner.adapters, self._runner.config
+    adapters, config = self.runner.adapters, self.runner.config
     put_off = []
-    while len(self._waiting) and self._slots.free() and not self.broken:
+    while len(self._waiting) and self.slots.free() and not self.broken:
       sequence = self._waiting.take()
       request = sequence.request
       try:
         sequence.use(adapters.acquire(request.adapter))
         # Another adapter may have its name by now.
         soft_prompt = len(sequence.adapter.soft_prompt_ids)
-        check_length(request, self._runner.model, config, soft_prompt)
+        check_request_length(request, self.runner.model, config, soft_prompt)
       except EngineFull:
         # Another's end frees an adapter slot; others do not wait for it.
         put_off.append(sequence)
@@ -196,18 +198,8 @@ class Scheduler:
   def _next_tokens(
     self, batch: list[Sequence]
   ) -> list[TokenLogprob | Exception]:
-    runner, prefill = self._runner, self.prefill
-    n = at_least(runner.config.batch_sizes, len(batch))
-    # A row that no sequence has computes the first again.
-    rows = [*batch, *[batch[0]] * (n - len(batch))]
-    output = runner.decode(
-      n,
-      at_least(runner.cache_lens, max(map(prefill.cache_len, batch))),
-      np.stack([sequence.adapter.row for sequence in rows]),
-      np.array([sequence.slot.number for sequence in rows], np.int32),
-      *prefill.inputs(rows),
-    )
-    return sampler.sample(runner.programs, batch, output)
+    output = decode_step(self.runner, self.prefill, batch)
+    return sampler.sample(self.runner.programs, batch, output)
 
   def _append(self, sequence: Sequence, token: TokenLogprob) -> None:
     """Delivers a token, and finishes the sequence if it was the last."""
@@ -234,11 +226,11 @@ class Scheduler:
   def _fail(self, batch: list[Sequence], error: Exception) -> None:
     """Ends the sequences of a failed computation; the others go on."""
     self._failures += not isinstance(error, ArithmeticError | ValueError)
-    if not self._runner.cache_intact:
+    if not self.runner.cache_intact:
       # The failed program was writing to it.
       batch = [*self._running]
-      self._slots.invalidate()
-      self._try(self._runner.reset_cache)
+      self.slots.invalidate()
+      self._try(self.runner.reset_cache)
     for sequence in batch:
       self.finish(sequence, FAILED, _sentence(error))
     if self._failures >= _BROKEN:
