@@ -23,9 +23,10 @@ from moepeft.core.types import Array
 from moepeft.inference.api import Request
 from moepeft.inference.engine import sampler
 from moepeft.inference.engine import sequence as sequences
+from moepeft.inference.engine.calls import NotYet
 from moepeft.inference.engine.decode_step import decode_step
+from moepeft.inference.engine.engine_core import EngineCore
 from moepeft.inference.engine.limits import check_request_length
-from moepeft.inference.engine.scheduler import Scheduler
 
 # Below every sum of log-probabilities, and finite, so that it adds up.
 _NEVER = np.float32(-1e9)
@@ -70,38 +71,41 @@ class BeamAnswer:
 
 
 def search(
-  scheduler: Scheduler, requests: Sequence[Request], beams: BeamConfig
+  core: EngineCore, requests: Sequence[Request], beams: BeamConfig
 ) -> list[list[BeamAnswer]]:
   """The m best answers to each request, best first.
 
   Args:
-    scheduler: of an idle engine with at least m slots.
+    core: of an idle engine with at least m slots.
 
   Raises:
+    NotYet: a sequence runs.
     RequestRefused: a request does not fit.
     ArithmeticError: the model's logits are no numbers.
   """
+  if core.scheduler.busy:
+    raise NotYet
   waiting = collections.deque(BeamSearch(r, beams) for r in requests)
   searches, active = [*waiting], []
   try:
     while waiting or active:
-      while waiting and scheduler.free >= beams.count:
+      while waiting and core.scheduler.slots.free() >= beams.count:
         active.append(waiting.popleft())
-        active[-1].start(scheduler)
-      _step(scheduler, active)
+        active[-1].start(core)
+      _step(core, active)
       for done in [search for search in active if search.done]:
         active.remove(done)
-        done.free(scheduler)
+        done.free(core)
   finally:
     for unfinished in active:
-      unfinished.free(scheduler, clear=True)
+      unfinished.free(core, clear=True)
   return [search.finished for search in searches]
 
 
-def _step(scheduler: Scheduler, active: 'list[BeamSearch]') -> None:
+def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
   """Adds a token to every beam of every search."""
   batch = [row for search in active for row in search.rows]
-  output = decode_step(scheduler.runner, scheduler.prefill, batch)
+  output = decode_step(core.runner, core.prefill, batch)
   count = max(search.candidates for search in active)
   ids, logprobs, finite = jax.device_get(
     (*_candidates(output.logits, count), output.finite)
@@ -109,11 +113,11 @@ def _step(scheduler: Scheduler, active: 'list[BeamSearch]') -> None:
   if not finite[: len(batch)].all():
     raise ArithmeticError(sampler.NOT_FINITE)
   for row in batch:
-    scheduler.prefill.record_step(row)
+    core.prefill.record_step(row)
   at = 0
   for search in active:
     own = slice(at, at + len(search.rows))
-    search.grow(scheduler, ids[own], logprobs[own])
+    search.grow(core, ids[own], logprobs[own])
     at = own.stop
 
 
@@ -149,9 +153,9 @@ class BeamSearch:
     with."""
     return max(2, 1 + len(self._request.eos_token_ids)) * self._beams.count
 
-  def start(self, scheduler: Scheduler) -> None:
+  def start(self, core: EngineCore) -> None:
     """Reads the prompt into m slots."""
-    runner, request = scheduler.runner, self._request
+    runner, request = core.runner, self._request
     adapter = runner.adapters.acquire(request.adapter)
     check_request_length(
       request, runner.model, runner.config, len(adapter.soft_prompt_ids)
@@ -159,12 +163,12 @@ class BeamSearch:
     for _ in range(self._beams.count):
       row = sequences.Sequence(request, lambda event: None)
       row.use(adapter)
-      scheduler.prefill.begin(row)
+      core.prefill.begin(row)
       self.rows.append(row)
       while not row.prefilled:
-        scheduler.prefill.read([row])
+        core.prefill.read([row])
 
-  def free(self, scheduler: Scheduler, clear: bool = False) -> None:
+  def free(self, core: EngineCore, clear: bool = False) -> None:
     """Frees the slots.
 
     Args:
@@ -173,14 +177,14 @@ class BeamSearch:
     for row in self.rows:
       if clear:
         row.slot.ids = []
-        scheduler.runner.clear(row.slot.number)
-      scheduler.slots.release(row.slot)
+        core.runner.clear(row.slot.number)
+      core.scheduler.slots.release(row.slot)
     if self.rows:
-      scheduler.runner.adapters.release(self.rows[0].adapter)
+      core.runner.adapters.release(self.rows[0].adapter)
     self.rows = []
 
   def grow(
-    self, scheduler: Scheduler, ids: np.ndarray, logprobs: np.ndarray
+    self, core: EngineCore, ids: np.ndarray, logprobs: np.ndarray
   ) -> None:
     """Adds a token to every beam.
 
@@ -209,7 +213,7 @@ class BeamSearch:
     self.done = enough or ended.all() or not self._may_improve(count)
     if not self.done:
       self._continue(
-        scheduler, [parents[i] for i in best], [answers[i] for i in best]
+        core, [parents[i] for i in best], [answers[i] for i in best]
       )
 
   def _finish(self, answers: list, sums: np.ndarray, ended: np.ndarray) -> None:
@@ -236,7 +240,7 @@ class BeamSearch:
     return bool(self.sums[0] / self._length_factor(size) > worst)
 
   def _continue(
-    self, scheduler: Scheduler, parents: list[int], answers: list[list[int]]
+    self, core: EngineCore, parents: list[int], answers: list[list[int]]
   ) -> None:
     """Gives each new beam its parent's slot, or a copy of it."""
     unused = [row for i, row in enumerate(self.rows) if i not in parents]
@@ -245,7 +249,7 @@ class BeamSearch:
       row = source = self.rows[parent]
       if parent in used:
         row = unused.pop()
-        scheduler.runner.copy(source.slot.number, row.slot.number)
+        core.runner.copy(source.slot.number, row.slot.number)
         row.slot.ids = list(source.slot.ids)
       used.add(parent)
       row.answer = answer
