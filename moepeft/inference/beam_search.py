@@ -116,9 +116,9 @@ def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
     core.prefill.record_step(row)
   at = 0
   for search in active:
-    own = slice(at, at + len(search.rows))
-    search.grow(core, ids[own], logprobs[own])
-    at = own.stop
+    rows = slice(at, at + len(search.rows))
+    search.grow(core, ids[rows], logprobs[rows])
+    at = rows.stop
 
 
 @functools.partial(jax.jit, static_argnames='count')

@@ -54,8 +54,12 @@ class TokenBytes:
     if i in self._special:
       return self._special[i].encode()
     # Ids beyond the tokenizer are the model's padding.
-    known = i < self._tokenizer.size
-    text = self._tokenizer.tokenizer.convert_ids_to_tokens(i) if known else None
+    in_tokenizer = i < self._tokenizer.size
+    text = (
+      self._tokenizer.tokenizer.convert_ids_to_tokens(i)
+      if in_tokenizer
+      else None
+    )
     if text is None:
       return b''
     return text.encode() if self._read is None else self._read(text)[1]
