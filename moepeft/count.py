@@ -3,12 +3,15 @@
 
 import json
 
+from moepeft import registries
 from moepeft.checkpoints.count_parameters import count
+from moepeft.config import check as config_check
 from moepeft.config import command_line
 
 
 def main(argv) -> None:
   del argv
+  config_check.check_keys(_CONFIG.value, registries.BY_KEY)
   print(json.dumps(count(_CONFIG.value), indent=2))
 
 

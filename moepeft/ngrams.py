@@ -9,6 +9,8 @@ import json
 
 from absl import flags
 
+from moepeft import registries
+from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import files
 from moepeft.evaluation import ngrams
@@ -18,13 +20,14 @@ def main(argv) -> None:
   del argv
   if _JSON.value:
     command_line.check_can_write(_JSON.value)
-  targets, found = ngrams.baseline(_CONFIG.value, _ORDER.value)
-  print(f'nats a target, of {targets:,} held-out targets')
-  for n, nats in enumerate(found, 1):
-    best = '  the least' if nats == min(found) else ''
+  config_check.check_keys(_CONFIG.value, registries.BY_KEY)
+  n_targets, losses = ngrams.baseline(_CONFIG.value, _ORDER.value)
+  print(f'nats a target, of {n_targets:,} held-out targets')
+  for n, nats in enumerate(losses, 1):
+    best = '  the least' if nats == min(losses) else ''
     print(f'{n}-gram  {nats:.4f}{best}')
   if _JSON.value:
-    files.write_text(_JSON.value, json.dumps(dict(enumerate(found, 1))))
+    files.write_text(_JSON.value, json.dumps(dict(enumerate(losses, 1))))
 
 
 if __name__ == '__main__':

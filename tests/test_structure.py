@@ -75,10 +75,10 @@ LAYERS = (
   ('evaluation', 'serve'),
   ('training',),
   (
-    *('registries', 'evaluate', 'generate', 'count', 'convert', 'tables'),
-    *('tokenizer', 'ngrams', 'serve.__main__', '__main__'),
+    *('registries', 'evaluate', 'generate', 'convert', 'tables'),
+    *('tokenizer', 'serve.__main__', '__main__'),
   ),
-  ('library', 'data.__main__'),
+  ('library', 'count', 'ngrams', 'data.__main__'),
   ('train',),
 )
 # It knows a server's API alone.

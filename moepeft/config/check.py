@@ -6,11 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moepeft.config import renamed
+from moepeft.config import renamed, suggestions
 from moepeft.config.defaults import default
 from moepeft.config.ranges import ALLOWED, TEXTS
-from moepeft.core.ranges import Choices, shortened
+from moepeft.core.ranges import Choices, nearest, shortened
 
+# Sections of keys that the config does not list.
+_OPEN_SECTIONS = ('router_losses',)
 # Read with any data.source where data.replay mixes plain text in.
 _REPLAY_KEYS = tuple(
   f'data.{key}'
@@ -38,6 +40,7 @@ def check(
       key is set that no code would read; the message names the key.
   """
   check_ranges(config)
+  check_keys(config, registries)
   for key, registry in registries.items():
     is_replaying = key == 'data.source' and config.data.replay
     check_entry(config, key, registry, _REPLAY_KEYS if is_replaying else ())
@@ -49,6 +52,42 @@ def check(
       'config.early_stopping_patience and config.checkpoint.keep_best go by '
       'validation losses; set config.evaluation.every_steps too'
     )
+
+
+def check_keys(
+  config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Refuses keys that no code reads, such as a config file may set.
+
+  Open are the weights of `router_losses` and the fields of `model.shape`, which
+  are checked where they are read, keys that entries list in `config_keys`, and
+  whole sections of a user's own.
+
+  Args:
+    registries: as for `check`.
+
+  Raises:
+    ValueError: the message has the key and the nearest one.
+  """
+  known = {
+    config_key
+    for registry in registries.values()
+    for entry in registry.values()
+    for config_key in getattr(entry, 'config_keys', ())
+  }
+  known |= set(suggestions.keys())
+  sections = {key.partition('.')[0] for key in known if '.' in key}
+  for key in suggestions.keys(config):
+    section, dot, _ = key.partition('.')
+    if key in known or section in _OPEN_SECTIONS:
+      continue
+    if dot and section not in sections:
+      if not nearest(section, sections):
+        continue
+      # The whole section is mistyped.
+      close = f'config.{nearest(section, sections)}'
+      raise ValueError(f'there is no config.{section}; did you mean {close}?')
+    raise ValueError(suggestions.no_such_key(key, sorted(known)))
 
 
 def check_entry(

@@ -42,7 +42,12 @@ def unknown_key(arg: str) -> str:
   if key in sections:
     inside = ', '.join(k for k in known if k.startswith(f'{key}.'))
     return f'config.{key} is a section of a config; name a key in it: {inside}'
-  close = [f'config.{k}' for k in similar_keys(key, known)]
+  return no_such_key(key, known)
+
+
+def no_such_key(key: str, known_keys: Sequence[str]) -> str:
+  """The sentence for a key that configs lack."""
+  close = [f'config.{k}' for k in similar_keys(key, known_keys)]
   advice = _options(close) or '; moepeft/config/defaults.py lists all keys'
   return f'there is no config.{_short(key)}{advice}'
 
