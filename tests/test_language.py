@@ -27,7 +27,6 @@ PENDING = frozenset(
     'moepeft/checkpoints',
     'moepeft/config',
     'moepeft/core',
-    'moepeft/inference',
     'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
