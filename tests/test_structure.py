@@ -7,10 +7,7 @@ from scripts import structure
 
 # Class names that stand in several files; the list only shrinks.
 DUPLICATE_CLASSES = frozenset(
-  (
-    'Adapter Block Call Embedding Engine Entry Layout Loaded Malformed Memory '
-    'Part Pieces Prompt Routing Stack Task Tool _Stored'
-  ).split()
+  ('Adapter Block Layout Loaded Prompt Stack _Stored').split()
 )
 # Functions of more than 100 lines; the list only shrinks.
 LONG_FUNCTIONS = frozenset()
@@ -48,7 +45,6 @@ BRANCHES = {
   'moepeft.evaluation.tables.render': 'loss',
   'moepeft.evaluation.tables.seeds': 'random tasks',
   'moepeft.evaluation.tables.terminal': 'loss',
-  'moepeft.generate': 'chat preference text',
   'moepeft.models.decoder.hf_rope': 'linear',
   'moepeft.models.decoder_gguf': 'gpt2 llama mistral qwen2',
   'moepeft.nn.rope': 'linear',
@@ -56,9 +52,6 @@ BRANCHES = {
   'moepeft.peft.build': 'topk',
   'moepeft.runs.diagnosis': 'loss',
   'moepeft.runs.resume': 'constant',
-  'moepeft.serve.http.chat': 'text',
-  'moepeft.serve.http.requests': 'text',
-  'moepeft.serve.http.schemas': 'text',
   'moepeft.train': 'chat preference',
 }
 

@@ -131,7 +131,7 @@ def constraint(
   Raises:
     ApiError: there is nothing to make it with, or it cannot be.
   """
-  if response_format is None or response_format.type == 'text':
+  if response_format is None or not response_format.is_constraint:
     return None
   if compiler is None:
     raise invalid_request(

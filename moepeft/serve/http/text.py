@@ -25,7 +25,7 @@ from moepeft.inference import prompts
 from moepeft.inference.token_bytes import TokenBytes
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.errors import invalid_request
-from moepeft.serve.http.schemas import Call, Message
+from moepeft.serve.http.schemas import Message, ToolCall
 from moepeft.serve.http.tool_calls import ToolPlan
 
 
@@ -198,7 +198,7 @@ def _turn(message: Message, place: int) -> Turn:
   )
 
 
-def _call(call: Call, place: int) -> dict[str, Any]:
+def _call(call: ToolCall, place: int) -> dict[str, Any]:
   where = f'messages[{place}].tool_calls'
   tool = call.function.name
   try:
