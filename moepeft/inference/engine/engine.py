@@ -2,8 +2,8 @@
 """The engine: requests in, tokens out.
 
 A server starts it on a thread of its own (`start`), which owns JAX; other
-threads leave tasks in an inbox, which that thread empties between two steps of
-its `Scheduler`. A command that only waits for answers calls `generate`,
+threads leave calls in an inbox, which that thread empties between two steps of
+its `EngineCore`. A command that only waits for answers calls `generate`,
 `stream` and `log_probs` without `start`: the steps are then done on its thread.
 """
 
@@ -177,7 +177,7 @@ class Engine:
       while pending or unfinished:
         while pending and self._submitted(pending[0], events.put, unfinished):
           unfinished.add(pending.popleft().id)
-        if self._thread is None and self._do_tasks():
+        if self._thread is None and self._do_calls():
           self._core.step()
         while unfinished and (self._thread or not events.empty()):
           request, event = events.get()
@@ -190,7 +190,7 @@ class Engine:
       for id in unfinished:
         self.cancel(id)
       while unfinished and self._thread is None and self._sequences:
-        self._do_tasks()
+        self._do_calls()
         self._core.step()
 
   def generate(self, requests: Sequence[Request]) -> list[GeneratedAnswer]:
@@ -343,21 +343,21 @@ class Engine:
     seconds = self._core.scheduler.slot_seconds * (waiting + 1) / self.slots
     return max(1, math.ceil(seconds))
 
-  def _put(self, task: EngineCall) -> None:
-    self._inbox.append(task)
+  def _put(self, call: EngineCall) -> None:
+    self._inbox.append(call)
     self._changed.notify_all()
 
   def _call(self, do: Callable[[], T]) -> T:
     """Calls on the engine's thread, between two steps."""
-    task = EngineCall(do)
+    call = EngineCall(do)
     with self._changed:
       if self._stopped:
         raise RequestRefused('the engine has been stopped')
       if self._thread is not None:
-        self._put(task)
-    if self._thread is None and not task.run():
+        self._put(call)
+    if self._thread is None and not call.run():
       raise ValueError('requests are running; wait for their answers first')
-    return task.future.result()
+    return call.future.result()
 
   def _submitted(self, request, put, unfinished: set[str]) -> bool:
     """Submits a request; False while the queue is full of our own."""
@@ -387,7 +387,7 @@ class Engine:
       return
     started.set_result(None)
     try:
-      while self._do_tasks():
+      while self._do_calls():
         self._core.step()
     except BaseException as e:
       self._core.broken = f'the engine stopped: {e}; restart the server'
@@ -415,8 +415,8 @@ class Engine:
       if not self._stopped:
         self._closed = ''
 
-  def _do_tasks(self) -> bool:
-    """Waits for something to do, and runs the tasks of other threads.
+  def _do_calls(self) -> bool:
+    """Waits for something to do, and runs the calls of other threads.
 
     Returns:
       Whether the engine goes on.
@@ -427,9 +427,9 @@ class Engine:
       )
       if self._stopped:
         return False
-      tasks = list(self._inbox)
+      calls = list(self._inbox)
       self._inbox.clear()
-    again = [task for task in tasks if not task.run()]
+    again = [call for call in calls if not call.run()]
     with self._changed:
       self._inbox.extendleft(reversed(again))
     return True
@@ -440,13 +440,13 @@ class Engine:
       self._changed.notify_all()
 
   def _close(self, reason: str, message: str) -> None:
-    """Ends all requests and tasks."""
+    """Ends all requests and calls."""
     with self._changed:
       self._closed, self._stopped = self._closed or message, True
-      tasks = list(self._inbox)
+      calls = list(self._inbox)
       self._inbox.clear()
       unfinished = list(self._sequences.values())
-    for task in tasks:
-      task.future.set_exception(RequestRefused(message))
+    for call in calls:
+      call.future.set_exception(RequestRefused(message))
     for sequence in unfinished:
       self._core.finish(sequence, reason, message)
