@@ -100,7 +100,7 @@ def read(torch_model):
 def ours(torch_model):
   """(model, variables) with the weights of the other side."""
   config, params = read(torch_model)
-  model = FAMILIES[config.family].MODULE(config)
+  model = FAMILIES[config.family].module(config)
   return model, {'params': jax.tree.map(jnp.asarray, params)}
 
 

@@ -26,8 +26,6 @@ PENDING = frozenset(
   (
     'moepeft/checkpoints',
     'moepeft/config',
-    'moepeft/core',
-    'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/config',

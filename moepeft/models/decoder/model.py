@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only models: one module for the families that differ in options.
 
-Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
-said by a `DecoderConfig`.
+A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
+`DecoderConfig` has the options of the computation.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.types import Array, Batch, Context
+from moepeft.core.types import Array, Batch, Context, Routing
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.masks import masks, row_causal_mask, segment_mask
 from moepeft.models.sites import ATTENTION, context, feed_forward
@@ -32,10 +32,10 @@ def sites(config: DecoderConfig) -> dict[str, str]:
   if config.post_norms:
     attention = attention | {'_post_norm': 'norm'}
     mlp |= {'_post_norm': 'norm'}
-  found = {'embed': 'embed'}
-  found |= {f'decoder/self{part}': role for part, role in attention.items()}
-  found |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
-  return found | {'decoder/norm': 'norm', 'head': 'head'}
+  roles = {'embed': 'embed'}
+  roles |= {f'decoder/self{part}': role for part, role in attention.items()}
+  roles |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
+  return roles | {'decoder/norm': 'norm', 'head': 'head'}
 
 
 class Block(nn.Module):
@@ -214,7 +214,9 @@ class Decoder(nn.Module):
       c.d_model, c.vocab, self.adapter_map, c.logits_cap, **typed
     )
 
-  def __call__(self, batch: Batch, train: bool = False) -> Array:
+  def __call__(
+    self, batch: Batch, train: bool = False, routing: Routing | None = None
+  ) -> Array:
     """Logits float32 [b, t, v] of a batch: of what follows each token.
 
     Args:
@@ -223,9 +225,11 @@ class Decoder(nn.Module):
         rows `inputs_segments` and `inputs_positions` (int). Others are not
         looked at.
       train: dropout and router noise on (rngs 'dropout' and 'router').
+      routing: [layers, b, t, e] of an earlier pass, as one through `states`,
+        instead of what the layers' routers would give.
     """
     ids = batch['inputs']
-    ctx = context(batch, 'inputs', ids, train)
+    ctx = context(batch, 'inputs', ids, train).replace(routing=routing)
     return self.logits(self.states(ids, ctx), ctx)
 
   def extend(self, ids: Array, ctx: Context) -> Array:
@@ -268,6 +272,3 @@ class Decoder(nn.Module):
   def logits(self, x: Array, ctx: Context) -> Array:
     """`states` [b, t, d] -> logits [b, t, v]."""
     return self.head(x, ctx, self.embed if self.config.tied else None)
-
-
-MODULE = Decoder
