@@ -8,7 +8,7 @@ A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.types import Array, Batch, Context
+from moepeft.core.types import Array, Batch, Context, Routing
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.masks import masks, row_causal_mask, segment_mask
 from moepeft.models.sites import ATTENTION, context, feed_forward
@@ -168,7 +168,9 @@ class Decoder(Transformer):
       c.d_model, c.vocab, self.adapter_map, c.logits_cap, **self.dtypes
     )
 
-  def __call__(self, batch: Batch, train: bool = False) -> Array:
+  def __call__(
+    self, batch: Batch, train: bool = False, routing: Routing | None = None
+  ) -> Array:
     """Logits float32 [b, t, v] of a batch: of what follows each token.
 
     Args:
@@ -177,9 +179,11 @@ class Decoder(Transformer):
         rows `inputs_segments` and `inputs_positions` (int). Others are not
         looked at.
       train: dropout and router noise on (rngs 'dropout' and 'router').
+      routing: [layers, b, t, e] of an earlier pass, as one through `states`,
+        instead of what the layers' routers would give.
     """
     ids = batch['inputs']
-    ctx = context(batch, 'inputs', ids, train)
+    ctx = context(batch, 'inputs', ids, train).replace(routing=routing)
     return self.logits(self.states(ids, ctx), ctx)
 
   def extend(self, ids: Array, ctx: Context, last: Array | None = None):
