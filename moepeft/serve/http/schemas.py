@@ -215,7 +215,7 @@ class Completion(GenerationFields):
     return self.prompt
 
 
-class EmbeddingFields(Strict):
+class EmbeddingObject(Strict):
   model: str
   input: _Texts
   dimensions: int | None = Field(None, ge=1)
