@@ -54,7 +54,8 @@ class Context:
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
-    routing: a given Routing, used instead of the site's own router.
+    routing: a Routing [l, b, t, e] that an earlier pass has made, used by the
+      sites of a stack instead of their own routers, each layer its own part.
     layer: int32 scalar, the layer's number within its stack.
     index: int32 scalar, the position that a cached decoder writes next.
     train: whether dropout and router noise are on; static.
@@ -121,12 +122,6 @@ class State:
   opt: Tree
   rng: Array
   reference: Tree = struct.field(default_factory=dict)
-
-
-class Adapter(Protocol):
-  """Wraps a layer: `(layer, x, ctx) -> y`; see `nn.adapter_hook.BaseLayer`."""
-
-  def __call__(self, layer, x: Array, ctx: Context) -> Array: ...
 
 
 class Router(Protocol):
