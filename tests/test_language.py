@@ -26,9 +26,7 @@ PENDING = frozenset(
   (
     'moepeft/checkpoints',
     'moepeft/config',
-    'moepeft/core',
     'moepeft/inference',
-    'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/config',

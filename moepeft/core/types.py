@@ -51,7 +51,8 @@ class Context:
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
-    routing: a given Routing, used instead of the site's own router.
+    routing: a Routing [l, b, t, e] that an earlier pass has made, used by the
+      sites of a stack instead of their own routers, each layer its own part.
     layer: int32 scalar, the layer's number within its stack.
     layer_count: how many layers that stack has, 0 outside of it; static.
     expert_mask: bool [e], set for a router alone: the experts that its layer
@@ -124,12 +125,6 @@ class State:
   opt: Tree
   rng: Array
   reference: Tree = struct.field(default_factory=dict)
-
-
-class Adapter(Protocol):
-  """Wraps a layer: `(layer, x, ctx) -> y`; see `nn.adapter_hook.BaseLayer`."""
-
-  def __call__(self, layer, x: Array, ctx: Context) -> Array: ...
 
 
 class Router(Protocol):

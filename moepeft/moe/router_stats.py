@@ -79,8 +79,8 @@ def router_stats(
   # Equal weights share the load, so that a uniform router's is even; where
   # fewer than k are left, as under expert dropout, only they do.
   chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
-  chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
-  mixed = weights / jnp.sum(weights, axis=-1, keepdims=True)
+  chosen = _normalized(chosen)
+  mixed = _normalized(weights)
   share = (weights > 0).astype(jnp.float32) if routing.sparse else mixed
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)
@@ -107,13 +107,22 @@ def router_stats(
   )
 
 
+def _normalized(x: Array) -> Array:
+  """x over its sum; zeros where a token has no expert at all."""
+  total = jnp.sum(x, axis=-1, keepdims=True)
+  return x / jnp.where(total == 0, 1, total)
+
+
 def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
-  """Calls the router (or takes ctx.routing) and reports its sums.
+  """Calls the router (or takes ctx.routing's layer) and reports its sums.
 
   The sums leave in the collection 'routing' and the full weights in
   'weights', each only where the caller of `apply` asks for it.
   """
-  routing = ctx.routing if ctx.routing is not None else router(x, ctx)
+  if ctx.routing is not None and ctx.layer is not None:
+    routing = jax.tree.map(lambda a: a[ctx.layer], ctx.routing)
+  else:
+    routing = router(x, ctx)
   if module.is_mutable_collection('routing'):
     sums = router_stats(routing, ctx.token_mask, ctx.expert_mask)
     module.sow(

@@ -45,13 +45,21 @@ def scan_layers(
       remat, which needs the loop.
 
   Raises:
-    ValueError: the remat policy does not exist.
+    ValueError: the remat policy does not exist, or ctx.routing is of another
+      number of layers, rows or tokens.
   """
   ctx = ctx.replace(layer_count=length)
   if ctx.run_layers is not None:
     return ctx.run_layers(block, length, x, ctx.replace(run_layers=None), args)
   if remat not in REMAT:
     raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
+  if ctx.routing is not None:
+    shape = ctx.routing.combine_weights.shape
+    if shape[:-1] != (length, *x.shape[:2]):
+      raise ValueError(
+        'expected a routing of (layers, rows, tokens, experts) = '
+        f'({length}, {x.shape[0]}, {x.shape[1]}, e); got {shape}'
+      )
   if not scan:
     for i in range(length):
       # A copy each: a module that is used twice shares its variables.

@@ -237,7 +237,7 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     early_stopping = checkpoints.course()
-    training.batches.seek(distributed.own(early_stopping.place))
+    training.batches.seek(distributed.place_of_process(early_stopping.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.

@@ -141,9 +141,11 @@ def test_a_given_routing_replaces_the_router():
 
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
   f = base_projection('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
-  one_hot = jnp.broadcast_to(jnp.array([0.0, 1.0]), (2, 3, 2))
+  # Of two layers; this is the second.
+  weights = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+  one_hot = jnp.broadcast_to(weights[:, None, None], (2, 2, 3, 2))
   module = Mixture(Lora(rank=2), experts=2)
-  given = Context(routing=Routing(one_hot, one_hot))
+  given = Context(routing=Routing(one_hot, one_hot), layer=jnp.int32(1))
   variables = {
     'peft': {
       'a': jax.random.normal(jax.random.key(1), (5, 2, 2)),

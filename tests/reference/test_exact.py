@@ -109,7 +109,7 @@ def our_gradients(name):
   if case.adapter is None:
     return {}, logits
   written = t5x_adapters.write(case.config, Adapter(case.adapter.method, tree))
-  return {entry.their_name: array for entry, array in written}, logits
+  return {entry.stored_name: array for entry, array in written}, logits
 
 
 @functools.cache

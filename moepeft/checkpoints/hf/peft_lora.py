@@ -24,6 +24,7 @@ from moepeft.checkpoints.hf import peft_config
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, Tree
 from moepeft.peft.methods.lora import Lora
 
@@ -80,7 +81,7 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
       table has another shape than the model's, or the adapter is tied.
   """
   family = hf.family_of(config)
-  places = family.projections(config) | family.ends(config)
+  places = family.projections(config) | family.hf.peft_ends(config)
   shapes = _without_copies(config, tensors.shapes)
   all_sites = [
     site
@@ -137,9 +138,9 @@ def rules_at(
     letter: of its rank.
   """
   family = hf.family_of(config)
-  ends = family.ends(config)
+  ends = family.hf.peft_ends(config)
   inner, outer = (family.projections(config) | ends)[path]
-  within = path if path in ends else family.in_layers(path)
+  within = path if path in ends else weight_mapping.in_layers(path)
   ours = f'{within}/{instance}'
   theirs = f'{PREFIX}{own_module(config, path)}'
   a, b = _leaves(path)
@@ -166,7 +167,7 @@ def describe(
       alpha and sites, or one is at a site that peft does not adapt.
   """
   family = hf.family_of(config)
-  known = family.projections(config) | family.ends(config)
+  known = family.projections(config) | family.hf.peft_ends(config)
   fields, rules, letters, seen = {}, [], {}, set()
   for letter, (instance, spec) in zip(
     string.ascii_uppercase, found.items(), strict=False
@@ -211,7 +212,7 @@ def describe(
 
 def _pattern(config: Any, path: str) -> str:
   """The modules of a site, as a key of peft's patterns."""
-  module = re.escape(hf.family_of(config).hf_module(path, config))
+  module = re.escape(hf.family_of(config).hf.module_name(path, config))
   return module.replace(re.escape('{l}'), r'\d+')
 
 
@@ -237,9 +238,9 @@ def _without_copies(
 ) -> dict[str, Shape]:
   """The arrays less copies of the base's frozen tables."""
   family = hf.family_of(config)
-  sizes = family.sizes(config)
+  sizes = family.axis_sizes(config)
   table = (sizes['v'], sizes['d'])
-  tables = {own_module(config, path) for path in family.ends(config)}
+  tables = {own_module(config, path) for path in family.hf.peft_ends(config)}
   others = {}
   for name, shape in shapes.items():
     match = _COPY.fullmatch(name)
@@ -261,7 +262,7 @@ def _site(
   shapes: Mapping[str, Shape],
 ) -> Site | None:
   """The site with the layers that are adapted, or None."""
-  module = re.escape(PREFIX + hf.family_of(config).hf_module(path, config))
+  module = re.escape(PREFIX + hf.family_of(config).hf.module_name(path, config))
   leaf = re.escape(_leaves(path)[0])
   pattern = module.replace(re.escape('{l}'), r'\d+') + rf'\.{leaf}'
   modules = {}

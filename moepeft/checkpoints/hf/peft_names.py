@@ -25,11 +25,11 @@ def own_module(config: Any, site: str) -> str:
     CheckpointError: it does.
   """
   family = hf.family_of(config)
-  module = family.hf_module(site, config)
+  module = family.hf.module_name(site, config)
   alike = [
     other
     for other in family.projections(config)
-    if family.hf_module(other, config) == module
+    if family.hf.module_name(other, config) == module
   ]
   if len(alike) > 1:
     raise CheckpointError(

@@ -21,6 +21,7 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
+from moepeft.models.t5.family import FAMILY
 from moepeft.models.t5.model import T5Config
 from moepeft.models.weight_mapping import (
   CheckpointError,
@@ -64,9 +65,11 @@ def read(
   for method in METHODS:
     modules = _modules(config, method, shapes)
     if modules:
-      sizes = t5_weights.sizes(config) | _extra_sizes(method, modules, shapes)
+      sizes = t5_weights.axis_sizes(config) | _extra_sizes(
+        method, modules, shapes
+      )
       found = _entries(config, method, modules, sizes)
-      wanted |= {e.their_name: e.their_shape for e in found}
+      wanted |= {e.stored_name: e.stored_shape for e in found}
       specs.append(_spec(config, method, modules, sizes, top_k))
       parts.append((found, sizes))
   weight_mapping.check(
@@ -106,7 +109,7 @@ def write(
         f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
         f'can at {", ".join(known.values())}'
       )
-    sizes = t5_weights.sizes(config) | _letters(at)
+    sizes = t5_weights.axis_sizes(config) | _letters(at)
     found = _entries(config, spec.name, modules, sizes)
     yield from weight_mapping.write(
       found, sizes, weight_mapping.unflatten(mine)
@@ -149,7 +152,7 @@ def rules(
     method: 'lora', 'molora', 'ia3' or 'mov'.
     module, site: an item of `places`.
   """
-  inner, outer = (t5_weights.projections(config) | t5_weights.taps())[site]
+  inner, outer = (FAMILY.projections(config) | FAMILY.activations(config))[site]
   router = f'({inner})e'
   # In attention the heads share one head-sized kernel and scales lead with n.
   scale, mover = ('neh', 'he') if outer == 'nh' else ('ef', 'fe')
@@ -170,7 +173,7 @@ def rules(
       ('router/kernel', name, mover, mover),
     ),
   }
-  ours = f'{t5_weights.in_layers(site)}/{method}'
+  ours = f'{weight_mapping.in_layers(site)}/{method}'
   return tuple(
     Rule(f'{ours}/{leaf}', f'{module}/{theirs}', axes, their_axes)
     for leaf, theirs, axes, their_axes in table[method]
@@ -236,7 +239,7 @@ def _spec(
   top_k: int | None,
 ) -> Spec:
   """The method as the released code runs it, every option said."""
-  known = t5_weights.projections(config) | t5_weights.taps()
+  known = FAMILY.projections(config) | FAMILY.activations(config)
   where = site_patterns(modules.values(), known)
   router = ('router', Spec('softmax'))
   if top_k is not None:

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT (Devlin et al., arXiv:1810.04805): an encoder alone, its norms after
-the sums, learned positions, token types. The names of its weights elsewhere
-are in `bert_names`."""
+the sums, learned positions, token types. The names of its weights in other
+formats are in `bert.weights`."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,14 +12,13 @@ from flax import struct
 
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
-from moepeft.models.decoder.hf_config import released
 from moepeft.models.sites import ATTENTION, context, feed_forward
+from moepeft.models.transformer import Transformer
 from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
 from moepeft.nn.attention import Attention, attention_mask, check_implementation
 from moepeft.nn.linear import Embedding, Head, Linear
 from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm
-from moepeft.nn.scan_layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,47 +85,28 @@ SIZES = {
 }
 
 
-config = functools.partial(released, 'BERT', SIZES)
-
-
-def from_fields(fields: Mapping[str, Any]) -> BertConfig:
-  """The config whose `dataclasses.asdict` went through JSON.
-
-  Raises:
-    ValueError: a field is unknown or cannot be; the message begins with its
-      name.
-  """
-  config_fields.check_names(BertConfig, fields)
-  return BertConfig(**fields)
-
-
 def sites(config: BertConfig) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
   mlp = feed_forward(gated=False)
-  found = {'embed': 'embed', 'embed_norm': 'norm'}
-  found |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
-  found |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
+  roles = {'embed': 'embed', 'embed_norm': 'norm'}
+  roles |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
+  roles |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
   if config.pooler:
-    found['pooler'] = 'pooler'
+    roles['pooler'] = 'pooler'
   if config.masked:
-    found |= {'transform': 'transform', 'transform_norm': 'norm'}
-    found['head'] = 'head'
-  return found
+    roles |= {'transform': 'transform', 'transform_norm': 'norm'}
+    roles['head'] = 'head'
+  return roles
 
 
-class Block(nn.Module):
+class BertBlock(Transformer):
   """One layer: self-attention and a feed-forward, a norm after each sum."""
 
   config: BertConfig
-  adapter_map: AdapterMap
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, mask: Array) -> Array:
     c = self.config
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     attention = Attention(
       c.d_model,
       c.heads,
@@ -141,7 +119,7 @@ class Block(nn.Module):
       bias=True,
       implementation=self.attention,
       name='self',
-      **typed,
+      **self.dtypes,
     )
     run = lambda attention, y: attention(y, ctx, mask=mask)  # noqa: E731
     x = self._summed('self', attention, run, x, ctx)
@@ -155,7 +133,7 @@ class Block(nn.Module):
       norm_form=c.norm_form,
       bias=True,
       name='mlp',
-      **typed,
+      **self.dtypes,
     )
     return self._summed('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
 
@@ -169,44 +147,27 @@ class Block(nn.Module):
     return module.norm(x + drop(y, deterministic=not ctx.train), ctx)
 
 
-class Stack(nn.Module):
+class BertStack(Transformer):
   """All layers, from normed embeddings to states."""
 
   config: BertConfig
-  adapter_map: AdapterMap
-  scan: bool
-  remat: str
-  unroll: int
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    block = Block(
-      self.config,
-      self.adapter_map,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-      parent=None,
-    )
+    block = BertBlock(**self.shared, parent=None)
     real, segments = ctx.token_mask, ctx.segment_ids
-    return scan_layers(
+    return self.scan_layers(
       block,
       self.config.layers,
       x,
       ctx,
       attention_mask(real, real, segments, segments),
-      scan=self.scan,
-      remat=self.remat,
-      unroll=self.unroll,
     )
 
 
 @struct.dataclass
 class Encoded:
-  """What an encoder says of a batch.
+  """The outputs of an encoder.
 
   Attributes:
     states: [b, t, d] of the last layer.
@@ -219,20 +180,10 @@ class Encoded:
   logits: Array | None = None
 
 
-class Bert(nn.Module):
-  """An encoder; `__call__` gives all that it has, `encode` its states alone.
-
-  Attributes: as of `models.t5.T5`.
-  """
+class Bert(Transformer):
+  """An encoder; `__call__` gives all that it has, `encode` its states alone."""
 
   config: BertConfig
-  adapter_map: AdapterMap = AdapterMap()
-  scan: bool = True
-  remat: str = 'none'
-  unroll: int = 1
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-  attention: str = 'naive'
 
   def setup(self):
     c = self.config
@@ -242,7 +193,6 @@ class Bert(nn.Module):
         "config.model.attention is 'chunked', which BERT has not: its tokens "
         "see all others; take 'naive' or 'fused'"
       )
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed = self._table(c.vocab, 'embed', 'v', self.adapter_map)
     # Not the site 'embed': that is the tokens'.
     self.positions = self._table(c.length, 'positions', 'p', AdapterMap())
@@ -251,16 +201,7 @@ class Bert(nn.Module):
       'embed_norm', self.adapter_map, self.param_dtype
     )
     self.drop = nn.Dropout(c.dropout)
-    self.encoder = Stack(
-      c,
-      self.adapter_map,
-      self.scan,
-      self.remat,
-      self.unroll,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-    )
+    self.encoder = BertStack(**self.shared)
     if c.pooler:
       self.pooler = self._square('pooler')
     if c.masked:
@@ -268,7 +209,9 @@ class Bert(nn.Module):
       self.transform_norm = c.norm_form.at(
         'transform_norm', self.adapter_map, self.param_dtype
       )
-      self.head = Head(c.d_model, c.vocab, self.adapter_map, bias=True, **typed)
+      self.head = Head(
+        c.d_model, c.vocab, self.adapter_map, bias=True, **self.dtypes
+      )
 
   def _table(self, size, site, letter, adapter_map) -> Embedding:
     return Embedding(
@@ -277,8 +220,7 @@ class Bert(nn.Module):
       adapter_map,
       site=site,
       letter=letter,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       stddev=0.02,
     )
 
@@ -291,8 +233,7 @@ class Bert(nn.Module):
       site,
       self.adapter_map,
       stddev=d**-0.5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       bias=True,
     )
 
@@ -343,6 +284,3 @@ class Bert(nn.Module):
     x = ACTIVATIONS[c.activation](self.transform(x, ctx))
     x = self.transform_norm(x, ctx)
     return self.head(x, ctx, self.embed if c.tied else None)
-
-
-MODULE = Bert

@@ -2,26 +2,21 @@
 """Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases at q, k and v."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
-HF_TYPES = ('qwen2',)
-# Whether the head is the embedding where config.json is silent.
-TIED = False
 _SIZE = DecoderConfig(
   family='qwen2',
   vocab=151936,
@@ -69,25 +64,31 @@ SIZES = {
   ),
 }
 
-config = functools.partial(released, 'Qwen2', SIZES)
 
+def shape_by_depth(
+  fields: Mapping[str, Any], family: str, tied: bool
+) -> DecoderConfig:
+  """Reads a `config.json` of Qwen 2 or 3; see `hf_config.shape_from_hf`.
 
-def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
-  # What transformers takes where the file is silent.
+  Layers before `max_window_layers` see everything.
+  """
+  # Defaults of transformers' classes.
   fields = {
     'max_position_embeddings': 32768,
     'sliding_window': 4096,
     **fields,
   }
-  shape = shape_from_hf(fields, 'qwen2', tied, kv_heads=32)
-  # The first max_window_layers see everything.
-  whole = fields.get('max_window_layers')
-  whole = 28 if whole is None else whole
-  usual = tuple(layer >= whole for layer in range(shape.layers))
-  return dataclasses.replace(
-    shape, attention_bias=True, **windows_from_hf(fields, usual)
-  )
+  shape = shape_from_hf(fields, family, tied, kv_heads=32)
+  first_windowed = fields.get('max_window_layers')
+  first_windowed = 28 if first_windowed is None else first_windowed
+  windowed = tuple(layer >= first_windowed for layer in range(shape.layers))
+  return dataclasses.replace(shape, **windows_from_hf(fields, windowed))
+
+
+def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
+  """Reads a `config.json`."""
+  shape = shape_by_depth(fields, 'qwen2', tied)
+  return dataclasses.replace(shape, attention_bias=True)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -97,3 +98,11 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     | windows_to_hf(config)
     | {'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2'}
   )
+
+
+FAMILY = decoder_family(
+  'Qwen2',
+  SIZES,
+  DecoderForm(('qwen2',), from_hf, to_hf),
+  GgufForm({'qwen2': 'qwen2'}, gguf.llama_fields, gguf.NAMES.rules),
+)

@@ -2,26 +2,20 @@
 """Qwen3 (arXiv:2505.09388): heads of q and k are normed, no biases."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
-  shape_from_hf,
   shape_to_hf,
-  windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.decoder.qwen2 import shape_by_depth
+from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
-HF_TYPES = ('qwen3',)
-# Whether the head is the embedding where config.json is silent.
-TIED = False
 _SIZE = DecoderConfig(
   family='qwen3',
   vocab=151936,
@@ -47,29 +41,16 @@ SIZES = {
   ),
 }
 
-config = functools.partial(released, 'Qwen3', SIZES)
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
-  # What transformers takes where the file is silent.
-  fields = {
-    'max_position_embeddings': 32768,
-    'sliding_window': 4096,
-    **fields,
-  }
-  shape = shape_from_hf(fields, 'qwen3', tied, kv_heads=32)
-  whole = fields.get('max_window_layers')
-  whole = 28 if whole is None else whole
-  usual = tuple(layer >= whole for layer in range(shape.layers))
+  """Reads a `config.json`."""
   bias = fields.get('attention_bias', False)
   return dataclasses.replace(
-    shape,
+    shape_by_depth(fields, 'qwen3', tied),
     head_dim=fields.get('head_dim') or 128,
     qk_norm=True,
     attention_bias=bias,
     out_bias=bias,
-    **windows_from_hf(fields, usual),
   )
 
 
@@ -84,3 +65,16 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
       'attention_bias': config.attention_bias,
     }
   )
+
+
+FAMILY = decoder_family(
+  'Qwen3',
+  SIZES,
+  DecoderForm(('qwen3',), from_hf, to_hf),
+  GgufForm(
+    {'qwen3': 'qwen3'},
+    gguf.llama_fields,
+    gguf.NAMES.rules,
+    bias_from_tensors=True,
+  ),
+)

@@ -31,7 +31,7 @@ class ValidationLossTracking(Callback):
   def _stop_if_stalled(self, loop):
     if loop.step < loop.steps and loop.early_stopping.exhausted(self._patience):
       loop.stop_requested = True
-      loop.progress.say(
+      loop.progress.print_line(
         f'stopped at step {loop.step}: the validation loss was least, '
         f'{loop.early_stopping.best:.4f}, at step '
         f'{loop.early_stopping.best_step} '
