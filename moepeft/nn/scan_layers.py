@@ -37,7 +37,8 @@ def scan_layers(
   where set, is called instead.
 
   Args:
-    block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
+    block: an unbound module, (x, ctx, *args) -> x; ctx.layer and
+      ctx.layer_count are set for it.
     remat: 'none', 'dots' (matrix products are kept) or 'full'.
     unroll: layers written out in one step of the scan: faster on CPU, and the
       program grows with it; the variables are the same. One where there is
@@ -47,6 +48,7 @@ def scan_layers(
     ValueError: the remat policy does not exist, or ctx.routing is of another
       number of layers, rows or tokens.
   """
+  ctx = ctx.replace(layer_count=length)
   if ctx.run_layers is not None:
     return ctx.run_layers(block, length, x, ctx.replace(run_layers=None), args)
   if remat not in REMAT:
