@@ -159,9 +159,9 @@ def test_cached_logits_of_rows_together_equal_uncached_ones_alone(
       ),
       quick=small.FEW,
     ),
-    ('molora(experts=3, rank=2, router=topk(k=2))', OTHER),
-    ('lora(rank=3)', WINDOWED),
-    ('lora(rank=3)', ALIBI),
+    (small.ONE_EACH[-1], OTHER),
+    ("lora(rank=3, sites='*/q|*/wo')", WINDOWED),
+    ("lora(rank=3, sites='*/q|*/wo')", ALIBI),
   ],
 )
 def test_in_float64_cached_logits_equal_uncached_ones_to_ten_digits(
@@ -216,7 +216,7 @@ def test_padding_beyond_learned_positions_is_refused():
 
 
 def test_layers_written_out_are_the_same_model():
-  method = 'molora(experts=3, rank=2)'
+  method = "molora(experts=3, rank=2, sites='*/q|*/wo')"
   model, variables = made(method)
   plain = model.clone(scan=False)
   own = {key: unstack_layers(tree) for key, tree in variables.items()}
