@@ -522,6 +522,8 @@ def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
   assert 'config.data.tokenizer' not in str(e.value)
 
 
+# Of the logger alone: test_a_broken_gradient_stops_the_run_before_it_is_saved.
+@pytest.mark.slow
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path, monkeypatch):
   # Rates that are allowed do not explode in the few steps of a test.
   allowed = ranges.ALLOWED
