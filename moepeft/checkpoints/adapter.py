@@ -30,7 +30,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft.checkpoints import directory
-from moepeft.config import method_string
+from moepeft.config import method_string, renamed
 from moepeft.config.method_string import Spec
 from moepeft.core import untrusted
 from moepeft.models import FAMILIES, weight_mapping
@@ -152,7 +152,8 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
       )
   if _file_hash(file) != card['file_sha256']:
     raise CheckpointError(f'{file} is damaged in its header; {advice}')
-  return weight_mapping.unflatten(arrays), card
+  method = renamed.translated_method(card['method'])
+  return weight_mapping.unflatten(arrays), card | {'method': method}
 
 
 def _check_types(card: Mapping[str, Any]) -> None:
@@ -210,7 +211,7 @@ def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
 
 
 def site_patterns(sites: Collection[str], known: Collection[str]) -> str:
-  """The option `sites` for some of a model's sites, shortened with '*'.
+  """The option `targets` for some of a model's sites, shortened with '*'.
 
   'encoder/self/q' and 'decoder/self/q' become '*/self/q'.
   """

@@ -28,6 +28,7 @@ from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.checksums import checksums
 from moepeft.checkpoints.run_metadata import card, seal
 from moepeft.checkpoints.run_progress import Course
+from moepeft.config import renamed
 from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
@@ -386,7 +387,7 @@ class Checkpoints:
       run_metadata.check(read)
     except ValueError as e:
       raise self._damaged(step, str(e)) from None
-    return read
+    return read | {'method': renamed.translated_method(read['method'])}
 
   def _restore_on_host(self, step: int, *names: str) -> dict[str, Tree]:
     """Whole arrays of NumPy, whatever devices they were saved from."""

@@ -5,6 +5,7 @@ Flags and config files are refused with the new name. The config.json of a run
 that was trained before is translated, so that the run still loads.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,11 @@ def check_renamed(config: ConfigDict) -> None:
       raise ValueError(message(key))
 
 
+def translated_method(text: str) -> str:
+  """A method string that was stored before, with the options of today."""
+  return re.sub(r'\bsites=', 'targets=', text)
+
+
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
   """A nested config with the names of today; other keys stay as they are."""
   new = {
@@ -73,4 +79,6 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     keys = new.get(section) if section else new
     if isinstance(keys, dict) and old in keys:
       keys.setdefault(new_key.rpartition('.')[2], keys.pop(old))
+  if isinstance(new.get('method'), str):
+    new['method'] = translated_method(new['method'])
   return new

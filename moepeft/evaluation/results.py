@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moepeft.config import renamed
 from moepeft.core import files, untrusted
 from moepeft.core.ranges import suggestion
 from moepeft.evaluation import bootstrap
@@ -257,7 +258,8 @@ def _parse(line: str, path: str, number: int) -> Result:
     key: fields[key] and tuple(fields[key])
     for key in ('idx', 'each', 'weights')
   }
-  return Result(**fields | arrays)
+  method = renamed.translated_method(fields['method'])
+  return Result(**fields | arrays | {'method': method})
 
 
 _TEXTS = ('run', 'method', 'semantics', 'base', 'data', 'task', 'prompt')

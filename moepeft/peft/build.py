@@ -55,7 +55,7 @@ def build(
 
   Args:
     method: 'molora(experts=10, rank=4)'; several joined by ' + ' nest, the
-      first innermost. Every adapter takes the option `sites`: globs over site
+      first innermost. Every adapter takes the option `targets`: globs over site
       paths joined by '|', as in '*/self/q|*/wo'.
     sites: {path: role} of the model, from `models.<family>.sites`.
     semantics: decides what the text leaves open; DESIGN: official is the
@@ -296,7 +296,7 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
       if router.get(option) is None:
         router = router.replace(**{option: value})
     decided['router'] = user_options['router'] = router
-  extra = {'sites': Option('')} if options else {}
+  extra = {'targets': Option('')} if options else {}
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
@@ -319,7 +319,7 @@ def make(
     name: its entry in the 'peft' tree.
   """
   method = entry(spec, methods)
-  options = {k: v for k, v in spec.options if k not in ('sites', 'expert')}
+  options = {k: v for k, v in spec.options if k not in ('targets', 'expert')}
   declared = method.options()
   if 'router' in declared:
     router = options.get('router', Spec(DEFAULT_ROUTER))
@@ -341,19 +341,19 @@ def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
     if path.split('/')[0] != 'encoder':
       raise ValueError(
         f'the router {router.name} reads later tokens, which at {path} are '
-        "those to predict; name sites of an encoder, as in sites='encoder/*', "
+        "those to predict; name sites of an encoder, as in targets='encoder/*', "
         'or take another router'
       )
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:
   """The sites that a spec adapts, in the model's order."""
-  patterns = spec.get('sites')
+  patterns = spec.get('targets')
   if patterns is None:
     roles = method.roles[semantics]
     paths = [path for path, role in sites.items() if role in roles]
     if not paths:
-      raise ValueError(f'{spec.name} finds no site; name some with `sites`')
+      raise ValueError(f'{spec.name} finds no site; name some with `targets`')
     return paths
   paths = set()
   for pattern in patterns.split('|'):
@@ -370,6 +370,10 @@ def _paths(spec, method, sites, semantics) -> list[str]:
 def _check(spec: Spec, options: Mapping[str, Option]) -> None:
   """Raises a ValueError for an option that is not there or cannot be."""
   unknown = sorted(set(dict(spec.options)) - set(options))
+  if 'sites' in unknown:
+    raise ValueError(
+      f'{spec.name}: the option sites is now targets; write that'
+    )
   if unknown:
     raise ValueError(
       f'{spec.name} has no option {", ".join(unknown)}; it has '

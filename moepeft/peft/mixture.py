@@ -82,7 +82,7 @@ class Mixture(nn.Module):
         f'{self.name} has experts_per_layer for {len(counts)} layers, and '
         f'{"/".join(self.path[:-1])} is in a stack of {ctx.layer_count}; give '
         'a count for each layer, and stacks of unlike depth a mixture each by '
-        "`sites`, like sites='encoder/*'"
+        "`targets`, like targets='encoder/*'"
       )
     masks = np.arange(self.experts) < np.array(counts)[:, None]
     return ctx.replace(expert_mask=jnp.asarray(masks)[ctx.layer])

@@ -36,7 +36,7 @@ CASES = {
   'tokens': ("tokens(new='3|5-7')", 'official', ''),
   'prompt': ('prompt(length=2)', 'official', ''),
   'nested': (
-    "lora(rank=2, sites='*/self/q|*/wo') + ia3(sites='*/q|*/act')",
+    "lora(rank=2, targets='*/self/q|*/wo') + ia3(targets='*/q|*/act')",
     'official',
     '',
   ),

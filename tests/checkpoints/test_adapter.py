@@ -18,7 +18,7 @@ TREE = adapter_tree(
   CONFIG, {'lora/a': '{in}r', 'lora/b': 'r{out}'}, ['encoder/self/q']
 )
 CARD = adapter.describe(
-  "lora(rank=7, sites='encoder/self/q')",
+  "lora(rank=7, targets='encoder/self/q')",
   'official',
   'models/base',
   '0' * 64,

@@ -178,7 +178,7 @@ def test_refusing_to_merge_a_mixture_advises_a_form_that_works(
   }
   site = 'encoder/mlp/wi_1'  # none of the released code's
   tree = adapter_tree(config, leaves, [site])
-  method = f"molora(experts=2, rank=7, sites='{site}')"
+  method = f"molora(experts=2, rank=7, targets='{site}')"
   path = str(tmp_path / 'm')
   card = adapter_lib.describe(method, 'official', path, sha256, 't5', config)
   adapter_lib.save(tmp_path / 'a', tree, card)
@@ -196,7 +196,7 @@ def card_of(tmp_path):
   config = CONFIGS['gated-untied']
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   tree = adapter_tree(config, leaves, ['encoder/self/q'])
-  method = "lora(rank=7, sites='encoder/self/q')"
+  method = "lora(rank=7, targets='encoder/self/q')"
   card = adapter_lib.describe(method, 'official', 'x', 'y', 't5', config)
   adapter_lib.save(tmp_path / 'a', tree, card)
   return json.loads((tmp_path / 'a' / adapter_lib.CARD).read_text())

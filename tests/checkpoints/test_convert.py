@@ -29,7 +29,7 @@ CONFIG = CONFIGS['gated-untied']
 PARAMS = random_params(CONFIG)
 # What the released code, peft and moepeft can all hold.
 LORA = Adapter(
-  "lora(rank=7, alpha=16, sites='encoder/self/q|*/mlp/wo')",
+  "lora(rank=7, alpha=16, targets='encoder/self/q|*/mlp/wo')",
   adapter_tree(
     CONFIG,
     {'lora/a': '{in}r', 'lora/b': 'r{out}'},
@@ -37,7 +37,7 @@ LORA = Adapter(
   ),
 )
 MOV = Adapter(
-  "mov(experts=2, router=softmax, reads='heads', sites='*/mlp/act')",
+  "mov(experts=2, router=softmax, reads='heads', targets='*/mlp/act')",
   adapter_tree(
     CONFIG,
     {'mov/scale': 'ef', 'mov/router/kernel': 'fe'},

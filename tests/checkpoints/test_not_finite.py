@@ -85,7 +85,7 @@ def test_a_t5x_checkpoint_is_refused(tmp_path):
 
 LEAVES = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
 LORA = Adapter(
-  "lora(rank=7, alpha=16, sites='encoder/self/q')",
+  "lora(rank=7, alpha=16, targets='encoder/self/q')",
   adapter_tree(CONFIG, LEAVES, ['encoder/self/q']),
 )
 

@@ -16,7 +16,7 @@ from moepeft.config.method_string import (
   [
     'ia3',
     'molora(experts=10, rank=4, router=topk(k=2))',
-    "lora(rank=4, alpha=16.0, sites='*/q|*/v', rslora=True)",
+    "lora(rank=4, alpha=16.0, targets='*/q|*/v', rslora=True)",
     'mov(router=topk(k=1, renormalize=None))',
     'molora(experts_per_layer=[2, 4, 6], router=topk(k=2))',
     "mixture(expert=[lora(rank=4), ia3(on='input')], sizes=[[1], [], [-2]])",

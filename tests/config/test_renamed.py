@@ -70,3 +70,14 @@ def test_a_value_of_before_of_the_wrong_type_is_damage(tmp_path):
   (tmp_path / 'config.json').write_text('{"accumulate": "four"}')
   with pytest.raises(ValueError, match='config.json is damaged'):
     Run(str(tmp_path)).read_config()
+
+
+def test_the_option_sites_of_before_is_refused_and_translated_where_stored():
+  from moepeft.models.t5 import model as t5
+  from moepeft.peft import build
+
+  old = "lora(rank=2, sites='*/q') + ia3(sites='*/k')"
+  with pytest.raises(ValueError, match='lora: the option sites is now targets'):
+    build(old, t5.sites(t5.config('small')))
+  new = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"
+  assert renamed.translated({'method': old})['method'] == new

@@ -35,8 +35,8 @@ CONFIG = dataclasses.replace(
 )
 # One program of both mixtures: compiling is what takes long here.
 MIXTURE = (
-  "molora(experts=3, rank=2, sites='*/self/q|*/cross/o|*/wo')"
-  " + mov(experts=3, sites='*/self/k|*/act')"
+  "molora(experts=3, rank=2, targets='*/self/q|*/cross/o|*/wo')"
+  " + mov(experts=3, targets='*/self/k|*/act')"
 )
 LAYOUTS = {
   'one': dict(devices=slice(1)),

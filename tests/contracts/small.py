@@ -31,7 +31,7 @@ RELU = dataclasses.replace(
 RNGS = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
 
 # At a kernel with heads and one without: at every site, compiling takes longer.
-_AT = "sites='*/q|*/wo'"
+_AT = "targets='*/q|*/wo'"
 # Every method of the registry, every router, and two adapters together.
 METHODS = (
   'lora(rank=3)',
@@ -47,10 +47,10 @@ METHODS = (
   f'molora(experts=3, rank=2, router=topk(k=2), {_AT})',
   'molora(experts=3, rank=2, router=uniform)',
   'molora(experts=3, rank=2, router=random(k=2))',
-  "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+  "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
   "mixture(expert=lora(rank=2), experts=3, share='a')",
   "mixture(expert=lora(rank=2), experts=3, share='b', reads='output')",
-  "mixture(expert=ia3(on='input'), experts=3, sites='*/k|*/wo')",
+  "mixture(expert=ia3(on='input'), experts=3, targets='*/k|*/wo')",
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

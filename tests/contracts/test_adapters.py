@@ -262,9 +262,9 @@ def test_parameter_count_equals_its_formula(method, semantics, expected):
   [
     'lora(rank=3)',
     'dora(rank=3)',
-    "dora(rank=3) + ia3(sites='*/k|*/act')",
-    "ia3(sites='*/k|*/v|*/wo')",
-    "ia3(sites='*/wo|*/q', on='input')",
+    "dora(rank=3) + ia3(targets='*/k|*/act')",
+    "ia3(targets='*/k|*/v|*/wo')",
+    "ia3(targets='*/wo|*/q', on='input')",
   ],
 )
 def test_merged_equals_unmerged(method):
@@ -303,7 +303,7 @@ def test_a_dora_around_another_adapter_refuses_to_merge():
   from moepeft.peft.merge import merge
 
   # What it divides by is the norm of the base's kernel alone.
-  _, built = small.make("ia3(sites='*/k') + dora(rank=3, sites='*/k')")
+  _, built = small.make("ia3(targets='*/k') + dora(rank=3, targets='*/k')")
   with pytest.raises(ValueError, match='dora cannot be merged at .*put it'):
     merge(built, {})
 
@@ -326,7 +326,7 @@ def test_merge_of_official_ia3_goes_into_wo():
   [
     ('lorra', 'no method'),
     ('lora(rang=3)', 'no option rang'),
-    ("lora(sites='*/qq')", "'\\*/qq' matches no site"),
+    ("lora(targets='*/qq')", "'\\*/qq' matches no site"),
     ('molora(router=topkk)', 'no router'),
     ('molora(router=topk(kk=1))', 'no option kk'),
     ('full + lora', 'full trains alone'),
@@ -339,7 +339,7 @@ def test_merge_of_official_ia3_goes_into_wo():
     ('lora(rank=True)', 'option rank is of type int'),
     ('lora(alpha=None)', 'option alpha is of type float'),
     ('lora(dropout=1.0)', 'option dropout is at least 0'),
-    ('lora(sites=3)', 'option sites is of type str'),
+    ('lora(targets=3)', 'option targets is of type str'),
     ('mov(experts=0)', 'option experts is at least 1'),
     ('molora(router=3)', 'a router is written like'),
     ('molora(router=topk(k=0))', 'option k is at least 1'),

@@ -204,7 +204,7 @@ def test_adapters_are_the_identity_at_first_and_act_when_moved(method):
 
 
 @pytest.mark.parametrize(
-  'method', ['lora(rank=3)', 'ia3', 'dora(rank=3)', "ia3(sites='*/hidden')"]
+  'method', ['lora(rank=3)', 'ia3', 'dora(rank=3)', "ia3(targets='*/hidden')"]
 )
 def test_a_merged_base_does_what_base_and_adapter_do(method):
   built = build(method, sites(WHOLE))
@@ -224,7 +224,7 @@ def test_sites_outside_of_projections_take_scales():
     'transform': {'logits'},
     'head': {'logits'},
   }
-  model, variables = make(WHOLE, f"ia3(sites='{'|'.join(moved)}')")
+  model, variables = make(WHOLE, f"ia3(targets='{'|'.join(moved)}')")
   expected = apply(Bert(WHOLE), {'params': variables['params']})
   scales = weight_mapping.flatten(variables['peft'])
   assert len(scales) == len(moved)

@@ -198,7 +198,7 @@ def test_scan_equals_loop(name):
   )
 
 
-@pytest.mark.parametrize('method', (*small.ONE_EACH, "ia3(sites='*/core')"))
+@pytest.mark.parametrize('method', (*small.ONE_EACH, "ia3(targets='*/core')"))
 @pytest.mark.parametrize(
   'name', ['gpt2', pytest.param('gemma2', marks=pytest.mark.slow)]
 )

@@ -19,7 +19,12 @@ from .probes import PROBES
 # Experts and ranks unlike every size of the base.
 METHODS = tuple(
   method.replace('experts=3', 'experts=7').replace('rank=3', 'rank=13')
-  for method in (*small.METHODS, "ia3(sites='*')", "lora(sites='*/o')", 'full')
+  for method in (
+    *small.METHODS,
+    "ia3(targets='*')",
+    "lora(targets='*/o')",
+    'full',
+  )
 )
 # The sizes of small.GATED and small.RELU; a router reads d, n h, f or h.
 SIZES = {
@@ -61,7 +66,7 @@ def fits(found, sizes):
 
 
 CASES = [(method, small.GATED) for method in METHODS] + [
-  (method, small.RELU) for method in ("ia3(sites='*')", 'full')
+  (method, small.RELU) for method in ("ia3(targets='*')", 'full')
 ]
 
 
@@ -90,7 +95,7 @@ def test_what_depends_on_the_base_and_what_is_vmapped_says_its_letters_too():
     found = sizes_of(t5.T5(small.GATED, built.adapter_map))
     # The experts of a mixture are 3, of molora 10; a prefix is 3 tokens long.
     assert fits(found, SIZES | {'e': {3, 10}, 's': {3}}), (method, found)
-  inner = "molora(experts=7, rank=2, sites='*/wi_0') + mixture"
+  inner = "molora(experts=7, rank=2, targets='*/wi_0') + mixture"
   advice = build(inner, t5.sites(small.GATED), methods=PROBES).adapter_map
   tree = logical_axes(t5.T5(small.GATED, advice), small.batch())['peft']
   wi_0 = tree['encoder']['layers']['mlp']['wi_0']['molora']

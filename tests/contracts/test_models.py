@@ -47,7 +47,7 @@ def test_every_site_is_reached_and_no_other(config):
       None,
       'mov(experts=3)',
       'molora(experts=3, rank=2)',
-      "ia3(sites='*/core')",
+      "ia3(targets='*/core')",
     ),
     # tests/inference/engine/test_cached.py has a mixture, in float64.
     quick=(None,),

@@ -23,9 +23,9 @@ from . import router_probes, small
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 # One program of both: compiling is what takes long here.
 METHOD = (
-  "molora(experts=3, rank=2, router=balanced(k=2), sites='*/self/k|*/wo')"
-  " + molora(experts=3, rank=2, router=squared, sites='*/self/q')"
-  " + molora(experts=3, rank=2, router=prompt_mean, sites='*/cross/q|*/self/v')"
+  "molora(experts=3, rank=2, router=balanced(k=2), targets='*/self/k|*/wo')"
+  " + molora(experts=3, rank=2, router=squared, targets='*/self/q')"
+  " + molora(experts=3, rank=2, router=prompt_mean, targets='*/cross/q|*/self/v')"
 )
 BATCH = small.batch(rows=6)
 
@@ -175,7 +175,7 @@ def test_a_router_of_the_future_is_refused_in_a_decoder():
   method = 'molora(experts=3, router=future)'
   with pytest.raises(ValueError, match='router future reads later tok'):
     small.make(method)
-  small.make("molora(experts=3, router=future, sites='encoder/*/q')")
+  small.make("molora(experts=3, router=future, targets='encoder/*/q')")
 
 
 def test_the_prompt_is_what_comes_before_the_first_trained_token():

@@ -20,7 +20,7 @@ from .probes import PROBES
 METHODS = {
   'dora': 'dora',
   'prefix': 'prefix',
-  'mixture': "lora(rank=2, sites='*/wi_0|*/wo') + mixture",
+  'mixture': "lora(rank=2, targets='*/wi_0|*/wo') + mixture",
 }
 
 
@@ -81,7 +81,7 @@ def test_a_probe_leaves_params_alone(name):
 
 def test_experts_of_a_sublayer_may_be_noisy_routed_mixtures():
   noisy = (
-    "molora(experts=2, rank=2, router=softmax(jitter=0.5), sites='*/wi_0')"
+    "molora(experts=2, rank=2, router=softmax(jitter=0.5), targets='*/wi_0')"
     ' + mixture'
   )
   built = build(noisy, t5.sites(small.GATED), methods=PROBES)

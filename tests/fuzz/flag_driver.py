@@ -46,7 +46,7 @@ _METHODS = (
   'tokens(new=EXPERTS)',
   'molora(router=topk(k=EXPERTS, jitter=EXPERTS))',
   'molora(router=random(k=2, seed=EXPERTS))',
-  "lora(sites=EXPERTS) + ia3(sites='*')",
+  "lora(targets=EXPERTS) + ia3(targets='*')",
 )
 _SHAPES = (
   *('vocab', 'd_model', 'heads', 'kv_heads', 'head_dim', 'ffn', 'layers'),

@@ -117,7 +117,7 @@ def _targets(root: Path):
   (root / 'single' / 'checkpoint_3').write_bytes(packed)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   tree = cases.adapter_tree(_CONFIG, leaves, ['encoder/self/q'])
-  lora = Adapter("lora(rank=7, alpha=16, sites='encoder/self/q')", tree)
+  lora = Adapter("lora(rank=7, alpha=16, targets='encoder/self/q')", tree)
   peft.save(root / 'peft', _CONFIG, lora)
   card = adapter.describe(lora.method, 'official', 'x', 'y', 't5', _CONFIG)
   adapter.save(root / 'own', tree, card)

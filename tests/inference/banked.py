@@ -19,18 +19,18 @@ from ..contracts import small, small_decoders
 # 'large', another scale and a smaller rank: both are of one form.
 ADAPTERS = {
   'large': 'lora(rank=5, alpha=7.0)',
-  'small': "lora(rank=3, rslora=True, sites='*/q|*/wo')",
-  'up': "lora(rank=2, sites='*/up')",
+  'small': "lora(rank=3, rslora=True, targets='*/q|*/wo')",
+  'up': "lora(rank=2, targets='*/up')",
   'dora': 'dora(rank=3, alpha=5.0)',
   'ia3': 'ia3',
-  'inputs': "ia3(on='input', sites='*/wo')",
+  'inputs': "ia3(on='input', targets='*/wo')",
   'mov': 'mov(experts=3)',
   'output': "mov(experts=3, reads='output', router=topk(k=1))",
   'molora': 'molora(experts=3, rank=2, alpha=3.0, dropout=0.1)',
   'topk': 'molora(experts=3, rank=2, router=topk(k=2, jitter=0.1))',
   'uniform': 'molora(experts=3, rank=2, router=uniform)',
   'random': 'molora(experts=3, rank=2, router=random(k=2, seed=7))',
-  'two': "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+  'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",
 }
 # Gate and up have names of the family's.
 ADAPTERS['up'] = ADAPTERS['up'].replace('*/up', '*/wi*')

@@ -13,8 +13,8 @@ from moepeft.moe import router_stats
 from ..contracts import small
 
 METHOD = (
-  "molora(experts=3, rank=2, sites='*/q|*/v|*/wo') + "
-  "mov(experts=3, sites='*/k|*/act')"
+  "molora(experts=3, rank=2, targets='*/q|*/v|*/wo') + "
+  "mov(experts=3, targets='*/k|*/act')"
 )
 # Two rows of 7 source and 5 target tokens; then as many with padding.
 ROWS, S, T, WIDE_S, WIDE_T = 2, 7, 5, 11, 8

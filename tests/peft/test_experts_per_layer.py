@@ -24,9 +24,9 @@ SITES = t5.sites(small.GATED)
 # The encoder of `small.GATED` has two layers, the decoder three.
 MOLA = (
   'molora(experts_per_layer=[1, 4], rank=2, '
-  "sites='encoder/self/q|encoder/mlp/wo') + "
+  "targets='encoder/self/q|encoder/mlp/wo') + "
   'mov(experts_per_layer=[3, 2, 4], router=topk(k=2), '
-  "sites='decoder/self/k|decoder/cross/v|decoder/mlp/act')"
+  "targets='decoder/self/k|decoder/cross/v|decoder/mlp/act')"
 )
 MASK = jnp.array([True, True, True, False, False])
 X = jax.random.normal(jax.random.key(0), (2, 5, 7))
@@ -68,10 +68,10 @@ def test_texts_round_trip(text):
       'for 2 layers, and decoder/.* is in a stack of 3; give a count for each',
     ),
     (
-      "experts_per_layer=[2, 4], router=topk(k=3), sites='encoder/*'",
+      "experts_per_layer=[2, 4], router=topk(k=3), targets='encoder/*'",
       'k=3 experts needs as many in each layer; experts_per_layer has 2',
     ),
-    ("experts_per_layer=[2, 4], sites='head'", 'is in a stack of 0'),
+    ("experts_per_layer=[2, 4], targets='head'", 'is in a stack of 0'),
   ],
 )
 def test_mistakes_have_one_sentence(options, message):

@@ -74,8 +74,8 @@ TEXTS = (
   'mixture(expert=lora)',
   "mixture(expert=lora(rank=4, dropout=0.1), experts=10, reads='output')",
   "mixture(experts=5, share='b', expert=lora(rank=2, alpha=3.0))",
-  "mixture(expert=ia3(on='input'), router=random(k=2), sites='*/k|*/wo')",
-  "lora(sites='*/q') + mixture(expert=ia3, experts=3, reads='heads')",
+  "mixture(expert=ia3(on='input'), router=random(k=2), targets='*/k|*/wo')",
+  "lora(targets='*/q') + mixture(expert=ia3, experts=3, reads='heads')",
 )
 
 

@@ -31,7 +31,7 @@ OTHER = [
     'official',
   ),
   ('lora(rank=8, dropout=0.1)', 'lora(rank=8)', 'official'),
-  ("lora(sites='*/wo')", 'lora', 'official'),
+  ("lora(targets='*/wo')", 'lora', 'official'),
   ('lora + ia3', 'ia3 + lora', 'official'),
   ('full', 'ia3', 'official'),
 ]

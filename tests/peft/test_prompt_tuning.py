@@ -114,7 +114,9 @@ def test_a_prompt_may_be_longer_than_the_vocabulary():
 
 def test_prompts_stand_at_the_embedding_only():
   with pytest.raises(ValueError, match="acts at 'embed' only"):
-    init_params(model_of(small.GATED, "prompt(sites='head')"), small.batch(), 0)
+    init_params(
+      model_of(small.GATED, "prompt(targets='head')"), small.batch(), 0
+    )
 
 
 def test_placeholders_are_the_ids_after_the_vocabulary():

@@ -206,7 +206,7 @@ def test_an_adapter_acts_once_it_is_off_its_start(
   for sublayer, site in (('self', 'q'), ('mlp', 'wo')):
     lora = tree['encoder']['layers'][sublayer][site]['lora']
     lora['b'] = noise * lora['b'] + (noise == 0) * np.float32(1e-30)
-  method = "lora(rank=7, sites='encoder/self/q|encoder/mlp/wo')"
+  method = "lora(rank=7, targets='encoder/self/q|encoder/mlp/wo')"
   peft.save(str(tmp_path / 'a'), CONFIG, Adapter(method, tree))
   adapted = EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
   difference = np.abs(adapted(['a b c']) - encoder(['a b c'])).max()

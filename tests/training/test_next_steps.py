@@ -30,9 +30,9 @@ def commands(method, chat=False, prompt='', workdir='work dirs/law', **changes):
 @pytest.mark.parametrize(
   ('method', 'merged'),
   [
-    ("lora(rank=2, sites='*/q')", True),
-    ("molora(experts=3, rank=2, sites='*/q')", False),
-    ("lora(rank=2, sites='*/q') + mov(experts=3, sites='*/k')", False),
+    ("lora(rank=2, targets='*/q')", True),
+    ("molora(experts=3, rank=2, targets='*/q')", False),
+    ("lora(rank=2, targets='*/q') + mov(experts=3, targets='*/k')", False),
   ],
 )
 def test_what_can_be_merged_is_exported_as_a_whole_model(method, merged):

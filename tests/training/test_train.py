@@ -34,7 +34,7 @@ from ..contracts import small
 
 # Bytes need 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
-SITES = "sites='*/q|*/wo'"
+SITES = "targets='*/q|*/wo'"
 
 
 @pytest.fixture(scope='module')
@@ -231,7 +231,7 @@ def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
       marks=pytest.mark.slow,
     ),
     pytest.param(
-      "molora(experts=3, rank=2, sites='*/q')",
+      "molora(experts=3, rank=2, targets='*/q')",
       'set config.method to',
       marks=pytest.mark.slow,
     ),

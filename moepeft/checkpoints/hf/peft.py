@@ -198,9 +198,9 @@ def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
       inputs.append(site)
   specs = []
   if outputs:
-    specs.append(Spec('ia3', (('sites', site_patterns(outputs, known)),)))
+    specs.append(Spec('ia3', (('targets', site_patterns(outputs, known)),)))
   if inputs:
-    options = (('on', 'input'), ('sites', site_patterns(inputs, known)))
+    options = (('on', 'input'), ('targets', site_patterns(inputs, known)))
     specs.append(Spec('ia3', options))
   method = method_string.format_method(tuple(specs))
   last = 'ia3_2' if outputs else 'ia3'

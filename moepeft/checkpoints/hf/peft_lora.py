@@ -307,7 +307,7 @@ def _spec(kind, rank, alpha, fields, paths, places) -> Spec:
   known = [path for path in places if '/' in path]
   patterns = [site_patterns(inside, known)] if inside else []
   patterns += [path for path in paths if '/' not in path]
-  options.append(('sites', '|'.join(patterns)))
+  options.append(('targets', '|'.join(patterns)))
   return Spec(kind, tuple(options))
 
 

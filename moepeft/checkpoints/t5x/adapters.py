@@ -251,7 +251,7 @@ def _spec(
     'ia3': (),
     'mov': (experts, router, ('reads', 'heads')),
   }
-  return Spec(method, (*options[method], ('sites', where)))
+  return Spec(method, (*options[method], ('targets', where)))
 
 
 def _require_released(instance: str, spec: Spec) -> None:

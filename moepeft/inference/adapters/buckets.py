@@ -31,7 +31,7 @@ from moepeft.peft.method import options_of
 
 _LEAST_RANK = 4
 # Options of a method that become data of a slot.
-_DATA = ('sites', 'rslora', 'rank', 'alpha', 'length')
+_DATA = ('targets', 'rslora', 'rank', 'alpha', 'length')
 
 
 @dataclasses.dataclass(frozen=True)

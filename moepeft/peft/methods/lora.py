@@ -52,7 +52,7 @@ def shapes(f: BaseLayer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   if f.eqn is None:
     raise ValueError(
       f'{name} needs sites with a projection (like */q or */wo); '
-      'change its option `sites`'
+      'change its option `targets`'
     )
   _, inner, outer, _ = contraction(f.eqn)
   size = sizes(f.eqn, f.shape)

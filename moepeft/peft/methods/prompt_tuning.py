@@ -43,7 +43,7 @@ class Prompt(nn.Module):
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if f.eqn is not None or f.kernel is None:
-      raise ValueError("prompt acts at 'embed' only; leave out `sites`")
+      raise ValueError("prompt acts at 'embed' only; leave out `targets`")
     v, d = f.shape
     vectors = peft_param(
       self,

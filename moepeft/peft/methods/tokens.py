@@ -58,7 +58,7 @@ class Tokens(nn.Module):
     if embedding is None:
       raise ValueError(
         f"{self.name}: the head is the embedding's, so adapt both; leave its "
-        'option `sites` out'
+        'option `targets` out'
       )
     return embedding['delta']
 
@@ -73,7 +73,7 @@ def token_ids(text: str, f: BaseLayer) -> tuple[int, ...]:
   vocab = f.shape[1 if f.eqn else 0] if len(f.shape) == 2 else 0
   if f.eqn is None and not f.kernel or f.eqn and f.eqn != 'btd,dv->btv':
     raise ValueError(
-      "tokens acts at 'embed' and 'head' only; leave out `sites`"
+      "tokens acts at 'embed' and 'head' only; leave out `targets`"
     )
   ids = set()
   for part in text.split('|'):

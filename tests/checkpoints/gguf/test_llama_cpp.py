@@ -91,7 +91,7 @@ FILES = {
   'generation_config.json',
 }
 AT = ['decoder/self/o', 'decoder/mlp/wo']
-METHOD = f"lora(rank=7, alpha=3, sites='{'|'.join(AT)}')"
+METHOD = f"lora(rank=7, alpha=3, targets='{'|'.join(AT)}')"
 
 
 @pytest.fixture(params=FAMILIES)

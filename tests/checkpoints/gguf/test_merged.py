@@ -31,7 +31,7 @@ gguf = pytest.importorskip('gguf')
 pytest.importorskip('sentencepiece')
 
 AT = ['decoder/self/q', 'decoder/mlp/wo']
-ADAPTER = f"lora(rank=7, alpha=3, sites='{'|'.join(AT)}')"
+ADAPTER = f"lora(rank=7, alpha=3, targets='{'|'.join(AT)}')"
 
 
 def pieces(writer):

@@ -253,7 +253,7 @@ def test_an_adapter_goes_out_under_the_names_of_its_base(tmp_path):
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   found = ['encoder/self/q', 'encoder/mlp/wo']
   tree = adapter_tree(config, leaves, found)
-  method = f"lora(rank=7, sites='{'|'.join(found)}')"
+  method = f"lora(rank=7, targets='{'|'.join(found)}')"
   peft.save(str(tmp_path / 'a'), config, Adapter(method, tree))
   assert_equal_trees(peft.load(str(tmp_path / 'a'), config).tree, tree)
   from safetensors import safe_open

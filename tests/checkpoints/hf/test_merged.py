@@ -46,8 +46,8 @@ def adapter_of(config, kind):
   # Around one, where they start.
   scales = adapter_tree(config, {'ia3/scale': '{out}'}, SCALED, seed=2)
   flat |= {k: 1 + a / 2 for k, a in weight_mapping.flatten(scales).items()}
-  method = f"{kind}(rank=7, alpha=3, sites='{'|'.join(AT)}')"
-  method += f" + ia3(sites='{'|'.join(SCALED)}')"
+  method = f"{kind}(rank=7, alpha=3, targets='{'|'.join(AT)}')"
+  method += f" + ia3(targets='{'|'.join(SCALED)}')"
   return Adapter(method, weight_mapping.unflatten(flat))
 
 
@@ -128,7 +128,7 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
   config = DECODERS[family]
   hf.save('base', config, random_params(config))
   leaves = {'lora': LORA_LEAVES, 'dora': DORA_LEAVES}[kind]
-  method = f"{kind}(rank=7, alpha=3, rslora=True, sites='{'|'.join(AT)}')"
+  method = f"{kind}(rank=7, alpha=3, rslora=True, targets='{'|'.join(AT)}')"
   adapter = Adapter(method, adapter_tree(config, leaves, AT))
   peft.save('a', config, adapter, base='base')
   folder('--input=a', '--output=b', '--to=moepeft')
@@ -143,7 +143,7 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
 def test_a_dora_that_lacks_a_layer_is_refused(folder):
   config = DECODERS['llama']
   adapter = Adapter(
-    "dora(rank=7, sites='decoder/self/q')",
+    "dora(rank=7, targets='decoder/self/q')",
     adapter_tree(config, DORA_LEAVES, AT[:1]),
   )
   peft.save('a', config, adapter)
@@ -158,7 +158,7 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
 
 def test_adapters_of_modules_that_projections_share_are_refused(folder):
   adapter = Adapter(
-    "lora(rank=7, sites='decoder/self/q')",
+    "lora(rank=7, targets='decoder/self/q')",
     adapter_tree(GPT2, LORA_LEAVES, AT[:1]),
   )
   with pytest.raises(
@@ -169,7 +169,7 @@ def test_adapters_of_modules_that_projections_share_are_refused(folder):
 
 def test_others_of_gpt2_go_out_and_come_back(folder):
   # peft's config says of Conv1D that kernels are [in, out]; A and B are not.
-  method = "lora(rank=7, alpha=3, sites='decoder/self/o|decoder/mlp/wo')"
+  method = "lora(rank=7, alpha=3, targets='decoder/self/o|decoder/mlp/wo')"
   adapter = Adapter(method, adapter_tree(GPT2, LORA_LEAVES, AT[2:]))
   peft.save('a', GPT2, adapter)
   file = Path('a', peft.CONFIG)

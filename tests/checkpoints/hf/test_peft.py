@@ -36,7 +36,7 @@ def merged(*trees):
 def lora(sites, *options):
   """A random LoRA of rank 7 at some sites."""
   known = '|'.join(sites)
-  text = ', '.join(('rank=7', *options, f'sites={known!r}'))
+  text = ', '.join(('rank=7', *options, f'targets={known!r}'))
   return Adapter(f'lora({text})', adapter_tree(CONFIG, LORA, sites))
 
 
@@ -45,11 +45,11 @@ ADAPTERS = {
   'lora-cross': lora(['decoder/cross/q', 'decoder/cross/o'], 'alpha=8'),
   'rslora': lora(['decoder/self/o'], 'alpha=8', 'rslora=True'),
   'ia3': Adapter(
-    "ia3(sites='decoder/cross/k|encoder/mlp/wi_0')",
+    "ia3(targets='decoder/cross/k|encoder/mlp/wi_0')",
     adapter_tree(CONFIG, OUT, ['encoder/mlp/wi_0', 'decoder/cross/k']),
   ),
   'ia3-hidden': Adapter(
-    "ia3(sites='encoder/self/k|*/mlp/hidden')",
+    "ia3(targets='encoder/self/k|*/mlp/hidden')",
     adapter_tree(
       CONFIG,
       OUT,
@@ -57,14 +57,14 @@ ADAPTERS = {
     ),
   ),
   'ia3-both-sides': Adapter(
-    "ia3(sites='encoder/self/v') + ia3(on='input', sites='encoder/self/o')",
+    "ia3(targets='encoder/self/v') + ia3(on='input', targets='encoder/self/o')",
     merged(
       adapter_tree(CONFIG, OUT, ['encoder/self/v']),
       adapter_tree(CONFIG, {'ia3_2/scale': '{in}'}, ['encoder/self/o']),
     ),
   ),
   'ia3-inputs': Adapter(
-    "ia3(on='input', sites='decoder/cross/o')",
+    "ia3(on='input', targets='decoder/cross/o')",
     adapter_tree(CONFIG, IN, ['decoder/cross/o']),
   ),
 }
@@ -269,7 +269,7 @@ def test_two_scales_at_one_module_are_refused(tmp_path):
 def test_sites_without_a_projection_are_refused(tmp_path):
   tree = random_tree({'embed/lora/a': (29, 7), 'embed/lora/b': (7, 11)})
   with pytest.raises(CheckpointError, match='this adapter is at embed'):
-    peft.save(tmp_path / 'a', CONFIG, Adapter("lora(sites='embed')", tree))
+    peft.save(tmp_path / 'a', CONFIG, Adapter("lora(targets='embed')", tree))
 
 
 def test_a_truncated_file_is_one_sentence(tmp_path):

@@ -87,8 +87,8 @@ def test_layers_of_other_ranks_and_alphas_act_as_in_peft(tmp_path):
   params = random_params(CONFIG)
   adapter = peft.load(path, CONFIG)
   assert adapter.method == (
-    "lora(rank=3, alpha=12, sites='decoder/self/q') + "
-    "lora(rank=2, alpha=5, sites='decoder/self/v')"
+    "lora(rank=3, alpha=12, targets='decoder/self/q') + "
+    "lora(rank=2, alpha=5, targets='decoder/self/v')"
   )
   merged = params
   scales = {'q_proj': (3, 4, 3), 'v_proj': (2.5, 2.5, 2.5)}
@@ -145,7 +145,7 @@ def test_the_embedding_and_the_head_are_read(tmp_path, tied):
     target_modules=['embed_tokens', 'lm_head'],
   )
   adapter = peft.load(path, config)
-  assert adapter.method == "lora(rank=2, alpha=6, sites='embed|head')"
+  assert adapter.method == "lora(rank=2, alpha=6, targets='embed|head')"
   # The head keeps the table without the embedding's term.
   untied = dataclasses.replace(config, tied=False)
   head = (

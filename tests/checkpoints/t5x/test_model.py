@@ -50,10 +50,12 @@ MIXTURE = {
   'molora/router/kernel': '({in})e',
 }
 WHERE = (
-  "sites='*/self/q|*/self/k|*/self/v|*/self/o|*/mlp/wi_0|*/mlp/wo|"
+  "targets='*/self/q|*/self/k|*/self/v|*/self/o|*/mlp/wi_0|*/mlp/wo|"
   "decoder/cross/q|decoder/cross/k|decoder/cross/v|decoder/cross/o')"
 )
-SCALED = "sites='*/self/k|*/self/v|decoder/cross/k|decoder/cross/v|*/mlp/act')"
+SCALED = (
+  "targets='*/self/k|*/self/v|decoder/cross/k|decoder/cross/v|*/mlp/act')"
+)
 
 
 def mov_tree():
@@ -232,7 +234,7 @@ def test_ungated_gates_are_called_wi():
   config = CONFIGS['plain-tied']
   sites = [site for site in low_rank_sites('wi') if 'mlp' in site]
   tree = adapter_tree(config, LOW_RANK, sites)
-  method = "lora(rank=7, alpha=16, sites='*/mlp/wi|*/mlp/wo')"
+  method = "lora(rank=7, alpha=16, targets='*/mlp/wi|*/mlp/wo')"
   arrays = released_arrays(config, Adapter(method, tree))
   assert 'encoder/layers_0/mlp/lora_intermediate_conv/lora_A' in arrays
   loaded = t5x.from_arrays(arrays)

@@ -50,7 +50,7 @@ def test_ranks_scales_sites_and_noise_of_training_are_of_one_form():
   one = methods(
     'lora(rank=3)',
     'lora(rank=9, alpha=2.0, dropout=0.1)',
-    "lora(rank=4, rslora=True, sites='*/q')",
+    "lora(rank=4, rslora=True, targets='*/q')",
   )
   # 9 is the largest rank: 16.
   assert one == ['lora(rank=16)']
@@ -71,7 +71,7 @@ def test_what_a_program_depends_on_makes_another_form():
     'mov(experts=3)',
     "mov(experts=3, reads='output')",
     'ia3',
-    "ia3(on='input', sites='*/wo')",
+    "ia3(on='input', targets='*/wo')",
     'ia3 + lora',
     'lora',
     'dora',
@@ -89,18 +89,18 @@ def test_semantics_that_change_the_function_change_the_form():
 
 
 def test_a_form_acts_at_the_default_sites_and_at_those_that_were_named():
-  (found,) = buckets.merge_buckets([form("lora(sites='head')")], SITES)
+  (found,) = buckets.merge_buckets([form("lora(targets='head')")], SITES)
   # 4 projections in three attentions, 3 in two feed-forwards, and the head.
   assert len(found.parts[0].sites) == 4 * 3 + 3 * 2 + 1
   assert not found.holds(form('lora(rank=5)'))
   assert found.holds(form('lora(rank=2)'))
   (plain,) = buckets.merge_buckets([form('lora')], SITES)
-  assert not plain.holds(form("lora(sites='head')"))
+  assert not plain.holds(form("lora(targets='head')"))
 
 
 def test_entries_of_all_forms_have_names_of_their_own():
   wanted = [form(m) for m in ('ia3', 'lora', 'ia3 + lora', 'lora + ia3')]
-  wanted.append(form("ia3(on='input', sites='*/wo')"))
+  wanted.append(form("ia3(on='input', targets='*/wo')"))
   found = buckets.merge_buckets(wanted, SITES)
   entries = [part.name for f in found for part in f.parts]
   assert len(set(entries)) == len(entries) == 7

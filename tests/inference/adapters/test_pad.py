@@ -30,7 +30,7 @@ def fitted(base, path):
 
 
 def test_ranks_are_padded_with_zeros_and_the_scale_is_in_b(base, tmp_path):
-  method = "molora(experts=3, rank=2, alpha=3.0, sites='*/k')"
+  method = "molora(experts=3, rank=2, alpha=3.0, targets='*/k')"
   path, _, tree = banked.save(tmp_path / 'a', base, method)
   own = tree['decoder']['layers']['self']['k']['molora']
   found = fitted(base, path)
@@ -46,14 +46,16 @@ def test_ranks_are_padded_with_zeros_and_the_scale_is_in_b(base, tmp_path):
 
 
 def test_scales_are_ones_where_no_adapter_is(base, tmp_path):
-  path, _, _ = banked.save(tmp_path / 'a', base, "ia3(sites='*/k')")
+  path, _, _ = banked.save(tmp_path / 'a', base, "ia3(targets='*/k')")
   found = fitted(base, path)
   np.testing.assert_array_equal(found['decoder/layers/self/v/ia3/scale'], 1)
   assert (found['decoder/layers/self/k/ia3/scale'] != 1).all()
 
 
 def test_a_mixture_of_vectors_is_on_where_it_acts(base, tmp_path):
-  path, _, _ = banked.save(tmp_path / 'a', base, "mov(experts=3, sites='*/k')")
+  path, _, _ = banked.save(
+    tmp_path / 'a', base, "mov(experts=3, targets='*/k')"
+  )
   found = fitted(base, path)
   # A switch for each layer.
   np.testing.assert_array_equal(found['decoder/layers/self/k/mov/on'], [1, 1])
@@ -79,6 +81,6 @@ def test_doras_ratio_is_of_the_weight_that_is_served(base, tmp_path, kind):
 
 
 def test_dora_at_the_head_is_refused(base, tmp_path):
-  path, _, _ = banked.save(tmp_path / 'a', base, "dora(sites='head')")
+  path, _, _ = banked.save(tmp_path / 'a', base, "dora(targets='head')")
   with pytest.raises(ValueError, match='dora at head cannot be served'):
     AdapterPool(base, {'it': path})

@@ -53,7 +53,7 @@ RANDOM = 'molora(experts=3, rank=2, router=random(k=2))'
 METHODS = (
   'full',
   *(method for method in small.METHODS if not method.startswith('prompt')),
-  "lora(rank=2, sites='head|*/o')",
+  "lora(rank=2, targets='head|*/o')",
 )
 # Of the largest logit: the model computes in float64, and its logits are
 # rounded to float32 for the sampler.

@@ -37,7 +37,7 @@ CONFIG = EngineConfig(
   prefill_batch_sizes=(1, 3),
   compile_ahead=False,
 )
-T5 = "molora(experts=3, rank=2, sites='*/q|*/wo')"
+T5 = "molora(experts=3, rank=2, targets='*/q|*/wo')"
 
 
 def decoder(adapter='one', **changes):
