@@ -15,6 +15,8 @@ directories, sorted keys, float32. Any method has this form, mixtures too:
                              quantise, where it was trained on 'int8' or 'nf4'
                 model        family, and its config, field by field
                 parameters   of the adapter
+                experts      of a mixture that began with trained adapters:
+                             path and sha256 of each file
                 arrays       {key: shape, sha256}
                 file_sha256, card_sha256: of both files, checked in reading
 """
@@ -39,6 +41,7 @@ from moepeft.models.weight_mapping import CheckpointError, Tree
 FORMAT = 1
 ARRAYS, CARD = 'adapter.safetensors', 'adapter.json'
 _GIVEN = ('method', 'semantics', 'base', 'model')
+_OPTIONAL = ('experts',)
 
 
 class Adapter(NamedTuple):
@@ -99,7 +102,8 @@ def save(
   }
   with directory.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS)
-    full = {key: card[key] for key in _GIVEN} | {
+    given = {key: card[key] for key in (*_GIVEN, *_OPTIONAL) if key in card}
+    full = given | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {

@@ -44,7 +44,7 @@ __all__ = [
 ]
 _BEGINNING = Course()
 # The card's entries that a run must share with the checkpoint it resumes.
-_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model', 'experts')
 # Characters of a library's message that a sentence quotes.
 _QUOTED = 160
 
@@ -274,10 +274,10 @@ class Checkpoints:
     self, read: Mapping[str, Any], described: Mapping[str, Any]
   ) -> None:
     for key in _SAME:
-      if read.get(key) != described[key]:
+      if read.get(key) != described.get(key):
         raise ValueError(
           f'{self.path} belongs to another run: its {key} is '
-          f'{read.get(key)!r}, this run has {described[key]!r}; choose '
+          f'{read.get(key)!r}, this run has {described.get(key)!r}; choose '
           'another --workdir, or set the config back'
         )
     if read['base'].get('sha256') != described['base']['sha256']:

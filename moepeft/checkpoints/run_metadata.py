@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
 from moepeft.models import weight_mapping
 from moepeft.peft import Built
+from moepeft.peft.build import portable
 
 _TYPES = (
   ('method', str),
@@ -27,10 +28,19 @@ _TYPES = (
 )
 
 
-def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
-  """A run's identity as JSON: method, semantics, base and seed."""
+def card(
+  base: Any,
+  built: Built,
+  seed: int,
+  experts: Sequence[Mapping[str, str]] = (),
+) -> dict[str, Any]:
+  """A run's identity as JSON: method, semantics, base and seed.
+
+  Args:
+    experts: {'path', 'sha256'} of each file that an expert was read from.
+  """
   described = adapter_lib.describe(
-    built.method,
+    portable(built.method),
     built.semantics,
     base.path,
     base.sha256,
@@ -38,6 +48,8 @@ def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
     base.config,
     base.quantise,
   )
+  if experts:
+    described['experts'] = list(experts)
   named = described | {'trainable': built.trainable, 'seed': seed}
   # Fields that are tuples are lists in the card that is read back.
   return json.loads(json.dumps(named))

@@ -17,7 +17,7 @@ from moepeft.moe import DEFAULT_ROUTER, ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import can_be_expert, mixture_of
+from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +171,12 @@ def expanded(
       usual = {k: option.default for k, option in defaults.items()}
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
+      # Exactly one of them may stand in a method string.
+      given = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - given:
+        del options[name]
+      if 'from_adapters' not in given:
+        del options['train_experts']
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
   return _text(specs, methods)
@@ -183,17 +189,18 @@ def function_of(adapter_map: AdapterMap) -> tuple:
   role or by name, another dropout or jitter.
   """
   return tuple(
-    (path, _function(adapter)) for path, adapter in adapter_map.entries
+    (path, adapter_function(adapter)) for path, adapter in adapter_map.entries
   )
 
 
-def _function(module: nn.Module) -> tuple:
+def adapter_function(module: nn.Module) -> tuple:
+  """As `function_of`, of one adapter or router."""
   fields = []
   options = options_of(type(module))
   for name in sorted(n for n, o in options.items() if not o.training_only):
     value = getattr(module, name)
     nested = isinstance(value, nn.Module)
-    fields.append((name, _function(value) if nested else value))
+    fields.append((name, adapter_function(value) if nested else value))
   return (type(module), *fields)
 
 
@@ -207,6 +214,12 @@ def entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   if 'expert' not in options_of(method.module) or method.expert:
     return method
   expert = spec.get('expert')
+  if expert is None and spec.get('from_adapters'):
+    raise ValueError(
+      f'{spec.name} has its expert in the files of from_adapters, which are '
+      "read for config.method alone; write `expert` and `sites` as the run's "
+      'first line has them'
+    )
   if not isinstance(expert, str) or not expert:
     raise ValueError(
       f'{spec.name} has an expert like lora or lora(rank=4); got '
@@ -296,7 +309,46 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
+  counts = [name for name in EXPERT_COUNTS if name in given]
+  if len(counts) > 1:
+    raise ValueError(
+      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
+    )
+  _check_from_adapters(spec)
   return Spec(spec.name, tuple((given | (decided | given)).items()))
+
+
+def _check_from_adapters(spec: Spec) -> None:
+  """Raises a ValueError for options that do not go with `from_adapters`."""
+  given = dict(spec.options)
+  if 'train_experts' in given and 'from_adapters' not in given:
+    raise ValueError(
+      f'{spec.name}: train_experts is for experts that are given by '
+      'from_adapters; drop it, since others are trained'
+    )
+  if given.get('share') and 'from_adapters' in given:
+    raise ValueError(
+      f'{spec.name}: adapters that were trained apart have no parameter in '
+      'common; drop share'
+    )
+
+
+def portable(method: str) -> str:
+  """A resolved method's text with `experts` in place of `from_adapters`.
+
+  It builds the same function, and describes an adapter whose arrays hold the
+  experts, wherever those files are.
+  """
+  specs = []
+  for spec in map(flat, method_string.parse_method(method)):
+    options = []
+    for name, value in spec.options:
+      if name == 'from_adapters':
+        options.append(('experts', len(value)))
+      elif name != 'train_experts':
+        options.append((name, value))
+    specs.append(Spec(spec.name, tuple(options)))
+  return _text(specs, METHODS)
 
 
 def make(
@@ -313,6 +365,8 @@ def make(
   if 'router' in declared:
     router = options.get('router', Spec(DEFAULT_ROUTER))
     experts = options.get('experts', declared['experts'].default)
+    if 'from_adapters' in options:
+      experts = options['experts'] = len(options['from_adapters'])
     options['router'] = ROUTERS[router.name].module(
       experts=experts, **dict(router.options), parent=None
     )

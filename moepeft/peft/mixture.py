@@ -18,7 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft.core.ranges import Choices, option
+from moepeft.core.ranges import Choices, Paths, option
 from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
@@ -27,6 +27,8 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads')
+# Options that say how many experts there are; a method string has one of them.
+EXPERT_COUNTS = ('experts', 'from_adapters')
 
 
 class Mixture(nn.Module):
@@ -42,6 +44,10 @@ class Mixture(nn.Module):
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads.
     share: the parameter that all experts have in common, '' for none.
+    from_adapters: paths of the trained adapters that the experts start as, one
+      each; empty where they start as fresh ones. The experts then stay as they
+      are, and only the router is trained.
+    train_experts: whether experts from trained adapters are trained further.
   """
 
   expert: nn.Module
@@ -49,6 +55,8 @@ class Mixture(nn.Module):
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
   share: str = ''
+  from_adapters: tuple[str, ...] = option((), Paths(), training_only=True)
+  train_experts: bool = option(False, None, training_only=True)
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:

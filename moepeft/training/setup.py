@@ -140,6 +140,8 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   check_model(config.objective, decoder_only(shape))
   # The date of a chat template, which stays when the run goes on.
   config = chat_template.with_date(config, tokenizer)
+  # The experts' form, so that the run can be read without their files.
+  config = base_lib.with_resolved_method(config, family, shape)
   collator = _build_collator(config, tokenizer, family, shape)
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
@@ -148,13 +150,15 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
   optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-  state, reference = _build_state(config, base, model, method, optimizer)
+  state, reference, expert_files = _build_state(
+    config, base, model, method, optimizer
+  )
   logical_axes = base_lib.logical_axes(model, base)
   shardings = state_sharding.state_shardings(
     layout, state, logical_axes, method.trainable
   )
   state = state_sharding.place(state, shardings, optimizer.init)
-  identity = card(base, method, config.seed)
+  identity = card(base, method, config.seed, expert_files)
   summary.print_summary(
     base,
     method,
@@ -317,8 +321,9 @@ def _build_state(
   model: nn.Module,
   method: Built,
   optimizer: optax.GradientTransformation,
-) -> tuple[State, Callable | None]:
-  """The state on the host, its optimizer's arrays as shapes; the reference."""
+) -> tuple[State, Callable | None, list[dict[str, str]]]:
+  """The state on the host, its optimizer's arrays as shapes; the reference;
+  the files of experts that were trained before."""
   if base.params is None and method.trainable == 'peft':
     raise ValueError(
       f'{method.method} would adapt random weights; set config.model.path to '
@@ -330,9 +335,13 @@ def _build_state(
       "full fine-tuning trains them; set it to '', or name another method"
     )
   variables = base_lib.initialise(base, model, config.seed)
-  adapter = config.model.adapter
+  adapter, expert_files = config.model.adapter, []
   if adapter:
     variables = base_lib.with_adapter(variables, method, adapter, base)
+  else:
+    variables, expert_files = base_lib.with_experts(
+      variables, model, method, base
+    )
   reference, reference_adapters = None, {}
   source = config.preference.reference
   needs_reference = OBJECTIVES[config.objective].needs_reference
@@ -356,7 +365,7 @@ def _build_state(
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=reference_adapters,
   )
-  return state, reference
+  return state, reference, expert_files
 
 
 def _describe_data(config: ConfigDict, data: TrainingData) -> str:
