@@ -37,6 +37,9 @@ class RouterSpec:
     learned: whether the router has trained parameters.
     losses: {name in config.router_losses: loss}, beside those of
       `moepeft.moe.aux_losses`, which every router has.
+    update: of a router with state (`moe.router_state`), (router, {name: array},
+      RouterStats of the whole batch) -> {name: array}, of one site and layer,
+      called once per optimizer step. None for a router without state.
     defaults: {semantics: options that the semantics decides}.
     pooled_module: for a router whose function depends on its path in the tree,
       which a pool of served adapters changes: router -> a router with the
@@ -51,6 +54,7 @@ class RouterSpec:
   independent_of_batch: bool = True
   learned: bool = True
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
+  update: Callable | None = None
   defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )
