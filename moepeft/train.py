@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import library, registries
+from moepeft.checkpoints import base as base_lib
 from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.core import distributed, host_memory, sharding
@@ -101,6 +102,7 @@ def train(
   """
   started = time.monotonic()
   config_check.check(config, registries.BY_KEY)
+  config = base_lib.with_resolved_method(config)
   setup.check(config)
   callbacks = build_callbacks(config)
   if dry_run:

@@ -143,26 +143,29 @@ def load(model: ConfigDict) -> Base:
   return Base(family, config, params, model.path, loaded.sha256, kind, where)
 
 
-def with_resolved_method(
-  config: ConfigDict, family: ModelFamily, shape: Any
-) -> ConfigDict:
-  """The config with a method that can be built without further files.
+def with_resolved_method(config: ConfigDict) -> ConfigDict:
+  """The config with a method that names its experts' form and sites.
 
-  Args:
-    family, shape: of `shape`.
+  Only a method with `from_adapters` changes: it can then be built without the
+  adapters' files.
 
   Raises:
     ValueError: as `from_adapters.resolved`.
   """
+  if not from_adapters.reads_files(config.method):
+    return config
   config = config.copy_and_resolve_references()
-  sites = family.sites(shape)
-  config.method = from_adapters.resolved(config.method, sites, shape)
+  family, model = shape(config.model)
+  config.method = from_adapters.resolved(
+    config.method, family.sites(model), model
+  )
   return config
 
 
 def _build(config: ConfigDict, family: ModelFamily, shape: Any) -> Built:
-  config = with_resolved_method(config, family, shape)
-  return build(config.method, family.sites(shape), config.semantics)
+  sites = family.sites(shape)
+  method = from_adapters.resolved(config.method, sites, shape)
+  return build(method, sites, config.semantics)
 
 
 def with_experts(

@@ -36,11 +36,11 @@ def count(config: ConfigDict) -> dict[str, Any]:
   params, kept = _total(shapes['params']), shapes['params']
   if config.model.quantize:
     kept = quantize.shapes(kept, model, config.model.quantize)
-  trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
+  trainable = shapes.get(built.trainable, {})
+  trained, _ = router_state.split(trainable, built.frozen_mixtures)
+  trained = weight_mapping.flatten(trained)
   sites = defaultdict(int)
   for path, leaf in trained.items():
-    if router_state.is_state(path):
-      continue
     sites[_site(path, built.trainable)] += math.prod(leaf.shape)
   peft = sum(sites.values())
   return {

@@ -28,11 +28,12 @@ from moepeft.checkpoints.open_adapter import (
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core import files
+from moepeft.core.ranges import Paths
 from moepeft.core.types import Tree
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
-from moepeft.peft.build import adapter_function, flat
+from moepeft.peft.build import adapter_function, flat, nested
 from moepeft.peft.method import options_of
 from moepeft.peft.methods import METHODS
 from moepeft.peft.mixture import Mixture, can_be_expert
@@ -66,8 +67,7 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
   """The method's text with what the files of `from_adapters` decide.
 
   Args:
-    method: its text; one that has both `expert` and `sites` is returned as it
-      is, and no file is read.
+    method: its text; no file is read where it has `expert` and `sites`.
     sites: {path: role} of the model.
     config: of the model.
 
@@ -75,13 +75,16 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
     ValueError: a file is not there, holds no adapter that can be an expert,
       or the adapters differ in their method or sites.
   """
+  if not reads_files(method):
+    return method
   specs = []
   for spec in map(flat, method_string.parse_method(method)):
     given = dict(spec.options)
     paths = given.get('from_adapters')
-    if not _reads_files(spec):
+    if not _is_open(spec):
       specs.append(spec)
       continue
+    Paths().check(f"{spec.name}'s option from_adapters", paths)
     experts = [_read(path, sites, config) for path in paths]
     first = experts[0]
     for other in experts[1:]:
@@ -89,13 +92,18 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
     decided = dict(first.spec.options)
     if METHODS[spec.name].expert is None:
       decided['expert'] = first.spec.name
-    decided['sites'] = adapter_lib.site_patterns(first.sites, sites)
-    specs.append(Spec(spec.name, tuple((decided | given).items())))
+    decided['sites'] = '|'.join(first.sites)
+    specs.append(nested(Spec(spec.name, tuple((decided | given).items()))))
   return method_string.format_method(tuple(specs))
 
 
-def _reads_files(spec: Spec) -> bool:
-  """Whether files decide something of a mixture."""
+def reads_files(method: str) -> bool:
+  """Whether `resolved` reads files for a method's text."""
+  return any(map(_is_open, map(flat, method_string.parse_method(method))))
+
+
+def _is_open(spec: Spec) -> bool:
+  """Whether a mixture's files decide something that its text does not."""
   given = dict(spec.options)
   if spec.name not in METHODS or not given.get('from_adapters'):
     return False

@@ -92,7 +92,8 @@ class Paths:
     Raises:
       ValueError: the value is no such list; the message begins with `name`.
     """
-    if not value or not all(isinstance(v, str) and v for v in value):
+    is_list = isinstance(value, tuple) and bool(value)
+    if not is_list or not all(isinstance(v, str) and v for v in value):
       raise ValueError(
         f"{name} is a list of paths like ['runs/a/adapter']; got "
         f'{shortened(value)}'

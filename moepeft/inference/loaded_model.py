@@ -125,7 +125,7 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
   else:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, checkpoint)
-    method, parameters = built.method, _size(variables[built.trainable])
+    method, parameters = built.method, _size(variables[built.trainable], built)
   tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   chat_template.set_chat_template(
     tokenizer, config.data.chat_template, config.data.system_prompt
@@ -174,7 +174,7 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     built.method if adapter else 'none',
     _base_name(path),
     quantize.parameters(variables['params'], base.config),
-    _size(variables[built.trainable]) if adapter else 0,
+    _size(variables[built.trainable], built) if adapter else 0,
     base.folder,
   )
 
@@ -210,6 +210,6 @@ def _base_name(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def _size(tree: Tree) -> int:
-  trained, _ = router_state.split(tree)
+def _size(tree: Tree, built: Built) -> int:
+  trained, _ = router_state.split(tree, built.frozen_mixtures)
   return sum(leaf.size for leaf in jax.tree.leaves(trained))

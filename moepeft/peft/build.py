@@ -36,6 +36,16 @@ class Built:
   adapter_map: AdapterMap
   trainable: str
 
+  @property
+  def frozen_mixtures(self) -> tuple[str, ...]:
+    """Names in 'peft' of mixtures whose experts stay as they are."""
+    names = {
+      adapter.name: None
+      for _, adapter in self.adapter_map.entries
+      if getattr(adapter, 'freezes_experts', False)
+    }
+    return tuple(names)
+
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]

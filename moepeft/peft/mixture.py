@@ -58,6 +58,10 @@ class Mixture(nn.Module):
   from_adapters: tuple[str, ...] = option((), Paths(), training_only=True)
   train_experts: bool = option(False, None, training_only=True)
 
+  @property
+  def freezes_experts(self) -> bool:
+    return bool(self.from_adapters) and not self.train_experts
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     router_input = x

@@ -140,8 +140,6 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   check_model(config.objective, decoder_only(shape))
   # The date of a chat template, which stays when the run goes on.
   config = chat_template.with_date(config, tokenizer)
-  # The experts' form, so that the run can be read without their files.
-  config = base_lib.with_resolved_method(config, family, shape)
   collator = _build_collator(config, tokenizer, family, shape)
   data = open_data(config.data, config.seed, share, shape.vocab, collator)
   for note in data.notes:
@@ -158,7 +156,9 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     layout, state, logical_axes, method.trainable
   )
   state = state_sharding.place(
-    state, shardings, router_state.optimizer_init(optimizer)
+    state,
+    shardings,
+    router_state.optimizer_init(optimizer, method.frozen_mixtures),
   )
   identity = card(base, method, config.seed, expert_files)
   summary.print_summary(
@@ -358,12 +358,21 @@ def _build_state(
       'to measure against where training begins'
     )
   trainable = variables.pop(method.trainable)
+  trained, _ = router_state.split(trainable, method.frozen_mixtures)
+  if method.frozen_mixtures and not jax.tree.leaves(trained):
+    raise ValueError(
+      f'{method.method} trains nothing: its experts stay as they are and its '
+      'router has no parameters; set train_experts=True, or name a router that '
+      'is trained'
+    )
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
     # Shapes: the arrays are made on the devices, on each its share.
-    opt=jax.eval_shape(router_state.optimizer_init(optimizer), trainable),
+    opt=jax.eval_shape(
+      router_state.optimizer_init(optimizer, method.frozen_mixtures), trainable
+    ),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=reference_adapters,
   )

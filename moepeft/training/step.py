@@ -60,11 +60,13 @@ def make_train_step(
         | grad_accumulation.mapped(prepare_rows, batch, rows_rng, accumulate)
       )
 
-    weights, routers_state = router_state.split(state.trainable)
+    weights, untrained = router_state.split(
+      state.trainable, method.frozen_mixtures
+    )
 
     def sums_fn(weights, rows, rng):
       # Over some rows of the batch, so nothing here may be a mean over them.
-      trainable = router_state.join(weights, routers_state)
+      trainable = router_state.join(weights, untrained)
       variables = method.variables(state.replace(trainable=trainable))
       total, sums = objective(model.apply, variables, rows, split_rngs(rng))
       return sums | {'total': total}
@@ -88,7 +90,7 @@ def make_train_step(
       step=state.step + 1,
       trainable=router_state.join(
         optax.apply_updates(weights, updates),
-        router_state.update(routers_state, metrics['routing'], routers),
+        router_state.update(untrained, metrics['routing'], routers),
       ),
       opt=opt,
     ), metrics

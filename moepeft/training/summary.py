@@ -28,7 +28,7 @@ def print_summary(
     more: {name: text} of further lines, as of 'data'; empty ones are left out.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  trained = size(router_state.split(state.trainable)[0])
+  trained = size(router_state.split(state.trainable, method.frozen_mixtures)[0])
   frozen = size(state.frozen)
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
