@@ -102,8 +102,8 @@ def save(
   }
   with directory.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS)
-    given = {key: card[key] for key in (*_GIVEN, *_OPTIONAL) if key in card}
-    full = given | {
+    fields = {key: card[key] for key in (*_GIVEN, *_OPTIONAL) if key in card}
+    full = fields | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {

@@ -79,21 +79,21 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
     return method
   specs = []
   for spec in map(flat, method_string.parse_method(method)):
-    given = dict(spec.options)
-    paths = given.get('from_adapters')
+    options = dict(spec.options)
+    paths = options.get('from_adapters')
     if not _is_open(spec):
       specs.append(spec)
       continue
     Paths().check(f"{spec.name}'s option from_adapters", paths)
     experts = [_read(path, sites, config) for path in paths]
     first = experts[0]
-    for other in experts[1:]:
-      _check_alike(first, other)
+    for expert in experts[1:]:
+      _check_alike(first, expert)
     decided = dict(first.spec.options)
     if METHODS[spec.name].expert is None:
       decided['expert'] = first.spec.name
     decided['sites'] = '|'.join(first.sites)
-    specs.append(nested(Spec(spec.name, tuple((decided | given).items()))))
+    specs.append(nested(Spec(spec.name, tuple((decided | options).items()))))
   return method_string.format_method(tuple(specs))
 
 
@@ -104,11 +104,11 @@ def reads_files(method: str) -> bool:
 
 def _is_open(spec: Spec) -> bool:
   """Whether a mixture's files decide something that its text does not."""
-  given = dict(spec.options)
-  if spec.name not in METHODS or not given.get('from_adapters'):
+  options = dict(spec.options)
+  if spec.name not in METHODS or not options.get('from_adapters'):
     return False
-  needs_expert = METHODS[spec.name].expert is None and 'expert' not in given
-  return needs_expert or 'sites' not in given
+  needs_expert = METHODS[spec.name].expert is None and 'expert' not in options
+  return needs_expert or 'sites' not in options
 
 
 def has_trained_experts(built: Built) -> bool:
@@ -209,13 +209,13 @@ def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
   )
 
 
-def _check_alike(first: _TrainedExpert, other: _TrainedExpert) -> None:
-  same = adapter_function(first.module) == adapter_function(other.module)
-  if not same or first.sites != other.sites:
+def _check_alike(first: _TrainedExpert, second: _TrainedExpert) -> None:
+  same = adapter_function(first.module) == adapter_function(second.module)
+  if not same or first.sites != second.sites:
     raise ValueError(
       f'from_adapters takes adapters of one method, with the same options and '
-      f'sites; {first.path} is {first.start.method!r}, {other.path} is '
-      f'{other.start.method!r}: leave one out, or train it again'
+      f'sites; {first.path} is {first.start.method!r}, {second.path} is '
+      f'{second.start.method!r}: leave one out, or train it again'
     )
 
 
@@ -243,13 +243,13 @@ def _array(
   Raises:
     ValueError: it is absent or of another shape.
   """
-  own = path.replace(f'/{name}/', f'/{expert.module.name}/')
-  array = weight_mapping.flatten(expert.start.tree).get(own)
+  adapter_path = path.replace(f'/{name}/', f'/{expert.module.name}/')
+  array = weight_mapping.flatten(expert.start.tree).get(adapter_path)
   expected = shape[:axis] + shape[axis + 1 :]
   if array is None or array.shape != expected:
-    found = 'none' if array is None else f'one of {array.shape}'
+    shape_read = 'none' if array is None else array.shape
     raise ValueError(
       f'from_adapters: {expert.path} was made for another model: expected an '
-      f'array {own} of {expected}, found {found}'
+      f'array {adapter_path} of {expected}, got {shape_read}'
     )
   return np.asarray(array, np.float32)

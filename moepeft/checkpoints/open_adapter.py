@@ -45,7 +45,7 @@ def load_adapter(path: str, config: Any) -> Start:
   """The adapter of a run's latest checkpoint, or of a directory in any form.
 
   Args:
-    path: a work directory of moepeft.train, or what `interop.detect` knows.
+    path: a work directory of moepeft.train, or a form that `formats.detect` knows.
     config: of the model.
 
   Raises:
@@ -57,12 +57,17 @@ def load_adapter(path: str, config: Any) -> Start:
   if is_run or form == 'moepeft':
     tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
     base = card['base']
-    kept = base.get('quantise', '')
-    return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
+    return Start(
+      card['method'],
+      tree,
+      base['sha256'],
+      card['semantics'],
+      base.get('quantise', ''),
+    )
   if form == 'peft':
     return Start(*peft.load(path, config))
-  if form == 't5x' and (found := t5x.load(path).adapter):
-    return Start(*found)
+  if form == 't5x' and (adapter := t5x.load(path).adapter):
+    return Start(*adapter)
   raise ValueError(
     f'{path} holds no adapter; expected the work directory of a run, an '
     'adapter of moepeft or of peft, or a T5X checkpoint of the released code'

@@ -89,7 +89,7 @@ def optimizer_init(
 
 
 def update(rest: Tree, routing: Tree, routers: Mapping[str, nn.Module]) -> Tree:
-  """What `split` leaves, after a step: frozen arrays stay as they are.
+  """The second tree of `split` after a step: frozen arrays stay as they are.
 
   Args:
     rest: from `split`.

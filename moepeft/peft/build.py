@@ -182,10 +182,10 @@ def expanded(
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
       # Exactly one of them may stand in a method string.
-      given = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
-      for name in {*EXPERT_COUNTS} - given:
+      counts = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - counts:
         del options[name]
-      if 'from_adapters' not in given:
+      if 'from_adapters' not in counts:
         del options['train_experts']
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
@@ -330,13 +330,13 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
 
 def _check_from_adapters(spec: Spec) -> None:
   """Raises a ValueError for options that do not go with `from_adapters`."""
-  given = dict(spec.options)
-  if 'train_experts' in given and 'from_adapters' not in given:
+  options = dict(spec.options)
+  if 'train_experts' in options and 'from_adapters' not in options:
     raise ValueError(
       f'{spec.name}: train_experts is for experts that are given by '
       'from_adapters; drop it, since others are trained'
     )
-  if given.get('share') and 'from_adapters' in given:
+  if options.get('share') and 'from_adapters' in options:
     raise ValueError(
       f'{spec.name}: adapters that were trained apart have no parameter in '
       'common; drop share'

@@ -13,7 +13,10 @@ from moepeft.training import summary
 def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
   base = types.SimpleNamespace(path='/base', quantise='')
   method = types.SimpleNamespace(
-    method='lora(rank=2)', semantics='paper', trainable='peft'
+    method='lora(rank=2)',
+    semantics='paper',
+    trainable='peft',
+    frozen_mixtures=(),
   )
   state = State(
     step=jnp.int32(0),
