@@ -7,10 +7,7 @@ from scripts import structure
 
 # Class names that stand in several files; the list only shrinks.
 DUPLICATE_CLASSES = frozenset(
-  (
-    'Adapter Block Call Embedding Engine Entry Layout Loaded Malformed Memory '
-    'Part Pieces Prompt Routing Stack Task Tool _Stored'
-  ).split()
+  ('Call Loaded Malformed Memory Part Pieces Prompt Task Tool _Stored').split()
 )
 # Functions of more than 100 lines; the list only shrinks.
 LONG_FUNCTIONS = frozenset()
@@ -19,7 +16,6 @@ LONG_FUNCTIONS = frozenset()
 # that they write, and for words with another meaning.
 BRANCHES = {
   'moepeft.checkpoints.gguf.tokenizer': 'qwen2',
-  'moepeft.checkpoints.hf.model': 't5',
   'moepeft.checkpoints.hf.peft': 'ia3 prompt',
   'moepeft.checkpoints.hf.peft_lora': 'dora',
   'moepeft.checkpoints.t5x.adapters': 'lora molora mov softmax topk',
@@ -50,7 +46,6 @@ BRANCHES = {
   'moepeft.evaluation.tables.terminal': 'loss',
   'moepeft.generate': 'chat preference text',
   'moepeft.models.decoder.hf_rope': 'linear',
-  'moepeft.models.decoder_gguf': 'gpt2 llama mistral qwen2',
   'moepeft.nn.rope': 'linear',
   'moepeft.objectives.cross_entropy': 'tokens',
   'moepeft.peft.build': 'topk',

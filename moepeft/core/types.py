@@ -120,12 +120,6 @@ class State:
   reference: Tree = struct.field(default_factory=dict)
 
 
-class Adapter(Protocol):
-  """Wraps a layer: `(layer, x, ctx) -> y`; see `nn.adapter_hook.BaseLayer`."""
-
-  def __call__(self, layer, x: Array, ctx: Context) -> Array: ...
-
-
 class Router(Protocol):
   """Reads activations `x` [..., d]; float32 inside."""
 

@@ -133,7 +133,7 @@ class Attention(nn.Module):
     scale: of the logits.
     q_stddev: of q's weights at initialisation; None for that of k and v.
     bias: whether q, k, v and o have biases.
-    form: of FORMS.
+    implementation: of IMPLEMENTATIONS.
   """
 
   d_model: int
@@ -233,7 +233,7 @@ class Attention(nn.Module):
 
 
 class Core(nn.Module):
-  """The site around `attend`, or another of FORMS."""
+  """The site around one of IMPLEMENTATIONS."""
 
   site: str
   adapter_map: AdapterMap

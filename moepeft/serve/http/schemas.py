@@ -208,7 +208,7 @@ class Completion(GenerationFields):
     return self.prompt
 
 
-class Embedding(Strict):
+class EmbeddingObject(Strict):
   model: str
   input: _Texts
   dimensions: int | None = Field(None, ge=1)
