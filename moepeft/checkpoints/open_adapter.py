@@ -45,7 +45,7 @@ def load_adapter(path: str, config: Any) -> Start:
   """The adapter of a run's latest checkpoint, or of a directory in any form.
 
   Args:
-    path: a work directory of moepeft.train, or a form that `formats.detect` knows.
+    path: a work directory of moepeft.train, or of a form in `formats.FORMS`.
     config: of the model.
 
   Raises:
