@@ -9,7 +9,7 @@ Sides take turns; a ratio is the median over the rounds of a round's ratio.
 - mixed over one: tokens/s of 8 requests of 8 adapters, over 8 of one adapter.
 - continuous over static: requests of very different lengths, 8 at once, each
   place taken by the next as it ends; over batches of 8 that end with their
-  longest (`moepeft.inference.decode`, whose steps are as fast as the engine's).
+  longest, in the same engine.
 - over `transformers`: 8 requests at once, over generate called for one after
   the other; and the time to a lone request's first token, theirs over ours.
 """
@@ -22,8 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from decode import SMOLLM2
@@ -34,10 +32,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.api import Finished, Request
-from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import param_metadata
 from moepeft.peft import build
@@ -119,16 +115,13 @@ class Side:
     return time.perf_counter() - begun, first
 
 
-def static(model, variables, asked, lengths) -> float:
+def static(side: Side, asked, lengths) -> float:
   """Seconds of batches of AT_ONCE that end with their longest answer."""
-  how, begun = How(Sampling(), jnp.array([-1])), time.perf_counter()
+  total = 0.0
   for at in range(0, len(asked), AT_ONCE):
-    ids = np.array(asked[at : at + AT_ONCE], np.int32)
-    batch = {'inputs': ids, 'inputs_mask': np.ones(ids.shape, bool)}
-    rows = start(model, variables, batch, how, max(LENGTHS))
-    until = max(lengths[at : at + AT_ONCE])
-    jax.block_until_ready(advance(model, variables, rows, how, until).tokens)
-  return time.perf_counter() - begun
+    longest = [max(lengths[at : at + AT_ONCE])] * AT_ONCE
+    total += side.run(asked[at : at + AT_ONCE], longest, [''] * AT_ONCE)[0]
+  return total
 
 
 def their_side(path: str) -> Callable[[Sequence[tuple[int, ...]], int], float]:
@@ -166,7 +159,6 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   config.model.path, config.method = path, 'full'
   base = base_lib.load(config.model)
   model, _ = base_lib.module(base, config)
-  variables = {'params': jax.tree.map(jnp.asarray, base.params)}
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
@@ -181,10 +173,11 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
     return one, side.run(asked[1], same, names_)[0]
 
   def continuous(i):
-    asked = prompts(vocab, REQUESTS, 200 + i)
+    # The engine keeps what it has read, so both get prompts of their own.
+    asked = [prompts(vocab, REQUESTS, 200 + 2 * i + j) for j in (0, 1)]
     lengths = LENGTHS * (REQUESTS // len(LENGTHS))
-    ours = side.run(asked, lengths, [''] * REQUESTS)[0]
-    return static(model, variables, asked, lengths), ours
+    ours = side.run(asked[0], lengths, [''] * REQUESTS)[0]
+    return static(side, asked[1], lengths), ours
 
   found = {
     'mixed_over_one_adapter': median(mixed, rounds),

@@ -26,7 +26,6 @@ PENDING = frozenset(
   (
     'moepeft/checkpoints',
     'moepeft/config',
-    'moepeft/inference',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/config',

@@ -6,9 +6,7 @@ import ast
 from scripts import structure
 
 # Class names that stand in several files; the list only shrinks.
-DUPLICATE_CLASSES = frozenset(
-  ('Call Loaded Malformed Memory Part Pieces Prompt Task Tool _Stored').split()
-)
+DUPLICATE_CLASSES = frozenset(('Loaded Prompt _Stored').split())
 # Functions of more than 100 lines; the list only shrinks.
 LONG_FUNCTIONS = frozenset()
 # Comparisons with the name of a registry's entry, outside of its file; the list
@@ -44,16 +42,12 @@ BRANCHES = {
   'moepeft.evaluation.tables.render': 'loss',
   'moepeft.evaluation.tables.seeds': 'random tasks',
   'moepeft.evaluation.tables.terminal': 'loss',
-  'moepeft.generate': 'chat preference text',
   'moepeft.models.decoder.hf_rope': 'linear',
   'moepeft.nn.rope': 'linear',
   'moepeft.objectives.cross_entropy': 'tokens',
   'moepeft.peft.build': 'topk',
   'moepeft.runs.diagnosis': 'loss',
   'moepeft.runs.resume': 'constant',
-  'moepeft.serve.http.chat': 'text',
-  'moepeft.serve.http.requests': 'text',
-  'moepeft.serve.http.schemas': 'text',
   'moepeft.train': 'chat preference',
 }
 

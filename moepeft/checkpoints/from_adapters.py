@@ -29,7 +29,7 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core import files
 from moepeft.core.ranges import Paths
-from moepeft.core.types import Tree
+from moepeft.core.types import AXIS_NAMES, Tree
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata
 from moepeft.peft import Built, build
@@ -148,7 +148,7 @@ def load_experts(
       _check_is_expert(expert, mixture, at)
     records += [{'path': e.path, 'sha256': e.sha256} for e in experts]
     axes = {
-      path: param_metadata.logical_axes.index('e')
+      path: param_metadata.logical_axes.index(AXIS_NAMES['e'])
       for path, (_, param_metadata) in metadata.items()
       if f'/{name}/' in path and f'/{name}/router/' not in path
     }

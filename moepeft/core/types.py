@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types that every folder shares: AXIS_NAMES, Context, Routing, Batch, State.
 
-One letter names an axis everywhere (einsum, comments, docstrings):
+One letter stands for an axis in einsums, comments and shapes of docstrings:
 b batch, t query or target length, s key or source length, d model, n heads,
 k heads of keys and values where they are fewer, h head size, f ffn,
 v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
@@ -15,22 +15,23 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-# The axes of stored arrays, by the letter that einsums have for them.
+# Names of the axes of stored arrays, which partition rules name, by the letters
+# of einsums.
 AXIS_NAMES = {
-  'd': 'model',
+  'd': 'embed',
   'n': 'heads',
-  'k': 'kv heads',
-  'h': 'head size',
-  'f': 'ffn',
-  'v': 'vocabulary',
+  'k': 'kv_heads',
+  'h': 'head_dim',
+  'f': 'mlp',
+  'v': 'vocab',
   'e': 'experts',
   'r': 'rank',
   'l': 'layers',
-  'i': 'router input',
-  'p': 'position buckets',
+  'i': 'router_input',
+  'p': 'positions',
   's': 'keys',
-  'y': 'token types',
-  'c': 'model, of outputs',
+  'y': 'token_types',
+  'c': 'embed_out',
 }
 
 Array = jax.Array
@@ -54,6 +55,10 @@ class Context:
     routing: a Routing [l, b, t, e] that an earlier pass has made, used by the
       sites of a stack instead of their own routers, each layer its own part.
     layer: int32 scalar, the layer's number within its stack.
+    layer_count: how many layers that stack has, 0 outside of it; static.
+    expert_mask: bool [e], set for a router alone: the experts that its layer
+      has; None where it has all. A router gives the others no weight; see
+      `moepeft.moe.gate.mask_experts`.
     index: int32 scalar, the position that a cached decoder writes next.
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
@@ -67,10 +72,12 @@ class Context:
   positions: Array | None = None
   routing: 'Routing | None' = None
   layer: Array | None = None
+  expert_mask: Array | None = None
   index: Array | None = None
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)
+  layer_count: int = struct.field(pytree_node=False, default=0)
   run_layers: Callable | None = struct.field(pytree_node=False, default=None)
 
 
@@ -79,7 +86,8 @@ class Routing:
   """A router's decision for each token.
 
   Attributes:
-    logits: float32 [..., e], before expert dropout and selection.
+    logits: float32 [..., e], before expert dropout and selection; -inf of
+      experts that the layer does not have.
     combine_weights: float32 [..., e], what the experts are mixed with.
     k: how many experts have weight, the same for every token; None where all
       of them may have some. Static.

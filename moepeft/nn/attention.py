@@ -203,7 +203,9 @@ class Attention(nn.Module):
       if ctx.decode:
         k, v = self._extend(k, v, ctx)
     else:
-      source_ctx = source_ctx.replace(layer=ctx.layer)
+      source_ctx = source_ctx.replace(
+        layer=ctx.layer, layer_count=ctx.layer_count
+      )
       k, v = self._once(source, source_ctx, ctx.decode)
     return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)
 

@@ -37,7 +37,8 @@ def scan_layers(
   where set, is called instead.
 
   Args:
-    block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
+    block: an unbound module, (x, ctx, *args) -> x; ctx.layer and
+      ctx.layer_count are set for it.
     remat: 'none', 'dots' (matrix products are kept) or 'full'.
     unroll: layers written out in one step of the scan: faster on CPU, and the
       program grows with it; the variables are the same. One where there is
@@ -47,6 +48,7 @@ def scan_layers(
     ValueError: the remat policy does not exist, or ctx.routing is of another
       number of layers, rows or tokens.
   """
+  ctx = ctx.replace(layer_count=length)
   if ctx.run_layers is not None:
     return ctx.run_layers(block, length, x, ctx.replace(run_layers=None), args)
   if remat not in REMAT:
@@ -77,7 +79,7 @@ def scan_layers(
     # No variable is broadcast: without the check a layer is traced once, not
     # twice, and tracing is most of a short run's start.
     check_constancy_invariants=False,
-    metadata_params={'params': 'l', 'peft': 'l'},
+    metadata_params={'params': 'layers', 'peft': 'layers'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 

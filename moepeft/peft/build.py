@@ -377,6 +377,8 @@ def make(
     experts = options.get('experts', declared['experts'].default)
     if 'from_adapters' in options:
       experts = options['experts'] = len(options['from_adapters'])
+    if 'experts_per_layer' in options:
+      experts = options['experts'] = max(options['experts_per_layer'])
     options['router'] = ROUTERS[router.name].module(
       experts=experts, **dict(router.options), parent=None
     )
@@ -422,9 +424,9 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
     if not isinstance(value, accepted) or (
       isinstance(value, bool) and expected is not bool
     ):
+      kind = 'list' if expected is tuple else expected.__name__
       raise ValueError(
-        f"{spec.name}'s option {name} is of type {expected.__name__}; got "
-        f'{shortened(value)}'
+        f"{spec.name}'s option {name} is of type {kind}; got {shortened(value)}"
       )
     if option.allowed is not None:
       option.allowed.check(f"{spec.name}'s option {name}", value)

@@ -89,8 +89,8 @@ def test_padding_never_moves_a_real_token(name):
   [
     (name, option)
     for name, entry in ROUTERS.items()
-    for option, declared in options_of(entry.module).items()
-    if declared.training_only
+    for option, facts in options_of(entry.module).items()
+    if facts.training_only
   ],
 )
 def test_noise_acts_in_training_only(name, noise):
@@ -280,5 +280,5 @@ def test_the_load_balance_loss_pushes_towards_balance():
 
 
 def test_an_unknown_loss_is_named():
-  with pytest.raises(ValueError, match='got balance'):
+  with pytest.raises(ValueError, match='got config.router_losses.balance'):
     aux_losses.auxiliary_loss({}, {'balance': 1.0})

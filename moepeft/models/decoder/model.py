@@ -186,26 +186,15 @@ class Decoder(Transformer):
     ctx = context(batch, 'inputs', ids, train).replace(routing=routing)
     return self.logits(self.states(ids, ctx), ctx)
 
-  def extend(self, ids: Array, ctx: Context, last: Array | None = None):
+  def extend(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] after what the cache holds -> logits [b, t, v].
 
     Rows stand at places of their own: ctx.positions int [b, t] counts up
     from each row's first new place, at which it is written (`ctx.decode`
     and `ctx.cache_length` set, 'cache' mutable). Padding after a row's end
     is written too and overwritten by what comes next: it is never seen.
-
-    Args:
-      last: int [b]: logits of this token of each row alone, [b, 1, v].
     """
-    x = self.states(ids, ctx)
-    if last is not None:
-      x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-      ctx = ctx.replace(
-        token_mask=None
-        if ctx.token_mask is None
-        else jnp.take_along_axis(ctx.token_mask, last[:, None], axis=1)
-      )
-    return self.logits(x, ctx)
+    return self.logits(self.states(ids, ctx), ctx)
 
   def states(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] -> the last norm's output [b, t, d]."""
