@@ -49,6 +49,9 @@ class Context:
 
   Attributes:
     token_mask: bool [b, t], True where `x` holds a real token.
+    prompt_mask: bool [b, t], True on the tokens before the first trained one
+      of their segment, the prompt; of an encoder on all real tokens. None
+      where the batch does not say what is trained.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
@@ -68,6 +71,7 @@ class Context:
   """
 
   token_mask: Array | None = None
+  prompt_mask: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None

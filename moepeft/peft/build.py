@@ -3,7 +3,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -97,9 +97,9 @@ def build(
       )
     method = entry(spec, methods)
     adapter = make(spec, _free_name(spec.name, names), methods)
-    entries += [
-      (path, adapter) for path in _paths(spec, method, sites, semantics)
-    ]
+    paths = _paths(spec, method, sites, semantics)
+    _check_causal(spec, paths)
+    entries += [(path, adapter) for path in paths]
   return Built(text, semantics, AdapterMap(tuple(entries)), 'peft')
 
 
@@ -182,10 +182,10 @@ def expanded(
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
       # Exactly one of them may stand in a method string.
-      counts = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
-      for name in {*EXPERT_COUNTS} - counts:
+      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - count_names:
         del options[name]
-      if 'from_adapters' not in counts:
+      if 'from_adapters' not in count_names:
         del options['train_experts']
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
@@ -296,11 +296,11 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   """Checks names and options and adds what the semantics decides; flat."""
   spec = flat(spec)
   method = entry(spec, methods)
-  given = dict(spec.options)
+  user_options = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
   options = method.options()
   if 'router' in options:
-    router = given.get('router', DEFAULT_ROUTER)
+    router = user_options.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
@@ -314,18 +314,20 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     for option, value in router_entry.defaults.get(semantics, {}).items():
       if router.get(option) is None:
         router = router.replace(**{option: value})
-    decided['router'] = given['router'] = router
+    decided['router'] = user_options['router'] = router
   extra = {'sites': Option('')} if options else {}
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
-  counts = [name for name in EXPERT_COUNTS if name in given]
+  counts = [name for name in EXPERT_COUNTS if name in user_options]
   if len(counts) > 1:
     raise ValueError(
       f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
   _check_from_adapters(spec)
-  return Spec(spec.name, tuple((given | (decided | given)).items()))
+  return Spec(
+    spec.name, tuple((user_options | (decided | user_options)).items())
+  )
 
 
 def _check_from_adapters(spec: Spec) -> None:
@@ -383,6 +385,20 @@ def make(
       experts=experts, **dict(router.options), parent=None
     )
   return method.make(name, **options)
+
+
+def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
+  """Raises ValueError where a token would be routed by what comes after it."""
+  router = spec.get('router')
+  if router is None or ROUTERS[router.name].causal:
+    return
+  for path in paths:
+    if path.split('/')[0] != 'encoder':
+      raise ValueError(
+        f'the router {router.name} reads later tokens, which at {path} are '
+        "those to predict; name sites of an encoder, as in sites='encoder/*', "
+        'or take another router'
+      )
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:

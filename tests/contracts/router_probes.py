@@ -60,7 +60,42 @@ def mean_square(sums):
   return jnp.mean(sums.aux['square'] / count)
 
 
+class PromptMean(nn.Module):
+  """One routing for a text, by the mean over its prompt (SMEAR's pooling)."""
+
+  experts: int = option(1, EXPERTS)
+
+  @nn.compact
+  def __call__(self, x, ctx):
+    kernel = peft_param(self, 'kernel', INIT, (x.shape[-1], self.experts), 'ie')
+    segments = ctx.segment_ids
+    if segments is None:
+      segments = jnp.ones(x.shape[:2], jnp.int32)
+    prompt = ctx.prompt_mask & ctx.token_mask
+    same = (segments[:, :, None] == segments[:, None, :]) & prompt[:, None]
+    same = same.astype(jnp.float32)
+    mean = jnp.einsum('bts,bsi->bti', same, x.astype(jnp.float32))
+    mean /= jnp.maximum(jnp.sum(same, axis=-1, keepdims=True), 1)
+    logits = gate_logits(mean, kernel)
+    return Routing(logits, softmax(logits))
+
+
+class Future(nn.Module):
+  """Routes by the mean over the whole row: what a decoder must not do."""
+
+  experts: int = option(1, EXPERTS)
+
+  @nn.compact
+  def __call__(self, x, ctx):
+    mean = jnp.broadcast_to(jnp.mean(x, axis=1, keepdims=True), x.shape)
+    kernel = peft_param(self, 'kernel', INIT, (x.shape[-1], self.experts), 'ie')
+    logits = gate_logits(mean, kernel)
+    return Routing(logits, softmax(logits))
+
+
 ENTRIES = {
+  'prompt_mean': RouterSpec(PromptMean, pools_prompt=True),
+  'future': RouterSpec(Future, causal=False),
   'balanced': RouterSpec(Balanced, normalized=False, update=balance),
   'squared': RouterSpec(
     Squared, losses={'square': RouterLoss(mean_square, reads=('square',))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers of every kind, in training: own loss, state, ...
+"""Routers of every kind, in training: own loss, state, prompt pooling.
 
 Under scan, remat, packing and accumulation they compute the same; on eight
 devices, see test_devices.py.
@@ -25,6 +25,7 @@ CLOSE = dict(rtol=2e-5, atol=2e-6)
 METHOD = (
   "molora(experts=3, rank=2, router=balanced(k=2), sites='*/self/k|*/wo')"
   " + molora(experts=3, rank=2, router=squared, sites='*/self/q')"
+  " + molora(experts=3, rank=2, router=prompt_mean, sites='*/cross/q|*/self/v')"
 )
 BATCH = small.batch(rows=6)
 
@@ -35,11 +36,11 @@ def _registered():
     yield
 
 
-def two_steps(parts=1, batch=BATCH, **options):
+def two_steps(parts=1, batch=BATCH, weight=0.5, **options):
   """(flat trained tree, metrics of the first step) after two updates."""
   config = config_lib.default()
   config.batch_size, config.gradient_accumulation_steps = 6, parts
-  config.router_losses.square = 0.5
+  config.router_losses.square = weight
   model, built = small.make(METHOD, **options)
   variables = small.variables(METHOD, noise=0.1)
   if not options.get('scan', True):
@@ -147,9 +148,11 @@ def check_equal(trained, expected):
 
 
 @pytest.mark.slow
-def test_layers_that_are_not_scanned_have_the_same_state(reference):
-  looped, _ = two_steps(scan=False)
-  for path, array in reference[0].items():
+def test_layers_that_are_not_scanned_have_the_same_state():
+  # No loss, which is the mean over stacks: apart, each layer is a stack.
+  expected, _ = two_steps(weight=0.0)
+  looped, _ = two_steps(weight=0.0, scan=False)
+  for path, array in expected.items():
     for layer in range(len(array)):
       one = looped[path.replace('/layers/', f'/layers_{layer}/')]
       np.testing.assert_allclose(one, array[layer], **CLOSE, err_msg=path)
@@ -166,3 +169,65 @@ def test_packing_changes_nothing(reference):
       [mask[0::2] * 1, mask[1::2] * 2], axis=1
     ).astype(jnp.int32)
   check_equal(two_steps(batch=packed)[0], reference[0])
+
+
+def test_a_router_of_the_future_is_refused_in_a_decoder():
+  method = 'molora(experts=3, router=future)'
+  with pytest.raises(ValueError, match='router future reads later tok'):
+    small.make(method)
+  small.make("molora(experts=3, router=future, sites='encoder/*/q')")
+
+
+def test_the_prompt_is_what_comes_before_the_first_trained_token():
+  from moepeft.models.sites import context
+
+  trained = jnp.array([[0, 0, 1, 1, 0, 1, 0, 0, 1, 0]], bool)
+  segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
+  ids = jnp.ones((1, 10), jnp.int32)
+  batch = {'inputs': ids, 'targets_mask': trained}
+  # Place i is trained to give token i + 1: tokens 3 and later are answers.
+  np.testing.assert_array_equal(
+    context(batch, 'inputs', ids, True).prompt_mask[0],
+    [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+  )
+  packed = context(
+    batch | {'inputs_segments': segments}, 'inputs', ids, True
+  ).prompt_mask[0]
+  np.testing.assert_array_equal(packed[:9], [1, 1, 1, 0, 0, 1, 0, 0, 0])
+  # An encoder has nothing but the prompt; its decoder the token to begin with.
+  both = batch | {'decoder_inputs': ids, 'targets_mask': trained | True}
+  assert context(both, 'inputs', ids, True).prompt_mask.all()
+  decoder_ids = both['decoder_inputs'] + 0
+  np.testing.assert_array_equal(
+    context(both, 'targets', decoder_ids, True).prompt_mask[0],
+    [1] + [0] * 9,
+  )
+
+
+def test_an_answer_does_not_move_its_own_routing():
+  model, _ = small.make(METHOD)
+  variables = small.variables(METHOD, noise=0.1)
+  targets = BATCH['decoder_inputs']
+  changed = BATCH | {'decoder_inputs': targets.at[:, 2:].set(5)}
+
+  @jax.jit
+  def weights(batch):
+    return model.apply(variables, batch, mutable=['weights'])[1]['weights']
+
+  one, two = (weight_mapping.flatten(weights(b)) for b in (BATCH, changed))
+  checked = 0
+  for path, array in one.items():
+    if path.startswith('decoder'):
+      # The first tokens are routed as before, [l, b, t, e].
+      before, after = array[0][:, :, :2], two[path][0][:, :, :2]
+      np.testing.assert_array_equal(before, after)
+      checked += 1
+  assert checked
+
+
+def test_the_engine_refuses_a_router_that_its_caches_cannot_serve():
+  from moepeft.inference.adapters.fixed import FixedAdapter
+
+  model, _ = small.make('molora(experts=3, router=prompt_mean)')
+  with pytest.raises(ValueError, match='router of molora reads the whole prom'):
+    FixedAdapter(model)
