@@ -49,7 +49,7 @@ SMOLLM2 = dict(
 )
 
 
-def theirs(folder: str):
+def torch_side(folder: str):
   """The torch model, made of random weights where no folder is given."""
   import torch
   from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -71,7 +71,7 @@ def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
 
   def generate():
     with torch.inference_mode():
-      found = model.generate(
+      tokens = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=LENGTH,
@@ -79,7 +79,7 @@ def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
         do_sample=False,
         pad_token_id=0,
       )
-    return found[:, PROMPT:].numpy()
+    return tokens[:, PROMPT:].numpy()
 
   return generate
 
@@ -87,12 +87,12 @@ def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
 def our_side(model, variables, prompts: np.ndarray) -> Callable[[], np.ndarray]:
   """As `their_side`."""
   # No id is -1: no row ends.
-  how = How(Sampling(), jnp.array([-1]))
+  decoding = How(Sampling(), jnp.array([-1]))
   batch = {'inputs': prompts, 'inputs_mask': np.ones(prompts.shape, bool)}
 
   def generate():
-    rows = start(model, variables, batch, how, LENGTH)
-    return np.asarray(advance(model, variables, rows, how, LENGTH).tokens)
+    rows = start(model, variables, batch, decoding, LENGTH)
+    return np.asarray(advance(model, variables, rows, decoding, LENGTH).tokens)
 
   return generate
 
@@ -105,7 +105,7 @@ def read(torch_model):
   return loaded.config, loaded.params
 
 
-def ours(torch_model):
+def jax_side(torch_model):
   """(model, variables) with the weights of the other side."""
   config, params = read(torch_model)
   model = FAMILIES[config.family].MODULE(config, scan=False)
@@ -122,14 +122,14 @@ def compare(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
   """Seconds of both sides, and the median of the rounds' ratios."""
   first = [run() for run in sides.values()]
   agree = float(np.mean(first[0] == first[1]))
-  taken = []
+  durations = []
   for i in range(rounds):
     names = list(sides)[:: 1 if i % 2 else -1]
-    taken.append({name: seconds(sides[name]) for name in names})
+    durations.append({name: seconds(sides[name]) for name in names})
   return {
-    'ours': statistics.median(t['ours'] for t in taken),
-    'theirs': statistics.median(t['theirs'] for t in taken),
-    'ratio': statistics.median(t['theirs'] / t['ours'] for t in taken),
+    'ours': statistics.median(t['ours'] for t in durations),
+    'theirs': statistics.median(t['theirs'] for t in durations),
+    'ratio': statistics.median(t['theirs'] / t['ours'] for t in durations),
     'agree': agree,
   }
 
@@ -138,8 +138,8 @@ def main(argv) -> None:
   del argv
   if _JSON.value:
     command_line.check_can_write(_JSON.value)
-  torch_model = theirs(os.path.expanduser(_MODEL.value))
-  model, variables = ours(torch_model)
+  torch_model = torch_side(os.path.expanduser(_MODEL.value))
+  model, variables = jax_side(torch_model)
   vocab = model.config.vocab
   size = sum(a.nbytes for a in jax.tree.leaves(variables))
   print(f'weights: {size / 1e6:.0f} MB, all read for each token')
@@ -151,16 +151,16 @@ def main(argv) -> None:
       'ours': our_side(model, variables, prompts),
       'theirs': their_side(torch_model, prompts.astype(np.int64)),
     }
-    found = compare(sides, _ROUNDS.value)
+    report = compare(sides, _ROUNDS.value)
     for name in sides:
-      rate = b * LENGTH / found[name]
+      rate = b * LENGTH / report[name]
       print(f'batch {b} {name:6} {rate:7.1f} tokens/s')
     print(
-      f'batch {b} ratio  {found["ratio"]:7.2f}  '
-      f'({found["agree"]:.0%} of the tokens are equal)'
+      f'batch {b} ratio  {report["ratio"]:7.2f}  '
+      f'({report["agree"]:.0%} of the tokens are equal)'
     )
     key = f'tokens_per_second_over_transformers_batch{b}'
-    ratios[key] = round(found['ratio'], 3)
+    ratios[key] = round(report['ratio'], 3)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
       json.dump(ratios, f)

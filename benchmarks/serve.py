@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine makes of requests: ratios measured side by side, on CPU.
+"""Throughput and latency of the engine as ratios, side by side on CPU.
 
 python benchmarks/serve.py [--json=FILE] [--model=smollm2] [--rounds=3]
 
@@ -76,16 +76,16 @@ def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
     base.config.family,
     base.config,
   )
-  found = {}
+  paths = {}
   for i in range(AT_ONCE):
     rng = np.random.default_rng(i)
     tree = {
       path: np.float32(0.02 * rng.normal(size=shape))
       for path, (shape, _) in shapes.items()
     }
-    found[f'a{i}'] = os.path.join(folder, f'a{i}')
-    adapter.save(found[f'a{i}'], weight_mapping.unflatten(tree), card)
-  return found
+    paths[f'a{i}'] = os.path.join(folder, f'a{i}')
+    adapter.save(paths[f'a{i}'], weight_mapping.unflatten(tree), card)
+  return paths
 
 
 def prompts(vocab: int, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -100,15 +100,15 @@ class Side:
     self._engine, self._number = engine, 0
 
   def run(
-    self, asked: Sequence[tuple[int, ...]], lengths, adapters
+    self, prompts: Sequence[tuple[int, ...]], lengths, adapters
   ) -> tuple[float, float]:
     """(seconds until all have ended, seconds to the first token of any)."""
     events, begun = queue.Queue(), time.perf_counter()
-    for ids, length, name in zip(asked, lengths, adapters, strict=True):
+    for ids, length, name in zip(prompts, lengths, adapters, strict=True):
       self._number += 1
       request = Request(str(self._number), ids, length, name)
       self._engine.submit(request, events.put)
-    first, left = None, len(asked)
+    first, left = None, len(prompts)
     while left:
       event = events.get(timeout=600)
       first = first or time.perf_counter() - begun
@@ -119,15 +119,17 @@ class Side:
     return time.perf_counter() - begun, first
 
 
-def static(model, variables, asked, lengths) -> float:
+def static(model, variables, prompts, lengths) -> float:
   """Seconds of batches of AT_ONCE that end with their longest answer."""
-  how, begun = How(Sampling(), jnp.array([-1])), time.perf_counter()
-  for at in range(0, len(asked), AT_ONCE):
-    ids = np.array(asked[at : at + AT_ONCE], np.int32)
+  decoding, begun = How(Sampling(), jnp.array([-1])), time.perf_counter()
+  for at in range(0, len(prompts), AT_ONCE):
+    ids = np.array(prompts[at : at + AT_ONCE], np.int32)
     batch = {'inputs': ids, 'inputs_mask': np.ones(ids.shape, bool)}
-    rows = start(model, variables, batch, how, max(LENGTHS))
+    rows = start(model, variables, batch, decoding, max(LENGTHS))
     until = max(lengths[at : at + AT_ONCE])
-    jax.block_until_ready(advance(model, variables, rows, how, until).tokens)
+    jax.block_until_ready(
+      advance(model, variables, rows, decoding, until).tokens
+    )
   return time.perf_counter() - begun
 
 
@@ -138,10 +140,10 @@ def their_side(path: str) -> Callable[[Sequence[tuple[int, ...]], int], float]:
 
   model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
-  def run(asked, length):
+  def run(prompts, length):
     begun = time.perf_counter()
     with torch.inference_mode():
-      for ids in asked:
+      for ids in prompts:
         model.generate(
           torch.tensor([ids]),
           attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
@@ -176,34 +178,36 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   same = [LENGTH] * AT_ONCE
 
   def mixed(i):
-    asked = [prompts(vocab, AT_ONCE, 100 + 2 * i + j) for j in (0, 1)]
-    one = side.run(asked[0], same, ['a0'] * AT_ONCE)[0]
-    return one, side.run(asked[1], same, names_)[0]
+    token_ids = [prompts(vocab, AT_ONCE, 100 + 2 * i + j) for j in (0, 1)]
+    one_adapter = side.run(token_ids[0], same, ['a0'] * AT_ONCE)[0]
+    return one_adapter, side.run(token_ids[1], same, names_)[0]
 
   def continuous(i):
-    asked = prompts(vocab, REQUESTS, 200 + i)
+    token_ids = prompts(vocab, REQUESTS, 200 + i)
     lengths = LENGTHS * (REQUESTS // len(LENGTHS))
-    ours = side.run(asked, lengths, [''] * REQUESTS)[0]
-    return static(model, variables, asked, lengths), ours
+    engine_rate = side.run(token_ids, lengths, [''] * REQUESTS)[0]
+    return static(model, variables, token_ids, lengths), engine_rate
 
-  found = {
+  report = {
     'mixed_over_one_adapter': median(mixed, rounds),
     'continuous_over_static': median(continuous, rounds),
   }
-  theirs = their_side(path)
+  torch_side = their_side(path)
 
   def all_at_once(i):
-    asked = prompts(vocab, AT_ONCE, 300 + i)
-    return theirs(asked, LENGTH), side.run(asked, same, [''] * AT_ONCE)[0]
+    token_ids = prompts(vocab, AT_ONCE, 300 + i)
+    return torch_side(token_ids, LENGTH), side.run(
+      token_ids, same, [''] * AT_ONCE
+    )[0]
 
   def first_token(i):
-    asked = prompts(vocab, 1, 400 + i)
-    return theirs(asked, 1), side.run(asked, [1], [''])[1]
+    token_ids = prompts(vocab, 1, 400 + i)
+    return torch_side(token_ids, 1), side.run(token_ids, [1], [''])[1]
 
-  found['requests_at_once_over_transformers'] = median(all_at_once, rounds)
-  found['first_token_over_transformers'] = median(first_token, rounds)
+  report['requests_at_once_over_transformers'] = median(all_at_once, rounds)
+  report['first_token_over_transformers'] = median(first_token, rounds)
   engine.stop()
-  return found
+  return report
 
 
 def main(argv) -> None:
@@ -212,12 +216,12 @@ def main(argv) -> None:
     command_line.check_can_write(_JSON.value)
   with tempfile.TemporaryDirectory() as folder:
     path = _MODEL.value or random_model(os.path.join(folder, 'model'))
-    found = measure(path, folder, _ROUNDS.value)
-  for name, ratio in found.items():
+    report = measure(path, folder, _ROUNDS.value)
+  for name, ratio in report.items():
     print(f'{name:36} {ratio:6.2f}')
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump({k: round(v, 3) for k, v in found.items()}, f)
+      json.dump({k: round(v, 3) for k, v in report.items()}, f)
 
 
 if __name__ == '__main__':

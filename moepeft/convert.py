@@ -46,8 +46,9 @@ from absl import flags
 from moepeft.checkpoints import adapter as own
 from moepeft.checkpoints import directory, quantize
 from moepeft.checkpoints import formats as checkpoint_formats
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.base import resolve
+from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
@@ -250,7 +251,7 @@ def _require(values: flags.FlagValues, name: str) -> None:
 
 def _load_base(
   values: flags.FlagValues, path: str, dtype: str | None = None
-) -> hf.Loaded | t5x.Loaded:
+) -> LoadedCheckpoint:
   """A base; `dtype` instead of the one that --dtype names."""
   dtype = dtype or values.dtype
   if not path:
@@ -309,7 +310,7 @@ def _convert_peft(values: flags.FlagValues) -> None:
 
 
 def _wide(values: flags.FlagValues) -> str | None:
-  """What a base is read in to merge: --dtype casts what comes of it.
+  """The dtype in which a base is read to merge; --dtype casts the result.
 
   A cast before would quantise other weights than training did, and round the
   base twice.
@@ -330,7 +331,7 @@ def _convert_own(values: flags.FlagValues) -> None:
 
 def _write_own(values: flags.FlagValues, tree, card, step: int = 1) -> None:
   """An adapter with its card, in the form that --to names."""
-  adapter = Adapter(card['method'], tree)
+  adapter = AdapterWeights(card['method'], tree)
   path = values.base or card['base']['path']
   if values.to == 'moepeft':
     own.save(values.output, tree, card, values.overwrite)
@@ -355,7 +356,7 @@ def _write_own(values: flags.FlagValues, tree, card, step: int = 1) -> None:
 
 
 def _write_merged(
-  values, base, adapter: Adapter, semantics: str, kind: str = ''
+  values, base, adapter: AdapterWeights, semantics: str, kind: str = ''
 ) -> None:
   """A base with an adapter merged into it, as hf.
 
@@ -385,7 +386,7 @@ def _write_merged(
   )
 
 
-def _kept_by(config, adapter: Adapter) -> list[str]:
+def _kept_by(config, adapter: AdapterWeights) -> list[str]:
   """The forms that an adapter can be written in without its base."""
   found = ['moepeft']
   for name, check in (('peft', peft.check), ('t5x', t5x.check)):
@@ -398,7 +399,7 @@ def _kept_by(config, adapter: Adapter) -> list[str]:
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
-  """What the tokenizer is in, that a run used or else its base has.
+  """The path of the tokenizer of a run, or else of its base.
 
   Args:
     base: where the base is, or ''.
@@ -417,7 +418,9 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
     return None
 
 
-def _write_t5x(values, base, adapter: Adapter | None, step: int = 1) -> None:
+def _write_t5x(
+  values, base, adapter: AdapterWeights | None, step: int = 1
+) -> None:
   over = values.overwrite
   t5x.save(values.output, base.config, base.params, adapter, step, over)
 
@@ -428,7 +431,7 @@ def _write_hf(values, path: str, base) -> None:
   hf.save(path, base.config, base.params, tokenizer=base.path, overwrite=over)
 
 
-def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
+def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
   """base/ and adapter/, as one output: both or nothing."""
   # The hash is of what base/ holds, so of the cast weights if they were cast.
   cast = values.dtype is not None
@@ -444,7 +447,7 @@ def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
       own.save(target, adapter.tree, card)
 
 
-def _card(adapter: Adapter, path: str, sha256: str, config):
+def _card(adapter: AdapterWeights, path: str, sha256: str, config):
   family = config.family
   return own.describe(adapter.method, _SEMANTICS, path, sha256, family, config)
 

@@ -204,7 +204,7 @@ def name_of(data: str) -> str:
 
 
 def output_of(output: str | None, default: str) -> str:
-  """Where the summary goes, checked.
+  """The checked path of the summary.
 
   Raises:
     ValueError: it does not end in .json, or is in no directory.

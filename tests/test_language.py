@@ -24,8 +24,6 @@ FORBIDDEN = frozenset(
 OPENINGS = re.compile(r'(What|Which|How|Of|Who|Whose|Where|When|Why|That)\b')
 PENDING = frozenset(
   (
-    'moepeft/checkpoints',
-    'moepeft/config',
     'moepeft/core',
     'moepeft/inference',
     'moepeft/models',

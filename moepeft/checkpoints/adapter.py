@@ -38,10 +38,10 @@ from moepeft.models.weight_mapping import CheckpointError, Tree
 
 FORMAT = 1
 ARRAYS, CARD = 'adapter.safetensors', 'adapter.json'
-_GIVEN = ('method', 'semantics', 'base', 'model')
+_DESCRIBED_KEYS = ('method', 'semantics', 'base', 'model')
 
 
-class Adapter(NamedTuple):
+class AdapterWeights(NamedTuple):
   """A method's text and the 'peft' tree that goes with it."""
 
   method: str
@@ -67,11 +67,11 @@ def describe(
     quantise: what the base's projections were kept in; the hash is of the
       base before.
   """
-  kept = {'quantise': quantise} if quantise else {}
+  quantization = {'quantise': quantise} if quantise else {}
   return {
     'method': method,
     'semantics': semantics,
-    'base': {'path': base_path, 'sha256': base_sha256} | kept,
+    'base': {'path': base_path, 'sha256': base_sha256} | quantization,
     'model': {'family': family, 'config': dataclasses.asdict(config)},
   }
 
@@ -88,7 +88,7 @@ def save(
   Raises:
     CheckpointError: the card lacks something or `path` is not empty.
   """
-  absent = [key for key in _GIVEN if key not in card]
+  absent = [key for key in _DESCRIBED_KEYS if key not in card]
   if absent:
     raise CheckpointError(
       f'the card lacks {", ".join(absent)}: make it with adapter.describe'
@@ -97,18 +97,20 @@ def save(
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
     for name, leaf in weight_mapping.flatten(tree).items()
   }
-  with directory.directory(path, overwrite) as made:
-    save_file(arrays, made / ARRAYS)
-    full = {key: card[key] for key in _GIVEN} | {
+  with directory.directory(path, overwrite) as output_dir:
+    save_file(arrays, output_dir / ARRAYS)
+    full = {key: card[key] for key in _DESCRIBED_KEYS} | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {
         name: {'shape': list(a.shape), 'sha256': weight_mapping.array_hash(a)}
         for name, a in arrays.items()
       },
-      'file_sha256': _file_hash(made / ARRAYS),
+      'file_sha256': _file_hash(output_dir / ARRAYS),
     }
-    directory.write_json(made / CARD, full | {'card_sha256': _card_hash(full)})
+    directory.write_json(
+      output_dir / CARD, full | {'card_sha256': _card_hash(full)}
+    )
 
 
 def load(path: str) -> tuple[Tree, dict[str, Any]]:
@@ -190,34 +192,36 @@ def config_of(card: Mapping[str, Any]) -> Any:
 
 def instances(method: str) -> dict[str, Spec]:
   """Each adapter's name in the tree and its spec: lora, then lora_2."""
-  found: dict[str, Spec] = {}
+  specs: dict[str, Spec] = {}
   for spec in method_string.parse_method(method):
     name, i = spec.name, 2
-    while name in found:
+    while name in specs:
       name, i = f'{spec.name}_{i}', i + 1
-    found[name] = spec
-  return found
+    specs[name] = spec
+  return specs
 
 
 def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
   """{site: {'a': ..., 'router/kernel': ...}} of one adapter in a tree."""
-  found: dict[str, Tree] = {}
+  leaves_by_site: dict[str, Tree] = {}
   for path, leaf in weight_mapping.flatten(tree).items():
-    place, mine, rest = path.partition(f'/{instance}/')
-    if mine:
-      found.setdefault(place.replace('/layers/', '/'), {})[rest] = leaf
-  return found
+    place, separator, leaf_name = path.partition(f'/{instance}/')
+    if separator:
+      leaves_by_site.setdefault(place.replace('/layers/', '/'), {})[
+        leaf_name
+      ] = leaf
+  return leaves_by_site
 
 
-def site_patterns(sites: Collection[str], known: Collection[str]) -> str:
+def site_patterns(sites: Collection[str], model_sites: Collection[str]) -> str:
   """The option `sites` for some of a model's sites, shortened with '*'.
 
   'encoder/self/q' and 'decoder/self/q' become '*/self/q'.
   """
   patterns = []
-  for site in known:
+  for site in model_sites:
     suffix = site.split('/', 1)[1]
-    alike = [s for s in known if s.split('/', 1)[1] == suffix]
+    alike = [s for s in model_sites if s.split('/', 1)[1] == suffix]
     whole = len(alike) > 1 and all(s in sites for s in alike)
     pattern = f'*/{suffix}' if whole else site
     if site in sites and pattern not in patterns:

@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.checksums import checksums
 from moepeft.checkpoints.run_metadata import card, seal
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
@@ -42,7 +42,7 @@ __all__ = [
   'restore_adapter',
   'restore_trained',
 ]
-_BEGINNING = Course()
+_BEGINNING = RunProgress()
 # The card's entries that a run must share with the checkpoint it resumes.
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 # Characters of a library's message that a sentence quotes.
@@ -53,8 +53,8 @@ class DamagedCheckpoint(ValueError):
   """A checkpoint that cannot be read, or is not what was written."""
 
 
-class _Kept(PreservationPolicy):
-  """The newest few, all where `newest` is None, and one that is named."""
+class _NewestAndBest(PreservationPolicy):
+  """Keeps the newest few, all where `newest` is None, and the best."""
 
   def __init__(self, newest: int | None):
     self._newest = newest
@@ -106,9 +106,9 @@ class Checkpoints:
         of these are raised by the next `check`, `save` or `wait`.
     """
     path = os.path.abspath(Run(workdir).checkpoints_dir)
-    self._kept, self._keep_best = _Kept(keep), best
+    self._preservation, self._keep_best = _NewestAndBest(keep), best
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=self._kept,
+      preservation_policy=self._preservation,
       enable_async_checkpointing=True,
       create=True,
     )
@@ -135,7 +135,10 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(
-    self, state: State, described: dict[str, Any], course: Course = _BEGINNING
+    self,
+    state: State,
+    described: dict[str, Any],
+    progress: RunProgress = _BEGINNING,
   ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing.
 
@@ -147,13 +150,13 @@ class Checkpoints:
     """
     self.wait()
     if self._keep_best:
-      self._kept.step = course.best_step
+      self._preservation.step = progress.best_step
     step = int(state.step)
     parts = _parts(state)
     written = described | {
       'checksums': checksums(parts),
       'step': step,
-      'course': dataclasses.asdict(course),
+      'course': dataclasses.asdict(progress),
     }
     parts = jax.tree.map(_without_alias, parts)
     args = ocp.args.Composite(
@@ -206,13 +209,13 @@ class Checkpoints:
     """Removes half a checkpoint: it counts as none, its space is wanted."""
     half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
     # Of Orbax's threads one has failed, and others still write for a while.
-    gone = 0
+    empty_looks = 0
     for _ in range(50):
-      found = glob.glob(half)
-      gone = 0 if found else gone + 1
-      if gone == 3:
+      paths = glob.glob(half)
+      empty_looks = 0 if paths else empty_looks + 1
+      if empty_looks == 3:
         break
-      for path in found:
+      for path in paths:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
     # It counted as one while it was written.
@@ -316,16 +319,18 @@ class Checkpoints:
         'back, or choose another --workdir'
       )
 
-  def course(self) -> Course:
-    """How the run had gone at the latest checkpoint."""
-    return run_metadata.course(self._card(self.latest()))
+  def run_progress(self) -> RunProgress:
+    """The run's progress at the latest checkpoint."""
+    return run_metadata.run_progress(self._card(self.latest()))
 
-  def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
+  def restore_trainable(
+    self, selection: str = ''
+  ) -> tuple[Tree, dict[str, Any]]:
     """The trainable collection of a checkpoint, and its card.
 
     Args:
-      which: '' for the latest, 'best' for that of the least validation loss,
-        or the number of its step.
+      selection: '' for the latest, 'best' for that of the least validation
+        loss, or the number of its step.
 
     Raises:
       ValueError: there is no such checkpoint.
@@ -333,7 +338,7 @@ class Checkpoints:
       CheckpointError: an array holds NaN or infinity, as the last update of a
         run that diverges may leave it.
     """
-    step = self._find(which)
+    step = self._find(selection)
     read = self._card(step)
     parts = self._restore_on_host(step, 'trainable')
     self._verify(step, parts, read)
@@ -343,18 +348,20 @@ class Checkpoints:
       check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
     return trainable, read
 
-  def _find(self, which: str) -> int:
+  def _find(self, selection: str) -> int:
     step, steps = self.latest(), self._steps()
     if step is None:
       raise ValueError(f'{self.path} holds no checkpoint; train first')
-    if which == 'best':
-      step = self.course().best_step
-    elif which:
-      step = int(which) if which.isdecimal() and len(which) < 19 else -1
+    if selection == 'best':
+      step = self.run_progress().best_step
+    elif selection:
+      step = (
+        int(selection) if selection.isdecimal() and len(selection) < 19 else -1
+      )
     if step not in steps:
       raise ValueError(
-        f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
-        f'{", ".join(map(str, steps))} (best: train with '
+        f'{self.path} holds no checkpoint {selection!r}; it has those of the '
+        f'steps {", ".join(map(str, steps))} (best: train with '
         'config.checkpoint.keep_best=True)'
       )
     return step
@@ -363,7 +370,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def _before(self, step: int) -> list[int]:
-    return [other for other in self._steps() if other < step]
+    return [earlier for earlier in self._steps() if earlier < step]
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint out of the way; returns its new path."""
@@ -447,8 +454,8 @@ class Checkpoints:
   def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
     before = self._before(step)
     if step != self.latest():
-      others = ', '.join(str(s) for s in self._steps() if s != step)
-      advice = f'name another of its steps: {others}'
+      other_steps = ', '.join(str(s) for s in self._steps() if s != step)
+      advice = f'name another of its steps: {other_steps}'
     elif before:
       advice = (
         f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
@@ -462,30 +469,30 @@ class Checkpoints:
 
 
 def restore_trained(
-  workdir: str, which: str = ''
+  workdir: str, selection: str = ''
 ) -> tuple[Tree, dict[str, Any]]:
   """(what a run trained, its card): 'peft', or 'params' of a full run.
 
   Args:
-    which: see `Checkpoints.restore_trainable`.
+    selection: see `Checkpoints.restore_trainable`.
 
   Raises:
     ValueError: no run is there, or its checkpoint is damaged.
   """
   if not Run(workdir).has_checkpoints_dir:
     raise ValueError(f'{workdir!r} is no work directory of a run')
-  return Checkpoints(workdir, keep=None).restore_trainable(which)
+  return Checkpoints(workdir, keep=None).restore_trainable(selection)
 
 
 def restore_adapter(
-  workdir: str, which: str = ''
+  workdir: str, selection: str = ''
 ) -> tuple[Tree, dict[str, Any]]:
   """(the trained 'peft' tree, its card) of a run.
 
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.
   """
-  tree, read = restore_trained(workdir, which)
+  tree, read = restore_trained(workdir, selection)
   if read['trainable'] != 'peft':
     raise ValueError(
       f'the run in {workdir!r} trained the base itself ({read["method"]}) and '

@@ -10,7 +10,7 @@ import jax
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.checksums import checksums
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core.sharding import gather
 from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
@@ -64,11 +64,11 @@ def check(card: Any) -> None:
   field(card, 'base.quantise', str, None)
   for digest in _digests(card).values():
     field({'checksums': digest}, 'checksums', str)
-  course(card)
+  run_progress(card)
 
 
-def course(card: Mapping[str, Any]) -> Course:
-  """The course of a run up to its checkpoint.
+def run_progress(card: Mapping[str, Any]) -> RunProgress:
+  """The progress of a run up to its checkpoint.
 
   Raises:
     Malformed: an entry is of another type than a run writes.
@@ -79,7 +79,7 @@ def course(card: Mapping[str, Any]) -> Course:
     if not isinstance(pair, list) or [*map(type, pair)] != [int, int]:
       raise Malformed(f"expected pairs of integers in 'place', got {pair!r}")
     place.append(tuple(pair))
-  return Course(
+  return RunProgress(
     place=tuple(place),
     best=field(value, 'best', float, None),
     best_step=field(value, 'best_step', int),

@@ -368,7 +368,7 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
   Raises:
     ValueError: the text is not of that form, or the card has no such value.
   """
-  found = dict(defaults)
+  result = dict(defaults)
   for part in _parts(text or ''):
     key, equals, value = part.partition('=')
     if not equals:
@@ -380,8 +380,8 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
         f'this config has no value {shortened(key)}; it has '
         f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
       )
-    found[key] = _typed(value, defaults[key], key)
-  return ConfigDict(found)
+    result[key] = _typed(value, defaults[key], key)
+  return ConfigDict(result)
 
 
 def _parts(text: str) -> list[str]:

@@ -23,7 +23,7 @@ EVALUATION, VALIDATION = 'evaluation', 'validation'
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PromptExamples:
   """The examples of one prompt of a task.
 
   Attributes:
@@ -46,7 +46,7 @@ class Prompt:
 
 def training_prompts(
   config: ConfigDict, held_out: Sequence[Example], train=None
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """The prompts that are ranked before and after training.
 
   Their examples are held out; the name of a prompt of embedded tasks says
@@ -83,9 +83,9 @@ def examples_of(held_out: Sequence) -> list[Example]:
   return [e for e in held_out if isinstance(e, Example)]
 
 
-def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
+def _embedded_prompts(config: ConfigDict) -> list[PromptExamples]:
   return [
-    Prompt(
+    PromptExamples(
       tasks.TASKS[name].group,
       name,
       split,
@@ -106,20 +106,20 @@ def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
 
 def _by_task(
   group: str, rows: Iterable[Example], max_examples: int
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Rows by task, whatever their prompts."""
   by_task = collections.defaultdict(list)
   for row in rows:
     by_task[row.task].append(row)
   return [
-    Prompt(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
+    PromptExamples(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
     for task, of_task in sorted(by_task.items())
   ]
 
 
 def prompts(
   group: str, rows: Iterable[Example], max_examples: int
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Rows by task and prompt, the same examples in all prompts of a task.
 
   Examples are spread evenly over those that a task has; a prompt that lacks
@@ -138,13 +138,15 @@ def prompts(
     chosen = set(evenly_spaced(numbers, max_examples))
     for name, of_prompt in sorted(by_name.items()):
       examples = tuple(e for e in of_prompt if e.idx in chosen)
-      result += [Prompt(group, task, name, examples)] if examples else []
+      result += (
+        [PromptExamples(group, task, name, examples)] if examples else []
+      )
   return result
 
 
 def prompts_with_choices(
   config: ConfigDict, sources: TrainingData
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Prompts of a run's held-out rows that have choices.
 
   The rows of config.evaluation.path are other data: training ranks them, and
@@ -159,7 +161,9 @@ def prompts_with_choices(
   return prompts(VALIDATION, rows, e.max_examples)
 
 
-def whole_tasks(rows: Iterable[Example], max_examples: int) -> list[Prompt]:
+def whole_tasks(
+  rows: Iterable[Example], max_examples: int
+) -> list[PromptExamples]:
   """Rows by task, whatever their prompts, at most so many of each.
 
   Rows without an `idx` are counted in their task.

@@ -123,7 +123,7 @@ class Ranked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ScoringBatch:
   """A batch: `shape` is (rows, choices, inputs, targets)."""
 
   shape: tuple[int, int, int, int]
@@ -219,7 +219,7 @@ class Ranker:
       )
     return np.array([np.argmax(row_scores) for row_scores in scores], np.int64)
 
-  def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
+  def parts(self, rows: Sequence[Ranked]) -> Iterator[ScoringBatch]:
     """The batches that rows are ranked in, of as few shapes as may be.
 
     From the longest on, a batch takes the next rows, shorter ones too where
@@ -238,7 +238,7 @@ class Ranker:
         # No more have as many choices: a smaller batch will do.
         least = sharding.round_up(self._mesh, _power(len(near)))
         count = min(count, least)
-      yield Part((count, c, s, t), tuple(near[:count]))
+      yield ScoringBatch((count, c, s, t), tuple(near[:count]))
       order = order[len(near[:count]) :]
 
   def _size(self, row: Ranked) -> tuple[int, int, int]:
@@ -265,7 +265,9 @@ class Ranker:
     more = min(inputs // s, targets // t, room // (c * t), _MORE)
     return self._batch_size * (_power(more + 1) // 2)
 
-  def _scores(self, variables, rows: list[Ranked], part: Part) -> np.ndarray:
+  def _scores(
+    self, variables, rows: list[Ranked], part: ScoringBatch
+  ) -> np.ndarray:
     count, c, s, t = part.shape
     # Whole batches, and as many choices each, by repeating the last.
     filled = rows + [rows[-1]] * (count - len(rows))

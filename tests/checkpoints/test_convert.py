@@ -13,7 +13,7 @@ import pytest
 from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import quantize
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
@@ -28,7 +28,7 @@ from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
 CONFIG = CONFIGS['gated-untied']
 PARAMS = random_params(CONFIG)
 # What the released code, peft and moepeft can all hold.
-LORA = Adapter(
+LORA = AdapterWeights(
   "lora(rank=7, alpha=16, sites='encoder/self/q|*/mlp/wo')",
   adapter_tree(
     CONFIG,
@@ -36,7 +36,7 @@ LORA = Adapter(
     ['encoder/self/q', 'encoder/mlp/wo', 'decoder/mlp/wo'],
   ),
 )
-MOV = Adapter(
+MOV = AdapterWeights(
   "mov(experts=2, router=softmax, reads='heads', sites='*/mlp/act')",
   adapter_tree(
     CONFIG,
@@ -95,7 +95,7 @@ def test_adapters_go_all_ways(run, source, form):
   converted(run, source, form)
   if form == 'moepeft':
     tree, card = adapter_lib.load('out')
-    found = Adapter(card['method'], tree)
+    found = AdapterWeights(card['method'], tree)
     assert card['base'] == adapter_lib.load('moepeft')[1]['base']
   elif form == 'peft':
     found = peft.load('out', CONFIG)

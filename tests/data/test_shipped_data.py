@@ -47,7 +47,7 @@ def words(tmp_path_factory):
 
 
 def read(words, source, objective, **changes):
-  """What a config of the data gives: (form, sources)."""
+  """(form, sources) of a config of the shipped data."""
   config = config_lib.default()
   config.objective, config.data.source = objective, source
   config.data.length, config.data.validation_fraction = 1024, 0.1

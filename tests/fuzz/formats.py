@@ -22,7 +22,7 @@ import flax.serialization
 import numpy as np
 
 from moepeft.checkpoints import adapter, base
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.checkpoints.hf import model as hf
@@ -117,7 +117,7 @@ def _targets(root: Path):
   (root / 'single' / 'checkpoint_3').write_bytes(packed)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   tree = cases.adapter_tree(_CONFIG, leaves, ['encoder/self/q'])
-  lora = Adapter("lora(rank=7, alpha=16, sites='encoder/self/q')", tree)
+  lora = AdapterWeights("lora(rank=7, alpha=16, sites='encoder/self/q')", tree)
   peft.save(root / 'peft', _CONFIG, lora)
   card = adapter.describe(lora.method, 'official', 'x', 'y', 't5', _CONFIG)
   adapter.save(root / 'own', tree, card)

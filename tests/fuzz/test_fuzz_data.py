@@ -166,7 +166,7 @@ def mutate(rng, row, times):
 
 
 class Counts:
-  """What became of inputs, by name."""
+  """The outcomes of inputs, counted by name."""
 
   def __init__(self):
     self.counts = collections.Counter()

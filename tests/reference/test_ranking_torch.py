@@ -35,7 +35,7 @@ LEAST = 2e-6
 
 
 class Reference:
-  """What a Hugging Face directory's T5 says of texts, in torch."""
+  """The T5 of a Hugging Face directory, in torch."""
 
   def __init__(self, path):
     self._torch = pytest.importorskip('torch')

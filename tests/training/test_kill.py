@@ -17,7 +17,7 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.runs import metrics_log
 from moepeft.training import setup
@@ -76,14 +76,14 @@ def exported(workdir):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """What a run that nobody disturbs exports, and its rows."""
+  """The export and the rows of a run that nobody disturbs."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
   assert start(workdir).wait() == 0
   return exported(workdir), losses(workdir)
 
 
 def losses(workdir):
-  """What a run's rows say of the model: all but its speed."""
+  """A run's rows without the entries of speed."""
   rows = metrics_log.read(str(workdir / 'metrics.jsonl'))
   return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
 
@@ -221,13 +221,15 @@ def test_a_second_interrupt_does_not_wait(base, tmp_path, monkeypatch):  # noqa:
 # ---- a run that stops by itself ----
 
 
-def test_a_course_counts_the_validations_since_the_best():
-  course = Course()
+def test_progress_counts_the_validations_since_the_best():
+  progress = RunProgress()
   for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5)):
-    course = course.judged(loss, step)
-  assert (course.best, course.best_step, course.waited) == (2.0, 2, 2)
-  assert course.exhausted(2) and not course.exhausted(3)
-  assert not course.exhausted(0)
+    progress = progress.after_validation(loss, step)
+  assert (progress.best, progress.best_step, progress.waited) == (2.0, 2, 2)
+  assert progress.is_patience_exhausted(
+    2
+  ) and not progress.is_patience_exhausted(3)
+  assert not progress.is_patience_exhausted(0)
 
 
 def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811

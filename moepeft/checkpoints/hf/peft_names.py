@@ -27,9 +27,9 @@ def own_module(config: Any, site: str) -> str:
   family = hf.family_of(config)
   module = family.hf_module(site, config)
   alike = [
-    other
-    for other in family.projections(config)
-    if family.hf_module(other, config) == module
+    candidate
+    for candidate in family.projections(config)
+    if family.hf_module(candidate, config) == module
   ]
   if len(alike) > 1:
     raise CheckpointError(

@@ -19,7 +19,7 @@ _BESIDE = ('id', 'type')
 Said = tuple[str, str]
 
 
-class Malformed(ValueError):
+class InvalidToolCall(ValueError):
   """It is not JSON, or no call."""
 
 
@@ -111,7 +111,9 @@ class Json:
 
   def _expect(self, right: Any) -> None:
     if not right:
-      raise Malformed(f'no JSON goes on so where {self.state} is expected')
+      raise InvalidToolCall(
+        f'no JSON goes on so where {self.state} is expected'
+      )
 
 
 class Calls:
@@ -148,15 +150,15 @@ class Calls:
     json_, before = self._json, self._json.state
     depth = len(json_.open)
     if not depth and letter not in _BLANKS + '{[':
-      raise Malformed('a call is an object or a list')
+      raise InvalidToolCall('a call is an object or a list')
     json_.feed(letter)
     if not depth:
       self._base = len(json_.open) + (letter == '[')
     elif depth < self._base:
       if letter not in _BLANKS + '{,]':
-        raise Malformed('a list of calls has something else in it')
+        raise InvalidToolCall('a list of calls has something else in it')
       if json_.done and not self._count:
-        raise Malformed('the list has no calls')
+        raise InvalidToolCall('the list has no calls')
     elif depth == self._base and not self._target:
       self._member(letter, before)
     else:
@@ -173,14 +175,14 @@ class Calls:
       self._raw = ''
       first = {'name': '"', 'arguments': '{"n'}.get(self._target, letter)
       if letter not in first:
-        raise Malformed(f'{self._target} of a call is of the wrong kind')
+        raise InvalidToolCall(f'{self._target} of a call is of the wrong kind')
       self._value(letter, before, self._base)
 
   def _named(self, key: str) -> str:
     known = {'name': 'name'} | dict.fromkeys(_ARGUMENTS, 'arguments')
     target = known.get(key, key)
     if target in self._seen or key not in (*known, *_BESIDE):
-      raise Malformed('a call has other keys')
+      raise InvalidToolCall('a call has other keys')
     self._seen.add(target)
     return target
 
@@ -207,7 +209,7 @@ class Calls:
 
   def _call(self, name: str) -> None:
     if not name or (self._names and name not in self._names):
-      raise Malformed(f'{name!r} is no tool')
+      raise InvalidToolCall(f'{name!r} is no tool')
     self._name = name
     self.said.append(('name', name))
     if self._arguments:
@@ -223,7 +225,7 @@ class Calls:
   def _end(self) -> None:
     """The call's last brace."""
     if not self._name:
-      raise Malformed('a call has no name')
+      raise InvalidToolCall('a call has no name')
     if not self._given:
       self.said.append(('arguments', '{}'))
     self._count += 1
@@ -233,7 +235,7 @@ class Calls:
 def _object(text: str) -> str:
   """The same, where it is a JSON object written as a text."""
   if not isinstance(_parsed(text), dict):
-    raise Malformed('the arguments are a text that is no JSON object')
+    raise InvalidToolCall('the arguments are a text that is no JSON object')
   return text
 
 
@@ -245,4 +247,4 @@ def _parsed(text: str) -> Any:
   try:
     return untrusted.parse_json(text)
   except untrusted.Malformed as error:
-    raise Malformed(str(error)) from None
+    raise InvalidToolCall(str(error)) from None

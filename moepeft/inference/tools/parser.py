@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection
 
-from moepeft.inference.tools.json_parser import Calls, Malformed
+from moepeft.inference.tools.json_parser import Calls, InvalidToolCall
 from moepeft.inference.tools.tools import Style
 
 
@@ -155,7 +155,7 @@ class Parser:
     for at, letter in enumerate(self._text):
       try:
         self._reader.feed(letter)
-      except Malformed:
+      except InvalidToolCall:
         return self._mistaken(at)
       if self._streams:
         self._tell()

@@ -222,7 +222,7 @@ class EmbeddingEncoder:
     return unit(pooled) if self.form.normalised else pooled
 
 
-def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
+def _adapter(path: str, read: hf.LoadedCheckpoint) -> tuple[AdapterMap, Tree]:
   """The advice and the 'peft' tree of an adapter of a base that was read."""
   start = base_lib.load_adapter(path, read.config)
   if start.sha256 and start.sha256 != read.sha256:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import FAMILIES
@@ -117,7 +117,7 @@ def test_a_prompt_of_a_model_that_scales_vectors_is_refused(tmp_path):
     ours(tmp_path)
   shape = hf.load(str(tmp_path / 'base')).config
   tree = {'embed': {'prompt': {'vectors': np.zeros((3, 12), np.float32)}}}
-  own = Adapter('prompt(length=3)', tree)
+  own = AdapterWeights('prompt(length=3)', tree)
   with pytest.raises(CheckpointError, match='in the moepeft form'):
     peft.save(tmp_path / 'again', shape, own)
 

@@ -71,7 +71,7 @@ def test_the_byte_vocabularies_are_one():
 
 
 def ours(family, split, count):
-  """What moepeft makes of the same examples: (inputs, targets) with EOS."""
+  """moepeft's encoding of the same examples: (inputs, targets) with EOS."""
   found = tasks.examples((family,), count, seed=0, split=split)
   return [
     seq2seq.encode_example(ByteTokenizer(), e, *LENGTHS.values())[:2]

@@ -66,7 +66,9 @@ def test_a_run_and_its_export_are_one_content(base, tmp_path):
 
 def test_an_adapter_of_hugging_faces_peft_is_read(base, tmp_path):
   built, tree = banked.trained(base, METHOD)
-  peft.save(str(tmp_path / 'peft'), CONFIG, adapter.Adapter(built.method, tree))
+  peft.save(
+    str(tmp_path / 'peft'), CONFIG, adapter.AdapterWeights(built.method, tree)
+  )
   found = assert_reads(tmp_path / 'peft', base, tree)
   # Its sites are named in the file, ours are the default: one form.
   own = read_adapter(banked.save(tmp_path / 'own', base, METHOD)[0], base)
