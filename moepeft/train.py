@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from moepeft import library, registries
 from moepeft.config import check as config_check
-from moepeft.config import command_line
+from moepeft.config import command_line, imports
 from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
@@ -100,6 +100,7 @@ def train(
     Stopped: a signal ended the run.
   """
   started = time.monotonic()
+  imports.import_modules(config.imports)
   config_check.check(config, registries.BY_KEY)
   setup.check(config)
   callbacks = build_callbacks(config)

@@ -150,10 +150,9 @@ def _data() -> ConfigDict:
       # of them; '' where rows have inputs and targets.
       templates='',
       # Rates by dataset: one of moepeft.data.t0_mixtures ('t0_train', ...), or
-      # a registered SeqIO task or mixture; '' for the rates below.
+      # a SeqIO task or mixture that a module of --imports registers; '' for the
+      # rates below.
       mixture='',
-      # A module to import before, which registers SeqIO tasks.
-      module='',
       # A dataset's rate is min(rows, max_examples_per_task) **
       # (1 / temperature), 0 for no maximum: temperature 1 draws every row as
       # often, 'inf' every dataset.

@@ -95,7 +95,7 @@ MACROS = [
    'tokens'),
   ('METHOD', "molora(router=topk(k=2))", 'method',
    'molora(router=topk(k=2), experts=10, rank=4)'),
-  ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'data/module', 'my.tasks'),
+  ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'imports', 'my.tasks'),
   ('MIXTURE_OR_TASK_NAME', 'my_task', 'data/mixture', 'my_task'),
   ('NUM_EXPERTS', 5, 'method', 'molora(experts=5, rank=4)'),
   ('NUM_MICROBATCHES', 2, 'gradient_accumulation_steps', 2),
@@ -326,7 +326,7 @@ def test_a_file_of_a_t5x_user_is_read_and_what_is_left_out_is_named(tmp_path):
   translated = load(size_file('xl'), RUN, path, MODEL_DIR='x', RANDOM_SEED=None)
   assert translated.model_dir == 'x'
   expected = flat(twin('xl', 'molora'))
-  expected |= {'batch_size': 128, 'data/module': 'my_tasks'}
+  expected |= {'batch_size': 128, 'imports': 'my_tasks'}
   assert flat(translated.config) == expected
   left, seed = translated.notes
   for name in (
@@ -342,10 +342,10 @@ def test_a_file_of_a_t5x_user_is_read_and_what_is_left_out_is_named(tmp_path):
   assert 'seed 0' in seed
 
 
-def test_one_module_registers_tasks(tmp_path):
-  path = write(tmp_path, 'user.gin', 'import mine\n')
-  with pytest.raises(ValueError, match='other, mine'):
-    load(RUN, path, MIXTURE_OR_TASK_MODULE='other')
+def test_several_modules_may_register_tasks(tmp_path):
+  path = write(tmp_path, 'user.gin', 'import mine\nimport other\n')
+  translated = load(RUN, path, MIXTURE_OR_TASK_MODULE='other')
+  assert translated.config.imports == 'other,mine'
 
 
 def test_the_text_of_a_translation_reads_back_to_it(tmp_path):

@@ -22,7 +22,7 @@ KEYS = {
   'INITIAL_CHECKPOINT_PATH': 'model.path',
   'LABEL_SMOOTHING': 'loss.label_smoothing',
   'LEARNING_RATE': 'optimizer.learning_rate',
-  'MIXTURE_OR_TASK_MODULE': 'data.module',
+  'MIXTURE_OR_TASK_MODULE': 'imports',
   'MIXTURE_OR_TASK_NAME': 'data.mixture',
   'NUM_MICROBATCHES': 'gradient_accumulation_steps',
   'PACKING': 'data.packing',

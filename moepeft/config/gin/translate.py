@@ -112,7 +112,7 @@ def _set_data(
     )
   c.data.inputs_length = lengths['inputs']
   c.data.targets_length = lengths['targets']
-  c.data.module = _module(c.data.module, modules)
+  c.imports = ','.join(dict.fromkeys(filter(None, [c.imports, *modules])))
   c.data.path = cached
   use = values.get('USE_CACHED_TASKS')
   if use and not cached:
@@ -125,17 +125,6 @@ def _set_data(
       f'USE_CACHED_TASKS = False, but {cached!r} is given for cached tasks: '
       'leave one out'
     )
-
-
-def _module(named: str, imported: Sequence[str]) -> str:
-  modules = list(dict.fromkeys(filter(None, [named, *imported])))
-  if len(modules) > 1:
-    raise ValueError(
-      f'the modules {", ".join(modules)} may all register tasks, and there is '
-      'place for one: import the others in it, and name it '
-      'MIXTURE_OR_TASK_MODULE'
-    )
-  return modules[0] if modules else ''
 
 
 def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
