@@ -174,9 +174,9 @@ def convert(values: flags.FlagValues) -> None:
 def _convert_run(values: flags.FlagValues) -> None:
   """A run's adapter, or the base that a full run trained."""
   # Imported here: it brings Orbax, and only this branch needs it.
-  from moepeft.checkpoints import manager
+  from moepeft.checkpoints.restore import restore_trained
 
-  tree, card = manager.restore_trained(values.workdir)
+  tree, card = restore_trained(values.workdir)
   whole = card['trainable'] == 'params'
   values.to = values.to or ('hf' if whole else 'moepeft')
   template = '' if values.to == 't5x' else _template(values, card)

@@ -26,7 +26,7 @@ from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.readers import READERS
-from moepeft.runs import diagnosis, trackers
+from moepeft.runs import before_after, diagnosis, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
   check_same_data,
@@ -184,7 +184,7 @@ def _summarize(
   changes: list[str] = []
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
-    changes = diagnosis.changes(loop.before, loop.after)
+    changes = before_after.changes(loop.before, loop.after)
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (

@@ -14,7 +14,7 @@ from moepeft.checkpoints import pip_models, quantize
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.files import local_path
 from moepeft.core.types import Batch, Tree

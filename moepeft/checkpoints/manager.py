@@ -20,14 +20,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.checksums import checksums
-from moepeft.checkpoints.run_metadata import card, seal
+from moepeft.checkpoints.run_metadata import seal
 from moepeft.checkpoints.run_progress import RunProgress
+from moepeft.checkpoints.state_arrays import (
+  abstract_arrays,
+  array_shapes,
+  host_template,
+  state_parts,
+  without_alias,
+)
 from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
 from moepeft.core.memory import is_out_of_memory
@@ -35,16 +41,7 @@ from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
 from moepeft.runs.run import Run
 
-__all__ = [
-  'Checkpoints',
-  'DamagedCheckpoint',
-  'card',
-  'restore_adapter',
-  'restore_trained',
-]
 _BEGINNING = RunProgress()
-# The card's entries that a run must share with the checkpoint it resumes.
-_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 # Characters of a library's message that a sentence quotes.
 _QUOTED = 160
 
@@ -152,13 +149,13 @@ class Checkpoints:
     if self._keep_best:
       self._preservation.step = progress.best_step
     step = int(state.step)
-    parts = _parts(state)
+    parts = state_parts(state)
     written = described | {
       'checksums': checksums(parts),
       'step': step,
       'course': dataclasses.asdict(progress),
     }
-    parts = jax.tree.map(_without_alias, parts)
+    parts = jax.tree.map(without_alias, parts)
     args = ocp.args.Composite(
       trainable=ocp.args.StandardSave(parts['trainable']),
       rest=ocp.args.StandardSave(parts['rest']),
@@ -251,13 +248,13 @@ class Checkpoints:
     self, step: int, state: State, described: Mapping[str, Any]
   ) -> State:
     read = self._card(step)
-    self._check_run(read, described)
+    run_metadata.check_same_run(self.path, read, described)
     try:
       restored = self._restore(
         step,
         **{
-          name: ocp.args.StandardRestore(_abstract(tree))
-          for name, tree in _parts(state).items()
+          name: ocp.args.StandardRestore(abstract_arrays(tree))
+          for name, tree in state_parts(state).items()
         },
       )
     except DamagedCheckpoint:
@@ -273,31 +270,6 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
-  def _check_run(
-    self, read: Mapping[str, Any], described: Mapping[str, Any]
-  ) -> None:
-    for key in _SAME:
-      if read.get(key) != described[key]:
-        raise ValueError(
-          f'{self.path} belongs to another run: its {key} is '
-          f'{read.get(key)!r}, this run has {described[key]!r}; choose '
-          'another --workdir, or set the config back'
-        )
-    if read['base'].get('sha256') != described['base']['sha256']:
-      raise ValueError(
-        f'{self.path} belongs to a run on another base than '
-        f'{described["base"]["path"]!r} (their content hashes differ); set '
-        'config.model.path to its own, or choose another --workdir'
-      )
-    before, now = (
-      card['base'].get('quantise', '') for card in (read, described)
-    )
-    if before != now:
-      raise ValueError(
-        f'{self.path} belongs to a run with config.model.quantize={before!r}, '
-        f'this run has {now!r}; set it back, or choose another --workdir'
-      )
-
   def _check_fits(
     self, step: int, read: Mapping[str, Any], state: State
   ) -> None:
@@ -312,7 +284,7 @@ class Checkpoints:
       self._verify(step, parts, read)
     except DamagedCheckpoint:
       return
-    if _shapes(parts) != _shapes(_parts(state)):
+    if array_shapes(parts) != array_shapes(state_parts(state)):
       raise ValueError(
         f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
         "those of this config (another optimizer?); set the run's config "
@@ -402,7 +374,7 @@ class Checkpoints:
       metadata = self._manager.item_metadata(step)
       return {
         name: ocp.args.StandardRestore(
-          jax.tree.map(_host_template, metadata[name].tree)
+          jax.tree.map(host_template, metadata[name].tree)
         )
         for name in names
       }
@@ -466,82 +438,3 @@ class Checkpoints:
     return DamagedCheckpoint(
       f'the checkpoint {self.path}/{step} is damaged: {reason}; {advice}'
     )
-
-
-def restore_trained(
-  workdir: str, selection: str = ''
-) -> tuple[Tree, dict[str, Any]]:
-  """(what a run trained, its card): 'peft', or 'params' of a full run.
-
-  Args:
-    selection: see `Checkpoints.restore_trainable`.
-
-  Raises:
-    ValueError: no run is there, or its checkpoint is damaged.
-  """
-  if not Run(workdir).has_checkpoints_dir:
-    raise ValueError(f'{workdir!r} is no work directory of a run')
-  return Checkpoints(workdir, keep=None).restore_trainable(selection)
-
-
-def restore_adapter(
-  workdir: str, selection: str = ''
-) -> tuple[Tree, dict[str, Any]]:
-  """(the trained 'peft' tree, its card) of a run.
-
-  Raises:
-    ValueError: as `restore_trained`, or the run trained the base itself.
-  """
-  tree, read = restore_trained(workdir, selection)
-  if read['trainable'] != 'peft':
-    raise ValueError(
-      f'the run in {workdir!r} trained the base itself ({read["method"]}) and '
-      'has no adapter; make it a base model with python -m moepeft.convert '
-      '--workdir=RUN --output=DIR, and name that'
-    )
-  return tree, read
-
-
-def _parts(state: State) -> dict[str, Tree]:
-  """The arrays that a checkpoint holds."""
-  return {
-    'trainable': state.trainable,
-    'rest': {
-      'opt': state.opt,
-      'step': state.step,
-      'rng': jax.random.key_data(state.rng),
-    },
-  }
-
-
-def _shapes(parts: Tree) -> dict[str, tuple]:
-  """{path: (shape, dtype)}; optimizer states may be plain dicts or not."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): (
-      tuple(leaf.shape),
-      str(leaf.dtype),
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
-  }
-
-
-def _abstract(tree: Tree) -> Tree:
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-
-
-def _without_alias(array: Any) -> Any:
-  """An array that shares no buffer with the given one on the host.
-
-  Orbax reads arrays of CPU devices where they lie, while it writes them. From
-  other devices it has copied them when its `save` returns.
-  """
-  if not isinstance(array, jax.Array):
-    return np.array(array)
-  if any(device.platform == 'cpu' for device in array.devices()):
-    return jax.device_put(array, array.sharding, may_alias=False)
-  return array
-
-
-def _host_template(metadata: Any) -> np.ndarray:
-  """An array of the shape and dtype that takes no memory."""
-  return np.broadcast_to(np.zeros((), metadata.dtype), metadata.shape)

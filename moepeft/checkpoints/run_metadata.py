@@ -26,6 +26,9 @@ _TYPES = (
   ('course', dict),
 )
 
+# Entries that a run must share with the checkpoint that it resumes.
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
+
 
 def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
   """A run's identity as JSON: method, semantics, base and seed."""
@@ -85,6 +88,39 @@ def run_progress(card: Mapping[str, Any]) -> RunProgress:
     best_step=field(value, 'best_step', int),
     waited=field(value, 'waited', int),
   )
+
+
+def check_same_run(
+  path: str, read: Mapping[str, Any], described: Mapping[str, Any]
+) -> None:
+  """Compares a checkpoint's metadata with those of the run that resumes it.
+
+  Args:
+    path: the run's directory of checkpoints, for messages.
+    read: of the checkpoint; described: of the run, from `card`.
+
+  Raises:
+    ValueError: the checkpoint belongs to another run.
+  """
+  for key in _SAME:
+    if read.get(key) != described[key]:
+      raise ValueError(
+        f'{path} belongs to another run: its {key} is '
+        f'{read.get(key)!r}, this run has {described[key]!r}; choose '
+        'another --workdir, or set the config back'
+      )
+  if read['base'].get('sha256') != described['base']['sha256']:
+    raise ValueError(
+      f'{path} belongs to a run on another base than '
+      f'{described["base"]["path"]!r} (their content hashes differ); set '
+      'config.model.path to its own, or choose another --workdir'
+    )
+  before, now = (card['base'].get('quantise', '') for card in (read, described))
+  if before != now:
+    raise ValueError(
+      f'{path} belongs to a run with config.model.quantize={before!r}, '
+      f'this run has {now!r}; set it back, or choose another --workdir'
+    )
 
 
 def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:

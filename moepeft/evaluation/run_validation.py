@@ -6,7 +6,7 @@ by plain cross-entropy, whatever config.loss is, so that their runs compare.
 """
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import card
+from moepeft.checkpoints.run_metadata import card
 from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data import TrainingData

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
-from moepeft.checkpoints.manager import card, restore_trained
+from moepeft.checkpoints.restore import restore_trained
+from moepeft.checkpoints.run_metadata import card
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import load_tokenizer

@@ -16,7 +16,8 @@ import optax
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_metadata import card
 from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout

@@ -142,8 +142,8 @@ def trained(run, tmp_path, monkeypatch):
     card = adapter_lib.load('moepeft')[1] | {'seed': 5, 'step': 7} | entries
     module = types.ModuleType('moepeft.checkpoints.manager')
     module.restore_trained = lambda workdir: (tree, card)
-    monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
-    monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
+    monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.restore', module)
+    monkeypatch.setattr('moepeft.checkpoints.restore', module, raising=False)
     (tmp_path / 'run').mkdir()
     config = {'optimizer': {'decay_initial_step': 1_100_000}}
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))

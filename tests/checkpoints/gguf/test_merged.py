@@ -150,8 +150,8 @@ def test_a_run_keeps_the_tokenizer_that_it_read(base, monkeypatch):
   card |= {'trainable': 'params', 'step': 7}
   module = types.ModuleType('moepeft.checkpoints.manager')
   module.restore_trained = lambda workdir: (loaded.params, card)
-  monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
-  monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
+  monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.restore', module)
+  monkeypatch.setattr('moepeft.checkpoints.restore', module, raising=False)
   run('--workdir=run', '--output=out')
   agrees(base)
 

@@ -10,7 +10,8 @@ import pytest
 
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_metadata import card
 from moepeft.core.types import State
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.adapters.pool import AdapterPool
