@@ -36,8 +36,8 @@ from moepeft.runs.resume import (
 from moepeft.runs.run import Run
 from moepeft.training import next_steps, setup
 from moepeft.training.callbacks import Callback, build_callbacks
-from moepeft.training.callbacks.signals import Stopped
-from moepeft.training.loop import TrainingLoop
+from moepeft.training.loop import Stopped, TrainingLoop
+from moepeft.training.optimizers import SCHEDULES
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -115,7 +115,9 @@ def train(
     contextlib.ExitStack() as closing,
   ):
     config = with_begun_date(run, config)
-    check_unchanged(run, config, may_differ)
+    schedule = SCHEDULES.lookup(config.optimizer.schedule)
+    steps = () if schedule.depends_on_steps else ('steps',)
+    check_unchanged(run, config, (*may_differ, *steps))
     data_hashes = fingerprint.data_hashes(config.data)
     check_same_data(run, data_hashes, may_differ)
     training = setup.build(config, workdir)

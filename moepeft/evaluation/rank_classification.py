@@ -22,7 +22,7 @@ from moepeft.data.batching import packing, seq2seq
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
-from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
+from moepeft.objectives.cross_entropy import sequence_log_likelihood
 from moepeft.peft.methods.prompt_tuning import before
 from moepeft.tasks import Example
 
@@ -120,6 +120,12 @@ class Ranked:
     They may be the same to the tokenizer, or in what is left after a cut.
     """
     return len({tuple(ids) for ids in self.choices}) < len(self.choices)
+
+
+def shift_right(targets: Array) -> Array:
+  """Decoder inputs of targets [..., t]: the id 0, then all but the last."""
+  widths = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
+  return jnp.pad(targets[..., :-1], widths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from moepeft.core.types import Tree
 from moepeft.data import TrainingData
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.readers.preference import preference_data
+from moepeft.data.preference.dataset import preference_data
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.inference.loaded_model import LoadedModel

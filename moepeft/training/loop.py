@@ -110,3 +110,18 @@ class TrainingLoop:
     """Writes a row of metrics of this step, after those of the steps."""
     self.flush_metrics()
     self.metrics.write({'step': self.step, **metrics})
+
+
+class Stopped(Exception):
+  """A run that a signal ended, after it was saved.
+
+  Attributes:
+    code: the exit code that shells expect, 128 and the signal's number.
+  """
+
+  def __init__(self, received: Signals, step: int, path: str):
+    super().__init__(
+      f'stopped by {received.name} after step {step}, which is saved in '
+      f'{path}; the same command goes on from there'
+    )
+    self.code = 128 + received

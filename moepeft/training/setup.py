@@ -36,7 +36,7 @@ from moepeft.data.batching.collators import (
 )
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.readers.preference import preference_data
+from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
   PromptExamples,

@@ -14,7 +14,9 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.manager import Checkpoints, card, restore_adapter
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.restore import restore_adapter
+from moepeft.checkpoints.run_metadata import card
 from moepeft.checkpoints.run_metadata import seal
 from moepeft.core.types import State
 from moepeft.inference.loaded_model import open_run

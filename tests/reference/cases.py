@@ -23,8 +23,8 @@ from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config, sites
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.objectives.seq2seq import loss_sums, sequence_log_likelihood
+from moepeft.objectives.cross_entropy import mean_loss, sequence_log_likelihood
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 from tests import ROOT
 

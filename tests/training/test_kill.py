@@ -21,7 +21,7 @@ from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.runs import metrics_log
 from moepeft.training import setup
-from moepeft.training.callbacks.signals import Stopped
+from moepeft.training.loop import Stopped
 from tests import ROOT
 
 from .test_train import adapter_bytes, base, card  # noqa: F401
