@@ -21,7 +21,7 @@ class ValidationLossTracking(Callback):
   def on_step(self, loop, batch, metrics):
     if loop.validation is None:
       return
-    loop.run_progress = loop.run_progress.judged(
+    loop.run_progress = loop.run_progress.after_validation(
       loop.validation['validation_loss'], loop.step
     )
     if self._save_best and loop.run_progress.best_step == loop.step:
