@@ -37,7 +37,7 @@ from moepeft.objectives import seq2seq
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.peft import build
 from moepeft.peft.methods import lora
-from moepeft.peft.methods.molora import MoLora
+from moepeft.peft.mixture import Mixture
 
 SHAPE = t5.T5Config(
   d_model=512,
@@ -65,13 +65,13 @@ SIDES = {
 }
 
 
-class Naive(MoLora):
+class Naive(Mixture):
   """The same function; builds [b, t, e, out] before it mixes."""
 
   @nn.compact
   def __call__(self, f, x, ctx):
     inside, outside = lora.shapes(f, 'molora')
-    ranks = (self.experts, self.rank)
+    ranks = (self.experts, self.expert.rank)
     a = peft_param(
       self, 'a', lora.INIT_A, (*inside, *ranks), f'{f.input_axes}er'
     )
@@ -80,11 +80,11 @@ class Naive(MoLora):
     )
     p = route(self, self.router, flatten_features(x), ctx).combine_weights
     _, _, outer, output = contraction(f.eqn)
-    # As in `MoLora`: what is compared is how the experts' outputs are mixed.
+    # As in `Lora.mix`: what is compared is how the experts' outputs are mixed.
     z = lora.down(x, a)
     each = jnp.einsum(f'bter,er{outer}->bte{outer}', z, b)
     mixed = jnp.einsum(f'bte{outer},bte->{output}', each, p)
-    return f(x) + mixed * (self.alpha / self.rank)
+    return f(x) + mixed * self.expert.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,8 @@ def make_jax(method: str, remat: str, naive: bool, unroll: int) -> Side:
   return Side(lambda: jax.block_until_ready(step(*arguments)), memory)
 
 
-def _naive(molora: MoLora) -> Naive:
-  fields = ('experts', 'rank', 'alpha', 'dropout', 'router', 'name')
+def _naive(molora: Mixture) -> Naive:
+  fields = ('expert', 'experts', 'router', 'name')
   return Naive(**{key: getattr(molora, key) for key in fields}, parent=None)
 
 

@@ -37,8 +37,9 @@ _IMPORTS = flags.DEFINE_string(
 _ERRORS = (ValueError, OSError)
 _HELP = ('help', 'helpshort', 'helpfull', 'helpxml', '?', 'h')
 _NAMES = ('--config', '-config')
-# Its keys are the model's fields, which a locked config does not know.
-_SHAPE = 'model_shape'
+# Sections of a config whose keys entries or models define, which a locked
+# config does not know, by the flag that sets one key of them.
+_OPEN_SECTIONS = {'model_shape': 'model.shape', 'router_loss': 'router_losses'}
 PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
 
 
@@ -46,9 +47,10 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   """The flags --config=FILE[:values] and --config.key=value, or --gin_file."""
   gin_flags.define(flags.FLAGS)
   _show_in_help(gin_flags.NAMES)
-  flags.DEFINE_multi_string(
-    _SHAPE, [], 'KEY=VALUE, the same as --config.model.shape.KEY=VALUE.'
-  )
+  for name, section in _OPEN_SECTIONS.items():
+    flags.DEFINE_multi_string(
+      name, [], f'KEY=VALUE, the same as --config.{section}.KEY=VALUE.'
+    )
   sys.argv[1:] = rewritten(sys.argv[1:])
   translated = _answered(_translate, sys.argv)
   if translated is not None:
@@ -69,11 +71,12 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
 
 
 def rewritten(argv: Sequence[str]) -> list[str]:
-  """Arguments with flags of ours in place of --gin.x and model.shape.x."""
-  return [
-    re.sub(r'^--?config\.model\.shape\.', f'--{_SHAPE}=', arg)
-    for arg in gin_flags.rewritten(argv)
-  ]
+  """Arguments with flags of ours in place of --gin.x and open sections."""
+  argv = gin_flags.rewritten(argv)
+  for name, section in _OPEN_SECTIONS.items():
+    pattern = rf'^--?config\.{re.escape(section)}\.'
+    argv = [re.sub(pattern, f'--{name}=', arg) for arg in argv]
+  return argv
 
 
 def _show_in_help(names: Sequence[str]) -> None:
@@ -219,8 +222,9 @@ def parse(argv: Sequence[str]) -> list[str]:
   def read() -> list[str]:
     rest = flags.FLAGS(argv)
     _import_modules()
-    for text in flags.FLAGS[_SHAPE].value if _SHAPE in flags.FLAGS else ():
-      _set_shape(flags.FLAGS['config'].value, text)
+    for name, section in _OPEN_SECTIONS.items():
+      for text in flags.FLAGS[name].value if name in flags.FLAGS else ():
+        _set_key(flags.FLAGS['config'].value, section, text)
     _check_values()
     return rest
 
@@ -268,12 +272,12 @@ def _check_values() -> None:
   config_check.check_ranges(config)
 
 
-def _set_shape(config: ConfigDict, text: str) -> None:
-  """Sets config.model.shape.KEY by 'KEY=VALUE'; 'rope.kind=yarn' is a key."""
+def _set_key(config: ConfigDict, section: str, text: str) -> None:
+  """Sets a key of an open section by 'KEY=VALUE'; 'rope.kind=yarn' is a key."""
   key, equals, value = text.partition('=')
   if not key or not equals:
     raise ValueError(
-      f'expected --config.model.shape.KEY=VALUE; got {key!r} without a value'
+      f'expected --config.{section}.KEY=VALUE; got {key!r} without a value'
     )
   try:
     typed = parse_literal(value)
@@ -281,8 +285,8 @@ def _set_shape(config: ConfigDict, text: str) -> None:
     typed = value
   *parents, name = key.split('.')
   with config.unlocked(), config.ignore_type():
-    node = config.model.shape
-    for parent in parents:
+    node = config
+    for parent in (*section.split('.'), *parents):
       if not isinstance(node.get(parent), ConfigDict):
         node[parent] = ConfigDict()
       node = node[parent]

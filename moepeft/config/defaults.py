@@ -29,7 +29,8 @@ def default() -> ConfigDict:
   c.method = 'molora(experts=10, rank=4)'
   # Where the method's text leaves it open: 'official' (released code), 'paper'.
   c.semantics = 'official'
-  # Weights of the router losses of moepeft.moe.aux_losses; the paper's are 0.
+  # Weights of router losses, those of moepeft.moe.aux_losses and those of
+  # routers of your own, by name; the paper's are 0.
   c.router_losses = ConfigDict(dict(load_balance=0.0, z=0.0, entropy=0.0))
   # A line is printed when a router is collapsed in three logs in a row: one
   # expert has more than this share of the weight (softmax: every expert has

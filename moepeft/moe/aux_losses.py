@@ -5,8 +5,12 @@ The paper's runs use none of them (its text and its released code agree);
 every weight defaults to zero.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 
+from moepeft.core.ranges import Range, suggestion
 from moepeft.core.types import Array
 from moepeft.moe import ROUTERS
 from moepeft.moe.router import RouterLoss
@@ -34,6 +38,8 @@ def entropy(sums: RouterStats) -> Array:
   return jnp.mean(sums.entropy / jnp.maximum(sums.count, 1))
 
 
+# A negative weight rewards what the loss punishes.
+_WEIGHT = Range(-1_000, 1_000)
 LOSSES = {'load_balance': load_balance, 'z': router_z_loss, 'entropy': entropy}
 
 
@@ -43,6 +49,25 @@ def router_losses() -> dict[str, RouterLoss]:
   for entry in ROUTERS.values():
     losses |= entry.losses
   return losses
+
+
+def check_weights(weights: Mapping[str, Any]) -> None:
+  """
+  Args:
+    weights: config.router_losses.
+
+  Raises:
+    ValueError: a name is not a loss, or a weight is no number; the message says
+      which.
+  """
+  losses = router_losses()
+  for name, weight in weights.items():
+    if name not in losses:
+      raise ValueError(
+        f'router losses are {", ".join(losses)}; got '
+        f'config.router_losses.{name}{suggestion(name, losses)}'
+      )
+    _WEIGHT.check(f'config.router_losses.{name}', weight)
 
 
 def auxiliary_loss(
@@ -55,14 +80,10 @@ def auxiliary_loss(
     weights: {name of a loss: weight}; zero weights cost nothing.
 
   Raises:
-    ValueError: a name is not a loss.
+    ValueError: as `check_weights`.
   """
+  check_weights(weights)
   losses = router_losses()
-  unknown = sorted(set(weights) - set(losses))
-  if unknown:
-    raise ValueError(
-      f'router losses are {", ".join(losses)}; got {", ".join(unknown)}'
-    )
   total = jnp.float32(0)
   for name, weight in weights.items():
     loss = losses[name]

@@ -11,12 +11,13 @@ import flax.linen as nn
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.config.ranges import SEMANTICS
-from moepeft.core.ranges import Choices, Range, shortened, suggestion
+from moepeft.core.ranges import shortened, suggestion
 from moepeft.core.types import State, Tree
 from moepeft.moe import DEFAULT_ROUTER, ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft.method import Method
+from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
+from moepeft.peft.mixture import can_be_expert, mixture_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build(
     _resolve(spec, methods, semantics)
     for spec in method_string.parse_method(method)
   ]
-  text = method_string.format_method(tuple(specs))
+  text = _text(specs, methods)
   if any(methods[spec.name].module is None for spec in specs):
     if len(specs) > 1:
       raise ValueError(f'{method!r}: full trains alone; drop the others')
@@ -84,11 +85,10 @@ def build(
       raise ValueError(
         f'{method!r}: {spec.name} can stand only once; make one longer'
       )
-    name = _free_name(spec.name, names)
-    adapter = _module(spec, methods[spec.name], name)
+    method = entry(spec, methods)
+    adapter = make(spec, _free_name(spec.name, names), methods)
     entries += [
-      (path, adapter)
-      for path in _paths(spec, methods[spec.name], sites, semantics)
+      (path, adapter) for path in _paths(spec, method, sites, semantics)
     ]
   return Built(text, semantics, AdapterMap(tuple(entries)), 'peft')
 
@@ -105,7 +105,7 @@ def routers(method: str, semantics: str = 'official') -> dict[str, nn.Module]:
     if METHODS[spec.name].module is None:
       continue
     name = _free_name(spec.name, names)
-    router = getattr(_module(spec, METHODS[spec.name], name), 'router', None)
+    router = getattr(make(spec, name), 'router', None)
     if router is not None:
       result[name] = router
   return result
@@ -127,20 +127,53 @@ def plain(
   specs = []
   for spec in method_string.parse_method(method):
     spec = _resolve(spec, methods, semantics)
-    module = methods[spec.name].module
-    options = _unusual(spec, _defaults(module))
+    options = _unusual(spec, entry(spec, methods).options())
     router = options.pop('router', None)
     if router is not None:
-      router_options = _unusual(router, _defaults(ROUTERS[router.name].module))
+      router_options = options_of(ROUTERS[router.name].module)
+      router_options = _unusual(router, router_options)
       router = Spec(router.name, tuple(sorted(router_options.items())))
       options |= {'router': router} if router != Spec(DEFAULT_ROUTER) else {}
     specs.append(Spec(spec.name, tuple(sorted(options.items()))))
-  return method_string.format_method(tuple(specs))
+  return _text(specs, methods)
 
 
-def _unusual(spec: Spec, usual: Mapping[str, Any]) -> dict[str, Any]:
-  missing = object()
-  return {k: v for k, v in spec.options if usual.get(k, missing) != v}
+def _unusual(spec: Spec, options: Mapping[str, Option]) -> dict[str, Any]:
+  return {
+    name: value
+    for name, value in spec.options
+    if name not in options or options[name].default != value
+  }
+
+
+def expanded(
+  method: str,
+  semantics: str = 'official',
+  methods: Mapping[str, Method] = METHODS,
+) -> str:
+  """A method's text with each preset as its mixture, every option written.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  specs = []
+  for spec in method_string.parse_method(method):
+    spec = _resolve(spec, methods, semantics)
+    method_entry = entry(spec, methods)
+    options = {k: o.default for k, o in method_entry.options().items()}
+    options |= dict(spec.options)
+    if method_entry.expert:
+      names = (n for n, m in methods.items() if m is method_entry.expert)
+      options = {'expert': next(names)} | options
+      router = options['router']
+      defaults = options_of(ROUTERS[router.name].module)
+      del defaults['experts']
+      usual = {k: option.default for k, option in defaults.items()}
+      router = Spec(router.name, tuple((usual | dict(router.options)).items()))
+      options['router'] = router
+    name = 'mixture' if method_entry.expert else spec.name
+    specs.append(Spec(name, tuple(options.items())))
+  return _text(specs, methods)
 
 
 def function_of(adapter_map: AdapterMap) -> tuple:
@@ -156,48 +189,134 @@ def function_of(adapter_map: AdapterMap) -> tuple:
 
 def _function(module: nn.Module) -> tuple:
   fields = []
-  for name in sorted(_defaults(module).keys() - training_only(module)):
+  options = options_of(type(module))
+  for name in sorted(n for n, o in options.items() if not o.training_only):
     value = getattr(module, name)
     nested = isinstance(value, nn.Module)
     fields.append((name, _function(value) if nested else value))
   return (type(module), *fields)
 
 
-def _resolve(spec: Spec, methods, semantics: str) -> Spec:
-  """Checks names and options and adds what the semantics decides."""
+def entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
+  """The entry of a flat spec; of a mixture, with the facts of its expert.
+
+  Raises:
+    ValueError: the method does not exist, or has no expert that exists.
+  """
   method = _find(spec.name, methods, 'method')
-  options = dict(spec.options)
+  if 'expert' not in options_of(method.module) or method.expert:
+    return method
+  expert = spec.get('expert')
+  if not isinstance(expert, str) or not expert:
+    raise ValueError(
+      f'{spec.name} has an expert like lora or lora(rank=4); got '
+      f'{shortened(expert)}'
+    )
+  expert_method = _find(expert, methods, 'method')
+  if not can_be_expert(expert_method):
+    names = [name for name, m in methods.items() if can_be_expert(m)]
+    raise ValueError(
+      f'{spec.name}: {expert} cannot be an expert; {", ".join(names)} can'
+    )
+  return mixture_of(expert_method)
+
+
+def flat(spec: Spec) -> Spec:
+  """mixture(expert=lora(rank=4), experts=10) as one list of options.
+
+  mixture(expert=lora, rank=4, experts=10): as a preset has them.
+
+  Raises:
+    ValueError: an option of the expert is one of the mixture too.
+  """
+  expert = spec.get('expert')
+  if not isinstance(expert, Spec):
+    return spec
+  twice = dict(spec.options).keys() & dict(expert.options).keys()
+  if twice:
+    raise ValueError(
+      f'{spec.name} and its expert both have {", ".join(sorted(twice))}; '
+      'give it once'
+    )
+  options = []
+  for option, value in spec.options:
+    options += (
+      [(option, expert.name), *expert.options]
+      if option == 'expert'
+      else [(option, value)]
+    )
+  return Spec(spec.name, tuple(options))
+
+
+def nested(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Spec:
+  """The inverse of `flat`: an expert's options stand with the expert."""
+  expert = spec.get('expert')
+  if not isinstance(expert, str):
+    return spec
+  names = methods[expert].options()
+  inner = tuple((k, v) for k, v in spec.options if k in names)
+  return Spec(
+    spec.name,
+    tuple(
+      (k, Spec(expert, inner) if k == 'expert' else v)
+      for k, v in spec.options
+      if k not in names
+    ),
+  )
+
+
+def _text(specs, methods: Mapping[str, Method]) -> str:
+  return method_string.format_method(tuple(nested(s, methods) for s in specs))
+
+
+def _resolve(spec: Spec, methods, semantics: str) -> Spec:
+  """Checks names and options and adds what the semantics decides; flat."""
+  spec = flat(spec)
+  method = entry(spec, methods)
+  given = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
-  defaults = _defaults(method.module)
-  if 'router' in defaults:
-    router = options.get('router', DEFAULT_ROUTER)
+  options = method.options()
+  if 'router' in options:
+    router = given.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
         f'{spec.name}: a router is written like softmax or topk(k=2); got '
         f'{router!r}'
       )
-    entry = _find(router.name, ROUTERS, 'router')
-    router_defaults = _defaults(entry.module)
-    router_defaults.pop('experts')
-    _check(router, entry.module, router_defaults)
-    for option, value in entry.defaults.get(semantics, {}).items():
+    router_entry = _find(router.name, ROUTERS, 'router')
+    router_options = options_of(router_entry.module)
+    router_options.pop('experts')
+    _check(router, router_options)
+    for option, value in router_entry.defaults.get(semantics, {}).items():
       if router.get(option) is None:
         router = router.replace(**{option: value})
-    decided['router'] = options['router'] = router
-  _check(spec, method.module, defaults | ({'sites': ''} if defaults else {}))
-  return Spec(spec.name, tuple((options | (decided | options)).items()))
+    decided['router'] = given['router'] = router
+  extra = {'sites': Option('')} if options else {}
+  if method.expert and method is not methods[spec.name]:
+    extra['expert'] = Option('')
+  _check(spec, options | extra)
+  return Spec(spec.name, tuple((given | (decided | given)).items()))
 
 
-def _module(spec: Spec, method: Method, name: str):
-  options = {k: v for k, v in spec.options if k != 'sites'}
-  if 'router' in options:
-    router = options['router']
-    experts = options.get('experts', method.module.experts)
+def make(
+  spec: Spec, name: str, methods: Mapping[str, Method] = METHODS
+) -> nn.Module:
+  """The unbound adapter of a flat spec that was resolved.
+
+  Args:
+    name: its entry in the 'peft' tree.
+  """
+  method = entry(spec, methods)
+  options = {k: v for k, v in spec.options if k not in ('sites', 'expert')}
+  declared = method.options()
+  if 'router' in declared:
+    router = options.get('router', Spec(DEFAULT_ROUTER))
+    experts = options.get('experts', declared['experts'].default)
     options['router'] = ROUTERS[router.name].module(
       experts=experts, **dict(router.options), parent=None
     )
-  return method.module(name=name, parent=None, **options)
+  return method.make(name, **options)
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:
@@ -221,60 +340,30 @@ def _paths(spec, method, sites, semantics) -> list[str]:
   return [path for path in sites if path in paths]
 
 
-def _defaults(module) -> dict[str, Any]:
-  """{option: default} of an adapter's or router's module; None has none."""
-  if module is None:
-    return {}
-  return {
-    field.name: field.default
-    for field in dataclasses.fields(module)
-    if field.name not in ('parent', 'name')
-  }
-
-
-def allowed(module) -> dict[str, Range | Choices]:
-  """{option: the values that it may take}, as its field declares them."""
-  return {
-    field.name: field.metadata['allowed']
-    for field in (dataclasses.fields(module) if module else ())
-    if 'allowed' in field.metadata
-  }
-
-
-def training_only(module) -> set[str]:
-  """The options that change the noise of training and nothing else."""
-  return {
-    field.name
-    for field in (dataclasses.fields(module) if module else ())
-    if field.metadata.get('training_only')
-  }
-
-
-def _check(spec: Spec, module, defaults: Mapping[str, Any]) -> None:
+def _check(spec: Spec, options: Mapping[str, Option]) -> None:
   """Raises a ValueError for an option that is not there or cannot be."""
-  unknown = sorted(set(dict(spec.options)) - set(defaults))
+  unknown = sorted(set(dict(spec.options)) - set(options))
   if unknown:
     raise ValueError(
       f'{spec.name} has no option {", ".join(unknown)}; it has '
-      f'{", ".join(sorted(defaults)) or "none"}'
-      f'{suggestion(unknown[0], defaults)}'
+      f'{", ".join(sorted(options)) or "none"}'
+      f'{suggestion(unknown[0], options)}'
     )
-  ranges = allowed(module)
-  for option, value in spec.options:
-    default = defaults[option]
-    if isinstance(default, nn.Module):
+  for name, value in spec.options:
+    option = options[name]
+    if isinstance(option.default, nn.Module):
       continue
-    expected = type(default)
+    expected = type(option.default)
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (
       isinstance(value, bool) and expected is not bool
     ):
       raise ValueError(
-        f"{spec.name}'s option {option} is of type {expected.__name__}; got "
+        f"{spec.name}'s option {name} is of type {expected.__name__}; got "
         f'{shortened(value)}'
       )
-    if option in ranges:
-      ranges[option].check(f"{spec.name}'s option {option}", value)
+    if option.allowed is not None:
+      option.allowed.check(f"{spec.name}'s option {name}", value)
 
 
 def _find(name: str, registry, kind: str):

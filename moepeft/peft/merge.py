@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from moepeft.config.method_string import parse_method
 from moepeft.core.types import Tree
-from moepeft.peft.build import Built
+from moepeft.peft.build import Built, entry, flat
 from moepeft.peft.method import Method
-from moepeft.peft.methods import METHODS
 
 # Kernels that are quantised lie under other names.
 _PACKED = ('int8', 'nf4')
@@ -107,7 +106,7 @@ def _mergeable(built: Built) -> dict[type, Method]:
   """{adapter's type: its method}, or the reason why one has no merge."""
   methods = {}
   for spec in parse_method(built.method):
-    method = METHODS[spec.name]
+    method = entry(flat(spec))
     if method.merge is None:
       raise ValueError(f'{spec.name} cannot be merged: {method.why_not}')
     methods[method.module] = method

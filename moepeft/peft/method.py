@@ -1,20 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An entry of the registry of methods: module, targets, defaults, merging."""
+"""An entry of METHODS: an adapter's module and the facts about it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
+
+from moepeft.core.ranges import Choices, Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """An option of a method or router.
+
+  Attributes:
+    default: its value where a method string does not give one.
+    allowed: the values that it may take, beside the default's type.
+    training_only: whether it changes the noise of training and nothing else.
+  """
+
+  default: Any
+  allowed: Range | Choices | None = None
+  training_only: bool = False
+
+
+def options_of(module: type[nn.Module] | None) -> dict[str, Option]:
+  """The options that a module's fields declare; None has none."""
+  return {
+    field.name: Option(
+      field.default,
+      field.metadata.get('allowed'),
+      field.metadata.get('training_only', False),
+    )
+    for field in (dataclasses.fields(module) if module else ())
+    if field.name not in ('parent', 'name')
+  }
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A line of the registry.
+  """An entry of METHODS.
 
   Attributes:
     module: the adapter's Flax module; its fields are the options. None for
       full fine-tuning.
     roles: {semantics: roles of the sites that it adapts by default}.
     defaults: {semantics: options that differ between the two}.
+    expert: of a mixture, the entry whose adapter is its expert; the expert's
+      options are then options of the mixture too.
+    values: {option: default}, where it is not the module's.
+    additive: whether it adds a term to the base's output, so that a term of
+      zero leaves that output as it is, in a mixture with any weights too.
+    shareable: parameters that the experts of a mixture may have in common.
     merge: (variables, kernel, adapter=..., eqn=...) -> kernel, or None.
     merge_bias: (variables, bias, adapter=...) -> bias; None leaves it alone.
     innermost: whether the merge holds only where no adapter is inside of it.
@@ -38,6 +76,10 @@ class Method:
   defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )
+  expert: 'Method | None' = None
+  values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  additive: bool = False
+  shareable: tuple[str, ...] = ()
   merge: Callable | None = None
   merge_bias: Callable | None = None
   innermost: bool = False
@@ -50,3 +92,34 @@ class Method:
   )
   exact_identity: bool = False
   not_pooled: str = ''
+
+  def options(self) -> dict[str, Option]:
+    """{name: option}, those of a mixture's expert among them."""
+    options = options_of(self.module)
+    if self.expert:
+      del options['expert']
+      share = options.pop('share')
+      if self.expert.shareable:
+        allowed = Choices(('', *self.expert.shareable))
+        options['share'] = dataclasses.replace(share, allowed=allowed)
+      options |= self.expert.options()
+    return {
+      name: dataclasses.replace(
+        option, default=self.values.get(name, option.default)
+      )
+      for name, option in options.items()
+    }
+
+  def make(self, name: str | None = None, **options: Any) -> nn.Module:
+    """The unbound adapter; `options` are checked before, routers are modules.
+
+    Args:
+      name: its entry in the 'peft' tree.
+    """
+    options = {**self.values, **options}
+    if self.expert:
+      own = options_of(self.module)
+      inner = {k: v for k, v in options.items() if k not in own}
+      options = {k: v for k, v in options.items() if k in own}
+      options['expert'] = self.expert.make(**inner)
+    return self.module(name=name, parent=None, **options)

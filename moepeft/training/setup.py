@@ -111,6 +111,7 @@ def check(config: ConfigDict) -> None:
   optimizers.make_optimizer(config.optimizer, config.steps)
   check_objective(config)
   tracker_specs(config.log.trackers)
+  aux_losses.check_weights(config.router_losses)
   grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   memory_estimate.check(config)
 
@@ -290,15 +291,13 @@ def build_train_step(
     ValueError: a router loss has an unknown name, or the batch cannot be
       split; found before anything is compiled.
   """
-  router_losses = dict(config.router_losses)
-  aux_losses.auxiliary_loss({}, router_losses)
   grad_accumulation.check(config.batch_size, config.gradient_accumulation_steps)
   return make_train_step(
     model,
     method,
     build_objective(config, reference),
     optimizer,
-    router_losses,
+    dict(config.router_losses),
     config.gradient_accumulation_steps,
   )
 

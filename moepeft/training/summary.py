@@ -10,6 +10,7 @@ import jax
 from moepeft.checkpoints import quantize
 from moepeft.core.types import State
 from moepeft.peft import Built
+from moepeft.peft.build import expanded
 
 
 def print_summary(
@@ -34,6 +35,7 @@ def print_summary(
     quantized = f', projections in {base.quantise}: {megabytes:.4g} MB in all'
   lines = {
     'method': f'{method.method} ({method.semantics} semantics)',
+    'in full': expanded(method.method, method.semantics),
     'base': f'{base.path or "random weights"}, {total:,} parameters{quantized}',
     'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)',
     'tokens': tokenizer,

@@ -14,7 +14,8 @@ import pytest
 from moepeft.core.types import Context
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer
-from moepeft.peft.methods.molora import MoLora
+from moepeft.peft.methods.lora import Lora
+from moepeft.peft.mixture import Mixture
 from tests import ROOT
 
 FILE = ROOT / 'benchmarks' / 'train_step.py'
@@ -48,7 +49,7 @@ def test_the_naive_side_is_the_same_function_with_the_same_gradients(name):
   f = BaseLayer(
     lambda x: jnp.einsum(eqn, x, kernel), eqn, shape, inside, outside
   )
-  ours = MoLora(experts=3, rank=2, alpha=5.0, router=Softmax(3))
+  ours = Mixture(Lora(rank=2, alpha=5.0), experts=3, router=Softmax(3))
   naive = STEP._naive(ours)
   assert type(naive) is STEP.Naive
   start = ours.init(jax.random.key(0), f, x, Context())['peft']

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moepeft.config import command_line
+from moepeft.config import command_line, default
 from moepeft.core.memory import is_out_of_memory
 
 
@@ -67,7 +67,7 @@ def test_a_terminal_of_ascii_gets_escapes(monkeypatch):
 
 SCRIPT = """
 import sys
-from moepeft.config import command_line
+from moepeft.config import command_line, default
 def main():
   for _ in range(100_000):
     print('a line of output')
@@ -107,3 +107,17 @@ def test_a_device_that_jax_does_not_have_is_named(platform):
   assert done.returncode == 2
   assert f"JAX_PLATFORMS='{platform}'" in done.stderr.splitlines()[-1]
   assert 'Traceback' not in done.stderr
+
+
+def test_open_sections_take_keys_that_the_defaults_lack():
+  config = default().lock()
+  argv = ['train', '--config.router_losses.spread=0.1', '--config.steps=3']
+  _, changed, same = command_line.rewritten(argv)
+  assert (changed, same) == ('--router_loss=spread=0.1', '--config.steps=3')
+  command_line._set_key(config, 'router_losses', 'spread=0.1')
+  assert config.router_losses.to_dict() == {
+    **default().router_losses,
+    'spread': 0.1,
+  }
+  with pytest.raises(ValueError, match='config.router_losses.KEY=VALUE; got'):
+    command_line._set_key(config, 'router_losses', 'spread')

@@ -12,7 +12,7 @@ from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import contraction
 from moepeft.nn.initializers import Normal, peft_param
 from moepeft.peft.method import Method
-from moepeft.peft.methods import lora, molora
+from moepeft.peft.methods import lora, presets
 
 
 class Seen(nn.Module):
@@ -105,5 +105,5 @@ PROBES = {
   'prefix': Method(Prefix, {'official': ('core',)}),
   'mixture': Method(Mixture, {'official': ('mlp',)}),
   'lora': lora.METHOD,
-  'molora': molora.METHOD,
+  'molora': presets.MOLORA,
 }

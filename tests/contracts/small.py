@@ -44,6 +44,9 @@ METHODS = (
   'molora(experts=3, rank=2, router=uniform)',
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
+  "mixture(expert=lora(rank=2), experts=3, share='a')",
+  "mixture(expert=lora(rank=2), experts=3, share='b', reads='output')",
+  "mixture(expert=ia3(on='input'), experts=3, sites='*/k|*/wo')",
   "tokens(new='3|5-7')",
   # The base's function where no placeholders stand; see
   # tests/peft/test_prompt_tuning.py.

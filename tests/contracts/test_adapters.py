@@ -212,6 +212,12 @@ def _molora(e, r):
   return e * (_lora(r) + routers)
 
 
+def _shared_a(e, r):
+  # One A a site; B, the router and both for each of the experts.
+  a = _ATTENTIONS * (3 * _D + _NH) * r + _LAYERS * (_D + _F) * r
+  return _molora(e, r) - (e - 1) * a
+
+
 _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
 
 
@@ -238,6 +244,11 @@ _IA3 = _ATTENTIONS * 2 * _NH + _LAYERS * _F
     ('molora(experts=3, rank=2)', 'official', _molora(3, 2)),
     ('molora(experts=3, rank=2, router=uniform)', 'official', 3 * _lora(2)),
     ('molora(experts=3, rank=2, router=random)', 'official', 3 * _lora(2)),
+    (
+      "mixture(expert=lora(rank=2), experts=3, share='a')",
+      'official',
+      _shared_a(3, 2),
+    ),
     ('prompt(length=3)', 'official', 3 * _D),
   ],
 )

@@ -136,12 +136,13 @@ def test_full_weights_leave_a_layer_on_request_only():
 def test_a_given_routing_replaces_the_router():
   from moepeft.core.types import Context, Routing
   from moepeft.nn.linear import base_projection
-  from moepeft.peft.methods.molora import MoLora
+  from moepeft.peft.methods.lora import Lora
+  from moepeft.peft.mixture import Mixture
 
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
   f = base_projection('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
   one_hot = jnp.broadcast_to(jnp.array([0.0, 1.0]), (2, 3, 2))
-  module = MoLora(experts=2, rank=2)
+  module = Mixture(Lora(rank=2), experts=2)
   given = Context(routing=Routing(one_hot, one_hot))
   variables = {
     'peft': {

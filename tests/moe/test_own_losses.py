@@ -59,7 +59,9 @@ def test_a_loss_is_the_mean_over_the_sites_that_report_its_figures(registered):
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones():
-  with pytest.raises(ValueError, match='load_balance, z, entropy; got square'):
+  with pytest.raises(
+    ValueError, match='z, entropy; got config.router_losses.square'
+  ):
     aux_losses.auxiliary_loss({}, {'square': 1.0})
 
 
@@ -80,3 +82,19 @@ def test_the_loss_of_a_mixture_under_scan_has_a_gradient(registered):
   gradient = jax.jit(jax.grad(loss))(variables['peft'])
   q = gradient['encoder']['layers']['self']['q']['molora']
   assert float(jnp.abs(q['router']['softmax']['kernel']).min(axis=0).max()) > 0
+
+
+@pytest.mark.parametrize(
+  ('weights', 'message'),
+  [
+    (
+      {'lod_balance': 1.0},
+      "config.router_losses.lod_balance; did you mean 'lo",
+    ),
+    ({'z': 'much'}, "config.router_losses.z is at least -1,000.*got 'much'"),
+    ({'z': 5_000.0}, 'config.router_losses.z is at least -1,000'),
+  ],
+)
+def test_wrong_weights_are_refused_by_name(weights, message):
+  with pytest.raises(ValueError, match=message):
+    aux_losses.check_weights(weights)

@@ -14,6 +14,7 @@ of LoRA would add its bytes, and its operations at every site, to every row.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moepeft.checkpoints.adapter import instances
 from moepeft.config import method_string
@@ -21,8 +22,9 @@ from moepeft.config.method_string import Spec
 from moepeft.inference.adapters.served_modules import served_module
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft import METHODS, Built, build
-from moepeft.peft.build import plain, training_only
+from moepeft.peft import Built
+from moepeft.peft.build import entry, flat, make, nested, plain
+from moepeft.peft.method import options_of
 
 _LEAST_RANK = 4
 # Options of a method that become data of a slot.
@@ -35,7 +37,7 @@ class BucketPart:
 
   Attributes:
     name: its entry in the 'peft' tree.
-    kind: its text without rank and scale.
+    kind: its flat spec (`peft.build.flat`) without rank and scale.
     rank: the largest that fits; of a soft prompt the length; 0 of a method
       without one.
     sites: in the model's order.
@@ -75,7 +77,9 @@ class Bucket:
   @property
   def method(self) -> str:
     """As `--form` takes it."""
-    return method_string.format_method(tuple(part.sized for part in self.parts))
+    return method_string.format_method(
+      tuple(nested(part.sized) for part in self.parts)
+    )
 
   def holds(self, smaller: 'Bucket') -> bool:
     """Whether an adapter of the bucket `smaller` fits."""
@@ -96,10 +100,11 @@ def bucket_of(built: Built, label: str) -> Bucket:
   """
   parts = []
   for name, spec in instances(built.method).items():
-    if METHODS[spec.name].not_pooled:
+    spec = flat(spec)
+    if entry(spec).not_pooled:
       raise ValueError(
         f'{label} is {built.method!r}, which cannot be served beside other '
-        f'adapters: {METHODS[spec.name].not_pooled}'
+        f'adapters: {entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
     sites = tuple(path for path, module in entries if module.name == name)
@@ -129,40 +134,37 @@ def merge_buckets(
   return tuple(sorted(named, key=lambda bucket: bucket.name))
 
 
-def adapter_map_of(
-  buckets: Sequence[Bucket], sites: Mapping[str, str]
-) -> AdapterMap:
+def adapter_map_of(buckets: Sequence[Bucket]) -> AdapterMap:
   """The table that the model takes: all buckets nested."""
   entries = []
   for bucket in buckets:
     for part in bucket.parts:
-      spec = part.spec.replace(sites='|'.join(part.sites))
-      built = build(str(spec), sites)
-      entries += [
-        (path, served_module(METHODS[part.kind.name], module, part.name))
-        for path, module in built.adapter_map.entries
-      ]
+      adapter = make(part.spec, part.name)
+      module = served_module(entry(part.kind), adapter, part.name)
+      entries += [(path, module) for path in part.sites]
   return AdapterMap(tuple(entries))
 
 
 def size_option(spec: Spec) -> str:
   """The option of a method that is rounded up: 'rank', 'length', or ''."""
-  return METHODS[spec.name].size_option
+  return entry(spec).size_option
 
 
 def rank_of(spec: Spec) -> int:
   """The rank, or a soft prompt's length; 0 of a method without either."""
   option = size_option(spec)
-  if not option:
-    return 0
-  return spec.get(option, getattr(METHODS[spec.name].module, option))
+  return _value(spec, option) if option else 0
 
 
 def scale_of(spec: Spec) -> float:
   """The scale of a method with a rank: alpha / r, or alpha / sqrt(r)."""
-  module, rank = METHODS[spec.name].module, rank_of(spec)
-  root = spec.get('rslora', False)
-  return spec.get('alpha', module.alpha) / (rank**0.5 if root else rank)
+  rank = rank_of(spec)
+  root = _value(spec, 'rslora')
+  return _value(spec, 'alpha') / (rank**0.5 if root else rank)
+
+
+def _value(spec: Spec, option: str) -> Any:
+  return spec.get(option, entry(spec).options()[option].default)
 
 
 def round_up_rank(rank: int) -> int:
@@ -172,15 +174,16 @@ def round_up_rank(rank: int) -> int:
 
 def _kind(spec: Spec) -> Spec:
   """The same for all adapters of a bucket, defaults left out."""
-  module = METHODS[spec.name].module
-  spec = _without(spec, (*_DATA, *training_only(module)))
+  noise = (k for k, o in entry(spec).options().items() if o.training_only)
+  spec = _without(spec, (*_DATA, *noise))
   router = spec.get('router')
   if isinstance(router, Spec):
-    entry = ROUTERS[router.name]
-    dropped = (*entry.pooled_options, *training_only(entry.module))
-    router = _without(router, dropped)
+    router_entry = ROUTERS[router.name]
+    options = options_of(router_entry.module)
+    noise = (k for k, o in options.items() if o.training_only)
+    router = _without(router, (*router_entry.pooled_options, *noise))
     spec = spec.replace(router=router)
-  return method_string.parse(plain(str(spec)))
+  return flat(method_string.parse(plain(str(nested(spec)))))
 
 
 def _without(spec: Spec, options: Sequence[str]) -> Spec:
@@ -196,7 +199,7 @@ def _union(a: Bucket, b: Bucket, sites: Mapping[str, str]) -> Bucket:
   """A bucket with the default sites, and the sites and ranks of both."""
   parts = []
   for part, more in zip(a.parts, b.parts, strict=True):
-    groups = METHODS[part.kind.name].roles.values()
+    groups = entry(part.kind).roles.values()
     roles = {role for group in groups for role in group}
     paths = {path for path, role in sites.items() if role in roles}
     paths |= {*part.sites, *more.sites}

@@ -239,7 +239,7 @@ class AdapterPool:
   def _make(self) -> None:
     """Makes the buckets, with the identity in every slot."""
     self.buckets = merge_buckets(self._required, self._sites)
-    self.adapter_map = adapter_map_of(self.buckets, self._sites)
+    self.adapter_map = adapter_map_of(self.buckets)
     self._layouts = pad.bucket_layouts(
       self.buckets, self.adapter_map, self._base
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods. A new one is one file and one line in METHODS."""
+"""The methods. A new one is one file and one line in METHODS.
+
+docs/extending/method.md has a worked example.
+"""
 
 from moepeft.core.registry import Registry
 
@@ -11,8 +14,9 @@ METHODS: Registry = Registry(
     'lora': 'lora:METHOD',
     'dora': 'dora:METHOD',
     'ia3': 'ia3:METHOD',
-    'mov': 'mov:METHOD',
-    'molora': 'molora:METHOD',
+    'mixture': 'presets:MIXTURE',
+    'mov': 'presets:MOV',
+    'molora': 'presets:MOLORA',
     'tokens': 'tokens:METHOD',
     'prompt': 'prompt_tuning:METHOD',
   },

@@ -31,6 +31,9 @@ class Dora(Lora):
   LoRA.
   """
 
+  # No paper defines a mixture of them.
+  mix = None
+
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     inside, outside = lora.shapes(f, 'dora')

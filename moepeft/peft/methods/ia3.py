@@ -8,6 +8,7 @@ from moepeft.core.ranges import Choices, option
 from moepeft.core.types import Array, Context
 from moepeft.nn.adapter_hook import BaseLayer, contraction
 from moepeft.nn.initializers import Constant, peft_param
+from moepeft.nn.low_rank_matmul import low_rank_matmul
 from moepeft.nn.numerics import to_f32
 from moepeft.peft.method import Method
 
@@ -33,6 +34,36 @@ class Ia3(nn.Module):
     y = f(x)
     scale = peft_param(self, 'scale', INIT_SCALE, y.shape[2:], f.output_axes)
     return y * scale.astype(y.dtype)
+
+  @nn.nowrap
+  def mix(
+    self,
+    module: nn.Module,
+    f: BaseLayer,
+    x: Array,
+    weights: Array,
+    ctx: Context,
+    share: str,
+  ) -> Array:
+    """f(x) * sum_e p_e l_e, or f(x * sum_e p_e l_e).
+
+    float32 throughout, as in the released code. The base's function at first
+    where the weights sum to one.
+
+    Parameters: scale [e, *out] or [e, *in] ones.
+    """
+    del ctx, share
+    on_input = self.on == 'input'
+    scaled, axes = (x, f.input_axes) if on_input else (f(x), f.output_axes)
+    shape = (weights.shape[-1], *scaled.shape[2:])
+    scale = peft_param(module, 'scale', INIT_SCALE, shape, f'e{axes}')
+    if weights.ndim == 4:
+      mixed = jnp.einsum('btne,enh->btnh', weights, scale)
+    else:
+      flat = scale.reshape(len(scale), -1)
+      mixed = low_rank_matmul(weights, flat).reshape(scaled.shape)
+    scaled = (to_f32(scaled) * mixed).astype(scaled.dtype)
+    return f(scaled) if on_input else scaled
 
 
 def merge(variables, kernel: Array, *, adapter: Ia3, eqn: str) -> Array:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (Hu et al., arXiv:2106.09685): y = f(x) + alpha / r (x A) B."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -79,15 +81,67 @@ class Lora(nn.Module):
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
     if jnp.issubdtype(x.dtype, jnp.integer):
       return self._of_table(f, x)
-    inside, outside = shapes(f, 'lora')
-    a = peft_param(self, 'a', INIT_A, (*inside, self.rank), f'{f.input_axes}r')
-    b = peft_param(
-      self, 'b', INIT_B, (self.rank, *outside), f'r{f.output_axes}'
-    )
     y = f(x)
+    return y + self.term(self, f, x, y.dtype, ctx)
+
+  @nn.nowrap
+  def mix(
+    self,
+    module: nn.Module,
+    f: BaseLayer,
+    x: Array,
+    weights: Array,
+    ctx: Context,
+    share: str,
+  ) -> Array:
+    """f(x) + scale sum_e p_e (x A_e) B_e.
+
+    The weights act in rank space: p weights x A, and (e, r) is contracted with
+    B in one product. It equals mixing the experts' outputs, as the released
+    code does, and never builds [b, t, e, out].
+
+    Parameters: a [*in, e, r], b [e, r, *out]; a shared one has no e.
+    """
+    y = f(x)
+    return y + self.term(module, f, x, y.dtype, ctx, weights, share)
+
+  @nn.nowrap
+  def term(
+    self,
+    module: nn.Module,
+    f: BaseLayer,
+    x: Array,
+    dtype: Any,
+    ctx: Context,
+    weights: Array | None = None,
+    share: str = '',
+  ) -> Array:
+    """The low-rank term in `dtype`, of one adapter or of weighted experts.
+
+    Args:
+      module: owns the parameters.
+      weights: [b, t, e]; None for one adapter.
+      share: 'a' or 'b' where the experts have it in common.
+    """
+    inside, outside = shapes(f, module.name or 'lora')
+    e = () if weights is None else weights.shape[-1:]
+    e_of = {name: () if share == name else e for name in 'ab'}
+    shape_a = (*inside, *e_of['a'], self.rank)
+    shape_b = (*e_of['b'], self.rank, *outside)
+    axes_a, axes_b = ('er' if e_of[name] else 'r' for name in 'ab')
+    a = peft_param(module, 'a', INIT_A, shape_a, f'{f.input_axes}{axes_a}')
+    b = peft_param(module, 'b', INIT_B, shape_b, f'{axes_b}{f.output_axes}')
     drop = nn.Dropout(self.dropout)
-    x = drop(x, deterministic=not ctx.train).astype(y.dtype)
-    return y + up(down(x, a) * self.scale, b)
+    z = down(drop(x, deterministic=not ctx.train).astype(dtype), a)
+    if weights is None:
+      z = z * self.scale
+    else:
+      if share == 'a':
+        z = z[..., None, :]
+      z = z * (weights * self.scale)[..., None].astype(dtype)
+      if share == 'b':
+        z = jnp.sum(z, axis=-2)
+    return up(z, b)
 
   def _of_table(self, f: BaseLayer, ids: Array) -> Array:
     """At an embedding: y = table[ids] + alpha / r A[ids] B, a [v, r]."""
@@ -121,6 +175,8 @@ METHOD = Method(
   module=Lora,
   # The released code leaves wi_1 alone.
   roles={'official': _PROJECTIONS, 'paper': (*_PROJECTIONS, 'up')},
+  additive=True,
+  shareable=('a', 'b'),
   merge=merge,
   size_option='rank',
   exact_identity=True,

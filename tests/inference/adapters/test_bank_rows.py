@@ -93,6 +93,7 @@ ONE_EACH = (
   'lora(rank=3)',
   'ia3',
   'molora(experts=3, rank=2)',
+  "mixture(expert=lora(rank=2), experts=3, share='a')",
   'prompt(length=3)',
 )
 

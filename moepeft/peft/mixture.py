@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A routed mixture of any adapter: mixture(expert=lora(rank=4), experts=10).
+
+MoLoRA and MoV (Zadouri et al., arXiv:2309.05444) are presets of it; see
+`moepeft.peft.methods.presets`.
+
+An adapter can be an expert where its module has the method
+
+    mix(module, f, x, weights, ctx, share) -> y
+
+which makes the stacked parameters [e, ...] in `module` and computes `f` at `x`
+with experts that have the weights [b, t, e], or [b, t, n, e] for each head.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from moepeft.core.ranges import Choices, option
+from moepeft.core.types import Array, Context
+from moepeft.moe.gate import EXPERTS
+from moepeft.moe.router_stats import route
+from moepeft.moe.routers.softmax import Softmax
+from moepeft.nn.adapter_hook import BaseLayer, flatten_features
+from moepeft.peft.method import Method
+
+READS = ('input', 'output', 'heads')
+
+
+class Mixture(nn.Module):
+  """Experts of one form, mixed for each token by a router.
+
+  Parameters: the expert's with an axis of experts, and the router's.
+
+  Attributes:
+    expert: the adapter that each expert is, unbound.
+    experts: e.
+    router: the router module.
+    reads: what the router sees. 'input': x; 'output': f(x); 'heads': each
+      head of f(x), through one router that the heads share, and 'output'
+      where f(x) has no heads.
+    share: the parameter that all experts have in common, '' for none.
+  """
+
+  expert: nn.Module
+  experts: int = option(10, EXPERTS)
+  router: nn.Module = Softmax(10)
+  reads: str = option('input', Choices(READS))
+  share: str = ''
+
+  @nn.compact
+  def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
+    router_input = x
+    if self.reads != 'input':
+      router_input = y = f(x)
+      f = dataclasses.replace(f, call=_at(f, x, y))
+    if self.reads != 'heads' or router_input.ndim != 4:
+      router_input = flatten_features(router_input)
+    weights = route(self, self.router, router_input, ctx).combine_weights
+    return self.expert.mix(self, f, x, weights, ctx, self.share)
+
+
+def _at(f: BaseLayer, x: Array, y: Array):
+  """The function f, whose value at x is y already."""
+  return lambda z: y if z is x else f(z)
+
+
+def can_be_expert(method: Method) -> bool:
+  """Whether `mixture(expert=...)` takes a method."""
+  return getattr(method.module, 'mix', None) is not None
+
+
+def mixture_of(
+  expert: Method,
+  values: Mapping[str, Any] | None = None,
+  roles: Mapping[str, tuple[str, ...]] | None = None,
+  defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Method:
+  """The entry of a mixture.
+
+  Args:
+    expert: the entry of the expert's method.
+    values: {option of the mixture or the expert: default}.
+    roles, defaults: as in `Method`; None takes the expert's roles.
+  """
+  return Method(
+    module=Mixture,
+    roles=expert.roles if roles is None else roles,
+    defaults=defaults or {},
+    expert=expert,
+    values=values or {},
+    why_not='its experts are weighted anew for every token',
+    size_option=expert.size_option,
+    exact_identity=expert.additive,
+    not_pooled=expert.not_pooled,
+  )
