@@ -70,8 +70,7 @@ ENTRY_IMPORTS = {
   'moepeft.inference.adapters.fixed': 'prompt_tuning',
   'moepeft.inference.adapters.load': 'prompt_tuning',
   'moepeft.inference.generator': 'prompt_tuning',
-  'moepeft.peft.methods.molora': 'softmax',
-  'moepeft.peft.methods.mov': 'softmax',
+  'moepeft.peft.mixture': 'softmax',
   'moepeft.serve.embeddings.encoder': 'prompt_tuning',
 }
 

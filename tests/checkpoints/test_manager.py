@@ -16,8 +16,7 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.manager import Checkpoints
 from moepeft.checkpoints.restore import restore_adapter
-from moepeft.checkpoints.run_metadata import card
-from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.run_metadata import card, seal
 from moepeft.core.types import State
 from moepeft.inference.loaded_model import open_run
 from moepeft.models.t5 import model as t5

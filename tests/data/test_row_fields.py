@@ -15,6 +15,8 @@ from moepeft.data.text import documents
 from moepeft.serve.http import text as http_text
 from moepeft.serve.http.schemas import Message
 
+from .. import chat_cases
+
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
 NO = {'role': 'assistant', 'content': 'No.'}
@@ -343,7 +345,7 @@ def test_a_field_that_stands_twice_is_refused(tmp_path, kind):
   text = '{"instruction": "a", "output": "b", "output": "c"}'
   path.write_text(text if kind == 'jsonl' else f'[{text}]')
   with pytest.raises(ValueError, match="an object has the key 'output' twice"):
-    chat_formats.conversations(str(path))
+    chat_cases.read_conversations(str(path))
 
 
 def test_fields_of_plain_text_are_refused_or_listed(tmp_path):

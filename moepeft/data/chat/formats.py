@@ -53,22 +53,6 @@ def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
       yield file, where, row
 
 
-def conversations(path: str, form: str = '') -> list[Conversation]:
-  """All conversations under a path, each ending with an answer.
-
-  Raises:
-    ValueError: nothing is there, or a row is not of its form; the message
-      names the file and the row.
-  """
-  bad, parsed = BadRows('error'), []
-  for _, where, row in read_rows(path, bad):
-    try:
-      parsed.append(check_answered(parse_conversation(row, form, bad.unused)))
-    except BadRow as e:
-      bad(where, e)
-  return parsed
-
-
 def check_answered(conversation: Conversation) -> Conversation:
   """The same.
 
