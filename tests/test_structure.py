@@ -54,7 +54,6 @@ OTHER_MEANINGS = {
 # Modules of entries that others outside of the registry's package import; the
 # list only shrinks, but for the converters.
 ENTRY_IMPORTS = {
-  'moepeft.checkpoints.base': 'prompt_tuning',
   'moepeft.checkpoints.hf.peft': 'ia3',
   'moepeft.checkpoints.hf.peft_lora': 'lora',
   'moepeft.data.chat.formats': 'huggingface',
@@ -62,16 +61,7 @@ ENTRY_IMPORTS = {
   'moepeft.data.text.documents': 'jsonl',
   'moepeft.evaluate': 'jsonl',
   'moepeft.evaluation.eval_sets': 'jsonl',
-  'moepeft.evaluation.greedy_answers': 'prompt_tuning',
-  'moepeft.evaluation.loglikelihood': 'prompt_tuning',
-  'moepeft.evaluation.rank_classification': 'prompt_tuning',
-  'moepeft.evaluation.run_validation': 'prompt_tuning',
-  'moepeft.generate': 'prompt_tuning',
-  'moepeft.inference.adapters.fixed': 'prompt_tuning',
-  'moepeft.inference.adapters.load': 'prompt_tuning',
-  'moepeft.inference.generator': 'prompt_tuning',
   'moepeft.peft.mixture': 'softmax',
-  'moepeft.serve.embeddings.encoder': 'prompt_tuning',
 }
 
 # A unit may import those of the lines above its own, and none beside it.

@@ -22,7 +22,7 @@ from moepeft.models import FAMILIES, weight_mapping
 from moepeft.nn import initializers
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
-from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.peft.prefix import placeholder_ids
 from moepeft.runs.run import Run
 
 
@@ -224,7 +224,7 @@ def before(
     family, shape: of `shape`.
   """
   built = build(config.method, family.sites(shape), config.semantics)
-  return placeholders(built.adapter_map, shape.vocab)
+  return placeholder_ids(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:

@@ -19,7 +19,7 @@ from moepeft.inference.generator import (
   check_length,
 )
 from moepeft.inference.prompts import encode_example_prompt
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 
@@ -49,7 +49,7 @@ class BatchGenerator:
     check_length(model, inputs_length, max_new_tokens)
     self._model, self._tokenizer = model, tokenizer
     self._decoder_only, self._batch_size = hasattr(model, 'extend'), batch_size
-    soft_prompt = before(model)
+    soft_prompt = model_prefix_ids(model)
     self._max_inputs = length_after_prefix(
       inputs_length, soft_prompt, 'the inputs'
     )

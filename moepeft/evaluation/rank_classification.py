@@ -23,7 +23,7 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
 from moepeft.objectives.cross_entropy import sequence_log_likelihood
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 # Inputs are padded to a multiple of this, from 4 times it on to a power of two.
@@ -161,7 +161,7 @@ class Ranker:
     It is rounded up to a multiple of the mesh's devices.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
-    self._causal, self._before = decoder_only(model), before(model)
+    self._causal, self._before = decoder_only(model), model_prefix_ids(model)
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh

@@ -23,7 +23,7 @@ from moepeft.objectives import (
 )
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 
 def collator_of(run: LoadedModel) -> collators.Collator:
@@ -32,7 +32,11 @@ def collator_of(run: LoadedModel) -> collators.Collator:
   return make_collator(
     config,
     collators.make_model_collator(
-      config.data, run.tokenizer, run.model, config.seed, before(run.model)
+      config.data,
+      run.tokenizer,
+      run.model,
+      config.seed,
+      model_prefix_ids(run.model),
     ),
   )
 

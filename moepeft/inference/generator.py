@@ -24,7 +24,7 @@ from moepeft.inference.detokenizer import TextStream
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 # Below them, a length of texts or of answers is not worth a program.
 _MIN_LENGTH, _MIN_ANSWER = 64, 32
@@ -133,7 +133,10 @@ class Generator:
     self._model, self._variables = model, variables
     self._tokenizer, self._config = tokenizer, config
     self._batch_size = batch_size
-    self._soft_prompt, decoder_only = before(model), hasattr(model, 'extend')
+    self._soft_prompt, decoder_only = (
+      model_prefix_ids(model),
+      hasattr(model, 'extend'),
+    )
     self._decoder_only = decoder_only
     # An encoder-decoder may generate padding; it is no text either.
     self._silent = {*config.eos_token_ids, *(() if decoder_only else (PAD,))}

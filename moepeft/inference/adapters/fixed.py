@@ -10,7 +10,7 @@ import numpy as np
 
 from moepeft.core.types import Array, Tree
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class FixedAdapter:
     self._acquired = AcquiredAdapter(
       np.zeros(0, np.int32),
       sites={name: frozenset(paths) for name, paths in sites.items()},
-      soft_prompt_ids=before(model),
+      soft_prompt_ids=model_prefix_ids(model),
     )
 
   def row_tree(

@@ -13,7 +13,7 @@ from moepeft.checkpoints.hf import peft
 from moepeft.models import FAMILIES
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 from .test_peft_decoders import IDS, shaken, torch_logits
 from .test_peft_decoders import base as decoder_of
@@ -78,7 +78,7 @@ def ours(folder):
   family = FAMILIES[loaded.config.family]
   adapter_map = build(adapter.method, family.sites(loaded.config)).adapter_map
   model = family.MODULE(loaded.config, adapter_map)
-  front = np.broadcast_to(np.array(before(model)), (len(IDS), 3))
+  front = np.broadcast_to(np.array(model_prefix_ids(model)), (len(IDS), 3))
   batch = {'inputs': np.concatenate([front, IDS], axis=1)}
   if loaded.config.family == 't5':
     batch['decoder_inputs'] = TARGETS
