@@ -29,7 +29,6 @@ PENDING = frozenset(
     'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
-    'tests/config',
     'tests/contracts',
     'tests/core',
     'tests/data',
@@ -41,8 +40,6 @@ PENDING = frozenset(
     'tests/nn',
     'tests/peft',
     'tests/reference',
-    'tests/runs',
-    'tests/tasks',
     'tests/training',
   )
 )
