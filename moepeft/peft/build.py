@@ -273,11 +273,11 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   """Checks names and options and adds what the semantics decides; flat."""
   spec = flat(spec)
   method = entry(spec, methods)
-  given = dict(spec.options)
+  written = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
   options = method.options()
   if 'router' in options:
-    router = given.get('router', DEFAULT_ROUTER)
+    router = written.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
@@ -291,12 +291,12 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     for option, value in router_entry.defaults.get(semantics, {}).items():
       if router.get(option) is None:
         router = router.replace(**{option: value})
-    decided['router'] = given['router'] = router
+    decided['router'] = written['router'] = router
   extra = {'sites': Option('')} if options else {}
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
-  return Spec(spec.name, tuple((given | (decided | given)).items()))
+  return Spec(spec.name, tuple((written | (decided | written)).items()))
 
 
 def make(
