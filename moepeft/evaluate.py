@@ -21,7 +21,7 @@ from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.data import open_data
 from moepeft.data.batching.collators import scoring_lengths
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.evaluation import eval_sets, summary
 from moepeft.evaluation import results as results_lib
 from moepeft.evaluation.evaluator import Evaluator
@@ -90,7 +90,7 @@ def evaluate(
   check_length(run, metrics)
   validation = {}
   if data:
-    rows = jsonl.read(data, ranked=ACCURACY in metrics)
+    rows = jsonl_rows.read(data, ranked=ACCURACY in metrics)
     for note in rows.notes(data):
       print(note, file=sys.stderr)
     plan = plan_from_rows(rows, metrics, run.config.evaluation.max_examples)
@@ -240,8 +240,8 @@ if __name__ == '__main__':
   _DATA = flags.DEFINE_string(
     'data',
     None,
-    'Rows to measure, in the form of moepeft/data/readers/jsonl.py; by default '
-    "the run's own held-out ones.",
+    'Rows to measure, in the form of moepeft/data/readers/jsonl_rows.py; by '
+    "default the run's own held-out ones.",
   )
   _METRICS = flags.DEFINE_list(
     'metrics',

@@ -14,10 +14,12 @@ from moepeft import tasks
 from moepeft.data import TrainingData
 from moepeft.data.batching.collators import Collator
 from moepeft.data.dataset import evenly_spaced
-from moepeft.data.readers import READERS, jsonl
+from moepeft.data.readers import READERS, jsonl_rows
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
+# Above this many different targets, a template's answers count as open.
+_MAX_CHOICES = 8
 # Groups of rows that no run was trained on, and of the run's own data.
 EVALUATION, VALIDATION = 'evaluation', 'validation'
 
@@ -60,10 +62,10 @@ def training_prompts(
   if READERS.lookup(config.data.source).evaluates_tasks:
     ranked_prompts = _embedded_prompts(config)
   else:
-    ranked = jsonl.with_closed_choices(train or (), examples_of(held_out))
+    ranked = with_closed_choices(train or (), examples_of(held_out))
     ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
-    rows = jsonl.read(e.path, ranked=True)
+    rows = jsonl_rows.read(e.path, ranked=True)
     for note in rows.notes(e.path):
       print(note, file=sys.stderr)
     ranked_prompts += _by_task(EVALUATION, rows, e.max_examples)
@@ -157,7 +159,7 @@ def prompts_with_choices(
   e = config.evaluation
   if READERS.lookup(config.data.source).evaluates_tasks:
     return _embedded_prompts(config)
-  rows = jsonl.with_closed_choices(sources.rows, examples_of(sources.held_out))
+  rows = with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 
@@ -194,3 +196,30 @@ def digest(rows: Sequence[Example]) -> str | None:
     row = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
     sha256.update(json.dumps(row).encode() + b'\n')
   return sha256.hexdigest()[:12]
+
+
+def with_closed_choices(
+  train: Sequence[Example], validation: Sequence[Example]
+) -> list[Example]:
+  """The validation rows of templates with few answers, with their choices.
+
+  The choices of a template are the targets that occur in training; rows whose
+  own target is not among them are left out.
+  """
+  answers = collections.defaultdict(set)
+  for e in train:
+    answers[e.task, e.template].add(e.targets)
+  ranked = []
+  for e in validation:
+    choices = tuple(sorted(answers[e.task, e.template]))
+    if 2 <= len(choices) <= _MAX_CHOICES and e.targets in choices:
+      ranked.append(
+        Example(
+          **{
+            **vars(e),
+            'choices': choices,
+            'label': choices.index(e.targets),
+          }
+        )
+      )
+  return ranked

@@ -9,7 +9,7 @@ from moepeft.data import example as example_lib
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.row_fields import BadRow, UnusedFields
 from moepeft.data.text import documents
 from moepeft.serve.http import text as http_text
@@ -100,7 +100,7 @@ def test_metadata_is_listed_once_for_a_source(tmp_path):
   path = tmp_path / 'r.jsonl'
   row = {**P3, 'source': 'web', 'score': 3, 'weight': 1, 'loss': True}
   path.write_text('\n'.join([json.dumps(row)] * 3))
-  assert jsonl.read(str(path)).notes('r') == [
+  assert jsonl_rows.read(str(path)).notes('r') == [
     f'{path}: fields that nothing reads: source, score, weight, loss'
   ]
 

@@ -7,7 +7,7 @@ import csv
 import pytest
 
 from moepeft.data import t0_mixtures
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.readers.promptsource import p3_name
 from tests import ROOT
 
@@ -177,7 +177,7 @@ def test_a_mixture_of_nothing_is_an_error():
 
 @pytest.mark.skipif(not P3.exists(), reason='no P3 rows')
 def test_real_rows_get_the_rates_of_t0():
-  rows = jsonl.read(str(P3))
+  rows = jsonl_rows.read(str(P3))
   counts = collections.Counter((e.task, e.template) for e in rows)
   found = t0_mixtures.mixture_rates('t0_train', counts)
   # Its questions are in T0 as cos_e.
