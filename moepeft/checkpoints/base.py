@@ -184,11 +184,15 @@ def load_adapter(path: str, config: Any) -> Start:
   is_run = Run(path).has_checkpoints_dir
   form = '' if is_run else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
-    tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
-    base = card['base']
+    tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
+    base = metadata['base']
     quantization = base.get('quantise', '')
     return Start(
-      card['method'], tree, base['sha256'], card['semantics'], quantization
+      metadata['method'],
+      tree,
+      base['sha256'],
+      metadata['semantics'],
+      quantization,
     )
   if form == 'peft':
     return Start(*peft.load(path, config))

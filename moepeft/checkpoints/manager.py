@@ -247,7 +247,7 @@ class Checkpoints:
   def _restored(
     self, step: int, state: State, described: Mapping[str, Any]
   ) -> State:
-    read = self._card(step)
+    read = self._metadata(step)
     run_metadata.check_same_run(self.path, read, described)
     try:
       restored = self._restore(
@@ -293,12 +293,12 @@ class Checkpoints:
 
   def run_progress(self) -> RunProgress:
     """The run's progress at the latest checkpoint."""
-    return run_metadata.run_progress(self._card(self.latest()))
+    return run_metadata.run_progress(self._metadata(self.latest()))
 
   def restore_trainable(
     self, selection: str = ''
   ) -> tuple[Tree, dict[str, Any]]:
-    """The trainable collection of a checkpoint, and its card.
+    """The trainable collection of a checkpoint, and its metadata.
 
     Args:
       selection: '' for the latest, 'best' for that of the least validation
@@ -311,7 +311,7 @@ class Checkpoints:
         run that diverges may leave it.
     """
     step = self._find(selection)
-    read = self._card(step)
+    read = self._metadata(step)
     parts = self._restore_on_host(step, 'trainable')
     self._verify(step, parts, read)
     trainable = parts['trainable']
@@ -359,7 +359,7 @@ class Checkpoints:
     self._manager = self._open()
     return target
 
-  def _card(self, step: int) -> dict[str, Any]:
+  def _metadata(self, step: int) -> dict[str, Any]:
     read = self._restore(step, card=ocp.args.JsonRestore())['card']
     try:
       run_metadata.check(read)

@@ -11,7 +11,7 @@ from moepeft.runs.run import Run
 def restore_trained(
   workdir: str, selection: str = ''
 ) -> tuple[Tree, dict[str, Any]]:
-  """(what a run trained, its card): 'peft', or 'params' of a full run.
+  """(what a run trained, its metadata): 'peft', or 'params' of a full run.
 
   Args:
     selection: see `Checkpoints.restore_trainable`.
@@ -27,7 +27,7 @@ def restore_trained(
 def restore_adapter(
   workdir: str, selection: str = ''
 ) -> tuple[Tree, dict[str, Any]]:
-  """(the trained 'peft' tree, its card) of a run.
+  """(the trained 'peft' tree, its metadata) of a run.
 
   Raises:
     ValueError: as `restore_trained`, or the run trained the base itself.

@@ -30,7 +30,7 @@ _TYPES = (
 _SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
 
 
-def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
+def describe_run(base: Any, built: Built, seed: int) -> dict[str, Any]:
   """A run's identity as JSON: method, semantics, base and seed."""
   described = adapter_lib.describe(
     built.method,
@@ -42,41 +42,41 @@ def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
     base.quantise,
   )
   named = described | {'trainable': built.trainable, 'seed': seed}
-  # Fields that are tuples are lists in the card that is read back.
+  # Fields that are tuples are lists in the metadata that are read back.
   return json.loads(json.dumps(named))
 
 
-def seal(card: Mapping[str, Any]) -> str:
-  """The SHA-256 of a card without its own entry 'sha256'."""
-  bare = {key: value for key, value in card.items() if key != 'sha256'}
+def seal(metadata: Mapping[str, Any]) -> str:
+  """The SHA-256 of metadata without its own entry 'sha256'."""
+  bare = {key: value for key, value in metadata.items() if key != 'sha256'}
   return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def check(card: Any) -> None:
+def check(metadata: Any) -> None:
   """
   Raises:
-    Malformed: the card differs from its hash, or an entry is of another type
-      than a run writes.
+    Malformed: the metadata differ from their hash, or an entry is of another
+      type than a run writes.
   """
-  sha256 = field(card, 'sha256', str, '')
-  if sha256 != seal(card):
-    raise Malformed('its card differs from its hash')
+  sha256 = field(metadata, 'sha256', str, '')
+  if sha256 != seal(metadata):
+    raise Malformed('its metadata differ from their hash')
   for key, kind in _TYPES:
-    field(card, key, kind)
-  field(card, 'base.sha256', str, None)
-  field(card, 'base.quantise', str, None)
-  for digest in _digests(card).values():
+    field(metadata, key, kind)
+  field(metadata, 'base.sha256', str, None)
+  field(metadata, 'base.quantise', str, None)
+  for digest in _digests(metadata).values():
     field({'checksums': digest}, 'checksums', str)
-  run_progress(card)
+  run_progress(metadata)
 
 
-def run_progress(card: Mapping[str, Any]) -> RunProgress:
+def run_progress(metadata: Mapping[str, Any]) -> RunProgress:
   """The progress of a run up to its checkpoint.
 
   Raises:
     Malformed: an entry is of another type than a run writes.
   """
-  value = card['course']
+  value = metadata['course']
   place = []
   for pair in field(value, 'place', list):
     if not isinstance(pair, list) or [*map(type, pair)] != [int, int]:
@@ -97,7 +97,7 @@ def check_same_run(
 
   Args:
     path: the run's directory of checkpoints, for messages.
-    read: of the checkpoint; described: of the run, from `card`.
+    read: of the checkpoint; described: of the run, from `describe_run`.
 
   Raises:
     ValueError: the checkpoint belongs to another run.
@@ -115,7 +115,9 @@ def check_same_run(
       f'{described["base"]["path"]!r} (their content hashes differ); set '
       'config.model.path to its own, or choose another --workdir'
     )
-  before, now = (card['base'].get('quantise', '') for card in (read, described))
+  before, now = (
+    metadata['base'].get('quantise', '') for metadata in (read, described)
+  )
   if before != now:
     raise ValueError(
       f'{path} belongs to a run with config.model.quantize={before!r}, '
@@ -123,18 +125,18 @@ def check_same_run(
     )
 
 
-def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:
+def verify(parts: Mapping[str, Tree], metadata: Mapping[str, Any]) -> None:
   """Compares arrays with their checksums.
 
   Args:
     parts: {'trainable': tree, 'rest': tree}, or one of them.
-    card: the checkpoint's metadata; its checksums are of all parts.
+    metadata: of the checkpoint; its checksums are of all parts.
 
   Raises:
     Malformed: an array differs from its checksum, has none, or is absent.
   """
-  expected = _digests(card)
-  read = checksums(parts) if 'checksums' in card else _hashes(parts)
+  expected = _digests(metadata)
+  read = checksums(parts) if 'checksums' in metadata else _hashes(parts)
   for name, digest in read.items():
     if digest != expected.get(name):
       raise Malformed(f'{name} differs from its checksum')
@@ -143,9 +145,11 @@ def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:
       raise Malformed(f'{name} is absent')
 
 
-def _digests(card: Mapping[str, Any]) -> dict[str, str]:
+def _digests(metadata: Mapping[str, Any]) -> dict[str, str]:
   """{path: digest}; checkpoints of version 0.1 have SHA-256 of the arrays."""
-  return field(card, 'hashes' if 'hashes' in card else 'checksums', dict)
+  return field(
+    metadata, 'hashes' if 'hashes' in metadata else 'checksums', dict
+  )
 
 
 def _hashes(parts: Tree) -> dict[str, str]:

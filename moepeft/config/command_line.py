@@ -62,7 +62,7 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   holder = config_flags.DEFINE_config_file(
     'config',
     None,
-    'A card: a file with get_config(), and values for it after a colon. Keys '
+    'A config file: it has get_config(), and values for it after a colon. Keys '
     'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
     lock_config=True,
   )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key of a config with its default, and what cards are made with.
+"""Every key of a config with its default, and helpers of config files.
 
-A card in `configs/` is a file with `get_config(values='')` that changes some
-of `default()`. `values` is what stands after a colon on the command line:
+A config file, as in `configs/`, has `get_config(values='')`, which changes some
+keys of `default()`. `values` is what stands after a colon on the command line:
 `--config=configs/paper/t5_xl_mov.py:experts=20`.
 """
 
@@ -361,12 +361,12 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
 
 
 def values(text: str, /, **defaults: Any) -> ConfigDict:
-  """Reads a card's values: 'experts=20,rank=4' over its defaults.
+  """Reads a config file's values: 'experts=20,rank=4' over its defaults.
 
   Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
 
   Raises:
-    ValueError: the text is not of that form, or the card has no such value.
+    ValueError: the text is not of that form, or the file has no such value.
   """
   result = dict(defaults)
   for part in _parts(text or ''):

@@ -6,7 +6,7 @@ by plain cross-entropy, whatever config.loss is, so that their runs compare.
 """
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.run_metadata import card
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data import TrainingData
@@ -99,7 +99,7 @@ def _with_reference(
     collator,
     model,
     start,
-    card(base, built, config.seed),
+    describe_run(base, built, config.seed),
     sharding.make_mesh(),
     config.evaluation.batch_size,
   )

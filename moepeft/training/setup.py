@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_metadata import card
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout
@@ -155,7 +155,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
     layout, state, logical_axes, method.trainable
   )
   state = state_sharding.place(state, shardings, optimizer.init)
-  identity = card(base, method, config.seed)
+  identity = describe_run(base, method, config.seed)
   summary.print_summary(
     base,
     method,

@@ -155,7 +155,7 @@ def test_workdir_exports_what_was_trained(run, trained):
   trained(LORA.tree, trainable='peft')
   assert run('--workdir=run', '--output=out') == (0, '')
   assert adapter_lib.load('out')[1] == adapter_lib.load('moepeft')[1]
-  for name in (adapter_lib.ARRAYS, adapter_lib.CARD):
+  for name in (adapter_lib.ARRAYS, adapter_lib.METADATA_FILE):
     with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
       assert ours.read() == f.read()
 

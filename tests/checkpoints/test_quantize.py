@@ -260,13 +260,13 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
         path
       )
   _, built = base_lib.module(base, c)
-  card = run_metadata.card(base, built, 0)
+  card = run_metadata.describe_run(base, built, 0)
   assert card['base'] == {
     'path': 'package:t5_tiny',
     'sha256': plain.sha256,
     'quantise': 'nf4',
   }
-  assert 'quantise' not in run_metadata.card(plain, built, 0)['base']
+  assert 'quantise' not in run_metadata.describe_run(plain, built, 0)['base']
 
 
 def test_the_count_says_what_memory_the_weights_take():

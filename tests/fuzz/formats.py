@@ -135,7 +135,7 @@ def _targets(root: Path):
     'hf index': ('shards', 'model.safetensors.index.json', load),
     'peft config': ('peft', peft.CONFIG, lora_of),
     'peft weights': ('peft', peft.ARRAYS, lora_of),
-    'own card': ('own', adapter.CARD, lora_of),
+    'own card': ('own', adapter.METADATA_FILE, lora_of),
     'own weights': ('own', adapter.ARRAYS, lora_of),
     't5x index': (
       't5x/checkpoint_1',
@@ -210,7 +210,7 @@ def _hashed(raw: bytes) -> bytes:
   """A card with the hash that it should have, where it is JSON."""
   try:
     card = json.loads(raw)
-    card['card_sha256'] = adapter._card_hash(card)
+    card['card_sha256'] = adapter._metadata_hash(card)
     return json.dumps(card).encode()
   except (ValueError, TypeError, KeyError, RecursionError):
     return raw

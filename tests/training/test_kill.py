@@ -295,5 +295,5 @@ def test_an_edited_card_of_a_checkpoint_is_noticed(base, tmp_path):  # noqa: F81
   found = json.loads(path.read_text())
   found['course']['place'] = [[0, 1]]
   path.write_text(json.dumps(found))
-  with pytest.raises(ValueError, match='its card differs from its hash'):
+  with pytest.raises(ValueError, match='its metadata differ from their hash'):
     train.train(card(base), str(tmp_path))

@@ -11,7 +11,7 @@ import pytest
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_metadata import card
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.core.types import State
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.adapters.pool import AdapterPool
@@ -42,7 +42,9 @@ def run(workdir, base, method, trainable=None):
     opt=optax.sgd(0.1).init(tree),
     rng=jax.random.key(0),
   )
-  Checkpoints(str(workdir), keep=None).save(state, card(base, built, seed=0))
+  Checkpoints(str(workdir), keep=None).save(
+    state, describe_run(base, built, seed=0)
+  )
   (workdir / 'config.json').write_text('{}')
   return built, tree
 
