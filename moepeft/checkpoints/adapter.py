@@ -123,8 +123,9 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
   metadata = directory.read_json(Path(path) / METADATA_FILE)
   if metadata.get('format') != FORMAT:
     raise CheckpointError(
-      f'{path}/{METADATA_FILE} has the format '
-      f'{metadata.get("format")!r}, this version reads {FORMAT}: update moepeft, or export the adapter again'
+      f'{path}/{METADATA_FILE} has the format {metadata.get("format")!r}; '
+      f'this version reads {FORMAT}: update moepeft, or export the adapter '
+      'again'
     )
   if metadata.get('card_sha256') != _metadata_hash(metadata):
     raise CheckpointError(

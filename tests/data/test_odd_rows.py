@@ -179,7 +179,7 @@ def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
 
 
 def test_without_a_model_the_sentence_asks_for_one():
-  with pytest.raises(ValueError, match='name a model, .*a card: model='):
+  with pytest.raises(ValueError, match='name a model, .*config file: model='):
     load_tokenizer('')
 
 
