@@ -108,7 +108,7 @@ def read(torch_model):
 def jax_side(torch_model):
   """(model, variables) with the weights of the other side."""
   config, params = read(torch_model)
-  model = FAMILIES[config.family].MODULE(config, scan=False)
+  model = FAMILIES[config.family].module(config, scan=False)
   return model, {'params': jax.tree.map(jnp.asarray, unstack_layers(params))}
 
 

@@ -66,7 +66,7 @@ def random_model(folder: str) -> str:
 def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
   """{name: path} of AT_ONCE adapters of one form, each its own weights."""
   built = build(METHOD, base.family.sites(base.config))
-  model = base.family.MODULE(base.config, built.adapter_map)
+  model = base.family.module(base.config, built.adapter_map)
   shapes = param_metadata(model, base_lib.example_batch())
   card = adapter.describe(
     built.method,

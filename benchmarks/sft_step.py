@@ -65,7 +65,7 @@ def example() -> dict[str, np.ndarray]:
 def jax_side(config, params, method: str, remat: str) -> train_step.Side:
   family = FAMILIES[config.family]
   built = build(method, family.sites(config))
-  model = family.MODULE(
+  model = family.module(
     config, built.adapter_map, remat=remat, scan=remat != 'none'
   )
   params = params if remat != 'none' else unstack_layers(params)

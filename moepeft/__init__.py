@@ -23,6 +23,7 @@ _EXPORTS = {
   'load': 'moepeft.library',
   'load_config': 'moepeft.library',
   'CALLBACKS': 'moepeft.training.callbacks',
+  'FAMILIES': 'moepeft.models',
   'METHODS': 'moepeft.peft.methods',
   'METRICS': 'moepeft.metrics',
   'OBJECTIVES': 'moepeft.objectives',

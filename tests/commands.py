@@ -6,6 +6,8 @@ them, and each command is a fork of it: it has its own arguments, directory and
 files, and parses, prints and exits as `python -m` does.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -14,6 +16,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 
 from tests import ROOT
 
@@ -65,17 +69,19 @@ def run(
 def _serve() -> None:
   for name in _IMPORTED:
     importlib.import_module(name)
+  # A fork neither walks through what is imported here nor copies it.
+  gc.freeze()
   for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
     if not child:
-      _become(**request)
-      return
+      _exit(_become(**request))
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(command: list[str], cwd: str, files: list[str]) -> None:
+def _become(command: list[str], cwd: str, files: list[str]) -> int:
+  """Runs the command in this process; returns the code of its exit."""
   os.chdir(cwd)
   for number, (path, mode) in enumerate(
     zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)
@@ -84,7 +90,26 @@ def _become(command: list[str], cwd: str, files: list[str]) -> None:
   sys.stdin = open(0)
   sys.path[0] = cwd
   sys.argv = command
-  runpy.run_module(command[0], run_name='__main__', alter_sys=True)
+  try:
+    runpy.run_module(command[0], run_name='__main__', alter_sys=True)
+  except SystemExit as error:
+    if error.code is None or isinstance(error.code, int):
+      return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+  except BaseException:
+    traceback.print_exc()
+    return 1
+  return 0
+
+
+def _exit(code: int) -> None:
+  """Ends as an interpreter does, but frees no object: that takes seconds."""
+  threading._shutdown()
+  atexit._run_exitfuncs()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,8 @@ import tempfile
 
 # Before JAX starts: compiling is most of the suite's time, running is none.
 _QUICK = (
-  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+  '--xla_cpu_parallel_codegen_split_count=1'
 )
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
 # In the environment, so that the commands which tests start share it. Kept for
@@ -19,6 +20,10 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+
+# Tracing makes many objects and few circles: by default a sixth of the time
+# goes into looking for those.
+gc.set_threshold(200_000, 50, 100)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -16,7 +16,7 @@ from moepeft.core.types import State
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
-from moepeft.models.decoder import llama
+from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import init_params
 from moepeft.objectives import OBJECTIVES, reference_model
@@ -26,7 +26,7 @@ from .contracts import small
 
 T5 = dataclasses.replace(small.GATED, vocab=263)
 LLAMA = dataclasses.replace(
-  llama.config('tiny'),
+  FAMILIES['llama'].config('tiny'),
   vocab=263,
   d_model=22,
   heads=2,
@@ -54,7 +54,7 @@ def pairs(count):
 def written(folder):
   """{family: a base's directory, 'data': a file of pairs}."""
   for name, module, config in (
-    ('llama', llama.MODULE, LLAMA),
+    ('llama', FAMILIES['llama'].module, LLAMA),
     ('t5', t5.T5, T5),
   ):
     batch = base_lib.example_batch()

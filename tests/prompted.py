@@ -6,7 +6,7 @@ import functools
 
 import jax
 
-from moepeft.models.decoder import model as decoder
+from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
 from moepeft.peft import build
 
@@ -22,19 +22,16 @@ LLAMA = dataclasses.replace(
 )
 
 
-def module(config):
-  return t5 if isinstance(config, t5.T5Config) else decoder
-
-
 def model_of(config, method=METHOD):
-  own = module(config)
-  return own.MODULE(config, build(method, own.sites(config)).adapter_map)
+  family = FAMILIES[config.family]
+  adapter_map = build(method, family.sites(config)).adapter_map
+  return family.module(config, adapter_map)
 
 
 @functools.cache
 def made(config, method=METHOD, noise=0.3):
   """(model, variables), the prompt off the rows that it starts from."""
-  if module(config) is t5:
+  if isinstance(config, t5.T5Config):
     return small.make(method, config)[0], small.variables(method, config, noise)
   return small_decoders.make(config, method, noise)
 

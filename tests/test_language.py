@@ -24,9 +24,7 @@ FORBIDDEN = frozenset(
 OPENINGS = re.compile(r'(What|Which|How|Of|Who|Whose|Where|When|Why|That)\b')
 PENDING = frozenset(
   (
-    'moepeft/core',
     'moepeft/inference',
-    'moepeft/models',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/contracts',

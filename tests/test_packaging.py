@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from moepeft import config as config_lib
 from moepeft import moe
 from moepeft.checkpoints.count_parameters import count
-from moepeft.models.decoder import llama
+from moepeft.models import FAMILIES
 from moepeft.peft import METHODS
 from tests import ROOT
 
@@ -245,7 +245,7 @@ def test_config_keys_in_documents_exist():
 def _has(config: ConfigDict, keys: list[str]) -> bool:
   if keys[:2] == ['model', 'shape']:
     # Any field of a family's config.
-    shape = llama.config('tiny', '')
+    shape = FAMILIES['llama'].config('tiny', '')
     for key in keys[2:]:
       if not hasattr(shape, key):
         return False

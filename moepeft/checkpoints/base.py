@@ -18,7 +18,7 @@ from moepeft.checkpoints.restore import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.files import local_path
 from moepeft.core.types import Batch, Tree
-from moepeft.models import FAMILIES, weight_mapping
+from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
@@ -31,7 +31,7 @@ class Base:
   """A base model before any method.
 
   Attributes:
-    family: its module in moepeft.models.
+    family: its entry in moepeft.models.FAMILIES.
     config: the family's config.
     params: host arrays, or None for random weights.
     path: as the config named it; '' for random weights.
@@ -40,7 +40,7 @@ class Base:
     folder: the directory or file that was read, of a hub's name too.
   """
 
-  family: ModuleType
+  family: ModelFamily
   config: Any
   params: Tree | None
   path: str
@@ -76,7 +76,7 @@ def resolve(path: str) -> str:
   return pip_models.resolve(local_path(path))
 
 
-def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
+def shape(model: ConfigDict) -> tuple[ModelFamily, Any]:
   """The family and the model's config, without its weights.
 
   Where a head and an embedding are stored, these two are read: whether they
@@ -105,7 +105,7 @@ def shape(model: ConfigDict) -> tuple[ModuleType, Any]:
   return family, _with_dropout(_shaped(family, config, model.shape), model)
 
 
-def _shaped(family: ModuleType, config: Any, changes: ConfigDict) -> Any:
+def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
   """The config with the fields that config.model.shape changes."""
   fields = dataclasses.asdict(config)
   for key, value in changes.to_dict().items():
@@ -131,7 +131,7 @@ def _with_dropout(config: Any, model: ConfigDict) -> Any:
   return dataclasses.replace(config, dropout=model.dropout)
 
 
-def _family(model: ConfigDict, config: Any) -> ModuleType:
+def _family(model: ConfigDict, config: Any) -> ModelFamily:
   """The family of a config that was read; config.model.family must agree."""
   if model.family not in ('', config.family):
     raise ValueError(
@@ -208,7 +208,7 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
   """The Flax module of a config with its method's adapters."""
   built = build(config.method, base.family.sites(base.config), config.semantics)
   model = config.model
-  return base.family.MODULE(
+  return base.family.module(
     base.config,
     built.adapter_map,
     remat=model.remat,
@@ -220,7 +220,7 @@ def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
 
 
 def before(
-  family: ModuleType, shape: Any, config: ConfigDict
+  family: ModelFamily, shape: Any, config: ConfigDict
 ) -> tuple[int, ...]:
   """The ids that a config's method puts before every text.
 

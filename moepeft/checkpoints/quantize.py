@@ -107,7 +107,7 @@ def size(params: Tree) -> int:
 def _kernels(config: Any) -> Iterator[tuple[str, Shape, int]]:
   """(path in the stacked tree, a layer's shape, its input axes)."""
   family = hf.family_of(config)
-  sizes = family.sizes(config)
+  sizes = family.axis_sizes(config)
   for site, (inner, outer) in family.projections(config).items():
-    path = f'{family.in_layers(site)}/kernel'.replace('/{l}', '')
+    path = f'{weight_mapping.in_layers(site)}/kernel'.replace('/{l}', '')
     yield path, weight_mapping.axes_shape(inner + outer, sizes), len(inner)

@@ -34,29 +34,29 @@ _LOST = (
 _CODE = 2
 
 
-def join(how: str, timeout: int = 300) -> None:
+def join(cluster: str, timeout: int = 300) -> None:
   """Makes this process one of several; only the first goes on to print.
 
   Args:
-    how: 'auto' on a cluster that JAX knows, else 'HOST:PORT,PROCESSES,NUMBER',
-      the address being of the first process.
+    cluster: 'auto' on a cluster that JAX knows, else
+      'HOST:PORT,PROCESSES,NUMBER', the address being of the first process.
     timeout: seconds to wait for all to come, and after which one that is
       silent counts as lost.
 
   Raises:
-    ValueError: `how` is not of the form, or they do not come together.
+    ValueError: `cluster` is not of the form, or they do not come together.
   """
-  address, *numbers = how.split(',')
+  address, *numbers = cluster.split(',')
   counted = len(numbers) == 2 and all(map(str.isdecimal, numbers))
   port = address.rpartition(':')[2]
-  if how != 'auto' and not (
+  if cluster != 'auto' and not (
     counted and port.isdecimal() and 0 < int(port) < 65_536
   ):
     raise ValueError(
-      f"--distributed is 'auto' or HOST:PORT,PROCESSES,NUMBER; got {how!r}"
+      f"--distributed is 'auto' or HOST:PORT,PROCESSES,NUMBER; got {cluster!r}"
     )
   arguments: tuple = ()
-  if how == 'auto':
+  if cluster == 'auto':
     print(
       f'waiting for the other processes of the cluster, for {timeout} s at '
       'most',
@@ -66,14 +66,15 @@ def join(how: str, timeout: int = 300) -> None:
     count, number = map(int, numbers)
     if not number < count:
       raise ValueError(
-        f'--distributed={how} is number {number} of {count}; they are numbered '
-        f'from 0 to {count - 1}'
+        f'--distributed={cluster} is number {number} of {count}; they are '
+        f'numbered from 0 to {count - 1}'
       )
     process_barrier.wait_for_all(address, count, number, timeout)
     arguments = (address, count, number)
   _say_at_abort(
-    f'the processes of --distributed={how} did not come together in {timeout} '
-    's (--distributed_timeout), or one was lost; start all of them again'
+    f'the processes of --distributed={cluster} did not come together in '
+    f'{timeout} s (--distributed_timeout), or one was lost; start all of them '
+    'again'
   )
   try:
     jax.distributed.initialize(
@@ -84,7 +85,8 @@ def join(how: str, timeout: int = 300) -> None:
   except (ValueError, RuntimeError) as e:
     reason = str(e).splitlines()[0]
     raise ValueError(
-      f'the processes of --distributed={how} do not come together ({reason})'
+      f'the processes of --distributed={cluster} do not come together '
+      f'({reason})'
     ) from None
   _say_at_abort(_lost(timeout))
   if not first():
@@ -155,11 +157,11 @@ def first() -> bool:
 
 def places(place: np.ndarray) -> tuple[tuple[int, int], ...]:
   """Every process's place in its data: int [2] -> a pair for each."""
-  found = multihost_utils.process_allgather(place).reshape(-1, 2)
-  return tuple((int(window), int(row)) for window, row in found)
+  gathered = multihost_utils.process_allgather(place).reshape(-1, 2)
+  return tuple((int(window), int(row)) for window, row in gathered)
 
 
-def own(places: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def place_of_process(places: tuple[tuple[int, int], ...]) -> tuple[int, int]:
   """This process's of the places that a checkpoint holds.
 
   Raises:
@@ -174,11 +176,11 @@ def own(places: tuple[tuple[int, int], ...]) -> tuple[int, int]:
   return places[jax.process_index()]
 
 
-def agree(said: bool, now: bool) -> bool:
+def agree(flag: bool, now: bool) -> bool:
   """Whether any process said it; of several they ask each other `now` only."""
   if jax.process_count() == 1:
-    return said
-  return now and bool(np.any(multihost_utils.process_allgather(said)))
+    return flag
+  return now and bool(np.any(multihost_utils.process_allgather(flag)))
 
 
 def write_json(path: str, value: Any) -> None:

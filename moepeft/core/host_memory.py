@@ -34,8 +34,8 @@ def keep() -> bool:
   if any(map(os.path.exists, _ACCELERATORS)):
     return False
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
-  return mallopt is not None and all(mallopt(*pair) == 1 for pair in wanted)
+  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
+  return mallopt is not None and all(mallopt(*pair) == 1 for pair in settings)
 
 
 def give_back() -> None:
@@ -62,18 +62,19 @@ class Bound:
 
   def __init__(
     self,
-    held: Callable[[], int] = resident,
+    resident_bytes: Callable[[], int] = resident,
     give_back: Callable[[], None] = give_back,
   ):
-    self._held, self._give_back, self._most = held, give_back, None
+    self._resident_bytes, self._give_back = resident_bytes, give_back
+    self._most: float | None = None
 
   def begin(self) -> None:
     """To be called when the first step is done: it holds what a step needs."""
-    self._most = _MOST * self._held()
+    self._most = _MOST * self._resident_bytes()
 
   def check(self) -> bool:
     """To be called after every step; whether memory was given back."""
-    if self._most is None or self._held() <= self._most:
+    if self._most is None or self._resident_bytes() <= self._most:
       return False
     self._give_back()
     return True

@@ -44,7 +44,7 @@ def _listen(
   address: str, port: int, count: int, timeout: float, deadline: float
 ) -> None:
   connections: dict[int, socket.socket] = {}
-  tell = _Telling()
+  print_status = _StatusPrinter()
   try:
     server = _server(port)
   except OSError as e:
@@ -60,7 +60,7 @@ def _listen(
         words = (
           f'{len(absent)} of {count} processes at {address} (number {names})'
         )
-        tell(f'waiting for {words}, for {timeout:g} s at most')
+        print_status(f'waiting for {words}, for {timeout:g} s at most')
         if time.monotonic() > deadline:
           raise ValueError(
             f'{words} did not come in {timeout:g} s (--distributed_timeout); '
@@ -126,10 +126,10 @@ def _call(
   timeout: float,
   deadline: float,
 ) -> None:
-  tell = _Telling()
+  print_status = _StatusPrinter()
   line = f'{_MAGIC} {count} {number}\n'.encode()
   while (left := deadline - time.monotonic()) > 0:
-    tell(
+    print_status(
       f'process {number} of {count} is waiting for the others at {address}, '
       f'for {timeout:g} s at most'
     )
@@ -149,7 +149,7 @@ def _call(
   )
 
 
-class _Telling:
+class _StatusPrinter:
   """Prints a line when it is new, and now and then again."""
 
   def __init__(self):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import collections
 import contextlib
@@ -30,7 +30,7 @@ _REDRAWN = 0.1
 
 
 class Interval(NamedTuple):
-  """What was done between two updates; the seconds are of training alone."""
+  """The work between two updates; the seconds are of training alone."""
 
   steps: int
   examples: float
@@ -161,7 +161,7 @@ class Progress:
       'memory_bytes': memory,
     }
 
-  def say(self, line: str) -> None:
+  def print_line(self, line: str) -> None:
     """Prints a line without tearing the bar."""
     if self._bar is not None:
       self._bar.write(line)
@@ -207,7 +207,7 @@ class Progress:
     return time.monotonic() - self._drawn > _REDRAWN
 
   def _speed(self, step: int, wide: bool) -> list[str]:
-    """Of the latest intervals, not the run: a machine's speed may change."""
+    """The speed of the latest intervals: a machine's speed may change."""
     if not self._recent:
       return ['ETA ?']
     steps, examples, tokens, seconds = map(sum, zip(*self._recent, strict=True))
@@ -221,27 +221,27 @@ class Progress:
 
 
 class Pass:
-  """How far a pass over examples is, on stderr: call it with what was done.
+  """The progress of a pass over examples, on stderr; called with its steps.
 
   The speed is that of the whole pass, and the time to compile counts.
   """
 
   def __init__(
-    self, total: int, what: str, clock: Callable[[], float] = time.monotonic
+    self, total: int, label: str, clock: Callable[[], float] = time.monotonic
   ):
     """Args:
     total: examples.
-    what: is done with them, in a word or two.
+    label: names the pass, in a word or two.
     clock: seconds.
     """
-    self._total, self._what, self._clock = total, what, clock
+    self._total, self._label, self._clock = total, label, clock
     self._done, self._began = 0, clock()
     self._next_line = 0.0
     self._bar = None
     if total and sys.stderr.isatty():
       self._bar = tqdm(
         total=total,
-        desc=what,
+        desc=label,
         ncols=_columns(),
         nrows=_LINES_OF_TERMINAL,
         bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}'
@@ -249,7 +249,7 @@ class Pass:
       )
     elif total:
       # The first batch is compiled before it is run, which may take minutes.
-      self._line(f'{what} 0/{total}')
+      self._line(f'{label} 0/{total}')
 
   def __call__(self, done: int) -> None:
     """Shows that so many more examples are done."""
@@ -265,7 +265,7 @@ class Pass:
       self._bar.refresh()
     elif seconds >= self._next_line or self._done >= self._total:
       self._next_line = seconds + _LINES
-      self._line(f'{self._what} {self._done}/{self._total}', *parts)
+      self._line(f'{self._label} {self._done}/{self._total}', *parts)
 
   def close(self) -> None:
     if self._bar is not None:

@@ -95,16 +95,16 @@ def option(
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: Any, names: Iterable[str]) -> str:
   """The known name that is most like a wrong one, or ''."""
   # Long texts take time to compare and are like nothing.
-  close = difflib.get_close_matches(str(name)[:100], list(known), 1, 0.6)
+  close = difflib.get_close_matches(str(name)[:100], list(names), 1, 0.6)
   return close[0] if close else ''
 
 
-def suggestion(name: Any, known: Iterable[str]) -> str:
+def suggestion(name: Any, names: Iterable[str]) -> str:
   """The end of a message, "; did you mean 'adamw'?", or ''."""
-  close = nearest(name, known)
+  close = nearest(name, names)
   return f'; did you mean {close!r}?' if close else ''
 
 

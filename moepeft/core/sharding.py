@@ -46,14 +46,14 @@ class Layout:
 
   @property
   def whole(self) -> NamedSharding:
-    """Of an array that every device holds all of."""
+    """The sharding of an array that every device holds all of."""
     return NamedSharding(self.mesh, PartitionSpec())
 
 
 def layout(
   preset: str = 'dp', model: int = 1, rules: Sequence = (), devices=None
 ) -> Layout:
-  """What `config.sharding` says, for the devices at hand.
+  """The layout that `config.sharding` names, for the devices at hand.
 
   Args:
     preset: of PRESETS.
@@ -69,13 +69,13 @@ def layout(
     raise ValueError(
       f'config.sharding.preset is one of {", ".join(PRESETS)}; got {preset!r}'
     )
-  kept, found = set(), []
+  unsharded, ordered_rules = set(), []
   for letter, axis in (*map(_rule, rules), *PRESETS[preset]):
     if axis is None:
-      kept.add(letter)
-    elif letter not in kept:
-      found.append((letter, axis))
-  return Layout(make_mesh(model, devices), tuple(found))
+      unsharded.add(letter)
+    elif letter not in unsharded:
+      ordered_rules.append((letter, axis))
+  return Layout(make_mesh(model, devices), tuple(ordered_rules))
 
 
 def _rule(pair: Any) -> tuple[str, str | None]:
@@ -86,10 +86,10 @@ def _rule(pair: Any) -> tuple[str, str | None]:
     )
   letter, axis = pair
   if letter not in AXIS_NAMES:
-    said = ', '.join(f'{key} ({word})' for key, word in AXIS_NAMES.items())
+    legend = ', '.join(f'{key} ({word})' for key, word in AXIS_NAMES.items())
     raise ValueError(
       f'config.sharding.rules has no letter {letter!r}; the letters of arrays '
-      f'are {said}'
+      f'are {legend}'
     )
   if axis not in (*AXES, None):
     raise ValueError(
@@ -118,19 +118,19 @@ def make_mesh(model: int = 1, devices=None) -> Mesh:
 
 
 def spec(layout: Layout, letters: str, shape: tuple[int, ...]) -> PartitionSpec:
-  """Which mesh axis each axis of an array is spread over.
+  """The mesh axis that each axis of an array is spread over.
 
   The first rule that fits takes its mesh axis; it fits where the array has
   the letter and its size divides by the devices along that mesh axis.
   """
-  found: list[str | None] = [None] * len(shape)
+  mesh_axes: list[str | None] = [None] * len(shape)
   for letter, axis in layout.rules:
     along = layout.mesh.shape[axis]
-    for i, (own, size) in enumerate(zip(letters, shape, strict=True)):
-      free = found[i] is None and axis not in found
-      if own == letter and free and along > 1 and size % along == 0:
-        found[i] = axis
-  return trimmed(*found)
+    for i, (array_letter, size) in enumerate(zip(letters, shape, strict=True)):
+      free = mesh_axes[i] is None and axis not in mesh_axes
+      if array_letter == letter and free and along > 1 and size % along == 0:
+        mesh_axes[i] = axis
+  return trimmed(*mesh_axes)
 
 
 def trimmed(*entries: str | None) -> PartitionSpec:
@@ -160,14 +160,14 @@ def _put(array, where: NamedSharding) -> jax.Array:
 def gather(tree: Tree) -> Tree:
   """Host arrays, whole, in every process; all processes must call it."""
 
-  def one(array) -> np.ndarray:
+  def gather_array(array) -> np.ndarray:
     if getattr(array, 'is_fully_addressable', True):
       return np.asarray(array)
     if array.is_fully_replicated:
       return np.asarray(array.addressable_data(0))
     return multihost_utils.process_allgather(array, tiled=True)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(gather_array, tree)
 
 
 def round_up(mesh: Mesh, rows: int) -> int:
@@ -187,15 +187,18 @@ def share(mesh: Mesh) -> tuple[int, int]:
     frozenset(device.process_index for device in row) for row in mesh.devices
   ]
   shares = list(dict.fromkeys(places))
-  mine = [i for i, own in enumerate(shares) if jax.process_index() in own]
-  if len(mine) != 1 or len({places.count(own) for own in shares}) != 1:
+  indices = [
+    i for i, processes in enumerate(shares) if jax.process_index() in processes
+  ]
+  sizes = {places.count(processes) for processes in shares}
+  if len(indices) != 1 or len(sizes) != 1:
     raise ValueError(
       f'config.sharding.model_parallel_size={mesh.shape["model"]} cuts across '
       'the '
       f'{jax.process_count()} processes; set it to a divisor or a multiple of '
       f'the {jax.local_device_count()} devices of one'
     )
-  return mine[0], len(shares)
+  return indices[0], len(shares)
 
 
 def check_rows(mesh: Mesh, rows: int) -> None:
@@ -225,13 +228,15 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
   Raises:
     ValueError: the rows do not divide by the devices.
   """
-  rows = len(next(iter(batch.values())))
+  row_count = len(next(iter(batch.values())))
   shares = 1 if jax.process_count() == 1 else share(mesh)[1]
-  check_rows(mesh, rows * shares)
+  check_rows(mesh, row_count * shares)
   where = NamedSharding(mesh, PartitionSpec('data'))
   if jax.process_count() == 1:
     return jax.device_put(batch, where)
   return {
-    key: jax.make_array_from_process_local_data(where, np.asarray(own))
-    for key, own in batch.items()
+    key: jax.make_array_from_process_local_data(
+      where, np.asarray(rows_of_process)
+    )
+    for key, rows_of_process in batch.items()
   }

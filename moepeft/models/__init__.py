@@ -1,35 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of base models. A new one is a file and a line."""
+"""The families of base models.
+
+A new one is a file and a line in FAMILIES; docs/extending/model_family.md has
+a worked example. `moepeft.models.family` has the facts of an entry.
+"""
 
 from typing import Any
 
-from moepeft.models.bert import model as bert
-from moepeft.models.bert.model import Bert, BertConfig
-from moepeft.models.decoder import gemma, gpt2, llama, mistral, qwen2, qwen3
-from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.model import Decoder
-from moepeft.models.t5 import model as t5
+from moepeft.core.registry import Registry
+from moepeft.models.family import ModelFamily as ModelFamily
 
-FAMILIES = {
-  't5': t5,
-  'llama': llama,
-  'mistral': mistral,
-  'qwen2': qwen2,
-  'qwen3': qwen3,
-  'gemma': gemma,
-  'gpt2': gpt2,
-  'bert': bert,
-}
+FAMILIES: Registry = Registry(
+  'model family',
+  'moepeft.models',
+  {
+    't5': 't5.family:FAMILY',
+    'llama': 'decoder.llama:FAMILY',
+    'mistral': 'decoder.mistral:FAMILY',
+    'qwen2': 'decoder.qwen2:FAMILY',
+    'qwen3': 'decoder.qwen3:FAMILY',
+    'gemma': 'decoder.gemma:FAMILY',
+    'gpt2': 'decoder.gpt2:FAMILY',
+    'bert': 'bert.family:FAMILY',
+  },
+)
+
+
+def by_model_type() -> dict[str, ModelFamily]:
+  """{`model_type` in a Hugging Face config.json: family}."""
+  return {
+    model_type: family
+    for family in FAMILIES.values()
+    for model_type in family.hf.model_types
+  }
 
 
 def decoder_only(model: Any) -> bool:
   """Whether a model, or a config of one, has no encoder."""
-  return isinstance(model, (Decoder, DecoderConfig))
+  return _architecture(model) == 'decoder'
 
 
 def encoder_only(model: Any) -> bool:
   """Whether a model, or a config of one, has no decoder."""
-  return isinstance(model, (Bert, BertConfig))
+  return _architecture(model) == 'encoder'
+
+
+def _architecture(model: Any) -> str:
+  config = getattr(model, 'config', model)
+  return FAMILIES[config.family].architecture
 
 
 def check_decodes(model: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fields of a model's config may be."""
+"""Checks of the fields of a model's config."""
 
 import dataclasses
 import numbers
@@ -21,48 +21,91 @@ _KINDS: dict[type, tuple[str, Any]] = {
 }
 
 
-def check(config: Any, least: Mapping[str, float], prefix: str = '') -> None:
+def check(config: Any, minimums: Mapping[str, float], prefix: str = '') -> None:
   """Checks the plain fields of a dataclass: their types and ranges.
 
   Args:
-    least: the least value of a field, by its name.
-    prefix: what stands before a field's name where it is told.
+    minimums: {field: its least value}.
+    prefix: goes before a field's name in messages.
 
   Raises:
-    ValueError: one of them cannot be; the message begins with its name.
+    ValueError: a field is of another type or out of range; the message begins
+      with its name.
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     name = prefix + field.name
     if field.type in _KINDS:
-      what, kinds = _KINDS[field.type]
+      expectation, types = _KINDS[field.type]
       # Python counts truth values among the whole numbers.
-      truth = field.type is not bool and isinstance(value, (bool, np.bool_))
-      if truth or not isinstance(value, kinds):
-        raise ValueError(f'{name} is {what}; got {shortened(value)}')
+      is_bool = field.type is not bool and isinstance(value, (bool, np.bool_))
+      if is_bool or not isinstance(value, types):
+        raise ValueError(f'{name} is {expectation}; got {shortened(value)}')
     if field.type in (int, float):
-      low = least.get(field.name, -_MOST)
-      most = _MOST_LAYERS if field.name.endswith('layers') else _MOST
-      Range(low, most).check(name, value)
+      minimum = minimums.get(field.name, -_MOST)
+      maximum = _MOST_LAYERS if field.name.endswith('layers') else _MOST
+      Range(minimum, maximum).check(name, value)
 
 
-def check_one_of(name: str, value: Any, known: Any) -> None:
+def check_one_of(name: str, value: Any, choices: Any) -> None:
   """Raises a ValueError that names the field where `value` is not known."""
-  if value not in known:
+  if value not in choices:
     raise ValueError(
-      f'{name} is one of {", ".join(known)}; got {shortened(value)}'
-      f'{suggestion(value, known)}'
+      f'{name} is one of {", ".join(choices)}; got {shortened(value)}'
+      f'{suggestion(value, choices)}'
     )
 
 
 def check_names(
-  kind: type, fields: Mapping[str, Any], prefix: str = ''
+  config_class: type, fields: Mapping[str, Any], prefix: str = ''
 ) -> None:
   """Raises a ValueError where a name is none of a dataclass's fields."""
-  known = [field.name for field in dataclasses.fields(kind)]
+  names = [field.name for field in dataclasses.fields(config_class)]
   for name in fields:
-    if name not in known:
+    if name not in names:
       raise ValueError(
-        f'{prefix}{name} is not known; there are {", ".join(known)}'
-        f'{suggestion(name, known)}'
+        f'{prefix}{name} is not known; there are {", ".join(names)}'
+        f'{suggestion(name, names)}'
       )
+
+
+def from_fields(config_class: type, fields: Mapping[str, Any]) -> Any:
+  """The config whose `dataclasses.asdict` went through JSON.
+
+  Raises:
+    ValueError: a field is unknown or cannot be; the message begins with its
+      name.
+  """
+  check_names(config_class, fields)
+  return config_class(**fields)
+
+
+# '1.1' is what a config has that says nothing: T5's.
+_NO_VERSION = ('', '1.1')
+
+
+def released(
+  title: str,
+  table: Mapping[str, Any],
+  size: str,
+  version: str = '',
+) -> Any:
+  """The configuration of a released size, by its name in a family's table.
+
+  Args:
+    title: the family's name in messages.
+
+  Raises:
+    ValueError: there is no such size, or a version is asked for.
+  """
+  if version not in _NO_VERSION:
+    raise ValueError(
+      f'{title} has no versions beside its sizes, {", ".join(table)}; got '
+      f'config.model.version={version!r}: leave it out'
+    )
+  if size not in table:
+    raise ValueError(
+      f'{title} comes as {", ".join(table)}; got {size!r}'
+      f'{suggestion(size, table)}'
+    )
+  return table[size]

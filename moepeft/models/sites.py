@@ -7,7 +7,7 @@ from moepeft.core.types import Array, Batch, Context
 
 
 def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
-  """The context of one side of a batch; every token real where unsaid."""
+  """The context of one side of a batch; without a mask every token is real."""
   mask = batch.get(f'{side}_mask')
   return Context(
     token_mask=jnp.ones(ids.shape, bool) if mask is None else mask,
@@ -29,7 +29,7 @@ ATTENTION = {
 
 
 def feed_forward(gated: bool) -> dict[str, str]:
-  """Of a feed-forward sublayer."""
+  """The sites of a feed-forward sublayer."""
   gate = {'/wi_0': 'gate', '/wi_1': 'up'} if gated else {'/wi': 'gate'}
   taps = {'/act': 'act', '/hidden': 'hidden', '/wo': 'down'}
   return {'': 'mlp', '/norm': 'norm'} | gate | taps

@@ -4,8 +4,8 @@
 A canonical name is a path with the layer's number in it,
 'encoder/layers/3/self/q/kernel'. The trees that the model uses hold the same
 arrays stacked: 'encoder/layers/self/q/kernel', layers on axis 0. `sizes` give
-each letter's size and `depths` each stack's number of layers; see a family's
-`*_names.py`.
+each letter's size and `depths` each stack's number of layers; see
+`family.ModelFamily`.
 """
 
 import collections
@@ -29,23 +29,23 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One array of ours and where another format keeps it.
+  """One array of the model and its place in another format.
 
   Attributes:
-    ours: canonical name, `{l}` for the layer's number.
-    theirs: their name, `{l}` likewise.
-    axes: our axes, a letter each: 'dnh'; '(nh)e' joins n and h into one axis,
-      and '1' is an axis of size one.
-    their_axes: the same letters in their order: '(nh)d'; '*' stands for the
-      axis of the parts: 'd(*nh)'.
-    part: (i, count): ours is the i-th of so many equal parts of theirs, each
-      of which has a rule of its own.
+    name: canonical name, `{l}` for the layer's number.
+    stored_name: the name in the other format, `{l}` likewise.
+    axes: the model's axes, a letter each: 'dnh'; '(nh)e' joins n and h into one
+      axis, and '1' is an axis of size one.
+    stored_axes: the same letters in the other order: '(nh)d'; '*' stands for
+      the axis of the parts: 'd(*nh)'.
+    part: (i, count): the array is the i-th of so many equal parts of the stored
+      one, each of which has a rule of its own.
   """
 
-  ours: str
-  theirs: str
+  name: str
+  stored_name: str
   axes: str
-  their_axes: str
+  stored_axes: str
   part: tuple[int, int] = (0, 1)
 
 
@@ -56,14 +56,20 @@ class Entry:
   rule: Rule
   layer: int | None
   name: str
-  their_name: str
+  stored_name: str
   shape: Shape
-  their_shape: Shape
+  stored_shape: Shape
 
   @property
   def path(self) -> str:
-    """Where the stacked tree holds it."""
-    return self.rule.ours.replace('/{l}', '')
+    """The path in the stacked tree."""
+    return self.rule.name.replace('/{l}', '')
+
+
+def in_layers(site: str) -> str:
+  """'decoder/self/q' -> 'decoder/layers/{l}/self/q'."""
+  stack, rest = site.split('/', 1)
+  return f'{stack}/layers/{{l}}/{rest}'
 
 
 def entries(
@@ -75,17 +81,29 @@ def entries(
     sizes: each axis letter's size.
     depths: layers of each stack, keyed by what stands before '/layers/'.
   """
-  found = []
+  result = []
   for rule in rules:
     shape = axes_shape(rule.axes, sizes)
-    theirs = axes_shape(rule.their_axes, {**sizes, '*': rule.part[1]})
-    stack = rule.ours.partition('/layers/')[0]
-    for layer in range(depths[stack]) if '{l}' in rule.ours else [None]:
-      name, their_name = (
-        text.replace('{l}', str(layer)) for text in (rule.ours, rule.theirs)
+    stored_shape = axes_shape(rule.stored_axes, {**sizes, '*': rule.part[1]})
+    stack = rule.name.partition('/layers/')[0]
+    for layer in range(depths[stack]) if '{l}' in rule.name else [None]:
+      name, stored_name = (
+        text.replace('{l}', str(layer))
+        for text in (rule.name, rule.stored_name)
       )
-      found.append(Entry(rule, layer, name, their_name, shape, theirs))
-  return tuple(found)
+      result.append(Entry(rule, layer, name, stored_name, shape, stored_shape))
+  return tuple(result)
+
+
+def module_names(
+  rules: Sequence[Rule], sizes: Mapping[str, int], depths: Mapping[str, int]
+) -> set[str]:
+  """Every module with a weight, 'model.layers.0.self_attn.q_proj'."""
+  return {
+    entry.stored_name.removesuffix('.weight')
+    for entry in entries(rules, sizes, depths)
+    if entry.stored_name.endswith('.weight')
+  }
 
 
 def axes_shape(axes: str, sizes: Mapping[str, int]) -> Shape:
@@ -100,18 +118,18 @@ def rearrange(
   array: np.ndarray, source: str, target: str, sizes: Mapping[str, int]
 ) -> np.ndarray:
   """Reorders axes: '(nh)d' -> 'dnh'; a view where NumPy can make one."""
-  letters, wanted = (
+  source_letters, target_letters = (
     [a for group in _groups(axes) for a in group if a != '1']
     for axes in (source, target)
   )
-  split = array.reshape([sizes[a] for a in letters])
-  moved = split.transpose([letters.index(a) for a in wanted])
+  separated = array.reshape([sizes[a] for a in source_letters])
+  moved = separated.transpose([source_letters.index(a) for a in target_letters])
   return moved.reshape(axes_shape(target, sizes))
 
 
 def _groups(axes: str) -> list[str]:
-  found = re.findall(r'\([\w*]+\)|[\w*]', axes)
-  return [group.strip('()') for group in found]
+  groups = re.findall(r'\([\w*]+\)|[\w*]', axes)
+  return [group.strip('()') for group in groups]
 
 
 def _size(letter: str, sizes: Mapping[str, int]) -> int:
@@ -119,17 +137,17 @@ def _size(letter: str, sizes: Mapping[str, int]) -> int:
 
 
 def part_of(array: np.ndarray, rule: Rule, sizes) -> np.ndarray:
-  """Their array -> the part of it that a rule reads, in our axes."""
-  if '*' not in rule.their_axes:
-    return rearrange(array, rule.their_axes, rule.axes, sizes)
+  """The part of a stored array that a rule reads, in the model's axes."""
+  if '*' not in rule.stored_axes:
+    return rearrange(array, rule.stored_axes, rule.axes, sizes)
   i, count = rule.part
   parts = {**sizes, '*': count}
-  return rearrange(array, rule.their_axes, f'*{rule.axes}', parts)[i]
+  return rearrange(array, rule.stored_axes, f'*{rule.axes}', parts)[i]
 
 
-def whole(wanted: Sequence[Entry]) -> list[Entry]:
-  """One entry for each of their arrays: that of its first part."""
-  return [entry for entry in wanted if entry.rule.part[0] == 0]
+def whole(expected: Sequence[Entry]) -> list[Entry]:
+  """One entry for each stored array: that of its first part."""
+  return [entry for entry in expected if entry.rule.part[0] == 0]
 
 
 def check_finite(name: str, array: np.ndarray, path: Any) -> None:
@@ -183,16 +201,16 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def read(
-  wanted: Sequence[Entry],
+  expected: Sequence[Entry],
   sizes: Mapping[str, int],
   fetch: Callable[[str], np.ndarray],
   dtype: Any = None,
   path: Any = 'the file',
 ) -> tuple[Tree, str]:
-  """Builds the stacked tree, one of their arrays in memory at a time.
+  """Builds the stacked tree, one stored array in memory at a time.
 
   Args:
-    fetch: their name -> their array.
+    fetch: stored name -> stored array.
     dtype: cast to it; None keeps each array's own.
     path: of the file that is read, for messages.
 
@@ -205,32 +223,32 @@ def read(
       or an array holds NaN or infinity.
   """
   flat, lines = {}, []
-  depth = collections.Counter(entry.path for entry in wanted)
-  for entry in wanted:
-    array = fetch(entry.their_name)
-    check_finite(entry.their_name, array, path)
+  layers = collections.Counter(entry.path for entry in expected)
+  for entry in expected:
+    array = fetch(entry.stored_name)
+    check_finite(entry.stored_name, array, path)
     rule = entry.rule
-    ours = part_of(array, rule, sizes)
-    lines.append(_line(entry.name, ours))
+    part = part_of(array, rule, sizes)
+    lines.append(_line(entry.name, part))
     if entry.layer is None:
-      flat[entry.path] = np.array(ours, dtype=dtype or ours.dtype, order='C')
+      flat[entry.path] = np.array(part, dtype=dtype or part.dtype, order='C')
       continue
     if entry.path not in flat:
-      shape = (depth[entry.path], *entry.shape)
+      shape = (layers[entry.path], *entry.shape)
       flat[entry.path] = np.empty(shape, dtype or array.dtype)
     if dtype is None and array.dtype != flat[entry.path].dtype:
       raise CheckpointError(
-        f'{entry.their_name} is {array.dtype}, the layers before it are '
+        f'{entry.stored_name} is {array.dtype}, the layers before it are '
         f'{flat[entry.path].dtype}; name the dtype to convert all of them to'
       )
-    flat[entry.path][entry.layer] = ours
+    flat[entry.path][entry.layer] = part
   return unflatten(flat), _digest(lines)
 
 
 def write(
-  wanted: Sequence[Entry], sizes: Mapping[str, int], tree: Tree
+  expected: Sequence[Entry], sizes: Mapping[str, int], tree: Tree
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-  """Each expected array, as (entry, their contiguous array), one at a time.
+  """Each stored array, as (entry, contiguous array), one at a time.
 
   Of an array in parts the entry is that of the first; see `whole`.
 
@@ -239,60 +257,62 @@ def write(
   """
   flat = flatten(tree)
   check(
-    stacked_shapes(wanted),
+    stacked_shapes(expected),
     {path: tuple(np.shape(leaf)) for path, leaf in flat.items()},
     'the tree to be written does not fit its config',
     'write it with the config that it was made for',
   )
-  return _write(wanted, sizes, flat)
+  return _write(expected, sizes, flat)
 
 
-def _write(wanted, sizes, flat):
+def _write(expected, sizes, flat):
   parts = collections.defaultdict(list)
-  for entry in wanted:
-    parts[entry.their_name].append(entry)
-  held = {}
-  for entry in whole(wanted):
-    needed = parts[entry.their_name]
+  for entry in expected:
+    parts[entry.stored_name].append(entry)
+  host_arrays = {}
+  for entry in whole(expected):
+    array_parts = parts[entry.stored_name]
     # Once a stack: a copy from an accelerator would be made every time.
-    held = {
-      part.path: held[part.path]
-      if part.path in held
+    host_arrays = {
+      part.path: host_arrays[part.path]
+      if part.path in host_arrays
       else np.asarray(flat[part.path])
-      for part in needed
+      for part in array_parts
     }
-    theirs = _joined(needed, held, sizes)
+    stored = _joined(array_parts, host_arrays, sizes)
     # safetensors writes the buffer as it lies, whatever its strides.
-    yield entry, np.ascontiguousarray(theirs)
+    yield entry, np.ascontiguousarray(stored)
 
 
-def _joined(parts, held, sizes):
+def _joined(parts, host_arrays, sizes):
   """Their array of the entries of its parts, in any order."""
-  ours = [
-    held[part.path] if part.layer is None else held[part.path][part.layer]
+  arrays = [
+    host_arrays[part.path]
+    if part.layer is None
+    else host_arrays[part.path][part.layer]
     for part in sorted(parts, key=lambda part: part.rule.part)
   ]
   rule = parts[0].rule
   if len(parts) == 1:
-    return rearrange(ours[0], rule.axes, rule.their_axes, sizes)
+    return rearrange(arrays[0], rule.axes, rule.stored_axes, sizes)
   # One letter may stand for another: heads of q for those of k.
   sizes = {**sizes, '*': len(parts)}
-  return rearrange(np.stack(ours), f'*{rule.axes}', rule.their_axes, sizes)
+  return rearrange(np.stack(arrays), f'*{rule.axes}', rule.stored_axes, sizes)
 
 
-def stacked_shapes(wanted: Sequence[Entry]) -> dict[str, Shape]:
+def stacked_shapes(expected: Sequence[Entry]) -> dict[str, Shape]:
   """The path and shape of every array of the stacked tree."""
-  depth = collections.Counter(entry.path for entry in wanted)
+  layers = collections.Counter(entry.path for entry in expected)
   return {
-    e.path: e.shape if e.layer is None else (depth[e.path], *e.shape)
-    for e in wanted
+    e.path: e.shape if e.layer is None else (layers[e.path], *e.shape)
+    for e in expected
   }
 
 
 def check(
   expected: Mapping[str, Shape],
-  found: Mapping[str, Shape],
-  what: str,
+  actual: Mapping[str, Shape],
+  problem: str,
   advice: str,
 ) -> None:
   """Raises a CheckpointError printed like a diff where the two differ.
@@ -300,18 +320,19 @@ def check(
   Lines with '-' were expected, lines with '+' were found instead.
   """
   lines = []
-  for name in sorted(expected.keys() | found.keys()):
-    if expected.get(name) != found.get(name):
-      for sign, side in (('-', expected), ('+', found)):
+  for name in sorted(expected.keys() | actual.keys()):
+    if expected.get(name) != actual.get(name):
+      for sign, side in (('-', expected), ('+', actual)):
         if name in side:
           lines.append(f'{sign} {name} {list(side[name])}')
   if not lines:
     return
   most = 40
-  more = [f'... and {len(lines) - most} more lines'] if lines[most:] else []
-  text = '\n'.join(lines[:most] + more)
+  rest = [f'... and {len(lines) - most} more lines'] if lines[most:] else []
+  text = '\n'.join(lines[:most] + rest)
   raise CheckpointError(
-    f'{what} (- expected, + found):\n{text}\n{advice[0].upper()}{advice[1:]}.'
+    f'{problem} (- expected, + found):\n{text}\n'
+    f'{advice[0].upper()}{advice[1:]}.'
   )
 
 

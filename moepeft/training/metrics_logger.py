@@ -142,9 +142,9 @@ class MetricsLogger:
     ]
     self._alarmed.update(new)
     for place in new[:_PRINTED_ALARMS]:
-      progress.say(f'router alarm: {place}: {collapsed[place]}')
+      progress.print_line(f'router alarm: {place}: {collapsed[place]}')
     if len(new) > _PRINTED_ALARMS:
-      progress.say(
+      progress.print_line(
         f'router alarm: {len(new) - _PRINTED_ALARMS} other layers are '
         'collapsed, too; plots/router_weight.png and router_tokens.png show all'
       )

@@ -238,7 +238,7 @@ def start(
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
     run_progress = checkpoints.run_progress()
-    training.batches.seek(distributed.own(run_progress.place))
+    training.batches.seek(distributed.place_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.

@@ -7,7 +7,7 @@ import numpy as np
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
-from moepeft.models import decoder_weights, weight_mapping
+from moepeft.models import by_model_type, weight_mapping
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5Config
 
@@ -37,6 +37,11 @@ CONFIGS = {
 }
 
 
+def config_from_hf(fields, tied):
+  """The config that a config.json gives."""
+  return by_model_type()[fields['model_type']].hf.from_fields(fields, tied)
+
+
 _DECODER = {
   'vocab_size': 29,
   'hidden_size': 12,
@@ -50,7 +55,7 @@ _DECODER = {
 # By what is special about each: biases everywhere, biases of q, k and v,
 # normed heads, norms after sublayers.
 DECODERS = {
-  kind: decoder_weights.config_from_hf(
+  kind: config_from_hf(
     _DECODER | {'model_type': kind, **more}, tied=kind == 'gemma2'
   )
   for kind, more in {
@@ -70,7 +75,7 @@ _GPT2 = {
   'n_inner': 13,
   'n_positions': 16,
 }
-GPT2 = decoder_weights.config_from_hf(_GPT2, tied=True)
+GPT2 = config_from_hf(_GPT2, tied=True)
 
 
 def random_tree(shapes, seed=0):
@@ -89,7 +94,7 @@ def random_tree(shapes, seed=0):
 
 def random_params(config, seed=0):
   """Random parameters of a model of any family."""
-  wanted = hf.expected(hf.family_of(config), config)
+  wanted = hf.expected(config)
   shapes = weight_mapping.stacked_shapes(wanted)
   return random_tree(shapes, seed)
 
@@ -102,9 +107,9 @@ def adapter_tree(config, leaves, sites, seed=1):
     sites: of the model; e is 2 and r 7.
   """
   family = hf.family_of(config)
-  sizes = family.sizes(config) | {'e': 2, 'r': 7}
+  sizes = family.axis_sizes(config) | {'e': 2, 'r': 7}
   depths = family.depths(config)
-  known = family.projections(config) | family.taps()
+  known = family.projections(config) | family.activations(config)
   shapes = {}
   for site in sites:
     stack, rest = site.split('/', 1)
@@ -127,9 +132,9 @@ def assert_equal_trees(left, right):
 
 def released_arrays(config, adapter=None):
   """Random parameters and an adapter's as `t5x.save` writes them, by name."""
-  sizes, depths = t5_weights.sizes(config), t5_weights.depths(config)
+  sizes, depths = t5_weights.axis_sizes(config), t5_weights.depths(config)
   wanted = weight_mapping.entries(t5_weights.t5x_rules(config), sizes, depths)
   pairs = list(weight_mapping.write(wanted, sizes, random_params(config)))
   if adapter is not None:
     pairs += t5x_adapters.write(config, adapter)
-  return {entry.their_name: array for entry, array in pairs}
+  return {entry.stored_name: array for entry, array in pairs}

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from moepeft.models import decoder_gguf, decoder_weights, weight_mapping
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder.gemma import SIZES as GEMMA
 from moepeft.models.decoder.gpt2 import SIZES as GPT2
 from moepeft.models.decoder.llama import SIZES as LLAMA
@@ -43,10 +43,11 @@ CONFIGS = {
 def random_params(config, seed=0):
   """Weights so large that all of them matter."""
   rng = np.random.default_rng(seed)
+  family = FAMILIES[config.family]
   wanted = weight_mapping.entries(
-    decoder_gguf.rules(config),
-    decoder_weights.sizes(config),
-    decoder_weights.depths(config),
+    family.gguf.rules(config),
+    family.axis_sizes(config),
+    family.depths(config),
   )
   return weight_mapping.unflatten(
     {
@@ -75,13 +76,14 @@ def write(path, arch, params, kind='F32', config=None, tensors=(), more=None):
   _describe(writer, arch, config)
   if more:
     more(writer)
-  sizes = decoder_weights.sizes(config)
+  family = FAMILIES[config.family]
+  sizes = family.axis_sizes(config)
   wanted = weight_mapping.entries(
-    decoder_gguf.rules(config), sizes, decoder_weights.depths(config)
+    family.gguf.rules(config), sizes, family.depths(config)
   )
   found = {}
   for entry, array in weight_mapping.write(wanted, sizes, params):
-    name = entry.their_name
+    name = entry.stored_name
     stored = as_converted(name, array, arch, config)
     if stored.ndim == 2 and stored.shape[0] > 1:
       stored = quantised(stored, kind)

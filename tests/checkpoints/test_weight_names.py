@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moepeft.models import weight_mapping
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5, T5Config
 from moepeft.models.weight_mapping import CheckpointError, Rule
@@ -43,17 +43,19 @@ def test_rules_name_every_parameter_of_the_model(config):
   shapes = {k: v.shape for k, v in weight_mapping.flatten(params).items()}
   for rules in (t5_weights.hf_rules(config), t5_weights.t5x_rules(config)):
     wanted = weight_mapping.entries(
-      rules, t5_weights.sizes(config), t5_weights.depths(config)
+      rules, t5_weights.axis_sizes(config), t5_weights.depths(config)
     )
     assert weight_mapping.stacked_shapes(wanted) == shapes
-    assert len({entry.their_name for entry in wanted}) == len(wanted)
+    assert len({entry.stored_name for entry in wanted}) == len(wanted)
 
 
 def test_projections_are_sites_of_the_model(config):
   from moepeft.models.t5 import model as t5
 
   known = t5.sites(config)
-  assert set(t5_weights.projections(config) | t5_weights.taps()) <= set(known)
+  assert set(
+    t5_weights.projections(config) | FAMILIES['t5'].activations(config)
+  ) <= set(known)
 
 
 def test_content_hash_is_what_its_docstring_says():
@@ -137,29 +139,29 @@ def test_a_tree_of_another_config_is_not_written():
   other = random_params(CONFIGS['plain-untied'])
   wanted = weight_mapping.entries(
     t5_weights.hf_rules(config),
-    t5_weights.sizes(config),
+    t5_weights.axis_sizes(config),
     t5_weights.depths(config),
   )
   with pytest.raises(CheckpointError, match=r'- encoder/layers/mlp/wi_0'):
-    weight_mapping.write(wanted, t5_weights.sizes(config), other)
+    weight_mapping.write(wanted, t5_weights.axis_sizes(config), other)
 
 
 def test_hf_config_round_trips(config):
-  fields = t5_weights.config_to_hf(config)
-  assert t5_weights.config_from_hf(fields, tied=config.tied) == config
+  fields = t5_weights.to_hf_fields(config)
+  assert t5_weights.from_hf_fields(fields, tied=config.tied) == config
 
 
 def test_hf_config_of_another_activation_is_refused():
-  fields = t5_weights.config_to_hf(T5Config()) | {'feed_forward_proj': 'tanh'}
+  fields = t5_weights.to_hf_fields(T5Config()) | {'feed_forward_proj': 'tanh'}
   with pytest.raises(CheckpointError, match="'tanh' in config.json"):
-    t5_weights.config_from_hf(fields, tied=False)
+    t5_weights.from_hf_fields(fields, tied=False)
 
 
 def test_hf_config_that_lacks_a_size_is_refused():
-  fields = t5_weights.config_to_hf(T5Config())
+  fields = t5_weights.to_hf_fields(T5Config())
   del fields['d_kv']
   with pytest.raises(CheckpointError, match='lacks d_kv'):
-    t5_weights.config_from_hf(fields, tied=False)
+    t5_weights.from_hf_fields(fields, tied=False)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_hf_config_that_lacks_a_size_is_refused():
   ],
 )
 def test_head_is_scaled_as_transformers_does(fields, scaled):
-  base = t5_weights.config_to_hf(T5Config())
+  base = t5_weights.to_hf_fields(T5Config())
   del base['tie_word_embeddings'], base['scale_decoder_outputs']
-  config = t5_weights.config_from_hf(base | fields, tied=False)
+  config = t5_weights.from_hf_fields(base | fields, tied=False)
   assert config.scale_head is scaled

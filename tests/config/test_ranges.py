@@ -18,7 +18,7 @@ from moepeft.data.batching import decoder_only
 from moepeft.data.chat import dataset as chat_dataset
 from moepeft.data.chat.formats import FORMS
 from moepeft.data.text import dataset as text_dataset
-from moepeft.models.decoder import llama
+from moepeft.models import FAMILIES
 from moepeft.nn import attention, scan_layers
 from moepeft.objectives import cross_entropy as loss
 from moepeft.objectives import dpo
@@ -27,7 +27,7 @@ from moepeft.peft.method import options_of
 from tests import ROOT
 
 _PACKAGE = ROOT / 'moepeft'
-_SITES = llama.sites(llama.config('tiny'))
+_SITES = FAMILIES['llama'].sites(FAMILIES['llama'].config('tiny'))
 
 
 def leaves(config, prefix=''):

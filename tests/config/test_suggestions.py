@@ -10,7 +10,7 @@ from moepeft.config import command_line, suggestions
 from moepeft.core.files import local_path
 from moepeft.data.text import quality
 from moepeft.evaluation import plan
-from moepeft.models.decoder import llama
+from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
 from tests import ROOT
 
@@ -185,7 +185,7 @@ def test_a_bug_keeps_its_traceback():
     (lambda: tasks.task_names('storge'), "'storage'"),
     (lambda: plan.check_metrics(['acuracy']), "'accuracy'"),
     (lambda: t5.config('smal'), "'small'"),
-    (lambda: llama.config('3-8bb'), "'3-8b'"),
+    (lambda: FAMILIES['llama'].config('3-8bb'), "'3-8b'"),
     (lambda: quality.rules('lenght'), "'length'"),
     (lambda: local_path('package:chat'), "'chats'"),
   ],

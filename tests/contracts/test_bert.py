@@ -76,19 +76,21 @@ def test_rules_name_every_parameter(config):
   shapes = weight_mapping.flatten(shapes_of(Bert(config))['params'])
   wanted = weight_mapping.entries(
     bert_weights.hf_rules(config),
-    bert_weights.sizes(config),
+    bert_weights.axis_sizes(config),
     bert_weights.depths(config),
   )
   found = {path: leaf.shape for path, leaf in shapes.items()}
   assert weight_mapping.stacked_shapes(wanted) == found
-  known = bert_weights.projections(config) | bert_weights.taps()
+  known = FAMILIES['bert'].projections(config) | FAMILIES['bert'].activations(
+    config
+  )
   assert set(known) <= set(sites(config))
 
 
 @CONFIGS
 def test_every_axis_has_the_size_of_its_letter(config):
   model, _ = make(config, 'molora(experts=7, rank=13)')
-  shapes, sizes = shapes_of(model), bert_weights.sizes(config)
+  shapes, sizes = shapes_of(model), bert_weights.axis_sizes(config)
   # A router reads d, the heads in one axis, or f.
   sizes = sizes | {'l': 2, 'e': 7, 'r': 13}
   for collection, tree in logical_axes(model, small_bert.batch()).items():
@@ -248,7 +250,7 @@ def test_bfloat16_is_near():
 
 def test_the_registry_builds_what_it_lists():
   family = FAMILIES['bert']
-  for size in family.SIZES:
+  for size in family.sizes:
     config = family.config(size, '1.1')
     assert isinstance(config, BertConfig) and config.family == 'bert'
     assert encoder_only(config) and not decoder_only(config)

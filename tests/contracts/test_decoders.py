@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.models import FAMILIES, decoder_weights, weight_mapping
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder.model import Decoder, DecoderConfig, sites
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
@@ -38,7 +38,7 @@ def apply(model, variables, batch=None):
 
 def test_the_list_has_every_family():
   decoders = {
-    name for name, family in FAMILIES.items() if family.MODULE is Decoder
+    name for name, family in FAMILIES.items() if family.module is Decoder
   }
   assert {config.family for config in CONFIGS.values()} == decoders
 
@@ -68,13 +68,12 @@ def test_rules_name_every_parameter(name):
   shapes = {
     path: leaf.shape for path, leaf in weight_mapping.flatten(shapes).items()
   }
+  family = FAMILIES[config.family]
   wanted = weight_mapping.entries(
-    decoder_weights.hf_rules(config),
-    decoder_weights.sizes(config),
-    decoder_weights.depths(config),
+    family.hf.rules(config), family.axis_sizes(config), family.depths(config)
   )
   assert weight_mapping.stacked_shapes(wanted) == shapes
-  known = decoder_weights.projections(config) | decoder_weights.taps()
+  known = family.projections(config) | family.activations(config)
   assert set(known) <= set(sites(config))
 
 
@@ -272,14 +271,14 @@ def test_padding_beyond_the_learned_positions_is_harmless():
 
 def test_the_registry_builds_what_it_lists():
   for name, family in FAMILIES.items():
-    if family.MODULE is not Decoder:
+    if family.module is not Decoder:
       continue
-    for size in family.SIZES:
+    for size in family.sizes:
       config = family.config(size)
       assert isinstance(config, DecoderConfig) and config.family == name
       build('molora(experts=3, rank=2)', family.sites(config))
     with pytest.raises(ValueError, match="got 'huge'"):
       family.config('huge')
     with pytest.raises(ValueError, match="no versions .*version='3.1'"):
-      family.config(next(iter(family.SIZES)), '3.1')
+      family.config(next(iter(family.sizes)), '3.1')
     assert family.config(size, '1.1') == family.config(size)

@@ -151,7 +151,7 @@ def test_unknown_sizes_and_policies_are_named():
 def test_families_have_what_the_commands_ask_of_them():
   for family in FAMILIES.values():
     assert callable(family.sites) and callable(family.config)
-    assert issubclass(family.MODULE, nn.Module)
+    assert issubclass(family.module, nn.Module)
 
 
 # Compiling for eight devices takes long; a mixture has every kind of leaf.

@@ -160,7 +160,7 @@ for step in range(299100, 300001, 100):
   clock.now += 50
   progress.update(step, 1.23456, 3200, 258000)
   if step == 299500:
-    progress.say('router alarm: decoder/layers/cross/o/molora, layer 0')
+    progress.print_line('router alarm: decoder/layers/cross/o/molora, layer 0')
     with progress.paused('saving'):
       clock.now += 100
 progress.close()

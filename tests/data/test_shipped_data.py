@@ -16,7 +16,7 @@ from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.sources import open_data
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
-from moepeft.models.decoder import llama
+from moepeft.models import FAMILIES
 from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
@@ -52,7 +52,7 @@ def read(words, source, objective, **changes):
   config.data.length, config.data.validation_fraction = 1024, 0.1
   config.data.update(changes)
   form = collators.make_model_collator(
-    config.data, words, llama.config('tiny'), config.seed
+    config.data, words, FAMILIES['llama'].config('tiny'), config.seed
   )
   form = preference_dataset.objective_collator(
     config.data, objective, OBJECTIVES[objective].batch, form

@@ -50,7 +50,7 @@ def base_of(config):
 
 
 def model_of(base, adapter_map):
-  return base.family.MODULE(base.config, adapter_map)
+  return base.family.module(base.config, adapter_map)
 
 
 def trained(base, method, seed=0, semantics='official', noise=0.2):

@@ -71,7 +71,7 @@ def tiny(family):
 def ours(family, folder):
   tiny(family).save_pretrained(folder)
   loaded = hf.load(str(folder), dtype='float32')
-  return FAMILIES[family].MODULE(loaded.config), {'params': loaded.params}
+  return FAMILIES[family].module(loaded.config), {'params': loaded.params}
 
 
 @pytest.fixture(scope='module')

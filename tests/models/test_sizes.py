@@ -10,7 +10,7 @@ import math
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import FAMILIES, decoder_weights
+from moepeft.models import FAMILIES
 
 KNOWN = {
   ('llama', '7b'): 6_738_415_616,
@@ -57,7 +57,7 @@ ENCODERS = {
 
 def parameters(config):
   """The parameters that the rules name; contract tests compare the model."""
-  wanted = hf.expected(hf.family_of(config), config)
+  wanted = hf.expected(config)
   return sum(math.prod(entry.shape) for entry in wanted)
 
 
@@ -72,7 +72,7 @@ def test_every_released_size_is_known():
     (name, size)
     for name, family in FAMILIES.items()
     if name != 't5'
-    for size in family.SIZES
+    for size in family.sizes
   }
   released = {pair for pair in sizes if pair[1] != 'tiny'}
   assert released == set(KNOWN | ENCODERS)
@@ -158,6 +158,6 @@ def test_released_sizes_are_what_their_files_say(family, size):
 @pytest.mark.parametrize('family, size', KNOWN)
 def test_released_sizes_are_said_and_read_again(family, size):
   config = FAMILIES[family].config(size)
-  fields = decoder_weights.config_to_hf(config)
-  again = decoder_weights.config_from_hf(fields, config.tied)
+  fields = FAMILIES[family].hf.to_fields(config)
+  again = FAMILIES[family].hf.from_fields(fields, config.tied)
   assert (again.rope, again.eps) == (config.rope, config.eps)

@@ -17,7 +17,7 @@ from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft.prefix import model_prefix_ids, placeholder_ids
 
 from ..contracts import small, small_decoders
-from ..prompted import CLOSE, METHOD, applied, made, model_of, module
+from ..prompted import CLOSE, METHOD, applied, made, model_of
 
 FRONT = (37, 38, 39)
 CONFIGS = {
@@ -34,7 +34,7 @@ every = pytest.mark.parametrize('kind', CONFIGS)
 
 def batch_of(config, front=FRONT):
   """A batch of the config's, with ids in front of its texts."""
-  if module(config) is t5:
+  if isinstance(config, t5.T5Config):
     found = small.batch()
   else:
     found = small_decoders.batch()
@@ -68,7 +68,9 @@ def test_a_prompt_is_rows_more_of_the_table(kind):
   wide = dataclasses.replace(config, vocab=config.vocab + 3)
   base = {'params': longer(variables['params'], vectors)}
   expected = applied(model_of(wide, 'full'))(base, batch)
-  real = batch['targets_mask' if module(config) is t5 else 'inputs_mask']
+  real = batch[
+    'targets_mask' if isinstance(config, t5.T5Config) else 'inputs_mask'
+  ]
   np.testing.assert_allclose(
     found[real], expected[real][:, : config.vocab], **CLOSE
   )
@@ -128,7 +130,7 @@ def test_training_a_prompt_lowers_the_loss_and_moves_nothing_else(kind):
   config = CONFIGS[kind]
   model, variables = made(config, METHOD, 0.0)
   batch = batch_of(config)
-  if module(config) is decoder:
+  if isinstance(config, decoder.DecoderConfig):
     targets = jnp.pad(batch['inputs'][:, 1:], ((0, 0), (0, 1)))
     real = batch['inputs_mask'] & (targets > 0) & (targets < config.vocab)
     batch |= {'targets': targets, 'targets_mask': real}

@@ -19,8 +19,7 @@ from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.models import weight_mapping
-from moepeft.models.t5 import weights as t5_weights
+from moepeft.models import FAMILIES, by_model_type, weight_mapping
 from moepeft.models.t5.model import T5, T5Config, sites
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.objectives.cross_entropy import mean_loss, sequence_log_likelihood
@@ -250,7 +249,7 @@ def _is_t5(name: str) -> bool:
   if not file.exists():
     return False
   kind = json.loads(file.read_text()).get('model_type')
-  return hf.FAMILIES.get(kind) is t5_weights
+  return by_model_type().get(kind) is FAMILIES['t5']
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
-from moepeft.models import decoder_weights
+from moepeft.models import by_model_type
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.peft import build
 from moepeft.peft.merge import merge
@@ -36,12 +36,17 @@ def base_of(name):
     return cases.ROOT / 'hf' / str(arrays['base'])
 
 
+def is_decoder(kind):
+  family = by_model_type().get(kind)
+  return family is not None and family.architecture == 'decoder'
+
+
 def found():
   folders = sorted((cases.ROOT / 'peft').glob('*/expected.npz'))
   return [
     path.parent.name
     for path in folders
-    if model_type(base_of(path.parent.name)) in decoder_weights.HF_TYPES
+    if is_decoder(model_type(base_of(path.parent.name)))
   ]
 
 

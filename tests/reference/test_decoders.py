@@ -14,7 +14,7 @@ import pytest
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.types import Context
-from moepeft.models import decoder_weights
+from moepeft.models import by_model_type
 from moepeft.models.decoder.model import Decoder
 
 from . import cases
@@ -23,12 +23,17 @@ from . import cases
 LIMIT = 1e-5
 
 
+def is_decoder(kind):
+  family = by_model_type().get(kind)
+  return family is not None and family.architecture == 'decoder'
+
+
 def found():
   folders = sorted((cases.ROOT / 'hf').glob('*/config.json'))
   return [
     path.parent.name
     for path in folders
-    if json.loads(path.read_text())['model_type'] in decoder_weights.HF_TYPES
+    if is_decoder(json.loads(path.read_text())['model_type'])
   ]
 
 

@@ -111,7 +111,7 @@ def our_gradients(name):
   written = t5x_adapters.write(
     case.config, AdapterWeights(case.adapter.method, tree)
   )
-  return {entry.their_name: array for entry, array in written}, logits
+  return {entry.stored_name: array for entry, array in written}, logits
 
 
 @functools.cache

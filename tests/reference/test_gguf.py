@@ -59,9 +59,9 @@ def test_texts_become_the_same_tokens(number, path):
 
 
 def test_the_size_is_smollm2s(path):
-  from moepeft.models.decoder import llama
+  from moepeft.models import FAMILIES
 
-  assert gguf.load_config(path) == llama.config('smollm2-135m')
+  assert gguf.load_config(path) == FAMILIES['llama'].config('smollm2-135m')
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models.bert import model as bert
+from moepeft.models import FAMILIES
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.serve.embeddings.encoder import EmbeddingEncoder
 
@@ -35,7 +35,7 @@ def encoder():
 
 
 def test_the_size_is_minilms(encoder):
-  assert hf.load_config(FOLDER) == bert.config('minilm-l6')
+  assert hf.load_config(FOLDER) == FAMILIES['bert'].config('minilm-l6')
   assert (encoder.width, encoder.places) == (384, 256)
 
 

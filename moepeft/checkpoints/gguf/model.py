@@ -17,8 +17,9 @@ import numpy as np
 
 from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.core.files import check_file
-from moepeft.models import decoder_gguf, decoder_weights, weight_mapping
-from moepeft.models.decoder.model import DecoderConfig
+from moepeft.models import FAMILIES, weight_mapping
+from moepeft.models.decoder import gguf as decoder_gguf
+from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.weight_mapping import CheckpointError, Shape
 
 SUFFIX = '.gguf'
@@ -37,15 +38,16 @@ def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   """
   file = open_file(path)
   config = file.config()
-  sizes = decoder_weights.sizes(config)
+  family = FAMILIES[config.family]
+  sizes = family.axis_sizes(config)
   entries = weight_mapping.entries(
-    decoder_gguf.rules(config), sizes, decoder_weights.depths(config)
+    family.gguf.rules(config), sizes, family.depths(config)
   )
   ignored = {decoder_gguf.ROPE} | (
     {decoder_gguf.HEAD} if config.tied else set()
   )
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in entries},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     {n: shape for n, shape in file.shapes.items() if n not in ignored},
     f'{path} does not hold the model that its metadata describe',
     'convert the model again',
@@ -145,7 +147,11 @@ class File:
     factors = self.fetch(rope) if rope in self.shapes else None
     try:
       return decoder_gguf.config_from_metadata(
-        self.metadata, self.shapes, self._is_tied(), factors
+        FAMILIES.values(),
+        self.metadata,
+        self.shapes,
+        self._is_tied(),
+        factors,
       )
     except CheckpointError:
       raise
@@ -194,6 +200,6 @@ class File:
 
   def fetch_for(self, name: str, config: DecoderConfig) -> np.ndarray:
     """A tensor as Hugging Face's files have it."""
-    arch = self.metadata['general.architecture']
+    form = FAMILIES[config.family].gguf
     array = self.fetch(name)
-    return decoder_gguf.as_stored_by_hf(name, array, arch, config)
+    return decoder_gguf.as_stored_by_hf(name, array, form, config)

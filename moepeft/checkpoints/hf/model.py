@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,14 @@ from safetensors.numpy import save_file
 from moepeft.checkpoints import directory
 from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.hf import tokenizer_files
-from moepeft.models import decoder_weights, hf_fields, weight_mapping
-from moepeft.models.bert import weights as bert_weights
-from moepeft.models.hf_layout import Layout
-from moepeft.models.t5 import weights as t5_weights
+from moepeft.models import (
+  FAMILIES,
+  ModelFamily,
+  by_model_type,
+  hf_fields,
+  weight_mapping,
+)
+from moepeft.models.hf_tensor_names import TensorNames
 from moepeft.models.weight_mapping import CheckpointError, Entry, Shape, Tree
 
 # Weights in forms that are not read, by the files' names.
@@ -31,9 +34,6 @@ _FOREIGN = {
   '*.ckpt-*.index': 'a checkpoint of TensorFlow',
   'flax_model*.msgpack': "weights of transformers' Flax models",
 }
-# `model_type` in config.json -> the room that knows its names.
-FAMILIES = {'t5': t5_weights, 'mt5': t5_weights, 'bert': bert_weights}
-FAMILIES |= dict.fromkeys(decoder_weights.HF_TYPES, decoder_weights)
 
 _CONFIG = 'config.json'
 _SINGLE_FILE, _INDEX_FILE = 'model.safetensors', 'model.safetensors.index.json'
@@ -55,16 +55,16 @@ def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   """
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = _named(family.layout(fields), open_tensors(folder))
+  tensors = _named(family.hf.tensor_names(fields), open_tensors(folder))
   config = _config(folder, family, fields, tensors)
-  entries = expected(family, config)
+  entries = expected(config)
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in entries},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     tensors.shapes,
     f'{folder} does not hold the model that its config.json describes',
     'use the config.json that was saved with these weights',
   )
-  sizes = family.sizes(config)
+  sizes = family.axis_sizes(config)
   params, sha256 = weight_mapping.read(
     entries, sizes, tensors.fetch, dtype, folder
   )
@@ -78,7 +78,7 @@ def load_config(path: str) -> Any:
   """
   folder = find(path)
   family, fields = _read_config(folder)
-  tensors = _named(family.layout(fields), open_tensors(folder))
+  tensors = _named(family.hf.tensor_names(fields), open_tensors(folder))
   return _config(folder, family, fields, tensors)
 
 
@@ -106,39 +106,32 @@ def save(
       the family is unknown.
   """
   family = family_of(config)
-  entries = expected(family, config)
-  arrays = weight_mapping.write(entries, family.sizes(config), params)
+  entries = expected(config)
+  arrays = weight_mapping.write(entries, family.axis_sizes(config), params)
   plan = _shards(entries, params, dtype, max_shard_bytes)
   with directory.directory(path, overwrite) as output_dir:
-    fields = family.config_to_hf(config)
+    fields = family.hf.to_fields(config)
     kinds = {str(_dtype(entry, params, dtype)) for entry in entries}
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
-    fields |= (
-      tokenizer_files.special_ids(tokenizer) if config.family != 't5' else {}
-    )
+    if family.hf.special_ids:
+      fields |= tokenizer_files.special_ids(tokenizer)
     directory.write_json(output_dir / _CONFIG, fields)
     _write_shards(output_dir, plan, arrays, dtype)
     tokenizer_files.write(output_dir, tokenizer)
 
 
-def expected(family: ModuleType, config: Any) -> tuple[Entry, ...]:
+def expected(config: Any) -> tuple[Entry, ...]:
   """Every tensor of a model of this config, in Hugging Face's names."""
-  rules = family.hf_rules(config)
+  family = family_of(config)
   return weight_mapping.entries(
-    rules, family.sizes(config), family.depths(config)
+    family.hf.rules(config), family.axis_sizes(config), family.depths(config)
   )
 
 
-def family_of(config: Any) -> ModuleType:
-  """The room that knows the names of a config's family."""
-  for family in FAMILIES.values():
-    if isinstance(config, family.Config):
-      return family
-  raise CheckpointError(
-    f'there are no Hugging Face names for a {type(config).__name__}; there '
-    f'are for {", ".join(FAMILIES)}'
-  )
+def family_of(config: Any) -> ModelFamily:
+  """The family of a model's config."""
+  return FAMILIES[config.family]
 
 
 def find(path: str) -> Path:
@@ -211,26 +204,28 @@ def _shard_files(folder: Path) -> list[Path]:
   return [folder / name for name in sorted(set(shards))]
 
 
-def _read_config(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+def _read_config(folder: Path) -> tuple[ModelFamily, dict[str, Any]]:
   file = folder / _CONFIG
   fields = directory.read_json(file)
-  kind = fields.get('model_type')
-  if not isinstance(kind, str) or kind not in FAMILIES:
+  families, model_type = by_model_type(), fields.get('model_type')
+  if not isinstance(model_type, str) or model_type not in families:
     raise CheckpointError(
-      f'{file} is of the family {kind!r}; supported are {", ".join(FAMILIES)}'
+      f'{file} is of the family {model_type!r}; supported are '
+      f'{", ".join(families)}'
     )
+  form = families[model_type].hf
   if fields.get('quantization_config') or fields.get('quantization'):
     raise CheckpointError(
       f'{file} is of quantised weights: expected plain ones; '
       'take the model that was quantised, and set config.model.quantize'
     )
   try:
-    hf_fields.check(fields)
+    hf_fields.check(fields, form.field_types)
   except ValueError as error:
     raise CheckpointError(
       f'{file} is damaged or of another model: {error}; copy it again'
     ) from None
-  return FAMILIES[kind], hf_fields.named(fields)
+  return families[model_type], hf_fields.with_aliases(fields, form.aliases)
 
 
 @dataclasses.dataclass
@@ -241,22 +236,19 @@ class _Named:
   fetch: Callable[[str], np.ndarray]
 
 
-def _named(layout: Layout, tensors: directory.Tensors) -> _Named:
-  stored_names = layout.known_as(tensors.shapes)
-  shapes = {
-    name: tensors.shapes[stored_name]
-    for name, stored_name in stored_names.items()
-  }
-  return _Named(shapes, lambda name: tensors.fetch(stored_names[name]))
+def _named(names: TensorNames, tensors: directory.Tensors) -> _Named:
+  stored = names.in_rules(tensors.shapes)
+  shapes = {name: tensors.shapes[stored[name]] for name in stored}
+  return _Named(shapes, lambda name: tensors.fetch(stored[name]))
 
 
-def _config(folder: Path, family: ModuleType, fields, tensors: _Named) -> Any:
+def _config(folder: Path, family: ModelFamily, fields, tensors: _Named) -> Any:
   """The config from config.json; the weights decide what it leaves open."""
-  layout = family.layout(fields)
-  tied = _is_tied(layout, fields, tensors)
-  parts = {part: name in tensors.shapes for part, name in layout.parts.items()}
+  names = family.hf.tensor_names(fields)
+  tied = _is_tied(names, fields, tensors)
+  parts = {part: name in tensors.shapes for part, name in names.parts.items()}
   try:
-    config = family.config_from_hf(fields, tied)
+    config = family.hf.from_fields(fields, tied)
   except CheckpointError:
     raise
   except ValueError as error:
@@ -267,9 +259,9 @@ def _config(folder: Path, family: ModuleType, fields, tensors: _Named) -> Any:
   return dataclasses.replace(config, **parts)
 
 
-def _is_tied(layout: Layout, fields, tensors: _Named) -> bool:
+def _is_tied(names: TensorNames, fields, tensors: _Named) -> bool:
   """Whether the head is the embedding; forgets a tensor that repeats it."""
-  head, embedding = layout.head, layout.embedding
+  head, embedding = names.head, names.embedding
   if head not in tensors.shapes or embedding not in tensors.shapes:
     return head not in tensors.shapes
   if fields.get('tie_word_embeddings') is False:
@@ -293,7 +285,7 @@ def _shards(entries, params, dtype, most: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
   for entry in weight_mapping.whole(entries):
-    size = math.prod(entry.their_shape) * _dtype(entry, params, dtype).itemsize
+    size = math.prod(entry.stored_shape) * _dtype(entry, params, dtype).itemsize
     if shards[-1] and used + size > most:
       shards.append([])
       used = 0
@@ -315,7 +307,7 @@ def _write_shards(
     shard_arrays = {}
     for entry in shard:
       _, array = next(arrays)
-      shard_arrays[entry.their_name] = (
+      shard_arrays[entry.stored_name] = (
         array if dtype is None else array.astype(dtype)
       )
     # transformers reads no file without this note.

@@ -61,11 +61,11 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
     shapes, fetch_one = read.shapes, read.fetch
   else:
     method, rules = _read_ia3(config, shapes)
-  sizes = family.sizes(config) | letters
+  sizes = family.axis_sizes(config) | letters
   entries = weight_mapping.entries(rules, sizes, family.depths(config))
   left_out = _left_out(entries, shapes)
   weight_mapping.check(
-    {e.their_name: e.their_shape for e in entries},
+    {e.stored_name: e.stored_shape for e in entries},
     left_out | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
@@ -109,10 +109,10 @@ def save(
     return
   family = hf.family_of(config)
   fields, rules, letters = _describe(config, adapter)
-  sizes = family.sizes(config) | letters
+  sizes = family.axis_sizes(config) | letters
   entries = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
-    entry.their_name: array
+    entry.stored_name: array
     for entry, array in weight_mapping.write(entries, sizes, adapter.tree)
   }
   if 'r' in fields:
@@ -123,7 +123,7 @@ def save(
     for name, array in arrays.items()
     if 'r' not in fields and array.shape[0] == 1
   }
-  modules, adapted = family.hf_modules(config), set(map(module_of, arrays))
+  modules, adapted = family.hf.module_names(config), set(map(module_of, arrays))
   earlier_fields = like if like.get('peft_type') == fields['peft_type'] else {}
   fields |= peft_config.selection(modules, adapted, inputs, earlier_fields)
   _write(path, config, arrays, fields, base, like, overwrite)
@@ -157,7 +157,7 @@ def _write(
     earlier_fields['base_model_name_or_path'] = base
   with directory.directory(path, overwrite) as output_dir:
     save_file(arrays, output_dir / ARRAYS, metadata={'format': 'pt'})
-    task = hf.family_of(config).PEFT_TASK
+    task = hf.family_of(config).hf.peft_task
     fixed = {'inference_mode': True, 'task_type': task}
     directory.write_json(output_dir / CONFIG, fixed | earlier_fields | fields)
 
@@ -175,8 +175,8 @@ def _open(folder: Path) -> directory.Tensors:
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
   """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
   family = hf.family_of(config)
-  path = f'{family.in_layers(site)}/{instance}/scale'
-  if site in family.taps():
+  path = f'{weight_mapping.in_layers(site)}/{instance}/scale'
+  if site in family.activations(config):
     # Scaling the activation or the product with wi_1 is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
   inner, outer = family.projections(config)[site]
@@ -188,7 +188,7 @@ def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
 
 def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
   family = hf.family_of(config)
-  sites = family.projections(config) | family.taps()
+  sites = family.projections(config) | family.activations(config)
   outputs, inputs = [], []
   for site in family.projections(config):
     site_shapes = _shapes_at(config, site, 'ia3_l', shapes)
@@ -213,7 +213,7 @@ def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
 
 def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
   """The shapes of a module's arrays, over the layers that have it."""
-  module = re.escape(PREFIX + hf.family_of(config).hf_module(site, config))
+  module = re.escape(PREFIX + hf.family_of(config).hf.module_name(site, config))
   pattern = module.replace(re.escape('{l}'), r'\d+') + re.escape(f'.{leaf}')
   return [s for name, s in shapes.items() if re.fullmatch(pattern, name)]
 
@@ -226,9 +226,9 @@ def _left_out(
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
   stored_modules = {module_of(name) for name in shapes}
   absent = {
-    e.their_name: e.their_shape
+    e.stored_name: e.stored_shape
     for e in entries
-    if module_of(e.their_name) not in stored_modules
+    if module_of(e.stored_name) not in stored_modules
   }
   lost = [name for name in absent if name.endswith('_vector')]
   if lost:
@@ -261,14 +261,14 @@ def _all_ia3_rules(
   config: Any, adapter: AdapterWeights, specs: Mapping[str, Spec]
 ) -> list[Rule]:
   family = hf.family_of(config)
-  sites = family.projections(config) | family.taps()
+  sites = family.projections(config) | family.activations(config)
   rules = []
   for instance, spec in specs.items():
     at = sites_in(adapter.tree, instance)
     peft_lora.require(at, sites)
     on = spec.get('on', Ia3.on)
     rules += [_ia3_rule(config, site, instance, on) for site in at]
-  if len({rule.theirs for rule in rules}) < len(rules):
+  if len({rule.stored_name for rule in rules}) < len(rules):
     raise CheckpointError(
       'peft keeps one scale a module: this adapter has several at wo (act, '
       'hidden and wo itself count as one); write the moepeft form instead'

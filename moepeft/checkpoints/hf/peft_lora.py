@@ -24,6 +24,7 @@ from moepeft.checkpoints.hf import peft_config
 from moepeft.checkpoints.hf.peft_names import PREFIX, module_of, own_module
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
+from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, Tree
 from moepeft.peft.methods.lora import Lora
 
@@ -80,7 +81,7 @@ def read(config: Any, fields: Mapping[str, Any], tensors: Any) -> Read:
       table has another shape than the model's, or the adapter is tied.
   """
   family = hf.family_of(config)
-  places = family.projections(config) | family.ends(config)
+  places = family.projections(config) | family.hf.peft_ends(config)
   shapes = _without_copies(config, tensors.shapes)
   all_sites = [
     site
@@ -137,9 +138,9 @@ def rules_at(
     letter: of its rank.
   """
   family = hf.family_of(config)
-  ends = family.ends(config)
+  ends = family.hf.peft_ends(config)
   inner, outer = (family.projections(config) | ends)[path]
-  within = path if path in ends else family.in_layers(path)
+  within = path if path in ends else weight_mapping.in_layers(path)
   instance_path = f'{within}/{instance}'
   module_name = f'{PREFIX}{own_module(config, path)}'
   a, b = _leaves(path)
@@ -176,7 +177,7 @@ def describe(
       alpha and sites, or one is at a site that peft does not adapt.
   """
   family = hf.family_of(config)
-  peft_sites = family.projections(config) | family.ends(config)
+  peft_sites = family.projections(config) | family.hf.peft_ends(config)
   fields, rules, letters, adapted_sites = {}, [], {}, set()
   for letter, (instance, spec) in zip(
     string.ascii_uppercase, specs.items(), strict=False
@@ -221,7 +222,7 @@ def describe(
 
 def _pattern(config: Any, path: str) -> str:
   """The modules of a site, as a key of peft's patterns."""
-  module = re.escape(hf.family_of(config).hf_module(path, config))
+  module = re.escape(hf.family_of(config).hf.module_name(path, config))
   return module.replace(re.escape('{l}'), r'\d+')
 
 
@@ -247,9 +248,9 @@ def _without_copies(
 ) -> dict[str, Shape]:
   """The arrays less copies of the base's frozen tables."""
   family = hf.family_of(config)
-  sizes = family.sizes(config)
+  sizes = family.axis_sizes(config)
   table = (sizes['v'], sizes['d'])
-  tables = {own_module(config, path) for path in family.ends(config)}
+  tables = {own_module(config, path) for path in family.hf.peft_ends(config)}
   remaining = {}
   for name, shape in shapes.items():
     match = _COPY.fullmatch(name)
@@ -271,7 +272,7 @@ def _site(
   shapes: Mapping[str, Shape],
 ) -> Site | None:
   """The site with the layers that are adapted, or None."""
-  module = re.escape(PREFIX + hf.family_of(config).hf_module(path, config))
+  module = re.escape(PREFIX + hf.family_of(config).hf.module_name(path, config))
   leaf = re.escape(_leaves(path)[0])
   pattern = module.replace(re.escape('{l}'), r'\d+') + rf'\.{leaf}'
   modules = {}

@@ -25,11 +25,11 @@ def own_module(config: Any, site: str) -> str:
     CheckpointError: it does.
   """
   family = hf.family_of(config)
-  module = family.hf_module(site, config)
+  module = family.hf.module_name(site, config)
   alike = [
     candidate
     for candidate in family.projections(config)
-    if family.hf_module(candidate, config) == module
+    if family.hf.module_name(candidate, config) == module
   ]
   if len(alike) > 1:
     raise CheckpointError(

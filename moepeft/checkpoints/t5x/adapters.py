@@ -21,6 +21,7 @@ from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.t5 import weights as t5_weights
+from moepeft.models.t5.family import FAMILY
 from moepeft.models.t5.model import T5Config
 from moepeft.models.weight_mapping import (
   CheckpointError,
@@ -64,9 +65,11 @@ def read(
   for method in METHODS:
     modules = _modules(config, method, shapes)
     if modules:
-      sizes = t5_weights.sizes(config) | _extra_sizes(method, modules, shapes)
+      sizes = t5_weights.axis_sizes(config) | _extra_sizes(
+        method, modules, shapes
+      )
       entries = _entries(config, method, modules, sizes)
-      expected_shapes |= {e.their_name: e.their_shape for e in entries}
+      expected_shapes |= {e.stored_name: e.stored_shape for e in entries}
       specs.append(_spec(config, method, modules, sizes, top_k))
       parts.append((entries, sizes))
   weight_mapping.check(
@@ -110,7 +113,7 @@ def write(
         f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
         f'can at {", ".join(released_places.values())}'
       )
-    sizes = t5_weights.sizes(config) | _letters(at)
+    sizes = t5_weights.axis_sizes(config) | _letters(at)
     entries = _entries(config, spec.name, modules, sizes)
     yield from weight_mapping.write(
       entries, sizes, weight_mapping.unflatten(instance_leaves)
@@ -153,7 +156,7 @@ def rules(
     method: 'lora', 'molora', 'ia3' or 'mov'.
     module, site: an item of `places`.
   """
-  inner, outer = (t5_weights.projections(config) | t5_weights.taps())[site]
+  inner, outer = (FAMILY.projections(config) | FAMILY.activations(config))[site]
   router = f'({inner})e'
   # In attention the heads share one head-sized kernel and scales lead with n.
   scale, mover = ('neh', 'he') if outer == 'nh' else ('ef', 'fe')
@@ -174,7 +177,7 @@ def rules(
       ('router/kernel', name, mover, mover),
     ),
   }
-  instance_path = f'{t5_weights.in_layers(site)}/{method}'
+  instance_path = f'{weight_mapping.in_layers(site)}/{method}'
   return tuple(
     Rule(f'{instance_path}/{leaf}', f'{module}/{t5x_leaf}', axes, their_axes)
     for leaf, t5x_leaf, axes, their_axes in table[method]
@@ -244,7 +247,7 @@ def _spec(
   top_k: int | None,
 ) -> Spec:
   """The method as the released code runs it, every option said."""
-  sites = t5_weights.projections(config) | t5_weights.taps()
+  sites = FAMILY.projections(config) | FAMILY.activations(config)
   where = site_patterns(modules.values(), sites)
   router = ('router', Spec('softmax'))
   if top_k is not None:

@@ -114,18 +114,18 @@ def save(
   _require_known(config)
   entries = weight_mapping.entries(
     t5_weights.t5x_rules(config),
-    t5_weights.sizes(config),
+    t5_weights.axis_sizes(config),
     t5_weights.depths(config),
   )
-  arrays = weight_mapping.write(entries, t5_weights.sizes(config), params)
+  arrays = weight_mapping.write(entries, t5_weights.axis_sizes(config), params)
   if adapter is not None:
     arrays = itertools.chain(arrays, t5x_adapters.write(config, adapter))
   with directory.directory(path, overwrite) as output_dir:
     folder = output_dir / f'checkpoint_{step}'
     folder.mkdir()
     target = {
-      entry.their_name: zarr.write(
-        folder, f'target.{entry.their_name.replace("/", ".")}', array
+      entry.stored_name: zarr.write(
+        folder, f'target.{entry.stored_name.replace("/", ".")}', array
       )
       for entry, array in arrays
     }
@@ -191,12 +191,12 @@ def _read(
   """Base and adapter of one flat tree."""
   base = {n: s for n, s in shapes.items() if not t5x_adapters.is_adapter(n)}
   config = _config(base, path)
-  sizes = t5_weights.sizes(config)
+  sizes = t5_weights.axis_sizes(config)
   entries = weight_mapping.entries(
     t5_weights.t5x_rules(config), sizes, t5_weights.depths(config)
   )
   weight_mapping.check(
-    {entry.their_name: entry.their_shape for entry in entries},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     base,
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',

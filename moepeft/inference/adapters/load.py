@@ -139,7 +139,7 @@ def _check_base(stored: _Stored, path: str, base: Base) -> None:
 def _check_arrays(
   arrays: Mapping[str, np.ndarray], built: Built, path: str, base: Base
 ) -> None:
-  expected = arrays_of(base.family.MODULE(base.config, built.adapter_map))
+  expected = arrays_of(base.family.module(base.config, built.adapter_map))
   weight_mapping.check(
     {name: shape for name, (shape, _) in expected.items()},
     {name: a.shape for name, a in arrays.items()},

@@ -31,7 +31,7 @@ def bucket_layouts(
   Args:
     adapter_map: of all of them.
   """
-  arrays = arrays_of(base.family.MODULE(base.config, adapter_map))
+  arrays = arrays_of(base.family.module(base.config, adapter_map))
   return {
     bucket.name: {
       path: shape_and_metadata

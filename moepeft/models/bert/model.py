@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT (Devlin et al., arXiv:1810.04805): an encoder alone, its norms after
-the sums, learned positions, token types. The names of its weights elsewhere
-are in `bert_names`."""
+the sums, learned positions, token types. The names of its weights in other
+formats are in `bert.weights`."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,7 +12,6 @@ from flax import struct
 
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
-from moepeft.models.decoder.hf_config import released
 from moepeft.models.sites import ATTENTION, context, feed_forward
 from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
 from moepeft.nn.attention import Attention, attention_mask, check_implementation
@@ -88,32 +85,18 @@ SIZES = {
 }
 
 
-config = functools.partial(released, 'BERT', SIZES)
-
-
-def from_fields(fields: Mapping[str, Any]) -> BertConfig:
-  """The config whose `dataclasses.asdict` went through JSON.
-
-  Raises:
-    ValueError: a field is unknown or cannot be; the message begins with its
-      name.
-  """
-  config_fields.check_names(BertConfig, fields)
-  return BertConfig(**fields)
-
-
 def sites(config: BertConfig) -> dict[str, str]:
   """Every site's path and its role, which methods' defaults go by."""
   mlp = feed_forward(gated=False)
-  found = {'embed': 'embed', 'embed_norm': 'norm'}
-  found |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
-  found |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
+  roles = {'embed': 'embed', 'embed_norm': 'norm'}
+  roles |= {f'encoder/self{part}': role for part, role in ATTENTION.items()}
+  roles |= {f'encoder/mlp{part}': role for part, role in mlp.items()}
   if config.pooler:
-    found['pooler'] = 'pooler'
+    roles['pooler'] = 'pooler'
   if config.masked:
-    found |= {'transform': 'transform', 'transform_norm': 'norm'}
-    found['head'] = 'head'
-  return found
+    roles |= {'transform': 'transform', 'transform_norm': 'norm'}
+    roles['head'] = 'head'
+  return roles
 
 
 class Block(nn.Module):
@@ -206,7 +189,7 @@ class Stack(nn.Module):
 
 @struct.dataclass
 class Encoded:
-  """What an encoder says of a batch.
+  """The outputs of an encoder.
 
   Attributes:
     states: [b, t, d] of the last layer.
@@ -343,6 +326,3 @@ class Bert(nn.Module):
     x = ACTIVATIONS[c.activation](self.transform(x, ctx))
     x = self.transform_norm(x, ctx)
     return self.head(x, ctx, self.embed if c.tied else None)
-
-
-MODULE = Bert

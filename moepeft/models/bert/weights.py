@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What BERT's arrays are called in Hugging Face's files, and its config."""
+"""BERT's arrays and config in Hugging Face's files."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models import weight_mapping
 from moepeft.models.bert.model import BertConfig
-from moepeft.models.decoder.hf_config import ACTIVATIONS, activation_to_hf
-from moepeft.models.hf_layout import Layout
-from moepeft.models.weight_mapping import CheckpointError, Rule, entries
-
-Config = BertConfig
+from moepeft.models.decoder.hf_config import (
+  activation_from_hf,
+  activation_to_hf,
+)
+from moepeft.models.hf_tensor_names import TensorNames
+from moepeft.models.weight_mapping import CheckpointError, Rule, in_layers
 
 _HEAD = 'cls.predictions'
 _BIASES = {True: f'{_HEAD}.bias', False: f'{_HEAD}.decoder.bias'}
-LAYOUT = Layout(
+TENSOR_NAMES = TensorNames(
   head=f'{_HEAD}.decoder.weight',
   embedding='bert.embeddings.word_embeddings.weight',
   prefix='bert.',
@@ -30,8 +32,6 @@ LAYOUT = Layout(
     'masked': f'{_HEAD}.transform.dense.weight',
   },
 )
-# What Hugging Face's peft calls what the model does.
-PEFT_TASK = 'FEATURE_EXTRACTION'
 
 _MODULES = {
   'self/q': 'attention.self.query',
@@ -47,7 +47,7 @@ _NORMS = {
 }
 
 
-def sizes(config: BertConfig) -> dict[str, int]:
+def axis_sizes(config: BertConfig) -> dict[str, int]:
   """The size of each axis letter."""
   return {
     'v': config.vocab,
@@ -61,13 +61,15 @@ def sizes(config: BertConfig) -> dict[str, int]:
   }
 
 
-def layout(fields: Mapping[str, Any]) -> Layout:
-  """Of files whose `config.json` has these fields."""
+def tensor_names(fields: Mapping[str, Any]) -> TensorNames:
+  """See `family.HuggingFaceForm`."""
   # One bias for a tied head, which older files repeat; two for one of its
   # own, of which the decoder's is what counts.
   tied = fields.get('tie_word_embeddings') is not False
   unused = _BIASES[not tied].replace('.', r'\.')
-  return dataclasses.replace(LAYOUT, ignored=f'{LAYOUT.ignored}|{unused}')
+  return dataclasses.replace(
+    TENSOR_NAMES, ignored=f'{TENSOR_NAMES.ignored}|{unused}'
+  )
 
 
 def depths(config: BertConfig) -> dict[str, int]:
@@ -80,25 +82,8 @@ def projections(config: BertConfig) -> dict[str, tuple[str, str]]:
   del config
   attention = dict.fromkeys('qkv', ('d', 'nh')) | {'o': ('nh', 'd')}
   mlp = {'wi': ('d', 'f'), 'wo': ('f', 'd')}
-  found = {f'encoder/self/{name}': axes for name, axes in attention.items()}
-  return found | {f'encoder/mlp/{name}': axes for name, axes in mlp.items()}
-
-
-def taps() -> dict[str, tuple[str, str]]:
-  """The weightless sites inside the feed-forward, as `projections`."""
-  return {f'encoder/mlp/{tap}': ('f', 'f') for tap in ('act', 'hidden')}
-
-
-def in_layers(site: str) -> str:
-  """'encoder/self/q' -> 'encoder/layers/{l}/self/q'."""
-  stack, rest = site.split('/', 1)
-  return f'{stack}/layers/{{l}}/{rest}'
-
-
-def ends(config: BertConfig) -> dict[str, tuple[str, str]]:
-  """Neither the embedding nor the head take an adapter of peft's."""
-  del config
-  return {}
+  sites = {f'encoder/self/{name}': axes for name, axes in attention.items()}
+  return sites | {f'encoder/mlp/{name}': axes for name, axes in mlp.items()}
 
 
 def hf_module(site: str, config: BertConfig) -> str:
@@ -112,22 +97,24 @@ def hf_module(site: str, config: BertConfig) -> str:
 
 def hf_modules(config: BertConfig) -> set[str]:
   """Every module with a weight, 'encoder.layer.0.attention.self.query'."""
-  found = entries(hf_rules(config), sizes(config), depths(config))
+  names = weight_mapping.module_names(
+    hf_rules(config), axis_sizes(config), depths(config)
+  )
   return {
-    _prefix(config) + name.removesuffix('.weight').removeprefix(LAYOUT.prefix)
-    for name in (entry.their_name for entry in found)
-    if name.endswith('.weight') and not name.startswith(_HEAD)
+    _prefix(config) + name.removeprefix(TENSOR_NAMES.prefix)
+    for name in names
+    if not name.startswith(_HEAD)
   }
 
 
 def _prefix(config: BertConfig) -> str:
-  return LAYOUT.prefix if config.masked else ''
+  return TENSOR_NAMES.prefix if config.masked else ''
 
 
 def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
   """Rules for `BertModel` or `BertForMaskedLM`; kernels are [out, in]."""
   rules = [
-    Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd'),
+    Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd'),
     _table('positions', 'position', 'p'),
     _table('types', 'token_type', 'y'),
     *_norm('embed_norm', 'bert.embeddings.LayerNorm'),
@@ -144,27 +131,27 @@ def hf_rules(config: BertConfig) -> tuple[Rule, ...]:
     rules += _norm('transform_norm', f'{_HEAD}.transform.LayerNorm')
     rules.append(Rule('head/bias', _BIASES[config.tied], 'v', 'v'))
     if not config.tied:
-      rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
+      rules.append(Rule('head/kernel', TENSOR_NAMES.head, 'dv', 'vd'))
   return tuple(rules)
 
 
-def _table(ours: str, theirs: str, letter: str) -> Rule:
-  theirs = f'bert.embeddings.{theirs}_embeddings.weight'
-  return Rule(f'{ours}/embedding', theirs, f'{letter}d', f'{letter}d')
+def _table(name: str, stored_name: str, letter: str) -> Rule:
+  stored_name = f'bert.embeddings.{stored_name}_embeddings.weight'
+  return Rule(f'{name}/embedding', stored_name, f'{letter}d', f'{letter}d')
 
 
-def _dense(ours: str, theirs: str, inner: str, outer: str) -> list[Rule]:
-  weight, bias = f'{theirs}.weight', f'{theirs}.bias'
+def _dense(path: str, module: str, inner: str, outer: str) -> list[Rule]:
+  weight, bias = f'{module}.weight', f'{module}.bias'
   return [
-    Rule(f'{ours}/kernel', weight, inner + outer, f'({outer})({inner})'),
-    Rule(f'{ours}/bias', bias, outer, f'({outer})'),
+    Rule(f'{path}/kernel', weight, inner + outer, f'({outer})({inner})'),
+    Rule(f'{path}/bias', bias, outer, f'({outer})'),
   ]
 
 
-def _norm(ours: str, theirs: str) -> list[Rule]:
+def _norm(path: str, module: str) -> list[Rule]:
   return [
-    Rule(f'{ours}/scale', f'{theirs}.weight', 'd', 'd'),
-    Rule(f'{ours}/bias', f'{theirs}.bias', 'd', 'd'),
+    Rule(f'{path}/scale', f'{module}.weight', 'd', 'd'),
+    Rule(f'{path}/bias', f'{module}.bias', 'd', 'd'),
   ]
 
 
@@ -183,10 +170,11 @@ _OPTIONAL = {
 }
 
 
-def config_from_hf(fields: Mapping[str, Any], tied: bool) -> BertConfig:
+def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> BertConfig:
   """Reads a `config.json`.
 
-  It does not say whether there are a pooler and a head; `LAYOUT.parts` does.
+  It does not say whether there are a pooler and a head;
+  `TENSOR_NAMES.parts` does.
 
   Raises:
     CheckpointError: a size is absent, or an option is one that is not
@@ -200,14 +188,14 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> BertConfig:
     )
   _check(fields)
   optional = {
-    ours: fields[theirs]
-    for ours, theirs in _OPTIONAL.items()
-    if fields.get(theirs) is not None
+    name: fields[hf_name]
+    for name, hf_name in _OPTIONAL.items()
+    if fields.get(hf_name) is not None
   }
   return BertConfig(
-    **{ours: fields[theirs] for ours, theirs in _SIZES.items()},
+    **{name: fields[hf_name] for name, hf_name in _SIZES.items()},
     **optional,
-    activation=ACTIVATIONS[fields.get('hidden_act', 'gelu')],
+    activation=activation_from_hf(fields.get('hidden_act', 'gelu')),
     tied=bool(tied),
   )
 
@@ -225,12 +213,6 @@ def _check(fields: Mapping[str, Any]) -> None:
       f'config.json has position_embedding_type {positions!r}: expected '
       "'absolute'; others are not supported"
     )
-  activation = fields.get('hidden_act', 'gelu')
-  if activation not in ACTIVATIONS:
-    raise CheckpointError(
-      f'the activation {activation!r} in config.json: expected one of '
-      f'{", ".join(ACTIVATIONS)}; others are not supported'
-    )
   width, heads = fields['hidden_size'], fields['num_attention_heads']
   if width % heads:
     raise CheckpointError(
@@ -239,7 +221,7 @@ def _check(fields: Mapping[str, Any]) -> None:
     )
 
 
-def config_to_hf(config: BertConfig) -> dict[str, Any]:
+def to_hf_fields(config: BertConfig) -> dict[str, Any]:
   """The content of a `config.json`."""
   kind = 'BertForMaskedLM' if config.masked else 'BertModel'
   fields = _SIZES | _OPTIONAL
@@ -250,5 +232,5 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
     'attention_probs_dropout_prob': config.dropout,
     'position_embedding_type': 'absolute',
     'tie_word_embeddings': config.tied,
-    **{name: getattr(config, ours) for ours, name in fields.items()},
+    **{key: getattr(config, field) for field, key in fields.items()},
   }

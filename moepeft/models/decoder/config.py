@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoder-only models of all families are told apart by."""
+"""The options in which decoder-only models differ."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ POSITIONS = ('rope', 'learned', 'sinusoidal', 'alibi')
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """The shape of a decoder, and what its family does its own way.
+  """The shape of a decoder, and the options of its family.
 
   Attributes:
-    family: whose names its weights have; a key of `models.FAMILIES`.
+    family: a key of `models.FAMILIES`, which has the names of the weights.
     kv_heads: heads of keys and values; queries are grouped on them.
     gated, activation: as of `nn.mlp.Mlp`.
     tied: whether the head is the embedding's transpose.
@@ -157,26 +157,26 @@ def from_fields(fields: Mapping[str, Any]) -> DecoderConfig:
       name.
   """
   config_fields.check_names(DecoderConfig, fields)
-  found = dict(fields)
-  if 'rope' in found:
-    found['rope'] = _rope(found['rope'])
-  if 'windowed' in found:
-    windowed = found['windowed']
+  values = dict(fields)
+  if 'rope' in values:
+    values['rope'] = _rope(values['rope'])
+  if 'windowed' in values:
+    windowed = values['windowed']
     if not isinstance(windowed, (tuple, list)):
       raise ValueError(
         f'windowed is a list, True or False for each layer; got {windowed!r}'
       )
-    found['windowed'] = tuple(windowed)
-  return DecoderConfig(**found)
+    values['windowed'] = tuple(windowed)
+  return DecoderConfig(**values)
 
 
-def _rope(said: Any) -> Rope:
-  if isinstance(said, Rope):
-    return said
-  if not isinstance(said, Mapping):
+def _rope(value: Any) -> Rope:
+  if isinstance(value, Rope):
+    return value
+  if not isinstance(value, Mapping):
     raise ValueError(
       "rope is a mapping like {'kind': 'linear', 'factor': 2.0}; got "
-      f'{said!r}'
+      f'{value!r}'
     )
-  config_fields.check_names(Rope, said, 'rope.')
-  return Rope(**said)
+  config_fields.check_names(Rope, value, 'rope.')
+  return Rope(**value)

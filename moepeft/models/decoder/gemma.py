@@ -3,26 +3,22 @@
 store scale - 1; 2 adds norms after sublayers, soft caps and windows."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.family import GgufForm
+from moepeft.models.hf_fields import NUMBER, POSITIVE, SWITCH
 from moepeft.models.weight_mapping import CheckpointError
 
-HF_TYPES = ('gemma', 'gemma2')
-# Whether the head is the embedding where config.json is silent.
-TIED = True
 _SIZE = DecoderConfig(
   family='gemma',
   vocab=256000,
@@ -82,29 +78,27 @@ SIZES = {
   ),
 }
 
-config = functools.partial(released, 'Gemma', SIZES)
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
   if fields.get('use_bidirectional_attention'):
     raise CheckpointError(
       'config.json has use_bidirectional_attention: expected a Gemma that '
       'generates text; encoders are not supported'
     )
-  # What transformers takes where the file is silent.
+  # Defaults of transformers' class.
   fields = _USUAL | fields
-  of_2 = fields['model_type'] == 'gemma2'
+  is_gemma2 = fields['model_type'] == 'gemma2'
   # Each class reads one of the two names and ignores the other.
-  said = fields.get('hidden_activation' if of_2 else 'hidden_act')
-  if said is None or (not of_2 and said == 'gelu'):
+  activation = fields.get('hidden_activation' if is_gemma2 else 'hidden_act')
+  if activation is None or (not is_gemma2 and activation == 'gelu'):
     # Gemma 1's files say 'gelu' and have always meant the tanh form.
-    said = 'gelu_pytorch_tanh'
+    activation = 'gelu_pytorch_tanh'
   shape = shape_from_hf(
-    {**fields, 'hidden_activation': said},
+    {**fields, 'hidden_activation': activation},
     'gemma',
     tied,
-    kv_heads=4 if of_2 else 16,
+    kv_heads=4 if is_gemma2 else 16,
   )
   bias = fields.get('attention_bias', False)
   shape = dataclasses.replace(
@@ -115,7 +109,7 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     attention_bias=bias,
     out_bias=bias,
   )
-  if not of_2:
+  if not is_gemma2:
     return shape
   return dataclasses.replace(
     shape,
@@ -150,3 +144,44 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
   }
   del fields['use_sliding_window']
   return fields
+
+
+def _gguf_fields(
+  architecture: str, metadata: Mapping[str, Any], rope_factors: Any
+) -> dict[str, Any]:
+  fields = gguf.llama_fields(architecture, metadata, rope_factors)
+  if architecture == 'gemma':
+    return fields
+  # The scale is not in the file: llama.cpp knows the largest by its depth.
+  of_27b = fields['hidden_size'] // fields['num_attention_heads']
+  is_27b = fields['num_hidden_layers'] == 46
+  return fields | {
+    'query_pre_attn_scalar': of_27b if is_27b else fields['head_dim'],
+    'sliding_window': metadata.get(gguf.WINDOW, 4096),
+    'attn_logit_softcapping': metadata.get('attn_logit_softcapping', 50.0),
+    'final_logit_softcapping': metadata.get('final_logit_softcapping', 30.0),
+  }
+
+
+FAMILY = decoder_family(
+  'Gemma',
+  SIZES,
+  DecoderForm(
+    ('gemma', 'gemma2'),
+    from_hf,
+    to_hf,
+    tied=True,
+    field_types={
+      'query_pre_attn_scalar': POSITIVE,
+      'attn_logit_softcapping': NUMBER,
+      'final_logit_softcapping': NUMBER,
+      'use_bidirectional_attention': SWITCH,
+    },
+  ),
+  GgufForm(
+    {'gemma': 'gemma', 'gemma2': 'gemma2'},
+    _gguf_fields,
+    gguf.NAMES.rules,
+    bias_from_tensors=True,
+  ),
+)

@@ -3,30 +3,35 @@
 Learners"): learned positions, centred norms, biases, one array for q, k, v."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
+from moepeft.models.decoder.arrays import DecoderNames
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  ACTIVATIONS,
+  activation_from_hf,
   activation_to_hf,
-  in_layers,
-  projections,
-  released,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
-from moepeft.models.hf_layout import Layout
-from moepeft.models.weight_mapping import CheckpointError, Rule
+from moepeft.models.family import GgufForm
+from moepeft.models.hf_fields import SIZE, SWITCH, TEXT
+from moepeft.models.weight_mapping import CheckpointError
 
-HF_TYPES = ('gpt2',)
-# Whether the head is the embedding where config.json is silent.
-TIED = True
-LAYOUT = Layout(
-  head='lm_head.weight',
-  embedding='transformer.wte.weight',
+NAMES = DecoderNames(
+  layer='transformer.h.{l}.',
+  modules={
+    **dict.fromkeys(('self/q', 'self/k', 'self/v'), 'attn.c_attn'),
+    'self/o': 'attn.c_proj',
+    'mlp/wi': 'mlp.c_fc',
+    'mlp/wo': 'mlp.c_proj',
+  },
+  norms={'self/norm': 'ln_1', 'mlp/norm': 'ln_2'},
+  embedding='transformer.wte',
+  positions='transformer.wpe',
+  norm='transformer.ln_f',
+  head='lm_head',
+  kernel_axes='in out',
   prefix='transformer.',
   # The causal mask, which older files keep.
   ignored=r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',
@@ -69,61 +74,6 @@ SIZES = {
   'xl': _gpt2(1600, 25, 48),
 }
 
-_MODULES = {
-  'self/q': 'attn.c_attn',
-  'self/k': 'attn.c_attn',
-  'self/v': 'attn.c_attn',
-  'self/o': 'attn.c_proj',
-  'mlp/wi': 'mlp.c_fc',
-  'mlp/wo': 'mlp.c_proj',
-}
-_NORMS = {'decoder/self/norm': 'ln_1', 'decoder/mlp/norm': 'ln_2'}
-
-config = functools.partial(released, 'GPT-2', SIZES)
-
-
-def hf_module(site: str) -> str:
-  """'decoder/self/o' -> 'transformer.h.{l}.attn.c_proj'.
-
-  q, k and v are parts of one module, `c_attn`.
-  """
-  return f'transformer.h.{{l}}.{_MODULES[site.removeprefix("decoder/")]}'
-
-
-def hf_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-  """Rules for `GPT2LMHeadModel`; kernels are [in, out]."""
-  rules = [
-    Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd'),
-    Rule('positions/embedding', 'transformer.wpe.weight', 'pd', 'pd'),
-  ]
-  for site, (inner, outer) in projections(config).items():
-    rules += _projection(site, inner, outer)
-  for site, name in _NORMS.items():
-    rules += _norm(in_layers(site), f'transformer.h.{{l}}.{name}')
-  rules += _norm('decoder/norm', 'transformer.ln_f')
-  if not config.tied:
-    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
-  return tuple(rules)
-
-
-def _projection(site: str, inner: str, outer: str) -> list[Rule]:
-  ours, theirs = in_layers(site), hf_module(site)
-  part, joined = (0, 1), f'({outer})'
-  if theirs.endswith('c_attn'):
-    part, joined = ('qkv'.index(site[-1]), 3), f'(*{outer})'
-  weight, bias = f'{theirs}.weight', f'{theirs}.bias'
-  return [
-    Rule(f'{ours}/kernel', weight, inner + outer, f'({inner}){joined}', part),
-    Rule(f'{ours}/bias', bias, outer, joined, part),
-  ]
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-  return [
-    Rule(f'{ours}/scale', f'{theirs}.weight', 'd', 'd'),
-    Rule(f'{ours}/bias', f'{theirs}.bias', 'd', 'd'),
-  ]
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
   """Reads a `config.json`.
@@ -132,8 +82,8 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     CheckpointError: a size is absent, or an option is one that is not
       supported.
   """
-  wanted = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
-  absent = [key for key in wanted if fields.get(key) is None]
+  required = ('vocab_size', 'n_embd', 'n_head', 'n_layer')
+  absent = [key for key in required if fields.get(key) is None]
   if absent:
     raise CheckpointError(
       f'config.json lacks {", ".join(absent)}: expected the config of a gpt2 '
@@ -155,21 +105,14 @@ def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
     head_dim=d_model // heads,
     ffn=fields.get('n_inner') or 4 * d_model,
     layers=fields['n_layer'],
-    activation=_activation(fields.get('activation_function', 'gelu_new')),
+    activation=activation_from_hf(
+      fields.get('activation_function', 'gelu_new')
+    ),
     tied=tied,
     length=fields.get('n_positions', 1024),
     eps=fields.get('layer_norm_epsilon', 1e-5),
     scale=0.0 if fields.get('scale_attn_weights', True) else 1.0,
   )
-
-
-def _activation(name: str) -> str:
-  if name not in ACTIVATIONS:
-    raise CheckpointError(
-      f'the activation {name!r} in config.json: expected one of '
-      f'{", ".join(ACTIVATIONS)}; others are not supported'
-    )
-  return ACTIVATIONS[name]
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -190,3 +133,46 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'scale_attn_weights': config.scale != 1.0,
     'tie_word_embeddings': config.tied,
   }
+
+
+def _gguf_fields(
+  architecture: str, metadata: Mapping[str, Any], rope_factors: Any
+) -> dict[str, Any]:
+  del rope_factors
+  return {
+    'model_type': architecture,
+    'n_embd': metadata['embedding_length'],
+    'n_head': metadata['attention.head_count'],
+    'n_layer': metadata['block_count'],
+    'n_positions': metadata['context_length'],
+    'n_inner': metadata['feed_forward_length'],
+    'layer_norm_epsilon': metadata['attention.layer_norm_epsilon'],
+  }
+
+
+_SIZE_FIELDS = ('n_embd', 'n_head', 'n_layer', 'n_inner', 'n_positions')
+_SWITCHES = ('scale_attn_weights', 'scale_attn_by_inverse_layer_idx')
+
+FAMILY = decoder_family(
+  'GPT-2',
+  SIZES,
+  DecoderForm(
+    ('gpt2',),
+    from_hf,
+    to_hf,
+    tied=True,
+    names=NAMES,
+    field_types={
+      **dict.fromkeys(_SIZE_FIELDS, SIZE),
+      **dict.fromkeys(_SWITCHES, SWITCH),
+      'activation_function': TEXT,
+    },
+    aliases={
+      'hidden_size': 'n_embd',
+      'max_position_embeddings': 'n_positions',
+      'num_attention_heads': 'n_head',
+      'num_hidden_layers': 'n_layer',
+    },
+  ),
+  GgufForm({'gpt2': 'gpt2'}, _gguf_fields, gguf.JOINED_QKV_NAMES.rules),
+)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Hugging Face's `config.json` says of rotary positions."""
+"""Rotary positions in Hugging Face's `config.json`."""
 
 import math
 from collections.abc import Mapping
@@ -36,52 +36,56 @@ def rope_from_hf(fields: Mapping[str, Any]) -> Rope:
   Raises:
     CheckpointError: a scaling that is not supported.
   """
-  said = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
-  kind = said.get('rope_type') or said.get('type') or 'default'
-  theta = said.get('rope_theta') or fields.get('rope_theta') or 10000.0
-  partial = said.get('partial_rotary_factor')
+  parameters = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
+  rope_type = parameters.get('rope_type') or parameters.get('type') or 'default'
+  theta = parameters.get('rope_theta') or fields.get('rope_theta') or 10000.0
+  partial = parameters.get('partial_rotary_factor')
   partial = partial or fields.get('partial_rotary_factor') or 1.0
-  what = None if kind in KINDS else repr(kind)
+  unsupported = None if rope_type in KINDS else repr(rope_type)
   if partial != 1.0:
-    what = 'a partial_rotary_factor'
-  if any(isinstance(value, Mapping) for value in said.values()):
-    what = 'one for each type of layer'
-  if what:
+    unsupported = 'a partial_rotary_factor'
+  if any(isinstance(value, Mapping) for value in parameters.values()):
+    unsupported = 'one for each type of layer'
+  if unsupported:
     raise CheckpointError(
-      f'the RoPE scaling in config.json is {what}: supported are '
+      f'the RoPE scaling in config.json is {unsupported}: supported are '
       f'{", ".join(KINDS)}, over whole heads and alike in all layers; take a '
       'model of another scaling'
     )
-  found = {
-    ours: said[_ROPE[ours]]
-    for ours in _ROPE_OF[kind]
-    if said.get(_ROPE[ours]) is not None
+  settings = {
+    name: parameters[_ROPE[name]]
+    for name in _ROPE_OF[rope_type]
+    if parameters.get(_ROPE[name]) is not None
     # Nought of these means to transformers that nothing is said.
-    and (said[_ROPE[ours]] or ours not in ('fast', 'slow'))
+    and (parameters[_ROPE[name]] or name not in ('fast', 'slow'))
   }
-  if kind == 'linear' and 'factor' not in found:
+  if rope_type == 'linear' and 'factor' not in settings:
     raise CheckpointError(
       'the RoPE scaling in config.json is linear and lacks factor: expected by '
       'how much contexts get longer; take the config.json of the model'
     )
-  if 'original' in _ROPE_OF[kind]:
+  if 'original' in _ROPE_OF[rope_type]:
     length = fields.get('max_position_embeddings') or 2048
-    usual = found.get('original', length)
-    original = fields.get('original_max_position_embeddings') or usual
-    found['original'] = original
-    found.setdefault('factor', length / original)
-  if kind == 'yarn' and 'attention' not in found:
-    found |= _of_mscale(said, found['factor'])
-  return Rope(theta=float(theta), kind=kind, **found)
+    default = settings.get('original', length)
+    original = fields.get('original_max_position_embeddings') or default
+    settings['original'] = original
+    settings.setdefault('factor', length / original)
+  if rope_type == 'yarn' and 'attention' not in settings:
+    settings |= _mscale_attention(parameters, settings['factor'])
+  return Rope(theta=float(theta), kind=rope_type, **settings)
 
 
-def _of_mscale(said: Mapping[str, Any], factor: float) -> dict[str, float]:
-  """YaRN's factor of queries and keys as DeepSeek's models say it."""
-  both = [said.get(key) for key in ('mscale', 'mscale_all_dim')]
-  if not all(both):
+def _mscale_attention(
+  parameters: Mapping[str, Any], factor: float
+) -> dict[str, float]:
+  """YaRN's factor of queries and keys, by the fields of DeepSeek's models."""
+  scales = [parameters.get(key) for key in ('mscale', 'mscale_all_dim')]
+  if not all(scales):
     return {}
-  over, under = (0.1 * m * math.log(max(factor, 1)) + 1 for m in both)
-  return {'attention': over / under}
+  numerator, denominator = (
+    0.1 * m * math.log(max(factor, 1)) + 1 for m in scales
+  )
+  return {'attention': numerator / denominator}
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:

@@ -3,24 +3,19 @@
 form: SmolLM2 (arXiv:2502.02737)."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
   shape_from_hf,
   shape_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
-HF_TYPES = ('llama',)
-# Whether the head is the embedding where config.json is silent.
-TIED = False
 _LLAMA3 = Rope(theta=500000.0)
 _LLAMA31 = Rope(theta=500000.0, kind='llama3', factor=8.0, original=8192)
 _LLAMA32 = dataclasses.replace(_LLAMA31, factor=32.0)
@@ -92,11 +87,9 @@ SIZES = {
   ),
 }
 
-config = functools.partial(released, 'Llama', SIZES)
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
+  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
   bias = fields.get('attention_bias', False)
   return dataclasses.replace(
     shape_from_hf(fields, 'llama', tied),
@@ -114,3 +107,19 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'attention_bias': config.attention_bias,
     'mlp_bias': config.mlp_bias,
   }
+
+
+FAMILY = decoder_family(
+  'Llama',
+  SIZES,
+  DecoderForm(('llama',), from_hf, to_hf),
+  GgufForm(
+    {'llama': 'llama'},
+    gguf.llama_fields,
+    gguf.NAMES.rules,
+    # Mistral's files are of this architecture too.
+    reads=lambda metadata: not metadata.get(gguf.WINDOW),
+    bias_from_tensors=True,
+    interleaved_rope=True,
+  ),
+)

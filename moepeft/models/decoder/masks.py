@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens a token of a decoder sees: as masks, or said without them."""
+"""The tokens that a token of a decoder sees, as masks or in a few numbers."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,16 @@ from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask, CausalMask
 
 
 def masks(window: int, ctx: Context) -> tuple[Array, Array | None]:
-  """What each query sees, bool [b, 1, t, s]; in windowed layers, if any.
+  """The keys that each query sees, bool [b, 1, t, s]; the same in windowed
+  layers, None without a window.
 
   In decoding s is the cache, where a token's place is its position.
   """
   if ctx.decode:
     at, keys = ctx.positions[:, :, None], jnp.arange(ctx.cache_length)
-    seen = keys <= at
-    near = seen & (keys > at - window)
-    return seen[:, None], near[:, None] if window else None
+    visible = keys <= at
+    windowed = visible & (keys > at - window)
+    return visible[:, None], windowed[:, None] if window else None
   real, segments = ctx.token_mask, ctx.segment_ids
   see = lambda window: attention_mask(  # noqa: E731
     real, real, segments, segments, causal=True, window=window
@@ -28,7 +29,7 @@ def masks(window: int, ctx: Context) -> tuple[Array, Array | None]:
 
 
 def segment_mask(slopes: Sequence[float] | None, ctx: Context) -> AttentionMask:
-  """What `masks` say of layers without a window, in a few numbers a token.
+  """The content of `masks` without a window, in a few numbers a token.
 
   Args:
     slopes: of ALiBi, one a head, or None.
@@ -55,9 +56,8 @@ def segment_mask(slopes: Sequence[float] | None, ctx: Context) -> AttentionMask:
 def row_causal_mask(
   window: int, windowed: Sequence[bool], ctx: Context
 ) -> CausalMask | None:
-  """What `masks` say, in a row's length; None where that is not enough.
-
-  It is not in decoding, in packed rows, and where layers differ.
+  """The content of `masks` in a row's length; None where that is not enough:
+  in decoding, in packed rows, and where layers differ.
 
   Args:
     windowed: whether each layer has the window; () for all.

@@ -2,24 +2,19 @@
 """Mistral (arXiv:2310.06825): a Llama whose layers may see a window only."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
   shape_from_hf,
   shape_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
-HF_TYPES = ('mistral',)
-# Whether the head is the embedding where config.json is silent.
-TIED = False
 _7B = DecoderConfig(
   family='mistral',
   d_model=4096,
@@ -39,12 +34,10 @@ SIZES = {
   '7b-v0.3': dataclasses.replace(_7B, vocab=32768, rope=Rope(theta=1e6)),
 }
 
-config = functools.partial(released, 'Mistral', SIZES)
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
-  # What transformers takes where the file is silent.
+  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
+  # Defaults of transformers' class.
   fields = {
     'max_position_embeddings': 131072,
     'sliding_window': 4096,
@@ -63,3 +56,28 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'model_type': 'mistral',
     'sliding_window': config.window or None,
   }
+
+
+def _gguf_fields(
+  architecture: str, metadata: Mapping[str, Any], rope_factors: Any
+) -> dict[str, Any]:
+  fields = gguf.llama_fields(architecture, metadata, rope_factors)
+  return fields | {
+    'model_type': 'mistral',
+    'sliding_window': metadata[gguf.WINDOW],
+  }
+
+
+FAMILY = decoder_family(
+  'Mistral',
+  SIZES,
+  DecoderForm(('mistral',), from_hf, to_hf),
+  GgufForm(
+    {'llama': 'mistral'},
+    _gguf_fields,
+    gguf.NAMES.rules,
+    reads=lambda metadata: bool(metadata.get(gguf.WINDOW)),
+    bias_from_tensors=True,
+    interleaved_rope=True,
+  ),
+)

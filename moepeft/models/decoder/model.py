@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only models: one module for the families that differ in options.
 
-Families (`llama`, `qwen`, ...) hold sizes and names; what they compute is
-said by a `DecoderConfig`.
+A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
+`DecoderConfig` has the options of the computation.
 """
 
 from typing import Any
@@ -32,10 +32,10 @@ def sites(config: DecoderConfig) -> dict[str, str]:
   if config.post_norms:
     attention = attention | {'_post_norm': 'norm'}
     mlp |= {'_post_norm': 'norm'}
-  found = {'embed': 'embed'}
-  found |= {f'decoder/self{part}': role for part, role in attention.items()}
-  found |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
-  return found | {'decoder/norm': 'norm', 'head': 'head'}
+  roles = {'embed': 'embed'}
+  roles |= {f'decoder/self{part}': role for part, role in attention.items()}
+  roles |= {f'decoder/mlp{part}': role for part, role in mlp.items()}
+  return roles | {'decoder/norm': 'norm', 'head': 'head'}
 
 
 class Block(nn.Module):
@@ -279,6 +279,3 @@ class Decoder(nn.Module):
   def logits(self, x: Array, ctx: Context) -> Array:
     """`states` [b, t, d] -> logits [b, t, v]."""
     return self.head(x, ctx, self.embed if self.config.tied else None)
-
-
-MODULE = Decoder

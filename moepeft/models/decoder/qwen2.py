@@ -2,26 +2,21 @@
 """Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115): biases at q, k and v."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
-from moepeft.models.decoder.config import from_fields as from_fields
+from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  released,
   shape_from_hf,
   shape_to_hf,
   windows_from_hf,
   windows_to_hf,
 )
-from moepeft.models.decoder.model import MODULE as MODULE
-from moepeft.models.decoder.model import sites as sites
+from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
-HF_TYPES = ('qwen2',)
-# Whether the head is the embedding where config.json is silent.
-TIED = False
 _SIZE = DecoderConfig(
   family='qwen2',
   vocab=151936,
@@ -69,12 +64,10 @@ SIZES = {
   ),
 }
 
-config = functools.partial(released, 'Qwen2', SIZES)
-
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `llama_form.shape_from_hf`."""
-  # What transformers takes where the file is silent.
+  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
+  # Defaults of transformers' class.
   fields = {
     'max_position_embeddings': 32768,
     'sliding_window': 4096,
@@ -97,3 +90,11 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     | windows_to_hf(config)
     | {'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2'}
   )
+
+
+FAMILY = decoder_family(
+  'Qwen2',
+  SIZES,
+  DecoderForm(('qwen2',), from_hf, to_hf),
+  GgufForm({'qwen2': 'qwen2'}, gguf.llama_fields, gguf.NAMES.rules),
+)

@@ -2,12 +2,11 @@
 """T5 1.0 and 1.1 (also LM-adapted and FLAN): sizes and module.
 
 Raffel et al., arXiv:1910.10683; 1.1 as in google-research/text-to-text-
-transfer-transformer's `released_checkpoints.md`. The names of its weights
-elsewhere are in `t5_names`.
+transfer-transformer's `released_checkpoints.md`. The names of its weights in
+other formats are in `t5.weights`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -136,15 +135,8 @@ def config(size: str, version: str = '1.1') -> T5Config:
   )
 
 
-def from_fields(fields: Mapping[str, Any]) -> T5Config:
-  """The config whose `dataclasses.asdict` went through JSON.
-
-  Raises:
-    ValueError: a field is unknown or cannot be; the message begins with its
-      name.
-  """
-  config_fields.check_names(T5Config, fields)
-  return T5Config(**fields)
+# Of version 1.1.
+SIZES = {size: config(size) for size in _SIZES}
 
 
 def sites(config: T5Config) -> dict[str, str]:
@@ -157,11 +149,11 @@ def sites(config: T5Config) -> dict[str, str]:
     'decoder/cross': ATTENTION,
     'decoder/mlp': mlp,
   }
-  found = {'embed': 'embed'}
-  for path, roles in stacks.items():
-    found |= {path + suffix: role for suffix, role in roles.items()}
+  roles = {'embed': 'embed'}
+  for path, suffixes in stacks.items():
+    roles |= {path + suffix: role for suffix, role in suffixes.items()}
   ends = {'encoder/norm': 'norm', 'decoder/norm': 'norm', 'head': 'head'}
-  return found | ends
+  return roles | ends
 
 
 class Block(nn.Module):
@@ -386,6 +378,3 @@ class T5(nn.Module):
     if self.config.scale_head:
       x = x * self.config.d_model**-0.5
     return self.head(x, ctx, self.embed if self.config.tied else None)
-
-
-MODULE = T5

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What T5's arrays are called elsewhere, and its config in other words.
+"""T5's arrays and config in Hugging Face (`transformers`) and in T5X.
 
-Hugging Face (`transformers`) and T5X with flaxformer; the adapters of the
-released code are in `moepeft.checkpoints.t5x.adapters`. Axis letters beyond the
-legend: p buckets of relative positions.
+T5X's model is flaxformer's; the adapters of the released code are in
+`moepeft.checkpoints.t5x.adapters`. Axis letters beyond the legend: p buckets of
+relative positions.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from moepeft.models.hf_layout import Layout
+from moepeft.models.hf_tensor_names import TensorNames
 from moepeft.models.t5.model import T5Config
-from moepeft.models.weight_mapping import CheckpointError, Rule, Shape, entries
-
-Config = T5Config
+from moepeft.models.weight_mapping import (
+  CheckpointError,
+  Rule,
+  Shape,
+  in_layers,
+)
 
 # Sublayers in the order of Hugging Face's `layer.<i>`, with the module's names
 # there and in T5X.
@@ -43,16 +46,14 @@ _IGNORED = (
   r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
   r'relative_attention_bias\.weight',
 )
-LAYOUT = Layout(
+TENSOR_NAMES = TensorNames(
   head='lm_head.weight',
   embedding='shared.weight',
   ignored='|'.join(_IGNORED),
 )
-# What Hugging Face's peft calls what the model does.
-PEFT_TASK = 'SEQ_2_SEQ_LM'
 
 
-def sizes(config: T5Config) -> dict[str, int]:
+def axis_sizes(config: T5Config) -> dict[str, int]:
   """The size of each axis letter."""
   return {
     'v': config.vocab,
@@ -62,12 +63,6 @@ def sizes(config: T5Config) -> dict[str, int]:
     'f': config.ffn,
     'p': config.buckets,
   }
-
-
-def layout(fields: Mapping[str, Any]) -> Layout:
-  """Of files whose `config.json` has these fields."""
-  del fields
-  return LAYOUT
 
 
 def depths(config: T5Config) -> dict[str, int]:
@@ -88,35 +83,11 @@ def projections(config: T5Config) -> dict[str, tuple[str, str]]:
   }
 
 
-def taps() -> dict[str, tuple[str, str]]:
-  """The weightless sites inside the feed-forward, as `projections`."""
-  return {
-    f'{stack}/mlp/{tap}': ('f', 'f')
-    for stack in SUBLAYERS
-    for tap in ('act', 'hidden')
-  }
-
-
-def in_layers(site: str) -> str:
-  """'encoder/self/q' -> 'encoder/layers/{l}/self/q'."""
-  stack, rest = site.split('/', 1)
-  return f'{stack}/layers/{{l}}/{rest}'
-
-
-def ends(config: T5Config) -> dict[str, tuple[str, str]]:
-  """The site of the head, as `projections`.
-
-  peft puts none of its adapters at the embedding that both stacks share.
-  """
-  del config
-  return {'head': ('d', 'v')}
-
-
 def hf_module(site: str, config: T5Config) -> str:
   """'encoder/self/q' -> 'encoder.block.{l}.layer.0.SelfAttention.q'."""
-  del config  # of the same signature as decoders', whose families differ
+  del config
   if site == 'head':
-    return LAYOUT.head.removesuffix('.weight')
+    return TENSOR_NAMES.head.removesuffix('.weight')
   stack, sub, name = site.split('/')
   index = list(SUBLAYERS[stack]).index(sub)
   module = SUBLAYERS[stack][sub][0]
@@ -125,32 +96,26 @@ def hf_module(site: str, config: T5Config) -> str:
 
 def hf_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for `T5ForConditionalGeneration`; its kernels are [out, in]."""
-  rules = [Rule('embed/embedding', LAYOUT.embedding, 'vd', 'vd')]
+  rules = [Rule('embed/embedding', TENSOR_NAMES.embedding, 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = (
+    name, stored_name = (
       in_layers(site) + '/kernel',
       hf_module(site, config) + '.weight',
     )
-    rules.append(Rule(ours, theirs, inner + outer, f'({outer})({inner})'))
+    rules.append(Rule(name, stored_name, inner + outer, f'({outer})({inner})'))
   for stack, subs in SUBLAYERS.items():
     for i, sub in enumerate(subs):
-      ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
-      theirs = f'{stack}.block.{{l}}.layer.{i}.layer_norm.weight'
-      rules.append(Rule(ours, theirs, 'd', 'd'))
+      name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+      stored_name = f'{stack}.block.{{l}}.layer.{i}.layer_norm.weight'
+      rules.append(Rule(name, stored_name, 'd', 'd'))
     bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
     rules += [
       Rule(f'{stack}/relpos/embedding', f'{stack}.{bias}', 'pn', 'pn'),
       Rule(f'{stack}/norm/scale', f'{stack}.final_layer_norm.weight', 'd', 'd'),
     ]
   if not config.tied:
-    rules.append(Rule('head/kernel', LAYOUT.head, 'dv', 'vd'))
+    rules.append(Rule('head/kernel', TENSOR_NAMES.head, 'dv', 'vd'))
   return tuple(rules)
-
-
-def hf_modules(config: T5Config) -> set[str]:
-  """Every module with a weight, 'encoder.block.0.layer.0.SelfAttention.q'."""
-  found = entries(hf_rules(config), sizes(config), depths(config))
-  return {entry.their_name.removesuffix('.weight') for entry in found}
 
 
 def t5x_module(site: str) -> str:
@@ -164,12 +129,15 @@ def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   """Rules for flaxformer's T5 in T5X; its kernels are [in, out]."""
   rules = [Rule('embed/embedding', 'token_embedder/embedding', 'vd', 'vd')]
   for site, (inner, outer) in projections(config).items():
-    ours, theirs = in_layers(site) + '/kernel', t5x_module(site) + '/kernel'
-    rules.append(Rule(ours, theirs, inner + outer, f'({inner})({outer})'))
+    name, stored_name = (
+      in_layers(site) + '/kernel',
+      t5x_module(site) + '/kernel',
+    )
+    rules.append(Rule(name, stored_name, inner + outer, f'({inner})({outer})'))
   for place, norm in _T5X_NORMS.items():
     stack, sub = place.split('/')
-    ours = f'{stack}/layers/{{l}}/{sub}/norm/scale'
-    rules.append(Rule(ours, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
+    name = f'{stack}/layers/{{l}}/{sub}/norm/scale'
+    rules.append(Rule(name, f'{stack}/layers_{{l}}/{norm}/scale', 'd', 'd'))
   for stack in SUBLAYERS:
     bias = f'{stack}/relpos_bias/rel_embedding'
     norm = f'{stack}/{stack}_norm/scale'
@@ -183,7 +151,7 @@ def t5x_rules(config: T5Config) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
+def from_hf_fields(fields: Mapping[str, Any], tied: bool) -> T5Config:
   """Reads `config.json`.
 
   Args:
@@ -207,18 +175,18 @@ def config_from_hf(fields: Mapping[str, Any], tied: bool) -> T5Config:
       'padding, which decoders of T5 start from; others are not supported'
     )
   multilingual = fields.get('model_type') == 'mt5'
-  usual = 'gated-gelu' if multilingual else 'relu'
-  projection = fields.get('feed_forward_proj') or usual
+  default = 'gated-gelu' if multilingual else 'relu'
+  projection = fields.get('feed_forward_proj') or default
   gated, activation = _activation(projection)
   scaled = _scaled_mt5 if multilingual else _scaled
   layers = fields['num_layers']
   optional = {
-    ours: fields[theirs]
-    for ours, theirs in _HF_OPTIONAL.items()
-    if fields.get(theirs) is not None
+    name: fields[hf_name]
+    for name, hf_name in _HF_OPTIONAL.items()
+    if fields.get(hf_name) is not None
   }
   return T5Config(
-    **{ours: fields[theirs] for ours, theirs in _HF_SIZES.items()},
+    **{name: fields[hf_name] for name, hf_name in _HF_SIZES.items()},
     **optional,
     decoder_layers=fields.get('num_decoder_layers') or layers,
     gated=gated,
@@ -236,9 +204,9 @@ def _scaled(fields: Mapping[str, Any], tied: bool) -> bool:
   it.
   """
   del tied
-  usual = fields.get('tie_word_embeddings') is not False
-  said = fields.get('scale_decoder_outputs')
-  return usual if said is None else said
+  default = fields.get('tie_word_embeddings') is not False
+  scaled = fields.get('scale_decoder_outputs')
+  return default if scaled is None else scaled
 
 
 def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
@@ -248,8 +216,8 @@ def _scaled_mt5(fields: Mapping[str, Any], tied: bool) -> bool:
   them; version 4 does where that is true, which ties the head.
   """
   major = (fields.get('transformers_version') or '4').partition('.')[0]
-  said = fields.get('tie_word_embeddings') is True
-  return tied and said and major.isdigit() and int(major) < 5
+  stated_tied = fields.get('tie_word_embeddings') is True
+  return tied and stated_tied and major.isdigit() and int(major) < 5
 
 
 _HF_SIZES = {
@@ -307,12 +275,14 @@ def _projection_to_hf(config: T5Config) -> str:
       "('gated-gelu' is the tanh form): keep such a model as moepeft has it"
     )
   name = next(
-    n for n, ours in _ACTIVATIONS.items() if ours == config.activation
+    hf_name
+    for hf_name, activation in _ACTIVATIONS.items()
+    if activation == config.activation
   )
   return f'gated-{name}' if config.gated else name
 
 
-def config_to_hf(config: T5Config) -> dict[str, Any]:
+def to_hf_fields(config: T5Config) -> dict[str, Any]:
   """The content of a `config.json` that transformers 4 and 5 read."""
   fields = _HF_SIZES | _HF_OPTIONAL | {'decoder_layers': 'num_decoder_layers'}
   return {
@@ -325,7 +295,7 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     'feed_forward_proj': _projection_to_hf(config),
     'tie_word_embeddings': config.tied,
     'scale_decoder_outputs': config.scale_head,
-    **{theirs: getattr(config, ours) for ours, theirs in fields.items()},
+    **{key: getattr(config, name) for name, key in fields.items()},
   }
 
 
@@ -371,5 +341,5 @@ def config_from_t5x(shapes: Mapping[str, Shape]) -> T5Config:
 
 
 def _layers(shapes: Mapping[str, Shape], stack: str) -> int:
-  found = [re.match(rf'{stack}/layers_(\d+)/', name) for name in shapes]
-  return 1 + max((int(match[1]) for match in found if match), default=-1)
+  matches = [re.match(rf'{stack}/layers_(\d+)/', name) for name in shapes]
+  return 1 + max((int(match[1]) for match in matches if match), default=-1)

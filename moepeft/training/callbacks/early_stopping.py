@@ -33,7 +33,7 @@ class ValidationLossTracking(Callback):
       self._patience
     ):
       loop.stop_requested = True
-      loop.progress.say(
+      loop.progress.print_line(
         f'stopped at step {loop.step}: the validation loss was least, '
         f'{loop.run_progress.best:.4f}, at step '
         f'{loop.run_progress.best_step} '

@@ -51,7 +51,7 @@ class HeldOutEvaluation(Callback):
       f'{name.replace("_", " ")} {value:.4f}'
       for name, value in loop.validation.items()
     )
-    loop.progress.say(f'step {loop.step}: {", ".join(values)}')
+    loop.progress.print_line(f'step {loop.step}: {", ".join(values)}')
 
   def on_end(self, loop):
     if not self._after or loop.signal:

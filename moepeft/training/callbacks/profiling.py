@@ -54,7 +54,7 @@ class Profiling(Callback):
     jax.block_until_ready(loop.state)
     jax.profiler.stop_trace()
     self._is_tracing = False
-    loop.progress.say(
+    loop.progress.print_line(
       f'profile of steps {max(self._first, loop.first_step + 1)} to '
       f'{loop.step} in {loop.run.profile_dir}'
     )

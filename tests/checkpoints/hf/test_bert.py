@@ -40,7 +40,7 @@ CASES = {
   'pretraining': ('ForPreTraining', dict(hidden_act='relu')),
 }
 CONFIG = dataclasses.replace(
-  bert_weights.config_from_hf(SIZES, True), pooler=True, masked=True
+  bert_weights.from_hf_fields(SIZES, True), pooler=True, masked=True
 )
 
 
@@ -213,12 +213,12 @@ def test_a_tensor_that_no_encoder_has_is_told(tmp_path):
 )
 def test_what_is_not_supported_is_said(change, said):
   with pytest.raises(CheckpointError, match=said):
-    bert_weights.config_from_hf(SIZES | change, True)
+    bert_weights.from_hf_fields(SIZES | change, True)
 
 
 def test_a_config_without_sizes_is_no_berts():
   with pytest.raises(CheckpointError, match='lacks hidden_size'):
-    bert_weights.config_from_hf({'vocab_size': 61}, True)
+    bert_weights.from_hf_fields({'vocab_size': 61}, True)
 
 
 @pytest.mark.parametrize('masked', [False, True])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import decoder_weights, hf_fields
+from moepeft.models import by_model_type, hf_fields
 from moepeft.models.t5 import weights as t5_weights
 from moepeft.models.t5.model import T5
 from moepeft.models.weight_mapping import CheckpointError
 
-from ..cases import CONFIGS, random_params
+from ..cases import CONFIGS, config_from_hf, random_params
 
 T5_SIZES = {
   'model_type': 't5',
@@ -70,7 +70,7 @@ V5 = {'transformers_version': '5.24.0'}
 def test_a_t5_scales_its_head_as_the_version_that_saved_it(
   kind, fields, tied, scaled
 ):
-  config = t5_weights.config_from_hf(
+  config = t5_weights.from_hf_fields(
     T5_SIZES | fields | {'model_type': kind}, tied
   )
   assert config.scale_head is scaled
@@ -93,12 +93,12 @@ def test_a_t5s_feed_forward_is_its_class_s_where_the_file_is_silent(
   kind, said, expected
 ):
   more = {} if said is None else {'feed_forward_proj': said}
-  config = t5_weights.config_from_hf(
+  config = t5_weights.from_hf_fields(
     T5_SIZES | more | {'model_type': kind}, True
   )
   assert (config.gated, config.activation) == expected
   if said:
-    assert t5_weights.config_to_hf(config)['feed_forward_proj'] == said
+    assert t5_weights.to_hf_fields(config)['feed_forward_proj'] == said
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_decoders_take_their_class_s_defaults(kind, fields, expected):
     | fields
   )
   tied = kind.startswith('gemma')
-  config = decoder_weights.config_from_hf(fields, tied)
+  config = config_from_hf(fields, tied)
   assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -166,16 +166,18 @@ def test_decoders_take_their_class_s_defaults(kind, fields, expected):
   ],
 )
 def test_sizes_are_read_by_their_other_names(aliased, kind):
-  fields = hf_fields.named({'model_type': kind, 'vocab_size': 29} | aliased)
-  family = hf.FAMILIES[kind]
-  config = family.config_from_hf(fields, True)
-  sizes = family.sizes(config)
+  family = by_model_type()[kind]
+  fields = hf_fields.with_aliases(
+    {'model_type': kind, 'vocab_size': 29} | aliased, family.hf.aliases
+  )
+  config = family.hf.from_fields(fields, True)
+  sizes = family.axis_sizes(config)
   assert (sizes['d'], sizes['n']) == (12, 3)
 
 
 def test_a_decoder_that_starts_from_another_token_is_refused():
   with pytest.raises(CheckpointError, match='decoder_start_token_id 5'):
-    t5_weights.config_from_hf(T5_SIZES | {'decoder_start_token_id': 5}, True)
+    t5_weights.from_hf_fields(T5_SIZES | {'decoder_start_token_id': 5}, True)
 
 
 @pytest.mark.slow
@@ -256,14 +258,16 @@ def test_no_field_of_any_family_is_a_traceback(kind, value):
   rope = {'rope_type': 'yarn', 'factor': 2.0}
   whole |= {'rope_scaling': rope, 'tie_word_embeddings': True}
   # What names the family is checked where the file is read.
-  for name in [*{*hf_fields.KINDS, *rope} - {'model_type'}]:
+  form = by_model_type()[kind].hf
+  names = {*hf_fields.FIELD_TYPES, *form.field_types, *rope}
+  for name in names - {'model_type'}:
     for fields in (
       whole | {name: value},
       whole | {'rope_scaling': rope | {name: value}},
     ):
       try:
-        hf_fields.check(fields)
-        hf.FAMILIES[kind].config_from_hf(fields, True)
+        hf_fields.check(fields, form.field_types)
+        form.from_fields(fields, True)
       except ValueError as error:
         assert '\n' not in str(error)
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.models import decoder_weights, weight_mapping
+from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder.model import Decoder
 from moepeft.models.weight_mapping import CheckpointError
 
-from ..cases import assert_equal_trees
+from ..cases import assert_equal_trees, config_from_hf
 
 # 2 * 3 heads of 10 beside a width of 42; 23 tokens, longer than the windows
 # and than the contexts before scaling.
@@ -242,13 +242,13 @@ def test_what_transformers_4_wrote_means_the_same(name, tmp_path):
   if name in ('qwen2-layer-types', 'qwen3', 'gemma2-uncapped'):
     # 4 knew no order but the one that depth gives.
     del fields['layer_types']
-  new = decoder_weights.config_from_hf(fields, tied=False)
+  new = config_from_hf(fields, tied=False)
   rope = fields.pop('rope_parameters', {})
   fields['rope_theta'] = rope.pop('rope_theta', 10000.0)
   if rope.get('rope_type', 'default') != 'default':
     fields['rope_scaling'] = {'type': rope.pop('rope_type'), **rope}
   fields.pop('layer_types', None)
-  assert decoder_weights.config_from_hf(fields, tied=False) == new
+  assert config_from_hf(fields, tied=False) == new
 
 
 KINDS = ('Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma', 'Gemma2', 'GPT2')
@@ -304,14 +304,13 @@ def test_a_head_that_is_lost_where_the_file_is_silent_is_missed(
 
 def small(family):
   """A model of a family: its config and random weights."""
-  room = decoder_weights
   if family == 'gpt2':
     sizes = dict(vocab_size=61, n_embd=42, n_head=6, n_layer=3)
-    config = room.config_from_hf({**sizes, 'model_type': 'gpt2'}, True)
+    config = config_from_hf({**sizes, 'model_type': 'gpt2'}, True)
   else:
-    config = room.config_from_hf({**COMMON, 'model_type': family}, False)
+    config = config_from_hf({**COMMON, 'model_type': family}, False)
   rng = np.random.default_rng(0)
-  shapes = weight_mapping.stacked_shapes(hf.expected(room, config))
+  shapes = weight_mapping.stacked_shapes(hf.expected(config))
   return config, weight_mapping.unflatten(
     {
       path: rng.normal(size=shape).astype(np.float32)
@@ -426,6 +425,6 @@ def test_special_ids_come_along_with_the_tokenizer(tmp_path):
 def test_what_hugging_face_can_not_say_is_not_written(family, changes, lost):
   config = dataclasses.replace(small(family)[0], **changes)
   with pytest.raises(CheckpointError, match='has no words') as error:
-    decoder_weights.config_to_hf(config)
+    FAMILIES[config.family].hf.to_fields(config)
   for name in lost.split(', '):
     assert name in str(error.value)

@@ -4,7 +4,7 @@
 import pytest
 
 from moepeft.checkpoints.hf import peft_config
-from moepeft.models.t5 import weights as t5_weights
+from moepeft.models import FAMILIES
 
 from ..cases import CONFIGS
 
@@ -31,7 +31,7 @@ def test_modules_are_selected_as_peft_selects_them(fields):
   from peft.tuners.tuners_utils import check_target_module_exists
 
   config = theirs.LoraConfig(**fields)
-  for module in t5_weights.hf_modules(CONFIG):
+  for module in FAMILIES['t5'].hf.module_names(CONFIG):
     # Its answer may be a match, or an object that says "excluded".
     answer = check_target_module_exists(config, module)
     expected = bool(answer) and 'Excluded' not in type(answer).__name__

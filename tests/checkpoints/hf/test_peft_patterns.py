@@ -49,10 +49,10 @@ def write(folder, arrays, **fields):
 def logits(config, params, adapter=None):
   family = FAMILIES[config.family]
   variables = {'params': params}
-  module = family.MODULE(config)
+  module = family.module(config)
   if adapter is not None:
     built = build(adapter.method, family.sites(config))
-    module = family.MODULE(config, built.adapter_map)
+    module = family.module(config, built.adapter_map)
     variables['peft'] = adapter.tree
   return np.asarray(
     module.apply(variables, {'decoder_inputs': IDS, 'inputs': IDS})

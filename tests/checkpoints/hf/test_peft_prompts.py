@@ -77,7 +77,7 @@ def ours(folder):
   adapter = peft.load(str(folder / 'adapter'), loaded.config)
   family = FAMILIES[loaded.config.family]
   adapter_map = build(adapter.method, family.sites(loaded.config)).adapter_map
-  model = family.MODULE(loaded.config, adapter_map)
+  model = family.module(loaded.config, adapter_map)
   front = np.broadcast_to(np.array(model_prefix_ids(model)), (len(IDS), 3))
   batch = {'inputs': np.concatenate([front, IDS], axis=1)}
   if loaded.config.family == 't5':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a family's Hugging Face files hold beside what its rules name."""
+"""Names in a family's Hugging Face files that its rules do not have."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorNames:
   """Names that are treated in a way of their own.
 
   Attributes:
@@ -15,9 +15,9 @@ class Layout:
     prefix: of all names but the head's; absent from files of a model that was
       saved without its head.
     ignored: a pattern of the names of constants and duplicates.
-    renamed: {what older files' names end with: what the rules' do}.
-    parts: {field of the config: a tensor that says that it is so}, of parts
-      that a model may be saved without.
+    renamed: {ending of a name in older files: ending of the rule's name}.
+    parts: {field of the config: a tensor that is there where it is true}, of
+      parts that a model may be saved without.
   """
 
   head: str
@@ -27,24 +27,24 @@ class Layout:
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
   parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def known_as(self, found: Iterable[str]) -> dict[str, str]:
-    """{the name in the rules: the name in the files}, less what is ignored."""
-    found = list(found)
-    bare = not any(name.startswith(self.prefix) for name in found)
-    known = {
-      self._now(
+  def in_rules(self, stored_names: Iterable[str]) -> dict[str, str]:
+    """{name in the rules: name in the files}, less those that are ignored."""
+    stored_names = list(stored_names)
+    bare = not any(name.startswith(self.prefix) for name in stored_names)
+    names = {
+      self._current(
         self.prefix + name if bare and name != self.head else name
       ): name
-      for name in found
+      for name in stored_names
     }
     return {
-      name: there
-      for name, there in known.items()
+      name: stored
+      for name, stored in names.items()
       if not re.fullmatch(self.ignored, name)
     }
 
-  def _now(self, name: str) -> str:
-    """What the rules call what an older file calls so."""
+  def _current(self, name: str) -> str:
+    """The name in the rules of a tensor that an older file names so."""
     for old, new in self.renamed.items():
       if name.endswith(old):
         return name.removesuffix(old) + new
