@@ -40,6 +40,9 @@ OTHER_MEANINGS = {
   'tokens: a value of config.loss.average_over': (
     'moepeft.objectives.cross_entropy',
   ),
+  'qwen2: a pre-tokenizer of GGUF files': (
+    'moepeft.checkpoints.gguf.tokenizer',
+  ),
   'linear: a type of rope_scaling': (
     'moepeft.models.decoder.hf_rope',
     'moepeft.nn.rope',
@@ -56,6 +59,7 @@ OTHER_MEANINGS = {
 ENTRY_IMPORTS = {
   'moepeft.checkpoints.hf.peft': 'ia3',
   'moepeft.checkpoints.hf.peft_lora': 'lora',
+  'moepeft.checkpoints.t5x.adapters': 'family',
   'moepeft.peft.mixture': 'softmax',
 }
 
