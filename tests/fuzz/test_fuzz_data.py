@@ -307,10 +307,10 @@ def test_every_damaged_file_is_read_or_refused(name, tmp_path, capsys):
     'jsonl': (
       (jsonl_rows.read, '\n'.join(map(json.dumps, rows))),
       (dataset_rows.read, '\n'.join(map(json.dumps, rows))),
-      (chat_formats.conversations, '\n'.join(map(json.dumps, chats))),
+      (chat_cases.read_conversations, '\n'.join(map(json.dumps, chats))),
     ),
     'json': (
-      (chat_formats.conversations, json.dumps(chats, indent=1)),
+      (chat_cases.read_conversations, json.dumps(chats, indent=1)),
       (dataset_rows.read, json.dumps(rows)),
     ),
     'csv': (

@@ -20,6 +20,8 @@ from moepeft.data.readers import READERS, dataset_rows, jsonl_rows, promptsource
 from moepeft.data.readers.promptsource import PromptTemplate
 from moepeft.data.text import documents
 
+from ... import chat_cases
+
 TEMPLATES = """
 dataset: d
 templates:
@@ -140,7 +142,7 @@ STRAYS = [
 ROW = {
   jsonl_rows.read: {'inputs': 'a', 'targets': 'b'},
   documents.read_documents: {'text': 'a'},
-  chat_formats.conversations: {'instruction': 'a', 'output': 'b'},
+  chat_cases.read_conversations: {'instruction': 'a', 'output': 'b'},
 }
 
 
@@ -295,7 +297,7 @@ def test_files_of_another_encoding_are_refused(tmp_path, coding):
     (tmp_path / name).write_bytes(text)
   for read, name in (
     (jsonl_rows.read, 'r.jsonl'),
-    (chat_formats.conversations, 'r.json'),
+    (chat_cases.read_conversations, 'r.json'),
     (documents.read_documents, 'r.txt'),
   ):
     with pytest.raises(ValueError, match=f'{name} is not UTF-8 .it begins as'):
