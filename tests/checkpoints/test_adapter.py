@@ -122,5 +122,5 @@ def test_a_newer_format_says_update(saved):
 
 def test_a_card_that_lacks_the_base_is_not_written(tmp_path):
   card = {key: value for key, value in CARD.items() if key != 'base'}
-  with pytest.raises(CheckpointError, match='lacks base'):
+  with pytest.raises(CheckpointError, match='lack base'):
     adapter.save(tmp_path / 'a', TREE, card)
