@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens/s of generation beside `transformers`' generate, on CPU, float32.
+"""Tokens/s of the engine's answers beside `transformers`' generate, on CPU, in
+float32.
 
 python benchmarks/decode.py [--json=FILE] [--model=DIR]
 
@@ -27,11 +28,11 @@ from absl import flags
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.config import command_line
-from moepeft.inference.decode import How, advance, start
-from moepeft.inference.sampling import Sampling
+from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.models import FAMILIES
-from moepeft.nn.scan_layers import unstack_layers
 
+# Prompts [b, PROMPT] -> the tokens that follow them, int [b, LENGTH].
+Side = Callable[[np.ndarray], np.ndarray]
 BATCHES = (1, 8)
 PROMPT, LENGTH = 64, 64
 # config.json of HuggingFaceTB/SmolLM2-135M.
@@ -49,7 +50,7 @@ SMOLLM2 = dict(
 )
 
 
-def torch_side(folder: str):
+def theirs(folder: str):
   """The torch model, made of random weights where no folder is given."""
   import torch
   from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -62,18 +63,15 @@ def torch_side(folder: str):
   return model.eval()
 
 
-def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
-  """() -> the tokens that follow prompts, int [b, LENGTH]."""
+def their_side(model) -> Side:
   import torch
 
-  ids = torch.tensor(prompts)
-  mask = torch.ones_like(ids)
-
-  def generate():
+  def generate(prompts):
+    ids = torch.tensor(prompts, dtype=torch.int64)
     with torch.inference_mode():
       tokens = model.generate(
         ids,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=LENGTH,
         min_new_tokens=LENGTH,
         do_sample=False,
@@ -84,17 +82,11 @@ def their_side(model, prompts: np.ndarray) -> Callable[[], np.ndarray]:
   return generate
 
 
-def our_side(model, variables, prompts: np.ndarray) -> Callable[[], np.ndarray]:
-  """As `their_side`."""
+def our_side(model, variables, b: int) -> Side:
   # No id is -1: no row ends.
-  decoding = How(Sampling(), jnp.array([-1]))
-  batch = {'inputs': prompts, 'inputs_mask': np.ones(prompts.shape, bool)}
-
-  def generate():
-    rows = start(model, variables, batch, decoding, LENGTH)
-    return np.asarray(advance(model, variables, rows, decoding, LENGTH).tokens)
-
-  return generate
+  config = GenerationConfig(LENGTH, (-1,))
+  generator = Generator(model, variables, None, config, b)
+  return lambda prompts: np.array(generator.tokens(prompts.tolist()))
 
 
 def read(torch_model):
@@ -105,31 +97,40 @@ def read(torch_model):
   return loaded.config, loaded.params
 
 
-def jax_side(torch_model):
+def ours(torch_model):
   """(model, variables) with the weights of the other side."""
   config, params = read(torch_model)
-  model = FAMILIES[config.family].module(config, scan=False)
-  return model, {'params': jax.tree.map(jnp.asarray, unstack_layers(params))}
+  model = FAMILIES[config.family].module(config)
+  return model, {'params': jax.tree.map(jnp.asarray, params)}
 
 
-def seconds(run: Callable[[], np.ndarray]) -> float:
-  begun = time.perf_counter()
-  run()
-  return time.perf_counter() - begun
+def seconds(side: Side, prompts: np.ndarray) -> float:
+  begin = time.perf_counter()
+  side(prompts)
+  return time.perf_counter() - begin
 
 
-def compare(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+def compare(
+  sides: dict[str, Side], vocab: int, b: int, rounds: int
+) -> dict[str, float]:
   """Seconds of both sides, and the median of the rounds' ratios."""
-  first = [run() for run in sides.values()]
-  agree = float(np.mean(first[0] == first[1]))
-  durations = []
+  rng = np.random.default_rng(b)
+
+  def prompts() -> np.ndarray:
+    # New ones each time: the engine keeps what it has read before.
+    return rng.integers(2, vocab, (b, PROMPT)).astype(np.int32)
+
+  first = prompts()
+  tokens = [side(first) for side in sides.values()]
+  agree = float(np.mean(tokens[0] == tokens[1]))
+  times = []
   for i in range(rounds):
-    names = list(sides)[:: 1 if i % 2 else -1]
-    durations.append({name: seconds(sides[name]) for name in names})
+    names, ids = list(sides)[:: 1 if i % 2 else -1], prompts()
+    times.append({name: seconds(sides[name], ids) for name in names})
   return {
-    'ours': statistics.median(t['ours'] for t in durations),
-    'theirs': statistics.median(t['theirs'] for t in durations),
-    'ratio': statistics.median(t['theirs'] / t['ours'] for t in durations),
+    'ours': statistics.median(t['ours'] for t in times),
+    'theirs': statistics.median(t['theirs'] for t in times),
+    'ratio': statistics.median(t['theirs'] / t['ours'] for t in times),
     'agree': agree,
   }
 
@@ -138,29 +139,27 @@ def main(argv) -> None:
   del argv
   if _JSON.value:
     command_line.check_can_write(_JSON.value)
-  torch_model = torch_side(os.path.expanduser(_MODEL.value))
-  model, variables = jax_side(torch_model)
+  torch_model = theirs(os.path.expanduser(_MODEL.value))
+  model, variables = ours(torch_model)
   vocab = model.config.vocab
   size = sum(a.nbytes for a in jax.tree.leaves(variables))
   print(f'weights: {size / 1e6:.0f} MB, all read for each token')
   ratios = {}
   for b in BATCHES:
-    prompts = np.random.default_rng(b).integers(2, vocab, (b, PROMPT))
-    prompts = prompts.astype(np.int32)
     sides = {
-      'ours': our_side(model, variables, prompts),
-      'theirs': their_side(torch_model, prompts.astype(np.int64)),
+      'ours': our_side(model, variables, b),
+      'theirs': their_side(torch_model),
     }
-    report = compare(sides, _ROUNDS.value)
+    found = compare(sides, vocab, b, _ROUNDS.value)
     for name in sides:
-      rate = b * LENGTH / report[name]
+      rate = b * LENGTH / found[name]
       print(f'batch {b} {name:6} {rate:7.1f} tokens/s')
     print(
-      f'batch {b} ratio  {report["ratio"]:7.2f}  '
-      f'({report["agree"]:.0%} of the tokens are equal)'
+      f'batch {b} ratio  {found["ratio"]:7.2f}  '
+      f'({found["agree"]:.0%} of the tokens are equal)'
     )
     key = f'tokens_per_second_over_transformers_batch{b}'
-    ratios[key] = round(report['ratio'], 3)
+    ratios[key] = round(found['ratio'], 3)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
       json.dump(ratios, f)

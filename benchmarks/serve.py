@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput and latency of the engine as ratios, side by side on CPU.
+"""What the engine makes of requests: ratios measured side by side, on CPU.
 
 python benchmarks/serve.py [--json=FILE] [--model=smollm2] [--rounds=3]
 
@@ -9,7 +9,7 @@ Sides take turns; a ratio is the median over the rounds of a round's ratio.
 - mixed over one: tokens/s of 8 requests of 8 adapters, over 8 of one adapter.
 - continuous over static: requests of very different lengths, 8 at once, each
   place taken by the next as it ends; over batches of 8 that end with their
-  longest (`moepeft.inference.decode`, whose steps are as fast as the engine's).
+  longest, in the same engine.
 - over `transformers`: 8 requests at once, over generate called for one after
   the other; and the time to a lone request's first token, theirs over ours.
 """
@@ -22,8 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from decode import SMOLLM2
@@ -34,10 +32,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.config import command_line
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.api import Finished, Request
-from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
-from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import param_metadata
 from moepeft.peft import build
@@ -76,16 +72,16 @@ def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
     base.config.family,
     base.config,
   )
-  paths = {}
+  found = {}
   for i in range(AT_ONCE):
     rng = np.random.default_rng(i)
     tree = {
       path: np.float32(0.02 * rng.normal(size=shape))
       for path, (shape, _) in shapes.items()
     }
-    paths[f'a{i}'] = os.path.join(folder, f'a{i}')
-    adapter.save(paths[f'a{i}'], weight_mapping.unflatten(tree), card)
-  return paths
+    found[f'a{i}'] = os.path.join(folder, f'a{i}')
+    adapter.save(found[f'a{i}'], weight_mapping.unflatten(tree), card)
+  return found
 
 
 def prompts(vocab: int, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -100,15 +96,15 @@ class Side:
     self._engine, self._number = engine, 0
 
   def run(
-    self, prompts: Sequence[tuple[int, ...]], lengths, adapters
+    self, asked: Sequence[tuple[int, ...]], lengths, adapters
   ) -> tuple[float, float]:
     """(seconds until all have ended, seconds to the first token of any)."""
     events, begun = queue.Queue(), time.perf_counter()
-    for ids, length, name in zip(prompts, lengths, adapters, strict=True):
+    for ids, length, name in zip(asked, lengths, adapters, strict=True):
       self._number += 1
       request = Request(str(self._number), ids, length, name)
       self._engine.submit(request, events.put)
-    first, left = None, len(prompts)
+    first, left = None, len(asked)
     while left:
       event = events.get(timeout=600)
       first = first or time.perf_counter() - begun
@@ -119,18 +115,13 @@ class Side:
     return time.perf_counter() - begun, first
 
 
-def static(model, variables, prompts, lengths) -> float:
+def static(side: Side, asked, lengths) -> float:
   """Seconds of batches of AT_ONCE that end with their longest answer."""
-  decoding, begun = How(Sampling(), jnp.array([-1])), time.perf_counter()
-  for at in range(0, len(prompts), AT_ONCE):
-    ids = np.array(prompts[at : at + AT_ONCE], np.int32)
-    batch = {'inputs': ids, 'inputs_mask': np.ones(ids.shape, bool)}
-    rows = start(model, variables, batch, decoding, max(LENGTHS))
-    until = max(lengths[at : at + AT_ONCE])
-    jax.block_until_ready(
-      advance(model, variables, rows, decoding, until).tokens
-    )
-  return time.perf_counter() - begun
+  total = 0.0
+  for at in range(0, len(asked), AT_ONCE):
+    longest = [max(lengths[at : at + AT_ONCE])] * AT_ONCE
+    total += side.run(asked[at : at + AT_ONCE], longest, [''] * AT_ONCE)[0]
+  return total
 
 
 def their_side(path: str) -> Callable[[Sequence[tuple[int, ...]], int], float]:
@@ -140,10 +131,10 @@ def their_side(path: str) -> Callable[[Sequence[tuple[int, ...]], int], float]:
 
   model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
-  def run(prompts, length):
+  def run(asked, length):
     begun = time.perf_counter()
     with torch.inference_mode():
-      for ids in prompts:
+      for ids in asked:
         model.generate(
           torch.tensor([ids]),
           attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
@@ -168,7 +159,6 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   config.model.path, config.method = path, 'full'
   base = base_lib.load(config.model)
   model, _ = base_lib.module(base, config)
-  variables = {'params': jax.tree.map(jnp.asarray, base.params)}
   engine = Engine(
     model, base.params, AdapterPool(base, save_adapters(base, folder)), SETTINGS
   )
@@ -178,36 +168,35 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
   same = [LENGTH] * AT_ONCE
 
   def mixed(i):
-    token_ids = [prompts(vocab, AT_ONCE, 100 + 2 * i + j) for j in (0, 1)]
-    one_adapter = side.run(token_ids[0], same, ['a0'] * AT_ONCE)[0]
-    return one_adapter, side.run(token_ids[1], same, names_)[0]
+    asked = [prompts(vocab, AT_ONCE, 100 + 2 * i + j) for j in (0, 1)]
+    one = side.run(asked[0], same, ['a0'] * AT_ONCE)[0]
+    return one, side.run(asked[1], same, names_)[0]
 
   def continuous(i):
-    token_ids = prompts(vocab, REQUESTS, 200 + i)
+    # The engine keeps what it has read, so both get prompts of their own.
+    asked = [prompts(vocab, REQUESTS, 200 + 2 * i + j) for j in (0, 1)]
     lengths = LENGTHS * (REQUESTS // len(LENGTHS))
-    engine_rate = side.run(token_ids, lengths, [''] * REQUESTS)[0]
-    return static(model, variables, token_ids, lengths), engine_rate
+    ours = side.run(asked[0], lengths, [''] * REQUESTS)[0]
+    return static(side, asked[1], lengths), ours
 
-  report = {
+  found = {
     'mixed_over_one_adapter': median(mixed, rounds),
     'continuous_over_static': median(continuous, rounds),
   }
-  torch_side = their_side(path)
+  theirs = their_side(path)
 
   def all_at_once(i):
-    token_ids = prompts(vocab, AT_ONCE, 300 + i)
-    return torch_side(token_ids, LENGTH), side.run(
-      token_ids, same, [''] * AT_ONCE
-    )[0]
+    asked = prompts(vocab, AT_ONCE, 300 + i)
+    return theirs(asked, LENGTH), side.run(asked, same, [''] * AT_ONCE)[0]
 
   def first_token(i):
-    token_ids = prompts(vocab, 1, 400 + i)
-    return torch_side(token_ids, 1), side.run(token_ids, [1], [''])[1]
+    asked = prompts(vocab, 1, 400 + i)
+    return theirs(asked, 1), side.run(asked, [1], [''])[1]
 
-  report['requests_at_once_over_transformers'] = median(all_at_once, rounds)
-  report['first_token_over_transformers'] = median(first_token, rounds)
+  found['requests_at_once_over_transformers'] = median(all_at_once, rounds)
+  found['first_token_over_transformers'] = median(first_token, rounds)
   engine.stop()
-  return report
+  return found
 
 
 def main(argv) -> None:
@@ -216,12 +205,12 @@ def main(argv) -> None:
     command_line.check_can_write(_JSON.value)
   with tempfile.TemporaryDirectory() as folder:
     path = _MODEL.value or random_model(os.path.join(folder, 'model'))
-    report = measure(path, folder, _ROUNDS.value)
-  for name, ratio in report.items():
+    found = measure(path, folder, _ROUNDS.value)
+  for name, ratio in found.items():
     print(f'{name:36} {ratio:6.2f}')
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump({k: round(v, 3) for k, v in report.items()}, f)
+      json.dump({k: round(v, 3) for k, v in found.items()}, f)
 
 
 if __name__ == '__main__':

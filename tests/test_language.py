@@ -24,7 +24,6 @@ FORBIDDEN = frozenset(
 OPENINGS = re.compile(r'(What|Which|How|Of|Who|Whose|Where|When|Why|That)\b')
 PENDING = frozenset(
   (
-    'moepeft/inference',
     'tests/benchmarks',
     'tests/checkpoints',
     'tests/contracts',

@@ -42,7 +42,8 @@ def parse(text: str) -> Spec:
 
   Args:
     text: a name, or a name with keyword options in parentheses; a value is a
-      Python literal, a bare word (a string) or another spec with parentheses.
+      Python literal, a bare word (a string), another spec with parentheses or
+      a list of values, which is kept as a tuple.
 
   Raises:
     ValueError: the text is not of that form.
@@ -94,14 +95,17 @@ def _value(node: ast.expr, text: str) -> Value:
     return _spec(node, text)
   if isinstance(node, ast.Name):
     return node.id
+  if isinstance(node, ast.List | ast.Tuple):
+    return tuple(_value(element, text) for element in node.elts)
   try:
-    value = ast.literal_eval(node)
+    return ast.literal_eval(node)
   except (ValueError, TypeError):  # TypeError: {[]: 1}
     raise _error(text) from None
-  return tuple(value) if isinstance(value, list) else value
 
 
 def _show(value: Value) -> str:
+  if isinstance(value, tuple):
+    return f'[{", ".join(map(_show, value))}]'
   return str(value) if isinstance(value, Spec) else repr(value)
 
 

@@ -83,8 +83,35 @@ class Choices:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class IntegerList:
+  """Lists of integers, one at least, each of a range."""
+
+  each: Range
+
+  def __contains__(self, value: Any) -> bool:
+    return (
+      isinstance(value, tuple)
+      and bool(value)
+      and all(type(v) is int and v in self.each for v in value)
+    )
+
+  def __str__(self) -> str:
+    return f'a list of integers, each {self.each}'
+
+  def check(self, name: str, value: Any) -> None:
+    """
+    Raises:
+      ValueError: the value is no such list; the message begins with `name`.
+    """
+    if value not in self:
+      raise ValueError(f'{name} is {self}; got {shortened(value)}')
+
+
 def option(
-  default: Any, allowed: Range | Choices, training_only: bool = False
+  default: Any,
+  allowed: Range | Choices | IntegerList,
+  training_only: bool = False,
 ) -> Any:
   """A field of a module with the values that it may take beside its default.
 

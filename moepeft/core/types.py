@@ -51,8 +51,13 @@ class Context:
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
-    routing: a given Routing, used instead of the site's own router.
+    routing: a Routing [l, b, t, e] that an earlier pass has made, used by the
+      sites of a stack instead of their own routers, each layer its own part.
     layer: int32 scalar, the layer's number within its stack.
+    layer_count: how many layers that stack has, 0 outside of it; static.
+    expert_mask: bool [e], set for a router alone: the experts that its layer
+      has; None where it has all. A router gives the others no weight; see
+      `moepeft.moe.gate.mask_experts`.
     index: int32 scalar, the position that a cached decoder writes next.
     train: whether dropout and router noise are on; static.
     decode: whether attention reads and writes its cache; static.
@@ -66,10 +71,12 @@ class Context:
   positions: Array | None = None
   routing: 'Routing | None' = None
   layer: Array | None = None
+  expert_mask: Array | None = None
   index: Array | None = None
   train: bool = struct.field(pytree_node=False, default=False)
   decode: bool = struct.field(pytree_node=False, default=False)
   cache_length: int = struct.field(pytree_node=False, default=0)
+  layer_count: int = struct.field(pytree_node=False, default=0)
   run_layers: Callable | None = struct.field(pytree_node=False, default=None)
 
 
@@ -78,7 +85,8 @@ class Routing:
   """A router's decision for each token.
 
   Attributes:
-    logits: float32 [..., e], before expert dropout and selection.
+    logits: float32 [..., e], before expert dropout and selection; -inf of
+      experts that the layer does not have.
     combine_weights: float32 [..., e], what the experts are mixed with.
     k: how many experts have weight, the same for every token; None where all
       of them may have some. Static.
@@ -117,12 +125,6 @@ class State:
   opt: Tree
   rng: Array
   reference: Tree = struct.field(default_factory=dict)
-
-
-class Adapter(Protocol):
-  """Wraps a layer: `(layer, x, ctx) -> y`; see `nn.adapter_hook.BaseLayer`."""
-
-  def __call__(self, layer, x: Array, ctx: Context) -> Array: ...
 
 
 class Router(Protocol):

@@ -13,11 +13,8 @@ from moepeft.core.types import Tree
 from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.data.batching.packing import length_after_prefix
 from moepeft.data.tokenizers.tokenizer import Tokenizer
-from moepeft.inference.generator import (
-  GenerationConfig,
-  Generator,
-  check_length,
-)
+from moepeft.inference.generator import GenerationConfig, Generator
+from moepeft.inference.length_check import check_length
 from moepeft.inference.prompts import encode_example_prompt
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
@@ -45,10 +42,12 @@ class BatchGenerator:
       ValueError: `max_new_tokens` is below 1, or a decoder has no room for
         inputs and answer.
     """
-    # Of the longest inputs, so that it fails before anything runs.
-    check_length(model, inputs_length, max_new_tokens)
     self._model, self._tokenizer = model, tokenizer
     self._decoder_only, self._batch_size = hasattr(model, 'extend'), batch_size
+    if self._decoder_only:
+      # Of the longest inputs, so that it fails before anything runs.
+      limit = model.config.length
+      check_length(inputs_length, max_new_tokens, limit, decoder_only=True)
     soft_prompt = model_prefix_ids(model)
     self._max_inputs = length_after_prefix(
       inputs_length, soft_prompt, 'the inputs'

@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: the most probable whole continuations that are found.
+"""Beam search: the most probable whole answers that are found.
 
-It keeps m beams of a row that go on and m that have ended; a score is the sum
-of log-probabilities over length ** length_penalty. Semantics (what counts as
-ended, when a row is done) are those of `transformers`' `num_beams`.
+Of each request m beams go on and m have ended; a score is the sum of
+log-probabilities over length ** length_penalty. Semantics (what counts as
+ended, when a request is done) are those of `transformers`' `num_beams`.
 
-Letters: m beams, c candidates.
+A beam is a sequence of the engine, in a slot of its own, read and continued by
+the engine's prefill and decode step. Where several beams continue the same one,
+its slot is copied into those of beams that nothing continues.
 """
 
+import collections
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+import numpy as np
 
-from moepeft.core.types import Array, Batch, Tree
-from moepeft.inference.decode import PAD, Memory, begin, step
+from moepeft.core.types import Array
+from moepeft.inference.api import Request
+from moepeft.inference.engine import sampler
+from moepeft.inference.engine import sequence as sequences
+from moepeft.inference.engine.calls import NotYet
+from moepeft.inference.engine.decode_step import decode_step
+from moepeft.inference.engine.engine_core import EngineCore
+from moepeft.inference.engine.limits import check_request_length
 
 # Below every sum of log-probabilities, and finite, so that it adds up.
-_NEVER = -1e9
+_NEVER = np.float32(-1e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +39,7 @@ class BeamConfig:
   Attributes:
     count: m.
     length_penalty: 0 compares sums; the greater, the longer the answers.
-    early_stopping: whether a row is done as soon as m of its beams have
+    early_stopping: whether a request is done as soon as m of its beams have
       ended; else it goes on while a better one seems possible, or, with
       'never', until no better one is.
   """
@@ -48,172 +57,201 @@ class BeamConfig:
       )
 
 
-@struct.dataclass
-class BeamState:
-  """The state of a search: beams that go on, and the best that have ended.
+@dataclasses.dataclass(frozen=True)
+class BeamAnswer:
+  """An answer that a search has found.
 
   Attributes:
-    count: int32 scalar, tokens of each beam.
-    tokens, ended: int32 [b, m, length], going on and ended.
-    sums: float32 [b, m], log-probabilities of `tokens`.
-    scores: float32 [b, m] of `ended`, best first.
-    full: bool [b, m], whether an entry of `ended` is one.
-    open: bool [b], rows that may still be bettered.
-    stuck: bool scalar, whether every candidate has ended.
+    ids: its tokens; the last one ends it, or it was cut at max_new_tokens.
+    score: the sum of log-probabilities over length ** length_penalty.
   """
 
-  count: Array
-  tokens: Array
-  ended: Array
-  sums: Array
-  scores: Array
-  full: Array
-  open: Array
-  stuck: Array
-  memory: Memory
+  ids: list[int]
+  score: float
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def search(
-  model: Any,
-  variables: Tree,
-  batch: Batch,
-  ends: Array,
-  length: int,
-  beams: BeamConfig,
-  until: Array | None = None,
-) -> tuple[Array, Array]:
-  """The best continuations, best first: int32 [b, m, length], float32 [b, m].
-
-  They end with one of `ends` and then padding, or are cut at `until`.
+  core: EngineCore, requests: Sequence[Request], beams: BeamConfig
+) -> list[list[BeamAnswer]]:
+  """The m best answers to each request, best first.
 
   Args:
-    batch: as of `decoding.start`.
-    ends: int32 [n].
-    length: of the array of tokens.
-    until: tokens at most; by default `length`.
+    core: of an idle engine with at least m slots.
+
+  Raises:
+    NotYet: a sequence runs.
+    RequestRefused: a request does not fit.
+    ArithmeticError: the model's logits are no numbers.
   """
-  until = jnp.int32(length) if until is None else jnp.minimum(until, length)
-  logits, memory = begin(model, variables, batch, length)
-  b, m = logits.shape[0], beams.count
-  rows = jnp.repeat(jnp.arange(b), m)
-  memory = _take(memory, rows, b)
-  none = jnp.full((b, m), _NEVER)
-  state = BeamState(
-    count=jnp.int32(0),
-    tokens=jnp.full((b, m, length), PAD, jnp.int32),
-    ended=jnp.full((b, m, length), PAD, jnp.int32),
+  if core.scheduler.busy:
+    raise NotYet
+  waiting = collections.deque(BeamSearch(r, beams) for r in requests)
+  searches, active = [*waiting], []
+  try:
+    while waiting or active:
+      while waiting and core.scheduler.slots.free() >= beams.count:
+        active.append(waiting.popleft())
+        active[-1].start(core)
+      _step(core, active)
+      for done in [search for search in active if search.done]:
+        active.remove(done)
+        done.free(core)
+  finally:
+    for unfinished in active:
+      unfinished.free(core, clear=True)
+  return [search.finished for search in searches]
+
+
+def _step(core: EngineCore, active: 'list[BeamSearch]') -> None:
+  """Adds a token to every beam of every search."""
+  batch = [row for search in active for row in search.rows]
+  output = decode_step(core.runner, core.prefill, batch)
+  count = max(search.candidates for search in active)
+  ids, logprobs, finite = jax.device_get(
+    (*_candidates(output.logits, count), output.finite)
+  )
+  if not finite[: len(batch)].all():
+    raise ArithmeticError(sampler.NOT_FINITE)
+  for row in batch:
+    core.prefill.record_step(row)
+  at = 0
+  for search in active:
+    rows = slice(at, at + len(search.rows))
+    search.grow(core, ids[rows], logprobs[rows])
+    at = rows.stop
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def _candidates(logits: tuple[Array, ...], count: int) -> tuple[Array, Array]:
+  """(ids, log-probabilities) of each row's best tokens, [n, count]."""
+  rows = jnp.concatenate(logits)
+  return sampler.best(rows, min(count, rows.shape[1]))
+
+
+class BeamSearch:
+  """The search for the answers to one request.
+
+  Attributes:
+    rows: its m beams that go on, the best first; [] before `start`.
+    sums: float32 [m], the sums of their log-probabilities.
+    finished: the best answers so far, at most m, best first.
+    done: whether nothing better is looked for.
+  """
+
+  def __init__(self, request: Request, beams: BeamConfig):
+    self._request, self._beams = request, beams
     # All beams are the same at first: only one goes on.
-    sums=none.at[:, 0].set(0),
-    scores=none,
-    full=jnp.zeros((b, m), bool),
-    open=jnp.ones(b, bool),
-    stuck=jnp.array(False),
-    memory=memory,
-  )
-  state = _grow(state, logits[rows], ends, until, beams)
+    self.sums = np.full(beams.count, _NEVER)
+    self.sums[0] = 0
+    self.rows: list[sequences.Sequence] = []
+    self.finished: list[BeamAnswer] = []
+    self.done = False
 
-  def unfinished(state):
-    more = jnp.any(state.open) & ~state.stuck
-    return more & ~jnp.all(state.full) if _at_once(beams) else more
+  @property
+  def candidates(self) -> int:
+    """So many continuations that m of them go on, whatever the rest ends
+    with."""
+    return max(2, 1 + len(self._request.eos_token_ids)) * self._beams.count
 
-  def body(state):
-    newest = jax.lax.dynamic_index_in_dim(
-      state.tokens, state.count - 1, axis=2, keepdims=False
-    ).reshape(-1)
-    logits, memory = step(model, variables, state.memory, newest, state.count)
-    state = state.replace(memory=memory)
-    return _grow(state, logits, ends, until, beams)
+  def start(self, core: EngineCore) -> None:
+    """Reads the prompt into m slots."""
+    runner, request = core.runner, self._request
+    adapter = runner.adapters.acquire(request.adapter)
+    check_request_length(
+      request, runner.model, runner.config, len(adapter.soft_prompt_ids)
+    )
+    for _ in range(self._beams.count):
+      row = sequences.Sequence(request, lambda event: None)
+      row.use(adapter)
+      core.prefill.begin(row)
+      self.rows.append(row)
+      while not row.prefilled:
+        core.prefill.read([row])
 
-  state = jax.lax.while_loop(unfinished, body, state)
-  return state.ended, state.scores
+  def free(self, core: EngineCore, clear: bool = False) -> None:
+    """Frees the slots.
 
+    Args:
+      clear: whether they may hold what is no number.
+    """
+    for row in self.rows:
+      if clear:
+        row.slot.ids = []
+        core.runner.clear(row.slot.number)
+      core.scheduler.slots.release(row.slot)
+    if self.rows:
+      core.runner.adapters.release(self.rows[0].adapter)
+    self.rows = []
 
-def _at_once(beams: BeamConfig) -> bool:
-  return beams.early_stopping is True
+  def grow(
+    self, core: EngineCore, ids: np.ndarray, logprobs: np.ndarray
+  ) -> None:
+    """Adds a token to every beam.
 
+    Args:
+      ids, logprobs: [m, c], each beam's most probable tokens.
+    """
+    m, request = self._beams.count, self._request
+    sums = (self.sums[:, None] + logprobs).reshape(-1)
+    order = np.argsort(-sums, kind='stable')[: self.candidates]
+    sums, tokens = sums[order], ids.reshape(-1)[order].tolist()
+    parents = (order // ids.shape[1]).tolist()
+    answers = [
+      [*self.rows[parent].answer, token]
+      for parent, token in zip(parents, tokens, strict=True)
+    ]
+    count = len(answers[0])
+    ended = np.isin(tokens, request.eos_token_ids)
+    ended |= count >= request.max_new_tokens
+    # Worse candidates are there to go on only.
+    self._finish(answers[:m], sums[:m], ended[:m])
+    going_on = np.where(ended, sums + _NEVER, sums)
+    best = np.argsort(-going_on, kind='stable')[:m]
+    self.sums = going_on[best]
+    at_once = self._beams.early_stopping is True
+    enough = at_once and len(self.finished) == m
+    self.done = enough or ended.all() or not self._may_improve(count)
+    if not self.done:
+      self._continue(
+        core, [parents[i] for i in best], [answers[i] for i in best]
+      )
 
-def _grow(
-  state: BeamState, logits: Array, ends: Array, until: Array, beams: BeamConfig
-) -> BeamState:
-  """Adds a token to every beam.
+  def _finish(self, answers: list, sums: np.ndarray, ended: np.ndarray) -> None:
+    """Puts the answers that have ended among the m best."""
+    scores = sums / self._length_factor(len(answers[0]))
+    self.finished += [
+      BeamAnswer(answer, float(score))
+      for answer, score, end in zip(answers, scores, ended, strict=True)
+      if end
+    ]
+    self.finished.sort(key=lambda answer: -answer.score)
+    del self.finished[self._beams.count :]
 
-  Args:
-    logits: [b m, v].
-  """
-  b, m, _ = state.tokens.shape
-  logs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(b, m, -1)
-  v = logs.shape[-1]
-  sums = (logs + state.sums[..., None]).reshape(b, -1)
-  # So many that m of them go on, whatever the others end with.
-  candidates = max(2, 1 + len(ends)) * m
-  sums, flat = jax.lax.top_k(sums, min(candidates, m * v))
-  parents, chosen = flat // v, (flat % v).astype(jnp.int32)
-  tokens = _pick(state.tokens, parents).at[:, :, state.count].set(chosen)
-  count = state.count + 1
-  over = jnp.isin(chosen, ends) | (count >= until)
-  state = _end(state, tokens, sums, over, count, beams)
-  sums, places = jax.lax.top_k(jnp.where(over, sums + _NEVER, sums), m)
-  parents = _pick(parents, places)
-  rows = (parents + jnp.arange(b)[:, None] * m).reshape(-1)
-  state = state.replace(
-    count=count,
-    tokens=_pick(tokens, places),
-    sums=sums,
-    stuck=jnp.all(over),
-    memory=_take(state.memory, rows, b * m),
-  )
-  return state.replace(open=state.open & _hope(state, until, beams))
+  def _length_factor(self, count: int) -> np.float32:
+    return np.float32(count) ** np.float32(self._beams.length_penalty)
 
+  def _may_improve(self, count: int) -> bool:
+    """Whether a beam that goes on may become better than the m that ended."""
+    beams = self._beams
+    longest = beams.early_stopping == 'never' and beams.length_penalty > 0
+    size = self._request.max_new_tokens if longest else count
+    full = len(self.finished) == beams.count
+    worst = self.finished[-1].score if full else _NEVER
+    return bool(self.sums[0] / self._length_factor(size) > worst)
 
-def _end(state, tokens, sums, over, count, beams: BeamConfig) -> BeamState:
-  """Puts candidates that are over among the m best that have ended."""
-  m = beams.count
-  # Worse candidates are there to go on only.
-  over &= jnp.arange(over.shape[1]) < m
-  scores = sums / count.astype(jnp.float32) ** beams.length_penalty
-  allowed = over & state.open[:, None]
-  if _at_once(beams):
-    allowed &= ~jnp.all(state.full, axis=1, keepdims=True)
-  scores = jnp.where(allowed, scores, scores + _NEVER)
-  scores = jnp.concatenate([state.scores, scores], axis=1)
-  scores, best = jax.lax.top_k(scores, m)
-  full = jnp.concatenate([state.full, over], axis=1)
-  ended = jnp.concatenate([state.ended, tokens], axis=1)
-  return state.replace(
-    scores=scores, full=_pick(full, best), ended=_pick(ended, best)
-  )
-
-
-def _hope(state: BeamState, until: Array, beams: BeamConfig) -> Array:
-  """bool [b]: whether a beam that goes on may better those that ended."""
-  long = beams.early_stopping == 'never' and beams.length_penalty > 0
-  size = (until if long else state.count).astype(jnp.float32)
-  best = state.sums[:, 0] / size**beams.length_penalty
-  worst = jnp.min(state.scores, axis=1)
-  # An entry that is none is bettered by anything.
-  return jnp.any(
-    best[:, None] > jnp.where(state.full, worst[:, None], _NEVER), 1
-  )
-
-
-def _pick(array: Array, places: Array) -> Array:
-  """array [b, c, ...], places int [b, n] -> [b, n, ...]."""
-  places = places.reshape(places.shape + (1,) * (array.ndim - 2))
-  return jnp.take_along_axis(array, places, axis=1)
-
-
-def _take(memory: Memory, rows: Array, b: int) -> Memory:
-  """The memory of some of its b rows, again and again where asked for."""
-
-  def take(path, leaf):
-    # Layers that are scanned have their axis before the rows.
-    scanned = any(getattr(key, 'key', None) == 'layers' for key in path)
-    return jnp.take(leaf, rows, axis=1 if scanned else 0)
-
-  same = lambda leaf: jnp.take(leaf, rows, axis=0)  # noqa: E731
-  return memory.replace(
-    cache=jax.tree_util.tree_map_with_path(take, memory.cache),
-    lengths=None if memory.lengths is None else same(memory.lengths),
-    source=jax.tree.map(same, memory.source),
-  )
+  def _continue(
+    self, core: EngineCore, parents: list[int], answers: list[list[int]]
+  ) -> None:
+    """Gives each new beam its parent's slot, or a copy of it."""
+    unused = [row for i, row in enumerate(self.rows) if i not in parents]
+    rows, used = [], set()
+    for parent, answer in zip(parents, answers, strict=True):
+      row = source = self.rows[parent]
+      if parent in used:
+        row = unused.pop()
+        core.runner.copy(source.slot.number, row.slot.number)
+        row.slot.ids = list(source.slot.ids)
+      used.add(parent)
+      row.answer = answer
+      rows.append(row)
+    self.rows = rows

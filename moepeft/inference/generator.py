@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation for the commands: batches of prompts to texts, by the engine."""
 
+import concurrent.futures
 import dataclasses
 import queue
 import threading
@@ -8,26 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from moepeft.core import sharding
 from moepeft.core.types import Tree
-from moepeft.data.batching import packing, seq2seq
-from moepeft.data.batching.bucketing import repeat_last, round_up
+from moepeft.data.batching.bucketing import round_up
+from moepeft.data.batching.seq2seq import PAD
 from moepeft.data.tokenizers.tokenizer import Tokenizer, skipped_special_tokens
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import FAILED, Event, Finished, Request, Token
-from moepeft.inference.beam_search import BeamConfig, search
-from moepeft.inference.decode import PAD
+from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.detokenizer import TextStream
 from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
+from moepeft.inference.length_check import check_length
 from moepeft.inference.sampling import Sampling
 from moepeft.peft.prefix import model_prefix_ids
 
-# Below them, a length of texts or of answers is not worth a program.
-_MIN_LENGTH, _MIN_ANSWER = 64, 32
+# A shorter length is not worth a program.
+_MIN_LENGTH = 64
 _LARGEST = 1 << 30
 
 
@@ -92,26 +90,6 @@ def row_seeds(seed: int, rows: int) -> list[int]:
   return [seed & 0xFFFFFFFF | row << 32 for row in range(rows)]
 
 
-def check_length(model: Any, prompt: int, answer: int) -> None:
-  """Checks that a decoder has positions for a prompt and its answer.
-
-  Args:
-    prompt, answer: their tokens.
-
-  Raises:
-    ValueError: it has not.
-  """
-  if not hasattr(model, 'extend'):
-    return
-  limit = model.config.length
-  if prompt + answer > limit:
-    raise ValueError(
-      f'the longest prompt has {prompt:,} tokens and an answer up to '
-      f'{answer:,}; together the model has room for {limit:,}: shorten the '
-      'prompt, or the length of the answer'
-    )
-
-
 class Generator:
   """Answers to prompts, the model's soft prompt before each.
 
@@ -140,6 +118,8 @@ class Generator:
     self._decoder_only = decoder_only
     # An encoder-decoder may generate padding; it is no text either.
     self._silent = {*config.eos_token_ids, *(() if decoder_only else (PAD,))}
+    # Slots of an answer.
+    self._beam_count = config.beams.count if config.beams else 1
     self._engines: list[Engine] = []
 
   def check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -153,8 +133,14 @@ class Generator:
       raise ValueError(
         f'prompt {lengths.index(0)} has no token to go on from; leave it out'
       )
-    longest = max(lengths, default=0) + len(self._soft_prompt)
-    check_length(self._model, longest, self._config.max_new_tokens)
+    if self._decoder_only:
+      check_length(
+        max(lengths, default=0),
+        self._config.max_new_tokens,
+        self._model.config.length,
+        decoder_only=True,
+        soft_prompt=len(self._soft_prompt),
+      )
 
   def update_weights(self, variables: Tree) -> None:
     """Answers with other values of the weights from now on."""
@@ -197,7 +183,7 @@ class Generator:
   ) -> list[list[int]]:
     """The ids of each answer, its end included; stop strings do not count."""
     if self._config.beams is not None:
-      return self._search(prompts)
+      return self._search(prompts, progress)
     answers: list[list[int]] = [[] for _ in prompts]
     for _, request, event in self._events(prompts, seeds):
       if isinstance(event, Token):
@@ -252,9 +238,24 @@ class Generator:
       ValueError: as `check`.
       RuntimeError: an answer failed.
     """
+    requests = self._requests(prompts, seeds)
+    for engine, request, event in _stream(self._open(prompts), requests):
+      if isinstance(event, Finished) and event.reason == FAILED:
+        raise RuntimeError(f'prompt {request.id} failed: {event.message}')
+      yield engine, request, event
+
+  def _requests(
+    self,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int] | None = None,
+  ) -> list[Request]:
+    """
+    Raises:
+      ValueError: as `check`.
+    """
     self.check(prompts)
     config = self._config
-    requests = [
+    return [
       Request(
         str(row),
         tuple(map(int, ids)),
@@ -266,10 +267,6 @@ class Generator:
       )
       for row, ids in enumerate(prompts)
     ]
-    for engine, request, event in _stream(self._open(prompts), requests):
-      if isinstance(event, Finished) and event.reason == FAILED:
-        raise RuntimeError(f'prompt {request.id} failed: {event.message}')
-      yield engine, request, event
 
   def _open(self, prompts: Sequence[Sequence[int]]) -> list[Engine]:
     """Engines for prompts; those of an earlier call where they are enough."""
@@ -280,7 +277,7 @@ class Generator:
     answer = self._config.max_new_tokens
     size = longest + answer if self._decoder_only else max(longest, answer)
     rows = -(-len(prompts) // len(devices))
-    slots = min(self._batch_size, rows)
+    slots = min(self._batch_size, rows) * self._beam_count
     enough = len(devices) <= len(self._engines) and all(
       engine.max_model_len >= size and engine.slots >= slots
       for engine in self._engines
@@ -309,7 +306,7 @@ class Generator:
     config = EngineConfig(
       slots=slots,
       max_model_len=length,
-      batch_sizes=tuple(sorted({1, slots})),
+      batch_sizes=tuple(sorted({self._beam_count, slots})),
       prefill_batch_sizes=(1,) if one_by_one else tuple(sorted({1, slots})),
       compile_ahead=False,
     )
@@ -318,45 +315,31 @@ class Generator:
       self._model, self._variables['params'], adapter, config, device
     )
 
-  def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+  def _search(
+    self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]
+  ) -> list[list[int]]:
     """The best answer to each prompt by a beam search."""
-    self.check(prompts)
-    answers = []
-    for at in range(0, len(prompts), self._batch_size):
-      answers += self._search_batch(prompts[at : at + self._batch_size])
+    requests = self._requests(prompts)
+    engines, size = self._open(prompts), self._batch_size
+    answers: list[list[int]] = [[] for _ in prompts]
+
+    def run(engine: Engine, rows: range) -> int:
+      beams = engine.beam_search(
+        [requests[row] for row in rows], self._config.beams
+      )
+      for row, (best, *_) in zip(rows, beams, strict=True):
+        answers[row] = best.ids
+      return len(rows)
+
+    shares = [
+      range(len(prompts))[i :: len(engines)] for i in range(len(engines))
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for at in range(0, max(map(len, shares), default=0), size):
+        batches = [share[at : at + size] for share in shares]
+        for count in pool.map(run, engines, batches):
+          progress(count)
     return answers
-
-  def _search_batch(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    prompts = [packing.prepend(self._soft_prompt, ids) for ids in prompts]
-    limit = self._config.max_new_tokens
-    # Padding beyond learned positions would be no number, and spoil the rest.
-    most = self._model.config.length if self._decoder_only else _LARGEST
-    s = round_up(max(map(len, prompts)), _MIN_LENGTH, most)
-    mesh = sharding.make_mesh()
-    count = sharding.round_up(mesh, len(prompts))
-    rows = [prompts[i] for i in repeat_last(range(len(prompts)), count)]
-    batch = {
-      'inputs': seq2seq.pad_rows(rows, s),
-      'inputs_mask': np.arange(s) < np.array([len(r) for r in rows])[:, None],
-    }
-    tokens, _ = search(
-      self._model,
-      self._variables,
-      sharding.shard_whole_batch(mesh, batch),
-      jnp.array(self._config.eos_token_ids, jnp.int32),
-      round_up(limit, _MIN_ANSWER, _LARGEST),
-      self._config.beams,
-      jnp.int32(limit),
-    )
-    best = sharding.gather(tokens)[: len(prompts), 0, :limit]
-    return [self._until_end(row.tolist()) for row in best]
-
-  def _until_end(self, row: list[int]) -> list[int]:
-    """A row up to its first end, that included."""
-    for i, token in enumerate(row):
-      if token in self._config.eos_token_ids:
-        return row[: i + 1]
-    return row
 
 
 def _stream(

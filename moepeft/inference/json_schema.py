@@ -88,8 +88,8 @@ def prepared(schema: Any, strict: bool) -> str:
       "the JSON schema has 'x-guidance', by which the compiler's own options "
       'would be changed; leave it out'
     )
-  made = copy.deepcopy(schema)
-  every = list(_schemas(made))
+  copied = copy.deepcopy(schema)
+  every = list(_schemas(copied))
   if len(every) > PARTS:
     raise ValueError(
       f'the JSON schema has {len(every):,} schemas inside of it, expected at '
@@ -97,10 +97,10 @@ def prepared(schema: Any, strict: bool) -> str:
     )
   _check_multiples(every)
   close = _apart(every)
-  for one in every:
-    _mend(one, close)
+  for part in every:
+    _mend(part, close)
   options = SPACING if strict else SPACING | {'lenient': True}
-  return written({'x-guidance': options, **made})
+  return written({'x-guidance': options, **copied})
 
 
 def written(value: Any) -> str:
@@ -122,7 +122,7 @@ def check_depth(value: Any) -> None:
   """
   level = [value]
   for _ in range(DEPTH + 1):
-    level = [child for one in level for child in _children(one)]
+    level = [child for item in level for child in _children(item)]
     if not level:
       return
   raise ValueError(
@@ -142,7 +142,7 @@ def _children(value: Any) -> Iterator[Any]:
 class _Part:
   """A schema inside of one; `joined` to others that the same value keeps."""
 
-  said: dict
+  schema: dict
   joined: bool
 
 
@@ -153,15 +153,15 @@ def _schemas(schema: Any, joined: bool = False) -> Iterator[_Part]:
   yield _Part(schema, joined)
   for key in _NAMED:
     named = schema.get(key)
-    for one in named.values() if isinstance(named, dict) else ():
-      yield from _schemas(one)
+    for child in named.values() if isinstance(named, dict) else ():
+      yield from _schemas(child)
   for key in _LISTED:
     listed = schema.get(key)
     # Beside nothing else, options stand alone.
     beside = set(schema) - _NOTES - {key}
     within = key in _IN_PLACE and (joined or bool(beside) or key == 'allOf')
-    for one in listed if isinstance(listed, list) else ():
-      yield from _schemas(one, within)
+    for child in listed if isinstance(listed, list) else ():
+      yield from _schemas(child, within)
   for key in _ALONE:
     yield from _schemas(schema.get(key))
 
@@ -169,11 +169,11 @@ def _schemas(schema: Any, joined: bool = False) -> Iterator[_Part]:
 def _apart(every: list[_Part]) -> bool:
   """Whether no schema is referred to from where others hold too."""
   for part in every:
-    said = part.said
+    schema = part.schema
     if (
-      'allOf' in said
-      or '$ref' in said
-      and (part.joined or set(said) - _NOTES - {'$ref'})
+      'allOf' in schema
+      or '$ref' in schema
+      and (part.joined or set(schema) - _NOTES - {'$ref'})
     ):
       return False
   return True
@@ -181,44 +181,46 @@ def _apart(every: list[_Part]) -> bool:
 
 def _mend(part: _Part, close: bool) -> None:
   """Says in other words what llguidance leaves out, or raises."""
-  said = part.said
-  if said.get('uniqueItems') is False:
-    del said['uniqueItems']
-  _check_keys(said)
-  pattern = _FORMATS.get(_text(said.get('format')))
+  schema = part.schema
+  if schema.get('uniqueItems') is False:
+    del schema['uniqueItems']
+  _check_keys(schema)
+  pattern = _FORMATS.get(_text(schema.get('format')))
   if pattern:
-    del said['format']
-    if 'pattern' in said:
-      joined = said.get('allOf', [])
+    del schema['format']
+    if 'pattern' in schema:
+      joined = schema.get('allOf', [])
       if not isinstance(joined, list):
         raise ValueError(
           f"'allOf' of a JSON schema is a list, got {type(joined).__name__}"
         )
-      said['allOf'] = [*joined, {'pattern': pattern}]
+      schema['allOf'] = [*joined, {'pattern': pattern}]
     else:
-      said['pattern'] = pattern
-  if close and not part.joined and _closable(said):
-    said['additionalProperties'] = False
+      schema['pattern'] = pattern
+  if close and not part.joined and _closable(schema):
+    schema['additionalProperties'] = False
 
 
 def _text(value: Any) -> str:
   return value if isinstance(value, str) else ''
 
 
-def _closable(said: dict) -> bool:
-  known = said.get('properties')
+def _closable(schema: dict) -> bool:
+  properties = schema.get('properties')
   spoken = (*_IN_PLACE, 'additionalProperties', 'patternProperties')
-  if not isinstance(known, dict) or any(key in said for key in spoken):
+  if not isinstance(properties, dict) or any(key in schema for key in spoken):
     return False
-  required = said.get('required', [])
-  within = isinstance(required, list) and all(k in [*known] for k in required)
-  return within and 'minProperties' not in said
+  required = schema.get('required', [])
+  within = isinstance(required, list) and all(
+    k in [*properties] for k in required
+  )
+  return within and 'minProperties' not in schema
 
 
-def _check_keys(said: dict) -> None:
+def _check_keys(schema: dict) -> None:
   """Keys that the schema does not name may come twice, and then count once."""
-  required = said.get('required', ())
-  least = said.get('minProperties', 0)
+  required = schema.get('required', ())
+  least = schema.get('minProperties', 0)
   sized = isinstance(required, list | tuple) and isinstance(least, int)
   if sized and least > len(required) + 1:
     raise ValueError(
@@ -229,12 +231,12 @@ def _check_keys(said: dict) -> None:
 
 
 def _check_multiples(every: list[_Part]) -> None:
-  found = [1]
+  multiples = [1]
   for part in every:
-    value = part.said.get('multipleOf')
+    value = part.schema.get('multipleOf')
     if isinstance(value, int | float) and not isinstance(value, bool):
-      found.append(_coefficient(value))
-  if math.lcm(*found) > MULTIPLE:
+      multiples.append(_coefficient(value))
+  if math.lcm(*multiples) > MULTIPLE:
     raise ValueError(
       f"the least number that every 'multipleOf' of the JSON schema divides is "
       f'above {MULTIPLE:,}, which takes too long to compile; use smaller ones'

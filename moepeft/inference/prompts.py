@@ -17,16 +17,18 @@ from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 
 
-def encode_text(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
+def encode_text(
+  tokenizer: Tokenizer, text: str, decoder_only: bool
+) -> list[int]:
   """The ids of a text: with its end for an encoder, open for a decoder.
 
   Raises:
     ValueError: it is empty, and a decoder has nothing to go on from.
   """
-  ids = list(words.encode(text))
+  ids = list(tokenizer.encode(text))
   if not decoder_only:
-    return [*ids, words.eos]
-  ids = ids if words.bos is None else [words.bos, *ids]
+    return [*ids, tokenizer.eos]
+  ids = ids if tokenizer.bos is None else [tokenizer.bos, *ids]
   if not ids:
     raise ValueError(
       'an empty prompt has no token to go on from; say something'
@@ -35,12 +37,12 @@ def encode_text(words: Tokenizer, text: str, decoder_only: bool) -> list[int]:
 
 
 def encode_example_prompt(
-  words: Tokenizer, text: str, decoder_only: bool
+  tokenizer: Tokenizer, text: str, decoder_only: bool
 ) -> list[int]:
   """The ids of an example's inputs, as in training on examples."""
   if not decoder_only:
-    return encode_text(words, text, decoder_only)
-  return batching_decoder_only.encode_prompts(words, [text])[0]
+    return encode_text(tokenizer, text, decoder_only)
+  return batching_decoder_only.encode_prompts(tokenizer, [text])[0]
 
 
 def check_ids(ids: Sequence[int], vocab: int) -> None:
@@ -58,7 +60,7 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
 
 
 def template(
-  words: Tokenizer, data: ConfigDict, system: str = ''
+  tokenizer: Tokenizer, data: ConfigDict, system: str = ''
 ) -> chat_dataset.ChatTemplate:
   """The chat template of a run's config.data, or of a model's tokenizer.
 
@@ -68,12 +70,12 @@ def template(
   Raises:
     ValueError: there is none.
   """
-  if not data.chat_template and not has_chat_template(words):
+  if not data.chat_template and not has_chat_template(tokenizer):
     raise ValueError(
-      f'the vocabulary {words} has no chat template; leave out --chat, or name '
-      'a model that has one'
+      f'the vocabulary {tokenizer} has no chat template; leave out --chat, '
+      'or name a model that has one'
     )
-  template_ = chat_dataset.load_chat_template(data, words)
+  template_ = chat_dataset.load_chat_template(data, tokenizer)
   # What is asked is dated today, whatever day the run was begun on.
   return dataclasses.replace(
     template_, system=system or template_.system, date=''
@@ -88,16 +90,16 @@ def conversation(turns: Sequence[str]) -> Conversation:
   )
 
 
-def eos_token_ids(words: Tokenizer, folder: str) -> tuple[int, ...]:
+def eos_token_ids(tokenizer: Tokenizer, folder: str) -> tuple[int, ...]:
   """Ids that end an answer: the vocabulary's, what its chat template ends
   answers with, and those that the model's files name.
 
   Args:
     folder: the model's directory or GGUF file, '' for none.
   """
-  ids_of_ends = [words.eos]
-  if has_chat_template(words):
-    ids_of_ends += chat_dataset.ChatTemplate(words.tokenizer).ends()
+  ids_of_ends = [tokenizer.eos]
+  if has_chat_template(tokenizer):
+    ids_of_ends += chat_dataset.ChatTemplate(tokenizer.tokenizer).ends()
   if folder.endswith(gguf.SUFFIX):
     metadata = gguf.metadata(folder)
     ids_of_ends += [

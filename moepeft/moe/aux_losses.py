@@ -25,7 +25,7 @@ def load_balance(sums: RouterStats) -> Array:
   """
   count = jnp.maximum(sums.count, 1)[..., None]
   products = (sums.load / count) * (sums.probability / count)
-  return jnp.mean(sums.load.shape[-1] * jnp.sum(products, axis=-1))
+  return jnp.mean(sums.experts * jnp.sum(products, axis=-1))
 
 
 def router_z_loss(sums: RouterStats) -> Array:

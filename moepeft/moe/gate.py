@@ -23,6 +23,17 @@ def gate_logits(x: Array, kernel: Array) -> Array:
   return low_rank_matmul(to_f32(x), to_f32(kernel), jax.lax.Precision.HIGHEST)
 
 
+def mask_experts(logits: Array, ctx: Context) -> Array:
+  """The logits [..., e], -inf of experts that the layer does not have.
+
+  Every router calls it before it selects: where layers have unlike counts of
+  experts, all of them compute as many as the largest has.
+  """
+  if ctx.expert_mask is None:
+    return logits
+  return jnp.where(ctx.expert_mask, logits, -jnp.inf)
+
+
 def jittered(module: nn.Module, x: Array, jitter: float, ctx: Context) -> Array:
   """x times uniform noise in [1 - jitter, 1 + jitter], in training only.
 

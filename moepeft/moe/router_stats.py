@@ -5,6 +5,8 @@ The sums add up over microbatches, devices, heads and layers; statistics and
 `losses` are pure functions of them.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,8 @@ class RouterStats:
     entropy: [] sums of that softmax's entropy, in nats.
     log_z2: [] sums of the squared log-partition of the logits.
     aux: {name: [*any]} sums of `Routing.aux`, the router's own figures.
+    available: [e] the tokens of the layers that have an expert, `count` or 0;
+      None where every layer has all experts.
     sparse: whether the router is sparse, `Routing.sparse`; static.
   """
 
@@ -44,11 +48,28 @@ class RouterStats:
   entropy: Array
   log_z2: Array
   aux: dict[str, Array] = struct.field(default_factory=dict)
+  available: Array | None = None
   sparse: bool = struct.field(pytree_node=False, default=False)
 
+  @property
+  def experts(self) -> int | Array:
+    """The number of experts: an int, or float [(l)] by layer."""
+    if self.available is None:
+      return self.load.shape[-1]
+    return jnp.maximum(jnp.sum(self.available > 0, axis=-1), 1).astype(
+      jnp.float32
+    )
 
-def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
-  """The sums of a Routing [b, t, (heads,) e], mask [b, t] of real tokens."""
+
+def router_stats(
+  routing: Routing, mask: Array | None, expert_mask: Array | None = None
+) -> RouterStats:
+  """The sums of a Routing [b, t, (heads,) e].
+
+  Args:
+    mask: bool [b, t] of real tokens.
+    expert_mask: bool [e], as in `Context`.
+  """
   weights = jax.lax.stop_gradient(routing.combine_weights)
   if mask is None:
     mask = jnp.ones(weights.shape[:2], bool)
@@ -58,11 +79,15 @@ def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
   # Equal weights share the load, so that a uniform router's is even; where
   # fewer than k are left, as under expert dropout, only they do.
   chosen = ((weights >= kth) & (weights > 0)).astype(jnp.float32)
-  chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
-  mixed = weights / jnp.sum(weights, axis=-1, keepdims=True)
+  chosen = _normalized(chosen)
+  mixed = _normalized(weights)
   share = (weights > 0).astype(jnp.float32) if routing.sparse else mixed
   log_p = jax.nn.log_softmax(routing.logits, axis=-1)
   p = jnp.exp(log_p)
+  # p log p of an expert with p = 0 is 0, and no NaN in the gradient.
+  finite_log_p = (
+    log_p if expert_mask is None else jnp.where(expert_mask, log_p, 0)
+  )
   log_z = jax.nn.logsumexp(routing.logits, axis=-1)
   every = tuple(range(real.ndim))
   return RouterStats(
@@ -71,25 +96,35 @@ def router_stats(routing: Routing, mask: Array | None) -> RouterStats:
     weight_entropy=jnp.sum(jnp.sum(entr(mixed), axis=-1) * real),
     load=jnp.sum(chosen * real[..., None], axis=every),
     probability=jnp.sum(p * real[..., None], axis=every),
-    entropy=-jnp.sum(jnp.sum(p * log_p, axis=-1) * real),
+    entropy=-jnp.sum(jnp.sum(p * finite_log_p, axis=-1) * real),
     log_z2=jnp.sum(log_z**2 * real),
     aux={
       name: jnp.tensordot(real, to_f32(values), axes=real.ndim)
       for name, values in routing.aux.items()
     },
+    available=None if expert_mask is None else jnp.sum(real) * expert_mask,
     sparse=routing.sparse,
   )
 
 
+def _normalized(x: Array) -> Array:
+  """x over its sum; zeros where a token has no expert at all."""
+  total = jnp.sum(x, axis=-1, keepdims=True)
+  return x / jnp.where(total == 0, 1, total)
+
+
 def route(module: nn.Module, router: Router, x: Array, ctx: Context) -> Routing:
-  """Calls the router (or takes ctx.routing) and reports its sums.
+  """Calls the router (or takes ctx.routing's layer) and reports its sums.
 
   The sums leave in the collection 'routing' and the full weights in
   'weights', each only where the caller of `apply` asks for it.
   """
-  routing = ctx.routing if ctx.routing is not None else router(x, ctx)
+  if ctx.routing is not None and ctx.layer is not None:
+    routing = jax.tree.map(lambda a: a[ctx.layer], ctx.routing)
+  else:
+    routing = router(x, ctx)
   if module.is_mutable_collection('routing'):
-    sums = router_stats(routing, ctx.token_mask)
+    sums = router_stats(routing, ctx.token_mask, ctx.expert_mask)
     module.sow(
       'routing',
       'sums',
@@ -127,8 +162,10 @@ class Statistics:
     weight_entropy: [] mean entropy of a token's combine weights, nats.
     entropy: [] mean entropy of the softmax of the logits, before any
       selection, nats; ln e at most.
-    variation: [] the shares' standard deviation over their mean.
+    variation: [] the shares' standard deviation over their mean, of the
+      experts that the layer has.
     top: [] the largest of the shares.
+    experts: [] e, where it differs by layer; else None.
     sparse: which of the two `share` is; static.
   """
 
@@ -137,6 +174,7 @@ class Statistics:
   entropy: Array
   variation: Array
   top: Array
+  experts: Array | None = None
   sparse: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -144,12 +182,25 @@ def statistics(sums: RouterStats) -> Statistics:
   """Pure; a site without a real token gives zeros."""
   count = jnp.maximum(sums.count, 1)
   share = sums.share / count[..., None]
-  mean = jnp.maximum(jnp.mean(share, axis=-1), 1e-9)
+  available = None if sums.available is None else sums.available > 0
+  mean = jnp.maximum(_over_experts(jnp.mean, share, available), 1e-9)
   return Statistics(
     share=share,
     weight_entropy=sums.weight_entropy / count,
     entropy=sums.entropy / count,
-    variation=jnp.std(share, axis=-1) / mean,
+    variation=_over_experts(jnp.std, share, available) / mean,
     top=jnp.max(share, axis=-1),
+    experts=None if available is None else sums.experts,
     sparse=sums.sparse,
   )
+
+
+def _over_experts(
+  reduce: Callable, share: Array, available: Array | None
+) -> Array:
+  """A mean or standard deviation of shares [..., e] over a layer's experts."""
+  if available is None:
+    return reduce(share, axis=-1)
+  # Without a real token no expert counts, and all shares are zero.
+  where = available | ~jnp.any(available, axis=-1, keepdims=True)
+  return reduce(share, axis=-1, where=where)

@@ -133,7 +133,7 @@ class Attention(nn.Module):
     scale: of the logits.
     q_stddev: of q's weights at initialisation; None for that of k and v.
     bias: whether q, k, v and o have biases.
-    form: of FORMS.
+    implementation: of IMPLEMENTATIONS.
   """
 
   d_model: int
@@ -203,7 +203,9 @@ class Attention(nn.Module):
       if ctx.decode:
         k, v = self._extend(k, v, ctx)
     else:
-      source_ctx = source_ctx.replace(layer=ctx.layer)
+      source_ctx = source_ctx.replace(
+        layer=ctx.layer, layer_count=ctx.layer_count
+      )
       k, v = self._once(source, source_ctx, ctx.decode)
     return self.o(self.core(Heads(q, k, v, bias, mask), ctx), ctx)
 
@@ -233,7 +235,7 @@ class Attention(nn.Module):
 
 
 class Core(nn.Module):
-  """The site around `attend`, or another of FORMS."""
+  """The site around one of IMPLEMENTATIONS."""
 
   site: str
   adapter_map: AdapterMap

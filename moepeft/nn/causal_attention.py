@@ -28,7 +28,7 @@ class CausalAttention(nn.Module):
     bias, out_bias: whether q, k, v, and o, have biases.
     qk_norm: whether each head of q and k is normed before it is turned
       (Qwen3).
-    form: of `attention.IMPLEMENTATIONS`.
+    implementation: of `attention.IMPLEMENTATIONS`.
   """
 
   d_model: int

@@ -37,19 +37,29 @@ def scan_layers(
   where set, is called instead.
 
   Args:
-    block: an unbound module, (x, ctx, *args) -> x; ctx.layer is set for it.
+    block: an unbound module, (x, ctx, *args) -> x; ctx.layer and
+      ctx.layer_count are set for it.
     remat: 'none', 'dots' (matrix products are kept) or 'full'.
     unroll: layers written out in one step of the scan: faster on CPU, and the
       program grows with it; the variables are the same. One where there is
       remat, which needs the loop.
 
   Raises:
-    ValueError: the remat policy does not exist.
+    ValueError: the remat policy does not exist, or ctx.routing is of another
+      number of layers, rows or tokens.
   """
+  ctx = ctx.replace(layer_count=length)
   if ctx.run_layers is not None:
     return ctx.run_layers(block, length, x, ctx.replace(run_layers=None), args)
   if remat not in REMAT:
     raise ValueError(f'remat is one of {", ".join(REMAT)}; got {remat!r}')
+  if ctx.routing is not None:
+    shape = ctx.routing.combine_weights.shape
+    if shape[:-1] != (length, *x.shape[:2]):
+      raise ValueError(
+        'expected a routing of (layers, rows, tokens, experts) = '
+        f'({length}, {x.shape[0]}, {x.shape[1]}, e); got {shape}'
+      )
   if not scan:
     for i in range(length):
       # A copy each: a module that is used twice shares its variables.

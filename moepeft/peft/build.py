@@ -17,7 +17,7 @@ from moepeft.moe import DEFAULT_ROUTER, ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft.method import Method, Option, options_of
 from moepeft.peft.methods import METHODS
-from moepeft.peft.mixture import can_be_expert, mixture_of
+from moepeft.peft.mixture import EXPERT_COUNTS, can_be_expert, mixture_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +171,10 @@ def expanded(
       usual = {k: option.default for k, option in defaults.items()}
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
+      # Exactly one of them may stand in a method string.
+      given = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - given:
+        del options[name]
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
   return _text(specs, methods)
@@ -296,6 +300,11 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
+  counts = [name for name in EXPERT_COUNTS if name in written]
+  if len(counts) > 1:
+    raise ValueError(
+      f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
+    )
   return Spec(spec.name, tuple((written | (decided | written)).items()))
 
 
@@ -313,6 +322,8 @@ def make(
   if 'router' in declared:
     router = options.get('router', Spec(DEFAULT_ROUTER))
     experts = options.get('experts', declared['experts'].default)
+    if 'experts_per_layer' in options:
+      experts = options['experts'] = max(options['experts_per_layer'])
     options['router'] = ROUTERS[router.name].module(
       experts=experts, **dict(router.options), parent=None
     )
@@ -358,9 +369,9 @@ def _check(spec: Spec, options: Mapping[str, Option]) -> None:
     if not isinstance(value, accepted) or (
       isinstance(value, bool) and expected is not bool
     ):
+      kind = 'list' if expected is tuple else expected.__name__
       raise ValueError(
-        f"{spec.name}'s option {name} is of type {expected.__name__}; got "
-        f'{shortened(value)}'
+        f"{spec.name}'s option {name} is of type {kind}; got {shortened(value)}"
       )
     if option.allowed is not None:
       option.allowed.check(f"{spec.name}'s option {name}", value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft.core.ranges import Choices, Range
+from moepeft.core.ranges import Choices, IntegerList, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Option:
   """
 
   default: Any
-  allowed: Range | Choices | None = None
+  allowed: Range | Choices | IntegerList | None = None
   training_only: bool = False
 
 

@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
 
-from moepeft.core.ranges import Choices, option
+from moepeft.core.ranges import Choices, IntegerList, option
 from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
@@ -27,6 +29,8 @@ from moepeft.nn.adapter_hook import BaseLayer, flatten_features
 from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads')
+# Options that say how many experts there are; a method string has one of them.
+EXPERT_COUNTS = ('experts', 'experts_per_layer')
 
 
 class Mixture(nn.Module):
@@ -36,7 +40,10 @@ class Mixture(nn.Module):
 
   Attributes:
     expert: the adapter that each expert is, unbound.
-    experts: e.
+    experts: e, the largest where layers have unlike counts.
+    experts_per_layer: the counts of a stack's layers, as in MoLA (Gao et al.,
+      arXiv:2402.08562); () where all have e. The arrays of all layers have e
+      experts; those beyond a layer's own are zeros that get no weight.
     router: the router module.
     reads: what the router sees. 'input': x; 'output': f(x); 'heads': each
       head of f(x), through one router that the heads share, and 'output'
@@ -46,6 +53,7 @@ class Mixture(nn.Module):
 
   expert: nn.Module
   experts: int = option(10, EXPERTS)
+  experts_per_layer: tuple[int, ...] = option((), IntegerList(EXPERTS))
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
   share: str = ''
@@ -58,8 +66,34 @@ class Mixture(nn.Module):
       f = dataclasses.replace(f, call=_at(f, x, y))
     if self.reads != 'heads' or router_input.ndim != 4:
       router_input = flatten_features(router_input)
-    weights = route(self, self.router, router_input, ctx).combine_weights
+    router_ctx = self._with_expert_mask(ctx)
+    routing = route(self, self.router, router_input, router_ctx)
+    self._check_k(routing.k)
+    weights = routing.combine_weights
     return self.expert.mix(self, f, x, weights, ctx, self.share)
+
+  def _with_expert_mask(self, ctx: Context) -> Context:
+    """The context with the mask of the experts that the layer has."""
+    counts = self.experts_per_layer
+    if not counts:
+      return ctx
+    if ctx.layer_count != len(counts):
+      raise ValueError(
+        f'{self.name} has experts_per_layer for {len(counts)} layers, and '
+        f'{"/".join(self.path[:-1])} is in a stack of {ctx.layer_count}; give '
+        'a count for each layer, and stacks of unlike depth a mixture each by '
+        "`sites`, like sites='encoder/*'"
+      )
+    masks = np.arange(self.experts) < np.array(counts)[:, None]
+    return ctx.replace(expert_mask=jnp.asarray(masks)[ctx.layer])
+
+  def _check_k(self, k: int | None) -> None:
+    counts = self.experts_per_layer
+    if counts and k is not None and k > min(counts):
+      raise ValueError(
+        f'{self.name}: a router that chooses k={k} experts needs as many in '
+        f'each layer; experts_per_layer has {min(counts)}'
+      )
 
 
 def _at(f: BaseLayer, x: Array, y: Array):

@@ -28,8 +28,10 @@ class RoutingState:
 
   Attributes:
     step: that was just done.
-    shares: {key of rows.SHARES: {site: [l, e]}}.
-    entropies: {site: [l]} mean entropies over their most, ln e.
+    shares: {key of rows.SHARES: {site: [l, e]}}, NaN where a layer has no
+      such expert.
+    entropies: {site: [l]} mean entropies over their most, ln e; NaN where a
+      layer has one expert.
   """
 
   step: int
@@ -129,10 +131,10 @@ def _number(value: float | None) -> float:
 def _routing(row: Mapping[str, Any]) -> RoutingState:
   shares, entropies = {}, {}
   for site, values in row['routing'].items():
-    kind, share = metrics_log.shares(values)
-    share = np.asarray(share, np.float64)
+    kind, share = metrics_log.share_array(values)
     if share.shape[-1] > 1:
-      most = np.log(share.shape[-1])
+      counts = np.array([len(layer) for layer in metrics_log.shares(values)[1]])
+      most = np.where(counts > 1, np.log(np.maximum(counts, 2)), np.nan)
       shares.setdefault(kind, {})[site] = share
       entropies[site] = np.atleast_1d(
         np.asarray(values['entropy'], np.float64) / most

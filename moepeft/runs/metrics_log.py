@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from moepeft.core import files, untrusted
 
 # What a site of a row's 'routing' has by layer and expert, under one of these
@@ -70,12 +72,29 @@ def stream(path: str) -> Iterator[dict[str, Any]]:
 def shares(site: Mapping[str, Any]) -> tuple[str, list]:
   """(key of SHARES, [l][e]) of a site; a site without layers gets one.
 
+  Where layers have unlike counts of experts (the row has 'experts'), the lists
+  have unlike lengths.
+
   Args:
     site: a value of a row's 'routing'.
   """
   key = next(key for key in SHARES if key in site)
   values = site[key]
-  return key, values if isinstance(values[0], list) else [values]
+  layers = values if isinstance(values[0], list) else [values]
+  counts = site.get('experts')
+  if counts is None:
+    return key, layers
+  counts = counts if isinstance(counts, list) else [counts]
+  return key, [v[: int(c or 0)] for v, c in zip(layers, counts, strict=True)]
+
+
+def share_array(site: Mapping[str, Any]) -> tuple[str, np.ndarray]:
+  """`shares` as an array [l, e], NaN where a layer has no such expert."""
+  key, layers = shares(site)
+  array = np.full((len(layers), max(map(len, layers))), np.nan)
+  for row, layer in zip(array, layers, strict=True):
+    row[: len(layer)] = layer
+  return key, array
 
 
 def read(path: str) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def shares(states: Sequence[RoutingState], kind: str) -> Figure | None:
   now = states[-1].shares[kind]
   layout = _layout(now)
   # A token that is sent to k experts counts for k of them: k / e is even.
-  even = min(float(a.sum(-1).mean()) / a.shape[1] for a in now.values())
+  even = min(float(np.nanmean(np.nanmean(a, -1))) for a in now.values())
   even = min(max(even, 1e-6), 1 - 1e-6)
   title, subtitle = _TITLES[kind]
   norm = TwoSlopeNorm(even, vmin=0, vmax=1)
@@ -118,7 +118,7 @@ def _fullest(axes: Axes, curves, sites, even: float) -> None:
   for i, (name, site) in enumerate(sites):
     axes.plot(
       [step for step, by_site in curves if site in by_site],
-      [by_site[site].max() for _, by_site in curves if site in by_site],
+      [np.nanmax(by_site[site]) for _, by_site in curves if site in by_site],
       color=_COLOURS[i % len(_COLOURS)],
       linestyle=_DASHES[i % len(_DASHES)],
       lw=1.3,

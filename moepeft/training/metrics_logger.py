@@ -154,7 +154,8 @@ def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
   """{site: statistics} of the collection 'routing', as rows of metrics.
 
   Arrays are lists with an entry a layer. The shares of the experts are under
-  'weight' or 'tokens'; see `metrics_log.SHARES`.
+  'weight' or 'tokens'; see `metrics_log.SHARES`. 'experts' has their counts
+  where these differ by layer; shares beyond them are zeros.
   """
   rows = {}
   sites = router_stats.collect(jax.device_get(collection))
@@ -165,6 +166,7 @@ def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
     rows[site] = {
       name: np.round(np.asarray(value, np.float64), 4).tolist()
       for name, value in values.items()
+      if value is not None
     }
   return rows
 

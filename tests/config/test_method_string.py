@@ -18,6 +18,8 @@ from moepeft.config.method_string import (
     'molora(experts=10, rank=4, router=topk(k=2))',
     "lora(rank=4, alpha=16.0, sites='*/q|*/v', rslora=True)",
     'mov(router=topk(k=1, renormalize=None))',
+    'molora(experts_per_layer=[2, 4, 6], router=topk(k=2))',
+    "mixture(expert=[lora(rank=4), ia3(on='input')], sizes=[[1], [], [-2]])",
   ],
 )
 def test_text_round_trips(text):
@@ -31,6 +33,17 @@ def test_bare_words_are_strings_and_methods_compose():
   assert [s.name for s in specs] == ['ia3', 'lora', 'mov']
   assert specs[0].get('on') == 'input'
   assert parse_method(format_method(specs)) == specs
+
+
+def test_lists_are_tuples():
+  spec = parse('molora(experts_per_layer=[2, 4])')
+  assert spec.get('experts_per_layer') == (2, 4)
+  assert parse('molora(experts_per_layer=(2, 4))') == spec
+  assert parse('a(b=[lora(rank=2), mov])') == parse(
+    "a(b=(lora(rank=2), 'mov'))"
+  )
+  one = parse('a(b=[3])')
+  assert parse(str(one)) == one and one.get('b') == (3,)
 
 
 def test_replace_keeps_the_order_and_adds_at_the_end():

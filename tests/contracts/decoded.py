@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy tokens and gradients of a decoder on layouts of eight devices, and
-where its caches and weights lie.
+where its weights lie.
 
 Run as a command, because a process has as many devices as it begins with.
 """
@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core import sharding
-from moepeft.inference.decode import How, advance, start
-from moepeft.inference.sampling import Sampling
 from moepeft.models import weight_mapping
 from moepeft.models.decoder import model as decoder
 from moepeft.models.decoder.model import Decoder, DecoderConfig
@@ -63,15 +61,20 @@ def placed(options):
 
 
 def tokens(layout, model, variables):
-  """(greedy tokens [b, t], specs of the cache)."""
-  how = How(Sampling(), jnp.array([-1]))
-  rows = sharding.shard_whole_batch(layout.mesh, batch())
-  begun = start(model, variables, rows, how, NEW)
-  made = advance(model, variables, begun, how, NEW)
-  specs = {
-    tuple(leaf.sharding.spec) for leaf in jax.tree.leaves(made.memory.cache)
-  }
-  return np.asarray(made.tokens).tolist(), sorted(specs)
+  """Greedy tokens [b, t] of whole calls."""
+  row = np.arange(ROWS)
+  lengths = np.sum(batch()['inputs_mask'], axis=1)
+  ids = np.pad(batch()['inputs'], ((0, 0), (0, NEW)))
+  apply = jax.jit(model.apply)
+  answers = []
+  for at in range(NEW):
+    mask = np.arange(ids.shape[1]) < lengths[:, None] + at
+    inputs = {'inputs': ids, 'inputs_mask': mask}
+    inputs = sharding.shard_whole_batch(layout.mesh, inputs)
+    logits = np.asarray(apply(variables, inputs))
+    answers.append(logits[row, lengths + at - 1].argmax(-1))
+    ids[row, lengths + at] = answers[-1]
+  return np.stack(answers, axis=1).tolist()
 
 
 def gradients(layout, model, variables):
@@ -101,7 +104,7 @@ def main(path: str) -> None:
     }
     keys = weight_mapping.flatten(at[2]['params'])[KEYS]
     held = keys.addressable_shards[0].data.size / keys.size
-    found[name] = (*tokens(*at), off, held)
+    found[name] = (tokens(*at), off, held)
   with open(path, 'w') as f:
     json.dump({'devices': jax.device_count(), **found}, f)
 

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.inference.decode import greedy
 from moepeft.models import FAMILIES
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
 from tests import ROOT
 
-from . import small
+from . import answers, small
 from .probes import Seen
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
@@ -50,7 +49,7 @@ def test_every_site_is_reached_and_no_other(config):
       'molora(experts=3, rank=2)',
       "ia3(sites='*/core')",
     ),
-    # tests/test_decoding.py has a mixture, in float64.
+    # tests/inference/engine/test_cached.py has a mixture, in float64.
     quick=(None,),
   ),
 )
@@ -66,27 +65,10 @@ def test_cached_decoding_equals_uncached(method, config):
   if method:
     model, _ = small.make(method, config)
     variables = small.variables(method, config, noise=0.1)
-  batch = small.batch()
-  sides = {key: batch[key] for key in ('inputs', 'inputs_mask')}
-  # -1 never occurs, so every row runs to the end.
-  tokens = np.asarray(greedy(model, variables, sides, 9, eos=-1))
-  ids = np.zeros((3, 1), np.int32)
-  for _ in range(9):
-    logits = model.apply(variables, {**sides, 'decoder_inputs': ids})
-    following = np.argmax(np.asarray(logits)[:, -1], -1)
-    ids = np.concatenate([ids, following[:, None]], axis=1)
-  np.testing.assert_array_equal(tokens, ids[:, 1:])
-
-
-def test_generation_ends_with_eos_and_then_padding():
-  model, variables = t5.T5(small.GATED), small.variables('full')
-  sides = {'inputs': small.batch()['inputs']}
-  free = np.asarray(greedy(model, variables, sides, 9, eos=-1))
-  eos = int(free[0, 2])
-  ended = np.asarray(greedy(model, variables, sides, 9, eos=eos))
-  first = list(free[0]).index(eos)
-  np.testing.assert_array_equal(ended[0, : first + 1], free[0, : first + 1])
-  assert (ended[0, first + 1 :] == 0).all()
+  prompts = answers.real_rows(small.batch())
+  tokens = answers.engine_greedy(model, variables, prompts, 9)
+  for prompt, answer in zip(prompts, tokens, strict=True):
+    assert answer == answers.uncached_greedy(model, variables, prompt, 9)
 
 
 @pytest.mark.parametrize('method', ['full', 'molora(experts=3, rank=2)'])

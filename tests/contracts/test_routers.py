@@ -10,7 +10,7 @@ from moepeft.core.types import Context, Routing
 from moepeft.moe import ROUTERS, aux_losses, router_stats
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.moe.routers.topk import TopK
-from moepeft.peft.build import training_only
+from moepeft.peft.method import options_of
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 7))
 CTX = Context(token_mask=jnp.ones((2, 5), bool))
@@ -89,7 +89,8 @@ def test_padding_never_moves_a_real_token(name):
   [
     (name, option)
     for name, entry in ROUTERS.items()
-    for option in sorted(training_only(entry.module))
+    for option, facts in options_of(entry.module).items()
+    if facts.training_only
   ],
 )
 def test_noise_acts_in_training_only(name, noise):
@@ -279,5 +280,5 @@ def test_the_load_balance_loss_pushes_towards_balance():
 
 
 def test_an_unknown_loss_is_named():
-  with pytest.raises(ValueError, match='got balance'):
+  with pytest.raises(ValueError, match='got config.router_losses.balance'):
     aux_losses.auxiliary_loss({}, {'balance': 1.0})

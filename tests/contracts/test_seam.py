@@ -14,7 +14,7 @@ from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 
-from . import small
+from . import answers, small
 from .probes import PROBES
 
 METHODS = {
@@ -109,17 +109,12 @@ def test_experts_of_a_sublayer_have_adapters_of_their_own():
 
 @pytest.mark.slow
 def test_a_prefix_works_in_cached_decoding():
-  from moepeft.inference.decode import greedy
-
   model, variables = make('prefix')
-  sides = {'inputs': small.batch()['inputs']}
-  tokens = np.asarray(greedy(model, variables, sides, 6, eos=-1))
-  ids = np.zeros((3, 1), np.int32)
-  for _ in range(6):
-    logits = model.apply(variables, {**sides, 'decoder_inputs': ids})
-    following = np.argmax(np.asarray(logits)[:, -1], -1)
-    ids = np.concatenate([ids, following[:, None]], axis=1)
-  np.testing.assert_array_equal(tokens, ids[:, 1:])
+  prompts = small.batch()['inputs'].tolist()
+  tokens = answers.engine_greedy(model, variables, prompts, 6)
+  for prompt, answer in zip(prompts, tokens, strict=True):
+    expected = answers.uncached_greedy(model, variables, prompt, 6)
+    assert answer == expected
 
 
 def test_full_weights_leave_a_layer_on_request_only():
@@ -141,9 +136,11 @@ def test_a_given_routing_replaces_the_router():
 
   x = jax.random.normal(jax.random.key(0), (2, 3, 5))
   f = base_projection('btd,df->btf', jnp.ones((5, 7)), jnp.float32)
-  one_hot = jnp.broadcast_to(jnp.array([0.0, 1.0]), (2, 3, 2))
+  # Of two layers; this is the second.
+  weights = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+  one_hot = jnp.broadcast_to(weights[:, None, None], (2, 2, 3, 2))
   module = Mixture(Lora(rank=2), experts=2)
-  given = Context(routing=Routing(one_hot, one_hot))
+  given = Context(routing=Routing(one_hot, one_hot), layer=jnp.int32(1))
   variables = {
     'peft': {
       'a': jax.random.normal(jax.random.key(1), (5, 2, 2)),

@@ -21,7 +21,8 @@ from moepeft.inference.api import (
   Token,
   UnknownAdapter,
 )
-from moepeft.inference.engine.engine import Engine, Task
+from moepeft.inference.engine.calls import EngineCall
+from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.decoder.model import Decoder, sites
 from moepeft.nn.initializers import init_params
@@ -225,7 +226,7 @@ def paused(engine):
     return go_on.wait(SECONDS)
 
   with engine._changed:
-    engine._put(Task(wait))
+    engine._put(EngineCall(wait))
   # Requests put before the engine takes this task would run in its turn.
   assert begun.wait(SECONDS)
   try:
@@ -248,11 +249,11 @@ def running(model, params, banks, settings):
 def idle(engine):
   """Whether no request has anything, after all have ended."""
   stats = engine.stats()
-  slots = engine._scheduler._slots.slots
+  slots = engine._core.scheduler.slots.slots
   return (
     stats.running == stats.waiting == 0
     and not any(slot.busy for slot in slots)
-    and not engine._scheduler.busy
+    and not engine._core.scheduler.busy
   )
 
 

@@ -3,15 +3,17 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.inference.beam_search import BeamConfig, search
-from moepeft.inference.decode import How, advance, greedy, start
+from moepeft.inference.api import Request
+from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES
+
+from ..contracts import answers
 
 LENGTH = 9
 PROMPTS = ([5, 6, 7, 8, 9], [12, 13, 14])
@@ -79,23 +81,35 @@ def folders(tmp_path_factory):
   return {name: tmp_path_factory.mktemp(name) for name in ('t5', 'llama')}
 
 
-def batch(prompts, s=7):
-  ids, mask = np.zeros((len(prompts), s), np.int32), []
-  for row, prompt in zip(ids, prompts, strict=True):
-    row[: len(prompt)] = prompt
-    mask.append(np.arange(s) < len(prompt))
-  return {'inputs': ids, 'inputs_mask': np.array(mask)}
+@functools.cache
+def shared_engine(family, folder):
+  """For two searches with up to four beams at once."""
+  return answers.make_engine(*ours(family, folder), slots=8)
+
+
+def greedy(family, folder, **options):
+  """The tokens of greedy answers to the prompts."""
+  requests = [
+    Request(str(i), tuple(ids), LENGTH, **options)
+    for i, ids in enumerate(PROMPTS)
+  ]
+  engine = shared_engine(family, folder)
+  return [answer.ids for answer in engine.generate(requests)]
+
+
+def search(family, folder, beams, eos=-1, prompts=PROMPTS, count=LENGTH):
+  """The answers to each prompt, best first."""
+  requests = [
+    Request(str(i), tuple(ids), count, eos_token_ids=(eos,))
+    for i, ids in enumerate(prompts)
+  ]
+  return shared_engine(family, folder).beam_search(requests, beams)
 
 
 @functools.cache
 def end(family, folder):
-  """An id that the best beam says in its middle: it shall end there."""
-  module, variables = ours(family, folder)
-  ends = jnp.array([-1])
-  tokens, _ = search(
-    module, variables, batch(PROMPTS), ends, LENGTH, SETTINGS[0]
-  )
-  return int(tokens[0, 0, 4])
+  """An id in the middle of the best answer: it shall end there."""
+  return search(family, folder, SETTINGS[0])[0][0].ids[4]
 
 
 def theirs(model, prompt, beams, eos):
@@ -116,30 +130,27 @@ def theirs(model, prompt, beams, eos):
     output_scores=True,
   )
   begin = 1 if model.config.is_encoder_decoder else len(prompt)
-  tokens = found.sequences[:, begin:].numpy()
-  whole = np.zeros((beams.count, LENGTH), int)
-  whole[:, : tokens.shape[1]] = tokens
-  # What follows an end is the end again, where padding is 0.
-  whole[np.cumsum(whole == eos, axis=1) - (whole == eos) > 0] = 0
-  return whole, found.sequences_scores.numpy()
+  rows = found.sequences[:, begin:].tolist()
+  # What follows an end is the end again.
+  rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+  return rows, found.sequences_scores.numpy()
 
 
 @pytest.mark.parametrize('beams', SETTINGS, ids=str)
 @pytest.mark.parametrize('family', ['t5', 'llama'])
 def test_beams_are_those_of_transformers(family, beams, folders):
   model, folder = tiny(family), folders[family]
-  module, variables = ours(family, folder)
   eos = end(family, folder)
-  tokens, scores = search(
-    module, variables, batch(PROMPTS), jnp.array([eos]), LENGTH, beams
-  )
   ended = 0
-  for i, prompt in enumerate(PROMPTS):
+  for prompt, found in zip(
+    PROMPTS, search(family, folder, beams, eos), strict=True
+  ):
     expected, expected_scores = theirs(model, prompt, beams, eos)
-    np.testing.assert_array_equal(tokens[i], expected)
+    assert [answer.ids for answer in found] == expected
     # Sums of a few float32 log-probabilities.
-    np.testing.assert_allclose(scores[i], expected_scores, rtol=1e-4)
-    ended += (expected == eos).any(axis=1).sum()
+    scores = [answer.score for answer in found]
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+    ended += sum(row[-1] == eos for row in expected)
   # That of `end` does so before the last token.
   assert ended or beams != SETTINGS[0]
 
@@ -153,15 +164,14 @@ def test_greedy_tokens_are_those_of_transformers(
 ):
   torch = pytest.importorskip('torch')
   model, folder = tiny(family), folders[family]
-  module, variables = ours(family, folder)
   eos = end(family, folder)
-  how = How(
-    Sampling(repetition_penalty=penalty),
-    jnp.array([eos]),
-    jnp.int32(least) if least else None,
+  tokens = greedy(
+    family,
+    folder,
+    sampling=Sampling(repetition_penalty=penalty),
+    eos_token_ids=(eos,),
+    min_new_tokens=least,
   )
-  rows = start(module, variables, batch(PROMPTS), how, LENGTH)
-  tokens = np.asarray(advance(module, variables, rows, how, LENGTH).tokens)
   for row, prompt in zip(tokens, PROMPTS, strict=True):
     ids = torch.tensor([prompt])
     found = model.generate(
@@ -175,38 +185,52 @@ def test_greedy_tokens_are_those_of_transformers(
     )
     begin = 1 if model.config.is_encoder_decoder else len(prompt)
     expected = found[0, begin:].tolist()
-    assert row.tolist() == expected + [0] * (LENGTH - len(expected))
-    assert len(expected) >= least
+    assert row == expected and len(expected) >= least
 
 
 def test_one_beam_is_greedy_and_wider_ones_are_no_worse(folders):
-  module, variables = ours('llama', folders['llama'])
-  ends = jnp.array([-1])
-  one, first = search(
-    module, variables, batch(PROMPTS), ends, LENGTH, BeamConfig(1)
-  )
-  plain = greedy(module, variables, batch(PROMPTS), LENGTH, eos=-1)
-  np.testing.assert_array_equal(one[:, 0], plain)
-  _, wide = search(
-    module, variables, batch(PROMPTS), ends, LENGTH, BeamConfig(5)
-  )
+  folder = folders['llama']
+  one = search('llama', folder, BeamConfig(1))
+  assert [found[0].ids for found in one] == greedy('llama', folder)
+  wide = search('llama', folder, BeamConfig(4))
   # Not so in general: a wide search may drop what a narrow one keeps.
-  assert (wide[:, 0] >= first[:, 0] - 1e-6).all()
+  for first, best in zip(one, wide, strict=True):
+    assert best[0].score >= first[0].score - 1e-6
 
 
-def test_a_search_is_a_rows_own_and_may_be_cut_short(folders):
+def test_a_search_does_not_depend_on_searches_beside_it(folders):
+  folder, beams = folders['llama'], SETTINGS[0]
+  eos = end('llama', folder)
+  # Of three, the third begins when the first has ended.
+  prompts = (*PROMPTS, [7])
+  together = search('llama', folder, beams, eos, prompts)
+  for prompt, found in zip(prompts, together, strict=True):
+    (alone,) = search('llama', folder, beams, eos, [prompt])
+    assert [a.ids for a in alone] == [a.ids for a in found]
+    np.testing.assert_allclose(
+      [a.score for a in alone], [a.score for a in found], rtol=1e-5
+    )
+
+
+def test_an_engine_is_idle_after_a_search(folders):
   module, variables = ours('llama', folders['llama'])
-  ends = jnp.array([end('llama', folders['llama'])])
-  beams = SETTINGS[0]
-  run = functools.partial(search, module, variables)
-  tokens, scores = run(batch(PROMPTS), ends, LENGTH, beams)
-  alone, own = run(batch(PROMPTS[1:]), ends, LENGTH, beams)
-  np.testing.assert_array_equal(alone[0], tokens[1])
-  np.testing.assert_allclose(own[0], scores[1], rtol=1e-5)
-  short, _ = run(batch(PROMPTS), ends, LENGTH, beams, jnp.int32(4))
-  exact, _ = run(batch(PROMPTS), ends, 4, beams)
-  np.testing.assert_array_equal(short[:, :, :4], exact)
-  assert not np.asarray(short)[:, :, 4:].any()
+  engine = answers.make_engine(module, variables)
+  requests = [Request('0', (5, 6, 7), LENGTH)]
+  with pytest.raises(ValueError, match='5 beams need as many slots'):
+    engine.beam_search(requests, BeamConfig(5))
+  engine.beam_search(requests, BeamConfig(3))
+  assert engine._core.scheduler.slots.free() == 4
+  broken = jax.tree.map(lambda a: a * np.nan, variables['params'])
+  engine.update_weights({'params': broken})
+  with pytest.raises(ArithmeticError, match='no numbers'):
+    engine.beam_search(requests, BeamConfig(3))
+  engine.update_weights(variables)
+  # What was no number is gone from the slots.
+  (answer,) = engine.generate(requests)
+  assert answer.ids == answers.uncached_greedy(
+    module, variables, (5, 6, 7), LENGTH
+  )
+  assert engine._core.scheduler.slots.free() == 4
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference import prompts
 from moepeft.inference.beam_search import BeamConfig
 from moepeft.inference.chat_repl import ChatRepl, ReplConfig
-from moepeft.inference.decode import greedy
 from moepeft.inference.generator import (
   GenerationConfig,
   Generator,
@@ -36,7 +35,7 @@ from moepeft.nn.initializers import init_params
 from moepeft.tasks import Example
 
 from .. import chat_cases, commands
-from ..contracts import small
+from ..contracts import answers, small
 
 EMPTY = tempfile.NamedTemporaryFile()
 WORDS = ByteTokenizer()
@@ -100,15 +99,14 @@ KINDS = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize('kind', ['t5', 'decoder'])
-def test_texts_are_those_of_the_loop_and_of_rows_alone(kind):
+def test_texts_are_those_of_whole_calls_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)
   found = generation(kind).texts(rows)
   assert list(map(len, found)) == [11] * 3
   # The second without padding and neighbours.
-  inputs = jnp.array([rows[1]])
-  alone = greedy(model, variables, {'inputs': inputs}, 11, eos=-1)
-  assert found[1] == WORDS.decode(alone[0].tolist())
+  alone = answers.uncached_greedy(model, variables, rows[1], 11)
+  assert found[1] == WORDS.decode(alone)
   assert generation(kind).texts(rows[::-1]) == found[::-1]
 
 

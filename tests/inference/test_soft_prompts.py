@@ -21,13 +21,13 @@ from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.rank_classification import Ranker
-from moepeft.inference.decode import greedy
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
+from ..contracts import answers
 from ..prompted import CLOSE, LLAMA, T5, applied, made
 
 WORDS = ByteTokenizer()
@@ -199,8 +199,7 @@ def test_cached_answers_are_those_of_whole_texts_behind_the_prompt(config):
       said.append(int(jnp.argmax(logits)))
     assert answer == said[begin:]
   # Without the prompt it says something else.
-  plain = {'inputs': jnp.array([ids])}
-  assert greedy(model, variables, plain, 6, eos=1000)[0].tolist() != found[0]
+  assert answers.uncached_greedy(model, variables, ids, 6) != found[0]
 
 
 def padded_to(batch, length):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled loop's greedy tokens against `transformers`', of every model.
+"""The engine's greedy tokens against `transformers`', of every model.
 
 Every case of MOEPEFT_FIXTURES' hf/* that has greedy tokens.
 """
@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints.hf import model as hf
-from moepeft.inference.decode import How, advance, start
-from moepeft.inference.sampling import Sampling
 from moepeft.models import FAMILIES, by_model_type
-from moepeft.nn.scan_layers import unstack_layers
 
+from ..contracts.answers import engine_answers
 from . import cases
 
 
@@ -43,22 +41,26 @@ if not found():
 def test_greedy_tokens(name):
   folder = cases.ROOT / 'hf' / name
   base = hf.load(str(folder), dtype='float32')
-  model = FAMILIES[base.config.family].module(base.config, scan=False)
+  model = FAMILIES[base.config.family].module(base.config)
   arrays = dict(np.load(folder / 'expected.npz'))
   tokens = arrays[TOKENS]
   rows, length = tokens.shape
   mask = arrays['inputs/attention_mask'][:rows].astype(bool)
-  batch = {'inputs': arrays['inputs/input_ids'][:rows], 'inputs_mask': mask}
+  prompts = [
+    row[real]
+    for row, real in zip(arrays['inputs/input_ids'], mask, strict=False)
+  ]
   settings = cases.greedy_settings(f'hf/{name}')
   ends = np.atleast_1d(settings.get('eos_token_id', -1)).astype(np.int32)
   # Before ours stand what a decoder was asked, or what T5 begins with.
   asked = int(mask[0].sum()) if hasattr(model, 'extend') else 1
-  how = How(Sampling(), ends)
-  variables = {'params': unstack_layers(base.params)}
-  begun = start(model, variables, batch, how, length - asked)
-  made = advance(model, variables, begun, how, length).tokens
-  for ours, theirs in zip(np.asarray(made), tokens[:, asked:], strict=True):
+  answers = engine_answers(
+    model,
+    {'params': base.params},
+    prompts,
+    length - asked,
+    eos_token_ids=tuple(ends.tolist()),
+  )
+  for answer, theirs in zip(answers, tokens[:, asked:].tolist(), strict=True):
     at = np.flatnonzero(np.isin(theirs, ends))
-    last = at[0] + 1 if len(at) else len(theirs)
-    assert ours[:last].tolist() == theirs[:last].tolist()
-    assert not ours[last:].any()
+    assert answer.ids == theirs[: at[0] + 1 if len(at) else None]

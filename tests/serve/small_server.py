@@ -15,7 +15,7 @@ from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
 )
-from moepeft.inference.constraints.token_bytes import alphabet
+from moepeft.inference.token_bytes import alphabet
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.connection import DEFAULT
 from moepeft.serve.http.metrics import Metrics

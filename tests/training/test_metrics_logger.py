@@ -82,7 +82,7 @@ def test_a_likelihood_of_no_token_is_nan():
 
 def test_a_router_that_is_collapsed_three_logs_in_a_row_raises_an_alarm():
   lines = []
-  progress = types.SimpleNamespace(say=lines.append)
+  progress = types.SimpleNamespace(print_line=lines.append)
   logger = MetricsLogger([], lambda step: 0.1, 0.9)
   for sites in ('q', 'q', '', 'q', 'q', 'q', 'q'):
     logger._raise_alarms({f'{site}, layer 0': 'so' for site in sites}, progress)

@@ -37,16 +37,19 @@ def summary(sites: Mapping[str, tuple[str, Any, Any]]) -> RoutingSummary | None:
   """The figures of one row of metrics.jsonl; None where nothing is routed.
 
   Args:
-    sites: {site: (key of rows.SHARES, shares [l, e], entropies in nats [l])}.
+    sites: {site: (key of rows.SHARES, shares [l, e], entropies in nats [l])};
+      a share is NaN where the layer has no such expert.
   """
   entropies: list[np.ndarray] = []
   tops: dict[str, list[np.ndarray]] = {}
   for kind, shares, nats in sites.values():
     shares = np.asarray(shares, np.float64)
-    if shares.shape[-1] > 1:
+    counts = np.sum(~np.isnan(shares), axis=-1)
+    several = counts > 1
+    if several.any():
       nats = np.atleast_1d(np.asarray(nats, np.float64))
-      entropies.append(nats / np.log(shares.shape[-1]))
-      tops.setdefault(kind, []).append(shares.max(axis=-1))
+      entropies.append(nats[several] / np.log(counts[several]))
+      tops.setdefault(kind, []).append(np.nanmax(shares[several], axis=-1))
   if not tops:
     return None
   each = {kind: np.concatenate(values) for kind, values in tops.items()}
@@ -153,8 +156,7 @@ def _shares(
   There a token counts 1/k for each of its k experts, so that k times as much
   is the token share of a sparse router.
   """
-  kind, shares = metrics_log.shares(values)
-  shares = np.asarray(shares, np.float64)
+  kind, shares = metrics_log.share_array(values)
   if kind == 'load':
     name = site.rpartition('/')[2]
     k = _selected(entry.method, entry.semantics).get(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer may be, as masks over the vocabulary: JSON schemas, regular
+"""Constraints on answers as masks over the vocabulary: JSON schemas, regular
 expressions, grammars, choices and calls of tools, by `llguidance`.
 
 Each grammar is compiled and followed in a process of its own (`grammar_pool`),
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.data.tokenizers.tokenizer import Tokenizer
+from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 from moepeft.inference import json_schema as inference_json_schema
 from moepeft.inference.api import Constraint, EngineFull
 from moepeft.inference.constraints import lark, tool_grammar
@@ -30,12 +30,12 @@ from moepeft.inference.constraints.grammar_pool import (
   Matcher,
 )
 from moepeft.inference.constraints.grammar_worker import (
-  Pieces,
   ProcessLimits,
+  TokenTable,
   vocabulary,
 )
-from moepeft.inference.constraints.token_bytes import pieces
-from moepeft.inference.tools.tools import Choice, Style, Tool
+from moepeft.inference.token_bytes import TokenBytes
+from moepeft.inference.tools.tools import Choice, Style, ToolSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Limits:
   process: ProcessLimits = ProcessLimits()
 
 
-class Following:
+class GrammarConstraint:
   """A `Constraint`: the state of one answer in a grammar.
 
   The text is that of the answer's ids by themselves; where the tokenizer takes
@@ -105,7 +105,7 @@ class Following:
       return True
     inner = token if self._begun else self._tokens.inner(token)
     self._begun = True
-    if inner != _NOTHING and not self._matcher.consume(inner):
+    if inner != _NO_TOKEN and not self._matcher.consume(inner):
       self._fail(f'token {token} is not allowed here')
     return self._matcher.stopped
 
@@ -129,7 +129,7 @@ class Compiler:
 
   def __init__(
     self,
-    words: Tokenizer,
+    tokenizer: Tokenizer,
     vocab: int,
     ends: tuple[int, ...],
     limits: Limits = Limits(),
@@ -156,7 +156,7 @@ class Compiler:
         f'vocabulary, got {tuple(ends)}'
       )
     self._library, self._limits = llguidance, limits
-    self._tokens = _Tokens(pieces(words, vocab), tuple(ends))
+    self._tokens = _Tokens(_table(tokenizer, vocab), tuple(ends))
     self._pool = GrammarPool(
       self._tokens.vocabulary(), limits.processes, limits.process
     )
@@ -179,7 +179,7 @@ class Compiler:
     """
     text = inference_json_schema.prepared(schema, strict)
     grammar = self._library.LLMatcher.grammar_from_json_schema(text)
-    return self._following(grammar, 'the JSON schema')
+    return self._constraint(grammar, 'the JSON schema')
 
   def json_object(self) -> Constraint:
     """Any JSON object."""
@@ -197,7 +197,7 @@ class Compiler:
         f'most {self._limits.regex:,}; make it shorter'
       )
     grammar = self._library.LLMatcher.grammar_from_regex(text)
-    return self._following(grammar, 'the regular expression')
+    return self._constraint(grammar, 'the regular expression')
 
   def grammar(self, text: str) -> Constraint:
     """A text of a grammar in llguidance's kind of Lark.
@@ -208,7 +208,7 @@ class Compiler:
       ValueError: it is none, or too long.
     """
     grammar = self._library.LLMatcher.grammar_from_lark(lark.bounded(text))
-    return self._following(grammar, 'the grammar')
+    return self._constraint(grammar, 'the grammar')
 
   def choice(self, options: Sequence[str]) -> Constraint:
     """One of several texts.
@@ -223,18 +223,24 @@ class Compiler:
         f'the choice has {len(options):,} options, expected at most '
         f'{self._limits.options:,}; leave some out'
       )
-    wrong = [one for one in options if not isinstance(one, str) or not one]
+    wrong = [
+      option for option in options if not isinstance(option, str) or not option
+    ]
     if wrong:
       raise ValueError(
         'the options of a choice are texts that are not empty, got '
         f'{wrong[0]!r}'
       )
-    text = 'start: ' + ' | '.join(lark.literal(one) for one in options)
+    text = 'start: ' + ' | '.join(lark.literal(option) for option in options)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
-    return self._following(grammar, 'the choice')
+    return self._constraint(grammar, 'the choice')
 
   def tools(
-    self, tools: Sequence[Tool], choice: Choice, parallel: bool, style: Style
+    self,
+    tools: Sequence[ToolSpec],
+    choice: Choice,
+    parallel: bool,
+    style: Style,
   ) -> Constraint:
     """Calls of tools in a style's form; see `call_grammar.text`.
 
@@ -243,9 +249,9 @@ class Compiler:
     """
     text = tool_grammar.text(tools, choice, parallel, style)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
-    return self._following(grammar, 'the tools')
+    return self._constraint(grammar, 'the tools')
 
-  def _following(self, grammar: str, label: str) -> Following:
+  def _constraint(self, grammar: str, label: str) -> GrammarConstraint:
     # Threads that wait for a grammar are few, so that others are left.
     if not self._waiting.acquire(blocking=False):
       raise EngineFull(
@@ -257,7 +263,7 @@ class Compiler:
       process = self._process(grammar, label)
     finally:
       self._waiting.release()
-    return Following(
+    return GrammarConstraint(
       process.matcher(), self._tokens, lambda: self._forget(grammar, process)
     )
 
@@ -276,13 +282,13 @@ class Compiler:
         self._cache.popitem(last=False)
     if first:
       try:
-        future.set_result(self._compiled(grammar, label))
+        future.set_result(self._compile(grammar, label))
       except BaseException as error:
         self._forget(grammar)
         future.set_exception(error)
     return future.result()
 
-  def _compiled(self, grammar: str, label: str) -> GrammarProcess:
+  def _compile(self, grammar: str, label: str) -> GrammarProcess:
     process = self._pool.process()
     try:
       error = process.compile(grammar)
@@ -295,7 +301,7 @@ class Compiler:
         f'{label} cannot be followed: {_reason(error)}; change it'
       )
     try:
-      Following(process.matcher(), self._tokens, lambda: None).mask()
+      GrammarConstraint(process.matcher(), self._tokens, lambda: None).mask()
     except ValueError:
       raise ValueError(
         f'{label} allows no text that the vocabulary can write; change it'
@@ -317,7 +323,16 @@ def _result(future: Future) -> GrammarProcess | None:
 
 
 # In place of an id: a token that adds nothing.
-_NOTHING = -1
+_NO_TOKEN = -1
+
+
+def _table(tokenizer: Tokenizer, size: int) -> TokenTable:
+  """The bytes of a model's tokens, and the tokenizer for the processes."""
+  first, later = TokenBytes(tokenizer).table(size)
+  text = ''
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    text = tokenizer.tokenizer.backend_tokenizer.to_str()
+  return TokenTable(text, later, first)
 
 
 class _Tokens:
@@ -327,14 +342,14 @@ class _Tokens:
   found by an id of the same bytes, if need be one above v.
   """
 
-  def __init__(self, made: Pieces, ends: tuple[int, ...]):
-    self.ends, self.size = ends, len(made.later)
+  def __init__(self, table: TokenTable, ends: tuple[int, ...]):
+    self.ends, self.size = ends, len(table.later)
     # An end is one wherever it stands, though it be a line's.
     later, first = (
       [b'' if i in ends else piece for i, piece in enumerate(texts)]
-      for texts in (made.later, made.first)
+      for texts in (table.later, table.first)
     )
-    self._pieces = dataclasses.replace(made, later=later, first=first)
+    self._pieces = dataclasses.replace(table, later=later, first=first)
     ids = {piece: i for i, piece in reversed(list(enumerate(later))) if piece}
     self._inner, self._bytes = np.arange(self.size), list(later)
     for i, (now, then) in enumerate(zip(first, later, strict=True)):
@@ -342,7 +357,7 @@ class _Tokens:
         ids[now] = len(self._bytes)
         self._bytes.append(now)
       if now != then:
-        self._inner[i] = ids.get(now, _NOTHING)
+        self._inner[i] = ids.get(now, _NO_TOKEN)
     self._alike = first == later
     # For a text that the vocabulary cannot write.
     self._bytes.append(b'')
@@ -360,24 +375,24 @@ class _Tokens:
     return np.unpackbits(bits, count=count, bitorder='little').view(bool)
 
   def inner(self, token: int) -> int:
-    """The id of the bytes that a token is at the beginning, or _NOTHING."""
+    """The id of the bytes that a token is at the beginning, or _NO_TOKEN."""
     return int(self._inner[token])
 
   def beginning(self, whole: np.ndarray, matcher: Matcher) -> np.ndarray:
     """bool [v], what may come first."""
     if self._alike:
       return whole[: self.size] & self.usable
-    found = whole[self._inner] & (self._inner >= 0)
+    mask = whole[self._inner] & (self._inner >= 0)
     # A blank alone leaves the text as it is.
-    found[self._inner == _NOTHING] = (whole[: self.size] & self.usable).any()
+    mask[self._inner == _NO_TOKEN] = (whole[: self.size] & self.usable).any()
     # Where only one text is possible, llguidance allows the one token with
     # which it would go on, not the one with which it begins.
     forced = matcher.forced()
     ids = self._pieces.spell(forced.decode(errors='ignore'))
     if forced and ids and ids[0] < self.size:
-      own = self._pieces.first[ids[0]]
-      found[ids[0]] |= bool(own) and forced.startswith(own)
-    return found & self.usable
+      first = self._pieces.first[ids[0]]
+      mask[ids[0]] |= bool(first) and forced.startswith(first)
+    return mask & self.usable
 
 
 def _reason(message: str) -> str:

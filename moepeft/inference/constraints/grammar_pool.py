@@ -178,15 +178,15 @@ class GrammarPool:
           'try again in a moment',
           self._limits.compile_seconds,
         )
-      ours, theirs = socket.socketpair()
-      with theirs:
+      server_end, worker_end = socket.socketpair()
+      with worker_end:
         try:
-          self._pass_on(message, theirs)
+          self._pass_on(message, worker_end)
         except OSError:
           # The template process is gone, as by an operator's kill.
           self._template = None
-          self._pass_on(message, theirs)
-      process = GrammarProcess(Connection(ours.detach()), self._limits)
+          self._pass_on(message, worker_end)
+      process = GrammarProcess(Connection(server_end.detach()), self._limits)
       self._alive.add(process)
     return process
 
@@ -202,35 +202,37 @@ def _template(vocabulary: bytes) -> socket.socket:
   Raises:
     ValueError: it does not start.
   """
-  ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+  server_end, worker_end = socket.socketpair(
+    socket.AF_UNIX, socket.SOCK_SEQPACKET
+  )
   # -P: no module beside that file may stand in for one of the same name.
   command = [
     sys.executable,
     '-P',
     grammar_worker.__file__,
-    str(theirs.fileno()),
+    str(worker_end.fileno()),
   ]
-  with theirs:
+  with worker_end:
     process = subprocess.Popen(
       command,
       stdin=subprocess.PIPE,
       stdout=subprocess.DEVNULL,
-      pass_fds=[theirs.fileno()],
+      pass_fds=[worker_end.fileno()],
       # A signal to the terminal's group is the server's.
       start_new_session=True,
     )
   try:
     with process.stdin:
       process.stdin.write(vocabulary)
-    ours.settimeout(_START)
-    ready = ours.recv(8) == b'ready'
-    ours.settimeout(None)
+    server_end.settimeout(_START)
+    ready = server_end.recv(8) == b'ready'
+    server_end.settimeout(None)
   except OSError:
     ready = False
   if not ready:
-    ours.close()
+    server_end.close()
     raise ValueError(
       'the process that compiles constraints does not start; its error is on '
       "the server's standard error"
     )
-  return ours
+  return server_end

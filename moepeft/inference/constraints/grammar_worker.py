@@ -77,7 +77,7 @@ def speller(tokenizer: str) -> Callable[[str], Sequence[int]]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pieces:
+class TokenTable:
   """A vocabulary as bytes; v is the model's, which may be the wider one.
 
   Attributes:
@@ -156,7 +156,7 @@ class _Tokenizer:
   is_tokenizer_wrapper = True
   bos_token_id = None
 
-  def __init__(self, pieces: Pieces, tokens: list[bytes], ends: list[int]):
+  def __init__(self, pieces: TokenTable, tokens: list[bytes], ends: list[int]):
     self._pieces, self.tokens = pieces, tokens
     self.eos_token_id = ends[0]
     self.special_token_ids = [i for i, x in enumerate(tokens) if not x]
@@ -189,7 +189,7 @@ def _read_vocabulary(message: bytes) -> tuple[_Tokenizer, list[int]]:
     tokens.append(message[at : at + size])
     at += size
   later = tokens[: head['size']]
-  pieces = Pieces(head['tokenizer'], later, later)
+  pieces = TokenTable(head['tokenizer'], later, later)
   return _Tokenizer(pieces, tokens, head['ends']), head['ends']
 
 

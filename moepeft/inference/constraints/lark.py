@@ -48,10 +48,10 @@ def bounded(text: str) -> str:
       'give a JSON schema by its own option'
     )
   parts, at = [], 0
-  while found := _PARTS.search(text, at):
-    parts.append(text[at : found.end()])
-    at = found.end()
-    if found[0] == '%json':
+  while match := _PARTS.search(text, at):
+    parts.append(text[at : match.end()])
+    at = match.end()
+    if match[0] == '%json':
       schema, at = _schema(text, at)
       parts.append(' ' + json_schema.prepared(schema, True))
   return ''.join([*parts, text[at:]])

@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 
 from moepeft.inference.constraints import lark
-from moepeft.inference.tools.tools import Choice, Style, Tool
+from moepeft.inference.tools.tools import Choice, Style, ToolSpec
 
 
 def text(
-  tools: Sequence[Tool], choice: Choice, parallel: bool, style: Style
+  tools: Sequence[ToolSpec], choice: Choice, parallel: bool, style: Style
 ) -> str:
   """The grammar, in llguidance's kind of Lark.
 
@@ -23,14 +23,17 @@ def text(
   Raises:
     ValueError: no tool may be called, or the parameters of one cannot be kept.
   """
-  some = [tool for tool in tools if tool.name in choice.names]
-  if choice.mode == 'none' or not some:
+  allowed = [tool for tool in tools if tool.name in choice.names]
+  if choice.mode == 'none' or not allowed:
     raise ValueError(
       "no tool may be called, so there is nothing to constrain; give 'tools' "
       "and another 'tool_choice'"
     )
-  rules = [_start(choice.mode == 'auto', parallel, style), _call(some, style)]
-  rules += [_arguments(i, tool) for i, tool in enumerate(some)]
+  rules = [
+    _start(choice.mode == 'auto', parallel, style),
+    _call(allowed, style),
+  ]
+  rules += [_arguments(i, tool) for i, tool in enumerate(allowed)]
   return '\n'.join(rules)
 
 
@@ -42,15 +45,15 @@ def _start(free: bool, parallel: bool, style: Style) -> str:
     rules = ['head[lazy]: TEXT ' + opening, 'tail: TEXT', r'TEXT: /(.|\n)*/']
     calls = '(head call)* tail' if parallel else 'head call | tail'
     return '\n'.join([f'start: {calls}', *rules])
-  one = f'{opening} call' if style.opening else 'call'
-  several = f'{one} ({between} {one})*' if parallel else one
+  single = f'{opening} call' if style.opening else 'call'
+  several = f'{single} ({between} {single})*' if parallel else single
   if not free:
     return f'start: {several}'
   return f'start: {several} | FREE?\n' + r'FREE: /\s*[^{\s](.|\n)*/'
 
 
-def _call(tools: Sequence[Tool], style: Style) -> str:
-  """What stands after the opening."""
+def _call(tools: Sequence[ToolSpec], style: Style) -> str:
+  """The rule of a call after its opening."""
   named = (
     lark.literal(f'{{"name": "{tool.name}", "{style.key}": ') for tool in tools
   )
@@ -61,7 +64,7 @@ def _call(tools: Sequence[Tool], style: Style) -> str:
   return f'call: LINE? ({each}) "}}" LINE? {closing}\n' + r'LINE: "\n"'
 
 
-def _arguments(i: int, tool: Tool) -> str:
+def _arguments(i: int, tool: ToolSpec) -> str:
   try:
     return f'arguments_{i}: {lark.json_of(tool.parameters, tool.strict)}'
   except ValueError as e:

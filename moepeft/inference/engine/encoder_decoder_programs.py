@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.inference.decode import PAD
+from moepeft.data.batching.seq2seq import PAD
 from moepeft.inference.engine import kv_cache, sampler
 from moepeft.inference.engine.compiled import Programs, ints
 from moepeft.inference.engine.limits import EngineConfig, at_least

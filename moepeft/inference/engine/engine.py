@@ -2,8 +2,8 @@
 """The engine: requests in, tokens out.
 
 A server starts it on a thread of its own (`start`), which owns JAX; other
-threads leave tasks in an inbox, which that thread empties between two steps of
-its `Scheduler`. A command that only waits for answers calls `generate`,
+threads leave calls in an inbox, which that thread empties between two steps of
+its `EngineCore`. A command that only waits for answers calls `generate`,
 `stream` and `log_probs` without `start`: the steps are then done on its thread.
 """
 
@@ -13,10 +13,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moepeft.core.types import Tree
@@ -24,7 +22,6 @@ from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import (
   CANCELLED,
   FAILED,
-  LENGTH,
   EngineFull,
   EngineStats,
   Event,
@@ -32,50 +29,28 @@ from moepeft.inference.api import (
   GeneratedAnswer,
   LoadedAdapter,
   LogprobRequest,
-  PromptLogprobs,
   Request,
   RequestRefused,
   Token,
   UnknownAdapter,
 )
-from moepeft.inference.decode import PAD
+from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
+from moepeft.inference.engine import scoring
 from moepeft.inference.engine import sequence as sequences
+from moepeft.inference.engine.calls import EngineCall, NotYet
+from moepeft.inference.engine.engine_core import EngineCore, check_runs
 from moepeft.inference.engine.limits import (
   EngineConfig,
-  at_least,
-  check_length,
   check_request,
+  check_request_length,
   max_model_len,
 )
 from moepeft.inference.engine.model_runner import ModelRunner
-from moepeft.inference.engine.scheduler import Scheduler
 from moepeft.inference.engine.weights import Adapters
 
 T = TypeVar('T')
 # Called with (program, number done, number in all) before each is compiled.
 Progress = Callable[[str, int, int], None]
-
-
-class NotYet(Exception):
-  """Raised by a task that must be tried again after the next step."""
-
-
-class Task(Generic[T]):
-  """A call whose result, or error, another thread waits for."""
-
-  def __init__(self, do: Callable[[], T]):
-    self._do = do
-    self.future: Future[T] = Future()
-
-  def run(self) -> bool:
-    """Calls it; False if it must be tried again."""
-    try:
-      self.future.set_result(self._do())
-    except NotYet:
-      return False
-    except Exception as e:
-      self.future.set_exception(e)
-    return True
 
 
 class Engine:
@@ -113,19 +88,18 @@ class Engine:
     self.slots = config.slots
     # Guards all below; notified of every change.
     self._changed = threading.Condition()
-    self._inbox: collections.deque[Task] = collections.deque()
+    self._inbox: collections.deque[EngineCall] = collections.deque()
     self._sequences: dict[str, sequences.Sequence] = {}
     self._unloading: set[str] = set()
     self._closed, self._stopped = 'the engine has not started', False
     self._thread: threading.Thread | None = None
-    self._runner: ModelRunner | None = None
-    self._scheduler: Scheduler | None = None
+    self._core: EngineCore | None = None
     self._logprob_requests = 0
 
   @property
   def ready(self) -> bool:
     """Whether a generation has run since the start."""
-    return not self._closed and not self._scheduler.broken
+    return not self._closed and not self._core.broken
 
   def start(self, progress: Progress = lambda *args: None) -> None:
     """Compiles every program, runs a real generation, then takes requests.
@@ -156,8 +130,8 @@ class Engine:
     """
     check_request(request, self._model, self._config)
     with self._changed:
-      if self._closed or self._scheduler.broken:
-        raise RequestRefused(self._closed or self._scheduler.broken)
+      if self._closed or self._core.broken:
+        raise RequestRefused(self._closed or self._core.broken)
       if isinstance(self._adapters, FixedAdapter):
         adapter = self._adapters.acquire(request.adapter)
         soft_prompt = len(adapter.soft_prompt_ids)
@@ -165,19 +139,19 @@ class Engine:
         soft_prompt = self._check_adapter(request.adapter).soft_prompt_length
       else:
         soft_prompt = 0
-      check_length(request, self._model, self._config, soft_prompt)
+      check_request_length(request, self._model, self._config, soft_prompt)
       if request.id in self._sequences:
         raise RequestRefused(f'a request {request.id!r} is under way already')
       waiting = self._waiting()
       # What has come in since the last step may find slots free.
-      if waiting >= self._config.queue + self._scheduler.free:
+      if waiting >= self._config.queue + self._core.scheduler.slots.free():
         raise EngineFull(
           f'{waiting} requests wait already; try again later',
           self._estimate(waiting),
         )
       sequence = sequences.Sequence(request, deliver)
       self._sequences[request.id] = sequence
-      self._put(Task(lambda: self._scheduler.add_request(sequence)))
+      self._put(EngineCall(lambda: self._core.scheduler.add(sequence)))
 
   def cancel(self, id: str) -> None:
     """Ends a request with CANCELLED; of an unknown id, nothing."""
@@ -203,8 +177,8 @@ class Engine:
       while pending or unfinished:
         while pending and self._submitted(pending[0], events.put, unfinished):
           unfinished.add(pending.popleft().id)
-        if self._thread is None and self._do_tasks():
-          self._step()
+        if self._thread is None and self._do_calls():
+          self._core.step()
         while unfinished and (self._thread or not events.empty()):
           request, event = events.get()
           if isinstance(event, Finished):
@@ -216,8 +190,8 @@ class Engine:
       for id in unfinished:
         self.cancel(id)
       while unfinished and self._thread is None and self._sequences:
-        self._do_tasks()
-        self._step()
+        self._do_calls()
+        self._core.step()
 
   def generate(self, requests: Sequence[Request]) -> list[GeneratedAnswer]:
     """The answers to requests, in their order.
@@ -236,6 +210,28 @@ class Engine:
       GeneratedAnswer(tuple(tokens[r.id]), finished[r.id]) for r in requests
     ]
 
+  def beam_search(
+    self, requests: Sequence[Request], beams: BeamConfig
+  ) -> list[list[BeamAnswer]]:
+    """The most probable answers to each request, best first.
+
+    Waits until no request runs. Sampling, constraints and log-probabilities of
+    the requests are not looked at.
+
+    Raises:
+      RequestRefused: the engine does not take one of them.
+      ValueError: it has fewer slots than beams.
+      ArithmeticError: the model's logits are no numbers.
+    """
+    for request in requests:
+      check_request(request, self._model, self._config)
+    if beams.count > self.slots:
+      raise ValueError(
+        f'{beams.count} beams need as many slots; the engine has {self.slots}'
+      )
+    self._open_inline()
+    return self._call(lambda: search(self._core, requests, beams))
+
   def log_probs(self, requests: Sequence[LogprobRequest]) -> list[np.ndarray]:
     """Log-probability of each token of the answers, in nats: float64 [t] each.
 
@@ -245,26 +241,13 @@ class Engine:
     """
     self._open_inline()
     if not self.decoder_only:
-      return [self._call(lambda r=r: self._score(r)) for r in requests]
-    scored = [
-      Request(
-        f'log_probs/{self._logprob_requests + i}',
-        (*request.prompt_ids, *request.answer_ids),
-        0,
-        request.adapter,
-        prompt_logprobs=0,
-      )
-      for i, request in enumerate(requests)
-    ]
+      return [
+        self._call(lambda r=r: scoring.score_answer(self._core, r))
+        for r in requests
+      ]
+    scored = scoring.echo_requests(requests, self._logprob_requests)
     self._logprob_requests += len(scored)
-    prompts = {}
-    for request, event in self.stream(scored):
-      if isinstance(event, PromptLogprobs):
-        prompts[request.id] = [token.logprob for token in event.tokens]
-      elif isinstance(event, Finished) and event.reason != LENGTH:
-        raise ArithmeticError(event.message or event.reason)
-    pairs = zip(requests, scored, strict=True)
-    return [np.array(prompts[s.id][len(r.prompt_ids) :]) for r, s in pairs]
+    return scoring.answer_logprobs(requests, self.stream(scored))
 
   def update_weights(self, variables: Tree) -> None:
     """Takes new values of the weights, as a trainer has them.
@@ -281,7 +264,7 @@ class Engine:
         adapters and 'peft' is given.
     """
     self._open_inline()
-    self._call(lambda: self._update(variables))
+    self._call(lambda: self._core.update_weights(variables))
 
   def adapters(self) -> Sequence[LoadedAdapter]:
     """The adapters that requests may name."""
@@ -313,7 +296,7 @@ class Engine:
 
   def stats(self) -> EngineStats:
     with self._changed:
-      loaded, counts = self._adapters.loaded(), self._scheduler
+      loaded, counts = self._adapters.loaded(), self._core
       waiting = self._waiting()
       return EngineStats(
         running=len(self._sequences) - waiting,
@@ -323,7 +306,7 @@ class Engine:
         prompt_tokens=counts.prompt_tokens if counts else 0,
         cached_tokens=counts.cached_tokens if counts else 0,
         answer_tokens=counts.answer_tokens if counts else 0,
-        compiled=len(self._runner.programs) if self._runner else 0,
+        compiled=len(counts.runner.programs) if counts else 0,
         adapters=len(loaded),
         adapter_bytes=self._adapters.bytes,
       )
@@ -357,24 +340,24 @@ class Engine:
 
   def _estimate(self, waiting: int) -> float:
     """Seconds until one of those that wait has got a slot, about."""
-    seconds = self._scheduler.slot_seconds * (waiting + 1) / self.slots
+    seconds = self._core.scheduler.slot_seconds * (waiting + 1) / self.slots
     return max(1, math.ceil(seconds))
 
-  def _put(self, task: Task) -> None:
-    self._inbox.append(task)
+  def _put(self, call: EngineCall) -> None:
+    self._inbox.append(call)
     self._changed.notify_all()
 
   def _call(self, do: Callable[[], T]) -> T:
     """Calls on the engine's thread, between two steps."""
-    task = Task(do)
+    call = EngineCall(do)
     with self._changed:
       if self._stopped:
         raise RequestRefused('the engine has been stopped')
       if self._thread is not None:
-        self._put(task)
-    if self._thread is None and not task.run():
+        self._put(call)
+    if self._thread is None and not call.run():
       raise ValueError('requests are running; wait for their answers first')
-    return task.future.result()
+    return call.future.result()
 
   def _submitted(self, request, put, unfinished: set[str]) -> bool:
     """Submits a request; False while the queue is full of our own."""
@@ -386,57 +369,8 @@ class Engine:
       return False
     return True
 
-  def _score(self, request: LogprobRequest) -> np.ndarray:
-    """`log_probs` of an encoder-decoder's answer."""
-    answer = request.answer_ids
-    as_request = Request('', request.prompt_ids, len(answer), request.adapter)
-    check_request(as_request, self._model, self._config)
-    adapter = self._adapters.acquire(request.adapter)
-    try:
-      ids = (*adapter.soft_prompt_ids, *request.prompt_ids)
-      soft_prompt = len(adapter.soft_prompt_ids)
-      check_length(as_request, self._model, self._config, soft_prompt)
-      prefill = self._scheduler.prefill
-      states = prefill.encode(adapter.sha256, adapter.row, ids)
-      length = at_least(self._runner.cache_lens, len(answer))
-      if length > len(states):
-        states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
-      inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
-      inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
-      row = adapter.row
-      logprobs = self._runner.score_answer(
-        row, inputs, next_ids, states, len(ids)
-      )
-    finally:
-      self._adapters.release(adapter)
-    logprobs = np.asarray(logprobs, np.float64)[: len(answer)]
-    if not np.isfinite(logprobs).all():
-      raise ArithmeticError("the answer's log-probabilities are no numbers")
-    return logprobs
-
-  def _update(self, variables: Tree) -> None:
-    if self._scheduler.busy:
-      raise NotYet
-    unknown = variables.keys() - {'params', 'peft'}
-    if unknown or not variables:
-      raise ValueError(
-        f"weights are those of 'params' and 'peft'; got {sorted(variables)}"
-      )
-    if variables.get('peft'):
-      if not isinstance(self._adapters, FixedAdapter):
-        raise ValueError(
-          "the engine has a pool of adapters; load one instead of giving 'peft'"
-        )
-      peft = variables['peft']
-      if self._device is not None:
-        peft = jax.device_put(peft, self._device)
-      self._adapters.replace(peft)
-    if 'params' in variables:
-      self._runner.weights.update(variables['params'])
-    self._scheduler.invalidate()
-
   def _unload(self, name: str) -> None:
-    if self._scheduler is not None and self._scheduler.waits_for(name):
+    if self._core is not None and self._core.scheduler.waits_for(name):
       raise NotYet
     try:
       self._adapters.unload(name)
@@ -453,17 +387,17 @@ class Engine:
       return
     started.set_result(None)
     try:
-      while self._do_tasks():
-        self._step()
+      while self._do_calls():
+        self._core.step()
     except BaseException as e:
-      self._scheduler.broken = f'the engine stopped: {e}; restart the server'
-      self._close(FAILED, self._scheduler.broken)
+      self._core.broken = f'the engine stopped: {e}; restart the server'
+      self._close(FAILED, self._core.broken)
       raise
     self._close(CANCELLED, 'the server has shut down')
 
   def _open_inline(self) -> None:
     """Compiles on this thread, where no other was started."""
-    if self._thread is None and self._scheduler is None:
+    if self._thread is None and self._core is None:
       self._open(lambda *args: None)
 
   def _open(self, progress: Progress) -> None:
@@ -474,33 +408,28 @@ class Engine:
     self._params = None
     runner.compile(progress)
     if self._config.compile_ahead:
-      _check_runs(runner)
-    scheduler = Scheduler(runner, self._forget)
+      check_runs(runner)
+    core = EngineCore(runner, self._forget)
     with self._changed:
-      self._runner, self._scheduler = runner, scheduler
+      self._core = core
       if not self._stopped:
         self._closed = ''
 
-  def _step(self) -> None:
-    self._scheduler.step()
-    if self._scheduler.broken:
-      self._scheduler.finish_all(FAILED, self._scheduler.broken)
-
-  def _do_tasks(self) -> bool:
-    """Waits for something to do, and runs the tasks of other threads.
+  def _do_calls(self) -> bool:
+    """Waits for something to do, and runs the calls of other threads.
 
     Returns:
       Whether the engine goes on.
     """
     with self._changed:
       self._changed.wait_for(
-        lambda: self._inbox or self._scheduler.busy or self._stopped
+        lambda: self._inbox or self._core.scheduler.busy or self._stopped
       )
       if self._stopped:
         return False
-      tasks = list(self._inbox)
+      calls = list(self._inbox)
       self._inbox.clear()
-    again = [task for task in tasks if not task.run()]
+    again = [call for call in calls if not call.run()]
     with self._changed:
       self._inbox.extendleft(reversed(again))
     return True
@@ -511,30 +440,13 @@ class Engine:
       self._changed.notify_all()
 
   def _close(self, reason: str, message: str) -> None:
-    """Ends all requests and tasks."""
+    """Ends all requests and calls."""
     with self._changed:
       self._closed, self._stopped = self._closed or message, True
-      tasks = list(self._inbox)
+      calls = list(self._inbox)
       self._inbox.clear()
       unfinished = list(self._sequences.values())
-    for task in tasks:
-      task.future.set_exception(RequestRefused(message))
+    for call in calls:
+      call.future.set_exception(RequestRefused(message))
     for sequence in unfinished:
-      self._scheduler.finish(sequence, reason, message)
-
-
-def _check_runs(runner: ModelRunner) -> None:
-  """Runs a real generation, all the way.
-
-  Raises:
-    RuntimeError: it failed.
-  """
-  events: list[Event] = []
-  scheduler = Scheduler(runner, lambda sequence: None)
-  prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
-  request = Request('first', prompt, 2)
-  scheduler.add_request(sequences.Sequence(request, events.append))
-  while scheduler.busy:
-    scheduler.step()
-  if events[-1].reason != LENGTH:
-    raise RuntimeError(f'the first generation failed: {events[-1].message}')
+      self._core.finish(sequence, reason, message)

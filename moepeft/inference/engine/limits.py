@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from moepeft.inference import sampling
-from moepeft.inference.api import PromptTooLong, Request, RequestRefused
+from moepeft.inference.api import Request, RequestRefused
+from moepeft.inference.length_check import check_length
 
 # Rows and tokens are int32.
 _LARGEST = 2**31 - 1
@@ -126,7 +127,7 @@ def at_least(sizes: tuple[int, ...], size: int) -> int:
 
 
 def check_request(request: Request, model: Any, config: EngineConfig) -> None:
-  """Checks everything but the lengths, for which see `check_length`.
+  """Checks everything but the lengths, for which see `check_request_length`.
 
   Raises:
     RequestRefused: the request cannot be computed; the sentence says why.
@@ -158,7 +159,7 @@ def _check_ids(ids: tuple[int, ...], v: int) -> None:
     )
 
 
-def check_length(
+def check_request_length(
   request: Request, model: Any, config: EngineConfig, soft_prompt: int
 ) -> None:
   """Checks the lengths of prompt and answer.
@@ -170,8 +171,7 @@ def check_length(
     RequestRefused: no token of an answer is asked for.
     PromptTooLong: prompt and answer do not fit.
   """
-  prompt, answer = len(request.prompt_ids), request.max_new_tokens
-  decoder_only = hasattr(model, 'extend')
+  answer, decoder_only = request.max_new_tokens, hasattr(model, 'extend')
   echo = request.prompt_logprobs is not None
   if echo and not decoder_only:
     raise RequestRefused(
@@ -182,17 +182,13 @@ def check_length(
     raise RequestRefused(
       f'the answer has at least 1 token; got max_new_tokens={answer}'
     )
-  limit = max_model_len(model, config)
-  inputs = soft_prompt + prompt
-  size = inputs + answer if decoder_only else max(inputs, answer)
-  if size > limit:
-    more = f', {soft_prompt:,} of the adapter before it,' if soft_prompt else ''
-    scope = 'for both together' if decoder_only else 'for each'
-    raise PromptTooLong(
-      f'the prompt has {prompt:,} tokens{more} and the answer up to '
-      f'{answer:,}; there are {limit:,} places {scope}: shorten the prompt, '
-      'or the length of the answer'
-    )
+  check_length(
+    len(request.prompt_ids),
+    answer,
+    max_model_len(model, config),
+    decoder_only,
+    soft_prompt,
+  )
 
 
 def max_model_len(model: Any, config: EngineConfig) -> int:

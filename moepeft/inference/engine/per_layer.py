@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +38,18 @@ class ServedModel:
   module: Any
   row_tree: Callable[..., Tree]
   routing: bool
+
+
+class _Side(nn.Module):
+  """A layer at the path that it has in the model, 'encoder' or 'decoder': an
+  adapter may compute with its path, as the router `random` does."""
+
+  block: nn.Module
+  side: str
+
+  @nn.compact
+  def __call__(self, *args):
+    return self.block.clone(parent=self, name=self.side)(*args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +128,16 @@ class LayeredMethod:
       variables = {'params': params, 'peft': peft}
       if cache:
         variables['cache'] = cache
+      variables = {key: {self.side: tree} for key, tree in variables.items()}
       ctx = ctx.replace(layer=number)
-      x, changed = block.apply(
+      x, changed = module.apply(
         variables, x, ctx, *args, mutable=['cache', 'weights']
       )
-      weights = {self.side: {'layers_0': changed.get('weights', {})}}
+      weights = changed.get('weights', {})
       weights = expert_weights(weights) if self.model.routing else {}
-      return x, changed.get('cache', {}), weights
+      return x, changed.get('cache', {}).get(self.side, {}), weights
 
+    module = _Side(block, self.side)
     row_cache = self.cut(cache, rows)
     x, row_cache, weights = jax.vmap(of_row)(adapters, row_cache, x, flow)
     if self.put is None:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array
+from moepeft.data.batching.seq2seq import PAD
 from moepeft.inference.api import PromptLogprobs, TokenLogprob
-from moepeft.inference.decode import PAD
 from moepeft.inference.engine.limits import at_least
 from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.prefix_cache import PrefixCache

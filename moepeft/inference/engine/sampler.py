@@ -24,6 +24,10 @@ from moepeft.inference.engine.limits import TOP
 from moepeft.inference.engine.sequence import Sequence
 from moepeft.inference.sampling import Sampling
 
+NOT_FINITE = (
+  "the model's logits are no numbers: the adapter, or the base, is broken"
+)
+
 
 @struct.dataclass
 class StepOutput:
@@ -241,9 +245,7 @@ def _token(
   """The token of row i from arrays on the host."""
   tokens, logprobs, finite, experts = step
   if not finite[i]:
-    return ArithmeticError(
-      "the model's logits are no numbers: the adapter, or the base, is broken"
-    )
+    return ArithmeticError(NOT_FINITE)
   drawn, alternatives = launched
   token, logprob = drawn or (tokens[i : i + 1], logprobs[i : i + 1])
   request: Request = sequence.request

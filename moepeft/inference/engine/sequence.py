@@ -29,7 +29,7 @@ class Sequence:
     previous: bool [v], the tokens that a repetition penalty acts on; None
       without one.
     cancelled: by the client, or because its listener failed.
-    started: when it got its slot.
+    started: when it got its adapter and slot.
     finite: whether the cache of its slot is known to give finite logits.
   """
 
@@ -50,7 +50,7 @@ class Sequence:
 
   def use(self, adapter: AcquiredAdapter) -> None:
     """Puts the adapter's soft prompt before the prompt."""
-    self.adapter = adapter
+    self.adapter, self.started = adapter, time.monotonic()
     self.ids = (*adapter.soft_prompt_ids, *self.request.prompt_ids)
 
   def timed_out(self, now: float) -> bool:

@@ -16,10 +16,10 @@ _ARGUMENTS = ('arguments', 'parameters')
 # What a call may have beside, which says nothing more.
 _BESIDE = ('id', 'type')
 # What a call tells of itself: ('name', its name), ('arguments', more of them).
-Said = tuple[str, str]
+CallPart = tuple[str, str]
 
 
-class InvalidToolCall(ValueError):
+class MalformedCall(ValueError):
   """It is not JSON, or no call."""
 
 
@@ -111,9 +111,7 @@ class Json:
 
   def _expect(self, right: Any) -> None:
     if not right:
-      raise InvalidToolCall(
-        f'no JSON goes on so where {self.state} is expected'
-      )
+      raise MalformedCall(f'no JSON goes on so where {self.state} is expected')
 
 
 class Calls:
@@ -129,7 +127,7 @@ class Calls:
     Args:
       names: others are no calls; () for any.
     """
-    self.said: list[Said] = []
+    self.parts: list[CallPart] = []
     self._names, self._json, self._count = names, Json(), 0
     self._base = 0
     self._begin()
@@ -139,8 +137,8 @@ class Calls:
     return self._json.done
 
   def _begin(self) -> None:
-    self._name, self._arguments, self._given = '', '', False
-    self._key, self._seen, self._target, self._raw = '', set(), '', ''
+    self._name, self._arguments, self._has_arguments = '', '', False
+    self._key, self._keys, self._target, self._raw = '', set(), '', ''
 
   def feed(self, letter: str) -> None:
     """
@@ -150,15 +148,15 @@ class Calls:
     json_, before = self._json, self._json.state
     depth = len(json_.open)
     if not depth and letter not in _BLANKS + '{[':
-      raise InvalidToolCall('a call is an object or a list')
+      raise MalformedCall('a call is an object or a list')
     json_.feed(letter)
     if not depth:
       self._base = len(json_.open) + (letter == '[')
     elif depth < self._base:
       if letter not in _BLANKS + '{,]':
-        raise InvalidToolCall('a list of calls has something else in it')
+        raise MalformedCall('a list of calls has something else in it')
       if json_.done and not self._count:
-        raise InvalidToolCall('the list has no calls')
+        raise MalformedCall('the list has no calls')
     elif depth == self._base and not self._target:
       self._member(letter, before)
     else:
@@ -175,15 +173,15 @@ class Calls:
       self._raw = ''
       first = {'name': '"', 'arguments': '{"n'}.get(self._target, letter)
       if letter not in first:
-        raise InvalidToolCall(f'{self._target} of a call is of the wrong kind')
+        raise MalformedCall(f'{self._target} of a call is of the wrong kind')
       self._value(letter, before, self._base)
 
   def _named(self, key: str) -> str:
-    known = {'name': 'name'} | dict.fromkeys(_ARGUMENTS, 'arguments')
-    target = known.get(key, key)
-    if target in self._seen or key not in (*known, *_BESIDE):
-      raise InvalidToolCall('a call has other keys')
-    self._seen.add(target)
+    targets = {'name': 'name'} | dict.fromkeys(_ARGUMENTS, 'arguments')
+    target = targets.get(key, key)
+    if target in self._keys or key not in (*targets, *_BESIDE):
+      raise MalformedCall('a call has other keys')
+    self._keys.add(target)
     return target
 
   def _value(self, letter: str, before: str, depth: int) -> None:
@@ -194,7 +192,7 @@ class Calls:
       return
     self._raw += letter
     if self._target == 'arguments' and self._raw[0] == '{':
-      self._say(letter)
+      self._emit_arguments(letter)
     if len(json_.open) == self._base and json_.state == 'after':
       self._member_end()
 
@@ -203,31 +201,31 @@ class Calls:
     if target == 'name':
       self._call(_parsed(raw))
     elif target == 'arguments' and raw[0] == '"':
-      self._say(_object(_parsed(raw)))
+      self._emit_arguments(_object(_parsed(raw)))
     elif target == 'arguments' and raw[0] == 'n':
-      self._say('{}')
+      self._emit_arguments('{}')
 
   def _call(self, name: str) -> None:
     if not name or (self._names and name not in self._names):
-      raise InvalidToolCall(f'{name!r} is no tool')
+      raise MalformedCall(f'{name!r} is no tool')
     self._name = name
-    self.said.append(('name', name))
+    self.parts.append(('name', name))
     if self._arguments:
-      self.said.append(('arguments', self._arguments))
+      self.parts.append(('arguments', self._arguments))
 
-  def _say(self, text: str) -> None:
-    self._given = True
+  def _emit_arguments(self, text: str) -> None:
+    self._has_arguments = True
     if self._name:
-      self.said.append(('arguments', text))
+      self.parts.append(('arguments', text))
     else:
       self._arguments += text
 
   def _end(self) -> None:
     """The call's last brace."""
     if not self._name:
-      raise InvalidToolCall('a call has no name')
-    if not self._given:
-      self.said.append(('arguments', '{}'))
+      raise MalformedCall('a call has no name')
+    if not self._has_arguments:
+      self.parts.append(('arguments', '{}'))
     self._count += 1
     self._begin()
 
@@ -235,7 +233,7 @@ class Calls:
 def _object(text: str) -> str:
   """The same, where it is a JSON object written as a text."""
   if not isinstance(_parsed(text), dict):
-    raise InvalidToolCall('the arguments are a text that is no JSON object')
+    raise MalformedCall('the arguments are a text that is no JSON object')
   return text
 
 
@@ -247,4 +245,4 @@ def _parsed(text: str) -> Any:
   try:
     return untrusted.parse_json(text)
   except untrusted.Malformed as error:
-    raise InvalidToolCall(str(error)) from None
+    raise MalformedCall(str(error)) from None

@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection
 
-from moepeft.inference.tools.json_parser import Calls, InvalidToolCall
+from moepeft.inference.tools.json_parser import Calls, MalformedCall
 from moepeft.inference.tools.tools import Style
 
 
@@ -18,7 +18,7 @@ class Content:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CallStart:
   """A call begins; calls are counted from 0."""
 
   index: int
@@ -34,7 +34,7 @@ class Arguments:
   text: str
 
 
-Event = Content | Call | Arguments
+Event = Content | CallStart | Arguments
 
 _BEGINS = re.compile(r'[{\[]')
 
@@ -84,26 +84,26 @@ class Parser:
     self._after, self._spoken = False, False
     self._reader, self._raw, self._before = Calls(), '', ''
     # Whether this call is given out as it comes, and whether some of it is.
-    self._streams, self._told = False, False
+    self._streams, self._sent = False, False
 
   def feed(self, text: str) -> list[Event]:
-    """What is certain by now."""
+    """The events that are certain by now."""
     self._text += text
     while self._state():
       pass
-    return self._taken()
+    return self._take_events()
 
   def finish(self) -> list[Event]:
     """The rest, when no more comes."""
     cut = self._forced or self._streams and self._state == self._inside
-    if self._state == self._inside and not (self._told or cut):
-      self._say(self._before + self._raw)
+    if self._state == self._inside and not (self._sent or cut):
+      self._emit_content(self._before + self._raw)
     elif self._state == self._free and not cut:
-      self._say(self._text)
+      self._emit_content(self._text)
     self._text = ''
-    return self._taken()
+    return self._take_events()
 
-  def _taken(self) -> list[Event]:
+  def _take_events(self) -> list[Event]:
     out, self._out = self._out, []
     return out
 
@@ -112,15 +112,15 @@ class Parser:
     if self._after:
       self._text = self._text.lstrip(self._gap)
     at, size = self._opening()
-    said = self._text[:at].rstrip()
-    blank = self._text[len(said) : at]
-    self._say(said)
+    content = self._text[:at].rstrip()
+    blank = self._text[len(content) : at]
+    self._emit_content(content)
     if not size:
-      self._text = self._text[len(said) :]
+      self._text = self._text[len(content) :]
       return False
     self._before, self._raw = blank + self._text[at : at + size], ''
     self._text = self._text[at + size :]
-    self._reader, self._told = Calls(self._names), False
+    self._reader, self._sent = Calls(self._names), False
     # Without an opening, only what the answer begins with is kept to a form.
     self._streams = self._sure and (
       bool(self._style.opening) or not self._spoken
@@ -133,16 +133,16 @@ class Parser:
 
   @property
   def _gap(self) -> str:
-    """What may part calls."""
+    """The characters that may part calls."""
     return ' \t\r\n' + self._style.between.strip()
 
   def _opening(self) -> tuple[int, int]:
-    """Where a call may begin, and the size of its opening; 0 if none is
-    whole."""
+    """The place where a call may begin, and the size of its opening; 0 if
+    none is whole."""
     opening = self._style.opening
     if not opening:
-      found = _BEGINS.search(self._text)
-      return (found.start(), 1) if found else (len(self._text), 0)
+      match = _BEGINS.search(self._text)
+      return (match.start(), 1) if match else (len(self._text), 0)
     at = self._text.find(opening)
     if at >= 0:
       return at, len(opening)
@@ -155,12 +155,12 @@ class Parser:
     for at, letter in enumerate(self._text):
       try:
         self._reader.feed(letter)
-      except InvalidToolCall:
+      except MalformedCall:
         return self._mistaken(at)
       if self._streams:
-        self._tell()
+        self._emit_call()
       if self._reader.done:
-        self._tell()
+        self._emit_call()
         self._raw, self._text = '', self._text[at + 1 :]
         self._state = self._closing if self._style.closing else self._free
         return True
@@ -168,17 +168,17 @@ class Parser:
     self._text = ''
     return False
 
-  def _tell(self) -> None:
+  def _emit_call(self) -> None:
     """Gives out what the reader has found."""
-    self._told |= bool(self._reader.said)
-    for kind, text in self._reader.said:
+    self._sent |= bool(self._reader.parts)
+    for kind, text in self._reader.parts:
       if kind == 'name':
-        self._out.append(Call(self.calls, self._ids(), text))
+        self._out.append(CallStart(self.calls, self._ids(), text))
         self.calls += 1
         self._after = True
       else:
         self._add(Arguments(self.calls - 1, text))
-    self._reader.said = []
+    self._reader.parts = []
 
   def _mistaken(self, at: int) -> bool:
     """It is no call: content up to the letter that tells, which is read anew.
@@ -187,8 +187,8 @@ class Parser:
     proportion to the text.
     """
     self._state = self._free
-    if not self._told:
-      self._say(self._before + self._raw + self._text[:at])
+    if not self._sent:
+      self._emit_content(self._before + self._raw + self._text[:at])
     self._text = self._text[at:]
     return True
 
@@ -200,7 +200,7 @@ class Parser:
     self._state = self._free
     return True
 
-  def _say(self, text: str) -> None:
+  def _emit_content(self, text: str) -> None:
     if self._after:
       text = text.lstrip()
     if text:

@@ -53,7 +53,7 @@ STYLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Tool:
+class ToolSpec:
   """A function that may be called.
 
   Attributes:
@@ -67,7 +67,7 @@ class Tool:
   parameters: Any = dataclasses.field(default_factory=lambda: dict(_EMPTY))
   strict: bool = False
 
-  def said(self) -> dict:
+  def to_openai(self) -> dict:
     """In OpenAI's form, as templates read it."""
     function = {'name': self.name}
     if self.description:
@@ -80,7 +80,7 @@ class Tool:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """Which tools may be called, and whether one must.
+  """The tools that may be called, and whether one must.
 
   Attributes:
     mode: 'none', 'auto' or 'required'.
@@ -93,23 +93,23 @@ class Choice:
   once: bool = False
 
 
-def check(found: Any) -> tuple[Tool, ...]:
+def check(items: Any) -> tuple[ToolSpec, ...]:
   """The tools of a request.
 
   Args:
-    found: [{'type': 'function', 'function': {'name', 'description',
+    items: [{'type': 'function', 'function': {'name', 'description',
       'parameters', 'strict'}}].
 
   Raises:
     ValueError: what is wrong with them, a sentence.
   """
-  if not isinstance(found, list | tuple) or not found:
+  if not isinstance(items, list | tuple) or not items:
     raise ValueError("'tools' is a list of at least one tool; leave it out")
-  if len(found) > MOST:
+  if len(items) > MOST:
     raise ValueError(
-      f"'tools' has {len(found)} tools, expected at most {MOST}; leave some out"
+      f"'tools' has {len(items)} tools, expected at most {MOST}; leave some out"
     )
-  tools = tuple(_tool(item, f'tools[{i}]') for i, item in enumerate(found))
+  tools = tuple(_tool(item, f'tools[{i}]') for i, item in enumerate(items))
   size = sum(len(json_schema.written(tool.parameters)) for tool in tools)
   if size > json_schema.CHARACTERS:
     raise ValueError(
@@ -123,74 +123,74 @@ def check(found: Any) -> tuple[Tool, ...]:
   return tools
 
 
-def _tool(item: Any, said: str) -> Tool:
+def _tool(item: Any, label: str) -> ToolSpec:
   function = item.get('function') if isinstance(item, dict) else None
   if not isinstance(function, dict) or item.get('type') != 'function':
     raise ValueError(
-      f"{said} is no function; expected {{'type': 'function', 'function': "
+      f"{label} is no function; expected {{'type': 'function', 'function': "
       "{'name': ...}}"
     )
   name = function.get('name')
   if not isinstance(name, str) or not _NAME.fullmatch(name):
     raise ValueError(
-      f'{said} has the name {name!r}; expected 1 to 64 letters, digits, _ or -'
+      f'{label} has the name {name!r}; expected 1 to 64 letters, digits, _ or -'
     )
-  said = f'the tool {name!r}'
+  label = f'the tool {name!r}'
   description, strict = function.get('description'), function.get('strict')
   if description is not None and not isinstance(description, str):
-    raise ValueError(f"{said} has a 'description' that is no text; mend it")
+    raise ValueError(f"{label} has a 'description' that is no text; mend it")
   if strict is not None and not isinstance(strict, bool):
-    raise ValueError(f"{said} has 'strict' {strict!r}; expected true or false")
-  own = _parameters(function.get('parameters'), said)
-  return Tool(name, description or '', own, bool(strict))
+    raise ValueError(f"{label} has 'strict' {strict!r}; expected true or false")
+  parameters = _parameters(function.get('parameters'), label)
+  return ToolSpec(name, description or '', parameters, bool(strict))
 
 
-def _parameters(value: Any, said: str) -> dict:
+def _parameters(value: Any, label: str) -> dict:
   if value is None or value == {}:
     return dict(_EMPTY)
   if not isinstance(value, dict) or value.get('type') != 'object':
     raise ValueError(
-      f"{said} has 'parameters' that are no object; expected a JSON schema "
+      f"{label} has 'parameters' that are no object; expected a JSON schema "
       "with 'type': 'object'"
     )
   try:
     # What is not strict may be given to the model and never compiled.
     json_schema.prepared(value, False)
   except ValueError as e:
-    raise ValueError(f"{said} has wrong 'parameters': {e}") from None
+    raise ValueError(f"{label} has wrong 'parameters': {e}") from None
   return value
 
 
-def chosen(found: Any, tools: Sequence[Tool]) -> Choice:
-  """What a request's 'tool_choice' says.
+def read_tool_choice(tool_choice: Any, tools: Sequence[ToolSpec]) -> Choice:
+  """The choice that a request's 'tool_choice' names.
 
   Args:
-    found: 'none', 'auto', 'required', a named function, a list of allowed
+    tool_choice: 'none', 'auto', 'required', a named function, a list of allowed
       ones, or None, which is 'auto' where there are tools.
 
   Raises:
     ValueError: it is none of them, or names what is no tool.
   """
   names = tuple(tool.name for tool in tools)
-  if found is None:
+  if tool_choice is None:
     return Choice('auto' if tools else 'none', names)
-  if isinstance(found, str) and found in _MODES:
-    if found == 'required' and not tools:
+  if isinstance(tool_choice, str) and tool_choice in _MODES:
+    if tool_choice == 'required' and not tools:
       raise ValueError("'tool_choice' is 'required', but there are no 'tools'")
-    return Choice(found, names)
-  kind = found.get('type') if isinstance(found, dict) else None
+    return Choice(tool_choice, names)
+  kind = tool_choice.get('type') if isinstance(tool_choice, dict) else None
   if kind == 'function':
-    return Choice('required', (_named(found, names),), once=True)
+    return Choice('required', (_named(tool_choice, names),), once=True)
   if kind == 'allowed_tools':
     # The API has both a flat form and one inside of its own key.
-    said = found.get('allowed_tools', found)
-    mode = said.get('mode') if isinstance(said, dict) else None
-    some = said.get('tools') if isinstance(said, dict) else None
-    if mode in _MODES[1:] and isinstance(some, list) and some:
-      return Choice(mode, tuple(_named(one, names) for one in some))
+    allowed = tool_choice.get('allowed_tools', tool_choice)
+    mode = allowed.get('mode') if isinstance(allowed, dict) else None
+    listed = allowed.get('tools') if isinstance(allowed, dict) else None
+    if mode in _MODES[1:] and isinstance(listed, list) and listed:
+      return Choice(mode, tuple(_named(entry, names) for entry in listed))
   raise ValueError(
     f"'tool_choice' is one of {', '.join(_MODES)} or {{'type': 'function', "
-    f"'function': {{'name': ...}}}}, got {found!r}"
+    f"'function': {{'name': ...}}}}, got {tool_choice!r}"
   )
 
 
@@ -228,9 +228,9 @@ def style_of(template: str) -> Style:
   return STYLES['json']
 
 
-def offered(
-  found: Conversation,
-  tools: Sequence[Tool],
+def with_tools(
+  conversation: Conversation,
+  tools: Sequence[ToolSpec],
   choice: Choice,
   style: Style,
   template: str,
@@ -241,22 +241,25 @@ def offered(
   the template has no words for them and the style is another, they are in the
   system's turn.
   """
-  some = [tool for tool in tools if tool.name in choice.names]
-  if choice.mode == 'none' or not some:
-    return dataclasses.replace(found, tools=None)
+  allowed = [tool for tool in tools if tool.name in choice.names]
+  if choice.mode == 'none' or not allowed:
+    return dataclasses.replace(conversation, tools=None)
   if 'tools' in template or style.name == 'hermes':
-    return dataclasses.replace(found, tools=[tool.said() for tool in some])
-  said, turns = instructions(some, style), list(found.turns)
+    return dataclasses.replace(
+      conversation, tools=[tool.to_openai() for tool in allowed]
+    )
+  system, turns = instructions(allowed, style), list(conversation.turns)
   if turns and turns[0].role == 'system':
-    said = f'{turns.pop(0).content}\n\n{said}'
-  return Conversation((Turn('system', said), *turns))
+    system = f'{turns.pop(0).content}\n\n{system}'
+  return Conversation((Turn('system', system), *turns))
 
 
-def instructions(tools: Sequence[Tool], style: Style) -> str:
-  """What a model is told that was never taught calls."""
+def instructions(tools: Sequence[ToolSpec], style: Style) -> str:
+  """The instructions for a model that was never taught calls."""
   call = f'{{"name": ..., "{style.key}": ...}}'
   functions = [
-    json.dumps(tool.said()['function'], ensure_ascii=False) for tool in tools
+    json.dumps(tool.to_openai()['function'], ensure_ascii=False)
+    for tool in tools
   ]
   return '\n'.join(
     [

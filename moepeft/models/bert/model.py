@@ -4,7 +4,7 @@ the sums, learned positions, token types. The names of its weights in other
 formats are in `bert.weights`."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from flax import struct
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
 from moepeft.models.sites import ATTENTION, context, feed_forward
+from moepeft.models.transformer import Transformer
 from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
 from moepeft.nn.attention import Attention, attention_mask, check_implementation
 from moepeft.nn.linear import Embedding, Head, Linear
 from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm
-from moepeft.nn.scan_layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +99,14 @@ def sites(config: BertConfig) -> dict[str, str]:
   return roles
 
 
-class Block(nn.Module):
+class BertBlock(Transformer):
   """One layer: self-attention and a feed-forward, a norm after each sum."""
 
   config: BertConfig
-  adapter_map: AdapterMap
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context, mask: Array) -> Array:
     c = self.config
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     attention = Attention(
       c.d_model,
       c.heads,
@@ -124,7 +119,7 @@ class Block(nn.Module):
       bias=True,
       implementation=self.attention,
       name='self',
-      **typed,
+      **self.dtypes,
     )
     run = lambda attention, y: attention(y, ctx, mask=mask)  # noqa: E731
     x = self._summed('self', attention, run, x, ctx)
@@ -138,7 +133,7 @@ class Block(nn.Module):
       norm_form=c.norm_form,
       bias=True,
       name='mlp',
-      **typed,
+      **self.dtypes,
     )
     return self._summed('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
 
@@ -152,38 +147,21 @@ class Block(nn.Module):
     return module.norm(x + drop(y, deterministic=not ctx.train), ctx)
 
 
-class Stack(nn.Module):
+class BertStack(Transformer):
   """All layers, from normed embeddings to states."""
 
   config: BertConfig
-  adapter_map: AdapterMap
-  scan: bool
-  remat: str
-  unroll: int
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
-    block = Block(
-      self.config,
-      self.adapter_map,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-      parent=None,
-    )
+    block = BertBlock(**self.shared, parent=None)
     real, segments = ctx.token_mask, ctx.segment_ids
-    return scan_layers(
+    return self.scan_layers(
       block,
       self.config.layers,
       x,
       ctx,
       attention_mask(real, real, segments, segments),
-      scan=self.scan,
-      remat=self.remat,
-      unroll=self.unroll,
     )
 
 
@@ -202,20 +180,10 @@ class Encoded:
   logits: Array | None = None
 
 
-class Bert(nn.Module):
-  """An encoder; `__call__` gives all that it has, `encode` its states alone.
-
-  Attributes: as of `models.t5.T5`.
-  """
+class Bert(Transformer):
+  """An encoder; `__call__` gives all that it has, `encode` its states alone."""
 
   config: BertConfig
-  adapter_map: AdapterMap = AdapterMap()
-  scan: bool = True
-  remat: str = 'none'
-  unroll: int = 1
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-  attention: str = 'naive'
 
   def setup(self):
     c = self.config
@@ -225,7 +193,6 @@ class Bert(nn.Module):
         "config.model.attention is 'chunked', which BERT has not: its tokens "
         "see all others; take 'naive' or 'fused'"
       )
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed = self._table(c.vocab, 'embed', 'v', self.adapter_map)
     # Not the site 'embed': that is the tokens'.
     self.positions = self._table(c.length, 'positions', 'p', AdapterMap())
@@ -234,16 +201,7 @@ class Bert(nn.Module):
       'embed_norm', self.adapter_map, self.param_dtype
     )
     self.drop = nn.Dropout(c.dropout)
-    self.encoder = Stack(
-      c,
-      self.adapter_map,
-      self.scan,
-      self.remat,
-      self.unroll,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-    )
+    self.encoder = BertStack(**self.shared)
     if c.pooler:
       self.pooler = self._square('pooler')
     if c.masked:
@@ -251,7 +209,9 @@ class Bert(nn.Module):
       self.transform_norm = c.norm_form.at(
         'transform_norm', self.adapter_map, self.param_dtype
       )
-      self.head = Head(c.d_model, c.vocab, self.adapter_map, bias=True, **typed)
+      self.head = Head(
+        c.d_model, c.vocab, self.adapter_map, bias=True, **self.dtypes
+      )
 
   def _table(self, size, site, letter, adapter_map) -> Embedding:
     return Embedding(
@@ -260,8 +220,7 @@ class Bert(nn.Module):
       adapter_map,
       site=site,
       letter=letter,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       stddev=0.02,
     )
 
@@ -274,8 +233,7 @@ class Bert(nn.Module):
       site,
       self.adapter_map,
       stddev=d**-0.5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       bias=True,
     )
 

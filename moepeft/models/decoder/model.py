@@ -5,15 +5,14 @@ A family (`llama`, `qwen3`, ...) has its sizes and the names of its weights; a
 `DecoderConfig` has the options of the computation.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moepeft.core.types import Array, Batch, Context
+from moepeft.core.types import Array, Batch, Context, Routing
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.masks import masks, row_causal_mask, segment_mask
 from moepeft.models.sites import ATTENTION, context, feed_forward
+from moepeft.models.transformer import Transformer
 from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
 from moepeft.nn.attention import check_implementation
 from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask
@@ -21,7 +20,6 @@ from moepeft.nn.causal_attention import CausalAttention
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import Mlp
 from moepeft.nn.positions import alibi, alibi_slopes, sinusoidal
-from moepeft.nn.scan_layers import scan_layers
 
 
 def sites(config: DecoderConfig) -> dict[str, str]:
@@ -38,14 +36,10 @@ def sites(config: DecoderConfig) -> dict[str, str]:
   return roles | {'decoder/norm': 'norm', 'head': 'head'}
 
 
-class Block(nn.Module):
+class DecoderBlock(Transformer):
   """One layer: self-attention and a feed-forward, each added to its input."""
 
   config: DecoderConfig
-  adapter_map: AdapterMap
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x, ctx, bias, mask, window_mask, structured_mask):
@@ -72,8 +66,7 @@ class Block(nn.Module):
       out_bias=c.out_bias,
       qk_norm=c.qk_norm,
       norm_form=c.norm_form,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       implementation=self.attention,
       name='self',
     )
@@ -89,8 +82,7 @@ class Block(nn.Module):
       dropout=c.dropout,
       norm_form=c.norm_form,
       bias=c.mlp_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       name='mlp',
     )
     return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
@@ -110,17 +102,10 @@ class Block(nn.Module):
     return x + drop(y, deterministic=not ctx.train)
 
 
-class Stack(nn.Module):
+class DecoderStack(Transformer):
   """All layers and the last norm, from embedded tokens to states."""
 
   config: DecoderConfig
-  adapter_map: AdapterMap
-  scan: bool
-  remat: str
-  unroll: int
-  dtype: Any
-  param_dtype: Any
-  attention: str
 
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Array:
@@ -137,16 +122,9 @@ class Stack(nn.Module):
       cached = jnp.arange(ctx.cache_length)
       keys = cached if ctx.decode else ctx.positions
       bias = alibi(c.heads, ctx.positions, keys)
-    block = Block(
-      c,
-      self.adapter_map,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-      parent=None,
-    )
+    block = DecoderBlock(**self.shared, parent=None)
     drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
-    x = scan_layers(
+    x = self.scan_layers(
       block,
       c.layers,
       drop(x, deterministic=not ctx.train),
@@ -155,9 +133,6 @@ class Stack(nn.Module):
       mask,
       window_mask,
       structured_mask,
-      scan=self.scan,
-      remat=self.remat,
-      unroll=self.unroll,
     )
     norm = c.norm_form.at(
       'decoder/norm', self.adapter_map, self.param_dtype, name='norm'
@@ -165,29 +140,17 @@ class Stack(nn.Module):
     return norm(x, ctx)
 
 
-class Decoder(nn.Module):
-  """Decoder-only; `__call__` is training's, `extend` is for decoding.
-
-  Attributes: as of `models.t5.T5`.
-    attention: of `nn.attention.IMPLEMENTATIONS`.
-  """
+class Decoder(Transformer):
+  """Decoder-only; `__call__` is training's, `extend` is for decoding."""
 
   config: DecoderConfig
-  adapter_map: AdapterMap = AdapterMap()
-  scan: bool = True
-  remat: str = 'none'
-  unroll: int = 1
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-  attention: str = 'naive'
 
   def setup(self):
     c = self.config
     check_implementation(self.attention)
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     small = 0.02
     self.embed = Embedding(
-      c.vocab, c.d_model, self.adapter_map, stddev=small, **typed
+      c.vocab, c.d_model, self.adapter_map, stddev=small, **self.dtypes
     )
     if c.positions == 'learned':
       # Not the site 'embed': that is the tokens'.
@@ -198,23 +161,16 @@ class Decoder(nn.Module):
         site='positions',
         letter='p',
         stddev=small,
-        **typed,
+        **self.dtypes,
       )
-    self.decoder = Stack(
-      c,
-      self.adapter_map,
-      self.scan,
-      self.remat,
-      self.unroll,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-    )
+    self.decoder = DecoderStack(**self.shared)
     self.head = Head(
-      c.d_model, c.vocab, self.adapter_map, c.logits_cap, **typed
+      c.d_model, c.vocab, self.adapter_map, c.logits_cap, **self.dtypes
     )
 
-  def __call__(self, batch: Batch, train: bool = False) -> Array:
+  def __call__(
+    self, batch: Batch, train: bool = False, routing: Routing | None = None
+  ) -> Array:
     """Logits float32 [b, t, v] of a batch: of what follows each token.
 
     Args:
@@ -223,31 +179,22 @@ class Decoder(nn.Module):
         rows `inputs_segments` and `inputs_positions` (int). Others are not
         looked at.
       train: dropout and router noise on (rngs 'dropout' and 'router').
+      routing: [layers, b, t, e] of an earlier pass, as one through `states`,
+        instead of what the layers' routers would give.
     """
     ids = batch['inputs']
-    ctx = context(batch, 'inputs', ids, train)
+    ctx = context(batch, 'inputs', ids, train).replace(routing=routing)
     return self.logits(self.states(ids, ctx), ctx)
 
-  def extend(self, ids: Array, ctx: Context, last: Array | None = None):
+  def extend(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] after what the cache holds -> logits [b, t, v].
 
     Rows stand at places of their own: ctx.positions int [b, t] counts up
     from each row's first new place, at which it is written (`ctx.decode`
     and `ctx.cache_length` set, 'cache' mutable). Padding after a row's end
     is written too and overwritten by what comes next: it is never seen.
-
-    Args:
-      last: int [b]: logits of this token of each row alone, [b, 1, v].
     """
-    x = self.states(ids, ctx)
-    if last is not None:
-      x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-      ctx = ctx.replace(
-        token_mask=None
-        if ctx.token_mask is None
-        else jnp.take_along_axis(ctx.token_mask, last[:, None], axis=1)
-      )
-    return self.logits(x, ctx)
+    return self.logits(self.states(ids, ctx), ctx)
 
   def states(self, ids: Array, ctx: Context) -> Array:
     """ids [b, t] -> the last norm's output [b, t, d]."""

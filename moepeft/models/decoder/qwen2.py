@@ -65,22 +65,30 @@ SIZES = {
 }
 
 
-def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
-  # Defaults of transformers' class.
+def shape_by_depth(
+  fields: Mapping[str, Any], family: str, tied: bool
+) -> DecoderConfig:
+  """Reads a `config.json` of Qwen 2 or 3; see `hf_config.shape_from_hf`.
+
+  Layers before `max_window_layers` see everything.
+  """
+  # Defaults of transformers' classes.
   fields = {
     'max_position_embeddings': 32768,
     'sliding_window': 4096,
     **fields,
   }
-  shape = shape_from_hf(fields, 'qwen2', tied, kv_heads=32)
-  # The first max_window_layers see everything.
-  whole = fields.get('max_window_layers')
-  whole = 28 if whole is None else whole
-  usual = tuple(layer >= whole for layer in range(shape.layers))
-  return dataclasses.replace(
-    shape, attention_bias=True, **windows_from_hf(fields, usual)
-  )
+  shape = shape_from_hf(fields, family, tied, kv_heads=32)
+  first_windowed = fields.get('max_window_layers')
+  first_windowed = 28 if first_windowed is None else first_windowed
+  windowed = tuple(layer >= first_windowed for layer in range(shape.layers))
+  return dataclasses.replace(shape, **windows_from_hf(fields, windowed))
+
+
+def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
+  """Reads a `config.json`."""
+  shape = shape_by_depth(fields, 'qwen2', tied)
+  return dataclasses.replace(shape, attention_bias=True)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from moepeft.models.decoder import gguf
 from moepeft.models.decoder.config import DecoderConfig
 from moepeft.models.decoder.family import DecoderForm, decoder_family
 from moepeft.models.decoder.hf_config import (
-  shape_from_hf,
   shape_to_hf,
-  windows_from_hf,
   windows_to_hf,
 )
+from moepeft.models.decoder.qwen2 import shape_by_depth
 from moepeft.models.family import GgufForm
 from moepeft.nn.rope import Rope
 
@@ -44,25 +43,14 @@ SIZES = {
 
 
 def from_hf(fields: Mapping[str, Any], tied: bool) -> DecoderConfig:
-  """Reads a `config.json`; see `hf_config.shape_from_hf`."""
-  # Defaults of transformers' class.
-  fields = {
-    'max_position_embeddings': 32768,
-    'sliding_window': 4096,
-    **fields,
-  }
-  shape = shape_from_hf(fields, 'qwen3', tied, kv_heads=32)
-  whole = fields.get('max_window_layers')
-  whole = 28 if whole is None else whole
-  usual = tuple(layer >= whole for layer in range(shape.layers))
+  """Reads a `config.json`."""
   bias = fields.get('attention_bias', False)
   return dataclasses.replace(
-    shape,
+    shape_by_depth(fields, 'qwen3', tied),
     head_dim=fields.get('head_dim') or 128,
     qk_norm=True,
     attention_bias=bias,
     out_bias=bias,
-    **windows_from_hf(fields, usual),
   )
 
 

@@ -7,7 +7,7 @@ other formats are in `t5.weights`.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from moepeft.core.ranges import suggestion
 from moepeft.core.types import Array, Batch, Context
 from moepeft.models import config_fields
 from moepeft.models.sites import ATTENTION, context, feed_forward
-from moepeft.nn.adapter_hook import AdapterMap, SublayerHook
+from moepeft.models.transformer import Transformer
+from moepeft.nn.adapter_hook import SublayerHook
 from moepeft.nn.attention import Attention, attention_mask, check_implementation
 from moepeft.nn.linear import Embedding, Head
 from moepeft.nn.mlp import ACTIVATIONS, Mlp
 from moepeft.nn.norms import NormForm, RMSNorm
 from moepeft.nn.positions import RelativeBias
-from moepeft.nn.scan_layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +156,11 @@ def sites(config: T5Config) -> dict[str, str]:
   return roles | ends
 
 
-class Block(nn.Module):
+class T5Block(Transformer):
   """One layer: self-attention, cross-attention in a decoder, feed-forward."""
 
   config: T5Config
-  side: str
-  adapter_map: AdapterMap
-  dtype: Any
-  param_dtype: Any
-  attention: str
+  side: str = 'encoder'
 
   @nn.compact
   def __call__(self, x, ctx, bias, mask, source, source_ctx, source_mask):
@@ -181,8 +177,7 @@ class Block(nn.Module):
       self.adapter_map,
       dropout=c.dropout,
       norm_form=NormForm(c.eps),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       name='mlp',
     )
     return self._residual('mlp', mlp, lambda mlp, y: mlp(y, ctx), x, ctx)
@@ -198,8 +193,7 @@ class Block(nn.Module):
       dropout=c.dropout,
       norm_form=NormForm(c.eps),
       q_stddev=(c.d_model * c.head_dim) ** -0.5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       implementation=self.attention,
       name=name,
     )
@@ -216,18 +210,11 @@ class Block(nn.Module):
     return x + drop(y, deterministic=not ctx.train)
 
 
-class Stack(nn.Module):
+class T5Stack(Transformer):
   """The encoder or the decoder, from embedded tokens to normed states."""
 
   config: T5Config
-  side: str
-  adapter_map: AdapterMap
-  scan: bool
-  remat: str
-  unroll: int
-  dtype: Any
-  param_dtype: Any
-  attention: str
+  side: str = 'encoder'
 
   @nn.compact
   def __call__(self, x, ctx, mask, source=None, source_ctx=None, see=None):
@@ -239,25 +226,16 @@ class Stack(nn.Module):
       c.max_distance,
       bidirectional=self.side == 'encoder',
       stddev=c.d_model**-0.5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
       name='relpos',
     )
     if ctx.decode:
       queries, keys = ctx.index[None], jnp.arange(ctx.cache_length)
     else:
       queries = keys = jnp.arange(x.shape[1])
-    block = Block(
-      c,
-      self.side,
-      self.adapter_map,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-      parent=None,
-    )
+    block = T5Block(**self.shared, side=self.side, parent=None)
     layers = {'encoder': c.encoder_layers, 'decoder': c.decoder_layers}
-    x = scan_layers(
+    x = self.scan_layers(
       block,
       layers[self.side],
       drop(x, deterministic=not ctx.train),
@@ -267,9 +245,6 @@ class Stack(nn.Module):
       source,
       source_ctx,
       see,
-      scan=self.scan,
-      remat=self.remat,
-      unroll=self.unroll,
     )
     norm = RMSNorm(
       f'{self.side}/norm',
@@ -281,27 +256,13 @@ class Stack(nn.Module):
     return drop(norm(x, ctx), deterministic=not ctx.train)
 
 
-class T5(nn.Module):
+class T5(Transformer):
   """Encoder-decoder; `__call__` is training's, the rest is for decoding.
 
-  Attributes:
-    adapter_map: the adapters of its sites; see `moepeft.peft.build`.
-    scan: layers in one scanned body (True) or written out one by one.
-    remat: 'none', 'dots' or 'full'.
-    unroll: layers in one step of the scan.
-    dtype: of activations; logits are float32.
-    param_dtype: of weights at initialisation.
-    attention: of `nn.attention.IMPLEMENTATIONS`, but for 'chunked'.
+  `attention` is none that needs a mask without arrays ('chunked').
   """
 
   config: T5Config
-  adapter_map: AdapterMap = AdapterMap()
-  scan: bool = True
-  remat: str = 'none'
-  unroll: int = 1
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-  attention: str = 'naive'
 
   def setup(self):
     c = self.config
@@ -315,26 +276,15 @@ class T5(nn.Module):
       c.vocab,
       c.d_model,
       self.adapter_map,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
     )
-    shared = (
-      self.adapter_map,
-      self.scan,
-      self.remat,
-      self.unroll,
-      self.dtype,
-      self.param_dtype,
-      self.attention,
-    )
-    self.encoder = Stack(c, 'encoder', *shared)
-    self.decoder = Stack(c, 'decoder', *shared)
+    self.encoder = T5Stack(**self.shared, side='encoder')
+    self.decoder = T5Stack(**self.shared, side='decoder')
     self.head = Head(
       c.d_model,
       c.vocab,
       self.adapter_map,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.dtypes,
     )
 
   def __call__(self, batch: Batch, train: bool = False) -> Array:

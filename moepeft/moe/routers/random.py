@@ -12,7 +12,7 @@ import numpy as np
 
 from moepeft.core.ranges import MAX_SEED, Range, option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import EXPERTS, gate_logits, top_mask
+from moepeft.moe.gate import EXPERTS, gate_logits, mask_experts, top_mask
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import Constant, peft_param
 
@@ -42,7 +42,7 @@ class Random(nn.Module):
       )
     shape = (x.shape[-1], self.experts)
     kernel = projection(self.path, self.seed, shape, ctx.layer)
-    logits = gate_logits(x, kernel)
+    logits = mask_experts(gate_logits(x, kernel), ctx)
     weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
     return Routing(logits, weights, k=self.k)
 
@@ -81,7 +81,7 @@ class FixedProjectionRouter(nn.Module):
   def __call__(self, x: Array, ctx: Context) -> Routing:
     shape = (x.shape[-1], self.experts)
     kernel = peft_param(self, 'kernel', Constant(0), shape, 'ie')
-    logits = gate_logits(x, kernel)
+    logits = mask_experts(gate_logits(x, kernel), ctx)
     weights = top_mask(logits, self.k).astype(jnp.float32) / self.k
     return Routing(logits, weights, k=self.k)
 

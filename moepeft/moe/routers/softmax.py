@@ -13,6 +13,7 @@ from moepeft.moe.gate import (
   expert_dropout,
   gate_logits,
   jittered,
+  mask_experts,
 )
 from moepeft.moe.router import RouterSpec
 from moepeft.nn.initializers import peft_param
@@ -40,6 +41,7 @@ class Softmax(nn.Module):
     shape = (x.shape[-1], self.experts)
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    logits = mask_experts(logits, ctx)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     return Routing(logits, softmax(noisy))
 

@@ -14,6 +14,7 @@ from moepeft.moe.gate import (
   expert_dropout,
   gate_logits,
   jittered,
+  mask_experts,
   top_mask,
 )
 from moepeft.moe.router import RouterSpec
@@ -49,6 +50,7 @@ class TopK(nn.Module):
     shape = (x.shape[-1], self.experts)
     kernel = peft_param(self, 'kernel', INIT, shape, 'ie')
     logits = gate_logits(jittered(self, x, self.jitter, ctx), kernel)
+    logits = mask_experts(logits, ctx)
     noisy = expert_dropout(self, logits, self.dropout, ctx)
     probabilities = softmax(noisy)
     weights = jnp.where(top_mask(probabilities, self.k), probabilities, 0)

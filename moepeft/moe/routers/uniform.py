@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import option
 from moepeft.core.types import Array, Context, Routing
-from moepeft.moe.gate import EXPERTS
+from moepeft.moe.gate import EXPERTS, mask_experts
 from moepeft.moe.router import RouterSpec
+from moepeft.nn.numerics import softmax
 
 
 class Uniform(nn.Module):
@@ -18,8 +19,11 @@ class Uniform(nn.Module):
   @nn.compact
   def __call__(self, x: Array, ctx: Context) -> Routing:
     shape = (*x.shape[:-1], self.experts)
-    weights = jnp.full(shape, 1 / self.experts, jnp.float32)
-    return Routing(jnp.zeros(shape, jnp.float32), weights, k=self.experts)
+    logits = mask_experts(jnp.zeros(shape, jnp.float32), ctx)
+    if ctx.expert_mask is None:
+      weights = jnp.full(shape, 1 / self.experts, jnp.float32)
+      return Routing(logits, weights, k=self.experts)
+    return Routing(logits, softmax(logits))
 
 
 ROUTER = RouterSpec(Uniform, learned=False)

@@ -42,7 +42,7 @@ class TensorBoard:
     ]
     routing = row.get('routing', {})
     for site, name in short_names(routing).items():
-      kind, shares = metrics_log.shares(routing[site])
+      kind, shares = metrics_log.share_array(routing[site])
       values += _histogram(f'{kind}/{name}', shares).value
     self._add(Event(step=row['step'], summary=Summary(value=values)))
     # With the system, so that a kill leaves no gap before a checkpoint.
@@ -56,9 +56,10 @@ class TensorBoard:
     self._events.write_event(event)
 
 
-def _histogram(tag: str, shares: list) -> Summary:
-  """A histogram with a bar an expert: its share, the mean over layers."""
-  shares = np.asarray(shares, np.float64).mean(axis=0)
+def _histogram(tag: str, shares: np.ndarray) -> Summary:
+  """A histogram with a bar an expert: its share, the mean over the layers that
+  have it."""
+  shares = np.nanmean(shares, axis=0)
   experts = np.arange(len(shares))
   return summary.histogram_raw(
     tag,

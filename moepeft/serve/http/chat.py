@@ -4,12 +4,11 @@
 import asyncio
 import dataclasses
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moepeft.inference import api
 from moepeft.serve.http import logprobs
@@ -22,12 +21,15 @@ from moepeft.serve.http.completion_stream import (
   answer_deltas,
 )
 from moepeft.serve.http.errors import invalid_request
-from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
+from moepeft.serve.http.event_bridge import ClientRequests
+from moepeft.serve.http.generation import (
+  GenerationRequest,
+  make_choice,
+  respond,
+)
 from moepeft.serve.http.model_registry import RegisteredModel
-from moepeft.serve.http.request_stats import RequestStats, usage
 from moepeft.serve.http.schemas import Chat
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.sse import EventStream
 from moepeft.serve.http.tool_calls import (
   ContentReader,
   ToolCallReader,
@@ -37,34 +39,21 @@ from moepeft.serve.http.tool_calls import (
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatRequest:
+class ChatRequest(GenerationRequest):
   """One request for a turn of the assistant.
 
   Attributes:
     plan: of its tools, None where there are none.
-    id: of the completion.
-    created: Unix time.
-    eos_token_ids: ids that end an answer.
   """
 
-  service: Service
   body: Chat
-  model: RegisteredModel
-  plan: ToolPlan | None
-  stats: RequestStats
-  id: str
-  created: int
-  eos_token_ids: tuple[int, ...]
+  plan: ToolPlan | None = None
 
-  def head(self, kind: str) -> dict[str, Any]:
-    """The fields that a response and each chunk of a stream begin with."""
-    return {
-      'id': self.id,
-      'object': kind,
-      'created': self.created,
-      'model': self.model.name,
-      'system_fingerprint': self.model.fingerprint,
-    }
+  def make_readers(self) -> list[ContentReader | ToolCallReader]:
+    readers = range(self.body.n)
+    return [
+      self.plan.reader() if self.plan else ContentReader() for _ in readers
+    ]
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -83,30 +72,30 @@ async def chat(service: Service, request: Request) -> Response:
     body.tool_choice,
     body.parallel_tool_calls is not False,
   )
-  tokenizer, now = service.tokenizer, int(time.time())
+  tokenizer = service.tokenizer
   eos_token_ids = await tokenizer.run_in_thread(
     tokenizer.eos_token_ids_for, model.chat_settings
   )
   chat_request = ChatRequest(
-    service, body, model, plan, stats, name, now, eos_token_ids
+    service, body, model, stats, name, eos_token_ids, plan
   )
   ids = await tokenizer.run_in_thread(
     tokenizer.encode_chat, body.messages, model.chat_settings, plan
   )
   stats.prompt = len(ids)
   requests = await asyncio.to_thread(_engine_requests, chat_request, ids)
+  answers = _make_answers(chat_request)
   engine_requests = http_requests.submit(service.engine, requests, 'messages')
-  if body.stream:
-    return EventStream(
-      _stream(chat_request, engine_requests), engine_requests.close
-    )
-  try:
-    whole = await cancel_on_disconnect(
-      request.receive, _whole(chat_request, engine_requests)
-    )
-  finally:
-    engine_requests.close()
-  return JSONResponse(whole)
+  choices = _stream(chat_request, engine_requests, answers)
+  chunks = chat_request.chunks('chat.completion.chunk', choices)
+
+  async def whole():
+    deltas = await chat_request.whole(engine_requests, answers)
+    return await asyncio.to_thread(_json, chat_request, deltas)
+
+  return await respond(
+    request, engine_requests, chunks if body.stream else None, whole
+  )
 
 
 def _check(body: Chat) -> None:
@@ -148,7 +137,7 @@ def _constraint(chat_request: ChatRequest) -> api.Constraint | None:
     )
   if (
     response_format is not None
-    and response_format.type != 'text'
+    and response_format.is_constraint
     and plan.may_be_text
   ):
     raise invalid_request(
@@ -163,31 +152,12 @@ def _engine_requests(
   chat_request: ChatRequest, ids: Sequence[int]
 ) -> list[api.Request]:
   """An answer's question each."""
-  service, body = chat_request.service, chat_request.body
-  length = http_requests.answer_length(
-    body.length,
-    None,
-    len(ids),
-    service.engine,
-    service.limits,
-    'messages',
-    chat_request.model.before,
-  )
+  body = chat_request.body
+  length = chat_request.answer_length(ids, body.length, None, 'messages')
+  top = (body.top_logprobs or 0) if body.logprobs else None
   return [
-    api.Request(
-      f'{chat_request.id}/{i}',
-      tuple(ids),
-      length,
-      chat_request.model.adapter,
-      http_requests.sampling(body),
-      seed,
-      chat_request.eos_token_ids,
-      (body.top_logprobs or 0) if body.logprobs else None,
-      None,
-      _constraint(chat_request),
-      body.routing,
-      service.limits.seconds,
-      chat_request.stats.client,
+    chat_request.engine_request(
+      i, ids, length, seed, top, _constraint(chat_request)
     )
     for i, seed in enumerate(http_requests.seeds(body, body.n))
   ]
@@ -204,47 +174,19 @@ def _make_answers(chat_request: ChatRequest) -> list[AnswerStream]:
   ]
 
 
-def _make_readers(
-  chat_request: ChatRequest,
-) -> list[ContentReader | ToolCallReader]:
-  count = range(chat_request.body.n)
-  return [
-    chat_request.plan.reader() if chat_request.plan else ContentReader()
-    for _ in count
-  ]
-
-
-async def _whole(
-  chat_request: ChatRequest, engine_requests: ClientRequests
-) -> dict[str, Any]:
-  answers = _make_answers(chat_request)
-  merged = [AnswerDelta() for _ in answers]
-  async for batch in answer_deltas(
-    engine_requests, answers, chat_request.stats
-  ):
-    for index, delta in batch:
-      merged[index] += delta
-  return await asyncio.to_thread(_json, chat_request, merged)
-
-
 def _json(
   chat_request: ChatRequest, merged: Sequence[AnswerDelta]
 ) -> dict[str, Any]:
-  pairs = zip(merged, _make_readers(chat_request), strict=True)
-  return chat_request.head('chat.completion') | {
-    'choices': [
-      {
-        'index': i,
-        'message': assistant_message(
-          [*reader.feed(delta.text), *reader.finish()]
-        ),
-        'finish_reason': _reason(reader, delta),
-        **_logprobs_and_routing(chat_request, delta),
-      }
-      for i, (delta, reader) in enumerate(pairs)
-    ],
-    'usage': usage(chat_request.stats),
-  }
+  choices = []
+  pairs = zip(merged, chat_request.make_readers(), strict=True)
+  for i, (delta, reader) in enumerate(pairs):
+    parts = [*reader.feed(delta.text), *reader.finish()]
+    content = {'message': assistant_message(parts)}
+    reason = _reason(reader, delta)
+    choices.append(
+      make_choice(i, content, reason, **_scores(chat_request, delta))
+    )
+  return chat_request.response('chat.completion', choices)
 
 
 def _reason(reader: ContentReader | ToolCallReader, delta: AnswerDelta) -> str:
@@ -256,40 +198,33 @@ def _reason(reader: ContentReader | ToolCallReader, delta: AnswerDelta) -> str:
   )
 
 
-def _logprobs_and_routing(
-  chat_request: ChatRequest, delta: AnswerDelta
-) -> dict[str, Any]:
-  """A choice's log-probabilities and routing, where they were requested."""
+def _scores(chat_request: ChatRequest, delta: AnswerDelta) -> dict[str, Any]:
+  """Log-probabilities and routing of a choice, where they were requested."""
   tokenizer, body = chat_request.service.tokenizer, chat_request.body
-  fields: dict[str, Any] = {'logprobs': None}
+  scores: dict[str, Any] = {}
   if body.logprobs:
-    fields['logprobs'] = logprobs.chat(
-      tokenizer, delta.entries, body.top_logprobs or 0
-    )
+    top = body.top_logprobs or 0
+    scores['logprobs'] = logprobs.chat(tokenizer, delta.entries, top)
   if body.routing:
-    fields['routing'] = logprobs.routing(tokenizer, delta.entries)
-  return fields
+    scores['routing'] = logprobs.routing(tokenizer, delta.entries)
+  return scores
 
 
 async def _stream(
-  chat_request: ChatRequest, engine_requests: ClientRequests
+  chat_request: ChatRequest,
+  engine_requests: ClientRequests,
+  answers: Sequence[AnswerStream],
 ) -> AsyncGenerator[dict[str, Any], None]:
-  head = chat_request.head('chat.completion.chunk')
-  if chat_request.body.usage:
-    head['usage'] = None
-  answers, readers = _make_answers(chat_request), _make_readers(chat_request)
-  for i in range(chat_request.body.n):
-    yield head | {
-      'choices': [_stream_choice(i, {'role': 'assistant', 'content': ''})]
-    }
+  """The choices of the chunks."""
+  readers = chat_request.make_readers()
+  for i in range(len(answers)):
+    yield make_choice(i, {'delta': {'role': 'assistant', 'content': ''}}, None)
   async for batch in answer_deltas(
     engine_requests, answers, chat_request.stats
   ):
     for index, delta in batch:
       for choice in _stream_choices(chat_request, index, delta, readers[index]):
-        yield head | {'choices': [choice]}
-  if chat_request.body.usage:
-    yield head | {'choices': [], 'usage': usage(chat_request.stats)}
+        yield choice
 
 
 def _stream_choices(
@@ -298,27 +233,18 @@ def _stream_choices(
   delta: AnswerDelta,
   reader: ContentReader | ToolCallReader,
 ) -> list[dict[str, Any]]:
-  """The chunks of a delta: its text, tool calls and finish reason."""
+  """The choices of a delta: its text, tool calls and finish reason."""
   deltas = reader.feed(delta.text) if delta.text else []
   if delta.reason:
     deltas += reader.finish()
   if delta.entries and not deltas:
     # Its tokens are told even where their text is held back.
     deltas = [{'content': ''}]
-  choices = [_stream_choice(index, delta_) for delta_ in deltas]
-  if choices:
-    choices[0] |= _logprobs_and_routing(chat_request, delta)
+  scores = _scores(chat_request, delta)
+  choices = [
+    make_choice(index, {'delta': part}, None, **({} if i else scores))
+    for i, part in enumerate(deltas)
+  ]
   if delta.reason:
-    choices.append(_stream_choice(index, {}, _reason(reader, delta)))
+    choices.append(make_choice(index, {'delta': {}}, _reason(reader, delta)))
   return choices
-
-
-def _stream_choice(
-  index: int, delta: dict[str, Any], reason: str | None = None
-) -> dict[str, Any]:
-  return {
-    'index': index,
-    'delta': delta,
-    'logprobs': None,
-    'finish_reason': reason,
-  }

@@ -4,12 +4,11 @@
 import asyncio
 import dataclasses
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moepeft.inference import api
 from moepeft.inference.api import TokenLogprob
@@ -25,12 +24,14 @@ from moepeft.serve.http.completion_stream import (
   answer_deltas,
 )
 from moepeft.serve.http.errors import invalid_request
-from moepeft.serve.http.event_bridge import ClientRequests, cancel_on_disconnect
-from moepeft.serve.http.model_registry import RegisteredModel
-from moepeft.serve.http.request_stats import RequestStats, usage
+from moepeft.serve.http.event_bridge import ClientRequests
+from moepeft.serve.http.generation import (
+  GenerationRequest,
+  make_choice,
+  respond,
+)
 from moepeft.serve.http.schemas import Completion
 from moepeft.serve.http.service import Service
-from moepeft.serve.http.sse import EventStream
 from moepeft.serve.http.text import ServedTokenizer
 
 
@@ -61,6 +62,7 @@ def echo_text(
   ]
 
 
+_KIND = 'text_completion'
 # OpenAI's, where a request names none.
 _LENGTH = 16
 # Ids before an answer that its text is joined to.
@@ -68,33 +70,15 @@ _JOINT = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class CompletionRequest:
+class CompletionRequest(GenerationRequest):
   """One request for completions.
 
   Attributes:
     prompts: as ids; choice i goes on from prompt i // n.
-    id: of the completion.
-    created: Unix time.
-    eos_token_ids: ids that end an answer.
   """
 
-  service: Service
   body: Completion
-  model: RegisteredModel
-  stats: RequestStats
-  prompts: Sequence[Sequence[int]]
-  id: str
-  created: int
-  eos_token_ids: tuple[int, ...]
-
-  def head(self) -> dict[str, Any]:
-    return {
-      'id': self.id,
-      'object': 'text_completion',
-      'created': self.created,
-      'model': self.model.name,
-      'system_fingerprint': self.model.fingerprint,
-    }
+  prompts: Sequence[Sequence[int]] = ()
 
   def prompt(self, choice: int) -> Sequence[int]:
     return self.prompts[choice // self.body.n]
@@ -112,23 +96,22 @@ async def completions(service: Service, request: Request) -> Response:
   eos_token_ids = await service.tokenizer.run_in_thread(
     service.tokenizer.eos_token_ids_for, model.chat_settings
   )
-  now = int(time.time())
   completion_request = CompletionRequest(
-    service, body, model, stats, prompts, name, now, eos_token_ids
+    service, body, model, stats, name, eos_token_ids, prompts
   )
   requests = await asyncio.to_thread(_engine_requests, completion_request)
+  answers = _make_answers(completion_request)
   engine_requests = http_requests.submit(service.engine, requests, 'prompt')
-  if body.stream:
-    return EventStream(
-      _stream(completion_request, engine_requests), engine_requests.close
-    )
-  try:
-    whole = await cancel_on_disconnect(
-      request.receive, _whole(completion_request, engine_requests)
-    )
-  finally:
-    engine_requests.close()
-  return JSONResponse(whole)
+  choices = _stream(completion_request, engine_requests, answers)
+  chunks = completion_request.chunks(_KIND, choices)
+
+  async def whole():
+    deltas = await completion_request.whole(engine_requests, answers)
+    return await asyncio.to_thread(_json, completion_request, deltas)
+
+  return await respond(
+    request, engine_requests, chunks if body.stream else None, whole
+  )
 
 
 def _check(body: Completion, service: Service) -> None:
@@ -166,28 +149,16 @@ def _engine_requests(
   count = body.n * (len(completion_request.prompts) if body.seed is None else 1)
   seeds = http_requests.seeds(body, count)
   return [
-    api.Request(
-      f'{completion_request.id}/{i}',
-      tuple(completion_request.prompt(i)),
-      http_requests.answer_length(
-        body.max_tokens,
-        _LENGTH,
-        len(completion_request.prompt(i)),
-        service.engine,
-        service.limits,
-        'prompt',
-        completion_request.model.before,
+    completion_request.engine_request(
+      i,
+      completion_request.prompt(i),
+      completion_request.answer_length(
+        completion_request.prompt(i), body.max_tokens, _LENGTH, 'prompt'
       ),
-      completion_request.model.adapter,
-      http_requests.sampling(body),
       seeds[i % count],
-      completion_request.eos_token_ids,
       body.logprobs,
-      of_prompt,
       http_requests.constraint(body.response_format, service.compiler),
-      body.routing,
-      service.limits.seconds,
-      completion_request.stats.client,
+      of_prompt,
     )
     for i in range(body.n * len(completion_request.prompts))
     # Of a prompt alone that is not scored, there is nothing to compute.
@@ -212,19 +183,6 @@ def _make_answers(completion_request: CompletionRequest) -> list[AnswerStream]:
   ]
 
 
-async def _whole(
-  completion_request: CompletionRequest, engine_requests: ClientRequests
-) -> dict[str, Any]:
-  answers = _make_answers(completion_request)
-  merged = [AnswerDelta() for _ in answers]
-  async for batch in answer_deltas(
-    engine_requests, answers, completion_request.stats
-  ):
-    for index, delta in batch:
-      merged[index] += delta
-  return await asyncio.to_thread(_json, completion_request, merged)
-
-
 def _json(
   completion_request: CompletionRequest, merged: Sequence[AnswerDelta]
 ) -> dict[str, Any]:
@@ -238,10 +196,7 @@ def _json(
         completion_request, i, text + delta.text, [*entries, *moved], reason
       )
     )
-  return completion_request.head() | {
-    'choices': choices,
-    'usage': usage(completion_request.stats),
-  }
+  return completion_request.response(_KIND, choices)
 
 
 def _echoed_prompt(
@@ -276,41 +231,30 @@ def _choice(
   entries: Sequence[TokenEntry],
   reason: str | None,
 ) -> dict[str, Any]:
-  tokenizer, body = (
-    completion_request.service.tokenizer,
-    completion_request.body,
-  )
-  choice = {
-    'index': index,
-    'text': text,
-    'logprobs': None,
-    'finish_reason': reason,
-  }
+  tokenizer = completion_request.service.tokenizer
+  body, scores = completion_request.body, {}
   if body.logprobs is not None:
-    choice['logprobs'] = logprobs.legacy(tokenizer, entries, body.logprobs)
+    scores['logprobs'] = logprobs.legacy(tokenizer, entries, body.logprobs)
   if body.routing:
-    choice['routing'] = logprobs.routing(tokenizer, entries)
-  return choice
+    scores['routing'] = logprobs.routing(tokenizer, entries)
+  return make_choice(index, {'text': text}, reason, **scores)
 
 
 async def _stream(
-  completion_request: CompletionRequest, engine_requests: ClientRequests
+  completion_request: CompletionRequest,
+  engine_requests: ClientRequests,
+  answers: Sequence[AnswerStream],
 ) -> AsyncGenerator[dict[str, Any], None]:
-  head = completion_request.head()
-  if completion_request.body.usage:
-    head['usage'] = None
-  answers = _make_answers(completion_request)
+  """The choices of the chunks."""
   # Characters of the prompt that stand before each answer, once it is out.
   before: dict[int, int] = {}
-  scored = (
-    completion_request.body.echo
-    and completion_request.body.logprobs is not None
-  )
-  if completion_request.body.echo and not scored:
+  body = completion_request.body
+  scored = body.echo and body.logprobs is not None
+  if body.echo and not scored:
     for i in range(len(answers)):
       text, _ = _echoed_prompt(completion_request, i, ())
       before[i] = len(text)
-      yield head | {'choices': [_choice(completion_request, i, text, [], None)]}
+      yield _choice(completion_request, i, text, [], None)
   async for batch in answer_deltas(
     engine_requests, answers, completion_request.stats
   ):
@@ -323,8 +267,4 @@ async def _stream(
       reason = FINISH_REASONS[delta.reason] if delta.reason else None
       text += delta.text
       if text or entries or reason:
-        yield head | {
-          'choices': [_choice(completion_request, index, text, entries, reason)]
-        }
-  if completion_request.body.usage:
-    yield head | {'choices': [], 'usage': usage(completion_request.stats)}
+        yield _choice(completion_request, index, text, entries, reason)

@@ -124,7 +124,7 @@ def _path(loc: tuple) -> str:
 
 
 # pydantic puts the name of a union's member into the path.
-_MEMBERS = {'str', 'int', 'bool', 'float', 'Part'}
+_MEMBERS = {'str', 'int', 'bool', 'float', 'ContentPart'}
 
 
 def _short(value: object) -> str:

@@ -12,9 +12,9 @@ from moepeft.inference import api
 from moepeft.inference.api import Constraint
 from moepeft.inference.constraints.grammar import Compiler
 from moepeft.inference.engine.engine import Engine
+from moepeft.inference.length_check import answer_room, check_length
 from moepeft.inference.sampling import Sampling
 from moepeft.serve.http.errors import (
-  ApiError,
   invalid_request,
   refusal_error,
   unavailable,
@@ -79,37 +79,34 @@ def answer_length(
   engine: Engine,
   limits: RequestLimits,
   param: str,
-  before: int = 0,
+  soft_prompt: int = 0,
 ) -> int:
   """Tokens of an answer at most.
 
   Args:
-    wanted: by the request, None where it does not say.
+    requested: by the request, None where it does not say.
     default: then; None for as many as there is room for.
     prompt: its tokens.
     param: the field that holds the prompt.
-    before: tokens of the adapter's soft prompt, which take places too.
+    soft_prompt: tokens of the adapter's, which count too.
 
   Raises:
     ApiError: more than the server gives, or there is no room.
   """
-  places = engine.max_model_len - before
   most = limits.answer or engine.max_model_len
   if requested is not None and requested > most:
     raise invalid_request(
       f'max_tokens is at most {most:,} here; got {requested:,}', 'max_tokens'
     )
-  room = places - prompt if engine.decoder_only else engine.max_model_len
-  if prompt > places or room < (0 if requested == 0 else 1):
-    raise ApiError(
-      400,
-      f'the prompt has {prompt:,} tokens, and the model takes {places:,}'
-      f'{", its answer included" * engine.decoder_only}; shorten it',
-      param,
-      'context_length_exceeded',
-    )
+  limit, decoder_only = engine.max_model_len, engine.decoder_only
+  least = 1 if requested is None else requested
+  try:
+    check_length(prompt, least, limit, decoder_only, soft_prompt)
+  except api.PromptTooLong as e:
+    raise refusal_error(e, param) from None
   if requested is not None:
     return requested
+  room = answer_room(prompt, limit, decoder_only, soft_prompt)
   return min(most, room, room if default is None else default)
 
 
@@ -134,7 +131,7 @@ def constraint(
   Raises:
     ApiError: there is nothing to make it with, or it cannot be.
   """
-  if response_format is None or response_format.type == 'text':
+  if response_format is None or not response_format.is_constraint:
     return None
   if compiler is None:
     raise invalid_request(

@@ -58,6 +58,9 @@ class JsonSchema(Strict):
   strict: bool | None = None
 
 
+_CONSTRAINTS = ('json_object', 'json_schema', 'regex', 'grammar', 'choice')
+
+
 class ResponseFormat(Strict):
   """OpenAI's text, json_object and json_schema; ours are the other three."""
 
@@ -76,10 +79,14 @@ class ResponseFormat(Strict):
       raise ValueError('name at least one choice, and no empty one')
     return value
 
+  @property
+  def is_constraint(self) -> bool:
+    """Whether not any text will do."""
+    return self.type in _CONSTRAINTS
+
   def model_post_init(self, context: Any) -> None:
-    if self.type in ('text', 'json_object'):
-      return
-    if getattr(self, self.type) is None:
+    fields = self.__class__.model_fields
+    if self.type in fields and getattr(self, self.type) is None:
       raise PydanticCustomError(
         'value_error', f'the type {self.type!r} needs the field {self.type!r}'
       )
@@ -208,7 +215,7 @@ class Completion(GenerationFields):
     return self.prompt
 
 
-class Embedding(Strict):
+class EmbeddingObject(Strict):
   model: str
   input: _Texts
   dimensions: int | None = Field(None, ge=1)
@@ -254,7 +261,7 @@ def _is_empty(value: Any) -> bool:
   return value is None or value == ''
 
 
-class Part(Echoed):
+class ContentPart(Echoed):
   type: Literal['text']
   text: str
 
@@ -264,7 +271,7 @@ class FunctionCall(Echoed):
   arguments: str
 
 
-class Call(Echoed):
+class ToolCall(Echoed):
   id: str | None = None
   type: Literal['function'] = 'function'
   function: FunctionCall
@@ -274,11 +281,11 @@ class Call(Echoed):
 
 class Message(Echoed):
   role: Literal['system', 'developer', 'user', 'assistant', 'tool']
-  content: str | list[Part] | None = None
+  content: str | list[ContentPart] | None = None
   name: str | None = None
   reasoning_content: str | None = None
   tool_call_id: str | None = None
-  tool_calls: list[Call] | None = None
+  tool_calls: list[ToolCall] | None = None
   # Of an answer that was sent back: where its text comes from.
   annotations: list | None = None
   refusal: str | None = None

@@ -6,8 +6,6 @@ own, away from the event loop, on which single tokens become text.
 """
 
 import asyncio
-import json
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,45 +22,11 @@ from moepeft.data.tokenizers.tokenizer import (
   skipped_special_tokens,
 )
 from moepeft.inference import prompts
-from moepeft.inference.constraints.token_bytes import alphabet
+from moepeft.inference.token_bytes import TokenBytes
 from moepeft.serve.http.chat_templates import ChatSettings
 from moepeft.serve.http.errors import invalid_request
-from moepeft.serve.http.schemas import Call, Message
+from moepeft.serve.http.schemas import Message, ToolCall
 from moepeft.serve.http.tool_calls import ToolPlan
-
-TokenBytes = Callable[[int], bytes]
-# How SentencePiece writes a byte, and a space.
-_BYTE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
-_SPACE = '▁'
-
-
-def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
-  """id -> bytes; b'' of an id that stands for nothing."""
-  if isinstance(tokenizer, HuggingFaceTokenizer):
-    return _tokenizer_bytes(tokenizer.tokenizer)
-  return lambda i: bytes([i - 3]) if 3 <= i < 259 else b''
-
-
-def _tokenizer_bytes(tokenizer) -> TokenBytes:
-  backend = json.loads(tokenizer.backend_tokenizer.to_str())
-  byte_level = '"ByteLevel"' in json.dumps(backend['decoder'])
-  letters = alphabet() if byte_level else {}
-  added = {item['id']: item['content'] for item in backend['added_tokens']}
-
-  def piece(i: int) -> bytes:
-    if i in added:
-      return added[i].encode()
-    # Ids beyond the tokenizer are the model's padding.
-    text = tokenizer.convert_ids_to_tokens(i) if i < len(tokenizer) else None
-    if text is None:
-      return b''
-    if letters and all(c in letters for c in text):
-      return bytes(letters[c] for c in text)
-    if byte := _BYTE.fullmatch(text):
-      return bytes.fromhex(byte[1])
-    return text.replace(_SPACE, ' ').encode()
-
-  return piece
 
 
 def token_text(piece: bytes) -> str:
@@ -95,7 +59,7 @@ class ServedTokenizer:
   ):
     self._tokenizer, self.decoder_only = tokenizer, decoder_only
     self.eos_token_ids = tuple(eos_token_ids)
-    self._token_bytes = token_bytes_of(tokenizer)
+    self._token_bytes = TokenBytes(tokenizer)
     self._template_eos: dict[str, tuple[int, ...]] = {}
     self._thread = ThreadPoolExecutor(1, 'tokenizer')
 
@@ -213,11 +177,11 @@ class ServedTokenizer:
 
   def token_bytes(self, i: int) -> bytes:
     """The bytes of a token."""
-    return self._token_bytes(i)
+    return self._token_bytes[i]
 
   def token_text(self, i: int) -> str:
     """A token as text."""
-    return token_text(self._token_bytes(i))
+    return token_text(self._token_bytes[i])
 
 
 def _turn(message: Message, place: int) -> Turn:
@@ -234,7 +198,7 @@ def _turn(message: Message, place: int) -> Turn:
   )
 
 
-def _call(call: Call, place: int) -> dict[str, Any]:
+def _call(call: ToolCall, place: int) -> dict[str, Any]:
   where = f'messages[{place}].tool_calls'
   tool = call.function.name
   try:

@@ -69,7 +69,7 @@ class ToolPlanner:
     """
     try:
       checked_tools = tools.check(tool_list)
-      chosen = tools.chosen(choice, checked_tools)
+      chosen = tools.read_tool_choice(choice, checked_tools)
       if chosen.mode == 'none':
         return None
       style = tools.style_of(template)
@@ -91,7 +91,7 @@ class ToolPlanner:
 class ToolPlan:
   """The tools of one request."""
 
-  tools: tuple[tools.Tool, ...]
+  tools: tuple[tools.ToolSpec, ...]
   choice: tools.Choice
   style: tools.Style
   parallel: bool
@@ -104,7 +104,7 @@ class ToolPlan:
     return self.choice.mode == 'auto'
 
   def with_tools(self, conversation: Conversation) -> Conversation:
-    return tools.offered(
+    return tools.with_tools(
       conversation, self.tools, self.choice, self.style, self.template
     )
 
@@ -148,7 +148,7 @@ class ToolCallReader:
     return self._deltas(self._parser.finish())
 
   def _deltas(self, events: list[calls.Event]) -> list[dict[str, Any]]:
-    self.has_call |= any(isinstance(event, calls.Call) for event in events)
+    self.has_call |= any(isinstance(event, calls.CallStart) for event in events)
     return [_delta(event) for event in events]
 
 

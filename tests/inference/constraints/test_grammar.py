@@ -357,13 +357,13 @@ def test_constraints_of_one_grammar_do_not_know_of_each_other(compiler):
 
 def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch):
   compiler, made = Compiler(ByteTokenizer(), WIDE, (1,), Limits(cached=2)), []
-  compiled = compiler._compiled
+  compiled = compiler._compile
 
   def counted(grammar, what):
     made.append(what)
     return compiled(grammar, what)
 
-  monkeypatch.setattr(compiler, '_compiled', counted)
+  monkeypatch.setattr(compiler, '_compile', counted)
   for text in ('a', 'b', 'a', 'c', 'a', 'b'):
     compiler.regex(text)
   # b was the oldest when c came.

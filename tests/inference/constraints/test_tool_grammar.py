@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from moepeft.inference.constraints.grammar import Compiler
-from moepeft.inference.tools.parser import Arguments, Call, Content, Parser
-from moepeft.inference.tools.tools import STYLES, Choice, Tool
+from moepeft.inference.tools.parser import Arguments, CallStart, Content, Parser
+from moepeft.inference.tools.tools import STYLES, Choice, ToolSpec
 
 from . import json_cases, small_words
 
 pytest.importorskip('llguidance')
 
 TOOLS = (
-  Tool(
+  ToolSpec(
     'add',
     parameters={
       '$defs': {'n': {'type': 'integer', 'minimum': 0, 'maximum': 99}},
@@ -26,7 +26,7 @@ TOOLS = (
     },
     strict=True,
   ),
-  Tool(
+  ToolSpec(
     'add_more',
     parameters={
       'type': 'object',
@@ -34,7 +34,7 @@ TOOLS = (
       'required': ['to'],
     },
   ),
-  Tool('now'),
+  ToolSpec('now'),
 )
 NAMES = tuple(tool.name for tool in TOOLS)
 REQUIRED, AUTO = Choice('required', NAMES), Choice('auto', NAMES)
@@ -81,7 +81,7 @@ def right(event):
 def read(style, text, sure):
   parser = Parser(STYLES[style], NAMES, sure)
   events = [*parser.feed(text), *parser.finish()]
-  names = [event.name for event in events if isinstance(event, Call)]
+  names = [event.name for event in events if isinstance(event, CallStart)]
   texts = [event.text for event in events if isinstance(event, Arguments)]
   said = [event.text for event in events if isinstance(event, Content)]
   return list(zip(names, texts, strict=True)), ''.join(said)
@@ -192,7 +192,9 @@ def test_what_strict_tools_ask_is_kept_or_refused(compiler):
     'properties': {'a': {'type': 'array', 'uniqueItems': True}},
   }
   style = STYLES['hermes']
-  strict, loose = (Tool('odd', parameters=odd, strict=x) for x in (True, False))
+  strict, loose = (
+    ToolSpec('odd', parameters=odd, strict=x) for x in (True, False)
+  )
   compiler.tools((loose,), Choice('auto', ('odd',)), True, style)
   with pytest.raises(ValueError, match='uniqueItems'):
     compiler.tools((strict,), Choice('auto', ('odd',)), True, style)

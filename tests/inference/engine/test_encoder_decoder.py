@@ -4,17 +4,15 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moepeft.inference.api import LENGTH, PromptTooLong, RequestRefused
-from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models.t5.model import T5
 
-from ...contracts import small
+from ...contracts import answers, small
 from ..engines import METHOD, Stacked, ask, moved, prompt, running
 
 # Of the largest log-probability, some 7: float32 sums in another order.
@@ -88,17 +86,15 @@ def test_answers_are_the_models(engine, adapter):
 
 
 @pytest.mark.parametrize('penalty', [None, 1.7])
-def test_greedy_answers_are_those_of_decoding(engine, penalty):
-  # What the decoder begins with counts as said, the inputs do not.
+def test_greedy_answers_are_those_of_whole_calls(engine, penalty):
+  # The decoder's first padding token counts as repeated, the inputs do not.
   ids = prompt(30, 6)
-  variables = {'params': small.params(), 'peft': {}}
-  own = Sampling(repetition_penalty=penalty)
-  how = How(jax.tree.map(jnp.float32, own), jnp.array([-1]))
-  model, batch = T5(small.GATED), {'inputs': jnp.array([ids])}
-  rows = start(model, variables, batch, how, PLACES)
-  whole = advance(model, variables, rows, how, PLACES).tokens
-  answer = ask(engine, ids, PLACES, sampling=own)
-  assert answer.tokens == whole[0].tolist()
+  sampling = Sampling(repetition_penalty=penalty)
+  answer = ask(engine, ids, PLACES, sampling=sampling)
+  variables = {'params': small.params()}
+  assert answer.tokens == answers.uncached_greedy(
+    T5(small.GATED), variables, ids, PLACES, penalty or 1.0
+  )
 
 
 def test_inputs_asked_again_are_not_encoded_again(engine):
@@ -138,7 +134,7 @@ def test_experts_are_told(engine):
 def test_what_does_not_fit_is_refused(engine):
   with pytest.raises(RequestRefused, match='reads its prompt at once'):
     ask(engine, (3, 4), prompt_logprobs=1)
-  with pytest.raises(PromptTooLong, match=f'{PLACES} places for each'):
+  with pytest.raises(PromptTooLong, match=f'takes {PLACES} for each'):
     ask(engine, (3,) * (PLACES + 1), 1)
   # Inputs and answer have places of their own.
   assert ask(engine, (3,) * PLACES, PLACES).end.reason == LENGTH

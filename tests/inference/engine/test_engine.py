@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine says is what the model says, whatever runs beside it."""
 
-import dataclasses
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moepeft.inference.adapters.fixed import FixedAdapter
 from moepeft.inference.api import LENGTH, STOP
-from moepeft.inference.decode import How, advance, start
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
 
-from ...contracts import small_decoders
+from ...contracts import answers, small_decoders
 from ..engines import ask, decoder, expected, logprobs, prompt, running
 
 # Float32 sums in another order: with values of about 3 and 40 terms some 1e-6.
@@ -58,26 +54,16 @@ def test_greedy_answers_and_log_probabilities_are_the_models(engine, adapter):
     check(answer, ids, rows)
 
 
-def test_greedy_answers_are_those_of_decoding(engine):
+def test_repeated_tokens_are_penalized(engine):
   model, params, contents = decoder()
   variables = {'params': params, 'peft': contents['one']}
-  prompts = [prompt(20 + i, size) for i, size in enumerate((9, 3, 1, 6))]
-  ids, mask = np.zeros((4, 9), np.int32), np.zeros((4, 9), bool)
-  for row, real, own in zip(ids, mask, prompts, strict=True):
-    row[: len(own)], real[: len(own)] = own, True
-  for s in (Sampling(), Sampling(repetition_penalty=jnp.float32(1.6))):
-    how = How(s, jnp.array([-1]))
-    batch = {'inputs': ids, 'inputs_mask': mask}
-    rows = start(model, variables, batch, how, 6)
-    whole = advance(model, variables, rows, how, 6).tokens.tolist()
-    own = dataclasses.replace(Sampling(), **_numbers(s))
-    asked = [ask(engine, p, 6, adapter='one', sampling=own) for p in prompts]
-    assert [answer.tokens for answer in asked] == whole
-
-
-def _numbers(s):
-  penalty = s.repetition_penalty
-  return {'repetition_penalty': None if penalty is None else float(penalty)}
+  sampling = Sampling(repetition_penalty=1.6)
+  for i, size in enumerate((9, 3, 1, 6)):
+    ids = prompt(20 + i, size)
+    answer = ask(engine, ids, 6, adapter='one', sampling=sampling)
+    assert answer.tokens == answers.uncached_greedy(
+      model, variables, ids, 6, penalty=1.6
+    )
 
 
 def test_a_chunked_prompt_is_scored_as_a_whole_one(engine):

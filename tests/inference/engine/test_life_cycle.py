@@ -56,18 +56,18 @@ def engine():
 
 def failing(engine, monkeypatch, name, times, take=False):
   """Lets calls of a program fail; the rest go through."""
-  real, left = getattr(engine._runner, name), [times]
+  real, left = getattr(engine._core.runner, name), [times]
 
   def call(*args):
     if left[0]:
       left[0] -= 1
       if take:
-        for leaf in jax.tree.leaves(engine._runner._cache):
+        for leaf in jax.tree.leaves(engine._core.runner._cache):
           leaf.delete()
       raise RuntimeError('out of memory\nand a long trace')
     return real(*args)
 
-  monkeypatch.setattr(engine._runner, name, call)
+  monkeypatch.setattr(engine._core.runner, name, call)
 
 
 def test_it_starts_with_a_generation_and_ends_with_what_is_under_way():

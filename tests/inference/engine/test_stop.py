@@ -144,7 +144,7 @@ def test_what_was_cancelled_before_it_was_looked_at_leaves_no_nan(engine):
     (dict(ids=(V,)), RequestRefused, f'tokens are from 0 to {V - 1}'),
     (dict(ids=(-1,)), RequestRefused, 'the prompt has -1'),
     (dict(max_new_tokens=0), RequestRefused, 'at least 1 token'),
-    (dict(max_new_tokens=PLACES), PromptTooLong, f'{PLACES} places'),
+    (dict(max_new_tokens=PLACES), PromptTooLong, f'takes {PLACES} for both'),
     (dict(adapter='three'), UnknownAdapter, "there is no adapter 'three'"),
     (dict(logprobs=21), RequestRefused, 'logprobs is from 0 to 20'),
     (dict(prompt_logprobs=-1), RequestRefused, 'prompt_logprobs is from 0'),

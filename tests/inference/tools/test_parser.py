@@ -11,7 +11,7 @@ import pytest
 from moepeft.inference.tools import json_parser
 from moepeft.inference.tools.parser import (
   Arguments,
-  Call,
+  CallStart,
   Content,
   Parser,
   new_id,
@@ -74,7 +74,7 @@ def calls(*found):
   return [
     event
     for i, (name, text) in pairs
-    for event in (Call(i, f'call_{i}', name), Arguments(i, text))
+    for event in (CallStart(i, f'call_{i}', name), Arguments(i, text))
   ]
 
 
@@ -176,7 +176,9 @@ def test_of_a_sure_call_a_name_that_was_cut_off_is_not_shown():
 
 def test_where_calls_are_sure_arguments_come_as_they_are_written():
   parser = Parser(STYLES['hermes'], sure=True, ids=lambda: 'i')
-  assert parser.feed('<tool_call>{"name": "f", "argu') == [Call(0, 'i', 'f')]
+  assert parser.feed('<tool_call>{"name": "f", "argu') == [
+    CallStart(0, 'i', 'f')
+  ]
   assert parser.feed('ments": {"a": ') == [Arguments(0, '{"a": ')]
   assert parser.feed('12') == [Arguments(0, '12')]
   # Cut here, what came stays a call, as its length is why it ended.
@@ -194,7 +196,7 @@ def test_a_sure_call_that_is_cut_before_its_name_is_no_content():
 def test_where_they_are_not_a_call_comes_when_it_is_whole():
   parser = Parser(STYLES['hermes'], ids=lambda: 'i')
   assert parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}') == []
-  assert parser.feed('}') == [Call(0, 'i', 'f'), Arguments(0, '{"a": 1}')]
+  assert parser.feed('}') == [CallStart(0, 'i', 'f'), Arguments(0, '{"a": 1}')]
 
 
 def test_after_content_a_call_without_a_marker_is_not_sure():

@@ -9,7 +9,7 @@ from moepeft.data.chat.dataset import ChatTemplate
 from moepeft.data.chat.formats import Conversation
 from moepeft.data.chat.messages import Turn
 from moepeft.inference.tools import tools as tools_tools
-from moepeft.inference.tools.tools import STYLES, Choice, Tool
+from moepeft.inference.tools.tools import STYLES, Choice, ToolSpec
 from tests import chat_cases
 
 CITY = {
@@ -41,10 +41,10 @@ def test_tools_are_read_as_the_api_has_them():
     [function(), function(name='now', parameters=None, strict=True)]
   )
   assert found == (
-    Tool('weather', 'Of a city.', CITY),
-    Tool('now', 'Of a city.', {'type': 'object', 'properties': {}}, True),
+    ToolSpec('weather', 'Of a city.', CITY),
+    ToolSpec('now', 'Of a city.', {'type': 'object', 'properties': {}}, True),
   )
-  assert found[0].said() == function()
+  assert found[0].to_openai() == function()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_wrong_tools_are_one_sentence(tools, reason):
 
 
 def test_a_choice_names_what_may_be_called():
-  tools = (Tool('a'), Tool('b'))
+  tools = (ToolSpec('a'), ToolSpec('b'))
   named = {'type': 'function', 'function': {'name': 'b'}}
   some = {
     'type': 'allowed_tools',
@@ -95,8 +95,8 @@ def test_a_choice_names_what_may_be_called():
     (named, Choice('required', ('b',), once=True)),
     (some, Choice('required', ('b',))),
   ):
-    assert tools_tools.chosen(found, tools) == expected
-  assert tools_tools.chosen(None, ()) == Choice('none', ())
+    assert tools_tools.read_tool_choice(found, tools) == expected
+  assert tools_tools.read_tool_choice(None, ()) == Choice('none', ())
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_a_choice_names_what_may_be_called():
 )
 def test_a_wrong_choice_is_refused(found):
   with pytest.raises(ValueError, match="'tool_choice'"):
-    tools_tools.chosen(found, (Tool('a'),))
+    tools_tools.read_tool_choice(found, (ToolSpec('a'),))
 
 
 def test_a_call_cannot_be_required_without_tools():
   with pytest.raises(ValueError, match='there are no'):
-    tools_tools.chosen('required', ())
+    tools_tools.read_tool_choice('required', ())
 
 
 def test_the_style_is_found_in_the_template():
@@ -139,8 +139,8 @@ def prompt(template, choice, style):
   """The text of a prompt with two tools."""
   asked = Conversation((Turn('system', 'Be brief.'), Turn('user', 'Rain?')))
   tokenizer = chat_cases.tokenizer(template)
-  tools = (Tool('weather', 'Of a city.', CITY), Tool('now'))
-  found = tools_tools.offered(asked, tools, choice, STYLES[style], template)
+  tools = (ToolSpec('weather', 'Of a city.', CITY), ToolSpec('now'))
+  found = tools_tools.with_tools(asked, tools, choice, STYLES[style], template)
   return tokenizer.decode(ChatTemplate(tokenizer).prompt(found))
 
 

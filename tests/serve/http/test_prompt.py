@@ -87,7 +87,8 @@ def test_a_prompts_places_are_not_for_text(client):
   status, answer = complete(client, 'a' * 36, max_tokens=1)
   assert status == 400
   assert answer['error']['code'] == 'context_length_exceeded'
-  assert 'takes 35' in answer['error']['message']
+  message = answer['error']['message']
+  assert '5 of a soft prompt before it' in message and 'takes 40' in message
   assert complete(client, 'a' * 34, max_tokens=1)[0] == 200
   assert client.complete('a' * 36, max_tokens=1)[0] == 200
   # As many as there is room for, where none is said.

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step of the engine: the scheduler's decisions done by the model runner, and
+the ends of sequences, failures included.
+
+For the engine's thread alone.
+"""
+
+import collections
+from collections.abc import Callable
+
+import jax
+
+from moepeft.core.types import Tree
+from moepeft.inference.adapters.fixed import FixedAdapter
+from moepeft.inference.api import (
+  FAILED,
+  LENGTH,
+  STOP,
+  EngineFull,
+  Event,
+  Finished,
+  Request,
+  RequestRefused,
+  Token,
+  TokenLogprob,
+)
+from moepeft.inference.engine import sampler
+from moepeft.inference.engine.calls import NotYet
+from moepeft.inference.engine.decode_step import decode_step
+from moepeft.inference.engine.limits import check_request_length
+from moepeft.inference.engine.model_runner import ModelRunner
+from moepeft.inference.engine.prefill import (
+  DecoderPrefill,
+  EncoderDecoderPrefill,
+)
+from moepeft.inference.engine.prefix_cache import PrefixCache
+from moepeft.inference.engine.scheduler import Scheduler
+from moepeft.inference.engine.sequence import Sequence
+
+# So many computations that fail one after the other are no request's fault.
+_BROKEN = 4
+
+
+class EngineCore:
+  """A scheduler with the model that computes.
+
+  Attributes:
+    runner: the model with its adapters.
+    scheduler: the sequences.
+    prefill: reads prompts.
+    finished: number of requests by the reason of their end.
+    prompt_tokens, cached_tokens, answer_tokens: totals of those.
+    broken: why nothing can be computed any more; ''.
+  """
+
+  def __init__(
+    self, runner: ModelRunner, on_finish: Callable[[Sequence], None]
+  ):
+    """
+    Args:
+      on_finish: called with each sequence after its last event.
+    """
+    self.runner, self._on_finish = runner, on_finish
+    decoder_only = hasattr(runner.model, 'extend')
+    prefill = DecoderPrefill if decoder_only else EncoderDecoderPrefill
+    slots = PrefixCache(runner.config.slots)
+    self.prefill = prefill(runner, slots)
+    self.scheduler = Scheduler(slots, self.prefill.batch_size)
+    self._failures = 0
+    self.finished: collections.Counter[str] = collections.Counter()
+    self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
+    self.broken = ''
+
+  def step(self) -> None:
+    """Ends what is cancelled or late, admits, prefills a chunk, and decodes."""
+    for sequence, reason in self.scheduler.expired():
+      self.finish(sequence, reason)
+    self.scheduler.admit(self._begin)
+    self._prefill()
+    self._decode()
+    if self.broken:
+      self.finish_all(FAILED, self.broken)
+
+  def finish_all(self, reason: str, message: str = '') -> None:
+    for sequence in self.scheduler.unfinished:
+      self.finish(sequence, reason, message)
+
+  def finish(self, sequence: Sequence, reason: str, message: str = '') -> None:
+    """Frees a sequence's slot and adapter, and delivers its last event."""
+    self.scheduler.remove(sequence)
+    if sequence.slot is not None:
+      self._free_slot(sequence, reason)
+    if sequence.adapter is not None:
+      self.runner.adapters.release(sequence.adapter)
+    event = Finished(
+      reason,
+      len(sequence.request.prompt_ids),
+      sequence.cached,
+      len(sequence.answer),
+      message,
+    )
+    self.finished[reason] += 1
+    self.prompt_tokens += event.prompt
+    self.cached_tokens += event.cached
+    self.answer_tokens += event.answer
+    sequence.emit(event)
+    self._on_finish(sequence)
+
+  def update_weights(self, variables: Tree) -> None:
+    """As `Engine.update_weights`, once no sequence runs.
+
+    Raises:
+      NotYet: one does.
+    """
+    if self.scheduler.busy:
+      raise NotYet
+    unknown = variables.keys() - {'params', 'peft'}
+    if unknown or not variables:
+      raise ValueError(
+        f"weights are those of 'params' and 'peft'; got {sorted(variables)}"
+      )
+    if variables.get('peft'):
+      if not isinstance(self.runner.adapters, FixedAdapter):
+        raise ValueError(
+          "the engine has a pool of adapters; load one instead of giving 'peft'"
+        )
+      peft = variables['peft']
+      if self.runner.weights.device is not None:
+        peft = jax.device_put(peft, self.runner.weights.device)
+      self.runner.adapters.replace(peft)
+    if 'params' in variables:
+      self.runner.weights.update(variables['params'])
+    # All prefixes and encoded inputs are those of the old weights.
+    self.scheduler.slots.invalidate()
+    if isinstance(self.prefill, EncoderDecoderPrefill):
+      self.prefill.forget()
+
+  def _free_slot(self, sequence: Sequence, reason: str) -> None:
+    """Clears a slot whose cache may contain NaN before it is reused."""
+    slot = sequence.slot
+    if reason == FAILED or not sequence.finite:
+      slot.ids = []
+      self._try(lambda: self.runner.clear(slot.number))
+    self.scheduler.slots.release(slot)
+
+  def _begin(self, sequence: Sequence) -> bool:
+    """Takes an adapter and a slot; False where the sequence has ended.
+
+    Raises:
+      EngineFull: there is no room for the adapter now.
+    """
+    request, runner = sequence.request, self.runner
+    try:
+      sequence.use(runner.adapters.acquire(request.adapter))
+      # Another adapter may have its name by now.
+      soft_prompt = len(sequence.adapter.soft_prompt_ids)
+      check_request_length(request, runner.model, runner.config, soft_prompt)
+    except EngineFull:
+      raise
+    except Exception as e:
+      self.finish(sequence, FAILED, _sentence(e))
+      return False
+    return self._guard([sequence], lambda: self.prefill.begin(sequence))
+
+  def _prefill(self) -> None:
+    """Reads a chunk of the prompts that came first."""
+    batch = self.scheduler.prefill_batch()
+    if batch:
+      self._guard(batch, lambda: self.prefill.read(batch))
+    for sequence in self.scheduler.decode_batch():
+      if not sequence.request.max_new_tokens:
+        sequence.finite = True
+        self.finish(sequence, LENGTH)
+
+  def _decode(self) -> None:
+    """Adds a token to every sequence whose prompt is read."""
+    batch = self.scheduler.decode_batch()
+    if not batch:
+      return
+    try:
+      output = decode_step(self.runner, self.prefill, batch)
+      tokens = sampler.sample(self.runner.programs, batch, output)
+    except Exception as e:
+      self._fail(batch, e)
+      return
+    self._failures = 0
+    for sequence, token in zip(batch, tokens, strict=True):
+      if isinstance(token, Exception):
+        self.finish(sequence, FAILED, _sentence(token))
+      else:
+        self._guard([sequence], lambda s=sequence, t=token: self._append(s, t))
+
+  def _append(self, sequence: Sequence, token: TokenLogprob) -> None:
+    """Delivers a token, and finishes the sequence if it was the last."""
+    self.prefill.record_step(sequence)
+    sequence.append(token.id)
+    reason, request = '', sequence.request
+    if token.id in request.eos_token_ids:
+      reason = STOP
+    elif request.constraint and request.constraint.accept(token.id):
+      reason = STOP
+    elif len(sequence.answer) >= request.max_new_tokens:
+      reason = LENGTH
+    sequence.emit(Token(token))
+    if reason:
+      self.finish(sequence, reason)
+
+  def _guard(self, batch: list[Sequence], do: Callable[[], None]) -> bool:
+    """Does a computation of some sequences, which end where it fails."""
+    try:
+      do()
+    except Exception as e:
+      self._fail(batch, e)
+      return False
+    return True
+
+  def _fail(self, batch: list[Sequence], error: Exception) -> None:
+    """Ends the sequences of a failed computation; the others go on."""
+    self._failures += not isinstance(error, ArithmeticError | ValueError)
+    if not self.runner.cache_intact:
+      # The failed program was writing to it.
+      batch = list(dict.fromkeys([*batch, *self.scheduler.running]))
+      self.scheduler.slots.invalidate()
+      self._try(self.runner.reset_cache)
+    for sequence in batch:
+      self.finish(sequence, FAILED, _sentence(error))
+    if self._failures >= _BROKEN:
+      self._give_up(error)
+
+  def _try(self, do: Callable[[], None]) -> None:
+    try:
+      do()
+    except Exception as e:
+      self._give_up(e)
+
+  def _give_up(self, error: Exception) -> None:
+    self.broken = self.broken or (
+      f'nothing can be computed any more: {_sentence(error)}; restart the '
+      'server'
+    )
+
+
+def _sentence(error: Exception) -> str:
+  """The message for the client: our own errors as they are, of others the
+  first line."""
+  text = (str(error).splitlines() or [''])[0][:300]
+  own_types = (ValueError, ArithmeticError)
+  if type(error) in own_types or isinstance(error, RequestRefused):
+    return text
+  return f'{type(error).__name__}: {text}'
+
+
+def check_runs(runner: ModelRunner) -> None:
+  """Runs a real generation, all the way.
+
+  Raises:
+    RuntimeError: it failed.
+  """
+  events: list[Event] = []
+  core = EngineCore(runner, lambda sequence: None)
+  prompt = (0,) * max(1, min(3, runner.config.max_model_len - 2))
+  request = Request('first', prompt, 2)
+  core.scheduler.add(Sequence(request, events.append))
+  while core.scheduler.busy:
+    core.step()
+  if events[-1].reason != LENGTH:
+    raise RuntimeError(f'the first generation failed: {events[-1].message}')

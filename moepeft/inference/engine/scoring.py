@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities of given answers.
+
+A decoder's answer is scored as part of its prompt, by the prefill; an
+encoder-decoder's by one call without a cache.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from moepeft.data.batching.seq2seq import PAD
+from moepeft.inference.api import (
+  LENGTH,
+  Event,
+  Finished,
+  LogprobRequest,
+  PromptLogprobs,
+  Request,
+)
+from moepeft.inference.engine.engine_core import EngineCore
+from moepeft.inference.engine.limits import (
+  at_least,
+  check_request,
+  check_request_length,
+)
+
+
+def echo_requests(
+  requests: Sequence[LogprobRequest], first: int
+) -> list[Request]:
+  """Requests whose prompts are a decoder's prompts with their answers.
+
+  Args:
+    first: the number of the first, which makes its id unique.
+  """
+  return [
+    Request(
+      f'log_probs/{first + i}',
+      (*request.prompt_ids, *request.answer_ids),
+      0,
+      request.adapter,
+      prompt_logprobs=0,
+    )
+    for i, request in enumerate(requests)
+  ]
+
+
+def answer_logprobs(
+  requests: Sequence[LogprobRequest],
+  events: Iterable[tuple[Request, Event]],
+) -> list[np.ndarray]:
+  """Log-probabilities of the answers, float64 [t] each.
+
+  Args:
+    events: of `echo_requests`.
+
+  Raises:
+    ArithmeticError: a request failed.
+  """
+  logprobs: dict[str, list[float]] = {}
+  for request, event in events:
+    if isinstance(event, PromptLogprobs):
+      logprobs[request.id] = [token.logprob for token in event.tokens]
+    elif isinstance(event, Finished) and event.reason != LENGTH:
+      raise ArithmeticError(event.message or event.reason)
+  rows = sorted(logprobs.items(), key=lambda row: int(row[0].split('/')[1]))
+  return [
+    np.array(row[len(request.prompt_ids) :])
+    for request, (_, row) in zip(requests, rows, strict=True)
+  ]
+
+
+def score_answer(core: EngineCore, request: LogprobRequest) -> np.ndarray:
+  """Log-probabilities of an encoder-decoder's answer, float64 [t].
+
+  Raises:
+    RequestRefused: it cannot be computed.
+    ArithmeticError: the log-probabilities are no numbers.
+  """
+  runner, answer = core.runner, request.answer_ids
+  as_request = Request('', request.prompt_ids, len(answer), request.adapter)
+  check_request(as_request, runner.model, runner.config)
+  adapter = runner.adapters.acquire(request.adapter)
+  try:
+    ids = (*adapter.soft_prompt_ids, *request.prompt_ids)
+    soft_prompt = len(adapter.soft_prompt_ids)
+    check_request_length(as_request, runner.model, runner.config, soft_prompt)
+    states = core.prefill.encode(adapter.sha256, adapter.row, ids)
+    length = at_least(runner.cache_lens, len(answer))
+    if length > len(states):
+      states = jnp.pad(states, ((0, length - len(states)), (0, 0)))
+    inputs, next_ids = np.full((2, len(states)), PAD, np.int32)
+    inputs[1 : len(answer)], next_ids[: len(answer)] = answer[:-1], answer
+    logprobs = runner.score_answer(
+      adapter.row, inputs, next_ids, states, len(ids)
+    )
+  finally:
+    runner.adapters.release(adapter)
+  logprobs = np.asarray(logprobs, np.float64)[: len(answer)]
+  if not np.isfinite(logprobs).all():
+    raise ArithmeticError("the answer's log-probabilities are no numbers")
+  return logprobs

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's cached steps equal whole calls without a cache, in float64, for
+every method."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.models.decoder import model as decoder
+from moepeft.models.decoder.model import Decoder, DecoderConfig
+from moepeft.nn.initializers import init_params
+from moepeft.peft import build
+
+from ...contracts import answers, small
+
+CONFIG = DecoderConfig(
+  vocab=37,
+  d_model=11,
+  heads=6,
+  kv_heads=3,
+  head_dim=4,
+  ffn=17,
+  layers=3,
+  length=32,
+)
+GPT2 = dataclasses.replace(
+  CONFIG,
+  positions='learned',
+  gated=False,
+  activation='gelu',
+  centred=True,
+  tied=True,
+  attention_bias=True,
+  out_bias=True,
+  mlp_bias=True,
+)
+WINDOWED = dataclasses.replace(
+  CONFIG,
+  window=3,
+  windowed=(True, False, True),
+  attention_cap=5.0,
+  qk_norm=True,
+)
+ALIBI = dataclasses.replace(CONFIG, positions='alibi')
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20])
+TOP = 20
+RANDOM = 'molora(experts=3, rank=2, router=random(k=2))'
+# Soft prompts are tried in tests/inference/test_soft_prompts.py.
+METHODS = (
+  'full',
+  *(method for method in small.METHODS if not method.startswith('prompt')),
+  "lora(rank=2, sites='head|*/o')",
+)
+# Of the largest logit: the model computes in float64, and its logits are
+# rounded to float32 for the sampler.
+CLOSE = 4e-7
+
+
+@functools.cache
+def make(method, config):
+  """(model, variables), moved away from where they do nothing."""
+  built = build(method, decoder.sites(config))
+  model = Decoder(config, built.adapter_map)
+  variables = init_params(model, {'inputs': jnp.zeros((1, 2), jnp.int32)}, 1)
+  keys = iter(jax.random.split(jax.random.key(2), 999))
+  moved = lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape)  # noqa: E731
+  return model, jax.tree.map(moved, variables)
+
+
+def check_in_float64(model, variables, prompts):
+  """Compares the log-probabilities of the best tokens of every step."""
+  variables = jax.tree.map(np.asarray, variables)
+  with jax.enable_x64(True):
+    model = model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
+    variables = jax.tree.map(lambda a: jnp.asarray(a, 'float64'), variables)
+    cached = answers.engine_answers(model, variables, prompts, 6, logprobs=TOP)
+    for prompt, answer in zip(prompts, cached, strict=True):
+      logits = answers.uncached_logits(model, variables, prompt, answer.ids)
+      assert logits.dtype == np.float64 and len(answer.ids) == 6
+      expected = np.asarray(jax.nn.log_softmax(logits))
+      for token, row in zip(answer.tokens, expected[:-1], strict=True):
+        assert token.id == row.argmax() and len(token.top) == TOP
+        ids, logprobs = map(list, zip(*token.top, strict=True))
+        np.testing.assert_allclose(
+          logprobs, row[ids], rtol=0, atol=CLOSE * np.abs(logits).max()
+        )
+
+
+@pytest.mark.parametrize(
+  'method, config',
+  [
+    *small.others_slow(
+      (
+        *((method, CONFIG) for method in METHODS),
+        ('molora(experts=3, rank=2)', WINDOWED),
+        ('mov(experts=3)', ALIBI),
+      ),
+      # Its router computes with its path.
+      quick=(small.FEW[0], RANDOM),
+    ),
+    ('molora(experts=3, rank=2, router=topk(k=2))', GPT2),
+    ('lora(rank=3)', WINDOWED),
+    ('lora(rank=3)', ALIBI),
+  ],
+)
+def test_a_decoders_cached_logits_are_the_uncached(method, config):
+  check_in_float64(*make(method, config), PROMPTS)
+
+
+@pytest.mark.parametrize(
+  'method', small.others_slow(small.ONE_EACH, quick=small.FEW[1:])
+)
+def test_an_encoder_decoders_cached_logits_are_the_uncached(method):
+  model, _ = small.make(method)
+  variables = small.variables(method, noise=0.1)
+  check_in_float64(model, variables, answers.real_rows(small.batch()))

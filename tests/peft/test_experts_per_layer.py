@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures whose layers have unlike counts of experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moepeft.core.types import Context, Routing
+from moepeft.evaluation.tables import routing as routing_table
+from moepeft.models.t5 import model as t5
+from moepeft.moe import ROUTERS, aux_losses
+from moepeft.moe.router_stats import collect, router_stats, statistics
+from moepeft.moe.routers.topk import TopK
+from moepeft.nn.initializers import param_metadata
+from moepeft.peft.build import build, expanded, plain
+from moepeft.runs import diagnosis, metrics_log
+from moepeft.runs.history import History
+from moepeft.training.metrics_logger import routing_rows
+
+from ..contracts import small
+
+SITES = t5.sites(small.GATED)
+# The encoder of `small.GATED` has two layers, the decoder three.
+MOLA = (
+  'molora(experts_per_layer=[1, 4], rank=2, '
+  "sites='encoder/self/q|encoder/mlp/wo') + "
+  'mov(experts_per_layer=[3, 2, 4], router=topk(k=2), '
+  "sites='decoder/self/k|decoder/cross/v|decoder/mlp/act')"
+)
+MASK = jnp.array([True, True, True, False, False])
+X = jax.random.normal(jax.random.key(0), (2, 5, 7))
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'molora(experts_per_layer=[2, 4])',
+    'molora(experts_per_layer=(2, 4), rank=2)',
+    'mixture(expert=lora(rank=4), experts_per_layer=[2, 4], '
+    'router=topk(k=2, renormalize=True))',
+    MOLA,
+  ],
+)
+def test_texts_round_trip(text):
+  built = build(text, SITES)
+  assert 'experts=' not in built.method
+  assert build(built.method, SITES) == built
+  assert build(plain(text), SITES).adapter_map == built.adapter_map
+  full = expanded(text)
+  assert expanded(full) == full and 'experts=' not in full
+  assert 'experts_per_layer' not in expanded('molora')
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ('experts_per_layer=[2, 0]', 'a list of integers, each at least 1'),
+    ('experts_per_layer=[2, 2.0]', 'a list of integers, each at least 1'),
+    ('experts_per_layer=[]', 'a list of integers, each at least 1'),
+    ('experts_per_layer=4', 'experts_per_layer is of type list; got 4'),
+    (
+      'experts_per_layer=[2, 4], experts=4',
+      'one of experts and experts_per_layer; drop the others',
+    ),
+    (
+      'experts_per_layer=[2, 4]',
+      'for 2 layers, and decoder/.* is in a stack of 3; give a count for each',
+    ),
+    (
+      "experts_per_layer=[2, 4], router=topk(k=3), sites='encoder/*'",
+      'k=3 experts needs as many in each layer; experts_per_layer has 2',
+    ),
+    ("experts_per_layer=[2, 4], sites='head'", 'is in a stack of 0'),
+  ],
+)
+def test_mistakes_have_one_sentence(options, message):
+  with pytest.raises(ValueError, match=message) as error:
+    model, _ = small.make(f'molora({options})')
+    param_metadata(model, small.batch())
+  assert '\n' not in str(error.value)
+
+
+def run(router, expert_mask=None, kernel=None, train=False):
+  """The routing of X, by a given kernel."""
+  ctx = Context(expert_mask=expert_mask, train=train)
+  rngs = {'peft': jax.random.key(1), 'router': jax.random.key(3)}
+  if kernel is None:
+    return router.init_with_output(rngs, X, ctx)[0]
+  return router.apply({'peft': {'kernel': kernel}}, X, ctx, rngs=rngs)
+
+
+@pytest.mark.parametrize('name', ['softmax', 'topk', 'uniform'])
+def test_a_masked_router_and_its_sums_are_those_of_fewer_experts(name):
+  options = {'k': 2} if name == 'topk' else {}
+  kernel = jax.random.normal(jax.random.key(5), (7, 5))
+  module = ROUTERS[name].module
+  found = run(module(experts=5, **options), MASK, kernel)
+  expected = run(module(experts=3, **options), None, kernel[:, :3])
+  np.testing.assert_array_equal(found.combine_weights[..., 3:], 0)
+  np.testing.assert_allclose(
+    found.combine_weights[..., :3], expected.combine_weights, rtol=1e-6
+  )
+  found, expected = (
+    router_stats(found, None, MASK),
+    router_stats(expected, None),
+  )
+  assert float(found.experts) == expected.experts == 3
+  for loss in aux_losses.LOSSES.values():
+    np.testing.assert_allclose(loss(found), loss(expected), rtol=1e-6)
+  found, expected = statistics(found), statistics(expected)
+  np.testing.assert_allclose(found.share[:3], expected.share, rtol=1e-6)
+  for key in ('entropy', 'weight_entropy', 'variation', 'top'):
+    # Of the share of a uniform router, the deviation is float32 rounding.
+    np.testing.assert_allclose(
+      getattr(found, key), getattr(expected, key), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+  'router',
+  [
+    ROUTERS['softmax'].module(5, jitter=0.3, dropout=0.7),
+    TopK(5, k=3, jitter=0.3, dropout=0.7),
+    TopK(5, k=3, renormalize=True),
+    ROUTERS['random'].module(5, k=3),
+    ROUTERS['uniform'].module(5),
+  ],
+  ids=str,
+)
+def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
+  router,
+):
+  def loss(kernel):
+    routing = run(router, MASK, kernel, train=True)
+    sums = router_stats(routing, None, MASK)
+    losses = sum(f(sums) for f in aux_losses.LOSSES.values())
+    return losses + jnp.sum(routing.combine_weights**2), routing
+
+  kernel = jax.random.normal(jax.random.key(5), (7, 5))
+  slope, routing = jax.grad(loss, has_aux=True)(kernel)
+  assert np.isfinite(slope).all()
+  np.testing.assert_array_equal(slope[:, 3:], 0)
+  weights = np.asarray(routing.combine_weights)
+  np.testing.assert_array_equal(weights[..., 3:], 0)
+  assert (weights.sum(-1) > 0.1).all()
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_scanned_layers_equal_layers_one_by_one(remat):
+  variables = small.variables(MOLA, noise=0.3)
+
+  def loss(peft, model, unstack):
+    peft = unstack(peft)
+    params = unstack(variables['params'])
+    logits, changed = model.apply(
+      {'params': params, 'peft': peft}, small.batch(), mutable=['routing']
+    )
+    sums = collect(changed['routing']).values()
+    balance = [jnp.atleast_1d(aux_losses.load_balance(s)) for s in sums]
+    return jnp.mean(logits**2), jnp.sum(jnp.concatenate(balance))
+
+  def gradient(model, unstack=lambda tree: tree):
+    grad = jax.grad(loss, has_aux=True)
+    return jax.jit(lambda peft: grad(peft, model, unstack)[0])
+
+  scanned, _ = small.make(MOLA, remat=remat)
+  looped, _ = small.make(MOLA, scan=False)
+  peft = variables['peft']
+  jax.tree.map(
+    # Float32 sums in another order.
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    gradient(scanned)(peft),
+    gradient(looped, small.unstack)(peft),
+  )
+
+
+def test_the_mask_is_that_of_the_layer():
+  model, _ = small.make(MOLA)
+  variables = small.variables(MOLA, noise=0.3)
+  _, changed = model.apply(
+    variables, small.batch(), mutable=['routing', 'weights']
+  )
+  sites = collect(changed['routing'])
+  found = {site: np.asarray(sums.experts) for site, sums in sites.items()}
+  encoder = found['encoder/layers/self/q/molora']
+  np.testing.assert_array_equal(encoder, [1, 4])
+  decoder = found['decoder/layers/cross/v/mov']
+  np.testing.assert_array_equal(decoder, [3, 2, 4])
+  weights = changed['weights']['decoder']['layers']['mlp']['act']['mov']
+  used = (np.asarray(weights['weights'][0]) > 0).any(axis=(1, 2))
+  np.testing.assert_array_equal(used.sum(-1), [3, 2, 4])
+  rows = routing_rows(changed['routing'])
+  row = rows['encoder/layers/self/q/molora']
+  assert row['experts'] == [1, 4] and row['variation'][0] == 0
+  (row,) = routing_rows(
+    {'q': {'sums': router_stats(run(TopK(3)), None)}}
+  ).values()
+  assert 'experts' not in row
+
+
+def test_logs_plots_alarms_and_tables_take_the_layers_own_experts():
+  # Layers of 1, 2 and 4 experts; the second is even.
+  site = {
+    'weight': [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.97, 0.01, 0.01, 0.01]],
+    'weight_entropy': [0.0, np.log(2), 0.2],
+    'entropy': [0.0, np.log(2), 0.2],
+    'experts': [1.0, 2.0, 4.0],
+  }
+  assert metrics_log.shares(site) == (
+    'weight',
+    [[1], [0.5, 0.5], [0.97, 0.01, 0.01, 0.01]],
+  )
+  alarms = diagnosis.collapsed({'encoder/q': site}, 0.4)
+  assert [*alarms] == ['encoder/q, layer 2']
+  assert 'ln 4' in alarms['encoder/q, layer 2']
+  (state,) = History([{'step': 1, 'routing': {'encoder/q': site}}]).routing()
+  np.testing.assert_allclose(
+    state.entropies['encoder/q'], [np.nan, 1, 0.2 / np.log(4)]
+  )
+  np.testing.assert_array_equal(
+    np.isnan(state.shares['weight']['encoder/q']).sum(-1), [3, 2, 0]
+  )
+  kind, shares = metrics_log.share_array(site)
+  summary = routing_table.summary({'q': (kind, shares, site['entropy'])})
+  np.testing.assert_allclose(summary.entropy, (1 + 0.2 / np.log(4)) / 2)
+  np.testing.assert_allclose(summary.tops['weight'], [(0.5 + 0.97) / 2, 0.97])
+
+
+def test_a_site_without_a_real_token_has_zeros():
+  logits = jnp.where(MASK, jnp.zeros((1, 2, 5)), -jnp.inf)
+  routing = Routing(logits, jax.nn.softmax(logits))
+  sums = router_stats(routing, jnp.zeros((1, 2), bool), MASK)
+  values = statistics(sums)
+  assert float(values.variation) == float(values.top) == 0
+  assert float(aux_losses.load_balance(sums)) == 0
