@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.models import weight_mapping
+from moepeft.moe import router_state
 
 _LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
@@ -38,6 +39,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
   trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
   sites = defaultdict(int)
   for path, leaf in trained.items():
+    if router_state.is_state(path):
+      continue
     sites[_site(path, built.trainable)] += math.prod(leaf.shape)
   peft = sum(sites.values())
   return {

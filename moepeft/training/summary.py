@@ -9,6 +9,7 @@ import jax
 
 from moepeft.checkpoints import quantize
 from moepeft.core.types import State
+from moepeft.moe import router_state
 from moepeft.peft import Built
 from moepeft.peft.build import expanded
 
@@ -27,7 +28,8 @@ def print_summary(
     more: {name: text} of further lines, as of 'data'; empty ones are left out.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  trained, frozen = size(state.trainable), size(state.frozen)
+  trained = size(router_state.split(state.trainable)[0])
+  frozen = size(state.frozen)
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)
