@@ -11,7 +11,7 @@ import numpy as np
 
 from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
-from moepeft.moe import router_stats
+from moepeft.moe import ROUTERS, router_stats
 from moepeft.runs import router_diagnosis
 from moepeft.runs.trackers import Tracker
 
@@ -163,6 +163,10 @@ def routing_rows(collection: Any) -> dict[str, dict[str, Any]]:
     values = vars(router_stats.statistics(sums))
     share = values.pop('share')
     values = {'tokens' if values.pop('sparse') else 'weight': share} | values
+    for entry in ROUTERS.values():
+      for name, statistic in entry.statistics.items():
+        if sums.aux.keys() >= set(statistic.reads):
+          values[name] = statistic.function(sums)
     rows[site] = {
       name: np.round(np.asarray(value, np.float64), 4).tolist()
       for name, value in values.items()
