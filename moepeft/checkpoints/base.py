@@ -23,7 +23,7 @@ from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
-from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.peft.prefix import placeholder_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
       raise ValueError(
         f'config.model.shape.{key} is not looked at; set config.model.{key}'
       )
-    both = isinstance(value, dict) and isinstance(fields.get(key), dict)
-    fields[key] = {**fields[key], **value} if both else value
+    is_nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
+    fields[key] = {**fields[key], **value} if is_nested else value
   try:
     return family.from_fields(fields)
   except ValueError as e:
@@ -96,7 +96,7 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
 
 
 def _form(path: str) -> ModuleType:
-  """What reads the base at a path."""
+  """The module that reads the form of the base at a path."""
   return {'t5x': t5x, 'gguf': gguf}.get(checkpoint_formats.detect(path), hf)
 
 
@@ -209,7 +209,7 @@ def before(
     family, shape: of `shape`.
   """
   built = _build(config, family, shape)
-  return placeholders(built.adapter_map, shape.vocab)
+  return placeholder_ids(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:
@@ -242,23 +242,23 @@ def with_adapter(
   check_base(start, path, base)
   method, tree, semantics = start.method, start.tree, start.semantics
   semantics = semantics or built.semantics
-  own = build(method, base.family.sites(base.config), semantics)
+  adapter_build = build(method, base.family.sites(base.config), semantics)
   advice = (
-    f'set config.method to {own.method!r} and config.semantics to '
+    f'set config.method to {adapter_build.method!r} and config.semantics to '
     f'{semantics!r}, or name another adapter'
   )
-  if function_of(own.adapter_map) != function_of(built.adapter_map):
+  if function_of(adapter_build.adapter_map) != function_of(built.adapter_map):
     raise ValueError(
-      f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
-      f'has {built.method!r} with {built.semantics!r}; {advice}'
+      f'{path} holds {adapter_build.method!r} with {semantics!r} semantics, '
+      f'the config has {built.method!r} with {built.semantics!r}; {advice}'
     )
-  wanted, found = (
+  expected, arrays = (
     weight_mapping.flatten(variables['peft']),
     weight_mapping.flatten(tree),
   )
   weight_mapping.check(
-    {name: tuple(a.shape) for name, a in wanted.items()},
-    {name: tuple(a.shape) for name, a in found.items()},
+    {name: tuple(a.shape) for name, a in expected.items()},
+    {name: tuple(a.shape) for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',
     advice,
   )

@@ -28,14 +28,14 @@ def count(config: ConfigDict) -> dict[str, Any]:
   """
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
-  made, built = base_lib.module(base, config)
+  module, built = base_lib.module(base, config)
   key = jax.random.key(0)
   shapes = jax.eval_shape(
-    lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
+    lambda: module.init({'params': key, 'peft': key}, base_lib.example_batch())
   )
-  params, kept = _total(shapes['params']), shapes['params']
+  n_params, stored_params = _total(shapes['params']), shapes['params']
   if config.model.quantize:
-    kept = quantize.shapes(kept, model, config.model.quantize)
+    stored_params = quantize.shapes(stored_params, model, config.model.quantize)
   trainable = shapes.get(built.trainable, {})
   trained, _ = router_state.split(trainable, built.frozen_mixtures)
   trained = weight_mapping.flatten(trained)
@@ -44,11 +44,11 @@ def count(config: ConfigDict) -> dict[str, Any]:
     sites[_site(path, built.trainable)] += math.prod(leaf.shape)
   peft = sum(sites.values())
   return {
-    'params': params,
+    'params': n_params,
     'peft': peft,
-    'percent': round(100 * peft / params, 4),
+    'percent': round(100 * peft / n_params, 4),
     'megabytes': {
-      'params': round(quantize.size(kept) / 1e6, 3),
+      'params': round(quantize.size(stored_params) / 1e6, 3),
       'peft': round(quantize.size(shapes.get('peft', {})) / 1e6, 3),
     },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),

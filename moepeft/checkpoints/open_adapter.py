@@ -7,7 +7,7 @@ from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints import pip_models
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.files import local_path
 from moepeft.core.types import Tree
@@ -55,13 +55,13 @@ def load_adapter(path: str, config: Any) -> Start:
   is_run = Run(path).has_checkpoints_dir
   form = '' if is_run else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
-    tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
-    base = card['base']
+    tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
+    base = metadata['base']
     return Start(
-      card['method'],
+      metadata['method'],
       tree,
       base['sha256'],
-      card['semantics'],
+      metadata['semantics'],
       base.get('quantise', ''),
     )
   if form == 'peft':
