@@ -18,7 +18,7 @@ import moepeft
 from moepeft import convert, train
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.core.types import Routing
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.inference import loaded_model
