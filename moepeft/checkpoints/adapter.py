@@ -15,7 +15,9 @@ directories, sorted keys, float32. Any method has this form, mixtures too:
                              quantise, where it was trained on 'int8' or 'nf4'
                 model        family, and its config, field by field
                 parameters   of the adapter
-                arrays       {key: shape, sha256}
+                arrays       {key: shape, sha256}; where layers have unlike
+                             counts of experts, an array for each layer under
+                             'layers_0', 'layers_1', ..., without padding
                 file_sha256, card_sha256: of both files, checked in reading
 """
 
@@ -35,6 +37,9 @@ from moepeft.config.method_string import Spec
 from moepeft.core import untrusted
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Tree
+from moepeft.nn import expert_padding, initializers
+from moepeft.nn.expert_padding import PaddedAxis
+from moepeft.peft import build
 
 FORMAT = 1
 ARRAYS, CARD = 'adapter.safetensors', 'adapter.json'
@@ -95,7 +100,9 @@ def save(
     )
   arrays = {
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
-    for name, leaf in weight_mapping.flatten(tree).items()
+    for name, leaf in expert_padding.split(
+      weight_mapping.flatten(tree), _padded_axes(card)
+    ).items()
   }
   with directory.directory(path, overwrite) as made:
     save_file(arrays, made / ARRAYS)
@@ -152,7 +159,25 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
       )
   if _file_hash(file) != card['file_sha256']:
     raise CheckpointError(f'{file} is damaged in its header; {advice}')
-  return weight_mapping.unflatten(arrays), card
+  try:
+    stacked = expert_padding.stack_layers(arrays)
+  except ValueError as error:
+    raise CheckpointError(f'{file}: {error}; {advice}') from None
+  return weight_mapping.unflatten(stacked), card
+
+
+def _padded_axes(card: Mapping[str, Any]) -> dict[str, PaddedAxis]:
+  """The padded arrays of a card's method; traces its model if there are any."""
+  if 'experts_per_layer' not in card['method']:
+    return {}
+  config = config_of(card)
+  family = FAMILIES[config.family]
+  built = build(card['method'], family.sites(config), card['semantics'])
+  ids = np.zeros((1, 2), np.int32)
+  return initializers.padded_axes(
+    family.module(config, built.adapter_map),
+    {'inputs': ids, 'decoder_inputs': ids},
+  )
 
 
 def _check_types(card: Mapping[str, Any]) -> None:

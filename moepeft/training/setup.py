@@ -147,7 +147,8 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
 
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
-  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+  padded = base_lib.padded_axes(model, base)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
   state, reference = _build_state(config, base, model, method, optimizer)
   logical_axes = base_lib.logical_axes(model, base)
   shardings = state_sharding.state_shardings(
@@ -167,6 +168,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       ),
       'data': _describe_data(config, data),
     },
+    padded,
   )
   print(truncation_note(data, collator), end='', flush=True)
   data = _with_precomputed_reference(

@@ -9,6 +9,8 @@ import jax
 
 from moepeft.checkpoints import quantize
 from moepeft.core.types import State
+from moepeft.models import weight_mapping
+from moepeft.nn.expert_padding import PaddedAxis, padding_size
 from moepeft.peft import Built
 from moepeft.peft.build import expanded
 
@@ -20,14 +22,22 @@ def print_summary(
   tokenizer: Any,
   workdir: str,
   more: Mapping[str, str] = types.MappingProxyType({}),
+  padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
 ) -> None:
   """Prints what is about to be trained: method, base, sizes, devices.
 
   Args:
     more: {name: text} of further lines, as of 'data'; empty ones are left out.
+    padded: {path of a trained array: its padded axis}.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
   trained, frozen = size(state.trainable), size(state.frozen)
+  shapes = {
+    path: leaf.shape
+    for path, leaf in weight_mapping.flatten(state.trainable).items()
+  }
+  padding = padding_size(shapes, padded)
+  trained -= padding
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)
@@ -37,7 +47,8 @@ def print_summary(
     'method': f'{method.method} ({method.semantics} semantics)',
     'in full': expanded(method.method, method.semantics),
     'base': f'{base.path or "random weights"}, {total:,} parameters{quantized}',
-    'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)',
+    'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)'
+    + (padding and f' and {padding:,} zeros of padding' or ''),
     'tokens': tokenizer,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     **more,

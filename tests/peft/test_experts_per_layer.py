@@ -5,14 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from moepeft import config as config_lib
+from moepeft.checkpoints import adapter
+from moepeft.checkpoints.count_parameters import count
 from moepeft.core.types import Context, Routing
 from moepeft.evaluation.tables import routing as routing_table
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, aux_losses
 from moepeft.moe.router_stats import collect, router_stats, statistics
 from moepeft.moe.routers.topk import TopK
-from moepeft.nn.initializers import param_metadata
+from moepeft.nn import expert_padding
+from moepeft.nn.initializers import padded_axes, param_metadata
 from moepeft.peft.build import build, expanded, plain
 from moepeft.runs import diagnosis, metrics_log
 from moepeft.runs.history import History
@@ -234,3 +240,71 @@ def test_a_site_without_a_real_token_has_zeros():
   values = statistics(sums)
   assert float(values.variation) == float(values.top) == 0
   assert float(aux_losses.load_balance(sums)) == 0
+
+
+def card():
+  return adapter.describe(MOLA, 'official', 'base', '0' * 64, 't5', small.GATED)
+
+
+def test_padding_starts_at_zero_and_is_not_exported(tmp_path):
+  model, _ = small.make(MOLA)
+  padded = padded_axes(model, small.batch())
+  peft = weight_mapping.flatten(small.variables(MOLA)['peft'])
+  counts = {'encoder': [1, 4], 'decoder': [3, 2, 4]}
+  # A, router kernels and scales; B is zero at first.
+  assert padded.keys() == peft.keys()
+  for path, array in peft.items():
+    axis = padded[path]
+    assert [*axis.counts] == counts[path.split('/')[0]]
+    experts = np.moveaxis(array, axis.axis, 1)
+    for layer, size in zip(experts, axis.counts, strict=True):
+      np.testing.assert_array_equal(layer[size:], 0)
+      assert path.endswith('/b') or np.abs(layer[:size]).min() > 0
+
+  tree = weight_mapping.unflatten(
+    {path: array + (array != 0) for path, array in peft.items()}
+  )
+  adapter.save(tmp_path / 'adapter', tree, card())
+  stored = load_file(tmp_path / 'adapter' / adapter.ARRAYS)
+  assert {
+    path: array.shape
+    for path, array in stored.items()
+    if path.startswith('encoder/layers_0/self/q') or path.endswith('_2/self/k')
+  } == {
+    'encoder/layers_0/self/q/molora/a': (11, 1, 2),
+    'encoder/layers_0/self/q/molora/b': (1, 2, 3, 5),
+    'encoder/layers_0/self/q/molora/router/kernel': (11, 1),
+  }
+  assert stored['decoder/layers_2/self/k/mov/scale'].shape == (4, 3, 5)
+  loaded, read = adapter.load(tmp_path / 'adapter')
+  jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+  total = sum(array.size for array in stored.values())
+  assert read['parameters'] == total
+  assert total == sum(
+    axis.size(peft[path].shape) for path, axis in padded.items()
+  )
+
+
+def test_layers_that_do_not_fit_together_are_refused():
+  for arrays in (
+    {'layers_0/a': np.ones((2, 3)), 'layers_2/a': np.ones((2, 3))},
+    {'layers_0/a': np.ones((2, 3)), 'layers_1/a': np.ones((3, 2))},
+  ):
+    with pytest.raises(ValueError, match='layers/a: expected an array of each'):
+      expert_padding.stack_layers(arrays)
+
+
+def test_counts_are_of_true_parameters():
+  config = config_lib.default()
+  config.model.path, config.model.family = '', 't5'
+  config.model.size = 'small'
+  config.method = (
+    "molora(experts_per_layer=[1, 2, 3, 4, 5, 6, 7, 8], sites='*/self/q')"
+  )
+  found = count(config)
+  # Rank 4, 512 in and 384 out; the router's kernel.
+  expert = 4 * (512 + 384) + 512
+  assert found['peft'] == 2 * 36 * expert
+  assert found['padding'] == 2 * 28 * expert
+  assert found['by_site']['encoder/self/q'] == 36 * expert
+  assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
