@@ -238,7 +238,7 @@ def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
 
 
 def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: the letters of every array's axes."""
+  """{'params': ..., 'peft': ...}: the names of every array's axes."""
   return initializers.logical_axes(model, example_batch(), base.params)
 
 

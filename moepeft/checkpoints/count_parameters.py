@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.models import weight_mapping
+from moepeft.moe import router_state
 from moepeft.nn import initializers
 from moepeft.nn.expert_padding import padding_size
 
@@ -43,6 +44,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
   sites = defaultdict(int)
   padded = initializers.padded_axes(made, base_lib.example_batch())
   for path, leaf in trained.items():
+    if router_state.is_state(path):
+      continue
     size = (
       padded[path].size(leaf.shape) if path in padded else math.prod(leaf.shape)
     )

@@ -268,8 +268,8 @@ def _sharding() -> ConfigDict:
       preset='dp',
       # Devices along the axis 'model'; the rest are along 'data'.
       model_parallel_size=1,
-      # (letter, mesh axis) pairs before those of the preset; see
-      # moepeft.core.sharding.
+      # (array's axis, mesh axis) pairs like ('mlp', 'model') before those of
+      # the preset; see moepeft.core.sharding.
       rules=(),
     )
   )

@@ -2,8 +2,8 @@
 """One mesh, and rules as data by which arrays are spread over it.
 
 The mesh has the axes 'data', which a batch's rows are spread over, and
-'model'. A rule is a pair of a letter, which the axes of arrays say (the legend
-is in moepeft.core.types), and the mesh axis that such an axis is spread over.
+'model'. A rule is a pair of the name of arrays' axes (a value of
+`moepeft.core.types.AXIS_NAMES`) and the mesh axis that they are spread over.
 """
 
 import dataclasses
@@ -25,10 +25,15 @@ PRESETS: dict[str, Rules] = {
   'dp': (),
   # The wide axes first. Not the layers: a scan takes one after the other, so
   # each would be fetched from one device.
-  'fsdp': tuple((letter, 'data') for letter in 'vfdnhi'),
+  'fsdp': tuple(
+    (axis, 'data')
+    for axis in ('vocab', 'mlp', 'embed', 'heads', 'head_dim', 'router_input')
+  ),
   # As T5X's rules: vocabulary, feed-forward and heads, also those of keys and
   # values where there are fewer.
-  'tp': tuple((letter, 'model') for letter in 'vfnk'),
+  'tp': tuple(
+    (axis, 'model') for axis in ('vocab', 'mlp', 'heads', 'kv_heads')
+  ),
 }
 
 
@@ -38,7 +43,7 @@ class Layout:
 
   Attributes:
     mesh: with the axes 'data' and 'model'.
-    rules: (letter, mesh axis), tried in order.
+    rules: (array's axis, mesh axis), tried in order.
   """
 
   mesh: Mesh
@@ -58,11 +63,12 @@ def layout(
   Args:
     preset: of PRESETS.
     model: devices along the axis 'model'.
-    rules: (letter, mesh axis) pairs that come before the preset's; the axis
-      None keeps a letter whole, whatever the rules after it say.
+    rules: (array's axis, mesh axis) pairs that come before the preset's; the
+      mesh axis None keeps an array's axis whole, whatever the rules after it
+      are.
 
   Raises:
-    ValueError: there is no such preset, letter or mesh axis, or `model` does
+    ValueError: there is no such preset or axis, or `model` does
       not divide the devices.
   """
   if preset not in PRESETS:
@@ -70,33 +76,37 @@ def layout(
       f'config.sharding.preset is one of {", ".join(PRESETS)}; got {preset!r}'
     )
   unsharded, ordered_rules = set(), []
-  for letter, axis in (*map(_rule, rules), *PRESETS[preset]):
-    if axis is None:
-      unsharded.add(letter)
-    elif letter not in unsharded:
-      ordered_rules.append((letter, axis))
+  for axis, mesh_axis in (*map(_rule, rules), *PRESETS[preset]):
+    if mesh_axis is None:
+      unsharded.add(axis)
+    elif axis not in unsharded:
+      ordered_rules.append((axis, mesh_axis))
   return Layout(make_mesh(model, devices), tuple(ordered_rules))
 
 
 def _rule(pair: Any) -> tuple[str, str | None]:
   if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
     raise ValueError(
-      'config.sharding.rules are (letter, mesh axis) pairs like '
-      f"('f', 'model'); got {pair!r}"
+      "config.sharding.rules are (array's axis, mesh axis) pairs like "
+      f"('mlp', 'model'); got {pair!r}"
     )
-  letter, axis = pair
-  if letter not in AXIS_NAMES:
-    legend = ', '.join(f'{key} ({word})' for key, word in AXIS_NAMES.items())
+  axis, mesh_axis = pair
+  if axis in AXIS_NAMES:
     raise ValueError(
-      f'config.sharding.rules has no letter {letter!r}; the letters of arrays '
-      f'are {legend}'
+      f'config.sharding.rules: the axis {axis!r} is named '
+      f'{AXIS_NAMES[axis]!r} now; write that'
     )
-  if axis not in (*AXES, None):
+  if axis not in AXIS_NAMES.values():
     raise ValueError(
-      f'config.sharding.rules: {letter!r} is spread over one of '
-      f'{", ".join(AXES)}, or None; got {axis!r}'
+      f'config.sharding.rules: {axis!r} is no axis of an array; there are '
+      f'{", ".join(AXIS_NAMES.values())}'
     )
-  return letter, axis
+  if mesh_axis not in (*AXES, None):
+    raise ValueError(
+      f'config.sharding.rules: {axis!r} is spread over one of '
+      f'{", ".join(AXES)}, or None; got {mesh_axis!r}'
+    )
+  return axis, mesh_axis
 
 
 def make_mesh(model: int = 1, devices=None) -> Mesh:
@@ -117,19 +127,24 @@ def make_mesh(model: int = 1, devices=None) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def spec(layout: Layout, letters: str, shape: tuple[int, ...]) -> PartitionSpec:
+def spec(
+  layout: Layout, axes: Sequence[str], shape: tuple[int, ...]
+) -> PartitionSpec:
   """The mesh axis that each axis of an array is spread over.
 
   The first rule that fits takes its mesh axis; it fits where the array has
-  the letter and its size divides by the devices along that mesh axis.
+  the axis and its size divides by the devices along that mesh axis.
+
+  Args:
+    axes: the names of the array's axes.
   """
   mesh_axes: list[str | None] = [None] * len(shape)
-  for letter, axis in layout.rules:
-    along = layout.mesh.shape[axis]
-    for i, (array_letter, size) in enumerate(zip(letters, shape, strict=True)):
-      free = mesh_axes[i] is None and axis not in mesh_axes
-      if array_letter == letter and free and along > 1 and size % along == 0:
-        mesh_axes[i] = axis
+  for rule_axis, mesh_axis in layout.rules:
+    devices = layout.mesh.shape[mesh_axis]
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+      free = mesh_axes[i] is None and mesh_axis not in mesh_axes
+      if axis == rule_axis and free and devices > 1 and size % devices == 0:
+        mesh_axes[i] = mesh_axis
   return trimmed(*mesh_axes)
 
 

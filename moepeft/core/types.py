@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types that every folder shares: AXIS_NAMES, Context, Routing, Batch, State.
 
-One letter names an axis everywhere (einsum, comments, docstrings):
+One letter stands for an axis in einsums, comments and shapes of docstrings:
 b batch, t query or target length, s key or source length, d model, n heads,
 k heads of keys and values where they are fewer, h head size, f ffn,
 v vocabulary, e experts, r rank, l layers, i what a router reads (a site's
@@ -15,22 +15,23 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-# The axes of stored arrays, by the letter that einsums have for them.
+# Names of the axes of stored arrays, which partition rules name, by the letters
+# of einsums.
 AXIS_NAMES = {
-  'd': 'model',
+  'd': 'embed',
   'n': 'heads',
-  'k': 'kv heads',
-  'h': 'head size',
-  'f': 'ffn',
-  'v': 'vocabulary',
+  'k': 'kv_heads',
+  'h': 'head_dim',
+  'f': 'mlp',
+  'v': 'vocab',
   'e': 'experts',
   'r': 'rank',
   'l': 'layers',
-  'i': 'router input',
-  'p': 'position buckets',
+  'i': 'router_input',
+  'p': 'positions',
   's': 'keys',
-  'y': 'token types',
-  'c': 'model, of outputs',
+  'y': 'token_types',
+  'c': 'embed_out',
 }
 
 Array = jax.Array
@@ -48,6 +49,9 @@ class Context:
 
   Attributes:
     token_mask: bool [b, t], True where `x` holds a real token.
+    prompt_mask: bool [b, t], True on the tokens before the first trained one
+      of their segment, the prompt; of an encoder on all real tokens. None
+      where the batch does not say what is trained.
     segment_ids: int32 [b, t], 0 on padding, 1.. for packed examples.
     positions: int32 [b, t], position within the segment; in a cached decoder
       with right-padded prompts, also where each token is written.
@@ -67,6 +71,7 @@ class Context:
   """
 
   token_mask: Array | None = None
+  prompt_mask: Array | None = None
   segment_ids: Array | None = None
   positions: Array | None = None
   routing: 'Routing | None' = None

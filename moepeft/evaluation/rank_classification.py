@@ -57,7 +57,12 @@ def score_choices(
   encoded = bound.encode(batch['inputs'], source_ctx)
   row = functools.partial(jnp.reshape, shape=(b, c * t))
   numbers = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
-  ctx = source_ctx.replace(token_mask=row(mask), segment_ids=row(numbers))
+  ctx = source_ctx.replace(
+    token_mask=row(mask),
+    # The token that a choice begins with.
+    prompt_mask=row(jnp.broadcast_to(jnp.arange(t) == 0, mask.shape)),
+    segment_ids=row(numbers),
+  )
   logits = bound.decode(row(shift_right(targets)), ctx, encoded, source_ctx)
   logits = logits.reshape(b * c, t, -1)
   flat, real = targets.reshape(b * c, t), mask.reshape(b * c, t)
@@ -86,6 +91,9 @@ def _score_in_rows(
   places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
   ctx = Context(
     token_mask=jnp.concatenate([prompt_mask, scored], axis=1)[:, :-1],
+    prompt_mask=jnp.concatenate([prompt_mask, jnp.zeros_like(scored)], axis=1)[
+      :, :-1
+    ],
     positions=jnp.maximum(places, 0),
   )
   bound = model.bind(variables)

@@ -21,6 +21,7 @@ from moepeft.data.readers import READERS
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference import prompts
 from moepeft.models import check_decodes, decoder_only
+from moepeft.moe import router_state
 from moepeft.peft import Built
 from moepeft.runs.run import Run
 
@@ -210,4 +211,5 @@ def _base_name(path: str) -> str:
 
 
 def _size(tree: Tree) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+  trained, _ = router_state.split(tree)
+  return sum(leaf.size for leaf in jax.tree.leaves(trained))

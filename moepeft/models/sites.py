@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sites within a layer, below its path, and their roles."""
 
+import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Context
@@ -9,12 +10,31 @@ from moepeft.core.types import Array, Batch, Context
 def context(batch: Batch, side: str, ids: Array, train: bool) -> Context:
   """The context of one side of a batch; without a mask every token is real."""
   mask = batch.get(f'{side}_mask')
+  segments = batch.get(f'{side}_segments')
   return Context(
     token_mask=jnp.ones(ids.shape, bool) if mask is None else mask,
-    segment_ids=batch.get(f'{side}_segments'),
+    prompt_mask=_prompt_mask(batch, ids, segments),
+    segment_ids=segments,
     positions=batch.get(f'{side}_positions'),
     train=train,
   )
+
+
+def _prompt_mask(
+  batch: Batch, ids: Array, segments: Array | None
+) -> Array | None:
+  """The tokens that no trained one comes before, in their segment."""
+  if ids is batch['inputs'] and 'decoder_inputs' in batch:
+    return batch.get('inputs_mask', jnp.ones(ids.shape, bool))
+  trained = batch.get('targets_mask')
+  if trained is None:
+    return None
+  # Trained targets before each token: a target is the token after its place.
+  count = jnp.cumsum(trained, axis=1) - trained
+  if segments is not None:
+    begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    count -= jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+  return count == 0
 
 
 ATTENTION = {

@@ -32,11 +32,18 @@ class RouterSpec:
       one of which is `experts`.
     normalized: whether a token's combine weights sum to one, with the default
       options.
-    causal: whether a token's routing depends on no later token of its row.
+    causal: whether a token's routing depends on no later token of its row,
+      outside of the prompt. In a decoder a router has to be.
+    pools_prompt: whether it reads the whole prompt (`Context.prompt_mask`) at
+      each token, as routers of sentences do. The engine's caches do not hold
+      what it needs, so such a router is trained and scored, not generated with.
     independent_of_batch: whether a token's routing depends on no other row.
     learned: whether the router has trained parameters.
     losses: {name in config.router_losses: loss}, beside those of
       `moepeft.moe.aux_losses`, which every router has.
+    update: of a router with state (`moe.router_state`), (router, {name: array},
+      RouterStats of the whole batch) -> {name: array}, of one site and layer,
+      called once per optimizer step. None for a router without state.
     defaults: {semantics: options that the semantics decides}.
     pooled_module: for a router whose function depends on its path in the tree,
       which a pool of served adapters changes: router -> a router with the
@@ -48,9 +55,11 @@ class RouterSpec:
   module: Any
   normalized: bool = True
   causal: bool = True
+  pools_prompt: bool = False
   independent_of_batch: bool = True
   learned: bool = True
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
+  update: Callable | None = None
   defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )

@@ -95,7 +95,7 @@ class BaseLayer:
         'dropout': True,
         'router': True,
       },
-      metadata_params={'peft': 'e'},
+      metadata_params={'peft': 'experts'},
     )
     return lambda x: lifted(self.module, x)
 

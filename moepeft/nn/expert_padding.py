@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.core.types import Array
+from moepeft.core.types import AXIS_NAMES, Array
 
 _LAYER = re.compile(r'(?<![^/])layers_(\d+)(?![^/])')
 
@@ -91,17 +91,17 @@ class PaddedAxis:
 
 
 def padded_axis(
-  path: str, logical_axes: str, counts: tuple[int, ...]
+  path: str, logical_axes: tuple[str, ...], counts: tuple[int, ...]
 ) -> PaddedAxis:
   """
   Args:
     path: of the array.
-    logical_axes: of the array, 'lder'.
+    logical_axes: of the array, names of `AXIS_NAMES`.
     counts: of all layers of its stack.
   """
   # An outer mixture's experts would stand before the array's own.
-  axis = logical_axes.rindex('e')
-  if logical_axes.startswith('l'):
+  axis = len(logical_axes) - 1 - logical_axes[::-1].index(AXIS_NAMES['e'])
+  if logical_axes[0] == AXIS_NAMES['l']:
     return PaddedAxis(axis, counts, True)
   number = int(_LAYER.search(path)[1])
   return PaddedAxis(axis, (counts[number],), False)
@@ -160,6 +160,7 @@ def padding_size(
 ) -> int:
   """How many numbers of arrays of these shapes are padding."""
   return sum(
-    math.prod(shapes[path]) - axis.size(shapes[path])
-    for path, axis in padded.items()
+    math.prod(shape) - padded[path].size(shape)
+    for path, shape in shapes.items()
+    if path in padded
   )

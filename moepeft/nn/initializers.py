@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.sharding import PartitionSpec
 
-from moepeft.core.types import Array, Batch, Tree
+from moepeft.core.types import AXIS_NAMES, Array, Batch, Tree
 from moepeft.nn.expert_padding import PaddedAxis, padded_axis
 
 # The collection that holds it, filled where the rng of that name is given.
@@ -69,20 +70,22 @@ class ParamMetadata(meta.AxisMetadata):
 
   Attributes:
     collection: 'params' or 'peft', which the array is in.
-    logical_axes: 'ldnh', keys of `moepeft.core.types.AXIS_NAMES`.
+    logical_axes: ('layers', 'embed', 'heads', 'head_dim'), values of
+      `moepeft.core.types.AXIS_NAMES`.
     initializer: None where the initial value depends on the base's weights.
     expert_counts: of each layer, where they differ and the array has an axis of
       the largest; else ().
   """
 
   collection: str
-  logical_axes: str
+  logical_axes: tuple[str, ...]
   initializer: Initializer | None
   expert_counts: tuple[int, ...] = ()
 
   def add_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
     before, after = self.logical_axes[:index], self.logical_axes[index:]
-    axes = before + params.get(self.collection, '') + after
+    added = params.get(self.collection)
+    axes = (*before, *([added] if added else ()), *after)
     return dataclasses.replace(self, logical_axes=axes)
 
   def remove_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
@@ -172,7 +175,8 @@ def _padded_axes(
 def logical_axes(
   model: nn.Module, batch: Batch, params: Tree | None = None
 ) -> dict[str, Tree]:
-  """{'params': ..., 'peft': ...}: the logical axes of every array.
+  """{'params': ..., 'peft': ...}: PartitionSpec('layers', 'embed'), the names
+  of the axes of every array.
 
   Args:
     batch: the smallest that the model takes.
@@ -184,7 +188,7 @@ def logical_axes(
   return {
     name: _unflatten(
       {
-        path: metadata[path].logical_axes
+        path: PartitionSpec(*metadata[path].logical_axes)
         for path in _flatten(shapes.get(name, {}))
       }
     )
@@ -260,7 +264,7 @@ def _with_expert_counts(metadata: Tree, counts: tuple[int, ...] = ()) -> Tree:
     if isinstance(value, Mapping):
       result[key] = _with_expert_counts(value, counts)
     elif not isinstance(value, ExpertCounts):
-      with_experts = counts and 'e' in value.logical_axes
+      with_experts = counts and AXIS_NAMES['e'] in value.logical_axes
       result[key] = (
         dataclasses.replace(value, expert_counts=counts)
         if with_experts
@@ -315,7 +319,7 @@ def param(
   Args:
     axes: one letter for each axis of `shape`, keys of AXIS_NAMES.
   """
-  _record(module, name, shape, ParamMetadata('params', axes, initializer))
+  _record(module, name, shape, 'params', axes, initializer)
   return module.param(name, initializer, shape, dtype)
 
 
@@ -336,7 +340,7 @@ def peft_param(
     axes: one letter for each axis of `shape`, keys of AXIS_NAMES.
   """
   initializer = init if isinstance(init, Initializer) else None
-  _record(module, name, shape, ParamMetadata(COLLECTION, axes, initializer))
+  _record(module, name, shape, COLLECTION, axes, initializer)
   variable = module.variable(
     COLLECTION,
     name,
@@ -352,15 +356,21 @@ def peft_param(
 
 
 def _record(
-  module: nn.Module, name: str, shape, metadata: ParamMetadata
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  collection: str,
+  axes: str,
+  initializer: Initializer | None,
 ) -> None:
   """Sows the metadata, in the collection METADATA, where its rng is given."""
   if not module.has_rng(METADATA):
     return
-  if len(metadata.logical_axes) != len(shape):
+  if len(axes) != len(shape):
     path = '/'.join((*module.path, name))
     raise ValueError(
-      f'{path}: expected a letter for each axis of {shape}; got '
-      f'{metadata.logical_axes!r}'
+      f'{path}: expected a letter for each axis of {shape}; got {axes!r}'
     )
+  logical_axes = tuple(AXIS_NAMES[letter] for letter in axes)
+  metadata = ParamMetadata(collection, logical_axes, initializer)
   module.variable(METADATA, name, lambda: metadata)

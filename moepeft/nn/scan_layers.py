@@ -79,7 +79,7 @@ def scan_layers(
     # No variable is broadcast: without the check a layer is traced once, not
     # twice, and tracing is most of a short run's start.
     check_constancy_invariants=False,
-    metadata_params={'params': 'l', 'peft': 'l'},
+    metadata_params={'params': 'layers', 'peft': 'layers'},
   )(block, name='layers')
   return layers(x, jnp.arange(length, dtype=jnp.int32), ctx, args)[0]
 

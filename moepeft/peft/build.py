@@ -3,7 +3,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,9 +87,9 @@ def build(
       )
     method = entry(spec, methods)
     adapter = make(spec, _free_name(spec.name, names), methods)
-    entries += [
-      (path, adapter) for path in _paths(spec, method, sites, semantics)
-    ]
+    paths = _paths(spec, method, sites, semantics)
+    _check_causal(spec, paths)
+    entries += [(path, adapter) for path in paths]
   return Built(text, semantics, AdapterMap(tuple(entries)), 'peft')
 
 
@@ -328,6 +328,20 @@ def make(
       experts=experts, **dict(router.options), parent=None
     )
   return method.make(name, **options)
+
+
+def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
+  """Raises ValueError where a token would be routed by what comes after it."""
+  router = spec.get('router')
+  if router is None or ROUTERS[router.name].causal:
+    return
+  for path in paths:
+    if path.split('/')[0] != 'encoder':
+      raise ValueError(
+        f'the router {router.name} reads later tokens, which at {path} are '
+        "those to predict; name sites of an encoder, as in sites='encoder/*', "
+        'or take another router'
+      )
 
 
 def _paths(spec, method, sites, semantics) -> list[str]:

@@ -20,6 +20,7 @@ from moepeft.checkpoints import quantize
 from moepeft.core import memory
 from moepeft.core.types import Tree
 from moepeft.models import decoder_only
+from moepeft.moe import router_state
 from moepeft.nn import initializers
 from moepeft.objectives import OBJECTIVES
 from moepeft.training import optimizers
@@ -82,7 +83,9 @@ def need(config: ConfigDict) -> Need:
     optimizer = optimizers.make_optimizer(
       config.optimizer, config.steps, padded
     )
-    state += size(jax.eval_shape(optimizer.init, trained))
+    state += size(
+      jax.eval_shape(router_state.optimizer_init(optimizer), trained)
+    )
   rows = config.batch_size
   sides = OBJECTIVES.lookup(config.objective).answers_per_row
   data = config.data

@@ -44,7 +44,7 @@ from moepeft.evaluation.eval_sets import (
 )
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.models import check_decodes, decoder_only
-from moepeft.moe import aux_losses
+from moepeft.moe import aux_losses, router_state
 from moepeft.objectives import (
   OBJECTIVES,
   build_objective,
@@ -154,7 +154,9 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   shardings = state_sharding.state_shardings(
     layout, state, logical_axes, method.trainable
   )
-  state = state_sharding.place(state, shardings, optimizer.init)
+  state = state_sharding.place(
+    state, shardings, router_state.optimizer_init(optimizer)
+  )
   identity = card(base, method, config.seed)
   summary.print_summary(
     base,
@@ -354,7 +356,7 @@ def _build_state(
     trainable=trainable,
     frozen=next(iter(variables.values())),
     # Shapes: the arrays are made on the devices, on each its share.
-    opt=jax.eval_shape(optimizer.init, trainable),
+    opt=jax.eval_shape(router_state.optimizer_init(optimizer), trainable),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=reference_adapters,
   )

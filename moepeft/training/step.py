@@ -14,11 +14,12 @@ import jax
 import optax
 
 from moepeft.core.types import Batch, State
-from moepeft.moe import aux_losses, router_stats
+from moepeft.moe import aux_losses, router_state, router_stats
 from moepeft.objectives import Objective
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import split_rngs
 from moepeft.peft import Built
+from moepeft.peft.build import routers as method_routers
 from moepeft.training import grad_accumulation
 
 TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
@@ -41,6 +42,7 @@ def make_train_step(
     A step. Its metrics are the objective's sums over the batch and 'loss',
     'router_loss' and 'gradient_norm'.
   """
+  routers = method_routers(method.method, method.semantics)
   nonlinear = ('routing',) if any(router_losses.values()) else ()
 
   def train_step(state: State, batch: Batch):
@@ -58,8 +60,11 @@ def make_train_step(
         | grad_accumulation.mapped(prepare_rows, batch, rows_rng, accumulate)
       )
 
-    def sums_fn(trainable, rows, rng):
+    weights, routers_state = router_state.split(state.trainable)
+
+    def sums_fn(weights, rows, rng):
       # Over some rows of the batch, so nothing here may be a mean over them.
+      trainable = router_state.join(weights, routers_state)
       variables = method.variables(state.replace(trainable=trainable))
       total, sums = objective(model.apply, variables, rows, split_rngs(rng))
       return sums | {'total': total}
@@ -75,13 +80,16 @@ def make_train_step(
       }
 
     gradient, metrics = grad_accumulation.gradient(
-      sums_fn, loss_fn, state.trainable, batch, rng, accumulate, nonlinear
+      sums_fn, loss_fn, weights, batch, rng, accumulate, nonlinear
     )
-    updates, opt = optimizer.update(gradient, state.opt, state.trainable)
+    updates, opt = optimizer.update(gradient, state.opt, weights)
     metrics['gradient_norm'] = optax.global_norm(gradient)
     return state.replace(
       step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
+      trainable=router_state.join(
+        optax.apply_updates(weights, updates),
+        router_state.update(routers_state, metrics['routing'], routers),
+      ),
       opt=opt,
     ), metrics
 

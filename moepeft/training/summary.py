@@ -10,6 +10,7 @@ import jax
 from moepeft.checkpoints import quantize
 from moepeft.core.types import State
 from moepeft.models import weight_mapping
+from moepeft.moe import router_state
 from moepeft.nn.expert_padding import PaddedAxis, padding_size
 from moepeft.peft import Built
 from moepeft.peft.build import expanded
@@ -31,10 +32,10 @@ def print_summary(
     padded: {path of a trained array: its padded axis}.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  trained, frozen = size(state.trainable), size(state.frozen)
+  learned = router_state.split(state.trainable)[0]
+  trained, frozen = size(learned), size(state.frozen)
   shapes = {
-    path: leaf.shape
-    for path, leaf in weight_mapping.flatten(state.trainable).items()
+    path: leaf.shape for path, leaf in weight_mapping.flatten(learned).items()
   }
   padding = padding_size(shapes, padded)
   trained -= padding

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moepeft import config as config_lib
 from moepeft import train
@@ -186,8 +187,10 @@ def test_every_axis_says_its_letter(kind):
   assert said.keys() == found.keys()
   assert all(len(said[path]) == found[path].ndim for path in found)
   at = 'decoder/layers/self/o/kernel'
-  assert said[f'{at}_{kind}'] == {'int8': 'lnhd', 'nf4': 'lnd'}[kind]
-  assert said[f'{at}_scale'] == {'int8': 'ld', 'nf4': 'lnd'}[kind]
+  whole = P('layers', 'heads', 'head_dim', 'embed')
+  blocks, rows = P('layers', 'heads', 'embed'), P('layers', 'embed')
+  assert said[f'{at}_{kind}'] == {'int8': whole, 'nf4': blocks}[kind]
+  assert said[f'{at}_scale'] == {'int8': rows, 'nf4': blocks}[kind]
 
 
 @every_kind

@@ -11,10 +11,11 @@ from moepeft import config as config_lib
 from moepeft.core import sharding
 from moepeft.core.types import State
 from moepeft.models import weight_mapping
+from moepeft.moe import router_state
 from moepeft.nn import initializers
 from moepeft.training import optimizers, setup, state_sharding
 
-from . import small
+from . import router_probes, small
 
 
 def train_three(method: str) -> dict[str, np.ndarray]:
@@ -25,20 +26,21 @@ def train_three(method: str) -> dict[str, np.ndarray]:
   noise = 0.0 if method == 'full' else 0.1
   variables = small.variables(method, noise=noise)
   optimizer = optimizers.make_optimizer(config.optimizer, 10)
+  init = router_state.optimizer_init(optimizer)
   layout = sharding.layout()
   trainable = variables.pop(built.trainable)
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
-    opt=optimizer.init(trainable),
+    opt=init(trainable),
     rng=jax.random.key(0),
   )
   letters = initializers.logical_axes(model, small.batch())
   where = state_sharding.state_shardings(
     layout, state, letters, built.trainable
   )
-  state = state_sharding.place(state, where, optimizer.init)
+  state = state_sharding.place(state, where, init)
   update = jax.jit(setup.build_train_step(config, model, built, optimizer))
   for seed in range(3):
     batch = sharding.shard_batch(layout.mesh, small.batch(rows=8, seed=seed))
@@ -49,8 +51,9 @@ def train_three(method: str) -> dict[str, np.ndarray]:
 
 def main(path: str, *methods: str) -> None:
   arrays = {'devices': np.int32(jax.device_count())}
-  for method in methods:
-    arrays |= {f'{method}|{k}': v for k, v in train_three(method).items()}
+  with router_probes.registered():
+    for method in methods:
+      arrays |= {f'{method}|{k}': v for k, v in train_three(method).items()}
   np.savez(path, **arrays)
 
 

@@ -45,7 +45,7 @@ LAYOUTS = {
   'tp2': dict(preset='tp', model=2),
   'tp4': dict(preset='tp', model=4),
   # Both mesh axes in one array.
-  'both': dict(preset='tp', model=2, rules=(('d', 'data'),)),
+  'both': dict(preset='tp', model=2, rules=(('embed', 'data'),)),
 }
 CASES = (
   *((MIXTURE, name) for name in ('one', 'fsdp', 'both')),

@@ -141,7 +141,12 @@ def test_families_have_what_the_commands_ask_of_them():
 
 
 @pytest.mark.parametrize(
-  'methods', [(_MIXTURE,), pytest.param(_OTHERS, marks=pytest.mark.slow)]
+  'methods',
+  [
+    # A router with state, and a program with every kind of leaf.
+    (_MIXTURE.replace('topk', 'balanced'),),
+    pytest.param((_MIXTURE, *_OTHERS), marks=pytest.mark.slow),
+  ],
 )
 def test_eight_virtual_devices_equal_one(methods, tmp_path):
   command = [sys.executable, '-m', 'tests.contracts.devices']

@@ -89,8 +89,8 @@ def test_padding_never_moves_a_real_token(name):
   [
     (name, option)
     for name, entry in ROUTERS.items()
-    for option, facts in options_of(entry.module).items()
-    if facts.training_only
+    for option, declared in options_of(entry.module).items()
+    if declared.training_only
   ],
 )
 def test_noise_acts_in_training_only(name, noise):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from moepeft.core import sharding
 from moepeft.core.sharding import Layout
-from moepeft.core.types import State
+from moepeft.core.types import AXIS_NAMES, State
 from moepeft.models import weight_mapping
 from moepeft.training import state_sharding
 from tests import ROOT
@@ -32,25 +32,26 @@ def over(data, model, *rules):
 
 
 def spec(letters, shape, *rules, data=4, model=2):
-  return sharding.spec(over(data, model, *rules), letters, shape)
+  layout = over(data, model, *rules)
+  return sharding.spec(layout, [AXIS_NAMES[a] for a in letters], shape)
 
 
-D, F, N = ('d', 'data'), ('f', 'model'), ('n', 'model')
+D, F, N = ('embed', 'data'), ('mlp', 'model'), ('heads', 'model')
 
 
 def test_the_first_rule_whose_size_divides_takes_the_mesh_axis():
   assert spec('df', (12, 6), D, F) == P('data', 'model')
   # 3 does not divide by 2, so the next rule may have it.
-  assert spec('nd', (3, 12), N, ('d', 'model')) == P(None, 'model')
-  assert spec('nd', (4, 12), N, ('d', 'model')) == P('model')
+  assert spec('nd', (3, 12), N, ('embed', 'model')) == P(None, 'model')
+  assert spec('nd', (4, 12), N, ('embed', 'model')) == P('model')
   assert spec('d', (11,), D) == P()
   assert spec('er', (8, 8), D, F, N) == P()
 
 
-def test_a_mesh_axis_and_a_letter_are_used_once_an_array():
-  assert spec('df', (12, 12), D, ('f', 'data')) == P('data')
-  assert spec('d', (12,), D, ('d', 'model')) == P('data')
-  # Of two axes of a letter the second where only that divides.
+def test_an_axis_of_both_kinds_is_used_once_an_array():
+  assert spec('df', (12, 12), D, ('mlp', 'data')) == P('data')
+  assert spec('d', (12,), D, ('embed', 'model')) == P('data')
+  # Of two axes of a name the second where only that divides.
   assert spec('dd', (11, 12), D) == P(None, 'data')
 
 
@@ -59,12 +60,12 @@ def test_an_axis_of_one_device_spreads_nothing():
   assert spec('df', (12, 6), D, F, data=1, model=1) == P()
 
 
-@pytest.mark.parametrize('letter', 'vfdn')
-def test_presets_name_the_wide_axes(letter):
+@pytest.mark.parametrize('axis', ['vocab', 'mlp', 'embed', 'heads'])
+def test_presets_name_the_wide_axes(axis):
   presets = sharding.PRESETS
   assert presets['dp'] == ()
-  assert (letter, 'data') in presets['fsdp']
-  assert ((letter, 'model') in presets['tp']) == (letter != 'd')
+  assert (axis, 'data') in presets['fsdp']
+  assert ((axis, 'model') in presets['tp']) == (axis != 'embed')
 
 
 @pytest.mark.parametrize(
@@ -86,21 +87,22 @@ def test_keys_of_grouped_queries_are_spread_where_they_divide(
   assert spec('ldnh', (3, 16, 8, 6), *rules) == P(None, None, 'model')
 
 
-def test_rules_of_the_config_come_first_and_may_keep_a_letter_whole():
-  layout = sharding.layout('tp', rules=[['e', 'data'], ['f', None]])
+def test_rules_of_the_config_come_first_and_may_keep_an_axis_whole():
+  layout = sharding.layout('tp', rules=[['experts', 'data'], ['mlp', None]])
   # As read from a config.json: lists.
-  tp = (('v', 'model'), ('n', 'model'), ('k', 'model'))
-  assert layout.rules == (('e', 'data'), *tp)
+  tp = (('vocab', 'model'), ('heads', 'model'), ('kv_heads', 'model'))
+  assert layout.rules == (('experts', 'data'), *tp)
 
 
 @pytest.mark.parametrize(
   ('options', 'said'),
   [
     ({'preset': 'ddp'}, "preset is one of dp, fsdp, tp; got 'ddp'"),
-    ({'rules': [('q', 'data')]}, "no letter 'q'.*d .model"),
-    ({'rules': [('d', 'rows')]}, "one of data, model, or None; got 'rows'"),
-    ({'rules': ['d']}, "pairs like .*; got 'd'"),
-    ({'rules': [('d', 'data', 1)]}, 'pairs like'),
+    ({'rules': [('q', 'data')]}, "'q' is no axis of an array; .* embed, heads"),
+    ({'rules': [('f', 'data')]}, "the axis 'f' is named 'mlp' now"),
+    ({'rules': [('mlp', 'rows')]}, "one of data, model, or None; got 'rows'"),
+    ({'rules': ['mlp']}, "pairs like .*; got 'mlp'"),
+    ({'rules': [('mlp', 'data', 1)]}, 'pairs like'),
     ({'rules': [3]}, 'pairs like .*; got 3'),
     # Whatever there is here, it is fewer.
     ({'model': 1024}, 'model_parallel_size=1024 does not divide .* devices'),
@@ -113,7 +115,13 @@ def test_what_cannot_be_is_one_sentence(options, said):
   assert len(str(e.value).splitlines()) == 1
 
 
-LETTERS = {'params': {'q': {'kernel': 'ldf'}, 'head': 'dv'}, 'peft': {}}
+LOGICAL_AXES = {
+  'params': {
+    'q': {'kernel': P('layers', 'embed', 'mlp')},
+    'head': P('embed', 'vocab'),
+  },
+  'peft': {},
+}
 SHAPES = {'q': {'kernel': (3, 8, 16)}, 'head': (8, 7)}
 
 
@@ -135,7 +143,7 @@ def state_of(optimizer, shapes=SHAPES):
 def specs_of(layout, optimizer, **options):
   """{path: (shape, spec)} of the optimizer's arrays."""
   state = state_of(optimizer, **options)
-  where = state_sharding.state_shardings(layout, state, LETTERS, 'params')
+  where = state_sharding.state_shardings(layout, state, LOGICAL_AXES, 'params')
   paths = jax.tree_util.tree_flatten_with_path(state.opt)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): (leaf.shape, at)
@@ -176,7 +184,7 @@ def test_factored_moments_lie_as_the_axes_that_are_left():
 def test_one_line_says_what_each_device_holds_and_what_does_not_divide():
   layout = sharding.layout()
   state = state_of(optax.adam(0.1))
-  said = state_sharding.describe(layout, state, LETTERS, 'params')
+  said = state_sharding.describe(layout, state, LOGICAL_AXES, 'params')
   # 3 * 8 * 16 + 8 * 7 = 440 floats, 1760 bytes; Adam has two and a count.
   assert 'weights per device: 0.00176 of 0.00176 MB' in said
   assert 'optimizer per device: 0.00352 of 0.00352 MB' in said

@@ -19,7 +19,10 @@ from typing import Any
 from moepeft.checkpoints.adapter import instances
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
-from moepeft.inference.adapters.served_modules import served_module
+from moepeft.inference.adapters.served_modules import (
+  check_decodes,
+  served_module,
+)
 from moepeft.moe import ROUTERS
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import Built
@@ -107,6 +110,8 @@ def bucket_of(built: Built, label: str) -> Bucket:
         f'adapters: {entry(spec).not_pooled}'
       )
     entries = built.adapter_map.entries
+    for _, module in entries:
+      check_decodes(module)
     sites = tuple(path for path, module in entries if module.name == name)
     parts.append(
       BucketPart(name, _kind(spec), round_up_rank(rank_of(spec)), sites)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from moepeft.core.types import Array, Tree
+from moepeft.inference.adapters.served_modules import check_decodes
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
 from moepeft.peft.methods.prompt_tuning import before
 
@@ -54,6 +55,7 @@ class FixedAdapter:
     )
     sites: dict[str, set[str]] = {}
     for path, module in model.adapter_map.entries:
+      check_decodes(module)
       sites.setdefault(module.name, set()).add(path)
     self._acquired = AcquiredAdapter(
       np.zeros(0, np.int32),

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Context
-from moepeft.moe import ROUTERS
+from moepeft.moe import ROUTERS, RouterSpec
 from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import Constant, peft_param
 from moepeft.peft import Method
@@ -37,6 +37,23 @@ class SwitchedAdapter(nn.Module):
     return jnp.where(on > 0, self.adapter(once, x, ctx), y)
 
 
+def check_decodes(adapter: nn.Module) -> None:
+  """Raises ValueError for a router that the engine's caches cannot serve."""
+  entry = router_entry(adapter)
+  if entry is not None and entry.pools_prompt:
+    raise ValueError(
+      f'the router of {adapter.name} reads the whole prompt at each token, '
+      'which the caches of the engine do not hold; train it and score with '
+      'it, or generate with another router'
+    )
+
+
+def router_entry(adapter: nn.Module) -> RouterSpec | None:
+  """The entry of an adapter's router; None without one."""
+  router = type(getattr(adapter, 'router', None))
+  return next((r for r in ROUTERS.values() if r.module is router), None)
+
+
 def served_module(method: Method, adapter: nn.Module, name: str) -> nn.Module:
   """The module that stands for a trained adapter in a pool.
 
@@ -44,10 +61,10 @@ def served_module(method: Method, adapter: nn.Module, name: str) -> nn.Module:
     method: the adapter's entry.
     name: its name in the pool's tree.
   """
-  router = getattr(adapter, 'router', None)
-  spec = next((r for r in ROUTERS.values() if r.module is type(router)), None)
-  if spec is not None and spec.pooled_module:
-    adapter = adapter.clone(router=spec.pooled_module(router), parent=None)
+  entry = router_entry(adapter)
+  if entry is not None and entry.pooled_module:
+    router = entry.pooled_module(adapter.router)
+    adapter = adapter.clone(router=router, parent=None)
   if method.pooled_module:
     return method.pooled_module(adapter, name)
   if method.exact_identity:
