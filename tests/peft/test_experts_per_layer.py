@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -23,8 +24,10 @@ from moepeft.peft.build import build, expanded, plain
 from moepeft.runs import diagnosis, metrics_log
 from moepeft.runs.history import History
 from moepeft.training.metrics_logger import routing_rows
+from moepeft.training.setup import build_train_step
 
 from ..contracts import small
+from ..training.test_update import make_state
 
 SITES = t5.sites(small.GATED)
 # The encoder of `small.GATED` has two layers, the decoder three.
@@ -308,3 +311,28 @@ def test_counts_are_of_true_parameters():
   assert found['padding'] == 2 * 28 * expert
   assert found['by_site']['encoder/self/q'] == 36 * expert
   assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
+
+
+def test_a_step_in_parts_equals_that_of_the_whole_batch():
+  config = config_lib.default()
+  config.batch_size = len(small.batch()['inputs'])
+  config.router_losses.update(load_balance=0.1, entropy=-0.1)
+  model, built = small.make(MOLA)
+  before = small.variables(MOLA, noise=0.3)
+  optimizer, after = optax.sgd(1.0), {}
+  for parts in (1, 3):
+    config.gradient_accumulation_steps = parts
+    step = jax.jit(build_train_step(config, model, built, optimizer))
+    state, _ = step(make_state(before, optimizer), small.batch())
+    after[parts] = weight_mapping.flatten(state.trainable)
+  padded = padded_axes(model, small.batch())
+  for path, array in weight_mapping.flatten(before['peft']).items():
+    # Float32 sums in another order.
+    np.testing.assert_allclose(
+      after[3][path], after[1][path], rtol=1e-4, atol=1e-6, err_msg=path
+    )
+    # The noise in the padding has no gradient.
+    moved = np.array(after[3][path] - array)
+    assert np.abs(moved).max() > 0
+    padded[path].clear_padding(moved)
+    np.testing.assert_array_equal(moved, after[3][path] - array)
