@@ -88,7 +88,7 @@ def test_a_merged_model_answers_as_its_adapter_did(tmp_path):
       'steps': 2,
       'batch_size': 4,
       'evaluation': {'before': False, 'after': False},
-      'log': {'plots': False, 'tensorboard': False},
+      'log': {'plots': False, 'trackers': ''},
     }
   )
   # Large, so that the adapter changes the answers' probabilities.

@@ -30,10 +30,13 @@ RELU = dataclasses.replace(
 
 RNGS = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
 
+# At a kernel with heads and one without: at every site, compiling takes longer.
+_AT = "sites='*/q|*/wo'"
 # Every method of the registry, every router, and two adapters together.
 METHODS = (
   'lora(rank=3)',
   'dora(rank=3)',
+  f'dora(rank=3, {_AT})',
   'ia3',
   'mov(experts=3)',
   "mov(experts=3, reads='output')",
@@ -41,6 +44,7 @@ METHODS = (
   'mov(experts=3, router=topk(k=2, renormalize=True))',
   'molora(experts=3, rank=2)',
   'molora(experts=3, rank=2, router=topk(k=2))',
+  f'molora(experts=3, rank=2, router=topk(k=2), {_AT})',
   'molora(experts=3, rank=2, router=uniform)',
   'molora(experts=3, rank=2, router=random(k=2))',
   "ia3(sites='*/k') + lora(rank=2, sites='*/k|*/wo')",
@@ -55,10 +59,10 @@ METHODS = (
 # One of each method, with each kind of router, for what takes long.
 ONE_EACH = (
   'lora(rank=3)',
-  'dora(rank=3)',
+  f'dora(rank=3, {_AT})',
   'ia3',
   'mov(experts=3)',
-  'molora(experts=3, rank=2, router=topk(k=2))',
+  f'molora(experts=3, rank=2, router=topk(k=2), {_AT})',
 )
 
 

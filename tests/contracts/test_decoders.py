@@ -144,8 +144,19 @@ def test_cached_decoding_equals_uncached_in_bfloat16(name):
   )
 
 
-@pytest.mark.parametrize('attention', ['naive', 'chunked', 'fused'])
-@pytest.mark.parametrize('name', ['gemma2', 'gpt2', 'alibi'])
+@pytest.mark.parametrize(
+  ('name', 'attention'),
+  [
+    # Each family once and each attention once; the cross is slow.
+    pytest.param(
+      name,
+      attention,
+      marks=() if (i + j) % 3 == 0 else pytest.mark.slow,
+    )
+    for i, name in enumerate(('gemma2', 'gpt2', 'alibi'))
+    for j, attention in enumerate(('naive', 'chunked', 'fused'))
+  ],
+)
 def test_packed_rows_equal_rows_alone(name, attention):
   config = CONFIGS[name]
   if attention == 'fused':

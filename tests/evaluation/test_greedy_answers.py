@@ -19,7 +19,7 @@ from ..contracts import small
 WORDS = ByteTokenizer()
 # Bytes have 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
-METHOD = 'molora(experts=3, rank=2)'
+METHOD = "molora(experts=3, rank=2, sites='*/q|*/wo')"
 LENGTH, MOST = 7, 97
 # Of both buckets, one of them cut.
 TEXTS = ['a', 'where is it?', '你好' * 3, 'Which one? ' * 7, 'x' * 300]

@@ -21,7 +21,7 @@ from ..contracts import small
 WORDS = ByteTokenizer()
 # Bytes have 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
-METHOD = 'molora(experts=3, rank=2)'
+METHOD = "molora(experts=3, rank=2, sites='*/q|*/wo')"
 LENGTHS = 97, 23
 
 

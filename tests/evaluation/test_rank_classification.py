@@ -42,7 +42,7 @@ class Bigram:
   """
 
   adapter_map = AdapterMap()
-  config = types.SimpleNamespace(vocab=V)
+  config = types.SimpleNamespace(vocab=V, family='t5')
 
   def __init__(self, variables=None):
     self.variables = variables

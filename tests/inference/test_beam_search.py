@@ -136,8 +136,20 @@ def theirs(model, prompt, beams, eos):
   return rows, found.sequences_scores.numpy()
 
 
-@pytest.mark.parametrize('beams', SETTINGS, ids=str)
-@pytest.mark.parametrize('family', ['t5', 'llama'])
+@pytest.mark.parametrize(
+  ('family', 'beams'),
+  [
+    # Every setting with one family, and the first with the other.
+    pytest.param(
+      family,
+      beams,
+      id=f'{family}-{beams}',
+      marks=pytest.mark.slow if family == 't5' and number else (),
+    )
+    for family in ('t5', 'llama')
+    for number, beams in enumerate(SETTINGS)
+  ],
+)
 def test_beams_are_those_of_transformers(family, beams, folders):
   model, folder = tiny(family), folders[family]
   eos = end(family, folder)
@@ -156,9 +168,23 @@ def test_beams_are_those_of_transformers(family, beams, folders):
 
 
 @pytest.mark.parametrize(
-  'penalty, least', [(None, 0), (1.7, 0), (None, 7), (0.6, 6)]
+  ('family', 'penalty', 'least'),
+  [
+    ('t5', 0.6, 6),
+    ('llama', None, 0),
+    ('llama', 1.7, 0),
+    ('llama', None, 7),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('t5', None, 0),
+        ('t5', 1.7, 0),
+        ('t5', None, 7),
+        ('llama', 0.6, 6),
+      )
+    ),
+  ],
 )
-@pytest.mark.parametrize('family', ['t5', 'llama'])
 def test_greedy_tokens_are_those_of_transformers(
   family, penalty, least, folders
 ):

@@ -98,7 +98,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize('kind', ['t5', 'decoder'])
+@KINDS
 def test_texts_are_those_of_whole_calls_and_of_rows_alone(kind):
   model, variables = made(kind)
   rows = ids(kind)

@@ -32,6 +32,14 @@ from ..prompted import CLOSE, LLAMA, T5, applied, made
 
 WORDS = ByteTokenizer()
 BOTH = pytest.mark.parametrize('config', [T5, LLAMA], ids=['t5', 'llama'])
+# Where both run the same code but for the model.
+LLAMA_FIRST = pytest.mark.parametrize(
+  'config',
+  [
+    pytest.param(T5, id='t5', marks=pytest.mark.slow),
+    pytest.param(LLAMA, id='llama'),
+  ],
+)
 AHEAD = (263, 264, 265)
 
 
@@ -124,7 +132,7 @@ EXAMPLES = [
 ]
 
 
-@BOTH
+@LLAMA_FIRST
 def test_packed_texts_have_a_prompt_each_and_are_as_alone(config):
   model, variables = made(config)
   if config is T5:
@@ -213,7 +221,7 @@ def padded_to(batch, length):
   return found
 
 
-@BOTH
+@LLAMA_FIRST
 def test_answers_of_examples_are_behind_the_prompt(config):
   model, variables = made(config)
   text = EXAMPLES[0]

@@ -104,7 +104,13 @@ def test_a_shape_of_a_model_that_is_read_is_refused():
     base.shape(c.model)
 
 
-@pytest.mark.parametrize('positions', ['learned', 'sinusoidal', 'alibi'])
+@pytest.mark.parametrize(
+  'positions',
+  [
+    'learned',
+    *(pytest.param(p, marks=pytest.mark.slow) for p in ('sinusoidal', 'alibi')),
+  ],
+)
 def test_every_kind_of_positions_trains(tmp_path, positions):
   c = card({**SMALL, 'positions': positions, 'length': 97})
   c.objective, c.method, c.data.tokenizer = 'causal', 'full', 'bytes'

@@ -34,6 +34,7 @@ from ..contracts import small
 
 # Bytes need 259 ids.
 CONFIG = dataclasses.replace(small.GATED, vocab=263)
+SITES = "sites='*/q|*/wo'"
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +49,8 @@ def card(base, **changes):
   c = config_lib.default()
   c.model.path = base
   c.data.tokenizer = 'bytes'
-  c.method = 'molora(experts=3, rank=2)'
+  # At every site, compiling takes three times as long.
+  c.method = f'molora(experts=3, rank=2, {SITES})'
   c.steps = 4
   c.batch_size = 3
   c.data.inputs_length = 48
@@ -124,7 +126,8 @@ def begun(base, tmp_path_factory):
 def test_a_run_cut_in_two_ends_with_the_same_bytes(base, tmp_path):
   noisy = {
     'method': (
-      'molora(experts=3, rank=2, dropout=0.1, router=softmax(jitter=0.1))'
+      'molora(experts=3, rank=2, dropout=0.1, router=softmax(jitter=0.1), '
+      f'{SITES})'
     ),
     'optimizer.schedule': 'constant',
   }
@@ -221,9 +224,9 @@ def test_training_goes_on_from_an_exported_adapter(base, tmp_path, capsys):
 @pytest.mark.parametrize(
   ('method', 'said'),
   [
-    ('molora(experts=3, rank=2, alpha=32)', 'set config.method to'),
+    (f'molora(experts=3, rank=2, alpha=32, {SITES})', 'set config.method to'),
     pytest.param(
-      'molora(experts=3, rank=2, router=topk(k=1))',
+      f'molora(experts=3, rank=2, router=topk(k=1), {SITES})',
       'set config.method to',
       marks=pytest.mark.slow,
     ),
@@ -243,7 +246,10 @@ def test_an_adapter_that_computes_something_else_is_refused(
   with pytest.raises(ValueError, match=said):
     train.train(card(begun.base, **changes), str(tmp_path / 'w'))
   # Noise is training's own affair.
-  noisy = 'molora(experts=3, rank=2, dropout=0.3, router=softmax(jitter=0.1))'
+  noisy = (
+    'molora(experts=3, rank=2, dropout=0.3, router=softmax(jitter=0.1), '
+    f'{SITES})'
+  )
   train.train(
     card(begun.base, **changes | {'method': noisy}), 'none', dry_run=True
   )
@@ -516,6 +522,8 @@ def test_a_wrong_model_is_not_told_as_a_wrong_vocabulary(tmp_path):
   assert 'config.data.tokenizer' not in str(e.value)
 
 
+# Of the logger alone: test_a_broken_gradient_stops_the_run_before_it_is_saved.
+@pytest.mark.slow
 def test_an_exploding_loss_stops_with_the_step(base, tmp_path, monkeypatch):
   # Rates that are allowed do not explode in the few steps of a test.
   allowed = ranges.ALLOWED

@@ -170,7 +170,8 @@ def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
   built = build(method, sites(CONFIG))
   batch = {key: np.ones((1, 2), int) for key in ('inputs', 'decoder_inputs')}
   keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
-  tree = jax.device_get(T5(CONFIG, built.adapter_map).init(keys, batch)['peft'])
+  init = jax.jit(T5(CONFIG, built.adapter_map).init)
+  tree = jax.device_get(init(keys, batch)['peft'])
   adapter = Adapter(built.method, tree)
   t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
   found = t5x.load(str(tmp_path / 'x')).adapter

@@ -37,7 +37,7 @@ CONFIG = EngineConfig(
   prefill_batch_sizes=(1, 3),
   compile_ahead=False,
 )
-T5 = 'molora(experts=3, rank=2)'
+T5 = "molora(experts=3, rank=2, sites='*/q|*/wo')"
 
 
 def decoder(adapter='one', **changes):
@@ -148,7 +148,7 @@ def test_log_probs_of_a_decoder_are_those_of_training():
 def test_log_probs_of_an_encoder_decoder_are_those_of_training():
   engine, model, variables = t5()
   # Inputs shorter and longer than the answer, of two encoded lengths.
-  for size, answer in ((3, 5), (11, 2), (2, 13)):
+  for size, answer in ((3, 5), (11, 2)):
     ids = tuple(int(i) % 30 + 2 for i in prompt(size, size))
     targets = tuple(int(i) % 30 + 2 for i in prompt(answer, answer))
     batch = {

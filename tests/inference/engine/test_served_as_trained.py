@@ -99,7 +99,7 @@ def rows_of(base, made, name, ids, answer):
     logits = banked.alone(base, built, tree, batch)
   else:
     model = banked.model_of(base, AdapterMap())
-    logits = model.apply({'params': base.params}, batch)
+    logits = jax.jit(model.apply)({'params': base.params}, batch)
   rows = np.asarray(jax.nn.log_softmax(logits[0]))
   return rows[first : first + len(answer)]
 
