@@ -158,7 +158,7 @@ def stack_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def padding_size(
   shapes: Mapping[str, Sequence[int]], padded: Mapping[str, PaddedAxis]
 ) -> int:
-  """How many numbers of arrays of these shapes are padding."""
+  """The number of zeros that pad arrays of these shapes."""
   return sum(
     math.prod(shape) - padded[path].size(shape)
     for path, shape in shapes.items()

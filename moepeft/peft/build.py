@@ -172,8 +172,8 @@ def expanded(
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
       # Exactly one of them may stand in a method string.
-      given = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
-      for name in {*EXPERT_COUNTS} - given:
+      source = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - source:
         del options[name]
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))

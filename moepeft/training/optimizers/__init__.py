@@ -82,8 +82,8 @@ def make_optimizer(
   ) -> optax.GradientTransformation:
     decay = config.weight_decay if weight_decay is None else weight_decay
     schedule = make_schedule(config, steps, learning_rate)
-    made = spec.make(learning_rate=schedule, weight_decay=decay, **keys)
-    return without_padding(made, padded) if padded else made
+    optimizer = spec.make(learning_rate=schedule, weight_decay=decay, **keys)
+    return without_padding(optimizer, padded) if padded else optimizer
 
   groups = parameter_groups.parse_groups(config.groups)
   update = make()
