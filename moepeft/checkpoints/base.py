@@ -14,7 +14,7 @@ from moepeft.checkpoints import pip_models, quantize
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.files import local_path
 from moepeft.core.types import Batch, Tree
@@ -23,7 +23,7 @@ from moepeft.nn import initializers
 from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
-from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.peft.prefix import placeholder_ids
 from moepeft.runs.run import Run
 
 
@@ -115,8 +115,8 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
       raise ValueError(
         f'config.model.shape.{key} is not looked at; set config.model.{key}'
       )
-    both = isinstance(value, dict) and isinstance(fields.get(key), dict)
-    fields[key] = {**fields[key], **value} if both else value
+    is_nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
+    fields[key] = {**fields[key], **value} if is_nested else value
   try:
     return family.from_fields(fields)
   except ValueError as e:
@@ -124,7 +124,7 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
 
 
 def _form(path: str) -> ModuleType:
-  """What reads the base at a path."""
+  """The module that reads the form of the base at a path."""
   return {'t5x': t5x, 'gguf': gguf}.get(checkpoint_formats.detect(path), hf)
 
 
@@ -175,7 +175,7 @@ def load_adapter(path: str, config: Any) -> Start:
   """The adapter of a run's latest checkpoint, or of a directory in any form.
 
   Args:
-    path: a work directory of moepeft.train, or what `interop.detect` knows.
+    path: a work directory of moepeft.train, or what `formats.detect` knows.
     config: of the model.
 
   Raises:
@@ -185,14 +185,20 @@ def load_adapter(path: str, config: Any) -> Start:
   is_run = Run(path).has_checkpoints_dir
   form = '' if is_run else checkpoint_formats.detect(path)
   if is_run or form == 'moepeft':
-    tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
-    base = card['base']
-    kept = base.get('quantise', '')
-    return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
+    tree, metadata = restore_adapter(path) if is_run else adapter_lib.load(path)
+    base = metadata['base']
+    quantization = base.get('quantise', '')
+    return Start(
+      metadata['method'],
+      tree,
+      base['sha256'],
+      metadata['semantics'],
+      quantization,
+    )
   if form == 'peft':
     return Start(*peft.load(path, config))
-  if form == 't5x' and (found := t5x.load(path).adapter):
-    return Start(*found)
+  if form == 't5x' and (adapter := t5x.load(path).adapter):
+    return Start(*adapter)
   raise ValueError(
     f'{path} holds no adapter; expected the work directory of a run, an '
     'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
@@ -223,7 +229,7 @@ def before(
     family, shape: of `shape`.
   """
   built = build(config.method, family.sites(shape), config.semantics)
-  return placeholders(built.adapter_map, shape.vocab)
+  return placeholder_ids(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:
@@ -269,23 +275,23 @@ def with_adapter(
       f'{base.quantise!r}; set it to {kind!r}, or name another adapter'
     )
   semantics = semantics or built.semantics
-  own = build(method, base.family.sites(base.config), semantics)
+  adapter_build = build(method, base.family.sites(base.config), semantics)
   advice = (
-    f'set config.method to {own.method!r} and config.semantics to '
+    f'set config.method to {adapter_build.method!r} and config.semantics to '
     f'{semantics!r}, or name another adapter'
   )
-  if function_of(own.adapter_map) != function_of(built.adapter_map):
+  if function_of(adapter_build.adapter_map) != function_of(built.adapter_map):
     raise ValueError(
-      f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
-      f'has {built.method!r} with {built.semantics!r}; {advice}'
+      f'{path} holds {adapter_build.method!r} with {semantics!r} semantics, '
+      f'the config has {built.method!r} with {built.semantics!r}; {advice}'
     )
-  wanted, found = (
+  expected, arrays = (
     weight_mapping.flatten(variables['peft']),
     weight_mapping.flatten(tree),
   )
   weight_mapping.check(
-    {name: tuple(a.shape) for name, a in wanted.items()},
-    {name: tuple(a.shape) for name, a in found.items()},
+    {name: tuple(a.shape) for name, a in expected.items()},
+    {name: tuple(a.shape) for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',
     advice,
   )

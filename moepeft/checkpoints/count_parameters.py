@@ -32,17 +32,17 @@ def count(config: ConfigDict) -> dict[str, Any]:
   """
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
-  made, built = base_lib.module(base, config)
+  module, built = base_lib.module(base, config)
   key = jax.random.key(0)
   shapes = jax.eval_shape(
-    lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
+    lambda: module.init({'params': key, 'peft': key}, base_lib.example_batch())
   )
-  params, kept = _total(shapes['params']), shapes['params']
+  n_params, stored_params = _total(shapes['params']), shapes['params']
   if config.model.quantize:
-    kept = quantize.shapes(kept, model, config.model.quantize)
+    stored_params = quantize.shapes(stored_params, model, config.model.quantize)
   trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
   sites = defaultdict(int)
-  padded = initializers.padded_axes(made, base_lib.example_batch())
+  padded = initializers.padded_axes(module, base_lib.example_batch())
   for path, leaf in trained.items():
     if router_state.is_state(path):
       continue
@@ -53,11 +53,11 @@ def count(config: ConfigDict) -> dict[str, Any]:
   padding = padding_size({p: a.shape for p, a in trained.items()}, padded)
   peft = sum(sites.values())
   return {
-    'params': params,
+    'params': n_params,
     'peft': peft,
-    'percent': round(100 * peft / params, 4),
+    'percent': round(100 * peft / n_params, 4),
     'megabytes': {
-      'params': round(quantize.size(kept) / 1e6, 3),
+      'params': round(quantize.size(stored_params) / 1e6, 3),
       'peft': round(quantize.size(shapes.get('peft', {})) / 1e6, 3),
     },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
-from moepeft.checkpoints.manager import card, restore_trained
+from moepeft.checkpoints.restore import restore_trained
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import load_tokenizer
@@ -196,7 +197,7 @@ def _trained(
 ) -> tuple[Tree, int]:
   """(variables, step) of a checkpoint."""
   trained, saved = restore_trained(workdir, checkpoint)
-  now = card(base, built, config.seed)
+  now = describe_run(base, built, config.seed)
   if saved['base']['sha256'] != now['base']['sha256']:
     raise ValueError(
       f'the base {base.path!r} is not the one that {workdir!r} was trained on '

@@ -41,6 +41,8 @@ class RouterSpec:
     learned: whether the router has trained parameters.
     losses: {name in config.router_losses: loss}, beside those of
       `moepeft.moe.aux_losses`, which every router has.
+    statistics: {name in the metrics log: function of the same form}, logged for
+      each site that reports what it reads; of a layer axis it keeps it.
     update: of a router with state (`moe.router_state`), (router, {name: array},
       RouterStats of the whole batch) -> {name: array}, of one site and layer,
       called once per optimizer step. None for a router without state.
@@ -59,6 +61,7 @@ class RouterSpec:
   independent_of_batch: bool = True
   learned: bool = True
   losses: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
+  statistics: Mapping[str, RouterLoss] = dataclasses.field(default_factory=dict)
   update: Callable | None = None
   defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict

@@ -172,8 +172,8 @@ def expanded(
       router = Spec(router.name, tuple((usual | dict(router.options)).items()))
       options['router'] = router
       # Exactly one of them may stand in a method string.
-      source = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
-      for name in {*EXPERT_COUNTS} - source:
+      count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
+      for name in {*EXPERT_COUNTS} - count_names:
         del options[name]
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
@@ -277,11 +277,11 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
   """Checks names and options and adds what the semantics decides; flat."""
   spec = flat(spec)
   method = entry(spec, methods)
-  given = dict(spec.options)
+  user_options = dict(spec.options)
   decided = dict(method.defaults.get(semantics, {}))
   options = method.options()
   if 'router' in options:
-    router = given.get('router', DEFAULT_ROUTER)
+    router = user_options.get('router', DEFAULT_ROUTER)
     router = Spec(router) if isinstance(router, str) else router
     if not isinstance(router, Spec):
       raise ValueError(
@@ -295,17 +295,19 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     for option, value in router_entry.defaults.get(semantics, {}).items():
       if router.get(option) is None:
         router = router.replace(**{option: value})
-    decided['router'] = given['router'] = router
+    decided['router'] = user_options['router'] = router
   extra = {'sites': Option('')} if options else {}
   if method.expert and method is not methods[spec.name]:
     extra['expert'] = Option('')
   _check(spec, options | extra)
-  counts = [name for name in EXPERT_COUNTS if name in given]
+  counts = [name for name in EXPERT_COUNTS if name in user_options]
   if len(counts) > 1:
     raise ValueError(
       f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
-  return Spec(spec.name, tuple((given | (decided | given)).items()))
+  return Spec(
+    spec.name, tuple((user_options | (decided | user_options)).items())
+  )
 
 
 def make(

@@ -118,8 +118,8 @@ class Method:
     """
     options = {**self.values, **options}
     if self.expert:
-      own = options_of(self.module)
-      inner = {k: v for k, v in options.items() if k not in own}
-      options = {k: v for k, v in options.items() if k in own}
+      mixture_options = options_of(self.module)
+      inner = {k: v for k, v in options.items() if k not in mixture_options}
+      options = {k: v for k, v in options.items() if k in mixture_options}
       options['expert'] = self.expert.make(**inner)
     return self.module(name=name, parent=None, **options)

@@ -16,8 +16,9 @@ import optax
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import Checkpoints, card
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_metadata import describe_run
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout
 from moepeft.core.types import State
@@ -35,10 +36,10 @@ from moepeft.data.batching.collators import (
 )
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.readers.preference import preference_data
+from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
-  Prompt,
+  PromptExamples,
   training_prompts,
   validation_rows,
 )
@@ -97,7 +98,7 @@ class Training:
   train_step: TrainStep
   batches: Loader
   evaluator: Evaluator
-  prompts: Sequence[Prompt]
+  prompts: Sequence[PromptExamples]
   identity: dict[str, Any]
 
 
@@ -157,7 +158,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
   state = state_sharding.place(
     state, shardings, router_state.optimizer_init(optimizer)
   )
-  identity = card(base, method, config.seed)
+  identity = describe_run(base, method, config.seed)
   summary.print_summary(
     base,
     method,
@@ -237,11 +238,11 @@ def start(
     config.checkpoint.keep_best,
     asynchronous=True,
   )
-  early_stopping = Course()
+  run_progress = RunProgress()
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
-    early_stopping = checkpoints.course()
-    training.batches.seek(distributed.place_of_process(early_stopping.place))
+    run_progress = checkpoints.run_progress()
+    training.batches.seek(distributed.place_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -269,7 +270,7 @@ def start(
     workdir=workdir,
     checkpoints=checkpoints,
     identity=training.identity,
-    early_stopping=early_stopping,
+    run_progress=run_progress,
     trackers=trackers,
     history=history,
     metrics=MetricsLogger(
@@ -405,7 +406,7 @@ def _build_evaluator(
   model: nn.Module,
   tokenizer: Tokenizer,
   data: TrainingData,
-  prompts: Sequence[Prompt],
+  prompts: Sequence[PromptExamples],
   layout: Layout,
   collator: Collator,
   reference: Callable | None,

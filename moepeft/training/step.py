@@ -13,11 +13,10 @@ import flax.linen as nn
 import jax
 import optax
 
-from moepeft.core.types import Batch, State
+from moepeft.core.types import Array, Batch, State
 from moepeft.moe import aux_losses, router_state, router_stats
 from moepeft.objectives import Objective
 from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.objectives.seq2seq import split_rngs
 from moepeft.peft import Built
 from moepeft.peft.build import routers as method_routers
 from moepeft.training import grad_accumulation
@@ -94,3 +93,9 @@ def make_train_step(
     ), metrics
 
   return train_step
+
+
+def split_rngs(rng: Array) -> dict[str, Array]:
+  """The keys that a training step's model call takes."""
+  dropout, router = jax.random.split(rng)
+  return {'dropout': dropout, 'router': router}

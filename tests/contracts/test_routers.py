@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every router promises, and losses and statistics by hand."""
+"""Contracts of every router, and losses and statistics by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -21,7 +21,7 @@ from moepeft.moe.routers.topk import TopK
 from moepeft.nn import expert_padding
 from moepeft.nn.initializers import padded_axes, param_metadata
 from moepeft.peft.build import build, expanded, plain
-from moepeft.runs import diagnosis, metrics_log
+from moepeft.runs import metrics_log, router_diagnosis
 from moepeft.runs.history import History
 from moepeft.training.metrics_logger import routing_rows
 from moepeft.training.setup import build_train_step
@@ -220,7 +220,7 @@ def test_logs_plots_alarms_and_tables_take_the_layers_own_experts():
     'weight',
     [[1], [0.5, 0.5], [0.97, 0.01, 0.01, 0.01]],
   )
-  alarms = diagnosis.collapsed({'encoder/q': site}, 0.4)
+  alarms = router_diagnosis.collapsed_routers({'encoder/q': site}, 0.4)
   assert [*alarms] == ['encoder/q, layer 2']
   assert 'ln 4' in alarms['encoder/q, layer 2']
   (state,) = History([{'step': 1, 'routing': {'encoder/q': site}}]).routing()
