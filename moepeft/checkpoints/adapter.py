@@ -17,7 +17,9 @@ directories, sorted keys, float32. Any method has this form, mixtures too:
                 parameters   of the adapter
                 experts      of a mixture that began with trained adapters:
                              path and sha256 of each file
-                arrays       {key: shape, sha256}
+                arrays       {key: shape, sha256}; where layers have unlike
+                             counts of experts, an array for each layer under
+                             'layers_0', 'layers_1', ..., without padding
                 file_sha256, card_sha256: of both files, checked in reading
 """
 
@@ -37,6 +39,9 @@ from moepeft.config.method_string import Spec
 from moepeft.core import untrusted
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Tree
+from moepeft.nn import expert_padding, initializers
+from moepeft.nn.expert_padding import PaddedAxis
+from moepeft.peft import build
 
 FORMAT = 1
 ARRAYS, METADATA_FILE = 'adapter.safetensors', 'adapter.json'
@@ -98,7 +103,9 @@ def save(
     )
   arrays = {
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
-    for name, leaf in weight_mapping.flatten(tree).items()
+    for name, leaf in expert_padding.split(
+      weight_mapping.flatten(tree), _padded_axes(metadata)
+    ).items()
   }
   with directory.directory(path, overwrite) as output_dir:
     save_file(arrays, output_dir / ARRAYS)
@@ -160,7 +167,25 @@ def load(path: str) -> tuple[Tree, dict[str, Any]]:
       )
   if _file_hash(file) != metadata['file_sha256']:
     raise CheckpointError(f'{file} is damaged in its header; {advice}')
-  return weight_mapping.unflatten(arrays), metadata
+  try:
+    stacked = expert_padding.stack_layers(arrays)
+  except ValueError as error:
+    raise CheckpointError(f'{file}: {error}; {advice}') from None
+  return weight_mapping.unflatten(stacked), metadata
+
+
+def _padded_axes(metadata: Mapping[str, Any]) -> dict[str, PaddedAxis]:
+  """The padded arrays of an adapter; traces its model if there are any."""
+  if 'experts_per_layer' not in metadata['method']:
+    return {}
+  config = config_of(metadata)
+  family = FAMILIES[config.family]
+  built = build(metadata['method'], family.sites(config), metadata['semantics'])
+  ids = np.zeros((1, 2), np.int32)
+  return initializers.padded_axes(
+    family.module(config, built.adapter_map),
+    {'inputs': ids, 'decoder_inputs': ids},
+  )
 
 
 def _check_types(metadata: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.core.types import Batch, Tree
 from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
 from moepeft.peft.prefix import placeholder_ids
@@ -226,6 +227,11 @@ def initialise(base: Base, model: Any, seed: int) -> dict[str, Tree]:
 def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
   """{'params': ..., 'peft': ...}: the names of every array's axes."""
   return initializers.logical_axes(model, example_batch(), base.params)
+
+
+def padded_axes(model: Any, base: Base) -> dict[str, PaddedAxis]:
+  """{path: axis} of the adapter's arrays that have padding."""
+  return initializers.padded_axes(model, example_batch(), base.params)
 
 
 def with_adapter(

@@ -26,6 +26,7 @@ from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer, flatten_features
+from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads')
@@ -94,6 +95,7 @@ class Mixture(nn.Module):
         'a count for each layer, and stacks of unlike depth a mixture each by '
         "`sites`, like sites='encoder/*'"
       )
+    record_expert_counts(self, counts)
     masks = np.arange(self.experts) < np.array(counts)[:, None]
     return ctx.replace(expert_mask=jnp.asarray(masks)[ctx.layer])
 

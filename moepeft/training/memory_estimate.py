@@ -81,7 +81,10 @@ def need(config: ConfigDict) -> Need:
   # The gradient is as large as the weights that it is of.
   state = size(trained)
   if state < _MANY:
-    optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+    padded = initializers.padded_axes(model, base_lib.example_batch())
+    optimizer = optimizers.make_optimizer(
+      config.optimizer, config.steps, padded
+    )
     state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
   sides = OBJECTIVES.lookup(config.objective).answers_per_row

@@ -148,7 +148,8 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
 
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
-  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+  padded = base_lib.padded_axes(model, base)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
   state, reference, expert_files = _build_state(
     config, base, model, method, optimizer
   )
@@ -174,6 +175,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       ),
       'data': _describe_data(config, data),
     },
+    padded,
   )
   print(truncation_note(data, collator), end='', flush=True)
   data = _with_precomputed_reference(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import State
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.training import summary
 
 
@@ -40,3 +41,8 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
     'weights per device  1.3 GB',
     'workdir             w',
   ]
+  # The last of three layers has three experts of five.
+  padded = {'a': PaddedAxis(1, (5, 5, 3), True)}
+  summary.print_summary(base, method, state, 'bytes', 'w', padded=padded)
+  lines = capsys.readouterr().out.splitlines()
+  assert 'trained  13 parameters (0.43 %) and 2 zeros of padding' in lines

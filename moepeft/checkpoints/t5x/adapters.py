@@ -272,6 +272,7 @@ def _require_released(instance: str, spec: Spec) -> None:
     f'alpha={spec.get("alpha")}': spec.get('alpha', ALPHA) != ALPHA,
     'rslora': spec.get('rslora', False),
     "on='input'": spec.get('on', 'output') != 'output',
+    'experts_per_layer': spec.get('experts_per_layer') is not None,
     f'reads={spec.get("reads")!r}': spec.get('reads', 'heads') != 'heads',
     f'the router {router}': router.name not in ('softmax', 'topk')
     or router.get('renormalize', False),
