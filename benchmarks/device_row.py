@@ -37,7 +37,7 @@ _SEGMENTS = 4
 _SITES, _ALPHA = ['q', 'k', 'v', 'o', 'wi_0', 'wo'], 16
 
 Row = Mapping[str, Any]
-Found = dict[str, Any]
+Measurement = dict[str, Any]
 
 
 def example(row: Row, vocab: int) -> dict[str, np.ndarray]:
@@ -82,14 +82,14 @@ def drawn(model: Any) -> dict[str, Any]:
   for name in ('params', 'peft'):
     flat = flax.traverse_util.flatten_dict(shapes.get(name, {}))
     for path, leaf in flat.items():
-      own = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
+      leaf_key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
       make = jax.jit(labels[path].initializer, static_argnums=(1, 2))
-      flat[path] = make(own, leaf.shape, leaf.dtype)
+      flat[path] = make(leaf_key, leaf.shape, leaf.dtype)
     trees[name] = flax.traverse_util.unflatten_dict(flat)
   return trees
 
 
-def of_moepeft(row: Row) -> Found:
+def of_moepeft(row: Row) -> Measurement:
   """Times `moepeft.train`'s own update."""
   c = config_of(row)
   family, shape = base_lib.shape(c.model)
@@ -110,19 +110,19 @@ def of_moepeft(row: Row) -> Found:
   update = jax.jit(
     setup.build_train_step(c, model, built, optimizer), donate_argnums=0
   )
-  held = [state]
+  state_cell = [state]
   del state
 
   def step():
-    held[0], aux = update(held[0], batch)
+    state_cell[0], aux = update(state_cell[0], batch)
     jax.block_until_ready(aux)
 
   seconds = timed(step, row['steps'])
-  told = jax.local_devices()[0].memory_stats() or {}
-  return {'seconds': seconds, 'bytes': told.get('peak_bytes_in_use')}
+  memory_stats = jax.local_devices()[0].memory_stats() or {}
+  return {'seconds': seconds, 'bytes': memory_stats.get('peak_bytes_in_use')}
 
 
-def of_peft(row: Row) -> Found:
+def of_peft(row: Row) -> Measurement:
   """Times LoRA of Hugging Face's peft on transformers' T5, in torch."""
   import peft
   import torch
@@ -207,8 +207,8 @@ def out_of_memory(error: Exception) -> bool:
   )
 
 
-def found_of(row: Row) -> Found:
-  """What the row comes to; see the module's docstring."""
+def measurement_of(row: Row) -> Measurement:
+  """The measurements of one row; see the module's docstring."""
   if row['side'] == 'device':
     device = jax.devices()[0]
     return {'kind': device.device_kind, 'platform': device.platform}
@@ -226,4 +226,4 @@ def found_of(row: Row) -> Found:
 if __name__ == '__main__':
   command_line.keep_programs()
   host_memory.keep()
-  print(json.dumps(found_of(json.loads(sys.argv[1]))))
+  print(json.dumps(measurement_of(json.loads(sys.argv[1]))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fine-tuning costs on one accelerator, at T5 1.1 large and xl shapes.
+"""Costs of fine-tuning on one accelerator, at T5 1.1 large and xl shapes.
 
 python benchmarks/device_table.py [--sizes=large,xl] [--json=FILE]
 
@@ -74,7 +74,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is measured; the flags of the command, by their names."""
+  """The measurements to take; fields are named as the command's flags."""
 
   sizes: Sequence[str] = ('large', 'xl')
   methods: Sequence[str] = METHODS
@@ -119,7 +119,7 @@ def peak_of(kind: str, platform: str, tflops: float | None) -> float | None:
 
 
 def run(row: Mapping[str, Any]) -> Row:
-  """What benchmarks/device_row.py says; {'failed': why} where it does not."""
+  """The result of benchmarks/device_row.py, or {'failed': reason}."""
   paths = [str(_HERE.parent), os.environ.get('PYTHONPATH', '')]
   env = {
     # JAX takes three quarters by default.
@@ -171,7 +171,7 @@ def measured(
 
 
 def plans(options: Options, platform: str, with_peft: bool) -> Iterator[Row]:
-  """What is to be measured: by size, method and remat."""
+  """The rows to measure: by size, method and remat."""
   shared = {
     'inputs': options.inputs,
     'targets': options.targets,
@@ -220,15 +220,17 @@ def line(texts: Sequence[str]) -> str:
 
 
 def goals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-  """What stands against GOALS: the best remat and batch on either side.
+  """The figures that GOALS bound, of the best remat and batch on each side.
 
   mfu_xl is of lora; lora_over_peft of tokens/s, where both are measured the
   least over the sizes. None where it was not measured.
   """
   best: dict[tuple[str, str], Mapping[str, Any]] = {}
   for row in rows:
-    ours = row['side'] == 'moepeft' and row['method'] == f'lora(rank={_RANK})'
-    if 'seconds' in row and (ours or row['side'] == 'peft'):
+    is_moepeft_lora = (
+      row['side'] == 'moepeft' and row['method'] == f'lora(rank={_RANK})'
+    )
+    if 'seconds' in row and (is_moepeft_lora or row['side'] == 'peft'):
       key = row['size'], row['side']
       if row['tokens_per_s'] > best.get(key, {}).get('tokens_per_s', 0):
         best[key] = row
@@ -245,8 +247,8 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def keep(path: str, kind: str, rows: Sequence[Row]) -> None:
   with open(path, 'w') as f:
-    found = {'device': kind, 'rows': rows, 'goals': goals(rows)}
-    json.dump(found, f, indent=2)
+    report = {'device': kind, 'rows': rows, 'goals': goals(rows)}
+    json.dump(report, f, indent=2)
 
 
 def check(options: Options, path: str | None) -> None:
@@ -297,9 +299,9 @@ def show(options: Options, tflops: float | None, path: str | None) -> list[Row]:
       if path:
         keep(path, kind, rows)
   print()
-  for name, found in goals(rows).items():
-    said = 'not measured' if found is None else f'{found:.3f}'
-    print(f'{name}: {said}; the goal is at least {GOALS[name]}')
+  for name, figure in goals(rows).items():
+    text = 'not measured' if figure is None else f'{figure:.3f}'
+    print(f'{name}: {text}; the goal is at least {GOALS[name]}')
   return rows
 
 
@@ -322,13 +324,13 @@ if __name__ == '__main__':
   flags.DEFINE_multi_string(
     'methods', list(plain.methods), 'Given once for each.'
   )
-  for name, what in (
+  for name, help_text in (
     ('batch', 'Rows of a batch, halved until they fit.'),
     ('inputs', 'Tokens of a row.'),
     ('targets', 'Tokens of a row.'),
     ('steps', 'Steps timed.'),
   ):
-    flags.DEFINE_integer(name, getattr(plain, name), what, lower_bound=1)
+    flags.DEFINE_integer(name, getattr(plain, name), help_text, lower_bound=1)
   _PEAK = flags.DEFINE_float(
     'peak_tflops', None, "The device's peak, where this file lacks it."
   )

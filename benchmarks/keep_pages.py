@@ -47,10 +47,12 @@ def make_step(config):
     opt=optimizer.init(peft),
     rng=jax.random.key(config.seed),
   )
-  found = open_data(config.data, config.seed)
+  training_data = open_data(config.data, config.seed)
   words = load_tokenizer(config.data.tokenizer, config.model.path)
   batch = next(
-    make_loader(found, words, config.data, config.batch_size, config.seed)
+    make_loader(
+      training_data, words, config.data, config.batch_size, config.seed
+    )
   )
   update = setup.build_train_step(config, model, built, optimizer)
   return jax.jit(update, donate_argnums=0), state, batch

@@ -39,7 +39,7 @@ _MADE_ROWS = 20_000
 _LINES = 1024
 
 
-def ours(path):
+def moepeft_examples(path):
   """Yields (inputs [b, s], targets [b, t]) of moepeft's loader."""
   c = config_lib.default().data
   c.source, c.path, c.validation_fraction = 'jsonl', path, 0.0
@@ -56,7 +56,7 @@ def ours(path):
     batches.close()
 
 
-def theirs(path):
+def seqio_examples(path):
   """Yields the same of SeqIO's task, packed by its feature converter."""
   seqio, tf = import_seqio()
   compression = 'GZIP' if path.endswith('.gz') else ''
@@ -99,10 +99,10 @@ def parse_lines(dataset):
     return [np.array([row[s].encode() for row in rows], object) for s in SIDES]
 
   def texts(lines):
-    found = tf.numpy_function(parse, [lines], [tf.string, tf.string])
-    for side in found:
+    columns = tf.numpy_function(parse, [lines], [tf.string, tf.string])
+    for side in columns:
       side.set_shape([None])
-    return dict(zip(SIDES, found, strict=True))
+    return dict(zip(SIDES, columns, strict=True))
 
   parsed = dataset.batch(_LINES).map(texts, num_parallel_calls=tf.data.AUTOTUNE)
   return parsed.unbatch()
@@ -136,7 +136,7 @@ def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
   path = os.path.expanduser(_DATA.value or made_rows())
-  sides = {'ours': ours, 'seqio': theirs}
+  sides = {'ours': moepeft_examples, 'seqio': seqio_examples}
   speeds, waste = {side: [] for side in sides}, {}
   for number in range(_ROUNDS.value + 1):
     for name, side in sides.items():
@@ -144,20 +144,20 @@ def main(argv) -> None:
       if number:
         speeds[name].append(speed)
   ratios = [a / b for a, b in zip(speeds['ours'], speeds['seqio'], strict=True)]
-  found = {
+  report = {
     'ours_over_seqio': round(statistics.median(ratios), 3),
     'least': round(min(ratios), 3),
     'most': round(max(ratios), 3),
   }
   for name, (inputs, targets) in waste.items():
-    found |= {
+    report |= {
       f'{name}_inputs_padding': round(float(inputs), 4),
       f'{name}_targets_padding': round(float(targets), 4),
     }
-  print(json.dumps(found, indent=2))
+  print(json.dumps(report, indent=2))
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump(found, f, indent=2)
+      json.dump(report, f, indent=2)
 
 
 if __name__ == '__main__':

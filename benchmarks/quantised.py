@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a base saves and loses in few bits: megabytes, and held-out perplexity.
+"""Megabytes and held-out perplexity of a base quantized to 8 and 4 bits.
 
 python benchmarks/quantised.py --config=configs/molora_t5.py [--json=FILE]
 
@@ -33,9 +33,11 @@ def measure(config) -> dict[str, dict[str, float]]:
   config.method = 'full'  # which here stands for no adapter
   _, shape = base_lib.shape(config.model)
   words = load_tokenizer(config.data.tokenizer, config.model.path)
-  own = make_model_collator(config.data, words, shape, config.seed)
-  found = open_data(config.data, config.seed, (0, 1), shape.vocab, own)
-  pairs = validation_rows(config, found, own)
+  collator = make_model_collator(config.data, words, shape, config.seed)
+  training_data = open_data(
+    config.data, config.seed, (0, 1), shape.vocab, collator
+  )
+  pairs = validation_rows(config, training_data, collator)
   figures = {}
   for kind in ('', *FORMATS):
     config.model.quantize = kind
@@ -47,7 +49,7 @@ def measure(config) -> dict[str, dict[str, float]]:
       scoring_lengths(config.data, model),
       config.evaluation.batch_size,
       validation=pairs,
-      collator=own,
+      collator=collator,
       objective=build_validation_objective(config),
     )
     variables = {'params': base.params, 'peft': {}}
@@ -61,13 +63,13 @@ def measure(config) -> dict[str, dict[str, float]]:
   return figures
 
 
-def line(kind: str, own: dict[str, float], stored: dict[str, float]) -> str:
+def line(kind: str, figures: dict[str, float], stored: dict[str, float]) -> str:
   """A line of the table; the last two columns are of what is stored."""
   return (
-    f'{kind or "as stored":9}  {own["megabytes"]:8.1f} MB  {own["nats"]:.4f} '
-    f'nats  perplexity {own["perplexity"]:.3f}  '
-    f'{own["megabytes"] / stored["megabytes"]:.2f} of the memory  '
-    f'{own["nats"] - stored["nats"]:+.4f} nats'
+    f'{kind or "as stored":9}  {figures["megabytes"]:8.1f} MB  '
+    f'{figures["nats"]:.4f} nats  perplexity {figures["perplexity"]:.3f}  '
+    f'{figures["megabytes"] / stored["megabytes"]:.2f} of the memory  '
+    f'{figures["nats"] - stored["nats"]:+.4f} nats'
   )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of fine-tuning costs beside peft's: SmolLM2-135M's shapes.
+"""Time of a fine-tuning step relative to peft's, at SmolLM2-135M's shapes.
 
 python benchmarks/sft_step.py [--json=FILE]
 
@@ -62,7 +62,7 @@ def example() -> dict[str, np.ndarray]:
   }
 
 
-def ours(config, params, method: str, remat: str) -> train_step.Side:
+def jax_side(config, params, method: str, remat: str) -> train_step.Side:
   family = FAMILIES[config.family]
   built = build(method, family.sites(config))
   model = family.module(
@@ -86,7 +86,7 @@ def ours(config, params, method: str, remat: str) -> train_step.Side:
   return train_step.Side(run, step.memory_analysis().temp_size_in_bytes)
 
 
-def theirs(torch_model) -> train_step.Side:
+def torch_side(torch_model) -> train_step.Side:
   """The same of peft's; the model is changed by it."""
   import peft
   import torch
@@ -116,11 +116,11 @@ def make() -> dict[str, train_step.Side]:
   torch_model = decode.theirs('')
   config, params = decode.read(torch_model)
   sides = {
-    name: ours(config, params, method, remat)
+    name: jax_side(config, params, method, remat)
     for name, (method, remat) in SIDES.items()
   }
   # Last: it wraps the torch model's projections.
-  return sides | {'peft': theirs(torch_model)}
+  return sides | {'peft': torch_side(torch_model)}
 
 
 def main(argv) -> None:
@@ -131,16 +131,16 @@ def main(argv) -> None:
   losses = {name: side.step() for name, side in sides.items()}
   print('first losses', {name: round(x, 5) for name, x in losses.items()})
   times = train_step.take_turns(sides, _ROUNDS.value)
-  found = {
+  report = {
     name: train_step.ratio(times[above], times[below])
     for name, (above, below) in TIMES.items()
   }
   table = train_step.table(sides, times, SIDES, SIDES['lora'][0])
   print(table, flush=True)
-  print(json.dumps(found, indent=2), flush=True)
+  print(json.dumps(report, indent=2), flush=True)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump(found, f, indent=2)
+      json.dump(report, f, indent=2)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mixture costs: training steps side by side, at T5-small size.
+"""Training steps of methods side by side, at T5-small size.
 
 python benchmarks/train_step.py [--json=FILE]
 
@@ -206,29 +206,29 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float | None:
 
 
 def ratios(sides, times) -> dict[str, float | None]:
-  """What the module's docstring says, None where a side is missing."""
-  found = {}
+  """The ratios of the module's docstring; None where a side is missing."""
+  result = {}
   for name, (above, below) in TIMES.items():
-    found[name] = ratio(times.get(above, ()), times.get(below, ()))
+    result[name] = ratio(times.get(above, ()), times.get(below, ()))
   for name, (above, below) in MEMORIES.items():
     pair = [sides[side].memory for side in (above, below) if side in sides]
-    known = len(pair) == 2 and all(pair)
-    found[name] = round(pair[0] / pair[1], 3) if known else None
-  return found
+    is_complete = len(pair) == 2 and all(pair)
+    result[name] = round(pair[0] / pair[1], 3) if is_complete else None
+  return result
 
 
-def table(sides, times, what=SIDES, peft='lora(rank=40)') -> str:
+def table(sides, times, descriptions=SIDES, peft='lora(rank=40)') -> str:
   """Each side's step time and memory over molora's, or the first side's."""
-  one = 'molora' if 'molora' in sides else next(iter(sides))
-  lines = [f'{"side":12}  {"time":>6}  {"memory":>6}   over {one}']
+  reference = 'molora' if 'molora' in sides else next(iter(sides))
+  lines = [f'{"side":12}  {"time":>6}  {"memory":>6}   over {reference}']
   for name, side in sides.items():
-    each = [a / b for a, b in zip(times[name], times[one], strict=True)]
+    each = [a / b for a, b in zip(times[name], times[reference], strict=True)]
     memory = '-'
-    if side.memory and sides[one].memory:
-      memory = f'{side.memory / sides[one].memory:.2f}'
-    made = ', '.join(what.get(name, (f'{peft} of peft',)))
+    if side.memory and sides[reference].memory:
+      memory = f'{side.memory / sides[reference].memory:.2f}'
+    description = ', '.join(descriptions.get(name, (f'{peft} of peft',)))
     lines.append(
-      f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {made}'
+      f'{name:12}  {statistics.median(each):6.2f}  {memory:>6}   {description}'
     )
   return '\n'.join(lines)
 
@@ -273,12 +273,12 @@ def main(argv) -> None:
     command_line.check_can_write(_JSON.value)
   sides = make(chosen(_ONLY.value), _UNROLL.value)
   times = take_turns(sides, _ROUNDS.value)
-  found = ratios(sides, times)
+  report = ratios(sides, times)
   # First, so that a write that fails loses nothing.
-  print(table(sides, times), json.dumps(found, indent=2), sep='\n', flush=True)
+  print(table(sides, times), json.dumps(report, indent=2), sep='\n', flush=True)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump(found, f, indent=2)
+      json.dump(report, f, indent=2)
 
 
 if __name__ == '__main__':

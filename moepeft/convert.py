@@ -46,8 +46,9 @@ from absl import flags
 from moepeft.checkpoints import adapter as own
 from moepeft.checkpoints import directory, quantize
 from moepeft.checkpoints import formats as checkpoint_formats
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.base import resolve
+from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
@@ -173,23 +174,23 @@ def convert(values: flags.FlagValues) -> None:
 def _convert_run(values: flags.FlagValues) -> None:
   """A run's adapter, or the base that a full run trained."""
   # Imported here: it brings Orbax, and only this branch needs it.
-  from moepeft.checkpoints import manager
+  from moepeft.checkpoints.restore import restore_trained
 
-  tree, card = manager.restore_trained(values.workdir)
-  whole = card['trainable'] == 'params'
+  tree, metadata = restore_trained(values.workdir)
+  whole = metadata['trainable'] == 'params'
   values.to = values.to or ('hf' if whole else 'moepeft')
-  template = '' if values.to == 't5x' else _template(values, card)
+  template = '' if values.to == 't5x' else _template(values, metadata)
   if whole:
-    _write_trained_base(values, tree, card)
+    _write_trained_base(values, tree, metadata)
   else:
-    step = _t5x_step(values, card) if values.to == 't5x' else 1
-    _write_own(values, tree, card, step)
+    step = _t5x_step(values, metadata) if values.to == 't5x' else 1
+    _write_own(values, tree, metadata, step)
   if template:
     file = Path(values.output) / 'chat_template.jinja'
     file.write_text(template, encoding='utf-8')
 
 
-def _template(values: flags.FlagValues, card) -> str:
+def _template(values: flags.FlagValues, metadata) -> str:
   """The chat template that a run was trained by, '' for its tokenizer's own.
 
   Raises:
@@ -199,7 +200,7 @@ def _template(values: flags.FlagValues, card) -> str:
   path, system = data.get('chat_template', ''), data.get('system_prompt', '')
   if not path and not system:
     return ''
-  base = values.base or card['base']['path']
+  base = values.base or metadata['base']['path']
   words = load_tokenizer(untrusted.field(data, 'tokenizer', str, ''), base)
   chat_template.set_chat_template(words, path, system)
   own = (
@@ -210,17 +211,17 @@ def _template(values: flags.FlagValues, card) -> str:
   return own if isinstance(own, str) else ''
 
 
-def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
-  config, over = own.config_of(card), values.overwrite
+def _write_trained_base(values: flags.FlagValues, tree, metadata) -> None:
+  config, over = own.config_of(metadata), values.overwrite
   if values.to == 'hf':
-    words = _tokenizer(values, card['base']['path'])
+    words = _tokenizer(values, metadata['base']['path'])
     hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
   elif values.to == 't5x':
     if values.dtype is not None:
       raise CheckpointError(
         '--dtype casts what is written as hf: leave it out with --to=t5x'
       )
-    step = _t5x_step(values, card)
+    step = _t5x_step(values, metadata)
     t5x.save(values.output, config, tree, step=step, overwrite=over)
   else:
     raise CheckpointError(
@@ -229,16 +230,17 @@ def _write_trained_base(values: flags.FlagValues, tree, card) -> None:
     )
 
 
-def _t5x_step(values: flags.FlagValues, card) -> int:
+def _t5x_step(values: flags.FlagValues, metadata) -> int:
   """The run's step on T5X's clock, which counts from the pretraining's start.
 
   Adafactor's decay goes by it, so config.optimizer.decay_initial_step has it.
   """
   config = Run(values.workdir).read_config()
   before = int(config.get('optimizer', {}).get('decay_initial_step', 0))
-  step = before + card['step']
+  step = before + metadata['step']
   print(
-    f'checkpoint_{step}: {before} steps before the run, {card["step"]} of it'
+    f'checkpoint_{step}: {before} steps before the run, '
+    f'{metadata["step"]} of it'
   )
   return step
 
@@ -250,7 +252,7 @@ def _require(values: flags.FlagValues, name: str) -> None:
 
 def _load_base(
   values: flags.FlagValues, path: str, dtype: str | None = None
-) -> hf.Loaded | t5x.Loaded:
+) -> LoadedCheckpoint:
   """A base; `dtype` instead of the one that --dtype names."""
   dtype = dtype or values.dtype
   if not path:
@@ -302,14 +304,14 @@ def _convert_peft(values: flags.FlagValues) -> None:
     over = values.overwrite
     peft.save(values.output, base.config, adapter, path, fields, over)
   elif values.to == 'moepeft':
-    card = _card(adapter, path, base.sha256, base.config)
-    own.save(values.output, adapter.tree, card, values.overwrite)
+    metadata = _describe(adapter, path, base.sha256, base.config)
+    own.save(values.output, adapter.tree, metadata, values.overwrite)
   else:
     raise _unknown(values)
 
 
 def _wide(values: flags.FlagValues) -> str | None:
-  """What a base is read in to merge: --dtype casts what comes of it.
+  """The dtype in which a base is read to merge; --dtype casts the result.
 
   A cast before would quantise other weights than training did, and round the
   base twice.
@@ -328,34 +330,34 @@ def _convert_own(values: flags.FlagValues) -> None:
   _write_own(values, *own.load(values.input))
 
 
-def _write_own(values: flags.FlagValues, tree, card, step: int = 1) -> None:
-  """An adapter with its card, in the form that --to names."""
-  adapter = Adapter(card['method'], tree)
-  path = values.base or card['base']['path']
+def _write_own(values: flags.FlagValues, tree, metadata, step: int = 1) -> None:
+  """An adapter with its metadata, in the form that --to names."""
+  adapter = AdapterWeights(metadata['method'], tree)
+  path = values.base or metadata['base']['path']
   if values.to == 'moepeft':
-    own.save(values.output, tree, card, values.overwrite)
+    own.save(values.output, tree, metadata, values.overwrite)
   elif values.to == 'peft':
-    config, over = own.config_of(card), values.overwrite
+    config, over = own.config_of(metadata), values.overwrite
     peft.save(values.output, config, adapter, path, overwrite=over)
   elif values.to not in _WRITTEN:
     raise _unknown(values)
   else:
     base = _load_base(values, path, _wide(values))
-    if base.sha256 != card['base']['sha256']:
+    if base.sha256 != metadata['base']['sha256']:
       raise CheckpointError(
         f'{path} is not the base that the adapter was trained on (content '
-        f'hash {base.sha256[:12]}, expected {card["base"]["sha256"][:12]}): '
-        'give the right one with --base'
+        f'hash {base.sha256[:12]}, expected '
+        f'{metadata["base"]["sha256"][:12]}): give the right one with --base'
       )
     if values.to == 't5x':
       _write_t5x(values, base, adapter, step)
     else:
-      kind = card['base'].get('quantise', '')
-      _write_merged(values, base, adapter, card['semantics'], kind)
+      kind = metadata['base'].get('quantise', '')
+      _write_merged(values, base, adapter, metadata['semantics'], kind)
 
 
 def _write_merged(
-  values, base, adapter: Adapter, semantics: str, kind: str = ''
+  values, base, adapter: AdapterWeights, semantics: str, kind: str = ''
 ) -> None:
   """A base with an adapter merged into it, as hf.
 
@@ -385,7 +387,7 @@ def _write_merged(
   )
 
 
-def _kept_by(config, adapter: Adapter) -> list[str]:
+def _kept_by(config, adapter: AdapterWeights) -> list[str]:
   """The forms that an adapter can be written in without its base."""
   found = ['moepeft']
   for name, check in (('peft', peft.check), ('t5x', t5x.check)):
@@ -398,7 +400,7 @@ def _kept_by(config, adapter: Adapter) -> list[str]:
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
-  """What the tokenizer is in, that a run used or else its base has.
+  """The path of the tokenizer of a run, or else of its base.
 
   Args:
     base: where the base is, or ''.
@@ -417,7 +419,9 @@ def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
     return None
 
 
-def _write_t5x(values, base, adapter: Adapter | None, step: int = 1) -> None:
+def _write_t5x(
+  values, base, adapter: AdapterWeights | None, step: int = 1
+) -> None:
   over = values.overwrite
   t5x.save(values.output, base.config, base.params, adapter, step, over)
 
@@ -428,7 +432,7 @@ def _write_hf(values, path: str, base) -> None:
   hf.save(path, base.config, base.params, tokenizer=base.path, overwrite=over)
 
 
-def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
+def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
   """base/ and adapter/, as one output: both or nothing."""
   # The hash is of what base/ holds, so of the cast weights if they were cast.
   cast = values.dtype is not None
@@ -440,11 +444,11 @@ def _write_apart(values, base: t5x.Loaded, adapter: Adapter) -> None:
     if values.to == 'peft':
       peft.save(target, base.config, adapter, path)
     else:
-      card = _card(adapter, path, sha256, base.config)
-      own.save(target, adapter.tree, card)
+      metadata = _describe(adapter, path, sha256, base.config)
+      own.save(target, adapter.tree, metadata)
 
 
-def _card(adapter: Adapter, path: str, sha256: str, config):
+def _describe(adapter: AdapterWeights, path: str, sha256: str, config):
   family = config.family
   return own.describe(adapter.method, _SEMANTICS, path, sha256, family, config)
 

@@ -21,7 +21,7 @@ from moepeft.config import check as config_check
 from moepeft.config import command_line
 from moepeft.data import open_data
 from moepeft.data.batching.collators import scoring_lengths
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.evaluation import eval_sets, summary
 from moepeft.evaluation import results as results_lib
 from moepeft.evaluation.evaluator import Evaluator
@@ -57,10 +57,12 @@ def evaluate(
   targets_length: int | None = None,
   batch_size: int | None = None,
   part: str = '',
+  loaded: LoadedModel | None = None,
 ) -> tuple[dict[str, Any], list[Result]]:
   """(summary, results) of a run on a file or directory of rows, or its own.
 
   Args:
+    workdir: the run; with `loaded` and `data`, the model's name in results.
     checkpoint: see `load_run`.
     data: '' for the rows that the run holds out.
     metrics: names; none for accuracy of rows with choices and loss of others.
@@ -70,70 +72,43 @@ def evaluate(
       of the run's config by default.
     part: a file that gets results once they are measured; those that it has of
       the same evaluation are not measured again. '' for none.
+    loaded: the model, where it is in memory already.
 
   Raises:
     ValueError: no run or no rows there, or not of the form they should be.
   """
   check_metrics(metrics)
-  return evaluate_loaded(
-    load_run(os.path.expanduser(workdir), checkpoint),
-    workdir,
-    checkpoint,
-    data,
-    metrics,
-    max_examples,
-    inputs_length,
-    targets_length,
-    batch_size,
-    part,
-  )
-
-
-def evaluate_loaded(
-  trained: LoadedModel,
-  workdir: str,
-  checkpoint: str = '',
-  data: str = '',
-  metrics: Sequence[str] = (),
-  max_examples: int | None = None,
-  inputs_length: int | None = None,
-  targets_length: int | None = None,
-  batch_size: int | None = None,
-  part: str = '',
-) -> tuple[dict[str, Any], list[Result]]:
-  """(summary, results) of a model in memory; see `evaluate`.
-
-  Args:
-    workdir: the name of the model in results; without `data`, a run.
-
-  Raises:
-    ValueError: no rows are there, or not of the form they should be.
-  """
-  check_metrics(metrics)
+  if loaded is None:
+    loaded = load_run(os.path.expanduser(workdir), checkpoint)
   changes = {
     'evaluation.max_examples': max_examples,
     'evaluation.batch_size': batch_size,
     'data.inputs_length': inputs_length,
     'data.targets_length': targets_length,
   }
-  run = _with_config(trained, changes)
+  run = _with_config(loaded, changes)
   check_length(run, metrics)
   validation = {}
   if data:
-    rows = jsonl.read(data, ranked=ACCURACY in metrics)
+    rows = jsonl_rows.read(data, ranked=ACCURACY in metrics)
     for note in rows.notes(data):
       print(note, file=sys.stderr)
     plan = plan_from_rows(rows, metrics, run.config.evaluation.max_examples)
   else:
-    found = open_data(
+    training_data = open_data(
       run.config.data,
       run.config.seed,
       vocab_size=run.model.config.vocab,
-      collator=collator_of(trained),
+      collator=collator_of(loaded),
     )
-    rows, plan = found.held_out, plan_from_run(run, found, metrics)
+    rows, plan = (
+      training_data.held_out,
+      plan_from_run(run, training_data, metrics),
+    )
     # As training reports it, whatever metrics are named.
-    validation = run_validation(trained, found, os.path.expanduser(workdir))
+    validation = run_validation(
+      loaded, training_data, os.path.expanduser(workdir)
+    )
   sha = eval_sets.digest(eval_sets.examples_of(rows))
   info = eval_info(run, workdir, checkpoint, data, sha)
   partial = PartialResults(part, info)
@@ -204,7 +179,7 @@ def name_of(data: str) -> str:
 
 
 def output_of(output: str | None, default: str) -> str:
-  """Where the summary goes, checked.
+  """The checked path of the summary.
 
   Raises:
     ValueError: it does not end in .json, or is in no directory.
@@ -265,8 +240,8 @@ if __name__ == '__main__':
   _DATA = flags.DEFINE_string(
     'data',
     None,
-    'Rows to measure, in the form of moepeft/data/readers/jsonl.py; by default '
-    "the run's own held-out ones.",
+    'Rows to measure, in the form of moepeft/data/readers/jsonl_rows.py; by '
+    "default the run's own held-out ones.",
   )
   _METRICS = flags.DEFINE_list(
     'metrics',

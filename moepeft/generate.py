@@ -34,7 +34,7 @@ from moepeft.inference.loaded_model import (
 from moepeft.inference.loaded_model import open_run as open_run
 from moepeft.inference.sampling import Sampling
 from moepeft.models import decoder_only
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.training import memory_estimate
 
 # Old flags, and the names that they have now.
@@ -60,7 +60,7 @@ def answer(
     len(prompts.encode_example_prompt(tokenizer, text, causal))
     for text in texts
   )
-  longest += len(before(model))
+  longest += len(model_prefix_ids(model))
   generator = BatchGenerator(
     model, tokenizer, longest, max_new_tokens, len(texts)
   )

@@ -151,12 +151,12 @@ class Model:
     Raises:
       ValueError: no rows are there, or not of the form they should be.
     """
-    summary, _ = evaluate_command.evaluate_loaded(
-      self.loaded,
+    summary, _ = evaluate_command.evaluate(
       self.loaded.workdir or self.loaded.base,
       data=data,
       metrics=metrics,
       max_examples=max_examples,
+      loaded=self.loaded,
     )
     return summary
 

@@ -33,7 +33,7 @@ def passage_texts(texts: Sequence[Document]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFit:
-  """How texts come out: tokens a word and a byte, the share unknown."""
+  """Tokens per word and per byte of texts, and the unknown tokens' share."""
 
   per_word: float
   per_byte: float
@@ -47,7 +47,7 @@ class TokenizerFit:
 
 
 def measure_fit(tokenizer: Any, texts: Sequence[str]) -> TokenizerFit:
-  """Of texts that it was not trained on."""
+  """The fit of a tokenizer to texts that it was not trained on."""
   ids = tokenizer(list(texts), add_special_tokens=False)['input_ids']
   tokens = sum(map(len, ids))
   unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)

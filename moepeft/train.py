@@ -19,14 +19,15 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moepeft import library, registries
+from moepeft.checkpoints import base as base_lib
 from moepeft.config import check as config_check
-from moepeft.config import command_line
+from moepeft.config import command_line, imports
 from moepeft.core import distributed, host_memory, sharding
 from moepeft.core.disk import tell_full_disk
 from moepeft.data import fingerprint
 from moepeft.data.preference.tokenize import has_chat_template
 from moepeft.data.readers import READERS
-from moepeft.runs import diagnosis, trackers
+from moepeft.runs import before_after, diagnosis, trackers
 from moepeft.runs.directory import Workdir, open_workdir
 from moepeft.runs.resume import (
   check_same_data,
@@ -36,8 +37,8 @@ from moepeft.runs.resume import (
 from moepeft.runs.run import Run
 from moepeft.training import next_steps, setup
 from moepeft.training.callbacks import Callback, build_callbacks
-from moepeft.training.callbacks.signals import Stopped
-from moepeft.training.loop import TrainingLoop
+from moepeft.training.loop import Stopped, TrainingLoop
+from moepeft.training.optimizers import SCHEDULES
 
 _WORKDIR = flags.DEFINE_string(
   'workdir',
@@ -100,7 +101,9 @@ def train(
     Stopped: a signal ended the run.
   """
   started = time.monotonic()
+  imports.import_modules(config.imports)
   config_check.check(config, registries.BY_KEY)
+  config = base_lib.with_resolved_method(config)
   setup.check(config)
   callbacks = build_callbacks(config)
   if dry_run:
@@ -114,7 +117,9 @@ def train(
     contextlib.ExitStack() as closing,
   ):
     config = with_begun_date(run, config)
-    check_unchanged(run, config, may_differ)
+    schedule = SCHEDULES.lookup(config.optimizer.schedule)
+    steps = () if schedule.depends_on_steps else ('steps',)
+    check_unchanged(run, config, (*may_differ, *steps))
     data_hashes = fingerprint.data_hashes(config.data)
     check_same_data(run, data_hashes, may_differ)
     training = setup.build(config, workdir)
@@ -183,7 +188,7 @@ def _summarize(
   changes: list[str] = []
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
-    changes = diagnosis.changes(loop.before, loop.after)
+    changes = before_after.changes(loop.before, loop.after)
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (

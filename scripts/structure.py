@@ -133,23 +133,53 @@ def duplicate_classes() -> dict[str, list[str]]:
   return {name: files for name, files in places.items() if len(files) > 1}
 
 
-def registered_names() -> dict[str, set[str]]:
-  """{entry's name: modules that may know it}, of every Registry(...) call.
-
-  They are the module that has the registry, and the entry's own.
-  """
-  names = collections.defaultdict(set)
+def registries() -> Iterator[tuple[str, str, dict[str, str]]]:
+  """(module, package, {name: 'module:ATTRIBUTE'}) of every Registry(...)."""
   for module, path in sources(PACKAGE).items():
     for node in ast.walk(parse(path)):
       match node:
         case ast.Call(
           func=ast.Name(id='Registry'), args=[_, package, ast.Dict() as table]
         ):
-          parent = ast.literal_eval(package)
-          for name, location in ast.literal_eval(table).items():
-            own = f'{parent}.{location.partition(":")[0]}'
-            names[name] |= {module, own}
+          yield module, ast.literal_eval(package), ast.literal_eval(table)
+
+
+def registered_names() -> dict[str, set[str]]:
+  """{entry's name: modules that may know it}.
+
+  They are the module that has the registry, and the entry's own.
+  """
+  names = collections.defaultdict(set)
+  for module, package, table in registries():
+    for name, location in table.items():
+      names[name] |= {module, f'{package}.{location.partition(":")[0]}'}
   return names
+
+
+def entry_modules() -> dict[str, str]:
+  """{module of a registry's entry: the registry's package}."""
+  return {
+    f'{package}.{location.partition(":")[0]}': package
+    for _, package, table in registries()
+    for location in table.values()
+  }
+
+
+def entry_imports() -> dict[str, set[str]]:
+  """{module: names of the entries' modules that it imports}.
+
+  Modules in the package of the registry are left out.
+  """
+  packages = entry_modules()
+  findings = {
+    module: {
+      other.rpartition('.')[2]
+      for other in imported & packages.keys()
+      if not f'{module}.'.startswith(f'{packages[other]}.')
+    }
+    for module, imported in graphs()[0].items()
+  }
+  return {module: entries for module, entries in findings.items() if entries}
 
 
 def compared_texts(path: pathlib.Path) -> set[str]:

@@ -5,6 +5,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from moepeft.data.chat import formats as chat_formats
+from moepeft.data.example import BadRow, BadRows
+
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
   "{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -108,3 +111,15 @@ def learnt(kind, bos=False, template=CHATML, size=400, texts=TEXTS):
   )
   found.chat_template = template
   return found
+
+
+def read_conversations(path, form=''):
+  """All conversations under a path, each ending with an answer."""
+  bad, parsed = BadRows('error'), []
+  for _, where, row in chat_formats.read_rows(path, bad):
+    try:
+      conversation = chat_formats.parse_conversation(row, form, bad.unused)
+      parsed.append(chat_formats.check_answered(conversation))
+    except BadRow as e:
+      bad(where, e)
+  return parsed

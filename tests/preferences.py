@@ -86,7 +86,7 @@ def card(places, family='llama', **changes):
 
 @dataclasses.dataclass
 class Parts:
-  """What the loop is made of, without the loop."""
+  """The parts of the training loop, without the loop."""
 
   config: object
   model: object

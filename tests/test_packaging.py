@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ships works elsewhere, and the documents say what is true."""
+"""The shipped package works elsewhere, and the documents are true."""
 
 import importlib.util
 import json

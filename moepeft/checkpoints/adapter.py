@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own form of an adapter: adapter.safetensors and the card adapter.json.
+"""An adapter of moepeft: adapter.safetensors, and metadata in adapter.json.
 
 The keys are the paths of the 'peft' tree as training holds it, layers stacked
 on axis 0: it is read back with neither a model nor a table of names. Both
@@ -15,7 +15,11 @@ directories, sorted keys, float32. Any method has this form, mixtures too:
                              quantise, where it was trained on 'int8' or 'nf4'
                 model        family, and its config, field by field
                 parameters   of the adapter
-                arrays       {key: shape, sha256}
+                experts      of a mixture that began with trained adapters:
+                             path and sha256 of each file
+                arrays       {key: shape, sha256}; where layers have unlike
+                             counts of experts, an array for each layer under
+                             'layers_0', 'layers_1', ..., without padding
                 file_sha256, card_sha256: of both files, checked in reading
 """
 
@@ -35,13 +39,17 @@ from moepeft.config.method_string import Spec
 from moepeft.core import untrusted
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Tree
+from moepeft.nn import expert_padding, initializers
+from moepeft.nn.expert_padding import PaddedAxis
+from moepeft.peft import build
 
 FORMAT = 1
-ARRAYS, CARD = 'adapter.safetensors', 'adapter.json'
-_GIVEN = ('method', 'semantics', 'base', 'model')
+ARRAYS, METADATA_FILE = 'adapter.safetensors', 'adapter.json'
+_DESCRIBED_KEYS = ('method', 'semantics', 'base', 'model')
+_OPTIONAL_KEYS = ('experts',)
 
 
-class Adapter(NamedTuple):
+class AdapterWeights(NamedTuple):
   """A method's text and the 'peft' tree that goes with it."""
 
   method: str
@@ -57,7 +65,7 @@ def describe(
   config: Any,
   quantise: str = '',
 ) -> dict[str, Any]:
-  """The card of an adapter, for `save`.
+  """The metadata of an adapter, for `save`.
 
   Args:
     method: its text, which `moepeft.peft.build` reads.
@@ -67,158 +75,185 @@ def describe(
     quantise: what the base's projections were kept in; the hash is of the
       base before.
   """
-  kept = {'quantise': quantise} if quantise else {}
+  quantization = {'quantise': quantise} if quantise else {}
   return {
     'method': method,
     'semantics': semantics,
-    'base': {'path': base_path, 'sha256': base_sha256} | kept,
+    'base': {'path': base_path, 'sha256': base_sha256} | quantization,
     'model': {'family': family, 'config': dataclasses.asdict(config)},
   }
 
 
 def save(
-  path: str, tree: Tree, card: Mapping[str, Any], overwrite: bool = False
+  path: str, tree: Tree, metadata: Mapping[str, Any], overwrite: bool = False
 ) -> None:
   """Writes the directory, all of it or nothing.
 
   Args:
     tree: the 'peft' tree; arrays become float32.
-    card: what `describe` makes; what follows from `tree` is added.
+    metadata: what `describe` makes; what follows from `tree` is added.
 
   Raises:
-    CheckpointError: the card lacks something or `path` is not empty.
+    CheckpointError: the metadata lack something or `path` is not empty.
   """
-  absent = [key for key in _GIVEN if key not in card]
+  absent = [key for key in _DESCRIBED_KEYS if key not in metadata]
   if absent:
     raise CheckpointError(
-      f'the card lacks {", ".join(absent)}: make it with adapter.describe'
+      f'the metadata lack {", ".join(absent)}: make it with adapter.describe'
     )
   arrays = {
     name: np.ascontiguousarray(np.asarray(leaf, np.float32))
-    for name, leaf in weight_mapping.flatten(tree).items()
+    for name, leaf in expert_padding.split(
+      weight_mapping.flatten(tree), _padded_axes(metadata)
+    ).items()
   }
-  with directory.directory(path, overwrite) as made:
-    save_file(arrays, made / ARRAYS)
-    full = {key: card[key] for key in _GIVEN} | {
+  with directory.directory(path, overwrite) as output_dir:
+    save_file(arrays, output_dir / ARRAYS)
+    keys = (*_DESCRIBED_KEYS, *_OPTIONAL_KEYS)
+    full = {key: metadata[key] for key in keys if key in metadata} | {
       'format': FORMAT,
       'parameters': sum(array.size for array in arrays.values()),
       'arrays': {
         name: {'shape': list(a.shape), 'sha256': weight_mapping.array_hash(a)}
         for name, a in arrays.items()
       },
-      'file_sha256': _file_hash(made / ARRAYS),
+      'file_sha256': _file_hash(output_dir / ARRAYS),
     }
-    directory.write_json(made / CARD, full | {'card_sha256': _card_hash(full)})
+    directory.write_json(
+      output_dir / METADATA_FILE, full | {'card_sha256': _metadata_hash(full)}
+    )
 
 
 def load(path: str) -> tuple[Tree, dict[str, Any]]:
-  """Reads what `save` wrote, every byte verified: (tree, card).
+  """Reads what `save` wrote, every byte verified: (tree, metadata).
 
   Raises:
     CheckpointError: a file is absent, truncated or altered, or of a newer
       format.
   """
-  card = directory.read_json(Path(path) / CARD)
-  if card.get('format') != FORMAT:
+  metadata = directory.read_json(Path(path) / METADATA_FILE)
+  if metadata.get('format') != FORMAT:
     raise CheckpointError(
-      f'{path}/{CARD} has the format {card.get("format")!r}, this version '
-      f'reads {FORMAT}: update moepeft, or export the adapter again'
+      f'{path}/{METADATA_FILE} has the format {metadata.get("format")!r}; '
+      f'this version reads {FORMAT}: update moepeft, or export the adapter '
+      'again'
     )
-  if card.get('card_sha256') != _card_hash(card):
+  if metadata.get('card_sha256') != _metadata_hash(metadata):
     raise CheckpointError(
-      f'{path}/{CARD} was altered after it was written (its own hash '
+      f'{path}/{METADATA_FILE} was altered after it was written (its own hash '
       'differs): copy it again or export the adapter again'
     )
   try:
-    _check_types(card)
+    _check_types(metadata)
   except ValueError as error:
     raise CheckpointError(
-      f'{path}/{CARD} is no card of an adapter ({error}): export the adapter '
-      'again'
+      f'{path}/{METADATA_FILE} has no metadata of an adapter ({error}): '
+      'export the adapter again'
     ) from None
   file = Path(path) / ARRAYS
   tensors = directory.Tensors([file])
-  shapes = {name: tuple(a['shape']) for name, a in card['arrays'].items()}
+  shapes = {name: tuple(a['shape']) for name, a in metadata['arrays'].items()}
   advice = 'copy both files again from where they were written'
   weight_mapping.check(
-    shapes, tensors.shapes, f"{file} is not {CARD}'s", advice
+    shapes, tensors.shapes, f"{file} is not {METADATA_FILE}'s", advice
   )
   arrays = {name: tensors.fetch(name) for name in sorted(shapes)}
   for name, array in arrays.items():
     weight_mapping.check_finite(name, array, file)
-    if weight_mapping.array_hash(array) != card['arrays'][name]['sha256']:
+    if weight_mapping.array_hash(array) != metadata['arrays'][name]['sha256']:
       raise CheckpointError(
-        f'{file} is damaged: {name} differs from its hash in {CARD}; {advice}'
+        f'{file} is damaged: {name} differs from its hash in '
+        f'{METADATA_FILE}; {advice}'
       )
-  if _file_hash(file) != card['file_sha256']:
+  if _file_hash(file) != metadata['file_sha256']:
     raise CheckpointError(f'{file} is damaged in its header; {advice}')
-  method = renamed.translated_method(card['method'])
-  return weight_mapping.unflatten(arrays), card | {'method': method}
+  try:
+    stacked = expert_padding.stack_layers(arrays)
+  except ValueError as error:
+    raise CheckpointError(f'{file}: {error}; {advice}') from None
+  method = renamed.translated_method(metadata['method'])
+  return weight_mapping.unflatten(stacked), {**metadata, 'method': method}
 
 
-def _check_types(card: Mapping[str, Any]) -> None:
+def _padded_axes(metadata: Mapping[str, Any]) -> dict[str, PaddedAxis]:
+  """The padded arrays of an adapter; traces its model if there are any."""
+  if 'experts_per_layer' not in metadata['method']:
+    return {}
+  config = config_of(metadata)
+  family = FAMILIES[config.family]
+  built = build(metadata['method'], family.sites(config), metadata['semantics'])
+  ids = np.zeros((1, 2), np.int32)
+  return initializers.padded_axes(
+    family.module(config, built.adapter_map),
+    {'inputs': ids, 'decoder_inputs': ids},
+  )
+
+
+def _check_types(metadata: Mapping[str, Any]) -> None:
   """
   Raises:
-    ValueError: a field of a card is absent or of another type.
+    ValueError: a field of the metadata is absent or of another type.
   """
   for name in ('method', 'semantics', 'base.path', 'base.sha256'):
-    untrusted.field(card, name, str)
-  untrusted.field(card, 'base.quantise', str, '')
-  untrusted.field(card, 'model.family', str)
-  untrusted.field(card, 'model.config', dict)
-  untrusted.field(card, 'file_sha256', str)
-  for name, array in untrusted.field(card, 'arrays', dict).items():
+    untrusted.field(metadata, name, str)
+  untrusted.field(metadata, 'base.quantise', str, '')
+  untrusted.field(metadata, 'model.family', str)
+  untrusted.field(metadata, 'model.config', dict)
+  untrusted.field(metadata, 'file_sha256', str)
+  for name, array in untrusted.field(metadata, 'arrays', dict).items():
     untrusted.field(array, 'sha256', str)
     shape = untrusted.field(array, 'shape', list)
     if not all(type(size) is int and size >= 0 for size in shape):
       raise ValueError(f'expected sizes in the shape of {name}, got {shape}')
 
 
-def config_of(card: Mapping[str, Any]) -> Any:
-  """The model config that a card describes, as its family's dataclass.
+def config_of(metadata: Mapping[str, Any]) -> Any:
+  """The model config that the metadata describe, as its family's dataclass.
 
   Raises:
     ValueError: the family or a field is unknown or cannot be.
   """
-  family = card['model']['family']
+  family = metadata['model']['family']
   if family not in FAMILIES:
     raise CheckpointError(
-      f'the card names the model family {family!r}; there are '
+      f'the metadata name the model family {family!r}; there are '
       f'{", ".join(FAMILIES)}'
     )
-  return FAMILIES[family].from_fields(card['model']['config'])
+  return FAMILIES[family].from_fields(metadata['model']['config'])
 
 
 def instances(method: str) -> dict[str, Spec]:
   """Each adapter's name in the tree and its spec: lora, then lora_2."""
-  found: dict[str, Spec] = {}
+  specs: dict[str, Spec] = {}
   for spec in method_string.parse_method(method):
     name, i = spec.name, 2
-    while name in found:
+    while name in specs:
       name, i = f'{spec.name}_{i}', i + 1
-    found[name] = spec
-  return found
+    specs[name] = spec
+  return specs
 
 
 def sites_in(tree: Tree, instance: str) -> dict[str, Tree]:
   """{site: {'a': ..., 'router/kernel': ...}} of one adapter in a tree."""
-  found: dict[str, Tree] = {}
+  leaves_by_site: dict[str, Tree] = {}
   for path, leaf in weight_mapping.flatten(tree).items():
-    place, mine, rest = path.partition(f'/{instance}/')
-    if mine:
-      found.setdefault(place.replace('/layers/', '/'), {})[rest] = leaf
-  return found
+    place, separator, leaf_name = path.partition(f'/{instance}/')
+    if separator:
+      leaves_by_site.setdefault(place.replace('/layers/', '/'), {})[
+        leaf_name
+      ] = leaf
+  return leaves_by_site
 
 
-def site_patterns(sites: Collection[str], known: Collection[str]) -> str:
+def site_patterns(sites: Collection[str], model_sites: Collection[str]) -> str:
   """The option `targets` for some of a model's sites, shortened with '*'.
 
   'encoder/self/q' and 'decoder/self/q' become '*/self/q'.
   """
   patterns = []
-  for site in known:
+  for site in model_sites:
     suffix = site.split('/', 1)[1]
-    alike = [s for s in known if s.split('/', 1)[1] == suffix]
+    alike = [s for s in model_sites if s.split('/', 1)[1] == suffix]
     whole = len(alike) > 1 and all(s in sites for s in alike)
     pattern = f'*/{suffix}' if whole else site
     if site in sites and pattern not in patterns:
@@ -226,8 +261,8 @@ def site_patterns(sites: Collection[str], known: Collection[str]) -> str:
   return '|'.join(patterns)
 
 
-def _card_hash(card: Mapping[str, Any]) -> str:
-  rest = {key: value for key, value in card.items() if key != 'card_sha256'}
+def _metadata_hash(metadata: Mapping[str, Any]) -> str:
+  rest = {key: value for key, value in metadata.items() if key != 'card_sha256'}
   text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
   return hashlib.sha256(text.encode()).hexdigest()
 

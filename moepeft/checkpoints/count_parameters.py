@@ -13,6 +13,8 @@ from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
 from moepeft.models import weight_mapping
 from moepeft.moe import router_state
+from moepeft.nn import initializers
+from moepeft.nn.expert_padding import padding_size
 
 _LAYERS = re.compile(r'(^|/)layers(_\d+)?(?=/)')
 
@@ -23,36 +25,43 @@ def count(config: ConfigDict) -> dict[str, Any]:
   Returns:
     params: of the base; peft: what training changes (all of the base for
     full fine-tuning); percent: 100 * peft / params; megabytes: what the two
-    take in memory, as config.model has them (param_dtype, quantise); by_site:
-    peft at each site, over all layers, largest first.
+    take in memory, as config.model has them (param_dtype, quantise), padding
+    included; by_site: peft at each site, over all layers, largest first. Where
+    layers have unlike counts of experts also padding: zeros beyond those of
+    peft, which take memory and operations as the others do.
   """
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
-  made, built = base_lib.module(base, config)
+  module, built = base_lib.module(base, config)
   key = jax.random.key(0)
   shapes = jax.eval_shape(
-    lambda: made.init({'params': key, 'peft': key}, base_lib.example_batch())
+    lambda: module.init({'params': key, 'peft': key}, base_lib.example_batch())
   )
-  params, kept = _total(shapes['params']), shapes['params']
+  n_params, stored_params = _total(shapes['params']), shapes['params']
   if config.model.quantize:
-    kept = quantize.shapes(kept, model, config.model.quantize)
-  trained = weight_mapping.flatten(shapes.get(built.trainable, {}))
+    stored_params = quantize.shapes(stored_params, model, config.model.quantize)
+  trainable = shapes.get(built.trainable, {})
+  trained, _ = router_state.split(trainable, built.frozen_mixtures)
+  trained = weight_mapping.flatten(trained)
   sites = defaultdict(int)
+  padded = initializers.padded_axes(module, base_lib.example_batch())
   for path, leaf in trained.items():
-    if router_state.is_state(path):
-      continue
-    sites[_site(path, built.trainable)] += math.prod(leaf.shape)
+    size = (
+      padded[path].size(leaf.shape) if path in padded else math.prod(leaf.shape)
+    )
+    sites[_site(path, built.trainable)] += size
+  padding = padding_size({p: a.shape for p, a in trained.items()}, padded)
   peft = sum(sites.values())
   return {
-    'params': params,
+    'params': n_params,
     'peft': peft,
-    'percent': round(100 * peft / params, 4),
+    'percent': round(100 * peft / n_params, 4),
     'megabytes': {
-      'params': round(quantize.size(kept) / 1e6, 3),
+      'params': round(quantize.size(stored_params) / 1e6, 3),
       'peft': round(quantize.size(shapes.get('peft', {})) / 1e6, 3),
     },
     'by_site': dict(sorted(sites.items(), key=lambda item: -item[1])),
-  }
+  } | ({'padding': padding} if padding else {})
 
 
 def _total(tree: Any) -> int:

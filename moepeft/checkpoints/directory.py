@@ -24,7 +24,7 @@ from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedCheckpoint:
   """A base model in memory.
 
   Attributes:
@@ -42,7 +42,7 @@ class Loaded:
 
 
 # All that a directory may hold for `directory` to replace it.
-_OURS = (
+_CHECKPOINT_FILES = (
   '*.safetensors',
   '*.json',
   '*.model',
@@ -72,18 +72,20 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
   target = Path(path)
   check_output(target, overwrite)
   target.parent.mkdir(parents=True, exist_ok=True)
-  made = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
+  temporary = Path(
+    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
+  )
   try:
-    made.chmod(0o777 & ~files.umask())
-    yield made
+    temporary.chmod(0o777 & ~files.umask())
+    yield temporary
     # safetensors makes files that only their owner can read.
-    for file in made.rglob('*'):
+    for file in temporary.rglob('*'):
       if file.is_file():
         file.chmod(0o666 & ~files.umask())
     if target.exists():
-      replace_directory(target, made)
+      replace_directory(target, temporary)
     else:
-      made.rename(target)
+      temporary.rename(target)
   except Exception as error:
     # Of safetensors and TensorStore too, which have errors of their own.
     if not disk.is_full(error):
@@ -92,19 +94,19 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
       f'the disk of {target} is full; free some space, or name another output'
     ) from error
   finally:
-    shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_directory(target: Path, made: Path) -> None:
+def replace_directory(target: Path, new: Path) -> None:
   """Puts one directory in the place of another, which is deleted."""
-  if exchange(target, made):
+  if exchange(target, new):
     # The old one, under the temporary name.
-    shutil.rmtree(made)
+    shutil.rmtree(new)
     return
-  old = made.with_name(f'{made.name}{_OLD}')
+  old = new.with_name(f'{new.name}{_OLD}')
   target.rename(old)
   try:
-    made.rename(target)
+    new.rename(target)
   except BaseException:
     old.rename(target)
     raise
@@ -115,7 +117,7 @@ _OLD = '.old'
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(path_a: Path, path_b: Path) -> bool:
   """Swaps two paths in one step; False where the system cannot.
 
   Raises:
@@ -126,13 +128,13 @@ def exchange(one: Path, other: Path) -> bool:
   except (AttributeError, OSError):
     # Not Linux, or a C library without it.
     return False
-  paths = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+  paths = _AT_FDCWD, os.fsencode(path_a), _AT_FDCWD, os.fsencode(path_b)
   if renameat2(*paths, _RENAME_EXCHANGE) == 0:
     return True
   code = ctypes.get_errno()
   if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
     return False
-  raise OSError(code, os.strerror(code), os.fspath(one))
+  raise OSError(code, os.strerror(code), os.fspath(path_a))
 
 
 def recover(target: Path) -> None:
@@ -165,7 +167,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     raise CheckpointError(f'{path} is not a directory: name another output')
   names = sorted(os.listdir(path)) if path.exists() else []
   foreign = [
-    n for n in names if not any(fnmatch.fnmatch(n, mine) for mine in _OURS)
+    n
+    for n in names
+    if not any(fnmatch.fnmatch(n, pattern) for pattern in _CHECKPOINT_FILES)
   ]
   if names and not overwrite:
     raise CheckpointError(

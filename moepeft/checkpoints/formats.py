@@ -24,7 +24,7 @@ FORMS = {'hf': hf, 'gguf': gguf, 't5x': t5x, 'peft': peft, 'moepeft': adapter}
 
 # The file that gives each form away, beside which the others may lie.
 _MARKS = {
-  'moepeft': adapter.CARD,
+  'moepeft': adapter.METADATA_FILE,
   'peft': peft.CONFIG,
   'hf': 'config.json',
 }

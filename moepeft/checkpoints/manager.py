@@ -20,14 +20,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from moepeft.checkpoints import orbax_output, run_metadata
 from moepeft.checkpoints.checksums import checksums
-from moepeft.checkpoints.run_metadata import card, seal
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.run_progress import RunProgress
+from moepeft.checkpoints.state_arrays import (
+  abstract_arrays,
+  array_shapes,
+  host_template,
+  state_parts,
+  without_alias,
+)
 from moepeft.config import renamed
 from moepeft.core import distributed, files
 from moepeft.core.disk import tell_full_disk
@@ -36,16 +42,7 @@ from moepeft.core.types import State, Tree
 from moepeft.models.weight_mapping import check_finite
 from moepeft.runs.run import Run
 
-__all__ = [
-  'Checkpoints',
-  'DamagedCheckpoint',
-  'card',
-  'restore_adapter',
-  'restore_trained',
-]
-_BEGINNING = Course()
-# The card's entries that a run must share with the checkpoint it resumes.
-_SAME = ('method', 'semantics', 'trainable', 'seed', 'model')
+_BEGINNING = RunProgress()
 # Characters of a library's message that a sentence quotes.
 _QUOTED = 160
 
@@ -54,8 +51,8 @@ class DamagedCheckpoint(ValueError):
   """A checkpoint that cannot be read, or is not what was written."""
 
 
-class _Kept(PreservationPolicy):
-  """The newest few, all where `newest` is None, and one that is named."""
+class _NewestAndBest(PreservationPolicy):
+  """Keeps the newest few, all where `newest` is None, and the best."""
 
   def __init__(self, newest: int | None):
     self._newest = newest
@@ -107,9 +104,9 @@ class Checkpoints:
         of these are raised by the next `check`, `save` or `wait`.
     """
     path = os.path.abspath(Run(workdir).checkpoints_dir)
-    self._kept, self._keep_best = _Kept(keep), best
+    self._preservation, self._keep_best = _NewestAndBest(keep), best
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=self._kept,
+      preservation_policy=self._preservation,
       enable_async_checkpointing=True,
       create=True,
     )
@@ -136,7 +133,10 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(
-    self, state: State, described: dict[str, Any], course: Course = _BEGINNING
+    self,
+    state: State,
+    described: dict[str, Any],
+    progress: RunProgress = _BEGINNING,
   ) -> None:
     """Writes the checkpoint of `state.step`; all of it or nothing.
 
@@ -148,15 +148,15 @@ class Checkpoints:
     """
     self.wait()
     if self._keep_best:
-      self._kept.step = course.best_step
+      self._preservation.step = progress.best_step
     step = int(state.step)
-    parts = _parts(state)
+    parts = state_parts(state)
     written = described | {
       'checksums': checksums(parts),
       'step': step,
-      'course': dataclasses.asdict(course),
+      'course': dataclasses.asdict(progress),
     }
-    parts = jax.tree.map(_without_alias, parts)
+    parts = jax.tree.map(without_alias, parts)
     args = ocp.args.Composite(
       trainable=ocp.args.StandardSave(parts['trainable']),
       rest=ocp.args.StandardSave(parts['rest']),
@@ -207,13 +207,13 @@ class Checkpoints:
     """Removes half a checkpoint: it counts as none, its space is wanted."""
     half = f'{glob.escape(self.path)}/{step}.orbax-*-tmp*'
     # Of Orbax's threads one has failed, and others still write for a while.
-    gone = 0
+    empty_looks = 0
     for _ in range(50):
-      found = glob.glob(half)
-      gone = 0 if found else gone + 1
-      if gone == 3:
+      paths = glob.glob(half)
+      empty_looks = 0 if paths else empty_looks + 1
+      if empty_looks == 3:
         break
-      for path in found:
+      for path in paths:
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.1)
     # It counted as one while it was written.
@@ -248,14 +248,14 @@ class Checkpoints:
   def _restored(
     self, step: int, state: State, described: Mapping[str, Any]
   ) -> State:
-    read = self._card(step)
-    self._check_run(read, described)
+    read = self._metadata(step)
+    run_metadata.check_same_run(self.path, read, described)
     try:
       restored = self._restore(
         step,
         **{
-          name: ocp.args.StandardRestore(_abstract(tree))
-          for name, tree in _parts(state).items()
+          name: ocp.args.StandardRestore(abstract_arrays(tree))
+          for name, tree in state_parts(state).items()
         },
       )
     except DamagedCheckpoint:
@@ -271,31 +271,6 @@ class Checkpoints:
       rng=jax.random.wrap_key_data(rest['rng']),
     )
 
-  def _check_run(
-    self, read: Mapping[str, Any], described: Mapping[str, Any]
-  ) -> None:
-    for key in _SAME:
-      if read.get(key) != described[key]:
-        raise ValueError(
-          f'{self.path} belongs to another run: its {key} is '
-          f'{read.get(key)!r}, this run has {described[key]!r}; choose '
-          'another --workdir, or set the config back'
-        )
-    if read['base'].get('sha256') != described['base']['sha256']:
-      raise ValueError(
-        f'{self.path} belongs to a run on another base than '
-        f'{described["base"]["path"]!r} (their content hashes differ); set '
-        'config.model.path to its own, or choose another --workdir'
-      )
-    before, now = (
-      card['base'].get('quantise', '') for card in (read, described)
-    )
-    if before != now:
-      raise ValueError(
-        f'{self.path} belongs to a run with config.model.quantize={before!r}, '
-        f'this run has {now!r}; set it back, or choose another --workdir'
-      )
-
   def _check_fits(
     self, step: int, read: Mapping[str, Any], state: State
   ) -> None:
@@ -310,23 +285,25 @@ class Checkpoints:
       self._verify(step, parts, read)
     except DamagedCheckpoint:
       return
-    if _shapes(parts) != _shapes(_parts(state)):
+    if array_shapes(parts) != array_shapes(state_parts(state)):
       raise ValueError(
         f'the checkpoint {self.path}/{step} is whole, but its arrays are not '
         "those of this config (another optimizer?); set the run's config "
         'back, or choose another --workdir'
       )
 
-  def course(self) -> Course:
-    """How the run had gone at the latest checkpoint."""
-    return run_metadata.course(self._card(self.latest()))
+  def run_progress(self) -> RunProgress:
+    """The run's progress at the latest checkpoint."""
+    return run_metadata.run_progress(self._metadata(self.latest()))
 
-  def restore_trainable(self, which: str = '') -> tuple[Tree, dict[str, Any]]:
-    """The trainable collection of a checkpoint, and its card.
+  def restore_trainable(
+    self, selection: str = ''
+  ) -> tuple[Tree, dict[str, Any]]:
+    """The trainable collection of a checkpoint, and its metadata.
 
     Args:
-      which: '' for the latest, 'best' for that of the least validation loss,
-        or the number of its step.
+      selection: '' for the latest, 'best' for that of the least validation
+        loss, or the number of its step.
 
     Raises:
       ValueError: there is no such checkpoint.
@@ -334,8 +311,8 @@ class Checkpoints:
       CheckpointError: an array holds NaN or infinity, as the last update of a
         run that diverges may leave it.
     """
-    step = self._find(which)
-    read = self._card(step)
+    step = self._find(selection)
+    read = self._metadata(step)
     parts = self._restore_on_host(step, 'trainable')
     self._verify(step, parts, read)
     trainable = parts['trainable']
@@ -344,18 +321,20 @@ class Checkpoints:
       check_finite(name, array, f'the checkpoint of step {step} in {self.path}')
     return trainable, read
 
-  def _find(self, which: str) -> int:
+  def _find(self, selection: str) -> int:
     step, steps = self.latest(), self._steps()
     if step is None:
       raise ValueError(f'{self.path} holds no checkpoint; train first')
-    if which == 'best':
-      step = self.course().best_step
-    elif which:
-      step = int(which) if which.isdecimal() and len(which) < 19 else -1
+    if selection == 'best':
+      step = self.run_progress().best_step
+    elif selection:
+      step = (
+        int(selection) if selection.isdecimal() and len(selection) < 19 else -1
+      )
     if step not in steps:
       raise ValueError(
-        f'{self.path} holds no checkpoint {which!r}; it has those of the steps '
-        f'{", ".join(map(str, steps))} (best: train with '
+        f'{self.path} holds no checkpoint {selection!r}; it has those of the '
+        f'steps {", ".join(map(str, steps))} (best: train with '
         'config.checkpoint.keep_best=True)'
       )
     return step
@@ -364,7 +343,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def _before(self, step: int) -> list[int]:
-    return [other for other in self._steps() if other < step]
+    return [earlier for earlier in self._steps() if earlier < step]
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint out of the way; returns its new path."""
@@ -381,7 +360,7 @@ class Checkpoints:
     self._manager = self._open()
     return target
 
-  def _card(self, step: int) -> dict[str, Any]:
+  def _metadata(self, step: int) -> dict[str, Any]:
     read = self._restore(step, card=ocp.args.JsonRestore())['card']
     try:
       run_metadata.check(read)
@@ -396,7 +375,7 @@ class Checkpoints:
       metadata = self._manager.item_metadata(step)
       return {
         name: ocp.args.StandardRestore(
-          jax.tree.map(_host_template, metadata[name].tree)
+          jax.tree.map(host_template, metadata[name].tree)
         )
         for name in names
       }
@@ -448,8 +427,8 @@ class Checkpoints:
   def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
     before = self._before(step)
     if step != self.latest():
-      others = ', '.join(str(s) for s in self._steps() if s != step)
-      advice = f'name another of its steps: {others}'
+      other_steps = ', '.join(str(s) for s in self._steps() if s != step)
+      advice = f'name another of its steps: {other_steps}'
     elif before:
       advice = (
         f'add --skip_damaged to moepeft.train to go on from step {before[-1]}, '
@@ -460,82 +439,3 @@ class Checkpoints:
     return DamagedCheckpoint(
       f'the checkpoint {self.path}/{step} is damaged: {reason}; {advice}'
     )
-
-
-def restore_trained(
-  workdir: str, which: str = ''
-) -> tuple[Tree, dict[str, Any]]:
-  """(what a run trained, its card): 'peft', or 'params' of a full run.
-
-  Args:
-    which: see `Checkpoints.restore_trainable`.
-
-  Raises:
-    ValueError: no run is there, or its checkpoint is damaged.
-  """
-  if not Run(workdir).has_checkpoints_dir:
-    raise ValueError(f'{workdir!r} is no work directory of a run')
-  return Checkpoints(workdir, keep=None).restore_trainable(which)
-
-
-def restore_adapter(
-  workdir: str, which: str = ''
-) -> tuple[Tree, dict[str, Any]]:
-  """(the trained 'peft' tree, its card) of a run.
-
-  Raises:
-    ValueError: as `restore_trained`, or the run trained the base itself.
-  """
-  tree, read = restore_trained(workdir, which)
-  if read['trainable'] != 'peft':
-    raise ValueError(
-      f'the run in {workdir!r} trained the base itself ({read["method"]}) and '
-      'has no adapter; make it a base model with python -m moepeft.convert '
-      '--workdir=RUN --output=DIR, and name that'
-    )
-  return tree, read
-
-
-def _parts(state: State) -> dict[str, Tree]:
-  """The arrays that a checkpoint holds."""
-  return {
-    'trainable': state.trainable,
-    'rest': {
-      'opt': state.opt,
-      'step': state.step,
-      'rng': jax.random.key_data(state.rng),
-    },
-  }
-
-
-def _shapes(parts: Tree) -> dict[str, tuple]:
-  """{path: (shape, dtype)}; optimizer states may be plain dicts or not."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): (
-      tuple(leaf.shape),
-      str(leaf.dtype),
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]
-  }
-
-
-def _abstract(tree: Tree) -> Tree:
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-
-
-def _without_alias(array: Any) -> Any:
-  """An array that shares no buffer with the given one on the host.
-
-  Orbax reads arrays of CPU devices where they lie, while it writes them. From
-  other devices it has copied them when its `save` returns.
-  """
-  if not isinstance(array, jax.Array):
-    return np.array(array)
-  if any(device.platform == 'cpu' for device in array.devices()):
-    return jax.device_put(array, array.sharding, may_alias=False)
-  return array
-
-
-def _host_template(metadata: Any) -> np.ndarray:
-  """An array of the shape and dtype that takes no memory."""
-  return np.broadcast_to(np.zeros((), metadata.dtype), metadata.shape)

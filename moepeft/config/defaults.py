@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every key of a config with its default, and what cards are made with.
+"""Every key of a config with its default, and helpers of config files.
 
-A card in `configs/` is a file with `get_config(values='')` that changes some
-of `default()`. `values` is what stands after a colon on the command line:
+A config file, as in `configs/`, has `get_config(values='')`, which changes some
+keys of `default()`. `values` is what stands after a colon on the command line:
 `--config=configs/paper/t5_xl_mov.py:experts=20`.
 """
 
@@ -151,10 +151,9 @@ def _data() -> ConfigDict:
       # of them; '' where rows have inputs and targets.
       templates='',
       # Rates by dataset: one of moepeft.data.t0_mixtures ('t0_train', ...), or
-      # a registered SeqIO task or mixture; '' for the rates below.
+      # a SeqIO task or mixture that a module of --imports registers; '' for the
+      # rates below.
       mixture='',
-      # A module to import before, which registers SeqIO tasks.
-      module='',
       # A dataset's rate is min(rows, max_examples_per_task) **
       # (1 / temperature), 0 for no maximum: temperature 1 draws every row as
       # often, 'inf' every dataset.
@@ -362,14 +361,14 @@ def paper(size: str, model: str = '', data: str = '') -> ConfigDict:
 
 
 def values(text: str, /, **defaults: Any) -> ConfigDict:
-  """Reads a card's values: 'experts=20,rank=4' over its defaults.
+  """Reads a config file's values: 'experts=20,rank=4' over its defaults.
 
   Commas within parentheses are a value's own: 'method=lora(rank=8, alpha=1)'.
 
   Raises:
-    ValueError: the text is not of that form, or the card has no such value.
+    ValueError: the text is not of that form, or the file has no such value.
   """
-  found = dict(defaults)
+  result = dict(defaults)
   for part in _parts(text or ''):
     key, equals, value = part.partition('=')
     if not equals:
@@ -381,8 +380,8 @@ def values(text: str, /, **defaults: Any) -> ConfigDict:
         f'this config has no value {shortened(key)}; it has '
         f'{", ".join(defaults) or "none"}{suggestion(key, defaults)}'
       )
-    found[key] = _typed(value, defaults[key], key)
-  return ConfigDict(found)
+    result[key] = _typed(value, defaults[key], key)
+  return ConfigDict(result)
 
 
 def _parts(text: str) -> list[str]:

@@ -104,7 +104,6 @@ TEXTS = (
   'data.split',
   'data.templates',
   'data.mixture',
-  'data.module',
   'data.tokenizer',
   'data.chat_template',
   'data.system_prompt',

@@ -23,6 +23,7 @@ RENAMED = {
   'model.quantise': 'model.quantize',
   'model.unroll': 'model.scan_unroll',
   'data.vocabulary': 'data.tokenizer',
+  'data.module': 'imports',
   'data.cap': 'data.max_examples_per_task',
   'data.form': 'data.format',
   'data.system': 'data.system_prompt',
@@ -63,11 +64,6 @@ def check_renamed(config: ConfigDict) -> None:
       raise ValueError(message(key))
 
 
-def translated_method(text: str) -> str:
-  """A method string that was stored before, with the options of today."""
-  return re.sub(r'\bsites=', 'targets=', text)
-
-
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
   """A nested config with the names of today; other keys stay as they are."""
   new = {
@@ -75,10 +71,28 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items()
   }
   for old_key, new_key in RENAMED.items():
-    section, _, old = old_key.rpartition('.')
-    keys = new.get(section) if section else new
-    if isinstance(keys, dict) and old in keys:
-      keys.setdefault(new_key.rpartition('.')[2], keys.pop(old))
+    old_section, old_name = _parent(new, old_key)
+    if old_name not in old_section:
+      continue
+    value = old_section.pop(old_name)
+    section, name = _parent(new, new_key)
+    # A run may have a value for both: its modules of --imports and SeqIO's.
+    if not section.get(name):
+      section[name] = value
+    elif value and new_key == 'imports':
+      section[name] = f'{section[name]},{value}'
   if isinstance(new.get('method'), str):
     new['method'] = translated_method(new['method'])
   return new
+
+
+def translated_method(text: str) -> str:
+  """A method string that was stored before, with the options of today."""
+  return re.sub(r'\bsites=', 'targets=', text)
+
+
+def _parent(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+  """(the dict that holds a key, its name there); {} where it is no dict."""
+  section, _, name = key.rpartition('.')
+  parent = config.get(section) if section else config
+  return (parent if isinstance(parent, dict) else {}), name

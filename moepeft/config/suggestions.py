@@ -35,14 +35,14 @@ def unknown_key(arg: str) -> str:
   key = name.removeprefix('config.').partition('[')[0]
   if new := renamed.message(key):
     return new
-  known = list(keys())
-  sections = {k[:i] for k in known for i, c in enumerate(k) if c == '.'}
-  if name == key or key in known or key.startswith(f'{_SHAPE}.'):
+  known_keys = list(keys())
+  sections = {k[:i] for k in known_keys for i, c in enumerate(k) if c == '.'}
+  if name == key or key in known_keys or key.startswith(f'{_SHAPE}.'):
     return ''
   if key in sections:
-    inside = ', '.join(k for k in known if k.startswith(f'{key}.'))
+    inside = ', '.join(k for k in known_keys if k.startswith(f'{key}.'))
     return f'config.{key} is a section of a config; name a key in it: {inside}'
-  return no_such_key(key, known)
+  return no_such_key(key, known_keys)
 
 
 def no_such_key(key: str, known_keys: Sequence[str]) -> str:
@@ -61,12 +61,12 @@ def wrong_type(arg: str) -> str:
   node = default()
   for part in key.split('.'):
     node = node.get(part) if isinstance(node, ConfigDict) else None
-  for kind, what, read in _TYPES:
+  for kind, expected, read in _TYPES:
     if type(node) is kind:
       try:
         read(value)
       except ValueError:
-        return f'config.{key} is {what}; got {shortened(value)}'
+        return f'config.{key} is {expected}; got {shortened(value)}'
   return ''
 
 
@@ -82,16 +82,16 @@ _TYPES = (
 )
 
 
-def similar_keys(key: str, known: Sequence[str]) -> list[str]:
+def similar_keys(key: str, known_keys: Sequence[str]) -> list[str]:
   """The keys of the same last part, else the nearest one, if any is near."""
   last = key.rpartition('.')[2]
-  same = [k for k in known if k.rpartition('.')[2] == last]
+  same = [k for k in known_keys if k.rpartition('.')[2] == last]
   same.sort(key=lambda k: k != key)
   if same:
     return same
-  close = nearest(key, known)
+  close = nearest(key, known_keys)
   if not close:
-    ends = {k.rpartition('.')[2]: k for k in known}
+    ends = {k.rpartition('.')[2]: k for k in known_keys}
     close = ends.get(nearest(last, ends), '')
   return [close] if close else []
 
@@ -120,22 +120,22 @@ def unknown_config(file: str, folders: Sequence[str]) -> str:
   Args:
     folders: where configs ship; see `command.locate`.
   """
-  known = {
+  paths = {
     os.path.relpath(path, folder)
     for folder in folders
     for path in glob.glob(f'{folder}/configs/**/*.py', recursive=True)
   }
-  stems = {os.path.basename(path).removesuffix('.py'): path for path in known}
+  stems = {os.path.basename(path).removesuffix('.py'): path for path in paths}
   stem = os.path.basename(file).removesuffix('.py')
-  close = nearest(file, known) or stems.get(nearest(stem, stems), '')
+  close = nearest(file, paths) or stems.get(nearest(stem, stems), '')
   return (
     f'the config {_short(file)!r} does not exist, here or in the package'
     f'{_options([close] if close else [])}'
   )
 
 
-def _options(found: Sequence[str]) -> str:
-  return f'; did you mean {" or ".join(found)}?' if found else ''
+def _options(candidates: Sequence[str]) -> str:
+  return f'; did you mean {" or ".join(candidates)}?' if candidates else ''
 
 
 def _short(name: str) -> str:

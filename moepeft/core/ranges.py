@@ -108,15 +108,33 @@ class IntegerList:
       raise ValueError(f'{name} is {self}; got {shortened(value)}')
 
 
+@dataclasses.dataclass(frozen=True)
+class Paths:
+  """Lists of paths, one at least."""
+
+  def check(self, name: str, value: Any) -> None:
+    """
+    Raises:
+      ValueError: the value is no such list; the message begins with `name`.
+    """
+    is_list = isinstance(value, tuple) and bool(value)
+    if not is_list or not all(isinstance(v, str) and v for v in value):
+      raise ValueError(
+        f"{name} is a list of paths like ['runs/a/adapter']; got "
+        f'{shortened(value)}'
+      )
+
+
 def option(
   default: Any,
-  allowed: Range | Choices | IntegerList,
+  allowed: Range | Choices | IntegerList | Paths | None,
   training_only: bool = False,
 ) -> Any:
   """A field of a module with the values that it may take beside its default.
 
   Args:
-    training_only: whether it changes the noise of training and nothing else.
+    training_only: whether it changes training alone, not the function that is
+      trained: noise, where a parameter starts and whether it is trained.
   """
   metadata = {'allowed': allowed, 'training_only': training_only}
   return dataclasses.field(default=default, metadata=metadata)

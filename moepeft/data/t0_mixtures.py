@@ -175,13 +175,6 @@ def members(mixture: str) -> tuple[T0Dataset, ...]:
   return MIXTURES[mixture]
 
 
-def totals(mixture: str) -> dict[str, int]:
-  """{dataset: sum of its prompts' rates} where all of the mixture is there."""
-  counts = {_ONE_PROMPT: lambda d: 1, _ALL_PROMPTS: lambda d: d.original}
-  count = counts.get(mixture, lambda d: d.prompts)
-  return {d.name: count(d) * d.rate for d in members(mixture)}
-
-
 def mixture_rates(
   mixture: str,
   rows: Mapping[tuple[str, str], int],

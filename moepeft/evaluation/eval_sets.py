@@ -14,16 +14,18 @@ from moepeft import tasks
 from moepeft.data import TrainingData
 from moepeft.data.batching.collators import Collator
 from moepeft.data.dataset import evenly_spaced
-from moepeft.data.readers import READERS, jsonl
+from moepeft.data.readers import READERS, jsonl_rows
 from moepeft.tasks import Example
 
 SPLITS = ('seen', 'held_out')
+# Above this many different targets, a template's answers count as open.
+_MAX_CHOICES = 8
 # Groups of rows that no run was trained on, and of the run's own data.
 EVALUATION, VALIDATION = 'evaluation', 'validation'
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PromptExamples:
   """The examples of one prompt of a task.
 
   Attributes:
@@ -46,7 +48,7 @@ class Prompt:
 
 def training_prompts(
   config: ConfigDict, held_out: Sequence[Example], train=None
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """The prompts that are ranked before and after training.
 
   Their examples are held out; the name of a prompt of embedded tasks says
@@ -60,10 +62,10 @@ def training_prompts(
   if READERS.lookup(config.data.source).evaluates_tasks:
     ranked_prompts = _embedded_prompts(config)
   else:
-    ranked = jsonl.with_closed_choices(train or (), examples_of(held_out))
+    ranked = with_closed_choices(train or (), examples_of(held_out))
     ranked_prompts = _by_task(VALIDATION, ranked, e.max_examples)
   if e.path:
-    rows = jsonl.read(e.path, ranked=True)
+    rows = jsonl_rows.read(e.path, ranked=True)
     for note in rows.notes(e.path):
       print(note, file=sys.stderr)
     ranked_prompts += _by_task(EVALUATION, rows, e.max_examples)
@@ -83,9 +85,9 @@ def examples_of(held_out: Sequence) -> list[Example]:
   return [e for e in held_out if isinstance(e, Example)]
 
 
-def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
+def _embedded_prompts(config: ConfigDict) -> list[PromptExamples]:
   return [
-    Prompt(
+    PromptExamples(
       tasks.TASKS[name].group,
       name,
       split,
@@ -106,20 +108,20 @@ def _embedded_prompts(config: ConfigDict) -> list[Prompt]:
 
 def _by_task(
   group: str, rows: Iterable[Example], max_examples: int
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Rows by task, whatever their prompts."""
   by_task = collections.defaultdict(list)
   for row in rows:
     by_task[row.task].append(row)
   return [
-    Prompt(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
+    PromptExamples(group, task, '', tuple(evenly_spaced(of_task, max_examples)))
     for task, of_task in sorted(by_task.items())
   ]
 
 
 def prompts(
   group: str, rows: Iterable[Example], max_examples: int
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Rows by task and prompt, the same examples in all prompts of a task.
 
   Examples are spread evenly over those that a task has; a prompt that lacks
@@ -138,13 +140,15 @@ def prompts(
     chosen = set(evenly_spaced(numbers, max_examples))
     for name, of_prompt in sorted(by_name.items()):
       examples = tuple(e for e in of_prompt if e.idx in chosen)
-      result += [Prompt(group, task, name, examples)] if examples else []
+      result += (
+        [PromptExamples(group, task, name, examples)] if examples else []
+      )
   return result
 
 
 def prompts_with_choices(
   config: ConfigDict, sources: TrainingData
-) -> list[Prompt]:
+) -> list[PromptExamples]:
   """Prompts of a run's held-out rows that have choices.
 
   The rows of config.evaluation.path are other data: training ranks them, and
@@ -155,11 +159,13 @@ def prompts_with_choices(
   e = config.evaluation
   if READERS.lookup(config.data.source).evaluates_tasks:
     return _embedded_prompts(config)
-  rows = jsonl.with_closed_choices(sources.rows, examples_of(sources.held_out))
+  rows = with_closed_choices(sources.rows, examples_of(sources.held_out))
   return prompts(VALIDATION, rows, e.max_examples)
 
 
-def whole_tasks(rows: Iterable[Example], max_examples: int) -> list[Prompt]:
+def whole_tasks(
+  rows: Iterable[Example], max_examples: int
+) -> list[PromptExamples]:
   """Rows by task, whatever their prompts, at most so many of each.
 
   Rows without an `idx` are counted in their task.
@@ -190,3 +196,30 @@ def digest(rows: Sequence[Example]) -> str | None:
     row = (e.task, e.template, e.idx, e.inputs, e.targets, e.choices, e.label)
     sha256.update(json.dumps(row).encode() + b'\n')
   return sha256.hexdigest()[:12]
+
+
+def with_closed_choices(
+  train: Sequence[Example], validation: Sequence[Example]
+) -> list[Example]:
+  """The validation rows of templates with few answers, with their choices.
+
+  The choices of a template are the targets that occur in training; rows whose
+  own target is not among them are left out.
+  """
+  answers = collections.defaultdict(set)
+  for e in train:
+    answers[e.task, e.template].add(e.targets)
+  ranked = []
+  for e in validation:
+    choices = tuple(sorted(answers[e.task, e.template]))
+    if 2 <= len(choices) <= _MAX_CHOICES and e.targets in choices:
+      ranked.append(
+        Example(
+          **{
+            **vars(e),
+            'choices': choices,
+            'label': choices.index(e.targets),
+          }
+        )
+      )
+  return ranked

@@ -18,7 +18,7 @@ from moepeft.core.types import Tree
 from moepeft.data.batching.collators import Collator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.evaluation import summary
-from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.greedy_answers import BatchGenerator
 from moepeft.evaluation.loglikelihood import Likelihood
 from moepeft.evaluation.plan import EvalPlan, PartialResults
@@ -63,7 +63,7 @@ class Evaluator:
     validation: Sequence = (),
     collator: Collator | None = None,
     objective: Objective | None = None,
-    prompts: Sequence[Prompt] = (),
+    prompts: Sequence[PromptExamples] = (),
     eos_token_ids: Sequence[int] = (),
     mesh: Mesh | None = None,
   ):
@@ -230,7 +230,7 @@ class Evaluator:
     return results
 
   def _measure_of(
-    self, names: tuple[str, ...], prompts: Sequence[Prompt]
+    self, names: tuple[str, ...], prompts: Sequence[PromptExamples]
   ) -> tuple[Callable[..., list[Measurement]], str]:
     """(the method that measures some metrics, its verb for progress)."""
     if names == (ACCURACY,):
@@ -243,7 +243,7 @@ class Evaluator:
   def accuracy(
     self,
     variables: Tree,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
     encoded: Sequence[Ranked] | None = None,
   ) -> list[Measurement]:
@@ -290,7 +290,7 @@ class Evaluator:
   def loss(
     self,
     variables: Tree,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
   ) -> list[Measurement]:
     """-log p of the targets of each prompt, in nats a token."""
@@ -318,7 +318,7 @@ class Evaluator:
     self,
     names: Sequence[str],
     variables: Tree,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptExamples],
     progress: Progress = _no_progress,
   ) -> list[Measurement]:
     """Metrics, by name, of the greedy answers to each prompt's examples."""
@@ -348,7 +348,7 @@ class Evaluator:
 
 
 def check_text_metrics(
-  names: Sequence[str], prompts: Sequence[Prompt] = ()
+  names: Sequence[str], prompts: Sequence[PromptExamples] = ()
 ) -> None:
   """Checks, before minutes of generation, that metrics can be computed.
 
@@ -362,13 +362,13 @@ def check_text_metrics(
     METRICS[name].check_targets(targets)
 
 
-def _examples(prompts: Sequence[Prompt]) -> list[Example]:
+def _examples(prompts: Sequence[PromptExamples]) -> list[Example]:
   return [e for prompt in prompts for e in prompt.examples]
 
 
 def _by_prompt(
-  prompts: Sequence[Prompt], rows: Sequence
-) -> Iterator[tuple[Prompt, Sequence]]:
+  prompts: Sequence[PromptExamples], rows: Sequence
+) -> Iterator[tuple[PromptExamples, Sequence]]:
   """Each prompt with the rows of its examples, which are in one list."""
   start = 0
   for prompt in prompts:
@@ -377,14 +377,18 @@ def _by_prompt(
     start = end
 
 
-def _passes(plan: EvalPlan) -> list[tuple[tuple[str, ...], list[Prompt]]]:
+def _passes(
+  plan: EvalPlan,
+) -> list[tuple[tuple[str, ...], list[PromptExamples]]]:
   """(metrics, their prompts), those of generated texts together."""
   texts = tuple(name for name in plan if name in METRICS)
   alone = [(name,) for name in plan if name not in METRICS]
   return [(names, plan[names[0]]) for names in (*alone, texts) if names]
 
 
-def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+def _portions(
+  prompts: Sequence[PromptExamples],
+) -> Iterator[list[PromptExamples]]:
   """Prompts in their order, as few together as have `_PORTION` examples."""
   portion = []
   for prompt in prompts:

@@ -16,7 +16,7 @@ from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.length_check import check_length
 from moepeft.inference.prompts import encode_example_prompt
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 
@@ -48,7 +48,7 @@ class BatchGenerator:
       # Of the longest inputs, so that it fails before anything runs.
       limit = model.config.length
       check_length(inputs_length, max_new_tokens, limit, decoder_only=True)
-    soft_prompt = before(model)
+    soft_prompt = model_prefix_ids(model)
     self._max_inputs = length_after_prefix(
       inputs_length, soft_prompt, 'the inputs'
     )

@@ -18,7 +18,7 @@ from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
 from moepeft.models import decoder_only
 from moepeft.objectives.cross_entropy import token_losses
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 # Below these, lengths of inputs and targets are not worth a program.
@@ -51,7 +51,7 @@ class Likelihood:
   ):
     """`batch_size` is rounded up to a multiple of the mesh's devices."""
     self._losses = jax.jit(functools.partial(losses, model))
-    front = before(model)
+    front = model_prefix_ids(model)
     self._form: Collator = Seq2SeqCollator(
       vocabulary, inputs_length, targets_length, prefix_ids=front
     )

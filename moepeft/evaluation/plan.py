@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from moepeft.data import TrainingData
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation import results as results_lib
-from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.results import (
   ACCURACY,
   LOSS,
@@ -24,7 +24,7 @@ from moepeft.runs.metrics_log import MetricsLog
 from moepeft.tasks import Example
 
 # {metric: the prompts that it is measured on}.
-EvalPlan = dict[str, list[Prompt]]
+EvalPlan = dict[str, list[PromptExamples]]
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class PartialResults:
         # The work directory may be spelt in another way.
         self._store(dataclasses.replace(result, run=info.run))
 
-  def get(self, prompt: Prompt, metric: str) -> Result | None:
+  def get(self, prompt: PromptExamples, metric: str) -> Result | None:
     """A prompt's result, if it is there and of the same examples."""
     result = self._results.get((prompt.task, prompt.name, metric))
     if result is None:

@@ -22,8 +22,8 @@ from moepeft.data.batching import packing, seq2seq
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
-from moepeft.objectives.seq2seq import sequence_log_likelihood, shift_right
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.objectives.cross_entropy import sequence_log_likelihood
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 # Inputs are padded to a multiple of this, from 4 times it on to a power of two.
@@ -130,8 +130,14 @@ class Ranked:
     return len({tuple(ids) for ids in self.choices}) < len(self.choices)
 
 
+def shift_right(targets: Array) -> Array:
+  """Decoder inputs of targets [..., t]: the id 0, then all but the last."""
+  widths = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
+  return jnp.pad(targets[..., :-1], widths)
+
+
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ScoringBatch:
   """A batch: `shape` is (rows, choices, inputs, targets)."""
 
   shape: tuple[int, int, int, int]
@@ -163,7 +169,7 @@ class Ranker:
     It is rounded up to a multiple of the mesh's devices.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
-    self._causal, self._before = decoder_only(model), before(model)
+    self._causal, self._before = decoder_only(model), model_prefix_ids(model)
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -227,7 +233,7 @@ class Ranker:
       )
     return np.array([np.argmax(row_scores) for row_scores in scores], np.int64)
 
-  def parts(self, rows: Sequence[Ranked]) -> Iterator[Part]:
+  def parts(self, rows: Sequence[Ranked]) -> Iterator[ScoringBatch]:
     """The batches that rows are ranked in, of as few shapes as may be.
 
     From the longest on, a batch takes the next rows, shorter ones too where
@@ -246,7 +252,7 @@ class Ranker:
         # No more have as many choices: a smaller batch will do.
         least = sharding.round_up(self._mesh, _power(len(near)))
         count = min(count, least)
-      yield Part((count, c, s, t), tuple(near[:count]))
+      yield ScoringBatch((count, c, s, t), tuple(near[:count]))
       order = order[len(near[:count]) :]
 
   def _size(self, row: Ranked) -> tuple[int, int, int]:
@@ -273,7 +279,9 @@ class Ranker:
     more = min(inputs // s, targets // t, room // (c * t), _MORE)
     return self._batch_size * (_power(more + 1) // 2)
 
-  def _scores(self, variables, rows: list[Ranked], part: Part) -> np.ndarray:
+  def _scores(
+    self, variables, rows: list[Ranked], part: ScoringBatch
+  ) -> np.ndarray:
     count, c, s, t = part.shape
     # Whole batches, and as many choices each, by repeating the last.
     filled = rows + [rows[-1]] * (count - len(rows))

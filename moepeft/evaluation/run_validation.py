@@ -6,13 +6,13 @@ by plain cross-entropy, whatever config.loss is, so that their runs compare.
 """
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import card
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.core import sharding
 from moepeft.core.types import Tree
 from moepeft.data import TrainingData
 from moepeft.data.batching import collators
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.readers.preference import preference_data
+from moepeft.data.preference.dataset import preference_data
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.inference.loaded_model import LoadedModel
@@ -23,7 +23,7 @@ from moepeft.objectives import (
 )
 from moepeft.objectives.batches import make_collator
 from moepeft.objectives.paired_batch import ReferenceFn
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 
 def collator_of(run: LoadedModel) -> collators.Collator:
@@ -32,7 +32,11 @@ def collator_of(run: LoadedModel) -> collators.Collator:
   return make_collator(
     config,
     collators.make_model_collator(
-      config.data, run.tokenizer, run.model, config.seed, before(run.model)
+      config.data,
+      run.tokenizer,
+      run.model,
+      config.seed,
+      model_prefix_ids(run.model),
     ),
   )
 
@@ -95,7 +99,7 @@ def _with_reference(
     collator,
     model,
     start,
-    card(base, built, config.seed),
+    describe_run(base, built, config.seed),
     sharding.make_mesh(),
     config.evaluation.batch_size,
   )

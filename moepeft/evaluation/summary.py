@@ -10,7 +10,7 @@ import numpy as np
 
 from moepeft.core import files, terminal
 from moepeft.evaluation import paper_metric
-from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.results import ACCURACY, LOSS, Measurement, Result
 from moepeft.evaluation.tables import terminal as results_table
 from moepeft.metrics import METRICS
@@ -19,7 +19,7 @@ _COLUMNS = ('group', 'task', 'templates', 'n', 'chance', 'before', 'after')
 
 
 def accuracy_rows(
-  prompts: Sequence[Prompt], measured: Sequence[Measurement]
+  prompts: Sequence[PromptExamples], measured: Sequence[Measurement]
 ) -> list[dict[str, Any]]:
   """Accuracies of tasks over the examples of all their prompts.
 
@@ -124,7 +124,7 @@ def warnings(
 def summarize(
   method: str,
   step: int,
-  prompts: Sequence[Prompt],
+  prompts: Sequence[PromptExamples],
   results: Sequence[Result],
 ) -> dict[str, Any]:
   """The summary of an evaluation: by task, by group, and the paper's metric.

@@ -22,7 +22,7 @@ from moepeft.inference.engine.engine import Engine
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.inference.length_check import check_length
 from moepeft.inference.sampling import Sampling
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 # A shorter length is not worth a program.
 _MIN_LENGTH = 64
@@ -111,7 +111,10 @@ class Generator:
     self._model, self._variables = model, variables
     self._tokenizer, self._config = tokenizer, config
     self._batch_size = batch_size
-    self._soft_prompt, decoder_only = before(model), hasattr(model, 'extend')
+    self._soft_prompt, decoder_only = (
+      model_prefix_ids(model),
+      hasattr(model, 'extend'),
+    )
     self._decoder_only = decoder_only
     # An encoder-decoder may generate padding; it is no text either.
     self._silent = {*config.eos_token_ids, *(() if decoder_only else (PAD,))}

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints import quantize
-from moepeft.checkpoints.manager import card, restore_trained
+from moepeft.checkpoints.restore import restore_trained
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.config import defaults as config_lib
 from moepeft.core.types import Tree
 from moepeft.data import load_tokenizer
@@ -125,7 +126,7 @@ def load_run(workdir: str, checkpoint: str = '') -> LoadedModel:
   else:
     model, built = base_lib.module(base, config)
     variables, step = _trained(base, built, config, workdir, checkpoint)
-    method, parameters = built.method, _size(variables[built.trainable])
+    method, parameters = built.method, _size(variables[built.trainable], built)
   tokenizer = load_tokenizer(config.data.tokenizer, config.model.path)
   chat_template.set_chat_template(
     tokenizer, config.data.chat_template, config.data.system_prompt
@@ -174,7 +175,7 @@ def load_model(path: str, adapter: str = '') -> LoadedModel:
     built.method if adapter else 'none',
     _base_name(path),
     quantize.parameters(variables['params'], base.config),
-    _size(variables[built.trainable]) if adapter else 0,
+    _size(variables[built.trainable], built) if adapter else 0,
     base.folder,
   )
 
@@ -196,7 +197,7 @@ def _trained(
 ) -> tuple[Tree, int]:
   """(variables, step) of a checkpoint."""
   trained, saved = restore_trained(workdir, checkpoint)
-  now = card(base, built, config.seed)
+  now = describe_run(base, built, config.seed)
   if saved['base']['sha256'] != now['base']['sha256']:
     raise ValueError(
       f'the base {base.path!r} is not the one that {workdir!r} was trained on '
@@ -210,6 +211,6 @@ def _base_name(path: str) -> str:
   return os.path.basename(path.rstrip('/')).split(':')[-1]
 
 
-def _size(tree: Tree) -> int:
-  trained, _ = router_state.split(tree)
+def _size(tree: Tree, built: Built) -> int:
+  trained, _ = router_state.split(tree, built.frozen_mixtures)
   return sum(leaf.size for leaf in jax.tree.leaves(trained))

@@ -7,7 +7,7 @@ parameters of the adapter, under names that begin with `state_`, so that
 whatever scans, stacks, saves, exports or serves an adapter has its state too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax
@@ -41,50 +41,69 @@ def is_state(path: str) -> bool:
   return path.rpartition('/')[-1].startswith(_PREFIX)
 
 
-def split(tree: Tree) -> tuple[Tree, Tree]:
-  """(what is trained, the routers' state) of a 'peft' tree."""
+def split(
+  tree: Tree, frozen_mixtures: Collection[str] = ()
+) -> tuple[Tree, Tree]:
+  """(what is trained, what is not) of a 'peft' tree.
+
+  Args:
+    frozen_mixtures: adapters whose routers alone are trained, by their names
+      in the tree; see `peft.build.Built`.
+  """
   flat = flax.traverse_util.flatten_dict(tree, sep='/')
-  state = {path: array for path, array in flat.items() if is_state(path)}
-  if not state:
+  rest = {
+    path: array
+    for path, array in flat.items()
+    if is_state(path) or _is_frozen(path, frozen_mixtures)
+  }
+  if not rest:
     return tree, {}
-  trained = {path: a for path, a in flat.items() if path not in state}
-  return _unflatten(trained), _unflatten(state)
+  trained = {path: a for path, a in flat.items() if path not in rest}
+  return _unflatten(trained), _unflatten(rest)
 
 
-def join(trained: Tree, state: Tree) -> Tree:
+def _is_frozen(path: str, frozen_mixtures: Collection[str]) -> bool:
+  return any(
+    f'/{name}/' in path and f'/{name}/router/' not in path
+    for name in frozen_mixtures
+  )
+
+
+def join(trained: Tree, rest: Tree) -> Tree:
   """The inverse of `split`."""
-  if not state:
+  if not rest:
     return trained
   flat = flax.traverse_util.flatten_dict(trained, sep='/')
-  return _unflatten(flat | flax.traverse_util.flatten_dict(state, sep='/'))
+  return _unflatten(flat | flax.traverse_util.flatten_dict(rest, sep='/'))
 
 
 def optimizer_init(
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation, frozen_mixtures: Collection[str] = ()
 ) -> Callable[[Tree], Tree]:
-  """An optimizer's `init` of a 'peft' tree: nothing for routers' state."""
-  return lambda tree: optimizer.init(split(tree)[0])
-
-
-def update(
-  state: Tree, routing: Tree, routers: Mapping[str, nn.Module]
-) -> Tree:
-  """The state after a step.
+  """An optimizer's `init` of a 'peft' tree: nothing for what is not trained.
 
   Args:
-    state: from `split`.
+    frozen_mixtures: as of `split`.
+  """
+  return lambda tree: optimizer.init(split(tree, frozen_mixtures)[0])
+
+
+def update(rest: Tree, routing: Tree, routers: Mapping[str, nn.Module]) -> Tree:
+  """The second tree of `split` after a step: frozen arrays stay as they are.
+
+  Args:
+    rest: from `split`.
     routing: the sums of the step's batch, the collection 'routing'.
     routers: {adapter's name: its router}, of `peft.build.routers`.
   """
-  if not state:
-    return state
-  flat = flax.traverse_util.flatten_dict(state, sep='/')
+  updated = flax.traverse_util.flatten_dict(rest, sep='/')
   sites: dict[str, dict[str, Array]] = {}
-  for path, array in flat.items():
+  for path in filter(is_state, updated):
     site, _, name = path.rpartition('/router/')
-    sites.setdefault(site, {})[name.removeprefix(_PREFIX)] = array
+    sites.setdefault(site, {})[name.removeprefix(_PREFIX)] = updated[path]
+  if not sites:
+    return rest
   sums = collect(routing)
-  updated = {}
   for site, arrays in sites.items():
     arrays = _updated(routers[site.rpartition('/')[-1]], arrays, sums[site])
     for name, array in arrays.items():

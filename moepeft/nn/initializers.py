@@ -21,6 +21,7 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from moepeft.core.types import AXIS_NAMES, Array, Batch, Tree
+from moepeft.nn.expert_padding import PaddedAxis, padded_axis
 
 # The collection that holds it, filled where the rng of that name is given.
 METADATA = 'metadata'
@@ -72,11 +73,14 @@ class ParamMetadata(meta.AxisMetadata):
     logical_axes: ('layers', 'embed', 'heads', 'head_dim'), values of
       `moepeft.core.types.AXIS_NAMES`.
     initializer: None where the initial value depends on the base's weights.
+    expert_counts: of each layer, where they differ and the array has an axis of
+      the largest; else ().
   """
 
   collection: str
   logical_axes: tuple[str, ...]
   initializer: Initializer | None
+  expert_counts: tuple[int, ...] = ()
 
   def add_axis(self, index: int, params: dict[str, str]) -> 'ParamMetadata':
     before, after = self.logical_axes[:index], self.logical_axes[index:]
@@ -96,6 +100,20 @@ class ParamMetadata(meta.AxisMetadata):
     return self
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ExpertCounts:
+  """The experts of each layer, beside the metadata of a module's arrays."""
+
+  counts: tuple[int, ...]
+
+
+def record_expert_counts(module: nn.Module, counts: tuple[int, ...]) -> None:
+  """Says that arrays with experts, in the module or below it, are padded."""
+  if module.has_rng(METADATA):
+    module.variable(METADATA, 'expert_counts', lambda: ExpertCounts(counts))
+
+
 def init_params(
   model: nn.Module, batch: Batch, seed: int, params: Tree | None = None
 ) -> dict[str, Tree]:
@@ -112,9 +130,8 @@ def init_params(
     params: the base's weights; None draws them too.
   """
   shapes = _shapes(model, batch, params)
-  initializers = {
-    path: a.initializer for path, a in _flatten(shapes[METADATA]).items()
-  }
+  metadata = _flatten(shapes[METADATA])
+  initializers = {path: a.initializer for path, a in metadata.items()}
   if params is None:
     params = _draw(_flatten(shapes['params']), initializers, seed)
   peft_shapes = _flatten(shapes.get('peft', {}))
@@ -129,7 +146,30 @@ def init_params(
     peft |= {
       path: computed[path] for path in peft_shapes.keys() - drawable.keys()
     }
+  for path, axis in _padded_axes(metadata).items():
+    peft[path] = np.array(peft[path])
+    axis.clear_padding(peft[path])
   return {'params': params, 'peft': _unflatten(peft)}
+
+
+def padded_axes(
+  model: nn.Module, batch: Batch, params: Tree | None = None
+) -> dict[str, PaddedAxis]:
+  """{path in 'peft': the axis of its experts} of arrays with padding.
+
+  Args: as of `logical_axes`.
+  """
+  return _padded_axes(_flatten(_shapes(model, batch, params)[METADATA]))
+
+
+def _padded_axes(
+  metadata: Mapping[str, ParamMetadata],
+) -> dict[str, PaddedAxis]:
+  return {
+    path: padded_axis(path, entry.logical_axes, entry.expert_counts)
+    for path, entry in metadata.items()
+    if entry.expert_counts
+  }
 
 
 def logical_axes(
@@ -199,14 +239,38 @@ def _traced(model: nn.Module, leaves: tuple, tree: Any) -> dict[str, Tree]:
   )
   rngs = dict.fromkeys(('params', 'peft', METADATA), jax.random.key(0))
   if params is None:
-    return jax.eval_shape(lambda batch: model.init(rngs, batch), batch)
-  return jax.eval_shape(
-    lambda params, batch: model.apply(
-      {'params': params}, batch, rngs=rngs, mutable=['peft', METADATA]
-    )[1],
-    params,
-    batch,
-  )
+    collections = jax.eval_shape(lambda batch: model.init(rngs, batch), batch)
+  else:
+    collections = jax.eval_shape(
+      lambda params, batch: model.apply(
+        {'params': params}, batch, rngs=rngs, mutable=['peft', METADATA]
+      )[1],
+      params,
+      batch,
+    )
+  return {
+    **collections,
+    METADATA: _with_expert_counts(collections[METADATA]),
+  }
+
+
+def _with_expert_counts(metadata: Tree, counts: tuple[int, ...] = ()) -> Tree:
+  """The metadata, arrays with experts having the counts of their layers."""
+  for value in metadata.values():
+    if isinstance(value, ExpertCounts):
+      counts = value.counts
+  result = {}
+  for key, value in metadata.items():
+    if isinstance(value, Mapping):
+      result[key] = _with_expert_counts(value, counts)
+    elif not isinstance(value, ExpertCounts):
+      with_experts = counts and AXIS_NAMES['e'] in value.logical_axes
+      result[key] = (
+        dataclasses.replace(value, expert_counts=counts)
+        if with_experts
+        else value
+      )
+  return result
 
 
 def _draw(

@@ -160,3 +160,11 @@ def mean_loss(total: Array, aux: dict[str, Array]) -> Array:
   """The mean loss of an objective's (sum, aux); zero where the weight is."""
   weight = aux['weight']
   return total / jnp.where(weight > 0, weight, 1)
+
+
+def sequence_log_likelihood(
+  logits: Array, targets: Array, mask: Array
+) -> Array:
+  """Sum of log-probabilities of the real targets, EOS included: [b]."""
+  losses = token_losses(logits, targets)
+  return -jnp.sum(jnp.where(mask, losses, 0), axis=-1)

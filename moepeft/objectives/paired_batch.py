@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from moepeft.core.types import Array, Batch, Tree
+from moepeft.core.types import PAIR, Array, Batch, Tree
 from moepeft.objectives.cross_entropy import token_losses
 
 # The token whose logit is a reward model's score: padding.
@@ -183,6 +183,24 @@ def answer_logps(
     scores=split_sides(last_token_score(logits, mask, segments)),
     routing=sown.get('routing', {}),
   )
+
+
+def mean_logp_pairs(
+  apply: Callable,
+  variables: Tree,
+  batch: Batch,
+  rngs: Mapping[str, Array] | None,
+  beta: float,
+) -> tuple[PairLogps, Array, Array, dict[str, Array]]:
+  """(pairs, chosen, rejected, metrics) where no reference is needed.
+
+  `chosen` and `rejected` [a] are mean log p of an answer's tokens; a reward is
+  beta times that.
+  """
+  pairs = answer_logps(apply, variables, batch, rngs, PAIR)
+  chosen, rejected = pairs.mean_logps(0), pairs.mean_logps(1)
+  metrics = pair_metrics(beta * chosen, beta * rejected, pairs.mask)
+  return pairs, chosen, rejected, metrics
 
 
 def _precomputed_logps(

@@ -127,8 +127,8 @@ def precomputed(
   """
   folder = workdir and Run(workdir).reference_dir
   metadata = {'key': _key(preferences, collator, variables, run_metadata)}
-  if folder and os.path.exists(os.path.join(folder, _CARD)):
-    if _read(folder, _CARD, untrusted.read_json_object) != metadata:
+  if folder and os.path.exists(os.path.join(folder, _METADATA_FILE)):
+    if _read(folder, _METADATA_FILE, untrusted.read_json_object) != metadata:
       raise ValueError(
         f'{folder} was computed of another base, adapter or data than those '
         'of this run; put them back, or choose another --workdir'
@@ -144,11 +144,11 @@ def precomputed(
     with tell_full_disk(folder, lambda: None):
       np.save(os.path.join(folder, _ARRAY), array)
     # Last: without it the array counts as none.
-    distributed.write_json(os.path.join(folder, _CARD), metadata)
+    distributed.write_json(os.path.join(folder, _METADATA_FILE), metadata)
   return array
 
 
-_ARRAY, _CARD = 'log_p.npy', 'card.json'
+_ARRAY, _METADATA_FILE = 'log_p.npy', 'card.json'
 
 
 def _read(folder: str, name: str, read: Callable[[str], Any]) -> Any:

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import Array, Batch, Tree
@@ -11,7 +10,6 @@ from moepeft.objectives.cross_entropy import (
   DEFAULTS,
   CrossEntropySettings,
   loss_divisors,
-  token_losses,
   token_nll_and_loss,
 )
 from moepeft.objectives.objective import ObjectiveSpec
@@ -66,23 +64,3 @@ SEQ2SEQ = ObjectiveSpec(
   architecture='encoder-decoder',
   validates_itself=False,
 )
-
-
-def sequence_log_likelihood(
-  logits: Array, targets: Array, mask: Array
-) -> Array:
-  """Sum of log-probabilities of the real targets, EOS included: [b]."""
-  losses = token_losses(logits, targets)
-  return -jnp.sum(jnp.where(mask, losses, 0), axis=-1)
-
-
-def shift_right(targets: Array) -> Array:
-  """Decoder inputs of targets [..., t]: the id 0, then all but the last."""
-  widths = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
-  return jnp.pad(targets[..., :-1], widths)
-
-
-def split_rngs(rng: Array) -> dict[str, Array]:
-  """The keys that a training step's model call takes."""
-  dropout, router = jax.random.split(rng)
-  return {'dropout': dropout, 'router': router}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from moepeft.core.ranges import Range, option
-from moepeft.core.types import PAIR, Array, Batch, Tree
+from moepeft.core.types import Array, Batch, Tree
 from moepeft.objectives import paired_batch
 from moepeft.objectives.dpo import sigmoid_loss
 from moepeft.objectives.objective import ObjectiveSpec, check_options
@@ -43,11 +43,9 @@ def loss_sums(
   settings: SimPOSettings,
 ) -> tuple[Array, dict[str, Tree]]:
   """As `dpo.loss_sums`; a reward is beta times the mean log p of a token."""
-  pairs = paired_batch.answer_logps(apply, variables, batch, rngs, PAIR)
-  chosen, rejected = pairs.mean_logps(0), pairs.mean_logps(1)
   beta = settings.beta
-  metrics = paired_batch.pair_metrics(
-    beta * chosen, beta * rejected, pairs.mask
+  pairs, chosen, rejected, metrics = paired_batch.mean_logp_pairs(
+    apply, variables, batch, rngs, beta
   )
   losses = simpo_loss(
     chosen, rejected, beta, settings.margin, settings.label_smoothing

@@ -36,6 +36,16 @@ class Built:
   adapter_map: AdapterMap
   trainable: str
 
+  @property
+  def frozen_mixtures(self) -> tuple[str, ...]:
+    """Names in 'peft' of mixtures whose experts stay as they are."""
+    names = {
+      adapter.name: None
+      for _, adapter in self.adapter_map.entries
+      if getattr(adapter, 'freezes_experts', False)
+    }
+    return tuple(names)
+
   def variables(self, state: State) -> dict[str, Tree]:
     """{'params': ..., 'peft': ...} of a training state; its 'reference'."""
     frozen = {'peft': 'params', 'params': 'peft'}[self.trainable]
@@ -175,6 +185,8 @@ def expanded(
       count_names = dict(spec.options).keys() & EXPERT_COUNTS or {'experts'}
       for name in {*EXPERT_COUNTS} - count_names:
         del options[name]
+      if 'from_adapters' not in count_names:
+        del options['train_experts']
     name = 'mixture' if method_entry.expert else spec.name
     specs.append(Spec(name, tuple(options.items())))
   return _text(specs, methods)
@@ -187,17 +199,18 @@ def function_of(adapter_map: AdapterMap) -> tuple:
   role or by name, another dropout or jitter.
   """
   return tuple(
-    (path, _function(adapter)) for path, adapter in adapter_map.entries
+    (path, adapter_function(adapter)) for path, adapter in adapter_map.entries
   )
 
 
-def _function(module: nn.Module) -> tuple:
+def adapter_function(module: nn.Module) -> tuple:
+  """As `function_of`, of one adapter or router."""
   fields = []
   options = options_of(type(module))
   for name in sorted(n for n, o in options.items() if not o.training_only):
     value = getattr(module, name)
     nested = isinstance(value, nn.Module)
-    fields.append((name, _function(value) if nested else value))
+    fields.append((name, adapter_function(value) if nested else value))
   return (type(module), *fields)
 
 
@@ -211,6 +224,12 @@ def entry(spec: Spec, methods: Mapping[str, Method] = METHODS) -> Method:
   if 'expert' not in options_of(method.module) or method.expert:
     return method
   expert = spec.get('expert')
+  if expert is None and spec.get('from_adapters'):
+    raise ValueError(
+      f'{spec.name} has its expert in the files of from_adapters, which are '
+      "read for config.method alone; write `expert` and `targets` as the run's "
+      'first line has them'
+    )
   if not isinstance(expert, str) or not expert:
     raise ValueError(
       f'{spec.name} has an expert like lora or lora(rank=4); got '
@@ -305,9 +324,43 @@ def _resolve(spec: Spec, methods, semantics: str) -> Spec:
     raise ValueError(
       f'{spec.name} takes one of {" and ".join(counts)}; drop the others'
     )
+  _check_from_adapters(spec)
   return Spec(
     spec.name, tuple((user_options | (decided | user_options)).items())
   )
+
+
+def _check_from_adapters(spec: Spec) -> None:
+  """Raises a ValueError for options that do not go with `from_adapters`."""
+  options = dict(spec.options)
+  if 'train_experts' in options and 'from_adapters' not in options:
+    raise ValueError(
+      f'{spec.name}: train_experts is for experts that are given by '
+      'from_adapters; drop it, since others are trained'
+    )
+  if options.get('share') and 'from_adapters' in options:
+    raise ValueError(
+      f'{spec.name}: adapters that were trained apart have no parameter in '
+      'common; drop share'
+    )
+
+
+def portable(method: str) -> str:
+  """A resolved method's text with `experts` in place of `from_adapters`.
+
+  It builds the same function, and describes an adapter whose arrays hold the
+  experts, wherever those files are.
+  """
+  specs = []
+  for spec in map(flat, method_string.parse_method(method)):
+    options = []
+    for name, value in spec.options:
+      if name == 'from_adapters':
+        options.append(('experts', len(value)))
+      elif name != 'train_experts':
+        options.append((name, value))
+    specs.append(Spec(spec.name, tuple(options)))
+  return _text(specs, METHODS)
 
 
 def make(
@@ -324,6 +377,8 @@ def make(
   if 'router' in declared:
     router = options.get('router', Spec(DEFAULT_ROUTER))
     experts = options.get('experts', declared['experts'].default)
+    if 'from_adapters' in options:
+      experts = options['experts'] = len(options['from_adapters'])
     if 'experts_per_layer' in options:
       experts = options['experts'] = max(options['experts_per_layer'])
     options['router'] = ROUTERS[router.name].module(
@@ -341,8 +396,8 @@ def _check_causal(spec: Spec, paths: Sequence[str]) -> None:
     if path.split('/')[0] != 'encoder':
       raise ValueError(
         f'the router {router.name} reads later tokens, which at {path} are '
-        "those to predict; name sites of an encoder, as in targets='encoder/*', "
-        'or take another router'
+        "those to predict; name those of an encoder, targets='encoder/*', or "
+        'take another router'
       )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from moepeft.core.ranges import Choices, IntegerList, Range
+from moepeft.core.ranges import Choices, IntegerList, Paths, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Option:
   Attributes:
     default: its value where a method string does not give one.
     allowed: the values that it may take, beside the default's type.
-    training_only: whether it changes the noise of training and nothing else.
+    training_only: whether it changes training alone, not the function.
   """
 
   default: Any
-  allowed: Range | Choices | IntegerList | None = None
+  allowed: Range | Choices | IntegerList | Paths | None = None
   training_only: bool = False
 
 

@@ -20,17 +20,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from moepeft.core.ranges import Choices, IntegerList, option
+from moepeft.core.ranges import Choices, IntegerList, Paths, option
 from moepeft.core.types import Array, Context
 from moepeft.moe.gate import EXPERTS
 from moepeft.moe.router_stats import route
 from moepeft.moe.routers.softmax import Softmax
 from moepeft.nn.adapter_hook import BaseLayer, flatten_features
+from moepeft.nn.initializers import record_expert_counts
 from moepeft.peft.method import Method
 
 READS = ('input', 'output', 'heads')
 # Options that say how many experts there are; a method string has one of them.
-EXPERT_COUNTS = ('experts', 'experts_per_layer')
+EXPERT_COUNTS = ('experts', 'experts_per_layer', 'from_adapters')
 
 
 class Mixture(nn.Module):
@@ -49,6 +50,10 @@ class Mixture(nn.Module):
       head of f(x), through one router that the heads share, and 'output'
       where f(x) has no heads.
     share: the parameter that all experts have in common, '' for none.
+    from_adapters: paths of the trained adapters that the experts start as, one
+      each; empty where they start as fresh ones. The experts then stay as they
+      are, and only the router is trained.
+    train_experts: whether experts from trained adapters are trained further.
   """
 
   expert: nn.Module
@@ -57,6 +62,12 @@ class Mixture(nn.Module):
   router: nn.Module = Softmax(10)
   reads: str = option('input', Choices(READS))
   share: str = ''
+  from_adapters: tuple[str, ...] = option((), Paths(), training_only=True)
+  train_experts: bool = option(False, None, training_only=True)
+
+  @property
+  def freezes_experts(self) -> bool:
+    return bool(self.from_adapters) and not self.train_experts
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -84,6 +95,7 @@ class Mixture(nn.Module):
         'a count for each layer, and stacks of unlike depth a mixture each by '
         "`targets`, like targets='encoder/*'"
       )
+    record_expert_counts(self, counts)
     masks = np.arange(self.experts) < np.array(counts)[:, None]
     return ctx.replace(expert_mask=jnp.asarray(masks)[ctx.layer])
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moepeft.runs import diagnosis
+from moepeft.runs import before_after
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 _ROSE, _FELL, _GREY = '#0072B2', '#D55E00', '0.6'
@@ -74,7 +74,7 @@ def _slope(axes: Axes, key: str, old: float, new: float) -> None:
   axes.plot([0, 1], [old, new], 'o-', color=_ROSE, ms=5)
   axes.set_title(key.replace('_', ' ').replace(' ', '\n', 1), fontsize=9)
   axes.set_xticks([0, 1], ['before', 'after'], fontsize=8)
-  texts = diagnosis.numbers(old, new)
+  texts = before_after.format_pair(old, new)
   # Beside the points, where the line between them does not cross the numbers.
   for x, value, text, side in zip(
     (0, 1), (old, new), texts, ('right', 'left'), strict=True
@@ -116,7 +116,7 @@ def _accuracies(
       y = tasks.index((new['group'], new['task']))
       start, end = 100 * old['accuracy'], 100 * new['accuracy']
       color = _GREY
-      if diagnosis.differ(old, new, len(pairs)):
+      if before_after.is_beyond_noise(old, new, len(pairs)):
         color = _ROSE if end > start else _FELL
       axes.plot([start, end], [y, y], color=color, lw=1.6)
       axes.plot(start, y, 'o', color=color, mfc='white', ms=5, clip_on=False)

@@ -182,6 +182,15 @@ def _drop_after(path: str, step: int) -> None:
   os.truncate(path, end)
 
 
+def is_number(value: object) -> bool:
+  """Whether a value of a row is a finite number; others are null there."""
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
+
+
 def _finite(value: Any) -> Any:
   """A row as JSON can hold it: NaN and the infinities as None."""
   if isinstance(value, Mapping):

@@ -15,7 +15,6 @@ from moepeft.runs.run import Run, read_object
 # compared by the checkpoint's metadata.
 _FREE = (
   'imports',
-  'steps',
   'router_collapse_threshold',
   'early_stopping_patience',
   'data.num_workers',
@@ -47,11 +46,7 @@ def check_unchanged(
     return
   begun = flatten(run.read_config())
   now = flatten(json.loads(config.to_json()))
-  free = _FREE
-  if now['optimizer.schedule'] != 'constant':
-    # The rate falls to zero at the last step.
-    free = tuple(key for key in free if key != 'steps')
-  free += tuple(key.removeprefix('config.') for key in may_differ)
+  free = (*_FREE, *(key.removeprefix('config.') for key in may_differ))
   prefixes = tuple(f'{key}.' for key in free)
   for key in sorted(begun.keys() & now.keys()):
     if begun[key] != now[key] and not f'{key}.'.startswith(prefixes):

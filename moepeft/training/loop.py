@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core.progress import Progress
 from moepeft.core.types import State, Tree
 from moepeft.data.loader import Loader
@@ -41,7 +41,8 @@ class TrainingLoop:
     workdir: holds the lock of the directory; None in processes other than the
       first, which write nothing but their share of checkpoints.
     identity: of the run, written into each checkpoint.
-    early_stopping: the best validation loss so far, saved in checkpoints.
+    run_progress: the place in the data and the best validation loss so far,
+      saved in checkpoints.
     trackers: take rows of metrics, `history` among them.
     history: the rows that plots show.
     metrics: buffers the metrics of steps for the trackers.
@@ -68,7 +69,7 @@ class TrainingLoop:
   workdir: Workdir | None
   checkpoints: Checkpoints
   identity: dict[str, Any]
-  early_stopping: Course
+  run_progress: RunProgress
   trackers: list[Tracker]
   history: History
   metrics: MetricsLogger
@@ -109,3 +110,18 @@ class TrainingLoop:
     """Writes a row of metrics of this step, after those of the steps."""
     self.flush_metrics()
     self.metrics.write({'step': self.step, **metrics})
+
+
+class Stopped(Exception):
+  """A run that a signal ended, after it was saved.
+
+  Attributes:
+    code: the exit code that shells expect, 128 and the signal's number.
+  """
+
+  def __init__(self, received: Signals, step: int, path: str):
+    super().__init__(
+      f'stopped by {received.name} after step {step}, which is saved in '
+      f'{path}; the same command goes on from there'
+    )
+    self.code = 128 + received

@@ -74,15 +74,18 @@ def need(config: ConfigDict) -> Need:
   base_shapes = shapes['params']
   if config.model.quantize and built.trainable != 'params':
     base_shapes = quantize.shapes(base_shapes, shape, config.model.quantize)
-  trained = shapes[built.trainable]
+  trained, _ = router_state.split(
+    shapes[built.trainable], built.frozen_mixtures
+  )
   weights = size(base_shapes) + size(shapes['peft'])
   # The gradient is as large as the weights that it is of.
   state = size(trained)
   if state < _MANY:
-    optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-    state += size(
-      jax.eval_shape(router_state.optimizer_init(optimizer), trained)
+    padded = initializers.padded_axes(model, base_lib.example_batch())
+    optimizer = optimizers.make_optimizer(
+      config.optimizer, config.steps, padded
     )
+    state += size(jax.eval_shape(optimizer.init, trained))
   rows = config.batch_size
   sides = OBJECTIVES.lookup(config.objective).answers_per_row
   data = config.data

@@ -12,7 +12,7 @@ import numpy as np
 from moepeft.core.progress import Progress
 from moepeft.core.types import Batch
 from moepeft.moe import ROUTERS, router_stats
-from moepeft.runs import diagnosis
+from moepeft.runs import router_diagnosis
 from moepeft.runs.trackers import Tracker
 
 # Alarms that are printed at once, and the logs in a row in which a router has
@@ -119,7 +119,9 @@ class MetricsLogger:
         row |= speed | {'routing': sites}
       self.write(row)
     self.flushed_step = last_step
-    self._raise_alarms(diagnosis.collapsed(sites, self._router_alarm), progress)
+    self._raise_alarms(
+      router_diagnosis.collapsed_routers(sites, self._router_alarm), progress
+    )
 
   def _raise_alarms(
     self, collapsed: Mapping[str, str], progress: Progress
@@ -127,7 +129,8 @@ class MetricsLogger:
     """Prints an alarm for a router once, after _LOGS_IN_A_ROW logs in a row.
 
     Args:
-      collapsed: {place: text} of this log, from `diagnosis.collapsed`.
+      collapsed: {place: text} of this log, from
+        `router_diagnosis.collapsed_routers`.
     """
     self._collapsed_logs = collections.Counter(
       {place: self._collapsed_logs[place] + 1 for place in collapsed}

@@ -16,8 +16,9 @@ import optax
 from ml_collections import ConfigDict
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import Checkpoints, card
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_metadata import describe_run
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.core import distributed, files, sharding, terminal
 from moepeft.core.sharding import Layout
 from moepeft.core.types import State
@@ -35,10 +36,10 @@ from moepeft.data.batching.collators import (
 )
 from moepeft.data.chat import template as chat_template
 from moepeft.data.loader import Loader
-from moepeft.data.readers.preference import preference_data
+from moepeft.data.preference.dataset import preference_data
 from moepeft.data.tokenizers.tokenizer import Tokenizer, check_vocab_size
 from moepeft.evaluation.eval_sets import (
-  Prompt,
+  PromptExamples,
   training_prompts,
   validation_rows,
 )
@@ -97,7 +98,7 @@ class Training:
   train_step: TrainStep
   batches: Loader
   evaluator: Evaluator
-  prompts: Sequence[Prompt]
+  prompts: Sequence[PromptExamples]
   identity: dict[str, Any]
 
 
@@ -147,16 +148,21 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
 
   base = base_lib.load(config.model)
   model, method = base_lib.module(base, config)
-  optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-  state, reference = _build_state(config, base, model, method, optimizer)
+  padded = base_lib.padded_axes(model, base)
+  optimizer = optimizers.make_optimizer(config.optimizer, config.steps, padded)
+  state, reference, expert_files = _build_state(
+    config, base, model, method, optimizer
+  )
   logical_axes = base_lib.logical_axes(model, base)
   shardings = state_sharding.state_shardings(
     layout, state, logical_axes, method.trainable
   )
   state = state_sharding.place(
-    state, shardings, router_state.optimizer_init(optimizer)
+    state,
+    shardings,
+    router_state.optimizer_init(optimizer, method.frozen_mixtures),
   )
-  identity = card(base, method, config.seed)
+  identity = describe_run(base, method, config.seed, expert_files)
   summary.print_summary(
     base,
     method,
@@ -169,6 +175,7 @@ def build(config: ConfigDict, workdir: str, dry_run: bool = False) -> Training:
       ),
       'data': _describe_data(config, data),
     },
+    padded,
   )
   print(truncation_note(data, collator), end='', flush=True)
   data = _with_precomputed_reference(
@@ -235,11 +242,11 @@ def start(
     config.checkpoint.keep_best,
     asynchronous=True,
   )
-  early_stopping = Course()
+  run_progress = RunProgress()
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, training.identity, skip_damaged)
-    early_stopping = checkpoints.course()
-    training.batches.seek(distributed.place_of_process(early_stopping.place))
+    run_progress = checkpoints.run_progress()
+    training.batches.seek(distributed.place_of_process(run_progress.place))
     print(f'resumed at step {int(state.step)} from {checkpoints.path}')
   step = int(state.step)
   # Not before: a run that is refused must leave the other's config alone.
@@ -267,7 +274,7 @@ def start(
     workdir=workdir,
     checkpoints=checkpoints,
     identity=training.identity,
-    early_stopping=early_stopping,
+    run_progress=run_progress,
     trackers=trackers,
     history=history,
     metrics=MetricsLogger(
@@ -319,8 +326,9 @@ def _build_state(
   model: nn.Module,
   method: Built,
   optimizer: optax.GradientTransformation,
-) -> tuple[State, Callable | None]:
-  """The state on the host, its optimizer's arrays as shapes; the reference."""
+) -> tuple[State, Callable | None, list[dict[str, str]]]:
+  """The state on the host, its optimizer's arrays as shapes; the reference;
+  the files of experts that were trained before."""
   if base.params is None and method.trainable == 'peft':
     raise ValueError(
       f'{method.method} would adapt random weights; set config.model.path to '
@@ -332,9 +340,13 @@ def _build_state(
       "full fine-tuning trains them; set it to '', or name another method"
     )
   variables = base_lib.initialise(base, model, config.seed)
-  adapter = config.model.adapter
+  adapter, expert_files = config.model.adapter, []
   if adapter:
     variables = base_lib.with_adapter(variables, method, adapter, base)
+  else:
+    variables, expert_files = base_lib.with_experts(
+      variables, model, method, base
+    )
   reference, reference_adapters = None, {}
   source = config.preference.reference
   needs_reference = OBJECTIVES[config.objective].needs_reference
@@ -349,16 +361,25 @@ def _build_state(
       'to measure against where training begins'
     )
   trainable = variables.pop(method.trainable)
+  trained, _ = router_state.split(trainable, method.frozen_mixtures)
+  if method.frozen_mixtures and not jax.tree.leaves(trained):
+    raise ValueError(
+      f'{method.method} trains nothing: its experts stay as they are and its '
+      'router has no parameters; set train_experts=True, or name a router that '
+      'is trained'
+    )
   state = State(
     step=jnp.int32(0),
     trainable=trainable,
     frozen=next(iter(variables.values())),
     # Shapes: the arrays are made on the devices, on each its share.
-    opt=jax.eval_shape(router_state.optimizer_init(optimizer), trainable),
+    opt=jax.eval_shape(
+      router_state.optimizer_init(optimizer, method.frozen_mixtures), trainable
+    ),
     rng=jax.random.fold_in(jax.random.key(config.seed), 1),
     reference=reference_adapters,
   )
-  return state, reference
+  return state, reference, expert_files
 
 
 def _describe_data(config: ConfigDict, data: TrainingData) -> str:
@@ -403,7 +424,7 @@ def _build_evaluator(
   model: nn.Module,
   tokenizer: Tokenizer,
   data: TrainingData,
-  prompts: Sequence[Prompt],
+  prompts: Sequence[PromptExamples],
   layout: Layout,
   collator: Collator,
   reference: Callable | None,

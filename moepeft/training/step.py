@@ -13,11 +13,10 @@ import flax.linen as nn
 import jax
 import optax
 
-from moepeft.core.types import Batch, State
+from moepeft.core.types import Array, Batch, State
 from moepeft.moe import aux_losses, router_state, router_stats
 from moepeft.objectives import Objective
 from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.objectives.seq2seq import split_rngs
 from moepeft.peft import Built
 from moepeft.peft.build import routers as method_routers
 from moepeft.training import grad_accumulation
@@ -60,11 +59,13 @@ def make_train_step(
         | grad_accumulation.mapped(prepare_rows, batch, rows_rng, accumulate)
       )
 
-    weights, routers_state = router_state.split(state.trainable)
+    weights, untrained = router_state.split(
+      state.trainable, method.frozen_mixtures
+    )
 
     def sums_fn(weights, rows, rng):
       # Over some rows of the batch, so nothing here may be a mean over them.
-      trainable = router_state.join(weights, routers_state)
+      trainable = router_state.join(weights, untrained)
       variables = method.variables(state.replace(trainable=trainable))
       total, sums = objective(model.apply, variables, rows, split_rngs(rng))
       return sums | {'total': total}
@@ -88,9 +89,15 @@ def make_train_step(
       step=state.step + 1,
       trainable=router_state.join(
         optax.apply_updates(weights, updates),
-        router_state.update(routers_state, metrics['routing'], routers),
+        router_state.update(untrained, metrics['routing'], routers),
       ),
       opt=opt,
     ), metrics
 
   return train_step
+
+
+def split_rngs(rng: Array) -> dict[str, Array]:
+  """The keys that a training step's model call takes."""
+  dropout, router = jax.random.split(rng)
+  return {'dropout': dropout, 'router': router}

@@ -9,7 +9,9 @@ import jax
 
 from moepeft.checkpoints import quantize
 from moepeft.core.types import State
+from moepeft.models import weight_mapping
 from moepeft.moe import router_state
+from moepeft.nn.expert_padding import PaddedAxis, padding_size
 from moepeft.peft import Built
 from moepeft.peft.build import expanded
 
@@ -21,15 +23,22 @@ def print_summary(
   tokenizer: Any,
   workdir: str,
   more: Mapping[str, str] = types.MappingProxyType({}),
+  padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
 ) -> None:
   """Prints what is about to be trained: method, base, sizes, devices.
 
   Args:
     more: {name: text} of further lines, as of 'data'; empty ones are left out.
+    padded: {path of a trained array: its padded axis}.
   """
   size = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-  trained = size(router_state.split(state.trainable)[0])
-  frozen = size(state.frozen)
+  learned = router_state.split(state.trainable, method.frozen_mixtures)[0]
+  trained, frozen = size(learned), size(state.frozen)
+  shapes = {
+    path: leaf.shape for path, leaf in weight_mapping.flatten(learned).items()
+  }
+  padding = padding_size(shapes, padded)
+  trained -= padding
   total, quantized = (trained if method.trainable == 'params' else frozen), ''
   if base.quantise:
     total = quantize.parameters(state.frozen, base.config)
@@ -39,7 +48,8 @@ def print_summary(
     'method': f'{method.method} ({method.semantics} semantics)',
     'in full': expanded(method.method, method.semantics),
     'base': f'{base.path or "random weights"}, {total:,} parameters{quantized}',
-    'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)',
+    'trained': f'{trained:,} parameters ({100 * trained / total:.2f} %)'
+    + (padding and f' and {padding:,} zeros of padding' or ''),
     'tokens': tokenizer,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     **more,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step computes, read from the compiled program."""
+"""FLOPs and bytes of a training step, read from the compiled program."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mixture costs: the sides that are compared, and their ratios."""
+"""The compared sides of benchmarks/train_step.py, and their ratios."""
 
 import importlib.util
 import os

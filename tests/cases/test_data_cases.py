@@ -11,7 +11,7 @@ from moepeft.data import load_tokenizer, open_data, preview
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.preference import dataset as preference_dataset
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.objectives import OBJECTIVES
 from tests import ROOT
 
@@ -162,7 +162,7 @@ def test_005_kto_of_one_class_says_which_is_missing():
 def test_010_an_idx_above_64_bits_is_refused():
   for name, ranked in (('train', False), ('big', True)):
     with pytest.raises(ValueError, match='line 1: expected an integer of 64 b'):
-      jsonl.read(str(CASES / '010' / f'{name}.jsonl'), ranked)
+      jsonl_rows.read(str(CASES / '010' / f'{name}.jsonl'), ranked)
 
 
 def test_050_an_empty_system_is_none():

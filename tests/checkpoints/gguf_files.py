@@ -120,7 +120,7 @@ def quantised(array, kind):
 
 
 def as_converted(name, array, arch, config):
-  """What llama.cpp's converter makes of a tensor of Hugging Face's.
+  """A tensor of Hugging Face as llama.cpp's converter writes it.
 
   Llama's heads of q and k: features (0, 1, .., h/2 - 1 | h/2, ..) become
   (0, h/2, 1, h/2 + 1, ..). Gemma's norms get 1 added.

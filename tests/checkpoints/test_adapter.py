@@ -50,7 +50,7 @@ def test_bytes_depend_on_the_adapter_alone(saved, tmp_path):
   adapter.save(tmp_path / 'b', backwards, dict(reversed(CARD.items())))
   tree, card = adapter.load(str(saved))
   adapter.save(tmp_path / 'c', tree, card)
-  for name in (adapter.ARRAYS, adapter.CARD):
+  for name in (adapter.ARRAYS, adapter.METADATA_FILE):
     first = (saved / name).read_bytes()
     assert (tmp_path / 'b' / name).read_bytes() == first
     assert (tmp_path / 'c' / name).read_bytes() == first
@@ -68,7 +68,7 @@ def test_arrays_are_written_as_float32(tmp_path):
   assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize('name', [adapter.ARRAYS, adapter.CARD])
+@pytest.mark.parametrize('name', [adapter.ARRAYS, adapter.METADATA_FILE])
 def test_no_flipped_byte_goes_unnoticed(saved, name):
   data = (saved / name).read_bytes()
   rng = np.random.default_rng(0)
@@ -82,10 +82,10 @@ def test_no_flipped_byte_goes_unnoticed(saved, name):
       assert str(saved) in str(error)
     else:
       # White space between the card's words is no part of what it says.
-      assert name == adapter.CARD and chr(data[place]).isspace(), place
+      assert name == adapter.METADATA_FILE and chr(data[place]).isspace(), place
 
 
-@pytest.mark.parametrize('name', [adapter.ARRAYS, adapter.CARD])
+@pytest.mark.parametrize('name', [adapter.ARRAYS, adapter.METADATA_FILE])
 @pytest.mark.parametrize('kept', [0, 10, 0.5, -5])
 def test_a_truncated_file_is_refused(saved, name, kept):
   data = (saved / name).read_bytes()
@@ -114,13 +114,13 @@ def test_arrays_of_another_adapter_are_refused(saved, tmp_path):
 
 
 def test_a_newer_format_says_update(saved):
-  card = json.loads((saved / adapter.CARD).read_text()) | {'format': 2}
-  (saved / adapter.CARD).write_text(json.dumps(card))
+  card = json.loads((saved / adapter.METADATA_FILE).read_text()) | {'format': 2}
+  (saved / adapter.METADATA_FILE).write_text(json.dumps(card))
   with pytest.raises(CheckpointError, match='update moepeft'):
     adapter.load(str(saved))
 
 
 def test_a_card_that_lacks_the_base_is_not_written(tmp_path):
   card = {key: value for key, value in CARD.items() if key != 'base'}
-  with pytest.raises(CheckpointError, match='lacks base'):
+  with pytest.raises(CheckpointError, match='lack base'):
     adapter.save(tmp_path / 'a', TREE, card)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.checkpoints.manager import Checkpoints, _without_alias
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.state_arrays import without_alias
 
 from ..disks import full_disk  # noqa: F401
 from .test_damage import equal, large, leaves
@@ -51,7 +52,7 @@ def test_what_is_written_is_the_state_at_the_save_whatever_follows(tmp_path):
 
 def test_no_buffer_of_the_state_is_shared_with_the_writer():
   array = jnp.arange(64.0)
-  copied = _without_alias(array)
+  copied = without_alias(array)
   np.testing.assert_array_equal(copied, array)
   assert copied.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
   assert copied.sharding == array.sharding

@@ -199,7 +199,7 @@ def card_of(tmp_path):
   method = "lora(rank=7, targets='encoder/self/q')"
   card = adapter_lib.describe(method, 'official', 'x', 'y', 't5', config)
   adapter_lib.save(tmp_path / 'a', tree, card)
-  return json.loads((tmp_path / 'a' / adapter_lib.CARD).read_text())
+  return json.loads((tmp_path / 'a' / adapter_lib.METADATA_FILE).read_text())
 
 
 @pytest.mark.parametrize('value', [None, 3, 'x', [1], {}, {'a': 1}, 2**70])
@@ -217,10 +217,10 @@ def test_no_type_in_our_card_is_a_traceback(tmp_path, value):
       node = node[key]
     node[path[-1]] = value
     # As a program would that wrote it wrongly: with a hash that is right.
-    card['card_sha256'] = adapter_lib._card_hash(card)
+    card['card_sha256'] = adapter_lib._metadata_hash(card)
     if path == ('card_sha256',):
       card['card_sha256'] = value
-    (tmp_path / 'a' / adapter_lib.CARD).write_text(json.dumps(card))
+    (tmp_path / 'a' / adapter_lib.METADATA_FILE).write_text(json.dumps(card))
     try:
       base_lib.load_adapter(str(tmp_path / 'a'), CONFIGS['gated-untied'])
       adapter_lib.config_of(adapter_lib.load(str(tmp_path / 'a'))[1])

@@ -13,7 +13,7 @@ import pytest
 from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
 from moepeft.checkpoints import quantize
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.checkpoints.t5x import model as t5x
@@ -28,7 +28,7 @@ from .cases import CONFIGS, adapter_tree, assert_equal_trees, random_params
 CONFIG = CONFIGS['gated-untied']
 PARAMS = random_params(CONFIG)
 # What the released code, peft and moepeft can all hold.
-LORA = Adapter(
+LORA = AdapterWeights(
   "lora(rank=7, alpha=16, targets='encoder/self/q|*/mlp/wo')",
   adapter_tree(
     CONFIG,
@@ -36,7 +36,7 @@ LORA = Adapter(
     ['encoder/self/q', 'encoder/mlp/wo', 'decoder/mlp/wo'],
   ),
 )
-MOV = Adapter(
+MOV = AdapterWeights(
   "mov(experts=2, router=softmax, reads='heads', targets='*/mlp/act')",
   adapter_tree(
     CONFIG,
@@ -95,7 +95,7 @@ def test_adapters_go_all_ways(run, source, form):
   converted(run, source, form)
   if form == 'moepeft':
     tree, card = adapter_lib.load('out')
-    found = Adapter(card['method'], tree)
+    found = AdapterWeights(card['method'], tree)
     assert card['base'] == adapter_lib.load('moepeft')[1]['base']
   elif form == 'peft':
     found = peft.load('out', CONFIG)
@@ -142,8 +142,8 @@ def trained(run, tmp_path, monkeypatch):
     card = adapter_lib.load('moepeft')[1] | {'seed': 5, 'step': 7} | entries
     module = types.ModuleType('moepeft.checkpoints.manager')
     module.restore_trained = lambda workdir: (tree, card)
-    monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
-    monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
+    monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.restore', module)
+    monkeypatch.setattr('moepeft.checkpoints.restore', module, raising=False)
     (tmp_path / 'run').mkdir()
     config = {'optimizer': {'decay_initial_step': 1_100_000}}
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
@@ -155,7 +155,7 @@ def test_workdir_exports_what_was_trained(run, trained):
   trained(LORA.tree, trainable='peft')
   assert run('--workdir=run', '--output=out') == (0, '')
   assert adapter_lib.load('out')[1] == adapter_lib.load('moepeft')[1]
-  for name in (adapter_lib.ARRAYS, adapter_lib.CARD):
+  for name in (adapter_lib.ARRAYS, adapter_lib.METADATA_FILE):
     with open(f'out/{name}', 'rb') as ours, open(f'moepeft/{name}', 'rb') as f:
       assert ours.read() == f.read()
 

@@ -171,7 +171,7 @@ def test_a_sealed_card_of_wrong_types_is_damaged(whole, tmp_path, key, value):
   for reading in (
     lambda: checkpoints.restore(blank(), DESCRIBED),
     checkpoints.restore_trainable,
-    checkpoints.course,
+    checkpoints.run_progress,
   ):
     with pytest.raises(DamagedCheckpoint, match=f'damaged.*{key}|place') as e:
       reading()

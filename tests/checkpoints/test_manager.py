@@ -14,8 +14,9 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.manager import Checkpoints, card, restore_adapter
-from moepeft.checkpoints.run_metadata import seal
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.restore import restore_adapter
+from moepeft.checkpoints.run_metadata import describe_run, seal
 from moepeft.core.types import State
 from moepeft.inference.loaded_model import open_run
 from moepeft.models.t5 import model as t5
@@ -172,7 +173,7 @@ def run(tmp_path):
   base = base_lib.load(config.model)
   model, built = base_lib.module(base, config)
   variables = base_lib.initialise(base, model, config.seed)
-  described = card(base, built, config.seed)
+  described = describe_run(base, built, config.seed)
   workdir = tmp_path / 'run'
   Checkpoints(str(workdir), 2).save(make_state(variables['peft']), described)
   (workdir / 'config.json').write_text(config.to_json())

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from moepeft import convert
 from moepeft.checkpoints import adapter
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
@@ -84,7 +84,7 @@ def test_a_t5x_checkpoint_is_refused(tmp_path):
 
 
 LEAVES = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
-LORA = Adapter(
+LORA = AdapterWeights(
   "lora(rank=7, alpha=16, targets='encoder/self/q')",
   adapter_tree(CONFIG, LEAVES, ['encoder/self/q']),
 )

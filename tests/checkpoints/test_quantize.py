@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints import manager, quantize
+from moepeft.checkpoints import quantize, run_metadata
 from moepeft.checkpoints.count_parameters import count
 from moepeft.inference import loaded_model
 from moepeft.models import weight_mapping
@@ -263,13 +263,13 @@ def test_the_hash_is_of_the_base_before_and_the_card_says_the_kind():
         path
       )
   _, built = base_lib.module(base, c)
-  card = manager.card(base, built, 0)
+  card = run_metadata.describe_run(base, built, 0)
   assert card['base'] == {
     'path': 'package:t5_tiny',
     'sha256': plain.sha256,
     'quantise': 'nf4',
   }
-  assert 'quantise' not in manager.card(plain, built, 0)['base']
+  assert 'quantise' not in run_metadata.describe_run(plain, built, 0)['base']
 
 
 def test_the_count_says_what_memory_the_weights_take():

@@ -40,11 +40,11 @@ def test_what_a_user_caused_is_a_sentence(capsys):
 
 def test_memory_that_ran_out_says_how_much_and_what_to_lower(capsys):
   # 40 TB.
-  code, told = ended(lambda: jnp.zeros(10**13).block_until_ready(), capsys)
-  assert code == 2 and 'allocating 40000000000000 bytes' in told
-  assert 'lower config.batch_size' in told and len(told.splitlines()) == 1
-  code, told = ended(raising(MemoryError()), capsys)
-  assert code == 2 and told.startswith('error: memory ran out; lower')
+  code, message = ended(lambda: jnp.zeros(10**13).block_until_ready(), capsys)
+  assert code == 2 and 'allocating 40000000000000 bytes' in message
+  assert 'lower config.batch_size' in message and len(message.splitlines()) == 1
+  code, message = ended(raising(MemoryError()), capsys)
+  assert code == 2 and message.startswith('error: memory ran out; lower')
 
 
 def test_a_full_disk_is_no_lack_of_memory():

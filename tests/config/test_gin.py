@@ -95,7 +95,7 @@ MACROS = [
    'tokens'),
   ('METHOD', "molora(router=topk(k=2))", 'method',
    'molora(router=topk(k=2), experts=10, rank=4)'),
-  ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'data/module', 'my.tasks'),
+  ('MIXTURE_OR_TASK_MODULE', 'my.tasks', 'imports', 'my.tasks'),
   ('MIXTURE_OR_TASK_NAME', 'my_task', 'data/mixture', 'my_task'),
   ('NUM_EXPERTS', 5, 'method', 'molora(experts=5, rank=4)'),
   ('NUM_MICROBATCHES', 2, 'gradient_accumulation_steps', 2),
@@ -241,12 +241,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-  ('bindings', 'said'), WRONG, ids=lambda value: str(value)[:40]
+  ('bindings', 'message'), WRONG, ids=lambda value: str(value)[:40]
 )
-def test_what_is_wrong_is_one_sentence(bindings, said):
+def test_what_is_wrong_is_one_sentence(bindings, message):
   with pytest.raises(ValueError) as error:
     bound(*bindings)
-  assert said in str(error.value)
+  assert message in str(error.value)
   assert '\n' not in str(error.value)
 
 
@@ -326,7 +326,7 @@ def test_a_file_of_a_t5x_user_is_read_and_what_is_left_out_is_named(tmp_path):
   translated = load(size_file('xl'), RUN, path, MODEL_DIR='x', RANDOM_SEED=None)
   assert translated.model_dir == 'x'
   expected = flat(twin('xl', 'molora'))
-  expected |= {'batch_size': 128, 'data/module': 'my_tasks'}
+  expected |= {'batch_size': 128, 'imports': 'my_tasks'}
   assert flat(translated.config) == expected
   left, seed = translated.notes
   for name in (
@@ -342,10 +342,10 @@ def test_a_file_of_a_t5x_user_is_read_and_what_is_left_out_is_named(tmp_path):
   assert 'seed 0' in seed
 
 
-def test_one_module_registers_tasks(tmp_path):
-  path = write(tmp_path, 'user.gin', 'import mine\n')
-  with pytest.raises(ValueError, match='other, mine'):
-    load(RUN, path, MIXTURE_OR_TASK_MODULE='other')
+def test_several_modules_may_register_tasks(tmp_path):
+  path = write(tmp_path, 'user.gin', 'import mine\nimport other\n')
+  translated = load(RUN, path, MIXTURE_OR_TASK_MODULE='other')
+  assert translated.config.imports == 'other,mine'
 
 
 def test_the_text_of_a_translation_reads_back_to_it(tmp_path):
@@ -367,7 +367,7 @@ def test_the_released_scripts_options_are_understood():
   # What scripts/molora_train.sh of the released code gives to t5x.train,
   # arXiv:2309.05444.
   path = 'gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_large'
-  found = flags(
+  translated = flags(
     '--gin_search_paths=/no/such/folder',
     '--gin_file=gin/models/t5_1_1_large.gin',
     '--gin_file=gin/molora.gin',
@@ -385,14 +385,14 @@ def test_the_released_scripts_options_are_understood():
   expected = flat(twin('large', 'molora'))
   expected['model/path'] = f'{path}/checkpoint_1100000'
   expected['data/path'] = 'cached'
-  assert flat(found.config) == expected
-  assert found.model_dir == 'run'
+  assert flat(translated.config) == expected
+  assert translated.model_dir == 'run'
 
 
 def test_cached_tasks_may_be_named_by_their_key():
   named = '--config.data.path=cached'
-  found = flags(f'--gin_file={RUN}', '--gin.USE_CACHED_TASKS=True', named)
-  assert found.config.data.path == 'cached'
+  translated = flags(f'--gin_file={RUN}', '--gin.USE_CACHED_TASKS=True', named)
+  assert translated.config.data.path == 'cached'
   with pytest.raises(ValueError, match='leave one out'):
     flags(f'--gin_file={RUN}', '--gin.USE_CACHED_TASKS=False', named)
 
@@ -402,8 +402,8 @@ def test_the_work_directory_is_given_once_or_named_after_the_files():
   assert flags(file, '--gin.MODEL_DIR="x"', here).model_dir == 'x'
   assert flags(here, file).model_dir == 'x'
   assert flags('--workdir', 'x', '--gin_file', RUN).model_dir == 'x'
-  both = flags(f'--gin_file={size_file("xl")}', file)
-  assert both.model_dir == os.path.join('workdirs', 't5_1_1_xl_molora')
+  two_files = flags(f'--gin_file={size_file("xl")}', file)
+  assert two_files.model_dir == os.path.join('workdirs', 't5_1_1_xl_molora')
   with pytest.raises(ValueError, match='keep one'):
     flags(file, '--gin.MODEL_DIR="y"', here)
 
@@ -437,25 +437,25 @@ def test_count_prints_the_same_as_for_the_card():
 
 
 @pytest.mark.parametrize(
-  ('options', 'said'),
+  ('options', 'message'),
   [
     ([f'--gin_file={RUN}', '--gin.TRAIN_STEP=3'], 'are TRAIN_STEPS,'),
     ([f'--gin_file={RUN}', '--config.stepz=3'], 'there is no config.stepz'),
   ],
 )
-def test_a_wrong_command_line_is_one_sentence_and_code_2(options, said):
+def test_a_wrong_command_line_is_one_sentence_and_code_2(options, message):
   done = commands.run('moepeft.count', *options)
   assert done.returncode == 2
   lines = done.stderr.splitlines()
   lines = [line for line in lines if not line.startswith('gin: ')]
   (line,) = lines
-  assert line.startswith('error: ') and said in line
+  assert line.startswith('error: ') and message in line
 
 
 def test_help_mentions_gin_files():
-  said = commands.run('moepeft.count', '--help').stdout
-  assert '--gin.NAME=VALUE' in said
-  assert '--config: A card' in said and '--[no]traceback' in said
+  help_text = commands.run('moepeft.count', '--help').stdout
+  assert '--gin.NAME=VALUE' in help_text
+  assert '--config: A card' in help_text and '--[no]traceback' in help_text
 
 
 @pytest.mark.slow
@@ -475,11 +475,11 @@ def test_a_run_keeps_its_gin_files_as_one(tmp_path):
   ]
   done = commands.run('moepeft.train', '--gin_file=gin/ia3.gin', *small)
   assert done.returncode == 0, done.stderr
-  kept = tmp_path / 'run' / 'config.gin'
+  gin_file = tmp_path / 'run' / 'config.gin'
   written = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert (written['steps'], written['method']) == (1, 'ia3')
   # What --config.key=value changed is not gin's to say.
-  expected = flat(gin_files.load([str(kept)]).config)
+  expected = flat(gin_files.load([str(gin_file)]).config)
   changed = {
     k for k, v in weight_mapping.flatten(written).items() if v != expected[k]
   }

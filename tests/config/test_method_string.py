@@ -42,8 +42,8 @@ def test_lists_are_tuples():
   assert parse('a(b=[lora(rank=2), mov])') == parse(
     "a(b=(lora(rank=2), 'mov'))"
   )
-  one = parse('a(b=[3])')
-  assert parse(str(one)) == one and one.get('b') == (3,)
+  single = parse('a(b=[3])')
+  assert parse(str(single)) == single and single.get('b') == (3,)
 
 
 def test_replace_keeps_the_order_and_adds_at_the_end():

@@ -31,7 +31,7 @@ def card(size, method, values=''):
 # (learning rate, rows a batch, TRAIN_STEPS, save period): base_learning_rate
 # and SaveCheckpointConfig.period of each gin file; BATCH_SIZE and TRAIN_STEPS
 # of its script, which counts from the base's step 1,100,000.
-OWN = {
+PUBLISHED_HYPERPARAMETERS = {
   'full': (1e-3, 256, 1_110_000, 1_000),
   'ia3': (3e-4, 32, 1_600_000, 50_000),
   'lora': (3e-4, 32, 1_600_000, 50_000),
@@ -43,7 +43,7 @@ OWN = {
 @pytest.mark.parametrize(('size', 'method'), GRID)
 def test_rate_batch_steps_and_saves_are_the_released_ones(size, method):
   c = card(size, method)
-  rate, rows, steps, period = OWN[method]
+  rate, rows, steps, period = PUBLISHED_HYPERPARAMETERS[method]
   assert (c.optimizer.learning_rate, c.batch_size) == (rate, rows)
   # The restored step is Adafactor's clock, of full fine-tuning too.
   assert (c.steps, c.optimizer.decay_initial_step) == (
@@ -94,12 +94,12 @@ def test_methods_are_the_gin_files():
 
 
 def test_every_method_of_the_papers_tables_has_a_card():
-  made = 0
+  n_configs = 0
   for size in SIZES:
     for row in published.table(f't5_{size}'):
       if row.method:
         name, _, options = row.method.rstrip(')').partition('(')
         assert card(size, name, options.replace(' ', '')).method == row.method
-        made += 1
+        n_configs += 1
   # 9 rows of large, 11 of xl and 6 of xxl without Sanh et al.'s.
-  assert made == 26
+  assert n_configs == 26

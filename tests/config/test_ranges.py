@@ -43,8 +43,12 @@ def leaves(config, prefix=''):
 
 
 DEFAULTS = dict(leaves(config_lib.default()))
-NUMBERS = [key for key, own in ALLOWED.items() if isinstance(own, Range)]
-CHOICES = [key for key, own in ALLOWED.items() if isinstance(own, Choices)]
+NUMBERS = [
+  key for key, allowed in ALLOWED.items() if isinstance(allowed, Range)
+]
+CHOICES = [
+  key for key, allowed in ALLOWED.items() if isinstance(allowed, Choices)
+]
 
 
 def test_every_key_has_a_range_or_choices_or_takes_any_text():
@@ -214,7 +218,7 @@ def test_options_out_of_range_are_refused_when_the_text_is_read(method, option):
 
 
 @pytest.mark.parametrize(
-  ('method', 'said'),
+  ('method', 'message'),
   [
     ('molora(experts=10**9)', 'cannot read the method'),
     ('molora(expert=3)', "did you mean 'experts'"),
@@ -228,8 +232,8 @@ def test_options_out_of_range_are_refused_when_the_text_is_read(method, option):
     ('x' * 20000, 'cannot read the method'),
   ],
 )
-def test_a_wrong_method_is_one_short_sentence(method, said):
-  with pytest.raises(ValueError, match=said.replace('(', r'\(')) as error:
+def test_a_wrong_method_is_one_short_sentence(method, message):
+  with pytest.raises(ValueError, match=message.replace('(', r'\(')) as error:
     build(method, _SITES)
   assert len(str(error.value)) < 300
 
@@ -270,7 +274,7 @@ def test_every_numeric_flag_has_both_bounds():
 
 
 @pytest.mark.parametrize(
-  ('own', 'value', 'inside'),
+  ('allowed', 'value', 'inside'),
   [
     (Range(0, 1), 0, True),
     (Range(0, 1), 1, True),
@@ -282,5 +286,5 @@ def test_every_numeric_flag_has_both_bounds():
     (Range(0, 1, infinite=True), -math.inf, False),
   ],
 )
-def test_a_range_holds_its_ends_and_no_truth_values(own, value, inside):
-  assert (value in own) == inside
+def test_a_range_holds_its_ends_and_no_truth_values(allowed, value, inside):
+  assert (value in allowed) == inside

@@ -66,6 +66,21 @@ def test_a_run_of_before_loads_with_its_values(tmp_path):
   assert 'accumulate' not in loaded and 'held_out' not in loaded.data
 
 
+@pytest.mark.parametrize(
+  ('config', 'imports'),
+  [
+    ({'data': {'module': 'my.tasks'}}, 'my.tasks'),
+    ({'imports': '', 'data': {'module': 'my.tasks'}}, 'my.tasks'),
+    ({'imports': 'mine', 'data': {'module': 'my.tasks'}}, 'mine,my.tasks'),
+    ({'imports': 'mine', 'data': {'module': ''}}, 'mine'),
+  ],
+)
+def test_the_module_of_seqio_s_tasks_is_imported_with_the_others(
+  config, imports
+):
+  assert renamed.translated(config) == {'imports': imports, 'data': {}}
+
+
 def test_a_value_of_before_of_the_wrong_type_is_damage(tmp_path):
   (tmp_path / 'config.json').write_text('{"accumulate": "four"}')
   with pytest.raises(ValueError, match='config.json is damaged'):
@@ -76,7 +91,7 @@ def test_the_option_sites_of_before_is_refused_and_translated_where_stored():
   from moepeft.models.t5 import model as t5
   from moepeft.peft import build
 
-  old = "lora(rank=2, sites='*/q') + ia3(sites='*/k')"
+  old = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"
   with pytest.raises(ValueError, match='lora: the option sites is now targets'):
     build(old, t5.sites(t5.config('small')))
   new = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"

@@ -74,7 +74,7 @@ def test_help_ends_with_zero():
 
 
 @pytest.mark.parametrize(
-  ('arg', 'said'),
+  ('arg', 'message'),
   [
     (
       '--config.stepz=3',
@@ -90,8 +90,8 @@ def test_help_ends_with_zero():
     ('--config.optimizer=adamw', 'is a section of a config'),
   ],
 )
-def test_an_unknown_key_suggests_the_nearest(arg, said):
-  assert said in suggestions.unknown_key(arg)
+def test_an_unknown_key_suggests_the_nearest(arg, message):
+  assert message in suggestions.unknown_key(arg)
 
 
 def test_known_keys_are_not_unknown():
@@ -102,7 +102,7 @@ def test_known_keys_are_not_unknown():
 
 
 @pytest.mark.parametrize(
-  ('arg', 'said'),
+  ('arg', 'message'),
   [
     ('--config.steps=1e9', "config.steps is a whole number; got '1e9'"),
     ('--config.loss.z_loss=x', "config.loss.z_loss is a number; got 'x'"),
@@ -112,14 +112,14 @@ def test_known_keys_are_not_unknown():
     ('--config.data.path=3', ''),
   ],
 )
-def test_a_value_of_another_type_is_named(arg, said):
-  found = suggestions.wrong_type(arg)
-  assert said in found
-  assert bool(said) == bool(found)
+def test_a_value_of_another_type_is_named(arg, message):
+  sentence = suggestions.wrong_type(arg)
+  assert message in sentence
+  assert bool(message) == bool(sentence)
 
 
 @pytest.mark.parametrize(
-  ('name', 'said'),
+  ('name', 'message'),
   [
     ('steps', 'did you mean --config.steps or --config.profile.steps?'),
     ('batch_size', '--config.batch_size or --config.evaluation.batch_size?'),
@@ -128,8 +128,8 @@ def test_a_value_of_another_type_is_named(arg, said):
     ('qqqqqqq', 'see --help'),
   ],
 )
-def test_an_unknown_flag_suggests_a_flag_or_a_key(name, said):
-  assert said in suggestions.unknown_flag(name, ['workdir', 'dry_run'], True)
+def test_an_unknown_flag_suggests_a_flag_or_a_key(name, message):
+  assert message in suggestions.unknown_flag(name, ['workdir', 'dry_run'], True)
 
 
 def test_without_a_config_no_key_is_suggested():
@@ -137,7 +137,7 @@ def test_without_a_config_no_key_is_suggested():
 
 
 @pytest.mark.parametrize(
-  ('file', 'said'),
+  ('file', 'message'),
   [
     ('configs/sft_smolm2.py', 'did you mean configs/sft_smollm2.py?'),
     ('sft_smollm2', 'did you mean configs/sft_smollm2.py?'),
@@ -145,11 +145,11 @@ def test_without_a_config_no_key_is_suggested():
     ('/no/where.txt', 'here or in the package'),
   ],
 )
-def test_an_unknown_config_suggests_one_that_ships(file, said):
-  found = suggestions.unknown_config(file, [str(ROOT)])
-  assert said in found
+def test_an_unknown_config_suggests_one_that_ships(file, message):
+  sentence = suggestions.unknown_config(file, [str(ROOT)])
+  assert message in sentence
   # What is suggested exists.
-  for path in re.findall(r'did you mean (\S+)\?', found):
+  for path in re.findall(r'did you mean (\S+)\?', sentence):
     assert (ROOT / path).is_file()
 
 
@@ -162,13 +162,13 @@ def test_a_config_that_fails_is_one_sentence(tmp_path):
     'def get_config(v=""): return None': 'returned NoneType',
     'x = 1': 'get_config',
   }
-  for i, (source, said) in enumerate(cases.items()):
+  for i, (source, message) in enumerate(cases.items()):
     file = tmp_path / f'{i}.py'
     file.write_text(source)
     done = commands.run('moepeft.count', f'--config={file}')
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('error: ') and said in last, last
+    assert last.startswith('error: ') and message in last, last
 
 
 def test_a_bug_keeps_its_traceback():
@@ -180,7 +180,7 @@ def test_a_bug_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(
-  ('read', 'said'),
+  ('read', 'name'),
   [
     (lambda: tasks.task_names('storge'), "'storage'"),
     (lambda: plan.check_metrics(['acuracy']), "'accuracy'"),
@@ -190,6 +190,6 @@ def test_a_bug_keeps_its_traceback():
     (lambda: local_path('package:chat'), "'chats'"),
   ],
 )
-def test_wrong_names_of_other_kinds_suggest_the_nearest(read, said):
-  with pytest.raises(ValueError, match=rf'; did you mean {said}\?$'):
+def test_wrong_names_of_other_kinds_suggest_the_nearest(read, name):
+  with pytest.raises(ValueError, match=rf'; did you mean {name}\?$'):
     read()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every adapter promises, over the whole registry."""
+"""Contracts of every adapter method, over the whole registry."""
 
 import math
 

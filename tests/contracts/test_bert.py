@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an encoder alone promises: sites, padding, packing, adapters."""
+"""Contracts of an encoder alone: sites, padding, packing, adapters."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def runner(model):
 
 
 def apply(model, variables, batch=None):
-  """What it says of the real tokens, and of rows."""
+  """The model's outputs for the real tokens, and for rows."""
   batch = batch or small_bert.batch()
   found = runner(model)(variables, batch)
   real = np.asarray(batch['inputs_mask'])

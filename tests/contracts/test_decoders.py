@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every decoder-only model promises: sites, caches, packing, adapters."""
+"""Contracts of every decoder-only model: sites, caches, packing, adapters."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every model promises: sites, decoding, depth, devices."""
+"""Contracts of every model: sites, decoding, depth, devices."""
 
 import dataclasses
 import os

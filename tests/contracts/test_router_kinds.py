@@ -25,7 +25,8 @@ CLOSE = dict(rtol=2e-5, atol=2e-6)
 METHOD = (
   "molora(experts=3, rank=2, router=balanced(k=2), targets='*/self/k|*/wo')"
   " + molora(experts=3, rank=2, router=squared, targets='*/self/q')"
-  " + molora(experts=3, rank=2, router=prompt_mean, targets='*/cross/q|*/self/v')"
+  ' + molora(experts=3, rank=2, router=prompt_mean,'
+  " targets='*/cross/q|*/self/v')"
 )
 BATCH = small.batch(rows=6)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every router promises, and losses and statistics by hand."""
+"""Contracts of every router, and losses and statistics by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,16 @@ def test_noise_acts_in_training_only(name, noise):
     ).max()
     > 1e-3
   )
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_experts_that_a_layer_does_not_have_get_no_weight(name):
+  ctx = CTX.replace(expert_mask=jnp.array([True, True, False, False]))
+  routing = run(ROUTERS[name].module(experts=4), ctx=ctx)
+  weights = np.asarray(routing.combine_weights)
+  np.testing.assert_array_equal(weights[..., 2:], 0)
+  assert (weights[..., :2].sum(-1) > 0).all()
+  np.testing.assert_array_equal(routing.logits[..., 2:], -np.inf)
 
 
 def test_expert_dropout_keeps_the_best_expert_and_the_sum():

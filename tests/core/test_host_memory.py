@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that computes on CPU keeps of its memory."""
+"""The memory that a process which computes on CPU keeps."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the bar and the lines say, by a clock that the tests move."""
+"""The text of the progress bar and lines, by a clock that tests move."""
 
 import os
 import pty
@@ -190,7 +190,7 @@ progress.close()
 
 
 def on_terminal(columns: int, program: str = RUN) -> str:
-  """What a program writes to a terminal of so many columns."""
+  """The output of a program on a terminal of so many columns."""
   fcntl = pytest.importorskip('fcntl')
   termios = pytest.importorskip('termios')
   ours, theirs = pty.openpty()

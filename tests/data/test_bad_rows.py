@@ -10,7 +10,7 @@ import pytest
 
 from moepeft.data import example as example_lib
 from moepeft.data.example import BadRow, BadRows
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 
 GOOD = dict(dataset='d', template='t', idx=3, inputs='in', targets='out')
 BROKEN = [
@@ -41,8 +41,8 @@ def test_a_bad_row_is_an_error_that_names_it_or_is_left_out(
   good = json.dumps(GOOD)
   path = write(tmp_path / 'r.jsonl', good, line, good)
   with pytest.raises(ValueError, match=f'r.jsonl, line 2: .*{said}'):
-    jsonl.read(path)
-  found = jsonl.read(path, on_bad_row='skip')
+    jsonl_rows.read(path)
+  found = jsonl_rows.read(path, on_bad_row='skip')
   assert len(found) == 2 and found.examples[1].targets == 'out'
   (reason,) = found.skipped
   assert reason.startswith(f'{path}, line 2: ') and re.search(said, reason)
@@ -56,19 +56,19 @@ def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
   good = json.dumps(GOOD).encode()
   path.write_bytes(good + b'\n{"inputs": "\xff"}\n')
   with pytest.raises(ValueError, match='line 2: not UTF-8; mend'):
-    jsonl.read(str(path))
-  assert len(jsonl.read(str(path), on_bad_row='skip')) == 1
+    jsonl_rows.read(str(path))
+  assert len(jsonl_rows.read(str(path), on_bad_row='skip')) == 1
 
 
 def test_good_rows_leave_nothing_to_tell(tmp_path):
-  found = jsonl.read(write(tmp_path / 'r.jsonl', json.dumps(GOOD)))
+  found = jsonl_rows.read(write(tmp_path / 'r.jsonl', json.dumps(GOOD)))
   assert (found.skipped, found.notes('p')) == ((), [])
 
 
 def test_a_file_of_bad_rows_only_is_an_error(tmp_path):
   path = write(tmp_path / 'r.jsonl', '[1]', '[2]')
   with pytest.raises(ValueError, match='2 bad rows and no good one, the first'):
-    jsonl.read(path, on_bad_row='skip')
+    jsonl_rows.read(path, on_bad_row='skip')
 
 
 def test_a_cut_file_is_an_error_where_bad_rows_are_skipped_too(tmp_path):
@@ -78,13 +78,13 @@ def test_a_cut_file_is_an_error_where_bad_rows_are_skipped_too(tmp_path):
   data = gzip.compress('\n'.join(rows).encode())
   path.write_bytes(data[: len(data) // 2])
   with pytest.raises(ValueError, match='cannot be read to its end'):
-    jsonl.read(str(path), on_bad_row='skip')
+    jsonl_rows.read(str(path), on_bad_row='skip')
 
 
 def test_what_becomes_of_bad_rows_is_one_of_two(tmp_path):
   path = write(tmp_path / 'r.jsonl', json.dumps(GOOD))
   with pytest.raises(ValueError, match="'error' or 'skip'; got 'ignore'"):
-    jsonl.read(path, on_bad_row='ignore')
+    jsonl_rows.read(path, on_bad_row='ignore')
 
 
 def odd(row, place):

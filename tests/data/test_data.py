@@ -10,9 +10,10 @@ import pytest
 from moepeft import config as config_lib
 from moepeft.data import load_tokenizer, open_data
 from moepeft.data.batching import seq2seq
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.split import split_by_idx
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
+from moepeft.evaluation import eval_sets
 from moepeft.tasks import Example
 
 
@@ -31,8 +32,8 @@ def write(path, *lines):
 def test_files_gzip_and_directories_are_read_in_order(tmp_path):
   write(tmp_path / 'b.jsonl', row(2), '', row(3))
   write(tmp_path / 'a.jsonl.gz', row(0), row(1))
-  assert [e.idx for e in jsonl.read(str(tmp_path))] == [0, 1, 2, 3]
-  assert len(jsonl.read(str(tmp_path / 'a.jsonl.gz'))) == 2
+  assert [e.idx for e in jsonl_rows.read(str(tmp_path))] == [0, 1, 2, 3]
+  assert len(jsonl_rows.read(str(tmp_path / 'a.jsonl.gz'))) == 2
 
 
 def ranked(**fields):
@@ -42,17 +43,17 @@ def ranked(**fields):
 def test_rows_to_rank_need_choices(tmp_path):
   path = write(tmp_path / 'r.jsonl', ranked(label=1), row())
   with pytest.raises(ValueError, match="line 2: a row to rank has 'choices'"):
-    jsonl.read(path, ranked=True)
+    jsonl_rows.read(path, ranked=True)
 
 
 def test_a_label_follows_from_the_targets(tmp_path):
   path = write(tmp_path / 'r.jsonl', ranked(targets='b'))
-  assert jsonl.read(path, ranked=True)[0].label == 1
+  assert jsonl_rows.read(path, ranked=True)[0].label == 1
 
 
 def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
   line = json.dumps(dict(task='x', inputs='q', choices=['a', 'b'], label=1))
-  (example,) = jsonl.read(write(tmp_path / 'r.jsonl', line))
+  (example,) = jsonl_rows.read(write(tmp_path / 'r.jsonl', line))
   assert (example.task, example.targets, example.label) == ('x', 'b', 1)
 
 
@@ -77,22 +78,22 @@ def test_rows_to_rank_take_their_target_from_the_label(tmp_path):
 def test_a_broken_row_is_named(tmp_path, line, said):
   path = write(tmp_path / 'r.jsonl', row(), line)
   with pytest.raises(ValueError, match='r.jsonl, ' + said):
-    jsonl.read(path)
+    jsonl_rows.read(path)
 
 
 def test_absent_empty_and_cut_files_are_named(tmp_path):
   with pytest.raises(ValueError, match='does not exist'):
-    jsonl.read(str(tmp_path / 'none.jsonl'))
+    jsonl_rows.read(str(tmp_path / 'none.jsonl'))
   with pytest.raises(ValueError, match='holds no file of .jsonl'):
-    jsonl.read(str(tmp_path))
+    jsonl_rows.read(str(tmp_path))
   (tmp_path / 'e.jsonl').touch()
   with pytest.raises(ValueError, match='holds no rows'):
-    jsonl.read(str(tmp_path / 'e.jsonl'))
+    jsonl_rows.read(str(tmp_path / 'e.jsonl'))
   whole = write(tmp_path / 'w.jsonl.gz', *[row(i) for i in range(99)])
   data = open(whole, 'rb').read()
   (tmp_path / 'w.jsonl.gz').write_bytes(data[: len(data) // 2])
   with pytest.raises(ValueError, match='cannot be read to its end'):
-    jsonl.read(whole)
+    jsonl_rows.read(whole)
 
 
 def examples(sizes):
@@ -119,7 +120,7 @@ def test_closed_templates_get_their_choices_from_training():
     Example('a', 't', 9, 'x', 'other', (), -1),
     Example('a', 'u', 9, 'x', 'y', (), -1),
   ]
-  (ranked,) = jsonl.with_closed_choices(train, held_out)
+  (ranked,) = eval_sets.with_closed_choices(train, held_out)
   assert ranked.choices == ('n', 'y') and ranked.label == 1
 
 

@@ -18,7 +18,7 @@ from moepeft.data import make_loader, mixing, open_data
 from moepeft.data.batching import packing
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.loader import WINDOW, Loader, StreamWindows
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.tasks import Example
 from tests import ROOT
@@ -316,7 +316,7 @@ def test_a_stream_that_cannot_jump_is_read_from_its_place():
 @pytest.mark.skipif(not P3.exists(), reason='needs ../shared/data/p3')
 @pytest.mark.slow
 def test_equal_rates_reach_every_dataset_of_p3():
-  found = jsonl.read(str(P3))
+  found = jsonl_rows.read(str(P3))
   data = config_lib.default().data
   data.source, data.path = 'jsonl', str(P3)
   data.temperature = float('inf')

@@ -13,7 +13,7 @@ from moepeft.data.chat.messages import Turn
 from moepeft.data.example import BadRow, BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import load_tokenizer
 from moepeft.objectives import reference_model
@@ -169,7 +169,7 @@ def test_one_object_on_several_lines_is_told_as_such(tmp_path, value, said):
   [
     (read, 'b.json'),
     (documents.read_documents, 'b.txt'),
-    (jsonl.read, 'b.jsonl'),
+    (jsonl_rows.read, 'b.jsonl'),
   ],
 )
 def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
@@ -179,7 +179,7 @@ def test_a_directory_that_is_named_as_a_file_is_told(tmp_path, reader, name):
 
 
 def test_without_a_model_the_sentence_asks_for_one():
-  with pytest.raises(ValueError, match='name a model, .*a card: model='):
+  with pytest.raises(ValueError, match='name a model, .*config file: model='):
     load_tokenizer('')
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What python -m moepeft.data shows of a decoder's rows."""
+"""The preview of a decoder's rows by python -m moepeft.data."""
 
 import json
 

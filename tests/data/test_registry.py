@@ -27,7 +27,7 @@ def spelled(monkeypatch):
 
 
 def split_of(example):
-  """Which instances a spelled example is of."""
+  """The split of the instances that a spelled example is of."""
   task = tasks.TASKS[example.task]
   fields = sorted(task.draw(tasks.Dice(0, 0, 0)).fields)
   values = example.inputs.split(BETWEEN)

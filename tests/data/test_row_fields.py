@@ -9,11 +9,13 @@ from moepeft.data import example as example_lib
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.row_fields import BadRow, UnusedFields
 from moepeft.data.text import documents
 from moepeft.serve.http import text as http_text
 from moepeft.serve.http.schemas import Message
+
+from .. import chat_cases
 
 USER = {'role': 'user', 'content': 'Why?'}
 SO = {'role': 'assistant', 'content': 'So.'}
@@ -98,7 +100,7 @@ def test_metadata_is_listed_once_for_a_source(tmp_path):
   path = tmp_path / 'r.jsonl'
   row = {**P3, 'source': 'web', 'score': 3, 'weight': 1, 'loss': True}
   path.write_text('\n'.join([json.dumps(row)] * 3))
-  assert jsonl.read(str(path)).notes('r') == [
+  assert jsonl_rows.read(str(path)).notes('r') == [
     f'{path}: fields that nothing reads: source, score, weight, loss'
   ]
 
@@ -343,7 +345,7 @@ def test_a_field_that_stands_twice_is_refused(tmp_path, kind):
   text = '{"instruction": "a", "output": "b", "output": "c"}'
   path.write_text(text if kind == 'jsonl' else f'[{text}]')
   with pytest.raises(ValueError, match="an object has the key 'output' twice"):
-    chat_formats.conversations(str(path))
+    chat_cases.read_conversations(str(path))
 
 
 def test_fields_of_plain_text_are_refused_or_listed(tmp_path):

@@ -12,7 +12,6 @@ from moepeft import config as config_lib
 from moepeft.core.files import ASSETS, local_path
 from moepeft.data import fingerprint
 from moepeft.data.batching import collators
-from moepeft.data.chat import formats as chat_formats
 from moepeft.data.preference import dataset as preference_dataset
 from moepeft.data.sources import open_data
 from moepeft.data.text import documents
@@ -47,7 +46,7 @@ def words(tmp_path_factory):
 
 
 def read(words, source, objective, **changes):
-  """What a config of the data gives: (form, sources)."""
+  """(form, sources) of a config of the shipped data."""
   config = config_lib.default()
   config.objective, config.data.source = objective, source
   config.data.length, config.data.validation_fraction = 1024, 0.1
@@ -76,7 +75,7 @@ def test_the_files_are_small():
 
 def test_two_hundred_conversations_are_all_read_and_all_differ(words):
   assert len(rows_of('chats')) == 200
-  found = chat_formats.conversations('package:chats')
+  found = chat_cases.read_conversations('package:chats')
   prompts = {talk.turns[: len(talk.turns) - 1] for talk in found}
   assert len(prompts) == len(found) == 200
   _, got = read(words, 'chat', 'causal', path='package:chats')

@@ -16,7 +16,7 @@ from moepeft import config as config_lib
 from moepeft import evaluate, train
 from moepeft.checkpoints.hf import model as hf
 from moepeft.core.progress import Pass
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets, plan, results, summary
 from moepeft.evaluation import evaluator as evaluator_lib
@@ -386,7 +386,7 @@ def test_rows_say_which_data_and_lengths_they_are_of(begun, tmp_path):
   lengths = [config['data'][f'{side}_length'] for side in ('inputs', 'targets')]
   assert [row.inputs_length, row.targets_length] == lengths
   # Of all that was read, however little of it is measured.
-  whole = jsonl.read(path)
+  whole = jsonl_rows.read(path)
   assert row.examples == 1 and row.data_sha == eval_sets.digest(whole)
   assert re.fullmatch('[0-9a-f]{12}', row.data_sha)
   other = [dataclasses.replace(e, inputs=f'{e.inputs}!') for e in whole]

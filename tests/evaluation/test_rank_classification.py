@@ -14,7 +14,7 @@ from moepeft.data.batching import seq2seq
 from moepeft.data.batching.collators import Seq2SeqCollator
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
-from moepeft.evaluation.eval_sets import Prompt
+from moepeft.evaluation.eval_sets import PromptExamples
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.evaluation.rank_classification import (
   NotFinite,
@@ -74,7 +74,7 @@ RANDOM = np.random.default_rng(0).standard_normal((V, V)).astype(np.float32)
 
 
 def log_likelihood(text):
-  """Of a text and its EOS under RANDOM, one token after the other."""
+  """The log-likelihood of a text and its EOS under RANDOM, token by token."""
   total, last = 0.0, 0
   for token in [*WORDS.encode(text), WORDS.eos]:
     row = RANDOM[last].astype(np.float64)
@@ -333,8 +333,8 @@ def test_means_are_over_tasks_of_a_group_and_its_wordings():
 def test_what_cannot_be_told_apart_is_left_out_and_told(capsys):
   rows = make_row('q', ['abx', 'aby']), make_row('q', ['a', 'b'])
   prompts = (
-    Prompt('evaluation', 'x', '', rows),
-    Prompt('evaluation', 'y', '', rows[:1]),
+    PromptExamples('evaluation', 'x', '', rows),
+    PromptExamples('evaluation', 'y', '', rows[:1]),
   )
   evaluator = Evaluator(Bigram(), WORDS, (160, 3), 32, prompts=prompts)
   found = evaluator(variables(), 'now', 0)
@@ -351,7 +351,7 @@ def test_weights_that_are_not_finite_choose_nothing(capsys):
   with pytest.raises(NotFinite, match='2 of 2 .* the run has diverged') as e:
     predict([make_row('q', 'ab'), make_row('q', 'abc')], variables(table))
   assert '\n' not in str(e.value)
-  prompts = (Prompt('evaluation', 'x', '', (make_row('q', 'ab'),)),)
+  prompts = (PromptExamples('evaluation', 'x', '', (make_row('q', 'ab'),)),)
   evaluator = Evaluator(Bigram(), WORDS, (160, 20), 32, prompts=prompts)
   found = evaluator(variables(table), 'now', 0)
   # Training goes on without accuracies, and says so.

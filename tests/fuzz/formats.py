@@ -22,7 +22,7 @@ import flax.serialization
 import numpy as np
 
 from moepeft.checkpoints import adapter, base
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.gguf import model as gguf
 from moepeft.checkpoints.gguf import tokenizer as gguf_tokenizer
 from moepeft.checkpoints.hf import model as hf
@@ -117,7 +117,9 @@ def _targets(root: Path):
   (root / 'single' / 'checkpoint_3').write_bytes(packed)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
   tree = cases.adapter_tree(_CONFIG, leaves, ['encoder/self/q'])
-  lora = Adapter("lora(rank=7, alpha=16, targets='encoder/self/q')", tree)
+  lora = AdapterWeights(
+    "lora(rank=7, alpha=16, targets='encoder/self/q')", tree
+  )
   peft.save(root / 'peft', _CONFIG, lora)
   card = adapter.describe(lora.method, 'official', 'x', 'y', 't5', _CONFIG)
   adapter.save(root / 'own', tree, card)
@@ -135,7 +137,7 @@ def _targets(root: Path):
     'hf index': ('shards', 'model.safetensors.index.json', load),
     'peft config': ('peft', peft.CONFIG, lora_of),
     'peft weights': ('peft', peft.ARRAYS, lora_of),
-    'own card': ('own', adapter.CARD, lora_of),
+    'own card': ('own', adapter.METADATA_FILE, lora_of),
     'own weights': ('own', adapter.ARRAYS, lora_of),
     't5x index': (
       't5x/checkpoint_1',
@@ -210,7 +212,7 @@ def _hashed(raw: bytes) -> bytes:
   """A card with the hash that it should have, where it is JSON."""
   try:
     card = json.loads(raw)
-    card['card_sha256'] = adapter._card_hash(card)
+    card['card_sha256'] = adapter._metadata_hash(card)
     return json.dumps(card).encode()
   except (ValueError, TypeError, KeyError, RecursionError):
     return raw

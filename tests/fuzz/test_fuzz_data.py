@@ -26,7 +26,12 @@ from moepeft.data.chat import formats as chat_formats
 from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import tokenize as preference_tokenize
-from moepeft.data.readers import csv_table, huggingface, jsonl, promptsource
+from moepeft.data.readers import (
+  csv_table,
+  dataset_rows,
+  jsonl_rows,
+  promptsource,
+)
 from moepeft.data.text import documents
 from moepeft.data.tokenizers.tokenizer import (
   ByteTokenizer,
@@ -166,7 +171,7 @@ def mutate(rng, row, times):
 
 
 class Counts:
-  """What became of inputs, by name."""
+  """The outcomes of inputs, counted by name."""
 
   def __init__(self):
     self.counts = collections.Counter()
@@ -237,7 +242,7 @@ def test_every_mutated_row_is_read_or_refused(form, words, tmp_path, capsys):
   def through_a_file(row):
     # As readers get them: what JSON cannot say never reaches a form.
     path.write_text(json.dumps(row))
-    for _, found in jsonl.read_lines(str(path), BadRows()):
+    for _, found in jsonl_rows.read_lines(str(path), BadRows()):
       read(found)
 
   for i in range(ROWS):
@@ -300,16 +305,16 @@ def test_every_damaged_file_is_read_or_refused(name, tmp_path, capsys):
   text = 'Once upon a time.\n\nThere was é.\n' * 9
   readers = {
     'jsonl': (
-      (jsonl.read, '\n'.join(map(json.dumps, rows))),
-      (huggingface.read, '\n'.join(map(json.dumps, rows))),
-      (chat_formats.conversations, '\n'.join(map(json.dumps, chats))),
+      (jsonl_rows.read, '\n'.join(map(json.dumps, rows))),
+      (dataset_rows.read, '\n'.join(map(json.dumps, rows))),
+      (chat_cases.read_conversations, '\n'.join(map(json.dumps, chats))),
     ),
     'json': (
-      (chat_formats.conversations, json.dumps(chats, indent=1)),
-      (huggingface.read, json.dumps(rows)),
+      (chat_cases.read_conversations, json.dumps(chats, indent=1)),
+      (dataset_rows.read, json.dumps(rows)),
     ),
     'csv': (
-      (huggingface.read, csv),
+      (dataset_rows.read, csv),
       (lambda path: csv_table.read(path, BadRows('skip')), csv),
     ),
     'txt': ((documents.read_documents, text),),

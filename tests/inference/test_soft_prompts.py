@@ -24,7 +24,7 @@ from moepeft.evaluation.rank_classification import Ranker
 from moepeft.inference.generator import GenerationConfig, Generator
 from moepeft.inference.sampling import Sampling
 from moepeft.models.decoder.model import Decoder
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
 
 from ..contracts import answers
@@ -267,7 +267,7 @@ def test_a_repetition_penalty_knows_nothing_of_placeholders():
 
 def test_a_model_without_a_prompt_has_nothing_before_its_texts():
   model = Decoder(LLAMA)
-  assert before(model) == ()
+  assert model_prefix_ids(model) == ()
   own = CausalCollator(WORDS, 7)
   given = make_sample([9], [8])
   assert own.encode([given])[0] is given

@@ -56,7 +56,7 @@ ENCODERS = {
 
 
 def parameters(config):
-  """How many numbers the rules name; the contracts hold them to the model."""
+  """The parameters that the rules name; contract tests compare the model."""
   wanted = hf.expected(config)
   return sum(math.prod(entry.shape) for entry in wanted)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where dropout acts, how much, and that layers do not share it."""
+"""Places and rate of dropout, which layers do not share."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ RNGS = {'dropout': jax.random.key(0), 'router': jax.random.key(1)}
 
 
 def draws(jaxpr, times=1):
-  """How often a program draws random bits, all layers of a scan counted."""
+  """The number of draws of random bits, all layers of a scan counted."""
   found = 0
   for eqn in jaxpr.eqns:
     inside = times

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moepeft.evaluation.rank_classification import shift_right
 from moepeft.objectives import OBJECTIVES
-from moepeft.objectives.cross_entropy import CrossEntropySettings, mean_loss
-from moepeft.objectives.seq2seq import (
+from moepeft.objectives.cross_entropy import (
+  CrossEntropySettings,
+  mean_loss,
   sequence_log_likelihood,
-  shift_right,
-  split_rngs,
 )
+from moepeft.training.step import split_rngs
 
 from ..contracts import small
 

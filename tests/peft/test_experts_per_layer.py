@@ -4,21 +4,30 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from safetensors.numpy import load_file
 
+from moepeft import config as config_lib
+from moepeft.checkpoints import adapter
+from moepeft.checkpoints.count_parameters import count
 from moepeft.core.types import Context, Routing
 from moepeft.evaluation.tables import routing as routing_table
+from moepeft.models import weight_mapping
 from moepeft.models.t5 import model as t5
 from moepeft.moe import ROUTERS, aux_losses
 from moepeft.moe.router_stats import collect, router_stats, statistics
 from moepeft.moe.routers.topk import TopK
-from moepeft.nn.initializers import param_metadata
+from moepeft.nn import expert_padding
+from moepeft.nn.initializers import padded_axes, param_metadata
 from moepeft.peft.build import build, expanded, plain
-from moepeft.runs import diagnosis, metrics_log
+from moepeft.runs import metrics_log, router_diagnosis
 from moepeft.runs.history import History
 from moepeft.training.metrics_logger import routing_rows
+from moepeft.training.setup import build_train_step
 
 from ..contracts import small
+from ..training.test_update import make_state
 
 SITES = t5.sites(small.GATED)
 # The encoder of `small.GATED` has two layers, the decoder three.
@@ -211,7 +220,7 @@ def test_logs_plots_alarms_and_tables_take_the_layers_own_experts():
     'weight',
     [[1], [0.5, 0.5], [0.97, 0.01, 0.01, 0.01]],
   )
-  alarms = diagnosis.collapsed({'encoder/q': site}, 0.4)
+  alarms = router_diagnosis.collapsed_routers({'encoder/q': site}, 0.4)
   assert [*alarms] == ['encoder/q, layer 2']
   assert 'ln 4' in alarms['encoder/q, layer 2']
   (state,) = History([{'step': 1, 'routing': {'encoder/q': site}}]).routing()
@@ -234,3 +243,96 @@ def test_a_site_without_a_real_token_has_zeros():
   values = statistics(sums)
   assert float(values.variation) == float(values.top) == 0
   assert float(aux_losses.load_balance(sums)) == 0
+
+
+def card():
+  return adapter.describe(MOLA, 'official', 'base', '0' * 64, 't5', small.GATED)
+
+
+def test_padding_starts_at_zero_and_is_not_exported(tmp_path):
+  model, _ = small.make(MOLA)
+  padded = padded_axes(model, small.batch())
+  peft = weight_mapping.flatten(small.variables(MOLA)['peft'])
+  counts = {'encoder': [1, 4], 'decoder': [3, 2, 4]}
+  # A, router kernels and scales; B is zero at first.
+  assert padded.keys() == peft.keys()
+  for path, array in peft.items():
+    axis = padded[path]
+    assert [*axis.counts] == counts[path.split('/')[0]]
+    experts = np.moveaxis(array, axis.axis, 1)
+    for layer, size in zip(experts, axis.counts, strict=True):
+      np.testing.assert_array_equal(layer[size:], 0)
+      assert path.endswith('/b') or np.abs(layer[:size]).min() > 0
+
+  tree = weight_mapping.unflatten(
+    {path: array + (array != 0) for path, array in peft.items()}
+  )
+  adapter.save(tmp_path / 'adapter', tree, card())
+  stored = load_file(tmp_path / 'adapter' / adapter.ARRAYS)
+  assert {
+    path: array.shape
+    for path, array in stored.items()
+    if path.startswith('encoder/layers_0/self/q') or path.endswith('_2/self/k')
+  } == {
+    'encoder/layers_0/self/q/molora/a': (11, 1, 2),
+    'encoder/layers_0/self/q/molora/b': (1, 2, 3, 5),
+    'encoder/layers_0/self/q/molora/router/kernel': (11, 1),
+  }
+  assert stored['decoder/layers_2/self/k/mov/scale'].shape == (4, 3, 5)
+  loaded, read = adapter.load(tmp_path / 'adapter')
+  jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+  total = sum(array.size for array in stored.values())
+  assert read['parameters'] == total
+  assert total == sum(
+    axis.size(peft[path].shape) for path, axis in padded.items()
+  )
+
+
+def test_layers_that_do_not_fit_together_are_refused():
+  for arrays in (
+    {'layers_0/a': np.ones((2, 3)), 'layers_2/a': np.ones((2, 3))},
+    {'layers_0/a': np.ones((2, 3)), 'layers_1/a': np.ones((3, 2))},
+  ):
+    with pytest.raises(ValueError, match='layers/a: expected an array of each'):
+      expert_padding.stack_layers(arrays)
+
+
+def test_counts_are_of_true_parameters():
+  config = config_lib.default()
+  config.model.path, config.model.family = '', 't5'
+  config.model.size = 'small'
+  config.method = (
+    "molora(experts_per_layer=[1, 2, 3, 4, 5, 6, 7, 8], targets='*/self/q')"
+  )
+  found = count(config)
+  # Rank 4, 512 in and 384 out; the router's kernel.
+  expert = 4 * (512 + 384) + 512
+  assert found['peft'] == 2 * 36 * expert
+  assert found['padding'] == 2 * 28 * expert
+  assert found['by_site']['encoder/self/q'] == 36 * expert
+  assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
+
+
+def test_a_step_in_parts_equals_that_of_the_whole_batch():
+  config = config_lib.default()
+  config.batch_size = len(small.batch()['inputs'])
+  config.router_losses.update(load_balance=0.1, entropy=-0.1)
+  model, built = small.make(MOLA)
+  before = small.variables(MOLA, noise=0.3)
+  optimizer, after = optax.sgd(1.0), {}
+  for parts in (1, 3):
+    config.gradient_accumulation_steps = parts
+    step = jax.jit(build_train_step(config, model, built, optimizer))
+    state, _ = step(make_state(before, optimizer), small.batch())
+    after[parts] = weight_mapping.flatten(state.trainable)
+  padded = padded_axes(model, small.batch())
+  for path, array in weight_mapping.flatten(before['peft']).items():
+    # Float32 sums in another order.
+    np.testing.assert_allclose(
+      after[3][path], after[1][path], rtol=1e-4, atol=1e-6, err_msg=path
+    )
+    # The noise in the padding has no gradient.
+    moved = np.array(after[3][path] - array)
+    assert np.abs(moved).max() > 0
+    padded[path].clear_padding(moved)
+    np.testing.assert_array_equal(moved, after[3][path] - array)

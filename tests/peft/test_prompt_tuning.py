@@ -14,7 +14,7 @@ from moepeft.models.t5 import model as t5
 from moepeft.nn.initializers import init_params
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
-from moepeft.peft.methods.prompt_tuning import before, placeholders
+from moepeft.peft.prefix import model_prefix_ids, placeholder_ids
 
 from ..contracts import small, small_decoders
 from ..prompted import CLOSE, METHOD, applied, made, model_of
@@ -120,9 +120,9 @@ def test_prompts_stand_at_the_embedding_only():
 
 
 def test_placeholders_are_the_ids_after_the_vocabulary():
-  assert before(model_of(small.GATED)) == FRONT
-  assert before(model_of(small.GATED, f'lora + {METHOD}')) == FRONT
-  assert placeholders(model_of(small.GATED, 'lora').adapter_map, 37) == ()
+  assert model_prefix_ids(model_of(small.GATED)) == FRONT
+  assert model_prefix_ids(model_of(small.GATED, f'lora + {METHOD}')) == FRONT
+  assert placeholder_ids(model_of(small.GATED, 'lora').adapter_map, 37) == ()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods compute, against NumPy written out; paper against official.
+"""Methods compute the same as NumPy written out; paper against official.
 
 Axes: b 2, t 7, d 11, n 3, h 5; e 13 experts of rank r 19.
 """

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
@@ -22,8 +22,8 @@ from moepeft.checkpoints.t5x import model as t5x
 from moepeft.models import FAMILIES, by_model_type, weight_mapping
 from moepeft.models.t5.model import T5, T5Config, sites
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.objectives.cross_entropy import mean_loss
-from moepeft.objectives.seq2seq import loss_sums, sequence_log_likelihood
+from moepeft.objectives.cross_entropy import mean_loss, sequence_log_likelihood
+from moepeft.objectives.seq2seq import loss_sums
 from moepeft.peft import build
 from tests import ROOT
 
@@ -42,13 +42,13 @@ class Case:
 
   config: T5Config
   params: Any
-  adapter: Adapter | None
+  adapter: AdapterWeights | None
   batch: dict[str, np.ndarray]
   expected: dict[str, np.ndarray]
 
   @property
   def variables(self):
-    """What the model applies, in float32."""
+    """The variables of the model, in float32."""
     peft_tree = {} if self.adapter is None else {'peft': self.adapter.tree}
     stored = {'params': self.params, **peft_tree}
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), stored)
@@ -61,7 +61,7 @@ class Case:
     return T5(self.config, adapter_map)
 
   def outputs(self, variables) -> dict[str, jax.Array]:
-    """What the file expects, by the same names, at real positions."""
+    """The model's outputs by the file's names, at real positions."""
     batch = self.batch
     if 'targets' not in batch:
       return {'logits': self.model.apply(variables, batch)}
@@ -218,7 +218,7 @@ def npz_of(checkpoint: str) -> str:
   return checkpoint.removeprefix('t5x_')
 
 
-def _t5x_case(loaded: t5x.Loaded, arrays) -> Case:
+def _t5x_case(loaded: t5x.LoadedT5X, arrays) -> Case:
   inputs = arrays['inputs/encoder_input_tokens']
   targets = arrays['inputs/decoder_target_tokens']
   batch = {

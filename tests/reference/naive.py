@@ -182,7 +182,7 @@ def pairs(query, key) -> np.ndarray:
 
 
 def masked(see) -> Array:
-  """What is added to attention's logits so that only `see` is seen."""
+  """The bias on attention's logits that leaves only `see` visible."""
   return jnp.where(see, 0.0, MASKED)
 
 

@@ -95,7 +95,7 @@ def function_of(base, expected, adapter):
 
 @functools.cache
 def limit(name):
-  """How near to peft's a case's logits must be."""
+  """The largest allowed difference of a case's logits from peft's."""
   base, adapter, expected = loaded(name)
   _, noise = cases.with_noise(*function_of(base, expected, adapter))
   return max(LIMIT, MARGIN * noise['logits'])

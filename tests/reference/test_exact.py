@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
 from moepeft.objectives.cross_entropy import mean_loss
 from moepeft.objectives.seq2seq import loss_sums
@@ -108,7 +108,9 @@ def our_gradients(name):
   tree, logits = gradient(variables['peft'], variables['params'])
   if case.adapter is None:
     return {}, logits
-  written = t5x_adapters.write(case.config, Adapter(case.adapter.method, tree))
+  written = t5x_adapters.write(
+    case.config, AdapterWeights(case.adapter.method, tree)
+  )
   return {entry.stored_name: array for entry, array in written}, logits
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from moepeft.checkpoints.hf import model as hf
 from moepeft.data import load_tokenizer
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.tokenizers.tokenizer import ByteTokenizer
 from moepeft.evaluation import eval_sets
 from moepeft.evaluation.rank_classification import Ranker
@@ -35,7 +35,7 @@ LEAST = 2e-6
 
 
 class Reference:
-  """What a Hugging Face directory's T5 says of texts, in torch."""
+  """The T5 of a Hugging Face directory, in torch."""
 
   def __init__(self, path):
     self._torch = pytest.importorskip('torch')
@@ -135,7 +135,7 @@ def test_every_prompt_of_the_eight_sets_ranks_as_in_torch():
     return [*tokenizer(text, add_special_tokens=False)['input_ids'], 1]
 
   prompts = eval_sets.prompts(
-    'evaluation', jsonl.read(str(DATA), ranked=True), 2
+    'evaluation', jsonl_rows.read(str(DATA), ranked=True), 2
   )
   assert len(prompts) == 110
   rows = [example for prompt in prompts for example in prompt.examples]

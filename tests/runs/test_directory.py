@@ -43,9 +43,9 @@ def holder(tmp_path):
 def test_a_second_run_is_told_who_holds_the_directory(holder, tmp_path):
   with pytest.raises(ValueError, match='another run is in') as refused:
     open_workdir(str(tmp_path / 'w'))
-  said = str(refused.value)
-  assert f'pid {holder.pid} on {socket.gethostname()}' in said
-  assert len(said.splitlines()) == 1
+  message = str(refused.value)
+  assert f'pid {holder.pid} on {socket.gethostname()}' in message
+  assert len(message.splitlines()) == 1
   # A refusal leaves the holder's name for the next one.
   with pytest.raises(ValueError, match=f'pid {holder.pid} '):
     open_workdir(str(tmp_path / 'w'))

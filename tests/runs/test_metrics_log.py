@@ -68,8 +68,8 @@ def test_a_damaged_line_inside_is_named(tmp_path, line):
 def test_rows_are_read_one_by_one(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\nbroken\n')
-  found = stream(str(path))
-  assert next(found) == {'step': 1}
+  rows = stream(str(path))
+  assert next(rows) == {'step': 1}
 
 
 # Writes rows as fast as it can, of very different lengths.
@@ -94,15 +94,15 @@ def test_a_kill_at_any_moment_loses_no_row_and_repeats_none(tmp_path):
       stdout=subprocess.PIPE,
       text=True,
     )
-    told = [int(process.stdout.readline()) for _ in range(5)][-1]
+    last_step = [int(process.stdout.readline()) for _ in range(5)][-1]
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     # All that was written before it told so is there.
-    found = [row['step'] for row in read(path)]
-    assert found == list(range(1, len(found) + 1)) and len(found) >= told
+    steps = [row['step'] for row in read(path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= last_step
     # As from a checkpoint that is older than the last row.
-    step = told - 50
+    step = last_step - 50
 
 
 def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_whole_lines(full_disk):  # noqa: F811
   rows.close()
   path = full_disk.path / 'metrics.jsonl'
   assert path.read_bytes().endswith(b'\n')
-  assert all(found == row for found in read(str(path)))
+  assert all(read_row == row for read_row in read(str(path)))
   # A cut needs no space.
   MetricsLog(str(full_disk.path / 'metrics.jsonl'), step=0).close()
   assert os.path.getsize(path) == 0

@@ -65,8 +65,8 @@ def test_there_is_no_figure_of_what_is_not_there(tmp_path):
   # Full fine-tuning has no routers, and one expert nothing to choose.
   bare = row(1) | {'routing': {}}
   single = row(1, experts=1)
-  for one in (bare, single):
-    assert names(plots.draw([one], folder)) == {'loss', 'learning_rate'}
+  for history in (bare, single):
+    assert names(plots.draw([history], folder)) == {'loss', 'learning_rate'}
   validation = [{'step': 4, 'validation_loss': 2.0}]
   assert names(plots.draw(validation, folder)) == {'loss'}
 
@@ -102,14 +102,14 @@ def panels(figure):
 
 
 def test_shares_are_a_map_of_layers_by_experts_at_the_latest_step():
-  seen = History([row(s) for s in range(1, 8)])
-  figure = router_plots.shares(seen.routing(), 'weight')
+  history = History([row(s) for s in range(1, 8)])
+  figure = router_plots.shares(history.routing(), 'weight')
   # Three places; the fullest expert beside each, and the colours.
   assert len(figure.axes) == 4 + 3 + 1
   (heat,) = panels(figure)['wo'].images
-  found = np.asarray(heat.get_array())
-  assert found.shape == (5, 3)
-  np.testing.assert_allclose(found[2], [0.465, 0.07, 0.465])
+  shares = np.asarray(heat.get_array())
+  assert shares.shape == (5, 3)
+  np.testing.assert_allclose(shares[2], [0.465, 0.07, 0.465])
   assert figure.texts[0].get_text() == 'Mean weight of experts after step 7'
 
 
@@ -131,13 +131,13 @@ def test_each_kind_of_share_has_a_figure_that_names_it(tmp_path):
   assert 'wo' not in panels(router_plots.shares(states, 'tokens'))
   old = History([row(1, kind='load')]).routing()
   assert router_plots.shares(old, 'weight') is None
-  said = [t.get_text() for t in router_plots.shares(old, 'load').texts]
-  assert 'Argmax share' in said[0] and 'no mean weight' in said[1]
+  texts = [t.get_text() for t in router_plots.shares(old, 'load').texts]
+  assert 'Argmax share' in texts[0] and 'no mean weight' in texts[1]
 
 
 def test_the_fullest_expert_is_that_of_any_layer():
-  seen = History([row(s) for s in (10, 50, 90)])
-  axes = panels(router_plots.shares(seen.routing(), 'weight'))[
+  history = History([row(s) for s in (10, 50, 90)])
+  axes = panels(router_plots.shares(history.routing(), 'weight'))[
     'fullest expert of any layer'
   ]
   line = axes.lines[0]
@@ -147,8 +147,8 @@ def test_the_fullest_expert_is_that_of_any_layer():
 
 
 def test_entropy_is_a_line_a_layer_over_its_most():
-  seen = History([row(s) for s in (1, 2, 3)])
-  axes = panels(router_plots.entropy(seen.routing()))['wo']
+  history = History([row(s) for s in (1, 2, 3)])
+  axes = panels(router_plots.entropy(history.routing()))['wo']
   (lines,) = axes.collections
   paths = [path.vertices for path in lines.get_paths()]
   assert len(paths) == 5
@@ -176,24 +176,24 @@ def test_thinning_keeps_few_evenly_and_the_latest(count):
   thin = Thinned(8, lambda item: item)
   for item in range(count):
     thin.add(item)
-  found = thin.items()
-  assert len(found) <= 9
-  assert found[-1:] == list(range(count))[-1:]
+  items = thin.items()
+  assert len(items) <= 9
+  assert items[-1:] == list(range(count))[-1:]
   if count > 1:
     # Beside the latest, the distances are one power of two.
-    steps = {b - a for a, b in zip(found[:-1], found[1:-1], strict=False)}
-    assert found[0] == 0 and len(steps) <= 1
+    steps = {b - a for a, b in zip(items[:-1], items[1:-1], strict=False)}
+    assert items[0] == 0 and len(steps) <= 1
   if count >= 8:
-    assert len(found) >= 4
+    assert len(items) >= 4
 
 
 def test_a_long_run_is_drawn_from_few_rows(tmp_path):
   sites = [f'encoder/layers/x{i}/k/mov' for i in range(3)]
   rows = (row(s, layers=24, experts=10, sites=sites) for s in range(1, 10_001))
-  seen = History(rows)
-  assert len(seen.curve('loss')[0]) <= 2001
-  assert len(seen.routing()) <= 151
-  assert seen.routing()[-1].step == seen.curve('loss')[0][-1] == 10_000
+  history = History(rows)
+  assert len(history.curve('loss')[0]) <= 2001
+  assert len(history.routing()) <= 151
+  assert history.routing()[-1].step == history.curve('loss')[0][-1] == 10_000
 
 
 def test_a_spike_of_a_long_run_does_not_flatten_the_rest():
@@ -263,11 +263,11 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
   }
   (line,) = axes['validation\nloss'].lines
   np.testing.assert_array_equal(line.get_ydata(), [3.0, 1.5])
-  seen = axes['accuracy (%), seen templates']
-  assert seen.get_xlim() == (0, 100)
-  ends = [list(line.get_xdata()) for line in seen.lines[::4]]
+  panel = axes['accuracy (%), seen templates']
+  assert panel.get_xlim() == (0, 100)
+  ends = [list(line.get_xdata()) for line in panel.lines[::4]]
   assert ends == [[12.5, 87.5], [87.5, 12.5]]
-  colors = [line.get_color() for line in seen.lines[::4]]
+  colors = [line.get_color() for line in panel.lines[::4]]
   assert colors == [before_after_plot._ROSE, before_after_plot._FELL]
   (path,) = plots.draw_before_after(
     judged(3.0, 0), judged(1.5, 1), str(tmp_path)
@@ -281,8 +281,8 @@ def test_before_and_after_are_drawn_task_by_task(tmp_path):
 def test_a_change_within_the_noise_of_its_examples_is_grey():
   # Of ten examples each: 5 and 7 are right, and 5 and 3.
   figure = before_after_plot.draw(judged(3.0, 0.5), judged(1.5, 0.7))
-  seen = figure.axes[2]
-  assert [line.get_color() for line in seen.lines[::4]] == [
+  panel = figure.axes[2]
+  assert [line.get_color() for line in panel.lines[::4]] == [
     before_after_plot._GREY
   ] * 2
 
@@ -314,9 +314,9 @@ def test_the_numbers_of_a_slope_stand_outside_its_line():
 
 def test_smoothing_keeps_a_line_straight_and_does_not_lag():
   np.testing.assert_allclose(smooth(np.full(7, 3.0)), 3.0)
-  found = smooth(np.arange(1000.0))
+  smoothed = smooth(np.arange(1000.0))
   # Away from the ends, where half of the bell is cut off.
-  np.testing.assert_allclose(found[50:-50], np.arange(1000.0)[50:-50])
+  np.testing.assert_allclose(smoothed[50:-50], np.arange(1000.0)[50:-50])
   holes = np.array([1.0, np.nan, 1.0, 1.0, np.inf, 1.0])
   np.testing.assert_allclose(smooth(holes), 1.0)
   assert np.isnan(smooth(np.full(5, np.nan))).all()

@@ -19,15 +19,15 @@ from ..disks import full_disk  # noqa: F401
 
 def row(step, loss=None):
   """As training gives it; routing every second step."""
-  found = {
+  figures = {
     'step': step,
     'loss': 9.0 / step if loss is None else loss,
     'learning_rate': 1e-3,
     'padding_inputs': 0.25,
   }
   if step % 2 == 0:
-    found |= {'examples_per_s': 3.0, 'tokens_per_s': 70.0}
-    found['routing'] = {
+    figures |= {'examples_per_s': 3.0, 'tokens_per_s': 70.0}
+    figures['routing'] = {
       # Two layers, three experts.
       'encoder/layers/self/k/mov': {
         'weight': [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]],
@@ -36,7 +36,7 @@ def row(step, loss=None):
         'top': [0.5, 0.7],
       }
     }
-  return found
+  return figures
 
 
 def events(folder):
@@ -52,17 +52,17 @@ def events(folder):
 
 def curves(folder):
   """{tag: {step: value}}, after what the protocol says of restarts."""
-  found = {}
+  scalars = {}
   for event in events(folder):
     if event.session_log.status == SessionLog.START:
-      for tag, curve in found.items():
-        found[tag] = {s: v for s, v in curve.items() if s < event.step}
+      for tag, curve in scalars.items():
+        scalars[tag] = {s: v for s, v in curve.items() if s < event.step}
     for value in event.summary.value:
       if value.HasField('simple_value'):
-        curve = found.setdefault(value.tag, {})
+        curve = scalars.setdefault(value.tag, {})
         assert event.step not in curve, 'a point is drawn twice'
         curve[event.step] = value.simple_value
-  return found
+  return scalars
 
 
 def test_scalars_are_the_numbers_and_means_over_layers():
@@ -88,13 +88,13 @@ def opened(workdir, step, trackers, project='', **config):
 
 
 def write(workdir, first, last, trackers='tensorboard'):
-  found = opened(workdir, first, trackers)
+  opened_trackers = opened(workdir, first, trackers)
   for step in range(first + 1, last + 1):
-    for writer in found:
+    for writer in opened_trackers:
       writer.write(row(step))
       if step == 4:
         writer.write({'step': 4, 'validation_loss': 2.0})
-  return found
+  return opened_trackers
 
 
 @pytest.mark.parametrize('killed', [False, True])
@@ -108,14 +108,14 @@ def test_tensorboard_has_the_rows_of_a_run_that_was_cut(tmp_path, killed):
     whole = file.read_bytes()
   for writer in write(tmp_path, 5, 9):
     writer.close()
-  found = curves(tmp_path / 'tensorboard')
+  logged = curves(tmp_path / 'tensorboard')
   rows = read(str(tmp_path / 'metrics.jsonl'))
   expected = {}
-  for one in rows:
-    for tag, value in scalars(one).items():
-      expected.setdefault(tag, {})[one['step']] = pytest.approx(value)
-  assert found == expected
-  assert list(found['train/loss']) == list(range(1, 10))
+  for written_row in rows:
+    for tag, value in scalars(written_row).items():
+      expected.setdefault(tag, {})[written_row['step']] = pytest.approx(value)
+  assert logged == expected
+  assert list(logged['train/loss']) == list(range(1, 10))
   if killed:
     assert file.read_bytes() == whole  # an old file is left as it is
 
@@ -127,16 +127,16 @@ def test_tensorboard_itself_reads_the_same(tmp_path):
   write(tmp_path, 0, 7)
   for writer in write(tmp_path, 5, 9):
     writer.close()
-  seen = module.EventAccumulator(
+  events = module.EventAccumulator(
     str(tmp_path / 'tensorboard'), size_guidance={'scalars': 0}
   ).Reload()
-  found = {
-    tag: {e.step: e.value for e in seen.Scalars(tag)}
-    for tag in seen.Tags()['scalars']
+  scalars = {
+    tag: {e.step: e.value for e in events.Scalars(tag)}
+    for tag in events.Tags()['scalars']
   }
-  assert found == curves(tmp_path / 'tensorboard')
-  (load,) = seen.Tags()['histograms']
-  histogram = seen.Histograms(load)[-1].histogram_value
+  assert scalars == curves(tmp_path / 'tensorboard')
+  (load,) = events.Tags()['histograms']
+  histogram = events.Histograms(load)[-1].histogram_value
   # The mean over layers: (0.5 + 0.1) / 2, (0.5 + 0.2) / 2, 0.7 / 2.
   assert histogram.bucket == pytest.approx([0.3, 0.35, 0.35])
   assert list(histogram.bucket_limit) == [0.5, 1.5, 2.5]
@@ -151,8 +151,8 @@ def test_a_torn_event_hides_nothing_that_came_after(tmp_path):
   file.write_bytes(file.read_bytes()[:-9])
   for writer in write(tmp_path, 5, 9):
     writer.close()
-  seen = module.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
-  steps = [event.step for event in seen.Scalars('train/loss')]
+  events = module.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+  steps = [event.step for event in events.Scalars('train/loss')]
   assert steps == list(range(1, 10))
 
 
@@ -199,14 +199,14 @@ def test_wandb_gets_the_rows_and_the_same_run_again(wandb, tmp_path):
   config = {'seed': 3, 'model': {'size': 'small'}}
   log = {'trackers': 'wandb', 'wandb_project': 'mine'}
   for first in (0, 2):
-    found = opened(tmp_path, first, 'wandb', 'mine', **config)
-    for writer in found:
+    opened_trackers = opened(tmp_path, first, 'wandb', 'mine', **config)
+    for writer in opened_trackers:
       writer.write(row(first + 1))
       writer.close()
-  one, two = wandb.begun
+  first_run, second_run = wandb.begun
   assert (
-    one
-    == two
+    first_run
+    == second_run
     == {
       'project': 'mine',
       'id': (tmp_path / 'wandb_id').read_text(),
@@ -215,7 +215,7 @@ def test_wandb_gets_the_rows_and_the_same_run_again(wandb, tmp_path):
       'config': config | {'log': log},
     }
   )
-  assert one['id'] and wandb.finished == 2
+  assert first_run['id'] and wandb.finished == 2
   assert wandb.logged == [(1, scalars(row(1))), (3, scalars(row(3)))]
   assert [r['step'] for r in read(str(tmp_path / 'metrics.jsonl'))] == [1, 3]
 

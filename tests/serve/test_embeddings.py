@@ -13,7 +13,7 @@ import tokenizers
 from moepeft import config as config_lib
 from moepeft import train
 from moepeft.checkpoints import pip_models
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.count_parameters import count
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
@@ -207,7 +207,7 @@ def test_an_adapter_acts_once_it_is_off_its_start(
     lora = tree['encoder']['layers'][sublayer][site]['lora']
     lora['b'] = noise * lora['b'] + (noise == 0) * np.float32(1e-30)
   method = "lora(rank=7, targets='encoder/self/q|encoder/mlp/wo')"
-  peft.save(str(tmp_path / 'a'), CONFIG, Adapter(method, tree))
+  peft.save(str(tmp_path / 'a'), CONFIG, AdapterWeights(method, tree))
   adapted = EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
   difference = np.abs(adapted(['a b c']) - encoder(['a b c'])).max()
   assert (difference > 0.01) == bool(noise)
@@ -217,7 +217,9 @@ def test_an_adapter_acts_once_it_is_off_its_start(
 def test_a_soft_prompt_is_not_for_vectors_of_texts(folder, tmp_path):
   vectors = np.zeros((3, CONFIG.d_model), np.float32)
   tree = {'embed': {'prompt': {'vectors': vectors}}}
-  peft.save(str(tmp_path / 'a'), CONFIG, Adapter('prompt(length=3)', tree))
+  peft.save(
+    str(tmp_path / 'a'), CONFIG, AdapterWeights('prompt(length=3)', tree)
+  )
   with pytest.raises(ValueError, match='a soft prompt stands before texts'):
     EmbeddingEncoder.open(str(folder), str(tmp_path / 'a'), rows=(1,))
 

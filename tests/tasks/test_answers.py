@@ -70,7 +70,7 @@ def _who(text, she):
 
 _ARTICLE = re.compile(r'\ban? \w+ (\w+)')
 READINGS = {
-  'kind': lambda noun, one, number: KIND_OF[noun],
+  'kind': lambda noun, **_: KIND_OF[noun],
   'opinion': lambda word, number: 'good' if _mood(word) else 'bad',
   'recall': lambda pairs, name: re.search(rf'{name} (\w+)', pairs)[1],
   'topic': lambda text: KIND_OF[_ARTICLE.search(text)[1]] + 's',
@@ -90,9 +90,9 @@ READINGS = {
   'verdict': lambda report, order, name, she: (
     'keep' if _mood(report) else 'return'
   ),
-  'owner': lambda facts, thing: {
+  'owner': lambda facts, **fields: {
     owned: owner for owner, owned in _owned(facts).items()
-  }[thing],
+  }[fields['thing']],
   'medal': lambda finish, name: ('gold', 'silver', 'bronze')[
     finish.split(', ').index(name)
   ],
@@ -109,8 +109,8 @@ READINGS = {
 def test_answers_agree_with_a_second_reading(name):
   task = tasks.TASKS[name]
   for i in range(400):
-    one = task.draw(tasks.Dice(8, 2, i))
-    assert READINGS[name](**one.fields) == one.answer, one
+    instance = task.draw(tasks.Dice(8, 2, i))
+    assert READINGS[name](**instance.fields) == instance.answer, instance
 
 
 def test_no_noun_is_in_two_categories():

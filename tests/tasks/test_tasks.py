@@ -23,9 +23,9 @@ def drawn(request):
   """Examples of one task, all wordings, half of them held out."""
   half = COUNT // 2
   return [
-    one
+    example
     for split in ('train', 'held_out')
-    for one in tasks.examples(
+    for example in tasks.examples(
       (request.param,), half, seed=3, split=split, templates='all'
     )
   ]
@@ -55,7 +55,7 @@ def test_some_wordings_list_the_options_and_some_change_the_labels():
 
 def test_an_example_depends_on_its_place_only():
   stream = tasks.examples(ALL, 60, seed=1)
-  assert [one.idx for one in stream] == list(range(60))
+  assert [example.idx for example in stream] == list(range(60))
   for index in (59, 0, 31):
     assert tasks.example(ALL, index, seed=1) == stream[index]
   assert tasks.examples(ALL, 20, seed=1, start=40) == stream[40:]
@@ -65,42 +65,53 @@ def test_an_example_depends_on_its_place_only():
 def test_tasks_take_turns_and_ignore_their_company():
   mixed = tasks.examples(('topic', 'order', 'owner'), 12, seed=1)
   alone = tasks.examples(('order',), 4, seed=1)
-  assert [one.task for one in mixed[:4]] == ['topic', 'order', 'owner', 'topic']
-  assert [one.inputs for one in mixed[1::3]] == [one.inputs for one in alone]
+  assert [example.task for example in mixed[:4]] == [
+    'topic',
+    'order',
+    'owner',
+    'topic',
+  ]
+  assert [example.inputs for example in mixed[1::3]] == [
+    example.inputs for example in alone
+  ]
 
 
 def test_choices_are_distinct_and_hold_the_target(drawn):
-  for one in drawn:
-    assert 2 <= len(one.choices) <= 4
-    assert len(set(one.choices)) == len(one.choices)
-    assert one.choices[one.label] == one.targets
+  for example in drawn:
+    assert 2 <= len(example.choices) <= 4
+    assert len(set(example.choices)) == len(example.choices)
+    assert example.choices[example.label] == example.targets
 
 
 def test_texts_are_short_ascii(drawn):
-  assert all(one.inputs.isascii() and one.targets.isascii() for one in drawn)
-  assert max(len(one.inputs) for one in drawn) <= 160
-  assert max(len(choice) for one in drawn for choice in one.choices) <= 16
+  assert all(
+    example.inputs.isascii() and example.targets.isascii() for example in drawn
+  )
+  assert max(len(example.inputs) for example in drawn) <= 160
+  assert (
+    max(len(choice) for example in drawn for choice in example.choices) <= 16
+  )
 
 
 def test_texts_are_clean_english(drawn):
   wrong = re.compile(r'\ba [aeiou]|\ban [^aeiou]|  |[{}]|\.\.(?!\.)|^ | $')
-  faults = [one.inputs for one in drawn if wrong.search(one.inputs)]
+  faults = [example.inputs for example in drawn if wrong.search(example.inputs)]
   assert [text for text in faults if ' ...' not in text] == []
 
 
 def _chance(examples):
-  return sum(1 / len(one.choices) for one in examples) / len(examples)
+  return sum(1 / len(example.choices) for example in examples) / len(examples)
 
 
 def test_no_place_among_the_choices_is_a_good_guess(drawn):
   for guess in (0, -1):
-    hits = sum(one.choices[guess] == one.targets for one in drawn)
+    hits = sum(example.choices[guess] == example.targets for example in drawn)
     assert hits / len(drawn) <= _chance(drawn) + SLACK
 
 
 def test_no_constant_answer_is_a_good_guess(drawn):
-  offered = collections.Counter(c for one in drawn for c in one.choices)
-  correct = collections.Counter(one.targets for one in drawn)
+  offered = collections.Counter(c for example in drawn for c in example.choices)
+  correct = collections.Counter(example.targets for example in drawn)
   for answer, count in offered.items():
     if count >= 200:
       assert correct[answer] / count <= _chance(drawn) + 2 * SLACK
@@ -114,17 +125,18 @@ def test_no_constant_answer_is_a_good_guess(drawn):
   'negation'.split(),
 )
 def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
-  shown = [one for one in tasks.examples((name,), COUNT, seed=4)]
+  shown = [example for example in tasks.examples((name,), COUNT, seed=4)]
   for find, best in ((str.find, min), (str.rfind, max)):
     hits = sum(
-      best(one.choices, key=lambda c: find(one.inputs, c)) == one.targets  # noqa: B023
-      for one in shown
+      best(example.choices, key=lambda c: find(example.inputs, c))
+      == example.targets  # noqa: B023
+      for example in shown
     )
     assert abs(hits / COUNT - _chance(shown)) <= SLACK
 
 
 @pytest.mark.parametrize(
-  'name, asked',
+  'name, question_field',
   [
     ('membership', 'a_kind'),
     ('lookup', 'name'),
@@ -140,17 +152,22 @@ def test_neither_the_first_nor_the_last_mention_is_a_good_guess(name):
     ('negation', 'question'),
   ],
 )
-def test_the_question_without_the_passage_does_not_tell_the_answer(name, asked):
+def test_the_question_without_the_passage_does_not_tell_the_answer(
+  name, question_field
+):
   """The best answer to each question, learned from many, stays at chance."""
-  seen = collections.Counter(
-    (one.fields[asked], one.answer) for one in _draws(name, 2 * COUNT)
+  counts = collections.Counter(
+    (example.fields[question_field], example.answer)
+    for example in _draws(name, 2 * COUNT)
   )
   tried = _draws(name, seed=6)
   hits = chance = 0
-  for one in tried:
-    choices = sorted((one.answer, *one.distractors))
-    guess = max(choices, key=lambda c: seen[one.fields[asked], c])  # noqa: B023
-    hits += guess == one.answer
+  for example in tried:
+    choices = sorted((example.answer, *example.distractors))
+    guess = max(
+      choices, key=lambda c: counts[example.fields[question_field], c]
+    )  # noqa: B023
+    hits += guess == example.answer
     chance += 1 / len(choices)
   assert (hits - chance) / len(tried) <= SLACK
 
@@ -167,8 +184,8 @@ def test_a_tenth_of_the_instances_is_held_out(name):
 def test_train_and_held_out_share_no_text(name):
   texts = {
     split: {
-      one.inputs
-      for one in tasks.examples(
+      example.inputs
+      for example in tasks.examples(
         (name,), 600, seed=1, split=split, templates='all'
       )
     }
@@ -181,19 +198,19 @@ def test_train_and_held_out_share_no_text(name):
 @pytest.mark.parametrize('name', ALL)
 def test_equal_fields_mean_equal_answers(name):
   answers = collections.defaultdict(set)
-  for one in _draws(name):
-    answers[tuple(sorted(one.fields.items()))].add(one.answer)
-  assert all(len(found) == 1 for found in answers.values())
+  for instance in _draws(name):
+    answers[tuple(sorted(instance.fields.items()))].add(instance.answer)
+  assert all(len(field_answers) == 1 for field_answers in answers.values())
   assert len(answers) > 0.6 * COUNT
 
 
 def test_held_out_templates_are_never_trained_on():
   names = {
-    which: {
-      (one.task, one.template)
-      for one in tasks.examples(ALL, 1500, seed=0, templates=which)
+    templates: {
+      (example.task, example.template)
+      for example in tasks.examples(ALL, 1500, seed=0, templates=templates)
     }
-    for which in ('train', 'held_out', 'all')
+    for templates in ('train', 'held_out', 'all')
   }
   assert not names['train'] & names['held_out']
   assert names['train'] | names['held_out'] == names['all']
@@ -258,5 +275,5 @@ def test_other_wrong_arguments_say_what_is_expected():
 )
 def test_the_stream_never_changes(name, inputs, targets):
   """Tables and the embedded base depend on it: a change needs a new base."""
-  one = tasks.example((name,), 0, seed=0)
-  assert (one.inputs, one.targets) == (inputs, targets)
+  example = tasks.example((name,), 0, seed=0)
+  assert (example.inputs, example.targets) == (inputs, targets)

@@ -17,11 +17,11 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints.manager import Checkpoints
-from moepeft.checkpoints.run_progress import Course
+from moepeft.checkpoints.run_progress import RunProgress
 from moepeft.evaluation.evaluator import Evaluator
 from moepeft.runs import metrics_log
 from moepeft.training import setup
-from moepeft.training.callbacks.signals import Stopped
+from moepeft.training.loop import Stopped
 from tests import ROOT
 
 from .test_train import adapter_bytes, base, card  # noqa: F401
@@ -76,14 +76,14 @@ def exported(workdir):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """What a run that nobody disturbs exports, and its rows."""
+  """The export and the rows of a run that nobody disturbs."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
   assert start(workdir).wait() == 0
   return exported(workdir), losses(workdir)
 
 
 def losses(workdir):
-  """What a run's rows say of the model: all but its speed."""
+  """A run's rows without the entries of speed."""
   rows = metrics_log.read(str(workdir / 'metrics.jsonl'))
   return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
 
@@ -221,13 +221,15 @@ def test_a_second_interrupt_does_not_wait(base, tmp_path, monkeypatch):  # noqa:
 # ---- a run that stops by itself ----
 
 
-def test_a_course_counts_the_validations_since_the_best():
-  course = Course()
+def test_progress_counts_the_validations_since_the_best():
+  progress = RunProgress()
   for step, loss in ((1, 3.0), (2, 2.0), (3, 2.0), (4, 2.5)):
-    course = course.judged(loss, step)
-  assert (course.best, course.best_step, course.waited) == (2.0, 2, 2)
-  assert course.exhausted(2) and not course.exhausted(3)
-  assert not course.exhausted(0)
+    progress = progress.after_validation(loss, step)
+  assert (progress.best, progress.best_step, progress.waited) == (2.0, 2, 2)
+  assert progress.is_patience_exhausted(
+    2
+  ) and not progress.is_patience_exhausted(3)
+  assert not progress.is_patience_exhausted(0)
 
 
 def judged(base, losses, monkeypatch, workdir, **changes):  # noqa: F811
@@ -293,5 +295,5 @@ def test_an_edited_card_of_a_checkpoint_is_noticed(base, tmp_path):  # noqa: F81
   found = json.loads(path.read_text())
   found['course']['place'] = [[0, 1]]
   path.write_text(json.dumps(found))
-  with pytest.raises(ValueError, match='its card differs from its hash'):
+  with pytest.raises(ValueError, match='its metadata differ from their hash'):
     train.train(card(base), str(tmp_path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot fit into memory is refused with both figures."""
+"""A run that cannot fit into memory is refused with both figures."""
 
 import jax
 import numpy as np

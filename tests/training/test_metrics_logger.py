@@ -11,7 +11,7 @@ import pytest
 from moepeft.core.types import Routing
 from moepeft.data.batching import decoder_only, seq2seq
 from moepeft.moe import router_stats
-from moepeft.runs import diagnosis
+from moepeft.runs import router_diagnosis
 from moepeft.runs.history import History
 from moepeft.runs.metrics_log import _finite
 from moepeft.runs.trackers import scalars
@@ -104,7 +104,7 @@ def test_a_collapsed_router_is_named_with_its_expert():
     # One expert has all of it, and must.
     'single': {'weight': [[1.0]], 'weight_entropy': [0.0]},
   }
-  lines = diagnosis.collapsed(sites, 0.9)
+  lines = router_diagnosis.collapsed_routers(sites, 0.9)
   assert list(lines) == ['dense, layer 1', 'sparse, layer 0']
   assert lines['dense, layer 1'].startswith('expert 1 has 95% of the weight')
   assert '0.14 of ln 2' in lines['dense, layer 1']
@@ -123,7 +123,7 @@ def test_a_dense_router_with_one_expert_ahead_by_little_is_not_collapsed():
   assert 'tokens' not in site and 'load' not in site
   assert site['weight_entropy'] / np.log(4) > 0.98
   # An alarm at a share of weight that any router has, were it not for entropy.
-  assert diagnosis.collapsed({'q': site}, 0.25) == {}
+  assert router_diagnosis.collapsed_routers({'q': site}, 0.25) == {}
 
 
 SAMPLE = decoder_only.Sample(np.array([7, 8, 1]), np.array([False, True, True]))

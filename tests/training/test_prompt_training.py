@@ -11,7 +11,7 @@ from moepeft import config as config_lib
 from moepeft import evaluate, generate, train
 from moepeft.checkpoints import base as base_lib
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.inference import loaded_model
 from moepeft.inference.adapters.pool import AdapterPool
 from moepeft.inference.generator import GenerationConfig, Generator

@@ -11,7 +11,7 @@ import pytest
 
 from moepeft import train
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.manager import restore_trained
+from moepeft.checkpoints.restore import restore_trained
 from tests import ROOT
 
 from ..preferences import card, written

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from moepeft.core.types import State
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.training import summary
 
 
 def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
   base = types.SimpleNamespace(path='/base', quantise='')
   method = types.SimpleNamespace(
-    method='lora(rank=2)', semantics='paper', trainable='peft'
+    method='lora(rank=2)',
+    semantics='paper',
+    trainable='peft',
+    frozen_mixtures=(),
   )
   state = State(
     step=jnp.int32(0),
@@ -26,13 +30,19 @@ def test_the_summary_is_a_table_with_a_line_for_what_is_given(capsys):
   summary.print_summary(base, method, state, 'bytes', 'w', more)
   lines = capsys.readouterr().out.splitlines()
   # 15 of 3,000 parameters are half a percent.
-  assert lines[:4] == [
+  assert lines[:5] == [
     'method              lora(rank=2) (paper semantics)',
+    'in full             lora(rank=2, alpha=16.0, rslora=False, dropout=0.0)',
     'base                /base, 3,000 parameters',
     'trained             15 parameters (0.50 %)',
     'tokens              bytes',
   ]
-  assert lines[5:] == [
+  assert lines[6:] == [
     'weights per device  1.3 GB',
     'workdir             w',
   ]
+  # The last of three layers has three experts of five.
+  padded = {'a': PaddedAxis(1, (5, 5, 3), True)}
+  summary.print_summary(base, method, state, 'bytes', 'w', padded=padded)
+  lines = capsys.readouterr().out.splitlines()
+  assert 'trained  13 parameters (0.43 %) and 2 zeros of padding' in lines

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from moepeft import config as config_lib
 from moepeft import convert, generate, train
 from moepeft.checkpoints.hf import model as hf
-from moepeft.checkpoints.manager import restore_adapter
+from moepeft.checkpoints.restore import restore_adapter
 from moepeft.config import ranges
 from moepeft.core.progress import Progress
 from moepeft.core.ranges import Range

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moepeft.checkpoints.directory import Loaded
+from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.core.files import check_file
 from moepeft.models import FAMILIES, weight_mapping
 from moepeft.models.decoder import gguf as decoder_gguf
@@ -25,7 +25,7 @@ from moepeft.models.weight_mapping import CheckpointError, Shape
 SUFFIX = '.gguf'
 
 
-def load(path: str, dtype: Any = None) -> Loaded:
+def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   """Reads a file; one tensor is in memory at a time beside the result.
 
   Args:
@@ -40,21 +40,21 @@ def load(path: str, dtype: Any = None) -> Loaded:
   config = file.config()
   family = FAMILIES[config.family]
   sizes = family.axis_sizes(config)
-  wanted = weight_mapping.entries(
+  entries = weight_mapping.entries(
     family.gguf.rules(config), sizes, family.depths(config)
   )
   ignored = {decoder_gguf.ROPE} | (
     {decoder_gguf.HEAD} if config.tied else set()
   )
   weight_mapping.check(
-    {entry.stored_name: entry.stored_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     {n: shape for n, shape in file.shapes.items() if n not in ignored},
     f'{path} does not hold the model that its metadata describe',
     'convert the model again',
   )
   fetch = lambda name: file.fetch_for(name, config)  # noqa: E731
-  params, sha256 = weight_mapping.read(wanted, sizes, fetch, dtype, path)
-  return Loaded(config, params, sha256, path)
+  params, sha256 = weight_mapping.read(entries, sizes, fetch, dtype, path)
+  return LoadedCheckpoint(config, params, sha256, path)
 
 
 def load_config(path: str) -> DecoderConfig:
@@ -142,7 +142,7 @@ class File:
     }
 
   def config(self) -> DecoderConfig:
-    """What its metadata say."""
+    """The config that the file's metadata describe."""
     rope = decoder_gguf.ROPE
     factors = self.fetch(rope) if rope in self.shapes else None
     try:
@@ -163,13 +163,13 @@ class File:
 
   def _is_tied(self) -> bool:
     """Whether there is no head, or one that only repeats the embedding."""
-    found = [
+    tensors = [
       self._tensors.get(name)
       for name in (decoder_gguf.HEAD, decoder_gguf.EMBEDDING)
     ]
-    if None in found:
-      return found[0] is None
-    head, embedding = found
+    if None in tensors:
+      return tensors[0] is None
+    head, embedding = tensors
     if head.tensor_type != embedding.tensor_type:
       return False
     return np.array_equal(head.data, embedding.data)

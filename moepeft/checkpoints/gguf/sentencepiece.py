@@ -20,7 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class SentencePieces:
   """A vocabulary, by id.
 
   Attributes:
@@ -36,8 +36,8 @@ class Pieces:
 
   @property
   def unknown(self) -> str | None:
-    found = zip(self.texts, self.types, strict=True)
-    return next((text for text, kind in found if kind == UNKNOWN), None)
+    typed_texts = zip(self.texts, self.types, strict=True)
+    return next((text for text, kind in typed_texts if kind == UNKNOWN), None)
 
   @property
   def has_bytes(self) -> bool:
@@ -45,29 +45,29 @@ class Pieces:
 
   def normal(self) -> dict[str, float]:
     """{text: score} of what text is merged to."""
-    found = zip(self.texts, self.scores, self.types, strict=True)
-    return {text: score for text, score, kind in found if kind == NORMAL}
+    rows = zip(self.texts, self.scores, self.types, strict=True)
+    return {text: score for text, score, kind in rows if kind == NORMAL}
 
 
-def read(path: str, said: Mapping[str, Any]) -> Pieces:
+def read(path: str, metadata: Mapping[str, Any]) -> SentencePieces:
   """The pieces of a file whose tokenizer is of the kind 'llama'.
 
   Raises:
     CheckpointError: their scores are not ranks of merges: those of a unigram
       model, or none at all.
   """
-  texts = said['tokenizer.ggml.tokens']
-  scores = said.get('tokenizer.ggml.scores', ())
-  types = said.get('tokenizer.ggml.token_type', ())
+  texts = metadata['tokenizer.ggml.tokens']
+  scores = metadata.get('tokenizer.ggml.scores', ())
+  types = metadata.get('tokenizer.ggml.token_type', ())
   if not len(texts) == len(scores) == len(types) == len(set(texts)):
     raise CheckpointError(
       f'the tokenizer in {path} has {len(texts)} pieces, {len(set(texts))} of '
       f'them different, {len(scores)} scores and {len(types)} types: expected '
       'as many of each; convert the model again'
     )
-  prefix = bool(said.get('tokenizer.ggml.add_space_prefix', True))
-  found = Pieces(tuple(texts), tuple(scores), tuple(types), prefix)
-  ranks = list(found.normal().values())
+  prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
+  pieces = SentencePieces(tuple(texts), tuple(scores), tuple(types), prefix)
+  ranks = list(pieces.normal().values())
   if len(set(ranks)) < len(ranks) or any(r != int(r) for r in ranks):
     raise CheckpointError(
       f'the scores of the pieces in {path} are not the ranks of merges (whole '
@@ -75,10 +75,10 @@ def read(path: str, said: Mapping[str, Any]) -> Pieces:
       'config.data.tokenizer to a directory with the tokenizer.json of the '
       'model'
     )
-  return found
+  return pieces
 
 
-def tokenizer(pieces: Pieces) -> Any:
+def tokenizer(pieces: SentencePieces) -> Any:
   """A `tokenizers.Tokenizer` that cuts text as SentencePiece does."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -89,13 +89,13 @@ def tokenizer(pieces: Pieces) -> Any:
     fuse_unk=True,
     byte_fallback=pieces.has_bytes,
   )
-  made = Tokenizer(bpe)
+  result = Tokenizer(bpe)
   before = [normalizers.Prepend(SPACE)] if pieces.prefix else []
   after = [decoders.Strip(content=' ', left=1)] if pieces.prefix else []
-  made.normalizer = normalizers.Sequence(
+  result.normalizer = normalizers.Sequence(
     [*before, normalizers.Replace(' ', SPACE)]
   )
-  made.decoder = decoders.Sequence(
+  result.decoder = decoders.Sequence(
     [
       decoders.Replace(SPACE, ' '),
       decoders.ByteFallback(),
@@ -103,22 +103,22 @@ def tokenizer(pieces: Pieces) -> Any:
       *after,
     ]
   )
-  return made
+  return result
 
 
-def merges(pieces: Pieces) -> list[tuple[str, str]]:
+def merges(pieces: SentencePieces) -> list[tuple[str, str]]:
   """Every way in which a piece is two others, best pieces first."""
-  known = pieces.normal()
-  ranked = sorted(known, key=known.get, reverse=True)
+  scores = pieces.normal()
+  ranked = sorted(scores, key=scores.get, reverse=True)
   return [
     (piece[:i], piece[i:])
     for piece in ranked
     for i in range(1, len(piece))
-    if piece[:i] in known and piece[i:] in known
+    if piece[:i] in scores and piece[i:] in scores
   ]
 
 
-def model_file(pieces: Pieces, ids: Mapping[str, int | None]) -> bytes:
+def model_file(pieces: SentencePieces, ids: Mapping[str, int | None]) -> bytes:
   """The content of a `tokenizer.model`.
 
   It is a protocol buffer, sentencepiece_model.proto of google/sentencepiece.
@@ -128,27 +128,27 @@ def model_file(pieces: Pieces, ids: Mapping[str, int | None]) -> bytes:
   """
   parts = [_bytes(1, _piece(*piece)) for piece in _listed(pieces)]
   # What is not there is -1, in the ten bytes of a negative number.
-  known = {
+  special_ids = {
     name: -1 if ids.get(f'{name}_token_id') is None else ids[f'{name}_token_id']
     for name in ('bos', 'eos', 'pad')
   }
   unknown = pieces.types.index(UNKNOWN) if UNKNOWN in pieces.types else 0
   trained = _int(3, 2) + _int(4, len(pieces.texts))
   trained += _int(35, int(pieces.has_bytes)) + _int(40, unknown)
-  trained += _int(41, known['bos']) + _int(42, known['eos'])
-  trained += _int(43, known['pad'])
+  trained += _int(41, special_ids['bos']) + _int(42, special_ids['eos'])
+  trained += _int(43, special_ids['pad'])
   # The text as it is but for its spaces.
   changed = _bytes(1, b'identity') + _int(3, int(pieces.prefix)) + _int(4, 0)
   return b''.join(parts) + _bytes(2, trained) + _bytes(3, changed)
 
 
-def _listed(pieces: Pieces) -> Iterator[tuple[str, float, int]]:
+def _listed(pieces: SentencePieces) -> Iterator[tuple[str, float, int]]:
   for text, score, kind in zip(
     pieces.texts, pieces.scores, pieces.types, strict=True
   ):
     # llama.cpp's converter wrote the spaces of these as spaces.
-    own = text.replace(' ', SPACE) if kind == USER_DEFINED else text
-    yield own, score, kind
+    stored_text = text.replace(' ', SPACE) if kind == USER_DEFINED else text
+    yield stored_text, score, kind
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:
@@ -167,8 +167,8 @@ def _int(field: int, value: int) -> bytes:
 def _varint(value: int) -> bytes:
   """Seven bits a byte, lowest first; negative ones as of 64 bits."""
   value &= 2**64 - 1
-  found = bytearray()
+  encoded = bytearray()
   while value > 127:
-    found.append(value & 127 | 128)
+    encoded.append(value & 127 | 128)
     value >>= 7
-  return bytes([*found, value])
+  return bytes([*encoded, value])

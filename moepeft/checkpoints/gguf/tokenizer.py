@@ -33,9 +33,9 @@ def read(path: str) -> Any:
     CheckpointError: the file has none, or one of a kind that is not
       supported.
   """
-  said = gguf.metadata(path)
+  metadata = gguf.metadata(path)
   try:
-    return _tokenizer(path, said)
+    return _tokenizer(path, metadata)
   except CheckpointError:
     raise
   except Exception as error:  # tokenizers raises plain Exceptions
@@ -47,10 +47,10 @@ def read(path: str) -> Any:
     ) from None
 
 
-def _tokenizer(path: str, said: Mapping[str, Any]) -> Any:
+def _tokenizer(path: str, metadata: Mapping[str, Any]) -> Any:
   from transformers import PreTrainedTokenizerFast
 
-  tokens = said.get('tokenizer.ggml.tokens')
+  tokens = metadata.get('tokenizer.ggml.tokens')
   if not tokens:
     raise CheckpointError(
       f'{path} holds no tokenizer: set config.data.tokenizer to a directory '
@@ -58,35 +58,35 @@ def _tokenizer(path: str, said: Mapping[str, Any]) -> Any:
     )
   special = {
     kind.removesuffix('_id'): tokens[i]
-    for kind, i in special_ids(said).items()
+    for kind, i in special_ids(metadata).items()
     if i is not None
   }
   return PreTrainedTokenizerFast(
-    tokenizer_object=_build(path, said, tokens),
-    chat_template=said.get('tokenizer.chat_template'),
+    tokenizer_object=_build(path, metadata, tokens),
+    chat_template=metadata.get('tokenizer.chat_template'),
     clean_up_tokenization_spaces=False,
     **special,
   )
 
 
-def special_ids(said: Mapping[str, Any]) -> dict[str, int | None]:
+def special_ids(metadata: Mapping[str, Any]) -> dict[str, int | None]:
   """'bos_token_id' and so on of a file's metadata; None where unsaid.
 
   Raises:
     CheckpointError: one of them is no id.
   """
   kinds = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
-  found = {
-    f'{ours}_token_id': said.get(f'tokenizer.ggml.{theirs}_token_id')
-    for ours, theirs in kinds.items()
+  ids = {
+    f'{hf_name}_token_id': metadata.get(f'tokenizer.ggml.{gguf_name}_token_id')
+    for hf_name, gguf_name in kinds.items()
   }
-  for name, value in found.items():
+  for name, value in ids.items():
     if value is not None and (type(value) is not int or value < 0):
       raise CheckpointError(
         f'the GGUF file has {value!r:.60} for its {name}, expected the id of a '
         'token: convert the model again'
       )
-  return found
+  return ids
 
 
 def save(path: str, folder: Path) -> None:
@@ -95,50 +95,50 @@ def save(path: str, folder: Path) -> None:
   Raises:
     CheckpointError: as of `read`.
   """
-  made = read(path)
-  made.save_pretrained(folder)
-  said = gguf.metadata(path)
-  if said.get('tokenizer.ggml.model') != _PIECES:
+  tokenizer = read(path)
+  tokenizer.save_pretrained(folder)
+  metadata = gguf.metadata(path)
+  if metadata.get('tokenizer.ggml.model') != _PIECES:
     return
-  found = sentencepiece.read(path, said)
-  model = sentencepiece.model_file(found, special_ids(said))
+  pieces = sentencepiece.read(path, metadata)
+  model = sentencepiece.model_file(pieces, special_ids(metadata))
   (folder / 'tokenizer.model').write_bytes(model)
   # llama.cpp's converter asks here for what tokenizer.model does not say.
   file = folder / 'tokenizer_config.json'
   more = {
-    'add_bos_token': _begins(said, True),
-    'add_prefix_space': found.prefix,
+    'add_bos_token': _begins(metadata, True),
+    'add_prefix_space': pieces.prefix,
     'added_tokens_decoder': {
       str(i): {'content': token.content, 'special': token.special}
-      for i, token in made.added_tokens_decoder.items()
+      for i, token in tokenizer.added_tokens_decoder.items()
     },
   }
   directory.write_json(file, directory.read_json(file) | more)
 
 
-def _build(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
+def _build(path: str, metadata: Mapping[str, Any], tokens: list[str]) -> Any:
   """The `tokenizers.Tokenizer` behind it."""
   from tokenizers import AddedToken
 
-  if said.get('tokenizer.ggml.model') == _PIECES:
-    made = sentencepiece.tokenizer(sentencepiece.read(path, said))
-    if _begins(said, True):
-      made.post_processor = _start(said, tokens)
+  if metadata.get('tokenizer.ggml.model') == _PIECES:
+    tokenizer = sentencepiece.tokenizer(sentencepiece.read(path, metadata))
+    if _begins(metadata, True):
+      tokenizer.post_processor = _start(metadata, tokens)
   else:
-    made = _of_bytes(path, said, tokens)
-  for i, form in enumerate(said.get('tokenizer.ggml.token_type', ())):
+    tokenizer = _of_bytes(path, metadata, tokens)
+  for i, form in enumerate(metadata.get('tokenizer.ggml.token_type', ())):
     if form in (CONTROL, USER_DEFINED):
       added = AddedToken(tokens[i], normalized=False, special=form == CONTROL)
-      made.add_tokens([added])
-  return made
+      tokenizer.add_tokens([added])
+  return tokenizer
 
 
-def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
+def _of_bytes(path: str, metadata: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-  split = _split(path, said)
+  split = _split(path, metadata)
   merges = [
-    tuple(pair.split(' ')) for pair in said.get('tokenizer.ggml.merges', ())
+    tuple(pair.split(' ')) for pair in metadata.get('tokenizer.ggml.merges', ())
   ]
   bpe = models.BPE(
     vocab={token: i for i, token in enumerate(tokens)},
@@ -146,23 +146,23 @@ def _of_bytes(path: str, said: Mapping[str, Any], tokens: list[str]) -> Any:
     # Llama 3 looks a whole word up before it merges.
     ignore_merges=split == 'llama-bpe',
   )
-  made = Tokenizer(bpe)
+  tokenizer = Tokenizer(bpe)
   if split == 'qwen2':
-    made.normalizer = normalizers.NFC()
-  made.pre_tokenizer = _splitter(split)
-  made.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer = _splitter(split)
+  tokenizer.decoder = decoders.ByteLevel()
   usual = split == 'llama-bpe'
-  if _begins(said, usual):
-    made.post_processor = _start(said, tokens)
+  if _begins(metadata, usual):
+    tokenizer.post_processor = _start(metadata, tokens)
   else:
-    made.post_processor = processors.ByteLevel(trim_offsets=False)
-  return made
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+  return tokenizer
 
 
-def _split(path: str, said: Mapping[str, Any]) -> str:
+def _split(path: str, metadata: Mapping[str, Any]) -> str:
   """The way in which text is split, one of SPLITS."""
-  kind = said.get('tokenizer.ggml.model')
-  split = said.get('tokenizer.ggml.pre', 'default')
+  kind = metadata.get('tokenizer.ggml.model')
+  split = metadata.get('tokenizer.ggml.pre', 'default')
   if kind != _BYTES or split not in SPLITS:
     raise CheckpointError(
       f'the tokenizer in {path} is of the kind {kind!r}, split by {split!r}: '
@@ -187,21 +187,21 @@ def _splitter(split: str) -> Any:
   return pre_tokenizers.Sequence([first, rest])
 
 
-def _begins(said: Mapping[str, Any], usual: bool) -> bool:
+def _begins(metadata: Mapping[str, Any], usual: bool) -> bool:
   """Whether texts begin with the beginning-of-sequence token.
 
   Args:
     usual: whether they do where the file is silent.
   """
-  if said.get('tokenizer.ggml.bos_token_id') is None:
+  if metadata.get('tokenizer.ggml.bos_token_id') is None:
     return False
-  return bool(said.get('tokenizer.ggml.add_bos_token', usual))
+  return bool(metadata.get('tokenizer.ggml.add_bos_token', usual))
 
 
-def _start(said: Mapping[str, Any], tokens: list[str]) -> Any:
+def _start(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
   from tokenizers import processors
 
-  bos = said['tokenizer.ggml.bos_token_id']
+  bos = metadata['tokenizer.ggml.bos_token_id']
   return processors.TemplateProcessing(
     single=f'{tokens[bos]} $A',
     special_tokens=[(tokens[bos], bos)],

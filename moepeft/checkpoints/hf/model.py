@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moepeft.checkpoints import directory
-from moepeft.checkpoints.directory import Loaded as Loaded
+from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.hf import tokenizer_files
 from moepeft.models import (
   FAMILIES,
@@ -36,10 +36,10 @@ _FOREIGN = {
 }
 
 _CONFIG = 'config.json'
-_ONE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_SINGLE_FILE, _INDEX_FILE = 'model.safetensors', 'model.safetensors.index.json'
 
 
-def load(path: str, dtype: Any = None) -> Loaded:
+def load(path: str, dtype: Any = None) -> LoadedCheckpoint:
   """Reads a directory, or a model by its name on the Hugging Face hub.
 
   One tensor is in memory at a time beside the result.
@@ -57,18 +57,18 @@ def load(path: str, dtype: Any = None) -> Loaded:
   family, fields = _read_config(folder)
   tensors = _named(family.hf.tensor_names(fields), open_tensors(folder))
   config = _config(folder, family, fields, tensors)
-  wanted = expected(config)
+  entries = expected(config)
   weight_mapping.check(
-    {entry.stored_name: entry.stored_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     tensors.shapes,
     f'{folder} does not hold the model that its config.json describes',
     'use the config.json that was saved with these weights',
   )
   sizes = family.axis_sizes(config)
   params, sha256 = weight_mapping.read(
-    wanted, sizes, tensors.fetch, dtype, folder
+    entries, sizes, tensors.fetch, dtype, folder
   )
-  return Loaded(config, params, sha256, str(folder))
+  return LoadedCheckpoint(config, params, sha256, str(folder))
 
 
 def load_config(path: str) -> Any:
@@ -106,19 +106,19 @@ def save(
       the family is unknown.
   """
   family = family_of(config)
-  wanted = expected(config)
-  arrays = weight_mapping.write(wanted, family.axis_sizes(config), params)
-  plan = _shards(wanted, params, dtype, max_shard_bytes)
-  with directory.directory(path, overwrite) as made:
+  entries = expected(config)
+  arrays = weight_mapping.write(entries, family.axis_sizes(config), params)
+  plan = _shards(entries, params, dtype, max_shard_bytes)
+  with directory.directory(path, overwrite) as output_dir:
     fields = family.hf.to_fields(config)
-    kinds = {str(_dtype(entry, params, dtype)) for entry in wanted}
+    kinds = {str(_dtype(entry, params, dtype)) for entry in entries}
     if len(kinds) == 1:
       fields |= {'dtype': kinds.pop()}
     if family.hf.special_ids:
       fields |= tokenizer_files.special_ids(tokenizer)
-    directory.write_json(made / _CONFIG, fields)
-    _write_shards(made, plan, arrays, dtype)
-    tokenizer_files.write(made, tokenizer)
+    directory.write_json(output_dir / _CONFIG, fields)
+    _write_shards(output_dir, plan, arrays, dtype)
+    tokenizer_files.write(output_dir, tokenizer)
 
 
 def expected(config: Any) -> tuple[Entry, ...]:
@@ -142,8 +142,10 @@ def find(path: str) -> Path:
   try:
     import huggingface_hub
 
-    wanted = ['*.json', '*.safetensors', *tokenizer_files.FILES]
-    return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
+    patterns = ['*.json', '*.safetensors', *tokenizer_files.FILES]
+    return Path(
+      huggingface_hub.snapshot_download(path, allow_patterns=patterns)
+    )
   except Exception as error:  # the hub's errors have no common type
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise CheckpointError(
@@ -158,20 +160,20 @@ def check_name(path: str) -> None:
   if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
     raise CheckpointError(
       f'{path} is not a directory: give one with config.json and '
-      f'{_ONE}, or a name on the Hugging Face hub'
+      f'{_SINGLE_FILE}, or a name on the Hugging Face hub'
     )
 
 
 def open_tensors(folder: Path) -> directory.Tensors:
   """The safetensors of a directory, one file or an index's."""
-  if (folder / _ONE).exists():
-    return directory.Tensors([folder / _ONE])
-  if (folder / _INDEX).exists():
+  if (folder / _SINGLE_FILE).exists():
+    return directory.Tensors([folder / _SINGLE_FILE])
+  if (folder / _INDEX_FILE).exists():
     return directory.Tensors(_shard_files(folder))
   check_foreign(folder)
   raise CheckpointError(
-    f'{folder} holds neither {_ONE} nor {_INDEX}: expected a Hugging Face '
-    'model directory'
+    f'{folder} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}: expected a '
+    'Hugging Face model directory'
   )
 
 
@@ -185,15 +187,15 @@ def check_foreign(folder: Path) -> None:
       raise CheckpointError(
         f'{folder} holds {old.name}, {kind}, and no safetensors: convert '
         'it with transformers (from_pretrained, then save_pretrained), '
-        f'which writes {_ONE}'
+        f'which writes {_SINGLE_FILE}'
       )
 
 
 def _shard_files(folder: Path) -> list[Path]:
   """The files that an index names, each in the index's directory."""
-  file = folder / _INDEX
-  found = directory.read_json(file).get('weight_map')
-  shards = found.values() if isinstance(found, dict) else [None]
+  file = folder / _INDEX_FILE
+  weight_map = directory.read_json(file).get('weight_map')
+  shards = weight_map.values() if isinstance(weight_map, dict) else [None]
   if not all(isinstance(n, str) and Path(n).name == n for n in shards):
     raise CheckpointError(
       f"{file} is damaged: expected file names in its 'weight_map'; copy it "
@@ -241,7 +243,7 @@ def _named(names: TensorNames, tensors: directory.Tensors) -> _Named:
 
 
 def _config(folder: Path, family: ModelFamily, fields, tensors: _Named) -> Any:
-  """What config.json says, and of what it does not say, the weights."""
+  """The config from config.json; the weights decide what it leaves open."""
   names = family.hf.tensor_names(fields)
   tied = _is_tied(names, fields, tensors)
   parts = {part: name in tensors.shapes for part, name in names.parts.items()}
@@ -279,10 +281,10 @@ def _dtype(entry: Entry, params: Tree, dtype: Any) -> np.dtype:
   return np.dtype(leaf.dtype)
 
 
-def _shards(wanted, params, dtype, most: int) -> list[list[Entry]]:
+def _shards(entries, params, dtype, most: int) -> list[list[Entry]]:
   """Splits the tensors, in order, into files of at most `most` bytes."""
   shards, used = [[]], 0
-  for entry in weight_mapping.whole(wanted):
+  for entry in weight_mapping.whole(entries):
     size = math.prod(entry.stored_shape) * _dtype(entry, params, dtype).itemsize
     if shards[-1] and used + size > most:
       shards.append([])
@@ -301,15 +303,17 @@ def _write_shards(
   weight_map, total = {}, 0
   for i, shard in enumerate(plan, 1):
     name = f'model-{i:05d}-of-{len(plan):05d}.safetensors'
-    name = _ONE if len(plan) == 1 else name
-    held = {}
+    name = _SINGLE_FILE if len(plan) == 1 else name
+    shard_arrays = {}
     for entry in shard:
       _, array = next(arrays)
-      held[entry.stored_name] = array if dtype is None else array.astype(dtype)
+      shard_arrays[entry.stored_name] = (
+        array if dtype is None else array.astype(dtype)
+      )
     # transformers reads no file without this note.
-    save_file(held, folder / name, metadata={'format': 'pt'})
-    total += sum(array.nbytes for array in held.values())
-    weight_map |= dict.fromkeys(held, name)
+    save_file(shard_arrays, folder / name, metadata={'format': 'pt'})
+    total += sum(array.nbytes for array in shard_arrays.values())
+    weight_map |= dict.fromkeys(shard_arrays, name)
   if len(plan) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    directory.write_json(folder / _INDEX, index)
+    directory.write_json(folder / _INDEX_FILE, index)

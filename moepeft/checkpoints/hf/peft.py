@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from moepeft.checkpoints import directory
 from moepeft.checkpoints.adapter import (
-  Adapter,
+  AdapterWeights,
   instances,
   site_patterns,
   sites_in,
@@ -36,7 +36,7 @@ _PICKLE = 'adapter_model.bin'
 _SCALE = '.ia3_l'
 
 
-def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
+def load(path: str, config: Any, dtype: Any = 'float32') -> AdapterWeights:
   """Reads an adapter's method and 'peft' tree.
 
   Layers that a LoRA leaves out are zeros, which training would keep; those
@@ -62,10 +62,10 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
   else:
     method, rules = _read_ia3(config, shapes)
   sizes = family.axis_sizes(config) | letters
-  wanted = weight_mapping.entries(rules, sizes, family.depths(config))
-  left_out = _left_out(wanted, shapes)
+  entries = weight_mapping.entries(rules, sizes, family.depths(config))
+  left_out = _left_out(entries, shapes)
   weight_mapping.check(
-    {e.stored_name: e.stored_shape for e in wanted},
+    {e.stored_name: e.stored_shape for e in entries},
     left_out | shapes,
     f'{Path(path) / ARRAYS} does not fit the model',
     'give the base model that the adapter was trained on',
@@ -78,15 +78,15 @@ def load(path: str, config: Any, dtype: Any = 'float32') -> Adapter:
       return alone(left_out[name], stored)
     return fetch_one(name)
 
-  return Adapter(
-    method, weight_mapping.read(wanted, sizes, fetch, dtype, path)[0]
+  return AdapterWeights(
+    method, weight_mapping.read(entries, sizes, fetch, dtype, path)[0]
   )
 
 
 def save(
   path: str,
   config: Any,
-  adapter: Adapter,
+  adapter: AdapterWeights,
   base: str = '',
   like: Mapping[str, Any] | None = None,
   overwrite: bool = False,
@@ -110,10 +110,10 @@ def save(
   family = hf.family_of(config)
   fields, rules, letters = _describe(config, adapter)
   sizes = family.axis_sizes(config) | letters
-  wanted = weight_mapping.entries(rules, sizes, family.depths(config))
+  entries = weight_mapping.entries(rules, sizes, family.depths(config))
   arrays = {
     entry.stored_name: array
-    for entry, array in weight_mapping.write(wanted, sizes, adapter.tree)
+    for entry, array in weight_mapping.write(entries, sizes, adapter.tree)
   }
   if 'r' in fields:
     arrays = _without_zeros(arrays)
@@ -124,12 +124,12 @@ def save(
     if 'r' not in fields and array.shape[0] == 1
   }
   modules, adapted = family.hf.module_names(config), set(map(module_of, arrays))
-  kept = like if like.get('peft_type') == fields['peft_type'] else {}
-  fields |= peft_config.selection(modules, adapted, inputs, kept)
+  earlier_fields = like if like.get('peft_type') == fields['peft_type'] else {}
+  fields |= peft_config.selection(modules, adapted, inputs, earlier_fields)
   _write(path, config, arrays, fields, base, like, overwrite)
 
 
-def check(config: Any, adapter: Adapter) -> None:
+def check(config: Any, adapter: AdapterWeights) -> None:
   """
   Raises:
     CheckpointError: peft has no form for the adapter.
@@ -150,14 +150,16 @@ def _write(
   overwrite: bool,
 ) -> None:
   """Both files; see `save`."""
-  kept = dict(like) if like.get('peft_type') == fields['peft_type'] else {}
-  if base or 'base_model_name_or_path' not in kept:
-    kept['base_model_name_or_path'] = base
-  with directory.directory(path, overwrite) as made:
-    save_file(arrays, made / ARRAYS, metadata={'format': 'pt'})
+  earlier_fields = (
+    dict(like) if like.get('peft_type') == fields['peft_type'] else {}
+  )
+  if base or 'base_model_name_or_path' not in earlier_fields:
+    earlier_fields['base_model_name_or_path'] = base
+  with directory.directory(path, overwrite) as output_dir:
+    save_file(arrays, output_dir / ARRAYS, metadata={'format': 'pt'})
     task = hf.family_of(config).hf.peft_task
     fixed = {'inference_mode': True, 'task_type': task}
-    directory.write_json(made / CONFIG, fixed | kept | fields)
+    directory.write_json(output_dir / CONFIG, fixed | earlier_fields | fields)
 
 
 def _open(folder: Path) -> directory.Tensors:
@@ -173,34 +175,34 @@ def _open(folder: Path) -> directory.Tensors:
 def _ia3_rule(config: Any, site: str, instance: str, on: str) -> Rule:
   """A scale of outputs is [out, 1] in peft, of inputs [1, in]."""
   family = hf.family_of(config)
-  ours = f'{weight_mapping.in_layers(site)}/{instance}/scale'
+  path = f'{weight_mapping.in_layers(site)}/{instance}/scale'
   if site in family.activations(config):
     # Scaling the activation or the product with wi_1 is the same function.
     site, on = site.rpartition('/')[0] + '/wo', 'input'
   inner, outer = family.projections(config)[site]
-  theirs = f'{PREFIX}{own_module(config, site)}.ia3_l'
+  peft_name = f'{PREFIX}{own_module(config, site)}.ia3_l'
   if on == 'input':
-    return Rule(ours, theirs, inner, f'1({inner})')
-  return Rule(ours, theirs, outer, f'({outer})1')
+    return Rule(path, peft_name, inner, f'1({inner})')
+  return Rule(path, peft_name, outer, f'({outer})1')
 
 
 def _read_ia3(config, shapes) -> tuple[str, list[Rule]]:
   family = hf.family_of(config)
-  known = family.projections(config) | family.activations(config)
+  sites = family.projections(config) | family.activations(config)
   outputs, inputs = [], []
   for site in family.projections(config):
-    found = _shapes_at(config, site, 'ia3_l', shapes)
-    if found and found[0][0] != 1:
+    site_shapes = _shapes_at(config, site, 'ia3_l', shapes)
+    if site_shapes and site_shapes[0][0] != 1:
       outputs.append(site)
-    elif found and site.endswith('/wo'):
+    elif site_shapes and site.endswith('/wo'):
       outputs.append(site.removesuffix('/wo') + '/hidden')
-    elif found:
+    elif site_shapes:
       inputs.append(site)
   specs = []
   if outputs:
-    specs.append(Spec('ia3', (('targets', site_patterns(outputs, known)),)))
+    specs.append(Spec('ia3', (('targets', site_patterns(outputs, sites)),)))
   if inputs:
-    options = (('on', 'input'), ('targets', site_patterns(inputs, known)))
+    options = (('on', 'input'), ('targets', site_patterns(inputs, sites)))
     specs.append(Spec('ia3', options))
   method = method_string.format_method(tuple(specs))
   last = 'ia3_2' if outputs else 'ia3'
@@ -217,38 +219,38 @@ def _shapes_at(config: Any, site: str, leaf: str, shapes: Mapping[str, Shape]):
 
 
 def _left_out(
-  wanted: Sequence[Entry], shapes: Mapping[str, Shape]
+  entries: Sequence[Entry], shapes: Mapping[str, Shape]
 ) -> dict[str, Shape]:
   """The arrays of modules that have none in the file."""
   if not shapes:
     raise CheckpointError(f'{ARRAYS} holds no arrays: save the adapter again')
-  held = {module_of(name) for name in shapes}
-  found = {
+  stored_modules = {module_of(name) for name in shapes}
+  absent = {
     e.stored_name: e.stored_shape
-    for e in wanted
-    if module_of(e.stored_name) not in held
+    for e in entries
+    if module_of(e.stored_name) not in stored_modules
   }
-  lost = [name for name in found if name.endswith('_vector')]
+  lost = [name for name in absent if name.endswith('_vector')]
   if lost:
     raise CheckpointError(
       f'{ARRAYS} has no magnitude of {module_of(lost[0])}: a DoRA is read '
       'where it has all layers of a module; merge it into its base with peft '
       '(merge_and_unload) and convert the merged model'
     )
-  return found
+  return absent
 
 
 def _describe(
-  config: Any, adapter: Adapter
+  config: Any, adapter: AdapterWeights
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
   """An adapter's fields in peft's words, its rules and further letters."""
-  found = instances(adapter.method)
-  kinds = [spec.name for spec in found.values()]
+  specs = instances(adapter.method)
+  kinds = [spec.name for spec in specs.values()]
   if set(kinds) in ({'lora'}, {'dora'}):
-    return peft_lora.describe(config, adapter.tree, found)
+    return peft_lora.describe(config, adapter.tree, specs)
   if set(kinds) == {'ia3'}:
     fields = {'peft_type': 'IA3', 'feedforward_modules': []}
-    return fields, _all_ia3_rules(config, adapter, found), {}
+    return fields, _all_ia3_rules(config, adapter, specs), {}
   raise CheckpointError(
     f'peft has no form for {adapter.method!r}: it holds one lora, one dora, '
     'one prompt, or ia3; write the moepeft form instead'
@@ -256,14 +258,14 @@ def _describe(
 
 
 def _all_ia3_rules(
-  config: Any, adapter: Adapter, found: Mapping[str, Spec]
+  config: Any, adapter: AdapterWeights, specs: Mapping[str, Spec]
 ) -> list[Rule]:
   family = hf.family_of(config)
-  known = family.projections(config) | family.activations(config)
+  sites = family.projections(config) | family.activations(config)
   rules = []
-  for instance, spec in found.items():
+  for instance, spec in specs.items():
     at = sites_in(adapter.tree, instance)
-    peft_lora.require(at, known)
+    peft_lora.require(at, sites)
     on = spec.get('on', Ia3.on)
     rules += [_ia3_rule(config, site, instance, on) for site in at]
   if len({rule.stored_name for rule in rules}) < len(rules):

@@ -72,7 +72,9 @@ def read(path: str) -> dict[str, Any]:
   harmless = _HARMLESS | (_OF_PROMPTS if kind == peft_prompt.KIND else set())
   for name, value in sorted(fields.items()):
     neutral = _NEUTRAL.get(name, ())
-    plain = not value or any(value == other for other in neutral)
+    plain = not value or any(
+      value == neutral_value for neutral_value in neutral
+    )
     if name not in harmless and not plain:
       raise CheckpointError(
         f'{path}/{FILE} sets {name}={value!r}, which is not supported: '
@@ -170,8 +172,8 @@ def selection(
     like: an earlier adapter_config.json, whose selection is kept if it is
       the same.
   """
-  kept = {m for m in modules if selects(like, m)} == set(adapted)
-  if kept:
+  is_unchanged = {m for m in modules if selects(like, m)} == set(adapted)
+  if is_unchanged:
     fields = {'target_modules': like['target_modules']}
   else:
     fields = {key: None for key in _NARROWING if like.get(key)}
@@ -236,15 +238,15 @@ def _names(
   chosen: Collection[str],
   among: Collection[str],
   matches: Callable[[str, str], bool],
-  given: Any = None,
+  earlier: Any = None,
 ) -> Any:
-  """`given` where it selects `chosen`, else short names, else full ones."""
-  if isinstance(given, str):
-    if {m for m in among if re.fullmatch(given, m)} == set(chosen):
-      return given
-    given = None
+  """`earlier` where it selects `chosen`, else short names, else full ones."""
+  if isinstance(earlier, str):
+    if {m for m in among if re.fullmatch(earlier, m)} == set(chosen):
+      return earlier
+    earlier = None
   short = sorted({module.rpartition('.')[2] for module in chosen})
-  for ends in (given or short, short):
+  for ends in (earlier or short, short):
     selected = {m for m in among if any(matches(m, end) for end in ends)}
     if selected == set(chosen):
       return ends

@@ -141,39 +141,49 @@ def rules_at(
   ends = family.hf.peft_ends(config)
   inner, outer = (family.projections(config) | ends)[path]
   within = path if path in ends else weight_mapping.in_layers(path)
-  ours = f'{within}/{instance}'
-  theirs = f'{PREFIX}{own_module(config, path)}'
+  instance_path = f'{within}/{instance}'
+  module_name = f'{PREFIX}{own_module(config, path)}'
   a, b = _leaves(path)
   rules = [
-    Rule(f'{ours}/a', f'{theirs}.{a}', inner + letter, f'{letter}({inner})'),
-    Rule(f'{ours}/b', f'{theirs}.{b}', letter + outer, f'({outer}){letter}'),
+    Rule(
+      f'{instance_path}/a',
+      f'{module_name}.{a}',
+      inner + letter,
+      f'{letter}({inner})',
+    ),
+    Rule(
+      f'{instance_path}/b',
+      f'{module_name}.{b}',
+      letter + outer,
+      f'({outer}){letter}',
+    ),
   ]
   if kind == 'dora':
-    name = f'{theirs}.{_MAGNITUDE}'
-    rules.append(Rule(f'{ours}/magnitude', name, outer, f'({outer})'))
+    name = f'{module_name}.{_MAGNITUDE}'
+    rules.append(Rule(f'{instance_path}/magnitude', name, outer, f'({outer})'))
   return rules
 
 
 def describe(
-  config: Any, tree: Tree, found: Mapping[str, Spec]
+  config: Any, tree: Tree, specs: Mapping[str, Spec]
 ) -> tuple[dict[str, Any], list[Rule], dict[str, int]]:
   """(fields of adapter_config.json, rules, sizes of the ranks' letters).
 
   Args:
-    tree: the 'peft' tree; found: its instances of one kind, 'lora', 'lora_2'.
+    tree: the 'peft' tree; specs: its instances of one kind, 'lora', 'lora_2'.
 
   Raises:
     CheckpointError: two of them are at one site or differ in more than rank,
       alpha and sites, or one is at a site that peft does not adapt.
   """
   family = hf.family_of(config)
-  known = family.projections(config) | family.hf.peft_ends(config)
-  fields, rules, letters, seen = {}, [], {}, set()
+  peft_sites = family.projections(config) | family.hf.peft_ends(config)
+  fields, rules, letters, adapted_sites = {}, [], {}, set()
   for letter, (instance, spec) in zip(
-    string.ascii_uppercase, found.items(), strict=False
+    string.ascii_uppercase, specs.items(), strict=False
   ):
     at = sites_in(tree, instance)
-    require(at, known)
+    require(at, peft_sites)
     rank = next(iter(at.values()))['a'].shape[-1]
     alpha = spec.get('alpha', Lora.alpha)
     alpha = int(alpha) if alpha == int(alpha) else alpha
@@ -185,7 +195,7 @@ def describe(
       'bias': 'none',
     }
     fields = fields or common | {'r': rank, 'lora_alpha': alpha}
-    if seen & set(at) or common.items() - fields.items():
+    if adapted_sites & set(at) or common.items() - fields.items():
       raise CheckpointError(
         'peft keeps one LoRA a module, and all of one adapter with the same '
         f'options beside rank and alpha: {instance} is at a site of another '
@@ -198,11 +208,11 @@ def describe(
       if value != usual:
         patterns = fields.setdefault(name, {})
         patterns |= {_pattern(config, path): value for path in at}
-    seen |= set(at)
+    adapted_sites |= set(at)
     letters[letter] = rank
     for path in at:
       rules += rules_at(config, path, spec.name, instance, letter)
-  if len(letters) < len(found):
+  if len(letters) < len(specs):
     raise CheckpointError(
       f'at most {len(string.ascii_uppercase)} LoRAs are written as one of '
       'peft; write the moepeft form instead'
@@ -216,12 +226,12 @@ def _pattern(config: Any, path: str) -> str:
   return module.replace(re.escape('{l}'), r'\d+')
 
 
-def require(at: Mapping[str, Tree], known: Collection[str]) -> None:
+def require(at: Mapping[str, Tree], peft_sites: Collection[str]) -> None:
   """
   Raises:
     CheckpointError: an adapter is at no site, or at others than `known`.
   """
-  foreign = sorted(set(at) - set(known))
+  foreign = sorted(set(at) - set(peft_sites))
   if foreign or not at:
     raise CheckpointError(
       f'peft adapts projections, embedding and head; this adapter is at '
@@ -241,18 +251,18 @@ def _without_copies(
   sizes = family.axis_sizes(config)
   table = (sizes['v'], sizes['d'])
   tables = {own_module(config, path) for path in family.hf.peft_ends(config)}
-  others = {}
+  remaining = {}
   for name, shape in shapes.items():
     match = _COPY.fullmatch(name)
     if not match or match[1] not in tables:
-      others[name] = shape
+      remaining[name] = shape
     elif shape != table:
       raise CheckpointError(
         f'{name} has the shape {list(shape)}, the model {list(table)}: its '
         'vocabulary was resized for the adapter, which is not supported; merge '
         'it into its base with peft (merge_and_unload)'
       )
-  return others
+  return remaining
 
 
 def _site(
@@ -304,8 +314,8 @@ def _spec(kind, rank, alpha, fields, paths, places) -> Spec:
   if fields.get('lora_dropout'):
     options.append(('dropout', fields['lora_dropout']))
   inside = [path for path in paths if '/' in path]
-  known = [path for path in places if '/' in path]
-  patterns = [site_patterns(inside, known)] if inside else []
+  layer_sites = [path for path in places if '/' in path]
+  patterns = [site_patterns(inside, layer_sites)] if inside else []
   patterns += [path for path in paths if '/' not in path]
   options.append(('targets', '|'.join(patterns)))
   return Spec(kind, tuple(options))

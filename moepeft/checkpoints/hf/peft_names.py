@@ -27,9 +27,9 @@ def own_module(config: Any, site: str) -> str:
   family = hf.family_of(config)
   module = family.hf.module_name(site, config)
   alike = [
-    other
-    for other in family.projections(config)
-    if family.hf.module_name(other, config) == module
+    candidate
+    for candidate in family.projections(config)
+    if family.hf.module_name(candidate, config) == module
   ]
   if len(alike) > 1:
     raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moepeft.checkpoints import directory
-from moepeft.checkpoints.adapter import Adapter, sites_in
+from moepeft.checkpoints.adapter import AdapterWeights, sites_in
 from moepeft.config.method_string import Spec
 from moepeft.models import weight_mapping
 from moepeft.models.weight_mapping import CheckpointError, Shape
@@ -22,7 +22,7 @@ _SITE = 'embed'
 
 def read(
   path: str, config: Any, fields: Mapping[str, Any], tensors: directory.Tensors
-) -> Adapter:
+) -> AdapterWeights:
   """The method and the tree, of float32.
 
   Args:
@@ -44,21 +44,21 @@ def read(
       'supported: train it with num_transformer_submodules=1'
     )
   length = fields.get('num_virtual_tokens')
-  wanted: dict[str, Shape] = {_NAME: (length, config.d_model)}
-  if tensors.shapes != wanted:
+  expected_shapes: dict[str, Shape] = {_NAME: (length, config.d_model)}
+  if tensors.shapes != expected_shapes:
     raise CheckpointError(
-      f'{path} holds {tensors.shapes}, expected {wanted}: give the base model '
-      'that the adapter was trained on'
+      f'{path} holds {tensors.shapes}, expected {expected_shapes}: give the '
+      'base model that the adapter was trained on'
     )
   vectors = tensors.fetch(_NAME)
   weight_mapping.check_finite(_NAME, vectors, path)
   vectors = np.asarray(vectors, np.float32)
   method = str(Spec('prompt', (('length', length),)))
-  return Adapter(method, {_SITE: {'prompt': {'vectors': vectors}}})
+  return AdapterWeights(method, {_SITE: {'prompt': {'vectors': vectors}}})
 
 
 def write(
-  config: Any, adapter: Adapter
+  config: Any, adapter: AdapterWeights
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """(fields of adapter_config.json, arrays) of a prompt alone.
 

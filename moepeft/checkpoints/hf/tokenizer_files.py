@@ -26,13 +26,13 @@ FILES = (
 )
 
 
-def write(made: Path, tokenizer: str | None) -> None:
+def write(folder: Path, tokenizer: str | None) -> None:
   """Puts what a directory, or a GGUF file, has of a tokenizer into another."""
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
-    gguf_tokenizer.save(tokenizer, made)
+    gguf_tokenizer.save(tokenizer, folder)
     return
-  for file in _found(tokenizer) if tokenizer else ():
-    shutil.copyfile(file, made / file.name)
+  for file in _tokenizer_files(tokenizer) if tokenizer else ():
+    shutil.copyfile(file, folder / file.name)
 
 
 def special_ids(tokenizer: str | None) -> dict[str, Any]:
@@ -43,39 +43,41 @@ def special_ids(tokenizer: str | None) -> dict[str, Any]:
   """
   kinds = ('bos', 'eos', 'pad')
   if tokenizer and tokenizer.endswith(gguf.SUFFIX):
-    said = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
+    ids = gguf_tokenizer.special_ids(gguf.metadata(tokenizer))
   elif tokenizer and (Path(tokenizer) / 'config.json').is_file():
-    said = directory.read_json(Path(tokenizer) / 'config.json')
+    ids = directory.read_json(Path(tokenizer) / 'config.json')
   else:
-    said = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
-  return {f'{kind}_token_id': said.get(f'{kind}_token_id') for kind in kinds}
+    ids = _ids_of_words(Path(tokenizer), kinds) if tokenizer else {}
+  return {f'{kind}_token_id': ids.get(f'{kind}_token_id') for kind in kinds}
 
 
 def _ids_of_words(folder: Path, kinds: Sequence[str]) -> dict[str, int]:
   """Ids of the special tokens that a tokenizer's own files name."""
-  both = [folder / name for name in ('tokenizer_config.json', 'tokenizer.json')]
-  if not all(file.is_file() for file in both):
+  paths = [
+    folder / name for name in ('tokenizer_config.json', 'tokenizer.json')
+  ]
+  if not all(file.is_file() for file in paths):
     return {}
-  config, made = map(directory.read_json, both)
+  config, vocabulary = map(directory.read_json, paths)
   try:
-    known = {
+    token_ids = {
       untrusted.field(token, 'content', str): untrusted.field(token, 'id', int)
-      for token in untrusted.field(made, 'added_tokens', list, [])
+      for token in untrusted.field(vocabulary, 'added_tokens', list, [])
     }
   except untrusted.Malformed as error:
     raise CheckpointError(
-      f"{both[1]} is damaged in its 'added_tokens' ({error}): copy it again"
+      f"{paths[1]} is damaged in its 'added_tokens' ({error}): copy it again"
     ) from None
-  found = {}
+  special = {}
   for kind in kinds:
     token = config.get(f'{kind}_token')
     token = token.get('content') if isinstance(token, dict) else token
-    if isinstance(token, str) and token in known:
-      found[f'{kind}_token_id'] = known[token]
-  return found
+    if isinstance(token, str) and token in token_ids:
+      special[f'{kind}_token_id'] = token_ids[token]
+  return special
 
 
-def _found(folder: str) -> list[Path]:
+def _tokenizer_files(folder: str) -> list[Path]:
   """The tokenizer files in a directory, perhaps none."""
-  found = (Path(folder).glob(pattern) for pattern in FILES)
-  return sorted({file for matches in found for file in matches})
+  matches_by_pattern = (Path(folder).glob(pattern) for pattern in FILES)
+  return sorted({file for matches in matches_by_pattern for file in matches})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from moepeft.checkpoints.adapter import (
-  Adapter,
+  AdapterWeights,
   instances,
   site_patterns,
   sites_in,
@@ -48,7 +48,7 @@ def read(
   fetch: Fetch,
   top_k: int | None = None,
   path: str = 'the checkpoint',
-) -> Adapter | None:
+) -> AdapterWeights | None:
   """Infers the method from names and shapes, and reads its tree.
 
   Args:
@@ -61,35 +61,35 @@ def read(
   """
   if not shapes:
     return None
-  wanted, specs, parts = {}, [], []
+  expected_shapes, specs, parts = {}, [], []
   for method in METHODS:
     modules = _modules(config, method, shapes)
     if modules:
       sizes = t5_weights.axis_sizes(config) | _extra_sizes(
         method, modules, shapes
       )
-      found = _entries(config, method, modules, sizes)
-      wanted |= {e.stored_name: e.stored_shape for e in found}
+      entries = _entries(config, method, modules, sizes)
+      expected_shapes |= {e.stored_name: e.stored_shape for e in entries}
       specs.append(_spec(config, method, modules, sizes, top_k))
-      parts.append((found, sizes))
+      parts.append((entries, sizes))
   weight_mapping.check(
-    wanted,
+    expected_shapes,
     shapes,
     "the adapter arrays are not the released code's",
     'convert the base alone, or rename the arrays',
   )
   flat = {}
-  for found, sizes in parts:
+  for entries, sizes in parts:
     # Adapters train in float32, whatever they were saved in.
     flat |= weight_mapping.flatten(
-      weight_mapping.read(found, sizes, fetch, np.float32, path)[0]
+      weight_mapping.read(entries, sizes, fetch, np.float32, path)[0]
     )
   text = method_string.format_method(tuple(specs))
-  return Adapter(text, weight_mapping.unflatten(flat))
+  return AdapterWeights(text, weight_mapping.unflatten(flat))
 
 
 def write(
-  config: T5Config, adapter: Adapter
+  config: T5Config, adapter: AdapterWeights
 ) -> Iterator[tuple[Entry, np.ndarray]]:
   """Each array of an adapter under its released name.
 
@@ -99,22 +99,26 @@ def write(
   flat, written = weight_mapping.flatten(adapter.tree), 0
   for instance, spec in instances(adapter.method).items():
     _require_released(instance, spec)
-    mine = {n: leaf for n, leaf in flat.items() if f'/{instance}/' in n}
+    instance_leaves = {
+      n: leaf for n, leaf in flat.items() if f'/{instance}/' in n
+    }
     at = sites_in(adapter.tree, instance)
-    known = places(config, spec.name)
-    modules = {module: site for module, site in known.items() if site in at}
+    released_places = places(config, spec.name)
+    modules = {
+      module: site for module, site in released_places.items() if site in at
+    }
     foreign = sorted(set(at) - set(modules.values()))
     if foreign:
       raise CheckpointError(
         f'the released code puts no {spec.name} at {", ".join(foreign)}; it '
-        f'can at {", ".join(known.values())}'
+        f'can at {", ".join(released_places.values())}'
       )
     sizes = t5_weights.axis_sizes(config) | _letters(at)
-    found = _entries(config, spec.name, modules, sizes)
+    entries = _entries(config, spec.name, modules, sizes)
     yield from weight_mapping.write(
-      found, sizes, weight_mapping.unflatten(mine)
+      entries, sizes, weight_mapping.unflatten(instance_leaves)
     )
-    written += len(mine)
+    written += len(instance_leaves)
   if written != len(flat):
     raise CheckpointError(
       f'the tree holds arrays that {adapter.method!r} does not name: write '
@@ -123,7 +127,7 @@ def write(
 
 
 def places(config: T5Config, method: str) -> dict[str, str]:
-  """Where the released code can put a method: its module -> our site.
+  """{module of the released code: our site} of a method's possible places.
 
   'encoder/layers_{l}/attention/k_conv' -> 'encoder/self/k'.
   """
@@ -136,9 +140,9 @@ def places(config: T5Config, method: str) -> dict[str, str]:
     attention = {'k_conv': 'k', 'v_conv': 'v'}
     mlp = {'intermediate_conv': 'act'}
   return {
-    f'{stack}/layers_{{l}}/{theirs}/{module}': f'{stack}/{sub}/{name}'
+    f'{stack}/layers_{{l}}/{t5x_name}/{module}': f'{stack}/{sub}/{name}'
     for stack, subs in t5_weights.SUBLAYERS.items()
-    for sub, (_, theirs) in subs.items()
+    for sub, (_, t5x_name) in subs.items()
     for module, name in (mlp if sub == 'mlp' else attention).items()
   }
 
@@ -173,27 +177,31 @@ def rules(
       ('router/kernel', name, mover, mover),
     ),
   }
-  ours = f'{weight_mapping.in_layers(site)}/{method}'
+  instance_path = f'{weight_mapping.in_layers(site)}/{method}'
   return tuple(
-    Rule(f'{ours}/{leaf}', f'{module}/{theirs}', axes, their_axes)
-    for leaf, theirs, axes, their_axes in table[method]
+    Rule(f'{instance_path}/{leaf}', f'{module}/{t5x_leaf}', axes, their_axes)
+    for leaf, t5x_leaf, axes, their_axes in table[method]
   )
 
 
 def _modules(
   config: T5Config, method: str, shapes: Mapping[str, Shape]
 ) -> dict[str, str]:
-  """Those of the places where the released code can put a method it is at."""
-  found = set()
+  """The items of `places` that a checkpoint has arrays for."""
+  modules = set()
   for name, shape in shapes.items():
     name = re.sub(r'/layers_\d+/', '/layers_{l}/', name)
     module, _, leaf = name.rpartition('/')
     low_rank = 'lora' if len(shape) == 2 else 'molora'
     leaves = {'lora_A': low_rank, 'ia3_scaling': 'ia3', 'mov_scaling': 'mov'}
     if leaves.get(leaf) == method:
-      found.add(module)
-  known = places(config, method)
-  return {module: site for module, site in known.items() if module in found}
+      modules.add(module)
+  released_places = places(config, method)
+  return {
+    module: site
+    for module, site in released_places.items()
+    if module in modules
+  }
 
 
 def _extra_sizes(
@@ -223,12 +231,12 @@ def _entries(
   modules: Mapping[str, str],
   sizes: Mapping[str, int],
 ) -> tuple[Entry, ...]:
-  found = [
+  adapter_rules = [
     rule
     for module, site in modules.items()
     for rule in rules(config, method, module, site)
   ]
-  return weight_mapping.entries(found, sizes, t5_weights.depths(config))
+  return weight_mapping.entries(adapter_rules, sizes, t5_weights.depths(config))
 
 
 def _spec(
@@ -239,8 +247,8 @@ def _spec(
   top_k: int | None,
 ) -> Spec:
   """The method as the released code runs it, every option said."""
-  known = FAMILY.projections(config) | FAMILY.activations(config)
-  where = site_patterns(modules.values(), known)
+  sites = FAMILY.projections(config) | FAMILY.activations(config)
+  where = site_patterns(modules.values(), sites)
   router = ('router', Spec('softmax'))
   if top_k is not None:
     router = ('router', Spec('topk', (('k', top_k), ('renormalize', False))))
@@ -264,11 +272,12 @@ def _require_released(instance: str, spec: Spec) -> None:
     f'alpha={spec.get("alpha")}': spec.get('alpha', ALPHA) != ALPHA,
     'rslora': spec.get('rslora', False),
     "on='input'": spec.get('on', 'output') != 'output',
+    'experts_per_layer': spec.get('experts_per_layer') is not None,
     f'reads={spec.get("reads")!r}': spec.get('reads', 'heads') != 'heads',
     f'the router {router}': router.name not in ('softmax', 'topk')
     or router.get('renormalize', False),
   }
-  wrong = [what for what, is_wrong in refused.items() if is_wrong]
+  wrong = [option for option, is_wrong in refused.items() if is_wrong]
   if wrong:
     raise CheckpointError(
       f'the released code knows no {wrong[0]}: T5X checkpoints under its '

@@ -45,7 +45,7 @@ class Checkpoint(NamedTuple):
   step: int
 
 
-class _Stored(NamedTuple):
+class _OrbaxArray(NamedTuple):
   """An array that Orbax keeps under a name."""
 
   name: str
@@ -96,7 +96,7 @@ def _metadata(index: Path) -> Tree:
       parts = [str(key['key']) for key in keys if isinstance(key, dict)]
       kind = untrusted.field(entry, 'value_metadata.value_type', str, '')
       if kind not in ('Dict', 'List', 'None', 'Tuple', 'string'):
-        flat['/'.join(parts)] = _Stored('.'.join(parts))
+        flat['/'.join(parts)] = _OrbaxArray('.'.join(parts))
   except (untrusted.Malformed, KeyError) as error:
     raise CheckpointError(
       f'{index} is not the metadata of an Orbax checkpoint ({error}): copy it '
@@ -160,8 +160,8 @@ def _leaf(name: str, leaf: Any, folder: Path) -> tuple[Shape, Fetch]:
   if isinstance(leaf, np.ndarray):
     return leaf.shape, lambda: leaf
   if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-    leaf = _Stored(leaf.removeprefix(_PLACEHOLDER))
-  if isinstance(leaf, _Stored):
+    leaf = _OrbaxArray(leaf.removeprefix(_PLACEHOLDER))
+  if isinstance(leaf, _OrbaxArray):
     return _stored(leaf.name, folder)
   if not isinstance(leaf, Mapping):
     raise CheckpointError(

@@ -14,7 +14,8 @@ import flax.serialization
 import numpy as np
 
 from moepeft.checkpoints import directory
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
+from moepeft.checkpoints.directory import LoadedCheckpoint
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
 from moepeft.checkpoints.t5x import files, zarr
 from moepeft.config.gin.checkpoint_path import INDEX
@@ -25,25 +26,20 @@ from moepeft.models.weight_mapping import CheckpointError, Shape, Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedT5X(LoadedCheckpoint):
   """A base model in memory, and the adapter that came with it.
 
   Attributes:
-    config, params, sha256: as in `interop.hf.Loaded`.
     path: the checkpoint that was read, the latest one of a parent directory.
-    step: of T5X's clock, 0 where the checkpoint has none.
     adapter: method and 'peft' tree, or None.
+    step: of T5X's clock, 0 where the checkpoint has none.
   """
 
-  config: T5Config
-  params: Tree
-  sha256: str
-  path: str
-  adapter: Adapter | None
+  adapter: AdapterWeights | None
   step: int = 0
 
 
-def load(path: str, dtype: Any = None, top_k: int | None = None) -> Loaded:
+def load(path: str, dtype: Any = None, top_k: int | None = None) -> LoadedT5X:
   """Reads a checkpoint.
 
   Args:
@@ -79,7 +75,7 @@ def from_arrays(
   dtype: Any = None,
   top_k: int | None = None,
   path: str = '',
-) -> Loaded:
+) -> LoadedT5X:
   """As `load`, from {'encoder/layers_0/attention/query/kernel': array}.
 
   Args:
@@ -93,7 +89,7 @@ def save(
   path: str,
   config: T5Config,
   params: Tree,
-  adapter: Adapter | None = None,
+  adapter: AdapterWeights | None = None,
   step: int = 1,
   overwrite: bool = False,
 ) -> None:
@@ -116,16 +112,16 @@ def save(
   if not 1 <= step < 2**31:
     raise ValueError(f'expected a step from 1 to 2**31 - 1, got {step}')
   _require_known(config)
-  wanted = weight_mapping.entries(
+  entries = weight_mapping.entries(
     t5_weights.t5x_rules(config),
     t5_weights.axis_sizes(config),
     t5_weights.depths(config),
   )
-  arrays = weight_mapping.write(wanted, t5_weights.axis_sizes(config), params)
+  arrays = weight_mapping.write(entries, t5_weights.axis_sizes(config), params)
   if adapter is not None:
     arrays = itertools.chain(arrays, t5x_adapters.write(config, adapter))
-  with directory.directory(path, overwrite) as made:
-    folder = made / f'checkpoint_{step}'
+  with directory.directory(path, overwrite) as output_dir:
+    folder = output_dir / f'checkpoint_{step}'
     folder.mkdir()
     target = {
       entry.stored_name: zarr.write(
@@ -143,7 +139,7 @@ def save(
     (folder / INDEX).write_bytes(packed)
 
 
-def check(config: Any, adapter: Adapter) -> None:
+def check(config: Any, adapter: AdapterWeights) -> None:
   """
   Raises:
     CheckpointError: T5X has no words for the config or the adapter.
@@ -191,21 +187,21 @@ def _read(
   path: str,
   dtype: Any,
   top_k: int | None,
-) -> Loaded:
+) -> LoadedT5X:
   """Base and adapter of one flat tree."""
   base = {n: s for n, s in shapes.items() if not t5x_adapters.is_adapter(n)}
   config = _config(base, path)
   sizes = t5_weights.axis_sizes(config)
-  wanted = weight_mapping.entries(
+  entries = weight_mapping.entries(
     t5_weights.t5x_rules(config), sizes, t5_weights.depths(config)
   )
   weight_mapping.check(
-    {entry.stored_name: entry.stored_shape for entry in wanted},
+    {entry.stored_name: entry.stored_shape for entry in entries},
     base,
     f"{path or 'the arrays'} is not one of flaxformer's T5s",
     'look for arrays that were lost or that another model brought',
   )
-  params, sha256 = weight_mapping.read(wanted, sizes, fetch, dtype, path)
+  params, sha256 = weight_mapping.read(entries, sizes, fetch, dtype, path)
   rest = {name: shape for name, shape in shapes.items() if name not in base}
   adapter = t5x_adapters.read(config, rest, fetch, top_k, path)
-  return Loaded(config, params, sha256, path, adapter)
+  return LoadedT5X(config, params, sha256, path, adapter)

@@ -35,10 +35,10 @@ def fields(path: Path) -> dict[str, Any]:
     CheckpointError: it is absent or damaged.
   """
   file = path / '.zarray'
-  said = directory.read_json(file)
+  metadata = directory.read_json(file)
   try:
     shape, chunks = (
-      untrusted.field(said, name, list) for name in ('shape', 'chunks')
+      untrusted.field(metadata, name, list) for name in ('shape', 'chunks')
     )
     sizes = [*shape, *chunks]
     whole = all(type(size) is int and 0 <= size < 2**48 for size in sizes)
@@ -46,7 +46,7 @@ def fields(path: Path) -> dict[str, Any]:
       raise untrusted.Malformed(
         f'expected sizes and as many chunk sizes, got {shape} and {chunks}'
       )
-    dot = untrusted.field(said, 'dimension_separator', str, '.')
+    dot = untrusted.field(metadata, 'dimension_separator', str, '.')
     if dot not in ('.', '/'):
       raise untrusted.Malformed(f"expected '.' or '/' between, got {dot!r}")
     count = math.prod(map(_cells, shape, chunks))
@@ -56,42 +56,42 @@ def fields(path: Path) -> dict[str, Any]:
     raise CheckpointError(
       f'{file} is damaged ({error}): copy it again'
     ) from None
-  return said
+  return metadata
 
 
 def _cells(size: int, chunk: int) -> int:
   return math.ceil(size / chunk)
 
 
-def read(path: Path, said: Mapping[str, Any]) -> np.ndarray:
+def read(path: Path, metadata: Mapping[str, Any]) -> np.ndarray:
   """Reads an array, of which every chunk must be there.
 
   tensorstore takes an absent chunk for the fill value, or for zeros where
   the array has none, as T5X's have none: a lost file would go unnoticed.
 
   Args:
-    said: the array's `fields`.
+    metadata: the array's `fields`.
 
   Raises:
     CheckpointError: a chunk is absent or damaged.
   """
   grid = [
     range(_cells(size, chunk))
-    for size, chunk in zip(said['shape'], said['chunks'], strict=True)
+    for size, chunk in zip(metadata['shape'], metadata['chunks'], strict=True)
   ]
-  dot = said.get('dimension_separator') or '.'
+  dot = metadata.get('dimension_separator') or '.'
   stored = 0
   for cell in itertools.product(*grid):
     chunk = path / (dot.join(map(str, cell)) or '0')
     if chunk.is_file():
       stored += chunk.stat().st_size
-    elif said.get('fill_value') is None:
+    elif metadata.get('fill_value') is None:
       raise CheckpointError(f'{chunk} is missing: copy the checkpoint again')
   store = {'driver': 'file', 'path': str(path.resolve())}
   with _damaged(path):
     opened = tensorstore.open({'driver': 'zarr', 'kvstore': store}).result()
     # tensorstore allocates a whole chunk, however little of it is asked for.
-    chunk = math.prod(said['chunks']) * opened.dtype.numpy_dtype.itemsize
+    chunk = math.prod(metadata['chunks']) * opened.dtype.numpy_dtype.itemsize
     _check_size(path, max(_bytes(opened), chunk), stored)
     return opened.read().result()
 
@@ -130,10 +130,10 @@ def read_stored(
     chunks = store.chunk_layout.write_chunk.shape
     cells = math.prod(map(_cells, store.shape, chunks))
     keys = [key.decode() for key in store.kvstore.list().result()]
-    held = [key for key in keys if key.rpartition('/')[2] not in _FIELDS]
-    if len(held) < cells and store.fill_value is None:
+    chunk_keys = [key for key in keys if key.rpartition('/')[2] not in _FIELDS]
+    if len(chunk_keys) < cells and store.fill_value is None:
       raise CheckpointError(
-        f'{path} lacks {cells - len(held)} of {cells} chunks: copy the '
+        f'{path} lacks {cells - len(chunk_keys)} of {cells} chunks: copy the '
         'checkpoint again'
       )
     stored = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())

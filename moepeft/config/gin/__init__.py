@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from moepeft.config.gin.names import SHAPE, known, meaning, sort
+from moepeft.config.gin.names import SHAPE, macro_names, meaning, sort
 from moepeft.config.gin.syntax import read
 from moepeft.config.gin.translate import translate
 
 LARGE = 'gin/models/t5_1_1_large.gin'
 
-__all__ = ['LARGE', 'Translated', 'known', 'load']
+__all__ = ['LARGE', 'Translated', 'load', 'macro_names']
 
 
 class Translated(NamedTuple):
-  """What a stack of gin files comes to.
+  """The config of a stack of gin files.
 
   Attributes:
     config: every key of `moepeft.config.defaults.default`.
@@ -52,18 +52,18 @@ def load(
     ValueError: a file is absent or not gin, or a name or a value is none that
       this project knows.
   """
-  said, notes = read(files, bindings, folders), []
-  if not SHAPE.keys() <= {meaning(key) for key in said.values}:
-    said = read([LARGE, *files], bindings, folders)
+  statements, notes = read(files, bindings, folders), []
+  if not SHAPE.keys() <= {meaning(key) for key in statements.values}:
+    statements = read([LARGE, *files], bindings, folders)
     notes.append(
       f'no file gives the whole size of the model, so {LARGE} is read first (a '
       'checkpoint has its own size)'
     )
-  values, modules, unused = sort(said)
+  values, modules, unused = sort(statements)
   if unused:
     notes.append(f'left out, as it has no meaning here: {", ".join(unused)}')
   if 'RANDOM_SEED' in values and values['RANDOM_SEED'] is None:
     notes.append('RANDOM_SEED = None is seed 0 here: runs repeat')
   config = translate(values, modules, cached)
   model_dir = values.get('MODEL_DIR', '')
-  return Translated(config, model_dir, said.text(), tuple(notes))
+  return Translated(config, model_dir, statements.text(), tuple(notes))

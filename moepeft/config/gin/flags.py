@@ -39,19 +39,19 @@ def define(values: flags.FlagValues) -> None:
 
 def rewritten(argv: Sequence[str]) -> list[str]:
   """The same with --gin_bindings=NAME=VALUE for --gin.NAME=VALUE."""
-  found = []
+  result = []
   for arg in argv:
     name = arg.lstrip('-')
-    own = arg.startswith('-') and name.startswith('gin.')
+    is_gin = arg.startswith('-') and name.startswith('gin.')
     binding = name.removeprefix('gin.')
-    found.append(f'--gin_bindings={binding}' if own else arg)
-  return found
+    result.append(f'--gin_bindings={binding}' if is_gin else arg)
+  return result
 
 
 def translate(
   argv: Sequence[str], folders: Sequence[str]
 ) -> gin_files.Translated | None:
-  """What the gin flags of a command line say; None where it has none.
+  """The config of a command line's gin flags; None where it has none.
 
   Args:
     argv: as `rewritten`; other flags are left alone.
@@ -85,17 +85,18 @@ def translate(
     )
   cached = values[_CACHES].value or values['config.data.path'].value
   paths = (*values.gin_search_paths, *folders)
-  found = gin_files.load(files, bindings, paths, cached)
-  return found._replace(
-    model_dir=_workdir(values.workdir, found.model_dir, files)
+  translated = gin_files.load(files, bindings, paths, cached)
+  return translated._replace(
+    model_dir=_workdir(values.workdir, translated.model_dir, files)
   )
 
 
-def _workdir(given: str, model_dir: str, files: Sequence[str]) -> str:
-  if given and model_dir and given != model_dir:
+def _workdir(workdir: str, model_dir: str, files: Sequence[str]) -> str:
+  if workdir and model_dir and workdir != model_dir:
     raise ValueError(
-      f'--workdir={given} and MODEL_DIR={model_dir!r} are both given: keep one'
+      f'--workdir={workdir} and MODEL_DIR={model_dir!r} are both given: keep '
+      'one'
     )
   names = [os.path.basename(file).removesuffix('.gin') for file in files]
   default = os.path.join('workdirs', '_'.join(names) or 'gin')
-  return given or model_dir or default
+  return workdir or model_dir or default

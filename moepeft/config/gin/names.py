@@ -11,7 +11,7 @@ import fnmatch
 from typing import Any
 
 from moepeft.config import defaults as config_lib
-from moepeft.config.gin.syntax import Given, Statements
+from moepeft.config.gin.syntax import Assignment, Statements
 
 # Macro -> the key that takes its value as it is.
 KEYS = {
@@ -22,7 +22,7 @@ KEYS = {
   'INITIAL_CHECKPOINT_PATH': 'model.path',
   'LABEL_SMOOTHING': 'loss.label_smoothing',
   'LEARNING_RATE': 'optimizer.learning_rate',
-  'MIXTURE_OR_TASK_MODULE': 'data.module',
+  'MIXTURE_OR_TASK_MODULE': 'imports',
   'MIXTURE_OR_TASK_NAME': 'data.mixture',
   'NUM_MICROBATCHES': 'gradient_accumulation_steps',
   'PACKING': 'data.packing',
@@ -161,7 +161,7 @@ _LIBRARIES = ('__gin__', '__main__', 'flax', 'flaxformer', 'jax', 'seqio')
 _LIBRARIES += ('optax', 't5x')
 
 
-def known() -> list[str]:
+def macro_names() -> list[str]:
   """Every macro that has a meaning."""
   return sorted(KEYS | _KINDS)
 
@@ -178,7 +178,7 @@ def meaning(key: str) -> str:
   return _BINDINGS.get(scoped, scoped)
 
 
-def sort(said: Statements) -> tuple[dict[str, Any], list[str], list[str]]:
+def sort(statements: Statements) -> tuple[dict[str, Any], list[str], list[str]]:
   """(values by macro, modules that register tasks, what has no meaning).
 
   Where a macro and a binding say the same thing the later counts.
@@ -187,17 +187,17 @@ def sort(said: Statements) -> tuple[dict[str, Any], list[str], list[str]]:
     ValueError: a name is unknown, or its value is of the wrong type.
   """
   values: dict[str, Any] = {}
-  modules, unused = _imports(said)
-  for key, given in said.values.items():
+  modules, unused = _imports(statements)
+  for key, assigned in statements.values.items():
     name = meaning(key)
     if name in KEYS or name in _KINDS:
-      values[name] = _typed(name, said.resolve(key), given.where)
+      values[name] = _typed(name, statements.resolve(key), assigned.where)
     elif name in _FIXED:
-      _check_fixed(name, said.resolve(key), given)
+      _check_fixed(name, statements.resolve(key), assigned)
     elif any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED):
       unused.append(_owner(key))
-    elif key not in said.used() and not _is_helper(key, given):
-      raise ValueError(_unknown(key, given.where))
+    elif key not in statements.used() and not _is_helper(key, assigned):
+      raise ValueError(_unknown(key, assigned.where))
   return values, modules, list(dict.fromkeys(unused))
 
 
@@ -206,10 +206,10 @@ def _owner(key: str) -> str:
   return key if 'train.' in key else key.rpartition('.')[0] or key
 
 
-def _imports(said: Statements) -> tuple[list[str], list[str]]:
+def _imports(statements: Statements) -> tuple[list[str], list[str]]:
   """(modules that register tasks, libraries that are not needed)."""
   tasks, unused = [], []
-  for module in said.imports:
+  for module in statements.imports:
     library = module.split('.')[0]
     if library in _LIBRARIES:
       unused.append(f'import {library}')
@@ -218,31 +218,32 @@ def _imports(said: Statements) -> tuple[list[str], list[str]]:
   return tasks, unused
 
 
-def _check_fixed(name: str, value: Any, given: Given) -> None:
+def _check_fixed(name: str, value: Any, assigned: Assignment) -> None:
   if value != _FIXED[name]:
     raise ValueError(
-      f'{name} is always {_FIXED[name]!r} here; got {value!r} ({given.where})'
+      f'{name} is always {_FIXED[name]!r} here; got {value!r} '
+      f'({assigned.where})'
     )
 
 
-def _is_helper(key: str, given: Given) -> bool:
+def _is_helper(key: str, assigned: Assignment) -> bool:
   # On the command line, with nothing that refers to it, it would do nothing.
-  return key in _HELPERS and not given.where.startswith('--')
+  return key in _HELPERS and not assigned.where.startswith('--')
 
 
 def _unknown(key: str, where: str) -> str:
   if key in _HELPERS:
     return f'no value refers to {key} ({where}): give what it is for, RANK'
-  what, names = 'macro', known()
+  kind, names = 'macro', macro_names()
   if '.' in key:
-    what, names = (
+    kind, names = (
       'binding',
       sorted(n for n in {*_BINDINGS, *_FIXED} if '.' in n),
     )
   near = difflib.get_close_matches(meaning(key), names, 3)
   rest = [name for name in names if name not in near]
   return (
-    f'the {what} {key} ({where}) has no meaning here; those that have one are '
+    f'the {kind} {key} ({where}) has no meaning here; those that have one are '
     f'{", ".join(near + rest)}'
   )
 

@@ -3,7 +3,7 @@
 
 gin-config's parser does the reading, without its registry: the classes that
 such files bind (t5x.utils.SaveCheckpointConfig, ...) need not exist. What the
-names mean is `gin_config`'s business.
+names mean is said in `names` and `translate`.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class Reference:
   """@scope/module.Class, or a call of it with () behind."""
 
   name: str
-  called: bool
+  is_call: bool
 
   def __repr__(self) -> str:
-    return f'@{self.name}{"()" if self.called else ""}'
+    return f'@{self.name}{"()" if self.is_call else ""}'
 
   @property
   def last(self) -> str:
@@ -44,7 +44,7 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Assignment:
   """A value as it was written, and where."""
 
   value: Any
@@ -53,7 +53,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Statements:
-  """What stacked files and overrides say in the end.
+  """The bindings of stacked files and overrides.
 
   Attributes:
     values: by 'NAME' or 'scope/module.Class.argument', the last of each, in
@@ -61,7 +61,7 @@ class Statements:
     imports: the modules that are imported, with where.
   """
 
-  values: Mapping[str, Given]
+  values: Mapping[str, Assignment]
   imports: Mapping[str, str]
 
   def resolve(self, key: str) -> Any:
@@ -70,20 +70,22 @@ class Statements:
     Raises:
       ValueError: a macro is defined nowhere, or by itself.
     """
-    given = self.values[key]
-    return self._resolve(given.value, given.where, (key,))
+    assigned = self.values[key]
+    return self._resolve(assigned.value, assigned.where, (key,))
 
   def used(self) -> set[str]:
     """The macros that some value refers to."""
-    found: set[str] = set()
-    for given in self.values.values():
-      found |= {leaf.name for leaf in _leaves(given.value)}
-    return found
+    macro_names: set[str] = set()
+    for assigned in self.values.values():
+      macro_names |= {leaf.name for leaf in _leaves(assigned.value)}
+    return macro_names
 
   def text(self) -> str:
     """The same as one gin file, every name once."""
     lines = [f'import {module}' for module in self.imports]
-    lines += [f'{key} = {given.value!r}' for key, given in self.values.items()]
+    lines += [
+      f'{key} = {assigned.value!r}' for key, assigned in self.values.items()
+    ]
     return '\n'.join(lines) + '\n'
 
   def _resolve(self, value: Any, where: str, path: tuple[str, ...]) -> Any:
@@ -98,8 +100,8 @@ class Statements:
         raise ValueError(f'%{name} is defined by itself ({where})')
       if name not in self.values:
         raise ValueError(f'%{name} is defined nowhere ({where} refers to it)')
-      given = self.values[name]
-      return self._resolve(given.value, given.where, (*path, name))
+      assigned = self.values[name]
+      return self._resolve(assigned.value, assigned.where, (*path, name))
     if isinstance(value, dict):
       return {k: self._resolve(v, where, path) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -122,18 +124,18 @@ def read(
   Raises:
     ValueError: a file is absent, includes itself, or something is not gin.
   """
-  values: dict[str, Given] = {}
+  values: dict[str, Assignment] = {}
   imports: dict[str, str] = {}
   statements = [s for file in files for s in _file(file, folders, ())]
   for binding in bindings:
     statements += _parse(binding, f'--gin.{binding}', folders, ())
-  for key, given in statements:
+  for key, assigned in statements:
     if key is None:
-      imports.setdefault(given.value, given.where)
+      imports.setdefault(assigned.value, assigned.where)
       continue
     # Put last: of two names for one thing the later counts.
     values.pop(key, None)
-    values[key] = given
+    values[key] = assigned
   return Statements(values, imports)
 
 
@@ -149,18 +151,18 @@ class _Delegate(config_parser.ParserDelegate):
 
 def _file(
   path: str, folders: Sequence[str], above: tuple[str, ...]
-) -> list[tuple[str | None, Given]]:
+) -> list[tuple[str | None, Assignment]]:
   beside = [os.path.dirname(file) for file in above[-1:]]
   # Files that lie together go together, wherever they are started from.
-  found = [os.path.join(f, path) for f in (*beside, '', *folders)]
-  found = [p for p in found if os.path.isfile(p)]
-  if not found:
+  paths = [os.path.join(f, path) for f in (*beside, '', *folders)]
+  paths = [p for p in paths if os.path.isfile(p)]
+  if not paths:
     by = f' (included by {above[-1]})' if above else ''
     raise ValueError(
       f'the gin file {path!r}{by} does not exist, here, in the package or in '
       'a folder of --gin_search_paths'
     )
-  file = os.path.normpath(found[0])
+  file = os.path.normpath(paths[0])
   if os.path.abspath(file) in map(os.path.abspath, above):
     raise ValueError(f'{file} includes itself, through {above[-1]}')
   with open(file, encoding='utf-8') as f:
@@ -169,19 +171,19 @@ def _file(
 
 def _parse(
   text: str, where: str, folders: Sequence[str], above: tuple[str, ...]
-) -> Iterator[tuple[str | None, Given]]:
+) -> Iterator[tuple[str | None, Assignment]]:
   """('NAME' or 'Class.argument', value) of a text; None for imports."""
   for statement in _statements(text, where):
     at = f'{where}:{statement.location.line_num}' if above else where
     if isinstance(statement, config_parser.IncludeStatement):
       yield from _file(statement.filename, folders, above)
     elif isinstance(statement, config_parser.ImportStatement):
-      yield None, Given(statement.module, at)
+      yield None, Assignment(statement.module, at)
     elif isinstance(statement, config_parser.BindingStatement):
       scope = f'{statement.scope}/' if statement.scope else ''
       argument = f'.{statement.arg_name}' if statement.arg_name else ''
       key = f'{scope}{statement.selector}{argument}'
-      yield key, Given(statement.value, at)
+      yield key, Assignment(statement.value, at)
 
 
 def _statements(text: str, where: str) -> list[Any]:

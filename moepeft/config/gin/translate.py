@@ -112,7 +112,7 @@ def _set_data(
     )
   c.data.inputs_length = lengths['inputs']
   c.data.targets_length = lengths['targets']
-  c.data.module = _module(c.data.module, modules)
+  c.imports = ','.join(dict.fromkeys(filter(None, [c.imports, *modules])))
   c.data.path = cached
   use = values.get('USE_CACHED_TASKS')
   if use and not cached:
@@ -125,17 +125,6 @@ def _set_data(
       f'USE_CACHED_TASKS = False, but {cached!r} is given for cached tasks: '
       'leave one out'
     )
-
-
-def _module(named: str, imported: Sequence[str]) -> str:
-  found = list(dict.fromkeys(filter(None, [named, *imported])))
-  if len(found) > 1:
-    raise ValueError(
-      f'the modules {", ".join(found)} may all register tasks, and there is '
-      'place for one: import the others in it, and name it '
-      'MIXTURE_OR_TASK_MODULE'
-    )
-  return found[0] if found else ''
 
 
 def _set_steps(c: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -197,10 +186,10 @@ def _set_rate(c: ConfigDict, values: Mapping[str, Any]) -> None:
 
 def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
   """The released size of the given numbers, or the nearest and a shape."""
-  wanted = {field: values[name] for name, field in SHAPE.items()}
-  others = {size: _differing(wanted, t5.config(size)) for size in _SIZES}
-  c.model.size = min(_SIZES, key=lambda size: len(others[size]))
-  c.model.shape = ConfigDict(others[c.model.size])
+  sizes = {field: values[name] for name, field in SHAPE.items()}
+  differences = {size: _differing(sizes, t5.config(size)) for size in _SIZES}
+  c.model.size = min(_SIZES, key=lambda size: len(differences[size]))
+  c.model.shape = ConfigDict(differences[c.model.size])
   if c.model.path and c.model.shape:
     raise ValueError(
       f'{c.model.path} has sizes of its own, which {dict(c.model.shape)} would '
@@ -213,5 +202,5 @@ def _set_model(c: ConfigDict, values: Mapping[str, Any]) -> None:
     c.sharding.model_parallel_size = values['NUM_PARTITIONS']
 
 
-def _differing(wanted: Mapping[str, int], config: t5.T5Config) -> dict:
-  return {f: n for f, n in wanted.items() if n != getattr(config, f)}
+def _differing(sizes: Mapping[str, int], config: t5.T5Config) -> dict:
+  return {f: n for f, n in sizes.items() if n != getattr(config, f)}

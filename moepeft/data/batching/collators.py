@@ -165,7 +165,7 @@ def make_model_collator(
 
   Args:
     model: a model or its config.
-    prefix_ids: of `moepeft.peft.methods.prompt_tuning`, of the model's method.
+    prefix_ids: of `moepeft.peft.prefix`, of the model's method.
 
   Raises:
     ValueError: config.data.truncation is none that there is, or nothing that

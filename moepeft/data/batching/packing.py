@@ -13,7 +13,7 @@ def prepend(prefix_ids: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
   """A text behind its prefix: int32 [n]; the text itself without a prefix.
 
   Args:
-    prefix_ids: of `moepeft.peft.methods.prompt_tuning.before`.
+    prefix_ids: of `moepeft.peft.prefix.model_prefix_ids`.
   """
   if not prefix_ids:
     return ids

@@ -19,7 +19,7 @@ from moepeft.data import fingerprint
 from moepeft.data.chat import messages
 from moepeft.data.chat.messages import Turn, check_text, parse_tools
 from moepeft.data.example import BadRow, BadRows
-from moepeft.data.readers import huggingface
+from moepeft.data.readers import dataset_rows
 from moepeft.data.row_fields import RowFields, UnusedFields
 
 FORMS = ('alpaca', 'sharegpt', 'messages')
@@ -49,24 +49,8 @@ def read_rows(path: str, bad: BadRows) -> Iterator[tuple[str, str, dict]]:
     ValueError: nothing is there, a file cannot be read, or as `bad` does.
   """
   for file in fingerprint.data_files(path, fingerprint.CHAT_FILES, bad):
-    for where, row in zip(*huggingface.read_json_rows(file, bad), strict=True):
+    for where, row in zip(*dataset_rows.read_json_rows(file, bad), strict=True):
       yield file, where, row
-
-
-def conversations(path: str, form: str = '') -> list[Conversation]:
-  """All conversations under a path, each ending with an answer.
-
-  Raises:
-    ValueError: nothing is there, or a row is not of its form; the message
-      names the file and the row.
-  """
-  bad, parsed = BadRows('error'), []
-  for _, where, row in read_rows(path, bad):
-    try:
-      parsed.append(check_answered(parse_conversation(row, form, bad.unused)))
-    except BadRow as e:
-      bad(where, e)
-  return parsed
 
 
 def check_answered(conversation: Conversation) -> Conversation:

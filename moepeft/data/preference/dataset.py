@@ -9,9 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moepeft.core.types import JUDGED, PAIR
+from moepeft.data import mixing
 from moepeft.data import split as data_split
 from moepeft.data.batching import collators, packing
 from moepeft.data.batching.decoder_only import Sample
+from moepeft.data.dataset import TrainingData, path_name
 from moepeft.data.example import BadRows
 from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import rows as preference_rows
@@ -362,4 +364,23 @@ def _one_class(path: str, good: bool) -> str:
   return (
     f'note: every answer of {path} is {present} and none is {missing}, so that '
     f'kto has one side alone; add rows whose label is {str(not good).lower()}'
+  )
+
+
+def preference_data(
+  preferences: PreferenceDataset, data: ConfigDict, seed: int
+) -> TrainingData:
+  """Splits answers into those to train on and those held out.
+
+  Raises:
+    ValueError: config.data.validation_fraction leaves nothing to train on.
+  """
+  train, held_out = preferences.split(data.validation_fraction)
+  name = path_name(data.path)
+  return TrainingData(
+    train=mixing.mix({name: train}, {}, seed),
+    shares={name: 1.0},
+    held_out=held_out,
+    notes=preferences.notes,
+    preferences=preferences,
   )

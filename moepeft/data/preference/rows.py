@@ -14,7 +14,7 @@ from moepeft.data.preference import formats as preference_formats
 from moepeft.data.preference import tokenize as preference_tokenize
 from moepeft.data.preference.formats import ComparedRow, JudgedRow
 from moepeft.data.preference.tokenize import EncodedAnswers
-from moepeft.data.readers import huggingface
+from moepeft.data.readers import dataset_rows
 
 
 def rows(
@@ -25,16 +25,16 @@ def rows(
 ) -> tuple[list, list[EncodedAnswers], list[str]]:
   """(rows of the one kind, the same as ids, where each stands); those of no
   use are bad ones."""
-  table, where = huggingface.open_table(data.path, data.split, bad)
+  table, where = dataset_rows.open_table(data.path, data.split, bad)
   good, parts, places, nulls = (
     [],
     [],
     [],
-    huggingface.fills_missing_fields(table),
+    dataset_rows.fills_missing_fields(table),
   )
   for i, fields in enumerate(table):
     try:
-      fields = huggingface.without_nulls(fields) if nulls else fields
+      fields = dataset_rows.without_nulls(fields) if nulls else fields
       row = preference_formats.parse_row(fields, data.format, i, bad.unused)
       parsed = _useful(row, judged, data.system_prompt)
       ids = [encode(row.prompt, row.answers) for row in parsed]

@@ -3,10 +3,10 @@
 
 from ml_collections import ConfigDict
 
-from moepeft.data import fingerprint, mixing
-from moepeft.data.dataset import TrainingData, path_name
+from moepeft.data import fingerprint
+from moepeft.data.dataset import TrainingData
 from moepeft.data.preference.dataset import (
-  PreferenceDataset,
+  preference_data,
   read_preferences,
 )
 from moepeft.data.readers.reader import DataReader, ReadContext
@@ -16,25 +16,6 @@ def open_preferences(data: ConfigDict, context: ReadContext) -> TrainingData:
   """Opens compared or judged answers, which are encoded as they are read."""
   preferences = read_preferences(data, context.collator)
   return preference_data(preferences, data, context.seed)
-
-
-def preference_data(
-  preferences: PreferenceDataset, data: ConfigDict, seed: int
-) -> TrainingData:
-  """Splits answers into those to train on and those held out.
-
-  Raises:
-    ValueError: config.data.validation_fraction leaves nothing to train on.
-  """
-  train, held_out = preferences.split(data.validation_fraction)
-  name = path_name(data.path)
-  return TrainingData(
-    train=mixing.mix({name: train}, {}, seed),
-    shares={name: 1.0},
-    held_out=held_out,
-    notes=preferences.notes,
-    preferences=preferences,
-  )
 
 
 READER = DataReader(

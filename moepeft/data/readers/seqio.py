@@ -17,8 +17,11 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
     ValueError: neither is named, or it cannot be read.
   """
   notes = ()
-  cached = data.path and not data.module
-  if cached and (not data.mixture or data.mixture in t0_mixtures.MIXTURES):
+  is_cached = not data.mixture or (
+    data.mixture in t0_mixtures.MIXTURES
+    and not seqio_stream.is_registered(data.mixture)
+  )
+  if data.path and is_cached:
     rates = None
     if data.mixture:
       sizes = seqio_cache.sizes(data.path, data.split)
@@ -29,7 +32,7 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
     provider = seqio_cache.mixture(data.path, rates, data.split)
   elif data.mixture:
     caches = [data.path] if data.path else []
-    provider = seqio_stream.find_registered(data.mixture, data.module, caches)
+    provider = seqio_stream.find_registered(data.mixture, caches)
   else:
     raise ValueError(
       'set config.data.mixture to a registered SeqIO task or mixture, or '
@@ -56,7 +59,6 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
 READER = DataReader(
   open_seqio,
   config_keys=(
-    *('data.path', 'data.split', 'data.mixture', 'data.module'),
-    'data.truncation',
+    *('data.path', 'data.split', 'data.mixture', 'data.truncation'),
   ),
 )

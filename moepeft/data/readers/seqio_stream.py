@@ -11,8 +11,8 @@ none (as P3's cached inputs) and kept where a side is cut.
 import contextlib
 import dataclasses
 import difflib
-import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,35 +45,33 @@ def import_seqio() -> tuple[Any, Any]:
   return seqio, tf
 
 
-def find_registered(
-  name: str, module: str = '', caches: Sequence[str] = ()
-) -> Any:
+def is_registered(name: str) -> bool:
+  """Whether a module that was imported has registered a task or mixture."""
+  # Without SeqIO in memory nothing is; its own import takes seconds.
+  seqio = sys.modules.get('seqio')
+  return seqio is not None and (
+    name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
+  )
+
+
+def find_registered(name: str, caches: Sequence[str] = ()) -> Any:
   """The seqio.Task or seqio.Mixture of a name.
 
   Args:
-    module: imported before, to register it; '' for none.
     caches: directories in which SeqIO looks for cached tasks too.
 
   Raises:
-    ValueError: SeqIO or the module cannot be imported, or the name is unknown.
+    ValueError: SeqIO cannot be imported, or the name is unknown.
   """
   seqio, _ = import_seqio()
-  if module:
-    try:
-      importlib.import_module(module)
-    except ImportError as e:
-      raise ValueError(
-        f'config.data.module={module!r} cannot be imported ({e}); name a '
-        'module that registers SeqIO tasks, from here or installed'
-      ) from None
   seqio.add_global_cache_dirs([local_path(path) for path in caches])
-  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if name not in names:
+  if not is_registered(name):
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     near = difflib.get_close_matches(name, sorted(names)) or sorted(names)[:3]
     raise ValueError(
       f'SeqIO knows no task or mixture {name!r}; of its {len(names)} the '
       f'nearest are {", ".join(near) or "none"}; name the module that '
-      'registers it with config.data.module'
+      'registers it with --imports'
     )
   return seqio.get_mixture_or_task(name)
 

@@ -12,7 +12,7 @@ import re
 
 from moepeft.data import fingerprint
 from moepeft.data.example import BadRow, BadRows
-from moepeft.data.readers import jsonl
+from moepeft.data.readers import jsonl_rows
 from moepeft.data.row_fields import BYTE_ORDER_MARK, RowFields
 from moepeft.data.text import dedup, quality
 
@@ -66,7 +66,7 @@ def _text(file: str) -> list[Document]:
 
 def _rows(file: str, bad: BadRows) -> list[Document]:
   rows = []
-  for where, row in jsonl.read_lines(file, bad):
+  for where, row in jsonl_rows.read_lines(file, bad):
     fields = RowFields(row, unused=bad.unused)
     text = fields.get('text')
     try:

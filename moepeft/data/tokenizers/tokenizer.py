@@ -284,7 +284,8 @@ def load_tokenizer(name: str, model_path: str = '') -> Tokenizer:
     return ByteTokenizer()
   if not name and not model_path:
     raise ValueError(
-      'name a model, which brings its tokenizer, by config.model.path (a card: '
-      "model=), or set config.data.tokenizer to a tokenizer's path or 'bytes'"
+      'name a model, which brings its tokenizer, by config.model.path (in a '
+      'config file: model=), or set config.data.tokenizer to the path of a '
+      "tokenizer or 'bytes'"
     )
   return HuggingFaceTokenizer(files.local_path(name or model_path))

@@ -218,7 +218,7 @@ def _dataset(entry: RunResults, row: Result) -> str:
     return AVERAGE
   if row.data != HELD_OUT:
     return MEAN
-  if entry.source == 'tasks' and row.task in tasks.TASKS:
+  if entry.generates_tasks and row.task in tasks.TASKS:
     # Their prompts are the wordings, seen in training or held out.
     return f'{tasks.TASKS[row.task].group} {row.prompt}'.strip()
   return ''

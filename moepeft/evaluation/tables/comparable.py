@@ -113,5 +113,5 @@ def _first_seen(
 
 def _seed(row: Result, entry: RunResults) -> int | None:
   """The seed that chose the rows; None where none did."""
-  drawn = entry.source == 'tasks' and row.data == HELD_OUT
+  drawn = entry.generates_tasks and row.data == HELD_OUT
   return entry.seed if drawn else None

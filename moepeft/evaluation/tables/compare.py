@@ -341,7 +341,7 @@ def _majority(
 def _paired(row: _TableRow, baseline: _TableRow) -> bool:
   """Whether held-out examples of both are the same: by seed, if embedded."""
   entries = (*row.group.entries, *baseline.group.entries)
-  if all(entry.source != 'tasks' for entry in entries):
+  if not any(entry.generates_tasks for entry in entries):
     return True
   row_seeds, baseline_seeds = (
     {e.seed for e in r.group.entries} for r in (row, baseline)

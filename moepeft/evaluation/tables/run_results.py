@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moepeft.data.readers import READERS
 from moepeft.evaluation import results
 from moepeft.evaluation.results import HELD_OUT, Result
 from moepeft.peft.build import plain
@@ -89,6 +90,12 @@ class RunResults:
   @property
   def has_held_out(self) -> bool:
     return any(row.data == HELD_OUT for row in self.rows)
+
+  @property
+  def generates_tasks(self) -> bool:
+    """Whether held-out examples are generated, so that the seed draws them."""
+    reader = READERS.get(self.source)
+    return reader is not None and reader.evaluates_tasks
 
   @property
   def budget(self) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def _with_base_sizes(entries: Sequence[RunResults]) -> list[RunResults]:
 def _is_seeds(entry: RunResults) -> bool:
   """Whether a base's rows depend on the seed: its weights or its examples."""
   return entry.base == 'random' or (
-    entry.source == 'tasks' and entry.has_held_out
+    entry.generates_tasks and entry.has_held_out
   )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from moepeft.core.types import Array, Tree
 from moepeft.inference.adapters.served_modules import check_decodes
 from moepeft.inference.api import LoadedAdapter, UnknownAdapter
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class FixedAdapter:
     self._acquired = AcquiredAdapter(
       np.zeros(0, np.int32),
       sites={name: frozenset(paths) for name, paths in sites.items()},
-      soft_prompt_ids=before(model),
+      soft_prompt_ids=model_prefix_ids(model),
     )
 
   def row_tree(

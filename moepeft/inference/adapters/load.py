@@ -19,7 +19,7 @@ from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata, param_metadata
 from moepeft.peft import Built, build
 from moepeft.peft.build import plain
-from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.peft.prefix import placeholder_ids
 
 # {path in a 'peft' tree: its shape, and what it says of itself}.
 Layout = Mapping[str, tuple[tuple[int, ...], ParamMetadata]]
@@ -73,7 +73,7 @@ def read_adapter(path: str, base: Base) -> TrainedAdapter:
     )
   )
   sha256 = hashlib.sha256(content.encode()).hexdigest()
-  soft_prompt_ids = placeholders(built.adapter_map, base.config.vocab)
+  soft_prompt_ids = placeholder_ids(built.adapter_map, base.config.vocab)
   return TrainedAdapter(built, bucket, arrays, sha256, path, soft_prompt_ids)
 
 

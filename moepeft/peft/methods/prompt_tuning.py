@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moepeft.core.ranges import Range, option
 from moepeft.core.types import Array, Context
-from moepeft.nn.adapter_hook import AdapterMap, BaseLayer
+from moepeft.nn.adapter_hook import BaseLayer
 from moepeft.nn.initializers import peft_param
 from moepeft.peft.method import Method
 
@@ -39,6 +39,11 @@ class Prompt(nn.Module):
   """
 
   length: int = option(20, Range(1, 65_536))
+
+  @property
+  def prefix_length(self) -> int:
+    """The vectors before every text; see `moepeft.peft.prefix`."""
+    return self.length
 
   @nn.compact
   def __call__(self, f: BaseLayer, x: Array, ctx: Context) -> Array:
@@ -63,21 +68,6 @@ def common(key: Array, table: Array, r: int, dtype: Any) -> Array:
   count = min(len(table), _COMMON)
   rows = jax.random.choice(key, count, (r,), replace=r > count)
   return table[rows].astype(dtype)
-
-
-def placeholders(adapter_map: AdapterMap, vocab: int) -> tuple[int, ...]:
-  """The ids that stand before every text; () without a prompt.
-
-  Args:
-    vocab: v of the model.
-  """
-  lengths = [m.length for _, m in adapter_map.entries if isinstance(m, Prompt)]
-  return tuple(range(vocab, vocab + sum(lengths)))
-
-
-def before(model: Any) -> tuple[int, ...]:
-  """The ids that stand before every text of a model."""
-  return placeholders(model.adapter_map, model.config.vocab)
 
 
 METHOD = Method(

@@ -19,7 +19,7 @@ from moepeft.models import encoder_only
 from moepeft.models.bert.model import Bert, sites
 from moepeft.nn.adapter_hook import AdapterMap
 from moepeft.peft import build
-from moepeft.peft.methods.prompt_tuning import placeholders
+from moepeft.peft.prefix import placeholder_ids
 from moepeft.serve.embeddings import config as embeddings_config
 from moepeft.serve.embeddings.config import SentenceTransformerConfig
 from moepeft.serve.embeddings.pooling import POOLINGS, unit
@@ -222,7 +222,7 @@ class EmbeddingEncoder:
     return unit(pooled) if self.form.normalised else pooled
 
 
-def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
+def _adapter(path: str, read: hf.LoadedCheckpoint) -> tuple[AdapterMap, Tree]:
   """The advice and the 'peft' tree of an adapter of a base that was read."""
   start = base_lib.load_adapter(path, read.config)
   if start.sha256 and start.sha256 != read.sha256:
@@ -232,7 +232,7 @@ def _adapter(path: str, read: hf.Loaded) -> tuple[AdapterMap, Tree]:
     )
   semantics = start.semantics or 'official'
   adapter_map = build(start.method, sites(read.config), semantics).adapter_map
-  if placeholders(adapter_map, read.config.vocab):
+  if placeholder_ids(adapter_map, read.config.vocab):
     raise ValueError(
       f'{path} is {start.method!r}, and a soft prompt stands before texts that '
       'a decoder goes on from; expected an adapter of the layers'

@@ -26,12 +26,12 @@ class Checkpointing(Callback):
     # First, as it refuses a broken state, which must not push out a good one.
     loop.flush_metrics()
     with loop.progress.paused('saving'):
-      loop.early_stopping = dataclasses.replace(
-        loop.early_stopping, place=distributed.places(loop.batches.position())
+      loop.run_progress = dataclasses.replace(
+        loop.run_progress, place=distributed.places(loop.batches.position())
       )
       if loop.workdir:
         loop.workdir.check()
-      loop.checkpoints.save(loop.state, loop.identity, loop.early_stopping)
+      loop.checkpoints.save(loop.state, loop.identity, loop.run_progress)
 
   def on_end(self, loop):
     loop.checkpoints.wait()

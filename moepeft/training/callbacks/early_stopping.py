@@ -5,7 +5,7 @@ from moepeft.training.callbacks.callback import Callback, CallbackEntry
 
 
 class ValidationLossTracking(Callback):
-  """Updates `loop.early_stopping` after every validation."""
+  """Updates `loop.run_progress` after every validation."""
 
   def __init__(self, patience: int, save_best: bool):
     """
@@ -21,20 +21,22 @@ class ValidationLossTracking(Callback):
   def on_step(self, loop, batch, metrics):
     if loop.validation is None:
       return
-    loop.early_stopping = loop.early_stopping.judged(
+    loop.run_progress = loop.run_progress.after_validation(
       loop.validation['validation_loss'], loop.step
     )
-    if self._save_best and loop.early_stopping.best_step == loop.step:
+    if self._save_best and loop.run_progress.best_step == loop.step:
       loop.save_requested = True
     self._stop_if_stalled(loop)
 
   def _stop_if_stalled(self, loop):
-    if loop.step < loop.steps and loop.early_stopping.exhausted(self._patience):
+    if loop.step < loop.steps and loop.run_progress.is_patience_exhausted(
+      self._patience
+    ):
       loop.stop_requested = True
       loop.progress.print_line(
         f'stopped at step {loop.step}: the validation loss was least, '
-        f'{loop.early_stopping.best:.4f}, at step '
-        f'{loop.early_stopping.best_step} '
+        f'{loop.run_progress.best:.4f}, at step '
+        f'{loop.run_progress.best_step} '
         f'(config.early_stopping_patience={self._patience})'
       )
 

@@ -43,21 +43,6 @@ class SignalHandling(Callback):
     self._received = signal.Signals(number)
 
 
-class Stopped(Exception):
-  """A run that a signal ended, after it was saved.
-
-  Attributes:
-    code: the exit code that shells expect, 128 and the signal's number.
-  """
-
-  def __init__(self, received: signal.Signals, step: int, path: str):
-    super().__init__(
-      f'stopped by {received.name} after step {step}, which is saved in '
-      f'{path}; the same command goes on from there'
-    )
-    self.code = 128 + received
-
-
 SIGNAL_HANDLING = CallbackEntry(
   build=lambda config: SignalHandling(),
   enabled_by=('checkpoint.every_steps',),

@@ -5,11 +5,16 @@ A new one is a file and a line in OPTIMIZERS or SCHEDULES;
 docs/extending/optimizer.md and schedule.md have worked examples.
 """
 
+import types
+from collections.abc import Mapping
+
 import optax
 from ml_collections import ConfigDict
 
 from moepeft.core.registry import Registry
+from moepeft.nn.expert_padding import PaddedAxis
 from moepeft.training.optimizers import groups as parameter_groups
+from moepeft.training.optimizers.expert_padding import without_padding
 
 OPTIMIZERS = Registry(
   'optimizer',
@@ -53,13 +58,16 @@ def make_schedule(
 
 
 def make_optimizer(
-  config: ConfigDict, steps: int
+  config: ConfigDict,
+  steps: int,
+  padded: Mapping[str, PaddedAxis] = types.MappingProxyType({}),
 ) -> optax.GradientTransformation:
   """Makes the transformation of gradients that a config names.
 
   Args:
     config: config.optimizer.
     steps: of the run, for the schedule.
+    padded: {path of a parameter: its padded axis}, which no optimizer sees.
 
   Raises:
     ValueError: there is no such optimizer or schedule, or config.groups is
@@ -74,7 +82,8 @@ def make_optimizer(
   ) -> optax.GradientTransformation:
     decay = config.weight_decay if weight_decay is None else weight_decay
     schedule = make_schedule(config, steps, learning_rate)
-    return spec.make(learning_rate=schedule, weight_decay=decay, **keys)
+    optimizer = spec.make(learning_rate=schedule, weight_decay=decay, **keys)
+    return without_padding(optimizer, padded) if padded else optimizer
 
   groups = parameter_groups.parse_groups(config.groups)
   update = make()

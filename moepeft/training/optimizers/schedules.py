@@ -21,6 +21,6 @@ def cosine(learning_rate: float, steps: int) -> optax.Schedule:
   return optax.cosine_decay_schedule(learning_rate, steps)
 
 
-CONSTANT = ScheduleSpec(constant)
+CONSTANT = ScheduleSpec(constant, depends_on_steps=False)
 LINEAR = ScheduleSpec(linear)
 COSINE = ScheduleSpec(cosine)

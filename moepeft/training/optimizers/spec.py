@@ -35,10 +35,13 @@ class ScheduleSpec:
     make: (learning_rate, steps, **keys) -> (step -> learning rate), from the
       end of the warm-up on: its step 0 has the peak rate.
     keys: as `OptimizerSpec.keys`.
+    depends_on_steps: whether the rate at a step depends on the number of steps
+      of the run, which may then not change when it goes on.
   """
 
   make: Callable[..., optax.Schedule]
   keys: tuple[str, ...] = ()
+  depends_on_steps: bool = True
 
   @property
   def config_keys(self) -> tuple[str, ...]:

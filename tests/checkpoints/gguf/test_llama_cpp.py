@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What llama.cpp's convert_hf_to_gguf (and Ollama, which runs it) asks of a
-directory, from its reading of August 2026."""
+"""Directories satisfy llama.cpp's convert_hf_to_gguf, which Ollama runs too.
+
+The test has that script's checks as of August 2026.
+"""
 
 import dataclasses
 import json
@@ -10,7 +12,7 @@ import pytest
 
 from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.checkpoints.hf import model as hf
 from moepeft.models import weight_mapping
@@ -112,7 +114,7 @@ def merged(request, tmp_path, monkeypatch):
     METHOD, 'official', 'base', sha256, config.family, config
   )
   adapter_lib.save(
-    'adapter', Adapter(METHOD, tree).tree, json.loads(json.dumps(card))
+    'adapter', AdapterWeights(METHOD, tree).tree, json.loads(json.dumps(card))
   )
   arguments = ['--input=adapter', '--output=out', '--to=hf', '--dtype=float16']
   assert convert.main(['convert', *arguments]) == 0

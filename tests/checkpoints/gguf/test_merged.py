@@ -15,7 +15,7 @@ import pytest
 
 from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.gguf import model as gguf_lib
 from moepeft.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from moepeft.models.decoder.model import Decoder, sites
@@ -126,7 +126,7 @@ def test_a_base_becomes_a_directory(base):
 def test_a_base_and_its_adapter_become_a_directory(base):
   loaded = gguf_lib.load(base)
   leaves = {'lora/a': '{in}r', 'lora/b': 'r{out}'}
-  adapter = Adapter(ADAPTER, adapter_tree(loaded.config, leaves, AT))
+  adapter = AdapterWeights(ADAPTER, adapter_tree(loaded.config, leaves, AT))
   card = adapter_lib.describe(
     ADAPTER, 'official', base, loaded.sha256, 'llama', loaded.config
   )
@@ -136,7 +136,7 @@ def test_a_base_and_its_adapter_become_a_directory(base):
 
 
 def test_a_run_keeps_the_tokenizer_that_it_read(base, monkeypatch):
-  """Of a model that began at random there is no base to take it from."""
+  """A model that began with random weights has no base with a tokenizer."""
   loaded = gguf_lib.load(base)
   run(f'--input={base}', '--output=words', '--to=hf')
   for name in ('config.json', 'model.safetensors'):
@@ -150,8 +150,8 @@ def test_a_run_keeps_the_tokenizer_that_it_read(base, monkeypatch):
   card |= {'trainable': 'params', 'step': 7}
   module = types.ModuleType('moepeft.checkpoints.manager')
   module.restore_trained = lambda workdir: (loaded.params, card)
-  monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.manager', module)
-  monkeypatch.setattr('moepeft.checkpoints.manager', module, raising=False)
+  monkeypatch.setitem(sys.modules, 'moepeft.checkpoints.restore', module)
+  monkeypatch.setattr('moepeft.checkpoints.restore', module, raising=False)
   run('--workdir=run', '--output=out')
   agrees(base)
 

@@ -90,7 +90,7 @@ def test_every_quantisation_gives_what_the_package_says(kind, tmp_path):
 
 
 def read_only_kinds():
-  """What the package reads and does not write: K-quants and the like."""
+  """Quantizations that the package reads and does not write, as K-quants."""
 
   def knows(kind, convert):
     size, width = gguf.GGML_QUANT_SIZES[kind]

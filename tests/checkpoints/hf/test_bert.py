@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import weight_mapping
@@ -254,7 +254,7 @@ def test_an_adapter_goes_out_under_the_names_of_its_base(tmp_path):
   found = ['encoder/self/q', 'encoder/mlp/wo']
   tree = adapter_tree(config, leaves, found)
   method = f"lora(rank=7, targets='{'|'.join(found)}')"
-  peft.save(str(tmp_path / 'a'), config, Adapter(method, tree))
+  peft.save(str(tmp_path / 'a'), config, AdapterWeights(method, tree))
   assert_equal_trees(peft.load(str(tmp_path / 'a'), config).tree, tree)
   from safetensors import safe_open
 

@@ -9,7 +9,7 @@ import pytest
 
 from moepeft import convert
 from moepeft.checkpoints import adapter as adapter_lib
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import weight_mapping
@@ -48,7 +48,7 @@ def adapter_of(config, kind):
   flat |= {k: 1 + a / 2 for k, a in weight_mapping.flatten(scales).items()}
   method = f"{kind}(rank=7, alpha=3, targets='{'|'.join(AT)}')"
   method += f" + ia3(targets='{'|'.join(SCALED)}')"
-  return Adapter(method, weight_mapping.unflatten(flat))
+  return AdapterWeights(method, weight_mapping.unflatten(flat))
 
 
 def logits(config, params, adapter=None):
@@ -129,7 +129,7 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
   hf.save('base', config, random_params(config))
   leaves = {'lora': LORA_LEAVES, 'dora': DORA_LEAVES}[kind]
   method = f"{kind}(rank=7, alpha=3, rslora=True, targets='{'|'.join(AT)}')"
-  adapter = Adapter(method, adapter_tree(config, leaves, AT))
+  adapter = AdapterWeights(method, adapter_tree(config, leaves, AT))
   peft.save('a', config, adapter, base='base')
   folder('--input=a', '--output=b', '--to=moepeft')
   folder('--input=b', '--output=c', '--to=peft')
@@ -142,7 +142,7 @@ def test_peft_goes_to_moepeft_and_back(folder, family, kind):
 
 def test_a_dora_that_lacks_a_layer_is_refused(folder):
   config = DECODERS['llama']
-  adapter = Adapter(
+  adapter = AdapterWeights(
     "dora(rank=7, targets='decoder/self/q')",
     adapter_tree(config, DORA_LEAVES, AT[:1]),
   )
@@ -157,7 +157,7 @@ def test_a_dora_that_lacks_a_layer_is_refused(folder):
 
 
 def test_adapters_of_modules_that_projections_share_are_refused(folder):
-  adapter = Adapter(
+  adapter = AdapterWeights(
     "lora(rank=7, targets='decoder/self/q')",
     adapter_tree(GPT2, LORA_LEAVES, AT[:1]),
   )
@@ -170,7 +170,7 @@ def test_adapters_of_modules_that_projections_share_are_refused(folder):
 def test_others_of_gpt2_go_out_and_come_back(folder):
   # peft's config says of Conv1D that kernels are [in, out]; A and B are not.
   method = "lora(rank=7, alpha=3, targets='decoder/self/o|decoder/mlp/wo')"
-  adapter = Adapter(method, adapter_tree(GPT2, LORA_LEAVES, AT[2:]))
+  adapter = AdapterWeights(method, adapter_tree(GPT2, LORA_LEAVES, AT[2:]))
   peft.save('a', GPT2, adapter)
   file = Path('a', peft.CONFIG)
   fields = json.loads(file.read_text()) | {'fan_in_fan_out': True}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft, peft_config
 from moepeft.models import weight_mapping
@@ -36,19 +36,19 @@ def merged(*trees):
 def lora(sites, *options):
   """A random LoRA of rank 7 at some sites."""
   known = '|'.join(sites)
-  text = ', '.join(('rank=7', *options, f'targets={known!r}'))
-  return Adapter(f'lora({text})', adapter_tree(CONFIG, LORA, sites))
+  text = ', '.join(('rank=7', *options, f'sites={known!r}'))
+  return AdapterWeights(f'lora({text})', adapter_tree(CONFIG, LORA, sites))
 
 
 ADAPTERS = {
   'lora': lora(['encoder/self/q', 'decoder/mlp/wo'], 'alpha=3'),
   'lora-cross': lora(['decoder/cross/q', 'decoder/cross/o'], 'alpha=8'),
   'rslora': lora(['decoder/self/o'], 'alpha=8', 'rslora=True'),
-  'ia3': Adapter(
+  'ia3': AdapterWeights(
     "ia3(targets='decoder/cross/k|encoder/mlp/wi_0')",
     adapter_tree(CONFIG, OUT, ['encoder/mlp/wi_0', 'decoder/cross/k']),
   ),
-  'ia3-hidden': Adapter(
+  'ia3-hidden': AdapterWeights(
     "ia3(targets='encoder/self/k|*/mlp/hidden')",
     adapter_tree(
       CONFIG,
@@ -56,14 +56,14 @@ ADAPTERS = {
       ['encoder/self/k', 'encoder/mlp/hidden', 'decoder/mlp/hidden'],
     ),
   ),
-  'ia3-both-sides': Adapter(
+  'ia3-both-sides': AdapterWeights(
     "ia3(targets='encoder/self/v') + ia3(on='input', targets='encoder/self/o')",
     merged(
       adapter_tree(CONFIG, OUT, ['encoder/self/v']),
       adapter_tree(CONFIG, {'ia3_2/scale': '{in}'}, ['encoder/self/o']),
     ),
   ),
-  'ia3-inputs': Adapter(
+  'ia3-inputs': AdapterWeights(
     "ia3(on='input', targets='decoder/cross/o')",
     adapter_tree(CONFIG, IN, ['decoder/cross/o']),
   ),
@@ -127,7 +127,7 @@ OUTPUTS = np.array([[0, 7, 19], [0, 25, 2]])
 
 
 def logits(adapter):
-  """Of our own model, with an adapter or without one."""
+  """The logits of moepeft's model, with an adapter or without one."""
   from moepeft.models.t5.model import T5, sites
   from moepeft.nn.adapter_hook import AdapterMap
   from moepeft.peft import build
@@ -256,20 +256,22 @@ def test_methods_without_a_form_in_peft_are_refused(tmp_path):
   leaves = {'molora/a': '{in}er', 'molora/b': 'er{out}'}
   tree = adapter_tree(CONFIG, leaves, ['encoder/self/q'])
   with pytest.raises(CheckpointError, match='peft has no form for'):
-    peft.save(tmp_path / 'a', CONFIG, Adapter('molora(rank=7)', tree))
+    peft.save(tmp_path / 'a', CONFIG, AdapterWeights('molora(rank=7)', tree))
 
 
 def test_two_scales_at_one_module_are_refused(tmp_path):
   sites = ['encoder/mlp/act', 'encoder/mlp/hidden']
   tree = adapter_tree(CONFIG, OUT, sites)
   with pytest.raises(CheckpointError, match='one scale a module'):
-    peft.save(tmp_path / 'a', CONFIG, Adapter('ia3', tree))
+    peft.save(tmp_path / 'a', CONFIG, AdapterWeights('ia3', tree))
 
 
 def test_sites_without_a_projection_are_refused(tmp_path):
   tree = random_tree({'embed/lora/a': (29, 7), 'embed/lora/b': (7, 11)})
   with pytest.raises(CheckpointError, match='this adapter is at embed'):
-    peft.save(tmp_path / 'a', CONFIG, Adapter("lora(targets='embed')", tree))
+    peft.save(
+      tmp_path / 'a', CONFIG, AdapterWeights("lora(targets='embed')", tree)
+    )
 
 
 def test_a_truncated_file_is_one_sentence(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules an adapter_config.json selects."""
+"""The modules that an adapter_config.json selects."""
 
 import pytest
 

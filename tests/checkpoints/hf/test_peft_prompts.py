@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from moepeft.checkpoints import base as base_lib
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.hf import peft
 from moepeft.models import FAMILIES
 from moepeft.models.weight_mapping import CheckpointError
 from moepeft.peft import build
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 from .test_peft_decoders import IDS, shaken, torch_logits
 from .test_peft_decoders import base as decoder_of
@@ -78,7 +78,7 @@ def ours(folder):
   family = FAMILIES[loaded.config.family]
   adapter_map = build(adapter.method, family.sites(loaded.config)).adapter_map
   model = family.module(loaded.config, adapter_map)
-  front = np.broadcast_to(np.array(before(model)), (len(IDS), 3))
+  front = np.broadcast_to(np.array(model_prefix_ids(model)), (len(IDS), 3))
   batch = {'inputs': np.concatenate([front, IDS], axis=1)}
   if loaded.config.family == 't5':
     batch['decoder_inputs'] = TARGETS
@@ -117,7 +117,7 @@ def test_a_prompt_of_a_model_that_scales_vectors_is_refused(tmp_path):
     ours(tmp_path)
   shape = hf.load(str(tmp_path / 'base')).config
   tree = {'embed': {'prompt': {'vectors': np.zeros((3, 12), np.float32)}}}
-  own = Adapter('prompt(length=3)', tree)
+  own = AdapterWeights('prompt(length=3)', tree)
   with pytest.raises(CheckpointError, match='in the moepeft form'):
     peft.save(tmp_path / 'again', shape, own)
 

@@ -11,7 +11,7 @@ import flax.serialization
 import numpy as np
 import pytest
 
-from moepeft.checkpoints.adapter import Adapter
+from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.hf import model as hf
 from moepeft.checkpoints.t5x import model as t5x
 from moepeft.models import weight_mapping
@@ -70,19 +70,19 @@ def mov_tree():
 
 
 ADAPTERS = {
-  'lora': Adapter(
+  'lora': AdapterWeights(
     f'lora(rank=7, alpha=16, {WHERE}',
     adapter_tree(CONFIG, LOW_RANK, low_rank_sites('wi_0')),
   ),
-  'molora': Adapter(
+  'molora': AdapterWeights(
     f'molora(experts=2, rank=7, alpha=16, router=softmax, {WHERE}',
     adapter_tree(CONFIG, MIXTURE, low_rank_sites('wi_0')),
   ),
-  'ia3': Adapter(
+  'ia3': AdapterWeights(
     f'ia3({SCALED}',
     adapter_tree(CONFIG, {'ia3/scale': '{out}'}, scale_sites()),
   ),
-  'mov': Adapter(
+  'mov': AdapterWeights(
     f"mov(experts=2, router=softmax, reads='heads', {SCALED}", mov_tree()
   ),
 }
@@ -174,7 +174,7 @@ def test_what_a_run_trains_goes_out_and_comes_back(method, tmp_path):
   keys = {'params': jax.random.key(0), 'peft': jax.random.key(1)}
   init = jax.jit(T5(CONFIG, built.adapter_map).init)
   tree = jax.device_get(init(keys, batch)['peft'])
-  adapter = Adapter(built.method, tree)
+  adapter = AdapterWeights(built.method, tree)
   t5x.save(tmp_path / 'x', CONFIG, random_params(CONFIG), adapter)
   found = t5x.load(str(tmp_path / 'x')).adapter
   assert_equal_trees(found.tree, tree)
@@ -235,7 +235,7 @@ def test_ungated_gates_are_called_wi():
   sites = [site for site in low_rank_sites('wi') if 'mlp' in site]
   tree = adapter_tree(config, LOW_RANK, sites)
   method = "lora(rank=7, alpha=16, targets='*/mlp/wi|*/mlp/wo')"
-  arrays = released_arrays(config, Adapter(method, tree))
+  arrays = released_arrays(config, AdapterWeights(method, tree))
   assert 'encoder/layers_0/mlp/lora_intermediate_conv/lora_A' in arrays
   loaded = t5x.from_arrays(arrays)
   assert loaded.adapter.method == method
@@ -245,7 +245,7 @@ def test_ungated_gates_are_called_wi():
 def test_two_methods_in_one_checkpoint_compose():
   lora, ia3 = ADAPTERS['lora'], ADAPTERS['ia3']
   both = weight_mapping.flatten(lora.tree) | weight_mapping.flatten(ia3.tree)
-  adapter = Adapter(
+  adapter = AdapterWeights(
     f'{lora.method} + {ia3.method}', weight_mapping.unflatten(both)
   )
   loaded = t5x.from_arrays(released_arrays(CONFIG, adapter))
@@ -281,14 +281,14 @@ def test_a_foreign_array_is_listed():
 )
 def test_what_the_released_code_does_not_know_is_refused(method, what):
   with pytest.raises(CheckpointError) as error:
-    released_arrays(CONFIG, Adapter(method, {}))
+    released_arrays(CONFIG, AdapterWeights(method, {}))
   assert what in str(error.value)
 
 
 def test_sites_of_no_released_module_are_refused():
   tree = adapter_tree(CONFIG, LOW_RANK, ['encoder/mlp/wi_1'])
   with pytest.raises(CheckpointError, match='no lora at encoder/mlp/wi_1'):
-    released_arrays(CONFIG, Adapter('lora(rank=7)', tree))
+    released_arrays(CONFIG, AdapterWeights('lora(rank=7)', tree))
 
 
 def test_a_config_that_t5x_cannot_imply_is_refused(tmp_path):

@@ -266,7 +266,7 @@ def test_what_is_wrong_with_a_row_is_one_sentence(row, said, tmp_path):
   path = tmp_path / 'rows.json'
   path.write_text(json.dumps([ALPACA, row]))
   with pytest.raises(ValueError, match=f'rows.json, row 1: .*{said}') as e:
-    chat_formats.conversations(str(path))
+    chat_cases.read_conversations(str(path))
   assert '\n' not in str(e.value)
 
 
@@ -274,16 +274,16 @@ def test_a_broken_line_is_told_with_its_number(tmp_path):
   path = tmp_path / 'rows.jsonl.gz'
   path.write_bytes(gzip.compress(f'{json.dumps(ALPACA)}\n{{"a": '.encode()))
   with pytest.raises(ValueError, match='rows.jsonl.gz, line 2: not JSON'):
-    chat_formats.conversations(str(path))
+    chat_cases.read_conversations(str(path))
 
 
 def test_a_form_that_is_named_is_the_one_that_is_read(tmp_path):
   (tmp_path / 'rows.json').write_text(json.dumps([ALPACA]))
   path = str(tmp_path / 'rows.json')
   with pytest.raises(ValueError, match="a list of turns in 'messages'"):
-    chat_formats.conversations(path, 'messages')
+    chat_cases.read_conversations(path, 'messages')
   with pytest.raises(ValueError, match='config.data.format is one of alpaca'):
-    chat_formats.conversations(path, 'chatml')
+    chat_cases.read_conversations(path, 'chatml')
 
 
 def data(path, saved, **changes):
@@ -429,7 +429,7 @@ REAL = pytest.mark.skipif(
 def test_real_conversations_are_read_and_every_answer_is_found(name, count):
   words = HuggingFaceTokenizer(str(SHARED / 'models' / 'smollm2-tokenizer'))
   path = str(SHARED / 'data' / 'sft' / name)
-  talks = chat_formats.conversations(path)
+  talks = chat_cases.read_conversations(path)
   assert len(talks) == count
   for talk in talks[::23]:
     shown = render(talk, words.tokenizer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chat templates leave out is told once, or refused."""
+"""Fields that a chat template leaves out are reported once, or refused."""
 
 import json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained of conversations follows what is generated from."""
+"""Trained tokens of a conversation follow the prompt of generation."""
 
 import itertools
 

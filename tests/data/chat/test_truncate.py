@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a conversation stays where it is longer than a row."""
+"""Truncation of conversations that are longer than a row."""
 
 import pytest
 

@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 
-from moepeft.data.readers import huggingface
+from moepeft.data.readers import dataset_rows
 
 ROWS = [
   dict(inputs=f'in {i}', targets='yes' if i % 2 else 'no') for i in range(7)
@@ -83,7 +83,7 @@ WRITERS['r.arrow'] = write_arrow
 @pytest.mark.parametrize('name', WRITERS)
 def test_any_local_form_gives_the_same_rows(tmp_path, name):
   WRITERS[name](tmp_path / name)
-  found = huggingface.read(str(tmp_path / name))
+  found = dataset_rows.read(str(tmp_path / name))
   assert [(e.inputs, e.targets) for e in found] == [
     (row['inputs'], row['targets']) for row in ROWS
   ]
@@ -98,7 +98,7 @@ def test_any_local_form_gives_the_same_rows(tmp_path, name):
 )
 def test_other_splits_are_read_by_name(tmp_path, name, split):
   WRITERS[name](tmp_path / name)
-  assert len(huggingface.read(str(tmp_path / name), split)) == 2
+  assert len(dataset_rows.read(str(tmp_path / name), split)) == 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_other_splits_are_read_by_name(tmp_path, name, split):
 def test_a_split_that_is_not_there_is_an_error(tmp_path, name):
   WRITERS[name](tmp_path / name)
   with pytest.raises(ValueError) as e:
-    huggingface.read(str(tmp_path / name), 'dev')
+    dataset_rows.read(str(tmp_path / name), 'dev')
   # What was asked for, of what, and what there is; in one line.
   for said in ('dev', name, 'train'):
     assert said in str(e.value)
@@ -119,7 +119,7 @@ def test_rows_keep_what_they_say_of_themselves(tmp_path):
   row = row | dict(label=1, targets='b')
   rows = [row, dict(inputs='x', targets='y')]
   table(rows).to_parquet(tmp_path / 'r.parquet')
-  first, second = huggingface.read(str(tmp_path / 'r.parquet'))
+  first, second = dataset_rows.read(str(tmp_path / 'r.parquet'))
   assert (first.task, first.template, first.idx) == ('d', 't', 5)
   assert (first.choices, first.label) == (('a', 'b'), 1)
   # What a row lacks is None in a table.
@@ -145,8 +145,8 @@ def test_bad_rows_are_named_or_left_out(tmp_path):
   for name, said in bad_files(tmp_path).items():
     path = str(tmp_path / name)
     with pytest.raises(ValueError, match=said):
-      huggingface.read(path)
-    found = huggingface.read(path, on_bad_row='skip')
+      dataset_rows.read(path)
+    found = dataset_rows.read(path, on_bad_row='skip')
     assert [e.inputs for e in found] == ['in 0', 'in 1']
     (reason,) = found.skipped
     assert said in reason
@@ -160,7 +160,7 @@ def test_raw_columns_are_put_into_words(tmp_path, name):
     path.write_text(jsonl(RAW))
   else:
     table(RAW).to_parquet(path)
-  found = huggingface.read(str(path), templates=str(words))
+  found = dataset_rows.read(str(path), templates=str(words))
   # Seven rows shouted, three of which have label 1 and are asked too.
   assert len(found) == 10 and found.inapplicable == 4
   assert [vars(e) for e in found[1:3]] == [
@@ -178,8 +178,8 @@ def test_a_row_that_no_template_can_word_is_bad(tmp_path):
   args = str(tmp_path / 'r.jsonl'), 'train', str(tmp_path / 't.yaml')
   said = r"r.jsonl, line 3: template 'ask' of mine .*'label' is undefined"
   with pytest.raises(ValueError, match=said):
-    huggingface.read(*args)
-  assert len(huggingface.read(*args, 'skip').skipped) == 2
+    dataset_rows.read(*args)
+  assert len(dataset_rows.read(*args, 'skip').skipped) == 2
 
 
 def test_raw_columns_without_templates_are_an_error(tmp_path):
@@ -187,7 +187,7 @@ def test_raw_columns_without_templates_are_an_error(tmp_path):
   (tmp_path / 'raw.jsonl').write_text(jsonl(RAW))
   for name in ('raw.parquet', 'raw.jsonl'):
     with pytest.raises(ValueError, match='columns .*text.* config.data.templ'):
-      huggingface.read(str(tmp_path / name), on_bad_row='skip')
+      dataset_rows.read(str(tmp_path / name), on_bad_row='skip')
 
 
 def test_broken_files_are_one_sentence(tmp_path):
@@ -210,7 +210,7 @@ def test_broken_files_are_one_sentence(tmp_path):
     'absent': 'cannot be read .no such path',
   }.items():
     with pytest.raises(ValueError, match=said) as e:
-      huggingface.read(str(tmp_path / name), on_bad_row='skip')
+      dataset_rows.read(str(tmp_path / name), on_bad_row='skip')
     assert name in str(e.value) and '\n' not in str(e.value)
 
 
@@ -239,7 +239,7 @@ def stand_in(monkeypatch, known):
 )
 def test_a_hub_name_may_end_with_a_configuration(monkeypatch, path, calls):
   seen = stand_in(monkeypatch, {calls[-1]: ROWS})
-  found = huggingface.read(path, 'test[:7]')
+  found = dataset_rows.read(path, 'test[:7]')
   assert seen == [(*call, 'test[:7]') for call in calls]
   assert found[0].task == path.replace('/', '_')
 
@@ -250,7 +250,7 @@ def test_a_hub_name_finds_its_templates(monkeypatch, tmp_path):
     (tmp_path / 'glue' / name).mkdir(parents=True)
     text = TEMPLATES.replace('mine', f'glue\nsubset: {name}')
     (tmp_path / 'glue' / name / 'templates.yaml').write_text(text)
-  found = huggingface.read('glue/mrpc', templates=str(tmp_path))
+  found = dataset_rows.read('glue/mrpc', templates=str(tmp_path))
   assert {e.task for e in found} == {'glue_mrpc'}
 
 
@@ -258,7 +258,7 @@ def test_a_hub_name_finds_its_templates(monkeypatch, tmp_path):
 def test_a_name_that_is_nowhere_is_one_sentence(monkeypatch, path):
   stand_in(monkeypatch, {})
   with pytest.raises(ValueError, match=f"split 'train' of '{path}' cannot be"):
-    huggingface.read(path)
+    dataset_rows.read(path)
 
 
 def test_no_network_is_one_sentence(monkeypatch):
@@ -270,7 +270,7 @@ def test_no_network_is_one_sentence(monkeypatch):
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
   with pytest.raises(ValueError, match='hub cannot be reached') as e:
-    huggingface.read('glue/mrpc')
+    dataset_rows.read('glue/mrpc')
   assert '\n' not in str(e.value) and 'local files' in str(e.value)
   # It waits for the network once, not for each reading of the name.
   assert calls == [('glue/mrpc',)]

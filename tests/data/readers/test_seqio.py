@@ -71,7 +71,7 @@ def test_the_byte_vocabularies_are_one():
 
 
 def ours(family, split, count):
-  """What moepeft makes of the same examples: (inputs, targets) with EOS."""
+  """moepeft's encoding of the same examples: (inputs, targets) with EOS."""
   found = tasks.examples((family,), count, seed=0, split=split)
   return [
     seq2seq.encode_example(ByteTokenizer(), e, *LENGTHS.values())[:2]
@@ -157,7 +157,7 @@ def test_accuracy_is_of_whole_answers():
 
 # ------------------------------------------------- registered tasks in ---
 def registered(name='moepeft_b', **changes):
-  provider = seqio_stream.find_registered(name, 'moepeft.tasks.seqio_tasks')
+  provider = seqio_stream.find_registered(name)
   return SeqioStream(provider, *LENGTHS.values(), **changes)
 
 
@@ -204,13 +204,9 @@ def test_validation_of_few_is_of_as_many_tasks():
 
 def test_unknown_names_are_told_with_their_neighbours():
   with pytest.raises(ValueError, match='nearest are moepeft_storage'):
-    seqio_stream.find_registered(
-      'moepeft_storrage', 'moepeft.tasks.seqio_tasks'
-    )
+    seqio_stream.find_registered('moepeft_storrage')
   with pytest.raises(ValueError, match="no task or mixture 'squad'"):
     seqio_stream.find_registered('squad')
-  with pytest.raises(ValueError, match="data.module='no_such_module'"):
-    seqio_stream.find_registered('squad', 'no_such_module')
 
 
 def test_missing_splits_and_features_are_told():
@@ -249,7 +245,7 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
       absent.open()
     rows = [cases.p3_row(3, i) for i in range(5)]
     cases.write(tmp_path / 'cached_stars', 'train', rows)
-    provider = seqio_stream.find_registered('cached_stars', '', [str(tmp_path)])
+    provider = seqio_stream.find_registered('cached_stars', [str(tmp_path)])
     # SeqIO repeats before it shuffles, so a row may come twice before another
     # comes; 5 rows in 200 draws all do.
     found = read(SeqioStream(provider, 9, 9), 200)
@@ -339,13 +335,15 @@ def test_seeds_give_other_orders(p3):
 FRESH = """
 import hashlib, itertools, sys
 from moepeft.data.readers import seqio_cache, seqio_stream
-from moepeft.data.readers.seqio_stream import Stream
+from moepeft.data.readers.seqio_stream import SeqioStream
+import moepeft.tasks.seqio_tasks
 for provider in (
   seqio_cache.mixture(sys.argv[1]),
-  seqio_stream.find_registered('moepeft_stars', 'moepeft.tasks.seqio_tasks'),
+  seqio_stream.find_registered('moepeft_stars'),
 ):
   seen = hashlib.sha256()
-  for element in itertools.islice(Stream(provider, 99, 9, seed=5).open(7), 300):
+  stream = SeqioStream(provider, 99, 9, seed=5)
+  for element in itertools.islice(stream.open(7), 300):
     seen.update(element['inputs'].tobytes() + element['targets'].tobytes())
   print(seen.hexdigest())
 """
@@ -447,7 +445,7 @@ def test_a_run_on_seqio_cut_in_two_ends_with_the_same_bytes(
   changes = {
     'cached': {'data.path': p3},
     'registered': {
-      'data.module': 'moepeft.tasks.seqio_tasks',
+      'imports': 'moepeft.tasks.seqio_tasks',
       'data.mixture': 'moepeft_b',
     },
   }[kind] | {'data.source': 'seqio', 'optimizer.schedule': 'constant'}

@@ -16,9 +16,11 @@ from moepeft.data import fingerprint
 from moepeft.data.chat import formats as chat_formats
 from moepeft.data.chat import template as chat_template
 from moepeft.data.example import BadRows
-from moepeft.data.readers import READERS, huggingface, jsonl, promptsource
+from moepeft.data.readers import READERS, dataset_rows, jsonl_rows, promptsource
 from moepeft.data.readers.promptsource import PromptTemplate
 from moepeft.data.text import documents
+
+from ... import chat_cases
 
 TEMPLATES = """
 dataset: d
@@ -49,7 +51,7 @@ def csv(cells, header='a,b,c'):
 def rows_of(path, text, name='r.csv', **options):
   (path / 't.yaml').write_text(TEMPLATES)
   (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-  return huggingface.read(
+  return dataset_rows.read(
     str(path / name), templates=str(path / 't.yaml'), **options
   ).examples
 
@@ -69,7 +71,7 @@ def test_texts_of_json_are_read_as_such_from_directories_too(tmp_path):
   (tmp_path / 'd').mkdir()
   (tmp_path / 'd' / 'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   (tmp_path / 't.yaml').write_text(TEMPLATES)
-  found = huggingface.read(
+  found = dataset_rows.read(
     str(tmp_path / 'd'), templates=str(tmp_path / 't.yaml')
   )
   assert [e.targets for e in found] == [c for _, _, c in CELLS]
@@ -138,9 +140,9 @@ STRAYS = [
   *('train.jsonl.tmp', 'train.jsonl.orig', 'train.jsonl.zst', 'Thumbs.db'),
 ]
 ROW = {
-  jsonl.read: {'inputs': 'a', 'targets': 'b'},
+  jsonl_rows.read: {'inputs': 'a', 'targets': 'b'},
   documents.read_documents: {'text': 'a'},
-  chat_formats.conversations: {'instruction': 'a', 'output': 'b'},
+  chat_cases.read_conversations: {'instruction': 'a', 'output': 'b'},
 }
 
 
@@ -163,16 +165,16 @@ def test_what_is_no_data_file_is_left_out_and_named(tmp_path, stray):
 
 
 def test_what_is_left_out_reaches_the_user(tmp_path):
-  (tmp_path / 'train.jsonl').write_text(json.dumps(ROW[jsonl.read]))
+  (tmp_path / 'train.jsonl').write_text(json.dumps(ROW[jsonl_rows.read]))
   (tmp_path / 'train.jsonl.bak').write_text('x')
   (tmp_path / 'old').mkdir()
   line = 'p: left out, as no data files: old/, train.jsonl.bak'
-  assert jsonl.read(str(tmp_path)).notes('p') == [
+  assert jsonl_rows.read(str(tmp_path)).notes('p') == [
     line.replace('p:', f'{tmp_path}:')
   ]
-  (tmp_path / 'dev.jsonl').write_text(json.dumps(ROW[jsonl.read]))
-  (tmp_path / 'old' / 'more.jsonl').write_text(json.dumps(ROW[jsonl.read]))
-  assert huggingface.read(str(tmp_path)).notes('p') == [
+  (tmp_path / 'dev.jsonl').write_text(json.dumps(ROW[jsonl_rows.read]))
+  (tmp_path / 'old' / 'more.jsonl').write_text(json.dumps(ROW[jsonl_rows.read]))
+  assert dataset_rows.read(str(tmp_path)).notes('p') == [
     f'{tmp_path}: left out, as no data files: train.jsonl.bak, '
     'old/more.jsonl (no split)'
   ]
@@ -212,18 +214,18 @@ def test_parts_of_a_table_are_read(tmp_path):
       *(('train[:20%]', [0, 1]), ('train[9:]', [9, 10])),
       *(('train[-1:]', [10]), ('train[3:5]', [3, 4])),
     ):
-      found = huggingface.read(str(path), split)
+      found = dataset_rows.read(str(path), split)
       assert [row.inputs for row in found] == [f'q{i}' for i in wanted]
     with pytest.raises(
       ValueError, match="'train.:x.' of .*expected a name, or"
     ):
-      huggingface.read(str(path), 'train[:x]')
+      dataset_rows.read(str(path), 'train[:x]')
 
 
 def test_files_beside_those_of_a_training_split_are_of_it(tmp_path):
   for name in ('train.jsonl', 'more.jsonl'):
-    (tmp_path / name).write_text(json.dumps(ROW[jsonl.read]))
-  assert len(huggingface.read(str(tmp_path))) == 2
+    (tmp_path / name).write_text(json.dumps(ROW[jsonl_rows.read]))
+  assert len(dataset_rows.read(str(tmp_path))) == 2
 
 
 def test_descriptions_of_saved_tables_are_watched(tmp_path):
@@ -244,7 +246,7 @@ def test_pipes_and_sockets_are_refused_at_once(tmp_path):
   (tmp_path / 'd').mkdir()
   os.mkfifo(tmp_path / 'd' / 'a.jsonl')
   data = config_lib.default().data
-  for read in (*ROW, huggingface.read):
+  for read in (*ROW, dataset_rows.read):
     for path in (pipe, tmp_path / 'd'):
       with pytest.raises(NotAFile, match='it is a named pipe, expected a reg'):
         read(str(path))
@@ -262,7 +264,7 @@ def test_a_socket_named_as_a_table_is_refused(tmp_path, monkeypatch):
   with socket.socket(socket.AF_UNIX) as opened:
     opened.bind('r.csv')
     with pytest.raises(NotAFile, match='it is a socket'):
-      huggingface.read('r.csv')
+      dataset_rows.read('r.csv')
 
 
 # ---------------------------------------------------------- byte order marks
@@ -274,7 +276,7 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
   assert document.passages == ('One.Two.',)
   line = json.dumps({'inputs': 'a', 'targets': f'{mark}b'})
   (tmp_path / 'r.jsonl').write_text(f'{mark}{line}\n{mark}{line}\n')
-  assert [e.targets for e in jsonl.read(str(tmp_path / 'r.jsonl'))] == [
+  assert [e.targets for e in jsonl_rows.read(str(tmp_path / 'r.jsonl'))] == [
     'b',
     'b',
   ]
@@ -290,12 +292,12 @@ def test_a_byte_order_mark_is_never_text(tmp_path):
 
 @pytest.mark.parametrize('coding', ['utf-16', 'utf-16-be', 'utf-32'])
 def test_files_of_another_encoding_are_refused(tmp_path, coding):
-  text = json.dumps(ROW[jsonl.read]).encode(coding)
+  text = json.dumps(ROW[jsonl_rows.read]).encode(coding)
   for name in ('r.jsonl', 'r.json', 'r.txt'):
     (tmp_path / name).write_bytes(text)
   for read, name in (
-    (jsonl.read, 'r.jsonl'),
-    (chat_formats.conversations, 'r.json'),
+    (jsonl_rows.read, 'r.jsonl'),
+    (chat_cases.read_conversations, 'r.json'),
     (documents.read_documents, 'r.txt'),
   ):
     with pytest.raises(ValueError, match=f'{name} is not UTF-8 .it begins as'):

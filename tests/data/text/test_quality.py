@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a text is left out: rules of quality and near duplicates."""
+"""Rules of quality and near duplicates leave parts of texts out."""
 
 import importlib.util
 

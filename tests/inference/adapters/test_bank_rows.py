@@ -128,3 +128,16 @@ def test_the_first_slot_is_the_base_bit_for_bit(method):
 def test_the_first_slot_is_tried_with_every_method():
   named = {method.partition('(')[0] for method in ONE_EACH}
   assert named | {'full', 'tokens'} == set(METHODS)
+
+
+def test_layers_with_unlike_counts_of_experts_are_served(tmp_path):
+  base = banked.base_of(QWEN2)
+  text = "molora(experts_per_layer=[2, 4, 3], rank=2, router=topk(k=2), "
+    "targets='*/q')"
+  path, built, tree = banked.save(tmp_path / 'layers', base, text)
+  banks = AdapterPool(base, {'layers': path}, slots=2)
+  batch = banked.batch_of(base)
+  without, served = banked.together(base, banks, ['', 'layers'], batch)
+  alone = np.asarray(banked.alone(base, built, tree, batch))
+  assert_close(np.asarray(served), alone)
+  assert np.abs(alone - np.asarray(without)).max() > 0.05

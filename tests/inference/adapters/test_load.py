@@ -10,7 +10,8 @@ import pytest
 
 from moepeft.checkpoints import adapter
 from moepeft.checkpoints.hf import peft
-from moepeft.checkpoints.manager import Checkpoints, card
+from moepeft.checkpoints.manager import Checkpoints
+from moepeft.checkpoints.run_metadata import describe_run
 from moepeft.core.types import State
 from moepeft.inference.adapters.load import read_adapter
 from moepeft.inference.adapters.pool import AdapterPool
@@ -41,7 +42,9 @@ def run(workdir, base, method, trainable=None):
     opt=optax.sgd(0.1).init(tree),
     rng=jax.random.key(0),
   )
-  Checkpoints(str(workdir), keep=None).save(state, card(base, built, seed=0))
+  Checkpoints(str(workdir), keep=None).save(
+    state, describe_run(base, built, seed=0)
+  )
   (workdir / 'config.json').write_text('{}')
   return built, tree
 
@@ -66,7 +69,9 @@ def test_a_run_and_its_export_are_one_content(base, tmp_path):
 
 def test_an_adapter_of_hugging_faces_peft_is_read(base, tmp_path):
   built, tree = banked.trained(base, METHOD)
-  peft.save(str(tmp_path / 'peft'), CONFIG, adapter.Adapter(built.method, tree))
+  peft.save(
+    str(tmp_path / 'peft'), CONFIG, adapter.AdapterWeights(built.method, tree)
+  )
   found = assert_reads(tmp_path / 'peft', base, tree)
   # Its sites are named in the file, ours are the default: one form.
   own = read_adapter(banked.save(tmp_path / 'own', base, METHOD)[0], base)

@@ -16,7 +16,7 @@ from moepeft.inference.api import LENGTH, PromptTooLong
 from moepeft.inference.engine.limits import EngineConfig
 from moepeft.models.t5 import model as t5
 from moepeft.nn.adapter_hook import AdapterMap
-from moepeft.peft.methods.prompt_tuning import before
+from moepeft.peft.prefix import model_prefix_ids
 
 from ...contracts import small, small_decoders
 from .. import banked
@@ -95,7 +95,7 @@ def expected(found, name, ids, answer):
   """log-probabilities [t, v] of what follows, from the prompt's last on; of a
   decoder from the first of `ids` on."""
   model, variables = found.model(name)
-  whole = [*before(model), *ids]
+  whole = [*model_prefix_ids(model), *ids]
   t = isinstance(found.base.config, t5.T5Config)
   rows = np.zeros((2, 1, 2 * PLACES), np.int32)
   text = whole if t else [*whole, *answer]

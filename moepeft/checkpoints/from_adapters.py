@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of a mixture that start as trained adapters.
+
+mixture(from_adapters=['runs/a/adapter.safetensors', 'runs/b'], router=softmax)
+
+The experts' method, its options and the sites come from the files, and the
+arrays of adapter i become those of expert i. Methods of this kind, which train
+a router over frozen adapters: X-LoRA (arXiv:2402.07148), PHATGOOSE
+(arXiv:2402.05859), Arrow (arXiv:2405.11157).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints.open_adapter import (
+  Start,
+  check_base,
+  load_adapter,
+  resolve,
+)
+from moepeft.config import method_string
+from moepeft.config.method_string import Spec
+from moepeft.core import files
+from moepeft.core.ranges import Paths
+from moepeft.core.types import AXIS_NAMES, Tree
+from moepeft.models import weight_mapping
+from moepeft.nn.initializers import ParamMetadata
+from moepeft.peft import Built, build
+from moepeft.peft.build import adapter_function, flat, nested
+from moepeft.peft.method import options_of
+from moepeft.peft.methods import METHODS
+from moepeft.peft.mixture import Mixture, can_be_expert
+
+# The file of an adapter's arrays: moepeft's, and peft's.
+_FILES = (adapter_lib.ARRAYS, 'adapter_model.safetensors')
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainedExpert:
+  """A trained adapter that becomes an expert.
+
+  Attributes:
+    path: as the method string has it.
+    sha256: of the file that holds its arrays.
+    start: what was read.
+    spec: of its method, without its sites.
+    module: its unbound adapter.
+    sites: the paths that it adapts.
+  """
+
+  path: str
+  sha256: str
+  start: Start
+  spec: Spec
+  module: nn.Module
+  sites: tuple[str, ...]
+
+
+def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
+  """The method's text with what the files of `from_adapters` decide.
+
+  Args:
+    method: its text; no file is read where it has `expert` and `targets`.
+    sites: {path: role} of the model.
+    config: of the model.
+
+  Raises:
+    ValueError: a file is not there, holds no adapter that can be an expert,
+      or the adapters differ in their method or sites.
+  """
+  if not reads_files(method):
+    return method
+  specs = []
+  for spec in map(flat, method_string.parse_method(method)):
+    options = dict(spec.options)
+    paths = options.get('from_adapters')
+    if not _is_open(spec):
+      specs.append(spec)
+      continue
+    Paths().check(f"{spec.name}'s option from_adapters", paths)
+    experts = [_read(path, sites, config) for path in paths]
+    first = experts[0]
+    for expert in experts[1:]:
+      _check_alike(first, expert)
+    decided = dict(first.spec.options)
+    if METHODS[spec.name].expert is None:
+      decided['expert'] = first.spec.name
+    decided['targets'] = '|'.join(first.sites)
+    specs.append(nested(Spec(spec.name, tuple((decided | options).items()))))
+  return method_string.format_method(tuple(specs))
+
+
+def reads_files(method: str) -> bool:
+  """Whether `resolved` reads files for a method's text."""
+  return any(map(_is_open, map(flat, method_string.parse_method(method))))
+
+
+def _is_open(spec: Spec) -> bool:
+  """Whether a mixture's files decide something that its text does not."""
+  options = dict(spec.options)
+  if spec.name not in METHODS or not options.get('from_adapters'):
+    return False
+  needs_expert = METHODS[spec.name].expert is None and 'expert' not in options
+  return needs_expert or 'targets' not in options
+
+
+def has_trained_experts(built: Built) -> bool:
+  return bool(_mixtures(built))
+
+
+def load_experts(
+  peft: Tree,
+  metadata: Mapping[str, tuple[tuple[int, ...], ParamMetadata]],
+  built: Built,
+  base: Any,
+) -> tuple[Tree, list[dict[str, str]]]:
+  """Reads the experts of every mixture that has `from_adapters`.
+
+  Args:
+    peft: the 'peft' tree at its start.
+    metadata: {path: (shape, metadata)} of that tree.
+    base: a `moepeft.checkpoints.base.Base`.
+
+  Returns:
+    The tree with the adapters' arrays in the place of the experts', and for
+    each adapter {'path', 'sha256' of its file}.
+
+  Raises:
+    ValueError: a file is not there, was trained on another base, or is another
+      method's than the mixture's expert.
+  """
+  arrays, records = weight_mapping.flatten(peft), []
+  sites = base.family.sites(base.config)
+  for name, mixture in _mixtures(built).items():
+    at = tuple(path for path, a in built.adapter_map.entries if a.name == name)
+    experts = [
+      _read(path, sites, base.config) for path in mixture.from_adapters
+    ]
+    for expert in experts:
+      check_base(expert.start, expert.path, base)
+      _check_is_expert(expert, mixture, at)
+    records += [{'path': e.path, 'sha256': e.sha256} for e in experts]
+    axes = {
+      path: param_metadata.logical_axes.index(AXIS_NAMES['e'])
+      for path, (_, param_metadata) in metadata.items()
+      if f'/{name}/' in path and f'/{name}/router/' not in path
+    }
+    for path, axis in axes.items():
+      arrays[path] = np.stack(
+        [
+          _array(expert, path, name, metadata[path][0], axis)
+          for expert in experts
+        ],
+        axis,
+      )
+  return weight_mapping.unflatten(arrays), records
+
+
+def _mixtures(built: Built) -> dict[str, Mixture]:
+  """{name in the tree: mixture whose experts are trained adapters}."""
+  return {
+    adapter.name: adapter
+    for _, adapter in built.adapter_map.entries
+    if getattr(adapter, 'from_adapters', ())
+  }
+
+
+def _read(path: str, sites: Mapping[str, str], config: Any) -> _TrainedExpert:
+  folder = Path(resolve(path))
+  if folder.name in _FILES:
+    folder = folder.parent
+  file = next((folder / n for n in _FILES if (folder / n).is_file()), None)
+  if file is None:
+    raise ValueError(
+      f'from_adapters: {path} holds no {" or ".join(_FILES)}; name an exported '
+      'adapter (python -m moepeft.convert --workdir=RUN --output=DIR makes one '
+      'of a run)'
+    )
+  start = load_adapter(str(folder), config)
+  specs = [flat(s) for s in method_string.parse_method(start.method)]
+  if len(specs) > 1 or not can_be_expert(METHODS[specs[0].name]):
+    names = ', '.join(name for name in METHODS if can_be_expert(METHODS[name]))
+    raise ValueError(
+      f'from_adapters: {path} holds {start.method!r}, and an expert is one '
+      f'adapter of {names}; name another'
+    )
+  built = build(start.method, sites, start.semantics or 'official')
+  entries = built.adapter_map.entries
+  declared = options_of(METHODS[specs[0].name].module)
+  options = tuple(
+    (name, value)
+    for name, value in specs[0].options
+    if name in declared and not declared[name].training_only
+  )
+  return _TrainedExpert(
+    path,
+    hashlib.sha256(files.read_bytes(str(file))).hexdigest(),
+    start,
+    Spec(specs[0].name, options),
+    entries[0][1],
+    tuple(path for path, _ in entries),
+  )
+
+
+def _check_alike(first: _TrainedExpert, second: _TrainedExpert) -> None:
+  same = adapter_function(first.module) == adapter_function(second.module)
+  if not same or first.sites != second.sites:
+    raise ValueError(
+      f'from_adapters takes adapters of one method, with the same options and '
+      f'sites; {first.path} is {first.start.method!r}, {second.path} is '
+      f'{second.start.method!r}: leave one out, or train it again'
+    )
+
+
+def _check_is_expert(
+  expert: _TrainedExpert, mixture: Mixture, sites: tuple[str, ...]
+) -> None:
+  same = adapter_function(expert.module) == adapter_function(mixture.expert)
+  if not same or expert.sites != sites:
+    raise ValueError(
+      f'{mixture.name}: {expert.path} is {expert.start.method!r}, which is not '
+      'what the mixture names; leave `expert`, its options and `targets` out, '
+      'and they are read from the files'
+    )
+
+
+def _array(
+  expert: _TrainedExpert,
+  path: str,
+  name: str,
+  shape: tuple[int, ...],
+  axis: int,
+) -> np.ndarray:
+  """The adapter's array for a path of the mixture, without the experts' axis.
+
+  Raises:
+    ValueError: it is absent or of another shape.
+  """
+  adapter_path = path.replace(f'/{name}/', f'/{expert.module.name}/')
+  array = weight_mapping.flatten(expert.start.tree).get(adapter_path)
+  expected = shape[:axis] + shape[axis + 1 :]
+  if array is None or array.shape != expected:
+    shape_read = 'none' if array is None else array.shape
+    raise ValueError(
+      f'from_adapters: {expert.path} was made for another model: expected an '
+      f'array {adapter_path} of {expected}, got {shape_read}'
+    )
+  return np.asarray(array, np.float32)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures whose experts are trained adapters: read, frozen, exported.
+
+Two adapters of rank 3 at q and v of a decoder of two layers.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moepeft
+from moepeft import convert, train
+from moepeft.checkpoints import adapter as adapter_lib
+from moepeft.checkpoints import base as base_lib
+from moepeft.checkpoints.restore import restore_adapter
+from moepeft.core.types import Routing
+from moepeft.data.tokenizers.tokenizer import ByteTokenizer
+from moepeft.inference import loaded_model
+from moepeft.models import weight_mapping
+from moepeft.training import setup
+
+from ..preferences import card, written
+
+LORA = "lora(rank=3, alpha=5.0, targets='decoder/self/q|decoder/self/v')"
+ROUTER = 'router=topk(k=1)'
+
+
+def trained_adapter(path, model_path, method, seed, sha256=None):
+  """Exports an adapter that is off its start; returns its tree."""
+  config = card({'llama': model_path, 'data': ''}, method=method)
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  rng = np.random.default_rng(seed)
+  tree = jax.tree.map(
+    lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32),
+    base_lib.initialise(base, model, 0)['peft'],
+  )
+  described = adapter_lib.describe(
+    built.method,
+    'official',
+    base.path,
+    sha256 or base.sha256,
+    base.config.family,
+    base.config,
+  )
+  adapter_lib.save(str(path), tree, described)
+  return tree
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+  """A base, its text, and exported adapters by their names."""
+  folder = tmp_path_factory.mktemp('places')
+  found = written(folder)
+  rows = [f'the sun is {i} and the moon is {i + 1}' for i in range(60)]
+  (folder / 'text.txt').write_text('\n\n'.join(rows))
+  found['text'] = str(folder / 'text.txt')
+  base = found['llama']
+  found['trees'] = [
+    trained_adapter(folder / name, base, LORA, seed)
+    for seed, name in enumerate('ab')
+  ]
+  trained_adapter(folder / 'rank', base, LORA.replace('3', '2', 1), 2)
+  trained_adapter(folder / 'vectors', base, 'ia3', 3)
+  trained_adapter(folder / 'two', base, 'lora(rank=2) + ia3', 4)
+  trained_adapter(folder / 'foreign', base, LORA, 5, sha256='0' * 64)
+  names = ('a', 'b', 'rank', 'vectors', 'two', 'foreign')
+  return found | {name: str(folder / name) for name in names}
+
+
+def mixture(*paths, options=ROUTER):
+  return f'mixture(from_adapters={[*paths]}, {options})'
+
+
+def config_of(places, method, **changes):
+  text = {
+    'objective': 'causal',
+    'data.source': 'text',
+    'data.path': places['text'],
+    'steps': 3,
+    'method': method,
+  }
+  return card(places, **text | changes)
+
+
+def stacked(places):
+  """{path in the mixture's tree: the two adapters' arrays as experts}."""
+  first, second = map(weight_mapping.flatten, places['trees'])
+  result = {}
+  for path in first:
+    # a [l, d, e, r], b [l, e, r, n, h].
+    axis = 2 if path.endswith('/a') else 1
+    pair = np.stack([first[path], second[path]], axis)
+    result[path.replace('/lora/', '/mixture/')] = pair
+  return result
+
+
+def run_config(places):
+  """Frozen experts, with accumulation, remat and weight decay."""
+  # One path names the file itself.
+  method = mixture(places['a'] + '/adapter.safetensors', places['b'])
+  changes = {
+    'gradient_accumulation_steps': 2,
+    'model.remat': 'full',
+    'optimizer.weight_decay': 0.1,
+  }
+  return config_of(places, method, **changes)
+
+
+@pytest.fixture(scope='module')
+def run(places, tmp_path_factory):
+  """The run of that config."""
+  workdir = str(tmp_path_factory.mktemp('run'))
+  train.train(run_config(places), workdir)
+  return workdir
+
+
+def test_only_the_router_is_trained(places, run):
+  tree, _ = restore_adapter(run)
+  arrays = weight_mapping.flatten(tree)
+  experts = stacked(places)
+  for path, array in experts.items():
+    np.testing.assert_array_equal(arrays[path], array)
+  routers = {path for path in arrays if path.endswith('/router/kernel')}
+  assert arrays.keys() == experts.keys() | routers
+  assert len(routers) == 2
+  start = setup.build(run_config(places), run, dry_run=True).state
+  begun = weight_mapping.flatten(start.trainable)
+  assert all(np.abs(arrays[p] - begun[p]).max() > 1e-3 for p in routers)
+  moments = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(start.opt)
+    if leaf.ndim
+  ]
+  assert moments and all("['router']['kernel']" in name for name in moments)
+
+
+def test_a_token_sent_to_one_expert_gets_that_adapter(places):
+  method = mixture(places['a'], places['b'])
+  config = config_of(places, method)
+  base = base_lib.load(config.model)
+  model, built = base_lib.module(base, config)
+  variables, _ = base_lib.with_experts(
+    base_lib.initialise(base, model, 0), model, built, base
+  )
+  batch = {'inputs': jnp.arange(14).reshape(2, 7) + 5}
+  config.method = LORA
+  alone, _ = base_lib.module(base, config)
+  logits = []
+  for expert, tree in enumerate(places['trees']):
+    weights = jnp.broadcast_to(jnp.eye(2)[expert], (2, 2, 7, 2))
+    found = model.apply(variables, batch, routing=Routing(weights, weights))
+    expected = alone.apply(variables | {'peft': tree}, batch)
+    # The same sums in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    logits.append(found)
+  assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+def test_an_export_needs_the_files_no_more(places, run, tmp_path, monkeypatch):
+  # The base has no tokenizer of its own.
+  monkeypatch.setattr(
+    loaded_model, 'load_tokenizer', lambda *names: ByteTokenizer()
+  )
+  moved = {name: str(tmp_path / name) for name in 'ab'}
+  exported = str(tmp_path / 'exported')
+  assert convert.main(['', f'--workdir={run}', f'--output={exported}']) == 0
+  files = [Path(places[name]) / 'adapter.safetensors' for name in 'ab']
+  sha256s = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+  for name, path in moved.items():
+    shutil.move(places[name], path)
+  try:
+    described = json.loads((tmp_path / 'exported/adapter.json').read_text())
+    assert described['experts'] == [
+      {'path': str(files[0]), 'sha256': sha256s[0]},
+      {'path': places['b'], 'sha256': sha256s[1]},
+    ]
+    assert 'experts=2' in described['method']
+    assert places['a'] not in described['method']
+    texts = (['the sun is 3'], [' and the moon is 4'])
+    trained = moepeft.load(run).log_probs(*texts)
+    served = moepeft.load(places['llama'], adapter=exported).log_probs(*texts)
+    base = moepeft.load(places['llama']).log_probs(*texts)
+  finally:
+    for name, path in moved.items():
+      shutil.move(path, places[name])
+  np.testing.assert_allclose(served, trained, rtol=1e-5, atol=1e-5)
+  assert np.abs(np.subtract(base, trained)).max() > 0.01
+
+
+def test_experts_can_be_trained_further(places, tmp_path):
+  method = mixture(places['a'], places['b'], options='train_experts=True')
+  train.train(config_of(places, method, steps=1), str(tmp_path))
+  arrays = weight_mapping.flatten(restore_adapter(str(tmp_path))[0])
+  for path, array in stacked(places).items():
+    moved = np.abs(arrays[path] - array).max()
+    # A step of Adam moves a number by the rate, 1e-2.
+    assert 1e-3 < moved < 0.1
+
+
+def test_a_run_goes_on_with_the_same_files_alone(places, run, tmp_path):
+  config = run_config(places)
+  train.train(config, run)
+  # Other content at the same paths.
+  a, b, other = places['a'], places['b'], str(tmp_path / 'other')
+
+  def swap():
+    for source, target in ((a, other), (b, a), (other, b)):
+      shutil.move(source, target)
+
+  swap()
+  try:
+    with pytest.raises(ValueError, match='another run: its experts is'):
+      train.train(config, run)
+  finally:
+    swap()
+
+
+@pytest.mark.parametrize(
+  ('names', 'options', 'message'),
+  [
+    (('a', 'nowhere'), ROUTER, 'nowhere holds no adapter.safetensors or'),
+    (('a', 'foreign'), ROUTER, 'foreign was trained on another base than'),
+    (('a', 'rank'), ROUTER, r'one method, .*rank=3.*rank=2.*leave one out'),
+    (('a', 'vectors'), ROUTER, "one method, .*/vectors is 'ia3'"),
+    (('two', 'a'), ROUTER, r'ia3.*and an expert is one adapter of lora, ia3'),
+    (('a', 'b'), 'experts=2', 'takes one of experts and from_adapters'),
+    (('a', 'b'), "share='a'", 'no parameter in common; drop share'),
+    (('a', 'b'), 'router=uniform', 'trains nothing: .*train_experts=True'),
+    (
+      ('a', 'b'),
+      "expert=lora(rank=2), targets='decoder/self/q|decoder/self/v'",
+      '/a is "lora.*not what the mixture names',
+    ),
+    (('',), ROUTER, 'from_adapters is a list of paths'),
+  ],
+)
+def test_mistakes_have_one_sentence(places, tmp_path, names, options, message):
+  paths = [places.get(name, name) for name in names]
+  config = config_of(places, mixture(*paths, options=options))
+  with pytest.raises(ValueError, match=message) as error:
+    setup.build(config, str(tmp_path), dry_run=True)
+  assert '\n' not in str(error.value)
+
+
+def test_experts_that_start_fresh_are_always_trained(places, tmp_path):
+  config = config_of(places, 'mixture(expert=lora, train_experts=False)')
+  with pytest.raises(ValueError, match='train_experts is for experts that'):
+    setup.build(config, str(tmp_path), dry_run=True)
