@@ -91,8 +91,8 @@ def test_the_option_sites_of_before_is_refused_and_translated_where_stored():
   from moepeft.models.t5 import model as t5
   from moepeft.peft import build
 
-  old = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"
+  new = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"
+  old = new.replace('targets', 'sites')
   with pytest.raises(ValueError, match='lora: the option sites is now targets'):
     build(old, t5.sites(t5.config('small')))
-  new = "lora(rank=2, targets='*/q') + ia3(targets='*/k')"
   assert renamed.translated({'method': old})['method'] == new

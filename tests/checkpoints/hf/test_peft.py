@@ -36,7 +36,7 @@ def merged(*trees):
 def lora(sites, *options):
   """A random LoRA of rank 7 at some sites."""
   known = '|'.join(sites)
-  text = ', '.join(('rank=7', *options, f'sites={known!r}'))
+  text = ', '.join(('rank=7', *options, f'targets={known!r}'))
   return AdapterWeights(f'lora({text})', adapter_tree(CONFIG, LORA, sites))
 
 

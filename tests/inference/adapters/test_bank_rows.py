@@ -132,8 +132,10 @@ def test_the_first_slot_is_tried_with_every_method():
 
 def test_layers_with_unlike_counts_of_experts_are_served(tmp_path):
   base = banked.base_of(QWEN2)
-  text = "molora(experts_per_layer=[2, 4, 3], rank=2, router=topk(k=2), "
+  text = (
+    'molora(experts_per_layer=[2, 4, 3], rank=2, router=topk(k=2), '
     "targets='*/q')"
+  )
   path, built, tree = banked.save(tmp_path / 'layers', base, text)
   banks = AdapterPool(base, {'layers': path}, slots=2)
   batch = banked.batch_of(base)
