@@ -251,6 +251,9 @@ def _has(config: ConfigDict, keys: list[str]) -> bool:
         return False
       shape = getattr(shape, key)
     return True
+  if keys[0] == 'router_losses':
+    # Routers of the reader's own have losses too.
+    return True
   for key in keys:
     if not isinstance(config, ConfigDict) or key not in config:
       return False

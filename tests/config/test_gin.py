@@ -455,7 +455,9 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(options, message):
 def test_help_mentions_gin_files():
   help_text = commands.run('moepeft.count', '--help').stdout
   assert '--gin.NAME=VALUE' in help_text
-  assert '--config: A card' in help_text and '--[no]traceback' in help_text
+  assert (
+    '--config: A config file' in help_text and '--[no]traceback' in help_text
+  )
 
 
 @pytest.mark.slow

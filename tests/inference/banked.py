@@ -28,6 +28,7 @@ ADAPTERS = {
   'output': "mov(experts=3, reads='output', router=topk(k=1))",
   'molora': 'molora(experts=3, rank=2, alpha=3.0, dropout=0.1)',
   'topk': 'molora(experts=3, rank=2, router=topk(k=2, jitter=0.1))',
+  'shared': "mixture(expert=lora(rank=2), experts=3, share='a')",
   'uniform': 'molora(experts=3, rank=2, router=uniform)',
   'random': 'molora(experts=3, rank=2, router=random(k=2, seed=7))',
   'two': "ia3(targets='*/k') + lora(rank=2, targets='*/k|*/wo')",

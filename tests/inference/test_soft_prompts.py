@@ -244,7 +244,7 @@ def test_a_decoders_places_count_the_prompt():
   generation = Generator(*made(LLAMA), WORDS, config)
   # 127 places, 3 of the prompt, 7 of the answer.
   generation.check([[5] * 117])
-  with pytest.raises(ValueError, match='has 121 tokens'):
+  with pytest.raises(ValueError, match='118 tokens, 3 of a soft'):
     generation.check([[5] * 118])
 
 

@@ -164,15 +164,16 @@ def make_model_collator(
   """The collator of a model, with the lengths of config.data.
 
   Args:
-    model: a model or its config.
+    model: a model or its config; None for an encoder-decoder's batches.
     prefix_ids: of `moepeft.peft.prefix`, of the model's method.
 
   Raises:
     ValueError: config.data.truncation is none that there is, or nothing that
       this model's batches look at, or the model has no decoder.
   """
-  check_decodes(model)
-  if decoder_only(model):
+  if model is not None:
+    check_decodes(model)
+  if model is not None and decoder_only(model):
     return CausalCollator(
       tokenizer, data.length, data.truncation, data.packing, seed, prefix_ids
     )

@@ -22,7 +22,7 @@ from ..engines import ask, paused, prompt, running
 CLOSE = 1e-5
 PLACES = 16
 SIZES = (7, 3, 11, 5)
-FEW = ('dora', 'ia3', 'large', 'mov', 'molora', 'two')
+FEW = ('dora', 'ia3', 'large', 'mov', 'molora', 'shared', 'two')
 LLAMA, QWEN2 = (small_decoders.CONFIGS[name] for name in ('llama', 'qwen2'))
 ALL = tuple(banked.ADAPTERS)
 # Base, adapters, and whether all layers are one program.
