@@ -347,7 +347,7 @@ def test_t5_is_fused_or_refuses():
   np.testing.assert_allclose(
     np.asarray(ours)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
   )
-  with pytest.raises(ValueError, match='which T5 has not'):
+  with pytest.raises(ValueError, match='which T5 does not'):
     T5(small.GATED, attention='chunked').apply(variables, batch)
 
 

@@ -45,7 +45,7 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
     seed=context.seed,
     split=data.split,
     shard=context.shard,
-    below=context.vocab_size,
+    vocab_size=context.vocab_size,
   )
   return TrainingData(
     train=None,

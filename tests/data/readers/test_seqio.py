@@ -381,9 +381,9 @@ def test_hosts_share_the_examples_out(tmp_path):
 
 
 def test_ids_that_the_model_lacks_are_told(p3):
-  assert read(directory(p3, below=105), 30)
+  assert read(directory(p3, vocab_size=105), 30)
   with pytest.raises(ValueError, match='token id 10[1234], the model has 101'):
-    read(directory(p3, below=101), 30)
+    read(directory(p3, vocab_size=101), 30)
 
 
 def test_directories_without_tasks_are_told(tmp_path, p3):
