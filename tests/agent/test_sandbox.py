@@ -328,7 +328,7 @@ def test_memory_in_swap_counts(monkeypatch):
   monkeypatch.setattr(process.os, 'listdir', lambda path: ['4000000'])
   opened = lambda path: io.StringIO(status)  # noqa: E731
   monkeypatch.setattr(process, 'open', opened, raising=False)
-  assert process._usage(4000000) == (18 * 1024, 2)
+  assert process._memory_and_threads(4000000) == (18 * 1024, 2)
 
 
 def test_sockets_are_of_one_family_and_pairs_too(box):

@@ -333,7 +333,7 @@ def test_without_a_sandbox_there_is_no_tool_for_scripts(folder, monkeypatch):
 def test_a_workspace_that_holds_the_home_is_refused(folder, monkeypatch):
   monkeypatch.setenv('HOME', str(folder / 'dig'))
   for workspace in (folder, folder / 'dig', '/'):
-    with pytest.raises(ValueError, match='holds the home directory'):
+    with pytest.raises(ValueError, match='contains the home directory'):
       skills.script_sandbox(skills.find_skills([folder]), workspace)
 
 
