@@ -41,7 +41,7 @@ You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
 says. The skills:
 {}"""
-_Text = Annotated[
+_StrippedText = Annotated[
   str, pydantic.StringConstraints(strict=True, strip_whitespace=True)
 ]
 
@@ -60,9 +60,12 @@ class Skill(pydantic.BaseModel):
   """
 
   name: Annotated[
-    _Text, pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$')
+    _StrippedText,
+    pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$'),
   ]
-  description: Annotated[_Text, pydantic.Field(min_length=1, max_length=1024)]
+  description: Annotated[
+    _StrippedText, pydantic.Field(min_length=1, max_length=1024)
+  ]
   body: str
   path: pathlib.Path
 

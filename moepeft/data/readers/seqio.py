@@ -51,7 +51,7 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
     train=None,
     shares=stream.rates(),
     notes=notes,
-    open_stream=stream.open,
+    open_stream=stream.examples,
     read_held_out=stream.validation,
   )
 

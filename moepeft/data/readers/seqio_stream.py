@@ -145,7 +145,7 @@ class SeqioStream:
     rates = {task.name: float(rate(task)) for task in tasks}
     return {name: value / sum(rates.values()) for name, value in rates.items()}
 
-  def open(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+  def examples(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Returns an infinite iterator over the examples from index `start` on.
 
     SeqIO cannot seek. TensorFlow reads and discards the examples before

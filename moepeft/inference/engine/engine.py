@@ -314,7 +314,7 @@ class Engine:
 
   def stats(self) -> EngineStats:
     with self._condition:
-      loaded, core = self._adapters.loaded(), self._core
+      adapters, core = self._adapters.loaded(), self._core
       waiting = self._count_waiting()
       return EngineStats(
         running=len(self._sequences) - waiting,
@@ -325,7 +325,7 @@ class Engine:
         cached_tokens=core.cached_tokens if core else 0,
         answer_tokens=core.answer_tokens if core else 0,
         compiled=len(core.runner.programs) if core else 0,
-        adapters=len(loaded),
+        adapters=len(adapters),
         adapter_bytes=self._adapters.bytes,
       )
 

@@ -48,7 +48,7 @@ def p3(tmp_path_factory):
 
 
 def read(stream, count, place=0):
-  return list(itertools.islice(stream.open(place), count))
+  return list(itertools.islice(stream.examples(place), count))
 
 
 def listed(elements):
@@ -225,7 +225,7 @@ def test_a_vocabulary_with_another_end_is_refused():
     name='other', output_features=dict.fromkeys(('inputs', 'targets'), other)
   )
   with pytest.raises(ValueError, match='with the id 2, expected 1'):
-    SeqioStream(task, 5, 5).open()
+    SeqioStream(task, 5, 5).examples()
 
 
 def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
@@ -242,7 +242,7 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
   try:
     absent = SeqioStream(seqio_stream.find_registered('cached_stars'), 9, 9)
     with pytest.raises(ValueError, match='seqio_cache_tasks, or name the dir'):
-      absent.open()
+      absent.examples()
     rows = [cases.p3_row(3, i) for i in range(5)]
     cases.write(tmp_path / 'cached_stars', 'train', rows)
     provider = seqio_stream.find_registered('cached_stars', [str(tmp_path)])
@@ -343,7 +343,7 @@ for provider in (
 ):
   seen = hashlib.sha256()
   stream = SeqioStream(provider, 99, 9, seed=5)
-  for element in itertools.islice(stream.open(7), 300):
+  for element in itertools.islice(stream.examples(7), 300):
     seen.update(element['inputs'].tobytes() + element['targets'].tobytes())
   print(seen.hexdigest())
 """
