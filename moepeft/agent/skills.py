@@ -338,7 +338,7 @@ def skill_tools(
       result = sandbox.run(command, output, [descriptor])
       output_file.seek(0)
       data = output_file.read(config_file.MAX_BYTES + 1)
-    if data and result.code == 0:
+    if data and result.exit_code == 0:
       config_file.save_config(data, workspace)
     return str(result)
 
