@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from moepeft import config as config_lib
 from moepeft import data, tasks
-from moepeft.data.readers.seqio_stream import SIDES, import_seqio
+from moepeft.data.readers.seqio_stream import FEATURES, import_seqio
 
 _DATA = flags.DEFINE_string(
   'data', None, 'Rows in P3 form, .jsonl or .jsonl.gz; default: made ones.'
@@ -72,7 +72,7 @@ def seqio_examples(path):
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos,
     ],
-    output_features=dict.fromkeys(SIDES, feature),
+    output_features=dict.fromkeys(FEATURES, feature),
   )
   dataset = seqio.get_dataset(
     task,
@@ -96,13 +96,15 @@ def parse_lines(dataset):
 
   def parse(lines):
     rows = [json.loads(line) for line in lines]
-    return [np.array([row[s].encode() for row in rows], object) for s in SIDES]
+    return [
+      np.array([row[s].encode() for row in rows], object) for s in FEATURES
+    ]
 
   def texts(lines):
     columns = tf.numpy_function(parse, [lines], [tf.string, tf.string])
     for side in columns:
       side.set_shape([None])
-    return dict(zip(SIDES, columns, strict=True))
+    return dict(zip(FEATURES, columns, strict=True))
 
   parsed = dataset.batch(_LINES).map(texts, num_parallel_calls=tf.data.AUTOTUNE)
   return parsed.unbatch()

@@ -438,7 +438,7 @@ def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
   cast = values.dtype is not None
   sha256 = weight_mapping.content_hash(base.params) if cast else base.sha256
   path = str(Path(values.output) / 'base')
-  with directory.directory(values.output, values.overwrite) as made:
+  with directory.atomic_directory(values.output, values.overwrite) as made:
     _write_hf(values, str(made / 'base'), base)
     target = str(made / 'adapter')
     if values.to == 'peft':

@@ -131,7 +131,7 @@ def record(model: ServerModel) -> None:
 
 def read_run(model: ServerModel, run: str) -> None:
   """Task 3: the skill read-training-run on a real run."""
-  own = skills.find_skills([skills.SHIPPED / 'read-training-run'])
+  own = skills.find_skills([skills.BUILTIN_SKILLS / 'read-training-run'])
   question = f'How did the training run in {run} go?'
   for what, options in (
     ('skill offered', {}),

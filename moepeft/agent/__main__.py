@@ -188,7 +188,7 @@ def make_agent(flags: argparse.Namespace, skill_set: dict, on_event) -> Agent:
         skill_set, flags.workspace, unsafe_no_sandbox=flags.unsafe_no_sandbox
       )
     except ValueError as e:
-      skills.warn(
+      skills.print_warning(
         f'run_skill_script is left out, as scripts run in bubblewrap alone: {e}'
       )
   tools = skills.skill_tools(skill_set, script_sandbox, flags.workspace)
@@ -249,7 +249,7 @@ def connect(agent: Agent, flags: argparse.Namespace, key: str, stream: bool):
   if flags.memory_tokens:
     count({'messages': [{'role': 'user', 'content': 'a'}]})
     if not count.exact:
-      skills.warn(
+      skills.print_warning(
         'the server has no /tokenize: --memory_tokens goes by an estimate'
       )
 
@@ -283,7 +283,7 @@ def main(flags: argparse.Namespace) -> int:
   if flags.replay:
     traces.replay_trace(flags.replay, printer)
     return 0
-  folders = flags.skills or [str(skills.SHIPPED)]
+  folders = flags.skills or [str(skills.BUILTIN_SKILLS)]
   skill_set = skills.find_skills([os.path.expanduser(f) for f in folders if f])
   if flags.list_skills:
     for skill in skill_set.values():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skills in the open SKILL.md form: instructions that are loaded when needed.
+"""Agent skills: instructions in SKILL.md files that are loaded on demand.
 
-A skill is a directory with a SKILL.md: YAML between two lines of ---, then
-instructions. A model sees it in three steps: its name and description in the
-system prompt, its instructions by load_skill, then files beside them by
-read_skill_file, and scripts, of which only the output enters the context, by
-run_skill_script. Form: agentskills.io/specification.
+The format is specified at agentskills.io/specification. A skill is a directory
+with a file SKILL.md, which consists of YAML front matter and instructions. The
+system prompt lists the name and description of each skill. The model reads the
+instructions with the tool load_skill, reads other files of the skill with
+read_skill_file, and runs its scripts with run_skill_script, which adds only
+their output to the context.
 """
 
 import os
@@ -27,11 +28,11 @@ from moepeft.core import terminal
 from moepeft.core.untrusted import Malformed, parse_yaml
 
 SKILL_FILE = 'SKILL.md'
-SHIPPED = pathlib.Path(__file__).parent / 'skills'
-# Of a file that is shown to a model.
+BUILTIN_SKILLS = pathlib.Path(__file__).parent / 'skills'
+# The maximum size of a file that a model can read.
 _MAX_FILE_BYTES = 1 << 20
-# Of a script, JAX among them: it maps far more than it uses, and has threads
-# by the processor.
+# Limits of a script. They allow scripts that import JAX, which maps much more
+# address space than it uses, and starts several threads per CPU core.
 SCRIPT_LIMITS = ResourceLimits(
   seconds=120.0, memory=8 << 30, processes=1024, address_space=1 << 38
 )
@@ -40,31 +41,36 @@ You have skills: instructions for particular kinds of work. When a question is \
 of such a kind, first call load_skill with the skill's name, then do what it \
 says. The skills:
 {}"""
-_Text = Annotated[
+_StrippedText = Annotated[
   str, pydantic.StringConstraints(strict=True, strip_whitespace=True)
 ]
 
 
 class Skill(pydantic.BaseModel):
-  """A directory with a valid SKILL.md; its other fields are for people.
+  """A directory with a valid SKILL.md.
+
+  Other fields of the front matter are ignored.
 
   Attributes:
-    name: of the skill and of its directory: lower-case letters, digits, single
-      hyphens between them.
-    description: what it does and when to use it.
-    body: the instructions, Markdown.
+    name: the name of the skill and of its directory: lower-case letters and
+      digits, separated by single hyphens.
+    description: says what the skill does and when to use it.
+    body: the instructions, in Markdown.
     path: the directory.
   """
 
   name: Annotated[
-    _Text, pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$')
+    _StrippedText,
+    pydantic.Field(max_length=64, pattern=r'^[a-z0-9]+(-[a-z0-9]+)*$'),
   ]
-  description: Annotated[_Text, pydantic.Field(min_length=1, max_length=1024)]
+  description: Annotated[
+    _StrippedText, pydantic.Field(min_length=1, max_length=1024)
+  ]
   body: str
   path: pathlib.Path
 
   def files(self) -> list[str]:
-    """Paths of what lies beside SKILL.md, links and hidden files aside."""
+    """Paths of the other files, without links and hidden files."""
     paths_inside = []
     # Links to directories are not followed.
     for folder, names, files in os.walk(self.path):
@@ -77,10 +83,11 @@ class Skill(pydantic.BaseModel):
     return [path for path in relative_paths if path != SKILL_FILE]
 
   def file(self, path: str) -> pathlib.Path:
-    """A file of the skill.
+    """Returns the absolute path of a file of the skill.
 
     Raises:
-      ValueError: it is not in the skill's directory, or there by a link.
+      ValueError: the path is not a file in the skill's directory, or it is a
+        link.
     """
     if path not in [SKILL_FILE, *self.files()]:
       raise ValueError(
@@ -91,10 +98,10 @@ class Skill(pydantic.BaseModel):
 
 
 def read_skill(path: str | os.PathLike) -> Skill:
-  """A skill from its directory.
+  """Reads a skill from its directory.
 
   Raises:
-    ValueError: it is none; a sentence that says what to mend.
+    ValueError: the skill is not valid; the message says how to fix it.
   """
   path = pathlib.Path(path)
   file = path / SKILL_FILE
@@ -124,8 +131,10 @@ def read_skill(path: str | os.PathLike) -> Skill:
       isinstance(k, str) for k in fields
     ):
       raise ValueError(f'the front matter of {file} is no list of name: value')
-    rest = {'body': text[front_matter.end() :].strip(), 'path': path.resolve()}
-    skill = Skill.model_validate({**fields, **rest})
+    body = text[front_matter.end() :].strip()
+    skill = Skill.model_validate(
+      {**fields, 'body': body, 'path': path.resolve()}
+    )
   except Malformed as e:
     raise ValueError(
       f'the front matter of {file} is {e}; quote values that hold a colon'
@@ -142,26 +151,31 @@ def read_skill(path: str | os.PathLike) -> Skill:
   return skill
 
 
-def warn(text: str) -> None:
+def print_warning(text: str) -> None:
   """Prints a line to standard error."""
   terminal.show(text, file=sys.stderr)
 
 
 def find_skills(
-  folders: Sequence[str | os.PathLike], warn: Callable[[str], None] = warn
+  folders: Sequence[str | os.PathLike],
+  warn: Callable[[str], None] = print_warning,
 ) -> dict[str, Skill]:
-  """{name: skill} of all valid skills in some directories, or that these are.
+  """Reads all valid skills in several directories.
 
   Args:
-    folders: directories of skills, or skills.
-    warn: is told of each that is not valid, a sentence.
+    folders: each is the directory of one skill, or a directory that contains
+      directories of skills.
+    warn: called with a message for each skill that is not valid.
+
+  Returns:
+    {name: skill}.
 
   Raises:
-    ValueError: there are skills and none is valid, two have one name, or a
+    ValueError: all skills are invalid, two skills have the same name, or a
       directory does not exist.
   """
   valid: dict[str, Skill] = {}
-  faults = []
+  errors = []
   for folder in map(pathlib.Path, folders):
     if not folder.is_dir():
       problem = 'is no directory' if folder.exists() else 'does not exist'
@@ -172,7 +186,7 @@ def find_skills(
       if path.is_dir() and not path.name.startswith(('.', '__'))
     ]
     if os.path.lexists(folder / SKILL_FILE):
-      # A skill, or a directory of skills that has a stray file.
+      # The directory is a skill, or it contains skills beside a stray SKILL.md.
       candidates = [
         folder,
         *(path for path in candidates if os.path.lexists(path / SKILL_FILE)),
@@ -181,25 +195,25 @@ def find_skills(
       try:
         skill = read_skill(path)
       except (ValueError, OSError) as e:
-        faults.append(str(e))
+        errors.append(str(e))
         continue
-      first = valid.setdefault(skill.name, skill)
-      if first.path != skill.path:
+      namesake = valid.setdefault(skill.name, skill)
+      if namesake.path != skill.path:
         raise ValueError(
-          f'two skills are named {skill.name!r}: {first.path} and '
+          f'two skills are named {skill.name!r}: {namesake.path} and '
           f'{skill.path}; rename one'
         )
       if path is folder:
         break
-  if faults and not valid:
-    raise ValueError('; '.join(faults))
-  for fault in faults:
-    warn(f'a skill is left out: {fault}')
+  if errors and not valid:
+    raise ValueError('; '.join(errors))
+  for error in errors:
+    warn(f'a skill is left out: {error}')
   return valid
 
 
 def skills_prompt(skills: Mapping[str, Skill]) -> str:
-  """The system prompt's paragraph on skills; '' without skills."""
+  """Returns the system prompt's section on skills; '' if there are none."""
   lines = [
     f'- {skill.name}: {" ".join(skill.description.split())}'
     for skill in skills.values()
@@ -210,25 +224,27 @@ def skills_prompt(skills: Mapping[str, Skill]) -> str:
 def script_sandbox(
   skills: Mapping[str, Skill],
   workspace: str | os.PathLike = '.',
-  bounds: ResourceLimits = SCRIPT_LIMITS,
+  limits: ResourceLimits = SCRIPT_LIMITS,
   unsafe_no_sandbox: bool = False,
 ) -> Sandbox:
-  """The sandbox of skills' scripts.
+  """Creates the sandbox for the scripts of skills.
 
-  A script reads its skill, this package, the cache of models and the workspace,
-  where it starts, and writes nowhere but in memory of its own.
+  A script can read its skill, this package, the Hugging Face cache and the
+  workspace, which is its working directory. It can write only to the sandbox's
+  tmpfs file systems.
 
   Raises:
-    ValueError: there can be no sandbox, or the workspace holds a home.
+    ValueError: the system does not support the sandbox, or the workspace
+      contains the home directory.
   """
   workspace = pathlib.Path(workspace).resolve()
   home = pathlib.Path.home().resolve()
-  if not unsafe_no_sandbox and (why := unavailable_reason()):
-    raise ValueError(why)
+  if not unsafe_no_sandbox and (reason := unavailable_reason()):
+    raise ValueError(reason)
   if home.is_relative_to(workspace) and not unsafe_no_sandbox:
     raise ValueError(
-      f'the workspace {str(workspace)!r} holds the home directory, whose keys '
-      'a script could read; name one below it by --workspace'
+      f'the workspace {str(workspace)!r} contains the home directory, whose '
+      'keys a script could read; name a directory below it with --workspace'
     )
   package = pathlib.Path(__file__).parents[1]
   hub = pathlib.Path(
@@ -247,7 +263,7 @@ def script_sandbox(
   if hub.is_dir():
     paths.append(hub.resolve())
     environment['HF_HUB_CACHE'] = str(hub.resolve())
-  return Sandbox(bounds, unsafe_no_sandbox, paths, environment, str(workspace))
+  return Sandbox(limits, unsafe_no_sandbox, paths, environment, str(workspace))
 
 
 def skill_tools(
@@ -255,29 +271,32 @@ def skill_tools(
   sandbox: Sandbox | None = None,
   workspace: str | os.PathLike = '.',
 ) -> list[Tool]:
-  """load_skill, read_skill_file and run_skill_script; none for no skills.
+  """Creates the tools load_skill, read_skill_file and run_skill_script.
+
+  A script can return one config file: it writes the file to the descriptor
+  whose number is in the environment variable MOEPEFT_OUTPUT.
 
   Args:
-    skills: by name.
-    sandbox: where scripts run, as `script_sandbox` makes it; None for no
+    skills: {name: skill}; without skills there are no tools.
+    sandbox: the sandbox for scripts, from `script_sandbox`; None for no tool
       run_skill_script.
-    workspace: where a config file is written, the one file that a script may
-      hand over: MOEPEFT_OUTPUT is the number of a descriptor for it.
+    workspace: the directory into which the config file is written.
   """
   if not skills:
     return []
   files = sorted({path for s in skills.values() for path in s.files()})
   scripts = [path for path in files if path.startswith('scripts/')]
-  # The schemas name all there is, so that a server can keep a model to it.
-  name_of, file_of, script_of = (
+  # The schemas list all valid names, so that a server with constrained decoding
+  # lets the model generate valid names only.
+  SkillName, FilePath, ScriptPath = (
     Literal[tuple(names)] for names in (skills, files or [''], scripts or [''])
   )
 
-  def load_skill(name: name_of) -> str:
+  def load_skill(name: SkillName) -> str:
     """Loads a skill: instructions to follow, and the names of its files.
 
     Args:
-      name: of the skill.
+      name: name of the skill.
     """
     skill = skills[name]
     files = ''.join(f'\n- {path}' for path in skill.files())
@@ -286,12 +305,12 @@ def skill_tools(
       note = '\nScripts cannot be run here: there is no sandbox. Say so.'
     return f'{skill.body}\n\nFiles of this skill:{files or " none"}{note}'
 
-  def read_skill_file(name: name_of, path: file_of) -> str:
+  def read_skill_file(name: SkillName, path: FilePath) -> str:
     """Reads a file of a skill.
 
     Args:
-      name: of the skill.
-      path: of the file, as load_skill tells it.
+      name: name of the skill.
+      path: path of the file, as listed by load_skill.
     """
     file = skills[name].file(path)
     with core_files.open_file(file) as stream:
@@ -300,13 +319,15 @@ def skill_tools(
       raise ValueError(f'{path!r} has more than {_MAX_FILE_BYTES:,} bytes')
     return data.decode('utf-8-sig')
 
-  def run_skill_script(name: name_of, path: script_of, args: list[str]) -> str:
+  def run_skill_script(
+    name: SkillName, path: ScriptPath, args: list[str]
+  ) -> str:
     """Runs a script of a skill and returns what it prints.
 
     Args:
-      name: of the skill.
-      path: of the script.
-      args: its arguments, in order; an empty list for none.
+      name: name of the skill.
+      path: path of the script.
+      args: arguments of the script, in order; an empty list for none.
     """
     file = skills[name].file(path)
     runners = {'.py': [sys.executable], '.sh': ['/bin/sh']}
@@ -317,7 +338,7 @@ def skill_tools(
       result = sandbox.run(command, output, [descriptor])
       output_file.seek(0)
       data = output_file.read(config_file.MAX_BYTES + 1)
-    if data and result.code == 0:
+    if data and result.exit_code == 0:
       config_file.save_config(data, workspace)
     return str(result)
 
@@ -325,6 +346,6 @@ def skill_tools(
   tools += [make_tool(read_skill_file, trusted=True)] if files else []
   if scripts and sandbox:
     tools.append(
-      make_tool(run_skill_script, seconds=sandbox.bounds.seconds + 10)
+      make_tool(run_skill_script, seconds=sandbox.limits.seconds + 10)
     )
   return tools

@@ -107,7 +107,7 @@ def save(
       weight_mapping.flatten(tree), _padded_axes(metadata)
     ).items()
   }
-  with directory.directory(path, overwrite) as output_dir:
+  with directory.atomic_directory(path, overwrite) as output_dir:
     save_file(arrays, output_dir / ARRAYS)
     keys = (*_DESCRIBED_KEYS, *_OPTIONAL_KEYS)
     full = {key: metadata[key] for key in keys if key in metadata} | {

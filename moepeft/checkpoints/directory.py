@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing checkpoint directories: whole, or a clear error."""
+"""Reads checkpoint directories, and writes them atomically."""
 
 import contextlib
 import ctypes
@@ -28,11 +28,11 @@ class LoadedCheckpoint:
   """A base model in memory.
 
   Attributes:
-    config: of its family, e.g. a T5Config.
+    config: the config of the model family, e.g. a T5Config.
     params: nested dict of NumPy arrays, layers on axis 0.
-    sha256: content hash of what the files hold, whatever dtype was asked for;
-      see `moepeft.models.weight_mapping.content_hash`.
-    path: the directory or file that was read.
+    sha256: content hash of the stored weights, independent of the requested
+      dtype; see `moepeft.models.weight_mapping.content_hash`.
+    path: the directory or file from which the model was read.
   """
 
   config: Any
@@ -41,7 +41,8 @@ class LoadedCheckpoint:
   path: str
 
 
-# All that a directory may hold for `directory` to replace it.
+# Names of the files and directories of a checkpoint. A directory with other
+# files is never replaced.
 _CHECKPOINT_FILES = (
   '*.safetensors',
   '*.json',
@@ -57,17 +58,18 @@ _CHECKPOINT_FILES = (
 
 
 @contextlib.contextmanager
-def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
-  """A directory to write into, which becomes `path` when all went well.
+def atomic_directory(path: str, overwrite: bool = False) -> Iterator[Path]:
+  """Creates or replaces a directory atomically.
 
-  At any moment `path` is the old directory or the new one, whole; where the
-  file system cannot exchange two directories, the old one may be left as
-  `.<name>.*.old`, and the next call puts it back.
+  The context manager yields a temporary directory to write into. On success
+  the temporary directory becomes `path`; after an exception it is deleted. At
+  any time `path` is either the complete old or the complete new directory. On a
+  file system that cannot exchange two directories, a killed process may leave
+  only a backup, `.<name>.*.old`; the next call restores it.
 
   Raises:
-    CheckpointError: `path` holds files and `overwrite` is False, or files
-      that no checkpoint has, which it would be a pity to delete; or the disk
-      is full.
+    CheckpointError: `path` contains files and `overwrite` is False, or it
+      contains files that do not belong to a checkpoint, or the disk is full.
   """
   target = Path(path)
   check_output(target, overwrite)
@@ -78,7 +80,7 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
   try:
     temporary.chmod(0o777 & ~files.umask())
     yield temporary
-    # safetensors makes files that only their owner can read.
+    # safetensors creates files with mode 600.
     for file in temporary.rglob('*'):
       if file.is_file():
         file.chmod(0o666 & ~files.umask())
@@ -87,7 +89,7 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
     else:
       temporary.rename(target)
   except Exception as error:
-    # Of safetensors and TensorStore too, which have errors of their own.
+    # safetensors and TensorStore raise their own exception types, not OSError.
     if not disk.is_full(error):
       raise
     raise CheckpointError(
@@ -98,35 +100,38 @@ def directory(path: str, overwrite: bool = False) -> Iterator[Path]:
 
 
 def replace_directory(target: Path, new: Path) -> None:
-  """Puts one directory in the place of another, which is deleted."""
+  """Replaces the directory `target` by `new`, and deletes the old content."""
   if exchange(target, new):
-    # The old one, under the temporary name.
+    # After the exchange, `new` is the path of the old content.
     shutil.rmtree(new)
     return
-  old = new.with_name(f'{new.name}{_OLD}')
-  target.rename(old)
+  backup = new.with_name(f'{new.name}{_BACKUP_SUFFIX}')
+  target.rename(backup)
   try:
     new.rename(target)
   except BaseException:
-    old.rename(target)
+    backup.rename(target)
     raise
-  shutil.rmtree(old)
+  shutil.rmtree(backup)
 
 
-_OLD = '.old'
+_BACKUP_SUFFIX = '.old'
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def exchange(path_a: Path, path_b: Path) -> bool:
-  """Swaps two paths in one step; False where the system cannot.
+  """Exchanges two paths atomically.
+
+  Returns:
+    False if the system or the file system does not support it.
 
   Raises:
-    OSError: it can, and these it does not swap.
+    OSError: the exchange failed for another reason.
   """
   try:
     renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
   except (AttributeError, OSError):
-    # Not Linux, or a C library without it.
+    # The system is not Linux, or the C library does not have renameat2.
     return False
   paths = _AT_FDCWD, os.fsencode(path_a), _AT_FDCWD, os.fsencode(path_b)
   if renameat2(*paths, _RENAME_EXCHANGE) == 0:
@@ -138,57 +143,61 @@ def exchange(path_a: Path, path_b: Path) -> bool:
 
 
 def recover(target: Path) -> None:
-  """Puts back an old directory, where a process was killed as it replaced it.
+  """Restores `target` from its backup if a process was killed.
 
-  It waits as `.<name>.*.old` until the new one is in place. Whatever else such
-  a process left beside `target` is named.
+  A process that is killed while it replaces `target` may leave a backup. This
+  function also prints the paths of temporary directories that other processes
+  have not deleted.
   """
   pattern = f'.{glob.escape(target.name)}.????????'
-  waiting = [*target.parent.glob(f'{pattern}{_OLD}')]
-  if waiting and not target.exists():
-    newest = max(waiting, key=lambda path: path.stat().st_mtime_ns)
-    print(f'{target} was left half replaced: put its old content back')
-    newest.rename(target)
-    waiting.remove(newest)
-  for path in (*waiting, *target.parent.glob(pattern)):
+  backups = [*target.parent.glob(f'{pattern}{_BACKUP_SUFFIX}')]
+  if backups and not target.exists():
+    newest = max(backups, key=lambda path: path.stat().st_mtime_ns)
     print(
-      f'note: {path} is left of another call, ended or under way; remove it if '
-      'none is under way'
+      f'{target} is missing after an interrupted write: restored its backup'
+    )
+    newest.rename(target)
+    backups.remove(newest)
+  for path in (*backups, *target.parent.glob(pattern)):
+    print(
+      f'note: {path} belongs to another process that writes {target.name}, or '
+      'was interrupted; remove it if no such process is running'
     )
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-  """Raises a CheckpointError where `path` must not be written.
+  """Raises a CheckpointError if `path` must not be written.
 
-  What an interrupted call left of it is put back first.
+  Restores a backup of `path` first, if an interrupted call has left one.
   """
   recover(path)
   if path.is_symlink() or (path.exists() and not path.is_dir()):
     raise CheckpointError(f'{path} is not a directory: name another output')
   names = sorted(os.listdir(path)) if path.exists() else []
-  foreign = [
-    n
-    for n in names
-    if not any(fnmatch.fnmatch(n, pattern) for pattern in _CHECKPOINT_FILES)
+  unexpected = [
+    name
+    for name in names
+    if not any(fnmatch.fnmatch(name, pattern) for pattern in _CHECKPOINT_FILES)
   ]
   if names and not overwrite:
     raise CheckpointError(
-      f'{path} already holds {names[0]}: name an empty or new directory, or '
+      f'{path} already contains {names[0]}: name an empty or new directory, or '
       'pass overwrite (--overwrite) to replace it'
     )
-  if foreign:
+  if unexpected:
     raise CheckpointError(
-      f'{path} holds {foreign[0]}, which is no part of a checkpoint: delete '
-      'the directory yourself or name another one'
+      f'{path} contains {unexpected[0]}, which is not part of a checkpoint: '
+      'delete the directory yourself or name another one'
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file, or a CheckpointError that names the file.
+  """Reads a JSON object from a file.
 
   Raises:
-    CheckpointError: it is absent, not JSON, or no object.
-    OSError: it cannot be read, or is no regular file.
+    CheckpointError: the file does not exist, or its content is not a JSON
+      object.
+    OSError: the file cannot be read, or is not a regular file.
   """
   try:
     return untrusted.read_json_object(path)
@@ -201,46 +210,48 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes JSON whose bytes depend on `value` alone."""
+  """Writes JSON with sorted keys, so that equal values give equal bytes."""
   text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
   path.write_text(text + '\n', encoding='utf-8')
 
 
 class Tensors:
-  """The tensors of one safetensors file, or of several as one.
+  """The tensors of one or more safetensors files.
 
   Attributes:
-    shapes: {name: shape} of all of them.
+    shapes: {name: shape} of all tensors.
   """
 
   def __init__(self, paths: Mapping[str, Path] | list[Path]):
-    """Opens the files; nothing is read before `fetch`.
+    """Opens the files and reads their headers; `fetch` reads the tensors.
 
     Raises:
-      CheckpointError: a file is absent, truncated or not safetensors.
+      CheckpointError: a file does not exist, is truncated, or is not in the
+        safetensors format.
     """
     self.shapes: dict[str, Shape] = {}
     self._files = {}
     for path in paths:
       check_file(path)
-      opened = damaged_if(path, lambda path=path: safe_open(path, 'numpy'))
-      for name in opened.keys():
-        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-        self._files[name] = (path, opened)
+      handle = read_or_raise(path, lambda path=path: safe_open(path, 'numpy'))
+      for name in handle.keys():
+        self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        self._files[name] = (path, handle)
 
   def fetch(self, name: str) -> np.ndarray:
-    """Reads one tensor into memory of its own."""
-    path, opened = self._files[name]
-    return damaged_if(path, lambda: opened.get_tensor(name))
+    """Reads one tensor into a new array."""
+    path, handle = self._files[name]
+    return read_or_raise(path, lambda: handle.get_tensor(name))
 
 
-def damaged_if(path: Path, read: Callable[[], Any]) -> Any:
-  """Turns what safetensors says of a damaged file into one sentence."""
+def read_or_raise(path: Path, read: Callable[[], Any]) -> Any:
+  """Calls `read`, and converts errors of safetensors to a CheckpointError."""
   try:
     return read()
   except FileNotFoundError:
     raise CheckpointError(
-      f'{path} does not exist, though the files beside it expect it: copy it'
+      f'{path} does not exist, but other files of the checkpoint refer to it: '
+      'copy it'
     ) from None
   except (SafetensorError, TypeError, ValueError) as error:
     raise CheckpointError(

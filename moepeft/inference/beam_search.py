@@ -23,7 +23,7 @@ from moepeft.core.types import Array
 from moepeft.inference.api import Request
 from moepeft.inference.engine import sampler
 from moepeft.inference.engine import sequence as sequences
-from moepeft.inference.engine.calls import NotYet
+from moepeft.inference.engine.calls import RetryLater
 from moepeft.inference.engine.decode_step import decode_step
 from moepeft.inference.engine.engine_core import EngineCore
 from moepeft.inference.engine.limits import check_request_length
@@ -79,12 +79,12 @@ def search(
     core: of an idle engine with at least m slots.
 
   Raises:
-    NotYet: a sequence runs.
+    RetryLater: a sequence runs.
     RequestRefused: a request does not fit.
     ArithmeticError: the model's logits are no numbers.
   """
   if core.scheduler.busy:
-    raise NotYet
+    raise RetryLater
   waiting = collections.deque(BeamSearch(r, beams) for r in requests)
   searches, active = [*waiting], []
   try:

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention without an array of queries x keys (Rabe and Staats,
-arXiv:2112.05682; the sums that go along are Milakov and Gimelshein's,
-arXiv:1805.02867). Letters: c queries of a part, j keys of a part, g queries
-that share a key head."""
+"""Memory-efficient attention, computed in chunks of queries and keys.
+
+The algorithm is Rabe and Staats', arXiv:2112.05682, with the online softmax of
+Milakov and Gimelshein, arXiv:1805.02867. It never holds an array of all queries
+x all keys.
+
+Dimensions in the einsums: b batch, c queries of a chunk, j keys of a chunk,
+k key heads, g query heads per key head, h head size.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +17,9 @@ from moepeft.nn.attention_mask import NO_WINDOW, AttentionMask
 from moepeft.nn.numerics import einsum_f32, to_f32
 
 CHUNK = 256
-# As in `attention.attend`: finite, so that rows that see nothing stay finite.
-_HIDDEN = -1e9
+# The logit of a masked key. It is finite, as in `attention.attend`, so that the
+# softmax of a row without visible keys is finite too.
+_MASK_VALUE = -1e9
 
 
 def attend(
@@ -26,185 +32,231 @@ def attend(
 ) -> Array:
   """Computes `attention.attend`, [b, t, n, h], `chunk` tokens at a time.
 
-  Logits live for a part of the queries and a part of the keys; the gradient
-  computes them again. `heads.structured_mask` says which keys a query sees; a
-  part of the keys that lies in the future of all queries of a part, or outside
-  of their windows, is not computed. An array mask or bias is read part by
-  part. Dropout draws other bits than the naive form does.
+  The logits of one query chunk and one key chunk are in memory at a time; the
+  backward pass recomputes them. `heads.structured_mask` defines the keys that
+  are visible to a query. A key chunk is skipped if all its keys are after all
+  queries of the query chunk, or outside of their windows. An array mask or bias
+  is read block by block. Dropout masks differ from those of `attention.attend`.
 
   Args:
     heads: `attention.Heads`.
-    chunk: queries and keys of a part.
+    chunk: the number of queries, and of keys, per chunk.
   """
   b, t, n, h = heads.q.shape
   s, k = heads.k.shape[1:3]
-  rows, columns = min(chunk, t), min(chunk, s)
-  q = _parts(heads.q.reshape(b, t, k, n // k, h), rows)
-  keys = _parts(heads.k, columns), _parts(heads.v, columns)
-  structured_mask = _split_mask(heads, rows, columns)
-  squares = _squares(heads, rows, columns)
-  places = (
-    None
-    if structured_mask is None
-    else (structured_mask.query_positions, structured_mask.query_segments)
+  query_chunk, key_chunk = min(chunk, t), min(chunk, s)
+  q = _split_chunks(heads.q.reshape(b, t, k, n // k, h), query_chunk)
+  keys_values = (
+    _split_chunks(heads.k, key_chunk),
+    _split_chunks(heads.v, key_chunk),
   )
-  visible_parts = (
-    None
-    if structured_mask is None
-    else _visible_parts(heads.structured_mask, rows, columns)
-  )
-
-  def of_queries(xs):
-    i, q, places, squares, visible_parts = xs
-    keyed = None if rng is None else jax.random.fold_in(rng, i)
-    part_mask = structured_mask
-    if places is not None:
-      part_mask = structured_mask.replace(
-        query_positions=places[0], query_segments=places[1]
-      )
-    return _of_queries(
-      q, keys, part_mask, squares, visible_parts, scale, keyed, dropout, cap
+  structured_mask = _split_structured_mask(heads, query_chunk, key_chunk)
+  mask_and_bias = _split_mask_and_bias(heads, query_chunk, key_chunk)
+  query_fields = visible_chunks = None
+  if structured_mask is not None:
+    query_fields = (
+      structured_mask.query_positions,
+      structured_mask.query_segments,
+    )
+    visible_chunks = _visible_chunks(
+      heads.structured_mask, query_chunk, key_chunk
     )
 
-  xs = jnp.arange(q.shape[0]), q, places, squares, visible_parts
-  # Its own residuals are linear in s: a part's logits are made again.
-  out = jax.lax.map(jax.checkpoint(of_queries), xs)
+  def attend_query_chunk(xs):
+    i, q, query_fields, mask_and_bias, visible_chunks = xs
+    chunk_rng = None if rng is None else jax.random.fold_in(rng, i)
+    chunk_mask = structured_mask
+    if query_fields is not None:
+      chunk_mask = structured_mask.replace(
+        query_positions=query_fields[0], query_segments=query_fields[1]
+      )
+    return _attend_query_chunk(
+      q,
+      keys_values,
+      chunk_mask,
+      mask_and_bias,
+      visible_chunks,
+      scale,
+      chunk_rng,
+      dropout,
+      cap,
+    )
+
+  xs = jnp.arange(q.shape[0]), q, query_fields, mask_and_bias, visible_chunks
+  # Without the checkpoint, each query chunk would save residuals of size O(s).
+  out = jax.lax.map(jax.checkpoint(attend_query_chunk), xs)
   out = jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)
   return out[:, :t].astype(heads.q.dtype)
 
 
-def _parts(x: Array, size: int, fill=0) -> Array:
-  """[b, t, ...] -> [t / size, b, size, ...], filled up at the end."""
-  short = -x.shape[1] % size
+def _split_chunks(x: Array, size: int, fill=0) -> Array:
+  """[b, t, ...] -> [t / size, b, size, ...], padded at the end with `fill`."""
   widths = [(0, 0)] * x.ndim
-  widths[1] = (0, short)
+  widths[1] = (0, -x.shape[1] % size)
   x = jnp.pad(x, widths, constant_values=fill)
   return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _split_mask(heads, rows: int, columns: int) -> AttentionMask | None:
-  """The mask with its places in parts, on axis 0."""
+def _split_structured_mask(
+  heads, query_chunk: int, key_chunk: int
+) -> AttentionMask | None:
+  """Splits positions and segments of the structured mask into chunks, axis 0.
+
+  Raises:
+    ValueError: an adapter has added keys that the mask does not describe.
+  """
   structured_mask, s = heads.structured_mask, heads.k.shape[1]
   if structured_mask is None:
     return None
   if structured_mask.key_positions.shape[1] != s:
     raise ValueError(
-      'an adapter at the attention core made '
-      f'{structured_mask.key_positions.shape[1]} keys {s}, and the structured '
+      'an adapter at the attention core changed the number of keys from '
+      f'{structured_mask.key_positions.shape[1]} to {s}, and the structured '
       'mask does not cover the new ones; let the adapter set mask and bias'
     )
   return structured_mask.replace(
-    query_positions=_parts(structured_mask.query_positions, rows),
-    key_positions=_parts(structured_mask.key_positions, columns),
-    query_segments=_parts(structured_mask.query_segments, rows),
-    key_segments=_parts(structured_mask.key_segments, columns, fill=-1),
+    query_positions=_split_chunks(structured_mask.query_positions, query_chunk),
+    key_positions=_split_chunks(structured_mask.key_positions, key_chunk),
+    query_segments=_split_chunks(structured_mask.query_segments, query_chunk),
+    key_segments=_split_chunks(
+      structured_mask.key_segments, key_chunk, fill=-1
+    ),
   )
 
 
-def _visible_parts(
-  structured_mask: AttentionMask, rows: int, columns: int
+def _visible_chunks(
+  structured_mask: AttentionMask, query_chunk: int, key_chunk: int
 ) -> Array:
-  """bool [parts of t, parts of s]: whether a query's place sees a key's.
+  """Computes which key chunks each query chunk has to read.
 
-  By the places alone, which are the same in all rows where no cache is: then
-  no device waits for the others' rows.
+  The result depends on positions only, not on segments. Without a KV cache,
+  positions are equal in all rows of the batch, so that the result needs no
+  communication between devices.
+
+  Returns:
+    bool [query chunks, key chunks].
   """
 
-  def ends(places, size):
-    first = jnp.min(_parts(places, size, fill=NO_WINDOW), (1, 2))
-    return first, jnp.max(_parts(places, size, fill=-NO_WINDOW), (1, 2))
+  def min_max(positions, size):
+    low = jnp.min(_split_chunks(positions, size, fill=NO_WINDOW), (1, 2))
+    return low, jnp.max(_split_chunks(positions, size, fill=-NO_WINDOW), (1, 2))
 
-  (first, last), (low, high) = (
-    ends(structured_mask.query_positions, rows),
-    ends(structured_mask.key_positions, columns),
-  )
-  ahead = low > last[:, None]
-  behind = first[:, None] - high >= structured_mask.window
-  return ~(ahead | behind)
+  min_query, max_query = min_max(structured_mask.query_positions, query_chunk)
+  min_key, max_key = min_max(structured_mask.key_positions, key_chunk)
+  is_future = min_key > max_query[:, None]
+  is_outside_window = min_query[:, None] - max_key >= structured_mask.window
+  return ~(is_future | is_outside_window)
 
 
-def _squares(heads, rows: int, columns: int):
-  """Mask and bias, [parts of t, parts of s, b, 1 or n, c, j] or None."""
+def _split_mask_and_bias(heads, query_chunk: int, key_chunk: int):
+  """Splits the array mask and the bias into blocks.
+
+  Returns:
+    (mask, bias), each [query chunks, key chunks, b, 1 or n, c, j] or None.
+  """
   t, s = heads.q.shape[1], heads.k.shape[1]
 
-  def parts(x, fill):
+  def split(x, fill):
     if x is None:
       return None
     x = jnp.broadcast_to(x, (*x.shape[:2], t, s))
-    short = ((0, 0), (0, 0), (0, -t % rows), (0, -s % columns))
-    x = jnp.pad(x, short, constant_values=fill)
-    b, n, tall, long = x.shape
-    x = x.reshape(b, n, tall // rows, rows, long // columns, columns)
+    widths = ((0, 0), (0, 0), (0, -t % query_chunk), (0, -s % key_chunk))
+    x = jnp.pad(x, widths, constant_values=fill)
+    b, n, padded_t, padded_s = x.shape
+    blocks = padded_t // query_chunk, padded_s // key_chunk
+    x = x.reshape(b, n, blocks[0], query_chunk, blocks[1], key_chunk)
     return x.transpose(2, 4, 0, 1, 3, 5)
 
   mask = heads.mask
   if mask is None and heads.structured_mask is None:
-    # What is filled up at the end is never seen.
+    # The mask hides the padding that is added to the last key chunk.
     mask = jnp.ones((1, 1, t, s), bool)
-  return parts(mask, False), parts(heads.bias, 0)
+  return split(mask, False), split(heads.bias, 0)
 
 
-def _of_queries(
-  q, keys, structured_mask, squares, visible_parts, scale, rng, dropout, cap
+def _attend_query_chunk(
+  q,
+  keys_values,
+  structured_mask,
+  mask_and_bias,
+  visible_chunks,
+  scale,
+  rng,
+  dropout,
+  cap,
 ):
-  """One part of the queries [b, c, k, g, h] against all keys, float32."""
-  mask, bias = squares
+  """Attention of one query chunk [b, c, k, g, h] over all keys, in float32."""
+  mask, bias = mask_and_bias
   b, c, k, g, h = q.shape
 
   def step(carry, xs):
-    *xs, visible_parts = xs
-    if visible_parts is None:
-      return add(carry, xs), None
+    *xs, is_visible = xs
+    if is_visible is None:
+      return add_key_chunk(carry, xs), None
     return jax.lax.cond(
-      visible_parts, add, lambda carry, _: carry, carry, xs
+      is_visible, add_key_chunk, lambda carry, _: carry, carry, xs
     ), None
 
-  def add(carry, xs):
-    top, total, acc = carry
-    j, (key, value), mask, bias, places, segments = xs
+  def add_key_chunk(carry, xs):
+    max_logit, denominator, numerator = carry
+    j, (key, value), mask, bias, key_positions, key_segments = xs
     logits = einsum_f32('bckgh,bjkh->bkgcj', q, key) * scale
     if cap:
       logits = cap * jnp.tanh(logits / cap)
     if structured_mask is not None:
-      part = structured_mask.replace(
-        key_positions=places, key_segments=segments
+      chunk_mask = structured_mask.replace(
+        key_positions=key_positions, key_segments=key_segments
       )
-      mask, bias = part.mask(), part.bias()
+      mask, bias = chunk_mask.mask(), chunk_mask.bias()
     if bias is not None:
-      logits += to_f32(_grouped(bias, k))
+      logits += to_f32(_group_heads(bias, k))
     if mask is not None:
-      logits = jnp.where(_grouped(mask, k), logits, _HIDDEN)
-    # It cancels: no gradient goes through the largest logit.
-    new = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, -1)))
-    weights = jnp.exp(logits - new[..., None])
-    shrink = jnp.exp(top - new)
-    total = total * shrink + jnp.sum(weights, -1)
+      logits = jnp.where(_group_heads(mask, k), logits, _MASK_VALUE)
+    # The maximum cancels in the quotient, so that it needs no gradient.
+    new_max = jnp.maximum(max_logit, jax.lax.stop_gradient(jnp.max(logits, -1)))
+    weights = jnp.exp(logits - new_max[..., None])
+    rescale = jnp.exp(max_logit - new_max)
+    denominator = denominator * rescale + jnp.sum(weights, -1)
     if rng is not None and dropout > 0:
-      key_of = jax.random.fold_in(rng, j)
-      keep = jax.random.bernoulli(key_of, 1 - dropout, weights.shape)
+      dropout_rng = jax.random.fold_in(rng, j)
+      keep = jax.random.bernoulli(dropout_rng, 1 - dropout, weights.shape)
       weights = jnp.where(keep, weights / (1 - dropout), 0)
     weights = weights.astype(q.dtype)
-    added = einsum_f32('bkgcj,bjkh->bkgch', weights, value)
-    return new, total, acc * shrink[..., None] + added
+    weighted_values = einsum_f32('bkgcj,bjkh->bkgch', weights, value)
+    return (
+      new_max,
+      denominator,
+      numerator * rescale[..., None] + weighted_values,
+    )
 
   zeros = jnp.zeros((b, k, g, c), to_f32(q).dtype)
-  start = (zeros + 2 * _HIDDEN, zeros, jnp.zeros((b, k, g, c, h), zeros.dtype))
-  places = segments = None
+  init = (
+    zeros + 2 * _MASK_VALUE,
+    zeros,
+    jnp.zeros((b, k, g, c, h), zeros.dtype),
+  )
+  key_positions = key_segments = None
   if structured_mask is not None:
-    places, segments = (
-      structured_mask.key_positions,
-      structured_mask.key_segments,
-    )
-  numbers = jnp.arange(keys[0].shape[0])
-  xs = (numbers, keys, mask, bias, places, segments, visible_parts)
+    key_positions = structured_mask.key_positions
+    key_segments = structured_mask.key_segments
+  chunk_indices = jnp.arange(keys_values[0].shape[0])
+  xs = (
+    chunk_indices,
+    keys_values,
+    mask,
+    bias,
+    key_positions,
+    key_segments,
+    visible_chunks,
+  )
   step = jax.checkpoint(step, prevent_cse=False)
-  (_, total, acc), _ = jax.lax.scan(step, start, xs)
-  # Where nothing was computed there is nothing to see: any number will do.
-  total = jnp.where(total > 0, total, 1)
-  return jnp.moveaxis(acc / total[..., None], 3, 1)
+  (_, denominator, numerator), _ = jax.lax.scan(step, init, xs)
+  # A query whose key chunks were all skipped has the sum 0; 1 avoids 0 / 0.
+  denominator = jnp.where(denominator > 0, denominator, 1)
+  return jnp.moveaxis(numerator / denominator[..., None], 3, 1)
 
 
-def _grouped(x: Array, k: int) -> Array:
+def _group_heads(x: Array, k: int) -> Array:
   """[b, 1 or n, c, j] -> [b, 1 or k, 1 or g, c, j]."""
   heads = x.shape[1]
   shape = (1, 1) if heads == 1 else (k, heads // k)

@@ -70,9 +70,9 @@ def descendants() -> set[str]:
 
 def test_a_program_runs_and_says_how_it_ended(box):
   ran = box.python_program('import numpy, sys\nprint(numpy.arange(4).sum())')
-  assert (ran.output, ran.code, ran.ended) == ('6\n', 0, '')
+  assert (ran.output, ran.exit_code, ran.kill_reason) == ('6\n', 0, '')
   ran = box.shell_program('echo out; echo err >&2; exit 3')
-  assert (ran.output, ran.code) == ('out\nerr\n', 3)
+  assert (ran.output, ran.exit_code) == ('out\nerr\n', 3)
   assert str(ran) == 'out\nerr\n[exit status 3]'
   assert 'ZeroDivisionError' in str(box.python_program('1 / 0'))
   assert str(box.python_program('')) == '[no output]'
@@ -169,7 +169,7 @@ for _ in range(500):
     break
 print('made', made)
 """)
-  assert ran.code == 0
+  assert ran.exit_code == 0
   command = int(ran.output.split()[1])
   # 24, less the program itself.
   assert 10 < command < 24
@@ -194,7 +194,7 @@ def test_a_process_that_allocates_too_much_gets_none(box):
   # Untouched memory is no harm where the sandbox does not hold.
   ran = box.python_program('x = bytearray(10 << 30)\nprint("HAS IT")')
   assert 'MemoryError' in ran.output and 'HAS IT' not in ran.output
-  assert ran.code == 1
+  assert ran.exit_code == 1
 
 
 def test_many_processes_that_allocate_together_are_ended(box):
@@ -211,8 +211,8 @@ for _ in range(6):
 time.sleep(15)
 print('SURVIVED')
 """)
-  assert 'SURVIVED' not in ran.output and ran.code is None
-  assert 'all its processes together had' in ran.ended
+  assert 'SURVIVED' not in ran.output and ran.exit_code is None
+  assert 'all its processes together used' in ran.kill_reason
 
 
 @pytest.mark.parametrize('path', ['/sandbox/x', '/tmp/x', '/dev/shm/x'])
@@ -303,8 +303,10 @@ LIMIT, total = 700 << 20, 0
 time.sleep(15)
 print('SURVIVED')
 """)
-  assert 'SURVIVED' not in ran.output and ran.code is None
-  assert 'of memory' in ran.ended and ran.ended.startswith('ended: ')
+  assert 'SURVIVED' not in ran.output and ran.exit_code is None
+  assert 'of memory' in ran.kill_reason and ran.kill_reason.startswith(
+    'killed: '
+  )
 
 
 def test_names_of_files_count_and_end_the_program(box, monkeypatch):
@@ -318,7 +320,7 @@ for n in range(15000): os.link('f', '$i/' + str(n).rjust(250, 'x'))"
 done
 echo SURVIVED
 """)
-  assert 'SURVIVED' not in ran.output and 'of memory' in ran.ended
+  assert 'SURVIVED' not in ran.output and 'of memory' in ran.kill_reason
 
 
 def test_memory_in_swap_counts(monkeypatch):
@@ -326,7 +328,7 @@ def test_memory_in_swap_counts(monkeypatch):
   monkeypatch.setattr(process.os, 'listdir', lambda path: ['4000000'])
   opened = lambda path: io.StringIO(status)  # noqa: E731
   monkeypatch.setattr(process, 'open', opened, raising=False)
-  assert process._usage(4000000) == (18 * 1024, 2)
+  assert process._memory_and_threads(4000000) == (18 * 1024, 2)
 
 
 def test_sockets_are_of_one_family_and_pairs_too(box):
@@ -411,17 +413,17 @@ def test_a_control_group_is_entered_bounded_and_removed(tmp_path, monkeypatch):
   assert written == {
     'memory.max': str(MB),
     # And those of the sandbox itself.
-    'pids.max': str(7 + cgroup.HELPERS),
+    'pids.max': str(7 + cgroup.HELPER_PROCESSES),
     'memory.swap.max': '0',
     'memory.oom.group': '1',
     'cgroup.procs': '0\n',
   }
-  command = group.wrapped(['printf', '%s,', 'a b', '$0', '; ls'])
+  command = group.wrap(['printf', '%s,', 'a b', '$0', '; ls'])
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.stdout == 'a b,$0,; ls,'
-  assert not group.exceeded()
+  assert not group.was_oom_killed()
   (group.path / 'memory.events').write_text('low 0\noom_kill 2\n')
-  assert group.exceeded()
+  assert group.was_oom_killed()
   for path in group.path.iterdir():
     path.unlink()
   # Of cgroupfs the files go with their directory.
@@ -484,7 +486,7 @@ def test_an_endless_loop_is_ended_and_its_output_so_far_kept(box):
     ran = short.python_program(f'print("begun", flush=True)\n{code}')
     # Far above 1.5 s, as other programs run too; far below 60.
     assert time.monotonic() - begun < 30
-    assert ran.code is None and ran.ended == 'ended after 1.5 s'
+    assert ran.exit_code is None and ran.kill_reason == 'killed after 1.5 s'
     # Under load the interpreter may not have begun.
     assert ran.output in ('begun\n', '')
 
@@ -498,7 +500,7 @@ for _ in range(200):
 print()
 print('last')
 """)
-  assert ran.code == 0
+  assert ran.exit_code == 0
   assert ran.output.startswith('first\nxxx')
   assert ran.output.endswith('xxx\nlast\n')
   assert 'bytes are left out here]' in ran.output
@@ -566,7 +568,7 @@ def test_told_by_name_programs_run_without_it():
   ended = Sandbox(
     ResourceLimits(seconds=0.5), unsafe_no_sandbox=True
   ).shell_program('sleep 30 & sleep 30')
-  assert ended.ended == 'ended after 0.5 s'
+  assert ended.kill_reason == 'killed after 0.5 s'
 
 
 def verdict(program, machine, number, flags=0):

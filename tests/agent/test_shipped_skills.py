@@ -16,12 +16,16 @@ from moepeft.agent import config_file, skills
 from moepeft.agent.sandbox import bubblewrap  # noqa: E402
 from tests import ROOT
 
-SUMMARIZE = skills.SHIPPED / 'read-training-run' / 'scripts' / 'summarize.py'
-WRITE_CONFIG = skills.SHIPPED / 'write-config' / 'scripts' / 'write_config.py'
+SUMMARIZE = (
+  skills.BUILTIN_SKILLS / 'read-training-run' / 'scripts' / 'summarize.py'
+)
+WRITE_CONFIG = (
+  skills.BUILTIN_SKILLS / 'write-config' / 'scripts' / 'write_config.py'
+)
 
 
 def test_what_ships_is_valid_and_names_files_that_are_there():
-  shipped = skills.find_skills([skills.SHIPPED])
+  shipped = skills.find_skills([skills.BUILTIN_SKILLS])
   assert list(shipped) == ['read-training-run', 'write-config']
   for skill in shipped.values():
     for path in skill.files():
@@ -41,7 +45,7 @@ def run_script(path, *arguments):
 
 def script_tool(workspace):
   """run_skill_script of what ships; in the sandbox where there is one."""
-  shipped = skills.find_skills([skills.SHIPPED])
+  shipped = skills.find_skills([skills.BUILTIN_SKILLS])
   workspace.chmod(0o755)
   box = skills.script_sandbox(
     shipped, workspace, unsafe_no_sandbox=bool(bubblewrap.unavailable_reason())

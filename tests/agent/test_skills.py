@@ -43,11 +43,11 @@ needs_sandbox = pytest.mark.skipif(
 )
 
 
-def run(folder, name, arguments, bounds=skills.SCRIPT_LIMITS, **options):
+def run(folder, name, arguments, limits=skills.SCRIPT_LIMITS, **options):
   skill_set = skills.find_skills([folder])
   options.setdefault('unsafe_no_sandbox', bool(bubblewrap.unavailable_reason()))
   workspace = options.setdefault('workspace', folder)
-  box = skills.script_sandbox(skill_set, bounds=bounds, **options)
+  box = skills.script_sandbox(skill_set, limits=limits, **options)
   tools = skills.skill_tools(skill_set, box, workspace)
   (tool,) = [tool for tool in tools if tool.name == name]
   return tool.run(arguments)
@@ -131,7 +131,7 @@ def test_what_a_script_may_do_is_bounded(folder):
   ended = run(
     folder, 'run_skill_script', text % 'loop.sh', ResourceLimits(seconds=0.3)
   )
-  assert ended == '[ended after 0.3 s]'
+  assert ended == '[killed after 0.3 s]'
   assert run(folder, 'run_skill_script', text % 'bad.sh') == (
     'oops\n[exit status 3]'
   )
@@ -333,7 +333,7 @@ def test_without_a_sandbox_there_is_no_tool_for_scripts(folder, monkeypatch):
 def test_a_workspace_that_holds_the_home_is_refused(folder, monkeypatch):
   monkeypatch.setenv('HOME', str(folder / 'dig'))
   for workspace in (folder, folder / 'dig', '/'):
-    with pytest.raises(ValueError, match='holds the home directory'):
+    with pytest.raises(ValueError, match='contains the home directory'):
       skills.script_sandbox(skills.find_skills([folder]), workspace)
 
 

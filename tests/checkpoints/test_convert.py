@@ -292,7 +292,7 @@ def test_a_run_in_a_form_that_cannot_hold_it_is_refused(
     (['--input=mixture', '--output=out', '--to=peft'], 'no form for'),
     (['--input=/no/such', '--output=out', '--to=hf'], '/no/such is not'),
     (['--input=.', '--output=out', '--to=hf'], 'none of the known forms'),
-    (['--input=hf', '--output=t5x', '--to=hf'], 'already holds'),
+    (['--input=hf', '--output=t5x', '--to=hf'], 'already contains'),
     (
       ['--input=peft', '--output=out', '--to=moepeft', '--base=moepeft'],
       'expected a base model',
@@ -332,7 +332,7 @@ def test_another_base_than_the_trained_one_is_refused(run):
 def test_overwrite_replaces_an_earlier_output(run):
   converted(run, 'hf', 'hf')
   code, error = run('--input=t5x', '--output=out', '--to=hf')
-  assert (code, 'already holds' in error) == (2, True)
+  assert (code, 'already contains' in error) == (2, True)
   converted(run, 't5x', 't5x', '--overwrite')
   np.testing.assert_array_equal(
     t5x.load('out').params['embed']['embedding'], PARAMS['embed']['embedding']

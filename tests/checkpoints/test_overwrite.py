@@ -48,7 +48,7 @@ def killing(monkeypatch, at):
 
 
 def write(path, text):
-  with directory.directory(str(path), overwrite=True) as made:
+  with directory.atomic_directory(str(path), overwrite=True) as made:
     for name in ('a.json', 'b.txt'):
       (made / name).write_text(text)
 
@@ -85,7 +85,7 @@ def test_a_kill_at_any_call_leaves_old_or_new(tmp_path, monkeypatch, exchanges):
       absent += 1
       assert not exchanges, 'there was a moment without either'
       # The next call begins by putting the old one back.
-      with pytest.raises(directory.CheckpointError, match='already holds'):
+      with pytest.raises(directory.CheckpointError, match='already contains'):
         directory.check_output(target, overwrite=False)
       assert content(target) == both('old')
     write(target, 'newest')
@@ -119,7 +119,7 @@ def test_what_an_interrupted_call_left_is_named(tmp_path, capsys):
   left = tmp_path / '.out.abcdefgh'
   shutil.copytree(target, left)
   write(target, 'new')
-  assert f'{left} is left' in capsys.readouterr().out
+  assert f'{left} belongs to' in capsys.readouterr().out
   assert content(left) == both('old')
 
 

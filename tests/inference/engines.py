@@ -225,8 +225,8 @@ def paused(engine):
     begun.set()
     return go_on.wait(SECONDS)
 
-  with engine._changed:
-    engine._put(EngineCall(wait))
+  with engine._condition:
+    engine._enqueue(EngineCall(wait))
   # Requests put before the engine takes this task would run in its turn.
   assert begun.wait(SECONDS)
   try:

@@ -186,7 +186,7 @@ def test_dropout_keeps_the_mean_and_some_weights():
 def test_advice_that_lengthens_keys_must_say_what_is_seen():
   given = heads().replace(structured_mask=structured_mask())
   longer = jnp.concatenate([given.k, given.k[:, :1]], axis=1)
-  with pytest.raises(ValueError, match='made 29 keys 30'):
+  with pytest.raises(ValueError, match='keys from 29 to 30'):
     chunked_attention.attend(given.replace(k=longer, v=longer))
 
 
@@ -347,7 +347,7 @@ def test_t5_is_fused_or_refuses():
   np.testing.assert_allclose(
     np.asarray(ours)[real], np.asarray(naive)[real], rtol=2e-5, atol=2e-5
   )
-  with pytest.raises(ValueError, match='which T5 has not'):
+  with pytest.raises(ValueError, match='which T5 does not'):
     T5(small.GATED, attention='chunked').apply(variables, batch)
 
 

@@ -57,7 +57,7 @@ class Sandbox:
     Raises:
       ValueError: it does not work, and nobody said that this is fine.
     """
-    self.bounds, self.unsafe = limits or ResourceLimits(), unsafe_no_sandbox
+    self.limits, self.unsafe = limits or ResourceLimits(), unsafe_no_sandbox
     self._readable = tuple(map(os.fspath, readable))
     self._more, self._cwd = dict(environment or {}), cwd
     if not self.unsafe and (why := unavailable_reason()):
@@ -89,19 +89,19 @@ class Sandbox:
       pass_fds: descriptors that it inherits.
     """
     extra_variables = {**self._more, **(environment or {})}
-    limited = [*_prlimit(self.bounds, not self.unsafe), *command]
+    limited = [*_prlimit(self.limits, not self.unsafe), *command]
     if self.unsafe:
       with tempfile.TemporaryDirectory() as folder:
         variables = {**_environment(folder), **extra_variables}
         cwd = self._cwd or folder
-        return run_limited(limited, self.bounds, variables, pass_fds, cwd)
+        return run_limited(limited, self.limits, variables, pass_fds, cwd)
     variables = {**_environment(_WORK), **extra_variables}
     with tempfile.TemporaryFile() as filter_file:
       filter_file.write(filter_file.program(connects=not self._readable))
       filter_file.seek(0)
       file = filter_file.fileno()
       box = _bubblewrap_command(
-        self.bounds, variables, self._readable, self._cwd or _WORK
+        self.limits, variables, self._readable, self._cwd or _WORK
       )
       command = [
         *box,
@@ -111,7 +111,7 @@ class Sandbox:
         *_drop_privileges(),
         *limited,
       ]
-      return run_limited(command, self.bounds, variables, [file, *pass_fds])
+      return run_limited(command, self.limits, variables, [file, *pass_fds])
 
 
 def code_tools(sandbox: Sandbox) -> list[Tool]:
@@ -135,7 +135,7 @@ def code_tools(sandbox: Sandbox) -> list[Tool]:
     """
     return str(sandbox.shell_program(command))
 
-  seconds = sandbox.bounds.seconds + 10
+  seconds = sandbox.limits.seconds + 10
   return [make_tool(run, seconds=seconds) for run in (run_python, run_shell)]
 
 

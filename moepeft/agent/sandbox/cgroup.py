@@ -17,8 +17,8 @@ from pathlib import Path
 
 _ROOT, _SELF = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')
 _MEMINFO, _ZONEINFO = Path('/proc/meminfo'), Path('/proc/zoneinfo')
-# Processes of the sandbox itself: the shell that enters the group, bwrap twice.
-HELPERS = 8
+# Processes that a sandbox adds: the shell that enters the group, bwrap twice.
+HELPER_PROCESSES = 8
 # Share of the machine's memory that has to stay available.
 _RESERVE = 0.04
 
@@ -33,13 +33,13 @@ class ControlGroup:
   def __init__(self, path: Path):
     self.path = path
 
-  def wrapped(self, command: list[str]) -> list[str]:
+  def wrap(self, command: list[str]) -> list[str]:
     """A command that enters the group before it does anything."""
     enter = 'echo 0 > "$0" && exec "$@"'
     return ['/bin/sh', '-c', enter, str(self.path / 'cgroup.procs'), *command]
 
-  def exceeded(self) -> bool:
-    """Whether the kernel ended processes of it for their memory."""
+  def was_oom_killed(self) -> bool:
+    """Whether the kernel has killed processes of the group for their memory."""
     with contextlib.suppress(OSError, ValueError):
       text = (self.path / 'memory.events').read_text()
       events = dict(line.split() for line in text.splitlines())
@@ -90,14 +90,14 @@ def _create(path: Path, memory: int, processes: int) -> ControlGroup | None:
   group = ControlGroup(path)
   try:
     (path / 'memory.max').write_text(str(memory))
-    (path / 'pids.max').write_text(str(processes + HELPERS))
+    (path / 'pids.max').write_text(str(processes + HELPER_PROCESSES))
     for name, value in (('memory.swap.max', '0'), ('memory.oom.group', '1')):
       # Kernels without swap or before 4.19 have no such file.
       with contextlib.suppress(FileNotFoundError):
         (path / name).write_text(value)
     # Who may make a group may still not be allowed to enter it.
     subprocess.run(
-      group.wrapped(['/bin/true']), check=True, capture_output=True, timeout=10
+      group.wrap(['/bin/true']), check=True, capture_output=True, timeout=10
     )
   except (OSError, subprocess.SubprocessError):
     group.close()
@@ -124,8 +124,8 @@ class MachineMemory:
     """Bytes of such memory that came since."""
     return _unowned_bytes(_meminfo()) - self._unowned
 
-  def is_short(self) -> bool:
-    """Whether so little is available that the machine is in danger."""
+  def is_low(self) -> bool:
+    """Whether the available memory is below the reserve."""
     available = _meminfo().get('MemAvailable')
     return available is not None and available < self._reserve
 

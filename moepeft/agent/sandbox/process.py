@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a program under limits of time, memory, processes and output."""
+"""Runs a program with limits on time, memory, processes and output."""
 
 import contextlib
 import dataclasses
@@ -11,25 +11,28 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moepeft.agent.sandbox import cgroup
 
-# Directories of a sandbox that are file systems in memory; the first one is on
-# no other system.
+# Mount points of the sandbox's tmpfs file systems. /sandbox, the first one,
+# exists only inside of a sandbox.
 MEMORY_DIRECTORIES = ('/sandbox', '/tmp', '/dev/shm')
-# Bytes of a name in one: its inode, its entry, the name itself.
-_FILE_BYTES = 1024
+# Kernel memory of one directory entry in a tmpfs: inode, dentry and name.
+_BYTES_PER_ENTRY = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class ResourceLimits:
-  """Limits of a program and of all that it starts.
+  """Limits on a program and its descendant processes.
 
   Attributes:
-    seconds: on the wall, together; and of CPU, each process.
-    memory: bytes, of all processes together and of what the kernel holds for
-      them.
-    address_space: bytes that a process may map; None for as many as `memory`.
-    processes: and threads, at once.
-    disk: bytes of the work directory, and of each file.
-    output: bytes that are kept, the beginning and the end.
+    seconds: limit on the wall-clock time of the program, and on the CPU time of
+      each process.
+    memory: limit on the memory of all processes together, in bytes; it includes
+      kernel memory that is allocated for them.
+    address_space: limit on the virtual memory of each process, in bytes; None
+      for `memory`.
+    processes: limit on the number of processes and threads that run at once.
+    disk: limit on the size of the work directory, and of each file, in bytes.
+    output: limit on the captured output, in bytes; the middle of a longer
+      output is omitted.
   """
 
   seconds: float = 30.0
@@ -45,20 +48,23 @@ class ProcessResult:
   """The output and exit status of a program.
 
   Attributes:
-    output: what it printed, both streams.
-    code: its exit status; None where it was ended.
-    ended: why it was, a sentence; else ''.
+    output: standard output and standard error, interleaved.
+    exit_code: the exit status; None if the program was killed or did not start.
+    kill_reason: a message that says why the program was killed or did not
+      start; '' if it exited by itself.
   """
 
   output: str
-  code: int | None
-  ended: str = ''
+  exit_code: int | None
+  kill_reason: str = ''
 
   def __str__(self) -> str:
-    ended = self.ended or (self.code and f'exit status {self.code}')
+    status = self.kill_reason or (
+      self.exit_code and f'exit status {self.exit_code}'
+    )
     output = self.output.rstrip('\n')
-    note = f'[{ended}]' if ended else '' if output else '[no output]'
-    return '\n'.join(filter(None, [output, note]))
+    last_line = f'[{status}]' if status else '' if output else '[no output]'
+    return '\n'.join(filter(None, [output, last_line]))
 
 
 def run_limited(
@@ -68,19 +74,19 @@ def run_limited(
   pass_fds: Sequence[int] = (),
   cwd: str | None = None,
 ) -> ProcessResult:
-  """Runs a command until it ends, or is ended for what it uses.
+  """Runs a command until it exits, and kills it if it exceeds a limit.
 
   Args:
-    command: and its arguments; no shell reads them.
-    bounds: of these the time, the memory, the number of processes and the
-      output are held here.
-    environment: all of it.
-    pass_fds: file descriptors that it inherits.
-    cwd: where it runs; None is here.
+    command: the program and its arguments. No shell interprets them.
+    limits: the limits. This function enforces those on wall-clock time, memory,
+      processes and output; the command has to enforce the others.
+    environment: the complete environment of the program.
+    pass_fds: file descriptors that the program inherits.
+    cwd: the working directory; None for the current one.
   """
   group = cgroup.create_group(limits.memory, limits.processes)
   try:
-    command = group.wrapped(list(command)) if group else command
+    command = group.wrap(list(command)) if group else command
     return _run(command, limits, environment, pass_fds, cwd, group)
   finally:
     if group:
@@ -88,7 +94,7 @@ def run_limited(
 
 
 def _run(command, limits, environment, pass_fds, cwd, group) -> ProcessResult:
-  machine = cgroup.MachineMemory()
+  machine_memory = cgroup.MachineMemory()
   try:
     process = subprocess.Popen(
       command,
@@ -101,7 +107,7 @@ def _run(command, limits, environment, pass_fds, cwd, group) -> ProcessResult:
       start_new_session=True,
     )
   except (OSError, ValueError) as e:
-    # Arguments that are too long, hold a NUL or half of a surrogate pair.
+    # An argument is too long, or contains a NUL or an unpaired surrogate.
     return ProcessResult('', None, f'it does not start: {e}')
   buffer = _OutputBuffer(limits.output)
   reader = threading.Thread(
@@ -109,67 +115,80 @@ def _run(command, limits, environment, pass_fds, cwd, group) -> ProcessResult:
   )
   reader.start()
   try:
-    ended = _wait(process, limits, group, machine)
+    kill_reason = _wait(process, limits, group, machine_memory)
   finally:
-    # The sandbox ends with bwrap; without one, the session does.
+    # With bwrap, all processes of the sandbox die with it. Without bwrap, the
+    # processes of the session have to be killed.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, 9)
     process.kill()
     process.wait()
     reader.join(5)
-  if not ended and group and group.exceeded():
-    ended = f'ended: it had more than {limits.memory >> 20:,} MB of memory'
+  if not kill_reason and group and group.was_oom_killed():
+    kill_reason = (
+      f'killed: it used more than {limits.memory >> 20:,} MB of memory'
+    )
   return ProcessResult(
-    buffer.text(), None if ended else process.returncode, ended
+    buffer.text(), None if kill_reason else process.returncode, kill_reason
   )
 
 
 def _wait(
-  process, limits: ResourceLimits, group, machine: cgroup.MachineMemory
+  process,
+  limits: ResourceLimits,
+  group,
+  machine_memory: cgroup.MachineMemory,
 ) -> str:
-  """The reason to end a process; '' once it has ended by itself."""
-  start, allowance = time.monotonic(), f'{limits.memory >> 20:,} are allowed'
+  """Waits until a process exits or exceeds a limit.
+
+  Returns:
+    The reason to kill the process; '' if it has exited by itself.
+  """
+  start = time.monotonic()
+  limit_text = f'the limit is {limits.memory >> 20:,} MB'
   while True:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(0.1)
       return ''
     if time.monotonic() - start > limits.seconds:
-      return f'ended after {limits.seconds:.3g} s'
-    used, threads = _usage(process.pid)
+      return f'killed after {limits.seconds:.3g} s'
+    used, threads = _memory_and_threads(process.pid)
     if used > limits.memory:
       return (
-        f'ended: all its processes together had {used >> 20:,} MB of memory, '
-        f'{allowance}'
+        f'killed: all its processes together used {used >> 20:,} MB of memory, '
+        f'{limit_text}'
       )
-    if threads > limits.processes + cgroup.HELPERS:
+    if threads > limits.processes + cgroup.HELPER_PROCESSES:
       return (
-        f'ended: it had {threads} processes and threads, {limits.processes} '
-        'are allowed'
+        f'killed: it had {threads} processes and threads, the limit is '
+        f'{limits.processes}'
       )
-    # A control group counts what the kernel holds, and counts no others'.
-    if not group and (grown := machine.growth()) + used > limits.memory:
+    # Without a control group, kernel memory can only be measured for the whole
+    # machine, together with that of other programs.
+    if not group and (grown := machine_memory.growth()) + used > limits.memory:
       return (
-        f'ended: its processes had {used >> 20:,} MB of memory, and memory of '
-        f'no process (buffers of sockets and pipes, files in memory) grew by '
-        f'{grown >> 20:,} MB on this machine, {allowance}'
+        f'killed: its processes used {used >> 20:,} MB of memory, and kernel '
+        'memory (buffers of sockets and pipes, tmpfs files) grew by '
+        f'{grown >> 20:,} MB on this machine, {limit_text}'
       )
-    if machine.is_short():
-      return 'ended: the machine has hardly any memory left'
+    if machine_memory.is_low():
+      return 'killed: the machine is low on memory'
 
 
-def _usage(pid: int) -> tuple[int, int]:
-  """Bytes of a process and all its descendants, and their threads.
+def _memory_and_threads(pid: int) -> tuple[int, int]:
+  """Memory in bytes and thread count of a process and its descendants.
 
-  Bytes are private memory, in swap too, and names of files in memory, which the
-  machine's figures tell as if the kernel could give them back.
+  The memory is private memory, including swapped pages, and the memory of tmpfs
+  directory entries. The kernel counts directory entries as reclaimable memory,
+  although those of a tmpfs cannot be reclaimed.
   """
-  resident, threads, children = {}, {}, {}
+  private_kb, threads, children = {}, {}, {}
   for name in filter(str.isdigit, os.listdir('/proc')):
     with contextlib.suppress(OSError, ValueError, KeyError):
       with open(f'/proc/{name}/status') as lines:
         status = dict(line.split(':', 1) for line in lines)
       children.setdefault(int(status['PPid']), []).append(int(name))
-      resident[int(name)] = sum(
+      private_kb[int(name)] = sum(
         int(status[key].split()[0]) for key in ('RssAnon', 'VmSwap')
       )
       threads[int(name)] = int(status['Threads'])
@@ -178,16 +197,16 @@ def _usage(pid: int) -> tuple[int, int]:
     pids.add(parent := pending.pop())
     pending += set(children.get(parent, ())) - pids
   return (
-    1024 * sum(resident.get(pid, 0) for pid in pids)
-    + _FILE_BYTES * _file_count(pids),
+    1024 * sum(private_kb.get(pid, 0) for pid in pids)
+    + _BYTES_PER_ENTRY * _count_tmpfs_entries(pids),
     sum(threads.get(pid, 0) for pid in pids),
   )
 
 
-def _file_count(pids: Iterable[int]) -> int:
-  """Files and links in the file systems in memory that processes see."""
+def _count_tmpfs_entries(pids: Iterable[int]) -> int:
+  """Number of files and links in the sandbox's tmpfs file systems."""
   for pid in pids:
-    # Outside of the sandbox there is no such directory.
+    # The directories do not exist for a process outside of the sandbox.
     with contextlib.suppress(OSError):
       statuses = [
         os.statvfs(f'/proc/{pid}/root{path}') for path in MEMORY_DIRECTORIES
@@ -197,23 +216,23 @@ def _file_count(pids: Iterable[int]) -> int:
 
 
 class _OutputBuffer:
-  """The beginning and the end of an output of any length."""
+  """Captures the start and the end of an output stream of any length."""
 
   def __init__(self, limit: int):
-    self._half, self._all = limit // 2, 0
+    self._half_limit, self._total = limit // 2, 0
     self._head, self._tail = b'', b''
 
   def drain(self, stream) -> None:
-    """Reads all of a stream, so that its writer never waits."""
+    """Reads a stream to its end, so that the writing process never blocks."""
     while data := stream.read1(1 << 16):
-      self._all += len(data)
-      room = self._half - len(self._head)
+      self._total += len(data)
+      room = self._half_limit - len(self._head)
       self._head, data = self._head + data[:room], data[room:]
-      self._tail = (self._tail + data)[-self._half :]
+      self._tail = (self._tail + data)[-self._half_limit :]
 
   def text(self) -> str:
-    left = self._all - len(self._head) - len(self._tail)
-    note = f'\n[{left:,} of {self._all:,} bytes are left out here]\n'
-    return (self._head + note.encode() * bool(left) + self._tail).decode(
+    omitted = self._total - len(self._head) - len(self._tail)
+    note = f'\n[{omitted:,} of {self._total:,} bytes are left out here]\n'
+    return (self._head + note.encode() * bool(omitted) + self._tail).decode(
       errors='replace'
     )

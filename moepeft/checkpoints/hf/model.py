@@ -109,7 +109,7 @@ def save(
   entries = expected(config)
   arrays = weight_mapping.write(entries, family.axis_sizes(config), params)
   plan = _shards(entries, params, dtype, max_shard_bytes)
-  with directory.directory(path, overwrite) as output_dir:
+  with directory.atomic_directory(path, overwrite) as output_dir:
     fields = family.hf.to_fields(config)
     kinds = {str(_dtype(entry, params, dtype)) for entry in entries}
     if len(kinds) == 1:

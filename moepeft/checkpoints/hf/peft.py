@@ -155,7 +155,7 @@ def _write(
   )
   if base or 'base_model_name_or_path' not in earlier_fields:
     earlier_fields['base_model_name_or_path'] = base
-  with directory.directory(path, overwrite) as output_dir:
+  with directory.atomic_directory(path, overwrite) as output_dir:
     save_file(arrays, output_dir / ARRAYS, metadata={'format': 'pt'})
     task = hf.family_of(config).hf.peft_task
     fixed = {'inference_mode': True, 'task_type': task}

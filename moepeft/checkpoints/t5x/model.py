@@ -120,7 +120,7 @@ def save(
   arrays = weight_mapping.write(entries, t5_weights.axis_sizes(config), params)
   if adapter is not None:
     arrays = itertools.chain(arrays, t5x_adapters.write(config, adapter))
-  with directory.directory(path, overwrite) as output_dir:
+  with directory.atomic_directory(path, overwrite) as output_dir:
     folder = output_dir / f'checkpoint_{step}'
     folder.mkdir()
     target = {

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids of conversations' texts, and which of them are trained.
+"""Tokenization of rendered chats, with a loss mask on the trained answers.
 
-What is trained of an answer is what a model is to say after the template's
-generation prompt: all up to the end-of-turn token, which is trained too.
+The trained tokens of an answer are the tokens that the model has to generate
+after the template's generation prompt, up to and including the end-of-turn
+token.
 """
 
 import itertools
@@ -14,46 +15,50 @@ import numpy as np
 from moepeft.data.batching.decoder_only import Sample
 from moepeft.data.chat.render import RenderedChat
 
-# What may stand before a text so that a tokenizer takes it for no beginning.
-_BEFORE = ('.', 'a', '\n')
-# (ids, where in the text the token of each begins)
-Ids = tuple[list[int], list[int]]
+# Contexts to put before a text, so that a tokenizer does not treat the text as
+# the start of a sequence.
+_CONTEXTS = ('.', 'a', '\n')
+# (token ids, character offset at which each token starts)
+IdsAndOffsets = tuple[list[int], list[int]]
 
 
 def encode_chats(tokenizer: Any, texts: Sequence[RenderedChat]) -> list[Sample]:
-  """Texts as ids.
+  """Tokenizes rendered chats.
 
-  Of an answer the ids before it are those of the text before it, tokenized by
-  itself: what a model generates from. Where a token of the whole text would
-  lie across an answer's beginning, it is two here; elsewhere the ids are those
-  of the whole text. (An answer after one that was cut so follows what the
-  model was trained to say there, which may be other ids of the same text.)
+  The ids before an answer equal the ids of the text before the answer,
+  tokenized alone: the prompt from which a model generates. If a token of the
+  whole text would span the start of an answer, it is replaced by two tokens.
+  All other ids equal those of the whole text.
+
+  After such a split, the ids of the answer may differ from those of the whole
+  text. They are the ids that the model learns to generate, and the next answer
+  has them in its prompt.
   """
-  ends = [[*_starts(text), len(text.whole)] for text in texts]
-  parts = [
-    text.whole[:end]
-    for text, text_ends in zip(texts, ends, strict=True)
-    for end in text_ends
+  prefix_lengths = [[*_answer_starts(text), len(text.whole)] for text in texts]
+  prefixes = [
+    text.whole[:length]
+    for text, lengths in zip(texts, prefix_lengths, strict=True)
+    for length in lengths
   ]
-  encoded = iter(_encoded(tokenizer, parts) if parts else ())
+  encoded = iter(_encode(tokenizer, prefixes) if prefixes else ())
   special_tokens = special_ids(tokenizer)
   return [
-    _sample(
+    _make_sample(
       tokenizer,
       text,
-      text_ends,
-      list(itertools.islice(encoded, len(text_ends))),
+      lengths,
+      list(itertools.islice(encoded, len(lengths))),
       special_tokens,
     )
-    for text, text_ends in zip(texts, ends, strict=True)
+    for text, lengths in zip(texts, prefix_lengths, strict=True)
   ]
 
 
-def _starts(text: RenderedChat) -> list[int]:
+def _answer_starts(text: RenderedChat) -> list[int]:
   return [start for start, _ in text.spans or ()]
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[IdsAndOffsets]:
   encoding = tokenizer(
     list(texts),
     add_special_tokens=False,
@@ -61,72 +66,71 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     return_attention_mask=False,
     return_token_type_ids=False,
   )
-  begins = (
-    [start for start, _ in offsets] for offsets in encoding['offset_mapping']
-  )
-  return list(zip(encoding['input_ids'], begins, strict=True))
+  offsets = ([start for start, _ in o] for o in encoding['offset_mapping'])
+  return list(zip(encoding['input_ids'], offsets, strict=True))
 
 
-def _sample(
+def _make_sample(
   tokenizer: Any,
   text: RenderedChat,
-  ends: Sequence[int],
-  parts: Sequence[Ids],
-  special: set[int],
+  prefix_lengths: Sequence[int],
+  prefixes: Sequence[IdsAndOffsets],
+  special_tokens: set[int],
 ) -> Sample:
-  """Joins the ids of a text's parts into one sample.
+  """Joins the ids of a text's prefixes into one sample.
 
   Args:
-    ends: of the parts, each of which begins at the text's start.
-    parts: (ids, start of each token) of each.
+    prefix_lengths: length of each prefix, in characters. There is a prefix up
+      to each trained answer; the last prefix is the whole text.
+    prefixes: the token ids and offsets of each prefix.
   """
   if text.spans is None:
-    ids = np.array(parts[0][0], np.int32)
+    ids = np.array(prefixes[0][0], np.int32)
     return Sample(ids, np.ones(len(ids), bool))
-  ids = list(parts[0][0])
-  trained = [False] * len(ids)
-  for (_, end), (start, stop), (shorter, longer) in zip(
+  ids = list(prefixes[0][0])
+  loss_mask = [False] * len(ids)
+  for (_, answer_end), (start, stop), (prompt, extended) in zip(
     text.spans,
-    itertools.pairwise(ends),
-    itertools.pairwise(parts),
+    itertools.pairwise(prefix_lengths),
+    itertools.pairwise(prefixes),
     strict=True,
   ):
-    answer_ids, begins = (
-      longer[0][len(shorter[0]) :],
-      longer[1][len(shorter[0]) :],
-    )
-    if longer[0][: len(shorter[0])] != shorter[0]:
-      answer_ids, begins = _following(tokenizer, text.whole[start:stop])
-      begins = [start + begin for begin in begins]
-    ids += answer_ids
-    count = sum(begin < end for begin in begins)
-    count = _up_to_the_end(answer_ids[:count], special, tokenizer)
-    trained += [True] * count + [False] * (len(answer_ids) - count)
-  return Sample(np.array(ids, np.int32), np.array(trained, bool))
+    prompt_size = len(prompt[0])
+    new_ids, offsets = extended[0][prompt_size:], extended[1][prompt_size:]
+    if extended[0][:prompt_size] != prompt[0]:
+      new_ids, offsets = _encode_continuation(tokenizer, text.whole[start:stop])
+      offsets = [start + offset for offset in offsets]
+    ids += new_ids
+    count = sum(offset < answer_end for offset in offsets)
+    count = _count_trained(new_ids[:count], special_tokens, tokenizer)
+    loss_mask += [True] * count + [False] * (len(new_ids) - count)
+  return Sample(np.array(ids, np.int32), np.array(loss_mask, bool))
 
 
-def _following(tokenizer: Any, text: str) -> Ids:
-  """A text as it is tokenized after another one."""
-  texts = [context + part for context in _BEFORE for part in ('', text)]
-  encoded = _encoded(tokenizer, texts)
-  for i, context in enumerate(_BEFORE):
-    (alone, _), (ids, begins) = encoded[2 * i : 2 * i + 2]
-    if ids[: len(alone)] == alone:
-      places = (max(begin - len(context), 0) for begin in begins[len(alone) :])
-      return ids[len(alone) :], list(places)
-  return _encoded(tokenizer, [text])[0]
+def _encode_continuation(tokenizer: Any, text: str) -> IdsAndOffsets:
+  """Tokenizes a text as the continuation of another text."""
+  texts = [context + part for context in _CONTEXTS for part in ('', text)]
+  encoded = _encode(tokenizer, texts)
+  for i, context in enumerate(_CONTEXTS):
+    (context_ids, _), (ids, offsets) = encoded[2 * i : 2 * i + 2]
+    size = len(context_ids)
+    if ids[:size] == context_ids:
+      return ids[size:], [max(o - len(context), 0) for o in offsets[size:]]
+  return _encode(tokenizer, [text])[0]
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-  """Ids that are no text, as the end of a turn."""
-  added = tokenizer.added_tokens_decoder.items()
-  marked = {i for i, token in added if token.special}
-  return marked | set(tokenizer.all_special_ids)
+  """Ids of special tokens, such as the end-of-turn token."""
+  added_tokens = tokenizer.added_tokens_decoder.items()
+  added_special_ids = {i for i, token in added_tokens if token.special}
+  return added_special_ids | set(tokenizer.all_special_ids)
 
 
-def _up_to_the_end(ids: Sequence[int], special: set[int], tokenizer) -> int:
-  """An answer's tokens without the blanks after its end-of-turn token."""
-  ends = [place for place, i in enumerate(ids) if i in special]
+def _count_trained(
+  ids: Sequence[int], special_tokens: set[int], tokenizer
+) -> int:
+  """Number of an answer's tokens without white space after its end-of-turn."""
+  ends = [i for i, token in enumerate(ids) if token in special_tokens]
   if ends and not tokenizer.decode(list(ids[ends[-1] + 1 :])).strip():
     return ends[-1] + 1
   return len(ids)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncation of conversations that are longer than a row.
 
-Whole turns go before any is cut, and the last answer stays whole where it
-fits. No row begins within a turn's header.
+Complete turns are removed before the text of any turn is shortened. The last
+answer stays complete if it fits. A turn's header is never cut.
 """
 
 import dataclasses
@@ -13,57 +13,68 @@ import numpy as np
 from moepeft.data.batching.decoder_only import Sample, truncate
 from moepeft.data.chat.formats import Conversation
 
-# The share of a row that a prompt may keep before an answer that fits none.
-_LEAST = 4
+# If the last answer does not fit into a row, its prompt gets at most 1 / 4 of
+# the row.
+_PROMPT_DIVISOR = 4
 Fits = Callable[[Conversation], bool]
 
 
 def truncate_chat(
   conversation: Conversation,
-  make: Callable[[Conversation], Sample],
-  most: int,
-  too_long: str,
+  render: Callable[[Conversation], Sample],
+  max_length: int,
+  truncation: str,
 ) -> Sample | None:
-  """A conversation in at most so many ids.
+  """Truncates a conversation to at most `max_length` ids.
+
+  With truncation 'prompt' the parts below are removed, in this order, until the
+  conversation fits:
+
+  1. all turns after the last trained answer;
+  2. the oldest exchanges;
+  3. the oldest tool calls before the last answer, with their results;
+  4. the start of the last question;
+  5. the start of the system turn (before 4 if step 4 alone is not enough);
+  6. the end of the last answer.
 
   Args:
-    make: renders it.
-    too_long: 'prompt' drops what follows the last answer that is trained, then
-      the oldest exchanges, then the oldest calls of tools (with what they
-      gave) before the last answer; then the last question loses its beginning,
-      and where that is not enough, the system's turn. The last answer loses
-      its end only where it alone is too long. 'end' cuts; 'drop' drops.
+    render: renders and tokenizes a conversation.
+    truncation: 'prompt', 'end' (removes the end of the ids) or 'drop' (removes
+      the conversation).
 
   Returns:
-    None where nothing is left to train, or where tools leave no room for the
-    last answer.
+    None if no trained token remains, or if the tools' schemas leave no room for
+    the last answer.
   """
-  whole = make(conversation)
-  if len(whole.ids) <= most or too_long != 'prompt':
-    return truncate(whole, most, too_long)
-  conversation = _to_the_last_answer(conversation)
+  sample = render(conversation)
+  if len(sample.ids) <= max_length or truncation != 'prompt':
+    return truncate(sample, max_length, truncation)
+  conversation = _drop_after_last_answer(conversation)
 
-  def fits(shortened: Conversation) -> bool:
-    return len(make(shortened).ids) <= most
+  def fits(candidate: Conversation) -> bool:
+    return len(render(candidate).ids) <= max_length
 
-  short = _shorter(conversation, fits)
-  if not fits(short):
-    if fits(_bare(short)):
+  shortened = _shorten(conversation, fits)
+  if not fits(shortened):
+    if fits(_without_system_and_tools(shortened)):
       return None
-    short = _shorter(conversation, lambda c: _start(make(c)) <= most // _LEAST)
-  cut = truncate(make(short), most, 'end')
-  return cut and dataclasses.replace(cut, cut=True)
+    max_prompt = max_length // _PROMPT_DIVISOR
+    shortened = _shorten(
+      conversation, lambda c: _last_answer_start(render(c)) <= max_prompt
+    )
+  truncated = truncate(render(shortened), max_length, 'end')
+  return truncated and dataclasses.replace(truncated, cut=True)
 
 
-def _start(sample: Sample) -> int:
-  """The place at which the last answer begins."""
+def _last_answer_start(sample: Sample) -> int:
+  """Index of the first token of the last answer."""
   trained = np.flatnonzero(sample.loss_mask)
   last = trained[-1] if len(trained) else 0
   untrained = np.flatnonzero(~sample.loss_mask[:last])
   return int(untrained[-1]) + 1 if len(untrained) else 0
 
 
-def _to_the_last_answer(conversation: Conversation) -> Conversation:
+def _drop_after_last_answer(conversation: Conversation) -> Conversation:
   turns = conversation.turns
   last = max(
     (i for i, t in enumerate(turns) if t.role == 'assistant' and t.trained),
@@ -72,86 +83,105 @@ def _to_the_last_answer(conversation: Conversation) -> Conversation:
   return dataclasses.replace(conversation, turns=turns[: last + 1])
 
 
-def _shorter(conversation: Conversation, fits: Fits) -> Conversation:
-  """Without as little as makes it fit, or as short as can be."""
-  conversation = _without_calls(_without_oldest(conversation, fits), fits)
-  question = max(
-    i for i, turn in enumerate(conversation.turns) if turn.role == 'user'
-  )
-  texts = [question, *range(question + 1, len(conversation.turns) - 1)]
+def _shorten(conversation: Conversation, fits: Fits) -> Conversation:
+  """Removes as little as possible until the conversation fits.
+
+  If no conversation fits, the result is the shortest one.
+  """
+  conversation = _drop_oldest_exchanges(conversation, fits)
+  conversation = _drop_oldest_calls(conversation, fits)
+  question = _last_question(conversation)
+  indices = [question, *range(question + 1, len(conversation.turns) - 1)]
   if conversation.turns[0].role == 'system':
-    # What is asked is worth more, where it is not enough to cut it.
-    least = _without_beginning(conversation, question, lambda c: False)
-    texts = texts if fits(least) else [0, *texts]
-  for place in texts:
-    if conversation.turns[place].role != 'assistant' and not fits(conversation):
-      conversation = _without_beginning(conversation, place, fits)
+    # The system turn is shortened first if the conversation does not fit even
+    # with the shortest question: then the question keeps as much as possible.
+    shortest = _shorten_turn(conversation, question, lambda c: False)
+    indices = indices if fits(shortest) else [0, *indices]
+  for index in indices:
+    if conversation.turns[index].role != 'assistant' and not fits(conversation):
+      conversation = _shorten_turn(conversation, index, fits)
   return conversation
 
 
-def _bare(conversation: Conversation) -> Conversation:
-  """Without what the system says and without tools."""
+def _last_question(conversation: Conversation) -> int:
+  """Index of the last turn of the user."""
+  return max(
+    i for i, turn in enumerate(conversation.turns) if turn.role == 'user'
+  )
+
+
+def _without_system_and_tools(conversation: Conversation) -> Conversation:
   turns = tuple(turn for turn in conversation.turns if turn.role != 'system')
   return Conversation(turns)
 
 
-def _least(count: int, holds: Callable[[int], bool]) -> int:
-  """The least number up to `count` that holds, `count` if none does."""
+def _bisect(count: int, predicate: Callable[[int], bool]) -> int:
+  """The least number below `count` for which `predicate` is true.
+
+  Returns:
+    `count` if there is no such number.
+  """
   low, high = 0, count
   while low < high:
-    middle = (low + high) // 2
-    if holds(middle):
-      high = middle
+    mid = (low + high) // 2
+    if predicate(mid):
+      high = mid
     else:
-      low = middle + 1
+      low = mid + 1
   return low
 
 
-def _without_oldest(conversation: Conversation, fits: Fits) -> Conversation:
-  """Exchanges go from the first on; the last question and its answer stay."""
-  turns = conversation.turns
-  begins = [i for i, turn in enumerate(turns) if turn.role == 'user']
-  head = turns[: begins[0]]
-
-  def rest(dropped: int) -> Conversation:
-    return dataclasses.replace(
-      conversation, turns=head + turns[begins[dropped] :]
-    )
-
-  return rest(_least(len(begins) - 1, lambda n: fits(rest(n))))
-
-
-def _without_calls(conversation: Conversation, fits: Fits) -> Conversation:
-  """Answers before the last one go with what tools gave, from the first on."""
-  turns = conversation.turns
-  question = max(i for i, turn in enumerate(turns) if turn.role == 'user')
-  begins = [
-    i for i in range(question + 1, len(turns)) if turns[i].role == 'assistant'
-  ]
-  head = turns[: question + 1]
-
-  def rest(dropped: int) -> Conversation:
-    return dataclasses.replace(
-      conversation, turns=head + turns[begins[dropped] :]
-    )
-
-  return rest(_least(len(begins) - 1, lambda n: fits(rest(n))))
-
-
-def _without_beginning(
-  conversation: Conversation, place: int, fits: Fits
+def _drop_oldest_exchanges(
+  conversation: Conversation, fits: Fits
 ) -> Conversation:
-  turn = conversation.turns[place]
+  """Removes the oldest exchanges; the last question and its answer stay."""
+  turns = conversation.turns
+  starts = [i for i, turn in enumerate(turns) if turn.role == 'user']
+  return _drop_oldest(conversation, starts[0], starts, fits)
 
-  def rest(dropped: int) -> Conversation:
-    short = dataclasses.replace(turn, content=turn.content[dropped:])
+
+def _drop_oldest_calls(conversation: Conversation, fits: Fits) -> Conversation:
+  """Removes the oldest tool calls after the last question, with results."""
+  turns, first = conversation.turns, _last_question(conversation) + 1
+  starts = [i for i in range(first, len(turns)) if turns[i].role == 'assistant']
+  return _drop_oldest(conversation, first, starts, fits)
+
+
+def _drop_oldest(
+  conversation: Conversation, first: int, starts: list[int], fits: Fits
+) -> Conversation:
+  """Removes the first groups of turns until the conversation fits.
+
+  Args:
+    first: the turns before this index stay.
+    starts: index of the first turn of each group. The last group stays.
+  """
+  turns = conversation.turns
+  head = turns[:first]
+
+  def drop(count: int) -> Conversation:
+    return dataclasses.replace(
+      conversation, turns=head + turns[starts[count] :]
+    )
+
+  return drop(_bisect(len(starts) - 1, lambda n: fits(drop(n))))
+
+
+def _shorten_turn(
+  conversation: Conversation, index: int, fits: Fits
+) -> Conversation:
+  """Removes the start of a turn's content until the conversation fits."""
+  turn = conversation.turns[index]
+
+  def drop(count: int) -> Conversation:
+    shortened = dataclasses.replace(turn, content=turn.content[count:])
     turns = (
-      *conversation.turns[:place],
-      short,
-      *conversation.turns[place + 1 :],
+      *conversation.turns[:index],
+      shortened,
+      *conversation.turns[index + 1 :],
     )
     return dataclasses.replace(conversation, turns=turns)
 
-  # At least a character stays: templates may leave out empty turns.
-  most = len(turn.content.rstrip()) - 1
-  return rest(_least(most, lambda n: fits(rest(n))))
+  # At least one character stays, because templates may omit empty turns.
+  max_dropped = len(turn.content.rstrip()) - 1
+  return drop(_bisect(max_dropped, lambda n: fits(drop(n))))

@@ -45,13 +45,13 @@ def open_seqio(data: ConfigDict, context: ReadContext) -> TrainingData:
     seed=context.seed,
     split=data.split,
     shard=context.shard,
-    below=context.vocab_size,
+    vocab_size=context.vocab_size,
   )
   return TrainingData(
     train=None,
     shares=stream.rates(),
     notes=notes,
-    open_stream=stream.open,
+    open_stream=stream.examples,
     read_held_out=stream.validation,
   )
 

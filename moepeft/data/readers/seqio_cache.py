@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moepeft.core import files, untrusted
-from moepeft.data.readers.seqio_stream import SIDES, import_seqio
+from moepeft.data.readers.seqio_stream import FEATURES, import_seqio
 
 # Tasks of P3 that rank answers have a row for every choice, right or wrong.
 _RANKED = '_score_eval'
@@ -169,7 +169,7 @@ def _task(name: str, splits: Mapping[str, _Split]) -> Any:
   unknown = seqio.Feature(
     seqio.PassThroughVocabulary(size=0, eos_id=1), add_eos=False
   )
-  return seqio.Task(name, source, dict.fromkeys(SIDES, unknown))
+  return seqio.Task(name, source, dict.fromkeys(FEATURES, unknown))
 
 
 def _reader(tf: Any) -> Callable[[Any], Any]:
@@ -184,8 +184,8 @@ def _reader(tf: Any) -> Callable[[Any], Any]:
 
   @untraced
   def parse(record):
-    row = tf.io.parse_single_example(record, dict.fromkeys(SIDES, ids))
-    return {side: tf.cast(row[side], tf.int32) for side in SIDES}
+    row = tf.io.parse_single_example(record, dict.fromkeys(FEATURES, ids))
+    return {name: tf.cast(row[name], tf.int32) for name in FEATURES}
 
   @untraced
   def read(files):
@@ -198,7 +198,7 @@ def _reader(tf: Any) -> Callable[[Any], Any]:
 
 def _check_features(name: str, info: Mapping[str, Any]) -> None:
   features = untrusted.field(info, 'features', dict)
-  for side in SIDES:
+  for side in FEATURES:
     feature = untrusted.field(features, side, dict, {})
     whole = feature.get('dtype') in ('int32', 'int64')
     if feature.get('shape') != [None] or not whole:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids of a SeqIO task or mixture, as an endless stream.
+"""An infinite stream of token ids from a SeqIO task or mixture.
 
-Needs the extra `moepeft[seqio]`; TensorFlow is imported by the first call.
-What a task does until it has ids of `inputs` and `targets` is SeqIO's and its
-author's (arXiv:2203.17189). An element then gets moepeft's form, that of
-`batching.cut`: both sides end with one EOS, which is added where the task adds
-none (as P3's cached inputs) and kept where a side is cut.
+The module needs the extra `moepeft[seqio]`; the first call imports TensorFlow.
+SeqIO (arXiv:2203.17189) runs the task's preprocessors, which give the ids of
+`inputs` and `targets`. The stream then truncates both and ends them with one
+EOS, as `batching.seq2seq.encode_truncated` does, whether or not the task
+appends EOS. The inputs of the cached P3 tasks have none.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ import numpy as np
 from moepeft.core.files import local_path
 
 EOS = 1
-SIDES = ('inputs', 'targets')
+FEATURES = ('inputs', 'targets')
 
 
 def import_seqio() -> tuple[Any, Any]:
-  """The modules seqio and tensorflow.
+  """Imports seqio and tensorflow, and hides GPUs from TensorFlow.
 
   Raises:
-    ValueError: they are not installed.
+    ValueError: one of them is not installed.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   try:
@@ -38,46 +38,48 @@ def import_seqio() -> tuple[Any, Any]:
     raise ValueError(
       f"SeqIO cannot be imported ({e}); pip install 'moepeft[seqio]'"
     ) from None
-  # It would take the memory that JAX trains in. A TensorFlow that has begun
-  # to use a device was told by its user to.
+  # TensorFlow would allocate the GPU memory that JAX needs. The call raises
+  # RuntimeError if the user's code has already initialized TensorFlow's GPUs.
   with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], 'GPU')
   return seqio, tf
 
 
 def is_registered(name: str) -> bool:
-  """Whether a module that was imported has registered a task or mixture."""
-  # Without SeqIO in memory nothing is; its own import takes seconds.
+  """Whether an imported module has registered a task or mixture."""
+  # If seqio is not imported, nothing is registered. Importing it takes seconds.
   seqio = sys.modules.get('seqio')
   return seqio is not None and (
     name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
   )
 
 
-def find_registered(name: str, caches: Sequence[str] = ()) -> Any:
-  """The seqio.Task or seqio.Mixture of a name.
+def find_registered(name: str, cache_dirs: Sequence[str] = ()) -> Any:
+  """Returns the registered seqio.Task or seqio.Mixture with a name.
 
   Args:
-    caches: directories in which SeqIO looks for cached tasks too.
+    cache_dirs: additional directories in which SeqIO looks for cached tasks.
 
   Raises:
     ValueError: SeqIO cannot be imported, or the name is unknown.
   """
   seqio, _ = import_seqio()
-  seqio.add_global_cache_dirs([local_path(path) for path in caches])
+  seqio.add_global_cache_dirs([local_path(path) for path in cache_dirs])
   if not is_registered(name):
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    near = difflib.get_close_matches(name, sorted(names)) or sorted(names)[:3]
+    suggestions = (
+      difflib.get_close_matches(name, sorted(names)) or sorted(names)[:3]
+    )
     raise ValueError(
-      f'SeqIO knows no task or mixture {name!r}; of its {len(names)} the '
-      f'nearest are {", ".join(near) or "none"}; name the module that '
-      'registers it with --imports'
+      f'SeqIO knows no task or mixture {name!r}; similar names among the '
+      f'{len(names)} registered ones: {", ".join(suggestions) or "none"}; name '
+      'the module that registers it with --imports'
     )
   return seqio.get_mixture_or_task(name)
 
 
 def end_with_eos(ids: np.ndarray, length: int) -> np.ndarray:
-  """int32 [<= length]: the ids, cut if need be, and one EOS."""
+  """Truncates ids to at most `length`, with exactly one EOS at the end."""
   ids = np.asarray(ids, np.int32)
   if ids.size and ids[-1] == EOS:
     ids = ids[:-1]
@@ -86,26 +88,26 @@ def end_with_eos(ids: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioStream:
-  """Endless examples of a task or mixture, in an order set by a seed.
+  """An infinite stream of the examples of a task or mixture.
 
-  The order is SeqIO's: files are shuffled, then examples in a buffer (of 1,000
-  by default), and a mixture draws from its tasks by their rates. It is the
-  same in every process with the same version of TensorFlow.
+  SeqIO shuffles the files, then the examples in a buffer (of 1,000 examples by
+  default). A mixture samples its tasks by their rates. The order depends on the
+  seed and on the version of TensorFlow only.
 
   Attributes:
-    provider: a seqio.Task or seqio.Mixture with features inputs and targets;
-      see `registered` and `seqio_cache.mixture`.
-    inputs_length: the most ids of an element's inputs, EOS included.
-    targets_length: the same of its targets.
-    seed: of the order and of random preprocessors.
-    split: the split that is trained on.
-    shard: (index, count): this host's part of the examples. SeqIO deals out
-      files where each host can have one, and examples where not.
-    below: ids have to be below it, the size of a model's vocabulary; 0 for
-      any.
+    provider: a seqio.Task or seqio.Mixture with the features inputs and
+      targets; see `find_registered` and `seqio_cache.mixture`.
+    inputs_length: the maximum number of input ids, EOS included.
+    targets_length: the maximum number of target ids, EOS included.
+    seed: the seed of the shuffling and of random preprocessors.
+    split: the split of the training examples.
+    shard: (index of this host, number of hosts). SeqIO shards by file if there
+      are enough files for all hosts, otherwise by example.
+    vocab_size: the size of the model's vocabulary, which all ids have to be
+      below; 0 for no check.
 
   Raises:
-    ValueError: features are missing, or the split is.
+    ValueError: the provider lacks a feature or the split.
   """
 
   provider: Any
@@ -114,11 +116,11 @@ class SeqioStream:
   seed: int = 0
   split: str = 'train'
   shard: tuple[int, int] = (0, 1)
-  below: int = 0
+  vocab_size: int = 0
 
   def __post_init__(self):
     name, features = self.provider.name, self.provider.output_features
-    missing = [side for side in SIDES if side not in features]
+    missing = [feature for feature in FEATURES if feature not in features]
     if missing:
       raise ValueError(
         f'{name} has no feature {" and no ".join(missing)}, it has '
@@ -136,35 +138,35 @@ class SeqioStream:
     return f'SeqIO {self.provider.name}, {len(tasks)} tasks, {self.split}'
 
   def rates(self) -> dict[str, float]:
-    """The share of each task of the split, which sum to one."""
+    """Returns the sampling rate of each task; the rates sum to one."""
     tasks = [task for task in self._tasks() if self.split in task.splits]
-    # A task by itself has no rate.
+    # A seqio.Task has no method get_rate, unlike a seqio.Mixture.
     rate = getattr(self.provider, 'get_rate', lambda task: 1.0)
     rates = {task.name: float(rate(task)) for task in tasks}
     return {name: value / sum(rates.values()) for name, value in rates.items()}
 
-  def open(self, place: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """The elements from number `place` on, without an end.
+  def examples(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Returns an infinite iterator over the examples from index `start` on.
 
-    SeqIO has no way to go to a place at once: what comes before it is read
-    again and dropped, without leaving TensorFlow. That takes as long as
-    SeqIO took to give it, up to hours where a run has read tens of millions.
+    SeqIO cannot seek. TensorFlow reads and discards the examples before
+    `start`, which takes as long as reading them did: up to hours after tens of
+    millions of examples.
 
     Yields:
       inputs int32 [<= inputs_length] and targets int32 [<= targets_length],
       each with EOS at its end.
 
     Raises:
-      ValueError: nothing can be read, an id is too large, or the data ends.
+      ValueError: the data cannot be read, an id is too large, or the data ends.
     """
     seqio, tf = import_seqio()
     self._check_eos()
     index, count = self.shard
-    with _errors_as_sentences(self.provider.name):
+    with _convert_errors(self.provider.name):
       dataset = self.provider.get_dataset(
         self._lengths(),
         split=self.split,
-        use_cached=self._cached(),
+        use_cached=self._use_cached(),
         shuffle=True,
         seed=self.seed,
         shard_info=seqio.ShardInfo(index, count) if count > 1 else None,
@@ -172,43 +174,52 @@ class SeqioStream:
       )
     options = tf.data.Options()
     options.deterministic = True
-    return self._endless(_sides(dataset).with_options(options).skip(place))
+    dataset = _select_features(dataset).with_options(options).skip(start)
+    return self._iterate(dataset)
 
   def validation(self, count: int) -> list[dict[str, np.ndarray]]:
-    """At most `count` elements of the split 'validation', task by task.
+    """Returns the first examples of the split 'validation' of each task.
 
-    As many of each task as can be, from the front; none where no task has the
-    split. The same on every host.
+    The examples are the same on every host.
+
+    Args:
+      count: the maximum number of examples in total. The tasks get equal
+        numbers of examples. With more tasks than `count`, evenly spaced tasks
+        get one example each.
+
+    Returns:
+      The examples, task by task; [] if no task has the split.
     """
     tasks = [t for t in self._tasks() if 'validation' in t.splits]
-    chosen = min(count, len(tasks))
-    # With more tasks than elements, evenly spaced ones.
-    tasks = [tasks[i * len(tasks) // chosen] for i in range(chosen)]
-    elements_read = []
+    num_tasks = min(count, len(tasks))
+    tasks = [tasks[i * len(tasks) // num_tasks] for i in range(num_tasks)]
+    examples = []
     for i, task in enumerate(tasks):
-      share = (i + 1) * count // chosen - i * count // chosen
-      with _errors_as_sentences(task.name):
+      num_examples = (i + 1) * count // num_tasks - i * count // num_tasks
+      with _convert_errors(task.name):
         dataset = task.get_dataset(
           self._lengths(),
           split='validation',
-          use_cached=self._cached(),
+          use_cached=self._use_cached(),
           shuffle=False,
           num_epochs=1,
           try_in_mem_cache=False,
         )
-        elements = _sides(dataset).take(share).as_numpy_iterator()
-        elements_read += [self._element(e) for e in elements]
-    return elements_read
+        elements = (
+          _select_features(dataset).take(num_examples).as_numpy_iterator()
+        )
+        examples += [self._convert_element(e) for e in elements]
+    return examples
 
   @property
   def vocabulary_size(self) -> int | None:
-    """Ids are below it; None where SeqIO does not know (ids cached on disk)."""
-    with _errors_as_sentences(self.provider.name):
+    """The vocabulary size; None if SeqIO does not know it (cached ids)."""
+    with _convert_errors(self.provider.name):
       return max(v.vocab_size for v in self._vocabularies()) or None
 
   @property
   def decode(self) -> Callable[[Sequence[int]], str] | None:
-    """Text of ids, by the targets' vocabulary; None where it is not known."""
+    """Decodes ids with the targets' vocabulary; None if it is unknown."""
     if self.vocabulary_size is None:
       return None
     vocabulary = self._vocabularies()[1]
@@ -216,23 +227,24 @@ class SeqioStream:
 
   def _vocabularies(self) -> list[Any]:
     features = self.provider.output_features
-    return [features[side].vocabulary for side in SIDES]
+    return [features[feature].vocabulary for feature in FEATURES]
 
   def _check_eos(self) -> None:
-    with _errors_as_sentences(self.provider.name):
-      ends = {v.eos_id for v in self._vocabularies()} - {None}
-    if ends - {EOS}:
+    with _convert_errors(self.provider.name):
+      eos_ids = {v.eos_id for v in self._vocabularies()} - {None}
+    if eos_ids - {EOS}:
       raise ValueError(
         f'{self.provider.name} ends its sequences with the id '
-        f'{", ".join(map(str, ends - {EOS}))}, expected {EOS} as in T5; give '
-        'a task with a vocabulary of that kind'
+        f'{", ".join(map(str, eos_ids - {EOS}))}, expected {EOS} as in T5; '
+        'give a task whose vocabulary has this EOS'
       )
 
   def _tasks(self) -> list[Any]:
     return import_seqio()[0].get_subtasks(self.provider)
 
-  def _cached(self) -> bool:
-    # One answer for a whole mixture: SeqIO says which of its tasks is absent.
+  def _use_cached(self) -> bool:
+    # SeqIO takes one value for all tasks of a mixture. Its error names the
+    # tasks that are not cached.
     return any(
       task.requires_caching or (task.supports_caching and task.cache_dir)
       for task in self._tasks()
@@ -241,48 +253,51 @@ class SeqioStream:
   def _lengths(self) -> dict[str, int]:
     return {'inputs': self.inputs_length, 'targets': self.targets_length}
 
-  def _endless(self, dataset) -> Iterator[dict[str, np.ndarray]]:
-    with _errors_as_sentences(self.provider.name):
+  def _iterate(self, dataset) -> Iterator[dict[str, np.ndarray]]:
+    with _convert_errors(self.provider.name):
       for element in dataset.as_numpy_iterator():
-        yield self._element(element)
+        yield self._convert_element(element)
     raise ValueError(
-      f'{self.provider.name} came to an end in the split {self.split!r}: one '
-      'of its tasks has no example (for this host); leave it out'
+      f'{self.provider.name} has no more examples in the split {self.split!r}: '
+      'one of its tasks has no example (for this host); remove that task'
     )
 
-  def _element(self, element) -> dict[str, np.ndarray]:
+  def _convert_element(self, element) -> dict[str, np.ndarray]:
     lengths = self._lengths()
     element = {
-      side: end_with_eos(element[side], lengths[side]) for side in SIDES
+      feature: end_with_eos(element[feature], lengths[feature])
+      for feature in FEATURES
     }
     largest = max(int(ids.max()) for ids in element.values())
-    if self.below and largest >= self.below:
+    if self.vocab_size and largest >= self.vocab_size:
       raise ValueError(
-        f'{self.provider.name} has the token id {largest}, the model has '
-        f'{self.below} tokens; give data of the vocabulary of the model'
+        f'{self.provider.name} has the token id {largest}, but the '
+        f'vocabulary of the model has {self.vocab_size} tokens; give data that '
+        'was tokenized with the vocabulary of the model'
       )
     return element
 
 
-def _sides(dataset):
-  """The two features alone; texts and choices stay behind."""
-  if set(dataset.element_spec) == set(SIDES):
+def _select_features(dataset):
+  """Removes all features except inputs and targets, such as the texts."""
+  if set(dataset.element_spec) == set(FEATURES):
     return dataset
   _, tf = import_seqio()
 
-  # As in seqio_cache: AutoGraph has nothing to convert here.
+  # As in seqio_cache, there is no control flow for AutoGraph to convert.
   @tf.autograph.experimental.do_not_convert
-  def choose(element):
-    return {side: element[side] for side in SIDES}
+  def select(element):
+    return {feature: element[feature] for feature in FEATURES}
 
-  return dataset.map(choose, num_parallel_calls=tf.data.AUTOTUNE)
+  return dataset.map(select, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 @contextlib.contextmanager
-def _errors_as_sentences(name: str):
-  """Turns errors of TensorFlow and SeqIO into a ValueError of one sentence."""
-  # Looked up now: a stream may be closed when Python itself is.
-  failure = import_seqio()[1].errors.OpError
+def _convert_errors(name: str):
+  """Converts errors of TensorFlow and SeqIO to a ValueError."""
+  # The type is looked up before the `try`, because a stream may be closed while
+  # the interpreter shuts down, when modules can no longer be imported.
+  op_error = import_seqio()[1].errors.OpError
   try:
     yield
   except AssertionError as e:
@@ -290,7 +305,7 @@ def _errors_as_sentences(name: str):
       f'{name} cannot be read ({e}); cache it with seqio_cache_tasks, or name '
       'the directory that holds it with config.data.path'
     ) from None
-  except failure as e:
+  except op_error as e:
     reason = (e.message or str(e)).splitlines()[0]
     raise ValueError(
       f'{name} cannot be read ({type(e).__name__}: {reason}); look at its '

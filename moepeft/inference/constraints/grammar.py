@@ -242,12 +242,12 @@ class Compiler:
     parallel: bool,
     style: Style,
   ) -> Constraint:
-    """Calls of tools in a style's form; see `call_grammar.text`.
+    """Constrains tool calls; see `tool_grammar.build_grammar`.
 
     Raises:
-      ValueError: the parameters of a strict tool cannot be kept.
+      ValueError: the parameters of a strict tool cannot be enforced.
     """
-    text = tool_grammar.text(tools, choice, parallel, style)
+    text = tool_grammar.build_grammar(tools, choice, parallel, style)
     grammar = self._library.LLMatcher.grammar_from_lark(text)
     return self._constraint(grammar, 'the tools')
 

@@ -22,7 +22,7 @@ def literal(text: str) -> str:
   return json.dumps(text, ensure_ascii=False).replace('\x7f', r'\u007f')
 
 
-def json_of(schema: Any, strict: bool) -> str:
+def json_rule(schema: Any, strict: bool) -> str:
   """A rule's body: JSON that fits a schema, its white space bounded.
 
   Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that other threads leave for the engine's thread."""
+"""Calls that other threads enqueue for the engine thread."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,22 +8,22 @@ from typing import Generic, TypeVar
 T = TypeVar('T')
 
 
-class NotYet(Exception):
+class RetryLater(Exception):
   """Raised by a call that must be tried again after the next step."""
 
 
 class EngineCall(Generic[T]):
   """A call whose result, or error, another thread waits for."""
 
-  def __init__(self, do: Callable[[], T]):
-    self._do = do
+  def __init__(self, function: Callable[[], T]):
+    self._function = function
     self.future: Future[T] = Future()
 
   def run(self) -> bool:
-    """Calls it; False if it must be tried again."""
+    """Runs the call; returns False if it must be tried again."""
     try:
-      self.future.set_result(self._do())
-    except NotYet:
+      self.future.set_result(self._function())
+    except RetryLater:
       return False
     except Exception as e:
       self.future.set_exception(e)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests in, tokens out.
+"""The inference engine: the thread-safe interface to an `EngineCore`.
 
-A server starts it on a thread of its own (`start`), which owns JAX; other
-threads leave calls in an inbox, which that thread empties between two steps of
-its `EngineCore`. A command that only waits for answers calls `generate`,
-`stream` and `log_probs` without `start`: the steps are then done on its thread.
+A server calls `start`, which creates the engine thread. Only the engine thread
+uses JAX. Other threads append calls to an inbox, and the engine thread runs
+them between two steps of its `EngineCore`. A command that only waits for
+answers calls `generate`, `stream` and `log_probs` without `start`; the steps
+then run on the thread of the caller.
 """
 
 import collections
@@ -37,7 +38,7 @@ from moepeft.inference.api import (
 from moepeft.inference.beam_search import BeamAnswer, BeamConfig, search
 from moepeft.inference.engine import scoring
 from moepeft.inference.engine import sequence as sequences
-from moepeft.inference.engine.calls import EngineCall, NotYet
+from moepeft.inference.engine.calls import EngineCall, RetryLater
 from moepeft.inference.engine.engine_core import EngineCore, check_runs
 from moepeft.inference.engine.limits import (
   EngineConfig,
@@ -49,21 +50,22 @@ from moepeft.inference.engine.model_runner import ModelRunner
 from moepeft.inference.engine.weights import Adapters
 
 T = TypeVar('T')
-# Called with (program, number done, number in all) before each is compiled.
+# Called before each program is compiled, with (name of the program, number of
+# compiled programs, total number of programs).
 Progress = Callable[[str, int, int], None]
 
 
 class Engine:
-  """Continuations and log-probabilities by a model with its adapters.
+  """Generates with a model and its adapters, and computes log-probabilities.
 
   After `start`, every method may be called from any thread.
 
   Attributes:
     vocab: the size of the model's vocabulary.
-    max_model_len: limit on a prompt and its answer, together in a decoder; on
-      each of the two in an encoder-decoder.
-    decoder_only: whether the prompt is part of the text.
-    slots: sequences that run at once.
+    max_model_len: the maximum number of tokens: of prompt and answer together
+      in a decoder-only model, of each of the two in an encoder-decoder.
+    decoder_only: whether the model is decoder-only.
+    slots: the number of sequences that can run at once.
   """
 
   def __init__(
@@ -76,9 +78,9 @@ class Engine:
   ):
     """
     Args:
-      model: the base's; it is given the adapter_map of the adapters.
-      params: its weights.
-      device: the one that computes; by default JAX's.
+      model: the module of the base model. The engine sets its adapter_map.
+      params: the weights of the base model.
+      device: the JAX device to use; None for JAX's default device.
     """
     self._model, self._params, self._device = model, params, device
     self._adapters, self._config = adapters, config
@@ -86,52 +88,54 @@ class Engine:
     self.max_model_len = max_model_len(model, config)
     self.decoder_only = hasattr(model, 'extend')
     self.slots = config.slots
-    # Guards all below; notified of every change.
-    self._changed = threading.Condition()
+    # The condition guards the attributes below, and is notified of each change.
+    self._condition = threading.Condition()
     self._inbox: collections.deque[EngineCall] = collections.deque()
     self._sequences: dict[str, sequences.Sequence] = {}
     self._unloading: set[str] = set()
-    self._closed, self._stopped = 'the engine has not started', False
+    self._closed_reason, self._stopped = 'the engine has not started', False
     self._thread: threading.Thread | None = None
     self._core: EngineCore | None = None
     self._logprob_requests = 0
 
   @property
   def ready(self) -> bool:
-    """Whether a generation has run since the start."""
-    return not self._closed and not self._core.broken
+    """Whether the engine has started and can accept requests."""
+    return not self._closed_reason and not self._core.failure_message
 
   def start(self, progress: Progress = lambda *args: None) -> None:
-    """Compiles every program, runs a real generation, then takes requests.
+    """Starts the engine thread, and returns when the engine is `ready`.
 
-    Returns once `ready`.
+    The thread compiles every program and runs one generation as a test. Then it
+    accepts requests.
 
     Raises:
-      RuntimeError: the first generation failed, or a program does not compile.
+      RuntimeError: a program does not compile, or the generation failed.
     """
     if self._thread is not None:
       raise ValueError('the engine has been started already')
-    started: Future[None] = Future()
+    startup: Future[None] = Future()
     self._thread = threading.Thread(
-      target=self._run, args=(progress, started), name='engine', daemon=True
+      target=self._run, args=(progress, startup), name='engine', daemon=True
     )
     self._thread.start()
-    started.result()
+    startup.result()
 
   def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
-    """Takes a request; its events are delivered later.
+    """Enqueues a request, and returns before its events are delivered.
 
     Args:
-      deliver: called on the engine's thread. An asyncio server passes `lambda
-        event: loop.call_soon_threadsafe(queue.put_nowait, event)`.
+      deliver: called on the engine thread with each event. An asyncio server
+        passes `lambda event: loop.call_soon_threadsafe(queue.put_nowait,
+        event)`.
 
     Raises:
-      RequestRefused: it is not taken.
+      RequestRefused: the engine does not accept the request.
     """
     check_request(request, self._model, self._config)
-    with self._changed:
-      if self._closed or self._core.broken:
-        raise RequestRefused(self._closed or self._core.broken)
+    with self._condition:
+      if self._closed_reason or self._core.failure_message:
+        raise RequestRefused(self._closed_reason or self._core.failure_message)
       if isinstance(self._adapters, FixedAdapter):
         adapter = self._adapters.acquire(request.adapter)
         soft_prompt = len(adapter.soft_prompt_ids)
@@ -141,43 +145,44 @@ class Engine:
         soft_prompt = 0
       check_request_length(request, self._model, self._config, soft_prompt)
       if request.id in self._sequences:
-        raise RequestRefused(f'a request {request.id!r} is under way already')
-      waiting = self._waiting()
-      # What has come in since the last step may find slots free.
+        raise RequestRefused(f'a request {request.id!r} is already in progress')
+      waiting = self._count_waiting()
+      # Requests in the inbox can take the free slots at the next step.
       if waiting >= self._config.queue + self._core.scheduler.slots.free():
         raise EngineFull(
           f'{waiting} requests wait already; try again later',
-          self._estimate(waiting),
+          self._seconds_until_slot(waiting),
         )
       sequence = sequences.Sequence(request, deliver)
       self._sequences[request.id] = sequence
-      self._put(EngineCall(lambda: self._core.scheduler.add(sequence)))
+      self._enqueue(EngineCall(lambda: self._core.scheduler.add(sequence)))
 
   def cancel(self, id: str) -> None:
-    """Ends a request with CANCELLED; of an unknown id, nothing."""
-    with self._changed:
+    """Ends a request with CANCELLED; does nothing if the id is unknown."""
+    with self._condition:
       if id in self._sequences:
         self._sequences[id].cancelled = True
 
   def stream(
     self, requests: Iterable[Request]
   ) -> Iterator[tuple[Request, Event]]:
-    """The events of requests as they come, those of all requests mixed.
+    """Yields the events of several requests in the order of their delivery.
 
-    More requests than may wait are submitted as others finish. Requests that
-    have not finished when the iterator is closed are cancelled.
+    There may be more requests than fit into the queue: the others are submitted
+    when earlier ones finish. Closing the iterator cancels the requests that are
+    not finished.
 
     Raises:
-      RequestRefused: the engine does not take one of them.
+      RequestRefused: the engine does not accept one of the requests.
     """
-    self._open_inline()
+    self._build_core_inline()
     events: queue.SimpleQueue[tuple[Request, Event]] = queue.SimpleQueue()
     pending, unfinished = collections.deque(requests), set()
     try:
       while pending or unfinished:
-        while pending and self._submitted(pending[0], events.put, unfinished):
+        while pending and self._try_submit(pending[0], events.put, unfinished):
           unfinished.add(pending.popleft().id)
-        if self._thread is None and self._do_calls():
+        if self._thread is None and self._run_calls():
           self._core.step()
         while unfinished and (self._thread or not events.empty()):
           request, event = events.get()
@@ -190,14 +195,14 @@ class Engine:
       for id in unfinished:
         self.cancel(id)
       while unfinished and self._thread is None and self._sequences:
-        self._do_calls()
+        self._run_calls()
         self._core.step()
 
   def generate(self, requests: Sequence[Request]) -> list[GeneratedAnswer]:
-    """The answers to requests, in their order.
+    """Generates an answer to each request, in the order of the requests.
 
     Raises:
-      RequestRefused: the engine does not take one of them.
+      RequestRefused: the engine does not accept one of the requests.
     """
     tokens = {request.id: [] for request in requests}
     finished = {}
@@ -213,15 +218,15 @@ class Engine:
   def beam_search(
     self, requests: Sequence[Request], beams: BeamConfig
   ) -> list[list[BeamAnswer]]:
-    """The most probable answers to each request, best first.
+    """Searches the most probable answers to each request, best first.
 
-    Waits until no request runs. Sampling, constraints and log-probabilities of
-    the requests are not looked at.
+    Waits until no request runs. Ignores the requests' options for sampling,
+    constraints and log-probabilities.
 
     Raises:
-      RequestRefused: the engine does not take one of them.
-      ValueError: it has fewer slots than beams.
-      ArithmeticError: the model's logits are no numbers.
+      RequestRefused: the engine does not accept one of the requests.
+      ValueError: the engine has fewer slots than beams.
+      ArithmeticError: the model's logits are NaN or infinite.
     """
     for request in requests:
       check_request(request, self._model, self._config)
@@ -229,138 +234,162 @@ class Engine:
       raise ValueError(
         f'{beams.count} beams need as many slots; the engine has {self.slots}'
       )
-    self._open_inline()
-    return self._call(lambda: search(self._core, requests, beams))
+    self._build_core_inline()
+    return self._run_on_engine_thread(
+      lambda: search(self._core, requests, beams)
+    )
 
   def log_probs(self, requests: Sequence[LogprobRequest]) -> list[np.ndarray]:
-    """Log-probability of each token of the answers, in nats: float64 [t] each.
+    """Computes the log-probability of each token of the answers, in nats.
+
+    Returns:
+      A float64 array [t] for each request.
 
     Raises:
-      RequestRefused: the engine does not take one of them.
-      ArithmeticError: the log-probabilities are no numbers.
+      RequestRefused: the engine does not accept one of the requests.
+      ArithmeticError: the log-probabilities are NaN or infinite.
     """
-    self._open_inline()
+    self._build_core_inline()
     if not self.decoder_only:
       return [
-        self._call(lambda r=r: scoring.score_answer(self._core, r))
+        self._run_on_engine_thread(
+          lambda r=r: scoring.score_answer(self._core, r)
+        )
         for r in requests
       ]
-    scored = scoring.echo_requests(requests, self._logprob_requests)
-    self._logprob_requests += len(scored)
-    return scoring.answer_logprobs(requests, self.stream(scored))
+    echo_requests = scoring.echo_requests(requests, self._logprob_requests)
+    self._logprob_requests += len(echo_requests)
+    return scoring.answer_logprobs(requests, self.stream(echo_requests))
 
   def update_weights(self, variables: Tree) -> None:
-    """Takes new values of the weights, as a trainer has them.
+    """Replaces the weights, for example after a training step.
 
-    Waits until no request runs, and forgets all prefixes. Adapters of a pool
-    stay as they were loaded.
+    Waits until no request runs, and clears the prefix cache. The adapters of a
+    pool do not change.
 
     Args:
-      variables: 'params', the base's, or 'peft', the model's own adapter, or
-        both; with the names, shapes and types of before.
+      variables: Flax collections: 'params' (the base model), 'peft' (the
+        model's single adapter), or both. Names, shapes and dtypes must equal
+        those of the current weights.
 
     Raises:
-      ValueError: names, shapes or types differ, or the engine has a pool of
-        adapters and 'peft' is given.
+      ValueError: a name, shape or dtype differs, or `variables` contains 'peft'
+        but the engine has a pool of adapters.
     """
-    self._open_inline()
-    self._call(lambda: self._core.update_weights(variables))
+    self._build_core_inline()
+    self._run_on_engine_thread(lambda: self._core.update_weights(variables))
 
   def adapters(self) -> Sequence[LoadedAdapter]:
     """The adapters that requests may name."""
     return self._adapters.loaded()
 
   def load(self, name: str, path: str) -> LoadedAdapter:
-    """Reads an adapter (a run, or an exported directory) under a name.
+    """Loads an adapter from a training run or an exported directory.
 
-    Running requests continue with the adapter that they began with.
+    An adapter of the same name is replaced. Running requests keep the adapter
+    with which they started.
+
+    Args:
+      name: the name by which requests select the adapter.
 
     Raises:
-      ValueError: it cannot be read, is another base's, is not for serving, or
-        there is no memory for it; what was loaded before stays.
+      ValueError: the adapter cannot be read or served, belongs to another base
+        model, or does not fit into memory. The loaded adapters do not change.
     """
-    # On the caller's thread: it may take long, and answers go on beside it.
+    # Reading may take long, so it runs on the caller's thread, and the engine
+    # thread continues to generate.
     adapter = self._adapters.read(path)
-    return self._call(lambda: self._adapters.put(name, adapter))
+    return self._run_on_engine_thread(lambda: self._adapters.put(name, adapter))
 
   def unload(self, name: str) -> None:
-    """Removes an adapter once no request uses it.
+    """Removes an adapter as soon as no request uses it.
 
     Raises:
-      UnknownAdapter: there is none of that name.
+      UnknownAdapter: no adapter has this name.
     """
-    with self._changed:
+    with self._condition:
       self._check_adapter(name)
       self._unloading.add(name)
-    self._call(lambda: self._unload(name))
+    self._run_on_engine_thread(lambda: self._unload(name))
 
   def stats(self) -> EngineStats:
-    with self._changed:
-      loaded, counts = self._adapters.loaded(), self._core
-      waiting = self._waiting()
+    with self._condition:
+      adapters, core = self._adapters.loaded(), self._core
+      waiting = self._count_waiting()
       return EngineStats(
         running=len(self._sequences) - waiting,
         waiting=waiting,
         slots=self.slots,
-        finished=dict(counts.finished) if counts else {},
-        prompt_tokens=counts.prompt_tokens if counts else 0,
-        cached_tokens=counts.cached_tokens if counts else 0,
-        answer_tokens=counts.answer_tokens if counts else 0,
-        compiled=len(counts.runner.programs) if counts else 0,
-        adapters=len(loaded),
+        finished=dict(core.finished) if core else {},
+        prompt_tokens=core.prompt_tokens if core else 0,
+        cached_tokens=core.cached_tokens if core else 0,
+        answer_tokens=core.answer_tokens if core else 0,
+        compiled=len(core.runner.programs) if core else 0,
+        adapters=len(adapters),
         adapter_bytes=self._adapters.bytes,
       )
 
   def drain(self, seconds: float) -> bool:
-    """Takes no more requests and waits; whether all have finished."""
-    with self._changed:
-      self._closed = self._closed or 'the server is shutting down'
-      return self._changed.wait_for(lambda: not self._sequences, seconds)
+    """Stops accepting requests, and waits until all have finished.
+
+    Returns:
+      False if requests are unfinished after `seconds`.
+    """
+    with self._condition:
+      self._closed_reason = self._closed_reason or 'the server is shutting down'
+      return self._condition.wait_for(lambda: not self._sequences, seconds)
 
   def stop(self) -> None:
-    """Ends the thread; unfinished requests are CANCELLED."""
-    with self._changed:
-      self._closed = self._closed or 'the server is shutting down'
+    """Stops the engine thread; unfinished requests end with CANCELLED."""
+    with self._condition:
+      self._closed_reason = self._closed_reason or 'the server is shutting down'
       self._stopped = True
-      self._changed.notify_all()
+      self._condition.notify_all()
     if self._thread is not None:
       self._thread.join()
 
-  def _waiting(self) -> int:
+  def _count_waiting(self) -> int:
     return sum(s.adapter is None for s in self._sequences.values())
 
   def _check_adapter(self, name: str) -> LoadedAdapter:
-    loaded = {adapter.name: adapter for adapter in self._adapters.loaded()}
-    if name not in loaded or name in self._unloading:
+    adapters = {adapter.name: adapter for adapter in self._adapters.loaded()}
+    if name not in adapters or name in self._unloading:
       raise UnknownAdapter(
         f'there is no adapter {name!r}; there are '
-        f'{", ".join(loaded) or "none, but the base"}'
+        f'{", ".join(adapters) or "none besides the base model"}'
       )
-    return loaded[name]
+    return adapters[name]
 
-  def _estimate(self, waiting: int) -> float:
-    """Seconds until one of those that wait has got a slot, about."""
+  def _seconds_until_slot(self, waiting: int) -> float:
+    """Estimates how many seconds a new request would wait for a slot."""
     seconds = self._core.scheduler.slot_seconds * (waiting + 1) / self.slots
     return max(1, math.ceil(seconds))
 
-  def _put(self, call: EngineCall) -> None:
+  def _enqueue(self, call: EngineCall) -> None:
     self._inbox.append(call)
-    self._changed.notify_all()
+    self._condition.notify_all()
 
-  def _call(self, do: Callable[[], T]) -> T:
-    """Calls on the engine's thread, between two steps."""
-    call = EngineCall(do)
-    with self._changed:
+  def _run_on_engine_thread(self, function: Callable[[], T]) -> T:
+    """Calls a function on the engine thread, between two steps."""
+    call = EngineCall(function)
+    with self._condition:
       if self._stopped:
         raise RequestRefused('the engine has been stopped')
       if self._thread is not None:
-        self._put(call)
+        self._enqueue(call)
     if self._thread is None and not call.run():
       raise ValueError('requests are running; wait for their answers first')
     return call.future.result()
 
-  def _submitted(self, request, put, unfinished: set[str]) -> bool:
-    """Submits a request; False while the queue is full of our own."""
+  def _try_submit(self, request, put, unfinished: set[str]) -> bool:
+    """Submits a request.
+
+    Returns:
+      False if the queue is full, but requests of the same caller will leave it.
+
+    Raises:
+      EngineFull: only requests of other callers fill the queue.
+    """
     try:
       self.submit(request, lambda event: put((request, event)))
     except EngineFull:
@@ -371,78 +400,80 @@ class Engine:
 
   def _unload(self, name: str) -> None:
     if self._core is not None and self._core.scheduler.waits_for(name):
-      raise NotYet
+      raise RetryLater
     try:
       self._adapters.unload(name)
     finally:
       self._unloading.discard(name)
 
-  def _run(self, progress: Progress, started: Future) -> None:
-    """The engine's thread."""
+  def _run(self, progress: Progress, startup: Future) -> None:
+    """The main function of the engine thread."""
     try:
-      self._open(progress)
+      self._build_core(progress)
     except BaseException as e:
-      self._close(FAILED, 'the engine did not start')
-      started.set_exception(e)
+      self._abort_all(FAILED, 'the engine did not start')
+      startup.set_exception(e)
       return
-    started.set_result(None)
+    startup.set_result(None)
     try:
-      while self._do_calls():
+      while self._run_calls():
         self._core.step()
     except BaseException as e:
-      self._core.broken = f'the engine stopped: {e}; restart the server'
-      self._close(FAILED, self._core.broken)
+      self._core.failure_message = (
+        f'the engine stopped: {e}; restart the server'
+      )
+      self._abort_all(FAILED, self._core.failure_message)
       raise
-    self._close(CANCELLED, 'the server has shut down')
+    self._abort_all(CANCELLED, 'the server has shut down')
 
-  def _open_inline(self) -> None:
-    """Compiles on this thread, where no other was started."""
+  def _build_core_inline(self) -> None:
+    """Builds the core on this thread, unless `start` was called."""
     if self._thread is None and self._core is None:
-      self._open(lambda *args: None)
+      self._build_core(lambda *args: None)
 
-  def _open(self, progress: Progress) -> None:
+  def _build_core(self, progress: Progress) -> None:
     runner = ModelRunner(
       self._model, self._params, self._adapters, self._config, self._device
     )
-    # The runner has them as it needs them.
+    # The runner has its own copy of the weights; this one can be freed.
     self._params = None
     runner.compile(progress)
     if self._config.compile_ahead:
       check_runs(runner)
-    core = EngineCore(runner, self._forget)
-    with self._changed:
+    core = EngineCore(runner, self._remove_sequence)
+    with self._condition:
       self._core = core
       if not self._stopped:
-        self._closed = ''
+        self._closed_reason = ''
 
-  def _do_calls(self) -> bool:
-    """Waits for something to do, and runs the calls of other threads.
+  def _run_calls(self) -> bool:
+    """Waits for calls or running requests, and runs the calls in the inbox.
 
     Returns:
-      Whether the engine goes on.
+      False if the engine has been stopped.
     """
-    with self._changed:
-      self._changed.wait_for(
+    with self._condition:
+      self._condition.wait_for(
         lambda: self._inbox or self._core.scheduler.busy or self._stopped
       )
       if self._stopped:
         return False
       calls = list(self._inbox)
       self._inbox.clear()
-    again = [call for call in calls if not call.run()]
-    with self._changed:
-      self._inbox.extendleft(reversed(again))
+    retries = [call for call in calls if not call.run()]
+    with self._condition:
+      self._inbox.extendleft(reversed(retries))
     return True
 
-  def _forget(self, sequence: sequences.Sequence) -> None:
-    with self._changed:
+  def _remove_sequence(self, sequence: sequences.Sequence) -> None:
+    with self._condition:
       self._sequences.pop(sequence.request.id, None)
-      self._changed.notify_all()
+      self._condition.notify_all()
 
-  def _close(self, reason: str, message: str) -> None:
-    """Ends all requests and calls."""
-    with self._changed:
-      self._closed, self._stopped = self._closed or message, True
+  def _abort_all(self, reason: str, message: str) -> None:
+    """Ends all requests, and fails all calls in the inbox."""
+    with self._condition:
+      self._closed_reason, self._stopped = self._closed_reason or message, True
       calls = list(self._inbox)
       self._inbox.clear()
       unfinished = list(self._sequences.values())

@@ -25,7 +25,7 @@ from moepeft.inference.api import (
   TokenLogprob,
 )
 from moepeft.inference.engine import sampler
-from moepeft.inference.engine.calls import NotYet
+from moepeft.inference.engine.calls import RetryLater
 from moepeft.inference.engine.decode_step import decode_step
 from moepeft.inference.engine.limits import check_request_length
 from moepeft.inference.engine.model_runner import ModelRunner
@@ -50,7 +50,8 @@ class EngineCore:
     prefill: reads prompts.
     finished: number of requests by the reason of their end.
     prompt_tokens, cached_tokens, answer_tokens: totals of those.
-    broken: why nothing can be computed any more; ''.
+    failure_message: why the engine can compute nothing any more; '' while it
+      works.
   """
 
   def __init__(
@@ -69,7 +70,7 @@ class EngineCore:
     self._failures = 0
     self.finished: collections.Counter[str] = collections.Counter()
     self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
-    self.broken = ''
+    self.failure_message = ''
 
   def step(self) -> None:
     """Ends what is cancelled or late, admits, prefills a chunk, and decodes."""
@@ -78,8 +79,8 @@ class EngineCore:
     self.scheduler.admit(self._begin)
     self._prefill()
     self._decode()
-    if self.broken:
-      self.finish_all(FAILED, self.broken)
+    if self.failure_message:
+      self.finish_all(FAILED, self.failure_message)
 
   def finish_all(self, reason: str, message: str = '') -> None:
     for sequence in self.scheduler.unfinished:
@@ -110,10 +111,10 @@ class EngineCore:
     """As `Engine.update_weights`, once no sequence runs.
 
     Raises:
-      NotYet: one does.
+      RetryLater: one does.
     """
     if self.scheduler.busy:
-      raise NotYet
+      raise RetryLater
     unknown = variables.keys() - {'params', 'peft'}
     if unknown or not variables:
       raise ValueError(
@@ -234,7 +235,7 @@ class EngineCore:
       self._give_up(e)
 
   def _give_up(self, error: Exception) -> None:
-    self.broken = self.broken or (
+    self.failure_message = self.failure_message or (
       f'nothing can be computed any more: {_sentence(error)}; restart the '
       'server'
     )

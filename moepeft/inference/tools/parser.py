@@ -134,7 +134,7 @@ class Parser:
   @property
   def _gap(self) -> str:
     """The characters that may part calls."""
-    return ' \t\r\n' + self._style.between.strip()
+    return ' \t\r\n' + self._style.separator.strip()
 
   def _opening(self) -> tuple[int, int]:
     """The place where a call may begin, and the size of its opening; 0 if

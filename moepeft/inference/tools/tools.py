@@ -4,8 +4,8 @@
 A model was taught one form of calls; it is found in its chat template. Hermes'
 and Qwen's is `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, also
 what `moepeft.data` writes where a template has no words for tools; Llama 3's
-is JSON with `parameters`; else it is JSON with `arguments`. `calls.Parser`
-reads them, `call_grammar` forces them.
+is JSON with `parameters`; else it is JSON with `arguments`. `tools.parser`
+parses calls, `constraints.tool_grammar` constrains an answer to them.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ class Style:
 
   Attributes:
     name: one of STYLES.
-    opening, closing: what a call stands between, '' for nothing.
-    key: what its arguments are called.
-    between: what several calls are parted by.
+    opening, closing: markers around a call; '' for no marker.
+    key: the JSON key of its arguments.
+    separator: text between two calls.
   """
 
   name: str
   opening: str
   closing: str
   key: str
-  between: str
+  separator: str
 
 
 STYLES = {

@@ -50,7 +50,7 @@ class BertConfig:
   family: ClassVar[str] = 'bert'
 
   def __post_init__(self):
-    config_fields.check(self, _LEAST)
+    config_fields.check(self, _MINIMUMS)
     config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
     if self.d_model % self.heads:
       raise ValueError(
@@ -67,7 +67,7 @@ class BertConfig:
 
 
 _COUNTS = ('vocab', 'd_model', 'heads', 'ffn', 'layers', 'length', 'types')
-_LEAST = dict.fromkeys(_COUNTS, 1) | {'eps': 0, 'dropout': 0}
+_MINIMUMS = dict.fromkeys(_COUNTS, 1) | {'eps': 0, 'dropout': 0}
 
 
 def _bert(d_model: int, heads: int, layers: int) -> BertConfig:
@@ -139,10 +139,10 @@ class BertBlock(Transformer):
 
   def _summed(self, name, module, run, x, ctx):
     """norm(x + dropout(sublayer(x))), the sublayer a site of its own."""
-    around = SublayerHook(
+    hook = SublayerHook(
       f'encoder/{name}', self.adapter_map, name=f'around_{name}'
     )
-    y = around(module, run, x, ctx)
+    y = hook(module, run, x, ctx)
     drop = nn.Dropout(self.config.dropout)
     return module.norm(x + drop(y, deterministic=not ctx.train), ctx)
 

@@ -70,7 +70,7 @@ class DecoderConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    config_fields.check(self, _LEAST)
+    config_fields.check(self, _MINIMUMS)
     _check_rope(self.rope)
     config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
     config_fields.check_one_of('positions', self.positions, POSITIONS)
@@ -105,8 +105,8 @@ class DecoderConfig:
     return NormForm(self.eps, self.centred, self.norm_offset)
 
 
-# Of what has a lower bound, the least value.
-_LEAST = {
+# The minimum value of each field that has a lower bound.
+_MINIMUMS = {
   **dict.fromkeys(
     (
       'vocab',
@@ -127,7 +127,7 @@ _LEAST = {
 
 
 # YaRN takes logarithms of rotations, and of a base above 1.
-_LEAST_ROPE = {
+_ROPE_MINIMUMS = {
   'theta': 1,
   'factor': 0.1,
   'original': 1,
@@ -140,7 +140,7 @@ _LEAST_ROPE = {
 
 
 def _check_rope(rope: Rope) -> None:
-  config_fields.check(rope, _LEAST_ROPE, 'rope.')
+  config_fields.check(rope, _ROPE_MINIMUMS, 'rope.')
   if rope.kind == 'yarn' and rope.theta <= 1:
     raise ValueError(f'rope.theta is above 1 for yarn; got {rope.theta}')
   if rope.kind == 'llama3' and rope.high <= rope.low:

@@ -90,10 +90,10 @@ class DecoderBlock(Transformer):
   def _residual(self, name, module, run, x, ctx):
     """x + dropout(norm?(sublayer(norm(x)))), the sublayer a site of its own."""
     c = self.config
-    around = SublayerHook(
+    hook = SublayerHook(
       f'decoder/{name}', self.adapter_map, name=f'around_{name}'
     )
-    y = around(module, run, module.norm(x, ctx), ctx)
+    y = hook(module, run, module.norm(x, ctx), ctx)
     if c.post_norms:
       name = f'{name}_post_norm'
       site = f'decoder/{name}'

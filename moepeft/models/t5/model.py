@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5 1.0 and 1.1 (also LM-adapted and FLAN): sizes and module.
+"""Configurations and Flax modules of T5 1.0, 1.1, LM-adapted T5 and FLAN-T5.
 
-Raffel et al., arXiv:1910.10683; 1.1 as in google-research/text-to-text-
-transfer-transformer's `released_checkpoints.md`. The names of its weights in
-other formats are in `t5.weights`.
+Raffel et al., arXiv:1910.10683. `released_checkpoints.md` in the repository
+google-research/text-to-text-transfer-transformer describes version 1.1. The
+module `t5.weights` maps weights to their names in other formats.
 """
 
 import dataclasses
@@ -27,14 +27,16 @@ from moepeft.nn.positions import RelativeBias
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-  """The shape of a T5.
+  """Sizes and options of a T5 model.
 
   Attributes:
-    gated: 1.1's act(wi_0 x) * (wi_1 x); else 1.0's act(wi x).
-    activation: 'gelu' (the tanh form) or 'relu'.
-    tied: whether the head is the embedding's transpose.
+    gated: whether the feed-forward layer computes act(wi_0 x) * (wi_1 x), as in
+      version 1.1, or act(wi x), as in 1.0.
+    activation: 'gelu' (the tanh approximation) or 'relu'.
+    tied: whether the output head is the transpose of the embedding.
     scale_head: whether the head's input is scaled by d_model ** -0.5.
-    buckets, max_distance: of the relative position bias.
+    buckets: number of buckets of the relative position bias.
+    max_distance: distance from which all positions share the last bucket.
   """
 
   vocab: int = 32128
@@ -55,13 +57,14 @@ class T5Config:
   family: ClassVar[str] = 't5'
 
   def __post_init__(self):
-    config_fields.check(self, _LEAST)
+    config_fields.check(self, _MINIMUMS)
     config_fields.check_one_of('activation', self.activation, ACTIVATIONS)
 
 
-# Of what has a lower bound, the least value; two buckets a direction, and
-# distances that outgrow the exact ones.
-_LEAST = {
+# The minimum value of each field that has a lower bound. The bidirectional
+# relative position bias needs two buckets per direction, and a maximum distance
+# above that of the buckets that hold a single distance.
+_MINIMUMS = {
   **dict.fromkeys(
     (
       'vocab',
@@ -81,8 +84,8 @@ _LEAST = {
 }
 
 
-# layers, heads, head size, d_model, ffn of 1.1 (released_checkpoints.md; tiny
-# is the released mixture code's, for tests).
+# (layers, heads, head size, d_model, ffn) of version 1.1. The sizes are from
+# released_checkpoints.md, except tiny, a size for tests.
 _SIZES = {
   'tiny': (1, 2, 16, 32, 128),
   'small': (8, 6, 64, 512, 1024),
@@ -91,7 +94,7 @@ _SIZES = {
   'xl': (24, 32, 64, 2048, 5120),
   'xxl': (24, 64, 64, 4096, 10240),
 }
-# The same of 1.0, whose xl and xxl are called 3B and 11B.
+# The sizes of version 1.0. Its xl and xxl were released as 3B and 11B.
 _SIZES_1_0 = {
   'tiny': (1, 2, 16, 32, 128),
   'small': (6, 8, 64, 512, 2048),
@@ -103,7 +106,7 @@ _SIZES_1_0 = {
 
 
 def config(size: str, version: str = '1.1') -> T5Config:
-  """The configuration of a released size.
+  """Returns the configuration of a released model.
 
   Args:
     size: tiny, small, base, large, xl or xxl.
@@ -120,7 +123,7 @@ def config(size: str, version: str = '1.1') -> T5Config:
       f'T5 comes as {", ".join(table)}; got {size!r}{suggestion(size, table)}'
     )
   layers, heads, head_dim, d_model, ffn = table[size]
-  new = version == '1.1'
+  is_v1_1 = version == '1.1'
   return T5Config(
     d_model=d_model,
     heads=heads,
@@ -128,19 +131,22 @@ def config(size: str, version: str = '1.1') -> T5Config:
     ffn=ffn,
     encoder_layers=layers,
     decoder_layers=layers,
-    gated=new,
-    activation='gelu' if new else 'relu',
-    tied=not new,
-    scale_head=not new,
+    gated=is_v1_1,
+    activation='gelu' if is_v1_1 else 'relu',
+    tied=not is_v1_1,
+    scale_head=not is_v1_1,
   )
 
 
-# Of version 1.1.
+# Configurations of version 1.1.
 SIZES = {size: config(size) for size in _SIZES}
 
 
 def sites(config: T5Config) -> dict[str, str]:
-  """Every site's path and its role, which methods' defaults go by."""
+  """Maps the path of each adapter site to its role.
+
+  Adapter methods select their default sites by role.
+  """
   mlp = feed_forward(config.gated)
   stacks = {
     'encoder/self': ATTENTION,
@@ -152,8 +158,8 @@ def sites(config: T5Config) -> dict[str, str]:
   roles = {'embed': 'embed'}
   for path, suffixes in stacks.items():
     roles |= {path + suffix: role for suffix, role in suffixes.items()}
-  ends = {'encoder/norm': 'norm', 'decoder/norm': 'norm', 'head': 'head'}
-  return roles | ends
+  outer = {'encoder/norm': 'norm', 'decoder/norm': 'norm', 'head': 'head'}
+  return roles | outer
 
 
 class T5Block(Transformer):
@@ -201,25 +207,27 @@ class T5Block(Transformer):
     return self._residual(name, attention, run, x, ctx)
 
   def _residual(self, name, module, run, x, ctx):
-    """x + dropout(sublayer(norm(x))), the sublayer a site of its own."""
-    around = SublayerHook(
+    """x + dropout(sublayer(norm(x))); adapters may wrap the sublayer."""
+    hook = SublayerHook(
       f'{self.side}/{name}', self.adapter_map, name=f'around_{name}'
     )
-    y = around(module, run, module.norm(x, ctx), ctx)
-    drop = nn.Dropout(self.config.dropout, broadcast_dims=(1,))
-    return x + drop(y, deterministic=not ctx.train)
+    y = hook(module, run, module.norm(x, ctx), ctx)
+    dropout = nn.Dropout(self.config.dropout, broadcast_dims=(1,))
+    return x + dropout(y, deterministic=not ctx.train)
 
 
 class T5Stack(Transformer):
-  """The encoder or the decoder, from embedded tokens to normed states."""
+  """The encoder or the decoder: embeddings to normalized hidden states."""
 
   config: T5Config
   side: str = 'encoder'
 
   @nn.compact
-  def __call__(self, x, ctx, mask, source=None, source_ctx=None, see=None):
+  def __call__(
+    self, x, ctx, mask, source=None, source_ctx=None, source_mask=None
+  ):
     c = self.config
-    drop = nn.Dropout(c.dropout, broadcast_dims=(1,))
+    dropout = nn.Dropout(c.dropout, broadcast_dims=(1,))
     relpos = RelativeBias(
       c.heads,
       c.buckets,
@@ -238,13 +246,13 @@ class T5Stack(Transformer):
     x = self.scan_layers(
       block,
       layers[self.side],
-      drop(x, deterministic=not ctx.train),
+      dropout(x, deterministic=not ctx.train),
       ctx,
       relpos(queries, keys),
       mask,
       source,
       source_ctx,
-      see,
+      source_mask,
     )
     norm = RMSNorm(
       f'{self.side}/norm',
@@ -253,13 +261,14 @@ class T5Stack(Transformer):
       self.param_dtype,
       name='norm',
     )
-    return drop(norm(x, ctx), deterministic=not ctx.train)
+    return dropout(norm(x, ctx), deterministic=not ctx.train)
 
 
 class T5(Transformer):
-  """Encoder-decoder; `__call__` is training's, the rest is for decoding.
+  """The encoder-decoder model.
 
-  `attention` is none that needs a mask without arrays ('chunked').
+  Training uses `__call__`; generation uses `encode` and `decode`. The attention
+  implementation 'chunked' is not supported.
   """
 
   config: T5Config
@@ -269,8 +278,9 @@ class T5(Transformer):
     check_implementation(self.attention)
     if self.attention == 'chunked':
       raise ValueError(
-        "config.model.attention is 'chunked', which T5 has not: its relative "
-        "positions are an array of queries x keys; take 'naive' or 'fused'"
+        "config.model.attention is 'chunked', which T5 does not support: its "
+        'relative position bias is an array of queries x keys; take '
+        "'naive' or 'fused'"
       )
     self.embed = Embedding(
       c.vocab,
@@ -288,13 +298,13 @@ class T5(Transformer):
     )
 
   def __call__(self, batch: Batch, train: bool = False) -> Array:
-    """Logits float32 [b, t, v] of a batch.
+    """Computes the logits of a batch, float32 [b, t, v].
 
     Args:
       batch: `inputs` int [b, s], `decoder_inputs` int [b, t] and, optionally,
-        `inputs_mask`, `targets_mask` (bool; default: all real) and
+        `inputs_mask`, `targets_mask` (bool; default: no padding) and
         `inputs_segments`, `targets_segments` (int, packed rows).
-      train: dropout and router noise on (rngs 'dropout' and 'router').
+      train: enables dropout and router noise (rngs 'dropout' and 'router').
     """
     source_ctx = context(batch, 'inputs', batch['inputs'], train)
     encoded = self.encode(batch['inputs'], source_ctx)
@@ -302,29 +312,36 @@ class T5(Transformer):
     return self.decode(batch['decoder_inputs'], ctx, encoded, source_ctx)
 
   def encode(self, inputs: Array, ctx: Context) -> Array:
-    """ids [b, s] -> states [b, s, d]."""
+    """ids [b, s] -> hidden states [b, s, d]."""
     x = self.embed(inputs, ctx)
-    segments = ctx.segment_ids
-    real = ctx.token_mask
-    return self.encoder(x, ctx, attention_mask(real, real, segments, segments))
+    mask = attention_mask(
+      ctx.token_mask, ctx.token_mask, ctx.segment_ids, ctx.segment_ids
+    )
+    return self.encoder(x, ctx, mask)
 
   def decode(
     self, ids: Array, ctx: Context, encoded: Array, source_ctx: Context
   ) -> Array:
-    """ids [b, t] -> logits [b, t, v]; one token a call where ctx.decode."""
-    real, source = ctx.token_mask, source_ctx.token_mask
-    segments, of_source = ctx.segment_ids, source_ctx.segment_ids
-    # Segments of one whole input see all of it.
-    see = attention_mask(
-      real, source, None if of_source is None else segments, of_source
+    """ids [b, t] -> logits [b, t, v]; t is 1 if ctx.decode is set."""
+    token_mask, segments = ctx.token_mask, ctx.segment_ids
+    source_segments = source_ctx.segment_ids
+    # If the inputs are not packed, every target segment attends to the complete
+    # input of its row.
+    source_mask = attention_mask(
+      token_mask,
+      source_ctx.token_mask,
+      None if source_segments is None else segments,
+      source_segments,
     )
     if ctx.decode:
-      past = jnp.arange(ctx.cache_length) <= ctx.index
-      mask = past[None, None, None, :]
+      is_cached = jnp.arange(ctx.cache_length) <= ctx.index
+      mask = is_cached[None, None, None, :]
     else:
-      mask = attention_mask(real, real, segments, segments, causal=True)
+      mask = attention_mask(
+        token_mask, token_mask, segments, segments, causal=True
+      )
     x = self.embed(ids, ctx)
-    x = self.decoder(x, ctx, mask, encoded, source_ctx, see)
+    x = self.decoder(x, ctx, mask, encoded, source_ctx, source_mask)
     if self.config.scale_head:
       x = x * self.config.d_model**-0.5
     return self.head(x, ctx, self.embed if self.config.tied else None)

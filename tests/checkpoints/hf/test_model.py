@@ -242,7 +242,7 @@ def test_a_local_directory_wins_over_the_hub(saved, monkeypatch):
 
 def test_an_output_that_holds_files_is_kept(saved):
   folder, params = saved
-  with pytest.raises(CheckpointError, match='already holds config.json'):
+  with pytest.raises(CheckpointError, match='already contains config.json'):
     hf.save(folder, CONFIG, params)
   hf.save(folder, CONFIG, random_params(CONFIG, seed=2), overwrite=True)
   assert hf.load(str(folder)).sha256 != weight_mapping.content_hash(params)

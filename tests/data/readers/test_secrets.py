@@ -18,9 +18,9 @@ SECRET = 'sk-qqqqqqqqqqqqqqqqqqqqqqqq'
 READ = """
 import sys
 from moepeft.data.readers import seqio_cache
-from moepeft.data.readers.seqio_stream import Stream
-stream = Stream(seqio_cache.mixture(sys.argv[1]), 8, 4)
-print(len([next(stream.open(0)) for _ in range(3)]))
+from moepeft.data.readers.seqio_stream import SeqioStream
+stream = SeqioStream(seqio_cache.mixture(sys.argv[1]), 8, 4)
+print(len([next(stream.examples(0)) for _ in range(3)]))
 """
 
 
@@ -49,7 +49,7 @@ def test_what_tensorflow_traces_calls_nothing_of_ours(tmp_path, monkeypatch):
   )
   provider = seqio_cache.mixture(str(tmp_path))
   monkeypatch.setattr(seqio_cache, 'import_seqio', None)
-  element = next(SeqioStream(provider, 8, 4).open(0))
+  element = next(SeqioStream(provider, 8, 4).examples(0))
   assert element['inputs'].tolist()[0] == 3
 
 

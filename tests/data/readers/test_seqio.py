@@ -48,7 +48,7 @@ def p3(tmp_path_factory):
 
 
 def read(stream, count, place=0):
-  return list(itertools.islice(stream.open(place), count))
+  return list(itertools.islice(stream.examples(place), count))
 
 
 def listed(elements):
@@ -203,7 +203,7 @@ def test_validation_of_few_is_of_as_many_tasks():
 
 
 def test_unknown_names_are_told_with_their_neighbours():
-  with pytest.raises(ValueError, match='nearest are moepeft_storage'):
+  with pytest.raises(ValueError, match='registered ones: moepeft_storage'):
     seqio_stream.find_registered('moepeft_storrage')
   with pytest.raises(ValueError, match="no task or mixture 'squad'"):
     seqio_stream.find_registered('squad')
@@ -225,7 +225,7 @@ def test_a_vocabulary_with_another_end_is_refused():
     name='other', output_features=dict.fromkeys(('inputs', 'targets'), other)
   )
   with pytest.raises(ValueError, match='with the id 2, expected 1'):
-    SeqioStream(task, 5, 5).open()
+    SeqioStream(task, 5, 5).examples()
 
 
 def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
@@ -242,7 +242,7 @@ def test_a_task_that_must_be_cached_is_read_from_its_cache(tmp_path):
   try:
     absent = SeqioStream(seqio_stream.find_registered('cached_stars'), 9, 9)
     with pytest.raises(ValueError, match='seqio_cache_tasks, or name the dir'):
-      absent.open()
+      absent.examples()
     rows = [cases.p3_row(3, i) for i in range(5)]
     cases.write(tmp_path / 'cached_stars', 'train', rows)
     provider = seqio_stream.find_registered('cached_stars', [str(tmp_path)])
@@ -343,7 +343,7 @@ for provider in (
 ):
   seen = hashlib.sha256()
   stream = SeqioStream(provider, 99, 9, seed=5)
-  for element in itertools.islice(stream.open(7), 300):
+  for element in itertools.islice(stream.examples(7), 300):
     seen.update(element['inputs'].tobytes() + element['targets'].tobytes())
   print(seen.hexdigest())
 """
@@ -381,9 +381,9 @@ def test_hosts_share_the_examples_out(tmp_path):
 
 
 def test_ids_that_the_model_lacks_are_told(p3):
-  assert read(directory(p3, below=105), 30)
-  with pytest.raises(ValueError, match='token id 10[1234], the model has 101'):
-    read(directory(p3, below=101), 30)
+  assert read(directory(p3, vocab_size=105), 30)
+  with pytest.raises(ValueError, match='id 10[1234], but .* has 101 tokens'):
+    read(directory(p3, vocab_size=101), 30)
 
 
 def test_directories_without_tasks_are_told(tmp_path, p3):

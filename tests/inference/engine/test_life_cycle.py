@@ -88,8 +88,8 @@ def test_it_starts_with_a_generation_and_ends_with_what_is_under_way():
     asked = [ask(engine, prompt(i, 3), 28) for i in range(4)]
     stop = threading.Thread(target=engine.stop)
     stop.start()
-    with engine._changed:
-      assert engine._changed.wait_for(lambda: engine._stopped, 60)
+    with engine._condition:
+      assert engine._condition.wait_for(lambda: engine._stopped, 60)
   stop.join(60)
   assert not stop.is_alive()
   assert {answer.end.reason for answer in asked} == {CANCELLED}

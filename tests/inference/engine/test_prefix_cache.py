@@ -85,8 +85,10 @@ def test_an_adapter_is_unloaded_when_none_waits_for_it(engine):
     waits = ask(engine, prompt(7, 3), 3, adapter='going')
     unload = threading.Thread(target=engine.unload, args=('going',))
     unload.start()
-    with engine._changed:
-      assert engine._changed.wait_for(lambda: 'going' in engine._unloading, 60)
+    with engine._condition:
+      assert engine._condition.wait_for(
+        lambda: 'going' in engine._unloading, 60
+      )
     # It has a place in the queue, and no one else gets one.
     with pytest.raises(UnknownAdapter, match="no adapter 'going'"):
       ask(engine, (3,), 1, adapter='going')

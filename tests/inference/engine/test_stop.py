@@ -174,7 +174,7 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(
 def test_an_id_is_of_one_request_at_a_time(engine):
   with paused(engine):
     asked = ask(engine, prompt(1, 3), 4, id='same')
-    with pytest.raises(RequestRefused, match='under way already'):
+    with pytest.raises(RequestRefused, match='already in progress'):
       ask(engine, prompt(1, 3), 2, id='same')
   assert asked.end.reason == LENGTH
 
@@ -272,6 +272,6 @@ def test_random_traffic_ends_every_request_once_and_frees_all(engine):
 
 def wait_idle(engine):
   """The last event is told before the request is forgotten."""
-  with engine._changed:
-    assert engine._changed.wait_for(lambda: not engine._sequences, 30)
+  with engine._condition:
+    assert engine._condition.wait_for(lambda: not engine._sequences, 30)
   return idle(engine)
