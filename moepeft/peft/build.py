@@ -351,16 +351,26 @@ def portable(method: str) -> str:
   It builds the same function, and describes an adapter whose arrays hold the
   experts, wherever those files are.
   """
-  specs = []
-  for spec in map(flat, method_string.parse_method(method)):
-    options = []
-    for name, value in spec.options:
-      if name == 'from_adapters':
-        options.append(('experts', len(value)))
-      elif name != 'train_experts':
-        options.append((name, value))
-    specs.append(Spec(spec.name, tuple(options)))
-  return _text(specs, METHODS)
+  specs = [flat(spec) for spec in method_string.parse_method(method)]
+  if not any(spec.get('from_adapters') for spec in specs):
+    return method
+  portable_specs = []
+  for spec in specs:
+    options = dict(spec.options)
+    # A name alone is parsed as text.
+    if isinstance(options.get('router'), str):
+      options['router'] = Spec(options['router'])
+    options.pop('train_experts', None)
+    portable_specs.append(
+      Spec(
+        spec.name,
+        tuple(
+          ('experts', len(value)) if name == 'from_adapters' else (name, value)
+          for name, value in options.items()
+        ),
+      )
+    )
+  return _text(portable_specs, METHODS)
 
 
 def make(

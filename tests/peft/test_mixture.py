@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepeft.models.t5 import model as t5
-from moepeft.peft.build import build, expanded, plain
+from moepeft.peft.build import build, expanded, plain, portable
 from moepeft.peft.mixture import Mixture
 
 from ..contracts import small
@@ -126,3 +126,10 @@ def test_mistakes_have_one_sentence(text, message):
   with pytest.raises(ValueError, match=message) as error:
     build(text, SITES)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text', TEXTS)
+def test_what_is_exported_has_the_text_of_the_run(text):
+  method = build(text, SITES).method
+  assert portable(method) == method
+  assert "router='" not in method
