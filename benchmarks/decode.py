@@ -150,16 +150,16 @@ def main(argv) -> None:
       'ours': our_side(model, variables, b),
       'theirs': their_side(torch_model),
     }
-    found = compare(sides, vocab, b, _ROUNDS.value)
+    rates = compare(sides, vocab, b, _ROUNDS.value)
     for name in sides:
-      rate = b * LENGTH / found[name]
+      rate = b * LENGTH / rates[name]
       print(f'batch {b} {name:6} {rate:7.1f} tokens/s')
     print(
-      f'batch {b} ratio  {found["ratio"]:7.2f}  '
-      f'({found["agree"]:.0%} of the tokens are equal)'
+      f'batch {b} ratio  {rates["ratio"]:7.2f}  '
+      f'({rates["agree"]:.0%} of the tokens are equal)'
     )
     key = f'tokens_per_second_over_transformers_batch{b}'
-    ratios[key] = round(found['ratio'], 3)
+    ratios[key] = round(rates['ratio'], 3)
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
       json.dump(ratios, f)

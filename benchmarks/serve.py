@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine makes of requests: ratios measured side by side, on CPU.
+"""Measures the engine on requests: ratios, side by side in one process, on CPU.
 
 python benchmarks/serve.py [--json=FILE] [--model=smollm2] [--rounds=3]
 
@@ -72,16 +72,16 @@ def save_adapters(base: base_lib.Base, folder: str) -> dict[str, str]:
     base.config.family,
     base.config,
   )
-  found = {}
+  adapter_paths = {}
   for i in range(AT_ONCE):
     rng = np.random.default_rng(i)
     tree = {
       path: np.float32(0.02 * rng.normal(size=shape))
       for path, (shape, _) in shapes.items()
     }
-    found[f'a{i}'] = os.path.join(folder, f'a{i}')
-    adapter.save(found[f'a{i}'], weight_mapping.unflatten(tree), card)
-  return found
+    adapter_paths[f'a{i}'] = os.path.join(folder, f'a{i}')
+    adapter.save(adapter_paths[f'a{i}'], weight_mapping.unflatten(tree), card)
+  return adapter_paths
 
 
 def prompts(vocab: int, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -179,7 +179,7 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
     ours = side.run(asked[0], lengths, [''] * REQUESTS)[0]
     return static(side, asked[1], lengths), ours
 
-  found = {
+  ratios = {
     'mixed_over_one_adapter': median(mixed, rounds),
     'continuous_over_static': median(continuous, rounds),
   }
@@ -193,10 +193,10 @@ def measure(path: str, folder: str, rounds: int) -> dict[str, float]:
     asked = prompts(vocab, 1, 400 + i)
     return theirs(asked, 1), side.run(asked, [1], [''])[1]
 
-  found['requests_at_once_over_transformers'] = median(all_at_once, rounds)
-  found['first_token_over_transformers'] = median(first_token, rounds)
+  ratios['requests_at_once_over_transformers'] = median(all_at_once, rounds)
+  ratios['first_token_over_transformers'] = median(first_token, rounds)
   engine.stop()
-  return found
+  return ratios
 
 
 def main(argv) -> None:
@@ -205,12 +205,12 @@ def main(argv) -> None:
     command_line.check_can_write(_JSON.value)
   with tempfile.TemporaryDirectory() as folder:
     path = _MODEL.value or random_model(os.path.join(folder, 'model'))
-    found = measure(path, folder, _ROUNDS.value)
-  for name, ratio in found.items():
+    ratios = measure(path, folder, _ROUNDS.value)
+  for name, ratio in ratios.items():
     print(f'{name:36} {ratio:6.2f}')
   if _JSON.value:
     with open(_JSON.value, 'w') as f:
-      json.dump({k: round(v, 3) for k, v in found.items()}, f)
+      json.dump({k: round(v, 3) for k, v in ratios.items()}, f)
 
 
 if __name__ == '__main__':

@@ -43,7 +43,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from moepeft.checkpoints import adapter as own
+from moepeft.checkpoints import adapter as adapter_file
 from moepeft.checkpoints import directory, quantize
 from moepeft.checkpoints import formats as checkpoint_formats
 from moepeft.checkpoints.adapter import AdapterWeights
@@ -203,16 +203,16 @@ def _template(values: flags.FlagValues, metadata) -> str:
   base = values.base or metadata['base']['path']
   words = load_tokenizer(untrusted.field(data, 'tokenizer', str, ''), base)
   chat_template.set_chat_template(words, path, system)
-  own = (
+  template = (
     words.tokenizer.chat_template
     if isinstance(words, HuggingFaceTokenizer)
     else ''
   )
-  return own if isinstance(own, str) else ''
+  return template if isinstance(template, str) else ''
 
 
 def _write_trained_base(values: flags.FlagValues, tree, metadata) -> None:
-  config, over = own.config_of(metadata), values.overwrite
+  config, over = adapter_file.config_of(metadata), values.overwrite
   if values.to == 'hf':
     words = _tokenizer(values, metadata['base']['path'])
     hf.save(values.output, config, tree, values.dtype, words, overwrite=over)
@@ -305,7 +305,7 @@ def _convert_peft(values: flags.FlagValues) -> None:
     peft.save(values.output, base.config, adapter, path, fields, over)
   elif values.to == 'moepeft':
     metadata = _describe(adapter, path, base.sha256, base.config)
-    own.save(values.output, adapter.tree, metadata, values.overwrite)
+    adapter_file.save(values.output, adapter.tree, metadata, values.overwrite)
   else:
     raise _unknown(values)
 
@@ -327,7 +327,7 @@ def _unknown(values: flags.FlagValues) -> CheckpointError:
 
 
 def _convert_own(values: flags.FlagValues) -> None:
-  _write_own(values, *own.load(values.input))
+  _write_own(values, *adapter_file.load(values.input))
 
 
 def _write_own(values: flags.FlagValues, tree, metadata, step: int = 1) -> None:
@@ -335,9 +335,9 @@ def _write_own(values: flags.FlagValues, tree, metadata, step: int = 1) -> None:
   adapter = AdapterWeights(metadata['method'], tree)
   path = values.base or metadata['base']['path']
   if values.to == 'moepeft':
-    own.save(values.output, tree, metadata, values.overwrite)
+    adapter_file.save(values.output, tree, metadata, values.overwrite)
   elif values.to == 'peft':
-    config, over = own.config_of(metadata), values.overwrite
+    config, over = adapter_file.config_of(metadata), values.overwrite
     peft.save(values.output, config, adapter, path, overwrite=over)
   elif values.to not in _WRITTEN:
     raise _unknown(values)
@@ -389,14 +389,14 @@ def _write_merged(
 
 def _kept_by(config, adapter: AdapterWeights) -> list[str]:
   """The forms that an adapter can be written in without its base."""
-  found = ['moepeft']
+  forms = ['moepeft']
   for name, check in (('peft', peft.check), ('t5x', t5x.check)):
     try:
       check(config, adapter)
-      found.append(name)
+      forms.append(name)
     except ValueError:
       continue
-  return found
+  return forms
 
 
 def _tokenizer(values: flags.FlagValues, base: str) -> str | None:
@@ -445,12 +445,14 @@ def _write_apart(values, base: t5x.LoadedT5X, adapter: AdapterWeights) -> None:
       peft.save(target, base.config, adapter, path)
     else:
       metadata = _describe(adapter, path, sha256, base.config)
-      own.save(target, adapter.tree, metadata)
+      adapter_file.save(target, adapter.tree, metadata)
 
 
 def _describe(adapter: AdapterWeights, path: str, sha256: str, config):
   family = config.family
-  return own.describe(adapter.method, _SEMANTICS, path, sha256, family, config)
+  return adapter_file.describe(
+    adapter.method, _SEMANTICS, path, sha256, family, config
+  )
 
 
 if __name__ == '__main__':

@@ -64,8 +64,8 @@ def show(event) -> None:
   """A line for each call and result."""
   if event['event'] == 'called':
     for call in event['calls']:
-      own = call['function']
-      say(f'-> {own["name"]} {own["arguments"]}')
+      function = call['function']
+      say(f'-> {function["name"]} {function["arguments"]}')
   if event['event'] == 'returned':
     say(f'<- {"error: " if event["failed"] else ""}{event["text"]}')
 
@@ -119,19 +119,21 @@ def record(model: ServerModel) -> None:
   question = f'{FACTS}\nFill in the record of this run as JSON.'
   messages = [{'role': 'user', 'content': question}]
   try:
-    found = ask_structured(model, Run, messages, options=OPTIONS)
+    run_record = ask_structured(model, Run, messages, options=OPTIONS)
   except ValueError as e:
     say(f'[no instance] {e}')
     return
   wanted = Run(name='law-7', method='lora', steps=300, diverged=False)
-  wrong = [k for k, v in wanted if getattr(found, k) != v]
-  say(repr(found))
+  wrong = [k for k, v in wanted if getattr(run_record, k) != v]
+  say(repr(run_record))
   print(f'    {"NOT done: wrong " + ", ".join(wrong) if wrong else "done"}')
 
 
 def read_run(model: ServerModel, run: str) -> None:
   """Task 3: the skill read-training-run on a real run."""
-  own = skills.find_skills([skills.BUILTIN_SKILLS / 'read-training-run'])
+  shipped_skills = skills.find_skills(
+    [skills.BUILTIN_SKILLS / 'read-training-run']
+  )
   question = f'How did the training run in {run} go?'
   for what, options in (
     ('skill offered', {}),
@@ -139,7 +141,10 @@ def read_run(model: ServerModel, run: str) -> None:
     ('run_skill_script forced', forced('run_skill_script')),
   ):
     print(f'\n- {question} ({what})\n')
-    tools, system = skills.skill_tools(own), skills.skills_prompt(own)
+    tools, system = (
+      skills.skill_tools(shipped_skills),
+      skills.skills_prompt(shipped_skills),
+    )
     # "The run went well, from a loss of 0.69 to 0.31" would have these.
     ask(model, tools, question, '0.3', options=options, system=system)
 
