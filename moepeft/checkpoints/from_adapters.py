@@ -28,7 +28,7 @@ from moepeft.checkpoints.open_adapter import (
 from moepeft.config import method_string
 from moepeft.config.method_string import Spec
 from moepeft.core import files
-from moepeft.core.ranges import Paths
+from moepeft.core.ranges import Texts
 from moepeft.core.types import AXIS_NAMES, Tree
 from moepeft.models import weight_mapping
 from moepeft.nn.initializers import ParamMetadata
@@ -84,7 +84,7 @@ def resolved(method: str, sites: Mapping[str, str], config: Any) -> str:
     if not _is_open(spec):
       specs.append(spec)
       continue
-    Paths().check(f"{spec.name}'s option from_adapters", paths)
+    Texts().check(f"{spec.name}'s option from_adapters", paths)
     experts = [_read(path, sites, config) for path in paths]
     first = experts[0]
     for expert in experts[1:]:

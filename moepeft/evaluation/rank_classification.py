@@ -19,9 +19,11 @@ from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Context, Tree
 from moepeft.data.batching import decoder_only as batching_decoder_only
 from moepeft.data.batching import packing, seq2seq
+from moepeft.data.batching.task_ids import add_task_ids, task_id
 from moepeft.data.tokenizers.tokenizer import Tokenizer, require_eos
 from moepeft.models import decoder_only
 from moepeft.models.sites import context
+from moepeft.moe.task_names import model_task_names
 from moepeft.objectives.cross_entropy import sequence_log_likelihood
 from moepeft.peft.prefix import model_prefix_ids
 from moepeft.tasks import Example
@@ -57,8 +59,13 @@ def score_choices(
   encoded = bound.encode(batch['inputs'], source_ctx)
   row = functools.partial(jnp.reshape, shape=(b, c * t))
   numbers = jnp.broadcast_to(jnp.arange(c)[:, None], targets.shape)
+  task_ids = batch.get('inputs_tasks')
+  if task_ids is not None:
+    # That of the row's first token, which is real.
+    task_ids = row(jnp.broadcast_to(task_ids[:, :1, None], mask.shape))
   ctx = source_ctx.replace(
     token_mask=row(mask),
+    task_ids=task_ids,
     # The token that a choice begins with.
     prompt_mask=row(jnp.broadcast_to(jnp.arange(t) == 0, mask.shape)),
     segment_ids=row(numbers),
@@ -89,11 +96,16 @@ def _score_in_rows(
   flat, scored = targets.reshape(b * c, t), mask.reshape(b * c, t)
   ids = jnp.concatenate([prompt, flat], axis=1)[:, :-1]
   places = jnp.arange(ids.shape[1]) - jnp.repeat(short, c, axis=0)
+  task_ids = batch.get('inputs_tasks')
+  if task_ids is not None:
+    first = jnp.repeat(task_ids[:, :1], c, axis=0)
+    task_ids = jnp.broadcast_to(first, ids.shape)
   ctx = Context(
     token_mask=jnp.concatenate([prompt_mask, scored], axis=1)[:, :-1],
     prompt_mask=jnp.concatenate([prompt_mask, jnp.zeros_like(scored)], axis=1)[
       :, :-1
     ],
+    task_ids=task_ids,
     positions=jnp.maximum(places, 0),
   )
   bound = model.bind(variables)
@@ -115,11 +127,13 @@ class Ranked:
     inputs: int [s], with EOS; of a decoder what its answers follow.
     choices: int [t] each, with EOS.
     cut: whether the input or a choice is cut.
+    task: see `batching.task_ids`.
   """
 
   inputs: Sequence[int]
   choices: tuple[Sequence[int], ...]
   cut: bool
+  task: int = 0
 
   @property
   def alike(self) -> bool:
@@ -170,6 +184,7 @@ class Ranker:
     """
     self._score = jax.jit(functools.partial(score_choices, model))
     self._causal, self._before = decoder_only(model), model_prefix_ids(model)
+    self._tasks = model_task_names(model)
     self._vocabulary = vocabulary
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -189,7 +204,8 @@ class Ranker:
       x, short = sources[row.inputs]
       choices, cuts = zip(*[answers[c] for c in row.choices], strict=True)
       x = packing.prepend(self._before, x)
-      prepared.append(Ranked(x, choices, short or any(cuts)))
+      task = task_id(self._tasks, row.task)
+      prepared.append(Ranked(x, choices, short or any(cuts), task))
     return prepared
 
   def scores(
@@ -291,7 +307,10 @@ class Ranker:
     inputs = [row.inputs for row in filled]
     arrays = seq2seq.pad_pairs(inputs, inputs, s, s)
     answers = seq2seq.pad_pairs(choices, choices, t, t)
-    batch = {key: arrays[key] for key in ('inputs', 'inputs_mask')}
+    tasks = [row.task for row in filled]
+    arrays = add_task_ids(arrays, self._tasks, tasks)
+    keys = ('inputs', 'inputs_mask', 'inputs_tasks')
+    batch = {key: arrays[key] for key in keys if key in arrays}
     batch |= {
       key: answers[key].reshape(count, c, t)
       for key in ('targets', 'targets_mask')
