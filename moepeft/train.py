@@ -188,7 +188,7 @@ def _summarize(
   changes: list[str] = []
   if loop.after:
     summary |= {'before': loop.before, 'after': loop.after}
-    changes = before_after.changes(loop.before, loop.after)
+    changes = before_after.describe_changes(loop.before, loop.after)
   summary['seconds'] = round(seconds, 1)
   distributed.write_json(run.summary_file, summary)
   is_chat = READERS[config.data.source].uses_chat_template and (
