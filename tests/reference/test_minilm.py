@@ -31,12 +31,12 @@ TEXTS = [
 
 @pytest.fixture(scope='module')
 def encoder():
-  return EmbeddingEncoder.open('minilm', rows=(4,))
+  return EmbeddingEncoder.open('minilm', batch_sizes=(4,))
 
 
 def test_the_size_is_minilms(encoder):
   assert hf.load_config(FOLDER) == FAMILIES['bert'].config('minilm-l6')
-  assert (encoder.width, encoder.places) == (384, 256)
+  assert (encoder.dimensions, encoder.max_length) == (384, 256)
 
 
 def test_vectors_are_those_of_transformers(encoder):
