@@ -139,7 +139,7 @@ def run_loop(loop: TrainingLoop, callbacks: Sequence[Callback]) -> None:
   for callback in callbacks:
     callback.on_start(loop)
   # Memory that loading and evaluating took is of no use to a step.
-  host_memory.give_back()
+  host_memory.trim()
   memory_bound = host_memory.Bound()
   if loop.step < loop.steps and not loop.stop_requested:
     loop.progress.phase('compiling the first step')

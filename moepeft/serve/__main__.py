@@ -385,7 +385,7 @@ class Formatter(logging.Formatter):
   """Lines without secrets and control characters, tracebacks included."""
 
   def format(self, record: logging.LogRecord) -> str:
-    return terminal.visible(secrets.hidden(super().format(record)))
+    return terminal.visible(secrets.redact(super().format(record)))
 
 
 class StartupProgress:
