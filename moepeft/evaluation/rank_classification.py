@@ -184,10 +184,8 @@ class Ranker:
       mesh: all devices by default.
     """
     self._score = jax.jit(functools.partial(score_choices, model))
-    self._is_decoder_only, self._prefix_ids = (
-      decoder_only(model),
-      model_prefix_ids(model),
-    )
+    self._is_decoder_only = decoder_only(model)
+    self._prefix_ids = model_prefix_ids(model)
     self._tokenizer = tokenizer
     self._lengths = inputs_length, targets_length
     self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -263,9 +261,9 @@ class Ranker:
   ) -> Iterator[ScoringBatch]:
     """Groups examples into batches, with few distinct shapes.
 
-    Examples are taken in order of their shapes, the largest first. A batch has
-    the shape of its first example and is filled with the next ones, so that
-    for each number of choices only the last batch is not full.
+    Examples are taken in order of their shapes, the largest first, and a batch
+    is filled with examples that have as many choices. So for each number of
+    choices, only the last batch is not full.
     """
     shapes = [self._rounded_shape(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: shapes[i], reverse=True)

@@ -17,10 +17,10 @@ _MAX_NAMES = 6
 def describe_changes(
   before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[str]:
-  """Lines on the metrics and accuracies that rose or fell; [] if none compare.
+  """Lines on the metrics and accuracies that are in both evaluations.
 
-  Accuracies that differ by less than 1.96 standard errors, as if examples were
-  independent, are reported as within noise.
+  A difference of accuracies below 1.96 standard errors is reported as within
+  noise. The standard error takes examples as independent.
 
   Args:
     before, after: the contents of before.json and after.json.

@@ -42,8 +42,8 @@ class ChatTemplate:
     source: Jinja source; '' for the tokenizer's own template.
     train_on: 'answers' or 'all'.
     system_prompt: the system turn of conversations that have none.
-    date: the date that the template writes as today's; '' for the actual one.
-      See `template.fix_date`.
+    date: the date that the template writes instead of today's, such as
+      '2024-07-26'; '' for today's. See `template.fix_date`.
 
   Raises:
     ValueError: there is no template, its output is random, or `train_on` is
@@ -244,7 +244,7 @@ def _tokenize_rows(
     conversations, template.encode_batch(rendered), strict=True
   ):
     try:
-      # One more id than tokens: the inputs are all ids but the last.
+      # n inputs and n targets come from n + 1 ids.
       example = _make_example(
         conversation, sample, template, data.truncation, max_length + 1
       )
