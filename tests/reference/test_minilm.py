@@ -56,7 +56,7 @@ def test_vectors_are_those_of_transformers(encoder):
   found = encoder.embed(TEXTS)
   sizes = [len(ids) for ids in found.tokens.ids]
   assert sizes == batch['attention_mask'].sum(1).tolist()
-  assert found.tokens.cut == (0, 0, 0, 0, 0, 44)
+  assert found.tokens.truncated_tokens == (0, 0, 0, 0, 0, 44)
   # Float32 through six layers; vectors of length one.
   error = np.abs(found.vectors - expected).max() / np.abs(expected).max()
   assert error < 1e-5
