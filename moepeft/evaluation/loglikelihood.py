@@ -39,12 +39,12 @@ def losses(model: Any, variables: Tree, batch: Batch) -> Array:
 
 
 class Likelihood:
-  """Scores the targets of examples, with one compiled program a shape."""
+  """Scores the targets of examples, with one compiled program per shape."""
 
   def __init__(
     self,
     model: Any,
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     inputs_length: int,
     targets_length: int,
     batch_size: int,
@@ -57,11 +57,11 @@ class Likelihood:
       'tasks': model_task_names(model),
     }
     self._collator: Collator = Seq2SeqCollator(
-      vocabulary, inputs_length, targets_length, **options
+      tokenizer, inputs_length, targets_length, **options
     )
     if decoder_only(model):
       length = inputs_length + targets_length
-      self._collator = CausalCollator(vocabulary, length, **options)
+      self._collator = CausalCollator(tokenizer, length, **options)
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._rows = sharding.round_up(self._mesh, batch_size)
 

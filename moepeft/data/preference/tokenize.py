@@ -134,7 +134,7 @@ def make_renderer(data: ConfigDict, tokenizer: Tokenizer) -> Render:
     ValueError: config.data.chat_template cannot be read, or is for bytes.
   """
   if data.chat_template or has_chat_template(tokenizer):
-    return chat_dataset.load_chat_template(data, tokenizer).render
+    return chat_dataset.load_chat_template(data, tokenizer).encode
 
   def plain(whole: Conversation) -> Sample:
     _check_plain(whole)
