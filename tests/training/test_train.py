@@ -122,7 +122,8 @@ def test_the_job_leaves_all_its_files_and_says_where(begun):
     assert expected in output
   assert (workdir / 'plots' / 'before_after.png').read_bytes()[1:4] == b'PNG'
   # The words of the end, and commands as they can be run.
-  assert f'  validation loss fell from {before["validation_loss"]:.4g}' in output
+  fell = f'  validation loss fell from {before["validation_loss"]:.4g}'
+  assert fell in output
   for expected in (
     f'try it       python -m moepeft.generate --workdir={workdir} --prompt=',
     f'serve it     python -m moepeft.serve --model={begun.base} --adapter=',
