@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moepeft.core import sharding
 from moepeft.core.types import Array, Batch, Tree
-from moepeft.data.batching.bucketing import buckets, repeat_last
+from moepeft.data.batching.bucketing import make_buckets, repeat_last
 from moepeft.data.batching.collators import Collator, Seq2SeqCollator
 from moepeft.data.batching.decoder_only import CausalCollator
 from moepeft.data.tokenizers.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ class Likelihood:
     lengths, tokens = self._collator.sizes(encoded)
     nll = np.zeros(len(encoded), np.float64)
     most = self._collator.lengths
-    for shape, places in buckets(
+    for shape, places in make_buckets(
       lengths, _LEAST[: len(most)], most, self._rows
     ):
       filled = [encoded[i] for i in repeat_last(places, self._rows)]

@@ -429,7 +429,10 @@ def test_raw_rows_are_put_into_words_by_templates(tmp_path):
 
 def test_large_and_small_datasets_come_in_whole_epochs():
   # On either side of where permutations are no longer held.
-  for size in (mixing._SMALL - 1, mixing._SMALL):
+  for size in (
+    mixing._MAX_STORED_PERMUTATION - 1,
+    mixing._MAX_STORED_PERMUTATION,
+  ):
     epochs = mixing.ShuffledEpochs(range(size), seed=5)
     for epoch in (0, 3):
       begin = epoch * size
