@@ -259,7 +259,7 @@ def _parse(line: str, path: str, number: int) -> Result:
     key: fields[key] and tuple(fields[key])
     for key in ('idx', 'each', 'weights')
   }
-  method = renamed.translated_method(fields['method'])
+  method = renamed.translate_method(fields['method'])
   return Result(**fields | arrays | {'method': method})
 
 

@@ -99,7 +99,7 @@ class Run:
     return read_object(
       *(self.config_file, _config_shape(), advice),
       finite=False,
-      translate=renamed.translated,
+      translate=renamed.translate_config,
     )
 
   def load_config(self) -> ConfigDict:
