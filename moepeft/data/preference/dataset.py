@@ -207,9 +207,14 @@ class PreferenceDataset:
     digest = hashlib.sha256()
     for item in self.items:
       for side in item.sides:
-        arrays = vars(side).values() if isinstance(side, Sample) else side
-        for part in arrays:
-          array = np.asarray(part, np.int32)
+        # Without the task id, which older runs' hashes do not have.
+        fields = (
+          (side.ids, side.loss_mask, side.cut)
+          if isinstance(side, Sample)
+          else side[:2]
+        )
+        for field in fields:
+          array = np.asarray(field, np.int32)
           digest.update(np.int64(array.size).tobytes() + array.tobytes())
     return digest.hexdigest()
 
