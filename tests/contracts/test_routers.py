@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contracts of every router, and losses and statistics by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,12 @@ CTX = Context(token_mask=jnp.ones((2, 5), bool))
 
 def run(router, x=X, ctx=CTX, seed=1):
   rngs = {'peft': jax.random.key(seed), 'router': jax.random.key(3)}
-  return router.init_with_output(rngs, x, ctx)[0]
+  return compiled(router)(rngs, x, ctx)[0]
+
+
+@functools.cache
+def compiled(router):
+  return jax.jit(router.init_with_output)
 
 
 @pytest.mark.parametrize('name', ROUTERS)
@@ -152,6 +159,10 @@ def test_a_k_beyond_the_experts_is_an_error():
     run(TopK(3, k=4))
 
 
+sums_of = jax.jit(router_stats.router_stats)
+statistics = jax.jit(router_stats.statistics)
+
+
 def by_hand():
   """Three real tokens and one of padding over two experts.
 
@@ -161,9 +172,7 @@ def by_hand():
   ln3 = np.log(3)
   logits = jnp.array([[[ln3, 0], [ln3, 0], [0, ln3], [0, 0]]], jnp.float32)
   mask = jnp.array([[True, True, True, False]])
-  return router_stats.router_stats(
-    Routing(logits, jax.nn.softmax(logits)), mask
-  )
+  return sums_of(Routing(logits, jax.nn.softmax(logits)), mask)
 
 
 def test_sums_are_over_real_tokens():
@@ -219,9 +228,7 @@ def direct(weights, logits, mask):
 def test_shares_and_entropies_equal_a_direct_form(name):
   mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
   routing = run(ROUTERS[name].module(experts=7))
-  values = router_stats.statistics(
-    router_stats.router_stats(routing, jnp.asarray(mask))
-  )
+  values = statistics(sums_of(routing, jnp.asarray(mask)))
   flat = lambda a: np.asarray(a, np.float64).reshape(-1, 7)  # noqa: E731
   weight, share, nats, before = direct(
     flat(routing.combine_weights), flat(routing.logits), mask.ravel()
@@ -284,7 +291,7 @@ def test_the_load_balance_loss_pushes_towards_balance():
     routing = Routing(logits, jax.nn.softmax(logits))
     return aux_losses.load_balance(router_stats.router_stats(routing, None))
 
-  slope = jax.grad(loss)(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
+  slope = jax.jit(jax.grad(loss))(jnp.array([[[1.0, 0.0], [2.0, 0.0]]]))
   # Expert 0 has all the load: its logits must fall.
   assert (slope[..., 0] > 0).all() and (slope[..., 1] < 0).all()
 
