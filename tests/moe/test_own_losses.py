@@ -68,7 +68,7 @@ def test_an_unknown_loss_is_refused_with_the_known_ones():
 def test_the_loss_of_a_mixture_under_scan_has_a_gradient(registered):
   from tests.contracts import small
 
-  method = 'molora(experts=3, rank=2, router=squared)'
+  method = "molora(experts=3, rank=2, router=squared, targets='*/self/q|*/wo')"
   model, _ = small.make(method)
   variables = small.variables(method, noise=0.1)
 

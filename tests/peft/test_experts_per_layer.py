@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtures whose layers have unlike counts of experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +149,7 @@ def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
     return losses + jnp.sum(routing.combine_weights**2), routing
 
   kernel = jax.random.normal(jax.random.key(5), (7, 5))
-  slope, routing = jax.grad(loss, has_aux=True)(kernel)
+  slope, routing = jax.jit(jax.grad(loss, has_aux=True))(kernel)
   assert np.isfinite(slope).all()
   np.testing.assert_array_equal(slope[:, 3:], 0)
   weights = np.asarray(routing.combine_weights)
@@ -155,7 +157,9 @@ def test_gradients_with_noise_and_losses_are_finite_and_none_of_absent_experts(
   assert (weights.sum(-1) > 0.1).all()
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['full', pytest.param('none', marks=pytest.mark.slow)]
+)
 def test_scanned_layers_equal_layers_one_by_one(remat):
   variables = small.variables(MOLA, noise=0.3)
 
@@ -187,9 +191,8 @@ def test_scanned_layers_equal_layers_one_by_one(remat):
 def test_the_mask_is_that_of_the_layer():
   model, _ = small.make(MOLA)
   variables = small.variables(MOLA, noise=0.3)
-  _, changed = model.apply(
-    variables, small.batch(), mutable=['routing', 'weights']
-  )
+  collect_all = functools.partial(model.apply, mutable=['routing', 'weights'])
+  _, changed = jax.jit(collect_all)(variables, small.batch())
   sites = collect(changed['routing'])
   found = {site: np.asarray(sums.experts) for site, sums in sites.items()}
   encoder = found['encoder/layers/self/q/molora']
