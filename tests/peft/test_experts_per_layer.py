@@ -180,12 +180,22 @@ def test_scanned_layers_equal_layers_one_by_one(remat):
   scanned, _ = small.make(MOLA, remat=remat)
   looped, _ = small.make(MOLA, scan=False)
   peft = variables['peft']
+  slopes = gradient(scanned)(peft)
   jax.tree.map(
     # Float32 sums in another order.
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    gradient(scanned)(peft),
+    slopes,
     gradient(looped, small.unstack)(peft),
   )
+  check_padding_has_no_gradient(slopes, padded_axes(scanned, small.batch()))
+
+
+def check_padding_has_no_gradient(slopes, padded):
+  for path, slope in weight_mapping.flatten(slopes).items():
+    array = np.array(slope)
+    assert np.abs(array).max() > 0
+    padded[path].clear_padding(array)
+    np.testing.assert_array_equal(array, slope)
 
 
 def test_the_mask_is_that_of_the_layer():
@@ -316,6 +326,9 @@ def test_counts_are_of_true_parameters():
   assert found['megabytes']['peft'] == round(2 * 64 * expert * 4 / 1e6, 3)
 
 
+# In the fast suite parts are tests/contracts/test_router_kinds.py's, and the
+# gradient of padding is that of the scanned layers above.
+@pytest.mark.slow
 def test_a_step_in_parts_equals_that_of_the_whole_batch():
   config = config_lib.default()
   config.batch_size = len(small.batch()['inputs'])
@@ -328,14 +341,12 @@ def test_a_step_in_parts_equals_that_of_the_whole_batch():
     step = jax.jit(build_train_step(config, model, built, optimizer))
     state, _ = step(make_state(before, optimizer), small.batch())
     after[parts] = weight_mapping.flatten(state.trainable)
-  padded = padded_axes(model, small.batch())
-  for path, array in weight_mapping.flatten(before['peft']).items():
+  first = weight_mapping.flatten(before['peft'])
+  for path in first:
     # Float32 sums in another order.
     np.testing.assert_allclose(
       after[3][path], after[1][path], rtol=1e-4, atol=1e-6, err_msg=path
     )
-    # The noise in the padding has no gradient.
-    moved = np.array(after[3][path] - array)
-    assert np.abs(moved).max() > 0
-    padded[path].clear_padding(moved)
-    np.testing.assert_array_equal(moved, after[3][path] - array)
+  # The noise in the padding has no gradient.
+  moved = {path: after[3][path] - array for path, array in first.items()}
+  check_padding_has_no_gradient(moved, padded_axes(model, small.batch()))

@@ -166,10 +166,10 @@ def test_a_registered_mixture_streams_what_its_tasks_have():
   known = {
     (tuple(x), tuple(y))
     for family in tasks.task_names('B')
-    for x, y in ours(family, 'train', 1500)
+    for x, y in ours(family, 'train', 1050)
   }
-  # Buffers of 1,000 and 300 draws: of a task no row after its 1,300th.
-  found = listed(read(stream, 300))
+  # Buffers of 1,000 and 50 draws: of a task no row after its 1,050th.
+  found = listed(read(stream, 50))
   assert {(tuple(x), tuple(y)) for x, y in found} <= known
   assert stream.rates() == {
     f'moepeft_{family}': 0.25 for family in tasks.task_names('B')
