@@ -41,11 +41,19 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
+def pytest_collection_finish():
+  # A collection of garbage walks through every object: a second for the
+  # libraries' and those of earlier files, which are therefore left out.
+  gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _programs_do_not_pile_up():
   """Forgets compiled programs once there are many: they are on the disk."""
   yield
   maps = pathlib.Path('/proc/self/maps')
   if maps.exists() and len(maps.read_bytes().splitlines()) > _AREAS:
+    gc.unfreeze()
     jax.clear_caches()
-    gc.collect()
+  gc.collect()
+  gc.freeze()

@@ -82,11 +82,12 @@ def test_evaluation_is_the_commands(model, tmp_path):
 
 def test_a_merged_model_answers_as_its_adapter_did(tmp_path):
   config = moepeft.load_config('configs/molora_t5.py')
-  config.method = 'lora(rank=2)'
+  config.method = "lora(rank=2, targets='*/q|*/wo')"
   config.update(
     {
       'steps': 2,
       'batch_size': 4,
+      'model': {'scan_unroll': 1},
       'evaluation': {'before': False, 'after': False},
       'log': {'plots': False, 'trackers': ''},
     }

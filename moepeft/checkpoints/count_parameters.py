@@ -33,10 +33,8 @@ def count(config: ConfigDict) -> dict[str, Any]:
   family, model = base_lib.shape(config.model)
   base = base_lib.Base(family, model, None, '', '')
   module, built = base_lib.module(base, config)
-  key = jax.random.key(0)
-  shapes = jax.eval_shape(
-    lambda: module.init({'params': key, 'peft': key}, base_lib.example_batch())
-  )
+  # Its trace is that of padded_axes below, which is kept.
+  shapes = initializers.shapes(module, base_lib.example_batch())
   n_params, stored_params = _total(shapes['params']), shapes['params']
   if config.model.quantize:
     stored_params = quantize.shapes(stored_params, model, config.model.quantize)

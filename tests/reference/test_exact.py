@@ -5,11 +5,15 @@ Some of official/*.npz are so sharp that one unit in the last place of each
 weight moves float32 logits by 1e-4: no other order of operations can meet
 1e-5, and `test_t5` allows for that. Here ours is compared in float64 with
 `naive`, the layers' maths written out by itself, at the files' own weights and
-inputs: logits, and gradients of every adapter tensor.
+inputs: logits, and gradients of every adapter tensor. Cases of hundreds of
+tokens are sharper still: float64's rounding alone moves their gradients by
+1e-9, so it is measured where the plain limit does not hold. That no constant
+and no operation is rounded to float32 is shown on the traced program itself.
 
 A relative error is max |a - b| / max |b| of an array.
 """
 
+import collections
 import functools
 import json
 
@@ -17,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
+from jax.interpreters import partial_eval
 
 from moepeft.checkpoints.adapter import AdapterWeights
 from moepeft.checkpoints.t5x import adapters as t5x_adapters
@@ -34,9 +40,12 @@ if not cases.ROOT.is_dir():
 
 OFFICIAL = cases.official()
 
-# Float64 rounds at 1e-16, which the sharpest case magnifies to about 1e-12;
-# one float32 operation anywhere would show as 1e-7 or more.
+# Float64 rounds at 1e-16, which the sharpest case here magnifies to about
+# 1e-12; one float32 operation anywhere would show as 1e-7 or more.
 EXACT = 1e-9
+# Beyond it, as often as MARGIN times what one rounding of each weight does
+# (tests/reference/test_t5.py). A float32 operation would be 1e8 times it.
+MARGIN = 3
 
 _INPUTS = {
   'inputs': 'encoder_input_tokens',
@@ -81,7 +90,7 @@ def naive_logits(name, adapter, base):
   return naive.logits(adapter | base, **inputs, top_k=top_k)
 
 
-def naive_gradients(name):
+def naive_gradients(name, weights=None):
   """({T5X name: gradient of the mean loss} of the adapter, logits)."""
 
   def loss(adapter, base):
@@ -89,11 +98,12 @@ def naive_gradients(name):
     logits = naive_logits(name, adapter, base)
     return naive.mean_token_nll(logits, targets), logits
 
-  return jax.grad(loss, has_aux=True)(*naive_weights(name))
+  weights = naive_weights(name) if weights is None else weights
+  return jax.grad(loss, has_aux=True)(*weights)
 
 
-def our_gradients(name):
-  """The same of ours."""
+def our_loss(name):
+  """(loss of (adapter, base) -> (mean loss, logits), adapter, base)."""
   case = cases.load(name)
   model = case.model.clone(dtype=jnp.float64)
   cast = functools.partial(jnp.asarray, dtype='float64')
@@ -101,11 +111,17 @@ def our_gradients(name):
 
   def loss(tree, params):
     variables = {'params': params, 'peft': tree}
-    found = loss_sums(model.apply, variables, case.batch, None)
-    return mean_loss(*found), model.apply(variables, case.batch)
+    sums = loss_sums(model.apply, variables, case.batch, None)
+    return mean_loss(*sums), model.apply(variables, case.batch)
 
-  gradient = jax.jit(jax.grad(loss, has_aux=True))
-  tree, logits = gradient(variables['peft'], variables['params'])
+  return loss, variables['peft'], variables['params']
+
+
+def our_gradients(name):
+  """The same of ours."""
+  case = cases.load(name)
+  loss, *variables = our_loss(name)
+  tree, logits = jax.jit(jax.grad(loss, has_aux=True))(*variables)
   if case.adapter is None:
     return {}, logits
   written = t5x_adapters.write(
@@ -123,25 +139,93 @@ def in_float64(name):
     return jax.tree.map(np.asarray, (found, expected))
 
 
+@functools.cache
+def float64_noise(name, samples=4):
+  """How far one rounding of each float64 weight moves `naive`.
+
+  Returns:
+    ({T5X name: relative error of the gradient}, that of the real logits); each
+    the largest of the samples.
+  """
+  _, (gradients, logits) = in_float64(name)
+  rng = np.random.default_rng(0)
+  real = cases.load(name).batch['targets_mask']
+  noise = collections.Counter()
+
+  def rounded(leaf):
+    away = np.where(rng.integers(2, size=leaf.shape), np.inf, -np.inf)
+    return jnp.asarray(np.nextafter(np.asarray(leaf), away))
+
+  with jax.enable_x64(True):
+    for _ in range(samples):
+      weights = jax.tree.map(rounded, naive_weights(name))
+      moved, moved_logits = naive_gradients(name, weights)
+      for key, array in moved.items():
+        error = cases.relative_error(array, gradients[key])
+        noise[key] = max(noise[key], error)
+      error = cases.relative_error(moved_logits[real], logits[real])
+      noise['logits'] = max(noise['logits'], error)
+  return noise
+
+
 @of_cases(OFFICIAL)
 def test_exact_logits(name):
-  (_, found), (_, expected) = in_float64(name)
+  (_, ours), (_, expected) = in_float64(name)
   real = cases.load(name).batch['targets_mask']
-  check_exact({'logits': found[real]}, {'logits': expected[real]})
+  check_exact(name, {'logits': ours[real]}, {'logits': expected[real]})
 
 
 @of_cases([name for name in OFFICIAL if has_adapter(name)])
 def test_exact_gradients(name):
-  (found, _), (expected, _) = in_float64(name)
-  check_exact(found, expected)
+  (ours, _), (expected, _) = in_float64(name)
+  check_exact(name, ours, expected)
 
 
-def check_exact(found, expected):
+def check_exact(name, ours, expected):
   """Every array of one dict against its namesake."""
-  dtypes = {a.dtype for a in (*found.values(), *expected.values())}
+  dtypes = {a.dtype for a in (*ours.values(), *expected.values())}
   assert dtypes == {np.dtype(np.float64)}
-  assert found.keys() == expected.keys()
-  errors = {k: cases.relative_error(found[k], expected[k]) for k in expected}
-  worst = max(errors, key=errors.get)
-  print(f'{worst}: relative error {errors[worst]:.1e}, limit {EXACT:.0e}')
-  assert {key: e for key, e in errors.items() if e >= EXACT} == {}
+  assert ours.keys() == expected.keys()
+  errors = {k: cases.relative_error(ours[k], expected[k]) for k in expected}
+  limits = dict.fromkeys(errors, EXACT)
+  if max(errors.values()) >= EXACT:
+    noise = float64_noise(name)
+    limits = {key: max(EXACT, MARGIN * noise[key]) for key in errors}
+  worst = max(errors, key=lambda key: errors[key] / limits[key])
+  print(f'{worst}: error {errors[worst]:.1e}, limit {limits[worst]:.1e}')
+  assert {k: e for k, e in errors.items() if e >= limits[k]} == {}
+
+
+def operations(jaxpr, scope=''):
+  """(name stack, equation) of a jaxpr and those within it."""
+  for eqn in jaxpr.eqns:
+    name = f'{scope}/{eqn.source_info.name_stack}'
+    inner = list(core.jaxprs_in_params(eqn.params))
+    if not inner:
+      yield name, eqn
+    for sub in inner:
+      yield from operations(sub, name)
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_no_constant_and_no_operation_of_the_gradient_is_float32(name):
+  """But for the buckets of positions, which are whole numbers."""
+  with jax.enable_x64(True):
+    loss, *variables = our_loss(name)
+    traced = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*variables)
+  # Without the routers' statistics, which no gradient depends on.
+  needed = [True] * len(traced.jaxpr.outvars)
+  jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, needed)
+  float32, constants = set(), set()
+  for scope, eqn in operations(jaxpr):
+    for var in (*eqn.invars, *eqn.outvars):
+      if var.aval.dtype == np.float32 and '/relpos' not in scope:
+        float32.add(f'{scope}: {eqn.primitive}')
+      if hasattr(var, 'val') and var.aval.dtype == np.float64:
+        constants.add(float(var.val))
+  assert float32 == set()
+  # The eps of norms is in float64 to its last digit; so are all constants
+  # that float32 cannot hold.
+  assert 1e-6 in constants
+  fractions = {x for x in constants if np.isfinite(x) and (x * 2**12) % 1}
+  assert {x for x in fractions if x == float(np.float32(x))} == set()
